@@ -1,0 +1,1 @@
+"""Shards, lengths, plans and packs: everything between a tar file and a PackedBatch."""

@@ -1,0 +1,97 @@
+"""The architecture of a Qwen3-VL model as numbers; sizes are in recipes/model/*.yaml.
+
+Source: Qwen3-VL technical report (arXiv 2511.21631) section 2 and the published config.json of each model.
+Nothing here imports torch.
+"""
+
+from dataclasses import dataclass, field
+
+BACKENDS = ("auto", "torch", "flash", "te")
+
+
+@dataclass
+class TextConfig:
+    """The language model."""
+
+    layers: int = 28
+    hidden_size: int = 2048
+    ffn_hidden_size: int = 6144
+    heads: int = 16
+    kv_heads: int = 8
+    head_dim: int = 128
+    """Never hidden_size / heads: the query width of 4B, 32B and the mixtures differs from their hidden size."""
+    vocab_size: int = 151936
+    rope_theta: float = 5_000_000.0
+    mrope_section: list[int] = field(default_factory=lambda: [24, 20, 20])
+    """Rotary frequency slots for time, height and width; they sum to head_dim / 2."""
+    tie_embeddings: bool = True
+    norm_epsilon: float = 1e-6
+    initializer_range: float = 0.02
+    max_positions: int = 262144
+    experts: int = 0
+    """Experts of each layer; 0 means a dense model."""
+    experts_per_token: int = 0
+    expert_ffn_hidden_size: int = 0
+
+
+@dataclass
+class VisionConfig:
+    """The vision tower and its mergers."""
+
+    depth: int = 24
+    hidden_size: int = 1024
+    heads: int = 16
+    ffn_hidden_size: int = 4096
+    deepstack_layers: list[int] = field(default_factory=lambda: [5, 11, 17])
+    """Blocks (0-based) whose output feeds the DeepStack mergers, in order of the language layers that receive them."""
+    position_table: int = 48
+    """Side of the square table of learned positions."""
+    patch_size: int = 16
+    temporal_patch_size: int = 2
+    spatial_merge_size: int = 2
+    channels: int = 3
+    norm_epsilon: float = 1e-6
+    initializer_range: float = 0.02
+
+    @property
+    def patch_width(self) -> int:
+        """Values of one patch: channels x frames x height x width."""
+        return self.channels * self.temporal_patch_size * self.patch_size**2
+
+
+@dataclass
+class ModelConfig:
+    """One Qwen3-VL model."""
+
+    name: str = "qwen3vl"
+    backend: str = "auto"
+    """Kernels: `torch` everywhere, `flash` and `te` on a GPU; `auto` takes the best that is there."""
+    text: TextConfig = field(default_factory=TextConfig)
+    vision: VisionConfig = field(default_factory=VisionConfig)
+
+    def problems(self, tensor: int = 1) -> list[str]:
+        """What makes this model impossible to build with `tensor` tensor-parallel ranks: one line a fault; empty if none."""
+        text, vision = self.text, self.vision
+        found = []
+        if self.backend not in BACKENDS:
+            found.append(f"model.backend={self.backend} is unknown: use one of {', '.join(BACKENDS)}")
+        elif self.backend not in ("auto", "torch"):
+            found.append(f"model.backend={self.backend} is not available yet: use model.backend=torch")
+        if text.experts:
+            found.append(f"model={self.name} is a mixture of experts, which cannot be built yet: use a dense model")
+        if sum(text.mrope_section) * 2 != text.head_dim:
+            found.append(f"model.text.mrope_section={text.mrope_section} must sum to head_dim / 2 = {text.head_dim // 2}")
+        elif 3 * max(text.mrope_section[1:]) > text.head_dim // 2:
+            found.append(f"model.text.mrope_section={text.mrope_section}: height and width need 3 x section <= head_dim / 2")
+        if text.heads % text.kv_heads:
+            found.append(f"model.text.heads={text.heads} must be a multiple of kv_heads={text.kv_heads}")
+        if vision.hidden_size % vision.heads:
+            found.append(f"model.vision.hidden_size={vision.hidden_size} must be a multiple of heads={vision.heads}")
+        if any(not 0 <= layer < vision.depth for layer in vision.deepstack_layers):
+            found.append(f"model.vision.deepstack_layers={vision.deepstack_layers} must lie in 0..{vision.depth - 1}")
+        if len(vision.deepstack_layers) > text.layers:
+            found.append(f"model.vision.deepstack_layers: {len(vision.deepstack_layers)} levels need as many language layers, have {text.layers}")
+        for option, size in (("heads", text.heads), ("kv_heads", text.kv_heads), ("vocab_size", text.vocab_size), ("ffn_hidden_size", text.ffn_hidden_size)):
+            if size % tensor:
+                found.append(f"parallel.tensor={tensor} does not divide model.text.{option}={size}: choose a divisor")
+        return found

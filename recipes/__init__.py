@@ -1,0 +1,1 @@
+"""YAML only: Hydra finds it as pkg://visionloom.recipes."""

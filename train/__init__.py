@@ -1,0 +1,1 @@
+"""Phases, the training loop, optimizer, checkpoints, metrics and evaluation."""
