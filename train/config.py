@@ -1,0 +1,224 @@
+"""RunConfig: the schema of a whole run. The only file that knows every configuration.
+
+YAML holds values, the dataclasses hold names, types and defaults. Nothing here imports torch, so that a wrong value is
+refused in well under a second.
+"""
+
+import difflib
+from dataclasses import dataclass, field
+
+from visionloom.data.config import DataConfig
+from visionloom.model.config import ModelConfig
+from visionloom.parallel.config import ParallelConfig
+
+DEVICES = ("auto", "cpu", "cuda")
+PRECISIONS = ("auto", "fp32", "bf16")
+GROUPS = ("vision", "merger", "language")
+LOSSES = ("sqrt", "token", "sample")
+SCHEDULES = ("cosine", "wsd", "linear", "constant")
+
+
+@dataclass
+class RunSection:
+    """Identity of the run and where it lives."""
+
+    name: str = "???"
+    folder: str = ""
+    """Run folder; empty: runs/<name>."""
+    seed: int = 1234
+    device: str = "auto"
+    """`cpu` (gloo), `cuda` (NCCL), or `auto`: cuda where a GPU is visible."""
+    precision: str = "auto"
+    """Arithmetic of the model: `fp32`, `bf16`, or `auto`: bf16 on a GPU, fp32 on a CPU."""
+    threads: int = 0
+    """CPU threads of each rank; 0: the cores divided by the ranks of this machine."""
+    evaluate_at_end: bool = False
+    """Evaluate on data.validation when the last phase is done."""
+
+
+@dataclass
+class InitConfig:
+    """Where the first phase's weights come from; both empty: random from run.seed."""
+
+    huggingface: str = ""
+    """Folder of a Hugging Face model."""
+    checkpoint: str = ""
+    """Checkpoint folder of this or another run (weights only)."""
+
+
+@dataclass
+class OptimConfig:
+    """AdamW and gradient clipping."""
+
+    name: str = "adamw"
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.05
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+
+
+@dataclass
+class PhaseConfig:
+    """One phase: what trains, on what, for how long."""
+
+    sequence_length: int = 8192
+    """Tokens of one pack."""
+    global_batch: int = 1
+    """Packs of one optimizer step over all ranks."""
+    micro_batch: int = 1
+    """Packs of one forward pass on one rank."""
+    steps: int | None = None
+    """Optimizer steps; or give `tokens`."""
+    tokens: int | None = None
+    """Tokens including padding; the steps follow from sequence_length x global_batch."""
+    trainable: list[str] = field(default_factory=lambda: list(GROUPS))
+    """Parameter groups that train: vision, merger (main and DeepStack mergers), language."""
+    fresh: list[str] = field(default_factory=list)
+    """Parameter groups drawn anew at the start, as the report's alignment starts from new mergers."""
+    mixture: dict[str, float] = field(default_factory=dict)
+    """Weight of each dataset; empty: all of data.datasets with their own weights."""
+    loss: str = "sqrt"
+    """Weight of a token in a sample with n supervised tokens: `sqrt` n^-1/2, `token` 1, `sample` 1/n."""
+    lr: float = 1e-4
+    """Peak learning rate."""
+    lr_vision: float | None = None
+    """Peak learning rate of the vision tower; None: lr."""
+    lr_merger: float | None = None
+    """Peak learning rate of the mergers; None: lr."""
+    lr_min_ratio: float = 0.1
+    """Last learning rate as a share of the peak."""
+    warmup_steps: int = 0
+    schedule: str = "cosine"
+    """`cosine` or `linear` decay over the whole phase, `wsd` (constant, then decay_steps down), `constant`."""
+    decay_steps: int | None = None
+    """Steps of decay at the end of a `wsd` schedule; None: a tenth of the phase."""
+    parallel: ParallelConfig | None = None
+    """A layout of its own; None: the run's."""
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the phase."""
+        if self.steps is not None:
+            return self.steps
+        return -(-(self.tokens or 0) // (self.sequence_length * self.global_batch))
+
+    def peak_learning_rates(self) -> dict[str, float]:
+        """Peak learning rate of each trainable parameter group."""
+        own = {"vision": self.lr_vision, "merger": self.lr_merger, "language": None}
+        return {group: rate if (rate := own[group]) is not None else self.lr for group in self.trainable}
+
+    def problems(self, where: str, datasets: list[str], world_size: int, parallel: ParallelConfig) -> list[str]:
+        """What is wrong with this phase: one line a fault, each naming its option; empty if none."""
+        found = []
+        for option in ("sequence_length", "global_batch", "micro_batch"):
+            if getattr(self, option) < 1:
+                found.append(f"{where}.{option}={getattr(self, option)} must be at least 1")
+        if (self.steps is None) == (self.tokens is None):
+            found.append(f"{where}: give exactly one of steps and tokens")
+        elif self.total_steps < 1:
+            found.append(f"{where}.{'steps' if self.steps is not None else 'tokens'} must be at least 1")
+        for option, values, known in (
+            ("trainable", self.trainable, GROUPS),
+            ("fresh", self.fresh, GROUPS),
+            ("loss", [self.loss], LOSSES),
+            ("schedule", [self.schedule], SCHEDULES),
+            ("mixture", list(self.mixture), datasets),
+        ):
+            found += [unknown(f"{where}.{option}", value, known) for value in values if value not in known]
+        if not self.trainable:
+            found.append(f"{where}.trainable is empty: name at least one of {', '.join(GROUPS)}")
+        if self.mixture and (min(self.mixture.values()) < 0 or sum(self.mixture.values()) <= 0):
+            found.append(f"{where}.mixture: weights must not be negative and one must be above 0")
+        layout = self.parallel or parallel
+        faults = layout.problems(world_size)
+        if self.parallel is not None:
+            found += [f"{where}: {fault}" for fault in faults]
+        if not found and not faults:
+            packs = layout.data_parallel_size(world_size) * self.micro_batch
+            if self.global_batch % packs:
+                found.append(
+                    f"{where}.global_batch={self.global_batch} packs cannot be dealt to"
+                    f" {layout.data_parallel_size(world_size)} data-parallel ranks x micro_batch {self.micro_batch}:"
+                    f" make it a multiple of {packs} or start fewer ranks"
+                )
+            if layout.sequence_parallel and self.sequence_length * self.micro_batch % layout.tensor:
+                found.append(f"{where}.sequence_length={self.sequence_length} must be a multiple of parallel.tensor={layout.tensor}")
+        return found
+
+
+@dataclass
+class CheckpointConfig:
+    """When to save and what to keep; the end of a phase is always saved."""
+
+    every_steps: int = 1000
+    """Optimizer steps between checkpoints; 0: only at the end of a phase."""
+    keep: int = 2
+    """Newest checkpoints kept inside a phase; the end of each phase is kept as well."""
+    asynchronous: bool = False
+    """Write while training goes on."""
+
+
+@dataclass
+class LoggingConfig:
+    """What is written beside metrics.jsonl, and how often a line is shown."""
+
+    every_steps: int = 10
+    wandb: bool = False
+    tensorboard: bool = False
+
+
+@dataclass
+class EvaluationConfig:
+    """Held-out loss and greedy answers."""
+
+    samples: int = 256
+    """Most samples of each validation dataset."""
+    max_new_tokens: int = 64
+    """Longest answer generated."""
+    pictures: int = 24
+    """Samples shown with their prediction in report.html."""
+
+
+@dataclass
+class RunConfig:
+    """Everything a run is made of."""
+
+    run: RunSection = field(default_factory=RunSection)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    init: InitConfig = field(default_factory=InitConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    phases: dict[str, PhaseConfig] = field(default_factory=dict)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def problems(self, world_size: int) -> list[str]:
+        """What cannot work, found from the values alone: one line a fault, each naming its option; empty if none."""
+        found = []
+        for option, value, known in (("run.device", self.run.device, DEVICES), ("run.precision", self.run.precision, PRECISIONS), ("optim.name", self.optim.name, ("adamw",))):
+            if value not in known:
+                found.append(unknown(option, value, known))
+        found += self.parallel.problems(world_size)
+        found += self.model.problems(self.parallel.tensor)
+        if not self.phases:
+            found.append("phases is empty: choose a run with +recipe=NAME")
+        for name, phase in self.phases.items():
+            found += phase.problems(f"phases.{name}", list(self.data.datasets), world_size, self.parallel)
+        if self.init.huggingface and self.init.checkpoint:
+            found.append("init.huggingface and init.checkpoint exclude each other: set one")
+        if self.checkpoint.keep < 1:
+            found.append(f"checkpoint.keep={self.checkpoint.keep} must be at least 1")
+        if self.checkpoint.asynchronous:
+            found.append("checkpoint.asynchronous=true is not available yet: set it to false")
+        return found
+
+
+def unknown(option: str, value: str, known: tuple[str, ...] | list[str]) -> str:
+    """One line for a value that is not among the known ones, with the nearest as suggestion."""
+    close = difflib.get_close_matches(value, known, n=1)
+    hint = f" (did you mean {close[0]}?)" if close else ""
+    return f"{option}={value} is unknown{hint}: use one of {', '.join(known)}"
