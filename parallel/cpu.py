@@ -1,0 +1,157 @@
+"""A stand-in for torch.cuda, so that Megatron-core's own modules train on a CPU over gloo.
+
+Megatron-core 0.19 asks torch.cuda for devices, streams and random states also where no GPU is used. `install` replaces
+just those names, once, and only when the run's device is the CPU; on a GPU this file is never imported. Each replacement
+below says which part of Megatron-core needs it. `torch.cuda.is_available()` stays False, so libraries that ask first
+(transformers among them) are not affected.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+CPU = torch.device("cpu")
+
+# Factories that Megatron-core calls with device="cuda": schedules (token counters), optimizer and clip_grads (flags and
+# norms), rerun state machine, token dispatcher, checkpoint exchange.
+FACTORIES = ("empty", "empty_like", "full", "ones", "ones_like", "rand", "randn", "tensor", "zeros", "zeros_like", "arange")
+
+
+class _Stream:
+    """A stream or event that has always finished: DDP's buckets and the dispatcher order their copies with them."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        pass
+
+    def __enter__(self) -> "_Stream":
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        pass
+
+    def record_event(self, event: object = None) -> "_Stream":
+        return _Stream()
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, end: object) -> float:
+        return 0.0
+
+    def _nothing(self, *args: object, **kwargs: object) -> None:
+        pass
+
+    wait_stream = wait_event = synchronize = record = wait = _nothing
+
+
+def installed() -> bool:
+    """Whether the stand-in is in place in this process."""
+    return getattr(torch.cuda, "visionloom_stand_in", False)
+
+
+def install() -> None:
+    """Put the stand-in in place of the parts of torch.cuda that Megatron-core uses; a second call changes nothing."""
+    if installed():
+        return
+    if torch.cuda.is_initialized():
+        raise RuntimeError("the CPU stand-in must be installed before CUDA is used in this process")
+    _replace_streams_and_devices()
+    _replace_random_state()
+    _replace_factories()
+    _replace_type_names()
+    _replace_collectives()
+    torch.cuda.visionloom_stand_in = True  # type: ignore[attr-defined]
+
+
+def _replace_streams_and_devices() -> None:
+    """Buffers are allocated on `current_device()`; DDP, pipeline and dispatcher wait on streams and synchronize."""
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: CPU
+    cuda.set_device = lambda device: None
+    cuda.synchronize = lambda device=None: None
+    cuda.empty_cache = lambda: None
+    cuda.memory_allocated = cuda.max_memory_allocated = lambda device=None: 0
+    cuda.Stream = cuda.Event = _Stream
+    cuda.current_stream = cuda.default_stream = lambda device=None: _Stream()
+    cuda.stream = lambda stream: contextlib.nullcontext()
+    any_tensor: Any = torch.Tensor
+    any_tensor.cuda = lambda self, *args, **kwargs: self  # checkpoint exchange and grad-norm code move tensors with .cuda()
+    any_module: Any = torch.nn.Module
+    any_module.cuda = lambda self, device=None: self
+
+
+def _replace_random_state() -> None:
+    """tensor_parallel.random keeps per-axis states of the GPU's generator (seeding, recompute): here the CPU's."""
+    cuda: Any = torch.cuda
+    cuda.get_rng_state = lambda device="cuda": torch.get_rng_state()
+    cuda.set_rng_state = lambda state, device="cuda": torch.set_rng_state(state)
+    cuda.manual_seed = torch.default_generator.manual_seed
+
+    import megatron.core.tensor_parallel.random as tensor_parallel_random
+
+    # These two reach into torch.cuda.default_generators and torch._C; recompute restores the state through them.
+    module: Any = tensor_parallel_random
+    module._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
+    module._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+
+
+def _is_cuda(device: object) -> bool:
+    return (isinstance(device, str) and device.startswith("cuda")) or (isinstance(device, torch.device) and device.type == "cuda")
+
+
+def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(factory)
+    def create(*args: Any, **kwargs: Any) -> Any:
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = CPU
+        return factory(*args, **kwargs)
+
+    return create
+
+
+def _replace_factories() -> None:
+    for name in FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+
+
+def _replace_type_names() -> None:
+    """DistributedOptimizer and clip_grads sort tensors by names such as 'torch.cuda.FloatTensor'."""
+    own_type = torch.Tensor.type
+
+    def type_name(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        name = own_type(self, *args, **kwargs)
+        return name.replace("torch.", "torch.cuda.") if isinstance(name, str) and not name.startswith("torch.cuda.") else name
+
+    any_tensor: Any = torch.Tensor
+    any_tensor.type = type_name
+
+
+def _replace_collectives() -> None:
+    """The alltoall dispatcher turns split sizes into lists only when they lie on a GPU; gloo wants lists."""
+    all_to_all_single = torch.distributed.all_to_all_single
+
+    @functools.wraps(all_to_all_single)
+    def with_lists(output: Any, tensor: Any, output_split_sizes: Any = None, input_split_sizes: Any = None, **kwargs: Any) -> Any:
+        sizes = [x.tolist() if isinstance(x, torch.Tensor) else x for x in (output_split_sizes, input_split_sizes)]
+        return all_to_all_single(output, tensor, *sizes, **kwargs)
+
+    torch.distributed.all_to_all_single = with_lists
+
+
+@contextlib.contextmanager
+def quiet_imports() -> Iterator[None]:
+    """Megatron-core warns about every absent accelerator library while it is imported; on a CPU that is expected."""
+    import logging
+    import warnings
+
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)

@@ -1,0 +1,141 @@
+"""Who shares what: process groups of every parallel axis as one object, on NCCL or gloo.
+
+`start` is the only place that opens a process group. Modules get their groups from `Topology.groups` by argument.
+"""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from visionloom.parallel.config import ParallelConfig
+from visionloom.parallel.errors import UserError
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The layout of this run as this rank sees it."""
+
+    config: ParallelConfig
+    device: torch.device
+    rank: int
+    world_size: int
+    groups: Any
+    """Megatron-core's ProcessGroupCollection."""
+
+    @property
+    def tensor_rank(self) -> int:
+        """Place of this rank among those that share a matrix."""
+        return int(self.groups.tp.rank())
+
+    @property
+    def data_rank(self) -> int:
+        """Which copy of the model this rank belongs to."""
+        return int(self.groups.dp.rank())
+
+    @property
+    def data_size(self) -> int:
+        """Copies of the model."""
+        return int(self.groups.dp.size())
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes logs and prints."""
+        return self.rank == 0
+
+    @property
+    def is_data_leader(self) -> bool:
+        """Whether this rank speaks for its copy of the model, when results of the copies are gathered."""
+        return self.tensor_rank == 0
+
+    def barrier(self) -> None:
+        """Wait until all ranks are here."""
+        dist.barrier()
+
+    def sum_over_data(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum of `values` over the copies of the model and the ranks that share a sequence, in place."""
+        dist.all_reduce(values, group=self.groups.dp_cp)
+        return values
+
+    def gather_over_data(self, item: object) -> list[Any]:
+        """What each copy of the model has for `item`, in the order of the copies, on all ranks."""
+        gathered: list[Any] = [None] * self.data_size
+        dist.all_gather_object(gathered, item, group=self.groups.dp)
+        return gathered
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of this rank for `run.device`: `cpu`, `cuda`, or `auto` (cuda where a GPU is visible).
+
+    Raises UserError if a GPU is asked for and none is there.
+    """
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise UserError("run.device=cuda, but no GPU is visible: use run.device=cpu or check the driver")
+    if name == "cpu" or not available:
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(f"{torch.cuda.device_count()} GPUs are visible, but rank {local_rank} of this machine needs its own: lower --nproc-per-node")
+    return torch.device("cuda", local_rank)
+
+
+def set_threads(threads: int) -> None:
+    """CPU threads of this rank: `threads`, or for 0 the cores divided by the ranks of this machine."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // ranks))
+
+
+def start(config: ParallelConfig, device: torch.device, timeout_minutes: float = 30.0) -> Topology:
+    """Open the process groups of a layout; the world comes from torchrun's environment, or is one process without it."""
+    if device.type == "cpu":
+        from visionloom.parallel import cpu
+
+        with cpu.quiet_imports():
+            cpu.install()
+    else:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        _open_world(device, timedelta(minutes=timeout_minutes))
+    return _open_layout(config, device)
+
+
+def _open_world(device: torch.device, timeout: timedelta) -> None:
+    backend = "gloo" if device.type == "cpu" else "nccl"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def _open_layout(config: ParallelConfig, device: torch.device) -> Topology:
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    world_size = dist.get_world_size()
+    faults = config.problems(world_size)
+    if faults:
+        raise UserError("; ".join(faults))
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.tensor,
+        pipeline_model_parallel_size=config.pipeline,
+        virtual_pipeline_model_parallel_size=config.virtual_pipeline,
+        context_parallel_size=config.context,
+        expert_model_parallel_size=config.expert,
+        expert_tensor_parallel_size=config.expert_tensor or 1,
+    )
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    return Topology(config, device, dist.get_rank(), world_size, groups)
+
+
+def stop() -> None:
+    """Close all process groups."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

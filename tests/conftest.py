@@ -1,0 +1,29 @@
+"""Shared fixtures: the device of this test run, and a one-process topology."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from visionloom.parallel import topology as topologies
+from visionloom.parallel.config import ParallelConfig
+from visionloom.parallel.topology import Topology
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--device cuda` runs the one-process tests on a GPU."""
+    parser.addoption("--device", default="cpu", choices=["cpu", "cuda"], help="device of the one-process tests")
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The device that this test run is about."""
+    return topologies.choose_device(request.config.getoption("--device"))
+
+
+@pytest.fixture(scope="session")
+def topology(device: torch.device) -> Iterator[Topology]:
+    """One process without any parallelism."""
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = False
+    yield topologies.start(ParallelConfig(), device)
+    topologies.stop()

@@ -1,0 +1,195 @@
+"""Tiny random Qwen3-VL models of transformers, the same model of ours, and packs for both."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from visionloom.model.config import ModelConfig, TextConfig, VisionConfig
+from visionloom.model.huggingface import from_huggingface
+from visionloom.model.qwen3vl import Qwen3VL
+from visionloom.model.sharding import cut
+from visionloom.parallel.topology import Topology
+
+IMAGE, VIDEO, START, END = 90, 91, 92, 93
+SECONDS = (87, 88, 89)
+"""Tokens that stand for a timestamp before each frame of a video."""
+
+
+def tiny_config(tied: bool = True) -> ModelConfig:
+    """A model with all parts of the real ones: grouped queries, head_dim x heads unlike the hidden size, three levels."""
+    text = TextConfig(
+        layers=4, hidden_size=64, ffn_hidden_size=96, heads=4, kv_heads=2, head_dim=32, vocab_size=96, rope_theta=10_000.0,
+        mrope_section=[6, 5, 5], tie_embeddings=tied, max_positions=4096,
+    )  # fmt: skip
+    vision = VisionConfig(depth=5, hidden_size=48, heads=4, ffn_hidden_size=80, deepstack_layers=[0, 2, 3], position_table=8)
+    return ModelConfig(name="test", text=text, vision=vision)
+
+
+def reference_model(config: ModelConfig, seed: int) -> Any:
+    """transformers' Qwen3VLForConditionalGeneration with random weights, norms and biases included."""
+    text, vision = config.text, config.vision
+    built = Qwen3VLConfig(
+        text_config=dict(
+            vocab_size=text.vocab_size, hidden_size=text.hidden_size, intermediate_size=text.ffn_hidden_size,
+            num_hidden_layers=text.layers, num_attention_heads=text.heads, num_key_value_heads=text.kv_heads,
+            head_dim=text.head_dim, max_position_embeddings=text.max_positions, rms_norm_eps=text.norm_epsilon,
+            rope_parameters=dict(
+                rope_type="default", rope_theta=text.rope_theta, mrope_section=text.mrope_section, mrope_interleaved=True
+            ),
+            tie_word_embeddings=text.tie_embeddings,
+        ),
+        vision_config=dict(
+            depth=vision.depth, hidden_size=vision.hidden_size, num_heads=vision.heads,
+            intermediate_size=vision.ffn_hidden_size, num_position_embeddings=vision.position_table**2,
+            deepstack_visual_indexes=vision.deepstack_layers, out_hidden_size=text.hidden_size,
+        ),
+        image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=START, vision_end_token_id=END,
+        tie_word_embeddings=text.tie_embeddings,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    model = Qwen3VLForConditionalGeneration(built).float()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+            parameter.copy_(centre + torch.randn_like(parameter) * (0.2 if parameter.dim() < 2 else 0.1))
+    return model
+
+
+def load_reference(model: nn.Module, state: dict[str, Tensor], config: ModelConfig, topology: Topology) -> None:
+    """Give our model this rank's part of a transformers state dict; every parameter must be named."""
+    ours = from_huggingface(state, config)
+    named = dict(model.named_parameters())
+    assert named.keys() == ours.keys()
+    rank, size = topology.tensor_rank, topology.config.tensor
+    with torch.no_grad():
+        for name, parameter in named.items():
+            parameter.copy_(cut(name, ours[name], parameter, rank, size))
+
+
+def build_pair(topology: Topology, seed: int, tied: bool = True) -> tuple[Any, Qwen3VL]:
+    """transformers' model and ours with the same weights."""
+    config = tiny_config(tied)
+    theirs = reference_model(config, seed)
+    ours = Qwen3VL(config, topology).to(topology.device)
+    load_reference(ours, theirs.state_dict(), config, topology)
+    return theirs, ours
+
+
+@dataclass
+class Example:
+    """One sample as both models want it."""
+
+    ids: Tensor
+    patches: Tensor
+    grids: list[tuple[int, int, int]]
+    kinds: list[int]
+    supervised: Tensor
+
+
+def make_example(parts: list[Any], seed: int) -> Example:
+    """A sample from text lengths (int), images (h, w) and videos (t, h, w) in patches, with random content."""
+    generator = torch.Generator().manual_seed(seed)
+    ids: list[int] = []
+    grids, kinds = [], []
+    for part in parts:
+        if isinstance(part, int):
+            ids += torch.randint(0, 87, (part,), generator=generator).tolist()
+            continue
+        grid = part if len(part) == 3 else (1, *part)
+        token = VIDEO if len(part) == 3 else IMAGE
+        for frame in range(grid[0]):
+            ids += ([SECONDS[frame % 3]] if token == VIDEO else []) + [START] + [token] * (grid[1] * grid[2] // 4) + [END]
+        grids.append(grid)
+        kinds.append(token)
+    count = sum(t * h * w for t, h, w in grids)
+    patches = torch.randint(0, 256, (count, 1536), generator=generator, dtype=torch.uint8)
+    supervised = torch.rand(len(ids), generator=generator) < 0.6
+    supervised[0] = False
+    return Example(torch.tensor(ids), patches, grids, kinds, supervised)
+
+
+@dataclass
+class TestPack:
+    """The model's Pack protocol, built by plain code that shares nothing with data/."""
+
+    __test__ = False
+    input_ids: Tensor
+    labels: Tensor
+    loss_weights: Tensor
+    position_ids: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+    patches: Tensor
+    grid_thw: Tensor
+    visual_rows: Tensor
+
+
+def reference_positions(theirs: Any, example: Example) -> Tensor:
+    """MRoPE positions [3, n] from transformers' own get_rope_index."""
+    kinds = (example.ids == IMAGE).int() + 2 * (example.ids == VIDEO).int()
+    images, videos = ([g for g, k in zip(example.grids, example.kinds, strict=True) if k == kind] for kind in (IMAGE, VIDEO))
+    positions, _ = theirs.model.get_rope_index(
+        example.ids[None],
+        kinds[None],
+        torch.tensor(images) if images else None,
+        torch.tensor(videos) if videos else None,
+        torch.ones(1, len(example.ids), dtype=torch.long),
+    )
+    return positions[:, 0]
+
+
+def make_pack(theirs: Any, examples: list[Example], length: int | None = None) -> TestPack:
+    """Examples one after the other, weight 1 / sqrt(n) for a sample with n supervised tokens, padded to `length`."""
+    labels, weights, positions, bounds = [], [], [], [0]
+    for example in examples:
+        n = len(example.ids)
+        following = torch.cat([example.ids[1:], torch.tensor([-100])])
+        used = torch.cat([example.supervised[1:], torch.tensor([False])])
+        labels.append(torch.where(used, following, -100))
+        weights.append(used.float() / max(1, int(used.sum())) ** 0.5)
+        positions.append(reference_positions(theirs, example))
+        bounds.append(bounds[-1] + n)
+    ids = torch.cat([e.ids for e in examples])
+    pad = (length or len(ids)) - len(ids)
+    if pad:
+        bounds.append(bounds[-1] + pad)
+    return TestPack(
+        input_ids=torch.nn.functional.pad(ids, (0, pad)),
+        labels=torch.nn.functional.pad(torch.cat(labels), (0, pad), value=-100),
+        loss_weights=torch.nn.functional.pad(torch.cat(weights), (0, pad)),
+        position_ids=torch.nn.functional.pad(torch.cat(positions, 1), (0, pad)).int(),
+        cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
+        max_seqlen=int(np.diff(bounds).max()),
+        patches=torch.cat([e.patches for e in examples]),
+        grid_thw=torch.tensor([g for e in examples for g in e.grids], dtype=torch.int32).reshape(-1, 3),
+        visual_rows=((ids == IMAGE) | (ids == VIDEO)).nonzero()[:, 0],
+    )
+
+
+def reference_run(theirs: Any, examples: list[Example]) -> tuple[list[Tensor], Tensor]:
+    """Logits [n, V] of each example alone, and the weighted loss sum over all, by transformers and torch."""
+    logits, total = [], torch.zeros(())
+    for example in examples:
+        kinds = (example.ids == IMAGE).int() + 2 * (example.ids == VIDEO).int()
+        pixels = example.patches.float() / 127.5 - 1
+        inputs: dict[str, Any] = {}
+        start = 0
+        for grid, kind in zip(example.grids, example.kinds, strict=True):
+            count = grid[0] * grid[1] * grid[2]
+            names = ("pixel_values", "image_grid_thw") if kind == IMAGE else ("pixel_values_videos", "video_grid_thw")
+            for name, item in zip(names, (pixels[start : start + count], torch.tensor([grid])), strict=True):
+                inputs[name] = torch.cat([inputs[name], item]) if name in inputs else item
+            start += count
+        output = theirs(
+            input_ids=example.ids[None], position_ids=reference_positions(theirs, example)[:, None],
+            attention_mask=torch.ones(1, len(example.ids), dtype=torch.long), mm_token_type_ids=kinds[None],
+            use_cache=False, **inputs,
+        ).logits[0]  # fmt: skip
+        logits.append(output)
+        used = example.supervised[1:].nonzero()[:, 0]
+        losses = torch.nn.functional.cross_entropy(output[used], example.ids[used + 1], reduction="none")
+        total = total + losses.sum() / max(1, len(used)) ** 0.5
+    return logits, total
