@@ -119,6 +119,10 @@ class PhaseConfig:
             found.append(f"{where}: give exactly one of steps and tokens")
         elif self.total_steps < 1:
             found.append(f"{where}.{'steps' if self.steps is not None else 'tokens'} must be at least 1")
+        elif not 0 <= self.warmup_steps < self.total_steps:
+            found.append(f"{where}.warmup_steps={self.warmup_steps} must be at least 0 and below the phase's {self.total_steps} steps")
+        if self.decay_steps is not None and not 1 <= self.decay_steps <= self.total_steps - self.warmup_steps:
+            found.append(f"{where}.decay_steps={self.decay_steps} must be at least 1 and fit behind the warm-up")
         for option, values, known in (
             ("trainable", self.trainable, GROUPS),
             ("fresh", self.fresh, GROUPS),

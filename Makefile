@@ -1,0 +1,35 @@
+# make demo   a tiny Qwen3-VL through every phase, on two CPU processes
+# make test   lint, types, import directions and the test suite
+# make lint   only the checks that run no test
+# Each makes .venv and installs on its first run.
+
+SHELL := /bin/bash
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export PYTHONPATH := $(CURDIR)/.link$(if $(PYTHONPATH),:$(PYTHONPATH))
+DEMO_DATA := runs/demo-data
+QUIET := PYTHONWARNINGS=ignore TORCH_CPP_LOG_LEVEL=ERROR TRANSFORMERS_VERBOSITY=error
+
+.PHONY: demo test lint format install
+.DEFAULT_GOAL := test
+
+install: .venv/installed
+
+.venv/installed: setup.py pyproject.toml constraints.txt .ci/setup-venv
+	@bash .ci/setup-venv
+
+demo: .venv/installed
+	@$(QUIET) python launch/data.py demo $(DEMO_DATA)
+	@$(QUIET) OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 launch/pretrain.py +recipe=demo
+
+lint: .venv/installed
+	ruff check .
+	ruff format --check .
+	mypy
+	lint-imports
+
+test: lint
+	pytest
+
+format: .venv/installed
+	ruff check --fix .
+	ruff format .

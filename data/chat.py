@@ -1,0 +1,176 @@
+"""From a sample to the string that the model reads: ChatML, pictures, videos, boxes and times, with loss weights.
+
+A rendering is a list of pieces. Text pieces that touch each other are tokenised as one string, exactly as if the whole
+prompt were tokenised at once; special pieces are placed by id. Source: the chat template that ships with Qwen3-VL, and
+for videos the format of its training (a timestamp and its own vision block for each temporal patch, no outer wrapper).
+"""
+
+import json
+from dataclasses import dataclass, field
+from typing import Final
+
+from visionloom.data.config import MediaConfig
+from visionloom.data.geometry import Grid, chosen_frames, grid_of, patch_timestamps, scale_coordinate, tokens_per_frame
+from visionloom.data.sample import (
+    Box,
+    Element,
+    Image,
+    Message,
+    Point,
+    Sample,
+    SampleError,
+    Text,
+    Think,
+    Time,
+    Video,
+    element_loss,
+)
+from visionloom.data.tokenizer import (
+    END_OF_TEXT,
+    IMAGE,
+    THINK_END,
+    THINK_START,
+    TURN_END,
+    TURN_START,
+    VIDEO,
+    VISION_END,
+    VISION_START,
+)
+from visionloom.parallel.errors import UserError
+
+TEMPLATE_VERSION: Final = 1
+"""Counts changes of what this file renders: length tables made by another version are not used."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A run of plain text, or `count` times one special token; `weight` is each token's weight in the loss."""
+
+    text: str
+    weight: float = 0.0
+    count: int = 0
+    """0 for plain text."""
+
+
+@dataclass(slots=True)
+class Rendering:
+    """A sample as pieces, with the pictures and videos they show, in order."""
+
+    pieces: list[Piece] = field(default_factory=list)
+    media: list[Image | Video] = field(default_factory=list)
+    grids: list[Grid] = field(default_factory=list)
+    prompt_pieces: int = 0
+    """Pieces up to and including the header of the last assistant turn; 0 if there is none."""
+    answer: str | None = None
+    """What the last assistant turn says, without its end mark."""
+
+    def add(self, text: str, weight: float = 0.0, count: int = 0) -> None:
+        """Append a piece; empty text adds nothing."""
+        if text:
+            self.pieces.append(Piece(text, weight, count))
+
+    @property
+    def text(self) -> str:
+        """The whole string that the model reads."""
+        return "".join(piece.text * max(1, piece.count) for piece in self.pieces)
+
+
+def render(sample: Sample, rules: MediaConfig) -> Rendering:
+    """Render a sample; weights are those of its elements times the sample's own.
+
+    Loss lies on what assistants say and on its `<|im_end|>`, or on all text of a document and its `<|endoftext|>`;
+    never on headers, pictures, videos or their timestamps. Raises SampleError for a picture without a valid size, a
+    box outside the sample's pictures, and tools, which cannot be rendered yet.
+    """
+    if sample.tools or any(message.role == "tool" for message in sample.messages):
+        raise SampleError(sample.id, "tools", "tools and their results cannot be rendered yet: leave the sample out")
+    rendering = Rendering()
+    last = max((i for i, message in enumerate(sample.messages) if message.role == "assistant"), default=-1)
+    for index, message in enumerate(sample.messages):
+        _render_message(rendering, sample, message, rules, is_answer=index == last)
+    for element in sample.content:
+        _render_element(rendering, sample, element, element_loss(element) * sample.weight, rules)
+    if sample.kind == "doc":
+        rendering.add(END_OF_TEXT, sample.weight, count=1)
+    return rendering
+
+
+def _render_message(rendering: Rendering, sample: Sample, message: Message, rules: MediaConfig, is_answer: bool) -> None:
+    rendering.add(TURN_START, count=1)
+    rendering.add(f"{message.role}\n")
+    start = len(rendering.pieces)
+    for element in message.content:
+        _render_element(rendering, sample, element, element_loss(element, message) * sample.weight, rules)
+    if is_answer:
+        rendering.prompt_pieces = start
+        rendering.answer = "".join(piece.text * max(1, piece.count) for piece in rendering.pieces[start:])
+    rendering.add(TURN_END, _end_weight(message) * sample.weight, count=1)
+    rendering.add("\n")
+
+
+def _end_weight(message: Message) -> float:
+    default = 1.0 if message.role == "assistant" else 0.0
+    return default if message.loss is None else message.loss
+
+
+def _render_element(rendering: Rendering, sample: Sample, element: Element, weight: float, rules: MediaConfig) -> None:
+    match element:
+        case Text():
+            rendering.add(element.text, weight)
+        case Image() | Video():
+            _render_media(rendering, sample, element, rules)
+        case Think():
+            rendering.add(THINK_START, weight, count=1)
+            rendering.add(f"\n{element.text}\n", weight)
+            rendering.add(THINK_END, weight, count=1)
+            rendering.add("\n\n", weight)
+        case Box():
+            rendering.add(_grounding(sample, element, "bbox_2d", element.xyxy), weight)
+        case Point():
+            rendering.add(_grounding(sample, element, "point_2d", element.xy), weight)
+        case Time():
+            rendering.add(timestamp(element.seconds) if element.format == "seconds" else clock(element.seconds), weight)
+
+
+def _render_media(rendering: Rendering, sample: Sample, media: Image | Video, rules: MediaConfig) -> None:
+    try:
+        grid = grid_of(media, rules)
+    except UserError as error:
+        name = media.ref if isinstance(media, Image) else media.frames[0]
+        raise SampleError(sample.id, name, str(error)) from None
+    rendering.media.append(media)
+    rendering.grids.append(grid)
+    if isinstance(media, Image):
+        _add_vision_block(rendering, IMAGE, tokens_per_frame(grid))
+        return
+    for seconds in patch_timestamps([media.times[index] for index in chosen_frames(media, rules)]):
+        rendering.add(timestamp(seconds))
+        _add_vision_block(rendering, VIDEO, tokens_per_frame(grid))
+
+
+def _add_vision_block(rendering: Rendering, token: str, count: int) -> None:
+    rendering.add(VISION_START, count=1)
+    rendering.add(token, count=count)
+    rendering.add(VISION_END, count=1)
+
+
+def timestamp(seconds: float) -> str:
+    """A moment as `<12.5 seconds>`."""
+    return f"<{seconds:.1f} seconds>"
+
+
+def clock(seconds: float) -> str:
+    """A moment as hours, minutes and seconds: `<0:02:03.4>`."""
+    tenths = round(seconds * 10)
+    return f"<{tenths // 36000}:{tenths // 600 % 60:02d}:{tenths // 10 % 60:02d}.{tenths % 10}>"
+
+
+def _grounding(sample: Sample, element: Box | Point, key: str, values: tuple[float, ...]) -> str:
+    images = sample.images
+    if element.image >= len(images):
+        raise SampleError(sample.id, key, f"image {element.image} expected, the sample has {len(images)}")
+    image = images[element.image]
+    sides = (image.width, image.height) * 2
+    numbers = [scale_coordinate(value, side, element.space) for value, side in zip(values, sides, strict=False)]
+    label = {} if element.label is None else {"label": element.label}
+    return json.dumps({key: numbers, **label}, ensure_ascii=False)

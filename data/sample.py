@@ -1,0 +1,455 @@
+"""A training sample as it lies in a shard: schema version 1, its checks, and its JSON."""
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, Final, Literal, NoReturn, cast
+
+from visionloom.parallel.errors import UserError
+
+SCHEMA_VERSION: Final = 1
+KINDS: Final = ("chat", "doc")
+ROLES: Final = ("system", "user", "assistant", "tool")
+SPACES: Final = ("px", "relative1000")
+TIME_FORMATS: Final = ("seconds", "hms")
+REF: Final = re.compile(r"(?!json$)[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
+"""Names of media members: no folders, no `..`, no leading dot, and never the name of the sample's own JSON."""
+
+Space = Literal["px", "relative1000"]
+
+
+class SampleError(UserError):
+    """One sample is at fault: the message names the sample and the dotted field."""
+
+    def __init__(self, sample_id: str, where: str, problem: str) -> None:
+        super().__init__(f"sample {sample_id}: {where}: {problem}" if where else f"sample {sample_id}: {problem}")
+        self.sample_id, self.where, self.problem = sample_id, where, problem
+
+    def __reduce__(self) -> tuple[type["SampleError"], tuple[str, str, str]]:
+        return SampleError, (self.sample_id, self.where, self.problem)
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Plain text."""
+
+    text: str
+    loss: float | None = None
+    """Weight of its tokens in the loss; None takes the message's (see `element_loss`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """A picture: `ref` is the media member's name; sizes in pixels, limits as areas in pixels."""
+
+    ref: str
+    width: int
+    height: int
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Video:
+    """A video as extracted frames: member names, the time of each in seconds, and the frames' size in pixels."""
+
+    frames: tuple[str, ...]
+    times: tuple[float, ...]
+    width: int
+    height: int
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A rectangle on the sample's `image`-th picture (from 0), in its source pixels or in thousandths of its sides."""
+
+    image: int
+    xyxy: tuple[float, float, float, float]
+    space: Space = "px"
+    label: str | None = None
+    loss: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A point on the sample's `image`-th picture (from 0), in its source pixels or in thousandths of its sides."""
+
+    image: int
+    xy: tuple[float, float]
+    space: Space = "px"
+    label: str | None = None
+    loss: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Time:
+    """A moment of a video in seconds, and how it is to be written."""
+
+    seconds: float
+    format: Literal["seconds", "hms"] = "seconds"
+    loss: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Think:
+    """Reasoning before the answer of an assistant's turn."""
+
+    text: str
+    loss: float | None = None
+
+
+Element = Text | Image | Video | Box | Point | Time | Think
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a chat."""
+
+    role: str
+    content: tuple[Element, ...]
+    loss: float | None = None
+    """Weight of its tokens in the loss; None is 1 for the assistant and 0 for all others."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A chat (`messages`) or an interleaved document (`content`)."""
+
+    id: str
+    kind: str
+    messages: tuple[Message, ...] = ()
+    content: tuple[Element, ...] = ()
+    tools: tuple[Mapping[str, Any], ...] = ()
+    weight: float = 1.0
+    """Factor on the loss of the whole sample."""
+    task: str | None = None
+    """Name of the evaluation task that the last assistant turn answers."""
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    """Free-form facts about the source; unknown top-level keys of the JSON are kept here."""
+
+    @property
+    def elements(self) -> tuple[Element, ...]:
+        """All elements in reading order."""
+        return self.content or tuple(element for message in self.messages for element in message.content)
+
+    @property
+    def images(self) -> tuple[Image, ...]:
+        """The pictures in reading order: what `Box.image` counts."""
+        return tuple(element for element in self.elements if isinstance(element, Image))
+
+    @property
+    def refs(self) -> tuple[str, ...]:
+        """Names of all media members in reading order, each once."""
+        names = (name for element in self.elements for name in _refs_of(element))
+        return tuple(dict.fromkeys(names))
+
+
+def element_loss(element: Element, message: Message | None = None) -> float:
+    """Weight of an element's tokens in the loss: its own, else its message's, else 1 for assistants and documents.
+
+    `message` is None inside a document. Pictures and videos weigh 0: visual tokens are never predicted.
+    """
+    if isinstance(element, Image | Video):
+        return 0.0
+    if element.loss is not None:
+        return element.loss
+    if message is not None and message.loss is not None:
+        return message.loss
+    return 1.0 if message is None or message.role == "assistant" else 0.0
+
+
+def parse_sample(raw: bytes | str | Mapping[str, Any], origin: str = "") -> Sample:
+    """Read and check one sample of schema version 1.
+
+    Unknown top-level keys go to `meta`; unknown keys of messages and elements are ignored. `origin` names the sample
+    in errors as long as its id is not known. Raises SampleError with the dotted field, like
+    `sample digits:12: messages[1].content[0].ref: ...`.
+    """
+    top = _Fields(origin or "?", "", _load(raw, origin or "?"))
+    top = _Fields(top.text("id"), "", top.values)
+    if top.values.get("v") != SCHEMA_VERSION:
+        top.fail("v", f"schema version {SCHEMA_VERSION} expected, got {top.values.get('v')!r}")
+    kind = top.choice("kind", KINDS)
+    sample = Sample(
+        id=top.sample_id,
+        kind=kind,
+        messages=_messages(top) if kind == "chat" else (),
+        content=_content(top, role=None) if kind == "doc" else (),
+        tools=_tools(top),
+        weight=top.number("weight", default=1.0, low=0.0),
+        task=top.optional_text("task"),
+        meta=_meta(top),
+    )
+    _check_image_indices(sample)
+    return sample
+
+
+def to_json(sample: Sample) -> str:
+    """The sample as compact JSON of schema version 1; `parse_sample` reads it back equal."""
+    document: dict[str, Any] = {"v": SCHEMA_VERSION, "id": sample.id, "kind": sample.kind}
+    if sample.kind == "chat":
+        document["messages"] = [_message_json(message) for message in sample.messages]
+    else:
+        document["content"] = [_element_json(element) for element in sample.content]
+    if sample.tools:
+        document["tools"] = [dict(tool) for tool in sample.tools]
+    if sample.weight != 1.0:
+        document["weight"] = sample.weight
+    if sample.task is not None:
+        document["task"] = sample.task
+    if sample.meta:
+        document["meta"] = dict(sample.meta)
+    return json.dumps(document, ensure_ascii=False, separators=(",", ":"))
+
+
+def _refs_of(element: Element) -> tuple[str, ...]:
+    if isinstance(element, Image):
+        return (element.ref,)
+    return element.frames if isinstance(element, Video) else ()
+
+
+def _load(raw: bytes | str | Mapping[str, Any], origin: str) -> Mapping[str, Any]:
+    if isinstance(raw, Mapping):
+        return raw
+    try:
+        values = json.loads(raw)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise SampleError(origin, "", f"not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise SampleError(origin, "", f"a JSON object expected, got {type(values).__name__}")
+    return values
+
+
+class _Fields:
+    """Checked access to the values of one JSON object; every failure names the sample and the dotted field."""
+
+    def __init__(self, sample_id: str, path: str, values: Any) -> None:
+        self.sample_id, self.path = sample_id, path
+        if not isinstance(values, Mapping):
+            raise SampleError(sample_id, path, f"an object expected, got {_kind_of(values)}")
+        self.values: Mapping[str, Any] = values
+
+    def fail(self, name: str, problem: str) -> NoReturn:
+        raise SampleError(self.sample_id, self.at(name), problem)
+
+    def at(self, name: str) -> str:
+        return f"{self.path}.{name}" if self.path and name else self.path or name
+
+    def get(self, name: str) -> Any:
+        if name not in self.values:
+            self.fail(name, "missing")
+        return self.values[name]
+
+    def text(self, name: str) -> str:
+        value = self.get(name)
+        if not isinstance(value, str) or (name == "id" and not value):
+            self.fail(name, f"a string expected, got {_kind_of(value)}")
+        return value
+
+    def optional_text(self, name: str) -> str | None:
+        return None if self.values.get(name) is None else self.text(name)
+
+    def choice(self, name: str, allowed: tuple[str, ...], default: str | None = None) -> str:
+        value = self.values.get(name, default)
+        if value not in allowed:
+            self.fail(name, f"one of {', '.join(allowed)} expected, got {value!r}")
+        return cast(str, value)
+
+    def number(self, name: str, default: float | None = None, low: float = -math.inf) -> float:
+        return self._number(name, self.values.get(name, default), low)
+
+    def integer(self, name: str, low: int) -> int:
+        value = self.get(name)
+        if type(value) is not int or value < low:
+            self.fail(name, f"an integer of at least {low} expected, got {value!r}")
+        return value
+
+    def optional_integer(self, name: str, low: int) -> int | None:
+        return None if self.values.get(name) is None else self.integer(name, low)
+
+    def loss(self) -> float | None:
+        return None if self.values.get("loss") is None else self.number("loss", low=0.0)
+
+    def items(self, name: str) -> list[Any]:
+        value = self.get(name)
+        if not isinstance(value, list | tuple):
+            self.fail(name, f"a list expected, got {_kind_of(value)}")
+        return list(value)
+
+    def numbers(self, name: str, count: int | None = None, low: float = -math.inf) -> tuple[float, ...]:
+        items = self.items(name)
+        if count is not None and len(items) != count:
+            self.fail(name, f"{count} numbers expected, got {len(items)}")
+        return tuple(self._number(f"{name}[{index}]", item, low) for index, item in enumerate(items))
+
+    def _number(self, name: str, value: Any, low: float) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            self.fail(name, f"a finite number expected, got {value!r}")
+        if value < low:
+            self.fail(name, f"at least {low:g} expected, got {value!r}")
+        return float(value)
+
+    def ref(self, name: str, value: Any) -> str:
+        if not isinstance(value, str) or len(value) > 80 or REF.fullmatch(value) is None:
+            self.fail(name, f"a plain member name like img0.png expected, got {value!r}")
+        return value
+
+
+def _kind_of(value: Any) -> str:
+    return "null" if value is None else type(value).__name__
+
+
+def _messages(top: _Fields) -> tuple[Message, ...]:
+    messages = tuple(
+        _message(_Fields(top.sample_id, f"messages[{index}]", value), index)
+        for index, value in enumerate(top.items("messages"))
+    )
+    if not messages:
+        top.fail("messages", "at least one message expected")
+    return messages
+
+
+def _message(fields: _Fields, index: int) -> Message:
+    role = fields.choice("role", ROLES)
+    if role == "system" and index > 0:
+        fields.fail("role", "a system message comes first or not at all")
+    return Message(role, _content(fields, role), fields.loss())
+
+
+def _content(fields: _Fields, role: str | None) -> tuple[Element, ...]:
+    if isinstance(fields.values.get("content"), str) and role is not None:
+        return (Text(fields.values["content"]),)
+    elements = tuple(
+        _element(_Fields(fields.sample_id, f"{fields.at('content')}[{index}]", value), role)
+        for index, value in enumerate(fields.items("content"))
+    )
+    if not elements and role is None:
+        fields.fail("content", "at least one element expected")
+    return elements
+
+
+def _element(fields: _Fields, role: str | None) -> Element:
+    kind = fields.choice("type", tuple(_READERS))
+    if kind == "think" and role != "assistant":
+        fields.fail("type", "think belongs to assistant messages only")
+    return _READERS[kind](fields)
+
+
+def _text(fields: _Fields) -> Text:
+    return Text(fields.text("text"), fields.loss())
+
+
+def _think(fields: _Fields) -> Think:
+    return Think(fields.text("text"), fields.loss())
+
+
+def _image(fields: _Fields) -> Image:
+    return Image(
+        fields.ref("ref", fields.get("ref")),
+        fields.integer("w", 1),
+        fields.integer("h", 1),
+        fields.optional_integer("min_pixels", 1),
+        fields.optional_integer("max_pixels", 1),
+    )
+
+
+def _video(fields: _Fields) -> Video:
+    if "ref" in fields.values:
+        fields.fail("ref", "video files cannot be read yet: extract the frames and give `frames` and `t`")
+    frames = tuple(fields.ref(f"frames[{i}]", name) for i, name in enumerate(fields.items("frames")))
+    times = fields.numbers("t", low=0.0)
+    if not frames:
+        fields.fail("frames", "at least one frame expected")
+    if len(times) != len(frames):
+        fields.fail("t", f"one time for each of the {len(frames)} frames expected, got {len(times)}")
+    if any(later < earlier for earlier, later in pairwise(times)):
+        fields.fail("t", "times must not decrease")
+    return Video(frames, times, fields.integer("w", 1), fields.integer("h", 1))
+
+
+def _box(fields: _Fields) -> Box:
+    x1, y1, x2, y2 = xyxy = _coordinates(fields, "xyxy", 4)
+    if x2 < x1 or y2 < y1:
+        fields.fail("xyxy", f"x1 <= x2 and y1 <= y2 expected, got {list(xyxy)}")
+    return Box(fields.integer("image", 0), (x1, y1, x2, y2), _space(fields), fields.optional_text("label"), fields.loss())
+
+
+def _point(fields: _Fields) -> Point:
+    x, y = _coordinates(fields, "xy", 2)
+    return Point(fields.integer("image", 0), (x, y), _space(fields), fields.optional_text("label"), fields.loss())
+
+
+def _time(fields: _Fields) -> Time:
+    format_name = cast(Literal["seconds", "hms"], fields.choice("fmt", TIME_FORMATS, default="seconds"))
+    return Time(fields.number("t", low=0.0), format_name, fields.loss())
+
+
+_READERS: Final[dict[str, Callable[[_Fields], Element]]] = {
+    "text": _text,
+    "image": _image,
+    "video": _video,
+    "box": _box,
+    "point": _point,
+    "time": _time,
+    "think": _think,
+}
+
+
+def _space(fields: _Fields) -> Space:
+    return cast(Space, fields.choice("space", SPACES, default="px"))
+
+
+def _coordinates(fields: _Fields, name: str, count: int) -> tuple[float, ...]:
+    numbers = fields.numbers(name, count)
+    if _space(fields) == "relative1000" and not all(0 <= number <= 1000 for number in numbers):
+        fields.fail(name, f"numbers from 0 to 1000 expected in space relative1000, got {list(numbers)}")
+    return numbers
+
+
+def _tools(top: _Fields) -> tuple[Mapping[str, Any], ...]:
+    if top.values.get("tools") is None:
+        return ()
+    return tuple(_Fields(top.sample_id, f"tools[{i}]", tool).values for i, tool in enumerate(top.items("tools")))
+
+
+def _meta(top: _Fields) -> Mapping[str, Any]:
+    known = {"v", "id", "kind", "messages", "content", "tools", "weight", "task", "meta"}
+    unknown = {name: value for name, value in top.values.items() if name not in known}
+    meta = top.values.get("meta")
+    return unknown if meta is None else {**unknown, **_Fields(top.sample_id, "meta", meta).values}
+
+
+def _check_image_indices(sample: Sample) -> None:
+    count = len(sample.images)
+    for element in sample.elements:
+        if isinstance(element, Box | Point) and element.image >= count:
+            kind = type(element).__name__.lower()
+            raise SampleError(sample.id, f"{kind}.image", f"picture {element.image} of {count} (they count from 0)")
+
+
+def _message_json(message: Message) -> dict[str, Any]:
+    loss = {} if message.loss is None else {"loss": message.loss}
+    return {"role": message.role, **loss, "content": [_element_json(element) for element in message.content]}
+
+
+def _element_json(element: Element) -> dict[str, Any]:
+    match element:
+        case Text() | Think():
+            values: dict[str, Any] = {"type": type(element).__name__.lower(), "text": element.text}
+        case Image():
+            values = {"type": "image", "ref": element.ref, "w": element.width, "h": element.height}
+            values |= {"min_pixels": element.min_pixels, "max_pixels": element.max_pixels}
+        case Video():
+            values = {"type": "video", "frames": list(element.frames), "t": list(element.times)}
+            values |= {"w": element.width, "h": element.height}
+        case Box():
+            values = {"type": "box", "image": element.image, "xyxy": list(element.xyxy), "space": element.space}
+        case Point():
+            values = {"type": "point", "image": element.image, "xy": list(element.xy), "space": element.space}
+        case Time():
+            values = {"type": "time", "t": element.seconds, "fmt": element.format}
+    optional = {"label": getattr(element, "label", None), "loss": getattr(element, "loss", None)}
+    return {name: value for name, value in (values | optional).items() if value is not None}

@@ -1,0 +1,94 @@
+"""The tokenizer of a run: Qwen's byte-level BPE, in which special tokens come from structure and never from text."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Encoding
+from tokenizers import Tokenizer as Backend
+
+from visionloom.parallel.errors import UserError
+
+END_OF_TEXT: Final = "<|endoftext|>"
+TURN_START: Final = "<|im_start|>"
+TURN_END: Final = "<|im_end|>"
+VISION_START: Final = "<|vision_start|>"
+VISION_END: Final = "<|vision_end|>"
+IMAGE: Final = "<|image_pad|>"
+VIDEO: Final = "<|video_pad|>"
+THINK_START: Final = "<think>"
+THINK_END: Final = "</think>"
+REQUIRED: Final = (END_OF_TEXT, TURN_START, TURN_END, VISION_START, VISION_END, IMAGE, VIDEO, THINK_START, THINK_END)
+
+
+class Tokenizer:
+    """Reads `tokenizer.json` of a Hugging Face tokenizer folder.
+
+    Text is encoded by a copy without added tokens, so that `<|im_end|>` inside a user's message is spelled out in
+    ordinary tokens and can neither end a turn nor stand for an image. Raises UserError if the file or one of Qwen3-VL's
+    special tokens is missing.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        path = Path(folder) / "tokenizer.json"
+        if not folder or not path.is_file():
+            raise UserError(f"data.tokenizer={folder}: no tokenizer.json there: give the folder of a fast Hugging Face tokenizer")
+        raw = path.read_bytes()
+        self.fingerprint = hashlib.sha256(raw).hexdigest()
+        try:
+            self._whole = Backend.from_str(raw.decode())
+            self._plain = Backend.from_str(json.dumps({**json.loads(raw), "added_tokens": [], "post_processor": None}))
+        except Exception as error:  # the library raises bare Exception
+            raise UserError(f"data.tokenizer={folder}: tokenizer.json cannot be read: {error}") from None
+        for backend in (self._whole, self._plain):
+            backend.no_padding()
+            backend.no_truncation()
+        found = {token: self._whole.token_to_id(token) for token in REQUIRED}
+        self._special = {token: number for token, number in found.items() if number is not None}
+        if missing := [token for token, number in found.items() if number is None]:
+            raise UserError(f"data.tokenizer={folder} lacks special tokens of Qwen3-VL: {' '.join(missing)}")
+
+    def __reduce__(self) -> tuple[type["Tokenizer"], tuple[str]]:
+        return Tokenizer, (self.folder,)
+
+    @property
+    def pad_id(self) -> int:
+        """Id of `<|endoftext|>`, which fills what is left of a pack."""
+        return self._special[END_OF_TEXT]
+
+    @property
+    def stop_ids(self) -> tuple[int, int]:
+        """Ids that end a generated answer: `<|im_end|>` and `<|endoftext|>`."""
+        return self._special[TURN_END], self._special[END_OF_TEXT]
+
+    @cached_property
+    def size(self) -> int:
+        """Number of ids, special tokens included."""
+        return int(self._whole.get_vocab_size(with_added_tokens=True))
+
+    def special(self, token: str) -> int:
+        """Id of one of the REQUIRED tokens."""
+        return self._special[token]
+
+    def encode(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
+        """Token ids of plain texts, int32; special tokens spelled inside them stay text."""
+        return [np.array(found.ids, np.int32) for found in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode_with_ends(self, texts: Sequence[str]) -> list[tuple[NDArray[np.int32], NDArray[np.int64]]]:
+        """Like `encode`, with the index of the last character that each token covers."""
+        return [_with_ends(found) for found in self._plain.encode_batch(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int], keep_special: bool = False) -> str:
+        """Text of token ids; special tokens are left out unless kept."""
+        return str(self._whole.decode(list(ids), skip_special_tokens=not keep_special))
+
+
+def _with_ends(found: Encoding) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    ends = np.array(found.offsets, np.int64).reshape(-1, 2)[:, 1]
+    return np.array(found.ids, np.int32), np.maximum(ends - 1, 0)

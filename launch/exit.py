@@ -1,0 +1,82 @@
+"""How a command ends on a user's error: one line, from one rank, exit code 2, no traceback.
+
+torchrun ends all ranks as soon as one has failed. So the rank that speaks leaves at once, and the others wait to be ended:
+a rank that left first would have the speaker killed before it has spoken.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import NoReturn
+
+USER_ERROR = 2
+SECONDS_UNTIL_ENDED = 10.0
+"""Longest wait of a silent rank; torchrun looks for failed ranks every 0.1 s."""
+
+
+def exit_with(error: Exception, folder: str = "", step: int | None = None, everywhere: bool = False) -> NoReturn:
+    """Print the user's error and end this process with exit code 2.
+
+    Exactly one rank of a machine prints. Set `everywhere` where all ranks are sure to find the same error (a wrong key):
+    then rank 0 alone prints. Otherwise any rank may be the only one in trouble, and the first one to claim it prints.
+    The rank that prints also writes `status.json` into `folder`, the run's folder, if that exists.
+
+    Args:
+        error: its message is one line a fault, each naming the option and the fix.
+        folder: the run's folder.
+        step: optimizer step at which the error rose, if training had begun.
+        everywhere: whether all ranks raise this same error.
+    """
+    if _may_speak(everywhere):
+        lines = str(error).splitlines() or [type(error).__name__]
+        sys.stdout.flush()
+        print(*(f"error: {line}" for line in lines), sep="\n", file=sys.stderr, flush=True)
+        if folder and Path(folder).is_dir():
+            hint = "change the option that the cause names and start the same command again"
+            write_status(folder, USER_ERROR, str(error), step, hint)
+    else:
+        time.sleep(SECONDS_UNTIL_ENDED)
+    sys.exit(USER_ERROR)
+
+
+def write_status(folder: str, code: int, cause: str, step: int | None, hint: str) -> None:
+    """Write how the run ended to `status.json` in its folder: torchrun flattens the exit codes of its ranks to 1.
+
+    A run's folder that cannot be written to is no second error: the cause has been printed.
+    """
+    status = {"code": code, "cause": cause, "rank": int(os.environ.get("RANK", "0")), "step": step, "hint": hint}
+    target = Path(folder) / "status.json"
+    try:
+        draft = target.with_suffix(".json.tmp")
+        draft.write_text(json.dumps(status, indent=1) + "\n")
+        draft.replace(target)
+    except OSError as fault:
+        print(f"warning: {target} could not be written: {fault.strerror}", file=sys.stderr, flush=True)
+
+
+def _may_speak(everywhere: bool) -> bool:
+    """Whether this rank is the one to print."""
+    if everywhere:
+        return os.environ.get("RANK", "0") == "0"
+    attempt = _attempt_folder()
+    if attempt is None:
+        return True
+    try:
+        (attempt / "visionloom.error").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _attempt_folder() -> Path | None:
+    """The folder that torchrun makes for this start of the ranks of this machine and removes afterwards; None without one.
+
+    torchrun gives each rank a file `<attempt>/<local rank>/error.json`.
+    """
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE", "")
+    attempt = Path(error_file).parents[1] if error_file else None
+    return attempt if attempt is not None and attempt.is_dir() else None

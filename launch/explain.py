@@ -1,0 +1,175 @@
+"""Turn what Hydra, OmegaConf and YAML say about a wrong configuration into one line that names the option and the fix."""
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterator
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+
+from hydra.errors import MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, InterpolationResolutionError, OmegaConfBaseException
+from yaml import MarkedYAMLError
+
+from visionloom.train.config import RunConfig
+
+ANY = "<name>"
+"""Stands for the free key of a mapping in a dotted path: phases.<name>.steps."""
+
+
+def explain(error: Exception, config_dir: str = "") -> str:
+    """One line for an error that rose while composing: what is wrong, where, and the nearest right spelling.
+
+    Args:
+        error: a HydraException, an OmegaConfBaseException, a YAMLError, or what Hydra fails with on odd input.
+        config_dir: the user's own recipes, for the list of what exists.
+    """
+    if isinstance(error, MissingConfigException):
+        return _missing_file(error, config_dir)
+    if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
+        return f"{error.problem_mark.name}, line {error.problem_mark.line + 1}: not valid YAML: {error.problem}"
+    if isinstance(error, OverrideParseException):
+        return f"command line: cannot read '{error.override}': write key=value, and quote a value that has special characters"
+    file = re.match(r"In '([^']+)'", str(error))
+    return (f"{file[1]}.yaml: " if file else "") + _fault(error)
+
+
+def unknown_keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
+    """Dotted paths in a composed configuration that its schema does not have.
+
+    Hydra accepts any key behind `+` and `++`, and OmegaConf drops it in silence when it builds the dataclasses.
+    """
+    schema = OmegaConf.get_type(config)
+    known = {field.name for field in dataclasses.fields(schema)} if dataclasses.is_dataclass(schema) else None
+    for key in map(str, config):
+        if known is not None and key not in known:
+            yield f"{prefix}{key}"
+        elif OmegaConf.is_missing(config, key) or OmegaConf.is_interpolation(config, key):
+            continue
+        elif isinstance(config[key], DictConfig):
+            yield from unknown_keys(config[key], f"{prefix}{key}.")
+
+
+def no_such_key(path: str) -> str:
+    """The line for a key that the schema does not have, with the nearest ones that it has."""
+    close = suggestions(path)
+    return f"no such key: {path}" + (f" (did you mean {' or '.join(close)}?)" if close else "")
+
+
+def suggestions(path: str) -> list[str]:
+    """At most two dotted paths of the schema that the user may have meant, best first.
+
+    A near name at the same place goes before the same name at another place, and that before a near name anywhere.
+    """
+    parts = path.split(".")
+    by_path = {candidate: candidate.rpartition(".")[2] for candidate in _fill_names(schema_paths(), parts)}
+    beside = [candidate for candidate in by_path if candidate.rpartition(".")[0] == path.rpartition(".")[0]]
+    if near := difflib.get_close_matches(path, beside, n=1):
+        return near
+    leaf = difflib.get_close_matches(parts[-1], set(by_path.values()), n=1, cutoff=0.75)
+    return sorted(
+        (candidate for candidate in by_path if by_path[candidate] in leaf), key=lambda candidate: candidate.count(".")
+    )[:2]
+
+
+def schema_paths(schema: type = RunConfig, prefix: str = "") -> list[str]:
+    """Every dotted path of the schema, sections included; the free keys of mappings are `<name>`."""
+    paths = []
+    for name, hint in typing.get_type_hints(schema).items():
+        path = f"{prefix}{name}"
+        paths.append(path)
+        if typing.get_origin(hint) is dict:
+            path, hint = f"{path}.{ANY}", typing.get_args(hint)[1]
+        elif isinstance(hint, types.UnionType):
+            hint = typing.get_args(hint)[0]
+        if dataclasses.is_dataclass(hint):
+            paths += schema_paths(typing.cast(type, hint), f"{path}.")
+    return paths
+
+
+def available(group: str, config_dir: str = "") -> list[str]:
+    """Names that can be chosen in a group of recipes/, nested ones included: `demo`, `qwen3vl/long`."""
+    roots: list[Traversable] = [files("visionloom.recipes").joinpath(group)]
+    if config_dir:
+        roots.append(Path(config_dir) / group)
+    return sorted({name for root in roots if root.is_dir() for name in _yaml_names(root)})
+
+
+def _yaml_names(folder: Traversable, prefix: str = "") -> Iterator[str]:
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            yield from _yaml_names(entry, f"{prefix}{entry.name}/")
+        elif entry.name.endswith(".yaml"):
+            yield prefix + entry.name.removesuffix(".yaml")
+
+
+def _fill_names(paths: list[str], parts: list[str]) -> list[str]:
+    """The paths with each `<name>` replaced by what the user wrote at that place, where they wrote as much."""
+    return [
+        ".".join(parts[at] if name == ANY and at < len(parts) else name for at, name in enumerate(path.split(".")))
+        for path in paths
+    ]
+
+
+def _missing_file(error: MissingConfigException, config_dir: str) -> str:
+    """A recipe or an option of a group that does not exist."""
+    found = re.search(r"Could not (?:find|load) '([^']*)'", str(error))
+    group, _, name = (found[1] if found else error.missing_cfg_file or "").partition("/")
+    names = available(group, config_dir)
+    if not names:
+        return f"no such group: {group}{_did_you_mean(group, _groups())}"
+    return f"{group}={name or '(nothing)'} is unknown{_did_you_mean(name, names)}: use one of {', '.join(names)}"
+
+
+def _groups() -> list[str]:
+    return [entry.name for entry in files("visionloom.recipes").iterdir() if entry.is_dir() and not entry.name.startswith("_")]
+
+
+def _did_you_mean(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _fault(error: Exception) -> str:
+    """What is wrong, told by the first cause that knows its key, or else by Hydra."""
+    cause = _cause_with_key(error)
+    if isinstance(cause, InterpolationResolutionError):
+        return f"{cause.full_key}: {_first_line(cause).rpartition('resolving interpolation: ')[2]}"
+    if isinstance(cause, ConfigKeyError | ConfigAttributeError):
+        return _missing_key(cause)
+    if cause is not None:
+        wants_list = "is not a ListConfig" in str(cause)
+        return f"{cause.full_key}: {'the value must be a list: [a, b]' if wants_list else _first_line(cause)}"
+    if group := re.match(r"(?:In '[^']+': )?Could not override '([^']+)'", str(error)):
+        return f"no such group: {group[1]}{_did_you_mean(group[1], _groups())}"
+    if "An item is already at" in str(error):
+        return f"{_first_line(error)} Write it without the plus"
+    return _first_line(error)
+
+
+def _cause_with_key(error: BaseException | None) -> OmegaConfBaseException | None:
+    while error is not None:
+        if isinstance(error, OmegaConfBaseException) and error.full_key:
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _missing_key(cause: OmegaConfBaseException) -> str:
+    """A key that a section does not have, or a name that a mapping does not have."""
+    path, parent = str(cause.full_key), cause.parent_node
+    if not isinstance(parent, DictConfig) or dataclasses.is_dataclass(OmegaConf.get_type(parent)):
+        return no_such_key(path)
+    names = list(map(str, parent))
+    there_are = f", there are {', '.join(names)}" if names else ""
+    value = "{...}" if dataclasses.is_dataclass(parent._metadata.element_type) else "VALUE"
+    return f"no such name: {path}{_did_you_mean(path.rpartition('.')[2], names)}{there_are}; to add it, write '+{path}={value}'"
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -1,0 +1,73 @@
+"""Floating-point operations of a step, counted honestly: real tokens only, frozen parts only where gradients pass.
+
+A multiplication and an addition are two operations. Only matrix products count, as in torch's FlopCounterMode, which is
+the reference of the tests. Padding and recomputation never count.
+"""
+
+from dataclasses import dataclass
+
+from visionloom.model.config import ModelConfig, TextConfig, VisionConfig
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step has to process, summed over its packs."""
+
+    tokens: int
+    """Real tokens."""
+    supervised_tokens: int
+    """Tokens that the output layer sees."""
+    token_pairs: int
+    """Sum of the squared lengths of the samples."""
+    patches: int
+    patch_pairs: int
+    """Sum of the squared patch counts of the frames."""
+
+
+def language_flops(text: TextConfig, work: Work) -> float:
+    """Forward operations of the decoder layers; a causal score matrix counts half."""
+    projections = text.hidden_size * text.head_dim * (2 * text.heads + 2 * text.kv_heads)
+    per_token = 2 * text.layers * (projections + 3 * text.hidden_size * text.ffn_hidden_size)
+    attention = 2 * text.layers * text.heads * text.head_dim * work.token_pairs
+    return float(per_token * work.tokens + attention)
+
+
+def output_flops(text: TextConfig, work: Work) -> float:
+    """Forward operations of the output layer, which runs on supervised tokens alone."""
+    return 2.0 * text.hidden_size * text.vocab_size * work.supervised_tokens
+
+
+def vision_flops(vision: VisionConfig, work: Work) -> float:
+    """Forward operations of the vision tower without its mergers."""
+    block = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.ffn_hidden_size
+    per_patch = 2 * (vision.depth * block + vision.patch_width * vision.hidden_size)
+    return float(per_patch * work.patches + 4 * vision.depth * vision.hidden_size * work.patch_pairs)
+
+
+def merger_flops(config: ModelConfig, work: Work) -> float:
+    """Forward operations of the main and the DeepStack mergers."""
+    merged = config.vision.spatial_merge_size**2
+    width = config.vision.hidden_size * merged
+    one = 2.0 * width * (width + config.text.hidden_size) * (work.patches // merged)
+    return one * (1 + len(config.vision.deepstack_layers))
+
+
+def step_flops(config: ModelConfig, work: Work, trainable: set[str]) -> dict[str, float]:
+    """Operations of forward and backward by part: language, output, merger, vision.
+
+    A part costs its forward once; once more for the gradient of its weights if it trains; and once more for the gradient of
+    its input if something before it trains. Embeddings come before the language layers and train with them.
+    """
+    vision, merger, language = (group in trainable for group in ("vision", "merger", "language"))
+    attention = 2.0 * config.text.layers * config.text.heads * config.text.head_dim * work.token_pairs
+    passes = {
+        "language": (language_flops(config.text, work), 1 + language, language or merger or vision),
+        "output": (output_flops(config.text, work), 1 + language, True),
+        "merger": (merger_flops(config, work), 1 + merger, vision),
+        "vision": (vision_flops(config.vision, work), 1 + vision, vision),
+    }
+    flops = {part: cost * (weights + inputs) for part, (cost, weights, inputs) in passes.items()}
+    if not language:
+        # Attention has no weights of its own: its backward is twice its forward whether or not the layers train.
+        flops["language"] += attention * (merger or vision)
+    return flops

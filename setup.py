@@ -1,0 +1,55 @@
+"""Package the folders of this repository as subpackages of visionloom: train/ is imported as visionloom.train."""
+
+from setuptools import find_packages, setup
+
+FOLDERS = ["parallel", "model", "data", "train", "recipes", "launch"]
+
+# Lower bounds are what the code needs, upper bounds the newest series tested; constraints.txt has the exact versions.
+CORE = [
+    "torch>=2.11,<2.16",
+    "megatron-core>=0.19.2,<0.20",
+    "psutil>=6.0,<8",  # imported by megatron-core, which does not declare it
+    "transformers>=5.12,<6",
+    "safetensors>=0.5,<1",
+    "webdataset>=1.0,<2",
+    "hydra-core>=1.3.2,<1.4",
+    "omegaconf>=2.3,<2.4",
+    "numpy>=2.1,<3",
+    "pillow>=11.0,<14",
+    "rich>=13.9,<16",
+    "wandb>=0.20,<0.32",
+    "xxhash>=3.5,<5",
+]
+EXTRAS = {
+    "video": ["av>=14.0,<20"],
+    "deepspeed": ["deepspeed>=0.19.3,<0.20"],
+    "flash": ["flash-attn-4>=4.0.0b36,<5", "liger-kernel>=0.8,<0.9"],
+    "s3": ["s3fs>=2026.1"],
+    "convert": ["pyarrow>=20,<26", "datasets>=4.0,<6"],
+    "demo": ["scikit-learn>=1.6,<2"],
+}
+EXTRAS["test"] = [
+    *EXTRAS["demo"],
+    *EXTRAS["video"],
+    "pytest>=9.0,<10",
+    "hypothesis>=6.130,<7",
+    "torchvision>=0.26,<0.30",  # reference for resizing
+    "qwen-vl-utils>=0.0.14,<0.1",  # reference for frame and pixel rules
+]
+EXTRAS["dev"] = [*EXTRAS["test"], "ruff>=0.17,<0.18", "mypy>=2.4,<2.5", "import-linter>=2.16,<3"]
+
+setup(
+    name="visionloom",
+    version="0.0.1",
+    description="Train Qwen3-VL models: text, images and video woven into long sequences",
+    license="Apache-2.0",
+    python_requires=">=3.12",
+    package_dir={f"visionloom.{folder}": folder for folder in FOLDERS},
+    packages=[
+        f"visionloom.{name}" for folder in FOLDERS for name in [folder, *(f"{folder}.{sub}" for sub in find_packages(folder))]
+    ],
+    package_data={"visionloom.recipes": ["**/*.yaml"]},
+    install_requires=CORE,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["visionloom-pretrain = visionloom.launch.pretrain:main"]},
+)

@@ -1,0 +1,171 @@
+"""Schema version 1: every element survives the round trip, and every mistake is named with its sample and field."""
+
+import copy
+import json
+import pickle
+from typing import Any
+
+import pytest
+
+from visionloom.data.sample import (
+    Box,
+    Image,
+    Message,
+    Point,
+    Sample,
+    SampleError,
+    Text,
+    Think,
+    Time,
+    Video,
+    element_loss,
+    parse_sample,
+    to_json,
+)
+
+CHAT: dict[str, Any] = {
+    "v": 1,
+    "id": "digits:12",
+    "kind": "chat",
+    "messages": [
+        {"role": "system", "content": [{"type": "text", "text": "Be short."}]},
+        {
+            "role": "user",
+            "content": [
+                {"type": "image", "ref": "img0.png", "w": 64, "h": 32, "max_pixels": 4096},
+                {"type": "video", "frames": ["vid0.000.png", "vid0.001.png"], "t": [0.0, 0.5], "w": 32, "h": 32},
+                {"type": "text", "text": "Where is it at ", "loss": 0.5},
+                {"type": "time", "t": 12.5, "fmt": "hms"},
+            ],
+        },
+        {
+            "role": "assistant",
+            "loss": 2.0,
+            "content": [
+                {"type": "think", "text": "Hm."},
+                {"type": "box", "image": 0, "xyxy": [0, 1, 32, 32.5], "space": "px", "label": "7"},
+                {"type": "point", "image": 0, "xy": [10, 1000], "space": "relative1000", "loss": 0},
+            ],
+        },
+    ],
+    "weight": 0.5,
+    "task": "grounding",
+    "meta": {"source": "test"},
+}
+
+
+def test_every_element_is_read() -> None:
+    sample = parse_sample(json.dumps(CHAT).encode())
+    assert sample == Sample(
+        id="digits:12",
+        kind="chat",
+        messages=(
+            Message("system", (Text("Be short."),)),
+            Message(
+                "user",
+                (
+                    Image("img0.png", 64, 32, None, 4096),
+                    Video(("vid0.000.png", "vid0.001.png"), (0.0, 0.5), 32, 32),
+                    Text("Where is it at ", 0.5),
+                    Time(12.5, "hms"),
+                ),
+            ),
+            Message(
+                "assistant",
+                (
+                    Think("Hm."),
+                    Box(0, (0, 1, 32, 32.5), "px", "7"),
+                    Point(0, (10, 1000), "relative1000", None, 0.0),
+                ),
+                2.0,
+            ),
+        ),
+        weight=0.5,
+        task="grounding",
+        meta={"source": "test"},
+    )
+    assert sample.refs == ("img0.png", "vid0.000.png", "vid0.001.png")
+
+
+def test_json_reads_back_equal() -> None:
+    sample = parse_sample(CHAT)
+    assert parse_sample(to_json(sample)) == sample
+    document = Sample("d", "doc", content=(Text("a\u00e9 "), Image("i.png", 1, 2)), tools=({"name": "f"},))
+    assert parse_sample(to_json(document).encode()) == document
+
+
+def test_weights_fall_back_from_element_to_message_to_role() -> None:
+    system, user, assistant = parse_sample(CHAT).messages
+    assert element_loss(system.content[0], system) == 0
+    assert [element_loss(element, user) for element in user.content] == [0, 0, 0.5, 0]
+    assert [element_loss(element, assistant) for element in assistant.content] == [2, 2, 0]
+    assert element_loss(Text("x"), Message("assistant", ())) == 1
+    assert [element_loss(element) for element in (Text("x"), Image("i.png", 1, 1))] == [1, 0]
+
+
+def test_unknown_keys_are_tolerated_and_kept_at_the_top() -> None:
+    raw = copy.deepcopy(CHAT) | {"licence": "CC0"}
+    raw["messages"][0]["name"] = "x"
+    raw["messages"][0]["content"][0]["language"] = "en"
+    sample = parse_sample(raw)
+    assert sample.meta == {"licence": "CC0", "source": "test"}
+    assert sample.messages == parse_sample(CHAT).messages
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("v", 2, "v: schema version 1 expected, got 2"),
+        ("kind", "book", "kind: one of chat, doc expected, got 'book'"),
+        ("messages", [], "messages: at least one message expected"),
+        ("messages", 3, "messages: a list expected, got int"),
+        ("weight", -1, "weight: at least 0 expected"),
+        ("weight", True, "weight: a finite number expected, got True"),
+        ("meta", [], "meta: an object expected, got list"),
+        ("messages.1.role", "bot", "messages[1].role: one of system, user, assistant, tool expected, got 'bot'"),
+        ("messages.1.role", ["user"], "messages[1].role: one of"),
+        ("messages.1.role", "system", "messages[1].role: a system message comes first"),
+        ("messages.1.content.0", 7, "messages[1].content[0]: an object expected, got int"),
+        ("messages.1.content.0.type", "audio", "messages[1].content[0].type: one of text, image"),
+        ("messages.1.content.0.ref", "../etc/passwd", "messages[1].content[0].ref: a plain member name"),
+        ("messages.1.content.0.ref", "/img0.png", "messages[1].content[0].ref: a plain member name"),
+        ("messages.1.content.0.ref", "json", "messages[1].content[0].ref: a plain member name"),
+        ("messages.1.content.0.ref", "a..png", "messages[1].content[0].ref: a plain member name"),
+        ("messages.1.content.0.ref", "img0.png\n", "messages[1].content[0].ref: a plain member name"),
+        ("messages.1.content.0.w", 0, "messages[1].content[0].w: an integer of at least 1 expected, got 0"),
+        ("messages.1.content.0.w", 64.0, "messages[1].content[0].w: an integer of at least 1 expected"),
+        ("messages.1.content.1.frames", [], "messages[1].content[1].frames: at least one frame expected"),
+        ("messages.1.content.1.frames.1", "a/b", "messages[1].content[1].frames[1]: a plain member name"),
+        ("messages.1.content.1.t", [0.0], "messages[1].content[1].t: one time for each of the 2 frames expected, got 1"),
+        ("messages.1.content.1.t", [1.0, 0.5], "messages[1].content[1].t: times must not decrease"),
+        ("messages.1.content.1.ref", "vid0.mp4", "messages[1].content[1].ref: video files cannot be read yet"),
+        ("messages.1.content.2.loss", -0.1, "messages[1].content[2].loss: at least 0 expected"),
+        ("messages.1.content.3.t", float("nan"), "messages[1].content[3].t: a finite number expected, got nan"),
+        ("messages.1.content.3.type", "think", "messages[1].content[3].type: think belongs to assistant"),
+        ("messages.2.content.1.xyxy", [1, 2, 3], "messages[2].content[1].xyxy: 4 numbers expected, got 3"),
+        ("messages.2.content.1.xyxy", [9, 2, 3, 4], "messages[2].content[1].xyxy: x1 <= x2 and y1 <= y2 expected"),
+        ("messages.2.content.1.image", 1, "box.image: picture 1 of 1"),
+        ("messages.2.content.2.xy", [10, 1001], "messages[2].content[2].xy: numbers from 0 to 1000 expected"),
+    ],
+)
+def test_mistakes_name_the_sample_and_the_field(path: str, value: Any, message: str) -> None:
+    raw = copy.deepcopy(CHAT)
+    *parents, last = [int(part) if part.isdigit() else part for part in path.split(".")]
+    target: Any = raw
+    for part in parents:
+        target = target[part]
+    target[last] = value
+    with pytest.raises(SampleError) as caught:
+        parse_sample(raw)
+    assert str(caught.value).startswith(f"sample digits:12: {message}")
+
+
+@pytest.mark.parametrize("raw", [b"{", b"\xff\xfe{}", b"[1]", b"{}", b"[" * 100_000, b'{"id": ""}', b'{"id": 3}'])
+def test_broken_json_names_where_it_lies(raw: bytes) -> None:
+    with pytest.raises(SampleError, match=r"^sample shard\.tar:000000003: "):
+        parse_sample(raw, origin="shard.tar:000000003")
+
+
+def test_errors_travel_between_processes() -> None:
+    error = pickle.loads(pickle.dumps(SampleError("a:1", "messages[0].role", "wrong")))
+    assert (str(error), error.sample_id, error.where) == ("sample a:1: messages[0].role: wrong", "a:1", "messages[0].role")

@@ -1,0 +1,56 @@
+"""The command data.py: what it prints and how it ends."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from visionloom.data.sample import Image, Sample, Text, Video
+from visionloom.data.shards import Dataset, write_shards
+from visionloom.launch.data import main
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    content = (Text("x"), Image("a.png", 1, 1), Video(("b.png", "c.png"), (0.0, 1.0), 1, 1))
+    media = dict.fromkeys(("a.png", "b.png", "c.png"), b"x")
+    write_shards(tmp_path / "some", "some", [(Sample(f"s:{i}", "doc", content=content, task="t"), media) for i in range(7)])
+    return tmp_path / "some"
+
+
+def test_stats_counts_samples_media_and_tasks(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["stats", str(folder.parent)]) == 0
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if "some" in line]
+    assert [cell.strip() for cell in row.strip("│").split("│")] == ["some", "7", "0.0", "7", "7", "14", "t 7"]
+
+
+def test_index_makes_a_folder_of_tars_readable(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "dataset.json").unlink()
+    assert main(["index", str(folder)]) == 0
+    assert capsys.readouterr().out == f"{folder}: 7 samples in 1 shards\n"
+    assert len(Dataset.open(folder, "some")) == 7
+
+
+@pytest.mark.parametrize("command", ["index", "stats"])
+def test_a_users_error_is_one_line_and_exit_code_2(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([command, str(tmp_path)])
+    captured = capsys.readouterr()
+    assert (caught.value.code, captured.out) == (2, "")
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+
+
+def test_the_demo_is_made_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("sklearn")
+    command = ["demo", str(tmp_path / "demo"), "--scale", "0.001"]
+    assert main(command) == 0
+    assert "train/vqa: 10 samples\n" in capsys.readouterr().out
+    assert main(command) == 0
+    assert "already made" in capsys.readouterr().out
+
+
+def test_the_command_line_does_not_wait_for_torch() -> None:
+    script = "import sys, visionloom.launch.data as d; d._parser(); sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

@@ -1,0 +1,125 @@
+"""One rank speaks, with exit code 2, and the commands refuse a wrong line before they have imported torch."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from visionloom.launch import exit as exits
+from visionloom.launch.exit import exit_with
+from visionloom.parallel.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMANDS = sorted(file.name for file in (ROOT / "launch").glob("*.py") if '__name__ == "__main__"' in file.read_text())
+
+
+@pytest.fixture
+def attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder that torchrun gives to one start of the ranks, here seen by rank 1; silent ranks do not wait."""
+    monkeypatch.setattr(exits, "SECONDS_UNTIL_ENDED", 0.0)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "attempt_0" / "1" / "error.json"))
+    folder = tmp_path / "attempt_0"
+    folder.mkdir()
+    return folder
+
+
+def run_command(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run words with this Python in the repository, without torchrun's variables."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC")}
+    return subprocess.run(
+        [sys.executable, *words], cwd=ROOT, env={**inherited, **environment}, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_a_lone_rank_in_trouble_speaks_once(attempt: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):
+        with pytest.raises(SystemExit, match="2"):
+            exit_with(UserError("data.datasets.a.path: shard 3 is broken\nand shard 4"))
+    assert capsys.readouterr().err == "error: data.datasets.a.path: shard 3 is broken\nerror: and shard 4\n"
+
+
+def test_an_error_of_all_ranks_is_told_by_rank_0(
+    attempt: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit, match="2"):
+            exit_with(UserError(f"seen by rank {rank}"), everywhere=True)
+    assert capsys.readouterr().err == "error: seen by rank 0\n"
+
+
+def test_the_status_says_how_the_run_ended(attempt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        exit_with(UserError("data.tokenizer has no <|im_end|>"), folder=str(tmp_path), step=7)
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["code"], status["cause"], status["rank"], status["step"]) == (2, "data.tokenizer has no <|im_end|>", 1, 7)
+    with pytest.raises(SystemExit):
+        exit_with(UserError("again"), folder=str(tmp_path / "absent"))
+    assert not (tmp_path / "absent").exists()
+
+
+def test_the_command_refuses_in_one_line_without_torch() -> None:
+    result = run_command("-X", "importtime", "launch/pretrain.py", "+recipe=nonsense", RANK="0")
+    told = [line for line in result.stderr.splitlines() if not line.startswith("import time:")]
+    imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines() if line.startswith("import time:")}
+    assert result.returncode == 2
+    assert len(told) == 1 and told[0].startswith("error: recipe=nonsense is unknown")
+    assert "hydra" in imported and not imported & {"torch", "megatron", "transformers"}
+
+
+def test_missing_data_is_found_without_torch(tmp_path: Path) -> None:
+    script = (
+        "import sys; from visionloom.launch.configure import start\n"
+        "def command(config): raise AssertionError('reached')\n"
+        "try: start(command, ['+recipe=demo'])\n"
+        "finally: assert 'torch' not in sys.modules"
+    )
+    result = run_command("-c", script, VISIONLOOM_DEMO_DATA=str(tmp_path / "demo-data"), PYTHONPATH=".link", RANK="0")
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert result.stderr.startswith(f"error: data.tokenizer={tmp_path}/demo-data/tokenizer is not a folder")
+    assert result.stderr.endswith("python launch/data.py demo runs/demo-data\n")
+
+
+def test_the_composed_configuration_can_be_shown() -> None:
+    result = run_command("launch/pretrain.py", "+recipe=demo", "--cfg", "job", "phases.align.steps=17")
+    assert result.returncode == 0 and result.stderr == ""
+    assert "steps: 17" in result.stdout
+
+
+def test_under_torchrun_one_rank_speaks() -> None:
+    """Without a word on the command line that all ranks would print once each."""
+    result = run_command(
+        *(
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "launch/pretrain.py",
+            "+recipe=demo",
+            "run.sed=3",
+        ),
+        OMP_NUM_THREADS="1",
+    )
+    assert result.returncode == 1
+    assert [line for line in result.stderr.splitlines() if line.startswith("error:")] == [
+        "error: no such key: run.sed (did you mean run.seed?)"
+    ]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_keep_their_folder_off_the_path(command: str) -> None:
+    """Python puts the folder of a file it starts first on the path: launch/data.py would hide any other package `data`."""
+    tree = ast.parse((ROOT / "launch" / command).read_text())
+    first_visionloom = next(
+        at for at, node in enumerate(tree.body) if isinstance(node, ast.ImportFrom) and "visionloom" in (node.module or "")
+    )
+    guards = [
+        node for node in tree.body[:first_visionloom] if isinstance(node, ast.If) and "sys.path[0] =" in ast.unparse(node)
+    ]
+    assert len(guards) == 1, "begin the command as launch/pretrain.py does"

@@ -1,0 +1,87 @@
+"""The built things of a phase, in order: model, data-parallel wrapper, optimizer, schedule, data stream."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from visionloom.data.loader import PackStream
+from visionloom.model.config import ModelConfig
+from visionloom.model.flops import Work, language_flops, vision_flops
+from visionloom.model.qwen3vl import Qwen3VL
+from visionloom.model.sharding import draw_weights
+from visionloom.model.trainable import set_trainable
+from visionloom.parallel.topology import Topology
+from visionloom.train.config import PhaseConfig, RunConfig
+from visionloom.train.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
+
+
+@dataclass
+class Stage:
+    """Everything that trains in one phase."""
+
+    name: str
+    phase: PhaseConfig
+    topology: Topology
+    model: Qwen3VL
+    wrapped: Any
+    optimizer: Any
+    scheduler: Any
+    stream: PackStream
+
+
+def model_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Arithmetic of the model for `run.precision`."""
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" else "fp32"
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def build_model(config: RunConfig, topology: Topology) -> Qwen3VL:
+    """The model on this rank's device, with random weights from run.seed."""
+    model = Qwen3VL(config.model, topology, model_dtype(config.run.precision, topology.device))
+    model.to(topology.device)
+    draw_weights(model, config.model, config.run.seed, topology.tensor_rank, topology.config.tensor)
+    return model
+
+
+def redraw(model: Qwen3VL, config: RunConfig, phase: str, topology: Topology) -> None:
+    """Draw the phase's `fresh` groups anew, with a seed of the phase's own."""
+    index = list(config.phases).index(phase)
+    groups = set(config.phases[phase].fresh)
+    if groups:
+        seed = config.run.seed + 1 + index
+        draw_weights(model, config.model, seed, topology.tensor_rank, topology.config.tensor, groups)
+
+
+def build_stream(config: RunConfig, phase: str, folder: Path) -> PackStream:
+    """The phase's packs as a pure function of seed and step; unreadable samples are listed in the run's folder."""
+    settings = config.phases[phase]
+    return PackStream(
+        config.data,
+        phase,
+        sequence_length=settings.sequence_length,
+        global_batch=settings.global_batch,
+        mixture=settings.mixture,
+        loss=settings.loss,
+        seed=config.run.seed,
+        visual_cost=patch_cost(config.model),
+        quarantine=folder / "quarantine.jsonl",
+    )
+
+
+def patch_cost(model: ModelConfig) -> float:
+    """Forward operations of a patch in the tower's layers, in those of a token in the language model's."""
+    patch = vision_flops(model.vision, Work(0, 0, 0, patches=1, patch_pairs=0))
+    return patch / language_flops(model.text, Work(1, 0, 0, 0, 0))
+
+
+def build_stage(config: RunConfig, name: str, topology: Topology, model: Qwen3VL, stream: PackStream) -> Stage:
+    """Freeze, wrap and give the model an optimizer for one phase."""
+    phase = config.phases[name]
+    set_trainable(model, phase.trainable)
+    wrapped = wrap_data_parallel(model, topology)
+    bf16 = next(model.parameters()).dtype == torch.bfloat16
+    optimizer = build_optimizer(wrapped, config.optim, phase, bf16)
+    return Stage(name, phase, topology, model, wrapped, optimizer, build_scheduler(optimizer, config.optim, phase), stream)

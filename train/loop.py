@@ -1,0 +1,124 @@
+"""The training loop of one phase: next packs, one step, one line of metrics, a checkpoint now and then."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from visionloom.data.loader import iterate
+from visionloom.data.pack import PackedBatch
+from visionloom.model.flops import Work, step_flops
+from visionloom.train import checkpoint
+from visionloom.train.build import Stage
+from visionloom.train.config import CheckpointConfig
+from visionloom.train.metrics import RunLog, memory_gib, peak_flops
+from visionloom.train.optimizer import learning_rates
+from visionloom.train.step import StepResult, reduce_counts, train_step
+
+Report = Callable[[dict[str, Any]], None]
+
+
+def fit(
+    stage: Stage, folder: Path, log: RunLog | None, report: Report, settings: CheckpointConfig, done: int, step: int, workers: int
+) -> int:
+    """Train a phase from its step `done` to its end and save it.
+
+    Args:
+        stage: what trains.
+        folder: the run's folder.
+        log: the main rank's log; None on other ranks.
+        report: shows a metrics line to the user.
+        settings: when to save.
+        done: optimizer steps of the phase already done.
+        step: optimizer steps of the run already done.
+        workers: processes that decode ahead.
+
+    Returns:
+        optimizer steps of the run now done.
+    """
+    total = stage.phase.total_steps
+    with closing(_packs(stage, done, total - done, workers)) as packs:
+        for phase_step in range(done + 1, total + 1):
+            started = time.perf_counter()
+            batches = next(packs)
+            waited = time.perf_counter() - started
+            result = train_step(stage, batches)
+            step += 1
+            line = metrics_line(stage, batches, result, step, phase_step, time.perf_counter() - started, waited)
+            if log is not None:
+                log.metric(line)
+            report(line)
+            if phase_step == total or (settings.every_steps and phase_step % settings.every_steps == 0):
+                save(stage, folder, log, step, phase_step, settings.keep)
+    return step
+
+
+def save(stage: Stage, folder: Path, log: RunLog | None, step: int, phase_step: int, keep: int) -> None:
+    """Write a checkpoint and an event with the time it took."""
+    started = time.perf_counter()
+    path = checkpoint.save(folder, stage, step, phase_step, keep)
+    if log is not None:
+        seconds = round(time.perf_counter() - started, 3)
+        log.event("checkpoint", step=step, phase=stage.name, folder=str(path), seconds=seconds)
+
+
+def _packs(stage: Stage, done: int, steps: int, workers: int) -> Iterator[list[PackedBatch]]:
+    topology = stage.topology
+    return iterate(stage.stream, done, steps, topology.data_rank, topology.data_size, stage.phase.micro_batch, workers)
+
+
+def work_of(batches: list[PackedBatch]) -> Work:
+    """What the model has to process of these micro-batches, padding left out."""
+    pairs = frames = 0
+    for batch in batches:
+        lengths = np.diff(batch.cu_seqlens.numpy())[batch.segment_sources.numpy() >= 0].astype(np.int64)
+        grids = batch.grid_thw.numpy().astype(np.int64)
+        pairs += int((lengths**2).sum())
+        frames += int((grids[:, 0] * (grids[:, 1] * grids[:, 2]) ** 2).sum())
+    return Work(
+        tokens=sum(b.real_tokens for b in batches),
+        supervised_tokens=sum(b.supervised_tokens for b in batches),
+        token_pairs=pairs,
+        patches=sum(len(b.patches) for b in batches),
+        patch_pairs=frames,
+    )
+
+
+def metrics_line(
+    stage: Stage, batches: list[PackedBatch], result: StepResult, step: int, phase_step: int, seconds: float, waited: float
+) -> dict[str, Any]:
+    """One line of metrics.jsonl; `tokens` and every rate count real tokens, padding left out."""
+    topology, counts = stage.topology, result.counts
+    work = Work(**reduce_counts(asdict(work_of(batches)), topology))
+    flops = sum(step_flops(stage.model.model_config, work, set(stage.phase.trainable)).values())
+    per_device = flops / seconds / topology.world_size
+    peak = peak_flops(topology.device)
+    return {
+        "step": step,
+        "phase": stage.name,
+        "phase_step": phase_step,
+        "loss": result.loss,
+        "loss_by_source": result.loss_by_source,
+        "grad_norm": result.grad_norm if not result.skipped else None,
+        "lr": learning_rates(stage.scheduler, stage.phase),
+        "tokens": counts["tokens"],
+        "supervised_tokens": counts["supervised_tokens"],
+        "padding_fraction": counts["padding_tokens"] / (counts["tokens"] + counts["padding_tokens"]),
+        "visual_tokens": counts["visual_tokens"],
+        "patches": counts["patches"],
+        "samples": counts["samples"],
+        "packs": counts["packs"],
+        "step_seconds": seconds,
+        "data_wait_seconds": waited,
+        "tokens_per_second": counts["tokens"] / seconds,
+        "tokens_per_second_per_device": counts["tokens"] / seconds / topology.world_size,
+        "model_flops_per_second_per_device": per_device,
+        "mfu": None if peak is None else per_device / peak,
+        "memory_gib": memory_gib(topology.device),
+        "skipped": result.skipped,
+        "data_cursor": phase_step,
+    }

@@ -1,0 +1,152 @@
+"""Megatron's distributed optimizer around torch's AdamW, with a learning rate for each parameter group."""
+
+from typing import Any
+
+import megatron.core.optimizer as megatron_optimizer
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig, ParamKey, distrib_optimizer, get_megatron_optimizer
+from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from visionloom.model.trainable import group_of
+from visionloom.parallel.topology import Topology
+from visionloom.train.config import OptimConfig, PhaseConfig
+
+DECAY_STYLES = {"cosine": "cosine", "linear": "linear", "wsd": "WSD", "constant": "constant"}
+
+
+class GroupStepAdamW(torch.optim.Optimizer):
+    """torch's AdamW with the step count in the parameter group, as TransformerEngine's FusedAdam keeps it.
+
+    Megatron-core 0.19 with torch's own AdamW cannot load into a fresh process, loses `step` in layout-free checkpoints,
+    shares one step tensor between all parameters after loading (each update then counts once a parameter), and cannot
+    save a rank without trainable parameters. All four expect a count for each parameter; this class has none.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        **_: Any,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if not parameters:
+                continue
+            group["step"] = int(group.get("step") or 0) + 1
+            first, second = zip(*(self._moments(p) for p in parameters), strict=True)
+            # One element each of one tensor: torch's kernel advances the counts in place.
+            counts = torch.full((len(parameters),), float(group["step"] - 1), device=parameters[0].device).unbind()
+            adamw(
+                parameters,
+                [p.grad for p in parameters],
+                list(first),
+                list(second),
+                [],
+                list(counts),
+                fused=True,
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+
+    def _moments(self, parameter: Tensor) -> tuple[Tensor, Tensor]:
+        state = self.state[parameter]
+        if not state:
+            state.update(exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter))
+        return state["exp_avg"], state["exp_avg_sq"]
+
+
+def install_adamw() -> None:
+    """Let Megatron-core build GroupStepAdamW and treat it as it treats FusedAdam."""
+    for module in (megatron_optimizer, distrib_optimizer):
+        module.Adam = GroupStepAdamW
+    megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
+    distrib_optimizer.HAVE_APEX_OR_TE = True
+    distrib_optimizer.USING_TE_OPTIMIZER = True
+    distrib_optimizer.USING_APEX_OPTIMIZER = False
+
+
+def wrap_data_parallel(model: Any, topology: Topology) -> DistributedDataParallel:
+    """Megatron's DDP with the distributed optimizer; freeze parameters first."""
+    settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=False)
+    return DistributedDataParallel(model.config, settings, model, pg_collection=topology.groups)
+
+
+def build_optimizer(wrapped: DistributedDataParallel, optim: OptimConfig, phase: PhaseConfig, bf16: bool) -> Any:
+    """Megatron's optimizer for one phase; norms and biases are not decayed.
+
+    Args:
+        wrapped: the model in Megatron's DDP.
+        optim: betas, weight decay, clipping.
+        phase: peak learning rate of each trainable group.
+        bf16: whether the parameters are bf16 and fp32 copies are kept.
+    """
+    install_adamw()
+    peaks = phase.peak_learning_rates()
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=max(peaks.values()),
+        min_lr=max(peaks.values()) * phase.lr_min_ratio,
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.beta1,
+        adam_beta2=optim.beta2,
+        adam_eps=optim.epsilon,
+        clip_grad=optim.clip_grad,
+        bf16=bf16,
+        use_distributed_optimizer=True,
+    )
+    overrides = {ParamKey(with_name_predicate=_in_group(group)): rates_of(peak, phase) for group, peak in peaks.items()}
+    undecayed = ParamWithNamePredicate(name="undecayed", fn=lambda parameter, name: parameter.dim() == 1)
+    overrides[ParamKey(with_name_predicate=undecayed)] = {"wd_mult": 0.0}
+    return get_megatron_optimizer(config, [wrapped], config_overrides=overrides)
+
+
+def rates_of(peak: float, phase: PhaseConfig) -> dict[str, float]:
+    """Highest and last learning rate of a group in Megatron's terms."""
+    return {"max_lr": peak, "min_lr": peak * phase.lr_min_ratio}
+
+
+def _in_group(group: str) -> ParamWithNamePredicate:
+    return ParamWithNamePredicate(name=group, fn=lambda parameter, name: group_of(name.removeprefix("module.")) == group)
+
+
+def build_scheduler(optimizer: Any, optim: OptimConfig, phase: PhaseConfig) -> OptimizerParamScheduler:
+    """Warm-up, then the phase's decay; step it once before each update, so that the last update has the last rate."""
+    steps = phase.total_steps
+    peaks = phase.peak_learning_rates().values()
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=max(peaks),
+        min_lr=0.0,
+        lr_warmup_steps=phase.warmup_steps,
+        lr_decay_steps=steps,
+        lr_decay_style=DECAY_STYLES[phase.schedule],
+        start_wd=optim.weight_decay,
+        end_wd=optim.weight_decay,
+        wd_incr_steps=steps,
+        wd_incr_style="constant",
+        wsd_decay_steps=phase.decay_steps or max(1, steps // 10),
+        lr_wsd_decay_style="linear",
+    )
+
+
+def learning_rates(scheduler: OptimizerParamScheduler, phase: PhaseConfig) -> dict[str, float]:
+    """The learning rate of each trainable group at the scheduler's current step."""
+    return {group: float(scheduler.get_lr(rates_of(peak, phase))) for group, peak in phase.peak_learning_rates().items()}

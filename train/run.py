@@ -1,0 +1,164 @@
+"""A run: its phases in order, each built, resumed or started, trained and saved."""
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from visionloom.model.qwen3vl import Qwen3VL
+from visionloom.parallel import topology as topologies
+from visionloom.parallel.errors import UserError
+from visionloom.parallel.topology import Topology
+from visionloom.train import checkpoint
+from visionloom.train.build import Stage, build_model, build_stage, build_stream, redraw
+from visionloom.train.checkpoint import Checkpoint
+from visionloom.train.config import RunConfig
+from visionloom.train.loop import fit
+from visionloom.train.metrics import RunLog
+from visionloom.train.progress import Screen
+
+
+def run_folder(config: RunConfig) -> Path:
+    """Where a run lives: run.folder, or runs/<run.name>."""
+    return Path(config.run.folder or f"runs/{config.run.name}")
+
+
+def pretrain(config: RunConfig) -> None:
+    """Run all phases of a recipe, from where an earlier start left off; raises UserError for what the user can mend."""
+    started = time.perf_counter()
+    device = topologies.choose_device(config.run.device)
+    topologies.set_threads(config.run.threads)
+    topology = topologies.start(config.parallel, device)
+    folder = run_folder(config)
+    log = RunLog(folder) if topology.is_main else None
+    screen = Screen(topology.is_main, config.logging.every_steps)
+    run = Run(config, topology, folder, log, screen)
+    run.resume()
+    for name in config.phases:
+        run.phase(name)
+    if log is not None:
+        (folder / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+        log.event("done", step=run.step)
+    screen.say(f"done in {time.perf_counter() - started:.0f} s: {folder}")
+    if config.run.evaluate_at_end:
+        from visionloom.train.evaluate import evaluate_run
+
+        evaluate_run(config, topology, run.model, folder, run.step, screen)
+    topology.barrier()
+    topologies.stop()
+
+
+class Run:
+    """The state that passes from phase to phase."""
+
+    def __init__(self, config: RunConfig, topology: Topology, folder: Path, log: RunLog | None, screen: Screen) -> None:
+        self.config, self.topology, self.folder, self.log, self.screen = config, topology, folder, log, screen
+        self.latest: Checkpoint | None = None
+        self.step = 0
+        self._model: Qwen3VL | None = None
+
+    @property
+    def model(self) -> Qwen3VL:
+        """The model as the last phase left it."""
+        if self._model is None:
+            self._model = self._weights()
+        return self._model
+
+    def resume(self) -> None:
+        """Find the newest whole checkpoint and rewind the metrics to it."""
+        if self.log is not None:
+            (self.folder / "config.yaml").write_text(yaml.safe_dump(asdict(self.config), sort_keys=False))
+        self.topology.barrier()
+        self.latest, damaged = checkpoint.newest(self.folder, self.topology)
+        for line in damaged:
+            self._event("damaged_checkpoint", detail=line)
+            self.screen.say(f"passing over a damaged checkpoint: {line}")
+        if self.latest is not None:
+            self._check(self.latest)
+            self.step = self.latest.progress.step
+            self._event("resume", step=self.step, folder=str(self.latest.folder))
+            self.screen.say(f"resuming after step {self.step} from {self.latest.folder}")
+        if self.log is not None:
+            self.log.rewind(self.step)
+
+    def phase(self, name: str) -> None:
+        """Train one phase, or what is left of it."""
+        done = self._done(name)
+        settings = self.config.phases[name]
+        if done >= settings.total_steps:
+            return
+        stream = build_stream(self.config, name, self.folder)
+        stage = self._stage(name, done, stream)
+        for dataset, samples in stream.dropped.items():
+            if samples:
+                self._event("dropped", phase=name, dataset=dataset, samples=samples)
+                self.screen.say(f"{name}: {samples} samples of {dataset} are longer than a pack and left out (over_length=drop)")
+        self._event("phase_start", phase=name, step=self.step, phase_step=done, phase_steps=settings.total_steps)
+        self.screen.begin(name, done, settings.total_steps)
+        try:
+            self.step = fit(
+                stage, self.folder, self.log, self.screen.step, self.config.checkpoint, done, self.step, self.config.data.workers
+            )
+        finally:
+            self.screen.end()
+        self._event("phase_end", phase=name, step=self.step)
+        self.latest, _ = checkpoint.newest(self.folder, self.topology)
+        self._model = None
+
+    def _done(self, name: str) -> int:
+        """Optimizer steps of a phase that are already in the newest checkpoint."""
+        if self.latest is None:
+            return 0
+        order = list(self.config.phases)
+        here, there = order.index(name), order.index(self.latest.progress.phase)
+        if here != there:
+            return self.config.phases[name].total_steps if here < there else 0
+        return self.latest.progress.phase_step
+
+    def _stage(self, name: str, done: int, stream: Any) -> Stage:
+        if done and self.latest is not None:
+            stream.check_state(self.latest.progress.data)
+            stage = build_stage(self.config, name, self.topology, build_model(self.config, self.topology), stream)
+            checkpoint.load_stage(self.latest, stage)
+            return stage
+        model = self._weights()
+        redraw(model, self.config, name, self.topology)
+        return build_stage(self.config, name, self.topology, model, stream)
+
+    def _weights(self) -> Qwen3VL:
+        """A fresh model with the newest weights: of the last phase, of init.checkpoint, or random."""
+        model = build_model(self.config, self.topology)
+        source = self.latest
+        if source is None and self.config.init.checkpoint:
+            source = checkpoint.read(Path(self.config.init.checkpoint))
+            self._check(source, resuming=False)
+        if source is not None:
+            checkpoint.load_weights(source, model, self.topology)
+        return model
+
+    def _check(self, source: Checkpoint, resuming: bool = True) -> None:
+        """Refuse a checkpoint of another model or recipe with what differs."""
+        progress, ours = source.progress, asdict(self.config.model)
+        for part in ("text", "vision"):
+            changed = [key for key, value in ours[part].items() if progress.model[part].get(key) != value]
+            if changed:
+                raise UserError(
+                    f"{source.folder} holds another model: model.{part}.{changed[0]} is {progress.model[part].get(changed[0])} there"
+                    f" and {ours[part][changed[0]]} here; set run.name to start a new run"
+                )
+        if not resuming:
+            return
+        if progress.phase not in self.config.phases:
+            raise UserError(f"{source.folder} is of phase {progress.phase}, which this recipe lacks: set run.name to start a new run")
+        steps = self.config.phases[progress.phase].total_steps
+        if not progress.phase_done and steps != progress.phase_steps:
+            raise UserError(
+                f"phases.{progress.phase} has {steps} steps here and {progress.phase_steps} in {source.folder}, so its schedule differs:"
+                f" keep the steps or set run.name to start a new run"
+            )
+
+    def _event(self, event: str, **fields: Any) -> None:
+        if self.log is not None:
+            self.log.event(event, **fields)
