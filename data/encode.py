@@ -54,17 +54,22 @@ class EncodedSample:
 
 def encode(sample: Sample, tokenizer: Tokenizer, rules: MediaConfig, source: str = "") -> EncodedSample:
     """Encode one sample; see `encode_all`."""
-    return encode_all([sample], tokenizer, rules, source)[0]
+    return encode_all([sample], tokenizer, rules, [source])[0]
 
 
-def encode_all(samples: Sequence[Sample], tokenizer: Tokenizer, rules: MediaConfig, source: str = "") -> list[EncodedSample]:
-    """Encode samples of one dataset, tokenised in one call; raises SampleError for one that cannot be rendered."""
+def encode_all(
+    samples: Sequence[Sample], tokenizer: Tokenizer, rules: MediaConfig, sources: Sequence[str]
+) -> list[EncodedSample]:
+    """Encode samples, each of the dataset named in `sources`, and tokenise them in one call.
+
+    Raises SampleError for one that cannot be rendered.
+    """
     renderings = [render(sample, rules) for sample in samples]
     runs = [_runs(rendering.pieces) for rendering in renderings]
     known = _tokenise({texts for found in runs for _, texts in found if texts}, tokenizer)
     return [
         _assemble(sample, rendering, found, known, tokenizer, source)
-        for sample, rendering, found in zip(samples, renderings, runs, strict=True)
+        for sample, rendering, found, source in zip(samples, renderings, runs, sources, strict=True)
     ]
 
 

@@ -70,7 +70,7 @@ def count_lengths(dataset: Dataset, tokenizer: Tokenizer, rules: MediaConfig) ->
     rows: list[tuple[int, int, int, int]] = []
     for start in range(0, len(dataset), _BATCH):
         samples = [dataset.sample(index) for index in range(start, min(start + _BATCH, len(dataset)))]
-        rows += [_row(encoded) for encoded in encode_all(samples, tokenizer, rules)]
+        rows += [_row(encoded) for encoded in encode_all(samples, tokenizer, rules, [dataset.name] * len(samples))]
     return np.array(rows, LENGTHS)
 
 

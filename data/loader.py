@@ -2,7 +2,8 @@
 
 import queue
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -15,7 +16,7 @@ from visionloom.data.config import DataConfig, DatasetConfig
 from visionloom.data.encode import EncodedSample
 from visionloom.data.lengths import Lengths, Limits, fitting, lengths_hash, load_lengths
 from visionloom.data.mixture import key_of, permutation
-from visionloom.data.pack import PackedBatch, decode_patches, encode_all, pack
+from visionloom.data.pack import PackedBatch, decode_patches, encode, encode_all, pack
 from visionloom.data.packing import pack_samples
 from visionloom.data.plan import CostModel, Pack, Plan, Settings, Source, deal
 from visionloom.data.quarantine import Quarantine, masked, stand_in
@@ -35,10 +36,10 @@ Place = tuple[int, int]
 
 
 class Corpus:
-    """An open dataset with its lengths; it encodes and decodes by the rules of the run."""
+    """An open dataset with its lengths by the rules of the run."""
 
     def __init__(self, section: str, name: str, config: DatasetConfig, data: DataConfig, tokenizer: Tokenizer) -> None:
-        self.name, self.section, self.config, self.rules, self.tokenizer = name, section, config, data.media, tokenizer
+        self.name, self.section, self.config = name, section, config
         self.dataset = Dataset.open(config.path, name, section)
         cache = Path(data.cache) if data.cache else Path(config.path) / "cache"
         self.lengths: Lengths = load_lengths(self.dataset, tokenizer, data.media, cache)
@@ -50,20 +51,12 @@ class Corpus:
         limits = Limits(tokens, patches, tokens_option, self.config.over_length, option)
         return fitting(self.lengths, limits, self.name, lambda index: self.dataset.sample(index).id)
 
-    def encode_all(self, samples: Sequence[Sample]) -> list[EncodedSample]:
-        """Samples without their patches."""
-        return encode_all(samples, self.tokenizer, self.rules, self.name)
-
-    def decode(self, index: int, sample: EncodedSample) -> EncodedSample:
-        """The sample with its patches; raises SampleError."""
-        return replace(sample, patches=decode_patches(sample, lambda ref: self.dataset.member(index, ref), self.rules))
-
 
 class Reader:
     """Reads samples of several datasets; an unreadable one is quarantined and keeps its place without a loss."""
 
-    def __init__(self, corpora: Sequence[Corpus], quarantine: Quarantine, pad_id: int) -> None:
-        self.corpora, self.quarantine, self.pad_id = corpora, quarantine, pad_id
+    def __init__(self, corpora: Sequence[Corpus], data: DataConfig, tokenizer: Tokenizer, quarantine: Quarantine) -> None:
+        self.corpora, self.rules, self.tokenizer, self.quarantine = corpora, data.media, tokenizer, quarantine
         self._encoded: dict[Place, EncodedSample] = {}
         self._cached_tokens = 0
         self._lock = threading.Lock()
@@ -77,19 +70,19 @@ class Reader:
 
     def _encode(self, places: Sequence[Place]) -> dict[Place, EncodedSample]:
         encoded = {place: self._encoded[place] for place in places if place in self._encoded}
-        for number, corpus in enumerate(self.corpora):
-            samples: dict[Place, Sample] = {}
-            for place in dict.fromkeys(place for place in places if place[0] == number and place not in encoded):
-                try:
-                    samples[place] = corpus.dataset.sample(place[1])
-                except SampleError as error:
-                    self._report(place, error)
-                    tokens = int(corpus.lengths["tokens"][place[1]])
-                    encoded[place] = stand_in(error.sample_id, corpus.name, tokens, self.pad_id)
-            found = dict(zip(samples, corpus.encode_all(list(samples.values())), strict=True))
-            encoded.update(found)
-            self._keep(found)
-        return encoded
+        samples: dict[Place, Sample] = {}
+        for place in dict.fromkeys(place for place in places if place not in encoded):
+            corpus = self.corpora[place[0]]
+            try:
+                samples[place] = corpus.dataset.sample(place[1])
+            except SampleError as error:
+                self._report(place, error)
+                tokens = int(corpus.lengths["tokens"][place[1]])
+                encoded[place] = stand_in(error.sample_id, corpus.name, tokens, self.tokenizer.pad_id)
+        sources = [self.corpora[number].name for number, _ in samples]
+        found = dict(zip(samples, encode_all(list(samples.values()), self.tokenizer, self.rules, sources), strict=True))
+        self._keep(found)
+        return encoded | found
 
     def _keep(self, found: Mapping[Place, EncodedSample]) -> None:
         self._encoded.update(found)
@@ -102,10 +95,15 @@ class Reader:
         if sample.patches is not None:
             return sample
         try:
-            return self.corpora[place[0]].decode(place[1], sample)
+            return self.decoded(place, sample)
         except SampleError as error:
             self._report(place, error)
             return masked(sample)
+
+    def decoded(self, place: Place, sample: EncodedSample) -> EncodedSample:
+        """The sample with its patches; raises SampleError."""
+        dataset = self.corpora[place[0]].dataset
+        return replace(sample, patches=decode_patches(sample, lambda ref: dataset.member(place[1], ref), self.rules))
 
     def _report(self, place: Place, error: SampleError) -> None:
         corpus = self.corpora[place[0]]
@@ -142,7 +140,7 @@ class PackStream:
         settings = Settings(seed, phase_name, sequence_length, global_batch, budget, data.window)
         sources = [self._source(corpus, weights[corpus.name], settings) for corpus in self.corpora]
         self.plan = Plan(sources, settings, CostModel(visual_cost))
-        self._reader = Reader(self.corpora, Quarantine(quarantine), self.tokenizer.pad_id)
+        self._reader = Reader(self.corpora, data, self.tokenizer, Quarantine(quarantine))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _restore, (self._arguments, self.plan.known_starts)
@@ -237,16 +235,17 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any], phase: str) -> l
 
 def iterate(
     stream: PackStream, first_step: int, steps: int, dp_rank: int, dp_size: int, micro_batch: int, workers: int
-) -> Iterator[list[PackedBatch]]:
+) -> Generator[list[PackedBatch]]:
     """The micro-batches of `steps` steps from first_step on, built ahead by one thread or by `workers` processes.
 
     What is read does not depend on `workers`. Errors of building a step are raised where the step would have come.
     """
     ahead = _StepsAhead(stream, first_step, steps, dp_rank, dp_size, micro_batch)
-    for built in _from_processes(ahead, workers) if workers else _from_thread(ahead):
-        if isinstance(built, Exception):
-            raise built
-        yield built
+    with closing(_from_processes(ahead, workers) if workers else _from_thread(ahead)) as source:
+        for built in source:
+            if isinstance(built, Exception):
+                raise built
+            yield built
 
 
 class _StepsAhead:
@@ -270,21 +269,19 @@ def _unchanged(built: list[PackedBatch] | Exception) -> list[PackedBatch] | Exce
     return built
 
 
-def _from_processes(ahead: _StepsAhead, workers: int) -> Iterator[list[PackedBatch] | Exception]:
-    return iter(
-        DataLoader(
-            ahead,  # type: ignore[arg-type]  # any object with __len__ and __getitem__ serves
-            batch_size=None,
-            shuffle=False,
-            num_workers=workers,
-            prefetch_factor=PREFETCH,
-            collate_fn=_unchanged,
-            multiprocessing_context="spawn",  # fork would copy the threads' locks of torch and tokenizers
-        )
+def _from_processes(ahead: _StepsAhead, workers: int) -> Generator[list[PackedBatch] | Exception]:
+    yield from DataLoader(
+        ahead,  # type: ignore[arg-type]  # any object with __len__ and __getitem__ serves
+        batch_size=None,
+        shuffle=False,
+        num_workers=workers,
+        prefetch_factor=PREFETCH,
+        collate_fn=_unchanged,
+        multiprocessing_context="spawn",  # fork would copy the threads' locks of torch and tokenizers
     )
 
 
-def _from_thread(ahead: _StepsAhead) -> Iterator[list[PackedBatch] | Exception]:
+def _from_thread(ahead: _StepsAhead) -> Generator[list[PackedBatch] | Exception]:
     built: queue.Queue[list[PackedBatch] | Exception] = queue.Queue(PREFETCH)
     stopped = threading.Event()
 
@@ -322,7 +319,7 @@ class EvaluationSet:
         self.data, self.name = data, name
         self.tokenizer = Tokenizer(data.tokenizer)
         self.corpus = Corpus("data.validation", name, data.validation[name], data, self.tokenizer)
-        self.reader = Reader([self.corpus], Quarantine(), self.tokenizer.pad_id)
+        self.reader = Reader([self.corpus], data, self.tokenizer, Quarantine())
         self.indices = _spread(len(self.corpus.dataset), limit, name)
 
     def __len__(self) -> int:
@@ -352,9 +349,9 @@ class EvaluationSet:
         """
         for index in self.indices[dp_rank::dp_size].tolist():
             try:
-                sample = self.corpus.encode_all([self.corpus.dataset.sample(index)])[0]
+                sample = encode(self.corpus.dataset.sample(index), self.tokenizer, self.data.media, self.name)
                 if sample.answer is not None:
-                    yield self.corpus.decode(index, sample)
+                    yield self.reader.decoded((0, index), sample)
             except SampleError:
                 continue
 

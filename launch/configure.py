@@ -127,8 +127,9 @@ def _compose(words: Sequence[str]) -> DictConfig | None:
         composed.append(config)
 
     messages = io.StringIO()
+    options_last = sorted(words, key=lambda word: word.startswith("-") or "=" not in word)  # argparse refuses a=1 --cfg job b=2
     try:
-        with _as_command_line(words), contextlib.redirect_stderr(messages):
+        with _as_command_line(options_last), contextlib.redirect_stderr(messages):
             take()
     except BrokenPipeError:  # `--cfg job | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

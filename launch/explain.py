@@ -67,9 +67,9 @@ def suggestions(path: str) -> list[str]:
     """
     parts = path.split(".")
     by_path = {candidate: candidate.rpartition(".")[2] for candidate in _fill_names(schema_paths(), parts)}
-    beside = [candidate for candidate in by_path if candidate.rpartition(".")[0] == path.rpartition(".")[0]]
-    if near := difflib.get_close_matches(path, beside, n=1):
-        return near
+    beside = {leaf: candidate for candidate, leaf in by_path.items() if candidate.split(".")[:-1] == parts[:-1]}
+    if near := difflib.get_close_matches(parts[-1], beside, n=1):
+        return [beside[near[0]]]
     leaf = difflib.get_close_matches(parts[-1], set(by_path.values()), n=1, cutoff=0.75)
     return sorted(
         (candidate for candidate in by_path if by_path[candidate] in leaf), key=lambda candidate: candidate.count(".")

@@ -176,9 +176,3 @@ class LanguageModel(LanguageModule):  # type: ignore[misc]
             context_mask=rows,
         )
         return output
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[t, 1, H] -> this rank's vocabulary columns of the logits [T, 1, V / tensor]."""
-        weight = self.output_weight if self.share_embeddings_and_output_weights else None
-        output: Tensor = self.output_layer(hidden, weight=weight)[0]
-        return output

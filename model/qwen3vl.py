@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
@@ -141,9 +142,10 @@ class Qwen3VL(MegatronModule):  # type: ignore[misc]
             hidden, self.language_model.output_weight, inputs.targets, inputs.target_weights, self.topology.groups.tp
         )
 
-    def logits(self, inputs: ModelInput) -> Tensor:
-        """Logits of every token, this rank's vocabulary columns, [T, V / tensor]."""
-        return self.language_model.logits(self._decode(inputs))[:, 0]
+    def logits(self, inputs: ModelInput, rows: Tensor | None = None) -> Tensor:
+        """Logits of the tokens in `rows` (int64 [R]; None: all T), this rank's vocabulary columns [R, V / tensor]."""
+        hidden = self._whole(self._decode(inputs))[:, 0]
+        return F.linear(hidden if rows is None else hidden[rows], self.language_model.output_weight)
 
     def _decode(self, inputs: ModelInput) -> Tensor:
         """Final hidden states [t, 1, H]."""

@@ -179,6 +179,10 @@ class EvaluationConfig:
 
     samples: int = 256
     """Most samples of each validation dataset."""
+    phase_samples: int = 64
+    """Most samples of each validation dataset for the held-out loss at the start and end of a phase; 0: none."""
+    pack_tokens: int = 4096
+    """Tokens of a pack in generation."""
     max_new_tokens: int = 64
     """Longest answer generated."""
     pictures: int = 24

@@ -1,6 +1,8 @@
 """A run: its phases in order, each built, resumed or started, trained and saved."""
 
+import logging
 import time
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from visionloom.train import checkpoint
 from visionloom.train.build import Stage, build_model, build_stage, build_stream, redraw
 from visionloom.train.checkpoint import Checkpoint
 from visionloom.train.config import RunConfig
+from visionloom.train.evaluate import evaluate_run, held_out_losses
 from visionloom.train.loop import fit
 from visionloom.train.metrics import RunLog
 from visionloom.train.progress import Screen
@@ -25,9 +28,16 @@ def run_folder(config: RunConfig) -> Path:
     return Path(config.run.folder or f"runs/{config.run.name}")
 
 
+def quiet_libraries() -> None:
+    """Keep what torch and Megatron-core say about their own internals off the user's screen."""
+    warnings.filterwarnings("ignore", module=r"(torch|megatron)\.")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+
+
 def pretrain(config: RunConfig) -> None:
     """Run all phases of a recipe, from where an earlier start left off; raises UserError for what the user can mend."""
     started = time.perf_counter()
+    quiet_libraries()
     device = topologies.choose_device(config.run.device)
     topologies.set_threads(config.run.threads)
     topology = topologies.start(config.parallel, device)
@@ -43,8 +53,6 @@ def pretrain(config: RunConfig) -> None:
         log.event("done", step=run.step)
     screen.say(f"done in {time.perf_counter() - started:.0f} s: {folder}")
     if config.run.evaluate_at_end:
-        from visionloom.train.evaluate import evaluate_run
-
         evaluate_run(config, topology, run.model, folder, run.step, screen)
     topology.barrier()
     topologies.stop()
@@ -96,6 +104,8 @@ class Run:
                 self._event("dropped", phase=name, dataset=dataset, samples=samples)
                 self.screen.say(f"{name}: {samples} samples of {dataset} are longer than a pack and left out (over_length=drop)")
         self._event("phase_start", phase=name, step=self.step, phase_step=done, phase_steps=settings.total_steps)
+        if not done:
+            self._validate(stage)
         self.screen.begin(name, done, settings.total_steps)
         try:
             self.step = fit(
@@ -103,6 +113,7 @@ class Run:
             )
         finally:
             self.screen.end()
+        self._validate(stage)
         self._event("phase_end", phase=name, step=self.step)
         self.latest, _ = checkpoint.newest(self.folder, self.topology)
         self._model = None
@@ -158,6 +169,13 @@ class Run:
                 f"phases.{progress.phase} has {steps} steps here and {progress.phase_steps} in {source.folder}, so its schedule differs:"
                 f" keep the steps or set run.name to start a new run"
             )
+
+    def _validate(self, stage: Stage) -> None:
+        """Held-out losses as the phase stands, as an event."""
+        samples = self.config.evaluation.phase_samples
+        if samples and self.config.data.validation:
+            losses = held_out_losses(self.config, self.topology, stage.model, samples)
+            self._event("validation", phase=stage.name, step=self.step, loss=losses)
 
     def _event(self, event: str, **fields: Any) -> None:
         if self.log is not None:

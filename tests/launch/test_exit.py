@@ -92,7 +92,7 @@ def test_the_composed_configuration_can_be_shown() -> None:
 
 
 def test_under_torchrun_one_rank_speaks() -> None:
-    """Without a word on the command line that all ranks would print once each."""
+    """Reference: torchrun itself, which ends all ranks as soon as one has failed and flattens their exit codes to 1."""
     result = run_command(
         *(
             "-m",

@@ -1,0 +1,191 @@
+"""Held-out loss by source, and answers by greedy generation compared with the right ones."""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from rich.table import Table
+from torch import Tensor
+
+from visionloom.data.encode import EncodedSample, extend, prompt_of
+from visionloom.data.loader import EvaluationSet
+from visionloom.data.pack import pack_prompts
+from visionloom.data.tokenizer import Tokenizer
+from visionloom.model.qwen3vl import Qwen3VL
+from visionloom.parallel.topology import Topology
+from visionloom.train.config import RunConfig
+from visionloom.train.progress import Screen
+from visionloom.train.step import LossSums
+
+RESULTS = "eval.json"
+THINK_END = "</think>"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One generated answer."""
+
+    sample: EncodedSample
+    text: str
+    """What was generated, without its end token."""
+
+    @property
+    def correct(self) -> bool:
+        """Whether the answer equals the reference word for word; thoughts before it are not compared."""
+        return final_answer(self.text) == final_answer(self.sample.answer or "")
+
+
+def final_answer(text: str) -> str:
+    """What follows the thoughts, without surrounding white space."""
+    return text.rpartition(THINK_END)[2].strip()
+
+
+def held_out_losses(config: RunConfig, topology: Topology, model: Qwen3VL, samples: int) -> dict[str, float]:
+    """Loss of at most `samples` samples of each validation dataset, weighted as in the last phase."""
+    length = max(phase.sequence_length for phase in config.phases.values())
+    kind = list(config.phases.values())[-1].loss
+    losses = {}
+    model.eval()
+    with torch.no_grad():
+        for name in config.data.validation:
+            sums = LossSums([name], topology.device)
+            held_out = EvaluationSet(config.data, name, samples)
+            for batch in held_out.batches(length, 1, kind, topology.data_rank, topology.data_size):
+                sums.add(batch, model(model.prepare(batch))[1])
+            topology.sum_over_data(sums.values)
+            losses |= sums.means()[1]
+    model.train()
+    return losses
+
+
+def predictions(config: RunConfig, topology: Topology, model: Qwen3VL, name: str) -> Iterator[Prediction]:
+    """Greedy answers to this rank's share of a validation dataset's samples that have a task."""
+    held_out = EvaluationSet(config.data, name, config.evaluation.samples)
+    questions = held_out.questions(topology.data_rank, topology.data_size)
+    writer = Writer(model, topology, held_out.tokenizer, config.evaluation.max_new_tokens)
+    for chunk in _chunks((q for q in questions if q.task), config.evaluation.pack_tokens):
+        for sample, text in zip(chunk, writer.answers(chunk), strict=True):
+            yield Prediction(sample, text)
+
+
+def _chunks(samples: Iterable[EncodedSample], tokens: int) -> Iterator[list[EncodedSample]]:
+    """Samples in lists of at most `tokens` tokens, or of one that is longer."""
+    chunk: list[EncodedSample] = []
+    for sample in samples:
+        if chunk and sum(len(s.input_ids) for s in chunk) + len(sample.input_ids) > tokens:
+            yield chunk
+            chunk = []
+        chunk.append(sample)
+    if chunk:
+        yield chunk
+
+
+class Writer:
+    """Greedy generation for many prompts at once, packed end to end.
+
+    The reference answer serves as a draft: one pass tells how far greedy decoding would write just that, and only where
+    it leaves the draft are tokens generated one by one. The result is that of greedy decoding from the prompt.
+    """
+
+    def __init__(self, model: Qwen3VL, topology: Topology, tokenizer: Tokenizer, max_new_tokens: int) -> None:
+        self.model, self.topology, self.tokenizer, self.limit = model, topology, tokenizer, max_new_tokens
+        self.stop = set(tokenizer.stop_ids)
+
+    def answers(self, samples: Sequence[EncodedSample]) -> list[str]:
+        """The text that greedy decoding writes after each sample's prompt."""
+        self.model.eval()
+        with torch.no_grad():
+            written = self._follow_drafts(samples)
+            prompts = [prompt_of(sample) for sample in samples]
+            while open_ := [i for i, tokens in enumerate(written) if not self._finished(tokens)]:
+                batch = [extend(prompts[i], written[i]) for i in open_]
+                following = self._next_tokens(batch, [[-1]] * len(batch))
+                for i, tokens in zip(open_, following, strict=True):
+                    written[i] += tokens
+        self.model.train()
+        return [self.tokenizer.decode([t for t in tokens if t not in self.stop]) for tokens in written]
+
+    def _finished(self, tokens: list[int]) -> bool:
+        return bool(tokens) and (tokens[-1] in self.stop or len(tokens) >= self.limit)
+
+    def _follow_drafts(self, samples: Sequence[EncodedSample]) -> list[list[int]]:
+        """The tokens of each draft that greedy decoding would write too, and the first one where it would not."""
+        drafts = [self._draft(sample) for sample in samples]
+        places = [list(range(s.prompt_length - 1, s.prompt_length - 1 + len(d))) for s, d in zip(samples, drafts, strict=True)]
+        written = []
+        for draft, chosen in zip(drafts, self._next_tokens(samples, places), strict=True):
+            agreed = next((i for i, (a, b) in enumerate(zip(draft, chosen, strict=True)) if a != b), len(draft))
+            written.append(chosen[: agreed + 1][: self.limit])
+        return written
+
+    def _draft(self, sample: EncodedSample) -> list[int]:
+        """The reference answer up to its end token."""
+        tokens: list[int] = sample.input_ids[sample.prompt_length :].tolist()
+        end = next((i for i, token in enumerate(tokens) if token in self.stop), len(tokens) - 1)
+        return tokens[: end + 1]
+
+    def _next_tokens(self, samples: Sequence[EncodedSample], places: list[list[int]]) -> list[list[int]]:
+        """The most likely token after each of the places (-1: the last) of each sample."""
+        batch, last = pack_prompts(samples, self.tokenizer.pad_id, multiple=self.topology.config.tensor)
+        lengths = np.array([len(sample.input_ids) for sample in samples])
+        starts = last.numpy() + 1 - lengths
+        rows = [int(s) + p % int(n) for s, n, own in zip(starts, lengths, places, strict=True) for p in own]
+        logits = self.model.logits(self.model.prepare(batch), torch.tensor(rows, device=self.topology.device))
+        chosen = iter(most_likely(logits, self.topology).tolist())
+        return [[next(chosen) for _ in own] for own in places]
+
+
+def most_likely(logits: Tensor, topology: Topology) -> Tensor:
+    """Ids int64 [R] of the largest logits [R, V / tensor] over all vocabulary parts."""
+    value, index = logits.float().max(dim=1)
+    group = topology.groups.tp
+    found = torch.stack([value.double(), (index + group.rank() * logits.shape[1]).double()])
+    parts = [torch.empty_like(found) for _ in range(group.size())]
+    dist.all_gather(parts, found, group=group)
+    values, ids = torch.stack(parts).unbind(1)
+    return ids.gather(0, values.argmax(0, keepdim=True))[0].long()
+
+
+def evaluate_run(config: RunConfig, topology: Topology, model: Qwen3VL, folder: Path, step: int, screen: Screen) -> dict[str, Any]:
+    """Evaluate on data.validation: prints a table and writes eval.json and report.html.
+
+    Returns:
+        {"step", "loss": {source: x}, "tasks": {name: {"accuracy": x, "n": n}}}, the same on all ranks.
+    """
+    losses = held_out_losses(config, topology, model, config.evaluation.samples)
+    counts: dict[str, list[int]] = {}
+    shown: list[Prediction] = []
+    for name in config.data.validation:
+        found = list(predictions(config, topology, model, name))
+        for part in topology.gather_over_data([(p.sample.task, p.correct) for p in found]):
+            for task, correct in part:
+                seen = counts.setdefault(task, [0, 0])
+                seen[0] += correct
+                seen[1] += 1
+        shown += found[: -(-config.evaluation.pictures // len(config.data.validation))]
+    tasks = {task: {"accuracy": right / n, "n": n} for task, (right, n) in sorted(counts.items())}
+    results = {"step": step, "loss": losses, "tasks": tasks}
+    if topology.is_main:
+        from visionloom.train.report import write_report
+
+        (folder / RESULTS).write_text(json.dumps(results, indent=1) + "\n")
+        write_report(folder, shown)
+        _print(results, screen)
+        screen.say(f"report: {folder / 'report.html'}")
+    return results
+
+
+def _print(results: dict[str, Any], screen: Screen) -> None:
+    """The results as two tables."""
+    tasks = Table("task", "accuracy", "samples", title="held-out answers (greedy, exact match)")
+    for task, result in results["tasks"].items():
+        tasks.add_row(task, f"{result['accuracy']:.1%}", str(result["n"]))
+    losses = Table("source", "loss", title="held-out loss")
+    for source, loss in results["loss"].items():
+        losses.add_row(source, f"{loss:.4f}")
+    screen.console.print(tasks, losses)
