@@ -25,7 +25,7 @@ lint: .venv/installed
 	ruff check .
 	ruff format --check .
 	mypy
-	lint-imports
+	lint-imports --no-logo
 
 test: lint
 	pytest

@@ -7,7 +7,7 @@ for videos the format of its training (a timestamp and its own vision block for 
 
 import json
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple
+from typing import Final
 
 from visionloom.data.config import MediaConfig
 from visionloom.data.geometry import Grid, chosen_frames, grid_of, patch_timestamps, scale_coordinate, tokens_per_frame
@@ -42,7 +42,8 @@ TEMPLATE_VERSION: Final = 1
 """Counts changes of what this file renders: length tables made by another version are not used."""
 
 
-class Piece(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Piece:
     """A run of plain text, or `count` times one special token; `weight` is each token's weight in the loss."""
 
     text: str

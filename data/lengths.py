@@ -112,9 +112,15 @@ def fitting(table: Lengths, limits: Limits, name: str, sample_id: Callable[[int]
     over_tokens, over_patches = table["tokens"] > limits.tokens, table["patches"] > limits.patches
     over = over_tokens | over_patches
     if limits.policy == "error" and over.any():
-        kind, mask, most = ("tokens", over_tokens, limits.tokens) if over_tokens.any() else ("patches", over_patches, limits.patches)
+        kind, mask, most = (
+            ("tokens", over_tokens, limits.tokens) if over_tokens.any() else ("patches", over_patches, limits.patches)
+        )
         worst = int(np.argmax(np.where(mask, table[kind], 0)))
-        fix = f"raise {limits.tokens_option}" if kind == "tokens" else "raise data.patch_budget (patches per token of the sequence)"
+        fix = (
+            f"raise {limits.tokens_option}"
+            if kind == "tokens"
+            else "raise data.patch_budget (patches per token of the sequence)"
+        )
         raise UserError(
             f"dataset {name}: sample {sample_id(worst)} has {table[kind][worst]} {kind}, a pack holds {most}"
             f" ({int(mask.sum())} such samples): {fix}, or set {limits.policy_option}=drop"

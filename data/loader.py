@@ -183,7 +183,9 @@ class PackStream:
             raise UserError(f"data state of version {state.get('version')!r}: this program reads version {STATE_VERSION}")
         if state["plan_hash"] != self.plan.hash:
             changes = "; ".join(_changes(state["plan"], self.plan.facts, self.phase))
-            raise UserError(f"the training data is not what the checkpoint was made with: {changes}: restore it, or start a new run")
+            raise UserError(
+                f"the training data is not what the checkpoint was made with: {changes}: restore it, or start a new run"
+            )
         self.plan.jump(int(state["segment"]), int(state["first_pack"]))
 
     def _source(self, corpus: Corpus, weight: float, settings: Settings) -> Source:
@@ -229,7 +231,9 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any], phase: str) -> l
             found.append(f"dataset {name} was {'added' if old is None else 'removed'}")
             continue
         meaning = {"weight": "weight", "content": "content, tokenizer or pixel limits", "samples": "number of usable samples"}
-        found += [f"{text} of dataset {name} was {old[key]}, now {new[key]}" for key, text in meaning.items() if old[key] != new[key]]
+        found += [
+            f"{text} of dataset {name} was {old[key]}, now {new[key]}" for key, text in meaning.items() if old[key] != new[key]
+        ]
     return found or ["the order of the datasets changed"]
 
 
@@ -325,9 +329,7 @@ class EvaluationSet:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def batches(
-        self, sequence_length: int, micro_batch: int, loss: str, dp_rank: int, dp_size: int
-    ) -> Iterator[PackedBatch]:
+    def batches(self, sequence_length: int, micro_batch: int, loss: str, dp_rank: int, dp_size: int) -> Iterator[PackedBatch]:
         """This rank's share of the samples in packs; every rank gets as many batches, some may hold padding only.
 
         Raises UserError for samples longer than the pack, unless the dataset's policy is to drop them.
@@ -336,7 +338,9 @@ class EvaluationSet:
         kept = np.intersect1d(self.indices, self.corpus.fitting(sequence_length, budget, "the sequence length"))
         rows = self.corpus.lengths[kept]
         packed = pack_samples(rows["tokens"].tolist(), rows["patches"].tolist(), sequence_length, budget, self.data.window)
-        packs = [Pack((0,) * len(found), tuple(kept[found].tolist()), float(CostModel().of(rows[found]).sum())) for found in packed]
+        packs = [
+            Pack((0,) * len(found), tuple(kept[found].tolist()), float(CostModel().of(rows[found]).sum())) for found in packed
+        ]
         packs += [Pack((), (), 0.0)] * (-len(packs) % (dp_size * micro_batch))
         for micro in deal(packs, dp_size, micro_batch)[dp_rank]:
             samples = [self.reader.read(pack_.places) for pack_ in micro]

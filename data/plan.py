@@ -113,7 +113,8 @@ class Plan:
         """Everything the plan depends on, by the name of its option."""
         settings = dataclasses.asdict(self.settings)
         datasets = {
-            source.name: {"weight": source.weight, "content": source.identity, "samples": len(source.kept)} for source in self.sources
+            source.name: {"weight": source.weight, "content": source.identity, "samples": len(source.kept)}
+            for source in self.sources
         }
         return {"version": PLAN_VERSION, **settings, "draws_per_segment": self.draws_per_segment, "datasets": datasets}
 

@@ -38,7 +38,9 @@ class Tokenizer:
         self.folder = folder
         path = Path(folder) / "tokenizer.json"
         if not folder or not path.is_file():
-            raise UserError(f"data.tokenizer={folder}: no tokenizer.json there: give the folder of a fast Hugging Face tokenizer")
+            raise UserError(
+                f"data.tokenizer={folder}: no tokenizer.json there: give the folder of a fast Hugging Face tokenizer"
+            )
         raw = path.read_bytes()
         self.fingerprint = hashlib.sha256(raw).hexdigest()
         try:

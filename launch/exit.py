@@ -73,7 +73,7 @@ def _may_speak(everywhere: bool) -> bool:
 
 
 def _attempt_folder() -> Path | None:
-    """The folder that torchrun makes for this start of the ranks of this machine and removes afterwards; None without one.
+    """The folder that torchrun makes anew for each start of the ranks of this machine; None without one.
 
     torchrun gives each rank a file `<attempt>/<local rank>/error.json`.
     """

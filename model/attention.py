@@ -57,7 +57,9 @@ class Segments:
         return cls(tuple(groups), inverse)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, segments: Segments, *, causal: bool, scale: float | None = None) -> Tensor:
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, *, causal: bool, scale: float | None = None
+) -> Tensor:
     """Scaled dot-product attention inside each segment.
 
     Args:
@@ -113,7 +115,5 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
         packed_seq_params: Any = None,
     ) -> Tensor:
         """[T, 1, heads, D] each -> [T, 1, H * D]."""
-        attended = attend(
-            query[:, 0], key[:, 0], value[:, 0], packed_seq_params.segments, causal=self.causal, scale=self.scale
-        )
+        attended = attend(query[:, 0], key[:, 0], value[:, 0], packed_seq_params.segments, causal=self.causal, scale=self.scale)
         return attended.flatten(1).unsqueeze(1)

@@ -90,8 +90,15 @@ class ModelConfig:
         if any(not 0 <= layer < vision.depth for layer in vision.deepstack_layers):
             found.append(f"model.vision.deepstack_layers={vision.deepstack_layers} must lie in 0..{vision.depth - 1}")
         if len(vision.deepstack_layers) > text.layers:
-            found.append(f"model.vision.deepstack_layers: {len(vision.deepstack_layers)} levels need as many language layers, have {text.layers}")
-        for option, size in (("heads", text.heads), ("kv_heads", text.kv_heads), ("vocab_size", text.vocab_size), ("ffn_hidden_size", text.ffn_hidden_size)):
+            found.append(
+                f"model.vision.deepstack_layers: {len(vision.deepstack_layers)} levels need as many language layers, have {text.layers}"
+            )
+        for option, size in (
+            ("heads", text.heads),
+            ("kv_heads", text.kv_heads),
+            ("vocab_size", text.vocab_size),
+            ("ffn_hidden_size", text.ffn_hidden_size),
+        ):
             if size % tensor:
                 found.append(f"parallel.tensor={tensor} does not divide model.text.{option}={size}: choose a divisor")
         return found

@@ -37,7 +37,9 @@ def from_huggingface(state: Mapping[str, Tensor], config: ModelConfig) -> dict[s
         here, there = f"language_model.decoder.layers.{layer}.", f"model.language_model.layers.{layer}."
         for name, theirs in LAYER_NAMES.items():
             ours[here + name] = state[there + theirs]
-        ours[here + "self_attention.linear_qkv.weight"] = join_qkv([state[f"{there}self_attn.{x}_proj.weight"] for x in "qkv"], text)
+        ours[here + "self_attention.linear_qkv.weight"] = join_qkv(
+            [state[f"{there}self_attn.{x}_proj.weight"] for x in "qkv"], text
+        )
         gate, up = (state[f"{there}mlp.{x}_proj.weight"] for x in ("gate", "up"))
         ours[here + "mlp.linear_fc1.weight"] = torch.cat([gate, up])
     for theirs, tensor in state.items():

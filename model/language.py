@@ -150,7 +150,9 @@ class LanguageModel(LanguageModule):  # type: ignore[misc]
     @property
     def output_weight(self) -> Tensor:
         """This rank's rows of the output matrix [V / tensor, H]: its own or the embedding's."""
-        weight: Tensor = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
+        weight: Tensor = (
+            self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
+        )
         return weight
 
     def set_input_tensor(self, tensor: Any) -> None:

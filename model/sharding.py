@@ -42,7 +42,9 @@ def join(name: str, parts: list[Tensor], parameter: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def draw_weights(model: nn.Module, config: ModelConfig, seed: int, rank: int, size: int, groups: set[str] | None = None) -> None:
+def draw_weights(
+    model: nn.Module, config: ModelConfig, seed: int, rank: int, size: int, groups: set[str] | None = None
+) -> None:
     """Draw random weights: normal with the configuration's deviation, norms one, biases zero.
 
     Every parameter has a generator of its own, seeded by its name: the same weights in every layout.

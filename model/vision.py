@@ -40,7 +40,9 @@ class VisionInput:
         grids = grid_thw.tolist()
         places = [frame_places(h, w, config.position_table, config.spatial_merge_size) for _, h, w in grids]
         repeats = [t for t, _, _ in grids]
-        tiled = [np.concatenate([np.tile(p[i], (1, t)) for p, t in zip(places, repeats, strict=True)], axis=1) for i in range(3)]
+        tiled = [
+            np.concatenate([np.tile(p[i], (1, t)) for p, t in zip(places, repeats, strict=True)], axis=1) for i in range(3)
+        ]
         lengths = np.concatenate([np.full(t, h * w) for t, h, w in grids])
         bounds = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]))
         rows_columns, table_rows, table_weights = (torch.from_numpy(x).to(device, non_blocking=True) for x in tiled)

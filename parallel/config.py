@@ -56,7 +56,9 @@ class ParallelConfig:
             if degree < 1:
                 found.append(f"parallel.{axis}={degree} must be at least 1")
             elif axis in UNPROVEN_AXES and degree > 1:
-                found.append(f"parallel.{axis}={degree} is not available yet: set it to 1 and use parallel.tensor or more data-parallel ranks")
+                found.append(
+                    f"parallel.{axis}={degree} is not available yet: set it to 1 and use parallel.tensor or more data-parallel ranks"
+                )
         if self.sequence and self.tensor == 1:
             found.append("parallel.sequence=true needs parallel.tensor of 2 or more (now 1)")
         if not found and world_size % self.model_parallel_size:

@@ -99,7 +99,9 @@ def _replace_random_state() -> None:
 
 
 def _is_cuda(device: object) -> bool:
-    return (isinstance(device, str) and device.startswith("cuda")) or (isinstance(device, torch.device) and device.type == "cuda")
+    return (isinstance(device, str) and device.startswith("cuda")) or (
+        isinstance(device, torch.device) and device.type == "cuda"
+    )
 
 
 def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
@@ -134,7 +136,9 @@ def _replace_collectives() -> None:
     all_to_all_single = torch.distributed.all_to_all_single
 
     @functools.wraps(all_to_all_single)
-    def with_lists(output: Any, tensor: Any, output_split_sizes: Any = None, input_split_sizes: Any = None, **kwargs: Any) -> Any:
+    def with_lists(
+        output: Any, tensor: Any, output_split_sizes: Any = None, input_split_sizes: Any = None, **kwargs: Any
+    ) -> Any:
         sizes = [x.tolist() if isinstance(x, torch.Tensor) else x for x in (output_split_sizes, input_split_sizes)]
         return all_to_all_single(output, tensor, *sizes, **kwargs)
 

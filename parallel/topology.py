@@ -79,7 +79,9 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cpu")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if local_rank >= torch.cuda.device_count():
-        raise UserError(f"{torch.cuda.device_count()} GPUs are visible, but rank {local_rank} of this machine needs its own: lower --nproc-per-node")
+        raise UserError(
+            f"{torch.cuda.device_count()} GPUs are visible, but rank {local_rank} of this machine needs its own: lower --nproc-per-node"
+        )
     return torch.device("cuda", local_rank)
 
 
@@ -89,8 +91,15 @@ def set_threads(threads: int) -> None:
     torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // ranks))
 
 
-def start(config: ParallelConfig, device: torch.device, timeout_minutes: float = 30.0) -> Topology:
-    """Open the process groups of a layout; the world comes from torchrun's environment, or is one process without it."""
+def start(config: ParallelConfig, device: torch.device, seed: int = 1234, timeout_minutes: float = 30.0) -> Topology:
+    """Open the process groups of a layout; the world comes from torchrun's environment, or is one process without it.
+
+    Args:
+        config: degrees of the axes.
+        device: of this rank; on a CPU the stand-in for torch.cuda is put in place.
+        seed: of Megatron-core's random states, alike or different over the ranks as each axis needs it.
+        timeout_minutes: longest wait in a collective.
+    """
     if device.type == "cpu":
         from visionloom.parallel import cpu
 
@@ -100,7 +109,7 @@ def start(config: ParallelConfig, device: torch.device, timeout_minutes: float =
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         _open_world(device, timedelta(minutes=timeout_minutes))
-    return _open_layout(config, device)
+    return _open_layout(config, device, seed)
 
 
 def _open_world(device: torch.device, timeout: timedelta) -> None:
@@ -111,9 +120,10 @@ def _open_world(device: torch.device, timeout: timedelta) -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 
 
-def _open_layout(config: ParallelConfig, device: torch.device) -> Topology:
+def _open_layout(config: ParallelConfig, device: torch.device, seed: int) -> Topology:
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     world_size = dist.get_world_size()
     faults = config.problems(world_size)
@@ -128,6 +138,7 @@ def _open_layout(config: ParallelConfig, device: torch.device) -> Topology:
         expert_model_parallel_size=config.expert,
         expert_tensor_parallel_size=config.expert_tensor or 1,
     )
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     return Topology(config, device, dist.get_rank(), world_size, groups)
 

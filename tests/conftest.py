@@ -1,12 +1,16 @@
 """Shared fixtures: the device of this test run, and a one-process topology."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+
+from visionloom.data.demo import make_demo
 from visionloom.parallel import topology as topologies
 from visionloom.parallel.config import ParallelConfig
 from visionloom.parallel.topology import Topology
+from visionloom.tests.ranks import RankPool
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -27,3 +31,19 @@ def topology(device: torch.device) -> Iterator[Topology]:
         torch.backends.cuda.matmul.allow_tf32 = False
     yield topologies.start(ParallelConfig(), device)
     topologies.stop()
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[RankPool]:
+    """The processes for tests with more than one rank."""
+    ranks = RankPool()
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="session")
+def demo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's shards at a twentieth of their size."""
+    folder = tmp_path_factory.mktemp("demo")
+    make_demo(folder, scale=0.05)
+    return folder

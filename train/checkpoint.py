@@ -131,7 +131,9 @@ def read(folder: Path) -> Checkpoint:
     try:
         return Checkpoint(folder, Progress(**json.loads((folder / STATE).read_text())))
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{folder} is not a checkpoint of this version ({error}): name a folder such as checkpoints/<phase>/step-00000100") from error
+        raise UserError(
+            f"{folder} is not a checkpoint of this version ({error}): name a folder such as checkpoints/<phase>/step-00000100"
+        ) from error
 
 
 def verify(folder: Path, topology: Topology) -> str | None:

@@ -120,7 +120,9 @@ class PhaseConfig:
         elif self.total_steps < 1:
             found.append(f"{where}.{'steps' if self.steps is not None else 'tokens'} must be at least 1")
         elif not 0 <= self.warmup_steps < self.total_steps:
-            found.append(f"{where}.warmup_steps={self.warmup_steps} must be at least 0 and below the phase's {self.total_steps} steps")
+            found.append(
+                f"{where}.warmup_steps={self.warmup_steps} must be at least 0 and below the phase's {self.total_steps} steps"
+            )
         if self.decay_steps is not None and not 1 <= self.decay_steps <= self.total_steps - self.warmup_steps:
             found.append(f"{where}.decay_steps={self.decay_steps} must be at least 1 and fit behind the warm-up")
         for option, values, known in (
@@ -148,7 +150,9 @@ class PhaseConfig:
                     f" make it a multiple of {packs} or start fewer ranks"
                 )
             if layout.sequence_parallel and self.sequence_length * self.micro_batch % layout.tensor:
-                found.append(f"{where}.sequence_length={self.sequence_length} must be a multiple of parallel.tensor={layout.tensor}")
+                found.append(
+                    f"{where}.sequence_length={self.sequence_length} must be a multiple of parallel.tensor={layout.tensor}"
+                )
         return found
 
 
@@ -207,7 +211,11 @@ class RunConfig:
     def problems(self, world_size: int) -> list[str]:
         """What cannot work, found from the values alone: one line a fault, each naming its option; empty if none."""
         found = []
-        for option, value, known in (("run.device", self.run.device, DEVICES), ("run.precision", self.run.precision, PRECISIONS), ("optim.name", self.optim.name, ("adamw",))):
+        for option, value, known in (
+            ("run.device", self.run.device, DEVICES),
+            ("run.precision", self.run.precision, PRECISIONS),
+            ("optim.name", self.optim.name, ("adamw",)),
+        ):
             if value not in known:
                 found.append(unknown(option, value, known))
         found += self.parallel.problems(world_size)

@@ -151,7 +151,9 @@ def most_likely(logits: Tensor, topology: Topology) -> Tensor:
     return ids.gather(0, values.argmax(0, keepdim=True))[0].long()
 
 
-def evaluate_run(config: RunConfig, topology: Topology, model: Qwen3VL, folder: Path, step: int, screen: Screen) -> dict[str, Any]:
+def evaluate_run(
+    config: RunConfig, topology: Topology, model: Qwen3VL, folder: Path, step: int, screen: Screen
+) -> dict[str, Any]:
     """Evaluate on data.validation: prints a table and writes eval.json and report.html.
 
     Returns:

@@ -23,7 +23,14 @@ Report = Callable[[dict[str, Any]], None]
 
 
 def fit(
-    stage: Stage, folder: Path, log: RunLog | None, report: Report, settings: CheckpointConfig, done: int, step: int, workers: int
+    stage: Stage,
+    folder: Path,
+    log: RunLog | None,
+    report: Report,
+    settings: CheckpointConfig,
+    done: int,
+    step: int,
+    workers: int,
 ) -> int:
     """Train a phase from its step `done` to its end and save it.
 

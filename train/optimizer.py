@@ -84,7 +84,9 @@ def install_adamw() -> None:
 
 def wrap_data_parallel(model: Any, topology: Topology) -> DistributedDataParallel:
     """Megatron's DDP with the distributed optimizer; freeze parameters first."""
-    settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=False)
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=False
+    )
     return DistributedDataParallel(model.config, settings, model, pg_collection=topology.groups)
 
 

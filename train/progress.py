@@ -26,7 +26,13 @@ class Screen:
         """A phase starts, or goes on after `done` of its `total` steps."""
         self.total, self.started, self.first = total, time.perf_counter(), done
         if self.shown and self.console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[news]}"), TimeRemainingColumn())
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[news]}"),
+                TimeRemainingColumn(),
+            )
             self.live = Progress(*columns, console=self.console)
             self.live.add_task(phase, total=total, completed=done, news="")
             self.live.start()

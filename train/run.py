@@ -40,7 +40,7 @@ def pretrain(config: RunConfig) -> None:
     quiet_libraries()
     device = topologies.choose_device(config.run.device)
     topologies.set_threads(config.run.threads)
-    topology = topologies.start(config.parallel, device)
+    topology = topologies.start(config.parallel, device, config.run.seed)
     folder = run_folder(config)
     log = RunLog(folder) if topology.is_main else None
     screen = Screen(topology.is_main, config.logging.every_steps)
@@ -102,14 +102,23 @@ class Run:
         for dataset, samples in stream.dropped.items():
             if samples:
                 self._event("dropped", phase=name, dataset=dataset, samples=samples)
-                self.screen.say(f"{name}: {samples} samples of {dataset} are longer than a pack and left out (over_length=drop)")
+                self.screen.say(
+                    f"{name}: {samples} samples of {dataset} are longer than a pack and left out (over_length=drop)"
+                )
         self._event("phase_start", phase=name, step=self.step, phase_step=done, phase_steps=settings.total_steps)
         if not done:
             self._validate(stage)
         self.screen.begin(name, done, settings.total_steps)
         try:
             self.step = fit(
-                stage, self.folder, self.log, self.screen.step, self.config.checkpoint, done, self.step, self.config.data.workers
+                stage,
+                self.folder,
+                self.log,
+                self.screen.step,
+                self.config.checkpoint,
+                done,
+                self.step,
+                self.config.data.workers,
             )
         finally:
             self.screen.end()
@@ -162,7 +171,9 @@ class Run:
         if not resuming:
             return
         if progress.phase not in self.config.phases:
-            raise UserError(f"{source.folder} is of phase {progress.phase}, which this recipe lacks: set run.name to start a new run")
+            raise UserError(
+                f"{source.folder} is of phase {progress.phase}, which this recipe lacks: set run.name to start a new run"
+            )
         steps = self.config.phases[progress.phase].total_steps
         if not progress.phase_done and steps != progress.phase_steps:
             raise UserError(

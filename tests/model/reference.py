@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
 from visionloom.model.config import ModelConfig, TextConfig, VisionConfig
 from visionloom.model.huggingface import from_huggingface
 from visionloom.model.qwen3vl import Qwen3VL

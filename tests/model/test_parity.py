@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+
 from visionloom.model.huggingface import from_huggingface, to_huggingface
 from visionloom.parallel.topology import Topology
-
-from tests.model.reference import build_pair, make_example, make_pack, reference_run, tiny_config
+from visionloom.tests.model.reference import build_pair, make_example, make_pack, reference_run, tiny_config
 
 TOLERANCE = 1e-5
 

@@ -1,0 +1,39 @@
+"""What the tests of data share: a small tokenizer with Qwen's special tokens, and datasets on disk."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from visionloom.data.config import DataConfig, DatasetConfig
+from visionloom.data.demo_tokenizer import train_tokenizer
+from visionloom.data.shards import write_shards
+from visionloom.data.tokenizer import Tokenizer
+from visionloom.tests.data.samples import RULES, Pair, essay, film, picture_question
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face tokenizer folder."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(folder, [picture_question(1)[0], film(1)[0], essay(1)[0]])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_folder: Path) -> Tokenizer:
+    """The tokenizer as the data code reads it."""
+    return Tokenizer(str(tokenizer_folder))
+
+
+@pytest.fixture
+def config(tmp_path: Path, tokenizer_folder: Path) -> Callable[..., DataConfig]:
+    """Writes datasets, each from its samples, and returns the configuration that reads them."""
+
+    def make(**datasets: list[Pair]) -> DataConfig:
+        for name, samples in datasets.items():
+            write_shards(tmp_path / name, name, samples, samples_per_shard=40)
+        found = {name: DatasetConfig(path=str(tmp_path / name)) for name in datasets}
+        return DataConfig(str(tokenizer_folder), found, dict(found), media=RULES, window=64)
+
+    return make

@@ -1,0 +1,92 @@
+"""One pool of ranks for the whole test run: megatron-core is imported once a process, not once a test.
+
+A test runs `pool.run(world_size, function, *arguments)`: the function is called on `world_size` processes that share a gloo
+world, and the results come back in the order of the ranks. It must be importable (defined at the top of a test module).
+"""
+
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+TIMEOUT_SECONDS = 300
+
+
+class RankFailed(AssertionError):
+    """A rank raised; the message is its traceback."""
+
+
+class RankPool:
+    """Processes that wait for work; more are started when a test needs a larger world."""
+
+    def __init__(self) -> None:
+        self.context = multiprocessing.get_context("spawn")
+        self.connections: list[Connection] = []
+        self.processes: list[Any] = []
+
+    def run(self, world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """Call `function(*arguments)` on every rank of a new world; RankFailed with the first traceback if one raises."""
+        while len(self.connections) < world_size:
+            self._start_one()
+        with tempfile.TemporaryDirectory() as folder:
+            for rank in range(world_size):
+                self.connections[rank].send((rank, world_size, str(Path(folder) / "store"), function, arguments))
+            answers = [self._answer(rank) for rank in range(world_size)]
+        failures = [text for ok, text in answers if not ok]
+        if failures:
+            self.close()
+            raise RankFailed("\n".join(failures))
+        return [result for _, result in answers]
+
+    def close(self) -> None:
+        """End all processes."""
+        for process in self.processes:
+            process.kill()
+            process.join()
+        self.connections, self.processes = [], []
+
+    def _start_one(self) -> None:
+        ours, theirs = self.context.Pipe()
+        process = self.context.Process(target=serve, args=(theirs,), daemon=False)
+        process.start()
+        self.connections.append(ours)
+        self.processes.append(process)
+
+    def _answer(self, rank: int) -> tuple[bool, Any]:
+        try:
+            if self.connections[rank].poll(TIMEOUT_SECONDS):
+                answer: tuple[bool, Any] = self.connections[rank].recv()
+                return answer
+        except EOFError:
+            return False, f"rank {rank} died"
+        return False, f"rank {rank} did not answer in {TIMEOUT_SECONDS} s"
+
+
+def serve(connection: Connection) -> None:
+    """Wait for work and do it, in a process of its own."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch
+    import torch.distributed as dist
+
+    from visionloom.parallel import cpu
+
+    torch.set_num_threads(1)
+    with cpu.quiet_imports():
+        cpu.install()
+    while True:
+        try:
+            rank, world_size, store, function, arguments = connection.recv()
+        except EOFError:
+            return
+        try:
+            dist.init_process_group("gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size)
+            connection.send((True, function(*arguments)))
+        except BaseException:
+            connection.send((False, f"rank {rank}:\n{traceback.format_exc()}"))
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()

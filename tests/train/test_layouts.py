@@ -1,0 +1,64 @@
+"""The same run in different layouts: the same global batches, the same losses over 20 optimizer steps.
+
+Reference: one process.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from visionloom.tests.ranks import RankPool
+from visionloom.tests.train.runs import metrics, run_config
+from visionloom.train.config import RunConfig
+
+STEPS = 20
+LAYOUTS: dict[str, tuple[int, list[str]]] = {
+    "data2": (2, []),
+    "tensor2": (2, ["parallel.tensor=2"]),
+    "tensor2 without sequence parallelism": (2, ["parallel.tensor=2", "parallel.sequence=false"]),
+    "tensor2 data2": (4, ["parallel.tensor=2"]),
+    "micro-batches of two packs": (1, ["phases.multimodal.micro_batch=2"]),
+}
+
+
+def train(config: RunConfig) -> None:
+    """Runs on every rank of the pool."""
+    from visionloom.train.run import pretrain
+
+    pretrain(config)
+
+
+def run(pool: RankPool, data: Path, folder: Path, world_size: int, words: list[str]) -> list[dict[str, Any]]:
+    pool.run(world_size, train, run_config(data, folder, STEPS, world_size, *words))
+    return metrics(folder)
+
+
+@pytest.fixture(scope="module")
+def alone(pool: RankPool, demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run(pool, demo_data, tmp_path_factory.mktemp("alone"), 1, [])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_does_not_change_training(
+    layout: str, alone: list[dict[str, Any]], pool: RankPool, demo_data: Path, tmp_path: Path
+) -> None:
+    world_size, words = LAYOUTS[layout]
+    lines = run(pool, demo_data, tmp_path, world_size, words)
+    assert len(lines) == len(alone) == STEPS
+    for ours, reference in zip(lines, alone, strict=True):
+        for counted in (
+            "step",
+            "tokens",
+            "supervised_tokens",
+            "visual_tokens",
+            "patches",
+            "samples",
+            "packs",
+            "padding_fraction",
+        ):
+            assert ours[counted] == reference[counted]
+        assert abs(ours["loss"] - reference["loss"]) <= 1e-4
+        assert ours["loss_by_source"] == pytest.approx(reference["loss_by_source"], abs=1e-4)
+        assert ours["grad_norm"] == pytest.approx(reference["grad_norm"], rel=1e-3)
+    assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
