@@ -17,7 +17,8 @@ CORE = [
     "numpy>=2.1,<3",
     "pillow>=11.0,<14",
     "rich>=13.9,<16",
-    "wandb>=0.20,<0.32",
+    "matplotlib>=3.9,<4",
+    "wandb>=0.31,<0.32",  # login(prompt=False) asks without a dialogue
     "xxhash>=3.5,<5",
 ]
 EXTRAS = {
@@ -27,10 +28,12 @@ EXTRAS = {
     "s3": ["s3fs>=2026.1"],
     "convert": ["pyarrow>=20,<26", "datasets>=4.0,<6"],
     "demo": ["scikit-learn>=1.6,<2"],
+    "tensorboard": ["tensorboard>=2.18,<3"],
 }
 EXTRAS["test"] = [
     *EXTRAS["demo"],
     *EXTRAS["video"],
+    *EXTRAS["tensorboard"],
     "pytest>=9.0,<10",
     "hypothesis>=6.130,<7",
     "torchvision>=0.26,<0.30",  # reference for resizing

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 from uuid import uuid4
@@ -54,12 +55,10 @@ def load_lengths(dataset: Dataset, tokenizer: Tokenizer, rules: MediaConfig, cac
     no fault. Raises SampleError for a sample that cannot be rendered.
     """
     path = cache / f"lengths-{lengths_hash(dataset.fingerprint, tokenizer, rules)}.npy"
-    try:
+    with suppress(OSError, ValueError, EOFError):  # not there, or cut short by a crash: counted again
         table: Lengths = np.load(path)
         if table.dtype == LENGTHS and len(table) == len(dataset):
             return table
-    except (OSError, ValueError, EOFError):
-        pass  # not there, or cut short by a crash: counted again
     table = count_lengths(dataset, tokenizer, rules)
     _write(path, table)
     return table
@@ -82,13 +81,14 @@ def _row(sample: EncodedSample) -> tuple[int, int, int, int]:
 
 def _write(path: Path, table: Lengths) -> None:
     unfinished = path.with_name(f"{path.name}.{uuid4().hex}.tmp")
-    try:
+    with suppress(OSError):  # a table that cannot be kept is counted again
         path.parent.mkdir(parents=True, exist_ok=True)
-        with unfinished.open("wb") as file:
-            np.save(file, table)
-        os.replace(unfinished, path)
-    except OSError:
-        unfinished.unlink(missing_ok=True)
+        try:
+            with unfinished.open("wb") as file:
+                np.save(file, table)
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -3,8 +3,6 @@
 from bisect import bisect_left, bisect_right, insort
 from typing import Final
 
-MAX_WAIT: Final = 4
-"""A sample that has waited for this many windows of later ones opens the next pack, however small it is."""
 _LOOKS: Final = 256
 """Candidates tried for one place when the patch budget binds."""
 _SHIFT: Final = 32
@@ -13,9 +11,10 @@ _SHIFT: Final = 32
 def pack_samples(tokens: list[int], patches: list[int], token_budget: int, patch_budget: int, window: int) -> list[list[int]]:
     """Put samples into packs; every pack fits both budgets, every sample is in exactly one.
 
-    `window` samples wait at a time. The largest of them opens a pack (the oldest, once it waited too long). The oldest
-    are added while there is room for any two, then the largest that fits until none does, and one is traded for a waiting
-    one that leaves less room. What did not fit stays, and the window is filled up in order. Each sample alone must fit. Returns the samples' numbers, pack by pack.
+    `window` samples wait at a time. The oldest opens a pack, so none waits for more than `window` packs. The oldest are
+    added while there is room for any two, then the largest that fits until none does, and one is traded for a waiting one
+    that leaves less room. What did not fit stays, and the window is filled up in order. Each sample alone must fit.
+    Returns the samples' numbers, pack by pack.
     """
     pool = _Pool(tokens, patches, window)
     packs = []
@@ -42,7 +41,7 @@ class _Pool:
         return bool(self.waiting)
 
     def take_pack(self, tokens: int, patches: int) -> list[int]:
-        pack = [self._pop(self._opener())]
+        pack = [self._pop(self._place_of_oldest())]
         tokens -= self.tokens[pack[0]]
         patches -= self.patches[pack[0]]
         while (place := self._next(tokens, patches)) >= 0:
@@ -68,10 +67,6 @@ class _Pool:
             self.taken[returned] = 0
             self.oldest = min(self.oldest, returned)
             insort(self.waiting, self._key(returned))
-
-    def _opener(self) -> int:
-        oldest = self._place_of_oldest()
-        return oldest if self.entered - self.oldest > MAX_WAIT * self.window else len(self.waiting) - 1
 
     def _next(self, tokens: int, patches: int) -> int:
         """While there is room for any two the oldest, so that small ones do not pile up; then the largest that fits."""

@@ -25,6 +25,7 @@ PLAN_VERSION: Final = 1
 _PACKS_PER_SEGMENT: Final = 512
 """Packs aimed at in a segment: its last, partly filled pack then costs 0.1 % of fill, and planning takes about 30 ms."""
 _SMALLEST_SEGMENT: Final = 256
+_SMALLEST_WINDOW: Final = 64
 _KEPT_SEGMENTS: Final = 4
 
 
@@ -101,6 +102,8 @@ class Plan:
     def __init__(self, sources: list[Source], settings: Settings, cost: CostModel | None = None) -> None:
         self.sources, self.settings, self.cost = sources, settings, cost or CostModel()
         self.draws_per_segment = _draws_per_segment(sources, settings)
+        # of a small dataset no more than a quarter of an epoch waits, or epochs would run into each other
+        self.window = min(settings.window, max(_SMALLEST_WINDOW, sum(len(source.kept) for source in sources) // 4))
         self._seed = int(key_of(settings.seed, f"phase {settings.phase}"))
         names, sizes = [source.name for source in sources], [len(source.kept) for source in sources]
         self.mixture = Mixture(names, sizes, [source.weight for source in sources], self._seed)
@@ -185,15 +188,21 @@ class Plan:
         rows, samples = self._rows(draws.datasets, draws.samples)
         settings = self.settings
         packed = pack_samples(
-            rows["tokens"].tolist(), rows["patches"].tolist(), settings.sequence_length, settings.patch_budget, settings.window
+            rows["tokens"].tolist(), rows["patches"].tolist(), settings.sequence_length, settings.patch_budget, self.window
         )
-        # the oldest and largest would come first: a seeded order makes any part of the segment alike
-        order = np.argsort(mix(np.arange(len(packed), dtype=np.uint64), key_of(self._seed, f"order {number}")), kind="stable")
+        order = self._order(number, len(packed))
         costs = self.cost.of(rows)
         return [
             Pack(tuple(draws.datasets[p].tolist()), tuple(samples[p].tolist()), float(costs[p].sum()))
             for p in (packed[place] for place in order)
         ]
+
+    def _order(self, number: int, packs: int) -> NDArray[np.intp]:
+        """A seeded order of a segment's packs, or of each epoch in it: the largest samples would come first otherwise."""
+        epoch = sum(len(source.kept) for source in self.sources)
+        stretch = max(2, max(2 * self.window, epoch) * packs // self.draws_per_segment)
+        shuffled = mix(np.arange(packs, dtype=np.uint64), key_of(self._seed, f"order {number}"))
+        return np.lexsort((shuffled, np.arange(packs) // stretch))
 
     def _rows(self, datasets: NDArray[np.int32], ordinals: NDArray[np.int64]) -> tuple[Lengths, NDArray[np.int64]]:
         rows = np.empty(len(datasets), self.sources[0].lengths.dtype)

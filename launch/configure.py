@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from visionloom.data.config import DatasetConfig
 from visionloom.launch.exit import exit_with
 from visionloom.launch.explain import available, explain, no_such_key, unknown_keys
+from visionloom.launch.quiet import quiet_libraries
 from visionloom.parallel.config import ParallelConfig
 from visionloom.parallel.errors import UserError
 from visionloom.train.config import PhaseConfig, RunConfig
@@ -48,6 +49,7 @@ def start(command: Callable[[RunConfig], None], argv: Sequence[str] | None = Non
         exit_with(error, everywhere=True)
     if config is None:
         return
+    quiet_libraries()
     try:
         check_paths(config)
         command(config)
@@ -89,14 +91,11 @@ def check_paths(config: RunConfig) -> None:
     Raises:
         UserError: naming the option and the folder; a few are shown if many are missing.
     """
-    paths = {
-        "data.tokenizer": config.data.tokenizer,
-        "init.huggingface": config.init.huggingface,
-        "init.checkpoint": config.init.checkpoint,
-    }
+    optional = {"init.huggingface": config.init.huggingface, "init.checkpoint": config.init.checkpoint}
+    paths = {"data.tokenizer": config.data.tokenizer} | {option: path for option, path in optional.items() if path}
     paths |= {f"data.datasets.{name}.path": dataset.path for name, dataset in config.data.datasets.items()}
     paths |= {f"data.validation.{name}.path": dataset.path for name, dataset in config.data.validation.items()}
-    missing = [f"{option}={path}" for option, path in paths.items() if path and not Path(path).is_dir()]
+    missing = [f"{option}={path}" for option, path in paths.items() if not path or not Path(path).is_dir()]
     if not missing:
         return
     more = len(missing) - MISSING_PATHS_SHOWN
@@ -113,6 +112,8 @@ def _check_words(words: Sequence[str]) -> None:
     if {"-m", "--multirun"} & set(words):
         raise UserError("--multirun is refused: every rank would sweep by itself; start one run for each value")
     for word in words:
+        if re.match(r"[+~]*=", word):
+            raise UserError(f"command line: '{word}' has no key: write key=value")
         if word.startswith("recipe="):
             raise UserError(f"a recipe is added, not overridden: write +{word}")
 

@@ -15,6 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+if not __package__:  # started as a file: Python put launch/ first on the path, where data.py would hide any package data
+    sys.path[0] = str(Path(__file__).resolve().parents[1] / ".link")
+
 from visionloom.launch.exit import exit_with
 from visionloom.parallel.errors import UserError
 

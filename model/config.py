@@ -4,7 +4,7 @@ Source: Qwen3-VL technical report (arXiv 2511.21631) section 2 and the published
 Nothing here imports torch.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 BACKENDS = ("auto", "torch", "flash", "te")
 
@@ -72,7 +72,8 @@ class ModelConfig:
     def problems(self, tensor: int = 1) -> list[str]:
         """What makes this model impossible to build with `tensor` tensor-parallel ranks: one line a fault; empty if none."""
         text, vision = self.text, self.vision
-        found = []
+        if found := self._not_positive():
+            return found
         if self.backend not in BACKENDS:
             found.append(f"model.backend={self.backend} is unknown: use one of {', '.join(BACKENDS)}")
         elif self.backend not in ("auto", "torch"):
@@ -93,12 +94,17 @@ class ModelConfig:
             found.append(
                 f"model.vision.deepstack_layers: {len(vision.deepstack_layers)} levels need as many language layers, have {text.layers}"
             )
-        for option, size in (
-            ("heads", text.heads),
-            ("kv_heads", text.kv_heads),
-            ("vocab_size", text.vocab_size),
-            ("ffn_hidden_size", text.ffn_hidden_size),
-        ):
-            if size % tensor:
-                found.append(f"parallel.tensor={tensor} does not divide model.text.{option}={size}: choose a divisor")
+        cut = {name: getattr(text, name) for name in ("heads", "kv_heads", "vocab_size", "ffn_hidden_size")}
+        if uneven := [f"model.text.{name}={size}" for name, size in cut.items() if tensor > 0 and size % tensor]:
+            found.append(f"parallel.tensor={tensor} does not divide {', '.join(uneven)}: choose a divisor")
         return found
+
+    def _not_positive(self) -> list[str]:
+        """Sizes below 1, which every other check divides by."""
+        sizes = {
+            f"model.{part}.{size.name}": getattr(config, size.name)
+            for part, config in (("text", self.text), ("vision", self.vision))
+            for size in fields(config)
+            if size.type is int and not size.name.startswith("expert")
+        }
+        return [f"{option}={size} must be at least 1" for option, size in sizes.items() if size < 1]

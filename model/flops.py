@@ -40,8 +40,13 @@ def output_flops(text: TextConfig, work: Work) -> float:
 def vision_flops(vision: VisionConfig, work: Work) -> float:
     """Forward operations of the vision tower without its mergers."""
     block = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.ffn_hidden_size
-    per_patch = 2 * (vision.depth * block + vision.patch_width * vision.hidden_size)
-    return float(per_patch * work.patches + 4 * vision.depth * vision.hidden_size * work.patch_pairs)
+    attention = 4 * vision.depth * vision.hidden_size * work.patch_pairs
+    return patch_embedding_flops(vision, work) + 2 * vision.depth * block * work.patches + attention
+
+
+def patch_embedding_flops(vision: VisionConfig, work: Work) -> float:
+    """The part of vision_flops that turns pixels into the first hidden states."""
+    return 2.0 * vision.patch_width * vision.hidden_size * work.patches
 
 
 def merger_flops(config: ModelConfig, work: Work) -> float:
@@ -56,17 +61,21 @@ def step_flops(config: ModelConfig, work: Work, trainable: set[str]) -> dict[str
     """Operations of forward and backward by part: language, output, merger, vision.
 
     A part costs its forward once; once more for the gradient of its weights if it trains; and once more for the gradient of
-    its input if something before it trains. Embeddings come before the language layers and train with them.
+    its input if something before it trains. Embeddings come before the language layers and train with them, norms before the
+    mergers' products with the mergers.
     """
     vision, merger, language = (group in trainable for group in ("vision", "merger", "language"))
     attention = 2.0 * config.text.layers * config.text.heads * config.text.head_dim * work.token_pairs
     passes = {
         "language": (language_flops(config.text, work), 1 + language, language or merger or vision),
         "output": (output_flops(config.text, work), 1 + language, True),
-        "merger": (merger_flops(config, work), 1 + merger, vision),
+        "merger": (merger_flops(config, work), 1 + merger, merger or vision),
         "vision": (vision_flops(config.vision, work), 1 + vision, vision),
     }
     flops = {part: cost * (weights + inputs) for part, (cost, weights, inputs) in passes.items()}
+    if vision:
+        # Pixels have no gradient.
+        flops["vision"] -= patch_embedding_flops(config.vision, work)
     if not language:
         # Attention has no weights of its own: its backward is twice its forward whether or not the layers train.
         flops["language"] += attention * (merger or vision)

@@ -8,7 +8,7 @@ below says which part of Megatron-core needs it. `torch.cuda.is_available()` sta
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -143,19 +143,3 @@ def _replace_collectives() -> None:
         return all_to_all_single(output, tensor, *sizes, **kwargs)
 
     torch.distributed.all_to_all_single = with_lists
-
-
-@contextlib.contextmanager
-def quiet_imports() -> Iterator[None]:
-    """Megatron-core warns about every absent accelerator library while it is imported; on a CPU that is expected."""
-    import logging
-    import warnings
-
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)

@@ -103,13 +103,17 @@ def start(config: ParallelConfig, device: torch.device, seed: int = 1234, timeou
     if device.type == "cpu":
         from visionloom.parallel import cpu
 
-        with cpu.quiet_imports():
-            cpu.install()
+        cpu.install()
     else:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         _open_world(device, timedelta(minutes=timeout_minutes))
     return _open_layout(config, device, seed)
+
+
+def change(topology: Topology, config: ParallelConfig, seed: int) -> Topology:
+    """Another layout on the same ranks, as a new phase may ask for; nothing built on the old one may be used after."""
+    return topology if config == topology.config else _open_layout(config, topology.device, seed)
 
 
 def _open_world(device: torch.device, timeout: timedelta) -> None:

@@ -13,6 +13,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from visionloom.launch.quiet import quiet_libraries
+
 TIMEOUT_SECONDS = 300
 
 
@@ -69,14 +71,14 @@ class RankPool:
 def serve(connection: Connection) -> None:
     """Wait for work and do it, in a process of its own."""
     os.environ["OMP_NUM_THREADS"] = "1"
+    quiet_libraries()
     import torch
     import torch.distributed as dist
 
     from visionloom.parallel import cpu
 
     torch.set_num_threads(1)
-    with cpu.quiet_imports():
-        cpu.install()
+    cpu.install()
     while True:
         try:
             rank, world_size, store, function, arguments = connection.recv()

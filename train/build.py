@@ -55,8 +55,8 @@ def redraw(model: Qwen3VL, config: RunConfig, phase: str, topology: Topology) ->
         draw_weights(model, config.model, seed, topology.tensor_rank, topology.config.tensor, groups)
 
 
-def build_stream(config: RunConfig, phase: str, folder: Path) -> PackStream:
-    """The phase's packs as a pure function of seed and step; unreadable samples are listed in the run's folder."""
+def build_stream(config: RunConfig, phase: str, folder: Path, topology: Topology) -> PackStream:
+    """The phase's packs as a pure function of seed and step; unreadable samples are listed once in the run's folder."""
     settings = config.phases[phase]
     return PackStream(
         config.data,
@@ -67,7 +67,7 @@ def build_stream(config: RunConfig, phase: str, folder: Path) -> PackStream:
         loss=settings.loss,
         seed=config.run.seed,
         visual_cost=patch_cost(config.model),
-        quarantine=folder / "quarantine.jsonl",
+        quarantine=folder / "quarantine.jsonl" if topology.is_data_leader else None,
     )
 
 

@@ -5,6 +5,9 @@ refused in well under a second.
 """
 
 import difflib
+import math
+import operator
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from visionloom.data.config import DataConfig
@@ -13,9 +16,26 @@ from visionloom.parallel.config import ParallelConfig
 
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "fp32", "bf16")
+ANY_PHASE = "phases.<name>"
 GROUPS = ("vision", "merger", "language")
 LOSSES = ("sqrt", "token", "sample")
 SCHEDULES = ("cosine", "wsd", "linear", "constant")
+LEAST: dict[str, float] = {
+    "run.threads": 0,
+    "data.workers": 0,
+    "data.window": 1,
+    "optim.weight_decay": 0,
+    "optim.clip_grad": 0,
+    "checkpoint.every_steps": 0,
+    "checkpoint.keep": 1,
+    "logging.every_steps": 1,
+    "evaluation.samples": 1,
+    "evaluation.phase_samples": 0,
+    "evaluation.pack_tokens": 1,
+    "evaluation.max_new_tokens": 1,
+    "evaluation.pictures": 0,
+}
+"""Smallest value of options whose value needs no other check."""
 
 
 @dataclass
@@ -109,12 +129,21 @@ class PhaseConfig:
         own = {"vision": self.lr_vision, "merger": self.lr_merger, "language": None}
         return {group: rate if (rate := own[group]) is not None else self.lr for group in self.trainable}
 
-    def problems(self, where: str, datasets: list[str], world_size: int, parallel: ParallelConfig) -> list[str]:
-        """What is wrong with this phase: one line a fault, each naming its option; empty if none."""
+    def problems(
+        self, where: str, datasets: list[str], world_size: int, parallel: ParallelConfig, dealt: bool = True
+    ) -> list[str]:
+        """What is wrong with this phase: one line a fault, each naming its option; empty if none.
+
+        Whether its packs can be dealt to the ranks is left out unless `dealt`: the run's layout must be possible first.
+        """
         found = []
         for option in ("sequence_length", "global_batch", "micro_batch"):
             if getattr(self, option) < 1:
                 found.append(f"{where}.{option}={getattr(self, option)} must be at least 1")
+        for option in ("lr", "lr_vision", "lr_merger", "lr_min_ratio"):
+            value = getattr(self, option)
+            if value is not None and not 0 <= value < math.inf:
+                found.append(f"{where}.{option}={value:g} must be a finite number of at least 0")
         if (self.steps is None) == (self.tokens is None):
             found.append(f"{where}: give exactly one of steps and tokens")
         elif self.total_steps < 1:
@@ -141,7 +170,7 @@ class PhaseConfig:
         faults = layout.problems(world_size)
         if self.parallel is not None:
             found += [f"{where}: {fault}" for fault in faults]
-        if not found and not faults:
+        if dealt and not found and not faults:
             packs = layout.data_parallel_size(world_size) * self.micro_batch
             if self.global_batch % packs:
                 found.append(
@@ -218,19 +247,51 @@ class RunConfig:
         ):
             if value not in known:
                 found.append(unknown(option, value, known))
-        found += self.parallel.problems(world_size)
-        found += self.model.problems(self.parallel.tensor)
+        found += self._out_of_range()
+        layout = self.parallel.problems(world_size) + self.model.problems(self.parallel.tensor)
+        found += layout
         if not self.phases:
             found.append("phases is empty: choose a run with +recipe=NAME")
-        for name, phase in self.phases.items():
-            found += phase.problems(f"phases.{name}", list(self.data.datasets), world_size, self.parallel)
+        faults = {
+            name: phase.problems(ANY_PHASE, list(self.data.datasets), world_size, self.parallel, dealt=not layout)
+            for name, phase in self.phases.items()
+        }
+        found += _once(faults)
         if self.init.huggingface and self.init.checkpoint:
             found.append("init.huggingface and init.checkpoint exclude each other: set one")
-        if self.checkpoint.keep < 1:
-            found.append(f"checkpoint.keep={self.checkpoint.keep} must be at least 1")
         if self.checkpoint.asynchronous:
             found.append("checkpoint.asynchronous=true is not available yet: set it to false")
         return found
+
+    def _out_of_range(self) -> list[str]:
+        """Numbers and names that no run can have."""
+        values = {option: operator.attrgetter(option)(self) for option in LEAST}
+        found = [
+            f"{option}={value} must be at least {LEAST[option]}" for option, value in values.items() if value < LEAST[option]
+        ]
+        if not self.run.name:
+            found.append("run.name is empty: give the run a name")
+        for option in ("beta1", "beta2"):
+            if not 0 <= getattr(self.optim, option) < 1:
+                found.append(f"optim.{option}={getattr(self.optim, option):g} must be at least 0 and below 1")
+        if not 0 < self.data.patch_budget < math.inf:
+            found.append(f"data.patch_budget={self.data.patch_budget:g} must be above 0")
+        for name, dataset in self.data.datasets.items():
+            if not 0 <= dataset.weight < math.inf:
+                found.append(f"data.datasets.{name}.weight={dataset.weight:g} must be a finite number of at least 0")
+        return found
+
+
+def _once(faults: Mapping[str, list[str]]) -> list[str]:
+    """The faults of all phases, with one line for those that have the same."""
+    phases: dict[str, list[str]] = {}
+    for name, lines in faults.items():
+        for line in lines:
+            phases.setdefault(line, []).append(name)
+    return [
+        line.replace(ANY_PHASE, f"phases.{first}") + (f" (likewise {', '.join(others)})" if others else "")
+        for line, (first, *others) in phases.items()
+    ]
 
 
 def unknown(option: str, value: str, known: tuple[str, ...] | list[str]) -> str:

@@ -20,9 +20,10 @@ from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.parallel.topology import Topology
 from visionloom.train.config import RunConfig
 from visionloom.train.progress import Screen
+from visionloom.train.report_data import RESULTS
+from visionloom.train.report_gallery import question_text
 from visionloom.train.step import LossSums
 
-RESULTS = "eval.json"
 THINK_END = "</think>"
 
 
@@ -33,6 +34,8 @@ class Prediction:
     sample: EncodedSample
     text: str
     """What was generated, without its end token."""
+    question: str
+    """The prompt as a person reads it; see `question_text`."""
 
     @property
     def correct(self) -> bool:
@@ -70,7 +73,7 @@ def predictions(config: RunConfig, topology: Topology, model: Qwen3VL, name: str
     writer = Writer(model, topology, held_out.tokenizer, config.evaluation.max_new_tokens)
     for chunk in _chunks((q for q in questions if q.task), config.evaluation.pack_tokens):
         for sample, text in zip(chunk, writer.answers(chunk), strict=True):
-            yield Prediction(sample, text)
+            yield Prediction(sample, text, question_text(sample, held_out.tokenizer))
 
 
 def _chunks(samples: Iterable[EncodedSample], tokens: int) -> Iterator[list[EncodedSample]]:

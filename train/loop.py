@@ -1,7 +1,7 @@
 """The training loop of one phase: next packs, one step, one line of metrics, a checkpoint now and then."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -73,7 +73,7 @@ def save(stage: Stage, folder: Path, log: RunLog | None, step: int, phase_step: 
         log.event("checkpoint", step=step, phase=stage.name, folder=str(path), seconds=seconds)
 
 
-def _packs(stage: Stage, done: int, steps: int, workers: int) -> Iterator[list[PackedBatch]]:
+def _packs(stage: Stage, done: int, steps: int, workers: int) -> Generator[list[PackedBatch]]:
     topology = stage.topology
     return iterate(stage.stream, done, steps, topology.data_rank, topology.data_size, stage.phase.micro_batch, workers)
 

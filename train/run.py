@@ -1,8 +1,6 @@
 """A run: its phases in order, each built, resumed or started, trained and saved."""
 
-import logging
 import time
-import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,11 +14,12 @@ from visionloom.parallel.topology import Topology
 from visionloom.train import checkpoint
 from visionloom.train.build import Stage, build_model, build_stage, build_stream, redraw
 from visionloom.train.checkpoint import Checkpoint
-from visionloom.train.config import RunConfig
+from visionloom.train.config import LoggingConfig, RunConfig
 from visionloom.train.evaluate import evaluate_run, held_out_losses
 from visionloom.train.loop import fit
 from visionloom.train.metrics import RunLog
 from visionloom.train.progress import Screen
+from visionloom.train.trackers import Trackers
 
 
 def run_folder(config: RunConfig) -> Path:
@@ -28,19 +27,17 @@ def run_folder(config: RunConfig) -> Path:
     return Path(config.run.folder or f"runs/{config.run.name}")
 
 
-def quiet_libraries() -> None:
-    """Keep what torch and Megatron-core say about their own internals off the user's screen."""
-    warnings.filterwarnings("ignore", module=r"(torch|megatron)\.")
-    logging.getLogger("megatron").setLevel(logging.ERROR)
+def open_topology(config: RunConfig) -> Topology:
+    """The device, threads and process groups of this rank."""
+    device = topologies.choose_device(config.run.device)
+    topologies.set_threads(config.run.threads)
+    return topologies.start(config.parallel, device, config.run.seed)
 
 
 def pretrain(config: RunConfig) -> None:
     """Run all phases of a recipe, from where an earlier start left off; raises UserError for what the user can mend."""
     started = time.perf_counter()
-    quiet_libraries()
-    device = topologies.choose_device(config.run.device)
-    topologies.set_threads(config.run.threads)
-    topology = topologies.start(config.parallel, device, config.run.seed)
+    topology = open_topology(config)
     folder = run_folder(config)
     log = RunLog(folder) if topology.is_main else None
     screen = Screen(topology.is_main, config.logging.every_steps)
@@ -49,13 +46,38 @@ def pretrain(config: RunConfig) -> None:
     for name in config.phases:
         run.phase(name)
     if log is not None:
-        (folder / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
         log.event("done", step=run.step)
     screen.say(f"done in {time.perf_counter() - started:.0f} s: {folder}")
     if config.run.evaluate_at_end:
-        evaluate_run(config, topology, run.model, folder, run.step, screen)
+        run.trackers.evaluation(evaluate_run(config, run.topology, run.model, folder, run.step, screen))
+    run.trackers.close()
     topology.barrier()
     topologies.stop()
+
+
+def evaluate(config: RunConfig, source: str = "") -> dict[str, Any]:
+    """Evaluate a checkpoint on data.validation and write eval.json and the report into the run's folder.
+
+    Args:
+        config: of the run; its layout may differ from the one that trained.
+        source: the checkpoint's folder; empty: the newest whole one of the run.
+
+    Returns:
+        what `evaluate_run` returns. Raises UserError if there is no whole checkpoint or nothing to evaluate on.
+    """
+    if not config.data.validation:
+        raise UserError("data.validation is empty: name held-out datasets, +data.validation.NAME.path=FOLDER")
+    topology = open_topology(config)
+    folder = run_folder(config)
+    screen = Screen(topology.is_main, config.logging.every_steps)
+    run = Run(config, topology, folder, None, screen)
+    run.take(source)
+    if topology.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+    results = evaluate_run(config, topology, run.model, folder, run.step, screen)
+    topology.barrier()
+    topologies.stop()
+    return results
 
 
 class Run:
@@ -65,6 +87,8 @@ class Run:
         self.config, self.topology, self.folder, self.log, self.screen = config, topology, folder, log, screen
         self.latest: Checkpoint | None = None
         self.step = 0
+        wanted = config.logging if log is not None else LoggingConfig()
+        self.trackers = Trackers(wanted, folder, asdict(config), config.run.name)
         self._model: Qwen3VL | None = None
 
     @property
@@ -91,13 +115,29 @@ class Run:
         if self.log is not None:
             self.log.rewind(self.step)
 
+    def take(self, source: str) -> None:
+        """Take the weights of a checkpoint's folder, or of the newest whole one of the run if `source` is empty."""
+        if source:
+            self.latest = checkpoint.read(Path(source))
+            if fault := checkpoint.verify(self.latest.folder, self.topology):
+                raise UserError(f"checkpoint={source} is damaged: {fault}: name another one")
+        else:
+            self.latest, damaged = checkpoint.newest(self.folder, self.topology)
+            if self.latest is None:
+                found = f"only damaged checkpoints, {damaged[0]}" if damaged else "no checkpoint"
+                raise UserError(f"{self.folder} holds {found}: train the run first, or name one with checkpoint=FOLDER")
+        self._check(self.latest, resuming=False)
+        self.step = self.latest.progress.step
+        self.screen.say(f"evaluating {self.latest.folder}")
+
     def phase(self, name: str) -> None:
         """Train one phase, or what is left of it."""
         done = self._done(name)
         settings = self.config.phases[name]
         if done >= settings.total_steps:
             return
-        stream = build_stream(self.config, name, self.folder)
+        self.topology = topologies.change(self.topology, settings.parallel or self.config.parallel, self.config.run.seed)
+        stream = build_stream(self.config, name, self.folder, self.topology)
         stage = self._stage(name, done, stream)
         for dataset, samples in stream.dropped.items():
             if samples:
@@ -106,15 +146,15 @@ class Run:
                     f"{name}: {samples} samples of {dataset} are longer than a pack and left out (over_length=drop)"
                 )
         self._event("phase_start", phase=name, step=self.step, phase_step=done, phase_steps=settings.total_steps)
-        if not done:
-            self._validate(stage)
+        if not done and (settings.fresh or self.latest is None):
+            self._validate(stage)  # elsewhere the end of the last phase has told
         self.screen.begin(name, done, settings.total_steps)
         try:
             self.step = fit(
                 stage,
                 self.folder,
                 self.log,
-                self.screen.step,
+                self._report,
                 self.config.checkpoint,
                 done,
                 self.step,
@@ -187,6 +227,12 @@ class Run:
         if samples and self.config.data.validation:
             losses = held_out_losses(self.config, self.topology, stage.model, samples)
             self._event("validation", phase=stage.name, step=self.step, loss=losses)
+            self.trackers.evaluation({"step": self.step, "loss": losses})
+
+    def _report(self, line: dict[str, Any]) -> None:
+        """Show and track one optimizer step."""
+        self.screen.step(line)
+        self.trackers.step(line)
 
     def _event(self, event: str, **fields: Any) -> None:
         if self.log is not None:

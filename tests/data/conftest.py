@@ -1,6 +1,7 @@
 """What the tests of data share: a small tokenizer with Qwen's special tokens, and datasets on disk."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,6 @@ def config(tmp_path: Path, tokenizer_folder: Path) -> Callable[..., DataConfig]:
         for name, samples in datasets.items():
             write_shards(tmp_path / name, name, samples, samples_per_shard=40)
         found = {name: DatasetConfig(path=str(tmp_path / name)) for name in datasets}
-        return DataConfig(str(tokenizer_folder), found, dict(found), media=RULES, window=64)
+        return DataConfig(str(tokenizer_folder), found, dict(found), media=replace(RULES), window=64)
 
     return make

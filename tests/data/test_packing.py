@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from visionloom.data.packing import MAX_WAIT, pack_samples
+from visionloom.data.packing import pack_samples
 
 SAMPLES = st.lists(st.tuples(st.integers(1, 100), st.integers(0, 60)), max_size=200)
 
@@ -33,15 +33,17 @@ def test_little_is_padding() -> None:
 
 def test_a_binding_patch_budget_is_filled() -> None:
     tokens = lognormal(6.0, 0.6, 8192)
-    patches = [4 * size // 10 * 9 if number % 2 else 0 for number, size in enumerate(tokens)]
-    tight = int(0.8 * sum(patches) / sum(tokens) * 8192)
+    tight = 12_000
+    patches = [min(tight, 4 * size // 10 * 9) if number % 2 else 0 for number, size in enumerate(tokens)]
+    assert sum(patches) / tight > 1.15 * sum(tokens) / 8192
     packs = pack_samples(tokens, patches, 8192, tight, window=1024)
     assert max(sum(patches[number] for number in pack) for pack in packs) <= tight
     assert sum(patches) / tight / len(packs) > 0.97, "patches are what limits these packs"
 
 
 def test_no_sample_waits_for_ever() -> None:
-    tokens = [10, *([60, 40] * 2000)]
+    tokens = [60, 60, 50, 10, *([60, 40] * 2000)]
     packs = pack_samples(tokens, [0] * len(tokens), 100, 1, window=16)
-    place = next(number for number, pack in enumerate(packs) if 0 in pack)
-    assert place <= MAX_WAIT * 16
+    for number in range(0, 1000, 7):
+        place = next(place for place, pack in enumerate(packs) if number in pack)
+        assert place <= number + 16

@@ -111,7 +111,7 @@ def test_dealing_keeps_the_packs_and_balances(ranks: int, micro_batch: int) -> N
     loads = [sum(pack.cost for micro in rank for pack in micro) for rank in dealt]
     in_order = [sum(pack.cost for pack in packs[rank::ranks]) for rank in range(ranks)]
     assert max(loads) <= max(in_order)
-    assert max(loads) / np.mean(loads) < 1.02
+    assert max(loads) / np.mean(loads) < 1.03
     for rank in dealt:
         costs = [sum(pack.cost for pack in micro) for micro in rank]
         assert costs == sorted(costs, reverse=True)

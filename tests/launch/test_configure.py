@@ -131,7 +131,7 @@ def test_every_value_that_cannot_work_gets_a_line() -> None:
 
 def test_the_world_size_comes_from_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(UserError, match=r"phases.align.global_batch=4 .* 3 data-parallel ranks"):
+    with pytest.raises(UserError, match=r"phases.towers.global_batch=4 .* 3 data-parallel ranks .* \(likewise align"):
         compose([DEMO])
 
 

@@ -29,8 +29,8 @@ def tiny_config(tied: bool = True) -> ModelConfig:
     return ModelConfig(name="test", text=text, vision=vision)
 
 
-def reference_model(config: ModelConfig, seed: int) -> Any:
-    """transformers' Qwen3VLForConditionalGeneration with random weights, norms and biases included."""
+def huggingface_model(config: ModelConfig, image: int = IMAGE, video: int = VIDEO) -> Any:
+    """transformers' Qwen3VLForConditionalGeneration in fp32, with the ids of its image and video tokens."""
     text, vision = config.text, config.vision
     built = Qwen3VLConfig(
         text_config=dict(
@@ -47,11 +47,16 @@ def reference_model(config: ModelConfig, seed: int) -> Any:
             intermediate_size=vision.ffn_hidden_size, num_position_embeddings=vision.position_table**2,
             deepstack_visual_indexes=vision.deepstack_layers, out_hidden_size=text.hidden_size,
         ),
-        image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=START, vision_end_token_id=END,
+        image_token_id=image, video_token_id=video, vision_start_token_id=START, vision_end_token_id=END,
         tie_word_embeddings=text.tie_embeddings,
     )  # fmt: skip
+    return Qwen3VLForConditionalGeneration(built).float()
+
+
+def reference_model(config: ModelConfig, seed: int) -> Any:
+    """transformers' model with random weights, norms and biases included."""
     torch.manual_seed(seed)
-    model = Qwen3VLForConditionalGeneration(built).float()
+    model = huggingface_model(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0

@@ -62,3 +62,10 @@ def test_a_layout_does_not_change_training(
         assert ours["loss_by_source"] == pytest.approx(reference["loss_by_source"], abs=1e-4)
         assert ours["grad_norm"] == pytest.approx(reference["grad_norm"], rel=1e-3)
     assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
+
+
+def test_a_phase_may_have_a_layout_of_its_own(
+    alone: list[dict[str, Any]], pool: RankPool, demo_data: Path, tmp_path: Path
+) -> None:
+    lines = run(pool, demo_data, tmp_path, 2, ["phases.multimodal.parallel.tensor=2"])
+    assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in alone], abs=1e-4)

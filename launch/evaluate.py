@@ -1,0 +1,33 @@
+"""Evaluate a checkpoint of a run on its held-out data: losses, greedy answers, a report.
+
+    torchrun --standalone --nproc-per-node 2 launch/evaluate.py +recipe=demo [checkpoint=FOLDER] [key=value ...]
+
+Without checkpoint=FOLDER it takes the newest whole checkpoint of the run's folder; the layout may differ from training's.
+One process, on a GPU or a CPU: python launch/evaluate.py +recipe=demo
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if not __package__:  # started as a file: Python put launch/ first on the path, where data.py would hide any package data
+    sys.path[0] = str(Path(__file__).resolve().parents[1] / ".link")
+
+from visionloom.launch.configure import split_options, start
+from visionloom.train.config import RunConfig
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Compose the run that the command line names and evaluate it."""
+    own, words = split_options(sys.argv[1:] if arguments is None else arguments, ["checkpoint"])
+
+    def evaluate_checkpoint(config: RunConfig) -> None:
+        from visionloom.train.run import evaluate
+
+        evaluate(config, own.get("checkpoint", ""))
+
+    start(evaluate_checkpoint, words)
+
+
+if __name__ == "__main__":
+    main()

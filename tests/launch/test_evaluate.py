@@ -1,0 +1,234 @@
+"""The command evaluate.py: the newest checkpoint, the same results in every layout, greedy answers.
+
+References: token-by-token greedy decoding of one sample at a time by our model, and transformers'
+Qwen3VLForConditionalGeneration.generate.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from visionloom.data.encode import EncodedSample, extend, prompt_of
+from visionloom.data.loader import EvaluationSet
+from visionloom.data.pack import pack_prompts, widen
+from visionloom.data.sample import Video
+from visionloom.data.tokenizer import IMAGE, VIDEO, Tokenizer
+from visionloom.launch.evaluate import main
+from visionloom.model.huggingface import to_huggingface
+from visionloom.model.qwen3vl import Qwen3VL
+from visionloom.parallel import topology as topologies
+from visionloom.parallel.errors import UserError
+from visionloom.parallel.topology import Topology
+from visionloom.tests.model.reference import huggingface_model
+from visionloom.tests.ranks import RankPool
+from visionloom.tests.train.runs import DATASETS, run_config, run_words
+from visionloom.train.config import RunConfig
+from visionloom.train.evaluate import predictions
+from visionloom.train.progress import Screen
+from visionloom.train.run import Run, evaluate, open_topology, pretrain
+
+STEPS = 40
+MOST_TOKENS = 10
+WORDS = (
+    "phases.multimodal.global_batch=2",
+    "evaluation.samples=4",
+    f"evaluation.max_new_tokens={MOST_TOKENS}",
+    "evaluation.pack_tokens=300",
+)
+LAYOUTS: dict[str, tuple[int, list[str]]] = {"data2": (2, []), "tensor2": (2, ["parallel.tensor=2"])}
+Answers = dict[str, str]
+
+
+def train(config: RunConfig) -> None:
+    pretrain(config)
+
+
+def trained_model(config: RunConfig) -> tuple[Topology, Qwen3VL]:
+    """The model of a run's newest checkpoint, as `evaluate` takes it."""
+    topology = open_topology(config)
+    run = Run(config, topology, Path(config.run.folder), None, Screen(False, 1))
+    run.take("")
+    return topology, run.model
+
+
+def evaluate_on_ranks(config: RunConfig) -> tuple[dict[str, Any], Answers]:
+    """What `evaluate` returns, and all answers of this copy of the model by sample."""
+    topology, model = trained_model(config)
+    found = [prediction for name in DATASETS for prediction in predictions(config, topology, model, name)]
+    answers = {prediction.sample.sample_id: prediction.text for prediction in found}
+    return evaluate(config), answers
+
+
+def run_command(words: list[str]) -> int:
+    """The command on every rank of the pool, as torchrun starts it; returns its exit code."""
+    with patch.dict(os.environ, WORLD_SIZE=str(dist.get_world_size())):
+        try:
+            main(words)
+        except SystemExit as stop:
+            return int(stop.code or 0)
+    return 0
+
+
+def one_at_a_time(config: RunConfig) -> dict[str, tuple[str, int]]:
+    """Greedy answers by whole forward passes over one sample, and how many tokens agree with the right answer."""
+    topology, model = trained_model(config)
+    found = {}
+    for name in DATASETS:
+        held_out = EvaluationSet(config.data, name, config.evaluation.samples)
+        for sample in held_out.questions():
+            if sample.task:
+                tokens = brute_force(model, topology, prompt_of(sample), held_out.tokenizer)
+                right = sample.input_ids[sample.prompt_length :].tolist()
+                agreed = next((i for i, (a, b) in enumerate(zip(tokens, right, strict=False)) if a != b), len(tokens))
+                found[sample.sample_id] = (text_of(tokens, held_out.tokenizer), agreed)
+    return found
+
+
+@torch.no_grad()
+def brute_force(model: Qwen3VL, topology: Topology, prompt: EncodedSample, tokenizer: Tokenizer) -> list[int]:
+    tokens: list[int] = []
+    while len(tokens) < MOST_TOKENS and not set(tokens) & set(tokenizer.stop_ids):
+        batch, _ = pack_prompts([extend(prompt, tokens)], tokenizer.pad_id)
+        tokens.append(int(model.logits(model.prepare(batch))[-1].argmax()))
+    return tokens
+
+
+def text_of(tokens: list[int], tokenizer: Tokenizer) -> str:
+    return tokenizer.decode([token for token in tokens if token not in tokenizer.stop_ids])
+
+
+def by_transformers(config: RunConfig) -> Answers:
+    """Answers to one sample of each task by transformers' generate with the same weights."""
+    _, model = trained_model(config)
+    tokenizer = Tokenizer(config.data.tokenizer)
+    theirs = huggingface_model(config.model, tokenizer.special(IMAGE), tokenizer.special(VIDEO))
+    theirs.load_state_dict(to_huggingface(model.state_dict(), config.model), strict=False)
+    answers, tasks = {}, set()
+    for name in DATASETS:
+        for sample in EvaluationSet(config.data, name, config.evaluation.samples).questions():
+            if sample.task and sample.task not in tasks:
+                tasks.add(sample.task)
+                answers[sample.sample_id] = text_of(generate(theirs, prompt_of(sample), tokenizer), tokenizer)
+    return answers
+
+
+def generate(theirs: Any, prompt: EncodedSample, tokenizer: Tokenizer) -> list[int]:
+    ids = torch.from_numpy(prompt.input_ids).long()[None]
+    assert prompt.patches is not None
+    pixels = torch.from_numpy(widen(prompt.patches, 1536)).float() / 127.5 - 1
+    grids = torch.from_numpy(prompt.grids).long()
+    is_video = torch.tensor([isinstance(media, Video) for media in prompt.media], dtype=torch.bool)
+    inputs: dict[str, Any] = {}
+    for mine, pixel_name, grid_name in (
+        (~is_video, "pixel_values", "image_grid_thw"),
+        (is_video, "pixel_values_videos", "video_grid_thw"),
+    ):
+        if mine.any():
+            inputs[pixel_name] = pixels[mine.repeat_interleave(grids.prod(1))]
+            inputs[grid_name] = grids[mine]
+    kinds = (ids == tokenizer.special(IMAGE)).int() + 2 * (ids == tokenizer.special(VIDEO)).int()
+    output = theirs.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=kinds, do_sample=False,
+        max_new_tokens=MOST_TOKENS, eos_token_id=list(tokenizer.stop_ids), pad_token_id=tokenizer.pad_id, **inputs,
+    )  # fmt: skip
+    return output[0, ids.shape[1] :].tolist()
+
+
+@pytest.fixture(scope="module")
+def trained(pool: RankPool, demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Data and folder of a short run."""
+    folder = tmp_path_factory.mktemp("trained")
+    pool.run(1, train, run_config(demo_data, folder, STEPS, 1, *WORDS))
+    return demo_data, folder
+
+
+@pytest.fixture(scope="module")
+def alone(pool: RankPool, trained: tuple[Path, Path]) -> tuple[dict[str, Any], Answers]:
+    """What one process finds."""
+    (found,) = pool.run(1, evaluate_on_ranks, run_config(*trained, STEPS, 1, *WORDS))
+    return found
+
+
+def test_answers_are_those_of_greedy_decoding(
+    alone: tuple[dict[str, Any], Answers], pool: RankPool, trained: tuple[Path, Path]
+) -> None:
+    """Some answers follow their draft for a while and others leave it at once, so both ways are taken."""
+    (expected,) = pool.run(1, one_at_a_time, run_config(*trained, STEPS, 1, *WORDS))
+    assert alone[1] == {name: text for name, (text, _) in expected.items()}
+    agreed = [count for _, count in expected.values()]
+    assert min(agreed) == 0 < max(agreed)
+
+
+def test_answers_are_those_of_transformers(
+    alone: tuple[dict[str, Any], Answers], pool: RankPool, trained: tuple[Path, Path]
+) -> None:
+    (expected,) = pool.run(1, by_transformers, run_config(*trained, STEPS, 1, *WORDS))
+    assert len(expected) >= 4
+    assert {name: alone[1][name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_does_not_change_the_results(
+    layout: str, alone: tuple[dict[str, Any], Answers], pool: RankPool, trained: tuple[Path, Path]
+) -> None:
+    """Reference: one process."""
+    world_size, words = LAYOUTS[layout]
+    found = pool.run(world_size, evaluate_on_ranks, run_config(*trained, STEPS, world_size, *WORDS, *words))
+    results = found[0][0]
+    assert all(other == results for other, _ in found)
+    assert results["loss"] == pytest.approx(alone[0]["loss"], rel=1e-5)
+    assert (results["step"], results["tasks"]) == (STEPS, alone[0]["tasks"])
+    assert {name: text for _, answers in found for name, text in answers.items()} == alone[1]
+
+
+def test_the_command_takes_the_newest_or_a_named_checkpoint(
+    alone: tuple[dict[str, Any], Answers], pool: RankPool, trained: tuple[Path, Path], tmp_path: Path
+) -> None:
+    data, folder = trained
+    (checkpoint,) = (folder / "checkpoints").glob("*/step-*")
+    elsewhere = run_words(data, tmp_path / "other", STEPS, *WORDS, f"checkpoint={checkpoint}")
+    for words, target in ((run_words(data, folder, STEPS, *WORDS), folder), (elsewhere, tmp_path / "other")):
+        assert pool.run(2, run_command, words) == [0, 0]
+        results = json.loads((target / "eval.json").read_text())
+        assert results["loss"] == pytest.approx(alone[0]["loss"], rel=1e-5)
+        assert results["tasks"] == alone[0]["tasks"]
+        assert (target / "report.html").exists()
+
+
+def take(config: RunConfig, source: str) -> str:
+    """What the user is told of a checkpoint that cannot be taken."""
+    with pytest.raises(UserError) as caught:
+        evaluate(config, source)
+    topologies.stop()
+    return str(caught.value)
+
+
+def test_a_checkpoint_that_cannot_be_taken_is_named(pool: RankPool, trained: tuple[Path, Path], tmp_path: Path) -> None:
+    data, folder = trained
+    (checkpoint,) = (folder / "checkpoints").glob("*/step-*")
+    damaged = tmp_path / "damaged" / "checkpoints" / "multimodal" / checkpoint.name
+    shutil.copytree(checkpoint, damaged)
+    with max(damaged.glob("*.distcp"), key=lambda path: path.stat().st_size).open("r+b") as file:
+        file.write(b"damage")
+    here = run_config(data, tmp_path, STEPS, 1, *WORDS)
+    damaged_run = run_config(data, tmp_path / "damaged", STEPS, 1, *WORDS)
+    other_model = run_config(data, folder, STEPS, 1, *WORDS, "model.text.layers=5")
+    unnamed = run_config(data, folder, STEPS, 1, *WORDS)
+    unnamed.data.validation = {}
+    for config, source, expected in (
+        (here, "", "holds no checkpoint: train the run first"),
+        (here, str(tmp_path), "is not a checkpoint of this version"),
+        (here, str(damaged), f"checkpoint={damaged} is damaged"),
+        (damaged_run, "", "only damaged checkpoints"),
+        (other_model, "", "holds another model: model.text.layers is 4 there and 5 here"),
+        (unnamed, "", "data.validation is empty"),
+    ):
+        (told,) = pool.run(1, take, config, source)
+        assert expected in told and "\n" not in told

@@ -1,0 +1,76 @@
+"""Counted floating-point operations of a step against torch's own count.
+
+Reference: torch.utils.flop_counter.FlopCounterMode on the running model. On a CPU it counts attention
+(`_scaled_dot_product_flash_attention_for_cpu`) in full, causal or not, and its backward as five products for the forward's
+two, the recomputed scores among them. We count half of a causal score matrix and never recomputation, so the reference for
+attention is its forward count, halved in the language model, and twice that for the backward. All else is compared exactly.
+"""
+
+from dataclasses import replace
+from itertools import combinations
+
+import pytest
+from torch.utils.flop_counter import FlopCounterMode
+from visionloom.model.flops import Work, step_flops
+from visionloom.model.qwen3vl import Qwen3VL
+from visionloom.model.trainable import GROUPS, set_trainable
+from visionloom.parallel.topology import Topology
+
+from tests.model.reference import TestPack, build_pair, make_example, make_pack
+
+SAMPLES = [[5, (4, 6), 9], [21], [2, (2, 4, 4), 3, (2, 2), 11]]
+TRAINABLE = [set(groups) for size in (1, 2, 3) for groups in combinations(GROUPS, size)]
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def case(topology: Topology, request: pytest.FixtureRequest) -> tuple[Qwen3VL, TestPack, Work]:
+    """A model, a pack without padding, and what the pack holds."""
+    if topology.device.type != "cpu":
+        pytest.skip("the counter sees other attention kernels on a GPU")
+    theirs, ours = build_pair(topology, 0, request.param)
+    examples = [make_example(parts, i) for i, parts in enumerate(SAMPLES)]
+    pack = make_pack(theirs, examples)
+    work = Work(
+        tokens=sum(len(e.ids) for e in examples),
+        supervised_tokens=int((pack.loss_weights > 0).sum()),
+        token_pairs=sum(len(e.ids) ** 2 for e in examples),
+        patches=sum(t * h * w for e in examples for t, h, w in e.grids),
+        patch_pairs=sum(t * (h * w) ** 2 for e in examples for t, h, w in e.grids),
+    )
+    return ours, pack, work
+
+
+def count(counter: FlopCounterMode, module: str = "Global", attention: bool = False) -> int:
+    """Operations counted in a module, by attention kernels or by all else."""
+    counts = counter.get_flop_counts().get(module, {})
+    return sum(n for kernel, n in counts.items() if ("scaled_dot_product" in str(kernel)) == attention)
+
+
+@pytest.mark.parametrize("trainable", TRAINABLE, ids="+".join)
+def test_step_flops_equal_torchs_count(case: tuple[Qwen3VL, TestPack, Work], trainable: set[str]) -> None:
+    model, pack, work = case
+    set_trainable(model, trainable)
+    inputs = model.prepare(pack)
+    with FlopCounterMode(display=False) as forward:
+        loss, _ = model(inputs)
+    with FlopCounterMode(display=False) as backward:
+        loss.backward()
+    model.zero_grad(set_to_none=True)
+
+    ours = sum(step_flops(model.model_config, work, trainable).values())
+    products = sum(step_flops(model.model_config, replace(work, token_pairs=0, patch_pairs=0), trainable).values())
+    assert products == count(forward) + count(backward)
+
+    vision = count(forward, "Qwen3VL.visual", attention=True)
+    language = count(forward, "Qwen3VL.language_model", attention=True)
+    assert min(vision, language) > 0 and vision + language == count(forward, attention=True)
+    backwards = language + (vision if "vision" in trainable else 0)
+    assert count(backward, attention=True) == 2.5 * backwards
+    halved = language / 2 * 3 + vision * (3 if "vision" in trainable else 1)
+    assert ours - products == halved
+
+
+def test_padding_counts_nothing(case: tuple[Qwen3VL, TestPack, Work]) -> None:
+    """A step without tokens costs nothing: padding is not in Work, and no constant is added."""
+    model, _, _ = case
+    assert sum(step_flops(model.model_config, Work(0, 0, 0, 0, 0), set(GROUPS)).values()) == 0

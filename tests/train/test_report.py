@@ -1,0 +1,215 @@
+"""report.html and predictions.jsonl, from runs that are whole, cut off, or hardly there."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from visionloom.data.decode import patchify_image, patchify_video, widen
+from visionloom.data.encode import EncodedSample
+from visionloom.train.evaluate import Prediction
+from visionloom.train.report import write_report
+from visionloom.train.report_charts import Chart, compact, draw, measured
+from visionloom.train.report_data import History, curve, smooth, thin
+from visionloom.train.report_gallery import PICTURE, QUESTION_CHARACTERS, View, question_text, shorten
+
+EVIL = '<script>alert("x")</script>&'
+VOID = {"meta", "img", "br"}
+
+
+def line(step: int, phase: str, **fields: Any) -> dict[str, Any]:
+    """A line of metrics.jsonl."""
+    loss = 6.0 / step
+    return {
+        "step": step, "phase": phase, "loss": loss, "loss_by_source": {"captions": loss, EVIL: 2 * loss}, "grad_norm": 1.0,
+        "lr": {"merger": 1e-4}, "tokens": 1000, "padding_fraction": 0.01, "step_seconds": 0.5, "data_wait_seconds": 0.01,
+        "tokens_per_second": 2000.0, "mfu": None, "memory_gib": 1.0, "skipped": False, **fields,
+    }  # fmt: skip
+
+
+def write_run(folder: Path, steps: int = 20) -> None:
+    """A run of two phases with everything a run's folder holds."""
+    folder.mkdir(exist_ok=True)
+    lines = [line(step, "align" if step <= steps // 2 else "rest") for step in range(1, steps + 1)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+    events = [
+        {"time": 1.7e9, "event": "validation", "phase": "align", "step": 0, "loss": {"captions": 6.25}},
+        {"time": 1.7e9, "event": "validation", "phase": "align", "step": steps // 2, "loss": {"captions": 1.125}},
+        {"time": 1.7e9, "event": "resume", "step": 3},
+    ]
+    (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    (folder / "eval.json").write_text(
+        json.dumps({"step": steps, "loss": {"captions": 0.5}, "tasks": {EVIL: {"accuracy": 0.75, "n": 4}}})
+    )
+    (folder / "config.yaml").write_text(yaml.safe_dump({"run": {"name": EVIL}, "phases": {"align": {"sequence_length": 4096}}}))
+
+
+def predicted(question: str, pictures: int, text: str = "7", side: int = 64) -> Prediction:
+    """An answer to a question about noise."""
+    frames = np.random.default_rng(0).integers(0, 256, (pictures, side, side, 3), np.uint8)
+    rows = [patchify_image(frame) for frame in frames]
+    empty = np.empty(0)
+    sample = EncodedSample(
+        sample_id=EVIL, source="vqa", task=EVIL, input_ids=empty, target_weights=empty, position_ids=empty, visual_positions=empty,
+        grids=np.array([[1, side // 16, side // 16]] * pictures, np.int32).reshape(-1, 3), media=(), answer="7", prompt_length=0,
+        patches=np.concatenate([np.empty((0, 768), np.uint8), *rows]),
+    )  # fmt: skip
+    return Prediction(sample, text, question)
+
+
+class Checker(HTMLParser):
+    """Follows the nesting of elements and notes what would load something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.links: list[str] = []
+        self.tags: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.links += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def check(path: Path) -> str:
+    """The report's text, once it is known to be well nested, to load nothing and to be small."""
+    text = path.read_text(encoding="utf-8")
+    checker = Checker()
+    checker.feed(text)
+    assert checker.open == []
+    assert all(link.startswith(("data:image/", "#")) for link in checker.links)
+    assert "script" not in checker.tags and "@import" not in text and not re.search(r"url\((?!#)", text)
+    assert len(text) < 2_000_000
+    return text
+
+
+def test_whole_run(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    shown = [predicted(f"{PICTURE}{EVIL}", 1), predicted("none", 0, EVIL)]
+    text = check(write_report(tmp_path, shown))
+    assert "6.250 → 1.125" in text and "75.0%" in text and "4,096" in text and "Resumed after step 3" in text
+    assert text.count("✓ right") == 1 and text.count("✗ wrong") == 1 and text.count("<img") == 1
+    assert text.count("<svg") == 1 + 2 + 6  # loss, two datasets, and all of speed but the utilisation that is null
+    assert text.count("&lt;script&gt;") >= 6
+    found = [json.loads(each) for each in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert found[0] == {
+        "id": EVIL, "source": "vqa", "task": EVIL, "question": f"[picture]{EVIL}", "answer": "7", "prediction": "7", "correct": True,
+    }  # fmt: skip
+    assert not found[1]["correct"]
+
+
+def test_same_run_gives_the_same_file(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    shown = [predicted(PICTURE, 1)]
+    assert write_report(tmp_path, shown).read_bytes() == write_report(tmp_path, shown).read_bytes()
+
+
+@pytest.mark.parametrize("kept", [(), ("metrics.jsonl",), ("eval.json",), ("events.jsonl", "config.yaml")], ids=str)
+def test_missing_files_leave_a_shorter_report(tmp_path: Path, kept: tuple[str, ...]) -> None:
+    write_run(tmp_path)
+    for name in {"metrics.jsonl", "events.jsonl", "eval.json", "config.yaml"} - set(kept):
+        (tmp_path / name).unlink()
+    text = check(write_report(tmp_path, []))
+    assert ("Training loss" in text) == ("metrics.jsonl" in kept) and ("75.0%" in text) == ("eval.json" in kept)
+
+
+def test_damaged_files_and_values_are_passed_over(tmp_path: Path) -> None:
+    lines = [line(1, "align"), line(2, "align", loss=float("nan"), grad_norm=None, skipped=True)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines) + '{"step": 3, "lo')
+    (tmp_path / "eval.json").write_text("{")
+    text = check(write_report(tmp_path, []))
+    assert "1 steps were skipped" in text and "nan" not in text.lower()
+
+
+def test_long_run_stays_small(tmp_path: Path) -> None:
+    write_run(tmp_path, steps=6000)
+    path = write_report(tmp_path, [predicted(PICTURE * 40, 40, side=256) for _ in range(12)])
+    assert check(path).count('class="empty"') > 12 * 28
+
+
+def test_pictures_come_back_from_patches() -> None:
+    frames = np.random.default_rng(1).integers(0, 256, (2, 64, 96, 3), np.uint8)
+    rows = patchify_image(frames[0])
+    assert np.array_equal(View(rows, 4, 6).frames(), frames[:1])
+    assert np.array_equal(View(widen(rows, 1536), 4, 6).frames(), frames[:1])
+    assert np.array_equal(View(patchify_video(frames), 4, 6).frames(), frames)
+
+
+class Words:
+    """A tokenizer whose ids index a list of words."""
+
+    words = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+    words += ("user", "assistant", "\n", "Look: ", f"which?{PICTURE}", "<0.5 seconds>")
+
+    def special(self, token: str) -> int:
+        return self.words.index(token)
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(self.words[i] for i in ids if not self.words[i].startswith("<|"))
+
+
+def test_question_text_has_one_mark_for_each_picture() -> None:
+    tokens = (
+        "<|im_start|> user N Look: |<|vision_start|> <|image_pad|> <|image_pad|> <|vision_end|> <|vision_start|> <|image_pad|>"
+    )
+    words = [
+        {"N": "\n", "Look:": "Look: "}.get(w, w) for w in tokens.replace("|<|vision_start|>", "<|vision_start|>", 1).split()
+    ]
+    words += ["<|vision_end|>", "<0.5 seconds>", "<|vision_start|>", "<|video_pad|>", "<|vision_end|>", f"which?{PICTURE}"]
+    words += ["<|im_end|>", "\n", "<|im_start|>", "assistant", "\n"]
+    ids = np.array([Words.words.index(word) for word in words])
+    sample = predicted("", 0).sample
+    asked = question_text(EncodedSampleLike(sample, ids), Words())
+    assert asked == f"Look: {PICTURE}{PICTURE}<0.5 seconds>{PICTURE}which?"
+
+
+class EncodedSampleLike:
+    """A sample of which only the prompt matters."""
+
+    def __init__(self, sample: EncodedSample, ids: np.ndarray) -> None:
+        self.input_ids, self.prompt_length = ids, len(ids)
+
+
+def test_long_questions_keep_their_pictures_in_place(tmp_path: Path) -> None:
+    """The picture after the cut must be the last one of the sample, not the second."""
+    question = f"{PICTURE}{'a' * QUESTION_CHARACTERS}{PICTURE}{'b' * QUESTION_CHARACTERS}{PICTURE}end"
+    prediction = predicted(question, 3)
+    text = check(write_report(tmp_path, [prediction]))
+    images = re.findall(r'src="(data:[^"]*)"', text)
+    alone = [
+        re.findall(r'src="(data:[^"]*)"', check(write_report(tmp_path, [predicted(PICTURE * (n + 1), n + 1)])))[n]
+        for n in (0, 2)
+    ]
+    assert images == alone
+    assert "1 pictures left out" in text and len(shorten("x" * 5000, 100)) < 200
+
+
+def test_curves_break_between_phases_and_are_thinned(tmp_path: Path) -> None:
+    write_run(tmp_path, steps=5000)
+    phases = History.read(tmp_path).phases
+    steps, losses = curve(phases, lambda each: each["loss"], 100)
+    assert len(steps) <= 102 and list(np.flatnonzero(np.isnan(losses))) == [50, 101]
+    x, y = thin(np.arange(10.0), np.arange(10.0) ** 2, 5)
+    assert x.tolist() == [0.5, 2.5, 4.5, 6.5, 8.5] and y[0] == 0.5
+    assert np.allclose(smooth(np.full(9, 3.0), 4), 3.0) and np.allclose(smooth(np.arange(5.0), 1), np.arange(5.0))
+
+
+def test_charts_take_their_colours_from_the_page(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    phases = History.read(tmp_path).phases
+    svg = draw(Chart("loss", measured(phases, lambda each: each["loss"], 100), phases, named=True))
+    assert set(re.findall(r"#0000[0-9a-f]{2}\b", svg)) == set() and "var(--one)" in svg and ">align</text>" in svg
+
+
+@pytest.mark.parametrize(("value", "text"), [(0, "0"), (1.25e6, "1.25M"), (2.5e-4, "2.5e-4"), (1500, "1.5k"), (0.5, "0.5")])
+def test_compact_numbers(value: float, text: str) -> None:
+    assert compact(value) == text
