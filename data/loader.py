@@ -42,7 +42,10 @@ class Corpus:
         self.name, self.section, self.config = name, section, config
         self.dataset = Dataset.open(config.path, name, section)
         cache = Path(data.cache) if data.cache else Path(config.path) / "cache"
-        self.lengths: Lengths = load_lengths(self.dataset, tokenizer, data.media, cache)
+        try:
+            self.lengths: Lengths = load_lengths(self.dataset, tokenizer, data.media, cache)
+        except SampleError as error:
+            raise UserError(f"dataset {name}: {error}") from None
         self.identity = lengths_hash(self.dataset.fingerprint, tokenizer, data.media)
 
     def fitting(self, tokens: int, patches: int, tokens_option: str) -> NDArray[np.int64]:

@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import os
+import queue
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -18,6 +19,7 @@ from typing import Any
 import torch.distributed as dist
 import xxhash
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
     FullyParallelSaveStrategyWrapper,
@@ -84,6 +86,9 @@ def save(run_folder: Path, stage: Stage, step: int, phase_step: int, keep: int) 
         _remove_partial(final.parent)
         partial.mkdir(parents=True)
     topology.barrier()
+    # Its own queue lives in a process that Megatron-core starts for asynchronous saves: 600 MiB a rank, and left behind when
+    # a rank is killed. A save that is waited for needs none.
+    filesystem_async._results_queue = filesystem_async._results_queue or queue.Queue()
     strategy = FullyParallelSaveStrategyWrapper(TorchDistSaveShardedStrategy(), topology.groups.dp_cp)
     with _quiet():
         dist_checkpointing.save(_stage_state(stage, loading=False), str(partial), strategy, content_metadata=_content(None))

@@ -21,6 +21,7 @@ GROUPS = ("vision", "merger", "language")
 LOSSES = ("sqrt", "token", "sample")
 SCHEDULES = ("cosine", "wsd", "linear", "constant")
 LEAST: dict[str, float] = {
+    "run.seed": 0,
     "run.threads": 0,
     "data.workers": 0,
     "data.window": 1,

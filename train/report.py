@@ -123,7 +123,7 @@ def _held_out_by_phase(history: History) -> str:
     if not rows:
         return ""
     head = ("dataset", *(escape(phase.name) for phase in phases))
-    note = "Held-out loss at the start and at the end of each phase: bold where it fell by more than a tenth"
+    note = "Held-out loss at the start and at the end of each phase: green where it fell by more than a tenth, red where it rose so much"
     return _table(head, rows, note, "numbers")
 
 
@@ -145,7 +145,7 @@ def _losses(history: History) -> str:
     curves = measured(phases, lambda line: line.get("loss"), POINTS)
     chart = draw(Chart("loss", curves, phases, WIDE, named=True, logarithmic=True))
     note = "Faint: each step. Line: smoothed inside each phase. The phases differ in data and in what they train, so the loss may jump."
-    return _section("Training loss", _figure(chart), note)
+    return _section("Training loss", f'<div class="wide">{_figure(chart)}</div>', note)
 
 
 def _sources(history: History) -> str:

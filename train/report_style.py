@@ -21,9 +21,10 @@ h2 { margin: 48px 0 12px; padding-top: 16px; border-top: 1px solid var(--grid); 
 .note { margin: 0 0 12px; }
 .two, .three { display: grid; gap: 24px 32px; align-items: start; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); }
 .three { grid-template-columns: repeat(auto-fill, minmax(min(100%, 300px), 1fr)); gap: 20px; }
-.chart { margin: 0; }
+.chart { margin: 0; overflow-x: auto; }
 .chart figcaption { padding-left: 4px; }
 .chart svg { display: block; width: 100%; height: auto; }
+.wide svg { min-width: 640px; }
 .chart text { font-family: inherit !important; }
 .table { overflow-x: auto; margin-bottom: 20px; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums; }

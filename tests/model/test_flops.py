@@ -11,12 +11,12 @@ from itertools import combinations
 
 import pytest
 from torch.utils.flop_counter import FlopCounterMode
+
 from visionloom.model.flops import Work, step_flops
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.model.trainable import GROUPS, set_trainable
 from visionloom.parallel.topology import Topology
-
-from tests.model.reference import TestPack, build_pair, make_example, make_pack
+from visionloom.tests.model.reference import TestPack, build_pair, make_example, make_pack
 
 SAMPLES = [[5, (4, 6), 9], [21], [2, (2, 4, 4), 3, (2, 2), 11]]
 TRAINABLE = [set(groups) for size in (1, 2, 3) for groups in combinations(GROUPS, size)]
