@@ -7,7 +7,6 @@ SHELL := /bin/bash
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PYTHONPATH := $(CURDIR)/.link$(if $(PYTHONPATH),:$(PYTHONPATH))
 DEMO_DATA := runs/demo-data
-QUIET := PYTHONWARNINGS=ignore TORCH_CPP_LOG_LEVEL=ERROR TRANSFORMERS_VERBOSITY=error
 
 .PHONY: demo test lint format install
 .DEFAULT_GOAL := test
@@ -18,8 +17,8 @@ install: .venv/installed
 	@bash .ci/setup-venv
 
 demo: .venv/installed
-	@$(QUIET) python launch/data.py demo $(DEMO_DATA)
-	@$(QUIET) OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 launch/pretrain.py +recipe=demo
+	@python launch/data.py demo $(DEMO_DATA)
+	@OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 launch/pretrain.py +recipe=demo
 
 lint: .venv/installed
 	ruff check .

@@ -27,7 +27,7 @@ DONE: Final = "demo.json"
 """Written last: says with which settings the folder was made."""
 _MAKING: Final = ".making"
 _PARTS: Final = ("tokenizer", "train", "test", "contact_sheet.png")
-_GENERATOR_VERSION: Final = 1
+_GENERATOR_VERSION: Final = 3
 
 Progress = Callable[[str, int, int], None]
 """Called with the name of a part, how much of it is done, and its total."""

@@ -104,8 +104,12 @@ def captions(drawer: Drawer, training: bool) -> Draft:
 
 
 def text(drawer: Drawer, training: bool) -> Draft:
-    """Text only: sums, sequences, names of digits, and looking up a page."""
-    return drawer.random.choice((_text_sum, _text_sequence, _text_names, _text_pages))(drawer)
+    """Text only: sums, sequences, names of digits, and, most often, looking up a page or a moment.
+
+    Looking up prepares for long documents and videos, which ask the same of pictures.
+    """
+    makers = (_text_sum, _text_sequence, _text_names, _text_pages, _text_moments)
+    return drawer.random.choices(makers, weights=(2, 1, 1, 3, 3))[0](drawer)
 
 
 def _text_sum(drawer: Drawer) -> Draft:
@@ -125,12 +129,32 @@ def _text_names(drawer: Drawer) -> Draft:
 
 
 def _text_pages(drawer: Drawer) -> Draft:
-    first, count = drawer.random.randrange(1, 20), drawer.random.randrange(3, 7)
-    values = drawer.random.choices(range(10), k=count)
-    asked = drawer.random.randrange(count)
-    pages = " ".join(f"Page {first + i}: {value}" for i, value in enumerate(values))
-    question = f"{pages}\nWhich digit is on page {first + asked}?"
-    return Draft(messages=_turn([Text(question)], [Text(str(values[asked]))]))
+    first = drawer.random.randrange(1, 20)
+    pages = [[Text(f"Page {number}")] for number in range(first, first + drawer.random.randrange(3, 7))]
+    return _lookup(drawer, pages, lambda page: [Text(f"Which digit is on page {first + page}?")])
+
+
+def _text_moments(drawer: Drawer) -> Draft:
+    first = drawer.random.randrange(4) + 0.5
+    moments = [Time(first + i * drawer.random.choice((1, 2))) for i in range(drawer.random.randrange(2, 6))]
+    moments = sorted(set(moments), key=lambda moment: moment.seconds)
+    return _lookup(
+        drawer, [[moment] for moment in moments], lambda i: [Text("Which digit is shown at "), moments[i], Text("?")]
+    )
+
+
+def _lookup(drawer: Drawer, names: Sequence[Sequence[Element]], question: Callable[[int], list[Element]]) -> Draft:
+    """A list of names with a digit each, and questions for some of the digits."""
+    values = drawer.random.choices(range(10), k=len(names))
+    opening: list[Element] = []
+    for name, value in zip(names, values, strict=True):
+        opening += [*name, Text(f": {value} ")]
+    opening.append(Text("\n"))
+    draft = Draft()
+    for asked in drawer.random.sample(range(len(names)), min(3, len(names))):
+        draft.messages += _turn([*opening, *question(asked)], [*names[asked], Text(f": {values[asked]}")])
+        opening = []
+    return draft
 
 
 def vqa(drawer: Drawer, training: bool) -> Draft:
@@ -150,20 +174,22 @@ def vqa(drawer: Drawer, training: bool) -> Draft:
 
 
 def grounding(drawer: Drawer, training: bool) -> Draft:
-    """Where one of several distinct digits lies on a canvas of 64 or 96 pixels."""
+    """Where one of several distinct digits lies on a canvas of 64 or 96 pixels; two of them in training."""
     side = drawer.random.choice((2, 3))
     pictures = drawer.pictures(drawer.random.randrange(2, side + 2), distinct=True)
     cells = drawer.random.sample(range(side * side), len(pictures))
     placed: list[int | None] = [None] * (side * side)
     for cell, number in zip(cells, pictures, strict=True):
         placed[cell] = number
-    asked = drawer.random.randrange(len(pictures))
-    row, column = divmod(cells[asked], side)
-    digit = drawer.digit(pictures[asked])
+    asked = drawer.random.sample(range(len(pictures)), 2 if training else 1)
     draft = Draft(task="grounding", meta={"pictures": pictures, "cells": cells, "columns": side, "asked": asked})
-    image = drawer.image(draft, tuple(tuple(placed[side * r : side * (r + 1)]) for r in range(side)))
-    box = Box(0, (column * CELL, row * CELL, (column + 1) * CELL, (row + 1) * CELL), "px", digit)
-    draft.messages = _turn([image, Text(f"Where is the {digit}?")], [box])
+    opening: list[Element] = [drawer.image(draft, tuple(tuple(placed[side * r : side * (r + 1)]) for r in range(side)))]
+    for index in asked:
+        row, column = divmod(cells[index], side)
+        digit = drawer.digit(pictures[index])
+        box = Box(0, (column * CELL, row * CELL, (column + 1) * CELL, (row + 1) * CELL), "px", digit)
+        draft.messages += _turn([*opening, Text(f"Where is the {digit}?")], [box])
+        opening = []
     return draft
 
 
@@ -197,7 +223,7 @@ def video(drawer: Drawer, training: bool) -> Draft:
     for pair in asked:
         moment = Time((times[2 * pair] + times[2 * pair + 1]) / 2)
         question: list[Element] = [Text("Which digit is shown at "), moment, Text("?")]
-        draft.messages += _turn([*clip, *question], [Text(drawer.digit(pictures[pair]))])
+        draft.messages += _turn([*clip, *question], [moment, Text(f": {drawer.digit(pictures[pair])}")])
         clip = []
     return draft
 
@@ -213,7 +239,7 @@ def documents(drawer: Drawer, training: bool) -> Draft:
     pages.append(Text("\n"))
     for index in asked:
         question = Text(f"Which digit is on page {index + 1}?")
-        draft.messages += _turn([*pages, question], [Text(drawer.digit(pictures[index]))])
+        draft.messages += _turn([*pages, question], [Text(f"Page {index + 1}: {drawer.digit(pictures[index])}")])
         pages = []
     return draft
 
@@ -248,7 +274,7 @@ class Recipe:
 
 RECIPES: Final[dict[str, Recipe]] = {
     "captions": Recipe(captions, 4000, 256),
-    "text": Recipe(text, 2000, 256),
+    "text": Recipe(text, 4000, 256),
     "vqa": Recipe(vqa, 10000, 512),
     "grounding": Recipe(grounding, 3000, 256),
     "interleaved": Recipe(interleaved, 1500, 256),

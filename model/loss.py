@@ -33,7 +33,9 @@ def linear_cross_entropy(
     Returns:
         the sum, an fp32 scalar, and the unweighted loss of each token, fp32 [R] without gradient.
     """
-    total, losses = _LinearCrossEntropy.apply(hidden, weight, targets, token_weights, group, chunk)  # type: ignore[no-untyped-call]
+    if not torch.is_grad_enabled():  # ctx.needs_input_grad stays true under no_grad: evaluation would make gradients too
+        hidden, weight = hidden.detach(), weight.detach()
+    total, losses = _LinearCrossEntropy.apply(hidden, weight, targets, token_weights, group, chunk)
     return total, losses
 
 
@@ -62,7 +64,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (losses * token_weights).sum(), losses
 
     @staticmethod
-    def backward(ctx: Any, total_grad: Tensor, _losses_grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, total_grad: Tensor, _losses_grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden_grad, weight_grad = ctx.hidden_grad, ctx.weight_grad
         ctx.hidden_grad = ctx.weight_grad = None
         for gradient in (hidden_grad, weight_grad):

@@ -33,23 +33,40 @@ class Pack(Protocol):
     """What the model reads of a packed micro-batch; all tensors on the host (see data/pack.py PackedBatch)."""
 
     @property
-    def input_ids(self) -> Tensor: ...
+    def input_ids(self) -> Tensor:
+        """int64 [T]."""
+
     @property
-    def labels(self) -> Tensor: ...
+    def labels(self) -> Tensor:
+        """int64 [T]."""
+
     @property
-    def loss_weights(self) -> Tensor: ...
+    def loss_weights(self) -> Tensor:
+        """fp32 [T]."""
+
     @property
-    def position_ids(self) -> Tensor: ...
+    def position_ids(self) -> Tensor:
+        """int32 [3, T]."""
+
     @property
-    def cu_seqlens(self) -> Tensor: ...
+    def cu_seqlens(self) -> Tensor:
+        """int32 [S + 1], from 0 to T."""
+
     @property
-    def max_seqlen(self) -> int: ...
+    def max_seqlen(self) -> int:
+        """Tokens of the longest segment."""
+
     @property
-    def patches(self) -> Tensor: ...
+    def patches(self) -> Tensor:
+        """uint8 [N, 768 or 1536]."""
+
     @property
-    def grid_thw(self) -> Tensor: ...
+    def grid_thw(self) -> Tensor:
+        """int32 [n, 3]."""
+
     @property
-    def visual_rows(self) -> Tensor: ...
+    def visual_rows(self) -> Tensor:
+        """int64 [M]."""
 
 
 @dataclass(frozen=True)

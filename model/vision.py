@@ -58,9 +58,9 @@ def frame_places(height: int, width: int, side: int, merge: int) -> tuple[np.nda
         rows and columns int64 [2, h w]; the four nearest rows of the side x side position table int64 [4, h w] and their
         bilinear weights fp32 [4, h w], corners aligned (as F.interpolate with align_corners=True).
     """
-    row, column = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
+    places = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
     block = (height // merge, merge, width // merge, merge)
-    row, column = (x.reshape(block).transpose(0, 2, 1, 3).reshape(-1) for x in (row, column))
+    row, column = (x.reshape(block).transpose(0, 2, 1, 3).reshape(-1) for x in places)
     down, right = (np.linspace(0, side - 1, n, dtype=np.float32)[x] for n, x in ((height, row), (width, column)))
     top, left = down.astype(np.int64), right.astype(np.int64)
     bottom, end = np.minimum(top + 1, side - 1), np.minimum(left + 1, side - 1)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 CPU = torch.device("cpu")
 
@@ -115,6 +116,8 @@ def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _replace_factories() -> None:
+    # `with torch.device(...)` knows the factories by identity and remembers them at first use: let it be the real ones.
+    _device_constructors()
     for name in FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
 
@@ -133,7 +136,8 @@ def _replace_type_names() -> None:
 
 def _replace_collectives() -> None:
     """The alltoall dispatcher turns split sizes into lists only when they lie on a GPU; gloo wants lists."""
-    all_to_all_single = torch.distributed.all_to_all_single
+    distributed: Any = torch.distributed
+    all_to_all_single = distributed.all_to_all_single
 
     @functools.wraps(all_to_all_single)
     def with_lists(
@@ -142,4 +146,4 @@ def _replace_collectives() -> None:
         sizes = [x.tolist() if isinstance(x, torch.Tensor) else x for x in (output_split_sizes, input_split_sizes)]
         return all_to_all_single(output, tensor, *sizes, **kwargs)
 
-    torch.distributed.all_to_all_single = with_lists
+    distributed.all_to_all_single = with_lists

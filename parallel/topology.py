@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from visionloom.parallel.config import ParallelConfig
 from visionloom.parallel.errors import UserError
@@ -121,7 +122,7 @@ def _open_world(device: torch.device, timeout: timedelta) -> None:
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
 
 
 def _open_layout(config: ParallelConfig, device: torch.device, seed: int) -> Topology:

@@ -63,7 +63,7 @@ class RankPool:
             if self.connections[rank].poll(TIMEOUT_SECONDS):
                 answer: tuple[bool, Any] = self.connections[rank].recv()
                 return answer
-        except EOFError:
+        except (EOFError, OSError):
             return False, f"rank {rank} died"
         return False, f"rank {rank} did not answer in {TIMEOUT_SECONDS} s"
 
@@ -84,6 +84,9 @@ def serve(connection: Connection) -> None:
             rank, world_size, store, function, arguments = connection.recv()
         except EOFError:
             return
+        except Exception:  # the function's module cannot be imported here
+            connection.send((False, f"a rank cannot read its work:\n{traceback.format_exc()}"))
+            continue
         try:
             dist.init_process_group("gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size)
             connection.send((True, function(*arguments)))

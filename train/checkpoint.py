@@ -5,13 +5,10 @@
 `.tmp` folder, which the next save removes. Resuming takes the newest folder whose manifest verifies.
 """
 
-import contextlib
 import json
-import logging
 import os
 import queue
 import shutil
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -90,8 +87,7 @@ def save(run_folder: Path, stage: Stage, step: int, phase_step: int, keep: int) 
     # a rank is killed. A save that is waited for needs none.
     filesystem_async._results_queue = filesystem_async._results_queue or queue.Queue()
     strategy = FullyParallelSaveStrategyWrapper(TorchDistSaveShardedStrategy(), topology.groups.dp_cp)
-    with _quiet():
-        dist_checkpointing.save(_stage_state(stage, loading=False), str(partial), strategy, content_metadata=_content(None))
+    dist_checkpointing.save(_stage_state(stage, loading=False), str(partial), strategy, content_metadata=_content(None))
     if topology.is_main:
         (partial / STATE).write_text(json.dumps(asdict(progress)))
     _write_manifest(partial, topology)
@@ -104,8 +100,7 @@ def save(run_folder: Path, stage: Stage, step: int, phase_step: int, keep: int) 
 def load_stage(checkpoint: Checkpoint, stage: Stage) -> None:
     """Continue a phase exactly: weights, optimizer, schedule."""
     strategy = FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), stage.topology.groups.dp_cp)
-    with _quiet():
-        loaded = dist_checkpointing.load(_stage_state(stage, loading=True), str(checkpoint.folder), strategy)
+    loaded = dist_checkpointing.load(_stage_state(stage, loading=True), str(checkpoint.folder), strategy)
     stage.model.load_state_dict(loaded["model"])
     stage.optimizer.load_state_dict(loaded["optimizer"])
     stage.scheduler.step(checkpoint.progress.phase_step - stage.scheduler.num_steps)
@@ -115,14 +110,13 @@ def load_weights(checkpoint: Checkpoint, model: Qwen3VL, topology: Topology) -> 
     """Take only the weights, as a new phase does; call it before the model is wrapped and its optimizer built."""
     strategy = FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), topology.groups.dp_cp)
     state = {"model": model.sharded_state_dict(metadata=_content(topology))}
-    with _quiet():
-        loaded = dist_checkpointing.load(state, str(checkpoint.folder), strategy)
+    loaded = dist_checkpointing.load(state, str(checkpoint.folder), strategy)
     model.load_state_dict(loaded["model"])
 
 
 def newest(run_folder: Path, topology: Topology) -> tuple[Checkpoint | None, list[str]]:
     """The newest whole checkpoint of a run, and one line for each damaged one that was passed over; alike on all ranks."""
-    damaged = []
+    damaged: list[str] = []
     for folder in _candidates(run_folder):
         fault = verify(folder, topology)
         if fault is None:
@@ -236,14 +230,3 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Megatron-core announces the deprecation of its built-in writer at every save; its successor needs glibc 2.39."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(level)

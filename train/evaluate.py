@@ -52,7 +52,7 @@ def held_out_losses(config: RunConfig, topology: Topology, model: Qwen3VL, sampl
     """Loss of at most `samples` samples of each validation dataset, weighted as in the last phase."""
     length = max(phase.sequence_length for phase in config.phases.values())
     kind = list(config.phases.values())[-1].loss
-    losses = {}
+    losses: dict[str, float] = {}
     model.eval()
     with torch.no_grad():
         for name in config.data.validation:

@@ -87,6 +87,7 @@ class Run:
         self.config, self.topology, self.folder, self.log, self.screen = config, topology, folder, log, screen
         self.latest: Checkpoint | None = None
         self.step = 0
+        self.losses: dict[str, float] = {}
         wanted = config.logging if log is not None else LoggingConfig()
         self.trackers = Trackers(wanted, folder, asdict(config), config.run.name)
         self._model: Qwen3VL | None = None
@@ -146,8 +147,8 @@ class Run:
                     f"{name}: {samples} samples of {dataset} are longer than a pack and left out (over_length=drop)"
                 )
         self._event("phase_start", phase=name, step=self.step, phase_step=done, phase_steps=settings.total_steps)
-        if not done and (settings.fresh or self.latest is None):
-            self._validate(stage)  # elsewhere the end of the last phase has told
+        if not done:
+            self._validate(stage, unchanged=not settings.fresh)
         self.screen.begin(name, done, settings.total_steps)
         try:
             self.step = fit(
@@ -221,13 +222,14 @@ class Run:
                 f" keep the steps or set run.name to start a new run"
             )
 
-    def _validate(self, stage: Stage) -> None:
-        """Held-out losses as the phase stands, as an event."""
+    def _validate(self, stage: Stage, unchanged: bool = False) -> None:
+        """Held-out losses as the phase stands, as an event; those of the last phase's end if the weights are `unchanged`."""
         samples = self.config.evaluation.phase_samples
         if samples and self.config.data.validation:
-            losses = held_out_losses(self.config, self.topology, stage.model, samples)
-            self._event("validation", phase=stage.name, step=self.step, loss=losses)
-            self.trackers.evaluation({"step": self.step, "loss": losses})
+            if not (unchanged and self.losses):
+                self.losses = held_out_losses(self.config, self.topology, stage.model, samples)
+            self._event("validation", phase=stage.name, step=self.step, loss=self.losses)
+            self.trackers.evaluation({"step": self.step, "loss": self.losses})
 
     def _report(self, line: dict[str, Any]) -> None:
         """Show and track one optimizer step."""

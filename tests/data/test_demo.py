@@ -19,7 +19,7 @@ from visionloom.data.config import MediaConfig
 from visionloom.data.demo import make_demo
 from visionloom.data.demo_tasks import RECIPES
 from visionloom.data.demo_tokenizer import PLAIN_TOKENS, QWEN_PATTERN, SPECIAL_TOKENS, VOCABULARY
-from visionloom.data.sample import Box, Image, Sample, Text, Think, Time, Video
+from visionloom.data.sample import Box, Image, Message, Sample, Text, Think, Time, Video
 from visionloom.data.shards import Dataset
 from visionloom.data.tokenizer import Tokenizer
 from visionloom.parallel.errors import UserError
@@ -54,6 +54,15 @@ def said(sample: Sample, role: str) -> list[str]:
     """Text of every turn of a role, without what is thought."""
     turns = [message for message in sample.messages if message.role == role]
     return ["".join(part.text for part in turn.content if isinstance(part, Text)) for turn in turns]
+
+
+def shown(turn: Message) -> list[str]:
+    """A turn's texts and moments as they are rendered."""
+    return [
+        part.text if isinstance(part, Text) else f"<{part.seconds:.1f} seconds>"
+        for part in turn.content
+        if isinstance(part, Text | Time)
+    ]
 
 
 def test_the_seed_decides_every_byte(tmp_path: Path) -> None:
@@ -123,13 +132,14 @@ def test_grounding_boxes_hold_the_digit_and_no_other(demo: Path, digits: list[in
     images = load_digits().images
     for index in range(len(dataset)):
         sample = dataset.sample(index)
-        (box,) = [element for element in sample.elements if isinstance(element, Box)]
-        assert said(sample, "user") == [f"Where is the {box.label}?"]
-        assert sum(str(digits[picture]) == box.label for picture in sample.meta["pictures"]) == 1
-        x1, y1, x2, y2 = map(int, box.xyxy)
+        boxes = [element for element in sample.elements if isinstance(element, Box)]
+        assert said(sample, "user") == [f"Where is the {box.label}?" for box in boxes] and len(boxes) == 2
         pixels = np.asarray(PillowImage.open(io.BytesIO(dataset.member(index, "img0.png"))), float)
-        small = pixels[y1:y2, x1:x2].reshape(8, 4, 8, 4).mean((1, 3))
-        assert str(digits[int(np.abs(images * 255 / 16 - small).mean((1, 2)).argmin())]) == box.label
+        for box in boxes:
+            assert sum(str(digits[picture]) == box.label for picture in sample.meta["pictures"]) == 1
+            x1, y1, x2, y2 = map(int, box.xyxy)
+            small = pixels[y1:y2, x1:x2].reshape(8, 4, 8, 4).mean((1, 3))
+            assert str(digits[int(np.abs(images * 255 / 16 - small).mean((1, 2)).argmin())]) == box.label
 
 
 def test_interleaved_text_and_sum(demo: Path, digits: list[int]) -> None:
@@ -145,12 +155,13 @@ def test_video_answers_by_time(demo: Path, digits: list[int]) -> None:
     for split in ("train", "test"):
         for sample in read(demo, "video", split):
             (video,) = [element for element in sample.elements if isinstance(element, Video)]
-            moments = [element.seconds for element in sample.elements if isinstance(element, Time)]
+            moments = [part.seconds for turn in sample.messages[::2] for part in turn.content if isinstance(part, Time)]
             assert len(moments) == len(said(sample, "assistant")) == (2 if split == "train" else 1)
-            for moment, answer in zip(moments, said(sample, "assistant"), strict=True):
+            for moment, answer in zip(moments, sample.messages[1::2], strict=True):
                 frame = max(i for i, time in enumerate(video.times) if time <= moment)
-                assert int(answer) == digits[sample.meta["pictures"][frame // 2]]
-                assert render(sample, rules).text.count(f"<{moment:.1f} seconds>") == 2
+                digit = digits[sample.meta["pictures"][frame // 2]]
+                assert "".join(shown(answer)) == f"<{moment:.1f} seconds>: {digit}"
+                assert render(sample, rules).text.count(f"<{moment:.1f} seconds>") == 3
 
 
 def test_video_frames_change_with_every_temporal_patch(demo: Path) -> None:
@@ -168,7 +179,7 @@ def test_needle_answers(demo: Path, digits: list[int]) -> None:
         pages, question = text.rsplit("\n", 1)
         assert pages == "\n".join(f"Page {page + 1}:" for page in range(len(sample.images)))
         page = int(question.removeprefix("Which digit is on page ").removesuffix("?"))
-        assert int(answer) == digits[sample.meta["pictures"][page - 1]]
+        assert answer == f"Page {page}: {digits[sample.meta['pictures'][page - 1]]}"
     assert all(len(said(sample, "assistant")) == 4 for sample in read(demo, "documents"))
 
 
@@ -200,8 +211,13 @@ def test_text_samples_are_true(demo: Path) -> None:
             asked = said(sample, "user")[0].removeprefix("What is ").removesuffix("?")
             assert check_steps(thoughts[0], said(sample, "assistant")[0]) == [int(value) for value in asked.split(" + ")]
         elif sample.kind == "chat":
-            pages, question = said(sample, "user")[0].split("\nWhich digit is on page ")
-            assert f"Page {question.removesuffix('?')}: {said(sample, 'assistant')[0]}" in pages
+            listed, first = "".join(shown(sample.messages[0])).split("\n")
+            questions = [first, *("".join(shown(turn)) for turn in sample.messages[2::2])]
+            for question, turn in zip(questions, sample.messages[1::2], strict=True):
+                answer = "".join(shown(turn))
+                name = answer.partition(":")[0]
+                assert question.lower().endswith(f"{name.lower()}?")
+                assert f"{answer} " in listed
 
 
 def test_every_dataset_is_as_large_as_announced(demo: Path) -> None:

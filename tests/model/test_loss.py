@@ -83,6 +83,8 @@ class LargestLogits(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
         made = operation(*arguments, **(options or {}))
+        if operation.is_view:  # the output matrix, transposed
+            return made
         for tensor in made if isinstance(made, tuple | list) else [made]:
             if isinstance(tensor, Tensor) and tensor.dim() == 2 and tensor.shape[1] == VOCABULARY:
                 self.rows = max(self.rows, tensor.shape[0])
@@ -109,7 +111,7 @@ def test_frozen_parts_get_no_gradient(topology: Topology) -> None:
     torch.testing.assert_close(hidden.grad, reference()[2] / 3, rtol=1e-5, atol=1e-5)
     with torch.no_grad(), patch.object(losses_module.torch, "mm") as product:
         linear_cross_entropy(hidden, weight, targets, weights, topology.groups.tp, 8)
-    product.assert_not_called()
+    assert product.call_count == 0
 
 
 def sample(number: int, length: int, target_weights: list[float]) -> EncodedSample:
