@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+
 from visionloom.parallel import topology as topologies
 from visionloom.parallel.config import ParallelConfig
 from visionloom.tests.ranks import RankPool
