@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from visionloom.data.config import DatasetConfig
-from visionloom.launch.exit import exit_with
+from visionloom.launch.exit import FAILURE, exit_with, write_status
 from visionloom.launch.explain import available, explain, no_such_key, unknown_keys
 from visionloom.launch.quiet import quiet_libraries
 from visionloom.parallel.config import ParallelConfig
@@ -55,6 +55,13 @@ def start(command: Callable[[RunConfig], None], argv: Sequence[str] | None = Non
         command(config)
     except UserError as error:
         exit_with(error, folder=config.run.folder, step=getattr(error, "step", None))
+    except Exception as error:
+        write_status(
+            config.run.folder, FAILURE, f"{type(error).__name__}: {error}", None, "start the same command again to resume"
+        )
+        raise
+    if os.environ.get("RANK", "0") == "0":
+        write_status(config.run.folder, 0, "done", None, "")
 
 
 def split_options(argv: Sequence[str], names: Sequence[str]) -> tuple[dict[str, str], list[str]]:

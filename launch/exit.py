@@ -11,6 +11,9 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
+STARTED = time.time()
+"""When this process came here: its first imports are over."""
+FAILURE = 1
 USER_ERROR = 2
 SECONDS_UNTIL_ENDED = 10.0
 """Longest wait of a silent rank; torchrun looks for failed ranks every 0.1 s."""
@@ -33,7 +36,7 @@ def exit_with(error: Exception, folder: str = "", step: int | None = None, every
         lines = str(error).splitlines() or [type(error).__name__]
         sys.stdout.flush()
         print(*(f"error: {line}" for line in lines), sep="\n", file=sys.stderr, flush=True)
-        if folder and Path(folder).is_dir():
+        if folder:
             hint = "change the option that the cause names and start the same command again"
             write_status(folder, USER_ERROR, str(error), step, hint)
     else:
@@ -42,14 +45,17 @@ def exit_with(error: Exception, folder: str = "", step: int | None = None, every
 
 
 def write_status(folder: str, code: int, cause: str, step: int | None, hint: str) -> None:
-    """Write how the run ended to `status.json` in its folder: torchrun flattens the exit codes of its ranks to 1.
+    """Write how the run ended to `status.json` in its folder, if that exists: torchrun flattens exit codes to 1.
 
-    A run's folder that cannot be written to is no second error: the cause has been printed.
+    The first rank to fail has the cause; the others fail because it left, and write nothing. A run's folder that cannot be
+    written to is no second error: the cause has been printed.
     """
-    status = {"code": code, "cause": cause, "rank": int(os.environ.get("RANK", "0")), "step": step, "hint": hint}
     target = Path(folder) / "status.json"
+    if not target.parent.is_dir() or (code == FAILURE and target.exists() and target.stat().st_mtime > STARTED):
+        return
+    status = {"code": code, "cause": cause, "rank": int(os.environ.get("RANK", "0")), "step": step, "hint": hint}
     try:
-        draft = target.with_suffix(".json.tmp")
+        draft = target.with_suffix(f".rank{status['rank']}.tmp")
         draft.write_text(json.dumps(status, indent=1) + "\n")
         draft.replace(target)
     except OSError as fault:

@@ -6,6 +6,7 @@ world, and the results come back in the order of the ranks. It must be importabl
 
 import multiprocessing
 import os
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -71,6 +72,7 @@ class RankPool:
 def serve(connection: Connection) -> None:
     """Wait for work and do it, in a process of its own."""
     os.environ["OMP_NUM_THREADS"] = "1"
+    sys.path.append(str(Path(__file__).parents[1]))  # pytest names the test modules tests.x, and functions come by name
     quiet_libraries()
     import torch
     import torch.distributed as dist

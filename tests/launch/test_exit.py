@@ -123,3 +123,16 @@ def test_commands_keep_their_folder_off_the_path(command: str) -> None:
         node for node in tree.body[:first_visionloom] if isinstance(node, ast.If) and "sys.path[0] =" in ast.unparse(node)
     ]
     assert len(guards) == 1, "begin the command as launch/pretrain.py does"
+
+
+def test_status_of_an_end_and_of_a_failure(tmp_path: Path) -> None:
+    """The first failure stays: ranks that fail because another has left do not overwrite its cause."""
+    exits.write_status(str(tmp_path), 0, "done", None, "")
+    assert json.loads((tmp_path / "status.json").read_text())["code"] == 0
+    os.utime(tmp_path / "status.json", (1, 1))
+    for cause in ("OSError: no space left", "RuntimeError: connection closed by peer"):
+        exits.write_status(str(tmp_path), exits.FAILURE, cause, None, "")
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["code"], status["cause"]) == (1, "OSError: no space left")
+    exits.write_status(str(tmp_path / "absent"), 0, "done", None, "")
+    assert not (tmp_path / "absent").exists()
