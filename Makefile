@@ -1,5 +1,6 @@
 # make demo   a tiny Qwen3-VL through every phase, on two CPU processes
 # make test   lint, types, import directions and the test suite
+# make proofs longer proofs: killed ranks, four ranks, whole commands under torchrun
 # make lint   only the checks that run no test
 # Each makes .venv and installs on its first run.
 
@@ -8,7 +9,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PYTHONPATH := $(CURDIR)/.link$(if $(PYTHONPATH),:$(PYTHONPATH))
 DEMO_DATA := runs/demo-data
 
-.PHONY: demo test lint format install
+.PHONY: demo test proofs lint format install
 .DEFAULT_GOAL := test
 
 install: .venv/installed
@@ -28,6 +29,9 @@ lint: .venv/installed
 
 test: lint
 	pytest
+
+proofs: .venv/installed
+	pytest -m long
 
 format: .venv/installed
 	ruff check --fix .

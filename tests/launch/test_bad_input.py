@@ -166,6 +166,7 @@ def run_command(*words: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+@pytest.mark.long
 def test_a_whole_run_says_nothing_but_its_own(demo_data: Path, tmp_path: Path) -> None:
     """Libraries warn of absent accelerators at import, at the building of the optimizer and at each checkpoint."""
     words = run_words(demo_data, tmp_path / "run", 2, "phases.multimodal.warmup_steps=1", "data.workers=1")
@@ -174,6 +175,7 @@ def test_a_whole_run_says_nothing_but_its_own(demo_data: Path, tmp_path: Path) -
     assert [line.split()[0] for line in result.stdout.splitlines()] == ["multimodal", "done"]
 
 
+@pytest.mark.long
 def test_under_torchrun_one_rank_tells_of_the_data(demo_data: Path, tmp_path: Path) -> None:
     """torchrun adds lines of its own and makes the exit code 1; the run's status.json keeps the 2."""
     too_wide(tmp_path / "own")
@@ -187,6 +189,7 @@ def test_under_torchrun_one_rank_tells_of_the_data(demo_data: Path, tmp_path: Pa
     assert '"code": 2' in (tmp_path / "run" / "status.json").read_text()
 
 
+@pytest.mark.long
 def test_under_torchrun_more_ranks_than_packs(demo_data: Path, tmp_path: Path) -> None:
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3")
     result = run_command(*torchrun, "launch/pretrain.py", *run_words(demo_data, tmp_path / "run", 4))

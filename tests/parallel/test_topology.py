@@ -31,6 +31,7 @@ def seen(tensor: int) -> dict[str, Any]:
     }
 
 
+@pytest.mark.long  # four ranks
 def test_tensor_and_data_axes(pool: RankPool) -> None:
     found = pool.run(4, seen, 2)
     assert [(rank["tensor"], rank["data"]) for rank in found] == [(0, 0), (1, 0), (0, 1), (1, 1)]

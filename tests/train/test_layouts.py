@@ -39,7 +39,9 @@ def alone(pool: RankPool, demo_data: Path, tmp_path_factory: pytest.TempPathFact
     return run(pool, demo_data, tmp_path_factory.mktemp("alone"), 1, [])
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=pytest.mark.long if ranks > 2 else ()) for name, (ranks, _) in LAYOUTS.items()]
+)
 def test_a_layout_does_not_change_training(
     layout: str, alone: list[dict[str, Any]], pool: RankPool, demo_data: Path, tmp_path: Path
 ) -> None:

@@ -23,6 +23,7 @@ from visionloom.tests.ranks import RankPool
 from visionloom.tests.train.runs import metrics, run_config, run_words
 from visionloom.tests.train.test_layouts import train
 
+pytestmark = pytest.mark.long
 STEPS = 24
 SECONDS = 240
 
