@@ -258,8 +258,8 @@ class RunConfig:
             for name, phase in self.phases.items()
         }
         found += _once(faults)
-        if self.init.huggingface and self.init.checkpoint:
-            found.append("init.huggingface and init.checkpoint exclude each other: set one")
+        if self.init.huggingface:
+            found.append(f"init.huggingface={self.init.huggingface} is not available yet: start from random weights or init.checkpoint")
         if self.checkpoint.asynchronous:
             found.append("checkpoint.asynchronous=true is not available yet: set it to false")
         return found
