@@ -259,7 +259,9 @@ class RunConfig:
         }
         found += _once(faults)
         if self.init.huggingface:
-            found.append(f"init.huggingface={self.init.huggingface} is not available yet: start from random weights or init.checkpoint")
+            found.append(
+                f"init.huggingface={self.init.huggingface} is not available yet: start from random weights or init.checkpoint"
+            )
         if self.checkpoint.asynchronous:
             found.append("checkpoint.asynchronous=true is not available yet: set it to false")
         return found
