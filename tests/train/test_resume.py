@@ -30,14 +30,20 @@ SECONDS = 240
 
 def checkpoint_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a run's newest checkpoint: weights, optimizer moments and main weights (runs in the pool)."""
-    from megatron.core import dist_checkpointing
+    from torch.distributed.checkpoint import FileSystemReader, load
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     from visionloom.train import checkpoint
 
     topology = topologies.start(ParallelConfig(), torch.device("cpu"))
     newest, damaged = checkpoint.newest(folder, topology)
     assert newest is not None and not damaged
-    loaded: dict[str, torch.Tensor] = dist_checkpointing.load_plain_tensors(str(newest.folder))
+    reader = FileSystemReader(newest.folder)
+    stored = reader.read_metadata().state_dict_metadata
+    loaded = {
+        k: torch.empty(v.size, dtype=v.properties.dtype) for k, v in stored.items() if isinstance(v, TensorStorageMetadata)
+    }
+    load(loaded, storage_reader=reader)
     topologies.stop()
     return loaded
 
