@@ -92,7 +92,7 @@ def save(run_folder: Path, stage: Stage, step: int, phase_step: int, keep: int) 
         (partial / STATE).write_text(json.dumps(asdict(progress)))
     _write_manifest(partial, topology)
     if topology.is_main:
-        _commit(partial, final, run_folder, keep, progress.phase_done)
+        _commit(partial, final, run_folder, keep)
     topology.barrier()
     return final
 
@@ -201,7 +201,7 @@ def _hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _commit(partial: Path, final: Path, run_folder: Path, keep: int, phase_done: bool) -> None:
+def _commit(partial: Path, final: Path, run_folder: Path, keep: int) -> None:
     """Make a finished folder the newest checkpoint: flush, rename, replace `latest`, drop old ones."""
     for path in [*partial.iterdir(), partial]:
         _flush(path)
@@ -215,7 +215,7 @@ def _commit(partial: Path, final: Path, run_folder: Path, keep: int, phase_done:
     _flush(staged)
     staged.replace(pointer)
     siblings = sorted(f for f in final.parent.glob("step-*") if f.suffix != ".tmp")
-    for old in siblings[: -1 if phase_done else -keep]:
+    for old in siblings[:-keep]:
         shutil.rmtree(old)
 
 

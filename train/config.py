@@ -193,7 +193,7 @@ class CheckpointConfig:
     every_steps: int = 1000
     """Optimizer steps between checkpoints; 0: only at the end of a phase."""
     keep: int = 2
-    """Newest checkpoints kept inside a phase; the end of each phase is kept as well."""
+    """Newest checkpoints kept of each phase, its end among them."""
     asynchronous: bool = False
     """Write while training goes on."""
 
