@@ -4,8 +4,6 @@ from collections.abc import Iterable
 
 from torch import nn
 
-GROUPS = ("vision", "merger", "language")
-
 
 def group_of(name: str) -> str:
     """The parameter group of a parameter by its name in the model.

@@ -62,6 +62,11 @@ class Checkpoint:
     progress: Progress
 
 
+def folder_of(run_folder: Path, phase: str, step: int) -> Path:
+    """Where the checkpoint after the run's step `step` lies."""
+    return run_folder / FOLDER / phase / f"step-{step:08d}"
+
+
 def save(run_folder: Path, stage: Stage, step: int, phase_step: int, keep: int) -> Path:
     """Write a checkpoint of weights, optimizer, schedule and data cursor; all ranks call it together.
 
@@ -76,7 +81,7 @@ def save(run_folder: Path, stage: Stage, step: int, phase_step: int, keep: int) 
         stage.stream.state(phase_step),
         asdict(stage.model.model_config),
     )
-    final = run_folder / FOLDER / stage.name / f"step-{step:08d}"
+    final = folder_of(run_folder, stage.name, step)
     partial = final.with_name(final.name + ".tmp")
     topology = stage.topology
     if topology.is_main:

@@ -53,12 +53,6 @@ def _step_of(line: str) -> float:
         return float("inf")
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """All lines of a run's metrics.jsonl, oldest first."""
-    path = folder / METRICS
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def memory_gib(device: torch.device) -> float:
     """Most memory this rank has used: allocated on the GPU, or resident on a CPU, in GiB."""
     if device.type == "cuda":

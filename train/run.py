@@ -165,7 +165,7 @@ class Run:
             self.screen.end()
         self._validate(stage)
         self._event("phase_end", phase=name, step=self.step)
-        self.latest, _ = checkpoint.newest(self.folder, self.topology)
+        self.latest = checkpoint.read(checkpoint.folder_of(self.folder, name, self.step))
         self._model = None
 
     def _done(self, name: str) -> int:
