@@ -7,6 +7,8 @@ Nothing here imports torch.
 from dataclasses import dataclass, field, fields
 
 BACKENDS = ("auto", "torch", "flash", "te")
+GROUPS = ("vision", "merger", "language")
+"""Parameter groups that a phase may train: vision tower, mergers (main and DeepStack), language model."""
 
 
 @dataclass

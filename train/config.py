@@ -11,13 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from visionloom.data.config import DataConfig
-from visionloom.model.config import ModelConfig
+from visionloom.model.config import GROUPS, ModelConfig
 from visionloom.parallel.config import ParallelConfig
 
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "fp32", "bf16")
 ANY_PHASE = "phases.<name>"
-GROUPS = ("vision", "merger", "language")
 LOSSES = ("sqrt", "token", "sample")
 SCHEDULES = ("cosine", "wsd", "linear", "constant")
 LEAST: dict[str, float] = {

@@ -12,9 +12,10 @@ from itertools import combinations
 import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
+from visionloom.model.config import GROUPS
 from visionloom.model.flops import Work, step_flops
 from visionloom.model.qwen3vl import Qwen3VL
-from visionloom.model.trainable import GROUPS, set_trainable
+from visionloom.model.trainable import set_trainable
 from visionloom.parallel.topology import Topology
 from visionloom.tests.model.reference import TestPack, build_pair, make_example, make_pack
 
