@@ -6,6 +6,9 @@ Nothing here imports torch.
 
 from dataclasses import dataclass, field, fields
 
+from visionloom.parallel.config import ParallelConfig
+from visionloom.parallel.pipeline import pipeline_problems
+
 BACKENDS = ("auto", "torch", "flash", "te")
 GROUPS = ("vision", "merger", "language")
 """Parameter groups that a phase may train: vision tower, mergers (main and DeepStack), language model."""
@@ -34,6 +37,9 @@ class TextConfig:
     """Experts of each layer; 0 means a dense model."""
     experts_per_token: int = 0
     expert_ffn_hidden_size: int = 0
+    balance_coefficient: float = 0.001
+    """Weight of the load-balancing loss of each mixture-of-experts layer; 0 turns it off. The value is transformers' default
+    for Qwen3-VL's mixtures, divided over the layers there and added up here (docs/decisions.md)."""
 
 
 @dataclass
@@ -71,17 +77,15 @@ class ModelConfig:
     text: TextConfig = field(default_factory=TextConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)
 
-    def problems(self, tensor: int = 1) -> list[str]:
-        """What makes this model impossible to build with `tensor` tensor-parallel ranks: one line a fault; empty if none."""
-        text, vision = self.text, self.vision
+    def problems(self, parallel: ParallelConfig | None = None) -> list[str]:
+        """What makes this model impossible to build in a layout: one line a fault, naming the option; empty if none."""
         if found := self._not_positive():
             return found
+        text, vision = self.text, self.vision
         if self.backend not in BACKENDS:
             found.append(f"model.backend={self.backend} is unknown: use one of {', '.join(BACKENDS)}")
         elif self.backend not in ("auto", "torch"):
             found.append(f"model.backend={self.backend} is not available yet: use model.backend=torch")
-        if text.experts:
-            found.append(f"model={self.name} is a mixture of experts, which cannot be built yet: use a dense model")
         if sum(text.mrope_section) * 2 != text.head_dim:
             found.append(f"model.text.mrope_section={text.mrope_section} must sum to head_dim / 2 = {text.head_dim // 2}")
         elif 3 * max(text.mrope_section[1:]) > text.head_dim // 2:
@@ -96,9 +100,56 @@ class ModelConfig:
             found.append(
                 f"model.vision.deepstack_layers: {len(vision.deepstack_layers)} levels need as many language layers, have {text.layers}"
             )
-        cut = {name: getattr(text, name) for name in ("heads", "kv_heads", "vocab_size", "ffn_hidden_size")}
-        if uneven := [f"model.text.{name}={size}" for name, size in cut.items() if tensor > 0 and size % tensor]:
+        found += self._expert_problems()
+        return found + (self.layout_problems(parallel) if parallel else [])
+
+    def _expert_problems(self) -> list[str]:
+        text, found = self.text, []
+        if text.experts and not 1 <= text.experts_per_token <= text.experts:
+            found.append(f"model.text.experts_per_token={text.experts_per_token} must lie in 1..{text.experts} (experts)")
+        if text.experts and text.expert_ffn_hidden_size < 1:
+            found.append(f"model.text.expert_ffn_hidden_size={text.expert_ffn_hidden_size} must be at least 1")
+        if text.balance_coefficient < 0:
+            found.append(f"model.text.balance_coefficient={text.balance_coefficient:g} must be at least 0")
+        return found
+
+    def layout_problems(self, parallel: ParallelConfig) -> list[str]:
+        """What a layout does not divide: heads, key/value heads, vocabulary, widths, experts, layers; one line a fault."""
+        if parallel.out_of_range():
+            return []
+        text, tensor = self.text, parallel.tensor
+        names = ["heads", "kv_heads", "vocab_size"] + ([] if text.experts else ["ffn_hidden_size"])
+        found = []
+        if uneven := [f"model.text.{name}={getattr(text, name)}" for name in names if getattr(text, name) % tensor]:
             found.append(f"parallel.tensor={tensor} does not divide {', '.join(uneven)}: choose a divisor")
+        elif parallel.context_exchange == "ulysses" and text.kv_heads % (tensor * parallel.context):
+            found.append(
+                f"parallel.context_exchange=ulysses needs tensor {tensor} x context {parallel.context} ="
+                f" {tensor * parallel.context} to divide model.text.kv_heads={text.kv_heads}: use gather"
+            )
+        return found + self._expert_layout_problems(parallel) + pipeline_problems(parallel, text.layers)
+
+    def _expert_layout_problems(self, parallel: ParallelConfig) -> list[str]:
+        text, expert_tensor = self.text, parallel.expert_tensor or 1
+        if not text.experts:
+            axes = {"expert": parallel.expert, "expert_tensor": expert_tensor}
+            return [
+                f"parallel.{axis}={degree}, but model={self.name} has no experts: set it to 1"
+                for axis, degree in axes.items()
+                if degree > 1
+            ]
+        found = []
+        if text.experts % parallel.expert:
+            found.append(
+                f"parallel.expert={parallel.expert} does not divide model.text.experts={text.experts}: choose a divisor"
+            )
+        if text.expert_ffn_hidden_size % expert_tensor:
+            found.append(
+                f"parallel.expert_tensor={expert_tensor} does not divide"
+                f" model.text.expert_ffn_hidden_size={text.expert_ffn_hidden_size}: choose a divisor"
+            )
+        if parallel.tensor > 1 and not parallel.sequence_parallel:
+            found.append("a mixture of experts with parallel.tensor above 1 needs parallel.sequence=true: leave it out")
         return found
 
     def _not_positive(self) -> list[str]:

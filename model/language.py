@@ -2,7 +2,8 @@
 
 Neither GPTModel (deprecated in Megatron-core 0.19) nor HybridModel (no MRoPE, no DeepStack) fits; what they add to
 TransformerBlock is an embedding and an output layer. Parameter names are GPTModel's, so its tools keep working.
-Shapes: T tokens (t of them on this rank under sequence parallelism), H hidden size, K DeepStack levels.
+A pipeline stage (or a virtual part of one) is a chunk of the same class with the layers that its place in the layout gives it.
+Shapes: t tokens of this rank, m visual tokens among them, H hidden size, K DeepStack levels that layers from here on still need.
 """
 
 from typing import Any
@@ -14,20 +15,26 @@ from megatron.core.models.common.language_module.language_module import Language
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.enums import ModelType
-from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
+from megatron.core.transformer.transformer_block import (
+    TransformerBlock,
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 from visionloom.model.attention import PackedAttention
-from visionloom.model.config import ModelConfig
+from visionloom.model.config import ModelConfig, TextConfig
+from visionloom.model.experts import GroupedExperts, Router
 from visionloom.parallel.config import ParallelConfig
+from visionloom.parallel.pipeline import layers_per_chunk, layout_of
 
 
 def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
     """Megatron-core's configuration of the language model in this layout; weights are drawn elsewhere, by name."""
     text = model.text
-    return TransformerConfig(
+    config = TransformerConfig(
         num_layers=text.layers,
         hidden_size=text.hidden_size,
         ffn_hidden_size=text.ffn_hidden_size,
@@ -46,23 +53,71 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torc
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        # Weights are drawn by name in initialize.py, the same in every layout.
+        # Weights are drawn by name in sharding.py, the same in every layout.
         use_cpu_initialization=True,
         perform_initialization=False,
-        tensor_model_parallel_size=parallel.tensor,
-        pipeline_model_parallel_size=parallel.pipeline,
-        context_parallel_size=parallel.context,
-        expert_model_parallel_size=parallel.expert,
-        expert_tensor_parallel_size=parallel.expert_tensor or 1,
-        sequence_parallel=parallel.sequence_parallel,
         # One sum over all tokens of the global batch, divided once: the only form that packing cannot change.
         calculate_per_token_loss=True,
+        # Megatron-core's default refuses packs of varying length, also in dense models.
+        moe_token_dispatcher_type="alltoall",
         # These fusions need Apex, TransformerEngine or torch.compile.
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
+        **_layout_settings(model, parallel),
+        **_expert_settings(text),
+        **_recompute_settings(parallel.recompute, text.experts),
     )
+    config.balance_coefficient = text.balance_coefficient
+    return config
+
+
+def _layout_settings(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
+    """Megatron-core's words for the degrees of the axes."""
+    settings: dict[str, Any] = {
+        "tensor_model_parallel_size": parallel.tensor,
+        "pipeline_model_parallel_size": parallel.pipeline,
+        "context_parallel_size": parallel.context,
+        "expert_model_parallel_size": parallel.expert,
+        "expert_tensor_parallel_size": parallel.expert_tensor or 1,
+        "sequence_parallel": parallel.sequence_parallel,
+    }
+    if parallel.pipeline == 1:
+        return settings
+    layers = layers_per_chunk(parallel, model.text.layers)
+    levels = len(model.vision.deepstack_layers)
+    return settings | {
+        "pipeline_model_parallel_layout": layout_of(parallel, model.text.layers),
+        # DeepStack levels that the first chunk has no layer for travel behind the hidden states: lengths differ by pack.
+        "variable_seq_lengths": layers[0] < levels,
+        # Interleaved stages send and receive one by one: with two stages, batched messages of gloo would not match.
+        "batch_p2p_comm": False,
+        "overlap_p2p_comm": parallel.chunks > 1,
+        "deallocate_pipeline_outputs": True,
+    }
+
+
+def _expert_settings(text: TextConfig) -> dict[str, Any]:
+    """Megatron-core's words for a mixture of experts; routing and balance are experts.py's own."""
+    if not text.experts:
+        return {}
+    return {
+        "num_moe_experts": text.experts,
+        "moe_router_topk": text.experts_per_token,
+        "moe_ffn_hidden_size": text.expert_ffn_hidden_size,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+    }
+
+
+def _recompute_settings(mode: str, experts: int) -> dict[str, Any]:
+    """Megatron-core's words for parallel.recompute."""
+    if mode == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    if mode == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "moe"] if experts else ["core_attn"]}
+    return {}
 
 
 class RMSNorm(nn.Module):
@@ -85,67 +140,76 @@ class RMSNorm(nn.Module):
 class DeepstackLayer(TransformerLayer):  # type: ignore[misc]
     """A decoder layer that adds its level of the visual features to the rows of the visual tokens.
 
-    The features travel as `context` [m, K * H] and the rows as `context_mask` int64 [m]: TransformerBlock already hands
-    both through recomputation and pipelines with exact gradients, which a captured tensor would not survive.
+    The features travel as `context` [m, K * H], this layer's level first, and the rows as `context_mask` int64 [m]:
+    TransformerBlock already hands both through recomputation with exact gradients, which a captured tensor would not survive.
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """Hidden states [t, 1, H] after this layer, and the features if a later layer still needs them."""
+        """Hidden states [t, 1, H] after this layer, and the levels that later layers still need."""
         features = kwargs.get("context")
         hidden, _ = super().forward(*args, **kwargs)
         if features is None:
             return hidden, None
-        size = hidden.shape[-1]
-        level = self.layer_number - 1
-        own = features[:, level * size : (level + 1) * size].unsqueeze(1).to(hidden.dtype)
-        hidden = hidden.index_add(0, kwargs["context_mask"], own)
-        return hidden, features if (level + 1) * size < features.shape[1] else None
+        own, rest = features.tensor_split([hidden.shape[-1]], dim=1)
+        hidden = hidden.index_add(0, kwargs["context_mask"], own.unsqueeze(1).to(hidden.dtype))
+        return hidden, rest if rest.shape[1] else None
 
 
-def layer_spec() -> Any:
+def layer_spec(experts: int) -> Any:
     """The spec of one decoder layer with torch kernels."""
-    spec = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
+    spec = get_gpt_layer_local_spec(num_experts=experts or None, qk_layernorm=True, normalization="RMSNorm")
     spec.module = DeepstackLayer
     layer = spec.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
     attention = layer.self_attention.submodules
     attention.q_layernorm = attention.k_layernorm = RMSNorm
     attention.core_attention = PackedAttention
+    if experts:
+        mixture = layer.mlp.keywords["submodules"]
+        mixture.experts, mixture.router = GroupedExperts, Router
     return spec
 
 
 class LanguageModel(LanguageModule):  # type: ignore[misc]
-    """Embedding, decoder layers and output layer."""
+    """Embedding, decoder layers and output layer, or the part of them that a pipeline chunk holds."""
 
-    def __init__(self, config: TransformerConfig, model: ModelConfig, groups: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, model: ModelConfig, groups: Any, first: bool, last: bool, chunk: int | None
+    ) -> None:
+        """`first` and `last`: whether the chunk begins or ends the model; `chunk`: its number on this stage if there are more."""
         super().__init__(config, groups)
         text = model.text
         self.model_type = ModelType.encoder_or_decoder
-        self.pre_process = self.post_process = True
-        self.vp_stage = None
+        self.pre_process, self.post_process, self.vp_stage = first, last, chunk
         self.share_embeddings_and_output_weights = text.tie_embeddings
-        self.embedding = LanguageModelEmbedding(
-            config,
-            text.vocab_size,
-            text.max_positions,
-            position_embedding_type="none",
-            scatter_to_sequence_parallel=True,
-            tp_group=groups.tp,
+        if first:
+            self.embedding = LanguageModelEmbedding(
+                config,
+                text.vocab_size,
+                text.max_positions,
+                position_embedding_type="none",
+                scatter_to_sequence_parallel=True,
+                tp_group=groups.tp,
+            )
+        layers = get_num_layers_to_build(config, chunk, groups.pp.rank())
+        block = TransformerBlockSubmodules(layer_specs=[layer_spec(text.experts)] * layers, layer_norm=RMSNorm)
+        self.decoder = TransformerBlock(
+            config, block, pre_process=first, post_process=last, pg_collection=groups, vp_stage=chunk
         )
-        block = TransformerBlockSubmodules(layer_specs=[layer_spec()] * text.layers, layer_norm=RMSNorm)
-        self.decoder = TransformerBlock(config, block, pre_process=True, post_process=True, pg_collection=groups)
-        self.output_layer = ColumnParallelLinear(
-            text.hidden_size,
-            text.vocab_size,
-            config=config,
-            init_method=config.init_method,
-            bias=False,
-            skip_bias_add=False,
-            gather_output=False,
-            skip_weight_param_allocation=text.tie_embeddings,
-            tp_group=groups.tp,
-        )
-        self.setup_embeddings_and_output_layer()
+        if last:
+            self.output_layer = ColumnParallelLinear(
+                text.hidden_size,
+                text.vocab_size,
+                config=config,
+                init_method=config.init_method,
+                bias=False,
+                skip_bias_add=False,
+                gather_output=False,
+                skip_weight_param_allocation=first and text.tie_embeddings,
+                tp_group=groups.tp,
+            )
+        if first or last:
+            self.setup_embeddings_and_output_layer()
 
     @property
     def output_weight(self) -> Tensor:
@@ -155,20 +219,32 @@ class LanguageModel(LanguageModule):  # type: ignore[misc]
         )
         return weight
 
-    def set_input_tensor(self, tensor: Any) -> None:
-        """Receive the hidden states of an earlier pipeline stage."""
-        self.decoder.set_input_tensor(tensor[0] if isinstance(tensor, list) else tensor)
+    @property
+    def layers(self) -> int:
+        """Decoder layers of this chunk."""
+        return len(self.decoder.layers)
 
-    def forward(self, hidden: Tensor, angles: Tensor, packed: Any, features: Tensor | None, rows: Tensor | None) -> Tensor:
-        """Embeddings [t, 1, H] to final hidden states [t, 1, H].
+    def forward(
+        self,
+        hidden: Tensor,
+        angles: Tensor,
+        packed: Any,
+        features: Tensor | None,
+        rows: Tensor | None,
+        padding_mask: Tensor | None,
+    ) -> Tensor:
+        """Embeddings or an earlier chunk's hidden states [t, 1, H] to hidden states [t, 1, H], final ones in the last chunk.
 
         Args:
-            hidden: token and visual embeddings.
-            angles: rotary angles of all T tokens, fp32 [T, 1, 1, D].
-            packed: PackedSeqParams with `segments`.
-            features: DeepStack features of this rank's visual tokens [m, K * H].
+            hidden: token and visual embeddings, or what the chunk before has made.
+            angles: rotary angles of this context rank's tokens, fp32 [T / C, 1, 1, D].
+            packed: PackedSeqParams with `context`.
+            features: DeepStack levels of this rank's visual tokens [m, K * H], the first layer's first.
             rows: their rows among the t tokens, int64 [m].
+            padding_mask: bool [1, t], True in padding; only a mixture of experts needs it.
         """
+        if not self.pre_process:
+            self.decoder.set_input_tensor(hidden)
         output: Tensor = self.decoder(
             hidden_states=hidden,
             attention_mask=None,
@@ -176,5 +252,6 @@ class LanguageModel(LanguageModule):  # type: ignore[misc]
             packed_seq_params=packed,
             context=features,
             context_mask=rows,
+            padding_mask=padding_mask,
         )
         return output

@@ -1,13 +1,15 @@
 """Qwen3-VL, read from top to bottom: images to features, features into the embeddings, decoder layers, loss.
 
+A Qwen3VL is the whole model or, under pipeline parallelism, the chunk of it that a stage holds: the vision tower and the
+embedding are in the first chunk, the loss in the last.
 Source: Qwen3-VL technical report (arXiv 2511.21631) section 2; reference implementation: transformers'
 Qwen3VLForConditionalGeneration.
-Shapes: T tokens of a micro-batch (t of them on this rank under sequence parallelism), M visual tokens (m on this rank),
-R supervised tokens, H hidden size, V vocabulary, K DeepStack levels.
+Shapes: T tokens of a micro-batch, C context ranks, t tokens on this rank (T / C, or its share under sequence parallelism), m
+visual tokens on this rank, R supervised tokens of this context rank, H hidden size, V vocabulary, K DeepStack levels.
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,53 +22,15 @@ from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from visionloom.model.attention import Segments
+from visionloom.model.attention import build_context
 from visionloom.model.config import ModelConfig
 from visionloom.model.language import LanguageModel, transformer_config
 from visionloom.model.loss import linear_cross_entropy
+from visionloom.model.offload import in_host_memory
 from visionloom.model.rope import inverse_frequencies, mrope_angles
+from visionloom.model.view import FeatureExchange, Pack, View
 from visionloom.model.vision import VisionInput, VisionTower
 from visionloom.parallel.topology import Topology
-
-
-class Pack(Protocol):
-    """What the model reads of a packed micro-batch; all tensors on the host (see data/pack.py PackedBatch)."""
-
-    @property
-    def input_ids(self) -> Tensor:
-        """int64 [T]."""
-
-    @property
-    def labels(self) -> Tensor:
-        """int64 [T]."""
-
-    @property
-    def loss_weights(self) -> Tensor:
-        """fp32 [T]."""
-
-    @property
-    def position_ids(self) -> Tensor:
-        """int32 [3, T]."""
-
-    @property
-    def cu_seqlens(self) -> Tensor:
-        """int32 [S + 1], from 0 to T."""
-
-    @property
-    def max_seqlen(self) -> int:
-        """Tokens of the longest segment."""
-
-    @property
-    def patches(self) -> Tensor:
-        """uint8 [N, 768 or 1536]."""
-
-    @property
-    def grid_thw(self) -> Tensor:
-        """int32 [n, 3]."""
-
-    @property
-    def visual_rows(self) -> Tensor:
-        """int64 [M]."""
 
 
 @dataclass(frozen=True)
@@ -74,19 +38,23 @@ class ModelInput:
     """A micro-batch on the device, with everything that can be worked out on the host already worked out."""
 
     input_ids: Tensor
-    """int64 [1, T]."""
+    """int64 [1, T / C]."""
     angles: Tensor
-    """Rotary angles fp32 [T, 1, 1, D]."""
+    """Rotary angles fp32 [T / C, 1, 1, D]."""
     packed: Any
-    """PackedSeqParams with `segments`."""
-    vision: VisionInput
-    has_images: bool
+    """PackedSeqParams with `context`."""
+    padding_mask: Tensor
+    """bool [1, t], True in padding."""
+    vision: VisionInput | None
+    """What this rank encodes; None behind the first chunk."""
+    exchange: FeatureExchange | None
+    """How features reach their tokens; None where the pack has no pictures, or behind the first chunk."""
     visual_rows: Tensor
     """int64 [m]: rows of this rank's t tokens that receive a feature."""
-    visual_features: Tensor
-    """int64 [m]: which of the M features they receive."""
+    loss_tokens: Tensor
+    """int64 [R], on the host: rows of the T tokens with a supervised next token that are this context rank's."""
     loss_rows: Tensor
-    """int64 [R]: rows of the T tokens with a supervised next token."""
+    """int64 [R]: the same, as rows of the context rank's tokens."""
     targets: Tensor
     """int64 [R]."""
     target_weights: Tensor
@@ -94,24 +62,32 @@ class ModelInput:
 
 
 class Qwen3VL(MegatronModule):  # type: ignore[misc]
-    """The whole model on one pipeline stage."""
+    """The whole model, or one chunk of it."""
 
-    def __init__(self, config: ModelConfig, topology: Topology, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, config: ModelConfig, topology: Topology, dtype: torch.dtype = torch.float32, chunk: int | None = None
+    ) -> None:
+        """`chunk`: which of this stage's chunks, where a stage has more than one."""
         super().__init__(transformer_config(config, topology.config, dtype))
         self.model_config = config
         self.topology = topology
         self.model_type = ModelType.encoder_or_decoder
-        self.pre_process = self.post_process = True
+        self.vp_stage = chunk
+        self.pre_process = topology.pipeline_rank == 0 and not chunk
+        self.post_process = topology.is_last_stage and (chunk or 0) == topology.config.chunks - 1
         self.share_embeddings_and_output_weights = config.text.tie_embeddings
-        self.visual = VisionTower(config.vision, config.text.hidden_size).to(dtype)
-        for parameter in self.visual.parameters():
-            # Under sequence parallelism each rank uses only its own rows of the features: gradients are partial.
-            parameter.sequence_parallel = topology.config.sequence_parallel  # type: ignore[attr-defined]
-        self.language_model = LanguageModel(self.config, config, topology.groups)
+        if self.pre_process:
+            recompute = topology.config.recompute == "full"
+            self.visual = VisionTower(config.vision, config.text.hidden_size, recompute).to(dtype)
+            for parameter in self.visual.parameters():
+                # Each rank encodes its own pictures under sequence parallelism: gradients are partial.
+                parameter.sequence_parallel = topology.config.sequence_parallel  # type: ignore[attr-defined]
+        self.language_model = LanguageModel(self.config, config, topology.groups, self.pre_process, self.post_process, chunk)
+        self.received: Tensor | None = None
 
     def set_input_tensor(self, tensor: Any) -> None:
-        """Receive the hidden states of an earlier pipeline stage."""
-        self.language_model.set_input_tensor(tensor)
+        """Receive what an earlier chunk has sent."""
+        self.received = tensor[0] if isinstance(tensor, list) else tensor
 
     def shared_embedding_or_output_weight(self) -> Tensor:
         """The tied matrix, for Megatron-core's reduction over pipeline stages."""
@@ -119,10 +95,10 @@ class Qwen3VL(MegatronModule):  # type: ignore[misc]
         return weight
 
     def prepare(self, pack: Pack) -> ModelInput:
-        """Move a micro-batch to the device, with rows, segments and angles worked out first."""
-        device, parallel = self.topology.device, self.topology.config
-        text, vision = self.model_config.text, self.model_config.vision
-        tokens = pack.input_ids.numel()
+        """Move this rank's part of a micro-batch to the device, with rows, segments and angles worked out first."""
+        device, topology, text = self.topology.device, self.topology, self.model_config.text
+        view = View.of(pack, topology)
+        tokens = torch.from_numpy(view.tokens)
         packed = PackedSeqParams(
             qkv_format="sbhd",
             cu_seqlens_q=pack.cu_seqlens,
@@ -130,54 +106,100 @@ class Qwen3VL(MegatronModule):  # type: ignore[misc]
             max_seqlen_q=pack.max_seqlen,
             max_seqlen_kv=pack.max_seqlen,
         )
-        packed.segments = Segments.build(pack.cu_seqlens, device)
-        share = tokens // parallel.tensor if parallel.sequence_parallel else tokens
-        first = share * self.topology.tensor_rank if parallel.sequence_parallel else 0
-        mine = ((pack.visual_rows >= first) & (pack.visual_rows < first + share)).nonzero()[:, 0]
-        loss_rows = (pack.loss_weights > 0).nonzero()[:, 0]
-        has_images = len(pack.grid_thw) > 0
-        patches, grids = (pack.patches, pack.grid_thw) if has_images else no_images(self.model_config)
+        packed.context = build_context(
+            pack.cu_seqlens, view.split, topology.groups.cp, topology.config.context_exchange, device
+        )
+        loss_rows = (pack.loss_weights[tokens] > 0).nonzero()[:, 0]
+        loss_tokens = tokens[loss_rows]
+        vision, exchange = self._pictures(pack, view) if self.pre_process else (None, None)
+        positions = pack.position_ids[:, tokens].to(device, non_blocking=True)
         frequencies = inverse_frequencies(text.head_dim, text.rope_theta).to(device)
-        positions = pack.position_ids.to(device, non_blocking=True)
         return ModelInput(
-            input_ids=pack.input_ids.to(device, non_blocking=True).unsqueeze(0),
+            input_ids=pack.input_ids[tokens].to(device, non_blocking=True).unsqueeze(0),
             angles=mrope_angles(positions, frequencies, text.mrope_section),
             packed=packed,
-            vision=VisionInput.build(patches, grids, vision, device),
-            has_images=has_images,
-            visual_rows=(pack.visual_rows[mine] - first).to(device, non_blocking=True),
-            visual_features=mine.to(device, non_blocking=True),
+            padding_mask=pack.padding_mask[tokens][view.hidden].to(device, non_blocking=True).unsqueeze(0),
+            vision=vision,
+            exchange=exchange,
+            visual_rows=torch.from_numpy(view.visual_rows).to(device, non_blocking=True),
+            loss_tokens=loss_tokens,
             loss_rows=loss_rows.to(device, non_blocking=True),
-            targets=pack.labels[loss_rows].to(device, non_blocking=True),
-            target_weights=pack.loss_weights[loss_rows].to(device, non_blocking=True),
+            targets=pack.labels[loss_tokens].to(device, non_blocking=True),
+            target_weights=pack.loss_weights[loss_tokens].to(device, non_blocking=True),
         )
 
-    def forward(self, inputs: ModelInput) -> tuple[Tensor, Tensor]:
-        """Weighted sum of the losses of the supervised tokens, and the loss of each, fp32 [R] in row order."""
-        hidden = self._whole(self._decode(inputs))[inputs.loss_rows, 0]
+    def _pictures(self, pack: Pack, view: View) -> tuple[VisionInput, FeatureExchange | None]:
+        """What this rank encodes, and how all encoder ranks exchange features; no exchange for a pack of text."""
+        config = self.model_config.vision
+        mine = pack.grid_thw[pack.encoder_ranks == self.topology.encoder_rank]
+        patches, grids = (pack.patches, mine) if len(mine) else no_images(self.model_config)
+        vision = VisionInput.build(patches, grids, config, self.topology.device)
+        if not len(pack.grid_thw):
+            return vision, None
+        return vision, FeatureExchange.build(pack, view, self.topology, config.spatial_merge_size)
+
+    def forward(self, inputs: ModelInput) -> Tensor | tuple[Tensor, Tensor]:
+        """What goes to the next chunk; or, in the last, the weighted sum of the losses and the loss of each, fp32 [R]."""
+        hidden = self._decode(inputs)
+        if not self.post_process:
+            return hidden
+        rows = self._whole(hidden)[inputs.loss_rows, 0]
         return linear_cross_entropy(
-            hidden, self.language_model.output_weight, inputs.targets, inputs.target_weights, self.topology.groups.tp
+            rows, self.language_model.output_weight, inputs.targets, inputs.target_weights, self.topology.groups.tp
         )
 
     def logits(self, inputs: ModelInput, rows: Tensor | None = None) -> Tensor:
-        """Logits of the tokens in `rows` (int64 [R]; None: all T), this rank's vocabulary columns [R, V / tensor]."""
+        """Logits of this context rank's tokens, in the last chunk.
+
+        Args:
+            inputs: of `prepare`.
+            rows: which of the T / C tokens, int64 [R]; None: all.
+
+        Returns:
+            this rank's vocabulary columns [R, V / tensor].
+        """
         hidden = self._whole(self._decode(inputs))[:, 0]
         return F.linear(hidden if rows is None else hidden[rows], self.language_model.output_weight)
 
     def _decode(self, inputs: ModelInput) -> Tensor:
-        """Final hidden states [t, 1, H]."""
+        """Hidden states [t, 1, H]; in a chunk before the last, followed by the DeepStack levels that later layers need."""
+        hidden, levels = self._embed(inputs) if self.pre_process else self._unpack(inputs)
+        with in_host_memory(self.topology.config.offload_activations):
+            output: Tensor = self.language_model(
+                hidden, inputs.angles, inputs.packed, levels, inputs.visual_rows, inputs.padding_mask
+            )
+        return output if self.post_process else self._repack(output, levels)
+
+    def _embed(self, inputs: ModelInput) -> tuple[Tensor, Tensor | None]:
+        """Embeddings [t, 1, H] with the visual features in place, and the DeepStack levels [m, K * H]; None for text."""
+        assert inputs.vision is not None
         hidden: Tensor = self.language_model.embedding(inputs.input_ids, None)
         features: Tensor = self.visual(inputs.vision)
-        if not inputs.has_images:
-            # Keeps the tower in the graph: its gradients are zeros on a rank without images, not missing.
-            return self.language_model(hidden + features.sum() * 0.0, inputs.angles, inputs.packed, None, None)
-        features = features[inputs.visual_features].to(hidden.dtype)
-        main, deepstack = features.tensor_split([hidden.shape[-1]], dim=1)
+        if inputs.exchange is None:
+            # Keeps the tower in the graph: its gradients are zeros in a pack of text, not missing.
+            return hidden + features.sum() * 0.0, None
+        features = inputs.exchange(features).to(hidden.dtype)
+        main, levels = features.tensor_split([hidden.shape[-1]], dim=1)
         hidden = hidden.index_copy(0, inputs.visual_rows, main.unsqueeze(1))
-        return self.language_model(hidden, inputs.angles, inputs.packed, deepstack, inputs.visual_rows)
+        return hidden, levels if levels.shape[1] else None
+
+    def _unpack(self, inputs: ModelInput) -> tuple[Tensor, Tensor | None]:
+        """What the chunk before has sent, as hidden states [t, 1, H] and DeepStack levels [m, K * H]."""
+        assert self.received is not None
+        hidden, rest = self.received.tensor_split([inputs.padding_mask.shape[1]])
+        if not len(rest):
+            return self.received, None
+        return hidden.contiguous(), rest.reshape(len(inputs.visual_rows), -1)
+
+    def _repack(self, hidden: Tensor, levels: Tensor | None) -> Tensor:
+        """Hidden states [t, 1, H] with the levels that this chunk's layers have not used as extra rows behind them."""
+        size = hidden.shape[-1]
+        if levels is None or levels.shape[1] <= self.language_model.layers * size:
+            return hidden
+        return torch.cat([hidden, levels[:, self.language_model.layers * size :].reshape(-1, 1, size).to(hidden.dtype)])
 
     def _whole(self, hidden: Tensor) -> Tensor:
-        """All T rows of the final hidden states, with the gradient summed over the vocabulary's parts."""
+        """All T / C rows of the final hidden states, with the gradient summed over the vocabulary's parts."""
         group = self.topology.groups.tp
         if self.topology.config.sequence_parallel:
             gathered: Tensor = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=group)

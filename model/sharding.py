@@ -1,62 +1,100 @@
-"""How a parameter's full tensor is cut over the tensor-parallel ranks, and random weights that no layout changes."""
+"""How a parameter's full tensor is cut over the ranks, and random weights that no layout changes.
+
+A parameter has one canonical name in every layout: layers count over all pipeline stages, a tied output matrix is the
+embedding, and the experts of a layer are one tensor.
+"""
 
 import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from visionloom.model.config import ModelConfig
 from visionloom.model.trainable import group_of
+from visionloom.parallel.topology import Topology
 
 GATED = "mlp.linear_fc1.weight"
 """Gate and up projection lie one above the other: each rank holds its share of both."""
+EXPERTS = ".mlp.experts."
+LAYERS = "language_model.decoder.layers."
+EMBEDDING = "language_model.embedding.word_embeddings.weight"
+OUTPUT = "language_model.output_layer.weight"
 
 
-def full_shape(parameter: Tensor, tensor_size: int) -> list[int]:
-    """Shape of a parameter before it was cut over `tensor_size` ranks."""
+@dataclass(frozen=True)
+class Cut:
+    """One axis of ranks that a parameter is cut over."""
+
+    dim: int
+    rank: int
+    size: int
+    halves: bool = False
+    """Whether the two halves along the dim are cut each for itself."""
+
+    def take(self, full: Tensor) -> Tensor:
+        """This rank's part."""
+        parts = full.chunk(2, self.dim) if self.halves else (full,)
+        taken = [part.chunk(self.size, self.dim)[self.rank] for part in parts]
+        return taken[0] if len(taken) == 1 else torch.cat(taken, self.dim)
+
+
+def cuts(name: str, parameter: Tensor, topology: Topology) -> list[Cut]:
+    """The axes that a parameter (by its canonical name) is cut over; empty if each rank holds all of it."""
+    if EXPERTS in name:
+        groups = topology.groups
+        dim: int = parameter.partition_dim  # type: ignore[attr-defined]
+        return [Cut(0, groups.ep.rank(), groups.ep.size()), Cut(dim, groups.expt_tp.rank(), groups.expt_tp.size())]
+    if not getattr(parameter, "tensor_model_parallel", False):
+        return []
+    gated = name.startswith("language_model.") and name.endswith(GATED)
+    return [Cut(parameter.partition_dim, topology.tensor_rank, topology.config.tensor, gated)]  # type: ignore[attr-defined]
+
+
+def cut(name: str, full: Tensor, parameter: Tensor, topology: Topology) -> Tensor:
+    """The part of a full tensor that this rank holds of `parameter`."""
+    for each in cuts(name, parameter, topology):
+        full = each.take(full)
+    return full
+
+
+def full_shape(name: str, parameter: Tensor, topology: Topology) -> list[int]:
+    """Shape of a parameter before it was cut."""
     shape = list(parameter.shape)
-    if getattr(parameter, "tensor_model_parallel", False):
-        shape[parameter.partition_dim] *= tensor_size  # type: ignore[attr-defined]
+    for each in cuts(name, parameter, topology):
+        shape[each.dim] *= each.size
     return shape
 
 
-def cut(name: str, full: Tensor, parameter: Tensor, rank: int, size: int) -> Tensor:
-    """The part of a full tensor that rank `rank` of `size` holds of `parameter`."""
-    if size == 1 or not getattr(parameter, "tensor_model_parallel", False):
-        return full
-    dim: int = parameter.partition_dim  # type: ignore[attr-defined]
-    if name.startswith("language_model.") and name.endswith(GATED):
-        return torch.cat([half.chunk(size, dim)[rank] for half in full.chunk(2, dim)], dim)
-    return full.chunk(size, dim)[rank]
-
-
-def join(name: str, parts: list[Tensor], parameter: Tensor) -> Tensor:
-    """The full tensor from the parts of all tensor-parallel ranks: the inverse of `cut`."""
-    if len(parts) == 1 or not getattr(parameter, "tensor_model_parallel", False):
-        return parts[0]
-    dim: int = parameter.partition_dim  # type: ignore[attr-defined]
-    if name.startswith("language_model.") and name.endswith(GATED):
-        halves = zip(*(part.chunk(2, dim) for part in parts), strict=True)
-        return torch.cat([piece for half in halves for piece in half], dim)
-    return torch.cat(parts, dim)
+def canonical_parameters(model: Any) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters of a Qwen3VL, or of one pipeline chunk of it, by their canonical names."""
+    layers = list(model.language_model.decoder.layers)
+    first = layers[0].layer_number - 1 if layers else 0
+    for name, parameter in model.named_parameters():
+        if name.startswith(LAYERS):
+            layer, _, rest = name.removeprefix(LAYERS).partition(".")
+            yield f"{LAYERS}{int(layer) + first}.{rest}", parameter
+        else:
+            tied = name == OUTPUT and model.share_embeddings_and_output_weights
+            yield EMBEDDING if tied else name, parameter
 
 
 @torch.no_grad()
-def draw_weights(
-    model: nn.Module, config: ModelConfig, seed: int, rank: int, size: int, groups: set[str] | None = None
-) -> None:
+def draw_weights(model: nn.Module, config: ModelConfig, seed: int, topology: Topology, groups: set[str] | None = None) -> None:
     """Draw random weights: normal with the configuration's deviation, norms one, biases zero.
 
-    Every parameter has a generator of its own, seeded by its name: the same weights in every layout.
+    Every parameter has a generator of its own, seeded by its canonical name: the same weights in every layout.
 
     Args:
-        model: a Qwen3VL.
+        model: a Qwen3VL, or a chunk of it.
         config: gives the deviations.
         seed: of the run.
-        rank: of the tensor-parallel group; size: its size.
+        topology: says which part is this rank's.
         groups: parameter groups to draw; None: all.
     """
-    for name, parameter in model.named_parameters():
+    for name, parameter in canonical_parameters(model):
         if groups is not None and group_of(name) not in groups:
             continue
         if parameter.dim() < 2:
@@ -64,5 +102,5 @@ def draw_weights(
             continue
         deviation = (config.vision if name.startswith("visual.") else config.text).initializer_range
         generator = torch.Generator().manual_seed(seed * 1_000_003 + zlib.crc32(name.encode()))
-        full = torch.randn(full_shape(parameter, size), generator=generator) * deviation
-        parameter.copy_(cut(name, full, parameter, rank, size))
+        full = torch.randn(full_shape(name, parameter, topology), generator=generator) * deviation
+        parameter.copy_(cut(name, full, parameter, topology))

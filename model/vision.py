@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from visionloom.model.attention import Segments, attend
 from visionloom.model.config import VisionConfig
@@ -156,9 +157,11 @@ class Merger(nn.Module):
 class VisionTower(nn.Module):
     """Patches to features: the main merger's and, side by side, those of the DeepStack mergers."""
 
-    def __init__(self, config: VisionConfig, output_size: int) -> None:
+    def __init__(self, config: VisionConfig, output_size: int, recompute: bool = False) -> None:
+        """`recompute`: make the blocks' activations again in the backward pass instead of keeping them."""
         super().__init__()
         self.config = config
+        self.recompute = recompute
         self.patch_embed = PatchEmbedding(config)
         self.pos_embed = nn.Embedding(config.position_table**2, config.hidden_size)
         self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.depth))
@@ -175,7 +178,10 @@ class VisionTower(nn.Module):
         rotation = vision_rotation(vision.rows_columns, self.config.hidden_size // self.config.heads)
         levels: dict[int, Tensor] = {}
         for index, block in enumerate(self.blocks):
-            x = block(x, rotation, vision.segments)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, rotation, vision.segments, use_reentrant=False)
+            else:
+                x = block(x, rotation, vision.segments)
             if index in self.config.deepstack_layers:
                 level = self.config.deepstack_layers.index(index)
                 levels[level] = self.deepstack_merger_list[level](x)

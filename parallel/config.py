@@ -3,10 +3,11 @@
 Nothing here imports torch: a layout that cannot be built is refused before any rank has paid for the import.
 """
 
+import math
 from dataclasses import dataclass
 
-# Axes whose degree may not exceed 1 yet: a layout is refused until it is proven equal to one process.
-UNPROVEN_AXES = ("pipeline", "context", "expert")
+RECOMPUTATIONS = ("none", "selective", "full")
+EXCHANGES = ("gather", "ulysses")
 
 
 @dataclass
@@ -23,6 +24,9 @@ class ParallelConfig:
     """Chunks of layers on each pipeline stage (interleaved 1F1B)."""
     context: int = 1
     """Ranks that share the tokens of one sequence."""
+    context_exchange: str = "gather"
+    """How attention sees the tokens of other context ranks: `gather` all keys and values (any degree), or `ulysses` (heads for
+    tokens; tensor x context must divide the key/value heads)."""
     expert: int = 1
     """Ranks that share the experts of a mixture-of-experts layer."""
     expert_tensor: int | None = None
@@ -30,7 +34,11 @@ class ParallelConfig:
     sequence: bool | None = None
     """Sequence parallelism in the tensor-parallel group; None: on where tensor > 1."""
     pipeline_layout: str | None = None
-    """Megatron layout of embedding, layers and loss over the stages, for example `Ettt|tttt|ttL`."""
+    """Embedding (E), decoder layers (t) and loss (L) over the stages, for example `Ettt|tttt|ttL`; None: evenly."""
+    recompute: str = "none"
+    """Activations made again in the backward pass: `none`, `selective` (attention and experts), or `full` (whole layers)."""
+    offload_activations: bool = False
+    """Keep what the decoder layers save for the backward pass in host memory."""
 
     @property
     def sequence_parallel(self) -> bool:
@@ -42,28 +50,66 @@ class ParallelConfig:
         """Ranks that hold one copy of the model between them."""
         return self.tensor * self.pipeline * self.context
 
+    @property
+    def chunks(self) -> int:
+        """Chunks of layers on each stage."""
+        return self.virtual_pipeline or 1
+
+    @property
+    def encoder_ranks(self) -> int:
+        """Ranks that share the pictures of a pack: those of its first pipeline stage that see different tokens of it."""
+        return self.context * (self.tensor if self.sequence_parallel else 1)
+
+    @property
+    def token_multiple(self) -> int:
+        """What the length of each segment must be a multiple of: two chunks for every context rank."""
+        return 2 * self.context if self.context > 1 else 1
+
+    @property
+    def pack_multiple(self) -> int:
+        """What the length of a pack must be a multiple of: every rank holds as many tokens."""
+        tokens = self.tensor if self.sequence_parallel else 1
+        return math.lcm(self.token_multiple, self.context * tokens)
+
     def data_parallel_size(self, world_size: int) -> int:
         """Copies of the model that `world_size` ranks hold; check `problems` first."""
         return world_size // self.model_parallel_size
 
     def problems(self, world_size: int) -> list[str]:
         """What makes this layout impossible on `world_size` ranks: one line a fault, naming the option; empty if none."""
-        found = []
-        if self.engine != "megatron":
-            found.append(f"parallel.engine={self.engine} is not available: use parallel.engine=megatron")
-        for axis in ("tensor", "pipeline", "context", "expert"):
-            degree = getattr(self, axis)
-            if degree < 1:
-                found.append(f"parallel.{axis}={degree} must be at least 1")
-            elif axis in UNPROVEN_AXES and degree > 1:
-                found.append(
-                    f"parallel.{axis}={degree} is not available yet: set it to 1 and use parallel.tensor or more data-parallel ranks"
-                )
+        if found := self.out_of_range():
+            return found
         if self.sequence and self.tensor == 1:
             found.append("parallel.sequence=true needs parallel.tensor of 2 or more (now 1)")
-        if not found and world_size % self.model_parallel_size:
+        if self.virtual_pipeline is not None and self.pipeline == 1:
+            found.append(
+                f"parallel.virtual_pipeline={self.virtual_pipeline} needs parallel.pipeline of 2 or more (now 1):"
+                " leave it out or raise parallel.pipeline"
+            )
+        if world_size % self.model_parallel_size:
             found.append(
                 f"{world_size} ranks cannot hold tensor {self.tensor} x pipeline {self.pipeline} x context {self.context}"
                 f" = {self.model_parallel_size}: start a multiple of {self.model_parallel_size} ranks or change parallel.*"
             )
+            return found
+        experts = self.expert * (self.expert_tensor or 1)
+        if (world_size // self.pipeline) % experts:
+            found.append(
+                f"the {world_size // self.pipeline} ranks of a pipeline stage cannot hold expert {self.expert} x expert_tensor"
+                f" {self.expert_tensor or 1} = {experts}: start a multiple of {experts * self.pipeline} ranks or change parallel.*"
+            )
+        return found
+
+    def out_of_range(self) -> list[str]:
+        """Degrees below 1 and unknown names, which every other check divides or looks up by."""
+        found = []
+        if self.engine != "megatron":
+            found.append(f"parallel.engine={self.engine} is not available: use parallel.engine=megatron")
+        for axis in ("tensor", "pipeline", "context", "expert", "expert_tensor", "virtual_pipeline"):
+            degree = getattr(self, axis)
+            if degree is not None and degree < 1:
+                found.append(f"parallel.{axis}={degree} must be at least 1")
+        for option, known in (("recompute", RECOMPUTATIONS), ("context_exchange", EXCHANGES)):
+            if getattr(self, option) not in known:
+                found.append(f"parallel.{option}={getattr(self, option)} is unknown: use one of {', '.join(known)}")
         return found

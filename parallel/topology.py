@@ -33,6 +33,36 @@ class Topology:
         return int(self.groups.tp.rank())
 
     @property
+    def pipeline_rank(self) -> int:
+        """Which stage this rank is on."""
+        return int(self.groups.pp.rank())
+
+    @property
+    def context_rank(self) -> int:
+        """Place of this rank among those that share the tokens of a sequence."""
+        return int(self.groups.cp.rank())
+
+    @property
+    def context_size(self) -> int:
+        """Ranks that share the tokens of a sequence."""
+        return int(self.groups.cp.size())
+
+    @property
+    def encoder_rank(self) -> int | None:
+        """Place of this rank among those that share a pack's pictures; None behind the first pipeline stage."""
+        return None if self.pipeline_rank else int(self.encoder_group.rank())
+
+    @property
+    def encoder_group(self) -> Any:
+        """The ranks that share a pack's pictures: those of a stage that see different tokens of it."""
+        return self.groups.tp_cp if self.config.sequence_parallel else self.groups.cp
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank computes losses."""
+        return self.pipeline_rank == self.config.pipeline - 1
+
+    @property
     def data_rank(self) -> int:
         """Which copy of the model this rank belongs to."""
         return int(self.groups.dp.rank())
@@ -50,15 +80,26 @@ class Topology:
     @property
     def is_data_leader(self) -> bool:
         """Whether this rank speaks for its copy of the model, when results of the copies are gathered."""
-        return self.tensor_rank == 0
+        return self.tensor_rank == self.context_rank == self.pipeline_rank == 0
 
     def barrier(self) -> None:
         """Wait until all ranks are here."""
         dist.barrier()
 
     def sum_over_data(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum of `values` over the copies of the model, in place."""
+        dist.all_reduce(values, group=self.groups.dp)
+        return values
+
+    def sum_over_tokens(self, values: torch.Tensor) -> torch.Tensor:
         """Sum of `values` over the copies of the model and the ranks that share a sequence, in place."""
         dist.all_reduce(values, group=self.groups.dp_cp)
+        return values
+
+    def from_last_stage(self, values: torch.Tensor) -> torch.Tensor:
+        """`values` as the last pipeline stage has them, in place."""
+        if self.config.pipeline > 1:
+            dist.broadcast(values, src=dist.get_global_rank(self.groups.pp, self.config.pipeline - 1), group=self.groups.pp)
         return values
 
     def gather_over_data(self, item: object) -> list[Any]:
@@ -112,6 +153,20 @@ def start(config: ParallelConfig, device: torch.device, seed: int = 1234, timeou
     return _open_layout(config, device, seed)
 
 
+def imagine(config: ParallelConfig, world_size: int, rank: int) -> Topology:
+    """The layout as rank `rank` of a job of `world_size` ranks would see it, with nobody else there: for tests and planning.
+
+    Collectives do nothing. One process can imagine one world at a time; `stop` ends it.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from visionloom.parallel import cpu
+
+    cpu.install()
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    return _open_layout(config, torch.device("cpu"), 0)
+
+
 def change(topology: Topology, config: ParallelConfig, seed: int) -> Topology:
     """Another layout on the same ranks, as a new phase may ask for; nothing built on the old one may be used after."""
     return topology if config == topology.config else _open_layout(config, topology.device, seed)
@@ -142,6 +197,7 @@ def _open_layout(config: ParallelConfig, device: torch.device, seed: int) -> Top
         context_parallel_size=config.context,
         expert_model_parallel_size=config.expert,
         expert_tensor_parallel_size=config.expert_tensor or 1,
+        create_gloo_process_groups=dist.get_backend() != "fake",
     )
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     groups = ProcessGroupCollection.use_mpu_process_groups()

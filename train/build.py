@@ -24,11 +24,18 @@ class Stage:
     name: str
     phase: PhaseConfig
     topology: Topology
-    model: Qwen3VL
-    wrapped: Any
+    chunks: list[Qwen3VL]
+    """The model, or this pipeline stage's chunks of it."""
+    wrapped: list[Any]
+    """The chunks in Megatron's DDP."""
     optimizer: Any
     scheduler: Any
     stream: PackStream
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """The architecture."""
+        return self.chunks[0].model_config
 
 
 def model_dtype(precision: str, device: torch.device) -> torch.dtype:
@@ -38,21 +45,24 @@ def model_dtype(precision: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
-def build_model(config: RunConfig, topology: Topology) -> Qwen3VL:
-    """The model on this rank's device, with random weights from run.seed."""
-    model = Qwen3VL(config.model, topology, model_dtype(config.run.precision, topology.device))
-    model.to(topology.device)
-    draw_weights(model, config.model, config.run.seed, topology.tensor_rank, topology.config.tensor)
-    return model
+def build_model(config: RunConfig, topology: Topology) -> list[Qwen3VL]:
+    """The model's chunks on this rank's device, with random weights from run.seed."""
+    dtype = model_dtype(config.run.precision, topology.device)
+    numbers = range(topology.config.chunks) if topology.config.chunks > 1 else [None]
+    chunks = [Qwen3VL(config.model, topology, dtype, number) for number in numbers]
+    for chunk in chunks:
+        chunk.to(topology.device)
+        draw_weights(chunk, config.model, config.run.seed, topology)
+    return chunks
 
 
-def redraw(model: Qwen3VL, config: RunConfig, phase: str, topology: Topology) -> None:
+def redraw(chunks: list[Qwen3VL], config: RunConfig, phase: str, topology: Topology) -> None:
     """Draw the phase's `fresh` groups anew, with a seed of the phase's own."""
     index = list(config.phases).index(phase)
     groups = set(config.phases[phase].fresh)
     if groups:
-        seed = config.run.seed + 1 + index
-        draw_weights(model, config.model, seed, topology.tensor_rank, topology.config.tensor, groups)
+        for chunk in chunks:
+            draw_weights(chunk, config.model, config.run.seed + 1 + index, topology, groups)
 
 
 def build_stream(config: RunConfig, phase: str, folder: Path, topology: Topology) -> PackStream:
@@ -77,11 +87,12 @@ def patch_cost(model: ModelConfig) -> float:
     return patch / language_flops(model.text, Work(1, 0, 0, 0, 0))
 
 
-def build_stage(config: RunConfig, name: str, topology: Topology, model: Qwen3VL, stream: PackStream) -> Stage:
+def build_stage(config: RunConfig, name: str, topology: Topology, chunks: list[Qwen3VL], stream: PackStream) -> Stage:
     """Freeze, wrap and give the model an optimizer for one phase."""
     phase = config.phases[name]
-    set_trainable(model, phase.trainable)
-    wrapped = wrap_data_parallel(model, topology)
-    bf16 = next(model.parameters()).dtype == torch.bfloat16
+    for chunk in chunks:
+        set_trainable(chunk, phase.trainable)
+    wrapped = wrap_data_parallel(chunks, topology)
+    bf16 = next(chunks[0].parameters()).dtype == torch.bfloat16
     optimizer = build_optimizer(wrapped, config.optim, phase, bf16)
-    return Stage(name, phase, topology, model, wrapped, optimizer, build_scheduler(optimizer, config.optim, phase), stream)
+    return Stage(name, phase, topology, chunks, wrapped, optimizer, build_scheduler(optimizer, config.optim, phase), stream)

@@ -79,7 +79,7 @@ def save(run_folder: Path, stage: Stage, step: int, phase_step: int, keep: int) 
         step,
         stage.phase.total_steps,
         stage.stream.state(phase_step),
-        asdict(stage.model.model_config),
+        asdict(stage.model_config),
     )
     final = folder_of(run_folder, stage.name, step)
     partial = final.with_name(final.name + ".tmp")
@@ -106,17 +106,28 @@ def load_stage(checkpoint: Checkpoint, stage: Stage) -> None:
     """Continue a phase exactly: weights, optimizer, schedule."""
     strategy = FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), stage.topology.groups.dp_cp)
     loaded = dist_checkpointing.load(_stage_state(stage, loading=True), str(checkpoint.folder), strategy)
-    stage.model.load_state_dict(loaded["model"])
+    for key, chunk in _named(stage.chunks).items():
+        chunk.load_state_dict(loaded[key])
     stage.optimizer.load_state_dict(loaded["optimizer"])
     stage.scheduler.step(checkpoint.progress.phase_step - stage.scheduler.num_steps)
 
 
-def load_weights(checkpoint: Checkpoint, model: Qwen3VL, topology: Topology) -> None:
+def load_weights(checkpoint: Checkpoint, chunks: list[Qwen3VL], topology: Topology) -> None:
     """Take only the weights, as a new phase does; call it before the model is wrapped and its optimizer built."""
     strategy = FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), topology.groups.dp_cp)
-    state = {"model": model.sharded_state_dict(metadata=_content(topology))}
-    loaded = dist_checkpointing.load(state, str(checkpoint.folder), strategy)
-    model.load_state_dict(loaded["model"])
+    loaded = dist_checkpointing.load(_weights_state(chunks, topology), str(checkpoint.folder), strategy)
+    for key, chunk in _named(chunks).items():
+        chunk.load_state_dict(loaded[key])
+
+
+def _named(chunks: list[Qwen3VL]) -> dict[str, Qwen3VL]:
+    """The chunks by the key that their weights have in this rank's state; it is not part of a weight's name on disk."""
+    return {"model": chunks[0]} if len(chunks) == 1 else {f"model{number}": chunk for number, chunk in enumerate(chunks)}
+
+
+def _weights_state(chunks: list[Qwen3VL], topology: Topology) -> dict[str, Any]:
+    metadata = _content(topology)
+    return {key: chunk.sharded_state_dict(metadata=metadata) for key, chunk in _named(chunks).items()}
 
 
 def newest(run_folder: Path, topology: Topology) -> tuple[Checkpoint | None, list[str]]:
@@ -169,10 +180,10 @@ def _candidates(run_folder: Path) -> list[Path]:
 
 
 def _stage_state(stage: Stage, loading: bool) -> dict[str, Any]:
-    metadata = _content(stage.topology)
-    model = stage.model.sharded_state_dict(metadata=metadata)
-    optimizer = stage.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)
-    return {"model": model, "optimizer": optimizer}
+    weights = _weights_state(stage.chunks, stage.topology)
+    named = weights["model"] if len(stage.chunks) == 1 else dict(weights)
+    optimizer = stage.optimizer.sharded_state_dict(named, is_loading=loading, metadata=_content(stage.topology))
+    return {**weights, "optimizer": optimizer}
 
 
 def _content(topology: Topology | None) -> dict[str, Any]:

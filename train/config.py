@@ -130,7 +130,13 @@ class PhaseConfig:
         return {group: rate if (rate := own[group]) is not None else self.lr for group in self.trainable}
 
     def problems(
-        self, where: str, datasets: list[str], world_size: int, parallel: ParallelConfig, dealt: bool = True
+        self,
+        where: str,
+        datasets: list[str],
+        world_size: int,
+        parallel: ParallelConfig,
+        model: ModelConfig,
+        dealt: bool = True,
     ) -> list[str]:
         """What is wrong with this phase: one line a fault, each naming its option; empty if none.
 
@@ -167,21 +173,33 @@ class PhaseConfig:
         if self.mixture and (min(self.mixture.values()) < 0 or sum(self.mixture.values()) <= 0):
             found.append(f"{where}.mixture: weights must not be negative and one must be above 0")
         layout = self.parallel or parallel
-        faults = layout.problems(world_size)
+        faults = layout.problems(world_size) or model.layout_problems(layout)
         if self.parallel is not None:
             found += [f"{where}: {fault}" for fault in faults]
         if dealt and not found and not faults:
-            packs = layout.data_parallel_size(world_size) * self.micro_batch
-            if self.global_batch % packs:
-                found.append(
-                    f"{where}.global_batch={self.global_batch} packs cannot be dealt to"
-                    f" {layout.data_parallel_size(world_size)} data-parallel ranks x micro_batch {self.micro_batch}:"
-                    f" make it a multiple of {packs} or start fewer ranks"
-                )
-            if layout.sequence_parallel and self.sequence_length * self.micro_batch % layout.tensor:
-                found.append(
-                    f"{where}.sequence_length={self.sequence_length} must be a multiple of parallel.tensor={layout.tensor}"
-                )
+            found += self._dealing_problems(where, world_size, layout)
+        return found
+
+    def _dealing_problems(self, where: str, world_size: int, layout: ParallelConfig) -> list[str]:
+        """Why the packs of a step, or the tokens of a pack, cannot be dealt to the ranks of a layout that is possible."""
+        found = []
+        packs = layout.data_parallel_size(world_size) * self.micro_batch
+        if self.global_batch % packs:
+            found.append(
+                f"{where}.global_batch={self.global_batch} packs cannot be dealt to"
+                f" {layout.data_parallel_size(world_size)} data-parallel ranks x micro_batch {self.micro_batch}:"
+                f" make it a multiple of {packs} or start fewer ranks"
+            )
+        elif layout.chunks > 1 and self.global_batch // packs % layout.pipeline:
+            found.append(
+                f"{where}.global_batch={self.global_batch} gives {self.global_batch // packs} micro-batches, which interleaved"
+                f" stages need in multiples of parallel.pipeline={layout.pipeline}: make it a multiple of {packs * layout.pipeline}"
+            )
+        if self.sequence_length % layout.pack_multiple:
+            found.append(
+                f"{where}.sequence_length={self.sequence_length} must be a multiple of {layout.pack_multiple}"
+                f" (tensor {layout.tensor} x context {layout.context}, two chunks a context rank)"
+            )
         return found
 
 
@@ -248,12 +266,12 @@ class RunConfig:
             if value not in known:
                 found.append(unknown(option, value, known))
         found += self._out_of_range()
-        layout = self.parallel.problems(world_size) + self.model.problems(self.parallel.tensor)
+        layout = self.parallel.problems(world_size) + self.model.problems(self.parallel)
         found += layout
         if not self.phases:
             found.append("phases is empty: choose a run with +recipe=NAME")
         faults = {
-            name: phase.problems(ANY_PHASE, list(self.data.datasets), world_size, self.parallel, dealt=not layout)
+            name: phase.problems(ANY_PHASE, list(self.data.datasets), world_size, self.parallel, self.model, dealt=not layout)
             for name, phase in self.phases.items()
         }
         found += _once(faults)

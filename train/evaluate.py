@@ -1,30 +1,37 @@
 """Held-out loss by source, and answers by greedy generation compared with the right ones."""
 
+import functools
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from rich.table import Table
 from torch import Tensor
 
 from visionloom.data.encode import EncodedSample, extend, prompt_of
 from visionloom.data.loader import EvaluationSet
-from visionloom.data.pack import pack_prompts
+from visionloom.data.pack import PackedBatch, pack_prompts
 from visionloom.data.tokenizer import Tokenizer
 from visionloom.model.qwen3vl import Qwen3VL
+from visionloom.model.view import View
 from visionloom.parallel.topology import Topology
 from visionloom.train.config import RunConfig
 from visionloom.train.progress import Screen
 from visionloom.train.report_data import RESULTS
 from visionloom.train.report_gallery import question_text
-from visionloom.train.step import LossSums
+from visionloom.train.step import LossSums, forward_losses, run_schedule
 
 THINK_END = "</think>"
+BATCHES = 8
+"""Held-out packs in host memory at once."""
 
 
 @dataclass(frozen=True)
@@ -48,29 +55,46 @@ def final_answer(text: str) -> str:
     return text.rpartition(THINK_END)[2].strip()
 
 
-def held_out_losses(config: RunConfig, topology: Topology, model: Qwen3VL, samples: int) -> dict[str, float]:
+def held_out_losses(config: RunConfig, topology: Topology, chunks: list[Qwen3VL], samples: int) -> dict[str, float]:
     """Loss of at most `samples` samples of each validation dataset, weighted as in the last phase."""
     length = max(phase.sequence_length for phase in config.phases.values())
     kind = list(config.phases.values())[-1].loss
     losses: dict[str, float] = {}
-    model.eval()
-    with torch.no_grad():
+    with evaluating(chunks):
         for name in config.data.validation:
             sums = LossSums([name], topology.device)
             held_out = EvaluationSet(config.data, name, samples)
-            for batch in held_out.batches(length, 1, kind, topology.data_rank, topology.data_size):
-                sums.add(batch, model(model.prepare(batch))[1])
-            topology.sum_over_data(sums.values)
+            packs = held_out.batches(length, 1, kind, topology.data_rank, topology.data_size)
+            while batches := list(islice(packs, BATCHES)):
+                forward = functools.partial(forward_losses, sums=sums)
+                run_schedule(forward, chunks, _whole_rounds(batches, topology), topology, forward_only=True)
+            sums.reduce(topology)
             losses |= sums.means()[1]
-    model.train()
     return losses
 
 
-def predictions(config: RunConfig, topology: Topology, model: Qwen3VL, name: str) -> Iterator[Prediction]:
+@contextmanager
+def evaluating(chunks: list[Qwen3VL]) -> Iterator[None]:
+    """The model without gradients and training-only work."""
+    for chunk in chunks:
+        chunk.eval()
+    with torch.no_grad():
+        yield
+    for chunk in chunks:
+        chunk.train()
+
+
+def _whole_rounds(batches: list[PackedBatch], topology: Topology) -> list[PackedBatch]:
+    """The batches, and copies without weight until interleaved stages can share them evenly."""
+    missing = -len(batches) % topology.config.pipeline if topology.config.chunks > 1 else 0
+    return batches + [replace(batches[0], loss_weights=torch.zeros_like(batches[0].loss_weights))] * missing
+
+
+def predictions(config: RunConfig, topology: Topology, chunks: list[Qwen3VL], name: str) -> Iterator[Prediction]:
     """Greedy answers to this rank's share of a validation dataset's samples that have a task."""
     held_out = EvaluationSet(config.data, name, config.evaluation.samples)
     questions = held_out.questions(topology.data_rank, topology.data_size)
-    writer = Writer(model, topology, held_out.tokenizer, config.evaluation.max_new_tokens)
+    writer = Writer(chunks, topology, held_out.tokenizer, config.evaluation.max_new_tokens)
     for chunk in _chunks((q for q in questions if q.task), config.evaluation.pack_tokens):
         for sample, text in zip(chunk, writer.answers(chunk), strict=True):
             yield Prediction(sample, text, question_text(sample, held_out.tokenizer))
@@ -95,14 +119,13 @@ class Writer:
     it leaves the draft are tokens generated one by one. The result is that of greedy decoding from the prompt.
     """
 
-    def __init__(self, model: Qwen3VL, topology: Topology, tokenizer: Tokenizer, max_new_tokens: int) -> None:
-        self.model, self.topology, self.tokenizer, self.limit = model, topology, tokenizer, max_new_tokens
+    def __init__(self, chunks: list[Qwen3VL], topology: Topology, tokenizer: Tokenizer, max_new_tokens: int) -> None:
+        self.chunks, self.topology, self.tokenizer, self.limit = chunks, topology, tokenizer, max_new_tokens
         self.stop = set(tokenizer.stop_ids)
 
     def answers(self, samples: Sequence[EncodedSample]) -> list[str]:
         """The text that greedy decoding writes after each sample's prompt."""
-        self.model.eval()
-        with torch.no_grad():
+        with evaluating(self.chunks):
             written = self._follow_drafts(samples)
             prompts = [prompt_of(sample) for sample in samples]
             while open_ := [i for i, tokens in enumerate(written) if not self._finished(tokens)]:
@@ -110,7 +133,6 @@ class Writer:
                 following = self._next_tokens(batch, [[-1]] * len(batch))
                 for i, tokens in zip(open_, following, strict=True):
                     written[i] += tokens
-        self.model.train()
         return [self.tokenizer.decode([t for t in tokens if t not in self.stop]) for tokens in written]
 
     def _finished(self, tokens: list[int]) -> bool:
@@ -134,13 +156,39 @@ class Writer:
 
     def _next_tokens(self, samples: Sequence[EncodedSample], places: list[list[int]]) -> list[list[int]]:
         """The most likely token after each of the places (-1: the last) of each sample."""
-        batch, last = pack_prompts(samples, self.tokenizer.pad_id, multiple=self.topology.config.tensor)
+        batch, last = pack_prompts(samples, self.tokenizer.pad_id, multiple=self.topology.config.pack_multiple)
         lengths = np.array([len(sample.input_ids) for sample in samples])
         starts = last.numpy() + 1 - lengths
         rows = [int(s) + p % int(n) for s, n, own in zip(starts, lengths, places, strict=True) for p in own]
-        logits = self.model.logits(self.model.prepare(batch), torch.tensor(rows, device=self.topology.device))
-        chosen = iter(most_likely(logits, self.topology).tolist())
+        chosen = iter(next_tokens(self.chunks, batch, np.array(rows), self.topology).tolist())
         return [[next(chosen) for _ in own] for own in places]
+
+
+def next_tokens(chunks: list[Qwen3VL], batch: PackedBatch, rows: NDArray[np.int64], topology: Topology) -> Tensor:
+    """The most likely token after each of the rows (int64 [R]) of a pack, int64 [R] on all ranks."""
+    forward = functools.partial(_forward_tokens, rows=rows, topology=topology)
+    # Interleaved stages work on as many micro-batches as there are stages: the others are copies.
+    copies = [batch] * (topology.config.pipeline if topology.config.chunks > 1 else 1)
+    found = run_schedule(forward, chunks, copies, topology, forward_only=True, collect_non_loss_data=True)
+    ids = found[0] if found else torch.zeros(len(rows), dtype=torch.int64, device=topology.device)
+    return topology.from_last_stage(ids)
+
+
+def _forward_tokens(
+    batches: Iterator[PackedBatch], chunk: Qwen3VL, *, rows: NDArray[np.int64], topology: Topology
+) -> tuple[Tensor, Any]:
+    """A chunk's part of `next_tokens`, as Megatron-core's schedule calls it."""
+    batch = next(batches)
+    inputs = chunk.prepare(batch)
+    if not chunk.post_process:
+        return chunk(inputs), None
+    tokens = View.of(batch, topology).tokens
+    places = np.minimum(np.searchsorted(tokens, rows), len(tokens) - 1)
+    mine = torch.from_numpy(np.flatnonzero(tokens[places] == rows)).to(topology.device)
+    ids = torch.zeros(len(rows), dtype=torch.int64, device=topology.device)
+    ids[mine] = most_likely(chunk.logits(inputs, torch.from_numpy(places).to(topology.device)[mine]), topology)
+    dist.all_reduce(ids, group=topology.groups.cp)
+    return ids, lambda output, non_loss_data: output
 
 
 def most_likely(logits: Tensor, topology: Topology) -> Tensor:
@@ -155,18 +203,18 @@ def most_likely(logits: Tensor, topology: Topology) -> Tensor:
 
 
 def evaluate_run(
-    config: RunConfig, topology: Topology, model: Qwen3VL, folder: Path, step: int, screen: Screen
+    config: RunConfig, topology: Topology, chunks: list[Qwen3VL], folder: Path, step: int, screen: Screen
 ) -> dict[str, Any]:
     """Evaluate on data.validation: prints a table and writes eval.json and report.html.
 
     Returns:
         {"step", "loss": {source: x}, "tasks": {name: {"accuracy": x, "n": n}}}, the same on all ranks.
     """
-    losses = held_out_losses(config, topology, model, config.evaluation.samples)
+    losses = held_out_losses(config, topology, chunks, config.evaluation.samples)
     counts: dict[str, list[int]] = {}
     shown: list[Prediction] = []
     for name in config.data.validation:
-        found = list(predictions(config, topology, model, name))
+        found = list(predictions(config, topology, chunks, name))
         for part in topology.gather_over_data([(p.sample.task, p.correct) for p in found]):
             for task, correct in part:
                 seen = counts.setdefault(task, [0, 0])

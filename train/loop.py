@@ -90,7 +90,7 @@ def work_of(batches: list[PackedBatch]) -> Work:
         tokens=sum(b.real_tokens for b in batches),
         supervised_tokens=sum(b.supervised_tokens for b in batches),
         token_pairs=pairs,
-        patches=sum(len(b.patches) for b in batches),
+        patches=sum(int(b.grid_thw.prod(1).sum()) for b in batches),
         patch_pairs=frames,
     )
 
@@ -101,7 +101,7 @@ def metrics_line(
     """One line of metrics.jsonl; `tokens` and every rate count real tokens, padding left out."""
     topology, counts = stage.topology, result.counts
     work = Work(**reduce_counts(asdict(work_of(batches)), topology))
-    flops = sum(step_flops(stage.model.model_config, work, set(stage.phase.trainable)).values())
+    flops = sum(step_flops(stage.model_config, work, set(stage.phase.trainable)).values())
     per_device = flops / seconds / topology.world_size
     peak = peak_flops(topology.device)
     return {
@@ -128,4 +128,5 @@ def metrics_line(
         "memory_gib": memory_gib(topology.device),
         "skipped": result.skipped,
         "data_cursor": phase_step,
+        **({"router": result.router} if result.router else {}),
     }

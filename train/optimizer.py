@@ -82,19 +82,22 @@ def install_adamw() -> None:
     distrib_optimizer.USING_APEX_OPTIMIZER = False
 
 
-def wrap_data_parallel(model: Any, topology: Topology) -> DistributedDataParallel:
-    """Megatron's DDP with the distributed optimizer; freeze parameters first."""
+def wrap_data_parallel(chunks: list[Any], topology: Topology, sharded: bool = True) -> list[DistributedDataParallel]:
+    """Megatron's DDP around each chunk; freeze parameters first. `sharded`: with the distributed optimizer (ZeRO-1)."""
     settings = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=False
+        grad_reduce_in_fp32=True, use_distributed_optimizer=sharded, overlap_grad_reduce=False
     )
-    return DistributedDataParallel(model.config, settings, model, pg_collection=topology.groups)
+    return [
+        DistributedDataParallel(chunk.config, settings, chunk, pg_collection=topology.groups, disable_bucketing=number > 0)
+        for number, chunk in enumerate(chunks)
+    ]
 
 
-def build_optimizer(wrapped: DistributedDataParallel, optim: OptimConfig, phase: PhaseConfig, bf16: bool) -> Any:
+def build_optimizer(wrapped: list[DistributedDataParallel], optim: OptimConfig, phase: PhaseConfig, bf16: bool) -> Any:
     """Megatron's optimizer for one phase; norms and biases are not decayed.
 
     Args:
-        wrapped: the model in Megatron's DDP.
+        wrapped: the model's chunks in Megatron's DDP.
         optim: betas, weight decay, clipping.
         phase: peak learning rate of each trainable group.
         bf16: whether the parameters are bf16 and fp32 copies are kept.
@@ -116,7 +119,7 @@ def build_optimizer(wrapped: DistributedDataParallel, optim: OptimConfig, phase:
     overrides = {ParamKey(with_name_predicate=_in_group(group)): rates_of(peak, phase) for group, peak in peaks.items()}
     undecayed = ParamWithNamePredicate(name="undecayed", fn=lambda parameter, name: parameter.dim() == 1)
     overrides[ParamKey(with_name_predicate=undecayed)] = {"wd_mult": 0.0}
-    return get_megatron_optimizer(config, [wrapped], config_overrides=overrides)
+    return get_megatron_optimizer(config, wrapped, config_overrides=overrides)
 
 
 def rates_of(peak: float, phase: PhaseConfig) -> dict[str, float]:

@@ -49,7 +49,7 @@ def pretrain(config: RunConfig) -> None:
         log.event("done", step=run.step)
     screen.say(f"done in {time.perf_counter() - started:.0f} s: {folder}")
     if config.run.evaluate_at_end:
-        run.trackers.evaluation(evaluate_run(config, run.topology, run.model, folder, run.step, screen))
+        run.trackers.evaluation(evaluate_run(config, run.topology, run.chunks, folder, run.step, screen))
     run.trackers.close()
     topology.barrier()
     topologies.stop()
@@ -74,7 +74,7 @@ def evaluate(config: RunConfig, source: str = "") -> dict[str, Any]:
     run.take(source)
     if topology.is_main:
         folder.mkdir(parents=True, exist_ok=True)
-    results = evaluate_run(config, topology, run.model, folder, run.step, screen)
+    results = evaluate_run(config, topology, run.chunks, folder, run.step, screen)
     topology.barrier()
     topologies.stop()
     return results
@@ -90,14 +90,14 @@ class Run:
         self.losses: dict[str, float] = {}
         wanted = config.logging if log is not None else LoggingConfig()
         self.trackers = Trackers(wanted, folder, asdict(config), config.run.name)
-        self._model: Qwen3VL | None = None
+        self._chunks: list[Qwen3VL] | None = None
 
     @property
-    def model(self) -> Qwen3VL:
-        """The model as the last phase left it."""
-        if self._model is None:
-            self._model = self._weights()
-        return self._model
+    def chunks(self) -> list[Qwen3VL]:
+        """The model's chunks on this rank as the last phase left them."""
+        if self._chunks is None:
+            self._chunks = self._weights()
+        return self._chunks
 
     def resume(self) -> None:
         """Find the newest whole checkpoint and rewind the metrics to it."""
@@ -166,7 +166,7 @@ class Run:
         self._validate(stage)
         self._event("phase_end", phase=name, step=self.step)
         self.latest = checkpoint.read(checkpoint.folder_of(self.folder, name, self.step))
-        self._model = None
+        self._chunks = None
 
     def _done(self, name: str) -> int:
         """Optimizer steps of a phase that are already in the newest checkpoint."""
@@ -184,20 +184,20 @@ class Run:
             stage = build_stage(self.config, name, self.topology, build_model(self.config, self.topology), stream)
             checkpoint.load_stage(self.latest, stage)
             return stage
-        model = self._weights()
-        redraw(model, self.config, name, self.topology)
-        return build_stage(self.config, name, self.topology, model, stream)
+        chunks = self._weights()
+        redraw(chunks, self.config, name, self.topology)
+        return build_stage(self.config, name, self.topology, chunks, stream)
 
-    def _weights(self) -> Qwen3VL:
+    def _weights(self) -> list[Qwen3VL]:
         """A fresh model with the newest weights: of the last phase, of init.checkpoint, or random."""
-        model = build_model(self.config, self.topology)
+        chunks = build_model(self.config, self.topology)
         source = self.latest
         if source is None and self.config.init.checkpoint:
             source = checkpoint.read(Path(self.config.init.checkpoint))
             self._check(source, resuming=False)
         if source is not None:
-            checkpoint.load_weights(source, model, self.topology)
-        return model
+            checkpoint.load_weights(source, chunks, self.topology)
+        return chunks
 
     def _check(self, source: Checkpoint, resuming: bool = True) -> None:
         """Refuse a checkpoint of another model or recipe with what differs."""
@@ -227,7 +227,7 @@ class Run:
         samples = self.config.evaluation.phase_samples
         if samples and self.config.data.validation:
             if not (unchanged and self.losses):
-                self.losses = held_out_losses(self.config, self.topology, stage.model, samples)
+                self.losses = held_out_losses(self.config, self.topology, stage.chunks, samples)
             self._event("validation", phase=stage.name, step=self.step, loss=self.losses)
             self.trackers.evaluation({"step": self.step, "loss": self.losses})
 

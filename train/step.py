@@ -6,7 +6,7 @@ before packing. So it does not depend on packing, micro-batches or layout (docs/
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,8 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor
 
 from visionloom.data.pack import PackedBatch
+from visionloom.model.experts import close_step
+from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.parallel.topology import Topology
 from visionloom.train.build import Stage
 
@@ -31,6 +33,8 @@ class StepResult:
     skipped: bool
     counts: dict[str, int]
     """tokens, supervised_tokens, padding_tokens, visual_tokens, patches, samples, packs."""
+    router: dict[str, float]
+    """Health of a mixture's routers; see model/experts.py `close_step`."""
 
 
 class LossSums:
@@ -40,15 +44,18 @@ class LossSums:
         self.sources = tuple(sources)
         self.values = torch.zeros(2, len(self.sources), dtype=torch.float64, device=device)
 
-    def add(self, batch: PackedBatch, losses: Tensor) -> None:
-        """Add a micro-batch with the loss of each of its supervised tokens, fp32 [R]."""
-        rows = (batch.loss_weights > 0).nonzero()[:, 0]
+    def add(self, batch: PackedBatch, tokens: Tensor, losses: Tensor) -> None:
+        """Add a micro-batch with the loss of each of its supervised tokens, fp32 [R], and their rows, int64 [R] on the host."""
         places = torch.tensor([self.sources.index(name) for name in batch.source_names] + [0])
-        segment = torch.searchsorted(batch.cu_seqlens, rows, right=True) - 1
+        segment = torch.searchsorted(batch.cu_seqlens, tokens, right=True) - 1
         source = places[batch.segment_sources[segment]].to(losses.device)
-        weights = batch.loss_weights[rows].to(losses.device, torch.float64)
+        weights = batch.loss_weights[tokens].to(losses.device, torch.float64)
         self.values[0].index_add_(0, source, weights * losses.double())
         self.values[1].index_add_(0, source, weights)
+
+    def reduce(self, topology: Topology) -> None:
+        """Sum over all tokens of the global batch; only the last pipeline stage has added any."""
+        topology.from_last_stage(topology.sum_over_tokens(self.values))
 
     def means(self) -> tuple[float, dict[str, float]]:
         """Loss over everything and by source; a source without weight is left out."""
@@ -59,14 +66,14 @@ class LossSums:
 
 
 def count(batches: Sequence[PackedBatch], packs: int) -> dict[str, int]:
-    """Tokens, patches and samples of this rank's micro-batches."""
+    """Tokens, patches and samples of this data-parallel rank's micro-batches."""
     tokens = sum(b.real_tokens for b in batches)
     return {
         "tokens": tokens,
         "supervised_tokens": sum(b.supervised_tokens for b in batches),
         "padding_tokens": sum(b.input_ids.numel() for b in batches) - tokens,
         "visual_tokens": sum(b.visual_rows.numel() for b in batches),
-        "patches": sum(len(b.patches) for b in batches),
+        "patches": sum(int(b.grid_thw.prod(1).sum()) for b in batches),
         "samples": sum(len(b.sample_ids) for b in batches),
         "packs": packs,
     }
@@ -79,45 +86,94 @@ def train_step(stage: Stage, batches: list[PackedBatch]) -> StepResult:
     """
     topology = stage.topology
     sums = LossSums([corpus.name for corpus in stage.stream.corpora], topology.device)
-    stage.wrapped.zero_grad_buffer()
+    for chunk in stage.wrapped:
+        chunk.zero_grad_buffer()
     stage.optimizer.zero_grad()
     run_micro_batches(stage, batches, sums)
     stage.scheduler.step(1)
     grad_norm = update(stage)
+    router = close_step(stage.chunks, topology)
     counts = count(batches, len(batches) * stage.phase.micro_batch)
     totals = reduce_counts(counts, topology)
     loss, by_source = sums.means()
-    return StepResult(loss, by_source, grad_norm, not math.isfinite(grad_norm), totals)
+    return StepResult(loss, by_source, grad_norm, not math.isfinite(grad_norm), totals, router)
 
 
 def run_micro_batches(stage: Stage, batches: list[PackedBatch], sums: LossSums) -> None:
     """Forward and backward of all micro-batches; gradients end up divided by the global weight, `sums` reduced."""
-    stage.model.config.finalize_model_grads_func = functools.partial(_finalize, sums=sums, topology=stage.topology)
-    get_forward_backward_func()(
-        forward_step_func=functools.partial(_forward, sums=sums),
-        data_iterator=iter(batches),
-        model=[stage.wrapped],
+    for chunk in stage.chunks:
+        chunk.config.finalize_model_grads_func = functools.partial(_finalize, sums=sums, topology=stage.topology)
+        if stage.model_config.text.experts:
+            chunk.config.moe_grad_scale_func = functools.partial(torch.Tensor.clone, _balance_scale(batches, stage.topology))
+    run_schedule(functools.partial(forward_losses, sums=sums), stage.wrapped, batches, stage.topology, forward_only=False)
+
+
+def run_schedule(
+    forward: Callable[..., Any],
+    chunks: Sequence[Any],
+    batches: list[PackedBatch],
+    topology: Topology,
+    forward_only: bool,
+    **options: Any,
+) -> list[Any]:
+    """Megatron-core's schedule for this layout over all micro-batches; what the last stage collected, empty elsewhere.
+
+    Args:
+        forward: called with an iterator over `batches` and a chunk.
+        chunks: of this stage, wrapped for data parallelism or not.
+        batches: alike on all stages.
+        topology: the layout.
+        forward_only: without a backward pass.
+        options: of the schedule.
+    """
+    found: list[Any] = get_forward_backward_func()(
+        forward_step_func=forward,
+        data_iterator=[iter(batches) for _ in chunks] if len(chunks) > 1 else iter(batches),
+        model=list(chunks),
         num_microbatches=len(batches),
-        seq_length=stage.phase.sequence_length * stage.phase.micro_batch,
+        seq_length=batches[0].input_ids.numel(),
         micro_batch_size=1,
-        forward_only=False,
-        pg_collection=stage.topology.groups,
+        forward_only=forward_only,
+        # Without pipeline stages the groups can be given; with them Megatron-core takes its own.
+        pg_collection=topology.groups if topology.config.pipeline == 1 else None,
+        **options,
     )
+    return found
 
 
-def _forward(batches: Iterator[PackedBatch], wrapped: Any, *, sums: LossSums) -> tuple[Tensor, Any]:
+def model_of(chunk: Any) -> Qwen3VL:
+    """A chunk without its data-parallel wrapper."""
+    found: Qwen3VL = getattr(chunk, "module", chunk)
+    return found
+
+
+def forward_losses(batches: Iterator[PackedBatch], chunk: Any, *, sums: LossSums) -> tuple[Tensor, Any]:
+    """A chunk's forward pass of the next micro-batch, as Megatron-core's schedule calls it; `sums` gets the losses."""
     batch = next(batches)
-    total, losses = wrapped(wrapped.module.prepare(batch))
-    sums.add(batch, losses)
+    model = model_of(chunk)
+    inputs = model.prepare(batch)
+    output = chunk(inputs)
+    if model.post_process:
+        output, losses = output
+        sums.add(batch, inputs.loss_tokens, losses)
     # Megatron-core counts tokens in integers; the real denominator is a sum of floats, divided by in _finalize.
-    no_tokens = torch.zeros([], dtype=torch.int, device=total.device)
-    return total, lambda output: (output, no_tokens, {})
+    no_tokens = torch.zeros([], dtype=torch.int, device=output.device)
+    return output, lambda total: (total, no_tokens, {})
+
+
+def _balance_scale(batches: list[PackedBatch], topology: Topology) -> Tensor:
+    """Weight of the global batch over its tokens: gradients are divided by the weight, the balance is a mean over tokens."""
+    own = torch.tensor(
+        [[float(b.loss_weights.sum(dtype=torch.float64)), float(b.real_tokens)] for b in batches], dtype=torch.float64
+    )
+    weight, tokens = topology.sum_over_data(own.sum(0).to(topology.device))
+    return (weight / tokens.clamp_min(1.0)).float()
 
 
 def _finalize(chunks: list[Any], num_tokens: Any, *, sums: LossSums, topology: Topology, **options: Any) -> None:
     """Reduce gradients over the ranks and divide them by the weight of the global batch."""
     finalize_model_grads(chunks, None, **options)
-    topology.sum_over_data(sums.values)
+    sums.reduce(topology)
     weight = sums.values[1].sum()
     scale = torch.where(weight > 0, 1.0 / weight, torch.zeros_like(weight)).float()
     for chunk in chunks:

@@ -1,10 +1,11 @@
 """Tiny random Qwen3-VL models of transformers, the same model of ours, and packs for both."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
@@ -69,10 +70,9 @@ def load_reference(model: nn.Module, state: dict[str, Tensor], config: ModelConf
     ours = from_huggingface(state, config)
     named = dict(model.named_parameters())
     assert named.keys() == ours.keys()
-    rank, size = topology.tensor_rank, topology.config.tensor
     with torch.no_grad():
         for name, parameter in named.items():
-            parameter.copy_(cut(name, ours[name], parameter, rank, size))
+            parameter.copy_(cut(name, ours[name], parameter, topology))
 
 
 def build_pair(topology: Topology, seed: int, tied: bool = True) -> tuple[Any, Qwen3VL]:
@@ -130,7 +130,26 @@ class TestPack:
     max_seqlen: int
     patches: Tensor
     grid_thw: Tensor
+    encoder_ranks: Tensor
     visual_rows: Tensor
+    padding_mask: Tensor
+    segment_sources: Tensor
+    source_names: tuple[str, ...] = ("test",)
+    sample_ids: tuple[str, ...] = ()
+
+    @property
+    def real_tokens(self) -> int:
+        return int((~self.padding_mask).sum())
+
+    @property
+    def supervised_tokens(self) -> int:
+        return int((self.loss_weights > 0).sum())
+
+    def dealt(self, rank: int | None, owners: Tensor) -> "TestPack":
+        """The pack as encoder rank `rank` gets it (None: a rank that encodes nothing), with `owners` int32 [n]."""
+        counts = self.grid_thw.prod(1)
+        mine = torch.repeat_interleave(owners == (-1 if rank is None else rank), counts)
+        return replace(self, patches=self.patches[mine], encoder_ranks=owners)
 
 
 def reference_positions(theirs: Any, example: Example) -> Tensor:
@@ -147,31 +166,41 @@ def reference_positions(theirs: Any, example: Example) -> Tensor:
     return positions[:, 0]
 
 
-def make_pack(theirs: Any, examples: list[Example], length: int | None = None) -> TestPack:
-    """Examples one after the other, weight 1 / sqrt(n) for a sample with n supervised tokens, padded to `length`."""
-    labels, weights, positions, bounds = [], [], [], [0]
+def make_pack(theirs: Any, examples: list[Example], length: int | None = None, multiple: int = 1) -> TestPack:
+    """Examples one after the other, weight 1 / sqrt(n) for a sample with n supervised tokens, padded to `length`.
+
+    Each example is a segment whose length is padded to a multiple of `multiple`.
+    """
+    parts: dict[str, list[Tensor]] = {name: [] for name in ("ids", "labels", "weights", "positions", "padding")}
     for example in examples:
-        n = len(example.ids)
         following = torch.cat([example.ids[1:], torch.tensor([-100])])
         used = torch.cat([example.supervised[1:], torch.tensor([False])])
-        labels.append(torch.where(used, following, -100))
-        weights.append(used.float() / max(1, int(used.sum())) ** 0.5)
-        positions.append(reference_positions(theirs, example))
-        bounds.append(bounds[-1] + n)
-    ids = torch.cat([e.ids for e in examples])
-    pad = (length or len(ids)) - len(ids)
-    if pad:
-        bounds.append(bounds[-1] + pad)
+        pad = (0, -len(example.ids) % multiple)
+        parts["ids"].append(F.pad(example.ids, pad))
+        parts["labels"].append(F.pad(torch.where(used, following, -100), pad, value=-100))
+        parts["weights"].append(F.pad(used.float() / max(1, int(used.sum())) ** 0.5, pad))
+        parts["positions"].append(F.pad(reference_positions(theirs, example), pad))
+        parts["padding"].append(F.pad(torch.zeros(len(example.ids), dtype=torch.bool), pad, value=True))
+    bounds = np.cumsum([0, *(len(ids) for ids in parts["ids"])]).tolist()
+    pad = (0, (length or bounds[-1]) - bounds[-1])
+    if pad[1]:
+        bounds.append(length)
+    ids = torch.cat(parts["ids"])
+    grids = torch.tensor([g for e in examples for g in e.grids], dtype=torch.int32).reshape(-1, 3)
     return TestPack(
-        input_ids=torch.nn.functional.pad(ids, (0, pad)),
-        labels=torch.nn.functional.pad(torch.cat(labels), (0, pad), value=-100),
-        loss_weights=torch.nn.functional.pad(torch.cat(weights), (0, pad)),
-        position_ids=torch.nn.functional.pad(torch.cat(positions, 1), (0, pad)).int(),
+        input_ids=F.pad(ids, pad),
+        labels=F.pad(torch.cat(parts["labels"]), pad, value=-100),
+        loss_weights=F.pad(torch.cat(parts["weights"]), pad),
+        position_ids=F.pad(torch.cat(parts["positions"], 1), pad).int(),
         cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
         max_seqlen=int(np.diff(bounds).max()),
         patches=torch.cat([e.patches for e in examples]),
-        grid_thw=torch.tensor([g for e in examples for g in e.grids], dtype=torch.int32).reshape(-1, 3),
+        grid_thw=grids,
+        encoder_ranks=torch.zeros(len(grids), dtype=torch.int32),
         visual_rows=((ids == IMAGE) | (ids == VIDEO)).nonzero()[:, 0],
+        padding_mask=F.pad(torch.cat(parts["padding"]), pad, value=True),
+        segment_sources=torch.tensor([0] * len(examples) + [-1] * bool(pad[1]), dtype=torch.int32),
+        sample_ids=tuple(str(i) for i in range(len(examples))),
     )
 
 
@@ -196,6 +225,6 @@ def reference_run(theirs: Any, examples: list[Example]) -> tuple[list[Tensor], T
         ).logits[0]  # fmt: skip
         logits.append(output)
         used = example.supervised[1:].nonzero()[:, 0]
-        losses = torch.nn.functional.cross_entropy(output[used], example.ids[used + 1], reduction="none")
+        losses = F.cross_entropy(output[used], example.ids[used + 1], reduction="none")
         total = total + losses.sum() / max(1, len(used)) ** 0.5
     return logits, total

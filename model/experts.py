@@ -1,0 +1,164 @@
+"""Mixture of experts: which experts a token takes, their grouped matrices, and the load-balancing loss.
+
+Source: Qwen3 technical report (arXiv 2505.09388) section 2, global-batch load balancing (arXiv 2501.11873); reference
+implementation: transformers' Qwen3VLMoeTextSparseMoeBlock. Dispatch over expert-parallel ranks is Megatron-core's.
+Shapes: n tokens of this rank, E experts (e of them on this rank), k experts a token, H hidden size, F expert width (f here).
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, topk_routing_with_score_function
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from visionloom.parallel.topology import Topology
+
+
+class Router(TopKRouter):  # type: ignore[misc]
+    """Softmax over all experts in fp32, the k largest, renormalised; padding counts nowhere.
+
+    The load-balancing loss of a layer is E * sum_i f_i P_i, 1 where the load is even. P_i is the mean probability of expert i
+    over all real tokens of the global batch. f_i, its share of the assignments, has no gradient; it is that of the global batch
+    before, so it is the same for every token, micro-batch and rank, whatever the layout (docs/decisions.md). In the first step
+    of all it is zero.
+    """
+
+    def __init__(self, config: TransformerConfig, pg_collection: Any = None, is_mtp_layer: bool = False) -> None:
+        super().__init__(config, pg_collection, is_mtp_layer)
+        self.coefficient: float = config.balance_coefficient
+        self.load: Tensor
+        """fp32 [E]: share of each expert in the assignments of the last global batch."""
+        self.tally: Tensor
+        """fp64 [E + 2]: assignments of each expert so far in this step, sum of the router's entropies, tokens."""
+        self.register_buffer("load", torch.zeros(config.num_moe_experts))
+        self.register_buffer("tally", torch.zeros(config.num_moe_experts + 2, dtype=torch.float64), persistent=False)
+
+    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Weights [n, E], zero where not chosen, and the choice bool [n, E], from logits [t, 1, E] and padding bool [t, 1]."""
+        logits = logits.view(-1, self.config.num_moe_experts)
+        weights, chosen = topk_routing_with_score_function(logits, self.topk, use_pre_softmax=False)
+        # Recomputation runs the forward pass twice, the first time without gradient; evaluation has none at all.
+        if self.training and torch.is_grad_enabled():
+            real = torch.ones_like(logits[:, 0]) if padding_mask is None else (~padding_mask.reshape(-1)).to(logits.dtype)
+            probabilities = logits.softmax(dim=-1, dtype=torch.float32)
+            self._count(probabilities.detach(), chosen, real)
+            if self.coefficient:
+                loss = self.coefficient * self.config.num_moe_experts * (real @ probabilities * self.load).sum()
+                weights = MoEAuxLossAutoScaler.apply(weights, loss)
+        return weights, chosen
+
+    def _count(self, probabilities: Tensor, chosen: Tensor, real: Tensor) -> None:
+        entropy = torch.special.entr(probabilities).sum(dim=1) @ real.to(probabilities.dtype)
+        assigned = real.double() @ chosen.double()
+        self.tally += torch.cat([assigned, torch.stack([entropy.double(), real.double().sum()])])
+
+
+def routers_of(chunks: Iterable[nn.Module]) -> list[Router]:
+    """The routers of a model's chunks on this rank, in order of layers."""
+    return [module for chunk in chunks for module in chunk.modules() if isinstance(module, Router)]
+
+
+def close_step(chunks: Iterable[nn.Module], topology: Topology) -> dict[str, float]:
+    """Take the loads of the finished step as those of the next and report on the routers' health; all ranks call it.
+
+    Returns:
+        `load_max` and `load_mean_max`: the largest share of one expert in any layer, and its mean over the layers, as multiples
+        of an even share; `entropy`: mean entropy of the router's probabilities in nats. Empty without experts.
+    """
+    routers = routers_of(chunks)
+    sums = torch.zeros(3, dtype=torch.float64, device=topology.device)
+    largest = torch.zeros((), dtype=torch.float64, device=topology.device)
+    if routers:
+        tallies = torch.stack([router.tally for router in routers])
+        dist.all_reduce(tallies, group=topology.groups.tp_dp_cp)
+        assigned, entropy, tokens = tallies[:, :-2], tallies[:, -2], tallies[:, -1]
+        shares = assigned / assigned.sum(1, keepdim=True).clamp_min(1.0)
+        for router, share in zip(routers, shares, strict=True):
+            router.load.copy_(share)
+            router.tally.zero_()
+        most = shares.amax(1) * assigned.shape[1]
+        sums[0], sums[1], sums[2] = most.sum(), (entropy / tokens.clamp_min(1.0)).sum(), len(routers)
+        largest = most.amax()
+    dist.all_reduce(sums, group=topology.groups.pp)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=topology.groups.pp)
+    total, entropies, layers = sums.tolist()
+    return {"load_max": float(largest), "load_mean_max": total / layers, "entropy": entropies / layers} if layers else {}
+
+
+class Stack(nn.Module):
+    """One matrix of all experts of this rank, cut over the expert-tensor ranks along dim 2."""
+
+    def __init__(self, shape: tuple[int, ...], config: TransformerConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape, dtype=config.params_dtype))
+        told: Any = self.weight
+        told.partition_dim, told.partition_stride = 2, 1
+        told.tensor_model_parallel = True  # every rank's experts count in the gradient norm
+        # False: reduced over the expert-data-parallel ranks, not over all that hold the dense parameters.
+        told.allreduce = (
+            config.expert_model_parallel_size == 1 and config.expert_tensor_parallel_size == config.tensor_model_parallel_size
+        )
+
+
+class GroupedExperts(MegatronModule):  # type: ignore[misc]
+    """All experts of this rank as two stacked matrices, multiplied group by group.
+
+    Each expert is down(silu(gate x) * up x). Expert tensor parallelism cuts F; Megatron-core's dispatcher sums the parts.
+    """
+
+    def __init__(self, experts: int, config: TransformerConfig, *, pg_collection: Any = None, name: str | None = None) -> None:
+        super().__init__(config)
+        self.groups = pg_collection
+        width = config.moe_ffn_hidden_size // pg_collection.expt_tp.size()
+        # Gate and up in a dim of their own, so that a cut of F is one contiguous part of both.
+        self.linear_fc1 = Stack((experts, 2, width, config.hidden_size), config)
+        self.linear_fc2 = Stack((experts, config.hidden_size, width), config)
+
+    def forward(self, tokens: Tensor, tokens_per_expert: Tensor, weights: Tensor) -> tuple[Tensor, None]:
+        """Tokens [m, H] sorted by expert, their numbers [e] and their router weights [m] -> [m, H]."""
+        ends = tokens_per_expert.to(tokens.device).cumsum(0).to(torch.int32)
+        gate, up = grouped_linear(tokens, self.linear_fc1.weight.flatten(1, 2), ends).chunk(2, dim=-1)
+        inner = F.silu(gate) * up * weights.unsqueeze(-1).to(tokens.dtype)
+        return grouped_linear(inner, self.linear_fc2.weight, ends), None
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> ShardedStateDict:
+        """Experts as one tensor [E, ...] a matrix, cut over expert and expert-tensor ranks."""
+        groups, state = self.groups, {}
+        before = len(sharded_offsets)
+        for key, weight in self.state_dict(keep_vars=True).items():
+            state[prefix + key] = ShardedTensor.from_rank_offsets(
+                prefix + key,
+                weight,
+                *sharded_offsets,
+                (before, groups.ep.rank(), groups.ep.size()),
+                (before + 2, groups.expt_tp.rank(), groups.expt_tp.size()),
+                replica_id=(0, 0, groups.expt_dp.rank()),
+                prepend_axis_num=before,
+            )
+        return state
+
+
+def grouped_linear(tokens: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """Multiply each group of rows with its own matrix: [m, A] by [e, B, A] -> [m, B].
+
+    Args:
+        tokens: rows sorted by group.
+        weights: a matrix a group.
+        ends: int32 [e], where each group ends.
+    """
+    return F.grouped_mm(tokens, weights.transpose(1, 2), offs=ends)
+
+
+def grouped_linear_reference(tokens: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """What `grouped_linear` computes, one group after the other."""
+    groups = tokens.tensor_split(ends[:-1].tolist())
+    return torch.cat([F.linear(group, weight) for group, weight in zip(groups, weights, strict=True)])

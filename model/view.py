@@ -1,0 +1,151 @@
+"""What of a pack one rank works on: its tokens, its visual tokens, its pictures, and where features go between ranks.
+
+Every rank works this out from the pack's text alone, so nothing but features and hidden states is ever sent.
+Shapes: T tokens of a pack, t of them on this rank, M visual tokens, m of them on this rank, n pictures, E encoder ranks.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from megatron.core.tensor_parallel.mappings import all_to_all
+from numpy.typing import NDArray
+from torch import Tensor
+
+from visionloom.parallel.context import Rows, Split, split_pack
+from visionloom.parallel.topology import Topology
+
+
+class Pack(Protocol):
+    """What the model reads of a packed micro-batch; all tensors on the host (see data/pack.py PackedBatch)."""
+
+    @property
+    def input_ids(self) -> Tensor:
+        """int64 [T]."""
+
+    @property
+    def labels(self) -> Tensor:
+        """int64 [T]."""
+
+    @property
+    def loss_weights(self) -> Tensor:
+        """fp32 [T]."""
+
+    @property
+    def position_ids(self) -> Tensor:
+        """int32 [3, T]."""
+
+    @property
+    def padding_mask(self) -> Tensor:
+        """Bool [T]."""
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        """int32 [S + 1], from 0 to T."""
+
+    @property
+    def max_seqlen(self) -> int:
+        """Tokens of the longest segment."""
+
+    @property
+    def patches(self) -> Tensor:
+        """uint8 [N, 768 or 1536]: of the pictures that this encoder rank encodes, in order."""
+
+    @property
+    def grid_thw(self) -> Tensor:
+        """int32 [n, 3]: of all pictures."""
+
+    @property
+    def encoder_ranks(self) -> Tensor:
+        """int32 [n]: which encoder rank encodes each picture."""
+
+    @property
+    def visual_rows(self) -> Tensor:
+        """int64 [M]."""
+
+
+@dataclass(frozen=True)
+class View:
+    """The rows of a pack that are this rank's, as indices on the host."""
+
+    split: Split
+    tokens: Rows
+    """int64 [T / C]: rows of this context rank, in its order."""
+    hidden: slice
+    """Which of them have their hidden states on this rank (all, or its share under sequence parallelism)."""
+    visual_rows: Rows
+    """int64 [m]: rows among this rank's t hidden states that receive a feature."""
+    visual_features: Rows
+    """int64 [m]: which of the M features they receive."""
+
+    @classmethod
+    def of(cls, pack: Pack, topology: Topology) -> "View":
+        """This rank's view of a pack."""
+        split = split_pack(pack.cu_seqlens.numpy(), topology.context_size)
+        shares = topology.config.tensor if topology.config.sequence_parallel else 1
+        share = topology.tensor_rank if shares > 1 else 0
+        return cls.at(pack.visual_rows.numpy(), split, topology.context_rank, share, shares)
+
+    @classmethod
+    def at(cls, visual: Rows, split: Split, context_rank: int, share: int, shares: int) -> "View":
+        """The view of a context rank and a share of its tokens; `visual` int64 [M] are the pack's visual rows."""
+        tokens = split.ranks[context_rank]
+        count = len(tokens) // shares
+        hidden = slice(share * count, (share + 1) * count)
+        places = np.searchsorted(visual, tokens[hidden])
+        found = (visual[np.minimum(places, len(visual) - 1)] == tokens[hidden]) if len(visual) else np.zeros(count, bool)
+        return cls(split, tokens, hidden, np.flatnonzero(found), places[found])
+
+
+@dataclass(frozen=True)
+class FeatureExchange:
+    """Features from the ranks that encoded them to the ranks whose tokens they belong to, and their gradients back.
+
+    Each rank encodes its own pictures only and sends every feature row once to each rank that needs it.
+    """
+
+    group: Any
+    send: Tensor
+    """int64: rows of this rank's features, those for the first rank first."""
+    send_counts: list[int]
+    receive_counts: list[int]
+    order: Tensor
+    """int64 [m]: where each feature of this rank's visual tokens is among the received rows."""
+
+    @classmethod
+    def build(cls, pack: Pack, view: View, topology: Topology, merge: int) -> "FeatureExchange":
+        """Work out who sends what to whom; `merge` x `merge` patches make one feature."""
+        visual, parallel = pack.visual_rows.numpy(), topology.config
+        owner, place = owners(pack.grid_thw.numpy(), pack.encoder_ranks.numpy(), merge)
+        shares = parallel.encoder_ranks // parallel.context
+        send = []
+        for rank in range(parallel.encoder_ranks):
+            needed = View.at(visual, view.split, rank // shares, rank % shares, shares).visual_features
+            send.append(place[needed[owner[needed] == topology.encoder_rank]])
+        mine = view.visual_features
+        order = np.argsort(np.argsort(owner[mine], kind="stable"), kind="stable")
+        device = topology.device
+        return cls(
+            topology.encoder_group,
+            torch.from_numpy(np.concatenate(send)).to(device, non_blocking=True),
+            [len(rows) for rows in send],
+            np.bincount(owner[mine], minlength=parallel.encoder_ranks).tolist(),
+            torch.from_numpy(order).to(device, non_blocking=True),
+        )
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """This rank's encoded features [own, W] -> the features of its visual tokens [m, W]."""
+        received: Tensor = all_to_all(self.group, features[self.send], self.receive_counts, self.send_counts)
+        return received[self.order]
+
+
+def owners(grids: NDArray[np.int32], ranks: NDArray[np.int32], merge: int) -> tuple[Rows, Rows]:
+    """For each of the M features: the encoder rank that makes it, and its row among that rank's features; int64 [M] each."""
+    counts = grids.astype(np.int64).prod(1) // merge**2
+    owner = np.repeat(ranks.astype(np.int64), counts)
+    place = np.empty(len(owner), np.int64)
+    for rank in np.unique(owner):
+        mine = owner == rank
+        place[mine] = np.arange(int(mine.sum()))
+    return owner, place

@@ -1,0 +1,47 @@
+"""How the tokens of a pack are split over the context-parallel ranks, and back.
+
+Each segment is cut into 2 x size chunks of equal length, and rank r takes chunks r and 2 x size - 1 - r of every segment: with
+causal attention all ranks then have as much to do, and no token's neighbours matter to who has it.
+Shapes: T tokens of a pack in S segments, C context ranks.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Rows = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which rows of a pack each context rank holds, in its order."""
+
+    ranks: tuple[Rows, ...]
+    """int64 [T / C] each."""
+
+    @property
+    def places(self) -> Rows:
+        """int64 [T]: where each row of the pack lies when the ranks' rows are put one after the other."""
+        return np.argsort(np.concatenate(self.ranks))
+
+
+def split_pack(cu_seqlens: Rows, size: int) -> Split:
+    """Cut a pack with segments between `cu_seqlens` (int [S + 1], from 0 to T) over `size` ranks.
+
+    Raises ValueError if a segment's length is not a multiple of 2 x size.
+    """
+    bounds = np.asarray(cu_seqlens, np.int64)
+    if size == 1:
+        return Split((np.arange(bounds[-1]),))
+    lengths = np.diff(bounds)
+    if (lengths % (2 * size)).any():
+        worst = int(lengths[lengths % (2 * size) > 0][0])
+        raise ValueError(
+            f"a segment of {worst} tokens cannot be split over {size} context ranks: its length must be a multiple of"
+            f" {2 * size} (data.pack_multiple)"
+        )
+    chunk = np.arange(bounds[-1]) - np.repeat(bounds[:-1], lengths)  # place in the segment, then number of the chunk
+    chunk //= np.repeat(np.maximum(lengths // (2 * size), 1), lengths)
+    owner = np.minimum(chunk, 2 * size - 1 - chunk)
+    return Split(tuple(np.flatnonzero(owner == rank) for rank in range(size)))

@@ -1,0 +1,66 @@
+"""Which decoder layers live on which pipeline stage: the layout string, its checks, and a layout where none is given.
+
+A layout names what each stage holds, in order: `E` the vision tower and the embedding, `t` a decoder layer, `L` the final norm
+and the loss; `|` begins the next stage and `t*3` is `ttt`. With virtual stages (interleaved 1F1B) it names pipeline x
+virtual_pipeline chunks, the first `pipeline` of them on the stages in turn, then the second, and so on. Nothing here imports
+torch.
+"""
+
+import re
+
+from visionloom.parallel.config import ParallelConfig
+
+REPEATED = re.compile(r"([EtL])\*(\d+)")
+
+
+def layers_per_chunk(parallel: ParallelConfig, layers: int) -> list[int]:
+    """Decoder layers of each chunk, in the order that a token passes them; `pipeline_problems` must be empty."""
+    return [chunk.count("t") for chunk in layout_of(parallel, layers).split("|")]
+
+
+def layout_of(parallel: ParallelConfig, layers: int) -> str:
+    """The layout as it is used: the given one without abbreviations, or an even one."""
+    if parallel.pipeline_layout is not None:
+        return REPEATED.sub(lambda match: match[1] * int(match[2]), parallel.pipeline_layout.replace(" ", ""))
+    chunks = parallel.pipeline * parallel.chunks
+    each = layers // chunks
+    return f"E{'|'.join(['t' * each] * chunks)}L"
+
+
+def pipeline_problems(parallel: ParallelConfig, layers: int) -> list[str]:
+    """What makes the pipeline impossible for a model of `layers` decoder layers: one line a fault; empty if none."""
+    chunks = parallel.pipeline * parallel.chunks
+    product = f"pipeline {parallel.pipeline}" + (f" x virtual_pipeline {parallel.chunks}" if parallel.chunks > 1 else "")
+    if parallel.pipeline_layout is None:
+        if layers % chunks:
+            return [
+                f"{layers} layers cannot be cut evenly into {product} = {chunks} chunks:"
+                f" give parallel.pipeline_layout='{suggestion(layers, chunks)}' or change parallel.pipeline"
+            ]
+        return []
+    layout = layout_of(parallel, layers)
+    if not re.fullmatch(r"[EtL|]+", layout):
+        return [
+            f"parallel.pipeline_layout={parallel.pipeline_layout} may hold E, t, L, | and t*3 only, for example"
+            f" '{suggestion(layers, chunks)}'"
+        ]
+    found = []
+    if layout.count("|") + 1 != chunks:
+        found.append(
+            f"parallel.pipeline_layout={parallel.pipeline_layout} names {layout.count('|') + 1} chunks, {product} needs {chunks}"
+        )
+    if layout.count("t") != layers:
+        found.append(
+            f"parallel.pipeline_layout={parallel.pipeline_layout} holds {layout.count('t')} layers, the model has {layers}"
+        )
+    if layout.replace("t", "").replace("|", "") != "EL" or not layout.startswith("E") or not layout.endswith("L"):
+        found.append(f"parallel.pipeline_layout={parallel.pipeline_layout} must begin with its only E and end with its only L")
+    return found
+
+
+def suggestion(layers: int, chunks: int) -> str:
+    """A layout that gives the first chunk (vision tower) and the last (loss) the fewest layers."""
+    each, more = divmod(layers, chunks)
+    order = [*range(1, chunks - 1), chunks - 1, 0][:more] if chunks > 1 else [0][:more]
+    counts = [each + (chunk in order) for chunk in range(chunks)]
+    return f"E{'|'.join(f't*{count}' for count in counts)}L"

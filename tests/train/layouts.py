@@ -1,0 +1,182 @@
+"""A model's loss and gradients in any layout against one process: what the tests and the table of `make parity` share.
+
+Reference: one process with the same code, which tests/model/test_parity.py proves equal to transformers.
+"""
+
+import zlib
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from visionloom.model.config import ModelConfig
+from visionloom.model.sharding import canonical_parameters, cut, full_shape
+from visionloom.parallel import topology as topologies
+from visionloom.parallel.config import ParallelConfig
+from visionloom.parallel.topology import Topology
+from visionloom.tests.model.reference import TestPack, make_example, make_pack, reference_model, tiny_config
+
+STEPS = 20
+LENGTH, MULTIPLE = 128, 8
+"""Tokens of a pack, and of what each segment's length is a multiple: enough for four context ranks."""
+CONTENTS: dict[str, list[list[list[Any]]]] = {
+    # micro-batch, sample, part: text length, image (h, w), video (t, h, w)
+    "everything": [
+        [[5, (4, 6), 9], [21], [2, (2, 4, 4), 3, (2, 2), 11]],
+        [[40], [17]],
+        [[3, (2, 2), 4, (6, 4), 1, (2, 10), 12], [4, (3, 4, 4), 8]],
+        [[30, (8, 8), 20]],
+    ],
+    "images": [[[5, (4, 6), 9], [3, (2, 2), 4]], [[6, (6, 6), 30]], [[9, (2, 4), 3, (4, 4), 7]], [[2, (2, 2), 5]]],
+    "text": [[[40], [17]], [[90]], [[11], [12], [13]], [[64]]],
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is computed, whatever the layout."""
+
+    experts: int = 0
+    tied: bool = True
+    content: str = "everything"
+    trainable: tuple[str, ...] = ("vision", "merger", "language")
+
+    @property
+    def model(self) -> ModelConfig:
+        """The tiny model, dense or a mixture."""
+        config = tiny_config(self.tied)
+        if self.experts:
+            mixture = replace(config.text, experts=self.experts, experts_per_token=2, expert_ffn_hidden_size=32)
+            config = replace(config, text=replace(mixture, balance_coefficient=0.01))
+        return config
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A layout on a number of ranks, and which case it computes."""
+
+    ranks: int
+    parallel: dict[str, Any]
+    case: Case = field(default_factory=Case)
+    one_encoder: bool = False
+    """All pictures on the first encoder rank, so that the others have none."""
+
+    @property
+    def config(self) -> ParallelConfig:
+        """The configuration of the axes."""
+        return ParallelConfig(**self.parallel)
+
+
+def packs_of(content: str) -> list[TestPack]:
+    """The micro-batches of the global batch, with positions from transformers."""
+    theirs = reference_model(tiny_config(), 0)
+    return [
+        make_pack(theirs, [make_example(parts, 10 * number + i) for i, parts in enumerate(samples)], LENGTH, MULTIPLE)
+        for number, samples in enumerate(CONTENTS[content])
+    ]
+
+
+def weigh(chunk: Any, topology: Topology) -> None:
+    """Weights large enough that every part of the model matters, drawn by canonical name."""
+    with torch.no_grad():
+        for name, parameter in canonical_parameters(chunk):
+            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+            centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+            full = centre + torch.randn(full_shape(name, parameter, topology), generator=generator) * 0.1
+            parameter.copy_(cut(name, full, parameter, topology))
+
+
+def deal(packs: list[TestPack], topology: Topology, one_encoder: bool) -> list[TestPack]:
+    """This data-parallel rank's micro-batches, their pictures dealt in turn to the encoder ranks."""
+    size = topology.config.encoder_ranks
+    mine = packs[topology.data_rank :: topology.data_size]
+    owners = [torch.arange(len(p.grid_thw), dtype=torch.int32) % (1 if one_encoder else size) for p in mine]
+    return [p.dealt(topology.encoder_rank, owner) for p, owner in zip(mine, owners, strict=True)]
+
+
+def build(layout: Layout, sharded: bool) -> Any:
+    """A stage of the case in the layout, wrapped for data parallelism; an optimizer too if `sharded`."""
+    from visionloom.model.qwen3vl import Qwen3VL
+    from visionloom.model.trainable import set_trainable
+    from visionloom.train.build import Stage
+    from visionloom.train.config import OptimConfig, PhaseConfig
+    from visionloom.train.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
+
+    topology = topologies.start(layout.config, torch.device("cpu"))
+    numbers = range(layout.config.chunks) if layout.config.chunks > 1 else [None]
+    chunks = [Qwen3VL(layout.case.model, topology, torch.float32, number) for number in numbers]
+    for chunk in chunks:
+        weigh(chunk, topology)
+        set_trainable(chunk, layout.case.trainable)
+    phase = PhaseConfig(steps=STEPS, lr=1e-3, trainable=list(layout.case.trainable))
+    wrapped = wrap_data_parallel(chunks, topology, sharded)
+    optimizer = build_optimizer(wrapped, OptimConfig(), phase, False) if sharded else None
+    scheduler = build_scheduler(optimizer, OptimConfig(), phase) if sharded else None
+    stream: Any = type("Stream", (), {"corpora": [type("Corpus", (), {"name": "test"})]})
+    return Stage("test", phase, topology, chunks, wrapped, optimizer, scheduler, stream)
+
+
+def backward(layout: Layout, packs: list[TestPack]) -> tuple[Any, float]:
+    """A stage with its gradients, and the loss. Two passes, so that routers know the loads of the first."""
+    from visionloom.model.experts import close_step
+    from visionloom.train.step import LossSums, run_micro_batches
+
+    stage = build(layout, sharded=False)
+    for _ in range(2):
+        for chunk in stage.wrapped:
+            chunk.zero_grad_buffer()
+        sums = LossSums(["test"], stage.topology.device)
+        run_micro_batches(stage, deal(packs, stage.topology, layout.one_encoder), sums)
+        close_step(stage.chunks, stage.topology)
+    return stage, sums.means()[0]
+
+
+def trainable(stage: Any) -> dict[str, Any]:
+    """This rank's trainable parameters by canonical name; a tied matrix on two stages counts on the first."""
+    named = [pair for chunk in reversed(stage.chunks) for pair in canonical_parameters(chunk)]
+    return {name: parameter for name, parameter in named if parameter.requires_grad}
+
+
+def reference(layout: Layout, packs: list[TestPack], file: Path) -> float:
+    """Save one process's gradients; returns its loss. Runs on a rank of the pool."""
+    stage, loss = backward(replace(layout, parallel={}, ranks=1), packs)
+    torch.save({name: parameter.main_grad for name, parameter in trainable(stage).items()}, file)
+    return loss
+
+
+Errors = dict[str, tuple[float, float]]
+"""Squared norms of the error and of the reference, by parameter."""
+
+
+def compare(layout: Layout, packs: list[TestPack], file: Path) -> tuple[float, Errors]:
+    """This rank's loss and the errors of its parts of the gradients. Runs on every rank of the pool."""
+    stage, loss = backward(layout, packs)
+    expected: dict[str, Tensor] = torch.load(file)
+    errors = {}
+    for name, parameter in trainable(stage).items():
+        part = cut(name, expected[name], parameter, stage.topology)
+        difference = parameter.main_grad - part
+        errors[name] = float(difference.double().pow(2).sum()), float(part.double().pow(2).sum())
+    return loss, errors
+
+
+def worst(found: list[Errors]) -> tuple[float, str]:
+    """Largest relative error of a parameter over all ranks' parts of it, and its name."""
+    relative = {}
+    for name in {name for errors in found for name in errors}:
+        parts = [errors[name] for errors in found if name in errors]
+        error, size = (sum(part[i] for part in parts) ** 0.5 for i in range(2))
+        relative[name] = error / size if size else error
+    name = max(relative, key=relative.__getitem__)
+    return relative[name], name
+
+
+def curve(layout: Layout, packs: list[TestPack]) -> list[float]:
+    """Losses of STEPS optimizer steps with the distributed optimizer. Runs on every rank of the pool."""
+    from visionloom.train.step import train_step
+
+    stage = build(layout, sharded=True)
+    mine = deal(packs, stage.topology, layout.one_encoder)
+    return [train_step(stage, mine).loss for _ in range(STEPS)]  # type: ignore[arg-type]

@@ -1,0 +1,130 @@
+"""Every kind of parallelism trains the same model: loss, gradients and 20 optimizer steps against one process.
+
+`make parity` runs all layouts and prints them as a table; `make test` runs a few.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from visionloom.tests.model.reference import TestPack
+from visionloom.tests.ranks import RankPool
+from visionloom.tests.train.layouts import Case, Layout, compare, curve, packs_of, reference, worst
+
+GRADIENTS, CURVES = 1e-5, 1e-4
+MIXTURE = Case(experts=8)
+QUICK = ("tensor 2", "pipeline 2, virtual 2, levels travel", "context 2 x pipeline 2", "tensor 2 x expert 2")
+
+
+def dense(ranks: int, **parallel: object) -> Layout:
+    return Layout(ranks, parallel)
+
+
+def mixture(ranks: int, **parallel: object) -> Layout:
+    return Layout(ranks, parallel, MIXTURE)
+
+
+LAYOUTS: dict[str, Layout] = {
+    "data 2": dense(2),
+    "tensor 2": dense(2, tensor=2),
+    "tensor 2, no sequence parallelism": dense(2, tensor=2, sequence=False),
+    "tensor 2, recompute full": dense(2, tensor=2, recompute="full"),
+    "tensor 2, recompute selective": dense(2, tensor=2, recompute="selective"),
+    "tensor 2, untied": replace(dense(2, tensor=2), case=Case(tied=False)),
+    "tensor 2 x data 2": dense(4, tensor=2),
+    "activations in host memory": dense(1, offload_activations=True),
+    "pipeline 2": dense(2, pipeline=2),
+    "pipeline 2, untied": replace(dense(2, pipeline=2), case=Case(tied=False)),
+    "pipeline 2, levels travel": dense(2, pipeline=2, pipeline_layout="Et|tttL"),
+    "pipeline 2, vision alone on the first": dense(2, pipeline=2, pipeline_layout="E|ttttL", recompute="full"),
+    "pipeline 2, virtual 2, levels travel": dense(2, pipeline=2, virtual_pipeline=2),
+    "pipeline 4, levels travel": dense(4, pipeline=4, recompute="full"),
+    "pipeline 2 x data 2": dense(4, pipeline=2, pipeline_layout="Et|tttL"),
+    "context 2": dense(2, context=2),
+    "context 2, ulysses": dense(2, context=2, context_exchange="ulysses"),
+    "context 2, recompute full": dense(2, context=2, recompute="full"),
+    "context 4": dense(4, context=4),
+    "context 2, one rank has all pictures": replace(dense(2, context=2), one_encoder=True),
+    "tensor 2 x context 2": dense(4, tensor=2, context=2),
+    "tensor 2 x context 2, one rank has all pictures": replace(dense(4, tensor=2, context=2), one_encoder=True),
+    "tensor 2 x context 2, no sequence parallelism": dense(4, tensor=2, context=2, sequence=False),
+    "tensor 2 x pipeline 2": dense(4, tensor=2, pipeline=2, pipeline_layout="Et|tttL"),
+    "context 2 x pipeline 2": dense(4, context=2, pipeline=2, pipeline_layout="Et|tttL"),
+    "text only, tensor 2 x context 2": replace(dense(4, tensor=2, context=2), case=Case(content="text")),
+    "text only, pipeline 2": replace(dense(2, pipeline=2, pipeline_layout="Et|tttL"), case=Case(content="text")),
+    "pictures, tensor 2 x pipeline 2": replace(dense(4, tensor=2, pipeline=2), case=Case(content="images")),
+    "mergers only, pipeline 2": replace(dense(2, pipeline=2), case=Case(trainable=("merger",))),
+    "mergers only, tensor 2 x pipeline 2": replace(
+        dense(4, tensor=2, pipeline=2, pipeline_layout="Et|tttL", recompute="full"), case=Case(trainable=("merger",))
+    ),
+    "language only, tensor 2 x context 2": replace(dense(4, tensor=2, context=2), case=Case(trainable=("language",))),
+    "mixture, data 2": mixture(2),
+    "mixture, tensor 2": mixture(2, tensor=2),
+    "mixture, expert 2": mixture(2, expert=2),
+    "mixture, expert 2, recompute full": mixture(2, expert=2, recompute="full"),
+    "mixture, expert 2, recompute selective": mixture(2, expert=2, recompute="selective"),
+    "mixture, expert 4": mixture(4, expert=4),
+    "tensor 2 x expert 2": mixture(2, tensor=2, expert=2),
+    "mixture, tensor 2 x expert tensor 2": mixture(2, tensor=2, expert_tensor=2),
+    "mixture, tensor 2 x expert 2 x expert tensor 2": mixture(4, tensor=2, expert=2, expert_tensor=2),
+    "context 2 x expert 2": mixture(2, context=2, expert=2),
+    "pipeline 2 x expert 2": mixture(4, pipeline=2, expert=2, pipeline_layout="Et|tttL"),
+    "tensor 2 x context 2 x expert 4": mixture(4, tensor=2, context=2, expert=4),
+    "mixture, pipeline 2, virtual 2": mixture(2, pipeline=2, virtual_pipeline=2, recompute="full"),
+    "mixture, text only, expert 2": replace(mixture(2, expert=2), case=Case(experts=8, content="text")),
+}
+
+
+class References:
+    """One process's losses, gradients and curves, each computed once."""
+
+    def __init__(self, pool: RankPool, folder: Path) -> None:
+        self.pool, self.folder = pool, folder
+        self.packs: dict[str, list[TestPack]] = {}
+        self.losses: dict[Case, float] = {}
+        self.curves: dict[Case, list[float]] = {}
+
+    def packs_for(self, case: Case) -> list[TestPack]:
+        if case.content not in self.packs:
+            self.packs[case.content] = packs_of(case.content)
+        return self.packs[case.content]
+
+    def gradients(self, case: Case) -> tuple[float, Path]:
+        file = self.folder / f"{abs(hash(case))}.pt"
+        if case not in self.losses:
+            (self.losses[case],) = self.pool.run(1, reference, Layout(1, {}, case), self.packs_for(case), file)
+        return self.losses[case], file
+
+    def curve(self, case: Case) -> list[float]:
+        if case not in self.curves:
+            (self.curves[case],) = self.pool.run(1, curve, Layout(1, {}, case), self.packs_for(case))
+        return self.curves[case]
+
+
+@pytest.fixture(scope="module")
+def references(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> References:
+    return References(pool, tmp_path_factory.mktemp("references"))
+
+
+def marked(name: str) -> object:
+    return pytest.param(name, marks=() if name in QUICK else pytest.mark.parity)
+
+
+@pytest.mark.parametrize("name", [marked(name) for name in LAYOUTS])
+def test_a_layout_trains_as_one_process(
+    name: str, references: References, pool: RankPool, record_property: Callable[[str, object], None]
+) -> None:
+    layout = LAYOUTS[name]
+    packs = references.packs_for(layout.case)
+    expected, file = references.gradients(layout.case)
+    found = pool.run(layout.ranks, compare, layout, packs, file)
+    loss = max(abs(loss / expected - 1) for loss, _ in found)
+    error, parameter = worst([errors for _, errors in found])
+    losses = pool.run(layout.ranks, curve, layout, packs)
+    off = max(abs(a - b) for rank in losses for a, b in zip(rank, references.curve(layout.case), strict=True))
+    record_property("row", (name, layout.ranks, loss, error, parameter, off))
+    assert loss <= GRADIENTS and error <= GRADIENTS, f"loss {loss:.1e}, gradient of {parameter} {error:.1e}"
+    assert off <= CURVES
+    assert losses[0][-1] < 0.9 * losses[0][0]
