@@ -101,11 +101,11 @@ def write_shards(
         path = folder / f"{name}-{len(shards):06d}.tar"
         with _replacing(path) as file:
             _write_tar(file, chunk, first)
-        shards.append(_write_index(path))  # reads the shard back and so checks every sample
+        shards.append(index_shard(path))  # reads the shard back and so checks every sample
         first += len(chunk)
     if not shards:
         raise UserError(f"{folder}: no samples to write")
-    _write_manifest(folder, shards)
+    write_manifest(folder, shards)
 
 
 def _write_tar(file: BinaryIO, chunk: list[tuple[Sample | Mapping[str, Any], Mapping[str, bytes]]], first: int) -> None:
@@ -166,7 +166,7 @@ def index_shards(folder: str | Path) -> None:
     paths = sorted(folder.glob("*.tar"))
     if not paths:
         raise UserError(f"{folder} has no .tar files to index")
-    _write_manifest(folder, [_write_index(path) for path in paths])
+    write_manifest(folder, [index_shard(path) for path in paths])
 
 
 @dataclass
@@ -190,7 +190,11 @@ class _Group:
     members: list[_Entry] = field(default_factory=list)
 
 
-def _write_index(path: Path) -> ShardInfo:
+def index_shard(path: Path) -> ShardInfo:
+    """Read one tar from start to end, write its index beside it, and return its row of dataset.json.
+
+    Raises UserError and SampleError as `index_shards` does.
+    """
     groups = list(_groups(path))
     if not groups:
         raise UserError(f"{path} holds no samples: remove it or make it again")
@@ -323,7 +327,8 @@ def _check_end(path: Path, file: BinaryIO, offset: int) -> None:
         raise UserError(f"{path}: damaged: a zero block at byte {offset} with more data after it")
 
 
-def _write_manifest(folder: Path, shards: list[ShardInfo]) -> None:
+def write_manifest(folder: Path, shards: list[ShardInfo]) -> None:
+    """Write dataset.json of a folder whose shards are indexed."""
     document = {
         "schema_version": SCHEMA_VERSION,
         "samples": sum(shard.samples for shard in shards),
