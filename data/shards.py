@@ -10,16 +10,17 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from visionloom.data.sample import SCHEMA_VERSION, Sample, SampleError, parse_sample, to_json
+from visionloom.data.atomic import replacing
+from visionloom.data.files import replacing
+from visionloom.data.sample import SCHEMA_VERSION, Sample, SampleError, parse_sample
 from visionloom.parallel.errors import UserError
 
 KEY: Final = re.compile(r"[A-Za-z0-9_-]{1,80}")
@@ -75,82 +76,6 @@ class ShardInfo:
     sha256: str
 
 
-# ---- writing
-
-
-def write_shards(
-    folder: str | Path,
-    name: str,
-    samples: Iterable[tuple[Sample | Mapping[str, Any], Mapping[str, bytes]]],
-    samples_per_shard: int = 1000,
-) -> None:
-    """Write samples with their media members as indexed shards, then dataset.json.
-
-    The bytes depend on the samples only. Each file appears complete or not at all. Keys are running numbers. Raises
-    SampleError if a sample breaks the schema or its media differ from its refs, UserError if the folder already holds
-    a dataset, `name` breaks the key rule, or there are no samples.
-    """
-    folder = Path(folder)
-    if KEY.fullmatch(name) is None:
-        raise UserError(f"dataset name {name!r}: letters, digits, _ and - only, at most 80")
-    if (folder / MANIFEST).exists():
-        raise UserError(f"{folder} already holds a dataset: remove it or choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    stream, shards, first = iter(samples), list[ShardInfo](), 0
-    while chunk := list(islice(stream, samples_per_shard)):
-        path = folder / f"{name}-{len(shards):06d}.tar"
-        with _replacing(path) as file:
-            _write_tar(file, chunk, first)
-        shards.append(index_shard(path))  # reads the shard back and so checks every sample
-        first += len(chunk)
-    if not shards:
-        raise UserError(f"{folder}: no samples to write")
-    write_manifest(folder, shards)
-
-
-def _write_tar(file: BinaryIO, chunk: list[tuple[Sample | Mapping[str, Any], Mapping[str, bytes]]], first: int) -> None:
-    from webdataset import TarWriter  # imports torch (seconds), and readers do without it
-
-    with TarWriter(file, user="", group="", mode=0o644, encoder=False, compress=False, mtime=0) as writer:
-        for number, (raw, media) in enumerate(chunk, start=first):
-            sample = raw if isinstance(raw, Sample) else parse_sample(raw, origin=f"number {number}")
-            _check_refs(sample, media)
-            key = f"{number:09d}"
-            # One call for each member keeps the JSON first: TarWriter sorts the members of a call by name.
-            writer.write({"__key__": key, "json": to_json(sample).encode()})
-            for ref in sample.refs:
-                writer.write({"__key__": key, ref: media[ref]})
-
-
-def _check_refs(sample: Sample, names: Iterable[str]) -> None:
-    refs, given = set(sample.refs), set(names)
-    if missing := sorted(refs - given):
-        raise SampleError(sample.id, "", f"media member {missing[0]!r} is missing")
-    if unused := sorted(given - refs):
-        raise SampleError(sample.id, "", f"media member {unused[0]!r} is not referred to by any element")
-
-
-class _replacing:
-    """A file written under a temporary name, moved to `path` when complete and removed on failure."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.temporary = path, path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-    def __enter__(self) -> BinaryIO:
-        self.file = open(self.temporary, "wb")
-        return self.file
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self.file.flush()
-            os.fsync(self.file.fileno())
-        self.file.close()
-        if kind is None:
-            os.replace(self.temporary, self.path)
-        else:
-            self.temporary.unlink()
-
-
 # ---- indexing
 
 
@@ -199,7 +124,7 @@ def index_shard(path: Path) -> ShardInfo:
     if not groups:
         raise UserError(f"{path} holds no samples: remove it or make it again")
     content = _index_bytes(groups, path.stat().st_size)
-    with _replacing(_index_path(path)) as file:
+    with replacing(_index_path(path)) as file:
         file.write(content)
     return ShardInfo(path.name, len(groups), path.stat().st_size, hashlib.sha256(content).hexdigest())
 
@@ -336,7 +261,7 @@ def write_manifest(folder: Path, shards: list[ShardInfo]) -> None:
             {"file": shard.file, "samples": shard.samples, "bytes": shard.bytes, "sha256": shard.sha256} for shard in shards
         ],
     }
-    with _replacing(folder / MANIFEST) as file:
+    with replacing(folder / MANIFEST) as file:
         file.write((json.dumps(document, indent=1) + "\n").encode())
 
 
