@@ -19,7 +19,6 @@ import numpy as np
 import numpy.typing as npt
 
 from visionloom.data.atomic import replacing
-from visionloom.data.files import replacing
 from visionloom.data.sample import SCHEMA_VERSION, Sample, SampleError, parse_sample
 from visionloom.parallel.errors import UserError
 

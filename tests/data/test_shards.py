@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from visionloom.data.sample import Image, Message, Sample, SampleError, Text, to_json
-from visionloom.data.shards import Dataset, index_shards, write_shards
+from visionloom.data.shards import Dataset, index_shards
+from visionloom.data.write import write_shards
 from visionloom.parallel.errors import UserError
 
 Pair = tuple[Sample, dict[str, bytes]]
