@@ -138,7 +138,8 @@ class _TextBuffers:
         weights = sample.target_weights[1:]
         self.input_ids[here] = sample.input_ids
         self.labels[predicting] = np.where(weights > 0, sample.input_ids[1:], IGNORED)
-        self.loss_weights[predicting] = weights * max(1, sample.supervised_tokens) ** -alpha
+        whole = sample.supervised_tokens if sample.loss_tokens is None else sample.loss_tokens
+        self.loss_weights[predicting] = weights * max(1, whole) ** -alpha
         self.position_ids[:, here] = sample.position_ids
         self.padding_mask[here] = False
         self.visual_rows.append(sample.visual_positions + here.start)
