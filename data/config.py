@@ -1,6 +1,11 @@
 """What is read, and by which rules samples become tokens and patches. Nothing here imports torch."""
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
+from typing import Final
+
+RULES: Final = ("hf", "hf_capped", "qwen_utils")
+"""Rules by which pictures and videos get their sizes and frames."""
 
 
 @dataclass
@@ -17,18 +22,54 @@ class DatasetConfig:
 
 @dataclass
 class MediaConfig:
-    """Pixel and frame limits; the defaults are the published preprocessor settings of Qwen3-VL (areas in pixels)."""
+    """Sizes, frames and limits of pictures and videos; areas in pixels, volumes in frames x pixels.
 
-    image_min_pixels: int = 65_536
-    image_max_pixels: int = 16_777_216
-    video_min_pixels: int = 4_096
-    """Lower bound of frames x height x width of a video, in pixels."""
-    video_max_pixels: int = 25_165_824
-    """Upper bound of frames x height x width of a video, in pixels."""
+    What is null takes the value of the rule; `hf` has the published preprocessor settings of Qwen3-VL.
+    """
+
+    rule: str = "hf"
+    """Whose arithmetic: `hf` transformers' processors, `hf_capped` the same with `cap_pixels_per_frame`, `qwen_utils`
+    qwen-vl-utils 0.0.14 with image_patch_size 16."""
+    image_min_pixels: int | None = None
+    """Smallest area of an image; null: 65,536 (64 visual tokens), with qwen_utils 4,096."""
+    image_max_pixels: int | None = None
+    """Largest area of an image; null: 16,777,216 (16,384 visual tokens)."""
+    video_min_pixels: int | None = None
+    """Lower bound of frames x height x width of a video; null: 4,096. Not used by qwen_utils."""
+    video_max_pixels: int | None = None
+    """Upper bound of frames x height x width of a video; null: 25,165,824, with qwen_utils 235,929,600 (twice its
+    total_pixels, which counts pairs of frames)."""
+    frame_min_pixels: int | None = None
+    """Smallest area of a video's frame; null: 131,072. Used by qwen_utils only."""
+    frame_max_pixels: int | None = None
+    """Largest area of a video's frame; null: 786,432 (768 visual tokens). Not used by hf."""
     video_fps: float = 2.0
-    """Frames sampled per second."""
+    """Frames sampled per second from a video file; extracted frames were sampled before."""
     video_min_frames: int = 4
+    """Fewest frames of a video file, as far as it has them."""
     video_max_frames: int = 768
+    """Most frames of a video."""
+
+    def problems(self) -> list[str]:
+        """Values that no run can have: one line each, naming the option."""
+        least = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in ("rule", "video_fps")}
+        found = [
+            f"data.media.{name}={value} must be at least 1" for name, value in least.items() if value is not None and value < 1
+        ]
+        if self.rule not in RULES:
+            found.append(f"data.media.rule={self.rule} is unknown: use one of {', '.join(RULES)}")
+        if not 0 < self.video_fps < math.inf:
+            found.append(f"data.media.video_fps={self.video_fps:g} must be above 0")
+        for kind in ("image", "video", "frame"):
+            low, high = least[f"{kind}_min_pixels"], least[f"{kind}_max_pixels"]
+            if low is not None and high is not None and low > high:
+                found.append(f"data.media.{kind}_min_pixels={low} is above data.media.{kind}_max_pixels={high}")
+        if self.video_min_frames > self.video_max_frames:
+            found.append(
+                f"data.media.video_min_frames={self.video_min_frames} is above"
+                f" data.media.video_max_frames={self.video_max_frames}"
+            )
+        return found
 
 
 @dataclass

@@ -271,6 +271,7 @@ class RunConfig:
         found = [
             f"{option}={value} must be at least {LEAST[option]}" for option, value in values.items() if value < LEAST[option]
         ]
+        found += self.data.media.problems()
         if not self.run.name:
             found.append("run.name is empty: give the run a name")
         for option in ("beta1", "beta2"):
