@@ -13,7 +13,7 @@ class DatasetConfig:
     """One dataset: a folder of indexed WebDataset shards."""
 
     path: str = "???"
-    """Folder with dataset.json, *.tar and their indexes."""
+    """Folder with dataset.json, *.tar and their indexes, or the http(s)://, s3:// or other fsspec URL of one."""
     weight: float = 1.0
     """Share of the samples drawn, before normalisation; a phase's `mixture` overrides it."""
     over_length: str = "error"
@@ -73,6 +73,24 @@ class MediaConfig:
 
 
 @dataclass
+class StoreConfig:
+    """How remote datasets (http, https, s3 and other URLs) are read; folders need none of it."""
+
+    timeout_seconds: float = 20.0
+    """Longest wait for an answer, and between two of its parts; an attempt may last this and 1 s for each MiB."""
+    retries: int = 5
+    """Attempts after a failed one, each after twice the wait of the last (0.25 s at first), before the run stops."""
+    hedge_seconds: float = 2.0
+    """A request without an answer for so long gets a second one beside it, and the first answer counts; 0: never."""
+    bytes_in_flight: int = 256 * 2**20
+    """Most bytes of media that a process has asked for and not decoded yet."""
+    cache: str = ""
+    """Folder of this machine for what was read; empty: none."""
+    cache_bytes: int = 100 * 2**30
+    """Most bytes in that folder, over all processes; what was not used for longest goes first."""
+
+
+@dataclass
 class DataConfig:
     """The input of a run."""
 
@@ -83,6 +101,7 @@ class DataConfig:
     validation: dict[str, DatasetConfig] = field(default_factory=dict)
     """Held-out datasets by name, for evaluation."""
     media: MediaConfig = field(default_factory=MediaConfig)
+    store: StoreConfig = field(default_factory=StoreConfig)
     workers: int = 0
     """Processes that decode ahead on each rank; their number never changes what is read."""
     patch_budget: float = 3.2
@@ -90,4 +109,6 @@ class DataConfig:
     window: int = 1024
     """Packs are filled best-fit from this many waiting samples."""
     cache: str = ""
-    """Folder for length tables; empty: `cache/` inside each dataset's folder."""
+    """Folder for length tables; empty: `cache/` inside each dataset's folder, for a URL ~/.cache/visionloom."""
+    max_bad_fraction: float = 1e-3
+    """Share of unreadable samples, of all that a process has read or of 10,000 at first, above which the run stops."""

@@ -24,6 +24,10 @@ LEAST: dict[str, float] = {
     "run.threads": 0,
     "data.workers": 0,
     "data.window": 1,
+    "data.store.retries": 0,
+    "data.store.hedge_seconds": 0,
+    "data.store.bytes_in_flight": 1,
+    "data.store.cache_bytes": 1,
     "optim.weight_decay": 0,
     "optim.clip_grad": 0,
     "checkpoint.every_steps": 0,
@@ -279,6 +283,10 @@ class RunConfig:
                 found.append(f"optim.{option}={getattr(self.optim, option):g} must be at least 0 and below 1")
         if not 0 < self.data.patch_budget < math.inf:
             found.append(f"data.patch_budget={self.data.patch_budget:g} must be above 0")
+        if not 0 < self.data.store.timeout_seconds < math.inf:
+            found.append(f"data.store.timeout_seconds={self.data.store.timeout_seconds:g} must be above 0")
+        if not 0 <= self.data.max_bad_fraction <= 1:
+            found.append(f"data.max_bad_fraction={self.data.max_bad_fraction:g} must be from 0 to 1")
         for name, dataset in self.data.datasets.items():
             if not 0 <= dataset.weight < math.inf:
                 found.append(f"data.datasets.{name}.weight={dataset.weight:g} must be a finite number of at least 0")
