@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from visionloom.data.atomic import replacing
+from visionloom.data.index import KEY, index_shard
+from visionloom.data.manifest import MANIFEST, ShardInfo, write_manifest
 from visionloom.data.sample import Sample, SampleError, parse_sample, to_json
-from visionloom.data.shards import KEY, MANIFEST, ShardInfo, index_shard, write_manifest
 from visionloom.parallel.errors import UserError
 
 SAMPLES_PER_SHARD: Final = 10_000
