@@ -136,7 +136,8 @@ def _render_media(rendering: Rendering, sample: Sample, media: Image | Video, ru
     try:
         grid, moments = (image_grid(media, rules), []) if isinstance(media, Image) else video_layout(media, rules)
     except UserError as error:
-        raise SampleError(sample.id, media.ref or media.refs[0], str(error)) from None
+        name = media.ref if isinstance(media, Image) else media.refs[0]
+        raise SampleError(sample.id, name, str(error)) from None
     rendering.media.append(media)
     rendering.grids.append(grid)
     if isinstance(media, Image):

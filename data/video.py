@@ -1,6 +1,7 @@
 """Wanted frames out of a video file, found by the time at which they are shown; the others are decoded only if needed."""
 
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -16,6 +17,8 @@ from visionloom.parallel.errors import UserError
 
 TOLERANCE: Final = 0.51
 """How far a frame may be from the time that the sample gives for it, in frames at the video's mean rate."""
+DRIFT: Final = 0.01
+"""How much longer or shorter than the sample says a video may be: rates are often rounded (29.97 for 30000/1001)."""
 
 
 def decode_frames(
@@ -55,27 +58,29 @@ def _decode(
     if len(shown) != video.file_frames:
         raise SampleError(sample_id, name, f"{len(shown)} frames, the sample says {video.file_frames}")
     wanted = _stamps(shown, float(stream.time_base), video, frames, times, sample_id)
-    picture = _Converter()
-    waiting = iter(wanted)
-    next_one = next(waiting)
+    waiting, picture = deque(wanted), _Converter()
     for frame in _shown_frames(stream.codec_context, packets, set(wanted)):
-        if frame.pts != next_one:
-            raise SampleError(sample_id, name, f"its frames cannot be decoded in order: {next_one} is missing")
+        seconds = (frame.pts - shown[0]) * float(stream.time_base)
+        if not waiting or frame.pts != waiting.popleft():
+            raise SampleError(sample_id, name, f"frames before the one at {seconds:g} s cannot be decoded")
         if frame.is_corrupt:
-            raise SampleError(sample_id, name, f"the frame at {float(frame.time):g} s is damaged")
+            raise SampleError(sample_id, name, f"the frame at {seconds:g} s is damaged")
         check_size((frame.height, frame.width), size, sample_id, name)
         yield picture.rgb(frame)
-        next_one = next(waiting, None)
-    if next_one is not None:
-        raise SampleError(sample_id, name, f"ends {1 + sum(1 for _ in waiting)} wanted frames too early")
+    if waiting:
+        raise SampleError(sample_id, name, f"the last {len(waiting)} of its wanted frames cannot be decoded")
 
 
 def _stamps(
     shown: list[int], base: float, video: Video, frames: NDArray[np.int64], times: Sequence[float], sample_id: str
 ) -> list[int]:
     """Presentation times, in the stream's own unit, of the wanted frames: the nearest to what the sample says."""
-    found = []
+    found: list[int] = []
     slack = TOLERANCE / video.fps
+    lasts = (shown[-1] - shown[0]) * base
+    said = video.times[-1] - video.times[0] if video.times else (video.file_frames - 1) / video.fps
+    if abs(lasts - said) > max(2 * slack, DRIFT * said):
+        raise SampleError(sample_id, video.ref or "", f"{lasts:g} s from first to last frame, the sample says {said:g}")
     for index, seconds in zip(frames.tolist(), times, strict=True):
         stamp = _nearest(shown, shown[0] + seconds / base)
         if abs((stamp - shown[0]) * base - seconds) > slack or (found and stamp <= found[-1]):
