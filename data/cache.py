@@ -42,7 +42,8 @@ class RangeCache:
         except FileNotFoundError:
             return None
         except OSError as error:
-            return self._warn(error)
+            self._warn(error)
+            return None
         return data if len(data) == length else None
 
     def put(self, name: str, data: bytes) -> None:

@@ -49,12 +49,12 @@ def probe(name: str, data: bytes | BinaryIO) -> MediaFacts:
 
 
 def _picture(name: str, file: BinaryIO) -> MediaFacts:
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
             width, height = Image.open(file, formats=FORMATS).size
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise ValueError(f"{name} is no picture that can be read: the header of {' or '.join(FORMATS)} expected") from None
     except Exception as error:  # Pillow raises whatever damaged bytes lead it to
         raise ValueError(f"the header of {name} cannot be read: {error}") from None
