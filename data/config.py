@@ -17,7 +17,9 @@ class DatasetConfig:
     weight: float = 1.0
     """Share of the samples drawn, before normalisation; a phase's `mixture` overrides it."""
     over_length: str = "error"
-    """A sample longer than the phase's sequence: `error` stops and names it, `drop` counts and logs it."""
+    """A sample longer than the phase's sequence: `error` stops and names it; `split` cuts documents at sentence ends and
+    chats between turns, `shrink` makes its pictures smaller, `truncate_tail` cuts its end off, `drop` leaves it out; what
+    is lost is counted and logged."""
 
 
 @dataclass
@@ -108,7 +110,20 @@ class DataConfig:
     """Most patches of a pack, per token of the sequence length (0.8 x the 4 patches behind a visual token)."""
     window: int = 1024
     """Packs are filled best-fit from this many waiting samples."""
+    pack_multiple: int = 1
+    """Tokens that each sample takes up in a pack are rounded up to this multiple, for context parallelism."""
+    pack_segments: int = 0
+    """Most samples of a pack; 0: any number."""
+    weights_in: str = "samples"
+    """What weights of datasets are shares of: `samples` drawn, or `tokens`."""
+    shuffle_block: int = 64
+    """Neighbouring samples that the shuffle keeps near each other, so that reading is not all seeks; 1: none."""
+    continue_draws: bool = False
+    """Whether a phase goes on in each dataset where the phase before stopped, instead of in an order of its own."""
+    on_change: str = "error"
+    """If the data or its settings differ from a checkpoint's: `error` says what, `new_phase` goes on with the new ones
+    behind what was drawn already."""
     cache: str = ""
-    """Folder for length tables; empty: `cache/` inside each dataset's folder, for a URL ~/.cache/visionloom."""
+    """Folder for length tables and plans; empty: `cache/` inside each dataset's folder, for a URL ~/.cache/visionloom."""
     max_bad_fraction: float = 1e-3
     """Share of unreadable samples, of all that a process has read or of 10,000 at first, above which the run stops."""

@@ -19,11 +19,16 @@ PRECISIONS = ("auto", "fp32", "bf16")
 ANY_PHASE = "phases.<name>"
 LOSSES = ("sqrt", "token", "sample")
 SCHEDULES = ("cosine", "wsd", "linear", "constant")
+WEIGHTS_IN = ("samples", "tokens")
+ON_CHANGE = ("error", "new_phase")
 LEAST: dict[str, float] = {
     "run.seed": 0,
     "run.threads": 0,
     "data.workers": 0,
     "data.window": 1,
+    "data.pack_multiple": 1,
+    "data.pack_segments": 0,
+    "data.shuffle_block": 1,
     "data.store.retries": 0,
     "data.store.hedge_seconds": 0,
     "data.store.bytes_in_flight": 1,
@@ -248,6 +253,8 @@ class RunConfig:
             ("run.device", self.run.device, DEVICES),
             ("run.precision", self.run.precision, PRECISIONS),
             ("optim.name", self.optim.name, ("adamw",)),
+            ("data.weights_in", self.data.weights_in, WEIGHTS_IN),
+            ("data.on_change", self.data.on_change, ON_CHANGE),
         ):
             if value not in known:
                 found.append(unknown(option, value, known))
