@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from visionloom.data.config import MediaConfig
-from visionloom.data.geometry import Grid, chosen_frames, grid_of, patch_timestamps, scale_coordinate, tokens_per_frame
+from visionloom.data.geometry import Grid, image_grid, scale_coordinate, tokens_per_frame, video_layout
 from visionloom.data.sample import (
     Box,
     Element,
@@ -134,16 +134,15 @@ def _render_element(rendering: Rendering, sample: Sample, element: Element, weig
 
 def _render_media(rendering: Rendering, sample: Sample, media: Image | Video, rules: MediaConfig) -> None:
     try:
-        grid = grid_of(media, rules)
+        grid, moments = (image_grid(media, rules), []) if isinstance(media, Image) else video_layout(media, rules)
     except UserError as error:
-        name = media.ref if isinstance(media, Image) else media.frames[0]
+        name = media.ref if isinstance(media, Image) else media.refs[0]
         raise SampleError(sample.id, name, str(error)) from None
     rendering.media.append(media)
     rendering.grids.append(grid)
     if isinstance(media, Image):
         _add_vision_block(rendering, IMAGE, tokens_per_frame(grid))
-        return
-    for seconds in patch_timestamps([media.times[index] for index in chosen_frames(media, rules)]):
+    for seconds in moments:
         rendering.add(timestamp(seconds))
         _add_vision_block(rendering, VIDEO, tokens_per_frame(grid))
 

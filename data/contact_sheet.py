@@ -9,7 +9,7 @@ from typing import Final
 from PIL import Image as PillowImage
 from PIL import ImageDraw, ImageFont
 
-from visionloom.data.sample import Box, Element, Image, Point, Sample, Text, Think, Time, Video
+from visionloom.data.sample import Box, Element, Image, Point, Sample, Text, Think, Time, ToolCall, Video
 from visionloom.data.shards import Dataset
 
 _CARD: Final = 320
@@ -136,6 +136,8 @@ def _element_text(element: Element) -> str:
             return f"[point {_numbers(element.xy)}{_label(element)}]"
         case Time():
             return f"<{element.seconds:g} seconds>"
+        case ToolCall():
+            return f"[call {element.name}]"
 
 
 def _numbers(values: tuple[float, ...]) -> str:

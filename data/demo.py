@@ -18,7 +18,8 @@ from visionloom.data.contact_sheet import draw_contact_sheet
 from visionloom.data.demo_tasks import CELL, RECIPES, Drawer, Pixels
 from visionloom.data.demo_tokenizer import train_tokenizer
 from visionloom.data.sample import Sample
-from visionloom.data.shards import Dataset, write_shards
+from visionloom.data.shards import Dataset
+from visionloom.data.write import write_shards
 from visionloom.parallel.errors import UserError
 
 TRAIN_PICTURES: Final = 1400

@@ -40,6 +40,8 @@ class EncodedSample:
     """Tokens up to and including the last `<|im_start|>assistant` and its newline; n if there is none."""
     patches: NDArray[np.uint8] | None = None
     """[patches of all grids, 768] or, with a video, [..., 1536]; None until decoded."""
+    loss_tokens: int | None = None
+    """n_s of the loss: supervised tokens of the whole sample where this is a part of one; None: supervised_tokens."""
 
     @property
     def patch_count(self) -> int:
@@ -48,7 +50,7 @@ class EncodedSample:
 
     @property
     def supervised_tokens(self) -> int:
-        """Tokens with a loss: n_s of the loss normalisation."""
+        """Tokens with a loss."""
         return int(np.count_nonzero(self.target_weights))
 
 

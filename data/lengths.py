@@ -1,35 +1,38 @@
 """Tokens and patches of every sample, counted without decoding a picture and kept beside the dataset.
 
 Plans are made from these tables alone. A table is named by a hash of everything it depends on: the dataset's content, the
-tokenizer, the template and the pixel and frame limits.
+tokenizer, the template and the pixel and frame limits. It knows nothing of packs; what becomes of a sample that is longer
+than a pack is decided in views.py.
 """
 
 import dataclasses
 import hashlib
 import json
-import os
-from collections.abc import Callable
-from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
-from uuid import uuid4
 
 import numpy as np
 from numpy.typing import NDArray
 
-from visionloom.data import chat, geometry
+from visionloom.data import chat
+from visionloom.data.blocks import Progress, in_blocks, load_rows
 from visionloom.data.config import MediaConfig
 from visionloom.data.encode import EncodedSample, encode_all
+from visionloom.data.sample import Sample, SampleError
 from visionloom.data.shards import Dataset
 from visionloom.data.tokenizer import Tokenizer
-from visionloom.parallel.errors import UserError
 
-TABLE_VERSION: Final = 1
+TABLE_VERSION: Final = 2
 LENGTHS: Final = np.dtype(
     [("tokens", "<i4"), ("patches", "<i4"), ("supervised", "<i4"), ("patch_squares", "<i8")],
 )
-"""One row a sample; `patch_squares` is the sum over frames of (patches of the frame) squared, the cost of vision attention."""
-OVER_LENGTH: Final = ("error", "drop")
+"""One row a sample; `patch_squares` is the sum over frames of (patches of the frame) squared, the cost of vision attention.
+
+A sample that cannot be read or rendered has 0 tokens; it is never drawn.
+"""
+BLOCK: Final = 4096
+"""Samples of a file while a table is counted: a second of work."""
 _BATCH: Final = 512
 
 Lengths = NDArray[Any]
@@ -40,7 +43,6 @@ def lengths_hash(fingerprint: str, tokenizer: Tokenizer, rules: MediaConfig) -> 
     facts = [
         TABLE_VERSION,
         chat.TEMPLATE_VERSION,
-        geometry.RULE,
         fingerprint,
         tokenizer.fingerprint,
         sorted(dataclasses.asdict(rules).items()),
@@ -48,84 +50,60 @@ def lengths_hash(fingerprint: str, tokenizer: Tokenizer, rules: MediaConfig) -> 
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
 
-def load_lengths(dataset: Dataset, tokenizer: Tokenizer, rules: MediaConfig, cache: Path) -> Lengths:
+def load_lengths(
+    dataset: Dataset,
+    tokenizer: Tokenizer,
+    rules: MediaConfig,
+    cache: Path,
+    processes: int = 0,
+    progress: Progress | None = None,
+) -> Lengths:
     """The table of a dataset (dtype LENGTHS, a row a sample), from `cache` or counted now and put there.
 
-    Written under another name and renamed, so that several ranks may do it at once; a folder that cannot be written is
-    no fault. Raises SampleError for a sample that cannot be rendered.
+    Several ranks that count at once share the work through the folder; one that cannot be written is no fault.
+    `processes` count beside this one, 0: none.
     """
     path = cache / f"lengths-{lengths_hash(dataset.fingerprint, tokenizer, rules)}.npy"
-    with suppress(OSError, ValueError, EOFError):  # not there, or cut short by a crash: counted again
-        table: Lengths = np.load(path)
-        if table.dtype == LENGTHS and len(table) == len(dataset):
-            return table
-    table = count_lengths(dataset, tokenizer, rules)
-    _write(path, table)
-    return table
+    table = load_rows(path)
+    if table is not None and table.dtype == LENGTHS and len(table) == len(dataset):
+        return table
+    return in_blocks(path, len(dataset), BLOCK, Counting(dataset, tokenizer, rules), processes, progress)
 
 
-def count_lengths(dataset: Dataset, tokenizer: Tokenizer, rules: MediaConfig) -> Lengths:
-    """Count tokens and patches of all samples by encoding them, so that no length can differ from the encoded one."""
-    rows: list[tuple[int, int, int, int]] = []
-    for start in range(0, len(dataset), _BATCH):
-        samples = [dataset.sample(index) for index in range(start, min(start + _BATCH, len(dataset)))]
-        rows += [_row(encoded) for encoded in encode_all(samples, tokenizer, rules, [dataset.name] * len(samples))]
-    return np.array(rows, LENGTHS)
+@dataclass(frozen=True)
+class Counting:
+    """Counts stretches of a dataset; goes to other processes."""
+
+    dataset: Dataset
+    tokenizer: Tokenizer
+    rules: MediaConfig
+
+    def __call__(self, start: int, stop: int) -> Lengths:
+        """Rows of the samples start .. stop: counted by encoding them, so that no length can differ from the encoded one."""
+        table = np.zeros(stop - start, LENGTHS)
+        for first in range(start, stop, _BATCH):
+            samples = {}
+            for index in range(first, min(first + _BATCH, stop)):
+                try:
+                    samples[index] = self.dataset.sample(index)
+                except SampleError:
+                    continue  # its row stays 0; the stream writes down why when it opens the dataset
+            for index, row in zip(samples, self._rows(list(samples.values())), strict=True):
+                table[index - start] = row
+        return table
+
+    def _rows(self, samples: list[Sample]) -> list[tuple[int, int, int, int]]:
+        sources = [self.dataset.name] * len(samples)
+        try:
+            return [row_of(encoded) for encoded in encode_all(samples, self.tokenizer, self.rules, sources)]
+        except SampleError:
+            if len(samples) == 1:
+                return [(0, 0, 0, 0)]
+            return [row for sample in samples for row in self._rows([sample])]
 
 
-def _row(sample: EncodedSample) -> tuple[int, int, int, int]:
+def row_of(sample: EncodedSample) -> tuple[int, int, int, int]:
+    """Tokens, patches, supervised tokens and patch squares of a sample: its row in a table."""
     grids = sample.grids.astype(np.int64)
     squares = int((grids[:, 0] * (grids[:, 1] * grids[:, 2]) ** 2).sum())
     return len(sample.input_ids), sample.patch_count, sample.supervised_tokens, squares
-
-
-def _write(path: Path, table: Lengths) -> None:
-    unfinished = path.with_name(f"{path.name}.{uuid4().hex}.tmp")
-    with suppress(OSError):  # a table that cannot be kept is counted again
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with unfinished.open("wb") as file:
-                np.save(file, table)
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Limits:
-    """What a pack can hold, and the options that say so in an error."""
-
-    tokens: int
-    patches: int
-    tokens_option: str
-    policy: str
-    policy_option: str
-
-
-def fitting(table: Lengths, limits: Limits, name: str, sample_id: Callable[[int], str]) -> NDArray[np.int64]:
-    """Indices of the samples that fit a pack; the others are dropped, or refused under the policy `error`.
-
-    Raises UserError naming the dataset, the longest sample, its size, the limit and the options; and if none fits.
-    """
-    if limits.policy not in OVER_LENGTH:
-        raise UserError(f"{limits.policy_option}={limits.policy} is unknown: use one of {', '.join(OVER_LENGTH)}")
-    over_tokens, over_patches = table["tokens"] > limits.tokens, table["patches"] > limits.patches
-    over = over_tokens | over_patches
-    if limits.policy == "error" and over.any():
-        kind, mask, most = (
-            ("tokens", over_tokens, limits.tokens) if over_tokens.any() else ("patches", over_patches, limits.patches)
-        )
-        worst = int(np.argmax(np.where(mask, table[kind], 0)))
-        fix = (
-            f"raise {limits.tokens_option}"
-            if kind == "tokens"
-            else "raise data.patch_budget (patches per token of the sequence)"
-        )
-        raise UserError(
-            f"dataset {name}: sample {sample_id(worst)} has {table[kind][worst]} {kind}, a pack holds {most}"
-            f" ({int(mask.sum())} such samples): {fix}, or set {limits.policy_option}=drop"
-        )
-    kept = np.flatnonzero(~over)
-    if not len(kept):
-        raise UserError(f"dataset {name}: none of its {len(table)} samples fits a pack: raise {limits.tokens_option}")
-    return kept

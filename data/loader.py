@@ -2,9 +2,8 @@
 
 import queue
 import threading
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,114 +11,44 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
-from visionloom.data.config import DataConfig, DatasetConfig
+from visionloom.data.balance import CostModel, Pack, deal
+from visionloom.data.config import DataConfig
+from visionloom.data.corpus import Corpus
 from visionloom.data.encode import EncodedSample
-from visionloom.data.lengths import Lengths, Limits, fitting, lengths_hash, load_lengths
 from visionloom.data.mixture import key_of, permutation
-from visionloom.data.pack import PackedBatch, decode_patches, encode, encode_all, pack
+from visionloom.data.pack import PackedBatch, encode
 from visionloom.data.packing import pack_samples
-from visionloom.data.plan import CostModel, Pack, Plan, Settings, Source, deal
-from visionloom.data.quarantine import Quarantine, masked, stand_in
-from visionloom.data.sample import Sample, SampleError
-from visionloom.data.shards import Dataset
+from visionloom.data.plan import Plan, work_of
+from visionloom.data.planning import dataset_weights, make_plan, open_corpora
+from visionloom.data.quarantine import Quarantine
+from visionloom.data.reader import Reader
+from visionloom.data.sample import SampleError
+from visionloom.data.state import Origin, changes, check_version
 from visionloom.data.tokenizer import Tokenizer
+from visionloom.data.views import Rows
 from visionloom.parallel.errors import UserError
 
-STATE_VERSION: Final = 1
 PREFETCH: Final = 2
 """Steps built ahead by the background thread or by each worker."""
-CACHED_TOKENS: Final = 1 << 20
-"""Tokens of encoded samples that a process keeps (20 bytes each): a small dataset is tokenised once."""
-
-Place = tuple[int, int]
-"""Number of the dataset, index of the sample."""
-
-
-class Corpus:
-    """An open dataset with its lengths by the rules of the run."""
-
-    def __init__(self, section: str, name: str, config: DatasetConfig, data: DataConfig, tokenizer: Tokenizer) -> None:
-        self.name, self.section, self.config = name, section, config
-        self.dataset = Dataset.open(config.path, name, section)
-        cache = Path(data.cache) if data.cache else Path(config.path) / "cache"
-        try:
-            self.lengths: Lengths = load_lengths(self.dataset, tokenizer, data.media, cache)
-        except SampleError as error:
-            raise UserError(f"dataset {name}: {error}") from None
-        self.identity = lengths_hash(self.dataset.fingerprint, tokenizer, data.media)
-
-    def fitting(self, tokens: int, patches: int, tokens_option: str) -> NDArray[np.int64]:
-        """Samples that fit a pack, by the dataset's over-length policy."""
-        option = f"{self.section}.{self.name}.over_length"
-        limits = Limits(tokens, patches, tokens_option, self.config.over_length, option)
-        return fitting(self.lengths, limits, self.name, lambda index: self.dataset.sample(index).id)
-
-
-class Reader:
-    """Reads samples of several datasets; an unreadable one is quarantined and keeps its place without a loss."""
-
-    def __init__(self, corpora: Sequence[Corpus], data: DataConfig, tokenizer: Tokenizer, quarantine: Quarantine) -> None:
-        self.corpora, self.rules, self.tokenizer, self.quarantine = corpora, data.media, tokenizer, quarantine
-        self._encoded: dict[Place, EncodedSample] = {}
-        self._cached_tokens = 0
-        self._lock = threading.Lock()
-
-    def read(self, places: Sequence[Place]) -> list[EncodedSample]:
-        """The samples at these places, with their patches."""
-        self.quarantine.passed(len(places))
-        with self._lock:
-            encoded = self._encode(places)
-        return [self._decode(place, encoded[place]) for place in places]
-
-    def _encode(self, places: Sequence[Place]) -> dict[Place, EncodedSample]:
-        encoded = {place: self._encoded[place] for place in places if place in self._encoded}
-        samples: dict[Place, Sample] = {}
-        for place in dict.fromkeys(place for place in places if place not in encoded):
-            corpus = self.corpora[place[0]]
-            try:
-                samples[place] = corpus.dataset.sample(place[1])
-            except SampleError as error:
-                self._report(place, error)
-                tokens = int(corpus.lengths["tokens"][place[1]])
-                encoded[place] = stand_in(error.sample_id, corpus.name, tokens, self.tokenizer.pad_id)
-        sources = [self.corpora[number].name for number, _ in samples]
-        found = dict(zip(samples, encode_all(list(samples.values()), self.tokenizer, self.rules, sources), strict=True))
-        self._keep(found)
-        return encoded | found
-
-    def _keep(self, found: Mapping[Place, EncodedSample]) -> None:
-        self._encoded.update(found)
-        self._cached_tokens += sum(len(sample.input_ids) for sample in found.values())
-        while self._cached_tokens > CACHED_TOKENS:
-            oldest = self._encoded.pop(next(iter(self._encoded)))
-            self._cached_tokens -= len(oldest.input_ids)
-
-    def _decode(self, place: Place, sample: EncodedSample) -> EncodedSample:
-        if sample.patches is not None:
-            return sample
-        try:
-            return self.decoded(place, sample)
-        except SampleError as error:
-            self._report(place, error)
-            return masked(sample)
-
-    def decoded(self, place: Place, sample: EncodedSample) -> EncodedSample:
-        """The sample with its patches; raises SampleError."""
-        dataset = self.corpora[place[0]].dataset
-        return replace(sample, patches=decode_patches(sample, lambda ref: dataset.member(place[1], ref), self.rules))
-
-    def _report(self, place: Place, error: SampleError) -> None:
-        corpus = self.corpora[place[0]]
-        location = corpus.dataset.location(place[1])
-        self.quarantine.report(corpus.name, {"shard": location.shard, "key": location.key, "offset": location.offset}, error)
 
 
 class PackStream:
     """The training data of one phase: a pure function of seed, mixture, lengths and settings.
 
-    `mixture` maps datasets to weights (empty: all of data.datasets with their own), `loss` is token, sqrt or sample,
-    `visual_cost` the time of a patch in units of a text token's (it balances ranks only). Unreadable samples are written
-    to `quarantine`. Raises UserError for missing folders, unknown names, and samples longer than a pack.
+    Args:
+        data: the input of the run.
+        phase_name: its order of samples is its own, unless data.continue_draws.
+        sequence_length: tokens of a pack.
+        global_batch: packs of a step.
+        mixture: weight of each dataset; empty: all of data.datasets with their own.
+        loss: token, sqrt or sample.
+        seed: of all orders.
+        cost: work of a pack; it balances ranks only.
+        quarantine: file for unreadable samples; None: they are counted only.
+        origin: where the draws begin, if not at the beginning.
+
+    Raises:
+        UserError: for missing folders, unknown names, and samples longer than a pack, by their dataset's policy.
     """
 
     def __init__(
@@ -131,123 +60,109 @@ class PackStream:
         mixture: Mapping[str, float],
         loss: str,
         seed: int,
-        visual_cost: float = CostModel().patch,
+        cost: CostModel | None = None,
         quarantine: Path | None = None,
+        origin: Origin | None = None,
     ) -> None:
-        self._arguments = (data, phase_name, sequence_length, global_batch, dict(mixture), loss, seed, visual_cost, quarantine)
-        self.loss, self.phase = loss, phase_name
+        self._arguments = (data, phase_name, sequence_length, global_batch, dict(mixture), loss, seed, cost, quarantine)
+        self.data, self.loss, self.phase = data, loss, phase_name
         self.tokenizer = Tokenizer(data.tokenizer)
-        weights = _weights(data, mixture)
-        self.corpora = [Corpus("data.datasets", name, data.datasets[name], data, self.tokenizer) for name in weights]
-        budget = int(data.patch_budget * sequence_length)
-        settings = Settings(seed, phase_name, sequence_length, global_batch, budget, data.window)
-        sources = [self._source(corpus, weights[corpus.name], settings) for corpus in self.corpora]
-        self.plan = Plan(sources, settings, CostModel(visual_cost))
-        self._reader = Reader(self.corpora, data, self.tokenizer, Quarantine(quarantine))
+        self._weights = dataset_weights(data, mixture)
+        self.corpora = open_corpora(data, list(self._weights), self.tokenizer)
+        self._settings = (phase_name, sequence_length, global_batch, seed, cost or CostModel())
+        self.plan = self._make_plan(origin)
+        views = [source.views for source in self.plan.sources]
+        self._reader = Reader(self.corpora, views, data, self.tokenizer, Quarantine(quarantine))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restore, (self._arguments, self.plan.known_starts)
+        return _restore, (self._arguments, self.plan.origin, self.plan.known_starts)
 
     @property
-    def dropped(self) -> dict[str, int]:
-        """Samples of each dataset that no pack holds, where its policy is to drop them."""
-        return {source.name: len(source.lengths) - len(source.kept) for source in self.plan.sources}
+    def dropped(self) -> dict[str, tuple[int, int]]:
+        """Of each dataset, the samples that no pack holds, and all tokens that are left out, by its over-length policy."""
+        views = {source.name: source.views for source in self.plan.sources}
+        return {name: (found.dropped, found.lost_tokens) for name, found in views.items()}
 
     @property
     def quarantined(self) -> int:
         """Unreadable samples met by this process."""
         return self._reader.quarantine.unreadable
 
-    def micro_batches(self, step: int, dp_rank: int, dp_size: int, micro_batch: int) -> list[PackedBatch]:
+    def report_unreadable(self) -> None:
+        """Write the samples that could not be counted to the quarantine; for one process of the run."""
+        self._reader.report_unreadable()
+
+    def micro_batches(
+        self, step: int, dp_rank: int, dp_size: int, micro_batch: int, encoder_rank: int = 0, encoder_ranks: int = 1
+    ) -> list[PackedBatch]:
         """What one data-parallel rank trains on in a step (from 0 in the phase): its micro-batches of `micro_batch` packs.
 
-        The packs of a step are the same for every dp_size. Raises UserError if they cannot be dealt evenly.
+        The packs of a step are the same for every dp_size; of their pictures only those of `encoder_rank`, one of
+        `encoder_ranks` that share them, are decoded. Raises UserError if the packs cannot be dealt evenly.
         """
         dealt = deal(self.plan.step(step), dp_size, micro_batch)
-        return [self._build(packs) for packs in dealt[dp_rank]]
+        return [self._build(packs, encoder_rank, encoder_ranks) for packs in dealt[dp_rank]]
 
     def state(self, step: int) -> dict[str, Any]:
-        """Cursor before a step, for the checkpoint: JSON, the same on every rank, whatever the layout."""
-        return {
-            "version": STATE_VERSION,
-            "plan_hash": self.plan.hash,
-            "step": step,
-            **self.plan.cursor(step),
-            "draws": self.plan.draws_before(step),
-            "plan": self.plan.facts,
-        }
+        """Cursor before a step, for the checkpoint: JSON, the same on every rank, whatever the layout; see data/state.py."""
+        return self.plan.state(step)
 
-    def check_state(self, state: Mapping[str, Any]) -> None:
-        """Accept the cursor of a checkpoint, so that its step is planned without those before it.
+    def load_state(self, state: Mapping[str, Any]) -> list[str]:
+        """Continue from the cursor of a checkpoint, so that its step is planned without those before it.
 
-        Raises UserError naming what changed if the stream is not the one that the checkpoint was made with.
+        Returns:
+            what changed since, where data.on_change=new_phase lets it: from the state's step on the stream is that of a
+            new plan, whose draws begin behind those of the old one.
+
+        Raises:
+            UserError: naming what changed, if the stream is not the one that the checkpoint was made with.
         """
-        if state.get("version") != STATE_VERSION:
-            raise UserError(f"data state of version {state.get('version')!r}: this program reads version {STATE_VERSION}")
-        if state["plan_hash"] != self.plan.hash:
-            changes = "; ".join(_changes(state["plan"], self.plan.facts, self.phase))
+        check_version(state)
+        if (origin := Origin.of(state)) != self.plan.origin:
+            self.plan = self._make_plan(origin)
+        if state["plan_hash"] == self.plan.hash:
+            self.plan.jump(int(state["segment"]), int(state["first_pack"]))
+            return []
+        found = changes(state["plan"], self.plan.facts, self.phase)
+        if self.data.on_change == "error":
             raise UserError(
-                f"the training data is not what the checkpoint was made with: {changes}: restore it, or start a new run"
+                f"the training data is not what the checkpoint was made with: {'; '.join(found)}: restore it, go on with"
+                f" data.on_change=new_phase, or start a new run"
             )
-        self.plan.jump(int(state["segment"]), int(state["first_pack"]))
+        self.plan = self._make_plan(Origin.after(state, int(state["step"])))
+        return found
 
-    def _source(self, corpus: Corpus, weight: float, settings: Settings) -> Source:
-        option = f"phases.{self.phase}.sequence_length"
-        kept = corpus.fitting(settings.sequence_length, settings.patch_budget, option)
-        return Source(corpus.name, weight, kept, corpus.lengths, corpus.identity)
+    def _make_plan(self, origin: Origin | None) -> Plan:
+        return make_plan(self.data, self.corpora, self._weights, *self._settings, origin)
 
-    def _build(self, packs: list[Pack]) -> PackedBatch:
-        samples = iter(self._reader.read([place for pack_ in packs for place in pack_.places]))
-        laid_out = [[next(samples) for _ in pack_.places] for pack_ in packs]
-        names = [corpus.name for corpus in self.corpora]
-        return pack(laid_out, self.plan.settings.sequence_length, self.loss, names, self.tokenizer.pad_id)
+    def _build(self, packs: list[Pack], encoder_rank: int, encoder_ranks: int) -> PackedBatch:
+        places, length = [pack.places for pack in packs], self.plan.settings.sequence_length
+        return self._reader.batch(places, length, self.loss, encoder_rank, encoder_ranks)
 
 
-def _restore(arguments: tuple[Any, ...], starts: dict[int, int]) -> PackStream:
-    stream = PackStream(*arguments)
+def _restore(arguments: tuple[Any, ...], origin: Origin, starts: dict[int, int]) -> PackStream:
+    stream = PackStream(*arguments, origin=origin)
     for segment, first_pack in starts.items():
         stream.plan.jump(segment, first_pack)
     return stream
 
 
-def _weights(data: DataConfig, mixture: Mapping[str, float]) -> dict[str, float]:
-    for name in mixture:
-        if name not in data.datasets:
-            raise UserError(f"mixture names {name}, which is not in data.datasets: {', '.join(data.datasets) or 'empty'}")
-    weights = dict(mixture) or {name: config.weight for name, config in data.datasets.items()}
-    positive = {name: float(weight) for name, weight in weights.items() if weight > 0}
-    if not positive:
-        raise UserError("no dataset has a weight above 0: name some in data.datasets or in the phase's mixture")
-    return positive
-
-
-def _changes(before: Mapping[str, Any], now: Mapping[str, Any], phase: str) -> list[str]:
-    options = {"seed": "run.seed", "patch_budget": "data.patch_budget", "window": "data.window", "phase": "phase"}
-    found = [
-        f"{options.get(name, f'phases.{phase}.{name}')} was {before.get(name)}, now {value}"
-        for name, value in now.items()
-        if name != "datasets" and before.get(name) != value
-    ]
-    for name in sorted({*before["datasets"], *now["datasets"]}):
-        old, new = before["datasets"].get(name), now["datasets"].get(name)
-        if old is None or new is None:
-            found.append(f"dataset {name} was {'added' if old is None else 'removed'}")
-            continue
-        meaning = {"weight": "weight", "content": "content, tokenizer or pixel limits", "samples": "number of usable samples"}
-        found += [
-            f"{text} of dataset {name} was {old[key]}, now {new[key]}" for key, text in meaning.items() if old[key] != new[key]
-        ]
-    return found or ["the order of the datasets changed"]
-
-
 def iterate(
-    stream: PackStream, first_step: int, steps: int, dp_rank: int, dp_size: int, micro_batch: int, workers: int
+    stream: PackStream,
+    first_step: int,
+    steps: int,
+    dp_rank: int,
+    dp_size: int,
+    micro_batch: int,
+    workers: int,
+    encoder_rank: int = 0,
+    encoder_ranks: int = 1,
 ) -> Generator[list[PackedBatch]]:
     """The micro-batches of `steps` steps from first_step on, built ahead by one thread or by `workers` processes.
 
     What is read does not depend on `workers`. Errors of building a step are raised where the step would have come.
     """
-    ahead = _StepsAhead(stream, first_step, steps, dp_rank, dp_size, micro_batch)
+    ahead = _StepsAhead(stream, first_step, steps, (dp_rank, dp_size, micro_batch, encoder_rank, encoder_ranks))
     with closing(_from_processes(ahead, workers) if workers else _from_thread(ahead)) as source:
         for built in source:
             if isinstance(built, Exception):
@@ -258,9 +173,8 @@ def iterate(
 class _StepsAhead:
     """The steps of one rank as a map-style dataset; a failing step is its exception."""
 
-    def __init__(self, stream: PackStream, first_step: int, steps: int, dp_rank: int, dp_size: int, micro_batch: int) -> None:
-        self.stream, self.first_step, self.steps = stream, first_step, steps
-        self.layout = (dp_rank, dp_size, micro_batch)
+    def __init__(self, stream: PackStream, first_step: int, steps: int, layout: tuple[int, int, int, int, int]) -> None:
+        self.stream, self.first_step, self.steps, self.layout = stream, first_step, steps, layout
 
     def __len__(self) -> int:
         return self.steps
@@ -326,7 +240,6 @@ class EvaluationSet:
         self.data, self.name = data, name
         self.tokenizer = Tokenizer(data.tokenizer)
         self.corpus = Corpus("data.validation", name, data.validation[name], data, self.tokenizer)
-        self.reader = Reader([self.corpus], data, self.tokenizer, Quarantine())
         self.indices = _spread(len(self.corpus.dataset), limit, name)
 
     def __len__(self) -> int:
@@ -338,27 +251,35 @@ class EvaluationSet:
         Raises UserError for samples longer than the pack, unless the dataset's policy is to drop them.
         """
         budget = int(self.data.patch_budget * sequence_length)
-        kept = np.intersect1d(self.indices, self.corpus.fitting(sequence_length, budget, "the sequence length"))
-        rows = self.corpus.lengths[kept]
+        views = self.corpus.views(sequence_length, budget, "the sequence length")
+        reader = Reader([self.corpus], [views], self.data, self.tokenizer, Quarantine())
+        rows, _ = views.of(self.indices)
         packed = pack_samples(rows["tokens"].tolist(), rows["patches"].tolist(), sequence_length, budget, self.data.window)
-        packs = [
-            Pack((0,) * len(found), tuple(kept[found].tolist()), float(CostModel().of(rows[found]).sum())) for found in packed
-        ]
-        packs += [Pack((), (), 0.0)] * (-len(packs) % (dp_size * micro_batch))
-        for micro in deal(packs, dp_size, micro_batch)[dp_rank]:
-            samples = [self.reader.read(pack_.places) for pack_ in micro]
-            yield pack(samples, sequence_length, loss, [self.name], self.tokenizer.pad_id)
+        for micro in deal(self._packs(rows, packed, dp_size * micro_batch), dp_size, micro_batch)[dp_rank]:
+            yield reader.batch([pack_.places for pack_ in micro], sequence_length, loss)
+
+    def _packs(self, rows: Rows, packed: list[list[int]], multiple: int) -> list[Pack]:
+        """Packs of the dataset's views, with empty ones up to a multiple."""
+        packs = []
+        for numbers in packed:
+            found = rows[numbers]
+            places = tuple(
+                (0, sample, part) for sample, part in zip(*(found[f].tolist() for f in ("sample", "part")), strict=True)
+            )
+            packs.append(Pack(places, float(CostModel().of(work_of(found, np.array([0, len(found)])))[0])))
+        return packs + [Pack((), 0.0)] * (-len(packs) % multiple)
 
     def questions(self, dp_rank: int = 0, dp_size: int = 1) -> Iterator[EncodedSample]:
         """This rank's share of the samples that have an answer, with their patches; unreadable ones are left out.
 
         `prompt_of` cuts one at its answer, `extend` continues it with generated tokens, `pack_prompts` makes the batch.
         """
+        reader = Reader([self.corpus], [], self.data, self.tokenizer, Quarantine())
         for index in self.indices[dp_rank::dp_size].tolist():
             try:
                 sample = encode(self.corpus.dataset.sample(index), self.tokenizer, self.data.media, self.name)
                 if sample.answer is not None:
-                    yield self.reader.decoded((0, index), sample)
+                    yield reader.decoded((0, index, 0), sample)
             except SampleError:
                 continue
 

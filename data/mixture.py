@@ -1,10 +1,12 @@
 """Which sample is drawn when: a closed form of (seed, weights, sizes, position), without state or randomness of a library.
 
-Position g of the stream belongs to a dataset by quota, exact over every PERIOD positions. The k-th draw of a dataset of n
-samples is sample `permutation(k mod n)` of epoch `k div n`: each sample once an epoch, in an order of its own each time.
+Position g of the stream belongs to an entry of the mixture by quota, exact over every PERIOD positions. The k-th draw of a
+dataset of n samples is sample `shuffled(k mod n)` of epoch `k div n`: each sample once an epoch, in an order of its own each
+time. Entries with the same content draw from one order and so never repeat each other.
 """
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
@@ -13,26 +15,49 @@ import numpy as np
 from numpy.typing import NDArray
 
 PERIOD: Final = 65_536
-"""Positions over which every dataset gets exactly its share; a weight above 0 gets at least one of them."""
+"""Positions over which every entry gets exactly its share; a weight above 0 gets at least one of them."""
+WINDOW_BLOCKS: Final = 64
+"""Blocks whose samples are mixed with one another."""
 _ROUNDS: Final = 6
 _GOLDEN: Final = np.uint64(0x9E3779B97F4A7C15)
 
 
 @dataclass(frozen=True, slots=True)
 class Draws:
-    """Consecutive draws: which dataset, and which of its samples."""
+    """Consecutive draws: which entry of the mixture, and which sample of its dataset."""
 
     datasets: NDArray[np.int32]
     samples: NDArray[np.int64]
 
 
 class Mixture:
-    """Draws from datasets of `sizes` samples, named `names`, in proportion to `weights` (samples, not tokens)."""
+    """Draws from datasets, in proportion to weights in samples.
 
-    def __init__(self, names: list[str], sizes: list[int], weights: list[float], seed: int) -> None:
-        self.sizes, self.seed = sizes, seed
+    Args:
+        contents: what tells the dataset of each entry apart; entries with the same one share an order.
+        sizes: samples of each entry's dataset.
+        weights: of each entry, above 0.
+        seed: of the orders.
+        block: samples that stay together on their way through the shuffle, 1: none.
+        before: draws of each content that were made before position 0.
+    """
+
+    def __init__(
+        self,
+        contents: Sequence[str],
+        sizes: Sequence[int],
+        weights: Sequence[float],
+        seed: int,
+        block: int = 1,
+        before: Mapping[str, int] | None = None,
+    ) -> None:
+        self.sizes, self.seed, self.block = list(sizes), seed, block
+        self.contents = list(dict.fromkeys(contents))
         self.quotas = quotas(weights, PERIOD)
-        self._keys = [key_of(seed, name) for name in names]
+        self._group = np.array([self.contents.index(content) for content in contents])
+        self._group_quotas = np.bincount(self._group, self.quotas).astype(np.int64)
+        self._before = np.array([(before or {}).get(content, 0) for content in self.contents], np.int64)
+        self._keys = [key_of(seed, content) for content in self.contents]
         self._period = lru_cache(maxsize=2)(self._make_period)
 
     def draws(self, start: int, count: int) -> Draws:
@@ -40,29 +65,40 @@ class Mixture:
         period, offset = divmod(start, PERIOD)
         datasets, ordinals = self._period(period)
         datasets, ordinals = datasets[offset : offset + count], ordinals[offset : offset + count]
+        groups = self._group[datasets]
         samples = np.empty(len(datasets), np.int64)
-        for index, (size, key) in enumerate(zip(self.sizes, self._keys, strict=True)):
-            mine = datasets == index
-            samples[mine] = samples_of(ordinals[mine], size, key)
+        for group, key in enumerate(self._keys):
+            mine = groups == group
+            size = self.sizes[int(np.argmax(self._group == group))]
+            samples[mine] = samples_of(ordinals[mine], size, key, self.block)
         return Draws(datasets, samples)
 
     def counts(self, position: int) -> NDArray[np.int64]:
-        """Draws of each dataset before a position."""
+        """Draws of each entry before a position, from position 0 on."""
         period, offset = divmod(position, PERIOD)
         begun = np.bincount(self._period(period)[0][:offset], minlength=len(self.sizes)) if offset else 0
         return np.asarray(self.quotas * period + begun, np.int64)
 
+    def counters(self, position: int) -> dict[str, int]:
+        """Draws of each content before a position, those before position 0 included."""
+        totals = self._before + np.bincount(self._group, self.counts(position)).astype(np.int64)
+        return {content: int(total) for content, total in zip(self.contents, totals, strict=True)}
+
     def _make_period(self, period: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """Dataset of each position, and which draw of that dataset it is; a dataset's draws are evenly spread."""
+        """Entry of each position, and which draw of its content it is; an entry's draws are evenly spread."""
         datasets = np.repeat(np.arange(len(self.sizes), dtype=np.int32), self.quotas)
         within = np.concatenate([np.arange(quota) for quota in self.quotas])
         jitter = mix(np.arange(PERIOD, dtype=np.uint64), key_of(self.seed, f"period {period}")) >> np.uint64(12)
         place = (within + jitter / 2.0**52) / self.quotas[datasets]
-        order = np.argsort(place, kind="stable")
-        return datasets[order], (within + period * self.quotas[datasets])[order]
+        datasets = datasets[np.argsort(place, kind="stable")]
+        ordinals = np.empty(PERIOD, np.int64)
+        groups = self._group[datasets]
+        for group, quota in enumerate(self._group_quotas):
+            ordinals[groups == group] = np.arange(quota) + period * quota + self._before[group]
+        return datasets, ordinals
 
 
-def quotas(weights: list[float], total: int) -> NDArray[np.int64]:
+def quotas(weights: Sequence[float], total: int) -> NDArray[np.int64]:
     """Whole numbers in proportion to the weights that add up to `total`: largest remainder, ties to the first.
 
     A weight above 0 gets at least 1, taken from the largest.
@@ -77,11 +113,36 @@ def quotas(weights: list[float], total: int) -> NDArray[np.int64]:
     return found
 
 
-def samples_of(ordinals: NDArray[np.int64], size: int, key: np.uint64) -> NDArray[np.int64]:
+def samples_of(ordinals: NDArray[np.int64], size: int, key: np.uint64, block: int = 1) -> NDArray[np.int64]:
     """Sample indices of the k-th draws of a dataset of `size` samples."""
     epochs, places = np.divmod(ordinals, size)
     keys = mix(epochs.astype(np.uint64), key)
-    return permutation(places, size, keys)
+    if block <= 1:
+        return permutation(places, size, keys)
+    return blockwise(places, size, keys, block)
+
+
+def blockwise(places: NDArray[np.int64], size: int, keys: NDArray[np.uint64], block: int) -> NDArray[np.int64]:
+    """Where each place lies in a permutation of 0..size-1 that keeps `block` neighbours near each other.
+
+    Blocks of neighbours are permuted, then the samples of WINDOW_BLOCKS consecutive blocks, so a reader meets each block
+    within one window of places. Where the first block begins differs from key to key, and with it what is left at the end.
+    """
+    window = block * WINDOW_BLOCKS
+    numbers, offsets = np.divmod(places, window)
+    window_keys = mix(numbers.astype(np.uint64), keys)
+    mixed = np.empty(len(places), np.int64)
+    for length in {min(window, size), size % window} - {0}:
+        mine = np.minimum(window, size - numbers * window) == length
+        mixed[mine] = permutation(offsets[mine], length, window_keys[mine])
+    places = numbers * window + mixed
+    blocks = size // block
+    whole = places < blocks * block
+    if blocks > 1:
+        moved, within = np.divmod(places[whole], block)
+        places[whole] = permutation(moved, blocks, keys[whole]) * block + within
+    shift = (mix(keys, np.uint64(1)) % np.uint64(size)).astype(np.int64)
+    return (places + shift) % size
 
 
 def permutation(places: NDArray[np.int64], size: int, keys: NDArray[np.uint64]) -> NDArray[np.int64]:

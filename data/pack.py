@@ -1,14 +1,18 @@
 """PackedBatch, what the model gets: samples end to end in packs of one length, with labels, weights and boundaries."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import groupby
 from typing import Any, Final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
-from visionloom.data.decode import IMAGE_ROW, VIDEO_ROW, decode_patches, widen
+from visionloom.data.balance import deal_units
+from visionloom.data.decode import Unit, decode_patches, row_width, widen
 from visionloom.data.encode import EncodedSample, encode, encode_all, extend, prompt_of
 
 __all__ = [
@@ -30,6 +34,8 @@ EXPONENTS: Final = {"token": 0.0, "sqrt": 0.5, "sample": 1.0}
 `sqrt` is named by the Qwen3-VL report (arXiv 2511.21631), the formula is InternVL2.5's square averaging.
 """
 IGNORED: Final = -100
+Decode = Callable[[int, Sequence[Unit], NDArray[np.uint8]], bool]
+"""Fills the rows of some pictures of a sample, given by its number in the batch; False: they cannot be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +55,13 @@ class PackedBatch:
     max_seqlen: int
     """Tokens of the longest segment."""
     patches: Tensor
-    """uint8 [N, 768] of images as (channel, row, column), or, with any video, [N, 1536] as (channel, frame, row, column)."""
+    """uint8 [N, 768] of images as (channel, row, column), or, with any video, [N, 1536] as (channel, frame, row, column):
+    of the units that this rank encodes, in order."""
     grid_thw: Tensor
-    """int32 [n, 3]: patches in time, height and width of each picture and video, in token order."""
+    """int32 [n, 3]: patches in time, height and width of each unit, in token order. A unit is a picture or a video; among
+    several encoder ranks a video may be cut into several units, runs of its temporal patches."""
+    encoder_ranks: Tensor
+    """int32 [n]: which of the encoder ranks encodes each unit."""
     visual_rows: Tensor
     """int64 [M]: tokens that receive the merged features, in feature order."""
     padding_mask: Tensor
@@ -65,6 +75,23 @@ class PackedBatch:
     """Tokens with a loss."""
     real_tokens: int
     """Tokens that are not padding."""
+    unreadable: Tensor
+    """bool [S]: segments whose pictures this rank could not read; here they have no loss, see `without`."""
+
+    @property
+    def patch_count(self) -> int:
+        """Patches of all units, of every encoder rank."""
+        return int(self.grid_thw.prod(1).sum())
+
+    def without(self, segments: Tensor) -> "PackedBatch":
+        """A copy in which these segments, bool [S], have no loss.
+
+        Encoder ranks that share a batch see only their own pictures: each must leave out what any of them found unreadable.
+        """
+        silent = torch.repeat_interleave(segments, self.cu_seqlens.diff())
+        labels = self.labels.masked_fill(silent, IGNORED)
+        weights = self.loss_weights.masked_fill(silent, 0.0)
+        return replace(self, labels=labels, loss_weights=weights, supervised_tokens=int((labels != IGNORED).sum()))
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         """A copy on a device, without waiting for it."""
@@ -74,20 +101,30 @@ class PackedBatch:
 
 
 def pack(
-    packs: Sequence[Sequence[EncodedSample]], sequence_length: int, loss: str, source_names: Sequence[str], pad_id: int
+    packs: Sequence[Sequence[EncodedSample]],
+    sequence_length: int,
+    loss: str,
+    source_names: Sequence[str],
+    pad_id: int,
+    decode: Decode | None = None,
+    encoder_rank: int = 0,
+    encoder_ranks: int = 1,
 ) -> PackedBatch:
     """Lay samples, with their patches, end to end: each inner list in one pack of `sequence_length` tokens.
 
-    An empty list makes a pack of nothing but padding. Samples must fit; their `source` must be among `source_names`.
+    An empty list makes a pack of nothing but padding. Samples must fit; their `source` must be among `source_names`. The
+    pictures are dealt to `encoder_ranks` ranks and those of `encoder_rank` are filled in by `decode`, or taken from the
+    samples' own patches; a sample whose pictures cannot be read keeps its place without a loss.
     """
+    everything = [sample for samples in packs for sample in samples]
+    share = _decode_share(everything, decode or _copied(everything), encoder_rank, encoder_ranks)
     text = _TextBuffers(sequence_length * len(packs), pad_id)
-    names = list(source_names)
+    names, numbers = list(source_names), iter(range(len(everything)))
     for number, samples in enumerate(packs):
         text.cursor = number * sequence_length
         for sample in samples:
-            text.append(sample, EXPONENTS[loss], names.index(sample.source))
+            text.append(sample, EXPONENTS[loss], names.index(sample.source), bool(share.unreadable[next(numbers)]))
         text.close((number + 1) * sequence_length)
-    everything = [sample for samples in packs for sample in samples]
     borders = np.array(text.borders, np.int32)
     return PackedBatch(
         input_ids=torch.from_numpy(text.input_ids),
@@ -96,8 +133,9 @@ def pack(
         position_ids=torch.from_numpy(text.position_ids),
         cu_seqlens=torch.from_numpy(borders),
         max_seqlen=int(np.diff(borders).max()),
-        patches=_patches(everything),
-        grid_thw=torch.from_numpy(np.concatenate([np.empty((0, 3), np.int32), *(sample.grids for sample in everything)])),
+        patches=share.patches,
+        grid_thw=torch.from_numpy(share.units),
+        encoder_ranks=torch.from_numpy(share.owners),
         visual_rows=torch.from_numpy(np.concatenate([np.empty(0, np.int64), *text.visual_rows])),
         padding_mask=torch.from_numpy(text.padding_mask),
         segment_sources=torch.tensor(text.sources, dtype=torch.int32),
@@ -105,6 +143,7 @@ def pack(
         sample_ids=tuple(sample.sample_id for sample in everything),
         supervised_tokens=int(np.count_nonzero(text.labels != IGNORED)),
         real_tokens=int(np.count_nonzero(~text.padding_mask)),
+        unreadable=torch.tensor(text.unreadable, dtype=torch.bool),
     )
 
 
@@ -129,20 +168,21 @@ class _TextBuffers:
         self.position_ids = np.zeros((3, length), np.int32)
         self.padding_mask = np.ones(length, bool)
         self.visual_rows: list[np.ndarray[tuple[int], np.dtype[np.int64]]] = []
-        self.borders, self.sources = [0], list[int]()
+        self.borders, self.sources, self.unreadable = [0], list[int](), list[bool]()
         self.cursor = 0
 
-    def append(self, sample: EncodedSample, alpha: float, source: int) -> None:
+    def append(self, sample: EncodedSample, alpha: float, source: int, unreadable: bool) -> None:
         here = slice(self.cursor, self.cursor + len(sample.input_ids))
         predicting = slice(here.start, here.stop - 1)
-        weights = sample.target_weights[1:]
+        weights = np.zeros_like(sample.target_weights[1:]) if unreadable else sample.target_weights[1:]
         self.input_ids[here] = sample.input_ids
         self.labels[predicting] = np.where(weights > 0, sample.input_ids[1:], IGNORED)
-        self.loss_weights[predicting] = weights * max(1, sample.supervised_tokens) ** -alpha
+        whole = sample.supervised_tokens if sample.loss_tokens is None else sample.loss_tokens
+        self.loss_weights[predicting] = weights * max(1, whole) ** -alpha
         self.position_ids[:, here] = sample.position_ids
         self.padding_mask[here] = False
         self.visual_rows.append(sample.visual_positions + here.start)
-        self._end_segment(here.stop, source)
+        self._end_segment(here.stop, source, unreadable)
 
     def close(self, end: int) -> None:
         """What is left of a pack becomes a segment of padding."""
@@ -150,14 +190,62 @@ class _TextBuffers:
         if self.cursor < end:
             self._end_segment(end, -1)
 
-    def _end_segment(self, end: int, source: int) -> None:
+    def _end_segment(self, end: int, source: int, unreadable: bool = False) -> None:
         self.borders.append(end)
         self.sources.append(source)
+        self.unreadable.append(unreadable)
         self.cursor = end
 
 
-def _patches(samples: list[EncodedSample]) -> Tensor:
-    found = [sample.patches for sample in samples if sample.patches is not None and len(sample.patches)]
-    width = max((rows.shape[1] for rows in found), default=IMAGE_ROW)
-    assert width in (IMAGE_ROW, VIDEO_ROW)
-    return torch.from_numpy(np.concatenate([np.empty((0, width), np.uint8), *(widen(rows, width) for rows in found)]))
+@dataclass(frozen=True, slots=True)
+class _Share:
+    """The units of a batch, and the patches of those that one encoder rank decodes."""
+
+    units: NDArray[np.int32]
+    owners: NDArray[np.int32]
+    patches: Tensor
+    unreadable: NDArray[np.bool_]
+    """[samples]"""
+
+
+def _decode_share(samples: list[EncodedSample], decode: Decode, rank: int, ranks: int) -> _Share:
+    """Deal the pictures, and let this rank's be written straight into the one buffer that the batch holds."""
+    counts = np.array([len(sample.grids) for sample in samples], np.int64)
+    grids = np.concatenate([np.empty((0, 3), np.int32), *(sample.grids for sample in samples)])
+    units, media, first, owners = deal_units(grids, ranks)
+    sample_of, before = np.repeat(np.arange(len(samples)), counts), np.cumsum(counts) - counts
+    mine = np.flatnonzero(owners == rank)
+    everything = [one for sample in samples for one in sample.media]
+    sizes = units.prod(1, dtype=np.int64)
+    patches = _buffer(int(sizes[mine].sum()), row_width([everything[media[unit]] for unit in mine]))
+    unreadable, start, rows = np.zeros(len(samples), bool), 0, patches.numpy()
+    for number, group in groupby(mine.tolist(), key=lambda unit: int(sample_of[media[unit]])):
+        found = list(group)
+        wanted = [(int(media[unit] - before[number]), int(first[unit]), int(units[unit, 0])) for unit in found]
+        here = rows[start : start + int(sizes[found].sum())]
+        start += len(here)
+        if not decode(number, wanted, here):
+            here[:] = 0
+            unreadable[number] = True
+    return _Share(units, owners, patches, unreadable)
+
+
+def _buffer(rows: int, width: int) -> Tensor:
+    """An uninitialised uint8 tensor [rows, width]; in a loader's worker in the memory that it shares with its parent."""
+    patches = torch.from_numpy(np.empty((rows, width), np.uint8))
+    return patches.share_memory_() if rows and get_worker_info() is not None else patches
+
+
+def _copied(samples: list[EncodedSample]) -> Decode:
+    """Takes the patches from samples that have them already."""
+
+    def copy(number: int, units: Sequence[Unit], out: NDArray[np.uint8]) -> bool:
+        sample = samples[number]
+        assert sample.patches is not None, "without decode, samples bring their patches"
+        frames = sample.grids[:, 1].astype(np.int64) * sample.grids[:, 2]
+        starts = np.cumsum(sample.grids[:, 0] * frames) - sample.grids[:, 0] * frames
+        runs = [(starts[media] + first * frames[media], count * frames[media]) for media, first, count in units]
+        np.concatenate([widen(sample.patches[start : start + size], out.shape[1]) for start, size in runs], out=out)
+        return True
+
+    return copy

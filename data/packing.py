@@ -8,18 +8,39 @@ _LOOKS: Final = 256
 _SHIFT: Final = 32
 
 
-def pack_samples(tokens: list[int], patches: list[int], token_budget: int, patch_budget: int, window: int) -> list[list[int]]:
+def pack_samples(
+    tokens: list[int],
+    patches: list[int],
+    token_budget: int,
+    patch_budget: int,
+    window: int,
+    multiple: int = 1,
+    most: int = 0,
+) -> list[list[int]]:
     """Put samples into packs; every pack fits both budgets, every sample is in exactly one.
 
     `window` samples wait at a time. The oldest opens a pack, so none waits for more than `window` packs. The oldest are
     added while there is room for any two, then the largest that fits until none does, and one is traded for a waiting one
     that leaves less room. What did not fit stays, and the window is filled up in order. Each sample alone must fit.
-    Returns the samples' numbers, pack by pack.
+
+    Args:
+        tokens: of each sample.
+        patches: of each sample.
+        token_budget: tokens of a pack.
+        patch_budget: patches of a pack.
+        window: samples that wait.
+        multiple: each sample takes up its tokens rounded up to this multiple.
+        most: samples of a pack; 0: any number.
+
+    Returns:
+        the samples' numbers, pack by pack.
     """
+    if multiple > 1:
+        tokens = [-(-size // multiple) * multiple for size in tokens]
     pool = _Pool(tokens, patches, window)
     packs = []
     while pool.refill():
-        packs.append(pool.take_pack(token_budget, patch_budget))
+        packs.append(pool.take_pack(token_budget, patch_budget, most or len(tokens)))
     return packs
 
 
@@ -40,11 +61,11 @@ class _Pool:
         self.entered += room
         return bool(self.waiting)
 
-    def take_pack(self, tokens: int, patches: int) -> list[int]:
+    def take_pack(self, tokens: int, patches: int, most: int) -> list[int]:
         pack = [self._pop(self._place_of_oldest())]
         tokens -= self.tokens[pack[0]]
         patches -= self.patches[pack[0]]
-        while (place := self._next(tokens, patches)) >= 0:
+        while len(pack) < most and (place := self._next(tokens, patches)) >= 0:
             number = self._pop(place)
             tokens -= self.tokens[number]
             patches -= self.patches[number]

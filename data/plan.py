@@ -1,8 +1,8 @@
-"""The plan of a phase: which samples share a pack, which packs make a step, which rank and micro-batch gets which pack.
+"""The plan of a phase: which samples share a pack, and which packs make a step.
 
 A pure function of settings and length tables, in numpy. The stream of draws is cut into segments that are packed on their
-own, so any step can be planned from the number of packs before its segment. Data parallelism only deals the packs of a
-step out; it never changes them.
+own, so any step can be planned from the number of packs before its segment. What a step contains does not depend on ranks,
+workers or layout; `balance.deal` only deals its packs out.
 """
 
 import dataclasses
@@ -11,36 +11,50 @@ import json
 import threading
 from bisect import bisect_right
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from visionloom.data.lengths import Lengths
+from visionloom.data.balance import CostModel, Pack
 from visionloom.data.mixture import PERIOD, Mixture, key_of, mix
 from visionloom.data.packing import pack_samples
-from visionloom.parallel.errors import UserError
+from visionloom.data.segments import Segment, SegmentStore
+from visionloom.data.state import STATE_VERSION, Origin
+from visionloom.data.views import Rows, Views
 
-PLAN_VERSION: Final = 1
+PLAN_VERSION: Final = 2
 _PACKS_PER_SEGMENT: Final = 512
 """Packs aimed at in a segment: its last, partly filled pack then costs 0.1 % of fill, and planning takes about 30 ms."""
 _SMALLEST_SEGMENT: Final = 256
 _SMALLEST_WINDOW: Final = 64
-_KEPT_SEGMENTS: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A dataset as the plan sees it."""
+    """An entry of the mixture as the plan sees it."""
 
     name: str
     weight: float
-    kept: NDArray[np.int64]
-    """Samples that fit a pack; only these are drawn."""
-    lengths: Lengths
-    """Table over all samples."""
-    identity: str
-    """Hash of what the table depends on: content, tokenizer, template, pixel and frame limits."""
+    views: Views
+    content: str
+    """Hash of the dataset's samples; entries with the same one draw from one order."""
+    over_length: str = "error"
+
+    @property
+    def size(self) -> int:
+        """Samples of the dataset, those without a view included."""
+        return len(self.views.lengths)
+
+    def per_draw(self, field: str) -> float:
+        """Mean tokens or patches that a draw brings."""
+        return self.views.total(field) / self.size
+
+    @property
+    def usable(self) -> float:
+        """Share of the samples that have a view."""
+        return 1 - self.views.dropped / self.size
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,117 +63,115 @@ class Settings:
 
     seed: int
     phase: str
+    """Phases of different names have orders of their own; empty where a run's phases continue one order."""
     sequence_length: int
     global_batch: int
     patch_budget: int
     """Patches of one pack."""
     window: int
-
-
-@dataclass(frozen=True, slots=True)
-class CostModel:
-    """Time of a pack, in units of one text token's linear layers; it balances ranks and never changes a step's content.
-
-    The squares are attention's: 2lh FLOPs against 24h^2 in a causal layer (h = 2048), 4ph against 24h^2 in a vision
-    layer (h = 1152).
-    """
-
-    patch: float = 0.1
-
-    def of(self, rows: Lengths) -> NDArray[np.float64]:
-        """Cost of each sample of a table."""
-        tokens = rows["tokens"].astype(np.float64)
-        language = tokens + tokens**2 / (12 * 2048)
-        vision: NDArray[np.float64] = rows["patches"] + rows["patch_squares"] / (6 * 1152)
-        return language + self.patch * vision
-
-
-@dataclass(frozen=True, slots=True)
-class Pack:
-    """Samples that share a pack: dataset numbers and sample indices, and the pack's cost."""
-
-    sources: tuple[int, ...]
-    samples: tuple[int, ...]
-    cost: float
-
-    @property
-    def places(self) -> list[tuple[int, int]]:
-        """(dataset number, sample index) of each sample."""
-        return list(zip(self.sources, self.samples, strict=True))
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """The packs of one segment in stream order, and the dataset of each of their samples."""
-
-    first_pack: int
-    packs: list[Pack]
+    multiple: int = 1
+    """Tokens that a sample takes up are rounded up to this multiple."""
+    most: int = 0
+    """Samples of one pack; 0: any number."""
+    block: int = 1
+    """Samples that stay together through the shuffle."""
+    weights_in: str = "samples"
+    tokenizer: str = ""
+    """Hash of the tokenizer."""
+    media: str = ""
+    """Hash of the pixel and frame rules and of the chat template."""
 
 
 class Plan:
-    """Plans steps on demand. Safe in threads; a few segments are kept."""
+    """Plans steps on demand. Safe in threads; the next segment is made while one is used."""
 
-    def __init__(self, sources: list[Source], settings: Settings, cost: CostModel | None = None) -> None:
-        self.sources, self.settings, self.cost = sources, settings, cost or CostModel()
-        self.draws_per_segment = _draws_per_segment(sources, settings)
+    def __init__(
+        self,
+        sources: list[Source],
+        settings: Settings,
+        cost: CostModel | None = None,
+        origin: Origin | None = None,
+        cache: Path | None = None,
+    ) -> None:
+        """`cache`: a folder for segments, shared by the processes of a machine."""
+        self.sources, self.settings, self.origin = sources, settings, origin or Origin()
+        self.cost = cost or CostModel()
+        weights = _draw_weights(sources, settings.weights_in)
+        self.draws_per_segment = _draws_per_segment(sources, weights, settings)
+        usable = sum(round(source.size * source.usable) for source in sources)
         # of a small dataset no more than a quarter of an epoch waits, or epochs would run into each other
-        self.window = min(settings.window, max(_SMALLEST_WINDOW, sum(len(source.kept) for source in sources) // 4))
+        self.window = min(settings.window, max(_SMALLEST_WINDOW, usable // 4))
+        self._epoch = usable
         self._seed = int(key_of(settings.seed, f"phase {settings.phase}"))
-        names, sizes = [source.name for source in sources], [len(source.kept) for source in sources]
-        self.mixture = Mixture(names, sizes, [source.weight for source in sources], self._seed)
+        contents, sizes = [source.content for source in sources], [source.size for source in sources]
+        self.mixture = Mixture(contents, sizes, weights, self._seed, settings.block, self.origin.draws)
         self._first_packs = {0: 0}
-        self._segments: dict[int, Segment] = {}
+        self._segments = SegmentStore(self._make_segment, cache / "plan" / self.hash if cache else None)
         self._lock = threading.Lock()
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Everything the plan depends on, by the name of its option."""
+        """Everything the plan depends on, apart from its origin, by the name of its option."""
+        datasets = {source.name: [source.content, source.weight, source.over_length] for source in self.sources}
         settings = dataclasses.asdict(self.settings)
-        datasets = {
-            source.name: {"weight": source.weight, "content": source.identity, "samples": len(source.kept)}
-            for source in self.sources
-        }
         return {"version": PLAN_VERSION, **settings, "draws_per_segment": self.draws_per_segment, "datasets": datasets}
 
     @property
     def hash(self) -> str:
         """32 hexadecimal digits over everything that decides what a step contains."""
-        return hashlib.sha256(json.dumps(self.facts).encode()).hexdigest()[:32]
+        facts = [self.facts, self.origin.step, sorted(self.origin.draws.items())]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
     def step(self, step: int) -> list[Pack]:
         """The packs of an optimizer step, counted from 0 in the phase: `global_batch` of them."""
-        first = step * self.settings.global_batch
+        first = self._first_pack_of(step)
         packs: list[Pack] = []
         with self._lock:
             number = self._segment_of(first)
             while len(packs) < self.settings.global_batch:
                 segment = self._segment(number)
-                start = first + len(packs) - segment.first_pack
-                packs += segment.packs[start : start + self.settings.global_batch - len(packs)]
+                start = first + len(packs) - self._first_packs[number]
+                stop = min(len(segment), start + self.settings.global_batch - len(packs))
+                costs = self.cost.of(segment.work[start:stop]).tolist()
+                packs += [Pack(segment.places(start + at), cost) for at, cost in enumerate(costs)]
                 number += 1
+            self._segments.ahead(number)
         return packs
 
-    def cursor(self, step: int) -> dict[str, int]:
-        """Segment in which a step begins, and the number of packs before that segment."""
+    def state(self, step: int) -> dict[str, Any]:
+        """Where the stream stands before a step: JSON, the same on every rank, whatever the layout; see state.py."""
+        first = self._first_pack_of(step)
         with self._lock:
-            number = self._segment_of(step * self.settings.global_batch)
-            return {"segment": number, "first_pack": self._first_packs[number]}
+            number = self._segment_of(first)
+            before = self._first_packs[number]
+            segment = self._segment(number)
+        names = {source.content: source.name for source in reversed(self.sources)}
+        return {
+            "version": STATE_VERSION,
+            "plan_hash": self.hash,
+            "step": step,
+            "segment": number,
+            "first_pack": before,
+            "draws": {names[content]: n for content, n in self._counters(number, segment, first - before).items()},
+            "origin": {"step": self.origin.step, "draws": dict(self.origin.draws)},
+            "plan": self.facts,
+        }
+
+    def _counters(self, number: int, segment: Segment, packs: int) -> dict[str, int]:
+        """Draws of each content up to the last one that the first packs of a segment hold."""
+        here = slice(0, segment.borders[packs])
+        start = number * self.draws_per_segment
+        counters = self.mixture.counters(start)
+        contents = np.array([source.content for source in self.sources])[segment.sources[here]]
+        for content in set(contents.tolist()):
+            last = int(segment.draws[here][contents == content].max())
+            counters[content] = self.mixture.counters(start + last + 1)[content]
+        return counters
 
     def jump(self, segment: int, first_pack: int) -> None:
         """Take from a checkpoint how many packs lie before a segment, so that those before it need not be planned."""
         with self._lock:
             self._first_packs[segment] = first_pack
-
-    def draws_before(self, step: int) -> dict[str, int]:
-        """Samples of each dataset in the steps before this one."""
-        cursor = self.cursor(step)
-        counts = self.mixture.counts(cursor["segment"] * self.draws_per_segment)
-        consumed = step * self.settings.global_batch - cursor["first_pack"]
-        with self._lock:
-            packs = self._segment(cursor["segment"]).packs[:consumed]
-        for pack in packs:
-            counts += np.bincount(pack.sources, minlength=len(self.sources))
-        return {source.name: int(count) for source, count in zip(self.sources, counts, strict=True)}
 
     @property
     def known_starts(self) -> dict[int, int]:
@@ -167,86 +179,95 @@ class Plan:
         with self._lock:
             return dict(self._first_packs)
 
+    def segment(self, number: int) -> Segment:
+        """A segment by its number."""
+        with self._lock:
+            return self._segments.get(number)
+
+    def _first_pack_of(self, step: int) -> int:
+        if step < self.origin.step:
+            raise ValueError(f"step {step} lies before this plan, which begins at step {self.origin.step}")
+        return (step - self.origin.step) * self.settings.global_batch
+
     def _segment_of(self, pack: int) -> int:
         known = sorted(self._first_packs.items())
         number = known[bisect_right([first for _, first in known], pack) - 1][0]
-        while (segment := self._segment(number)).first_pack + len(segment.packs) <= pack:
+        while self._first_packs[number] + len(self._segment(number)) <= pack:
             number += 1
         return number
 
     def _segment(self, number: int) -> Segment:
         """A segment whose number of packs before it is known."""
-        if number not in self._segments:
-            segment = self._segments[number] = Segment(self._first_packs[number], self._make_packs(number))
-            self._first_packs[number + 1] = segment.first_pack + len(segment.packs)
-            for oldest in list(self._segments)[:-_KEPT_SEGMENTS]:
-                del self._segments[oldest]
-        return self._segments[number]
+        segment = self._segments.get(number)
+        self._first_packs[number + 1] = self._first_packs[number] + len(segment)
+        return segment
 
-    def _make_packs(self, number: int) -> list[Pack]:
-        draws = self.mixture.draws(number * self.draws_per_segment, self.draws_per_segment)
-        rows, samples = self._rows(draws.datasets, draws.samples)
+    def _make_segment(self, number: int) -> Segment:
+        rows, sources, draws = self._rows(number)
         settings = self.settings
         packed = pack_samples(
-            rows["tokens"].tolist(), rows["patches"].tolist(), settings.sequence_length, settings.patch_budget, self.window
+            rows["tokens"].tolist(),
+            rows["patches"].tolist(),
+            settings.sequence_length,
+            settings.patch_budget,
+            self.window,
+            settings.multiple,
+            settings.most,
         )
-        order = self._order(number, len(packed))
-        costs = self.cost.of(rows)
-        return [
-            Pack(tuple(draws.datasets[p].tolist()), tuple(samples[p].tolist()), float(costs[p].sum()))
-            for p in (packed[place] for place in order)
-        ]
+        packs = [packed[place] for place in self._order(number, len(packed)).tolist()]
+        borders = np.cumsum([0, *map(len, packs)])
+        order = np.array([sample for pack in packs for sample in pack], np.int64)
+        rows = rows[order]
+        return Segment(
+            borders.astype(np.int32),
+            sources[order].astype(np.int16),
+            rows["sample"],
+            rows["part"],
+            draws[order].astype(np.uint32),
+            rows["tokens"],
+            rows["patches"],
+            work_of(rows, borders),
+        )
+
+    def _rows(self, number: int) -> tuple[Rows, NDArray[np.int32], NDArray[np.int64]]:
+        """The views of a segment's draws in order, the entry of each, and the number of its draw."""
+        drawn = self.mixture.draws(number * self.draws_per_segment, self.draws_per_segment)
+        rows, draws, entries = [], [], []
+        for entry, source in enumerate(self.sources):
+            mine = np.flatnonzero(drawn.datasets == entry)
+            found, numbers = source.views.of(drawn.samples[mine])
+            rows.append(found)
+            draws.append(mine[numbers])
+            entries.append(np.full(len(found), entry, np.int32))
+        numbers = np.concatenate(draws)
+        order = np.argsort(numbers, kind="stable")
+        return np.concatenate(rows)[order], np.concatenate(entries)[order], numbers[order]
 
     def _order(self, number: int, packs: int) -> NDArray[np.intp]:
         """A seeded order of a segment's packs, or of each epoch in it: the largest samples would come first otherwise."""
-        epoch = sum(len(source.kept) for source in self.sources)
-        stretch = max(2, max(2 * self.window, epoch) * packs // self.draws_per_segment)
+        stretch = max(2, max(2 * self.window, self._epoch) * packs // self.draws_per_segment)
         shuffled = mix(np.arange(packs, dtype=np.uint64), key_of(self._seed, f"order {number}"))
         return np.lexsort((shuffled, np.arange(packs) // stretch))
 
-    def _rows(self, datasets: NDArray[np.int32], ordinals: NDArray[np.int64]) -> tuple[Lengths, NDArray[np.int64]]:
-        rows = np.empty(len(datasets), self.sources[0].lengths.dtype)
-        samples = np.empty(len(datasets), np.int64)
-        for index, source in enumerate(self.sources):
-            mine = datasets == index
-            samples[mine] = source.kept[ordinals[mine]]
-            rows[mine] = source.lengths[samples[mine]]
-        return rows, samples
+
+def work_of(rows: Rows, borders: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Segment.work [p, 4] of the packs between borders [p + 1] of rows of dtype VIEW."""
+    tokens = rows["tokens"].astype(np.int64)
+    each = np.stack([tokens, tokens**2, rows["patches"].astype(np.int64), rows["patch_squares"]], axis=1)
+    return np.add.reduceat(each, borders[:-1], axis=0) if len(each) else np.zeros((0, 4), np.int64)
 
 
-def _draws_per_segment(sources: list[Source], settings: Settings) -> int:
+def _draw_weights(sources: list[Source], weights_in: str) -> list[float]:
+    """How often each entry is drawn: draws without a view do not count, and tokens are turned into draws by their mean."""
+    if weights_in == "tokens":
+        return [source.weight / source.per_draw("tokens") for source in sources]
+    return [source.weight / source.usable for source in sources]
+
+
+def _draws_per_segment(sources: list[Source], weights: list[float], settings: Settings) -> int:
     """A power of two up to the mixture's period that makes about _PACKS_PER_SEGMENT packs."""
-    weights = np.array([source.weight for source in sources])
-    means = [[source.lengths[name][source.kept].mean() for source in sources] for name in ("tokens", "patches")]
-    tokens, patches = (float(np.dot(weights, mean) / weights.sum()) for mean in means)
+    means = [[source.per_draw(name) for source in sources] for name in ("tokens", "patches")]
+    tokens, patches = (float(np.dot(weights, mean) / np.sum(weights)) for mean in means)
     packs_per_draw = max(tokens / settings.sequence_length, patches / settings.patch_budget)
     draws = int(_PACKS_PER_SEGMENT / packs_per_draw)
     return min(PERIOD, max(_SMALLEST_SEGMENT, 1 << (draws - 1).bit_length()))
-
-
-def deal(packs: list[Pack], dp_size: int, micro_batch: int) -> list[list[list[Pack]]]:
-    """Deal the packs of a step to data-parallel ranks and micro-batches, balanced by cost: [rank][micro-batch][pack].
-
-    Costliest first to the lightest rank that has room (longest processing time first), then the same inside each rank;
-    micro-batches come costliest first, so that the k-th ones of all ranks are alike. Raises UserError if the packs
-    cannot be dealt evenly.
-    """
-    if len(packs) % (dp_size * micro_batch):
-        raise UserError(
-            f"global_batch={len(packs)} packs cannot be dealt to {dp_size} data-parallel ranks x micro_batch {micro_batch}:"
-            f" make it a multiple of {dp_size * micro_batch}"
-        )
-    ranks = _balance(packs, dp_size)
-    return [_balance(mine, len(mine) // micro_batch) for mine in ranks]
-
-
-def _balance(packs: list[Pack], groups: int) -> list[list[Pack]]:
-    """Groups of equal size, costliest group first."""
-    room = len(packs) // groups
-    dealt: list[list[Pack]] = [[] for _ in range(groups)]
-    loads = [0.0] * groups
-    for pack in sorted(packs, key=lambda pack: -pack.cost):
-        lightest = min((g for g in range(groups) if len(dealt[g]) < room), key=lambda g: loads[g])
-        dealt[lightest].append(pack)
-        loads[lightest] += pack.cost
-    return [dealt[g] for g in sorted(range(groups), key=lambda g: -loads[g])]

@@ -1,7 +1,8 @@
 """What happens to samples that cannot be read at training time: masked, written down, and counted."""
 
+import fcntl
 import json
-import os
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -12,52 +13,70 @@ from visionloom.data.decode import IMAGE_ROW, VIDEO_ROW
 from visionloom.data.encode import EncodedSample
 from visionloom.data.sample import SampleError, Video
 
-MAX_SHARE: Final = 0.02
-"""Share of unreadable samples above which the data, and not a sample, is at fault."""
-MIN_SAMPLES: Final = 500
-"""The share is taken of at least this many samples, so that ten early ones stop nothing."""
+MIN_SAMPLES: Final = 10_000
+"""The share is taken of at least this many samples: with the default of 1e-3, ten early ones stop nothing."""
 
 
 @dataclass(slots=True)
 class Quarantine:
-    """Writes a JSON line for each unreadable sample of this process, once, and stops the run when they are too many."""
+    """Writes a JSON line for each unreadable sample of a run, once, and stops the run when they are too many.
+
+    Several processes may share the file, and a resumed run goes on with it: what it names already is not written again.
+    """
 
     path: Path | None = None
     """File of JSON lines; None: only counted."""
+    max_bad_fraction: float = 1e-3
+    """Share of unreadable samples above which the data, and not a sample, is at fault."""
     read: int = 0
     unreadable: int = 0
-    _known: set[tuple[str, str]] = field(default_factory=set)
+    _known: set[tuple[str, str, str]] = field(default_factory=set)
+    _seen_bytes: int = 0
+    """How much of the file is in _known."""
 
     def passed(self, samples: int) -> None:
         """Count samples that were tried, readable or not."""
         self.read += samples
 
-    def report(self, dataset: str, place: dict[str, Any], error: SampleError) -> None:
-        """Write down an unreadable sample; `place` says where it lies (shard, key, offset).
+    def report(self, dataset: str, place: dict[str, Any], error: SampleError, step: int | None = None) -> None:
+        """Write down an unreadable sample; `place` says where it lies (shard, key, offset and crc32 of the member).
 
-        Raises RuntimeError when more than MAX_SHARE of the samples, or of MIN_SAMPLES at first, were unreadable.
+        Raises RuntimeError when more than max_bad_fraction of the samples, or of MIN_SAMPLES at first, were unreadable.
         """
         self.unreadable += 1
-        name = (dataset, error.sample_id)
-        if name not in self._known:
-            self._known.add(name)
-            self._write({"dataset": dataset, **place, "sample": error.sample_id, "member": error.where, "error": error.problem})
-        if self.unreadable > MAX_SHARE * max(self.read, MIN_SAMPLES):
+        known = {} if step is None else {"step": step}
+        facts = {"member": error.where, "error": error.problem, "sample": error.sample_id}
+        self._write({**known, "dataset": dataset, **place, **facts})
+        if self.unreadable > self.max_bad_fraction * max(self.read, MIN_SAMPLES):
             raise RuntimeError(
-                f"{self.unreadable} of {self.read} samples could not be read (more than {MAX_SHARE:.0%}), the last in dataset"
-                f" {dataset}: {error}; see {self.path or 'the log'} and check the storage or run python launch/data.py verify"
+                f"{self.unreadable} of {self.read} samples could not be read (more than data.max_bad_fraction ="
+                f" {self.max_bad_fraction:g}), the last in dataset {dataset}: {error}; see {self.path or 'the log'} and check"
+                " the storage or run python launch/data.py verify"
             )
 
     def _write(self, record: dict[str, Any]) -> None:
-        if self.path is None:
+        if self.path is None or _name(record) in self._known:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        line = json.dumps(record, ensure_ascii=False) + "\n"
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            os.write(descriptor, line.encode())  # one write: lines of several processes do not mix
-        finally:
-            os.close(descriptor)
+        with open(self.path, "ab+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # of several processes that meet the same sample, one writes it
+            file.seek(self._seen_bytes)
+            self._known.update(filter(None, map(_name_in, file)))
+            if _name(record) not in self._known:
+                file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
+                self._known.add(_name(record))
+            self._seen_bytes = file.tell()
+
+
+def _name_in(line: bytes) -> tuple[str, str, str] | None:
+    """None for a line that a crash cut short."""
+    with suppress(ValueError, KeyError):
+        return _name(json.loads(line))
+    return None
+
+
+def _name(record: dict[str, Any]) -> tuple[str, str, str]:
+    return str(record["dataset"]), str(record.get("shard")), str(record.get("key"))
 
 
 def masked(sample: EncodedSample) -> EncodedSample:

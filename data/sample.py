@@ -54,12 +54,44 @@ class Image:
 
 @dataclass(frozen=True, slots=True)
 class Video:
-    """A video as extracted frames: member names, the time of each in seconds, and the frames' size in pixels."""
+    """A video: extracted frames with their times, or one file (`ref`) with its number of frames and its rate.
+
+    Which frames are shown, their times and their size follow from these numbers alone; no file is opened for it.
+    """
 
     frames: tuple[str, ...]
+    """Members of the extracted frames, in order; empty for a file."""
     times: tuple[float, ...]
+    """Seconds at which each frame is shown; empty for a file whose frame rate is constant."""
     width: int
     height: int
+    ref: str | None = None
+    """Member of the video file."""
+    file_frames: int = 0
+    """Frames of the file."""
+    fps: float = 0.0
+    """Frames per second of the file; the mean if `times` are given."""
+    duration: float = 0.0
+    """Seconds from the first frame to the end of the last, of the file."""
+    start: float | None = None
+    """Seconds: frames shown earlier are left out."""
+    end: float | None = None
+    """Seconds: frames shown later are left out."""
+    sample_fps: float | None = None
+    """Frames taken per second; like the next two it can only narrow what the run's settings say."""
+    max_frames: int | None = None
+    total_pixels: int | None = None
+    """Most frames x height x width after resizing, in pixels."""
+
+    @property
+    def refs(self) -> tuple[str, ...]:
+        """Its media members."""
+        return self.frames if self.ref is None else (self.ref,)
+
+    @property
+    def frame_count(self) -> int:
+        """Frames that there are, before any is chosen."""
+        return len(self.frames) if self.ref is None else self.file_frames
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +133,16 @@ class Think:
     loss: float | None = None
 
 
-Element = Text | Image | Video | Box | Point | Time | Think
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call of one of the sample's tools, at the end of an assistant's turn; the results follow as messages of role tool."""
+
+    name: str
+    arguments: Mapping[str, Any]
+    loss: float | None = None
+
+
+Element = Text | Image | Video | Box | Point | Time | Think | ToolCall
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +249,7 @@ def to_json(sample: Sample) -> str:
 def _refs_of(element: Element) -> tuple[str, ...]:
     if isinstance(element, Image):
         return (element.ref,)
-    return element.frames if isinstance(element, Video) else ()
+    return element.refs if isinstance(element, Video) else ()
 
 
 def _load(raw: bytes | str | Mapping[str, Any], origin: str) -> Mapping[str, Any]:
@@ -265,6 +306,15 @@ class _Fields:
         value = self.get(name)
         if type(value) is not int or value < low:
             self.fail(name, f"an integer of at least {low} expected, got {value!r}")
+        return value
+
+    def optional_number(self, name: str, low: float = -math.inf) -> float | None:
+        return None if self.values.get(name) is None else self.number(name, low=low)
+
+    def positive(self, name: str) -> float:
+        value = self.number(name, low=0.0)
+        if not value:
+            self.fail(name, "more than 0 expected")
         return value
 
     def optional_integer(self, name: str, low: int) -> int | None:
@@ -328,13 +378,15 @@ def _content(fields: _Fields, role: str | None) -> tuple[Element, ...]:
     )
     if not elements and role is None:
         fields.fail("content", "at least one element expected")
+    if any(isinstance(one, ToolCall) and not isinstance(other, ToolCall) for one, other in pairwise(elements)):
+        fields.fail("content", "tool calls come last in a message")
     return elements
 
 
 def _element(fields: _Fields, role: str | None) -> Element:
     kind = fields.choice("type", tuple(_READERS))
-    if kind == "think" and role != "assistant":
-        fields.fail("type", "think belongs to assistant messages only")
+    if kind in ("think", "tool_call") and role != "assistant":
+        fields.fail("type", f"{kind} belongs to assistant messages only")
     return _READERS[kind](fields)
 
 
@@ -357,17 +409,36 @@ def _image(fields: _Fields) -> Image:
 
 
 def _video(fields: _Fields) -> Video:
+    width, height = fields.integer("w", 1), fields.integer("h", 1)
     if "ref" in fields.values:
-        fields.fail("ref", "video files cannot be read yet: extract the frames and give `frames` and `t`")
+        ref, count = fields.ref("ref", fields.get("ref")), fields.integer("frames", 1)
+        times = () if fields.values.get("t") is None else _times(fields, count)
+        whole: dict[str, Any] = {"ref": ref, "file_frames": count}
+        whole |= {"fps": fields.positive("fps"), "duration": fields.positive("duration")}
+        return Video((), times, width, height, **whole, **_part(fields))
     frames = tuple(fields.ref(f"frames[{i}]", name) for i, name in enumerate(fields.items("frames")))
-    times = fields.numbers("t", low=0.0)
     if not frames:
         fields.fail("frames", "at least one frame expected")
-    if len(times) != len(frames):
-        fields.fail("t", f"one time for each of the {len(frames)} frames expected, got {len(times)}")
+    return Video(frames, _times(fields, len(frames)), width, height, **_part(fields))
+
+
+def _times(fields: _Fields, count: int) -> tuple[float, ...]:
+    times = fields.numbers("t", low=0.0)
+    if len(times) != count:
+        fields.fail("t", f"one time for each of the {count} frames expected, got {len(times)}")
     if any(later < earlier for earlier, later in pairwise(times)):
         fields.fail("t", "times must not decrease")
-    return Video(frames, times, fields.integer("w", 1), fields.integer("h", 1))
+    return times
+
+
+def _part(fields: _Fields) -> dict[str, Any]:
+    """What narrows a video: the part that is shown and its own limits."""
+    start, end = fields.optional_number("start", low=0.0), fields.optional_number("end", low=0.0)
+    if start is not None and end is not None and end <= start:
+        fields.fail("end", f"after start ({start:g} s) expected, got {end:g}")
+    rate = None if fields.values.get("sample_fps") is None else fields.positive("sample_fps")
+    limits = {name: fields.optional_integer(name, 1) for name in ("max_frames", "total_pixels")}
+    return {"start": start, "end": end, "sample_fps": rate, **limits}
 
 
 def _box(fields: _Fields) -> Box:
@@ -387,6 +458,11 @@ def _time(fields: _Fields) -> Time:
     return Time(fields.number("t", low=0.0), format_name, fields.loss())
 
 
+def _tool_call(fields: _Fields) -> ToolCall:
+    arguments = _Fields(fields.sample_id, fields.at("arguments"), fields.get("arguments"))
+    return ToolCall(fields.text("name"), arguments.values, fields.loss())
+
+
 _READERS: Final[dict[str, Callable[[_Fields], Element]]] = {
     "text": _text,
     "image": _image,
@@ -395,6 +471,7 @@ _READERS: Final[dict[str, Callable[[_Fields], Element]]] = {
     "point": _point,
     "time": _time,
     "think": _think,
+    "tool_call": _tool_call,
 }
 
 
@@ -443,13 +520,25 @@ def _element_json(element: Element) -> dict[str, Any]:
             values = {"type": "image", "ref": element.ref, "w": element.width, "h": element.height}
             values |= {"min_pixels": element.min_pixels, "max_pixels": element.max_pixels}
         case Video():
-            values = {"type": "video", "frames": list(element.frames), "t": list(element.times)}
-            values |= {"w": element.width, "h": element.height}
+            values = _video_json(element)
         case Box():
             values = {"type": "box", "image": element.image, "xyxy": list(element.xyxy), "space": element.space}
         case Point():
             values = {"type": "point", "image": element.image, "xy": list(element.xy), "space": element.space}
         case Time():
             values = {"type": "time", "t": element.seconds, "fmt": element.format}
+        case ToolCall():
+            values = {"type": "tool_call", "name": element.name, "arguments": dict(element.arguments)}
     optional = {"label": getattr(element, "label", None), "loss": getattr(element, "loss", None)}
     return {name: value for name, value in (values | optional).items() if value is not None}
+
+
+def _video_json(video: Video) -> dict[str, Any]:
+    times = {"t": list(video.times)} if video.times else {}
+    if video.ref is None:
+        found: dict[str, Any] = {"type": "video", "frames": list(video.frames), **times}
+    else:
+        found = {"type": "video", "ref": video.ref, "frames": video.file_frames, "fps": video.fps, "duration": video.duration}
+        found |= times
+    part = ("start", "end", "sample_fps", "max_frames", "total_pixels")
+    return found | {"w": video.width, "h": video.height} | {name: getattr(video, name) for name in part}

@@ -135,9 +135,13 @@ def _replace_type_names() -> None:
 
 
 def _replace_collectives() -> None:
-    """The alltoall dispatcher turns split sizes into lists only when they lie on a GPU; gloo wants lists."""
+    """The alltoall dispatcher turns split sizes into lists only when they lie on a GPU; gloo wants lists.
+
+    Expert tensor parallelism gathers and reduces parts of unequal length, which NCCL can and gloo cannot.
+    """
     distributed: Any = torch.distributed
     all_to_all_single = distributed.all_to_all_single
+    all_gather, reduce_scatter = distributed.all_gather, distributed.reduce_scatter
 
     @functools.wraps(all_to_all_single)
     def with_lists(
@@ -146,4 +150,32 @@ def _replace_collectives() -> None:
         sizes = [x.tolist() if isinstance(x, torch.Tensor) else x for x in (output_split_sizes, input_split_sizes)]
         return all_to_all_single(output, tensor, *sizes, **kwargs)
 
+    @functools.wraps(all_gather)
+    def gather_unequal(outputs: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, async_op: bool = False) -> Any:
+        if len({part.shape for part in outputs}) == 1:
+            return all_gather(outputs, tensor, group=group, async_op=async_op)
+        for rank, part in enumerate(outputs):
+            if rank == distributed.get_rank(group):
+                part.copy_(tensor)
+            distributed.broadcast(part, group=group, group_src=rank)
+        return None
+
+    @functools.wraps(reduce_scatter)
+    def scatter_unequal(
+        output: torch.Tensor,
+        parts: list[torch.Tensor],
+        op: Any = distributed.ReduceOp.SUM,
+        group: Any = None,
+        async_op: bool = False,
+    ) -> Any:
+        if len({part.shape for part in parts}) == 1:
+            return reduce_scatter(output, parts, op=op, group=group, async_op=async_op)
+        for rank, part in enumerate(parts):
+            summed = part.clone()
+            distributed.reduce(summed, op=op, group=group, group_dst=rank)
+            if rank == distributed.get_rank(group):
+                output.copy_(summed)
+        return None
+
     distributed.all_to_all_single = with_lists
+    distributed.all_gather, distributed.reduce_scatter = gather_unequal, scatter_unequal

@@ -1,5 +1,6 @@
 """The built things of a phase, in order: model, data-parallel wrapper, optimizer, schedule, data stream."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,13 +8,13 @@ from typing import Any
 import torch
 
 from visionloom.data.loader import PackStream
-from visionloom.model.config import ModelConfig
-from visionloom.model.flops import Work, language_flops, vision_flops
+from visionloom.data.state import Origin
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.model.sharding import draw_weights
 from visionloom.model.trainable import set_trainable
 from visionloom.parallel.topology import Topology
 from visionloom.train.config import PhaseConfig, RunConfig
+from visionloom.train.cost import cost_model
 from visionloom.train.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
 
 
@@ -65,8 +66,13 @@ def redraw(chunks: list[Qwen3VL], config: RunConfig, phase: str, topology: Topol
             draw_weights(chunk, config.model, config.run.seed + 1 + index, topology, groups)
 
 
-def build_stream(config: RunConfig, phase: str, folder: Path, topology: Topology) -> PackStream:
-    """The phase's packs as a pure function of seed and step; unreadable samples are listed once in the run's folder."""
+def build_stream(
+    config: RunConfig, phase: str, folder: Path, topology: Topology, before: Mapping[str, Any] | None = None
+) -> PackStream:
+    """The phase's packs as a pure function of seed and step; unreadable samples are listed once in the run's folder.
+
+    `before` is the data state at the end of the phase before, which data.continue_draws goes on from.
+    """
     settings = config.phases[phase]
     return PackStream(
         config.data,
@@ -76,15 +82,10 @@ def build_stream(config: RunConfig, phase: str, folder: Path, topology: Topology
         mixture=settings.mixture,
         loss=settings.loss,
         seed=config.run.seed,
-        visual_cost=patch_cost(config.model),
+        cost=cost_model(config.model, set(settings.trainable)),
         quarantine=folder / "quarantine.jsonl" if topology.is_data_leader else None,
+        origin=Origin.after(before, 0) if before and config.data.continue_draws else None,
     )
-
-
-def patch_cost(model: ModelConfig) -> float:
-    """Forward operations of a patch in the tower's layers, in those of a token in the language model's."""
-    patch = vision_flops(model.vision, Work(0, 0, 0, patches=1, patch_pairs=0))
-    return patch / language_flops(model.text, Work(1, 0, 0, 0, 0))
 
 
 def build_stage(config: RunConfig, name: str, topology: Topology, chunks: list[Qwen3VL], stream: PackStream) -> Stage:

@@ -19,11 +19,20 @@ PRECISIONS = ("auto", "fp32", "bf16")
 ANY_PHASE = "phases.<name>"
 LOSSES = ("sqrt", "token", "sample")
 SCHEDULES = ("cosine", "wsd", "linear", "constant")
+WEIGHTS_IN = ("samples", "tokens")
+ON_CHANGE = ("error", "new_phase")
 LEAST: dict[str, float] = {
     "run.seed": 0,
     "run.threads": 0,
     "data.workers": 0,
     "data.window": 1,
+    "data.pack_multiple": 1,
+    "data.pack_segments": 0,
+    "data.shuffle_block": 1,
+    "data.store.retries": 0,
+    "data.store.hedge_seconds": 0,
+    "data.store.bytes_in_flight": 1,
+    "data.store.cache_bytes": 1,
     "optim.weight_decay": 0,
     "optim.clip_grad": 0,
     "checkpoint.every_steps": 0,
@@ -262,6 +271,8 @@ class RunConfig:
             ("run.device", self.run.device, DEVICES),
             ("run.precision", self.run.precision, PRECISIONS),
             ("optim.name", self.optim.name, ("adamw",)),
+            ("data.weights_in", self.data.weights_in, WEIGHTS_IN),
+            ("data.on_change", self.data.on_change, ON_CHANGE),
         ):
             if value not in known:
                 found.append(unknown(option, value, known))
@@ -289,6 +300,7 @@ class RunConfig:
         found = [
             f"{option}={value} must be at least {LEAST[option]}" for option, value in values.items() if value < LEAST[option]
         ]
+        found += self.data.media.problems()
         if not self.run.name:
             found.append("run.name is empty: give the run a name")
         for option in ("beta1", "beta2"):
@@ -296,6 +308,10 @@ class RunConfig:
                 found.append(f"optim.{option}={getattr(self.optim, option):g} must be at least 0 and below 1")
         if not 0 < self.data.patch_budget < math.inf:
             found.append(f"data.patch_budget={self.data.patch_budget:g} must be above 0")
+        if not 0 < self.data.store.timeout_seconds < math.inf:
+            found.append(f"data.store.timeout_seconds={self.data.store.timeout_seconds:g} must be above 0")
+        if not 0 <= self.data.max_bad_fraction <= 1:
+            found.append(f"data.max_bad_fraction={self.data.max_bad_fraction:g} must be from 0 to 1")
         for name, dataset in self.data.datasets.items():
             if not 0 <= dataset.weight < math.inf:
                 found.append(f"data.datasets.{name}.weight={dataset.weight:g} must be a finite number of at least 0")

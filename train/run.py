@@ -138,13 +138,18 @@ class Run:
         if done >= settings.total_steps:
             return
         self.topology = topologies.change(self.topology, settings.parallel or self.config.parallel, self.config.run.seed)
-        stream = build_stream(self.config, name, self.folder, self.topology)
+        before = self.latest.progress.data if self.latest is not None and not done else None
+        stream = build_stream(self.config, name, self.folder, self.topology, before)
+        if not done and self.topology.is_main:
+            stream.report_unreadable()
         stage = self._stage(name, done, stream)
-        for dataset, samples in stream.dropped.items():
-            if samples:
-                self._event("dropped", phase=name, dataset=dataset, samples=samples)
+        for dataset, (samples, tokens) in stream.dropped.items():
+            if samples or tokens:
+                self._event("dropped", phase=name, dataset=dataset, samples=samples, tokens=tokens)
+                policy = self.config.data.datasets[dataset].over_length
                 self.screen.say(
-                    f"{name}: {samples} samples of {dataset} are longer than a pack and left out (over_length=drop)"
+                    f"{name}: {samples} samples and in all {tokens} tokens of {dataset} are left out"
+                    f" (unreadable, or longer than a pack with over_length={policy})"
                 )
         self._event("phase_start", phase=name, step=self.step, phase_step=done, phase_steps=settings.total_steps)
         if not done:
@@ -180,7 +185,9 @@ class Run:
 
     def _stage(self, name: str, done: int, stream: Any) -> Stage:
         if done and self.latest is not None:
-            stream.check_state(self.latest.progress.data)
+            for change in stream.load_state(self.latest.progress.data):
+                self._event("data_changed", phase=name, step=self.step, detail=change)
+                self.screen.say(f"{name}: goes on with other data: {change}")
             stage = build_stage(self.config, name, self.topology, build_model(self.config, self.topology), stream)
             checkpoint.load_stage(self.latest, stage)
             return stage

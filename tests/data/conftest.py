@@ -8,8 +8,8 @@ import pytest
 
 from visionloom.data.config import DataConfig, DatasetConfig
 from visionloom.data.demo_tokenizer import train_tokenizer
-from visionloom.data.shards import write_shards
 from visionloom.data.tokenizer import Tokenizer
+from visionloom.data.write import write_shards
 from visionloom.tests.data.samples import RULES, Pair, essay, film, picture_question
 
 

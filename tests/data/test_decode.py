@@ -11,7 +11,9 @@ from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoP
 
 from visionloom.data import decode
 from visionloom.data.config import MediaConfig
-from visionloom.data.decode import decode_image, decode_patches
+from visionloom.data import image
+from visionloom.data.decode import decode_patches
+from visionloom.data.image import decode_image
 from visionloom.data.encode import EncodedSample, encode
 from visionloom.data.sample import Image, Message, Sample, SampleError, Text, Video
 from visionloom.data.tokenizer import Tokenizer
@@ -87,6 +89,6 @@ def test_damaged_pictures_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         with pytest.raises(SampleError, match=f"sample s: a.png: {problem}"):
             decode_image(data, (64, 64), "s", "a.png")
-    monkeypatch.setattr(decode, "MAX_PIXELS", 4095)
+    monkeypatch.setattr(image, "MAX_PIXELS", 4095)
     with pytest.raises(SampleError, match="too many"):
         decode_image(good, (64, 64), "s", "a.png")

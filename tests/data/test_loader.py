@@ -122,9 +122,10 @@ def test_a_restart_continues_where_the_state_says(data: DataConfig) -> None:
     text = json.dumps(made.state(70))
     assert len(text) <= 4096
     state = json.loads(text)
-    assert state["draws"] == {"pictures": seen["picture"], "films": seen["film"], "texts": seen["essay"]}
+    for name, kind in (("pictures", "picture"), ("films", "film"), ("texts", "essay")):
+        assert seen[kind] <= state["draws"][name] <= seen[kind] + 300
     resumed = stream(data)
-    resumed.check_state(state)
+    resumed.load_state(state)
     assert digest(resumed.micro_batches(70, 0, 3, 2)) == digest(made.micro_batches(70, 0, 3, 2))
     assert resumed.state(70) == state
 
@@ -142,16 +143,16 @@ def test_a_restart_continues_where_the_state_says(data: DataConfig) -> None:
 def test_a_state_of_another_stream_is_refused(data: DataConfig, changes: dict[str, object], named: str) -> None:
     state = stream(data).state(2)
     with pytest.raises(UserError, match=named):
-        stream(data, **changes).check_state(state)
+        stream(data, **changes).load_state(state)
     with pytest.raises(UserError, match="version 99"):
-        stream(data).check_state({**state, "version": 99})
+        stream(data).load_state({**state, "version": 99})
 
 
 def test_changed_pixel_limits_are_named(data: DataConfig) -> None:
     state = stream(data).state(2)
     data.media.image_min_pixels = 4096
-    with pytest.raises(UserError, match="content, tokenizer or pixel limits of dataset pictures"):
-        stream(data).check_state(state)
+    with pytest.raises(UserError, match=r"data\.media was \w{8}, now \w{8}"):
+        stream(data).load_state(state)
 
 
 def test_budgets_hold(data: DataConfig) -> None:
@@ -220,7 +221,7 @@ def test_too_many_unreadable_samples_stop_the_run(data: DataConfig, monkeypatch:
     for number in range(30):
         break_member(data, "pictures", number)
     made = stream(data, mixture={"pictures": 1})
-    with pytest.raises(RuntimeError, match=r"samples could not be read \(more than 2%\).*dataset pictures"):
+    with pytest.raises(RuntimeError, match=r"samples could not be read \(more than data\.max_bad_fraction = 0\.001\).*dataset pictures"):
         list(iterate(made, 0, 10, 0, 1, 6, workers=0))
 
 

@@ -17,6 +17,7 @@ from visionloom.data.sample import (
     Text,
     Think,
     Time,
+    ToolCall,
     Video,
     element_loss,
     parse_sample,
@@ -94,6 +95,88 @@ def test_json_reads_back_equal() -> None:
     assert parse_sample(to_json(document).encode()) == document
 
 
+FILE: dict[str, Any] = {
+    "type": "video",
+    "ref": "vid0.mp4",
+    "w": 640,
+    "h": 360,
+    "frames": 3,
+    "fps": 30.0,
+    "duration": 0.1,
+    "t": [0.0, 0.04, 0.1],
+    "start": 0.0,
+    "end": 0.05,
+    "sample_fps": 1.5,
+    "max_frames": 7,
+    "total_pixels": 65536,
+}
+
+
+def film(**changes: Any) -> dict[str, Any]:
+    values = {name: value for name, value in (FILE | changes).items() if value is not None}
+    return {"v": 1, "id": "f", "kind": "doc", "content": [values]}
+
+
+def test_a_video_may_be_a_file() -> None:
+    (video,) = parse_sample(film()).elements
+    assert video == Video(
+        (),
+        (0.0, 0.04, 0.1),
+        640,
+        360,
+        ref="vid0.mp4",
+        file_frames=3,
+        fps=30.0,
+        duration=0.1,
+        start=0.0,
+        end=0.05,
+        sample_fps=1.5,
+        max_frames=7,
+        total_pixels=65536,
+    )
+    assert video.frame_count == 3
+    assert parse_sample(film()).refs == ("vid0.mp4",)
+    for raw in (film(), film(t=None, start=None, end=None, sample_fps=None, max_frames=None, total_pixels=None)):
+        assert json.loads(to_json(parse_sample(raw))) == raw
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"fps": 0}, "fps: more than 0 expected"),
+        ({"fps": None}, "fps: a finite number expected, got None"),
+        ({"duration": -1.0}, "duration: at least 0 expected"),
+        ({"frames": ["a.png"]}, "frames: an integer of at least 1 expected"),
+        ({"t": [0.0, 1.0]}, "t: one time for each of the 3 frames expected, got 2"),
+        ({"end": 0.0}, r"end: after start \(0 s\) expected, got 0"),
+        ({"ref": "../vid0.mp4"}, "ref: a plain member name"),
+        ({"sample_fps": 0}, "sample_fps: more than 0 expected"),
+    ],
+)
+def test_mistakes_in_a_video_file_are_named(changes: dict[str, Any], problem: str) -> None:
+    with pytest.raises(SampleError, match=rf"sample f: content\[0\]\.{problem}"):
+        parse_sample(film(**changes))
+
+
+def test_tool_calls_end_an_assistants_turn() -> None:
+    call: dict[str, Any] = {"type": "tool_call", "name": "f", "arguments": {"x": [1, "\u00e9"]}, "loss": 0.5}
+
+    def chat(role: str, *content: dict[str, Any]) -> dict[str, Any]:
+        return {"v": 1, "id": "c", "kind": "chat", "messages": [{"role": role, "content": list(content)}]}
+
+    text = {"type": "text", "text": "hm"}
+    raw = chat("assistant", text, call, call)
+    assert parse_sample(raw).elements[1:] == (ToolCall("f", {"x": [1, "\u00e9"]}, 0.5),) * 2
+    assert json.loads(to_json(parse_sample(raw))) == raw
+    for wrong, problem in (
+        (chat("user", call), "tool_call belongs to assistant messages only"),
+        (chat("assistant", call, text), "tool calls come last in a message"),
+        (chat("assistant", call | {"arguments": "{}"}), r"arguments: an object expected, got str"),
+    ):
+        with pytest.raises(SampleError, match=problem):
+            parse_sample(wrong)
+
+
 def test_weights_fall_back_from_element_to_message_to_role() -> None:
     system, user, assistant = parse_sample(CHAT).messages
     assert element_loss(system.content[0], system) == 0
@@ -138,7 +221,9 @@ def test_unknown_keys_are_tolerated_and_kept_at_the_top() -> None:
         ("messages.1.content.1.frames.1", "a/b", "messages[1].content[1].frames[1]: a plain member name"),
         ("messages.1.content.1.t", [0.0], "messages[1].content[1].t: one time for each of the 2 frames expected, got 1"),
         ("messages.1.content.1.t", [1.0, 0.5], "messages[1].content[1].t: times must not decrease"),
-        ("messages.1.content.1.ref", "vid0.mp4", "messages[1].content[1].ref: video files cannot be read yet"),
+        ("messages.1.content.1.ref", "vid0.mp4", "messages[1].content[1].frames: an integer of at least 1 expected"),
+        ("messages.1.content.1.end", -1, "messages[1].content[1].end: at least 0 expected"),
+        ("messages.1.content.1.max_frames", 0, "messages[1].content[1].max_frames: an integer of at least 1 expected"),
         ("messages.1.content.2.loss", -0.1, "messages[1].content[2].loss: at least 0 expected"),
         ("messages.1.content.3.t", float("nan"), "messages[1].content[3].t: a finite number expected, got nan"),
         ("messages.1.content.3.type", "think", "messages[1].content[3].type: think belongs to assistant"),

@@ -11,8 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from visionloom.data.indexing import index_folder
 from visionloom.data.sample import Image, Message, Sample, SampleError, Text, to_json
-from visionloom.data.shards import Dataset, index_shards, write_shards
+from visionloom.data.shards import Dataset
+from visionloom.data.store import LocalStore
+from visionloom.data.write import write_shards
 from visionloom.parallel.errors import UserError
 
 Pair = tuple[Sample, dict[str, bytes]]
@@ -101,11 +104,13 @@ def test_works_in_threads_after_fork_and_pickled(folder: Path) -> None:
 
 
 def test_more_shards_than_files_kept_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("visionloom.data.shards._OPEN_FILES", 2)
+    monkeypatch.setattr("visionloom.data.store.OPEN_FILES", 2)
     write_shards(tmp_path / "set", "set", make(6), samples_per_shard=1)
     dataset = Dataset.open(tmp_path / "set", "set")
     assert [dataset.member(index, "a.png")[0] for index in (*range(6), 0)] == [0, 1, 2, 3, 4, 5, 0]
-    assert len(dataset._files) == 2
+    store = dataset._store
+    assert isinstance(store, LocalStore)
+    assert len(store._files) == 2
 
 
 # ---- tars made elsewhere
@@ -128,7 +133,7 @@ def test_index_reads_every_tar_format(tmp_path: Path, tar_format: int) -> None:
         tar.addfile(_folder("."))
         add(tar, f"{prefix}{key}.{ref}", b"frame")
         add(tar, f"{prefix}{key}.json", to_json(sample).encode())
-    index_shards(tmp_path)
+    index_folder(tmp_path)
     dataset = Dataset.open(tmp_path, "a")
     assert (dataset.keys, dataset.sample(0), dataset.member(0, ref)) == ([key], sample, b"frame")
 
@@ -144,7 +149,7 @@ def test_index_makes_what_the_writer_made(folder: Path) -> None:
     before = [(folder / name).read_bytes() for name in names]
     for name in names:
         (folder / name).unlink()
-    index_shards(folder)
+    index_folder(folder)
     assert [(folder / name).read_bytes() for name in names] == before
 
 
@@ -161,7 +166,7 @@ PICTURE = to_json(Sample("x:2", "doc", content=(Image("a.png", 1, 1),))).encode(
         ([("1.png", b"x")], "sample '1' has no 1.json"),
         ([("1.json", DOCUMENT), ("1.json", DOCUMENT)], "member '1.json' comes twice"),
         ([("1.json", DOCUMENT), ("2.json", DOCUMENT), ("1.png", b"x")], "key '1' comes twice"),
-        ([("1.json", PICTURE)], "sample x:2: media member 'a.png' is missing in"),
+        ([("1.json", PICTURE)], "sample x:2: media member 'a.png' is missing"),
         ([("1.json", b"{}")], "sample a.tar:1: id: missing"),
     ],
 )
@@ -170,7 +175,7 @@ def test_index_refuses_broken_contents(tmp_path: Path, members: list[tuple[str, 
         for name, data in members:
             add(tar, name, data)
     with pytest.raises(UserError) as caught:
-        index_shards(tmp_path)
+        index_folder(tmp_path)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -197,7 +202,7 @@ def test_index_finds_damage(folder: Path, damage: Callable[[bytes], bytes], mess
         assert 3584 in [info.offset for info in tar]
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(UserError, match=message) as caught:
-        index_shards(folder)
+        index_folder(folder)
     assert str(path) in str(caught.value)
 
 

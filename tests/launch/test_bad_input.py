@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from visionloom.data.sample import Image, Message, Sample, Text
-from visionloom.data.shards import write_shards
+from visionloom.data.write import write_shards
 from visionloom.launch.configure import start
 from visionloom.launch.pretrain import train
 from visionloom.tests.data.samples import Pair, essay, picture_question

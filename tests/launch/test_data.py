@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from visionloom.data.sample import Image, Sample, Text, Video
-from visionloom.data.shards import Dataset, write_shards
+from visionloom.data.shards import Dataset
+from visionloom.data.write import write_shards
 from visionloom.launch.data import main
 
 
@@ -22,13 +23,15 @@ def folder(tmp_path: Path) -> Path:
 def test_stats_counts_samples_media_and_tasks(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["stats", str(folder.parent)]) == 0
     (row,) = [line for line in capsys.readouterr().out.splitlines() if "some" in line]
-    assert [cell.strip() for cell in row.strip("│").split("│")] == ["some", "7", "0.0", "7", "7", "14", "t 7"]
+    assert [cell.strip() for cell in row.strip("│").split("│")] == ["some", "7", "1", "0.0", "0.0", "7", "7", "14", "0.00", "0.000", "t 7"]
 
 
 def test_index_makes_a_folder_of_tars_readable(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "dataset.json").unlink()
     assert main(["index", str(folder)]) == 0
-    assert capsys.readouterr().out == f"{folder}: 7 samples in 1 shards\n"
+    out = capsys.readouterr().out
+    assert f"{folder}: 7 samples in 1 shards\n" in out
+    assert "21 media members have a header that cannot be read" in out
     assert len(Dataset.open(folder, "some")) == 7
 
 

@@ -1,0 +1,137 @@
+"""Long counts over a dataset, done in blocks: by several processes, resumed where they were cut off, kept as one array.
+
+Every finished block is a file of its own beside the final one, so a process that starts again, or one of another rank that
+needs the same array, takes what is there. A folder that cannot be written is no fault: the result is then only not kept.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import suppress
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from visionloom.data.atomic import replacing
+
+Rows = NDArray[Any]
+Work = Callable[[int, int], Rows]
+"""The rows of the items start .. stop; picklable."""
+Progress = Callable[[int, int], None]
+"""Called with the items done and all items."""
+
+
+def in_blocks(path: Path, items: int, block: int, work: Work, processes: int = 0, progress: Progress | None = None) -> Rows:
+    """The rows of all items, read from `path` or worked out block by block and put there.
+
+    Args:
+        path: an .npy file; its blocks lie in a folder of the same name with .parts until all are there.
+        items: how many there are.
+        block: items worked out at a time.
+        work: gives the rows of a block; what it raises ends the count, finished blocks are kept.
+        processes: how many work beside this one; 0: this one alone.
+        progress: told after each block.
+    """
+    blocks = _Blocks(path, items, block, work)
+    if processes and len(blocks.missing) > 1:
+        return blocks.by_processes(processes, progress)
+    return blocks.alone(progress)
+
+
+def load_rows(path: Path) -> Rows | None:
+    """The array in a file, mapped into memory; None if there is none or it was cut short."""
+    with suppress(OSError, ValueError, EOFError):
+        rows: Rows = np.load(path, mmap_mode="r")
+        return rows
+    return None
+
+
+def save_rows(path: Path, rows: Rows) -> bool:
+    """Keep an array whole or not at all; False where the folder cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as file:
+            np.save(file, rows)
+    except OSError:
+        return False
+    return True
+
+
+class _Blocks:
+    def __init__(self, path: Path, items: int, block: int, work: Work) -> None:
+        self.path, self.items, self.block, self.work = path, items, block, work
+        self.folder = path.with_name(path.name + ".parts")
+        self.own: dict[int, Rows] = {}
+        """Blocks worked out here: kept for a folder that cannot be written."""
+
+    @property
+    def missing(self) -> list[int]:
+        """First items of the blocks that no file holds yet."""
+        return [start for start in range(0, self.items, self.block) if not self._part(start).exists()]
+
+    def alone(self, progress: Progress | None) -> Rows:
+        """Ranks that count the same array begin at different blocks and take each other's."""
+        starts = list(range(0, self.items, self.block))
+        turn = os.getpid() % len(starts) if len(starts) > 1 else 0
+        for done, start in enumerate([*starts[turn:], *starts[:turn]], start=1):
+            if len(starts) > 1 and (rows := load_rows(self.path)) is not None:
+                return rows
+            if load_rows(self._part(start)) is None:
+                self._take(start, self.work(start, min(start + self.block, self.items)))
+            if progress is not None:
+                progress(min(done * self.block, self.items), self.items)
+        return self._join()
+
+    def by_processes(self, processes: int, progress: Progress | None) -> Rows:
+        missing = self.missing
+        done = self.items - len(missing) * self.block
+        with ProcessPoolExecutor(processes, get_context("spawn"), _remember, (self.work,)) as pool:
+            waiting = {pool.submit(_block, start, min(start + self.block, self.items)): start for start in missing}
+            try:
+                for future in as_completed(waiting):
+                    self._take(waiting[future], future.result())
+                    done = min(done + self.block, self.items)
+                    if progress is not None:
+                        progress(max(done, 0), self.items)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        return self._join()
+
+    def _part(self, start: int) -> Path:
+        return self.folder / f"{start:012d}.npy"
+
+    def _take(self, start: int, rows: Rows) -> None:
+        if self.items <= self.block or not save_rows(self._part(start), rows):
+            self.own[start] = rows
+
+    def _join(self) -> Rows:
+        rows = np.concatenate(list(self._parts()))
+        if save_rows(self.path, rows):
+            shutil.rmtree(self.folder, ignore_errors=True)
+            return rows if (kept := load_rows(self.path)) is None else kept
+        return rows
+
+    def _parts(self) -> Iterator[Rows]:
+        """All blocks; one that another rank removed after joining them is worked out again."""
+        for start in range(0, self.items, self.block):
+            rows = self.own.get(start)
+            found = load_rows(self._part(start)) if rows is None else rows
+            yield self.work(start, min(start + self.block, self.items)) if found is None else found
+
+
+_work: Work | None = None
+
+
+def _remember(work: Work) -> None:
+    global _work
+    _work = work
+
+
+def _block(start: int, stop: int) -> Rows:
+    assert _work is not None
+    return _work(start, stop)

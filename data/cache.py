@@ -1,0 +1,111 @@
+"""A folder on this machine with the parts of remote files that were read last, shared by all processes."""
+
+import fcntl
+import hashlib
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Final
+from uuid import uuid4
+
+from visionloom.parallel.errors import UserError
+
+KEPT: Final = 0.9
+"""Share of the limit that stays when the oldest parts make room, so that room is made once for many."""
+_log = logging.getLogger(__name__)
+
+
+class RangeCache:
+    """Bytes by name, at most `limit` of them; those not used for longest go first (by the files' times).
+
+    Each part is a file that appears complete or not at all. The bytes in use are counted in the file `used`, locked while it
+    changes, so the limit holds over all processes of the machine. Raises UserError if the folder cannot be made.
+    """
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        self.folder, self.limit = folder, limit
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "used").touch()
+        except OSError as error:
+            raise UserError(f"data.store.cache: {folder} cannot be used: {error.strerror}") from None
+        self._warned = False
+
+    def get(self, name: str, length: int) -> bytes | None:
+        """The part of that name, if it is here and has `length` bytes."""
+        path = self._path(name)
+        try:
+            data = path.read_bytes()
+            os.utime(path)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            self._warn(error)
+            return None
+        return data if len(data) == length else None
+
+    def put(self, name: str, data: bytes) -> None:
+        """Keep a part. A folder that is full or cannot be written costs speed only: it is logged once."""
+        if len(data) > self.limit * KEPT:
+            return
+        path = self._path(name)
+        try:
+            path.parent.mkdir(exist_ok=True)
+            self._reserve(len(data) - _size(path))
+            unfinished = path.with_name(f"{uuid4().hex}.tmp")
+            try:
+                unfinished.write_bytes(data)
+                os.replace(unfinished, path)
+            finally:
+                unfinished.unlink(missing_ok=True)
+        except OSError as error:
+            self._warn(error)
+
+    def _path(self, name: str) -> Path:
+        digest = hashlib.sha256(name.encode()).hexdigest()
+        return self.folder / digest[:2] / digest[2:]
+
+    def _reserve(self, more: int) -> None:
+        with self._locked() as descriptor:
+            used = int(os.pread(descriptor, 32, 0) or b"0") + more
+            if used > self.limit:
+                used = self._make_room(more) + more
+            os.pwrite(descriptor, b"%032d" % used, 0)
+
+    def _make_room(self, more: int) -> int:
+        """Remove the oldest parts; returns the bytes that remain, counted anew."""
+        found = sorted((entry.stat().st_mtime_ns, entry.stat().st_size, entry.path) for entry in self._parts())
+        used = sum(size for _, size, _ in found)
+        for _, size, path in found:
+            if used + more <= self.limit * KEPT:
+                break
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+            used -= size
+        return used
+
+    def _parts(self) -> Iterator[os.DirEntry[str]]:
+        for folder in filter(os.DirEntry.is_dir, os.scandir(self.folder)):
+            yield from os.scandir(folder)
+
+    @contextmanager
+    def _locked(self) -> Iterator[int]:
+        descriptor = os.open(self.folder / "used", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+    def _warn(self, error: OSError) -> None:
+        if not self._warned:
+            self._warned = True
+            _log.warning("data.store.cache: %s cannot be used, reading goes on without it: %s", self.folder, error.strerror)
+
+
+def _size(path: Path) -> int:
+    with suppress(FileNotFoundError):
+        return path.stat().st_size
+    return 0

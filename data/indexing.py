@@ -1,0 +1,79 @@
+"""Indexing a folder of shards made elsewhere: in parallel, continued where it stopped, dataset.json last."""
+
+import json
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Final
+
+from visionloom.data.atomic import replacing
+from visionloom.data.index import NoSamples, index_shard, known_shard
+from visionloom.data.manifest import ShardInfo, write_manifest
+from visionloom.data.tar import Fault
+from visionloom.parallel.errors import UserError
+
+LEFT_OUT: Final = "left_out.jsonl"
+"""File beside dataset.json with what `skip_bad` left out: shard, offset, key and error of each."""
+Done = Callable[[int, int], None]
+"""Called with the shards that are done and all of them."""
+
+
+def index_folder(
+    folder: Path, workers: int = 1, force: bool = False, skip_bad: bool = False, done: Done = lambda done, total: None
+) -> list[ShardInfo]:
+    """Index all tar files of a folder by `workers` processes and write dataset.json.
+
+    A shard whose index still fits is not read again unless `force`. Raises UserError (one line: file, offset, what is
+    wrong) at the first fault; with `skip_bad` the samples at fault are left out and written to LEFT_OUT.
+    """
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder}")
+    paths = sorted(folder.glob("*.tar"))
+    if not paths:
+        raise UserError(f"{folder} has no .tar files to index")
+    rows: list[ShardInfo] = []
+    faults: list[Fault] = []
+    for number, (row, found) in enumerate(_each(partial(_index, force=force, skip_bad=skip_bad), paths, workers), start=1):
+        rows += [row] if row else []
+        faults += found
+        done(number, len(paths))
+    if not rows:
+        raise UserError(f"{folder}: no sample of its {len(paths)} shards can be used: {faults[0]}")
+    _write_left_out(folder, faults)
+    write_manifest(folder, rows)
+    return rows
+
+
+def _each[Row](work: Callable[[Path], Row], paths: list[Path], workers: int) -> Iterator[Row]:
+    """The results in order; with one worker or one path no process is started."""
+    if min(workers, len(paths)) <= 1:
+        yield from map(work, paths)
+        return
+    pool = ProcessPoolExecutor(min(workers, len(paths)), get_context("spawn"))
+    try:
+        yield from pool.map(work, paths)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _index(path: Path, force: bool, skip_bad: bool) -> tuple[ShardInfo | None, list[Fault]]:
+    row = None if force else known_shard(path)
+    if row is None or (row.statistics.left_out and not skip_bad):
+        try:
+            row = index_shard(path, skip_bad)
+        except NoSamples as error:
+            if not error.faults:
+                raise
+            return None, error.faults
+    return row, [Fault(str(path), offset, key, error) for offset, key, error in row.statistics.left_out]
+
+
+def _write_left_out(folder: Path, faults: list[Fault]) -> None:
+    if not faults:
+        (folder / LEFT_OUT).unlink(missing_ok=True)
+        return
+    rows = [{"shard": Path(f.file).name, "offset": f.offset, "key": f.key, "error": f.error} for f in faults]
+    with replacing(folder / LEFT_OUT) as file:
+        file.writelines((json.dumps(row, ensure_ascii=False) + "\n").encode() for row in rows)

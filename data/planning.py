@@ -1,0 +1,93 @@
+"""From a run's options to the plan of a phase: opens the datasets and weighs them. Imports no torch."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from visionloom.data.balance import CostModel
+from visionloom.data.config import DataConfig
+from visionloom.data.corpus import Corpus, Report, cache_folder, media_hash
+from visionloom.data.plan import Plan, Settings, Source
+from visionloom.data.state import Origin
+from visionloom.data.tokenizer import Tokenizer
+from visionloom.data.views import Views
+from visionloom.parallel.errors import UserError
+
+
+def dataset_weights(data: DataConfig, mixture: Mapping[str, float]) -> dict[str, float]:
+    """The weight of each dataset that is drawn from: of the mixture, or where it is empty of data.datasets.
+
+    Raises UserError for unknown names and where nothing is left.
+    """
+    for name in mixture:
+        if name not in data.datasets:
+            raise UserError(f"mixture names {name}, which is not in data.datasets: {', '.join(data.datasets) or 'empty'}")
+    weights = dict(mixture) or {name: config.weight for name, config in data.datasets.items()}
+    positive = {name: float(weight) for name, weight in weights.items() if weight > 0}
+    if not positive:
+        raise UserError("no dataset has a weight above 0: name some in data.datasets or in the phase's mixture")
+    return positive
+
+
+def open_corpora(
+    data: DataConfig, names: Sequence[str], tokenizer: Tokenizer, processes: int = 0, report: Report | None = None
+) -> list[Corpus]:
+    """Training datasets by name, counted by `processes` beside this one where no length table is kept.
+
+    Raises UserError for one that is missing, or with too large a share of samples that cannot be used.
+    """
+    corpora = [Corpus("data.datasets", name, data.datasets[name], data, tokenizer, processes, report) for name in names]
+    for corpus in corpora:
+        bad, most = len(corpus.unreadable), data.max_bad_fraction * max(len(corpus.dataset), FEWEST_SAMPLES)
+        if bad > most:
+            raise UserError(
+                f"dataset {corpus.name}: {bad} of {len(corpus.dataset)} samples cannot be used, more than"
+                f" data.max_bad_fraction={data.max_bad_fraction:g}: run python launch/data.py verify {corpus.config.path}"
+            )
+    return corpora
+
+
+FEWEST_SAMPLES = 10_000
+"""The share of unusable samples is taken of at least this many."""
+
+
+def make_plan(
+    data: DataConfig,
+    corpora: Sequence[Corpus],
+    weights: Mapping[str, float],
+    phase: str,
+    sequence_length: int,
+    global_batch: int,
+    seed: int,
+    cost: CostModel,
+    origin: Origin | None = None,
+) -> Plan:
+    """The plan of a phase. Raises UserError for samples longer than a pack, by their dataset's policy."""
+    multiple = data.pack_multiple
+    budget = int(data.patch_budget * sequence_length)
+    option = f"phases.{phase}.sequence_length"
+    views = [corpus.views(sequence_length // multiple * multiple, budget, option) for corpus in corpora]
+    settings = Settings(
+        seed,
+        "" if data.continue_draws else phase,
+        sequence_length,
+        global_batch,
+        budget,
+        data.window,
+        multiple,
+        data.pack_segments,
+        data.shuffle_block,
+        data.weights_in,
+        corpora[0].tokenizer.fingerprint[:8],
+        media_hash(data.media),
+    )
+    sources = [_source(corpus, found, weights[corpus.name]) for corpus, found in zip(corpora, views, strict=True)]
+    return Plan(sources, settings, cost, origin, _plan_folder(data, corpora))
+
+
+def _source(corpus: Corpus, views: Views, weight: float) -> Source:
+    return Source(corpus.name, weight, views, corpus.dataset.fingerprint[:16], corpus.config.over_length)
+
+
+def _plan_folder(data: DataConfig, corpora: Sequence[Corpus]) -> Path:
+    """Plans span datasets: without data.cache they are kept beside the first one's tables."""
+    return cache_folder(data, corpora[0].config.path)

@@ -1,0 +1,113 @@
+"""Segments of a plan: packs as flat arrays, made once, kept on disk for the other processes of a machine, made ahead."""
+
+import io
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from visionloom.data.atomic import replacing
+
+_KEPT: Final = 4
+"""Segments that a process holds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """n samples in p packs, in stream order."""
+
+    borders: NDArray[np.int32]
+    """[p + 1] where each pack's samples begin."""
+    sources: NDArray[np.int16]
+    """[n] number of the dataset."""
+    samples: NDArray[np.uint32]
+    """[n] index in the dataset."""
+    parts: NDArray[np.uint16]
+    """[n] which of the sample's views."""
+    draws: NDArray[np.uint32]
+    """[n] which draw of the segment brought it."""
+    tokens: NDArray[np.int32]
+    """[n]"""
+    patches: NDArray[np.int32]
+    """[n]"""
+    work: NDArray[np.int64]
+    """[p, 4] tokens, sum of squared lengths, patches, sum of squared patch counts of frames."""
+
+    def __len__(self) -> int:
+        return len(self.borders) - 1
+
+    def places(self, pack: int) -> tuple[tuple[int, int, int], ...]:
+        """(dataset number, sample index, part) of each sample of a pack."""
+        here = slice(self.borders[pack], self.borders[pack + 1])
+        return tuple(zip(self.sources[here].tolist(), self.samples[here].tolist(), self.parts[here].tolist(), strict=True))
+
+
+class SegmentStore:
+    """Segments by number: held, being made, on disk, or made now. Which of these never changes what is in them."""
+
+    def __init__(self, make: Callable[[int], Segment], folder: Path | None) -> None:
+        """`folder` keeps one file a segment; None or one that cannot be written: only this process has them."""
+        self._make, self._folder = make, folder
+        self._held: dict[int, Future[Segment]] = {}
+        self._maker: ThreadPoolExecutor | None = None
+
+    def get(self, number: int) -> Segment:
+        """A segment, waited for if it is being made."""
+        if number not in self._held:
+            self._held[number] = Future()
+            try:
+                self._held[number].set_result(self._load_or_make(number))
+            except BaseException:
+                del self._held[number]
+                raise
+        return self._held[number].result()
+
+    def ahead(self, number: int) -> None:
+        """Have a segment made in the background, so that nobody waits for it later."""
+        if number in self._held:
+            return
+        if self._maker is None:
+            self._maker = ThreadPoolExecutor(1, "visionloom-plan")
+        self._held[number] = self._maker.submit(self._load_or_make, number)
+        for oldest in sorted(self._held)[:-_KEPT]:
+            del self._held[oldest]
+
+    def holds(self, number: int) -> bool:
+        """Whether a segment is in memory or being made."""
+        return number in self._held
+
+    def _load_or_make(self, number: int) -> Segment:
+        if self._folder is None:
+            return self._make(number)
+        path = self._folder / f"{number:06d}.npz"
+        segment = load_segment(path)
+        if segment is None:
+            segment = self._make(number)
+            with suppress(OSError):
+                save_segment(path, segment)
+        return segment
+
+
+def load_segment(path: Path) -> Segment | None:
+    """A segment from its file; None if there is none or it was cut short."""
+    try:
+        with np.load(path) as file:
+            return Segment(**{item.name: file[item.name] for item in fields(Segment)})
+    except Exception:  # zipfile, numpy and the file system each have errors of their own for a damaged file: it is made again
+        return None
+
+
+def save_segment(path: Path, segment: Segment) -> None:
+    """Write a segment whole or not at all; raises OSError where that is not allowed."""
+    content, arrays = io.BytesIO(), dict[str, Any]()
+    for item in fields(Segment):
+        arrays[item.name] = getattr(segment, item.name)
+    np.savez(content, **arrays)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        file.write(content.getbuffer())

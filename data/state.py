@@ -1,0 +1,81 @@
+"""Where a data stream stands, as a few numbers that any layout can continue from, and what changed if it cannot.
+
+The state is JSON, the same on every rank, and at most STATE_BYTES long with up to 20 datasets. It names a step, the segment
+that the step begins in, how many draws of each dataset were made, up to the last one that was trained on, and what the plan
+was made from.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from visionloom.parallel.errors import UserError
+
+STATE_VERSION: Final = 2
+STATE_BYTES: Final = 4096
+OPTIONS: Final = {
+    "seed": "run.seed",
+    "patch_budget": "data.patch_budget",
+    "window": "data.window",
+    "multiple": "data.pack_multiple",
+    "most": "data.pack_segments",
+    "block": "data.shuffle_block",
+    "weights_in": "data.weights_in",
+    "phase": "phase",
+    "tokenizer": "data.tokenizer",
+    "media": "data.media",
+    "draws_per_segment": "draws of a segment",
+}
+"""The option behind each fact of a plan; others are the phase's own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a plan begins: usually at step 0 with nothing drawn."""
+
+    step: int = 0
+    """Step of the phase that is the plan's first."""
+    draws: Mapping[str, int] = field(default_factory=dict)
+    """Draws of each dataset, by its content, that were made before."""
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> "Origin":
+        """The origin of the plan that a state was made by."""
+        return cls(int(state["origin"]["step"]), dict(state["origin"]["draws"]))
+
+    @classmethod
+    def after(cls, state: Mapping[str, Any], step: int) -> "Origin":
+        """Continue behind all that a state has drawn, at a step of the phase.
+
+        What was drawn before the last sample trained on, but still waited for a pack of its own, is passed over for this
+        epoch (a few windows of samples at most): so nothing that was seen comes again.
+        """
+        contents = {name: facts[0] for name, facts in state["plan"]["datasets"].items()}
+        return cls(step, {**state["origin"]["draws"], **{contents[name]: n for name, n in state["draws"].items()}})
+
+
+def check_version(state: Mapping[str, Any]) -> None:
+    """Refuse a state of another version of this program."""
+    if state.get("version") != STATE_VERSION:
+        raise UserError(f"data state of version {state.get('version')!r}: this program reads version {STATE_VERSION}")
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any], phase: str) -> list[str]:
+    """What differs between the facts of two plans, one phrase each, naming the option."""
+    found = [
+        f"{OPTIONS.get(name, f'phases.{phase}.{name}')} was {before.get(name)}, now {value}"
+        for name, value in now.items()
+        if name not in ("datasets", "draws_per_segment") and before.get(name) != value
+    ]
+    for name in sorted({*before["datasets"], *now["datasets"]}):
+        old, new = before["datasets"].get(name), now["datasets"].get(name)
+        if old is None or new is None:
+            found.append(f"dataset {name} was {'added' if old is None else 'removed'}")
+            continue
+        meaning = ("content", "weight", "over_length")
+        found += [
+            f"{text} of dataset {name} was {one}, now {other}"
+            for text, one, other in zip(meaning, old, new, strict=True)
+            if one != other
+        ]
+    return found or ["the order of the datasets changed"]

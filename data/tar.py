@@ -1,0 +1,177 @@
+"""Tar archives read from start to end: every regular file with its place, and every damage as an error with its offset.
+
+Python's tarfile takes a damaged header for the end of the archive, and so would lose samples in silence; here anything but
+a good header or the two zero blocks of the end is a fault.
+"""
+
+import io
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Final
+
+from visionloom.parallel.errors import UserError
+
+BLOCK: Final = 512
+LARGEST_MEMBER: Final = 2**31 - 4096
+"""Bytes that one positional read of Linux returns at most."""
+_SCANNED: Final = 1 << 20
+"""Bytes read at once in search of the next header behind a damaged one."""
+_FOREIGN: Final = {b"<": "an HTML or XML page", b"\x1f\x8b": "compressed by gzip: unpack it", b"PK": "a zip archive"}
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One regular file inside a tar; `offset` is where its bytes begin."""
+
+    name: str
+    offset: int
+    length: int
+    crc32: int
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """What is wrong, and where: byte offset in the file, and the member or sample key if known."""
+
+    file: str
+    offset: int
+    key: str
+    error: str
+
+    def __str__(self) -> str:
+        place = f"at byte {self.offset}"
+        return f"{self.file}: {self.error}" if place in self.error else f"{self.file}: {place}: {self.error}"
+
+
+Report = Callable[[Fault], None]
+"""Takes a fault and raises, or returns to go on behind it."""
+
+
+def refuse(fault: Fault) -> None:
+    """The report that ends at the first fault: raises UserError with its one line."""
+    raise UserError(str(fault))
+
+
+def entries(path: Path, report: Report = refuse) -> Iterator[Entry]:
+    """The regular files of a tar in order, each read once.
+
+    Faults go to `report`; if it returns, reading goes on with the next good header. Links, devices and the like are
+    faults; folders are passed over.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        if not size:
+            return report(Fault(str(path), 0, "", "is empty (0 bytes): remove it or make it again"))
+        yield from _Hop(path, file, size, report).run()
+
+
+class _Hop:
+    """From header to header."""
+
+    def __init__(self, path: Path, file: BinaryIO, size: int, report: Report) -> None:
+        self.path, self.file, self.size, self.report = path, file, size, report
+        self.long_name = ""
+
+    def fault(self, offset: int, error: str, key: str = "") -> None:
+        self.report(Fault(str(self.path), offset, key, error))
+
+    def run(self) -> Iterator[Entry]:
+        while True:
+            offset = self.file.tell()
+            header = self.file.read(BLOCK)
+            if header == bytes(BLOCK) and self._ends(offset):
+                return
+            if len(header) < BLOCK:
+                end = offset + len(header)
+                return self.fault(end, f"truncated at byte {end}: the end of the archive is missing")
+            if not is_header(header):
+                self.fault(offset, self._problem(header, offset))
+                if not self._find_header(offset + BLOCK):
+                    return
+                continue
+            yield from self._member(header, offset)
+
+    def _member(self, header: bytes, offset: int) -> Iterator[Entry]:
+        kind, name, length = _parse(header)
+        start = offset + BLOCK
+        name = (self.long_name or name).removeprefix("./") if kind in b"0\0" else name
+        if start + length > self.size:
+            self.fault(offset, f"truncated: member {name!r} at byte {offset} needs {length} bytes", name)
+            self.file.seek(0, io.SEEK_END)
+            return
+        if length > LARGEST_MEMBER:
+            self.fault(offset, f"member {name!r} has {length} bytes, at most {LARGEST_MEMBER} are allowed", name)
+            self.file.seek(start + length + -length % BLOCK)
+            return
+        data = self.file.read(length)
+        self.file.seek(-length % BLOCK, io.SEEK_CUR)
+        if kind in b"xL":
+            self.long_name = _long_name(kind, data) or self.long_name
+        elif kind in b"0\0":
+            self.long_name = ""
+            yield Entry(name, start, length, zlib.crc32(data), data)
+        elif kind not in b"5g":
+            self.fault(offset, f"member {name!r} is not a regular file (tar type {kind.decode(errors='replace')!r})", name)
+
+    def _problem(self, header: bytes, offset: int) -> str:
+        found = next((what for start, what in _FOREIGN.items() if header.startswith(start)), "")
+        if offset == 0 and found:
+            return f"is not a tar file but {found}"
+        return f"damaged: no valid member header at byte {offset}"
+
+    def _ends(self, offset: int) -> bool:
+        """Whether the zero block at `offset` is the end; faults if the archive stops or goes on behind it."""
+        rest = self.file.read(BLOCK)
+        if len(rest) < BLOCK:
+            end = offset + BLOCK
+            self.fault(end, f"truncated at byte {end}: the end of the archive is incomplete")
+            return True
+        while rest:
+            if rest.count(0) != len(rest):
+                self.fault(offset, f"damaged: a zero block at byte {offset} with more data after it")
+                return not self._find_header(offset + BLOCK)
+            rest = self.file.read(_SCANNED)
+        return True
+
+    def _find_header(self, offset: int) -> bool:
+        """Move to the next block that is a good header, if there is one."""
+        while True:
+            self.file.seek(offset)
+            blocks = self.file.read(_SCANNED)
+            for start in range(0, len(blocks) - BLOCK + 1, BLOCK):
+                if is_header(blocks[start : start + BLOCK]):
+                    self.file.seek(offset + start)
+                    return True
+            if len(blocks) < _SCANNED:
+                return False
+            offset += _SCANNED
+
+
+def is_header(block: bytes) -> bool:
+    """Whether a block of 512 bytes is a member's header: its checksum says so (POSIX.1-1988 ustar)."""
+    stored = block[148:156].strip(b" \0")
+    if re.fullmatch(rb"[0-7]+", stored) is None or int(stored, 8) != sum(block) - sum(block[148:156]) + 8 * 32:
+        return False
+    return block[124] == 0x80 or re.fullmatch(rb"[0-7 \0]*", block[124:136]) is not None
+
+
+def _parse(header: bytes) -> tuple[bytes, str, int]:
+    """Type, name and length of a member (sizes also in GNU base-256)."""
+    name = header[:100].split(b"\0")[0].decode(errors="replace")
+    if header[257:262] == b"ustar" and header[345:500].strip(b"\0") and header[257:265] != b"ustar  \0":
+        name = header[345:500].split(b"\0")[0].decode(errors="replace") + "/" + name
+    if header[124] == 0x80:
+        return header[156:157], name, int.from_bytes(header[125:136])
+    return header[156:157], name, int(header[124:136].strip(b" \0") or b"0", 8)
+
+
+def _long_name(kind: bytes, data: bytes) -> str:
+    """The name in a GNU long-name member or a pax header."""
+    if kind == b"L":
+        return data.rstrip(b"\0").decode(errors="replace")
+    match = re.search(rb"\d+ path=([^\n]*)\n", data)
+    return match[1].decode(errors="replace") if match else ""
