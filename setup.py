@@ -27,17 +27,19 @@ EXTRAS = {
     "deepspeed": ["deepspeed>=0.19.3,<0.20"],
     "flash": ["flash-attn-4>=4.0.0b36,<5", "liger-kernel>=0.8,<0.9"],
     "s3": ["s3fs>=2026.1"],
-    "convert": ["pyarrow>=20,<26", "datasets>=4.0,<6"],
+    "convert": ["pyarrow>=20,<26"],
     "demo": ["scikit-learn>=1.6,<2"],
     "tensorboard": ["tensorboard>=2.18,<3"],
 }
 EXTRAS["test"] = [
     *EXTRAS["demo"],
     *EXTRAS["video"],
+    *EXTRAS["convert"],
     *EXTRAS["jpeg"],
     *EXTRAS["tensorboard"],
     "pytest>=9.0,<10",
     "hypothesis>=6.130,<7",
+    "scikit-image>=0.25,<0.27",  # pictures that lie in its package
     "torchvision>=0.26,<0.30",  # reference for resizing
     "qwen-vl-utils>=0.0.14,<0.1",  # reference for frame and pixel rules
 ]

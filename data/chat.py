@@ -1,8 +1,9 @@
 """From a sample to the string that the model reads: ChatML, pictures, videos, boxes and times, with loss weights.
 
 A rendering is a list of pieces. Text pieces that touch each other are tokenised as one string, exactly as if the whole
-prompt were tokenised at once; special pieces are placed by id. Source: the chat template that ships with Qwen3-VL, and
-for videos the format of its training (a timestamp and its own vision block for each temporal patch, no outer wrapper).
+prompt were tokenised at once; special pieces are placed by id. Source: the chat template that ships with the Qwen3-VL
+Instruct models (5,292 bytes, SHA-256 3636d0f0...89e4), tools included, and for videos the format of their training (a
+timestamp and its own vision block for each temporal patch, no outer wrapper).
 """
 
 import json
@@ -22,12 +23,17 @@ from visionloom.data.sample import (
     Text,
     Think,
     Time,
+    ToolCall,
     Video,
     element_loss,
 )
 from visionloom.data.tokenizer import (
+    CALL_END,
+    CALL_START,
     END_OF_TEXT,
     IMAGE,
+    RESPONSE_END,
+    RESPONSE_START,
     THINK_END,
     THINK_START,
     TURN_END,
@@ -38,8 +44,14 @@ from visionloom.data.tokenizer import (
 )
 from visionloom.parallel.errors import UserError
 
-TEMPLATE_VERSION: Final = 1
+TEMPLATE_VERSION: Final = 2
 """Counts changes of what this file renders: length tables made by another version are not used."""
+_TOOLS_BEGIN: Final = (
+    "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+    "You are provided with function signatures within <tools></tools> XML tags:\n<tools>"
+)
+_TOOLS_END: Final = "\n</tools>\n\nFor each function call, return a json object with function name and arguments within "
+_CALL_FORM: Final = '\n{"name": <function-name>, "arguments": <args-json-object>}\n'
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,15 +91,21 @@ def render(sample: Sample, rules: MediaConfig) -> Rendering:
     """Render a sample; weights are those of its elements times the sample's own.
 
     Loss lies on what assistants say and on its `<|im_end|>`, or on all text of a document and its `<|endoftext|>`;
-    never on headers, pictures, videos or their timestamps. Raises SampleError for a picture without a valid size, a
-    box outside the sample's pictures, and tools, which cannot be rendered yet.
+    never on headers, tools, their results, pictures, videos or timestamps. Raises SampleError for a picture without a valid
+    size, and for a box outside the sample's pictures.
     """
-    if sample.tools or any(message.role == "tool" for message in sample.messages):
-        raise SampleError(sample.id, "tools", "tools and their results cannot be rendered yet: leave the sample out")
-    rendering = Rendering()
-    last = max((i for i, message in enumerate(sample.messages) if message.role == "assistant"), default=-1)
-    for index, message in enumerate(sample.messages):
-        _render_message(rendering, sample, message, rules, is_answer=index == last)
+    rendering, messages = Rendering(), sample.messages
+    if sample.tools:
+        system = messages[:1] if messages and messages[0].role == "system" else ()
+        _render_tools(rendering, sample, system, rules)
+        messages = messages[len(system) :]
+    last = max((i for i, message in enumerate(messages) if message.role == "assistant"), default=-1)
+    roles = [None, *(message.role for message in messages), None]
+    for index, message in enumerate(messages):
+        if message.role == "tool":
+            _render_result(rendering, sample, message, rules, first=roles[index] != "tool", last=roles[index + 2] != "tool")
+        else:
+            _render_message(rendering, sample, message, rules, is_answer=index == last)
     for element in sample.content:
         _render_element(rendering, sample, element, element_loss(element) * sample.weight, rules)
     if sample.kind == "doc":
@@ -95,12 +113,51 @@ def render(sample: Sample, rules: MediaConfig) -> Rendering:
     return rendering
 
 
+def _render_tools(rendering: Rendering, sample: Sample, system: tuple[Message, ...], rules: MediaConfig) -> None:
+    """The system turn that lists the tools, after what the sample's own system message says."""
+    rendering.add(TURN_START, count=1)
+    rendering.add("system\n")
+    for message in system:
+        for element in message.content:
+            _render_element(rendering, sample, element, element_loss(element, message) * sample.weight, rules)
+        rendering.add("\n\n")
+    rendering.add(_TOOLS_BEGIN)
+    for tool in sample.tools:
+        rendering.add("\n" + json.dumps(tool, ensure_ascii=False))
+    rendering.add(_TOOLS_END)
+    for token, text in ((CALL_START, ""), (CALL_END, " XML tags:\n"), (CALL_START, _CALL_FORM), (CALL_END, "")):
+        rendering.add(token, count=1)
+        rendering.add(text)
+    rendering.add(TURN_END, count=1)
+    rendering.add("\n")
+
+
+def _render_result(rendering: Rendering, sample: Sample, message: Message, rules: MediaConfig, first: bool, last: bool) -> None:
+    """What a tool returned; results that follow each other share one user turn."""
+    if first:
+        rendering.add(TURN_START, count=1)
+        rendering.add("user")
+    rendering.add("\n")
+    rendering.add(RESPONSE_START, count=1)
+    rendering.add("\n")
+    for element in message.content:
+        _render_element(rendering, sample, element, element_loss(element, message) * sample.weight, rules)
+    rendering.add("\n")
+    rendering.add(RESPONSE_END, count=1)
+    if last:
+        rendering.add(TURN_END, _end_weight(message) * sample.weight, count=1)
+        rendering.add("\n")
+
+
 def _render_message(rendering: Rendering, sample: Sample, message: Message, rules: MediaConfig, is_answer: bool) -> None:
     rendering.add(TURN_START, count=1)
     rendering.add(f"{message.role}\n")
     start = len(rendering.pieces)
-    for element in message.content:
-        _render_element(rendering, sample, element, element_loss(element, message) * sample.weight, rules)
+    for index, element in enumerate(message.content):
+        weight = element_loss(element, message) * sample.weight
+        if isinstance(element, ToolCall) and not all(isinstance(before, Think) for before in message.content[:index]):
+            rendering.add("\n", weight)
+        _render_element(rendering, sample, element, weight, rules)
     if is_answer:
         rendering.prompt_pieces = start
         rendering.answer = "".join(piece.text * max(1, piece.count) for piece in rendering.pieces[start:])
@@ -124,6 +181,11 @@ def _render_element(rendering: Rendering, sample: Sample, element: Element, weig
             rendering.add(f"\n{element.text}\n", weight)
             rendering.add(THINK_END, weight, count=1)
             rendering.add("\n\n", weight)
+        case ToolCall():
+            arguments = json.dumps(element.arguments, ensure_ascii=False)
+            rendering.add(CALL_START, weight, count=1)
+            rendering.add(f'\n{{"name": "{element.name}", "arguments": {arguments}}}\n', weight)
+            rendering.add(CALL_END, weight, count=1)
         case Box():
             rendering.add(_grounding(sample, element, "bbox_2d", element.xyxy), weight)
         case Point():

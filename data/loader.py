@@ -72,7 +72,7 @@ class PackStream:
         self._settings = (phase_name, sequence_length, global_batch, seed, cost or CostModel())
         self.plan = self._make_plan(origin)
         views = [source.views for source in self.plan.sources]
-        self._reader = Reader(self.corpora, views, data, self.tokenizer, Quarantine(quarantine))
+        self._reader = Reader(self.corpora, views, data, self.tokenizer, Quarantine(quarantine, data.max_bad_fraction))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _restore, (self._arguments, self.plan.origin, self.plan.known_starts)
@@ -101,7 +101,7 @@ class PackStream:
         `encoder_ranks` that share them, are decoded. Raises UserError if the packs cannot be dealt evenly.
         """
         dealt = deal(self.plan.step(step), dp_size, micro_batch)
-        return [self._build(packs, encoder_rank, encoder_ranks) for packs in dealt[dp_rank]]
+        return [self._build(packs, step, encoder_rank, encoder_ranks) for packs in dealt[dp_rank]]
 
     def state(self, step: int) -> dict[str, Any]:
         """Cursor before a step, for the checkpoint: JSON, the same on every rank, whatever the layout; see data/state.py."""
@@ -135,9 +135,9 @@ class PackStream:
     def _make_plan(self, origin: Origin | None) -> Plan:
         return make_plan(self.data, self.corpora, self._weights, *self._settings, origin)
 
-    def _build(self, packs: list[Pack], encoder_rank: int, encoder_ranks: int) -> PackedBatch:
+    def _build(self, packs: list[Pack], step: int, encoder_rank: int, encoder_ranks: int) -> PackedBatch:
         places, length = [pack.places for pack in packs], self.plan.settings.sequence_length
-        return self._reader.batch(places, length, self.loss, encoder_rank, encoder_ranks)
+        return self._reader.batch(places, length, self.loss, encoder_rank, encoder_ranks, step=step)
 
 
 def _restore(arguments: tuple[Any, ...], origin: Origin, starts: dict[int, int]) -> PackStream:

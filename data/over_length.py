@@ -194,11 +194,23 @@ class _Sizes:
         while at >= low:
             view = self.stretch(start, borders[at], flags(borders[at]))
             if self.limits.fit(view.tokens, view.patches):
-                return view
+                return self._grown(view, start, borders[at + 1 :], flags)
             tokens -= max(view.tokens - self.limits.tokens, 0)
             patches -= max(view.patches - self.limits.patches, 0)
             at = self._last_before(borders, low, at, tokens, patches) if at > low else -1
         return None
+
+    def _grown(self, view: View, start: Border, later: list[Border], flags: Callable[[Border], int]) -> View:
+        """The view reaching further, while estimates that were too high left room for it."""
+        end = (view.stop, view.stop_char)
+        while later:
+            tokens, patches = (here + most for here, most in zip(self.before(end), self._most, strict=True))
+            at = self._last_before(later, 0, len(later), tokens - view.tokens, patches - view.patches)
+            longer = self.stretch(start, later[at], flags(later[at]))
+            if not self.limits.fit(longer.tokens, longer.patches):
+                break
+            view, end, later = longer, later[at], later[at + 1 :]
+        return view
 
     @property
     def _most(self) -> tuple[int, int]:

@@ -51,7 +51,8 @@ class PackedBatch:
     position_ids: Tensor
     """int32 [3, T]: interleaved-MRoPE positions, from 0 in each sample; 0 in padding."""
     cu_seqlens: Tensor
-    """int32 [S + 1]: where segments begin; what a pack does not fill is a segment of its own. The last is T."""
+    """int32 [S + 1]: where segments begin; what a pack does not fill is a segment of its own. The last is T. A segment ends
+    with padding where data.pack_multiple asks for it."""
     max_seqlen: int
     """Tokens of the longest segment."""
     patches: Tensor
@@ -109,16 +110,19 @@ def pack(
     decode: Decode | None = None,
     encoder_rank: int = 0,
     encoder_ranks: int = 1,
+    segment_multiple: int = 1,
 ) -> PackedBatch:
     """Lay samples, with their patches, end to end: each inner list in one pack of `sequence_length` tokens.
 
     An empty list makes a pack of nothing but padding. Samples must fit; their `source` must be among `source_names`. The
     pictures are dealt to `encoder_ranks` ranks and those of `encoder_rank` are filled in by `decode`, or taken from the
-    samples' own patches; a sample whose pictures cannot be read keeps its place without a loss.
+    samples' own patches; a sample whose pictures cannot be read keeps its place without a loss. Each segment is filled up
+    with padding to a multiple of `segment_multiple` tokens, for context parallelism: it comes after the sample's tokens, so
+    causal attention keeps it from them.
     """
     everything = [sample for samples in packs for sample in samples]
     share = _decode_share(everything, decode or _copied(everything), encoder_rank, encoder_ranks)
-    text = _TextBuffers(sequence_length * len(packs), pad_id)
+    text = _TextBuffers(sequence_length * len(packs), pad_id, segment_multiple)
     names, numbers = list(source_names), iter(range(len(everything)))
     for number, samples in enumerate(packs):
         text.cursor = number * sequence_length
@@ -161,7 +165,8 @@ def pack_prompts(prompts: Sequence[EncodedSample], pad_id: int, multiple: int = 
 class _TextBuffers:
     """The token-wise tensors of a batch while it is filled."""
 
-    def __init__(self, length: int, pad_id: int) -> None:
+    def __init__(self, length: int, pad_id: int, multiple: int) -> None:
+        self.multiple = multiple
         self.input_ids = np.full(length, pad_id, np.int64)
         self.labels = np.full(length, IGNORED, np.int64)
         self.loss_weights = np.zeros(length, np.float32)
@@ -182,7 +187,7 @@ class _TextBuffers:
         self.position_ids[:, here] = sample.position_ids
         self.padding_mask[here] = False
         self.visual_rows.append(sample.visual_positions + here.start)
-        self._end_segment(here.stop, source, unreadable)
+        self._end_segment(here.stop + -len(sample.input_ids) % self.multiple, source, unreadable)
 
     def close(self, end: int) -> None:
         """What is left of a pack becomes a segment of padding."""

@@ -1,7 +1,8 @@
 """Datasets as the stream reads them: samples by place, encoded and decoded, with unreadable ones kept out of the loss."""
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from typing import Final
@@ -9,13 +10,16 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from visionloom.data.config import DataConfig
+from visionloom.data.ahead import REQUESTS, AheadReader, ByteBudget, Wanted
+from visionloom.data.balance import deal_units
+from visionloom.data.config import DataConfig, MediaConfig
 from visionloom.data.corpus import Corpus
 from visionloom.data.decode import Unit, decode_into, decode_patches
 from visionloom.data.encode import EncodedSample, encode
+from visionloom.data.geometry import chosen_frames
 from visionloom.data.pack import Decode, PackedBatch, pack
 from visionloom.data.quarantine import Quarantine, stand_in
-from visionloom.data.sample import Sample, SampleError
+from visionloom.data.sample import Image, Sample, SampleError, Video
 from visionloom.data.tokenizer import Tokenizer
 from visionloom.data.views import View, Views, encode_views
 from visionloom.parallel.errors import UserError
@@ -41,31 +45,34 @@ class Reader:
         """`views`: what is trained on of the samples of each corpus."""
         self.corpora, self.views = corpora, views
         self.rules, self.tokenizer, self.quarantine = data.media, tokenizer, quarantine
+        self.budget = ByteBudget(data.store.bytes_in_flight)
+        self._threads = ThreadPoolExecutor(REQUESTS, "visionloom-media")  # starts none before a remote dataset is read
         self._encoded: dict[Place, EncodedSample] = {}
         self._cached_tokens = 0
         self._lock = threading.Lock()
 
-    def read(self, places: Sequence[Place]) -> list[EncodedSample]:
-        """The samples at these places, without their patches."""
+    def read(self, places: Sequence[Place], step: int | None = None) -> list[EncodedSample]:
+        """The samples at these places, without their patches; `step` is for the quarantine."""
         self.quarantine.passed(len(places))
         with self._lock:
-            encoded = self._encode(places)
+            encoded = self._encode(places, step)
         return [encoded[place] for place in places]
 
-    def _encode(self, places: Sequence[Place]) -> dict[Place, EncodedSample]:
+    def _encode(self, places: Sequence[Place], step: int | None) -> dict[Place, EncodedSample]:
         encoded = {place: self._encoded[place] for place in places if place in self._encoded}
         samples: dict[Place, Sample] = {}
         views: list[View] = []
-        for place in dict.fromkeys(place for place in places if place not in encoded):
+        missing = list(dict.fromkeys(place for place in places if place not in encoded))
+        for place, answer in zip(missing, self._samples(missing), strict=True):
             number, index, part = place
             view = self.views[number].view(index, part)
-            try:
-                samples[place] = self.corpora[number].dataset.sample(index)
+            if isinstance(answer, Sample):
+                samples[place] = answer
                 views.append(view)
-            except SampleError as error:
-                self._report(place, error)
+            else:
+                self._report(place, answer, step)
                 name = self.corpora[number].name
-                encoded[place] = stand_in(error.sample_id, name, view.tokens, self.tokenizer.pad_id)
+                encoded[place] = stand_in(answer.sample_id, name, view.tokens, self.tokenizer.pad_id)
         sources = [self.corpora[place[0]].name for place in samples]
         made = encode_views(list(samples.values()), views, self.tokenizer, self.rules, sources)
         for sample, view in zip(made, views, strict=True):
@@ -73,6 +80,18 @@ class Reader:
         found = dict(zip(samples, made, strict=True))
         self._keep(found)
         return encoded | found
+
+    def _samples(self, places: Sequence[Place]) -> list[Sample | SampleError]:
+        """Read the samples' JSON, many at a time where each takes a network round trip."""
+        if any(self.corpora[number].dataset.remote for number, _, _ in places):
+            return list(self._threads.map(self._sample, places))
+        return [self._sample(place) for place in places]
+
+    def _sample(self, place: Place) -> Sample | SampleError:
+        try:
+            return self.corpora[place[0]].dataset.sample(place[1])
+        except SampleError as error:
+            return error
 
     def report_unreadable(self) -> None:
         """Write down the samples that could not be counted and so are never drawn, with their reasons."""
@@ -97,28 +116,50 @@ class Reader:
         loss: str,
         encoder_rank: int = 0,
         encoder_ranks: int = 1,
+        segment_multiple: int = 1,
+        step: int | None = None,
     ) -> PackedBatch:
-        """The samples at these places laid into packs, with the pictures that this encoder rank encodes; see `pack`."""
+        """The samples at these places laid into packs, with the pictures that this encoder rank encodes; see `pack`.
+
+        `step` is written beside unreadable samples. Raises StoreError if a remote dataset cannot be reached.
+        """
         places = [place for one in packs for place in one]
-        samples = self.read(places)
+        samples = self.read(places, step)
         ready = iter(samples)
         laid_out = [[next(ready) for _ in one] for one in packs]
         names = [corpus.name for corpus in self.corpora]
-        decode, pad_id = self._decoder(places, samples), self.tokenizer.pad_id
-        return pack(laid_out, sequence_length, loss, names, pad_id, decode, encoder_rank, encoder_ranks)
+        wanted = self._wanted(places, samples, encoder_rank, encoder_ranks)
+        with AheadReader(wanted, self.budget, self._threads) as ahead:
+            decode, pad_id = self._decoder(places, samples, ahead, step), self.tokenizer.pad_id
+            return pack(laid_out, sequence_length, loss, names, pad_id, decode, encoder_rank, encoder_ranks, segment_multiple)
 
-    def _decoder(self, places: Sequence[Place], samples: Sequence[EncodedSample]) -> Decode:
+    def _decoder(
+        self, places: Sequence[Place], samples: Sequence[EncodedSample], ahead: AheadReader, step: int | None
+    ) -> Decode:
         """What writes the patches of these samples, read at these places, into a batch; an unreadable one is reported."""
 
         def decode(number: int, units: Sequence[Unit], out: NDArray[np.uint8]) -> bool:
+            corpus, index, _ = places[number]
+            read = ahead.media_of(number, self.corpora[corpus].dataset, index)
             try:
-                decode_into(out, samples[number], units, self._member(places[number]), self.rules)
+                decode_into(out, samples[number], units, read, self.rules)
             except SampleError as error:
-                self._report(places[number], error)
+                self._report(places[number], error, step)
                 return False
             return True
 
         return decode
+
+    def _wanted(self, places: Sequence[Place], samples: Sequence[EncodedSample], rank: int, ranks: int) -> Iterator[Wanted]:
+        """The reads of remote media that this rank will decode, in order."""
+        if not any(self.corpora[number].dataset.remote for number, _, _ in places):
+            return
+        owned = _owned_media(samples, rank, ranks)
+        for number, (corpus, index, _) in enumerate(places):
+            dataset = self.corpora[corpus].dataset
+            if dataset.remote and samples[number].media:
+                refs = [ref for medium in owned[number] for ref in _refs(samples[number].media[medium], self.rules)]
+                yield from (Wanted(number, dataset, run) for run in dataset.runs(index, refs))
 
     def decoded(self, place: Place, sample: EncodedSample) -> EncodedSample:
         """The sample with its patches; raises SampleError."""
@@ -127,10 +168,29 @@ class Reader:
     def _member(self, place: Place) -> Callable[[str], bytes]:
         return partial(self.corpora[place[0]].dataset.member, place[1])
 
-    def _report(self, place: Place, error: SampleError) -> None:
+    def _report(self, place: Place, error: SampleError, step: int | None = None) -> None:
         corpus = self.corpora[place[0]]
-        location = corpus.dataset.location(place[1])
-        self.quarantine.report(corpus.name, {"shard": location.shard, "key": location.key, "offset": location.offset}, error)
+        found = corpus.dataset.location(place[1], error.where)
+        where = {"shard": found.shard, "key": found.key, "offset": found.offset, "crc32": f"{found.crc32:08x}"}
+        self.quarantine.report(corpus.name, where, error, step)
+
+
+def _owned_media(samples: Sequence[EncodedSample], rank: int, ranks: int) -> list[list[int]]:
+    """Of each sample, the numbers of its pictures and videos of which this rank encodes a part, as `pack` deals them."""
+    counts = [len(sample.grids) for sample in samples]
+    grids = np.concatenate([np.empty((0, 3), np.int32), *(sample.grids for sample in samples)])
+    _, media, _, owners = deal_units(grids, ranks)
+    mine = set(media[owners == rank].tolist())
+    starts = np.cumsum([0, *counts]).tolist()
+    return [[n for n in range(count) if start + n in mine] for start, count in zip(starts, counts, strict=False)]
+
+
+def _refs(media: Image | Video, rules: MediaConfig) -> list[str]:
+    """The members that are read for a picture or a video."""
+    if media.ref is not None:
+        return [media.ref]
+    assert isinstance(media, Video)
+    return [media.frames[frame] for frame in chosen_frames(media, rules).tolist()]
 
 
 def _check_length(sample: EncodedSample, view: View) -> None:

@@ -234,7 +234,7 @@ def to_json(sample: Sample) -> str:
     if sample.kind == "chat":
         document["messages"] = [_message_json(message) for message in sample.messages]
     else:
-        document["content"] = [_element_json(element) for element in sample.content]
+        document["content"] = [element_json(element) for element in sample.content]
     if sample.tools:
         document["tools"] = [dict(tool) for tool in sample.tools]
     if sample.weight != 1.0:
@@ -509,10 +509,11 @@ def _check_image_indices(sample: Sample) -> None:
 
 def _message_json(message: Message) -> dict[str, Any]:
     loss = {} if message.loss is None else {"loss": message.loss}
-    return {"role": message.role, **loss, "content": [_element_json(element) for element in message.content]}
+    return {"role": message.role, **loss, "content": [element_json(element) for element in message.content]}
 
 
-def _element_json(element: Element) -> dict[str, Any]:
+def element_json(element: Element) -> dict[str, Any]:
+    """An element as the JSON object of the schema."""
     match element:
         case Text() | Think():
             values: dict[str, Any] = {"type": type(element).__name__.lower(), "text": element.text}

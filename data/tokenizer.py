@@ -23,7 +23,13 @@ IMAGE: Final = "<|image_pad|>"
 VIDEO: Final = "<|video_pad|>"
 THINK_START: Final = "<think>"
 THINK_END: Final = "</think>"
+CALL_START: Final = "<tool_call>"
+CALL_END: Final = "</tool_call>"
+RESPONSE_START: Final = "<tool_response>"
+RESPONSE_END: Final = "</tool_response>"
 REQUIRED: Final = (END_OF_TEXT, TURN_START, TURN_END, VISION_START, VISION_END, IMAGE, VIDEO, THINK_START, THINK_END)
+FOR_TOOLS: Final = (CALL_START, CALL_END, RESPONSE_START, RESPONSE_END)
+"""Needed only by samples with tools."""
 
 
 class Tokenizer:
@@ -51,9 +57,9 @@ class Tokenizer:
         for backend in (self._whole, self._plain):
             backend.no_padding()
             backend.no_truncation()
-        found = {token: self._whole.token_to_id(token) for token in REQUIRED}
+        found = {token: self._whole.token_to_id(token) for token in (*REQUIRED, *FOR_TOOLS)}
         self._special = {token: number for token, number in found.items() if number is not None}
-        if missing := [token for token, number in found.items() if number is None]:
+        if missing := [token for token in REQUIRED if token not in self._special]:
             raise UserError(f"data.tokenizer={folder} lacks special tokens of Qwen3-VL: {' '.join(missing)}")
 
     def __reduce__(self) -> tuple[type["Tokenizer"], tuple[str]]:
@@ -75,7 +81,9 @@ class Tokenizer:
         return int(self._whole.get_vocab_size(with_added_tokens=True))
 
     def special(self, token: str) -> int:
-        """Id of one of the REQUIRED tokens."""
+        """Id of one of the REQUIRED tokens, or of those FOR_TOOLS; raises UserError if the tokenizer lacks it."""
+        if token not in self._special:
+            raise UserError(f"data.tokenizer={self.folder} lacks {token}, which samples with tools need")
         return self._special[token]
 
     def encode(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:

@@ -3,8 +3,11 @@
 Commands:
     python launch/data.py --help
     python launch/data.py demo DIR [--seed N]    the demo's datasets and tokenizer (needs scikit-learn)
+    python launch/data.py convert KIND SRC DST   LLaVA, ShareGPT, OBELICS, MMC4, ... as shards
     python launch/data.py index DIR              index WebDataset tar files made elsewhere
     python launch/data.py stats DIR              samples, media and tasks of every dataset below DIR
+    python launch/data.py verify DIR [--decode]  check every member: bytes, headers, and pixels
+    python launch/data.py export-energon DIR     metadata for megatron-energon beside the shards
 """
 
 import argparse
@@ -16,23 +19,25 @@ if not __package__:  # started as a file: Python put launch/ first on the path, 
     sys.path[0] = str(Path(__file__).resolve().parents[1] / ".link")
 
 from visionloom.launch.exit import exit_with
-from visionloom.launch.shards import demo, index, stats
+from visionloom.launch.shards import convert, demo, export_energon, index, stats, verify
 from visionloom.parallel.errors import UserError
 
-COMMANDS = (demo, index, stats)
+COMMANDS = (demo, convert, index, stats, verify, export_energon)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one subcommand; returns 0, or 1 if the machine is at fault, and exits with 2 if the user is (one line each)."""
+    """Run one subcommand and return its exit code.
+
+    That is 0, what the subcommand returns, or 1 if the machine is at fault; a user's error exits with 2 (one line each).
+    """
     options = _parser().parse_args(arguments)
     try:
-        options.run(options)
+        return options.run(options) or 0
     except UserError as error:
         exit_with(error)
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -28,6 +28,6 @@ def bars(unit: str = "samples") -> Iterator[Progress]:
         def show(part: str, done: int, total: int) -> None:
             if part not in tasks:
                 tasks[part] = shown.add_task(part, total=total)
-            shown.update(tasks[part], completed=done)
+            shown.update(tasks[part], completed=done, total=total)
 
         yield show

@@ -1,6 +1,13 @@
-"""Prompts, loss masks and token ids. Reference: transformers' tokenizer on the whole rendered string."""
+"""Prompts, loss masks and token ids.
 
+References: transformers' tokenizer on the whole rendered string; and, for tools, what transformers rendered of the same
+conversations with the chat template of the Qwen3-VL Instruct models (SHA-256 3636d0f0bd6bef02654cdffdc447b79cb2cef8ab02cc7
+5267345946291a489e4), kept in qwen3vl_tools.json since the template itself is not part of this project.
+"""
+
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,7 +15,21 @@ from transformers import AutoTokenizer
 
 from visionloom.data.chat import clock, render
 from visionloom.data.encode import EncodedSample, encode
-from visionloom.data.sample import Box, Element, Image, Message, Point, Sample, SampleError, Text, Think, Time, Video
+from visionloom.data.sample import (
+    Box,
+    Element,
+    Image,
+    Message,
+    Point,
+    Sample,
+    SampleError,
+    Text,
+    Think,
+    Time,
+    ToolCall,
+    Video,
+    parse_sample,
+)
 from visionloom.data.tokenizer import REQUIRED, Tokenizer
 from visionloom.parallel.errors import UserError
 from visionloom.tests.data.samples import RULES
@@ -109,12 +130,53 @@ def test_weights_of_elements_messages_and_samples(tokenizer: Tokenizer) -> None:
     [
         (chat(("user", (Text("x"),)), ("assistant", (Box(1, (0, 0, 1, 1)),))), "image 1 expected, the sample has 0"),
         (chat(("user", (Image("wide.png", 4000, 10),))), "wide.png: aspect ratio"),
-        (Sample("test:1", "chat", (Message("tool", (Text("42"),)),)), "cannot be rendered"),
+        (chat(("user", (Video(("0.png",), (0.0,), 32, 32),))), "0.png: a video needs at least 2 frames"),
     ],
 )
 def test_what_cannot_be_rendered_is_named(sample: Sample, problem: str) -> None:
     with pytest.raises(SampleError, match=f"sample test:1.*{problem}"):
         render(sample, RULES)
+
+
+TOOLS: list[dict[str, Any]] = json.loads((Path(__file__).parent / "qwen3vl_tools.json").read_text())
+
+
+@pytest.mark.parametrize("case", TOOLS, ids=lambda case: case["sample"]["id"])
+def test_tools_are_rendered_as_the_published_template_does(
+    case: dict[str, Any], tokenizer: Tokenizer, tokenizer_folder: Path
+) -> None:
+    sample = parse_sample(case["sample"])
+    assert render(sample, RULES).text == case["text"]
+    expected = AutoTokenizer.from_pretrained(tokenizer_folder)(case["text"], add_special_tokens=False)["input_ids"]
+    assert encode(sample, tokenizer, RULES).input_ids.tolist() == expected
+
+
+def test_calls_are_learned_and_results_are_not(tokenizer: Tokenizer, tmp_path: Path, tokenizer_folder: Path) -> None:
+    sample = Sample(
+        "t",
+        "chat",
+        (
+            Message("user", (Text("Sum?"),)),
+            Message("assistant", (Think("Add."), ToolCall("add", {"x": [1, 2]}), ToolCall("add", {}))),
+            Message("tool", (Text("3"),)),
+            Message("assistant", (Text("It is 3."),)),
+        ),
+        tools=({"name": "add"},),
+    )
+    encoded = encode(sample, tokenizer, RULES)
+    assert supervised(encoded, tokenizer) == [
+        '<think>\nAdd.\n</think>\n\n<tool_call>\n{"name": "add", "arguments": {"x": [1, 2]}}\n</tool_call>'
+        '\n<tool_call>\n{"name": "add", "arguments": {}}\n</tool_call><|im_end|>',
+        "It is 3.<|im_end|>",
+    ]
+    assert encoded.answer == "It is 3."
+    without = json.loads((tokenizer_folder / "tokenizer.json").read_text())
+    without["added_tokens"] = [token for token in without["added_tokens"] if token["content"] != "<tool_call>"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(without))
+    plain = Tokenizer(str(tmp_path))
+    encode(MIXED, plain, RULES)
+    with pytest.raises(UserError, match=r"data\.tokenizer=.* lacks <tool_call>, which samples with tools need"):
+        encode(sample, plain, RULES)
 
 
 def test_clock() -> None:

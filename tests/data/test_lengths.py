@@ -1,4 +1,4 @@
-"""Length tables: equal to what encoding gives, kept by everything they depend on; over-long samples are named."""
+"""Length tables: equal to what encoding gives, kept by everything they depend on, counted alike by any number of processes."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,10 +10,10 @@ import pytest
 from visionloom.data import lengths
 from visionloom.data.config import DataConfig
 from visionloom.data.encode import encode
-from visionloom.data.lengths import LENGTHS, Limits, fitting, load_lengths
+from visionloom.data.lengths import LENGTHS, Counting, load_lengths
+from visionloom.data.sample import SampleError
 from visionloom.data.shards import Dataset
 from visionloom.data.tokenizer import Tokenizer
-from visionloom.parallel.errors import UserError
 from visionloom.tests.data.samples import RULES, essay, film, picture_question
 
 
@@ -21,6 +21,14 @@ from visionloom.tests.data.samples import RULES, essay, film, picture_question
 def dataset(config: Callable[..., DataConfig]) -> Dataset:
     made = config(mixed=[*(picture_question(n, (32 * n, 96)) for n in (1, 2, 3)), essay(4), film(5)])
     return Dataset.open(made.datasets["mixed"].path, "mixed")
+
+
+@pytest.fixture
+def essays(config: Callable[..., DataConfig], monkeypatch: pytest.MonkeyPatch) -> Dataset:
+    """A dataset of five blocks."""
+    monkeypatch.setattr(lengths, "BLOCK", 16)
+    made = config(texts=[essay(number, number % 9) for number in range(70)])
+    return Dataset.open(made.datasets["texts"].path, "texts")
 
 
 def test_lengths_are_those_of_the_encoded_samples(dataset: Dataset, tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -39,53 +47,64 @@ def test_tables_are_kept_and_made_anew(
     dataset: Dataset, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = tmp_path / "cache"
-    first = load_lengths(dataset, tokenizer, RULES, cache)
+    first = np.array(load_lengths(dataset, tokenizer, RULES, cache))
     (path,) = cache.iterdir()
     with monkeypatch.context() as patch:
-        patch.setattr(lengths, "count_lengths", lambda *_: pytest.fail("counted although a table is there"))
+        patch.setattr(Counting, "__call__", lambda *_: pytest.fail("counted although a table is there"))
         np.testing.assert_array_equal(load_lengths(dataset, tokenizer, RULES, cache), first)
     path.write_bytes(path.read_bytes()[:-8])
     np.testing.assert_array_equal(load_lengths(dataset, tokenizer, RULES, cache), first)
     wider = load_lengths(dataset, tokenizer, replace(RULES, image_min_pixels=65_536), cache)
     assert wider["patches"][0] > first["patches"][0]
     assert len(list(cache.iterdir())) == 2
-    cache.chmod(0o500)
     (tmp_path / "file").write_text("")
     np.testing.assert_array_equal(load_lengths(dataset, tokenizer, RULES, tmp_path / "file" / "cache"), first)
 
 
-def table(tokens: list[int], patches: list[int]) -> np.ndarray:
-    rows = np.zeros(len(tokens), LENGTHS)
-    rows["tokens"], rows["patches"] = tokens, patches
-    return rows
+def test_a_count_goes_on_where_it_was_cut_off(
+    essays: Dataset, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = np.asarray(Counting(essays, tokenizer, RULES)(0, len(essays)))
+    counted, count = list[int](), Counting.__call__
+
+    def cut_off(self: Counting, start: int, stop: int) -> np.ndarray:
+        if len(counted) == 3:
+            raise KeyboardInterrupt
+        counted.append(start)
+        return count(self, start, stop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Counting, "__call__", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            load_lengths(essays, tokenizer, RULES, tmp_path / "cache")
+        done = set(counted)
+        counted.clear()
+        np.testing.assert_array_equal(load_lengths(essays, tokenizer, RULES, tmp_path / "cache"), expected)
+    assert set(counted) == {0, 16, 32, 48, 64} - done
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".npy"], "the blocks are joined and gone"
 
 
-LIMITS = Limits(100, 50, "phases.long.sequence_length", "error", "data.datasets.web.over_length")
+def test_processes_count_alike(essays: Dataset, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    told = list[tuple[int, int]]()
+    table = load_lengths(
+        essays, tokenizer, RULES, tmp_path / "cache", processes=2, progress=lambda done, total: told.append((done, total))
+    )
+    np.testing.assert_array_equal(table, Counting(essays, tokenizer, RULES)(0, len(essays)))
+    assert told[-1] == (70, 70)
+    assert len(told) == 5
 
 
-def test_over_long_samples_are_named_or_dropped() -> None:
-    rows = table([100, 101, 300, 10], [0, 0, 0, 50])
-    with pytest.raises(UserError) as error:
-        fitting(rows, LIMITS, "web", "id{}".format)
-    for part in (
-        "dataset web",
-        "id2",
-        "300 tokens",
-        "100",
-        "2 such samples",
-        "phases.long.sequence_length",
-        "over_length=drop",
-    ):
-        assert part in str(error.value)
-    assert fitting(rows, replace(LIMITS, policy="drop"), "web", str).tolist() == [0, 3]
+def test_what_cannot_be_read_has_no_length(essays: Dataset, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = Counting(essays, tokenizer, RULES)(0, 70)
+    read = Dataset.sample
 
+    def broken(self: Dataset, index: int) -> object:
+        if index in (3, 40):
+            raise SampleError(f"essay:{index}", "", "not valid JSON")
+        return read(self, index)
 
-def test_too_many_patches_are_over_length_too() -> None:
-    rows = table([10, 10], [51, 0])
-    with pytest.raises(UserError, match=r"id0 has 51 patches, a pack holds 50 .*data\.patch_budget.*over_length=drop"):
-        fitting(rows, LIMITS, "web", "id{}".format)
-    assert fitting(rows, replace(LIMITS, policy="drop"), "web", str).tolist() == [1]
-    with pytest.raises(UserError, match="none of its 1 samples fits"):
-        fitting(rows[:1], replace(LIMITS, policy="drop"), "web", str)
-    with pytest.raises(UserError, match=r"over_length=keep is unknown: use one of error, drop"):
-        fitting(rows, replace(LIMITS, policy="keep"), "web", str)
+    monkeypatch.setattr(Dataset, "sample", broken)
+    table = Counting(essays, tokenizer, RULES)(0, 70)
+    assert np.flatnonzero(table["tokens"] == 0).tolist() == [3, 40]
+    rest = np.delete(np.arange(70), [3, 40])
+    np.testing.assert_array_equal(table[rest], expected[rest])

@@ -1,0 +1,1 @@
+"""Converters: other formats become shards of this project's schema; one file for each source format."""

@@ -1,0 +1,109 @@
+"""Where a source's pictures and videos lie: files below given folders, or URLs that img2dataset has fetched before.
+
+Nothing is fetched here, and no reference leaves the folders: what a downloaded JSON names is not trusted.
+"""
+
+import base64
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Final
+from urllib.parse import unquote, urlsplit
+
+from visionloom.data.convert.skip import Skip
+from visionloom.data.convert.urls import UrlIndex
+from visionloom.data.tar import LARGEST_MEMBER
+
+_SCHEME: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):")
+_INLINE: Final = re.compile(r"data:[a-z]+/[a-z0-9.+-]+;base64,", re.IGNORECASE)
+_IN_OBJECT: Final = ("bytes", "path", "url")
+_PICTURE_SUFFIXES: Final = ("", ".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
+
+@dataclass(frozen=True, slots=True)
+class MediaFiles:
+    """Reads references of a source, never from outside `roots`."""
+
+    roots: tuple[Path, ...]
+    """Folders, the first that has a file wins: that of --images-dir, then the source's own."""
+    index: UrlIndex | None = None
+    """Finds URLs in img2dataset's output."""
+    follow_links: bool = False
+    """Whether a link may lead outside the folders."""
+
+    def read(self, ref: object) -> bytes:
+        """Bytes of a file, a fetched URL or an inline `data:` picture; raises Skip.
+
+        `ref` is its name, or an object with it ({"path"}, {"url"}), or the bytes themselves ({"bytes"}).
+        """
+        if isinstance(ref, Mapping):
+            ref = next((ref[name] for name in _IN_OBJECT if ref.get(name) is not None), None)
+        if isinstance(ref, bytes):
+            return ref
+        if isinstance(ref, str) and (inline := _INLINE.match(ref)):
+            return _inline(ref[inline.end() :])
+        if isinstance(ref, str) and ref.lower().startswith(("http://", "https://")):
+            return self._fetched(ref)
+        path = self.locate(ref)
+        if path.is_dir():
+            raise Skip("a folder, not a file", str(ref))
+        if path.stat().st_size > LARGEST_MEMBER:
+            raise Skip("file too large", f"{ref}: {path.stat().st_size} bytes, at most {LARGEST_MEMBER}")
+        return path.read_bytes()
+
+    def locate(self, ref: object) -> Path:
+        """The file or folder that a reference means; raises Skip if there is none or it leads outside."""
+        if not isinstance(ref, str) or not ref or "\0" in ref:
+            raise Skip("not a file name", repr(ref)[:80])
+        if scheme := _SCHEME.match(ref):
+            raise Skip(f"refused reference {scheme[1]}:", ref[:200])
+        if ".." in PurePosixPath(ref).parts:
+            raise Skip("refused reference with ..", ref[:200])
+        found = [path for root in self.roots if (path := _below(root, ref)) is not None]
+        if not found:
+            raise Skip("refused path outside the source's folders", ref[:200])
+        for path in found:
+            if os.path.lexists(path):
+                return self._checked(path, ref)
+        raise Skip("file not found", ref[:200])
+
+    def _checked(self, path: Path, ref: str) -> Path:
+        real = path.resolve()
+        if not real.exists():
+            raise Skip("file not found", f"{ref[:200]} is a link to nothing")
+        if not self.follow_links and not any(real.is_relative_to(root.resolve()) for root in self.roots):
+            raise Skip("refused link out of the source's folders", f"{ref[:200]}: --follow-links allows it")
+        return path
+
+    def _fetched(self, url: str) -> bytes:
+        if self.index is not None and (data := self.index.read(url)) is not None:
+            return data
+        for name in _names_of(url):
+            if (path := self.roots[0] / name).is_file():
+                return self._checked(path, name).read_bytes()
+        raise Skip("URL not in --images-dir", url[:200])
+
+
+def _below(root: Path, ref: str) -> Path | None:
+    """The path of `ref` below `root`; None for an absolute one elsewhere."""
+    path = Path(os.path.normpath(root / ref))
+    return path if path.is_relative_to(os.path.normpath(root)) else None
+
+
+def _names_of(url: str) -> Iterator[str]:
+    """Names that a fetched URL's file may have: the SHA-256 of the URL with any ending, else the name in its path."""
+    digest = hashlib.sha256(url.encode()).hexdigest()
+    yield from (digest + suffix for suffix in _PICTURE_SUFFIXES)
+    name = PurePosixPath(unquote(urlsplit(url).path)).name
+    if name and "\0" not in name and name != "..":
+        yield name
+
+
+def _inline(data: str) -> bytes:
+    try:
+        return base64.b64decode(data, validate=True)
+    except ValueError as error:
+        raise Skip("broken inline data", str(error)) from None

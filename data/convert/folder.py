@@ -1,0 +1,83 @@
+"""A folder of pictures or videos with captions: NAME.txt or NAME.caption beside each, or metadata.jsonl.
+
+metadata.jsonl has lines {"file_name": ..., "text" or "caption": ...}, as Hugging Face's imagefolder, and lies in the folder.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import batched
+from pathlib import Path
+from typing import Any, Final
+
+from visionloom.data.convert.jsonfile import Span, cut_json, read_json
+from visionloom.data.convert.skip import Skip
+from visionloom.data.convert.source import Draft, Options, Record
+from visionloom.data.convert.videos import add_video
+from visionloom.data.probe import kind_of
+from visionloom.data.write_parts import Part
+from visionloom.parallel.errors import UserError
+
+METADATA: Final = "metadata.jsonl"
+_CAPTIONS: Final = (".txt", ".caption")
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """Media files below a folder."""
+
+    folder: str
+    names: tuple[str, ...]
+
+
+class Folder:
+    """One picture or video a sample: a document of it and its caption."""
+
+    def parts(self, path: Path, size: int) -> Iterator[Part]:
+        """Files in sorted order, or the lines of metadata.jsonl if there is one."""
+        if not path.is_dir():
+            raise UserError(f"{path}: a folder of pictures expected")
+        if (path / METADATA).is_file():
+            return cut_json(path / METADATA, size)
+        return (Part(len(names), Files(str(path), names)) for names in batched(_media(path), size))
+
+    def records(self, where: Files | Span) -> Iterator[Record]:
+        """Media files with their captions."""
+        if isinstance(where, Span):
+            yield from read_json(where)
+            return
+        for name in where.names:
+            yield Record(name, {"file_name": name, "text": _caption(Path(where.folder) / name)})
+
+    def convert(self, value: Any, draft: Draft, options: Options) -> None:
+        """A document of one picture or video and what is said of it."""
+        name = value.get("file_name")
+        text = value.get("text", value.get("caption"))
+        if not isinstance(name, str) or not isinstance(text, str):
+            raise Skip("no caption", f"{name}: a text beside it ({' or '.join(_CAPTIONS)}) or in {METADATA} expected")
+        draft.id = name
+        if kind_of(name) == "video":
+            draft.caption(add_video(draft, options.files, name, {}), text)
+        else:
+            draft.caption(draft.image(options.files.read(name)), text)
+
+
+def _media(path: Path) -> Iterator[str]:
+    """Names of media files below a folder, one folder after another."""
+    for folder, folders, files in os.walk(path):
+        folders.sort()
+        for name in sorted(files):
+            if kind_of(name) != "other":
+                yield str((Path(folder) / name).relative_to(path))
+
+
+def _caption(path: Path) -> str | None:
+    """The text beside a file; one that is not UTF-8 is none."""
+    for suffix in _CAPTIONS:
+        for beside in (path.with_suffix(suffix), path.with_name(path.name + suffix)):
+            if beside.is_file():
+                try:
+                    return beside.read_bytes().decode()
+                except UnicodeDecodeError:
+                    return None
+    return None

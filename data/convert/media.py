@@ -1,0 +1,165 @@
+"""Pictures and videos as they go into shards: the original bytes, unless a picture lies on its side or is transparent.
+
+Loaders apply neither EXIF orientation nor transparency on every epoch: it happens once, here, and the sample's meta says
+so. Every picture is decoded once, so that a broken one is left out now and not in the middle of a training run.
+"""
+
+import io
+import warnings
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from PIL import ExifTags, ImageOps, JpegImagePlugin
+from PIL import Image as Pillow
+
+from visionloom.data.convert.skip import Skip
+from visionloom.data.probe import MediaFacts, probe
+from visionloom.data.tar import LARGEST_MEMBER
+from visionloom.parallel.errors import UserError
+
+SUFFIXES: Final = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp", "BMP": "bmp", "GIF": "gif", "TIFF": "tif"}
+"""Formats that the loader reads, and the names of their files."""
+MAX_PIXELS: Final = 1 << 27
+"""Larger pictures (134 million pixels, 400 MB decoded) are refused, as the loader does."""
+JPEG_QUALITY: Final = 95
+_LARGEST_JITTER: Final = 0.005
+"""Seconds that a frame may be off an even spacing: containers round times to milliseconds or worse."""
+VIDEO_SUFFIXES: Final = {
+    "mov,mp4,m4a,3gp,3g2,mj2": "mp4",
+    "matroska,webm": "mkv",
+    "avi": "avi",
+    "mpegts": "ts",
+    "mpeg": "mpg",
+    "flv": "flv",
+    "asf": "wmv",
+}
+"""FFmpeg's names of containers and the names of their files."""
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A picture ready for a shard; `change` says what was done to it, None for the original bytes."""
+
+    data: bytes
+    suffix: str
+    width: int
+    height: int
+    change: str | None = None
+
+
+def prepare_image(data: bytes) -> Picture:
+    """Check a picture by decoding it; turn it upright and put it on white where needed.
+
+    What is changed is stored as PNG, or as JPEG of quality 95 with its chroma subsampling if it was one. Raises Skip
+    for what cannot be decoded, is no picture format, or is too large.
+    """
+    if len(data) > LARGEST_MEMBER:
+        raise Skip("file too large", f"{len(data)} bytes, at most {LARGEST_MEMBER}")
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            picture = Pillow.open(io.BytesIO(data), formats=tuple(SUFFIXES))
+        if picture.width * picture.height > MAX_PIXELS:
+            raise Skip("picture too large", f"{picture.width}x{picture.height} pixels, at most {MAX_PIXELS}")
+        return _prepare(data, picture)
+    except Skip:
+        raise
+    except Exception as error:  # decoders raise whatever damaged bytes lead them to
+        raise Skip("broken picture", f"{type(error).__name__}: {error}") from error
+
+
+def _prepare(data: bytes, picture: Pillow.Image) -> Picture:
+    turn = picture.getexif().get(ExifTags.Base.Orientation, 1)
+    changes = [f"EXIF orientation {turn} applied"] if turn in range(2, 9) else []
+    if picture.has_transparency_data:
+        changes.append("transparency put on white")
+    if picture.mode.startswith("I;16"):
+        changes.append("16 bits reduced to 8")
+    suffix = SUFFIXES[str(picture.format)]
+    if not changes:
+        width, height = picture.size
+        picture.draft("RGB", (1, 1))  # JPEG: reads all coefficients, but computes an eighth of each side
+        picture.load()
+        return Picture(data, suffix, width, height)
+    upright = ImageOps.exif_transpose(_shallow(picture))
+    flat = on_white(upright) if upright.has_transparency_data else upright
+    written, suffix, how = _written(flat, picture)
+    return Picture(written, suffix, flat.width, flat.height, f"{', '.join(changes)}; {how}")
+
+
+def _shallow(picture: Pillow.Image) -> Pillow.Image:
+    """A picture of 16 bits a value with 8: Pillow's own conversion would clip it to white."""
+    if not picture.mode.startswith("I;16"):
+        return picture
+    shallow = picture.point(lambda value: value / 256).convert("L")
+    shallow.info.update(picture.info)
+    return shallow
+
+
+def on_white(picture: Pillow.Image) -> Pillow.Image:
+    """The picture without transparency, what lies behind it white."""
+    colours = picture.convert("RGBA")
+    white = Pillow.new("RGBA", colours.size, (255, 255, 255, 255))
+    return Pillow.alpha_composite(white, colours).convert("RGB")
+
+
+def _written(picture: Pillow.Image, original: Pillow.Image) -> tuple[bytes, str, str]:
+    """Bytes, suffix and a description."""
+    file = io.BytesIO()
+    options: dict[str, Any] = {"icc_profile": original.info.get("icc_profile")}
+    if isinstance(original, JpegImagePlugin.JpegImageFile):
+        sampling = JpegImagePlugin.get_sampling(original)
+        picture.save(file, "JPEG", quality=JPEG_QUALITY, subsampling=max(sampling, 0), **options)
+        return file.getvalue(), "jpg", f"stored as JPEG of quality {JPEG_QUALITY}"
+    picture.save(file, "PNG", **options)
+    return file.getvalue(), "png", "stored as PNG"
+
+
+@dataclass(frozen=True, slots=True)
+class Film:
+    """A video file ready for a shard; `times` (seconds from the first frame) only if the frame rate varies."""
+
+    suffix: str
+    facts: MediaFacts
+    times: tuple[float, ...]
+
+
+def prepare_video(data: bytes) -> Film:
+    """Read a video's header, the times of all its packets, and decode its first frame.
+
+    Raises Skip for what is no video, is stored rotated, or has no times; UserError without PyAV.
+    """
+    try:
+        import av
+    except ImportError:
+        raise UserError("videos need PyAV: pip install visionloom[video]") from None
+    if len(data) > LARGEST_MEMBER:
+        raise Skip("file too large", f"{len(data)} bytes, at most {LARGEST_MEMBER}")
+    try:
+        with av.open(io.BytesIO(data)) as container:
+            suffix = VIDEO_SUFFIXES.get(container.format.name)
+            if suffix is None or not container.streams.video:
+                raise Skip("no video that is known", f"container {container.format.name}")
+            times = _packet_times(container)
+            container.seek(0)
+            turn = next(container.decode(video=0)).rotation % 360
+        if turn:
+            raise Skip("video stored rotated", f"by {turn} degrees: write it upright first, ffmpeg does so by itself")
+        facts = replace(probe(f"video.{suffix}", data), frames=len(times))
+    except (av.error.FFmpegError, StopIteration, ValueError) as error:
+        raise Skip("broken video", f"{type(error).__name__}: {error}") from error
+    return Film(suffix, facts, () if _is_even(times, facts.fps) else times)
+
+
+def _packet_times(container: Any) -> tuple[float, ...]:
+    """Seconds from the first frame at which each frame is shown, without decoding."""
+    stream = container.streams.video[0]
+    packets = (packet for packet in container.demux(stream) if packet.size and not packet.is_discard)
+    stamps = [packet.pts for packet in packets]
+    if not stamps or None in stamps:
+        raise Skip("video without times", f"{len(stamps)} frames, some without a presentation time")
+    stamps.sort()
+    return tuple(float((stamp - stamps[0]) * stream.time_base) for stamp in stamps)
+
+
+def _is_even(times: tuple[float, ...], fps: float) -> bool:
+    return fps > 0 and all(abs(time - index / fps) <= _LARGEST_JITTER for index, time in enumerate(times))

@@ -1,0 +1,161 @@
+"""Converting a source: from its format, part by part, to indexed shards, with a line for every record left out."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Final
+
+from visionloom.data.convert.files import MediaFiles
+from visionloom.data.convert.folder import Folder
+from visionloom.data.convert.hf import COLUMNS, HuggingFace
+from visionloom.data.convert.jsonl import JsonLines
+from visionloom.data.convert.llava import Llava
+from visionloom.data.convert.mmc4 import Mmc4
+from visionloom.data.convert.obelics import Obelics
+from visionloom.data.convert.omnicorpus import OmniCorpus
+from visionloom.data.convert.sharegpt import ShareGpt
+from visionloom.data.convert.skip import Skip
+from visionloom.data.convert.source import Draft, Options, Record, Source
+from visionloom.data.convert.urls import UrlIndex, build_index
+from visionloom.data.convert.webdataset import WebDataset
+from visionloom.data.sample import Sample, SampleError, parse_sample, to_json
+from visionloom.data.write import Pair
+from visionloom.data.write_parts import Part, PartLog, Progress, Target, write_parts
+from visionloom.parallel.errors import UserError
+
+SOURCES: Final[Mapping[str, type[Source]]] = {
+    "llava": Llava,
+    "sharegpt": ShareGpt,
+    "obelics": Obelics,
+    "omnicorpus": OmniCorpus,
+    "mmc4": Mmc4,
+    "hf": HuggingFace,
+    "folder": Folder,
+    "jsonl": JsonLines,
+    "webdataset": WebDataset,
+}
+CONVERT_VERSION: Final = 1
+"""Counts changes of what converters write: an unfinished conversion by another version is not continued."""
+_FETCHED: Final = ("obelics", "omnicorpus", "mmc4")
+"""Formats that name pictures by URL."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is to be converted, and how."""
+
+    kind: str
+    path: Path
+    images_dir: Path | None = None
+    columns: Mapping[str, str] | None = None
+    limit: int | None = None
+    """Records read at most."""
+    stop: bool = False
+    """Whether the first bad record ends the conversion."""
+    follow_links: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Converter:
+    """Reads a source part by part; picklable."""
+
+    request: Request
+    name: str
+    options: Options
+    part_records: int
+    """Records of a part: about a shard, so that parts leave few small shards, and an interruption costs little."""
+
+    def parts(self) -> Iterator[Part]:
+        """The source's parts up to the limit, each with how many of its records are wanted (None: all)."""
+        if (index := self.options.files.index) is not None:
+            build_index(index.images, index.folder)
+        left = self.request.limit
+        for part in SOURCES[self.request.kind]().parts(self.request.path, self.part_records):
+            wanted = part.records if left is None else min(left, part.records)
+            yield Part(wanted, (part.where, None if wanted == part.records else wanted))
+            if left is not None and (left := left - wanted) <= 0:
+                return
+
+    def samples(self, part: Part, log: PartLog) -> Iterator[Pair]:
+        """The samples of a part; records that cannot be converted go to `log`."""
+        where, wanted = part.where
+        source = SOURCES[self.request.kind]()
+        for record in islice(source.records(where), wanted):
+            log.counts["records"] += 1
+            draft = Draft()
+            try:
+                sample = self._sample(source, record, draft)
+            except Skip as skip:
+                self._leave_out(record, skip, log)
+                continue
+            log.counts["samples"] += 1
+            log.counts.update(f"left out: {reason}" for reason in draft.left_out)
+            log.counts["changed pictures"] += len(draft.meta.get("changed", ()))
+            yield sample, draft.media
+
+    def _sample(self, source: Source, record: Record, draft: Draft) -> Sample:
+        """One checked sample; raises Skip, whatever a record from elsewhere leads to."""
+        if isinstance(record.value, Skip):
+            raise record.value
+        try:
+            source.convert(record.value, draft, self.options)
+            return parse_sample(to_json(draft.sample(f"{self.name}:{draft.id or record.place}")))
+        except SampleError as error:
+            raise Skip("breaks the schema", str(error)) from error
+        except UserError:
+            raise
+        except (TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError, OSError) as error:
+            raise Skip("malformed record", f"{type(error).__name__}: {error}") from error
+
+    def _leave_out(self, record: Record, skip: Skip, log: PartLog) -> None:
+        if self.request.stop:
+            raise UserError(f"{record.place}: {skip} (--on-error skip leaves it out and goes on)")
+        log.counts["skipped"] += 1
+        log.counts[f"skipped: {skip.reason}"] += 1
+        log.skipped.append({"record": record.place, "reason": skip.reason, "detail": skip.detail[:500]})
+
+
+def convert(request: Request, target: Target, progress: Progress) -> Counter[str]:
+    """Convert a source and return the counts: records, samples, skipped and why, pictures left out and changed.
+
+    Nothing is fetched from a network. Raises UserError for a source that is not there or of another format.
+    """
+    _check(request)
+    folder = request.path if request.path.is_dir() else request.path.parent
+    roots = (folder,) if request.images_dir is None else (request.images_dir, folder)
+    index = None
+    if request.kind in _FETCHED and request.images_dir is not None:
+        index = UrlIndex(target.staging / "urls", request.images_dir)
+    options = Options(MediaFiles(roots, index, request.follow_links), request.columns or {})
+    converter = Converter(request, target.name, options, target.limits.samples)
+    return Counter(write_parts(converter, target, _settings(request), progress))
+
+
+def _check(request: Request) -> None:
+    if request.kind not in SOURCES:
+        raise UserError(f"source kind {request.kind!r} is unknown: one of {', '.join(SOURCES)}")
+    if not request.path.exists():
+        raise UserError(f"no file or folder {request.path}")
+    if request.images_dir is not None and not request.images_dir.is_dir():
+        raise UserError(f"--images-dir: no folder {request.images_dir}")
+    if request.columns and request.kind != "hf":
+        raise UserError(f"--columns is for the kind hf, not {request.kind}")
+    if unknown := sorted(set(request.columns or ()) - set(COLUMNS)):
+        raise UserError(f"--columns {unknown[0]}=...: one of {', '.join(COLUMNS)} expected")
+
+
+def _settings(request: Request) -> dict[str, Any]:
+    """What the bytes of the dataset depend on."""
+    state = request.path.stat()
+    return {
+        "version": CONVERT_VERSION,
+        "kind": request.kind,
+        "source": str(request.path.resolve()),
+        "source bytes": state.st_size if request.path.is_file() else None,
+        "images_dir": None if request.images_dir is None else str(request.images_dir.resolve()),
+        "columns": dict(sorted((request.columns or {}).items())),
+        "limit": request.limit,
+        "follow_links": request.follow_links,
+    }

@@ -1,0 +1,130 @@
+"""Parquet and Arrow files in parts: row groups and record batches, read a few rows at a time."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from visionloom.data.convert.source import Record
+from visionloom.data.write_parts import Part
+from visionloom.parallel.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow
+
+_ROWS: Final = 64
+"""Rows in memory at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Row groups (parquet) or record batches (arrow) [first, last) of a file, and the number of their first row."""
+
+    path: str
+    first: int
+    last: int
+    row: int
+
+
+def require_pyarrow() -> None:
+    """Raise UserError if pyarrow is not installed."""
+    try:
+        import pyarrow  # noqa: F401
+    except ImportError:
+        raise UserError("parquet and arrow files need pyarrow: pip install visionloom[convert]") from None
+
+
+def table_files(path: Path, endings: tuple[str, ...]) -> list[Path]:
+    """The file itself, or those of a folder in sorted order; raises UserError if there is none."""
+    require_pyarrow()
+    found = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix in endings)
+    if not found:
+        raise UserError(f"{path}: no file {' or '.join(endings)} there")
+    return found
+
+
+def cut_tables(files: Sequence[Path], size: int) -> Iterator[Part]:
+    """Parts of neighbouring row groups or batches of a file, of at least `size` rows where there are as many."""
+    for path in files:
+        first = row = records = 0
+        for number, rows in enumerate(_sizes(path)):
+            records += rows
+            if records >= size:
+                yield Part(records, Rows(str(path), first, number + 1, row))
+                first, row, records = number + 1, row + records, 0
+        if records:
+            yield Part(records, Rows(str(path), first, number + 1, row))
+
+
+def read_table(where: Rows, columns: Sequence[str] | None = None) -> Iterator[Record]:
+    """Rows as dictionaries; only `columns` are read from parquet if given."""
+    path, number = Path(where.path), where.row
+    for batch in _batches(where, columns):
+        for value in batch.to_pylist():
+            yield Record(f"{path.name}:{number}", value)
+            number += 1
+
+
+def column_names(path: Path) -> list[str]:
+    """Names of a table's columns."""
+    import pyarrow
+    import pyarrow.parquet
+
+    if path.suffix == ".parquet":
+        return list(pyarrow.parquet.read_schema(path).names)
+    with _open_arrow(path) as reader:
+        return list(reader.schema.names)
+
+
+def _sizes(path: Path) -> Iterator[int]:
+    """Rows of each row group or batch."""
+
+    if path.suffix == ".parquet":
+        facts = _parquet(path).metadata
+        yield from (facts.row_group(number).num_rows for number in range(facts.num_row_groups))
+    else:
+        with _open_arrow(path) as reader:
+            yield from (batch.num_rows for batch in reader)
+
+
+def _batches(where: Rows, columns: Sequence[str] | None) -> Iterator["pyarrow.RecordBatch"]:
+    path = Path(where.path)
+    if path.suffix == ".parquet":
+        groups = list(range(where.first, where.last))
+        yield from _parquet(path).iter_batches(batch_size=_ROWS, row_groups=groups, columns=columns)
+        return
+    with _open_arrow(path) as reader:
+        for number, batch in enumerate(reader):
+            if where.first <= number < where.last:
+                yield from (batch.slice(start, _ROWS) for start in range(0, batch.num_rows, _ROWS))
+
+
+def _parquet(path: Path) -> Any:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.ParquetFile(path)
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise UserError(f"{path} is no parquet file that can be read: {error}") from None
+
+
+def _open_arrow(path: Path) -> Any:
+    """A stream of record batches, mapped into memory: what Hugging Face datasets save."""
+    import pyarrow
+
+    try:
+        return pyarrow.ipc.open_stream(pyarrow.memory_map(str(path)))
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise UserError(f"{path} is no Arrow stream that can be read: {error}") from None
+
+
+def decoded(value: Any) -> Any:
+    """A column that may hold JSON text, as its value; None if it is no JSON."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return None

@@ -1,0 +1,118 @@
+"""WebDataset tars made elsewhere: a picture or video with a caption (txt, or json with one), or samples of our schema."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Final
+
+from visionloom.data.convert.files import MediaFiles
+from visionloom.data.convert.interleaved import keep_facts
+from visionloom.data.convert.jsonl import fill_from_schema
+from visionloom.data.convert.skip import Skip
+from visionloom.data.convert.source import Draft, Options, Record
+from visionloom.data.convert.videos import add_video
+from visionloom.data.probe import kind_of
+from visionloom.data.tar import Fault, entries
+from visionloom.data.write_parts import Part
+from visionloom.parallel.errors import UserError
+
+_CAPTIONS: Final = ("caption", "text", "txt")
+
+
+@dataclass(frozen=True, slots=True)
+class Tar:
+    """One tar file and its number of samples as far as its headers tell."""
+
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Members(MediaFiles):
+    """The members of one sample in place of files."""
+
+    members: Mapping[str, bytes] | None = None
+
+    def read(self, ref: object) -> bytes:
+        """A member's bytes; raises Skip if the sample has none of this name."""
+        data = (self.members or {}).get(ref) if isinstance(ref, str) else None
+        if data is None:
+            raise Skip("no such member", repr(ref)[:80])
+        return data
+
+    def locate(self, ref: object) -> Path:
+        """Members are no folders."""
+        return Path(str(ref))
+
+
+class WebDataset:
+    """One key a sample; a damaged place in a tar is a skipped record, and what follows it is read."""
+
+    def parts(self, path: Path, size: int) -> Iterator[Part]:
+        """One tar each."""
+        found = [path] if path.is_file() else sorted(path.rglob("*.tar"))
+        if not found:
+            raise UserError(f"{path}: no .tar files there")
+        return (Part(_count(tar), Tar(str(tar))) for tar in found)
+
+    def records(self, where: Tar) -> Iterator[Record]:
+        """One key after another, its members in memory."""
+        path, faults = Path(where.path), list[Fault]()
+        for key, found in groupby(entries(path, faults.append), key=lambda entry: _split(entry.name)[0]):
+            members = {_split(entry.name)[1]: entry.data for entry in found}
+            yield from (Record(f"{path.name}:{fault.offset}", Skip("damaged tar", str(fault))) for fault in faults)
+            faults.clear()
+            yield Record(f"{path.name}:{key}", members)
+        yield from (Record(f"{path.name}:{fault.offset}", Skip("damaged tar", str(fault))) for fault in faults)
+
+    def convert(self, value: Mapping[str, bytes], draft: Draft, options: Options) -> None:
+        """A caption pair or what our schema says."""
+        document = _document(value)
+        files = _Members((), members=value)
+        if "v" in document and "kind" in document:
+            fill_from_schema(document, draft, Options(files))
+            return
+        name = next((name for name in sorted(value) if kind_of(name) != "other"), None)
+        text = _caption(value, document)
+        if name is None:
+            raise Skip("no picture or video", f"members {', '.join(value)}")
+        if text is None:
+            raise Skip("no caption", f"members {', '.join(value)}: txt, or json with one of {', '.join(_CAPTIONS)} expected")
+        keep_facts(draft, document, {"url": "url", "key": "key"})
+        draft.caption(add_video(draft, files, name, {}) if kind_of(name) == "video" else draft.image(value[name]), text)
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Key and ending: WebDataset ends the key at the first dot behind the last slash."""
+    folder, slash, file = name.rpartition("/")
+    key, _, ending = file.partition(".")
+    return folder + slash + key, ending.lower() if ending.lower() in ("json", "txt") else ending
+
+
+def _count(path: Path) -> int:
+    """Samples in a tar."""
+    return sum(1 for _ in groupby(_names(path), key=lambda name: _split(name)[0]))
+
+
+def _names(path: Path) -> Iterator[str]:
+    return (entry.name for entry in entries(path, lambda fault: None))
+
+
+def _document(members: Mapping[str, bytes]) -> Mapping[str, Any]:
+    if "json" not in members:
+        return {}
+    try:
+        found = json.loads(members["json"])
+    except (ValueError, RecursionError) as error:
+        raise Skip("not valid JSON", str(error)) from None
+    return found if isinstance(found, dict) else {}
+
+
+def _caption(members: Mapping[str, bytes], document: Mapping[str, Any]) -> str | None:
+    if "txt" in members:
+        try:
+            return members["txt"].decode()
+        except UnicodeDecodeError as error:
+            raise Skip("caption is no UTF-8", str(error)) from None
+    return next((document[name] for name in _CAPTIONS if isinstance(document.get(name), str)), None)
