@@ -137,11 +137,12 @@ class PackStream:
 
     def _build(self, packs: list[Pack], step: int, encoder_rank: int, encoder_ranks: int) -> PackedBatch:
         places, length = [pack.places for pack in packs], self.plan.settings.sequence_length
-        return self._reader.batch(places, length, self.loss, encoder_rank, encoder_ranks, step=step)
+        multiple = self.plan.settings.multiple
+        return self._reader.batch(places, length, self.loss, encoder_rank, encoder_ranks, multiple, step)
 
 
 def _restore(arguments: tuple[Any, ...], origin: Origin, starts: dict[int, int]) -> PackStream:
-    stream = PackStream(*arguments, origin=origin)
+    stream = PackStream(*(*arguments, origin))
     for segment, first_pack in starts.items():
         stream.plan.jump(segment, first_pack)
     return stream
@@ -245,18 +246,30 @@ class EvaluationSet:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def batches(self, sequence_length: int, micro_batch: int, loss: str, dp_rank: int, dp_size: int) -> Iterator[PackedBatch]:
+    def batches(
+        self,
+        sequence_length: int,
+        micro_batch: int,
+        loss: str,
+        dp_rank: int,
+        dp_size: int,
+        encoder_rank: int = 0,
+        encoder_ranks: int = 1,
+    ) -> Iterator[PackedBatch]:
         """This rank's share of the samples in packs; every rank gets as many batches, some may hold padding only.
 
-        Raises UserError for samples longer than the pack, unless the dataset's policy is to drop them.
+        The pictures are dealt as in PackStream.micro_batches. Raises UserError for samples longer than the pack, unless the
+        dataset's policy is to drop them.
         """
-        budget = int(self.data.patch_budget * sequence_length)
-        views = self.corpus.views(sequence_length, budget, "the sequence length")
+        multiple, budget = self.data.pack_multiple, int(self.data.patch_budget * sequence_length)
+        views = self.corpus.views(sequence_length // multiple * multiple, budget, "the sequence length")
         reader = Reader([self.corpus], [views], self.data, self.tokenizer, Quarantine())
         rows, _ = views.of(self.indices)
-        packed = pack_samples(rows["tokens"].tolist(), rows["patches"].tolist(), sequence_length, budget, self.data.window)
+        tokens = -(-rows["tokens"].astype(np.int64) // multiple) * multiple
+        packed = pack_samples(tokens.tolist(), rows["patches"].tolist(), sequence_length, budget, self.data.window)
         for micro in deal(self._packs(rows, packed, dp_size * micro_batch), dp_size, micro_batch)[dp_rank]:
-            yield reader.batch([pack_.places for pack_ in micro], sequence_length, loss)
+            places = [pack_.places for pack_ in micro]
+            yield reader.batch(places, sequence_length, loss, encoder_rank, encoder_ranks, multiple)
 
     def _packs(self, rows: Rows, packed: list[list[int]], multiple: int) -> list[Pack]:
         """Packs of the dataset's views, with empty ones up to a multiple."""

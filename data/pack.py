@@ -151,15 +151,24 @@ def pack(
     )
 
 
-def pack_prompts(prompts: Sequence[EncodedSample], pad_id: int, multiple: int = 1) -> tuple[PackedBatch, Tensor]:
-    """Prompts (of `prompt_of` and `extend`) in one pack for generation, and int64 [prompts]: the last row of each.
+def pack_prompts(
+    prompts: Sequence[EncodedSample],
+    pad_id: int,
+    multiple: int = 1,
+    segment_multiple: int = 1,
+    encoder_rank: int = 0,
+    encoder_ranks: int = 1,
+) -> tuple[PackedBatch, NDArray[np.int64]]:
+    """Prompts (of `prompt_of` and `extend`) in one pack for generation, and int64 [prompts]: the first row of each.
 
-    The pack is as long as they are together, rounded up to a multiple.
+    The pack is as long as they are together, rounded up to a multiple; for the other arguments see `pack`.
     """
     lengths = np.array([len(prompt.input_ids) for prompt in prompts], np.int64)
-    total = -(-int(lengths.sum()) // multiple) * multiple
+    rounded = -(-lengths // segment_multiple) * segment_multiple
+    total = -(-int(rounded.sum()) // multiple) * multiple
     sources = sorted({prompt.source for prompt in prompts})
-    return pack([prompts], total, "token", sources, pad_id), torch.from_numpy(np.cumsum(lengths) - 1)
+    batch = pack([prompts], total, "token", sources, pad_id, None, encoder_rank, encoder_ranks, segment_multiple)
+    return batch, np.cumsum(rounded) - rounded
 
 
 class _TextBuffers:

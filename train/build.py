@@ -9,6 +9,7 @@ import torch
 
 from visionloom.data.loader import PackStream
 from visionloom.data.state import Origin
+from visionloom.model.config import ModelConfig
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.model.sharding import draw_weights
 from visionloom.model.trainable import set_trainable

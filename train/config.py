@@ -279,6 +279,7 @@ class RunConfig:
         found += self._out_of_range()
         layout = self.parallel.problems(world_size) + self.model.problems(self.parallel)
         found += layout
+        found += self._multiple_problems()
         if not self.phases:
             found.append("phases is empty: choose a run with +recipe=NAME")
         faults = {
@@ -292,6 +293,18 @@ class RunConfig:
             )
         if self.checkpoint.asynchronous:
             found.append("checkpoint.asynchronous=true is not available yet: set it to false")
+        return found
+
+    def _multiple_problems(self) -> list[str]:
+        """Whether samples take up tokens in the multiples that context parallelism cuts them into."""
+        layouts = [phase.parallel or self.parallel for phase in self.phases.values()] or [self.parallel]
+        needed = math.lcm(*(layout.token_multiple for layout in layouts if layout.context > 0))
+        found = []
+        if self.data.pack_multiple > 0 and self.data.pack_multiple % needed:
+            found.append(
+                f"data.pack_multiple={self.data.pack_multiple} must be a multiple of {needed}:"
+                f" parallel.context={max(layout.context for layout in layouts)} cuts each sample into that many chunks"
+            )
         return found
 
     def _out_of_range(self) -> list[str]:

@@ -27,7 +27,7 @@ from visionloom.train.config import RunConfig
 from visionloom.train.progress import Screen
 from visionloom.train.report_data import RESULTS
 from visionloom.train.report_gallery import question_text
-from visionloom.train.step import LossSums, forward_losses, run_schedule
+from visionloom.train.step import LossSums, encoder_of, forward_losses, run_schedule
 
 THINK_END = "</think>"
 BATCHES = 8
@@ -64,7 +64,7 @@ def held_out_losses(config: RunConfig, topology: Topology, chunks: list[Qwen3VL]
         for name in config.data.validation:
             sums = LossSums([name], topology.device)
             held_out = EvaluationSet(config.data, name, samples)
-            packs = held_out.batches(length, 1, kind, topology.data_rank, topology.data_size)
+            packs = held_out.batches(length, 1, kind, topology.data_rank, topology.data_size, *encoder_of(topology))
             while batches := list(islice(packs, BATCHES)):
                 forward = functools.partial(forward_losses, sums=sums)
                 run_schedule(forward, chunks, _whole_rounds(batches, topology), topology, forward_only=True)
@@ -156,10 +156,10 @@ class Writer:
 
     def _next_tokens(self, samples: Sequence[EncodedSample], places: list[list[int]]) -> list[list[int]]:
         """The most likely token after each of the places (-1: the last) of each sample."""
-        batch, last = pack_prompts(samples, self.tokenizer.pad_id, multiple=self.topology.config.pack_multiple)
-        lengths = np.array([len(sample.input_ids) for sample in samples])
-        starts = last.numpy() + 1 - lengths
-        rows = [int(s) + p % int(n) for s, n, own in zip(starts, lengths, places, strict=True) for p in own]
+        parallel, encoder = self.topology.config, encoder_of(self.topology)
+        batch, starts = pack_prompts(samples, self.tokenizer.pad_id, parallel.pack_multiple, parallel.token_multiple, *encoder)
+        lengths = [len(sample.input_ids) for sample in samples]
+        rows = [int(s) + p % n for s, n, own in zip(starts, lengths, places, strict=True) for p in own]
         chosen = iter(next_tokens(self.chunks, batch, np.array(rows), self.topology).tolist())
         return [[next(chosen) for _ in own] for own in places]
 

@@ -17,7 +17,7 @@ from visionloom.train.build import Stage
 from visionloom.train.config import CheckpointConfig
 from visionloom.train.metrics import RunLog, memory_gib, peak_flops
 from visionloom.train.optimizer import learning_rates
-from visionloom.train.step import StepResult, reduce_counts, train_step
+from visionloom.train.step import StepResult, encoder_of, reduce_counts, train_step
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -75,7 +75,16 @@ def save(stage: Stage, folder: Path, log: RunLog | None, step: int, phase_step: 
 
 def _packs(stage: Stage, done: int, steps: int, workers: int) -> Generator[list[PackedBatch]]:
     topology = stage.topology
-    return iterate(stage.stream, done, steps, topology.data_rank, topology.data_size, stage.phase.micro_batch, workers)
+    return iterate(
+        stage.stream,
+        done,
+        steps,
+        topology.data_rank,
+        topology.data_size,
+        stage.phase.micro_batch,
+        workers,
+        *encoder_of(topology),
+    )
 
 
 def work_of(batches: list[PackedBatch]) -> Work:
@@ -90,7 +99,7 @@ def work_of(batches: list[PackedBatch]) -> Work:
         tokens=sum(b.real_tokens for b in batches),
         supervised_tokens=sum(b.supervised_tokens for b in batches),
         token_pairs=pairs,
-        patches=sum(int(b.grid_thw.prod(1).sum()) for b in batches),
+        patches=sum(b.patch_count for b in batches),
         patch_pairs=frames,
     )
 

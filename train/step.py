@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
@@ -73,7 +74,7 @@ def count(batches: Sequence[PackedBatch], packs: int) -> dict[str, int]:
         "supervised_tokens": sum(b.supervised_tokens for b in batches),
         "padding_tokens": sum(b.input_ids.numel() for b in batches) - tokens,
         "visual_tokens": sum(b.visual_rows.numel() for b in batches),
-        "patches": sum(int(b.grid_thw.prod(1).sum()) for b in batches),
+        "patches": sum(b.patch_count for b in batches),
         "samples": sum(len(b.sample_ids) for b in batches),
         "packs": packs,
     }
@@ -85,6 +86,7 @@ def train_step(stage: Stage, batches: list[PackedBatch]) -> StepResult:
     A step whose gradient is not finite changes nothing and is reported as skipped, alike on all ranks.
     """
     topology = stage.topology
+    batches = agree_on_unreadable(batches, topology)
     sums = LossSums([corpus.name for corpus in stage.stream.corpora], topology.device)
     for chunk in stage.wrapped:
         chunk.zero_grad_buffer()
@@ -97,6 +99,24 @@ def train_step(stage: Stage, batches: list[PackedBatch]) -> StepResult:
     totals = reduce_counts(counts, topology)
     loss, by_source = sums.means()
     return StepResult(loss, by_source, grad_norm, not math.isfinite(grad_norm), totals, router)
+
+
+def encoder_of(topology: Topology) -> tuple[int, int]:
+    """This rank's place among the encoder ranks, which decode a pack's pictures, and their number; -1: it decodes none."""
+    return -1 if topology.encoder_rank is None else topology.encoder_rank, topology.config.encoder_ranks
+
+
+def agree_on_unreadable(batches: list[PackedBatch], topology: Topology) -> list[PackedBatch]:
+    """Take samples out of the loss on all ranks that share a pack if one of them could not read their pictures."""
+    if topology.config.model_parallel_size == 1:
+        return batches
+    found = torch.cat([batch.unreadable for batch in batches]).to(topology.device, torch.uint8)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX, group=topology.groups.tp_cp)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX, group=topology.groups.pp)
+    if not found.any():
+        return batches
+    parts = found.bool().cpu().split([len(batch.unreadable) for batch in batches])
+    return [batch.without(part) for batch, part in zip(batches, parts, strict=True)]
 
 
 def run_micro_batches(stage: Stage, batches: list[PackedBatch], sums: LossSums) -> None:

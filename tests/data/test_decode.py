@@ -9,12 +9,11 @@ from PIL import Image as Pillow
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 
-from visionloom.data import decode
+from visionloom.data import decode, image
 from visionloom.data.config import MediaConfig
-from visionloom.data import image
 from visionloom.data.decode import decode_patches
-from visionloom.data.image import decode_image
 from visionloom.data.encode import EncodedSample, encode
+from visionloom.data.image import decode_image
 from visionloom.data.sample import Image, Message, Sample, SampleError, Text, Video
 from visionloom.data.tokenizer import Tokenizer
 

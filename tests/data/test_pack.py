@@ -120,8 +120,18 @@ def test_a_pack_may_be_full_or_empty(samples: list[EncodedSample], tokenizer: To
 
 def test_prompts_share_a_pack(samples: list[EncodedSample], tokenizer: Tokenizer) -> None:
     prompts = [extend(prompt_of(samples[0]), [5, 6]), prompt_of(samples[2])]
-    batch, last = pack_prompts(prompts, tokenizer.pad_id, multiple=8)
+    batch, starts = pack_prompts(prompts, tokenizer.pad_id, multiple=8)
     assert len(batch.input_ids) % 8 == 0
+    last = [int(start) + len(prompt.input_ids) - 1 for start, prompt in zip(starts, prompts, strict=True)]
     assert batch.input_ids[last].tolist() == [6, int(prompts[1].input_ids[-1])]
     assert batch.supervised_tokens == 0
     assert batch.position_ids[:, last[0]].tolist() == [int(samples[0].position_ids[0, samples[0].prompt_length - 1]) + 2] * 3
+
+
+def test_prompts_begin_at_multiples(samples: list[EncodedSample], tokenizer: Tokenizer) -> None:
+    prompts = [prompt_of(samples[0]), prompt_of(samples[2])]
+    batch, starts = pack_prompts(prompts, tokenizer.pad_id, multiple=8, segment_multiple=4)
+    for start, prompt in zip(starts.tolist(), prompts, strict=True):
+        assert start % 4 == 0
+        assert batch.input_ids[start : start + len(prompt.input_ids)].tolist() == prompt.input_ids.tolist()
+    assert batch.padding_mask.sum() == len(batch.input_ids) - sum(len(prompt.input_ids) for prompt in prompts)

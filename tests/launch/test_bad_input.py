@@ -55,7 +55,22 @@ def unreachable(config: RunConfig) -> None:
         ([DEMO, "parallel.tensor=3"], 3, ["parallel.tensor=3", "model.text.heads=4", "kv_heads=2", "divisor"]),
         ([DEMO, "parallel.tensor=2"], 3, ["3 ranks cannot hold tensor 2", "multiple of 2 ranks"]),
         ([DEMO, *ONLY_TWO], 3, ["phases.towers.global_batch=4", "3 data-parallel ranks", "multiple of", "(likewise align)"]),
-        ([DEMO, "parallel.pipeline=2"], 2, ["parallel.pipeline=2 is not available yet"]),
+        ([DEMO, "parallel.pipeline=3"], 3, ["4 layers cannot be cut evenly into pipeline 3", "parallel.pipeline_layout="]),
+        ([DEMO, "parallel.pipeline=2", "parallel.pipeline_layout=Ettt|tttL"], 2, ["holds 6 layers, the model has 4"]),
+        ([DEMO, "parallel.context=2"], 2, ["data.pack_multiple=1 must be a multiple of 4", "parallel.context=2"]),
+        (
+            [DEMO, "parallel.context=2", "parallel.context_exchange=ulysses", "parallel.tensor=2", "data.pack_multiple=4"],
+            4,
+            ["ulysses", "kv_heads=2"],
+        ),
+        ([DEMO, "parallel.expert=2"], 2, ["parallel.expert=2", "model=tiny has no experts"]),
+        ([DEMO, "model=tiny_moe", "parallel.expert=3"], 3, ["parallel.expert=3 does not divide model.text.experts=8"]),
+        ([DEMO, "parallel.tensor=8"], 8, ["parallel.tensor=8 does not divide model.text.heads=4, model.text.kv_heads=2"]),
+        (
+            [DEMO, "phases.long.parallel.tensor=4", "parallel.tensor=2"],
+            4,
+            ["phases.long", "does not divide model.text.kv_heads=2"],
+        ),
     ],
 )
 def test_refused_before_torch(

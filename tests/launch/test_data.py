@@ -23,7 +23,19 @@ def folder(tmp_path: Path) -> Path:
 def test_stats_counts_samples_media_and_tasks(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["stats", str(folder.parent)]) == 0
     (row,) = [line for line in capsys.readouterr().out.splitlines() if "some" in line]
-    assert [cell.strip() for cell in row.strip("│").split("│")] == ["some", "7", "1", "0.0", "0.0", "7", "7", "14", "0.00", "0.000", "t 7"]
+    assert [cell.strip() for cell in row.strip("│").split("│")] == [
+        "some",
+        "7",
+        "1",
+        "0.0",
+        "0.0",
+        "7",
+        "7",
+        "14",
+        "0.00",
+        "0.000",
+        "t 7",
+    ]
 
 
 def test_index_makes_a_folder_of_tars_readable(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,7 +44,12 @@ WORDS = (
     f"evaluation.max_new_tokens={MOST_TOKENS}",
     "evaluation.pack_tokens=300",
 )
-LAYOUTS: dict[str, tuple[int, list[str]]] = {"data2": (2, []), "tensor2": (2, ["parallel.tensor=2"])}
+LAYOUTS: dict[str, tuple[int, list[str]]] = {
+    "data2": (2, []),
+    "tensor2": (2, ["parallel.tensor=2"]),
+    "pipeline2 virtual2": (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "phases.multimodal.global_batch=4"]),
+    "context2": (2, ["parallel.context=2", "data.pack_multiple=4"]),
+}
 Answers = dict[str, str]
 
 
@@ -52,18 +57,18 @@ def train(config: RunConfig) -> None:
     pretrain(config)
 
 
-def trained_model(config: RunConfig) -> tuple[Topology, Qwen3VL]:
-    """The model of a run's newest checkpoint, as `evaluate` takes it."""
+def trained_model(config: RunConfig) -> tuple[Topology, list[Qwen3VL]]:
+    """The chunks of the model of a run's newest checkpoint, as `evaluate` takes it."""
     topology = open_topology(config)
     run = Run(config, topology, Path(config.run.folder), None, Screen(False, 1))
     run.take("")
-    return topology, run.model
+    return topology, run.chunks
 
 
 def evaluate_on_ranks(config: RunConfig) -> tuple[dict[str, Any], Answers]:
     """What `evaluate` returns, and all answers of this copy of the model by sample."""
-    topology, model = trained_model(config)
-    found = [prediction for name in DATASETS for prediction in predictions(config, topology, model, name)]
+    topology, chunks = trained_model(config)
+    found = [prediction for name in DATASETS for prediction in predictions(config, topology, chunks, name)]
     answers = {prediction.sample.sample_id: prediction.text for prediction in found}
     return evaluate(config), answers
 
@@ -83,7 +88,7 @@ def one_at_a_time(config: RunConfig) -> tuple[Answers, list[str], list[str]]:
 
     Also what `Writer` answers where the draft leaves those answers after every possible number of tokens, and what it should.
     """
-    topology, model = trained_model(config)
+    topology, (model,) = trained_model(config)
     found, drafts, expected = {}, list[EncodedSample](), list[str]()
     for name in DATASETS:
         held_out = EvaluationSet(config.data, name, config.evaluation.samples)
@@ -94,7 +99,7 @@ def one_at_a_time(config: RunConfig) -> tuple[Answers, list[str], list[str]]:
                 wrong = [(token + 1) % config.model.text.vocab_size for token in (*tokens, 0)]
                 drafts += [extend(prompt_of(sample), [*tokens[:kept], wrong[kept]]) for kept in range(len(tokens) + 1)]
                 expected += [found[sample.sample_id]] * (len(tokens) + 1)
-    writer = Writer(model, topology, Tokenizer(config.data.tokenizer), MOST_TOKENS)
+    writer = Writer([model], topology, Tokenizer(config.data.tokenizer), MOST_TOKENS)
     return found, writer.answers(drafts), expected
 
 
@@ -113,7 +118,7 @@ def text_of(tokens: list[int], tokenizer: Tokenizer) -> str:
 
 def by_transformers(config: RunConfig) -> Answers:
     """Answers to one sample of each task by transformers' generate with the same weights."""
-    _, model = trained_model(config)
+    _, (model,) = trained_model(config)
     tokenizer = Tokenizer(config.data.tokenizer)
     theirs = huggingface_model(config.model, tokenizer.special(IMAGE), tokenizer.special(VIDEO))
     theirs.load_state_dict(to_huggingface(model.state_dict(), config.model), strict=False)

@@ -138,6 +138,14 @@ class TestPack:
     sample_ids: tuple[str, ...] = ()
 
     @property
+    def unreadable(self) -> Tensor:
+        return torch.zeros(len(self.cu_seqlens) - 1, dtype=torch.bool)
+
+    @property
+    def patch_count(self) -> int:
+        return int(self.grid_thw.prod(1).sum())
+
+    @property
     def real_tokens(self) -> int:
         return int((~self.padding_mask).sum())
 

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from visionloom.model.qwen3vl import Qwen3VL
-from visionloom.model.sharding import cut, draw_weights, full_shape, join
+from visionloom.model.sharding import canonical_parameters, draw_weights
 from visionloom.parallel import topology as topologies
 from visionloom.parallel.config import ParallelConfig
-from visionloom.parallel.topology import Topology
 from visionloom.tests.model.reference import tiny_config
 from visionloom.tests.ranks import RankPool
+from visionloom.tests.train.layouts import Case
 
 SEED = 3
 CUT_OVER_ROWS = ("word_embeddings.weight", "linear_qkv.weight", "mlp.linear_fc1.weight", "output_layer.weight")
@@ -27,7 +27,7 @@ def drawn(tensor: int, groups: set[str] | None = None) -> dict[str, Tensor]:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(7.0)
-    draw_weights(model, tiny_config(tied=False), SEED, topology.tensor_rank, tensor, groups)
+    draw_weights(model, tiny_config(tied=False), SEED, topology, groups)
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
@@ -69,13 +69,39 @@ def test_query_groups_stay_whole(whole: dict[str, Tensor], halves: list[dict[str
     assert all(torch.equal(halves[rank][name], whole[name][rank * 128 : (rank + 1) * 128]) for rank in range(2))
 
 
-def test_join_undoes_cut(topology: Topology) -> None:
-    for name, parameter in Qwen3VL(tiny_config(tied=False), topology).named_parameters():
-        full = torch.randn(full_shape(parameter, 1))
-        for size in (1, 2, 4):
-            parts = [cut(name, full, parameter, rank, size) for rank in range(size)]
-            assert torch.equal(join(name, parts, parameter), full), name
-            assert sum(part.numel() for part in parts) == full.numel() * (1 if dim_of(name) is not None else size), name
+def pieces(layout: dict[str, int]) -> dict[str, Tensor]:
+    """This rank's weights of a mixture in a layout, by canonical name; runs on every rank of the pool."""
+    topology = topologies.start(ParallelConfig(**layout), torch.device("cpu"))
+    numbers = range(topology.config.chunks) if topology.config.chunks > 1 else [None]
+    config = Case(experts=4, tied=True).model
+    found = {}
+    for number in numbers:
+        chunk = Qwen3VL(config, topology, chunk=number)
+        draw_weights(chunk, config, SEED, topology)
+        found |= {name: parameter.detach() for name, parameter in canonical_parameters(chunk)}
+    return found
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"pipeline": 2},
+        {"pipeline": 2, "virtual_pipeline": 2},
+        {"expert": 2},
+        {"tensor": 2, "expert_tensor": 2},
+        {"tensor": 2, "expert": 2},
+    ],
+    ids=str,
+)
+def test_the_ranks_parts_make_up_the_model(layout: dict[str, int], pool: RankPool) -> None:
+    """Each rank's part of a parameter is cut from what one process draws, and together they are all of it."""
+    (whole,) = pool.run(1, pieces, {})
+    parts = pool.run(2, pieces, layout)
+    assert set(parts[0]) | set(parts[1]) == set(whole)
+    for name, full in whole.items():
+        mine = [part[name] for part in parts if name in part]
+        values = torch.cat([part.flatten() for part in mine]).unique()
+        assert torch.equal(values, full.unique()), name
 
 
 def test_weights_are_as_the_configuration_says(whole: dict[str, Tensor]) -> None:

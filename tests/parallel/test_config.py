@@ -11,12 +11,15 @@ from visionloom.parallel.config import ParallelConfig
         (ParallelConfig(engine="deepspeed"), 1, ["parallel.engine=deepspeed", "parallel.engine=megatron"]),
         (ParallelConfig(tensor=0), 1, ["parallel.tensor=0 must be at least 1"]),
         (ParallelConfig(pipeline=-1), 1, ["parallel.pipeline=-1 must be at least 1"]),
-        (ParallelConfig(pipeline=2), 2, ["parallel.pipeline=2 is not available yet"]),
-        (ParallelConfig(context=2), 2, ["parallel.context=2 is not available yet"]),
-        (ParallelConfig(expert=2), 2, ["parallel.expert=2 is not available yet"]),
         (ParallelConfig(sequence=True), 1, ["parallel.sequence=true", "parallel.tensor"]),
         (ParallelConfig(tensor=2), 3, ["3 ranks", "tensor 2", "multiple of 2"]),
         (ParallelConfig(tensor=4), 2, ["2 ranks", "tensor 4", "multiple of 4"]),
+        (ParallelConfig(tensor=2, pipeline=2, context=2), 12, ["12 ranks", "tensor 2 x pipeline 2 x context 2 = 8"]),
+        (ParallelConfig(expert=4), 6, ["6 ranks of a pipeline stage", "expert 4 x expert_tensor 1 = 4"]),
+        (ParallelConfig(pipeline=2, expert=4, expert_tensor=2), 8, ["the 4 ranks", "= 8", "multiple of 16"]),
+        (ParallelConfig(virtual_pipeline=2), 2, ["parallel.virtual_pipeline=2", "parallel.pipeline"]),
+        (ParallelConfig(recompute="some"), 1, ["parallel.recompute=some", "none, selective, full"]),
+        (ParallelConfig(context_exchange="ring"), 1, ["parallel.context_exchange=ring", "gather, ulysses"]),
     ],
 )
 def test_a_layout_that_cannot_be(config: ParallelConfig, world_size: int, expected: list[str]) -> None:
