@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image as Pillow
+from PIL import UnidentifiedImageError
 
 from visionloom.data.sample import SampleError
 
@@ -39,6 +40,8 @@ def decode_image(data: bytes, size: tuple[int, int], sample_id: str, name: str) 
         return np.array(_opaque(picture), np.uint8)
     except SampleError:
         raise
+    except UnidentifiedImageError:
+        raise SampleError(sample_id, name, f"cannot be decoded: it is none of {', '.join(_FORMATS)}") from None
     except Exception as error:  # decoders raise whatever damaged bytes lead them to
         raise SampleError(sample_id, name, f"cannot be decoded: {type(error).__name__}: {error}") from error
 
