@@ -91,6 +91,16 @@ def resize(picture: Pixels, height: int, width: int) -> Pixels:
     return np.ascontiguousarray(planes[0].numpy())
 
 
+def resize_in_float(picture: Pixels, height: int, width: int) -> Pixels:
+    """Like `resize`, but in float32 and rounded at the end: as qwen-vl-utils does it to the frames of a video."""
+    if picture.shape[:2] == (height, width):
+        return resize(picture, height, width)
+    planes = torch.from_numpy(picture).permute(2, 0, 1)[None].float().contiguous()
+    resized: Any = torch.nn.functional.interpolate(planes, (height, width), mode="bicubic", align_corners=False, antialias=True)
+    rounded: Pixels = resized[0].clamp_(0, 255).round_().to(torch.uint8).numpy()
+    return rounded
+
+
 def resize_by_pillow(picture: Pixels, height: int, width: int) -> Pixels:
     """A picture [any height, any width, 3] at a new size, still interleaved: bicubic, as qwen-vl-utils does it."""
     if picture.shape[:2] == (height, width):
