@@ -80,7 +80,7 @@ def _card(view: SampleView) -> Canvas:
 def _outlined(shown: Shown) -> Canvas:
     """The picture with its boxes and points in red."""
     picture = shown.picture.copy()
-    draw, thick = ImageDraw.Draw(picture), max(1, max(picture.size) // 200)
+    draw, thick = ImageDraw.Draw(picture), max(1, max(picture.size) // 100)
     for mark in shown.marks:
         places = [share * picture.size[axis % 2] for axis, share in enumerate(mark.place)]
         if len(places) == 4:
@@ -98,7 +98,8 @@ def _paste_pictures(card: Canvas, pictures: list[tuple[Canvas, str]], side: int)
         left, top = _MARGIN + number % across * (side + 4), _MARGIN + number // across * (side + 16)
         factor = side / max(picture.size)
         size = (max(1, round(picture.width * factor)), max(1, round(picture.height * factor)))
-        card.paste(picture.resize(size, PillowImage.Resampling.NEAREST), (left, top))
+        resampling = PillowImage.Resampling.NEAREST if factor > 1 else PillowImage.Resampling.LANCZOS
+        card.paste(picture.resize(size, resampling), (left, top))
         ImageDraw.Draw(card).text((left, top + size[1]), caption, "gray", ImageFont.load_default(10))
 
 

@@ -32,7 +32,8 @@ h1 { font-size: 20px; margin: 0 0 4px; } h2 { font-size: 15px; margin: 0; font-w
 figure { margin: 0 0 14px; position: relative; } figure svg, figure img { display: block; width: 100%; height: auto;
   border-radius: 6px; background: var(--back); }
 figcaption { color: var(--soft); font-size: 12px; margin-top: 3px; overflow-wrap: anywhere; }
-.frames { display: grid; grid-template-columns: repeat(auto-fill, minmax(118px, 1fr)); gap: 8px; margin-bottom: 14px; }
+.several { display: grid; grid-template-columns: 1fr 1fr; gap: 0 12px; align-content: start; }
+.frames { grid-column: 1 / -1; display: grid; grid-template-columns: repeat(auto-fill, minmax(118px, 1fr)); gap: 8px; margin-bottom: 14px; }
 .frames figure { margin: 0; }
 .turn { margin-bottom: 12px; } .role { font-size: 12px; font-weight: 600; color: var(--soft); letter-spacing: .03em; }
 .said { white-space: pre-wrap; overflow-wrap: anywhere; }
@@ -66,6 +67,7 @@ def page(title: str, subtitle: str, samples: Iterable[SampleView], packs: Sequen
 
 def _sample(view: SampleView) -> str:
     media = "".join(map(_media, view.media))
+    several = " several" if sum(len(media.shown) == 1 for media in view.media) > 2 else ""
     turns = "".join(_turns(view))
     facts = [f"key {view.key}", view.shard, view.sample.kind]
     facts += [f"task {view.sample.task}"] if view.sample.task else []
@@ -74,8 +76,7 @@ def _sample(view: SampleView) -> str:
     return (
         f"<section class='card'><h2>{view.index} \u00b7 {escape(view.sample.id)}</h2>"
         f"<div class='soft'>{escape(' \u00b7 '.join(facts))}</div>{problem}"
-        f"<div class='sample{'' if media else ' text'}'>{f'<div>{media}</div>' if media else ''}<div>{turns}</div></div>"
-        f"{_tokens(view)}</section>"
+        f"<div class='sample{'' if media else ' text'}'>{f"<div class='media{several}'>{media}</div>" if media else ''}<div>{turns}{_tokens(view)}</div></div></section>"
     )
 
 
