@@ -20,13 +20,14 @@ CORE = [
     "matplotlib>=3.9,<4",
     "wandb>=0.31,<0.32",  # login(prompt=False) asks without a dialogue
     "xxhash>=3.5,<5",
+    "urllib3>=2.2,<3",
 ]
 EXTRAS = {
     "video": ["av>=14.0,<20"],
     "jpeg": ["simplejpeg>=1.7,<2"],  # same pixels as Pillow, a fifth faster
     "deepspeed": ["deepspeed>=0.19.3,<0.20"],
     "flash": ["flash-attn-4>=4.0.0b36,<5", "liger-kernel>=0.8,<0.9"],
-    "s3": ["s3fs>=2026.1"],
+    "s3": ["s3fs>=2026.1,<2028", "fsspec>=2026.1,<2028"],
     "convert": ["pyarrow>=20,<26"],
     "demo": ["scikit-learn>=1.6,<2"],
     "tensorboard": ["tensorboard>=2.18,<3"],
@@ -39,6 +40,7 @@ EXTRAS["test"] = [
     *EXTRAS["tensorboard"],
     "pytest>=9.0,<10",
     "hypothesis>=6.130,<7",
+    "jsonschema>=4.23,<5",  # reference for data/schema
     "scikit-image>=0.25,<0.27",  # pictures that lie in its package
     "torchvision>=0.26,<0.30",  # reference for resizing
     "qwen-vl-utils>=0.0.14,<0.1",  # reference for frame and pixel rules
@@ -55,7 +57,7 @@ setup(
     packages=[
         f"visionloom.{name}" for folder in FOLDERS for name in [folder, *(f"{folder}.{sub}" for sub in find_packages(folder))]
     ],
-    package_data={"visionloom.recipes": ["**/*.yaml"]},
+    package_data={"visionloom.recipes": ["**/*.yaml"], "visionloom.data": ["schema/*.json"]},
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["visionloom-pretrain = visionloom.launch.pretrain:main"]},

@@ -1,16 +1,16 @@
 """One PNG that shows what is in datasets: a few samples of each, pictures above, their text below."""
 
-import io
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 from PIL import Image as PillowImage
 from PIL import ImageDraw, ImageFont
 
-from visionloom.data.sample import Box, Element, Image, Point, Sample, Text, Think, Time, ToolCall, Video
+from visionloom.data.config import MediaConfig
 from visionloom.data.shards import Dataset
+from visionloom.data.view import SampleView, Shown, describe, view_sample
 
 _CARD: Final = 320
 """Width of a sample's card in pixels."""
@@ -19,41 +19,53 @@ _PICTURES: Final = 200
 _MARGIN: Final = 8
 _LINE: Final = 14
 _LINE_CHARACTERS: Final = 50
+_MOST_LINES: Final = 60
 
 Canvas = PillowImage.Image
 
 
 def draw_contact_sheet(datasets: Mapping[str, Dataset], path: str | Path, columns: int = 4) -> None:
     """Draw the first `columns` samples of every dataset, one row each, as a PNG at `path`."""
-    rows = [_row(name, dataset, columns) for name, dataset in datasets.items()]
+    rows = []
+    for name, dataset in datasets.items():
+        views = [view_sample(dataset, index, MediaConfig()) for index in range(min(columns, len(dataset)))]
+        rows.append(_row(f"{name}: {len(dataset):,} samples", views, columns))
+    _stack(rows).save(path, "PNG")
+
+
+def draw_samples(views: Sequence[SampleView], title: str, path: str | Path, columns: int = 4) -> None:
+    """Draw samples as a PNG at `path`, `columns` in a row."""
+    rows = [
+        _row(title if not start else "", views[start : start + columns], columns) for start in range(0, len(views), columns)
+    ]
+    _stack(rows).save(path, "PNG")
+
+
+def _stack(rows: Sequence[Canvas]) -> Canvas:
     sheet = PillowImage.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")
     top = 0
     for row in rows:
         sheet.paste(row, (0, top))
         top += row.height
-    sheet.save(path, "PNG")
+    return sheet
 
 
-def describe(sample: Sample) -> list[str]:
-    """The sample as lines of text: one a turn, media as [image] and [video]."""
-    if sample.kind == "doc":
-        return [_text(sample.content)]
-    return [f"{message.role}: {_text(message.content)}" for message in sample.messages]
-
-
-def _row(name: str, dataset: Dataset, columns: int) -> Canvas:
-    cards = [_card(dataset, index) for index in range(min(columns, len(dataset)))]
+def _row(title: str, views: Sequence[SampleView], columns: int) -> Canvas:
+    cards = [_card(view) for view in views]
     row = PillowImage.new("RGB", (columns * _CARD, max(card.height for card in cards) + 24), "white")
-    ImageDraw.Draw(row).text((_MARGIN, 6), f"{name}: {len(dataset):,} samples", "black", ImageFont.load_default(14))
+    ImageDraw.Draw(row).text((_MARGIN, 6), title, "black", ImageFont.load_default(14))
     for column, card in enumerate(cards):
         row.paste(card, (column * _CARD, 24))
     return row
 
 
-def _card(dataset: Dataset, index: int) -> Canvas:
-    sample = dataset.sample(index)
-    pictures = _pictures(dataset, index, sample)
+def _card(view: SampleView) -> Canvas:
+    sample = view.sample
+    pictures = [(_outlined(shown), shown.caption) for media in view.media for shown in media.shown]
     lines = [part for line in describe(sample) for part in textwrap.wrap(line, _LINE_CHARACTERS) or [""]]
+    lines += [part for media in view.media if media.problem for part in textwrap.wrap(media.problem, _LINE_CHARACTERS)]
+    if len(lines) > _MOST_LINES:
+        lines[_MOST_LINES:] = ["..."]
     if sample.task:
         lines.append(f"(task {sample.task})")
     side = _side(len(pictures))
@@ -65,30 +77,18 @@ def _card(dataset: Dataset, index: int) -> Canvas:
     return card
 
 
-def _pictures(dataset: Dataset, index: int, sample: Sample) -> list[tuple[Canvas, str]]:
-    """The sample's pictures and frames with their captions: the frame's time, or nothing."""
-    pictures: list[tuple[Canvas, str]] = []
-    for element in sample.elements:
-        if isinstance(element, Image):
-            picture = _open(dataset.member(index, element.ref))
-            _outline(picture, [box for box in sample.elements if isinstance(box, Box) and box.image == len(pictures)])
-            pictures.append((picture, ""))
-        elif isinstance(element, Video):
-            for ref, time in zip(element.frames, element.times, strict=True):
-                pictures.append((_open(dataset.member(index, ref)), f"{time:g} s"))
-    return pictures
-
-
-def _open(data: bytes) -> Canvas:
-    return PillowImage.open(io.BytesIO(data)).convert("RGB")
-
-
-def _outline(picture: Canvas, boxes: list[Box]) -> None:
-    for box in boxes:
-        scale = (1.0, 1.0) if box.space == "px" else (picture.width / 1000, picture.height / 1000)
-        x1, y1, x2, y2 = box.xyxy
-        corners = (x1 * scale[0], y1 * scale[1], x2 * scale[0] - 1, y2 * scale[1] - 1)
-        ImageDraw.Draw(picture).rectangle(corners, outline="red")
+def _outlined(shown: Shown) -> Canvas:
+    """The picture with its boxes and points in red."""
+    picture = shown.picture.copy()
+    draw, thick = ImageDraw.Draw(picture), max(1, max(picture.size) // 100)
+    for mark in shown.marks:
+        places = [share * picture.size[axis % 2] for axis, share in enumerate(mark.place)]
+        if len(places) == 4:
+            draw.rectangle((places[0], places[1], places[2] - 1, places[3] - 1), outline="red", width=thick)
+        else:
+            x, y, reach = *places, 2 * thick
+            draw.ellipse((x - reach, y - reach, x + reach, y + reach), outline="red", width=thick)
+    return picture
 
 
 def _paste_pictures(card: Canvas, pictures: list[tuple[Canvas, str]], side: int) -> None:
@@ -98,7 +98,8 @@ def _paste_pictures(card: Canvas, pictures: list[tuple[Canvas, str]], side: int)
         left, top = _MARGIN + number % across * (side + 4), _MARGIN + number // across * (side + 16)
         factor = side / max(picture.size)
         size = (max(1, round(picture.width * factor)), max(1, round(picture.height * factor)))
-        card.paste(picture.resize(size, PillowImage.Resampling.NEAREST), (left, top))
+        resampling = PillowImage.Resampling.NEAREST if factor > 1 else PillowImage.Resampling.LANCZOS
+        card.paste(picture.resize(size, resampling), (left, top))
         ImageDraw.Draw(card).text((left, top + size[1]), caption, "gray", ImageFont.load_default(10))
 
 
@@ -114,35 +115,3 @@ def _across(side: int) -> int:
 def _height(count: int, side: int) -> int:
     """Height of `count` squares with their captions, in pixels."""
     return -(-count // _across(side)) * (side + 16)
-
-
-def _text(elements: tuple[Element, ...]) -> str:
-    return "".join(map(_element_text, elements))
-
-
-def _element_text(element: Element) -> str:
-    match element:
-        case Text():
-            return element.text
-        case Think():
-            return f"<think>{element.text}</think> "
-        case Image():
-            return "[image]"
-        case Video():
-            return "[video]"
-        case Box():
-            return f"[box {_numbers(element.xyxy)}{_label(element)}]"
-        case Point():
-            return f"[point {_numbers(element.xy)}{_label(element)}]"
-        case Time():
-            return f"<{element.seconds:g} seconds>"
-        case ToolCall():
-            return f"[call {element.name}]"
-
-
-def _numbers(values: tuple[float, ...]) -> str:
-    return ", ".join(f"{value:g}" for value in values)
-
-
-def _label(element: Box | Point) -> str:
-    return "" if element.label is None else f": {element.label}"

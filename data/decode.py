@@ -17,7 +17,7 @@ from visionloom.data.geometry import (
     frame_times,
     stored_size,
 )
-from visionloom.data.image import Pixels, decode_image, resize, resize_by_pillow
+from visionloom.data.image import Pixels, decode_image, resize, resize_by_pillow, resize_in_float
 from visionloom.data.sample import Image, Video
 from visionloom.data.video import decode_frames
 
@@ -37,7 +37,7 @@ def decode_patches(sample: EncodedSample, read: Read, rules: MediaConfig, units:
 
     `units` names those wanted, in order; None means all. Raises SampleError if a member is missing, cannot be decoded or
     differs in size from what the sample says. Equal to transformers' Qwen2VLImageProcessor and Qwen3VLVideoProcessor before
-    they rescale.
+    they rescale, with the rule qwen_utils after qwen-vl-utils has resized.
     """
     units = all_units(sample) if units is None else units
     frames = sample.grids[:, 1].astype(np.int64) * sample.grids[:, 2]
@@ -96,8 +96,9 @@ def _fill_video(
     slots = np.minimum(patches[:, None] * TEMPORAL_PATCH_SIZE + np.arange(TEMPORAL_PATCH_SIZE), len(shown) - 1)
     numbers = np.unique(slots)
     decoded = _frames(video, shown[numbers], sample_id, read, rules)
+    scaled = resize_in_float if rules.rule == "qwen_utils" else resize
     for number, pixels in zip(numbers.tolist(), decoded, strict=True):
-        picture = resize(pixels, *size)
+        picture = scaled(pixels, *size)
         for place, slot in np.argwhere(slots == number).tolist():
             put(rows[place], picture, slot)
 

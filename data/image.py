@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image as Pillow
+from PIL import UnidentifiedImageError
 
 from visionloom.data.sample import SampleError
 
@@ -39,6 +40,8 @@ def decode_image(data: bytes, size: tuple[int, int], sample_id: str, name: str) 
         return np.array(_opaque(picture), np.uint8)
     except SampleError:
         raise
+    except UnidentifiedImageError:
+        raise SampleError(sample_id, name, f"cannot be decoded: it is none of {', '.join(_FORMATS)}") from None
     except Exception as error:  # decoders raise whatever damaged bytes lead them to
         raise SampleError(sample_id, name, f"cannot be decoded: {type(error).__name__}: {error}") from error
 
@@ -86,6 +89,16 @@ def resize(picture: Pixels, height: int, width: int) -> Pixels:
         interleaved, (height, width), mode="bicubic", align_corners=False, antialias=True
     )
     return np.ascontiguousarray(planes[0].numpy())
+
+
+def resize_in_float(picture: Pixels, height: int, width: int) -> Pixels:
+    """Like `resize`, but in float32 and rounded at the end: as qwen-vl-utils does it to the frames of a video."""
+    if picture.shape[:2] == (height, width):
+        return resize(picture, height, width)
+    planes = torch.from_numpy(picture).permute(2, 0, 1)[None].float().contiguous()
+    resized: Any = torch.nn.functional.interpolate(planes, (height, width), mode="bicubic", align_corners=False, antialias=True)
+    rounded: Pixels = resized[0].clamp_(0, 255).round_().to(torch.uint8).numpy()
+    return rounded
 
 
 def resize_by_pillow(picture: Pixels, height: int, width: int) -> Pixels:

@@ -211,7 +211,7 @@ def parse_sample(raw: bytes | str | Mapping[str, Any], origin: str = "") -> Samp
     """
     top = _Fields(origin or "?", "", _load(raw, origin or "?"))
     top = _Fields(top.text("id"), "", top.values)
-    if top.values.get("v") != SCHEMA_VERSION:
+    if type(top.values.get("v")) is not int or top.values["v"] != SCHEMA_VERSION:
         top.fail("v", f"schema version {SCHEMA_VERSION} expected, got {top.values.get('v')!r}")
     kind = top.choice("kind", KINDS)
     sample = Sample(

@@ -74,39 +74,40 @@ class _Hop:
 
     def __init__(self, path: Path, file: BinaryIO, size: int, report: Report) -> None:
         self.path, self.file, self.size, self.report = path, file, size, report
-        self.long_name = ""
+        self.long_name, self.ended = "", False
 
     def fault(self, offset: int, error: str, key: str = "") -> None:
         self.report(Fault(str(self.path), offset, key, error))
 
     def run(self) -> Iterator[Entry]:
-        while True:
+        while not self.ended:
             offset = self.file.tell()
             header = self.file.read(BLOCK)
-            if header == bytes(BLOCK) and self._ends(offset):
-                return
+            if header == bytes(BLOCK):
+                if self._ends(offset):
+                    return None
+                continue
             if len(header) < BLOCK:
                 end = offset + len(header)
                 return self.fault(end, f"truncated at byte {end}: the end of the archive is missing")
             if not is_header(header):
                 self.fault(offset, self._problem(header, offset))
                 if not self._find_header(offset + BLOCK):
-                    return
+                    return None
                 continue
             yield from self._member(header, offset)
+        return None
 
     def _member(self, header: bytes, offset: int) -> Iterator[Entry]:
         kind, name, length = _parse(header)
         start = offset + BLOCK
         name = (self.long_name or name).removeprefix("./") if kind in b"0\0" else name
         if start + length > self.size:
-            self.fault(offset, f"truncated: member {name!r} at byte {offset} needs {length} bytes", name)
-            self.file.seek(0, io.SEEK_END)
-            return
+            self.ended = True
+            return self.fault(offset, f"truncated: member {name!r} at byte {offset} needs {length} bytes", name)
         if length > LARGEST_MEMBER:
-            self.fault(offset, f"member {name!r} has {length} bytes, at most {LARGEST_MEMBER} are allowed", name)
             self.file.seek(start + length + -length % BLOCK)
-            return
+            return self.fault(offset, f"member {name!r} has {length} bytes, at most {LARGEST_MEMBER} are allowed", name)
         data = self.file.read(length)
         self.file.seek(-length % BLOCK, io.SEEK_CUR)
         if kind in b"xL":

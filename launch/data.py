@@ -5,6 +5,7 @@ Commands:
     python launch/data.py demo DIR [--seed N]    the demo's datasets and tokenizer (needs scikit-learn)
     python launch/data.py convert KIND SRC DST   LLaVA, ShareGPT, OBELICS, MMC4, ... as shards
     python launch/data.py index DIR              index WebDataset tar files made elsewhere
+    python launch/data.py view DIR [KEY ...]     samples as a web page: pictures, boxes, frames, tokens, packs
     python launch/data.py stats DIR              samples, media and tasks of every dataset below DIR
     python launch/data.py verify DIR [--decode]  check every member: bytes, headers, and pixels
     python launch/data.py export-energon DIR     metadata for megatron-energon beside the shards
@@ -19,10 +20,10 @@ if not __package__:  # started as a file: Python put launch/ first on the path, 
     sys.path[0] = str(Path(__file__).resolve().parents[1] / ".link")
 
 from visionloom.launch.exit import exit_with
-from visionloom.launch.shards import convert, demo, export_energon, index, stats, verify
+from visionloom.launch.shards import convert, demo, export_energon, index, stats, verify, view
 from visionloom.parallel.errors import UserError
 
-COMMANDS = (demo, convert, index, stats, verify, export_energon)
+COMMANDS = (demo, convert, index, stats, verify, view, export_energon)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from visionloom.data.mixture import PERIOD, Mixture, key_of, permutation, quotas
+from visionloom.data.mixture import PERIOD, WINDOW_BLOCKS, Mixture, blockwise, key_of, permutation, quotas, samples_of
 
-NAMES, SIZES, WEIGHTS = ["a", "b", "again_b"], [7, 1000, 1000], [1.0, 2.5, 2.5]
+NAMES, SIZES, WEIGHTS = ["a", "b", "c"], [7, 1000, 1000], [1.0, 2.5, 2.5]
 
 
 def take(mixture: Mixture, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -39,7 +39,7 @@ def test_every_sample_once_an_epoch_in_a_new_order() -> None:
         assert len(epochs) > 10
         assert all(sorted(epoch) == list(range(size)) for epoch in epochs)
         assert not any((one == other).all() for one, other in pairwise(epochs))
-    assert (samples[datasets == 1][:1000] != samples[datasets == 2][:1000]).any(), "a dataset listed twice repeats its order"
+    assert (samples[datasets == 1][:1000] != samples[datasets == 2][:1000]).any(), "datasets have orders of their own"
 
 
 def test_epochs_go_on_over_periods() -> None:
@@ -79,3 +79,59 @@ def test_quotas_add_up_and_forget_nobody(weights: list[float], total: int) -> No
     assert found.min() >= 1
     exact = np.array(weights) / sum(weights) * total
     assert (found - exact <= 1).all()
+
+
+def test_counts_of_a_period_are_the_quotas() -> None:
+    mixture = Mixture(["a", "b", "c", "d"], [7, 1000, 10, 99], [0.301, 0.5, 1e-9, 0.199], seed=3)
+    for period in range(3):
+        datasets, _ = take(mixture, period * PERIOD, PERIOD)
+        counts = np.bincount(datasets)
+        assert counts.sum() == PERIOD
+        assert np.abs(counts - np.array([0.301, 0.5, 1e-9, 0.199]) * PERIOD).max() <= 1
+        np.testing.assert_array_equal(counts, mixture.quotas)
+
+
+def test_a_dataset_listed_twice_goes_on_instead_of_repeating() -> None:
+    mixture = Mixture(["same", "other", "same"], [5000, 10, 5000], [1.0, 1.0, 3.0], seed=3)
+    datasets, samples = take(mixture, 0, PERIOD)
+    mine = samples[datasets != 1]
+    epochs = mine[: len(mine) // 5000 * 5000].reshape(-1, 5000)
+    assert len(epochs) > 5
+    assert all(sorted(epoch) == list(range(5000)) for epoch in epochs), "together they see each sample once an epoch"
+    first, second = samples[datasets == 0][:1000], samples[datasets == 2][:1000]
+    assert not set(first[:500]) & set(second[:500])
+    assert (datasets == 2).sum() == pytest.approx(3 * (datasets == 0).sum(), abs=2)
+
+
+def test_counters_carry_over() -> None:
+    whole = Mixture(["a", "b"], [50_000, 9000], [1.0, 1.0], seed=3)
+    counters = whole.counters(PERIOD + 1000)
+    later = Mixture(["b", "a"], [9000, 50_000], [3.0, 1.0], seed=3, before=counters)
+    datasets, samples = take(later, 0, PERIOD)
+    old, seen = take(whole, 0, PERIOD)
+    _, more = take(whole, PERIOD, 1000)
+    drawn = np.concatenate([seen[old == 0], more[take(whole, PERIOD, 1000)[0] == 0]])
+    assert len(drawn) == counters["a"] == 33_268
+    rest = samples[datasets == 1][: 50_000 - len(drawn)]
+    assert not set(drawn) & set(rest), "nothing that was seen in this epoch comes again"
+    assert later.counters(0) == {"b": counters["b"], "a": counters["a"]}
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 6000), st.integers(1, 70), st.integers(0, 2**62))
+def test_blockwise_is_a_permutation(size: int, block: int, key: int) -> None:
+    found = blockwise(np.arange(size), size, np.full(size, key, np.uint64), block)
+    np.testing.assert_array_equal(np.sort(found), np.arange(size))
+
+
+def test_blocks_stay_near_each_other_and_are_mixed() -> None:
+    size, block = 100_003, 16
+    found = samples_of(np.arange(2 * size), size, key_of(1, "x"), block)
+    first, second = found[:size], found[size:]
+    assert sorted(first) == sorted(second) == list(range(size))
+    window = block * WINDOW_BLOCKS
+    touched = [len(np.unique(first[start : start + window] // block)) for start in range(0, size - window, window)]
+    assert max(touched) <= 2 * WINDOW_BLOCKS + 1, "a window of the stream reads 64 runs of neighbours, cut at most once"
+    assert np.mean(np.abs(np.diff(first))) > size / 4, "neighbours in the stream come from everywhere"
+    assert abs(np.corrcoef(first[:-1], first[1:])[0, 1]) < 0.02
+    assert abs(np.corrcoef(np.argsort(first), np.argsort(second))[0, 1]) < 0.02, "each epoch has an order of its own"

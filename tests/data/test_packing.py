@@ -1,9 +1,13 @@
 """Packing: both budgets hold, nothing is lost, little is padding."""
 
+from functools import cache
+
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from visionloom.benchmarks.data.mixtures import MIXTURES
 from visionloom.data.packing import pack_samples
 
 SAMPLES = st.lists(st.tuples(st.integers(1, 100), st.integers(0, 60)), max_size=200)
@@ -47,3 +51,57 @@ def test_no_sample_waits_for_ever() -> None:
     for number in range(0, 1000, 7):
         place = next(place for place, pack in enumerate(packs) if number in pack)
         assert place <= number + 16
+
+
+def fewest_packs(tokens: list[int], patches: list[int], token_budget: int, patch_budget: int) -> int:
+    """The optimum by dynamic programming over all subsets."""
+    everything = (1 << len(tokens)) - 1
+
+    @cache
+    def best(packed: int) -> tuple[int, int, int]:
+        """Packs, then tokens and patches of the last one, for the lexicographically best way to pack a subset."""
+        if not packed:
+            return 1, 0, 0
+        found = (len(tokens) + 1, 0, 0)
+        for number in range(len(tokens)):
+            if packed >> number & 1:
+                packs, used, shown = best(packed & ~(1 << number))
+                if used + tokens[number] <= token_budget and shown + patches[number] <= patch_budget:
+                    found = min(found, (packs, used + tokens[number], shown + patches[number]))
+                else:
+                    found = min(found, (packs + 1, tokens[number], patches[number]))
+        return found
+
+    return best(everything)[0]
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.tuples(st.integers(5, 70), st.integers(0, 20)), min_size=1, max_size=9))
+def test_as_few_packs_as_the_optimum_or_one_more(samples: list[tuple[int, int]]) -> None:
+    tokens, patches = [size for size, _ in samples], [count for _, count in samples]
+    packs = pack_samples(tokens, patches, 100, 60, window=64)
+    best = fewest_packs(tokens, patches, 100, 60)
+    assert len(packs) <= best + 1
+
+
+@settings(max_examples=100, deadline=None)
+@given(SAMPLES, st.integers(1, 9), st.integers(1, 5))
+def test_padded_samples_and_their_number_are_bounded(samples: list[tuple[int, int]], multiple: int, most: int) -> None:
+    tokens, patches = [size for size, _ in samples], [count for _, count in samples]
+    packs = pack_samples(tokens, patches, 108, 60, window=16, multiple=multiple, most=most)
+    assert sorted(number for pack in packs for number in pack) == list(range(len(samples)))
+    assert all(sum(-(-tokens[number] // multiple) * multiple for number in pack) <= 108 for pack in packs)
+    assert all(len(pack) <= most for pack in packs)
+
+
+@pytest.mark.parametrize(
+    ("name", "patches_per_token", "least"),
+    [("8k", 10**6, 0.997), ("8k", 3.2, 0.995), ("32k", 3.2, 0.998), ("256k", 3.2, 0.999)],
+)
+def test_fill_of_mixtures(name: str, patches_per_token: float, least: float) -> None:
+    mixture = MIXTURES[name]
+    tokens, patches = mixture.samples(10_000)
+    budget = int(patches_per_token * mixture.tokens)
+    packs = pack_samples(tokens.tolist(), patches.tolist(), mixture.tokens, budget, window=1024)
+    full = packs[:-4]  # an endless stream has no last packs
+    assert sum(tokens[number] for pack in full for number in pack) / mixture.tokens / len(full) > least
