@@ -136,8 +136,9 @@ class PackStream:
         return make_plan(self.data, self.corpora, self._weights, *self._settings, origin)
 
     def _build(self, packs: list[Pack], step: int, encoder_rank: int, encoder_ranks: int) -> PackedBatch:
-        places, length = [pack.places for pack in packs], self.plan.settings.sequence_length
-        return self._reader.batch(places, length, self.loss, encoder_rank, encoder_ranks, step=step)
+        places, settings = [pack.places for pack in packs], self.plan.settings
+        length, multiple = settings.sequence_length, settings.multiple
+        return self._reader.batch(places, length, self.loss, encoder_rank, encoder_ranks, multiple, step)
 
 
 def _restore(arguments: tuple[Any, ...], origin: Origin, starts: dict[int, int]) -> PackStream:
