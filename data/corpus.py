@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from visionloom.data import chat
+from visionloom.data import chat, geometry
 from visionloom.data.blocks import Progress
 from visionloom.data.config import DataConfig, DatasetConfig, MediaConfig
 from visionloom.data.lengths import Lengths, lengths_hash, load_lengths
@@ -73,5 +73,5 @@ def cache_folder(data: DataConfig, path: str) -> Path:
 
 def media_hash(rules: MediaConfig) -> str:
     """Eight hexadecimal digits over what decides how pictures, videos and chats become tokens, besides the tokenizer."""
-    facts = [chat.TEMPLATE_VERSION, sorted(dataclasses.asdict(rules).items())]
+    facts = [chat.TEMPLATE_VERSION, geometry.VERSION, sorted(dataclasses.asdict(rules).items())]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]

@@ -136,8 +136,8 @@ class PackStream:
         return make_plan(self.data, self.corpora, self._weights, *self._settings, origin)
 
     def _build(self, packs: list[Pack], step: int, encoder_rank: int, encoder_ranks: int) -> PackedBatch:
-        places, length = [pack.places for pack in packs], self.plan.settings.sequence_length
-        multiple = self.plan.settings.multiple
+        places, settings = [pack.places for pack in packs], self.plan.settings
+        length, multiple = settings.sequence_length, settings.multiple
         return self._reader.batch(places, length, self.loss, encoder_rank, encoder_ranks, multiple, step)
 
 

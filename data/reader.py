@@ -144,7 +144,8 @@ class Reader:
             try:
                 decode_into(out, samples[number], units, read, self.rules)
             except SampleError as error:
-                self._report(places[number], error, step)
+                known = SampleError(samples[number].sample_id, error.where, error.problem)
+                self._report(places[number], known, step)
                 return False
             return True
 

@@ -48,7 +48,7 @@ class Origin:
         """Continue behind all that a state has drawn, at a step of the phase.
 
         What was drawn before the last sample trained on, but still waited for a pack of its own, is passed over for this
-        epoch (a few windows of samples at most): so nothing that was seen comes again.
+        epoch (the rest of a segment at most, some 500 packs): so nothing that was seen comes again.
         """
         contents = {name: facts[0] for name, facts in state["plan"]["datasets"].items()}
         return cls(step, {**state["origin"]["draws"], **{contents[name]: n for name, n in state["draws"].items()}})

@@ -25,9 +25,13 @@ class Work:
 
 
 def language_flops(text: TextConfig, work: Work) -> float:
-    """Forward operations of the decoder layers; a causal score matrix counts half."""
+    """Forward operations of the decoder layers; a causal score matrix counts half, and of experts those that a token takes."""
     projections = text.hidden_size * text.head_dim * (2 * text.heads + 2 * text.kv_heads)
-    per_token = 2 * text.layers * (projections + 3 * text.hidden_size * text.ffn_hidden_size)
+    width = text.ffn_hidden_size
+    if text.experts:
+        projections += text.hidden_size * text.experts  # the router
+        width = text.experts_per_token * text.expert_ffn_hidden_size
+    per_token = 2 * text.layers * (projections + 3 * text.hidden_size * width)
     attention = 2 * text.layers * text.heads * text.head_dim * work.token_pairs
     return float(per_token * work.tokens + attention)
 

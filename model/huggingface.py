@@ -1,7 +1,9 @@
 """Names and layouts of transformers' Qwen3-VL checkpoints, both ways, on full (uncut) tensors.
 
+Experts are stacked alike here and there: [experts, 2 x width, hidden] with gate before up, and [experts, hidden, width].
 The vision tower's names are equal but for the patch embedding, a Conv3d there and a Linear here. Source: Megatron-core's
-attention layout (per key/value group: its queries, its key, its value) and transformers' Qwen3VLForConditionalGeneration.
+attention layout (per key/value group: its queries, its key, its value), transformers' Qwen3VLForConditionalGeneration and
+Qwen3VLMoeForConditionalGeneration.
 """
 
 from collections.abc import Mapping
@@ -17,8 +19,9 @@ LAYER_NAMES = {
     "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
     "input_layernorm.weight": "input_layernorm.weight",
     "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
-    "mlp.linear_fc2.weight": "mlp.down_proj.weight",
 }
+DENSE_NAMES = {"mlp.linear_fc2.weight": "mlp.down_proj.weight"}
+EXPERT_NAMES = {"mlp.router.weight": "mlp.gate.weight", "mlp.experts.linear_fc2.weight": "mlp.experts.down_proj"}
 OUTER_NAMES = {
     "language_model.embedding.word_embeddings.weight": "model.language_model.embed_tokens.weight",
     "language_model.decoder.final_layernorm.weight": "model.language_model.norm.weight",
@@ -28,20 +31,23 @@ PATCH_EMBEDDING = "visual.patch_embed.proj.weight"
 
 
 def from_huggingface(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Full tensors by this project's names, from a transformers state dict of a dense model."""
+    """Full tensors by this project's names, from a transformers state dict."""
     text, ours = config.text, {}
     for name, theirs in OUTER_NAMES.items():
         if not (text.tie_embeddings and theirs == "lm_head.weight"):
             ours[name] = state[theirs]
     for layer in range(text.layers):
         here, there = f"language_model.decoder.layers.{layer}.", f"model.language_model.layers.{layer}."
-        for name, theirs in LAYER_NAMES.items():
+        for name, theirs in _layer_names(text).items():
             ours[here + name] = state[there + theirs]
         ours[here + "self_attention.linear_qkv.weight"] = join_qkv(
             [state[f"{there}self_attn.{x}_proj.weight"] for x in "qkv"], text
         )
-        gate, up = (state[f"{there}mlp.{x}_proj.weight"] for x in ("gate", "up"))
-        ours[here + "mlp.linear_fc1.weight"] = torch.cat([gate, up])
+        if text.experts:
+            ours[here + "mlp.experts.linear_fc1.weight"] = state[there + "mlp.experts.gate_up_proj"].unflatten(1, (2, -1))
+        else:
+            gate, up = (state[f"{there}mlp.{x}_proj.weight"] for x in ("gate", "up"))
+            ours[here + "mlp.linear_fc1.weight"] = torch.cat([gate, up])
     for theirs, tensor in state.items():
         if theirs.startswith("model.visual."):
             name = theirs.removeprefix("model.")
@@ -57,17 +63,25 @@ def to_huggingface(ours: Mapping[str, Tensor], config: ModelConfig) -> dict[str,
             state[theirs] = ours[name]
     for layer in range(text.layers):
         here, there = f"language_model.decoder.layers.{layer}.", f"model.language_model.layers.{layer}."
-        for name, theirs in LAYER_NAMES.items():
+        for name, theirs in _layer_names(text).items():
             state[there + theirs] = ours[here + name]
         for x, part in zip("qkv", split_qkv(ours[here + "self_attention.linear_qkv.weight"], text), strict=True):
             state[f"{there}self_attn.{x}_proj.weight"] = part
-        gate, up = ours[here + "mlp.linear_fc1.weight"].chunk(2)
-        state[there + "mlp.gate_proj.weight"], state[there + "mlp.up_proj.weight"] = gate, up
+        if text.experts:
+            state[there + "mlp.experts.gate_up_proj"] = ours[here + "mlp.experts.linear_fc1.weight"].flatten(1, 2)
+        else:
+            gate, up = ours[here + "mlp.linear_fc1.weight"].chunk(2)
+            state[there + "mlp.gate_proj.weight"], state[there + "mlp.up_proj.weight"] = gate, up
     frames = (vision.channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size)
     for name, tensor in ours.items():
         if name.startswith("visual."):
             state["model." + name] = tensor.unflatten(1, frames) if name == PATCH_EMBEDDING else tensor
     return state
+
+
+def _layer_names(text: TextConfig) -> dict[str, str]:
+    """Names of a layer's tensors that are alike here and there."""
+    return LAYER_NAMES | (EXPERT_NAMES if text.experts else DENSE_NAMES)
 
 
 def join_qkv(parts: list[Tensor], text: TextConfig) -> Tensor:

@@ -7,7 +7,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import (
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
+)
 
 from visionloom.model.config import ModelConfig, TextConfig, VisionConfig
 from visionloom.model.huggingface import from_huggingface
@@ -20,20 +25,32 @@ SECONDS = (87, 88, 89)
 """Tokens that stand for a timestamp before each frame of a video."""
 
 
-def tiny_config(tied: bool = True) -> ModelConfig:
-    """A model with all parts of the real ones: grouped queries, head_dim x heads unlike the hidden size, three levels."""
+def tiny_config(tied: bool = True, experts: int = 0) -> ModelConfig:
+    """A model with all parts of the real ones: grouped queries, head_dim x heads unlike the hidden size, three levels.
+
+    With `experts`, a token takes two of them.
+    """
     text = TextConfig(
         layers=4, hidden_size=64, ffn_hidden_size=96, heads=4, kv_heads=2, head_dim=32, vocab_size=96, rope_theta=10_000.0,
-        mrope_section=[6, 5, 5], tie_embeddings=tied, max_positions=4096,
+        mrope_section=[6, 5, 5], tie_embeddings=tied, max_positions=4096, experts=experts,
+        experts_per_token=2 if experts else 0, expert_ffn_hidden_size=32 if experts else 0,
     )  # fmt: skip
     vision = VisionConfig(depth=5, hidden_size=48, heads=4, ffn_hidden_size=80, deepstack_layers=[0, 2, 3], position_table=8)
     return ModelConfig(name="test", text=text, vision=vision)
 
 
 def huggingface_model(config: ModelConfig, image: int = IMAGE, video: int = VIDEO) -> Any:
-    """transformers' Qwen3VLForConditionalGeneration in fp32, with the ids of its image and video tokens."""
+    """transformers' Qwen3VL(Moe)ForConditionalGeneration in fp32, with the ids of its image and video tokens."""
     text, vision = config.text, config.vision
-    built = Qwen3VLConfig(
+    mixture = dict(
+        num_experts=text.experts, num_experts_per_tok=text.experts_per_token, moe_intermediate_size=text.expert_ffn_hidden_size
+    )  # fmt: skip
+    config_class, model_class = (
+        (Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration)
+        if text.experts
+        else (Qwen3VLConfig, Qwen3VLForConditionalGeneration)
+    )
+    built = config_class(
         text_config=dict(
             vocab_size=text.vocab_size, hidden_size=text.hidden_size, intermediate_size=text.ffn_hidden_size,
             num_hidden_layers=text.layers, num_attention_heads=text.heads, num_key_value_heads=text.kv_heads,
@@ -41,7 +58,7 @@ def huggingface_model(config: ModelConfig, image: int = IMAGE, video: int = VIDE
             rope_parameters=dict(
                 rope_type="default", rope_theta=text.rope_theta, mrope_section=text.mrope_section, mrope_interleaved=True
             ),
-            tie_word_embeddings=text.tie_embeddings,
+            tie_word_embeddings=text.tie_embeddings, **(mixture if text.experts else {}),
         ),
         vision_config=dict(
             depth=vision.depth, hidden_size=vision.hidden_size, num_heads=vision.heads,
@@ -51,7 +68,7 @@ def huggingface_model(config: ModelConfig, image: int = IMAGE, video: int = VIDE
         image_token_id=image, video_token_id=video, vision_start_token_id=START, vision_end_token_id=END,
         tie_word_embeddings=text.tie_embeddings,
     )  # fmt: skip
-    return Qwen3VLForConditionalGeneration(built).float()
+    return model_class(built).float()
 
 
 def reference_model(config: ModelConfig, seed: int) -> Any:
@@ -69,15 +86,15 @@ def load_reference(model: nn.Module, state: dict[str, Tensor], config: ModelConf
     """Give our model this rank's part of a transformers state dict; every parameter must be named."""
     ours = from_huggingface(state, config)
     named = dict(model.named_parameters())
-    assert named.keys() == ours.keys()
+    assert named.keys() == ours.keys(), named.keys() ^ ours.keys()
     with torch.no_grad():
         for name, parameter in named.items():
             parameter.copy_(cut(name, ours[name], parameter, topology))
 
 
-def build_pair(topology: Topology, seed: int, tied: bool = True) -> tuple[Any, Qwen3VL]:
+def build_pair(topology: Topology, seed: int, tied: bool = True, experts: int = 0) -> tuple[Any, Qwen3VL]:
     """transformers' model and ours with the same weights."""
-    config = tiny_config(tied)
+    config = tiny_config(tied, experts)
     theirs = reference_model(config, seed)
     ours = Qwen3VL(config, topology).to(topology.device)
     load_reference(ours, theirs.state_dict(), config, topology)
