@@ -47,7 +47,36 @@ def test_index_makes_a_folder_of_tars_readable(folder: Path, capsys: pytest.Capt
     assert len(Dataset.open(folder, "some")) == 7
 
 
-@pytest.mark.parametrize("command", ["index", "stats"])
+def test_index_goes_on_without_bad_samples_when_asked(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = (folder / "some-000000.tar").read_bytes()
+    (folder / "more.tar").write_bytes(content.replace(b'"id":"s:3"', b'"id":"s"3"'))
+    with pytest.raises(SystemExit) as caught:
+        main(["index", str(folder), "--workers", "1"])
+    assert caught.value.code == 2
+    assert f"error: {folder / 'more.tar'}: at byte " in capsys.readouterr().err
+    assert main(["index", str(folder), "--workers", "1", "--skip-bad"]) == 0
+    assert f"some samples were left out: see {folder / 'left_out.jsonl'}\n" in capsys.readouterr().out
+    assert len(Dataset.open(folder, "some")) == 13
+
+
+def test_verify_exits_with_1_if_anything_is_bad(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(folder), "--workers", "1"]) == 1
+    assert f"{folder}: 21 bad members, listed in {folder / 'verify.jsonl'}\n" in capsys.readouterr().out
+    assert len((folder / "verify.jsonl").read_text().splitlines()) == 21
+    write_shards(folder.parent / "good", "good", [(Sample("s", "doc", content=(Text("x"),)), {})])
+    assert main(["verify", str(folder.parent / "good"), "--decode"]) == 0
+    assert "all good" in capsys.readouterr().out
+
+
+def test_export_energon_names_its_splits(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export-energon", str(folder)]) == 0
+    assert f"{folder}: train 1 shards, val 0 shards, test 0 shards\n" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["export-energon", str(folder), "--split", "train"])
+    assert capsys.readouterr().err == "error: --split train: NAME=SHARE expected, like train=0.9\n"
+
+
+@pytest.mark.parametrize("command", ["index", "stats", "verify", "export-energon"])
 def test_a_users_error_is_one_line_and_exit_code_2(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main([command, str(tmp_path)])
