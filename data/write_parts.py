@@ -159,7 +159,9 @@ def _write_all(reader: PartReader, target: Target, progress: Progress) -> int:
 
 
 def _write_with_processes(reader: PartReader, target: Target, progress: Progress) -> int:
-    pool = ProcessPoolExecutor(target.workers, get_context("spawn"), initializer=_follow_parent)
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["webdataset"])  # it imports torch: seconds, once for all processes
+    pool = ProcessPoolExecutor(target.workers, context, initializer=_follow_parent)
     waiting: dict[Future[None], int] = {}
     written = known = parts = 0
     try:

@@ -63,6 +63,8 @@ def prepare_image(data: bytes) -> Picture:
         return _prepare(data, picture)
     except Skip:
         raise
+    except Pillow.DecompressionBombError as error:
+        raise Skip("picture too large", str(error)) from None
     except Exception as error:  # decoders raise whatever damaged bytes lead them to
         raise Skip("broken picture", f"{type(error).__name__}: {error}") from error
 

@@ -1,0 +1,28 @@
+"""A source in four parts for the tests of writing by parts; here, where other processes find it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from visionloom.data.write import Pair
+from visionloom.data.write_parts import Part, PartLog
+from visionloom.tests.data.samples import picture_question
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Four parts of seven samples; every fifth record is left out; stops like Ctrl-C before sample `stop`."""
+
+    stop: int = -1
+
+    def parts(self) -> Iterator[Part]:
+        return (Part(7, first) for first in range(0, 28, 7))
+
+    def samples(self, part: Part, log: PartLog) -> Iterator[Pair]:
+        for number in range(part.where, part.where + 7):
+            if number == self.stop:
+                raise KeyboardInterrupt
+            log.counts["records"] += 1
+            if number % 5 == 4:
+                log.skipped.append({"record": number})
+            else:
+                yield picture_question(number, words=number)
