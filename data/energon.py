@@ -5,7 +5,6 @@ Written by its published on-disk format (Megatron-Energon 7, "Dataset Format on 
 """
 
 import json
-import tarfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
@@ -13,7 +12,9 @@ from typing import Final
 import numpy as np
 
 from visionloom.data.atomic import replacing
-from visionloom.data.manifest import MANIFEST, ShardInfo, parse_manifest
+from visionloom.data.index import ShardIndex
+from visionloom.data.shards import Dataset
+from visionloom.data.tar import BLOCK
 from visionloom.parallel.errors import UserError
 
 FOLDER: Final = ".nv-meta"
@@ -36,13 +37,11 @@ def export_energon(
     `splits` maps names to shares of the shards, in order (default: all to `train`). Raises UserError if the folder is no
     dataset, a split would be empty, or samples were left out of the index, which energon would read all the same.
     """
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise UserError(f"{folder} has no {MANIFEST}: run python launch/data.py index {folder}")
-    shards = parse_manifest(path.read_bytes(), str(path), "export-energon")
-    for number, shard in enumerate(shards, start=1):
-        _write_offsets(folder / shard.file, shard)
-        done(number, len(shards))
+    dataset = Dataset.open(folder, "export-energon")
+    shards = dataset.shards
+    for number, shard in enumerate(shards):
+        _write_offsets(folder / shard.file, dataset.index(number))
+        done(number + 1, len(shards))
     parts = _split([shard.file for shard in shards], splits or {"train": 1.0, "val": 0.0, "test": 0.0})
     meta = folder / FOLDER
     meta.mkdir(exist_ok=True)
@@ -54,23 +53,16 @@ def export_energon(
     return parts
 
 
-def _write_offsets(path: Path, shard: ShardInfo) -> None:
-    """`<shard>.tar.idx`: little-endian u64 offsets of the samples' first headers, and of the end of the last sample."""
-    target, offsets, last = path.with_name(path.name + ".idx"), list[int](), ""
-    with tarfile.open(path, "r:") as tar:
-        for member in tar:
-            key = member.name.removeprefix("./").partition(".")[0]
-            if member.isreg() and key != last:
-                offsets.append(member.offset)
-                last = key
-        offsets.append(tar.offset)
-    if len(offsets) != shard.samples + 1:
+def _write_offsets(path: Path, index: ShardIndex) -> None:
+    """`<shard>.tar.idx`: little-endian u64 offsets of where the samples' headers begin, and of the end of the last sample."""
+    if left_out := len(index.statistics.left_out):
         raise UserError(
-            f"{path} has {len(offsets) - 1} samples, {shard.samples} are indexed: energon would read those that were left"
-            f" out: write the shard again (python launch/data.py convert webdataset ...)"
+            f"{path}: energon would read the {left_out} bad samples that were left out of its index: write the shard again"
+            " (python launch/data.py convert webdataset ...)"
         )
-    with replacing(target) as file:
-        file.write(np.array(offsets, "<u8").tobytes())
+    ends = -(-index.ends // BLOCK) * BLOCK
+    with replacing(path.with_name(path.name + ".idx")) as file:
+        file.write(np.array([0, *ends.tolist()], "<u8").tobytes())
 
 
 def _split(files: list[str], shares: Mapping[str, float]) -> dict[str, list[str]]:

@@ -338,12 +338,21 @@ class ShardIndex:
 
     def extent(self, row: int) -> tuple[int, int]:
         """First byte of the row-th sample's JSON and members, and the first behind the last of them."""
-        record = self.samples[row]
-        first = int(record["first_member"])
-        found = self.members[first : first + int(record["members"])]
-        starts = [int(record["json_offset"]), *found["offset"].tolist()]
-        lengths = [int(record["json_length"]), *found["length"].tolist()]
-        return min(starts), max(start + length for start, length in zip(starts, lengths, strict=True))
+        start, length, _, first, count, _, _ = self.samples[row].item()
+        if not count:
+            return start, start + length
+        last = self.members[first + count - 1].item()
+        return min(start, int(self.members["offset"][first])), max(start + length, last[0] + last[1])
+
+    @property
+    def ends(self) -> npt.NDArray[np.int64]:
+        """int64 [samples]: the first byte behind each sample's JSON and members."""
+        ends = (self.samples["json_offset"] + self.samples["json_length"]).astype(np.int64)
+        last = self.samples["first_member"].astype(np.int64) + self.samples["members"] - 1
+        some = self.samples["members"] > 0
+        found = self.members[last[some]]
+        ends[some] = np.maximum(ends[some], found["offset"] + found["length"])
+        return ends
 
     def names(self, row: int) -> dict[str, int]:
         """Members of the row-th sample by name: their numbers in `members` and `facts`. Decoded once for neighbouring calls."""

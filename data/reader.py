@@ -124,6 +124,9 @@ class Reader:
         `step` is written beside unreadable samples. Raises StoreError if a remote dataset cannot be reached.
         """
         places = [place for one in packs for place in one]
+        if encoder_ranks == 1:  # of pictures that ranks share, each wants only some
+            for number, index, _ in places:
+                self.corpora[number].dataset.will_read(index)
         samples = self.read(places, step)
         ready = iter(samples)
         laid_out = [[next(ready) for _ in one] for one in packs]

@@ -101,12 +101,12 @@ class Dataset:
     @property
     def keys(self) -> list[str]:
         """The samples' keys in order (reads every index)."""
-        return [self._index(number).key(row) for number, shard in enumerate(self.shards) for row in range(shard.samples)]
+        return [self.index(number).key(row) for number, shard in enumerate(self.shards) for row in range(shard.samples)]
 
     def location(self, index: int, ref: str = "") -> Location:
         """Where sample `index` lies: its JSON, or its media member `ref` if it has it."""
         shard, row = self._find(index)
-        found = self._index(shard)
+        found = self.index(shard)
         number = found.names(row).get(ref)
         span = found.document(row) if number is None else found.span(number)
         return Location(self.shards[shard].file, row, found.key(row), span.offset, span.length, span.crc32)
@@ -114,27 +114,27 @@ class Dataset:
     def sample(self, index: int) -> Sample:
         """Read and check sample `index`; raises SampleError if its bytes changed or break the schema."""
         shard, row = self._find(index)
-        found = self._index(shard)
+        found = self.index(shard)
         origin = f"{self.shards[shard].file}:{found.key(row)}"
         return parse_sample(self._read(shard, found.document(row), origin, "json"), origin=origin)
 
     def member(self, index: int, ref: str) -> bytes:
         """The bytes of media member `ref` of sample `index`; raises SampleError if missing or changed."""
         shard, row = self._find(index)
-        found = self._index(shard)
+        found = self.index(shard)
         origin = f"{self.shards[shard].file}:{found.key(row)}"
         return self._read(shard, self._span(found, row, ref, origin), origin, ref)
 
     def media(self, index: int) -> dict[str, MediaFacts]:
         """What the headers of the sample's members said when they were indexed, by name."""
         shard, row = self._find(index)
-        found = self._index(shard)
+        found = self.index(shard)
         return {name: found.media(number) for name, number in found.names(row).items()}
 
     def runs(self, index: int, refs: Sequence[str]) -> list[Run]:
         """The reads that bring these members of a sample, in the order of `refs`; names that it lacks are left out."""
         shard, row = self._find(index)
-        found = self._index(shard)
+        found = self.index(shard)
         numbers = found.names(row)
         runs: list[Run] = []
         for ref in dict.fromkeys(ref for ref in refs if ref in numbers):
@@ -150,7 +150,7 @@ class Dataset:
     def read_run(self, run: Run) -> dict[str, bytes | SampleError]:
         """The members of a run, each its bytes or what is wrong with it."""
         shard, row = self._find(run.index)
-        origin = f"{self.shards[shard].file}:{self._index(shard).key(row)}"
+        origin = f"{self.shards[shard].file}:{self.index(shard).key(row)}"
         try:
             data = memoryview(self._store.read(self.shards[shard].file, run.offset, run.length))
         except MissingBytes as error:
@@ -167,7 +167,7 @@ class Dataset:
     def will_read(self, index: int) -> None:
         """Say that a sample is about to be read, so that a local disk begins now."""
         shard, row = self._find(index)
-        start, end = self._index(shard).extent(row)
+        start, end = self.index(shard).extent(row)
         self._store.will_read(self.shards[shard].file, start, end - start)
 
     def _find(self, index: int) -> tuple[int, int]:
@@ -190,7 +190,8 @@ class Dataset:
             self._opened = os.getpid(), store
         return store
 
-    def _index(self, shard: int) -> ShardIndex:
+    def index(self, shard: int) -> ShardIndex:
+        """The index of a shard, by its number in `shards`; raises UserError if it or the tar is not the right one."""
         found = self._indices.get(shard)
         if found is None:
             found = self._indices[shard] = self._open_index(self.shards[shard])

@@ -18,7 +18,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 
 def run(options: argparse.Namespace) -> None:
-    """Read the headers of all shards and write the metadata."""
+    """Write the metadata from the shards' indexes."""
     from visionloom.data.energon import export_energon
 
     splits = dict(_share(text) for text in options.split)

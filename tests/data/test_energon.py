@@ -39,6 +39,15 @@ def test_the_files_are_those_of_the_format(folder: Path) -> None:
     assert dataset == {"__module__": "megatron.energon", "__class__": "CrudeWebdataset"}
 
 
+def test_offsets_are_those_of_the_first_members(folder: Path) -> None:
+    export_energon(folder)
+    for path in folder.glob("*.tar"):
+        with tarfile.open(path) as tar:
+            firsts = [member.offset for member in tar if member.name.endswith(".json")]
+            expected = [*firsts, tar.offset]
+        assert np.fromfile(path.with_name(path.name + ".idx"), "<u8").tolist() == expected
+
+
 def test_offsets_cut_a_shard_into_its_samples(folder: Path) -> None:
     export_energon(folder)
     for path in folder.glob("*.tar"):
@@ -70,5 +79,5 @@ def test_what_energon_would_read_too_is_refused(folder: Path, tmp_path: Path) ->
         info.size = 2
         tar.addfile(info, io.BytesIO(b"{}"))
     index_folder(folder, skip_bad=True)
-    with pytest.raises(UserError, match="has 5 samples, 4 are indexed"):
+    with pytest.raises(UserError, match="energon would read the 1 bad samples that were left out"):
         export_energon(folder)

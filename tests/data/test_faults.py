@@ -284,6 +284,27 @@ def test_a_stream_from_a_faulty_server_is_the_same_and_bounded(
     assert budget.used == 0
 
 
+def test_ranks_that_share_pictures_read_their_own_only(folders: tuple[Path, Path], stream: Callable[..., PackStream]) -> None:
+    local = stream(folders[0], "good.jsonl")
+    step = next(n for n in range(STEPS) if len(local.micro_batches(n, 0, 1, 1)[0].grid_thw) > 5)
+    expected = [local.micro_batches(step, 0, 1, 1, rank, 3)[0] for rank in range(3)]
+    members = len(local.micro_batches(step, 0, 1, 1)[0].sample_ids)
+    with serving(folders[0]) as server:
+        asked = list[set[str]]()
+        for rank in range(3):
+            made = stream(server.url, f"{rank}.jsonl")
+            server.ranges.clear()
+            found = made.micro_batches(step, 0, 1, 1, rank, 3)[0]
+            assert digest(found) == digest(expected[rank])
+            asked.append(set(server.ranges))
+    documents = set.intersection(*asked)
+    assert len(documents) == members, "all ranks read the text"
+    assert all(asked)
+    pictures = [one - documents for one in asked]
+    assert all(pictures)
+    assert not pictures[0] & pictures[1] & pictures[2]
+
+
 def test_a_store_that_goes_away_stops_the_run_with_one_error(
     folders: tuple[Path, Path], stream: Callable[..., PackStream], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

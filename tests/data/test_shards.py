@@ -60,6 +60,22 @@ def test_webdataset_reads_the_same(folder: Path) -> None:
         assert {ref: row[ref] for ref in media} == media
 
 
+def test_the_kernel_is_told_what_comes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reference: the places of a sample's members by Python's tarfile."""
+    told = list[tuple[int, int]]()
+    dataset = Dataset.open(folder, "set")
+    dataset.sample(12)
+    monkeypatch.setattr("os.posix_fadvise", lambda descriptor, offset, length, advice: told.append((offset, length)))
+    dataset.will_read(12)
+    with tarfile.open(folder / "set-000001.tar") as tar:
+        mine = [member for member in tar if member.name.startswith("000000012.")]
+    start = min(member.offset_data for member in mine)
+    end = max(member.offset_data + member.size for member in mine)
+    assert told == [(start, end - start)]
+    (folder / "set-000002.tar").unlink()
+    dataset.will_read(24)  # the read itself will tell
+
+
 def test_json_lies_before_its_media(folder: Path) -> None:
     with tarfile.open(folder / "set-000000.tar") as tar:
         assert tar.getnames()[:3] == ["000000000.json", "000000000.a.png", "000000000.vid0.001.png"]

@@ -1,5 +1,6 @@
 """Remote stores: what goes wrong on the way is repaired, what cannot be is one clear error, and nothing hangs."""
 
+import math
 import os
 import pickle
 import threading
@@ -23,6 +24,7 @@ from visionloom.data.write import write_shards
 from visionloom.parallel.errors import UserError
 from visionloom.tests.data.faulty_server import FaultyServer, serving
 from visionloom.tests.data.samples import film, picture_question
+from visionloom.train.config import RunConfig
 
 QUICK = StoreConfig(timeout_seconds=0.5, retries=3, hedge_seconds=0.0)
 
@@ -331,3 +333,20 @@ def test_an_attempt_that_hangs_is_given_up() -> None:
 
     with pytest.raises(StoreError, match=r"2 attempts .* no answer within 0\.1 s"):
         RemoteStore(Hanging(), "x://y", replace(QUICK, timeout_seconds=0.1, retries=1)).read("a", 0, 1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("timeout_seconds", 0.0),
+        ("timeout_seconds", math.nan),
+        ("retries", -1),
+        ("hedge_seconds", -1.0),
+        ("bytes_in_flight", 0),
+        ("cache_bytes", 0),
+    ],
+)
+def test_values_that_no_store_can_have_are_named(option: str, value: float) -> None:
+    config = RunConfig()
+    setattr(config.data.store, option, value)
+    assert [line for line in config.problems(1) if line.startswith(f"data.store.{option}=")]
