@@ -30,6 +30,8 @@ from visionloom.parallel.errors import UserError
 
 STAGING: Final = ".converting"
 """Folder of what is finished so far; gone when the dataset is complete."""
+URLS: Final = "urls"
+"""Folder inside of it: what a converter looks pictures up in."""
 FACTS: Final = "convert.json"
 """How the dataset was made, and what was counted."""
 SKIPPED: Final = "skipped.jsonl"
@@ -128,17 +130,20 @@ def _only_writer(staging: Path) -> Iterator[None]:
 
 
 def _check_settings(staging: Path, settings: Mapping[str, Any]) -> None:
+    """Refuse to continue what was begun with other settings; with nothing finished there is nothing to continue."""
     path = staging / "settings.json"
-    if not path.exists():
-        with replacing(path) as file:
-            file.write(json.dumps(settings).encode())
-    found = json.loads(path.read_bytes())
-    for name in [*settings, *found]:
-        if found.get(name) != settings.get(name):
-            raise UserError(
-                f"{staging.parent} holds an unfinished conversion with {name}={found.get(name)!r}, now it is"
-                f" {settings.get(name)!r}: use the same words again, or remove {staging}"
-            )
+    if path.exists() and any(staging.glob("part*.json")):
+        found = json.loads(path.read_bytes())
+        for name in [*settings, *found]:
+            if found.get(name) != settings.get(name):
+                raise UserError(
+                    f"{staging.parent} holds an unfinished conversion with {name}={found.get(name)!r}, now it is"
+                    f" {settings.get(name)!r}: use the same words again, or remove {staging}"
+                )
+        return
+    shutil.rmtree(staging / URLS, ignore_errors=True)
+    with replacing(path) as file:
+        file.write(json.dumps(settings).encode())
 
 
 # ---- writing parts

@@ -84,5 +84,5 @@ def _files(path: Path) -> list[Path]:
         raise UserError(f"{path} holds the splits {', '.join(splits)}: give the folder of one, like {path / splits[0]}")
     if (path / "state.json").is_file():
         listed = json.loads((path / "state.json").read_bytes())["_data_files"]
-        return [file for one in listed for file in table_files(path / one["filename"], ())]
+        return [file for one in listed for file in table_files(path / one["filename"], (".arrow",))]
     return table_files(path, (".parquet", ".arrow"))

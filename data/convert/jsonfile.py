@@ -132,11 +132,11 @@ class _Scanner:
                 _, end = self.decode(self.text, self.at)
                 if end < len(self.text):
                     break
-                error: Exception = ValueError("the array has no end")
-            except (ValueError, RecursionError) as found:
-                error = found
+                problem = "the array has no end"
+            except (ValueError, RecursionError) as error:
+                problem = str(error)  # the error itself would keep the text, through its frame even after this call
             if wanted > _LARGEST_ELEMENT or not self._more(wanted):
-                raise UserError(f"{self.path}: not valid JSON in the element at byte {self.place}: {error}")
+                raise UserError(f"{self.path}: not valid JSON in the element at byte {self.place}: {problem}")
             wanted *= 2
         begin, self.at = self.place, end
         return begin, self.place

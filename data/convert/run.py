@@ -22,7 +22,7 @@ from visionloom.data.convert.urls import UrlIndex, build_index
 from visionloom.data.convert.webdataset import WebDataset
 from visionloom.data.sample import Sample, SampleError, parse_sample, to_json
 from visionloom.data.write import Pair
-from visionloom.data.write_parts import Part, PartLog, Progress, Target, write_parts
+from visionloom.data.write_parts import URLS, Part, PartLog, Progress, Target, write_parts
 from visionloom.parallel.errors import UserError
 
 SOURCES: Final[Mapping[str, type[Source]]] = {
@@ -127,7 +127,7 @@ def convert(request: Request, target: Target, progress: Progress) -> Counter[str
     roots = (folder,) if request.images_dir is None else (request.images_dir, folder)
     index = None
     if request.kind in _FETCHED and request.images_dir is not None:
-        index = UrlIndex(target.staging / "urls", request.images_dir)
+        index = UrlIndex(target.staging / URLS, request.images_dir)
     options = Options(MediaFiles(roots, index, request.follow_links), request.columns or {})
     converter = Converter(request, target.name, options, target.limits.samples)
     return Counter(write_parts(converter, target, _settings(request), progress))

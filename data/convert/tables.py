@@ -38,9 +38,10 @@ def require_pyarrow() -> None:
 def table_files(path: Path, endings: tuple[str, ...]) -> list[Path]:
     """The file itself, or those of a folder in sorted order; raises UserError if there is none."""
     require_pyarrow()
-    found = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix in endings)
+    files = [path] if path.is_file() else sorted(path.rglob("*"))
+    found = [file for file in files if file.suffix in endings]
     if not found:
-        raise UserError(f"{path}: no file {' or '.join(endings)} there")
+        raise UserError(f"{path}: a file {' or '.join(endings)}, or a folder with some, expected")
     return found
 
 
@@ -64,17 +65,6 @@ def read_table(where: Rows, columns: Sequence[str] | None = None) -> Iterator[Re
         for value in batch.to_pylist():
             yield Record(f"{path.name}:{number}", value)
             number += 1
-
-
-def column_names(path: Path) -> list[str]:
-    """Names of a table's columns."""
-    import pyarrow
-    import pyarrow.parquet
-
-    if path.suffix == ".parquet":
-        return list(pyarrow.parquet.read_schema(path).names)
-    with _open_arrow(path) as reader:
-        return list(reader.schema.names)
 
 
 def _sizes(path: Path) -> Iterator[int]:
