@@ -6,6 +6,8 @@ Commands:
     python launch/data.py convert KIND SRC DST   LLaVA, ShareGPT, OBELICS, MMC4, ... as shards
     python launch/data.py index DIR              index WebDataset tar files made elsewhere
     python launch/data.py view DIR [KEY ...]     samples as a web page: pictures, boxes, frames, tokens, packs
+    python launch/data.py lengths DIR ... --tokenizer FOLDER    tokens and patches of every sample, for plans
+    python launch/data.py plan +recipe=NAME      fill, losses, tokens and balance of a run's phases, before any training
     python launch/data.py stats DIR              samples, media and tasks of every dataset below DIR
     python launch/data.py verify DIR [--decode]  check every member: bytes, headers, and pixels
     python launch/data.py export-energon DIR     metadata for megatron-energon beside the shards
@@ -20,10 +22,10 @@ if not __package__:  # started as a file: Python put launch/ first on the path, 
     sys.path[0] = str(Path(__file__).resolve().parents[1] / ".link")
 
 from visionloom.launch.exit import exit_with
-from visionloom.launch.shards import convert, demo, export_energon, index, stats, verify, view
+from visionloom.launch.shards import convert, demo, export_energon, index, lengths, plan, stats, verify, view
 from visionloom.parallel.errors import UserError
 
-COMMANDS = (demo, convert, index, stats, verify, view, export_energon)
+COMMANDS = (demo, convert, index, lengths, plan, stats, verify, view, export_energon)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

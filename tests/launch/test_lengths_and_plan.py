@@ -1,0 +1,98 @@
+"""data.py lengths and plan: tables and plans from lengths alone, refusals in one line."""
+
+from pathlib import Path
+
+import pytest
+
+from visionloom.data.balance import deal
+from visionloom.data.demo import make_demo
+from visionloom.launch.configure import compose
+from visionloom.launch.data import main
+from visionloom.launch.shards.plan import plan_phase
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo") / "data"
+    make_demo(folder, 0, 0.02, lambda *_: None)
+    return folder
+
+
+def rows(text: str) -> list[list[str]]:
+    """Cells of the printed tables."""
+    return [[cell.strip() for cell in line.strip("│\n").split("│")] for line in text.splitlines() if line.startswith("│")]
+
+
+def test_lengths_are_counted_once(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "lengths",
+        str(demo / "train"),
+        "--tokenizer",
+        str(demo / "tokenizer"),
+        "--cache",
+        str(tmp_path),
+        "--processes",
+        "1",
+    ]
+    assert main(words) == 0
+    first = capsys.readouterr().out
+    found = {row[0]: row for row in rows(first)}
+    assert {"captions", "video", "documents"} <= set(found)
+    assert found["text"][6] == "0%"
+    assert int(found["captions"][2].replace(",", "")) > 0
+    assert len(list(tmp_path.glob("lengths-*.npy"))) == len(found)
+    assert "captions: 80 samples" in first
+    assert main([*words, "--media", "image_min_pixels=1024"]) == 0
+    assert len(list(tmp_path.glob("lengths-*.npy"))) == 2 * len(found), "other rules, other tables"
+    capsys.readouterr()
+    assert main(words) == 0
+    again = capsys.readouterr().out
+    assert "captions: 80 samples" not in again, "counted although tables are there"
+    assert [row[:9] for row in rows(again)] == [row[:9] for row in rows(first)]
+
+
+def test_wrong_words_are_one_line(demo: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    tokenizer = ["--tokenizer", str(demo / "tokenizer")]
+    for words, part in (
+        (["lengths", str(tmp_path), *tokenizer], "no dataset.json in or below"),
+        (["lengths", str(demo), *tokenizer, "--media", "pixels=3"], "--media pixels=3: unknown"),
+        (["lengths", str(demo), *tokenizer, "--media", "video_max_frames=x"], "a number expected"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(words)
+        assert stop.value.code == 2
+        assert part in capsys.readouterr().err
+
+
+def test_a_plan_is_what_training_would_see(
+    demo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("VISIONLOOM_DEMO_DATA", str(demo))
+    assert main(["plan", "+recipe=demo", "--steps", "12", "--data-parallel", "2", "--processes", "1"]) == 0
+    found = rows(capsys.readouterr().out)
+    config = compose(["+recipe=demo"], 1)
+    assert config is not None
+    phases = [row for row in found if len(row) == 10]
+    assert [row[0] for row in phases] == list(config.phases)
+    plan = plan_phase(config, "long")
+    packs = [pack for step in range(12) for pack in plan.step(step)]
+    views = [[plan.sources[number].views.view(sample, part) for number, sample, part in pack.places] for pack in packs]
+    (shown,) = [row for row in phases if row[0] == "long"]
+    assert shown[3] == str(len(packs))
+    assert shown[4] == f"{sum(view.tokens for pack in views for view in pack) / len(packs) / 1024:.2%}"
+    loads = [[sum(p.cost for micro in rank for p in micro) for rank in deal(plan.step(step), 2, 2)] for step in range(12)]
+    assert shown[8] == f"{sum(map(sum, loads)) / 2 / sum(map(max, loads)):.1%}"
+    datasets = {row[1]: row for row in found if len(row) == 9 and row[0] == "long"}
+    assert set(datasets) == set(config.phases["long"].mixture)
+    assert sum(int(row[4].replace(",", "")) for row in datasets.values()) == sum(view.tokens for pack in views for view in pack)
+
+
+def test_one_phase_and_unknown_ones(demo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("VISIONLOOM_DEMO_DATA", str(demo))
+    words = ["plan", "+recipe=demo", "data.datasets.documents.over_length=split", "phases.sft.sequence_length=512"]
+    assert main([*words, "--phase", "sft", "--steps", "3", "--processes", "1"]) == 0
+    found = rows(capsys.readouterr().out)
+    assert {row[0] for row in found} == {"sft"}
+    with pytest.raises(SystemExit):
+        main([*words, "--phase", "stf"])
+    assert "--phase stf is not in the recipe" in capsys.readouterr().err
