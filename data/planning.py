@@ -6,7 +6,9 @@ from pathlib import Path
 from visionloom.data.balance import CostModel
 from visionloom.data.config import DataConfig
 from visionloom.data.corpus import Corpus, Report, cache_folder, media_hash
+from visionloom.data.encode import encode
 from visionloom.data.plan import Plan, Settings, Source
+from visionloom.data.sample import SampleError
 from visionloom.data.state import Origin
 from visionloom.data.tokenizer import Tokenizer
 from visionloom.data.views import Views
@@ -37,17 +39,24 @@ def open_corpora(
     """
     corpora = [Corpus("data.datasets", name, data.datasets[name], data, tokenizer, processes, report) for name in names]
     for corpus in corpora:
-        bad, most = len(corpus.unreadable), data.max_bad_fraction * max(len(corpus.dataset), FEWEST_SAMPLES)
-        if bad > most:
+        bad = corpus.unreadable
+        # All samples were looked at, so the share is exact, whatever the dataset's size.
+        if len(bad) > data.max_bad_fraction * len(corpus.dataset):
             raise UserError(
-                f"dataset {corpus.name}: {bad} of {len(corpus.dataset)} samples cannot be used, more than"
-                f" data.max_bad_fraction={data.max_bad_fraction:g}: run python launch/data.py verify {corpus.config.path}"
+                f"dataset {corpus.name}: {len(bad)} of {len(corpus.dataset)} samples cannot be used, more than"
+                f" data.max_bad_fraction={data.max_bad_fraction:g} of them, the first: {_reason(corpus, int(bad[0]))}:"
+                " mend or remove them, or raise data.max_bad_fraction"
             )
     return corpora
 
 
-FEWEST_SAMPLES = 10_000
-"""The share of unusable samples is taken of at least this many."""
+def _reason(corpus: Corpus, index: int) -> str:
+    """Why a sample cannot be used."""
+    try:
+        encode(corpus.dataset.sample(index), corpus.tokenizer, corpus.rules)
+    except SampleError as error:
+        return str(error)
+    return "its bytes have changed since it was counted"
 
 
 def make_plan(

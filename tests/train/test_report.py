@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
-from visionloom.data.decode import patchify_image, patchify_video, widen
+from visionloom.data.decode import put, widen
 from visionloom.data.encode import EncodedSample
 from visionloom.train.evaluate import Prediction
 from visionloom.train.report import write_report
@@ -50,10 +50,19 @@ def write_run(folder: Path, steps: int = 20) -> None:
     (folder / "config.yaml").write_text(yaml.safe_dump({"run": {"name": EVIL}, "phases": {"align": {"sequence_length": 4096}}}))
 
 
+def patches_of(frames: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Rows of an image (one frame) or of a temporal patch (two), from uint8 [frames, height, width, 3]."""
+    count, height, width, _ = frames.shape
+    rows = np.empty((height * width // 256, 768 * count), np.uint8)
+    for number, frame in enumerate(frames):
+        put(rows, np.ascontiguousarray(frame.transpose(2, 0, 1)), number if count > 1 else None)
+    return rows
+
+
 def predicted(question: str, pictures: int, text: str = "7", side: int = 64) -> Prediction:
     """An answer to a question about noise."""
     frames = np.random.default_rng(0).integers(0, 256, (pictures, side, side, 3), np.uint8)
-    rows = [patchify_image(frame) for frame in frames]
+    rows = [patches_of(frame[None]) for frame in frames]
     empty = np.empty(0)
     sample = EncodedSample(
         sample_id=EVIL, source="vqa", task=EVIL, input_ids=empty, target_weights=empty, position_ids=empty, visual_positions=empty,
@@ -140,10 +149,10 @@ def test_long_run_stays_small(tmp_path: Path) -> None:
 
 def test_pictures_come_back_from_patches() -> None:
     frames = np.random.default_rng(1).integers(0, 256, (2, 64, 96, 3), np.uint8)
-    rows = patchify_image(frames[0])
+    rows = patches_of(frames[:1])
     assert np.array_equal(View(rows, 4, 6).frames(), frames[:1])
     assert np.array_equal(View(widen(rows, 1536), 4, 6).frames(), frames[:1])
-    assert np.array_equal(View(patchify_video(frames), 4, 6).frames(), frames)
+    assert np.array_equal(View(patches_of(frames), 4, 6).frames(), frames)
 
 
 START, END = "<|vision_start|>", "<|vision_end|>"
