@@ -1,6 +1,7 @@
 # make demo   a tiny Qwen3-VL through every phase, on two CPU processes
 # make test   lint, types, import directions and the test suite
 # make proofs longer proofs: killed ranks, four ranks, whole commands under torchrun
+# make parity every layout of the parallel axes against one process, as a table
 # make lint   only the checks that run no test
 # Each makes .venv and installs on its first run.
 
@@ -9,7 +10,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PYTHONPATH := $(CURDIR)/.link$(if $(PYTHONPATH),:$(PYTHONPATH))
 DEMO_DATA := runs/demo-data
 
-.PHONY: demo test proofs lint format install
+.PHONY: demo test proofs parity lint format install
 .DEFAULT_GOAL := test
 
 install: .venv/installed
@@ -32,6 +33,9 @@ test: lint
 
 proofs: .venv/installed
 	pytest -m long
+
+parity: .venv/installed
+	pytest -m "parity or not parity" tests/train/test_parity.py
 
 format: .venv/installed
 	ruff check --fix .

@@ -156,9 +156,3 @@ def grouped_linear(tokens: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
         ends: int32 [e], where each group ends.
     """
     return F.grouped_mm(tokens, weights.transpose(1, 2), offs=ends)
-
-
-def grouped_linear_reference(tokens: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-    """What `grouped_linear` computes, one group after the other."""
-    groups = tokens.tensor_split(ends[:-1].tolist())
-    return torch.cat([F.linear(group, weight) for group, weight in zip(groups, weights, strict=True)])

@@ -133,6 +133,13 @@ def set_threads(threads: int) -> None:
     torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // ranks))
 
 
+def be_deterministic() -> None:
+    """Let torch use only kernels whose sums have a fixed order: the same run twice gives the same bits."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # asked for by cuBLAS
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
 def start(config: ParallelConfig, device: torch.device, seed: int = 1234, timeout_minutes: float = 30.0) -> Topology:
     """Open the process groups of a layout; the world comes from torchrun's environment, or is one process without it.
 

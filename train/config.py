@@ -61,6 +61,8 @@ class RunSection:
     """Arithmetic of the model: `fp32`, `bf16`, or `auto`: bf16 on a GPU, fp32 on a CPU."""
     threads: int = 0
     """CPU threads of each rank; 0: the cores divided by the ranks of this machine."""
+    deterministic: bool = False
+    """Only kernels whose sums have a fixed order: the same run twice gives the same bits; slower on a GPU."""
     evaluate_at_end: bool = False
     """Evaluate on data.validation when the last phase is done."""
 

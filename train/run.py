@@ -31,6 +31,8 @@ def open_topology(config: RunConfig) -> Topology:
     """The device, threads and process groups of this rank."""
     device = topologies.choose_device(config.run.device)
     topologies.set_threads(config.run.threads)
+    if config.run.deterministic:
+        topologies.be_deterministic()
     return topologies.start(config.parallel, device, config.run.seed)
 
 

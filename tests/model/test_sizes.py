@@ -33,11 +33,16 @@ def part_of(name: str) -> str:
     return next((part for part in PARTS if name.startswith(f"{part}.")), "decoder")
 
 
+def published(size: str) -> ModelConfig:
+    """The model of a recipe."""
+    merged = OmegaConf.merge(OmegaConf.structured(ModelConfig), OmegaConf.load(RECIPES / f"{size}.yaml"))
+    return cast(ModelConfig, OmegaConf.to_object(merged))
+
+
 @pytest.mark.parametrize("size", COUNTS)
 def test_parameters(size: str, topology: Topology) -> None:
-    merged = OmegaConf.merge(OmegaConf.structured(ModelConfig), OmegaConf.load(RECIPES / f"{size}.yaml"))
     with torch.device("meta"):
-        model = Qwen3VL(cast(ModelConfig, OmegaConf.to_object(merged)), topology)
+        model = Qwen3VL(published(size), topology)
     counts: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
         assert parameter.is_meta, name

@@ -4,6 +4,7 @@ Reference: one process with the same code, which tests/model/test_parity.py prov
 """
 
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from visionloom.model.sharding import canonical_parameters, cut, full_shape
 from visionloom.parallel import topology as topologies
 from visionloom.parallel.config import ParallelConfig
 from visionloom.parallel.topology import Topology
-from visionloom.tests.model.reference import TestPack, make_example, make_pack, reference_model, tiny_config
+from visionloom.tests.model.reference import Example, TestPack, make_example, make_pack, reference_model, tiny_config
 
 STEPS = 20
 LENGTH, MULTIPLE = 128, 8
@@ -42,15 +43,14 @@ class Case:
     tied: bool = True
     content: str = "everything"
     trainable: tuple[str, ...] = ("vision", "merger", "language")
+    balance: float = 0.01
+    """Weight of the load-balancing loss of a mixture."""
 
     @property
     def model(self) -> ModelConfig:
         """The tiny model, dense or a mixture."""
-        config = tiny_config(self.tied)
-        if self.experts:
-            mixture = replace(config.text, experts=self.experts, experts_per_token=2, expert_ffn_hidden_size=32)
-            config = replace(config, text=replace(mixture, balance_coefficient=0.01))
-        return config
+        config = tiny_config(self.tied, self.experts)
+        return replace(config, text=replace(config.text, balance_coefficient=self.balance))
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,8 @@ class Layout:
     case: Case = field(default_factory=Case)
     one_encoder: bool = False
     """All pictures on the first encoder rank, so that the others have none."""
+    mistake: str = ""
+    """One of MISTAKES, to show that the comparison finds it."""
 
     @property
     def config(self) -> ParallelConfig:
@@ -72,10 +74,18 @@ class Layout:
 def packs_of(content: str) -> list[TestPack]:
     """The micro-batches of the global batch, with positions from transformers."""
     theirs = reference_model(tiny_config(), 0)
-    return [
-        make_pack(theirs, [make_example(parts, 10 * number + i) for i, parts in enumerate(samples)], LENGTH, MULTIPLE)
-        for number, samples in enumerate(CONTENTS[content])
-    ]
+    return [make_pack(theirs, examples_of(samples), LENGTH, MULTIPLE) for samples in CONTENTS[content]]
+
+
+def packs_of_each(samples: list[list[Any]]) -> list[TestPack]:
+    """The samples of a micro-batch, each in a pack of its own."""
+    theirs = reference_model(tiny_config(), 0)
+    return [make_pack(theirs, [example], LENGTH) for example in examples_of(samples)]
+
+
+def examples_of(samples: list[list[Any]]) -> list[Example]:
+    """Random samples, the same for the same parts."""
+    return [make_example(parts, zlib.crc32(repr(parts).encode())) for parts in samples]
 
 
 def weigh(chunk: Any, topology: Topology) -> None:
@@ -96,6 +106,40 @@ def deal(packs: list[TestPack], topology: Topology, one_encoder: bool) -> list[T
     return [p.dealt(topology.encoder_rank, owner) for p, owner in zip(mine, owners, strict=True)]
 
 
+def features_not_reduced(chunks: list[Any], packs: list[TestPack]) -> list[TestPack]:
+    """The gradients of the features that a tensor rank has used stay on that rank."""
+    for chunk in chunks:
+        for parameter in chunk.visual.parameters():
+            parameter.sequence_parallel = False
+    return packs
+
+
+def experts_reduced_over_all(chunks: list[Any], packs: list[TestPack]) -> list[TestPack]:
+    """Experts are reduced over all data-parallel ranks, as dense parameters are, and not over those that hold the same ones."""
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            if ".experts." in name:
+                parameter.allreduce = True
+    return packs
+
+
+def positions_after_packing(chunks: list[Any], packs: list[TestPack]) -> list[TestPack]:
+    """Positions count up over the whole pack, pictures included."""
+    return [replace(pack, position_ids=torch.arange(LENGTH).expand(3, -1).int()) for pack in packs]
+
+
+def divided_per_micro_batch(chunks: list[Any], packs: list[TestPack]) -> list[TestPack]:
+    """The mean over micro-batches of their mean losses."""
+    total = float(sum(pack.loss_weights.sum() for pack in packs))
+    return [replace(p, loss_weights=p.loss_weights / p.loss_weights.sum() * total / len(packs)) for p in packs]
+
+
+MISTAKES: dict[str, Callable[[list[Any], list[TestPack]], list[TestPack]]] = {
+    mistake.__name__: mistake
+    for mistake in (features_not_reduced, experts_reduced_over_all, positions_after_packing, divided_per_micro_batch)
+}
+
+
 def build(layout: Layout, sharded: bool) -> Any:
     """A stage of the case in the layout, wrapped for data parallelism; an optimizer too if `sharded`."""
     from visionloom.model.qwen3vl import Qwen3VL
@@ -110,6 +154,8 @@ def build(layout: Layout, sharded: bool) -> Any:
     for chunk in chunks:
         weigh(chunk, topology)
         set_trainable(chunk, layout.case.trainable)
+    if layout.mistake:
+        MISTAKES[layout.mistake](chunks, [])
     phase = PhaseConfig(steps=STEPS, lr=1e-3, trainable=list(layout.case.trainable))
     wrapped = wrap_data_parallel(chunks, topology, sharded)
     optimizer = build_optimizer(wrapped, OptimConfig(), phase, False) if sharded else None
@@ -124,6 +170,8 @@ def backward(layout: Layout, packs: list[TestPack]) -> tuple[Any, float]:
     from visionloom.train.step import LossSums, run_micro_batches
 
     stage = build(layout, sharded=False)
+    if layout.mistake:
+        packs = MISTAKES[layout.mistake](stage.chunks, packs)
     for _ in range(2):
         for chunk in stage.wrapped:
             chunk.zero_grad_buffer()

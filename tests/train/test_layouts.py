@@ -3,6 +3,7 @@
 Reference: one process.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "tensor2": (2, ["parallel.tensor=2"]),
     "tensor2 without sequence parallelism": (2, ["parallel.tensor=2", "parallel.sequence=false"]),
     "tensor2 data2": (4, ["parallel.tensor=2"]),
+    "pipeline2": (2, ["parallel.pipeline=2", "parallel.pipeline_layout=Et|tttL", "parallel.recompute=full"]),
+    "context2": (2, ["parallel.context=2"]),
+    "tensor2 context2": (4, ["parallel.tensor=2", "parallel.context=2"]),
     "micro-batches of two packs": (1, ["phases.multimodal.micro_batch=2"]),
 }
 
@@ -30,7 +34,8 @@ def train(config: RunConfig) -> None:
 
 
 def run(pool: RankPool, data: Path, folder: Path, world_size: int, words: list[str]) -> list[dict[str, Any]]:
-    pool.run(world_size, train, run_config(data, folder, STEPS, world_size, *words))
+    # What two context ranks need; it changes packs, so every layout has it.
+    pool.run(world_size, train, run_config(data, folder, STEPS, world_size, "data.pack_multiple=4", *words))
     return metrics(folder)
 
 
@@ -71,3 +76,11 @@ def test_a_phase_may_have_a_layout_of_its_own(
 ) -> None:
     lines = run(pool, demo_data, tmp_path, 2, ["phases.multimodal.parallel.tensor=2"])
     assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in alone], abs=1e-4)
+
+
+def test_experts_on_ranks_of_their_own(pool: RankPool, demo_data: Path, tmp_path: Path) -> None:
+    lines = [run(pool, demo_data, tmp_path / str(n), n, ["model=tiny_moe", f"parallel.expert={n}"]) for n in (1, 2)]
+    assert [line["loss"] for line in lines[1]] == pytest.approx([line["loss"] for line in lines[0]], abs=1e-4)
+    for line in lines[1]:
+        assert 1.0 <= line["router"]["load_mean_max"] <= line["router"]["load_max"] <= 8.0
+        assert 0.0 < line["router"]["entropy"] <= math.log(8) + 1e-6

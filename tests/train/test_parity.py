@@ -8,10 +8,28 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
+from visionloom.parallel import topology as topologies
 from visionloom.tests.model.reference import TestPack
 from visionloom.tests.ranks import RankPool
-from visionloom.tests.train.layouts import Case, Layout, compare, curve, packs_of, reference, worst
+from visionloom.tests.train.layouts import (
+    CONTENTS,
+    Case,
+    Layout,
+    backward,
+    build,
+    compare,
+    curve,
+    deal,
+    packs_of,
+    packs_of_each,
+    reference,
+    trainable,
+    worst,
+)
+from visionloom.train.step import train_step
 
 GRADIENTS, CURVES = 1e-5, 1e-4
 MIXTURE = Case(experts=8)
@@ -128,3 +146,57 @@ def test_a_layout_trains_as_one_process(
     assert loss <= GRADIENTS and error <= GRADIENTS, f"loss {loss:.1e}, gradient of {parameter} {error:.1e}"
     assert off <= CURVES
     assert losses[0][-1] < 0.9 * losses[0][0]
+
+
+@pytest.mark.parametrize(
+    ("mistake", "layout"),
+    [
+        ("features_not_reduced", dense(2, tensor=2)),
+        ("experts_reduced_over_all", mixture(2, expert=2)),
+        ("positions_after_packing", dense(2, context=2)),
+        ("divided_per_micro_batch", dense(2)),
+    ],
+)
+def test_a_mistake_turns_the_table_red(mistake: str, layout: Layout, references: References, pool: RankPool) -> None:
+    """Controls: what trainers get wrong in silence is an error far above the tolerance here."""
+    packs = references.packs_for(layout.case)
+    _, file = references.gradients(layout.case)
+    found = pool.run(layout.ranks, compare, replace(layout, mistake=mistake), packs, file)
+    error, _ = worst([errors for _, errors in found])
+    assert error > 1000 * GRADIENTS
+
+
+def losses_of(packs: list[TestPack], experts: int) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients of one process; runs on a rank of the pool."""
+    stage, loss = backward(Layout(1, {}, Case(experts=experts, balance=0.0)), packs)
+    return loss, {name: parameter.main_grad.clone() for name, parameter in trainable(stage).items()}
+
+
+@pytest.mark.parametrize("experts", [0, 8])
+def test_packed_equals_unpacked(experts: int, pool: RankPool) -> None:
+    """The samples of all packs each in a micro-batch of its own give the same loss and gradients."""
+    packed, alone = packs_of("everything"), [pack for samples in CONTENTS["everything"] for pack in packs_of_each(samples)]
+    ((loss, gradients),), ((other, others),) = (pool.run(1, losses_of, packs, experts) for packs in (packed, alone))
+    assert abs(other / loss - 1) <= GRADIENTS
+    for name, gradient in gradients.items():
+        assert float((others[name] - gradient).norm()) <= GRADIENTS * float(gradient.norm()), name
+
+
+def twice(experts: int, packs: list[TestPack]) -> bool:
+    """Whether two runs of the same steps end in the same bits; runs on every rank of the pool."""
+    layout = Layout(2, {"expert": 2} if experts else {"tensor": 2}, Case(experts=experts))
+    runs = []
+    for _ in range(2):
+        topologies.be_deterministic()
+        stage = build(layout, sharded=True)
+        mine = deal(packs, stage.topology, False)
+        losses = [train_step(stage, mine).loss for _ in range(3)]  # type: ignore[arg-type]
+        torch.use_deterministic_algorithms(False)
+        runs.append((losses, [parameter.detach().clone() for chunk in stage.chunks for parameter in chunk.parameters()]))
+    (first, weights), (second, others) = runs
+    return first == second and all(torch.equal(a, b) for a, b in zip(weights, others, strict=True))
+
+
+@pytest.mark.parametrize("experts", [0, 8])
+def test_fixed_order_gives_the_same_bits(experts: int, pool: RankPool) -> None:
+    assert pool.run(2, twice, experts, packs_of("everything")) == [True, True]

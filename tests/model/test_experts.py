@@ -1,0 +1,165 @@
+"""Mixtures of experts: grouped matrices, routing, and the load-balancing loss.
+
+References: a loop over the experts; transformers' load_balancing_loss_func; a brute-force sum over all tokens.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import load_balancing_loss_func
+
+from visionloom.model.experts import Router, close_step, grouped_linear, routers_of
+from visionloom.model.qwen3vl import Qwen3VL
+from visionloom.parallel.topology import Topology
+from visionloom.tests.model.reference import TestPack, tiny_config
+from visionloom.tests.ranks import RankPool
+from visionloom.tests.train.layouts import Case, Layout, backward, build, packs_of, trainable, weigh
+
+EXPERTS = 8
+
+
+def loop_over_experts(tokens: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    groups = tokens.tensor_split(ends[:-1].tolist())
+    return torch.cat([group @ weight.T for group, weight in zip(groups, weights, strict=True)])
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 5, 1], [0, 0, 9, 0], [0, 0, 0, 0], [7, 1, 1, 7]])
+def test_grouped_matrices_equal_a_loop(counts: list[int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    results = []
+    for multiply in (grouped_linear, loop_over_experts):
+        generator.manual_seed(0)
+        tokens = torch.randn(sum(counts), 16, generator=generator).requires_grad_()
+        weights = torch.randn(len(counts), 24, 16, generator=generator).requires_grad_()
+        output = multiply(tokens, weights, torch.tensor(counts).cumsum(0).int())
+        (output * torch.arange(output.numel()).view_as(output)).sum().backward()
+        results.append((output.detach(), tokens.grad, weights.grad))
+    for ours, theirs in zip(*results, strict=True):
+        assert theirs is not None and ours is not None
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.fixture
+def model(topology: Topology) -> Qwen3VL:
+    found = Qwen3VL(tiny_config(experts=EXPERTS), topology)
+    weigh(found, topology)
+    return found
+
+
+def routed(router: Router, logits: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
+    weights, chosen = router.routing(logits.unsqueeze(1), padding.unsqueeze(1))
+    return weights, chosen
+
+
+def test_padding_is_kept_out_of_the_statistics(model: Qwen3VL, topology: Topology) -> None:
+    router = routers_of([model])[0]
+    logits = torch.randn(10, EXPERTS, generator=torch.Generator().manual_seed(1))
+    padding = torch.arange(10) >= 6
+    _, chosen = routed(router, logits, padding)
+    assert router.tally[:EXPERTS].tolist() == chosen[:6].sum(0).tolist()
+    probabilities = logits[:6].softmax(1)
+    assert float(router.tally[EXPERTS]) == pytest.approx(float(-(probabilities * probabilities.log()).sum()), rel=1e-5)
+    for other in routers_of([model])[1:]:
+        routed(other, logits, padding)
+    health = close_step([model], topology)
+    share = chosen[:6].sum(0) / chosen[:6].sum()
+    torch.testing.assert_close(router.load, share.float())
+    assert health["load_max"] == pytest.approx(float(share.max()) * EXPERTS)
+    assert float(router.tally.abs().sum()) == 0
+
+
+def test_nothing_is_counted_without_gradient(model: Qwen3VL) -> None:
+    """Recomputation runs the forward pass twice, and evaluation must leave no trace."""
+    router = routers_of([model])[0]
+    logits, padding = torch.randn(4, EXPERTS), torch.zeros(4, dtype=torch.bool)
+    with torch.no_grad():
+        routed(router, logits, padding)
+    router.eval()
+    routed(router, logits, padding)
+    assert float(router.tally.abs().sum()) == 0
+
+
+def balance_gradient(router: Router, logits: Tensor) -> Tensor:
+    """Gradient of the balance loss alone: the router's weights get no gradient."""
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(()))
+    leaf = logits.clone().requires_grad_()
+    weights, _ = routed(router, leaf, torch.zeros(len(leaf), dtype=torch.bool))
+    (weights * 0.0).sum().backward()
+    assert leaf.grad is not None
+    return leaf.grad
+
+
+def test_the_loss_is_transformers(model: Qwen3VL, topology: Topology) -> None:
+    """With the loads of the same tokens, our per-token loss summed is transformers' mean, times tokens over top-k.
+
+    transformers counts each of the k choices, so its even value is k where ours is 1.
+    """
+    router = routers_of([model])[0]
+    logits = torch.randn(32, EXPERTS, generator=torch.Generator().manual_seed(2))
+    balance_gradient(router, logits)  # counts the loads
+    for other in routers_of([model])[1:]:
+        balance_gradient(other, logits)
+    close_step([model], topology)
+    ours = balance_gradient(router, logits)
+
+    leaf = logits.clone().requires_grad_()
+    theirs: Any = load_balancing_loss_func((leaf,), EXPERTS, router.topk)
+    theirs.backward()
+    assert leaf.grad is not None
+    torch.testing.assert_close(ours, leaf.grad * router.coefficient * len(logits) / router.topk, rtol=1e-4, atol=1e-7)
+
+
+def router_gradients(packs: list[TestPack], balance: float) -> dict[str, Tensor]:
+    """Gradients of a mixture's routers; runs on a rank of the pool."""
+    stage, _ = backward(Layout(1, {}, Case(experts=EXPERTS, balance=balance)), packs)
+    return {name: parameter.main_grad.clone() for name, parameter in trainable(stage).items() if name.endswith("router.weight")}
+
+
+def mean_balance_gradient(packs: list[TestPack]) -> dict[str, Tensor]:
+    """Brute force: gradient of coefficient * E * sum_i f_i P_i with P_i the plain mean over all real tokens, by autograd.
+
+    Runs on a rank of the pool. f_i is taken from the loads that the step before has counted.
+    """
+    stage = build(Layout(1, {}, Case(experts=EXPERTS)), sharded=False)
+    (model,) = stage.chunks
+    for router in routers_of([model]):
+        router.coefficient = 0.0
+    probabilities: dict[int, list[Tensor]] = {}
+    for number, router in enumerate(routers_of([model])):
+        router.register_forward_pre_hook(_record(probabilities, number), with_kwargs=False)
+    for pack in packs:
+        model(model.prepare(pack))
+    loads = [router.tally[:EXPERTS] / router.tally[:EXPERTS].sum() for router in routers_of([model])]
+    loss = sum(
+        0.01 * EXPERTS * (torch.cat(probabilities[number]).mean(0) * load.float()).sum() for number, load in enumerate(loads)
+    )
+    names = [name for name in trainable(stage) if name.endswith("router.weight")]
+    found = torch.autograd.grad(loss, [trainable(stage)[name] for name in names])  # type: ignore[arg-type]
+    return dict(zip(names, found, strict=True))
+
+
+def _record(found: dict[int, list[Tensor]], number: int) -> Any:
+    def hook(router: Router, arguments: tuple[Tensor, Tensor]) -> None:
+        hidden, padding = arguments
+        logits = router.gating(hidden).view(-1, EXPERTS)
+        found.setdefault(number, []).append(logits.softmax(1)[~padding.reshape(-1)])
+
+    return hook
+
+
+def test_the_scale_is_that_of_a_mean_over_all_tokens(pool: RankPool) -> None:
+    """Under the sqrt loss, whose denominator is no number of tokens, the balance is still a mean over the real tokens."""
+    packs = packs_of("everything")
+    ((on,), (off,), (expected,)) = (
+        pool.run(1, router_gradients, packs, 0.01),
+        pool.run(1, router_gradients, packs, 0.0),
+        pool.run(1, mean_balance_gradient, packs),
+    )
+    assert expected.keys() == on.keys()
+    for name, gradient in expected.items():
+        difference = on[name] - off[name]
+        assert float((difference - gradient).norm() / gradient.norm()) < 1e-3, name
