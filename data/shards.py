@@ -9,6 +9,7 @@ import json
 import os
 import zlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -29,6 +30,8 @@ LONGEST_RUN: Final = 8 * 2**20
 LARGEST_GAP: Final = 64 * 2**10
 """Bytes between two members that are read along with them rather than asked for twice."""
 
+REQUESTS: Final = 16
+"""Reads of a remote store in flight at once: enough to hide the time of a round trip to an object store."""
 REMOTE_INDEX_BYTES: Final = 256 * 2**20
 """Indexes of a remote dataset that a process keeps in memory: of some 2 million samples with a picture each."""
 
@@ -64,6 +67,7 @@ class _Opened:
     def __init__(self, process: int, store: Store) -> None:
         self.process, self.store = process, store
         self.indices: dict[int, ShardIndex] = {}
+        self.threads = ThreadPoolExecutor(REQUESTS, "visionloom-json")  # starts none before a remote sample is read
         self._locks: dict[int, Lock] = {}
         self._lock = Lock()
 
@@ -148,6 +152,18 @@ class Dataset:
         found = self.index(shard)
         origin = f"{self.shards[shard].file}:{found.key(row)}"
         return parse_sample(self._read(shard, found.document(row), origin, "json"), origin=origin)
+
+    def samples(self, indices: Sequence[int]) -> list[Sample | SampleError]:
+        """Several samples, each read or what is wrong with it; many at a time where a read takes a network round trip."""
+        if self.remote:
+            return list(self._here.threads.map(self._sample, indices))
+        return [self._sample(index) for index in indices]
+
+    def _sample(self, index: int) -> Sample | SampleError:
+        try:
+            return self.sample(index)
+        except SampleError as error:
+            return error
 
     def member(self, index: int, ref: str) -> bytes:
         """The bytes of media member `ref` of sample `index`; raises SampleError if missing or changed."""
