@@ -5,13 +5,9 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Final
 
 from visionloom.data.sample import SampleError
-from visionloom.data.shards import Dataset, Run
-
-REQUESTS: Final = 16
-"""Reads in flight at once: enough to hide the time of a round trip to an object store."""
+from visionloom.data.shards import REQUESTS, Dataset, Run
 
 Members = dict[str, bytes | SampleError]
 

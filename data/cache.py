@@ -33,8 +33,8 @@ class RangeCache:
             raise UserError(f"data.store.cache: {folder} cannot be used: {error.strerror}") from None
         self._warned = False
 
-    def get(self, name: str, length: int) -> bytes | None:
-        """The part of that name, if it is here and has `length` bytes."""
+    def get(self, name: str, length: int | None = None) -> bytes | None:
+        """The part of that name, if it is here and has `length` bytes, or any number without one."""
         path = self._path(name)
         try:
             data = path.read_bytes()
@@ -44,7 +44,7 @@ class RangeCache:
         except OSError as error:
             self._warn(error)
             return None
-        return data if len(data) == length else None
+        return data if length in (None, len(data)) else None
 
     def put(self, name: str, data: bytes) -> None:
         """Keep a part. A folder that is full or cannot be written costs speed only: it is logged once."""

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image as Pillow
 from PIL import UnidentifiedImageError
 
+from visionloom.data.probe import FORMATS
 from visionloom.data.sample import SampleError
 
 try:
@@ -19,7 +20,6 @@ except ImportError:  # the optional extra `jpeg`: same pixels as Pillow, a fifth
 
 MAX_PIXELS: Final = 1 << 27
 """Larger pictures (134 million pixels, 400 MB decoded) are refused from their header."""
-_FORMATS: Final = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 
 Pixels = NDArray[np.uint8]
 
@@ -35,13 +35,13 @@ def decode_image(data: bytes, size: tuple[int, int], sample_id: str, name: str) 
         return quick
     try:
         with warnings.catch_warnings(action="ignore", category=Pillow.DecompressionBombWarning):
-            picture = Pillow.open(BytesIO(data), formats=_FORMATS)
+            picture = Pillow.open(BytesIO(data), formats=FORMATS)
         check_size((picture.height, picture.width), size, sample_id, name)
         return np.array(_opaque(picture), np.uint8)
     except SampleError:
         raise
     except UnidentifiedImageError:
-        raise SampleError(sample_id, name, f"cannot be decoded: it is none of {', '.join(_FORMATS)}") from None
+        raise SampleError(sample_id, name, f"cannot be decoded: it is none of {', '.join(FORMATS)}") from None
     except Exception as error:  # decoders raise whatever damaged bytes lead them to
         raise SampleError(sample_id, name, f"cannot be decoded: {type(error).__name__}: {error}") from error
 

@@ -312,7 +312,7 @@ class ShardIndex:
         self.members: Records = data[ends[1] : ends[2]].view(_MEMBER)
         self.facts: Records = data[ends[2] : ends[3]].view(_FACTS)
         self._names, self._tail, self._data, self._located = data[ends[3] : ends[4]], data[ends[4] :], data, ends
-        self.tar_bytes, self.tar_edges = int(header["tar_bytes"]), header["tar_edges"].tobytes()
+        self.bytes, self.tar_bytes, self.tar_edges = len(data), int(header["tar_bytes"]), header["tar_edges"].tobytes()
         self._last: tuple[int, dict[str, int]] = -1, {}
 
     @property

@@ -82,12 +82,10 @@ class Counting:
         """Rows of the samples start .. stop: counted by encoding them, so that no length can differ from the encoded one."""
         table = np.zeros(stop - start, LENGTHS)
         for first in range(start, stop, _BATCH):
-            samples = {}
-            for index in range(first, min(first + _BATCH, stop)):
-                try:
-                    samples[index] = self.dataset.sample(index)
-                except SampleError:
-                    continue  # its row stays 0; the stream writes down why when it opens the dataset
+            batch = range(first, min(first + _BATCH, stop))
+            read = zip(batch, self.dataset.samples(batch), strict=True)
+            # of an unreadable one the row stays 0; the stream writes down why when it opens the dataset
+            samples = {index: sample for index, sample in read if isinstance(sample, Sample)}
             for index, row in zip(samples, self._rows(list(samples.values())), strict=True):
                 table[index - start] = row
         return table

@@ -3,15 +3,15 @@
 import fcntl
 import json
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
-from visionloom.data.decode import IMAGE_ROW, VIDEO_ROW
+from visionloom.data.decode import IMAGE_ROW
 from visionloom.data.encode import EncodedSample
-from visionloom.data.sample import SampleError, Video
+from visionloom.data.sample import SampleError
 
 MIN_SAMPLES: Final = 10_000
 """The share is taken of at least this many samples: with the default of 1e-3, ten early ones stop nothing."""
@@ -77,16 +77,6 @@ def _name_in(line: bytes) -> tuple[str, str, str] | None:
 
 def _name(record: dict[str, Any]) -> tuple[str, str, str]:
     return str(record["dataset"]), str(record.get("shard")), str(record.get("key"))
-
-
-def masked(sample: EncodedSample) -> EncodedSample:
-    """The sample with black pictures and no loss: it keeps its place, so nothing else in the pack changes."""
-    width = VIDEO_ROW if any(isinstance(media, Video) for media in sample.media) else IMAGE_ROW
-    return replace(
-        sample,
-        target_weights=np.zeros_like(sample.target_weights),
-        patches=np.zeros((sample.patch_count, width), np.uint8),
-    )
 
 
 def stand_in(sample_id: str, source: str, tokens: int, pad_id: int) -> EncodedSample:

@@ -10,7 +10,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from visionloom.data.ahead import REQUESTS, AheadReader, ByteBudget, Wanted
+from visionloom.data.ahead import AheadReader, ByteBudget, Wanted
 from visionloom.data.balance import deal_units
 from visionloom.data.config import DataConfig, MediaConfig
 from visionloom.data.corpus import Corpus
@@ -20,6 +20,7 @@ from visionloom.data.geometry import chosen_frames
 from visionloom.data.pack import Decode, PackedBatch, pack
 from visionloom.data.quarantine import Quarantine, stand_in
 from visionloom.data.sample import Image, Sample, SampleError, Video
+from visionloom.data.shards import REQUESTS
 from visionloom.data.tokenizer import Tokenizer
 from visionloom.data.views import View, Views, encode_views
 from visionloom.parallel.errors import UserError
@@ -82,16 +83,12 @@ class Reader:
         return encoded | found
 
     def _samples(self, places: Sequence[Place]) -> list[Sample | SampleError]:
-        """Read the samples' JSON, many at a time where each takes a network round trip."""
-        if any(self.corpora[number].dataset.remote for number, _, _ in places):
-            return list(self._threads.map(self._sample, places))
-        return [self._sample(place) for place in places]
-
-    def _sample(self, place: Place) -> Sample | SampleError:
-        try:
-            return self.corpora[place[0]].dataset.sample(place[1])
-        except SampleError as error:
-            return error
+        """Read the samples at these places."""
+        found: dict[Place, Sample | SampleError] = {}
+        for number in {place[0] for place in places}:
+            mine = [place for place in places if place[0] == number]
+            found.update(zip(mine, self.corpora[number].dataset.samples([index for _, index, _ in mine]), strict=True))
+        return [found[place] for place in places]
 
     def report_unreadable(self) -> None:
         """Write down the samples that could not be counted and so are never drawn, with their reasons."""

@@ -9,8 +9,10 @@ import json
 import os
 import zlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any, Final
 
 import numpy as np
@@ -27,6 +29,11 @@ LONGEST_RUN: Final = 8 * 2**20
 """Bytes up to which neighbouring members are read at once."""
 LARGEST_GAP: Final = 64 * 2**10
 """Bytes between two members that are read along with them rather than asked for twice."""
+
+REQUESTS: Final = 16
+"""Reads of a remote store in flight at once: enough to hide the time of a round trip to an object store."""
+REMOTE_INDEX_BYTES: Final = 256 * 2**20
+"""Indexes of a remote dataset that a process keeps in memory: of some 2 million samples with a picture each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +58,35 @@ class Run:
     members: tuple[tuple[str, Span], ...]
 
 
+class _Opened:
+    """What one process has open of a dataset: its store, and the indexes that it met.
+
+    Those of a folder are mapped and all stay; those of a remote store are in memory, at most REMOTE_INDEX_BYTES of them.
+    """
+
+    def __init__(self, process: int, store: Store) -> None:
+        self.process, self.store = process, store
+        self.indices: dict[int, ShardIndex] = {}
+        self.threads = ThreadPoolExecutor(REQUESTS, "visionloom-json")  # starts none before a remote sample is read
+        self._locks: dict[int, Lock] = {}
+        self._lock = Lock()
+
+    def lock_of(self, shard: int) -> Lock:
+        """The lock to hold while a shard's index is opened."""
+        with self._lock:
+            return self._locks.setdefault(shard, Lock())
+
+    def keep(self, shard: int, index: ShardIndex) -> None:
+        """Keep an index for later, in the place of those that came first."""
+        with self._lock:
+            self.indices[shard] = index
+            total = sum(one.bytes for one in self.indices.values()) if self.store.remote else 0
+            for oldest in list(self.indices)[:-1]:
+                if total <= REMOTE_INDEX_BYTES:
+                    return
+                total -= self.indices.pop(oldest).bytes
+
+
 class Dataset:
     """Random access to the samples of a folder of indexed shards.
 
@@ -61,8 +97,7 @@ class Dataset:
         self.path, self.name, self.shards, self.config = path, name, shards, config
         self.remote = store.remote
         self._starts = np.cumsum([0, *(shard.samples for shard in shards)], dtype=np.int64)
-        self._indices: dict[int, ShardIndex] = {}
-        self._opened: tuple[int, Store] = os.getpid(), store
+        self._opened: _Opened | None = _Opened(os.getpid(), store)
 
     @classmethod
     def open(cls, path: str | Path, name: str, group: str = "data.datasets", config: StoreConfig | None = None) -> "Dataset":
@@ -90,7 +125,7 @@ class Dataset:
         return int(self._starts[-1])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_indices": {}, "_opened": (0, None)}
+        return {**self.__dict__, "_opened": None}
 
     @property
     def fingerprint(self) -> str:
@@ -117,6 +152,18 @@ class Dataset:
         found = self.index(shard)
         origin = f"{self.shards[shard].file}:{found.key(row)}"
         return parse_sample(self._read(shard, found.document(row), origin, "json"), origin=origin)
+
+    def samples(self, indices: Sequence[int]) -> list[Sample | SampleError]:
+        """Several samples, each read or what is wrong with it; many at a time where a read takes a network round trip."""
+        if self.remote:
+            return list(self._here.threads.map(self._sample, indices))
+        return [self._sample(index) for index in indices]
+
+    def _sample(self, index: int) -> Sample | SampleError:
+        try:
+            return self.sample(index)
+        except SampleError as error:
+            return error
 
     def member(self, index: int, ref: str) -> bytes:
         """The bytes of media member `ref` of sample `index`; raises SampleError if missing or changed."""
@@ -183,18 +230,25 @@ class Dataset:
         return found.span(number)
 
     @property
+    def _here(self) -> "_Opened":
+        """What this process has open: nothing is shared with the one that it was forked from."""
+        opened = self._opened
+        if opened is None or opened.process != os.getpid():
+            opened = self._opened = _Opened(os.getpid(), open_store(self.path, f"dataset {self.name}", self.config))
+        return opened
+
+    @property
     def _store(self) -> Store:
-        process, store = self._opened
-        if process != os.getpid():
-            store = open_store(self.path, f"dataset {self.name}", self.config)
-            self._opened = os.getpid(), store
-        return store
+        return self._here.store
 
     def index(self, shard: int) -> ShardIndex:
         """The index of a shard, by its number in `shards`; raises UserError if it or the tar is not the right one."""
-        found = self._indices.get(shard)
+        opened = self._here
+        found = opened.indices.get(shard)
         if found is None:
-            found = self._indices[shard] = self._open_index(self.shards[shard])
+            with opened.lock_of(shard):  # many threads may want the same one, and it is to be read once
+                found = opened.indices.get(shard) or self._open_index(self.shards[shard])
+            opened.keep(shard, found)
         return found
 
     def _open_index(self, info: ShardInfo) -> ShardIndex:
@@ -203,6 +257,8 @@ class Dataset:
         where = shown(self.path) if self.remote else self.path
         fix = f"run python launch/data.py index {where}"
         data = self._index_bytes(name, f"{where}/{name} is missing or empty: {fix}")
+        if hashlib.sha256(data.data).hexdigest() != info.sha256 and self.remote:  # of a dataset that was here before
+            data = self._index_bytes(name, f"{where}/{name} is missing: {fix}", fresh=True)
         if hashlib.sha256(data.data).hexdigest() != info.sha256:
             raise UserError(f"{where}/{name} does not match {MANIFEST}: {fix}")
         try:
@@ -215,12 +271,12 @@ class Dataset:
             raise UserError(f"{where}/{info.file}: its header at byte 0, or its end, is not that of the indexed tar: {fix}")
         return found
 
-    def _index_bytes(self, name: str, problem: str) -> Any:
+    def _index_bytes(self, name: str, problem: str, fresh: bool = False) -> Any:
         store = self._store
         try:
             if isinstance(store, LocalStore):
                 return np.memmap(store.folder / name, np.uint8, mode="r")
-            return np.frombuffer(store.whole(name), np.uint8)
+            return np.frombuffer(store.whole(name, fresh), np.uint8)
         except (FileNotFoundError, ValueError):  # an empty file cannot be mapped
             raise UserError(problem) from None
 

@@ -60,8 +60,8 @@ class Store(Protocol):
         """Bytes of a file, exactly `length`; `fresh` ones do not come from a cache. Raises StoreError, MissingBytes."""
         ...
 
-    def whole(self, file: str) -> bytes:
-        """A small file. Raises FileNotFoundError, StoreError."""
+    def whole(self, file: str, fresh: bool = True) -> bytes:
+        """A small file, `fresh` or perhaps from a cache. Raises FileNotFoundError, StoreError."""
         ...
 
     def will_read(self, file: str, offset: int, length: int) -> None:
@@ -135,7 +135,7 @@ class LocalStore:
             raise MissingBytes(f"{file} was cut short: {len(data)} of {length} bytes at byte {offset}")
         return data
 
-    def whole(self, file: str) -> bytes:
+    def whole(self, file: str, fresh: bool = True) -> bytes:
         """See Store."""
         return (self.folder / file).read_bytes()
 
@@ -191,9 +191,15 @@ class RemoteStore:
             self.cache.put(name, data)
         return data
 
-    def whole(self, file: str) -> bytes:
+    def whole(self, file: str, fresh: bool = True) -> bytes:
         """See Store."""
-        return self._retry(file, lambda: self.source.whole(file), 0)
+        name = f"{self.where}/{file}"
+        if self.cache is not None and not fresh and (data := self.cache.get(name)) is not None:
+            return data
+        data = self._retry(file, lambda: self.source.whole(file), 0)
+        if self.cache is not None:
+            self.cache.put(name, data)
+        return data
 
     def will_read(self, file: str, offset: int, length: int) -> None:
         """Nothing: `AheadReader` reads early."""

@@ -17,6 +17,8 @@ from visionloom.parallel.errors import UserError
 
 TOLERANCE: Final = 0.51
 """How far a frame may be from the time that the sample gives for it, in frames at the video's mean rate."""
+_CODED_MARGIN: Final = 128
+"""Pixels by which coded sides may exceed the shown ones: blocks of 64 or 128 are always coded whole."""
 DRIFT: Final = 0.01
 """How much longer or shorter than the sample says a video may be: rates are often rounded (29.97 for 30000/1001)."""
 
@@ -48,9 +50,12 @@ def _decode(
     if not container.streams.video:
         raise SampleError(sample_id, name, "holds no video stream")
     stream = container.streams.video[0]
-    stream.codec_context.thread_count = 1  # the loader's workers are the parallelism; and frames come out without delay
     size = (video.height, video.width)
     check_size((stream.codec_context.height, stream.codec_context.width), size, sample_id, name)
+    stream.codec_context.thread_count = 1  # the loader's workers are the parallelism; and frames come out without delay
+    # Whatever size a later packet claims, no more is allocated than for the frames that were announced.
+    most = (video.height + _CODED_MARGIN) * (video.width + _CODED_MARGIN)
+    stream.codec_context.options = {"max_pixels": str(most)}
     packets = [packet for packet in container.demux(stream) if packet.size]
     if any(packet.pts is None for packet in packets):
         raise SampleError(sample_id, name, "does not say when its frames are shown: convert it to MP4 or Matroska")

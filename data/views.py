@@ -134,8 +134,11 @@ class Views:
 
     def view(self, sample: int, part: int) -> View:
         """One view."""
-        rows, _ = self.of(np.array([sample]))
-        return View.of(rows[part])
+        at = int(self.over.searchsorted(sample))
+        if at < len(self.over) and self.over[at] == sample:
+            return View.of(self.special[self._first[at] + part])
+        tokens, patches, supervised, squares = self.lengths[sample].item()
+        return View(sample, part, 0, 0, 0, WHOLE, 0, 0, tokens, patches, supervised, supervised, squares)
 
     def _find(self, samples: NDArray[np.int64]) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
         """Where each sample lies among the special ones, and whether it does."""

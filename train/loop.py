@@ -91,7 +91,7 @@ def work_of(batches: list[PackedBatch]) -> Work:
     """What the model has to process of these micro-batches, padding left out."""
     pairs = frames = 0
     for batch in batches:
-        lengths = np.diff(batch.cu_seqlens.numpy())[batch.segment_sources.numpy() >= 0].astype(np.int64)
+        lengths = np.add.reduceat(~batch.padding_mask.numpy(), batch.cu_seqlens.numpy()[:-1], dtype=np.int64)
         grids = batch.grid_thw.numpy().astype(np.int64)
         pairs += int((lengths**2).sum())
         frames += int((grids[:, 0] * (grids[:, 1] * grids[:, 2]) ** 2).sum())

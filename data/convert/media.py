@@ -9,7 +9,7 @@ import warnings
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from PIL import ExifTags, ImageOps, JpegImagePlugin
+from PIL import ExifTags, ImageOps, JpegImagePlugin, UnidentifiedImageError
 from PIL import Image as Pillow
 
 from visionloom.data.convert.skip import Skip
@@ -63,6 +63,8 @@ def prepare_image(data: bytes) -> Picture:
         return _prepare(data, picture)
     except Skip:
         raise
+    except UnidentifiedImageError:
+        raise Skip("no picture that is known", f"one of {', '.join(SUFFIXES)} expected") from None
     except Pillow.DecompressionBombError as error:
         raise Skip("picture too large", str(error)) from None
     except Exception as error:  # decoders raise whatever damaged bytes lead them to

@@ -1,6 +1,7 @@
 """`data.py convert KIND SRC DST`: other formats become shards; nothing is fetched from a network."""
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Mapping
@@ -24,7 +25,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     parser.add_argument("--name", help="name in shard files and sample ids (default: DST's name)")
     parser.add_argument("--shard-size", default="1GiB", help="most bytes of a shard, like 500MiB (default 1GiB)")
     parser.add_argument("--samples-per-shard", type=int, default=10_000, help="most samples of a shard (default 10000)")
-    parser.add_argument("--workers", type=int, default=1, help="processes; no effect on any byte (default 1)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one for each core)")
     parser.add_argument("--images-dir", type=Path, help="where pictures lie; for URLs an output folder of img2dataset")
     parser.add_argument("--columns", nargs="+", default=[], metavar="ROLE=COLUMN", help="for hf: image=jpg text=caption")
     parser.add_argument("--limit", type=int, help="read so many records at most")

@@ -59,7 +59,7 @@ def datasets_below(folders: list[Path]) -> dict[Path, str]:
     """All datasets in or below some folders, each with a name. Raises UserError if there are none."""
     from visionloom.data.manifest import MANIFEST
 
-    found = {}
+    found = dict[Path, str]()
     for folder in folders:
         below = sorted(path.parent for path in folder.rglob(MANIFEST))
         if not below:

@@ -27,7 +27,10 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     )
     parser.add_argument("--phase", metavar="NAME", help="one phase only")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"steps of each phase to plan (default {STEPS})")
-    parser.add_argument("--data-parallel", type=int, metavar="N", help="ranks to deal packs to (default: those of WORLD_SIZE)")
+    parser.add_argument("--ranks", type=int, metavar="N", help="of the whole run (default: WORLD_SIZE, or 1)")
+    parser.add_argument(
+        "--data-parallel", type=int, metavar="N", help="deal packs to so many (default: as --ranks and layout say)"
+    )
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="that count lengths (default: all cores)")
     parser.set_defaults(run=run)
 
@@ -39,7 +42,7 @@ def run(options: argparse.Namespace) -> None:
     from visionloom.data.plan_facts import facts_of
     from visionloom.launch.configure import check_paths, compose
 
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = options.ranks or int(os.environ.get("WORLD_SIZE", "1"))
     config = compose(options.words, world)
     if config is None:
         return

@@ -114,7 +114,8 @@ def test_llava(run: Run) -> None:
         ({"image": "folder", "conversations": ASK}, "a folder, not a file"),
         ({"image": "a\0b.png", "conversations": ASK}, "not a file name"),
         ({"image": 7, "conversations": ASK}, "not a file name"),
-        ({"image": "garbage.png", "conversations": ASK}, "broken picture"),
+        ({"image": "garbage.png", "conversations": ASK}, "no picture that is known"),
+        ({"image": "cut.png", "conversations": ASK}, "broken picture"),
         ({"conversations": ASK}, "more placeholders than media"),
         ({"image": ["good.png", "good.png"], "conversations": ASK}, "fewer placeholders than media"),
         ({"image": "good.png", "conversations": chat(("human", "<image>"))}, "no answer"),
@@ -133,6 +134,7 @@ def test_a_bad_record_is_left_out_with_its_reason(record: object, reason: str, r
     run.put("good.png", png(8, 8))
     run.put("folder/a.png", png(8, 8))
     run.put("garbage.png", b"garbage" * 100)
+    run.put("cut.png", png(64, 64)[:5000])
     (run.source / "link.png").symlink_to(tmp_path / "secret.png")
     good = {"image": "good.png", "conversations": ASK}
     assert len(run("llava", run.lines(good, record, good))) == 2

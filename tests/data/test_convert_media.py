@@ -112,8 +112,8 @@ def huge_png(side: int) -> bytes:
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (b"", "broken picture"),
-        (b"<html>not found</html>", "broken picture"),
+        (b"", "no picture that is known"),
+        (b"<html>not found</html>", "no picture that is known"),
         (saved(Pillow.fromarray(smooth(400, 400)), "JPEG")[:2000], "broken picture"),
         (saved(Pillow.fromarray(smooth()), "PNG")[:100], "broken picture"),
         (huge_png(12_000), "picture too large"),

@@ -242,6 +242,39 @@ def test_the_cache_drops_what_was_not_used_for_longest(tmp_path: Path) -> None:
     assert cache.get("large", 2000) is None
 
 
+def test_indexes_come_from_the_cache_unless_the_dataset_changed(tmp_path: Path, server: FaultyServer) -> None:
+    write_shards(tmp_path / "set", "set", map(picture_question, range(6)), 5)
+    config = replace(QUICK, cache=str(tmp_path / "cache"))
+    with serving(tmp_path / "set") as changing:
+        assert Dataset.open(changing.url, "set", config=config).sample(5).id == "picture:5"
+        (tmp_path / "set" / "set-000001.tar.qidx").rename(tmp_path / "kept")
+        assert Dataset.open(changing.url, "set", config=config).keys[5] == "000000005"
+        for path in (tmp_path / "set").iterdir():
+            path.unlink()
+        write_shards(tmp_path / "set", "set", [picture_question(number, words=9) for number in range(7)], 5)
+        dataset = Dataset.open(changing.url, "set", config=config)
+        assert len(dataset) == 7
+        assert dataset.sample(6).id == "picture:6"
+
+
+def test_indexes_of_a_remote_dataset_are_bounded_and_read_once(
+    server: FaultyServer, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = (folder / "set-000000.tar.qidx").stat().st_size
+    read, asked = store.RemoteStore.whole, list[str]()
+    monkeypatch.setattr(
+        store.RemoteStore, "whole", lambda self, file, fresh=True: asked.append(file) or read(self, file, fresh)
+    )
+    dataset = Dataset.open(server.url, "set", config=QUICK)
+    with ThreadPoolExecutor(8) as threads:
+        assert len(set(threads.map(dataset.location, [0] * 40))) == 1
+    assert asked == ["dataset.json", "set-000000.tar.qidx"]
+    monkeypatch.setattr("visionloom.data.shards.REMOTE_INDEX_BYTES", size + 10)
+    for index in (9, 0, 9):
+        dataset.location(index)
+    assert asked[2:] == [f"set-00000{number}.tar.qidx" for number in (1, 0, 1)]
+
+
 def stored(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("??/*"))
 

@@ -157,6 +157,33 @@ def test_broken_files_are_named(files: dict[str, bytes]) -> None:
         chosen(sound.getvalue(), described(100), [0])
 
 
+def test_frames_that_grow_are_refused_before_they_are_decoded() -> None:
+    file = io.BytesIO()
+    with av.open(file, "w", format="mpegts") as container:
+        stream: Any = container.add_stream("libx264", rate=25, options={"bf": "0"})
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        large: Any = av.CodecContext.create("libx264", "w")
+        large.width, large.height, large.pix_fmt = 2048, 2048, "yuv420p"
+        large.time_base, large.options = Fraction(1, 25), {"bf": "0", "preset": "ultrafast"}
+        for number in range(20):
+            side = (HEIGHT, WIDTH) if number < 10 else (2048, 2048)
+            frame = av.VideoFrame.from_ndarray(np.full((*side, 3), 99, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = number, Fraction(1, 25)
+            if number == 10:
+                container.mux(stream.encode(None))
+            for packet in (stream if number < 10 else large).encode(frame):
+                packet.stream = stream
+                container.mux(packet)
+        for packet in large.encode(None):
+            packet.stream = stream
+            container.mux(packet)
+    with av.open(io.BytesIO(file.getvalue())) as container:
+        assert {(frame.height, frame.width) for frame in container.decode(video=0)} == {(HEIGHT, WIDTH), (2048, 2048)}
+    assert len(chosen(file.getvalue(), described(20), [0, 9])) == 2
+    with pytest.raises(SampleError, match="cannot be decoded"):
+        chosen(file.getvalue(), described(20), [0, 15])
+
+
 def test_full_size_frames_are_not_kept(files: dict[str, bytes]) -> None:
     frames = np.arange(100)
     video = described(100)

@@ -16,7 +16,7 @@ from visionloom.data.encode import EncodedSample, encode
 from visionloom.data.lengths import LENGTHS, Counting, load_lengths, row_of
 from visionloom.data.over_length import OVER_LENGTH, Cutting, Limits, make_views
 from visionloom.data.pack import pack
-from visionloom.data.sample import Box, Element, Image, Message, Sample, Text, Think, Video
+from visionloom.data.sample import Box, Element, Image, Message, Sample, Text, Think, ToolCall, Video
 from visionloom.data.shards import Dataset
 from visionloom.data.tokenizer import END_OF_TEXT, TURN_END, Tokenizer
 from visionloom.data.views import SHRUNK, UNFINISHED, VIEW, View, Views, apply_view, encode_views
@@ -54,8 +54,12 @@ def chats(draw: st.DrawFn) -> Sample:
             answer.append(Box(draw(st.integers(0, pictures - 1)), (0, 0, 10, 20)))
         if draw(st.booleans()):
             answer.insert(0, Think("Let me see."))
+        if draw(st.integers(0, 3)) == 0:
+            messages.append(Message("assistant", (draw(texts), ToolCall("look", {"where": "there"}))))
+            messages += [Message("tool", (draw(texts),)) for _ in range(draw(st.integers(1, 2)))]
         messages.append(Message("assistant", tuple(answer)))
-    return Sample("chat", "chat", tuple(messages))
+    tools = ({"type": "function", "function": {"name": "look"}},) if any(m.role == "tool" for m in messages) else ()
+    return Sample("chat", "chat", tuple(messages), tools=tools)
 
 
 class Held(Dataset):
@@ -85,7 +89,7 @@ def pieces(element: Element) -> list[str]:
     return list(element.text) if isinstance(element, Text) else [repr(element).split("max_pixels")[0]]
 
 
-many = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+many = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @many
