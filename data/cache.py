@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,6 +15,8 @@ from visionloom.parallel.errors import UserError
 
 KEPT: Final = 0.9
 """Share of the limit that stays when the oldest parts make room, so that room is made once for many."""
+LONGEST_WRITE: Final = 3600
+"""Seconds after which an unfinished part has been left by a process that died."""
 _log = logging.getLogger(__name__)
 
 
@@ -53,11 +56,10 @@ class RangeCache:
         path = self._path(name)
         try:
             path.parent.mkdir(exist_ok=True)
-            self._reserve(len(data) - _size(path))
             unfinished = path.with_name(f"{uuid4().hex}.tmp")
             try:
                 unfinished.write_bytes(data)
-                os.replace(unfinished, path)
+                self._place(unfinished, path, len(data))
             finally:
                 unfinished.unlink(missing_ok=True)
         except OSError as error:
@@ -67,11 +69,14 @@ class RangeCache:
         digest = hashlib.sha256(name.encode()).hexdigest()
         return self.folder / digest[:2] / digest[2:]
 
-    def _reserve(self, more: int) -> None:
+    def _place(self, unfinished: Path, path: Path, size: int) -> None:
+        """Give a part its name, and count it, in one go for all processes."""
         with self._locked() as descriptor:
+            more = size - _size(path)
             used = int(os.pread(descriptor, 32, 0) or b"0") + more
             if used > self.limit:
-                used = self._make_room(more) + more
+                used = self._make_room(size) + size - _size(path)
+            os.replace(unfinished, path)
             os.pwrite(descriptor, b"%032d" % used, 0)
 
     def _make_room(self, more: int) -> int:
@@ -87,8 +92,15 @@ class RangeCache:
         return used
 
     def _parts(self) -> Iterator[os.DirEntry[str]]:
+        """All parts; what a process that died left unfinished is removed."""
         for folder in filter(os.DirEntry.is_dir, os.scandir(self.folder)):
-            yield from os.scandir(folder)
+            for entry in os.scandir(folder):
+                if not entry.name.endswith(".tmp"):
+                    yield entry
+                    continue
+                with suppress(FileNotFoundError):  # just finished
+                    if entry.stat().st_mtime < time.time() - LONGEST_WRITE:
+                        os.unlink(entry)
 
     @contextmanager
     def _locked(self) -> Iterator[int]:

@@ -50,23 +50,26 @@ class _Handler(BaseHTTPRequestHandler):
         path = self.server.folder / self.path.split("?")[0].rsplit("/", 1)[1]
         if not path.is_file():
             return self.answer(404, b"")
-        data, asked = path.read_bytes(), self.headers.get("Range", "")
+        asked = self.headers.get("Range", "")
         if not asked:
-            return self.answer(200, data)
+            return self.answer(200, path.read_bytes())
         first, last = (int(number) for number in asked.removeprefix("bytes=").split("-"))
         with self.server.lock:
             self.server.at_once += 1
             self.server.most_at_once = max(self.server.most_at_once, self.server.at_once)
         try:
             time.sleep(self.server.delay)
-            self.fail(self.server.next_fault(f"{path.name} {first}-{last}"), data, first, last)
+            self.fail(self.server.next_fault(f"{path.name} {first}-{last}"), path, first, last)
         finally:
             with self.server.lock:
                 self.server.at_once -= 1
         return None
 
-    def fail(self, fault: str, data: bytes, first: int, last: int) -> None:
-        body = data[first : last + 1]
+    def fail(self, fault: str, path: Path, first: int, last: int) -> None:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            file.seek(first)
+            body = file.read(last + 1 - first)
         if fault == "stall":
             self.server.ended.wait(60)
         if fault == "reset":  # a reset and not an orderly end: linger for 0 s
@@ -76,14 +79,14 @@ class _Handler(BaseHTTPRequestHandler):
         elif fault == "503":
             self.answer(503, b"slow down")
         elif fault == "ignores ranges":
-            self.answer(200, data)
+            self.answer(200, path.read_bytes())
         elif fault == "wrong range":
-            self.answer(206, body, f"bytes {first + 1}-{last + 1}/{len(data)}")
+            self.answer(206, body, f"bytes {first + 1}-{last + 1}/{size}")
         elif fault == "garbage":
-            self.answer(206, bytes(len(body)), f"bytes {first}-{last}/{len(data)}")
+            self.answer(206, bytes(len(body)), f"bytes {first}-{last}/{size}")
         else:
             sent = body[: len(body) // 2] if fault == "truncated" else body
-            self.answer(206, sent, f"bytes {first}-{last}/{len(data)}", len(body))
+            self.answer(206, sent, f"bytes {first}-{last}/{size}", len(body))
             self.close_connection |= fault == "truncated"
 
     def answer(self, status: int, body: bytes, content_range: str = "", length: int | None = None) -> None:

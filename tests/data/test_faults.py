@@ -275,7 +275,7 @@ def test_a_stream_from_a_faulty_server_is_the_same_and_bounded(
     expected = [digest(batch) for batch in run(stream(folders[0], "good.jsonl"))]
     with serving(folders[0]) as server:
         limit = 4 * len(VIDEO)
-        made = stream(server.url, timeout_seconds=2.0, retries=6, hedge_seconds=0.1, bytes_in_flight=limit)
+        made = stream(server.url, timeout_seconds=30.0, retries=9, hedge_seconds=0.2, bytes_in_flight=limit)
         server.faults = ["", "", "503", "", "", "reset", "", "", "truncated", "", "", "wrong range", "", ""] * 9 + ["stall"]
         assert [digest(batch) for batch in run(made)] == expected
         assert server.connections < len(server.ranges) / 2
@@ -310,7 +310,7 @@ def test_a_store_that_goes_away_stops_the_run_with_one_error(
 ) -> None:
     monkeypatch.setattr("visionloom.data.store.FIRST_WAIT", 0.001)
     with serving(folders[0]) as server:
-        made = stream(server.url, timeout_seconds=1.0, retries=2, hedge_seconds=0.0)
+        made = stream(server.url, timeout_seconds=30.0, retries=2, hedge_seconds=0.0)
         steps = iterate(made, 0, STEPS, 0, 1, 1, 0)
         next(steps)
         server.faults = ["503"] * 10_000

@@ -26,7 +26,8 @@ from visionloom.tests.data.faulty_server import FaultyServer, serving
 from visionloom.tests.data.samples import film, picture_question
 from visionloom.train.config import RunConfig
 
-QUICK = StoreConfig(timeout_seconds=0.5, retries=3, hedge_seconds=0.0)
+QUICK = StoreConfig(timeout_seconds=30.0, retries=3, hedge_seconds=0.0)
+"""No time limit is met unless a test is about it: these machines may be busy."""
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +77,7 @@ def test_connections_are_kept(server: FaultyServer) -> None:
 
 @pytest.mark.parametrize("fault", ["503", "stall", "reset", "truncated", "wrong range", "garbage"])
 def test_a_fault_of_the_way_is_repaired(server: FaultyServer, folder: Path, fault: str) -> None:
-    dataset = Dataset.open(server.url, "set", config=QUICK)
+    dataset = Dataset.open(server.url, "set", config=replace(QUICK, timeout_seconds=1.0 if fault == "stall" else 30.0))
     expected = everything(Dataset.open(folder, "set"))[7][1]["vid0.002.png"]
     server.faults = [fault] if fault == "garbage" else [fault, fault]
     assert dataset.member(7, "vid0.002.png") == expected
@@ -88,7 +89,9 @@ def test_a_fault_of_the_way_is_repaired(server: FaultyServer, folder: Path, faul
     [("503", "HTTP 503"), ("stall", "no answer within|timed out"), ("reset", "[Cc]onnection"), ("truncated", "bytes")],
 )
 def test_a_store_that_stays_away_stops_the_run(server: FaultyServer, fault: str, named: str) -> None:
-    dataset = Dataset.open(server.url, "set", config=replace(QUICK, timeout_seconds=0.2, retries=2))
+    dataset = Dataset.open(
+        server.url, "set", config=replace(QUICK, timeout_seconds=0.3 if fault == "stall" else 30.0, retries=2)
+    )
     dataset.location(0)
     server.faults = [fault] * 9
     with pytest.raises(
@@ -125,7 +128,7 @@ def test_a_server_without_ranges_is_refused(server: FaultyServer) -> None:
 
 
 def test_a_slow_request_gets_a_second_one_beside_it(server: FaultyServer) -> None:
-    dataset = Dataset.open(server.url, "set", config=replace(QUICK, timeout_seconds=5.0, hedge_seconds=0.05, retries=0))
+    dataset = Dataset.open(server.url, "set", config=replace(QUICK, hedge_seconds=0.2, retries=0))
     dataset.location(0)
     server.faults = ["stall"]
     dataset.sample(0)  # the first answer never comes, and there are no retries
@@ -238,6 +241,11 @@ def test_the_cache_drops_what_was_not_used_for_longest(tmp_path: Path) -> None:
     assert {0, 11} <= set(left)
     assert 2 not in left
     assert stored(tmp_path / "cache") <= 1000
+    left_over = cache._path("part 0").with_name("x.tmp")
+    left_over.write_bytes(bytes(500))
+    os.utime(left_over, (0, 0))
+    cache._make_room(0)
+    assert not left_over.exists(), "what a dead process left is removed"
     cache.put("large", bytes(2000))
     assert cache.get("large", 2000) is None
 
