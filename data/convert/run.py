@@ -72,7 +72,7 @@ class Converter:
         if (index := self.options.files.index) is not None:
             build_index(index.images, index.folder)
         left = self.request.limit
-        for part in SOURCES[self.request.kind]().parts(self.request.path, self.part_records):
+        for part in _gathered(SOURCES[self.request.kind]().parts(self.request.path, self.part_records), self.part_records):
             wanted = part.records if left is None else min(left, part.records)
             yield Part(wanted, (part.where, None if wanted == part.records else wanted))
             if left is not None and (left := left - wanted) <= 0:
@@ -80,9 +80,9 @@ class Converter:
 
     def samples(self, part: Part, log: PartLog) -> Iterator[Pair]:
         """The samples of a part; records that cannot be converted go to `log`."""
-        where, wanted = part.where
+        places, wanted = part.where
         source = SOURCES[self.request.kind]()
-        for record in islice(source.records(where), wanted):
+        for record in islice((record for where in places for record in source.records(where)), wanted):
             log.counts["records"] += 1
             draft = Draft()
             try:
@@ -115,6 +115,19 @@ class Converter:
         log.counts["skipped"] += 1
         log.counts[f"skipped: {skip.reason}"] += 1
         log.skipped.append({"record": record.place, "reason": skip.reason, "detail": skip.detail[:500]})
+
+
+def _gathered(parts: Iterator[Part], size: int) -> Iterator[Part]:
+    """Small parts, of many small files, put together to parts of at most `size` records; `where` becomes a tuple."""
+    places, records = list[Any](), 0
+    for part in parts:
+        if places and records + part.records > size:
+            yield Part(records, tuple(places))
+            places, records = [], 0
+        places.append(part.where)
+        records += part.records
+    if places:
+        yield Part(records, tuple(places))
 
 
 def convert(request: Request, target: Target, progress: Progress) -> Counter[str]:

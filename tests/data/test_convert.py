@@ -593,6 +593,14 @@ def test_an_array_of_many_chunks_is_not_kept_in_memory(tmp_path: Path) -> None:
 # ---- limits and errors
 
 
+def test_many_small_files_share_shards(run: Run) -> None:
+    for file in range(10):
+        run.put(f"{file}.jsonl", "\n".join(json.dumps({"text": f"{file} {n}"}) for n in range(3)))
+    found = run("jsonl", run.source, samples=7)
+    assert [sample.content for sample in found] == [(Text(f"{file} {n}"),) for file in range(10) for n in range(3)]
+    assert [shard.samples for shard in run.dataset.shards] == [6, 6, 6, 6, 6]
+
+
 def test_a_limit_counts_records(run: Run) -> None:
     path = run.lines(*({"text": f"number {n}"} for n in range(20)))
     assert len(run("jsonl", path, samples=3, limit=7)) == 7
