@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, Protocol
 from urllib.parse import urlsplit, urlunsplit
+from urllib.request import getproxies, proxy_bypass
 
 from visionloom.data.cache import RangeCache
 from visionloom.data.config import StoreConfig
@@ -30,6 +31,8 @@ SLOWEST: Final = 1 << 20
 """Bytes per second below which an attempt is given up, once data.store.timeout_seconds have passed."""
 CONNECTIONS: Final = 64
 """Connections kept open to one host."""
+ADVICE: Final = hasattr(os, "posix_fadvise")
+"""Whether this system takes advice on reads; macOS does not."""
 _URL: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)(::|:)")
 _REFUSED: Final = ("pipe", "file", "local")
 
@@ -100,7 +103,8 @@ class _File:
 
     def __init__(self, path: Path) -> None:
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # the kernel would read ahead of every random read
+        if ADVICE:  # the kernel would read ahead of every random read
+            os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_RANDOM)
 
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):
@@ -141,6 +145,8 @@ class LocalStore:
 
     def will_read(self, file: str, offset: int, length: int) -> None:
         """See Store: the kernel begins to read."""
+        if not ADVICE:
+            return
         with suppress(OSError):  # the read itself will tell
             os.posix_fadvise(self._open(file).descriptor, offset, length, os.POSIX_FADV_WILLNEED)
 
@@ -260,7 +266,10 @@ def _in_thread(call: Callable[[], bytes]) -> "Future[bytes]":
 
 
 class HttpSource:
-    """HTTP(S) range requests over connections that are kept open. The URL's query, if any, goes with every request."""
+    """HTTP(S) range requests over connections that are kept open, through the proxy that the environment names.
+
+    The URL's query, if any, goes with every request.
+    """
 
     def __init__(self, url: str, config: StoreConfig) -> None:
         import urllib3
@@ -268,7 +277,9 @@ class HttpSource:
         self._parts = urlsplit(url)
         limits = urllib3.Timeout(connect=config.timeout_seconds, read=config.timeout_seconds)
         only_redirects = urllib3.Retry(total=None, connect=0, read=0, status=0, other=0, redirect=5)
-        self._pool = urllib3.PoolManager(maxsize=CONNECTIONS, timeout=limits, retries=only_redirects)
+        options: dict[str, Any] = {"maxsize": CONNECTIONS, "timeout": limits, "retries": only_redirects}
+        proxy = None if proxy_bypass(self._parts.hostname or "") else getproxies().get(self._parts.scheme)
+        self._pool = urllib3.ProxyManager(proxy, **options) if proxy else urllib3.PoolManager(**options)
 
     def range(self, file: str, offset: int, length: int) -> bytes:
         """See Source."""

@@ -1,5 +1,6 @@
 """A loopback web server of a folder with byte ranges, which fails on request (a stall lasts until the end): what the tests of stores read from."""
 
+import os
 import socket
 import struct
 import threading
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 
 class FaultyServer(ThreadingHTTPServer):
@@ -103,12 +105,13 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def serving(folder: Path) -> Iterator[FaultyServer]:
-    """The server, running."""
+    """The server, running; no proxy stands before it."""
     server = FaultyServer(folder)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
     try:
-        yield server
+        with patch.dict(os.environ, {"no_proxy": "*", "NO_PROXY": "*"}):
+            yield server
     finally:
         server.ended.set()
         server.shutdown()

@@ -135,6 +135,14 @@ def test_a_slow_request_gets_a_second_one_beside_it(server: FaultyServer) -> Non
     assert server.ranges == [server.ranges[0]] * 2
 
 
+def test_the_proxy_of_the_environment_is_used(server: FaultyServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server stands in for a proxy: it is asked for the whole address."""
+    monkeypatch.setenv("no_proxy", "elsewhere")
+    monkeypatch.setenv("NO_PROXY", "elsewhere")
+    monkeypatch.setenv("http_proxy", server.url.removesuffix("/set"))
+    assert len(Dataset.open("http://storage.invalid/set", "set", config=QUICK)) == 10
+
+
 def test_waits_grow_are_random_and_heed_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "FIRST_WAIT", 0.25)
     for retry in range(1, 12):
