@@ -5,8 +5,8 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
-from itertools import pairwise
-from typing import Any, Final
+from itertools import islice, pairwise
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,8 +28,9 @@ def decode_frames(
 ) -> Iterator[Pixels]:
     """The frames (ascending indices, shown at `times` seconds) as pixels uint8 [height, width, 3], one after the other.
 
-    The same pixels as if every frame were decoded. Raises SampleError naming the member if it cannot be decoded, has
-    another size or number of frames than the sample says, or shows no frame at a wanted time; UserError without PyAV.
+    The same pixels as if every frame were decoded; no packets and no frames but the present one are held. Raises SampleError
+    naming the member if it cannot be decoded, has another size, duration or number of frames than the sample says, or shows
+    no frame at a wanted time; UserError without PyAV.
     """
     assert video.ref is not None, "extracted frames are pictures"
     try:
@@ -38,58 +39,60 @@ def decode_frames(
         raise UserError("video files need PyAV: pip install 'visionloom[video]'") from None
     try:
         with av.open(BytesIO(data)) as container:
-            yield from _decode(container, video, frames, times, sample_id)
+            packets, base = _look_through(container, video, sample_id)
+        wanted = _stamps(packets, base, video, frames, times, sample_id)
+        with av.open(BytesIO(data)) as container:  # from its start again: seeking is not exact in every container
+            yield from _decode(container, video, packets, wanted, base, sample_id)
     except av.error.FFmpegError as error:
         raise SampleError(sample_id, video.ref, f"cannot be decoded: {error.strerror or error}") from error
 
 
-def _decode(
-    container: Any, video: Video, frames: NDArray[np.int64], times: Sequence[float], sample_id: str
-) -> Iterator[Pixels]:
+class _Packet(NamedTuple):
+    """What is known of a packet before it is decoded."""
+
+    stamp: int
+    is_key: bool
+    is_shown: bool
+
+
+def _look_through(container: Any, video: Video, sample_id: str) -> tuple[list[_Packet], float]:
+    """Every packet of the video in the order of decoding, and the unit of their stamps in seconds; checks the video's facts."""
     name = video.ref or ""
     if not container.streams.video:
         raise SampleError(sample_id, name, "holds no video stream")
     stream = container.streams.video[0]
-    size = (video.height, video.width)
-    check_size((stream.codec_context.height, stream.codec_context.width), size, sample_id, name)
-    stream.codec_context.thread_count = 1  # the loader's workers are the parallelism; and frames come out without delay
-    # Whatever size a later packet claims, no more is allocated than for the frames that were announced.
-    most = (video.height + _CODED_MARGIN) * (video.width + _CODED_MARGIN)
-    stream.codec_context.options = {"max_pixels": str(most)}
-    packets = [packet for packet in container.demux(stream) if packet.size]
-    if any(packet.pts is None for packet in packets):
+    found = (stream.codec_context.height, stream.codec_context.width)
+    check_size(found, (video.height, video.width), sample_id, name)
+    packets = [_Packet(one.pts, one.is_keyframe, not one.is_discard) for one in container.demux(stream) if one.size]
+    if any(packet.stamp is None for packet in packets):
         raise SampleError(sample_id, name, "does not say when its frames are shown: convert it to MP4 or Matroska")
-    shown = sorted(packet.pts for packet in packets if not packet.is_discard)
-    if len(shown) != video.file_frames:
-        raise SampleError(sample_id, name, f"{len(shown)} frames, the sample says {video.file_frames}")
-    wanted = _stamps(shown, float(stream.time_base), video, frames, times, sample_id)
-    waiting, picture = deque(wanted), _Converter()
-    for frame in _shown_frames(stream.codec_context, packets, set(wanted)):
-        seconds = (frame.pts - shown[0]) * float(stream.time_base)
-        if not waiting or frame.pts != waiting.popleft():
-            raise SampleError(sample_id, name, f"frames before the one at {seconds:g} s cannot be decoded")
-        if frame.is_corrupt:
-            raise SampleError(sample_id, name, f"the frame at {seconds:g} s is damaged")
-        check_size((frame.height, frame.width), size, sample_id, name)
-        yield picture.rgb(frame)
-    if waiting:
-        raise SampleError(sample_id, name, f"the last {len(waiting)} of its wanted frames cannot be decoded")
+    count = sum(packet.is_shown for packet in packets)
+    if count != video.file_frames:
+        raise SampleError(sample_id, name, f"{count} frames, the sample says {video.file_frames}")
+    return packets, float(stream.time_base)
 
 
 def _stamps(
-    shown: list[int], base: float, video: Video, frames: NDArray[np.int64], times: Sequence[float], sample_id: str
+    packets: list[_Packet],
+    base: float,
+    video: Video,
+    frames: NDArray[np.int64],
+    times: Sequence[float],
+    sample_id: str,
 ) -> list[int]:
-    """Presentation times, in the stream's own unit, of the wanted frames: the nearest to what the sample says."""
-    found: list[int] = []
-    slack = TOLERANCE / video.fps
+    """Stamps of the wanted frames: of those nearest to the times that the sample says."""
+    shown = sorted(packet.stamp for packet in packets if packet.is_shown)
+    begin, name = video.times[0] if video.times else 0.0, video.ref or ""
     lasts = (shown[-1] - shown[0]) * base
-    said = video.times[-1] - video.times[0] if video.times else (video.file_frames - 1) / video.fps
+    said = video.times[-1] - begin if video.times else (video.file_frames - 1) / video.fps
+    slack = TOLERANCE / video.fps
     if abs(lasts - said) > max(2 * slack, DRIFT * said):
-        raise SampleError(sample_id, video.ref or "", f"{lasts:g} s from first to last frame, the sample says {said:g}")
+        raise SampleError(sample_id, name, f"{lasts:g} s from first to last frame, the sample says {said:g}")
+    found: list[int] = []
     for index, seconds in zip(frames.tolist(), times, strict=True):
-        stamp = _nearest(shown, shown[0] + seconds / base)
-        if abs((stamp - shown[0]) * base - seconds) > slack or (found and stamp <= found[-1]):
-            raise SampleError(sample_id, video.ref or "", f"shows no frame {index} at {seconds:g} s: its times are others")
+        stamp = _nearest(shown, shown[0] + (seconds - begin) / base)
+        if abs((stamp - shown[0]) * base - (seconds - begin)) > slack or (found and stamp <= found[-1]):
+            raise SampleError(sample_id, name, f"shows no frame {index} at {seconds:g} s: its times are others")
         found.append(stamp)
     return found
 
@@ -98,6 +101,26 @@ def _nearest(ascending: list[int], value: float) -> int:
     place = bisect_left(ascending, value)
     around = ascending[max(place - 1, 0) : place + 1]
     return min(around, key=lambda stamp: abs(stamp - value))
+
+
+def _decode(
+    container: Any, video: Video, packets: list[_Packet], wanted: list[int], base: float, sample_id: str
+) -> Iterator[Pixels]:
+    stream = container.streams.video[0]
+    context = stream.codec_context
+    context.thread_count = 1  # the loader's workers are the parallelism; and frames come out without delay
+    # Whatever size a later packet claims, no more is allocated than for the frames that were announced.
+    context.options = {"max_pixels": str((video.height + _CODED_MARGIN) * (video.width + _CODED_MARGIN))}
+    waiting, picture, name = deque(wanted), _Converter(), video.ref or ""
+    for frame in _wanted_frames(container.demux(stream), context, packets, set(wanted)):
+        if not waiting or frame.pts != waiting.popleft():
+            raise SampleError(sample_id, name, f"frames before the one at {frame.pts * base:g} s cannot be decoded")
+        if frame.is_corrupt:
+            raise SampleError(sample_id, name, f"the frame at {frame.pts * base:g} s is damaged")
+        check_size((frame.height, frame.width), (video.height, video.width), sample_id, name)
+        yield picture.rgb(frame)
+    if waiting:
+        raise SampleError(sample_id, name, f"the last {len(waiting)} of its wanted frames cannot be decoded")
 
 
 class _Converter:
@@ -121,40 +144,46 @@ class _Converter:
 class _Group:
     """Packets from one keyframe up to the next, in the order of decoding."""
 
-    packets: list[Any]
+    key: int
+    """Stamp of the keyframe."""
+    size: int = 0
     wanted: int = 0
     """Packets up to and including the last wanted one."""
     leading: bool = False
     """Whether frames shown before the keyframe, which may lean on the group before, are wanted."""
 
 
-def _shown_frames(context: Any, packets: list[Any], wanted: set[int]) -> Iterator[Any]:
+def _wanted_frames(demuxed: Iterator[Any], context: Any, packets: list[_Packet], wanted: set[int]) -> Iterator[Any]:
     """The wanted frames in the order in which they are shown.
 
     Unwanted packets that no other leans on are skipped (`skip_frame=NONREF`), and so is the end of a group of pictures
     behind its last wanted packet, and a group without any.
     """
+    present = (packet for packet in demuxed if packet.size)
     groups = _groups(packets, wanted)
-    stops = [len(group.packets) if after.leading else group.wanted for group, after in pairwise([*groups, _Group([])])]
-    for group, stop, following in zip(groups, stops, [*stops[1:], 0], strict=True):
-        for packet in group.packets[:stop]:
-            context.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
-            yield from _only(context.decode(packet), wanted)
-        if stop and (stop < len(group.packets) or not following):
+    stops = [group.size if after.leading else group.wanted for group, after in pairwise([*groups, _Group(0)])]
+    while stops and not stops[-1]:  # the file is not read on behind the last wanted frame
+        stops.pop()
+    for group, stop, following in zip(groups, stops, [*stops[1:], 0], strict=False):
+        for place, packet in enumerate(islice(present, group.size)):
+            if place < stop:
+                context.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
+                yield from _only(context.decode(packet), wanted)
+        if stop and (stop < group.size or not following):
             yield from _only(context.decode(None), wanted)  # what the decoder still holds
             context.flush_buffers()  # so that it starts anew at a keyframe
 
 
-def _groups(packets: list[Any], wanted: set[int]) -> list[_Group]:
+def _groups(packets: list[_Packet], wanted: set[int]) -> list[_Group]:
     groups: list[_Group] = []
     for packet in packets:
-        if packet.is_keyframe or not groups:
-            groups.append(_Group([]))
+        if packet.is_key or not groups:
+            groups.append(_Group(packet.stamp))
         group = groups[-1]
-        group.packets.append(packet)
-        if packet.pts in wanted:
-            group.wanted = len(group.packets)
-            group.leading = group.leading or packet.pts < group.packets[0].pts
+        group.size += 1
+        if packet.stamp in wanted:
+            group.wanted = group.size
+            group.leading = group.leading or packet.stamp < group.key
     return groups
 
 

@@ -107,7 +107,9 @@ def test_frames_of_a_variable_rate_are_found_by_their_times() -> None:
     for index, pixels in zip(indices, chosen(data, video, indices.tolist()), strict=True):
         np.testing.assert_array_equal(pixels, expected[index])
     late = film([stamp + 5000 for stamp in stamps], base=base)  # a file need not begin at zero
-    np.testing.assert_array_equal(chosen(late, video, [0, 60])[1], every_frame(late)[60])
+    for shift in (0.0, 5.0):  # nor need the times
+        shifted = replace(video, times=tuple(time + shift for time in times))
+        np.testing.assert_array_equal(chosen(late, shifted, [0, 60])[1], every_frame(late)[60])
     with pytest.raises(SampleError, match=r"sample s: a\.mp4: shows no frame 30 at 4\.34783 s: its times are others"):
         chosen(data, described(len(stamps), fps=6.9), [30])  # the sample claims a constant rate
 
