@@ -221,7 +221,9 @@ def test_too_many_unreadable_samples_stop_the_run(data: DataConfig, monkeypatch:
     for number in range(30):
         break_member(data, "pictures", number)
     made = stream(data, mixture={"pictures": 1})
-    with pytest.raises(RuntimeError, match=r"samples could not be read \(more than data\.max_bad_fraction = 0\.001\).*dataset pictures"):
+    with pytest.raises(
+        RuntimeError, match=r"samples could not be read \(more than data\.max_bad_fraction = 0\.001\).*dataset pictures"
+    ):
         list(iterate(made, 0, 10, 0, 1, 6, workers=0))
 
 
