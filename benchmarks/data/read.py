@@ -1,0 +1,118 @@
+"""Reading samples without decoding, ours beside webdataset's: python benchmarks/data/read.py [--folder DIR] [--samples 1000]
+
+N1  a sample in random order (JSON parsed and checked, the JPEG's bytes, both verified by CRC-32), against webdataset
+    streaming the same shards in order (JSON parsed, nothing checked); then what encoding adds, stage by stage
+
+CPU time on one core, the median of the repetitions. The photographs have 50 KB.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, Final
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[2] / ".link")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import webdataset
+
+from visionloom.benchmarks.data.synthetic import make
+from visionloom.data.chat import render
+from visionloom.data.config import MediaConfig
+from visionloom.data.encode import encode_all
+from visionloom.data.shards import Dataset
+from visionloom.data.tokenizer import Tokenizer
+
+RULES: Final = MediaConfig()
+BATCH: Final = 32
+"""Samples encoded together, as the reader does for a step."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table, in microseconds of CPU time a sample."""
+
+    goal: str
+    what: str
+    microseconds: float
+    target: float | None = None
+
+    @property
+    def line(self) -> str:
+        """The row as text."""
+        aim = f"  <= {self.target:g}" if self.target else ""
+        return f"{self.goal:4}{self.what:60}{self.microseconds:8.1f} us{aim}"
+
+
+def measure(repetitions: int, samples: int, work: Callable[[], Any]) -> float:
+    """Median CPU microseconds a sample; the first run warms up."""
+    seconds = []
+    for _ in range(repetitions + 1):
+        start = time.process_time()
+        work()
+        seconds.append(time.process_time() - start)
+    return median(seconds[1:]) / samples * 1e6
+
+
+def rows(folder: Path, repetitions: int) -> Iterator[Row]:
+    """The table, of the captions in this folder."""
+    dataset, tokenizer = Dataset.open(folder / "captions", "captions"), Tokenizer(str(folder / "tokenizer"))
+    count = len(dataset)
+    order = np.random.default_rng(0).permutation(count).tolist()
+    samples = [dataset.sample(index) for index in order]
+
+    def timed(work: Callable[[], Any]) -> float:
+        return measure(repetitions, count, work)
+
+    def read() -> None:
+        for index in order:
+            sample = dataset.sample(index)
+            for ref in sample.refs:
+                dataset.member(index, ref)
+
+    def stream() -> None:
+        urls = [str(path) for path in sorted((folder / "captions").glob("*.tar"))]
+        found = webdataset.WebDataset(urls, shardshuffle=False, empty_check=False)
+        assert sum(1 for sample in found if json.loads(sample["json"])) == count
+
+    def encode() -> None:
+        for start in range(0, count, BATCH):
+            part = samples[start : start + BATCH]
+            encode_all(part, tokenizer, RULES, ["captions"] * len(part))
+
+    yield Row("N1", "sample and picture in random order, both checked", timed(read), 60)
+    yield Row("", "  of it the sample: read, checked, parsed", timed(lambda: [dataset.sample(index) for index in order]))
+    yield Row("", "webdataset in order, JSON parsed", timed(stream))
+    yield Row("", "rendering: template, grids, loss weights", timed(lambda: [render(sample, RULES) for sample in samples]))
+    yield Row("", "rendering, tokenising, positions (kept for small datasets)", timed(encode))
+
+
+def main() -> None:
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser(description="reading samples without decoding, against webdataset")
+    parser.add_argument("--folder", type=Path, help="shards made by synthetic.py; without it they are made for this run")
+    parser.add_argument("--samples", type=int, default=1000)
+    parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--json", type=Path, help="also write the rows here")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = make(arguments.folder or Path(scratch), captions=arguments.samples)
+        found = []
+        for row in rows(folder, arguments.repetitions):
+            found.append(row)
+            print(row.line, flush=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps([asdict(row) for row in found], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
