@@ -8,6 +8,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Final
@@ -66,7 +67,8 @@ class MediaFiles:
         if not found:
             raise Skip("refused path outside the source's folders", ref[:200])
         for path in found:
-            if os.path.lexists(path):
+            with suppress(FileNotFoundError, NotADirectoryError):
+                path.lstat()  # exists() takes a failing network for a missing file
                 return self._checked(path, ref)
         raise Skip("file not found", ref[:200])
 

@@ -148,17 +148,27 @@ def prepare_video(data: bytes) -> Film:
             turn = next(container.decode(video=0)).rotation % 360
         if turn:
             raise Skip("video stored rotated", f"by {turn} degrees: write it upright first, ffmpeg does so by itself")
-        facts = replace(probe(f"video.{suffix}", data), frames=len(times))
+        facts = _complete(probe(f"video.{suffix}", data), times)
     except (av.error.FFmpegError, StopIteration, ValueError) as error:
         raise Skip("broken video", f"{type(error).__name__}: {error}") from error
     return Film(suffix, facts, () if _is_even(times, facts.fps) else times)
 
 
+def _complete(facts: MediaFacts, times: tuple[float, ...]) -> MediaFacts:
+    """The header's facts with the true number of frames, and means where the header has no rate or duration."""
+    if len(times) < 2 or not times[-1]:
+        raise Skip("video of one frame", "store it as a picture")
+    fps = facts.fps or (len(times) - 1) / times[-1]
+    return replace(facts, frames=len(times), fps=fps, duration=facts.duration or times[-1] + 1 / fps)
+
+
 def _packet_times(container: Any) -> tuple[float, ...]:
     """Seconds from the first frame at which each frame is shown, without decoding."""
     stream = container.streams.video[0]
-    packets = (packet for packet in container.demux(stream) if packet.size and not packet.is_discard)
-    stamps = [packet.pts for packet in packets]
+    packets = [packet for packet in container.demux(stream) if packet.size]
+    if stream.frames > len(packets) or any(packet.is_corrupt for packet in packets):
+        raise Skip("video cut short", f"{len(packets)} of {stream.frames} frames are there")
+    stamps = [packet.pts for packet in packets if not packet.is_discard]
     if not stamps or None in stamps:
         raise Skip("video without times", f"{len(stamps)} frames, some without a presentation time")
     stamps.sort()

@@ -1,5 +1,6 @@
 """Converting a source: from its format, part by part, to indexed shards, with a line for every record left out."""
 
+import errno
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ SOURCES: Final[Mapping[str, type[Source]]] = {
 }
 CONVERT_VERSION: Final = 1
 """Counts changes of what converters write: an unfinished conversion by another version is not continued."""
+_OF_THE_FILE: Final = (errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
+"""Errors of the system that concern one file."""
 _FETCHED: Final = ("obelics", "omnicorpus", "mmc4")
 """Formats that name pictures by URL."""
 
@@ -106,8 +109,12 @@ class Converter:
             raise Skip("breaks the schema", str(error)) from error
         except UserError:
             raise
-        except (TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError, OSError) as error:
+        except (TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError) as error:
             raise Skip("malformed record", f"{type(error).__name__}: {error}") from error
+        except OSError as error:
+            if error.errno not in _OF_THE_FILE:  # a disk or network that fails is no reason to lose records
+                raise
+            raise Skip("file cannot be read", str(error)) from error
 
     def _leave_out(self, record: Record, skip: Skip, log: PartLog) -> None:
         if self.request.stop:
@@ -135,7 +142,7 @@ def convert(request: Request, target: Target, progress: Progress) -> Counter[str
 
     Nothing is fetched from a network. Raises UserError for a source that is not there or of another format.
     """
-    _check(request)
+    _check(request, target.folder)
     folder = request.path if request.path.is_dir() else request.path.parent
     roots = (folder,) if request.images_dir is None else (request.images_dir, folder)
     index = None
@@ -146,11 +153,13 @@ def convert(request: Request, target: Target, progress: Progress) -> Counter[str
     return Counter(write_parts(converter, target, _settings(request), progress))
 
 
-def _check(request: Request) -> None:
+def _check(request: Request, target: Path) -> None:
     if request.kind not in SOURCES:
         raise UserError(f"source kind {request.kind!r} is unknown: one of {', '.join(SOURCES)}")
     if not request.path.exists():
         raise UserError(f"no file or folder {request.path}")
+    if request.path.is_dir() and target.resolve().is_relative_to(request.path.resolve()):
+        raise UserError(f"{target} lies inside the source {request.path}: choose a folder beside it")
     if request.images_dir is not None and not request.images_dir.is_dir():
         raise UserError(f"--images-dir: no folder {request.images_dir}")
     if request.columns and request.kind != "hf":

@@ -114,6 +114,7 @@ def test_llava(run: Run) -> None:
         ({"image": "folder", "conversations": ASK}, "a folder, not a file"),
         ({"image": "a\0b.png", "conversations": ASK}, "not a file name"),
         ({"image": 7, "conversations": ASK}, "not a file name"),
+        ({"image": "x" * 300, "conversations": ASK}, "file cannot be read"),
         ({"image": "garbage.png", "conversations": ASK}, "no picture that is known"),
         ({"image": "cut.png", "conversations": ASK}, "broken picture"),
         ({"conversations": ASK}, "more placeholders than media"),
@@ -628,6 +629,25 @@ def test_what_the_user_got_wrong_is_one_line(words: dict[str, Any], message: str
     with pytest.raises(UserError, match=message) as caught:
         run(kind, path, **words)
     assert "\n" not in str(caught.value)
+
+
+def test_a_failing_disk_is_not_taken_for_a_bad_record(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.put("a.png", png(8, 8))
+    path = run.lines({"image": "a.png", "conversations": ASK})
+
+    def fail(_: Path) -> bytes:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        run("llava", path)
+
+
+def test_the_result_does_not_lie_in_the_source(run: Run) -> None:
+    run.put("a.jsonl", '{"text": "a"}')
+    run.folder = run.source / "set"
+    with pytest.raises(UserError, match="lies inside the source"):
+        run("jsonl", run.source)
 
 
 def test_a_skip_crosses_processes() -> None:

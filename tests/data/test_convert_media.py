@@ -4,6 +4,7 @@ import io
 import zlib
 from collections.abc import Callable
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -129,11 +130,11 @@ def test_what_cannot_be_decoded_is_left_out(data: bytes, reason: str) -> None:
 # ---- videos
 
 
-def film(stamps: list[int], rate: int = 25, container: str = "mp4", frames: int | None = None) -> bytes:
+def film(stamps: list[int], rate: int = 25, container: str = "mp4", path: Path | None = None, **options: str) -> bytes:
     """A moving picture of 64 x 48 pixels in H.264 with B-frames, shown at `stamps` (in 1/1000 s)."""
     av = pytest.importorskip("av")
     file = io.BytesIO()
-    with av.open(file, "w", format=container) as output:
+    with av.open(file if path is None else str(path), "w", format=container, options=options) as output:
         stream = output.add_stream("libx264", rate=rate)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
         stream.codec_context.max_b_frames = 2
@@ -143,7 +144,7 @@ def film(stamps: list[int], rate: int = 25, container: str = "mp4", frames: int 
             picture.pts, picture.time_base = stamp, Fraction(1, 1000)
             output.mux(stream.encode(picture))
         output.mux(stream.encode())
-    return file.getvalue()
+    return file.getvalue() if path is None else path.read_bytes()
 
 
 @pytest.mark.parametrize(("container", "suffix"), [("mp4", "mp4"), ("matroska", "mkv"), ("mpegts", "ts")])
@@ -171,3 +172,26 @@ def test_a_broken_video_is_left_out(cut: int) -> None:
     data = film([40 * number for number in range(50)])
     with pytest.raises(Skip, match=r"broken video|no video that is known"):
         prepare_video(data[:cut])
+
+
+def test_a_video_cut_short_is_left_out(tmp_path: Path) -> None:
+    """The header comes first and promises frames that are not there."""
+    data = film([40 * number for number in range(50)], path=tmp_path / "a.mp4", movflags="faststart")
+    assert prepare_video(data).facts.frames == 50
+    for length in (len(data) * 7 // 10, len(data) - 10):
+        with pytest.raises(Skip, match=r"video cut short: \d+ of 50 frames"):
+            prepare_video(data[:length])
+
+
+def test_a_video_that_is_stored_rotated_is_not_shown_on_its_side() -> None:
+    """The track header of a phone's film: a matrix that turns by 90 degrees (ISO 14496-12, tkhd)."""
+    data = film([40 * number for number in range(50)])
+    place = data.index(b"tkhd") + 44
+    turned = b"".join(value.to_bytes(4, "big", signed=True) for value in (0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30))
+    with pytest.raises(Skip, match=r"video stored rotated: by (90|270) degrees"):
+        prepare_video(data[:place] + turned + data[place + 36 :])
+
+
+def test_a_video_of_one_frame_is_left_out() -> None:
+    with pytest.raises(Skip, match="video of one frame"):
+        prepare_video(film([0]))
