@@ -61,9 +61,11 @@ class Quarantine:
         with open(self.path, "ab+") as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # of several processes that meet the same sample, one writes it
             file.seek(self._seen_bytes)
-            self._known.update(filter(None, map(_name_in, file)))
+            news = file.read()
+            self._known.update(filter(None, map(_name_in, news.splitlines())))
             if _name(record) not in self._known:
-                file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
+                broken_off = b"\n" if news and not news.endswith(b"\n") else b""
+                file.write(broken_off + (json.dumps(record, ensure_ascii=False) + "\n").encode())
                 self._known.add(_name(record))
             self._seen_bytes = file.tell()
 
