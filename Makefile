@@ -2,6 +2,7 @@
 # make test   lint, types, import directions and the test suite
 # make proofs longer proofs: killed ranks, four ranks, whole commands under torchrun
 # make parity every layout of the parallel axes against one process, as a table
+# make faults ranks killed at random moments, broken disks and files
 # make lint   only the checks that run no test
 # Each makes .venv and installs on its first run.
 
@@ -10,7 +11,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PYTHONPATH := $(CURDIR)/.link$(if $(PYTHONPATH),:$(PYTHONPATH))
 DEMO_DATA := runs/demo-data
 
-.PHONY: demo test proofs parity lint format install
+.PHONY: demo test proofs parity faults lint format install
 .DEFAULT_GOAL := test
 
 install: .venv/installed
@@ -36,6 +37,9 @@ proofs: .venv/installed
 
 parity: .venv/installed
 	pytest -m "parity or not parity" tests/train/test_parity.py
+
+faults: .venv/installed
+	pytest -m faults
 
 format: .venv/installed
 	ruff check --fix .

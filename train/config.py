@@ -37,6 +37,7 @@ LEAST: dict[str, float] = {
     "optim.clip_grad": 0,
     "checkpoint.every_steps": 0,
     "checkpoint.keep": 1,
+    "checkpoint.keep_every_steps": 0,
     "logging.every_steps": 1,
     "evaluation.samples": 1,
     "evaluation.phase_samples": 0,
@@ -222,8 +223,13 @@ class CheckpointConfig:
     """Optimizer steps between checkpoints; 0: only at the end of a phase."""
     keep: int = 2
     """Newest checkpoints kept of each phase, its end among them."""
-    asynchronous: bool = False
-    """Write while training goes on."""
+    keep_every_steps: int = 0
+    """Besides, one checkpoint is kept for each so many steps of the run; 0: none."""
+    asynchronous: bool = True
+    """Write while training goes on; the end of a phase is always waited for."""
+    on_error: str = "continue"
+    """What to do when a checkpoint cannot be written: `continue` without it (three failures in a row, or one at the end of a
+    phase, stop the run), or `stop` at once. Checkpoints before it stay whole either way."""
 
 
 @dataclass
@@ -273,6 +279,7 @@ class RunConfig:
             ("run.device", self.run.device, DEVICES),
             ("run.precision", self.run.precision, PRECISIONS),
             ("optim.name", self.optim.name, ("adamw",)),
+            ("checkpoint.on_error", self.checkpoint.on_error, ("continue", "stop")),
             ("data.weights_in", self.data.weights_in, WEIGHTS_IN),
             ("data.on_change", self.data.on_change, ON_CHANGE),
         ):
@@ -293,8 +300,6 @@ class RunConfig:
             found.append(
                 f"init.huggingface={self.init.huggingface} is not available yet: start from random weights or init.checkpoint"
             )
-        if self.checkpoint.asynchronous:
-            found.append("checkpoint.asynchronous=true is not available yet: set it to false")
         return found
 
     def _multiple_problems(self) -> list[str]:

@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,11 +11,10 @@ import numpy as np
 from visionloom.data.loader import iterate
 from visionloom.data.pack import PackedBatch
 from visionloom.model.flops import Work, step_flops
-from visionloom.train import checkpoint
 from visionloom.train.build import Stage
-from visionloom.train.config import CheckpointConfig
 from visionloom.train.metrics import RunLog, memory_gib, peak_flops
 from visionloom.train.optimizer import learning_rates
+from visionloom.train.saving import Saver
 from visionloom.train.step import StepResult, encoder_of, reduce_counts, train_step
 
 Report = Callable[[dict[str, Any]], None]
@@ -24,10 +22,9 @@ Report = Callable[[dict[str, Any]], None]
 
 def fit(
     stage: Stage,
-    folder: Path,
+    saver: Saver,
     log: RunLog | None,
     report: Report,
-    settings: CheckpointConfig,
     done: int,
     step: int,
     workers: int,
@@ -36,10 +33,9 @@ def fit(
 
     Args:
         stage: what trains.
-        folder: the run's folder.
+        saver: saves it now and then.
         log: the main rank's log; None on other ranks.
         report: shows a metrics line to the user.
-        settings: when to save.
         done: optimizer steps of the phase already done.
         step: optimizer steps of the run already done.
         workers: processes that decode ahead.
@@ -59,18 +55,10 @@ def fit(
             if log is not None:
                 log.metric(line)
             report(line)
-            if phase_step == total or (settings.every_steps and phase_step % settings.every_steps == 0):
-                save(stage, folder, log, step, phase_step, settings.keep)
+            saver.poll(stage.topology)
+            if phase_step == total or saver.is_due(phase_step):
+                saver.save(stage, step, phase_step, last=phase_step == total)
     return step
-
-
-def save(stage: Stage, folder: Path, log: RunLog | None, step: int, phase_step: int, keep: int) -> None:
-    """Write a checkpoint and an event with the time it took."""
-    started = time.perf_counter()
-    path = checkpoint.save(folder, stage, step, phase_step, keep)
-    if log is not None:
-        seconds = round(time.perf_counter() - started, 3)
-        log.event("checkpoint", step=step, phase=stage.name, folder=str(path), seconds=seconds)
 
 
 def _packs(stage: Stage, done: int, steps: int, workers: int) -> Generator[list[PackedBatch]]:

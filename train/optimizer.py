@@ -65,6 +65,12 @@ class GroupStepAdamW(torch.optim.Optimizer):
                 maximize=False,
             )
 
+    def make_moments(self) -> None:
+        """Give every parameter its moments, zero until its first update."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self._moments(parameter)
+
     def _moments(self, parameter: Tensor) -> tuple[Tensor, Tensor]:
         state = self.state[parameter]
         if not state:
@@ -155,3 +161,40 @@ def build_scheduler(optimizer: Any, optim: OptimConfig, phase: PhaseConfig) -> O
 def learning_rates(scheduler: OptimizerParamScheduler, phase: PhaseConfig) -> dict[str, float]:
     """The learning rate of each trainable group at the scheduler's current step."""
     return {group: float(scheduler.get_lr(rates_of(peak, phase))) for group, peak in phase.peak_learning_rates().items()}
+
+
+def state_tensors(optimizer: Any, weights: dict[str, Any], loading: bool, content: dict[str, Any]) -> dict[str, Any]:
+    """Master weights and moments as full tensors under names that no layout changes, for Megatron-core's checkpoints.
+
+    Megatron-core's own state of an optimizer also holds its parameter groups, which differ with the layout: without experts
+    on ranks of their own there is one optimizer, with them there are two. All that a group knows is derived here: the
+    learning rate from the schedule, and the number of updates from `updates`.
+
+    Args:
+        optimizer: of `build_optimizer`.
+        weights: the model's sharded state, which names the parameters.
+        loading: whether the tensors are to be read into.
+        content: how Megatron-core lays them out.
+    """
+    found = {}
+    for number, inner in enumerate(optimizer.chained_optimizers):
+        if getattr(inner, "is_stub_optimizer", False) or not inner.optimizer.param_groups:
+            continue  # a stage without trainable parameters
+        inner.optimizer.make_moments()
+        found[str(number)] = inner.sharded_param_state_fully_reshardable(weights, loading, content)
+    return found
+
+
+def take_state(optimizer: Any, tensors: dict[str, Any], updates_done: int) -> None:
+    """Continue with what `state_tensors` named, once it was read, after so many updates."""
+    for number, inner in enumerate(optimizer.chained_optimizers):
+        if str(number) in tensors:
+            inner.load_parameter_state_from_fully_reshardable(tensors[str(number)])
+            for group in inner.optimizer.param_groups:
+                group["step"] = updates_done
+
+
+def updates(optimizer: Any) -> int:
+    """Updates that the optimizer has made: steps that were not skipped."""
+    groups = [group for inner in optimizer.chained_optimizers for group in getattr(inner.optimizer, "param_groups", [])]
+    return max((int(group.get("step") or 0) for group in groups), default=0)

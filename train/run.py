@@ -19,6 +19,7 @@ from visionloom.train.evaluate import evaluate_run, held_out_losses
 from visionloom.train.loop import fit
 from visionloom.train.metrics import RunLog
 from visionloom.train.progress import Screen
+from visionloom.train.saving import Saver, check_room
 from visionloom.train.trackers import Trackers
 
 
@@ -153,21 +154,14 @@ class Run:
                     f"{name}: {samples} samples and in all {tokens} tokens of {dataset} are left out"
                     f" (unreadable, or longer than a pack with over_length={policy})"
                 )
+        check_room(self.folder, stage)
         self._event("phase_start", phase=name, step=self.step, phase_step=done, phase_steps=settings.total_steps)
         if not done:
             self._validate(stage, unchanged=not settings.fresh)
         self.screen.begin(name, done, settings.total_steps)
         try:
-            self.step = fit(
-                stage,
-                self.folder,
-                self.log,
-                self._report,
-                self.config.checkpoint,
-                done,
-                self.step,
-                self.config.data.workers,
-            )
+            saver = Saver(self.folder, self.config.checkpoint, self._saved)
+            self.step = fit(stage, saver, self.log, self._report, done, self.step, self.config.data.workers)
         finally:
             self.screen.end()
         self._validate(stage)
@@ -244,6 +238,12 @@ class Run:
         """Show and track one optimizer step."""
         self.screen.step(line)
         self.trackers.step(line)
+
+    def _saved(self, event: str, **fields: Any) -> None:
+        """Log a checkpoint, and show one that failed."""
+        self._event(event, **fields)
+        if event == "checkpoint_failed":
+            self.screen.say(f"warning: {fields['folder']} could not be saved: {fields['cause']}; going on")
 
     def _event(self, event: str, **fields: Any) -> None:
         if self.log is not None:
