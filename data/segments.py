@@ -65,6 +65,7 @@ class SegmentStore:
             except BaseException:
                 del self._held[number]
                 raise
+            self._trim()
         return self._held[number].result()
 
     def ahead(self, number: int) -> None:
@@ -74,8 +75,11 @@ class SegmentStore:
         if self._maker is None:
             self._maker = ThreadPoolExecutor(1, "visionloom-plan")
         self._held[number] = self._maker.submit(self._load_or_make, number)
-        for oldest in sorted(self._held)[:-_KEPT]:
-            del self._held[oldest]
+        self._trim()
+
+    def _trim(self) -> None:
+        for earliest in list(self._held)[:-_KEPT]:
+            del self._held[earliest]
 
     def holds(self, number: int) -> bool:
         """Whether a segment is in memory or being made."""
