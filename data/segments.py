@@ -15,6 +15,8 @@ from visionloom.data.atomic import replacing
 
 _KEPT: Final = 4
 """Segments that a process holds."""
+_ON_DISK: Final = 64
+"""Segments kept in the folder (some 100 KB each): what a restart from an older checkpoint lacks is made again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +96,7 @@ class SegmentStore:
             segment = self._make(number)
             with suppress(OSError):
                 save_segment(path, segment)
+                (self._folder / f"{number - _ON_DISK:06d}.npz").unlink(missing_ok=True)
         return segment
 
 
