@@ -4,9 +4,9 @@ Every finished block is a file of its own beside the final one, so a process tha
 needs the same array, takes what is there. A folder that cannot be written is no fault: the result is then only not kept.
 """
 
-import os
+import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import suppress
 from multiprocessing import get_context
@@ -74,12 +74,11 @@ class _Blocks:
         return [start for start in range(0, self.items, self.block) if not self._part(start).exists()]
 
     def alone(self, progress: Progress | None) -> Rows:
-        """Ranks that count the same array begin at different blocks and take each other's."""
+        """Ranks that count the same array go through its blocks in random orders and take each other's."""
         starts = list(range(0, self.items, self.block))
-        turn = os.getpid() % len(starts) if len(starts) > 1 else 0
-        for done, start in enumerate([*starts[turn:], *starts[:turn]], start=1):
-            if len(starts) > 1 and (rows := load_rows(self.path)) is not None:
-                return rows
+        for done, start in enumerate(random.Random().sample(starts, len(starts)), start=1):
+            if len(starts) > 1 and load_rows(self.path) is not None:
+                break
             if load_rows(self._part(start)) is None:
                 self._take(start, self.work(start, min(start + self.block, self.items)))
             if progress is not None:
@@ -110,18 +109,21 @@ class _Blocks:
             self.own[start] = rows
 
     def _join(self) -> Rows:
-        rows = np.concatenate(list(self._parts()))
+        parts = {start: self._rows(start) for start in range(0, self.items, self.block)}
+        lacking = [start for start, rows in parts.items() if rows is None]
+        if lacking and (joined := load_rows(self.path)) is not None:  # another rank was first, and removed the blocks
+            shutil.rmtree(self.folder, ignore_errors=True)
+            return joined
+        for start in lacking:  # damaged
+            parts[start] = self.work(start, min(start + self.block, self.items))
+        rows = np.concatenate([found for found in parts.values() if found is not None])
         if save_rows(self.path, rows):
             shutil.rmtree(self.folder, ignore_errors=True)
             return rows if (kept := load_rows(self.path)) is None else kept
         return rows
 
-    def _parts(self) -> Iterator[Rows]:
-        """All blocks; one that another rank removed after joining them is worked out again."""
-        for start in range(0, self.items, self.block):
-            rows = self.own.get(start)
-            found = load_rows(self._part(start)) if rows is None else rows
-            yield self.work(start, min(start + self.block, self.items)) if found is None else found
+    def _rows(self, start: int) -> Rows | None:
+        return self.own[start] if start in self.own else load_rows(self._part(start))
 
 
 _work: Work | None = None

@@ -6,6 +6,8 @@ from typing import Final
 
 RULES: Final = ("hf", "hf_capped", "qwen_utils")
 """Rules by which pictures and videos get their sizes and frames."""
+OVER_LENGTH: Final = ("error", "drop", "split", "shrink", "truncate_tail")
+"""What becomes of a sample that no pack can hold; see over_length.py."""
 
 
 @dataclass

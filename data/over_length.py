@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from visionloom.data.blocks import Progress, in_blocks, load_rows
-from visionloom.data.config import MediaConfig
+from visionloom.data.config import OVER_LENGTH, MediaConfig
 from visionloom.data.geometry import MERGE_SIZE, grid_of
 from visionloom.data.lengths import Lengths, row_of
 from visionloom.data.sample import Box, Image, Point, Sample, SampleError, Text, Video
@@ -46,7 +46,6 @@ from visionloom.data.views import (
 )
 from visionloom.parallel.errors import UserError
 
-OVER_LENGTH: Final = ("error", "drop", "split", "shrink", "truncate_tail")
 VIEWS_VERSION: Final = 1
 BLOCK: Final = 64
 """Over-long samples of a file while their views are made: seconds of work."""

@@ -61,13 +61,12 @@ class Quarantine:
         with open(self.path, "ab+") as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # of several processes that meet the same sample, one writes it
             file.seek(self._seen_bytes)
-            news = file.read()
-            self._known.update(filter(None, map(_name_in, news.splitlines())))
+            complete, newline, broken_off = file.read().rpartition(b"\n")
+            self._known.update(filter(None, map(_name_in, complete.splitlines())))
+            self._seen_bytes += len(complete) + len(newline)
             if _name(record) not in self._known:
-                broken_off = b"\n" if news and not news.endswith(b"\n") else b""
-                file.write(broken_off + (json.dumps(record, ensure_ascii=False) + "\n").encode())
-                self._known.add(_name(record))
-            self._seen_bytes = file.tell()
+                line = json.dumps(record, ensure_ascii=False) + "\n"
+                file.write((b"\n" if broken_off else b"") + line.encode())
 
 
 def _name_in(line: bytes) -> tuple[str, str, str] | None:

@@ -15,6 +15,8 @@ from visionloom.data.atomic import replacing
 
 _KEPT: Final = 4
 """Segments that a process holds."""
+_ON_DISK: Final = 64
+"""Segments kept in the folder (some 100 KB each): what a restart from an older checkpoint lacks is made again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,7 @@ class SegmentStore:
             except BaseException:
                 del self._held[number]
                 raise
+            self._trim()
         return self._held[number].result()
 
     def ahead(self, number: int) -> None:
@@ -74,8 +77,11 @@ class SegmentStore:
         if self._maker is None:
             self._maker = ThreadPoolExecutor(1, "visionloom-plan")
         self._held[number] = self._maker.submit(self._load_or_make, number)
-        for oldest in sorted(self._held)[:-_KEPT]:
-            del self._held[oldest]
+        self._trim()
+
+    def _trim(self) -> None:
+        for earliest in list(self._held)[:-_KEPT]:
+            del self._held[earliest]
 
     def holds(self, number: int) -> bool:
         """Whether a segment is in memory or being made."""
@@ -90,6 +96,7 @@ class SegmentStore:
             segment = self._make(number)
             with suppress(OSError):
                 save_segment(path, segment)
+                (self._folder / f"{number - _ON_DISK:06d}.npz").unlink(missing_ok=True)
         return segment
 
 

@@ -17,8 +17,9 @@ from visionloom.parallel.errors import UserError
 
 TOLERANCE: Final = 0.51
 """How far a frame may be from the time that the sample gives for it, in frames at the video's mean rate."""
-_CODED_MARGIN: Final = 128
-"""Pixels by which coded sides may exceed the shown ones: blocks of 64 or 128 are always coded whole."""
+_CODED_MARGIN: Final = 256
+"""Pixels by which coded sides may exceed the shown ones: blocks of 64 or 128 are always coded whole, and the decoder of MPEG-4
+part 2 counts the edges that it keeps around a frame (more than 128 pixels)."""
 DRIFT: Final = 0.01
 """How much longer or shorter than the sample says a video may be: rates are often rounded (29.97 for 30000/1001)."""
 

@@ -6,6 +6,7 @@ The facts only: `view_page.py` makes a web page of them, `contact_sheet.py` a pi
 import io
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -13,7 +14,7 @@ import numpy as np
 from PIL import Image as Pillow
 
 from visionloom.data.config import MediaConfig
-from visionloom.data.encode import EncodedSample, encode_all
+from visionloom.data.encode import EncodedSample, encode
 from visionloom.data.geometry import chosen_frames, frame_times
 from visionloom.data.packing import pack_samples
 from visionloom.data.sample import Box, Element, Image, Point, Sample, SampleError, Text, Think, Time, ToolCall, Video
@@ -139,7 +140,7 @@ def view_sample(dataset: Dataset, index: int, rules: MediaConfig, tokenizer: Tok
     if tokenizer is None:
         return view
     try:
-        encoded = encode_all([sample], tokenizer, rules, [dataset.name])[0]
+        encoded = encode(sample, tokenizer, rules, dataset.name)
     except SampleError as error:
         return SampleView(index, place.key, place.shard, sample, media, problem=str(error))
     return SampleView(index, place.key, place.shard, sample, media, tuple(tokens_of(encoded, tokenizer)), encoded)
@@ -295,19 +296,21 @@ def tokens_of(encoded: EncodedSample, tokenizer: Tokenizer) -> list[Token]:
 
 
 def first_packs(dataset: Dataset, tokenizer: Tokenizer, rules: MediaConfig, length: int, count: int) -> list[PackView]:
-    """The packs that the dataset's first samples make in order, without shuffling or a mixture; too long ones are left out.
+    """The packs that the dataset's first samples make in order, without shuffling or a mixture.
 
-    Raises UserError if none fits, SampleError for a sample that cannot be rendered.
+    Samples that are too long or cannot be rendered are left out. Raises UserError if none is left.
     """
-    some = range(min(len(dataset), WINDOW))
-    encoded = encode_all([dataset.sample(index) for index in some], tokenizer, rules, [dataset.name] * len(some))
-    patches = int(PATCHES_PER_TOKEN * length)
-    fitting = [index for index in some if len(encoded[index].input_ids) <= length and encoded[index].patch_count <= patches]
-    if not fitting:
-        raise UserError(f"--pack {length}: none of the first {len(some)} samples fits: give a longer sequence")
-    sizes = [len(encoded[index].input_ids) for index in fitting]
-    packs = pack_samples(sizes, [encoded[index].patch_count for index in fitting], length, patches, WINDOW)
-    return [PackView(length, [_segment(fitting[row], encoded[fitting[row]]) for row in pack]) for pack in packs[:count]]
+    patches, found = int(PATCHES_PER_TOKEN * length), list[tuple[int, EncodedSample]]()
+    for index in range(min(len(dataset), WINDOW)):
+        with suppress(SampleError):
+            encoded = encode(dataset.sample(index), tokenizer, rules, dataset.name)
+            if len(encoded.input_ids) <= length and encoded.patch_count <= patches:
+                found.append((index, encoded))
+    if not found:
+        raise UserError(f"--pack {length}: none of the first samples fits: give a longer sequence")
+    sizes = [len(encoded.input_ids) for _, encoded in found]
+    packs = pack_samples(sizes, [encoded.patch_count for _, encoded in found], length, patches, WINDOW)
+    return [PackView(length, [_segment(*found[row]) for row in pack]) for pack in packs[:count]]
 
 
 def _segment(index: int, encoded: EncodedSample) -> Segment:

@@ -188,8 +188,8 @@ def _packs(packs: Sequence[PackView]) -> str:
     bars = "".join(_bar(number, pack) for number, pack in enumerate(packs))
     return (
         f"<section class='card'><h2>First packs of {packs[0].length:,} tokens, {fill:.1%} full</h2>"
-        f"<div class='soft'>Samples in the dataset's order, without shuffling or a mixture; the lower part of a segment"
-        f" is its share of visual tokens.</div>{bars}</section>"
+        f"<div class='soft'>Samples in the dataset's order, without shuffling or a mixture, those that do not fit left"
+        f" out; the lower part of a segment is its share of visual tokens.</div>{bars}</section>"
     )
 
 

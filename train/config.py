@@ -10,7 +10,7 @@ import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from visionloom.data.config import DataConfig
+from visionloom.data.config import OVER_LENGTH, DataConfig
 from visionloom.model.config import GROUPS, ModelConfig
 from visionloom.parallel.config import ParallelConfig
 
@@ -332,6 +332,10 @@ class RunConfig:
             found.append(f"data.store.timeout_seconds={self.data.store.timeout_seconds:g} must be above 0")
         if not 0 <= self.data.max_bad_fraction <= 1:
             found.append(f"data.max_bad_fraction={self.data.max_bad_fraction:g} must be from 0 to 1")
+        for section in ("datasets", "validation"):
+            for name, dataset in getattr(self.data, section).items():
+                if dataset.over_length not in OVER_LENGTH:
+                    found.append(unknown(f"data.{section}.{name}.over_length", dataset.over_length, OVER_LENGTH))
         for name, dataset in self.data.datasets.items():
             if not 0 <= dataset.weight < math.inf:
                 found.append(f"data.datasets.{name}.weight={dataset.weight:g} must be a finite number of at least 0")

@@ -37,7 +37,7 @@ class JsonLines:
         """A document of one text, or what our schema says."""
         if not isinstance(value, dict):
             raise Skip("not an object", f"a JSON object expected, got {type(value).__name__}")
-        if "kind" in value:
+        if isinstance(value.get("messages", value.get("content")), list):
             fill_from_schema(value, draft, options)
             return
         text = next((value[key] for key in _TEXT_KEYS if isinstance(value.get(key), str)), None)

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from visionloom.data.atomic import replacing
-from visionloom.data.tar import entries
+from visionloom.data.convert.headers import members
+from visionloom.parallel.errors import UserError
 
 _ROW: Final = np.dtype([("high", "<u8"), ("low", "<u8"), ("file", "<u8"), ("offset", "<u8"), ("length", "<u8")])
 _BUCKETS: Final = 64
@@ -100,18 +102,22 @@ def _beside(path: Path) -> Path | None:
 
 
 def _in_tar(path: Path) -> Found:
-    """Pictures in a tar, in which the members of a key lie together."""
+    """Pictures in a tar, in which the members of a key lie together; only the JSON members are read."""
     key, url, place = "", "", (0, 0)
-    for entry in entries(path):
-        this, _, ending = entry.name.rpartition(".")
-        if this != key:
-            if url and place[1]:
-                yield url, *place
-            key, url, place = this, "", (0, 0)
-        if ending == "json":
-            url = _url_in(entry.data)
-        elif ending not in _NOT_MEDIA:
-            place = entry.offset, entry.length
+    try:
+        for tar, member in members(path):
+            this, _, ending = member.name.rpartition(".")
+            if this != key:
+                if url and place[1]:
+                    yield url, *place
+                key, url, place = this, "", (0, 0)
+            if ending == "json":
+                document = tar.extractfile(member)
+                url = _url_in(document.read() if document else b"")
+            elif ending not in _NOT_MEDIA:
+                place = member.offset_data, member.size
+    except (tarfile.ReadError, EOFError) as error:
+        raise UserError(f"--images-dir: {path} is damaged: {error}: fetch it again or remove it") from None
     if url and place[1]:
         yield url, *place
 

@@ -1,13 +1,16 @@
 """WebDataset tars made elsewhere: a picture or video with a caption (txt, or json with one), or samples of our schema."""
 
 import json
+import tarfile
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Final
 
 from visionloom.data.convert.files import MediaFiles
+from visionloom.data.convert.headers import members
 from visionloom.data.convert.interleaved import keep_facts
 from visionloom.data.convert.jsonl import fill_from_schema
 from visionloom.data.convert.skip import Skip
@@ -23,7 +26,7 @@ _CAPTIONS: Final = ("caption", "text", "txt")
 
 @dataclass(frozen=True, slots=True)
 class Tar:
-    """One tar file and its number of samples as far as its headers tell."""
+    """One tar file."""
 
     path: str
 
@@ -60,10 +63,10 @@ class WebDataset:
         """One key after another, its members in memory."""
         path, faults = Path(where.path), list[Fault]()
         for key, found in groupby(entries(path, faults.append), key=lambda entry: _split(entry.name)[0]):
-            members = {_split(entry.name)[1]: entry.data for entry in found}
+            value = {_split(entry.name)[1]: entry.data for entry in found}
             yield from (Record(f"{path.name}:{fault.offset}", Skip("damaged tar", str(fault))) for fault in faults)
             faults.clear()
-            yield Record(f"{path.name}:{key}", members)
+            yield Record(f"{path.name}:{key}", value)
         yield from (Record(f"{path.name}:{fault.offset}", Skip("damaged tar", str(fault))) for fault in faults)
 
     def convert(self, value: Mapping[str, bytes], draft: Draft, options: Options) -> None:
@@ -91,12 +94,13 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _count(path: Path) -> int:
-    """Samples in a tar."""
-    return sum(1 for _ in groupby(_names(path), key=lambda name: _split(name)[0]))
-
-
-def _names(path: Path) -> Iterator[str]:
-    return (entry.name for entry in entries(path, lambda fault: None))
+    """Samples in a tar, up to the first damage: for progress and limits."""
+    count, last = 0, ""
+    with suppress(tarfile.ReadError):
+        for _, member in members(path):
+            key = _split(member.name)[0]
+            count, last = count + (key != last), key
+    return count
 
 
 def _document(members: Mapping[str, bytes]) -> Mapping[str, Any]:

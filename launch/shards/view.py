@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from visionloom.launch.shards.lengths import media_config
 from visionloom.parallel.errors import UserError
 
 
@@ -13,6 +14,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     parser.add_argument("samples", nargs="*", metavar="KEY|INDEX", help="which samples (default: the first ones)")
     parser.add_argument("--count", type=int, default=12, help="how many of the first samples (default 12)")
     parser.add_argument("--tokenizer", metavar="FOLDER", help="show tokens, coloured by their weight in the loss")
+    parser.add_argument("--media", action="append", default=[], metavar="NAME=VALUE", help="as data.media.NAME of the run")
     parser.add_argument("--pack", type=int, metavar="LENGTH", help="show the first packs of so many tokens as bars")
     parser.add_argument("--out", type=Path, default=Path("view.html"), help="FILE.html or FILE.png (default view.html)")
     parser.set_defaults(run=run)
@@ -20,7 +22,6 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 def run(options: argparse.Namespace) -> None:
     """Write the page or the picture."""
-    from visionloom.data.config import MediaConfig
     from visionloom.data.contact_sheet import draw_samples
     from visionloom.data.shards import Dataset
     from visionloom.data.tokenizer import Tokenizer
@@ -34,7 +35,7 @@ def run(options: argparse.Namespace) -> None:
     if options.pack is not None and (options.pack < 1 or not options.tokenizer or options.out.suffix == ".png"):
         raise UserError("--pack LENGTH: a number of tokens, with --tokenizer FOLDER and a page (.html), expected")
     name = Path(options.folder.rstrip("/")).name or "dataset"
-    dataset, rules = Dataset.open(options.folder, name), MediaConfig()
+    dataset, rules = Dataset.open(options.folder, name), media_config(options.media)
     tokenizer = Tokenizer(options.tokenizer) if options.tokenizer else None
     indices = find_samples(dataset, options.samples, options.count)
     title = f"{dataset.name}: {len(indices):,} of {len(dataset):,} samples"

@@ -1,19 +1,28 @@
 """Prompts, loss masks and token ids.
 
-References: transformers' tokenizer on the whole rendered string; and, for tools, what transformers rendered of the same
+References: transformers' tokenizer on the whole rendered string; Qwen3VLProcessor's own placeholders for pictures and videos
+(without the wrapper that its template has put around videos since 5.10); and, for tools, what transformers rendered of the same
 conversations with the chat template of the Qwen3-VL Instruct models (SHA-256 3636d0f0bd6bef02654cdffdc447b79cb2cef8ab02cc7
 5267345946291a489e4), kept in qwen3vl_tools.json since the template itself is not part of this project.
 """
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoTokenizer
+from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
+from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
+from transformers.video_utils import VideoMetadata
 
 from visionloom.data.chat import clock, render
+from visionloom.data.config import MediaConfig
 from visionloom.data.encode import EncodedSample, encode
 from visionloom.data.sample import (
     Box,
@@ -136,6 +145,35 @@ def test_weights_of_elements_messages_and_samples(tokenizer: Tokenizer) -> None:
 def test_what_cannot_be_rendered_is_named(sample: Sample, problem: str) -> None:
     with pytest.raises(SampleError, match=f"sample test:1.*{problem}"):
         render(sample, RULES)
+
+
+class Placeholders(Qwen3VLProcessor):  # type: ignore[misc]
+    """Only what makes a placeholder: no tokenizer, no template."""
+
+    def __init__(self) -> None:
+        self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
+        self.vision_start_token, self.vision_end_token = "<|vision_start|>", "<|vision_end|>"
+        self.image_processor = SimpleNamespace(merge_size=2)
+        self.video_processor = SimpleNamespace(merge_size=2, temporal_patch_size=2)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    total=st.integers(2, 4000),
+    fps=st.sampled_from([24.0, 25.0, 30000 / 1001, 60.0]),
+    height=st.integers(20, 2000),
+    width=st.integers(20, 2000),
+)
+def test_pictures_and_videos_are_written_as_transformers_does(total: int, fps: float, height: int, width: int) -> None:
+    film = Video((), (), width, height, ref="a.mp4", file_frames=total, fps=fps, duration=total / fps)
+    picture = Image("a.png", width, height)
+    found = render(Sample("d", "doc", content=(film, Text(" and "), picture)), MediaConfig())
+    metadata = VideoMetadata(total_num_frames=total, fps=fps)
+    metadata.frames_indices = Qwen3VLVideoProcessor(fps=2, min_frames=4, max_frames=768).sample_frames(metadata)
+    grids = torch.tensor(found.grids)
+    shown = Placeholders().replace_video_token({"video_grid_thw": grids[:1], "video_metadata": [metadata]}, 0)
+    image = Placeholders().replace_image_token({"image_grid_thw": grids[1:]}, 0)
+    assert found.text == f"{shown} and <|vision_start|>{image}<|vision_end|><|endoftext|>"
 
 
 TOOLS: list[dict[str, Any]] = json.loads((Path(__file__).parent / "qwen3vl_tools.json").read_text())

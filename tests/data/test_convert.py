@@ -380,6 +380,22 @@ def test_nothing_is_fetched(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("mmc4", run.lines(record))[0].content == (Text("Text."),)
 
 
+@pytest.mark.parametrize("damage", ["header", "end", "cut"])
+def test_a_damaged_tar_of_fetched_pictures_is_no_silent_loss(damage: str, run: Run, tmp_path: Path) -> None:
+    fetched_as_tars(tmp_path / "images", [1, 2, 3, 4, 5, 6])
+    path = tmp_path / "images" / "00000.tar"
+    data = bytearray(path.read_bytes())
+    with tarfile.open(path) as tar:
+        offset = tar.getmembers()[3].offset
+    if damage == "header":
+        data[offset : offset + 40] = b"\xff" * 40
+    end = {"header": len(data), "end": len(bytes(data).rstrip(b"\0")) // 512 * 512 + 512, "cut": offset + 700}[damage]
+    path.write_bytes(data[:end])
+    record = {"text_list": ["Text."], "image_info": [{"raw_url": url(1), "matched_text_index": 0}]}
+    with pytest.raises(UserError, match=r"--images-dir: .*00000\.tar is damaged: .*: fetch it again or remove it"):
+        run("mmc4", run.lines(record), images_dir=tmp_path / "images")
+
+
 # ---- Hugging Face
 
 
@@ -469,7 +485,10 @@ def test_folder_with_a_metadata_file(run: Run) -> None:
 
 
 def test_plain_texts(run: Run) -> None:
-    path = run.put("texts.jsonl", '{"text": "one", "id": "x"}\n\n{"text": ""}\nnot json\n{"text": "two \u00e9"}\n\xff'.encode())
+    path = run.put(
+        "texts.jsonl",
+        '{"text": "one", "id": "x", "kind": "blog"}\n\n{"text": ""}\nnot json\n{"text": "two \u00e9"}\n\xff'.encode(),
+    )
     found = run("jsonl", path)
     assert [(sample.id, sample.content) for sample in found] == [
         ("set:x", (Text("one"),)),

@@ -1,13 +1,17 @@
 """Length tables: equal to what encoding gives, kept by everything they depend on, counted alike by any number of processes."""
 
+import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from visionloom.data import lengths
+from visionloom.data.blocks import in_blocks
 from visionloom.data.config import DataConfig
 from visionloom.data.encode import encode
 from visionloom.data.lengths import LENGTHS, Counting, load_lengths
@@ -108,3 +112,27 @@ def test_what_cannot_be_read_has_no_length(essays: Dataset, tokenizer: Tokenizer
     assert np.flatnonzero(table["tokens"] == 0).tolist() == [3, 40]
     rest = np.delete(np.arange(70), [3, 40])
     np.testing.assert_array_equal(table[rest], expected[rest])
+
+
+def count_elsewhere(folder: Path, dataset: Dataset, tokenizer: Tokenizer) -> tuple[int, np.ndarray]:
+    """What a rank of its own process does: blocks counted here, and the table."""
+    counted = list[int]()
+
+    def count(start: int, stop: int) -> np.ndarray:
+        counted.append(start)
+        time.sleep(0.05)
+        return Counting(dataset, tokenizer, RULES)(start, stop)
+
+    table = np.array(in_blocks(folder / "table.npy", len(dataset), 2, count))
+    return len(counted), table
+
+
+def test_ranks_that_count_at_once_share_the_work(essays: Dataset, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    expected = Counting(essays, tokenizer, RULES)(0, 70)
+    with ProcessPoolExecutor(2, get_context("forkserver")) as pool:
+        ranks = [pool.submit(count_elsewhere, tmp_path, essays, tokenizer) for _ in range(2)]
+        counts, tables = zip(*(rank.result() for rank in ranks), strict=True)
+    for table in tables:
+        np.testing.assert_array_equal(table, expected)
+    assert 35 <= sum(counts) < 2 * 35, "no rank counts everything while another does too"
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("table")] == ["table.npy"]

@@ -159,6 +159,16 @@ def test_segments_are_shared_through_the_disk(tmp_path: Path, monkeypatch: pytes
     assert contents(plan(cache=tmp_path / "file").step(0)) == expected[0], "a folder that cannot be written is no fault"
 
 
+def test_old_segments_leave_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(segments, "_ON_DISK", 3)
+    made = plan(cache=tmp_path)
+    expected = made.segment(0).places(0)
+    for number in range(1, 6):
+        made.segment(number)
+    assert sorted(file.name for file in tmp_path.rglob("*.npz")) == ["000003.npz", "000004.npz", "000005.npz"]
+    assert made.segment(0).places(0) == expected
+
+
 def test_the_next_segment_is_made_in_the_background() -> None:
     made = plan()
     made.step(0)

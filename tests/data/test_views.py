@@ -11,10 +11,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from visionloom.data.config import DataConfig
+from visionloom.data.config import OVER_LENGTH, DataConfig
 from visionloom.data.encode import EncodedSample, encode
 from visionloom.data.lengths import LENGTHS, Counting, load_lengths, row_of
-from visionloom.data.over_length import OVER_LENGTH, Cutting, Limits, make_views
+from visionloom.data.over_length import Cutting, Limits, make_views
 from visionloom.data.pack import pack
 from visionloom.data.sample import Box, Element, Image, Message, Sample, Text, Think, ToolCall, Video
 from visionloom.data.shards import Dataset
