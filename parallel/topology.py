@@ -91,6 +91,12 @@ class Topology:
         dist.all_reduce(values, group=self.groups.dp)
         return values
 
+    def most_over_data(self, value: float) -> float:
+        """The largest `value` of any copy of the model."""
+        largest = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.groups.dp)
+        return float(largest)
+
     def sum_over_tokens(self, values: torch.Tensor) -> torch.Tensor:
         """Sum of `values` over the copies of the model and the ranks that share a sequence, in place."""
         dist.all_reduce(values, group=self.groups.dp_cp)

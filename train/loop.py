@@ -97,8 +97,10 @@ def metrics_line(
 ) -> dict[str, Any]:
     """One line of metrics.jsonl; `tokens` and every rate count real tokens, padding left out."""
     topology, counts = stage.topology, result.counts
-    work = Work(**reduce_counts(asdict(work_of(batches)), topology))
-    flops = sum(step_flops(stage.model_config, work, set(stage.phase.trainable)).values())
+    own, trainable = work_of(batches), set(stage.phase.trainable)
+    work = Work(**reduce_counts(asdict(own), topology))
+    flops = sum(step_flops(stage.model_config, work, trainable).values())
+    most = topology.most_over_data(sum(step_flops(stage.model_config, own, trainable).values()))
     per_device = flops / seconds / topology.world_size
     peak = peak_flops(topology.device)
     return {
@@ -121,6 +123,7 @@ def metrics_line(
         "tokens_per_second": counts["tokens"] / seconds,
         "tokens_per_second_per_device": counts["tokens"] / seconds / topology.world_size,
         "model_flops_per_second_per_device": per_device,
+        "load_imbalance": most * topology.data_size / flops if flops else 1.0,
         "mfu": None if peak is None else per_device / peak,
         "memory_gib": memory_gib(topology.device),
         "skipped": result.skipped,
