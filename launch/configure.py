@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from visionloom.data.config import DatasetConfig
-from visionloom.launch.exit import FAILURE, exit_with, write_status
+from visionloom.launch.exit import FAILURE, end_with_parent, exit_with, record_for_torchrun, write_status
 from visionloom.launch.explain import available, explain, no_such_key, unknown_keys
 from visionloom.launch.quiet import quiet_libraries
 from visionloom.parallel.config import ParallelConfig
@@ -50,6 +50,7 @@ def start(command: Callable[[RunConfig], None], argv: Sequence[str] | None = Non
     if config is None:
         return
     quiet_libraries()
+    end_with_parent()
     try:
         check_paths(config)
         command(config)
@@ -59,6 +60,7 @@ def start(command: Callable[[RunConfig], None], argv: Sequence[str] | None = Non
         write_status(
             config.run.folder, FAILURE, f"{type(error).__name__}: {error}", None, "start the same command again to resume"
         )
+        record_for_torchrun(error)
         raise
     if os.environ.get("RANK", "0") == "0":
         write_status(config.run.folder, 0, "done", None, "")

@@ -4,8 +4,10 @@ torchrun ends all ranks as soon as one has failed. So the rank that speaks leave
 a rank that left first would have the speaker killed before it has spoken.
 """
 
+import ctypes
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -15,6 +17,8 @@ STARTED = time.time()
 """When this process came here: its first imports are over."""
 FAILURE = 1
 USER_ERROR = 2
+PR_SET_PDEATHSIG = 1
+"""From Linux's <sys/prctl.h>."""
 SECONDS_UNTIL_ENDED = 10.0
 """Longest wait of a silent rank; torchrun looks for failed ranks every 0.1 s."""
 
@@ -60,6 +64,23 @@ def write_status(folder: str, code: int, cause: str, step: int | None, hint: str
         draft.replace(target)
     except OSError as fault:
         print(f"warning: {target} could not be written: {fault.strerror}", file=sys.stderr, flush=True)
+
+
+def end_with_parent() -> None:
+    """Let the kernel end this rank if torchrun's agent dies: ranks that outlive a killed agent would hold the GPUs."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() == 1:  # it died before the kernel was told
+        sys.exit(FAILURE)
+
+
+def record_for_torchrun(error: Exception) -> None:
+    """Leave this rank's traceback where torchrun looks for it, so that its summary shows the cause and not `error_file: <N/A>`."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
 
 
 def _may_speak(everywhere: bool) -> bool:

@@ -78,7 +78,9 @@ def harmless_reading(folder: object) -> Iterator[None]:
             raise
         if refused := _refusal(error):
             raise UserError(f"{folder} is not read: {refused}: take a checkpoint from a source that you trust") from error
-        raise
+        if isinstance(error, Exception):
+            raise
+        raise RuntimeError(f"{folder} cannot be read: {error}") from error
 
 
 def _refusal(error: BaseException | None) -> str:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from visionloom.launch import exit as exits
@@ -136,3 +137,48 @@ def test_status_of_an_end_and_of_a_failure(tmp_path: Path) -> None:
     assert (status["code"], status["cause"]) == (1, "OSError: no space left")
     exits.write_status(str(tmp_path / "absent"), 0, "done", None, "")
     assert not (tmp_path / "absent").exists()
+
+
+def test_a_rank_ends_with_its_agent(tmp_path: Path) -> None:
+    """Reference: the kernel; the agent here is any parent that is killed with SIGKILL."""
+    rank = (
+        "import os, time; from visionloom.launch.exit import end_with_parent; end_with_parent();"
+        "print(os.getpid(), flush=True); time.sleep(60)"
+    )
+    agent = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {rank!r}]); time.sleep(60)"
+    environment = os.environ | {"TORCHELASTIC_RUN_ID": "x", "PYTHONPATH": str(ROOT / ".link")}
+    with subprocess.Popen([sys.executable, "-c", agent], stdout=subprocess.PIPE, text=True, env=environment) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        assert psutil.pid_exists(child)
+        parent.kill()
+    _gone, alive = psutil.wait_procs([psutil.Process(child)] if psutil.pid_exists(child) else [], timeout=10)
+    assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+
+
+FAILING = """
+import os, sys
+from visionloom.launch import configure
+configure.check_paths = lambda config: None
+def command(config):
+    if os.environ["RANK"] == "1":
+        raise RuntimeError("the cause of it all")
+    import time
+    time.sleep(30)
+configure.start(command, ["+recipe=demo", f"run.folder={sys.argv[1]}"])
+"""
+
+
+def test_torchruns_summary_shows_the_rank_that_failed_first(tmp_path: Path) -> None:
+    """Reference: torchrun, which prints `error_file: <N/A>` for a rank that has left no record."""
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING)
+    result = run_command(
+        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), str(tmp_path)),
+        OMP_NUM_THREADS="1",
+        PYTHONPATH=str(ROOT / ".link"),
+    )
+    assert result.returncode == 1
+    root = result.stderr.partition("Root Cause")[2]
+    assert "rank      : 1" in root and "the cause of it all" in root
+    assert json.loads((tmp_path / "status.json").read_text())["cause"] == "RuntimeError: the cause of it all"

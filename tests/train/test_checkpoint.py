@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -307,6 +308,39 @@ def test_one_rank_that_fails_fails_the_save(tmp_path: Path, pool: RankPool, pack
     for (event,) in found:
         assert event["event"] == "checkpoint_failed" and "No space left" in event["cause"]
     assert not list(tmp_path.rglob("step-*")) and not (tmp_path / "checkpoints" / "latest").exists()
+
+
+class Crash(BaseException):
+    """Stands for the moment of a SIGKILL: nothing catches it."""
+
+
+def crash(layout: Layout, packs: list[TestPack], folder: Path, moment: str) -> None:
+    """A whole checkpoint, and one more whose commit ends at a moment; runs on a rank of the pool."""
+    stage = stage_of(layout)
+    train(stage, layout, packs, 1)
+    saver = Saver(folder, CheckpointConfig(), events_of([]))
+    saver.save(stage, 1, 1, last=True)
+    try:
+        with patch.object(Path, moment, side_effect=Crash):
+            saver.save(stage, 2, 2, last=True)
+    except Crash:
+        return
+
+
+@pytest.mark.parametrize(("moment", "resumed_at"), [("rename", 1), ("replace", 2)], ids=["before rename", "before latest"])
+def test_a_commit_cut_short(
+    moment: str, resumed_at: int, tmp_path: Path, pool: RankPool, packs: list[TestPack], topology: Topology
+) -> None:
+    """Before the rename there is no checkpoint; after it there is one, whatever `latest` says. Leftovers go with the next save."""
+    layout = layout_of("one", DENSE)
+    pool.run(1, crash, layout, packs, tmp_path, moment)
+    newest, damaged = checkpoint.newest(tmp_path, topology)
+    assert newest is not None and not damaged and newest.progress.step == resumed_at
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "test/step-00000001\n"
+    pool.run(1, save, layout, packs, tmp_path)
+    assert not list(tmp_path.rglob("step-*.tmp"))
+    newest, damaged = checkpoint.newest(tmp_path, topology)
+    assert newest is not None and newest.progress.step == 2
 
 
 # ---- damaged and malicious files
