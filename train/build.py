@@ -84,7 +84,8 @@ def build_stream(
         loss=settings.loss,
         seed=config.run.seed,
         cost=cost_model(config.model, set(settings.trainable)),
-        quarantine=folder / "quarantine.jsonl" if topology.is_data_leader else None,
+        # each of the ranks that share a pack's pictures sees faults of its own; a sample is written once all the same
+        quarantine=folder / "quarantine.jsonl" if topology.encoder_rank is not None else None,
         origin=Origin.after(before, 0) if before and config.data.continue_draws else None,
     )
 

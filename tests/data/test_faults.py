@@ -353,3 +353,17 @@ def test_packs_with_many_large_pictures_need_few_bytes(
     assert sent > 40 * len(noise) > 6 * limit
     assert len(noise) < most[0] <= limit
     assert held[0] == 0
+
+
+def test_ranks_that_share_pictures_write_one_list(
+    damaged: tuple[Path, Path], stream: Callable[..., PackStream], tmp_path: Path
+) -> None:
+    """Each rank meets the faults of its own pictures: together they are all of the planted ones, each written once."""
+    met = list[int]()
+    for rank in range(3):
+        made = stream(damaged[1])
+        for step in range(STEPS):
+            made.micro_batches(step, 0, 1, 1, rank, 3)
+        met.append(len(keys(tmp_path / "quarantine.jsonl")))
+    assert keys(tmp_path / "quarantine.jsonl") == sorted({*PLANTED, *CHANGED_LATER})
+    assert met[0] < met[-1], "one rank alone does not see them all"
