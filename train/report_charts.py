@@ -83,7 +83,7 @@ def draw(chart: Chart) -> str:
         for drawn in chart.curves:
             axes.plot(
                 drawn.x, drawn.y, color=_MARKERS[drawn.colour], linewidth=drawn.width, alpha=drawn.alpha, label=drawn.label or "_",
-                linestyle=drawn.style, marker=drawn.marker, markersize=3.5, solid_capstyle="round", clip_on=not drawn.marker,
+                linestyle=drawn.style, marker=drawn.marker, markersize=3.5, solid_capstyle="round",
             )  # fmt: skip
         _scale(axes, chart)
         if any(drawn.label for drawn in chart.curves):

@@ -142,12 +142,14 @@ MISTAKES: dict[str, Callable[[list[Any], list[TestPack]], list[TestPack]]] = {
 
 def build(layout: Layout, sharded: bool) -> Any:
     """A stage of the case in the layout, wrapped for data parallelism; an optimizer too if `sharded`."""
+    from visionloom.model import offload
     from visionloom.model.qwen3vl import Qwen3VL
     from visionloom.model.trainable import set_trainable
     from visionloom.train.build import Stage
     from visionloom.train.config import OptimConfig, PhaseConfig
     from visionloom.train.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
 
+    offload.LEAST_BYTES = 0  # a tiny model's activations are all small
     topology = topologies.start(layout.config, torch.device("cpu"))
     numbers = range(layout.config.chunks) if layout.config.chunks > 1 else [None]
     chunks = [Qwen3VL(layout.case.model, topology, torch.float32, number) for number in numbers]

@@ -147,6 +147,16 @@ def test_long_run_stays_small(tmp_path: Path) -> None:
     assert check(path).count('class="empty"') > 12 * 28
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_point_far_above_the_axis_does_not_squeeze_the_chart(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    steady = [line(step, "align", loss=0.5, loss_by_source={"captions": 0.5}) for step in range(1, 60)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in steady))
+    event = {"time": 1.7e9, "event": "validation", "phase": "align", "step": 0, "loss": {"captions": 9.0}}
+    (tmp_path / "events.jsonl").write_text(json.dumps(event) + "\n")
+    check(write_report(tmp_path, []))
+
+
 def test_pictures_come_back_from_patches() -> None:
     frames = np.random.default_rng(1).integers(0, 256, (2, 64, 96, 3), np.uint8)
     rows = patches_of(frames[:1])
