@@ -33,7 +33,17 @@ from visionloom.train.step import train_step
 
 GRADIENTS, CURVES = 1e-5, 1e-4
 MIXTURE = Case(experts=8)
-QUICK = ("tensor 2", "pipeline 2, virtual 2, levels travel", "context 2 x pipeline 2", "tensor 2 x expert 2")
+ADAPTERS, EXPERT_ADAPTERS = Case(lora=True), Case(experts=8, lora=True)
+LANGUAGE_ADAPTERS = Case(lora=True, trainable=("language",))
+QUICK = (
+    "tensor 2",
+    "pipeline 2, virtual 2, levels travel",
+    "context 2 x pipeline 2",
+    "tensor 2 x expert 2",
+    "adapters, tensor 2",
+    "adapters, pipeline 2, recompute full",
+    "adapters, tensor 2 x expert 2",
+)
 
 
 def dense(ranks: int, **parallel: object) -> Layout:
@@ -92,6 +102,25 @@ LAYOUTS: dict[str, Layout] = {
     "tensor 2 x context 2 x expert 4": mixture(4, tensor=2, context=2, expert=4),
     "mixture, pipeline 2, virtual 2": mixture(2, pipeline=2, virtual_pipeline=2, recompute="full"),
     "mixture, text only, expert 2": replace(mixture(2, expert=2), case=Case(experts=8, content="text")),
+    "adapters, data 2": replace(dense(2), case=ADAPTERS),
+    "adapters, tensor 2": replace(dense(2, tensor=2), case=ADAPTERS),
+    "adapters, tensor 2, no sequence parallelism": replace(dense(2, tensor=2, sequence=False), case=ADAPTERS),
+    "adapters, pipeline 2, recompute full": replace(dense(2, pipeline=2, recompute="full"), case=LANGUAGE_ADAPTERS),
+    "adapters, pipeline 2, virtual 2, levels travel": replace(dense(2, pipeline=2, virtual_pipeline=2), case=ADAPTERS),
+    "adapters, pipeline 2, vision alone on the first": replace(
+        dense(2, pipeline=2, pipeline_layout="E|ttttL"), case=LANGUAGE_ADAPTERS
+    ),
+    "adapters, context 2": replace(dense(2, context=2), case=ADAPTERS),
+    "adapters, language only, recompute full": replace(dense(1, recompute="full"), case=LANGUAGE_ADAPTERS),
+    "adapters, tensor 2 x context 2": replace(dense(4, tensor=2, context=2), case=ADAPTERS),
+    "adapters, tensor 2 x pipeline 2": replace(dense(4, tensor=2, pipeline=2), case=ADAPTERS),
+    "adapters, expert 2": replace(mixture(2, expert=2), case=EXPERT_ADAPTERS),
+    "adapters, tensor 2 x expert 2": replace(mixture(2, tensor=2, expert=2), case=EXPERT_ADAPTERS),
+    "adapters, tensor 2 x expert tensor 2": replace(mixture(2, tensor=2, expert_tensor=2), case=EXPERT_ADAPTERS),
+    "adapters, expert tensor 2": replace(mixture(2, expert_tensor=2), case=EXPERT_ADAPTERS),
+    "adapters, tensor 2 x expert 2 x expert tensor 2": replace(
+        mixture(4, tensor=2, expert=2, expert_tensor=2), case=EXPERT_ADAPTERS
+    ),
 }
 
 
