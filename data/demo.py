@@ -17,6 +17,7 @@ from PIL import Image as PillowImage
 from visionloom.data.contact_sheet import draw_contact_sheet
 from visionloom.data.demo_tasks import CELL, RECIPES, Drawer, Pixels
 from visionloom.data.demo_tokenizer import train_tokenizer
+from visionloom.data.index import INDEX_VERSION
 from visionloom.data.sample import Sample
 from visionloom.data.shards import Dataset
 from visionloom.data.write import write_shards
@@ -41,7 +42,7 @@ def make_demo(folder: str | Path, seed: int = 0, scale: float = 1.0, progress: P
     a handwriting picture. An unfinished folder is made again. Raises UserError if scikit-learn is not installed or the
     folder holds something else.
     """
-    folder, settings = Path(folder), {"version": _GENERATOR_VERSION, "seed": seed, "scale": scale}
+    folder, settings = Path(folder), {"version": _GENERATOR_VERSION, "index": INDEX_VERSION, "seed": seed, "scale": scale}
     if _settings(folder) == settings and all((folder / part).exists() for part in _PARTS):
         return False
     _check_folder(folder)

@@ -106,6 +106,10 @@ class Stack(nn.Module):
             config.expert_model_parallel_size == 1 and config.expert_tensor_parallel_size == config.tensor_model_parallel_size
         )
 
+    def forward(self, tokens: Tensor, ends: Tensor) -> Tensor:
+        """[m, in] sorted by expert, which end at `ends` int32 [e] -> [m, out]."""
+        return grouped_linear(tokens, self.weight.flatten(1, -2), ends)
+
 
 class GroupedExperts(MegatronModule):  # type: ignore[misc]
     """All experts of this rank as two stacked matrices, multiplied group by group.
@@ -124,9 +128,9 @@ class GroupedExperts(MegatronModule):  # type: ignore[misc]
     def forward(self, tokens: Tensor, tokens_per_expert: Tensor, weights: Tensor) -> tuple[Tensor, None]:
         """Tokens [m, H] sorted by expert, their numbers [e] and their router weights [m] -> [m, H]."""
         ends = tokens_per_expert.to(tokens.device).cumsum(0).to(torch.int32)
-        gate, up = grouped_linear(tokens, self.linear_fc1.weight.flatten(1, 2), ends).chunk(2, dim=-1)
+        gate, up = self.linear_fc1(tokens, ends).chunk(2, dim=-1)
         inner = F.silu(gate) * up * weights.unsqueeze(-1).to(tokens.dtype)
-        return grouped_linear(inner, self.linear_fc2.weight, ends), None
+        return self.linear_fc2(inner, ends), None
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
@@ -135,13 +139,15 @@ class GroupedExperts(MegatronModule):  # type: ignore[misc]
         groups, state = self.groups, {}
         before = len(sharded_offsets)
         for key, weight in self.state_dict(keep_vars=True).items():
+            part = (before + weight.partition_dim, groups.expt_tp.rank(), groups.expt_tp.size())
+            whole = weight.partition_dim < 0  # one factor of an adapter: on every expert-tensor rank
             state[prefix + key] = ShardedTensor.from_rank_offsets(
                 prefix + key,
                 weight,
                 *sharded_offsets,
                 (before, groups.ep.rank(), groups.ep.size()),
-                (before + 2, groups.expt_tp.rank(), groups.expt_tp.size()),
-                replica_id=(0, 0, groups.expt_dp.rank()),
+                *(() if whole else (part,)),
+                replica_id=(0, groups.expt_tp.rank() if whole else 0, groups.expt_dp.rank()),
                 prepend_axis_num=before,
             )
         return state

@@ -46,7 +46,9 @@ def cuts(name: str, parameter: Tensor, topology: Topology) -> list[Cut]:
     if EXPERTS in name:
         groups = topology.groups
         dim: int = parameter.partition_dim  # type: ignore[attr-defined]
-        return [Cut(0, groups.ep.rank(), groups.ep.size()), Cut(dim, groups.expt_tp.rank(), groups.expt_tp.size())]
+        experts = Cut(0, groups.ep.rank(), groups.ep.size())
+        # One factor of an adapter is on every expert-tensor rank.
+        return [experts, Cut(dim, groups.expt_tp.rank(), groups.expt_tp.size())] if dim >= 0 else [experts]
     if not getattr(parameter, "tensor_model_parallel", False):
         return []
     gated = name.startswith("language_model.") and name.endswith(GATED)
@@ -70,15 +72,17 @@ def full_shape(name: str, parameter: Tensor, topology: Topology) -> list[int]:
 
 def canonical_parameters(model: Any) -> Iterator[tuple[str, nn.Parameter]]:
     """Parameters of a Qwen3VL, or of one pipeline chunk of it, by their canonical names."""
-    layers = list(model.language_model.decoder.layers)
-    first = layers[0].layer_number - 1 if layers else 0
     for name, parameter in model.named_parameters():
-        if name.startswith(LAYERS):
-            layer, _, rest = name.removeprefix(LAYERS).partition(".")
-            yield f"{LAYERS}{int(layer) + first}.{rest}", parameter
-        else:
-            tied = name == OUTPUT and model.share_embeddings_and_output_weights
-            yield EMBEDDING if tied else name, parameter
+        tied = name == OUTPUT and model.share_embeddings_and_output_weights
+        yield EMBEDDING if tied else canonical_name(name, model), parameter
+
+
+def canonical_name(name: str, model: Any) -> str:
+    """The name of a parameter or module of a chunk with layers counted over all pipeline stages."""
+    layer, dot, rest = name.removeprefix(LAYERS).partition(".")
+    if not name.startswith(LAYERS) or not layer:
+        return name
+    return f"{LAYERS}{int(layer) + model.language_model.decoder.layers[0].layer_number - 1}{dot}{rest}"
 
 
 @torch.no_grad()

@@ -1,8 +1,13 @@
-"""The three parameter groups of the report's phases: vision tower, mergers, language model."""
+"""The three parameter groups of the report's phases (vision tower, mergers, language model), and adapters among them."""
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-from torch import nn
+if TYPE_CHECKING:  # names are looked at before torch is imported
+    from torch import nn
+
+ADAPTER = ".adapter."
+"""Part of the name of every parameter of an adapter."""
 
 
 def group_of(name: str) -> str:
@@ -16,8 +21,13 @@ def group_of(name: str) -> str:
     return "vision" if name.startswith("visual.") else "language"
 
 
-def set_trainable(model: nn.Module, groups: Iterable[str]) -> None:
-    """Let only the parameters of `groups` receive gradients; call it before the model is wrapped for data parallelism."""
+def is_adapter(name: str) -> bool:
+    """Whether a parameter (by its name in the model) belongs to an adapter of model/lora.py."""
+    return ADAPTER in name
+
+
+def set_trainable(model: "nn.Module", groups: Iterable[str], adapters_only: bool = False) -> None:
+    """Let only the parameters of `groups` receive gradients, or only their adapters; call it before the model is wrapped."""
     chosen = set(groups)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad = group_of(name) in chosen
+        parameter.requires_grad = group_of(name) in chosen and (is_adapter(name) or not adapters_only)

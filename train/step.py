@@ -6,6 +6,7 @@ before packing. So it does not depend on packing, micro-batches or layout (docs/
 
 import functools
 import math
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -107,15 +108,26 @@ def encoder_of(topology: Topology) -> tuple[int, int]:
 
 
 def agree_on_unreadable(batches: list[PackedBatch], topology: Topology) -> list[PackedBatch]:
-    """Take samples out of the loss on all ranks that share a pack if one of them could not read their pictures."""
+    """Take samples out of the loss on all ranks that share a pack if one of them could not read their pictures.
+
+    Raises RuntimeError on all of them if they do not have the same text and pictures in a pack, as when a shard has vanished
+    for some only: exchanging features would hang.
+    """
     if topology.config.model_parallel_size == 1:
         return batches
-    found = torch.cat([batch.unreadable for batch in batches]).to(topology.device, torch.uint8)
-    dist.all_reduce(found, op=dist.ReduceOp.MAX, group=topology.groups.tp_cp)
-    dist.all_reduce(found, op=dist.ReduceOp.MAX, group=topology.groups.pp)
-    if not found.any():
+    content = zlib.crc32(b"".join(t.numpy().tobytes() for b in batches for t in (b.input_ids, b.grid_thw)))
+    unreadable = torch.cat([batch.unreadable for batch in batches])
+    found = torch.cat([torch.tensor([content, -content]), unreadable.long()]).to(topology.device)
+    for group in (topology.groups.tp_cp, topology.groups.pp):
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=group)
+    if int(found[0]) != -int(found[1]):
+        raise RuntimeError(
+            "ranks that share a pack have read different samples: a shard can be read by some of them only; check the storage"
+            " (python launch/data.py verify) and start the same command again"
+        )
+    if not found[2:].any():
         return batches
-    parts = found.bool().cpu().split([len(batch.unreadable) for batch in batches])
+    parts = found[2:].bool().cpu().split([len(batch.unreadable) for batch in batches])
     return [batch.without(part) for batch, part in zip(batches, parts, strict=True)]
 
 

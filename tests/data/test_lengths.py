@@ -1,6 +1,5 @@
 """Length tables: equal to what encoding gives, kept by everything they depend on, counted alike by any number of processes."""
 
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -11,13 +10,13 @@ import numpy as np
 import pytest
 
 from visionloom.data import lengths
-from visionloom.data.blocks import in_blocks
 from visionloom.data.config import DataConfig
 from visionloom.data.encode import encode
 from visionloom.data.lengths import LENGTHS, Counting, load_lengths
 from visionloom.data.sample import SampleError
 from visionloom.data.shards import Dataset
 from visionloom.data.tokenizer import Tokenizer
+from visionloom.tests.data.counting import count_elsewhere
 from visionloom.tests.data.samples import RULES, essay, film, picture_question
 
 
@@ -112,19 +111,6 @@ def test_what_cannot_be_read_has_no_length(essays: Dataset, tokenizer: Tokenizer
     assert np.flatnonzero(table["tokens"] == 0).tolist() == [3, 40]
     rest = np.delete(np.arange(70), [3, 40])
     np.testing.assert_array_equal(table[rest], expected[rest])
-
-
-def count_elsewhere(folder: Path, dataset: Dataset, tokenizer: Tokenizer) -> tuple[int, np.ndarray]:
-    """What a rank of its own process does: blocks counted here, and the table."""
-    counted = list[int]()
-
-    def count(start: int, stop: int) -> np.ndarray:
-        counted.append(start)
-        time.sleep(0.05)
-        return Counting(dataset, tokenizer, RULES)(start, stop)
-
-    table = np.array(in_blocks(folder / "table.npy", len(dataset), 2, count))
-    return len(counted), table
 
 
 def test_ranks_that_count_at_once_share_the_work(essays: Dataset, tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -154,9 +154,15 @@ class TestPack:
     source_names: tuple[str, ...] = ("test",)
     sample_ids: tuple[str, ...] = ()
 
+    lost: Tensor | None = None
+
     @property
     def unreadable(self) -> Tensor:
-        return torch.zeros(len(self.cu_seqlens) - 1, dtype=torch.bool)
+        return torch.zeros(len(self.cu_seqlens) - 1, dtype=torch.bool) if self.lost is None else self.lost
+
+    def without(self, segments: Tensor) -> "TestPack":
+        silent = torch.repeat_interleave(segments, self.cu_seqlens.diff())
+        return replace(self, loss_weights=self.loss_weights.masked_fill(silent, 0.0))
 
     @property
     def patch_count(self) -> int:

@@ -45,6 +45,8 @@ class Case:
     trainable: tuple[str, ...] = ("vision", "merger", "language")
     balance: float = 0.01
     """Weight of the load-balancing loss of a mixture."""
+    lora: bool = False
+    """Whether adapters, with both factors drawn, train alone."""
 
     @property
     def model(self) -> ModelConfig:
@@ -143,6 +145,8 @@ MISTAKES: dict[str, Callable[[list[Any], list[TestPack]], list[TestPack]]] = {
 def build(layout: Layout, sharded: bool) -> Any:
     """A stage of the case in the layout, wrapped for data parallelism; an optimizer too if `sharded`."""
     from visionloom.model import offload
+    from visionloom.model.lora import apply_lora
+    from visionloom.model.lora_config import LoraConfig
     from visionloom.model.qwen3vl import Qwen3VL
     from visionloom.model.trainable import set_trainable
     from visionloom.train.build import Stage
@@ -153,9 +157,12 @@ def build(layout: Layout, sharded: bool) -> Any:
     topology = topologies.start(layout.config, torch.device("cpu"))
     numbers = range(layout.config.chunks) if layout.config.chunks > 1 else [None]
     chunks = [Qwen3VL(layout.case.model, topology, torch.float32, number) for number in numbers]
+    if layout.case.lora:
+        lora = LoraConfig(rank=8, alpha=16.0, groups=list(layout.case.trainable))
+        apply_lora(chunks, lora, topology, 0)
     for chunk in chunks:
         weigh(chunk, topology)
-        set_trainable(chunk, layout.case.trainable)
+        set_trainable(chunk, layout.case.trainable, adapters_only=layout.case.lora)
     if layout.mistake:
         MISTAKES[layout.mistake](chunks, [])
     phase = PhaseConfig(steps=STEPS, lr=1e-3, trainable=list(layout.case.trainable))

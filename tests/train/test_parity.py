@@ -6,12 +6,14 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from visionloom.parallel import topology as topologies
+from visionloom.parallel.config import ParallelConfig
 from visionloom.tests.model.reference import TestPack
 from visionloom.tests.ranks import RankPool
 from visionloom.tests.train.layouts import (
@@ -29,11 +31,21 @@ from visionloom.tests.train.layouts import (
     trainable,
     worst,
 )
-from visionloom.train.step import train_step
+from visionloom.train.step import agree_on_unreadable, train_step
 
 GRADIENTS, CURVES = 1e-5, 1e-4
 MIXTURE = Case(experts=8)
-QUICK = ("tensor 2", "pipeline 2, virtual 2, levels travel", "context 2 x pipeline 2", "tensor 2 x expert 2")
+ADAPTERS, EXPERT_ADAPTERS = Case(lora=True), Case(experts=8, lora=True)
+LANGUAGE_ADAPTERS = Case(lora=True, trainable=("language",))
+QUICK = (
+    "tensor 2",
+    "pipeline 2, virtual 2, levels travel",
+    "context 2 x pipeline 2",
+    "tensor 2 x expert 2",
+    "adapters, tensor 2",
+    "adapters, pipeline 2, recompute full",
+    "adapters, tensor 2 x expert 2",
+)
 
 
 def dense(ranks: int, **parallel: object) -> Layout:
@@ -93,6 +105,25 @@ LAYOUTS: dict[str, Layout] = {
     "tensor 2 x context 2 x expert 4": mixture(4, tensor=2, context=2, expert=4),
     "mixture, pipeline 2, virtual 2": mixture(2, pipeline=2, virtual_pipeline=2, recompute="full"),
     "mixture, text only, expert 2": replace(mixture(2, expert=2), case=Case(experts=8, content="text")),
+    "adapters, data 2": replace(dense(2), case=ADAPTERS),
+    "adapters, tensor 2": replace(dense(2, tensor=2), case=ADAPTERS),
+    "adapters, tensor 2, no sequence parallelism": replace(dense(2, tensor=2, sequence=False), case=ADAPTERS),
+    "adapters, pipeline 2, recompute full": replace(dense(2, pipeline=2, recompute="full"), case=LANGUAGE_ADAPTERS),
+    "adapters, pipeline 2, virtual 2, levels travel": replace(dense(2, pipeline=2, virtual_pipeline=2), case=ADAPTERS),
+    "adapters, pipeline 2, vision alone on the first": replace(
+        dense(2, pipeline=2, pipeline_layout="E|ttttL"), case=LANGUAGE_ADAPTERS
+    ),
+    "adapters, context 2": replace(dense(2, context=2), case=ADAPTERS),
+    "adapters, language only, recompute full": replace(dense(1, recompute="full"), case=LANGUAGE_ADAPTERS),
+    "adapters, tensor 2 x context 2": replace(dense(4, tensor=2, context=2), case=ADAPTERS),
+    "adapters, tensor 2 x pipeline 2": replace(dense(4, tensor=2, pipeline=2), case=ADAPTERS),
+    "adapters, expert 2": replace(mixture(2, expert=2), case=EXPERT_ADAPTERS),
+    "adapters, tensor 2 x expert 2": replace(mixture(2, tensor=2, expert=2), case=EXPERT_ADAPTERS),
+    "adapters, tensor 2 x expert tensor 2": replace(mixture(2, tensor=2, expert_tensor=2), case=EXPERT_ADAPTERS),
+    "adapters, expert tensor 2": replace(mixture(2, expert_tensor=2), case=EXPERT_ADAPTERS),
+    "adapters, tensor 2 x expert 2 x expert tensor 2": replace(
+        mixture(4, tensor=2, expert=2, expert_tensor=2), case=EXPERT_ADAPTERS
+    ),
 }
 
 
@@ -201,3 +232,29 @@ def twice(experts: int, packs: list[TestPack]) -> bool:
 @pytest.mark.parametrize("experts", [0, 8])
 def test_fixed_order_gives_the_same_bits(experts: int, pool: RankPool) -> None:
     assert pool.run(2, twice, experts, packs_of("everything")) == [True, True]
+
+
+def disagree(packs: list[TestPack], fault: str) -> list[float] | str:
+    """What a rank's micro-batches weigh after agreeing, where rank 1 has read something else; runs on every rank of the pool."""
+    topology = topologies.start(ParallelConfig(tensor=2), torch.device("cpu"))
+    mine: list[Any] = deal(packs, topology, False)
+    if topology.rank == 1 and fault == "picture":
+        mine[0] = replace(mine[0], lost=torch.tensor([False, True, False, False]))
+    if topology.rank == 1 and fault == "text":
+        mine[0] = replace(mine[0], input_ids=torch.zeros_like(mine[0].input_ids))
+    try:
+        return [float(batch.loss_weights.sum()) for batch in agree_on_unreadable(mine, topology)]
+    except RuntimeError as error:
+        return str(error)
+
+
+def test_ranks_that_share_a_pack_agree_on_what_is_read(pool: RankPool) -> None:
+    packs = packs_of("everything")
+    whole = [float(pack.loss_weights.sum()) for pack in packs]
+    second = slice(int(packs[0].cu_seqlens[1]), int(packs[0].cu_seqlens[2]))
+    lost = float(packs[0].loss_weights[second].sum())
+    assert lost > 0
+    assert pool.run(2, disagree, packs, "") == [whole, whole]
+    assert pool.run(2, disagree, packs, "picture") == [pytest.approx([whole[0] - lost, *whole[1:]])] * 2
+    told = pool.run(2, disagree, packs, "text")
+    assert all("have read different samples" in text for text in told)

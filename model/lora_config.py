@@ -1,0 +1,153 @@
+"""LoRA as numbers, and the linear layers that can have an adapter: names here and in transformers, and sizes.
+
+Source: LoRA (arXiv 2106.09685). The router, the patch embedding, the embeddings and the output layer have none.
+Nothing here imports torch.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+from visionloom.model.config import GROUPS, ModelConfig
+from visionloom.model.trainable import group_of
+
+EXPERT_RANKS = 8
+"""A rank is a multiple of this where experts have adapters: grouped bf16 products want rows of 16 bytes."""
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters, which then train alone."""
+
+    rank: int = 0
+    """Width of an adapter; 0: no adapters, the weights themselves train."""
+    alpha: float = 32.0
+    """An adapter's output is multiplied by alpha / rank."""
+    dropout: float = 0.0
+    """Share of an adapter's input values that are zeroed in training."""
+    targets: list[str] = field(default_factory=lambda: ["*"])
+    """Which linear layers get an adapter: patterns for whole names (`language_model.decoder.layers.*.self_attention.*`) or last
+    names (`linear_qkv`, `linear_proj`, `linear_fc1`, `linear_fc2`; in the vision tower also `qkv` and `proj`)."""
+    groups: list[str] = field(default_factory=lambda: ["language"])
+    """Parameter groups whose layers get adapters: vision, merger, language. A phase trains those that its `trainable` names."""
+    adapter: str = ""
+    """Folder of a PEFT adapter to start from; empty: new adapters, which change nothing at first."""
+
+    @property
+    def scaling(self) -> float:
+        """What an adapter's output is multiplied by."""
+        return self.alpha / self.rank
+
+    def problems(self, model: ModelConfig) -> list[str]:
+        """What cannot work: one line a fault, each naming its option; empty if none, or if there are no adapters."""
+        if self.rank == 0:
+            return [] if not self.adapter else [f"lora.adapter={self.adapter} needs lora.rank: set it to the adapter's rank"]
+        found = []
+        if self.rank < 0:
+            found.append(f"lora.rank={self.rank} must be at least 0")
+        if not 0 < self.alpha < math.inf:
+            found.append(f"lora.alpha={self.alpha:g} must be above 0")
+        if not 0 <= self.dropout < 1:
+            found.append(f"lora.dropout={self.dropout:g} must be at least 0 and below 1")
+        found += [
+            f"lora.groups={group} is unknown: use one of {', '.join(GROUPS)}" for group in self.groups if group not in GROUPS
+        ]
+        if found:
+            return found
+        names = [layer.name for layer in linear_layers(model) if group_of(layer.name) in self.groups]
+        found += [
+            f"lora.targets={pattern} matches no linear layer of lora.groups={self.groups}: use names such as linear_qkv or *.mlp.*"
+            for pattern in self.targets
+            if not any(_matches(name, pattern) for name in names)
+        ]
+        chosen = adapted_layers(model, self)
+        if not found and not chosen:
+            found.append("lora.targets and lora.groups choose no layer: name at least one of each, or set lora.rank=0")
+        if any(layer.experts for layer in chosen):
+            found += self._expert_problems()
+        return found
+
+    def _expert_problems(self) -> list[str]:
+        found = []
+        if self.rank % EXPERT_RANKS:
+            found.append(f"lora.rank={self.rank} must be a multiple of {EXPERT_RANKS} where experts have adapters")
+        if self.dropout:
+            found.append(
+                f"lora.dropout={self.dropout:g} does not work with adapters on experts:"
+                " set it to 0 or leave the experts out, lora.targets=['*.self_attention.*']"
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class LinearLayer:
+    """One linear layer that can have an adapter; what transformers keeps apart (q, k, v) is a part with an adapter of its own."""
+
+    name: str
+    """Canonical name of the module."""
+    theirs: str
+    """Name of the transformers module that has the parts."""
+    parts: dict[str, int]
+    """Output width of each part, by its name in transformers."""
+    inputs: int
+    experts: int = 0
+    """Matrices of this size, one an expert; 0: it is no expert layer."""
+
+    @property
+    def outputs(self) -> int:
+        """Width of all parts together."""
+        return sum(self.parts.values())
+
+
+def linear_layers(model: ModelConfig) -> Iterator[LinearLayer]:
+    """All layers that can have an adapter, in the order in which data passes them: tower, mergers, language model."""
+    vision = model.vision
+    for block in range(vision.depth):
+        name, width = f"visual.blocks.{block}", vision.hidden_size
+        yield _plain(f"{name}.attn", "qkv", width, 3 * width)
+        yield _plain(f"{name}.attn", "proj", width, width)
+        yield _plain(f"{name}.mlp", "linear_fc1", width, vision.ffn_hidden_size)
+        yield _plain(f"{name}.mlp", "linear_fc2", vision.ffn_hidden_size, width)
+    merged = vision.hidden_size * vision.spatial_merge_size**2
+    for name in ("visual.merger", *(f"visual.deepstack_merger_list.{i}" for i in range(len(vision.deepstack_layers)))):
+        yield _plain(name, "linear_fc1", merged, merged)
+        yield _plain(name, "linear_fc2", merged, model.text.hidden_size)
+    for layer in range(model.text.layers):
+        yield from _decoder_layer(model, layer)
+
+
+def _plain(parent: str, leaf: str, inputs: int, outputs: int) -> LinearLayer:
+    return LinearLayer(f"{parent}.{leaf}", f"model.{parent}", {leaf: outputs}, inputs)
+
+
+def _decoder_layer(model: ModelConfig, layer: int) -> Iterator[LinearLayer]:
+    text = model.text
+    here, there = f"language_model.decoder.layers.{layer}", f"model.language_model.layers.{layer}"
+    queries, keys, hidden = text.heads * text.head_dim, text.kv_heads * text.head_dim, text.hidden_size
+    attention = f"{there}.self_attn"
+    yield LinearLayer(
+        f"{here}.self_attention.linear_qkv", attention, {"q_proj": queries, "k_proj": keys, "v_proj": keys}, hidden
+    )
+    yield LinearLayer(f"{here}.self_attention.linear_proj", attention, {"o_proj": hidden}, queries)
+    if text.experts:
+        width, experts = text.expert_ffn_hidden_size, f"{there}.mlp.experts"
+        yield LinearLayer(f"{here}.mlp.experts.linear_fc1", experts, {"gate_up_proj": 2 * width}, hidden, text.experts)
+        yield LinearLayer(f"{here}.mlp.experts.linear_fc2", experts, {"down_proj": hidden}, width, text.experts)
+    else:
+        width = text.ffn_hidden_size
+        yield LinearLayer(f"{here}.mlp.linear_fc1", f"{there}.mlp", {"gate_proj": width, "up_proj": width}, hidden)
+        yield LinearLayer(f"{here}.mlp.linear_fc2", f"{there}.mlp", {"down_proj": hidden}, width)
+
+
+def adapted_layers(model: ModelConfig, lora: LoraConfig) -> list[LinearLayer]:
+    """The layers that `lora` gives an adapter, in order."""
+    return [
+        layer
+        for layer in linear_layers(model)
+        if group_of(layer.name) in lora.groups and any(_matches(layer.name, pattern) for pattern in lora.targets)
+    ]
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatchcase(name, pattern) or fnmatchcase(name.rpartition(".")[2], pattern)
