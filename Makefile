@@ -3,6 +3,7 @@
 # make proofs longer proofs: killed ranks, four ranks, whole commands under torchrun
 # make parity every layout of the parallel axes against one process, as a table
 # make faults ranks killed at random moments, broken disks and files
+# make bench-data  the data system's goals in one table, beside the peers (QUICK=1: rough figures)
 # make lint   only the checks that run no test
 # Each makes .venv and installs on its first run.
 
@@ -11,7 +12,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PYTHONPATH := $(CURDIR)/.link$(if $(PYTHONPATH),:$(PYTHONPATH))
 DEMO_DATA := runs/demo-data
 
-.PHONY: demo test proofs parity faults lint format install
+.PHONY: demo test proofs parity faults bench-data lint format install
 .DEFAULT_GOAL := test
 
 install: .venv/installed
@@ -40,6 +41,14 @@ parity: .venv/installed
 
 faults: .venv/installed
 	pytest -m faults
+
+.venv/bench: .venv/installed
+	@python -m uv pip install --quiet --python .venv/bin/python -e '.[dev,demo,bench]' -c constraints.txt || \
+		python -m pip install --quiet -e '.[dev,demo,bench]' -c constraints.txt
+	@touch $@
+
+bench-data: .venv/bench
+	@OMP_NUM_THREADS=1 python benchmarks/data/suite.py $(if $(QUICK),--quick)
 
 format: .venv/installed
 	ruff check --fix .

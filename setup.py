@@ -32,6 +32,7 @@ EXTRAS = {
     "demo": ["scikit-learn>=1.6,<2"],
     "tensorboard": ["tensorboard>=2.18,<3"],
 }
+EXTRAS["bench"] = ["megatron-energon>=7.4,<8"]  # the peer of benchmarks/data, never imported elsewhere
 EXTRAS["test"] = [
     *EXTRAS["demo"],
     *EXTRAS["video"],

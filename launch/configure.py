@@ -84,6 +84,10 @@ def compose(argv: Sequence[str], world_size: int | None = None) -> RunConfig | N
     """
     words, late = ([word for word in argv if bool(LATE.match(word)) is is_late] for is_late in (False, True))
     _check_words(words)
+    shown, others = _option(words, "--cfg|-c")
+    if shown == "job" and not _option(words, "--package|-p")[0]:
+        _show(_compose([word for word in others if word != "--resolve"]), late, "--resolve" in others)
+        return None
     config = _compose(words)
     if config is None:
         return None
@@ -110,7 +114,7 @@ def check_paths(config: RunConfig) -> None:
     more = len(missing) - MISSING_PATHS_SHOWN
     lines = [f"{path} is not a folder: correct the option or make the folder first" for path in missing[:MISSING_PATHS_SHOWN]]
     if more > 0:
-        lines.append(f"{more} more input folders of the recipe do not exist")
+        lines.append(f"{more} more input folders do not exist")
     if "demo-data" in missing[0]:
         lines.append("the demo's data is made by: python launch/data.py demo runs/demo-data")
     raise UserError("\n".join(lines))
@@ -141,11 +145,11 @@ def _compose(words: Sequence[str]) -> DictConfig | None:
     try:
         with _as_command_line(options_last), contextlib.redirect_stderr(messages):
             take()
-    except BrokenPipeError:  # `--cfg job | head`: nobody reads on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        _read_no_more()
         return None
     except Exception as error:  # Hydra only reads the user's input here, and fails on odd input with errors of any type
-        raise UserError(explain(error, _config_dir(words))) from error
+        raise UserError(explain(error, _option(words, "--config-dir|-cd")[0])) from error
     except SystemExit as stop:
         if stop.code:  # argparse: its last line is `PROGRAM: error: unrecognized arguments: --nope`
             raise UserError("command line: " + messages.getvalue().strip().rpartition("error: ")[2]) from stop
@@ -168,12 +172,33 @@ def _as_command_line(words: Sequence[str]) -> Iterator[None]:
             os.environ["HYDRA_FULL_ERROR"] = full_error
 
 
-def _config_dir(words: Sequence[str]) -> str:
-    """The folder behind --config-dir or -cd; empty if none."""
+def _option(words: Sequence[str], names: str) -> tuple[str, list[str]]:
+    """The value behind one of these options, as `--cfg|-c`, empty if there is none, and the words without it."""
     for at, word in enumerate(words):
-        if match := re.fullmatch(r"(?:--config-dir|-cd)(?:=(.*))?", word):
-            return match[1] or "".join(words[at + 1 : at + 2])
-    return ""
+        if match := re.fullmatch(rf"(?:{names})(?:=(.*))?", word):
+            end = at + (2 if match[1] is None else 1)
+            return match[1] or "".join(words[at + 1 : end]), [*words[:at], *words[end:]]
+    return "", list(words)
+
+
+def _show(config: DictConfig | None, late: Sequence[str], resolve: bool) -> None:
+    """Print what would run, as `--cfg job` of Hydra does, but with the words that are applied late."""
+    if config is None:
+        return
+    try:
+        _apply_all(config, late)
+        text = OmegaConf.to_yaml(config, resolve=resolve)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(explain(error)) from error
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        _read_no_more()
+
+
+def _read_no_more() -> None:
+    """`--cfg job | head`: nobody reads on, and nothing is to be said of it when Python ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _typed(config: DictConfig, late: Sequence[str]) -> RunConfig:
@@ -181,8 +206,7 @@ def _typed(config: DictConfig, late: Sequence[str]) -> RunConfig:
     if not config.phases:
         raise UserError(f"no recipe: choose one with +recipe=NAME, NAME one of {', '.join(available('recipe'))}")
     try:
-        for override in OverridesParser.create().parse_overrides(list(late)):
-            _apply(config, override)
+        _apply_all(config, late)
         faults = [no_such_key(path) for path in unknown_keys(config)]
         faults += [
             f"{key} is required: set it in the recipe or pass {key}=..." for key in sorted(OmegaConf.missing_keys(config))
@@ -192,6 +216,11 @@ def _typed(config: DictConfig, late: Sequence[str]) -> RunConfig:
         return cast(RunConfig, OmegaConf.to_object(config))
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(explain(error)) from error
+
+
+def _apply_all(config: DictConfig, late: Sequence[str]) -> None:
+    for override in OverridesParser.create().parse_overrides(list(late)):
+        _apply(config, override)
 
 
 def _apply(config: DictConfig, override: Override) -> None:

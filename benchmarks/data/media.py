@@ -1,4 +1,4 @@
-"""From bytes to patches, ours beside the peers', on one core: python benchmarks/data/media.py [--repetitions 7] [--json FILE]
+"""From bytes to patches, ours beside the peers', on one core: python benchmarks/data/media.py [--repetitions 7]
 
 N2  a JPEG of 0.29 MPix to patches, against Pillow and transformers' default image processor
 N3  frames of 640 x 360 to patches, against transformers' video processor
@@ -9,12 +9,10 @@ Each row is the median CPU time of its repetitions, ours and the peer's taken in
 
 import argparse
 import io
-import json
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any, Final
@@ -32,6 +30,7 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageP
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 
 from visionloom.benchmarks.data.synthetic import CLIP, CLIP_RATE, clip, photograph
+from visionloom.benchmarks.data.table import Row, show
 from visionloom.data import image
 from visionloom.data.config import MediaConfig
 from visionloom.data.decode import IMAGE_ROW, VIDEO_ROW, put
@@ -45,24 +44,12 @@ HALF: Final = [0.5, 0.5, 0.5]
 Work = Callable[[], Any]
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the table: milliseconds of CPU time for one unit of work, and the ratio that is aimed at."""
-
-    goal: str
-    what: str
-    unit: str
-    ours: float
-    peer: float
-    target: float | None
-
-    @property
-    def line(self) -> str:
-        """The row as text."""
-        aim = f"<= {self.target:.2f}" if self.target else ""
-        return (
-            f"{self.goal:4}{self.what:56}{self.ours:9.2f}{self.peer:9.2f} ms/{self.unit:6}{self.ours / self.peer:6.2f}x  {aim}"
-        )
+def compared(goal: str, what: str, unit: str, milliseconds: tuple[float, float], peer: str, most: float | None) -> Row:
+    """A row of milliseconds for one unit of work, ours and the peer's; `most` is the ratio that is aimed at."""
+    ours, theirs = milliseconds
+    said, target = f"{ours:.2f} ms a {unit}, {ours / theirs:.2f}x", f"<= {most:g}x" if most else ""
+    numbers = {"ours_ms": ours, "peer_ms": theirs, "ratio": ours / theirs}
+    return Row(goal, what, said, f"{theirs:.2f} ({peer})", target, ours / theirs <= most if most else None, numbers)
 
 
 def measure(repetitions: int, units: int, *works: Work) -> list[float]:
@@ -105,8 +92,9 @@ def images(repetitions: int) -> Iterator[Row]:
     for rows, expected in zip(buffers, peer(), strict=True):
         same(rows, expected.reshape(-1, 3, 2, PATCH_SIZE**2)[:, :, 0].reshape(-1, IMAGE_ROW))
     quick, plain, slow = measure(repetitions, len(files), ours, without_simplejpeg, peer)
-    yield Row("N2", "JPEG to patches, simplejpeg", "image", quick, slow, 0.45)
-    yield Row("", "JPEG to patches, Pillow", "image", plain, slow, None)
+    peer_name = "Pillow, Qwen2VLImageProcessor"
+    yield compared("N2", "JPEG to patches, simplejpeg", "image", (quick, slow), peer_name, 0.45)
+    yield compared("", "JPEG to patches, Pillow", "image", (plain, slow), peer_name, None)
 
 
 def frames(repetitions: int) -> Iterator[Row]:
@@ -132,7 +120,7 @@ def frames(repetitions: int) -> Iterator[Row]:
     ours()
     same(out, peer())
     quick, slow = measure(repetitions, len(stored), ours, peer)
-    yield Row("N3", "frame of 640x360 to patches", "frame", quick, slow, 0.25)
+    yield compared("N3", "frame of 640x360 to patches", "frame", (quick, slow), "Qwen3VLVideoProcessor", 0.25)
 
 
 def film(seconds: float) -> tuple[bytes, Video]:
@@ -147,7 +135,7 @@ def film(seconds: float) -> tuple[bytes, Video]:
 def files(repetitions: int) -> Iterator[Row]:
     """N4."""
     data, video = film(60)
-    for goal, rate, target in (("N4", 2.0, 0.8), ("", 1.0, 0.6), ("", 0.25, None)):
+    for goal, rate, target in (("N4", 2.0, 0.8), ("N4", 1.0, 0.6), ("", 0.25, None)):
         indices = chosen_frames(video, MediaConfig(video_fps=rate))
         wanted = set(indices.tolist())
 
@@ -162,7 +150,8 @@ def files(repetitions: int) -> Iterator[Row]:
 
         assert all(np.array_equal(*pair) for pair in zip(ours(), peer(), strict=True)), "frames differ"
         quick, slow = measure(max(3, repetitions // 2), len(indices), ours, peer)
-        yield Row(goal, f"wanted frames of an H.264 file, {rate:g} a second", "frame", quick, slow, target)
+        what = f"wanted frames of an H.264 file, {rate:g} a second"
+        yield compared(goal, what, "frame", (quick, slow), "PyAV, all decoded", target)
 
 
 def same(rows: NDArray[np.uint8], expected: torch.Tensor) -> None:
@@ -171,21 +160,18 @@ def same(rows: NDArray[np.uint8], expected: torch.Tensor) -> None:
     assert np.array_equal(rows, found), f"{np.count_nonzero(rows != found)} pixels differ"
 
 
+def rows(repetitions: int) -> Iterator[Row]:
+    """N2, N3, N4."""
+    torch.set_num_threads(1)
+    for part in (images, frames, files):
+        yield from part(repetitions)
+
+
 def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description="decoding and cutting of pictures and videos, against the peers")
     parser.add_argument("--repetitions", type=int, default=7)
-    parser.add_argument("--json", type=Path, help="also write the rows here")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    print(f"{'':60}{'ours':>9}{'peer':>9}{'':10}{'ratio':>7}  target")
-    rows = []
-    for part in (images, frames, files):
-        for row in part(arguments.repetitions):
-            rows.append(row)
-            print(row.line, flush=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    show(rows(parser.parse_args().repetitions))
 
 
 if __name__ == "__main__":

@@ -168,6 +168,30 @@ def test_own_recipes_inherit_ours(own_recipes: Path) -> None:
     assert (mine.run.name, mine.model.name) == ("mine", "tiny_moe")
 
 
+@pytest.mark.parametrize("late", [["+data.datasets.mine.path=DIR", "phases.long.parallel.tensor=2"], []])
+def test_what_is_shown_is_what_would_run(late: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Reference: the composed configuration, and OmegaConf reading back what was printed."""
+    words = [DEMO, "phases.align.steps=17", *late]
+    assert compose(["--cfg", "job", *words, "--resolve"]) is None
+    shown = OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.create(capsys.readouterr().out))
+    expected = composed(*words, world_size=2)
+    expected.run.folder = ""
+    assert OmegaConf.to_object(shown) == expected
+    assert ("mine" in expected.data.datasets) == bool(late)
+    with pytest.raises(UserError, match=r"no such name: phases\.algin"):
+        compose(["--cfg=job", DEMO, "phases.algin.parallel.tensor=2"])
+
+
+def test_missing_folders_are_counted_with_those_added() -> None:
+    words = [DEMO, "data.tokenizer=/nowhere", "+data.datasets.mine.path=/nowhere"]
+    config = composed(*words, world_size=2)
+    for dataset in (*config.data.datasets.values(), *config.data.validation.values()):
+        dataset.path = "/nowhere"
+    count = 1 + len(config.data.datasets) + len(config.data.validation)
+    with pytest.raises(UserError, match=rf"\n{count - 3} more input folders do not exist$"):
+        check_paths(config)
+
+
 @pytest.mark.parametrize("recipe", available("recipe"))
 def test_every_recipe_composes(recipe: str) -> None:
     composed(f"+recipe={recipe}", world_size=1)

@@ -1,0 +1,218 @@
+"""Hugging Face folders into checkpoints and back; the model is read from config.json.
+
+Commands:
+    python launch/convert.py import hf=DIR out=DIR               a folder that init.checkpoint takes
+    python launch/convert.py export checkpoint=DIR out=DIR       a folder that transformers loads
+
+Large models go faster with several processes: torchrun --standalone --nproc-per-node 4 launch/convert.py import hf=DIR out=DIR
+Each command's options: python launch/convert.py COMMAND --help. A recipe reads a Hugging Face folder without any of this:
+init.huggingface=DIR.
+"""
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+if not __package__:  # started as a file: Python put launch/ first on the path, where data.py would hide any package data
+    sys.path[0] = str(Path(__file__).resolve().parents[1] / ".link")
+
+from visionloom.launch.exit import exit_with
+from visionloom.launch.quiet import quiet_libraries
+from visionloom.model.huggingface_config import read_config
+from visionloom.parallel.config import ParallelConfig
+from visionloom.parallel.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from visionloom.parallel.topology import Topology
+
+PARALLEL = "parallel."
+SIZE = re.compile(r"(\d+(?:\.\d+)?)(MB|GB)")
+UNITS = {"MB": 10**6, "GB": 10**9}
+DTYPES = ("bf16", "fp16", "fp32")
+EXPERT_LAYOUTS = ("transformers", "hub")
+
+
+@dataclass(frozen=True)
+class Command:
+    """One subcommand: `run` gets its options by name."""
+
+    run: Callable[[dict[str, str]], None]
+    required: dict[str, str]
+    """What each option means, a line each."""
+    optional: dict[str, str]
+    parallel: bool = False
+    """Whether it takes parallel.* options."""
+
+    def help(self, name: str) -> str:
+        """The text for `convert.py NAME --help`."""
+        known = self.required | {f"[{option}]": text for option, text in self.optional.items()}
+        known |= {"[parallel.tensor, ...]": "layout that shares the work; what is written has none"} if self.parallel else {}
+        lines = [f"  {option + '=':<24} {text}" for option, text in known.items()]
+        usage = " ".join(f"{option}=..." for option in self.required)
+        return "\n".join([f"usage: convert.py {name} {usage} [option=value ...]", "", str(self.run.__doc__), "", *lines])
+
+
+def import_folder(options: dict[str, str]) -> None:
+    """Make a checkpoint of a Hugging Face folder; types are kept."""
+    folder, parallel = Path(options["hf"]), _layout(options)
+    if found := read_config(folder, "hf").layout_problems(parallel):
+        raise UserError("\n".join(found))
+    with _world(parallel) as (topology, say):
+        from visionloom.train.importing import import_huggingface
+
+        import_huggingface(folder, Path(options["out"]), topology, say)
+        say(f"done: start from it with init.checkpoint={options['out']}", once=True)
+
+
+def export_folder(options: dict[str, str]) -> None:
+    """Make a folder that transformers loads of a checkpoint; several processes share its files."""
+    folder, source = Path(options["checkpoint"]), options.get("hf", "")
+    for option, value, known in (
+        ("dtype", options.get("dtype", "bf16"), DTYPES),
+        ("layout", options.get("layout", "transformers"), EXPERT_LAYOUTS),
+    ):
+        if value not in known:
+            raise UserError(f"{option}={value} is unknown: use one of {', '.join(known)}")
+    shard_bytes = _bytes("shard", options.get("shard", "5GB"))
+    for option, path in {"checkpoint": folder, "hf": Path(source or ".")}.items():
+        if not path.is_dir():
+            raise UserError(f"{option}={path} is not a folder: correct the option")
+    with _world(ParallelConfig()) as (topology, say):
+        from visionloom.train.exporting import ExportOptions, export_checkpoint
+
+        wanted = ExportOptions(
+            Path(source) if source else None, options.get("dtype", ""), options.get("layout", "transformers"), shard_bytes
+        )
+        export_checkpoint(folder, Path(options["out"]), wanted, topology, say)
+        say(f"done: {options['out']}", once=True)
+
+
+COMMANDS = {
+    "import": Command(
+        import_folder,
+        {"hf": "folder of a Hugging Face model: config.json and safetensors", "out": "checkpoint folder to make"},
+        {},
+        parallel=True,
+    ),
+    "export": Command(
+        export_folder,
+        {"checkpoint": "checkpoint folder, as checkpoints/<phase>/step-00000100", "out": "folder to make"},
+        {
+            "hf": "folder that tokenizer, chat template, preprocessor and config.json go along from; else the weights' own",
+            "dtype": f"{', '.join(DTYPES)}; else as in the checkpoint",
+            "layout": "of experts: transformers, or hub as the published models have them",
+            "shard": "most bytes of one file: 5GB",
+        },
+    ),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one subcommand and return its exit code.
+
+    That is 0, or 1 if the machine is at fault; a user's error exits with 2 (one line each).
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0
+    try:
+        command = _command(words[0])
+        if {"-h", "--help"} & set(words[1:]):
+            print(command.help(words[0]))
+            return 0
+        options = _options(words[0], command, words[1:])
+    except UserError as error:
+        exit_with(error, everywhere=True)
+    quiet_libraries()
+    try:
+        command.run(options)
+    except UserError as error:
+        exit_with(error)
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _command(name: str) -> Command:
+    if name not in COMMANDS:
+        raise UserError(f"no such command: {name}{_did_you_mean(name, list(COMMANDS))}: use one of {', '.join(COMMANDS)}")
+    return COMMANDS[name]
+
+
+def _options(name: str, command: Command, words: Sequence[str]) -> dict[str, str]:
+    """The options of a command line; UserError for what the command does not know or needs."""
+    known, found = [*command.required, *command.optional], {}
+    for word in words:
+        option, equals, value = word.partition("=")
+        if not equals or not value:
+            raise UserError(f"command line: cannot read '{word}': write option=value")
+        if option not in known and not (command.parallel and option.startswith(PARALLEL)):
+            raise UserError(f"{name} has no option {option}{_did_you_mean(option, known)}: use {', '.join(known)}")
+        found[option] = value
+    if missing := [option for option in command.required if option not in found]:
+        raise UserError(f"{name} needs {' and '.join(f'{option}=...' for option in missing)}")
+    return found
+
+
+def _layout(options: dict[str, str]) -> ParallelConfig:
+    """The layout that parallel.* options name."""
+    config, known = ParallelConfig(), [field.name for field in fields(ParallelConfig)]
+    for option, value in options.items():
+        name = option.removeprefix(PARALLEL)
+        if option == name:
+            continue
+        if name not in known:
+            raise UserError(f"no such key: {option}{_did_you_mean(name, known)}")
+        number = yaml.safe_load(value)
+        if name in ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "expert_tensor") and type(number) is not int:
+            raise UserError(f"{option}={value} must be a whole number")
+        setattr(config, name, number)
+    if found := config.problems(int(os.environ.get("WORLD_SIZE", "1"))):
+        raise UserError("\n".join(found))
+    return config
+
+
+@contextmanager
+def _world(parallel: ParallelConfig) -> "Iterator[tuple[Topology, Any]]":
+    """The ranks of this command on CPUs, and what it prints: each rank its own progress."""
+    import torch
+
+    from visionloom.parallel import topology as topologies
+
+    topologies.set_threads(0)
+    topology = topologies.start(parallel, torch.device("cpu"))
+
+    def say(text: str, once: bool = False) -> None:
+        if topology.is_main or not once:
+            print(text if once or topology.world_size == 1 else f"rank {topology.rank}: {text}", flush=True)
+
+    yield topology, say
+    topologies.stop()
+
+
+def _bytes(option: str, value: str) -> int:
+    match = SIZE.fullmatch(value)
+    if match is None or not float(match[1]):
+        raise UserError(f"{option}={value} is not a size: write 500MB or 5GB")
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+def _did_you_mean(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
