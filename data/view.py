@@ -112,6 +112,15 @@ class PackView:
         return sum(segment.tokens for segment in self.segments)
 
 
+@dataclass(frozen=True, slots=True)
+class FirstPacks:
+    """Packs of the first `tried` samples, of which `left_out` are too long for a pack or cannot be rendered."""
+
+    packs: list[PackView]
+    tried: int
+    left_out: int
+
+
 def find_samples(dataset: Dataset, words: Sequence[str], count: int) -> list[int]:
     """Indices of the samples with these keys or indices; without words the first `count`.
 
@@ -295,13 +304,14 @@ def tokens_of(encoded: EncodedSample, tokenizer: Tokenizer) -> list[Token]:
     return found
 
 
-def first_packs(dataset: Dataset, tokenizer: Tokenizer, rules: MediaConfig, length: int, count: int) -> list[PackView]:
+def first_packs(dataset: Dataset, tokenizer: Tokenizer, rules: MediaConfig, length: int, count: int) -> FirstPacks:
     """The packs that the dataset's first samples make in order, without shuffling or a mixture.
 
-    Samples that are too long or cannot be rendered are left out. Raises UserError if none is left.
+    Samples that are too long or cannot be rendered are left out and counted. Raises UserError if none is left.
     """
     patches, found = int(PATCHES_PER_TOKEN * length), list[tuple[int, EncodedSample]]()
-    for index in range(min(len(dataset), WINDOW)):
+    tried = min(len(dataset), WINDOW)
+    for index in range(tried):
         with suppress(SampleError):
             encoded = encode(dataset.sample(index), tokenizer, rules, dataset.name)
             if len(encoded.input_ids) <= length and encoded.patch_count <= patches:
@@ -310,7 +320,8 @@ def first_packs(dataset: Dataset, tokenizer: Tokenizer, rules: MediaConfig, leng
         raise UserError(f"--pack {length}: none of the first samples fits: give a longer sequence")
     sizes = [len(encoded.input_ids) for _, encoded in found]
     packs = pack_samples(sizes, [encoded.patch_count for _, encoded in found], length, patches, WINDOW)
-    return [PackView(length, [_segment(*found[row]) for row in pack]) for pack in packs[:count]]
+    shown = [PackView(length, [_segment(*found[row]) for row in pack]) for pack in packs[:count]]
+    return FirstPacks(shown, tried, tried - len(found))
 
 
 def _segment(index: int, encoded: EncodedSample) -> Segment:

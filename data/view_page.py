@@ -2,13 +2,13 @@
 
 import base64
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from html import escape
 from typing import Final
 
 from PIL import Image as Pillow
 
-from visionloom.data.view import Mark, Media, PackView, SampleView, Segment, Shown, Token, text_of
+from visionloom.data.view import FirstPacks, Mark, Media, PackView, SampleView, Segment, Shown, Token, text_of
 
 MOST_TOKENS: Final = 6_000
 """Tokens of a sample that are shown at most."""
@@ -51,7 +51,7 @@ figcaption { color: var(--soft); font-size: 12px; margin-top: 3px; overflow-wrap
 _POLICY: Final = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
-def page(title: str, subtitle: str, samples: Iterable[SampleView], packs: Sequence[PackView] = ()) -> str:
+def page(title: str, subtitle: str, samples: Iterable[SampleView], packs: FirstPacks | None = None) -> str:
     """The whole page as HTML."""
     body = [f"<h1>{escape(title)}</h1><div class='soft'>{escape(subtitle)}</div>"]
     if packs:
@@ -183,13 +183,15 @@ def _token(token: Token, heaviest: float) -> str:
     return f"<span class='t{' s' if token.special else ''}'{colour} title='weight {token.weight:g}'>{text}</span>"
 
 
-def _packs(packs: Sequence[PackView]) -> str:
+def _packs(found: FirstPacks) -> str:
+    packs = found.packs
     fill = sum(pack.tokens for pack in packs) / sum(pack.length for pack in packs)
     bars = "".join(_bar(number, pack) for number, pack in enumerate(packs))
     return (
         f"<section class='card'><h2>First packs of {packs[0].length:,} tokens, {fill:.1%} full</h2>"
-        f"<div class='soft'>Samples in the dataset's order, without shuffling or a mixture, those that do not fit left"
-        f" out; the lower part of a segment is its share of visual tokens.</div>{bars}</section>"
+        f"<div class='soft'>Samples in the dataset's order, without shuffling or a mixture; of the first {found.tried:,},"
+        f" {found.left_out:,} are too long or cannot be rendered and are left out. The lower part of a segment is its share"
+        f" of visual tokens.</div>{bars}</section>"
     )
 
 

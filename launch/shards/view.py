@@ -42,7 +42,9 @@ def run(options: argparse.Namespace) -> None:
     if options.out.suffix == ".png":
         draw_samples([view_sample(dataset, index, rules) for index in indices], title, options.out)
     else:
-        packs = first_packs(dataset, tokenizer, rules, options.pack, options.count) if options.pack and tokenizer else []
+        packs = first_packs(dataset, tokenizer, rules, options.pack, options.count) if options.pack and tokenizer else None
         samples = (view_sample(dataset, index, rules, tokenizer) for index in indices)
         options.out.write_text(page(title, str(options.folder), samples, packs))
+        if packs:
+            print(f"packs: {packs.left_out:,} of the first {packs.tried:,} samples are too long or cannot be rendered")
     print(f"{options.out}: {title}")

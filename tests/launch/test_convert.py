@@ -210,6 +210,10 @@ def test_the_page_is_whole_and_safe(chats: Path, tokenizer_folder: Path, tmp_pat
         assert f"{len(sample.input_ids):,} tokens" in page.text and f"{sample.supervised_tokens:,} supervised" in page.text
     total = sum(len(sample.input_ids) for sample in encoded)
     assert f"2 samples, {total:,} tokens, {2048 - total:,} free" in page.text
+    assert "of the first 2, 0 are too long" in page.text
+    longest = max(len(sample.input_ids) for sample in encoded)
+    page = view(chats, "--tokenizer", tokenizer_folder, "--pack", longest - 1, "--out", tmp_path / "page.html")
+    assert "of the first 2, 1 are too long" in page.text and "pack 0: 1 samples" in page.text
 
 
 def test_tokens_are_coloured_where_the_loss_is(chats: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
