@@ -26,6 +26,7 @@ from visionloom.data.config import DatasetConfig
 from visionloom.launch.exit import FAILURE, end_with_parent, exit_with, record_for_torchrun, write_status
 from visionloom.launch.explain import available, explain, no_such_key, unknown_keys
 from visionloom.launch.quiet import quiet_libraries
+from visionloom.model.huggingface_config import differences, read_config
 from visionloom.parallel.config import ParallelConfig
 from visionloom.parallel.errors import UserError
 from visionloom.train.config import PhaseConfig, RunConfig
@@ -53,6 +54,7 @@ def start(command: Callable[[RunConfig], None], argv: Sequence[str] | None = Non
     end_with_parent()
     try:
         check_paths(config)
+        check_source(config)
         command(config)
     except UserError as error:
         exit_with(error, folder=config.run.folder, step=getattr(error, "step", None))
@@ -105,6 +107,7 @@ def check_paths(config: RunConfig) -> None:
         UserError: naming the option and the folder; a few are shown if many are missing.
     """
     optional = {"init.huggingface": config.init.huggingface, "init.checkpoint": config.init.checkpoint}
+    optional["lora.adapter"] = config.lora.adapter
     paths = {"data.tokenizer": config.data.tokenizer} | {option: path for option, path in optional.items() if path}
     paths |= {f"data.datasets.{name}.path": dataset.path for name, dataset in config.data.datasets.items()}
     paths |= {f"data.validation.{name}.path": dataset.path for name, dataset in config.data.validation.items()}
@@ -118,6 +121,18 @@ def check_paths(config: RunConfig) -> None:
     if "demo-data" in missing[0]:
         lines.append("the demo's data is made by: python launch/data.py demo runs/demo-data")
     raise UserError("\n".join(lines))
+
+
+def check_source(config: RunConfig) -> None:
+    """Refuse a Hugging Face folder of another model than the recipe's, from its config.json alone.
+
+    Raises:
+        UserError: one line for each field that differs.
+    """
+    if config.init.huggingface:
+        folder = Path(config.init.huggingface)
+        if found := differences(config.model, read_config(folder, "init.huggingface"), folder):
+            raise UserError("\n".join(found))
 
 
 def _check_words(words: Sequence[str]) -> None:

@@ -7,6 +7,8 @@ the reference of the tests. Padding and recomputation never count.
 from dataclasses import dataclass
 
 from visionloom.model.config import ModelConfig, TextConfig, VisionConfig
+from visionloom.model.lora_config import LinearLayer, LoraConfig, adapted_layers, linear_layers
+from visionloom.model.trainable import group_of
 
 
 @dataclass(frozen=True)
@@ -61,13 +63,15 @@ def merger_flops(config: ModelConfig, work: Work) -> float:
     return one * (1 + len(config.vision.deepstack_layers))
 
 
-def step_flops(config: ModelConfig, work: Work, trainable: set[str]) -> dict[str, float]:
+def step_flops(config: ModelConfig, work: Work, trainable: set[str], lora: LoraConfig | None = None) -> dict[str, float]:
     """Operations of forward and backward by part: language, output, merger, vision.
 
     A part costs its forward once; once more for the gradient of its weights if it trains; and once more for the gradient of
     its input if something before it trains. Embeddings come before the language layers and train with them, norms before the
-    mergers' products with the mergers.
+    mergers' products with the mergers. With `lora` only the adapters of the trainable groups train.
     """
+    if lora is not None:
+        return adapted_flops(config, work, trainable, lora)
     vision, merger, language = (group in trainable for group in ("vision", "merger", "language"))
     attention = 2.0 * config.text.layers * config.text.heads * config.text.head_dim * work.token_pairs
     passes = {
@@ -84,3 +88,44 @@ def step_flops(config: ModelConfig, work: Work, trainable: set[str]) -> dict[str
         # Attention has no weights of its own: its backward is twice its forward whether or not the layers train.
         flops["language"] += attention * (merger or vision)
     return flops
+
+
+def adapted_flops(config: ModelConfig, work: Work, trainable: set[str], lora: LoraConfig) -> dict[str, float]:
+    """As `step_flops` where adapters alone train: no gradient of weights, and none of inputs before the first adapter.
+
+    An adapter's two factors cost their forward, the gradient of each, and what passes through them.
+    """
+    text, vision, merged = config.text, config.vision, config.vision.spatial_merge_size**2
+    adapted = {layer.name for layer in adapted_layers(config, lora)}
+    flops = dict.fromkeys(("language", "output", "merger", "vision"), 0.0)
+    flops["vision"] = patch_embedding_flops(vision, work)
+    reached, at_block = False, list[bool]()
+    for layer in linear_layers(config):
+        group, leaf = group_of(layer.name), layer.name.rpartition(".")[2]
+        if group == "merger" and leaf == "linear_fc1":  # the main merger sees the last block, the others each a block of theirs
+            reached = _sees_adapter(layer, at_block, vision)
+        elif group == "language" and layer.name.endswith("layers.0.self_attention.linear_qkv"):
+            reached = any(group_of(name) in trainable - {"language"} for name in adapted)
+        rows = {"vision": work.patches, "merger": work.patches // merged}.get(group, work.tokens)
+        rows *= text.experts_per_token if layer.experts else 1
+        own = group in trainable and layer.name in adapted
+        flops[group] += 2.0 * rows * layer.inputs * layer.outputs * (1 + reached)
+        if layer.name in adapted:
+            down, up = lora.rank * len(layer.parts) * layer.inputs, lora.rank * layer.outputs
+            flops[group] += 2.0 * rows * (down * (1 + own + reached) + up * (1 + own + (own or reached)))
+        reached = reached or own
+        if leaf in ("qkv", "linear_qkv"):
+            causal = 2 * text.heads * text.head_dim * work.token_pairs
+            flops[group] += (causal if group == "language" else 4 * vision.hidden_size * work.patch_pairs) * (1 + 2.0 * reached)
+        if leaf == "linear_proj" and text.experts:
+            flops[group] += 2.0 * work.tokens * text.hidden_size * text.experts * (1 + reached)  # the router
+        if group == "vision" and leaf == "linear_fc2":
+            at_block.append(reached)
+    flops["output"] = output_flops(text, work) * (1 + reached)
+    return flops
+
+
+def _sees_adapter(layer: LinearLayer, at_block: list[bool], vision: VisionConfig) -> bool:
+    """Whether a trained adapter lies before a merger: `at_block` says so for the output of each block."""
+    level = layer.name.removeprefix("visual.deepstack_merger_list.").partition(".")[0]
+    return at_block[vision.deepstack_layers[int(level)] if level.isdigit() else -1]

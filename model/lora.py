@@ -46,11 +46,9 @@ class Adapter(nn.Module):
         """`shape` and `inputs`: what this rank holds of B (without the rank's dim) and A."""
         super().__init__()
         experts = tuple(like.shape[:1]) if layer.experts else ()
-        made = dict(dtype=like.dtype, device=like.device)
-        self.lora_A = nn.ParameterDict({p: nn.Parameter(torch.empty(*experts, lora.rank, inputs, **made)) for p in shape})
-        self.lora_B = nn.ParameterDict(
-            {p: nn.Parameter(torch.empty(*experts, *s, lora.rank, **made)) for p, s in shape.items()}
-        )
+        # ParameterDict would sort a dict by its keys: queries come before keys.
+        self.lora_A = nn.ParameterDict([(part, _empty(like, *experts, lora.rank, inputs)) for part in shape])
+        self.lora_B = nn.ParameterDict([(part, _empty(like, *experts, *rows, lora.rank)) for part, rows in shape.items()])
         self.scaling, self.dropout = lora.scaling, lora.dropout
 
     def down(self, x: Tensor, own_mask: bool) -> Tensor:
@@ -70,11 +68,20 @@ class Adapter(nn.Module):
 
     def delta(self, heads: int = 1) -> Tensor:
         """What the adapter adds to this rank's weight, fp32 in the weight's own order of rows."""
-        rows = [b.flatten(1, -2) if b.dim() > 2 else b for b in self.lora_B.values()]
-        parts = [b.float() @ a.float() for b, a in zip(rows, self.lora_A.values(), strict=True)]
-        if len(parts) > 1:
-            parts = [torch.cat([part.unflatten(0, (heads, -1)) for part in parts], dim=1).flatten(0, 1)]
-        return parts[0] * self.scaling
+        return low_rank_product(list(self.lora_A.values()), list(self.lora_B.values()), heads) * self.scaling
+
+
+def _empty(like: Tensor, *shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=like.dtype, device=like.device))
+
+
+def low_rank_product(a: list[Tensor], b: list[Tensor], heads: int) -> Tensor:
+    """B A of all parts, fp32 [out, in] or [experts, out, in], the rows of the parts alternating `heads` times."""
+    rows = [y.flatten(1, -2) if y.dim() > 2 else y for y in b]
+    parts = [y.float() @ x.float() for y, x in zip(rows, a, strict=True)]
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([part.unflatten(0, (heads, -1)) for part in parts], dim=1).flatten(0, 1)
 
 
 class AdaptedLinear(nn.Linear):
@@ -177,6 +184,7 @@ def apply_lora(chunks: Iterable[Any], lora: LoraConfig, topology: Topology, seed
         seed: of the run; A is drawn by canonical name, the same in every layout, uniform as in peft; B is zero.
     """
     for chunk in chunks:
+        chunk.lora = lora
         layers = {layer.name: layer for layer in adapted_layers(chunk.model_config, lora)}
         for name, module in list(chunk.named_modules()):
             if layer := layers.get(canonical_name(name, chunk)):

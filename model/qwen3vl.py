@@ -25,6 +25,7 @@ from torch import Tensor
 from visionloom.model.attention import build_context
 from visionloom.model.config import ModelConfig
 from visionloom.model.language import LanguageModel, transformer_config
+from visionloom.model.lora_config import LoraConfig
 from visionloom.model.loss import linear_cross_entropy
 from visionloom.model.offload import in_host_memory
 from visionloom.model.rope import inverse_frequencies, mrope_angles
@@ -84,6 +85,8 @@ class Qwen3VL(MegatronModule):  # type: ignore[misc]
                 parameter.sequence_parallel = topology.config.sequence_parallel  # type: ignore[attr-defined]
         self.language_model = LanguageModel(self.config, config, topology.groups, self.pre_process, self.post_process, chunk)
         self.received: Tensor | None = None
+        self.lora: LoraConfig | None = None
+        """Of the adapters, which then train alone; None: there are none."""
 
     def set_input_tensor(self, tensor: Any) -> None:
         """Receive what an earlier chunk has sent."""

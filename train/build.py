@@ -10,10 +10,12 @@ import torch
 from visionloom.data.loader import PackStream
 from visionloom.data.state import Origin
 from visionloom.model.config import ModelConfig
+from visionloom.model.lora import apply_lora
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.model.sharding import draw_weights
 from visionloom.model.trainable import set_trainable
 from visionloom.parallel.topology import Topology
+from visionloom.train.adapter import load_adapter
 from visionloom.train.config import PhaseConfig, RunConfig
 from visionloom.train.cost import cost_model
 from visionloom.train.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
@@ -58,6 +60,13 @@ def build_model(config: RunConfig, topology: Topology) -> list[Qwen3VL]:
     return chunks
 
 
+def add_adapters(chunks: list[Qwen3VL], config: RunConfig, topology: Topology) -> None:
+    """Give a model that has its weights the adapters of `lora`, new ones or those of lora.adapter."""
+    apply_lora(chunks, config.lora, topology, config.run.seed)
+    if config.lora.adapter:
+        load_adapter(Path(config.lora.adapter), chunks, topology)
+
+
 def redraw(chunks: list[Qwen3VL], config: RunConfig, phase: str, topology: Topology) -> None:
     """Draw the phase's `fresh` groups anew, with a seed of the phase's own."""
     index = list(config.phases).index(phase)
@@ -83,7 +92,7 @@ def build_stream(
         mixture=settings.mixture,
         loss=settings.loss,
         seed=config.run.seed,
-        cost=cost_model(config.model, set(settings.trainable)),
+        cost=cost_model(config.model, set(settings.trainable), config.lora if config.lora.rank else None),
         # each of the ranks that share a pack's pictures sees faults of its own; a sample is written once all the same
         quarantine=folder / "quarantine.jsonl" if topology.encoder_rank is not None else None,
         origin=Origin.after(before, 0) if before and config.data.continue_draws else None,
@@ -94,7 +103,7 @@ def build_stage(config: RunConfig, name: str, topology: Topology, chunks: list[Q
     """Freeze, wrap and give the model an optimizer for one phase."""
     phase = config.phases[name]
     for chunk in chunks:
-        set_trainable(chunk, phase.trainable)
+        set_trainable(chunk, phase.trainable, adapters_only=chunk.lora is not None)
     wrapped = wrap_data_parallel(chunks, topology)
     bf16 = next(chunks[0].parameters()).dtype == torch.bfloat16
     optimizer = build_optimizer(wrapped, config.optim, phase, bf16)

@@ -6,7 +6,7 @@ that no layout changes, so a checkpoint has no layout. Resuming takes the newest
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyPara
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 
 from visionloom.model.qwen3vl import Qwen3VL
+from visionloom.model.trainable import is_adapter
 from visionloom.parallel.errors import UserError
 from visionloom.parallel.topology import Topology
 from visionloom.train.build import Stage
@@ -44,6 +45,8 @@ class Progress:
     """ModelConfig, to name what changed."""
     updates: int
     """Steps of the phase that were not skipped: what the optimizer counts."""
+    lora: dict[str, Any] = field(default_factory=dict)
+    """LoraConfig, where the checkpoint holds adapters and not the weights below them."""
 
     @property
     def phase_done(self) -> bool:
@@ -74,14 +77,14 @@ def progress_of(stage: Stage, step: int, phase_step: int) -> Progress:
         stage.stream.state(phase_step),
         asdict(stage.model_config),
         updates(stage.optimizer),
+        asdict(lora) if (lora := stage.chunks[0].lora) else {},
     )
 
 
 def load_stage(checkpoint: Checkpoint, stage: Stage) -> None:
     """Continue a phase exactly, in any layout: weights, optimizer, schedule."""
     loaded = _read(checkpoint.folder, stage_state(stage, loading=True), stage.topology)
-    for key, chunk in _named(stage.chunks).items():
-        chunk.load_state_dict(loaded[key])
+    _take(loaded, stage.chunks)
     take_state(stage.optimizer, loaded["optimizer"], checkpoint.progress.updates)
     stage.scheduler.step(checkpoint.progress.phase_step - stage.scheduler.num_steps)
 
@@ -89,8 +92,13 @@ def load_stage(checkpoint: Checkpoint, stage: Stage) -> None:
 def load_weights(checkpoint: Checkpoint, chunks: list[Qwen3VL], topology: Topology) -> None:
     """Take only the weights, as a new phase does; call it before the model is wrapped and its optimizer built."""
     loaded = _read(checkpoint.folder, weights_state(chunks, topology), topology)
+    _take(loaded, chunks)
+
+
+def _take(loaded: dict[str, Any], chunks: list[Qwen3VL]) -> None:
     for key, chunk in _named(chunks).items():
-        chunk.load_state_dict(loaded[key])
+        # Megatron-core leaves out what is empty: a chunk without adapters.
+        chunk.load_state_dict(loaded.get(key, {}), strict=chunk.lora is None)
 
 
 def _read(folder: Path, state: dict[str, Any], topology: Topology) -> dict[str, Any]:
@@ -107,8 +115,19 @@ def _named(chunks: list[Qwen3VL]) -> dict[str, Qwen3VL]:
 
 
 def weights_state(chunks: list[Qwen3VL], topology: Topology) -> dict[str, Any]:
-    """The model's weights for Megatron-core's checkpoints."""
-    return {key: chunk.sharded_state_dict(metadata=content(topology)) for key, chunk in _named(chunks).items()}
+    """The model's weights for Megatron-core's checkpoints; where there are adapters, they alone.
+
+    Adapters may be in some layers only, so theirs are not stacked over the layers as those of weights are.
+    """
+    adapters = chunks[0].lora is not None
+    metadata = content(topology) | {"non_homogeneous_layers": adapters}
+    states = {key: chunk.sharded_state_dict(metadata=metadata) for key, chunk in _named(chunks).items()}
+    if adapters:  # routers still count loads
+        states = {
+            key: {name: part for name, part in state.items() if is_adapter(name) or name.endswith(".router.load")}
+            for key, state in states.items()
+        }
+    return states
 
 
 def stage_state(stage: Stage, loading: bool) -> dict[str, Any]:

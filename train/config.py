@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from visionloom.data.config import OVER_LENGTH, DataConfig
 from visionloom.model.config import GROUPS, ModelConfig
+from visionloom.model.lora_config import LoraConfig
 from visionloom.parallel.config import ParallelConfig
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -264,6 +265,7 @@ class RunConfig:
     run: RunSection = field(default_factory=RunSection)
     model: ModelConfig = field(default_factory=ModelConfig)
     init: InitConfig = field(default_factory=InitConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -296,10 +298,25 @@ class RunConfig:
             for name, phase in self.phases.items()
         }
         found += _once(faults)
-        if self.init.huggingface:
-            found.append(
-                f"init.huggingface={self.init.huggingface} is not available yet: start from random weights or init.checkpoint"
-            )
+        found += self._lora_problems() if not layout else []
+        if self.init.huggingface and self.init.checkpoint:
+            found.append("init.huggingface and init.checkpoint are both set: weights come from one of them")
+        return found
+
+    def _lora_problems(self) -> list[str]:
+        """What adapters cannot do, by themselves and in the phases."""
+        found = self.lora.problems(self.model)
+        if self.lora.rank <= 0 or found:
+            return found
+        if not (self.init.huggingface or self.init.checkpoint):
+            found.append(f"lora.rank={self.lora.rank} needs weights to adapt: set init.huggingface or init.checkpoint")
+        for name, phase in self.phases.items():
+            if phase.fresh:
+                found.append(
+                    f"phases.{name}.fresh={phase.fresh} would stay as drawn: with lora.rank above 0 only adapters train"
+                )
+            if not set(phase.trainable) & set(self.lora.groups):
+                found.append(f"phases.{name}.trainable={phase.trainable} has no adapters: lora.groups={self.lora.groups}")
         return found
 
     def _multiple_problems(self) -> list[str]:

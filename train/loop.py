@@ -97,10 +97,10 @@ def metrics_line(
 ) -> dict[str, Any]:
     """One line of metrics.jsonl; `tokens` and every rate count real tokens, padding left out."""
     topology, counts = stage.topology, result.counts
-    own, trainable = work_of(batches), set(stage.phase.trainable)
+    own, trainable, lora = work_of(batches), set(stage.phase.trainable), stage.chunks[0].lora
     work = Work(**reduce_counts(asdict(own), topology))
-    flops = sum(step_flops(stage.model_config, work, trainable).values())
-    most = topology.most_over_data(sum(step_flops(stage.model_config, own, trainable).values()))
+    flops = sum(step_flops(stage.model_config, work, trainable, lora).values())
+    most = topology.most_over_data(sum(step_flops(stage.model_config, own, trainable, lora).values()))
     per_device = flops / seconds / topology.world_size
     peak = peak_flops(topology.device)
     return {

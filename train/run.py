@@ -12,7 +12,7 @@ from visionloom.parallel import topology as topologies
 from visionloom.parallel.errors import UserError
 from visionloom.parallel.topology import Topology
 from visionloom.train import checkpoint
-from visionloom.train.build import Stage, build_model, build_stage, build_stream, redraw
+from visionloom.train.build import Stage, add_adapters, build_model, build_stage, build_stream, redraw
 from visionloom.train.checkpoint import Checkpoint
 from visionloom.train.config import LoggingConfig, RunConfig
 from visionloom.train.evaluate import evaluate_run, held_out_losses
@@ -21,6 +21,7 @@ from visionloom.train.metrics import RunLog
 from visionloom.train.progress import Screen
 from visionloom.train.saving import Saver, check_room
 from visionloom.train.trackers import Trackers
+from visionloom.train.weights import carry_into_run, load_huggingface
 
 
 def run_folder(config: RunConfig) -> Path:
@@ -184,7 +185,9 @@ class Run:
             for change in stream.load_state(self.latest.progress.data):
                 self._event("data_changed", phase=name, step=self.step, detail=change)
                 self.screen.say(f"{name}: goes on with other data: {change}")
-            stage = build_stage(self.config, name, self.topology, build_model(self.config, self.topology), stream)
+            # Adapters go on from a checkpoint that holds nothing but them.
+            chunks = self._initial() if self.config.lora.rank else build_model(self.config, self.topology)
+            stage = build_stage(self.config, name, self.topology, chunks, stream)
             checkpoint.load_stage(self.latest, stage)
             return stage
         chunks = self._weights()
@@ -192,14 +195,31 @@ class Run:
         return build_stage(self.config, name, self.topology, chunks, stream)
 
     def _weights(self) -> list[Qwen3VL]:
-        """A fresh model with the newest weights: of the last phase, of init.checkpoint, or random."""
+        """A fresh model with the newest weights: of the last phase, or what the run begins with."""
+        if self.latest is None:
+            return self._initial()
+        chunks = self._initial() if self.config.lora.rank else build_model(self.config, self.topology)
+        checkpoint.load_weights(self.latest, chunks, self.topology)
+        return chunks
+
+    def _initial(self) -> list[Qwen3VL]:
+        """What a run begins with: the weights of init.huggingface, of init.checkpoint or random ones, and adapters if it trains some."""
         chunks = build_model(self.config, self.topology)
-        source = self.latest
-        if source is None and self.config.init.checkpoint:
+        if self.config.init.huggingface:
+            load_huggingface(Path(self.config.init.huggingface), chunks, self.config.model, self.topology)
+        if self.topology.is_main:
+            carry_into_run(self.config.init, self.folder)
+        if self.config.init.checkpoint:
             source = checkpoint.read(Path(self.config.init.checkpoint))
             self._check(source, resuming=False)
-        if source is not None:
+            if source.progress.lora:
+                raise UserError(
+                    f"init.checkpoint={source.folder} holds adapters only: name the checkpoint that they were trained on,"
+                    " and export them for lora.adapter"
+                )
             checkpoint.load_weights(source, chunks, self.topology)
+        if self.config.lora.rank:
+            add_adapters(chunks, self.config, self.topology)
         return chunks
 
     def _check(self, source: Checkpoint, resuming: bool = True) -> None:
@@ -214,6 +234,13 @@ class Run:
                 )
         if not resuming:
             return
+        shape = ("rank", "targets", "groups") if self.config.lora.rank else ("rank",)
+        there, here = progress.lora or {"rank": 0}, asdict(self.config.lora)
+        if changed := [key for key in shape if there.get(key) != here[key]]:
+            raise UserError(
+                f"{source.folder} has lora.{changed[0]}={there.get(changed[0])}, here it is {here[changed[0]]}:"
+                " set run.name to start a new run"
+            )
         if progress.phase not in self.config.phases:
             raise UserError(
                 f"{source.folder} is of phase {progress.phase}, which this recipe lacks: set run.name to start a new run"

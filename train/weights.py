@@ -16,6 +16,7 @@ from visionloom.model.shapes import parameter_shapes
 from visionloom.model.sharding import canonical_parameters, cuts
 from visionloom.parallel.errors import UserError
 from visionloom.parallel.topology import Topology
+from visionloom.train.config import InitConfig
 
 COMPANIONS: Final = "huggingface"
 """Folder inside a run's folder or an imported checkpoint with the source's files that hold no weights."""
@@ -67,6 +68,21 @@ def held_regions(name: str, parameter: Tensor, topology: Topology) -> Iterator[l
             return
         region[cut.dim] = slice(cut.rank * size, (cut.rank + 1) * size)
     yield region
+
+
+def carry_into_run(init: InitConfig, run_folder: Path) -> None:
+    """Keep the files that came with a run's first weights in the run's folder, so that an export finds them."""
+    sources = [Path(init.huggingface)] if init.huggingface else []
+    sources += companions_of(Path(init.checkpoint)) if init.checkpoint else []
+    for source in reversed(sources):
+        carry(source, run_folder / COMPANIONS)
+
+
+def companions_of(checkpoint_folder: Path) -> list[Path]:
+    """Folders with files that came with the weights of a checkpoint: its own, or its run's."""
+    parents = checkpoint_folder.resolve().parents
+    found = [checkpoint_folder / COMPANIONS, *([parents[2] / COMPANIONS] if len(parents) > 2 else [])]
+    return [folder for folder in found if folder.is_dir()]
 
 
 def carry(source: Path, target: Path) -> list[str]:
