@@ -24,7 +24,7 @@ from visionloom.parallel.topology import Topology
 from visionloom.train import checkpoint
 from visionloom.train.importing import start_folder
 from visionloom.train.stored import StoredWeights
-from visionloom.train.weights import COMPANIONS, carry
+from visionloom.train.weights import carry, companions_of
 
 DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EXPORT_LAYOUTS: Final = ("transformers", "hub")
@@ -83,7 +83,7 @@ def export_checkpoint(folder: Path, out: Path, options: ExportOptions, topology:
     if fault := checkpoint.verify(folder, topology):
         raise UserError(f"checkpoint={folder} is damaged: {fault}: name another one")
     config = model_of(progress.model)
-    write_huggingface(StoredWeights(folder), config, out, options, companions_of(folder, options), topology, say)
+    write_huggingface(StoredWeights(folder), config, out, options, files_along(folder, options), topology, say)
 
 
 def model_of(stored: Mapping[str, Any]) -> ModelConfig:
@@ -91,16 +91,16 @@ def model_of(stored: Mapping[str, Any]) -> ModelConfig:
     return ModelConfig(stored["name"], text=TextConfig(**stored["text"]), vision=VisionConfig(**stored["vision"]))
 
 
-def companions_of(folder: Path, options: ExportOptions) -> list[Path]:
+def files_along(folder: Path, options: ExportOptions) -> list[Path]:
     """Folders that an export takes its other files from, the first one first: hf=, what the weights came with, the tokenizer."""
     if options.source is not None:
         return [options.source]
-    run = folder.resolve().parents[2] if len(folder.resolve().parents) > 2 else folder
-    found = [folder / COMPANIONS, run / COMPANIONS]
-    if (run / "config.yaml").is_file():
-        tokenizer = (yaml.safe_load((run / "config.yaml").read_text()) or {}).get("data", {}).get("tokenizer", "")
-        found += [Path(tokenizer)] if tokenizer else []
-    return [each for each in found if each.is_dir()]
+    found, parents = companions_of(folder), folder.resolve().parents
+    recipe = parents[2] / "config.yaml" if len(parents) > 2 else None
+    if recipe is not None and recipe.is_file():
+        tokenizer = Path((yaml.safe_load(recipe.read_text()) or {}).get("data", {}).get("tokenizer", ""))
+        found += [tokenizer] if tokenizer.is_dir() else []
+    return found
 
 
 def write_huggingface(
