@@ -1,9 +1,12 @@
 """The training stream and the held-out sets: plans turned into PackedBatches, ahead of the step that needs them."""
 
+import multiprocessing
+import os
 import queue
 import threading
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any, Final
 
@@ -199,8 +202,34 @@ def _from_processes(ahead: _StepsAhead, workers: int) -> Generator[list[PackedBa
         num_workers=workers,
         prefetch_factor=PREFETCH,
         collate_fn=_unchanged,
-        multiprocessing_context="spawn",  # fork would copy the threads' locks of torch and tokenizers
+        multiprocessing_context=_forking(),
+        worker_init_fn=_end_with_parent,
     )
+
+
+def _forking() -> ForkServerContext:
+    """Workers are forked from a process that has imported this file and has no threads: they share what is imported.
+
+    Forking this process would copy the locks of its threads, spawning would import torch anew for each (0.2 GiB).
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
+def _end_with_parent(_: int) -> None:
+    """End this worker when the process that reads from it was killed.
+
+    torch's own watch is over the process that forked the worker, which lives on as long as a worker does.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, name="visionloom-parent", daemon=True).start()
 
 
 def _from_thread(ahead: _StepsAhead) -> Generator[list[PackedBatch] | Exception]:

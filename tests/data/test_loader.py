@@ -2,11 +2,15 @@
 
 import hashlib
 import json
+import pickle
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -99,6 +103,28 @@ def test_workers_change_nothing(data: DataConfig, workers: int) -> None:
     made = stream(data)
     expected = [digest(stream(data).micro_batches(step, 1, 2, 1)) for step in range(3, 6)]
     assert [digest(batches) for batches in iterate(made, 3, 3, 1, 2, 1, workers)] == expected
+
+
+READER = """
+import pickle, sys
+from visionloom.data.loader import iterate
+if __name__ == "__main__":
+    for _ in iterate(pickle.load(open(sys.argv[1], "rb")), 0, 10_000, 0, 1, 6, 2):
+        print("ready", flush=True)
+"""
+
+
+def test_workers_end_with_a_killed_reader(data: DataConfig, tmp_path: Path) -> None:
+    """Reference: the kernel's list of processes."""
+    (tmp_path / "stream").write_bytes(pickle.dumps(stream(data)))
+    (tmp_path / "reader.py").write_text(READER)
+    command = [sys.executable, str(tmp_path / "reader.py"), str(tmp_path / "stream")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+        helpers = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+    assert len(helpers) >= 3
+    assert psutil.wait_procs(helpers, timeout=30)[1] == []
 
 
 def test_errors_come_out_of_the_iterator_with_their_type(data: DataConfig) -> None:
