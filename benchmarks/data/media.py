@@ -47,7 +47,7 @@ Work = Callable[[], Any]
 def compared(goal: str, what: str, unit: str, milliseconds: tuple[float, float], peer: str, most: float | None) -> Row:
     """A row of milliseconds for one unit of work, ours and the peer's; `most` is the ratio that is aimed at."""
     ours, theirs = milliseconds
-    said, target = f"{ours:.2f} ms a {unit}, {ours / theirs:.2f}x", f"<= {most:g}x" if most else ""
+    said, target = f"{ours:.2f} ms/{unit}, {ours / theirs:.2f}x", f"<= {most:g}x" if most else ""
     numbers = {"ours_ms": ours, "peer_ms": theirs, "ratio": ours / theirs}
     return Row(goal, what, said, f"{theirs:.2f} ({peer})", target, ours / theirs <= most if most else None, numbers)
 

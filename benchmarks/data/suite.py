@@ -3,7 +3,7 @@
     python benchmarks/data/suite.py [--quick] [--out benchmarks/results]
 
 N1 to N14, of which media.py, read.py, plan.py, end_to_end.py and exact.py measure some each and can be run alone. Writes
-data-DATE.json and data-DATE.md. Some eight minutes on two cores, with --quick two, whose figures are rough. The figures are
+data-DATE.json and data-DATE.md. Some eight minutes on two cores, with --quick four, whose figures are rough. The figures are
 CPU time, not wall time, but for N8, so that other work on the machine changes them little. Needs the extra `bench`.
 """
 
@@ -46,7 +46,7 @@ def measure(folder: Path, quick: bool) -> Iterator[Row]:
 def main() -> None:
     """Measure, print and write the table; exits with 1 if a goal is not met."""
     parser = argparse.ArgumentParser(description="all goals of the data system, ours beside the peers'")
-    parser.add_argument("--quick", action="store_true", help="rough figures in two minutes")
+    parser.add_argument("--quick", action="store_true", help="rough figures in half the time")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for data-DATE.json and .md")
     arguments = parser.parse_args()
     started, facts, rows = time.perf_counter(), machine(), list[Row]()
