@@ -80,6 +80,8 @@ def export_checkpoint(folder: Path, out: Path, options: ExportOptions, topology:
         UserError: if the checkpoint is not whole or lacks parameters, or `out` is there already.
     """
     progress = checkpoint.read(folder).progress
+    if progress.lora:
+        raise UserError(f"checkpoint={folder} holds adapters only: export them with convert.py adapter")
     if fault := checkpoint.verify(folder, topology):
         raise UserError(f"checkpoint={folder} is damaged: {fault}: name another one")
     config = model_of(progress.model)

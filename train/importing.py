@@ -23,6 +23,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
@@ -116,7 +117,12 @@ class StreamedSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
         flat, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
         state = mcore_to_pyt_state_dict(flat)
         writer = FileSystemWriter(checkpoint_dir, thread_count=1, sync_files=True)
-        save_distributed(state, storage_writer=writer, planner=StreamedPlanner(self.source, self.say))
+        try:
+            save_distributed(state, storage_writer=writer, planner=StreamedPlanner(self.source, self.say))
+        except CheckpointException as error:  # no Exception, and what it is about is inside
+            causes = [cause for cause, _ in error.failures.values()]
+            told = next((cause for cause in causes if isinstance(cause, UserError)), None)
+            raise told or OSError(f"{checkpoint_dir} could not be written: {causes[0]}") from error
 
 
 class StreamedPlanner(MCoreSavePlanner):  # type: ignore[misc]

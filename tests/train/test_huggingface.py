@@ -308,6 +308,27 @@ def test_a_rest_of_a_failed_import_is_no_checkpoint(folders: dict[str, Path], po
     assert not (tmp_path / "b").exists()
 
 
+def refused_import(folder: Path, out: Path) -> str:
+    """What an import says; runs on a rank of the pool."""
+    topology = topologies.start(ParallelConfig(), torch.device("cpu"))
+    with pytest.raises(UserError) as caught:
+        import_huggingface(folder, out, topology, lambda _: None)
+    return str(caught.value)
+
+
+def test_what_an_import_finds_late_is_one_line(folders: dict[str, Path], pool: RankPool, tmp_path: Path) -> None:
+    """A tied head that is no copy is seen while the checkpoint is written, inside torch's own error."""
+    hf = tmp_path / "hf"
+    hf.mkdir()
+    state = tensors_of(folders["tied"])
+    state["lm_head.weight"] = state["model.language_model.embed_tokens.weight"] + 1
+    save_file(state, hf / "model.safetensors")
+    shutil.copyfile(folders["tied"] / "config.json", hf / "config.json")
+    (told,) = pool.run(1, refused_import, hf, tmp_path / "a")
+    assert told.startswith(f"hf={hf}: lm_head.weight is not ") and "\n" not in told
+    assert not (tmp_path / "a").exists()
+
+
 def test_stored_parameters_are_found_by_their_names(folders: dict[str, Path], pool: RankPool, tmp_path: Path) -> None:
     assert pool.run(1, convert, ["import", f"hf={folders['mixture']}", f"out={tmp_path / 'a'}"]) == [0]
     stored, expected = StoredWeights(tmp_path / "a"), from_huggingface(tensors_of(folders["mixture"]), MIXTURE)
