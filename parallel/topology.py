@@ -26,6 +26,8 @@ class Topology:
     world_size: int
     groups: Any
     """Megatron-core's ProcessGroupCollection."""
+    seed: int = 0
+    """Of Megatron-core's random states."""
 
     @property
     def tensor_rank(self) -> int:
@@ -81,6 +83,14 @@ class Topology:
     def is_data_leader(self) -> bool:
         """Whether this rank speaks for its copy of the model, when results of the copies are gathered."""
         return self.tensor_rank == self.context_rank == self.pipeline_rank == 0
+
+    def reseed(self, step: int) -> None:
+        """Draw what is random in a step from the seed and the step alone, so that a resumed run draws the same."""
+        from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+        seed = (self.seed * 1_000_003 + step) % 2**31
+        torch.manual_seed(seed)
+        model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
     def barrier(self) -> None:
         """Wait until all ranks are here."""
@@ -214,7 +224,7 @@ def _open_layout(config: ParallelConfig, device: torch.device, seed: int) -> Top
     )
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    return Topology(config, device, dist.get_rank(), world_size, groups)
+    return Topology(config, device, dist.get_rank(), world_size, groups, seed)
 
 
 def stop() -> None:

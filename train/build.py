@@ -37,6 +37,12 @@ class Stage:
     stream: PackStream
 
     @property
+    def has_dropout(self) -> bool:
+        """Whether a step draws random numbers: adapters may, the model itself never does."""
+        lora = self.chunks[0].lora
+        return lora is not None and lora.dropout > 0
+
+    @property
     def model_config(self) -> ModelConfig:
         """The architecture."""
         return self.chunks[0].model_config

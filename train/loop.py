@@ -49,6 +49,8 @@ def fit(
             started = time.perf_counter()
             batches = next(packs)
             waited = time.perf_counter() - started
+            if stage.has_dropout:
+                stage.topology.reseed(step)
             result = train_step(stage, batches)
             step += 1
             line = metrics_line(stage, batches, result, step, phase_step, time.perf_counter() - started, waited)
