@@ -43,7 +43,6 @@ QUICK = (
     "context 2 x pipeline 2",
     "tensor 2 x expert 2",
     "adapters, tensor 2",
-    "adapters, pipeline 2, recompute full",
     "adapters, tensor 2 x expert 2",
 )
 
