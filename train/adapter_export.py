@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from visionloom.model.config import ModelConfig
@@ -52,7 +52,7 @@ def export_adapter(checkpoint: Path, out: Path, base: str, topology: Topology) -
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     state = to_peft({name: stored.parameter(name) for name in names}, model, lora)
-    save_file(state, partial / WEIGHTS, metadata={"format": "pt"})
+    (partial / WEIGHTS).write_bytes(save(state, metadata={"format": "pt"}))
     (partial / CONFIG).write_text(json.dumps(peft_config(model, lora, base), indent=1) + "\n")
     partial.rename(out)
 
