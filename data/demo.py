@@ -46,14 +46,13 @@ def make_demo(folder: str | Path, seed: int = 0, scale: float = 1.0, progress: P
     if _settings(folder) == settings and all((folder / part).exists() for part in _PARTS):
         return False
     _check_folder(folder)
-    cells, digits = _load_pictures()
+    cells, digits, splits = load_pictures(seed)
     making = folder / _MAKING
     shutil.rmtree(making, ignore_errors=True)
     making.mkdir(parents=True)
-    numbers = random.Random(f"{seed}/split").sample(range(len(digits)), len(digits))
-    for split, chosen in (("train", numbers[:TRAIN_PICTURES]), ("test", numbers[TRAIN_PICTURES:])):
+    for split, chosen in splits.items():
         for name in RECIPES:
-            drawer = Drawer(cells, digits, sorted(chosen), f"{seed}/{split}/{name}")
+            drawer = Drawer(cells, digits, chosen, f"{seed}/{split}/{name}")
             _write_dataset(making, split, name, drawer, scale, progress)
     train_tokenizer(making / "tokenizer", _train_samples(making))
     draw_contact_sheet({name: Dataset.open(making / "train" / name, name) for name in RECIPES}, making / _PARTS[-1])
@@ -77,14 +76,19 @@ def _check_folder(folder: Path) -> None:
         raise UserError(f"{folder} holds other files ({min(names)}): choose a new folder for the demo")
 
 
-def _load_pictures() -> tuple[list[Pixels], list[int]]:
-    """All handwriting pictures, each uint8[32,32], and their digits."""
+def load_pictures(seed: int) -> tuple[list[Pixels], list[int], dict[str, list[int]]]:
+    """All handwriting pictures, each uint8[32,32], their digits, and the numbers of those of each split.
+
+    Raises UserError if scikit-learn is not installed.
+    """
     try:
         from sklearn.datasets import load_digits
     except ImportError:
         raise UserError("the demo needs scikit-learn: pip install visionloom[demo]") from None
     data = load_digits()
-    return [_enlarge(image) for image in data.images], [int(digit) for digit in data.target]
+    cells, digits = [_enlarge(image) for image in data.images], [int(digit) for digit in data.target]
+    numbers = random.Random(f"{seed}/split").sample(range(len(digits)), len(digits))
+    return cells, digits, {"train": sorted(numbers[:TRAIN_PICTURES]), "test": sorted(numbers[TRAIN_PICTURES:])}
 
 
 def _enlarge(image: np.ndarray[tuple[int, int], np.dtype[np.float64]]) -> Pixels:

@@ -3,6 +3,7 @@
 Commands:
     python launch/convert.py import hf=DIR out=DIR               a folder that init.checkpoint takes
     python launch/convert.py export checkpoint=DIR out=DIR       a folder that transformers loads
+    python launch/convert.py adapter checkpoint=DIR out=DIR      a folder that peft loads, or with weights=DIR a merged model
 
 Large models go faster with several processes: torchrun --standalone --nproc-per-node 4 launch/convert.py import hf=DIR out=DIR
 Each command's options: python launch/convert.py COMMAND --help. A recipe reads a Hugging Face folder without any of this:
@@ -97,6 +98,24 @@ def export_folder(options: dict[str, str]) -> None:
         say(f"done: {options['out']}", once=True)
 
 
+def export_adapters(options: dict[str, str]) -> None:
+    """Make a folder that peft loads of the adapters in a checkpoint; or, with the weights below them, a merged model."""
+    folder, out, weights = Path(options["checkpoint"]), Path(options["out"]), options.get("weights", "")
+    for option, path in {"checkpoint": folder, "weights": Path(weights or ".")}.items():
+        if not path.is_dir():
+            raise UserError(f"{option}={path} is not a folder: correct the option")
+    with _world(ParallelConfig()) as (topology, say):
+        from visionloom.train.adapter_export import export_adapter, export_merged
+
+        if weights:
+            export_merged(folder, Path(weights), out, topology, say)
+        elif topology.world_size > 1:
+            raise UserError("adapters are small: start this without torchrun, or give weights=DIR to merge them")
+        else:
+            export_adapter(folder, out, options.get("base", ""), topology)
+        say(f"done: {out}", once=True)
+
+
 COMMANDS = {
     "import": Command(
         import_folder,
@@ -112,6 +131,14 @@ COMMANDS = {
             "dtype": f"{', '.join(DTYPES)}; else as in the checkpoint",
             "layout": "of experts: transformers, or hub as the published models have them",
             "shard": "most bytes of one file: 5GB",
+        },
+    ),
+    "adapter": Command(
+        export_adapters,
+        {"checkpoint": "checkpoint folder of a run with lora", "out": "folder to make"},
+        {
+            "base": "name of the model that the adapters are for, kept in adapter_config.json",
+            "weights": "checkpoint or Hugging Face folder that the adapters were trained on: write both merged, for transformers",
         },
     ),
 }

@@ -3,6 +3,7 @@
 Commands:
     python launch/data.py --help
     python launch/data.py demo DIR [--seed N]    the demo's datasets and tokenizer (needs scikit-learn)
+    python launch/data.py demo-task DIR          a task that the demo does not teach, for fine-tuning
     python launch/data.py convert KIND SRC DST   LLaVA, ShareGPT, OBELICS, MMC4, ... as shards
     python launch/data.py index DIR              index WebDataset tar files made elsewhere
     python launch/data.py view DIR [KEY ...]     samples as a web page: pictures, boxes, frames, tokens, packs
@@ -22,10 +23,10 @@ if not __package__:  # started as a file: Python put launch/ first on the path, 
     sys.path[0] = str(Path(__file__).resolve().parents[1] / ".link")
 
 from visionloom.launch.exit import exit_with
-from visionloom.launch.shards import convert, demo, export_energon, index, lengths, plan, stats, verify, view
+from visionloom.launch.shards import convert, demo, demo_task, export_energon, index, lengths, plan, stats, verify, view
 from visionloom.parallel.errors import UserError
 
-COMMANDS = (demo, convert, index, lengths, plan, stats, verify, view, export_energon)
+COMMANDS = (demo, demo_task, convert, index, lengths, plan, stats, verify, view, export_energon)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

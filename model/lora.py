@@ -111,9 +111,10 @@ class AdaptedColumn(ColumnParallelLinear):  # type: ignore[misc]
             inner = copy_to_tensor_model_parallel_region(inner, group=self.tp_group)
         return output + self.adapter.up(inner, self.heads), bias
 
-    def sharded_state_dict(self, prefix: str = "", offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
         """The layer's own tensors and the adapter's."""
-        return super().sharded_state_dict(prefix, offsets, metadata) | _sharded_adapter(self, prefix, offsets, metadata)
+        own: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        return own | _sharded_adapter(self, prefix, sharded_offsets, metadata)
 
 
 class AdaptedRow(RowParallelLinear):  # type: ignore[misc]
@@ -131,9 +132,10 @@ class AdaptedRow(RowParallelLinear):  # type: ignore[misc]
             inner = reduce_from_tensor_model_parallel_region(inner, group=self.tp_group)
         return output + self.adapter.up(inner), bias
 
-    def sharded_state_dict(self, prefix: str = "", offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
         """The layer's own tensors and the adapter's."""
-        return super().sharded_state_dict(prefix, offsets, metadata) | _sharded_adapter(self, prefix, offsets, metadata)
+        own: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        return own | _sharded_adapter(self, prefix, sharded_offsets, metadata)
 
 
 class AdaptedStack(Stack):

@@ -181,7 +181,7 @@ def in_order(packs: list[list[int]], mixture: LengthMixture, samples: int, ranks
 
 @dataclass(frozen=True)
 class Peer:
-    """What megatron-energon was measured with on captions: seconds from a state to its first pack, the state's bytes."""
+    """What megatron-energon was measured with on captions: CPU seconds from a state to its first pack, the state's bytes."""
 
     resume_seconds: float
     state_bytes: float
@@ -205,7 +205,7 @@ def resume(peer: Peer | None = None) -> list[Row]:
                 fresh.plan._make_segment(segment)
             replayed = time.perf_counter() - started
             peers = f"planning all before it {replayed:.2f}, reading it again more"
-            peers = f"{peer.resume_seconds:.2f} (energon, buffer 64), {peers}" if peer else peers
+            peers = f"{peer.resume_seconds:.2f} of CPU (energon, buffer 64), {peers}" if peer else peers
             what = f"first pack (8K tokens, decoded) at step {step:,}, s"
             met = seconds <= RESUME_SECONDS
             rows.append(Row("N8", what, f"{seconds:.2f}", peers, "<= 0.5", met, {"ours_s": seconds, "replayed_s": replayed}))

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import psutil
 
-SECONDS_BETWEEN: Final = 0.1
+SECONDS_BETWEEN: Final = 0.25
 """Of looking at memory."""
 
 

@@ -125,6 +125,15 @@ def experts_reduced_over_all(chunks: list[Any], packs: list[TestPack]) -> list[T
     return packs
 
 
+def adapters_not_reduced(chunks: list[Any], packs: list[TestPack]) -> list[TestPack]:
+    """The factors that see a share of the tokens keep their gradients for themselves."""
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            if ".adapter." in name:
+                parameter.sequence_parallel = False
+    return packs
+
+
 def positions_after_packing(chunks: list[Any], packs: list[TestPack]) -> list[TestPack]:
     """Positions count up over the whole pack, pictures included."""
     return [replace(pack, position_ids=torch.arange(LENGTH).expand(3, -1).int()) for pack in packs]
@@ -138,7 +147,13 @@ def divided_per_micro_batch(chunks: list[Any], packs: list[TestPack]) -> list[Te
 
 MISTAKES: dict[str, Callable[[list[Any], list[TestPack]], list[TestPack]]] = {
     mistake.__name__: mistake
-    for mistake in (features_not_reduced, experts_reduced_over_all, positions_after_packing, divided_per_micro_batch)
+    for mistake in (
+        features_not_reduced,
+        experts_reduced_over_all,
+        adapters_not_reduced,
+        positions_after_packing,
+        divided_per_micro_batch,
+    )
 }
 
 

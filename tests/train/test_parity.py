@@ -43,7 +43,6 @@ QUICK = (
     "context 2 x pipeline 2",
     "tensor 2 x expert 2",
     "adapters, tensor 2",
-    "adapters, pipeline 2, recompute full",
     "adapters, tensor 2 x expert 2",
 )
 
@@ -185,6 +184,7 @@ def test_a_layout_trains_as_one_process(
     [
         ("features_not_reduced", dense(2, tensor=2)),
         ("experts_reduced_over_all", mixture(2, expert=2)),
+        ("adapters_not_reduced", replace(dense(2, tensor=2), case=ADAPTERS)),
         ("positions_after_packing", dense(2, context=2)),
         ("divided_per_micro_batch", dense(2)),
     ],

@@ -1,0 +1,121 @@
+"""The adapters of a checkpoint as a folder that peft loads, or merged into the weights below them for transformers."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from visionloom.model.config import ModelConfig
+from visionloom.model.huggingface_config import differences
+from visionloom.model.huggingface_folder import HuggingFaceFolder
+from visionloom.model.lora import low_rank_product
+from visionloom.model.lora_config import LinearLayer, LoraConfig, adapted_layers
+from visionloom.model.peft import adapter_names, peft_config, to_peft
+from visionloom.model.shapes import parameter_shapes
+from visionloom.parallel.errors import UserError
+from visionloom.parallel.topology import Topology
+from visionloom.train import checkpoint as checkpoints
+from visionloom.train.adapter import CONFIG, WEIGHTS
+from visionloom.train.exporting import ExportOptions, Parameters, files_along, model_of, write_huggingface
+from visionloom.train.stored import StoredWeights
+
+
+def describe(checkpoint: Path, topology: Topology) -> tuple[ModelConfig, LoraConfig]:
+    """The model and adapters of a whole checkpoint of a run with lora; UserError if it is damaged or has none."""
+    progress = checkpoints.read(checkpoint).progress
+    if not progress.lora:
+        raise UserError(f"checkpoint={checkpoint} holds whole weights, not adapters: name one of a run with lora.rank above 0")
+    if fault := checkpoints.verify(checkpoint, topology):
+        raise UserError(f"checkpoint={checkpoint} is damaged: {fault}: name another one")
+    return model_of(progress.model), LoraConfig(**progress.lora)
+
+
+def export_adapter(checkpoint: Path, out: Path, base: str, topology: Topology) -> None:
+    """Write a checkpoint's adapters as a folder that `peft.PeftModel.from_pretrained` loads on transformers' model; one rank does it all.
+
+    Args:
+        checkpoint: folder of a run with lora.
+        out: new folder.
+        base: name or folder of the model that the adapters are for, kept in adapter_config.json; may be empty.
+        topology: of any layout.
+    """
+    model, lora = describe(checkpoint, topology)
+    if out.exists():
+        raise UserError(f"out={out} is there already: name a new folder or remove it")
+    stored = StoredWeights(checkpoint)
+    names = [name for layer in adapted_layers(model, lora) for pair in adapter_names(layer).values() for name in pair]
+    partial = out.with_name(out.name + ".tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    state = to_peft({name: stored.parameter(name) for name in names}, model, lora)
+    (partial / WEIGHTS).write_bytes(save(state, metadata={"format": "pt"}))
+    (partial / CONFIG).write_text(json.dumps(peft_config(model, lora, base), indent=1) + "\n")
+    partial.rename(out)
+
+
+def export_merged(checkpoint: Path, weights: Path, out: Path, topology: Topology, say: Callable[[str], None]) -> None:
+    """Write the weights with the adapters added as a Hugging Face folder; all ranks call it together.
+
+    Args:
+        checkpoint: folder of a run with lora.
+        weights: the checkpoint, or the Hugging Face folder, that the adapters were trained on.
+        out: new folder.
+        topology: of any layout.
+        say: is told of each finished file.
+    """
+    model, lora = describe(checkpoint, topology)
+    stored = (weights / checkpoints.STATE).is_file()
+    base: Parameters = StoredWeights(weights) if stored else FolderWeights(weights, model)
+    for name, shape in parameter_shapes(model).items():
+        if (entry := base.entry(name)) is None or entry[0] != shape:
+            raise UserError(f"weights={weights} is not what the adapters of {checkpoint} were trained on: {name} differs")
+    options = ExportOptions(source=None if stored else weights)
+    companions = files_along(weights, options)
+    write_huggingface(
+        MergedWeights(base, StoredWeights(checkpoint), model, lora), model, out, options, companions, topology, say
+    )
+
+
+class FolderWeights:
+    """The parameters of a Hugging Face folder, full ones."""
+
+    def __init__(self, folder: Path, model: ModelConfig) -> None:
+        self.source, self.shapes = HuggingFaceFolder(folder, "weights"), parameter_shapes(model)
+        if found := differences(model, self.source.config, folder):
+            raise UserError("; ".join(found))
+
+    def entry(self, name: str) -> tuple[tuple[int, ...], torch.dtype] | None:
+        """Shape and type of a parameter by its canonical name."""
+        return self.shapes[name], self.source.parameter_dtype(name, self.shapes[name])
+
+    def parameter(self, name: str) -> Tensor:
+        """A full parameter by its canonical name."""
+        return self.source.parameter(name, [slice(0, size) for size in self.shapes[name]])
+
+
+class MergedWeights:
+    """The parameters of a checkpoint with the adapters of another added: one at a time, as StoredWeights gives them."""
+
+    def __init__(self, base: Parameters, adapters: Parameters, model: ModelConfig, lora: LoraConfig) -> None:
+        """`adapters`: of a run with `lora` on the weights of `base`."""
+        self.base, self.adapters, self.model, self.lora = base, adapters, model, lora
+        self.layers: dict[str, LinearLayer] = {f"{layer.name}.weight": layer for layer in adapted_layers(self.model, self.lora)}
+
+    def entry(self, name: str) -> tuple[tuple[int, ...], torch.dtype] | None:
+        """Shape and type of a parameter by its canonical name; None if the checkpoint lacks it."""
+        return self.base.entry(name)
+
+    def parameter(self, name: str) -> Tensor:
+        """A full parameter by its canonical name, in the base's type; added to in fp32."""
+        weight = self.base.parameter(name)
+        layer = self.layers.get(name)
+        if layer is None:
+            return weight
+        a, b = ([self.adapters.parameter(n) for n in each] for each in zip(*adapter_names(layer).values(), strict=True))
+        heads = self.model.text.kv_heads if "q_proj" in layer.parts else 1
+        added = low_rank_product(a, b, heads) * self.lora.scaling
+        return (weight.float() + added.view(weight.shape)).to(weight.dtype)
