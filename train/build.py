@@ -55,14 +55,15 @@ def model_dtype(precision: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
-def build_model(config: RunConfig, topology: Topology) -> list[Qwen3VL]:
-    """The model's chunks on this rank's device, with random weights from run.seed."""
+def build_model(config: RunConfig, topology: Topology, drawn: bool) -> list[Qwen3VL]:
+    """The model's chunks on this rank's device: with random weights from run.seed, or not `drawn`, to be loaded into."""
     dtype = model_dtype(config.run.precision, topology.device)
     numbers = range(topology.config.chunks) if topology.config.chunks > 1 else [None]
     chunks = [Qwen3VL(config.model, topology, dtype, number) for number in numbers]
     for chunk in chunks:
         chunk.to(topology.device)
-        draw_weights(chunk, config.model, config.run.seed, topology)
+        if drawn:
+            draw_weights(chunk, config.model, config.run.seed, topology)
     return chunks
 
 

@@ -186,7 +186,7 @@ class Run:
                 self._event("data_changed", phase=name, step=self.step, detail=change)
                 self.screen.say(f"{name}: goes on with other data: {change}")
             # Adapters go on from a checkpoint that holds nothing but them.
-            chunks = self._initial() if self.config.lora.rank else build_model(self.config, self.topology)
+            chunks = self._initial() if self.config.lora.rank else build_model(self.config, self.topology, drawn=False)
             stage = build_stage(self.config, name, self.topology, chunks, stream)
             checkpoint.load_stage(self.latest, stage)
             return stage
@@ -198,19 +198,20 @@ class Run:
         """A fresh model with the newest weights: of the last phase, or what the run begins with."""
         if self.latest is None:
             return self._initial()
-        chunks = self._initial() if self.config.lora.rank else build_model(self.config, self.topology)
+        chunks = self._initial() if self.config.lora.rank else build_model(self.config, self.topology, drawn=False)
         checkpoint.load_weights(self.latest, chunks, self.topology)
         return chunks
 
     def _initial(self) -> list[Qwen3VL]:
         """What a run begins with: the weights of init.huggingface, of init.checkpoint or random ones, and adapters if it trains some."""
-        chunks = build_model(self.config, self.topology)
-        if self.config.init.huggingface:
-            load_huggingface(Path(self.config.init.huggingface), chunks, self.config.model, self.topology)
+        init = self.config.init
+        chunks = build_model(self.config, self.topology, drawn=not (init.huggingface or init.checkpoint))
+        if init.huggingface:
+            load_huggingface(Path(init.huggingface), chunks, self.config.model, self.topology)
         if self.topology.is_main:
-            carry_into_run(self.config.init, self.folder)
-        if self.config.init.checkpoint:
-            source = checkpoint.read(Path(self.config.init.checkpoint))
+            carry_into_run(init, self.folder)
+        if init.checkpoint:
+            source = checkpoint.read(Path(init.checkpoint))
             self._check(source, resuming=False)
             if source.progress.lora:
                 raise UserError(
