@@ -132,6 +132,10 @@ class Run:
                 found = f"only damaged checkpoints, {damaged[0]}" if damaged else "no checkpoint"
                 raise UserError(f"{self.folder} holds {found}: train the run first, or name one with checkpoint=FOLDER")
         self._check(self.latest, resuming=False)
+        rank = self.latest.progress.lora.get("rank", 0)
+        if rank != self.config.lora.rank:
+            held = f"adapters of rank {rank}" if rank else "whole weights, no adapters"
+            raise UserError(f"{self.latest.folder} holds {held}: evaluate it with lora.rank={rank}")
         self.step = self.latest.progress.step
         self.screen.say(f"evaluating {self.latest.folder}")
 
