@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from visionloom.model.huggingface_config import NOT_THE_MODEL
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.parallel import topology as topologies
 from visionloom.parallel.errors import UserError
@@ -231,7 +232,8 @@ class Run:
         """Refuse a checkpoint of another model or recipe with what differs."""
         progress, ours = source.progress, asdict(self.config.model)
         for part in ("text", "vision"):
-            changed = [key for key, value in ours[part].items() if progress.model[part].get(key) != value]
+            same = () if resuming else NOT_THE_MODEL
+            changed = [key for key, value in ours[part].items() if key not in same and progress.model[part].get(key) != value]
             if changed:
                 raise UserError(
                     f"{source.folder} holds another model: model.{part}.{changed[0]} is {progress.model[part].get(changed[0])} there"
