@@ -5,7 +5,7 @@
 N10  pictures a core-second and memory, workers included; N11 bytes of a patch; N1, N8, N9, N13: energon's part of other rows
 
 Each loader runs in a process of its own. CPU time of all its processes counts, from the tenth pack on; memory is the most
-that they hold at one moment, imports included. Ours: `python benchmarks/data/end_to_end.py --ours FOLDER` prints JSON.
+that they hold at one moment, without the pages of libraries. Ours: `python benchmarks/data/end_to_end.py --ours FOLDER` prints JSON.
 """
 
 import argparse
@@ -92,14 +92,15 @@ def _compared(mine: dict[str, Any], peer: dict[str, Any], workers: int, buffer: 
     fills = [one["tokens"] / one["packs"] / 8192 for one in (mine, peer)]
     memory = [one["memory"] / GIB for one in (mine, peer)]
     ratio, share = speeds[0] / speeds[1], memory[0] / memory[1]
+    resident = [one["resident"] / GIB for one in (mine, peer)]
     said = [
-        f"{speed:.0f} images/core-s, {held:.2f} GiB, {fill:.1%} full"
-        for speed, held, fill in zip(speeds, memory, fills, strict=True)
+        f"{speed:.0f} images/core-s, {held:.2f} GiB ({all_:.2f} resident), {fill:.1%} full"
+        for speed, held, all_, fill in zip(speeds, memory, resident, fills, strict=True)
     ]
-    names = ("images_per_cpu_second", "memory_gib", "fill")
+    names = ("images_per_cpu_second", "memory_gib", "resident_gib", "fill")
     numbers = {
         f"{who}_{name}": value
-        for name, pair in zip(names, (speeds, memory, fills), strict=True)
+        for name, pair in zip(names, (speeds, memory, resident, fills), strict=True)
         for who, value in zip(("ours", "peer"), pair, strict=True)
     }
     what = f"shards to packs of 8K, {workers} workers, energon's buffer {buffer}: {ratio:.2f}x at {share:.2f}x memory"

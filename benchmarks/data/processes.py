@@ -37,19 +37,25 @@ def steady(packs: Iterator[tuple[int, int]], warm: int, images: int) -> dict[str
 
 
 def run_apart(file: Path, *words: str) -> dict[str, Any]:
-    """Run a script that prints JSON in its last line; adds `memory`: the most bytes that it and its workers held.
+    """Run a script that prints JSON in its last line; adds the most bytes that it and its workers held at one moment.
 
-    Memory is the sum of proportional set sizes: a page that processes share counts once. Raises RuntimeError if it fails.
+    `memory` is what is their own or shared among them, each page once; pages of files, such as libraries, are left out, for
+    what of them is counted would depend on what else runs on the machine. `resident` is the plain sum of resident sizes,
+    in which each process counts the libraries again. Raises RuntimeError if the script fails.
     """
     process = subprocess.Popen([sys.executable, str(file), *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    known, most = psutil.Process(process.pid), 0
+    known, most = psutil.Process(process.pid), {"memory": 0, "resident": 0}
     while process.poll() is None:
-        most = max(most, sum(map(_bytes, _tree(known))))
+        held = [_held(one.pid) for one in _tree(known)]
+        most = {
+            "memory": max(most["memory"], sum(own for own, _ in held)),
+            "resident": max(most["resident"], sum(all_ for _, all_ in held)),
+        }
         time.sleep(SECONDS_BETWEEN)
     said, complaints = process.communicate()
     if process.returncode:
         raise RuntimeError(f"{file.name} {' '.join(words)}: {complaints.strip()[-2000:]}")
-    return {**json.loads(said.strip().splitlines()[-1]), "memory": most}
+    return {**json.loads(said.strip().splitlines()[-1]), **most}
 
 
 def _tree(process: psutil.Process) -> list[psutil.Process]:
@@ -67,8 +73,11 @@ def _times(process: psutil.Process) -> float:
     return used.user + used.system
 
 
-def _bytes(process: psutil.Process) -> int:
+def _held(pid: int) -> tuple[int, int]:
+    """Bytes that are a process's own share, without files, and its resident size. Source: Linux, proc_pid_smaps(5)."""
     try:
-        return int(process.memory_full_info().pss)
-    except (psutil.NoSuchProcess, psutil.AccessDenied):
-        return 0
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+    except OSError:  # it has ended
+        return 0, 0
+    sizes = {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines)}
+    return sizes.get("Pss_Anon", 0) + sizes.get("Pss_Shmem", 0), sizes.get("Rss", 0)

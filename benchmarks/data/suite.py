@@ -3,7 +3,7 @@
     python benchmarks/data/suite.py [--quick] [--out benchmarks/results]
 
 N1 to N14, of which media.py, read.py, plan.py, end_to_end.py and exact.py measure some each and can be run alone. Writes
-data-DATE.json and data-DATE.md. Some eight minutes on two cores, with --quick four, whose figures are rough. The figures are
+data-DATE.json and data-DATE.md. Some four minutes on two cores; --quick takes half as long, and its figures are rough. The figures are
 CPU time, not wall time, but for N8, so that other work on the machine changes them little. Needs the extra `bench`.
 """
 
@@ -24,7 +24,7 @@ from visionloom.benchmarks.data import end_to_end, exact, media, plan, read
 from visionloom.benchmarks.data.end_to_end import energon
 from visionloom.benchmarks.data.table import Row, as_json, machine, markdown, show
 
-SAMPLES, CAPTIONS, IMAGES, REPETITIONS = (40_000, 12_000), (20_000, 2_000), (1000, 200), (7, 2)
+SAMPLES, CAPTIONS, IMAGES, REPETITIONS = (40_000, 12_000), (20_000, 2_000), (600, 200), (7, 2)
 """Of a mixture, indexed and counted, through both loaders, of each measurement; and with --quick."""
 
 
