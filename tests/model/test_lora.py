@@ -36,6 +36,7 @@ from visionloom.tests.model.reference import (
     reference_run,
     tiny_config,
 )
+from visionloom.tests.model.test_parity import error
 from visionloom.train.adapter import CONFIG, PICKLE, WEIGHTS, load_adapter
 
 EXAMPLES = [make_example(parts, i) for i, parts in enumerate([[5, (4, 6), 9], [21], [2, (2, 4, 4), 3, (2, 2), 11]])]
@@ -96,7 +97,7 @@ def test_gradients_are_pefts(topology: Topology, experts: int, tmp_path: Path) -
     total.backward()
     with torch.no_grad():
         found = ours.logits(ours.prepare(pack))
-    assert float((found - torch.cat(logits)).abs().max()) <= 1e-4 and float((torch.cat(before) - found).abs().max()) > 0.1
+    assert error(found, torch.cat(logits)) <= 1e-5 and float((torch.cat(before) - found).abs().max()) > 0.1
     assert float(total) == pytest.approx(float(expected), rel=1e-5)
     names = get_peft_model_state_dict(tuned)
     gradients = {name.replace(".default", ""): p.grad for name, p in tuned.named_parameters() if p.requires_grad}
@@ -104,8 +105,8 @@ def test_gradients_are_pefts(topology: Topology, experts: int, tmp_path: Path) -
     reference = from_peft({name: grad for name, grad in gradients.items() if grad is not None}, ours.model_config)
     for name, parameter in canonical_parameters(ours):
         if is_adapter(name):
-            error = float((parameter.grad - reference[name]).norm() / reference[name].norm())
-            assert error <= 1e-5, (name, error)
+            off = error(parameter.grad, reference[name])
+            assert off <= 1e-5, (name, off)
 
 
 @pytest.mark.parametrize("experts", EXPERTS)
@@ -145,7 +146,7 @@ def test_an_adapter_made_by_peft_is_taken_over(topology: Topology, tmp_path: Pat
     load_adapter(tmp_path, [ours], topology)
     logits, _ = reference_run(PeftModel.from_pretrained(theirs, tmp_path).get_base_model(), EXAMPLES)
     with torch.no_grad():
-        assert float((ours.logits(ours.prepare(pack)) - torch.cat(logits)).abs().max()) <= 1e-4
+        assert error(ours.logits(ours.prepare(pack)), torch.cat(logits)) <= 1e-5
 
 
 def change_config(folder: Path, **changes: object) -> None:
