@@ -199,7 +199,7 @@ def _balance_scale(batches: list[PackedBatch], topology: Topology) -> Tensor:
         [[float(b.loss_weights.sum(dtype=torch.float64)), float(b.real_tokens)] for b in batches], dtype=torch.float64
     )
     weight, tokens = topology.sum_over_data(own.sum(0).to(topology.device))
-    return (weight / tokens.clamp_min(1.0)).float()
+    return (weight / tokens.clamp_min(1.0)).float().reshape(1)  # Megatron-core keeps one for the process, of this shape
 
 
 def _finalize(chunks: list[Any], num_tokens: Any, *, sums: LossSums, topology: Topology, **options: Any) -> None:

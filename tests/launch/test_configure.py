@@ -107,7 +107,7 @@ def test_a_wrong_word_is_one_line(words: list[str], expected: list[str]) -> None
             "recipe/wrong_type.yaml: phases.align.steps: Value 'many' of type 'str' could not be converted to Integer",
         ),
         ("wrong_group", "recipe/wrong_group.yaml: no such group: modle (did you mean model?)"),
-        ("mien", "recipe=mien is unknown (did you mean mine?): use one of broken, deep/nested, demo, layout, mine, "),
+        ("mien", "recipe=mien is unknown (did you mean mine?): use one of broken, deep/nested, demo, full/"),
     ],
 )
 def test_a_wrong_file_is_named(own_recipes: Path, recipe: str, expected: str) -> None:

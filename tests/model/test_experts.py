@@ -85,7 +85,7 @@ def balance_gradient(router: Router, logits: Tensor) -> Tensor:
     """Gradient of the balance loss alone: the router's weights get no gradient."""
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
-    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(()))
+    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
     leaf = logits.clone().requires_grad_()
     weights, _ = routed(router, leaf, torch.zeros(len(leaf), dtype=torch.bool))
     (weights * 0.0).sum().backward()

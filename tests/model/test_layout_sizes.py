@@ -3,17 +3,14 @@
 Reference: the exact numbers of parameters of tests/model/test_sizes.py: the ranks' parts must add up to the model.
 """
 
-import multiprocessing
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import pytest
 
-from visionloom.launch.quiet import quiet_libraries
 from visionloom.parallel.config import ParallelConfig
 from visionloom.parallel.pipeline import suggestion
 from visionloom.tests.model.test_sizes import COUNTS, published
+from visionloom.tests.ranks import RankPool
 
 WORLDS: dict[str, tuple[int, dict[str, Any]]] = {
     "qwen3vl_2b": (64, {"tensor": 2}),
@@ -26,6 +23,14 @@ WORLDS: dict[str, tuple[int, dict[str, Any]]] = {
         {"tensor": 4, "pipeline": 8, "context": 2, "expert": 32, "pipeline_layout": suggestion(94, 8), "recompute": "full"},
     ),
 }
+
+
+def parts(size: str, world_size: int, layout: dict[str, Any], ranks: list[int]) -> list[tuple[int, int, float]]:
+    """What each of these ranks would hold; runs on a rank of the pool, which leaves its own world for it."""
+    import torch.distributed as dist
+
+    dist.destroy_process_group()
+    return [part(size, world_size, layout, rank) for rank in ranks]
 
 
 def part(size: str, world_size: int, layout: dict[str, Any], rank: int) -> tuple[int, int, float]:
@@ -55,22 +60,15 @@ def part(size: str, world_size: int, layout: dict[str, Any], rank: int) -> tuple
         topologies.stop()
 
 
-@pytest.fixture(scope="module")
-def elsewhere() -> Iterator[ProcessPoolExecutor]:
-    """A process for imagined worlds: this one has a real process group open."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), quiet_libraries) as process:
-        yield process
-
-
 @pytest.mark.parametrize("size", WORLDS)
-def test_every_stage_of_the_model(size: str, elsewhere: ProcessPoolExecutor) -> None:
+def test_every_stage_of_the_model(size: str, pool: RankPool) -> None:
     """One rank of each pipeline stage: what they hold, multiplied by the cuts, is the whole model."""
     world_size, layout = WORLDS[size]
     config = ParallelConfig(**layout)
     assert config.problems(world_size) == published(size).problems(config) == []
     per_stage = world_size // config.pipeline
     ranks = [stage * per_stage + (7 * stage) % per_stage for stage in range(config.pipeline)]
-    found = list(elsewhere.map(part, *zip(*((size, world_size, layout, rank) for rank in ranks), strict=True)))
+    (found,) = pool.run(1, parts, size, world_size, layout, ranks)
     assert [stage for stage, _, _ in found] == list(range(config.pipeline))
     total, by_part = COUNTS[size]
     tied_twice = by_part[3] if config.pipeline > 1 and published(size).text.tie_embeddings else 0

@@ -40,7 +40,7 @@ LANGUAGE_ADAPTERS = Case(lora=True, trainable=("language",))
 QUICK = (
     "tensor 2",
     "pipeline 2, virtual 2, levels travel",
-    "context 2 x pipeline 2",
+    "context 2",
     "tensor 2 x expert 2",
     "adapters, tensor 2",
     "adapters, tensor 2 x expert 2",
