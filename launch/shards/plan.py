@@ -25,6 +25,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     parser.add_argument(
         "words", nargs="+", metavar="WORD", help="of the run, as pretrain takes them: +recipe=NAME key=value ..."
     )
+    parser.add_argument("--stats", action="store_true", help="print the two tables, which is what this command does anyway")
     parser.add_argument("--phase", metavar="NAME", help="one phase only")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"steps of each phase to plan (default {STEPS})")
     parser.add_argument("--ranks", type=int, metavar="N", help="of the whole run (default: WORLD_SIZE, or 1)")
