@@ -250,6 +250,5 @@ def curve(layout: Layout, packs: list[TestPack]) -> list[float]:
     from visionloom.train.step import train_step
 
     stage = build(layout, sharded=True)
-    # Every other micro-batch: the gradients of all were compared, and 20 steps of all take most of the table's time.
-    mine = deal(packs[::2], stage.topology, layout.one_encoder)
+    mine = deal(packs, stage.topology, layout.one_encoder)
     return [train_step(stage, mine).loss for _ in range(STEPS)]  # type: ignore[arg-type]
