@@ -1,6 +1,6 @@
 # make demo   a tiny Qwen3-VL through every phase, on two CPU processes
 # make test   lint, types, import directions and the test suite
-# make proofs longer proofs: killed ranks, four ranks, whole commands under torchrun
+# make proofs longer proofs: killed ranks, four ranks, adapters in every layout, whole commands under torchrun
 # make parity every layout of the parallel axes against one process, as a table
 # make faults ranks killed at random moments, broken disks and files
 # make bench-data  the data system's goals in one table, beside the peers (QUICK=1: rough figures)
@@ -37,7 +37,7 @@ proofs: .venv/installed
 	pytest -m long
 
 parity: .venv/installed
-	pytest -m "parity or not parity" tests/train/test_parity.py
+	pytest -m "not long" tests/train/test_parity.py
 
 faults: .venv/installed
 	pytest -m faults

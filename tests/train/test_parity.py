@@ -158,7 +158,8 @@ def references(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Refe
 
 
 def marked(name: str) -> object:
-    return pytest.param(name, marks=() if name in QUICK else pytest.mark.parity)
+    later = pytest.mark.long if name.startswith("adapters") else pytest.mark.parity
+    return pytest.param(name, marks=() if name in QUICK else later)
 
 
 @pytest.mark.parametrize("name", [marked(name) for name in LAYOUTS])
