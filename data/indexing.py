@@ -1,16 +1,15 @@
 """Indexing a folder of shards made elsewhere: in parallel, continued where it stopped, dataset.json last."""
 
 import json
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Final
 
 from visionloom.data.atomic import replacing
 from visionloom.data.index import NoSamples, index_shard, known_shard
 from visionloom.data.manifest import ShardInfo, write_manifest
+from visionloom.data.processes import in_order
 from visionloom.data.tar import Fault
 from visionloom.parallel.errors import UserError
 
@@ -35,7 +34,7 @@ def index_folder(
         raise UserError(f"{folder} has no .tar files to index")
     rows: list[ShardInfo] = []
     faults: list[Fault] = []
-    for number, (row, found) in enumerate(_each(partial(_index, force=force, skip_bad=skip_bad), paths, workers), start=1):
+    for number, (row, found) in enumerate(in_order(partial(_index, force=force, skip_bad=skip_bad), paths, workers), start=1):
         rows += [row] if row else []
         faults += found
         done(number, len(paths))
@@ -44,18 +43,6 @@ def index_folder(
     _write_left_out(folder, faults)
     write_manifest(folder, rows)
     return rows
-
-
-def _each[Row](work: Callable[[Path], Row], paths: list[Path], workers: int) -> Iterator[Row]:
-    """The results in order; with one worker or one path no process is started."""
-    if min(workers, len(paths)) <= 1:
-        yield from map(work, paths)
-        return
-    pool = ProcessPoolExecutor(min(workers, len(paths)), get_context("spawn"))
-    try:
-        yield from pool.map(work, paths)
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _index(path: Path, force: bool, skip_bad: bool) -> tuple[ShardInfo | None, list[Fault]]:

@@ -2,16 +2,15 @@
 
 import json
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import accumulate, pairwise
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Final
 
 from visionloom.data.atomic import replacing
 from visionloom.data.index import declared_media, difference
 from visionloom.data.probe import MediaFacts, probe
+from visionloom.data.processes import in_order
 from visionloom.data.sample import SampleError
 from visionloom.data.shards import Dataset
 from visionloom.parallel.errors import UserError
@@ -39,7 +38,7 @@ def verify_dataset(
     found = _read_journal(journal, names)
     coming = [number for number, name in enumerate(names) if name not in found]
     counted = len(dataset) - sum(dataset.shards[number].samples for number in coming)
-    results = _each(partial(_verify_shard, path, decode), [spans[number] for number in coming], workers)
+    results = in_order(partial(_verify_shard, path, decode), [spans[number] for number in coming], workers)
     with open(journal, "a", encoding="utf-8") as file:
         for number, bad in zip(coming, results, strict=True):
             found[names[number]] = bad
@@ -60,17 +59,6 @@ def _read_journal(path: Path, names: list[str]) -> dict[str, list[Bad]]:
     complete = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
     path.write_text("".join(complete), encoding="utf-8")  # a last line cut short would swallow the next one
     return {name: bad for name, bad in map(json.loads, complete) if name in set(names)}
-
-
-def _each(work: Callable[[tuple[int, int]], list[Bad]], spans: list[tuple[int, int]], workers: int) -> Iterator[list[Bad]]:
-    if min(workers, len(spans)) <= 1:
-        yield from map(work, spans)
-        return
-    pool = ProcessPoolExecutor(min(workers, len(spans)), get_context("spawn"))
-    try:
-        yield from pool.map(work, spans)
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _verify_shard(path: str, decode: bool, span: tuple[int, int]) -> list[Bad]:
