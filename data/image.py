@@ -37,6 +37,10 @@ def decode_image(data: bytes, size: tuple[int, int], sample_id: str, name: str) 
         with warnings.catch_warnings(action="ignore", category=Pillow.DecompressionBombWarning):
             picture = Pillow.open(BytesIO(data), formats=FORMATS)
         check_size((picture.height, picture.width), size, sample_id, name)
+        if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
+            raise SampleError(
+                sample_id, name, f"more than 8 bits a value (mode {picture.mode}), which would be clipped to white"
+            )
         return np.array(_opaque(picture), np.uint8)
     except SampleError:
         raise

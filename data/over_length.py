@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from visionloom.data.blocks import Progress, in_blocks, load_rows
 from visionloom.data.config import OVER_LENGTH, MediaConfig
+from visionloom.data.encode import EncodedSample
 from visionloom.data.geometry import MERGE_SIZE, grid_of
 from visionloom.data.lengths import Lengths, row_of
 from visionloom.data.sample import Box, Image, Point, Sample, SampleError, Text, Video
@@ -386,3 +387,9 @@ def _size(element: Image | Video, rules: MediaConfig) -> tuple[int, int]:
 
 
 POLICIES: Final = {"split": _split, "shrink": _shrink, "truncate_tail": _truncate_tail}
+
+
+def fits_some_policy(sample: Sample, encoded: EncodedSample, limits: Limits, tokenizer: Tokenizer, rules: MediaConfig) -> bool:
+    """Whether any policy has a view of a sample that no pack can hold whole; `encoded` is all of it."""
+    whole = View(0, 0, 0, 0, 0, WHOLE, 0, 0, *row_of(encoded)[:3])
+    return any(next(policy(_Sizes(sample, whole, limits, tokenizer, rules)), None) for policy in POLICIES.values())

@@ -185,7 +185,7 @@ class Sample:
     @property
     def refs(self) -> tuple[str, ...]:
         """Names of all media members in reading order, each once."""
-        names = (name for element in self.elements for name in _refs_of(element))
+        names = (name for element in self.elements for name in media_refs(element))
         return tuple(dict.fromkeys(names))
 
 
@@ -230,7 +230,10 @@ def parse_sample(raw: bytes | str | Mapping[str, Any], origin: str = "") -> Samp
 
 
 def to_json(sample: Sample) -> str:
-    """The sample as compact JSON of schema version 1; `parse_sample` reads it back equal."""
+    """The sample as compact JSON of schema version 1; `parse_sample` reads it back equal.
+
+    Raises ValueError for a number that JSON cannot hold.
+    """
     document: dict[str, Any] = {"v": SCHEMA_VERSION, "id": sample.id, "kind": sample.kind}
     if sample.kind == "chat":
         document["messages"] = [_message_json(message) for message in sample.messages]
@@ -244,10 +247,16 @@ def to_json(sample: Sample) -> str:
         document["task"] = sample.task
     if sample.meta:
         document["meta"] = dict(sample.meta)
-    return json.dumps(document, ensure_ascii=False, separators=(",", ":"))
+    return json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
-def _refs_of(element: Element) -> tuple[str, ...]:
+def printable(text: str) -> str:
+    """The text with what is no valid Unicode written as an escape, as in `caf\\udce9`: names of files, cut surrogate pairs."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+def media_refs(element: Element) -> tuple[str, ...]:
+    """Names of an element's media members, in order."""
     if isinstance(element, Image):
         return (element.ref,)
     return element.refs if isinstance(element, Video) else ()

@@ -12,7 +12,8 @@ from typing import Any, Final, Protocol
 from visionloom.data.atomic import replacing
 from visionloom.data.index import KEY, index_shard
 from visionloom.data.manifest import MANIFEST, ShardInfo, write_manifest
-from visionloom.data.sample import Sample, SampleError, parse_sample, to_json
+from visionloom.data.sample import Sample, SampleError, parse_sample, printable, to_json
+from visionloom.data.tar import LARGEST_MEMBER
 from visionloom.parallel.errors import UserError
 
 SAMPLES_PER_SHARD: Final = 10_000
@@ -23,6 +24,8 @@ _LONG_NAME: Final = 100
 _END: Final = 10_240
 """Bytes of zeros at the end of a tar, at most."""
 
+Members = tuple[tuple[str, bytes], ...]
+"""Names and bytes of a sample's members, JSON first."""
 Pair = tuple[Sample | Mapping[str, Any], Mapping[str, bytes]]
 """A sample, or its JSON object, and its media members by name."""
 
@@ -58,7 +61,8 @@ def write_shards(
     check_target(folder, name)
     folder.mkdir(parents=True, exist_ok=True)
     limits = ShardLimits(samples_per_shard, shard_bytes)
-    shards = list(cut_shards(samples, lambda shard: shard_path(folder, name, shard), lambda row: f"{row:09d}", limits))
+    ready = (members_of(sample, media, f"number {number}") for number, (sample, media) in enumerate(samples))
+    shards = list(cut_shards(ready, lambda shard: shard_path(folder, name, shard), lambda row: f"{row:09d}", limits))
     if not shards:
         raise UserError(f"{folder}: no samples to write")
     write_manifest(folder, shards)
@@ -77,8 +81,27 @@ def shard_path(folder: Path, name: str, shard: int) -> Path:
     return folder / f"{name}-{shard:06d}.tar"
 
 
+def members_of(raw: Sample | Mapping[str, Any], media: Mapping[str, bytes], origin: str = "") -> Members:
+    """The members of a sample, JSON first, checked: what is written cannot fail for what is in it.
+
+    Raises SampleError if the sample breaks the schema, its media differ from its refs, or JSON in UTF-8 cannot hold it: half of
+    a surrogate pair, a number that is none, more bytes than a member may have.
+    """
+    sample = raw if isinstance(raw, Sample) else parse_sample(raw, origin)
+    _check_refs(sample, media)
+    try:
+        document = to_json(sample).encode()
+    except UnicodeEncodeError as error:
+        raise SampleError(printable(sample.id), "", f"no valid Unicode: {error.object[error.start : error.end]!r}") from None
+    except ValueError as error:
+        raise SampleError(sample.id, "", f"a number that JSON cannot hold: {error}") from None
+    if len(document) > LARGEST_MEMBER:
+        raise SampleError(sample.id, "", f"its JSON has {len(document)} bytes, at most {LARGEST_MEMBER}")
+    return ("json", document), *((ref, media[ref]) for ref in sample.refs)
+
+
 def cut_shards(
-    samples: Iterable[Pair], path: Callable[[int], Path], key: Callable[[int], str], limits: ShardLimits
+    samples: Iterable[Members], path: Callable[[int], Path], key: Callable[[int], str], limits: ShardLimits
 ) -> Iterator[ShardInfo]:
     """Write samples one after another, each into the open shard as long as that has room; yields each finished shard.
 
@@ -87,7 +110,7 @@ def cut_shards(
     """
     from webdataset import TarWriter  # imports torch (seconds), and readers do without it
 
-    stream = enumerate(map(_ready, count(), samples))
+    stream = enumerate(samples)
     waiting = next(stream, None)
     for shard in count():
         if waiting is None:
@@ -101,17 +124,6 @@ def cut_shards(
                 _put(tar, key(waiting[0]), waiting[1])
                 waiting = next(stream, None)
         yield index_shard(path(shard))
-
-
-Members = tuple[tuple[str, bytes], ...]
-
-
-def _ready(number: int, pair: Pair) -> Members:
-    """The members of a sample, JSON first."""
-    raw, media = pair
-    sample = raw if isinstance(raw, Sample) else parse_sample(raw, origin=f"number {number}")
-    _check_refs(sample, media)
-    return ("json", to_json(sample).encode()), *((ref, media[ref]) for ref in sample.refs)
 
 
 def _check_refs(sample: Sample, names: Iterable[str]) -> None:

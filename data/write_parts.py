@@ -25,7 +25,7 @@ from typing import Any, Final, Protocol
 from visionloom.data.atomic import replacing
 from visionloom.data.index import index_path, index_shard, known_shard
 from visionloom.data.manifest import MANIFEST, ShardInfo, write_manifest
-from visionloom.data.write import Pair, ShardLimits, check_target, cut_shards, shard_path
+from visionloom.data.write import Members, ShardLimits, check_target, cut_shards, shard_path
 from visionloom.parallel.errors import UserError
 
 STAGING: Final = ".converting"
@@ -49,10 +49,28 @@ class Part:
 
 
 @dataclass(slots=True)
+class Tally:
+    """What was counted, by name, and the first record that each name was met in."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    first: dict[str, str] = field(default_factory=dict)
+
+    def note(self, name: str, record: str) -> None:
+        """Count one more of this name, met in this record."""
+        self.counts[name] += 1
+        self.first.setdefault(name, record)
+
+    def add(self, other: "Tally") -> None:
+        """Add what was counted in later records."""
+        self.counts.update(other.counts)
+        self.first = {**other.first, **self.first}
+
+
+@dataclass(slots=True)
 class PartLog:
     """What happened to the records of one part."""
 
-    counts: Counter[str] = field(default_factory=Counter)
+    tally: Tally = field(default_factory=Tally)
     skipped: list[Mapping[str, Any]] = field(default_factory=list)
     """A JSON object for each record that was left out."""
 
@@ -64,8 +82,8 @@ class PartReader(Protocol):
         """The source, cut."""
         ...
 
-    def samples(self, part: Part, log: PartLog) -> Iterator[Pair]:
-        """The samples of a part in order; `log` takes what was left out."""
+    def samples(self, part: Part, log: PartLog) -> Iterator[Members]:
+        """The members of a part's samples in order (see `members_of`); `log` takes what was left out."""
         ...
 
 
@@ -88,7 +106,7 @@ Progress = Callable[[int, int], None]
 """Called with the records written and the records known so far."""
 
 
-def write_parts(reader: PartReader, target: Target, settings: Mapping[str, Any], progress: Progress) -> dict[str, int]:
+def write_parts(reader: PartReader, target: Target, settings: Mapping[str, Any], progress: Progress) -> Tally:
     """Write a source as an indexed dataset and return what was counted; the same call again continues.
 
     `settings` (JSON values) say what the bytes depend on: a folder that was begun with others is refused. Raises
@@ -97,18 +115,19 @@ def write_parts(reader: PartReader, target: Target, settings: Mapping[str, Any],
     begun = {**settings, "name": target.name, "limits": asdict(target.limits)}
     if (facts := _facts(target.folder)) and (target.folder / MANIFEST).exists() and facts.get("settings") == begun:
         shutil.rmtree(target.staging, ignore_errors=True)
-        return dict(facts["counts"])
+        return Tally(Counter(facts["counts"]), facts["first"])
     check_target(target.folder, target.name)
     target.staging.mkdir(parents=True, exist_ok=True)
     with _only_writer(target.staging):
         _check_settings(target.staging, begun)
         parts = _write_all(reader, target, progress)
-        counts = Counter[str]()
+        tally = Tally()
         for number in range(parts):
-            counts.update(_done(target.staging, number)["counts"])
-        _put_together(target, parts, {"settings": begun, "counts": dict(sorted(counts.items()))})
+            done = _done(target.staging, number)
+            tally.add(Tally(Counter(done["counts"]), done["first"]))
+        _put_together(target, parts, {"settings": begun, "counts": dict(sorted(tally.counts.items())), "first": tally.first})
     shutil.rmtree(target.staging)
-    return dict(counts)
+    return tally
 
 
 def _facts(folder: Path) -> dict[str, Any]:
@@ -224,9 +243,9 @@ def _write_part(reader: PartReader, target: Target, number: int, part: Part) -> 
         target.limits,
     )
     files = [shard.file for shard in shards]
-    facts = {"digest": digest, "shards": files, "counts": dict(log.counts), "skipped": log.skipped}
+    tally = {"counts": dict(log.tally.counts), "first": log.tally.first}
     with replacing(path) as file:
-        file.write(json.dumps(facts, ensure_ascii=False).encode())
+        file.write(_json({"digest": digest, "shards": files, **tally, "skipped": log.skipped}))
 
 
 def _done_path(staging: Path, number: int) -> Path:
@@ -236,6 +255,11 @@ def _done_path(staging: Path, number: int) -> Path:
 def _done(staging: Path, number: int) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(_done_path(staging, number).read_bytes())
     return found
+
+
+def _json(value: Any, indent: int | None = None) -> bytes:
+    """JSON in UTF-8; a name of a file that is no valid Unicode is escaped in it, and read back as it was."""
+    return json.dumps(value, ensure_ascii=False, indent=indent).encode(errors="backslashreplace")
 
 
 # ---- putting parts together
@@ -248,10 +272,10 @@ def _put_together(target: Target, parts: int, facts: Mapping[str, Any]) -> None:
         for number in range(parts):
             found = _done(target.staging, number)
             for record in found["skipped"]:
-                skipped.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+                skipped.write(_json(record) + b"\n")
             shards += [_place(target, file, len(shards) + place) for place, file in enumerate(found["shards"])]
     with replacing(target.folder / FACTS) as file:
-        file.write(json.dumps(facts, indent=1, ensure_ascii=False).encode() + b"\n")
+        file.write(_json(facts, indent=1) + b"\n")
     if not shards:
         raise UserError(f"{target.folder}: no sample could be converted: {SKIPPED} there says why, record by record")
     write_manifest(target.folder, shards)

@@ -1,22 +1,28 @@
-"""Conversations of other formats as messages of our schema.
+"""Conversations of other formats as messages of our schema: one parser for all of them.
 
 `<image>` and `<video>` in a text stand for the record's pictures and videos, in order. Without any placeholder they come
-first in the first user turn. Newlines next to a placeholder belong to the format and are dropped.
+first in the first user turn. Newlines next to a placeholder belong to the format and are dropped. A record without such media
+only speaks of them: then the words stay.
 """
 
-import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, Final
 
-from visionloom.data.convert.files import MediaFiles
+from visionloom.data.convert.files import MediaFiles, named, reference
+from visionloom.data.convert.keys import Fields, Keys, listed, loss_of
+from visionloom.data.convert.marks import CALL, answer, document, marks_in, results, tool_calls, tools_of, with_placeholders
+from visionloom.data.convert.objects import OBJECTS, Objects
 from visionloom.data.convert.skip import Skip
 from visionloom.data.convert.source import Draft
-from visionloom.data.convert.videos import add_video
-from visionloom.data.sample import Box, Element, Image, Message, Point, Text, Think, ToolCall, Video
+from visionloom.data.convert.videos import SOURCES, VIDEO, VIDEO_PART, add_video
+from visionloom.data.sample import Element, Image, Message, Text, Think, ToolCall, Video, media_refs
+from visionloom.data.tokenizer import CALL_START, THINK_END
 
 ROLES: Final = {
     "system": "system",
+    "developer": "system",
     "human": "user",
     "user": "user",
     "gpt": "assistant",
@@ -34,187 +40,439 @@ ROLES: Final = {
     "function": "tool",
 }
 CALLS: Final = ("function_call", "tool_call")
+RECORD: Final = Keys(
+    "record",
+    {
+        "id": "id of the sample",
+        "messages": "turns",
+        "conversations": "turns",
+        "conversation": "turns",
+        "system": "system turn",
+        "system_prompt": "system turn",
+        "image": "pictures",
+        "images": "pictures",
+        "video": "videos",
+        "videos": "videos",
+        "t": "seconds of each frame, where a video is a list of frames",
+        "fps": "rate of a video's frames, where it is a list of frames",
+        "tools": "tools that may be called",
+        "objects": "boxes, points and names for `<bbox>` and `<ref-object>`",
+        "weight": "factor on the loss of the sample",
+        "task": "evaluation task that the last answer belongs to",
+        "data_source": "meta.source",
+        "source": "meta.source",
+    },
+)
+TURN: Final = Keys(
+    "turn",
+    {
+        "from": "role",
+        "role": "role",
+        "value": "content",
+        "content": "content",
+        "tool_calls": "calls of tools",
+        "function_call": "call of a tool",
+        "reasoning_content": "thought before the answer",
+        "reasoning": "thought before the answer",
+        "thinking": "thought before the answer",
+        "image": "pictures of the turn",
+        "images": "pictures of the turn",
+        "video": "videos of the turn",
+        "videos": "videos of the turn",
+        "loss": "weight in the loss",
+        "weight": "weight in the loss",
+        "train": "weight in the loss",
+        "trainable": "weight in the loss",
+        "loss_scale": "weight in the loss",
+    },
+)
+TEXT: Final = Keys("text", {"type": "kind of the part", "text": "text with placeholders", "loss": "weight in the loss"})
+THOUGHT: Final = Keys(
+    "thought",
+    {
+        "type": "kind of the part",
+        "text": "thought before the answer",
+        "thinking": "thought before the answer",
+        "reasoning": "thought before the answer",
+    },
+)
+_REFERENCES: Final = ("image", "image_url", "url", "path", "file", "base64", "bytes")
+PICTURE: Final = Keys(
+    "picture",
+    {
+        "type": "kind of the part",
+        **dict.fromkeys(_REFERENCES, "name of a file, an object with it, or the bytes"),
+        "min_pixels": "smallest area",
+        "max_pixels": "largest area",
+    },
+)
+"""A typed part of a turn, and an object in place of a picture's name."""
+IMAGES: Final = ("image", "images")
+FILMS: Final = ("video", "videos")
+"""Keys of a record's or turn's media."""
+THOUGHTS: Final = ("think", "thinking", "reasoning")
+PICTURES: Final = ("image", "image_url", "input_image")
+VIDEOS: Final = ("video", "video_url", "input_video")
+TEXTS: Final = ("text", "input_text", "output_text")
 _PLACEHOLDER: Final = re.compile(r"(<image>|<video>|<bbox>|<ref-object>)")
-_THINK: Final = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
-_BOX_SPACES: Final = {"real": 1.0, "norm1": 1000.0, "norm1000": 1.0}
-"""ms-swift's names of coordinate systems, and the factor to pixels (real) or thousandths."""
+_IN_TEXT: Final = re.compile(r"<img>[^<>]+</img>")
+"""A picture as the first Qwen-VL named it."""
+
+
+def chat_keys(record: Keys) -> tuple[Keys, ...]:
+    """The tables of a format whose records are conversations."""
+    return record, TURN, TEXT, THOUGHT, PICTURE, VIDEO_PART, VIDEO, CALL, OBJECTS
 
 
 class Chat:
     """One record: its turns, and what their placeholders stand for."""
 
-    def __init__(self, record: Mapping[str, Any], draft: Draft, files: MediaFiles) -> None:
+    def __init__(self, record: Fields, draft: Draft, files: MediaFiles) -> None:
         self.record, self.draft, self.files = record, draft, files
-        self.images = [draft.image(files.read(ref)) for ref in media_list(record, "image", "images")]
-        self.videos = [add_video(draft, files, value, record) for value in media_list(record, "video", "videos")]
-        self.shown: list[Image | Video] = []
-        self.objects = Objects(record.get("objects"))
+        self.images = Media("<image>", media_of(record, *IMAGES))
+        self.videos = Media("<video>", media_of(record, *FILMS))
+        self.in_parts: list[tuple[object, Image | Video]] = []
+        """Media that typed parts name themselves, by their references."""
+        self.objects = Objects(record, draft)
 
     def fill(self, turns: Any) -> None:
         """Turn the record's turns into the draft's messages; raises Skip where media and placeholders differ."""
         if not isinstance(turns, list) or not turns:
             raise Skip("no conversation", f"a list of turns expected, got {type(turns).__name__}")
         messages: list[Message] = []
-        for number, turn in enumerate(turns):
-            role, content = self._turn(number, turn)
-            if content or role != "system":
-                messages.append(Message(role, tuple(content)))
-        self.draft.messages = self._with_media(messages)
+        for number, turn in enumerate(self._with_system(turns)):
+            messages += self._turn(number, turn, messages)
+        self.draft.messages = joined(self._with_media(messages))
         if not any(message.role == "assistant" for message in messages):
             raise Skip("no answer", "no turn of an assistant")
-        self.draft.tools = list(tools_of(self.record.get("tools")))
+        self.draft.tools = list(tools_of(self.record.take("tools")))
+        self._finish()
 
-    def _turn(self, number: int, turn: Any) -> tuple[str, list[Element]]:
+    def fill_document(self, text: str) -> None:
+        """Make the draft a document: the record's media where a text has their placeholders, else before it."""
+        text = document(with_placeholders(text, bool(self.images.refs), bool(self.videos.refs)))
+        if not text.strip():
+            raise Skip("no text", "the text is empty")
+        content = list(self._placed(text))
+        queues = (self.images, self.videos)
+        left = [queue for queue in queues for _ in queue.refs[queue.used :]]
+        if left and any(queue.used for queue in queues):
+            raise Skip("fewer placeholders than media", f"{len(left)} more given")
+        self.draft.content = [*(self._next(queue) for queue in left), *content]
+        self._finish()
+
+    def _finish(self) -> None:
+        self.objects.check()
+        weight = self.record.number("weight")
+        self.draft.weight = 1.0 if weight is None else weight
+        self.draft.task = self.record.text("task")
+
+    def _with_system(self, turns: list[Any]) -> list[Any]:
+        """The turns behind what the record's own key says, unless they begin with the same."""
+        said = self.record.text("system", "system_prompt")
+        if not said:
+            return turns
+        first = turns[0] if isinstance(turns[0], dict) else {}
+        if ROLES.get(str(first.get("from", first.get("role"))).lower()) != "system":
+            return [{"role": "system", "content": said}, *turns]
+        if first.get("value", first.get("content")) != said:
+            raise Skip("two system turns", "the record's key and its first turn differ")
+        return turns
+
+    # ---- a turn
+
+    def _turn(self, number: int, turn: Any, before: list[Message]) -> list[Message]:
+        """A turn's messages: several for several results of tools, none for an empty system turn."""
         if not isinstance(turn, dict):
             raise Skip("broken turn", f"turn {number}: an object expected, got {type(turn).__name__}")
-        name = turn.get("from", turn.get("role"))
-        role = ROLES.get(name.lower()) if isinstance(name, str) else None
-        if role is None:
-            raise Skip("unknown role", f"turn {number}: {name!r}")
+        fields = self.draft.open(TURN, turn)
+        name, role = self._role(number, fields)
         if role == "system" and number:
             raise Skip("system turn in the middle", f"turn {number}")
-        value = turn.get("value", turn.get("content"))
-        if name in CALLS:
-            return role, [tool_call(value)]
-        calls = [tool_call(call) for call in turn.get("tool_calls") or []]
-        return role, [*self._content(value, role, number, bool(calls)), *calls]
+        value, loss = fields.agreed("value", "content"), loss_of(fields, role)
+        calls = [*listed(fields.take("tool_calls")), *listed(fields.take("function_call"))]
+        if (role in ("user", "tool")) and (found := self._results(value, role, before)) is not None:
+            return [Message("tool", (Text(one),), loss) for one in found]
+        content = self._content(value, name, role, number, fields)
+        called = [call for one in calls for call in tool_calls(one, self.draft.open)]
+        content = _ordered([*self._thought(fields, content, role), *content, *called])
+        return [Message(role, tuple(content), loss)] if content or role != "system" else []
 
-    def _content(self, value: Any, role: str, number: int, empty: bool) -> list[Element]:
-        """A turn's content: a text with placeholders, or a list of typed parts."""
-        if value is None and empty:
-            return []
+    def _role(self, number: int, fields: Fields) -> tuple[str, str]:
+        """The turn's name for its speaker, and the role of our schema."""
+        names = [str(name).lower() for key in ("from", "role") if (name := fields.take(key)) is not None]
+        roles = {ROLES.get(name) for name in names}
+        role = roles.pop() if len(roles) == 1 else None
+        if role is None:
+            raise Skip("unknown role", f"turn {number}: {' and '.join(names) or None}")
+        return names[0], role
+
+    def _results(self, value: Any, role: str, before: list[Message]) -> list[str] | None:
+        """What tools returned, where a turn consists of `<tool_response>` blocks and a call stands before it.
+
+        Without a call before them they are words of the user, as any mark in a user's turn.
+        """
+        called = any(isinstance(element, ToolCall) for message in before for element in message.content)
+        if not isinstance(value, str) or not (called or role == "tool"):
+            return None
+        found = results(value)
+        if found is None and role == "user" and "<tool_response>" in value:
+            raise Skip("tool result beside other text", value[:200])
+        return found
+
+    def _content(self, value: Any, name: str, role: str, number: int, fields: Fields) -> list[Element]:
+        """A turn's content, behind media of its own that no placeholder asks for; some but not all is a fault."""
+        own = [(queue, media_of(fields, *names)) for queue, names in ((self.images, IMAGES), (self.videos, FILMS))]
+        used_before = [queue.put_next(refs) for queue, refs in own]
+        content = [] if value is None and role == "assistant" else self._parts(value, name, role, number)
+
+        shown: list[Element] = []
+        for (queue, refs), before in zip(own, used_before, strict=True):
+            if 0 < queue.used - before < len(refs):
+                raise Skip("fewer placeholders than media", f"turn {number}")
+            if queue.used == before:
+                shown += [self._next(queue) for _ in refs]
+        return [*shown, *content]
+
+    def _parts(self, value: Any, name: str, role: str, number: int) -> list[Element]:
+        if name in CALLS:
+            return self._called(value)
         parts = [{"type": "text", "text": value}] if isinstance(value, str) else value
+        parts = [parts] if isinstance(parts, dict) else parts
         if not isinstance(parts, list):
             raise Skip("broken turn", f"turn {number}: a text or a list of parts expected, got {type(value).__name__}")
-        return [element for part in parts for element in self._part(part, role, number)]
+        found: list[Element] = []
+        for part in parts:
+            found += self._part(part, role, number, first=not found)
+        return found
 
-    def _part(self, part: Any, role: str, number: int) -> Iterator[Element]:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "text" and isinstance(part.get("text"), str):
-            yield from self._text(part["text"], role)
-        elif kind in ("image", "image_url"):
-            ref = part.get("image", part.get("image_url", part.get("url")))
-            yield self._next(self.images, "<image>") if ref is None else self.draft.image(self.files.read(ref))
-        elif kind == "video" and part.get("video") is not None:
-            yield add_video(self.draft, self.files, part["video"], part)
-        elif kind == "video":
-            yield self._next(self.videos, "<video>")
+    def _called(self, value: Any) -> list[Element]:
+        """The value of a turn that is a call: its JSON, behind a thought at most."""
+        if isinstance(value, str) and CALL_START in value:
+            return list(answer(value, True, self.draft.open))
+        thought, end, call = value.partition(THINK_END) if isinstance(value, str) else ("", "", value)
+        if not end:
+            return list(tool_calls(value, self.draft.open))
+        return [*answer(thought + end, True, self.draft.open), *tool_calls(call, self.draft.open)]
+
+    def _thought(self, fields: Fields, content: list[Element], role: str) -> list[Element]:
+        """The turn's reasoning where it has a key of its own."""
+        thought = fields.agreed("reasoning_content", "reasoning", "thinking")
+        if thought in (None, ""):
+            return []
+        if role != "assistant" or not isinstance(thought, str):
+            raise Skip("broken thought", f"{role}: {str(thought)[:80]}")
+        thought = thought.strip("\n")
+        if content and isinstance(content[0], Think):
+            if content[0].text.strip() != thought.strip():
+                raise Skip("two thoughts in an answer", thought[:200])
+            return []
+        return [Think(thought)]
+
+    # ---- parts of a turn
+
+    def _part(self, part: Any, role: str, number: int, first: bool) -> Iterator[Element]:
+        part = {"type": "text", "text": part} if isinstance(part, str) else part
+        kind = _kind_of(part)
+        if kind in TEXTS and isinstance(part.get("text"), str):
+            fields = self.draft.open(TEXT, part)
+            fields.take("type")
+            weight, text = fields.number("loss"), fields.take("text")
+            yield from (_weighed(one, weight) for one in self._text(text, role, first))
+        elif kind in PICTURES:
+            yield self._picture(self.draft.open(PICTURE, part))
+        elif kind in VIDEOS:
+            yield self._video(self.draft.open(VIDEO_PART, part))
+        elif kind in THOUGHTS and role == "assistant":
+            fields = self.draft.open(THOUGHT, part)
+            fields.take("type")
+            yield Think((fields.text("thinking", "reasoning", "text") or "").strip("\n"))
         else:
             raise Skip("unknown part of a turn", f"turn {number}: {str(part)[:80]}")
 
-    def _text(self, text: str, role: str) -> Iterator[Element]:
-        if role == "assistant" and (found := _THINK.match(text)):
-            if found[1].strip():
-                yield Think(found[1].strip("\n"))
-            text = text[found.end() :]
+    def _picture(self, fields: Fields) -> Image:
+        fields.take("type")
+        if (ref := named(fields, *_REFERENCES)) is None:
+            return _bounded(self._next(self.images), fields)
+        image = _bounded(picture(self.draft, self.files, ref), fields)
+        self.in_parts.append((reference(ref), image))
+        return image
+
+    def _video(self, fields: Fields) -> Video:
+        fields.take("type")
+        if (ref := named(fields, *SOURCES)) is None:
+            return add_video(self.draft, self.files, self.videos.next(), fields, self.record)
+        video = add_video(self.draft, self.files, ref, fields, self.record)
+        self.in_parts.append((reference(ref), video))
+        return video
+
+    def _text(self, text: str, role: str, first: bool) -> Iterator[Element]:
+        text = with_placeholders(text, bool(self.images.refs), bool(self.videos.refs))
+        if role == "assistant":
+            for one in answer(text, first, self.draft.open):
+                yield from self._placed(one.text) if isinstance(one, Text) else (one,)
+            return
+        self.draft.notes += [f"marks kept as words: {mark} of a {role}" for mark in marks_in(text)]
+        yield from self._placed(text)
+
+    def _placed(self, text: str) -> Iterator[Element]:
+        """The text with media and objects where their placeholders stand."""
+        if (found := _IN_TEXT.search(text)) and not self.images.refs:
+            raise Skip("picture named in a text", found[0][:200])
         pieces = _PLACEHOLDER.split(text)
+        for place in reversed(range(1, len(pieces), 2)):
+            if self._is_word(pieces, place):
+                pieces[place - 1 : place + 2] = ["".join(pieces[place - 1 : place + 2])]
         for place, piece in enumerate(pieces):
             if place % 2:
                 yield self._placeholder(piece)
-            elif kept := self._trimmed(pieces, place):
+            elif kept := _trimmed(pieces, place):
                 yield Text(kept)
 
-    def _trimmed(self, pieces: list[str], place: int) -> str:
-        """A text without the newlines between it and a picture or video."""
-        media = ("<image>", "<video>")
-        text = pieces[place]
-        if place and pieces[place - 1] in media:
-            text = text.lstrip("\n")
-        if place + 1 < len(pieces) and pieces[place + 1] in media:
-            text = text.rstrip("\n")
-        return text
+    def _is_word(self, pieces: list[str], place: int) -> bool:
+        """Whether the text only speaks of `<image>` or `<video>`: the record has none, and it does not stand by itself."""
+        media = {"<image>": self.images, "<video>": self.videos}.get(pieces[place])
+        if media is None or media.refs:
+            return False
+        before, after = pieces[place - 1], pieces[place + 1]
+        starts = not before or before.endswith("\n")
+        ends = not after or after.startswith("\n")
+        return not ((starts and (ends or after[:1].isalnum())) or (not after and before.endswith("\n")))
 
     def _placeholder(self, name: str) -> Element:
         if name == "<image>":
-            return self._next(self.images, name)
+            return self._next(self.images)
         if name == "<video>":
-            return self._next(self.videos, name)
+            return self._next(self.videos)
         return self.objects.name() if name == "<ref-object>" else self.objects.place()
 
-    def _next(self, media: Sequence[Image] | Sequence[Video], placeholder: str) -> Image | Video:
-        used = sum(any(one is other for other in media) for one in self.shown)
-        if used >= len(media):
-            raise Skip("more placeholders than media", f"{used + 1} {placeholder}, {len(media)} given")
-        self.shown.append(media[used])
-        return media[used]
+    # ---- media
+
+    def _next(self, media: "Media") -> Any:
+        if media is self.videos:
+            return add_video(self.draft, self.files, media.next(), self.record)
+        return picture(self.draft, self.files, media.next())
 
     def _with_media(self, messages: list[Message]) -> list[Message]:
-        """Put media that no placeholder asks for first in the first user turn; some but not all is a fault."""
-        given: list[Image | Video] = [*self.images, *self.videos]
-        if len(self.shown) == len(given):
+        """Put media that no placeholder asks for first in the first user turn; some but not all is a fault.
+
+        Media that typed parts name too are there already.
+        """
+        queues = (self.images, self.videos)
+        given, used = sum(len(queue.refs) for queue in queues), sum(queue.used for queue in queues)
+        if used == given or (not used and self._are_in_parts([ref for queue in queues for ref in queue.refs])):
             return messages
-        if self.shown:
-            raise Skip("fewer placeholders than media", f"{len(self.shown)} placeholders, {len(given)} given")
+        if used:
+            raise Skip("fewer placeholders than media", f"{used} placeholders, {given} given")
+        media = tuple(self._next(queue) for queue in queues for _ in queue.refs)
+        if self.in_parts:
+            if not {media_refs(one) for one in media} <= {media_refs(one) for _, one in self.in_parts}:
+                raise Skip("media beside typed parts", f"{given} given that no part names")
+            return messages
         first = next((place for place, message in enumerate(messages) if message.role == "user"), None)
         if first is None:
-            raise Skip("media without a user turn", f"{len(given)} given")
+            raise Skip("media without a user turn", f"{given} given")
         turn = messages[first]
-        return [*messages[:first], Message("user", (*given, *turn.content)), *messages[first + 1 :]]
+        return [*messages[:first], replace(turn, content=(*media, *turn.content)), *messages[first + 1 :]]
+
+    def _are_in_parts(self, refs: list[Any]) -> bool:
+        """Whether typed parts name all of these too."""
+        return all(any(reference(ref) == there for there, _ in self.in_parts) for ref in refs)
 
 
-class Objects:
-    """Boxes and names that `<bbox>` and `<ref-object>` stand for (ms-swift's `objects`), taken in order."""
+class Media:
+    """Pictures or videos that placeholders stand for, taken in order."""
 
-    def __init__(self, value: Any) -> None:
-        found = value if isinstance(value, dict) else {}
-        self.names, self.places = list(found.get("ref") or []), list(found.get("bbox") or [])
-        self.images = list(found.get("image_id") or [])
-        self.system = found.get("bbox_type") or "real"
-        self.named = self.placed = 0
+    def __init__(self, placeholder: str, refs: list[Any]) -> None:
+        self.placeholder, self.refs, self.used = placeholder, refs, 0
 
-    def name(self) -> Text:
-        """The next name."""
-        if self.named >= len(self.names):
-            raise Skip("more placeholders than objects", f"{self.named + 1} <ref-object>, {len(self.names)} given")
-        self.named += 1
-        return Text(str(self.names[self.named - 1]))
+    def put_next(self, refs: list[Any]) -> int:
+        """Put a turn's own media before those that are still to come; returns how many were taken so far."""
+        self.refs[self.used : self.used] = refs
+        return self.used
 
-    def place(self) -> Box | Point:
-        """The next box (four numbers) or point (two)."""
-        if self.placed >= len(self.places):
-            raise Skip("more placeholders than objects", f"{self.placed + 1} <bbox>, {len(self.places)} given")
-        image = int(self.images[self.placed]) if self.placed < len(self.images) else 0
-        factor, values = _BOX_SPACES.get(self.system), self.places[self.placed]
-        if factor is None or not isinstance(values, list) or len(values) not in (2, 4):
-            raise Skip("broken box", f"{self.system}: {str(values)[:80]}")
-        numbers = tuple(float(value) * factor for value in values)
-        space: Any = "px" if self.system == "real" else "relative1000"
-        self.placed += 1
-        if len(numbers) == 4:
-            return Box(image, numbers, space)
-        return Point(image, (numbers[0], numbers[1]), space)
+    def next(self) -> Any:
+        """The reference of the next one; raises Skip if there is none."""
+        if self.used >= len(self.refs):
+            raise Skip("more placeholders than media", f"{self.used + 1} {self.placeholder}, {len(self.refs)} given")
+        self.used += 1
+        return self.refs[self.used - 1]
 
 
-def media_list(record: Mapping[str, Any], *names: str) -> list[Any]:
-    """The record's media under one of these names: one value or a list."""
-    for name in names:
-        if (value := record.get(name)) not in (None, "", []):
-            return value if isinstance(value, list) else [value]
-    return []
+def picture(draft: Draft, files: MediaFiles, ref: Any) -> Image:
+    """A picture by its reference, or by an object with it and its own limits. Raises Skip."""
+    if not isinstance(ref, Mapping):
+        return draft.image(files.read(ref))
+    fields = draft.open(PICTURE, ref)
+    inner = named(fields, "bytes", *_REFERENCES)
+    return _bounded(picture(draft, files, inner) if isinstance(inner, Mapping) else draft.image(files.read(inner)), fields)
 
 
-def tool_call(value: Any) -> ToolCall:
-    """A call as an object or its JSON text: {"name": ..., "arguments": {...}}, also below a key `function`."""
-    found = _json(value)
-    found = found.get("function", found) if isinstance(found, dict) else None
-    arguments = _json(found.get("arguments") or {}) if isinstance(found, dict) else None
-    if not isinstance(found, dict) or not isinstance(found.get("name"), str) or not isinstance(arguments, dict):
-        raise Skip("broken tool call", str(value)[:80])
-    return ToolCall(found["name"], arguments)
+def media_of(fields: Fields, *names: str) -> list[Any]:
+    """The media under these keys; raises Skip where two of them name different ones."""
+    given = [refs for name in names if (refs := listed(fields.take(name)))]
+    if any([reference(one) for one in refs] != [reference(one) for one in given[0]] for refs in given[1:]):
+        raise Skip("keys that say different things", f"{fields.keys.kind} keys {' and '.join(names)}")
+    return list(given[0]) if given else []
 
 
-def tools_of(value: Any) -> Iterator[Mapping[str, Any]]:
-    """The tools that may be called: a list of objects, or its JSON text."""
-    found = _json(value) if value else []
-    if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
-        raise Skip("broken tools", str(value)[:80])
-    yield from found
+def joined(messages: list[Message]) -> list[Message]:
+    """Calls of tools in turns of their own as part of what the assistant said before: one turn, one end mark."""
+    found: list[Message] = []
+    for message in messages:
+        calls = message.role == "assistant" and all(isinstance(element, ToolCall) for element in message.content)
+        if calls and message.content and found and found[-1].role == "assistant":
+            before = found.pop()
+            if before.loss != message.loss:
+                before, message = _with_own_loss(before), _with_own_loss(message)
+            message = replace(message, content=(*before.content, *message.content))
+        found.append(message)
+    return found
 
 
-def _json(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
+def _with_own_loss(message: Message) -> Message:
+    """The message with its weight at each element, so that elements of several can stand in one."""
+    weight = 1.0 if message.loss is None else message.loss
+    return replace(message, content=tuple(_weighed(element, weight) for element in message.content))
+
+
+def _weighed(element: Element, weight: float | None) -> Element:
+    if weight is None or isinstance(element, Image | Video) or element.loss is not None:
+        return element
+    return replace(element, loss=weight)
+
+
+def _bounded(image: Image, fields: Fields) -> Image:
+    """The picture with the limits that the object says."""
+    least, most = fields.whole("min_pixels"), fields.whole("max_pixels")
+    return replace(image, min_pixels=least or image.min_pixels, max_pixels=most or image.max_pixels)
+
+
+def _kind_of(part: Any) -> str | None:
+    """The kind of a typed part; without `type` that of the key it has, as in Qwen's own examples."""
+    if not isinstance(part, dict):
         return None
+    if (kind := part.get("type")) is not None:
+        return kind if isinstance(kind, str) else None
+    return next((name for name in ("image", "image_url", "video", "video_url", "text") if name in part), None)
+
+
+def _ordered(content: list[Element]) -> list[Element]:
+    """The content, with a thought at its beginning and calls at its end only; raises Skip."""
+    if any(isinstance(element, Think) for element in content[1:]):
+        raise Skip("thought in the middle of an answer", "")
+    calls = [isinstance(element, ToolCall) for element in content]
+    if sorted(calls) != calls:
+        raise Skip("text behind a tool call", "")
+    return content
+
+
+def _trimmed(pieces: list[str], place: int) -> str:
+    """A text without the newlines between it and a picture or video."""
+    media = ("<image>", "<video>")
+    text = pieces[place]
+    if place and pieces[place - 1] in media:
+        text = text.lstrip("\n")
+    if place + 1 < len(pieces) and pieces[place + 1] in media:
+        text = text.rstrip("\n")
+    return text

@@ -14,13 +14,18 @@ from pathlib import Path, PurePosixPath
 from typing import Final
 from urllib.parse import unquote, urlsplit
 
+from visionloom.data.convert.keys import Fields
 from visionloom.data.convert.skip import Skip
 from visionloom.data.convert.urls import UrlIndex
 from visionloom.data.tar import LARGEST_MEMBER
 
 _SCHEME: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):")
-_INLINE: Final = re.compile(r"data:[a-z]+/[a-z0-9.+-]+;base64,", re.IGNORECASE)
-_IN_OBJECT: Final = ("bytes", "path", "url")
+_INLINE: Final = re.compile(r"data:[^,]{0,100};base64,", re.IGNORECASE)
+"""RFC 2397; Qwen's documentation has it without a subtype (`data:image;base64,`)."""
+_BARE: Final = re.compile(r"(/9j/|iVBORw0KGgo|R0lGOD|UklGR)[A-Za-z0-9+/\s]{60,}={0,2}\s*")
+"""base64 of a JPEG, PNG, GIF or WEBP without anything before it."""
+IN_OBJECT: Final = ("bytes", "path", "url", "base64")
+"""Keys of an object in place of a reference, the first that has a value wins."""
 _PICTURE_SUFFIXES: Final = ("", ".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
@@ -40,12 +45,13 @@ class MediaFiles:
 
         `ref` is its name, or an object with it ({"path"}, {"url"}), or the bytes themselves ({"bytes"}).
         """
-        if isinstance(ref, Mapping):
-            ref = next((ref[name] for name in _IN_OBJECT if ref.get(name) is not None), None)
+        ref = reference(ref)
         if isinstance(ref, bytes):
             return ref
         if isinstance(ref, str) and (inline := _INLINE.match(ref)):
-            return _inline(ref[inline.end() :])
+            return from_base64(ref[inline.end() :])
+        if isinstance(ref, str) and _BARE.fullmatch(ref):
+            return from_base64(ref)
         if isinstance(ref, str) and ref.lower().startswith(("http://", "https://")):
             return self._fetched(ref)
         path = self.locate(ref)
@@ -104,8 +110,32 @@ def _names_of(url: str) -> Iterator[str]:
         yield name
 
 
-def _inline(data: str) -> bytes:
+def reference(ref: object) -> object:
+    """What an object names, {"bytes"}, {"path"}, {"url"} or {"base64"}; anything else is its own reference."""
+    if not isinstance(ref, Mapping):
+        return ref
+    return next((_value(name, ref[name]) for name in IN_OBJECT if ref.get(name) not in (None, "", b"")), None)
+
+
+def named(fields: Fields, *names: str) -> object:
+    """The reference under the first of these keys: a file's name, an object, or the bytes; None if there is none."""
+    for name in names:
+        if fields.value.get(name) not in (None, "", b""):
+            fields.take("path")  # beside the bytes it is where they came from
+            return _value(name, fields.take(name))
+    return None
+
+
+def _value(name: str, value: object) -> object:
+    return from_base64(value) if name == "base64" else value
+
+
+def from_base64(data: object) -> bytes:
+    """The bytes of a base64 text, wrapped or not, with `-_` or `+/`; raises Skip."""
+    if not isinstance(data, str):
+        raise Skip("broken inline data", f"a text expected, got {type(data).__name__}")
+    text = "".join(data.split()).rstrip("=").translate(str.maketrans("-_", "+/"))
     try:
-        return base64.b64decode(data, validate=True)
+        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
     except ValueError as error:
         raise Skip("broken inline data", str(error)) from None

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import batched
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from visionloom.data.convert.jsonfile import Span, cut_json, read_json
+from visionloom.data.convert.keys import Keys
 from visionloom.data.convert.skip import Skip
 from visionloom.data.convert.source import Draft, Options, Record
 from visionloom.data.convert.videos import add_video
@@ -20,6 +21,10 @@ from visionloom.parallel.errors import UserError
 
 METADATA: Final = "metadata.jsonl"
 _CAPTIONS: Final = (".txt", ".caption")
+
+
+LINE: Final = Keys("record", {"file_name": "the picture or video", "text": "its caption", "caption": "its caption"})
+"""A line of metadata.jsonl."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +37,8 @@ class Files:
 
 class Folder:
     """One picture or video a sample: a document of it and its caption."""
+
+    keys: ClassVar[tuple[Keys, ...]] = (LINE,)
 
     def parts(self, path: Path, size: int) -> Iterator[Part]:
         """Files in sorted order, or the lines of metadata.jsonl if there is one."""
@@ -51,15 +58,17 @@ class Folder:
 
     def convert(self, value: Any, draft: Draft, options: Options) -> None:
         """A document of one picture or video and what is said of it."""
-        name = value.get("file_name")
-        text = value.get("text", value.get("caption"))
+        if not isinstance(value, dict):
+            raise Skip("not an object", f"a JSON object expected, got {type(value).__name__}")
+        line = draft.open(LINE, value)
+        name, text = line.take("file_name"), line.take("text", "caption")
         if not isinstance(name, str) or not isinstance(text, str):
             raise Skip("no caption", f"{name}: a text beside it ({' or '.join(_CAPTIONS)}) or in {METADATA} expected")
         draft.id = name
         if kind_of(name) == "video":
-            draft.caption(add_video(draft, options.files, name, {}), text)
+            draft.caption([add_video(draft, options.files, name)], text)
         else:
-            draft.caption(draft.image(options.files.read(name)), text)
+            draft.caption([draft.image(options.files.read(name))], text)
 
 
 def _media(path: Path) -> Iterator[str]:

@@ -6,14 +6,13 @@ Pictures are columns of bytes, of {"bytes", "path"} objects (as the library stor
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
-from visionloom.data.convert.chats import Chat
+from visionloom.data.convert.chats import RECORD, Chat, chat_keys
+from visionloom.data.convert.keys import Fields, Keys
 from visionloom.data.convert.skip import Skip
 from visionloom.data.convert.source import Draft, Options, Record
 from visionloom.data.convert.tables import Rows, cut_tables, decoded, read_table, table_files
-from visionloom.data.convert.videos import add_video
-from visionloom.data.sample import Image, Message, Text, Video
 from visionloom.data.write_parts import Part
 from visionloom.parallel.errors import UserError
 
@@ -24,13 +23,40 @@ COLUMNS: Final[Mapping[str, tuple[str, ...]]] = {
     "messages": ("messages", "conversations"),
     "question": ("question", "query", "prompt"),
     "answer": ("answer", "response"),
+    "system": ("system", "system_prompt"),
     "id": ("id", "key", "__key__"),
 }
 """What a column can be, and the names that are taken for it where --columns names none."""
 
 
+MEANINGS: Final[Mapping[str, str]] = {
+    "image": "pictures",
+    "video": "videos",
+    "text": "caption or text, with placeholders",
+    "messages": "turns, a list or JSON text",
+    "question": "user turn, with placeholders",
+    "answer": "assistant turn",
+    "system": "system turn",
+    "id": "id of the sample",
+}
+ROW: Final = Keys(
+    "record",
+    {
+        **{name: MEANINGS[role] for role, names in COLUMNS.items() for name in names},
+        **{
+            name: meaning for name, meaning in RECORD.read.items() if name in ("t", "fps", "tools", "objects", "weight", "task")
+        },
+        "data_source": "meta.source",
+        "source": "meta.source",
+    },
+)
+"""The columns of a row, by the names that are taken for them; --columns gives others."""
+
+
 class HuggingFace:
     """One row a sample: messages if there are any, else a question with its answer, else a caption or a text."""
+
+    keys: ClassVar[tuple[Keys, ...]] = chat_keys(ROW)
 
     def parts(self, path: Path, size: int) -> Iterator[Part]:
         """Row groups or record batches."""
@@ -42,39 +68,44 @@ class HuggingFace:
 
     def convert(self, value: Any, draft: Draft, options: Options) -> None:
         """A chat or a document."""
-        row = by_role(value, options.columns)
-        draft.id = str(row["id"]) if isinstance(row.get("id"), str | int) else None
-        images, videos = _list(row.get("image")), _list(row.get("video"))
-        if row.get("messages") is not None:
-            record = {**value, "image": None, "images": images, "video": None, "videos": videos}
-            Chat(record, draft, options.files).fill(decoded(row["messages"]))
-            return
-        media: list[Image | Video] = [draft.image(options.files.read(one)) for one in images]
-        media += [add_video(draft, options.files, one, {}) for one in videos]
-        question, answer, text = row.get("question"), row.get("answer"), row.get("text")
-        if isinstance(question, str) and isinstance(answer, str):
-            draft.messages = [Message("user", (*media, Text(question))), Message("assistant", (Text(answer),))]
-        elif isinstance(text, str) and text.strip():
-            draft.content = [*media, Text(text)]
+        row = draft.open(ROW, by_role(value, options.columns))
+        draft.id = row.text(*COLUMNS["id"])
+        if source := row.text("data_source", "source"):
+            draft.meta["source"] = source
+        chat = Chat(row, draft, options.files)
+        if row.has(*COLUMNS["messages"]):
+            chat.fill(decoded(row.take(*COLUMNS["messages"])))
+        elif isinstance(question := _first(row, "question"), str) and isinstance(answer := _first(row, "answer"), str):
+            _take(row, "question", "answer")
+            chat.fill([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
+        elif isinstance(text := _first(row, "text"), str):
+            _take(row, "text")
+            chat.fill_document(text)
         else:
             raise Skip("no text", f"columns {', '.join(value)}: name the right one with --columns text=NAME")
 
 
 def by_role(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    """The values of a row by what they are; raises UserError for a column of --columns that the table lacks."""
+    """The row with the columns of --columns under the name of their role; raises UserError for one that the table lacks.
+
+    Another column of that name is not the one that is meant, and stands aside under a name of its own.
+    """
     if unknown := [name for name in columns.values() if name not in row]:
         raise UserError(f"--columns: no column {unknown[0]!r}: there are {', '.join(row)}")
-    found = {role: row.get(columns[role]) for role in columns}
-    for role, names in COLUMNS.items():
-        if role not in found:
-            found[role] = next((row[name] for name in names if row.get(name) is not None), None)
-    return found
+    chosen = {COLUMNS[role][0]: row[name] for role, name in columns.items()}
+    aside = {known for role in columns for known in COLUMNS[role]}
+    rest = {name: value for name, value in row.items() if name not in columns.values()}
+    others = {f"{name} (not chosen)" if name in aside else name: value for name, value in rest.items()}
+    return {**others, **chosen}
 
 
-def _list(value: Any) -> list[Any]:
-    if value is None:
-        return []
-    return value if isinstance(value, list) else [value]
+def _first(row: Fields, role: str) -> Any:
+    return next((row.value[name] for name in COLUMNS[role] if name in row.value), None)
+
+
+def _take(row: Fields, *roles: str) -> None:
+    for role in roles:
+        row.take(*COLUMNS[role])
 
 
 def _files(path: Path) -> list[Path]:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from visionloom.data.convert.files import MediaFiles
+from visionloom.data.convert.marks import document
 from visionloom.data.convert.skip import Skip
 from visionloom.data.convert.source import Draft
 from visionloom.data.sample import Element, Text
@@ -13,12 +14,12 @@ def fill_document(draft: Draft, files: MediaFiles, items: Iterable[tuple[str, st
     """Make a document of ("text", text) and ("image", reference) items in order.
 
     A picture that is not there or cannot be read is left out and counted; texts that then touch each other are joined
-    by `joint`. Raises Skip if nothing is left.
+    by `joint`. Raises Skip for a mark in a text, and if nothing is left.
     """
     content: list[Element] = []
     for kind, value in items:
         if kind == "text":
-            _add_text(content, value, joint)
+            _add_text(content, document(value), joint)
             continue
         try:
             content.append(draft.image(files.read(value)))
@@ -38,9 +39,8 @@ def _add_text(content: list[Element], text: str, joint: str) -> None:
         content.append(Text(text))
 
 
-def keep_facts(draft: Draft, facts: Any, names: Mapping[str, str]) -> None:
-    """Copy a record's facts into the sample's meta under other names, where they are texts or numbers."""
-    found = facts if isinstance(facts, dict) else {}
+def keep_facts(draft: Draft, facts: Mapping[str, Any], names: Mapping[str, str]) -> None:
+    """Copy a document's facts into the sample's meta under other names, where they are texts or numbers."""
     draft.meta.update(
-        {ours: found[theirs] for theirs, ours in names.items() if isinstance(found.get(theirs), str | int | float)}
+        {ours: facts[theirs] for theirs, ours in names.items() if isinstance(facts.get(theirs), str | int | float)}
     )

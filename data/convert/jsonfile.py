@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
+from visionloom.data.convert.keys import without_nulls
 from visionloom.data.convert.skip import Skip
 from visionloom.data.convert.source import Record
 from visionloom.data.write_parts import Part
@@ -59,7 +60,7 @@ def cut_json(path: Path, size: int) -> Iterator[Part]:
 
 
 def read_json(span: Span) -> Iterator[Record]:
-    """The records of a span; a line that is no JSON object has a Skip for its value."""
+    """The records of a span, without keys that are null; a line that is no JSON has a Skip for its value."""
     path = Path(span.path)
     spans = _line_spans(path, span) if span.lines else _element_spans(path, span)
     with open(path, "rb") as file:
@@ -70,7 +71,7 @@ def read_json(span: Span) -> Iterator[Record]:
 
 def _value(data: bytes) -> Any:
     try:
-        return json.loads(data)
+        return without_nulls(json.loads(data))
     except (ValueError, RecursionError) as error:
         return Skip("not valid JSON", str(error))
 

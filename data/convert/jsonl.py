@@ -7,23 +7,62 @@ those of the upright picture.
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from visionloom.data.convert.jsonfile import Span, cut_json, read_json
+from visionloom.data.convert.keys import Keys
+from visionloom.data.convert.marks import document, refuse_marks
 from visionloom.data.convert.skip import Skip
 from visionloom.data.convert.source import Draft, Options, Record
 from visionloom.data.convert.videos import add_video
 from visionloom.data.sample import SCHEMA_VERSION, Box, Image, Point, Text, Video, element_json, parse_sample
 from visionloom.data.write_parts import Part
 
-_TEXT_KEYS: Final = ("text", "content")
-_ID_KEYS: Final = ("id", "doc_id", "url")
-_VIDEO_KEYS: Final = ("file", "ref", "files", "frames")
-_FILE_KEYS: Final = ("file", "files", "ref", "frames", "t", "w", "h")
+_TEXTS: Final = ("text", "content")
+_IDS: Final = ("id", "doc_id", "url")
+LINE: Final = Keys(
+    "record",
+    {
+        "text": "the document",
+        "content": "the document",
+        "id": "id of the sample",
+        "doc_id": "id of the sample",
+        "url": "meta.url, and id of the sample where there is no other",
+        "weight": "factor on the loss of the sample",
+    },
+)
+"""A line of plain text."""
+SAMPLE: Final = Keys(
+    "sample",
+    dict.fromkeys(("v", "id", "kind", "messages", "content", "tools", "weight", "task", "meta"), "as our schema"),
+    "meta",
+)
+"""A line of our own schema; other keys are kept in the sample's meta."""
+MESSAGE: Final = Keys("turn", dict.fromkeys(("role", "content", "loss"), "as our schema"))
+_NARROWING: Final = ("start", "end", "video_start", "video_end", "sample_fps", "max_frames", "total_pixels")
+_OF_FILES: Final = ("file", "ref", "files", "frames", "w", "h", "t", "fps", "duration")
+"""Keys of an element that its media member answers."""
+ELEMENTS: Final[Mapping[str, tuple[str, ...]]] = {
+    "text": ("text", "loss"),
+    "think": ("text", "loss"),
+    "image": ("file", "ref", "w", "h", "min_pixels", "max_pixels"),
+    "video": (*_OF_FILES, *_NARROWING),
+    "box": ("image", "xyxy", "space", "label", "loss"),
+    "point": ("image", "xy", "space", "label", "loss"),
+    "time": ("t", "fmt", "loss"),
+    "tool_call": ("name", "arguments", "loss"),
+}
+_KINDS: Final = {"image": "picture", "think": "thought", "tool_call": "call"}
+ELEMENT: Final = {
+    name: Keys(_KINDS.get(name, name), dict.fromkeys(("type", *keys), "as our schema")) for name, keys in ELEMENTS.items()
+}
+"""The keys of each element of our schema."""
 
 
 class JsonLines:
     """One line a document, or one sample of our schema."""
+
+    keys: ClassVar[tuple[Keys, ...]] = (LINE, SAMPLE, MESSAGE, *ELEMENT.values())
 
     def parts(self, path: Path, size: int) -> Iterator[Part]:
         """Byte ranges of the JSON files."""
@@ -40,24 +79,26 @@ class JsonLines:
         if isinstance(value.get("messages", value.get("content")), list):
             fill_from_schema(value, draft, options)
             return
-        text = next((value[key] for key in _TEXT_KEYS if isinstance(value.get(key), str)), None)
-        if text is None or not text.strip():
+        line = draft.open(LINE, value)
+        text = line.take(*_TEXTS)
+        if not isinstance(text, str) or not (text := document(text)).strip():
             raise Skip("no text", f'a line like {{"text": "..."}} expected, got the keys {", ".join(list(value)[:8])}')
-        draft.id = next((str(value[key]) for key in _ID_KEYS if isinstance(value.get(key), str | int)), None)
-        draft.meta.update({"url": value["url"]} if isinstance(value.get("url"), str) else {})
+        draft.id = line.text(*_IDS)
+        if url := line.text("url"):
+            draft.meta["url"] = url
+        weight = line.number("weight")
+        draft.weight = 1.0 if weight is None else weight
         draft.content = [Text(text)]
 
 
 def fill_from_schema(value: Mapping[str, Any], draft: Draft, options: Options) -> None:
     """Take a sample of our schema over, with its media read by `options.files`."""
-    filler, document = _Filler(draft, options), {"v": SCHEMA_VERSION, **value}
-    if isinstance(document.get("messages"), list):
-        document["messages"] = [
-            {**turn, "content": filler.elements(turn["content"])} if "content" in turn else turn
-            for turn in document["messages"]
-        ]
-    document["content"] = filler.elements(document.get("content"))
-    draft.whole = parse_sample(document)
+    draft.open(SAMPLE, value)
+    filler, sample = _Filler(draft, options), {"v": SCHEMA_VERSION, **value}
+    if isinstance(sample.get("messages"), list):
+        sample["messages"] = [filler.message(turn) for turn in sample["messages"]]
+    sample["content"] = filler.elements(sample.get("content"))
+    draft.whole = parse_sample(sample)
     if filler.other_size and any(isinstance(one, Box | Point) and one.space == "px" for one in draft.whole.elements):
         raise Skip("boxes of another size", f"{filler.other_size}: boxes and sizes of the upright picture expected")
 
@@ -69,21 +110,37 @@ class _Filler:
         self.draft, self.files = draft, options.files
         self.other_size = ""
 
-    def elements(self, content: Any) -> Any:
-        return [self._element(element) for element in content] if isinstance(content, list) else content
+    def message(self, turn: Any) -> Any:
+        if not isinstance(turn, dict):
+            return turn
+        self.draft.open(MESSAGE, turn).take_all(*MESSAGE.read)
+        learned = turn.get("role") == "assistant"
+        if learned and isinstance(turn.get("content"), str):
+            refuse_marks(turn["content"])
+        return {**turn, "content": self.elements(turn["content"], learned)} if "content" in turn else turn
 
-    def _element(self, element: Any) -> Any:
+    def elements(self, content: Any, learned: bool = True) -> Any:
+        """The elements of a turn or document; `learned`: their texts must not hold marks, which are elements here."""
+        return [self._element(element, learned) for element in content] if isinstance(content, list) else content
+
+    def _element(self, element: Any, learned: bool) -> Any:
         kind = element.get("type") if isinstance(element, dict) else None
+        if not isinstance(kind, str) or kind not in ELEMENT:
+            return element
+        fields = self.draft.open(ELEMENT[kind], element)
+        fields.take_all(*ELEMENT[kind].read)
+        if kind == "text" and learned and isinstance(element.get("text"), str):
+            refuse_marks(element["text"])
         if kind == "image":
-            return self._filled(element, self.draft.image(self.files.read(element.get("file", element.get("ref")))))
+            return self._filled(element, self.draft.image(self.files.read(fields.take("file", "ref"))))
         if kind == "video":
-            given = next((element[name] for name in _VIDEO_KEYS if name in element), None)
-            return self._filled(element, add_video(self.draft, self.files, given, element))
+            given = fields.take("file", "ref", "files", "frames")
+            return self._filled(element, add_video(self.draft, self.files, given, fields))
         return element
 
     def _filled(self, element: Mapping[str, Any], media: Image | Video) -> Mapping[str, Any]:
         said = element.get("w", media.width), element.get("h", media.height)
         if said != (media.width, media.height):
             self.other_size = f"{said[0]}x{said[1]} said, {media.width}x{media.height} found"
-        kept = {name: value for name, value in element.items() if name not in _FILE_KEYS}
+        kept = {name: value for name, value in element.items() if name not in _OF_FILES}
         return {**kept, **element_json(media)}

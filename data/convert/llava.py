@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from visionloom.data.convert.chats import Chat
+from visionloom.data.convert.chats import RECORD, Chat, chat_keys
 from visionloom.data.convert.jsonfile import Span, cut_json, read_json
+from visionloom.data.convert.keys import Keys
 from visionloom.data.convert.skip import Skip
 from visionloom.data.convert.source import Draft, Options, Record
 from visionloom.data.write_parts import Part
@@ -14,8 +15,7 @@ from visionloom.data.write_parts import Part
 class Llava:
     """Conversations with `<image>` and `<video>` in their texts; ids and other short facts are kept."""
 
-    turns: tuple[str, ...] = ("conversations",)
-    """Names under which a record's turns may stand."""
+    keys: ClassVar[tuple[Keys, ...]] = chat_keys(RECORD)
 
     def parts(self, path: Path, size: int) -> Iterator[Part]:
         """Byte ranges of the JSON files."""
@@ -29,11 +29,8 @@ class Llava:
         """A chat."""
         if not isinstance(value, dict):
             raise Skip("not an object", f"a JSON object expected, got {type(value).__name__}")
-        found = next((value[name] for name in self.turns if name in value), None)
-        if isinstance(value.get("id"), str | int):
-            draft.id = str(value["id"])
-        if isinstance(value.get("data_source"), str):
-            draft.meta["source"] = value["data_source"]
-        if isinstance(value.get("system"), str) and value["system"] and isinstance(found, list):
-            found = [{"from": "system", "value": value["system"]}, *found]
-        Chat(value, draft, options.files).fill(found)
+        record = draft.open(RECORD, value)
+        draft.id = record.text("id")
+        if source := record.text("data_source", "source"):
+            draft.meta["source"] = source
+        Chat(record, draft, options.files).fill(record.take("messages", "conversations", "conversation"))

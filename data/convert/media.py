@@ -9,19 +9,24 @@ import warnings
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+import numpy as np
 from PIL import ExifTags, ImageOps, JpegImagePlugin, UnidentifiedImageError
 from PIL import Image as Pillow
 
 from visionloom.data.convert.skip import Skip
-from visionloom.data.probe import MediaFacts, probe
+from visionloom.data.geometry import MAX_ASPECT
+from visionloom.data.probe import FORMATS, MediaFacts, probe
 from visionloom.data.tar import LARGEST_MEMBER
 from visionloom.parallel.errors import UserError
 
-SUFFIXES: Final = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp", "BMP": "bmp", "GIF": "gif", "TIFF": "tif"}
-"""Formats that the loader reads, and the names of their files."""
+SUFFIXES: Final = {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp", "BMP": "bmp", "GIF": "gif", "TIFF": "tif"}
+"""Formats that the loader reads, and the names of their files. MPO is Pillow's name of a JPEG with more pictures behind it, as
+phones write: readers of JPEG take the first."""
 MAX_PIXELS: Final = 1 << 27
 """Larger pictures (134 million pixels, 400 MB decoded) are refused, as the loader does."""
 JPEG_QUALITY: Final = 95
+DEEP: Final = {**dict.fromkeys(("I;16", "I;16L", "I;16B", "I;16N"), "16 bits"), "I": "32 bits", "F": "floats"}
+"""Pillow's modes with more than 8 bits a value."""
 _LARGEST_JITTER: Final = 0.005
 """Seconds that a frame may be off an even spacing: containers round times to milliseconds or worse."""
 VIDEO_SUFFIXES: Final = {
@@ -57,14 +62,18 @@ def prepare_image(data: bytes) -> Picture:
         raise Skip("file too large", f"{len(data)} bytes, at most {LARGEST_MEMBER}")
     try:
         with warnings.catch_warnings(action="ignore"):
-            picture = Pillow.open(io.BytesIO(data), formats=tuple(SUFFIXES))
+            picture = Pillow.open(io.BytesIO(data), formats=FORMATS)
         if picture.width * picture.height > MAX_PIXELS:
             raise Skip("picture too large", f"{picture.width}x{picture.height} pixels, at most {MAX_PIXELS}")
+        if max(picture.size) > MAX_ASPECT * min(picture.size):
+            raise Skip(
+                "picture too narrow", f"{picture.width}x{picture.height} pixels: an aspect ratio of at most {MAX_ASPECT}"
+            )
         return _prepare(data, picture)
     except Skip:
         raise
     except UnidentifiedImageError:
-        raise Skip("no picture that is known", f"one of {', '.join(SUFFIXES)} expected") from None
+        raise Skip("no picture that is known", f"one of {', '.join(FORMATS)} expected") from None
     except Pillow.DecompressionBombError as error:
         raise Skip("picture too large", str(error)) from None
     except Exception as error:  # decoders raise whatever damaged bytes lead them to
@@ -76,27 +85,41 @@ def _prepare(data: bytes, picture: Pillow.Image) -> Picture:
     changes = [f"EXIF orientation {turn} applied"] if turn in range(2, 9) else []
     if picture.has_transparency_data:
         changes.append("transparency put on white")
-    if picture.mode.startswith("I;16"):
-        changes.append("16 bits reduced to 8")
+    if picture.mode in DEEP:
+        changes.append(f"{DEEP[picture.mode]} reduced to 8 bits")
     suffix = SUFFIXES[str(picture.format)]
     if not changes:
         width, height = picture.size
         picture.draft("RGB", (1, 1))  # JPEG: reads all coefficients, but computes an eighth of each side
-        picture.load()
+        picture.convert("RGB")  # what the loader will do
         return Picture(data, suffix, width, height)
-    upright = ImageOps.exif_transpose(_shallow(picture))
+    upright = eight_bits(ImageOps.exif_transpose(picture))
     flat = on_white(upright) if upright.has_transparency_data else upright
     written, suffix, how = _written(flat, picture)
     return Picture(written, suffix, flat.width, flat.height, f"{', '.join(changes)}; {how}")
 
 
-def _shallow(picture: Pillow.Image) -> Pillow.Image:
-    """A picture of 16 bits a value with 8: Pillow's own conversion would clip it to white."""
-    if not picture.mode.startswith("I;16"):
+def eight_bits(picture: Pillow.Image) -> Pillow.Image:
+    """A picture with more bits a value as one of 8: Pillow's own conversion would clip it to white.
+
+    Whole numbers of 16 bits lose their lower half. In 32 bits and in floats the range is not known from the format: values are
+    taken for 0..1 (floats), 0..255 or 0..65535, the smallest that holds them. Raises Skip for values outside of these.
+    """
+    if picture.mode not in DEEP:
         return picture
-    shallow = picture.point(lambda value: value / 256).convert("L")
-    shallow.info.update(picture.info)
-    return shallow
+    values = np.asarray(picture).astype(np.float64)
+    least, most = float(values.min()), float(values.max())
+    if picture.mode.startswith("I;16"):
+        values = values // 256
+    elif not 0 <= least <= most <= 65535:  # NaN too
+        raise Skip(
+            "picture of unknown range", f"{DEEP[picture.mode]} from {least:g} to {most:g}: 0..1, 0..255 or 0..65535 expected"
+        )
+    elif picture.mode == "F" and most <= 1:
+        values = values * 255
+    elif most > 255:
+        values = values // 256
+    return Pillow.fromarray(values.round().astype(np.uint8))
 
 
 def on_white(picture: Pillow.Image) -> Pillow.Image:

@@ -1,23 +1,34 @@
 """OBELICS: parquet with the parallel lists `images` (URLs) and `texts`, one of them null at each place, and `metadata`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Final
 
 from visionloom.data.convert.interleaved import fill_document, keep_facts
+from visionloom.data.convert.keys import Keys
 from visionloom.data.convert.skip import Skip
 from visionloom.data.convert.source import Draft, Options, Record
 from visionloom.data.convert.tables import Rows, cut_tables, decoded, read_table, table_files
 from visionloom.data.write_parts import Part
 
-_FACTS = {"document_url": "url", "url": "url"}
+_FACTS: Final = {"document_url": "url", "url": "url"}
+ROW: Final = Keys(
+    "record",
+    {
+        "images": "URL of the picture at each place, or null",
+        "texts": "text at each place, or null",
+        "metadata": "meta.url",
+        "general_metadata": "meta.url",
+    },
+)
 
 
 class Obelics:
     """One row a document; paragraphs between pictures are kept as they are."""
 
-    facts_column = "metadata"
-    """Column that holds a list, or its JSON text, with the facts of the document or of each place."""
+    keys: ClassVar[tuple[Keys, ...]] = (ROW,)
+    facts: ClassVar[tuple[str, ...]] = ("metadata", "general_metadata")
+    """Columns that hold a list, or its JSON text, with the facts of the document or of each place."""
 
     def parts(self, path: Path, size: int) -> Iterator[Part]:
         """Row groups of the parquet files."""
@@ -29,15 +40,19 @@ class Obelics:
 
     def convert(self, value: Any, draft: Draft, options: Options) -> None:
         """A document."""
-        images, texts = value.get("images"), value.get("texts")
+        row = draft.open(self.keys[0], value)
+        images, texts = row.take("images"), row.take("texts")
         if not isinstance(images, list) or not isinstance(texts, list) or len(images) != len(texts):
             raise Skip("lists that differ", f"images {_length(images)}, texts {_length(texts)}")
-        facts = decoded(value.get(self.facts_column))
-        first = next((fact for fact in facts if isinstance(fact, dict)), None) if isinstance(facts, list) else facts
-        keep_facts(draft, first, _FACTS)
-        general = decoded(value.get("general_metadata"))
-        keep_facts(draft, general[0] if isinstance(general, list) and general else general, _FACTS)
+        for name in self.facts:
+            keep_facts(draft, first_object(decoded(row.take(name))), _FACTS)
         fill_document(draft, options.files, _items(images, texts), joint="\n\n")
+
+
+def first_object(value: Any) -> Mapping[str, Any]:
+    """The facts of a document: an object, or the first one in a list."""
+    found = value if isinstance(value, list) else [value]
+    return next((one for one in found if isinstance(one, dict)), {})
 
 
 def _length(value: Any) -> str:

@@ -1,9 +1,8 @@
 """Converting a source: from its format, part by part, to indexed shards, with a line for every record left out."""
 
 import errno
-from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
@@ -19,11 +18,12 @@ from visionloom.data.convert.omnicorpus import OmniCorpus
 from visionloom.data.convert.sharegpt import ShareGpt
 from visionloom.data.convert.skip import Skip
 from visionloom.data.convert.source import Draft, Options, Record, Source
+from visionloom.data.convert.trainable import Trainable
 from visionloom.data.convert.urls import UrlIndex, build_index
 from visionloom.data.convert.webdataset import WebDataset
-from visionloom.data.sample import Sample, SampleError, parse_sample, to_json
-from visionloom.data.write import Pair
-from visionloom.data.write_parts import URLS, Part, PartLog, Progress, Target, write_parts
+from visionloom.data.sample import SampleError, parse_sample, to_json
+from visionloom.data.write import Members, members_of
+from visionloom.data.write_parts import URLS, Part, PartLog, Progress, Tally, Target, write_parts
 from visionloom.parallel.errors import UserError
 
 SOURCES: Final[Mapping[str, type[Source]]] = {
@@ -37,7 +37,7 @@ SOURCES: Final[Mapping[str, type[Source]]] = {
     "jsonl": JsonLines,
     "webdataset": WebDataset,
 }
-CONVERT_VERSION: Final = 1
+CONVERT_VERSION: Final = 2
 """Counts changes of what converters write: an unfinished conversion by another version is not continued."""
 _OF_THE_FILE: Final = (errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 """Errors of the system that concern one file."""
@@ -58,6 +58,10 @@ class Request:
     stop: bool = False
     """Whether the first bad record ends the conversion."""
     follow_links: bool = False
+    task: str | None = None
+    """Evaluation task of all samples that name none themselves."""
+    trainable: Trainable = field(default_factory=Trainable)
+    """What a sample must be to be trained on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +73,7 @@ class Converter:
     options: Options
     part_records: int
     """Records of a part: about a shard, so that parts leave few small shards, and an interruption costs little."""
+    trainable: Trainable
 
     def parts(self) -> Iterator[Part]:
         """The source's parts up to the limit, each with how many of its records are wanted (None: all)."""
@@ -81,47 +86,60 @@ class Converter:
             if left is not None and (left := left - wanted) <= 0:
                 return
 
-    def samples(self, part: Part, log: PartLog) -> Iterator[Pair]:
-        """The samples of a part; records that cannot be converted go to `log`."""
+    def samples(self, part: Part, log: PartLog) -> Iterator[Members]:
+        """The samples of a part, checked and ready to be written; records that cannot be converted go to `log`."""
         places, wanted = part.where
         source = SOURCES[self.request.kind]()
         for record in islice((record for where in places for record in source.records(where)), wanted):
-            log.counts["records"] += 1
+            log.tally.counts["records"] += 1
             draft = Draft()
             try:
-                sample = self._sample(source, record, draft)
+                members = self._members(source, record, draft)
             except Skip as skip:
                 self._leave_out(record, skip, log)
                 continue
-            log.counts["samples"] += 1
-            log.counts.update(f"left out: {reason}" for reason in draft.left_out)
-            log.counts["changed pictures"] += len(draft.meta.get("changed", ()))
-            yield sample, draft.media
+            log.tally.counts["samples"] += 1
+            for note in _notes(draft):
+                log.tally.note(note, record.place)
+            yield members
 
-    def _sample(self, source: Source, record: Record, draft: Draft) -> Sample:
-        """One checked sample; raises Skip, whatever a record from elsewhere leads to."""
+    def _members(self, source: Source, record: Record, draft: Draft) -> Members:
+        """The members of one sample that can be trained on; raises Skip, whatever a record from elsewhere leads to."""
         if isinstance(record.value, Skip):
             raise record.value
         try:
             source.convert(record.value, draft, self.options)
-            return parse_sample(to_json(draft.sample(f"{self.name}:{draft.id or record.place}")))
+            draft.task = draft.task or self.request.task
+            sample = parse_sample(to_json(draft.sample(f"{self.name}:{draft.id or record.place}")))
+            self.trainable.check(sample)
+            return members_of(sample, draft.media)
         except SampleError as error:
             raise Skip("breaks the schema", str(error)) from error
-        except UserError:
+        except (UserError, Skip):
             raise
-        except (TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError) as error:
-            raise Skip("malformed record", f"{type(error).__name__}: {error}") from error
         except OSError as error:
             if error.errno not in _OF_THE_FILE:  # a disk or network that fails is no reason to lose records
                 raise
             raise Skip("file cannot be read", str(error)) from error
+        except MemoryError:
+            raise
+        except Exception as error:  # a record from elsewhere may lead anything anywhere: it is left out, with the error's name
+            raise Skip("malformed record", f"{type(error).__name__}: {error}") from error
 
     def _leave_out(self, record: Record, skip: Skip, log: PartLog) -> None:
         if self.request.stop:
             raise UserError(f"{record.place}: {skip} (--on-error skip leaves it out and goes on)")
-        log.counts["skipped"] += 1
-        log.counts[f"skipped: {skip.reason}"] += 1
+        log.tally.counts["left out"] += 1
+        log.tally.note(f"left out: {skip.reason}", record.place)
         log.skipped.append({"record": record.place, "reason": skip.reason, "detail": skip.detail[:500]})
+
+
+def _notes(draft: Draft) -> Iterator[str]:
+    """What the summary says of a sample that was made."""
+    yield from (f"pictures left out: {reason}" for reason in draft.left_out)
+    yield from ("pictures changed" for _ in draft.meta.get("changed", ()))
+    yield from (f"not read: {key}" for key in draft.unread)
+    yield from draft.notes
 
 
 def _gathered(parts: Iterator[Part], size: int) -> Iterator[Part]:
@@ -137,8 +155,8 @@ def _gathered(parts: Iterator[Part], size: int) -> Iterator[Part]:
         yield Part(records, tuple(places))
 
 
-def convert(request: Request, target: Target, progress: Progress) -> Counter[str]:
-    """Convert a source and return the counts: records, samples, skipped and why, pictures left out and changed.
+def convert(request: Request, target: Target, progress: Progress) -> Tally:
+    """Convert a source and return the counts: records, samples, those left out and why, keys not read, pictures changed.
 
     Nothing is fetched from a network. Raises UserError for a source that is not there or of another format.
     """
@@ -149,8 +167,8 @@ def convert(request: Request, target: Target, progress: Progress) -> Counter[str
     if request.kind in _FETCHED and request.images_dir is not None:
         index = UrlIndex(target.staging / URLS, request.images_dir)
     options = Options(MediaFiles(roots, index, request.follow_links), request.columns or {})
-    converter = Converter(request, target.name, options, target.limits.samples)
-    return Counter(write_parts(converter, target, _settings(request), progress))
+    converter = Converter(request, target.name, options, target.limits.samples, request.trainable)
+    return write_parts(converter, target, _settings(request), progress)
 
 
 def _check(request: Request, target: Path) -> None:
@@ -180,4 +198,6 @@ def _settings(request: Request) -> dict[str, Any]:
         "columns": dict(sorted((request.columns or {}).items())),
         "limit": request.limit,
         "follow_links": request.follow_links,
+        "task": request.task,
+        **request.trainable.settings,
     }

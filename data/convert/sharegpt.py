@@ -5,5 +5,3 @@ from visionloom.data.convert.llava import Llava
 
 class ShareGpt(Llava):
     """Turns as {"role", "content"} or {"from", "value"}, contents as texts or lists of typed parts, calls of tools."""
-
-    turns = ("messages", "conversations", "conversation")

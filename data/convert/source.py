@@ -5,9 +5,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from visionloom.data.convert.files import MediaFiles
+from visionloom.data.convert.keys import Fields, Keys
+from visionloom.data.convert.marks import document
 from visionloom.data.convert.media import Picture, prepare_image, prepare_video
 from visionloom.data.convert.skip import Skip
 from visionloom.data.sample import Element, Image, Message, Sample, Text, Video
@@ -35,6 +37,9 @@ class Record:
 class Source(Protocol):
     """A format: how a source is cut into parts, read, and how a record becomes a sample. Picklable."""
 
+    keys: ClassVar[tuple[Keys, ...]]
+    """What is read of its objects: the tables of docs/data.md."""
+
     def parts(self, path: Path, size: int) -> Iterator[Part]:
         """Parts of about `size` records in order, found without reading media."""
         ...
@@ -60,9 +65,27 @@ class Draft:
     """A sample that is already of our schema; then only `media` counts beside it."""
     tools: list[Mapping[str, Any]] = field(default_factory=list)
     meta: dict[str, Any] = field(default_factory=dict)
+    weight: float = 1.0
+    task: str | None = None
     left_out: list[str] = field(default_factory=list)
     """A reason for each picture that the sample does without."""
+    notes: list[str] = field(default_factory=list)
+    """What the summary counts besides, as `marks kept as words: ...`."""
+    _opened: list[Fields] = field(default_factory=list)
     _known: dict[bytes, Image] = field(default_factory=dict)
+    _films: dict[bytes, Video] = field(default_factory=dict)
+
+    def open(self, keys: Keys, value: Mapping[str, Any]) -> Fields:
+        """Read an object of the record key by key; what is not read of it is counted. Raises Skip."""
+        fields = Fields(keys, value)
+        self._opened.append(fields)
+        return fields
+
+    @property
+    def unread(self) -> Iterator[str]:
+        """The keys that nobody took, one after another."""
+        for fields in self._opened:
+            yield from fields.unread
 
     def image(self, data: bytes) -> Image:
         """Add a picture: upright, opaque, else byte for byte; the same bytes again are one member. Raises Skip."""
@@ -73,25 +96,35 @@ class Draft:
             self._known[digest] = self._add_picture(f"img{number}", picture)
         return self._known[digest]
 
-    def video(self, data: bytes, number: int, **part: Any) -> Video:
-        """Add a video file as member `vid<number>`; `part` are the fields of Video that narrow it. Raises Skip."""
-        film = prepare_video(data)
-        ref = f"vid{number}.{film.suffix}"
-        self.media[ref] = data
-        facts = film.facts
-        return Video((), film.times, facts.width, facts.height, ref, facts.frames, facts.fps, facts.duration, **part)
+    def video(self, data: bytes, **part: Any) -> Video:
+        """Add a video file as member `vid<number>`; `part` are the fields of Video that narrow it. Raises Skip.
 
-    def frames(self, files: Sequence[bytes], times: Sequence[float], number: int, **part: Any) -> Video:
+        The same bytes again are one member.
+        """
+        digest = hashlib.sha256(data).digest()
+        if digest not in self._films:
+            film = prepare_video(data)
+            ref = f"{self._next_video()}.{film.suffix}"
+            self.media[ref] = data
+            facts = film.facts
+            self._films[digest] = Video((), film.times, facts.width, facts.height, ref, facts.frames, facts.fps, facts.duration)
+        return replace(self._films[digest], **part)
+
+    def frames(self, files: Sequence[bytes], times: Sequence[float], **part: Any) -> Video:
         """Add extracted frames, all of one size, with the seconds at which each is shown. Raises Skip."""
         if len(files) != len(times) or not files:
             raise Skip("frames without times", f"{len(files)} frames, {len(times)} times")
         if any(later < earlier for earlier, later in pairwise(times)):
             raise Skip("times that go back", str(list(times))[:80])
-        shown = [self._add_picture(f"vid{number}.{index:03d}", prepare_image(data)) for index, data in enumerate(files)]
+        stem = self._next_video()
+        shown = [self._add_picture(f"{stem}.{index:03d}", prepare_image(data)) for index, data in enumerate(files)]
         if len({(image.width, image.height) for image in shown}) > 1:
             raise Skip("frames of different sizes", shown[0].ref)
         refs = tuple(image.ref for image in shown)
         return Video(refs, tuple(map(float, times)), shown[0].width, shown[0].height, **part)
+
+    def _next_video(self) -> str:
+        return f"vid{len({ref.partition('.')[0] for ref in self.media if ref.startswith('vid')})}"
 
     def _add_picture(self, stem: str, picture: Picture) -> Image:
         ref = f"{stem}.{picture.suffix}"
@@ -100,11 +133,11 @@ class Draft:
             self.meta.setdefault("changed", {})[ref] = picture.change
         return Image(ref, picture.width, picture.height)
 
-    def caption(self, media: Image | Video, text: str) -> None:
-        """Make it a document of a picture or a video, and what is said of it."""
-        if not text.strip():
+    def caption(self, media: Sequence[Image | Video], text: str) -> None:
+        """Make it a document of pictures and videos, and what is said of them. Raises Skip for a mark in the text."""
+        if not (text := document(text).strip()):
             raise Skip("no caption", "")
-        self.content = [media, Text(text.strip())]
+        self.content = [*media, Text(text)]
 
     def sample(self, sample_id: str) -> Sample:
         """The finished sample; raises Skip if nothing is in it."""
@@ -113,4 +146,5 @@ class Draft:
         if not self.messages and not self.content:
             raise Skip("empty", "no text and no media")
         kind = "chat" if self.messages else "doc"
-        return Sample(sample_id, kind, tuple(self.messages), tuple(self.content), tuple(self.tools), meta=self.meta)
+        parts = tuple(self.messages), tuple(self.content), tuple(self.tools)
+        return Sample(sample_id, kind, *parts, weight=self.weight, task=self.task, meta=self.meta)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from visionloom.data.convert.keys import without_nulls
+from visionloom.data.convert.skip import Skip
 from visionloom.data.convert.source import Record
 from visionloom.data.write_parts import Part
 from visionloom.parallel.errors import UserError
@@ -59,12 +61,28 @@ def cut_tables(files: Sequence[Path], size: int) -> Iterator[Part]:
 
 
 def read_table(where: Rows, columns: Sequence[str] | None = None) -> Iterator[Record]:
-    """Rows as dictionaries; only `columns` are read from parquet if given."""
+    """Rows as dictionaries; only `columns` are read from parquet if given. Nulls inside of a column's values are dropped.
+
+    A row with a text that is no UTF-8 has a Skip for its value.
+    """
     path, number = Path(where.path), where.row
     for batch in _batches(where, columns):
-        for value in batch.to_pylist():
+        for value in _rows(batch):
             yield Record(f"{path.name}:{number}", value)
             number += 1
+
+
+def _rows(batch: "pyarrow.RecordBatch") -> Iterator[Any]:
+    try:
+        rows = batch.to_pylist()
+    except UnicodeDecodeError as error:  # pyarrow does not check texts that it reads
+        if batch.num_rows > 1:
+            for row in range(batch.num_rows):
+                yield from _rows(batch.slice(row, 1))
+        else:
+            yield Skip("no valid Unicode", str(error))
+        return
+    yield from ({name: without_nulls(value) for name, value in row.items()} for row in rows)
 
 
 def _sizes(path: Path) -> Iterator[int]:
@@ -111,10 +129,10 @@ def _open_arrow(path: Path) -> Any:
 
 
 def decoded(value: Any) -> Any:
-    """A column that may hold JSON text, as its value; None if it is no JSON."""
+    """A column that may hold JSON text, as its value without nulls; None if it is no JSON."""
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        return without_nulls(json.loads(value))
     except (ValueError, RecursionError):
         return None

@@ -7,12 +7,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from visionloom.data.convert.files import MediaFiles
 from visionloom.data.convert.headers import members
-from visionloom.data.convert.interleaved import keep_facts
-from visionloom.data.convert.jsonl import fill_from_schema
+from visionloom.data.convert.jsonl import ELEMENT, MESSAGE, SAMPLE, fill_from_schema
+from visionloom.data.convert.keys import Fields, Keys, without_nulls
 from visionloom.data.convert.skip import Skip
 from visionloom.data.convert.source import Draft, Options, Record
 from visionloom.data.convert.videos import add_video
@@ -22,6 +22,12 @@ from visionloom.data.write_parts import Part
 from visionloom.parallel.errors import UserError
 
 _CAPTIONS: Final = ("caption", "text", "txt")
+MEMBERS: Final = Keys("member", {"txt": "the caption", "json": "facts with the caption, or a sample of our schema"})
+"""The members of a sample by their endings; pictures and videos are read whatever they are called."""
+DOCUMENT: Final = Keys(
+    "record", {**dict.fromkeys(_CAPTIONS, "the caption, if there is no txt"), "url": "meta.url", "key": "meta.key"}
+)
+"""The json member."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +56,9 @@ class _Members(MediaFiles):
 
 
 class WebDataset:
-    """One key a sample; a damaged place in a tar is a skipped record, and what follows it is read."""
+    """One key a sample; a damaged place in a tar is a record left out, and what follows it is read."""
+
+    keys: ClassVar[tuple[Keys, ...]] = (MEMBERS, DOCUMENT, SAMPLE, MESSAGE, *ELEMENT.values())
 
     def parts(self, path: Path, size: int) -> Iterator[Part]:
         """One tar each."""
@@ -70,20 +78,27 @@ class WebDataset:
         yield from (Record(f"{path.name}:{fault.offset}", Skip("damaged tar", str(fault))) for fault in faults)
 
     def convert(self, value: Mapping[str, bytes], draft: Draft, options: Options) -> None:
-        """A caption pair or what our schema says."""
+        """A document of the pictures and videos and their caption, or what our schema says."""
         document = _document(value)
         files = _Members((), members=value)
         if "v" in document and "kind" in document:
             fill_from_schema(document, draft, Options(files))
             return
-        name = next((name for name in sorted(value) if kind_of(name) != "other"), None)
-        text = _caption(value, document)
-        if name is None:
+        members = draft.open(MEMBERS, {name: name for name in value})
+        names = [name for name in sorted(value) if kind_of(name) != "other"]
+        members.take_all("json", *names)
+        facts = draft.open(DOCUMENT, document)
+        text = _caption(value, members, facts)
+        if not names:
             raise Skip("no picture or video", f"members {', '.join(value)}")
         if text is None:
             raise Skip("no caption", f"members {', '.join(value)}: txt, or json with one of {', '.join(_CAPTIONS)} expected")
-        keep_facts(draft, document, {"url": "url", "key": "key"})
-        draft.caption(add_video(draft, files, name, {}) if kind_of(name) == "video" else draft.image(value[name]), text)
+        draft.meta.update({name: found for name in ("url", "key") if (found := facts.text(name))})
+        if len(names) > 1:
+            draft.notes.append("samples with several pictures or videos, all before the caption")
+        draft.caption(
+            [add_video(draft, files, name) if kind_of(name) == "video" else draft.image(value[name]) for name in names], text
+        )
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -110,13 +125,13 @@ def _document(members: Mapping[str, bytes]) -> Mapping[str, Any]:
         found = json.loads(members["json"])
     except (ValueError, RecursionError) as error:
         raise Skip("not valid JSON", str(error)) from None
-    return found if isinstance(found, dict) else {}
+    return without_nulls(found) if isinstance(found, dict) else {}
 
 
-def _caption(members: Mapping[str, bytes], document: Mapping[str, Any]) -> str | None:
-    if "txt" in members:
+def _caption(members: Mapping[str, bytes], names: Fields, facts: Fields) -> str | None:
+    if names.take("txt"):
         try:
             return members["txt"].decode()
         except UnicodeDecodeError as error:
             raise Skip("caption is no UTF-8", str(error)) from None
-    return next((document[name] for name in _CAPTIONS if isinstance(document.get(name), str)), None)
+    return facts.text(*_CAPTIONS)

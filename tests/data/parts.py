@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from visionloom.data.write import Pair
+from visionloom.data.write import Members, members_of
 from visionloom.data.write_parts import Part, PartLog
 from visionloom.tests.data.samples import picture_question
 
@@ -17,12 +17,12 @@ class Numbers:
     def parts(self) -> Iterator[Part]:
         return (Part(7, first) for first in range(0, 28, 7))
 
-    def samples(self, part: Part, log: PartLog) -> Iterator[Pair]:
+    def samples(self, part: Part, log: PartLog) -> Iterator[Members]:
         for number in range(part.where, part.where + 7):
             if number == self.stop:
                 raise KeyboardInterrupt
-            log.counts["records"] += 1
+            log.tally.counts["records"] += 1
             if number % 5 == 4:
                 log.skipped.append({"record": number})
             else:
-                yield picture_question(number, words=number)
+                yield members_of(*picture_question(number, words=number))

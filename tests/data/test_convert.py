@@ -44,7 +44,8 @@ class Run:
 
     def __call__(self, kind: str, path: Path, samples: int = 10_000, **words: Any) -> list[Sample]:
         target = Target(self.folder, "set", ShardLimits(samples), 1)
-        self.counts: Counts = convert(Request(kind, path, **words), target, lambda done, total: None)
+        self.tally = convert(Request(kind, path, **words), target, lambda done, total: None)
+        self.counts: Counts = dict(self.tally.counts)
         self.dataset = Dataset.open(self.folder, "set")
         return [self.dataset.sample(index) for index in range(len(self.dataset))]
 
@@ -97,7 +98,7 @@ def test_llava(run: Run) -> None:
         Text(" after"),
     )
     assert found[3].messages[0].content == (Image("img0.png", 10, 40), Text("No placeholder"))
-    assert run.counts == {"records": 4, "samples": 4, "changed pictures": 0}
+    assert run.counts == {"records": 4, "samples": 4}
 
 
 @pytest.mark.parametrize(
@@ -140,12 +141,15 @@ def test_a_bad_record_is_left_out_with_its_reason(record: object, reason: str, r
     good = {"image": "good.png", "conversations": ASK}
     assert len(run("llava", run.lines(good, record, good))) == 2
     assert run.skipped == [("records.jsonl:1", reason)]
-    assert run.counts == {"records": 3, "samples": 2, "skipped": 1, f"skipped: {reason}": 1, "changed pictures": 0}
+    assert run.counts == {"records": 3, "samples": 2, "left out": 1, f"left out: {reason}": 1}
+    assert run.tally.first == {f"left out: {reason}": "records.jsonl:1"}
 
 
 def test_the_first_bad_record_may_stop_it(run: Run) -> None:
     with pytest.raises(UserError, match=r"records\.jsonl:1: file not found: nowhere\.png .*--on-error skip"):
-        run("llava", run.lines({"conversations": chat(("gpt", "a"))}, {"image": "nowhere.png"}), stop=True)
+        run(
+            "llava", run.lines({"conversations": chat(("gpt", "a"))}, {"image": "nowhere.png", "conversations": ASK}), stop=True
+        )
 
 
 def test_absolute_paths_and_links_inside_the_folders_are_fine(run: Run, tmp_path: Path) -> None:
@@ -332,7 +336,7 @@ def test_obelics(layout: Fetched, run: Run, tmp_path: Path) -> None:
     assert found[1].content == (Text("Before.\n\nAfter."),)
     assert found[2].content == (Text("Last."), Image("img0.png", 16, 16))
     assert run.skipped == [("part.parquet:2", "empty document"), ("part.parquet:3", "lists that differ")]
-    assert run.counts["left out: URL not in --images-dir"] == 1
+    assert run.counts["pictures left out: URL not in --images-dir"] == 1
 
 
 def test_omnicorpus(run: Run, tmp_path: Path) -> None:
@@ -341,7 +345,7 @@ def test_omnicorpus(run: Run, tmp_path: Path) -> None:
     picture = {"width": 16, "height": 16, "img_url_sha": "x"}
     rows = [
         {"general_metadata": general, "images": [None, url(1)], "texts": ["Text.", None], "metadata": [None, picture]},
-        {"general_metadata": json.dumps(general), "images": [url(2)], "texts": [None], "metadata": None},
+        {"general_metadata": json.dumps(general), "images": [url(2), None], "texts": [None, "Text."], "metadata": None},
     ]
     write_parquet(run.source / "a.parquet", rows[:1])
     write_parquet(run.source / "b.parquet", rows[1:])
@@ -537,7 +541,8 @@ def test_webdataset_made_elsewhere(run: Run) -> None:
         tar.write({"__key__": "sub/two", "jpg": png(8, 8, 2), "json": {"caption": "in json", "url": "https://x.org"}})
         tar.write({"__key__": "three", "png": png(8, 8, 3)})
         tar.write({"__key__": "four", "txt": "no picture"})
-        document = {"v": 1, "id": "own:1", "kind": "doc", "content": [{"type": "image", "ref": "a.png", "w": 8, "h": 8}]}
+        content = [{"type": "image", "ref": "a.png", "w": 8, "h": 8}, {"type": "text", "text": "said"}]
+        document = {"v": 1, "id": "own:1", "kind": "doc", "content": content}
         tar.write({"__key__": "five", "json": document, "a.png": png(8, 8, 5)})
         tar.write({"__key__": "six", "json": document, "b.png": png(8, 8, 5)})
     found = run("webdataset", run.source)
@@ -576,7 +581,7 @@ def test_json_is_read_in_parts_as_at_once(shape: str, size: int, tmp_path: Path,
     """Reference: the json module on the whole; read through a buffer smaller than a record."""
     monkeypatch.setattr("visionloom.data.convert.jsonfile._CHUNK", 16)
     values = [
-        {"n": n, "text": '\\"]}, [{' * (n % 5) + "\u00e9\u2028\U0001f600", "deep": [[{"a": None}]] * n} for n in range(20)
+        {"n": n, "text": '\\"]}, [{' * (n % 5) + "\u00e9\u2028\U0001f600", "deep": [[{"a": [None]}]] * n} for n in range(20)
     ]
     text = json.dumps(values, ensure_ascii=False, indent=3 if shape == "indented" else None)
     if shape in ("lines", "marked"):

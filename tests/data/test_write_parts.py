@@ -14,7 +14,7 @@ import pytest
 
 from visionloom.data.sample import Sample, Text
 from visionloom.data.shards import Dataset
-from visionloom.data.write import Pair, ShardLimits, write_shards
+from visionloom.data.write import Members, ShardLimits, write_shards
 from visionloom.data.write_parts import Part, PartLog, Target, write_parts
 from visionloom.launch.data import main
 from visionloom.parallel.errors import UserError
@@ -24,8 +24,8 @@ from visionloom.tests.data.samples import picture_question
 
 def write(folder: Path, stop: int = -1, workers: int = 1, samples: int = 4) -> None:
     target = Target(folder, "set", ShardLimits(samples, 1 << 20), workers)
-    counts = write_parts(Numbers(stop), target, {"source": "numbers"}, lambda done, total: None)
-    assert counts == {"records": 28}
+    tally = write_parts(Numbers(stop), target, {"source": "numbers"}, lambda done, total: None)
+    assert tally.counts == {"records": 28}
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -131,7 +131,7 @@ def test_other_words_do_not_continue_a_conversion(tmp_path: Path) -> None:
 def test_one_writer_at_a_time(tmp_path: Path) -> None:
     @dataclass(frozen=True)
     class Nested(Numbers):
-        def samples(self, part: Part, log: PartLog) -> Iterator[Pair]:
+        def samples(self, part: Part, log: PartLog) -> Iterator[Members]:
             write(tmp_path / "set")
             yield from super().samples(part, log)
 
@@ -142,7 +142,7 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
 
 def test_nothing_left_is_an_error(tmp_path: Path) -> None:
     class Nothing(Numbers):
-        def samples(self, part: Part, log: PartLog) -> Iterator[Pair]:
+        def samples(self, part: Part, log: PartLog) -> Iterator[Members]:
             return iter(())
 
     with pytest.raises(UserError, match="no sample could be converted"):

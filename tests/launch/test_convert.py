@@ -79,7 +79,7 @@ def test_a_folder_of_pictures(pictures: Path, tmp_path: Path, capsys: pytest.Cap
     said = capsys.readouterr().out
     dataset = Dataset.open(folder, "pictures")
     files = [path for path in sorted(pictures.iterdir()) if path.suffix != ".txt" and is_readable(path)]
-    assert f"{len(files)} samples" in said and "3 pictures turned upright or put on white" in said
+    assert f"{len(files)} samples" in said and "3 pictures changed" in said
     assert len(dataset) == len(files) >= 20
     assert all(shard.bytes <= 3 << 20 and shard.samples <= 10 for shard in dataset.shards)
     for index, path in enumerate(files):
@@ -279,13 +279,24 @@ def test_a_broken_member_is_shown_as_such(pictures: Path, tmp_path: Path) -> Non
 # ---- how the command ends
 
 
-def test_the_exit_code_says_whether_most_was_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "half.jsonl").write_text('{"text": "a"}\n{"text": ""}')
-    (tmp_path / "most.jsonl").write_text('{"text": "a"}\n{"text": ""}\n{"text": 3}')
-    assert main(["convert", "jsonl", str(tmp_path / "half.jsonl"), str(tmp_path / "half"), "--workers", "1"]) == 0
-    assert main(["convert", "jsonl", str(tmp_path / "most.jsonl"), str(tmp_path / "most"), "--workers", "1"]) == 1
+def test_the_summary_says_what_was_left_out_and_the_exit_code_whether_that_is_too_much(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [{"text": f"number {n}", "score": 0.5} for n in range(38)]
+    source = tmp_path / "a.jsonl"
+    source.write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"text": ""}, {"text": 3}]))
+    words = ["convert", "jsonl", str(source), "--workers", "1"]
+    assert main([*words[:3], str(tmp_path / "five"), *words[3:]]) == 0
     said = capsys.readouterr().out
-    assert "2 of 3 records skipped: see" in said and "2 records skipped: no text" in said
+    assert (
+        f"  2 of 40 records left out (5.0%), each in {tmp_path / 'five' / 'skipped.jsonl'}:\n    2 no text (first: a.jsonl:38)\n"
+        in said
+    )
+    assert "  keys that were not read, and so have no effect on training:\n    38 record key score (first: a.jsonl:0)\n" in said
+    assert main([*words[:3], str(tmp_path / "four"), *words[3:], "--max-left-out", "4%"]) == 1
+    assert "error: 2 of 40 records left out, more than --max-left-out 4%: mend the source by" in capsys.readouterr().err
+    assert main([*words[:3], str(tmp_path / "four"), *words[3:], "--max-left-out", "0.05"]) == 0  # the same dataset is complete
+    assert "record key score (first: a.jsonl:0)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -294,6 +305,9 @@ def test_the_exit_code_says_whether_most_was_kept(tmp_path: Path, capsys: pytest
         (["--shard-size", "big"], "--shard-size big: a size like 500MiB"),
         (["--samples-per-shard", "0"], "--samples-per-shard 0: at least 1 expected"),
         (["--workers", "0"], "--workers 0: at least 1 expected"),
+        (["--max-left-out", "most"], "--max-left-out most: a share like 5% or 0.05"),
+        (["--sequence-length", "9"], "--sequence-length needs --tokenizer FOLDER"),
+        (["--tokenizer", "/nowhere"], "data.tokenizer=/nowhere: no tokenizer.json there"),
         (["--columns", "image"], "--columns image: ROLE=COLUMN expected"),
         (["--name", "a.b"], "dataset name 'a.b': letters, digits"),
     ],

@@ -1,0 +1,73 @@
+"""Whether training will take a sample and can learn from it: each is rendered when it is converted.
+
+What training would refuse, mask, or read in every epoch without learning anything is left out now, with its reason.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any, Final
+
+from visionloom.data.chat import render
+from visionloom.data.config import DataConfig, MediaConfig
+from visionloom.data.convert.skip import Skip
+from visionloom.data.encode import encode
+from visionloom.data.over_length import Limits, fits_some_policy
+from visionloom.data.sample import Message, Sample, SampleError, Text, Think
+from visionloom.data.tokenizer import END_OF_TEXT, TURN_END, Tokenizer
+
+LONGEST: Final = 262_144
+"""Tokens of the longest packs that are trained on (the ultra-long phase of the report)."""
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """The rules that samples are rendered by, as a run would have them; picklable."""
+
+    media: MediaConfig = field(default_factory=MediaConfig)
+    tokenizer: str = ""
+    """Folder of a tokenizer; empty: tokens are not counted, so no sample is found too long."""
+    sequence_length: int = LONGEST
+    """Tokens of the longest pack."""
+
+    def check(self, sample: Sample) -> None:
+        """Raise Skip for a sample that cannot be rendered, has nothing to learn, or fits a pack under no policy."""
+        if any(_is_empty_answer(message) for message in sample.messages):
+            raise Skip("empty answer", "an assistant's turn with loss says nothing")
+        try:
+            rendering = render(sample, self.media)
+        except SampleError as error:
+            raise Skip("cannot be rendered", str(error)) from error
+        learned = (piece for piece in rendering.pieces if piece.weight > 0 and piece.text not in (TURN_END, END_OF_TEXT))
+        if not any(piece.text.strip() for piece in learned):
+            raise Skip("nothing supervised", "no token has a weight in the loss")
+        if self.tokenizer:
+            self._check_length(sample)
+
+    def _check_length(self, sample: Sample) -> None:
+        encoded = encode(sample, self._tokenizer, self.media)
+        patches = int(DataConfig().patch_budget * self.sequence_length)
+        limits = Limits(self.sequence_length, patches, "--sequence-length", "", "over_length")
+        if limits.fit(len(encoded.input_ids), encoded.patch_count):
+            return
+        if not fits_some_policy(sample, encoded, limits, self._tokenizer, self.media):
+            size = f"{len(encoded.input_ids)} tokens, {encoded.patch_count} patches"
+            raise Skip("too long under every policy", f"{size}, a pack holds {limits.tokens} and {limits.patches}")
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        return Tokenizer(self.tokenizer)
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """What decides which samples are left out, as JSON."""
+        media = {name: value for name, value in asdict(self.media).items() if value != getattr(MediaConfig(), name)}
+        length = self.sequence_length if self.tokenizer else None
+        return {"media": media, "tokenizer": self.tokenizer or None, "sequence_length": length}
+
+
+def _is_empty_answer(message: Message) -> bool:
+    if message.role != "assistant" or message.loss == 0:
+        return False
+    said = (element for element in message.content if not isinstance(element, Think))
+    return not any(element.text.strip() if isinstance(element, Text) else True for element in said)
