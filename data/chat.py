@@ -1,7 +1,8 @@
 """From a sample to the string that the model reads: ChatML, pictures, videos, boxes and times, with loss weights.
 
 A rendering is a list of pieces. Text pieces that touch each other are tokenised as one string, exactly as if the whole
-prompt were tokenised at once; special pieces are placed by id. Source: the chat template that ships with the Qwen3-VL
+prompt were tokenised at once; special pieces are placed by id. Only what an assistant says is tokenised apart from the header
+before it: an answer that begins with a newline would share a token with the header's, which no server's prompt ends with. Source: the chat template that ships with the Qwen3-VL
 Instruct models (5,292 bytes, SHA-256 3636d0f0...89e4), tools included, and for videos the format of their training (a
 timestamp and its own vision block for each temporal patch, no outer wrapper).
 """
@@ -44,7 +45,7 @@ from visionloom.data.tokenizer import (
 )
 from visionloom.parallel.errors import UserError
 
-TEMPLATE_VERSION: Final = 2
+TEMPLATE_VERSION: Final = 3
 """Counts changes of what this file renders: length tables made by another version are not used."""
 _TOOLS_BEGIN: Final = (
     "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
@@ -62,6 +63,8 @@ class Piece:
     weight: float = 0.0
     count: int = 0
     """0 for plain text."""
+    apart: bool = False
+    """Tokenised apart from the text before it."""
 
 
 @dataclass(slots=True)
@@ -71,6 +74,8 @@ class Rendering:
     pieces: list[Piece] = field(default_factory=list)
     media: list[Image | Video] = field(default_factory=list)
     grids: list[Grid] = field(default_factory=list)
+    prompt_end: int = -1
+    """Pieces before the answer that comes next; -1: none is to come."""
     prompt_pieces: int = 0
     """Pieces up to and including the header of the last assistant turn; 0 if there is none."""
     answer: str | None = None
@@ -79,7 +84,11 @@ class Rendering:
     def add(self, text: str, weight: float = 0.0, count: int = 0) -> None:
         """Append a piece; empty text adds nothing."""
         if text:
-            self.pieces.append(Piece(text, weight, count))
+            self.pieces.append(Piece(text, weight, count, apart=len(self.pieces) == self.prompt_end))
+
+    def end_prompt(self) -> None:
+        """Let what an assistant says be tokenised by itself, as a model writes it behind the prompt of a server."""
+        self.prompt_end = len(self.pieces)
 
     @property
     def text(self) -> str:
@@ -153,6 +162,8 @@ def _render_message(rendering: Rendering, sample: Sample, message: Message, rule
     rendering.add(TURN_START, count=1)
     rendering.add(f"{message.role}\n")
     start = len(rendering.pieces)
+    if message.role == "assistant":
+        rendering.end_prompt()
     for index, element in enumerate(message.content):
         weight = element_loss(element, message) * sample.weight
         if isinstance(element, ToolCall) and not all(isinstance(before, Think) for before in message.content[:index]):

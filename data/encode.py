@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 
 import numpy as np
 from numpy.typing import NDArray
@@ -136,12 +135,13 @@ Tokens = tuple[NDArray[np.int32], NDArray[np.int64]]
 def _runs(pieces: list[Piece]) -> list[tuple[int, Texts]]:
     """First piece of each run, and its texts."""
     runs: list[tuple[int, Texts]] = []
-    for plain, group in groupby(enumerate(pieces), key=lambda item: item[1].count == 0):
-        items = list(group)
-        if plain:
-            runs.append((items[0][0], tuple(piece.text for _, piece in items)))
+    for index, piece in enumerate(pieces):
+        if piece.count:
+            runs.append((index, ()))
+        elif runs and runs[-1][1] and not piece.apart:
+            runs[-1] = runs[-1][0], (*runs[-1][1], piece.text)
         else:
-            runs += [(index, ()) for index, _ in items]
+            runs.append((index, (piece.text,)))
     return runs
 
 

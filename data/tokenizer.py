@@ -2,10 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,9 +35,10 @@ FOR_TOOLS: Final = (CALL_START, CALL_END, RESPONSE_START, RESPONSE_END)
 class Tokenizer:
     """Reads `tokenizer.json` of a Hugging Face tokenizer folder.
 
-    Text is encoded by a copy without added tokens, so that `<|im_end|>` inside a user's message is spelled out in
-    ordinary tokens and can neither end a turn nor stand for an image. Raises UserError if the file or one of Qwen3-VL's
-    special tokens is missing.
+    Text is encoded by a copy without the tokens that structure is written with, so that `<|im_end|>` inside a user's message
+    is spelled out in ordinary tokens and can neither end a turn nor stand for an image. Added tokens that are not special, such as
+    words that a user added for a task, match in text as in every server. Raises UserError if the file or one of Qwen3-VL's special
+    tokens is missing.
     """
 
     def __init__(self, folder: str) -> None:
@@ -51,12 +52,15 @@ class Tokenizer:
         self.fingerprint = hashlib.sha256(raw).hexdigest()
         try:
             self._whole = Backend.from_str(raw.decode())
-            self._plain = Backend.from_str(json.dumps({**json.loads(raw), "added_tokens": [], "post_processor": None}))
+            document = json.loads(raw)
+            words = [token for token in document.get("added_tokens", []) if _is_word(token)]
+            self._plain = Backend.from_str(json.dumps({**document, "added_tokens": words, "post_processor": None}))
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"data.tokenizer={folder}: tokenizer.json cannot be read: {error}") from None
         for backend in (self._whole, self._plain):
             backend.no_padding()
             backend.no_truncation()
+        self._ids = self._ids_of_words([token["content"] for token in words])
         found = {token: self._whole.token_to_id(token) for token in (*REQUIRED, *FOR_TOOLS)}
         self._special = {token: number for token, number in found.items() if number is not None}
         if missing := [token for token in REQUIRED if token not in self._special]:
@@ -88,17 +92,37 @@ class Tokenizer:
 
     def encode(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
         """Token ids of plain texts, int32; special tokens spelled inside them stay text."""
-        return [np.array(found.ids, np.int32) for found in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]
+        found = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [self._numbered(encoding) for encoding in found]
 
     def encode_with_ends(self, texts: Sequence[str]) -> list[tuple[NDArray[np.int32], NDArray[np.int64]]]:
         """Like `encode`, with the index of the last character that each token covers."""
-        return [_with_ends(found) for found in self._plain.encode_batch(list(texts), add_special_tokens=False)]
+        found = self._plain.encode_batch(list(texts), add_special_tokens=False)
+        return [(self._numbered(encoding), _ends(encoding)) for encoding in found]
+
+    def _ids_of_words(self, words: list[str]) -> NDArray[np.int32] | None:
+        """The true id behind each id of the copy for text, which counts its added tokens without gaps; None if all are equal."""
+        own = {int(self._plain.token_to_id(word) or 0): int(self._whole.token_to_id(word) or 0) for word in words}
+        if all(one == other for one, other in own.items()):
+            return None
+        ids = np.arange(max(own) + 1, dtype=np.int32)
+        ids[list(own)] = list(own.values())
+        return ids
+
+    def _numbered(self, encoding: Encoding) -> NDArray[np.int32]:
+        ids = np.array(encoding.ids, np.int32)
+        return ids if self._ids is None else self._ids[ids]
 
     def decode(self, ids: Sequence[int], keep_special: bool = False) -> str:
         """Text of token ids; special tokens are left out unless kept."""
         return str(self._whole.decode(list(ids), skip_special_tokens=not keep_special))
 
 
-def _with_ends(found: Encoding) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    ends = np.array(found.offsets, np.int64).reshape(-1, 2)[:, 1]
-    return np.array(found.ids, np.int32), np.maximum(ends - 1, 0)
+def _is_word(token: Mapping[str, Any]) -> bool:
+    """Whether an added token matches in text: it is not special, and none that structure is written with."""
+    return not token.get("special") and token.get("content") not in (*REQUIRED, *FOR_TOOLS)
+
+
+def _ends(encoding: Encoding) -> NDArray[np.int64]:
+    ends = np.array(encoding.offsets, np.int64).reshape(-1, 2)[:, 1]
+    return np.maximum(ends - 1, 0)

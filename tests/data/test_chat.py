@@ -16,14 +16,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 from transformers.video_utils import VideoMetadata
 
 from visionloom.data.chat import clock, render
 from visionloom.data.config import MediaConfig
-from visionloom.data.encode import EncodedSample, encode
+from visionloom.data.encode import EncodedSample, encode, prompt_of
 from visionloom.data.sample import (
     Box,
     Element,
@@ -111,6 +111,39 @@ def test_forged_turns_are_text(tokenizer: Tokenizer) -> None:
     assert counts["<|im_start|>"] == counts["<|im_end|>"] == counts["<|image_pad|>"] == 2
     assert counts["<|video_pad|>"] == counts["<|endoftext|>"] == counts["</think>"] == 0
     assert trap in tokenizer.decode(encoded.input_ids, keep_special=True)
+
+
+@pytest.mark.parametrize("answer", ["\n\nYes.", "\nYes.", " Yes.", "Yes.", "\t\nYes."])
+def test_an_answer_begins_where_the_prompt_of_a_server_ends(answer: str, tokenizer: Tokenizer, tokenizer_folder: Path) -> None:
+    """Reference: transformers' tokenizer on the prompt alone, and on the answer alone."""
+    encoded = encode(chat(("user", (Text("Sure?"),)), ("assistant", (Text(answer),))), tokenizer, RULES)
+    reference = AutoTokenizer.from_pretrained(tokenizer_folder)
+    prompt = reference("<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
+    assert encoded.input_ids[: encoded.prompt_length].tolist() == prompt == prompt_of(encoded).input_ids.tolist()
+    assert encoded.input_ids[len(prompt) :].tolist() == [
+        *reference(answer)["input_ids"],
+        tokenizer.special("<|im_end|>"),
+        *reference("\n")["input_ids"],
+    ]
+    assert supervised(encoded, tokenizer) == [f"{answer}<|im_end|>"]
+
+
+def test_words_that_a_user_added_are_one_token(tokenizer_folder: Path, tmp_path: Path) -> None:
+    """Reference: transformers' tokenizer, on texts without special tokens."""
+    document = json.loads((tokenizer_folder / "tokenizer.json").read_text())
+    first = max(token["id"] for token in document["added_tokens"]) + 1
+    last = document["added_tokens"][-1]
+    words = ["<grasp>", "<move left>"]
+    document["added_tokens"] += [{**last, "id": first + n, "content": word, "special": False} for n, word in enumerate(words)]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
+    own = Tokenizer(str(tmp_path))
+    reference = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    for text in ("take <grasp> now", "<grasp><move left>", "<grasp", "no words", "a <move left>."):
+        assert own.encode([text])[0].tolist() == reference(text)["input_ids"]
+        assert own.encode_with_ends([text])[0][0].tolist() == reference(text)["input_ids"]
+    assert [own.encode([word])[0].tolist() for word in words] == [[first], [first + 1]]
+    trap = "<|im_end|><think></think><tool_call><|image_pad|>"
+    assert not {own.special(token) for token in REQUIRED} & set(own.encode([trap])[0].tolist())
 
 
 def test_documents_are_learned_whole_but_for_pictures(tokenizer: Tokenizer) -> None:
