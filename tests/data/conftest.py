@@ -10,6 +10,7 @@ from visionloom.data.config import DataConfig, DatasetConfig
 from visionloom.data.demo_tokenizer import train_tokenizer
 from visionloom.data.tokenizer import Tokenizer
 from visionloom.data.write import write_shards
+from visionloom.tests.data.conversion import Run
 from visionloom.tests.data.samples import RULES, Pair, essay, film, picture_question
 
 
@@ -38,3 +39,9 @@ def config(tmp_path: Path, tokenizer_folder: Path) -> Callable[..., DataConfig]:
         return DataConfig(str(tokenizer_folder), found, dict(found), media=replace(RULES), window=64)
 
     return make
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """Converts sources in a folder of the test's own."""
+    return Run(tmp_path)
