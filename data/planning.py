@@ -70,11 +70,16 @@ def make_plan(
     cost: CostModel,
     origin: Origin | None = None,
 ) -> Plan:
-    """The plan of a phase. Raises UserError for samples longer than a pack, by their dataset's policy."""
+    """The plan of a phase.
+
+    Raises UserError for samples longer than a pack, by their dataset's policy, and for a dataset without a supervised token.
+    """
     multiple = data.pack_multiple
     budget = int(data.patch_budget * sequence_length)
     option = f"phases.{phase}.sequence_length"
     views = [corpus.views(sequence_length // multiple * multiple, budget, option) for corpus in corpora]
+    for corpus, found in zip(corpora, views, strict=True):
+        _check_supervised(corpus, found, phase)
     settings = Settings(
         seed,
         "" if data.continue_draws else phase,
@@ -91,6 +96,24 @@ def make_plan(
     )
     sources = [_source(corpus, found, weights[corpus.name]) for corpus, found in zip(corpora, views, strict=True)]
     return Plan(sources, settings, cost, origin, _plan_folder(data, corpora))
+
+
+def _check_supervised(corpus: Corpus, views: Views, phase: str) -> None:
+    """Refuse a dataset from which nothing can be learned."""
+    if views.total("supervised"):
+        return
+    where = f"data.datasets.{corpus.name} ({corpus.config.path})"
+    leave = f"leave it out of phases.{phase}.mixture, or set data.datasets.{corpus.name}.weight=0"
+    if corpus.lengths["supervised"].any():
+        raise UserError(
+            f"{where}: what phases.{phase} trains on of its samples has no supervised token, only longer samples have some:"
+            f" raise phases.{phase}.sequence_length, set another data.datasets.{corpus.name}.over_length, or {leave}"
+        )
+    raise UserError(
+        f"{where}: none of its {len(corpus.dataset)} samples has a supervised token, so nothing can be learned from it: every"
+        f" `loss` of its turns and elements, or every `weight` of its samples, is 0, or no turn is an assistant's: convert it"
+        f" anew with a loss above 0, or {leave}"
+    )
 
 
 def _source(corpus: Corpus, views: Views, weight: float) -> Source:
