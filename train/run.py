@@ -8,6 +8,8 @@ from typing import Any
 import yaml
 
 from visionloom.data.loader import PackStream
+from visionloom.data.planning import dataset_weights, open_corpora
+from visionloom.data.tokenizer import Tokenizer
 from visionloom.model.huggingface_config import NOT_THE_MODEL
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.parallel import topology as topologies
@@ -49,6 +51,7 @@ def pretrain(config: RunConfig) -> None:
     screen = Screen(topology.is_main, config.logging.every_steps)
     run = Run(config, topology, folder, log, screen)
     run.resume()
+    run.check_data()
     for name in config.phases:
         run.phase(name)
     if log is not None:
@@ -121,6 +124,12 @@ class Run:
             self.screen.say(f"resuming after step {self.step} from {self.latest.folder}")
         if self.log is not None:
             self.log.rewind(self.step)
+
+    def check_data(self) -> None:
+        """Open the datasets of all phases that are left: one that cannot be trained on is an error before the first step."""
+        left = [phase for name, phase in self.config.phases.items() if self._done(name) < phase.total_steps]
+        names = dict.fromkeys(name for phase in left for name in dataset_weights(self.config.data, phase.mixture))
+        open_corpora(self.config.data, list(names), Tokenizer(self.config.data.tokenizer))
 
     def take(self, source: str) -> None:
         """Take the weights of a checkpoint's folder, or of the newest whole one of the run if `source` is empty."""
