@@ -111,7 +111,8 @@ class DataConfig:
     patch_budget: float = 3.2
     """Most patches of a pack, per token of the sequence length (0.8 x the 4 patches behind a visual token)."""
     window: int = 1024
-    """Packs are filled best-fit from this many waiting samples."""
+    """Packs are taken in order and filled up best-fit from this many waiting samples, of each dataset from at most a 40th of
+    its epoch."""
     pack_multiple: int = 1
     """Tokens that each sample takes up in a pack are rounded up to this multiple, for context parallelism."""
     pack_segments: int = 0

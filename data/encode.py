@@ -49,8 +49,8 @@ class EncodedSample:
 
     @property
     def supervised_tokens(self) -> int:
-        """Tokens with a loss."""
-        return int(np.count_nonzero(self.target_weights))
+        """Tokens with a loss: those of a weight above 0, as a batch has labels for."""
+        return int(np.count_nonzero(self.target_weights > 0))
 
 
 def encode(sample: Sample, tokenizer: Tokenizer, rules: MediaConfig, source: str = "") -> EncodedSample:

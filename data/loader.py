@@ -87,6 +87,11 @@ class PackStream:
         return {name: (found.dropped, found.lost_tokens) for name, found in views.items()}
 
     @property
+    def unsupervised(self) -> dict[str, tuple[int, int]]:
+        """Of each dataset, the samples that are drawn although nothing in them has a loss, and all of its samples."""
+        return {source.name: (source.views.unsupervised, source.size) for source in self.plan.sources}
+
+    @property
     def quarantined(self) -> int:
         """Unreadable samples met by this process."""
         return self._reader.quarantine.unreadable

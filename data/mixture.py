@@ -54,8 +54,9 @@ class Mixture:
         self.sizes, self.seed, self.block = list(sizes), seed, block
         self.contents = list(dict.fromkeys(contents))
         self.quotas = quotas(weights, PERIOD)
-        self._group = np.array([self.contents.index(content) for content in contents])
-        self._group_quotas = np.bincount(self._group, self.quotas).astype(np.int64)
+        self.groups = np.array([self.contents.index(content) for content in contents])
+        """Of each entry the number of its content."""
+        self._group_quotas = np.bincount(self.groups, self.quotas).astype(np.int64)
         self._before = np.array([(before or {}).get(content, 0) for content in self.contents], np.int64)
         self._keys = [key_of(seed, content) for content in self.contents]
         self._period = lru_cache(maxsize=2)(self._make_period)
@@ -65,11 +66,11 @@ class Mixture:
         period, offset = divmod(start, PERIOD)
         datasets, ordinals = self._period(period)
         datasets, ordinals = datasets[offset : offset + count], ordinals[offset : offset + count]
-        groups = self._group[datasets]
+        groups = self.groups[datasets]
         samples = np.empty(len(datasets), np.int64)
         for group, key in enumerate(self._keys):
             mine = groups == group
-            size = self.sizes[int(np.argmax(self._group == group))]
+            size = self.sizes[int(np.argmax(self.groups == group))]
             samples[mine] = samples_of(ordinals[mine], size, key, self.block)
         return Draws(datasets, samples)
 
@@ -81,7 +82,7 @@ class Mixture:
 
     def counters(self, position: int) -> dict[str, int]:
         """Draws of each content before a position, those before position 0 included."""
-        totals = self._before + np.bincount(self._group, self.counts(position)).astype(np.int64)
+        totals = self._before + np.bincount(self.groups, self.counts(position)).astype(np.int64)
         return {content: int(total) for content, total in zip(self.contents, totals, strict=True)}
 
     def _make_period(self, period: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
@@ -92,7 +93,7 @@ class Mixture:
         place = (within + jitter / 2.0**52) / self.quotas[datasets]
         datasets = datasets[np.argsort(place, kind="stable")]
         ordinals = np.empty(PERIOD, np.int64)
-        groups = self._group[datasets]
+        groups = self.groups[datasets]
         for group, quota in enumerate(self._group_quotas):
             ordinals[groups == group] = np.arange(quota) + period * quota + self._before[group]
         return datasets, ordinals

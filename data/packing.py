@@ -1,6 +1,9 @@
-"""Which samples share a pack: windowed best-fit with carry-over under two budgets. Pure Python on plain lists."""
+"""Which samples share a pack: in order, with a best-fit end, under two budgets. Pure Python on plain lists."""
 
 from bisect import bisect_left, bisect_right, insort
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Final
 
 _LOOKS: Final = 256
@@ -22,12 +25,15 @@ def pack_samples(
     window: int,
     multiple: int = 1,
     most: int = 0,
+    orders: Sequence[int] = (),
+    limits: Sequence[int] = (),
 ) -> list[list[int]]:
     """Put samples into packs; every pack fits both budgets, every sample is in exactly one.
 
-    `window` samples wait at a time. The oldest opens a pack, so none waits for more than `window` packs. The oldest are
-    added while there is room for any two, then the largest that fits, of those about as large the one with most patches,
-    until none does or one traded for a waiting one fills the pack. What did not fit stays, and the window is filled up in order. Each sample alone must fit.
+    A pack takes the oldest waiting samples in order until one does not fit, then the largest that fits, of those about as
+    large the one with most patches, until none does or one traded for a waiting one fills the pack. `window` samples wait at
+    a time. So what the first packs hold is a prefix of the samples but for at most `window`, and its sizes and kinds are
+    those of the samples: packs need no shuffling. Each sample alone must fit.
 
     Args:
         tokens: of each sample.
@@ -37,113 +43,184 @@ def pack_samples(
         window: samples that wait.
         multiple: each sample takes up its tokens rounded up to this multiple.
         most: samples of a pack; 0: any number.
+        orders: of each sample the number of the order that it belongs to, if orders have limits of their own.
+        limits: of each order, how many of its samples may be passed over: however many packs one takes from the front, they
+            lack at most so many samples before the last one that they hold. With 0 the order is followed exactly.
 
     Returns:
         the samples' numbers, pack by pack.
     """
     if multiple > 1:
         tokens = [-(-size // multiple) * multiple for size in tokens]
-    pool = _Pool(tokens, patches, window)
+    pool = _Pool(tokens, patches, window, orders, limits)
     packs = []
-    while pool.refill():
+    while pool.begin_pack():
         packs.append(pool.take_pack(token_budget, patch_budget, most or len(tokens)))
     return packs
 
 
-class _Pool:
-    """The waiting samples, sorted by (tokens, oldest last)."""
+@dataclass(slots=True)
+class _Order:
+    """The samples of one order in the window: the first ones may be taken, the others are held back.
 
-    def __init__(self, tokens: list[int], patches: list[int], window: int) -> None:
+    Ranks count its samples from 0. One of rank r may be taken while r <= base + limit; as base is at most the number taken
+    before the pack, or all before it are taken, no more than `limit` lower ranks are then left.
+    """
+
+    limit: int
+    held: deque[int] = field(default_factory=deque)
+    offered: int = 0
+    """Samples that could be taken so far."""
+    taken: int = 0
+    base: int = 0
+    """What was taken of it when it last moved on."""
+    moved: bool = False
+    """Whether it moved on inside this pack: then what the pack has of it must not go back."""
+
+    def move(self, inside: bool) -> None:
+        """Count from what is taken now."""
+        self.base, self.moved = self.taken, inside
+
+    def offer(self) -> list[int]:
+        """Those held back that may be taken now."""
+        if self.held and self.taken == self.offered:
+            self.move(inside=True)
+        count = min(len(self.held), self.base + self.limit + 1 - self.offered)
+        self.offered += max(0, count)
+        return [self.held.popleft() for _ in range(count)]
+
+
+class _Pool:
+    """The waiting samples. Those that may be taken are sorted by (tokens, oldest last)."""
+
+    def __init__(
+        self, tokens: list[int], patches: list[int], window: int, orders: Sequence[int], limits: Sequence[int]
+    ) -> None:
         self.tokens, self.patches, self.window = tokens, patches, window
+        self.keys = [(size << _SHIFT) | (len(tokens) - number) for number, size in enumerate(tokens)]
+        # a limit that the window keeps anyway needs no counting
+        self.limited = {number: _Order(limit) for number, limit in enumerate(limits) if limit < window}
+        self.orders = [self.limited.get(order) for order in orders] if self.limited else [None] * len(tokens)
         self.waiting: list[int] = []
         self.taken = bytearray(len(tokens))
-        self.entered = self.oldest = 0
+        self.entered = self.gone = self.oldest = 0
 
-    def refill(self) -> bool:
-        """Fill up the window; False when nothing is left."""
-        room = min(self.window - len(self.waiting), len(self.tokens) - self.entered)
-        for number in range(self.entered, self.entered + room):
-            insort(self.waiting, self._key(number))
-        self.entered += room
+    def begin_pack(self) -> bool:
+        """Let the orders move on and fill up the window; False when nothing is left."""
+        for order in self.limited.values():
+            order.move(inside=False)
+            self._offer(order)
+        self._enter()
         return bool(self.waiting)
 
     def take_pack(self, tokens: int, patches: int, most: int) -> list[int]:
-        budget, pack = tokens, [self._pop(self._place_of_oldest())]
-        tokens -= self.tokens[pack[0]]
-        patches -= self.patches[pack[0]]
+        """The samples of a pack with these budgets."""
+        budget, pack, in_order = tokens, list[int](), True
         while len(pack) < most and self.waiting:
             if tokens * _NEARLY_FULL <= budget and self._exchange(pack, tokens, patches, budget // _FULL):
                 return pack
-            if (place := self._next(tokens, patches)) < 0:
+            in_order = in_order and len(pack) < max(1, most - 1) and self._follows(bool(pack), tokens, patches)
+            number = self._oldest() if in_order else self._best(tokens, patches)
+            if number < 0:
                 break
-            number = self._pop(place)
+            self._take(number)
             tokens -= self.tokens[number]
             patches -= self.patches[number]
             pack.append(number)
         self._exchange(pack, tokens, patches, tokens)
         return pack
 
+    def _follows(self, begun: bool, tokens: int, patches: int) -> bool:
+        """Whether the oldest goes into a pack with this room: if it is begun, only with room for one of middle size more.
+
+        The rest is for what fits best: where many samples are as long as half a pack, they must be paired.
+        """
+        oldest, middle = self._oldest(), self.waiting[len(self.waiting) // 2] >> _SHIFT
+        return self.tokens[oldest] + begun * middle <= tokens and self.patches[oldest] <= patches
+
     def _exchange(self, pack: list[int], tokens: int, patches: int, left: int) -> bool:
         """Trade one sample (not the opener) for the waiting one that fills the rest best, if no more than `left` is left."""
         gain, change = max(0, tokens - left - 1), (-1, -1)
+        if not self.waiting or gain >= self.waiting[-1] >> _SHIFT:
+            return False
         for place, number in enumerate(pack[1:], start=1):
+            if (order := self.orders[number]) and order.moved:
+                continue
             candidate = self._largest(self.tokens[number] + tokens, self.patches[number] + patches)
             if candidate >= 0 and (more := (self.waiting[candidate] >> _SHIFT) - self.tokens[number]) > gain:
-                gain, change = more, (place, candidate)
+                gain, change = more, (place, self._number(self.waiting[candidate]))
             if gain == tokens:
                 break
         place, candidate = change
         if place < 0:
             return False
-        returned, pack[place] = pack[place], self._pop(candidate)
-        self.taken[returned] = 0
-        self.oldest = min(self.oldest, returned)
-        insort(self.waiting, self._key(returned))
+        self._return(pack[place])
+        self._take(candidate)
+        pack[place] = candidate
         return True
 
-    def _next(self, tokens: int, patches: int) -> int:
-        """While there is room for any two the oldest, so that small ones do not pile up; then the largest that fits."""
-        if 2 * (self.waiting[-1] >> _SHIFT) <= tokens:
-            place = self._place_of_oldest()
-            if self.patches[self.oldest] <= patches:
-                return place
-        return self._with_most_patches(self._largest(tokens, patches), patches)
-
-    def _with_most_patches(self, place: int, patches: int) -> int:
-        """Of the samples about as long as the one at a place the one with most patches that fits.
+    def _best(self, tokens: int, patches: int) -> int:
+        """The largest sample that fits; of those about as long the one with most patches that fits.
 
         Samples without pictures are what packs with many pictures need to get full.
         """
+        place = self._largest(tokens, patches)
         if place < 0:
-            return place
+            return -1
         least = (self.waiting[place] >> _SHIFT) * 31 // 32
-        best, most = place, self.patches[self._number(self.waiting[place])]
+        best = self._number(self.waiting[place])
         for candidate in range(place - 1, max(-1, place - _ALIKE), -1):
             if self.waiting[candidate] >> _SHIFT < least:
                 break
-            if most < (found := self.patches[self._number(self.waiting[candidate])]) <= patches:
-                best, most = candidate, found
+            number = self._number(self.waiting[candidate])
+            if self.patches[best] < self.patches[number] <= patches:
+                best = number
         return best
 
-    def _place_of_oldest(self) -> int:
+    def _oldest(self) -> int:
+        """The first sample that was not taken: of its order it is the first too, so it may be taken."""
         while self.taken[self.oldest]:
             self.oldest += 1
-        return bisect_left(self.waiting, self._key(self.oldest))
+        return self.oldest
 
     def _largest(self, tokens: int, patches: int) -> int:
+        """Place of the largest sample that fits; -1: none of the _LOOKS tried."""
         place = bisect_right(self.waiting, (tokens + 1) << _SHIFT) - 1
         for candidate in range(place, max(-1, place - _LOOKS), -1):
             if self.patches[self._number(self.waiting[candidate])] <= patches:
                 return candidate
         return -1
 
-    def _pop(self, place: int) -> int:
-        number = self._number(self.waiting.pop(place))
-        self.taken[number] = 1
-        return number
+    def _enter(self) -> None:
+        """Fill up the window."""
+        while self.entered < len(self.tokens) and self.entered - self.gone < self.window:
+            if order := self.orders[self.entered]:
+                order.held.append(self.entered)
+                self._offer(order)
+            else:
+                insort(self.waiting, self.keys[self.entered])
+            self.entered += 1
 
-    def _key(self, number: int) -> int:
-        return (self.tokens[number] << _SHIFT) | (len(self.tokens) - number)
+    def _offer(self, order: _Order) -> None:
+        for number in order.offer():
+            insort(self.waiting, self.keys[number])
+
+    def _take(self, number: int) -> None:
+        del self.waiting[bisect_left(self.waiting, self.keys[number])]
+        self.taken[number] = 1
+        self.gone += 1
+        if order := self.orders[number]:
+            order.taken += 1
+            self._offer(order)
+        self._enter()
+
+    def _return(self, number: int) -> None:
+        insort(self.waiting, self.keys[number])
+        self.taken[number] = 0
+        self.gone -= 1
+        self.oldest = min(self.oldest, number)
+        if order := self.orders[number]:
+            order.taken -= 1
 
     def _number(self, key: int) -> int:
         return len(self.tokens) - (key & ((1 << _SHIFT) - 1))

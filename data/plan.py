@@ -18,17 +18,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from visionloom.data.balance import CostModel, Pack
-from visionloom.data.mixture import PERIOD, Mixture, key_of, mix
+from visionloom.data.mixture import PERIOD, Mixture, key_of
 from visionloom.data.packing import pack_samples
 from visionloom.data.segments import Segment, SegmentStore
 from visionloom.data.state import STATE_VERSION, Origin
 from visionloom.data.views import Rows, Views
 
-PLAN_VERSION: Final = 2
+PLAN_VERSION: Final = 3
 _PACKS_PER_SEGMENT: Final = 512
 """Packs aimed at in a segment: its last, partly filled pack then costs 0.1 % of fill, and planning takes about 30 ms."""
 _SMALLEST_SEGMENT: Final = 256
-_SMALLEST_WINDOW: Final = 64
+_EPOCH_PER_PASSED: Final = 40
+"""Of an epoch at most a 40th may be passed over: what was trained on and as much from the front of the order then differ in
+at most a 20th of the epoch, half of it too early, half of it too late."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,13 +100,11 @@ class Plan:
         self.cost = cost or CostModel()
         weights = _draw_weights(sources, settings.weights_in)
         self.draws_per_segment = _draws_per_segment(sources, weights, settings)
-        usable = sum(round(source.size * source.usable) for source in sources)
-        # of a small dataset no more than a quarter of an epoch waits, or epochs would run into each other
-        self.window = min(settings.window, max(_SMALLEST_WINDOW, usable // 4))
-        self._epoch = usable
         self._seed = int(key_of(settings.seed, f"phase {settings.phase}"))
         contents, sizes = [source.content for source in sources], [source.size for source in sources]
         self.mixture = Mixture(contents, sizes, weights, self._seed, settings.block, self.origin.draws)
+        self.limits = [_limit(sources, content, settings.window) for content in self.mixture.contents]
+        """Of each content, how many samples a pack may at most pass over."""
         self._first_packs = {0: 0}
         self._segments = SegmentStore(self._make_segment, cache / "plan" / self.hash if cache else None)
         self._lock = threading.Lock()
@@ -205,16 +205,17 @@ class Plan:
     def _make_segment(self, number: int) -> Segment:
         rows, sources, draws = self._rows(number)
         settings = self.settings
-        packed = pack_samples(
+        packs = pack_samples(
             rows["tokens"].tolist(),
             rows["patches"].tolist(),
             settings.sequence_length,
             settings.patch_budget,
-            self.window,
+            settings.window,
             settings.multiple,
             settings.most,
+            self.mixture.groups[sources].tolist(),
+            self.limits,
         )
-        packs = [packed[place] for place in self._order(number, len(packed)).tolist()]
         borders = np.cumsum([0, *map(len, packs)])
         order = np.array([sample for pack in packs for sample in pack], np.int64)
         rows = rows[order]
@@ -243,18 +244,18 @@ class Plan:
         order = np.argsort(numbers, kind="stable")
         return np.concatenate(rows)[order], np.concatenate(entries)[order], numbers[order]
 
-    def _order(self, number: int, packs: int) -> NDArray[np.intp]:
-        """A seeded order of a segment's packs, or of each epoch in it: the largest samples would come first otherwise."""
-        stretch = max(2, max(2 * self.window, self._epoch) * packs // self.draws_per_segment)
-        shuffled = mix(np.arange(packs, dtype=np.uint64), key_of(self._seed, f"order {number}"))
-        return np.lexsort((shuffled, np.arange(packs) // stretch))
-
 
 def work_of(rows: Rows, borders: NDArray[np.int64]) -> NDArray[np.int64]:
     """Segment.work [p, 4] of the packs between borders [p + 1] of rows of dtype VIEW."""
     tokens = rows["tokens"].astype(np.int64)
     each = np.stack([tokens, tokens**2, rows["patches"].astype(np.int64), rows["patch_squares"]], axis=1)
     return np.add.reduceat(each, borders[:-1], axis=0) if len(each) else np.zeros((0, 4), np.int64)
+
+
+def _limit(sources: list[Source], content: str, window: int) -> int:
+    """Samples of a content that a pack may pass over: at most the window and a 40th of its usable ones."""
+    usable = min(source.size - source.views.dropped for source in sources if source.content == content)
+    return min(window, usable // _EPOCH_PER_PASSED)
 
 
 def _draw_weights(sources: list[Source], weights_in: str) -> list[float]:

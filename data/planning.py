@@ -35,7 +35,8 @@ def open_corpora(
 ) -> list[Corpus]:
     """Training datasets by name, counted by `processes` beside this one where no length table is kept.
 
-    Raises UserError for one that is missing, or with too large a share of samples that cannot be used.
+    Raises UserError for one that is missing, with too large a share of samples that cannot be used, or without any supervised
+    token.
     """
     corpora = [Corpus("data.datasets", name, data.datasets[name], data, tokenizer, processes, report) for name in names]
     for corpus in corpora:
@@ -47,6 +48,7 @@ def open_corpora(
                 f" data.max_bad_fraction={data.max_bad_fraction:g} of them, the first: {_reason(corpus, int(bad[0]))}:"
                 " mend or remove them, or raise data.max_bad_fraction"
             )
+        _check_supervised(corpus)
     return corpora
 
 
@@ -70,11 +72,16 @@ def make_plan(
     cost: CostModel,
     origin: Origin | None = None,
 ) -> Plan:
-    """The plan of a phase. Raises UserError for samples longer than a pack, by their dataset's policy."""
+    """The plan of a phase.
+
+    Raises UserError for samples longer than a pack, by their dataset's policy, and for a dataset without a supervised token.
+    """
     multiple = data.pack_multiple
     budget = int(data.patch_budget * sequence_length)
     option = f"phases.{phase}.sequence_length"
     views = [corpus.views(sequence_length // multiple * multiple, budget, option) for corpus in corpora]
+    for corpus, found in zip(corpora, views, strict=True):
+        _check_supervised_views(corpus, found, phase)
     settings = Settings(
         seed,
         "" if data.continue_draws else phase,
@@ -91,6 +98,30 @@ def make_plan(
     )
     sources = [_source(corpus, found, weights[corpus.name]) for corpus, found in zip(corpora, views, strict=True)]
     return Plan(sources, settings, cost, origin, _plan_folder(data, corpora))
+
+
+def _check_supervised(corpus: Corpus) -> None:
+    """Refuse a dataset from which nothing can be learned."""
+    if not corpus.lengths["supervised"].any():
+        raise UserError(
+            f"data.datasets.{corpus.name} ({corpus.config.path}): none of its {len(corpus.dataset)} samples has a supervised"
+            " token, so nothing can be learned from it: every `loss` of its turns and elements or every `weight` of its samples"
+            f" is 0, or no turn is an assistant's: convert it anew with a loss above 0, or {_leave_out(corpus)}"
+        )
+
+
+def _check_supervised_views(corpus: Corpus, views: Views, phase: str) -> None:
+    """Refuse a dataset of which a phase uses only what has no loss."""
+    if not views.total("supervised"):
+        raise UserError(
+            f"data.datasets.{corpus.name} ({corpus.config.path}): nothing of it that phases.{phase} can use has a supervised"
+            f" token, only what is longer than a pack: raise phases.{phase}.sequence_length, set another"
+            f" data.datasets.{corpus.name}.over_length, or {_leave_out(corpus)}"
+        )
+
+
+def _leave_out(corpus: Corpus) -> str:
+    return f"leave it out of the phase's mixture (data.datasets.{corpus.name}.weight=0 where that is empty)"
 
 
 def _source(corpus: Corpus, views: Views, weight: float) -> Source:

@@ -14,6 +14,7 @@ from visionloom.parallel.errors import UserError
 STATE_VERSION: Final = 2
 STATE_BYTES: Final = 4096
 OPTIONS: Final = {
+    "version": "this program's way of planning",
     "seed": "run.seed",
     "patch_budget": "data.patch_budget",
     "window": "data.window",
@@ -47,8 +48,8 @@ class Origin:
     def after(cls, state: Mapping[str, Any], step: int) -> "Origin":
         """Continue behind all that a state has drawn, at a step of the phase.
 
-        What was drawn before the last sample trained on, but still waited for a pack of its own, is passed over for this
-        epoch (the rest of a segment at most, some 500 packs): so nothing that was seen comes again.
+        What was drawn before the last sample trained on, but still waited for a pack, is passed over for this epoch: of each
+        dataset at most a window and a 40th of its epoch (`Plan.limits`). So nothing that was seen comes again.
         """
         contents = {name: facts[0] for name, facts in state["plan"]["datasets"].items()}
         return cls(step, {**state["origin"]["draws"], **{contents[name]: n for name, n in state["draws"].items()}})

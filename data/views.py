@@ -112,6 +112,14 @@ class Views:
         return whole + int(self.special[field].sum(dtype=np.int64))
 
     @property
+    def unsupervised(self) -> int:
+        """Samples that are drawn although no view of them has a supervised token."""
+        whole = (self.lengths["supervised"] == 0) & (self.lengths["tokens"] > 0)
+        whole[self.over] = False
+        taught = self.special["sample"][self.special["supervised"] > 0]
+        return int(np.count_nonzero(whole)) + len(np.setdiff1d(self.special["sample"], taught))
+
+    @property
     def lost_tokens(self) -> int:
         """Tokens of samples and of parts of samples that no view holds; what shrinking saves is not lost."""
         shrunk = (self.special["flags"] & SHRUNK) != 0

@@ -55,8 +55,13 @@ def final_answer(text: str) -> str:
     return text.rpartition(THINK_END)[2].strip()
 
 
-def held_out_losses(config: RunConfig, topology: Topology, chunks: list[Qwen3VL], samples: int) -> dict[str, float]:
-    """Loss of at most `samples` samples of each validation dataset, weighted as in the last phase."""
+def held_out_losses(
+    config: RunConfig, topology: Topology, chunks: list[Qwen3VL], samples: int, screen: Screen
+) -> dict[str, float]:
+    """Loss of at most `samples` samples of each validation dataset, weighted as in the last phase.
+
+    A dataset without a supervised token has no loss and is left out, which is said.
+    """
     length = max(phase.sequence_length for phase in config.phases.values())
     kind = list(config.phases.values())[-1].loss
     losses: dict[str, float] = {}
@@ -69,7 +74,13 @@ def held_out_losses(config: RunConfig, topology: Topology, chunks: list[Qwen3VL]
                 forward = functools.partial(forward_losses, sums=sums)
                 run_schedule(forward, chunks, _whole_rounds(batches, topology), topology, forward_only=True)
             sums.reduce(topology)
-            losses |= sums.means()[1]
+            measured = sums.means()[1]
+            if not measured:
+                screen.say(
+                    f"warning: data.validation.{name} ({config.data.validation[name].path}): none of the {len(held_out)} samples"
+                    " looked at has a supervised token, so it has no loss: give its answers a loss above 0, or leave it out"
+                )
+            losses |= measured
     return losses
 
 
@@ -210,7 +221,7 @@ def evaluate_run(
     Returns:
         {"step", "loss": {source: x}, "tasks": {name: {"accuracy": x, "n": n}}}, the same on all ranks.
     """
-    losses = held_out_losses(config, topology, chunks, config.evaluation.samples)
+    losses = held_out_losses(config, topology, chunks, config.evaluation.samples, screen)
     counts: dict[str, list[int]] = {}
     shown: list[Prediction] = []
     for name in config.data.validation:

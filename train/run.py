@@ -7,6 +7,9 @@ from typing import Any
 
 import yaml
 
+from visionloom.data.loader import PackStream
+from visionloom.data.planning import dataset_weights, open_corpora
+from visionloom.data.tokenizer import Tokenizer
 from visionloom.model.huggingface_config import NOT_THE_MODEL
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.parallel import topology as topologies
@@ -48,6 +51,7 @@ def pretrain(config: RunConfig) -> None:
     screen = Screen(topology.is_main, config.logging.every_steps)
     run = Run(config, topology, folder, log, screen)
     run.resume()
+    run.check_data()
     for name in config.phases:
         run.phase(name)
     if log is not None:
@@ -121,6 +125,12 @@ class Run:
         if self.log is not None:
             self.log.rewind(self.step)
 
+    def check_data(self) -> None:
+        """Open the datasets of all phases that are left: one that cannot be trained on is an error before the first step."""
+        left = [phase for name, phase in self.config.phases.items() if self._done(name) < phase.total_steps]
+        names = dict.fromkeys(name for phase in left for name in dataset_weights(self.config.data, phase.mixture))
+        open_corpora(self.config.data, list(names), Tokenizer(self.config.data.tokenizer))
+
     def take(self, source: str) -> None:
         """Take the weights of a checkpoint's folder, or of the newest whole one of the run if `source` is empty."""
         if source:
@@ -152,14 +162,7 @@ class Run:
         if not done and self.topology.is_main:
             stream.report_unreadable()
         stage = self._stage(name, done, stream)
-        for dataset, (samples, tokens) in stream.dropped.items():
-            if samples or tokens:
-                self._event("dropped", phase=name, dataset=dataset, samples=samples, tokens=tokens)
-                policy = self.config.data.datasets[dataset].over_length
-                self.screen.say(
-                    f"{name}: {samples} samples and in all {tokens} tokens of {dataset} are left out"
-                    f" (unreadable, or longer than a pack with over_length={policy})"
-                )
+        self._tell_losses(name, stream)
         check_room(self.folder, stage)
         self._event("phase_start", phase=name, step=self.step, phase_step=done, phase_steps=settings.total_steps)
         if not done:
@@ -175,6 +178,24 @@ class Run:
         self.latest = checkpoint.read(checkpoint.folder_of(self.folder, name, self.step))
         self._chunks = None
 
+    def _tell_losses(self, name: str, stream: PackStream) -> None:
+        """Say what of a phase's data is not trained on, and what is without a loss."""
+        for dataset, (samples, tokens) in stream.dropped.items():
+            if samples or tokens:
+                self._event("dropped", phase=name, dataset=dataset, samples=samples, tokens=tokens)
+                policy = self.config.data.datasets[dataset].over_length
+                self.screen.say(
+                    f"{name}: {samples} samples and in all {tokens} tokens of {dataset} are left out"
+                    f" (unreadable, or longer than a pack with over_length={policy})"
+                )
+        for dataset, (samples, size) in stream.unsupervised.items():
+            if samples:
+                self._event("unsupervised", phase=name, dataset=dataset, samples=samples)
+                self.screen.say(
+                    f"warning: {name}: {samples} of the {size} samples of {dataset} have no supervised token (every loss or the"
+                    " weight is 0): they cost time and teach nothing; leave them out of the dataset"
+                )
+
     def _done(self, name: str) -> int:
         """Optimizer steps of a phase that are already in the newest checkpoint."""
         if self.latest is None:
@@ -185,7 +206,7 @@ class Run:
             return self.config.phases[name].total_steps if here < there else 0
         return self.latest.progress.phase_step
 
-    def _stage(self, name: str, done: int, stream: Any) -> Stage:
+    def _stage(self, name: str, done: int, stream: PackStream) -> Stage:
         if done and self.latest is not None:
             for change in stream.load_state(self.latest.progress.data):
                 self._event("data_changed", phase=name, step=self.step, detail=change)
@@ -264,7 +285,7 @@ class Run:
         samples = self.config.evaluation.phase_samples
         if samples and self.config.data.validation:
             if not (unchanged and self.losses):
-                self.losses = held_out_losses(self.config, self.topology, stage.chunks, samples)
+                self.losses = held_out_losses(self.config, self.topology, stage.chunks, samples, self.screen)
             self._event("validation", phase=stage.name, step=self.step, loss=self.losses)
             self.trackers.evaluation({"step": self.step, "loss": self.losses})
 

@@ -36,7 +36,7 @@ energon: Final = partial(run_apart, Path(__file__).with_name("energon_peer.py"))
 
 
 def ours(folder: Path, workers: int, images: int, dataset: str) -> dict[str, float]:
-    """The cost of our packs: one pack a step, in shuffled order."""
+    """The cost of our packs: one pack a step, in the plan's order."""
     import torch
 
     from visionloom.data.config import DataConfig, DatasetConfig

@@ -23,6 +23,44 @@ def test_budgets_hold_and_every_sample_is_packed_once(samples: list[tuple[int, i
     assert all(sum(patches[number] for number in pack) <= 60 for pack in packs)
 
 
+def gaps(packs: list[list[int]], mine: list[int]) -> int:
+    """The most samples of an order that any number of first packs lacks before the last one that they hold: counted one by one."""
+    places, held, most = {number: place for place, number in enumerate(mine)}, set[int](), 0
+    for pack in packs:
+        held.update(places[number] for number in pack if number in places)
+        most = max(most, sum(place not in held for place in range(max(held, default=-1) + 1)))
+    return most
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    SAMPLES, st.integers(1, 40), st.lists(st.sampled_from([0, 1, 2, 5, 30]), min_size=1, max_size=4), st.sampled_from([0, 3])
+)
+def test_orders_are_kept_up_to_their_limits(samples: list[tuple[int, int]], window: int, limits: list[int], most: int) -> None:
+    tokens, patches = [size for size, _ in samples], [count for _, count in samples]
+    orders = [(7 * number + size) % len(limits) for number, size in enumerate(tokens)]
+    packs = pack_samples(tokens, patches, 100, 60, window, 1, most, orders, limits)
+    assert sorted(number for pack in packs for number in pack) == list(range(len(samples)))
+    assert all(sum(tokens[number] for number in pack) <= 100 for pack in packs)
+    assert all(sum(patches[number] for number in pack) <= 60 for pack in packs)
+    assert gaps(packs, list(range(len(samples)))) <= window
+    for order, limit in enumerate(limits):
+        assert gaps(packs, [number for number, mine in enumerate(orders) if mine == order]) <= limit
+
+
+def test_packs_are_alike_from_the_first_to_the_last() -> None:
+    tokens, patches = MIXTURES["8k"].samples(8000)
+    packs = pack_samples(tokens.tolist(), patches.tolist(), 8192, 26_214, window=1024)
+    tenths = np.array([np.mean([len(pack) for pack in part]) for part in np.array_split(np.array(packs, object), 10)])
+    np.testing.assert_allclose(tenths, len(tokens) / len(packs), rtol=0.15)
+
+
+def test_samples_of_half_a_pack_are_paired() -> None:
+    tokens = np.random.default_rng(0).integers(1000, 32_768, 4000).tolist()
+    packs = pack_samples(tokens, [0] * len(tokens), 32_768, 1, window=1024)
+    assert sum(tokens) / 32_768 / len(packs) > 0.97
+
+
 def lognormal(mean: float, deviation: float, most: int, seed: int = 0) -> list[int]:
     sizes = np.exp(np.random.default_rng(seed).normal(mean, deviation, 20_000)).astype(int) + 10
     return np.minimum(sizes, most).tolist()

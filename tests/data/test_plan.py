@@ -103,6 +103,17 @@ def test_weights_are_shares_of_usable_samples_or_of_tokens(unit: str) -> None:
     assert served[unit][1] / served[unit][0] == pytest.approx(2.0, rel=0.02)
 
 
+def test_shares_hold_at_every_step_up_to_the_window() -> None:
+    made = Plan([source("one", 9000), source("three", 3000, 2.0)], SETTINGS)
+    served = np.zeros(2)
+    for step in range(200):
+        for pack in made.step(step):
+            for entry, _, part in pack.places:
+                served[entry] += part == 0
+        assert abs(served[1] - served.sum() * 2 / 3) <= SETTINGS.window
+    assert served.sum() > 100 * SETTINGS.window
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -205,6 +205,18 @@ def test_the_same_dataset_listed_twice_never_repeats(data: DataConfig) -> None:
     assert sorted(ordinals) == list(range(97))
 
 
+def test_a_plan_of_an_older_program_goes_on_as_a_new_phase(data: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(planned, "PLAN_VERSION", 2)
+        state = json.loads(json.dumps(stream(data).state(5)))
+    with pytest.raises(UserError, match=r"this program's way of planning was 2, now 3.*go on with data\.on_change=new_phase"):
+        stream(data).load_state(state)
+    data.on_change = "new_phase"
+    changed = stream(data)
+    assert changed.load_state(state) == ["this program's way of planning was 2, now 3"]
+    assert changed.plan.origin == Origin.after(state, 5)
+
+
 def test_a_state_is_of_this_version(data: DataConfig) -> None:
     with pytest.raises(UserError, match="version 99"):
         stream(data).load_state({**stream(data).state(2), "version": 99})
