@@ -6,7 +6,7 @@ only speaks of them: then the words stay.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -127,10 +127,18 @@ def chat_keys(record: Keys) -> tuple[Keys, ...]:
 class Chat:
     """One record: its turns, and what their placeholders stand for."""
 
-    def __init__(self, record: Fields, draft: Draft, files: MediaFiles) -> None:
+    def __init__(
+        self,
+        record: Fields,
+        draft: Draft,
+        files: MediaFiles,
+        images: Sequence[str] = IMAGES,
+        videos: Sequence[str] = FILMS,
+    ) -> None:
+        """`images`, `videos`: keys of the record's media."""
         self.record, self.draft, self.files = record, draft, files
-        self.images = Media("<image>", media_of(record, *IMAGES))
-        self.videos = Media("<video>", media_of(record, *FILMS))
+        self.images = Media("<image>", media_of(record, *images))
+        self.videos = Media("<video>", media_of(record, *videos))
         self.in_parts: list[tuple[object, Image | Video]] = []
         """Media that typed parts name themselves, by their references."""
         self.objects = Objects(record, draft)

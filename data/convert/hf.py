@@ -72,7 +72,7 @@ class HuggingFace:
         draft.id = row.text(*COLUMNS["id"])
         if source := row.text("data_source", "source"):
             draft.meta["source"] = source
-        chat = Chat(row, draft, options.files)
+        chat = Chat(row, draft, options.files, COLUMNS["image"], COLUMNS["video"])
         if row.has(*COLUMNS["messages"]):
             chat.fill(decoded(row.take(*COLUMNS["messages"])))
         elif isinstance(question := _first(row, "question"), str) and isinstance(answer := _first(row, "answer"), str):

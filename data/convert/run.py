@@ -21,7 +21,7 @@ from visionloom.data.convert.source import Draft, Options, Record, Source
 from visionloom.data.convert.trainable import Trainable
 from visionloom.data.convert.urls import UrlIndex, build_index
 from visionloom.data.convert.webdataset import WebDataset
-from visionloom.data.sample import SampleError, parse_sample, to_json
+from visionloom.data.sample import SampleError, parse_sample
 from visionloom.data.write import Members, members_of
 from visionloom.data.write_parts import URLS, Part, PartLog, Progress, Tally, Target, write_parts
 from visionloom.parallel.errors import UserError
@@ -110,9 +110,9 @@ class Converter:
         try:
             source.convert(record.value, draft, self.options)
             draft.task = draft.task or self.request.task
-            sample = parse_sample(to_json(draft.sample(f"{self.name}:{draft.id or record.place}")))
-            self.trainable.check(sample)
-            return members_of(sample, draft.media)
+            members = members_of(draft.sample(f"{self.name}:{draft.id or record.place}"), draft.media)
+            self.trainable.check(parse_sample(members[0][1]))
+            return members
         except SampleError as error:
             raise Skip("breaks the schema", str(error)) from error
         except (UserError, Skip):

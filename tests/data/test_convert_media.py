@@ -1,6 +1,7 @@
 """Pictures and videos on their way into shards. References: numpy, Pillow, qwen-vl-utils' compositing, PyAV's own decoding."""
 
 import io
+import struct
 import zlib
 from collections.abc import Callable
 from fractions import Fraction
@@ -14,6 +15,8 @@ from PIL import JpegImagePlugin
 
 from visionloom.data.convert.media import prepare_image, prepare_video
 from visionloom.data.convert.skip import Skip
+from visionloom.data.image import decode_image
+from visionloom.data.sample import SampleError
 
 Pixels = NDArray[np.uint8]
 
@@ -195,3 +198,82 @@ def test_a_video_that_is_stored_rotated_is_not_shown_on_its_side() -> None:
 def test_a_video_of_one_frame_is_left_out() -> None:
     with pytest.raises(Skip, match="video of one frame"):
         prepare_video(film([0]))
+
+
+# ---- pictures that few readers know
+
+
+def big_endian_tiff(values: NDArray[np.uint16]) -> bytes:
+    """A TIFF of 16 bits a value, high byte first, as microscopes and scanners write (TIFF 6.0, section 2)."""
+    height, width = values.shape
+    data = values.astype(">u2").tobytes()
+    fields = [(256, 3, width << 16), (257, 3, height << 16), (258, 3, 16 << 16), (259, 3, 1 << 16), (262, 3, 1 << 16)]
+    fields += [(273, 4, 8), (277, 3, 1 << 16), (278, 3, height << 16), (279, 4, len(data))]
+    directory = b"".join(struct.pack(">HHII", tag, kind, 1, value) for tag, kind, value in fields)
+    return b"MM\0*" + struct.pack(">I", 8 + len(data)) + data + struct.pack(">H", len(fields)) + directory + bytes(4)
+
+
+RAMP = np.linspace(0, 1, 40 * 64).reshape(40, 64)
+
+
+@pytest.mark.parametrize(
+    ("data", "wanted"),
+    [
+        (big_endian_tiff((RAMP * 65535).astype(np.uint16)), RAMP * 255.99),
+        (saved(Pillow.fromarray((RAMP * 65535).astype(np.uint16)), "TIFF"), RAMP * 255.99),
+        (saved(Pillow.fromarray((RAMP * 65535).astype(np.int32)), "TIFF"), RAMP * 255.99),
+        (saved(Pillow.fromarray((RAMP * 255).astype(np.int32)), "TIFF"), RAMP * 255),
+        (saved(Pillow.fromarray(RAMP.astype(np.float32)), "TIFF"), RAMP * 255),
+        (saved(Pillow.fromarray((RAMP * 255).astype(np.float32)), "TIFF"), RAMP * 255),
+        (saved(Pillow.fromarray((RAMP * 60000).astype(np.float32)), "TIFF"), RAMP * 60000 / 256),
+    ],
+    ids=["big-endian", "16 bits", "32 bits of 16", "32 bits of 8", "floats to 1", "floats to 255", "floats of 16 bits"],
+)
+def test_deep_pictures_keep_their_shades(data: bytes, wanted: NDArray[np.float64]) -> None:
+    """Reference: the values that numpy made the picture from."""
+    found = prepare_image(data)
+    assert np.abs(pixels_of(found.data)[..., 1] - wanted).max() <= 1.01
+    assert found.suffix == "png" and found.change is not None and "reduced to 8 bits" in found.change
+
+
+@pytest.mark.parametrize("low, high", [(-1.0, 1.0), (0.0, 1e6), (0.0, float("nan"))])
+def test_a_picture_of_unknown_range_is_refused_by_name(low: float, high: float) -> None:
+    values = np.full((8, 8), low, np.float32)
+    values[0, 0] = high
+    with pytest.raises(Skip, match="picture of unknown range: floats from"):
+        prepare_image(saved(Pillow.fromarray(values), "TIFF"))
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind"),
+    [("CMYK", "JPEG"), ("CMYK", "TIFF"), ("P", "PNG"), ("1", "PNG"), ("L", "JPEG"), ("YCbCr", "TIFF"), ("LAB", "TIFF")],
+)
+def test_other_colours_are_shown_as_the_loader_decodes_them(mode: str, kind: str) -> None:
+    """Reference: Pillow's conversion to RGB."""
+    upright = Pillow.fromarray(smooth())
+    picture = Pillow.new("LAB", (64, 40), (128, 10, 200)) if mode == "LAB" else upright.convert(mode)
+    found = prepare_image(data := saved(picture, kind))
+    loaded = decode_image(found.data, (found.height, found.width), "x", f"a.{found.suffix}")
+    assert (loaded == pixels_of(data)).all() and found.data == data
+
+
+def test_the_first_picture_of_a_phone_s_file_is_shown() -> None:
+    """Reference: the pixels of the first picture, saved as a plain JPEG."""
+    first, second = Pillow.fromarray(smooth()), Pillow.new("RGB", (32, 20))
+    data = saved(first, "MPO", save_all=True, append_images=[second])
+    found = prepare_image(data)
+    assert (found.suffix, found.width, found.height) == ("jpg", 64, 40)
+    loaded = decode_image(found.data, (40, 64), "x", "a.jpg")
+    assert np.abs(loaded.astype(int) - pixels_of(saved(first, "JPEG"))).max() <= 2
+
+
+@pytest.mark.parametrize("values", [(RAMP * 65535).astype(np.uint16), RAMP.astype(np.float32), (RAMP * 9999).astype(np.int32)])
+def test_a_deep_picture_in_a_shard_made_elsewhere_is_no_white_square(values: NDArray[np.generic]) -> None:
+    with pytest.raises(SampleError, match=r"a\.tif: more than 8 bits a value"):
+        decode_image(saved(Pillow.fromarray(values), "TIFF"), (40, 64), "x", "a.tif")
+
+
+def test_a_picture_narrower_than_training_takes_is_left_out() -> None:
+    assert prepare_image(saved(Pillow.new("RGB", (2, 400)), "PNG")).height == 400
+    with pytest.raises(Skip, match="picture too narrow: 2x402"):
+        prepare_image(saved(Pillow.new("RGB", (2, 402)), "PNG"))
