@@ -19,6 +19,10 @@ TIME_FORMATS: Final = ("seconds", "hms")
 REF: Final = re.compile(r"(?!json$)[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 """Names of media members: no folders, no `..`, no leading dot, and never the name of the sample's own JSON."""
 
+LOSS_MARK: Final = re.compile(r"(.*_)?(loss|train|trained|trainable|training|mask|masked|weight|learn|supervised?)(_.*)?")
+"""Keys of a turn that can only mean whether it is learned. The schema's word is `loss`; others are refused, not passed over."""
+_MESSAGE_KEYS: Final = frozenset(["role", "content", "loss"])
+
 Space = Literal["px", "relative1000"]
 
 
@@ -206,8 +210,8 @@ def element_loss(element: Element, message: Message | None = None) -> float:
 def parse_sample(raw: bytes | str | Mapping[str, Any], origin: str = "") -> Sample:
     """Read and check one sample of schema version 1.
 
-    Unknown top-level keys go to `meta`; unknown keys of messages and elements are ignored. `origin` names the sample
-    in errors as long as its id is not known. Raises SampleError with the dotted field, like
+    Unknown top-level keys go to `meta`; unknown keys of messages and elements are ignored, but for marks of the loss, which are
+    refused. `origin` names the sample in errors as long as its id is not known. Raises SampleError with the dotted field, like
     `sample digits:12: messages[1].content[0].ref: ...`.
     """
     top = _Fields(origin or "?", "", _load(raw, origin or "?"))
@@ -380,6 +384,9 @@ def _message(fields: _Fields, index: int) -> Message:
     role = fields.choice("role", ROLES)
     if role == "system" and index > 0:
         fields.fail("role", "a system message comes first or not at all")
+    for name in fields.values.keys() - _MESSAGE_KEYS:
+        if LOSS_MARK.fullmatch(name):
+            fields.fail(name, "unknown mark of the loss: loss is the schema's word, a weight from 0")
     return Message(role, _content(fields, role), fields.loss())
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from visionloom.data.convert.skip import Skip
+from visionloom.data.sample import LOSS_MARK
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +44,7 @@ REFUSED: Final = (
     Refusal(
         "unknown loss mark", re.compile(r"loss(_.*)?|train_on_.*|(.*_)?loss_mask|mask_(history|prompt|inputs?)"), ("record",)
     ),
-    Refusal(
-        "unknown loss mark",
-        re.compile(r"(.*_)?(loss|train|trained|trainable|training|mask|masked|weight|learn|supervised?)(_.*)?"),
-        ("turn", "text", "thought", "call"),
-    ),
+    Refusal("unknown loss mark", LOSS_MARK, ("turn", "text", "thought", "call")),
 )
 """What leaves a record out wherever it has a value."""
 LOSS_KEYS: Final = ("loss", "weight", "train", "trainable", "loss_scale")

@@ -258,3 +258,10 @@ def test_broken_json_names_where_it_lies(raw: bytes) -> None:
 def test_errors_travel_between_processes() -> None:
     error = pickle.loads(pickle.dumps(SampleError("a:1", "messages[0].role", "wrong")))
     assert (str(error), error.sample_id, error.where) == ("sample a:1: messages[0].role: wrong", "a:1", "messages[0].role")
+
+
+@pytest.mark.parametrize("name", ["train", "weight", "loss_mask", "is_trained", "train_detail"])
+def test_a_mark_of_the_loss_that_the_schema_has_no_word_for_is_refused(name: str) -> None:
+    turns = [{"role": "user", "content": "a", "name": "me"}, {"role": "assistant", "content": "b", name: 0}]
+    with pytest.raises(SampleError, match=rf"sample x: messages\[1\]\.{name}: unknown mark of the loss"):
+        parse_sample({"v": 1, "id": "x", "kind": "chat", "messages": turns})
