@@ -124,7 +124,7 @@ def test_config_of_transformers_4_is_read(tmp_path: Path) -> None:
         ("", {"model_type": "llava"}, "model_type llava"),
         ("text_config", {"attention_bias": True}, "text_config.attention_bias is True"),
         ("text_config", {"head_dim": None}, "text_config.head_dim is missing"),
-        ("text_config", {"hidden_size": "64"}, "text_config.hidden_size is '64', not a number"),
+        ("text_config", {"hidden_size": "64"}, "text_config.hidden_size is '64', not a whole number"),
         ("text_config", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "mrope_section": [6, 5, 5]}}, "yarn"),
         ("vision_config", {"num_position_embeddings": 63}, "63 is not a square"),
         ("vision_config", {"out_hidden_size": 32}, "out_hidden_size=32"),

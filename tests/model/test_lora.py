@@ -171,8 +171,8 @@ def test_a_folder_that_cannot_be_taken_is_refused(topology: Topology, tmp_path: 
     for changes, message in (
         ({"r": 4}, "r is 4, but lora.rank=8"),
         ({"lora_alpha": 3}, "lora_alpha is 3, but lora.alpha=12"),
-        ({"use_dora": True}, "use_dora=True is not supported"),
-        ({"peft_type": "IA3"}, "peft_type is IA3, not LORA"),
+        ({"use_dora": True}, "use_dora is True, only False is understood"),
+        ({"peft_type": "IA3"}, "peft_type is 'IA3', only 'LORA'"),
     ):
         write_folder(folder, ours, lora)
         change_config(folder, **changes)
