@@ -129,7 +129,7 @@ def config_of(raw: Mapping[str, Any], folder: Path, option: str) -> ModelConfig:
     return config
 
 
-KINDS: Final = {int: "a whole number", float: "a number", list[int]: "a list of whole numbers"}
+KINDS: Final[dict[Any, str]] = {int: "a whole number", float: "a number", list[int]: "a list of whole numbers"}
 
 
 def _is_a(value: Any, kind: Any) -> bool:
@@ -197,7 +197,8 @@ class _Keys:
             self.found.append("text_config.rope_parameters and rope_scaling are no objects or not alike")
             return {}
         self.found += ROPE_FIELDS.refusals(rope, f"text_config.{given[0]}." if given else "")
-        theta, sections = rope.get("rope_theta", text.get("rope_theta")), rope.get("mrope_section")
+        theta: Any = rope.get("rope_theta", text.get("rope_theta"))
+        sections: Any = rope.get("mrope_section")
         if not _is_a(theta, float) or not _is_a(sections, list[int]) or len(sections) != 3:
             self.found.append("text_config lacks rope_theta or a mrope_section of three")
             return {}

@@ -43,7 +43,6 @@ BASE: Final[dict[str, Any]] = {
 """Fields of all configurations of transformers that would change a model."""
 
 
-
 def _is_full_attention(value: Any) -> bool:
     return value is None or (isinstance(value, list) and set(map(str, value)) <= {"full_attention"})
 
