@@ -202,7 +202,7 @@ class _Keys:
         if not _is_a(theta, float) or not _is_a(sections, list[int]) or len(sections) != 3:
             self.found.append("text_config lacks rope_theta or a mrope_section of three")
             return {}
-        if text.get("rope_theta", theta) != theta:
+        if text.get("rope_theta") not in (None, theta):
             self.found.append(f"text_config.rope_theta is {shown(text['rope_theta'])}, but {given[0]} has {theta}")
         return {"rope_theta": float(theta), "mrope_section": sections}
 
