@@ -62,7 +62,8 @@ FIELDS: Final = {
         EVERYWHERE | OUTER, BASE,
     ),
     "text_config": Fields(
-        frozenset(TEXT_KEYS.values()) | {"tie_word_embeddings", "rope_parameters", "rope_scaling", "rope_theta"},
+        frozenset(TEXT_KEYS.values())
+        | {"tie_word_embeddings", "rope_parameters", "rope_scaling", "rope_theta", "mlp_only_layers", "decoder_sparse_step"},
         EVERYWHERE | TEXT, TEXT_ONLY | {"model_type": tuple(f"{kind}{end}" for kind in ARCHITECTURES for end in ("_text", ""))},
     ),
     "vision_config": Fields(
@@ -162,6 +163,12 @@ class _Keys:
             self.found += known.refusals(part, f"{name}." if name else "")
         if self.raw.get("quantization_config"):
             self.found.append("quantization_config: quantized weights (of types such as F8_E4M3 or U8) are not read")
+        dense, step = text.get("mlp_only_layers"), text.get("decoder_sparse_step", 1)
+        if dense or step != 1:
+            self.found.append(
+                f"text_config.mlp_only_layers={shown(dense)} and decoder_sparse_step={shown(step)} make some layers dense and"
+                " others mixtures of experts: here all layers of a model are of one kind"
+            )
         for key, other in OTHER_NAMES.items():
             if text.get(key, text.get(other)) != text.get(other, text.get(key)):
                 self.found.append(f"text_config.{key} is {shown(text[key])}, but {other} is {shown(text[other])}")

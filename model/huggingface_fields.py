@@ -60,8 +60,6 @@ TEXT_ONLY: Final[dict[str, Any]] = BASE | {
     "use_sliding_window": (False, None),
     "layer_types": _is_full_attention,
     "partial_rotary_factor": (1.0, None),
-    "mlp_only_layers": ([], None),  # layers of these numbers are dense
-    "decoder_sparse_step": (1,),  # one layer in so many is a mixture
     "norm_topk_prob": (True,),
 }
 VISION_ONLY: Final[dict[str, Any]] = BASE | {"hidden_act": ("gelu_pytorch_tanh",), "rope_parameters": _is_axial}

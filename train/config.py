@@ -310,14 +310,17 @@ class RunConfig:
     def _kernel_problems(self) -> list[str]:
         """What the kernels of the run's precision cannot multiply in any layout of the run; on a GPU `auto` is bf16."""
         exact = self.run.precision == "fp32" or (self.run.precision == "auto" and self.run.device == "cpu")
-        layouts = [self.parallel, *(phase.parallel for phase in self.phases.values() if phase.parallel)]
         found = [
             line
-            for layout in layouts
+            for layout in self._layouts()
             if not layout.out_of_range()
             for line in self.model.kernel_problems(4 if exact else 2, layout)
         ]
         return list(dict.fromkeys(found))
+
+    def _layouts(self) -> list[ParallelConfig]:
+        """The run's own layout, in which it is evaluated, and those of its phases."""
+        return [self.parallel, *(phase.parallel for phase in self.phases.values() if phase.parallel is not None)]
 
     def _lora_problems(self) -> list[str]:
         """What adapters cannot do, by themselves and in the phases."""
@@ -337,7 +340,7 @@ class RunConfig:
 
     def _multiple_problems(self) -> list[str]:
         """Whether samples take up tokens in the multiples that context parallelism cuts them into."""
-        layouts = [phase.parallel or self.parallel for phase in self.phases.values()] or [self.parallel]
+        layouts = self._layouts()
         needed = math.lcm(*(layout.token_multiple for layout in layouts if layout.context > 0))
         found = []
         if self.data.pack_multiple > 0 and self.data.pack_multiple % needed:

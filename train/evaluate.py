@@ -22,6 +22,7 @@ from visionloom.data.pack import PackedBatch, pack_prompts
 from visionloom.data.tokenizer import Tokenizer
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.model.view import View
+from visionloom.parallel.config import ParallelConfig
 from visionloom.parallel.topology import Topology
 from visionloom.train.config import RunConfig
 from visionloom.train.progress import Screen
@@ -57,7 +58,7 @@ def final_answer(text: str) -> str:
 
 def held_out_losses(config: RunConfig, topology: Topology, chunks: list[Qwen3VL], samples: int) -> dict[str, float]:
     """Loss of at most `samples` samples of each validation dataset, weighted as in the last phase."""
-    length = max(phase.sequence_length for phase in config.phases.values())
+    length = held_out_length(config, topology.config)
     kind = list(config.phases.values())[-1].loss
     losses: dict[str, float] = {}
     with evaluating(chunks):
@@ -71,6 +72,12 @@ def held_out_losses(config: RunConfig, topology: Topology, chunks: list[Qwen3VL]
             sums.reduce(topology)
             losses |= sums.means()[1]
     return losses
+
+
+def held_out_length(config: RunConfig, layout: ParallelConfig) -> int:
+    """Tokens of a pack that holds what any phase can train on, in a layout that may be another phase's."""
+    longest = max(phase.sequence_length for phase in config.phases.values())
+    return longest + -longest % layout.pack_multiple
 
 
 @contextmanager
