@@ -27,6 +27,7 @@ from visionloom.launch.exit import FAILURE, end_with_parent, exit_with, record_f
 from visionloom.launch.explain import available, explain, no_such_key, unknown_keys
 from visionloom.launch.quiet import quiet_libraries
 from visionloom.model.huggingface_config import differences, read_config
+from visionloom.model.peft_config import read_adapter_config
 from visionloom.parallel.config import ParallelConfig
 from visionloom.parallel.errors import UserError
 from visionloom.train.config import PhaseConfig, RunConfig
@@ -124,7 +125,9 @@ def check_paths(config: RunConfig) -> None:
 
 
 def check_source(config: RunConfig) -> None:
-    """Refuse a Hugging Face folder of another model than the recipe's, from its config.json alone.
+    """Refuse a Hugging Face folder of another model than the recipe's and a PEFT folder of another kind of adapter.
+
+    Their JSON files tell; tensors are looked at later.
 
     Raises:
         UserError: one line for each field that differs.
@@ -133,6 +136,8 @@ def check_source(config: RunConfig) -> None:
         folder = Path(config.init.huggingface)
         if found := differences(config.model, read_config(folder, "init.huggingface"), folder):
             raise UserError("\n".join(found))
+    if config.lora.adapter:
+        read_adapter_config(Path(config.lora.adapter), config.lora)
 
 
 def _check_words(words: Sequence[str]) -> None:

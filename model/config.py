@@ -4,7 +4,9 @@ Source: Qwen3-VL technical report (arXiv 2511.21631) section 2 and the published
 Nothing here imports torch.
 """
 
+import math
 from dataclasses import dataclass, field, fields
+from typing import Final
 
 from visionloom.parallel.config import ParallelConfig
 from visionloom.parallel.pipeline import pipeline_problems
@@ -12,6 +14,10 @@ from visionloom.parallel.pipeline import pipeline_problems
 BACKENDS = ("auto", "torch", "flash", "te")
 GROUPS = ("vision", "merger", "language")
 """Parameter groups that a phase may train: vision tower, mergers (main and DeepStack), language model."""
+PICTURES: Final = {"patch_size": 16, "temporal_patch_size": 2, "spatial_merge_size": 2, "channels": 3}
+"""How data/ cuts pictures, which all Qwen3-VL models share: a model with other numbers would find nothing to read."""
+ROW_BYTES: Final = 16
+"""torch's grouped_mm takes matrices of experts only if their rows are a multiple of so many bytes."""
 
 
 @dataclass
@@ -51,7 +57,7 @@ class VisionConfig:
     heads: int = 16
     ffn_hidden_size: int = 4096
     deepstack_layers: list[int] = field(default_factory=lambda: [5, 11, 17])
-    """Blocks (0-based) whose output feeds the DeepStack mergers, in order of the language layers that receive them."""
+    """Blocks (0-based), in increasing order, whose output feeds a DeepStack merger and language layer each, the first the first."""
     position_table: int = 48
     """Side of the square table of learned positions."""
     patch_size: int = 16
@@ -86,32 +92,69 @@ class ModelConfig:
             found.append(f"model.backend={self.backend} is unknown: use one of {', '.join(BACKENDS)}")
         elif self.backend not in ("auto", "torch"):
             found.append(f"model.backend={self.backend} is not available yet: use model.backend=torch")
-        if sum(text.mrope_section) * 2 != text.head_dim:
-            found.append(f"model.text.mrope_section={text.mrope_section} must sum to head_dim / 2 = {text.head_dim // 2}")
-        elif 3 * max(text.mrope_section[1:]) > text.head_dim // 2:
-            found.append(f"model.text.mrope_section={text.mrope_section}: height and width need 3 x section <= head_dim / 2")
+        found += self._rotary_problems()
         if text.heads % text.kv_heads:
             found.append(f"model.text.heads={text.heads} must be a multiple of kv_heads={text.kv_heads}")
-        if vision.hidden_size % vision.heads:
-            found.append(f"model.vision.hidden_size={vision.hidden_size} must be a multiple of heads={vision.heads}")
-        if any(not 0 <= layer < vision.depth for layer in vision.deepstack_layers):
-            found.append(f"model.vision.deepstack_layers={vision.deepstack_layers} must lie in 0..{vision.depth - 1}")
-        if len(vision.deepstack_layers) > text.layers:
-            found.append(
-                f"model.vision.deepstack_layers: {len(vision.deepstack_layers)} levels need as many language layers, have {text.layers}"
-            )
-        found += self._expert_problems()
+        for option, value in PICTURES.items():
+            if getattr(vision, option) != value:
+                found.append(f"model.vision.{option}={getattr(vision, option)} must be {value}, as the data has it")
+        found += self._deepstack_problems() + self._expert_problems()
         return found + (self.layout_problems(parallel) if parallel else [])
+
+    def _rotary_problems(self) -> list[str]:
+        """What the rotary embeddings of both towers cannot be made of."""
+        text, vision, found = self.text, self.vision, []
+        section = f"model.text.mrope_section={text.mrope_section}"
+        if len(text.mrope_section) != 3 or min(text.mrope_section) < 0:
+            found.append(f"{section} must be three numbers of at least 0: for time, height and width")
+        elif sum(text.mrope_section) * 2 != text.head_dim:
+            found.append(f"{section} must sum to head_dim / 2 = {text.head_dim / 2:g}")
+        elif 3 * max(text.mrope_section[1:]) > text.head_dim // 2:
+            found.append(f"{section}: height and width need 3 x section <= head_dim / 2")
+        if vision.hidden_size % (4 * vision.heads):
+            found.append(
+                f"model.vision.hidden_size={vision.hidden_size} must be a multiple of 4 x heads={4 * vision.heads}:"
+                " each head turns by rows and columns"
+            )
+        return found
+
+    def _deepstack_problems(self) -> list[str]:
+        vision, layers = self.vision, self.text.layers
+        option, found = f"model.vision.deepstack_layers={vision.deepstack_layers}", []
+        if any(not 0 <= layer < vision.depth for layer in vision.deepstack_layers):
+            found.append(f"{option} must lie in 0..{vision.depth - 1}")
+        if vision.deepstack_layers != sorted(set(vision.deepstack_layers)):
+            found.append(f"{option} must increase: language layers receive the levels in the order of the blocks")
+        if len(vision.deepstack_layers) > layers:
+            found.append(f"{option}: {len(vision.deepstack_layers)} levels need as many language layers, have {layers}")
+        return found
 
     def _expert_problems(self) -> list[str]:
         text, found = self.text, []
+        if text.experts < 0:
+            return [f"model.text.experts={text.experts} must be at least 0"]
         if text.experts and not 1 <= text.experts_per_token <= text.experts:
             found.append(f"model.text.experts_per_token={text.experts_per_token} must lie in 1..{text.experts} (experts)")
         if text.experts and text.expert_ffn_hidden_size < 1:
             found.append(f"model.text.expert_ffn_hidden_size={text.expert_ffn_hidden_size} must be at least 1")
-        if text.balance_coefficient < 0:
-            found.append(f"model.text.balance_coefficient={text.balance_coefficient:g} must be at least 0")
+        if not 0 <= text.balance_coefficient < math.inf:
+            found.append(f"model.text.balance_coefficient={text.balance_coefficient:g} must be a finite number of at least 0")
         return found
+
+    def kernel_problems(self, element_bytes: int, parallel: ParallelConfig) -> list[str]:
+        """What the kernels of a possible model cannot multiply in a layout, with elements of so many bytes."""
+        text, multiple, share = self.text, ROW_BYTES // element_bytes, parallel.expert_tensor or 1
+        if not text.experts:
+            return []
+        found = []
+        if text.hidden_size % multiple:
+            found.append(f"model.text.hidden_size={text.hidden_size} must be a multiple of {multiple} in a mixture")
+        if text.expert_ffn_hidden_size % (multiple * share):
+            parts = f" x parallel.expert_tensor {share}" if share > 1 else ""
+            found.append(
+                f"model.text.expert_ffn_hidden_size={text.expert_ffn_hidden_size} must be a multiple of {multiple}{parts}"
+            )
+        return [f"{line}: rows of experts' matrices are multiples of {ROW_BYTES} bytes" for line in found]
 
     def layout_problems(self, parallel: ParallelConfig) -> list[str]:
         """What a layout does not divide: heads, key/value heads, vocabulary, widths, experts, layers; one line a fault."""
@@ -153,11 +196,20 @@ class ModelConfig:
         return found
 
     def _not_positive(self) -> list[str]:
-        """Sizes below 1, which every other check divides by."""
-        sizes = {
-            f"model.{part}.{size.name}": getattr(config, size.name)
+        """Sizes below 1, which every other check divides by, and numbers that no arithmetic can take."""
+        values = {
+            f"model.{part}.{each.name}": (each.type, getattr(config, each.name))
             for part, config in (("text", self.text), ("vision", self.vision))
-            for size in fields(config)
-            if size.type is int and not size.name.startswith("expert")
+            for each in fields(config)
         }
-        return [f"{option}={size} must be at least 1" for option, size in sizes.items() if size < 1]
+        found = [
+            f"{option}={value} must be at least 1"
+            for option, (kind, value) in values.items()
+            if kind is int and ".expert" not in option and value < 1
+        ]
+        for option, (_, value) in values.items():
+            if option.endswith(("norm_epsilon", "rope_theta")) and not 0 < value < math.inf:
+                found.append(f"{option}={value:g} must be a finite number above 0")
+            if option.endswith("initializer_range") and not 0 <= value < math.inf:
+                found.append(f"{option}={value:g} must be a finite number of at least 0")
+        return found

@@ -8,11 +8,13 @@ import copy
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Final
 
 from visionloom.model.config import ModelConfig, TextConfig, VisionConfig
+from visionloom.model.huggingface_fields import BASE, EVERYWHERE, OUTER, ROPE_ONLY, TEXT, TEXT_ONLY, VISION_ONLY
+from visionloom.model.understood import Fields, shown
 from visionloom.parallel.errors import UserError
 
 CONFIG: Final = "config.json"
@@ -54,13 +56,25 @@ MAY_BE_ABSENT: Final = ("initializer_range", "balance_coefficient", "channels", 
 """Fields that no tensor's shape and no output depends on or that all models share: our default stands in."""
 NOT_THE_MODEL: Final = ("balance_coefficient", "initializer_range", "max_positions")
 """Fields that a recipe may set as it likes: they change training, not what the weights mean."""
-FIXED: Final[dict[str, dict[str, Any]]] = {
-    "text_config": {
-        "hidden_act": "silu", "attention_bias": False, "mlp_only_layers": [], "decoder_sparse_step": 1, "sliding_window": None,
-    },
-    "vision_config": {"hidden_act": "gelu_pytorch_tanh"},
+FIELDS: Final = {
+    "": Fields(
+        frozenset({"model_type", "text_config", "vision_config", "tie_word_embeddings", "quantization_config"}),
+        EVERYWHERE | OUTER, BASE,
+    ),
+    "text_config": Fields(
+        frozenset(TEXT_KEYS.values())
+        | {"tie_word_embeddings", "rope_parameters", "rope_scaling", "rope_theta", "mlp_only_layers", "decoder_sparse_step"},
+        EVERYWHERE | TEXT, TEXT_ONLY | {"model_type": tuple(f"{kind}{end}" for kind in ARCHITECTURES for end in ("_text", ""))},
+    ),
+    "vision_config": Fields(
+        frozenset(VISION_KEYS.values()) | {"num_position_embeddings", "out_hidden_size"},
+        EVERYWHERE | {"tie_word_embeddings"},
+        VISION_ONLY | {"model_type": tuple(f"{kind}{end}" for kind in ARCHITECTURES for end in ("_vision", ""))},
+    ),
 }  # fmt: skip
-"""What every Qwen3-VL model has and nothing here can change."""
+"""All that is understood of a config.json, by part; of a mixture `EXPERT_FIELDS` too."""
+EXPERT_FIELDS: Final = frozenset(EXPERT_KEYS.values()) | frozenset(OTHER_NAMES.values())
+ROPE_FIELDS: Final = Fields(frozenset({"rope_theta", "mrope_section"}), frozenset(), ROPE_ONLY)
 TOKENS: Final = {
     "image_token_id": "<|image_pad|>",
     "video_token_id": "<|video_pad|>",
@@ -75,7 +89,7 @@ def read_json(path: Path, option: str) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
     except FileNotFoundError:
-        raise UserError(f"{option}={path.parent}: no {path.name} there: give the folder of a Hugging Face model") from None
+        raise UserError(f"{option}={path.parent}: no {path.name} there: give the folder that has it") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{option}={path.parent}: {path.name} cannot be read: {error}") from None
     if not isinstance(found, dict):
@@ -98,20 +112,32 @@ def config_of(raw: Mapping[str, Any], folder: Path, option: str) -> ModelConfig:
     if kind not in ARCHITECTURES:
         raise UserError(f"{option}={folder}: {CONFIG} has model_type {kind}: only {DENSE} and {MIXTURE} are Qwen3-VL models")
     keys = _Keys(raw)
+    keys.check_understood(kind)
     text = {ours: keys.take("text_config", key, ours) for ours, key in TEXT_KEYS.items()}
     if kind == MIXTURE:
         text |= {ours: keys.take("text_config", key, ours) for ours, key in EXPERT_KEYS.items()}
     vision = {ours: keys.take("vision_config", key, ours) for ours, key in VISION_KEYS.items()}
     vision["position_table"] = keys.table_side()
-    text |= keys.rope() | {"tie_embeddings": bool(raw.get("tie_word_embeddings", False))}
-    keys.check_fixed()
+    text |= keys.rope() | {"tie_embeddings": keys.is_tied(kind)}
     if keys.found:
         raise UserError(f"{option}={folder}: {CONFIG} is not of a Qwen3-VL model: {'; '.join(keys.found)}")
     given = [{name: value for name, value in part.items() if value is not None} for part in (text, vision)]
     config = ModelConfig(folder.resolve().name, text=TextConfig(**given[0]), vision=VisionConfig(**given[1]))
+    if kind == MIXTURE and not config.text.experts:
+        raise UserError(f"{option}={folder}: {CONFIG} has model_type {MIXTURE}, but no experts")
     if found := config.problems():
         raise UserError(f"{option}={folder}: {CONFIG} describes a model that cannot be built: {'; '.join(found)}")
     return config
+
+
+KINDS: Final[dict[Any, str]] = {int: "a whole number", float: "a number", list[int]: "a list of whole numbers"}
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    """Whether a value of JSON has the type of a field of ours."""
+    if kind == list[int]:
+        return isinstance(value, list) and all(type(each) is int for each in value)
+    return type(value) is int or (kind is float and type(value) is float and math.isfinite(value))
 
 
 @dataclass
@@ -122,8 +148,33 @@ class _Keys:
     found: list[str] = field(default_factory=list)
 
     def section(self, name: str) -> Mapping[str, Any]:
-        part = self.raw.get(name)
+        part = self.raw.get(name) if name else self.raw
         return part if isinstance(part, dict) else {}
+
+    def check_understood(self, kind: str) -> None:
+        """Refuse what nobody here understands, and what says the same thing twice in two ways."""
+        text = self.section("text_config")
+        for name, known in FIELDS.items():
+            part = self.section(name)
+            if name == "text_config" and kind == MIXTURE:
+                known = replace(known, read=known.read | EXPERT_FIELDS)
+            if not name:  # some tools repeat values of the language model beside it, where transformers does not look
+                part = {key: value for key, value in part.items() if key in known.names or value != text.get(key, self)}
+            self.found += known.refusals(part, f"{name}." if name else "")
+        if self.raw.get("quantization_config"):
+            self.found.append("quantization_config: quantized weights (of types such as F8_E4M3 or U8) are not read")
+        dense, step = text.get("mlp_only_layers"), text.get("decoder_sparse_step", 1)
+        if dense or step != 1:
+            self.found.append(
+                f"text_config.mlp_only_layers={shown(dense)} and decoder_sparse_step={shown(step)} make some layers dense and"
+                " others mixtures of experts: here all layers of a model are of one kind"
+            )
+        for key, other in OTHER_NAMES.items():
+            if text.get(key, text.get(other)) != text.get(other, text.get(key)):
+                self.found.append(f"text_config.{key} is {shown(text[key])}, but {other} is {shown(text[other])}")
+        wide, hidden = self.section("vision_config").get("out_hidden_size"), text.get("hidden_size")
+        if wide is not None and wide != hidden:
+            self.found.append(f"vision_config.out_hidden_size={wide} is not text_config.hidden_size={hidden}")
 
     def take(self, section: str, key: str, ours: str) -> Any:
         part = self.section(section)
@@ -132,13 +183,9 @@ class _Keys:
             if ours not in MAY_BE_ABSENT:
                 self.found.append(f"{section}.{key} is missing")
             return None
-        kind = list if ours == "deepstack_layers" else (int, float)
-        if (
-            not isinstance(value, kind)
-            or isinstance(value, bool)
-            or (isinstance(value, list) and not all(type(x) is int for x in value))
-        ):
-            self.found.append(f"{section}.{key} is {value!r}, not {'a list of numbers' if kind is list else 'a number'}")
+        types = {each.name: each.type for each in fields(TextConfig if section == "text_config" else VisionConfig)}
+        if not _is_a(value, types[ours]):
+            self.found.append(f"{section}.{key} is {shown(value)}, not {KINDS[types[ours]]}")
         return value
 
     def table_side(self) -> int:
@@ -149,27 +196,35 @@ class _Keys:
         return side
 
     def rope(self) -> dict[str, Any]:
+        """Of transformers 5's rope_parameters, or transformers 4's rope_scaling and rope_theta."""
         text = self.section("text_config")
-        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-        theta, sections = rope.get("rope_theta", text.get("rope_theta")), rope.get("mrope_section")
-        if not isinstance(theta, int | float) or not isinstance(sections, list) or len(sections) != 3:
+        given = [name for name in ("rope_parameters", "rope_scaling") if text.get(name)]
+        rope = text[given[0]] if given else {}
+        if not isinstance(rope, dict) or any(text[name] != rope for name in given):
+            self.found.append("text_config.rope_parameters and rope_scaling are no objects or not alike")
+            return {}
+        self.found += ROPE_FIELDS.refusals(rope, f"text_config.{given[0]}." if given else "")
+        theta: Any = rope.get("rope_theta", text.get("rope_theta"))
+        sections: Any = rope.get("mrope_section")
+        if not _is_a(theta, float) or not _is_a(sections, list[int]) or len(sections) != 3:
             self.found.append("text_config lacks rope_theta or a mrope_section of three")
             return {}
-        if rope.get("rope_type", rope.get("type", "default")) not in ("default", "mrope"):
-            self.found.append(f"rope_type {rope.get('rope_type')} is not read, only default")
-        if not rope.get("mrope_interleaved", True):
-            self.found.append("mrope_interleaved is false")
+        if text.get("rope_theta") not in (None, theta):
+            self.found.append(f"text_config.rope_theta is {shown(text['rope_theta'])}, but {given[0]} has {theta}")
         return {"rope_theta": float(theta), "mrope_section": sections}
 
-    def check_fixed(self) -> None:
-        for section, fixed in FIXED.items():
-            part = self.section(section)
-            self.found += [f"{section}.{k} is {part[k]!r}, not {v!r}" for k, v in fixed.items() if part.get(k, v) != v]
-        wide, hidden = (
-            self.section(s).get(k) for s, k in (("vision_config", "out_hidden_size"), ("text_config", "hidden_size"))
-        )
-        if wide is not None and wide != hidden:
-            self.found.append(f"vision_config.out_hidden_size={wide} is not text_config.hidden_size={hidden}")
+    def is_tied(self, kind: str) -> bool:
+        """Transformers 4 looked into text_config, transformers 5 looks beside it: where they would differ nobody can know.
+
+        A mixture's text_config says true wherever nobody has set it, and counts for nothing.
+        """
+        outer, inner = (self.section(name).get("tie_word_embeddings") for name in ("", "text_config"))
+        if not all(each is None or isinstance(each, bool) for each in (outer, inner)):
+            self.found.append(f"tie_word_embeddings is {shown(outer)} and, in text_config, {shown(inner)}: not true or false")
+        meant_nothing = kind == MIXTURE and inner is True and outer is not None
+        if inner is not None and inner != bool(outer) and not meant_nothing:
+            self.found.append(f"tie_word_embeddings is {shown(outer)}, but in text_config {shown(inner)}: set them alike")
+        return bool(outer)
 
 
 def differences(ours: ModelConfig, theirs: ModelConfig, folder: Path) -> list[str]:

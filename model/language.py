@@ -105,6 +105,8 @@ def _expert_settings(text: TextConfig) -> dict[str, Any]:
     return {
         "num_moe_experts": text.experts,
         "moe_router_topk": text.experts_per_token,
+        # Megatron-core refuses one expert a token otherwise; the softmax is experts.py's own, whose only weight is then 1.
+        "moe_router_pre_softmax": text.experts_per_token == 1,
         "moe_ffn_hidden_size": text.expert_ffn_hidden_size,
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "none",

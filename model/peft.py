@@ -15,6 +15,8 @@ from visionloom.model.lora_config import LinearLayer, LoraConfig, adapted_layers
 from visionloom.model.trainable import ADAPTER
 
 PREFIX = "base_model.model."
+NAMED = 4
+"""Tensors named for a fault; the others are counted."""
 
 
 def adapter_names(layer: LinearLayer) -> dict[str, tuple[str, str]]:
@@ -60,7 +62,8 @@ def from_peft(state: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tens
                 a, b = left.pop(there[0]), left.pop(there[1])
                 ours |= dict(zip(names, _ours(layer, part, a, b), strict=True))
     if left:
-        raise ValueError(f"{len(left)} tensors belong to no linear layer of this model, {min(left)} for one")
+        named = ", ".join(sorted(left)[:NAMED]) + (f" and {len(left) - NAMED} more" if len(left) > NAMED else "")
+        raise ValueError(f"tensors that belong to no adapter of a linear layer of this model: {named}")
     return ours
 
 

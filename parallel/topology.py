@@ -216,7 +216,8 @@ def _open_layout(config: ParallelConfig, device: torch.device, seed: int) -> Top
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor,
         pipeline_model_parallel_size=config.pipeline,
-        virtual_pipeline_model_parallel_size=config.virtual_pipeline,
+        # One chunk a stage is no interleaving, which Megatron-core would take it for.
+        virtual_pipeline_model_parallel_size=config.chunks if config.chunks > 1 else None,
         context_parallel_size=config.context,
         expert_model_parallel_size=config.expert,
         expert_tensor_parallel_size=config.expert_tensor or 1,

@@ -15,11 +15,12 @@ from visionloom.model.huggingface_folder import HuggingFaceFolder
 from visionloom.model.lora import low_rank_product
 from visionloom.model.lora_config import LinearLayer, LoraConfig, adapted_layers
 from visionloom.model.peft import adapter_names, peft_config, to_peft
+from visionloom.model.peft_config import CONFIG
 from visionloom.model.shapes import parameter_shapes
 from visionloom.parallel.errors import UserError
 from visionloom.parallel.topology import Topology
 from visionloom.train import checkpoint as checkpoints
-from visionloom.train.adapter import CONFIG, WEIGHTS
+from visionloom.train.adapter import WEIGHTS
 from visionloom.train.exporting import ExportOptions, Parameters, files_along, model_of, write_huggingface
 from visionloom.train.stored import StoredWeights
 

@@ -4,11 +4,13 @@ YAML holds values, the dataclasses hold names, types and defaults. Nothing here 
 refused in well under a second.
 """
 
+import dataclasses
 import difflib
 import math
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from visionloom.data.config import OVER_LENGTH, DataConfig
 from visionloom.model.config import GROUPS, ModelConfig
@@ -276,7 +278,8 @@ class RunConfig:
 
     def problems(self, world_size: int) -> list[str]:
         """What cannot work, found from the values alone: one line a fault, each naming its option; empty if none."""
-        found = []
+        if found := not_finite(self):
+            return found
         for option, value, known in (
             ("run.device", self.run.device, DEVICES),
             ("run.precision", self.run.precision, PRECISIONS),
@@ -290,6 +293,7 @@ class RunConfig:
         found += self._out_of_range()
         layout = self.parallel.problems(world_size) + self.model.problems(self.parallel)
         found += layout
+        found += self._kernel_problems() if not layout else []
         found += self._multiple_problems()
         if not self.phases:
             found.append("phases is empty: choose a run with +recipe=NAME")
@@ -302,6 +306,21 @@ class RunConfig:
         if self.init.huggingface and self.init.checkpoint:
             found.append("init.huggingface and init.checkpoint are both set: weights come from one of them")
         return found
+
+    def _kernel_problems(self) -> list[str]:
+        """What the kernels of the run's precision cannot multiply in any layout of the run; on a GPU `auto` is bf16."""
+        exact = self.run.precision == "fp32" or (self.run.precision == "auto" and self.run.device == "cpu")
+        found = [
+            line
+            for layout in self._layouts()
+            if not layout.out_of_range()
+            for line in self.model.kernel_problems(4 if exact else 2, layout)
+        ]
+        return list(dict.fromkeys(found))
+
+    def _layouts(self) -> list[ParallelConfig]:
+        """The run's own layout, in which it is evaluated, and those of its phases."""
+        return [self.parallel, *(phase.parallel for phase in self.phases.values() if phase.parallel is not None)]
 
     def _lora_problems(self) -> list[str]:
         """What adapters cannot do, by themselves and in the phases."""
@@ -321,7 +340,7 @@ class RunConfig:
 
     def _multiple_problems(self) -> list[str]:
         """Whether samples take up tokens in the multiples that context parallelism cuts them into."""
-        layouts = [phase.parallel or self.parallel for phase in self.phases.values()] or [self.parallel]
+        layouts = self._layouts()
         needed = math.lcm(*(layout.token_multiple for layout in layouts if layout.context > 0))
         found = []
         if self.data.pack_multiple > 0 and self.data.pack_multiple % needed:
@@ -343,6 +362,8 @@ class RunConfig:
         for option in ("beta1", "beta2"):
             if not 0 <= getattr(self.optim, option) < 1:
                 found.append(f"optim.{option}={getattr(self.optim, option):g} must be at least 0 and below 1")
+        if self.optim.epsilon <= 0:
+            found.append(f"optim.epsilon={self.optim.epsilon:g} must be above 0")
         if not 0 < self.data.patch_budget < math.inf:
             found.append(f"data.patch_budget={self.data.patch_budget:g} must be above 0")
         if not 0 < self.data.store.timeout_seconds < math.inf:
@@ -357,6 +378,16 @@ class RunConfig:
             if not 0 <= dataset.weight < math.inf:
                 found.append(f"data.datasets.{name}.weight={dataset.weight:g} must be a finite number of at least 0")
         return found
+
+
+def not_finite(config: Any, where: str = "") -> list[str]:
+    """Numbers of a configuration, or of those inside it, that are infinite or none at all; one line each."""
+    if isinstance(config, float) and not math.isfinite(config):
+        return [f"{where}={config:g} must be a finite number"]
+    if dataclasses.is_dataclass(config) or isinstance(config, dict):
+        inner = config if isinstance(config, dict) else vars(config)
+        return [line for name, value in inner.items() for line in not_finite(value, f"{where}.{name}".removeprefix("."))]
+    return []
 
 
 def _once(faults: Mapping[str, list[str]]) -> list[str]:

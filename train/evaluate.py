@@ -22,6 +22,7 @@ from visionloom.data.pack import PackedBatch, pack_prompts
 from visionloom.data.tokenizer import Tokenizer
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.model.view import View
+from visionloom.parallel.config import ParallelConfig
 from visionloom.parallel.topology import Topology
 from visionloom.train.config import RunConfig
 from visionloom.train.progress import Screen
@@ -62,7 +63,7 @@ def held_out_losses(
 
     A dataset without a supervised token has no loss and is left out, which is said.
     """
-    length = max(phase.sequence_length for phase in config.phases.values())
+    length = held_out_length(config, topology.config)
     kind = list(config.phases.values())[-1].loss
     losses: dict[str, float] = {}
     with evaluating(chunks):
@@ -82,6 +83,12 @@ def held_out_losses(
                 )
             losses |= measured
     return losses
+
+
+def held_out_length(config: RunConfig, layout: ParallelConfig) -> int:
+    """Tokens of a pack that holds what any phase can train on, in a layout that may be another phase's."""
+    longest = max(phase.sequence_length for phase in config.phases.values())
+    return longest + -longest % layout.pack_multiple
 
 
 @contextmanager

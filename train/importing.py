@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_distribut
 from visionloom.model.huggingface_folder import HuggingFaceFolder
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.model.shapes import parameter_shapes
-from visionloom.model.sharding import canonical_parameters
+from visionloom.model.sharding import LAYERS, canonical_parameters
 from visionloom.parallel.errors import UserError
 from visionloom.parallel.topology import Topology
 from visionloom.train.checkpoint import MANIFEST, STATE, Progress, content, hash_file, weights_state
@@ -58,6 +58,7 @@ def import_huggingface(folder: Path, out: Path, topology: Topology, say: Callabl
     source = HuggingFaceFolder(folder)
     if found := source.config.layout_problems(topology.config):
         raise UserError("; ".join(found))
+    check_layers_alike(source)
     partial = start_folder(out, topology)
     chunks = empty_model(source, topology)
     strategy = FullyParallelSaveStrategyWrapper(StreamedSave(source, say), topology.groups.dp_cp)
@@ -71,6 +72,22 @@ def import_huggingface(folder: Path, out: Path, topology: Topology, say: Callabl
         carry(folder, partial / COMPANIONS)
         partial.rename(out)
     topology.barrier()
+
+
+def check_layers_alike(source: HuggingFaceFolder) -> None:
+    """Refuse a folder that has one parameter in different types in different layers: a checkpoint has it once for all layers."""
+    types: dict[str, dict[torch.dtype, str]] = {}
+    for name, shape in parameter_shapes(source.config).items():
+        if name.startswith(LAYERS):
+            kind = name.removeprefix(LAYERS).partition(".")[2]
+            types.setdefault(kind, {}).setdefault(source.parameter_dtype(name, shape), name)
+    for found in types.values():
+        if len(found) > 1:
+            told = " and ".join(f"{name} in {str(dtype).removeprefix('torch.')}" for dtype, name in found.items())
+            raise UserError(
+                f"hf={source.folder}: layers differ in type, {told}, which a checkpoint cannot hold: save the model in one type,"
+                " or train from the folder itself (init.huggingface)"
+            )
 
 
 def start_folder(out: Path, topology: Topology) -> Path:

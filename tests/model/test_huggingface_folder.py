@@ -30,7 +30,9 @@ from visionloom.model.huggingface_folder import HuggingFaceFolder
 from visionloom.model.safetensors_writer import write_safetensors
 from visionloom.model.shapes import parameter_shapes
 from visionloom.parallel.errors import UserError
+from visionloom.parallel.topology import Topology
 from visionloom.tests.model.reference import reference_model, tiny_config
+from visionloom.train.importing import import_huggingface
 
 MODELS = ("qwen3vl_2b", "qwen3vl_4b", "qwen3vl_8b", "qwen3vl_32b", "qwen3vl_30b_a3b", "qwen3vl_235b_a22b")
 EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
@@ -124,7 +126,7 @@ def test_config_of_transformers_4_is_read(tmp_path: Path) -> None:
         ("", {"model_type": "llava"}, "model_type llava"),
         ("text_config", {"attention_bias": True}, "text_config.attention_bias is True"),
         ("text_config", {"head_dim": None}, "text_config.head_dim is missing"),
-        ("text_config", {"hidden_size": "64"}, "text_config.hidden_size is '64', not a number"),
+        ("text_config", {"hidden_size": "64"}, "text_config.hidden_size is '64', not a whole number"),
         ("text_config", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "mrope_section": [6, 5, 5]}}, "yarn"),
         ("vision_config", {"num_position_embeddings": 63}, "63 is not a square"),
         ("vision_config", {"out_hidden_size": 32}, "out_hidden_size=32"),
@@ -331,3 +333,16 @@ def test_full_tensors_go_both_ways() -> None:
         back = to_huggingface(from_huggingface(state, config), config)
         assert state.keys() - back.keys() == ({HEAD} if config.text.tie_embeddings else set())
         assert all(torch.equal(back[name], state[name]) for name in back)
+
+
+def test_layers_of_different_types_are_read_but_not_imported(topology: Topology, tmp_path: Path) -> None:
+    """A checkpoint has a parameter once for all layers, in one type."""
+    state = save(tmp_path / "model", model(), "5GB")
+    change(tmp_path / "model", lambda found: found.update({GATE: found[GATE].float()}))
+    whole = all_of(HuggingFaceFolder(tmp_path / "model"))["language_model.decoder.layers.0.mlp.linear_fc1.weight"]
+    assert whole.dtype == torch.float32 and torch.equal(whole[:96], state[GATE].float())
+    with pytest.raises(
+        UserError, match=r"layers differ in type, .*layers.0.mlp.linear_fc1.weight in float32 and .* in bfloat16"
+    ):
+        import_huggingface(tmp_path / "model", tmp_path / "out", topology, print)
+    assert not list(tmp_path.glob("out*"))

@@ -22,6 +22,7 @@ from visionloom.model.huggingface import to_huggingface
 from visionloom.model.lora import adapted_modules, apply_lora, merge
 from visionloom.model.lora_config import LoraConfig, adapted_layers, linear_layers
 from visionloom.model.peft import from_peft, peft_config, to_peft
+from visionloom.model.peft_config import CONFIG
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.model.sharding import canonical_parameters
 from visionloom.model.trainable import is_adapter, set_trainable
@@ -37,7 +38,7 @@ from visionloom.tests.model.reference import (
     tiny_config,
 )
 from visionloom.tests.model.test_parity import error
-from visionloom.train.adapter import CONFIG, PICKLE, WEIGHTS, load_adapter
+from visionloom.train.adapter import PICKLE, WEIGHTS, load_adapter
 
 EXAMPLES = [make_example(parts, i) for i, parts in enumerate([[5, (4, 6), 9], [21], [2, (2, 4, 4), 3, (2, 2), 11]])]
 EVERYWHERE = LoraConfig(rank=8, alpha=12.0, groups=list(GROUPS))
@@ -171,8 +172,8 @@ def test_a_folder_that_cannot_be_taken_is_refused(topology: Topology, tmp_path: 
     for changes, message in (
         ({"r": 4}, "r is 4, but lora.rank=8"),
         ({"lora_alpha": 3}, "lora_alpha is 3, but lora.alpha=12"),
-        ({"use_dora": True}, "use_dora=True is not supported"),
-        ({"peft_type": "IA3"}, "peft_type is IA3, not LORA"),
+        ({"use_dora": True}, "use_dora is True, only False is understood"),
+        ({"peft_type": "IA3"}, "peft_type is 'IA3', only 'LORA'"),
     ):
         write_folder(folder, ours, lora)
         change_config(folder, **changes)
