@@ -26,9 +26,9 @@ from visionloom.data.config import DatasetConfig
 from visionloom.launch.exit import FAILURE, end_with_parent, exit_with, record_for_torchrun, write_status
 from visionloom.launch.explain import available, explain, no_such_key, unknown_keys
 from visionloom.launch.quiet import quiet_libraries
-from visionloom.model.huggingface_config import differences, read_config
 from visionloom.parallel.config import ParallelConfig
 from visionloom.parallel.errors import UserError
+from visionloom.train.agreements import check_run
 from visionloom.train.config import PhaseConfig, RunConfig
 
 MISSING_PATHS_SHOWN = 3
@@ -37,12 +37,13 @@ MISSING_PATHS_SHOWN = 3
 LATE = re.compile(r"\+{0,2}phases\.[^.=]+\.parallel[.=]|\+{1,2}(?:phases|data\.datasets|data\.validation)\.[^.=]+[.=]")
 
 
-def start(command: Callable[[RunConfig], None], argv: Sequence[str] | None = None) -> None:
+def start(command: Callable[[RunConfig], None], argv: Sequence[str] | None = None, checkpoint: str = "") -> None:
     """Compose the run of the command line and hand it to `command`; end with one line and exit code 2 on a UserError.
 
     Args:
         command: does the work; imports torch inside.
         argv: the command line without the program; None: sys.argv.
+        checkpoint: the folder that the command is about, if it names one.
     """
     try:
         config = compose(sys.argv[1:] if argv is None else argv)
@@ -54,7 +55,7 @@ def start(command: Callable[[RunConfig], None], argv: Sequence[str] | None = Non
     end_with_parent()
     try:
         check_paths(config)
-        check_source(config)
+        check_run(config, checkpoint)
         command(config)
     except UserError as error:
         exit_with(error, folder=config.run.folder, step=getattr(error, "step", None))
@@ -121,18 +122,6 @@ def check_paths(config: RunConfig) -> None:
     if "demo-data" in missing[0]:
         lines.append("the demo's data is made by: python launch/data.py demo runs/demo-data")
     raise UserError("\n".join(lines))
-
-
-def check_source(config: RunConfig) -> None:
-    """Refuse a Hugging Face folder of another model than the recipe's, from its config.json alone.
-
-    Raises:
-        UserError: one line for each field that differs.
-    """
-    if config.init.huggingface:
-        folder = Path(config.init.huggingface)
-        if found := differences(config.model, read_config(folder, "init.huggingface"), folder):
-            raise UserError("\n".join(found))
 
 
 def _check_words(words: Sequence[str]) -> None:

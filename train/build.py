@@ -35,6 +35,8 @@ class Stage:
     optimizer: Any
     scheduler: Any
     stream: PackStream
+    weights: str = ""
+    """Folder that the run's first weights came from; empty: drawn."""
 
     @property
     def has_dropout(self) -> bool:
@@ -114,4 +116,6 @@ def build_stage(config: RunConfig, name: str, topology: Topology, chunks: list[Q
     wrapped = wrap_data_parallel(chunks, topology)
     bf16 = next(chunks[0].parameters()).dtype == torch.bfloat16
     optimizer = build_optimizer(wrapped, config.optim, phase, bf16)
-    return Stage(name, phase, topology, chunks, wrapped, optimizer, build_scheduler(optimizer, config.optim, phase), stream)
+    scheduler = build_scheduler(optimizer, config.optim, phase)
+    weights = config.init.huggingface or config.init.checkpoint
+    return Stage(name, phase, topology, chunks, wrapped, optimizer, scheduler, stream, weights)

@@ -21,7 +21,6 @@ from transformers import AutoModelForImageTextToText
 
 from visionloom.data.pack import widen
 from visionloom.data.tokenizer import IMAGE, VIDEO, Tokenizer
-from visionloom.launch.configure import check_source
 from visionloom.launch.convert import main
 from visionloom.model.config import ModelConfig
 from visionloom.model.huggingface import from_huggingface
@@ -37,6 +36,7 @@ from visionloom.tests.ranks import RankPool
 from visionloom.tests.train.runs import metrics, run_config
 from visionloom.tests.train.test_layouts import train
 from visionloom.train import checkpoint
+from visionloom.train.agreements import check_run
 from visionloom.train.build import build_stream
 from visionloom.train.config import RunConfig
 from visionloom.train.importing import StreamedPlanner, import_huggingface
@@ -278,7 +278,7 @@ def test_a_run_begins_with_the_loss_of_transformers(name: str, pool: RankPool, d
 
 def test_a_run_on_another_model_is_refused_before_torch(demo_data: Path, folders: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
-        check_source(run_config(demo_data, tmp_path, STEPS, 1, f"init.huggingface={folders['dense']}"))
+        check_run(run_config(demo_data, tmp_path, STEPS, 1, f"init.huggingface={folders['dense']}"))
     first, *_ = str(caught.value).splitlines()
     assert first == f"model.text.hidden_size=128, but {folders['dense']}/config.json says 64"
 
