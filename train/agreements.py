@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from visionloom.data.geometry import MERGE_SIZE, PATCH_SIZE, TEMPORAL_PATCH_SIZE
-from visionloom.data.tokenizer import REQUIRED
+from visionloom.data.tokenizer import END_OF_TEXT, REQUIRED
 from visionloom.model.config import ModelConfig
 from visionloom.model.huggingface_config import CONFIG, NOT_THE_MODEL, TOKENS, differences, read_config, read_json
 from visionloom.parallel.errors import UserError
@@ -192,16 +192,15 @@ def answers_end_alike(sides: Sides) -> Iterator[str]:
     known = " or ".join(f"{number} ({stop})" for number, stop in stops.items())
     for name, said in ((GENERATION, sides.read(GENERATION)), (CONFIG, text if isinstance(text, dict) else {})):
         ends = said.get("eos_token_id")
-        for number in ends if isinstance(ends, list) else [ends]:
-            if stops and number is not None and number not in stops:
-                yield (
-                    f"{sides.where(name)} has eos_token_id {number}, but with {sides.tokens.name} answers end with {known}:"
-                    " correct the file, or give the tokenizer of these weights"
-                )
+        if stops and ends is not None and not set(ends if isinstance(ends, list) else [ends]) <= stops.keys():
+            yield (
+                f"{sides.where(name)} has eos_token_id {ends}, but with {sides.tokens.name} answers end with {known}:"
+                " correct the file, or give the tokenizer of these weights"
+            )
         pad = said.get("pad_token_id")
         if stops and pad is not None and pad not in added.values():
             yield (
-                f"{sides.where(name)} has pad_token_id {pad}, but {sides.tokens.name} pads with {max(stops)} and has no special token"
+                f"{sides.where(name)} has pad_token_id {pad}, but {sides.tokens.name} pads with {added.get(END_OF_TEXT)} and has no special token"
                 f" {pad}: correct the file, or give the tokenizer of these weights"
             )
     end = sides.tokens.settings.get("eos_token")

@@ -70,7 +70,7 @@ def carry_into_run(config: RunConfig, run_folder: Path) -> None:
 def companions_of(folder: Path) -> list[Path]:
     """Folders with the files of a Hugging Face folder (itself), or of a checkpoint: its own, or its run's."""
     if not (folder / STATE).is_file():
-        return [folder] if (folder / CONFIG).is_file() else []
+        return [folder] if folder.is_dir() else []
     parents = folder.resolve().parents
     found = [folder / COMPANIONS, *([parents[2] / COMPANIONS] if len(parents) > 2 else [])]
     return [each for each in found if each.is_dir()]

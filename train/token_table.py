@@ -74,8 +74,16 @@ class TokenTable:
             more = f", and {len(changed) - 1} more tokens differ" if len(changed) > 1 else ""
             yield f"{token} is {here} here and {there} there{more}"
             return
-        cuts = [Backend.from_file(str(one.folder / TOKENIZER)).encode(PROBE).tokens for one in (self, other)]
+        cuts = [one.cut(PROBE) for one in (self, other)]
         first = next((at for at, pair in enumerate(zip_longest(*cuts)) if pair[0] != pair[1]), None)
         if first is not None:
             mine, theirs = (cut[first : first + 3] for cut in cuts)
             yield f"the same text is cut as {mine} here and as {theirs} there"
+
+    def cut(self, text: str) -> list[str]:
+        """The tokens of a text; UserError if the file is no tokenizer."""
+        try:
+            tokens: list[str] = Backend.from_file(str(self.folder / TOKENIZER)).encode(text).tokens
+        except Exception as error:  # the library raises bare Exception
+            raise UserError(f"{self.name}: {TOKENIZER} cannot be read: {error}") from None
+        return tokens
