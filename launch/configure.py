@@ -28,7 +28,6 @@ from visionloom.launch.explain import available, explain, no_such_key, unknown_k
 from visionloom.launch.quiet import quiet_libraries
 from visionloom.parallel.config import ParallelConfig
 from visionloom.parallel.errors import UserError
-from visionloom.train.agreements import check_run
 from visionloom.train.config import PhaseConfig, RunConfig
 
 MISSING_PATHS_SHOWN = 3
@@ -55,6 +54,8 @@ def start(command: Callable[[RunConfig], None], argv: Sequence[str] | None = Non
     end_with_parent()
     try:
         check_paths(config)
+        from visionloom.train.agreements import check_run  # reads tokenizers: a mistyped word is refused without
+
         check_run(config, checkpoint)
         command(config)
     except UserError as error:

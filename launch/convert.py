@@ -30,7 +30,6 @@ from visionloom.launch.quiet import quiet_libraries
 from visionloom.model.huggingface_config import read_config
 from visionloom.parallel.config import ParallelConfig
 from visionloom.parallel.errors import UserError
-from visionloom.train.agreements import check_export, check_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -69,6 +68,8 @@ def import_folder(options: dict[str, str]) -> None:
     folder, parallel = Path(options["hf"]), _layout(options)
     if found := read_config(folder, "hf").layout_problems(parallel):
         raise UserError("\n".join(found))
+    from visionloom.train.agreements import check_folder
+
     check_folder(folder, "hf")
     with _world(parallel) as (topology, say):
         from visionloom.train.importing import import_huggingface
@@ -90,6 +91,8 @@ def export_folder(options: dict[str, str]) -> None:
     for option, path in {"checkpoint": folder, "hf": Path(source or ".")}.items():
         if not path.is_dir():
             raise UserError(f"{option}={path} is not a folder: correct the option")
+    from visionloom.train.agreements import check_export
+
     check_export(folder, Path(source) if source else None, "hf")
     with _world(ParallelConfig()) as (topology, say):
         from visionloom.train.exporting import ExportOptions, export_checkpoint
@@ -107,6 +110,8 @@ def export_adapters(options: dict[str, str]) -> None:
     for option, path in {"checkpoint": folder, "weights": Path(weights or ".")}.items():
         if not path.is_dir():
             raise UserError(f"{option}={path} is not a folder: correct the option")
+    from visionloom.train.agreements import check_export
+
     check_export(folder, Path(weights) if weights else None, "weights")
     with _world(ParallelConfig()) as (topology, say):
         from visionloom.train.adapter_export import export_adapter, export_merged

@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,7 +20,7 @@ from visionloom.parallel.errors import UserError
 from visionloom.parallel.topology import Topology
 from visionloom.train import checkpoint as checkpoints
 from visionloom.train.adapter import CONFIG, WEIGHTS
-from visionloom.train.companions import Companions, companions, companions_of
+from visionloom.train.companions import companions
 from visionloom.train.exporting import ExportOptions, Parameters, write_huggingface
 from visionloom.train.serving import carry_companions, write_serving_files
 from visionloom.train.state_file import STATE, model_of, read_progress
@@ -87,13 +86,8 @@ def export_merged(checkpoint: Path, weights: Path, out: Path, topology: Topology
         if (entry := base.entry(name)) is None or entry[0] != shape:
             raise UserError(f"weights={weights} is not what the adapters of {checkpoint} were trained on: {name} differs")
     merged = MergedWeights(base, StoredWeights(checkpoint), model, lora)
-    write_huggingface(merged, model, out, ExportOptions(), merged_files(checkpoint, weights), topology, say)
-
-
-def merged_files(checkpoint: Path, weights: Path) -> Companions:
-    """What goes along with merged weights: the adapters' tokenizer and media rules, and the other files of the weights below."""
-    found = companions(checkpoint, read_progress(checkpoint))
-    return replace(found, others=companions_of(weights) + found.others)
+    files = companions(checkpoint, read_progress(checkpoint), weights=weights)
+    write_huggingface(merged, model, out, ExportOptions(), files, topology, say)
 
 
 class FolderWeights:

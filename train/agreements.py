@@ -65,6 +65,11 @@ class Sides:
         there = self.folder is not None and (self.folder / name).is_file()
         return read_json(self.folder / name, self.option) if there and self.folder is not None else {}
 
+    @property
+    def text(self) -> dict[str, Any]:
+        """text_config of the folder's config.json."""
+        return _section(self.read(CONFIG), "text_config")
+
 
 def check_run(config: RunConfig, checkpoint: str = "") -> None:
     """Refuse a run whose parts do not agree.
@@ -151,7 +156,7 @@ def adapted_tokens_have_trained_rows(sides: Sides) -> Iterator[str]:
     """Rows that the folder lacks are zeros, which adapters never train."""
     if sides.tokens is None or not sides.adapters or sides.option != "init.huggingface":
         return
-    (token, last), rows = sides.tokens.last, sides.read(CONFIG).get("text_config", {}).get("vocab_size")
+    (token, last), rows = sides.tokens.last, sides.text.get("vocab_size")
     if isinstance(rows, int) and rows <= last < sides.model.text.vocab_size:
         yield (
             f"{sides.tokens.name} has ids up to {last} ({token}), but {sides.where(CONFIG)} has {rows} rows, and lora.rank trains none:"
@@ -187,10 +192,10 @@ def answers_end_alike(sides: Sides) -> Iterator[str]:
     """The tokens that end answers, in generation and in the tokenizer's settings, are those that end them in training."""
     if sides.tokens is None:
         return
-    added, text = sides.tokens.added, sides.read(CONFIG).get("text_config", {})
+    added = sides.tokens.added
     stops = {added[stop]: stop for stop in STOPS if stop in added}
     known = " or ".join(f"{number} ({stop})" for number, stop in stops.items())
-    for name, said in ((GENERATION, sides.read(GENERATION)), (CONFIG, text if isinstance(text, dict) else {})):
+    for name, said in ((GENERATION, sides.read(GENERATION)), (CONFIG, sides.text)):
         ends = said.get("eos_token_id")
         if stops and ends is not None and not set(ends if isinstance(ends, list) else [ends]) <= stops.keys():
             yield (
@@ -275,8 +280,8 @@ def the_model_is_that_of_the_weights(sides: Sides) -> Iterator[str]:
 
 def rotations_are_alike(sides: Sides) -> Iterator[str]:
     """The two spellings of the rotation, of transformers 4 and 5, say the same."""
-    text = sides.read(CONFIG).get("text_config", {})
-    old, new = text.get("rope_scaling") or {}, text.get("rope_parameters") or {}
+    text = sides.text
+    old, new = _section(text, "rope_scaling"), _section(text, "rope_parameters")
     pairs = {"mrope_section": (old.get("mrope_section"), new.get("mrope_section"))}
     pairs["rope_theta"] = (text.get("rope_theta", old.get("rope_theta")), new.get("rope_theta"))
     for key, (four, five) in pairs.items():
@@ -303,7 +308,7 @@ def pixels_are_those_of_the_data(sides: Sides) -> Iterator[str]:
     """The folder's preprocessors cut, scale and normalise pixels as is done here; their bounds may be others (see serving.py)."""
     nested = sides.read(PROCESSOR)
     said: dict[str, Mapping[str, Any]] = {name: sides.read(name) for name in (PREPROCESSOR, VIDEO_PREPROCESSOR)}
-    said |= {f"{PROCESSOR} ({part})": nested.get(part) or {} for part in ("image_processor", "video_processor")}
+    said |= {f"{PROCESSOR} ({part})": _section(nested, part) for part in ("image_processor", "video_processor")}
     for name, content in said.items():
         for key, value in PIXELS.items():
             if content.get(key) is not None and not _same(content[key], value):
@@ -346,6 +351,12 @@ def _newest(run_folder: Path) -> Path | None:
     pointer = run_folder / LATEST
     found = pointer.parent / pointer.read_text().strip() if pointer.is_file() else None
     return found if found is not None and (found / STATE).is_file() else None
+
+
+def _section(content: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A part of a JSON object that is an object itself; empty if it is not there."""
+    part = content.get(name)
+    return part if isinstance(part, dict) else {}
 
 
 def _same(said: Any, value: Any) -> bool:

@@ -76,14 +76,22 @@ def companions_of(folder: Path) -> list[Path]:
     return [each for each in found if each.is_dir()]
 
 
-def companions(checkpoint: Path, progress: Progress, source: Path | None = None) -> Companions:
-    """What goes along with a checkpoint's weights; from `source` alone but for the media rules, where that is given."""
+def companions(checkpoint: Path, progress: Progress, source: Path | None = None, weights: Path | None = None) -> Companions:
+    """What goes along with a checkpoint's weights.
+
+    Args:
+        checkpoint: its folder.
+        progress: its state.
+        source: what everything but the media rules is taken from, by name; None: its run, and what that began with.
+        weights: Hugging Face folder or checkpoint under its adapters, whose own files go first, but for the tokenizer.
+    """
     inputs = inputs_of(checkpoint, progress)
     media = MediaConfig(**inputs.media) if inputs is not None else None
     if source is not None:
         place = source if (source / TOKENIZER).is_file() else tokenizer_of(checkpoint, progress)
         return Companions(place, [source], media)
-    others = companions_of(checkpoint) + (companions_of(Path(inputs.weights)) if inputs and inputs.weights else [])
+    others = [*(companions_of(weights) if weights else []), *companions_of(checkpoint)]
+    others += companions_of(Path(inputs.weights)) if inputs and inputs.weights else []
     found = tokenizer_of(checkpoint, progress)
     missing = []
     if found is None and inputs is not None:
@@ -96,8 +104,8 @@ def companions(checkpoint: Path, progress: Progress, source: Path | None = None)
             f"no chat template and generation settings of {inputs.weights}, which the run began with, go along: it is gone:"
             " put it back, or name a folder that has them with hf=DIR"
         )
-    weights = inputs.weights if inputs is not None and not (Path(inputs.weights) / STATE).is_file() else ""
-    return Companions(found, others, media, weights, missing)
+    begun = inputs.weights if inputs is not None and not (Path(inputs.weights) / STATE).is_file() else ""
+    return Companions(found, others, media, begun, missing)
 
 
 def tokenizer_of(checkpoint: Path, progress: Progress) -> Path | None:

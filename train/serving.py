@@ -147,7 +147,8 @@ def _beyond_processors(media: MediaConfig) -> Iterator[str]:
 
 def bounds(content: Mapping[str, Any]) -> tuple[int, int] | None:
     """The areas in pixels that a preprocessor's file allows; None if it does not say."""
-    size = content.get("size") or {}
+    size = content.get("size")
+    size = size if isinstance(size, dict) else {}
     least, most = content.get("min_pixels") or size.get("shortest_edge"), content.get("max_pixels") or size.get("longest_edge")
     return (least, most) if isinstance(least, int) and isinstance(most, int) else None
 

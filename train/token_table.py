@@ -60,7 +60,7 @@ class TokenTable:
     @property
     def last(self) -> tuple[str, int]:
         """The token with the highest id, and the id."""
-        return max(self.ids.items(), key=lambda entry: entry[1])
+        return max(self.ids.items(), key=lambda entry: entry[1], default=("none", -1))
 
     def differences(self, other: "TokenTable") -> Iterator[str]:
         """What two tokenizers do not agree in: ids of the same token, and how they cut the same text; a phrase each."""
