@@ -54,9 +54,7 @@ def start(command: Callable[[RunConfig], None], argv: Sequence[str] | None = Non
     end_with_parent()
     try:
         check_paths(config)
-        from visionloom.train.agreements import check_run  # reads tokenizers: a mistyped word is refused without
-
-        check_run(config, checkpoint)
+        check_agreements(config, checkpoint)
         command(config)
     except UserError as error:
         exit_with(error, folder=config.run.folder, step=getattr(error, "step", None))
@@ -123,6 +121,13 @@ def check_paths(config: RunConfig) -> None:
     if "demo-data" in missing[0]:
         lines.append("the demo's data is made by: python launch/data.py demo runs/demo-data")
     raise UserError("\n".join(lines))
+
+
+def check_agreements(config: RunConfig, checkpoint: str = "") -> None:
+    """Refuse a run whose parts do not agree; see train/agreements.py, which is imported only now since it reads tokenizers."""
+    from visionloom.train.agreements import check_run
+
+    check_run(config, checkpoint)
 
 
 def _check_words(words: Sequence[str]) -> None:

@@ -208,11 +208,11 @@ def write_config(
     made.pop("auto_map", None)
     made.pop("torch_dtype", None)
     parts = [made.setdefault(name, {}) for name in ("text_config", "vision_config")]
-    for stale in ("torch_dtype", *OTHER_NAMES.values()):
+    for stale in ("torch_dtype", "dtype", *OTHER_NAMES.values()):
         parts[0].pop(stale, None)
     parts[0].update({key: getattr(text, ours) for ours, key in TEXT_KEYS.items()})
     parts[0].update(
-        model_type=f"{kind}_text", hidden_act="silu", attention_bias=False, tie_word_embeddings=text.tie_embeddings, dtype=dtype,
+        model_type=f"{kind}_text", hidden_act="silu", attention_bias=False, tie_word_embeddings=text.tie_embeddings,
         rope_theta=text.rope_theta, rope_scaling=rope, rope_parameters=rope | {"rope_theta": text.rope_theta},
     )  # fmt: skip
     if text.experts:

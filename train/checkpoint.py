@@ -21,7 +21,7 @@ from visionloom.model.trainable import is_adapter
 from visionloom.parallel.topology import Topology
 from visionloom.train.build import Stage
 from visionloom.train.optimizer import state_tensors, take_state, updates
-from visionloom.train.state_file import Inputs, Progress, read_progress
+from visionloom.train.state_file import Progress, read_progress
 from visionloom.train.untrusted import harmless_reading
 
 MANIFEST, LATEST, FOLDER = "manifest.json", "latest", "checkpoints"
@@ -52,7 +52,7 @@ def progress_of(stage: Stage, step: int, phase_step: int) -> Progress:
         asdict(stage.model_config),
         updates(stage.optimizer),
         asdict(lora) if (lora := stage.chunks[0].lora) else {},
-        asdict(Inputs.of(stage.stream.data, stage.stream.tokenizer.fingerprint, stage.weights)),
+        asdict(stage.inputs) if stage.inputs is not None else {},
     )
 
 
