@@ -1,6 +1,7 @@
 # make demo   a tiny Qwen3-VL through every phase, on two CPU processes
 # make test   lint, types, import directions and the test suite
-# make proofs longer proofs: killed ranks, four ranks, adapters in every layout, whole commands under torchrun
+# make proofs longer proofs: killed ranks, four ranks, adapters in every layout, whole commands under torchrun, exports in
+#             transformers 4.57 (which the test installs into .venv/transformers-4.57)
 # make parity every layout of the parallel axes against one process, as a table
 # make faults ranks killed at random moments, broken disks and files
 # make bench-data  the data system's goals in one table, beside the peers (QUICK=1: rough figures)

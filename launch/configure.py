@@ -26,8 +26,6 @@ from visionloom.data.config import DatasetConfig
 from visionloom.launch.exit import FAILURE, end_with_parent, exit_with, record_for_torchrun, write_status
 from visionloom.launch.explain import available, explain, no_such_key, unknown_keys
 from visionloom.launch.quiet import quiet_libraries
-from visionloom.model.huggingface_config import differences, read_config
-from visionloom.model.peft_config import read_adapter_config
 from visionloom.parallel.config import ParallelConfig
 from visionloom.parallel.errors import UserError
 from visionloom.train.config import PhaseConfig, RunConfig
@@ -38,12 +36,13 @@ MISSING_PATHS_SHOWN = 3
 LATE = re.compile(r"\+{0,2}phases\.[^.=]+\.parallel[.=]|\+{1,2}(?:phases|data\.datasets|data\.validation)\.[^.=]+[.=]")
 
 
-def start(command: Callable[[RunConfig], None], argv: Sequence[str] | None = None) -> None:
+def start(command: Callable[[RunConfig], None], argv: Sequence[str] | None = None, checkpoint: str = "") -> None:
     """Compose the run of the command line and hand it to `command`; end with one line and exit code 2 on a UserError.
 
     Args:
         command: does the work; imports torch inside.
         argv: the command line without the program; None: sys.argv.
+        checkpoint: the folder that the command is about, if it names one.
     """
     try:
         config = compose(sys.argv[1:] if argv is None else argv)
@@ -55,7 +54,7 @@ def start(command: Callable[[RunConfig], None], argv: Sequence[str] | None = Non
     end_with_parent()
     try:
         check_paths(config)
-        check_source(config)
+        check_agreements(config, checkpoint)
         command(config)
     except UserError as error:
         exit_with(error, folder=config.run.folder, step=getattr(error, "step", None))
@@ -124,20 +123,11 @@ def check_paths(config: RunConfig) -> None:
     raise UserError("\n".join(lines))
 
 
-def check_source(config: RunConfig) -> None:
-    """Refuse a Hugging Face folder of another model than the recipe's and a PEFT folder of another kind of adapter.
+def check_agreements(config: RunConfig, checkpoint: str = "") -> None:
+    """Refuse a run whose parts do not agree; see train/agreements.py, which is imported only now since it reads tokenizers."""
+    from visionloom.train.agreements import check_run
 
-    Their JSON files tell; tensors are looked at later.
-
-    Raises:
-        UserError: one line for each field that differs.
-    """
-    if config.init.huggingface:
-        folder = Path(config.init.huggingface)
-        if found := differences(config.model, read_config(folder, "init.huggingface"), folder):
-            raise UserError("\n".join(found))
-    if config.lora.adapter:
-        read_adapter_config(Path(config.lora.adapter), config.lora)
+    check_run(config, checkpoint)
 
 
 def _check_words(words: Sequence[str]) -> None:

@@ -68,6 +68,9 @@ def import_folder(options: dict[str, str]) -> None:
     folder, parallel = Path(options["hf"]), _layout(options)
     if found := read_config(folder, "hf").layout_problems(parallel):
         raise UserError("\n".join(found))
+    from visionloom.train.agreements import check_folder
+
+    check_folder(folder, "hf")
     with _world(parallel) as (topology, say):
         from visionloom.train.importing import import_huggingface
 
@@ -88,11 +91,14 @@ def export_folder(options: dict[str, str]) -> None:
     for option, path in {"checkpoint": folder, "hf": Path(source or ".")}.items():
         if not path.is_dir():
             raise UserError(f"{option}={path} is not a folder: correct the option")
+    from visionloom.train.agreements import check_export
+
+    check_export(folder, Path(source) if source else None, "hf")
     with _world(ParallelConfig()) as (topology, say):
         from visionloom.train.exporting import ExportOptions, export_checkpoint
 
         wanted = ExportOptions(
-            Path(source) if source else None, options.get("dtype", ""), options.get("layout", "transformers"), shard_bytes
+            Path(source) if source else None, options.get("dtype", ""), options.get("layout", ""), shard_bytes
         )
         export_checkpoint(folder, Path(options["out"]), wanted, topology, say)
         say(f"done: {options['out']}", once=True)
@@ -104,6 +110,9 @@ def export_adapters(options: dict[str, str]) -> None:
     for option, path in {"checkpoint": folder, "weights": Path(weights or ".")}.items():
         if not path.is_dir():
             raise UserError(f"{option}={path} is not a folder: correct the option")
+    from visionloom.train.agreements import check_export
+
+    check_export(folder, Path(weights) if weights else None, "weights")
     with _world(ParallelConfig()) as (topology, say):
         from visionloom.train.adapter_export import export_adapter, export_merged
 
@@ -112,7 +121,7 @@ def export_adapters(options: dict[str, str]) -> None:
         elif topology.world_size > 1:
             raise UserError("adapters are small: start this without torchrun, or give weights=DIR to merge them")
         else:
-            export_adapter(folder, out, options.get("base", ""), topology)
+            export_adapter(folder, out, options.get("base", ""), topology, say)
         say(f"done: {out}", once=True)
 
 
@@ -129,7 +138,7 @@ COMMANDS = {
         {
             "hf": "folder that tokenizer, chat template, preprocessor and config.json go along from; else the weights' own",
             "dtype": f"{', '.join(DTYPES)}; else as in the checkpoint",
-            "layout": "of experts: transformers, or hub as the published models have them",
+            "layout": "of experts: hub, as published, which transformers 4.57 and 5 read, or transformers; else hub where possible",
             "shard": "most bytes of one file: 5GB",
         },
     ),
@@ -137,7 +146,7 @@ COMMANDS = {
         export_adapters,
         {"checkpoint": "checkpoint folder of a run with lora", "out": "folder to make"},
         {
-            "base": "name of the model that the adapters are for, kept in adapter_config.json",
+            "base": "name or folder of the model that the adapters are for; else the Hugging Face folder that the run began with",
             "weights": "checkpoint or Hugging Face folder that the adapters were trained on: write both merged, for transformers",
         },
     ),

@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         evaluate(config, own.get("checkpoint", ""))
 
-    start(evaluate_checkpoint, words)
+    start(evaluate_checkpoint, words, own.get("checkpoint", ""))
 
 
 if __name__ == "__main__":

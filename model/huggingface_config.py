@@ -81,6 +81,9 @@ TOKENS: Final = {
     "vision_start_token_id": "<|vision_start|>",
     "vision_end_token_id": "<|vision_end|>",
 }
+TURN_END, END_OF_TEXT = "<|im_end|>", "<|endoftext|>"
+TEXT_TOKENS: Final = {"bos_token_id": END_OF_TEXT, "eos_token_id": TURN_END, "pad_token_id": END_OF_TEXT}
+"""What these keys must name where a config.json has them."""
 QWEN_TOKENS: Final = {"<|vision_start|>": 151652, "<|vision_end|>": 151653, "<|image_pad|>": 151655, "<|video_pad|>": 151656}
 
 
@@ -246,28 +249,30 @@ def differences(ours: ModelConfig, theirs: ModelConfig, folder: Path) -> list[st
 def write_config(
     config: ModelConfig, dtype: str, tokens: Mapping[str, int], source: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """The content of a config.json for transformers.
+    """The content of a config.json for transformers 4.57 and 5, which spell the rotation differently: both are there.
 
     Args:
         config: the model.
         dtype: of its tensors, `bfloat16` for one.
-        tokens: ids of the vision tokens by their spelling; Qwen's own stand in.
+        tokens: ids of a tokenizer's special tokens by their spelling; Qwen's own stand in for those of vision.
         source: a config.json that the weights came with: what ours does not say is kept, but never a pointer to code.
     """
     text, vision, kind = config.text, config.vision, MIXTURE if config.text.experts else DENSE
-    rope = {"rope_type": "default", "rope_theta": text.rope_theta, "mrope_section": list(text.mrope_section)}
-    keys = TEXT_KEYS | (EXPERT_KEYS if text.experts else {})
+    rope = {"rope_type": "default", "mrope_section": list(text.mrope_section), "mrope_interleaved": True}
     made: dict[str, Any] = copy.deepcopy(dict(source or {}))
-    for stale in ("auto_map", "torch_dtype"):
-        made.pop(stale, None)
+    made.pop("auto_map", None)
+    made.pop("torch_dtype", None)
     parts = [made.setdefault(name, {}) for name in ("text_config", "vision_config")]
-    for stale in ("rope_scaling", "rope_theta", "torch_dtype", "dtype", *OTHER_NAMES.values()):
+    for stale in ("torch_dtype", "dtype", *OTHER_NAMES.values()):
         parts[0].pop(stale, None)
-    parts[0].update({key: getattr(text, ours) for ours, key in keys.items()})
+    parts[0].update({key: getattr(text, ours) for ours, key in TEXT_KEYS.items()})
     parts[0].update(
         model_type=f"{kind}_text", hidden_act="silu", attention_bias=False, tie_word_embeddings=text.tie_embeddings,
-        rope_parameters=rope | {"mrope_interleaved": True},
+        rope_theta=text.rope_theta, rope_scaling=rope, rope_parameters=rope | {"rope_theta": text.rope_theta},
     )  # fmt: skip
+    if text.experts:
+        parts[0].update({key: getattr(text, ours) for ours, key in EXPERT_KEYS.items()})
+        parts[0].update(decoder_sparse_step=1, mlp_only_layers=[], norm_topk_prob=True)
     parts[1].update({key: getattr(vision, ours) for ours, key in VISION_KEYS.items()})
     parts[1].update(
         model_type=f"{kind}_vision", hidden_act="gelu_pytorch_tanh", num_position_embeddings=vision.position_table**2,
@@ -276,4 +281,10 @@ def write_config(
     made.update(architectures=[ARCHITECTURES[kind]], model_type=kind, tie_word_embeddings=text.tie_embeddings, dtype=dtype)
     for key, spelling in TOKENS.items():
         made[key] = tokens.get(spelling, made.get(key, QWEN_TOKENS[spelling]))
+    for section in (made, parts[0]):
+        section.update(
+            {key: tokens[spelling] for key, spelling in TEXT_TOKENS.items() if key in section and spelling in tokens}
+        )
+    if TURN_END in tokens:
+        parts[0]["eos_token_id"] = tokens[TURN_END]
     return made

@@ -21,32 +21,39 @@ from visionloom.parallel.errors import UserError
 from visionloom.parallel.topology import Topology
 from visionloom.train import checkpoint as checkpoints
 from visionloom.train.adapter import WEIGHTS
-from visionloom.train.exporting import ExportOptions, Parameters, files_along, model_of, write_huggingface
+from visionloom.train.companions import companions
+from visionloom.train.exporting import ExportOptions, Parameters, write_huggingface
+from visionloom.train.serving import carry_companions, write_serving_files
+from visionloom.train.state_file import STATE, model_of, read_progress
 from visionloom.train.stored import StoredWeights
 
 
 def describe(checkpoint: Path, topology: Topology) -> tuple[ModelConfig, LoraConfig]:
     """The model and adapters of a whole checkpoint of a run with lora; UserError if it is damaged or has none."""
-    progress = checkpoints.read(checkpoint).progress
+    progress = read_progress(checkpoint)
     if not progress.lora:
         raise UserError(f"checkpoint={checkpoint} holds whole weights, not adapters: name one of a run with lora.rank above 0")
     if fault := checkpoints.verify(checkpoint, topology):
         raise UserError(f"checkpoint={checkpoint} is damaged: {fault}: name another one")
-    return model_of(progress.model), LoraConfig(**progress.lora)
+    return model_of(progress), LoraConfig(**progress.lora)
 
 
-def export_adapter(checkpoint: Path, out: Path, base: str, topology: Topology) -> None:
+def export_adapter(checkpoint: Path, out: Path, base: str, topology: Topology, say: Callable[[str], None]) -> None:
     """Write a checkpoint's adapters as a folder that `peft.PeftModel.from_pretrained` loads on transformers' model; one rank does it all.
 
     Args:
         checkpoint: folder of a run with lora.
-        out: new folder.
-        base: name or folder of the model that the adapters are for, kept in adapter_config.json; may be empty.
+        out: new folder; tokenizer, chat template and preprocessors of the run are put beside the adapters.
+        base: name or folder of the model that the adapters are for, kept in adapter_config.json; empty: what the run began with,
+            if that is a Hugging Face folder.
         topology: of any layout.
+        say: is told what is to be known of the folder.
     """
     model, lora = describe(checkpoint, topology)
     if out.exists():
         raise UserError(f"out={out} is there already: name a new folder or remove it")
+    files = companions(checkpoint, read_progress(checkpoint))
+    base = base or files.weights
     stored = StoredWeights(checkpoint)
     names = [name for layer in adapted_layers(model, lora) for pair in adapter_names(layer).values() for name in pair]
     partial = out.with_name(out.name + ".tmp")
@@ -55,6 +62,11 @@ def export_adapter(checkpoint: Path, out: Path, base: str, topology: Topology) -
     state = to_peft({name: stored.parameter(name) for name in names}, model, lora)
     (partial / WEIGHTS).write_bytes(save(state, metadata={"format": "pt"}))
     (partial / CONFIG).write_text(json.dumps(peft_config(model, lora, base), indent=1) + "\n")
+    tokens = carry_companions(files, partial)
+    for line in write_serving_files(partial, files, tokens, with_model=False):
+        say(f"note: {line}")
+    if not base:
+        say(f"note: {CONFIG} names no model that the adapters are for: give it with base=")
     partial.rename(out)
 
 
@@ -69,16 +81,14 @@ def export_merged(checkpoint: Path, weights: Path, out: Path, topology: Topology
         say: is told of each finished file.
     """
     model, lora = describe(checkpoint, topology)
-    stored = (weights / checkpoints.STATE).is_file()
+    stored = (weights / STATE).is_file()
     base: Parameters = StoredWeights(weights) if stored else FolderWeights(weights, model)
     for name, shape in parameter_shapes(model).items():
         if (entry := base.entry(name)) is None or entry[0] != shape:
             raise UserError(f"weights={weights} is not what the adapters of {checkpoint} were trained on: {name} differs")
-    options = ExportOptions(source=None if stored else weights)
-    companions = files_along(weights, options)
-    write_huggingface(
-        MergedWeights(base, StoredWeights(checkpoint), model, lora), model, out, options, companions, topology, say
-    )
+    merged = MergedWeights(base, StoredWeights(checkpoint), model, lora)
+    files = companions(checkpoint, read_progress(checkpoint), weights=weights)
+    write_huggingface(merged, model, out, ExportOptions(), files, topology, say)
 
 
 class FolderWeights:

@@ -19,6 +19,7 @@ from visionloom.train.adapter import load_adapter
 from visionloom.train.config import PhaseConfig, RunConfig
 from visionloom.train.cost import cost_model
 from visionloom.train.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
+from visionloom.train.state_file import Inputs
 
 
 @dataclass
@@ -35,6 +36,8 @@ class Stage:
     optimizer: Any
     scheduler: Any
     stream: PackStream
+    inputs: Inputs | None = None
+    """What its checkpoints say that they were trained with."""
 
     @property
     def has_dropout(self) -> bool:
@@ -114,4 +117,6 @@ def build_stage(config: RunConfig, name: str, topology: Topology, chunks: list[Q
     wrapped = wrap_data_parallel(chunks, topology)
     bf16 = next(chunks[0].parameters()).dtype == torch.bfloat16
     optimizer = build_optimizer(wrapped, config.optim, phase, bf16)
-    return Stage(name, phase, topology, chunks, wrapped, optimizer, build_scheduler(optimizer, config.optim, phase), stream)
+    scheduler = build_scheduler(optimizer, config.optim, phase)
+    inputs = Inputs.of(config.data, stream.tokenizer.fingerprint, config.init.huggingface or config.init.checkpoint)
+    return Stage(name, phase, topology, chunks, wrapped, optimizer, scheduler, stream, inputs)

@@ -6,7 +6,7 @@ that no layout changes, so a checkpoint has no layout. Resuming takes the newest
 """
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,40 +18,14 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShard
 
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.model.trainable import is_adapter
-from visionloom.parallel.errors import UserError
 from visionloom.parallel.topology import Topology
 from visionloom.train.build import Stage
 from visionloom.train.optimizer import state_tensors, take_state, updates
+from visionloom.train.state_file import Progress, read_progress
 from visionloom.train.untrusted import harmless_reading
 
-MANIFEST, STATE, LATEST, FOLDER = "manifest.json", "state.json", "latest", "checkpoints"
+MANIFEST, LATEST, FOLDER = "manifest.json", "latest", "checkpoints"
 HASH_BLOCK_BYTES = 1 << 24
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run stands: what a checkpoint holds beside tensors."""
-
-    phase: str
-    phase_step: int
-    """Optimizer steps done in the phase."""
-    step: int
-    """Optimizer steps done in the run."""
-    phase_steps: int
-    """Optimizer steps of the whole phase."""
-    data: dict[str, Any]
-    """PackStream.state."""
-    model: dict[str, Any]
-    """ModelConfig, to name what changed."""
-    updates: int
-    """Steps of the phase that were not skipped: what the optimizer counts."""
-    lora: dict[str, Any] = field(default_factory=dict)
-    """LoraConfig, where the checkpoint holds adapters and not the weights below them."""
-
-    @property
-    def phase_done(self) -> bool:
-        """Whether the phase's last step is in this checkpoint."""
-        return self.phase_step >= self.phase_steps
 
 
 @dataclass(frozen=True)
@@ -78,6 +52,7 @@ def progress_of(stage: Stage, step: int, phase_step: int) -> Progress:
         asdict(stage.model_config),
         updates(stage.optimizer),
         asdict(lora) if (lora := stage.chunks[0].lora) else {},
+        asdict(stage.inputs) if stage.inputs is not None else {},
     )
 
 
@@ -149,12 +124,7 @@ def newest(run_folder: Path, topology: Topology) -> tuple[Checkpoint | None, lis
 
 def read(folder: Path) -> Checkpoint:
     """A checkpoint by its folder; UserError if there is none."""
-    try:
-        return Checkpoint(folder, Progress(**json.loads((folder / STATE).read_text())))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(
-            f"{folder} is not a checkpoint of this version ({error}): name a folder such as checkpoints/<phase>/step-00000100"
-        ) from error
+    return Checkpoint(folder, read_progress(folder))
 
 
 def verify(folder: Path, topology: Topology) -> str | None:

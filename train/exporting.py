@@ -3,17 +3,15 @@
 The ranks share the files between them: no layout is needed, since a checkpoint has none.
 """
 
-import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 import torch
-import yaml
 from torch import Tensor
 
-from visionloom.model.config import ModelConfig, TextConfig, VisionConfig
+from visionloom.model.config import ModelConfig
 from visionloom.model.huggingface import convert_parameter
 from visionloom.model.huggingface_config import CONFIG, read_json, write_config
 from visionloom.model.huggingface_folder import INDEX
@@ -22,15 +20,13 @@ from visionloom.model.shapes import Shape, parameter_shapes
 from visionloom.parallel.errors import UserError
 from visionloom.parallel.topology import Topology
 from visionloom.train import checkpoint
+from visionloom.train.companions import Companions, companions
 from visionloom.train.importing import start_folder
+from visionloom.train.serving import carry_companions, write_json, write_serving_files
+from visionloom.train.state_file import model_of, read_progress
 from visionloom.train.stored import StoredWeights
-from visionloom.train.weights import carry, companions_of
 
 DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-EXPORT_LAYOUTS: Final = ("transformers", "hub")
-GENERATION: Final = "generation_config.json"
-STOPS: Final = ("<|im_end|>", "<|endoftext|>")
-"""Tokens that end an answer; the last also pads."""
 
 
 class Parameters(Protocol):
@@ -60,8 +56,8 @@ class ExportOptions:
     """Folder whose config.json, tokenizer, chat template and preprocessor files go along; None: what the weights came with."""
     dtype: str = ""
     """One of DTYPES; empty: as in the checkpoint."""
-    layout: str = "transformers"
-    """Of experts: `transformers`, or `hub` as the published models have them."""
+    layout: str = ""
+    """Of experts: `transformers`, or `hub` as the published models have them; empty: see `expert_layout`."""
     shard_bytes: int = 5_000_000_000
     """Most bytes of one file, unless a single tensor is larger."""
 
@@ -79,30 +75,13 @@ def export_checkpoint(folder: Path, out: Path, options: ExportOptions, topology:
     Raises:
         UserError: if the checkpoint is not whole or lacks parameters, or `out` is there already.
     """
-    progress = checkpoint.read(folder).progress
+    progress = read_progress(folder)
     if progress.lora:
         raise UserError(f"checkpoint={folder} holds adapters only: export them with convert.py adapter")
     if fault := checkpoint.verify(folder, topology):
         raise UserError(f"checkpoint={folder} is damaged: {fault}: name another one")
-    config = model_of(progress.model)
-    write_huggingface(StoredWeights(folder), config, out, options, files_along(folder, options), topology, say)
-
-
-def model_of(stored: Mapping[str, Any]) -> ModelConfig:
-    """The model that a checkpoint's state names."""
-    return ModelConfig(stored["name"], text=TextConfig(**stored["text"]), vision=VisionConfig(**stored["vision"]))
-
-
-def files_along(folder: Path, options: ExportOptions) -> list[Path]:
-    """Folders that an export takes its other files from, the first one first: hf=, what the weights came with, the tokenizer."""
-    if options.source is not None:
-        return [options.source]
-    found, parents = companions_of(folder), folder.resolve().parents
-    recipe = parents[2] / "config.yaml" if len(parents) > 2 else None
-    if recipe is not None and recipe.is_file():
-        tokenizer = Path((yaml.safe_load(recipe.read_text()) or {}).get("data", {}).get("tokenizer", ""))
-        found += [tokenizer] if tokenizer.is_dir() else []
-    return found
+    files = companions(folder, progress, options.source)
+    write_huggingface(StoredWeights(folder), model_of(progress), out, options, files, topology, say)
 
 
 def write_huggingface(
@@ -110,21 +89,14 @@ def write_huggingface(
     config: ModelConfig,
     out: Path,
     options: ExportOptions,
-    companions: list[Path],
+    files: Companions,
     topology: Topology,
     say: Callable[[str], None],
 ) -> None:
     """Write parameters as a Hugging Face folder; all ranks call it together. See `export_checkpoint`."""
-    text = config.text
-    if (
-        options.layout == "hub"
-        and text.experts
-        and text.hidden_size in (2 * text.expert_ffn_hidden_size, text.expert_ffn_hidden_size)
-    ):
-        raise UserError(
-            "layout=hub: one of the stacks of experts is square, and transformers would take it for its own layout:"
-            " leave layout out"
-        )
+    options = replace(options, layout=expert_layout(config, options.layout))
+    if config.text.experts and options.layout != "hub" and topology.is_main:
+        say("note: experts are laid out as transformers 5 writes them; 4.57 and servers that read the published layout cannot")
     shards = plan_shards(weights, config, options)
     names = [file_name(number, len(shards)) for number in range(len(shards))]
     partial = start_folder(out, topology)
@@ -135,9 +107,25 @@ def write_huggingface(
     if topology.is_main:
         if len(shards) > 1:
             _write_index(partial / INDEX, dict(zip(names, shards, strict=True)))
-        _write_companions(partial, config, shards, companions)
+        for line in _write_companions(partial, config, shards, files):
+            say(f"note: {line}")
         partial.rename(out)
     topology.barrier()
+
+
+def expert_layout(config: ModelConfig, wanted: str) -> str:
+    """How experts are laid out: as wanted, or else as published, which transformers 4.57 and 5 both read, where that is possible.
+
+    transformers 5 tells the layouts apart by shapes, so a model with a square stack cannot be written as published.
+    """
+    text = config.text
+    square = text.experts and text.hidden_size in (2 * text.expert_ffn_hidden_size, text.expert_ffn_hidden_size)
+    if wanted == "hub" and square:
+        raise UserError(
+            "layout=hub: one of the stacks of experts is square, and transformers would take it for its own layout:"
+            " leave layout out"
+        )
+    return wanted or ("hub" if text.experts and not square else "transformers")
 
 
 def plan_shards(weights: Parameters, config: ModelConfig, options: ExportOptions) -> list[Shard]:
@@ -185,30 +173,14 @@ def file_name(number: int, count: int) -> str:
 def _write_index(path: Path, shards: Mapping[str, Shard]) -> None:
     total = sum(shard.bytes for shard in shards.values())
     files = {tensor: name for name, shard in shards.items() for tensor in shard.tensors}
-    _write_json(path, {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))})
+    write_json(path, {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))})
 
 
-def _write_companions(partial: Path, config: ModelConfig, shards: list[Shard], companions: list[Path]) -> None:
-    """config.json, generation_config.json, and what goes along from the first folder that has it."""
-    for folder in reversed(companions):
-        carry(folder, partial)
-    tokens = added_tokens(partial / "tokenizer.json")
+def _write_companions(partial: Path, config: ModelConfig, shards: list[Shard], files: Companions) -> list[str]:
+    """config.json and the files that go along; returns what is to be said of them."""
+    tokens = carry_companions(files, partial)
     kept = read_json(partial / CONFIG, "hf") if (partial / CONFIG).is_file() else None
     dtypes = {dtype for shard in shards for _, dtype in shard.tensors.values()}
     widest = str(max(dtypes, key=lambda dtype: dtype.itemsize)).removeprefix("torch.")
-    _write_json(partial / CONFIG, write_config(config, widest, tokens, kept))
-    if not (partial / GENERATION).is_file():
-        stops = [tokens[stop] for stop in STOPS if stop in tokens]
-        _write_json(partial / GENERATION, {"eos_token_id": stops, "pad_token_id": stops[-1]} if stops else {})
-
-
-def added_tokens(path: Path) -> dict[str, int]:
-    """Ids of a tokenizer's special tokens by their spelling; empty without a tokenizer."""
-    if not path.is_file():
-        return {}
-    found = read_json(path, "hf").get("added_tokens", [])
-    return {token["content"]: token["id"] for token in found if isinstance(token, dict)}
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    write_json(partial / CONFIG, write_config(config, widest, tokens.added if tokens else {}, kept))
+    return write_serving_files(partial, files, tokens)

@@ -34,9 +34,10 @@ from visionloom.model.shapes import parameter_shapes
 from visionloom.model.sharding import LAYERS, canonical_parameters
 from visionloom.parallel.errors import UserError
 from visionloom.parallel.topology import Topology
-from visionloom.train.checkpoint import MANIFEST, STATE, Progress, content, hash_file, weights_state
+from visionloom.train.checkpoint import MANIFEST, content, hash_file, weights_state
+from visionloom.train.companions import COMPANIONS, carry
+from visionloom.train.state_file import STATE, Progress
 from visionloom.train.stored import canonical_region
-from visionloom.train.weights import COMPANIONS, carry
 
 PHASE = "import"
 """What a checkpoint's state names as its phase if no training has led to it."""

@@ -18,6 +18,7 @@ from visionloom.parallel.topology import Topology
 from visionloom.train import checkpoint
 from visionloom.train.build import Stage, add_adapters, build_model, build_stage, build_stream, redraw
 from visionloom.train.checkpoint import Checkpoint
+from visionloom.train.companions import SETTINGS_OF_RUN, carry_into_run
 from visionloom.train.config import LoggingConfig, RunConfig
 from visionloom.train.evaluate import evaluate_run, held_out_losses
 from visionloom.train.loop import fit
@@ -25,7 +26,7 @@ from visionloom.train.metrics import RunLog
 from visionloom.train.progress import Screen
 from visionloom.train.saving import Saver, check_room
 from visionloom.train.trackers import Trackers
-from visionloom.train.weights import carry_into_run, load_huggingface
+from visionloom.train.weights import load_huggingface
 
 
 def run_folder(config: RunConfig) -> Path:
@@ -111,7 +112,7 @@ class Run:
     def resume(self) -> None:
         """Find the newest whole checkpoint and rewind the metrics to it."""
         if self.log is not None:
-            (self.folder / "config.yaml").write_text(yaml.safe_dump(asdict(self.config), sort_keys=False))
+            (self.folder / SETTINGS_OF_RUN).write_text(yaml.safe_dump(asdict(self.config), sort_keys=False))
         self.topology.barrier()
         self.latest, damaged = checkpoint.newest(self.folder, self.topology)
         for line in damaged:
@@ -149,6 +150,11 @@ class Run:
             raise UserError(f"{self.latest.folder} holds {held}: evaluate it with lora.rank={rank}")
         self.step = self.latest.progress.step
         self.screen.say(f"evaluating {self.latest.folder}")
+        trained, here = self.latest.progress.inputs.get("media", {}), asdict(self.config.data.media)
+        if other := [
+            f"{key} {here[key]} instead of {trained[key]}" for key in here.keys() & trained.keys() if here[key] != trained[key]
+        ]:
+            self.screen.say(f"pictures are prepared otherwise than in training: data.media has {', '.join(sorted(other))}")
 
     def phase(self, name: str) -> None:
         """Train one phase, or what is left of it."""
@@ -163,6 +169,8 @@ class Run:
             stream.report_unreadable()
         stage = self._stage(name, done, stream)
         self._tell_losses(name, stream)
+        if self.log is not None:  # only now: a start that is refused must not replace the files of checkpoints that are there
+            carry_into_run(self.config, self.folder)
         check_room(self.folder, stage)
         self._event("phase_start", phase=name, step=self.step, phase_step=done, phase_steps=settings.total_steps)
         if not done:
@@ -234,8 +242,6 @@ class Run:
         chunks = build_model(self.config, self.topology, drawn=not (init.huggingface or init.checkpoint))
         if init.huggingface:
             load_huggingface(Path(init.huggingface), chunks, self.config.model, self.topology)
-        if self.topology.is_main:
-            carry_into_run(init, self.folder)
         if init.checkpoint:
             source = checkpoint.read(Path(init.checkpoint))
             self._check(source, resuming=False)

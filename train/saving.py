@@ -33,8 +33,6 @@ from visionloom.train.checkpoint import (
     FOLDER,
     LATEST,
     MANIFEST,
-    STATE,
-    Progress,
     content,
     folder_of,
     hash_file,
@@ -42,6 +40,7 @@ from visionloom.train.checkpoint import (
     stage_state,
 )
 from visionloom.train.config import CheckpointConfig
+from visionloom.train.state_file import STATE, Progress
 from visionloom.train.untrusted import read_index
 
 Report = Callable[..., None]

@@ -1,9 +1,7 @@
-"""Weights of a Hugging Face folder into a model in any layout, and the files that travel with them."""
+"""Weights of a Hugging Face folder into a model in any layout."""
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
 
 import torch
 from torch import Tensor
@@ -16,16 +14,6 @@ from visionloom.model.shapes import parameter_shapes
 from visionloom.model.sharding import canonical_parameters, cuts
 from visionloom.parallel.errors import UserError
 from visionloom.parallel.topology import Topology
-from visionloom.train.config import InitConfig
-
-COMPANIONS: Final = "huggingface"
-"""Folder inside a run's folder or an imported checkpoint with the source's files that hold no weights."""
-CARRIED: Final = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "preprocessor_config.json",
-    "video_preprocessor_config.json", "processor_config.json",
-)  # fmt: skip
-"""Files that an exported folder takes along; never code."""
 
 
 def load_huggingface(folder: Path, chunks: list[Qwen3VL], config: ModelConfig, topology: Topology) -> None:
@@ -68,28 +56,3 @@ def held_regions(name: str, parameter: Tensor, topology: Topology) -> Iterator[l
             return
         region[cut.dim] = slice(cut.rank * size, (cut.rank + 1) * size)
     yield region
-
-
-def carry_into_run(init: InitConfig, run_folder: Path) -> None:
-    """Keep the files that came with a run's first weights in the run's folder, so that an export finds them."""
-    sources = [Path(init.huggingface)] if init.huggingface else []
-    sources += companions_of(Path(init.checkpoint)) if init.checkpoint else []
-    for source in reversed(sources):
-        carry(source, run_folder / COMPANIONS)
-
-
-def companions_of(checkpoint_folder: Path) -> list[Path]:
-    """Folders with files that came with the weights of a checkpoint: its own, or its run's."""
-    parents = checkpoint_folder.resolve().parents
-    found = [checkpoint_folder / COMPANIONS, *([parents[2] / COMPANIONS] if len(parents) > 2 else [])]
-    return [folder for folder in found if folder.is_dir()]
-
-
-def carry(source: Path, target: Path) -> list[str]:
-    """Copy the files that travel with weights and hold none; returns their names."""
-    found = [name for name in CARRIED if (source / name).is_file()]
-    if found:
-        target.mkdir(parents=True, exist_ok=True)
-    for name in found:
-        shutil.copyfile(source / name, target / name)
-    return found

@@ -56,6 +56,8 @@ def unreachable(config: RunConfig) -> None:
         ([DEMO, "optim.beta2=1"], 1, ["optim.beta2=1", "below 1"]),
         ([DEMO, "data.patch_budget=0"], 1, ["data.patch_budget=0", "above 0"]),
         ([DEMO, "model.text.kv_heads=0"], 1, ["model.text.kv_heads=0 must be at least 1"]),
+        ([DEMO, "model.text.vocab_size=256"], 1, ["data.tokenizer=", "ids up to 511", "rows for 0 to 255", "vocab_size=512"]),
+        ([DEMO, "model.text.vocab_size=256", "parallel.tensor=2"], 2, ["ids up to 511", "rows for 0 to 255"]),
         ([DEMO, "parallel.tensor=3"], 3, ["parallel.tensor=3", "model.text.heads=4", "kv_heads=2", "divisor"]),
         ([DEMO, "parallel.tensor=2"], 3, ["3 ranks cannot hold tensor 2", "multiple of 2 ranks"]),
         ([DEMO, *ONLY_TWO], 3, ["phases.towers.global_batch=4", "3 data-parallel ranks", "multiple of", "(likewise align)"]),

@@ -159,7 +159,7 @@ def test_a_rank_ends_with_its_agent(tmp_path: Path) -> None:
 FAILING = """
 import os, sys
 from visionloom.launch import configure
-configure.check_paths = lambda config: None
+configure.check_paths = configure.check_agreements = lambda *_: None
 def command(config):
     if os.environ["RANK"] == "1":
         raise RuntimeError("the cause of it all")

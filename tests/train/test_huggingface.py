@@ -21,7 +21,6 @@ from transformers import AutoModelForImageTextToText
 
 from visionloom.data.pack import widen
 from visionloom.data.tokenizer import IMAGE, VIDEO, Tokenizer
-from visionloom.launch.configure import check_source
 from visionloom.launch.convert import main
 from visionloom.model.config import ModelConfig
 from visionloom.model.huggingface import from_huggingface
@@ -37,6 +36,7 @@ from visionloom.tests.ranks import RankPool
 from visionloom.tests.train.runs import metrics, run_config
 from visionloom.tests.train.test_layouts import train
 from visionloom.train import checkpoint
+from visionloom.train.agreements import check_run
 from visionloom.train.build import build_stream
 from visionloom.train.config import RunConfig
 from visionloom.train.importing import StreamedPlanner, import_huggingface
@@ -109,13 +109,13 @@ def as_published(folder: Path, out: Path) -> Path:
 def test_there_and_back_is_bit_identical(
     kind: str, ranks: int, layout: dict[str, int], folders: dict[str, Path], pool: RankPool, tmp_path: Path
 ) -> None:
-    """Import in a layout, export again: every tensor and type as transformers wrote it, and transformers loads it."""
+    """Import in a layout, export again: every tensor and type as it was, experts as published, and transformers loads it."""
     stored, out = tmp_path / "stored", tmp_path / "out"
     words = [f"parallel.{axis}={degree}" for axis, degree in layout.items()]
     assert set(pool.run(ranks, convert, ["import", f"hf={folders[kind]}", f"out={stored}", *words])) == {0}
     assert set(pool.run(ranks, convert, ["export", f"checkpoint={stored}", f"out={out}", "shard=0.3MB"])) == {0}
-    expected = tensors_of(folders[kind])
-    assert_same_bits(tensors_of(out), expected)
+    published = as_published(folders[kind], tmp_path / "published")
+    assert_same_bits(tensors_of(out), tensors_of(published))
     assert len(list(out.glob("*.safetensors"))) > 2
     assert sorted(p.name for p in out.iterdir() if "safetensors" not in p.name) == [
         "chat_template.jinja", "config.json", "generation_config.json",
@@ -131,10 +131,10 @@ def test_there_and_back_is_bit_identical(
 def test_the_published_layout_goes_there_and_back(folders: dict[str, Path], pool: RankPool, tmp_path: Path) -> None:
     hub, stored, out = as_published(folders["mixture"], tmp_path / "hub"), tmp_path / "stored", tmp_path / "out"
     assert set(pool.run(2, convert, ["import", f"hf={hub}", f"out={stored}", "parallel.expert=2"])) == {0}
-    assert pool.run(1, convert, ["export", f"checkpoint={stored}", f"out={out}"]) == [0]
+    assert pool.run(1, convert, ["export", f"checkpoint={stored}", f"out={out}", "layout=transformers"]) == [0]
     assert_same_bits(tensors_of(out), tensors_of(folders["mixture"]))
     again = tmp_path / "again"
-    assert pool.run(1, convert, ["export", f"checkpoint={stored}", f"out={again}", "layout=hub"]) == [0]
+    assert pool.run(1, convert, ["export", f"checkpoint={stored}", f"out={again}"]) == [0]
     assert_same_bits(tensors_of(again), tensors_of(hub))
     theirs, info = AutoModelForImageTextToText.from_pretrained(again, dtype="auto", output_loading_info=True)
     assert not any(info.values())
@@ -278,7 +278,7 @@ def test_a_run_begins_with_the_loss_of_transformers(name: str, pool: RankPool, d
 
 def test_a_run_on_another_model_is_refused_before_torch(demo_data: Path, folders: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
-        check_source(run_config(demo_data, tmp_path, STEPS, 1, f"init.huggingface={folders['dense']}"))
+        check_run(run_config(demo_data, tmp_path, STEPS, 1, f"init.huggingface={folders['dense']}"))
     first, *_ = str(caught.value).splitlines()
     assert first == f"model.text.hidden_size=128, but {folders['dense']}/config.json says 64"
 

@@ -1,0 +1,89 @@
+"""The tokens of a tokenizer folder and their ids, without building a tokenizer. Nothing here imports torch."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, Final
+
+from tokenizers import Tokenizer as Backend
+
+from visionloom.data.tokenizer import END_OF_TEXT, TURN_END
+from visionloom.model.huggingface_config import read_json
+from visionloom.parallel.errors import UserError
+
+TOKENIZER: Final = "tokenizer.json"
+SETTINGS: Final = "tokenizer_config.json"
+STOPS: Final = (TURN_END, END_OF_TEXT)
+"""Tokens that end an answer; the last also pads."""
+PROBE: Final = (
+    "It's 12.5 seconds (№ 3):\r\n\r\n\tdef f(x_1):  return  x_1 ** 2  # cafe\u0301 naïve 你好 世界 こんにちは Привет 😀"
+    ' {"bbox_2d": [12, 345, 678, 999], "label": "don\'t"}   \n\n<0.5 seconds>?! $\\frac{a}{b}$ WE\'LL 1234567890'
+)
+"""What any two tokenizers are likely to cut differently: contractions, digits, white space, marks, scripts, signs."""
+
+
+@dataclass(frozen=True)
+class TokenTable:
+    """What a tokenizer.json holds."""
+
+    folder: Path
+    name: str
+    """How a message calls it: `data.tokenizer=DIR`."""
+    hash: str
+    """SHA-256 of the file."""
+    ids: dict[str, int]
+    """Every token, the added ones among them."""
+    added: dict[str, int]
+    """Added tokens: special ones, and words that are never cut."""
+    settings: dict[str, Any]
+    """tokenizer_config.json; empty if there is none."""
+
+    @classmethod
+    def read(cls, folder: Path, option: str) -> "TokenTable":
+        """Read a folder's tokenizer.json; UserError naming `option` if there is none or it is damaged."""
+        if not (folder / TOKENIZER).is_file():
+            raise UserError(f"{option}={folder}: no {TOKENIZER} there: give the folder of a fast Hugging Face tokenizer")
+        raw = (folder / TOKENIZER).read_bytes()
+        try:
+            content = json.loads(raw)
+            added = {str(token["content"]): int(token["id"]) for token in content.get("added_tokens") or []}
+            words = content["model"]["vocab"]
+            ids = dict(words) if isinstance(words, dict) else {str(word[0]): index for index, word in enumerate(words)}
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(f"{option}={folder}: {TOKENIZER} cannot be read: {error!r}") from None
+        settings = read_json(folder / SETTINGS, option) if (folder / SETTINGS).is_file() else {}
+        return cls(folder, f"{option}={folder}", hashlib.sha256(raw).hexdigest(), ids | added, added, settings)
+
+    @property
+    def last(self) -> tuple[str, int]:
+        """The token with the highest id, and the id."""
+        return max(self.ids.items(), key=lambda entry: entry[1], default=("none", -1))
+
+    def differences(self, other: "TokenTable") -> Iterator[str]:
+        """What two tokenizers do not agree in: ids of the same token, and how they cut the same text; a phrase each."""
+        if self.hash == other.hash:
+            return
+        changed = {
+            token: (number, other.ids[token]) for token, number in self.ids.items() if other.ids.get(token, number) != number
+        }
+        if changed:
+            token, (here, there) = min(changed.items(), key=lambda entry: entry[1])
+            more = f", and {len(changed) - 1} more tokens differ" if len(changed) > 1 else ""
+            yield f"{token} is {here} here and {there} there{more}"
+            return
+        cuts = [one.cut(PROBE) for one in (self, other)]
+        first = next((at for at, pair in enumerate(zip_longest(*cuts)) if pair[0] != pair[1]), None)
+        if first is not None:
+            mine, theirs = (cut[first : first + 3] for cut in cuts)
+            yield f"the same text is cut as {mine} here and as {theirs} there"
+
+    def cut(self, text: str) -> list[str]:
+        """The tokens of a text; UserError if the file is no tokenizer."""
+        try:
+            tokens: list[str] = Backend.from_file(str(self.folder / TOKENIZER)).encode(text).tokens
+        except Exception as error:  # the library raises bare Exception
+            raise UserError(f"{self.name}: {TOKENIZER} cannot be read: {error}") from None
+        return tokens
