@@ -201,20 +201,26 @@ class _Keys:
     def rope(self) -> dict[str, Any]:
         """Of transformers 5's rope_parameters, or transformers 4's rope_scaling and rope_theta."""
         text = self.section("text_config")
-        given = [name for name in ("rope_parameters", "rope_scaling") if text.get(name)]
-        rope = text[given[0]] if given else {}
-        if not isinstance(rope, dict) or any(text[name] != rope for name in given):
-            self.found.append("text_config.rope_parameters and rope_scaling are no objects or not alike")
+        given = {name: text[name] for name in ("rope_parameters", "rope_scaling") if text.get(name)}
+        if not all(isinstance(rope, dict) for rope in given.values()):
+            self.found.append(f"text_config.{' and '.join(given)} must be objects")
             return {}
-        self.found += ROPE_FIELDS.refusals(rope, f"text_config.{given[0]}." if given else "")
-        theta: Any = rope.get("rope_theta", text.get("rope_theta"))
-        sections: Any = rope.get("mrope_section")
-        if not _is_a(theta, float) or not _is_a(sections, list[int]) or len(sections) != 3:
+        for name, rope in given.items():
+            self.found += ROPE_FIELDS.refusals(rope, f"text_config.{name}.")
+        thetas = {
+            f"{name}.rope_theta": rope["rope_theta"] for name, rope in given.items() if rope.get("rope_theta") is not None
+        }
+        thetas |= {"rope_theta": text["rope_theta"]} if text.get("rope_theta") is not None else {}
+        sections = {f"{name}.mrope_section": rope["mrope_section"] for name, rope in given.items() if rope.get("mrope_section")}
+        theta, section = next(iter(thetas.values()), None), next(iter(sections.values()), None)
+        if not _is_a(theta, float) or not _is_a(section, list[int]) or section is None or len(section) != 3:
             self.found.append("text_config lacks rope_theta or a mrope_section of three")
             return {}
-        if text.get("rope_theta") not in (None, theta):
-            self.found.append(f"text_config.rope_theta is {shown(text['rope_theta'])}, but {given[0]} has {theta}")
-        return {"rope_theta": float(theta), "mrope_section": sections}
+        for values in (thetas, sections):  # exports say it in the words of both releases
+            if any(value != next(iter(values.values())) for value in values.values()):
+                told = ", ".join(f"{name}={shown(value)}" for name, value in values.items())
+                self.found.append(f"text_config says different things: {told}")
+        return {"rope_theta": float(theta or 0), "mrope_section": section}
 
     def is_tied(self, kind: str) -> bool:
         """Transformers 4 looked into text_config, transformers 5 looks beside it: where they would differ nobody can know.

@@ -10,7 +10,6 @@ from math import isclose
 from pathlib import Path
 from typing import Any, Final
 
-from visionloom.data.geometry import MERGE_SIZE, PATCH_SIZE, TEMPORAL_PATCH_SIZE
 from visionloom.data.tokenizer import END_OF_TEXT, REQUIRED
 from visionloom.model.config import ModelConfig
 from visionloom.model.huggingface_config import CONFIG, NOT_THE_MODEL, TOKENS, differences, read_config, read_json
@@ -281,32 +280,6 @@ def the_model_is_that_of_the_weights(sides: Sides) -> Iterator[str]:
                 yield f"model.{part}.{key}={value}, but {sides.checkpoint} holds another model, with {held[part][key]}: {fix}"
 
 
-def rotations_are_alike(sides: Sides) -> Iterator[str]:
-    """The two spellings of the rotation, of transformers 4 and 5, say the same."""
-    text = sides.text
-    old, new = _section(text, "rope_scaling"), _section(text, "rope_parameters")
-    pairs = {"mrope_section": (old.get("mrope_section"), new.get("mrope_section"))}
-    pairs["rope_theta"] = (text.get("rope_theta", old.get("rope_theta")), new.get("rope_theta"))
-    for key, (four, five) in pairs.items():
-        if four is not None and five is not None and four != five:
-            yield (
-                f"{sides.where(CONFIG)} has {key} {four} for transformers 4 and {five} in rope_parameters: remove the one that the"
-                " weights were not trained with"
-            )
-
-
-def patches_are_those_of_the_data(sides: Sides) -> Iterator[str]:
-    """The vision tower takes the patches that pictures are cut into here."""
-    made = {"patch_size": PATCH_SIZE, "temporal_patch_size": TEMPORAL_PATCH_SIZE, "spatial_merge_size": MERGE_SIZE}
-    for key, value in made.items():
-        has = getattr(sides.model.vision, key)
-        if has != value:
-            where = (
-                f"model.vision.{key}={has}" if sides.recipe else f"{sides.option}={sides.folder}: vision_config.{key} is {has}"
-            )
-            yield f"{where}, but pictures are cut with {key} {value}, as in every Qwen3-VL model: set it to {value}"
-
-
 def pixels_are_those_of_the_data(sides: Sides) -> Iterator[str]:
     """The folder's preprocessors cut, scale and normalise pixels as is done here; their bounds may be others (see serving.py)."""
     nested = sides.read(PROCESSOR)
@@ -331,8 +304,6 @@ AGREEMENTS: Final[tuple[Callable[[Sides], Iterator[str]], ...]] = (
     the_tokenizer_is_that_of_training,
     vision_tokens_are_alike,
     answers_end_alike,
-    rotations_are_alike,
-    patches_are_those_of_the_data,
     pixels_are_those_of_the_data,
 )
 

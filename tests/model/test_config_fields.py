@@ -221,6 +221,19 @@ def test_the_tables_have_every_field_of_transformers(kind: str) -> None:
     assert set(GenerationConfig._get_default_generation_params()) <= GENERATION
 
 
+@pytest.mark.parametrize("kind", CLASSES)
+def test_the_rotation_may_be_written_for_both_releases_if_it_is_one(kind: str, tmp_path: Path) -> None:
+    raw = raw_config(kind, False)
+    text = raw["text_config"]
+    text |= {"rope_scaling": ROPE, "rope_theta": text["rope_parameters"]["rope_theta"]}
+    assert config_of(raw, tmp_path, "hf").text.rope_theta == text["rope_theta"]
+    for other in ({"rope_theta": 5e6}, {"rope_scaling": ROPE | {"mrope_section": [8, 0, 0]}}):
+        with pytest.raises(
+            UserError, match=r"text_config says different things: rope_parameters\.(rope_theta|mrope_section)=.*, rope_"
+        ):
+            config_of({**raw, "text_config": text | other}, tmp_path, "hf")
+
+
 def test_no_field_is_in_two_places() -> None:
     for known in FIELDS.values():
         assert len(known.names) == len(known.read) + len(known.without_effect) + len(known.only)

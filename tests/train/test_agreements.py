@@ -170,14 +170,6 @@ FAULTS: dict[str, tuple[str, Edit | None, Edit | None, list[str], list[str]]] = 
         "the_model_is_that_of_the_weights", None, None, ["model.text.mrope_section=[4, 6, 6]"],
         ["model.text.mrope_section=[4, 6, 6]", "hf/config.json says [6, 5, 5]"],
     ),
-    "two rotations": (
-        "rotations_are_alike", set_in("config.json", "text_config", rope_theta=5e6), None, [],
-        ["config.json has rope_theta 5000000.0 for transformers 4 and 10000.0 in rope_parameters"],
-    ),
-    "larger patches": (
-        "patches_are_those_of_the_data", set_in("config.json", "vision_config", patch_size=14), None, ["model.vision.patch_size=14"],
-        ["model.vision.patch_size=14", "cut with patch_size 16"],
-    ),
     "pixels of another model": (
         "pixels_are_those_of_the_data", set_in("preprocessor_config.json", image_mean=[0.48, 0.46, 0.41]), None, [],
         ["preprocessor_config.json has image_mean [0.48, 0.46, 0.41]", "prepared with [0.5, 0.5, 0.5]"],
