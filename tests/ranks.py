@@ -4,6 +4,7 @@ A test runs `pool.run(world_size, function, *arguments)`: the function is called
 world, and the results come back in the order of the ranks. It must be importable (defined at the top of a test module).
 """
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -17,6 +18,9 @@ from typing import Any
 from visionloom.launch.quiet import quiet_libraries
 
 TIMEOUT_SECONDS = 300
+MOST_THREADS = 500
+"""Threads of a rank above which new processes take over. Each gloo group has two that wake a hundred times a second; Megatron-core
+keeps a mixture's model alive, and with it its groups: after some hundred worlds the machine did little else."""
 
 
 class RankFailed(AssertionError):
@@ -43,6 +47,8 @@ class RankPool:
         if failures:
             self.close()
             raise RankFailed("\n".join(failures))
+        if max(len(os.listdir(f"/proc/{process.pid}/task")) for process in self.processes) > MOST_THREADS:
+            self.close()
         return [result for _, result in answers]
 
     def close(self) -> None:
@@ -81,6 +87,7 @@ def serve(connection: Connection) -> None:
 
     torch.set_num_threads(1)
     cpu.install()
+    gc.freeze()  # what is imported need not be looked through after each world
     while True:
         try:
             rank, world_size, store, function, arguments = connection.recv()
@@ -97,3 +104,6 @@ def serve(connection: Connection) -> None:
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
+            if core := sys.modules.get("megatron.core.parallel_state"):
+                core.destroy_model_parallel()
+            gc.collect()  # models are full of cycles, and hold their groups
