@@ -451,6 +451,8 @@ def picture(draft: Draft, files: MediaFiles, ref: Any) -> Image:
 
 def media_of(fields: Fields, *names: str) -> list[Any]:
     """The media under these keys; raises Skip where two of them name different ones."""
+    if not fields.has(*names):
+        return []
     given = [refs for name in names if (refs := listed(fields.take(name)))]
     if any([reference(one) for one in refs] != [reference(one) for one in given[0]] for refs in given[1:]):
         raise Skip("keys that say different things", f"{fields.keys.kind} keys {' and '.join(names)}")
