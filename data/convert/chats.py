@@ -97,12 +97,13 @@ THOUGHT: Final = Keys(
         **dict.fromkeys(LOSS_KEYS, "weight in the loss"),
     },
 )
-_REFERENCES: Final = ("image", "image_url", "url", "path", "file", "base64", "bytes")
+_REFERENCES: Final = ("image", "image_url", "url", "path", "file", "source", "base64", "data", "bytes")
 PICTURE: Final = Keys(
     "picture",
     {
         "type": "kind of the part",
         **dict.fromkeys(_REFERENCES, "name of a file, an object with it, or the bytes"),
+        "media_type": "no effect: the bytes tell",
         "min_pixels": "smallest area",
         "max_pixels": "largest area",
     },
@@ -445,6 +446,7 @@ def picture(draft: Draft, files: MediaFiles, ref: Any) -> Image:
     if not isinstance(ref, Mapping):
         return draft.image(files.read(ref))
     fields = draft.open(PICTURE, ref)
+    fields.take_all("type", "media_type")
     inner = named(fields, "bytes", *_REFERENCES)
     return _bounded(picture(draft, files, inner) if isinstance(inner, Mapping) else draft.image(files.read(inner)), fields)
 

@@ -46,6 +46,7 @@ class Trainable:
         for image in sample.images:
             if (image.min_pixels or 0) > (image.max_pixels or image.min_pixels or 0):
                 raise Skip("limits that exclude each other", f"min_pixels {image.min_pixels}, max_pixels {image.max_pixels}")
+        _check_places(sample)
         try:
             rendering = render(sample, self.media)
         except SampleError as error:
@@ -79,6 +80,19 @@ class Trainable:
         media = {name: value for name, value in asdict(self.media).items() if value != getattr(MediaConfig(), name)}
         length = self.sequence_length if self.tokenizer else None
         return {"media": media, "tokenizer": self.tokenizer or None, "sequence_length": length}
+
+
+def _check_places(sample: Sample) -> None:
+    """Raise Skip for a box or point in pixels that lies outside its picture: it is in other units, or of another size.
+
+    Rendering would put it on the edge. A hundredth of the side and a pixel are taken for rounding.
+    """
+    images = sample.images
+    for place in (one for one in sample.elements if isinstance(one, Box | Point) and one.space == "px"):
+        image, values = images[place.image], place.xyxy if isinstance(place, Box) else place.xy
+        for value, side in zip(values, (image.width, image.height) * 2, strict=False):
+            if not -1 - side / 100 <= value <= side + 1 + side / 100:
+                raise Skip("box outside its picture", f"{list(values)} in {image.width}x{image.height} pixels")
 
 
 def _said(sample: Sample) -> Iterator[str]:

@@ -3,6 +3,7 @@
 The right values are what the same record says in the plain form, which other tests hold.
 """
 
+import base64
 import io
 import json
 import tarfile
@@ -298,6 +299,25 @@ def test_limits_that_exclude_each_other(kind: str, run: Run) -> None:
 
 def test_a_chat_of_another_format_is_not_our_schema(run: Run) -> None:
     assert reason(run, {"messages": [ASK, DONE]}, kind="jsonl") == "not our schema"
+
+
+@pytest.mark.parametrize(("box", "kept"), [([0, 0, 50, 50], True), ([0, -1, 51, 50], True), ([10, 10, 900, 800], False)])
+def test_a_box_in_other_units_is_not_put_on_the_edge(box: list[int], kept: bool, run: Run) -> None:
+    run.put("a.png", png(50, 50))
+    said = [{"role": "user", "content": "<image>where?"}, {"role": "assistant", "content": "<bbox>"}]
+    record = {"messages": said, "images": ["a.png"], "objects": {"bbox": [box]}}
+    assert len(run("sharegpt", run.lines({"messages": [ASK, DONE]}, record))) == 1 + kept
+    assert run.skipped == ([] if kept else [("records.jsonl:1", "box outside its picture")])
+
+
+@pytest.mark.parametrize("form", ["base64", "url"])
+def test_a_picture_as_anthropic_s_messages_have_it(form: str, run: Run) -> None:
+    run.put("a.png", png(8, 8, 1))
+    data = {"type": "base64", "media_type": "image/png", "data": base64.b64encode(png(8, 8, 1)).decode()}
+    part = {"type": "image", "source": data if form == "base64" else {"type": "url", "url": "a.png"}}
+    one(run, {"messages": [{"role": "user", "content": [part, {"type": "text", "text": "what?"}]}, DONE]})
+    assert run.dataset.member(0, "img0.png") == png(8, 8, 1)
+    assert not [name for name in run.counts if name.startswith("not read")]
 
 
 # ---- tables
