@@ -5,13 +5,14 @@ first in the first user turn. Newlines next to a placeholder belong to the forma
 only speaks of them: then the words stay.
 """
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
 from visionloom.data.convert.files import MediaFiles, named, reference
-from visionloom.data.convert.keys import Fields, Keys, listed, loss_of
+from visionloom.data.convert.keys import LOSS_KEYS, Fields, Keys, decoded, listed, loss_of, refusal, weight_of
 from visionloom.data.convert.marks import CALL, answer, document, marks_in, results, tool_calls, tools_of, with_placeholders
 from visionloom.data.convert.objects import OBJECTS, Objects
 from visionloom.data.convert.skip import Skip
@@ -79,14 +80,13 @@ TURN: Final = Keys(
         "images": "pictures of the turn",
         "video": "videos of the turn",
         "videos": "videos of the turn",
-        "loss": "weight in the loss",
-        "weight": "weight in the loss",
-        "train": "weight in the loss",
-        "trainable": "weight in the loss",
-        "loss_scale": "weight in the loss",
+        **dict.fromkeys(LOSS_KEYS, "weight in the loss"),
     },
 )
-TEXT: Final = Keys("text", {"type": "kind of the part", "text": "text with placeholders", "loss": "weight in the loss"})
+TEXT: Final = Keys(
+    "text",
+    {"type": "kind of the part", "text": "text with placeholders", **dict.fromkeys(LOSS_KEYS, "weight in the loss")},
+)
 THOUGHT: Final = Keys(
     "thought",
     {
@@ -94,14 +94,16 @@ THOUGHT: Final = Keys(
         "text": "thought before the answer",
         "thinking": "thought before the answer",
         "reasoning": "thought before the answer",
+        **dict.fromkeys(LOSS_KEYS, "weight in the loss"),
     },
 )
-_REFERENCES: Final = ("image", "image_url", "url", "path", "file", "base64", "bytes")
+_REFERENCES: Final = ("image", "image_url", "url", "path", "file", "source", "base64", "data", "bytes")
 PICTURE: Final = Keys(
     "picture",
     {
         "type": "kind of the part",
         **dict.fromkeys(_REFERENCES, "name of a file, an object with it, or the bytes"),
+        "media_type": "no effect: the bytes tell",
         "min_pixels": "smallest area",
         "max_pixels": "largest area",
     },
@@ -114,7 +116,16 @@ THOUGHTS: Final = ("think", "thinking", "reasoning")
 PICTURES: Final = ("image", "image_url", "input_image")
 VIDEOS: Final = ("video", "video_url", "input_video")
 TEXTS: Final = ("text", "input_text", "output_text")
-_PLACEHOLDER: Final = re.compile(r"(<image>|<video>|<bbox>|<ref-object>)")
+_KNOWN: Final = (*PICTURES, *VIDEOS, *TEXTS)
+"""Kinds of typed parts that anybody but an assistant has."""
+_CONTENTS: Final = {"image": PICTURES[:2], "video": VIDEOS[:2], "text": TEXTS[:1]}
+"""Keys of a typed part that can only be what it shows: of one kind."""
+_PLACEHOLDER: Final = re.compile(r"(<image>|<video>|<audio>|<bbox>|<ref-object>)")
+_LIKE_PLACEHOLDER: Final = re.compile(
+    r"<\|?(?:[Ii]mage|[Vv]ideo)[ _-]?\d+\|?>|<\|(?:image|video)\|>|<(?:IMAGE|Image|VIDEO|Video)(?:Here)?>"
+    r"|<(?:image|video)_(?:placeholder|soft_token)>"
+)
+"""How other formats write a placeholder: `<image 1>` (MMMU), `<|image_1|>` (Phi), `<IMAGE>`, `<ImageHere>`."""
 _IN_TEXT: Final = re.compile(r"<img>[^<>]+</img>")
 """A picture as the first Qwen-VL named it."""
 
@@ -139,14 +150,17 @@ class Chat:
         self.record, self.draft, self.files = record, draft, files
         self.images = Media("<image>", media_of(record, *images))
         self.videos = Media("<video>", media_of(record, *videos))
+        self.audios = Media("<audio>", [])  # a record with some is left out by its key
         self.in_parts: list[tuple[object, Image | Video]] = []
         """Media that typed parts name themselves, by their references."""
         self.objects = Objects(record, draft)
 
     def fill(self, turns: Any) -> None:
         """Turn the record's turns into the draft's messages; raises Skip where media and placeholders differ."""
+        given, turns = turns, decoded(turns)
         if not isinstance(turns, list) or not turns:
-            raise Skip("no conversation", f"a list of turns expected, got {type(turns).__name__}")
+            got = "a text that is no JSON" if isinstance(given, str) else type(given).__name__
+            raise Skip("no conversation", f"a list of turns or its JSON text expected, got {got}")
         messages: list[Message] = []
         for number, turn in enumerate(self._with_system(turns)):
             messages += self._turn(number, turn, messages)
@@ -198,12 +212,10 @@ class Chat:
         if role == "system" and number:
             raise Skip("system turn in the middle", f"turn {number}")
         value, loss = fields.agreed("value", "content"), loss_of(fields, role)
-        calls = [*listed(fields.take("tool_calls")), *listed(fields.take("function_call"))]
         if (role in ("user", "tool")) and (found := self._results(value, role, before)) is not None:
-            return [Message("tool", (Text(one),), loss) for one in found]
+            return [Message("tool", tuple(self._text(one, "tool", first=False)), loss) for one in found]
         content = self._content(value, name, role, number, fields)
-        called = [call for one in calls for call in tool_calls(one, self.draft.open)]
-        content = _ordered([*self._thought(fields, content, role), *content, *called])
+        content = _ordered([*self._thought(fields, content, role), *content, *self._calls(fields, content)])
         return [Message(role, tuple(content), loss)] if content or role != "system" else []
 
     def _role(self, number: int, fields: Fields) -> tuple[str, str]:
@@ -232,6 +244,7 @@ class Chat:
         """A turn's content, behind media of its own that no placeholder asks for; some but not all is a fault."""
         own = [(queue, media_of(fields, *names)) for queue, names in ((self.images, IMAGES), (self.videos, FILMS))]
         used_before = [queue.put_next(refs) for queue, refs in own]
+        value = _tool_text(value) if role == "tool" else value
         content = [] if value is None and role == "assistant" else self._parts(value, name, role, number)
 
         shown: list[Element] = []
@@ -263,6 +276,17 @@ class Chat:
             return list(tool_calls(value, self.draft.open))
         return [*answer(thought + end, True, self.draft.open), *tool_calls(call, self.draft.open)]
 
+    def _calls(self, fields: Fields, content: list[Element]) -> list[ToolCall]:
+        """The calls that a turn's keys name and its content does not hold already; raises Skip where they differ."""
+        found = [element for element in content if isinstance(element, ToolCall)]
+        more: list[ToolCall] = []
+        for name in ("tool_calls", "function_call"):
+            calls = [call for one in listed(fields.take(name)) for call in tool_calls(one, self.draft.open)]
+            if calls and (known := found or more) and calls != known:
+                raise Skip("two lists of calls in a turn", f"turn key {name}: {str(calls)[:200]}")
+            more = more or calls
+        return [] if found else more
+
     def _thought(self, fields: Fields, content: list[Element], role: str) -> list[Element]:
         """The turn's reasoning where it has a key of its own."""
         thought = fields.agreed("reasoning_content", "reasoning", "thinking")
@@ -282,10 +306,15 @@ class Chat:
     def _part(self, part: Any, role: str, number: int, first: bool) -> Iterator[Element]:
         part = {"type": "text", "text": part} if isinstance(part, str) else part
         kind = _kind_of(part)
+        if (
+            kind in _KNOWN
+            and len(shown := [one for one, names in _CONTENTS.items() if any(part.get(key) for key in names)]) > 1
+        ):
+            raise Skip("part of several kinds", f"turn {number}: {' and '.join(shown)}")
         if kind in TEXTS and isinstance(part.get("text"), str):
             fields = self.draft.open(TEXT, part)
             fields.take("type")
-            weight, text = fields.number("loss"), fields.take("text")
+            weight, text = weight_of(fields), fields.take("text")
             yield from (_weighed(one, weight) for one in self._text(text, role, first))
         elif kind in PICTURES:
             yield self._picture(self.draft.open(PICTURE, part))
@@ -294,7 +323,8 @@ class Chat:
         elif kind in THOUGHTS and role == "assistant":
             fields = self.draft.open(THOUGHT, part)
             fields.take("type")
-            yield Think((fields.text("thinking", "reasoning", "text") or "").strip("\n"))
+            weight = weight_of(fields)
+            yield Think((fields.text("thinking", "reasoning", "text") or "").strip("\n"), weight)
         else:
             raise Skip("unknown part of a turn", f"turn {number}: {str(part)[:80]}")
 
@@ -334,12 +364,12 @@ class Chat:
         for place, piece in enumerate(pieces):
             if place % 2:
                 yield self._placeholder(piece)
-            elif kept := _trimmed(pieces, place):
+            elif kept := trimmed(pieces, place):
                 yield Text(kept)
 
     def _is_word(self, pieces: list[str], place: int) -> bool:
-        """Whether the text only speaks of `<image>` or `<video>`: the record has none, and it does not stand by itself."""
-        media = {"<image>": self.images, "<video>": self.videos}.get(pieces[place])
+        """Whether the text only speaks of `<image>`, `<video>` or `<audio>`: there is none, and it does not stand by itself."""
+        media = {"<image>": self.images, "<video>": self.videos, "<audio>": self.audios}.get(pieces[place])
         if media is None or media.refs:
             return False
         before, after = pieces[place - 1], pieces[place + 1]
@@ -352,6 +382,8 @@ class Chat:
             return self._next(self.images)
         if name == "<video>":
             return self._next(self.videos)
+        if name == "<audio>":
+            raise Skip("audio", "<audio> in a text")
         return self.objects.name() if name == "<ref-object>" else self.objects.place()
 
     # ---- media
@@ -380,6 +412,8 @@ class Chat:
         first = next((place for place, message in enumerate(messages) if message.role == "user"), None)
         if first is None:
             raise Skip("media without a user turn", f"{given} given")
+        if strange := next(_like_placeholders(messages), None):
+            raise Skip("unknown placeholder", f"{strange}: <image> or <video> expected")
         turn = messages[first]
         return [*messages[:first], replace(turn, content=(*media, *turn.content)), *messages[first + 1 :]]
 
@@ -412,12 +446,15 @@ def picture(draft: Draft, files: MediaFiles, ref: Any) -> Image:
     if not isinstance(ref, Mapping):
         return draft.image(files.read(ref))
     fields = draft.open(PICTURE, ref)
+    fields.take_all("type", "media_type")
     inner = named(fields, "bytes", *_REFERENCES)
     return _bounded(picture(draft, files, inner) if isinstance(inner, Mapping) else draft.image(files.read(inner)), fields)
 
 
 def media_of(fields: Fields, *names: str) -> list[Any]:
     """The media under these keys; raises Skip where two of them name different ones."""
+    if not fields.has(*names):
+        return []
     given = [refs for name in names if (refs := listed(fields.take(name)))]
     if any([reference(one) for one in refs] != [reference(one) for one in given[0]] for refs in given[1:]):
         raise Skip("keys that say different things", f"{fields.keys.kind} keys {' and '.join(names)}")
@@ -456,6 +493,31 @@ def _bounded(image: Image, fields: Fields) -> Image:
     return replace(image, min_pixels=least or image.min_pixels, max_pixels=most or image.max_pixels)
 
 
+def _like_placeholders(messages: list[Message]) -> Iterator[str]:
+    """What looks like another format's placeholder in the words of a user or the system."""
+    texts = (
+        one.text for message in messages if message.role != "assistant" for one in message.content if isinstance(one, Text)
+    )
+    yield from (found[0] for text in texts if (found := _LIKE_PLACEHOLDER.search(text)))
+
+
+def _tool_text(value: Any) -> Any:
+    """What a tool returned, as JSON text where it is neither a text nor typed parts."""
+    if value is None or isinstance(value, str):
+        return value
+    parts = value if isinstance(value, list) else [value]
+    return value if parts and all(map(_is_part, parts)) else json.dumps(value, ensure_ascii=False)
+
+
+def _is_part(value: Any) -> bool:
+    """Whether an object is a typed part of a turn, not an object that a tool returned."""
+    if not isinstance(value, dict):
+        return False
+    if not isinstance(kind := value.get("type"), str):
+        return len(value) == 1 and _kind_of(value) is not None
+    return kind in _KNOWN or bool(refusal("part", kind))
+
+
 def _kind_of(part: Any) -> str | None:
     """The kind of a typed part; without `type` that of the key it has, as in Qwen's own examples."""
     if not isinstance(part, dict):
@@ -475,7 +537,7 @@ def _ordered(content: list[Element]) -> list[Element]:
     return content
 
 
-def _trimmed(pieces: list[str], place: int) -> str:
+def trimmed(pieces: list[str], place: int) -> str:
     """A text without the newlines between it and a picture or video."""
     media = ("<image>", "<video>")
     text = pieces[place]

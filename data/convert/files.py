@@ -24,7 +24,7 @@ _INLINE: Final = re.compile(r"data:[^,]{0,100};base64,", re.IGNORECASE)
 """RFC 2397; Qwen's documentation has it without a subtype (`data:image;base64,`)."""
 _BARE: Final = re.compile(r"(/9j/|iVBORw0KGgo|R0lGOD|UklGR)[A-Za-z0-9+/\s]{60,}={0,2}\s*")
 """base64 of a JPEG, PNG, GIF or WEBP without anything before it."""
-IN_OBJECT: Final = ("bytes", "path", "url", "base64")
+IN_OBJECT: Final = ("bytes", "path", "url", "base64", "data")
 """Keys of an object in place of a reference, the first that has a value wins."""
 _PICTURE_SUFFIXES: Final = ("", ".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
@@ -111,7 +111,7 @@ def _names_of(url: str) -> Iterator[str]:
 
 
 def reference(ref: object) -> object:
-    """What an object names, {"bytes"}, {"path"}, {"url"} or {"base64"}; anything else is its own reference."""
+    """What an object names, {"bytes"}, {"path"}, {"url"}, {"base64"} or {"data"}; anything else is its own reference."""
     if not isinstance(ref, Mapping):
         return ref
     return next((_value(name, ref[name]) for name in IN_OBJECT if ref.get(name) not in (None, "", b"")), None)
@@ -127,7 +127,7 @@ def named(fields: Fields, *names: str) -> object:
 
 
 def _value(name: str, value: object) -> object:
-    return from_base64(value) if name == "base64" else value
+    return from_base64(value) if name in ("base64", "data") else value
 
 
 def from_base64(data: object) -> bytes:

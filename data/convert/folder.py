@@ -10,6 +10,7 @@ from itertools import batched
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
+from visionloom.data.convert.captions import fill_caption
 from visionloom.data.convert.jsonfile import Span, cut_json, read_json
 from visionloom.data.convert.keys import Keys
 from visionloom.data.convert.skip import Skip
@@ -66,9 +67,9 @@ class Folder:
             raise Skip("no caption", f"{name}: a text beside it ({' or '.join(_CAPTIONS)}) or in {METADATA} expected")
         draft.id = name
         if kind_of(name) == "video":
-            draft.caption([add_video(draft, options.files, name)], text)
+            fill_caption(draft, [add_video(draft, options.files, name)], text)
         else:
-            draft.caption([draft.image(options.files.read(name))], text)
+            fill_caption(draft, [draft.image(options.files.read(name))], text)
 
 
 def _media(path: Path) -> Iterator[str]:
@@ -86,7 +87,7 @@ def _caption(path: Path) -> str | None:
         for beside in (path.with_suffix(suffix), path.with_name(path.name + suffix)):
             if beside.is_file():
                 try:
-                    return beside.read_bytes().decode()
+                    return beside.read_bytes().decode("utf-8-sig")
                 except UnicodeDecodeError:
                     return None
     return None

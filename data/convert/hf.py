@@ -12,7 +12,7 @@ from visionloom.data.convert.chats import RECORD, Chat, chat_keys
 from visionloom.data.convert.keys import Fields, Keys
 from visionloom.data.convert.skip import Skip
 from visionloom.data.convert.source import Draft, Options, Record
-from visionloom.data.convert.tables import Rows, cut_tables, decoded, read_table, table_files
+from visionloom.data.convert.tables import Rows, cut_tables, read_table, table_files
 from visionloom.data.write_parts import Part
 from visionloom.parallel.errors import UserError
 
@@ -74,7 +74,7 @@ class HuggingFace:
             draft.meta["source"] = source
         chat = Chat(row, draft, options.files, COLUMNS["image"], COLUMNS["video"])
         if row.has(*COLUMNS["messages"]):
-            chat.fill(decoded(row.take(*COLUMNS["messages"])))
+            chat.fill(row.take(*COLUMNS["messages"]))
         elif isinstance(question := _first(row, "question"), str) and isinstance(answer := _first(row, "answer"), str):
             _take(row, "question", "answer")
             chat.fill([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
@@ -82,7 +82,7 @@ class HuggingFace:
             _take(row, "text")
             chat.fill_document(text)
         else:
-            raise Skip("no text", f"columns {', '.join(value)}: name the right one with --columns text=NAME")
+            raise Skip("no text", f"no column with one: name it with --columns ROLE=COLUMN; there are {_types(value)}")
 
 
 def by_role(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
@@ -97,6 +97,11 @@ def by_role(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any
     rest = {name: value for name, value in row.items() if name not in columns.values()}
     others = {f"{name} (not chosen)" if name in aside else name: value for name, value in rest.items()}
     return {**others, **chosen}
+
+
+def _types(row: Mapping[str, Any]) -> str:
+    """The columns of a row and what is in them, for messages."""
+    return ", ".join(f"{name} ({type(value).__name__})" for name, value in row.items() if value is not None)
 
 
 def _first(row: Fields, role: str) -> Any:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Final
 
 from visionloom.data.convert.jsonfile import Span, cut_json, read_json
 from visionloom.data.convert.keys import Keys
-from visionloom.data.convert.marks import document, refuse_marks
+from visionloom.data.convert.marks import document
 from visionloom.data.convert.skip import Skip
 from visionloom.data.convert.source import Draft, Options, Record
 from visionloom.data.convert.videos import add_video
@@ -93,6 +93,8 @@ class JsonLines:
 
 def fill_from_schema(value: Mapping[str, Any], draft: Draft, options: Options) -> None:
     """Take a sample of our schema over, with its media read by `options.files`."""
+    if "kind" not in value:
+        raise Skip("not our schema", "key kind missing; chats of other formats are read by the kind sharegpt, tables by hf")
     draft.open(SAMPLE, value)
     filler, sample = _Filler(draft, options), {"v": SCHEMA_VERSION, **value}
     if isinstance(sample.get("messages"), list):
@@ -114,23 +116,18 @@ class _Filler:
         if not isinstance(turn, dict):
             return turn
         self.draft.open(MESSAGE, turn).take_all(*MESSAGE.read)
-        learned = turn.get("role") == "assistant"
-        if learned and isinstance(turn.get("content"), str):
-            refuse_marks(turn["content"])
-        return {**turn, "content": self.elements(turn["content"], learned)} if "content" in turn else turn
+        return {**turn, "content": self.elements(turn["content"])} if "content" in turn else turn
 
-    def elements(self, content: Any, learned: bool = True) -> Any:
-        """The elements of a turn or document; `learned`: their texts must not hold marks, which are elements here."""
-        return [self._element(element, learned) for element in content] if isinstance(content, list) else content
+    def elements(self, content: Any) -> Any:
+        """The elements of a turn or document."""
+        return [self._element(element) for element in content] if isinstance(content, list) else content
 
-    def _element(self, element: Any, learned: bool) -> Any:
+    def _element(self, element: Any) -> Any:
         kind = element.get("type") if isinstance(element, dict) else None
         if not isinstance(kind, str) or kind not in ELEMENT:
             return element
         fields = self.draft.open(ELEMENT[kind], element)
         fields.take_all(*ELEMENT[kind].read)
-        if kind == "text" and learned and isinstance(element.get("text"), str):
-            refuse_marks(element["text"])
         if kind == "image":
             return self._filled(element, self.draft.image(self.files.read(fields.take("file", "ref"))))
         if kind == "video":

@@ -5,6 +5,7 @@ A key that is not read may change what is trained, and its user would never know
 summary, with the first record that had it; what must change training (`REFUSED`) leaves the record out.
 """
 
+import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -48,7 +49,7 @@ REFUSED: Final = (
 )
 """What leaves a record out wherever it has a value."""
 LOSS_KEYS: Final = ("loss", "weight", "train", "trainable", "loss_scale")
-"""Keys of a turn by which other formats say whether it is learned: a truth value, or a weight from 0."""
+"""Keys of a turn or part by which other formats say whether it is learned: a truth value, or a weight from 0."""
 
 
 class Fields:
@@ -135,16 +136,21 @@ def number(value: Any, where: str) -> float:
 
 def loss_of(turn: Fields, role: str) -> float | None:
     """The weight of a turn's tokens in the loss, None for what its role has anyway; raises Skip for unclear marks."""
-    marks = {name: _weight(name, value) for name in LOSS_KEYS if (value := turn.take(name)) is not None}
+    weight, usual = weight_of(turn), 1.0 if role == "assistant" else 0.0
+    return None if weight == usual else weight
+
+
+def weight_of(fields: Fields) -> float | None:
+    """The weight in the loss that the marks of a turn or part agree on, None without any; raises Skip for unclear ones."""
+    marks = {name: _weight(fields, name, value) for name in LOSS_KEYS if (value := fields.take(name)) is not None}
     if len(set(marks.values())) > 1:
-        raise Skip("unknown loss mark", f"turn keys {' and '.join(marks)} differ")
-    usual = 1.0 if role == "assistant" else 0.0
-    return next((weight for weight in marks.values() if weight != usual), None)
+        raise Skip("unknown loss mark", f"{fields.keys.kind} keys {' and '.join(marks)} differ")
+    return next(iter(marks.values()), None)
 
 
-def _weight(name: str, value: Any) -> float:
+def _weight(fields: Fields, name: str, value: Any) -> float:
     if not isinstance(value, int | float) or not 0 <= value < math.inf:
-        raise Skip("unknown loss mark", f"turn key {name}: {value!r:.80}")
+        raise Skip("unknown loss mark", f"{fields.keys.kind} key {name}: {value!r:.80}")
     return float(value)
 
 
@@ -158,6 +164,16 @@ def without_nulls(value: Any) -> Any:
     if isinstance(value, list):
         return [without_nulls(one) for one in value]
     return value
+
+
+def decoded(value: Any) -> Any:
+    """A value that may be given as JSON text, as what the text says without nulls; None if it is no JSON."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return without_nulls(json.loads(value))
+    except (ValueError, RecursionError):
+        return None
 
 
 def listed(value: Any) -> list[Any]:

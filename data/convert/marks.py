@@ -5,8 +5,10 @@ text would be spelled out in ordinary tokens, which no served model writes. What
 therefore turned into elements here, or leaves its record out. A user's words stay words: they cannot open a turn.
 """
 
+import ast
 import json
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
@@ -25,7 +27,8 @@ _MARK: Final = re.compile(
     r"</?(?:think|tool_call|tool_response)>"
     r"|<\|(?:endoftext|im_start|im_end|(?:object_ref|box|quad|vision)_(?:start|end)|(?:vision|image|video)_pad)\|>"
 )
-"""Everything with a token of its own in Qwen3-VL's vocabulary that a chat or a document can mean."""
+"""Everything with a token of its own in Qwen3-VL's vocabulary that text cannot write: `<|fim_prefix|>`, `<|repo_name|>` and their like
+are added tokens that are not special, and match in a text."""
 _VISION: Final = re.compile(r"(?:<\|vision_start\|>)?(?:<\|image_pad\|>)+(?:<\|vision_end\|>)?")
 _FILM: Final = re.compile(r"(?:<\|vision_start\|>)?(?:<\|video_pad\|>)+(?:<\|vision_end\|>)?")
 _THOUGHT: Final = re.compile(r"\s*<think>(.*?)</think>\n*", re.DOTALL)
@@ -100,16 +103,17 @@ def _calls(text: str, open_fields: Opener) -> Iterator[Text | ToolCall]:
 def tool_calls(value: Any, open_fields: Opener) -> list[ToolCall]:
     """A call or a list of some, as objects or their JSON text: {"name", "arguments"}, also below a key `function`.
 
-    Arguments are an object or its JSON text; written out again they are spaced as the template's `tojson` does. Raises Skip.
+    Arguments are an object or its JSON text; written out again they are spaced as the template's `tojson` does. A call may be
+    written as Python's dictionary, as Hermes' data set has them. Raises Skip.
     """
-    found = _json(value)
+    found = _json(value) or _python(value)
     if isinstance(found, list) and found:
         return [call for one in found for call in tool_calls(one, open_fields)]
     if not isinstance(found, dict):
         raise Skip("broken tool call", str(value)[:200])
     call = open_fields(CALL, found)
+    call.take_all("type", "id")
     if isinstance(inner := call.take("function"), dict):
-        call.take("type", "id")
         call = open_fields(CALL, inner)
     name, arguments = call.take("name"), _json(call.take("arguments", "parameters") or {})
     if not isinstance(name, str) or not isinstance(arguments, dict):
@@ -159,4 +163,16 @@ def _json(value: Any) -> Any:
     try:
         return json.loads(value)
     except (ValueError, RecursionError):
+        return None
+
+
+def _python(value: Any) -> Any:
+    """The value of a Python literal of dictionaries, lists, texts and numbers; None for anything else."""
+    if not isinstance(value, str) or not value.strip().startswith(("{", "[")):
+        return None
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            found = ast.literal_eval(value.strip())
+        return json.loads(json.dumps(found))
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         return None

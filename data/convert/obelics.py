@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Final
 
 from visionloom.data.convert.interleaved import fill_document, keep_facts
-from visionloom.data.convert.keys import Keys
+from visionloom.data.convert.keys import Keys, decoded
 from visionloom.data.convert.skip import Skip
 from visionloom.data.convert.source import Draft, Options, Record
-from visionloom.data.convert.tables import Rows, cut_tables, decoded, read_table, table_files
+from visionloom.data.convert.tables import Rows, cut_tables, read_table, table_files
 from visionloom.data.write_parts import Part
 
 _FACTS: Final = {"document_url": "url", "url": "url"}

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Final
 
-from visionloom.data.convert.keys import Fields, Keys
+from visionloom.data.convert.keys import Fields, Keys, decoded
 from visionloom.data.convert.skip import Skip
 from visionloom.data.convert.source import Draft
 from visionloom.data.sample import Box, Point, Text
@@ -25,7 +25,7 @@ class Objects:
     """The objects of one record. Where no placeholder asks for any, they are not read; some but not all is a fault."""
 
     def __init__(self, record: Fields, draft: Draft) -> None:
-        value = record.value.get("objects")
+        value = decoded(record.value.get("objects"))
         if isinstance(value, Mapping):
             record.take("objects")
         self.fields = draft.open(OBJECTS, value if isinstance(value, Mapping) else {})

@@ -4,9 +4,8 @@ from typing import Any, ClassVar
 
 from visionloom.data.convert import obelics
 from visionloom.data.convert.interleaved import keep_facts
-from visionloom.data.convert.keys import Keys
+from visionloom.data.convert.keys import Keys, decoded
 from visionloom.data.convert.source import Draft, Options
-from visionloom.data.convert.tables import decoded
 
 
 class OmniCorpus(obelics.Obelics):

@@ -9,10 +9,9 @@ from typing import Any, ClassVar, Protocol
 
 from visionloom.data.convert.files import MediaFiles
 from visionloom.data.convert.keys import Fields, Keys
-from visionloom.data.convert.marks import document
 from visionloom.data.convert.media import Picture, prepare_image, prepare_video
 from visionloom.data.convert.skip import Skip
-from visionloom.data.sample import Element, Image, Message, Sample, Text, Video
+from visionloom.data.sample import Element, Image, Message, Sample, Video
 from visionloom.data.write_parts import Part
 
 
@@ -77,6 +76,8 @@ class Draft:
 
     def open(self, keys: Keys, value: Mapping[str, Any]) -> Fields:
         """Read an object of the record key by key; what is not read of it is counted. Raises Skip."""
+        if not isinstance(value, Mapping):
+            raise Skip("not an object", f"{keys.kind}: an object expected, got {type(value).__name__}")
         fields = Fields(keys, value)
         self._opened.append(fields)
         return fields
@@ -132,12 +133,6 @@ class Draft:
         if picture.change:
             self.meta.setdefault("changed", {})[ref] = picture.change
         return Image(ref, picture.width, picture.height)
-
-    def caption(self, media: Sequence[Image | Video], text: str) -> None:
-        """Make it a document of pictures and videos, and what is said of them. Raises Skip for a mark in the text."""
-        if not (text := document(text).strip()):
-            raise Skip("no caption", "")
-        self.content = [*media, Text(text)]
 
     def sample(self, sample_id: str) -> Sample:
         """The finished sample; raises Skip if nothing is in it."""

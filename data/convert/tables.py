@@ -1,6 +1,5 @@
 """Parquet and Arrow files in parts: row groups and record batches, read a few rows at a time."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,26 +62,44 @@ def cut_tables(files: Sequence[Path], size: int) -> Iterator[Part]:
 def read_table(where: Rows, columns: Sequence[str] | None = None) -> Iterator[Record]:
     """Rows as dictionaries; only `columns` are read from parquet if given. Nulls inside of a column's values are dropped.
 
-    A row with a text that is no UTF-8 has a Skip for its value.
+    A row with a text that is no UTF-8, and each row of a damaged row group, has a Skip for its value. A value that Python has
+    no type for, as moments in nanoseconds, is the error that says so.
     """
     path, number = Path(where.path), where.row
-    for batch in _batches(where, columns):
-        for value in _rows(batch):
-            yield Record(f"{path.name}:{number}", value)
-            number += 1
+    for rows, batches in _groups(where, columns):
+        end = number + rows
+        try:
+            for batch in batches:
+                for value in _rows(batch):
+                    yield Record(f"{path.name}:{number}", value)
+                    number += 1
+        except OSError as error:  # pyarrow's own errors of damaged pages have no number
+            if error.errno is not None:
+                raise
+            yield from (Record(f"{path.name}:{row}", Skip("damaged table", str(error))) for row in range(number, end))
+        number = end
 
 
 def _rows(batch: "pyarrow.RecordBatch") -> Iterator[Any]:
     try:
         rows = batch.to_pylist()
-    except UnicodeDecodeError as error:  # pyarrow does not check texts that it reads
-        if batch.num_rows > 1:
-            for row in range(batch.num_rows):
-                yield from _rows(batch.slice(row, 1))
-        else:
-            yield Skip("no valid Unicode", str(error))
-        return
-    yield from ({name: without_nulls(value) for name, value in row.items()} for row in rows)
+    except ValueError:  # pyarrow does not check texts that it reads, and cannot turn every moment into Python's
+        rows = [_row(batch.slice(row, 1)) for row in range(batch.num_rows)]
+    for row in rows:
+        yield row if isinstance(row, Skip) else {name: without_nulls(value) for name, value in row.items()}
+
+
+def _row(batch: "pyarrow.RecordBatch") -> dict[str, Any] | Skip:
+    """The only row of a batch, column by column."""
+    found: dict[str, Any] = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            found[name] = column[0].as_py()
+        except UnicodeDecodeError as error:
+            return Skip("no valid Unicode", str(error))
+        except ValueError as error:
+            found[name] = error
+    return found
 
 
 def _sizes(path: Path) -> Iterator[int]:
@@ -96,16 +113,19 @@ def _sizes(path: Path) -> Iterator[int]:
             yield from (batch.num_rows for batch in reader)
 
 
-def _batches(where: Rows, columns: Sequence[str] | None) -> Iterator["pyarrow.RecordBatch"]:
+def _groups(where: Rows, columns: Sequence[str] | None) -> Iterator[tuple[int, Iterator["pyarrow.RecordBatch"]]]:
+    """The rows of each row group or record batch, and these rows a few at a time."""
     path = Path(where.path)
     if path.suffix == ".parquet":
-        groups = list(range(where.first, where.last))
-        yield from _parquet(path).iter_batches(batch_size=_ROWS, row_groups=groups, columns=columns)
+        file = _parquet(path)
+        for group in range(where.first, where.last):
+            batches = file.iter_batches(batch_size=_ROWS, row_groups=[group], columns=columns)
+            yield file.metadata.row_group(group).num_rows, batches
         return
     with _open_arrow(path) as reader:
         for number, batch in enumerate(reader):
             if where.first <= number < where.last:
-                yield from (batch.slice(start, _ROWS) for start in range(0, batch.num_rows, _ROWS))
+                yield batch.num_rows, (batch.slice(start, _ROWS) for start in range(0, batch.num_rows, _ROWS))
 
 
 def _parquet(path: Path) -> Any:
@@ -126,13 +146,3 @@ def _open_arrow(path: Path) -> Any:
         return pyarrow.ipc.open_stream(pyarrow.memory_map(str(path)))
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise UserError(f"{path} is no Arrow stream that can be read: {error}") from None
-
-
-def decoded(value: Any) -> Any:
-    """A column that may hold JSON text, as its value without nulls; None if it is no JSON."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return without_nulls(json.loads(value))
-    except (ValueError, RecursionError):
-        return None

@@ -3,21 +3,28 @@
 What training would refuse, mask, or read in every epoch without learning anything is left out now, with its reason.
 """
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Final
 
+import numpy as np
+
 from visionloom.data.chat import render
 from visionloom.data.config import DataConfig, MediaConfig
+from visionloom.data.convert.marks import refuse_marks
 from visionloom.data.convert.skip import Skip
 from visionloom.data.encode import encode
 from visionloom.data.over_length import Limits, fits_some_policy
-from visionloom.data.sample import Message, Sample, SampleError, Text, Think
+from visionloom.data.sample import Box, Element, Message, Point, Sample, SampleError, Text, Think, ToolCall, element_loss
 from visionloom.data.tokenizer import END_OF_TEXT, TURN_END, Tokenizer
 
 LONGEST: Final = 262_144
 """Tokens of the longest packs that are trained on (the ultra-long phase of the report)."""
+
+LARGEST_WEIGHT: Final = 1e6
+"""In the loss of one token: a larger one would drown all other samples, and soon float32."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +41,20 @@ class Trainable:
         """Raise Skip for a sample that cannot be rendered, has nothing to learn, or fits a pack under no policy."""
         if any(_is_empty_answer(message) for message in sample.messages):
             raise Skip("empty answer", "an assistant's turn with loss says nothing")
+        for text in _said(sample):
+            refuse_marks(text)
+        for image in sample.images:
+            if (image.min_pixels or 0) > (image.max_pixels or image.min_pixels or 0):
+                raise Skip("limits that exclude each other", f"min_pixels {image.min_pixels}, max_pixels {image.max_pixels}")
+        _check_places(sample)
         try:
             rendering = render(sample, self.media)
         except SampleError as error:
             raise Skip("cannot be rendered", str(error)) from error
-        learned = (piece for piece in rendering.pieces if piece.weight > 0 and piece.text not in (TURN_END, END_OF_TEXT))
+        if (most := max(piece.weight for piece in rendering.pieces)) > LARGEST_WEIGHT:
+            raise Skip("weight too large", f"{most:g}, at most {LARGEST_WEIGHT:g}")
+        seen = (piece for piece in rendering.pieces if np.float32(piece.weight) > 0)  # as training holds weights
+        learned = (piece for piece in seen if piece.text not in (TURN_END, END_OF_TEXT))
         if not any(piece.text.strip() for piece in learned):
             raise Skip("nothing supervised", "no token has a weight in the loss")
         if self.tokenizer:
@@ -64,6 +80,39 @@ class Trainable:
         media = {name: value for name, value in asdict(self.media).items() if value != getattr(MediaConfig(), name)}
         length = self.sequence_length if self.tokenizer else None
         return {"media": media, "tokenizer": self.tokenizer or None, "sequence_length": length}
+
+
+def _check_places(sample: Sample) -> None:
+    """Raise Skip for a box or point in pixels that lies outside its picture: it is in other units, or of another size.
+
+    Rendering would put it on the edge. A hundredth of the side and a pixel are taken for rounding.
+    """
+    images = sample.images
+    for place in (one for one in sample.elements if isinstance(one, Box | Point) and one.space == "px"):
+        image, values = images[place.image], place.xyxy if isinstance(place, Box) else place.xy
+        for value, side in zip(values, (image.width, image.height) * 2, strict=False):
+            if not -1 - side / 100 <= value <= side + 1 + side / 100:
+                raise Skip("box outside its picture", f"{list(values)} in {image.width}x{image.height} pixels")
+
+
+def _said(sample: Sample) -> Iterator[str]:
+    """Texts that an assistant says, or that are learned anyway: what must hold no mark that is spelled out."""
+    for message in sample.messages:
+        spoken = message.role == "assistant"
+        yield from (_text_of(one) for one in message.content if spoken or element_loss(one, message) > 0)
+    yield from map(_text_of, sample.content)
+
+
+def _text_of(element: Element) -> str:
+    match element:
+        case Text() | Think():
+            return element.text
+        case ToolCall():
+            return element.name + json.dumps(element.arguments, ensure_ascii=False)
+        case Box() | Point():
+            return element.label or ""
+        case _:
+            return ""
 
 
 def _is_empty_answer(message: Message) -> bool:

@@ -9,6 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
+from visionloom.data.convert.captions import fill_caption
 from visionloom.data.convert.files import MediaFiles
 from visionloom.data.convert.headers import members
 from visionloom.data.convert.jsonl import ELEMENT, MESSAGE, SAMPLE, fill_from_schema
@@ -94,11 +95,8 @@ class WebDataset:
         if text is None:
             raise Skip("no caption", f"members {', '.join(value)}: txt, or json with one of {', '.join(_CAPTIONS)} expected")
         draft.meta.update({name: found for name in ("url", "key") if (found := facts.text(name))})
-        if len(names) > 1:
-            draft.notes.append("samples with several pictures or videos, all before the caption")
-        draft.caption(
-            [add_video(draft, files, name) if kind_of(name) == "video" else draft.image(value[name]) for name in names], text
-        )
+        media = [add_video(draft, files, name) if kind_of(name) == "video" else draft.image(value[name]) for name in names]
+        fill_caption(draft, media, text)
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -129,9 +127,14 @@ def _document(members: Mapping[str, bytes]) -> Mapping[str, Any]:
 
 
 def _caption(members: Mapping[str, bytes], names: Fields, facts: Fields) -> str | None:
-    if names.take("txt"):
-        try:
-            return members["txt"].decode()
-        except UnicodeDecodeError as error:
-            raise Skip("caption is no UTF-8", str(error)) from None
-    return facts.text(*_CAPTIONS)
+    """The text of the txt member, else of the json one; the same text in both is read in both."""
+    if not names.take("txt"):
+        return facts.text(*_CAPTIONS)
+    try:
+        text = members["txt"].decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise Skip("caption is no UTF-8", str(error)) from None
+    if not text.strip() and facts.has(*_CAPTIONS):
+        return facts.text(*_CAPTIONS)
+    facts.take_all(*(name for name in _CAPTIONS if str(facts.value.get(name)).strip() == text.strip()))
+    return text

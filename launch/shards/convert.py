@@ -100,7 +100,10 @@ def trainable_by(options: argparse.Namespace) -> "Trainable":
     if options.sequence_length and not options.tokenizer:
         raise UserError("--sequence-length needs --tokenizer FOLDER, by which tokens are counted")
     if options.tokenizer:
-        Tokenizer(options.tokenizer)
+        try:
+            Tokenizer(options.tokenizer)
+        except UserError as error:
+            raise UserError(str(error).replace("data.tokenizer=", "--tokenizer ", 1)) from None
     return Trainable(media_config(options.media), options.tokenizer, options.sequence_length or LONGEST)
 
 

@@ -307,7 +307,7 @@ def test_the_summary_says_what_was_left_out_and_the_exit_code_whether_that_is_to
         (["--workers", "0"], "--workers 0: at least 1 expected"),
         (["--max-left-out", "most"], "--max-left-out most: a share like 5% or 0.05"),
         (["--sequence-length", "9"], "--sequence-length needs --tokenizer FOLDER"),
-        (["--tokenizer", "/nowhere"], "data.tokenizer=/nowhere: no tokenizer.json there"),
+        (["--tokenizer", "/nowhere"], "--tokenizer /nowhere: no tokenizer.json there"),
         (["--columns", "image"], "--columns image: ROLE=COLUMN expected"),
         (["--name", "a.b"], "dataset name 'a.b': letters, digits"),
     ],
