@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import PIL.Image
 import pytest
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from visionloom.data.loader import EvaluationSet
 from visionloom.data.pack import pack_prompts, widen
 from visionloom.data.sample import Video
 from visionloom.data.tokenizer import IMAGE, VIDEO, Tokenizer
+from visionloom.launch.data import main as convert
 from visionloom.launch.evaluate import main
 from visionloom.model.huggingface import to_huggingface
 from visionloom.model.qwen3vl import Qwen3VL
@@ -30,8 +32,9 @@ from visionloom.tests.model.reference import huggingface_model
 from visionloom.tests.ranks import RankPool, torchrun_environment
 from visionloom.tests.train.runs import DATASETS, run_config, run_words
 from visionloom.train.config import RunConfig
-from visionloom.train.evaluate import Writer, predictions
+from visionloom.train.evaluate import Writer, _print, predictions
 from visionloom.train.progress import Screen
+from visionloom.train.report_data import NO_TASKS
 from visionloom.train.run import Run, evaluate, open_topology, pretrain
 
 STEPS = 60
@@ -100,6 +103,9 @@ def one_at_a_time(config: RunConfig) -> tuple[Answers, list[str], list[str]]:
                 drafts += [extend(prompt_of(sample), [*tokens[:kept], wrong[kept]]) for kept in range(len(tokens) + 1)]
                 expected += [found[sample.sample_id]] * (len(tokens) + 1)
     writer = Writer([model], topology, Tokenizer(config.data.tokenizer), MOST_TOKENS)
+    drafts.append(extend(drafts[-1], [0] * 500))  # an answer far longer than what may be generated
+    expected.append(expected[-1])
+    assert max(len(writer._draft(draft)) for draft in drafts) == MOST_TOKENS
     return found, writer.answers(drafts), expected
 
 
@@ -210,6 +216,45 @@ def test_the_command_takes_the_newest_or_a_named_checkpoint(
         assert results["loss"] == pytest.approx(alone[0]["loss"], rel=1e-5)
         assert results["tasks"] == alone[0]["tasks"]
         assert (target / "report.html").exists()
+
+
+def write_user_data(folder: Path) -> None:
+    """Five records of a LLaVA file about pictures, converted as a user does: the last has a task."""
+    records = []
+    for i in range(5):
+        PIL.Image.new("RGB", (64, 64), (50 * i, 0, 0)).save(folder / f"{i}.png")
+        turns = [{"from": "human", "value": "<image>\nWhat colour?"}, {"from": "gpt", "value": "Red. " * (1 + 5 * i)}]
+        records.append({"id": str(i), "image": f"{i}.png", "conversations": turns} | ({"task": "colour"} if i == 4 else {}))
+    for name, some in (("plain", records[:4]), ("named", records[4:])):
+        (folder / f"{name}.json").write_text(json.dumps(some))
+        assert convert(["convert", "llava", str(folder / f"{name}.json"), str(folder / name), "--images-dir", str(folder)]) == 0
+
+
+@pytest.mark.parametrize("name", ["plain", "named"])
+def test_converted_user_data_is_evaluated(name: str, pool: RankPool, trained: tuple[Path, Path], tmp_path: Path) -> None:
+    """Without a task there are losses, and a line that says how to name one; with one, answers are compared too."""
+    write_user_data(tmp_path)
+    data, folder = trained
+    (checkpoint,) = (folder / "checkpoints").glob("*/step-*")
+    words = run_words(data, tmp_path / "other", STEPS, *WORDS, f"checkpoint={checkpoint}")
+    words = [word for word in words if not word.startswith("data.validation")]
+    gone = [f"~data.validation.{source}" for source in DATASETS]
+    assert pool.run(1, run_command, [*words, *gone, f"+data.validation.mine.path={tmp_path / name}"]) == [0]
+    results = json.loads((tmp_path / "other" / "eval.json").read_text())
+    assert list(results["loss"]) == ["mine"]
+    assert {task: result["n"] for task, result in results["tasks"].items()} == ({} if name == "plain" else {"colour": 1})
+    assert (NO_TASKS in (tmp_path / "other" / "report.html").read_text()) == (name == "plain")
+
+
+def test_an_empty_table_is_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    losses, tasks = {"pictures [a]": 1.5}, {"colour": {"accuracy": 0.5, "n": 2}}
+    shown = []
+    for results in ({"loss": losses, "tasks": {}}, {"loss": losses, "tasks": tasks}, {"loss": {}, "tasks": {}}):
+        _print(results, Screen(True, 1))
+        shown.append(capsys.readouterr().out)
+    assert "pictures [a]" in shown[0] and "accuracy" not in shown[0] and shown[0].endswith(NO_TASKS + "\n")
+    assert "50.0%" in shown[1] and NO_TASKS not in shown[1]
+    assert shown[2] == NO_TASKS + "\n" and "--task NAME" in NO_TASKS
 
 
 def take(config: RunConfig, source: str) -> str:
