@@ -23,9 +23,11 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from visionloom.data.config import DatasetConfig
+from visionloom.launch import environment
 from visionloom.launch.exit import FAILURE, end_with_parent, exit_with, record_for_torchrun, write_status
 from visionloom.launch.explain import available, explain, no_such_key, unknown_keys
 from visionloom.launch.quiet import quiet_libraries
+from visionloom.launch.words import readable
 from visionloom.parallel.config import ParallelConfig
 from visionloom.parallel.errors import UserError
 from visionloom.train.config import PhaseConfig, RunConfig
@@ -44,6 +46,10 @@ def start(command: Callable[[RunConfig], None], argv: Sequence[str] | None = Non
         argv: the command line without the program; None: sys.argv.
         checkpoint: the folder that the command is about, if it names one.
     """
+    try:
+        environment.check_environment()
+    except UserError as error:
+        exit_with(error)
     try:
         config = compose(sys.argv[1:] if argv is None else argv)
     except UserError as error:
@@ -84,8 +90,9 @@ def compose(argv: Sequence[str], world_size: int | None = None) -> RunConfig | N
     Raises:
         UserError: one line a fault, each naming the option, with a suggestion for a mistyped name.
     """
-    words, late = ([word for word in argv if bool(LATE.match(word)) is is_late] for is_late in (False, True))
-    _check_words(words)
+    _check_words(argv)
+    read = readable(argv)
+    words, late = ([word for word in read if bool(LATE.match(word)) is is_late] for is_late in (False, True))
     shown, others = _option(words, "--cfg|-c")
     if shown == "job" and not _option(words, "--package|-p")[0]:
         _show(_compose([word for word in others if word != "--resolve"]), late, "--resolve" in others)
@@ -95,7 +102,7 @@ def compose(argv: Sequence[str], world_size: int | None = None) -> RunConfig | N
         return None
     run = _typed(config, late)
     run.run.folder = run.run.folder or f"runs/{run.run.name}"
-    if found := run.problems(int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size):
+    if found := run.problems(world_size or environment.world_size()):
         raise UserError("\n".join(found))
     return run
 
@@ -151,7 +158,7 @@ def _compose(words: Sequence[str]) -> DictConfig | None:
         composed.append(config)
 
     messages = io.StringIO()
-    options_last = sorted(words, key=lambda word: word.startswith("-") or "=" not in word)  # argparse refuses a=1 --cfg job b=2
+    options_last = sorted(words, key=lambda word: word.startswith("-"))  # argparse refuses a=1 --cfg job b=2
     try:
         with _as_command_line(options_last), contextlib.redirect_stderr(messages):
             take()

@@ -11,20 +11,20 @@ init.huggingface=DIR.
 """
 
 import difflib
-import os
 import re
 import sys
+import types
+import typing
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import yaml
 
 if not __package__:  # started as a file: Python put launch/ first on the path, where data.py would hide any package data
     sys.path[0] = str(Path(__file__).resolve().parents[1] / ".link")
 
+from visionloom.launch.environment import check_environment, check_home, world_size
 from visionloom.launch.exit import exit_with
 from visionloom.launch.quiet import quiet_libraries
 from visionloom.model.huggingface_config import read_config
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 PARALLEL = "parallel."
 SIZE = re.compile(r"(\d+(?:\.\d+)?)(MB|GB)")
+TRUTHS = {"true": True, "false": False}
 UNITS = {"MB": 10**6, "GB": 10**9}
 DTYPES = ("bf16", "fp16", "fp32")
 EXPERT_LAYOUTS = ("transformers", "hub")
@@ -88,9 +89,7 @@ def export_folder(options: dict[str, str]) -> None:
         if value not in known:
             raise UserError(f"{option}={value} is unknown: use one of {', '.join(known)}")
     shard_bytes = _bytes("shard", options.get("shard", "5GB"))
-    for option, path in {"checkpoint": folder, "hf": Path(source or ".")}.items():
-        if not path.is_dir():
-            raise UserError(f"{option}={path} is not a folder: correct the option")
+    _check_folders(checkpoint=options["checkpoint"], hf=source or ".")
     from visionloom.train.agreements import check_export
 
     check_export(folder, Path(source) if source else None, "hf")
@@ -107,9 +106,7 @@ def export_folder(options: dict[str, str]) -> None:
 def export_adapters(options: dict[str, str]) -> None:
     """Make a folder that peft loads of the adapters in a checkpoint; or, with the weights below them, a merged model."""
     folder, out, weights = Path(options["checkpoint"]), Path(options["out"]), options.get("weights", "")
-    for option, path in {"checkpoint": folder, "weights": Path(weights or ".")}.items():
-        if not path.is_dir():
-            raise UserError(f"{option}={path} is not a folder: correct the option")
+    _check_folders(checkpoint=options["checkpoint"], weights=weights or ".")
     from visionloom.train.agreements import check_export
 
     check_export(folder, Path(weights) if weights else None, "weights")
@@ -163,6 +160,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(__doc__)
         return 0
     try:
+        check_environment()
+    except UserError as error:
+        exit_with(error)
+    try:
         command = _command(words[0])
         if {"-h", "--help"} & set(words[1:]):
             print(command.help(words[0]))
@@ -196,28 +197,49 @@ def _options(name: str, command: Command, words: Sequence[str]) -> dict[str, str
             raise UserError(f"command line: cannot read '{word}': write option=value")
         if option not in known and not (command.parallel and option.startswith(PARALLEL)):
             raise UserError(f"{name} has no option {option}{_did_you_mean(option, known)}: use {', '.join(known)}")
+        check_home(option, value)
         found[option] = value
     if missing := [option for option in command.required if option not in found]:
         raise UserError(f"{name} needs {' and '.join(f'{option}=...' for option in missing)}")
     return found
 
 
+def _check_folders(**paths: str) -> None:
+    """Refuse options that should name a folder and do not."""
+    for option, path in paths.items():
+        if not Path(path).is_dir():
+            raise UserError(f"{option}={path} is not a folder: correct the option")
+
+
 def _layout(options: dict[str, str]) -> ParallelConfig:
     """The layout that parallel.* options name."""
-    config, known = ParallelConfig(), [field.name for field in fields(ParallelConfig)]
+    config, hints = ParallelConfig(), typing.get_type_hints(ParallelConfig)
     for option, value in options.items():
         name = option.removeprefix(PARALLEL)
         if option == name:
             continue
-        if name not in known:
-            raise UserError(f"no such key: {option}{_did_you_mean(name, known)}")
-        number = yaml.safe_load(value)
-        if name in ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "expert_tensor") and type(number) is not int:
-            raise UserError(f"{option}={value} must be a whole number")
-        setattr(config, name, number)
-    if found := config.problems(int(os.environ.get("WORLD_SIZE", "1"))):
+        if name not in hints:
+            raise UserError(f"no such key: {option}{_did_you_mean(name, list(hints))}")
+        setattr(config, name, _typed(option, value, hints[name]))
+    if found := config.problems(world_size()):
         raise UserError("\n".join(found))
     return config
+
+
+def _typed(option: str, value: str, hint: Any) -> Any:
+    """An option's value as its type in the schema wants it."""
+    kinds = typing.get_args(hint) or (hint,)
+    if types.NoneType in kinds and value == "null":
+        return None
+    if str in kinds:
+        return value
+    if bool in kinds:
+        if value not in TRUTHS:
+            raise UserError(f"{option}={value} must be true or false")
+        return TRUTHS[value]
+    if not re.fullmatch(r"[+-]?\d+", value):
+        raise UserError(f"{option}={value} must be a whole number")
+    return int(value)
 
 
 @contextmanager

@@ -14,6 +14,8 @@ if not __package__:  # started as a file: Python put launch/ first on the path, 
     sys.path[0] = str(Path(__file__).resolve().parents[1] / ".link")
 
 from visionloom.launch.configure import split_options, start
+from visionloom.launch.environment import check_home
+from visionloom.parallel.errors import UserError
 from visionloom.train.config import RunConfig
 
 
@@ -22,11 +24,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
     own, words = split_options(sys.argv[1:] if arguments is None else arguments, ["checkpoint"])
 
     def evaluate_checkpoint(config: RunConfig) -> None:
+        check(config, own.get("checkpoint"))
         from visionloom.train.run import evaluate
 
         evaluate(config, own.get("checkpoint", ""))
 
     start(evaluate_checkpoint, words, own.get("checkpoint", ""))
+
+
+def check(config: RunConfig, checkpoint: str | None) -> None:
+    """Refuse what cannot be evaluated, before torch is imported.
+
+    Args:
+        config: of the run.
+        checkpoint: the value of checkpoint=; None: the word was not given.
+
+    Raises:
+        UserError: one line that names the option.
+    """
+    if not config.data.validation:
+        raise UserError("data.validation is empty: name held-out datasets, +data.validation.NAME.path=DIR")
+    if checkpoint is not None:
+        check_home("checkpoint", checkpoint)
+        if not checkpoint or not Path(checkpoint).is_dir():
+            raise UserError(
+                f"checkpoint={checkpoint} is not a folder: correct the option, or leave it out for the run's newest checkpoint"
+            )
 
 
 if __name__ == "__main__":

@@ -121,11 +121,12 @@ def _missing_file(error: MissingConfigException, config_dir: str) -> str:
     group, _, name = (found[1] if found else error.missing_cfg_file or "").partition("/")
     names = available(group, config_dir)
     if not names:
-        return f"no such group: {group}{_did_you_mean(group, _groups())}"
+        return f"no such group: {group}{_did_you_mean(group, groups())}"
     return f"{group}={name or '(nothing)'} is unknown{_did_you_mean(name, names)}: use one of {', '.join(names)}"
 
 
-def _groups() -> list[str]:
+def groups() -> list[str]:
+    """The groups of recipes/, one of whose names a word chooses: `model=tiny`."""
     return [entry.name for entry in files("visionloom.recipes").iterdir() if entry.is_dir() and not entry.name.startswith("_")]
 
 
@@ -145,7 +146,7 @@ def _fault(error: Exception) -> str:
         wants_list = "is not a ListConfig" in str(cause)
         return f"{cause.full_key}: {'the value must be a list: [a, b]' if wants_list else _first_line(cause)}"
     if group := re.match(r"(?:In '[^']+': )?Could not override '([^']+)'", str(error)):
-        return f"no such group: {group[1]}{_did_you_mean(group[1], _groups())}"
+        return f"no such group: {group[1]}{_did_you_mean(group[1], groups())}"
     if "An item is already at" in str(error):
         return f"{_first_line(error)} Write it without the plus"
     return _first_line(error)

@@ -23,6 +23,13 @@ MOST_THREADS = 500
 keeps a mixture's model alive, and with it its groups: after some hundred worlds the machine did little else."""
 
 
+def torchrun_environment(rank: int, ranks: int) -> dict[str, str]:
+    """The variables that torchrun gives to a rank of one machine."""
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+    named = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "TORCHELASTIC_RUN_ID": "none"}
+    return {name: str(value) for name, value in numbers.items()} | named
+
+
 class RankFailed(AssertionError):
     """A rank raised; the message is its traceback."""
 

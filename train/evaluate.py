@@ -26,7 +26,7 @@ from visionloom.parallel.config import ParallelConfig
 from visionloom.parallel.topology import Topology
 from visionloom.train.config import RunConfig
 from visionloom.train.progress import Screen
-from visionloom.train.report_data import RESULTS
+from visionloom.train.report_data import NO_TASKS, RESULTS
 from visionloom.train.report_gallery import question_text
 from visionloom.train.step import LossSums, encoder_of, forward_losses, run_schedule
 
@@ -159,16 +159,17 @@ class Writer:
     def _follow_drafts(self, samples: Sequence[EncodedSample]) -> list[list[int]]:
         """The tokens of each draft that greedy decoding would write too, and the first one where it would not."""
         drafts = [self._draft(sample) for sample in samples]
+        begun = [extend(prompt_of(sample), draft) for sample, draft in zip(samples, drafts, strict=True)]
         places = [list(range(s.prompt_length - 1, s.prompt_length - 1 + len(d))) for s, d in zip(samples, drafts, strict=True)]
         written = []
-        for draft, chosen in zip(drafts, self._next_tokens(samples, places), strict=True):
+        for draft, chosen in zip(drafts, self._next_tokens(begun, places), strict=True):
             agreed = next((i for i, (a, b) in enumerate(zip(draft, chosen, strict=True)) if a != b), len(draft))
-            written.append(chosen[: agreed + 1][: self.limit])
+            written.append(chosen[: agreed + 1])
         return written
 
     def _draft(self, sample: EncodedSample) -> list[int]:
-        """The reference answer up to its end token."""
-        tokens: list[int] = sample.input_ids[sample.prompt_length :].tolist()
+        """The reference answer up to its end token, at most as much as would be generated."""
+        tokens: list[int] = sample.input_ids[sample.prompt_length :][: self.limit].tolist()
         end = next((i for i, token in enumerate(tokens) if token in self.stop), len(tokens) - 1)
         return tokens[: end + 1]
 
@@ -223,7 +224,7 @@ def most_likely(logits: Tensor, topology: Topology) -> Tensor:
 def evaluate_run(
     config: RunConfig, topology: Topology, chunks: list[Qwen3VL], folder: Path, step: int, screen: Screen
 ) -> dict[str, Any]:
-    """Evaluate on data.validation: prints a table and writes eval.json and report.html.
+    """Evaluate on data.validation: prints tables and writes eval.json and report.html.
 
     Returns:
         {"step", "loss": {source: x}, "tasks": {name: {"accuracy": x, "n": n}}}, the same on all ranks.
@@ -246,17 +247,22 @@ def evaluate_run(
 
         (folder / RESULTS).write_text(json.dumps(results, indent=1) + "\n")
         write_report(folder, shown)
-        _print(results, screen)
+        if config.data.validation:
+            _print(results, screen)
+        else:
+            screen.say("nothing is held out to evaluate on: name a dataset with +data.validation.NAME.path=DIR")
         screen.say(f"report: {folder / 'report.html'}")
     return results
 
 
 def _print(results: dict[str, Any], screen: Screen) -> None:
-    """The results as two tables."""
+    """The results as two tables, of which an empty one is left out; without tasks a line says how to name one."""
     tasks = Table("task", "accuracy", "samples", title="held-out answers (greedy, exact match)")
     for task, result in results["tasks"].items():
         tasks.add_row(task, f"{result['accuracy']:.1%}", str(result["n"]))
     losses = Table("source", "loss", title="held-out loss")
     for source, loss in results["loss"].items():
         losses.add_row(source, f"{loss:.4f}")
-    screen.console.print(tasks, losses)
+    screen.console.print(*(table for table in (tasks, losses) if table.rows), end="")
+    if not results["tasks"]:
+        screen.say(NO_TASKS)

@@ -12,7 +12,7 @@ class Screen:
     """Shows metrics lines; only the main rank shows anything."""
 
     def __init__(self, shown: bool, every_steps: int) -> None:
-        self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True, markup=False)
         self.shown, self.every_steps = shown, max(1, every_steps)
         self.live: Progress | None = None
         self.total, self.started, self.first = 0, 0.0, 0

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from visionloom.train.report_charts import HALF, SMALL, WIDE, Chart, Drawn, compact, draw, measured
-from visionloom.train.report_data import History, PhaseHistory, Values, curve, number
+from visionloom.train.report_data import NO_TASKS, History, PhaseHistory, Values, curve, number
 from visionloom.train.report_gallery import PICTURE, Budget, card
 from visionloom.train.report_style import STYLE
 
@@ -93,7 +93,7 @@ def _results(history: History) -> str:
         parts.append(_table(("task", "accuracy", "samples"), answers, "Greedy answers that equal the right one word for word"))
     if held_out:
         parts.append(_table(("dataset", "loss"), held_out, "Held-out loss, weighted as in the last phase"))
-    note = f"Model after step {history.results.get('step')}."
+    note = f"Model after step {history.results.get('step')}." + ("" if answers else f" {NO_TASKS}")
     return _section("Results on held-out samples", f'<div class="two">{"".join(parts)}</div>', escape(note))
 
 

@@ -20,6 +20,11 @@ from visionloom.train.metrics import EVENTS, METRICS
 
 RESULTS: Final = "eval.json"
 SETTINGS: Final = "config.yaml"
+NO_TASKS: Final = (
+    "No answers are compared: no sample of data.validation has a task and an answer. Name one with `python launch/data.py convert"
+    " ... --task NAME` or a key `task` in a record (docs/data.md): answers of such samples are generated and compared word for word."
+)
+"""Stands where the table of tasks would be."""
 
 Line = Mapping[str, Any]
 Values = NDArray[np.float64]

@@ -73,10 +73,8 @@ def evaluate(config: RunConfig, source: str = "") -> dict[str, Any]:
         source: the checkpoint's folder; empty: the newest whole one of the run.
 
     Returns:
-        what `evaluate_run` returns. Raises UserError if there is no whole checkpoint or nothing to evaluate on.
+        what `evaluate_run` returns. Raises UserError if there is no whole checkpoint.
     """
-    if not config.data.validation:
-        raise UserError("data.validation is empty: name held-out datasets, +data.validation.NAME.path=FOLDER")
     topology = open_topology(config)
     folder = run_folder(config)
     screen = Screen(topology.is_main, config.logging.every_steps)

@@ -42,8 +42,9 @@ def run(options: argparse.Namespace) -> None:
 
     from visionloom.data.plan_facts import facts_of
     from visionloom.launch.configure import check_paths, compose
+    from visionloom.launch.environment import world_size
 
-    world = options.ranks or int(os.environ.get("WORLD_SIZE", "1"))
+    world = options.ranks or world_size()
     config = compose(options.words, world)
     if config is None:
         return

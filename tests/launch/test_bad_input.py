@@ -15,10 +15,11 @@ import pytest
 
 from visionloom.data.sample import Image, Message, Sample, Text
 from visionloom.data.write import write_shards
+from visionloom.launch import configure
 from visionloom.launch.configure import start
 from visionloom.launch.pretrain import train
 from visionloom.tests.data.samples import Pair, essay, picture_question
-from visionloom.tests.ranks import RankPool
+from visionloom.tests.ranks import RankPool, torchrun_environment
 from visionloom.tests.train.runs import run_words
 from visionloom.train.config import RunConfig
 
@@ -91,8 +92,9 @@ def test_refused_before_torch(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", str(ranks))
-    monkeypatch.setenv("RANK", "0")
+    for name, value in torchrun_environment(0, ranks).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(configure, "end_with_parent", lambda: None)  # this process is no rank
     monkeypatch.setenv("VISIONLOOM_DEMO_DATA", str(demo_data))
     with pytest.raises(SystemExit, match="2"):
         start(unreachable, words)

@@ -10,6 +10,7 @@ import pytest
 
 from visionloom.launch.convert import COMMANDS, main
 from visionloom.tests.model.test_huggingface_folder import edit_config, model, save
+from visionloom.tests.ranks import torchrun_environment
 
 ROOT = Path(__file__).parents[2]
 
@@ -66,7 +67,8 @@ def test_a_wrong_word_is_one_line(words: list[str], told: str, folder: Path, cap
 def test_a_layout_that_does_not_fit_is_told_before_any_work(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "3")
+    for name, value in torchrun_environment(0, 3).items():
+        monkeypatch.setenv(name, value)
     code, error = ended(["import", f"hf={folder}", "out=y", "parallel.tensor=3"], capsys)
     assert code == 2 and "parallel.tensor=3" in error and not Path("y").exists()
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import PIL.Image
 import pytest
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from visionloom.data.loader import EvaluationSet
 from visionloom.data.pack import pack_prompts, widen
 from visionloom.data.sample import Video
 from visionloom.data.tokenizer import IMAGE, VIDEO, Tokenizer
+from visionloom.launch.data import main as convert
 from visionloom.launch.evaluate import main
 from visionloom.model.huggingface import to_huggingface
 from visionloom.model.qwen3vl import Qwen3VL
@@ -27,11 +29,12 @@ from visionloom.parallel import topology as topologies
 from visionloom.parallel.errors import UserError
 from visionloom.parallel.topology import Topology
 from visionloom.tests.model.reference import huggingface_model
-from visionloom.tests.ranks import RankPool
+from visionloom.tests.ranks import RankPool, torchrun_environment
 from visionloom.tests.train.runs import DATASETS, run_config, run_words
 from visionloom.train.config import RunConfig
-from visionloom.train.evaluate import Writer, predictions
+from visionloom.train.evaluate import Writer, _print, predictions
 from visionloom.train.progress import Screen
+from visionloom.train.report_data import NO_TASKS
 from visionloom.train.run import Run, evaluate, open_topology, pretrain
 
 STEPS = 60
@@ -75,7 +78,7 @@ def evaluate_on_ranks(config: RunConfig) -> tuple[dict[str, Any], Answers]:
 
 def run_command(words: list[str]) -> int:
     """The command on every rank of the pool, as torchrun starts it; returns its exit code."""
-    with patch.dict(os.environ, WORLD_SIZE=str(dist.get_world_size())):
+    with patch.dict(os.environ, torchrun_environment(dist.get_rank(), dist.get_world_size())):
         try:
             main(words)
         except SystemExit as stop:
@@ -100,6 +103,9 @@ def one_at_a_time(config: RunConfig) -> tuple[Answers, list[str], list[str]]:
                 drafts += [extend(prompt_of(sample), [*tokens[:kept], wrong[kept]]) for kept in range(len(tokens) + 1)]
                 expected += [found[sample.sample_id]] * (len(tokens) + 1)
     writer = Writer([model], topology, Tokenizer(config.data.tokenizer), MOST_TOKENS)
+    drafts.append(extend(drafts[-1], [0] * 500))  # an answer far longer than what may be generated
+    expected.append(expected[-1])
+    assert max(len(writer._draft(draft)) for draft in drafts) == MOST_TOKENS
     return found, writer.answers(drafts), expected
 
 
@@ -212,6 +218,45 @@ def test_the_command_takes_the_newest_or_a_named_checkpoint(
         assert (target / "report.html").exists()
 
 
+def write_user_data(folder: Path) -> None:
+    """Five records of a LLaVA file about pictures, converted as a user does: the last has a task."""
+    records = []
+    for i in range(5):
+        PIL.Image.new("RGB", (64, 64), (50 * i, 0, 0)).save(folder / f"{i}.png")
+        turns = [{"from": "human", "value": "<image>\nWhat colour?"}, {"from": "gpt", "value": "Red. " * (1 + 5 * i)}]
+        records.append({"id": str(i), "image": f"{i}.png", "conversations": turns} | ({"task": "colour"} if i == 4 else {}))
+    for name, some in (("plain", records[:4]), ("named", records[4:])):
+        (folder / f"{name}.json").write_text(json.dumps(some))
+        assert convert(["convert", "llava", str(folder / f"{name}.json"), str(folder / name), "--images-dir", str(folder)]) == 0
+
+
+@pytest.mark.parametrize("name", ["plain", "named"])
+def test_converted_user_data_is_evaluated(name: str, pool: RankPool, trained: tuple[Path, Path], tmp_path: Path) -> None:
+    """Without a task there are losses, and a line that says how to name one; with one, answers are compared too."""
+    write_user_data(tmp_path)
+    data, folder = trained
+    (checkpoint,) = (folder / "checkpoints").glob("*/step-*")
+    words = run_words(data, tmp_path / "other", STEPS, *WORDS, f"checkpoint={checkpoint}")
+    words = [word for word in words if not word.startswith("data.validation")]
+    gone = [f"~data.validation.{source}" for source in DATASETS]
+    assert pool.run(1, run_command, [*words, *gone, f"+data.validation.mine.path={tmp_path / name}"]) == [0]
+    results = json.loads((tmp_path / "other" / "eval.json").read_text())
+    assert list(results["loss"]) == ["mine"]
+    assert {task: result["n"] for task, result in results["tasks"].items()} == ({} if name == "plain" else {"colour": 1})
+    assert (NO_TASKS in (tmp_path / "other" / "report.html").read_text()) == (name == "plain")
+
+
+def test_an_empty_table_is_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    losses, tasks = {"pictures [a]": 1.5}, {"colour": {"accuracy": 0.5, "n": 2}}
+    shown = []
+    for results in ({"loss": losses, "tasks": {}}, {"loss": losses, "tasks": tasks}, {"loss": {}, "tasks": {}}):
+        _print(results, Screen(True, 1))
+        shown.append(capsys.readouterr().out)
+    assert "pictures [a]" in shown[0] and "accuracy" not in shown[0] and shown[0].endswith(NO_TASKS + "\n")
+    assert "50.0%" in shown[1] and NO_TASKS not in shown[1]
+    assert shown[2] == NO_TASKS + "\n" and "--task NAME" in NO_TASKS
+
+
 def take(config: RunConfig, source: str) -> str:
     """What the user is told of a checkpoint that cannot be taken."""
     with pytest.raises(UserError) as caught:
@@ -230,15 +275,12 @@ def test_a_checkpoint_that_cannot_be_taken_is_named(pool: RankPool, trained: tup
     here = run_config(data, tmp_path, STEPS, 1, *WORDS)
     damaged_run = run_config(data, tmp_path / "damaged", STEPS, 1, *WORDS)
     other_model = run_config(data, folder, STEPS, 1, *WORDS, "model.text.layers=5")
-    unnamed = run_config(data, folder, STEPS, 1, *WORDS)
-    unnamed.data.validation = {}
     for config, source, expected in (
         (here, "", "holds no checkpoint: train the run first"),
         (here, str(tmp_path), "is not a checkpoint of this version"),
         (here, str(damaged), f"checkpoint={damaged} is damaged"),
         (damaged_run, "", "only damaged checkpoints"),
         (other_model, "", "holds another model: model.text.layers is 4 there and 5 here"),
-        (unnamed, "", "data.validation is empty"),
     ):
         (told,) = pool.run(1, take, config, source)
         assert expected in told and "\n" not in told

@@ -65,7 +65,7 @@ def test_the_status_says_how_the_run_ended(attempt: Path, tmp_path: Path, capsys
 
 
 def test_the_command_refuses_in_one_line_without_torch() -> None:
-    result = run_command("-X", "importtime", "launch/pretrain.py", "+recipe=nonsense", RANK="0")
+    result = run_command("-X", "importtime", "launch/pretrain.py", "+recipe=nonsense")
     told = [line for line in result.stderr.splitlines() if not line.startswith("import time:")]
     imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines() if line.startswith("import time:")}
     assert result.returncode == 2
@@ -80,7 +80,7 @@ def test_missing_data_is_found_without_torch(tmp_path: Path) -> None:
         "try: start(command, ['+recipe=demo'])\n"
         "finally: assert 'torch' not in sys.modules"
     )
-    result = run_command("-c", script, VISIONLOOM_DEMO_DATA=str(tmp_path / "demo-data"), PYTHONPATH=".link", RANK="0")
+    result = run_command("-c", script, VISIONLOOM_DEMO_DATA=str(tmp_path / "demo-data"), PYTHONPATH=".link")
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert result.stderr.startswith(f"error: data.tokenizer={tmp_path}/demo-data/tokenizer is not a folder")
     assert result.stderr.endswith("python launch/data.py demo runs/demo-data\n")

@@ -45,7 +45,8 @@ def run_rank(rank: int, port: int, words: list[str]) -> None:
     from visionloom.launch.pretrain import train
 
     world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS, "MASTER_ADDR": "127.0.0.1"}
-    os.environ |= {name: str(value) for name, value in (world | {"MASTER_PORT": port}).items()}
+    world |= {"MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "forked"}  # the last one says that a launcher set the others
+    os.environ |= {name: str(value) for name, value in world.items()}
     log = os.open(os.environ["FORKED_LOG"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)

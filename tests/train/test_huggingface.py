@@ -32,7 +32,7 @@ from visionloom.parallel.config import ParallelConfig
 from visionloom.parallel.errors import UserError
 from visionloom.tests.model.reference import huggingface_model, make_example, make_pack, reference_run
 from visionloom.tests.model.test_huggingface_folder import model, save
-from visionloom.tests.ranks import RankPool
+from visionloom.tests.ranks import RankPool, torchrun_environment
 from visionloom.tests.train.runs import metrics, run_config
 from visionloom.tests.train.test_layouts import train
 from visionloom.train import checkpoint
@@ -74,7 +74,7 @@ def assert_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> N
 def convert(words: list[str]) -> int:
     """The command on every rank of the pool, as torchrun starts it; returns its exit code."""
     dist.barrier()
-    with patch.dict(os.environ, WORLD_SIZE=str(dist.get_world_size())):
+    with patch.dict(os.environ, torchrun_environment(dist.get_rank(), dist.get_world_size())):
         try:
             return main(words)
         except SystemExit as stop:

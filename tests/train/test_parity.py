@@ -1,5 +1,7 @@
 """Every kind of parallelism trains the same model: loss, gradients and 20 optimizer steps against one process.
 
+A mixture's curves are held to 20 steps on these packs: on other data a token may be routed otherwise from step 14 on, since two of
+its scores differ by less than rounding does between layouts, and curves part there (benchmarks/routing.py).
 `make parity` runs all layouts and prints them as a table; `make test` runs a few.
 """
 

@@ -1,0 +1,63 @@
+"""What the shell hands over: variables that tell of other ranks, true only where torchrun started this process, and its ~.
+
+torch waits in silence, for half an hour, for the ranks of a WORLD_SIZE that nobody has started.
+"""
+
+import os
+import re
+
+from visionloom.parallel.errors import UserError
+
+TORCHRUN = "TORCHELASTIC_RUN_ID"
+"""Set by torchrun for every rank, and not a name that people export; another launcher that gives each rank all of the
+variables below may set it too."""
+ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+"""What they are for one process, whoever set them."""
+RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT")
+THREADS = "OMP_NUM_THREADS"
+
+
+def check_environment() -> None:
+    """Refuse variables that tell of ranks that do not exist, before anything waits for them.
+
+    Raises:
+        UserError: one line with the variables, their values and the `unset` that removes them.
+    """
+    if not re.fullmatch(r"\s*([1-9]\d*\s*(,\s*[1-9]\d*\s*)*)?", threads := os.environ.get(THREADS, "")):
+        raise UserError(f"{THREADS}={threads} is not a number of threads: unset {THREADS}, or export a whole number above 0")
+    found = {name: os.environ[name] for name in ALONE if name in os.environ}
+    if found.items() <= ALONE.items() or (TORCHRUN in os.environ and _is_a_rank(found)):
+        return
+    told = ", ".join(f"{name}={value}" for name, value in found.items())
+    names = " ".join(name for name in (*ALONE, *RENDEZVOUS, TORCHRUN) if name in os.environ)
+    raise UserError(
+        f"{told} in the environment, but not from a torchrun that started this process: for one process, unset {names};"
+        " for several, start it with torchrun --standalone --nproc-per-node N"
+    )
+
+
+def check_home(option: str, value: str) -> None:
+    """Refuse a ~ that the shell has left in an option's value: what is written would go to a folder of that name.
+
+    Raises:
+        UserError: one line with the word to write instead.
+    """
+    if value == "~" or value.startswith("~/"):
+        raise UserError(
+            f'{option}={value}: the shell has not replaced ~ by your home folder: write "{option}=$HOME{value[1:]}" with the'
+            " double quotes (a folder of that name is ./~)"
+        )
+
+
+def _is_a_rank(found: dict[str, str]) -> bool:
+    """Whether the variables name one rank of a world that can be met."""
+    numbers = [int(value) for value in found.values() if re.fullmatch(r"\d+", value)]
+    return len(numbers) == len(ALONE) and numbers[0] < numbers[1] and set(RENDEZVOUS) <= set(os.environ)
+
+
+def world_size() -> int:
+    """The ranks of the whole run: WORLD_SIZE, or 1. Raises UserError if it is not a number."""
+    value = os.environ.get("WORLD_SIZE", "1")
+    if not re.fullmatch(r"[1-9]\d*", value):
+        raise UserError(f"WORLD_SIZE={value} in the environment is not a number of ranks: unset WORLD_SIZE")
+    return int(value)

@@ -1,0 +1,141 @@
+"""The words of the command line, made such that Hydra's grammar reads in them what the user meant, or refused with the cure.
+
+Hydra gives , = : ( ) [ ] { } quotes and spaces in a value a meaning and knows no letters but ASCII: it takes `path=/d/a,b` for
+two values. Where the schema wants a text, the value is therefore quoted for Hydra as it stands.
+"""
+
+import dataclasses
+import functools
+import re
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.errors import HydraException
+
+from visionloom.launch.environment import check_home
+from visionloom.launch.explain import groups, no_such_key
+from visionloom.parallel.errors import UserError
+from visionloom.train.config import RunConfig
+
+WITH_VALUE = re.compile(r"--config-(?:dir|name|path)|-c[dnp]|--cfg|-c|--package|-p|--info|-i|--experimental-rerun")
+"""Hydra's own options that a value follows, `--config-dir DIR` or `--config-dir=DIR`."""
+OVERRIDE = re.compile(r"(\+{0,2})([^=+~][^=]*)=(.*)", re.DOTALL)
+NUMBERS = {int: "a whole number", float: "a number", bool: "true or false"}
+
+
+def readable(words: Sequence[str]) -> list[str]:
+    """The words with every text quoted for Hydra and options joined with their values.
+
+    A text that Hydra reads as one string is left alone, with its quotes, escapes and `${...}`; so is null.
+
+    Raises:
+        UserError: one line, with how to write the first word that cannot be read.
+    """
+    parser, found = OverridesParser.create(), list[str]()
+    for before, word in zip(["", *words], words, strict=False):
+        if WITH_VALUE.fullmatch(before):
+            check_home(before, word)
+            found[-1] = f"{before}={word}"
+        elif word.startswith(("-", "~")):
+            option, _, value = word.partition("=")
+            check_home(option, value)
+            found.append(word)
+        elif match := OVERRIDE.fullmatch(word):
+            found.append(_readable(parser, word, *match.groups()))
+        else:
+            joined = f"; if it belongs to the word before it, quote both for the shell: '{before} {word}'" if before else ""
+            raise UserError(f"command line: cannot read '{word}': write key=value{joined}")
+    return found
+
+
+def option_type(key: str) -> Any:
+    """The type that the schema has at a dotted path, without None; None where it has nothing there."""
+    return functools.reduce(_item_type, key.split("."), RunConfig)
+
+
+def _item_type(hint: Any, name: str) -> Any:
+    """The type of a key of a section or mapping, without None; None where it has no such key."""
+    if dataclasses.is_dataclass(hint):
+        found = typing.get_type_hints(hint).get(name)
+    else:
+        found = typing.get_args(hint)[1] if typing.get_origin(hint) is dict else None
+    if isinstance(found, types.UnionType):
+        return next(choice for choice in typing.get_args(found) if choice is not types.NoneType)
+    return found
+
+
+def _readable(parser: OverridesParser, word: str, sign: str, key: str, value: str) -> str:
+    """One `key=value` word as Hydra can read it."""
+    override = _parse(parser, word)
+    sweeps = override is not None and override.is_sweep_override()
+    read = None if override is None or sweeps else override.value()
+    is_group = re.split("[/@]", key)[0] in groups() and not value.startswith(("[", "{"))
+    if option_type(key) is str or is_group:
+        check_home(f"{sign}{key}", value)
+        if override is not None and not sweeps and (read is None or isinstance(read, str)):
+            return word
+        word = f"{sign}{key}={QuotedString(value, Quote.single).with_quotes()}"
+        override, sweeps, read = _parse(parser, word), False, value
+    if override is None or sweeps:
+        raise UserError(_cure(parser, word, sign, key, value))
+    for path, text in _changed_texts(option_type(key), read, key, value):
+        raise UserError(f"command line: {path} in '{word}' would be read as {text}: {_quoting(sign, key)}")
+    return word
+
+
+def _parse(parser: OverridesParser, word: str) -> Override | None:
+    try:
+        return parser.parse_override(word)
+    except HydraException:
+        return None
+
+
+def _cure(parser: OverridesParser, word: str, sign: str, key: str, value: str) -> str:
+    """The line for a word that Hydra cannot read, or reads as several values."""
+    if _parse(parser, f"{key}=1") is None:
+        return (
+            f"command line: cannot read the name '{key}': names have letters, digits, - and _;"
+            " others can stand in a recipe of your own, +recipe=NAME --config-dir DIR"
+        )
+    hint = option_type(key)
+    if hint is None and key.partition(".")[0] not in {"hydra", *groups()}:
+        return no_such_key(key)
+    if hint in NUMBERS:
+        return f"command line: {key} takes {NUMBERS[hint]}, not '{value}'"
+    if typing.get_origin(hint) is list and not value.startswith("["):
+        return f"command line: {key} takes a list, not '{value}': {_quoting(sign, key)}"
+    return f"command line: cannot read '{word}': {_quoting(sign, key)}"
+
+
+def _quoting(sign: str, key: str) -> str:
+    """How to write a value that holds texts, with an example for this option."""
+    hint, text = option_type(key), '"a,b"'
+    example = text
+    if typing.get_origin(hint) is list:
+        example = f"[{text}]"
+    elif dataclasses.is_dataclass(hint):
+        texts = [name for name, field in typing.get_type_hints(hint).items() if field is str]
+        example = f"{{{next(iter(texts), 'name')}: {text}}}"
+    elif typing.get_origin(hint) is dict:
+        example = f"{{name: {text}}}"
+    return (
+        "put a text that has spaces or signs such as , = : ( ) { } into double quotes, and quote the word for the shell, as in"
+        f" '{sign}{key}={example}'"
+    )
+
+
+def _changed_texts(hint: Any, read: Any, path: str, written: str) -> Iterator[tuple[str, Any]]:
+    """Texts inside a list or section that Hydra takes for something else and changes: {path: 2024_01} is the number 202401."""
+    if hint is str:
+        if isinstance(read, bool | int | float) and str(read) not in written:
+            yield path, read
+    elif isinstance(read, list):
+        for at, item in enumerate(read):
+            yield from _changed_texts(next(iter(typing.get_args(hint)), None), item, f"{path}[{at}]", written)
+    elif isinstance(read, dict) and hint is not None:
+        for name, item in read.items():
+            yield from _changed_texts(_item_type(hint, str(name)), item, f"{path}.{name}", written)
