@@ -515,7 +515,7 @@ def _is_part(value: Any) -> bool:
         return False
     if not isinstance(kind := value.get("type"), str):
         return len(value) == 1 and _kind_of(value) is not None
-    return kind in _KNOWN or bool(refusal("part", kind))
+    return kind in _KNOWN or bool(refusal("part", kind, True))
 
 
 def _kind_of(part: Any) -> str | None:

@@ -37,13 +37,21 @@ class Refusal:
     """Matched with a whole key in lower case."""
     kinds: tuple[str, ...] = ()
     """Objects in which they mean this; empty: all."""
+    values: type = object
+    """Values with which they mean this."""
 
 
 REFUSED: Final = (
     Refusal("audio", re.compile(r"(input_)?(audio|sound|speech|wav)s?(_.*)?")),
     Refusal("preference data", re.compile(r"(.*_)?(rejected|chosen|dispreferred|preferred)(_.*)?|kto_tag|kto_label")),
+    Refusal("preference data", re.compile(r"(positive|negative)_(messages|responses?|answers?|images?)"), ("record",)),
+    Refusal("preference data", re.compile(r"label|is_(good|desirable)"), ("record",), bool),  # KTO: learn it, or its opposite
     Refusal(
-        "unknown loss mark", re.compile(r"loss(_.*)?|train_on_.*|(.*_)?loss_mask|mask_(history|prompt|inputs?)"), ("record",)
+        "unknown loss mark",
+        re.compile(
+            r"loss(_.*)?|train(able)?|train_on_.*|(.*_)?loss_mask|mask_(history|prompt|inputs?)|(sample|example)_weight"
+        ),
+        ("record",),
     ),
     Refusal("unknown loss mark", LOSS_MARK, ("turn", "text", "thought", "call")),
 )
@@ -59,7 +67,7 @@ class Fields:
         self.keys, self._taken = keys, set[str]()
         self.value = {name: found for name, found in value.items() if found is not None}
         for name, found in self.value.items():
-            if name not in keys.read and found not in ("", [], {}) and (reason := refusal(keys.kind, name)):
+            if name not in keys.read and found not in ("", [], {}) and (reason := refusal(keys.kind, name, found)):
                 raise Skip(reason, f"{keys.kind} key {name}")
 
     def take(self, *names: str) -> Any:
@@ -115,10 +123,10 @@ class Fields:
             yield from (f"{self.keys.kind} key {name}" for name in self.value if name not in self._taken)
 
 
-def refusal(kind: str, name: str) -> str:
+def refusal(kind: str, name: str, value: object) -> str:
     """Why a key of an object of this kind leaves its record out; empty if it does not."""
     lower = name.lower()
-    fitting = (rule for rule in REFUSED if not rule.kinds or kind in rule.kinds)
+    fitting = (rule for rule in REFUSED if (not rule.kinds or kind in rule.kinds) and isinstance(value, rule.values))
     return next((rule.reason for rule in fitting if rule.names.fullmatch(lower)), "")
 
 
