@@ -36,6 +36,8 @@ class Fields:
         for name, value in given.items():
             if name in self.only:
                 allowed = self.only[name]
+                if value is None and not callable(allowed) and allowed[0] is False:
+                    continue  # a switch that nobody has set is off
                 if callable(allowed):
                     found += [] if allowed(value) else [f"{where}{name} is {shown(value)}, which is not understood"]
                 elif not is_one_of(value, allowed):

@@ -73,6 +73,11 @@ def test_what_peft_saves_by_default_is_plain(folder: Path, topology: Topology) -
         assert read_adapter_config(folder, LORA)["init_lora_weights"] == value
 
 
+def test_a_switch_without_a_value_is_off(folder: Path, topology: Topology) -> None:
+    change(folder, use_dora=None, use_rslora=None, fan_in_fan_out=None, lora_bias=None)
+    loaded(folder, topology)
+
+
 OTHER: dict[str, Any] = {
     "target_modules": "(", "exclude_modules": [1], "target_parameters": "a", "layers_to_transform": "0", "layers_pattern": 3,
     "peft_type": "IA3", "task_type": "SEQ_CLS", "bias": "all", "modules_to_save": ["lm_head"], "init_lora_weights": "pissa_niter_4",
