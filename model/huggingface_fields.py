@@ -22,12 +22,13 @@ EVERYWHERE: Final = GENERATION | {
     "attn_implementation", "_attn_implementation", "_attn_implementation_autoset", "experts_implementation",
     "_experts_implementation", "torchscript", "use_bfloat16", "tokenizer_class", "prefix", "finetuning_task",
     "task_specific_params", "bos_token_id", "eos_token_id", "sep_token_id", "pad_token_id", "decoder_start_token_id",
+    "keys_to_ignore_at_inference", "unsloth_version", "unsloth_fixed", "model_name",  # the last is unsloth's too
 }  # fmt: skip
 """Without effect in any part: labels of classifiers, forms of outputs, kernels, the program that wrote the file. Tensors have
 types of their own, and ids of text tokens are the tokenizer's."""
 OUTER: Final = frozenset({
     "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id",  # the tokenizer says them here
-    "unsloth_version", "unsloth_fixed",
+    "output_router_logits", "router_aux_loss_coef",  # trainers set them here too; of a mixture text_config's alone count
 })  # fmt: skip
 TEXT: Final = frozenset({
     "output_router_logits",  # whether transformers adds the load-balancing loss; model.text.balance_coefficient does here
