@@ -178,9 +178,9 @@ def a_tokenizer_says_one_thing(sides: Sides) -> Iterator[str]:
     if sides.tokens is None:
         return
     table, said = sides.tokens, dict[str, int]()
-    for number, token in (table.settings.get("added_tokens_decoder") or {}).items():
-        if isinstance(token, dict) and str(number).isdigit():
-            said[str(token.get("content"))] = int(number)
+    for key, added in _section(table.settings, "added_tokens_decoder").items():
+        if isinstance(added, dict) and key.isdigit():
+            said[str(added.get("content"))] = int(key)
     path = table.folder / "added_tokens.json"
     said |= read_json(path, table.name.partition("=")[0]) if path.is_file() else {}
     for token, number in said.items():
@@ -197,9 +197,10 @@ def answers_end_alike(sides: Sides) -> Iterator[str]:
     added = sides.tokens.added
     stops = {added[stop]: stop for stop in STOPS if stop in added}
     known = " or ".join(f"{number} ({stop})" for number, stop in stops.items())
-    for name, said in ((GENERATION, sides.read(GENERATION)), (CONFIG, sides.text)):
+    # Trainers write these ids beside text_config, where transformers looks too if there is no generation_config.json.
+    for name, said in ((GENERATION, sides.read(GENERATION)), (CONFIG, sides.text), (CONFIG, sides.read(CONFIG))):
         ends = said.get("eos_token_id")
-        if stops and ends is not None and not set(ends if isinstance(ends, list) else [ends]) <= stops.keys():
+        if stops and ends is not None and any(end not in list(stops) for end in (ends if isinstance(ends, list) else [ends])):
             yield (
                 f"{sides.where(name)} has eos_token_id {ends}, but with {sides.tokens.name} answers end with {known}:"
                 " correct the file, or give the tokenizer of these weights"

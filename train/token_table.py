@@ -74,6 +74,13 @@ class TokenTable:
             more = f", and {len(changed) - 1} more tokens differ" if len(changed) > 1 else ""
             yield f"{token} is {here} here and {there} there{more}"
             return
+        rows = {number: token for token, number in other.ids.items()}
+        renamed = sorted((number, token) for token, number in self.ids.items() if token not in other.ids and number in rows)
+        if renamed:  # a row that was trained as another token
+            number, token = renamed[0]
+            more = f", and {len(renamed) - 1} more ids differ" if len(renamed) > 1 else ""
+            yield f"{number} is {token} here and {rows[number]} there{more}"
+            return
         cuts = [one.cut(PROBE) for one in (self, other)]
         first = next((at for at, pair in enumerate(zip_longest(*cuts)) if pair[0] != pair[1]), None)
         if first is not None:

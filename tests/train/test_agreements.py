@@ -59,6 +59,12 @@ def renumbered(folder: Path) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(content))
 
 
+def renamed(folder: Path) -> None:
+    """A row of another token under a new name."""
+    text = (folder / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").write_text(text.replace("<|object_ref_start|>", "<grasp>"))
+
+
 def cut_otherwise(folder: Path) -> None:
     """All ids stay, but digits are no longer apart."""
     content = json.loads((folder / "tokenizer.json").read_text())
@@ -145,6 +151,10 @@ FAULTS: dict[str, tuple[str, Edit | None, Edit | None, list[str], list[str]]] = 
         "the_tokenizer_is_that_of_the_weights", None, renumbered, [],
         ["data.tokenizer=", "hf/tokenizer.json", "<|video_pad|> is 498 here and 499 there, and 1 more tokens differ", "give that folder"],
     ),
+    "another token in a row": (
+        "the_tokenizer_is_that_of_the_weights", None, renamed, [],
+        ["data.tokenizer=", "is <grasp> here and <|object_ref_start|> there", "give that folder"],
+    ),
     "other cuts": (
         "the_tokenizer_is_that_of_the_weights", None, cut_otherwise, [], ["the same text is cut as [", "give that folder"],
     ),
@@ -162,6 +172,15 @@ FAULTS: dict[str, tuple[str, Edit | None, Edit | None, list[str], list[str]]] = 
     ),
     "another end in config.json": (
         "answers_end_alike", set_in("config.json", "text_config", eos_token_id=2), None, [], ["config.json has eos_token_id 2"],
+    ),
+    "another end beside text_config, where trainers write it": (
+        "answers_end_alike", set_in("config.json", eos_token_id=[488, 3]), None, [], ["config.json has eos_token_id [488, 3]"],
+    ),
+    "a word as padding beside text_config": (
+        "answers_end_alike", set_in("config.json", pad_token_id=3), None, [], ["config.json has pad_token_id 3", "pads with 486"],
+    ),
+    "ends that are no ids": (
+        "answers_end_alike", set_in("generation_config.json", eos_token_id=[[488]]), None, [], ["has eos_token_id [[488]]"],
     ),
     "another end in the tokenizer": (
         "answers_end_alike", None, set_in("tokenizer_config.json", eos_token="</s>"), [], ["tokenizer_config.json has eos_token </s>"],
@@ -219,6 +238,10 @@ LEGITIMATE: dict[str, tuple[Edit | None, Edit | None, list[str]]] = {
     ),
     "a token with a row of its own": (None, with_token, ["model.text.vocab_size=640"]),
     "another special token as padding": (set_in("generation_config.json", pad_token_id=497), None, []),
+    "ends and padding beside text_config, as trainers and unsloth write them": (
+        set_in("config.json", eos_token_id=488, pad_token_id=497, bos_token_id=None), None, [],
+    ),
+    "settings of tokens in another form": (None, set_in("tokenizer_config.json", added_tokens_decoder=[]), []),
     "answers that end with one token": (set_in("generation_config.json", eos_token_id=486), None, []),
     "a folder of weights alone": (
         only_its_config, None, [],
