@@ -21,10 +21,10 @@ from visionloom.model.trainable import is_adapter
 from visionloom.parallel.topology import Topology
 from visionloom.train.build import Stage
 from visionloom.train.optimizer import state_tensors, take_state, updates
-from visionloom.train.state_file import Progress, read_progress
+from visionloom.train.state_file import CHECKPOINTS, Progress, read_progress
 from visionloom.train.untrusted import harmless_reading
 
-MANIFEST, LATEST, FOLDER = "manifest.json", "latest", "checkpoints"
+MANIFEST, LATEST = "manifest.json", "latest"
 HASH_BLOCK_BYTES = 1 << 24
 
 
@@ -38,7 +38,7 @@ class Checkpoint:
 
 def folder_of(run_folder: Path, phase: str, step: int) -> Path:
     """Where the checkpoint after the run's step `step` lies."""
-    return run_folder / FOLDER / phase / f"step-{step:08d}"
+    return run_folder / CHECKPOINTS / phase / f"step-{step:08d}"
 
 
 def progress_of(stage: Stage, step: int, phase_step: int) -> Progress:
@@ -151,7 +151,7 @@ def _file_fault(path: Path, expected: dict[str, Any]) -> str | None:
 
 def _candidates(run_folder: Path) -> list[Path]:
     """Folders that look like checkpoints, newest step first."""
-    found = (run_folder / FOLDER).glob("*/step-*")
+    found = (run_folder / CHECKPOINTS).glob("*/step-*")
     return sorted((f for f in found if f.suffix != ".tmp"), key=lambda folder: folder.name, reverse=True)
 
 

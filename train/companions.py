@@ -14,7 +14,7 @@ import yaml
 from visionloom.data.config import MediaConfig
 from visionloom.model.huggingface_config import CONFIG
 from visionloom.train.config import RunConfig
-from visionloom.train.state_file import STATE, Inputs, Progress, absolute
+from visionloom.train.state_file import CHECKPOINTS, STATE, Inputs, Progress, absolute
 from visionloom.train.token_table import SETTINGS, TOKENIZER, TokenTable
 
 COMPANIONS: Final = "huggingface"
@@ -71,9 +71,17 @@ def companions_of(folder: Path) -> list[Path]:
     """Folders with the files of a Hugging Face folder (itself), or of a checkpoint: its own, or its run's."""
     if not (folder / STATE).is_file():
         return [folder] if folder.is_dir() else []
-    parents = folder.resolve().parents
-    found = [folder / COMPANIONS, *([parents[2] / COMPANIONS] if len(parents) > 2 else [])]
+    run = run_of(folder)
+    found = [folder / COMPANIONS, *([run / COMPANIONS] if run is not None else [])]
     return [each for each in found if each.is_dir()]
+
+
+def run_of(checkpoint: Path) -> Path | None:
+    """The folder of the run that a checkpoint lies in; None if it was moved elsewhere, whose other files are not its own."""
+    for place in (checkpoint.absolute(), checkpoint.resolve()):  # checkpoints/ may be a link to another disk, or lead here
+        if len(place.parents) > 2 and place.parents[1].name == CHECKPOINTS:
+            return place.parents[2]
+    return None
 
 
 def companions(checkpoint: Path, progress: Progress, source: Path | None = None, weights: Path | None = None) -> Companions:
@@ -94,10 +102,11 @@ def companions(checkpoint: Path, progress: Progress, source: Path | None = None,
     others += companions_of(Path(inputs.weights)) if inputs and inputs.weights else []
     found = tokenizer_of(checkpoint, progress)
     missing = []
-    if found is None and inputs is not None:
+    if found is None and (inputs is not None or tokenizer_hash(progress)):
+        named = f"data.tokenizer={inputs.tokenizer}, which" if inputs is not None else "the one that"
         missing.append(
-            f"no tokenizer goes along: data.tokenizer={inputs.tokenizer}, which {checkpoint} was trained with, is gone or another"
-            " one now: put it back, or name a folder that has it with hf=DIR"
+            f"no tokenizer goes along: {named} {checkpoint} was trained with is gone or another one now: put it back, or name a"
+            " folder that has it with hf=DIR"
         )
     if inputs is not None and inputs.weights and not others:
         missing.append(
@@ -125,13 +134,12 @@ def inputs_of(checkpoint: Path, progress: Progress) -> Inputs | None:
     """What a checkpoint was trained with: from its state, or, of older versions, its run's config.yaml; None if nothing says."""
     if progress.inputs:
         return Inputs(**progress.inputs)
-    parents = checkpoint.resolve().parents
-    settings = parents[2] / SETTINGS_OF_RUN if len(parents) > 2 else None
-    if settings is None or not settings.is_file():
+    run = run_of(checkpoint)
+    if run is None or not (run / SETTINGS_OF_RUN).is_file():
         return None
-    raw: dict[str, Any] = yaml.safe_load(settings.read_text()) or {}
+    raw: dict[str, Any] = yaml.safe_load((run / SETTINGS_OF_RUN).read_text()) or {}
     data, init = raw.get("data", {}), raw.get("init", {})
-    start = _start_folder(parents[2], str(raw.get("run", {}).get("folder", "")))
+    start = _start_folder(run, str(raw.get("run", {}).get("folder", "")))
     weights = init.get("huggingface") or init.get("checkpoint") or ""
     folders = (absolute(str(start / folder)) if folder else "" for folder in (data.get("tokenizer", ""), weights))
     return Inputs(next(folders), tokenizer_hash(progress), data.get("media", {}), next(folders))

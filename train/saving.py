@@ -30,7 +30,6 @@ from visionloom.parallel.errors import UserError
 from visionloom.parallel.topology import Topology
 from visionloom.train.build import Stage
 from visionloom.train.checkpoint import (
-    FOLDER,
     LATEST,
     MANIFEST,
     content,
@@ -40,7 +39,7 @@ from visionloom.train.checkpoint import (
     stage_state,
 )
 from visionloom.train.config import CheckpointConfig
-from visionloom.train.state_file import STATE, Progress
+from visionloom.train.state_file import CHECKPOINTS, STATE, Progress
 from visionloom.train.untrusted import read_index
 
 Report = Callable[..., None]
@@ -317,7 +316,7 @@ def check_room(run_folder: Path, stage: Stage) -> None:
         UserError: naming the folder, the bytes needed and the bytes free.
     """
     needed, fault = estimated_bytes(stage), ""
-    folder = run_folder / FOLDER / stage.name
+    folder = run_folder / CHECKPOINTS / stage.name
     if stage.topology.is_main:
         try:
             folder.mkdir(parents=True, exist_ok=True)

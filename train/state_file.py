@@ -10,6 +10,8 @@ from visionloom.model.config import ModelConfig, TextConfig, VisionConfig
 from visionloom.parallel.errors import UserError
 
 STATE: Final = "state.json"
+CHECKPOINTS: Final = "checkpoints"
+"""Folder inside a run's with a folder for each phase, and in that one for each checkpoint."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from visionloom.model.config import ModelConfig
 from visionloom.tests.data.samples import RULES
 from visionloom.tests.data.test_chat import TOOLS
 from visionloom.tests.train.test_served import as_messages
-from visionloom.train.companions import COMPANIONS, Companions, carry_into_run, companions
+from visionloom.train.companions import COMPANIONS, Companions, carry_into_run, companions, companions_of
 from visionloom.train.config import RunConfig
 from visionloom.train.serving import carry_companions, write_serving_files
 from visionloom.train.state_file import STATE, Inputs, Progress
@@ -173,6 +173,34 @@ def test_a_checkpoint_without_its_run_still_says_how_it_was_trained(demo_data: P
     shutil.move(checkpoint, tmp_path / "moved")
     found = companions(tmp_path / "moved", progress)
     assert (found.tokenizer, found.media, found.missing) == (demo_data / "tokenizer", OWN, [])
+
+
+def test_a_moved_checkpoint_takes_nothing_that_lies_around(demo_data: Path, tmp_path: Path) -> None:
+    """A folder that happens to be named as the run's own is not its run's; an older state alone cannot say where files are."""
+    checkpoint, progress = stored(tmp_path / "run", demo_data / "tokenizer")
+    place = tmp_path / "models" / "mine" / "step"
+    shutil.copytree(checkpoint, place)
+    shutil.copytree(demo_data / "tokenizer", tmp_path / COMPANIONS)
+    write(tmp_path / COMPANIONS / "generation_config.json", {"temperature": 9})
+    found = companions(place, progress)
+    assert (found.tokenizer, found.others, found.missing) == (demo_data / "tokenizer", [], [])
+    known = {"plan": {"tokenizer": TokenTable.read(demo_data / "tokenizer", "x").hash[:8]}}
+    older = companions(place, replace(progress, inputs={}, data=known))
+    assert older.tokenizer is None
+    assert older.missing == [
+        f"no tokenizer goes along: the one that {place} was trained with is gone or another one now: put it back, or name a"
+        " folder that has it with hf=DIR"
+    ]
+
+
+def test_checkpoints_on_another_disk_are_their_runs(demo_data: Path, tmp_path: Path) -> None:
+    checkpoint, progress = stored(tmp_path / "run", demo_data / "tokenizer")
+    shutil.copytree(demo_data / "tokenizer", tmp_path / "run" / COMPANIONS)
+    shutil.move(tmp_path / "run" / "checkpoints", tmp_path / "disk" / "of-mine")
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "disk" / "of-mine")
+    (tmp_path / "best").symlink_to(tmp_path / "run" / "checkpoints" / "sft" / "step-00000004")
+    assert companions(checkpoint, progress).others == [tmp_path / "run" / COMPANIONS]
+    assert not companions_of(tmp_path / "best")
 
 
 def test_a_template_around_videos_is_told(demo_data: Path, tmp_path: Path) -> None:
