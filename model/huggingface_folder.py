@@ -20,6 +20,7 @@ from visionloom.model.shapes import Shape
 from visionloom.model.sharding import EMBEDDING
 from visionloom.parallel.errors import UserError
 
+WHOLE: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
 DTYPES: Final = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 PICKLES: Final = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
@@ -85,9 +86,11 @@ class HuggingFaceFolder:
         return functools.reduce(torch.promote_types, map(self.dtype, parts))
 
     def _file_names(self) -> set[str]:
-        """Files with tensors: those that the index names, or the only one."""
+        """Files with tensors: model.safetensors, as in transformers also beside an older index, those of the index, or the only one."""
         if not self.folder.is_dir():
             raise UserError(f"{self.option}={self.folder} is not a folder: give the folder of a Hugging Face model")
+        if (self.folder / WHOLE).is_file():
+            return {WHOLE}
         if (self.folder / INDEX).is_file():
             files = read_json(self.folder / INDEX, self.option).get("weight_map")
             if not isinstance(files, dict) or not files:
@@ -160,8 +163,8 @@ class HuggingFaceFolder:
             raise self._fault(f"its tensors are not those of its config.json: {'; '.join(filter(None, faults))}")
 
     def _listed(self) -> set[str]:
-        path = self.folder / INDEX
-        return set(json.loads(path.read_text())["weight_map"]) if path.is_file() else set()
+        path, whole = self.folder / INDEX, (self.folder / WHOLE).is_file()
+        return set(json.loads(path.read_text())["weight_map"]) if path.is_file() and not whole else set()
 
 
 def _named(fault: str, names: Iterable[str]) -> str:

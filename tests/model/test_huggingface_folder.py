@@ -246,6 +246,22 @@ def test_an_index_names_files_of_its_folder_only(file: Any, tmp_path: Path) -> N
     assert f"names {file}, which is not a safetensors file of the folder" in refusal(tmp_path)
 
 
+def test_a_whole_file_counts_before_what_lies_beside_it(tmp_path: Path) -> None:
+    """Saved first in shards, then whole into the same folder: transformers leaves the index there, and reads the whole file."""
+    save(tmp_path, model())
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    newer = Qwen3VLForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    with torch.no_grad():
+        newer.lm_head.weight.fill_(3)
+    newer.save_pretrained(tmp_path)
+    save_file({"base_model.x": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
+    assert (tmp_path / "model.safetensors").is_file() and (tmp_path / "model.safetensors.index.json").is_file()
+    theirs = Qwen3VLForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16).state_dict()
+    ours = HuggingFaceFolder(tmp_path)
+    assert set(ours.names) == set(theirs) and torch.equal(ours.read(HEAD, [slice(0, 2)]), theirs[HEAD][:2])
+    assert theirs[HEAD].eq(3).all()
+
+
 def test_a_cut_or_lost_file_is_named(tmp_path: Path) -> None:
     save(tmp_path, model())
     first, second, *_ = sorted(tmp_path.glob("*.safetensors"))
