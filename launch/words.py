@@ -102,7 +102,7 @@ def _cure(parser: OverridesParser, word: str, sign: str, key: str, value: str) -
             " others can stand in a recipe of your own, +recipe=NAME --config-dir DIR"
         )
     hint = option_type(key)
-    if hint is None and key.partition(".")[0] not in {"hydra", *groups()}:
+    if hint is None and key.partition(".")[0] != "hydra" and re.split("[/@]", key)[0] not in groups():
         return no_such_key(key)
     if hint in NUMBERS:
         return f"command line: {key} takes {NUMBERS[hint]}, not '{value}'"

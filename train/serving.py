@@ -149,7 +149,8 @@ def bounds(content: Mapping[str, Any]) -> tuple[int, int] | None:
     """The areas in pixels that a preprocessor's file allows; None if it does not say."""
     size = content.get("size")
     size = size if isinstance(size, dict) else {}
-    least, most = content.get("min_pixels") or size.get("shortest_edge"), content.get("max_pixels") or size.get("longest_edge")
+    said = size | {key: value for key, value in content.items() if value is not None}  # some files have these two inside size
+    least, most = said.get("min_pixels") or said.get("shortest_edge"), said.get("max_pixels") or said.get("longest_edge")
     return (least, most) if isinstance(least, int) and isinstance(most, int) else None
 
 

@@ -106,6 +106,7 @@ def test_texts_in_lists_and_sections_need_quotes(word: str, expected: str) -> No
         (["+data.datasets.mine.weight=1,5"], "data.datasets.mine.weight takes a number, not '1,5'"),
         (["run.deterministic=yes,no"], "run.deterministic takes true or false, not 'yes,no'"),
         (["run.sed=1,2"], "no such key: run.sed (did you mean run.seed?)"),
+        (["data.tokeniser=/d/a,b"], "no such key: data.tokeniser (did you mean data.tokenizer?)"),
         (["model=tiny,tiny_moe"], "model=tiny,tiny_moe is unknown (did you mean tiny_moe?)"),
         (["run.device=cpu,cuda"], "run.device=cpu,cuda is unknown (did you mean cuda?)"),
         (["+data.datasets.数.path=/d"], "cannot read the name 'data.datasets.数.path': names have letters, digits, - and _;"),

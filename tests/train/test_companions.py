@@ -23,7 +23,7 @@ from visionloom.tests.data.test_chat import TOOLS
 from visionloom.tests.train.test_served import as_messages
 from visionloom.train.companions import COMPANIONS, Companions, carry_into_run, companions, companions_of
 from visionloom.train.config import RunConfig
-from visionloom.train.serving import carry_companions, write_serving_files
+from visionloom.train.serving import bounds, carry_companions, write_serving_files
 from visionloom.train.state_file import STATE, Inputs, Progress
 from visionloom.train.token_table import TokenTable
 
@@ -93,6 +93,19 @@ def test_bounds_that_came_with_the_weights_give_way_and_are_told(demo_data: Path
     )
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert generation == {"temperature": 0.7, "bos_token_id": 486, "eos_token_id": [488, 486], "pad_token_id": 486}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"size": {"longest_edge": 9, "shortest_edge": 4}, "min_pixels": None, "max_pixels": None},
+        {"size": {"max_pixels": 9, "min_pixels": 4}},
+        {"size": {"max_pixels": 1, "longest_edge": 7, "shortest_edge": 5}, "min_pixels": 4, "max_pixels": 9},
+    ],
+)
+def test_bounds_are_read_in_every_form(content: dict[str, Any]) -> None:
+    """Saved again with all defaults, with the names inside size, and with bounds that go before size."""
+    assert bounds(content) == (4, 9)
 
 
 @pytest.mark.parametrize(
