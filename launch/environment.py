@@ -37,7 +37,7 @@ def check_environment() -> None:
 
 
 def check_home(option: str, value: str) -> None:
-    """Refuse a ~ that the shell has left in an option's value: what is written would go to a folder of that name.
+    """Refuse a ~ or a $HOME that the shell has left in an option's value: what is written would go to a folder of that name.
 
     Raises:
         UserError: one line with the word to write instead.
@@ -46,6 +46,11 @@ def check_home(option: str, value: str) -> None:
         raise UserError(
             f'{option}={value}: the shell has not replaced ~ by your home folder: write "{option}=$HOME{value[1:]}" with the'
             " double quotes (a folder of that name is ./~)"
+        )
+    if left := re.match(r"\$[A-Za-z_]\w*(?=/|$)", value):
+        raise UserError(
+            f'{option}={value}: the shell has not replaced {left[0]}: write "{option}={value}" with the double quotes, not with'
+            f" single ones (a folder of that name is ./{left[0]})"
         )
 
 

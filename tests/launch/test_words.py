@@ -115,6 +115,8 @@ def test_texts_in_lists_and_sections_need_quotes(word: str, expected: str) -> No
         (["data.tokenizer=~/d"], 'the shell has not replaced ~ by your home folder: write "data.tokenizer=$HOME/d"'),
         (["+data.datasets.m.path=~"], 'write "+data.datasets.m.path=$HOME"'),
         (["--config-dir=~/d"], 'write "--config-dir=$HOME/d"'),
+        (["run.folder=$HOME/d"], 'the shell has not replaced $HOME: write "run.folder=$HOME/d" with the double quotes'),
+        (["+data.datasets.m.path=$SCRATCH"], "(a folder of that name is ./$SCRATCH)"),
     ],
 )  # fmt: skip
 def test_other_words_are_one_line(words: list[str], expected: str) -> None:
