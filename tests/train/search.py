@@ -8,6 +8,7 @@ import math
 import operator
 import random
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 from visionloom.model.config import ModelConfig, TextConfig, VisionConfig
@@ -169,7 +170,8 @@ def step(drawn: Draw) -> tuple[float, float, bool]:
         make_pack(theirs, [make_example(parts, seed) for parts in PARTS], phase.sequence_length * phase.micro_batch, config.data.pack_multiple)
         for seed in range(phase.global_batch // phase.micro_batch)
     ]  # fmt: skip
-    stream: Any = type("Stream", (), {"corpora": [type("Corpus", (), {"name": "test"})]})
+    tokenizer = SimpleNamespace(fingerprint="")
+    stream: Any = SimpleNamespace(corpora=[SimpleNamespace(name="test")], tokenizer=tokenizer)
     stage = build_stage(config, "p", topology, chunks, stream)
     done = train_step(stage, deal(packs, topology, False))  # type: ignore[arg-type]
     finite = all(bool(parameter.isfinite().all()) for chunk in chunks for parameter in chunk.parameters())

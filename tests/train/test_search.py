@@ -15,7 +15,7 @@ from visionloom.tests.ranks import RankPool
 from visionloom.tests.train.search import Draw, draw, step
 from visionloom.train.evaluate import held_out_length
 
-SEEDS = int(os.environ.get("SEARCH_SEEDS", "12"))
+SEEDS = int(os.environ.get("SEARCH_SEEDS", "8"))
 
 
 def outcome(pool: RankPool, drawn: Draw) -> str:
