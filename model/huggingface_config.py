@@ -248,7 +248,7 @@ def differences(ours: ModelConfig, theirs: ModelConfig, folder: Path) -> list[st
             unused = key == "ffn_hidden_size" and part == "text" and ours.text.experts and theirs.text.experts
             wider = key == "vocab_size" and value >= there[key]
             if value != there[key] and key not in NOT_THE_MODEL and not unused and not wider:
-                found.append(f"model.{part}.{key}={value}, but {folder}/{CONFIG} says {there[key]}")
+                found.append(f"model.{part}.{key}={value}, but {folder}/{CONFIG} says {there[key]}: set it alike")
     return found
 
 

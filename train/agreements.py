@@ -148,9 +148,9 @@ def every_token_has_a_row(sides: Sides) -> Iterator[str]:
     if last >= rows:
         fix = "give the tokenizer of these weights"
         if sides.recipe and sides.checkpoint is None:
-            fix = (
-                f"set model.text.vocab_size={-(-(last + 1) // ROWS) * ROWS}, or give the tokenizer that the model was made for"
-            )
+            held = sides.text.get("vocab_size")
+            enough = max(-(-(last + 1) // ROWS) * ROWS, held if isinstance(held, int) else 0)
+            fix = f"set model.text.vocab_size={enough}, or give the tokenizer that the model was made for"
         yield f"{sides.tokens.name} has ids up to {last} ({token}), but {sides.vocabulary} has rows for 0 to {rows - 1} only: {fix}"
 
 

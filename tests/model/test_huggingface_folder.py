@@ -145,7 +145,7 @@ def test_a_config_of_another_kind_is_refused(section: str, values: dict[str, Any
 def test_a_recipe_of_another_model_is_told_by_its_field(tmp_path: Path) -> None:
     config = model()
     other = replace(config, text=replace(config.text, heads=8, vocab_size=200, max_positions=9))
-    assert differences(other, config, tmp_path) == [f"model.text.heads=8, but {tmp_path}/config.json says 4"]
+    assert differences(other, config, tmp_path) == [f"model.text.heads=8, but {tmp_path}/config.json says 4: set it alike"]
     smaller = replace(config, text=replace(config.text, vocab_size=50))
     assert [line.split(",")[0] for line in differences(smaller, config, tmp_path)] == ["model.text.vocab_size=50"]
 

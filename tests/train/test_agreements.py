@@ -135,6 +135,10 @@ FAULTS: dict[str, tuple[str, Edit | None, Edit | None, list[str], list[str]]] = 
         "every_token_has_a_row", set_in("config.json", "text_config", vocab_size=256), None, ["model.text.vocab_size=256"],
         ["data.tokenizer=", "ids up to 511 (</think>)", "model.text.vocab_size=256 has rows for 0 to 255", "model.text.vocab_size=512"],
     ),
+    "fewer rows than the weights have": (
+        "every_token_has_a_row", set_in("config.json", "text_config", vocab_size=896), None, ["model.text.vocab_size=256"],
+        ["ids up to 511 (</think>)", "model.text.vocab_size=256 has rows for 0 to 255", "set model.text.vocab_size=896"],
+    ),
     "a token more than rows": (
         "every_token_has_a_row", None, with_token, [], ["ids up to 512 (<grasp>)", "rows for 0 to 511", "vocab_size=640"],
     ),
@@ -187,7 +191,7 @@ FAULTS: dict[str, tuple[str, Edit | None, Edit | None, list[str], list[str]]] = 
     ),
     "another model": (
         "the_model_is_that_of_the_weights", None, None, ["model.text.mrope_section=[4, 6, 6]"],
-        ["model.text.mrope_section=[4, 6, 6]", "hf/config.json says [6, 5, 5]"],
+        ["model.text.mrope_section=[4, 6, 6]", "hf/config.json says [6, 5, 5]: set it alike"],
     ),
     "pixels of another model": (
         "pixels_are_those_of_the_data", set_in("preprocessor_config.json", image_mean=[0.48, 0.46, 0.41]), None, [],

@@ -280,7 +280,7 @@ def test_a_run_on_another_model_is_refused_before_torch(demo_data: Path, folders
     with pytest.raises(UserError) as caught:
         check_run(run_config(demo_data, tmp_path, STEPS, 1, f"init.huggingface={folders['dense']}"))
     first, *_ = str(caught.value).splitlines()
-    assert first == f"model.text.hidden_size=128, but {folders['dense']}/config.json says 64"
+    assert first == f"model.text.hidden_size=128, but {folders['dense']}/config.json says 64: set it alike"
 
 
 def test_an_imported_folder_starts_a_run(pool: RankPool, demo_data: Path, tmp_path: Path) -> None:
