@@ -174,13 +174,21 @@ def without_nulls(value: Any) -> Any:
     return value
 
 
-def decoded(value: Any) -> Any:
-    """A value that may be given as JSON text, as what the text says without nulls; None if it is no JSON."""
+def parsed(value: Any) -> Any:
+    """The value of a JSON text, None if it is none; what is no text is its own value."""
     if not isinstance(value, str):
         return value
     try:
-        return without_nulls(json.loads(value))
+        return json.loads(value)
     except (ValueError, RecursionError):
+        return None
+
+
+def decoded(value: Any) -> Any:
+    """A value that may be given as JSON text, as what the text says without nulls; None if it is no JSON."""
+    try:
+        return without_nulls(parsed(value)) if isinstance(value, str) else value
+    except RecursionError:  # nested less deeply than the parser takes, but more than this
         return None
 
 

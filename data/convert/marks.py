@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
-from visionloom.data.convert.keys import Fields, Keys, without_nulls
+from visionloom.data.convert.keys import Fields, Keys, parsed, without_nulls
 from visionloom.data.convert.skip import Skip
 from visionloom.data.sample import Text, Think, ToolCall
 from visionloom.data.tokenizer import (
@@ -106,7 +106,7 @@ def tool_calls(value: Any, open_fields: Opener) -> list[ToolCall]:
     Arguments are an object or its JSON text; written out again they are spaced as the template's `tojson` does. A call may be
     written as Python's dictionary, as Hermes' data set has them. Raises Skip.
     """
-    found = _json(value) or _python(value)
+    found = parsed(value) or _python(value)
     if isinstance(found, list) and found:
         return [call for one in found for call in tool_calls(one, open_fields)]
     if not isinstance(found, dict):
@@ -115,7 +115,7 @@ def tool_calls(value: Any, open_fields: Opener) -> list[ToolCall]:
     call.take_all("type", "id")
     if isinstance(inner := call.take("function"), dict):
         call = open_fields(CALL, inner)
-    name, arguments = call.take("name"), _json(call.take("arguments", "parameters") or {})
+    name, arguments = call.take("name"), parsed(call.take("arguments", "parameters") or {})
     if not isinstance(name, str) or not isinstance(arguments, dict):
         raise Skip("broken tool call", str(value)[:200])
     return [ToolCall(name, arguments)]
@@ -141,7 +141,7 @@ def refuse_marks(text: str) -> None:
 
 def tools_of(value: Any) -> list[dict[str, Any]]:
     """The tools that may be called: a list of objects, or its JSON text; raises Skip."""
-    found = without_nulls(_json(value)) if value else []
+    found = without_nulls(parsed(value)) if value else []
     found = [found] if isinstance(found, dict) else found
     if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
         raise Skip("broken tools", str(value)[:200])
@@ -155,15 +155,6 @@ def _without_end(text: str) -> str:
         if stripped.endswith(mark):
             text = stripped = stripped.removesuffix(mark)
     return text
-
-
-def _json(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
-        return None
 
 
 def _python(value: Any) -> Any:
