@@ -2,7 +2,7 @@
 
 from setuptools import find_packages, setup
 
-FOLDERS = ["parallel", "model", "data", "train", "recipes", "launch"]
+FOLDERS = ["common", "parallel", "model", "data", "train", "recipes", "launch"]
 
 # Lower bounds are what the code needs, upper bounds the newest series tested; constraints.txt has the exact versions.
 CORE = [
@@ -21,6 +21,7 @@ CORE = [
     "wandb>=0.31,<0.32",  # login(prompt=False) asks without a dialogue
     "xxhash>=3.5,<5",
     "urllib3>=2.2,<3",
+    "pydantic>=2.12,<3",
 ]
 EXTRAS = {
     "video": ["av>=14.0,<20"],

@@ -7,7 +7,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from visionloom.parallel.errors import UserError
+from visionloom.common.errors import UserError
 
 Pieces = tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]
 _SWAPS: Final = 64

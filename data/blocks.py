@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from visionloom.data.atomic import replacing
+from visionloom.common.atomic import replacing
 
 Rows = NDArray[Any]
 Work = Callable[[int, int], Rows]

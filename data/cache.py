@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 from uuid import uuid4
 
-from visionloom.parallel.errors import UserError
+from visionloom.common.errors import UserError
 
 KEPT: Final = 0.9
 """Share of the limit that stays when the oldest parts make room, so that room is made once for many."""

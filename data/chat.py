@@ -11,6 +11,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Final
 
+from visionloom.common.errors import UserError
 from visionloom.data.config import MediaConfig
 from visionloom.data.geometry import Grid, image_grid, scale_coordinate, tokens_per_frame, video_layout
 from visionloom.data.sample import (
@@ -43,7 +44,6 @@ from visionloom.data.tokenizer import (
     VISION_END,
     VISION_START,
 )
-from visionloom.parallel.errors import UserError
 
 TEMPLATE_VERSION: Final = 3
 """Counts changes of what this file renders: length tables made by another version are not used."""

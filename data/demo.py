@@ -14,6 +14,7 @@ from typing import Final
 import numpy as np
 from PIL import Image as PillowImage
 
+from visionloom.common.errors import UserError
 from visionloom.data.contact_sheet import draw_contact_sheet
 from visionloom.data.demo_tasks import CELL, RECIPES, Drawer, Pixels
 from visionloom.data.demo_tokenizer import train_tokenizer
@@ -21,7 +22,6 @@ from visionloom.data.index import INDEX_VERSION
 from visionloom.data.sample import Sample
 from visionloom.data.shards import Dataset
 from visionloom.data.write import write_shards
-from visionloom.parallel.errors import UserError
 
 TRAIN_PICTURES: Final = 1400
 """Of 1,797; the others are for the test split."""

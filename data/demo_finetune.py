@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from visionloom.common.errors import UserError
 from visionloom.data.demo import Progress, load_pictures
 from visionloom.data.demo_tasks import GRIDS, NAMES, PLACES, Draft, Drawer
 from visionloom.data.sample import Message, Sample, Text
 from visionloom.data.write import write_shards
-from visionloom.parallel.errors import UserError
 
 NAME: Final = "words"
 SAMPLES: Final = {"train": 4000, "test": 256}

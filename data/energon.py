@@ -11,11 +11,11 @@ from typing import Final
 
 import numpy as np
 
-from visionloom.data.atomic import replacing
+from visionloom.common.atomic import replacing
+from visionloom.common.errors import UserError
 from visionloom.data.index import ShardIndex
 from visionloom.data.shards import Dataset
 from visionloom.data.tar import BLOCK
-from visionloom.parallel.errors import UserError
 
 FOLDER: Final = ".nv-meta"
 MADE_FOR: Final = "7.4.1"

@@ -14,9 +14,9 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from visionloom.common.errors import UserError
 from visionloom.data.config import MediaConfig
 from visionloom.data.sample import Image, Space, Video
-from visionloom.parallel.errors import UserError
 
 VERSION: Final = 2
 """Counts changes of what this file computes: length tables made by another version are not used."""

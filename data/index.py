@@ -17,12 +17,12 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from visionloom.data.atomic import replacing
+from visionloom.common.atomic import replacing
+from visionloom.common.errors import UserError
 from visionloom.data.manifest import ShardInfo, Statistics
 from visionloom.data.probe import KINDS, MediaFacts, kind_of, probe
 from visionloom.data.sample import Image, Sample, SampleError, Video, parse_sample, to_json
 from visionloom.data.tar import BLOCK, Entry, Fault, Report, entries, refuse
-from visionloom.parallel.errors import UserError
 
 KEY: Final = re.compile(r"[A-Za-z0-9_-]{1,80}")
 """A sample's key in the tar: no dots, since WebDataset ends the key at the first one."""

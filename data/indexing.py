@@ -6,12 +6,12 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from visionloom.data.atomic import replacing
+from visionloom.common.atomic import replacing
+from visionloom.common.errors import UserError
 from visionloom.data.index import NoSamples, index_shard, known_shard
 from visionloom.data.manifest import ShardInfo, write_manifest
 from visionloom.data.processes import in_order
 from visionloom.data.tar import Fault
-from visionloom.parallel.errors import UserError
 
 LEFT_OUT: Final = "left_out.jsonl"
 """File beside dataset.json with what `skip_bad` left out: shard, offset, key and error of each."""

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
+from visionloom.common.errors import UserError
 from visionloom.data.balance import CostModel, Pack, deal
 from visionloom.data.config import DataConfig
 from visionloom.data.corpus import Corpus
@@ -29,7 +30,6 @@ from visionloom.data.sample import SampleError
 from visionloom.data.state import Origin, changes, check_version
 from visionloom.data.tokenizer import Tokenizer
 from visionloom.data.views import Rows
-from visionloom.parallel.errors import UserError
 
 PREFETCH: Final = 2
 """Steps built ahead by the background thread or by each worker."""

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from visionloom.data.atomic import replacing
+from visionloom.common.atomic import replacing
+from visionloom.common.errors import UserError
 from visionloom.data.sample import SCHEMA_VERSION, Sample, Text, Think, Video
-from visionloom.parallel.errors import UserError
 
 MANIFEST: Final = "dataset.json"
 

@@ -24,6 +24,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from visionloom.common.errors import UserError
 from visionloom.data.blocks import Progress, in_blocks, load_rows
 from visionloom.data.config import OVER_LENGTH, MediaConfig
 from visionloom.data.encode import EncodedSample
@@ -45,7 +46,6 @@ from visionloom.data.views import (
     bounded,
     encode_views,
 )
-from visionloom.parallel.errors import UserError
 
 VIEWS_VERSION: Final = 1
 BLOCK: Final = 64

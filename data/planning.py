@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from visionloom.common.errors import UserError
 from visionloom.data.balance import CostModel
 from visionloom.data.config import DataConfig
 from visionloom.data.corpus import Corpus, Report, cache_folder, media_hash
@@ -12,7 +13,6 @@ from visionloom.data.sample import SampleError
 from visionloom.data.state import Origin
 from visionloom.data.tokenizer import Tokenizer
 from visionloom.data.views import Views
-from visionloom.parallel.errors import UserError
 
 
 def dataset_weights(data: DataConfig, mixture: Mapping[str, float]) -> dict[str, float]:

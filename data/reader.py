@@ -10,6 +10,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from visionloom.common.errors import UserError
 from visionloom.data.ahead import AheadReader, ByteBudget, Wanted
 from visionloom.data.balance import deal_units
 from visionloom.data.config import DataConfig, MediaConfig
@@ -23,7 +24,6 @@ from visionloom.data.sample import Image, Sample, SampleError, Video
 from visionloom.data.shards import REQUESTS
 from visionloom.data.tokenizer import Tokenizer
 from visionloom.data.views import View, Views, encode_views
-from visionloom.parallel.errors import UserError
 
 CACHED_TOKENS: Final = 1 << 20
 """Tokens of encoded samples that a process keeps (20 bytes each): a small dataset is tokenised once."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Final, Literal, NoReturn, cast
 
-from visionloom.parallel.errors import UserError
+from visionloom.common.errors import UserError
 
 SCHEMA_VERSION: Final = 1
 KINDS: Final = ("chat", "doc")

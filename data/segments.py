@@ -11,7 +11,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from visionloom.data.atomic import replacing
+from visionloom.common.atomic import replacing
 
 _KEPT: Final = 4
 """Segments that a process holds."""

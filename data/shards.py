@@ -17,13 +17,13 @@ from typing import Any, Final
 
 import numpy as np
 
+from visionloom.common.errors import UserError
 from visionloom.data.config import StoreConfig
 from visionloom.data.index import ShardIndex, Span, tar_edges
 from visionloom.data.manifest import MANIFEST, ShardInfo, parse_manifest
 from visionloom.data.probe import MediaFacts
 from visionloom.data.sample import SCHEMA_VERSION, Sample, SampleError, parse_sample
 from visionloom.data.store import LocalStore, MissingBytes, Store, is_url, open_store, shown
-from visionloom.parallel.errors import UserError
 
 LONGEST_RUN: Final = 8 * 2**20
 """Bytes up to which neighbouring members are read at once."""

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from visionloom.parallel.errors import UserError
+from visionloom.common.errors import UserError
 
 STATE_VERSION: Final = 2
 STATE_BYTES: Final = 4096

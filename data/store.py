@@ -18,9 +18,9 @@ from typing import Any, Final, Protocol
 from urllib.parse import urlsplit, urlunsplit
 from urllib.request import getproxies, proxy_bypass
 
+from visionloom.common.errors import UserError
 from visionloom.data.cache import RangeCache
 from visionloom.data.config import StoreConfig
-from visionloom.parallel.errors import UserError
 
 OPEN_FILES: Final = 128
 """Shards kept open at once by a process: far below the usual limit of 1,024 file descriptors."""

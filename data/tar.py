@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from visionloom.parallel.errors import UserError
+from visionloom.common.errors import UserError
 
 BLOCK: Final = 512
 LARGEST_MEMBER: Final = 2**31 - 4096

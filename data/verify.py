@@ -7,13 +7,13 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Final
 
-from visionloom.data.atomic import replacing
+from visionloom.common.atomic import replacing
+from visionloom.common.errors import UserError
 from visionloom.data.index import declared_media, difference
 from visionloom.data.probe import MediaFacts, probe
 from visionloom.data.processes import in_order
 from visionloom.data.sample import SampleError
 from visionloom.data.shards import Dataset
-from visionloom.parallel.errors import UserError
 
 Bad = dict[str, Any]
 """What is wrong with a member, as in quarantine.jsonl: shard, key, member, offset, error, crc32."""

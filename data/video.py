@@ -11,9 +11,9 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from visionloom.common.errors import UserError
 from visionloom.data.image import Pixels, check_size
 from visionloom.data.sample import SampleError, Video
-from visionloom.parallel.errors import UserError
 
 TOLERANCE: Final = 0.51
 """How far a frame may be from the time that the sample gives for it, in frames at the video's mean rate."""

@@ -13,6 +13,7 @@ from typing import Final
 import numpy as np
 from PIL import Image as Pillow
 
+from visionloom.common.errors import UserError
 from visionloom.data.config import MediaConfig
 from visionloom.data.encode import EncodedSample, encode
 from visionloom.data.geometry import chosen_frames, frame_times
@@ -20,7 +21,6 @@ from visionloom.data.packing import pack_samples
 from visionloom.data.sample import Box, Element, Image, Point, Sample, SampleError, Text, Think, Time, ToolCall, Video
 from visionloom.data.shards import Dataset
 from visionloom.data.tokenizer import Tokenizer
-from visionloom.parallel.errors import UserError
 
 PATCHES_PER_TOKEN: Final = 3.2
 """Patch budget of a pack, as data.patch_budget has it by default."""

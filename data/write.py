@@ -9,12 +9,12 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from visionloom.data.atomic import replacing
+from visionloom.common.atomic import replacing
+from visionloom.common.errors import UserError
 from visionloom.data.index import KEY, index_shard
 from visionloom.data.manifest import MANIFEST, ShardInfo, write_manifest
 from visionloom.data.sample import Sample, SampleError, parse_sample, printable, to_json
 from visionloom.data.tar import LARGEST_MEMBER
-from visionloom.parallel.errors import UserError
 
 SAMPLES_PER_SHARD: Final = 10_000
 SHARD_BYTES: Final = 1 << 30

@@ -22,11 +22,11 @@ from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from visionloom.data.atomic import replacing
+from visionloom.common.atomic import replacing
+from visionloom.common.errors import UserError
 from visionloom.data.index import index_path, index_shard, known_shard
 from visionloom.data.manifest import MANIFEST, ShardInfo, write_manifest
 from visionloom.data.write import Members, ShardLimits, check_target, cut_shards, shard_path
-from visionloom.parallel.errors import UserError
 
 STAGING: Final = ".converting"
 """Folder of what is finished so far; gone when the dataset is complete."""

@@ -22,6 +22,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from visionloom.common.errors import UserError
 from visionloom.data.config import DatasetConfig
 from visionloom.launch import environment
 from visionloom.launch.exit import FAILURE, end_with_parent, exit_with, record_for_torchrun, write_status
@@ -29,7 +30,6 @@ from visionloom.launch.explain import available, explain, no_such_key, unknown_k
 from visionloom.launch.quiet import quiet_libraries
 from visionloom.launch.words import readable
 from visionloom.parallel.config import ParallelConfig
-from visionloom.parallel.errors import UserError
 from visionloom.train.config import PhaseConfig, RunConfig
 
 MISSING_PATHS_SHOWN = 3

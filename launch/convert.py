@@ -24,12 +24,12 @@ from typing import TYPE_CHECKING, Any
 if not __package__:  # started as a file: Python put launch/ first on the path, where data.py would hide any package data
     sys.path[0] = str(Path(__file__).resolve().parents[1] / ".link")
 
+from visionloom.common.errors import UserError
 from visionloom.launch.environment import check_environment, check_home, world_size
 from visionloom.launch.exit import exit_with
 from visionloom.launch.quiet import quiet_libraries
 from visionloom.model.huggingface_config import read_config
 from visionloom.parallel.config import ParallelConfig
-from visionloom.parallel.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

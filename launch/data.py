@@ -22,9 +22,9 @@ from pathlib import Path
 if not __package__:  # started as a file: Python put launch/ first on the path, where data.py would hide any package data
     sys.path[0] = str(Path(__file__).resolve().parents[1] / ".link")
 
+from visionloom.common.errors import UserError
 from visionloom.launch.exit import exit_with
 from visionloom.launch.shards import convert, demo, demo_task, export_energon, index, lengths, plan, stats, verify, view
-from visionloom.parallel.errors import UserError
 
 COMMANDS = (demo, demo_task, convert, index, lengths, plan, stats, verify, view, export_energon)
 

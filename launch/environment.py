@@ -6,7 +6,7 @@ torch waits in silence, for half an hour, for the ranks of a WORLD_SIZE that nob
 import os
 import re
 
-from visionloom.parallel.errors import UserError
+from visionloom.common.errors import UserError
 
 TORCHRUN = "TORCHELASTIC_RUN_ID"
 """Set by torchrun for every rank, and not a name that people export; another launcher that gives each rank all of the

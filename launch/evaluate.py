@@ -13,9 +13,9 @@ from pathlib import Path
 if not __package__:  # started as a file: Python put launch/ first on the path, where data.py would hide any package data
     sys.path[0] = str(Path(__file__).resolve().parents[1] / ".link")
 
+from visionloom.common.errors import UserError
 from visionloom.launch.configure import split_options, start
 from visionloom.launch.environment import check_home
-from visionloom.parallel.errors import UserError
 from visionloom.train.config import RunConfig
 
 

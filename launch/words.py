@@ -16,9 +16,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 
+from visionloom.common.errors import UserError
 from visionloom.launch.environment import check_home
 from visionloom.launch.explain import groups, no_such_key
-from visionloom.parallel.errors import UserError
 from visionloom.train.config import RunConfig
 
 WITH_VALUE = re.compile(r"--config-(?:dir|name|path)|-c[dnp]|--cfg|-c|--package|-p|--info|-i|--experimental-rerun")

@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Final
 
+from visionloom.common.errors import UserError
 from visionloom.model.config import ModelConfig, TextConfig, VisionConfig
 from visionloom.model.huggingface_fields import BASE, EVERYWHERE, OUTER, ROPE_ONLY, TEXT, TEXT_ONLY, VISION_ONLY
 from visionloom.model.understood import Fields, shown
-from visionloom.parallel.errors import UserError
 
 CONFIG: Final = "config.json"
 DENSE, MIXTURE = "qwen3_vl", "qwen3_vl_moe"

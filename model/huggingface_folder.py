@@ -14,11 +14,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from visionloom.common.errors import UserError
 from visionloom.model.huggingface import HEAD, OUTER_NAMES, convert_parameter, huggingface_shapes, read_parameter
 from visionloom.model.huggingface_config import read_config, read_json
 from visionloom.model.shapes import Shape
 from visionloom.model.sharding import EMBEDDING
-from visionloom.parallel.errors import UserError
 
 WHOLE: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from visionloom.common.errors import UserError
 from visionloom.model.huggingface_config import read_json
 from visionloom.model.lora_config import LoraConfig
 from visionloom.model.understood import Fields
-from visionloom.parallel.errors import UserError
 
 CONFIG: Final = "adapter_config.json"
 

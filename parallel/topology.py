@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
+from visionloom.common.errors import UserError
 from visionloom.parallel.config import ParallelConfig
-from visionloom.parallel.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("parallel", "model", "data", "train", "launch")
+FOLDERS = ("common", "parallel", "model", "data", "train", "launch")
 LONGEST_FUNCTION = 100
 NINTH_DECILE = 45
 LONGEST_FILE = 600

@@ -9,13 +9,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from visionloom.common.errors import UserError
 from visionloom.model.lora_config import LinearLayer, LoraConfig, adapted_layers, linear_layers
 from visionloom.model.peft import adapter_names, from_peft
 from visionloom.model.peft_config import CONFIG, read_adapter_config, targets
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.model.sharding import canonical_parameters, cut
 from visionloom.model.trainable import is_adapter
-from visionloom.parallel.errors import UserError
 from visionloom.parallel.topology import Topology
 
 WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from visionloom.common.errors import UserError
 from visionloom.model.config import ModelConfig
 from visionloom.model.huggingface_config import differences
 from visionloom.model.huggingface_folder import HuggingFaceFolder
@@ -17,7 +18,6 @@ from visionloom.model.lora_config import LinearLayer, LoraConfig, adapted_layers
 from visionloom.model.peft import adapter_names, peft_config, to_peft
 from visionloom.model.peft_config import CONFIG
 from visionloom.model.shapes import parameter_shapes
-from visionloom.parallel.errors import UserError
 from visionloom.parallel.topology import Topology
 from visionloom.train import checkpoint as checkpoints
 from visionloom.train.adapter import WEIGHTS

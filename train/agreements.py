@@ -10,11 +10,11 @@ from math import isclose
 from pathlib import Path
 from typing import Any, Final
 
+from visionloom.common.errors import UserError
 from visionloom.data.tokenizer import END_OF_TEXT, REQUIRED
 from visionloom.model.config import ModelConfig
 from visionloom.model.huggingface_config import CONFIG, NOT_THE_MODEL, TOKENS, differences, read_config, read_json
 from visionloom.model.peft_config import read_adapter_config
-from visionloom.parallel.errors import UserError
 from visionloom.train.companions import (
     GENERATION,
     PREPROCESSOR,

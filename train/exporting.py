@@ -11,13 +11,13 @@ from typing import Final, Protocol
 import torch
 from torch import Tensor
 
+from visionloom.common.errors import UserError
 from visionloom.model.config import ModelConfig
 from visionloom.model.huggingface import convert_parameter
 from visionloom.model.huggingface_config import CONFIG, read_json, write_config
 from visionloom.model.huggingface_folder import INDEX
 from visionloom.model.safetensors_writer import write_safetensors
 from visionloom.model.shapes import Shape, parameter_shapes
-from visionloom.parallel.errors import UserError
 from visionloom.parallel.topology import Topology
 from visionloom.train import checkpoint
 from visionloom.train.companions import Companions, companions

@@ -28,11 +28,11 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
+from visionloom.common.errors import UserError
 from visionloom.model.huggingface_folder import HuggingFaceFolder
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.model.shapes import parameter_shapes
 from visionloom.model.sharding import LAYERS, canonical_parameters
-from visionloom.parallel.errors import UserError
 from visionloom.parallel.topology import Topology
 from visionloom.train.checkpoint import MANIFEST, content, hash_file, weights_state
 from visionloom.train.companions import COMPANIONS, carry

@@ -7,13 +7,13 @@ from typing import Any
 
 import yaml
 
+from visionloom.common.errors import UserError
 from visionloom.data.loader import PackStream
 from visionloom.data.planning import dataset_weights, open_corpora
 from visionloom.data.tokenizer import Tokenizer
 from visionloom.model.huggingface_config import NOT_THE_MODEL
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.parallel import topology as topologies
-from visionloom.parallel.errors import UserError
 from visionloom.parallel.topology import Topology
 from visionloom.train import checkpoint
 from visionloom.train.build import Stage, add_adapters, build_model, build_stage, build_stream, redraw

@@ -26,7 +26,7 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
-from visionloom.parallel.errors import UserError
+from visionloom.common.errors import UserError
 from visionloom.parallel.topology import Topology
 from visionloom.train.build import Stage
 from visionloom.train.checkpoint import (

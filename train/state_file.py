@@ -5,9 +5,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from visionloom.common.errors import UserError
 from visionloom.data.config import DataConfig
 from visionloom.model.config import ModelConfig, TextConfig, VisionConfig
-from visionloom.parallel.errors import UserError
 
 STATE: Final = "state.json"
 CHECKPOINTS: Final = "checkpoints"

@@ -16,9 +16,9 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorSt
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from visionloom.common.errors import UserError
 from visionloom.model.sharding import LAYERS
 from visionloom.model.trainable import is_adapter
-from visionloom.parallel.errors import UserError
 from visionloom.train.untrusted import harmless_reading
 
 NORMS: Final = {

@@ -10,9 +10,9 @@ from typing import Any, Final
 
 from tokenizers import Tokenizer as Backend
 
+from visionloom.common.errors import UserError
 from visionloom.data.tokenizer import END_OF_TEXT, TURN_END
 from visionloom.model.huggingface_config import read_json
-from visionloom.parallel.errors import UserError
 
 TOKENIZER: Final = "tokenizer.json"
 SETTINGS: Final = "tokenizer_config.json"

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from visionloom.parallel.errors import UserError
+from visionloom.common.errors import UserError
 from visionloom.train.config import LoggingConfig
 
 PROJECT: Final = "visionloom"

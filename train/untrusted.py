@@ -15,7 +15,7 @@ from unittest.mock import patch
 import torch
 from torch.distributed.checkpoint import filesystem
 
-from visionloom.parallel.errors import UserError
+from visionloom.common.errors import UserError
 
 INDEX_CLASSES: Final = {
     "torch": {"Size", "device"},

@@ -6,13 +6,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from visionloom.common.errors import UserError
 from visionloom.model.config import ModelConfig
 from visionloom.model.huggingface_config import differences
 from visionloom.model.huggingface_folder import HuggingFaceFolder
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.model.shapes import parameter_shapes
 from visionloom.model.sharding import canonical_parameters, cuts
-from visionloom.parallel.errors import UserError
 from visionloom.parallel.topology import Topology
 
 

@@ -10,6 +10,7 @@ from itertools import batched
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
+from visionloom.common.errors import UserError
 from visionloom.data.convert.captions import fill_caption
 from visionloom.data.convert.jsonfile import Span, cut_json, read_json
 from visionloom.data.convert.keys import Keys
@@ -18,7 +19,6 @@ from visionloom.data.convert.source import Draft, Options, Record
 from visionloom.data.convert.videos import add_video
 from visionloom.data.probe import kind_of
 from visionloom.data.write_parts import Part
-from visionloom.parallel.errors import UserError
 
 METADATA: Final = "metadata.jsonl"
 _CAPTIONS: Final = (".txt", ".caption")

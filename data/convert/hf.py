@@ -8,13 +8,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
+from visionloom.common.errors import UserError
 from visionloom.data.convert.chats import RECORD, Chat, chat_keys
 from visionloom.data.convert.keys import Fields, Keys
 from visionloom.data.convert.skip import Skip
 from visionloom.data.convert.source import Draft, Options, Record
 from visionloom.data.convert.tables import Rows, cut_tables, read_table, table_files
 from visionloom.data.write_parts import Part
-from visionloom.parallel.errors import UserError
 
 COLUMNS: Final[Mapping[str, tuple[str, ...]]] = {
     "image": ("image", "images", "jpg", "png"),

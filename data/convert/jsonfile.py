@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
+from visionloom.common.errors import UserError
 from visionloom.data.convert.keys import without_nulls
 from visionloom.data.convert.skip import Skip
 from visionloom.data.convert.source import Record
 from visionloom.data.write_parts import Part
-from visionloom.parallel.errors import UserError
 
 _CHUNK: Final = 1 << 20
 _LARGEST_ELEMENT: Final = 1 << 28

@@ -13,11 +13,11 @@ import numpy as np
 from PIL import ExifTags, ImageOps, JpegImagePlugin, UnidentifiedImageError
 from PIL import Image as Pillow
 
+from visionloom.common.errors import UserError
 from visionloom.data.convert.skip import Skip
 from visionloom.data.geometry import MAX_ASPECT
 from visionloom.data.probe import FORMATS, MediaFacts, probe
 from visionloom.data.tar import LARGEST_MEMBER
-from visionloom.parallel.errors import UserError
 
 SUFFIXES: Final = {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp", "BMP": "bmp", "GIF": "gif", "TIFF": "tif"}
 """Formats that the loader reads, and the names of their files. MPO is Pillow's name of a JPEG with more pictures behind it, as

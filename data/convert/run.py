@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
+from visionloom.common.errors import UserError
 from visionloom.data.convert.files import MediaFiles
 from visionloom.data.convert.folder import Folder
 from visionloom.data.convert.hf import COLUMNS, HuggingFace
@@ -24,7 +25,6 @@ from visionloom.data.convert.webdataset import WebDataset
 from visionloom.data.sample import SampleError, parse_sample
 from visionloom.data.write import Members, members_of
 from visionloom.data.write_parts import URLS, Part, PartLog, Progress, Tally, Target, write_parts
-from visionloom.parallel.errors import UserError
 
 SOURCES: Final[Mapping[str, type[Source]]] = {
     "llava": Llava,

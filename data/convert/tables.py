@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from visionloom.common.errors import UserError
 from visionloom.data.convert.keys import without_nulls
 from visionloom.data.convert.skip import Skip
 from visionloom.data.convert.source import Record
 from visionloom.data.write_parts import Part
-from visionloom.parallel.errors import UserError
 
 if TYPE_CHECKING:
     import pyarrow

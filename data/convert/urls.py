@@ -18,9 +18,9 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from visionloom.data.atomic import replacing
+from visionloom.common.atomic import replacing
+from visionloom.common.errors import UserError
 from visionloom.data.convert.headers import members
-from visionloom.parallel.errors import UserError
 
 _ROW: Final = np.dtype([("high", "<u8"), ("low", "<u8"), ("file", "<u8"), ("offset", "<u8"), ("length", "<u8")])
 _BUCKETS: Final = 64

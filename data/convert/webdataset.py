@@ -9,6 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
+from visionloom.common.errors import UserError
 from visionloom.data.convert.captions import fill_caption
 from visionloom.data.convert.files import MediaFiles
 from visionloom.data.convert.headers import members
@@ -20,7 +21,6 @@ from visionloom.data.convert.videos import add_video
 from visionloom.data.probe import kind_of
 from visionloom.data.tar import Fault, entries
 from visionloom.data.write_parts import Part
-from visionloom.parallel.errors import UserError
 
 _CAPTIONS: Final = ("caption", "text", "txt")
 MEMBERS: Final = Keys("member", {"txt": "the caption", "json": "facts with the caption, or a sample of our schema"})

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from visionloom.common.errors import UserError
 from visionloom.launch.shards.progress import bars
-from visionloom.parallel.errors import UserError
 
 if TYPE_CHECKING:
     from visionloom.data.convert.trainable import Trainable

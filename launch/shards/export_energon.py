@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
+from visionloom.common.errors import UserError
 from visionloom.launch.shards.progress import bars
-from visionloom.parallel.errors import UserError
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -8,8 +8,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from visionloom.common.errors import UserError
 from visionloom.launch.shards.progress import Progress, bars
-from visionloom.parallel.errors import UserError
 
 if TYPE_CHECKING:
     from visionloom.data.config import MediaConfig

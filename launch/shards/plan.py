@@ -5,8 +5,8 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+from visionloom.common.errors import UserError
 from visionloom.launch.shards.progress import bars
-from visionloom.parallel.errors import UserError
 
 if TYPE_CHECKING:
     from rich.table import Table

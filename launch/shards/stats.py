@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from visionloom.parallel.errors import UserError
+from visionloom.common.errors import UserError
 
 if TYPE_CHECKING:
     from visionloom.data.manifest import ShardInfo

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from visionloom.benchmarks.data.mixtures import MIXTURES
 from visionloom.benchmarks.data.plan import plan_of, rank_costs
+from visionloom.common.errors import UserError
 from visionloom.data.balance import Pack, deal, deal_units
-from visionloom.parallel.errors import UserError
 
 
 @pytest.mark.parametrize(("ranks", "micro_batch"), [(1, 1), (2, 1), (3, 2), (6, 2), (2, 6)])

@@ -21,6 +21,7 @@ from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 from transformers.video_utils import VideoMetadata
 
+from visionloom.common.errors import UserError
 from visionloom.data.chat import clock, render
 from visionloom.data.config import MediaConfig
 from visionloom.data.encode import EncodedSample, encode, prompt_of
@@ -40,7 +41,6 @@ from visionloom.data.sample import (
     parse_sample,
 )
 from visionloom.data.tokenizer import REQUIRED, Tokenizer
-from visionloom.parallel.errors import UserError
 from visionloom.tests.data.samples import RULES
 
 PICTURE = Image("a.png", 64, 32)

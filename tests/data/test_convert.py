@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image as Pillow
 
+from visionloom.common.errors import UserError
 from visionloom.data.convert.jsonfile import cut_json, read_json
 from visionloom.data.convert.skip import Skip
 from visionloom.data.sample import Box, Image, Message, Point, Sample, Text, Think, ToolCall, Video
-from visionloom.parallel.errors import UserError
 from visionloom.tests.data.conversion import Run
 from visionloom.tests.data.samples import png
 

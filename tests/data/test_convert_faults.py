@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image as Pillow
 
+from visionloom.common.errors import UserError
 from visionloom.data.config import MediaConfig
 from visionloom.data.convert.run import SOURCES
 from visionloom.data.convert.trainable import Trainable
@@ -20,7 +21,6 @@ from visionloom.data.geometry import frame_size
 from visionloom.data.sample import Image, Text, Video
 from visionloom.data.tokenizer import Tokenizer
 from visionloom.launch.data import main
-from visionloom.parallel.errors import UserError
 from visionloom.tests.data.conversion import Run
 from visionloom.tests.data.samples import png
 from visionloom.tests.data.test_convert import write_parquet

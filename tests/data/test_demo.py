@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image as PillowImage
 
+from visionloom.common.errors import UserError
 from visionloom.data.chat import render
 from visionloom.data.config import MediaConfig
 from visionloom.data.demo import make_demo
@@ -22,7 +23,6 @@ from visionloom.data.demo_tokenizer import PLAIN_TOKENS, QWEN_PATTERN, SPECIAL_T
 from visionloom.data.sample import Box, Image, Message, Sample, Text, Think, Time, Video
 from visionloom.data.shards import Dataset
 from visionloom.data.tokenizer import Tokenizer
-from visionloom.parallel.errors import UserError
 
 load_digits = pytest.importorskip("sklearn.datasets").load_digits
 SCALE = 0.02

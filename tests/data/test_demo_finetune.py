@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from sklearn.datasets import load_digits
 
+from visionloom.common.errors import UserError
 from visionloom.data.demo_finetune import NAME, make_task
 from visionloom.data.demo_tasks import NAMES
 from visionloom.data.sample import Text
 from visionloom.data.shards import Dataset
 from visionloom.launch.data import main
-from visionloom.parallel.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import yaml
 
+from visionloom.common.errors import UserError
 from visionloom.data.energon import export_energon
 from visionloom.data.indexing import index_folder
 from visionloom.data.write import write_shards
-from visionloom.parallel.errors import UserError
 from visionloom.tests.data.samples import essay, film, picture_question
 
 

@@ -17,6 +17,7 @@ from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoP
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize as video_reference
 from transformers.video_utils import VideoMetadata
 
+from visionloom.common.errors import UserError
 from visionloom.data.config import RULES, MediaConfig
 from visionloom.data.geometry import (
     chosen_frames,
@@ -32,7 +33,6 @@ from visionloom.data.geometry import (
     video_size,
 )
 from visionloom.data.sample import Image, Video
-from visionloom.parallel.errors import UserError
 
 SIDES = st.integers(1, 9000)
 RATES = st.sampled_from([3.0, 10.0, 23.976, 24.0, 25.0, 29.97, 30000 / 1001, 60.0])

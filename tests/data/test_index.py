@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from visionloom.common.errors import UserError
 from visionloom.data import index, indexing
 from visionloom.data.index import index_shard, known_shard
 from visionloom.data.indexing import LEFT_OUT, index_folder
@@ -17,7 +18,6 @@ from visionloom.data.probe import MediaFacts
 from visionloom.data.sample import Image, Message, Sample, Text, Think, Video, to_json
 from visionloom.data.shards import Dataset
 from visionloom.data.write import write_shards
-from visionloom.parallel.errors import UserError
 from visionloom.tests.data.samples import essay, film, picture_question, png
 from visionloom.tests.data.test_probe import video
 

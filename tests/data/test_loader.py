@@ -14,12 +14,12 @@ import psutil
 import pytest
 import torch
 
+from visionloom.common.errors import UserError
 from visionloom.data import quarantine
 from visionloom.data.config import DataConfig
 from visionloom.data.encode import extend, prompt_of
 from visionloom.data.loader import EvaluationSet, PackStream, iterate
 from visionloom.data.pack import PackedBatch
-from visionloom.parallel.errors import UserError
 from visionloom.tests.data.samples import essay, film, picture_question
 
 LENGTH = 256

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from visionloom.common.errors import UserError
 from visionloom.data.balance import CostModel
 from visionloom.data.config import DataConfig
 from visionloom.data.loader import PackStream
@@ -13,7 +14,6 @@ from visionloom.data.planning import make_plan, open_corpora
 from visionloom.data.sample import Message, Sample, Text
 from visionloom.data.tokenizer import Tokenizer
 from visionloom.data.views import encode_views
-from visionloom.parallel.errors import UserError
 from visionloom.tests.data.samples import Pair, essay
 
 

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from visionloom.common.errors import UserError
 from visionloom.data.indexing import index_folder
 from visionloom.data.sample import Image, Message, Sample, SampleError, Text, to_json
 from visionloom.data.shards import Dataset
 from visionloom.data.store import LocalStore
 from visionloom.data.write import write_shards
-from visionloom.parallel.errors import UserError
 
 Pair = tuple[Sample, dict[str, bytes]]
 

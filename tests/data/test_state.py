@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
+from visionloom.common.errors import UserError
 from visionloom.data import plan as planned
 from visionloom.data.balance import deal
 from visionloom.data.config import DataConfig, DatasetConfig
@@ -17,7 +18,6 @@ from visionloom.data.pack import PackedBatch
 from visionloom.data.plan import Plan, Settings, Source
 from visionloom.data.state import STATE_BYTES, Origin
 from visionloom.data.views import VIEW, Views
-from visionloom.parallel.errors import UserError
 from visionloom.tests.data.samples import essay, film, picture_question
 
 LENGTH = 256

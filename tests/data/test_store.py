@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from visionloom.common.errors import UserError
 from visionloom.data import store
 from visionloom.data.ahead import AheadReader, ByteBudget, Wanted
 from visionloom.data.cache import RangeCache
@@ -21,7 +22,6 @@ from visionloom.data.sample import SampleError
 from visionloom.data.shards import Dataset
 from visionloom.data.store import MissingBytes, RemoteStore, StoreError, open_store, shown, wait_before
 from visionloom.data.write import write_shards
-from visionloom.parallel.errors import UserError
 from visionloom.tests.data.faulty_server import FaultyServer, serving
 from visionloom.tests.data.samples import film, picture_question
 from visionloom.train.config import RunConfig

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from visionloom.common.errors import UserError
 from visionloom.data.config import OVER_LENGTH, DataConfig
 from visionloom.data.encode import EncodedSample, encode
 from visionloom.data.lengths import LENGTHS, Counting, load_lengths, row_of
@@ -20,7 +21,6 @@ from visionloom.data.sample import Box, Element, Image, Message, Sample, Text, T
 from visionloom.data.shards import Dataset
 from visionloom.data.tokenizer import END_OF_TEXT, TURN_END, Tokenizer
 from visionloom.data.views import SHRUNK, UNFINISHED, VIEW, View, Views, apply_view, encode_views
-from visionloom.parallel.errors import UserError
 from visionloom.tests.data.samples import RULES, essay
 
 WORDS = ("word", "Ünïcode 日本語。", "end. ", "What?! ", "a", "\n\n", "supercalifragilistic" * 4, "tail ")

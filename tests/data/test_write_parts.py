@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from visionloom.common.errors import UserError
 from visionloom.data.sample import Sample, Text
 from visionloom.data.shards import Dataset
 from visionloom.data.write import Members, ShardLimits, write_shards
 from visionloom.data.write_parts import Part, PartLog, Target, write_parts
 from visionloom.launch.data import main
-from visionloom.parallel.errors import UserError
 from visionloom.tests.data.parts import Numbers
 from visionloom.tests.data.samples import picture_question
 

@@ -10,10 +10,10 @@ from typing import cast
 import pytest
 from omegaconf import OmegaConf
 
+from visionloom.common.errors import UserError
 from visionloom.launch.configure import check_paths, compose, split_options
 from visionloom.launch.explain import available, schema_paths, suggestions
 from visionloom.model.config import ModelConfig
-from visionloom.parallel.errors import UserError
 from visionloom.train.config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]

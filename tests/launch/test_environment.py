@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from visionloom.common.errors import UserError
 from visionloom.launch.environment import ALONE, RENDEZVOUS, THREADS, TORCHRUN, check_environment, world_size
-from visionloom.parallel.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 RANK_3 = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "8"}

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from visionloom.common.errors import UserError
 from visionloom.data.encode import EncodedSample, extend, prompt_of
 from visionloom.data.loader import EvaluationSet
 from visionloom.data.pack import pack_prompts, widen
@@ -26,7 +27,6 @@ from visionloom.launch.evaluate import main
 from visionloom.model.huggingface import to_huggingface
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.parallel import topology as topologies
-from visionloom.parallel.errors import UserError
 from visionloom.parallel.topology import Topology
 from visionloom.tests.model.reference import huggingface_model
 from visionloom.tests.ranks import RankPool, torchrun_environment

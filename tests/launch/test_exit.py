@@ -10,9 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from visionloom.common.errors import UserError
 from visionloom.launch import exit as exits
 from visionloom.launch.exit import exit_with
-from visionloom.parallel.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = sorted(file.name for file in (ROOT / "launch").glob("*.py") if '__name__ == "__main__"' in file.read_text())

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from visionloom.common.errors import UserError
 from visionloom.launch.configure import compose
 from visionloom.launch.convert import main as convert
 from visionloom.launch.finetune import finetune
-from visionloom.parallel.errors import UserError
 
 DEMO = "+recipe=lora/demo"
 

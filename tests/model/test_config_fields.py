@@ -21,11 +21,11 @@ from transformers import (
     Qwen3VLMoeForConditionalGeneration,
 )
 
+from visionloom.common.errors import UserError
 from visionloom.model.huggingface_config import EXPERT_FIELDS, FIELDS, config_of
 from visionloom.model.huggingface_fields import GENERATION
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.parallel.config import ParallelConfig
-from visionloom.parallel.errors import UserError
 from visionloom.parallel.topology import Topology
 from visionloom.tests.model.reference import END, IMAGE, START, VIDEO, make_example, make_pack, reference_run
 from visionloom.tests.model.test_parity import error

@@ -22,6 +22,7 @@ from transformers import (
     Qwen3VLMoeForConditionalGeneration,
 )
 
+from visionloom.common.errors import UserError
 from visionloom.launch.configure import compose
 from visionloom.model.config import ModelConfig
 from visionloom.model.huggingface import convert_parameter, from_huggingface, huggingface_shapes, to_huggingface
@@ -29,7 +30,6 @@ from visionloom.model.huggingface_config import differences, read_config, write_
 from visionloom.model.huggingface_folder import HuggingFaceFolder
 from visionloom.model.safetensors_writer import write_safetensors
 from visionloom.model.shapes import parameter_shapes
-from visionloom.parallel.errors import UserError
 from visionloom.parallel.topology import Topology
 from visionloom.tests.model.reference import reference_model, tiny_config
 from visionloom.train.importing import import_huggingface

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from visionloom.common.errors import UserError
 from visionloom.model.config import GROUPS
 from visionloom.model.flops import Work, step_flops
 from visionloom.model.huggingface import to_huggingface
@@ -26,7 +27,6 @@ from visionloom.model.peft_config import CONFIG
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.model.sharding import canonical_parameters
 from visionloom.model.trainable import is_adapter, set_trainable
-from visionloom.parallel.errors import UserError
 from visionloom.parallel.topology import Topology
 from visionloom.tests.model.reference import (
     TestPack,

@@ -19,11 +19,11 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from visionloom.common.errors import UserError
 from visionloom.model.lora import apply_lora
 from visionloom.model.lora_config import LoraConfig
 from visionloom.model.peft_config import CONFIG, FIELDS, read_adapter_config, targets
 from visionloom.model.qwen3vl import Qwen3VL
-from visionloom.parallel.errors import UserError
 from visionloom.parallel.topology import Topology
 from visionloom.tests.model.reference import build_pair, huggingface_model, make_example, make_pack, reference_run, tiny_config
 from visionloom.tests.model.test_parity import error

@@ -10,9 +10,9 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from visionloom.common.errors import UserError
 from visionloom.parallel import topology as topologies
 from visionloom.parallel.config import ParallelConfig
-from visionloom.parallel.errors import UserError
 from visionloom.tests.ranks import RankPool
 
 

@@ -17,10 +17,10 @@ import pytest
 import yaml
 from transformers import AutoProcessor, GenerationConfig
 
+from visionloom.common.errors import UserError
 from visionloom.data.config import MediaConfig
 from visionloom.model.config import ModelConfig, TextConfig
 from visionloom.model.huggingface_config import write_config
-from visionloom.parallel.errors import UserError
 from visionloom.tests.train.runs import run_config
 from visionloom.train import agreements
 from visionloom.train.agreements import AGREEMENTS, check_export, check_folder, check_run

@@ -18,10 +18,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from visionloom.common.errors import UserError
 from visionloom.model.sharding import canonical_parameters, cut
 from visionloom.parallel import topology as topologies
 from visionloom.parallel.config import ParallelConfig
-from visionloom.parallel.errors import UserError
 from visionloom.parallel.topology import Topology
 from visionloom.tests.model.reference import TestPack
 from visionloom.tests.ranks import RankPool

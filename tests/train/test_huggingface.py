@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
+from visionloom.common.errors import UserError
 from visionloom.data.pack import widen
 from visionloom.data.tokenizer import IMAGE, VIDEO, Tokenizer
 from visionloom.launch.convert import main
@@ -29,7 +30,6 @@ from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.model.sharding import canonical_parameters, cut
 from visionloom.parallel import topology as topologies
 from visionloom.parallel.config import ParallelConfig
-from visionloom.parallel.errors import UserError
 from visionloom.tests.model.reference import huggingface_model, make_example, make_pack, reference_run
 from visionloom.tests.model.test_huggingface_folder import model, save
 from visionloom.tests.ranks import RankPool, torchrun_environment

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from visionloom.parallel.errors import UserError
+from visionloom.common.errors import UserError
 from visionloom.train.config import LoggingConfig
 from visionloom.train.trackers import Trackers
 

@@ -1,0 +1,97 @@
+"""JSON that somebody else wrote: parsed within bounds, and checked against the type that the program works with.
+
+`read_json` and `parse_json` say in one line which file, which field and what was expected there. pydantic does the checking.
+"""
+
+import functools
+import json
+import math
+from pathlib import Path
+from typing import Any, Final, cast
+
+from pydantic import TypeAdapter, ValidationError
+
+from visionloom.common.places import PlaceError, read_located
+
+LARGEST: Final = 1 << 30
+"""Bytes of a JSON file: 1 GiB, a dataset.json of two million shards."""
+SHOWN: Final = 60
+"""Characters of a wrong value that a message quotes."""
+
+
+class JsonError(ValueError):
+    """A document that cannot be used: the message names the file, the field, what is there and what is expected."""
+
+
+def read_json[T](folder: Path, name: str, schema: type[T], largest: int = LARGEST) -> T:
+    """A file of a folder as a value of `schema`: a dataclass, or a type such as dict[str, int].
+
+    Raises:
+        JsonError: if it is no JSON, too large, of another form, or no regular file inside the folder.
+        FileNotFoundError: if it is not there.
+        OSError: if it cannot be read.
+    """
+    where = str(folder / name)
+    try:
+        content = read_located(folder, name, largest)
+    except PlaceError as error:
+        raise JsonError(f"{where} {error}") from None
+    return parse_json(content, schema, where)
+
+
+def parse_json[T](content: bytes | str, schema: type[T], where: str) -> T:
+    """A document as a value of `schema`; `where` names its file in errors. Raises JsonError.
+
+    Types are strict: "3", 3.0 and true are no int; a key that a dataclass lacks is an error.
+    """
+    return checked(load_json(content, where), schema, where)
+
+
+def checked[T](value: Any, schema: type[T], where: str) -> T:
+    """What `load_json` returned as a value of `schema`, as `parse_json`."""
+    try:
+        return cast(T, _adapter(cast(Any, schema)).validate_json(json.dumps(value), strict=True, extra="forbid"))
+    except ValidationError as error:
+        raise JsonError(f"{where}: {_fault(error)}") from None
+
+
+def load_json(content: bytes | str, where: str) -> Any:
+    """Any JSON; raises JsonError for what is none, for NaN, infinite and endless numbers and for endless nesting."""
+    try:
+        return json.loads(content, parse_constant=_refuse_constant, parse_float=_finite)
+    except RecursionError:
+        raise JsonError(f"{where}: nested too deeply") from None
+    except UnicodeDecodeError:
+        raise JsonError(f"{where}: not UTF-8") from None
+    except ValueError as error:  # JSONDecodeError, and numbers of more than 4,300 digits
+        raise JsonError(f"{where}: not JSON: {error}") from None
+
+
+@functools.cache
+def _adapter(schema: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(schema)
+
+
+def _fault(error: ValidationError) -> str:
+    """The first of pydantic's errors in one line."""
+    first = error.errors(include_url=False)[0]
+    field = ".".join(map(str, first["loc"]))
+    if first["type"] == "missing":
+        return f"{field} is missing"
+    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        return f"{field} is unknown"
+    expected = first["msg"].removeprefix("Input ").removeprefix("Value error, ")
+    shown = json.dumps(first["input"], default=str)
+    shown = shown if len(shown) <= SHOWN else shown[:SHOWN] + "..."
+    return f"{field or 'the document'} {expected[:1].lower()}{expected[1:]}, got {shown}"
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a number that JSON has")
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if not math.isfinite(number):
+        raise ValueError(f"{digits[:SHOWN]} is too large")
+    return number

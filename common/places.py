@@ -1,0 +1,112 @@
+"""From a name that a file holds to a file on disk: one way for all that strangers write.
+
+Lists of shards, states of checkpoints, references of records and the names in a Hugging Face folder all name files. What they
+name must lie in their own folder, also where links lead, and be a regular file: a pipe would let the reader wait for ever.
+"""
+
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path, PurePath
+from typing import Final, Literal
+
+Kind = Literal["file", "folder"]
+HUB_FOLDERS: Final = ("models--", "datasets--", "spaces--")
+"""How the Hugging Face hub's cache names repositories; their snapshots are links to the blobs beside them."""
+
+
+class PlaceError(ValueError):
+    """A name leads to no file that may be read: the message says why, without the name."""
+
+
+def locate(folder: Path, reference: str, kind: Kind = "file", follow_links: bool = False) -> Path:
+    """The file or folder that a name in the files of `folder` means.
+
+    Args:
+        folder: what the name is relative to and may not lead out of; may itself be reached by links.
+        reference: the name, as it stands in the file.
+        kind: what must be there.
+        follow_links: whether links may lead outside, which only the user may say.
+
+    Returns:
+        the path below `folder`, links in it not replaced.
+
+    Raises:
+        PlaceError: if the name leads outside, itself or by a link, or to something of another kind.
+        FileNotFoundError: if nothing is there.
+        OSError: if the place cannot be looked at.
+    """
+    _check_name(reference)
+    path = Path(os.path.normpath(folder / reference))
+    if not path.is_relative_to(os.path.normpath(folder)):
+        raise PlaceError("leads out of its folder")
+    real = _real(path)
+    if not follow_links and not any(real.is_relative_to(root) for root in roots(folder)):
+        raise PlaceError("is a link out of its folder")
+    mode = real.stat().st_mode
+    if kind == "file" and not stat.S_ISREG(mode):
+        raise PlaceError(f"is {_name(mode)}, not a file")
+    if kind == "folder" and not stat.S_ISDIR(mode):
+        raise PlaceError(f"is {_name(mode)}, not a folder")
+    return path
+
+
+def read_located(folder: Path, reference: str, largest: int) -> bytes:
+    """All bytes of the file that `locate` finds; PlaceError too if there are more than `largest`."""
+    path = locate(folder, reference)
+    with open(path, "rb") as file:
+        content = file.read(largest + 1)
+    if len(content) > largest:
+        raise PlaceError(f"is larger than {largest} bytes")
+    return content
+
+
+def regular_files(folder: Path, pattern: str = "*") -> Iterator[Path]:
+    """The files of a folder whose names match, in order of their names: what `locate` refuses is passed over."""
+    for path in sorted(folder.glob(pattern)):
+        try:
+            yield locate(folder, str(path.relative_to(folder)))
+        except (PlaceError, FileNotFoundError):
+            continue
+
+
+def roots(folder: Path) -> tuple[Path, ...]:
+    """The real folders that links in `folder` may lead to: itself, and the blobs if it is a snapshot of the hub's cache."""
+    real = folder.resolve()
+    for snapshot in (real, *real.parents):
+        repository = snapshot.parent.parent
+        if snapshot.parent.name == "snapshots" and repository.name.startswith(HUB_FOLDERS):
+            return real, repository / "blobs"
+    return (real,)
+
+
+def _check_name(reference: object) -> None:
+    if not isinstance(reference, str) or not reference:
+        raise PlaceError("is not a file name")
+    if "\0" in reference:
+        raise PlaceError("is not a file name: it holds a zero byte")
+    if ".." in PurePath(reference).parts:
+        raise PlaceError("leads out of its folder with ..")
+
+
+def _real(path: Path) -> Path:
+    try:
+        return path.resolve(strict=True)
+    except RuntimeError:  # until Python 3.13, for links in a circle
+        raise PlaceError("is a link that leads to itself") from None
+    except OSError as error:
+        if path.is_symlink() and not isinstance(error, PermissionError):
+            raise PlaceError("is a link to nothing") from None
+        raise
+
+
+def _name(mode: int) -> str:
+    names = {
+        stat.S_IFREG: "a file",
+        stat.S_IFDIR: "a folder",
+        stat.S_IFIFO: "a pipe",
+        stat.S_IFSOCK: "a socket",
+        stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device",
+    }
+    return names.get(stat.S_IFMT(mode), "something else")

@@ -1,0 +1,36 @@
+"""Text on the screen: one way out, so that names from data cannot give orders to a terminal."""
+
+import re
+import sys
+from typing import Final, TextIO
+
+_ORDERS: Final = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters but for tabs and newlines, marks that turn the direction of text, and halves of surrogate pairs."""
+
+
+def printable(text: str) -> str:
+    """The text with what a terminal would obey, or cannot show, written as an escape (`\\x1b`); newlines and tabs stay."""
+    return _ORDERS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def one_line(text: str) -> str:
+    """A name from data as part of a line: as `printable`, and newlines and tabs are escaped too."""
+    return printable(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
+def say(*lines: object, file: TextIO | None = None) -> None:
+    """Print lines at once; what the stream's encoding lacks is escaped too.
+
+    Args:
+        lines: one or more, printed one below the other.
+        file: None: standard output as it is now.
+    """
+    stream = file or sys.stdout
+    text = printable("\n".join(map(str, lines)))
+    encoding = stream.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+
+
+def warn(*lines: object) -> None:
+    """Print lines on standard error."""
+    say(*lines, file=sys.stderr)

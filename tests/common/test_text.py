@@ -1,0 +1,32 @@
+"""Nothing from data gives orders to a terminal."""
+
+import io
+import unicodedata
+
+import pytest
+
+from visionloom.common.text import one_line, printable, say
+
+
+def test_orders_become_escapes() -> None:
+    assert printable("a\x1b[31mb\u202ec\r\x9b0m\ud800") == "a\\x1b[31mb\\u202ec\\r\\x9b0m\\ud800"
+    assert one_line("a\nb\tc") == "a\\nb\\tc"
+
+
+def test_every_control_character_but_newline_and_tab() -> None:
+    """Reference: the categories of Unicode: Cc are controls, Cs surrogates, Zl and Zp end lines."""
+    for code in range(0x110000):
+        if unicodedata.category(chr(code)) in ("Cc", "Cs", "Zl", "Zp") and chr(code) not in "\n\t":
+            assert printable(chr(code)).isascii() and printable(chr(code)).isprintable(), hex(code)
+
+
+@pytest.mark.parametrize("text", ["plain", "日本語", "é", "👩‍🔬", "two\nlines\tand a tab"])
+def test_text_stays(text: str) -> None:
+    assert printable(text) == text
+
+
+def test_a_stream_that_lacks_letters() -> None:
+    stream = io.TextIOWrapper(io.BytesIO(), "ascii")
+    say("é", "b", file=stream)
+    stream.seek(0)
+    assert stream.read() == "\\xe9\nb\n"
