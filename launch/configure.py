@@ -6,10 +6,12 @@ the schema. Hydra alone would print a stack of messages once a rank and let wron
 """
 
 import contextlib
+import faulthandler
 import io
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -25,11 +27,15 @@ from omegaconf.errors import OmegaConfBaseException
 from visionloom.common.errors import UserError
 from visionloom.data.config import DatasetConfig
 from visionloom.launch import environment
-from visionloom.launch.exit import FAILURE, end_with_parent, exit_with, record_for_torchrun, write_status
+from visionloom.launch.causes import SECONDS_FOR_THE_CAUSE, hint_for, is_lost_connection, of_the_machine
+from visionloom.launch.claim import claim
+from visionloom.launch.exit import FAILURE, end_with_parent, exit_with, record_for_torchrun
 from visionloom.launch.explain import available, explain, no_such_key, unknown_keys
 from visionloom.launch.quiet import quiet_libraries
+from visionloom.launch.watch import watch_ranks
 from visionloom.launch.words import readable
 from visionloom.parallel.config import ParallelConfig
+from visionloom.train import status
 from visionloom.train.config import PhaseConfig, RunConfig
 
 MISSING_PATHS_SHOWN = 3
@@ -38,13 +44,16 @@ MISSING_PATHS_SHOWN = 3
 LATE = re.compile(r"\+{0,2}phases\.[^.=]+\.parallel[.=]|\+{1,2}(?:phases|data\.datasets|data\.validation)\.[^.=]+[.=]")
 
 
-def start(command: Callable[[RunConfig], None], argv: Sequence[str] | None = None, checkpoint: str = "") -> None:
+def start(
+    command: Callable[[RunConfig], None], argv: Sequence[str] | None = None, checkpoint: str = "", trains: bool = True
+) -> None:
     """Compose the run of the command line and hand it to `command`; end with one line and exit code 2 on a UserError.
 
     Args:
         command: does the work; imports torch inside.
         argv: the command line without the program; None: sys.argv.
         checkpoint: the folder that the command is about, if it names one.
+        trains: whether it writes the run: then no other process may, and status.json tells how it goes.
     """
     try:
         environment.check_environment()
@@ -61,17 +70,31 @@ def start(command: Callable[[RunConfig], None], argv: Sequence[str] | None = Non
     try:
         check_paths(config)
         check_agreements(config, checkpoint)
+        if trains:
+            claim(Path(config.run.folder))
+    except UserError as error:
+        exit_with(error, folder=config.run.folder if trains else "")
+    watch_ranks()
+    work(command, config)
+
+
+def work(command: Callable[[RunConfig], None], config: RunConfig) -> None:
+    """Run a command to its end, whatever that is, and leave its cause in status.json."""
+    faulthandler.enable()  # where a segmentation fault came from
+    try:
         command(config)
     except UserError as error:
-        exit_with(error, folder=config.run.folder, step=getattr(error, "step", None))
+        exit_with(error)
     except Exception as error:
-        write_status(
-            config.run.folder, FAILURE, f"{type(error).__name__}: {error}", None, "start the same command again to resume"
-        )
+        if (told := of_the_machine(error, Path(config.run.folder))) is not None:
+            exit_with(told)
+        if is_lost_connection(error):  # another rank has gone: its cause is written first
+            time.sleep(SECONDS_FOR_THE_CAUSE)
+        cause = f"{type(error).__name__}: {error}"
+        status.current.failed(FAILURE, cause, hint_for(error))
         record_for_torchrun(error)
         raise
-    if os.environ.get("RANK", "0") == "0":
-        write_status(config.run.folder, 0, "done", None, "")
+    status.current.done()
 
 
 def split_options(argv: Sequence[str], names: Sequence[str]) -> tuple[dict[str, str], list[str]]:

@@ -69,6 +69,8 @@ class RunSection:
     """Only kernels whose sums have a fixed order: the same run twice gives the same bits; slower on a GPU."""
     evaluate_at_end: bool = False
     """Evaluate on data.validation when the last phase is done."""
+    start_anew: bool = False
+    """Begin at step 0 where no checkpoint of the run is whole any more; what is left of them and the metrics is moved aside."""
 
 
 @dataclass

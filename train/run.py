@@ -15,16 +15,18 @@ from visionloom.model.huggingface_config import NOT_THE_MODEL
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.parallel import topology as topologies
 from visionloom.parallel.topology import Topology
-from visionloom.train import checkpoint
+from visionloom.train import checkpoint, status
 from visionloom.train.build import Stage, add_adapters, build_model, build_stage, build_stream, redraw
 from visionloom.train.checkpoint import Checkpoint
 from visionloom.train.companions import SETTINGS_OF_RUN, carry_into_run
 from visionloom.train.config import LoggingConfig, RunConfig
 from visionloom.train.evaluate import evaluate_run, held_out_losses
 from visionloom.train.loop import fit
+from visionloom.train.lost import lost_checkpoints, move_aside
 from visionloom.train.metrics import RunLog
 from visionloom.train.progress import Screen
-from visionloom.train.saving import Saver, check_room
+from visionloom.train.saving import Saver, check_room, first_fault
+from visionloom.train.state_file import CHECKPOINTS
 from visionloom.train.trackers import Trackers
 from visionloom.train.weights import load_huggingface
 
@@ -121,8 +123,26 @@ class Run:
             self.step = self.latest.progress.step
             self._event("resume", step=self.step, folder=str(self.latest.folder))
             self.screen.say(f"resuming after step {self.step} from {self.latest.folder}")
+        else:
+            self._begin_anew(damaged)
+        status.current.at(self.step)
         if self.log is not None:
+            self.log.take_waiting(self.folder / CHECKPOINTS)
             self.log.rewind(self.step)
+
+    def _begin_anew(self, damaged: list[str]) -> None:
+        """Begin at step 0; a run that has had checkpoints does so only when told to, and keeps what is left of it."""
+        fault = first_fault(lost_checkpoints(self.folder, damaged) if self.topology.is_main else "")
+        if not fault:
+            return
+        if not self.config.run.start_anew:
+            raise UserError(
+                f"{fault}: put one back, set run.name to start another run, or begin this one at step 0 with run.start_anew=true,"
+                " which moves aside what is left"
+            )
+        if self.log is not None:
+            self._event("start_anew", cause=fault, kept=str(move_aside(self.folder)))
+        self.screen.say(f"beginning at step 0: {fault}")
 
     def check_data(self) -> None:
         """Open the datasets of all phases that are left: one that cannot be trained on is an error before the first step."""
@@ -147,6 +167,7 @@ class Run:
             held = f"adapters of rank {rank}" if rank else "whole weights, no adapters"
             raise UserError(f"{self.latest.folder} holds {held}: evaluate it with lora.rank={rank}")
         self.step = self.latest.progress.step
+        status.current.at(self.step)
         self.screen.say(f"evaluating {self.latest.folder}")
         trained, here = self.latest.progress.inputs.get("media", {}), asdict(self.config.data.media)
         if other := [
@@ -295,6 +316,7 @@ class Run:
 
     def _report(self, line: dict[str, Any]) -> None:
         """Show and track one optimizer step."""
+        status.current.at(line["step"])
         self.screen.step(line)
         self.trackers.step(line)
 

@@ -158,7 +158,7 @@ class Saver:
                 partial.mkdir(parents=True)
             except OSError as error:
                 fault = _told(error, partial)
-        if found := _first_fault(fault):
+        if found := first_fault(fault):
             return None, found
         # Megatron-core's own queue lives in a process that it starts: 600 MiB a rank, left behind when a rank is killed.
         filesystem_async._results_queue = filesystem_async._results_queue or queue.Queue()
@@ -185,7 +185,7 @@ class Saver:
                 _retain(save.final, self.settings)
             except (OSError, ValueError) as error:
                 fault = _told(error, save.partial)
-        if fault := _first_fault(fault):
+        if fault := first_fault(fault):
             if topology.is_main:
                 shutil.rmtree(save.partial, ignore_errors=True)
             self._failed(save.final, fault, last)
@@ -251,7 +251,7 @@ def _existing(path: Path) -> Path:
     return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
-def _first_fault(fault: str) -> str:
+def first_fault(fault: str) -> str:
     """The first rank's fault, alike on all ranks; empty if none has one."""
     faults = [""] * dist.get_world_size()
     dist.all_gather_object(faults, fault)
@@ -294,8 +294,11 @@ def _check_index(folder: Path) -> None:
 
 
 def _retain(final: Path, settings: CheckpointConfig) -> None:
-    """Remove old checkpoints of the phase: all but the newest `keep`, and one for each `keep_every_steps`."""
-    siblings = sorted(f for f in final.parent.glob("step-*") if f.suffix != ".tmp")
+    """Remove old checkpoints of the phase: all but the newest `keep`, and one for each `keep_every_steps`.
+
+    Those of later steps than `final` are damaged ones that the run has passed over: they neither count nor go.
+    """
+    siblings = sorted(f for f in final.parent.glob("step-*") if f.suffix != ".tmp" and f.name <= final.name)
     for old in siblings[: -settings.keep]:
         if not (settings.keep_every_steps and int(old.name.removeprefix("step-")) % settings.keep_every_steps == 0):
             shutil.rmtree(old)
@@ -328,7 +331,7 @@ def check_room(run_folder: Path, stage: Stage) -> None:
                 fault = f"{folder} has {free / 2**20:.1f} MiB free, a checkpoint needs {needed / 2**20:.1f}: make room or move run.folder"
         except OSError as error:
             fault = f"{folder} cannot be written: {error.strerror}: correct run.folder or its permissions"
-    if found := _first_fault(fault):
+    if found := first_fault(fault):
         raise UserError(found)
 
 
