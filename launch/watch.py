@@ -19,8 +19,6 @@ from visionloom.train import status
 
 LOOK_SECONDS: Final = 1.0
 """Between two looks at the memory of the others."""
-OWN_WORDS_SECONDS: Final = 1.0
-"""Time for a rank that ended by itself to have written its cause."""
 EXIT_STATUS: Final = 49
 """Place of exit_code in /proc/PID/stat behind the command's name: field 52 of proc(5)."""
 KERNEL_COUNTS: Final = Path("/proc/vmstat")
@@ -78,13 +76,11 @@ class Watch:
         return siblings
 
     def _ended(self, sibling: Sibling) -> None:
-        """Write how it ended, if that was not as it should."""
+        """Write how it ended, if that was not as it should; what it had to say itself is written by now."""
         code = exit_status(sibling.pid)
         os.close(sibling.descriptor)
         if code == 0:
             return
-        if code is None or not os.WIFSIGNALED(code):
-            time.sleep(OWN_WORDS_SECONDS)
         status.current.failed(FAILURE, self._cause(sibling, code), "start the same command again to resume", sibling.rank)
 
     def _cause(self, sibling: Sibling, code: int | None) -> str:

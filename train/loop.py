@@ -77,10 +77,11 @@ def _save_and_stop(stage: Stage, saver: Saver, log: RunLog | None, step: int, ph
         saver.save(stage, step, phase_step, last=True)
         if log is not None:
             log.leave_waiting(saver.run_folder / CHECKPOINTS)
-        saved = f"the run is saved after step {step}"
     except (UserError, OSError) as error:
-        saved = str(error)
-    raise UserError(f"{fault}: the run's log cannot be written; {saved}: make room, and start the same command again")
+        raise UserError(f"{fault}: the run's log cannot be written; {error}") from error
+    raise UserError(
+        f"{fault}: the run's log cannot be written; the run is saved after step {step}: make room, and start the same command again"
+    )
 
 
 def _packs(stage: Stage, done: int, steps: int, workers: int) -> Generator[list[PackedBatch]]:

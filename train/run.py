@@ -25,10 +25,13 @@ from visionloom.train.loop import fit
 from visionloom.train.lost import lost_checkpoints, move_aside
 from visionloom.train.metrics import RunLog
 from visionloom.train.progress import Screen
-from visionloom.train.saving import Saver, check_room, first_fault
+from visionloom.train.saving import Saver, check_room, first_fault, sweep
 from visionloom.train.state_file import CHECKPOINTS
 from visionloom.train.trackers import Trackers
 from visionloom.train.weights import load_huggingface
+
+SLOW_SECONDS = 1.0
+"""A save that is not written when the next one is due, and holds training up for longer, is told."""
 
 
 def run_folder(config: RunConfig) -> Path:
@@ -113,6 +116,8 @@ class Run:
         """Find the newest whole checkpoint and rewind the metrics to it."""
         if self.log is not None:
             (self.folder / SETTINGS_OF_RUN).write_text(yaml.safe_dump(asdict(self.config), sort_keys=False))
+            sweep(self.folder)
+        self._tell_last_end()
         self.topology.barrier()
         self.latest, damaged = checkpoint.newest(self.folder, self.topology)
         for line in damaged:
@@ -129,6 +134,16 @@ class Run:
         if self.log is not None:
             self.log.take_waiting(self.folder / CHECKPOINTS)
             self.log.rewind(self.step)
+
+    def _tell_last_end(self) -> None:
+        """Say how the start before this one ended, if not as it should."""
+        before = status.current.before
+        if before is None or before.state == "done":
+            return
+        cause = before.cause or f"killed without a word, with process {before.pid} on {before.host}"
+        self._event("last_end", cause=cause, rank=before.rank, step=before.step)
+        after = f" after step {before.step}" if before.step else ""
+        self.screen.say(f"the start before this one ended{after}: {cause.splitlines()[0]}")
 
     def _begin_anew(self, damaged: list[str]) -> None:
         """Begin at step 0; a run that has had checkpoints does so only when told to, and keeps what is left of it."""
@@ -321,8 +336,13 @@ class Run:
         self.trackers.step(line)
 
     def _saved(self, event: str, **fields: Any) -> None:
-        """Log a checkpoint, and show one that failed."""
+        """Log a checkpoint, and show one that failed or held up training."""
         self._event(event, **fields)
+        if fields.get("waited_seconds", 0.0) > SLOW_SECONDS:
+            self.screen.say(
+                f"warning: training has waited {fields['waited_seconds']:.1f} s for {fields['folder']}, which was written at"
+                f" {fields['mb_per_second']} MB/s: raise checkpoint.every_steps or use faster storage"
+            )
         if event == "checkpoint_failed":
             self.screen.say(f"warning: {fields['folder']} could not be saved: {fields['cause']}; going on")
 

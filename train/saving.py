@@ -80,6 +80,8 @@ class Save:
     started: float
     stalled: float = 0.0
     """Seconds that training has waited for it."""
+    waited: float = 0.0
+    """Seconds of these in which it was still being written though the next one was due."""
     results: list[Any] = field(default_factory=list)
     hashes: dict[str, dict[str, Any]] = field(default_factory=dict)
     fault: str = ""
@@ -143,7 +145,8 @@ class Saver:
         started = time.perf_counter()
         if self.pending.thread is not None:
             self.pending.thread.join()
-            self.pending.stalled += time.perf_counter() - started
+            self.pending.waited = time.perf_counter() - started
+            self.pending.stalled += self.pending.waited
         self._complete(topology, last)
 
     def _begin(self, stage: Stage, step: int, phase_step: int, started: float) -> tuple[Save | None, str | None]:
@@ -191,10 +194,14 @@ class Saver:
             self._failed(save.final, fault, last)
             return
         self.failures = 0
-        seconds = round(time.perf_counter() - save.started, 3)
+        seconds, size = (
+            round(time.perf_counter() - save.started, 3),
+            sum(file["bytes"] for _, hashes, _ in parts for file in hashes.values()),
+        )
         self.report(
             "checkpoint", step=save.progress.step, phase=save.progress.phase, folder=str(save.final), seconds=seconds,
-            stall_seconds=round(save.stalled, 3),
+            stall_seconds=round(save.stalled, 3), waited_seconds=round(save.waited, 3),
+            mb_per_second=round(size / 1e6 / max(seconds, 1e-3), 1),
         )  # fmt: skip
 
     def _failed(self, folder: Path, fault: str, last: bool) -> None:
@@ -310,6 +317,12 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sweep(run_folder: Path) -> None:
+    """Remove what a save that was killed has left; the main rank calls it when a run starts."""
+    for leftover in (run_folder / CHECKPOINTS).glob("*/step-*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def check_room(run_folder: Path, stage: Stage) -> None:

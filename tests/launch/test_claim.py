@@ -15,8 +15,10 @@ from visionloom.common.errors import UserError
 from visionloom.launch import claim as claims
 from visionloom.launch.causes import hint_for, is_lost_connection, of_the_machine
 from visionloom.launch.claim import claim
+from visionloom.train.status import RunStatus
 
 ROOT = Path(__file__).resolve().parents[2]
+PATHS = os.environ | {"PYTHONPATH": str(ROOT / ".link")}
 SCRIPT = """
 import sys
 from visionloom.launch import configure
@@ -33,8 +35,7 @@ finally:
 
 def begin(folder: Path) -> subprocess.Popen[str]:
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    environment = os.environ | {"PYTHONPATH": str(ROOT / ".link")}
-    return subprocess.Popen([sys.executable, "-c", SCRIPT, str(folder)], text=True, env=environment, cwd=ROOT, **pipes)
+    return subprocess.Popen([sys.executable, "-c", SCRIPT, str(folder)], text=True, env=PATHS, cwd=ROOT, **pipes)
 
 
 def test_two_runs_in_one_folder(tmp_path: Path) -> None:
@@ -50,6 +51,26 @@ def test_two_runs_in_one_folder(tmp_path: Path) -> None:
         assert (status["state"], status["pid"]) == ("running", first.pid)
         first.communicate("", timeout=60)
     assert json.loads((tmp_path / "status.json").read_text())["state"] == "done"
+
+
+CRASH = """
+import sys
+from visionloom.launch import configure
+configure.check_paths = configure.check_agreements = lambda *_: None
+def command(config):
+    import ctypes
+    ctypes.string_at(0)
+configure.start(command, ["+recipe=demo", f"run.folder={sys.argv[1]}"])
+"""
+
+
+def test_a_segmentation_fault_leaves_its_trace(tmp_path: Path) -> None:
+    """Row 17 of the fault matrix, one process: the place in the program, and no word of an earlier end."""
+    RunStatus().begin(tmp_path)
+    process = subprocess.run([sys.executable, "-c", CRASH, str(tmp_path)], capture_output=True, text=True, cwd=ROOT, env=PATHS)
+    assert process.returncode == -11
+    assert "Fatal Python error: Segmentation fault" in process.stderr and "in command" in process.stderr
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "running"
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
