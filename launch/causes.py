@@ -31,14 +31,15 @@ NO_MEMORY: Final = ("out of memory", "can't allocate memory", "Cannot allocate m
 
 def of_the_machine(error: Exception, folder: Path) -> UserError | None:
     """One line for a disk or a run's `folder` that could not be written to or read; None for any other error."""
-    if not isinstance(error, OSError) or error.filename is None:
+    if not isinstance(error, OSError):
         return None
-    inside = Path(os.fsdecode(error.filename)).absolute().is_relative_to(folder.absolute())
+    name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""  # a write has none, opening has
+    inside = bool(name) and Path(name).absolute().is_relative_to(folder.absolute())
     if error.errno not in OF_THE_DISK and not (inside and error.errno in OF_A_FOLDER):
         return None
     return UserError(
-        f"{os.fsdecode(error.filename)}: {error.strerror}: make room, correct run.folder or its permissions, and start the same"
-        " command again"
+        f"{name or f'a file of run.folder={folder}'}: {error.strerror}: make room, correct run.folder or its permissions, and"
+        " start the same command again"
     )
 
 

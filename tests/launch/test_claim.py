@@ -103,6 +103,8 @@ def test_which_faults_are_the_disks(tmp_path: Path) -> None:
     """A missing file is the program's mistake, unless the run's folder has gone."""
     full = OSError(28, os.strerror(28), str(tmp_path / "x"))
     assert str(of_the_machine(full, Path("elsewhere"))).startswith(f"{tmp_path}/x: No space left on device: make room")
+    unnamed = OSError(28, os.strerror(28))
+    assert str(of_the_machine(unnamed, Path("runs/x"))).startswith("a file of run.folder=runs/x: No space left on device")
     shutil.rmtree(tmp_path)
     with pytest.raises(OSError) as error:
         (tmp_path / "metrics.jsonl").write_text("")
