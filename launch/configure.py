@@ -88,9 +88,10 @@ def work(command: Callable[[RunConfig], None], config: RunConfig) -> None:
     except Exception as error:
         if (told := of_the_machine(error, Path(config.run.folder))) is not None:
             exit_with(told)
-        if is_lost_connection(error):  # another rank has gone: its cause is written first
-            time.sleep(SECONDS_FOR_THE_CAUSE)
         cause = f"{type(error).__name__}: {error}"
+        if is_lost_connection(error):  # who watches the rank that has gone writes its cause; from another machine it is not seen
+            time.sleep(SECONDS_FOR_THE_CAUSE)
+            cause = f"the connection to another rank was lost, which ended first: {cause}"
         status.current.failed(FAILURE, cause, hint_for(error))
         record_for_torchrun(error)
         raise
