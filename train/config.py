@@ -44,6 +44,9 @@ class RunSection:
     """Only kernels whose sums have a fixed order: the same run twice gives the same bits; slower on a GPU."""
     evaluate_at_end: bool = option(False, "free")
     """Evaluate on data.validation when the last phase is done."""
+    on_change: str = option("error", "free", choices=("error", "continue"))
+    """If settings of the phase in progress or of the whole run differ from a checkpoint's: `error` says which, `continue` goes
+    on with the new ones and says which. What is read has data.on_change."""
 
 
 @dataclass
@@ -83,7 +86,7 @@ class PhaseConfig:
     """Optimizer steps; or give `tokens`."""
     tokens: int | None = option(None, "run", least=1, most=10**18)
     """Tokens including padding; the steps follow from sequence_length x global_batch."""
-    trainable: list[str] = option(list(GROUPS), "never", choices=GROUPS)
+    trainable: list[str] = option(list(GROUPS), "run", choices=GROUPS)
     """Parameter groups that train: vision, merger (main and DeepStack mergers), language."""
     fresh: list[str] = option([], "run", choices=GROUPS)
     """Parameter groups drawn anew at the start, as the report's alignment starts from new mergers."""
