@@ -13,6 +13,8 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Final, Literal, cast
 
+from visionloom.common.text import one_line
+
 Change = Literal["free", "run", "data", "never"]
 """What another value means for a run that has begun: `free` nothing, `run` that it goes on differently (run.on_change), `data`
 that other samples are read, which is noticed by what they hold (data.on_change), `never` that its checkpoint does not fit."""
@@ -112,7 +114,7 @@ def unknown(name: str, value: str, known: Sequence[str]) -> str:
     """One line for a value that is not among the known ones, with the nearest as suggestion."""
     close = difflib.get_close_matches(value, known, n=1)
     hint = f" (did you mean {close[0]}?)" if close else ""
-    return f"{name}={value} is unknown{hint}: use one of {', '.join(known)}"
+    return f"{name}={one_line(value)} is unknown{hint}: use one of {', '.join(known)}"
 
 
 def _faults(one: Option) -> Iterator[str]:

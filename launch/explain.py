@@ -14,6 +14,7 @@ from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, InterpolationResolutionError, OmegaConfBaseException
 
+from visionloom.common.text import one_line
 from visionloom.train.config import RunConfig
 
 ANY = "<name>"
@@ -27,6 +28,10 @@ def explain(error: Exception, config_dir: str = "") -> str:
         error: a HydraException, an OmegaConfBaseException, or what Hydra fails with on odd input.
         config_dir: the user's own recipes, for the list of what exists.
     """
+    return one_line(_explained(error, config_dir))
+
+
+def _explained(error: Exception, config_dir: str) -> str:
     if isinstance(error, MissingConfigException):
         return _missing_file(error, config_dir)
     if isinstance(error, RecursionError):
@@ -56,7 +61,7 @@ def unknown_keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
 def no_such_key(path: str) -> str:
     """The line for a key that the schema does not have, with the nearest ones that it has."""
     close = suggestions(path)
-    return f"no such key: {path}" + (f" (did you mean {' or '.join(close)}?)" if close else "")
+    return f"no such key: {one_line(path)}" + (f" (did you mean {' or '.join(close)}?)" if close else "")
 
 
 def suggestions(path: str) -> list[str]:

@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from visionloom.common.errors import UserError
 from visionloom.common.places import PlaceError, locate, read_located
+from visionloom.common.text import one_line
 
 LARGEST: Final = 1 << 17
 """Bytes of a recipe: 128 KiB, some thirty times our largest; YAML is read at about 100 KiB a second."""
@@ -178,6 +179,8 @@ class _Check:
         if not isinstance(root, yaml.MappingNode):
             self.refuse(root, "a recipe is a section of `key: value` lines")
         for key, _ in root.value:
+            if key.tag.endswith(":merge"):  # it could bring what is looked for below
+                self.refuse(key, "<< is refused beside the sections of a recipe: include another recipe in `defaults`")
             if HYDRA.match(str(key.value)):
                 self.refuse(key, f"{key.value} is refused: a recipe holds values of the run, it cannot configure Hydra")
         nodes, _ = self.node(root)
@@ -247,7 +250,7 @@ class _Check:
 
     def refuse(self, node: yaml.Node, why: str) -> NoReturn:
         """Raise UserError for what stands at a node."""
-        raise UserError(f"{self.path}, line {node.start_mark.line + 1}: {why}")
+        raise UserError(one_line(f"{self.path}, line {node.start_mark.line + 1}: {why}"))
 
 
 def _children(node: yaml.Node) -> Iterator[yaml.Node]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from visionloom.common.names import name_fault
 from visionloom.common.settings import ENTRIES, option, option_faults, unknown
+from visionloom.common.text import one_line
 from visionloom.data.config import DataConfig
 from visionloom.model.config import GROUPS, ModelConfig
 from visionloom.model.lora_config import LoraConfig
@@ -308,7 +309,10 @@ class RunConfig:
         names = {"run.name=": [self.run.name] if self.run.name else [], "phases.": self.phases}
         names |= {"data.datasets.": self.data.datasets, "data.validation.": self.data.validation}
         return found + [
-            f"{option}{name}: {fault}" for option, each in names.items() for name in each if (fault := name_fault(name))
+            f"{option}{one_line(name)}: {fault}"
+            for option, each in names.items()
+            for name in each
+            if (fault := name_fault(name))
         ]
 
     def _out_of_range(self) -> list[str]:

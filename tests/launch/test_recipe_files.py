@@ -58,6 +58,7 @@ ATTACKS = {
     "an absolute one": ("# @package _global_\ndefaults: [//etc/secret]\n", "leads out of its folder"),
     "one by URL": ("# @package _global_\ndefaults: ['file:///etc/secret']\n", "a recipe includes others by name only"),
     "one by reference": ("# @package _global_\ndefaults: [{override /model: '${model}'}]\n", "by name only"),
+    "by a merge": (f"# @package _global_\nrun: &x {{hydra: {{callbacks: {CALL}}}}}\n<<: *x\n", "line 3: << is refused"),
     "a list": ("- 1\n", "line 1: a recipe is a section"),
     "a text": ("hello\n", "line 1: a recipe is a section"),
 }  # fmt: skip
@@ -261,3 +262,62 @@ def test_one_section_and_help(folder: Path, capsys: pytest.CaptureFixture[str]) 
         compose(["+recipe=demo", "--cfg=job", "--package=phases.algin"], 1)
     with pytest.raises(UserError, match="add --cfg job"):
         compose(["+recipe=demo", "--resolve"], 1)
+
+
+ROW_29 = {
+    "key": ("+recipe=demo phases.align.stpes=3", "no such key: phases.align.stpes (did you mean phases.align.steps?)"),
+    "type": (
+        "+recipe=demo phases.align.steps=many",
+        "phases.align.steps: Value 'many' of type 'str' could not be converted to Integer",
+    ),
+    "recipe": ("+recipe=demmo", "recipe=demmo is unknown (did you mean demo?)"),
+    "file key": ("+recipe=typo --config-dir D", "recipe/typo.yaml: no such key: run.sed (did you mean run.seed?)"),
+    "file syntax": ("+recipe=broken --config-dir D", "D/recipe/broken.yaml, line 3: not valid YAML: "),
+}
+
+
+@pytest.mark.parametrize("case", ROW_29)
+def test_row_29_a_wrong_configuration_is_one_message(case: str, folder: Path) -> None:
+    """Row 29 of the fault matrix, on two ranks that both find it: one line with a hint, code 2, neither torch nor Megatron-core.
+
+    Measured 2026-11-26: 0.8 s each.
+    """
+    (folder / "D" / "recipe" / "typo.yaml").write_text(BASE + "run: {sed: 3}\n")
+    (folder / "D" / "recipe" / "broken.yaml").write_text("# @package _global_\nrun: {name: x\n")
+    words, expected = ROW_29[case]
+    before = sorted(folder.rglob("*"))
+    lines = []
+    for rank in ("0", "1"):
+        ranks = {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"}
+        script = (
+            "import sys; from visionloom.launch import exit; exit.SECONDS_UNTIL_ENDED = 0\n"
+            "from visionloom.launch.pretrain import main; sys.argv[0] = 'pretrain.py'\n"
+            "try: main()\n"
+            "finally: assert not {'torch', 'megatron', 'transformers'} & set(sys.modules)"
+        )
+        result = subprocess.run(
+            [sys.executable, "-c", script, *words.split()],
+            env=os.environ | ranks | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "PYTHONPATH": str(ROOT / ".link")},
+            capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+        assert (result.returncode, result.stdout) == (2, "")
+        lines += result.stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and expected in lines[0]
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_names_from_a_recipe_give_no_orders_to_the_terminal(folder: Path) -> None:
+    """Keys, values of choices, names and tags with escape sequences and line breaks: written as escapes, on one line."""
+    for text in (
+        'run: {"s\\e[31m\\need": 3}\n',
+        'run: {device: "c\\e[31m\\nu"}\n',
+        'phases: {"a\\e[31m\\nb": {steps: 1}}\n',
+        'phases: {align: {mixture: {"a\\e[31m\\nb": 1}}}\n',
+        '"x\\e[31m": 1\n',
+        'run: {name: "a\\e[31m\\nb"}\n',
+        'phases: {align: {steps: "a\\e[31m\\nb"}}\n',
+        'defaults: ["/recipe/a\\e[31m\\nb"]\n',
+        '"hydra.\\e[31m\\nb": 1\n',
+    ):
+        line = told(folder, (BASE if "defaults" not in text else "# @package _global_\n") + text)
+        assert line and not {"\x1b", "\n"} & set(line) and "\\x1b[31m" in line

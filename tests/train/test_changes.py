@@ -197,6 +197,6 @@ def test_a_run_goes_on_with_other_settings(pool: RankPool, demo_data: Path, tmp_
     assert found["phases.multimodal.lr"] == (0.002, 1e-5) and found["optim.weight_decay"] == (0.05, 0.5)
     assert found["phases.multimodal.trainable"] == (["vision", "merger", "language"], ["language"]) and len(found) == 3
     assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
-    assert [line["lr"] for line in metrics(tmp_path)[3:]] == [{"language": 1e-5}] * 3 or metrics(tmp_path)[3:]
+    assert [line["lr"] for line in metrics(tmp_path)[3:]] == [{"language": 1e-5}] * 3
     assert read_progress(tmp_path / "checkpoints" / "multimodal" / "step-00000006").settings["phases.multimodal.lr"] == 1e-5
     assert start(*other) == ""
