@@ -37,6 +37,7 @@ from visionloom.launch.options import HELP, Options, read_options
 from visionloom.launch.quiet import quiet_libraries
 from visionloom.launch.recipe_files import RecipeSource
 from visionloom.launch.words import readable
+from visionloom.model.shapes import parameter_count
 from visionloom.parallel.config import ParallelConfig
 from visionloom.train.config import PhaseConfig, RunConfig
 
@@ -70,6 +71,7 @@ def start(command: Callable[[RunConfig], None], argv: Sequence[str] | None = Non
     end_with_parent()
     try:
         check_paths(config)
+        check_memory(config)
         check_agreements(config, checkpoint)
         command(config)
     except UserError as error:
@@ -137,6 +139,24 @@ def check_paths(config: RunConfig) -> None:
     if "demo-data" in missing[0]:
         lines.append("the demo's data is made by: python launch/data.py demo runs/demo-data")
     raise UserError("\n".join(lines))
+
+
+def check_memory(config: RunConfig) -> None:
+    """Refuse a model whose weights alone are more than this machine has, where it trains on CPUs.
+
+    Raises:
+        UserError: naming the model, its parameters and both sizes.
+    """
+    if config.run.device == "cuda" or (config.run.device == "auto" and any(Path("/dev").glob("nvidia[0-9]*"))):
+        return
+    layout, parameters = config.parallel, parameter_count(config.model)
+    shares = layout.tensor * layout.pipeline * layout.expert * (layout.expert_tensor or 1)
+    needed = parameters * (2 if config.run.precision == "bf16" else 4) // shares * environment.ranks_here()
+    if needed > (there := environment.memory_bytes()):
+        raise UserError(
+            f"model={config.model.name} has {parameters:,} parameters: their weights take {needed / 2**30:,.0f} GiB on this machine,"
+            f" which has {there / 2**30:,.0f} GiB: choose a smaller model, more machines, or run.device=cuda"
+        )
 
 
 def check_agreements(config: RunConfig, checkpoint: str = "") -> None:

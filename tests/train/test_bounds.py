@@ -4,6 +4,7 @@ Reference: the schema itself, walked; and the published sizes in recipes/model, 
 """
 
 import dataclasses
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from visionloom.common.errors import UserError
 from visionloom.common.settings import options, without_rules
 from visionloom.data.config import DatasetConfig
-from visionloom.launch.configure import compose
+from visionloom.launch.configure import check_memory, compose
 from visionloom.parallel.config import ParallelConfig
 from visionloom.train.config import PhaseConfig, RunConfig
 
@@ -34,6 +35,19 @@ NUMBERS = [
 def test_every_option_has_rules() -> None:
     """A new option without bounds and without a class of change stops here."""
     assert list(without_rules(RunConfig)) == []
+
+
+def test_weights_that_the_machine_cannot_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reference: the published size of the model, 235 billion parameters and its vision tower."""
+    config = compose(["+recipe=demo", "model=qwen3vl_235b_a22b", "run.device=cpu"], 1)
+    assert config is not None
+    monkeypatch.setattr("visionloom.launch.environment.memory_bytes", lambda: 900 * 2**30)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    check_memory(replace(config, parallel=ParallelConfig(tensor=4)))
+    with pytest.raises(UserError, match=r"has 235,[0-9,]+ parameters: their weights take 1,75\d GiB .* has 900 GiB"):
+        check_memory(config)
+    config.run.device = "cuda"
+    check_memory(config)
 
 
 def holder(config: RunConfig, option: str) -> tuple[Any, str]:
