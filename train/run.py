@@ -17,6 +17,7 @@ from visionloom.parallel import topology as topologies
 from visionloom.parallel.topology import Topology
 from visionloom.train import checkpoint, status
 from visionloom.train.build import Stage, add_adapters, build_model, build_stage, build_stream, redraw
+from visionloom.train.changes import Changed, changes
 from visionloom.train.checkpoint import Checkpoint
 from visionloom.train.companions import SETTINGS_OF_RUN, carry_into_run
 from visionloom.train.config import LoggingConfig, RunConfig
@@ -115,7 +116,6 @@ class Run:
     def resume(self) -> None:
         """Find the newest whole checkpoint and rewind the metrics to it."""
         if self.log is not None:
-            (self.folder / SETTINGS_OF_RUN).write_text(yaml.safe_dump(asdict(self.config), sort_keys=False))
             sweep(self.folder)
         self._tell_last_end()
         self.topology.barrier()
@@ -124,14 +124,16 @@ class Run:
             self._event("damaged_checkpoint", detail=line)
             self.screen.say(f"passing over a damaged checkpoint: {line}")
         if self.latest is not None:
-            self._check(self.latest)
+            changed = changes(self.config, self.latest.progress, str(self.latest.folder))
             self.step = self.latest.progress.step
             self._event("resume", step=self.step, folder=str(self.latest.folder))
             self.screen.say(f"resuming after step {self.step} from {self.latest.folder}")
+            self._tell_changes(changed)
         else:
             self._begin_anew(damaged)
         status.current.at(self.step)
-        if self.log is not None:
+        if self.log is not None:  # only now: a start that is refused leaves what describes the run as it is
+            (self.folder / SETTINGS_OF_RUN).write_text(yaml.safe_dump(asdict(self.config), sort_keys=False))
             self.log.take_waiting(self.folder / CHECKPOINTS)
             self.log.rewind(self.step)
 
@@ -159,6 +161,12 @@ class Run:
             self._event("start_anew", cause=fault, kept=str(move_aside(self.folder)))
         self.screen.say(f"beginning at step 0: {fault}")
 
+    def _tell_changes(self, changed: list[Changed]) -> None:
+        """Say which settings the run goes on with instead of its checkpoint's."""
+        for each in changed:
+            self._event("settings_changed", step=self.step, option=each.option, was=each.was, now=each.now)
+            self.screen.say(f"goes on with other settings: {each}")
+
     def check_data(self) -> None:
         """Open the datasets of all phases that are left: one that cannot be trained on is an error before the first step."""
         left = [phase for name, phase in self.config.phases.items() if self._done(name) < phase.total_steps]
@@ -176,7 +184,7 @@ class Run:
             if self.latest is None:
                 found = f"only damaged checkpoints, {damaged[0]}" if damaged else "no checkpoint"
                 raise UserError(f"{self.folder} holds {found}: train the run first, or name one with checkpoint=FOLDER")
-        self._check(self.latest, resuming=False)
+        self._check(self.latest)
         rank = self.latest.progress.lora.get("rank", 0)
         if rank != self.config.lora.rank:
             held = f"adapters of rank {rank}" if rank else "whole weights, no adapters"
@@ -278,7 +286,7 @@ class Run:
             load_huggingface(Path(init.huggingface), chunks, self.config.model, self.topology)
         if init.checkpoint:
             source = checkpoint.read(Path(init.checkpoint))
-            self._check(source, resuming=False)
+            self._check(source)
             if source.progress.lora:
                 raise UserError(
                     f"init.checkpoint={source.folder} holds adapters only: name the checkpoint that they were trained on,"
@@ -289,36 +297,17 @@ class Run:
             add_adapters(chunks, self.config, self.topology)
         return chunks
 
-    def _check(self, source: Checkpoint, resuming: bool = True) -> None:
-        """Refuse a checkpoint of another model or recipe with what differs."""
+    def _check(self, source: Checkpoint) -> None:
+        """Refuse a checkpoint of another model with what differs; one that a run goes on from is under `changes`."""
         progress, ours = source.progress, asdict(self.config.model)
         for part in ("text", "vision"):
-            same = () if resuming else NOT_THE_MODEL
-            changed = [key for key, value in ours[part].items() if key not in same and progress.model[part].get(key) != value]
+            held = progress.model[part]
+            changed = [key for key, value in ours[part].items() if key not in NOT_THE_MODEL and held.get(key) != value]
             if changed:
                 raise UserError(
-                    f"{source.folder} holds another model: model.{part}.{changed[0]} is {progress.model[part].get(changed[0])} there"
+                    f"{source.folder} holds another model: model.{part}.{changed[0]} is {held.get(changed[0])} there"
                     f" and {ours[part][changed[0]]} here; set run.name to start a new run"
                 )
-        if not resuming:
-            return
-        shape = ("rank", "targets", "groups") if self.config.lora.rank else ("rank",)
-        there, here = progress.lora or {"rank": 0}, asdict(self.config.lora)
-        if changed := [key for key in shape if there.get(key) != here[key]]:
-            raise UserError(
-                f"{source.folder} has lora.{changed[0]}={there.get(changed[0])}, here it is {here[changed[0]]}:"
-                " set run.name to start a new run"
-            )
-        if progress.phase not in self.config.phases:
-            raise UserError(
-                f"{source.folder} is of phase {progress.phase}, which this recipe lacks: set run.name to start a new run"
-            )
-        steps = self.config.phases[progress.phase].total_steps
-        if not progress.phase_done and steps != progress.phase_steps:
-            raise UserError(
-                f"phases.{progress.phase} has {steps} steps here and {progress.phase_steps} in {source.folder}, so its schedule differs:"
-                f" keep the steps or set run.name to start a new run"
-            )
 
     def _validate(self, stage: Stage, unchanged: bool = False) -> None:
         """Held-out losses as the phase stands, as an event; those of the last phase's end if the weights are `unchanged`."""
