@@ -9,6 +9,7 @@ from visionloom.common.errors import UserError
 from visionloom.data.convert.keys import without_nulls
 from visionloom.data.convert.skip import Skip
 from visionloom.data.convert.source import Record
+from visionloom.data.convert.source_files import files_below
 from visionloom.data.write_parts import Part
 
 if TYPE_CHECKING:
@@ -36,14 +37,12 @@ def require_pyarrow() -> None:
         raise UserError("parquet and arrow files need pyarrow: pip install visionloom[convert]") from None
 
 
-def table_files(path: Path, endings: tuple[str, ...]) -> list[Path]:
+def table_files(path: Path, endings: tuple[str, ...], follow_links: bool = False) -> list[Path]:
     """The file itself, or those of a folder in sorted order; raises UserError if there is none."""
     require_pyarrow()
-    files = [path] if path.is_file() else sorted(path.rglob("*"))
-    found = [file for file in files if file.suffix in endings]
-    if not found:
+    if path.is_file() and path.suffix not in endings:
         raise UserError(f"{path}: a file {' or '.join(endings)}, or a folder with some, expected")
-    return found
+    return files_below(path, endings, follow_links)
 
 
 def cut_tables(files: Sequence[Path], size: int) -> Iterator[Part]:
