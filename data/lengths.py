@@ -64,10 +64,10 @@ def load_lengths(
     `processes` count beside this one, 0: none.
     """
     path = cache / f"lengths-{lengths_hash(dataset.fingerprint, tokenizer, rules)}.npy"
-    table = load_rows(path)
-    if table is not None and table.dtype == LENGTHS and len(table) == len(dataset):
+    table = load_rows(path, LENGTHS)
+    if table is not None and len(table) == len(dataset):
         return table
-    return in_blocks(path, len(dataset), BLOCK, Counting(dataset, tokenizer, rules), processes, progress)
+    return in_blocks(path, len(dataset), BLOCK, Counting(dataset, tokenizer, rules), processes, progress, LENGTHS)
 
 
 @dataclass(frozen=True)

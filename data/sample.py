@@ -16,6 +16,8 @@ KINDS: Final = ("chat", "doc")
 ROLES: Final = ("system", "user", "assistant", "tool")
 SPACES: Final = ("px", "relative1000")
 TIME_FORMATS: Final = ("seconds", "hms")
+LARGEST_JSON: Final = 32 << 20
+"""Bytes of a sample's JSON: the text of the longest packs has 2 million; in memory JSON may take twenty times as much."""
 REF: Final = re.compile(r"(?!json$)[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 """Names of media members: no folders, no `..`, no leading dot, and never the name of the sample's own JSON."""
 
@@ -269,9 +271,13 @@ def media_refs(element: Element) -> tuple[str, ...]:
 def _load(raw: bytes | str | Mapping[str, Any], origin: str) -> Mapping[str, Any]:
     if not isinstance(raw, bytes | str):
         return raw
+    if len(raw) > LARGEST_JSON:
+        raise SampleError(origin, "", f"its JSON has {len(raw)} bytes, at most {LARGEST_JSON}")
     try:
-        values = json.loads(raw)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        values = json.loads(
+            raw
+        )  # not load_json: a sample's own checks refuse what is not finite, and this is read in every epoch
+    except (ValueError, RecursionError) as error:  # numbers of more than 4,300 digits are ValueErrors too
         raise SampleError(origin, "", f"not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise SampleError(origin, "", f"a JSON object expected, got {type(values).__name__}")
