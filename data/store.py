@@ -46,6 +46,8 @@ LARGEST_WHOLE: Final = 1 << 30
 """Bytes of a file that is read whole: 1 GiB, a dataset.json of two million shards."""
 
 
+_LONGEST_CAUSE: Final = 500
+"""Characters of an error's own words; a server may have chosen them."""
 MEND: Final = "put the file itself there, or give the folder that it leads to"
 """What to do about a shard that is a link out of its folder, or no file."""
 
@@ -375,7 +377,7 @@ def _sentence(error: Exception) -> str:
     """The cause at the bottom of urllib3's nested errors, without the address of a connection object."""
     while (inner := getattr(error, "reason", None)) is not None and isinstance(inner, Exception):
         error = inner
-    return re.sub(r"<[^>]*>: |\w+\([^)]*\): ", "", str(error)) or type(error).__name__
+    return re.sub(r"<[^>]*>: |\w+\([^)]*\): ", "", str(error)[:_LONGEST_CAUSE]) or type(error).__name__
 
 
 class FsspecSource:

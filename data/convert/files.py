@@ -22,7 +22,7 @@ from visionloom.data.tar import LARGEST_MEMBER
 _SCHEME: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):")
 _INLINE: Final = re.compile(r"data:[^,]{0,100};base64,", re.IGNORECASE)
 """RFC 2397; Qwen's documentation has it without a subtype (`data:image;base64,`)."""
-_BARE: Final = re.compile(r"(/9j/|iVBORw0KGgo|R0lGOD|UklGR)[A-Za-z0-9+/\s]{60,}={0,2}\s*")
+_BARE: Final = re.compile(r"(/9j/|iVBORw0KGgo|R0lGOD|UklGR)[A-Za-z0-9+/\s]{60,}={0,2}")
 """base64 of a JPEG, PNG, GIF or WEBP without anything before it."""
 IN_OBJECT: Final = ("bytes", "path", "url", "base64", "data")
 """Keys of an object in place of a reference, the first that has a value wins."""
@@ -50,7 +50,7 @@ class MediaFiles:
             return ref
         if isinstance(ref, str) and (inline := _INLINE.match(ref)):
             return from_base64(ref[inline.end() :])
-        if isinstance(ref, str) and _BARE.fullmatch(ref):
+        if isinstance(ref, str) and _BARE.fullmatch(ref.rstrip()):
             return from_base64(ref)
         if isinstance(ref, str) and ref.lower().startswith(("http://", "https://")):
             return self._fetched(ref)

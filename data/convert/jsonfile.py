@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 from visionloom.common.errors import UserError
-from visionloom.data.convert.keys import without_nulls
+from visionloom.data.convert.keys import record_json, without_nulls
 from visionloom.data.convert.skip import Skip
 from visionloom.data.convert.source import Record
 from visionloom.data.convert.source_files import files_below
@@ -63,9 +63,11 @@ def read_json(span: Span) -> Iterator[Record]:
 
 def _value(data: bytes) -> Any:
     try:
-        return without_nulls(json.loads(data))
-    except (ValueError, RecursionError) as error:
-        return Skip("not valid JSON", str(error))
+        return without_nulls(record_json(data))
+    except Skip as skip:
+        return skip
+    except RecursionError:
+        return Skip("not valid JSON", "nested too deeply")
 
 
 def _is_array(path: Path) -> bool:

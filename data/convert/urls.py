@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 
 from visionloom.common.atomic import replacing
 from visionloom.common.errors import UserError
-from visionloom.common.jsonfile import JsonError, load_json
 from visionloom.common.places import PlaceError, locate, read_located
+from visionloom.data.convert.keys import record_json
+from visionloom.data.convert.skip import Skip
 from visionloom.data.convert.source_files import located
 from visionloom.data.tar import Fault, members
 
@@ -141,8 +142,8 @@ def _refuse(fault: Fault) -> None:
 
 def _url_in(document: bytes) -> str:
     try:
-        found = load_json(document, "")
-    except JsonError:
+        found = record_json(document)
+    except Skip:
         return ""
     url = found.get("url") if isinstance(found, dict) else None
     return url if isinstance(url, str) else ""

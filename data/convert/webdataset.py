@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Final
 
 from visionloom.common.errors import UserError
-from visionloom.common.jsonfile import JsonError, load_json
 from visionloom.data.convert.captions import fill_caption
 from visionloom.data.convert.files import MediaFiles
 from visionloom.data.convert.jsonl import ELEMENT, MESSAGE, SAMPLE, fill_from_schema
-from visionloom.data.convert.keys import Fields, Keys, without_nulls
+from visionloom.data.convert.keys import Fields, Keys, record_json, without_nulls
 from visionloom.data.convert.skip import Skip
 from visionloom.data.convert.source import Draft, Options, Record
 from visionloom.data.convert.source_files import files_below
@@ -115,10 +114,7 @@ def _count(path: Path) -> int:
 def _document(value: Mapping[str, bytes]) -> Mapping[str, Any]:
     if "json" not in value:
         return {}
-    try:
-        found = load_json(value["json"], "json")
-    except JsonError as error:
-        raise Skip("not valid JSON", str(error)) from None
+    found = record_json(value["json"])
     return without_nulls(found) if isinstance(found, dict) else {}
 
 
