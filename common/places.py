@@ -4,6 +4,7 @@ Lists of shards, states of checkpoints, references of records and the names in a
 name must lie in their own folder, also where links lead, and be a regular file: a pipe would let the reader wait for ever.
 """
 
+import errno
 import os
 import stat
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,8 @@ HUB_FOLDERS: Final = ("models--", "datasets--", "spaces--")
 """How the Hugging Face hub's cache names repositories; their snapshots are links to the blobs beside them."""
 
 
+LONGEST: Final = 3000
+"""Characters of a name; Linux takes 4,095 bytes of a whole path."""
 DOTS: Final = "leads out of its folder with .."
 OUTSIDE: Final = "leads out of its folder"
 LINK: Final = "is a link out of its folder"
@@ -94,6 +97,8 @@ def _check_name(reference: object) -> None:
         raise PlaceError("is not a file name")
     if "\0" in reference:
         raise PlaceError("is not a file name: it holds a zero byte")
+    if len(reference) > LONGEST:
+        raise PlaceError("is not a file name: it is too long")
     if ".." in PurePath(reference).parts:
         raise PlaceError(DOTS)
 
@@ -103,7 +108,11 @@ def _real(path: Path) -> Path:
         return path.resolve(strict=True)
     except RuntimeError:  # until Python 3.13, for links in a circle
         raise PlaceError("is a link that leads to itself") from None
+    except UnicodeEncodeError:
+        raise PlaceError("is not a file name: it is no valid Unicode") from None
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise PlaceError("is not a file name: it is too long") from None
         if path.is_symlink() and not isinstance(error, PermissionError):
             raise PlaceError("is a link to nothing") from None
         raise
