@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from visionloom.common.atomic import replacing
-from visionloom.common.places import PlaceError, locate
+from visionloom.common.places import locate
 
 Rows = NDArray[Any]
 Work = Callable[[int, int], Rows]
@@ -57,7 +57,7 @@ def load_rows(path: Path, dtype: np.dtype[Any] | None = None) -> Rows | None:
 
     Tables lie beside datasets, which strangers made: counts below 0, which no table has, make it none of ours.
     """
-    with suppress(OSError, PlaceError, ValueError, EOFError, SyntaxError, TypeError, RecursionError):
+    with suppress(Exception):  # numpy takes the header for Python, and raises whatever a damaged one leads it to
         rows: Rows = np.load(locate(path.parent, path.name), mmap_mode="r", allow_pickle=False)
         if rows.ndim == 1 and (
             dtype is None or (rows.dtype == dtype and all(_counts(rows[name]) for name in dtype.names or ()))

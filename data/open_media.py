@@ -212,7 +212,8 @@ def _check_stream(container: Any, size: int) -> None:
     if not container.streams.video:
         raise MediaError("no video that is known", "it holds no video stream")
     stream = container.streams.video[0]
-    if (name := stream.codec_context.codec.name) not in VIDEO_CODECS:
+    name = stream.codec_context.codec.name if stream.codec_context is not None else "unknown"
+    if name not in VIDEO_CODECS:
         raise MediaError("no video that is known", f"codec {name} is not read")
     width, height = stream.codec_context.width, stream.codec_context.height
     if width * height > FRAME_PIXELS:
