@@ -24,18 +24,16 @@ from visionloom.train.adapter import WEIGHTS
 from visionloom.train.companions import companions
 from visionloom.train.exporting import ExportOptions, Parameters, write_huggingface
 from visionloom.train.serving import carry_companions, write_serving_files
-from visionloom.train.state_file import STATE, model_of, read_progress
+from visionloom.train.state_file import STATE, lora_of, model_of, read_progress
 from visionloom.train.stored import StoredWeights
 
 
 def describe(checkpoint: Path, topology: Topology) -> tuple[ModelConfig, LoraConfig]:
     """The model and adapters of a whole checkpoint of a run with lora; UserError if it is damaged or has none."""
-    progress = read_progress(checkpoint)
-    if not progress.lora:
+    progress = checkpoints.whole(checkpoint, "checkpoint", topology).progress
+    if (lora := lora_of(progress)) is None:
         raise UserError(f"checkpoint={checkpoint} holds whole weights, not adapters: name one of a run with lora.rank above 0")
-    if fault := checkpoints.verify(checkpoint, topology):
-        raise UserError(f"checkpoint={checkpoint} is damaged: {fault}: name another one")
-    return model_of(progress), LoraConfig(**progress.lora)
+    return model_of(progress), lora
 
 
 def export_adapter(checkpoint: Path, out: Path, base: str, topology: Topology, say: Callable[[str], None]) -> None:
@@ -82,6 +80,8 @@ def export_merged(checkpoint: Path, weights: Path, out: Path, topology: Topology
     """
     model, lora = describe(checkpoint, topology)
     stored = (weights / STATE).is_file()
+    if stored:
+        checkpoints.whole(weights, "weights", topology)
     base: Parameters = StoredWeights(weights) if stored else FolderWeights(weights, model)
     for name, shape in parameter_shapes(model).items():
         if (entry := base.entry(name)) is None or entry[0] != shape:

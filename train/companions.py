@@ -14,7 +14,7 @@ import yaml
 from visionloom.data.config import MediaConfig
 from visionloom.model.huggingface_config import CONFIG
 from visionloom.train.config import RunConfig
-from visionloom.train.state_file import CHECKPOINTS, STATE, Inputs, Progress, absolute
+from visionloom.train.state_file import CHECKPOINTS, STATE, Inputs, Progress, absolute, stored_inputs
 from visionloom.train.token_table import SETTINGS, TOKENIZER, TokenTable
 
 COMPANIONS: Final = "huggingface"
@@ -94,7 +94,7 @@ def companions(checkpoint: Path, progress: Progress, source: Path | None = None,
         weights: Hugging Face folder or checkpoint under its adapters, whose own files go first, but for the tokenizer.
     """
     inputs = inputs_of(checkpoint, progress)
-    media = MediaConfig(**inputs.media) if inputs is not None else None
+    media = MediaConfig(**inputs.media) if inputs is not None else None  # checked by inputs_of
     if source is not None:
         place = source if (source / TOKENIZER).is_file() else tokenizer_of(checkpoint, progress)
         return Companions(place, [source], media)
@@ -127,13 +127,15 @@ def tokenizer_of(checkpoint: Path, progress: Progress) -> Path | None:
 
 def tokenizer_hash(progress: Progress) -> str:
     """SHA-256, or its first digits, of the tokenizer.json that a checkpoint was trained with; empty if unknown."""
-    return str(progress.inputs.get("tokenizer_hash") or progress.data.get("plan", {}).get("tokenizer", ""))
+    plan = progress.data.get("plan")
+    found = progress.inputs.get("tokenizer_hash") or (plan.get("tokenizer") if isinstance(plan, dict) else None)
+    return found if isinstance(found, str) else ""
 
 
 def inputs_of(checkpoint: Path, progress: Progress) -> Inputs | None:
     """What a checkpoint was trained with: from its state, or, of older versions, its run's config.yaml; None if nothing says."""
-    if progress.inputs:
-        return Inputs(**progress.inputs)
+    if (found := stored_inputs(progress)) is not None:
+        return found
     run = run_of(checkpoint)
     if run is None or not (run / SETTINGS_OF_RUN).is_file():
         return None

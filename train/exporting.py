@@ -23,7 +23,7 @@ from visionloom.train import checkpoint
 from visionloom.train.companions import Companions, companions
 from visionloom.train.importing import start_folder
 from visionloom.train.serving import carry_companions, write_json, write_serving_files
-from visionloom.train.state_file import model_of, read_progress
+from visionloom.train.state_file import model_of
 from visionloom.train.stored import StoredWeights
 
 DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -75,11 +75,9 @@ def export_checkpoint(folder: Path, out: Path, options: ExportOptions, topology:
     Raises:
         UserError: if the checkpoint is not whole or lacks parameters, or `out` is there already.
     """
-    progress = read_progress(folder)
+    progress = checkpoint.whole(folder, "checkpoint", topology).progress
     if progress.lora:
         raise UserError(f"checkpoint={folder} holds adapters only: export them with convert.py adapter")
-    if fault := checkpoint.verify(folder, topology):
-        raise UserError(f"checkpoint={folder} is damaged: {fault}: name another one")
     files = companions(folder, progress, options.source)
     write_huggingface(StoredWeights(folder), model_of(progress), out, options, files, topology, say)
 

@@ -25,6 +25,7 @@ from visionloom.train.loop import fit
 from visionloom.train.metrics import RunLog
 from visionloom.train.progress import Screen
 from visionloom.train.saving import Saver, check_room
+from visionloom.train.state_file import lora_of, model_of, stored_inputs
 from visionloom.train.trackers import Trackers
 from visionloom.train.weights import load_huggingface
 
@@ -133,22 +134,22 @@ class Run:
     def take(self, source: str) -> None:
         """Take the weights of a checkpoint's folder, or of the newest whole one of the run if `source` is empty."""
         if source:
-            self.latest = checkpoint.read(Path(source))
-            if fault := checkpoint.verify(self.latest.folder, self.topology):
-                raise UserError(f"checkpoint={source} is damaged: {fault}: name another one")
+            self.latest = checkpoint.whole(Path(source), "checkpoint", self.topology)
         else:
             self.latest, damaged = checkpoint.newest(self.folder, self.topology)
             if self.latest is None:
                 found = f"only damaged checkpoints, {damaged[0]}" if damaged else "no checkpoint"
                 raise UserError(f"{self.folder} holds {found}: train the run first, or name one with checkpoint=FOLDER")
         self._check(self.latest, resuming=False)
-        rank = self.latest.progress.lora.get("rank", 0)
+        lora = lora_of(self.latest.progress)
+        rank = lora.rank if lora is not None else 0
         if rank != self.config.lora.rank:
             held = f"adapters of rank {rank}" if rank else "whole weights, no adapters"
             raise UserError(f"{self.latest.folder} holds {held}: evaluate it with lora.rank={rank}")
         self.step = self.latest.progress.step
         self.screen.say(f"evaluating {self.latest.folder}")
-        trained, here = self.latest.progress.inputs.get("media", {}), asdict(self.config.data.media)
+        inputs, here = stored_inputs(self.latest.progress), asdict(self.config.data.media)
+        trained = inputs.media if inputs is not None else {}
         if other := [
             f"{key} {here[key]} instead of {trained[key]}" for key in here.keys() & trained.keys() if here[key] != trained[key]
         ]:
@@ -241,7 +242,7 @@ class Run:
         if init.huggingface:
             load_huggingface(Path(init.huggingface), chunks, self.config.model, self.topology)
         if init.checkpoint:
-            source = checkpoint.read(Path(init.checkpoint))
+            source = checkpoint.whole(Path(init.checkpoint), "init.checkpoint", self.topology)
             self._check(source, resuming=False)
             if source.progress.lora:
                 raise UserError(
@@ -255,19 +256,20 @@ class Run:
 
     def _check(self, source: Checkpoint, resuming: bool = True) -> None:
         """Refuse a checkpoint of another model or recipe with what differs."""
-        progress, ours = source.progress, asdict(self.config.model)
+        progress, ours, theirs = source.progress, asdict(self.config.model), asdict(model_of(source.progress))
         for part in ("text", "vision"):
             same = () if resuming else NOT_THE_MODEL
-            changed = [key for key, value in ours[part].items() if key not in same and progress.model[part].get(key) != value]
+            changed = [key for key, value in ours[part].items() if key not in same and theirs[part][key] != value]
             if changed:
                 raise UserError(
-                    f"{source.folder} holds another model: model.{part}.{changed[0]} is {progress.model[part].get(changed[0])} there"
+                    f"{source.folder} holds another model: model.{part}.{changed[0]} is {theirs[part][changed[0]]} there"
                     f" and {ours[part][changed[0]]} here; set run.name to start a new run"
                 )
         if not resuming:
             return
         shape = ("rank", "targets", "groups") if self.config.lora.rank else ("rank",)
-        there, here = progress.lora or {"rank": 0}, asdict(self.config.lora)
+        lora, here = lora_of(progress), asdict(self.config.lora)
+        there = asdict(lora) if lora is not None else {"rank": 0}
         if changed := [key for key in shape if there.get(key) != here[key]]:
             raise UserError(
                 f"{source.folder} has lora.{changed[0]}={there.get(changed[0])}, here it is {here[changed[0]]}:"
