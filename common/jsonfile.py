@@ -15,6 +15,8 @@ from visionloom.common.places import PlaceError, read_located
 
 LARGEST: Final = 1 << 30
 """Bytes of a JSON file: 1 GiB, a dataset.json of two million shards."""
+DEEPEST: Final = 100
+"""Levels of lists and objects; a tokenizer.json has six."""
 SHOWN: Final = 60
 """Characters of a wrong value that a message quotes."""
 
@@ -58,13 +60,31 @@ def checked[T](value: Any, schema: type[T], where: str) -> T:
 def load_json(content: bytes | str, where: str) -> Any:
     """Any JSON; raises JsonError for what is none, for NaN, infinite and endless numbers and for endless nesting."""
     try:
-        return json.loads(content, parse_constant=_refuse_constant, parse_float=_finite)
+        value = json.loads(content, parse_constant=_refuse_constant, parse_float=_finite)
     except RecursionError:
         raise JsonError(f"{where}: nested too deeply") from None
     except UnicodeDecodeError:
         raise JsonError(f"{where}: not UTF-8") from None
     except ValueError as error:  # JSONDecodeError, and numbers of more than 4,300 digits
         raise JsonError(f"{where}: not JSON: {error}") from None
+    if _is_deep(value):
+        raise JsonError(f"{where}: nested more than {DEEPEST} deep")
+    return value
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether there are more levels than DEEPEST, which whoever copies, compares or writes the value would stumble over."""
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [
+            child
+            for each in level
+            if isinstance(each, dict | list)
+            for child in (each.values() if isinstance(each, dict) else each)
+        ]
+        if not level:
+            return False
+    return True
 
 
 @functools.cache

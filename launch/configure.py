@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from visionloom.common.errors import UserError
+from visionloom.common.text import say
 from visionloom.data.config import DatasetConfig
 from visionloom.launch import environment
 from visionloom.launch.exit import FAILURE, end_with_parent, exit_with, record_for_torchrun, write_status
@@ -208,7 +209,7 @@ def _show(config: DictConfig | None, late: Sequence[str], resolve: bool) -> None
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(explain(error)) from error
     try:
-        print(text, flush=True)
+        say(text)
     except BrokenPipeError:
         _read_no_more()
 

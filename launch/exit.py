@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
+from visionloom.common.text import warn
+
 STARTED = time.time()
 """When this process came here: its first imports are over."""
 FAILURE = 1
@@ -39,7 +41,7 @@ def exit_with(error: Exception, folder: str = "", step: int | None = None, every
     if _may_speak(everywhere):
         lines = str(error).splitlines() or [type(error).__name__]
         sys.stdout.flush()
-        print(*(f"error: {line}" for line in lines), sep="\n", file=sys.stderr, flush=True)
+        warn(*(f"error: {line}" for line in lines))
         if folder:
             hint = "change the option that the cause names and start the same command again"
             write_status(folder, USER_ERROR, str(error), step, hint)
@@ -63,7 +65,7 @@ def write_status(folder: str, code: int, cause: str, step: int | None, hint: str
         draft.write_text(json.dumps(status, indent=1) + "\n")
         draft.replace(target)
     except OSError as fault:
-        print(f"warning: {target} could not be written: {fault.strerror}", file=sys.stderr, flush=True)
+        warn(f"warning: {target} could not be written: {fault.strerror}")
 
 
 def end_with_parent() -> None:

@@ -35,7 +35,11 @@ def require_finite(tensors: Iterable[tuple[str, Tensor]], source: str, topology:
     Raises:
         UserError: on all ranks, naming the first tensors.
     """
-    wrong = [name for name, tensor in tensors if not is_finite(tensor)]
+    refuse_named([name for name, tensor in tensors if not is_finite(tensor)], source, topology)
+
+
+def refuse_named(wrong: list[str], source: str, topology: Topology) -> None:
+    """The same for names that this rank has found to be wrong."""
     found: list[list[str]] = [[] for _ in range(topology.world_size)]
     dist.all_gather_object(found, wrong)
     if names := sorted({name for part in found for name in part}):

@@ -36,6 +36,7 @@ from visionloom.model.sharding import LAYERS, canonical_parameters
 from visionloom.parallel.topology import Topology
 from visionloom.train.checkpoint import FileEntry, content, weights_state, write_manifest
 from visionloom.train.companions import COMPANIONS, carry
+from visionloom.train.finite import is_finite, not_finite
 from visionloom.train.state_file import STATE, Progress
 from visionloom.train.stored import canonical_region
 
@@ -165,6 +166,8 @@ class StreamedPlanner(MCoreSavePlanner):  # type: ignore[misc]
             part = torch.zeros(tuple(chunk.sizes), dtype=kind)
         else:
             part = self.source.parameter(name, region).reshape(tuple(chunk.sizes)).to(kind).contiguous()
+            if not is_finite(part):
+                raise UserError(not_finite(f"hf={self.source.folder}", [name]))
         self.last = part if part.untyped_storage().resizable() else part.clone()
         self._report(part.nbytes)
         return self.last

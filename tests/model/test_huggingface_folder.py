@@ -243,7 +243,8 @@ def test_an_index_names_files_of_its_folder_only(file: Any, tmp_path: Path) -> N
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     index["weight_map"][GATE] = file
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert f"names {file}, which is not a safetensors file of the folder" in refusal(tmp_path)
+    expected = f"names {file}, which is not a safetensors file of the folder" if isinstance(file, str) else "weight_map: "
+    assert expected in refusal(tmp_path)
 
 
 def test_a_whole_file_counts_before_what_lies_beside_it(tmp_path: Path) -> None:

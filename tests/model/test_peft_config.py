@@ -199,7 +199,7 @@ def test_settings_that_cover_all_tensors_are_fine(folder: Path, topology: Topolo
         (lambda s: s.update({f"{FIRST}.q_proj.lora_B.bias": torch.ones(128)}), "q_proj.lora_B.bias"),
         (lambda s: s.update({"base_model.model.lm_head.weight": torch.ones(96, 64)}), "base_model.model.lm_head.weight"),
         (lambda s: s.pop(f"{FIRST}.q_proj.lora_B.weight"), f"{FIRST}.q_proj.lora_A.weight"),
-        (lambda s: s.update({f"{FIRST}.q_proj.lora_A.weight": torch.ones(8, 64, dtype=torch.int8)}), "q_proj.lora_A.weight int8"),
+        (lambda s: s.update({f"{FIRST}.q_proj.lora_A.weight": torch.ones(8, 64, dtype=torch.int8)}), "q_proj.lora_A.weight I8"),
         (
             lambda s: s.update({f"{FIRST}.q_proj.lora_A.weight": torch.ones(1, 64), f"{FIRST}.q_proj.lora_B.weight": torch.ones(128, 1)}),
             "layers.0.self_attn.q_proj is of rank 1",

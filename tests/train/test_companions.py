@@ -21,7 +21,7 @@ from visionloom.model.config import ModelConfig
 from visionloom.tests.data.samples import RULES
 from visionloom.tests.data.test_chat import TOOLS
 from visionloom.tests.train.test_served import as_messages
-from visionloom.train.companions import COMPANIONS, Companions, carry_into_run, companions, companions_of
+from visionloom.train.companions import COMPANIONS, Companions, carry, carry_into_run, companions, companions_of
 from visionloom.train.config import RunConfig
 from visionloom.train.serving import bounds, carry_companions, write_serving_files
 from visionloom.train.state_file import STATE, Inputs, Progress
@@ -76,6 +76,8 @@ def test_bounds_that_came_with_the_weights_give_way_and_are_told(demo_data: Path
     write(weights / "processor_config.json", {"processor_class": "Qwen3VLProcessor", "video_processor": nested})
     write(weights / "generation_config.json", {"temperature": 0.7, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3})
     checkpoint, progress = stored(tmp_path / "run", demo_data / "tokenizer", str(weights))
+    carry(weights, tmp_path / "run" / COMPANIONS)
+    carry(demo_data / "tokenizer", tmp_path / "run" / COMPANIONS)
     told = serve(tmp_path / "out", companions(checkpoint, progress))
     assert [line.split(",")[0] for line in told] == [
         "preprocessor_config.json has size 2048 to 77777 pixels",
