@@ -25,6 +25,7 @@ if not __package__:  # started as a file: Python put launch/ first on the path, 
 from visionloom.common.errors import UserError
 from visionloom.common.text import warn
 from visionloom.launch.exit import exit_with
+from visionloom.launch.quiet import Parser, escape_messages
 from visionloom.launch.shards import convert, demo, demo_task, export_energon, index, lengths, plan, stats, verify, view
 
 COMMANDS = (demo, demo_task, convert, index, lengths, plan, stats, verify, view, export_energon)
@@ -35,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     That is 0, what the subcommand returns, or 1 if the machine is at fault; a user's error exits with 2 (one line each).
     """
+    escape_messages()
     options = _parser().parse_args(arguments)
     try:
         return options.run(options) or 0
@@ -46,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="data.py", description="Make, index, check, plan and view shards.")
+    parser = Parser(prog="data.py", description="Make, index, check, plan and view shards.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add(commands)

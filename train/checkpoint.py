@@ -197,18 +197,22 @@ def whole(folder: Path, option: str, topology: Topology) -> Checkpoint:
 
 def verify(folder: Path, topology: Topology) -> str | None:
     """What is wrong with a checkpoint's files, or None; every rank hashes a share of them, the main rank compares the names."""
-    fault = None
-    try:
-        files = read_manifest(folder)
-        for name in sorted(files)[topology.rank :: topology.world_size]:
-            fault = fault or _file_fault(folder, name, files[name])
-        if topology.is_main:
-            fault = fault or _content_fault(folder, files.keys())
-    except (JsonError, OSError) as error:
-        fault = f"no readable {MANIFEST} ({one_line(str(error))})"
+    fault = fault_in_share(folder, topology.rank, topology.world_size)
     faults: list[str | None] = [None] * topology.world_size
     dist.all_gather_object(faults, fault)
     return next((found for found in faults if found), None)
+
+
+def fault_in_share(folder: Path, rank: int, ranks: int) -> str | None:
+    """What `verify` finds on one rank."""
+    fault = None
+    try:
+        files = read_manifest(folder)
+        for name in sorted(files)[rank::ranks]:
+            fault = fault or _file_fault(folder, name, files[name])
+        return fault or (_content_fault(folder, files.keys()) if rank == 0 else None)
+    except (JsonError, OSError) as error:
+        return f"no readable {MANIFEST} ({one_line(str(error))})"
 
 
 def read_manifest(folder: Path) -> dict[str, FileEntry]:
@@ -261,9 +265,10 @@ def _content_fault(folder: Path, listed: Iterable[str]) -> str | None:
 
 
 def _files_in(folder: Path) -> Iterator[str]:
-    """All that is no folder, by its path from here."""
-    for place, _, names in os.walk(folder):
-        yield from (str((Path(place) / name).relative_to(folder)) for name in names)
+    """All that is no folder, by its path from here; links are not followed."""
+    for place, folders, names in os.walk(folder):
+        links = [name for name in folders if (Path(place) / name).is_symlink()]
+        yield from (str((Path(place) / name).relative_to(folder)) for name in names + links)
 
 
 def _candidates(run_folder: Path) -> list[Path]:

@@ -31,6 +31,8 @@ INDEX: Final = ".metadata"
 LEAST_LIMIT: Final = 1 << 23
 SHARE: Final = 8
 """Most bytes of an index: 8 MiB and an eighth of the data. Measured: 0.7% of the tiny model's data, in which names weigh most."""
+MOST_BYTES: Final = 1 << 28
+"""And never more than 256 MiB: the largest model, with 72,000 parts and their moments, is estimated to take 32."""
 MOST_DIMS: Final = 16
 LARGEST_DIM: Final = 1 << 48
 LONGEST_NAME: Final = 1000
@@ -89,7 +91,8 @@ def read_index(folder: Path) -> Index:
     """
     sizes = {path.name: path.stat().st_size for path in regular_files(folder)}
     try:
-        content = read_located(folder, INDEX, LEAST_LIMIT + sum(sizes.values()) // SHARE)
+        data = sum(size for name, size in sizes.items() if name != INDEX)
+        content = read_located(folder, INDEX, min(LEAST_LIMIT + data // SHARE, MOST_BYTES))
         return _index(read_pickle(content, KNOWN), sizes, len(content))
     except (pickle.UnpicklingError, PlaceError) as error:
         raise IndexFault(str(error)) from error
