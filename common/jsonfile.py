@@ -49,18 +49,20 @@ def parse_json[T](content: bytes | str, schema: type[T], where: str) -> T:
     return checked(load_json(content, where), schema, where)
 
 
-def checked[T](value: Any, schema: type[T], where: str) -> T:
-    """What `load_json` returned as a value of `schema`, as `parse_json`."""
+def checked[T](value: Any, schema: type[T], where: str, part: str = "") -> T:
+    """What `load_json` returned as a value of `schema`, as `parse_json`; `part` names it if it is a field of the document."""
     try:
         return cast(T, _adapter(cast(Any, schema)).validate_json(json.dumps(value), strict=True, extra="forbid"))
     except ValidationError as error:
-        raise JsonError(f"{where}: {_fault(error)}") from None
+        raise JsonError(f"{where}: {_fault(error, part)}") from None
 
 
-def load_json(content: bytes | str, where: str) -> Any:
-    """Any JSON; raises JsonError for what is none, for NaN, infinite and endless numbers and for endless nesting."""
+def load_json(content: bytes | str, where: str, finite: bool = True) -> Any:
+    """Any JSON; raises JsonError for what is none, for endless numbers and endless nesting, and, if `finite`, for NaN and infinity."""
     try:
-        value = json.loads(content, parse_constant=_refuse_constant, parse_float=_finite)
+        value = json.loads(
+            content, parse_constant=_refuse_constant if finite else float, parse_float=_finite if finite else float
+        )
     except RecursionError:
         raise JsonError(f"{where}: nested too deeply") from None
     except UnicodeDecodeError:
@@ -92,10 +94,10 @@ def _adapter(schema: Any) -> TypeAdapter[Any]:
     return TypeAdapter(schema)
 
 
-def _fault(error: ValidationError) -> str:
+def _fault(error: ValidationError, part: str) -> str:
     """The first of pydantic's errors in one line."""
     first = error.errors(include_url=False)[0]
-    field = ".".join(map(str, first["loc"]))
+    field = ".".join(map(str, [part, *first["loc"]] if part else first["loc"]))
     if first["type"] == "missing":
         return f"{field} is missing"
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):

@@ -85,15 +85,15 @@ def check_state(state: Mapping[str, Any]) -> None:
     """Refuse a state of another version of this program, or of another form: it may come from a stranger's checkpoint."""
     if state.get("version") != STATE_VERSION:
         raise UserError(f"data state of version {str(state.get('version'))[:20]}: this program reads version {STATE_VERSION}")
-    where = "state.json of a checkpoint, data"
+    where = "state.json of a checkpoint"
     try:
-        checked(dict(state), _State, where)
-        datasets = checked(state["plan"].get("datasets"), dict[str, tuple[str, float, str]], f"{where}.plan.datasets")
+        checked(dict(state), _State, where, "data")
+        datasets = checked(state["plan"].get("datasets"), dict[str, tuple[str, float, str]], where, "data.plan.datasets")
     except JsonError as error:
         raise UserError(f"{error}: take a checkpoint of this version") from error
     if unknown := sorted(state["draws"].keys() - datasets.keys()):
         raise UserError(
-            f"{where}.draws counts {unknown[0][:80]!r}, which is none of its datasets: take a checkpoint of this version"
+            f"{where}: data.draws counts {unknown[0][:80]!r}, which is none of its datasets: take a checkpoint of this version"
         )
 
 

@@ -122,7 +122,7 @@ def load_object(content: bytes, path: Path, option: str) -> Any:
 def as_type[T](value: Any, schema: type[T], path: Path, option: str, part: str = "") -> T:
     """A value of a JSON file, checked; UserError naming `option`, the file, the field and what is expected there."""
     try:
-        return checked(value, schema, f"{path.name}{part and f': {part}'}")
+        return checked(value, schema, path.name, part)
     except JsonError as error:
         raise UserError(f"{option}={path.parent}: {one_line(str(error))}: correct the file") from None
 

@@ -178,12 +178,12 @@ def inputs_of(checkpoint: Path, progress: Progress) -> Inputs | None:
     try:
         raw = {"run": {}, "data": {}, "init": {}} | read_yaml(run, SETTINGS_OF_RUN)
         where = str(run / SETTINGS_OF_RUN)
-        parts = {name: checked(raw[name], dict[str, Any], f"{where}: {name}") for name in ("run", "data", "init")}
+        parts = {name: checked(raw[name], dict[str, Any], where, name) for name in ("run", "data", "init")}
         folders = {
-            option: checked(parts[part].get(option) or "", str, f"{where}: {part}.{option}")
+            option: checked(parts[part].get(option) or "", str, where, f"{part}.{option}")
             for part, option in (("run", "folder"), ("data", "tokenizer"), ("init", "huggingface"), ("init", "checkpoint"))
         }
-        media = asdict(checked(parts["data"].get("media", {}), MediaConfig, f"{where}: data.media"))
+        media = asdict(checked(parts["data"].get("media", {}), MediaConfig, where, "data.media"))
     except (JsonError, OSError) as error:
         raise UserError(f"{error}: put back the file of the run, or name a folder with hf=DIR") from None
     start = _start_folder(run, folders["folder"])

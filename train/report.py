@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from visionloom.common.text import printable
 from visionloom.train.report_charts import HALF, SMALL, WIDE, Chart, Drawn, compact, draw, measured
 from visionloom.train.report_data import NO_TASKS, History, PhaseHistory, Values, curve, number
 from visionloom.train.report_gallery import PICTURE, Budget, card
@@ -41,14 +42,13 @@ def write_report(folder: Path, shown: Sequence["Prediction"]) -> Path:
     history = History.read(folder)
     sections = [part(history) for part in (_results, _phases, _losses, _sources, _pace)] + [_gallery(shown), _notes(history)]
     path = folder / REPORT
-    path.write_text(
+    page = (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
         f"<title>{escape(history.name)} · visionloom</title>\n"
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{STYLE}</style></head>\n<body><main>\n'
-        f"{_header(history)}\n" + "\n".join(section for section in sections if section) + "\n</main></body></html>\n",
-        encoding="utf-8",
-        errors="backslashreplace",  # halves of surrogate pairs
+        f"{_header(history)}\n" + "\n".join(section for section in sections if section) + "\n</main></body></html>\n"
     )
+    path.write_text(printable(page), encoding="utf-8")
     return path
 
 

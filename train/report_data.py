@@ -164,7 +164,7 @@ def read_lines(folder: Path, name: str) -> list[Line]:
     with file:
         while text := file.readline(LONGEST_LINE):
             try:
-                line = load_json(text, name)
+                line = load_json(text, name, finite=False)  # a loss may have been none
             except JsonError:
                 continue
             if isinstance(line, dict):

@@ -113,6 +113,6 @@ def read_progress(folder: Path) -> Progress:
 def _part[T](value: Any, schema: type[T], name: str) -> T:
     """A part of a state as the program works with it."""
     try:
-        return checked(value, schema, f"{STATE} of a checkpoint, {name}")
+        return checked(value, schema, f"{STATE} of a checkpoint", name)
     except JsonError as error:
         raise UserError(f"{error}: take a checkpoint of this version") from error

@@ -309,14 +309,14 @@ STATES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "phase": (lambda s: s | {"phase": None}, "phase should be a valid string"),
     "unknown": (lambda s: s | {"code": 1}, "code is unknown"),
     "missing": (lambda s: {k: v for k, v in s.items() if k != "model"}, "model is missing"),
-    "model": (lambda s: s | {"model": {"text": []}}, "model: text should be"),
-    "layers": (lambda s: s | {"model": {"text": {"layers": "9"}}}, "model: text.layers should be a valid integer, got \"9\""),
+    "model": (lambda s: s | {"model": {"text": []}}, "model.text should be"),
+    "layers": (lambda s: s | {"model": {"text": {"layers": "9"}}}, "model.text.layers should be a valid integer, got \"9\""),
     "no heads": (lambda s: s | {"model": {"text": {"heads": 0}}}, "model.text.heads=0 must be at least 1"),
     "lora": (lambda s: s | {"lora": {"rank": -3}}, "lora.rank=-3 must be at least 0"),
-    "lora type": (lambda s: s | {"lora": {"rank": [1]}}, "lora: rank should be"),
-    "inputs": (lambda s: s | {"inputs": {"tokenizer": 3}}, "inputs: tokenizer should be"),
+    "lora type": (lambda s: s | {"lora": {"rank": [1]}}, "lora.rank should be"),
+    "inputs": (lambda s: s | {"inputs": {"tokenizer": 3}}, "inputs.tokenizer should be"),
     "media": (
-        lambda s: s | {"inputs": {"tokenizer": "", "tokenizer_hash": "", "media": {"rule": 1}, "weights": ""}}, "inputs.media: rule"
+        lambda s: s | {"inputs": {"tokenizer": "", "tokenizer_hash": "", "media": {"rule": 1}, "weights": ""}}, "inputs.media.rule"
     ),
 }  # fmt: skip
 
