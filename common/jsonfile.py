@@ -15,6 +15,8 @@ from visionloom.common.places import PlaceError, read_located
 
 LARGEST: Final = 1 << 30
 """Bytes of a JSON file: 1 GiB, a dataset.json of two million shards."""
+DEEPEST: Final = 100
+"""Levels of lists and objects; a tokenizer.json has six."""
 SHOWN: Final = 60
 """Characters of a wrong value that a message quotes."""
 
@@ -47,24 +49,44 @@ def parse_json[T](content: bytes | str, schema: type[T], where: str) -> T:
     return checked(load_json(content, where), schema, where)
 
 
-def checked[T](value: Any, schema: type[T], where: str) -> T:
-    """What `load_json` returned as a value of `schema`, as `parse_json`."""
+def checked[T](value: Any, schema: type[T], where: str, part: str = "") -> T:
+    """What `load_json` returned as a value of `schema`, as `parse_json`; `part` names it if it is a field of the document."""
     try:
         return cast(T, _adapter(cast(Any, schema)).validate_json(json.dumps(value), strict=True, extra="forbid"))
     except ValidationError as error:
-        raise JsonError(f"{where}: {_fault(error)}") from None
+        raise JsonError(f"{where}: {_fault(error, part)}") from None
 
 
-def load_json(content: bytes | str, where: str) -> Any:
-    """Any JSON; raises JsonError for what is none, for NaN, infinite and endless numbers and for endless nesting."""
+def load_json(content: bytes | str, where: str, finite: bool = True) -> Any:
+    """Any JSON; raises JsonError for what is none, for endless numbers and endless nesting, and, if `finite`, for NaN and infinity."""
     try:
-        return json.loads(content, parse_constant=_refuse_constant, parse_float=_finite)
+        value = json.loads(
+            content, parse_constant=_refuse_constant if finite else float, parse_float=_finite if finite else float
+        )
     except RecursionError:
         raise JsonError(f"{where}: nested too deeply") from None
     except UnicodeDecodeError:
         raise JsonError(f"{where}: not UTF-8") from None
     except ValueError as error:  # JSONDecodeError, and numbers of more than 4,300 digits
         raise JsonError(f"{where}: not JSON: {error}") from None
+    if _is_deep(value):
+        raise JsonError(f"{where}: nested more than {DEEPEST} deep")
+    return value
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether there are more levels than DEEPEST, which whoever copies, compares or writes the value would stumble over."""
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [
+            child
+            for each in level
+            if isinstance(each, dict | list)
+            for child in (each.values() if isinstance(each, dict) else each)
+        ]
+        if not level:
+            return False
+    return True
 
 
 @functools.cache
@@ -72,10 +94,10 @@ def _adapter(schema: Any) -> TypeAdapter[Any]:
     return TypeAdapter(schema)
 
 
-def _fault(error: ValidationError) -> str:
+def _fault(error: ValidationError, part: str) -> str:
     """The first of pydantic's errors in one line."""
     first = error.errors(include_url=False)[0]
-    field = ".".join(map(str, first["loc"]))
+    field = ".".join(map(str, [part, *first["loc"]] if part else first["loc"]))
     if first["type"] == "missing":
         return f"{field} is missing"
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):

@@ -18,6 +18,11 @@ def one_line(text: str) -> str:
     return printable(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
+def encodable(text: str, encoding: str) -> str:
+    """The text with what an encoding lacks written as an escape."""
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
 def say(*lines: object, file: TextIO | None = None) -> None:
     """Print lines at once; what the stream's encoding lacks is escaped too.
 
@@ -27,8 +32,7 @@ def say(*lines: object, file: TextIO | None = None) -> None:
     """
     stream = file or sys.stdout
     text = printable("\n".join(map(str, lines)))
-    encoding = stream.encoding or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+    print(encodable(text, stream.encoding or "utf-8"), file=stream, flush=True)
 
 
 def warn(*lines: object) -> None:

@@ -27,7 +27,7 @@ from visionloom.data.planning import dataset_weights, make_plan, open_corpora
 from visionloom.data.quarantine import Quarantine
 from visionloom.data.reader import Reader
 from visionloom.data.sample import SampleError
-from visionloom.data.state import Origin, changes, check_version
+from visionloom.data.state import Origin, changes, check_state
 from visionloom.data.tokenizer import Tokenizer
 from visionloom.data.views import Rows
 
@@ -125,7 +125,7 @@ class PackStream:
         Raises:
             UserError: naming what changed, if the stream is not the one that the checkpoint was made with.
         """
-        check_version(state)
+        check_state(state)
         if (origin := Origin.of(state)) != self.plan.origin:
             self.plan = self._make_plan(origin)
         if state["plan_hash"] == self.plan.hash:

@@ -7,9 +7,12 @@ was made from.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Annotated, Any, Final
+
+from pydantic import Field
 
 from visionloom.common.errors import UserError
+from visionloom.common.jsonfile import JsonError, checked
 
 STATE_VERSION: Final = 2
 STATE_BYTES: Final = 4096
@@ -55,10 +58,43 @@ class Origin:
         return cls(step, {**state["origin"]["draws"], **{contents[name]: n for name, n in state["draws"].items()}})
 
 
-def check_version(state: Mapping[str, Any]) -> None:
-    """Refuse a state of another version of this program."""
+Count = Annotated[int, Field(ge=0, lt=1 << 62)]
+
+
+@dataclass(frozen=True)
+class _Origin:
+    step: Count
+    draws: dict[str, Count]
+
+
+@dataclass(frozen=True)
+class _State:
+    """The form of a state."""
+
+    version: int
+    plan_hash: str
+    step: Count
+    segment: Count
+    first_pack: Count
+    draws: dict[str, Count]
+    origin: _Origin
+    plan: dict[str, Any]
+
+
+def check_state(state: Mapping[str, Any]) -> None:
+    """Refuse a state of another version of this program, or of another form: it may come from a stranger's checkpoint."""
     if state.get("version") != STATE_VERSION:
-        raise UserError(f"data state of version {state.get('version')!r}: this program reads version {STATE_VERSION}")
+        raise UserError(f"data state of version {str(state.get('version'))[:20]}: this program reads version {STATE_VERSION}")
+    where = "state.json of a checkpoint"
+    try:
+        checked(dict(state), _State, where, "data")
+        datasets = checked(state["plan"].get("datasets"), dict[str, tuple[str, float, str]], where, "data.plan.datasets")
+    except JsonError as error:
+        raise UserError(f"{error}: take a checkpoint of this version") from error
+    if unknown := sorted(state["draws"].keys() - datasets.keys()):
+        raise UserError(
+            f"{where}: data.draws counts {unknown[0][:80]!r}, which is none of its datasets: take a checkpoint of this version"
+        )
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any], phase: str) -> list[str]:

@@ -25,6 +25,7 @@ if not __package__:  # started as a file: Python put launch/ first on the path, 
     sys.path[0] = str(Path(__file__).resolve().parents[1] / ".link")
 
 from visionloom.common.errors import UserError
+from visionloom.common.text import say, warn
 from visionloom.launch.environment import check_environment, check_home, world_size
 from visionloom.launch.exit import exit_with
 from visionloom.launch.quiet import quiet_libraries
@@ -157,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
-        print(__doc__)
+        say(__doc__)
         return 0
     try:
         check_environment()
@@ -166,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         command = _command(words[0])
         if {"-h", "--help"} & set(words[1:]):
-            print(command.help(words[0]))
+            say(command.help(words[0]))
             return 0
         options = _options(words[0], command, words[1:])
     except UserError as error:
@@ -177,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         exit_with(error)
     except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
+        warn(f"error: {error}")
         return 1
     return 0
 
@@ -252,11 +253,11 @@ def _world(parallel: ParallelConfig) -> "Iterator[tuple[Topology, Any]]":
     topologies.set_threads(0)
     topology = topologies.start(parallel, torch.device("cpu"))
 
-    def say(text: str, once: bool = False) -> None:
+    def tell(text: str, once: bool = False) -> None:
         if topology.is_main or not once:
-            print(text if once or topology.world_size == 1 else f"rank {topology.rank}: {text}", flush=True)
+            say(text if once or topology.world_size == 1 else f"rank {topology.rank}: {text}")
 
-    yield topology, say
+    yield topology, tell
     topologies.stop()
 
 

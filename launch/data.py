@@ -23,7 +23,9 @@ if not __package__:  # started as a file: Python put launch/ first on the path, 
     sys.path[0] = str(Path(__file__).resolve().parents[1] / ".link")
 
 from visionloom.common.errors import UserError
+from visionloom.common.text import warn
 from visionloom.launch.exit import exit_with
+from visionloom.launch.quiet import Parser, escape_messages
 from visionloom.launch.shards import convert, demo, demo_task, export_energon, index, lengths, plan, stats, verify, view
 
 COMMANDS = (demo, demo_task, convert, index, lengths, plan, stats, verify, view, export_energon)
@@ -34,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     That is 0, what the subcommand returns, or 1 if the machine is at fault; a user's error exits with 2 (one line each).
     """
+    escape_messages()
     parser = _parser()
     options, words = parser.parse_known_args(arguments)
     if words and "words" not in options:
@@ -44,12 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         exit_with(error)
     except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
+        warn(f"error: {error}")
         return 1
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="data.py", description="Make, index, check, plan and view shards.")
+    parser = Parser(prog="data.py", description="Make, index, check, plan and view shards.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add(commands)

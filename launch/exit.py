@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
+from visionloom.common.text import warn
 from visionloom.train import status
 
 FAILURE = 1
@@ -37,7 +38,7 @@ def exit_with(error: Exception, folder: str = "", everywhere: bool = False) -> N
     if _may_speak(everywhere):
         lines = str(error).splitlines() or [type(error).__name__]
         sys.stdout.flush()
-        print(*(f"error: {line}" for line in lines), sep="\n", file=sys.stderr, flush=True)
+        warn(*(f"error: {line}" for line in lines))
         hint = "change what the cause names and start the same command again"
         if folder:
             status.refused(Path(folder), USER_ERROR, str(error), hint)

@@ -5,7 +5,6 @@ Keys of transformers 4 (rope_scaling, rope_theta, torch_dtype) and 5 (rope_param
 """
 
 import copy
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -13,11 +12,16 @@ from pathlib import Path
 from typing import Any, Final
 
 from visionloom.common.errors import UserError
+from visionloom.common.jsonfile import JsonError, checked, load_json
+from visionloom.common.places import PlaceError, read_located
+from visionloom.common.text import one_line
 from visionloom.model.config import ModelConfig, TextConfig, VisionConfig
 from visionloom.model.huggingface_fields import BASE, EVERYWHERE, OUTER, ROPE_ONLY, TEXT, TEXT_ONLY, VISION_ONLY
 from visionloom.model.understood import Fields, shown
 
 CONFIG: Final = "config.json"
+LARGEST: Final = 1 << 26
+"""Bytes of a JSON file of a folder: 64 MiB. The index of the largest model, with experts apart, has 10; Qwen's tokenizer.json 11."""
 DENSE, MIXTURE = "qwen3_vl", "qwen3_vl_moe"
 ARCHITECTURES: Final = {DENSE: "Qwen3VLForConditionalGeneration", MIXTURE: "Qwen3VLMoeForConditionalGeneration"}
 TEXT_KEYS: Final = {
@@ -89,15 +93,38 @@ QWEN_TOKENS: Final = {"<|vision_start|>": 151652, "<|vision_end|>": 151653, "<|i
 
 def read_json(path: Path, option: str) -> dict[str, Any]:
     """An object in a JSON file; UserError naming `option` and the file if there is none."""
+    return parse_object(read_file(path, option), path, option)
+
+
+def read_file(path: Path, option: str, largest: int = LARGEST) -> bytes:
+    """A file of a folder; UserError naming `option` if it is not there, leads out of the folder, or is no file of at most so many bytes."""
     try:
-        found = json.loads(path.read_text())
+        return read_located(path.parent, path.name, largest)
     except FileNotFoundError:
         raise UserError(f"{option}={path.parent}: no {path.name} there: give the folder that has it") from None
-    except (OSError, ValueError) as error:
+    except (PlaceError, OSError) as error:
         raise UserError(f"{option}={path.parent}: {path.name} cannot be read: {error}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{option}={path.parent}: {path.name} does not hold an object")
-    return found
+
+
+def parse_object(content: bytes, path: Path, option: str) -> dict[str, Any]:
+    """The object that a JSON file holds; `path` and `option` name it in a UserError."""
+    return as_type(load_object(content, path, option), dict[str, Any], path, option)
+
+
+def load_object(content: bytes, path: Path, option: str) -> Any:
+    """What a JSON file holds; UserError if that is no JSON."""
+    try:
+        return load_json(content, path.name)
+    except JsonError as error:
+        raise UserError(f"{option}={path.parent}: {error}") from None
+
+
+def as_type[T](value: Any, schema: type[T], path: Path, option: str, part: str = "") -> T:
+    """A value of a JSON file, checked; UserError naming `option`, the file, the field and what is expected there."""
+    try:
+        return checked(value, schema, path.name, part)
+    except JsonError as error:
+        raise UserError(f"{option}={path.parent}: {one_line(str(error))}: correct the file") from None
 
 
 def read_config(folder: Path, option: str) -> ModelConfig:
@@ -112,8 +139,9 @@ def read_config(folder: Path, option: str) -> ModelConfig:
 def config_of(raw: Mapping[str, Any], folder: Path, option: str) -> ModelConfig:
     """The model that the content of a config.json describes; see `read_config`."""
     kind = raw.get("model_type")
-    if kind not in ARCHITECTURES:
-        raise UserError(f"{option}={folder}: {CONFIG} has model_type {kind}: only {DENSE} and {MIXTURE} are Qwen3-VL models")
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
+        said = one_line(kind)[:80] if isinstance(kind, str) else shown(kind)
+        raise UserError(f"{option}={folder}: {CONFIG} has model_type {said}: only {DENSE} and {MIXTURE} are Qwen3-VL models")
     keys = _Keys(raw)
     keys.check_understood(kind)
     text = {ours: keys.take("text_config", key, ours) for ours, key in TEXT_KEYS.items()}
@@ -137,10 +165,12 @@ KINDS: Final[dict[Any, str]] = {int: "a whole number", float: "a number", list[i
 
 
 def _is_a(value: Any, kind: Any) -> bool:
-    """Whether a value of JSON has the type of a field of ours."""
+    """Whether a value of JSON has the type of a field of ours, and a size that arithmetic takes."""
     if kind == list[int]:
-        return isinstance(value, list) and all(type(each) is int for each in value)
-    return type(value) is int or (kind is float and type(value) is float and math.isfinite(value))
+        return isinstance(value, list) and all(_is_a(each, int) for each in value)
+    if type(value) is int:
+        return abs(value) < 1 << 62
+    return kind is float and type(value) is float and math.isfinite(value)
 
 
 @dataclass
@@ -177,7 +207,7 @@ class _Keys:
                 self.found.append(f"text_config.{key} is {shown(text[key])}, but {other} is {shown(text[other])}")
         wide, hidden = self.section("vision_config").get("out_hidden_size"), text.get("hidden_size")
         if wide is not None and wide != hidden:
-            self.found.append(f"vision_config.out_hidden_size={wide} is not text_config.hidden_size={hidden}")
+            self.found.append(f"vision_config.out_hidden_size={shown(wide)} is not text_config.hidden_size={shown(hidden)}")
 
     def take(self, section: str, key: str, ours: str) -> Any:
         part = self.section(section)
@@ -193,9 +223,9 @@ class _Keys:
 
     def table_side(self) -> int:
         count = self.take("vision_config", "num_position_embeddings", "position_table")
-        side = math.isqrt(count) if isinstance(count, int) and count > 0 else 0
-        if count is not None and side * side != count:
-            self.found.append(f"vision_config.num_position_embeddings={count} is not a square")
+        side = math.isqrt(count) if _is_a(count, int) and count > 0 else 0
+        if _is_a(count, int) and side * side != count:
+            self.found.append(f"vision_config.num_position_embeddings={shown(count)} is not a square")
         return side
 
     def rope(self) -> dict[str, Any]:

@@ -4,7 +4,6 @@ Only safetensors are read, which hold numbers and nothing that could run. Files 
 """
 
 import functools
-import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,8 +14,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from visionloom.common.errors import UserError
+from visionloom.common.places import locate, regular_files
+from visionloom.common.text import one_line
 from visionloom.model.huggingface import HEAD, OUTER_NAMES, convert_parameter, huggingface_shapes, read_parameter
-from visionloom.model.huggingface_config import read_config, read_json
+from visionloom.model.huggingface_config import as_type, read_config, read_json
 from visionloom.model.shapes import Shape
 from visionloom.model.sharding import EMBEDDING
 
@@ -24,6 +25,8 @@ WHOLE: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
 DTYPES: Final = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 PICKLES: Final = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+LARGEST_HEADER: Final = 1 << 25
+"""Bytes: 32 MiB; the 36,000 tensors of the largest model, with experts apart and in one file, would take 6."""
 NAMED: Final = 8
 """Tensors named for one kind of fault; the others are counted."""
 
@@ -92,14 +95,12 @@ class HuggingFaceFolder:
         if (self.folder / WHOLE).is_file():
             return {WHOLE}
         if (self.folder / INDEX).is_file():
-            files = read_json(self.folder / INDEX, self.option).get("weight_map")
-            if not isinstance(files, dict) or not files:
-                raise self._fault(f"{INDEX} has no weight_map")
-            for name in files.values():
-                if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            files = set(self._weight_map().values())
+            for name in sorted(files):
+                if Path(name).name != name or not name.endswith(".safetensors"):
                     raise self._fault(f"{INDEX} names {name}, which is not a safetensors file of the folder")
-            return set(files.values())
-        found = {path.name for path in self.folder.glob("*.safetensors")}
+            return files
+        found = {path.name for path in regular_files(self.folder, "*.safetensors")}
         if len(found) == 1:
             return found
         if found:
@@ -108,14 +109,22 @@ class HuggingFaceFolder:
         also = f", only {', '.join(pickles[:3])}: pickles can run code and are not read" if pickles else ""
         raise self._fault(f"no safetensors files{also}: save the model with safe_serialization=True")
 
+    def _weight_map(self) -> dict[str, str]:
+        """The index: the file of each tensor."""
+        path = self.folder / INDEX
+        found = as_type(read_json(path, self.option).get("weight_map"), dict[str, str], path, self.option, "weight_map")
+        if not found:
+            raise self._fault(f"{INDEX} has no weight_map")
+        return found
+
     def _open(self, name: str) -> Any:
         try:
-            return safe_open(self.folder / name, "pt")
-        except (OSError, SafetensorError) as error:
+            return open_safetensors(self.folder, name)
+        except ValueError as error:
             raise self._fault(f"{name} cannot be read: {error}") from None
 
     def _fault(self, text: str) -> UserError:
-        return UserError(f"{self.option}={self.folder}: {text}")
+        return UserError(f"{self.option}={self.folder}: {one_line(text)}")
 
     def _layout(self) -> str:
         """How experts are laid out.
@@ -163,8 +172,29 @@ class HuggingFaceFolder:
             raise self._fault(f"its tensors are not those of its config.json: {'; '.join(filter(None, faults))}")
 
     def _listed(self) -> set[str]:
-        path, whole = self.folder / INDEX, (self.folder / WHOLE).is_file()
-        return set(json.loads(path.read_text())["weight_map"]) if path.is_file() and not whole else set()
+        is_used = (self.folder / INDEX).is_file() and not (self.folder / WHOLE).is_file()
+        return set(self._weight_map()) if is_used else set()
+
+
+def open_safetensors(folder: Path, name: str) -> Any:
+    """A file of tensors, open; its numbers are read when they are asked for.
+
+    The library holds offsets, shapes and the file's size against each other; the header it would parse at any size.
+
+    Raises:
+        ValueError: saying what is wrong with the file.
+    """
+    try:
+        path = locate(folder, name)
+        with path.open("rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+        if header > LARGEST_HEADER:
+            raise ValueError(f"its header has {header} bytes, at most {LARGEST_HEADER} are read")
+        return safe_open(path, "pt")
+    except SafetensorError as error:
+        raise ValueError(one_line(str(error))) from None
+    except OSError as error:
+        raise ValueError(error.strerror or str(error)) from None
 
 
 def _named(fault: str, names: Iterable[str]) -> str:

@@ -3,27 +3,50 @@
 Source: peft's LoraConfig (0.21), of which every field is in the table, and its check_target_module_exists.
 """
 
-import contextlib
+import functools
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final
+
+from pydantic import Field, TypeAdapter, ValidationError
+from pydantic_core import SchemaError
 
 from visionloom.common.errors import UserError
+from visionloom.common.text import one_line
 from visionloom.model.huggingface_config import read_json
 from visionloom.model.lora_config import LoraConfig
-from visionloom.model.understood import Fields
+from visionloom.model.understood import Fields, shown
 
 CONFIG: Final = "adapter_config.json"
+LONGEST: Final = 10_000
+"""Characters of a pattern; unsloth writes some 300."""
 
 
 def _is_pattern(value: Any) -> bool:
-    """Names of modules, or one regular expression."""
+    """Names of modules, or one regular expression that is matched in linear time: no look-around, no references back."""
     if isinstance(value, str):
-        with contextlib.suppress(re.error):
-            return re.compile(value) is not None
-        return False
+        return len(value) <= LONGEST and _expression(value) is not None
     return value is None or _is_list(value, str)
+
+
+@functools.cache
+def _expression(pattern: str) -> TypeAdapter[str] | None:
+    """Takes the texts that match a pattern as a whole; None if it cannot be used.
+
+    Python's `re` may take for ever with a stranger's pattern; pydantic has the engine of Rust.
+    """
+    try:
+        TypeAdapter(Annotated[str, Field(pattern=pattern)])
+        return TypeAdapter(Annotated[str, Field(pattern=rf"\A(?:{pattern})\z")])
+    except SchemaError:
+        return None
+
+
+def _is_part(value: Any) -> bool:
+    """Names of lists of layers: peft puts them into an expression of its own."""
+    names = [value] if isinstance(value, str) else value
+    return value is None or (_is_list(names, str) and all(re.fullmatch(r"[\w.]*", name) for name in names))
 
 
 def _is_list(value: Any, kind: type) -> bool:
@@ -45,7 +68,7 @@ FIELDS: Final = Fields(
         "exclude_modules": _is_pattern,
         "target_parameters": lambda value: value is None or _is_list(value, str),
         "layers_to_transform": lambda value: value is None or type(value) is int or _is_list(value, int),
-        "layers_pattern": _is_pattern,
+        "layers_pattern": _is_part,
         "peft_type": ("LORA",),
         "task_type": (None, "CAUSAL_LM"),
         "bias": ("none",),
@@ -89,9 +112,11 @@ def read_adapter_config(folder: Path, lora: LoraConfig) -> dict[str, Any]:
     found = FIELDS.refusals({"peft_type": None} | config)
     for option, key in (("rank", "r"), ("alpha", "lora_alpha")):
         if config.get(key) != getattr(lora, option):
-            found.append(f"{key} is {config.get(key)}, but lora.{option}={getattr(lora, option):g}: set it alike")
+            found.append(f"{key} is {shown(config.get(key))}, but lora.{option}={getattr(lora, option):g}: set it alike")
     if found:
-        raise UserError(f"lora.adapter={folder}: {CONFIG} is not of a plain LoRA adapter as lora says: {'; '.join(found)}")
+        raise UserError(
+            f"lora.adapter={folder}: {CONFIG} is not of a plain LoRA adapter as lora says: {one_line('; '.join(found))}"
+        )
     return config
 
 
@@ -114,8 +139,16 @@ def targets(config: Mapping[str, Any], name: str, is_parameter: bool) -> bool:
 
 def _is_named(pattern: str | list[str] | None, name: str) -> bool:
     if isinstance(pattern, str):
-        return bool(pattern) and re.fullmatch(pattern, name) is not None
+        expression = _expression(pattern)
+        return bool(pattern) and expression is not None and _takes(expression, name)
     return any(name == end or name.endswith(f".{end}") for end in pattern or [])
+
+
+def _takes(expression: TypeAdapter[str], name: str) -> bool:
+    try:
+        return expression.validate_python(name) == name
+    except ValidationError:
+        return False
 
 
 def _is_in_chosen_layers(config: Mapping[str, Any], module: str) -> bool:

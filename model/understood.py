@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from visionloom.common.text import one_line
+
 OFF: Final[tuple[Any, ...]] = (None, False, "", [], {})
 """Values with which a setting that nobody here knows does nothing."""
 LONGEST: Final = 80
@@ -54,5 +56,8 @@ def is_one_of(value: Any, allowed: tuple[Any, ...]) -> bool:
 
 def shown(value: Any) -> str:
     """A value in a few words."""
-    text = repr(value)
+    try:
+        text = one_line(repr(value))
+    except (RecursionError, ValueError):  # too deep, or a number of too many digits
+        return f"{type(value).__name__} of no usual size"
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."

@@ -2,14 +2,14 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from visionloom.common.errors import UserError
+from visionloom.common.text import one_line
+from visionloom.model.huggingface_folder import DTYPES, open_safetensors
 from visionloom.model.lora_config import LinearLayer, LoraConfig, adapted_layers, linear_layers
 from visionloom.model.peft import adapter_names, from_peft
 from visionloom.model.peft_config import CONFIG, read_adapter_config, targets
@@ -17,9 +17,9 @@ from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.model.sharding import canonical_parameters, cut
 from visionloom.model.trainable import is_adapter
 from visionloom.parallel.topology import Topology
+from visionloom.train.finite import require_finite
 
 WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
-DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def load_adapter(folder: Path, chunks: list[Qwen3VL], topology: Topology) -> None:
@@ -33,13 +33,15 @@ def load_adapter(folder: Path, chunks: list[Qwen3VL], topology: Topology) -> Non
     assert lora is not None
     config = read_adapter_config(folder, lora)
     try:
-        ours = from_peft(_read(folder), model)
+        ours = from_peft(_described(folder), model)  # before anything of a stranger's size is read
         for layer in linear_layers(model):
             for part, names in adapter_names(layer).items():
                 if names[0] in ours:
                     _check_part(config, layer, part, [ours[name] for name in names], lora)
+        ours = from_peft(_read(folder), model)
     except ValueError as error:
-        raise UserError(f"lora.adapter={folder}: {error}") from error
+        raise UserError(f"lora.adapter={folder}: {one_line(str(error))}") from error
+    require_finite(ours.items(), f"lora.adapter={folder}", topology)
     known = {name for layer in adapted_layers(model, lora) for pair in adapter_names(layer).values() for name in pair}
     if left := sorted(set(ours) - known):
         raise UserError(f"lora.adapter={folder} adapts {left[0]}: widen lora.targets and lora.groups to have it")
@@ -50,18 +52,31 @@ def load_adapter(folder: Path, chunks: list[Qwen3VL], topology: Topology) -> Non
                     parameter.copy_(cut(name, ours[name], parameter, topology))
 
 
+def _described(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a PEFT folder without their numbers."""
+    file = _open(folder)
+    slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+    kinds = {name: DTYPES.get(part.get_dtype()) for name, part in slices.items()}
+    if odd := [f"{name} {slices[name].get_dtype()}" for name, kind in kinds.items() if kind is None]:
+        raise ValueError(f"{WEIGHTS} has a type that is not read: {odd[0]}")
+    return {name: torch.empty(part.get_shape(), dtype=kinds[name], device="meta") for name, part in slices.items()}
+
+
 def _read(folder: Path) -> dict[str, Tensor]:
     """The tensors of a PEFT folder."""
-    if not (folder / WEIGHTS).is_file():
+    file = _open(folder)
+    return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def _open(folder: Path) -> Any:
+    """The file with the tensors."""
+    if not (folder / WEIGHTS).exists():
         found = f"only {PICKLE}, a pickle, which is not read: save it as safetensors" if (folder / PICKLE).exists() else "none"
         raise ValueError(f"{WEIGHTS} is needed, the folder has {found}")
     try:
-        tensors: dict[str, Tensor] = load_file(folder / WEIGHTS)
-    except (OSError, ValueError, SafetensorError) as error:
+        return open_safetensors(folder, WEIGHTS)
+    except ValueError as error:
         raise ValueError(f"{WEIGHTS} cannot be read: {error}") from error
-    if odd := [f"{name} {str(tensor.dtype)[6:]}" for name, tensor in tensors.items() if tensor.dtype not in DTYPES]:
-        raise ValueError(f"{WEIGHTS} has a type that is not read: {odd[0]}")
-    return tensors
 
 
 def _check_part(config: Mapping[str, Any], layer: LinearLayer, part: str, factors: list[Tensor], lora: LoraConfig) -> None:

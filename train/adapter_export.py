@@ -15,7 +15,7 @@ from visionloom.model.huggingface_config import differences
 from visionloom.model.huggingface_folder import HuggingFaceFolder
 from visionloom.model.lora import low_rank_product
 from visionloom.model.lora_config import LinearLayer, LoraConfig, adapted_layers
-from visionloom.model.peft import adapter_names, peft_config, to_peft
+from visionloom.model.peft import adapter_names, from_peft, peft_config, to_peft
 from visionloom.model.peft_config import CONFIG
 from visionloom.model.shapes import parameter_shapes
 from visionloom.parallel.topology import Topology
@@ -23,19 +23,18 @@ from visionloom.train import checkpoint as checkpoints
 from visionloom.train.adapter import WEIGHTS
 from visionloom.train.companions import companions
 from visionloom.train.exporting import ExportOptions, Parameters, write_huggingface
+from visionloom.train.finite import require_finite
 from visionloom.train.serving import carry_companions, write_serving_files
-from visionloom.train.state_file import STATE, model_of, read_progress
+from visionloom.train.state_file import STATE, lora_of, model_of, read_progress
 from visionloom.train.stored import StoredWeights
 
 
 def describe(checkpoint: Path, topology: Topology) -> tuple[ModelConfig, LoraConfig]:
     """The model and adapters of a whole checkpoint of a run with lora; UserError if it is damaged or has none."""
-    progress = read_progress(checkpoint)
-    if not progress.lora:
+    progress = checkpoints.whole(checkpoint, "checkpoint", topology).progress
+    if (lora := lora_of(progress)) is None:
         raise UserError(f"checkpoint={checkpoint} holds whole weights, not adapters: name one of a run with lora.rank above 0")
-    if fault := checkpoints.verify(checkpoint, topology):
-        raise UserError(f"checkpoint={checkpoint} is damaged: {fault}: name another one")
-    return model_of(progress), LoraConfig(**progress.lora)
+    return model_of(progress), lora
 
 
 def export_adapter(checkpoint: Path, out: Path, base: str, topology: Topology, say: Callable[[str], None]) -> None:
@@ -55,11 +54,12 @@ def export_adapter(checkpoint: Path, out: Path, base: str, topology: Topology, s
     files = companions(checkpoint, read_progress(checkpoint))
     base = base or files.weights
     stored = StoredWeights(checkpoint)
-    names = [name for layer in adapted_layers(model, lora) for pair in adapter_names(layer).values() for name in pair]
+    names = _check_adapters(checkpoint, stored, model, lora)
+    state = to_peft({name: stored.parameter(name) for name in names}, model, lora)
+    require_finite(state.items(), f"checkpoint={checkpoint}", topology)
     partial = out.with_name(out.name + ".tmp")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    state = to_peft({name: stored.parameter(name) for name in names}, model, lora)
     (partial / WEIGHTS).write_bytes(save(state, metadata={"format": "pt"}))
     (partial / CONFIG).write_text(json.dumps(peft_config(model, lora, base), indent=1) + "\n")
     tokens = carry_companions(files, partial)
@@ -68,6 +68,23 @@ def export_adapter(checkpoint: Path, out: Path, base: str, topology: Topology, s
     if not base:
         say(f"note: {CONFIG} names no model that the adapters are for: give it with base=")
     partial.rename(out)
+
+
+def _check_adapters(checkpoint: Path, stored: StoredWeights, model: ModelConfig, lora: LoraConfig) -> list[str]:
+    """The canonical names of the adapters that a checkpoint's state names; UserError if one is not there or of another shape."""
+    described = {}
+    for layer in adapted_layers(model, lora):
+        for a, b in adapter_names(layer).values():
+            for name, dim in ((a, -2), (b, -1)):
+                shape, dtype = stored.entry(name) or ((), torch.float32)
+                if len(shape) < 2 or shape[dim] != lora.rank or not dtype.is_floating_point:
+                    raise UserError(f"checkpoint={checkpoint} lacks an adapter that its {STATE} names: {name}")
+                described[name] = torch.empty(shape, device="meta")
+    try:
+        from_peft(to_peft(described, model, lora), model)
+    except (ValueError, RuntimeError, IndexError) as error:
+        raise UserError(f"checkpoint={checkpoint} has adapters of another shape than its {STATE} names: {error}") from error
+    return list(described)
 
 
 def export_merged(checkpoint: Path, weights: Path, out: Path, topology: Topology, say: Callable[[str], None]) -> None:
@@ -82,13 +99,19 @@ def export_merged(checkpoint: Path, weights: Path, out: Path, topology: Topology
     """
     model, lora = describe(checkpoint, topology)
     stored = (weights / STATE).is_file()
+    if stored:
+        checkpoints.whole(weights, "weights", topology)
     base: Parameters = StoredWeights(weights) if stored else FolderWeights(weights, model)
     for name, shape in parameter_shapes(model).items():
         if (entry := base.entry(name)) is None or entry[0] != shape:
             raise UserError(f"weights={weights} is not what the adapters of {checkpoint} were trained on: {name} differs")
-    merged = MergedWeights(base, StoredWeights(checkpoint), model, lora)
+    adapters = StoredWeights(checkpoint)
+    _check_adapters(checkpoint, adapters, model, lora)
+    merged = MergedWeights(base, adapters, model, lora)
     files = companions(checkpoint, read_progress(checkpoint), weights=weights)
-    write_huggingface(merged, model, out, ExportOptions(), files, topology, say)
+    write_huggingface(
+        merged, model, out, ExportOptions(), files, topology, say, f"checkpoint={checkpoint} on weights={weights}"
+    )
 
 
 class FolderWeights:

@@ -121,7 +121,8 @@ def check_export(checkpoint: Path, source: Path | None, option: str) -> None:
         option: that names `source`.
     """
     progress = read_progress(checkpoint)
-    model, vocabulary = model_of(progress), f"{checkpoint} with model.text.vocab_size={progress.model['text']['vocab_size']}"
+    model = model_of(progress)
+    vocabulary = f"{checkpoint} with model.text.vocab_size={model.text.vocab_size}"
     folder = next(iter(companions_of(source)), None) if source is not None else None
     place = folder if folder is not None and (folder / TOKENIZER).is_file() else tokenizer_of(checkpoint, progress)
     tokens = TokenTable.read(place, option if place == folder else "tokenizer") if place is not None else None

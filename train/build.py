@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from visionloom.data.loader import PackStream
-from visionloom.data.state import Origin
+from visionloom.data.state import Origin, check_state
 from visionloom.model.config import ModelConfig
 from visionloom.model.lora import apply_lora
 from visionloom.model.qwen3vl import Qwen3VL
@@ -97,6 +97,8 @@ def build_stream(
     `before` is the data state at the end of the phase before, which data.continue_draws goes on from.
     """
     settings = config.phases[phase]
+    if before:
+        check_state(before)
     return PackStream(
         config.data,
         phase,

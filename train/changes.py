@@ -11,8 +11,12 @@ from typing import Any
 
 from visionloom.common.errors import UserError
 from visionloom.common.settings import Change, Option, options
+from visionloom.common.text import one_line
 from visionloom.train.config import RunConfig
 from visionloom.train.state_file import Progress
+
+SHOWN = 80
+"""Characters of a checkpoint's value in a message."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,7 @@ class Changed:
     change: Change
 
     def __str__(self) -> str:
-        return f"{self.option} was {self.was}, now {self.now}"
+        return f"{self.option} was {one_line(str(self.was)[:SHOWN])}, now {self.now}"
 
 
 def settings_of(config: RunConfig, phase: str) -> dict[str, Any]:
@@ -75,7 +79,7 @@ def _changed(config: RunConfig, progress: Progress) -> Iterator[Changed]:
             continue
         if over and each.rules.change == "run":
             continue
-        more = each.name.endswith(".trainable") and not set(each.value) <= set(before[each.name])
+        more = each.name.endswith(".trainable") and any(group not in str(before[each.name]) for group in each.value)
         yield Changed(each.name, before[each.name], each.value, "never" if more else each.rules.change)
 
 

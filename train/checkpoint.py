@@ -6,26 +6,66 @@ that no layout changes, so a checkpoint has no layout. Resuming takes the newest
 """
 
 import json
+import os
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Final
 
 import torch.distributed as dist
 import xxhash
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
+from pydantic import Field
+from torch import Tensor
 
+from visionloom.common.errors import UserError
+from visionloom.common.jsonfile import JsonError, read_json
+from visionloom.common.places import PlaceError, locate
+from visionloom.common.text import one_line
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.model.trainable import is_adapter
 from visionloom.parallel.topology import Topology
 from visionloom.train.build import Stage
+from visionloom.train.companions import COMPANIONS
+from visionloom.train.finite import require_finite
+from visionloom.train.index import INDEX, IndexFault, read_index
 from visionloom.train.optimizer import state_tensors, take_state, updates
-from visionloom.train.state_file import CHECKPOINTS, Progress, read_progress
+from visionloom.train.state_file import CHECKPOINTS, STATE, Progress, read_progress
 from visionloom.train.untrusted import harmless_reading
 
 MANIFEST, LATEST = "manifest.json", "latest"
+FORMAT: Final = "metadata.json"
+"""Megatron-core's word for how the files are laid out."""
+BESIDE: Final = {INDEX, FORMAT, STATE}
+"""Files of a checkpoint that hold no tensors."""
 HASH_BLOCK_BYTES = 1 << 24
+LARGEST_MANIFEST: Final = 1 << 26
+"""Bytes: 64 MiB, half a million files."""
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """What a manifest says of a file."""
+
+    bytes: Annotated[int, Field(ge=0)]
+    xxh3_128: str
+
+    @classmethod
+    def of(cls, path: Path) -> "FileEntry":
+        """Of a file as it is on disk."""
+        return cls(path.stat().st_size, hash_file(path))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Megatron-core's metadata.json, of the only form that is read."""
+
+    sharded_backend: Annotated[str, Field(pattern="^torch_dist$")]
+    sharded_backend_version: Annotated[int, Field(ge=1, le=1)]
+    common_backend: str = "torch"
+    common_backend_version: int = 1
 
 
 @dataclass(frozen=True)
@@ -61,6 +101,7 @@ def load_stage(checkpoint: Checkpoint, stage: Stage) -> None:
     """Continue a phase exactly, in any layout: weights, optimizer, schedule."""
     loaded = _read(checkpoint.folder, stage_state(stage, loading=True), stage.topology)
     _take(loaded, stage.chunks)
+    require_finite(_tensors(loaded), f"{checkpoint.folder}", stage.topology)
     take_state(stage.optimizer, loaded["optimizer"], checkpoint.progress.updates)
     stage.scheduler.step(checkpoint.progress.phase_step - stage.scheduler.num_steps)
 
@@ -69,12 +110,22 @@ def load_weights(checkpoint: Checkpoint, chunks: list[Qwen3VL], topology: Topolo
     """Take only the weights, as a new phase does; call it before the model is wrapped and its optimizer built."""
     loaded = _read(checkpoint.folder, weights_state(chunks, topology), topology)
     _take(loaded, chunks)
+    require_finite(_tensors(loaded), f"{checkpoint.folder}", topology)
 
 
 def _take(loaded: dict[str, Any], chunks: list[Qwen3VL]) -> None:
     for key, chunk in _named(chunks).items():
         # Megatron-core leaves out what is empty: a chunk without adapters.
         chunk.load_state_dict(loaded.get(key, {}), strict=chunk.lora is None)
+
+
+def _tensors(loaded: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors in nested dicts and lists of a state, by their path in it."""
+    if isinstance(loaded, Tensor):
+        yield name, loaded
+    items = loaded.items() if isinstance(loaded, dict) else enumerate(loaded) if isinstance(loaded, list) else ()
+    for key, value in items:
+        yield from _tensors(value, f"{name}.{key}" if name else str(key))
 
 
 def _read(folder: Path, state: dict[str, Any], topology: Topology) -> dict[str, Any]:
@@ -124,30 +175,101 @@ def newest(run_folder: Path, topology: Topology) -> tuple[Checkpoint | None, lis
 
 
 def read(folder: Path) -> Checkpoint:
-    """A checkpoint by its folder; UserError if there is none."""
+    """A checkpoint by its folder, its tensors not looked at; UserError if there is none."""
     return Checkpoint(folder, read_progress(folder))
 
 
+def whole(folder: Path, option: str, topology: Topology) -> Checkpoint:
+    """A checkpoint whose files are as they were written; all ranks call it together.
+
+    Args:
+        folder: the checkpoint's.
+        option: that named it.
+        topology: of any layout.
+
+    Raises:
+        UserError: if it is damaged, or none.
+    """
+    found = read(folder)
+    if fault := verify(folder, topology):
+        raise UserError(f"{option}={folder} is damaged: {fault}: name another one")
+    return found
+
+
 def verify(folder: Path, topology: Topology) -> str | None:
-    """What is wrong with a checkpoint's files, or None; every rank hashes a share of them."""
-    try:
-        files: dict[str, dict[str, Any]] = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
-        return f"no readable {MANIFEST} ({error})"
-    fault = None
-    for name in sorted(files)[topology.rank :: topology.world_size]:
-        fault = fault or _file_fault(folder / name, files[name])
+    """What is wrong with a checkpoint's files, or None; every rank hashes a share of them, the main rank compares the names."""
+    fault = fault_in_share(folder, topology.rank, topology.world_size)
     faults: list[str | None] = [None] * topology.world_size
     dist.all_gather_object(faults, fault)
     return next((found for found in faults if found), None)
 
 
-def _file_fault(path: Path, expected: dict[str, Any]) -> str | None:
-    if not path.exists():
-        return f"{path.name} is missing"
-    if path.stat().st_size != expected["bytes"]:
-        return f"{path.name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
-    return None if hash_file(path) == expected["xxh3_128"] else f"{path.name} was changed after it was written"
+def fault_in_share(folder: Path, rank: int, ranks: int) -> str | None:
+    """What `verify` finds on one rank."""
+    fault = None
+    try:
+        files = read_manifest(folder)
+        for name in sorted(files)[rank::ranks]:
+            fault = fault or _file_fault(folder, name, files[name])
+        return fault or (_content_fault(folder, files.keys()) if rank == 0 else None)
+    except (JsonError, OSError) as error:
+        return f"no readable {MANIFEST} ({one_line(str(error))})"
+
+
+def read_manifest(folder: Path) -> dict[str, FileEntry]:
+    """A checkpoint's files by name; JsonError or OSError if it does not say."""
+    return read_json(folder, MANIFEST, dict[str, FileEntry], LARGEST_MANIFEST)
+
+
+def write_manifest(folder: Path, files: dict[str, FileEntry]) -> None:
+    """Say which files make up a checkpoint; the last one that is written."""
+    content = {name: asdict(entry) for name, entry in files.items()}
+    (folder / MANIFEST).write_text(json.dumps(content, indent=1, sort_keys=True))
+
+
+def _file_fault(folder: Path, name: str, expected: FileEntry) -> str | None:
+    """Whether a file is there, inside the folder, and what was written."""
+    shown = one_line(name)
+    try:
+        path = locate(folder, name)
+        if path.stat().st_size != expected.bytes:
+            return f"{shown} has {path.stat().st_size} bytes instead of {expected.bytes}"
+        return None if hash_file(path) == expected.xxh3_128 else f"{shown} was changed after it was written"
+    except FileNotFoundError:
+        return f"{shown} is missing"
+    except PlaceError as error:
+        return f"{shown} {error}"
+    except OSError as error:
+        return f"{shown} cannot be read ({error.strerror})"
+
+
+def _content_fault(folder: Path, listed: Iterable[str]) -> str | None:
+    """Whether folder, manifest and index have the same files."""
+    expected = set(listed)
+    for name in sorted(BESIDE - expected):
+        return f"{MANIFEST} does not list {name}"
+    # Imported checkpoints of earlier versions did not list the files that go along with weights.
+    there = {
+        name for name in _files_in(folder) if name != MANIFEST and (name in expected or not name.startswith(f"{COMPANIONS}/"))
+    }
+    for name in sorted(there - expected):
+        return f"{one_line(name)} is there, and {MANIFEST} does not list it"
+    try:
+        read_json(folder, FORMAT, Layout)
+        held = read_index(folder).files
+    except (IndexFault, JsonError) as error:
+        return f"{INDEX} or {FORMAT} cannot be used: {one_line(str(error))}"
+    data = {name for name in expected - BESIDE if not name.startswith(f"{COMPANIONS}/")}
+    for name in sorted(data ^ held):
+        return f"{one_line(name)} is listed by {MANIFEST if name in data else INDEX} alone"
+    return None
+
+
+def _files_in(folder: Path) -> Iterator[str]:
+    """All that is no folder, by its path from here; links are not followed."""
+    for place, folders, names in os.walk(folder):
+        links = [name for name in folders if (Path(place) / name).is_symlink()]
+        yield from (str((Path(place) / name).relative_to(folder)) for name in names + links)
 
 
 def _candidates(run_folder: Path) -> list[Path]:

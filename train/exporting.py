@@ -3,7 +3,7 @@
 The ranks share the files between them: no layout is needed, since a checkpoint has none.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, Protocol
@@ -21,9 +21,10 @@ from visionloom.model.shapes import Shape, parameter_shapes
 from visionloom.parallel.topology import Topology
 from visionloom.train import checkpoint
 from visionloom.train.companions import Companions, companions
+from visionloom.train.finite import is_finite, refuse_named
 from visionloom.train.importing import start_folder
 from visionloom.train.serving import carry_companions, write_json, write_serving_files
-from visionloom.train.state_file import model_of, read_progress
+from visionloom.train.state_file import model_of
 from visionloom.train.stored import StoredWeights
 
 DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -75,13 +76,11 @@ def export_checkpoint(folder: Path, out: Path, options: ExportOptions, topology:
     Raises:
         UserError: if the checkpoint is not whole or lacks parameters, or `out` is there already.
     """
-    progress = read_progress(folder)
+    progress = checkpoint.whole(folder, "checkpoint", topology).progress
     if progress.lora:
         raise UserError(f"checkpoint={folder} holds adapters only: export them with convert.py adapter")
-    if fault := checkpoint.verify(folder, topology):
-        raise UserError(f"checkpoint={folder} is damaged: {fault}: name another one")
     files = companions(folder, progress, options.source)
-    write_huggingface(StoredWeights(folder), model_of(progress), out, options, files, topology, say)
+    write_huggingface(StoredWeights(folder), model_of(progress), out, options, files, topology, say, f"checkpoint={folder}")
 
 
 def write_huggingface(
@@ -92,18 +91,19 @@ def write_huggingface(
     files: Companions,
     topology: Topology,
     say: Callable[[str], None],
+    source: str,
 ) -> None:
-    """Write parameters as a Hugging Face folder; all ranks call it together. See `export_checkpoint`."""
+    """Write parameters as a Hugging Face folder; all ranks call it together. See `export_checkpoint`; `source`: for errors."""
     options = replace(options, layout=expert_layout(config, options.layout))
     if config.text.experts and options.layout != "hub" and topology.is_main:
         say("note: experts are laid out as transformers 5 writes them; 4.57 and servers that read the published layout cannot")
     shards = plan_shards(weights, config, options)
     names = [file_name(number, len(shards)) for number in range(len(shards))]
-    partial = start_folder(out, topology)
+    partial, wrong = start_folder(out, topology), list[str]()
     for number in range(topology.rank, len(shards), topology.world_size):
-        write_shard(partial / names[number], shards[number], weights, config, options.layout)
+        wrong += write_shard(partial / names[number], shards[number], weights, config, options.layout)
         say(f"{names[number]} written, {shards[number].bytes / 2**30:.2f} GiB")
-    topology.barrier()
+    refuse_named(wrong, source, topology)
     if topology.is_main:
         if len(shards) > 1:
             _write_index(partial / INDEX, dict(zip(names, shards, strict=True)))
@@ -134,6 +134,9 @@ def plan_shards(weights: Parameters, config: ModelConfig, options: ExportOptions
     if lacking:
         more = f" and {len(lacking) - 8} more" if len(lacking) > 8 else ""
         raise UserError(f"the checkpoint lacks parameters of its model: {', '.join(lacking[:8])}{more}")
+    odd = [name for name in parameter_shapes(config) if (weights.entry(name) or ((), None))[1] not in DTYPES.values()]
+    if odd:
+        raise UserError(f"the checkpoint has parameters of a type that weights never have: {', '.join(odd[:8])}")
     shards = [Shard()]
     for name, shape in parameter_shapes(config).items():
         entry = weights.entry(name)
@@ -149,8 +152,8 @@ def plan_shards(weights: Parameters, config: ModelConfig, options: ExportOptions
     return shards
 
 
-def write_shard(path: Path, shard: Shard, weights: Parameters, config: ModelConfig, layout: str) -> None:
-    """Write one file, a parameter at a time, wider types first."""
+def write_shard(path: Path, shard: Shard, weights: Parameters, config: ModelConfig, layout: str) -> list[str]:
+    """Write one file, a parameter at a time, wider types first; returns the tensors with NaN or infinite numbers."""
 
     def width(name: str) -> int:
         entry = weights.entry(name)
@@ -161,8 +164,16 @@ def write_shard(path: Path, shard: Shard, weights: Parameters, config: ModelConf
     order = [
         part for name in names for part in convert_parameter(name, torch.empty(shapes[name], device="meta"), config, layout)
     ]
-    pieces = (piece for name in names for piece in convert_parameter(name, weights.parameter(name), config, layout).items())
-    write_safetensors(path, {part: shard.tensors[part] for part in order}, pieces)
+    wrong: list[str] = []
+
+    def pieces() -> Iterator[tuple[str, Tensor]]:
+        for name in names:
+            for part, tensor in convert_parameter(name, weights.parameter(name), config, layout).items():
+                wrong.extend([] if is_finite(tensor) else [part])
+                yield part, tensor
+
+    write_safetensors(path, {part: shard.tensors[part] for part in order}, pieces())
+    return wrong
 
 
 def file_name(number: int, count: int) -> str:

@@ -34,8 +34,9 @@ from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.model.shapes import parameter_shapes
 from visionloom.model.sharding import LAYERS, canonical_parameters
 from visionloom.parallel.topology import Topology
-from visionloom.train.checkpoint import MANIFEST, content, hash_file, weights_state
+from visionloom.train.checkpoint import FileEntry, content, weights_state, write_manifest
 from visionloom.train.companions import COMPANIONS, carry
+from visionloom.train.finite import is_finite, not_finite
 from visionloom.train.state_file import STATE, Progress
 from visionloom.train.stored import canonical_region
 
@@ -68,9 +69,9 @@ def import_huggingface(folder: Path, out: Path, topology: Topology, say: Callabl
     if topology.is_main:
         progress = Progress(PHASE, 0, 0, 0, {}, asdict(source.config), 0)
         (partial / STATE).write_text(json.dumps(asdict(progress)))
+        carry(folder, partial / COMPANIONS)
     _write_manifest(partial, topology)
     if topology.is_main:
-        carry(folder, partial / COMPANIONS)
         partial.rename(out)
     topology.barrier()
 
@@ -165,6 +166,8 @@ class StreamedPlanner(MCoreSavePlanner):  # type: ignore[misc]
             part = torch.zeros(tuple(chunk.sizes), dtype=kind)
         else:
             part = self.source.parameter(name, region).reshape(tuple(chunk.sizes)).to(kind).contiguous()
+            if not is_finite(part):
+                raise UserError(not_finite(f"hf={self.source.folder}", [name]))
         self.last = part if part.untyped_storage().resizable() else part.clone()
         self._report(part.nbytes)
         return self.last
@@ -179,9 +182,8 @@ def _write_manifest(folder: Path, topology: Topology) -> None:
     """Hash the files, each rank its own, as loading a checkpoint checks them."""
     own = [p for p in folder.iterdir() if p.name.startswith(f"__{topology.rank}_")]
     if topology.is_main:
-        own += [p for p in folder.iterdir() if not p.name.startswith("__")]
-    gathered: list[dict[str, Any]] = [{}] * topology.world_size
-    dist.all_gather_object(gathered, {p.name: {"bytes": p.stat().st_size, "xxh3_128": hash_file(p)} for p in own})
+        own += [p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("__")]
+    gathered: list[dict[str, FileEntry]] = [{}] * topology.world_size
+    dist.all_gather_object(gathered, {str(p.relative_to(folder)): FileEntry.of(p) for p in own})
     if topology.is_main:
-        merged = {name: entry for part in gathered for name, entry in part.items()}
-        (folder / MANIFEST).write_text(json.dumps(merged, indent=1, sort_keys=True))
+        write_manifest(folder, {name: entry for part in gathered for name, entry in part.items()})

@@ -4,15 +4,17 @@ import sys
 import time
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from visionloom.common.screen import PlainConsole
+from visionloom.common.text import one_line
 
 
 class Screen:
     """Shows metrics lines; only the main rank shows anything."""
 
     def __init__(self, shown: bool, every_steps: int) -> None:
-        self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True, markup=False)
+        self.console = PlainConsole(file=sys.stdout, soft_wrap=True)
         self.shown, self.every_steps = shown, max(1, every_steps)
         self.live: Progress | None = None
         self.total, self.started, self.first = 0, 0.0, 0
@@ -27,14 +29,14 @@ class Screen:
         self.total, self.started, self.first = total, time.perf_counter(), done
         if self.shown and self.console.is_terminal:
             columns = (
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[news]}"),
+                TextColumn("{task.fields[news]}", markup=False),
                 TimeRemainingColumn(),
             )
             self.live = Progress(*columns, console=self.console)
-            self.live.add_task(phase, total=total, completed=done, news="")
+            self.live.add_task(one_line(phase), total=total, completed=done, news="")
             self.live.start()
 
     def step(self, line: dict[str, Any]) -> None:

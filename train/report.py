@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from visionloom.common.text import printable
 from visionloom.train.report_charts import HALF, SMALL, WIDE, Chart, Drawn, compact, draw, measured
 from visionloom.train.report_data import NO_TASKS, History, PhaseHistory, Values, curve, number
 from visionloom.train.report_gallery import PICTURE, Budget, card
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 REPORT, PREDICTIONS = "report.html", "predictions.jsonl"
 POINTS, SMALL_POINTS = 1000, 250
 """Points of a curve of the large chart and of the small ones."""
+POLICY: Final = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+"""What a browser may do with the page: show its own styles and pictures. It has no script and loads nothing."""
 SOURCES_SHOWN: Final = 24
 """Datasets with a chart of their own."""
 PICTURE_BYTES: Final = 1_000_000
@@ -39,17 +42,18 @@ def write_report(folder: Path, shown: Sequence["Prediction"]) -> Path:
     history = History.read(folder)
     sections = [part(history) for part in (_results, _phases, _losses, _sources, _pace)] + [_gallery(shown), _notes(history)]
     path = folder / REPORT
-    path.write_text(
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(history.name)} · visionloom</title>\n'
+    page = (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
+        f"<title>{escape(history.name)} · visionloom</title>\n"
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{STYLE}</style></head>\n<body><main>\n'
-        f"{_header(history)}\n" + "\n".join(section for section in sections if section) + "\n</main></body></html>\n",
-        encoding="utf-8",
+        f"{_header(history)}\n" + "\n".join(section for section in sections if section) + "\n</main></body></html>\n"
     )
+    path.write_text(printable(page), encoding="utf-8")
     return path
 
 
 def _write_predictions(path: Path, shown: Sequence["Prediction"]) -> None:
-    with path.open("w", encoding="utf-8") as file:
+    with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
         for prediction in shown:
             sample = prediction.sample
             line = {
@@ -85,7 +89,8 @@ def _results(history: History) -> str:
     if not tasks and not losses:
         return ""
     answers = [
-        [escape(task), _bar(number(result.get("accuracy")) or 0.0), f"{result.get('n', 0):,}"] for task, result in tasks.items()
+        [escape(task), _bar(number(result.get("accuracy")) or 0.0), f"{number(result.get('n')) or 0:,.0f}"]
+        for task, result in ((task, _mapping(result)) for task, result in tasks.items())
     ]
     held_out = [[escape(source), _loss(number(loss))] for source, loss in losses.items()]
     parts = []
@@ -104,7 +109,8 @@ def _phases(history: History) -> str:
     for place, phase in enumerate(history.phases, 1):
         _, losses = phase.series(lambda line: line.get("loss"))
         ends = (_loss(float(part.mean()) if len(part) else None) for part in (losses[:EDGE_STEPS], losses[-EDGE_STEPS:]))
-        trains = ", ".join(str(group) for group in phase.settings.get("trainable", _mapping(phase.lines[0].get("lr"))))
+        groups = phase.settings.get("trainable", list(_mapping(phase.lines[0].get("lr"))))
+        trains = ", ".join(map(str, groups)) if isinstance(groups, list) else ""
         length = number(phase.settings.get("sequence_length"))
         rows.append([
             f"{place}", escape(phase.name), escape(trains), f"{len(phase.lines):,}", f"{int(length):,}" if length else "",
@@ -227,7 +233,7 @@ def _notes(history: History) -> str:
     if skipped := sum(bool(line.get("skipped")) for line in history.lines):
         notes.append(f"{skipped:,} steps were skipped because their gradient was not finite.")
     notes += [
-        f"Phase {event.get('phase')} leaves out {event.get('samples'):,} samples of {event.get('dataset')}: they are longer than a pack."
+        f"Phase {event.get('phase')} leaves out {number(event.get('samples')) or 0:,.0f} samples of {event.get('dataset')}: they are longer than a pack."
         for event in history.of("dropped")
     ]
     notes += [f"Damaged checkpoint passed over: {event.get('detail')}" for event in history.of("damaged_checkpoint")]

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from visionloom.common.text import one_line
 from visionloom.train.report_data import Line, PhaseHistory, Values, curve
 
 COLOURS: Final = ("ink", "muted", "grid", "band", "one", "two", "three")
@@ -19,6 +20,8 @@ HALF: Final = (4.8, 2.3)
 SMALL: Final = (3.2, 2.1)
 """Widths and heights in inches, for one, two and three charts beside each other."""
 
+LONGEST_NAME: Final = 40
+"""Characters of a phase's name above a chart."""
 LOG_FROM: Final = 30.0
 """Ratio of the largest to the smallest value from which an axis is logarithmic."""
 
@@ -74,7 +77,7 @@ def draw(chart: Chart) -> str:
         "axes.facecolor": "none", "axes.edgecolor": muted, "axes.linewidth": 0.6, "axes.grid": True, "axes.grid.axis": "y",
         "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "grid.color": grid,
         "grid.linewidth": 0.6, "xtick.color": muted, "ytick.color": muted, "figure.facecolor": "none",
-        "legend.frameon": False, "axes.formatter.useoffset": False,
+        "legend.frameon": False, "text.parse_math": False, "axes.formatter.useoffset": False,
     }  # fmt: skip
     with mpl.rc_context(style):
         figure = Figure(figsize=chart.size, layout="constrained")
@@ -106,7 +109,14 @@ def _shade(axes: Any, chart: Chart) -> None:
         at = max((left + right) / 2, free_from)
         if chart.named:
             free_from = at + 0.17 / inches_per_step
-            axes.text(at, 1.02, phase.name, transform=axes.get_xaxis_transform(), rotation=30, color=_MARKERS["muted"])
+            axes.text(
+                at,
+                1.02,
+                one_line(phase.name)[:LONGEST_NAME],
+                transform=axes.get_xaxis_transform(),
+                rotation=30,
+                color=_MARKERS["muted"],
+            )
         elif at == (left + right) / 2:
             free_from = at + 0.14 / inches_per_step
             axes.text(

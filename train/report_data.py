@@ -3,23 +3,33 @@
 Every file may be missing or cut off: a report shows what there is.
 """
 
-import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
+from visionloom.common.jsonfile import JsonError, load_json, read_json
+from visionloom.common.places import PlaceError, locate
+from visionloom.common.yamlfile import read_yaml
 from visionloom.train.metrics import EVENTS, METRICS
 
 RESULTS: Final = "eval.json"
 SETTINGS: Final = "config.yaml"
+LARGEST: Final = 1 << 26
+"""Bytes of an eval.json: 64 MiB; each dataset and task has some 60."""
+LONGEST_LINE: Final = 1 << 20
+"""Bytes of a line of a log: 1 MiB; a metrics line of the demo has 900."""
+LARGEST_NUMBER: Final = 1e30
+LAST_STEP: Final = 1 << 53
+LAST_SECOND: Final = 4e9
+"""The year 2096."""
+PHASES_SHOWN: Final = 100
+SOURCES_KNOWN: Final = 1000
 NO_TASKS: Final = (
     "No answers are compared: no sample of data.validation has a task and an answer. Name one with `python launch/data.py convert"
     " ... --task NAME` or a key `task` in a record (docs/data.md): answers of such samples are generated and compared word for word."
@@ -80,8 +90,9 @@ class History:
     @classmethod
     def read(cls, folder: Path) -> "History":
         """Read what the run's folder holds."""
-        lines = [line for line in read_lines(folder / METRICS) if "step" in line]
-        return cls(folder, lines, read_lines(folder / EVENTS), _mapping(folder / RESULTS), _mapping(folder / SETTINGS))
+        lines = [line for line in read_lines(folder, METRICS) if is_step(line.get("step"))]
+        results = _mapping(lambda: read_json(folder, RESULTS, dict[str, Any], LARGEST))
+        return cls(folder, lines, read_lines(folder, EVENTS), results, _mapping(lambda: read_yaml(folder, SETTINGS)))
 
     @property
     def name(self) -> str:
@@ -90,8 +101,7 @@ class History:
 
     def part(self, name: str) -> Line:
         """A section of config.yaml; empty if it is not there."""
-        found = self.config.get(name)
-        return found if isinstance(found, Mapping) else {}
+        return _part(self.config, name)
 
     @property
     def last_step(self) -> int:
@@ -101,18 +111,20 @@ class History:
     @property
     def seconds_since_1970(self) -> float | None:
         """When the run last wrote an event; None if it never did."""
-        return number(self.events[-1].get("time")) if self.events else None
+        when = number(self.events[-1].get("time")) if self.events else None
+        return when if when is not None and 0 <= when < LAST_SECOND else None
 
     @cached_property
     def phases(self) -> list[PhaseHistory]:
         """The phases in the order in which they ran."""
         found = []
-        for name, group in groupby(self.lines, key=lambda line: str(line.get("phase", ""))):
+        validations = [e for e in self.of("validation") if is_step(e.get("step")) and isinstance(e.get("loss"), Mapping)]
+        for name, group in islice(groupby(self.lines, key=lambda line: str(line.get("phase", ""))), PHASES_SHOWN):
             lines = list(group)
-            measured = [event for event in self.of("validation") if event.get("phase") == name]
+            measured = [event for event in validations if event.get("phase") == name]
             before = [event["loss"] for event in measured if event["step"] < lines[0]["step"]]
             after = [event["loss"] for event in measured if lines[0]["step"] <= event["step"] <= lines[-1]["step"]]
-            settings = self.part("phases").get(name) or {}
+            settings = _part(self.part("phases"), name)
             found.append(PhaseHistory(name, lines, settings, before[-1] if before else {}, after[-1] if after else {}))
         return found
 
@@ -122,8 +134,8 @@ class History:
         names: dict[str, None] = {}
         for line in [*self.lines, *self.of("validation"), self.results]:
             found = line.get("loss_by_source", line.get("loss"))
-            names |= dict.fromkeys(found if isinstance(found, Mapping) else ())
-        return list(names)
+            names |= dict.fromkeys(found if isinstance(found, Mapping) and len(names) < SOURCES_KNOWN else ())
+        return list(names)[:SOURCES_KNOWN]
 
     def of(self, event: str) -> list[Line]:
         """The events of a kind, oldest first."""
@@ -131,32 +143,47 @@ class History:
 
 
 def number(value: Any) -> float | None:
-    """A finite number as a float; None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    """A number of a size that can be drawn and added up, as a float; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < LARGEST_NUMBER:
         return None
     return float(value)
 
 
-def read_lines(path: Path) -> list[Line]:
-    """The JSON objects of a file with one a line; lines that were cut off are passed over."""
+def is_step(value: Any) -> bool:
+    """Whether a value can be the number of a step."""
+    return type(value) is int and 0 <= value < LAST_STEP
+
+
+def read_lines(folder: Path, name: str) -> list[Line]:
+    """The JSON objects of a file with one a line; lines that were cut off or are none are passed over."""
     found: list[Line] = []
-    for text in path.read_text(errors="replace").splitlines() if path.is_file() else ():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict):
-            found.append(line)
+    try:
+        file = locate(folder, name).open("rb")
+    except (PlaceError, OSError):
+        return found
+    with file:
+        while text := file.readline(LONGEST_LINE):
+            try:
+                line = load_json(text, name, finite=False)  # a loss may have been none
+            except JsonError:
+                continue
+            if isinstance(line, dict):
+                found.append(line)
     return found
 
 
-def _mapping(path: Path) -> Line:
-    """A JSON or YAML file that holds a mapping; empty if it cannot be read."""
+def _mapping(read: Callable[[], dict[str, Any]]) -> Line:
+    """What a file holds; empty if it cannot be read."""
     try:
-        found = yaml.safe_load(path.read_text())
-    except (OSError, ValueError, yaml.YAMLError):
+        return read()
+    except (OSError, JsonError):
         return {}
-    return found if isinstance(found, dict) else {}
+
+
+def _part(content: Line, name: str) -> Line:
+    """A mapping inside a mapping; empty if it is not there."""
+    found = content.get(name)
+    return found if isinstance(found, Mapping) else {}
 
 
 def smooth(values: Values, span: float) -> Values:

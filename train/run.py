@@ -27,7 +27,7 @@ from visionloom.train.lost import lost_checkpoints, move_aside
 from visionloom.train.metrics import RunLog
 from visionloom.train.progress import Screen
 from visionloom.train.saving import Saver, check_room, first_fault, sweep
-from visionloom.train.state_file import CHECKPOINTS
+from visionloom.train.state_file import CHECKPOINTS, lora_of, model_of, stored_inputs
 from visionloom.train.trackers import Trackers
 from visionloom.train.weights import load_huggingface
 
@@ -176,23 +176,23 @@ class Run:
     def take(self, source: str) -> None:
         """Take the weights of a checkpoint's folder, or of the newest whole one of the run if `source` is empty."""
         if source:
-            self.latest = checkpoint.read(Path(source))
-            if fault := checkpoint.verify(self.latest.folder, self.topology):
-                raise UserError(f"checkpoint={source} is damaged: {fault}: name another one")
+            self.latest = checkpoint.whole(Path(source), "checkpoint", self.topology)
         else:
             self.latest, damaged = checkpoint.newest(self.folder, self.topology)
             if self.latest is None:
                 found = f"only damaged checkpoints, {damaged[0]}" if damaged else "no checkpoint"
                 raise UserError(f"{self.folder} holds {found}: train the run first, or name one with checkpoint=FOLDER")
         self._check(self.latest)
-        rank = self.latest.progress.lora.get("rank", 0)
+        lora = lora_of(self.latest.progress)
+        rank = lora.rank if lora is not None else 0
         if rank != self.config.lora.rank:
             held = f"adapters of rank {rank}" if rank else "whole weights, no adapters"
             raise UserError(f"{self.latest.folder} holds {held}: evaluate it with lora.rank={rank}")
         self.step = self.latest.progress.step
         status.current.at(self.step)
         self.screen.say(f"evaluating {self.latest.folder}")
-        trained, here = self.latest.progress.inputs.get("media", {}), asdict(self.config.data.media)
+        inputs, here = stored_inputs(self.latest.progress), asdict(self.config.data.media)
+        trained = inputs.media if inputs is not None else {}
         if other := [
             f"{key} {here[key]} instead of {trained[key]}" for key in here.keys() & trained.keys() if here[key] != trained[key]
         ]:
@@ -285,7 +285,7 @@ class Run:
         if init.huggingface:
             load_huggingface(Path(init.huggingface), chunks, self.config.model, self.topology)
         if init.checkpoint:
-            source = checkpoint.read(Path(init.checkpoint))
+            source = checkpoint.whole(Path(init.checkpoint), "init.checkpoint", self.topology)
             self._check(source)
             if source.progress.lora:
                 raise UserError(
@@ -299,13 +299,13 @@ class Run:
 
     def _check(self, source: Checkpoint) -> None:
         """Refuse a checkpoint of another model with what differs; one that a run goes on from is under `changes`."""
-        progress, ours = source.progress, asdict(self.config.model)
+        ours, theirs = asdict(self.config.model), asdict(model_of(source.progress))
         for part in ("text", "vision"):
-            held = progress.model[part]
-            changed = [key for key, value in ours[part].items() if key not in NOT_THE_MODEL and held.get(key) != value]
+            held = theirs[part]
+            changed = [key for key, value in ours[part].items() if key not in NOT_THE_MODEL and held[key] != value]
             if changed:
                 raise UserError(
-                    f"{source.folder} holds another model: model.{part}.{changed[0]} is {held.get(changed[0])} there"
+                    f"{source.folder} holds another model: model.{part}.{changed[0]} is {held[changed[0]]} there"
                     f" and {ours[part][changed[0]]} here; set run.name to start a new run"
                 )
 

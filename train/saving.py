@@ -31,16 +31,16 @@ from visionloom.parallel.topology import Topology
 from visionloom.train.build import Stage
 from visionloom.train.checkpoint import (
     LATEST,
-    MANIFEST,
+    FileEntry,
     content,
     folder_of,
-    hash_file,
     progress_of,
     stage_state,
+    write_manifest,
 )
 from visionloom.train.config import CheckpointConfig
+from visionloom.train.index import read_index
 from visionloom.train.state_file import CHECKPOINTS, STATE, Progress
-from visionloom.train.untrusted import read_index
 
 Report = Callable[..., None]
 """Called with an event's name and its fields."""
@@ -83,7 +83,7 @@ class Save:
     waited: float = 0.0
     """Seconds of these in which it was still being written though the next one was due."""
     results: list[Any] = field(default_factory=list)
-    hashes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    hashes: dict[str, FileEntry] = field(default_factory=dict)
     fault: str = ""
     thread: threading.Thread | None = None
 
@@ -229,7 +229,7 @@ def _write(save: Save) -> None:
                 raise result
             save.results += result
             path = Path(bucket[0])
-            save.hashes[path.name] = {"bytes": path.stat().st_size, "xxh3_128": hash_file(path)}
+            save.hashes[path.name] = FileEntry.of(path)
         save.buckets = []
     except Exception as error:  # torch's serialiser raises RuntimeError for a full disk
         save.fault = _told(error, save.partial)
@@ -265,16 +265,16 @@ def first_fault(fault: str) -> str:
     return next((found for found in faults if found), "")
 
 
-def _commit(save: Save, results: list[Any], hashes: dict[str, dict[str, Any]]) -> None:
+def _commit(save: Save, results: list[Any], hashes: dict[str, FileEntry]) -> None:
     """Make what all ranks have written the newest checkpoint; raises ValueError if something planned is not there."""
     save.plan.writer.finish(save.plan.metadata, results)
     save_config(CheckpointingConfig("torch_dist", 1), str(save.partial))
     (save.partial / STATE).write_text(json.dumps(asdict(save.progress)))
     for path in save.partial.iterdir():
         if path.name not in hashes:
-            hashes[path.name] = {"bytes": path.stat().st_size, "xxh3_128": hash_file(path)}
-    _check_index(save.partial)
-    (save.partial / MANIFEST).write_text(json.dumps(hashes, indent=1, sort_keys=True))
+            hashes[path.name] = FileEntry.of(path)
+    read_index(save.partial)  # torch has been seen to report success with parts missing
+    write_manifest(save.partial, hashes)
     for path in [*save.partial.iterdir(), save.partial]:
         _flush(path)
     if save.final.exists():
@@ -286,18 +286,6 @@ def _commit(save: Save, results: list[Any], hashes: dict[str, dict[str, Any]]) -
     staged.write_text(str(save.final.relative_to(save.final.parents[1])) + "\n")
     _flush(staged)
     staged.replace(pointer)
-
-
-def _check_index(folder: Path) -> None:
-    """Whether every part of every tensor was written: torch has been seen to report success with parts missing."""
-    with (folder / ".metadata").open("rb") as file:
-        index = read_index(file)
-    places = {(entry.fqn, tuple(entry.offset or ())): info for entry, info in index.storage_data.items()}
-    for name, entry in index.state_dict_metadata.items():
-        for chunk in getattr(entry, "chunks", []):
-            info = places.get((name, tuple(chunk.offsets)))
-            if info is None or (folder / info.relative_path).stat().st_size < info.offset + info.length:
-                raise ValueError(f"{name} at {tuple(chunk.offsets)} was planned but not written")
 
 
 def _retain(final: Path, settings: CheckpointConfig) -> None:

@@ -42,7 +42,7 @@ def carry_companions(companions: Companions, out: Path) -> TokenTable | None:
     for folder in reversed(companions.others):
         carry(folder, out)
     if companions.tokenizer is not None:
-        carry(companions.tokenizer, out, FROM_TOKENIZER)
+        carry(companions.tokenizer, out, (TOKENIZER,) if companions.named else FROM_TOKENIZER)
     elif companions.missing:  # another one came along with the weights: it is not what was trained with
         (out / TOKENIZER).unlink(missing_ok=True)
     return TokenTable.read(out, "out") if (out / TOKENIZER).is_file() else None
@@ -164,7 +164,7 @@ def _unnest(out: Path) -> dict[str, dict[str, Any]]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return read_json(path, "out") if path.is_file() else {}
+    return read_json(path, "out") if path.exists() else {}
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -1,15 +1,22 @@
 """state.json of a checkpoint: where a run stands, and what it was given. Nothing here imports torch."""
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final
+
+from pydantic import Field
 
 from visionloom.common.errors import UserError
-from visionloom.data.config import DataConfig
-from visionloom.model.config import ModelConfig, TextConfig, VisionConfig
+from visionloom.common.jsonfile import JsonError, checked, read_json
+from visionloom.common.text import one_line
+from visionloom.data.config import DataConfig, MediaConfig
+from visionloom.model.config import ModelConfig
+from visionloom.model.lora_config import LoraConfig
 
 STATE: Final = "state.json"
+LARGEST: Final = 1 << 26
+"""Bytes of a state.json: 64 MiB; the tiny model's with seven datasets has 1,700."""
+Count = Annotated[int, Field(ge=0, lt=1 << 62)]
 CHECKPOINTS: Final = "checkpoints"
 """Folder inside a run's with a folder for each phase, and in that one for each checkpoint."""
 
@@ -38,17 +45,17 @@ class Progress:
     """Where a run stands: what a checkpoint holds beside tensors."""
 
     phase: str
-    phase_step: int
+    phase_step: Count
     """Optimizer steps done in the phase."""
-    step: int
+    step: Count
     """Optimizer steps done in the run."""
-    phase_steps: int
+    phase_steps: Count
     """Optimizer steps of the whole phase."""
     data: dict[str, Any]
     """PackStream.state."""
     model: dict[str, Any]
     """ModelConfig, to name what changed."""
-    updates: int
+    updates: Count
     """Steps of the phase that were not skipped: what the optimizer counts."""
     lora: dict[str, Any] = field(default_factory=dict)
     """LoraConfig, where the checkpoint holds adapters and not the weights below them."""
@@ -64,9 +71,30 @@ class Progress:
 
 
 def model_of(progress: Progress) -> ModelConfig:
-    """The model that a checkpoint's state names."""
-    stored = progress.model
-    return ModelConfig(stored["name"], text=TextConfig(**stored["text"]), vision=VisionConfig(**stored["vision"]))
+    """The model that a checkpoint's state names; UserError if there can be none."""
+    model = _part(progress.model, ModelConfig, "model")
+    if found := model.problems():
+        raise UserError(f"{STATE} of a checkpoint names a model that cannot be built: {one_line('; '.join(found))}")
+    return model
+
+
+def lora_of(progress: Progress) -> LoraConfig | None:
+    """The adapters that a checkpoint's state names, None without; UserError if there can be none."""
+    if not progress.lora:
+        return None
+    lora = _part(progress.lora, LoraConfig, "lora")
+    if found := lora.problems(model_of(progress)) if lora.rank else ["lora.rank=0"]:
+        raise UserError(f"{STATE} of a checkpoint names adapters that cannot be: {one_line('; '.join(found))}")
+    return lora
+
+
+def stored_inputs(progress: Progress) -> Inputs | None:
+    """What a checkpoint's state says that it was trained with; None if it does not."""
+    if not progress.inputs:
+        return None
+    inputs = _part(progress.inputs, Inputs, "inputs")
+    _part(inputs.media, MediaConfig, "inputs.media")
+    return inputs
 
 
 def absolute(folder: str) -> str:
@@ -77,8 +105,16 @@ def absolute(folder: str) -> str:
 def read_progress(folder: Path) -> Progress:
     """What a checkpoint's state.json says; UserError if there is none."""
     try:
-        return Progress(**json.loads((folder / STATE).read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        return read_json(folder, STATE, Progress, LARGEST)
+    except (OSError, JsonError) as error:
         raise UserError(
             f"{folder} is not a checkpoint of this version ({error}): name a folder such as checkpoints/<phase>/step-00000100"
         ) from error
+
+
+def _part[T](value: Any, schema: type[T], name: str) -> T:
+    """A part of a state as the program works with it."""
+    try:
+        return checked(value, schema, f"{STATE} of a checkpoint", name)
+    except JsonError as error:
+        raise UserError(f"{error}: take a checkpoint of this version") from error

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from visionloom.common.errors import UserError
 from visionloom.model.sharding import LAYERS
 from visionloom.model.trainable import is_adapter
+from visionloom.train.index import IndexFault, entries, read_index
 from visionloom.train.untrusted import harmless_reading
 
 NORMS: Final = {
@@ -53,14 +54,13 @@ class StoredWeights:
         self.folder = folder
         self.reader = FileSystemReader(folder)
         try:
-            with harmless_reading(folder):
-                index = self.reader.read_metadata()
+            index = read_index(folder)
         except OSError as error:
             raise UserError(f"{folder} has no readable .metadata ({error.strerror}): name a whole checkpoint") from None
-        self.reader.set_up_storage_reader(index, is_coordinator=False)
-        self.tensors: dict[str, TensorStorageMetadata] = {
-            key: entry for key, entry in index.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)
-        }
+        except IndexFault as error:
+            raise UserError(f"{folder} is not read: {error}: take a checkpoint from a source that you trust") from None
+        self.reader.set_up_storage_reader(index.metadata(), is_coordinator=False)
+        self.tensors: dict[str, TensorStorageMetadata] = dict(entries(index))
 
     def entry(self, name: str) -> tuple[tuple[int, ...], torch.dtype] | None:
         """Shape and type of a parameter by its canonical name; None if the checkpoint lacks it."""

@@ -1,21 +1,24 @@
 """The tokens of a tokenizer folder and their ids, without building a tokenizer. Nothing here imports torch."""
 
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
+from pydantic import Field
 from tokenizers import Tokenizer as Backend
 
 from visionloom.common.errors import UserError
+from visionloom.common.text import one_line
 from visionloom.data.tokenizer import END_OF_TEXT, TURN_END
-from visionloom.model.huggingface_config import read_json
+from visionloom.model.huggingface_config import as_type, parse_object, read_file, read_json
 
 TOKENIZER: Final = "tokenizer.json"
 SETTINGS: Final = "tokenizer_config.json"
+LONGEST: Final = 300
+"""Characters of a library's words for a fault that an error repeats."""
 STOPS: Final = (TURN_END, END_OF_TEXT)
 """Tokens that end an answer; the last also pads."""
 PROBE: Final = (
@@ -23,6 +26,17 @@ PROBE: Final = (
     ' {"bbox_2d": [12, 345, 678, 999], "label": "don\'t"}   \n\n<0.5 seconds>?! $\\frac{a}{b}$ WE\'LL 1234567890'
 )
 """What any two tokenizers are likely to cut differently: contractions, digits, white space, marks, scripts, signs."""
+
+
+Id = Annotated[int, Field(ge=0, lt=1 << 31)]
+
+
+@dataclass(frozen=True)
+class _Added:
+    """An added token, as far as it counts here."""
+
+    content: str
+    id: Id
 
 
 @dataclass(frozen=True)
@@ -44,17 +58,18 @@ class TokenTable:
     @classmethod
     def read(cls, folder: Path, option: str) -> "TokenTable":
         """Read a folder's tokenizer.json; UserError naming `option` if there is none or it is damaged."""
-        if not (folder / TOKENIZER).is_file():
+        path = folder / TOKENIZER
+        if not path.exists():
             raise UserError(f"{option}={folder}: no {TOKENIZER} there: give the folder of a fast Hugging Face tokenizer")
-        raw = (folder / TOKENIZER).read_bytes()
-        try:
-            content = json.loads(raw)
-            added = {str(token["content"]): int(token["id"]) for token in content.get("added_tokens") or []}
-            words = content["model"]["vocab"]
-            ids = dict(words) if isinstance(words, dict) else {str(word[0]): index for index, word in enumerate(words)}
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UserError(f"{option}={folder}: {TOKENIZER} cannot be read: {error!r}") from None
-        settings = read_json(folder / SETTINGS, option) if (folder / SETTINGS).is_file() else {}
+        raw = read_file(path, option)
+        content = parse_object(raw, path, option)
+        tokens = as_type(content.get("added_tokens") or [], list[dict[str, Any]], path, option, "added_tokens")
+        wanted = [{key: token.get(key) for key in ("content", "id")} for token in tokens]
+        added = {token.content: token.id for token in as_type(wanted, list[_Added], path, option, "added_tokens")}
+        model = as_type(content.get("model"), dict[str, Any], path, option, "model")
+        words = as_type(model.get("vocab"), dict[str, Id] | list[tuple[str, float]], path, option, "model.vocab")  # type: ignore[arg-type]
+        ids: dict[str, int] = words if isinstance(words, dict) else {word[0]: index for index, word in enumerate(words)}
+        settings = read_json(folder / SETTINGS, option) if (folder / SETTINGS).exists() else {}
         return cls(folder, f"{option}={folder}", hashlib.sha256(raw).hexdigest(), ids | added, added, settings)
 
     @property
@@ -89,8 +104,11 @@ class TokenTable:
 
     def cut(self, text: str) -> list[str]:
         """The tokens of a text; UserError if the file is no tokenizer."""
+        content = read_file(self.folder / TOKENIZER, self.name.partition("=")[0])
         try:
-            tokens: list[str] = Backend.from_file(str(self.folder / TOKENIZER)).encode(text).tokens
-        except Exception as error:  # the library raises bare Exception
-            raise UserError(f"{self.name}: {TOKENIZER} cannot be read: {error}") from None
+            tokens: list[str] = Backend.from_str(content.decode()).encode(text).tokens
+        except BaseException as error:  # the library raises bare Exception, and where it panics no Exception at all
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
+            raise UserError(f"{self.name}: {TOKENIZER} cannot be read: {one_line(str(error))[:LONGEST]}") from None
         return tokens

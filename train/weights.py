@@ -14,6 +14,7 @@ from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.model.shapes import parameter_shapes
 from visionloom.model.sharding import canonical_parameters, cuts
 from visionloom.parallel.topology import Topology
+from visionloom.train.finite import require_finite
 
 
 def load_huggingface(folder: Path, chunks: list[Qwen3VL], config: ModelConfig, topology: Topology) -> None:
@@ -22,7 +23,7 @@ def load_huggingface(folder: Path, chunks: list[Qwen3VL], config: ModelConfig, t
     Each rank reads only what it holds. Call it before the model is wrapped and its optimizer built.
 
     Raises:
-        UserError: if the folder is no whole model or another one than `config` (each field named).
+        UserError: if the folder is no whole model, another one than `config` (each field named), or has weights that are no numbers.
     """
     source = HuggingFaceFolder(folder, "init.huggingface")
     if found := differences(config, source.config, folder):
@@ -33,6 +34,8 @@ def load_huggingface(folder: Path, chunks: list[Qwen3VL], config: ModelConfig, t
             for name, parameter in canonical_parameters(chunk):
                 if name in known:
                     copy_parameter(name, parameter, source, topology)
+    held = ((name, parameter.detach()) for chunk in chunks for name, parameter in canonical_parameters(chunk) if name in known)
+    require_finite(held, f"init.huggingface={folder}", topology)
 
 
 def copy_parameter(name: str, parameter: Tensor, source: HuggingFaceFolder, topology: Topology) -> None:

@@ -3,11 +3,11 @@
 import argparse
 import os
 import re
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from visionloom.common.errors import UserError
+from visionloom.common.text import say, warn
 from visionloom.launch.shards.progress import bars
 
 if TYPE_CHECKING:
@@ -18,9 +18,9 @@ KINDS = ("llava", "sharegpt", "obelics", "omnicorpus", "mmc4", "hf", "folder", "
 _UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 SECTIONS = (
     ("left out", ""),
-    ("pictures left out", "  pictures left out of documents:\n"),
-    ("not read", "  keys that were not read, and so have no effect on training:\n"),
-    ("marks kept as words", "  marks that stay words, since users and tools cannot open turns:\n"),
+    ("pictures left out", "  pictures left out of documents:"),
+    ("not read", "  keys that were not read, and so have no effect on training:"),
+    ("marks kept as words", "  marks that stay words, since users and tools cannot open turns:"),
 )
 """Parts of the summary: what the names of its counts begin with, and a heading."""
 STOPPED = 75
@@ -77,15 +77,14 @@ def run(options: argparse.Namespace) -> int:
         with bars("records") as progress:
             tally = convert(request, target, lambda done, total: progress(target.name, done, total))
     except KeyboardInterrupt:
-        print(f"\nstopped: the same command continues {options.folder}", file=sys.stderr)
+        warn("", f"stopped: the same command continues {options.folder}")
         return STOPPED
     print_summary(options.folder, tally)
     records, left_out = tally.counts["records"], tally.counts["left out"]
     if left_out > most * records:
-        print(
+        warn(
             f"error: {left_out:,} of {records:,} records left out, more than --max-left-out {options.max_left_out}:"
-            f" mend the source by {options.folder / 'skipped.jsonl'}, or allow a larger share",
-            file=sys.stderr,
+            f" mend the source by {options.folder / 'skipped.jsonl'}, or allow a larger share"
         )
         return 1
     return 0
@@ -136,23 +135,23 @@ def columns_of(words: list[str]) -> dict[str, str]:
 
 def print_summary(folder: Path, tally: "Tally") -> None:
     """What was made, what was left out and why, and which keys were not read."""
-    from visionloom.data.sample import printable
     from visionloom.data.shards import Dataset
 
     dataset = Dataset.open(folder, folder.name)
     mebibytes = sum(shard.bytes for shard in dataset.shards) / 2**20
-    print(f"{folder}: {len(dataset):,} samples in {len(dataset.shards)} shards, {mebibytes:,.1f} MiB")
+    say(f"{folder}: {len(dataset):,} samples in {len(dataset.shards)} shards, {mebibytes:,.1f} MiB")
     counts = dict(sorted(tally.counts.items(), key=lambda item: (-item[1], item[0])))
     if left_out := counts.get("left out"):
         share = left_out / counts["records"]
-        print(f"  {left_out:,} of {counts['records']:,} records left out ({share:.1%}), each in {folder / 'skipped.jsonl'}:")
+        say(f"  {left_out:,} of {counts['records']:,} records left out ({share:.1%}), each in {folder / 'skipped.jsonl'}:")
     for title, heading in SECTIONS:
         if found := {name: count for name, count in counts.items() if name.startswith(f"{title}: ")}:
-            print(heading, end="")
+            if heading:
+                say(heading)
             for name, count in found.items():
                 first = f" (first: {tally.first[name]})" if name in tally.first else ""
-                print(printable(f"    {count:,} {name.removeprefix(f'{title}: ')}{first}"))
+                say(f"    {count:,} {name.removeprefix(f'{title}: ')}{first}")
     for name, count in counts.items():
         if ": " not in name and name not in ("records", "samples", "left out"):
-            print(f"  {count:,} {name} (first: {tally.first[name]})")
-    print(f"  look at them: python launch/data.py view {folder}")
+            say(f"  {count:,} {name} (first: {tally.first[name]})")
+    say(f"  look at them: python launch/data.py view {folder}")

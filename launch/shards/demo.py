@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from visionloom.common.errors import UserError
+from visionloom.common.text import say
 from visionloom.launch.shards.progress import bars
 
 
@@ -24,4 +25,4 @@ def run(options: argparse.Namespace) -> None:
         raise UserError(f"--scale {options.scale:g}: a number above 0 expected")
     with bars() as progress:
         made = make_demo(options.folder, options.seed, options.scale, progress)
-    print(f"{options.folder}: {'made' if made else 'already made'}; have a look at {options.folder / 'contact_sheet.png'}")
+    say(f"{options.folder}: {'made' if made else 'already made'}; have a look at {options.folder / 'contact_sheet.png'}")

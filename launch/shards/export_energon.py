@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from visionloom.common.errors import UserError
+from visionloom.common.text import say
 from visionloom.launch.shards.progress import bars
 
 
@@ -24,7 +25,7 @@ def run(options: argparse.Namespace) -> None:
     splits = dict(_share(text) for text in options.split)
     with bars("shards") as progress:
         parts = export_energon(options.folder, splits, lambda done, total: progress(str(options.folder), done, total))
-    print(f"{options.folder}: " + ", ".join(f"{name} {len(files)} shards" for name, files in parts.items()))
+    say(f"{options.folder}: " + ", ".join(f"{name} {len(files)} shards" for name, files in parts.items()))
 
 
 def _share(text: str) -> tuple[str, float]:

@@ -4,6 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
+from visionloom.common.text import say
 from visionloom.launch.shards.progress import bars
 
 
@@ -29,8 +30,8 @@ def run(options: argparse.Namespace) -> None:
             options.skip_bad,
             lambda done, total: progress(str(options.folder), done, total),
         )
-    print(f"{options.folder}: {sum(row.samples for row in rows):,} samples in {len(rows)} shards")
+    say(f"{options.folder}: {sum(row.samples for row in rows):,} samples in {len(rows)} shards")
     if suspects := sum(row.statistics.suspect_media for row in rows):
-        print(f"{suspects:,} media members have a header that cannot be read or differs from their sample: see data.py verify")
+        say(f"{suspects:,} media members have a header that cannot be read or differs from their sample: see data.py verify")
     if (options.folder / LEFT_OUT).exists():
-        print(f"some samples were left out: see {options.folder / LEFT_OUT}")
+        say(f"some samples were left out: see {options.folder / LEFT_OUT}")

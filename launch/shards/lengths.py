@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from visionloom.common.errors import UserError
+from visionloom.common.screen import PlainConsole
 from visionloom.launch.shards.progress import Progress, bars
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 def run(options: argparse.Namespace) -> None:
     """Count what is not counted yet and print a table with a row for each dataset."""
-    from rich.console import Console
     from rich.table import Table
 
     from visionloom.data.config import DataConfig, DatasetConfig
@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> None:
             config = DatasetConfig(path=str(folder))
             corpus = Corpus("lengths", name, config, data, tokenizer, _helpers(options.processes), report_to(progress))
             table.add_row(*_cells(corpus, time.perf_counter() - started))
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    PlainConsole(width=None if sys.stdout.isatty() else 140).print(table)
 
 
 def report_to(progress: Progress) -> "Report":

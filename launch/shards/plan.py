@@ -6,6 +6,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from visionloom.common.errors import UserError
+from visionloom.common.screen import PlainConsole
 from visionloom.launch.shards.progress import bars
 
 if TYPE_CHECKING:
@@ -40,7 +41,6 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 def run(options: argparse.Namespace) -> None:
     """Print two tables: a row for each phase, and a row for each dataset of a phase."""
-    from rich.console import Console
 
     from visionloom.data.plan_facts import facts_of
     from visionloom.launch.configure import check_paths, compose
@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> None:
         facts = facts_of(plan, min(options.steps, phase.total_steps), ranks, phase.micro_batch)
         phases.add_row(*_phase_cells(name, facts))
         _add_datasets(datasets, name, plan, facts)
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = PlainConsole(width=None if sys.stdout.isatty() else 140)
     console.print(phases)
     console.print(datasets)
 

@@ -4,6 +4,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from visionloom.common.text import one_line, say
+
 Progress = Callable[[str, int, int], None]
 """Called with the part's name, the units done and all its units."""
 
@@ -15,19 +17,22 @@ def bars(unit: str = "samples") -> Iterator[Progress]:
 
         def print_finished(part: str, done: int, total: int) -> None:
             if done == total:
-                print(f"{part}: {total:,} {unit}", flush=True)
+                say(f"{part}: {total:,} {unit}")
 
         yield print_finished
         return
+    from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
-    from rich.progress import TaskID
 
-    with Bars() as shown:
+    from visionloom.common.screen import PlainConsole
+
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Bars(*columns, console=PlainConsole()) as shown:
         tasks: dict[str, TaskID] = {}
 
         def show(part: str, done: int, total: int) -> None:
             if part not in tasks:
-                tasks[part] = shown.add_task(part, total=total)
+                tasks[part] = shown.add_task(one_line(part), total=total)
             shown.update(tasks[part], completed=done, total=total)
 
         yield show

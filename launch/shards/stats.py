@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from visionloom.common.errors import UserError
+from visionloom.common.screen import PlainConsole
 
 if TYPE_CHECKING:
     from visionloom.data.manifest import ShardInfo
@@ -22,7 +23,6 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 def run(options: argparse.Namespace) -> None:
     """Print a table with a row for each dataset."""
-    from rich.console import Console
     from rich.table import Table
 
     from visionloom.data.manifest import MANIFEST, read_manifest
@@ -34,7 +34,7 @@ def run(options: argparse.Namespace) -> None:
     for path in manifests:
         name = str(path.parent.relative_to(options.folder)) if path.parent != options.folder else path.parent.name
         table.add_row(name, *_cells(read_manifest(path.parent, "stats")))
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    PlainConsole(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 def _cells(shards: "tuple[ShardInfo, ...]") -> list[str]:

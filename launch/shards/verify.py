@@ -4,6 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
+from visionloom.common.text import say
 from visionloom.launch.shards.progress import bars
 
 
@@ -31,5 +32,5 @@ def run(options: argparse.Namespace) -> int:
             options.workers,
             lambda done, total: progress(options.folder, done, total),
         )
-    print(f"{options.folder}: {len(bad):,} bad members, listed in {out}" if bad else f"{options.folder}: all good")
+    say(f"{options.folder}: {len(bad):,} bad members, listed in {out}" if bad else f"{options.folder}: all good")
     return 1 if bad else 0

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from visionloom.common.errors import UserError
+from visionloom.common.text import say
 from visionloom.launch.shards.lengths import media_config
 
 
@@ -46,5 +47,5 @@ def run(options: argparse.Namespace) -> None:
         samples = (view_sample(dataset, index, rules, tokenizer) for index in indices)
         options.out.write_text(page(title, str(options.folder), samples, packs))
         if packs:
-            print(f"packs: {packs.left_out:,} of the first {packs.tried:,} samples are too long or cannot be rendered")
-    print(f"{options.out}: {title}")
+            say(f"packs: {packs.left_out:,} of the first {packs.tried:,} samples are too long or cannot be rendered")
+    say(f"{options.out}: {title}")

@@ -70,3 +70,11 @@ def test_files(tmp_path: Path) -> None:
         read_json(tmp_path, "a.json", Whole, 10)
     with pytest.raises(FileNotFoundError):
         read_json(tmp_path, "b.json", Whole)
+
+
+@pytest.mark.parametrize("text", ["[" * 101 + "]" * 101, '{"a":' * 101 + "1" + "}" * 101, "[" * 100_000 + "]" * 100_000])
+def test_endless_nesting_is_refused(text: str) -> None:
+    """Whoever copies or compares such a value would end in a RecursionError; a hundred levels are read."""
+    with pytest.raises(JsonError, match="nested"):
+        load_json(text, "x")
+    assert load_json("[" * 100 + "]" * 100, "x")

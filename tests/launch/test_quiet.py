@@ -3,6 +3,7 @@
 A whole silent run is in test_bad_input.py.
 """
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -39,3 +40,41 @@ def test_what_reaches_the_screen(options: list[str], expected: list[str]) -> Non
         True
     ] * len(expected)
     assert told[len(expected) :] == ["log of visionloom.data.x", "log of an error"]
+
+
+NAMES = """
+import logging, sys, threading, warnings
+from visionloom.launch.quiet import Parser, quiet_libraries
+quiet_libraries()
+name = "\\x1b[2J\\u00e9"
+logging.getLogger("visionloom.x").warning("log of %s", name)
+try:
+    raise KeyError(name)
+except KeyError:
+    logging.getLogger("visionloom.x").exception("failed")
+warnings.warn(f"warning of {name}")
+thread = threading.Thread(target=lambda: int(name))
+thread.start()
+thread.join()
+try:
+    Parser(prog="p").parse_args([name])
+except SystemExit:
+    raise ValueError(f"end of {name}")
+"""
+
+
+def test_names_in_messages_give_no_orders() -> None:
+    """By logging, warnings, argparse, a thread's and the program's last exception, on a stream that lacks letters too."""
+    environment = {"PYTHONPATH": str(ROOT / ".link"), "LANG": "C", "PYTHONIOENCODING": "ascii:strict"}
+    result = subprocess.run([sys.executable, "-c", NAMES], env=environment, capture_output=True, check=False)
+    told = result.stderr.decode("ascii")
+    assert result.returncode == 1 and "\x1b" not in told
+    for part in (
+        "log of ",
+        "KeyError: '",
+        "warning of ",
+        "invalid literal for int() with base 10: '",
+        "unrecognized arguments: ",
+        "end of ",
+    ):
+        assert re.search(rf"{re.escape(part)}\\+x1b\[2J", told), part

@@ -4,7 +4,9 @@ References: transformers' own save_pretrained and its models on the meta device;
 """
 
 import json
+import os
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,6 +30,7 @@ from visionloom.model.config import ModelConfig
 from visionloom.model.huggingface import convert_parameter, from_huggingface, huggingface_shapes, to_huggingface
 from visionloom.model.huggingface_config import differences, read_config, write_config
 from visionloom.model.huggingface_folder import HuggingFaceFolder
+from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.model.safetensors_writer import write_safetensors
 from visionloom.model.shapes import parameter_shapes
 from visionloom.parallel.topology import Topology
@@ -243,7 +246,12 @@ def test_an_index_names_files_of_its_folder_only(file: Any, tmp_path: Path) -> N
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     index["weight_map"][GATE] = file
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert f"names {file}, which is not a safetensors file of the folder" in refusal(tmp_path)
+    expected = (
+        f"names {file}, which is not a safetensors file of the folder"
+        if isinstance(file, str)
+        else f"weight_map.{GATE} should be a valid string, got 7"
+    )
+    assert expected in refusal(tmp_path)
 
 
 def test_a_whole_file_counts_before_what_lies_beside_it(tmp_path: Path) -> None:
@@ -365,3 +373,52 @@ def test_layers_of_different_types_are_read_but_not_imported(topology: Topology,
     ):
         import_huggingface(tmp_path / "model", tmp_path / "out", topology, print)
     assert not list(tmp_path.glob("out*"))
+
+
+def test_weights_that_are_no_numbers_are_named(tmp_path: Path, topology: Topology) -> None:
+    """The smallest of all: one NaN in a bias."""
+    from visionloom.train.weights import load_huggingface
+
+    save(tmp_path, model(), "5GB")
+    change(tmp_path, lambda state: state["model.visual.blocks.0.norm1.bias"].__setitem__(3, float("nan")))
+    chunks = [Qwen3VL(model(), topology, torch.float32)]
+    with pytest.raises(UserError, match=r"has NaN or infinite numbers in visual.blocks.0.norm1.bias"):
+        load_huggingface(tmp_path, chunks, HuggingFaceFolder(tmp_path).config, topology)
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "header"])
+def test_a_file_of_tensors_is_a_file_of_usual_size(kind: str, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    save(folder, model(), "5GB")
+    path = folder / "model.safetensors"
+    if kind == "header":
+        with path.open("r+b") as file:
+            file.write((90 << 20).to_bytes(8, "little"))
+            file.truncate(1 << 30)
+        assert f"its header has {90 << 20} bytes" in refusal(folder)
+        return
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere") if kind == "link" else os.mkfifo(path)
+    assert re.search("model.safetensors cannot be read: is a (link out of its folder|pipe)|no safetensors", refusal(folder))
+
+
+@pytest.mark.parametrize(
+    ("part", "values", "told"),
+    [
+        ("", {"model_type": ["qwen3_vl"]}, "model_type ['qwen3_vl']"),
+        ("", {"model_type": "\x1b[2J"}, "model_type \\x1b[2J"),
+        ("", {"text_config": [3]}, "text_config.num_hidden_layers is missing"),
+        ("text_config", {"num_hidden_layers": 10**400}, "num_hidden_layers is 1000"),
+        ("text_config", {"rope_theta": 10**400}, "rope_theta"),
+        ("text_config", {"rope_parameters": {"rope_theta": "x", "mrope_section": 3}}, "mrope_section"),
+        ("text_config", {"rope_scaling": "linear"}, "must be objects"),
+        ("vision_config", {"num_position_embeddings": [4]}, "num_position_embeddings is [4]"),
+        ("vision_config", {"out_hidden_size": {"\x1b": 1}}, "out_hidden_size={'\\x1b': 1}"),
+    ],
+)  # fmt: skip
+def test_a_config_of_another_form_is_one_line(part: str, values: dict[str, Any], told: str, tmp_path: Path) -> None:
+    save(tmp_path, model(), "5GB")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (config[part] if part else config).update(values)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert told in refusal(tmp_path) and "\x1b" not in refusal(tmp_path)

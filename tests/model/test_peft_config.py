@@ -199,7 +199,7 @@ def test_settings_that_cover_all_tensors_are_fine(folder: Path, topology: Topolo
         (lambda s: s.update({f"{FIRST}.q_proj.lora_B.bias": torch.ones(128)}), "q_proj.lora_B.bias"),
         (lambda s: s.update({"base_model.model.lm_head.weight": torch.ones(96, 64)}), "base_model.model.lm_head.weight"),
         (lambda s: s.pop(f"{FIRST}.q_proj.lora_B.weight"), f"{FIRST}.q_proj.lora_A.weight"),
-        (lambda s: s.update({f"{FIRST}.q_proj.lora_A.weight": torch.ones(8, 64, dtype=torch.int8)}), "q_proj.lora_A.weight int8"),
+        (lambda s: s.update({f"{FIRST}.q_proj.lora_A.weight": torch.ones(8, 64, dtype=torch.int8)}), "q_proj.lora_A.weight I8"),
         (
             lambda s: s.update({f"{FIRST}.q_proj.lora_A.weight": torch.ones(1, 64), f"{FIRST}.q_proj.lora_B.weight": torch.ones(128, 1)}),
             "layers.0.self_attn.q_proj is of rank 1",
@@ -221,3 +221,32 @@ def test_a_file_that_is_no_object_is_refused(text: str, folder: Path, topology: 
     assert CONFIG in refusal(folder, topology)
     (folder / CONFIG).unlink()
     assert f"no {CONFIG} there" in refusal(folder, topology)
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+$|(.*)*x", r"(.)\1", "(?=x)y", "(", "(a{1000}){1000}"])
+def test_a_pattern_takes_linear_time_or_is_refused(pattern: str, folder: Path, topology: Topology) -> None:
+    """The first would keep Python's `re` busy for ages with a name of 60 letters; the others cannot be matched in linear time."""
+    change(folder, target_modules=pattern, exclude_modules=None)
+    assert "target_modules" in refusal(folder, topology)
+    assert not targets({"target_modules": pattern}, "a" * 60 + "!", False)
+
+
+@pytest.mark.parametrize("layers", ["(a+)+$", "layers|x", ["("]])
+def test_lists_of_layers_are_names(layers: Any, folder: Path, topology: Topology) -> None:
+    change(folder, layers_pattern=layers)
+    assert "layers_pattern" in refusal(folder, topology)
+
+
+def test_an_adapter_with_numbers_that_are_none_is_named(folder: Path, topology: Topology) -> None:
+    state = load_file(folder / WEIGHTS)
+    state[f"{FIRST}.q_proj.lora_A.weight"][0, 0] = float("nan")
+    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    assert "has NaN or infinite numbers in language_model.decoder.layers.0.self_attention.linear_qkv" in refusal(
+        folder, topology
+    )
+
+
+def test_an_adapter_may_not_lead_elsewhere(folder: Path, tmp_path: Path, topology: Topology) -> None:
+    (folder / WEIGHTS).rename(tmp_path.parent / "elsewhere")
+    (folder / WEIGHTS).symlink_to(tmp_path.parent / "elsewhere")
+    assert "is a link out of its folder" in refusal(folder, topology)

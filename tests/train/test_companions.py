@@ -4,6 +4,7 @@ References: transformers' processors as they read the files; the media rules of 
 """
 
 import json
+import os
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import yaml
 from transformers import AutoImageProcessor, AutoVideoProcessor
 
+from visionloom.common.errors import UserError
 from visionloom.data.chat import render
 from visionloom.data.chat_template import TEMPLATE
 from visionloom.data.config import MediaConfig
@@ -21,7 +23,7 @@ from visionloom.model.config import ModelConfig
 from visionloom.tests.data.samples import RULES
 from visionloom.tests.data.test_chat import TOOLS
 from visionloom.tests.train.test_served import as_messages
-from visionloom.train.companions import COMPANIONS, Companions, carry_into_run, companions, companions_of
+from visionloom.train.companions import COMPANIONS, Companions, carry, carry_into_run, companions, companions_of
 from visionloom.train.config import RunConfig
 from visionloom.train.serving import bounds, carry_companions, write_serving_files
 from visionloom.train.state_file import STATE, Inputs, Progress
@@ -76,6 +78,8 @@ def test_bounds_that_came_with_the_weights_give_way_and_are_told(demo_data: Path
     write(weights / "processor_config.json", {"processor_class": "Qwen3VLProcessor", "video_processor": nested})
     write(weights / "generation_config.json", {"temperature": 0.7, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3})
     checkpoint, progress = stored(tmp_path / "run", demo_data / "tokenizer", str(weights))
+    carry(weights, tmp_path / "run" / COMPANIONS)
+    carry(demo_data / "tokenizer", tmp_path / "run" / COMPANIONS)
     told = serve(tmp_path / "out", companions(checkpoint, progress))
     assert [line.split(",")[0] for line in told] == [
         "preprocessor_config.json has size 2048 to 77777 pixels",
@@ -233,3 +237,67 @@ def test_the_template_is_our_rendering() -> None:
         sample = parse_sample(case["sample"])
         found, _ = render_jinja_template([as_messages(sample)], tools=list(sample.tools) or None, chat_template=TEMPLATE)
         assert found == [case["text"]] == [render(sample, RULES).text]
+
+
+@pytest.mark.parametrize(
+    "name", ["chat_template.jinja", "tokenizer.json", "config.json", "generation_config.json", "preprocessor_config.json"]
+)
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
+def test_what_goes_along_lies_in_its_folder(kind: str, name: str, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("{}")
+    source = tmp_path / "source"
+    source.mkdir()
+    if kind == "link":
+        (source / name).symlink_to(tmp_path / "secret")
+    else:
+        {"pipe": os.mkfifo, "folder": os.mkdir}[kind](source / name)
+    with pytest.raises(UserError, match=f"{name} is a {kind}"):
+        carry(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_snapshot_of_the_hub_goes_along(tmp_path: Path) -> None:
+    """Its files are links to the blobs of the same repository, as huggingface_hub makes them."""
+    repository = tmp_path / "models--a--b"
+    snapshot = repository / "snapshots" / "0123"
+    for folder in (snapshot, repository / "blobs"):
+        folder.mkdir(parents=True)
+    (repository / "blobs" / "77").write_text("{}")
+    (snapshot / "config.json").symlink_to("../../blobs/77")
+    carry(snapshot, tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").read_text() == "{}" and not (tmp_path / "out" / "config.json").is_symlink()
+
+
+def test_a_state_cannot_name_folders_to_read(demo_data: Path, tmp_path: Path) -> None:
+    """A stranger's state names folders of this machine: all that they give is the tokenizer.json whose hash the state knows."""
+    secret = tmp_path / "secret"
+    shutil.copytree(demo_data / "tokenizer", secret)
+    for name in ("chat_template.jinja", "special_tokens_map.json", "generation_config.json", "preprocessor_config.json"):
+        write(secret / name, {"secret": 1})
+    checkpoint, progress = stored(tmp_path / "run", secret, str(secret))
+    moved = tmp_path / "moved"
+    shutil.move(checkpoint, moved)
+    found = companions(moved, progress)
+    assert (found.tokenizer, found.others, found.named) == (secret, [], True)
+    told = serve(tmp_path / "out", found)
+    assert "no chat template and generation settings" in told[0] and "hf=DIR" in told[0]
+    assert "secret" not in "".join(path.read_text() for path in (tmp_path / "out").iterdir())
+    unknown = replace(progress, inputs={**progress.inputs, "tokenizer_hash": ""})
+    assert companions(moved, unknown).tokenizer is None
+    for hash_ in ("", "0", progress.inputs["tokenizer_hash"][:7], "x" * 64):
+        assert companions(moved, replace(progress, inputs={**progress.inputs, "tokenizer_hash": hash_})).tokenizer is None
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("data: 3", "data should be an object"), ("data: {tokenizer: [1]}", "data.tokenizer should be a valid string"),
+        ("data: {media: {rule: 3}}", "data.media.rule"), ("a: &x 1\nb: *x", "aliases"), ("- 1", "should be a mapping"),
+    ],
+)  # fmt: skip
+def test_a_run_of_another_form_is_one_line(text: str, told: str, demo_data: Path, tmp_path: Path) -> None:
+    checkpoint, progress = stored(tmp_path / "run", demo_data / "tokenizer")
+    (tmp_path / "run" / "config.yaml").write_text(text)
+    with pytest.raises(UserError, match=told) as raised:
+        companions(checkpoint, replace(progress, inputs={}))
+    assert "\n" not in str(raised.value)

@@ -224,3 +224,57 @@ def test_charts_take_their_colours_from_the_page(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("value", "text"), [(0, "0"), (1.25e6, "1.25M"), (2.5e-4, "2.5e-4"), (1500, "1.5k"), (0.5, "0.5")])
 def test_compact_numbers(value: float, text: str) -> None:
     assert compact(value) == text
+
+
+class Tags(HTMLParser):
+    """The names of all elements and attributes of a page, as Python's parser of HTML reads it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names, self.attributes = set[str](), set[str]()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.names.add(tag)
+        self.attributes |= {name for name, _ in attrs}
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")
+def test_names_give_no_orders_to_a_browser_or_to_matplotlib(tmp_path: Path) -> None:
+    """Markup, formulas (`$` and `\\` of mathtext, of which these are no whole ones), control characters and halves of pairs."""
+    write_run(tmp_path)
+    name = "<script>alert(1)</script>\"onload=x $\\frac{a$ \\ \x1b[2J\x00\ud800 ' javascript:x"
+    lines = [line(step, name, loss_by_source={name: 0.5}) for step in range(1, 9)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+    (tmp_path / "eval.json").write_text(
+        json.dumps({"step": name, "loss": {name: 1.0}, "tasks": {name: {"accuracy": 0.5, "n": 2}}})
+    )
+    (tmp_path / "config.yaml").write_text(json.dumps({"run": {"name": "<b>"}, "phases": {"x": 3}}))
+    path = write_report(tmp_path, [])
+    text = path.read_text()
+    assert "<script" not in text and "<b>" not in text and "\x1b" not in text
+    tags = Tags()
+    tags.feed(text)
+    assert "script" not in tags.names and not any(name.startswith("on") for name in tags.attributes)
+    assert r"$\frac{a$" in text.split("<svg")[1].split("</svg>")[0], "the phase's name is drawn as it is"
+    assert "Content-Security-Policy\" content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'" in text
+    assert "<script" not in (page := write_report(tmp_path, []).read_text()) and page == text
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"step": "1"}, {"step": -1}, {"step": 1e400}, {"step": 10**400}, {"loss": "x"}, {"loss": 1e308}, {"lr": 3}, {"lr": {"vision": []}},
+        {"loss_by_source": [1]}, {"phase": {"a": 1}}, {"tokens": [], "step_seconds": {}}, {"grad_norm": True, "skipped": "x"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_lines_of_another_form_are_passed_over(bad: dict[str, Any], tmp_path: Path) -> None:
+    write_run(tmp_path)
+    text = json.dumps(line(1, "align") | bad).replace("Infinity", "1e400")
+    (tmp_path / "metrics.jsonl").write_text(f"{json.dumps(line(1, 'align'))}\n{text}\n[]\n" + "[" * 100_000)
+    events = [{"event": "validation", "phase": "align", "step": "1", "loss": {}}, {"event": "validation", "phase": "align"}]
+    events += [{"event": "dropped", "samples": "x"}, {"event": "resume", "time": 1e300}]
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps(each) + "\n" for each in events))
+    (tmp_path / "eval.json").write_text('{"step": [], "loss": {"a": "b"}, "tasks": {"t": 3, "u": {"accuracy": "x", "n": "y"}}}')
+    (tmp_path / "config.yaml").write_text("run: 3\nphases: {align: {trainable: 5, sequence_length: x}}\nmodel: [1]")
+    check(write_report(tmp_path, []))
