@@ -92,7 +92,7 @@ def start(
 
 def work(command: Callable[[RunConfig], None], config: RunConfig) -> None:
     """Run a command to its end, whatever that is, and leave its cause in status.json."""
-    faulthandler.enable()  # where a segmentation fault came from
+    faulthandler.enable(2)  # where a segmentation fault came from, on the process's own standard error
     try:
         command(config)
     except UserError as error:

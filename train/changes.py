@@ -79,7 +79,7 @@ def _changed(config: RunConfig, progress: Progress) -> Iterator[Changed]:
             continue
         if over and each.rules.change == "run":
             continue
-        more = each.name.endswith(".trainable") and any(group not in str(before[each.name]) for group in each.value)
+        more = each.name.endswith(".trainable") and not set(each.value) <= set(map(str, before[each.name]))
         yield Changed(each.name, before[each.name], each.value, "never" if more else each.rules.change)
 
 
