@@ -4,22 +4,31 @@ Lists of shards, states of checkpoints, references of records and the names in a
 name must lie in their own folder, also where links lead, and be a regular file: a pipe would let the reader wait for ever.
 """
 
+import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePath
 from typing import Final, Literal
 
-Kind = Literal["file", "folder"]
+Kind = Literal["file", "folder", "either"]
 HUB_FOLDERS: Final = ("models--", "datasets--", "spaces--")
 """How the Hugging Face hub's cache names repositories; their snapshots are links to the blobs beside them."""
+
+
+LONGEST: Final = 3000
+"""Characters of a name; Linux takes 4,095 bytes of a whole path."""
+DOTS: Final = "leads out of its folder with .."
+OUTSIDE: Final = "leads out of its folder"
+LINK: Final = "is a link out of its folder"
+"""What PlaceError says of names that lead outside."""
 
 
 class PlaceError(ValueError):
     """A name leads to no file that may be read: the message says why, without the name."""
 
 
-def locate(folder: Path, reference: str, kind: Kind = "file", follow_links: bool = False) -> Path:
+def locate(folder: Path, reference: str, kind: Kind = "file", follow_links: bool = False, others: Sequence[Path] = ()) -> Path:
     """The file or folder that a name in the files of `folder` means.
 
     Args:
@@ -27,6 +36,7 @@ def locate(folder: Path, reference: str, kind: Kind = "file", follow_links: bool
         reference: the name, as it stands in the file.
         kind: what must be there.
         follow_links: whether links may lead outside, which only the user may say.
+        others: folders that links may lead to besides.
 
     Returns:
         the path below `folder`, links in it not replaced.
@@ -39,21 +49,23 @@ def locate(folder: Path, reference: str, kind: Kind = "file", follow_links: bool
     _check_name(reference)
     path = Path(os.path.normpath(folder / reference))
     if not path.is_relative_to(os.path.normpath(folder)):
-        raise PlaceError("leads out of its folder")
+        raise PlaceError(OUTSIDE)
     real = _real(path)
-    if not follow_links and not any(real.is_relative_to(root) for root in roots(folder)):
-        raise PlaceError("is a link out of its folder")
+    if not follow_links and not any(real.is_relative_to(root) for place in (folder, *others) for root in roots(place)):
+        raise PlaceError(LINK)
     mode = real.stat().st_mode
     if kind == "file" and not stat.S_ISREG(mode):
+        raise PlaceError(f"is {_name(mode)}, not a file")
+    if kind == "either" and not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise PlaceError(f"is {_name(mode)}, not a file")
     if kind == "folder" and not stat.S_ISDIR(mode):
         raise PlaceError(f"is {_name(mode)}, not a folder")
     return path
 
 
-def read_located(folder: Path, reference: str, largest: int) -> bytes:
+def read_located(folder: Path, reference: str, largest: int, follow_links: bool = False) -> bytes:
     """All bytes of the file that `locate` finds; PlaceError too if there are more than `largest`."""
-    path = locate(folder, reference)
+    path = locate(folder, reference, follow_links=follow_links)
     with open(path, "rb") as file:
         content = file.read(largest + 1)
     if len(content) > largest:
@@ -85,8 +97,10 @@ def _check_name(reference: object) -> None:
         raise PlaceError("is not a file name")
     if "\0" in reference:
         raise PlaceError("is not a file name: it holds a zero byte")
+    if len(reference) > LONGEST:
+        raise PlaceError("is not a file name: it is too long")
     if ".." in PurePath(reference).parts:
-        raise PlaceError("leads out of its folder with ..")
+        raise PlaceError(DOTS)
 
 
 def _real(path: Path) -> Path:
@@ -94,7 +108,11 @@ def _real(path: Path) -> Path:
         return path.resolve(strict=True)
     except RuntimeError:  # until Python 3.13, for links in a circle
         raise PlaceError("is a link that leads to itself") from None
+    except UnicodeEncodeError:
+        raise PlaceError("is not a file name: it is no valid Unicode") from None
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise PlaceError("is not a file name: it is too long") from None
         if path.is_symlink() and not isinstance(error, PermissionError):
             raise PlaceError("is a link to nothing") from None
         raise

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from visionloom.common.atomic import replacing
+from visionloom.common.places import locate
 
 Rows = NDArray[Any]
 Work = Callable[[int, int], Rows]
@@ -25,7 +26,15 @@ Progress = Callable[[int, int], None]
 """Called with the items done and all items."""
 
 
-def in_blocks(path: Path, items: int, block: int, work: Work, processes: int = 0, progress: Progress | None = None) -> Rows:
+def in_blocks(
+    path: Path,
+    items: int,
+    block: int,
+    work: Work,
+    processes: int = 0,
+    progress: Progress | None = None,
+    dtype: np.dtype[Any] | None = None,
+) -> Rows:
     """The rows of all items, read from `path` or worked out block by block and put there.
 
     Args:
@@ -35,19 +44,30 @@ def in_blocks(path: Path, items: int, block: int, work: Work, processes: int = 0
         work: gives the rows of a block; what it raises ends the count, finished blocks are kept.
         processes: how many work beside this one; 0: this one alone.
         progress: told after each block.
+        dtype: of the rows; None: any.
     """
-    blocks = _Blocks(path, items, block, work)
+    blocks = _Blocks(path, items, block, work, dtype)
     if processes and len(blocks.missing) > 1:
         return blocks.by_processes(processes, progress)
     return blocks.alone(progress)
 
 
-def load_rows(path: Path) -> Rows | None:
-    """The array in a file, mapped into memory; None if there is none or it was cut short."""
-    with suppress(OSError, ValueError, EOFError):
-        rows: Rows = np.load(path, mmap_mode="r")
-        return rows
+def load_rows(path: Path, dtype: np.dtype[Any] | None = None) -> Rows | None:
+    """The array in a file, mapped into memory; None if there is none, it was cut short, or it is no list of such rows.
+
+    Tables lie beside datasets, which strangers made: counts below 0, which no table has, make it none of ours.
+    """
+    with suppress(Exception):  # numpy takes the header for Python, and raises whatever a damaged one leads it to
+        rows: Rows = np.load(locate(path.parent, path.name), mmap_mode="r", allow_pickle=False)
+        if rows.ndim == 1 and (
+            dtype is None or (rows.dtype == dtype and all(_counts(rows[name]) for name in dtype.names or ()))
+        ):
+            return rows
     return None
+
+
+def _counts(values: Rows) -> bool:
+    return values.dtype.kind == "u" or len(values) == 0 or int(values.min()) >= 0
 
 
 def save_rows(path: Path, rows: Rows) -> bool:
@@ -62,8 +82,8 @@ def save_rows(path: Path, rows: Rows) -> bool:
 
 
 class _Blocks:
-    def __init__(self, path: Path, items: int, block: int, work: Work) -> None:
-        self.path, self.items, self.block, self.work = path, items, block, work
+    def __init__(self, path: Path, items: int, block: int, work: Work, dtype: np.dtype[Any] | None) -> None:
+        self.path, self.items, self.block, self.work, self.dtype = path, items, block, work, dtype
         self.folder = path.with_name(path.name + ".parts")
         self.own: dict[int, Rows] = {}
         """Blocks worked out here: kept for a folder that cannot be written."""
@@ -77,9 +97,9 @@ class _Blocks:
         """Ranks that count the same array go through its blocks in random orders and take each other's."""
         starts = list(range(0, self.items, self.block))
         for done, start in enumerate(random.Random().sample(starts, len(starts)), start=1):
-            if len(starts) > 1 and load_rows(self.path) is not None:
+            if len(starts) > 1 and load_rows(self.path, self.dtype) is not None:
                 break
-            if load_rows(self._part(start)) is None:
+            if load_rows(self._part(start), self.dtype) is None:
                 self._take(start, self.work(start, min(start + self.block, self.items)))
             if progress is not None:
                 progress(min(done * self.block, self.items), self.items)
@@ -111,7 +131,9 @@ class _Blocks:
     def _join(self) -> Rows:
         parts = {start: self._rows(start) for start in range(0, self.items, self.block)}
         lacking = [start for start, rows in parts.items() if rows is None]
-        if lacking and (joined := load_rows(self.path)) is not None:  # another rank was first, and removed the blocks
+        if (
+            lacking and (joined := load_rows(self.path, self.dtype)) is not None
+        ):  # another rank was first, and removed the blocks
             shutil.rmtree(self.folder, ignore_errors=True)
             return joined
         for start in lacking:  # damaged
@@ -119,11 +141,11 @@ class _Blocks:
         rows = np.concatenate([found for found in parts.values() if found is not None])
         if save_rows(self.path, rows):
             shutil.rmtree(self.folder, ignore_errors=True)
-            return rows if (kept := load_rows(self.path)) is None else kept
+            return rows if (kept := load_rows(self.path, self.dtype)) is None else kept
         return rows
 
     def _rows(self, start: int) -> Rows | None:
-        return self.own[start] if start in self.own else load_rows(self._part(start))
+        return self.own[start] if start in self.own else load_rows(self._part(start), self.dtype)
 
 
 _work: Work | None = None

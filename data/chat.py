@@ -47,6 +47,8 @@ from visionloom.data.tokenizer import (
 
 TEMPLATE_VERSION: Final = 3
 """Counts changes of what this file renders: length tables made by another version are not used."""
+MOST_VISUAL_TOKENS: Final = 1 << 22
+"""Of a sample: 16 of the longest packs (262,144 tokens); sixty bytes of JSON can ask for 16,384."""
 _TOOLS_BEGIN: Final = (
     "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
     "You are provided with function signatures within <tools></tools> XML tags:\n<tools>"
@@ -78,6 +80,9 @@ class Rendering:
     """Pieces before the answer that comes next; -1: none is to come."""
     prompt_pieces: int = 0
     """Pieces up to and including the header of the last assistant turn; 0 if there is none."""
+    images: tuple[Image, ...] = ()
+    """The sample's pictures, which boxes count."""
+    visual_tokens: int = 0
     answer: str | None = None
     """What the last assistant turn says, without its end mark."""
 
@@ -103,7 +108,14 @@ def render(sample: Sample, rules: MediaConfig) -> Rendering:
     never on headers, tools, their results, pictures, videos or timestamps. Raises SampleError for a picture without a valid
     size, and for a box outside the sample's pictures.
     """
-    rendering, messages = Rendering(), sample.messages
+    try:
+        return _rendered(sample, rules)
+    except RecursionError:
+        raise SampleError(sample.id, "", "its tools or calls are nested too deeply") from None
+
+
+def _rendered(sample: Sample, rules: MediaConfig) -> Rendering:
+    rendering, messages = Rendering(images=sample.images), sample.messages
     if sample.tools:
         system = messages[:1] if messages and messages[0].role == "system" else ()
         _render_tools(rendering, sample, system, rules)
@@ -164,10 +176,12 @@ def _render_message(rendering: Rendering, sample: Sample, message: Message, rule
     start = len(rendering.pieces)
     if message.role == "assistant":
         rendering.end_prompt()
-    for index, element in enumerate(message.content):
+    spoken = False
+    for element in message.content:
         weight = element_loss(element, message) * sample.weight
-        if isinstance(element, ToolCall) and not all(isinstance(before, Think) for before in message.content[:index]):
+        if isinstance(element, ToolCall) and spoken:
             rendering.add("\n", weight)
+        spoken = spoken or not isinstance(element, Think)
         _render_element(rendering, sample, element, weight, rules)
     if is_answer:
         rendering.prompt_pieces = start
@@ -198,9 +212,9 @@ def _render_element(rendering: Rendering, sample: Sample, element: Element, weig
             rendering.add(f'\n{{"name": "{element.name}", "arguments": {arguments}}}\n', weight)
             rendering.add(CALL_END, weight, count=1)
         case Box():
-            rendering.add(_grounding(sample, element, "bbox_2d", element.xyxy), weight)
+            rendering.add(_grounding(rendering, sample, element, "bbox_2d", element.xyxy), weight)
         case Point():
-            rendering.add(_grounding(sample, element, "point_2d", element.xy), weight)
+            rendering.add(_grounding(rendering, sample, element, "point_2d", element.xy), weight)
         case Time():
             rendering.add(timestamp(element.seconds) if element.format == "seconds" else clock(element.seconds), weight)
 
@@ -211,6 +225,9 @@ def _render_media(rendering: Rendering, sample: Sample, media: Image | Video, ru
     except UserError as error:
         name = media.ref if isinstance(media, Image) else media.refs[0]
         raise SampleError(sample.id, name, str(error)) from None
+    rendering.visual_tokens += grid[0] * tokens_per_frame(grid)
+    if rendering.visual_tokens > MOST_VISUAL_TOKENS:
+        raise SampleError(sample.id, "", f"more than {MOST_VISUAL_TOKENS} visual tokens")
     rendering.media.append(media)
     rendering.grids.append(grid)
     if isinstance(media, Image):
@@ -237,8 +254,8 @@ def clock(seconds: float) -> str:
     return f"<{tenths // 36000}:{tenths // 600 % 60:02d}:{tenths // 10 % 60:02d}.{tenths % 10}>"
 
 
-def _grounding(sample: Sample, element: Box | Point, key: str, values: tuple[float, ...]) -> str:
-    images = sample.images
+def _grounding(rendering: Rendering, sample: Sample, element: Box | Point, key: str, values: tuple[float, ...]) -> str:
+    images = rendering.images
     if element.image >= len(images):
         raise SampleError(sample.id, key, f"image {element.image} expected, the sample has {len(images)}")
     image = images[element.image]

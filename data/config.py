@@ -1,24 +1,26 @@
 """What is read, and by which rules samples become tokens and patches. Nothing here imports torch."""
 
-import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Final
+
+from visionloom.common.settings import option, option_faults
 
 RULES: Final = ("hf", "hf_capped", "qwen_utils")
 """Rules by which pictures and videos get their sizes and frames."""
 OVER_LENGTH: Final = ("error", "drop", "split", "shrink", "truncate_tail")
 """What becomes of a sample that no pack can hold; see over_length.py."""
+WEIGHTS_IN: Final = ("samples", "tokens")
 
 
 @dataclass
 class DatasetConfig:
     """One dataset: a folder of indexed WebDataset shards."""
 
-    path: str = "???"
+    path: str = option("???", "data")
     """Folder with dataset.json, *.tar and their indexes, or the http(s)://, s3:// or other fsspec URL of one."""
-    weight: float = 1.0
+    weight: float = option(1.0, "data", least=0, most=1e9)
     """Share of the samples drawn, before normalisation; a phase's `mixture` overrides it."""
-    over_length: str = "error"
+    over_length: str = option("error", "data", choices=OVER_LENGTH)
     """A sample longer than the phase's sequence: `error` stops and names it; `split` cuts documents at sentence ends and
     chats between turns, `shrink` makes its pictures smaller, `truncate_tail` cuts its end off, `drop` leaves it out; what
     is lost is counted and logged."""
@@ -31,41 +33,35 @@ class MediaConfig:
     What is null takes the value of the rule; `hf` has the published preprocessor settings of Qwen3-VL.
     """
 
-    rule: str = "hf"
+    rule: str = option("hf", "data", choices=RULES)
     """Whose arithmetic: `hf` transformers' processors, `hf_capped` the same with `cap_pixels_per_frame`, `qwen_utils`
     qwen-vl-utils 0.0.14 with image_patch_size 16."""
-    image_min_pixels: int | None = None
+    image_min_pixels: int | None = option(None, "data", least=1, most=2**24)
     """Smallest area of an image; null: 65,536 (64 visual tokens), with qwen_utils 4,096."""
-    image_max_pixels: int | None = None
+    image_max_pixels: int | None = option(None, "data", least=1, most=2**28)
     """Largest area of an image; null: 16,777,216 (16,384 visual tokens)."""
-    video_min_pixels: int | None = None
+    video_min_pixels: int | None = option(None, "data", least=1, most=2**28)
     """Lower bound of frames x height x width of a video; null: 4,096. Not used by qwen_utils."""
-    video_max_pixels: int | None = None
+    video_max_pixels: int | None = option(None, "data", least=1, most=2**34)
     """Upper bound of frames x height x width of a video; null: 25,165,824, with qwen_utils 235,929,600 (twice its
     total_pixels, which counts pairs of frames)."""
-    frame_min_pixels: int | None = None
+    frame_min_pixels: int | None = option(None, "data", least=1, most=2**24)
     """Smallest area of a video's frame; null: 131,072. Used by qwen_utils only."""
-    frame_max_pixels: int | None = None
+    frame_max_pixels: int | None = option(None, "data", least=1, most=2**28)
     """Largest area of a video's frame; null: 786,432 (768 visual tokens). Not used by hf."""
-    video_fps: float = 2.0
+    video_fps: float = option(2.0, "data", above=0, most=1000)
     """Frames sampled per second from a video file; extracted frames were sampled before."""
-    video_min_frames: int = 4
+    video_min_frames: int = option(4, "data", least=1, most=100_000)
     """Fewest frames of a video file, as far as it has them."""
-    video_max_frames: int = 768
+    video_max_frames: int = option(768, "data", least=1, most=100_000)
     """Most frames of a video."""
 
     def problems(self) -> list[str]:
         """Values that no run can have: one line each, naming the option."""
-        least = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in ("rule", "video_fps")}
-        found = [
-            f"data.media.{name}={value} must be at least 1" for name, value in least.items() if value is not None and value < 1
-        ]
-        if self.rule not in RULES:
-            found.append(f"data.media.rule={self.rule} is unknown: use one of {', '.join(RULES)}")
-        if not 0 < self.video_fps < math.inf:
-            found.append(f"data.media.video_fps={self.video_fps:g} must be above 0")
+        if found := option_faults(self, "data.media"):
+            return found
         for kind in ("image", "video", "frame"):
-            low, high = least[f"{kind}_min_pixels"], least[f"{kind}_max_pixels"]
+            low, high = (getattr(self, f"{kind}_{end}_pixels") for end in ("min", "max"))
             if low is not None and high is not None and low > high:
                 found.append(f"data.media.{kind}_min_pixels={low} is above data.media.{kind}_max_pixels={high}")
         if self.video_min_frames > self.video_max_frames:
@@ -80,17 +76,17 @@ class MediaConfig:
 class StoreConfig:
     """How remote datasets (http, https, s3 and other URLs) are read; folders need none of it."""
 
-    timeout_seconds: float = 20.0
+    timeout_seconds: float = option(20.0, "free", above=0, most=3600)
     """Longest wait for an answer, and between two of its parts; an attempt may last this and 1 s for each MiB."""
-    retries: int = 5
+    retries: int = option(5, "free", least=0, most=16)
     """Attempts after a failed one, each after twice the wait of the last (0.25 s at first), before the run stops."""
-    hedge_seconds: float = 2.0
+    hedge_seconds: float = option(2.0, "free", least=0, most=3600)
     """A request without an answer for so long gets a second one beside it, and the first answer counts; 0: never."""
-    bytes_in_flight: int = 256 * 2**20
+    bytes_in_flight: int = option(256 * 2**20, "free", least=1, most=2**40)
     """Most bytes of media that a process has asked for and not decoded yet."""
-    cache: str = ""
+    cache: str = option("", "free")
     """Folder of this machine for what was read; empty: none."""
-    cache_bytes: int = 100 * 2**30
+    cache_bytes: int = option(100 * 2**30, "free", least=1, most=2**60)
     """Most bytes in that folder, over all processes; what was not used for longest goes first."""
 
 
@@ -98,7 +94,7 @@ class StoreConfig:
 class DataConfig:
     """The input of a run."""
 
-    tokenizer: str = ""
+    tokenizer: str = option("", "data")
     """Folder of a Hugging Face tokenizer with Qwen3-VL's special tokens."""
     datasets: dict[str, DatasetConfig] = field(default_factory=dict)
     """Training datasets by name."""
@@ -106,27 +102,27 @@ class DataConfig:
     """Held-out datasets by name, for evaluation."""
     media: MediaConfig = field(default_factory=MediaConfig)
     store: StoreConfig = field(default_factory=StoreConfig)
-    workers: int = 0
+    workers: int = option(0, "free", least=0, most=1024)
     """Processes that decode ahead on each rank; their number never changes what is read."""
-    patch_budget: float = 3.2
+    patch_budget: float = option(3.2, "data", above=0, most=1000)
     """Most patches of a pack, per token of the sequence length (0.8 x the 4 patches behind a visual token)."""
-    window: int = 1024
+    window: int = option(1024, "data", least=1, most=65_536)
     """Packs are taken in order and filled up best-fit from this many waiting samples, of each dataset from at most a 40th of
     its epoch."""
-    pack_multiple: int = 1
+    pack_multiple: int = option(1, "data", least=1, most=65_536)
     """Tokens that each sample takes up in a pack are rounded up to this multiple, for context parallelism."""
-    pack_segments: int = 0
+    pack_segments: int = option(0, "data", least=0, most=2**20)
     """Most samples of a pack; 0: any number."""
-    weights_in: str = "samples"
+    weights_in: str = option("samples", "data", choices=WEIGHTS_IN)
     """What weights of datasets are shares of: `samples` drawn, or `tokens`."""
-    shuffle_block: int = 64
+    shuffle_block: int = option(64, "data", least=1, most=2**20)
     """Neighbouring samples that the shuffle keeps near each other, so that reading is not all seeks; 1: none."""
-    continue_draws: bool = False
+    continue_draws: bool = option(False, "run")
     """Whether a phase goes on in each dataset where the phase before stopped, instead of in an order of its own."""
-    on_change: str = "error"
+    on_change: str = option("error", "free", choices=("error", "new_phase"))
     """If the data or its settings differ from a checkpoint's: `error` says what, `new_phase` goes on with the new ones
     behind what was drawn already."""
-    cache: str = ""
+    cache: str = option("", "free")
     """Folder for length tables and plans; empty: `cache/` inside each dataset's folder, for a URL ~/.cache/visionloom."""
-    max_bad_fraction: float = 1e-3
+    max_bad_fraction: float = option(1e-3, "free", least=0, most=1)
     """Share of unreadable samples, of all that a process has read or of 10,000 at first, above which the run stops."""

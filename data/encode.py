@@ -1,6 +1,6 @@
 """From samples to token ids, loss weights and positions: everything of a sample but its pixels. Imports no torch."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -65,13 +65,18 @@ def encode_all(
 
     Raises SampleError for one that cannot be rendered.
     """
+    return list(encode_each(samples, tokenizer, rules, sources))
+
+
+def encode_each(
+    samples: Sequence[Sample], tokenizer: Tokenizer, rules: MediaConfig, sources: Sequence[str]
+) -> Iterator[EncodedSample]:
+    """As `encode_all`, with one of them in memory at a time."""
     renderings = [render(sample, rules) for sample in samples]
     runs = [_runs(rendering.pieces) for rendering in renderings]
     known = _tokenise({texts for found in runs for _, texts in found if texts}, tokenizer)
-    return [
-        _assemble(sample, rendering, found, known, tokenizer, source)
-        for sample, rendering, found, source in zip(samples, renderings, runs, sources, strict=True)
-    ]
+    for sample, rendering, found, source in zip(samples, renderings, runs, sources, strict=True):
+        yield _assemble(sample, rendering, found, known, tokenizer, source)
 
 
 def positions(length: int, blocks: Sequence[tuple[int, int, int]]) -> NDArray[np.int32]:
@@ -134,15 +139,15 @@ Tokens = tuple[NDArray[np.int32], NDArray[np.int64]]
 
 def _runs(pieces: list[Piece]) -> list[tuple[int, Texts]]:
     """First piece of each run, and its texts."""
-    runs: list[tuple[int, Texts]] = []
+    runs: list[tuple[int, list[str]]] = []
     for index, piece in enumerate(pieces):
         if piece.count:
-            runs.append((index, ()))
+            runs.append((index, []))
         elif runs and runs[-1][1] and not piece.apart:
-            runs[-1] = runs[-1][0], (*runs[-1][1], piece.text)
+            runs[-1][1].append(piece.text)
         else:
-            runs.append((index, (piece.text,)))
-    return runs
+            runs.append((index, [piece.text]))
+    return [(first, tuple(texts)) for first, texts in runs]
 
 
 def _tokenise(runs: set[Texts], tokenizer: Tokenizer) -> dict[Texts, Tokens]:

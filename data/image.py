@@ -1,25 +1,19 @@
 """Pictures from their bytes to pixels of a wanted size: uint8 all the way, the same values as the reference processors."""
 
-import warnings
-from io import BytesIO
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image as Pillow
-from PIL import UnidentifiedImageError
 
-from visionloom.data.probe import FORMATS
+from visionloom.data.open_media import MediaError, check_pixels, check_scans, open_picture
 from visionloom.data.sample import SampleError
 
 try:
     import simplejpeg
 except ImportError:  # the optional extra `jpeg`: same pixels as Pillow, a fifth faster
     simplejpeg = None
-
-MAX_PIXELS: Final = 1 << 27
-"""Larger pictures (134 million pixels, 400 MB decoded) are refused from their header."""
 
 Pixels = NDArray[np.uint8]
 
@@ -30,12 +24,11 @@ def decode_image(data: bytes, size: tuple[int, int], sample_id: str, name: str) 
     Raises SampleError naming the member, for a wrong or too large size before any pixel is decoded. The orientation in EXIF
     is not applied: converters do that.
     """
-    quick = _decode_jpeg(data, size)
-    if quick is not None:
-        return quick
     try:
-        with warnings.catch_warnings(action="ignore", category=Pillow.DecompressionBombWarning):
-            picture = Pillow.open(BytesIO(data), formats=FORMATS)
+        quick = _decode_jpeg(data, size)
+        if quick is not None:
+            return quick
+        picture = open_picture(data)
         check_size((picture.height, picture.width), size, sample_id, name)
         if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
             raise SampleError(
@@ -44,8 +37,8 @@ def decode_image(data: bytes, size: tuple[int, int], sample_id: str, name: str) 
         return np.array(_opaque(picture), np.uint8)
     except SampleError:
         raise
-    except UnidentifiedImageError:
-        raise SampleError(sample_id, name, f"cannot be decoded: it is none of {', '.join(FORMATS)}") from None
+    except MediaError as error:
+        raise SampleError(sample_id, name, f"cannot be decoded: {error.detail}") from None
     except Exception as error:  # decoders raise whatever damaged bytes lead them to
         raise SampleError(sample_id, name, f"cannot be decoded: {type(error).__name__}: {error}") from error
 
@@ -54,14 +47,14 @@ def check_size(found: tuple[int, int], said: tuple[int, int], sample_id: str, na
     """Compare the (height, width) of a header with what the sample says; raises SampleError."""
     if found != said:
         raise SampleError(sample_id, name, f"{found[1]}x{found[0]} pixels, the sample says {said[1]}x{said[0]}")
-    if found[0] * found[1] > MAX_PIXELS:
-        raise SampleError(sample_id, name, f"{found[1]}x{found[0]} pixels are too many: at most {MAX_PIXELS}")
 
 
 def _decode_jpeg(data: bytes, size: tuple[int, int]) -> Pixels | None:
     """Pixels by simplejpeg; None for all it does not take, which Pillow then decodes, or says what is wrong with."""
-    if simplejpeg is None or data[:2] != b"\xff\xd8" or size[0] * size[1] > MAX_PIXELS:
+    if simplejpeg is None or data[:2] != b"\xff\xd8":
         return None
+    check_pixels(size[1], size[0], len(data))
+    check_scans(data, size[1], size[0])
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
         if (height, width) != size or colours not in ("YCbCr", "Gray"):

@@ -19,7 +19,8 @@ import numpy.typing as npt
 
 from visionloom.common.atomic import replacing
 from visionloom.common.errors import UserError
-from visionloom.data.manifest import ShardInfo, Statistics
+from visionloom.common.places import PlaceError, read_located
+from visionloom.data.manifest import ShardInfo, Statistics, parse_statistics
 from visionloom.data.probe import KINDS, MediaFacts, kind_of, probe
 from visionloom.data.sample import Image, Sample, SampleError, Video, parse_sample, to_json
 from visionloom.data.tar import BLOCK, Entry, Fault, Report, entries, refuse
@@ -27,6 +28,8 @@ from visionloom.data.tar import BLOCK, Entry, Fault, Report, entries, refuse
 KEY: Final = re.compile(r"[A-Za-z0-9_-]{1,80}")
 """A sample's key in the tar: no dots, since WebDataset ends the key at the first one."""
 INDEX_VERSION: Final = 2
+LARGEST_INDEX: Final = 1 << 32
+"""Bytes of an index file."""
 _MAGIC: Final = b"VLQIDX\0\0"
 _SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
 
@@ -126,13 +129,18 @@ def known_shard(path: Path) -> ShardInfo | None:
     try:
         if index.stat().st_mtime_ns < path.stat().st_mtime_ns:
             return None
-        content = index.read_bytes()
-    except FileNotFoundError:
+        content = read_located(index.parent, index.name, LARGEST_INDEX)
+    except (FileNotFoundError, PlaceError):
         return None
     header = np.frombuffer(content[: _HEADER.itemsize].ljust(_HEADER.itemsize, b"\0"), _HEADER)[0]
     if header["magic"] != _MAGIC.rstrip(b"\0") or header["version"] != INDEX_VERSION or len(content) != _size(header):
         return None
-    return _info(path, content) if header["tar_edges"].tobytes() == tar_edges(path, int(header["tar_bytes"])) else None
+    if header["tar_edges"].tobytes() != tar_edges(path, int(header["tar_bytes"])):
+        return None
+    try:
+        return _info(path, content)
+    except ValueError:  # what it says cannot be true: it is made anew
+        return None
 
 
 def tar_edges(path: Path, size: int) -> bytes:
@@ -315,11 +323,29 @@ class ShardIndex:
         self._names, self._tail, self._data, self._located = data[ends[3] : ends[4]], data[ends[4] :], data, ends
         self.bytes, self.tar_bytes, self.tar_edges = len(data), int(header["tar_bytes"]), header["tar_edges"].tobytes()
         self._last: tuple[int, dict[str, int]] = -1, {}
+        self._check()
+
+    def _check(self) -> None:
+        """Raise ValueError if a row leads out of the tar, the members or the names: who made the index is not known."""
+        first, count = (self.samples[name].astype(np.uint64) for name in ("first_member", "members"))
+        ends = [(self.samples[name], self.samples[length]) for name, length in (("key_offset", "key_length"),)]
+        ends += [(self.members["name_offset"], self.members["name_length"])]
+        bytes_of = [
+            (self.samples["json_offset"], self.samples["json_length"]),
+            (self.members["offset"], self.members["length"]),
+        ]
+        for spans, most in ((ends, len(self._names)), (bytes_of, self.tar_bytes), ([(first, count)], len(self.members))):
+            for start, length in spans:  # compared without sums, which may overflow
+                if np.any(start.astype(np.uint64) > most) or np.any(length > most - np.minimum(start.astype(np.uint64), most)):
+                    raise ValueError("a row leads out of what is there")
+        numbers = np.concatenate([self.facts["fps"], self.facts["duration"]])
+        if np.any(self.facts["kind"] >= len(KINDS)) or not np.all(np.isfinite(numbers) & (numbers >= 0)):
+            raise ValueError("a row's facts are none")
 
     @property
     def statistics(self) -> Statistics:
-        """Counts over the shard's samples."""
-        return Statistics.read(json.loads(self._tail.tobytes()))
+        """Counts over the shard's samples; raises JsonError if they are none."""
+        return parse_statistics(self._tail.tobytes(), "statistics of the index")
 
     @property
     def content(self) -> str:
@@ -378,4 +404,4 @@ class ShardIndex:
         return MediaFacts(KINDS[kind], *numbers)
 
     def _name(self, offset: int, length: int) -> str:
-        return self._names[offset : offset + length].tobytes().decode()
+        return self._names[offset : offset + length].tobytes().decode(errors="replace")

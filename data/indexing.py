@@ -8,9 +8,11 @@ from typing import Final
 
 from visionloom.common.atomic import replacing
 from visionloom.common.errors import UserError
+from visionloom.common.places import PlaceError, locate
 from visionloom.data.index import NoSamples, index_shard, known_shard
 from visionloom.data.manifest import ShardInfo, write_manifest
 from visionloom.data.processes import in_order
+from visionloom.data.store import MEND
 from visionloom.data.tar import Fault
 
 LEFT_OUT: Final = "left_out.jsonl"
@@ -29,7 +31,7 @@ def index_folder(
     """
     if not folder.is_dir():
         raise UserError(f"no folder {folder}")
-    paths = sorted(folder.glob("*.tar"))
+    paths = [_located(folder, path.name) for path in sorted(folder.glob("*.tar"))]
     if not paths:
         raise UserError(f"{folder} has no .tar files to index")
     rows: list[ShardInfo] = []
@@ -43,6 +45,14 @@ def index_folder(
     _write_left_out(folder, faults)
     write_manifest(folder, rows)
     return rows
+
+
+def _located(folder: Path, name: str) -> Path:
+    """A shard of the folder; raises UserError for what is none, rather than leave it out unseen."""
+    try:
+        return locate(folder, name)
+    except PlaceError as error:
+        raise UserError(f"{folder / name} {error}: {MEND}") from None
 
 
 def _index(path: Path, force: bool, skip_bad: bool) -> tuple[ShardInfo | None, list[Fault]]:

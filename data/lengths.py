@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from visionloom.data import chat
 from visionloom.data.blocks import Progress, in_blocks, load_rows
 from visionloom.data.config import MediaConfig
-from visionloom.data.encode import EncodedSample, encode_all
+from visionloom.data.encode import EncodedSample, encode_each
 from visionloom.data.sample import Sample, SampleError
 from visionloom.data.shards import Dataset
 from visionloom.data.tokenizer import Tokenizer
@@ -64,10 +64,10 @@ def load_lengths(
     `processes` count beside this one, 0: none.
     """
     path = cache / f"lengths-{lengths_hash(dataset.fingerprint, tokenizer, rules)}.npy"
-    table = load_rows(path)
-    if table is not None and table.dtype == LENGTHS and len(table) == len(dataset):
+    table = load_rows(path, LENGTHS)
+    if table is not None and len(table) == len(dataset):
         return table
-    return in_blocks(path, len(dataset), BLOCK, Counting(dataset, tokenizer, rules), processes, progress)
+    return in_blocks(path, len(dataset), BLOCK, Counting(dataset, tokenizer, rules), processes, progress, LENGTHS)
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Counting:
     def _rows(self, samples: list[Sample]) -> list[tuple[int, int, int, int]]:
         sources = [self.dataset.name] * len(samples)
         try:
-            return [row_of(encoded) for encoded in encode_all(samples, self.tokenizer, self.rules, sources)]
+            return [row_of(encoded) for encoded in encode_each(samples, self.tokenizer, self.rules, sources)]
         except SampleError:
             if len(samples) == 1:
                 return [(0, 0, 0, 0)]

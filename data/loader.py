@@ -135,7 +135,7 @@ class PackStream:
         if self.data.on_change == "error":
             raise UserError(
                 f"the training data is not what the checkpoint was made with: {'; '.join(found)}: restore it, go on with"
-                f" data.on_change=new_phase, or start a new run"
+                f" data.on_change=new_phase, or set run.name to start a new run"
             )
         self.plan = self._make_plan(Origin.after(state, int(state["step"])))
         return found

@@ -2,13 +2,18 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final
+
+from pydantic import Field
 
 from visionloom.common.atomic import replacing
 from visionloom.common.errors import UserError
+from visionloom.common.jsonfile import LARGEST, JsonError, checked, load_json, parse_json
+from visionloom.common.places import PlaceError, read_located
 from visionloom.data.sample import SCHEMA_VERSION, Sample, Text, Think, Video
 
 MANIFEST: Final = "dataset.json"
@@ -42,13 +47,6 @@ class Statistics:
         for sample in samples:
             if sample is not None:
                 found._count(sample)
-        return found
-
-    @classmethod
-    def read(cls, values: Mapping[str, Any]) -> "Statistics":
-        """From JSON; raises TypeError for a value of another type."""
-        found = cls(**{item.name: values[item.name] for item in dataclasses.fields(cls)})
-        found.left_out = [(int(offset), str(key), str(error)) for offset, key, error in found.left_out]
         return found
 
     def _count(self, sample: Sample) -> None:
@@ -113,27 +111,108 @@ def _counts(statistics: Statistics) -> dict[str, Any]:
     return dataclasses.asdict(statistics) | {"left_out": len(statistics.left_out)}
 
 
+def read_manifest(folder: Path, option: str) -> tuple[ShardInfo, ...]:
+    """The shards of a folder by its dataset.json; raises UserError as `parse_manifest`, FileNotFoundError if there is none."""
+    try:
+        content = read_located(folder, MANIFEST, LARGEST)
+    except PlaceError as error:
+        raise UserError(f"{option}: {folder / MANIFEST} {error}: run python launch/data.py index {folder}") from None
+    return parse_manifest(content, str(folder / MANIFEST), option)
+
+
 def parse_manifest(content: bytes, where: str, option: str) -> tuple[ShardInfo, ...]:
     """The shards that a dataset.json names; what was left out of them is a matter of their indexes.
 
-    Raises UserError, naming the option and the file, if it is damaged, of another schema, empty, or leads out of its folder.
+    Raises UserError, naming the option, the file and the field, if it is damaged, of another schema, empty, or leads out of its
+    folder.
     """
     folder = where.removesuffix("/" + MANIFEST)
+    fix = f"run python launch/data.py index {folder}"
     try:
-        document = json.loads(content)
-        version, shards = document["schema_version"], tuple(_shard(row) for row in document["shards"])
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{option}: {where} is damaged or old: run python launch/data.py index {folder}") from None
-    if version != SCHEMA_VERSION:
-        raise UserError(f"{option}: {where} has schema version {version!r}, this program reads {SCHEMA_VERSION}")
-    for shard in shards:
-        if Path(shard.file).name != shard.file:
-            raise UserError(f"{option}: {where} names a shard outside its folder: {shard.file!r}")
-    if not sum(shard.samples for shard in shards):
+        document = checked(load_json(content, where), dict[str, Any], where)
+        if (version := document.get("schema_version")) != SCHEMA_VERSION:
+            raise UserError(f"{option}: {where} has schema version {version!r:.20}, this program reads {SCHEMA_VERSION}: {fix}")
+        rows = checked(document, _Document, where).shards
+    except JsonError as error:
+        raise UserError(f"{option}: {error}: the file is damaged or old: {fix}") from None
+    for shard in rows:
+        if _NAME.fullmatch(shard.file) is None:
+            raise UserError(f"{option}: {where} names a shard outside its folder: {shard.file!r:.100}")
+    if len({shard.file for shard in rows}) < len(rows):
+        raise UserError(f"{option}: {where} names a shard twice: {fix}")
+    if not sum(shard.samples for shard in rows):
         raise UserError(f"{option}: {folder} holds no samples")
-    return shards
+    return tuple(row.info() for row in rows)
 
 
-def _shard(row: Mapping[str, Any]) -> ShardInfo:
-    statistics = Statistics.read({**row["statistics"], "left_out": []})
-    return ShardInfo(row["file"], int(row["samples"]), int(row["bytes"]), row["sha256"], row["content"], statistics)
+_NAME: Final = re.compile(r"(?!\.)[^/\\\x00-\x1f\x7f-\x9f]{1,250}")
+"""A file of the folder itself."""
+Count = Annotated[int, Field(ge=0, le=2**62)]
+Row = Annotated[int, Field(ge=0, le=2**32 - 1)]
+"""What an index file has four bytes for."""
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Counts:
+    """Statistics as dataset.json has them: only the number of what was left out."""
+
+    images: Count
+    videos: Count
+    frames: Count
+    pixels: Count
+    duration: Seconds
+    text_bytes: Count
+    tasks: dict[str, Count]
+    suspect_media: Count
+    left_out: Count = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Shard:
+    """A shard as dataset.json has it."""
+
+    file: str
+    samples: Row
+    bytes: Count
+    sha256: str
+    content: str
+    statistics: _Counts
+
+    def info(self) -> ShardInfo:
+        counts = {item.name: getattr(self.statistics, item.name) for item in dataclasses.fields(Statistics)}
+        return ShardInfo(
+            self.file, self.samples, self.bytes, self.sha256, self.content, Statistics(**counts | {"left_out": []})
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Document:
+    """dataset.json."""
+
+    schema_version: int
+    samples: Count
+    bytes: Count
+    statistics: _Counts
+    shards: tuple[_Shard, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _IndexStatistics:
+    """Statistics as an index file has them."""
+
+    images: Count
+    videos: Count
+    frames: Count
+    pixels: Count
+    duration: Seconds
+    text_bytes: Count
+    tasks: dict[str, Count]
+    suspect_media: Count
+    left_out: list[tuple[Count, str, str]]
+
+
+def parse_statistics(content: bytes, where: str) -> Statistics:
+    """The statistics at the end of an index file; raises JsonError."""
+    found = parse_json(content, _IndexStatistics, where)
+    return Statistics(**{item.name: getattr(found, item.name) for item in dataclasses.fields(Statistics)})

@@ -143,10 +143,14 @@ class Cutting:
     def load_or_make(self, cache: Path, identity: str, processes: int, progress: Progress | None) -> Rows:
         """All views, sample by sample."""
         path = cache / f"views-{views_hash(identity, self.limits)}.npy"
-        rows = load_rows(path)
-        if rows is None or rows.dtype != VIEW:
+        rows = load_rows(path, VIEW)
+        if (
+            rows is None
+            or not np.isin(rows["sample"], self.samples).all()
+            or np.any(np.diff(rows["sample"].astype(np.int64)) < 0)
+        ):
             work = replace(self, lengths=np.asarray(self.lengths[self.samples]))
-            rows = in_blocks(path, len(self.samples), BLOCK, work, processes, progress)
+            rows = in_blocks(path, len(self.samples), BLOCK, work, processes, progress, VIEW)
         return np.asarray(rows)
 
     def __call__(self, start: int, stop: int) -> Rows:

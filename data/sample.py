@@ -1,7 +1,6 @@
 """A training sample as it lies in a shard: schema version 1, its checks, and its JSON."""
 
 import json
-import math
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -16,11 +15,27 @@ KINDS: Final = ("chat", "doc")
 ROLES: Final = ("system", "user", "assistant", "tool")
 SPACES: Final = ("px", "relative1000")
 TIME_FORMATS: Final = ("seconds", "hms")
+LARGEST_JSON: Final = 32 << 20
+"""Bytes of a sample's JSON: the text of the longest packs has 2 million; in memory JSON may take twenty times as much."""
 REF: Final = re.compile(r"(?!json$)[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 """Names of media members: no folders, no `..`, no leading dot, and never the name of the sample's own JSON."""
 
 LOSS_MARK: Final = re.compile(r"(.*_)?(loss|train|trained|trainable|training|mask|masked|weight|learn|supervised?)(_.*)?")
 """Keys of a turn that can only mean whether it is learned. The schema's word is `loss`; others are refused, not passed over."""
+LONGEST_KEY: Final = 100
+"""Characters of a key that is compared with patterns like this; longer ones are no words."""
+LONGEST_ID: Final = 8192
+LARGEST_WEIGHT: Final = 1e6
+"""In the loss: a larger one would drown all other samples, and soon float32."""
+LARGEST_NUMBER: Final = 1e9
+"""Seconds (32 years) and coordinates; a number that is larger is none that anybody measured."""
+LARGEST_RATE: Final = 1e6
+"""Frames a second; the smallest is one in so many seconds."""
+LARGEST_SIDE: Final = 1 << 20
+LARGEST_AREA: Final = 1 << 40
+"""Pixels, and of areas, also of all frames of a video together."""
+MOST_FRAMES: Final = 1 << 20
+MOST_IMAGES: Final = 1 << 20
 _MESSAGE_KEYS: Final = frozenset(["role", "content", "loss"])
 
 Space = Literal["px", "relative1000"]
@@ -225,7 +240,7 @@ def parse_sample(raw: bytes | str | Mapping[str, Any], origin: str = "") -> Samp
         messages=_messages(top) if kind == "chat" else (),
         content=_content(top, role=None) if kind == "doc" else (),
         tools=_tools(top),
-        weight=top.number("weight", default=1.0, low=0.0),
+        weight=top.number("weight", default=1.0, low=0.0, high=LARGEST_WEIGHT),
         task=top.optional_text("task"),
         meta=_meta(top),
     )
@@ -269,9 +284,13 @@ def media_refs(element: Element) -> tuple[str, ...]:
 def _load(raw: bytes | str | Mapping[str, Any], origin: str) -> Mapping[str, Any]:
     if not isinstance(raw, bytes | str):
         return raw
+    if len(raw) > LARGEST_JSON:
+        raise SampleError(origin, "", f"its JSON has {len(raw)} bytes, at most {LARGEST_JSON}")
     try:
-        values = json.loads(raw)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        values = json.loads(
+            raw
+        )  # not load_json: a sample's own checks refuse what is not finite, and this is read in every epoch
+    except (ValueError, RecursionError) as error:  # numbers of more than 4,300 digits are ValueErrors too
         raise SampleError(origin, "", f"not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise SampleError(origin, "", f"a JSON object expected, got {type(values).__name__}")
@@ -302,6 +321,8 @@ class _Fields:
         value = self.get(name)
         if not isinstance(value, str) or (name == "id" and not value):
             self.fail(name, f"a string expected, got {_kind_of(value)}")
+        if name == "id" and len(value) > LONGEST_ID:
+            self.fail(name, f"at most {LONGEST_ID} characters expected, got {len(value)}")
         return value
 
     def optional_text(self, name: str) -> str | None:
@@ -310,32 +331,38 @@ class _Fields:
     def choice(self, name: str, allowed: tuple[str, ...], default: str | None = None) -> str:
         value = self.values.get(name, default)
         if value not in allowed:
-            self.fail(name, f"one of {', '.join(allowed)} expected, got {value!r}")
+            self.fail(name, f"one of {', '.join(allowed)} expected, got {value!r:.80}")
         return cast(str, value)
 
-    def number(self, name: str, default: float | None = None, low: float = -math.inf) -> float:
-        return self._number(name, self.values.get(name, default), low)
+    def number(
+        self, name: str, default: float | None = None, low: float = -LARGEST_NUMBER, high: float = LARGEST_NUMBER
+    ) -> float:
+        return self._number(name, self.values.get(name, default), low, high)
 
-    def integer(self, name: str, low: int) -> int:
+    def integer(self, name: str, low: int, high: int) -> int:
         value = self.get(name)
         if type(value) is not int or value < low:
-            self.fail(name, f"an integer of at least {low} expected, got {value!r}")
+            self.fail(name, f"an integer of at least {low} expected, got {value!r:.80}")
+        if value > high:
+            self.fail(name, f"at most {high} expected, got {value!r:.80}")
         return value
 
-    def optional_number(self, name: str, low: float = -math.inf) -> float | None:
+    def optional_number(self, name: str, low: float = -LARGEST_NUMBER) -> float | None:
         return None if self.values.get(name) is None else self.number(name, low=low)
 
-    def positive(self, name: str) -> float:
-        value = self.number(name, low=0.0)
+    def positive(self, name: str, low: float = 0.0, high: float = LARGEST_NUMBER) -> float:
+        value = self.number(name, low=0.0, high=high)
         if not value:
             self.fail(name, "more than 0 expected")
+        if value < low:
+            self.fail(name, f"at least {low:g} expected, got {value:g}")
         return value
 
-    def optional_integer(self, name: str, low: int) -> int | None:
-        return None if self.values.get(name) is None else self.integer(name, low)
+    def optional_integer(self, name: str, low: int, high: int) -> int | None:
+        return None if self.values.get(name) is None else self.integer(name, low, high)
 
     def loss(self) -> float | None:
-        return None if self.values.get("loss") is None else self.number("loss", low=0.0)
+        return None if self.values.get("loss") is None else self.number("loss", low=0.0, high=LARGEST_WEIGHT)
 
     def items(self, name: str) -> list[Any]:
         value = self.get(name)
@@ -343,26 +370,26 @@ class _Fields:
             self.fail(name, f"a list expected, got {_kind_of(value)}")
         return list(value)
 
-    def numbers(self, name: str, count: int | None = None, low: float = -math.inf) -> tuple[float, ...]:
+    def numbers(self, name: str, count: int | None = None, low: float = -LARGEST_NUMBER) -> tuple[float, ...]:
         items = self.items(name)
         if count is not None and len(items) != count:
             self.fail(name, f"{count} numbers expected, got {len(items)}")
-        if all(
-            type(item) is float and math.isfinite(item) and item >= low for item in items
-        ):  # quick for the times of long videos
+        if all(type(item) is float and low <= item <= LARGEST_NUMBER for item in items):  # quick for the times of long videos
             return tuple(items)
-        return tuple(self._number(f"{name}[{index}]", item, low) for index, item in enumerate(items))
+        return tuple(self._number(f"{name}[{index}]", item, low, LARGEST_NUMBER) for index, item in enumerate(items))
 
-    def _number(self, name: str, value: Any, low: float) -> float:
+    def _number(self, name: str, value: Any, low: float, high: float) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
             self.fail(name, f"a finite number expected, got {value!r:.80}")
         if value < low:
-            self.fail(name, f"at least {low:g} expected, got {value!r}")
+            self.fail(name, f"at least {low:g} expected, got {value!r:.80}")
+        if value > high:
+            self.fail(name, f"at most {high:g} expected, got {value!r:.80}")
         return float(value)
 
     def ref(self, name: str, value: Any) -> str:
         if not isinstance(value, str) or len(value) > 80 or REF.fullmatch(value) is None:
-            self.fail(name, f"a plain member name like img0.png expected, got {value!r}")
+            self.fail(name, f"a plain member name like img0.png expected, got {value!r:.100}")
         return value
 
 
@@ -385,7 +412,7 @@ def _message(fields: _Fields, index: int) -> Message:
     if role == "system" and index > 0:
         fields.fail("role", "a system message comes first or not at all")
     for name in fields.values.keys() - _MESSAGE_KEYS:
-        if LOSS_MARK.fullmatch(name):
+        if len(name) <= LONGEST_KEY and LOSS_MARK.fullmatch(name):
             fields.fail(name, "unknown mark of the loss: loss is the schema's word, a weight from 0")
     return Message(role, _content(fields, role), fields.loss())
 
@@ -422,20 +449,20 @@ def _think(fields: _Fields) -> Think:
 def _image(fields: _Fields) -> Image:
     return Image(
         fields.ref("ref", fields.get("ref")),
-        fields.integer("w", 1),
-        fields.integer("h", 1),
-        fields.optional_integer("min_pixels", 1),
-        fields.optional_integer("max_pixels", 1),
+        fields.integer("w", 1, LARGEST_SIDE),
+        fields.integer("h", 1, LARGEST_SIDE),
+        fields.optional_integer("min_pixels", 1, LARGEST_AREA),
+        fields.optional_integer("max_pixels", 1, LARGEST_AREA),
     )
 
 
 def _video(fields: _Fields) -> Video:
-    width, height = fields.integer("w", 1), fields.integer("h", 1)
+    width, height = fields.integer("w", 1, LARGEST_SIDE), fields.integer("h", 1, LARGEST_SIDE)
     if "ref" in fields.values:
-        ref, count = fields.ref("ref", fields.get("ref")), fields.integer("frames", 1)
+        ref, count = fields.ref("ref", fields.get("ref")), fields.integer("frames", 1, MOST_FRAMES)
         times = () if fields.values.get("t") is None else _times(fields, count)
         whole: dict[str, Any] = {"ref": ref, "file_frames": count}
-        whole |= {"fps": fields.positive("fps"), "duration": fields.positive("duration")}
+        whole |= {"fps": fields.positive("fps", 1 / LARGEST_RATE, LARGEST_RATE), "duration": fields.positive("duration")}
         return Video((), times, width, height, **whole, **_part(fields))
     frames = tuple(fields.ref(f"frames[{i}]", name) for i, name in enumerate(fields.items("frames")))
     if not frames:
@@ -457,8 +484,8 @@ def _part(fields: _Fields) -> dict[str, Any]:
     start, end = fields.optional_number("start", low=0.0), fields.optional_number("end", low=0.0)
     if start is not None and end is not None and end <= start:
         fields.fail("end", f"after start ({start:g} s) expected, got {end:g}")
-    rate = None if fields.values.get("sample_fps") is None else fields.positive("sample_fps")
-    limits = {name: fields.optional_integer(name, 1) for name in ("max_frames", "total_pixels")}
+    rate = None if fields.values.get("sample_fps") is None else fields.positive("sample_fps", 1 / LARGEST_RATE, LARGEST_RATE)
+    limits = {name: fields.optional_integer(name, 1, LARGEST_AREA) for name in ("max_frames", "total_pixels")}
     return {"start": start, "end": end, "sample_fps": rate, **limits}
 
 
@@ -466,12 +493,14 @@ def _box(fields: _Fields) -> Box:
     x1, y1, x2, y2 = xyxy = _coordinates(fields, "xyxy", 4)
     if x2 < x1 or y2 < y1:
         fields.fail("xyxy", f"x1 <= x2 and y1 <= y2 expected, got {list(xyxy)}")
-    return Box(fields.integer("image", 0), (x1, y1, x2, y2), _space(fields), fields.optional_text("label"), fields.loss())
+    return Box(
+        fields.integer("image", 0, MOST_IMAGES), (x1, y1, x2, y2), _space(fields), fields.optional_text("label"), fields.loss()
+    )
 
 
 def _point(fields: _Fields) -> Point:
     x, y = _coordinates(fields, "xy", 2)
-    return Point(fields.integer("image", 0), (x, y), _space(fields), fields.optional_text("label"), fields.loss())
+    return Point(fields.integer("image", 0, MOST_IMAGES), (x, y), _space(fields), fields.optional_text("label"), fields.loss())
 
 
 def _time(fields: _Fields) -> Time:

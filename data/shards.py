@@ -23,7 +23,7 @@ from visionloom.data.index import ShardIndex, Span, tar_edges
 from visionloom.data.manifest import MANIFEST, ShardInfo, parse_manifest
 from visionloom.data.probe import MediaFacts
 from visionloom.data.sample import SCHEMA_VERSION, Sample, SampleError, parse_sample
-from visionloom.data.store import LocalStore, MissingBytes, Store, is_url, open_store, shown
+from visionloom.data.store import LocalStore, MissingBytes, Store, StoreError, is_url, open_store, shown
 
 LONGEST_RUN: Final = 8 * 2**20
 """Bytes up to which neighbouring members are read at once."""
@@ -113,12 +113,16 @@ class Dataset:
         where = shown(where) if store.remote else where
         try:
             content = store.whole(MANIFEST)
+        except StoreError as error:
+            if store.remote:
+                raise
+            raise UserError(f"{option}: {error}") from None
         except FileNotFoundError:
             fix = "" if store.remote else f": run python launch/data.py index {where}"
             raise UserError(f"{option}: {where} has no {MANIFEST}{fix}") from None
         shards = parse_manifest(content, f"{where}/{MANIFEST}", option)
         if not store.remote:
-            _check_shards(Path(where), option, shards)
+            _check_shards(store, option, shards)
         return cls(str(path), name, shards, store, config)
 
     def __len__(self) -> int:
@@ -267,7 +271,7 @@ class Dataset:
             raise UserError(f"{where}/{name}: {error}: {fix}") from None
         if len(found.samples) != info.samples or found.tar_bytes != info.bytes:
             raise UserError(f"{where}/{name}: {len(found.samples)} samples, but {MANIFEST} says {info.samples}: {fix}")
-        if isinstance(self._store, LocalStore) and not _is_indexed_tar(self._store.folder / info.file, found):
+        if isinstance(self._store, LocalStore) and not _is_indexed_tar(self._store, info.file, found):
             raise UserError(f"{where}/{info.file}: its header at byte 0, or its end, is not that of the indexed tar: {fix}")
         return found
 
@@ -275,7 +279,7 @@ class Dataset:
         store = self._store
         try:
             if isinstance(store, LocalStore):
-                return np.memmap(store.folder / name, np.uint8, mode="r")
+                return np.memmap(store.place(name), np.uint8, mode="r")
             return np.frombuffer(store.whole(name, fresh), np.uint8)
         except (FileNotFoundError, ValueError):  # an empty file cannot be mapped
             raise UserError(problem) from None
@@ -298,21 +302,24 @@ class Dataset:
         )
 
 
-def _check_shards(folder: Path, option: str, shards: tuple[ShardInfo, ...]) -> None:
-    fix = f"restore it or run python launch/data.py index {folder}"
+def _check_shards(store: Store, option: str, shards: tuple[ShardInfo, ...]) -> None:
+    assert isinstance(store, LocalStore)
+    fix = f"restore it or run python launch/data.py index {store.folder}"
     for shard in shards:
-        path = folder / shard.file
+        path = store.folder / shard.file
         try:
-            size = os.stat(path).st_size
+            size = os.stat(store.place(shard.file)).st_size
         except FileNotFoundError:
             raise UserError(f"{option}: shard {path} is missing: {fix}") from None
+        except StoreError as error:
+            raise UserError(f"{option}: shard {error}") from None
         if size != shard.bytes:
             raise UserError(f"{option}: {path} has {size} bytes, {shard.bytes} were indexed: {fix}")
 
 
-def _is_indexed_tar(path: Path, index: ShardIndex) -> bool:
+def _is_indexed_tar(store: LocalStore, file: str, index: ShardIndex) -> bool:
     """False if the tar was replaced or its first header damaged; reads tell soon enough if it is gone or cut short."""
     try:
-        return tar_edges(path, index.tar_bytes) in (index.tar_edges, b"")
+        return tar_edges(store.place(file), index.tar_bytes) in (index.tar_edges, b"")
     except FileNotFoundError:
         return True

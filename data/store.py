@@ -15,10 +15,11 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, Protocol
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import quote, urlsplit, urlunsplit
 from urllib.request import getproxies, proxy_bypass
 
 from visionloom.common.errors import UserError
+from visionloom.common.places import PlaceError, locate, read_located
 from visionloom.data.cache import RangeCache
 from visionloom.data.config import StoreConfig
 
@@ -34,7 +35,21 @@ CONNECTIONS: Final = 64
 ADVICE: Final = hasattr(os, "posix_fadvise")
 """Whether this system takes advice on reads; macOS does not."""
 _URL: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)(::|:)")
-_REFUSED: Final = ("pipe", "file", "local")
+SCHEMES: Final = (
+    *("http", "https", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "wasb", "oci", "oss", "hf", "hdfs", "webhdfs"),
+    *("ftp", "sftp", "memory"),
+)
+"""What may be at the end of a URL: object stores and servers, each by a package of fsspec; nothing of this machine but its memory."""
+CACHES: Final = ("simplecache", "filecache", "blockcache")
+"""What may stand before it, with :: behind."""
+LARGEST_WHOLE: Final = 1 << 30
+"""Bytes of a file that is read whole: 1 GiB, a dataset.json of two million shards."""
+
+
+_LONGEST_CAUSE: Final = 500
+"""Characters of an error's own words; a server may have chosen them."""
+MEND: Final = "put the file itself there, or give the folder that it leads to"
+"""What to do about a shard that is a link out of its folder, or no file."""
 
 
 class StoreError(OSError):
@@ -82,11 +97,23 @@ def open_store(path: str, option: str, config: StoreConfig) -> Store:
     match = _URL.match(path)
     if match is None:
         return LocalStore(Path(path))
-    if match[1].lower() in _REFUSED:
-        raise UserError(f"{option}={path}: {match[1]}: is refused: give a folder, or an http(s)://, s3:// or other fsspec URL")
+    if refused := _refused(path):
+        raise UserError(
+            f"{option}={shown(path)}: {refused}: is refused: give a folder, or an http(s)://, s3://, gs:// or other URL of"
+            f" {', '.join(SCHEMES)}; before it, with ::, only {', '.join(CACHES)}"
+        )
     cache = RangeCache(Path(config.cache), config.cache_bytes) if config.cache else None
     source: Source = HttpSource(path, config) if match[1].lower() in ("http", "https") else FsspecSource(path, option)
     return RemoteStore(source, shown(path), config, cache)
+
+
+def _refused(url: str) -> str:
+    """The first scheme of a URL, chained with :: or not, that is not allowed; empty if all are."""
+    *before, last = url.split("::")
+    names = [one.partition("://")[0].lower() for one in before]
+    match = _URL.match(last)
+    end = match[1].lower() if match and last[match.end() :].startswith("//") else last[:20]
+    return next((name for name in names if name not in CACHES), end if end not in SCHEMES else "")
 
 
 def shown(url: str) -> str:
@@ -141,7 +168,17 @@ class LocalStore:
 
     def whole(self, file: str, fresh: bool = True) -> bytes:
         """See Store."""
-        return (self.folder / file).read_bytes()
+        try:
+            return read_located(self.folder, file, LARGEST_WHOLE)
+        except PlaceError as error:
+            raise StoreError(f"{self.folder / file} {error}: {MEND}") from None
+
+    def place(self, file: str) -> Path:
+        """Where a file of the folder lies. Raises FileNotFoundError, and StoreError for what is no file of the folder."""
+        try:
+            return locate(self.folder, file)
+        except PlaceError as error:
+            raise StoreError(f"{self.folder / file} {error}: {MEND}") from None
 
     def will_read(self, file: str, offset: int, length: int) -> None:
         """See Store: the kernel begins to read."""
@@ -154,7 +191,7 @@ class LocalStore:
         with self._lock:
             file = self._files.get(name)
             if file is None:
-                file = self._files[name] = _File(self.folder / name)
+                file = self._files[name] = _File(self.place(name))
                 if len(self._files) > OPEN_FILES:
                     self._files.popitem(last=False)
             self._files.move_to_end(name)
@@ -294,7 +331,7 @@ class HttpSource:
     def _get(self, file: str, headers: dict[str, str], offset: int, length: int | None) -> bytes:
         import urllib3
 
-        path = f"{self._parts.path.rstrip('/')}/{file}"
+        path = f"{self._parts.path.rstrip('/')}/{quote(file)}"
         url = urlunsplit((self._parts.scheme, self._parts.netloc, path, self._parts.query, ""))
         fields = {**headers, "Accept-Encoding": "identity"}
         try:
@@ -340,7 +377,7 @@ def _sentence(error: Exception) -> str:
     """The cause at the bottom of urllib3's nested errors, without the address of a connection object."""
     while (inner := getattr(error, "reason", None)) is not None and isinstance(inner, Exception):
         error = inner
-    return re.sub(r"<[^>]*>: |\w+\([^)]*\): ", "", str(error)) or type(error).__name__
+    return re.sub(r"<[^>]*>: |\w+\([^)]*\): ", "", str(error)[:_LONGEST_CAUSE]) or type(error).__name__
 
 
 class FsspecSource:

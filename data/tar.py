@@ -4,7 +4,7 @@ Python's tarfile takes a damaged header for the end of the archive, and so would
 a good header or the two zero blocks of the end is a fault.
 """
 
-import io
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
@@ -17,9 +17,20 @@ from visionloom.common.errors import UserError
 BLOCK: Final = 512
 LARGEST_MEMBER: Final = 2**31 - 4096
 """Bytes that one positional read of Linux returns at most."""
+LARGEST_NAME: Final = 1 << 20
+"""Bytes of a member that holds the next one's name: 1 MiB, as the longest path of Linux has 4 KiB."""
 _SCANNED: Final = 1 << 20
 """Bytes read at once in search of the next header behind a damaged one."""
 _FOREIGN: Final = {b"<": "an HTML or XML page", b"\x1f\x8b": "compressed by gzip: unpack it", b"PK": "a zip archive"}
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """Where a regular file lies inside a tar: `offset` is where its bytes begin."""
+
+    name: str
+    offset: int
+    length: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +73,26 @@ def entries(path: Path, report: Report = refuse) -> Iterator[Entry]:
     Faults go to `report`; if it returns, reading goes on with the next good header. Links, devices and the like are
     faults; folders are passed over.
     """
-    size = path.stat().st_size
     with open(path, "rb") as file:
-        if not size:
-            return report(Fault(str(path), 0, "", "is empty (0 bytes): remove it or make it again"))
-        yield from _Hop(path, file, size, report).run()
+        for member in _members(path, file, report):
+            file.seek(member.offset)
+            data = file.read(member.length)
+            yield Entry(member.name, member.offset, member.length, zlib.crc32(data), data)
+
+
+def members(path: Path, report: Report = refuse) -> Iterator[tuple[Member, BinaryIO]]:
+    """The regular files of a tar by their headers alone, each with the open archive; faults as in `entries`."""
+    with open(path, "rb") as file:
+        for member in _members(path, file, report):
+            yield member, file
+
+
+def _members(path: Path, file: BinaryIO, report: Report) -> Iterator[Member]:
+    size = os.fstat(file.fileno()).st_size
+    if not size:
+        report(Fault(str(path), 0, "", "is empty (0 bytes): remove it or make it again"))
+        return
+    yield from _Hop(path, file, size, report).run()
 
 
 class _Hop:
@@ -74,15 +100,17 @@ class _Hop:
 
     def __init__(self, path: Path, file: BinaryIO, size: int, report: Report) -> None:
         self.path, self.file, self.size, self.report = path, file, size, report
-        self.long_name, self.ended = "", False
+        self.place, self.long_name, self.ended = 0, "", False
 
     def fault(self, offset: int, error: str, key: str = "") -> None:
         self.report(Fault(str(self.path), offset, key, error))
 
-    def run(self) -> Iterator[Entry]:
+    def run(self) -> Iterator[Member]:
         while not self.ended:
-            offset = self.file.tell()
+            offset = self.place
+            self.file.seek(offset)
             header = self.file.read(BLOCK)
+            self.place += BLOCK
             if header == bytes(BLOCK):
                 if self._ends(offset):
                     return None
@@ -98,25 +126,25 @@ class _Hop:
             yield from self._member(header, offset)
         return None
 
-    def _member(self, header: bytes, offset: int) -> Iterator[Entry]:
+    def _member(self, header: bytes, offset: int) -> Iterator[Member]:
         kind, name, length = _parse(header)
         start = offset + BLOCK
         name = (self.long_name or name).removeprefix("./") if kind in b"0\0" else name
         if start + length > self.size:
             self.ended = True
             return self.fault(offset, f"truncated: member {name!r} at byte {offset} needs {length} bytes", name)
-        if length > LARGEST_MEMBER:
-            self.file.seek(start + length + -length % BLOCK)
-            return self.fault(offset, f"member {name!r} has {length} bytes, at most {LARGEST_MEMBER} are allowed", name)
-        data = self.file.read(length)
-        self.file.seek(-length % BLOCK, io.SEEK_CUR)
+        self.place = start + length + -length % BLOCK
+        most = LARGEST_NAME if kind in b"xL" else LARGEST_MEMBER
+        if length > most:
+            return self.fault(offset, f"member {name!r} has {length} bytes, at most {most} are allowed", name)
         if kind in b"xL":
-            self.long_name = _long_name(kind, data) or self.long_name
+            self.long_name = _long_name(kind, self.file.read(length)) or self.long_name
         elif kind in b"0\0":
             self.long_name = ""
-            yield Entry(name, start, length, zlib.crc32(data), data)
+            yield Member(name, start, length)
         elif kind not in b"5g":
             self.fault(offset, f"member {name!r} is not a regular file (tar type {kind.decode(errors='replace')!r})", name)
+        return None
 
     def _problem(self, header: bytes, offset: int) -> str:
         found = next((what for start, what in _FOREIGN.items() if header.startswith(start)), "")
@@ -145,7 +173,7 @@ class _Hop:
             blocks = self.file.read(_SCANNED)
             for start in range(0, len(blocks) - BLOCK + 1, BLOCK):
                 if is_header(blocks[start : start + BLOCK]):
-                    self.file.seek(offset + start)
+                    self.place = offset + start
                     return True
             if len(blocks) < _SCANNED:
                 return False
@@ -157,7 +185,7 @@ def is_header(block: bytes) -> bool:
     stored = block[148:156].strip(b" \0")
     if re.fullmatch(rb"[0-7]+", stored) is None or int(stored, 8) != sum(block) - sum(block[148:156]) + 8 * 32:
         return False
-    return block[124] == 0x80 or re.fullmatch(rb"[0-7 \0]*", block[124:136]) is not None
+    return block[124] == 0x80 or re.fullmatch(rb" *[0-7]*[ \0]*", block[124:136]) is not None
 
 
 def _parse(header: bytes) -> tuple[bytes, str, int]:
@@ -174,5 +202,13 @@ def _long_name(kind: bytes, data: bytes) -> str:
     """The name in a GNU long-name member or a pax header."""
     if kind == b"L":
         return data.rstrip(b"\0").decode(errors="replace")
-    match = re.search(rb"\d+ path=([^\n]*)\n", data)
-    return match[1].decode(errors="replace") if match else ""
+    place = 0
+    while (space := data.find(b" ", place, place + 12)) > 0 and data[place:space].isdigit():
+        end = place + int(data[place:space])
+        key, _, value = data[space + 1 : end - 1].partition(b"=")
+        if key == b"path":
+            return value.decode(errors="replace")
+        if end <= space:
+            break
+        place = end
+    return ""

@@ -13,7 +13,11 @@ from tokenizers import Encoding
 from tokenizers import Tokenizer as Backend
 
 from visionloom.common.errors import UserError
+from visionloom.common.places import PlaceError, read_located
 
+FILE: Final = "tokenizer.json"
+LARGEST: Final = 256 << 20
+"""Bytes of tokenizer.json; that of Qwen3-VL has 11 million."""
 END_OF_TEXT: Final = "<|endoftext|>"
 TURN_START: Final = "<|im_start|>"
 TURN_END: Final = "<|im_end|>"
@@ -43,12 +47,7 @@ class Tokenizer:
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
-        path = Path(folder) / "tokenizer.json"
-        if not folder or not path.is_file():
-            raise UserError(
-                f"data.tokenizer={folder}: no tokenizer.json there: give the folder of a fast Hugging Face tokenizer"
-            )
-        raw = path.read_bytes()
+        raw = _read(folder)
         self.fingerprint = hashlib.sha256(raw).hexdigest()
         try:
             self._whole = Backend.from_str(raw.decode())
@@ -116,6 +115,18 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], keep_special: bool = False) -> str:
         """Text of token ids; special tokens are left out unless kept."""
         return str(self._whole.decode(list(ids), skip_special_tokens=not keep_special))
+
+
+def _read(folder: str) -> bytes:
+    """tokenizer.json of a folder; raises UserError."""
+    try:
+        if folder:
+            return read_located(Path(folder), FILE, LARGEST)
+    except PlaceError as error:
+        raise UserError(f"data.tokenizer={folder}: {FILE} {error}: put the file itself there") from None
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    raise UserError(f"data.tokenizer={folder}: no {FILE} there: give the folder of a fast Hugging Face tokenizer")
 
 
 def _is_word(token: Mapping[str, Any]) -> bool:

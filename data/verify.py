@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from visionloom.common.atomic import replacing
-from visionloom.common.errors import UserError
 from visionloom.data.index import declared_media, difference
+from visionloom.data.open_media import MediaError, check_work, open_video
 from visionloom.data.probe import MediaFacts, probe
 from visionloom.data.processes import in_order
 from visionloom.data.sample import SampleError
@@ -113,15 +113,10 @@ def _decode_picture(name: str, data: bytes, declared: MediaFacts) -> str:
 
 
 def _decode_video(data: bytes, declared: MediaFacts) -> str:
-    from io import BytesIO
-
     try:
-        import av
-    except ImportError:
-        raise UserError("--decode of video files needs PyAV: pip install visionloom[video]") from None
-    try:
-        with av.open(BytesIO(data)) as container:
+        with open_video(data) as container:
+            check_work(declared.frames, declared.width, declared.height, len(data))
             frames = sum(not frame.is_corrupt for frame in container.decode(video=0))
-    except av.error.FFmpegError as error:
-        return f"cannot be decoded: {error}"
+    except MediaError as error:
+        return f"cannot be decoded: {error.detail}"
     return "" if frames == declared.frames else f"{frames} frames can be decoded, the sample says {declared.frames}"

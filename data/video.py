@@ -4,15 +4,14 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from itertools import islice, pairwise
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from visionloom.common.errors import UserError
 from visionloom.data.image import Pixels, check_size
+from visionloom.data.open_media import MediaError, check_work, open_video, packets_of
 from visionloom.data.sample import SampleError, Video
 
 TOLERANCE: Final = 0.51
@@ -35,17 +34,14 @@ def decode_frames(
     """
     assert video.ref is not None, "extracted frames are pictures"
     try:
-        import av
-    except ImportError:
-        raise UserError("video files need PyAV: pip install 'visionloom[video]'") from None
-    try:
-        with av.open(BytesIO(data)) as container:
+        with open_video(data) as container:
             packets, base = _look_through(container, video, sample_id)
+        check_work(len(packets), video.width, video.height, len(data))
         wanted = _stamps(packets, base, video, frames, times, sample_id)
-        with av.open(BytesIO(data)) as container:  # from its start again: seeking is not exact in every container
+        with open_video(data) as container:  # from its start again: seeking is not exact in every container
             yield from _decode(container, video, packets, wanted, base, sample_id)
-    except av.error.FFmpegError as error:
-        raise SampleError(sample_id, video.ref, f"cannot be decoded: {error.strerror or error}") from error
+    except MediaError as error:
+        raise SampleError(sample_id, video.ref, f"cannot be decoded: {error.detail}") from error
 
 
 class _Packet(NamedTuple):
@@ -59,12 +55,10 @@ class _Packet(NamedTuple):
 def _look_through(container: Any, video: Video, sample_id: str) -> tuple[list[_Packet], float]:
     """Every packet of the video in the order of decoding, and the unit of their stamps in seconds; checks the video's facts."""
     name = video.ref or ""
-    if not container.streams.video:
-        raise SampleError(sample_id, name, "holds no video stream")
     stream = container.streams.video[0]
     found = (stream.codec_context.height, stream.codec_context.width)
     check_size(found, (video.height, video.width), sample_id, name)
-    packets = [_Packet(one.pts, one.is_keyframe, not one.is_discard) for one in container.demux(stream) if one.size]
+    packets = [_Packet(one.pts, one.is_keyframe, not one.is_discard) for one in packets_of(container)]
     if any(packet.stamp is None for packet in packets):
         raise SampleError(sample_id, name, "does not say when its frames are shown: convert it to MP4 or Matroska")
     count = sum(packet.is_shown for packet in packets)

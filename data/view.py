@@ -3,7 +3,6 @@
 The facts only: `view_page.py` makes a web page of them, `contact_sheet.py` a picture.
 """
 
-import io
 import re
 from collections.abc import Sequence
 from contextlib import suppress
@@ -17,6 +16,7 @@ from visionloom.common.errors import UserError
 from visionloom.data.config import MediaConfig
 from visionloom.data.encode import EncodedSample, encode
 from visionloom.data.geometry import chosen_frames, frame_times
+from visionloom.data.open_media import MediaError, open_picture
 from visionloom.data.packing import pack_samples
 from visionloom.data.sample import Box, Element, Image, Point, Sample, SampleError, Text, Think, Time, ToolCall, Video
 from visionloom.data.shards import Dataset
@@ -213,7 +213,9 @@ def _frames(dataset: Dataset, index: int, sample: Sample, video: Video, rules: M
 
 def _open(data: bytes, name: str) -> Pillow.Image:
     try:
-        return _reduced(Pillow.open(io.BytesIO(data)).convert("RGB"))
+        return _reduced(open_picture(data).convert("RGB"))
+    except MediaError as error:
+        raise UserError(f"{name} cannot be decoded: {error.detail}") from None
     except Exception as error:  # decoders raise whatever damaged bytes lead them to
         raise UserError(f"{name} cannot be decoded: {type(error).__name__}: {error}") from error
 

@@ -70,8 +70,8 @@ def write_shards(
 
 def check_target(folder: Path, name: str) -> None:
     """Raise UserError if a dataset of this name cannot be written into this folder."""
-    if KEY.fullmatch(name) is None:
-        raise UserError(f"dataset name {name!r}: letters, digits, _ and - only, at most 80")
+    if KEY.fullmatch(name) is None or name.startswith("-"):
+        raise UserError(f"dataset name {name!r}: letters, digits, _ and - only, at most 80, and no - at its beginning")
     if (folder / MANIFEST).exists():
         raise UserError(f"{folder} already holds a dataset: remove it or choose another folder")
 

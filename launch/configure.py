@@ -5,19 +5,26 @@ Hydra composes (`+recipe=NAME`, `key=value`, `--config-dir`, `--cfg job`, `--hel
 the schema. Hydra alone would print a stack of messages once a rank and let wrong keys behind a `+` pass.
 """
 
-import contextlib
-import io
+import faulthandler
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, cast
 
-import hydra
+from hydra import compose as hydra_compose
+from hydra import version
+from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
+from hydra._internal.hydra import Hydra
+from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -26,26 +33,38 @@ from visionloom.common.errors import UserError
 from visionloom.common.text import say
 from visionloom.data.config import DatasetConfig
 from visionloom.launch import environment
-from visionloom.launch.exit import FAILURE, end_with_parent, exit_with, record_for_torchrun, write_status
-from visionloom.launch.explain import available, explain, no_such_key, unknown_keys
+from visionloom.launch.causes import SECONDS_FOR_THE_CAUSE, hint_for, is_lost_connection, of_the_machine
+from visionloom.launch.claim import claim
+from visionloom.launch.exit import FAILURE, end_with_parent, exit_with, record_for_torchrun
+from visionloom.launch.explain import available, explain, groups, no_such_key, unknown_keys
+from visionloom.launch.options import HELP, Options, read_options
 from visionloom.launch.quiet import quiet_libraries
+from visionloom.launch.recipe_files import RecipeSource
+from visionloom.launch.watch import watch_ranks
 from visionloom.launch.words import readable
+from visionloom.model.shapes import parameter_count
 from visionloom.parallel.config import ParallelConfig
+from visionloom.train import status
 from visionloom.train.config import PhaseConfig, RunConfig
 
 MISSING_PATHS_SHOWN = 3
+WRITTEN = ("run.folder", "data.cache", "data.store.cache")
+"""Options that name folders which a run writes to."""
 # Words that Hydra cannot apply: OmegaConf refuses to override inside an optional section that is None (a phase's layout), and
 # to add an entry to a mapping of dataclasses. They are applied after composing, so `--cfg job` does not show them.
 LATE = re.compile(r"\+{0,2}phases\.[^.=]+\.parallel[.=]|\+{1,2}(?:phases|data\.datasets|data\.validation)\.[^.=]+[.=]")
 
 
-def start(command: Callable[[RunConfig], None], argv: Sequence[str] | None = None, checkpoint: str = "") -> None:
+def start(
+    command: Callable[[RunConfig], None], argv: Sequence[str] | None = None, checkpoint: str = "", trains: bool = True
+) -> None:
     """Compose the run of the command line and hand it to `command`; end with one line and exit code 2 on a UserError.
 
     Args:
         command: does the work; imports torch inside.
         argv: the command line without the program; None: sys.argv.
         checkpoint: the folder that the command is about, if it names one.
+        trains: whether it writes the run: then no other process may, and status.json tells how it goes.
     """
     try:
         environment.check_environment()
@@ -61,18 +80,36 @@ def start(command: Callable[[RunConfig], None], argv: Sequence[str] | None = Non
     end_with_parent()
     try:
         check_paths(config)
+        check_memory(config)
         check_agreements(config, checkpoint)
+        if trains:
+            claim(Path(config.run.folder))
+    except UserError as error:
+        exit_with(error, folder=config.run.folder if trains else "")
+    watch_ranks()
+    work(command, config)
+
+
+def work(command: Callable[[RunConfig], None], config: RunConfig) -> None:
+    """Run a command to its end, whatever that is, and leave its cause in status.json."""
+    faulthandler.enable(2)  # where a segmentation fault came from, on the process's own standard error
+    try:
         command(config)
     except UserError as error:
-        exit_with(error, folder=config.run.folder, step=getattr(error, "step", None))
+        exit_with(error)
     except Exception as error:
-        write_status(
-            config.run.folder, FAILURE, f"{type(error).__name__}: {error}", None, "start the same command again to resume"
-        )
+        if (told := of_the_machine(error, Path(config.run.folder))) is not None:
+            exit_with(told)
+        cause = f"{type(error).__name__}: {error}"
+        if is_lost_connection(
+            error
+        ):  # who watches the rank that has gone writes its cause; from another machine it is not seen
+            time.sleep(SECONDS_FOR_THE_CAUSE)
+            cause = f"the connection to another rank was lost, which ended first: {cause}"
+        status.current.failed(FAILURE, cause, hint_for(error))
         record_for_torchrun(error)
         raise
-    if os.environ.get("RANK", "0") == "0":
-        write_status(config.run.folder, 0, "done", None, "")
+    status.current.done()
 
 
 def split_options(argv: Sequence[str], names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
@@ -91,15 +128,14 @@ def compose(argv: Sequence[str], world_size: int | None = None) -> RunConfig | N
     Raises:
         UserError: one line a fault, each naming the option, with a suggestion for a mistyped name.
     """
-    _check_words(argv)
-    read = readable(argv)
+    options = read_options(argv)
+    _check_words(options.words)
+    read = readable(options.words)
     words, late = ([word for word in read if bool(LATE.match(word)) is is_late] for is_late in (False, True))
-    shown, others = _option(words, "--cfg|-c")
-    if shown == "job" and not _option(words, "--package|-p")[0]:
-        _show(_compose([word for word in others if word != "--resolve"]), late, "--resolve" in others)
-        return None
-    config = _compose(words)
-    if config is None:
+    config = _compose(words, options.config_dir)
+    _check_folders(config, read)
+    if options.help or options.show:
+        _show(config, late, options)
         return None
     run = _typed(config, late)
     run.run.folder = run.run.folder or f"runs/{run.run.name}"
@@ -131,6 +167,24 @@ def check_paths(config: RunConfig) -> None:
     raise UserError("\n".join(lines))
 
 
+def check_memory(config: RunConfig) -> None:
+    """Refuse a model whose weights alone are more than this machine has, where it trains on CPUs.
+
+    Raises:
+        UserError: naming the model, its parameters and both sizes.
+    """
+    if config.run.device == "cuda" or (config.run.device == "auto" and any(Path("/dev").glob("nvidia[0-9]*"))):
+        return
+    layout, parameters = config.parallel, parameter_count(config.model)
+    shares = layout.tensor * layout.pipeline * layout.expert * (layout.expert_tensor or 1)
+    needed = parameters * (2 if config.run.precision == "bf16" else 4) // shares * environment.ranks_here()
+    if needed > (there := environment.memory_bytes()):
+        raise UserError(
+            f"model={config.model.name} has {parameters:,} parameters: their weights take {needed / 2**30:,.0f} GiB on this machine,"
+            f" which has {there / 2**30:,.0f} GiB: choose a smaller model, more machines, or run.device=cuda"
+        )
+
+
 def check_agreements(config: RunConfig, checkpoint: str = "") -> None:
     """Refuse a run whose parts do not agree; see train/agreements.py, which is imported only now since it reads tokenizers."""
     from visionloom.train.agreements import check_run
@@ -140,76 +194,73 @@ def check_agreements(config: RunConfig, checkpoint: str = "") -> None:
 
 def _check_words(words: Sequence[str]) -> None:
     """Refuse, with their cure, the words that Hydra would answer with advice that does not help here."""
-    if {"-m", "--multirun"} & set(words):
-        raise UserError("--multirun is refused: every rank would sweep by itself; start one run for each value")
     for word in words:
         if re.match(r"[+~]*=", word):
             raise UserError(f"command line: '{word}' has no key: write key=value")
         if word.startswith("recipe="):
             raise UserError(f"a recipe is added, not overridden: write +{word}")
+        if re.match(r"[+~]*hydra(?:$|[./@=])", word):
+            raise UserError(f"command line: '{word}' is refused: words set options of the run, not of Hydra")
 
 
-def _compose(words: Sequence[str]) -> DictConfig | None:
-    """Let Hydra read the recipes and the command line; None where Hydra has answered the line itself."""
+def _compose(words: Sequence[str], config_dir: str) -> DictConfig:
+    """Let Hydra read the recipes and the command line.
+
+    Only its compose API is used: nothing in a configuration makes it call, write or set anything.
+    """
+    version.setbase("1.3")
     ConfigStore.instance().store(name="schema", node=RunConfig)
-    composed: list[DictConfig] = []
-
-    @hydra.main(version_base="1.3", config_path="pkg://visionloom.recipes", config_name="config")
-    def take(config: DictConfig) -> None:
-        composed.append(config)
-
-    messages = io.StringIO()
-    options_last = sorted(words, key=lambda word: word.startswith("-"))  # argparse refuses a=1 --cfg job b=2
+    Plugins.instance()
+    SourcesRegistry.instance().register(RecipeSource)
+    path = ConfigSearchPathImpl()
+    path.append("hydra", "pkg://hydra.conf")
+    path.append("main", f"recipes://{files('visionloom.recipes')}")
+    if config_dir:
+        if not Path(config_dir).is_dir():
+            raise UserError(f"--config-dir {config_dir} is not found: name a folder with recipe/NAME.yaml in it")
+        path.append("command line", f"recipes://{Path(config_dir).absolute()}")
+    path.append("schema", "structured://")
+    RecipeSource.begin()
+    GlobalHydra.instance().clear()
+    Hydra.create_main_hydra2("visionloom", path)
     try:
-        with _as_command_line(options_last), contextlib.redirect_stderr(messages):
-            take()
-    except BrokenPipeError:
-        _read_no_more()
-        return None
+        return hydra_compose("config", list(words))
+    except UserError:
+        raise
     except Exception as error:  # Hydra only reads the user's input here, and fails on odd input with errors of any type
-        raise UserError(explain(error, _option(words, "--config-dir|-cd")[0])) from error
-    except SystemExit as stop:
-        if stop.code:  # argparse: its last line is `PROGRAM: error: unrecognized arguments: --nope`
-            raise UserError("command line: " + messages.getvalue().strip().rpartition("error: ")[2]) from stop
-        return None
-    sys.stderr.write(messages.getvalue())
-    return composed[0] if composed else None
-
-
-@contextlib.contextmanager
-def _as_command_line(words: Sequence[str]) -> Iterator[None]:
-    """Show Hydra these words in sys.argv, and make it raise its errors instead of printing them and exiting with 1."""
-    argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    sys.argv, os.environ["HYDRA_FULL_ERROR"] = [argv[0], *words], "1"
-    try:
-        yield
+        raise UserError(explain(error, config_dir)) from error
     finally:
-        sys.argv = argv
-        os.environ.pop("HYDRA_FULL_ERROR")
-        if full_error is not None:
-            os.environ["HYDRA_FULL_ERROR"] = full_error
+        GlobalHydra.instance().clear()
 
 
-def _option(words: Sequence[str], names: str) -> tuple[str, list[str]]:
-    """The value behind one of these options, as `--cfg|-c`, empty if there is none, and the words without it."""
-    for at, word in enumerate(words):
-        if match := re.fullmatch(rf"(?:{names})(?:=(.*))?", word):
-            end = at + (2 if match[1] is None else 1)
-            return match[1] or "".join(words[at + 1 : end]), [*words[:at], *words[end:]]
-    return "", list(words)
+def _check_folders(config: DictConfig, words: Sequence[str]) -> None:
+    """Refuse folders that a run writes to, or deletes from, where a recipe names them: that is for the command line."""
+    given = [word.lstrip("+").partition("=")[0] for word in words]
+    for option in WRITTEN:
+        value = OmegaConf.select(config, option, throw_on_missing=False, default="")
+        if value and not any(f"{option}.".startswith(f"{key}.") for key in given):
+            raise UserError(
+                f"{option}={value} in a recipe is refused: a run writes there, so it is said on the command line only, {option}=DIR"
+            )
 
 
-def _show(config: DictConfig | None, late: Sequence[str], resolve: bool) -> None:
-    """Print what would run, as `--cfg job` of Hydra does, but with the words that are applied late."""
-    if config is None:
-        return
+def _show(config: DictConfig, late: Sequence[str], options: Options) -> None:
+    """Print what would run, as `--cfg job` of Hydra does, but with the words that are applied late; with --help how to use it."""
     try:
         _apply_all(config, late)
-        text = OmegaConf.to_yaml(config, resolve=resolve)
-    except (HydraException, OmegaConfBaseException) as error:
+        shown = OmegaConf.select(config, options.package, throw_on_missing=True) if options.package else config
+        if shown is None:
+            raise UserError(f"--package {options.package}: {no_such_key(options.package)}")
+        text = OmegaConf.to_yaml(shown, resolve=options.resolve) if OmegaConf.is_config(shown) else f"{shown}\n"
+    except UserError:
+        raise
+    except (HydraException, OmegaConfBaseException, ArithmeticError, ValueError, RecursionError) as error:
         raise UserError(explain(error)) from error
+    if options.help:
+        chosen = "".join(f"  {group}: {', '.join(available(group, options.config_dir))}\n" for group in sorted(groups()))
+        text = f"usage: [options] +recipe=NAME [key=value ...]\n\n{HELP}\ngroups, one of whose names a word chooses:\n{chosen}\n{text}"
     try:
-        say(text)
+        say(text.removesuffix("\n"))
     except BrokenPipeError:
         _read_no_more()
 
@@ -232,7 +283,9 @@ def _typed(config: DictConfig, late: Sequence[str]) -> RunConfig:
         if faults:
             raise UserError("\n".join(faults))
         return cast(RunConfig, OmegaConf.to_object(config))
-    except (HydraException, OmegaConfBaseException) as error:
+    except UserError:
+        raise
+    except (HydraException, OmegaConfBaseException, ArithmeticError, ValueError, RecursionError) as error:
         raise UserError(explain(error)) from error
 
 

@@ -238,7 +238,7 @@ def _typed(option: str, value: str, hint: Any) -> Any:
         if value not in TRUTHS:
             raise UserError(f"{option}={value} must be true or false")
         return TRUTHS[value]
-    if not re.fullmatch(r"[+-]?\d+", value):
+    if not re.fullmatch(r"[+-]?\d{1,18}", value):
         raise UserError(f"{option}={value} must be a whole number")
     return int(value)
 

@@ -37,7 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     That is 0, what the subcommand returns, or 1 if the machine is at fault; a user's error exits with 2 (one line each).
     """
     escape_messages()
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, words = parser.parse_known_args(arguments)
+    if words and "words" not in options:
+        parser.error(f"unrecognized arguments: {' '.join(words)}")
+    options.words = words
     try:
         return options.run(options) or 0
     except UserError as error:

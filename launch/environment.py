@@ -60,6 +60,16 @@ def _is_a_rank(found: dict[str, str]) -> bool:
     return len(numbers) == len(ALONE) and numbers[0] < numbers[1] and set(RENDEZVOUS) <= set(os.environ)
 
 
+def memory_bytes() -> int:
+    """The memory of this machine, not of its GPUs."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def ranks_here() -> int:
+    """Ranks that share this machine: LOCAL_WORLD_SIZE, or 1."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def world_size() -> int:
     """The ranks of the whole run: WORLD_SIZE, or 1. Raises UserError if it is not a number."""
     value = os.environ.get("WORLD_SIZE", "1")

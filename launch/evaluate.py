@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         evaluate(config, own.get("checkpoint", ""))
 
-    start(evaluate_checkpoint, words, own.get("checkpoint", ""))
+    start(evaluate_checkpoint, words, own.get("checkpoint", ""), trains=False)
 
 
 def check(config: RunConfig, checkpoint: str | None) -> None:

@@ -5,7 +5,6 @@ a rank that left first would have the speaker killed before it has spoken.
 """
 
 import ctypes
-import json
 import os
 import signal
 import sys
@@ -14,9 +13,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from visionloom.common.text import warn
+from visionloom.train import status
 
-STARTED = time.time()
-"""When this process came here: its first imports are over."""
 FAILURE = 1
 USER_ERROR = 2
 PR_SET_PDEATHSIG = 1
@@ -25,47 +23,30 @@ SECONDS_UNTIL_ENDED = 10.0
 """Longest wait of a silent rank; torchrun looks for failed ranks every 0.1 s."""
 
 
-def exit_with(error: Exception, folder: str = "", step: int | None = None, everywhere: bool = False) -> NoReturn:
+def exit_with(error: Exception, folder: str = "", everywhere: bool = False) -> NoReturn:
     """Print the user's error and end this process with exit code 2.
 
     Exactly one rank of a machine prints. Set `everywhere` where all ranks are sure to find the same error (a wrong key):
     then rank 0 alone prints. Otherwise any rank may be the only one in trouble, and the first one to claim it prints.
-    The rank that prints also writes `status.json` into `folder`, the run's folder, if that exists.
+    The rank that prints also writes the cause to `status.json`: of the run that has begun, or in `folder`, if that exists.
 
     Args:
         error: its message is one line a fault, each naming the option and the fix.
-        folder: the run's folder.
-        step: optimizer step at which the error rose, if training had begun.
+        folder: of the run, if it has not begun yet.
         everywhere: whether all ranks raise this same error.
     """
     if _may_speak(everywhere):
         lines = str(error).splitlines() or [type(error).__name__]
         sys.stdout.flush()
         warn(*(f"error: {line}" for line in lines))
+        hint = "change what the cause names and start the same command again"
         if folder:
-            hint = "change the option that the cause names and start the same command again"
-            write_status(folder, USER_ERROR, str(error), step, hint)
+            status.refused(Path(folder), USER_ERROR, str(error), hint)
+        else:
+            status.current.failed(USER_ERROR, str(error), hint)
     else:
         time.sleep(SECONDS_UNTIL_ENDED)
     sys.exit(USER_ERROR)
-
-
-def write_status(folder: str, code: int, cause: str, step: int | None, hint: str) -> None:
-    """Write how the run ended to `status.json` in its folder, if that exists: torchrun flattens exit codes to 1.
-
-    The first rank to fail has the cause; the others fail because it left, and write nothing. A run's folder that cannot be
-    written to is no second error: the cause has been printed.
-    """
-    target = Path(folder) / "status.json"
-    if not target.parent.is_dir() or (code == FAILURE and target.exists() and target.stat().st_mtime > STARTED):
-        return
-    status = {"code": code, "cause": cause, "rank": int(os.environ.get("RANK", "0")), "step": step, "hint": hint}
-    try:
-        draft = target.with_suffix(f".rank{status['rank']}.tmp")
-        draft.write_text(json.dumps(status, indent=1) + "\n")
-        draft.replace(target)
-    except OSError as fault:
-        warn(f"warning: {target} could not be written: {fault.strerror}")
 
 
 def end_with_parent() -> None:
@@ -89,7 +70,7 @@ def _may_speak(everywhere: bool) -> bool:
     """Whether this rank is the one to print."""
     if everywhere:
         return os.environ.get("RANK", "0") == "0"
-    attempt = _attempt_folder()
+    attempt = attempt_folder()
     if attempt is None:
         return True
     try:
@@ -101,7 +82,7 @@ def _may_speak(everywhere: bool) -> bool:
     return True
 
 
-def _attempt_folder() -> Path | None:
+def attempt_folder() -> Path | None:
     """The folder that torchrun makes anew for each start of the ranks of this machine; None without one.
 
     torchrun gives each rank a file `<attempt>/<local rank>/error.json`.

@@ -13,8 +13,8 @@ from pathlib import Path
 from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, InterpolationResolutionError, OmegaConfBaseException
-from yaml import MarkedYAMLError
 
+from visionloom.common.text import one_line
 from visionloom.train.config import RunConfig
 
 ANY = "<name>"
@@ -25,13 +25,17 @@ def explain(error: Exception, config_dir: str = "") -> str:
     """One line for an error that rose while composing: what is wrong, where, and the nearest right spelling.
 
     Args:
-        error: a HydraException, an OmegaConfBaseException, a YAMLError, or what Hydra fails with on odd input.
+        error: a HydraException, an OmegaConfBaseException, or what Hydra fails with on odd input.
         config_dir: the user's own recipes, for the list of what exists.
     """
+    return one_line(_explained(error, config_dir))
+
+
+def _explained(error: Exception, config_dir: str) -> str:
     if isinstance(error, MissingConfigException):
         return _missing_file(error, config_dir)
-    if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
-        return f"{error.problem_mark.name}, line {error.problem_mark.line + 1}: not valid YAML: {error.problem}"
+    if isinstance(error, RecursionError):
+        return "the recipe is nested too deeply, or its values refer to each other in a circle"
     if isinstance(error, OverrideParseException):
         return f"command line: cannot read '{error.override}': write key=value, and quote a value that has special characters"
     file = re.match(r"In '([^']+)'", str(error))
@@ -57,7 +61,7 @@ def unknown_keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
 def no_such_key(path: str) -> str:
     """The line for a key that the schema does not have, with the nearest ones that it has."""
     close = suggestions(path)
-    return f"no such key: {path}" + (f" (did you mean {' or '.join(close)}?)" if close else "")
+    return f"no such key: {one_line(path)}" + (f" (did you mean {' or '.join(close)}?)" if close else "")
 
 
 def suggestions(path: str) -> list[str]:
@@ -101,6 +105,8 @@ def available(group: str, config_dir: str = "") -> list[str]:
 
 def _yaml_names(folder: Traversable, prefix: str = "") -> Iterator[str]:
     for entry in folder.iterdir():
+        if isinstance(entry, Path) and entry.is_symlink() and entry.is_dir():
+            continue  # it may lead back to where it lies
         if entry.is_dir():
             yield from _yaml_names(entry, f"{prefix}{entry.name}/")
         elif entry.name.endswith(".yaml"):

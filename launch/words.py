@@ -21,14 +21,15 @@ from visionloom.launch.environment import check_home
 from visionloom.launch.explain import groups, no_such_key
 from visionloom.train.config import RunConfig
 
-WITH_VALUE = re.compile(r"--config-(?:dir|name|path)|-c[dnp]|--cfg|-c|--package|-p|--info|-i|--experimental-rerun")
-"""Hydra's own options that a value follows, `--config-dir DIR` or `--config-dir=DIR`."""
+LONGEST = 8192
+"""Characters of a word: twice a path's."""
+LONGEST_NUMBER = 40
 OVERRIDE = re.compile(r"(\+{0,2})([^=+~][^=]*)=(.*)", re.DOTALL)
 NUMBERS = {int: "a whole number", float: "a number", bool: "true or false"}
 
 
 def readable(words: Sequence[str]) -> list[str]:
-    """The words with every text quoted for Hydra and options joined with their values.
+    """The words with every text quoted for Hydra.
 
     A text that Hydra reads as one string is left alone, with its quotes, escapes and `${...}`; so is null.
 
@@ -37,12 +38,11 @@ def readable(words: Sequence[str]) -> list[str]:
     """
     parser, found = OverridesParser.create(), list[str]()
     for before, word in zip(["", *words], words, strict=False):
-        if WITH_VALUE.fullmatch(before):
-            check_home(before, word)
-            found[-1] = f"{before}={word}"
-        elif word.startswith(("-", "~")):
-            option, _, value = word.partition("=")
-            check_home(option, value)
+        if len(word) > LONGEST:
+            raise UserError(
+                f"command line: '{word[:40]}...' has {len(word)} characters: at most {LONGEST}; use a recipe of your own"
+            )
+        if word.startswith("~"):
             found.append(word)
         elif match := OVERRIDE.fullmatch(word):
             found.append(_readable(parser, word, *match.groups()))
@@ -80,6 +80,8 @@ def _readable(parser: OverridesParser, word: str, sign: str, key: str, value: st
             return word
         word = f"{sign}{key}={QuotedString(value, Quote.single).with_quotes()}"
         override, sweeps, read = _parse(parser, word), False, value
+    if option_type(key) in NUMBERS and len(value) > LONGEST_NUMBER:
+        raise UserError(f"command line: {key} takes {NUMBERS[option_type(key)]}, not {len(value)} characters")
     if override is None or sweeps:
         raise UserError(_cure(parser, word, sign, key, value))
     for path, text in _changed_texts(option_type(key), read, key, value):
@@ -90,7 +92,7 @@ def _readable(parser: OverridesParser, word: str, sign: str, key: str, value: st
 def _parse(parser: OverridesParser, word: str) -> Override | None:
     try:
         return parser.parse_override(word)
-    except HydraException:
+    except (HydraException, ValueError, RecursionError):  # ValueError: a number of more than 4,300 digits
         return None
 
 
@@ -98,11 +100,11 @@ def _cure(parser: OverridesParser, word: str, sign: str, key: str, value: str) -
     """The line for a word that Hydra cannot read, or reads as several values."""
     if _parse(parser, f"{key}=1") is None:
         return (
-            f"command line: cannot read the name '{key}': names have letters, digits, - and _;"
-            " others can stand in a recipe of your own, +recipe=NAME --config-dir DIR"
+            f"command line: cannot read the name '{key}': names have letters, digits, - and _; recipes with other names are"
+            " included by one of your own, +recipe=NAME --config-dir DIR"
         )
     hint = option_type(key)
-    if hint is None and key.partition(".")[0] != "hydra" and re.split("[/@]", key)[0] not in groups():
+    if hint is None and re.split("[/@]", key)[0] not in groups():
         return no_such_key(key)
     if hint in NUMBERS:
         return f"command line: {key} takes {NUMBERS[hint]}, not '{value}'"

@@ -4,10 +4,10 @@ Source: Qwen3-VL technical report (arXiv 2511.21631) section 2 and the published
 Nothing here imports torch.
 """
 
-import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Final
 
+from visionloom.common.settings import option, option_faults
 from visionloom.parallel.config import ParallelConfig
 from visionloom.parallel.pipeline import pipeline_problems
 
@@ -24,26 +24,26 @@ ROW_BYTES: Final = 16
 class TextConfig:
     """The language model."""
 
-    layers: int = 28
-    hidden_size: int = 2048
-    ffn_hidden_size: int = 6144
-    heads: int = 16
-    kv_heads: int = 8
-    head_dim: int = 128
+    layers: int = option(28, "never", least=1, most=1024)
+    hidden_size: int = option(2048, "never", least=1, most=262_144)
+    ffn_hidden_size: int = option(6144, "never", least=1, most=262_144)
+    heads: int = option(16, "never", least=1, most=1024)
+    kv_heads: int = option(8, "never", least=1, most=1024)
+    head_dim: int = option(128, "never", least=1, most=1024)
     """Never hidden_size / heads: the query width of 4B, 32B and the mixtures differs from their hidden size."""
-    vocab_size: int = 151936
-    rope_theta: float = 5_000_000.0
-    mrope_section: list[int] = field(default_factory=lambda: [24, 20, 20])
+    vocab_size: int = option(151936, "never", least=1, most=4_194_304)
+    rope_theta: float = option(5_000_000.0, "never", above=0, most=1e12)
+    mrope_section: list[int] = option([24, 20, 20], "never", most=1024)
     """Rotary frequency slots for time, height and width; they sum to head_dim / 2."""
-    tie_embeddings: bool = True
-    norm_epsilon: float = 1e-6
-    initializer_range: float = 0.02
-    max_positions: int = 262144
-    experts: int = 0
+    tie_embeddings: bool = option(True, "never")
+    norm_epsilon: float = option(1e-6, "never", above=0, most=1)
+    initializer_range: float = option(0.02, "run", least=0, most=10)
+    max_positions: int = option(262144, "run", least=1, most=16_777_216)
+    experts: int = option(0, "never", least=0, most=4096)
     """Experts of each layer; 0 means a dense model."""
-    experts_per_token: int = 0
-    expert_ffn_hidden_size: int = 0
-    balance_coefficient: float = 0.001
+    experts_per_token: int = option(0, "never", least=0, most=4096)
+    expert_ffn_hidden_size: int = option(0, "never", least=0, most=262_144)
+    balance_coefficient: float = option(0.001, "run", least=0, most=1000)
     """Weight of the load-balancing loss of each mixture-of-experts layer; 0 turns it off. The value is transformers' default
     for Qwen3-VL's mixtures, divided over the layers there and added up here (docs/decisions.md)."""
 
@@ -52,20 +52,20 @@ class TextConfig:
 class VisionConfig:
     """The vision tower and its mergers."""
 
-    depth: int = 24
-    hidden_size: int = 1024
-    heads: int = 16
-    ffn_hidden_size: int = 4096
-    deepstack_layers: list[int] = field(default_factory=lambda: [5, 11, 17])
+    depth: int = option(24, "never", least=1, most=1024)
+    hidden_size: int = option(1024, "never", least=1, most=262_144)
+    heads: int = option(16, "never", least=1, most=1024)
+    ffn_hidden_size: int = option(4096, "never", least=1, most=262_144)
+    deepstack_layers: list[int] = option([5, 11, 17], "never", least=0, most=1024)
     """Blocks (0-based), in increasing order, whose output feeds a DeepStack merger and language layer each, the first the first."""
-    position_table: int = 48
+    position_table: int = option(48, "never", least=1, most=4096)
     """Side of the square table of learned positions."""
-    patch_size: int = 16
-    temporal_patch_size: int = 2
-    spatial_merge_size: int = 2
-    channels: int = 3
-    norm_epsilon: float = 1e-6
-    initializer_range: float = 0.02
+    patch_size: int = option(16, "never", least=1, most=1024)
+    temporal_patch_size: int = option(2, "never", least=1, most=1024)
+    spatial_merge_size: int = option(2, "never", least=1, most=1024)
+    channels: int = option(3, "never", least=1, most=1024)
+    norm_epsilon: float = option(1e-6, "never", above=0, most=1)
+    initializer_range: float = option(0.02, "run", least=0, most=10)
 
     @property
     def patch_width(self) -> int:
@@ -77,15 +77,15 @@ class VisionConfig:
 class ModelConfig:
     """One Qwen3-VL model."""
 
-    name: str = "qwen3vl"
-    backend: str = "auto"
+    name: str = option("qwen3vl", "free")
+    backend: str = option("auto", "free")
     """Kernels: `torch` everywhere, `flash` and `te` on a GPU; `auto` takes the best that is there."""
     text: TextConfig = field(default_factory=TextConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)
 
     def problems(self, parallel: ParallelConfig | None = None) -> list[str]:
         """What makes this model impossible to build in a layout: one line a fault, naming the option; empty if none."""
-        if found := self._not_positive():
+        if found := option_faults(self, "model"):
             return found
         text, vision = self.text, self.vision
         if self.backend not in BACKENDS:
@@ -95,9 +95,9 @@ class ModelConfig:
         found += self._rotary_problems()
         if text.heads % text.kv_heads:
             found.append(f"model.text.heads={text.heads} must be a multiple of kv_heads={text.kv_heads}")
-        for option, value in PICTURES.items():
-            if getattr(vision, option) != value:
-                found.append(f"model.vision.{option}={getattr(vision, option)} must be {value}, as the data has it")
+        for name, value in PICTURES.items():
+            if getattr(vision, name) != value:
+                found.append(f"model.vision.{name}={getattr(vision, name)} must be {value}, as the data has it")
         found += self._deepstack_problems() + self._expert_problems()
         return found + (self.layout_problems(parallel) if parallel else [])
 
@@ -120,25 +120,21 @@ class ModelConfig:
 
     def _deepstack_problems(self) -> list[str]:
         vision, layers = self.vision, self.text.layers
-        option, found = f"model.vision.deepstack_layers={vision.deepstack_layers}", []
+        where, found = f"model.vision.deepstack_layers={vision.deepstack_layers}", []
         if any(not 0 <= layer < vision.depth for layer in vision.deepstack_layers):
-            found.append(f"{option} must lie in 0..{vision.depth - 1}")
+            found.append(f"{where} must lie in 0..{vision.depth - 1}")
         if vision.deepstack_layers != sorted(set(vision.deepstack_layers)):
-            found.append(f"{option} must increase: language layers receive the levels in the order of the blocks")
+            found.append(f"{where} must increase: language layers receive the levels in the order of the blocks")
         if len(vision.deepstack_layers) > layers:
-            found.append(f"{option}: {len(vision.deepstack_layers)} levels need as many language layers, have {layers}")
+            found.append(f"{where}: {len(vision.deepstack_layers)} levels need as many language layers, have {layers}")
         return found
 
     def _expert_problems(self) -> list[str]:
         text, found = self.text, []
-        if text.experts < 0:
-            return [f"model.text.experts={text.experts} must be at least 0"]
         if text.experts and not 1 <= text.experts_per_token <= text.experts:
             found.append(f"model.text.experts_per_token={text.experts_per_token} must lie in 1..{text.experts} (experts)")
         if text.experts and text.expert_ffn_hidden_size < 1:
             found.append(f"model.text.expert_ffn_hidden_size={text.expert_ffn_hidden_size} must be at least 1")
-        if not 0 <= text.balance_coefficient < math.inf:
-            found.append(f"model.text.balance_coefficient={text.balance_coefficient:g} must be a finite number of at least 0")
         return found
 
     def kernel_problems(self, element_bytes: int, parallel: ParallelConfig) -> list[str]:
@@ -193,23 +189,4 @@ class ModelConfig:
             )
         if parallel.tensor > 1 and not parallel.sequence_parallel:
             found.append("a mixture of experts with parallel.tensor above 1 needs parallel.sequence=true: leave it out")
-        return found
-
-    def _not_positive(self) -> list[str]:
-        """Sizes below 1, which every other check divides by, and numbers that no arithmetic can take."""
-        values = {
-            f"model.{part}.{each.name}": (each.type, getattr(config, each.name))
-            for part, config in (("text", self.text), ("vision", self.vision))
-            for each in fields(config)
-        }
-        found = [
-            f"{option}={value} must be at least 1"
-            for option, (kind, value) in values.items()
-            if kind is int and ".expert" not in option and value < 1
-        ]
-        for option, (_, value) in values.items():
-            if option.endswith(("norm_epsilon", "rope_theta")) and not 0 < value < math.inf:
-                found.append(f"{option}={value:g} must be a finite number above 0")
-            if option.endswith("initializer_range") and not 0 <= value < math.inf:
-                found.append(f"{option}={value:g} must be a finite number of at least 0")
         return found

@@ -4,11 +4,11 @@ Source: LoRA (arXiv 2106.09685). The router, the patch embedding, the embeddings
 Nothing here imports torch.
 """
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from visionloom.common.settings import option, option_faults
 from visionloom.model.config import GROUPS, ModelConfig
 from visionloom.model.trainable import group_of
 
@@ -20,18 +20,18 @@ EXPERT_RANKS = 8
 class LoraConfig:
     """Low-rank adapters, which then train alone."""
 
-    rank: int = 0
+    rank: int = option(0, "never", least=0, most=65_536)
     """Width of an adapter; 0: no adapters, the weights themselves train."""
-    alpha: float = 32.0
+    alpha: float = option(32.0, "run", above=0, most=1e6)
     """An adapter's output is multiplied by alpha / rank."""
-    dropout: float = 0.0
+    dropout: float = option(0.0, "run", least=0, below=1)
     """Share of an adapter's input values that are zeroed in training."""
-    targets: list[str] = field(default_factory=lambda: ["*"])
+    targets: list[str] = option(["*"], "never", entries=64)
     """Which linear layers get an adapter: patterns for whole names (`language_model.decoder.layers.*.self_attention.*`) or last
     names (`linear_qkv`, `linear_proj`, `linear_fc1`, `linear_fc2`; in the vision tower also `qkv` and `proj`)."""
-    groups: list[str] = field(default_factory=lambda: ["language"])
+    groups: list[str] = option(["language"], "never", choices=GROUPS)
     """Parameter groups whose layers get adapters: vision, merger, language. A phase trains those that its `trainable` names."""
-    adapter: str = ""
+    adapter: str = option("", "run")
     """Folder of a PEFT adapter to start from; empty: new adapters, which change nothing at first."""
 
     @property
@@ -43,17 +43,7 @@ class LoraConfig:
         """What cannot work: one line a fault, each naming its option; empty if none, or if there are no adapters."""
         if self.rank == 0:
             return [] if not self.adapter else [f"lora.adapter={self.adapter} needs lora.rank: set it to the adapter's rank"]
-        found = []
-        if self.rank < 0:
-            found.append(f"lora.rank={self.rank} must be at least 0")
-        if not 0 < self.alpha < math.inf:
-            found.append(f"lora.alpha={self.alpha:g} must be above 0")
-        if not 0 <= self.dropout < 1:
-            found.append(f"lora.dropout={self.dropout:g} must be at least 0 and below 1")
-        found += [
-            f"lora.groups={group} is unknown: use one of {', '.join(GROUPS)}" for group in self.groups if group not in GROUPS
-        ]
-        if found:
+        if found := option_faults(self, "lora"):
             return found
         names = [layer.name for layer in linear_layers(model) if group_of(layer.name) in self.groups]
         found += [

@@ -3,6 +3,8 @@
 Names are the canonical ones of sharding.py. Shapes of linear layers are [out, in].
 """
 
+import math
+
 from visionloom.model.config import ModelConfig, TextConfig, VisionConfig
 
 Shape = tuple[int, ...]
@@ -19,6 +21,11 @@ def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
     if not text.tie_embeddings:
         shapes["language_model.output_layer.weight"] = (text.vocab_size, text.hidden_size)
     return shapes
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """Parameters of the whole model."""
+    return sum(math.prod(shape) for shape in parameter_shapes(config).values())
 
 
 def _layer(text: TextConfig) -> dict[str, Shape]:

@@ -6,6 +6,8 @@ Nothing here imports torch: a layout that cannot be built is refused before any 
 import math
 from dataclasses import dataclass
 
+from visionloom.common.settings import option, option_faults
+
 RECOMPUTATIONS = ("none", "selective", "full")
 EXCHANGES = ("gather", "ulysses")
 
@@ -14,30 +16,30 @@ EXCHANGES = ("gather", "ulysses")
 class ParallelConfig:
     """Degrees of parallelism; data parallelism is what remains of the world size."""
 
-    engine: str = "megatron"
+    engine: str = option("megatron", "free")
     """Who owns gradients and optimizer: `megatron`."""
-    tensor: int = 1
+    tensor: int = option(1, "free", least=1, most=65_536)
     """Ranks that share every matrix of a language layer."""
-    pipeline: int = 1
+    pipeline: int = option(1, "free", least=1, most=65_536)
     """Stages that the language layers are cut into."""
-    virtual_pipeline: int | None = None
+    virtual_pipeline: int | None = option(None, "free", least=1, most=1024)
     """Chunks of layers on each pipeline stage (interleaved 1F1B)."""
-    context: int = 1
+    context: int = option(1, "free", least=1, most=65_536)
     """Ranks that share the tokens of one sequence."""
-    context_exchange: str = "gather"
+    context_exchange: str = option("gather", "free", choices=EXCHANGES)
     """How attention sees the tokens of other context ranks: `gather` all keys and values (any degree), or `ulysses` (heads for
     tokens; tensor x context must divide the key/value heads)."""
-    expert: int = 1
+    expert: int = option(1, "free", least=1, most=65_536)
     """Ranks that share the experts of a mixture-of-experts layer."""
-    expert_tensor: int | None = None
+    expert_tensor: int | None = option(None, "free", least=1, most=65_536)
     """Ranks that share the matrices of one expert; None: 1."""
-    sequence: bool | None = None
+    sequence: bool | None = option(None, "free")
     """Sequence parallelism in the tensor-parallel group; None: on where tensor > 1."""
-    pipeline_layout: str | None = None
+    pipeline_layout: str | None = option(None, "free")
     """Embedding (E), decoder layers (t) and loss (L) over the stages, for example `Ettt|tttt|ttL`; None: evenly."""
-    recompute: str = "none"
+    recompute: str = option("none", "free", choices=RECOMPUTATIONS)
     """Activations made again in the backward pass: `none`, `selective` (attention and experts), or `full` (whole layers)."""
-    offload_activations: bool = False
+    offload_activations: bool = option(False, "free")
     """Keep what the decoder layers save for the backward pass in host memory."""
 
     @property
@@ -105,11 +107,4 @@ class ParallelConfig:
         found = []
         if self.engine != "megatron":
             found.append(f"parallel.engine={self.engine} is not available: use parallel.engine=megatron")
-        for axis in ("tensor", "pipeline", "context", "expert", "expert_tensor", "virtual_pipeline"):
-            degree = getattr(self, axis)
-            if degree is not None and degree < 1:
-                found.append(f"parallel.{axis}={degree} must be at least 1")
-        for option, known in (("recompute", RECOMPUTATIONS), ("context_exchange", EXCHANGES)):
-            if getattr(self, option) not in known:
-                found.append(f"parallel.{option}={getattr(self, option)} is unknown: use one of {', '.join(known)}")
-        return found
+        return found + option_faults(self, "parallel")

@@ -14,6 +14,7 @@ from torch._C._distributed_c10d import HashStore
 
 from visionloom.common.errors import UserError
 from visionloom.parallel.config import ParallelConfig
+from visionloom.parallel.meeting import meet
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,14 @@ class Topology:
         """Sum of `values` over the copies of the model, in place."""
         dist.all_reduce(values, group=self.groups.dp)
         return values
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether `flag` is set on any rank; all ranks call it."""
+        if self.world_size == 1:
+            return flag
+        found = torch.tensor(int(flag), dtype=torch.int32, device=self.device)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        return bool(found)
 
     def most_over_data(self, value: float) -> float:
         """The largest `value` of any copy of the model."""
@@ -198,7 +207,8 @@ def change(topology: Topology, config: ParallelConfig, seed: int) -> Topology:
 def _open_world(device: torch.device, timeout: timedelta) -> None:
     backend = "gloo" if device.type == "cpu" else "nccl"
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        dist.init_process_group(backend, timeout=timeout)
+        store, rank, size = meet(timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     else:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
 

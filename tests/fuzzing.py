@@ -26,6 +26,8 @@ BYTES: Final = 1 << 30
 """Memory that one input may take, beyond what the process has without it."""
 _HANGS: Final = 60.0
 """Seconds without an answer after which the reading process is killed, however busy the machine is."""
+_SHOWN: Final = 2000
+"""Characters of a traceback that are shown: messages may quote the input."""
 _ADDRESSES: Final = 6 << 30
 """Address space beyond which nothing is given to the reading process, so that no input can fell the machine."""
 
@@ -296,7 +298,7 @@ def _read_one(read: Callable[[bytes], object], data: bytes, allowed: tuple[type[
     except allowed:
         pass
     except BaseException:
-        problem = traceback.format_exc(limit=-4)
+        problem = traceback.format_exc(limit=-4)[-_SHOWN:]
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
     if (seconds := time.process_time() - started) > SECONDS:

@@ -1,7 +1,7 @@
 """The built things of a phase, in order: model, data-parallel wrapper, optimizer, schedule, data stream."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from visionloom.model.sharding import draw_weights
 from visionloom.model.trainable import set_trainable
 from visionloom.parallel.topology import Topology
 from visionloom.train.adapter import load_adapter
+from visionloom.train.changes import settings_of
 from visionloom.train.config import PhaseConfig, RunConfig
 from visionloom.train.cost import cost_model
 from visionloom.train.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
@@ -38,6 +39,8 @@ class Stage:
     stream: PackStream
     inputs: Inputs | None = None
     """What its checkpoints say that they were trained with."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """What they remember of the configuration, to name what changes."""
 
     @property
     def has_dropout(self) -> bool:
@@ -121,4 +124,4 @@ def build_stage(config: RunConfig, name: str, topology: Topology, chunks: list[Q
     optimizer = build_optimizer(wrapped, config.optim, phase, bf16)
     scheduler = build_scheduler(optimizer, config.optim, phase)
     inputs = Inputs.of(config.data, stream.tokenizer.fingerprint, config.init.huggingface or config.init.checkpoint)
-    return Stage(name, phase, topology, chunks, wrapped, optimizer, scheduler, stream, inputs)
+    return Stage(name, phase, topology, chunks, wrapped, optimizer, scheduler, stream, inputs, settings_of(config, name))

@@ -93,6 +93,7 @@ def progress_of(stage: Stage, step: int, phase_step: int) -> Progress:
         updates(stage.optimizer),
         asdict(lora) if (lora := stage.chunks[0].lora) else {},
         asdict(stage.inputs) if stage.inputs is not None else {},
+        stage.settings,
     )
 
 

@@ -5,14 +5,15 @@ refused in well under a second.
 """
 
 import dataclasses
-import difflib
 import math
-import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from visionloom.data.config import OVER_LENGTH, DataConfig
+from visionloom.common.names import name_fault
+from visionloom.common.settings import ENTRIES, option, option_faults, unknown
+from visionloom.common.text import one_line
+from visionloom.data.config import DataConfig
 from visionloom.model.config import GROUPS, ModelConfig
 from visionloom.model.lora_config import LoraConfig
 from visionloom.parallel.config import ParallelConfig
@@ -22,62 +23,42 @@ PRECISIONS = ("auto", "fp32", "bf16")
 ANY_PHASE = "phases.<name>"
 LOSSES = ("sqrt", "token", "sample")
 SCHEDULES = ("cosine", "wsd", "linear", "constant")
-WEIGHTS_IN = ("samples", "tokens")
-ON_CHANGE = ("error", "new_phase")
-LEAST: dict[str, float] = {
-    "run.seed": 0,
-    "run.threads": 0,
-    "data.workers": 0,
-    "data.window": 1,
-    "data.pack_multiple": 1,
-    "data.pack_segments": 0,
-    "data.shuffle_block": 1,
-    "data.store.retries": 0,
-    "data.store.hedge_seconds": 0,
-    "data.store.bytes_in_flight": 1,
-    "data.store.cache_bytes": 1,
-    "optim.weight_decay": 0,
-    "optim.clip_grad": 0,
-    "checkpoint.every_steps": 0,
-    "checkpoint.keep": 1,
-    "checkpoint.keep_every_steps": 0,
-    "logging.every_steps": 1,
-    "evaluation.samples": 1,
-    "evaluation.phase_samples": 0,
-    "evaluation.pack_tokens": 1,
-    "evaluation.max_new_tokens": 1,
-    "evaluation.pictures": 0,
-}
-"""Smallest value of options whose value needs no other check."""
+STEPS = 10**7
+"""Most optimizer steps of a phase; the folders of checkpoints have eight digits."""
 
 
 @dataclass
 class RunSection:
     """Identity of the run and where it lives."""
 
-    name: str = "???"
-    folder: str = ""
+    name: str = option("???", "free")
+    folder: str = option("", "free")
     """Run folder; empty: runs/<name>."""
-    seed: int = 1234
-    device: str = "auto"
+    seed: int = option(1234, "data", least=0, most=2**32 - 1)
+    device: str = option("auto", "free", choices=DEVICES)
     """`cpu` (gloo), `cuda` (NCCL), or `auto`: cuda where a GPU is visible."""
-    precision: str = "auto"
+    precision: str = option("auto", "run", choices=PRECISIONS)
     """Arithmetic of the model: `fp32`, `bf16`, or `auto`: bf16 on a GPU, fp32 on a CPU."""
-    threads: int = 0
+    threads: int = option(0, "free", least=0, most=1024)
     """CPU threads of each rank; 0: the cores divided by the ranks of this machine."""
-    deterministic: bool = False
+    deterministic: bool = option(False, "free")
     """Only kernels whose sums have a fixed order: the same run twice gives the same bits; slower on a GPU."""
-    evaluate_at_end: bool = False
+    evaluate_at_end: bool = option(False, "free")
     """Evaluate on data.validation when the last phase is done."""
+    start_anew: bool = option(False, "free")
+    """Begin at step 0 where no checkpoint of the run is whole any more; what is left of them and the metrics is moved aside."""
+    on_change: str = option("error", "free", choices=("error", "continue"))
+    """If settings of the phase in progress or of the whole run differ from a checkpoint's: `error` says which, `continue` goes
+    on with the new ones and says which. What is read has data.on_change."""
 
 
 @dataclass
 class InitConfig:
     """Where the first phase's weights come from; both empty: random from run.seed."""
 
-    huggingface: str = ""
+    huggingface: str = option("", "run")
     """Folder of a Hugging Face model."""
-    checkpoint: str = ""
+    checkpoint: str = option("", "run")
     """Checkpoint folder of this or another run (weights only)."""
 
 
@@ -85,12 +66,12 @@ class InitConfig:
 class OptimConfig:
     """AdamW and gradient clipping."""
 
-    name: str = "adamw"
-    beta1: float = 0.9
-    beta2: float = 0.95
-    epsilon: float = 1e-8
-    weight_decay: float = 0.05
-    clip_grad: float = 1.0
+    name: str = option("adamw", "never", choices=("adamw",))
+    beta1: float = option(0.9, "run", least=0, below=1)
+    beta2: float = option(0.95, "run", least=0, below=1)
+    epsilon: float = option(1e-8, "run", above=0, most=1)
+    weight_decay: float = option(0.05, "run", least=0, most=100)
+    clip_grad: float = option(1.0, "run", least=0, most=1e9)
     """Largest global gradient norm; 0 turns clipping off."""
 
 
@@ -98,36 +79,36 @@ class OptimConfig:
 class PhaseConfig:
     """One phase: what trains, on what, for how long."""
 
-    sequence_length: int = 8192
+    sequence_length: int = option(8192, "data", least=1, most=2**24)
     """Tokens of one pack."""
-    global_batch: int = 1
+    global_batch: int = option(1, "data", least=1, most=2**20)
     """Packs of one optimizer step over all ranks."""
-    micro_batch: int = 1
+    micro_batch: int = option(1, "free", least=1, most=2**20)
     """Packs of one forward pass on one rank."""
-    steps: int | None = None
+    steps: int | None = option(None, "run", least=1, most=STEPS)
     """Optimizer steps; or give `tokens`."""
-    tokens: int | None = None
+    tokens: int | None = option(None, "run", least=1, most=10**18)
     """Tokens including padding; the steps follow from sequence_length x global_batch."""
-    trainable: list[str] = field(default_factory=lambda: list(GROUPS))
+    trainable: list[str] = option(list(GROUPS), "run", choices=GROUPS)
     """Parameter groups that train: vision, merger (main and DeepStack mergers), language."""
-    fresh: list[str] = field(default_factory=list)
+    fresh: list[str] = option([], "run", choices=GROUPS)
     """Parameter groups drawn anew at the start, as the report's alignment starts from new mergers."""
-    mixture: dict[str, float] = field(default_factory=dict)
+    mixture: dict[str, float] = option({}, "data", least=0, most=1e9)
     """Weight of each dataset; empty: all of data.datasets with their own weights."""
-    loss: str = "sqrt"
+    loss: str = option("sqrt", "run", choices=LOSSES)
     """Weight of a token in a sample with n supervised tokens: `sqrt` n^-1/2, `token` 1, `sample` 1/n."""
-    lr: float = 1e-4
+    lr: float = option(1e-4, "run", least=0, most=100)
     """Peak learning rate."""
-    lr_vision: float | None = None
+    lr_vision: float | None = option(None, "run", least=0, most=100)
     """Peak learning rate of the vision tower; None: lr."""
-    lr_merger: float | None = None
+    lr_merger: float | None = option(None, "run", least=0, most=100)
     """Peak learning rate of the mergers; None: lr."""
-    lr_min_ratio: float = 0.1
+    lr_min_ratio: float = option(0.1, "run", least=0, most=1)
     """Last learning rate as a share of the peak."""
-    warmup_steps: int = 0
-    schedule: str = "cosine"
+    warmup_steps: int = option(0, "run", least=0, most=STEPS)
+    schedule: str = option("cosine", "run", choices=SCHEDULES)
     """`cosine` or `linear` decay over the whole phase, `wsd` (constant, then decay_steps down), `constant`."""
-    decay_steps: int | None = None
+    decay_steps: int | None = option(None, "run", least=1, most=STEPS)
     """Steps of decay at the end of a `wsd` schedule; None: a tenth of the phase."""
     parallel: ParallelConfig | None = None
     """A layout of its own; None: the run's."""
@@ -157,36 +138,21 @@ class PhaseConfig:
 
         Whether its packs can be dealt to the ranks is left out unless `dealt`: the run's layout must be possible first.
         """
-        found = []
-        for option in ("sequence_length", "global_batch", "micro_batch"):
-            if getattr(self, option) < 1:
-                found.append(f"{where}.{option}={getattr(self, option)} must be at least 1")
-        for option in ("lr", "lr_vision", "lr_merger", "lr_min_ratio"):
-            value = getattr(self, option)
-            if value is not None and not 0 <= value < math.inf:
-                found.append(f"{where}.{option}={value:g} must be a finite number of at least 0")
+        if found := option_faults(self, where):
+            return found
         if (self.steps is None) == (self.tokens is None):
             found.append(f"{where}: give exactly one of steps and tokens")
-        elif self.total_steps < 1:
-            found.append(f"{where}.{'steps' if self.steps is not None else 'tokens'} must be at least 1")
-        elif not 0 <= self.warmup_steps < self.total_steps:
-            found.append(
-                f"{where}.warmup_steps={self.warmup_steps} must be at least 0 and below the phase's {self.total_steps} steps"
-            )
-        if self.decay_steps is not None and not 1 <= self.decay_steps <= self.total_steps - self.warmup_steps:
-            found.append(f"{where}.decay_steps={self.decay_steps} must be at least 1 and fit behind the warm-up")
-        for option, values, known in (
-            ("trainable", self.trainable, GROUPS),
-            ("fresh", self.fresh, GROUPS),
-            ("loss", [self.loss], LOSSES),
-            ("schedule", [self.schedule], SCHEDULES),
-            ("mixture", list(self.mixture), datasets),
-        ):
-            found += [unknown(f"{where}.{option}", value, known) for value in values if value not in known]
+        elif self.total_steps > STEPS:
+            found.append(f"{where}.tokens={self.tokens} makes {self.total_steps:,} steps, at most {STEPS:,} are possible")
+        elif self.warmup_steps >= self.total_steps:
+            found.append(f"{where}.warmup_steps={self.warmup_steps} must be below the phase's {self.total_steps} steps")
+        if self.decay_steps is not None and self.decay_steps > self.total_steps - self.warmup_steps:
+            found.append(f"{where}.decay_steps={self.decay_steps} must fit behind the warm-up")
+        found += [unknown(f"{where}.mixture", name, datasets) for name in self.mixture if name not in datasets]
         if not self.trainable:
             found.append(f"{where}.trainable is empty: name at least one of {', '.join(GROUPS)}")
-        if self.mixture and (min(self.mixture.values()) < 0 or sum(self.mixture.values()) <= 0):
-            found.append(f"{where}.mixture: weights must not be negative and one must be above 0")
+        if self.mixture and sum(self.mixture.values()) <= 0:
+            found.append(f"{where}.mixture: one weight must be above 0")
         layout = self.parallel or parallel
         faults = layout.problems(world_size) or model.layout_problems(layout)
         if self.parallel is not None:
@@ -222,15 +188,15 @@ class PhaseConfig:
 class CheckpointConfig:
     """When to save and what to keep; the end of a phase is always saved."""
 
-    every_steps: int = 1000
+    every_steps: int = option(1000, "free", least=0, most=STEPS)
     """Optimizer steps between checkpoints; 0: only at the end of a phase."""
-    keep: int = 2
+    keep: int = option(2, "free", least=1, most=10**6)
     """Newest checkpoints kept of each phase, its end among them."""
-    keep_every_steps: int = 0
+    keep_every_steps: int = option(0, "free", least=0, most=STEPS)
     """Besides, one checkpoint is kept for each so many steps of the run; 0: none."""
-    asynchronous: bool = True
+    asynchronous: bool = option(True, "free")
     """Write while training goes on; the end of a phase is always waited for."""
-    on_error: str = "continue"
+    on_error: str = option("continue", "free", choices=("continue", "stop"))
     """What to do when a checkpoint cannot be written: `continue` without it (three failures in a row, or one at the end of a
     phase, stop the run), or `stop` at once. Checkpoints before it stay whole either way."""
 
@@ -239,24 +205,24 @@ class CheckpointConfig:
 class LoggingConfig:
     """What is written beside metrics.jsonl, and how often a line is shown."""
 
-    every_steps: int = 10
-    wandb: bool = False
-    tensorboard: bool = False
+    every_steps: int = option(10, "free", least=1, most=STEPS)
+    wandb: bool = option(False, "free")
+    tensorboard: bool = option(False, "free")
 
 
 @dataclass
 class EvaluationConfig:
     """Held-out loss and greedy answers."""
 
-    samples: int = 256
+    samples: int = option(256, "free", least=1, most=10**7)
     """Most samples of each validation dataset."""
-    phase_samples: int = 64
+    phase_samples: int = option(64, "free", least=0, most=10**7)
     """Most samples of each validation dataset for the held-out loss at the start and end of a phase; 0: none."""
-    pack_tokens: int = 4096
+    pack_tokens: int = option(4096, "free", least=1, most=2**24)
     """Tokens of a pack in generation."""
-    max_new_tokens: int = 64
+    max_new_tokens: int = option(64, "free", least=1, most=2**20)
     """Longest answer generated."""
-    pictures: int = 24
+    pictures: int = option(24, "free", least=0, most=10_000)
     """Samples shown with their prediction in report.html."""
 
 
@@ -278,19 +244,8 @@ class RunConfig:
 
     def problems(self, world_size: int) -> list[str]:
         """What cannot work, found from the values alone: one line a fault, each naming its option; empty if none."""
-        if found := not_finite(self):
+        if found := not_finite(self) or self._names() or self._out_of_range():
             return found
-        for option, value, known in (
-            ("run.device", self.run.device, DEVICES),
-            ("run.precision", self.run.precision, PRECISIONS),
-            ("optim.name", self.optim.name, ("adamw",)),
-            ("checkpoint.on_error", self.checkpoint.on_error, ("continue", "stop")),
-            ("data.weights_in", self.data.weights_in, WEIGHTS_IN),
-            ("data.on_change", self.data.on_change, ON_CHANGE),
-        ):
-            if value not in known:
-                found.append(unknown(option, value, known))
-        found += self._out_of_range()
         layout = self.parallel.problems(world_size) + self.model.problems(self.parallel)
         found += layout
         found += self._kernel_problems() if not layout else []
@@ -350,34 +305,28 @@ class RunConfig:
             )
         return found
 
-    def _out_of_range(self) -> list[str]:
-        """Numbers and names that no run can have."""
-        values = {option: operator.attrgetter(option)(self) for option in LEAST}
-        found = [
-            f"{option}={value} must be at least {LEAST[option]}" for option, value in values.items() if value < LEAST[option]
+    def _names(self) -> list[str]:
+        """Names that cannot be parts of paths."""
+        found = ["run.name is empty: give the run a name"] if not self.run.name else []
+        names = {"run.name=": [self.run.name] if self.run.name else [], "phases.": self.phases}
+        names |= {"data.datasets.": self.data.datasets, "data.validation.": self.data.validation}
+        return found + [
+            f"{option}{one_line(name)}: {fault}"
+            for option, each in names.items()
+            for name in each
+            if (fault := name_fault(name))
         ]
-        found += self.data.media.problems()
-        if not self.run.name:
-            found.append("run.name is empty: give the run a name")
-        for option in ("beta1", "beta2"):
-            if not 0 <= getattr(self.optim, option) < 1:
-                found.append(f"optim.{option}={getattr(self.optim, option):g} must be at least 0 and below 1")
-        if self.optim.epsilon <= 0:
-            found.append(f"optim.epsilon={self.optim.epsilon:g} must be above 0")
-        if not 0 < self.data.patch_budget < math.inf:
-            found.append(f"data.patch_budget={self.data.patch_budget:g} must be above 0")
-        if not 0 < self.data.store.timeout_seconds < math.inf:
-            found.append(f"data.store.timeout_seconds={self.data.store.timeout_seconds:g} must be above 0")
-        if not 0 <= self.data.max_bad_fraction <= 1:
-            found.append(f"data.max_bad_fraction={self.data.max_bad_fraction:g} must be from 0 to 1")
-        for section in ("datasets", "validation"):
-            for name, dataset in getattr(self.data, section).items():
-                if dataset.over_length not in OVER_LENGTH:
-                    found.append(unknown(f"data.{section}.{name}.over_length", dataset.over_length, OVER_LENGTH))
-        for name, dataset in self.data.datasets.items():
-            if not 0 <= dataset.weight < math.inf:
-                found.append(f"data.datasets.{name}.weight={dataset.weight:g} must be a finite number of at least 0")
-        return found
+
+    def _out_of_range(self) -> list[str]:
+        """Values that no run can have; phases tell of theirs alike, and many sections are as many options."""
+        sizes = {"phases": len(self.phases)}
+        sizes |= {"data.datasets": len(self.data.datasets), "data.validation": len(self.data.validation)}
+        if found := [
+            f"{name} has {size} entries, at most {ENTRIES} are possible" for name, size in sizes.items() if size > ENTRIES
+        ]:
+            return found
+        others = dataclasses.replace(self, phases={})
+        return option_faults(others) + _once({name: option_faults(phase, ANY_PHASE) for name, phase in self.phases.items()})
 
 
 def not_finite(config: Any, where: str = "") -> list[str]:
@@ -400,10 +349,3 @@ def _once(faults: Mapping[str, list[str]]) -> list[str]:
         line.replace(ANY_PHASE, f"phases.{first}") + (f" (likewise {', '.join(others)})" if others else "")
         for line, (first, *others) in phases.items()
     ]
-
-
-def unknown(option: str, value: str, known: tuple[str, ...] | list[str]) -> str:
-    """One line for a value that is not among the known ones, with the nearest as suggestion."""
-    close = difflib.get_close_matches(value, known, n=1)
-    hint = f" (did you mean {close[0]}?)" if close else ""
-    return f"{option}={value} is unknown{hint}: use one of {', '.join(known)}"

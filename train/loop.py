@@ -4,17 +4,19 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
+from visionloom.common.errors import UserError
 from visionloom.data.loader import iterate
 from visionloom.data.pack import PackedBatch
 from visionloom.model.flops import Work, step_flops
 from visionloom.train.build import Stage
 from visionloom.train.metrics import RunLog, memory_gib, peak_flops
 from visionloom.train.optimizer import learning_rates
-from visionloom.train.saving import Saver
+from visionloom.train.saving import Saver, first_fault
+from visionloom.train.state_file import CHECKPOINTS
 from visionloom.train.step import StepResult, encoder_of, reduce_counts, train_step
 
 Report = Callable[[dict[str, Any]], None]
@@ -42,6 +44,9 @@ def fit(
 
     Returns:
         optimizer steps of the run now done.
+
+    Raises:
+        UserError: if a checkpoint that must be cannot be saved, or the run's log cannot be written.
     """
     total = stage.phase.total_steps
     with closing(_packs(stage, done, total - done, workers)) as packs:
@@ -57,10 +62,26 @@ def fit(
             if log is not None:
                 log.metric(line)
             report(line)
+            if stage.topology.any_rank(log is not None and bool(log.fault)):
+                _save_and_stop(stage, saver, log, step, phase_step)
             saver.poll(stage.topology)
             if phase_step == total or saver.is_due(phase_step):
                 saver.save(stage, step, phase_step, last=phase_step == total)
     return step
+
+
+def _save_and_stop(stage: Stage, saver: Saver, log: RunLog | None, step: int, phase_step: int) -> NoReturn:
+    """End a run whose log cannot be written, saved if that is possible; all ranks call it."""
+    fault = first_fault(log.fault if log is not None else "")
+    try:
+        saver.save(stage, step, phase_step, last=True)
+        if log is not None:
+            log.leave_waiting(saver.run_folder / CHECKPOINTS)
+    except (UserError, OSError) as error:
+        raise UserError(f"{fault}: the run's log cannot be written; {error}") from error
+    raise UserError(
+        f"{fault}: the run's log cannot be written; the run is saved after step {step}: make room, and start the same command again"
+    )
 
 
 def _packs(stage: Stage, done: int, steps: int, workers: int) -> Generator[list[PackedBatch]]:

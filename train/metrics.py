@@ -1,6 +1,8 @@
 """metrics.jsonl and events.jsonl: one honest line for each optimizer step and for each event of a run."""
 
+import errno
 import json
+import os
 import resource
 import time
 from collections.abc import Mapping
@@ -9,18 +11,29 @@ from typing import Any
 
 import torch
 
+from visionloom.common.atomic import replacing
+
 METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
+WAITING = "unwritten.jsonl"
+"""Lines that a run could not write, left beside its checkpoints."""
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}
 """Dense bf16 peak by the vendor's data sheet; MFU is null on any other device."""
 
 
 class RunLog:
-    """Appends to a run's two logs; the main rank alone holds one."""
+    """Appends to a run's two logs; the main rank alone holds one.
+
+    A line that cannot be written is kept and tried again with the next one; the loop sees `fault` and ends the run.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.fault = ""
+        """Why lines are waiting; empty if none are."""
+        self._waiting: list[tuple[str, str]] = []
         folder.mkdir(parents=True, exist_ok=True)
+        self._end_last_event()
 
     def metric(self, line: Mapping[str, Any]) -> None:
         """Write the line of one optimizer step."""
@@ -35,14 +48,56 @@ class RunLog:
         path = self.folder / METRICS
         if not path.exists():
             return
-        kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
-        staged = path.with_suffix(".tmp")
-        staged.write_text("".join(line + "\n" for line in kept))
-        staged.replace(path)
+        kept = [line for line in path.read_text(errors="replace").splitlines() if _step_of(line) <= step]
+        with replacing(path) as file:
+            file.write("".join(line + "\n" for line in kept).encode())
+
+    def leave_waiting(self, folder: Path) -> None:
+        """Keep the lines that wait in another folder, where a checkpoint could be written; the next start takes them from there."""
+        if self._waiting:
+            with replacing(folder / WAITING) as file:
+                file.write("".join(json.dumps(line) + "\n" for line in self._waiting).encode())
+
+    def take_waiting(self, folder: Path) -> None:
+        """Write the lines that an earlier start has left."""
+        path = folder / WAITING
+        if path.exists():
+            for name, line in map(json.loads, path.read_text().splitlines()):
+                self._append(name, json.loads(line))
+            if not self.fault:
+                path.unlink()
+
+    def _end_last_event(self) -> None:
+        """A line that a crash cut off stays by itself."""
+        path = self.folder / EVENTS
+        if path.exists() and (content := path.read_bytes()) and not content.endswith(b"\n"):
+            self._write(EVENTS, "\n")
 
     def _append(self, name: str, line: Mapping[str, Any]) -> None:
-        with (self.folder / name).open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        self._waiting.append((name, json.dumps(line) + "\n"))
+        self.fault = ""
+        while self._waiting and not self.fault:
+            self.fault = self._write(*self._waiting[0])
+            if not self.fault:
+                self._waiting.pop(0)
+
+    def _write(self, name: str, line: str) -> str:
+        """Append a whole line or nothing; returns what is wrong."""
+        path = self.folder / name
+        try:
+            with path.open("ab", buffering=0) as file:
+                end = file.tell()
+                try:
+                    complete = file.write(line.encode()) == len(line.encode())
+                except OSError:
+                    file.truncate(end)
+                    raise
+                if not complete:  # a disk that was filled by the first half
+                    file.truncate(end)
+                    return f"{path}: {os.strerror(errno.ENOSPC)}"
+        except OSError as error:
+            return f"{path}: {error.strerror}"
+        return ""
 
 
 def _step_of(line: str) -> float:

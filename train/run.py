@@ -15,19 +15,24 @@ from visionloom.model.huggingface_config import NOT_THE_MODEL
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.parallel import topology as topologies
 from visionloom.parallel.topology import Topology
-from visionloom.train import checkpoint
+from visionloom.train import checkpoint, status
 from visionloom.train.build import Stage, add_adapters, build_model, build_stage, build_stream, redraw
+from visionloom.train.changes import Changed, changes
 from visionloom.train.checkpoint import Checkpoint
 from visionloom.train.companions import SETTINGS_OF_RUN, carry_into_run
 from visionloom.train.config import LoggingConfig, RunConfig
 from visionloom.train.evaluate import evaluate_run, held_out_losses
 from visionloom.train.loop import fit
+from visionloom.train.lost import lost_checkpoints, move_aside
 from visionloom.train.metrics import RunLog
 from visionloom.train.progress import Screen
-from visionloom.train.saving import Saver, check_room
-from visionloom.train.state_file import lora_of, model_of, stored_inputs
+from visionloom.train.saving import Saver, check_room, first_fault, sweep
+from visionloom.train.state_file import CHECKPOINTS, lora_of, model_of, stored_inputs
 from visionloom.train.trackers import Trackers
 from visionloom.train.weights import load_huggingface
+
+SLOW_SECONDS = 1.0
+"""A save that is not written when the next one is due, and holds training up for longer, is told."""
 
 
 def run_folder(config: RunConfig) -> Path:
@@ -111,19 +116,56 @@ class Run:
     def resume(self) -> None:
         """Find the newest whole checkpoint and rewind the metrics to it."""
         if self.log is not None:
-            (self.folder / SETTINGS_OF_RUN).write_text(yaml.safe_dump(asdict(self.config), sort_keys=False))
+            sweep(self.folder)
+        self._tell_last_end()
         self.topology.barrier()
         self.latest, damaged = checkpoint.newest(self.folder, self.topology)
         for line in damaged:
             self._event("damaged_checkpoint", detail=line)
             self.screen.say(f"passing over a damaged checkpoint: {line}")
         if self.latest is not None:
-            self._check(self.latest)
+            changed = changes(self.config, self.latest.progress, str(self.latest.folder))
             self.step = self.latest.progress.step
             self._event("resume", step=self.step, folder=str(self.latest.folder))
             self.screen.say(f"resuming after step {self.step} from {self.latest.folder}")
-        if self.log is not None:
+            self._tell_changes(changed)
+        else:
+            self._begin_anew(damaged)
+        status.current.at(self.step)
+        if self.log is not None:  # only now: a start that is refused leaves what describes the run as it is
+            (self.folder / SETTINGS_OF_RUN).write_text(yaml.safe_dump(asdict(self.config), sort_keys=False))
+            self.log.take_waiting(self.folder / CHECKPOINTS)
             self.log.rewind(self.step)
+
+    def _tell_last_end(self) -> None:
+        """Say how the start before this one ended, if not as it should."""
+        before = status.current.before
+        if before is None or before.state == "done":
+            return
+        cause = before.cause or f"killed without a word, with process {before.pid} on {before.host}"
+        self._event("last_end", cause=cause, rank=before.rank, step=before.step)
+        after = f" after step {before.step}" if before.step else ""
+        self.screen.say(f"the start before this one ended{after}: {cause.splitlines()[0]}")
+
+    def _begin_anew(self, damaged: list[str]) -> None:
+        """Begin at step 0; a run that has had checkpoints does so only when told to, and keeps what is left of it."""
+        fault = first_fault(lost_checkpoints(self.folder, damaged) if self.topology.is_main else "")
+        if not fault:
+            return
+        if not self.config.run.start_anew:
+            raise UserError(
+                f"{fault}: put one back, set run.name to start another run, or begin this one at step 0 with run.start_anew=true,"
+                " which moves aside what is left"
+            )
+        if self.log is not None:
+            self._event("start_anew", cause=fault, kept=str(move_aside(self.folder)))
+        self.screen.say(f"beginning at step 0: {fault}")
+
+    def _tell_changes(self, changed: list[Changed]) -> None:
+        """Say which settings the run goes on with instead of its checkpoint's."""
+        for each in changed:
+            self._event("settings_changed", step=self.step, option=each.option, was=each.was, now=each.now)
+            self.screen.say(f"goes on with other settings: {each}")
 
     def check_data(self) -> None:
         """Open the datasets of all phases that are left: one that cannot be trained on is an error before the first step."""
@@ -140,13 +182,14 @@ class Run:
             if self.latest is None:
                 found = f"only damaged checkpoints, {damaged[0]}" if damaged else "no checkpoint"
                 raise UserError(f"{self.folder} holds {found}: train the run first, or name one with checkpoint=FOLDER")
-        self._check(self.latest, resuming=False)
+        self._check(self.latest)
         lora = lora_of(self.latest.progress)
         rank = lora.rank if lora is not None else 0
         if rank != self.config.lora.rank:
             held = f"adapters of rank {rank}" if rank else "whole weights, no adapters"
             raise UserError(f"{self.latest.folder} holds {held}: evaluate it with lora.rank={rank}")
         self.step = self.latest.progress.step
+        status.current.at(self.step)
         self.screen.say(f"evaluating {self.latest.folder}")
         inputs, here = stored_inputs(self.latest.progress), asdict(self.config.data.media)
         trained = inputs.media if inputs is not None else {}
@@ -243,7 +286,7 @@ class Run:
             load_huggingface(Path(init.huggingface), chunks, self.config.model, self.topology)
         if init.checkpoint:
             source = checkpoint.whole(Path(init.checkpoint), "init.checkpoint", self.topology)
-            self._check(source, resuming=False)
+            self._check(source)
             if source.progress.lora:
                 raise UserError(
                     f"init.checkpoint={source.folder} holds adapters only: name the checkpoint that they were trained on,"
@@ -254,37 +297,17 @@ class Run:
             add_adapters(chunks, self.config, self.topology)
         return chunks
 
-    def _check(self, source: Checkpoint, resuming: bool = True) -> None:
-        """Refuse a checkpoint of another model or recipe with what differs."""
-        progress, ours, theirs = source.progress, asdict(self.config.model), asdict(model_of(source.progress))
+    def _check(self, source: Checkpoint) -> None:
+        """Refuse a checkpoint of another model with what differs; one that a run goes on from is under `changes`."""
+        ours, theirs = asdict(self.config.model), asdict(model_of(source.progress))
         for part in ("text", "vision"):
-            same = () if resuming else NOT_THE_MODEL
-            changed = [key for key, value in ours[part].items() if key not in same and theirs[part][key] != value]
+            held = theirs[part]
+            changed = [key for key, value in ours[part].items() if key not in NOT_THE_MODEL and held[key] != value]
             if changed:
                 raise UserError(
-                    f"{source.folder} holds another model: model.{part}.{changed[0]} is {theirs[part][changed[0]]} there"
+                    f"{source.folder} holds another model: model.{part}.{changed[0]} is {held[changed[0]]} there"
                     f" and {ours[part][changed[0]]} here; set run.name to start a new run"
                 )
-        if not resuming:
-            return
-        shape = ("rank", "targets", "groups") if self.config.lora.rank else ("rank",)
-        lora, here = lora_of(progress), asdict(self.config.lora)
-        there = asdict(lora) if lora is not None else {"rank": 0}
-        if changed := [key for key in shape if there.get(key) != here[key]]:
-            raise UserError(
-                f"{source.folder} has lora.{changed[0]}={there.get(changed[0])}, here it is {here[changed[0]]}:"
-                " set run.name to start a new run"
-            )
-        if progress.phase not in self.config.phases:
-            raise UserError(
-                f"{source.folder} is of phase {progress.phase}, which this recipe lacks: set run.name to start a new run"
-            )
-        steps = self.config.phases[progress.phase].total_steps
-        if not progress.phase_done and steps != progress.phase_steps:
-            raise UserError(
-                f"phases.{progress.phase} has {steps} steps here and {progress.phase_steps} in {source.folder}, so its schedule differs:"
-                f" keep the steps or set run.name to start a new run"
-            )
 
     def _validate(self, stage: Stage, unchanged: bool = False) -> None:
         """Held-out losses as the phase stands, as an event; those of the last phase's end if the weights are `unchanged`."""
@@ -297,12 +320,18 @@ class Run:
 
     def _report(self, line: dict[str, Any]) -> None:
         """Show and track one optimizer step."""
+        status.current.at(line["step"])
         self.screen.step(line)
         self.trackers.step(line)
 
     def _saved(self, event: str, **fields: Any) -> None:
-        """Log a checkpoint, and show one that failed."""
+        """Log a checkpoint, and show one that failed or held up training."""
         self._event(event, **fields)
+        if fields.get("waited_seconds", 0.0) > SLOW_SECONDS:
+            self.screen.say(
+                f"warning: training has waited {fields['waited_seconds']:.1f} s for {fields['folder']}, which was written at"
+                f" {fields['mb_per_second']} MB/s: raise checkpoint.every_steps or use faster storage"
+            )
         if event == "checkpoint_failed":
             self.screen.say(f"warning: {fields['folder']} could not be saved: {fields['cause']}; going on")
 

@@ -80,6 +80,8 @@ class Save:
     started: float
     stalled: float = 0.0
     """Seconds that training has waited for it."""
+    waited: float = 0.0
+    """Seconds of these in which it was still being written though the next one was due."""
     results: list[Any] = field(default_factory=list)
     hashes: dict[str, FileEntry] = field(default_factory=dict)
     fault: str = ""
@@ -143,7 +145,8 @@ class Saver:
         started = time.perf_counter()
         if self.pending.thread is not None:
             self.pending.thread.join()
-            self.pending.stalled += time.perf_counter() - started
+            self.pending.waited = time.perf_counter() - started
+            self.pending.stalled += self.pending.waited
         self._complete(topology, last)
 
     def _begin(self, stage: Stage, step: int, phase_step: int, started: float) -> tuple[Save | None, str | None]:
@@ -158,7 +161,7 @@ class Saver:
                 partial.mkdir(parents=True)
             except OSError as error:
                 fault = _told(error, partial)
-        if found := _first_fault(fault):
+        if found := first_fault(fault):
             return None, found
         # Megatron-core's own queue lives in a process that it starts: 600 MiB a rank, left behind when a rank is killed.
         filesystem_async._results_queue = filesystem_async._results_queue or queue.Queue()
@@ -185,16 +188,20 @@ class Saver:
                 _retain(save.final, self.settings)
             except (OSError, ValueError) as error:
                 fault = _told(error, save.partial)
-        if fault := _first_fault(fault):
+        if fault := first_fault(fault):
             if topology.is_main:
                 shutil.rmtree(save.partial, ignore_errors=True)
             self._failed(save.final, fault, last)
             return
         self.failures = 0
-        seconds = round(time.perf_counter() - save.started, 3)
+        seconds, size = (
+            round(time.perf_counter() - save.started, 3),
+            sum(file["bytes"] for _, hashes, _ in parts for file in hashes.values()),
+        )
         self.report(
             "checkpoint", step=save.progress.step, phase=save.progress.phase, folder=str(save.final), seconds=seconds,
-            stall_seconds=round(save.stalled, 3),
+            stall_seconds=round(save.stalled, 3), waited_seconds=round(save.waited, 3),
+            mb_per_second=round(size / 1e6 / max(seconds, 1e-3), 1),
         )  # fmt: skip
 
     def _failed(self, folder: Path, fault: str, last: bool) -> None:
@@ -251,7 +258,7 @@ def _existing(path: Path) -> Path:
     return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
-def _first_fault(fault: str) -> str:
+def first_fault(fault: str) -> str:
     """The first rank's fault, alike on all ranks; empty if none has one."""
     faults = [""] * dist.get_world_size()
     dist.all_gather_object(faults, fault)
@@ -282,8 +289,11 @@ def _commit(save: Save, results: list[Any], hashes: dict[str, FileEntry]) -> Non
 
 
 def _retain(final: Path, settings: CheckpointConfig) -> None:
-    """Remove old checkpoints of the phase: all but the newest `keep`, and one for each `keep_every_steps`."""
-    siblings = sorted(f for f in final.parent.glob("step-*") if f.suffix != ".tmp")
+    """Remove old checkpoints of the phase: all but the newest `keep`, and one for each `keep_every_steps`.
+
+    Those of later steps than `final` are damaged ones that the run has passed over: they neither count nor go.
+    """
+    siblings = sorted(f for f in final.parent.glob("step-*") if f.suffix != ".tmp" and f.name <= final.name)
     for old in siblings[: -settings.keep]:
         if not (settings.keep_every_steps and int(old.name.removeprefix("step-")) % settings.keep_every_steps == 0):
             shutil.rmtree(old)
@@ -295,6 +305,12 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sweep(run_folder: Path) -> None:
+    """Remove what a save that was killed has left; the main rank calls it when a run starts."""
+    for leftover in (run_folder / CHECKPOINTS).glob("*/step-*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def check_room(run_folder: Path, stage: Stage) -> None:
@@ -316,7 +332,7 @@ def check_room(run_folder: Path, stage: Stage) -> None:
                 fault = f"{folder} has {free / 2**20:.1f} MiB free, a checkpoint needs {needed / 2**20:.1f}: make room or move run.folder"
         except OSError as error:
             fault = f"{folder} cannot be written: {error.strerror}: correct run.folder or its permissions"
-    if found := _first_fault(fault):
+    if found := first_fault(fault):
         raise UserError(found)
 
 

@@ -61,6 +61,8 @@ class Progress:
     """LoraConfig, where the checkpoint holds adapters and not the weights below them."""
     inputs: dict[str, Any] = field(default_factory=dict)
     """Inputs; empty in an imported checkpoint, and in those of versions that did not keep it."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Settings that count for going on, by option (train/changes.py); empty as `inputs` is."""
 
     @property
     def phase_done(self) -> bool:

@@ -1,20 +1,25 @@
 """Weights & Biases and TensorBoard beside metrics.jsonl, for those who want them; training never depends on them."""
 
 import importlib.util
-import logging
+import json
 import os
+import queue
+import subprocess
+import sys
+import threading
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from visionloom.common.errors import UserError
+from visionloom.common.text import warn
 from visionloom.train.config import LoggingConfig
 
 PROJECT: Final = "visionloom"
 """The wandb project, unless WANDB_PROJECT names another."""
-
-logger = logging.getLogger(__name__)
+LAST_SECONDS: Final = 15.0
+"""Longest wait at the end for what wandb's process still has to do."""
 
 
 class Trackers:
@@ -30,7 +35,7 @@ class Trackers:
         self._folder = folder
         self._board_wanted = config.tensorboard
         self._board: Any = None
-        self._wandb = self._start_wandb(resolved_config, name) if config.wandb else None
+        self._wandb = _start_wandb(folder, resolved_config, name) if config.wandb else None
 
     def step(self, line: Mapping[str, Any]) -> None:
         """Record a line of metrics.jsonl."""
@@ -45,18 +50,23 @@ class Trackers:
     def close(self) -> None:
         """Write out what is pending."""
         if self._board is not None:
-            self._board.close()
+            try:
+                self._board.close()
+            except OSError as error:
+                self._without_board(error)
         if self._wandb is not None:
-            self._guard("finish")
+            self._wandb.finish()
 
     def _record(self, values: dict[str, float], step: int) -> None:
         if self._board_wanted:
-            if self._board is None:
-                self._board = self._start_board(step)
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+            try:
+                self._board = self._board or self._start_board(step)
+                for name, value in values.items():
+                    self._board.add_scalar(name, value, step)
+            except OSError as error:  # of the writer's thread, which raises it here with the next value
+                self._without_board(error)
         if self._wandb is not None:
-            self._guard("log", {**values, "step": step})
+            self._wandb.send({**values, "step": step})
 
     def _start_board(self, step: int) -> Any:
         """A writer that hides what an earlier start of the run recorded from `step` on."""
@@ -64,47 +74,73 @@ class Trackers:
 
         return SummaryWriter(str(self._folder / "tensorboard"), purge_step=step)
 
-    def _start_wandb(self, config: Mapping[str, Any], name: str) -> Any:
-        """A wandb run, offline unless the user is logged in; None if it cannot start."""
+    def _without_board(self, error: OSError) -> None:
+        self._board, self._board_wanted = None, False
+        warn(
+            f"warning: TensorBoard is off from here on, training goes on: {self._folder / 'tensorboard'}: {error.strerror or error}"
+        )
+
+
+class WandbProcess:
+    """Sends lines to the process that speaks with wandb; no call waits for it but `finish`, for a time."""
+
+    def __init__(self, folder: Path, start: Mapping[str, Any]) -> None:
+        """Start the process; it goes on by itself, with what it was sent, if this one is killed."""
+        command = [sys.executable, "-m", "visionloom.train.wandb_process"]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "WANDB_SILENT": "true"}
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, text=True, env=environment, start_new_session=True, stdout=subprocess.DEVNULL
+        )
+        self._folder = folder
+        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._sender = threading.Thread(target=self._send, name="visionloom-wandb", daemon=True)
+        self._sender.start()
+        self.send(start)
+
+    def send(self, values: Mapping[str, Any]) -> None:
+        """Leave a line for it."""
+        self._lines.put(json.dumps(values, default=str) + "\n")
+
+    def finish(self) -> None:
+        """Let it upload what is left, for so long."""
+        self._lines.put(None)
         try:
-            import wandb
+            self._process.wait(LAST_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, 9)
+            self._process.wait()
+            warn(f"warning: wandb has not taken all values: upload them later with wandb sync {self._folder}/wandb/*run-*")
 
-            mode: Any = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False, verify=False) else "offline")
-            run = wandb.init(
-                project=os.environ.get("WANDB_PROJECT", PROJECT),
-                name=name,
-                id=self._run_id(),
-                resume="allow" if mode == "online" else None,
-                dir=str(self._folder),
-                mode=mode,
-                config=dict(config),
-                settings=wandb.Settings(silent=True, console="off"),
-            )
-            # Steps come as values: wandb's own counter would refuse those that a resumed run takes again.
-            run.define_metric("*", step_metric="step")
-        except Exception as error:  # whatever it is, training matters more
-            self._give_up(error)
-            return None
-        return run
-
-    def _run_id(self) -> str:
-        """The run's wandb id: made once, kept in the run's folder, so that a resumed run goes on in the same one."""
-        path = self._folder / "wandb" / "run_id"
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(uuid.uuid4().hex[:12])
-        return path.read_text().strip()
-
-    def _guard(self, method: str, *arguments: Any) -> None:
+    def _send(self) -> None:
+        """Write lines as fast as they are read; the pipe may be full or gone."""
+        assert self._process.stdin is not None
         try:
-            getattr(self._wandb, method)(*arguments)
-        except Exception as error:  # whatever it is, training matters more
-            self._wandb = None
-            self._give_up(error)
+            while (line := self._lines.get()) is not None:
+                self._process.stdin.write(line)
+                self._process.stdin.flush()
+            self._process.stdin.close()
+        except (OSError, ValueError):  # the process has ended, and has said why
+            return
 
-    def _give_up(self, error: Exception) -> None:
-        cause = (str(error).splitlines() or [type(error).__name__])[0]
-        logger.warning("wandb is off from here on, training goes on: %s (WANDB_MODE=offline needs no network)", cause)
+
+def _start_wandb(folder: Path, config: Mapping[str, Any], name: str) -> WandbProcess | None:
+    """The process for a run; None where it cannot start."""
+    try:
+        project = os.environ.get("WANDB_PROJECT", PROJECT)
+        start = {"project": project, "name": name, "id": _run_id(folder), "dir": str(folder), "config": dict(config)}
+        return WandbProcess(folder, start)
+    except OSError as error:
+        warn(f"warning: wandb is off from here on, training goes on: {error}")
+        return None
+
+
+def _run_id(folder: Path) -> str:
+    """The run's wandb id: made once, kept in the run's folder, so that a resumed run goes on in the same one."""
+    path = folder / "wandb" / "run_id"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(uuid.uuid4().hex[:12])
+    return path.read_text().strip()
 
 
 def _numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

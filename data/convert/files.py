@@ -5,15 +5,15 @@ Nothing is fetched here, and no reference leaves the folders: what a downloaded 
 
 import base64
 import hashlib
-import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Final
 from urllib.parse import unquote, urlsplit
 
+from visionloom.common import places
+from visionloom.common.places import OUTSIDE, PlaceError, locate
 from visionloom.data.convert.keys import Fields
 from visionloom.data.convert.skip import Skip
 from visionloom.data.convert.urls import UrlIndex
@@ -22,7 +22,7 @@ from visionloom.data.tar import LARGEST_MEMBER
 _SCHEME: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):")
 _INLINE: Final = re.compile(r"data:[^,]{0,100};base64,", re.IGNORECASE)
 """RFC 2397; Qwen's documentation has it without a subtype (`data:image;base64,`)."""
-_BARE: Final = re.compile(r"(/9j/|iVBORw0KGgo|R0lGOD|UklGR)[A-Za-z0-9+/\s]{60,}={0,2}\s*")
+_BARE: Final = re.compile(r"(/9j/|iVBORw0KGgo|R0lGOD|UklGR)[A-Za-z0-9+/\s]{60,}={0,2}")
 """base64 of a JPEG, PNG, GIF or WEBP without anything before it."""
 IN_OBJECT: Final = ("bytes", "path", "url", "base64", "data")
 """Keys of an object in place of a reference, the first that has a value wins."""
@@ -40,8 +40,8 @@ class MediaFiles:
     follow_links: bool = False
     """Whether a link may lead outside the folders."""
 
-    def read(self, ref: object) -> bytes:
-        """Bytes of a file, a fetched URL or an inline `data:` picture; raises Skip.
+    def read(self, ref: object, largest: int = LARGEST_MEMBER) -> bytes:
+        """Bytes of a file, a fetched URL or an inline `data:` picture, at most `largest` of a file; raises Skip.
 
         `ref` is its name, or an object with it ({"path"}, {"url"}), or the bytes themselves ({"bytes"}).
         """
@@ -50,15 +50,15 @@ class MediaFiles:
             return ref
         if isinstance(ref, str) and (inline := _INLINE.match(ref)):
             return from_base64(ref[inline.end() :])
-        if isinstance(ref, str) and _BARE.fullmatch(ref):
+        if isinstance(ref, str) and _BARE.fullmatch(ref.rstrip()):
             return from_base64(ref)
         if isinstance(ref, str) and ref.lower().startswith(("http://", "https://")):
             return self._fetched(ref)
         path = self.locate(ref)
         if path.is_dir():
             raise Skip("a folder, not a file", str(ref))
-        if path.stat().st_size > LARGEST_MEMBER:
-            raise Skip("file too large", f"{ref}: {path.stat().st_size} bytes, at most {LARGEST_MEMBER}")
+        if path.stat().st_size > largest:
+            raise Skip("file too large", f"{ref}: {path.stat().st_size} bytes, at most {largest}")
         return path.read_bytes()
 
     def locate(self, ref: object) -> Path:
@@ -67,38 +67,52 @@ class MediaFiles:
             raise Skip("not a file name", repr(ref)[:80])
         if scheme := _SCHEME.match(ref):
             raise Skip(f"refused reference {scheme[1]}:", ref[:200])
-        if ".." in PurePosixPath(ref).parts:
-            raise Skip("refused reference with ..", ref[:200])
-        found = [path for root in self.roots if (path := _below(root, ref)) is not None]
-        if not found:
-            raise Skip("refused path outside the source's folders", ref[:200])
-        for path in found:
-            with suppress(FileNotFoundError, NotADirectoryError):
-                path.lstat()  # exists() takes a failing network for a missing file
-                return self._checked(path, ref)
-        raise Skip("file not found", ref[:200])
+        refused: list[PlaceError] = []
+        for root in self.roots:
+            try:
+                return locate(root, ref, "either", self.follow_links, self.roots)
+            except PlaceError as error:
+                refused.append(error)
+                if str(error) != OUTSIDE:  # an absolute name of a file in another of the folders
+                    break
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+        if not refused or (len(refused) < len(self.roots) and str(refused[-1]) == OUTSIDE):
+            raise Skip("file not found", ref[:200])
+        raise _refusal(refused[-1], ref)
 
-    def _checked(self, path: Path, ref: str) -> Path:
-        real = path.resolve()
-        if not real.exists():
-            raise Skip("file not found", f"{ref[:200]} is a link to nothing")
-        if not self.follow_links and not any(real.is_relative_to(root.resolve()) for root in self.roots):
-            raise Skip("refused link out of the source's folders", f"{ref[:200]}: --follow-links allows it")
-        return path
+    def holds(self, name: str) -> bool:
+        """Whether --images-dir, or else the source's folder, has a file of this name that may be read."""
+        try:
+            return locate(self.roots[0], name, "file", self.follow_links, self.roots).is_file()
+        except (PlaceError, OSError):
+            return False
 
     def _fetched(self, url: str) -> bytes:
         if self.index is not None and (data := self.index.read(url)) is not None:
             return data
         for name in _names_of(url):
-            if (path := self.roots[0] / name).is_file():
-                return self._checked(path, name).read_bytes()
+            try:
+                return locate(self.roots[0], name, "file", self.follow_links, self.roots).read_bytes()
+            except PlaceError as error:
+                raise _refusal(error, name) from None
+            except (FileNotFoundError, NotADirectoryError):
+                continue
         raise Skip("URL not in --images-dir", url[:200])
 
 
-def _below(root: Path, ref: str) -> Path | None:
-    """The path of `ref` below `root`; None for an absolute one elsewhere."""
-    path = Path(os.path.normpath(root / ref))
-    return path if path.is_relative_to(os.path.normpath(root)) else None
+def _refusal(error: PlaceError, ref: str) -> Skip:
+    """Why a reference is not followed, and what may be done about it."""
+    match str(error):
+        case places.DOTS:
+            return Skip("refused reference with ..", ref[:200])
+        case places.OUTSIDE:
+            return Skip("refused path outside the source's folders", f"{ref[:200]}: --images-dir names another folder")
+        case places.LINK:
+            return Skip("refused link out of the source's folders", f"{ref[:200]}: --follow-links allows it")
+        case "is a link to nothing":
+            return Skip("file not found", f"{ref[:200]} is a link to nothing")
+    return Skip("not a file", f"{ref[:200]} {error}")
 
 
 def _names_of(url: str) -> Iterator[str]:

@@ -7,21 +7,25 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import batched
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, ClassVar, Final
 
 from visionloom.common.errors import UserError
 from visionloom.data.convert.captions import fill_caption
+from visionloom.data.convert.files import MediaFiles
 from visionloom.data.convert.jsonfile import Span, cut_json, read_json
 from visionloom.data.convert.keys import Keys
 from visionloom.data.convert.skip import Skip
 from visionloom.data.convert.source import Draft, Options, Record
+from visionloom.data.convert.source_files import located
 from visionloom.data.convert.videos import add_video
 from visionloom.data.probe import kind_of
 from visionloom.data.write_parts import Part
 
 METADATA: Final = "metadata.jsonl"
 _CAPTIONS: Final = (".txt", ".caption")
+LARGEST_CAPTION: Final = 16 << 20
+"""Bytes: 16 MiB, more than the longest pack holds."""
 
 
 LINE: Final = Keys("record", {"file_name": "the picture or video", "text": "its caption", "caption": "its caption"})
@@ -36,17 +40,24 @@ class Files:
     names: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """A media file that was found in the folder; its caption lies beside it."""
+
+    name: str
+
+
 class Folder:
     """One picture or video a sample: a document of it and its caption."""
 
     keys: ClassVar[tuple[Keys, ...]] = (LINE,)
 
-    def parts(self, path: Path, size: int) -> Iterator[Part]:
+    def parts(self, path: Path, size: int, follow_links: bool = False) -> Iterator[Part]:
         """Files in sorted order, or the lines of metadata.jsonl if there is one."""
         if not path.is_dir():
             raise UserError(f"{path}: a folder of pictures expected")
-        if (path / METADATA).is_file():
-            return cut_json(path / METADATA, size)
+        if METADATA in os.listdir(path):
+            return cut_json(located(path, METADATA, follow_links), size)
         return (Part(len(names), Files(str(path), names)) for names in batched(_media(path), size))
 
     def records(self, where: Files | Span) -> Iterator[Record]:
@@ -55,10 +66,12 @@ class Folder:
             yield from read_json(where)
             return
         for name in where.names:
-            yield Record(name, {"file_name": name, "text": _caption(Path(where.folder) / name)})
+            yield Record(name, Listed(name))
 
     def convert(self, value: Any, draft: Draft, options: Options) -> None:
         """A document of one picture or video and what is said of it."""
+        if isinstance(value, Listed):
+            value = {"file_name": value.name, "text": _caption(value.name, options.files)}
         if not isinstance(value, dict):
             raise Skip("not an object", f"a JSON object expected, got {type(value).__name__}")
         line = draft.open(LINE, value)
@@ -81,13 +94,16 @@ def _media(path: Path) -> Iterator[str]:
                 yield str((Path(folder) / name).relative_to(path))
 
 
-def _caption(path: Path) -> str | None:
-    """The text beside a file; one that is not UTF-8 is none."""
+def _caption(name: str, files: MediaFiles) -> str | None:
+    """The text beside a file; one that is not UTF-8 is none. Raises Skip for one that may not be read."""
+    path = PurePath(name)
     for suffix in _CAPTIONS:
         for beside in (path.with_suffix(suffix), path.with_name(path.name + suffix)):
-            if beside.is_file():
-                try:
-                    return beside.read_bytes().decode("utf-8-sig")
-                except UnicodeDecodeError:
-                    return None
+            try:
+                return files.read(str(beside), LARGEST_CAPTION).decode("utf-8-sig")
+            except UnicodeDecodeError:
+                return None
+            except Skip as skip:
+                if skip.reason != "file not found":
+                    raise
     return None

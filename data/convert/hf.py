@@ -3,17 +3,19 @@
 Pictures are columns of bytes, of {"bytes", "path"} objects (as the library stores its Image feature), or of file names.
 """
 
-import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
 from visionloom.common.errors import UserError
+from visionloom.common.jsonfile import JsonError, checked, read_json
 from visionloom.data.convert.chats import RECORD, Chat, chat_keys
 from visionloom.data.convert.keys import Fields, Keys
 from visionloom.data.convert.skip import Skip
 from visionloom.data.convert.source import Draft, Options, Record
-from visionloom.data.convert.tables import Rows, cut_tables, read_table, table_files
+from visionloom.data.convert.source_files import located
+from visionloom.data.convert.tables import Rows, cut_tables, read_table, require_pyarrow, table_files
 from visionloom.data.write_parts import Part
 
 COLUMNS: Final[Mapping[str, tuple[str, ...]]] = {
@@ -58,9 +60,9 @@ class HuggingFace:
 
     keys: ClassVar[tuple[Keys, ...]] = chat_keys(ROW)
 
-    def parts(self, path: Path, size: int) -> Iterator[Part]:
+    def parts(self, path: Path, size: int, follow_links: bool = False) -> Iterator[Part]:
         """Row groups or record batches."""
-        return cut_tables(_files(path), size)
+        return cut_tables(_files(path, follow_links), size)
 
     def records(self, where: Rows) -> Iterator[Record]:
         """One row after another."""
@@ -113,12 +115,20 @@ def _take(row: Fields, *roles: str) -> None:
         row.take(*COLUMNS[role])
 
 
-def _files(path: Path) -> list[Path]:
+def _files(path: Path, follow_links: bool) -> list[Path]:
     """The table's files in their order."""
     if (path / "dataset_dict.json").is_file():
         splits = sorted(file.parent.name for file in path.glob("*/state.json"))
-        raise UserError(f"{path} holds the splits {', '.join(splits)}: give the folder of one, like {path / splits[0]}")
-    if (path / "state.json").is_file():
-        listed = json.loads((path / "state.json").read_bytes())["_data_files"]
-        return [file for one in listed for file in table_files(path / one["filename"], (".arrow",))]
-    return table_files(path, (".parquet", ".arrow"))
+        raise UserError(
+            f"{path} holds the splits {', '.join(splits)}: give the folder of one, like {path / (splits or ['train'])[0]}"
+        )
+    if not path.is_dir() or "state.json" not in os.listdir(path):
+        return table_files(path, (".parquet", ".arrow"), follow_links)
+    require_pyarrow()
+    try:
+        state = read_json(path, "state.json", dict[str, Any])
+        listed = checked(state.get("_data_files"), list[dict[str, Any]], f"{path / 'state.json'}: _data_files")
+        names = [checked(one.get("filename"), str, f"{path / 'state.json'}: filename") for one in listed]
+    except JsonError as error:
+        raise UserError(f"{error}: save the dataset again (save_to_disk)") from None
+    return [located(path, name, follow_links) for name in names]

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 from visionloom.common.errors import UserError
-from visionloom.data.convert.keys import without_nulls
+from visionloom.data.convert.keys import record_json, without_nulls
 from visionloom.data.convert.skip import Skip
 from visionloom.data.convert.source import Record
+from visionloom.data.convert.source_files import files_below
 from visionloom.data.write_parts import Part
 
+ENDINGS: Final = (".json", ".jsonl", ".ndjson")
 _CHUNK: Final = 1 << 20
 _LARGEST_ELEMENT: Final = 1 << 28
 """Bytes: an element of an array that does not end after so many is taken for a broken one."""
@@ -33,19 +35,9 @@ class Span:
     lines: bool
 
 
-def json_files(path: Path, endings: tuple[str, ...] = (".json", ".jsonl", ".ndjson")) -> list[Path]:
-    """The file itself, or those of a folder in sorted order; raises UserError if there is none."""
-    if path.is_file():
-        return [path]
-    found = sorted(file for file in path.rglob("*") if file.suffix in endings and file.is_file())
-    if not found:
-        raise UserError(f"{path}: no file {' or '.join(endings)} there")
-    return found
-
-
-def cut_json(path: Path, size: int) -> Iterator[Part]:
-    """Parts of `size` records of all JSON files at `path`."""
-    for file in json_files(path):
+def cut_json(path: Path, size: int, follow_links: bool = False) -> Iterator[Part]:
+    """Parts of `size` records of all JSON files at `path`; raises UserError if there is none."""
+    for file in files_below(path, ENDINGS, follow_links):
         lines = not _is_array(file)
         start = first = records = 0
         for begin, end in _line_spans(file) if lines else _element_spans(file):
@@ -71,9 +63,11 @@ def read_json(span: Span) -> Iterator[Record]:
 
 def _value(data: bytes) -> Any:
     try:
-        return without_nulls(json.loads(data))
-    except (ValueError, RecursionError) as error:
-        return Skip("not valid JSON", str(error))
+        return without_nulls(record_json(data))
+    except Skip as skip:
+        return skip
+    except RecursionError:
+        return Skip("not valid JSON", "nested too deeply")
 
 
 def _is_array(path: Path) -> bool:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from visionloom.data.convert.skip import Skip
-from visionloom.data.sample import LOSS_MARK
+from visionloom.data.sample import LONGEST_KEY, LOSS_MARK
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +125,8 @@ class Fields:
 
 def refusal(kind: str, name: str, value: object) -> str:
     """Why a key of an object of this kind leaves its record out; empty if it does not."""
+    if len(name) > LONGEST_KEY:
+        return ""
     lower = name.lower()
     fitting = (rule for rule in REFUSED if (not rule.kinds or kind in rule.kinds) and isinstance(value, rule.values))
     return next((rule.reason for rule in fitting if rule.names.fullmatch(lower)), "")
@@ -172,6 +174,14 @@ def without_nulls(value: Any) -> Any:
     if isinstance(value, list):
         return [without_nulls(one) for one in value]
     return value
+
+
+def record_json(data: bytes) -> Any:
+    """A JSON document of a record; raises Skip. NaN, which pandas writes for nothing, is let through: most keys are not read."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise Skip("not valid JSON", str(error)) from None
 
 
 def parsed(value: Any) -> Any:

@@ -17,9 +17,9 @@ class Llava:
 
     keys: ClassVar[tuple[Keys, ...]] = chat_keys(RECORD)
 
-    def parts(self, path: Path, size: int) -> Iterator[Part]:
+    def parts(self, path: Path, size: int, follow_links: bool = False) -> Iterator[Part]:
         """Byte ranges of the JSON files."""
-        return cut_json(path, size)
+        return cut_json(path, size, follow_links)
 
     def records(self, where: Span) -> Iterator[Record]:
         """One JSON object after another."""

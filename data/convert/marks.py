@@ -16,6 +16,8 @@ from visionloom.data.convert.keys import Fields, Keys, parsed, without_nulls
 from visionloom.data.convert.skip import Skip
 from visionloom.data.sample import Text, Think, ToolCall
 from visionloom.data.tokenizer import (
+    CALL_END,
+    CALL_START,
     END_OF_TEXT,
     RESPONSE_START,
     THINK_END,
@@ -29,10 +31,11 @@ _MARK: Final = re.compile(
 )
 """Everything with a token of its own in Qwen3-VL's vocabulary that text cannot write: `<|fim_prefix|>`, `<|repo_name|>` and their like
 are added tokens that are not special, and match in a text."""
+_LARGEST_LITERAL: Final = 1 << 16
+"""Characters of a Python literal: its syntax tree takes a hundred times as much memory."""
 _VISION: Final = re.compile(r"(?:<\|vision_start\|>)?(?:<\|image_pad\|>)+(?:<\|vision_end\|>)?")
 _FILM: Final = re.compile(r"(?:<\|vision_start\|>)?(?:<\|video_pad\|>)+(?:<\|vision_end\|>)?")
 _THOUGHT: Final = re.compile(r"\s*<think>(.*?)</think>\n*", re.DOTALL)
-_CALL: Final = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 _RESULTS: Final = re.compile(r"(?:\s*<tool_response>(?:(?!</?tool_response>).)*</tool_response>)+\s*", re.DOTALL)
 _RESULT: Final = re.compile(r"<tool_response>\n?(.*?)\n?</tool_response>", re.DOTALL)
 
@@ -87,8 +90,7 @@ def answer(text: str, first: bool, open_fields: Opener) -> Iterator[Text | Think
 
 def _calls(text: str, open_fields: Opener) -> Iterator[Text | ToolCall]:
     """A text and the calls behind it; the newline between them is the template's."""
-    said, *calls = _CALL.split(text)
-    bodies, between = calls[::2], calls[1::2]
+    said, bodies, between = _split_calls(text)
     if any(one.strip() for one in between):
         raise Skip("text behind a tool call", "".join(between).strip()[:200])
     refuse_marks(said)
@@ -98,6 +100,15 @@ def _calls(text: str, open_fields: Opener) -> Iterator[Text | ToolCall]:
         yield Text(said)
     for body in bodies:
         yield from tool_calls(body, open_fields)
+
+
+def _split_calls(text: str) -> tuple[str, list[str], list[str]]:
+    """The text before the first call, what is in each call, and what stands behind each."""
+    said, *rest = text.split(CALL_START)
+    closed = [piece.partition(CALL_END) for piece in rest]
+    if any(not end for _, end, _ in closed):  # a mark without its other half: `refuse_marks` names it
+        return text, [], []
+    return said, [body for body, _, _ in closed], [behind for _, _, behind in closed]
 
 
 def tool_calls(value: Any, open_fields: Opener) -> list[ToolCall]:
@@ -159,11 +170,11 @@ def _without_end(text: str) -> str:
 
 def _python(value: Any) -> Any:
     """The value of a Python literal of dictionaries, lists, texts and numbers; None for anything else."""
-    if not isinstance(value, str) or not value.strip().startswith(("{", "[")):
+    if not isinstance(value, str) or len(value) > _LARGEST_LITERAL or not value.strip().startswith(("{", "[")):
         return None
     try:
         with warnings.catch_warnings(action="ignore"):
             found = ast.literal_eval(value.strip())
-        return json.loads(json.dumps(found))
+        return json.loads(json.dumps(found, allow_nan=False))
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         return None

@@ -5,40 +5,39 @@ so. Every picture is decoded once, so that a broken one is left out now and not 
 """
 
 import io
-import warnings
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
-from PIL import ExifTags, ImageOps, JpegImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, ImageOps, JpegImagePlugin
 from PIL import Image as Pillow
 
-from visionloom.common.errors import UserError
 from visionloom.data.convert.skip import Skip
 from visionloom.data.geometry import MAX_ASPECT
-from visionloom.data.probe import FORMATS, MediaFacts, probe
+from visionloom.data.open_media import MediaError, check_work, open_picture, open_video, packets_of
+from visionloom.data.probe import MediaFacts, probe
 from visionloom.data.tar import LARGEST_MEMBER
 
 SUFFIXES: Final = {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp", "BMP": "bmp", "GIF": "gif", "TIFF": "tif"}
 """Formats that the loader reads, and the names of their files. MPO is Pillow's name of a JPEG with more pictures behind it, as
 phones write: readers of JPEG take the first."""
-MAX_PIXELS: Final = 1 << 27
-"""Larger pictures (134 million pixels, 400 MB decoded) are refused, as the loader does."""
 JPEG_QUALITY: Final = 95
 DEEP: Final = {**dict.fromkeys(("I;16", "I;16L", "I;16B", "I;16N"), "16 bits"), "I": "32 bits", "F": "floats"}
 """Pillow's modes with more than 8 bits a value."""
+_BAND: Final = 256
+"""Rows of a picture in double precision at once."""
 _LARGEST_JITTER: Final = 0.005
 """Seconds that a frame may be off an even spacing: containers round times to milliseconds or worse."""
 VIDEO_SUFFIXES: Final = {
-    "mov,mp4,m4a,3gp,3g2,mj2": "mp4",
-    "matroska,webm": "mkv",
+    "mov": "mp4",
+    "matroska": "mkv",
     "avi": "avi",
     "mpegts": "ts",
     "mpeg": "mpg",
     "flv": "flv",
     "asf": "wmv",
 }
-"""FFmpeg's names of containers and the names of their files."""
+"""The containers that are read, and the names of their files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +60,7 @@ def prepare_image(data: bytes) -> Picture:
     if len(data) > LARGEST_MEMBER:
         raise Skip("file too large", f"{len(data)} bytes, at most {LARGEST_MEMBER}")
     try:
-        with warnings.catch_warnings(action="ignore"):
-            picture = Pillow.open(io.BytesIO(data), formats=FORMATS)
-        if picture.width * picture.height > MAX_PIXELS:
-            raise Skip("picture too large", f"{picture.width}x{picture.height} pixels, at most {MAX_PIXELS}")
+        picture = open_picture(data)
         if max(picture.size) > MAX_ASPECT * min(picture.size):
             raise Skip(
                 "picture too narrow", f"{picture.width}x{picture.height} pixels: an aspect ratio of at most {MAX_ASPECT}"
@@ -72,10 +68,8 @@ def prepare_image(data: bytes) -> Picture:
         return _prepare(data, picture)
     except Skip:
         raise
-    except UnidentifiedImageError:
-        raise Skip("no picture that is known", f"one of {', '.join(FORMATS)} expected") from None
-    except Pillow.DecompressionBombError as error:
-        raise Skip("picture too large", str(error)) from None
+    except MediaError as error:
+        raise Skip(error.reason, error.detail) from None
     except Exception as error:  # decoders raise whatever damaged bytes lead them to
         raise Skip("broken picture", f"{type(error).__name__}: {error}") from error
 
@@ -107,19 +101,22 @@ def eight_bits(picture: Pillow.Image) -> Pillow.Image:
     """
     if picture.mode not in DEEP:
         return picture
-    values = np.asarray(picture).astype(np.float64)
+    values = np.asarray(picture)
     least, most = float(values.min()), float(values.max())
+    factor = 1.0 if most <= 255 else 1 / 256
     if picture.mode.startswith("I;16"):
-        values = values // 256
+        factor = 1 / 256
     elif not 0 <= least <= most <= 65535:  # NaN too
         raise Skip(
             "picture of unknown range", f"{DEEP[picture.mode]} from {least:g} to {most:g}: 0..1, 0..255 or 0..65535 expected"
         )
     elif picture.mode == "F" and most <= 1:
-        values = values * 255
-    elif most > 255:
-        values = values // 256
-    return Pillow.fromarray(values.round().astype(np.uint8))
+        factor = 255.0
+    narrow = np.empty(values.shape, np.uint8)
+    for row in range(0, len(values), _BAND):
+        band = values[row : row + _BAND] * np.float64(factor)
+        narrow[row : row + _BAND] = np.floor(band) if factor < 1 else band.round()
+    return Pillow.fromarray(narrow)
 
 
 def on_white(picture: Pillow.Image) -> Pillow.Image:
@@ -155,24 +152,21 @@ def prepare_video(data: bytes) -> Film:
 
     Raises Skip for what is no video, is stored rotated, or has no times; UserError without PyAV.
     """
-    try:
-        import av
-    except ImportError:
-        raise UserError("videos need PyAV: pip install visionloom[video]") from None
     if len(data) > LARGEST_MEMBER:
         raise Skip("file too large", f"{len(data)} bytes, at most {LARGEST_MEMBER}")
     try:
-        with av.open(io.BytesIO(data)) as container:
-            suffix = VIDEO_SUFFIXES.get(container.format.name)
-            if suffix is None or not container.streams.video:
-                raise Skip("no video that is known", f"container {container.format.name}")
+        with open_video(data) as container:
+            suffix = VIDEO_SUFFIXES[container.format.name]
             times = _packet_times(container)
             container.seek(0)
             turn = next(container.decode(video=0)).rotation % 360
         if turn:
             raise Skip("video stored rotated", f"by {turn} degrees: write it upright first, ffmpeg does so by itself")
         facts = _complete(probe(f"video.{suffix}", data), times)
-    except (av.error.FFmpegError, StopIteration, ValueError) as error:
+        check_work(facts.frames, facts.width, facts.height, len(data))
+    except MediaError as error:
+        raise Skip(error.reason, error.detail) from None
+    except (StopIteration, ValueError) as error:
         raise Skip("broken video", f"{type(error).__name__}: {error}") from error
     return Film(suffix, facts, () if _is_even(times, facts.fps) else times)
 
@@ -188,10 +182,10 @@ def _complete(facts: MediaFacts, times: tuple[float, ...]) -> MediaFacts:
 def _packet_times(container: Any) -> tuple[float, ...]:
     """Seconds from the first frame at which each frame is shown, without decoding."""
     stream = container.streams.video[0]
-    packets = [packet for packet in container.demux(stream) if packet.size]
-    if stream.frames > len(packets) or any(packet.is_corrupt for packet in packets):
-        raise Skip("video cut short", f"{len(packets)} of {stream.frames} frames are there")
-    stamps = [packet.pts for packet in packets if not packet.is_discard]
+    found = [(packet.pts, packet.is_discard, packet.is_corrupt) for packet in packets_of(container)]  # without their bytes
+    if stream.frames > len(found) or any(corrupt for _, _, corrupt in found):
+        raise Skip("video cut short", f"{len(found)} of {stream.frames} frames are there")
+    stamps = [stamp for stamp, discarded, _ in found if not discarded]
     if not stamps or None in stamps:
         raise Skip("video without times", f"{len(stamps)} frames, some without a presentation time")
     stamps.sort()

@@ -28,9 +28,9 @@ class Mmc4:
 
     keys: ClassVar[tuple[Keys, ...]] = (DOCUMENT, PICTURE)
 
-    def parts(self, path: Path, size: int) -> Iterator[Part]:
+    def parts(self, path: Path, size: int, follow_links: bool = False) -> Iterator[Part]:
         """Byte ranges of the JSON files."""
-        return cut_json(path, size)
+        return cut_json(path, size, follow_links)
 
     def records(self, where: Span) -> Iterator[Record]:
         """One JSON object after another."""
@@ -65,6 +65,6 @@ def _items(texts: list[str], pictures: list[Fields], files: MediaFiles) -> Itera
 def _reference(picture: Fields, files: MediaFiles) -> str:
     """The name of the picture's file if it lies in --images-dir, else its URL."""
     name, url = picture.take("image_name"), picture.take("raw_url")
-    if isinstance(name, str) and name and "/" not in name and (files.roots[0] / name).is_file():
+    if isinstance(name, str) and name and "/" not in name and files.holds(name):
         return name
     return str(url or name)

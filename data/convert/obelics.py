@@ -30,9 +30,9 @@ class Obelics:
     facts: ClassVar[tuple[str, ...]] = ("metadata", "general_metadata")
     """Columns that hold a list, or its JSON text, with the facts of the document or of each place."""
 
-    def parts(self, path: Path, size: int) -> Iterator[Part]:
+    def parts(self, path: Path, size: int, follow_links: bool = False) -> Iterator[Part]:
         """Row groups of the parquet files."""
-        return cut_tables(table_files(path, (".parquet",)), size)
+        return cut_tables(table_files(path, (".parquet",), follow_links), size)
 
     def records(self, where: Rows) -> Iterator[Record]:
         """One row after another."""

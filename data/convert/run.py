@@ -78,9 +78,12 @@ class Converter:
     def parts(self) -> Iterator[Part]:
         """The source's parts up to the limit, each with how many of its records are wanted (None: all)."""
         if (index := self.options.files.index) is not None:
-            build_index(index.images, index.folder)
+            build_index(index.images, index.folder, self.request.follow_links)
         left = self.request.limit
-        for part in _gathered(SOURCES[self.request.kind]().parts(self.request.path, self.part_records), self.part_records):
+        for part in _gathered(
+            SOURCES[self.request.kind]().parts(self.request.path, self.part_records, self.request.follow_links),
+            self.part_records,
+        ):
             wanted = part.records if left is None else min(left, part.records)
             yield Part(wanted, (part.where, None if wanted == part.records else wanted))
             if left is not None and (left := left - wanted) <= 0:

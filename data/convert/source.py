@@ -39,8 +39,8 @@ class Source(Protocol):
     keys: ClassVar[tuple[Keys, ...]]
     """What is read of its objects: the tables of docs/data.md."""
 
-    def parts(self, path: Path, size: int) -> Iterator[Part]:
-        """Parts of about `size` records in order, found without reading media."""
+    def parts(self, path: Path, size: int, follow_links: bool = False) -> Iterator[Part]:
+        """Parts of about `size` records in order, found without reading media; `follow_links`: also out of the source's folder."""
         ...
 
     def records(self, where: Any) -> Iterator[Record]:

@@ -9,11 +9,15 @@ from visionloom.common.errors import UserError
 from visionloom.data.convert.keys import without_nulls
 from visionloom.data.convert.skip import Skip
 from visionloom.data.convert.source import Record
+from visionloom.data.convert.source_files import files_below
 from visionloom.data.write_parts import Part
 
 if TYPE_CHECKING:
     import pyarrow
 
+_UNCHECKED_BYTES: Final = 64 << 20
+_EXPANSION: Final = 200
+"""How many times its size a column of more bytes may unfold to: texts do ten times, one value a million times."""
 _ROWS: Final = 64
 """Rows in memory at once."""
 
@@ -36,14 +40,12 @@ def require_pyarrow() -> None:
         raise UserError("parquet and arrow files need pyarrow: pip install visionloom[convert]") from None
 
 
-def table_files(path: Path, endings: tuple[str, ...]) -> list[Path]:
+def table_files(path: Path, endings: tuple[str, ...], follow_links: bool = False) -> list[Path]:
     """The file itself, or those of a folder in sorted order; raises UserError if there is none."""
     require_pyarrow()
-    files = [path] if path.is_file() else sorted(path.rglob("*"))
-    found = [file for file in files if file.suffix in endings]
-    if not found:
+    if path.is_file() and path.suffix not in endings:
         raise UserError(f"{path}: a file {' or '.join(endings)}, or a folder with some, expected")
-    return found
+    return files_below(path, endings, follow_links)
 
 
 def cut_tables(files: Sequence[Path], size: int) -> Iterator[Part]:
@@ -73,14 +75,22 @@ def read_table(where: Rows, columns: Sequence[str] | None = None) -> Iterator[Re
                 for value in _rows(batch):
                     yield Record(f"{path.name}:{number}", value)
                     number += 1
-        except OSError as error:  # pyarrow's own errors of damaged pages have no number
-            if error.errno is not None:
+        except _damage() as error:
+            if getattr(error, "errno", None) is not None:  # of the disk, not of pages
                 raise
             yield from (Record(f"{path.name}:{row}", Skip("damaged table", str(error))) for row in range(number, end))
         number = end
 
 
+def _damage() -> tuple[type[Exception], ...]:
+    """What pyarrow raises for damaged files; its OSErrors of pages have no number."""
+    import pyarrow
+
+    return pyarrow.ArrowException, OSError, ValueError, TypeError, KeyError, IndexError, NotImplementedError, MemoryError
+
+
 def _rows(batch: "pyarrow.RecordBatch") -> Iterator[Any]:
+    batch.validate(full=True)  # else offsets that lead outside end the process
     try:
         rows = batch.to_pylist()
     except ValueError:  # pyarrow does not check texts that it reads, and cannot turn every moment into Python's
@@ -103,14 +113,27 @@ def _row(batch: "pyarrow.RecordBatch") -> dict[str, Any] | Skip:
 
 
 def _sizes(path: Path) -> Iterator[int]:
-    """Rows of each row group or batch."""
+    """Rows of each row group or batch; raises UserError for a file that cannot be read, or that has more rows than bytes."""
+    left = path.stat().st_size
+    for rows in _read_sizes(path):
+        if not 0 <= rows <= left:
+            raise UserError(f"{path} says that it has more rows than bytes: write it again, or give another file")
+        left -= rows
+        yield rows
 
-    if path.suffix == ".parquet":
-        facts = _parquet(path).metadata
-        yield from (facts.row_group(number).num_rows for number in range(facts.num_row_groups))
-    else:
-        with _open_arrow(path) as reader:
-            yield from (batch.num_rows for batch in reader)
+
+def _read_sizes(path: Path) -> Iterator[int]:
+    try:
+        if path.suffix == ".parquet":
+            facts = _parquet(path).metadata
+            yield from (facts.row_group(number).num_rows for number in range(facts.num_row_groups))
+        else:
+            with _open_arrow(path) as reader:
+                yield from (batch.num_rows for batch in reader)
+    except UserError:
+        raise
+    except _damage() as error:
+        raise UserError(f"{path} is damaged: {error}: fetch it again or remove it") from None
 
 
 def _groups(where: Rows, columns: Sequence[str] | None) -> Iterator[tuple[int, Iterator["pyarrow.RecordBatch"]]]:
@@ -119,6 +142,7 @@ def _groups(where: Rows, columns: Sequence[str] | None) -> Iterator[tuple[int, I
     if path.suffix == ".parquet":
         file = _parquet(path)
         for group in range(where.first, where.last):
+            _check_expansion(path, file.metadata.row_group(group))
             batches = file.iter_batches(batch_size=_ROWS, row_groups=[group], columns=columns)
             yield file.metadata.row_group(group).num_rows, batches
         return
@@ -128,13 +152,23 @@ def _groups(where: Rows, columns: Sequence[str] | None) -> Iterator[tuple[int, I
                 yield batch.num_rows, (batch.slice(start, _ROWS) for start in range(0, batch.num_rows, _ROWS))
 
 
+def _check_expansion(path: Path, group: Any) -> None:
+    """Raise UserError for a row group that unfolds to many times its size."""
+    columns = [group.column(number) for number in range(group.num_columns)]
+    for column in columns:
+        if column.total_uncompressed_size > max(_UNCHECKED_BYTES, _EXPANSION * column.total_compressed_size):
+            raise UserError(
+                f"{path}: column {column.path_in_schema!r} unfolds from {column.total_compressed_size} to"
+                f" {column.total_uncompressed_size} bytes: write the file again with smaller row groups"
+            )
+
+
 def _parquet(path: Path) -> Any:
-    import pyarrow
     import pyarrow.parquet
 
     try:
         return pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.ArrowInvalid, OSError) as error:
+    except _damage() as error:
         raise UserError(f"{path} is no parquet file that can be read: {error}") from None
 
 
@@ -144,5 +178,5 @@ def _open_arrow(path: Path) -> Any:
 
     try:
         return pyarrow.ipc.open_stream(pyarrow.memory_map(str(path)))
-    except (pyarrow.ArrowInvalid, OSError) as error:
+    except _damage() as error:
         raise UserError(f"{path} is no Arrow stream that can be read: {error}") from None

@@ -17,14 +17,23 @@ from visionloom.data.convert.marks import refuse_marks
 from visionloom.data.convert.skip import Skip
 from visionloom.data.encode import encode
 from visionloom.data.over_length import Limits, fits_some_policy
-from visionloom.data.sample import Box, Element, Message, Point, Sample, SampleError, Text, Think, ToolCall, element_loss
+from visionloom.data.sample import (
+    LARGEST_WEIGHT,
+    Box,
+    Element,
+    Message,
+    Point,
+    Sample,
+    SampleError,
+    Text,
+    Think,
+    ToolCall,
+    element_loss,
+)
 from visionloom.data.tokenizer import END_OF_TEXT, TURN_END, Tokenizer
 
 LONGEST: Final = 262_144
 """Tokens of the longest packs that are trained on (the ultra-long phase of the report)."""
-
-LARGEST_WEIGHT: Final = 1e6
-"""In the loss of one token: a larger one would drown all other samples, and soon float32."""
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,10 @@ The index holds 40 bytes a picture, sorted by a hash of the URL; it is made in b
 """
 
 import hashlib
-import json
 import os
 import shutil
-import tarfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,13 +19,19 @@ from numpy.typing import NDArray
 
 from visionloom.common.atomic import replacing
 from visionloom.common.errors import UserError
-from visionloom.data.convert.headers import members
+from visionloom.common.places import PlaceError, locate, read_located
+from visionloom.data.convert.keys import record_json
+from visionloom.data.convert.skip import Skip
+from visionloom.data.convert.source_files import located
+from visionloom.data.tar import Fault, members
 
 _ROW: Final = np.dtype([("high", "<u8"), ("low", "<u8"), ("file", "<u8"), ("offset", "<u8"), ("length", "<u8")])
 _BUCKETS: Final = 64
 _BUFFERED: Final = 20_000
 """Rows kept in memory before they are written out to their buckets."""
 _NOT_MEDIA: Final = ("json", "txt")
+_LARGEST_JSON: Final = 16 << 20
+"""Bytes of the JSON beside a picture."""
 
 Row = tuple[int, int, int, int, int]
 
@@ -54,17 +59,17 @@ class UrlIndex:
             return os.pread(file.fileno(), int(row["length"]), int(row["offset"]))
 
 
-def build_index(images: Path, folder: Path) -> UrlIndex:
+def build_index(images: Path, folder: Path, follow_links: bool = False) -> UrlIndex:
     """Index all pictures below `images` that have a JSON with a URL beside them, unless `folder` has the index.
 
-    Raises UserError for a damaged tar.
+    Files that lead out of `images` are passed over unless `follow_links`. Raises UserError for a damaged tar.
     """
     done = folder / "rows.bin"
     if not done.exists():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         writer = _Writer(folder)
-        for number, (name, found) in enumerate(_sources(images)):
+        for number, (name, found) in enumerate(_sources(images, follow_links)):
             writer.name(name)
             for url, offset, length in found:
                 writer.row((*_hash(url), number, offset, length))
@@ -81,51 +86,64 @@ Found = Iterator[tuple[str, int, int]]
 """URL, offset and length."""
 
 
-def _sources(images: Path) -> Iterator[tuple[str, Found]]:
+def _sources(images: Path, follow_links: bool) -> Iterator[tuple[str, Found]]:
     """Every file that holds pictures, below `images` in sorted order, and what it holds."""
     for folder, folders, files in os.walk(images):
         folders.sort()
         for file in sorted(files):
-            path = Path(folder) / file
-            name = str(path.relative_to(images))
-            if path.suffix == ".tar":
-                yield name, _in_tar(path)
-            elif path.suffix == ".json" and (media := _beside(path)) is not None:
-                url = _url_in(path.read_bytes())
-                yield str(media.relative_to(images)), iter([(url, 0, media.stat().st_size)] if url else [])
+            name = str((Path(folder) / file).relative_to(images))
+            if file.endswith(".tar"):
+                yield name, _in_tar(located(images, name, follow_links))
+            elif file.endswith(".json") and (media := _beside(images, name, follow_links)) is not None:
+                yield media, _in_folder(images, name, media, follow_links)
 
 
-def _beside(path: Path) -> Path | None:
-    """The picture with the name of a JSON file."""
-    found = (path.with_suffix(suffix) for suffix in (".jpg", ".png", ".webp", ".jpeg", ".gif"))
-    return next((file for file in found if file.is_file()), None)
+def _beside(images: Path, name: str, follow_links: bool) -> str | None:
+    """The picture with the name of a JSON file; None if there is none that may be read."""
+    for suffix in (".jpg", ".png", ".webp", ".jpeg", ".gif"):
+        media = str(Path(name).with_suffix(suffix))
+        with suppress(PlaceError, OSError):
+            locate(images, media, follow_links=follow_links)
+            return media
+    return None
+
+
+def _in_folder(images: Path, name: str, media: str, follow_links: bool) -> Found:
+    """The picture beside a JSON file, if that has its URL."""
+    with suppress(PlaceError, FileNotFoundError):
+        url = _url_in(read_located(images, name, _LARGEST_JSON, follow_links))
+        if url:
+            yield url, 0, (images / media).stat().st_size
 
 
 def _in_tar(path: Path) -> Found:
     """Pictures in a tar, in which the members of a key lie together; only the JSON members are read."""
     key, url, place = "", "", (0, 0)
-    try:
-        for tar, member in members(path):
-            this, _, ending = member.name.rpartition(".")
-            if this != key:
-                if url and place[1]:
-                    yield url, *place
-                key, url, place = this, "", (0, 0)
-            if ending == "json":
-                document = tar.extractfile(member)
-                url = _url_in(document.read() if document else b"")
-            elif ending not in _NOT_MEDIA:
-                place = member.offset_data, member.size
-    except (tarfile.ReadError, EOFError) as error:
-        raise UserError(f"--images-dir: {path} is damaged: {error}: fetch it again or remove it") from None
+    for member, file in members(path, _refuse):
+        this, _, ending = member.name.rpartition(".")
+        if this != key:
+            if url and place[1]:
+                yield url, *place
+            key, url, place = this, "", (0, 0)
+        if ending == "json" and member.length <= _LARGEST_JSON:
+            file.seek(member.offset)
+            url = _url_in(file.read(member.length))
+        elif ending not in _NOT_MEDIA:
+            place = member.offset, member.length
     if url and place[1]:
         yield url, *place
 
 
+def _refuse(fault: Fault) -> None:
+    raise UserError(
+        f"--images-dir: {fault.file} is damaged: {fault.error.removeprefix('damaged: ')}: fetch it again or remove it"
+    )
+
+
 def _url_in(document: bytes) -> str:
     try:
-        found = json.loads(document)
-    except (ValueError, RecursionError):
+        found = record_json(document)
+    except Skip:
         return ""
     url = found.get("url") if isinstance(found, dict) else None
     return url if isinstance(url, str) else ""

@@ -1,10 +1,10 @@
 """Videos of a source: a file, a folder of extracted frames with their times, or a list of frames."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from visionloom.common.jsonfile import JsonError, load_json
 from visionloom.data.convert.files import MediaFiles, named, reference
 from visionloom.data.convert.keys import Fields, Keys, number
 from visionloom.data.convert.skip import Skip
@@ -12,6 +12,8 @@ from visionloom.data.convert.source import Draft
 from visionloom.data.probe import kind_of
 from visionloom.data.sample import Video
 
+LARGEST_TIMES: Final = 64 << 20
+"""Bytes of a times.json."""
 TIMES: Final = "times.json"
 """In a folder of frames: a list of seconds, one for each frame in sorted order, or {"frame.jpg": seconds}."""
 NARROWING: Final = {
@@ -77,9 +79,9 @@ def _listed_frames(draft: Draft, files: MediaFiles, names: list[Any], said: tupl
 
 def _folder(draft: Draft, files: MediaFiles, path: Path, said: tuple[Fields, ...]) -> Video:
     names = sorted(file.name for file in path.iterdir() if kind_of(file.name) == "image")
-    times, listed = _times(said, len(names)), path / TIMES
-    if times is None and listed.is_file():
-        names, times = _from_file(listed, names)
+    times = _times(said, len(names))
+    if times is None and (path / TIMES).exists():
+        names, times = _from_file(path / TIMES, names, files)
     narrowed = _part(said, of_file=False, rate_known=times is not None)
     times = _by_sample_rate(said, len(names)) if times is None else times
     if times is None:
@@ -87,12 +89,12 @@ def _folder(draft: Draft, files: MediaFiles, path: Path, said: tuple[Fields, ...
     return draft.frames([files.read(str(path.absolute() / name)) for name in names], times, **narrowed)
 
 
-def _from_file(path: Path, names: list[str]) -> tuple[list[str], list[float]]:
+def _from_file(path: Path, names: list[str], files: MediaFiles) -> tuple[list[str], list[float]]:
     """Frames and times by a times.json."""
     try:
-        found = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
-        raise Skip("broken times.json", str(path)) from None
+        found = load_json(files.read(str(path.absolute()), LARGEST_TIMES), TIMES)
+    except JsonError as error:
+        raise Skip("broken times.json", f"{path}: {error}") from None
     if isinstance(found, dict):
         names, found = sorted(found, key=lambda name: (_seconds(found[name]), name)), sorted(map(_seconds, found.values()))
     return names, _numbers(found, len(names))

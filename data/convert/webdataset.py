@@ -1,7 +1,5 @@
 """WebDataset tars made elsewhere: a picture or video with a caption (txt, or json with one), or samples of our schema."""
 
-import json
-import tarfile
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,14 +10,14 @@ from typing import Any, ClassVar, Final
 from visionloom.common.errors import UserError
 from visionloom.data.convert.captions import fill_caption
 from visionloom.data.convert.files import MediaFiles
-from visionloom.data.convert.headers import members
 from visionloom.data.convert.jsonl import ELEMENT, MESSAGE, SAMPLE, fill_from_schema
-from visionloom.data.convert.keys import Fields, Keys, without_nulls
+from visionloom.data.convert.keys import Fields, Keys, record_json, without_nulls
 from visionloom.data.convert.skip import Skip
 from visionloom.data.convert.source import Draft, Options, Record
+from visionloom.data.convert.source_files import files_below
 from visionloom.data.convert.videos import add_video
 from visionloom.data.probe import kind_of
-from visionloom.data.tar import Fault, entries
+from visionloom.data.tar import LARGEST_MEMBER, Fault, entries, members
 from visionloom.data.write_parts import Part
 
 _CAPTIONS: Final = ("caption", "text", "txt")
@@ -44,7 +42,7 @@ class _Members(MediaFiles):
 
     members: Mapping[str, bytes] | None = None
 
-    def read(self, ref: object) -> bytes:
+    def read(self, ref: object, largest: int = LARGEST_MEMBER) -> bytes:
         """A member's bytes; raises Skip if the sample has none of this name."""
         data = (self.members or {}).get(ref) if isinstance(ref, str) else None
         if data is None:
@@ -61,12 +59,9 @@ class WebDataset:
 
     keys: ClassVar[tuple[Keys, ...]] = (MEMBERS, DOCUMENT, SAMPLE, MESSAGE, *ELEMENT.values())
 
-    def parts(self, path: Path, size: int) -> Iterator[Part]:
+    def parts(self, path: Path, size: int, follow_links: bool = False) -> Iterator[Part]:
         """One tar each."""
-        found = [path] if path.is_file() else sorted(path.rglob("*.tar"))
-        if not found:
-            raise UserError(f"{path}: no .tar files there")
-        return (Part(_count(tar), Tar(str(tar))) for tar in found)
+        return (Part(_count(tar), Tar(str(tar))) for tar in files_below(path, (".tar",), follow_links))
 
     def records(self, where: Tar) -> Iterator[Record]:
         """One key after another, its members in memory."""
@@ -109,29 +104,26 @@ def _split(name: str) -> tuple[str, str]:
 def _count(path: Path) -> int:
     """Samples in a tar, up to the first damage: for progress and limits."""
     count, last = 0, ""
-    with suppress(tarfile.ReadError):
-        for _, member in members(path):
+    with suppress(UserError):
+        for member, _ in members(path):
             key = _split(member.name)[0]
             count, last = count + (key != last), key
     return count
 
 
-def _document(members: Mapping[str, bytes]) -> Mapping[str, Any]:
-    if "json" not in members:
+def _document(value: Mapping[str, bytes]) -> Mapping[str, Any]:
+    if "json" not in value:
         return {}
-    try:
-        found = json.loads(members["json"])
-    except (ValueError, RecursionError) as error:
-        raise Skip("not valid JSON", str(error)) from None
+    found = record_json(value["json"])
     return without_nulls(found) if isinstance(found, dict) else {}
 
 
-def _caption(members: Mapping[str, bytes], names: Fields, facts: Fields) -> str | None:
+def _caption(value: Mapping[str, bytes], names: Fields, facts: Fields) -> str | None:
     """The text of the txt member, else of the json one; the same text in both is read in both."""
     if not names.take("txt"):
         return facts.text(*_CAPTIONS)
     try:
-        text = members["txt"].decode("utf-8-sig")
+        text = value["txt"].decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise Skip("caption is no UTF-8", str(error)) from None
     if not text.strip() and facts.has(*_CAPTIONS):

@@ -22,9 +22,11 @@ STEPS = 200
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Declare the command's words."""
-    parser = commands.add_parser("plan", help="fill, losses, tokens and balance of a run's phases, before any training")
-    parser.add_argument(
-        "words", nargs="+", metavar="WORD", help="of the run, as pretrain takes them: +recipe=NAME key=value ..."
+    parser = commands.add_parser(
+        "plan",
+        help="fill, losses, tokens and balance of a run's phases, before any training",
+        usage="data.py plan +recipe=NAME [key=value ...] [--config-dir DIR] [options]",
+        epilog="Words and --config-dir are those of launch/pretrain.py.",
     )
     parser.add_argument("--stats", action="store_true", help="print the two tables, which is what this command does anyway")
     parser.add_argument("--phase", metavar="NAME", help="one phase only")
@@ -34,7 +36,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         "--data-parallel", type=int, metavar="N", help="deal packs to so many (default: as --ranks and layout say)"
     )
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="that count lengths (default: all cores)")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, words=[])  # what is not declared here are words of the run
 
 
 def run(options: argparse.Namespace) -> None:

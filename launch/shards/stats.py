@@ -25,7 +25,7 @@ def run(options: argparse.Namespace) -> None:
     """Print a table with a row for each dataset."""
     from rich.table import Table
 
-    from visionloom.data.manifest import MANIFEST, parse_manifest
+    from visionloom.data.manifest import MANIFEST, read_manifest
 
     manifests = sorted(options.folder.rglob(MANIFEST))
     if not manifests:
@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> None:
     table = Table(*COLUMNS)
     for path in manifests:
         name = str(path.parent.relative_to(options.folder)) if path.parent != options.folder else path.parent.name
-        table.add_row(name, *_cells(parse_manifest(path.read_bytes(), str(path), "stats")))
+        table.add_row(name, *_cells(read_manifest(path.parent, "stats")))
     PlainConsole(width=None if sys.stdout.isatty() else 160).print(table)
 
 

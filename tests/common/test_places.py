@@ -47,6 +47,9 @@ def test_what_lies_inside_is_found(folder: Path, name: str) -> None:
         ("sub", "is a folder, not a file"),
         ("", "not a file name"),
         ("sub/a\0", "zero byte"),
+        ("a" * 300, "too long"),
+        ("a/" * 3000, "too long"),
+        ("\ud800", "no valid Unicode"),
     ],
 )
 def test_what_does_not_is_refused(folder: Path, name: str, why: str) -> None:

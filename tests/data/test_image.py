@@ -14,7 +14,7 @@ from PIL import Image as Pillow
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize as reference
 
-from visionloom.data import image
+from visionloom.data import image, open_media
 from visionloom.data.image import decode_image, resize, resize_by_pillow
 from visionloom.data.sample import SampleError
 
@@ -102,7 +102,7 @@ def test_damaged_pictures_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         with pytest.raises(SampleError, match=f"sample s: a.png: {problem}"):
             decode_image(data, (64, 64), "s", "a.png")
-    monkeypatch.setattr(image, "MAX_PIXELS", 4095)
+    monkeypatch.setattr(open_media, "MAX_PIXELS", 4095)
     for kind in ("PNG", "JPEG"):
         with pytest.raises(SampleError, match="too many"):
             decode_image(file(smooth(64, 64, 0), kind), (64, 64), "s", "a.png")
@@ -119,7 +119,7 @@ def test_bombs_are_refused_before_they_unfold(kind: str) -> None:
         bomb = small[: place + 5] + (60_000).to_bytes(2) * 2 + small[place + 9 :]
     tracemalloc.start()
     for said in ((60_000, 60_000), (8, 8)):
-        with pytest.raises(SampleError, match="DecompressionBombError"):
+        with pytest.raises(SampleError, match=r"too many|decompression bomb"):
             decode_image(bomb, said, "s", "a.png")
     assert tracemalloc.get_traced_memory()[1] < 1 << 20
     tracemalloc.stop()

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image as Pillow
 
 from visionloom.data.index import difference
-from visionloom.data.probe import FORMATS, MediaFacts, kind_of, probe
+from visionloom.data.open_media import FORMATS
+from visionloom.data.probe import MediaFacts, kind_of, probe
 from visionloom.tests.data.samples import png
 
 av = pytest.importorskip("av")
@@ -35,7 +36,7 @@ def test_a_picture_of_every_format(name: str) -> None:
     Pillow.fromarray(np.zeros((7, 5, 3), np.uint8)).save(file, name)
     ending = {"JPEG": "jpg", "TIFF": "tif"}.get(name, name.lower())
     assert probe(f"img0.{ending}", file.getvalue()) == MediaFacts("image", 5, 7, 1)
-    assert probe(f"img0.{ending.upper()}", io.BytesIO(file.getvalue())) == MediaFacts("image", 5, 7, 1)
+    assert probe(f"img0.{ending.upper()}", file.getvalue()) == MediaFacts("image", 5, 7, 1)
 
 
 def test_a_picture_is_not_decoded() -> None:

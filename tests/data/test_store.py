@@ -166,7 +166,7 @@ def test_what_is_not_there_is_named(server: FaultyServer, tmp_path: Path) -> Non
         pytest.raises(UserError, match=rf"data\.datasets\.x\.path: {empty.url} has no dataset.json"),
     ):
         Dataset.open(empty.url, "x", config=QUICK)
-    with pytest.raises(UserError, match=r"data\.datasets\.x\.path: nosuch://a/b is no URL of a folder"):
+    with pytest.raises(UserError, match=r"data\.datasets\.x\.path=nosuch://a/b: nosuch: is refused"):
         Dataset.open("nosuch://a/b", "x")
     with pytest.raises(StoreError, match="cannot be read: 4 attempts"):
         Dataset.open("http://127.0.0.1:9/set", "x", config=QUICK)

@@ -96,3 +96,20 @@ def test_one_phase_and_unknown_ones(demo: Path, monkeypatch: pytest.MonkeyPatch,
     with pytest.raises(SystemExit):
         main([*words, "--phase", "stf"])
     assert "--phase stf is not in the recipe" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("order", ["first", "last"])
+def test_plan_takes_the_options_of_a_run(order: str, tmp_path: Path, demo_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    monkeypatch.setenv("VISIONLOOM_DEMO_DATA", str(demo_data))
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe" / "mine.yaml").write_text("# @package _global_\ndefaults: [/recipe/demo, _self_]\nrun: {name: mine}\n")
+    options, words = ["--config-dir", str(tmp_path)], ["+recipe=mine", "~phases.align", "--steps", "2", "--processes", "1"]
+    assert main(["plan", *(options + words if order == "first" else words + options), "run.seed=3"]) == 0
+    shown = capsys.readouterr().out
+    assert "towers" in shown and "align" not in shown
+
+
+def test_other_commands_refuse_unknown_options(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["lengths", "x", "--tokenizer", "y", "--config-dir", "z"])
+    assert "unrecognized arguments: --config-dir z" in capsys.readouterr().err

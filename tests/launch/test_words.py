@@ -43,9 +43,9 @@ def test_paths_are_taken_as_they_are() -> None:
     words = [
         f"{plus}data.datasets.{name}.path={path}" for (name, path), plus in zip(added.items(), itertools.cycle(["+", "++"]))
     ]
-    config = composed(*words, f"data.tokenizer={PATHS[4]}", f"run.name={PATHS[5]}")
+    config = composed(*words, f"data.tokenizer={PATHS[4]}", f"init.huggingface={PATHS[5]}")
     assert {name: config.data.datasets[name].path for name in added} == added
-    assert (config.data.tokenizer, config.run.name) == (PATHS[4], PATHS[5])
+    assert (config.data.tokenizer, config.init.huggingface) == (PATHS[4], PATHS[5])
     read = [
         OverridesParser.create().parse_override(word) for word in readable([f"parallel.pipeline_layout={p}" for p in PATHS])
     ]
@@ -86,7 +86,6 @@ def test_folders_and_names_of_own_recipes(name: str, tmp_path: Path) -> None:
         ("lora.targets=a,b", "lora.targets takes a list, not 'a,b'"),
         ("lora.targets=[a,", "cannot read"),
         ("phases.align.mixture={a=1}", "cannot read"),
-        ("hydra.run.dir=/d/a,b", "cannot read"),
     ],
 )  # fmt: skip
 def test_texts_in_lists_and_sections_need_quotes(word: str, expected: str) -> None:

@@ -4,15 +4,14 @@ Reference: TensorBoard's own event reader; wandb offline, as it runs without an 
 """
 
 import importlib.util
-import logging
-import sys
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from visionloom.common.errors import UserError
+from visionloom.train import trackers as trackers_module
 from visionloom.train.config import LoggingConfig
 from visionloom.train.trackers import Trackers
 
@@ -68,42 +67,117 @@ def test_missing_tensorboard_is_the_users_to_mend(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.usefixtures("offline")
-def test_wandb_offline_keeps_the_runs_id(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_wandb_offline_keeps_the_runs_id(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for first in (1, 2):
         trackers = Trackers(LoggingConfig(wandb=True), tmp_path, {"run": {"seed": 1}}, "run")
         trackers.step(line(first))
         trackers.evaluation(RESULTS)
         trackers.close()
     identity = (tmp_path / "wandb" / "run_id").read_text()
-    assert [record for record in caplog.records if record.name == "visionloom.train.trackers"] == []
+    assert capfd.readouterr().err == ""
     files = list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
     assert files and {file.name for file in files} == {f"run-{identity}.wandb"}
+
+
+FAKE = """
+import os, time
+def _call(name):
+    with open(os.environ["FAKE_CALLS"], "a") as file:
+        file.write(name + "\\n")
+    if name == os.environ["FAKE_BROKEN"]:
+        raise RuntimeError("no route to host\\nat line 1")
+    if name == os.environ["FAKE_SILENT"]:
+        time.sleep(600)
+class Run:
+    def log(self, values): _call("log")
+    def finish(self): _call("finish")
+    def define_metric(self, *_, **__): _call("define_metric")
+Settings = dict
+def login(**_): _call("login")
+def init(**_):
+    _call("init")
+    return Run()
+"""
+
+
+@pytest.fixture
+def fake_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], Path]:
+    """A wandb that fails in one of its functions, or never comes back from it; returns the list of its calls."""
+
+    def make(broken: str, silent: str) -> Path:
+        (tmp_path / "fake").mkdir()
+        (tmp_path / "fake" / "wandb.py").write_text(FAKE)
+        monkeypatch.syspath_prepend(tmp_path / "fake")
+        calls = tmp_path / "calls"
+        for name, value in {"CALLS": str(calls), "BROKEN": broken, "SILENT": silent}.items():
+            monkeypatch.setenv(f"FAKE_{name}", value)
+        return calls
+
+    return make
 
 
 @pytest.mark.usefixtures("offline")
 @pytest.mark.parametrize("broken", ["init", "log", "finish"])
 def test_wandb_fault_is_one_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, broken: str
+    tmp_path: Path, fake_wandb: Callable[[str, str], Path], capfd: pytest.CaptureFixture[str], broken: str
 ) -> None:
-    calls: list[str] = []
+    calls = fake_wandb(broken, "")
+    trackers = Trackers(LoggingConfig(wandb=True), tmp_path, {}, "run")
+    trackers.step(line(1))
+    trackers.step(line(2))
+    trackers.close()
+    (warning,) = capfd.readouterr().err.splitlines()
+    assert "no route to host" in warning and "training goes on" in warning
+    assert calls.read_text().split().count(broken) == 1
 
-    def method(name: str, answer: Any = None) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            calls.append(name)
-            if name == broken:
-                raise RuntimeError("no route to host\nat line 1")
-            return answer
 
-        return call
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize("silent", ["login", "init", "log", "finish"])
+def test_wandb_that_never_comes_back_holds_nothing_up(
+    tmp_path: Path,
+    fake_wandb: Callable[[str, str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    silent: str,
+) -> None:
+    """Row 35 of the fault matrix: no call waits for it, though its pipe is full; the end waits for a time that is given."""
+    monkeypatch.delenv("WANDB_MODE")
+    calls = fake_wandb("", silent)
+    monkeypatch.setattr(trackers_module, "LAST_SECONDS", 2.0)
+    trackers = Trackers(LoggingConfig(wandb=True), tmp_path, {}, "run")
+    for step in range(1, 3000):
+        trackers.step(line(step))
+    trackers.close()
+    assert trackers._wandb is not None and trackers._wandb._process.poll() is not None
+    (warning,) = capfd.readouterr().err.splitlines()
+    assert "wandb sync" in warning and calls.read_text().split()[-1] == silent
 
-    run = SimpleNamespace(log=method("log"), finish=method("finish"), define_metric=method("define_metric"))
-    fake = SimpleNamespace(init=method("init", run), login=method("login"), Settings=dict)
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    with caplog.at_level(logging.WARNING):
-        trackers = Trackers(LoggingConfig(wandb=True), tmp_path, {}, "run")
-        trackers.step(line(1))
-        trackers.step(line(2))
-        trackers.close()
-    assert [record.getMessage().count("\n") for record in caplog.records] == [0]
-    assert "no route to host" in caplog.text and "training goes on" in caplog.text
-    assert calls.count(broken) == 1
+
+@pytest.mark.parametrize("moment", ["start", "later", "close"])
+def test_tensorboard_on_a_full_disk_is_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], moment: str
+) -> None:
+    """Row 35, TensorBoard's part. Its writer is a thread, whose error comes with a later value."""
+    from torch.utils import tensorboard
+
+    full = OSError(28, "No space left on device")
+
+    class Writer:
+        def __init__(self, *_: object, **__: object) -> None:
+            if moment == "start":
+                raise full
+
+        def add_scalar(self, *_: object) -> None:
+            if moment == "later":
+                raise full
+
+        def close(self) -> None:
+            raise full
+
+    monkeypatch.setattr(tensorboard, "SummaryWriter", Writer)
+    trackers = Trackers(LoggingConfig(tensorboard=True), tmp_path, {}, "run")
+    for step in range(1, 4):
+        trackers.step(line(step))
+    trackers.close()
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert "TensorBoard is off" in warning and "No space left on device" in warning

@@ -1,0 +1,81 @@
+"""A folder that one process at a time writes to."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any, Final
+
+from visionloom.common.errors import UserError
+from visionloom.common.jsonfile import JsonError, read_json
+from visionloom.common.text import one_line, warn
+
+LOCK: Final = ".lock"
+TRIES: Final = 20
+"""Looks, a tenth of a second apart, until a folder counts as taken: a start that has just been ended may take that long to go."""
+UNSUPPORTED: Final = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+"""What file systems without locks answer."""
+
+
+class FolderLock:
+    """Holds a folder for this process until it ends, however it ends.
+
+    The lock is the kernel's (POSIX, as NFS and Lustre have it too): a killed process leaves none. Forked children do not have it.
+    """
+
+    def __init__(self, folder: Path, option: str) -> None:
+        """Take the lock; `option` names the folder in errors.
+
+        Raises:
+            UserError: if another process has it, with its host and number.
+            OSError: if the file cannot be made.
+        """
+        self._descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        if not self._take(folder):
+            os.close(self._descriptor)
+            raise UserError(
+                f"{option}={folder} is in use by {_holder(folder)}: end that run first, or set run.name to start another one"
+            )
+        holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, json.dumps(holder).encode() + b"\n", 0)
+
+    def release(self) -> None:
+        """Let others have the folder."""
+        os.close(self._descriptor)
+
+    def _take(self, folder: Path) -> bool:
+        for attempt in range(TRIES):
+            time.sleep(0.1 if attempt else 0)
+            try:
+                fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in UNSUPPORTED:
+                    warn(f"warning: {folder} cannot be locked ({error.strerror}): see to it that no other run writes to it")
+                    return True
+                continue
+            return True
+        return False
+
+
+def is_held(folder: Path) -> bool:
+    """Whether another process holds the folder."""
+    with contextlib.suppress(OSError), open(folder / LOCK, "rb+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            return error.errno not in UNSUPPORTED
+    return False
+
+
+def _holder(folder: Path) -> str:
+    try:
+        found = read_json(folder, LOCK, dict[str, Any], 1 << 16)
+    except (JsonError, OSError):
+        return "another process"
+    names = {name: one_line(str(found.get(name, "?"))) for name in ("host", "pid", "since")}
+    return f"process {names['pid']} on {names['host']} since {names['since']}"

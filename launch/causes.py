@@ -1,0 +1,63 @@
+"""What an exception that reached the end of a command means: the machine's fault, the fault of another rank, or its own."""
+
+import errno
+import os
+from pathlib import Path
+from typing import Final
+
+from visionloom.common.errors import UserError
+
+SECONDS_FOR_THE_CAUSE: Final = 1.0
+"""Time for the rank that ended first, or for who watches it, to have written the cause."""
+OF_THE_DISK: Final = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
+"""What a disk that is full, read-only, broken or gone answers with."""
+OF_A_FOLDER: Final = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM)
+"""What a removed or closed folder answers with; elsewhere than in the run's folder, these may be mistakes of the program."""
+LOST: Final = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Connection refused",
+    "Broken pipe",
+    "failed to recv",
+    "Socket Timeout",
+    "remote process exited",
+    "ncclRemoteError",
+    "ncclSystemError",
+    "connectFullMesh failed",
+)
+"""How gloo, NCCL and torch's store tell that another rank is gone."""
+NO_MEMORY: Final = ("out of memory", "can't allocate memory", "Cannot allocate memory")
+
+
+def of_the_machine(error: Exception, folder: Path) -> UserError | None:
+    """One line for a disk or a run's `folder` that could not be written to or read; None for any other error."""
+    if not isinstance(error, OSError):
+        return None
+    name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""  # a write has none, opening has
+    inside = bool(name) and Path(name).absolute().is_relative_to(folder.absolute())
+    if error.errno not in OF_THE_DISK and not (inside and error.errno in OF_A_FOLDER):
+        return None
+    return UserError(
+        f"{name or f'a file of run.folder={folder}'}: {error.strerror}: make room, correct run.folder or its permissions, and"
+        " start the same command again"
+    )
+
+
+def is_lost_connection(error: Exception) -> bool:
+    """Whether another rank went first, so that this error is a consequence."""
+    return any(words in str(error) for words in LOST)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether there was no memory left, on the host or on a GPU."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY)
+
+
+def hint_for(error: Exception) -> str:
+    """What a user may do about an error that is not known to be theirs."""
+    if is_out_of_memory(error):
+        return (
+            "out of memory: lower phases.<name>.micro_batch or sequence_length, turn on parallel.recompute, or use more ranks;"
+            " then start the same command again"
+        )
+    return "start the same command again to resume"

@@ -1,0 +1,59 @@
+"""The options of a command that composes a run, apart from its `key=value` words.
+
+Hydra's own command line has more: options that start sweeps, run callbacks and print its internals. They do not exist here.
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NoReturn
+
+from visionloom.common.errors import UserError
+from visionloom.launch.environment import check_home
+
+HELP = """options, before, between or behind the words:
+  --cfg job            show what would run, and do nothing
+  --resolve            with --cfg job: references replaced by what they refer to
+  --package KEY        with --cfg job: one section, such as phases.align
+  --config-dir DIR     your own recipes beside ours: DIR/recipe/NAME.yaml
+  --help               this text, the groups and every option with its value
+"""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What stands on a command line."""
+
+    words: list[str] = field(default_factory=list)
+    """Overrides, in the order in which they were written."""
+    config_dir: str = ""
+    """Folder of the user's own recipes; empty: none."""
+    show: bool = False
+    """Show the configuration instead of running it."""
+    resolve: bool = False
+    package: str = ""
+    """Section to show; empty: all."""
+    help: bool = False
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"command line: {message}")
+
+
+def read_options(argv: Sequence[str]) -> Options:
+    """Tell options from words, wherever they stand; raises UserError for an option that does not exist."""
+    if {"-m", "--multirun"} & set(argv):
+        raise UserError("--multirun is refused: every rank would sweep by itself; start one run for each value")
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("words", nargs="*")
+    parser.add_argument("--config-dir", "-cd", default="")
+    parser.add_argument("--cfg", "-c", choices=["job"])
+    parser.add_argument("--resolve", action="store_true")
+    parser.add_argument("--package", "-p", default="")
+    parser.add_argument("--help", "-h", action="store_true")
+    found = parser.parse_intermixed_args(list(argv))
+    check_home("--config-dir", found.config_dir)
+    if (found.resolve or found.package) and not found.cfg:
+        raise UserError("command line: --resolve and --package say how --cfg job shows a run: add --cfg job")
+    return Options(found.words, found.config_dir, found.cfg is not None, found.resolve, found.package, found.help)

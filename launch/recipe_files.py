@@ -1,0 +1,267 @@
+"""Recipes as files that strangers wrote: values only, within bounds, and nothing outside of their folder.
+
+Hydra reads every recipe through `RecipeSource`, so what a file may hold is decided here and nowhere else. Hydra alone would
+follow `../`, let a recipe configure Hydra itself (callbacks, launchers, search paths, the environment), and expand aliases,
+references and includes without end.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+import yaml
+from hydra.core.object_type import ObjectType
+from hydra.plugins.config_source import ConfigResult, ConfigSource
+from omegaconf import OmegaConf
+from omegaconf._utils import get_yaml_loader  # what counts as a number differs from yaml.SafeLoader's
+from omegaconf.errors import OmegaConfBaseException
+
+from visionloom.common.errors import UserError
+from visionloom.common.places import PlaceError, locate, read_located
+from visionloom.common.text import one_line
+
+LARGEST: Final = 1 << 17
+"""Bytes of a recipe: 128 KiB, some thirty times our largest; YAML is read at about 100 KiB a second."""
+NODES: Final = 10_000
+"""Values and keys of all files of a run together, each as often as it is included or referred to by a YAML alias."""
+INCLUDE_NODES: Final = 100
+"""What an include costs at least, so that they end: a hundred at most."""
+REFERENCES: Final = 32
+"""References to other values (`${run.name}`) in all files of a run together: each may stand for a whole section."""
+DEEPEST: Final = 12
+"""Sections inside sections; the schema has five."""
+NUMBER: Final = 40
+"""Characters of a number."""
+PLAIN: Final = frozenset(f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str", "seq", "map", "merge"))
+CODE: Final = re.compile(r"_[a-z]+_")
+"""Keys by which Hydra finds something to call: _target_, _partial_, _args_ and others."""
+HYDRA: Final = re.compile(r"(?:^|[\s/@.:])hydra(?:$|[/@.:])")
+VARIABLE: Final = re.compile(r"\$\{oc\.env:VISIONLOOM_[A-Z0-9_]+(?:,[^${}]*)?\}")
+REFERENCE: Final = re.compile(r"\$\{\.*[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*\}")
+
+
+@dataclass
+class Budget:
+    """What the files of one composition may still take up."""
+
+    nodes: int = NODES
+    references: int = REFERENCES
+
+    def include(self, path: str, nodes: int) -> None:
+        """Count a file that is included once more."""
+        self.nodes -= max(nodes, INCLUDE_NODES)
+        if self.nodes < 0:
+            raise UserError(
+                f"{path} and what it includes hold more than {NODES} values, or include each other without end:"
+                " leave out what is there twice"
+            )
+
+
+class _Recipe(ConfigResult):
+    """A file as Hydra holds it: each time that Hydra asks what it includes is one more include."""
+
+    nodes: int
+    budget: Budget
+    _includes: Any = None
+
+    @property
+    def defaults_list(self) -> Any:
+        if self._includes is not None:
+            self.budget.include(self.path, self.nodes)
+        return self._includes
+
+    @defaults_list.setter
+    def defaults_list(self, includes: Any) -> None:
+        self._includes = includes
+
+
+class RecipeSource(ConfigSource):
+    """A folder of recipes: `recipes:///path/of/it`."""
+
+    budget = Budget()
+    """Of the composition that is under way; `begin` starts another one."""
+
+    @classmethod
+    def begin(cls) -> None:
+        """Start a composition."""
+        cls.budget = Budget()
+
+    @staticmethod
+    def scheme() -> str:
+        """What the search path names this source by."""
+        return "recipes"
+
+    def available(self) -> bool:
+        """Whether the folder is there."""
+        return Path(self.path).is_dir()
+
+    def is_group(self, config_path: str) -> bool:
+        """Whether there is a folder of this name."""
+        return self._is("folder", config_path or ".")
+
+    def is_config(self, config_path: str) -> bool:
+        """Whether there is a recipe of this name."""
+        return self._is("file", self._normalize_file_name(config_path))
+
+    def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
+        """Names in a group, for what Hydra says about wrong ones; explain.py says it instead."""
+        return []
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        """Read a recipe; raises UserError, naming the file and the line, for what no recipe may hold."""
+        name = self._normalize_file_name(config_path)
+        path = f"{self.path}/{name}"
+        try:
+            text = read_located(Path(self.path), name, LARGEST).decode()
+            header = self._get_header_dict(text[:512])
+        except PlaceError as error:
+            raise UserError(f"{path} {error}") from None
+        except UnicodeDecodeError:
+            raise UserError(f"{path}: not UTF-8") from None
+        except ValueError as error:
+            raise UserError(f"{path}: {error}") from None
+        if HYDRA.search(header.get("package") or ""):
+            raise UserError(f"{path}: package {header['package']} is refused: a recipe cannot configure Hydra")
+        nodes, values = _values(text, path, self.budget)
+        try:
+            recipe = _Recipe(self.provider, path, OmegaConf.create(values), header)
+        except OmegaConfBaseException as error:
+            raise UserError(f"{path}: {str(error).splitlines()[0]}") from None
+        recipe.nodes, recipe.budget = nodes, self.budget
+        return recipe
+
+    def _is(self, kind: Any, name: str) -> bool:
+        if Path(name).parts[:1] in (("hydra",), ("hydra.yaml",)):
+            return False
+        try:
+            locate(Path(self.path), name, kind)
+        except PlaceError as error:
+            raise UserError(f"{self.path}/{name} {error}") from None
+        except OSError:
+            return False
+        return True
+
+
+def _values(text: str, path: str, budget: Budget) -> tuple[int, Any]:
+    """The number of values in a file's YAML, and they themselves, once the rules below let them pass."""
+    try:
+        loader = get_yaml_loader()(text)
+        root = loader.get_single_node()
+        if root is None:
+            return 0, {}
+        return _Check(path, budget).file(root), loader.construct_document(root)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise UserError(f"{path}, line {line}: not valid YAML: {error.problem}") from None
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply") from None
+    except UserError:
+        raise
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
+
+
+@dataclass
+class _Check:
+    """The rules for one file."""
+
+    path: str
+    budget: Budget
+    sizes: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """Values below a node, aliases counted each time, and the sections inside sections."""
+    entered: set[int] = field(default_factory=set)
+    """Nodes that are being looked at: an alias to one of them leads in a circle."""
+
+    def file(self, root: yaml.Node) -> int:
+        """The number of values in a file that holds nothing but values."""
+        if not isinstance(root, yaml.MappingNode):
+            self.refuse(root, "a recipe is a section of `key: value` lines")
+        for key, _ in root.value:
+            if key.tag.endswith(":merge"):  # it could bring what is looked for below
+                self.refuse(key, "<< is refused beside the sections of a recipe: include another recipe in `defaults`")
+            if HYDRA.match(str(key.value)):
+                self.refuse(key, f"{key.value} is refused: a recipe holds values of the run, it cannot configure Hydra")
+        nodes, _ = self.node(root)
+        for key, value in root.value:
+            if key.value == "defaults":
+                self.includes(value)
+        return nodes
+
+    def includes(self, value: yaml.Node) -> None:
+        """Refuse includes that lead to Hydra's own groups, or that only a run would know."""
+        for entry in _scalars(value, DEEPEST):
+            if HYDRA.search(entry.value):
+                self.refuse(entry, f"{entry.value} is refused: a recipe cannot include what configures Hydra")
+            if "${" in entry.value or "://" in entry.value:
+                self.refuse(entry, f"{entry.value} is refused: a recipe includes others by name only")
+
+    def node(self, node: yaml.Node, depth: int = 1) -> tuple[int, int]:
+        """Values in and below a node, and its sections inside sections."""
+        known = self.sizes.get(id(node))
+        if id(node) in self.entered or depth + (known[1] if known else 0) > DEEPEST:
+            self.refuse(node, f"more than {DEEPEST} sections inside each other")
+        if known is None:
+            self.entered.add(id(node))
+            known = self.sizes[id(node)] = self.measure(node, depth)
+            self.entered.discard(id(node))
+        if known[0] > NODES:
+            self.refuse(node, f"more than {NODES} values, aliases counted each time")
+        return known
+
+    def measure(self, node: yaml.Node, depth: int) -> tuple[int, int]:
+        """As `node`, of one that was not looked at before."""
+        if node.tag not in PLAIN:
+            self.refuse(node, f"{node.tag.replace('tag:yaml.org,2002:', '!!')} is refused: a recipe holds plain values only")
+        if isinstance(node, yaml.ScalarNode):
+            self.scalar(node)
+            return 1, 0
+        below = [1]
+        deepest = 0
+        for child in _children(node):
+            size, height = self.node(child, depth + 1)
+            below.append(size)
+            deepest = max(deepest, height)
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if not isinstance(key, yaml.ScalarNode):
+                self.refuse(key, "a key must be a name")
+            if CODE.fullmatch(key.value):
+                self.refuse(key, f"{key.value} is refused: a recipe holds values, it cannot name code to call")
+        return sum(below), deepest + 1
+
+    def scalar(self, node: yaml.ScalarNode) -> None:
+        """Refuse endless numbers, and references to anything but other values and variables named VISIONLOOM_*."""
+        if not node.tag.endswith(":str") and len(node.value) > NUMBER:
+            self.refuse(node, f"a number of {len(node.value)} characters")
+        if "${" not in node.value:
+            return
+        rest, _ = VARIABLE.subn("", node.value)
+        rest, references = REFERENCE.subn("", rest)
+        self.budget.references -= references
+        if "${" in rest or references > 1:
+            self.refuse(
+                node,
+                f"{node.value} is refused: a recipe may refer to one other value, as ${{run.name}}, and to variables of the"
+                " environment named VISIONLOOM_*",
+            )
+        if self.budget.references < 0:
+            self.refuse(node, f"more than {REFERENCES} references to other values")
+
+    def refuse(self, node: yaml.Node, why: str) -> NoReturn:
+        """Raise UserError for what stands at a node."""
+        raise UserError(one_line(f"{self.path}, line {node.start_mark.line + 1}: {why}"))
+
+
+def _children(node: yaml.Node) -> Iterator[yaml.Node]:
+    for child in node.value:
+        yield from child if isinstance(child, tuple) else (child,)
+
+
+def _scalars(node: yaml.Node, depth: int) -> Iterator[yaml.ScalarNode]:
+    """The texts of a defaults list, keys included; deeper ones are refused with the whole file."""
+    if isinstance(node, yaml.ScalarNode):
+        yield node
+    elif depth:
+        for child in _children(node):
+            yield from _scalars(child, depth - 1)

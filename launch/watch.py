@@ -1,0 +1,134 @@
+"""Ranks of one machine look after each other: what ended first is written down as the cause, though it could not say so itself.
+
+A rank that is killed says nothing, and the others only see a connection that is gone. torchrun knows the signal and prints it to a
+log of its own. So each rank has a thread that the kernel wakes when another one ends (pidfd), and reads its exit status while
+torchrun has not yet taken it away (it looks every 0.1 s).
+"""
+
+import os
+import select
+import signal
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from visionloom.launch.exit import FAILURE, attempt_folder
+from visionloom.train import status
+
+LOOK_SECONDS: Final = 1.0
+"""Between two looks at the memory of the others."""
+EXIT_STATUS: Final = 49
+"""Place of exit_code in /proc/PID/stat behind the command's name: field 52 of proc(5)."""
+KERNEL_COUNTS: Final = Path("/proc/vmstat")
+"""`oom_kill` there counts the processes that the kernel has killed for want of memory, of the machine's or of a cgroup's."""
+
+
+@dataclass
+class Sibling:
+    """Another rank of this machine."""
+
+    rank: int
+    pid: int
+    descriptor: int
+    resident: int = 0
+    """Bytes of memory that it had when last looked at."""
+
+
+@dataclass
+class Watch:
+    """The ranks of this start on this machine."""
+
+    folder: Path
+    own: int
+    """Local rank."""
+    count: int
+    kills_before: int = field(default_factory=lambda: out_of_memory_kills())
+
+    def run(self) -> None:
+        """Wait for the others, then for one that ends."""
+        siblings = self._meet()
+        poll = select.poll()
+        for descriptor in siblings:
+            poll.register(descriptor, select.POLLIN)
+        while siblings:
+            for descriptor, _ in poll.poll(LOOK_SECONDS * 1000):
+                poll.unregister(descriptor)
+                self._ended(siblings.pop(descriptor))
+            for sibling in siblings.values():
+                sibling.resident = _resident(sibling.pid) or sibling.resident
+
+    def _meet(self) -> dict[int, Sibling]:
+        siblings: dict[int, Sibling] = {}
+        missing = set(range(self.count)) - {self.own}
+        while missing:
+            for local in sorted(missing):
+                words = _read(self.folder / f"visionloom.rank{local}").split()
+                if len(words) == 2:
+                    missing.remove(local)
+                    try:
+                        descriptor = os.pidfd_open(int(words[1]))
+                    except ProcessLookupError:  # it has ended since, and torchrun has seen it
+                        continue
+                    siblings[descriptor] = Sibling(int(words[0]), int(words[1]), descriptor)
+            time.sleep(0.05)
+        return siblings
+
+    def _ended(self, sibling: Sibling) -> None:
+        """Write how it ended, if that was not as it should; what it had to say itself is written by now."""
+        code = exit_status(sibling.pid)
+        os.close(sibling.descriptor)
+        if code == 0:
+            return
+        status.current.failed(FAILURE, self._cause(sibling, code), "start the same command again to resume", sibling.rank)
+
+    def _cause(self, sibling: Sibling, code: int | None) -> str:
+        if code is None:
+            return f"rank {sibling.rank} ended, for a reason that was not seen"
+        if not os.WIFSIGNALED(code):
+            return f"rank {sibling.rank} ended with exit code {os.waitstatus_to_exitcode(code)}"
+        number = os.WTERMSIG(code)
+        told = f"rank {sibling.rank} was killed by signal {number} ({signal.Signals(number).name})"
+        if number == signal.SIGKILL and out_of_memory_kills() > self.kills_before:
+            held = f"{sibling.resident / 2**30:.1f} GiB" if sibling.resident else "its memory"
+            told += (
+                f", likely out of memory: the kernel has killed a process for want of it, and this one held {held}; lower"
+                " data.workers, micro_batch or sequence_length, or give the job more memory"
+            )
+        return told
+
+
+def watch_ranks() -> None:
+    """Begin to watch the other ranks of this machine, where torchrun has started them."""
+    count, own = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+    folder = attempt_folder()
+    if folder is None or count == 1:
+        return
+    draft = folder / f"visionloom.rank{own}.tmp"
+    draft.write_text(f"{os.environ.get('RANK', '0')} {os.getpid()}")
+    draft.replace(folder / f"visionloom.rank{own}")
+    threading.Thread(target=Watch(folder, own, count).run, name="visionloom-watch", daemon=True).start()
+
+
+def exit_status(pid: int) -> int | None:
+    """Wait status of a process that has ended and that nobody has waited for; None where the kernel does not say."""
+    words = _read(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split()
+    return int(words[EXIT_STATUS]) if len(words) > EXIT_STATUS and words[0] in "ZX" else None
+
+
+def out_of_memory_kills() -> int:
+    """Processes of the machine that the kernel has killed for want of memory since it started."""
+    return sum(int(line.split()[1]) for line in _read(KERNEL_COUNTS).splitlines() if line.startswith("oom_kill "))
+
+
+def _resident(pid: int) -> int:
+    words = _read(Path(f"/proc/{pid}/statm")).split()
+    return int(words[1]) * os.sysconf("SC_PAGE_SIZE") if len(words) > 1 else 0
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""

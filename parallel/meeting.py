@@ -1,0 +1,84 @@
+"""The store in which the ranks of one start meet: fresh, though torchrun keeps its store when it starts the ranks anew.
+
+torchrun's agent shares one store over all attempts (`--max-restarts`). gloo leaves its addresses there, and the ranks of the next
+attempt would call those of the dead ones. The agents' counts of restarts differ between machines, so no number tells the attempts
+apart; the ranks agree on a word of their own instead.
+"""
+
+import os
+import time
+import uuid
+from datetime import timedelta
+from typing import Final
+
+import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+
+from visionloom.common.errors import UserError
+
+PAUSE_SECONDS: Final = 0.01
+"""Between two looks of rank 0 at who has come."""
+PREFIX: Final = "visionloom"
+
+
+def meet(timeout: timedelta) -> tuple[Store, int, int]:
+    """The store of this start, this rank and the number of ranks, by torchrun's environment.
+
+    Raises:
+        UserError: if the store cannot be reached or opened in time, naming its address.
+    """
+    place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    try:
+        store, rank, size = next(rendezvous("env://", timeout=timeout))
+        store.set_timeout(timeout)
+        return agree(store, rank, size, timeout), rank, size
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+            raise UserError(
+                f"MASTER_PORT={os.environ.get('MASTER_PORT')} is in use by another program: give this run a port of its own"
+                " (torchrun --standalone chooses one)"
+            ) from error
+        raise UserError(f"the ranks cannot meet at {place}: {_first_line(error)}: check MASTER_ADDR and MASTER_PORT") from error
+    except dist.DistStoreError as error:
+        raise UserError(
+            f"not all of the {os.environ.get('WORLD_SIZE')} ranks came to {place} within {timeout.total_seconds():.0f} s:"
+            f" {_first_line(error)}: see whether all machines have started"
+        ) from error
+
+
+def agree(store: Store, rank: int, size: int, timeout: timedelta) -> Store:
+    """The part of a store that only the ranks of this start use.
+
+    Each rank leaves a word that nobody else has. Rank 0 answers each with the prefix that it has chosen, until all have taken it:
+    words of dead ranks are answered too, and their places are read again.
+    """
+    own = uuid.uuid4().hex
+    if rank:
+        store.set(f"{PREFIX}/rank{rank}", own)
+        prefix = store.get(f"{PREFIX}/answer/{own}").decode()
+        store.set(f"{PREFIX}/taken/{prefix}/{rank}", "")
+    else:
+        prefix = own
+        _gather(store, prefix, size, timeout)
+    return PrefixStore(prefix, store)
+
+
+def _gather(store: Store, prefix: str, size: int, timeout: timedelta) -> None:
+    """Answer the words of all other ranks until each has taken the prefix; raises DistStoreError if they do not come."""
+    until, missing, answered = time.monotonic() + timeout.total_seconds(), set(range(1, size)), dict[int, bytes]()
+    while missing:
+        for rank in sorted(missing):
+            if store.check([f"{PREFIX}/rank{rank}"]):
+                word = store.get(f"{PREFIX}/rank{rank}")
+                if answered.get(rank) != word:
+                    store.set(f"{PREFIX}/answer/{word.decode()}", prefix)
+                    answered[rank] = word
+        missing -= {rank for rank in missing if store.check([f"{PREFIX}/taken/{prefix}/{rank}"])}
+        if missing and time.monotonic() > until:
+            raise dist.DistStoreError(f"rank {min(missing)} is missing")
+        time.sleep(PAUSE_SECONDS if missing else 0)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

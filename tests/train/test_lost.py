@@ -1,0 +1,82 @@
+"""Runs that have lost what they had saved, or cannot write their log any more. Reference: the files before and after."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from visionloom.common.errors import UserError
+from visionloom.tests.ranks import RankPool
+from visionloom.tests.train.runs import metrics, run_config
+from visionloom.train.config import RunConfig
+
+
+def outcome(config: RunConfig) -> str:
+    """Train, and return the UserError that ended it (runs in the pool)."""
+    from visionloom.parallel import topology as topologies
+    from visionloom.train.run import pretrain
+
+    try:
+        pretrain(config)
+    except UserError as error:
+        topologies.stop()
+        return str(error)
+    return "done"
+
+
+def without_log(config: RunConfig, from_line: int) -> str:
+    """Train with a metrics.jsonl that takes no more lines from one on (runs in the pool)."""
+    from visionloom.train.metrics import RunLog
+
+    written = RunLog._write
+
+    def write(self: RunLog, name: str, line: str) -> str:
+        if name == "metrics.jsonl" and json.loads(line)["step"] >= from_line:
+            return f"{self.folder / name}: No space left on device"
+        return written(self, name, line)
+
+    RunLog._write = write  # type: ignore[method-assign]
+    try:
+        return outcome(config)
+    finally:
+        RunLog._write = written  # type: ignore[method-assign]
+
+
+def events(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+
+
+def test_a_run_whose_checkpoints_are_all_damaged(pool: RankPool, demo_data: Path, tmp_path: Path) -> None:
+    """Rows 23 and 24 of the fault matrix to their end: nothing is begun anew and nothing rewound unless told to."""
+    folder = tmp_path / "run"
+    words = ("checkpoint.every_steps=2", "phases.multimodal.warmup_steps=1")
+    assert pool.run(1, outcome, run_config(demo_data, folder, 4, 1, *words)) == ["done"]
+    for checkpoint in folder.glob("checkpoints/multimodal/step-*"):
+        (checkpoint / "state.json").write_text("{}")
+    before = (folder / "metrics.jsonl").read_bytes()
+
+    (said,) = pool.run(1, outcome, run_config(demo_data, folder, 4, 1, *words))
+    assert "only damaged checkpoints" in said and "step-00000004" in said and "run.start_anew=true" in said
+    assert (folder / "metrics.jsonl").read_bytes() == before
+
+    assert pool.run(1, outcome, run_config(demo_data, folder, 4, 1, *words, "run.start_anew=true")) == ["done"]
+    assert [line["step"] for line in metrics(folder)] == [1, 2, 3, 4]
+    assert [kept.read_bytes() for kept in folder.glob("before-*.metrics.jsonl")] == [before]
+    assert len(list(folder.glob("checkpoints/before-*/multimodal/step-*"))) == 2
+    assert [event["cause"] for event in events(folder) if event["event"] == "start_anew"] == [said.partition(": put one")[0]]
+    assert pool.run(1, outcome, run_config(demo_data, folder, 4, 1, *words)) == ["done"], "and the new ones are found"
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_log_that_cannot_be_written_ends_the_run_saved(ranks: int, pool: RankPool, demo_data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    config = run_config(demo_data, folder, 8, ranks)
+    said = pool.run(ranks, without_log, config, 3)
+    assert set(said) == {
+        f"{folder}/metrics.jsonl: No space left on device: the run's log cannot be written; the run is saved after step 3:"
+        " make room, and start the same command again"
+    }
+    assert [line["step"] for line in metrics(folder)] == [1, 2]
+    assert pool.run(ranks, outcome, config) == ["done"] * ranks
+    assert [line["step"] for line in metrics(folder)] == list(range(1, 9)), "the third came with the checkpoint"

@@ -1,0 +1,77 @@
+"""status.json says what is true at every moment, the first cause and not what followed from it."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from visionloom.common import lock
+from visionloom.train import status
+from visionloom.train.status import RunStatus, read_status, refused
+
+
+def content(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "status.json").read_text())
+    return found
+
+
+def test_a_killed_run_does_not_show_how_an_earlier_one_ended(tmp_path: Path) -> None:
+    first = RunStatus()
+    first.begin(tmp_path)
+    first.at(12)
+    first.done()
+    assert [content(tmp_path)[key] for key in ("state", "code", "cause", "step")] == ["done", 0, "done", 12]
+    second = RunStatus()
+    second.begin(tmp_path)
+    assert [content(tmp_path)[key] for key in ("state", "code", "step", "pid")] == ["running", None, None, os.getpid()]
+    assert second.before is not None and second.before.state == "done"
+
+
+def test_the_step_is_kept_while_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    running = RunStatus()
+    running.begin(tmp_path)
+    running.at(3)
+    assert content(tmp_path)["step"] is None, "not at every step"
+    monkeypatch.setattr(status, "REFRESH_SECONDS", 0.0)
+    running.at(4)
+    assert (content(tmp_path)["state"], content(tmp_path)["step"]) == ("running", 4)
+
+
+def test_the_first_cause_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    main = RunStatus()
+    main.begin(tmp_path)
+    main.at(7)
+    monkeypatch.setenv("RANK", "1")
+    other = RunStatus()
+    other.begin(tmp_path)
+    other.at(7)
+    other.failed(1, "ValueError: the cause", "resume")
+    monkeypatch.setenv("RANK", "0")
+    main.failed(1, "RuntimeError: Connection closed by peer", "resume")
+    assert [content(tmp_path)[key] for key in ("state", "cause", "rank", "step")] == ["failed", "ValueError: the cause", 1, 7]
+
+
+def test_a_refused_start_says_why_but_not_into_a_run_at_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused(tmp_path / "absent", 2, "no such key", "")
+    assert not (tmp_path / "absent").exists()
+    refused(tmp_path, 2, "no such key", "change it")
+    assert (content(tmp_path)["code"], content(tmp_path)["cause"]) == (2, "no such key")
+    RunStatus().begin(tmp_path)
+    monkeypatch.setattr(status, "is_held", lambda folder: True)
+    refused(tmp_path, 2, "no such key", "")
+    assert content(tmp_path)["state"] == "running"
+    assert lock.is_held is not status.is_held
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"state": "done"}', '{"state": 3}', "x" * 10])
+def test_a_file_of_another_version_is_no_status(text: str, tmp_path: Path) -> None:
+    (tmp_path / "status.json").write_text(text)
+    assert read_status(tmp_path) is None
+
+
+def test_a_folder_that_is_gone_is_no_second_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    running = RunStatus()
+    running.begin(tmp_path / "gone")
+    assert "status.json could not be written" in capsys.readouterr().err

@@ -1,0 +1,111 @@
+"""Settings that changed since a checkpoint was made: free ones pass, those that change the run are told or refused.
+
+What a change of an option means stands in the schema (common/settings.py). Options of a phase count while that phase is in
+progress: what a finished phase had is done, and what a phase to come has is no change. What is read is compared by its content
+in data/state.py and is under data.on_change.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from visionloom.common.errors import UserError
+from visionloom.common.settings import Change, Option, options
+from visionloom.common.text import one_line
+from visionloom.train.config import RunConfig
+from visionloom.train.state_file import Progress
+
+SHOWN = 80
+"""Characters of a checkpoint's value in a message."""
+
+
+@dataclass(frozen=True)
+class Changed:
+    """An option that has another value than in a checkpoint."""
+
+    option: str
+    was: Any
+    now: Any
+    change: Change
+
+    def __str__(self) -> str:
+        return f"{self.option} was {one_line(str(self.was)[:SHOWN])}, now {self.now}"
+
+
+def settings_of(config: RunConfig, phase: str) -> dict[str, Any]:
+    """What a checkpoint of a phase remembers: the settings that count for going on with it, by their option."""
+    return {each.name: each.value for each in _counting(config, phase)}
+
+
+def changes(config: RunConfig, progress: Progress, where: str) -> list[Changed]:
+    """What is to be told of a run that goes on from a checkpoint, where run.on_change lets it.
+
+    Args:
+        config: of the run as it is started now.
+        progress: the checkpoint's state; of versions that did not keep settings it knows model, adapters and steps.
+        where: the checkpoint's folder, for messages.
+
+    Raises:
+        UserError: naming each change that cannot be, or that run.on_change=error does not let pass.
+    """
+    if progress.phase not in config.phases:
+        raise UserError(f"{where} is of phase {progress.phase}, which this recipe lacks: {_fresh_start(config)}")
+    found = list(_changed(config, progress))
+    if never := [each for each in found if each.change == "never"]:
+        raise UserError(
+            f"{where} does not fit: {_listed(never)}: {'set it back' if len(never) == 1 else 'set them back'},"
+            f" or {_fresh_start(config)}"
+        )
+    if found and config.run.on_change == "error":
+        raise UserError(
+            f"{where} was trained with other settings: {_listed(found)}: {'set it back' if len(found) == 1 else 'set them back'},"
+            f" go on with what is new by run.on_change=continue, or {_fresh_start(config)}"
+        )
+    return found
+
+
+def _changed(config: RunConfig, progress: Progress) -> Iterator[Changed]:
+    """Options of the checkpoint whose value is another one here, as far as something is left that they count for."""
+    before = progress.settings or _older(progress)
+    finished = progress.phase_done and config.phases[progress.phase].total_steps <= progress.phase_step
+    over = finished and progress.phase == list(config.phases)[-1]
+    adapters = config.lora.rank or before.get("lora.rank")
+    for each in _counting(config, progress.phase):
+        if each.name not in before or before[each.name] == each.value:
+            continue
+        if each.name.startswith("phases.") and finished:
+            continue
+        if each.name.startswith("lora.") and not adapters:
+            continue
+        if over and each.rules.change == "run":
+            continue
+        more = each.name.endswith(".trainable") and not set(each.value) <= set(map(str, before[each.name]))
+        yield Changed(each.name, before[each.name], each.value, "never" if more else each.rules.change)
+
+
+def _counting(config: RunConfig, phase: str) -> Iterator[Option]:
+    """The options that count for a phase: `tokens` as the `steps` that they make."""
+    settings = config.phases[phase]
+    settings = replace(settings, steps=settings.total_steps)
+    for each in options(replace(config, phases={phase: settings})):
+        if each.rules.change in ("run", "never") and each.name != f"phases.{phase}.tokens":
+            yield each
+
+
+def _older(progress: Progress) -> dict[str, Any]:
+    """The settings that a checkpoint without `settings` knows all the same."""
+    parts = {"model.text": progress.model["text"], "model.vision": progress.model["vision"]}
+    found = {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
+    adapters: Mapping[str, Any] = progress.lora or {"rank": 0}
+    found |= {f"lora.{name}": adapters[name] for name in ("rank", "targets", "groups") if name in adapters}
+    return found | {f"phases.{progress.phase}.steps": progress.phase_steps}
+
+
+def _listed(changed: list[Changed]) -> str:
+    return "; ".join(map(str, changed))
+
+
+def _fresh_start(config: RunConfig) -> str:
+    folder = config.run.folder
+    other = "" if folder in ("", f"runs/{config.run.name}") else f" (and run.folder, which is {folder})"
+    return f"set run.name{other} to start a new run"

@@ -1,0 +1,124 @@
+"""status.json of a run's folder: that it runs and how far it is, or how it ended and why.
+
+torchrun turns every exit code into 1, and the lines on the screen are gone with it. The file is written as `running` when a start
+begins, so a run that is killed never shows how an earlier start ended; whether it still runs is told by the folder's lock.
+"""
+
+import json
+import os
+import socket
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from visionloom.common.jsonfile import JsonError, read_json
+from visionloom.common.lock import is_held
+from visionloom.common.text import warn
+
+STATUS: Final = "status.json"
+REFRESH_SECONDS: Final = 10.0
+"""How often the step is written while a run goes on."""
+State = Literal["running", "done", "failed"]
+
+
+@dataclass
+class Status:
+    """What status.json holds."""
+
+    state: State
+    code: int | None
+    """Exit code; None while it runs."""
+    cause: str
+    """Why it ended."""
+    rank: int
+    """The rank that failed."""
+    step: int | None
+    """Optimizer steps done in the run; None before training has begun."""
+    hint: str
+    """What to do next."""
+    restarts: int = 0
+    """How often torchrun has started the ranks anew (`--max-restarts`)."""
+    host: str = field(default_factory=socket.gethostname)
+    pid: int = field(default_factory=os.getpid)
+    time: str = field(default_factory=lambda: time.strftime("%Y-%m-%d %H:%M:%S"))
+
+
+class RunStatus:
+    """Keeps status.json true for this process; without a folder it only remembers the step."""
+
+    def __init__(self) -> None:
+        self.step: int | None = None
+        self.before: Status | None = None
+        """How the start before this one was left."""
+        self._folder: Path | None = None
+        self._written = 0.0
+
+    def begin(self, folder: Path) -> None:
+        """A start begins in its folder: the main rank writes that it runs, the others only know where."""
+        self._folder, self.step = folder, None
+        if _rank() == 0:
+            self.before = read_status(folder)
+            self._write(Status("running", None, "", 0, None, "", _restarts()))
+
+    def at(self, step: int) -> None:
+        """So many optimizer steps of the run are done."""
+        self.step = step
+        if self._folder is not None and _rank() == 0 and time.monotonic() - self._written > REFRESH_SECONDS:
+            self._write(Status("running", None, "", 0, step, "", _restarts()))
+
+    def done(self) -> None:
+        """The run has ended as it should."""
+        if _rank() == 0:
+            self._write(Status("done", 0, "done", 0, self.step, "", _restarts()))
+
+    def failed(self, code: int, cause: str, hint: str, rank: int | None = None) -> None:
+        """The run has ended with this cause, unless another one was written before: what fails later fails because of it."""
+        if self._folder is None:
+            return
+        found = read_status(self._folder)
+        if found is None or found.state == "running":
+            self._write(Status("failed", code, cause, _rank() if rank is None else rank, self.step, hint, _restarts()))
+
+    def _write(self, status: Status) -> None:
+        if self._folder is not None:
+            self._written = time.monotonic()
+            write_status(self._folder, status)
+
+
+current: Final = RunStatus()
+"""Of this process."""
+
+
+def refused(folder: Path, code: int, cause: str, hint: str) -> None:
+    """A start has ended before it began; nothing is written if there is no such folder, or a run at work in it."""
+    if folder.is_dir() and not is_held(folder):
+        write_status(folder, Status("failed", code, cause, _rank(), None, hint))
+
+
+def read_status(folder: Path) -> Status | None:
+    """What the file says; None if there is none, or not of this version."""
+    try:
+        return read_json(folder, STATUS, Status, 1 << 20)
+    except (JsonError, OSError):
+        return None
+
+
+def write_status(folder: Path, status: Status) -> None:
+    """Replace the file; one that cannot be written is no second error, since the cause is printed too."""
+    document: dict[str, Any] = asdict(status)
+    target = folder / STATUS
+    draft = folder / f".{STATUS}.{os.getpid()}.tmp"
+    try:
+        draft.write_text(json.dumps(document, indent=1) + "\n")
+        draft.replace(target)
+    except OSError as fault:
+        warn(f"warning: {target} could not be written: {fault.strerror}")
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _restarts() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))

@@ -1,0 +1,85 @@
+"""The process that speaks with wandb, so that training never waits for it: `python -m visionloom.train.wandb_process`.
+
+It reads JSON lines from standard input: first what to begin the run with, then values to log, until the end of the input. What goes
+wrong is one line on standard error, and the process reads on: nobody waits for what is not read.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from visionloom.common.text import warn
+
+INIT_SECONDS: Final = 10
+"""Longest wait for wandb's server before values are kept on disk only."""
+FINISH_SECONDS: Final = 10
+"""Longest wait for what is still to be uploaded at the end."""
+
+
+def main() -> None:
+    """Begin the run, log each line, finish; go on without wandb where that fails."""
+    start = json.loads(sys.stdin.readline())
+    run = begin(start)
+    for line in sys.stdin:
+        if run is not None and not _try(run.log, json.loads(line)):
+            run = None
+    if run is not None:
+        _try(run.finish)
+
+
+def begin(start: Mapping[str, Any]) -> Any:
+    """A wandb run, online if the user is logged in and the server answers, else offline; None if it cannot begin."""
+    try:
+        import wandb
+
+        mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False, verify=False) else "offline")
+        try:
+            run = _init(wandb, start, mode)
+        except Exception as error:
+            if mode != "online":
+                raise
+            warn(
+                f"warning: wandb does not answer, values are kept for `wandb sync` in {start['dir']}/wandb: {_first_line(error)}"
+            )
+            # Under another id: wandb's own process still tries to begin this one.
+            run = _init(wandb, dict(start) | {"id": f"{start['id']}-offline-{os.getpid()}"}, "offline")
+        # Steps come as values: wandb's own counter would refuse those that a resumed run takes again.
+        run.define_metric("*", step_metric="step")
+    except Exception as error:  # whatever it is, training matters more
+        _give_up(error)
+        return None
+    return run
+
+
+def _init(wandb: Any, start: Mapping[str, Any], mode: str) -> Any:
+    return wandb.init(
+        **start,
+        mode=mode,
+        resume="allow" if mode == "online" else None,
+        settings=wandb.Settings(
+            silent=True, console="off", init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS, login_timeout=INIT_SECONDS
+        ),
+    )
+
+
+def _try(action: Callable[..., object], *arguments: object) -> bool:
+    try:
+        action(*arguments)
+    except Exception as error:  # whatever it is, training matters more
+        _give_up(error)
+        return False
+    return True
+
+
+def _give_up(error: Exception) -> None:
+    warn(f"warning: wandb is off from here on, training goes on: {_first_line(error)} (WANDB_MODE=offline needs no network)")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+if __name__ == "__main__":
+    main()
