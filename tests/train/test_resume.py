@@ -27,7 +27,7 @@ from visionloom.tests.train.test_layouts import train
 pytestmark = pytest.mark.long
 STEPS = 24
 SECONDS = 240
-LAYOUT_TOLERANCE = 1e-5
+LAYOUT_TOLERANCE = 1e-9
 """Relative; sums over ranks come in another order, and Adam's first steps amplify the last bits of small gradients."""
 
 
@@ -115,7 +115,7 @@ def test_another_number_of_ranks_goes_on_alike(pool: RankPool, demo_data: Path, 
 
     Reference: one process without interruption. Packs are planned for the run as a whole, so equal cursors are equal samples.
     """
-    steps, options = 12, ["checkpoint.every_steps=4", "checkpoint.keep=9"]
+    steps, options = 12, ["checkpoint.every_steps=4", "checkpoint.keep=9", "phases.multimodal.micro_batch=1"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     pool.run(1, train, run_config(demo_data, whole, steps, 1, *options))
     for ranks, kept in ((2, 4), (1, 8), (4, steps)):
