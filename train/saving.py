@@ -196,7 +196,7 @@ class Saver:
         self.failures = 0
         seconds, size = (
             round(time.perf_counter() - save.started, 3),
-            sum(file["bytes"] for _, hashes, _ in parts for file in hashes.values()),
+            sum(file.bytes for _, hashes, _ in parts for file in hashes.values()),
         )
         self.report(
             "checkpoint", step=save.progress.step, phase=save.progress.phase, folder=str(save.final), seconds=seconds,
