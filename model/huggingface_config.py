@@ -298,7 +298,8 @@ def write_config(
     made: dict[str, Any] = copy.deepcopy(dict(source or {}))
     made.pop("auto_map", None)
     made.pop("torch_dtype", None)
-    parts = [made.setdefault(name, {}) for name in ("text_config", "vision_config")]
+    made |= {name: made[name] if isinstance(made.get(name), dict) else {} for name in ("text_config", "vision_config")}
+    parts = [made[name] for name in ("text_config", "vision_config")]
     for stale in ("torch_dtype", "dtype", *OTHER_NAMES.values()):
         parts[0].pop(stale, None)
     parts[0].update({key: getattr(text, ours) for ours, key in TEXT_KEYS.items()})

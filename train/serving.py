@@ -9,11 +9,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from visionloom.common.errors import UserError
 from visionloom.data.chat_template import TEMPLATE
 from visionloom.data.config import MediaConfig
 from visionloom.data.geometry import FACTOR, MERGE_SIZE, PATCH_SIZE, TEMPORAL_PATCH_SIZE, limits_of
 from visionloom.data.tokenizer import VIDEO, VISION_END, VISION_START
-from visionloom.model.huggingface_config import CONFIG, END_OF_TEXT, TURN_END, read_json
+from visionloom.model.huggingface_config import CONFIG, END_OF_TEXT, TURN_END, read_file, read_json
 from visionloom.train.companions import (
     FROM_TOKENIZER,
     GENERATION,
@@ -91,9 +92,13 @@ def _write_template(out: Path, tokens: TokenTable) -> Iterator[str]:
     """A chat template where none came along: the tokenizer's own, or the one of training."""
     if not any((out / name).is_file() for name in TEMPLATES):
         own = tokens.settings.get("chat_template")
-        (out / TEMPLATES[0]).write_text(own if isinstance(own, str) else TEMPLATE)
+        (out / TEMPLATES[0]).write_bytes((own if isinstance(own, str) else TEMPLATE).encode("utf-8", "backslashreplace"))
     template = next(out / name for name in TEMPLATES if (out / name).is_file())
-    if WRAPPED_VIDEO in template.read_text() and "wrap_videos" not in template.read_text():
+    try:
+        text = read_file(template, "out").decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{template.name}, which came with the weights, is no text: {error}: put back the file") from None
+    if WRAPPED_VIDEO in text and "wrap_videos" not in text:
         yield (
             f"{template.name} came with the weights and puts {VISION_START} and {VISION_END} around videos: transformers from 5.10"
             f" on keeps these two tokens, training has none: give it {VIDEO} alone there"
@@ -169,4 +174,5 @@ def _read(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write an object as a JSON file, as transformers does."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    path.write_bytes(text.encode("utf-8", "backslashreplace"))  # halves of surrogate pairs become JSON's own escapes

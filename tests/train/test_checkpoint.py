@@ -28,6 +28,7 @@ from visionloom.tests.ranks import RankPool
 from visionloom.tests.train.layouts import Case, Layout, build, deal, packs_of
 from visionloom.train import checkpoint
 from visionloom.train.config import CheckpointConfig
+from visionloom.train.index import entries, read_index
 from visionloom.train.saving import Saver, estimated_bytes
 from visionloom.train.step import train_step
 from visionloom.train.untrusted import harmless_reading
@@ -187,8 +188,49 @@ def test_any_layout_to_any_layout(
     case: Case, before: str, after: str, pool: RankPool, work: Path, packs: list[TestPack]
 ) -> None:
     folder, file = saved(pool, work, packs, case, before), reference_file(pool, work, packs, case)
+    """Row 27 of the fault matrix: weights after one more step, which the optimizer's state decides too."""
     layout = layout_of(after, case)
     assert max(pool.run(layout.ranks, off, layout, packs, folder, file)) <= TOLERANCE
+
+
+def save_again(layout: Layout, folder: Path, out: Path) -> None:
+    """Load the newest checkpoint and save it at once; runs on every rank of the pool."""
+    stage = stage_of(layout)
+    newest, _ = checkpoint.newest(folder, stage.topology)
+    assert newest is not None
+    checkpoint.load_stage(newest, stage)
+    Saver(out, CheckpointConfig(asynchronous=False), events_of([])).save(stage, 2, 2, last=True)
+
+
+def tensors_in(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of the one checkpoint of a run, as torch reads it."""
+    from torch.distributed.checkpoint import FileSystemReader, load
+
+    (step,) = (folder / "checkpoints" / "test").glob("step-*")
+    described = dict(entries(read_index(step)))
+    found = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in described.items()}
+    load(found, storage_reader=FileSystemReader(step), no_dist=True)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("case", "before", "after"),
+    [
+        (DENSE, "tensor 2", "pipeline 2"),
+        pytest.param(DENSE, "pipeline 2", "one", marks=pytest.mark.long),
+        pytest.param(MIXTURE, "expert 2", "one", marks=pytest.mark.long),
+    ],
+    ids=["tensor to pipeline", "pipeline to one", "experts to one"],
+)
+def test_another_layout_holds_the_same_moments(
+    case: Case, before: str, after: str, pool: RankPool, work: Path, packs: list[TestPack], tmp_path: Path
+) -> None:
+    """Row 27 of the fault matrix: weights, master weights and both moments, bit for bit; reference: torch's own reader."""
+    folder, layout = saved(pool, work, packs, case, before), layout_of(after, case)
+    pool.run(layout.ranks, save_again, layout, folder, tmp_path)
+    ours, theirs = tensors_in(tmp_path), tensors_in(folder)
+    assert ours.keys() == theirs.keys() and sum("exp_avg" in name for name in ours) > 20
+    assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
 
 
 def test_without_the_optimizers_state_it_is_found(pool: RankPool, work: Path, packs: list[TestPack]) -> None:
@@ -356,6 +398,7 @@ def copy_of(folder: Path, target: Path) -> Path:
 def test_damage_is_found_and_named(
     damage: str, tmp_path: Path, pool: RankPool, work: Path, packs: list[TestPack], topology: Topology
 ) -> None:
+    """Rows 23 and 24 of the fault matrix: a flipped bit, a short and a missing shard, no index, no manifest."""
     run = tmp_path / "run"
     step = copy_of(saved(pool, work, packs, DENSE, "tensor 2"), run)
     older = step.with_name("step-00000001")
@@ -403,6 +446,7 @@ def read_in_pool(folder: Path) -> str:
 def test_a_malicious_index_is_refused_without_being_run(
     tmp_path: Path, pool: RankPool, work: Path, packs: list[TestPack]
 ) -> None:
+    """Row 25 of the fault matrix, `.metadata`."""
     step = copy_of(saved(pool, work, packs, DENSE, "one"), tmp_path / "run")
     assert pool.run(1, read_in_pool, step) == [""]
     (step / ".metadata").write_bytes(pickle.dumps(Touch(tmp_path / "ran")))
@@ -414,7 +458,7 @@ def test_a_malicious_index_is_refused_without_being_run(
 def test_a_malicious_entry_is_refused_without_being_run(
     tmp_path: Path, pool: RankPool, work: Path, packs: list[TestPack]
 ) -> None:
-    """The entry for plain data, which torch would unpickle, holds code."""
+    """Row 25 of the fault matrix: the entry for plain data, which torch would unpickle, holds code."""
     step = copy_of(saved(pool, work, packs, DENSE, "one"), tmp_path / "run")
     with (step / ".metadata").open("rb") as file:
         index = pickle.load(file)
@@ -438,6 +482,54 @@ def test_plain_files_are_read_as_ever(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
     torch.load(evil, weights_only=False)
     assert (tmp_path / "ran").exists()
+
+
+def spoil(layout: Layout, packs: list[TestPack], folder: Path) -> None:
+    """A checkpoint whose weights have a NaN in the part of the last rank."""
+    stage = stage_of(layout)
+    if stage.topology.rank == stage.topology.world_size - 1:
+        with torch.no_grad():
+            next(chunk for chunk in stage.chunks).get_parameter("language_model.decoder.final_layernorm.weight")[0] = float(
+                "nan"
+            )
+    Saver(folder, CheckpointConfig(asynchronous=False), events_of([])).save(stage, 1, 1, last=True)
+
+
+def refused(layout: Layout, folder: Path, optimizer: bool) -> str:
+    stage = stage_of(layout)
+    newest, damaged = checkpoint.newest(folder, stage.topology)
+    assert newest is not None and not damaged
+    with pytest.raises(UserError) as raised:
+        if optimizer:
+            checkpoint.load_stage(newest, stage)
+        else:
+            checkpoint.load_weights(newest, stage.chunks, stage.topology)
+    return str(raised.value)
+
+
+def test_weights_that_are_no_numbers_are_named_on_all_ranks(tmp_path: Path, pool: RankPool, packs: list[TestPack]) -> None:
+    """One NaN, which only the last pipeline stage reads."""
+    layout = layout_of("pipeline 2", DENSE)
+    pool.run(2, spoil, layout, packs, tmp_path)
+    for optimizer in (True, False):
+        one, other = pool.run(2, refused, layout, tmp_path, optimizer)
+        assert one == other and "final_layernorm.weight" in one and "NaN or infinite" in one and "\n" not in one
+
+
+def verified(folder: Path) -> str:
+    topology = topologies.start(ParallelConfig(), torch.device("cpu"))
+    with pytest.raises(UserError) as raised:
+        checkpoint.whole(folder, "init.checkpoint", topology)
+    return str(raised.value)
+
+
+def test_what_a_run_begins_with_is_verified_too(tmp_path: Path, pool: RankPool, work: Path, packs: list[TestPack]) -> None:
+    step = copy_of(saved(pool, work, packs, DENSE, "one"), tmp_path / "run")
+    content = bytearray((step / "__0_0.distcp").read_bytes())
+    content[len(content) // 2] ^= 1
+    (step / "__0_0.distcp").write_bytes(content)
+    told = f"init.checkpoint={step} is damaged: __0_0.distcp was changed after it was written: name another one"
+    assert pool.run(2, verified, step) == [told, told]
 
 
 def test_what_is_kept(tmp_path: Path, pool: RankPool, packs: list[TestPack]) -> None:

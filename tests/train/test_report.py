@@ -242,7 +242,7 @@ class Tags(HTMLParser):
 def test_names_give_no_orders_to_a_browser_or_to_matplotlib(tmp_path: Path) -> None:
     """Markup, formulas (`$` and `\\` of mathtext, of which these are no whole ones), control characters and halves of pairs."""
     write_run(tmp_path)
-    name = "<script>alert(1)</script>\"onload=x $\\frac{a$ \\ \x1b[2J\x00\ud800 ' javascript:x"
+    name = "$\\frac{a$ <script>alert(1)</script>\"onload=x \\ \x1b[2J\x00\ud800 ' javascript:x"
     lines = [line(step, name, loss_by_source={name: 0.5}) for step in range(1, 9)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
     (tmp_path / "eval.json").write_text(
