@@ -22,7 +22,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from visionloom.common.errors import UserError
+from visionloom.common.errors import MachineError, UserError
+from visionloom.common.text import warn
 from visionloom.data.config import DatasetConfig
 from visionloom.launch import environment
 from visionloom.launch.exit import FAILURE, end_with_parent, exit_with, record_for_torchrun, write_status
@@ -69,6 +70,9 @@ def start(command: Callable[[RunConfig], None], argv: Sequence[str] | None = Non
             config.run.folder, FAILURE, f"{type(error).__name__}: {error}", None, "start the same command again to resume"
         )
         record_for_torchrun(error)
+        if isinstance(error, MachineError):
+            warn(f"error: {error}")
+            sys.exit(FAILURE)
         raise
     if os.environ.get("RANK", "0") == "0":
         write_status(config.run.folder, 0, "done", None, "")
