@@ -321,3 +321,25 @@ def test_names_from_a_recipe_give_no_orders_to_the_terminal(folder: Path) -> Non
     ):
         line = told(folder, (BASE if "defaults" not in text else "# @package _global_\n") + text)
         assert line and not {"\x1b", "\n"} & set(line) and "\\x1b[31m" in line
+
+
+WRONG_TYPES = ["data: {datasets: '${run}'}", "data: {validation: {a: '${data.datasets}'}}", "phases: '${run.name}'", "phases: null",
+    "model: {vision: {deepstack_layers: '${run.name}'}}", "run: {name: '${run.name}'}", "run: {folder: '${nothing}'}", "run: null",
+    "data: {cache: '${data.cache}'}", "phases: {align: null}", "phases: {align: {mixture: null}}", "phases: {align: '${phases}'}",
+    "phases: {align: {parallel: []}}", "data: {datasets: {a: 1}}", "phases: {align: {lr: {a: 1}}}", "lora: {targets: {a: 1}}",
+    "optim: {beta1: '${optim}'}", "phases: {align: {trainable: [[merger]]}}", "phases: {align: {mixture: {text: {a: 1}}}}", "lora: {targets: [null]}", "model: {vision: {deepstack_layers: [[1]]}}"]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", WRONG_TYPES)
+def test_values_and_references_of_another_type(text: str, folder: Path) -> None:
+    """OmegaConf does not look at the type of what a reference to a section stands for."""
+    for words in ([], ["+data.datasets.more.path=/d", "phases.align.parallel.tensor=1"]):
+        assert "\n" not in (line := told(folder, f"{BASE}{text}\n", *words)) and line
+
+
+def test_no_file_stands_in_for_the_schema(folder: Path) -> None:
+    """Hydra looks for its name in all folders before it takes the dataclasses."""
+    (folder / "D" / "schema.yaml").write_text("x: 1\n")
+    (folder / "D" / "config.yaml").write_text("run: {name: other}\n")
+    assert "no such key: x" in told(folder, f"{BASE}x: 1\n")
+    assert "converted to Integer" in told(folder, f"{BASE}run: {{seed: many}}\n")
