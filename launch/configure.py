@@ -176,7 +176,7 @@ def _check_words(words: Sequence[str]) -> None:
             raise UserError(f"command line: '{word}' has no key: write key=value")
         if word.startswith("recipe="):
             raise UserError(f"a recipe is added, not overridden: write +{word}")
-        if re.match(r"[+~]*hydra(?:$|[./@=])", word):
+        if re.match(r"[+~]*(?:[^=]*@)?hydra(?:$|[./@=:])", word):
             raise UserError(f"command line: '{word}' is refused: words set options of the run, not of Hydra")
 
 

@@ -53,6 +53,7 @@ ATTACKS = {
     "a run elsewhere": (f"{BASE}run: {{name: ../../marker}}\n", "run.name=../../marker: names have letters"),
     "a phase elsewhere": (f"{BASE}phases: {{../../../marker: {{steps: 1}}}}\n", "phases.../../../marker: names have"),
     "a dataset elsewhere": (f"{BASE}data: {{datasets: {{../marker: {{path: x}}}}}}\n", "data.datasets.../marker: names have"),
+    "a phase beside checkpoints": (f"{BASE}phases: {{latest: {{steps: 1}}}}\n", "phases.latest: a file of that name lies beside"),
     "a held-out one": (f"{BASE}data: {{validation: {{'/x': {{path: x}}}}}}\n", "data.validation./x: names have"),
     "a recipe elsewhere": ("# @package _global_\ndefaults: [../../secret]\n", "leads out of its folder"),
     "an absolute one": ("# @package _global_\ndefaults: [//etc/secret]\n", "leads out of its folder"),
@@ -108,7 +109,7 @@ def test_no_flag_lets_it_act(attack: str, folder: Path, capsys: pytest.CaptureFi
 
 
 @pytest.mark.parametrize("word", ["hydra.run.dir=marker", "+hydra.job.env_set.X=1", "++hydra.callbacks={}", "hydra/launcher=basic",
-    "~hydra.job", "hydra.searchpath=[pkg://antigravity]", "+hydra/callbacks=evil", "+hydra@x=evil", "hydra={run: {dir: marker}}"])  # fmt: skip
+    "~hydra.job", "hydra.searchpath=[pkg://antigravity]", "+hydra/callbacks=evil", "+hydra@x=evil", "+recipe@hydra.job=evil", "hydra={run: {dir: marker}}"])  # fmt: skip
 def test_words_cannot_configure_hydra(word: str, folder: Path) -> None:
     line = told(folder, BASE, word)
     assert f"'{word}' is refused" in line
