@@ -93,7 +93,7 @@ def test_a_setting_that_cannot_change(name: str) -> None:
         with pytest.raises(UserError) as caught:
             changes(config(*words, *more), progress(config()), "D")
         assert expected in str(caught.value) and "set run.name to start a new run" in str(caught.value)
-    with pytest.raises(UserError, match=r"set run\.name \(and run\.folder, which is /r\) to start a new run"):
+    with pytest.raises(UserError, match=r"set run\.name to start a new run \(and run\.folder, which is set to /r\)"):
         changes(config(*words, "run.folder=/r"), progress(config()), "D")
 
 
