@@ -4,6 +4,7 @@ Row 28 of the fault matrix, as far as the configuration goes: changed settings a
 Reference: the schema, walked; and Megatron-core's schedule, by the learning rates that the metrics show.
 """
 
+import functools
 import json
 import shutil
 from dataclasses import asdict
@@ -23,6 +24,7 @@ from visionloom.train.config import RunConfig
 from visionloom.train.state_file import Progress, read_progress
 
 
+@functools.cache
 def config(*words: str) -> RunConfig:
     found = compose(["+recipe=demo", *words], 2)
     assert found is not None
