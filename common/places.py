@@ -47,7 +47,7 @@ def locate(folder: Path, reference: str, kind: Kind = "file", follow_links: bool
         OSError: if the place cannot be looked at.
     """
     _check_name(reference)
-    if kind == "file" and "/" not in reference and _is_regular(f"{folder}/{reference}"):
+    if kind != "folder" and "/" not in reference and _is_regular(f"{folder}/{reference}"):
         return folder / reference  # in the folder itself, and no link: a dataset has ten thousand shards
     path = Path(os.path.normpath(folder / reference))
     if not path.is_relative_to(os.path.normpath(folder)):
@@ -69,7 +69,8 @@ def read_located(folder: Path, reference: str, largest: int, follow_links: bool 
     """All bytes of the file that `locate` finds; PlaceError too if there are more than `largest`."""
     path = locate(folder, reference, follow_links=follow_links)
     with open(path, "rb") as file:
-        content = file.read(largest + 1)
+        size = os.fstat(file.fileno()).st_size
+        content = file.read(min(size, largest) + 1)  # Python allocates what it is asked for
     if len(content) > largest:
         raise PlaceError(f"is larger than {largest} bytes")
     return content
@@ -106,8 +107,11 @@ def _check_name(reference: object) -> None:
 
 
 def _is_regular(path: str) -> bool:
+    """Whether a regular file is there; raises FileNotFoundError if nothing is."""
     try:
         return stat.S_ISREG(os.lstat(path).st_mode)
+    except FileNotFoundError:
+        raise
     except (OSError, ValueError):  # the long way says why
         return False
 

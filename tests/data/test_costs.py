@@ -243,3 +243,17 @@ def test_a_bad_record_among_good_ones_is_one_bad_record(bad: str, form: str, run
     run.put("a.json", "\n".join(records) if form == "lines" else f"[{', '.join(records)}]")
     assert [sample.content[0].text for sample in run("jsonl", run.source)] == ["one", "two"]
     assert run.skipped == [("a.json:1", "not valid JSON")]
+
+
+def test_a_long_conversation_takes_linear_time(tmp_path: Path) -> None:
+    """Each turn looked through all turns before it for a call."""
+    turns = [{"role": "user", "content": "<tool_response>x"}, {"role": "assistant", "content": "x"}] * 10_000
+
+    def read(data: bytes) -> None:
+        from visionloom.data.convert.chats import RECORD, Chat
+        from visionloom.data.convert.source import Draft
+
+        draft = Draft()
+        Chat(draft.open(RECORD, {}), draft, MediaFiles((tmp_path,))).fill(json.loads(data))
+
+    assert try_reader(read, [json.dumps(turns).encode()], ()) == 1
