@@ -101,10 +101,10 @@ def _damage() -> tuple[type[Exception], ...]:
 
 
 def _rows(batch: "pyarrow.RecordBatch") -> Iterator[Any]:
-    batch.validate(full=True)  # else offsets that lead outside end the process
     try:
+        batch.validate(full=True)  # else offsets that lead outside end the process
         rows = batch.to_pylist()
-    except ValueError:  # pyarrow does not check texts that it reads, and cannot turn every moment into Python's
+    except ValueError:  # ArrowInvalid is one, and not every moment can be turned into Python's
         rows = [_row(batch.slice(row, 1)) for row in range(batch.num_rows)]
     for row in rows:
         yield row if isinstance(row, Skip) else {name: without_nulls(value) for name, value in row.items()}
@@ -112,6 +112,10 @@ def _rows(batch: "pyarrow.RecordBatch") -> Iterator[Any]:
 
 def _row(batch: "pyarrow.RecordBatch") -> dict[str, Any] | Skip:
     """The only row of a batch, column by column."""
+    try:
+        batch.validate(full=True)
+    except ValueError as error:
+        return Skip("no valid Unicode" if "UTF8" in str(error) else "damaged table", str(error))
     found: dict[str, Any] = {}
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
         try:
