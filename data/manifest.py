@@ -129,8 +129,9 @@ def parse_manifest(content: bytes, where: str, option: str) -> tuple[ShardInfo, 
     folder = where.removesuffix("/" + MANIFEST)
     fix = f"run python launch/data.py index {folder}"
     try:
-        document = checked(load_json(content, where), dict[str, Any], where)
-        if (version := document.get("schema_version")) != SCHEMA_VERSION:
+        document = load_json(content, where)
+        version = document.get("schema_version") if isinstance(document, dict) else SCHEMA_VERSION
+        if version != SCHEMA_VERSION:
             raise UserError(f"{option}: {where} has schema version {version!r:.20}, this program reads {SCHEMA_VERSION}: {fix}")
         rows = checked(document, _Document, where).shards
     except JsonError as error:

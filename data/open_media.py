@@ -10,7 +10,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 
@@ -61,6 +61,22 @@ _SCANS: Final = 100
 """Of a JPEG: progressive ones have about ten."""
 _COMMENTS: Final = 1 << 20
 """Bytes of a GIF in front of its first picture: Pillow copies a comment anew for each 255 bytes of it."""
+_TIFF: Final[dict[bytes, tuple[Literal["little", "big"], int, int, int, int]]] = {
+    b"II*\0": ("little", 4, 2, 12, 4),
+    b"MM\0*": ("big", 4, 2, 12, 4),
+    b"II\0*": ("little", 4, 2, 12, 4),
+    b"MM*\0": ("big", 4, 2, 12, 4),
+    b"II+\0": ("little", 8, 8, 20, 8),
+    b"MM\0+": ("big", 8, 8, 20, 8),
+}
+"""How TIFF begins: byte order, where the first directory's offset stands, and the bytes of a count, an entry and an offset."""
+_TIFF_TYPES: Final = {2: 1, 3: 2, 4: 4, 5: 8, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
+"""Bytes of a value of each type; of those that are not here one."""
+_POINTERS: Final = (330, 34665, 34853, 40965)
+"""Tags whose value is where another directory stands, those that Pillow follows."""
+_DIRECTORIES: Final = 64
+_LARGEST_VALUES: Final = 1 << 16
+"""Bytes: small files may say more of themselves than they hold."""
 _MAX_STREAMS: Final = 64
 _CODED_MARGIN: Final = 512
 """Pixels by which the sides that are coded may exceed those that are shown."""
@@ -97,6 +113,8 @@ def open_picture(data: bytes) -> "Pillow.Image":
         raise MediaError("broken picture", f"{type(error).__name__}: {error}") from error
     check_pixels(picture.width, picture.height, len(data))
     _check_tiles(picture)
+    if isinstance(exif := picture.info.get("exif"), bytes):
+        _check_directories(exif.removeprefix(b"Exif\0\0"))
     return picture
 
 
@@ -122,11 +140,38 @@ def _check_before(data: bytes) -> None:
     """What Pillow does not bound while it reads a header."""
     if data[:2] == b"\xff\xd8":
         check_scans(data, *_jpeg_size(data))
+    if data[:4] in _TIFF:
+        _check_directories(data)
     if data[:4] == b"RIFF" and data[8:16] == b"WEBPVP8X":  # both canvases are allocated when it is opened
         width, height = (int.from_bytes(data[at : at + 3], "little") + 1 for at in (24, 27))
         check_pixels(width, height, len(data))
     if data[:4] == b"GIF8" and (found := _before_first_picture(data)) > _COMMENTS:
         raise MediaError("broken picture", f"{found} bytes of comments, at most {_COMMENTS}")
+
+
+def _check_directories(data: bytes) -> None:
+    """Raise MediaError for directories of a TIFF, or of EXIF, whose values together are larger than the file.
+
+    Pillow copies the value of each tag; tens of thousands of tags may name the same megabyte.
+    """
+    if (layout := _TIFF.get(data[:4])) is None:
+        return
+    order, head, count_size, entry_size, offset_format = layout
+    waiting, seen, total = [int.from_bytes(data[head : head + offset_format], order)], set[int](), 0
+    while waiting and len(seen) < _DIRECTORIES:
+        place = waiting.pop()
+        if place in seen:
+            continue
+        seen.add(place)
+        entries = int.from_bytes(data[place : place + count_size], order)
+        for at in range(place + count_size, min(place + count_size + entries * entry_size, len(data)), entry_size):
+            tag, kind = (int.from_bytes(data[start : start + 2], order) for start in (at, at + 2))
+            number = int.from_bytes(data[at + 4 : at + 4 + offset_format], order)
+            total += number * _TIFF_TYPES.get(kind, 1)
+            if tag in _POINTERS:
+                waiting.append(int.from_bytes(data[at + 4 + offset_format : at + 4 + 2 * offset_format], order))
+        if total > 2 * len(data) + _LARGEST_VALUES:
+            raise MediaError("broken picture", f"tags of {total} bytes in {len(data)}")
 
 
 def _jpeg_size(data: bytes) -> tuple[int, int]:

@@ -154,6 +154,8 @@ class Chat:
         self.in_parts: list[tuple[object, Image | Video]] = []
         """Media that typed parts name themselves, by their references."""
         self.objects = Objects(record, draft)
+        self.called = False
+        """Whether a turn so far has called a tool."""
 
     def fill(self, turns: Any) -> None:
         """Turn the record's turns into the draft's messages; raises Skip where media and placeholders differ."""
@@ -163,7 +165,9 @@ class Chat:
             raise Skip("no conversation", f"a list of turns or its JSON text expected, got {got}")
         messages: list[Message] = []
         for number, turn in enumerate(self._with_system(turns)):
-            messages += self._turn(number, turn, messages)
+            found = self._turn(number, turn)
+            self.called = self.called or any(isinstance(one, ToolCall) for message in found for one in message.content)
+            messages += found
         self.draft.messages = joined(self._with_media(messages))
         if not any(message.role == "assistant" for message in messages):
             raise Skip("no answer", "no turn of an assistant")
@@ -203,7 +207,7 @@ class Chat:
 
     # ---- a turn
 
-    def _turn(self, number: int, turn: Any, before: list[Message]) -> list[Message]:
+    def _turn(self, number: int, turn: Any) -> list[Message]:
         """A turn's messages: several for several results of tools, none for an empty system turn."""
         if not isinstance(turn, dict):
             raise Skip("broken turn", f"turn {number}: an object expected, got {type(turn).__name__}")
@@ -212,7 +216,7 @@ class Chat:
         if role == "system" and number:
             raise Skip("system turn in the middle", f"turn {number}")
         value, loss = fields.agreed("value", "content"), loss_of(fields, role)
-        if (role in ("user", "tool")) and (found := self._results(value, role, before)) is not None:
+        if (role in ("user", "tool")) and (found := self._results(value, role)) is not None:
             return [Message("tool", tuple(self._text(one, "tool", first=False)), loss) for one in found]
         content = self._content(value, name, role, number, fields)
         content = _ordered([*self._thought(fields, content, role), *content, *self._calls(fields, content)])
@@ -227,13 +231,14 @@ class Chat:
             raise Skip("unknown role", f"turn {number}: {' and '.join(names) or None}")
         return names[0], role
 
-    def _results(self, value: Any, role: str, before: list[Message]) -> list[str] | None:
+    def _results(self, value: Any, role: str) -> list[str] | None:
         """What tools returned, where a turn consists of `<tool_response>` blocks and a call stands before it.
 
         Without a call before them they are words of the user, as any mark in a user's turn.
         """
-        called = any(isinstance(element, ToolCall) for message in before for element in message.content)
-        if not isinstance(value, str) or not (called or role == "tool"):
+        if not isinstance(value, str) or "<tool_response>" not in value:
+            return None
+        if not (self.called or role == "tool"):
             return None
         found = results(value)
         if found is None and role == "user" and "<tool_response>" in value:

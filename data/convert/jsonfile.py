@@ -4,6 +4,7 @@ An array of gigabytes is never in memory: the standard library's scanner reads o
 """
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ _CHUNK: Final = 1 << 20
 _LARGEST_ELEMENT: Final = 1 << 28
 """Bytes: an element of an array that does not end after so many is taken for a broken one."""
 _MARK: Final = b"\xef\xbb\xbf"
+_BRACKETS: Final = re.compile(r'"(?:[^"\\]|\\.)*+"|[\[\]{}]', re.DOTALL)
 _SPACE: Final = " \t\r\n"
 
 
@@ -108,7 +110,7 @@ class _Scanner:
         self.base = start or 0
         """Offset of the text's first character in the file."""
         file.seek(self.base)
-        self.decode = json.JSONDecoder().raw_decode
+        self.decode = json.JSONDecoder(parse_int=str, parse_float=str).raw_decode  # only its end counts, not its numbers
         if start is None:
             self._more(_CHUNK)
             self.at = self.text.index("[") + 1
@@ -128,7 +130,12 @@ class _Scanner:
                 if end < len(self.text):
                     break
                 problem = "the array has no end"
-            except (ValueError, RecursionError) as error:
+            except RecursionError:  # the record will be left out, but those behind it are read
+                if (found := _end_of_nested(self.text, self.at)) is not None:
+                    end = found
+                    break
+                problem = "nested too deeply"
+            except ValueError as error:
                 problem = str(error)  # the error itself would keep the text, through its frame even after this call
             if wanted > _LARGEST_ELEMENT or not self._more(wanted):
                 raise UserError(f"{self.path}: not valid JSON in the element at byte {self.place}: {problem}")
@@ -151,3 +158,13 @@ class _Scanner:
         data = self.file.read(size)
         self.base, self.text, self.at = self.base + self.at, self.text[self.at :] + data.decode("latin-1"), 0
         return bool(data)
+
+
+def _end_of_nested(text: str, at: int) -> int | None:
+    """Where a list or object that begins at `at` ends, by its brackets alone; None if the text ends before."""
+    depth = 0
+    for found in _BRACKETS.finditer(text, at):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(found[0], 0)
+        if depth == 0:
+            return found.end()
+    return None

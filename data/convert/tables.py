@@ -1,5 +1,6 @@
 """Parquet and Arrow files in parts: row groups and record batches, read a few rows at a time."""
 
+import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,14 +87,24 @@ def _damage() -> tuple[type[Exception], ...]:
     """What pyarrow raises for damaged files; its OSErrors of pages have no number."""
     import pyarrow
 
-    return pyarrow.ArrowException, OSError, ValueError, TypeError, KeyError, IndexError, NotImplementedError, MemoryError
+    return (
+        pyarrow.ArrowException,
+        struct.error,
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        IndexError,
+        NotImplementedError,
+        MemoryError,
+    )
 
 
 def _rows(batch: "pyarrow.RecordBatch") -> Iterator[Any]:
-    batch.validate(full=True)  # else offsets that lead outside end the process
     try:
+        batch.validate(full=True)  # else offsets that lead outside end the process
         rows = batch.to_pylist()
-    except ValueError:  # pyarrow does not check texts that it reads, and cannot turn every moment into Python's
+    except ValueError:  # ArrowInvalid is one, and not every moment can be turned into Python's
         rows = [_row(batch.slice(row, 1)) for row in range(batch.num_rows)]
     for row in rows:
         yield row if isinstance(row, Skip) else {name: without_nulls(value) for name, value in row.items()}
@@ -101,6 +112,10 @@ def _rows(batch: "pyarrow.RecordBatch") -> Iterator[Any]:
 
 def _row(batch: "pyarrow.RecordBatch") -> dict[str, Any] | Skip:
     """The only row of a batch, column by column."""
+    try:
+        batch.validate(full=True)
+    except ValueError as error:
+        return Skip("no valid Unicode" if "UTF8" in str(error) else "damaged table", str(error))
     found: dict[str, Any] = {}
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
         try:
@@ -128,6 +143,7 @@ def _read_sizes(path: Path) -> Iterator[int]:
             facts = _parquet(path).metadata
             yield from (facts.row_group(number).num_rows for number in range(facts.num_row_groups))
         else:
+            _check_unfolding(path)
             with _open_arrow(path) as reader:
                 yield from (batch.num_rows for batch in reader)
     except UserError:
@@ -161,6 +177,47 @@ def _check_expansion(path: Path, group: Any) -> None:
                 f"{path}: column {column.path_in_schema!r} unfolds from {column.total_compressed_size} to"
                 f" {column.total_uncompressed_size} bytes: write the file again with smaller row groups"
             )
+
+
+def _check_unfolding(path: Path) -> None:
+    """Raise UserError for compressed buffers of an Arrow stream that say they unfold to many times the file's size.
+
+    A compressed buffer begins with its true size (int64), -1 if it is stored as it is (Arrow's Message.fbs).
+    """
+    import pyarrow
+
+    total, size = 0, path.stat().st_size
+    with pyarrow.memory_map(str(path)) as source:
+        for message in pyarrow.ipc.MessageReader.open_stream(source):
+            if message.type in ("record batch", "dictionary"):
+                total += sum(_unfolded(message))
+                if total > max(_UNCHECKED_BYTES, _EXPANSION * size):
+                    raise UserError(f"{path} unfolds from {size} to {total} bytes: write it without compression")
+
+
+def _unfolded(message: Any) -> Iterator[int]:
+    """True sizes of the compressed buffers of a message, by its flatbuffer."""
+    head, body = memoryview(message.metadata), memoryview(message.body)
+
+    def field(start: int, number: int) -> int:
+        """Where a table's field stands, 0 if the table lacks it."""
+        layout = start - struct.unpack_from("<i", head, start)[0]
+        place = 4 + 2 * number
+        offset = struct.unpack_from("<H", head, layout + place)[0] if place < struct.unpack_from("<H", head, layout)[0] else 0
+        return int(start + offset) if offset else 0
+
+    def at(place: int) -> int:
+        """What an offset at a place leads to."""
+        return place + int(struct.unpack_from("<I", head, place)[0])
+
+    batch = at(field(at(0), 2))
+    batch = at(field(batch, 1)) if message.type == "dictionary" else batch
+    if field(batch, 3):
+        buffers = at(field(batch, 2))
+        for number in range(struct.unpack_from("<I", head, buffers)[0]):
+            start, length = struct.unpack_from("<qq", head, buffers + 4 + 16 * number)
+            if length >= 8:
+                yield max(0, struct.unpack_from("<q", body, start)[0])
 
 
 def _parquet(path: Path) -> Any:

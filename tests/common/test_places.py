@@ -98,3 +98,13 @@ def test_reading_is_bounded(folder: Path) -> None:
 def test_only_regular_files_are_listed(folder: Path) -> None:
     assert [path.name for path in regular_files(folder)] == ["inner"]
     assert [path.name for path in regular_files(folder, "*/*")] == ["a", "a"]
+
+
+def test_reading_takes_no_more_memory_than_the_file(folder: Path) -> None:
+    """Python's read(n) allocates n bytes at once: gigabytes for a file of three."""
+    import tracemalloc
+
+    tracemalloc.start()
+    assert read_located(folder, "sub/a", 1 << 40) == b"abc"
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()

@@ -76,7 +76,7 @@ def test_llava(run: Run) -> None:
         ({"image": "folder", "conversations": ASK}, "a folder, not a file"),
         ({"image": "a\0b.png", "conversations": ASK}, "not a file name"),
         ({"image": 7, "conversations": ASK}, "not a file name"),
-        ({"image": "x" * 300, "conversations": ASK}, "file cannot be read"),
+        ({"image": "x" * 300, "conversations": ASK}, "not a file"),
         ({"image": "garbage.png", "conversations": ASK}, "no picture that is known"),
         ({"image": "cut.png", "conversations": ASK}, "broken picture"),
         ({"conversations": ASK}, "more placeholders than media"),

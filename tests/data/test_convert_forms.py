@@ -212,7 +212,11 @@ def test_contradicting_marks_of_a_part(run: Run) -> None:
 
 @pytest.mark.parametrize("weight", [1e300, 1e7])
 def test_a_weight_that_would_drown_all_others_is_left_out(weight: float, run: Run) -> None:
-    assert reason(run, {"messages": [ASK, {**DONE, "weight": weight}]}) == "weight too large"
+    assert reason(run, {"messages": [ASK, {**DONE, "weight": weight}]}) == "breaks the schema"
+
+
+def test_a_weight_that_is_too_large_as_a_product_is_left_out(run: Run) -> None:
+    assert reason(run, {"messages": [ASK, {**DONE, "weight": 1e5}], "weight": 1e5}) == "weight too large"
 
 
 def test_a_weight_that_training_rounds_to_nothing_teaches_nothing(run: Run) -> None:

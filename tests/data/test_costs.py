@@ -22,6 +22,7 @@ from visionloom.data.sample import SampleError, parse_sample
 from visionloom.data.tar import Fault, entries
 from visionloom.data.write import write_shards
 from visionloom.tests import fuzzing
+from visionloom.tests.data.conversion import Run
 from visionloom.tests.data.samples import RULES, picture_question
 from visionloom.tests.fuzzing import try_reader
 
@@ -233,3 +234,26 @@ def test_json_of_files_is_read_by_one_reader() -> None:
         "convert/marks.py",  # what json.dumps just wrote
         "quarantine.py",  # lines of its own, cut short or not
     }
+
+
+@pytest.mark.parametrize("bad", ["9" * 5000, "[" * 100_000 + "]" * 100_000, '{"a":' * 50_000 + '"]"' + "}" * 50_000])
+@pytest.mark.parametrize("form", ["lines", "array"])
+def test_a_bad_record_among_good_ones_is_one_bad_record(bad: str, form: str, run: Run) -> None:
+    records = ['{"text": "one"}', f'{{"text": "x", "a": {bad}}}', '{"text": "two"}']
+    run.put("a.json", "\n".join(records) if form == "lines" else f"[{', '.join(records)}]")
+    assert [sample.content[0].text for sample in run("jsonl", run.source)] == ["one", "two"]
+    assert run.skipped == [("a.json:1", "not valid JSON")]
+
+
+def test_a_long_conversation_takes_linear_time(tmp_path: Path) -> None:
+    """Each turn looked through all turns before it for a call."""
+    turns = [{"role": "user", "content": "<tool_response>x"}, {"role": "assistant", "content": "x"}] * 10_000
+
+    def read(data: bytes) -> None:
+        from visionloom.data.convert.chats import RECORD, Chat
+        from visionloom.data.convert.source import Draft
+
+        draft = Draft()
+        Chat(draft.open(RECORD, {}), draft, MediaFiles((tmp_path,))).fill(json.loads(data))
+
+    assert try_reader(read, [json.dumps(turns).encode()], ()) == 1

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import random
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from visionloom.data.index import index_shard, known_shard
 from visionloom.data.indexing import LEFT_OUT, index_folder
 from visionloom.data.manifest import Statistics
 from visionloom.data.probe import MediaFacts
-from visionloom.data.sample import Image, Message, Sample, Text, Think, Video, to_json
+from visionloom.data.sample import Image, Message, Sample, SampleError, Text, Think, Video, to_json
 from visionloom.data.shards import Dataset
 from visionloom.data.write import write_shards
 from visionloom.tests.data.samples import essay, film, picture_question, png
@@ -165,6 +166,7 @@ def flip(data: bytearray, place: int) -> bytearray:
     ],
 )
 def test_damage_is_one_line_with_file_and_offset(tmp_path: Path, change: Callable[[bytearray], bytes], message: str) -> None:
+    """Row 31 of the fault matrix, where shards are indexed."""
     path = tmp_path / "a.tar"
     write_tar(path, members_of(0) + members_of(1))
     path.write_bytes(bytes(change(bytearray(path.read_bytes()))))
@@ -271,3 +273,47 @@ def test_exactly_what_is_bad_is_left_out_and_listed(folder: Path) -> None:
     ]
     assert rows == index_folder(folder, skip_bad=True), "a second pass, from the indexes, says the same"
     assert json.loads((folder / "dataset.json").read_bytes())["statistics"]["left_out"] == 4
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: data[:1024],  # at a member's border
+        lambda data: data[:1024] + data[1024:1300],  # in a header
+        lambda data: data[:1600],  # in a member's data
+        lambda data: bytes(512) + data[512:],
+        lambda data: data[:1024] + bytes(512) + data[1536:],
+        lambda data: bytes(flip(bytearray(data), 1024 + 130)),
+        lambda data: bytes(flip(bytearray(data), 1024 + 600)),
+        lambda data: b"<html><body>404</body></html>",
+        lambda data: b"<html>".ljust(len(data), b"x"),
+        lambda data: b"",
+        lambda data: random.Random(0).randbytes(len(data)),
+    ],
+)
+def test_damage_after_indexing_is_never_silent(folder: Path, change: Callable[[bytes], bytes]) -> None:
+    """Row 31 of the fault matrix, where indexed shards are read: every sample comes as it was, or is counted as lost."""
+    index_folder(folder)
+    whole = everything(Dataset.open(folder, "set"))
+    path = folder / "set-000000.tar"
+    path.write_bytes(change(path.read_bytes()))
+    try:
+        found = everything(Dataset.open(folder, "set"))
+    except UserError as error:
+        assert str(path) in str(error)
+        return
+    assert found.keys() == whole.keys()
+    assert {name for name in found if found[name] is not None and found[name] != whole[name]} == set()
+
+
+def everything(dataset: Dataset) -> dict[tuple[int, str], object]:
+    """Each sample (without a name) and each member by its name, as they are read; None for what cannot be."""
+    found: dict[tuple[int, str], object] = {}
+    for number, sample in enumerate(dataset.samples(range(len(dataset)))):
+        found[number, ""] = sample if isinstance(sample, Sample) else None
+        for name in dataset.media(number):
+            try:
+                found[number, name] = dataset.member(number, name)
+            except SampleError:
+                found[number, name] = None
+    return found

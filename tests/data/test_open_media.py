@@ -243,6 +243,24 @@ def test_a_tiff_with_a_huge_tile_is_refused() -> None:
         prepare_image(data.ljust(200, b"\0") + zlib.compress(bytes(1000)))
 
 
+@pytest.mark.parametrize("where", ["first", "exif", "png"])
+def test_tags_that_share_a_megabyte_are_refused(where: str) -> None:
+    """60,000 tags of a TIFF named the same megabyte, and Pillow copied it for each: 60 GB."""
+
+    def directory(tags: int, size: int, first: int) -> bytes:
+        entries = b"".join(struct.pack("<HHII", 300 + number, 7, size, 8) for number in range(tags))
+        return struct.pack("<H", tags) + entries + bytes(4)
+
+    data = b"II*\0" + struct.pack("<I", 1 << 20) + bytes((1 << 20) - 8) + directory(60_000, 1_000_000, 8)
+    if where == "exif":
+        pointer = struct.pack("<H", 1) + struct.pack("<HHII", 34665, 4, 1, 1 << 20) + bytes(4)
+        data = data[:4] + struct.pack("<I", len(data)) + data[8:] + pointer
+    if where == "png":
+        data = blank_png(8, 8, chunk(b"eXIf", data))
+    with pytest.raises(Skip, match=r"tags of 60000\d+ bytes"):
+        prepare_image(data)
+
+
 def test_narrow_deep_and_cmyk_pictures() -> None:
     """Row 32: 6000:1 is left out; CMYK is read as Pillow converts it; 16 bits lose their lower half and are not clipped."""
     with pytest.raises(Skip, match="picture too narrow"):
