@@ -15,6 +15,8 @@ import numpy as np
 from PIL import Image as PillowImage
 
 from visionloom.common.errors import UserError
+from visionloom.common.jsonfile import JsonError, load_json
+from visionloom.common.places import PlaceError, read_located
 from visionloom.data.contact_sheet import draw_contact_sheet
 from visionloom.data.demo_tasks import CELL, RECIPES, Drawer, Pixels
 from visionloom.data.demo_tokenizer import train_tokenizer
@@ -62,8 +64,8 @@ def make_demo(folder: str | Path, seed: int = 0, scale: float = 1.0, progress: P
 
 def _settings(folder: Path) -> object:
     try:
-        return json.loads((folder / DONE).read_bytes())
-    except (OSError, ValueError):
+        return load_json(read_located(folder, DONE, 1 << 20), DONE)
+    except (OSError, JsonError, PlaceError):
         return None
 
 

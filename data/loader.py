@@ -4,7 +4,8 @@ import multiprocessing
 import os
 import queue
 import threading
-from collections.abc import Generator, Iterator, Mapping
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -12,9 +13,9 @@ from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
-from visionloom.common.errors import UserError
+from visionloom.common.errors import MachineError, UserError
 from visionloom.data.balance import CostModel, Pack, deal
 from visionloom.data.config import DataConfig
 from visionloom.data.corpus import Corpus
@@ -33,6 +34,8 @@ from visionloom.data.views import Rows
 
 PREFETCH: Final = 2
 """Steps built ahead by the background thread or by each worker."""
+_UNTIL_REAPED: Final = 0.5
+"""Seconds after which the system no longer lists a process that ended."""
 
 
 class PackStream:
@@ -95,6 +98,10 @@ class PackStream:
     def quarantined(self) -> int:
         """Unreadable samples met by this process."""
         return self._reader.quarantine.unreadable
+
+    def watch(self, note: Callable[[str], None]) -> None:
+        """Have `note` told of each dataset, shard and sample before it is read."""
+        self._reader.note = note
 
     def report_unreadable(self) -> None:
         """Write the samples that could not be counted to the quarantine; for one process of the run."""
@@ -184,15 +191,58 @@ class _StepsAhead:
 
     def __init__(self, stream: PackStream, first_step: int, steps: int, layout: tuple[int, int, int, int, int]) -> None:
         self.stream, self.first_step, self.steps, self.layout = stream, first_step, steps, layout
+        self.boards = _Boards(0)
 
     def __len__(self) -> int:
         return self.steps
 
     def __getitem__(self, index: int) -> list[PackedBatch] | Exception:
+        step = self.first_step + index
+        place = f"step {step}"
+
+        def note(found: str) -> None:
+            nonlocal place
+            place = f"step {step}, {found}"
+            self.boards.write(place)
+
+        self.stream.watch(note)
         try:
-            return self.stream.micro_batches(self.first_step + index, *self.layout)
+            return self.stream.micro_batches(step, *self.layout)
         except Exception as error:  # handed over, and raised by the reading side with its type kept
+            info = get_worker_info()
+            error.add_note(f"in data worker {info.id} at {place}" if info else f"while reading ahead, at {place}")
             return error
+
+
+class _Boards:
+    """What each worker is at, in memory that all processes share: it outlives a worker that is killed."""
+
+    SIZE: Final = 400
+    """Bytes of a worker's line."""
+
+    def __init__(self, workers: int) -> None:
+        self.lines = [_forking().RawArray("c", self.SIZE) for _ in range(workers)]
+
+    def write(self, line: str) -> None:
+        """Note what this worker is at; does nothing in a process that is none."""
+        if (info := get_worker_info()) is not None:
+            self.lines[info.id].value = f"{os.getpid()} {line}".encode()[: self.SIZE - 1]
+
+    def dead(self) -> str:
+        """The first worker that is gone, and what it was at; empty if all are there."""
+        for worker, line in enumerate(self.lines):
+            process, _, place = line.value.decode(errors="replace").partition(" ")
+            if process and not _is_alive(int(process)):
+                return f"data worker {worker} (process {process}) died at {place}"
+        return ""
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def _unchanged(built: list[PackedBatch] | Exception) -> list[PackedBatch] | Exception:
@@ -200,7 +250,8 @@ def _unchanged(built: list[PackedBatch] | Exception) -> list[PackedBatch] | Exce
 
 
 def _from_processes(ahead: _StepsAhead, workers: int) -> Generator[list[PackedBatch] | Exception]:
-    yield from DataLoader(
+    ahead.boards = _Boards(workers)
+    loader: DataLoader[list[PackedBatch] | Exception] = DataLoader(
         ahead,  # type: ignore[arg-type]  # any object with __len__ and __getitem__ serves
         batch_size=None,
         shuffle=False,
@@ -210,6 +261,19 @@ def _from_processes(ahead: _StepsAhead, workers: int) -> Generator[list[PackedBa
         multiprocessing_context=_forking(),
         worker_init_fn=_end_with_parent,
     )
+    try:
+        yield from loader
+    except (RuntimeError, OSError, EOFError) as error:  # torch's own word, or a pipe that nobody holds any more
+        time.sleep(_UNTIL_REAPED)
+        if not (
+            found := ahead.boards.dead()
+            or ("exited unexpectedly" in str(error) and "a data worker died before its first sample")
+        ):
+            raise
+        raise MachineError(
+            f"{found}: killed from outside, most likely for want of memory (see dmesg): give it fewer data.workers or smaller"
+            " data.store.bytes_in_flight, or leave that shard out; the same command goes on from the last checkpoint"
+        ) from None
 
 
 def _forking() -> ForkServerContext:

@@ -51,6 +51,8 @@ class Reader:
         self._encoded: dict[Place, EncodedSample] = {}
         self._cached_tokens = 0
         self._lock = threading.Lock()
+        self.note: Callable[[str], None] = lambda place: None
+        """Told of each sample before it is read, and before its media are decoded."""
 
     def read(self, places: Sequence[Place], step: int | None = None) -> list[EncodedSample]:
         """The samples at these places, without their patches; `step` is for the quarantine."""
@@ -85,6 +87,8 @@ class Reader:
     def _samples(self, places: Sequence[Place]) -> list[Sample | SampleError]:
         """Read the samples at these places."""
         found: dict[Place, Sample | SampleError] = {}
+        for place in places[:1]:
+            self.note(f"{self._named(place)} and {len(places) - 1} more")
         for number in {place[0] for place in places}:
             mine = [place for place in places if place[0] == number]
             found.update(zip(mine, self.corpora[number].dataset.samples([index for _, index, _ in mine]), strict=True))
@@ -140,6 +144,7 @@ class Reader:
 
         def decode(number: int, units: Sequence[Unit], out: NDArray[np.uint8]) -> bool:
             corpus, index, _ = places[number]
+            self.note(self._named(places[number]))
             read = ahead.media_of(number, self.corpora[corpus].dataset, index)
             try:
                 decode_into(out, samples[number], units, read, self.rules)
@@ -165,6 +170,12 @@ class Reader:
     def decoded(self, place: Place, sample: EncodedSample) -> EncodedSample:
         """The sample with its patches; raises SampleError."""
         return replace(sample, patches=decode_patches(sample, self._member(place), self.rules))
+
+    def _named(self, place: Place) -> str:
+        """Where a sample lies, for messages."""
+        corpus = self.corpora[place[0]]
+        found = corpus.dataset.location(place[1])
+        return f"dataset {corpus.name}, shard {found.shard}, sample {found.key}"
 
     def _member(self, place: Place) -> Callable[[str], bytes]:
         return partial(self.corpora[place[0]].dataset.member, place[1])

@@ -13,6 +13,7 @@ from tokenizers import Encoding
 from tokenizers import Tokenizer as Backend
 
 from visionloom.common.errors import UserError
+from visionloom.common.jsonfile import load_json
 from visionloom.common.places import PlaceError, read_located
 
 FILE: Final = "tokenizer.json"
@@ -51,7 +52,7 @@ class Tokenizer:
         self.fingerprint = hashlib.sha256(raw).hexdigest()
         try:
             self._whole = Backend.from_str(raw.decode())
-            document = json.loads(raw)
+            document = load_json(raw, FILE)
             words = [token for token in document.get("added_tokens", []) if _is_word(token)]
             self._plain = Backend.from_str(json.dumps({**document, "added_tokens": words, "post_processor": None}))
         except Exception as error:  # the library raises bare Exception

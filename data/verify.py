@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Final
 
 from visionloom.common.atomic import replacing
+from visionloom.common.jsonfile import JsonError, checked, load_json
 from visionloom.data.index import declared_media, difference
 from visionloom.data.open_media import MediaError, check_work, open_video
 from visionloom.data.probe import MediaFacts, probe
@@ -58,7 +60,12 @@ def _read_journal(path: Path, names: list[str]) -> dict[str, list[Bad]]:
         return {}
     complete = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
     path.write_text("".join(complete), encoding="utf-8")  # a last line cut short would swallow the next one
-    return {name: bad for name, bad in map(json.loads, complete) if name in set(names)}
+    found = dict[str, list[Bad]]()
+    for line in complete:
+        with suppress(JsonError):  # of another program: that shard is read again
+            name, bad = checked(load_json(line, str(path)), tuple[str, list[Bad]], str(path))
+            found |= {name: bad} if name in names else {}
+    return found
 
 
 def _verify_shard(path: str, decode: bool, span: tuple[int, int]) -> list[Bad]:

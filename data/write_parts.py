@@ -24,6 +24,8 @@ from typing import Any, Final, Protocol
 
 from visionloom.common.atomic import replacing
 from visionloom.common.errors import UserError
+from visionloom.common.jsonfile import LARGEST, JsonError, load_json
+from visionloom.common.places import PlaceError, read_located
 from visionloom.data.index import index_path, index_shard, known_shard
 from visionloom.data.manifest import MANIFEST, ShardInfo, write_manifest
 from visionloom.data.write import Members, ShardLimits, check_target, cut_shards, shard_path
@@ -131,11 +133,23 @@ def write_parts(reader: PartReader, target: Target, settings: Mapping[str, Any],
 
 
 def _facts(folder: Path) -> dict[str, Any]:
+    """What convert.json says, if it is what `write_parts` writes."""
     try:
-        found = json.loads((folder / FACTS).read_bytes())
-    except (OSError, ValueError):
+        found = load_json(read_located(folder, FACTS, LARGEST), FACTS)
+    except (OSError, JsonError, PlaceError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return found if isinstance(found, dict) and _are_counts(found) else {}
+
+
+def _are_counts(found: Mapping[str, Any]) -> bool:
+    """Whether a document has the counts of a tally."""
+    counts, first = found.get("counts"), found.get("first")
+    return (
+        isinstance(counts, dict)
+        and all(type(count) is int for count in counts.values())
+        and isinstance(first, dict)
+        and all(isinstance(place, str) for place in first.values())
+    )
 
 
 @contextmanager
@@ -152,7 +166,7 @@ def _check_settings(staging: Path, settings: Mapping[str, Any]) -> None:
     """Refuse to continue what was begun with other settings; with nothing finished there is nothing to continue."""
     path = staging / "settings.json"
     if path.exists() and any(staging.glob("part*.json")):
-        found = json.loads(path.read_bytes())
+        found = _read(staging, path.name)
         for name in [*settings, *found]:
             if found.get(name) != settings.get(name):
                 raise UserError(
@@ -230,7 +244,7 @@ def _write_part(reader: PartReader, target: Target, number: int, part: Part) -> 
     """Write one part's shards and then its facts, unless they are there."""
     digest = hashlib.sha256(repr(part).encode()).hexdigest()
     if (path := _done_path(target.staging, number)).exists():
-        if _done(target.staging, number)["digest"] != digest:
+        if _done(target.staging, number).get("digest") != digest:
             raise UserError(f"the source changed since {target.folder} was begun: remove {target.staging} and start again")
         return
     for leftover in target.staging.glob(f"*{number:06d}-*"):
@@ -253,7 +267,31 @@ def _done_path(staging: Path, number: int) -> Path:
 
 
 def _done(staging: Path, number: int) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(_done_path(staging, number).read_bytes())
+    """The facts of a finished part: its digest, its shards, and what `Tally` and `PartLog` hold."""
+    path = _done_path(staging, number)
+    found = _read(staging, path.name)
+    shards, skipped = found.get("shards"), found.get("skipped")
+    if (
+        not _are_counts(found)
+        or not isinstance(shards, list)
+        or not all(isinstance(file, str) and Path(file).name == file and file.endswith(".tar") for file in shards)
+        or not isinstance(skipped, list)
+    ):
+        raise UserError(f"{path} is damaged: remove {staging} and start again")
+    return found
+
+
+def _read(staging: Path, name: str) -> dict[str, Any]:
+    """A JSON object that an earlier command left; raises UserError.
+
+    Not by `checked`: names of files in it may be no valid Unicode.
+    """
+    try:
+        found = load_json(read_located(staging, name, LARGEST), str(staging / name))
+    except (JsonError, PlaceError) as error:
+        raise UserError(f"{error}: remove {staging} and start again") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{staging / name} is no JSON object: remove {staging} and start again")
     return found
 
 

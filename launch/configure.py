@@ -29,8 +29,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from visionloom.common.errors import UserError
-from visionloom.common.text import say
+from visionloom.common.errors import MachineError, UserError
+from visionloom.common.text import say, warn
 from visionloom.data.config import DatasetConfig
 from visionloom.launch import environment
 from visionloom.launch.causes import SECONDS_FOR_THE_CAUSE, hint_for, is_lost_connection, of_the_machine
@@ -101,13 +101,14 @@ def work(command: Callable[[RunConfig], None], config: RunConfig) -> None:
         if (told := of_the_machine(error, Path(config.run.folder))) is not None:
             exit_with(told)
         cause = f"{type(error).__name__}: {error}"
-        if is_lost_connection(
-            error
-        ):  # who watches the rank that has gone writes its cause; from another machine it is not seen
+        if is_lost_connection(error):  # who watches that rank writes its cause; from another machine it is not seen
             time.sleep(SECONDS_FOR_THE_CAUSE)
             cause = f"the connection to another rank was lost, which ended first: {cause}"
         status.current.failed(FAILURE, cause, hint_for(error))
         record_for_torchrun(error)
+        if isinstance(error, MachineError):
+            warn(f"error: {error}")
+            sys.exit(FAILURE)
         raise
     status.current.done()
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import pickle
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -130,6 +131,14 @@ def test_workers_end_with_a_killed_reader(data: DataConfig, tmp_path: Path) -> N
 def test_errors_come_out_of_the_iterator_with_their_type(data: DataConfig) -> None:
     with pytest.raises(UserError, match="cannot be dealt to 5"):
         next(iterate(stream(data), 0, 2, 0, 5, 1, workers=0))
+
+
+@pytest.mark.parametrize(("workers", "where"), [(0, "while reading ahead, at step 0"), (1, "in data worker 0 at step 0")])
+def test_errors_say_which_worker_and_what_it_was_at(data: DataConfig, workers: int, where: str) -> None:
+    """Row 37 of the fault matrix, second half: also of errors that nobody foresaw."""
+    with pytest.raises(UserError) as caught:
+        next(iterate(stream(data), 0, 2, 0, 5, 1, workers=workers))
+    assert caught.value.__notes__ == [where]
 
 
 def test_an_iterator_can_be_left_early(data: DataConfig) -> None:
@@ -282,3 +291,39 @@ def test_questions_are_prompts_with_pixels(data: DataConfig) -> None:
     told = extend(prompt, held_out.tokenizer.encode([question.answer])[0].tolist())
     assert np.array_equal(told.input_ids, question.input_ids[: len(told.input_ids)])
     assert not list(EvaluationSet(data, "texts", limit=9).questions())
+
+
+KILLED = """
+import os, pickle, signal, sys
+from visionloom.common.errors import MachineError
+from visionloom.data.loader import iterate
+from visionloom.data import decode, image
+
+if __name__ == "__main__":
+    try:
+        for _ in iterate(pickle.load(open(sys.argv[1], "rb")), 0, 10_000, 0, 1, 6, 2):
+            print("ready", flush=True)
+    except MachineError as error:
+        print(error, file=sys.stderr)
+        sys.exit(1)
+"""
+
+
+@pytest.mark.faults
+def test_a_killed_worker_is_named_with_its_shard_and_nothing_hangs(data: DataConfig, tmp_path: Path) -> None:
+    """Row 37 of the fault matrix: kill -9 of a worker ends the run with one line that says what it was at."""
+    (tmp_path / "stream").write_bytes(pickle.dumps(stream(data)))
+    (tmp_path / "reader.py").write_text(KILLED)
+    command = [sys.executable, str(tmp_path / "reader.py"), str(tmp_path / "stream")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        helpers = psutil.Process(process.pid).children(recursive=True)
+        worker = next(one for one in helpers if any(other.pid == one.ppid() for other in helpers))
+        worker.kill()
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert re.fullmatch(
+        rf"data worker [01] \(process {worker.pid}\) died at step \d+, dataset \w+, shard \w+-\d+\.tar, sample \d+( and \d+ more)?:"
+        r" killed from outside.*the same command goes on from the last checkpoint\n",
+        said,
+    ), said

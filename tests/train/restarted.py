@@ -21,6 +21,7 @@ from typing import Any
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 RANKS, RESTARTS = 2, 3
+VICTIMS = (["0"], ["1"], ["0", "1"])
 
 
 def rank(work: str, words: list[str]) -> None:
@@ -52,10 +53,10 @@ class Killer(threading.Thread):
     def run(self) -> None:
         while self.left and not self.ended:
             self._wait_for_a_step()
-            time.sleep(self.chance.uniform(0.0, 1.0))
+            time.sleep(self.chance.uniform(0.0, 2.0))
             if self.ended:
                 return
-            victims = self.chance.choice((["0"], ["1"], ["0", "1"]))
+            victims = VICTIMS[self.left % len(VICTIMS)]
             for victim in victims:
                 self._kill(victim)
             self.killed.append("+".join(victims))
