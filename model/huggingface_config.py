@@ -20,8 +20,8 @@ from visionloom.model.huggingface_fields import BASE, EVERYWHERE, OUTER, ROPE_ON
 from visionloom.model.understood import Fields, shown
 
 CONFIG: Final = "config.json"
-LARGEST: Final = 1 << 26
-"""Bytes of a JSON file of a folder: 64 MiB. The index of the largest model, with experts apart, has 10; Qwen's tokenizer.json 11."""
+LARGEST: Final = 1 << 25
+"""Bytes of a JSON file of a folder: 32 MiB. The index of the largest model, with experts apart, has 10; Qwen's tokenizer.json 11."""
 DENSE, MIXTURE = "qwen3_vl", "qwen3_vl_moe"
 ARCHITECTURES: Final = {DENSE: "Qwen3VLForConditionalGeneration", MIXTURE: "Qwen3VLMoeForConditionalGeneration"}
 TEXT_KEYS: Final = {

@@ -19,6 +19,8 @@ TOKENIZER: Final = "tokenizer.json"
 SETTINGS: Final = "tokenizer_config.json"
 LONGEST: Final = 300
 """Characters of a library's words for a fault that an error repeats."""
+GROWING: Final = ("Replace", "Prepend", "Precompiled")
+"""Steps of normalizers by which thirty in a row make 2^30 letters of one."""
 STOPS: Final = (TURN_END, END_OF_TEXT)
 """Tokens that end an answer; the last also pads."""
 PROBE: Final = (
@@ -26,6 +28,20 @@ PROBE: Final = (
     ' {"bbox_2d": [12, 345, 678, 999], "label": "don\'t"}   \n\n<0.5 seconds>?! $\\frac{a}{b}$ WE\'LL 1234567890'
 )
 """What any two tokenizers are likely to cut differently: contractions, digits, white space, marks, scripts, signs."""
+
+
+def _growing(normalizer: Any) -> str:
+    """The type of a step that replaces text by longer text, which others in a row multiply; empty if there is none."""
+    left = [normalizer]
+    while left:
+        step = left.pop()
+        if isinstance(step, dict):
+            if step.get("type") in GROWING:
+                return str(step["type"])
+            left += step.values()
+        elif isinstance(step, list):
+            left += step
+    return ""
 
 
 Id = Annotated[int, Field(ge=0, lt=1 << 31)]
@@ -63,6 +79,10 @@ class TokenTable:
             raise UserError(f"{option}={folder}: no {TOKENIZER} there: give the folder of a fast Hugging Face tokenizer")
         raw = read_file(path, option)
         content = parse_object(raw, path, option)
+        if found := _growing(content.get("normalizer")):
+            raise UserError(
+                f"{option}={folder}: {TOKENIZER} has a normalizer of type {found}, which can make a text endless: take Qwen's"
+            )
         tokens = as_type(content.get("added_tokens") or [], list[dict[str, Any]], path, option, "added_tokens")
         wanted = [{key: token.get(key) for key in ("content", "id")} for token in tokens]
         added = {token.content: token.id for token in as_type(wanted, list[_Added], path, option, "added_tokens")}
