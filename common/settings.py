@@ -112,9 +112,10 @@ def option_faults(config: Any, where: str = "") -> list[str]:
 
 def unknown(name: str, value: str, known: Sequence[str]) -> str:
     """One line for a value that is not among the known ones, with the nearest as suggestion."""
+    value = one_line(value if len(value) <= SHOWN else f"{value[:SHOWN]}...")
     close = difflib.get_close_matches(value, known, n=1)
     hint = f" (did you mean {close[0]}?)" if close else ""
-    return f"{name}={one_line(value)} is unknown{hint}: use one of {', '.join(known)}"
+    return f"{name}={value} is unknown{hint}: use one of {', '.join(known)}"
 
 
 def _faults(one: Option) -> Iterator[str]:
@@ -129,6 +130,8 @@ def _faults(one: Option) -> Iterator[str]:
         [(f".{key}", entry) for key, entry in value.items()] if isinstance(value, dict) else [("", entry) for entry in value]
     )
     for key, entry in pairs:
+        if entry is None or isinstance(entry, list | dict):
+            yield f"{one.name}{key} holds {one_line(str(entry))[:SHOWN]}: its entries are plain values"
         yield from _fault(f"{one.name}{key}", entry, rules)
 
 

@@ -25,9 +25,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
 
 from visionloom.common.errors import MachineError, UserError
 from visionloom.common.text import say, warn
@@ -134,11 +132,16 @@ def compose(argv: Sequence[str], world_size: int | None = None) -> RunConfig | N
     read = readable(options.words)
     words, late = ([word for word in read if bool(LATE.match(word)) is is_late] for is_late in (False, True))
     config = _compose(words, options.config_dir)
-    _check_folders(config, read)
-    if options.help or options.show:
-        _show(config, late, options)
-        return None
-    run = _typed(config, late)
+    try:
+        _check_folders(config, read)
+        if options.help or options.show:
+            _show(config, late, options)
+            return None
+        run = _typed(config, late)
+    except (UserError, OSError):
+        raise
+    except Exception as error:  # as in _compose: references of a recipe are followed only here
+        raise UserError(explain(error, options.config_dir)) from error
     run.run.folder = run.run.folder or f"runs/{run.run.name}"
     if found := run.problems(world_size or environment.world_size()):
         raise UserError("\n".join(found))
@@ -200,7 +203,7 @@ def _check_words(words: Sequence[str]) -> None:
             raise UserError(f"command line: '{word}' has no key: write key=value")
         if word.startswith("recipe="):
             raise UserError(f"a recipe is added, not overridden: write +{word}")
-        if re.match(r"[+~]*hydra(?:$|[./@=])", word):
+        if re.match(r"[+~]*(?:[^=]*@)?hydra(?:$|[./@=:])", word):
             raise UserError(f"command line: '{word}' is refused: words set options of the run, not of Hydra")
 
 
@@ -247,16 +250,11 @@ def _check_folders(config: DictConfig, words: Sequence[str]) -> None:
 
 def _show(config: DictConfig, late: Sequence[str], options: Options) -> None:
     """Print what would run, as `--cfg job` of Hydra does, but with the words that are applied late; with --help how to use it."""
-    try:
-        _apply_all(config, late)
-        shown = OmegaConf.select(config, options.package, throw_on_missing=True) if options.package else config
-        if shown is None:
-            raise UserError(f"--package {options.package}: {no_such_key(options.package)}")
-        text = OmegaConf.to_yaml(shown, resolve=options.resolve) if OmegaConf.is_config(shown) else f"{shown}\n"
-    except UserError:
-        raise
-    except (HydraException, OmegaConfBaseException, ArithmeticError, ValueError, RecursionError) as error:
-        raise UserError(explain(error)) from error
+    _apply_all(config, late)
+    shown = OmegaConf.select(config, options.package, throw_on_missing=True) if options.package else config
+    if shown is None:
+        raise UserError(f"--package {options.package}: {no_such_key(options.package)}")
+    text = OmegaConf.to_yaml(shown, resolve=options.resolve) if OmegaConf.is_config(shown) else f"{shown}\n"
     if options.help:
         chosen = "".join(f"  {group}: {', '.join(available(group, options.config_dir))}\n" for group in sorted(groups()))
         text = f"usage: [options] +recipe=NAME [key=value ...]\n\n{HELP}\ngroups, one of whose names a word chooses:\n{chosen}\n{text}"
@@ -275,19 +273,13 @@ def _typed(config: DictConfig, late: Sequence[str]) -> RunConfig:
     """The dataclasses of a composed configuration, if every key is in the schema and nothing required is missing."""
     if not config.phases:
         raise UserError(f"no recipe: choose one with +recipe=NAME, NAME one of {', '.join(available('recipe'))}")
-    try:
-        _apply_all(config, late)
-        faults = [no_such_key(path) for path in unknown_keys(config)]
-        faults += [
-            f"{key} is required: set it in the recipe or pass {key}=..." for key in sorted(OmegaConf.missing_keys(config))
-        ]
-        if faults:
-            raise UserError("\n".join(faults))
-        return cast(RunConfig, OmegaConf.to_object(config))
-    except UserError:
-        raise
-    except (HydraException, OmegaConfBaseException, ArithmeticError, ValueError, RecursionError) as error:
-        raise UserError(explain(error)) from error
+    _apply_all(config, late)
+    faults = [no_such_key(path) for path in unknown_keys(config)]
+    faults += [f"{key} is required: set it in the recipe or pass {key}=..." for key in sorted(OmegaConf.missing_keys(config))]
+    if faults:
+        raise UserError("\n".join(faults))
+    values = OmegaConf.to_container(config, resolve=True)  # references are not typed: the schema sees what they stand for
+    return cast(RunConfig, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), values)))
 
 
 def _apply_all(config: DictConfig, late: Sequence[str]) -> None:

@@ -17,6 +17,8 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, Interpolation
 from visionloom.common.text import one_line
 from visionloom.train.config import RunConfig
 
+LONGEST = 2000
+"""Characters of a line, which may quote a value or list the names that there are."""
 ANY = "<name>"
 """Stands for the free key of a mapping in a dotted path: phases.<name>.steps."""
 
@@ -28,7 +30,8 @@ def explain(error: Exception, config_dir: str = "") -> str:
         error: a HydraException, an OmegaConfBaseException, or what Hydra fails with on odd input.
         config_dir: the user's own recipes, for the list of what exists.
     """
-    return one_line(_explained(error, config_dir))
+    told = one_line(_explained(error, config_dir))
+    return told if len(told) <= LONGEST else f"{told[:LONGEST]}..."
 
 
 def _explained(error: Exception, config_dir: str) -> str:

@@ -35,6 +35,8 @@ DEEPEST: Final = 12
 NUMBER: Final = 40
 """Characters of a number."""
 PLAIN: Final = frozenset(f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str", "seq", "map", "merge"))
+RESERVED: Final = tuple((name + end,) for name in ("hydra", "schema") for end in ("", ".yaml"))
+"""Names of Hydra's own groups, and of the schema that gives every option its type: no file stands in for them."""
 CODE: Final = re.compile(r"_[a-z]+_")
 """Keys by which Hydra finds something to call: _target_, _partial_, _args_ and others."""
 HYDRA: Final = re.compile(r"(?:^|[\s/@.:])hydra(?:$|[/@.:])")
@@ -133,7 +135,7 @@ class RecipeSource(ConfigSource):
         return recipe
 
     def _is(self, kind: Any, name: str) -> bool:
-        if Path(name).parts[:1] in (("hydra",), ("hydra.yaml",)):
+        if Path(name).parts[:1] in RESERVED:
             return False
         try:
             locate(Path(self.path), name, kind)

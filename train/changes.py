@@ -107,5 +107,5 @@ def _listed(changed: list[Changed]) -> str:
 
 def _fresh_start(config: RunConfig) -> str:
     folder = config.run.folder
-    other = "" if folder in ("", f"runs/{config.run.name}") else f" (and run.folder, which is {folder})"
-    return f"set run.name{other} to start a new run"
+    other = "" if folder in ("", f"runs/{config.run.name}") else f" (and run.folder, which is set to {folder})"
+    return f"set run.name to start a new run{other}"

@@ -23,6 +23,8 @@ PRECISIONS = ("auto", "fp32", "bf16")
 ANY_PHASE = "phases.<name>"
 LOSSES = ("sqrt", "token", "sample")
 SCHEDULES = ("cosine", "wsd", "linear", "constant")
+LATEST = "latest"
+"""File beside the phases' folders of checkpoints that names the newest one."""
 STEPS = 10**7
 """Most optimizer steps of a phase; the folders of checkpoints have eight digits."""
 
@@ -309,6 +311,8 @@ class RunConfig:
         """Names that cannot be parts of paths."""
         found = ["run.name is empty: give the run a name"] if not self.run.name else []
         names = {"run.name=": [self.run.name] if self.run.name else [], "phases.": self.phases}
+        if LATEST in self.phases:
+            found.append(f"phases.{LATEST}: a file of that name lies beside the folders of phases: give the phase another name")
         names |= {"data.datasets.": self.data.datasets, "data.validation.": self.data.validation}
         return found + [
             f"{option}{one_line(name)}: {fault}"

@@ -53,6 +53,7 @@ ATTACKS = {
     "a run elsewhere": (f"{BASE}run: {{name: ../../marker}}\n", "run.name=../../marker: names have letters"),
     "a phase elsewhere": (f"{BASE}phases: {{../../../marker: {{steps: 1}}}}\n", "phases.../../../marker: names have"),
     "a dataset elsewhere": (f"{BASE}data: {{datasets: {{../marker: {{path: x}}}}}}\n", "data.datasets.../marker: names have"),
+    "a phase beside checkpoints": (f"{BASE}phases: {{latest: {{steps: 1}}}}\n", "phases.latest: a file of that name lies beside"),
     "a held-out one": (f"{BASE}data: {{validation: {{'/x': {{path: x}}}}}}\n", "data.validation./x: names have"),
     "a recipe elsewhere": ("# @package _global_\ndefaults: [../../secret]\n", "leads out of its folder"),
     "an absolute one": ("# @package _global_\ndefaults: [//etc/secret]\n", "leads out of its folder"),
@@ -108,7 +109,7 @@ def test_no_flag_lets_it_act(attack: str, folder: Path, capsys: pytest.CaptureFi
 
 
 @pytest.mark.parametrize("word", ["hydra.run.dir=marker", "+hydra.job.env_set.X=1", "++hydra.callbacks={}", "hydra/launcher=basic",
-    "~hydra.job", "hydra.searchpath=[pkg://antigravity]", "+hydra/callbacks=evil", "+hydra@x=evil", "hydra={run: {dir: marker}}"])  # fmt: skip
+    "~hydra.job", "hydra.searchpath=[pkg://antigravity]", "+hydra/callbacks=evil", "+hydra@x=evil", "+recipe@hydra.job=evil", "hydra={run: {dir: marker}}"])  # fmt: skip
 def test_words_cannot_configure_hydra(word: str, folder: Path) -> None:
     line = told(folder, BASE, word)
     assert f"'{word}' is refused" in line
@@ -280,7 +281,7 @@ ROW_29 = {
 def test_row_29_a_wrong_configuration_is_one_message(case: str, folder: Path) -> None:
     """Row 29 of the fault matrix, on two ranks that both find it: one line with a hint, code 2, neither torch nor Megatron-core.
 
-    Measured 2026-11-26: 0.8 s each.
+    Measured 2026-11-26: 1.1 to 1.2 s each.
     """
     (folder / "D" / "recipe" / "typo.yaml").write_text(BASE + "run: {sed: 3}\n")
     (folder / "D" / "recipe" / "broken.yaml").write_text("# @package _global_\nrun: {name: x\n")
@@ -321,3 +322,25 @@ def test_names_from_a_recipe_give_no_orders_to_the_terminal(folder: Path) -> Non
     ):
         line = told(folder, (BASE if "defaults" not in text else "# @package _global_\n") + text)
         assert line and not {"\x1b", "\n"} & set(line) and "\\x1b[31m" in line
+
+
+WRONG_TYPES = ["data: {datasets: '${run}'}", "data: {validation: {a: '${data.datasets}'}}", "phases: '${run.name}'", "phases: null",
+    "model: {vision: {deepstack_layers: '${run.name}'}}", "run: {name: '${run.name}'}", "run: {folder: '${nothing}'}", "run: null",
+    "data: {cache: '${data.cache}'}", "phases: {align: null}", "phases: {align: {mixture: null}}", "phases: {align: '${phases}'}",
+    "phases: {align: {parallel: []}}", "data: {datasets: {a: 1}}", "phases: {align: {lr: {a: 1}}}", "lora: {targets: {a: 1}}",
+    "optim: {beta1: '${optim}'}", "phases: {align: {trainable: [[merger]]}}", "phases: {align: {mixture: {text: {a: 1}}}}", "lora: {targets: [null]}", "model: {vision: {deepstack_layers: [[1]]}}"]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", WRONG_TYPES)
+def test_values_and_references_of_another_type(text: str, folder: Path) -> None:
+    """OmegaConf does not look at the type of what a reference to a section stands for."""
+    for words in ([], ["+data.datasets.more.path=/d", "phases.align.parallel.tensor=1"]):
+        assert "\n" not in (line := told(folder, f"{BASE}{text}\n", *words)) and line
+
+
+def test_no_file_stands_in_for_the_schema(folder: Path) -> None:
+    """Hydra looks for its name in all folders before it takes the dataclasses."""
+    (folder / "D" / "schema.yaml").write_text("x: 1\n")
+    (folder / "D" / "config.yaml").write_text("run: {name: other}\n")
+    assert "no such key: x" in told(folder, f"{BASE}x: 1\n")
+    assert "converted to Integer" in told(folder, f"{BASE}run: {{seed: many}}\n")

@@ -4,6 +4,7 @@ Row 28 of the fault matrix, as far as the configuration goes: changed settings a
 Reference: the schema, walked; and Megatron-core's schedule, by the learning rates that the metrics show.
 """
 
+import functools
 import json
 import shutil
 from dataclasses import asdict
@@ -23,6 +24,7 @@ from visionloom.train.config import RunConfig
 from visionloom.train.state_file import Progress, read_progress
 
 
+@functools.cache
 def config(*words: str) -> RunConfig:
     found = compose(["+recipe=demo", *words], 2)
     assert found is not None
@@ -93,7 +95,7 @@ def test_a_setting_that_cannot_change(name: str) -> None:
         with pytest.raises(UserError) as caught:
             changes(config(*words, *more), progress(config()), "D")
         assert expected in str(caught.value) and "set run.name to start a new run" in str(caught.value)
-    with pytest.raises(UserError, match=r"set run\.name \(and run\.folder, which is /r\) to start a new run"):
+    with pytest.raises(UserError, match=r"set run\.name to start a new run \(and run\.folder, which is set to /r\)"):
         changes(config(*words, "run.folder=/r"), progress(config()), "D")
 
 
