@@ -14,8 +14,8 @@ from visionloom.model.config import ModelConfig
 from visionloom.model.lora_config import LoraConfig
 
 STATE: Final = "state.json"
-LARGEST: Final = 1 << 22
-"""Bytes of a state.json: 4 MiB; the tiny model's with seven datasets has 1,700."""
+LARGEST: Final = 1 << 20
+"""Bytes of a state.json: 1 MiB; the tiny model's with seven datasets has 1,700."""
 Count = Annotated[int, Field(ge=0, lt=1 << 62)]
 CHECKPOINTS: Final = "checkpoints"
 """Folder inside a run's with a folder for each phase, and in that one for each checkpoint."""

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer as Backend
 from visionloom.common.errors import UserError
 from visionloom.common.text import one_line
 from visionloom.data.tokenizer import END_OF_TEXT, TURN_END
-from visionloom.model.huggingface_config import as_type, parse_object, read_file, read_json
+from visionloom.model.huggingface_config import LARGEST_TABLE, as_type, parse_object, read_file, read_json
 
 TOKENIZER: Final = "tokenizer.json"
 SETTINGS: Final = "tokenizer_config.json"
@@ -77,7 +77,7 @@ class TokenTable:
         path = folder / TOKENIZER
         if not path.exists():
             raise UserError(f"{option}={folder}: no {TOKENIZER} there: give the folder of a fast Hugging Face tokenizer")
-        raw = read_file(path, option)
+        raw = read_file(path, option, LARGEST_TABLE)
         content = parse_object(raw, path, option)
         if found := _growing(content.get("normalizer")):
             raise UserError(
@@ -124,7 +124,7 @@ class TokenTable:
 
     def cut(self, text: str) -> list[str]:
         """The tokens of a text; UserError if the file is no tokenizer."""
-        content = read_file(self.folder / TOKENIZER, self.name.partition("=")[0])
+        content = read_file(self.folder / TOKENIZER, self.name.partition("=")[0], LARGEST_TABLE)
         try:
             tokens: list[str] = Backend.from_str(content.decode()).encode(text).tokens
         except BaseException as error:  # the library raises bare Exception, and where it panics no Exception at all
