@@ -54,7 +54,7 @@ def checked[T](value: Any, schema: type[T], where: str, part: str = "") -> T:
     try:
         return cast(T, _adapter(cast(Any, schema)).validate_json(json.dumps(value), strict=True, extra="forbid"))
     except ValidationError as error:
-        raise JsonError(f"{where}: {_fault(error, part)}") from None
+        raise JsonError(f"{where}: {_fault(error, value, part)}") from None
 
 
 def load_json(content: bytes | str, where: str, finite: bool = True) -> Any:
@@ -94,18 +94,37 @@ def _adapter(schema: Any) -> TypeAdapter[Any]:
     return TypeAdapter(schema)
 
 
-def _fault(error: ValidationError, part: str) -> str:
+def _fault(error: ValidationError, value: Any, part: str) -> str:
     """The first of pydantic's errors in one line."""
-    first = error.errors(include_url=False)[0]
+    first = error.errors(include_url=False, include_context=False, include_input=False)[
+        0
+    ]  # each error would hold its input anew
     field = ".".join(map(str, [part, *first["loc"]] if part else first["loc"]))
     if first["type"] == "missing":
         return f"{field} is missing"
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         return f"{field} is unknown"
     expected = first["msg"].removeprefix("Input ").removeprefix("Value error, ")
-    shown = json.dumps(first["input"], default=str)
-    shown = shown if len(shown) <= SHOWN else shown[:SHOWN] + "..."
+    shown = _shown(_at(value, first["loc"]))
     return f"{field or 'the document'} {expected[:1].lower()}{expected[1:]}, got {shown}"
+
+
+def _at(value: Any, place: tuple[int | str, ...]) -> Any:
+    """The value at a place that pydantic names; names of a union's members in it are no keys."""
+    for key in place:
+        if isinstance(value, dict) and key in value:
+            value = value[str(key)]
+        elif isinstance(value, list) and isinstance(key, int) and key < len(value):
+            value = value[key]
+    return value
+
+
+def _shown(value: Any) -> str:
+    """The beginning of a value."""
+    if isinstance(value, dict | list) and len(value) > SHOWN:
+        return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value):,}"
+    text = json.dumps(value, default=str)
+    return text if len(text) <= SHOWN else text[:SHOWN] + "..."
 
 
 def _refuse_constant(name: str) -> float:

@@ -5,6 +5,7 @@ a rank that left first would have the speaker killed before it has spoken.
 """
 
 import ctypes
+import json
 import os
 import signal
 import sys
@@ -12,7 +13,7 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from visionloom.common.text import warn
+from visionloom.common.text import printable, warn
 from visionloom.train import status
 
 FAILURE = 1
@@ -64,6 +65,19 @@ def record_for_torchrun(error: Exception) -> None:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
         get_error_handler().record_exception(error)
+        _escape(Path(os.environ.get("TORCHELASTIC_ERROR_FILE", "")))
+
+
+def _escape(record: Path) -> None:
+    """Take what a terminal would obey out of a traceback that torchrun will show: messages hold names from data."""
+
+    def escaped(value: object) -> object:
+        return {key: escaped(each) for key, each in value.items()} if isinstance(value, dict) else printable(str(value))
+
+    try:
+        record.write_text(json.dumps(escaped(json.loads(record.read_text()))))
+    except (OSError, ValueError):  # no file, which torchrun says
+        return
 
 
 def _may_speak(everywhere: bool) -> bool:

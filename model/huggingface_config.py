@@ -20,8 +20,10 @@ from visionloom.model.huggingface_fields import BASE, EVERYWHERE, OUTER, ROPE_ON
 from visionloom.model.understood import Fields, shown
 
 CONFIG: Final = "config.json"
-LARGEST: Final = 1 << 26
-"""Bytes of a JSON file of a folder: 64 MiB. The index of the largest model, with experts apart, has 10; Qwen's tokenizer.json 11."""
+LARGEST: Final = 1 << 22
+"""Bytes of a JSON file of a folder: 4 MiB; in memory a file of lists takes twenty times as much. Usual ones have a few KiB."""
+LARGEST_TABLE: Final = 24 << 20
+"""Bytes of the two files that list much: the index of the largest model, with experts apart, has 10 MB, Qwen's tokenizer.json 11."""
 DENSE, MIXTURE = "qwen3_vl", "qwen3_vl_moe"
 ARCHITECTURES: Final = {DENSE: "Qwen3VLForConditionalGeneration", MIXTURE: "Qwen3VLMoeForConditionalGeneration"}
 TEXT_KEYS: Final = {
@@ -91,9 +93,9 @@ TEXT_TOKENS: Final = {"bos_token_id": END_OF_TEXT, "eos_token_id": TURN_END, "pa
 QWEN_TOKENS: Final = {"<|vision_start|>": 151652, "<|vision_end|>": 151653, "<|image_pad|>": 151655, "<|video_pad|>": 151656}
 
 
-def read_json(path: Path, option: str) -> dict[str, Any]:
+def read_json(path: Path, option: str, largest: int = LARGEST) -> dict[str, Any]:
     """An object in a JSON file; UserError naming `option` and the file if there is none."""
-    return parse_object(read_file(path, option), path, option)
+    return parse_object(read_file(path, option, largest), path, option)
 
 
 def read_file(path: Path, option: str, largest: int = LARGEST) -> bytes:
@@ -108,7 +110,8 @@ def read_file(path: Path, option: str, largest: int = LARGEST) -> bytes:
 
 def parse_object(content: bytes, path: Path, option: str) -> dict[str, Any]:
     """The object that a JSON file holds; `path` and `option` name it in a UserError."""
-    return as_type(load_object(content, path, option), dict[str, Any], path, option)
+    found = load_object(content, path, option)
+    return found if isinstance(found, dict) else as_type(found, dict[str, Any], path, option)
 
 
 def load_object(content: bytes, path: Path, option: str) -> Any:

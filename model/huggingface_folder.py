@@ -17,7 +17,7 @@ from visionloom.common.errors import UserError
 from visionloom.common.places import locate, regular_files
 from visionloom.common.text import one_line
 from visionloom.model.huggingface import HEAD, OUTER_NAMES, convert_parameter, huggingface_shapes, read_parameter
-from visionloom.model.huggingface_config import as_type, read_config, read_json
+from visionloom.model.huggingface_config import LARGEST_TABLE, as_type, read_config, read_json
 from visionloom.model.shapes import Shape
 from visionloom.model.sharding import EMBEDDING
 
@@ -112,7 +112,9 @@ class HuggingFaceFolder:
     def _weight_map(self) -> dict[str, str]:
         """The index: the file of each tensor."""
         path = self.folder / INDEX
-        found = as_type(read_json(path, self.option).get("weight_map"), dict[str, str], path, self.option, "weight_map")
+        found = as_type(
+            read_json(path, self.option, LARGEST_TABLE).get("weight_map"), dict[str, str], path, self.option, "weight_map"
+        )
         if not found:
             raise self._fault(f"{INDEX} has no weight_map")
         return found

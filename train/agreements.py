@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from visionloom.common.errors import UserError
+from visionloom.common.places import PlaceError, locate, read_located
 from visionloom.data.tokenizer import END_OF_TEXT, REQUIRED
 from visionloom.model.config import ModelConfig
 from visionloom.model.huggingface_config import CONFIG, NOT_THE_MODEL, TOKENS, differences, read_config, read_json
@@ -32,6 +33,7 @@ from visionloom.train.token_table import SETTINGS, STOPS, TOKENIZER, TokenTable
 ROWS: Final = 128
 """Rows of a vocabulary are best a multiple of this: it divides by any number of tensor ranks."""
 LATEST: Final = "checkpoints/latest"
+LONGEST_POINTER: Final = 4096
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,7 @@ def a_tokenizer_says_one_thing(sides: Sides) -> Iterator[str]:
         return
     table, said = sides.tokens, dict[str, int]()
     for key, added in _section(table.settings, "added_tokens_decoder").items():
-        if isinstance(added, dict) and key.isdigit():
+        if isinstance(added, dict) and key.isascii() and key.isdigit() and len(key) < 10:
             said[str(added.get("content"))] = int(key)
     path = table.folder / "added_tokens.json"
     said |= read_json(path, table.name.partition("=")[0]) if path.is_file() else {}
@@ -325,8 +327,11 @@ def _is_trained(sides: Sides) -> bool:
 def _newest(run_folder: Path) -> Path | None:
     """The checkpoint that a run's `latest` names, if it is there."""
     pointer = run_folder / LATEST
-    found = pointer.parent / pointer.read_text().strip() if pointer.is_file() else None
-    return found if found is not None and (found / STATE).is_file() else None
+    try:
+        found = locate(pointer.parent, read_located(pointer.parent, pointer.name, LONGEST_POINTER).decode().strip(), "folder")
+    except (PlaceError, OSError, UnicodeDecodeError):  # checkpoints are found without it
+        return None
+    return found if (found / STATE).is_file() else None
 
 
 def _section(content: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -342,4 +347,4 @@ def _same(said: Any, value: Any) -> bool:
         return len(items) == len(value) and all(_same(one, other) for one, other in zip(items, value, strict=True))
     if isinstance(value, bool) or not isinstance(said, int | float):
         return bool(said == value)
-    return isclose(said, value, rel_tol=1e-4)
+    return abs(said) < 1e300 and isclose(said, value, rel_tol=1e-4)

@@ -41,8 +41,8 @@ FORMAT: Final = "metadata.json"
 BESIDE: Final = {INDEX, FORMAT, STATE}
 """Files of a checkpoint that hold no tensors."""
 HASH_BLOCK_BYTES = 1 << 24
-LARGEST_MANIFEST: Final = 1 << 26
-"""Bytes: 64 MiB, half a million files."""
+LARGEST_MANIFEST: Final = 1 << 22
+"""Bytes: 4 MiB, some 30,000 files."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from visionloom.common.atomic import replacing
 from visionloom.common.errors import UserError
 from visionloom.common.jsonfile import JsonError, checked
 from visionloom.common.places import PlaceError, locate, read_located
@@ -73,12 +74,15 @@ def carry(source: Path, target: Path, names: Sequence[str] = CARRIED) -> None:
             raise UserError(f"{path} has {path.stat().st_size} bytes, a file that goes along with weights at most {LARGEST}")
         if path.resolve() != (target / name).resolve():
             target.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target / name)
+            with path.open("rb") as source_file, replacing(target / name) as file:  # which does not write through a link
+                shutil.copyfileobj(source_file, file)
 
 
 def carry_into_run(config: RunConfig, run_folder: Path) -> None:
     """Keep what an export will need in the run's folder: the tokenizer's files, and what came with its first weights."""
     init = config.init
+    if (run_folder / COMPANIONS).is_symlink():
+        raise UserError(f"{run_folder / COMPANIONS} is a link: put the folder itself there, or remove it")
     sources = [Path(init.huggingface)] if init.huggingface else []
     sources += companions_of(Path(init.checkpoint)) if init.checkpoint else []
     for source in reversed(sources):

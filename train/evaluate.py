@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from rich.table import Table
 from torch import Tensor
 
+from visionloom.common.atomic import replacing
 from visionloom.data.encode import EncodedSample, extend, prompt_of
 from visionloom.data.loader import EvaluationSet
 from visionloom.data.pack import PackedBatch, pack_prompts
@@ -245,7 +246,8 @@ def evaluate_run(
     if topology.is_main:
         from visionloom.train.report import write_report
 
-        (folder / RESULTS).write_text(json.dumps(results, indent=1) + "\n")
+        with replacing(folder / RESULTS) as file:
+            file.write((json.dumps(results, indent=1) + "\n").encode())
         write_report(folder, shown)
         if config.data.validation:
             _print(results, screen)

@@ -7,15 +7,19 @@ import resource
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal
 
 import torch
 
 from visionloom.common.atomic import replacing
+from visionloom.common.errors import UserError
+from visionloom.common.jsonfile import JsonError, load_json, parse_json
+from visionloom.common.places import PlaceError, read_located
 
 METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
 WAITING = "unwritten.jsonl"
 """Lines that a run could not write, left beside its checkpoints."""
+LARGEST_WAITING: Final = 1 << 26
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}
 """Dense bf16 peak by the vendor's data sheet; MFU is null on any other device."""
@@ -48,6 +52,8 @@ class RunLog:
         path = self.folder / METRICS
         if not path.exists():
             return
+        if path.is_symlink() or not path.is_file():
+            raise UserError(f"{path} is no file, or a link: put the file itself there")
         kept = [line for line in path.read_text(errors="replace").splitlines() if _step_of(line) <= step]
         with replacing(path) as file:
             file.write("".join(line + "\n" for line in kept).encode())
@@ -60,18 +66,30 @@ class RunLog:
 
     def take_waiting(self, folder: Path) -> None:
         """Write the lines that an earlier start has left."""
-        path = folder / WAITING
-        if path.exists():
-            for name, line in map(json.loads, path.read_text().splitlines()):
-                self._append(name, json.loads(line))
-            if not self.fault:
-                path.unlink()
+        try:
+            content = read_located(folder, WAITING, LARGEST_WAITING)
+        except FileNotFoundError:
+            return
+        except PlaceError as error:
+            raise UserError(f"{folder / WAITING} {error}: remove it") from None
+        for text in content.splitlines():
+            try:
+                name, line = parse_json(text, tuple[Literal["metrics.jsonl", "events.jsonl"], str], str(folder / WAITING))
+                self._append(name, dict(load_json(line, str(folder / WAITING), finite=False)))
+            except (JsonError, TypeError, ValueError) as error:
+                raise UserError(f"{folder / WAITING} holds what no run has left there ({error}): remove it") from None
+        if not self.fault:
+            (folder / WAITING).unlink()
 
     def _end_last_event(self) -> None:
         """A line that a crash cut off stays by itself."""
         path = self.folder / EVENTS
-        if path.exists() and (content := path.read_bytes()) and not content.endswith(b"\n"):
-            self._write(EVENTS, "\n")
+        if path.is_file() and not path.is_symlink() and path.stat().st_size:
+            with path.open("rb") as file:
+                file.seek(-1, os.SEEK_END)
+                cut_off = file.read() != b"\n"
+            if cut_off:
+                self._write(EVENTS, "\n")
 
     def _append(self, name: str, line: Mapping[str, Any]) -> None:
         self._waiting.append((name, json.dumps(line) + "\n"))
@@ -85,6 +103,8 @@ class RunLog:
         """Append a whole line or nothing; returns what is wrong."""
         path = self.folder / name
         try:
+            if path.is_symlink() or (path.exists() and not path.is_file()):  # a pipe would let the run wait for a reader
+                return f"{path} is no file, or a link: put the file itself there"
             with path.open("ab", buffering=0) as file:
                 end = file.tell()
                 try:
@@ -103,8 +123,8 @@ class RunLog:
 def _step_of(line: str) -> float:
     """The step of a line; infinite for a line that was cut off by a crash."""
     try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+        return float(load_json(line, METRICS, finite=False)["step"])
+    except (JsonError, ValueError, KeyError, TypeError, OverflowError):
         return float("inf")
 
 

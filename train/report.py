@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from visionloom.common.atomic import replacing
 from visionloom.common.text import printable
 from visionloom.train.report_charts import HALF, SMALL, WIDE, Chart, Drawn, compact, draw, measured
 from visionloom.train.report_data import NO_TASKS, History, PhaseHistory, Values, curve, number
@@ -48,12 +49,13 @@ def write_report(folder: Path, shown: Sequence["Prediction"]) -> Path:
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{STYLE}</style></head>\n<body><main>\n'
         f"{_header(history)}\n" + "\n".join(section for section in sections if section) + "\n</main></body></html>\n"
     )
-    path.write_text(printable(page), encoding="utf-8")
+    with replacing(path) as file:
+        file.write(printable(page).encode())
     return path
 
 
 def _write_predictions(path: Path, shown: Sequence["Prediction"]) -> None:
-    with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
+    with replacing(path) as file:
         for prediction in shown:
             sample = prediction.sample
             line = {
@@ -65,7 +67,7 @@ def _write_predictions(path: Path, shown: Sequence["Prediction"]) -> None:
                 "prediction": prediction.text,
                 "correct": prediction.correct,
             }
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.write((json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
 
 
 def _header(history: History) -> str:

@@ -20,8 +20,8 @@ from visionloom.train.metrics import EVENTS, METRICS
 
 RESULTS: Final = "eval.json"
 SETTINGS: Final = "config.yaml"
-LARGEST: Final = 1 << 26
-"""Bytes of an eval.json: 64 MiB; each dataset and task has some 60."""
+LARGEST: Final = 1 << 22
+"""Bytes of an eval.json: 4 MiB; each dataset and task has some 60."""
 LONGEST_LINE: Final = 1 << 20
 """Bytes of a line of a log: 1 MiB; a metrics line of the demo has 900."""
 LARGEST_NUMBER: Final = 1e30

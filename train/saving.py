@@ -9,13 +9,14 @@ they were. Training waits only while tensors are staged.
 import json
 import os
 import queue
+import re
 import shutil
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 import torch.distributed as dist
@@ -44,6 +45,8 @@ from visionloom.train.state_file import CHECKPOINTS, STATE, Progress
 
 Report = Callable[..., None]
 """Called with an event's name and its fields."""
+NUMBERED: Final = re.compile(r"step-[0-9]{8,18}")
+"""Names of checkpoints; what else lies there is not ours to remove."""
 MOST_FAILURES = 3
 """Failed saves in a row after which a run that tolerates them stops all the same."""
 
@@ -293,7 +296,8 @@ def _retain(final: Path, settings: CheckpointConfig) -> None:
 
     Those of later steps than `final` are damaged ones that the run has passed over: they neither count nor go.
     """
-    siblings = sorted(f for f in final.parent.glob("step-*") if f.suffix != ".tmp" and f.name <= final.name)
+    steps = (f for f in final.parent.glob("step-*") if NUMBERED.fullmatch(f.name) and not f.is_symlink())
+    siblings = sorted(f for f in steps if f.name <= final.name)
     for old in siblings[: -settings.keep]:
         if not (settings.keep_every_steps and int(old.name.removeprefix("step-")) % settings.keep_every_steps == 0):
             shutil.rmtree(old)

@@ -14,8 +14,8 @@ from visionloom.model.config import ModelConfig
 from visionloom.model.lora_config import LoraConfig
 
 STATE: Final = "state.json"
-LARGEST: Final = 1 << 26
-"""Bytes of a state.json: 64 MiB; the tiny model's with seven datasets has 1,700."""
+LARGEST: Final = 1 << 20
+"""Bytes of a state.json: 1 MiB; the tiny model's with seven datasets has 1,700."""
 Count = Annotated[int, Field(ge=0, lt=1 << 62)]
 CHECKPOINTS: Final = "checkpoints"
 """Folder inside a run's with a folder for each phase, and in that one for each checkpoint."""
@@ -70,31 +70,34 @@ class Progress:
         return self.phase_step >= self.phase_steps
 
 
-def model_of(progress: Progress) -> ModelConfig:
-    """The model that a checkpoint's state names; UserError if there can be none."""
-    model = _part(progress.model, ModelConfig, "model")
-    if found := model.problems():
-        raise UserError(f"{STATE} of a checkpoint names a model that cannot be built: {one_line('; '.join(found))}")
+def model_of(progress: Progress, where: str = STATE) -> ModelConfig:
+    """The model that a checkpoint's state names; UserError, which begins with `where`, if there can be none."""
+    model = _part(progress.model, ModelConfig, "model", where)
+    _refuse(where, "a model that cannot be built", model.problems())
     return model
 
 
-def lora_of(progress: Progress) -> LoraConfig | None:
+def lora_of(progress: Progress, where: str = STATE) -> LoraConfig | None:
     """The adapters that a checkpoint's state names, None without; UserError if there can be none."""
     if not progress.lora:
         return None
-    lora = _part(progress.lora, LoraConfig, "lora")
-    if found := lora.problems(model_of(progress)) if lora.rank else ["lora.rank=0"]:
-        raise UserError(f"{STATE} of a checkpoint names adapters that cannot be: {one_line('; '.join(found))}")
+    lora = _part(progress.lora, LoraConfig, "lora", where)
+    _refuse(where, "adapters that cannot be", lora.problems(model_of(progress, where)) if lora.rank else ["lora.rank=0"])
     return lora
 
 
-def stored_inputs(progress: Progress) -> Inputs | None:
-    """What a checkpoint's state says that it was trained with; None if it does not."""
+def stored_inputs(progress: Progress, where: str = STATE) -> Inputs | None:
+    """What a checkpoint's state says that it was trained with, None if it does not; UserError if nothing can be."""
     if not progress.inputs:
         return None
-    inputs = _part(progress.inputs, Inputs, "inputs")
-    _part(inputs.media, MediaConfig, "inputs.media")
+    inputs = _part(progress.inputs, Inputs, "inputs", where)
+    _refuse(where, "media that cannot be read", _part(inputs.media, MediaConfig, "inputs.media", where).problems())
     return inputs
+
+
+def _refuse(where: str, what: str, problems: list[str]) -> None:
+    if problems:
+        raise UserError(f"{where} names {what}: {one_line('; '.join(problems))}: take a checkpoint of this version")
 
 
 def absolute(folder: str) -> str:
@@ -103,18 +106,21 @@ def absolute(folder: str) -> str:
 
 
 def read_progress(folder: Path) -> Progress:
-    """What a checkpoint's state.json says; UserError if there is none."""
+    """What a checkpoint's state.json says, every part in its form; UserError if there is none."""
     try:
-        return read_json(folder, STATE, Progress, LARGEST)
+        progress = read_json(folder, STATE, Progress, LARGEST)
     except (OSError, JsonError) as error:
         raise UserError(
             f"{folder} is not a checkpoint of this version ({error}): name a folder such as checkpoints/<phase>/step-00000100"
         ) from error
+    for part in (model_of, lora_of, stored_inputs):
+        part(progress, str(folder / STATE))
+    return progress
 
 
-def _part[T](value: Any, schema: type[T], name: str) -> T:
+def _part[T](value: Any, schema: type[T], name: str, where: str) -> T:
     """A part of a state as the program works with it."""
     try:
-        return checked(value, schema, f"{STATE} of a checkpoint", name)
+        return checked(value, schema, where, name)
     except JsonError as error:
         raise UserError(f"{error}: take a checkpoint of this version") from error

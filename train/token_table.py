@@ -13,12 +13,14 @@ from tokenizers import Tokenizer as Backend
 from visionloom.common.errors import UserError
 from visionloom.common.text import one_line
 from visionloom.data.tokenizer import END_OF_TEXT, TURN_END
-from visionloom.model.huggingface_config import as_type, parse_object, read_file, read_json
+from visionloom.model.huggingface_config import LARGEST_TABLE, as_type, parse_object, read_file, read_json
 
 TOKENIZER: Final = "tokenizer.json"
 SETTINGS: Final = "tokenizer_config.json"
 LONGEST: Final = 300
 """Characters of a library's words for a fault that an error repeats."""
+GROWING: Final = ("Replace", "Prepend", "Precompiled")
+"""Steps of normalizers by which thirty in a row make 2^30 letters of one."""
 STOPS: Final = (TURN_END, END_OF_TEXT)
 """Tokens that end an answer; the last also pads."""
 PROBE: Final = (
@@ -26,6 +28,20 @@ PROBE: Final = (
     ' {"bbox_2d": [12, 345, 678, 999], "label": "don\'t"}   \n\n<0.5 seconds>?! $\\frac{a}{b}$ WE\'LL 1234567890'
 )
 """What any two tokenizers are likely to cut differently: contractions, digits, white space, marks, scripts, signs."""
+
+
+def _growing(normalizer: Any) -> str:
+    """The type of a step that replaces text by longer text, which others in a row multiply; empty if there is none."""
+    left = [normalizer]
+    while left:
+        step = left.pop()
+        if isinstance(step, dict):
+            if step.get("type") in GROWING:
+                return str(step["type"])
+            left += step.values()
+        elif isinstance(step, list):
+            left += step
+    return ""
 
 
 Id = Annotated[int, Field(ge=0, lt=1 << 31)]
@@ -61,8 +77,12 @@ class TokenTable:
         path = folder / TOKENIZER
         if not path.exists():
             raise UserError(f"{option}={folder}: no {TOKENIZER} there: give the folder of a fast Hugging Face tokenizer")
-        raw = read_file(path, option)
+        raw = read_file(path, option, LARGEST_TABLE)
         content = parse_object(raw, path, option)
+        if found := _growing(content.get("normalizer")):
+            raise UserError(
+                f"{option}={folder}: {TOKENIZER} has a normalizer of type {found}, which can make a text endless: take Qwen's"
+            )
         tokens = as_type(content.get("added_tokens") or [], list[dict[str, Any]], path, option, "added_tokens")
         wanted = [{key: token.get(key) for key in ("content", "id")} for token in tokens]
         added = {token.content: token.id for token in as_type(wanted, list[_Added], path, option, "added_tokens")}
@@ -104,7 +124,7 @@ class TokenTable:
 
     def cut(self, text: str) -> list[str]:
         """The tokens of a text; UserError if the file is no tokenizer."""
-        content = read_file(self.folder / TOKENIZER, self.name.partition("=")[0])
+        content = read_file(self.folder / TOKENIZER, self.name.partition("=")[0], LARGEST_TABLE)
         try:
             tokens: list[str] = Backend.from_str(content.decode()).encode(text).tokens
         except BaseException as error:  # the library raises bare Exception, and where it panics no Exception at all

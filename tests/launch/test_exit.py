@@ -12,7 +12,7 @@ import pytest
 
 from visionloom.common.errors import UserError
 from visionloom.launch import exit as exits
-from visionloom.launch.exit import exit_with
+from visionloom.launch.exit import exit_with, record_for_torchrun
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = sorted(file.name for file in (ROOT / "launch").glob("*.py") if '__name__ == "__main__"' in file.read_text())
@@ -169,3 +169,21 @@ def test_torchruns_summary_shows_the_rank_that_failed_first(tmp_path: Path) -> N
     root = result.stderr.partition("Root Cause")[2]
     assert "rank      : 1" in root and "the cause of it all" in root
     assert json.loads((tmp_path / "status.json").read_text())["cause"] == "RuntimeError: the cause of it all"
+
+
+def test_a_traceback_for_torchrun_gives_no_orders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun's agent prints what is recorded as it stands. Reference: torch's own record of the same error."""
+    record = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(record))
+    try:
+        raise KeyError("\x1b[2J\x9b")
+    except KeyError as error:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(ValueError("\x1b"))
+        assert "\x1b" in json.loads(record.read_text())["message"]["message"]
+        record_for_torchrun(ValueError(f"of {error.args[0]}"))
+    message = json.loads(record.read_text())["message"]
+    assert message["message"] == "ValueError: of \\x1b[2J\\x9b"
+    assert "KeyError" in message["extraInfo"]["py_callstack"] and message["extraInfo"]["timestamp"].isdigit()

@@ -29,7 +29,7 @@ from visionloom.launch.configure import compose
 from visionloom.model.config import ModelConfig
 from visionloom.model.huggingface import convert_parameter, from_huggingface, huggingface_shapes, to_huggingface
 from visionloom.model.huggingface_config import differences, read_config, write_config
-from visionloom.model.huggingface_folder import HuggingFaceFolder
+from visionloom.model.huggingface_folder import INDEX, HuggingFaceFolder
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.model.safetensors_writer import write_safetensors
 from visionloom.model.shapes import parameter_shapes
@@ -422,3 +422,24 @@ def test_a_config_of_another_form_is_one_line(part: str, values: dict[str, Any],
     (config[part] if part else config).update(values)
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert told in refusal(tmp_path) and "\x1b" not in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"), [("config.json", "config.json cannot be read: is a pipe"), (INDEX, f"6 safetensors files and no {INDEX}")]
+)
+def test_a_json_file_that_is_a_pipe_is_not_waited_for(name: str, told: str, tmp_path: Path) -> None:
+    save(tmp_path, model())
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    assert told in refusal(tmp_path)
+
+
+def test_a_snapshot_of_the_hub_is_read(tmp_path: Path) -> None:
+    """All its files are links to the repository's blobs, as huggingface_hub makes them."""
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "0123", tmp_path / "models--a--b" / "blobs"
+    state = save(snapshot, model())
+    blobs.mkdir()
+    for number, path in enumerate(sorted(snapshot.iterdir())):
+        path.rename(blobs / str(number))
+        path.symlink_to(f"../../blobs/{number}")
+    assert torch.equal(HuggingFaceFolder(snapshot).read(GATE, [slice(0, 96)]), state[GATE])

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
+from tokenizers import Tokenizer as Backend
 from transformers import AutoProcessor, GenerationConfig
 
 from visionloom.common.errors import UserError
@@ -373,3 +374,22 @@ def test_a_checkpoint_of_another_model_is_told_before_torch(demo_data: Path, tmp
     )
     assert [line.split(",")[0] for line in found] == ["model.text.layers=3", "model.text.rope_theta=5000000.0"]
     assert all(f"but {stored} holds another model, with " in line for line in found)
+
+
+@pytest.mark.parametrize("kind", ["Replace", "Prepend"])
+def test_a_tokenizer_that_makes_texts_endless_is_refused(kind: str, demo_data: Path, tmp_path: Path) -> None:
+    """Thirty steps that double every letter; reference: the library itself, with sixteen of them."""
+    shutil.copytree(demo_data / "tokenizer", tmp_path / "tokenizer")
+    path = tmp_path / "tokenizer" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    step = (
+        {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+        if kind == "Replace"
+        else {"type": kind, "prepend": "aa"}
+    )
+    content["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "NFC"}, *[step] * 16]}
+    if kind == "Replace":
+        assert len(Backend.from_str(json.dumps(content)).normalizer.normalize_str("a")) == 2**16
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"normalizer of type {kind}"):
+        TokenTable.read(tmp_path / "tokenizer", "data.tokenizer")

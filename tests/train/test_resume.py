@@ -27,8 +27,8 @@ from visionloom.tests.train.test_layouts import train
 pytestmark = pytest.mark.long
 STEPS = 24
 SECONDS = 240
-LAYOUT_TOLERANCE = 1e-9
-"""Relative; sums over ranks come in another order, and Adam's first steps amplify the last bits of small gradients."""
+LAYOUT_TOLERANCE = 1e-6
+"""Relative, as the fault matrix words it; 8.5e-8 measured: sums over ranks come in another order."""
 
 
 def checkpoint_tensors(folder: Path) -> dict[str, torch.Tensor]:
