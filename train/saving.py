@@ -340,6 +340,10 @@ def check_room(run_folder: Path, stage: Stage) -> None:
         raise UserError(found)
 
 
+BESIDE_NUMBERS = 2_000
+"""Bytes that a tensor takes beside its numbers: 1,565 of its archive and some 400 in the index (the demo's checkpoints)."""
+
+
 def estimated_bytes(stage: Stage) -> int:
     """Bytes of the tensors of a checkpoint: weights once, and of trainable ones a master copy and two moments in fp32."""
     from visionloom.model.sharding import canonical_parameters, full_shape
@@ -348,7 +352,8 @@ def estimated_bytes(stage: Stage) -> int:
     for chunk in stage.chunks:
         for name, parameter in canonical_parameters(chunk):
             count = torch.Size(full_shape(name, parameter, stage.topology)).numel()
-            own[name] = count * (parameter.element_size() + 12 * parameter.requires_grad)
+            parts_on_disk = 1 + 3 * parameter.requires_grad
+            own[name] = count * (parameter.element_size() + 12 * parameter.requires_grad) + BESIDE_NUMBERS * parts_on_disk
     parts: list[dict[str, int]] = [{}] * stage.topology.world_size
     dist.all_gather_object(parts, own)
     return sum({name: size for part in parts for name, size in part.items()}.values())

@@ -127,7 +127,7 @@ def test_commands_keep_their_folder_off_the_path(command: str) -> None:
 
 
 def test_a_rank_ends_with_its_agent(tmp_path: Path) -> None:
-    """Reference: the kernel; the agent here is any parent that is killed with SIGKILL."""
+    """Row 5 of the fault matrix in small. Reference: the kernel; the agent here is any parent that is killed with SIGKILL."""
     rank = (
         "import os, time; from visionloom.launch.exit import end_with_parent; end_with_parent();"
         "print(os.getpid(), flush=True); time.sleep(60)"
@@ -157,7 +157,7 @@ configure.start(command, ["+recipe=demo", f"run.folder={sys.argv[1]}"])
 
 
 def test_torchruns_summary_shows_the_rank_that_failed_first(tmp_path: Path) -> None:
-    """Reference: torchrun, which prints `error_file: <N/A>` for a rank that has left no record."""
+    """Row 16 of the fault matrix. Reference: torchrun, which prints `error_file: <N/A>` for a rank that has left no record."""
     script = tmp_path / "failing.py"
     script.write_text(FAILING)
     result = run_command(

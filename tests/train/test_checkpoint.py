@@ -285,6 +285,7 @@ def save_until_full(layout: Layout, packs: list[TestPack], folder: Path, on_erro
 def test_a_full_disk_leaves_what_was_saved(
     on_error: str, failures: int, small_disk: Path, pool: RankPool, packs: list[TestPack], topology: Topology
 ) -> None:
+    """Row 19 of the fault matrix: what was saved is whole, `latest` names it, the cause has path and room."""
     layout = layout_of("data 2", DENSE)
     found = pool.run(2, save_until_full, layout, packs, small_disk / "run", on_error)
     (events, told), (others, same) = found
@@ -313,17 +314,19 @@ def room(layout: Layout, folder: Path) -> tuple[int, str]:
 def test_too_small_a_disk_is_refused_before_training(
     small_disk: Path, pool: RankPool, work: Path, packs: list[TestPack]
 ) -> None:
+    """Row 22 of the fault matrix: the estimate of a first save, against the bytes of a real one."""
     folder = saved(pool, work, packs, DENSE, "tensor 2")
     (real,) = (sum(f.stat().st_size for f in step.iterdir()) for step in (folder / "checkpoints" / "test").glob("step-*"))
     filler = small_disk / "filler"
     filler.write_bytes(bytes(36 << 20))
     found = pool.run(2, room, layout_of("tensor 2", DENSE), small_disk / "run")
     for estimate, told in found:
-        assert abs(estimate / real - 1) < 0.2, (estimate, real)  # names and headers weigh in a tiny model
+        assert abs(estimate / real - 1) < 0.05, (estimate, real)
         assert "MiB free, a checkpoint needs" in told and "run.folder" in told
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, pool: RankPool) -> None:
+    """Row 21 of the fault matrix, where the phase's folder is the one that cannot be made."""
     (tmp_path / "checkpoints").write_text("a file")
     ((_, told),) = pool.run(1, room, layout_of("one", DENSE), tmp_path)
     assert "cannot be written" in told and "run.folder" in told
@@ -346,6 +349,7 @@ def fail_second(layout: Layout, packs: list[TestPack], folder: Path) -> list[dic
 
 
 def test_one_rank_that_fails_fails_the_save(tmp_path: Path, pool: RankPool, packs: list[TestPack]) -> None:
+    """Row 20 of the fault matrix: no space for one writer only is no checkpoint."""
     found = pool.run(2, fail_second, layout_of("data 2", DENSE), packs, tmp_path)
     for (event,) in found:
         assert event["event"] == "checkpoint_failed" and "No space left" in event["cause"]
@@ -373,7 +377,10 @@ def crash(layout: Layout, packs: list[TestPack], folder: Path, moment: str) -> N
 def test_a_commit_cut_short(
     moment: str, resumed_at: int, tmp_path: Path, pool: RankPool, packs: list[TestPack], topology: Topology
 ) -> None:
-    """Before the rename there is no checkpoint; after it there is one, whatever `latest` says. Leftovers go with the next save."""
+    """Row 4 of the fault matrix: before the rename there is no checkpoint; after it there is one, whatever `latest` says.
+
+    Leftovers go with the next save, or when a run starts.
+    """
     layout = layout_of("one", DENSE)
     pool.run(1, crash, layout, packs, tmp_path, moment)
     newest, damaged = checkpoint.newest(tmp_path, topology)
