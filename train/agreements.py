@@ -4,6 +4,7 @@ Each agreement is a function that yields a line for each fault, naming both side
 Nothing here imports torch.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from math import isclose
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from visionloom.common.errors import UserError
+from visionloom.common.places import PlaceError, read_located
 from visionloom.data.tokenizer import END_OF_TEXT, REQUIRED
 from visionloom.model.config import ModelConfig
 from visionloom.model.huggingface_config import CONFIG, NOT_THE_MODEL, TOKENS, differences, read_config, read_json
@@ -26,12 +28,15 @@ from visionloom.train.companions import (
 )
 from visionloom.train.config import RunConfig
 from visionloom.train.serving import PIXELS
-from visionloom.train.state_file import STATE, model_of, read_progress
+from visionloom.train.state_file import CHECKPOINTS, STATE, model_of, read_progress
 from visionloom.train.token_table import SETTINGS, STOPS, TOKENIZER, TokenTable
 
 ROWS: Final = 128
 """Rows of a vocabulary are best a multiple of this: it divides by any number of tensor ranks."""
-LATEST: Final = "checkpoints/latest"
+LATEST: Final = "latest"
+LARGEST_LATEST: Final = 4096
+CHECKPOINT: Final = re.compile(r"[A-Za-z0-9_-]+/step-[0-9]+")
+"""What `latest` names: a phase's folder and the step's."""
 
 
 @dataclass(frozen=True)
@@ -323,10 +328,15 @@ def _is_trained(sides: Sides) -> bool:
 
 
 def _newest(run_folder: Path) -> Path | None:
-    """The checkpoint that a run's `latest` names, if it is there."""
-    pointer = run_folder / LATEST
-    found = pointer.parent / pointer.read_text().strip() if pointer.is_file() else None
-    return found if found is not None and (found / STATE).is_file() else None
+    """The checkpoint that a run's `latest` names, if it is there and says where the run stands; what is damaged is found later."""
+    try:
+        place = read_located(run_folder / CHECKPOINTS, LATEST, LARGEST_LATEST).decode().strip()
+        if not CHECKPOINT.fullmatch(place):
+            return None
+        read_progress(run_folder / CHECKPOINTS / place)
+    except (PlaceError, UserError, OSError, ValueError):
+        return None
+    return run_folder / CHECKPOINTS / place
 
 
 def _section(content: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -1,21 +1,25 @@
 """metrics.jsonl and events.jsonl: one honest line for each optimizer step and for each event of a run."""
 
+import contextlib
 import errno
 import json
 import os
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from visionloom.common.atomic import replacing
+from visionloom.common.jsonfile import JsonError, load_json, parse_json
 
 METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
 WAITING = "unwritten.jsonl"
 """Lines that a run could not write, left beside its checkpoints."""
+ASIDE = "before-"
+"""What names of things moved aside begin with."""
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}
 """Dense bf16 peak by the vendor's data sheet; MFU is null on any other device."""
@@ -48,7 +52,10 @@ class RunLog:
         path = self.folder / METRICS
         if not path.exists():
             return
-        kept = [line for line in path.read_text(errors="replace").splitlines() if _step_of(line) <= step]
+        kept = [line for line in path.read_text(errors="replace").splitlines() if 0 < _step_of(line) <= step]
+        if not kept and path.stat().st_size:  # begun anew after an early end: nothing is thrown away
+            path.rename(aside(path))
+            return
         with replacing(path) as file:
             file.write("".join(line + "\n" for line in kept).encode())
 
@@ -62,8 +69,8 @@ class RunLog:
         """Write the lines that an earlier start has left."""
         path = folder / WAITING
         if path.exists():
-            for name, line in map(json.loads, path.read_text().splitlines()):
-                self._append(name, json.loads(line))
+            for name, line in _waiting(path.read_text(errors="replace")):
+                self._append(name, line)
             if not self.fault:
                 path.unlink()
 
@@ -100,12 +107,35 @@ class RunLog:
         return ""
 
 
-def _step_of(line: str) -> float:
-    """The step of a line; infinite for a line that was cut off by a crash."""
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+def read_lines(text: str, name: str) -> Iterator[dict[str, Any]]:
+    """The objects of a file of JSON lines; what was cut off by a crash, or is none, is passed over."""
+    for line in text.splitlines():
+        with contextlib.suppress(JsonError):
+            value = load_json(line, name, finite=False)  # a loss may be NaN
+            if isinstance(value, dict):
+                yield value
+
+
+def aside(path: Path) -> Path:
+    """A name beside a file or folder that is free, and that no start looks at."""
+    stamp = f"{ASIDE}{time.strftime('%Y%m%d-%H%M%S')}"
+    names = (path.with_name(f"{stamp}{number}.{path.name}") for number in ("", *(f"-{count}" for count in range(2, 1000))))
+    return next(name for name in names if not name.exists())
+
+
+def _waiting(text: str) -> Iterator[tuple[str, Any]]:
+    """The lines that `leave_waiting` wrote, by the log that they are of; there are two, whatever the file says."""
+    for line in text.splitlines():
+        with contextlib.suppress(JsonError):
+            name, content = parse_json(line, tuple[str, str], WAITING)
+            if name in (METRICS, EVENTS):
+                yield from ((name, value) for value in read_lines(content, WAITING))
+
+
+def _step_of(line: str) -> int:
+    """The step of a line; 0 for a line that was cut off by a crash."""
+    step = next(read_lines(line, METRICS), {}).get("step")
+    return step if isinstance(step, int) else 0
 
 
 def memory_gib(device: torch.device) -> float:

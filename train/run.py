@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from visionloom.common.atomic import replacing
 from visionloom.common.errors import UserError
 from visionloom.data.loader import PackStream
 from visionloom.data.planning import dataset_weights, open_corpora
@@ -67,7 +68,11 @@ def pretrain(config: RunConfig) -> None:
     if config.run.evaluate_at_end:
         run.trackers.evaluation(evaluate_run(config, run.topology, run.chunks, folder, run.step, screen))
     run.trackers.close()
-    topology.barrier()
+    if fault := first_fault(log.fault if log is not None else ""):
+        raise UserError(
+            f"{fault}: the run's log cannot be written; the run is saved after step {run.step}: make room, and start the same"
+            " command again"
+        )
     topologies.stop()
 
 
@@ -133,7 +138,8 @@ class Run:
             self._begin_anew(damaged)
         status.current.at(self.step)
         if self.log is not None:  # only now: a start that is refused leaves what describes the run as it is
-            (self.folder / SETTINGS_OF_RUN).write_text(yaml.safe_dump(asdict(self.config), sort_keys=False))
+            with replacing(self.folder / SETTINGS_OF_RUN) as file:
+                file.write(yaml.safe_dump(asdict(self.config), sort_keys=False).encode())
             self.log.take_waiting(self.folder / CHECKPOINTS)
             self.log.rewind(self.step)
 
