@@ -1,5 +1,6 @@
 """Text on the screen: one way out, so that names from data cannot give orders to a terminal."""
 
+import contextlib
 import re
 import sys
 from typing import Final, TextIO
@@ -36,5 +37,6 @@ def say(*lines: object, file: TextIO | None = None) -> None:
 
 
 def warn(*lines: object) -> None:
-    """Print lines on standard error."""
-    say(*lines, file=sys.stderr)
+    """Print lines on standard error; where they cannot be written, there is nobody to tell."""
+    with contextlib.suppress(OSError):
+        say(*lines, file=sys.stderr)

@@ -11,8 +11,6 @@ SECONDS_FOR_THE_CAUSE: Final = 1.0
 """Time for the rank that ended first, or for who watches it, to have written the cause."""
 OF_THE_DISK: Final = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
 """What a disk that is full, read-only, broken or gone answers with."""
-OF_A_FOLDER: Final = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM)
-"""What a removed or closed folder answers with; elsewhere than in the run's folder, these may be mistakes of the program."""
 LOST: Final = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -30,16 +28,19 @@ NO_MEMORY: Final = ("out of memory", "can't allocate memory", "Cannot allocate m
 
 
 def of_the_machine(error: Exception, folder: Path) -> UserError | None:
-    """One line for a disk or a run's `folder` that could not be written to or read; None for any other error."""
+    """One line for a disk or a run's `folder` that could not be written to or read; None for any other error.
+
+    A missing file, or a folder in the place of one, may be a mistake of the program, but not in the run's folder.
+    """
     if not isinstance(error, OSError):
         return None
     name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""  # a write has none, opening has
     inside = bool(name) and Path(name).absolute().is_relative_to(folder.absolute())
-    if error.errno not in OF_THE_DISK and not (inside and error.errno in OF_A_FOLDER):
+    if error.errno not in OF_THE_DISK and not inside:
         return None
     return UserError(
-        f"{name or f'a file of run.folder={folder}'}: {error.strerror}: make room, correct run.folder or its permissions, and"
-        " start the same command again"
+        f"{name or f'a file of run.folder={folder}'}: {error.strerror}: make room, correct run.folder or its permissions, move"
+        " away what lies there, and start the same command again"
     )
 
 

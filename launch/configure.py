@@ -33,7 +33,7 @@ from visionloom.data.config import DatasetConfig
 from visionloom.launch import environment
 from visionloom.launch.causes import SECONDS_FOR_THE_CAUSE, hint_for, is_lost_connection, of_the_machine
 from visionloom.launch.claim import claim
-from visionloom.launch.exit import FAILURE, end_with_parent, exit_with, record_for_torchrun
+from visionloom.launch.exit import FAILURE, end_with_parent, exit_interrupted, exit_with, record_for_torchrun
 from visionloom.launch.explain import available, explain, groups, no_such_key, unknown_keys
 from visionloom.launch.options import HELP, Options, read_options
 from visionloom.launch.quiet import quiet_libraries
@@ -65,11 +65,18 @@ def start(
         trains: whether it writes the run: then no other process may, and status.json tells how it goes.
     """
     try:
+        _start(command, sys.argv[1:] if argv is None else argv, checkpoint, trains)
+    except KeyboardInterrupt:
+        exit_interrupted()
+
+
+def _start(command: Callable[[RunConfig], None], argv: Sequence[str], checkpoint: str, trains: bool) -> None:
+    try:
         environment.check_environment()
     except UserError as error:
         exit_with(error)
     try:
-        config = compose(sys.argv[1:] if argv is None else argv)
+        config = compose(argv)
     except UserError as error:
         exit_with(error, everywhere=True)
     if config is None:
@@ -271,9 +278,9 @@ def _read_no_more() -> None:
 
 def _typed(config: DictConfig, late: Sequence[str]) -> RunConfig:
     """The dataclasses of a composed configuration, if every key is in the schema and nothing required is missing."""
+    _apply_all(config, late)
     if not config.phases:
         raise UserError(f"no recipe: choose one with +recipe=NAME, NAME one of {', '.join(available('recipe'))}")
-    _apply_all(config, late)
     faults = [no_such_key(path) for path in unknown_keys(config)]
     faults += [f"{key} is required: set it in the recipe or pass {key}=..." for key in sorted(OmegaConf.missing_keys(config))]
     if faults:

@@ -18,6 +18,7 @@ from visionloom.train import status
 
 FAILURE = 1
 USER_ERROR = 2
+INTERRUPTED = 128 + signal.SIGINT
 PR_SET_PDEATHSIG = 1
 """From Linux's <sys/prctl.h>."""
 SECONDS_UNTIL_ENDED = 10.0
@@ -48,6 +49,16 @@ def exit_with(error: Exception, folder: str = "", everywhere: bool = False) -> N
     else:
         time.sleep(SECONDS_UNTIL_ENDED)
     sys.exit(USER_ERROR)
+
+
+def exit_interrupted() -> NoReturn:
+    """End on Ctrl-C as a shell counts it, with one line and no traceback; status.json says so."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever presses it twice does not want to see where it fell
+    status.current.failed(INTERRUPTED, "interrupted (Ctrl-C)", "start the same command again to resume")
+    if _may_speak(everywhere=False):
+        warn("interrupted; start the same command again to resume")
+    sys.stdout.flush()
+    os._exit(INTERRUPTED)  # threads that write or wait are not waited for
 
 
 def end_with_parent() -> None:

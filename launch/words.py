@@ -6,6 +6,7 @@ two values. Where the schema wants a text, the value is therefore quoted for Hyd
 
 import dataclasses
 import functools
+import math
 import re
 import types
 import typing
@@ -25,6 +26,7 @@ LONGEST = 8192
 """Characters of a word: twice a path's."""
 LONGEST_NUMBER = 40
 OVERRIDE = re.compile(r"(\+{0,2})([^=+~][^=]*)=(.*)", re.DOTALL)
+EXPONENT = re.compile(r"[+-]?[0-9]+(?:\.[0-9]*)?[eE][+]?[0-9]{1,3}")
 NUMBERS = {int: "a whole number", float: "a number", bool: "true or false"}
 
 
@@ -70,6 +72,8 @@ def _item_type(hint: Any, name: str) -> Any:
 
 def _readable(parser: OverridesParser, word: str, sign: str, key: str, value: str) -> str:
     """One `key=value` word as Hydra can read it."""
+    if option_type(key) is int and (number := whole(value)) is not None:
+        value, word = str(number), f"{sign}{key}={number}"
     override = _parse(parser, word)
     sweeps = override is not None and override.is_sweep_override()
     read = None if override is None or sweeps else override.value()
@@ -87,6 +91,13 @@ def _readable(parser: OverridesParser, word: str, sign: str, key: str, value: st
     for path, text in _changed_texts(option_type(key), read, key, value):
         raise UserError(f"command line: {path} in '{word}' would be read as {text}: {_quoting(sign, key)}")
     return word
+
+
+def whole(text: str) -> int | None:
+    """The whole number that a text with an exponent stands for (`15e12`); None for any other text."""
+    if len(text) > LONGEST_NUMBER or EXPONENT.fullmatch(text) is None or not math.isfinite(float(text)):
+        return None
+    return int(float(text)) if float(text).is_integer() else None
 
 
 def _parse(parser: OverridesParser, word: str) -> Override | None:

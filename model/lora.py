@@ -254,7 +254,7 @@ def draw_adapters(chunk: Any, seed: int, topology: Topology) -> None:
             parameter.zero_()
             continue
         shape = full_shape(name, parameter, topology)
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + zlib.crc32(name.encode()))
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + zlib.crc32(name.encode())) % 2**63)
         full = (torch.rand(shape, generator=generator) * 2 - 1) / math.sqrt(shape[-1])
         parameter.copy_(cut(name, full, parameter, topology))
 

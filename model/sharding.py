@@ -105,6 +105,6 @@ def draw_weights(model: nn.Module, config: ModelConfig, seed: int, topology: Top
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
             continue
         deviation = (config.vision if name.startswith("visual.") else config.text).initializer_range
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + zlib.crc32(name.encode()))
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + zlib.crc32(name.encode())) % 2**63)
         full = torch.randn(full_shape(name, parameter, topology), generator=generator) * deviation
         parameter.copy_(cut(name, full, parameter, topology))

@@ -325,13 +325,14 @@ def _is_trained(sides: Sides) -> bool:
 
 
 def _newest(run_folder: Path) -> Path | None:
-    """The checkpoint that a run's `latest` names, if it is there."""
+    """The checkpoint that a run's `latest` names, if it is there and says where the run stands; damage is told later."""
     pointer = run_folder / LATEST
     try:
         found = locate(pointer.parent, read_located(pointer.parent, pointer.name, LONGEST_POINTER).decode().strip(), "folder")
-    except (PlaceError, OSError, UnicodeDecodeError):  # checkpoints are found without it
+        read_progress(found)
+    except (PlaceError, OSError, UnicodeDecodeError, UserError):  # checkpoints are found without it
         return None
-    return found if (found / STATE).is_file() else None
+    return found
 
 
 def _section(content: Mapping[str, Any], name: str) -> dict[str, Any]:

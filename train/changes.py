@@ -6,15 +6,17 @@ in data/state.py and is under data.on_change.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from visionloom.common.errors import UserError
-from visionloom.common.settings import Change, Option, options
+from visionloom.common.settings import Change, Option, Rules, options
 from visionloom.common.text import one_line
 from visionloom.train.config import RunConfig
-from visionloom.train.state_file import Progress
+from visionloom.train.state_file import Progress, model_of
 
+PHASES = "phases"
+"""The names of the phases before the one in progress, as a setting: they count as done."""
 SHOWN = 80
 """Characters of a checkpoint's value in a message."""
 
@@ -73,18 +75,30 @@ def _changed(config: RunConfig, progress: Progress) -> Iterator[Changed]:
     for each in _counting(config, progress.phase):
         if each.name not in before or before[each.name] == each.value:
             continue
+        if each.name == PHASES and not _reordered(config, progress.phase, before[PHASES]):
+            continue
         if each.name.startswith("phases.") and finished:
             continue
         if each.name.startswith("lora.") and not adapters:
             continue
         if over and each.rules.change == "run":
             continue
-        more = each.name.endswith(".trainable") and not set(each.value) <= set(map(str, before[each.name]))
-        yield Changed(each.name, before[each.name], each.value, "never" if more else each.rules.change)
+        was = before[each.name]
+        more = each.name.endswith(".trainable") and not set(each.value) <= set(map(str, was if isinstance(was, list) else ()))
+        yield Changed(each.name, was, each.value, "never" if more else each.rules.change)
+
+
+def _reordered(config: RunConfig, phase: str, before: Any) -> bool:
+    """Whether a phase counts as done that the run has not had, or one to come is done; those left out were, and stay so."""
+    names, done = list(config.phases), set(map(str, before if isinstance(before, list) else ()))
+    at = names.index(phase)
+    return not set(names[:at]) <= done or bool(set(names[at + 1 :]) & done)
 
 
 def _counting(config: RunConfig, phase: str) -> Iterator[Option]:
     """The options that count for a phase: `tokens` as the `steps` that they make."""
+    names = list(config.phases)
+    yield Option(PHASES, names[: names.index(phase)], Rules("run"))
     settings = config.phases[phase]
     settings = replace(settings, steps=settings.total_steps)
     for each in options(replace(config, phases={phase: settings})):
@@ -94,7 +108,8 @@ def _counting(config: RunConfig, phase: str) -> Iterator[Option]:
 
 def _older(progress: Progress) -> dict[str, Any]:
     """The settings that a checkpoint without `settings` knows all the same."""
-    parts = {"model.text": progress.model["text"], "model.vision": progress.model["vision"]}
+    model = asdict(model_of(progress))
+    parts = {"model.text": model["text"], "model.vision": model["vision"]}
     found = {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
     adapters: Mapping[str, Any] = progress.lora or {"rank": 0}
     found |= {f"lora.{name}": adapters[name] for name in ("rank", "targets", "groups") if name in adapters}

@@ -33,6 +33,7 @@ from visionloom.train.finite import require_finite
 from visionloom.train.index import INDEX, IndexFault, read_index
 from visionloom.train.optimizer import state_tensors, take_state, updates
 from visionloom.train.state_file import CHECKPOINTS, STATE, Progress, read_progress
+from visionloom.train.state_file import LARGEST as LARGEST_STATE
 from visionloom.train.untrusted import harmless_reading
 
 MANIFEST, LATEST = "manifest.json", "latest"
@@ -254,6 +255,10 @@ def _content_fault(folder: Path, listed: Iterable[str]) -> str | None:
     }
     for name in sorted(there - expected):
         return f"{one_line(name)} is there, and {MANIFEST} does not list it"
+    try:
+        read_json(folder, STATE, Progress, LARGEST_STATE)
+    except JsonError as error:
+        return f"{STATE} cannot be used: {one_line(str(error))}"
     try:
         read_json(folder, FORMAT, Layout)
         held = read_index(folder).files

@@ -36,7 +36,7 @@ class RunSection:
     name: str = option("???", "free")
     folder: str = option("", "free")
     """Run folder; empty: runs/<name>."""
-    seed: int = option(1234, "data", least=0, most=2**32 - 1)
+    seed: int = option(1234, "data", least=0, most=2**62)
     device: str = option("auto", "free", choices=DEVICES)
     """`cpu` (gloo), `cuda` (NCCL), or `auto`: cuda where a GPU is visible."""
     precision: str = option("auto", "run", choices=PRECISIONS)

@@ -1,15 +1,10 @@
 """A run whose checkpoints are all gone: that it had some is known from its events, and what is left of it is kept."""
 
-import time
 from pathlib import Path
-from typing import Final
 
-from visionloom.common.jsonfile import JsonError, load_json
-from visionloom.train.metrics import EVENTS, METRICS
+from visionloom.common.errors import UserError
+from visionloom.train.metrics import ASIDE, EVENTS, METRICS, aside, read_lines
 from visionloom.train.state_file import CHECKPOINTS
-
-ASIDE: Final = "before-"
-"""What names of things moved aside begin with."""
 
 
 def lost_checkpoints(folder: Path, damaged: list[str]) -> str:
@@ -29,15 +24,20 @@ def lost_checkpoints(folder: Path, damaged: list[str]) -> str:
 
 def move_aside(folder: Path) -> Path:
     """Move a run's checkpoints and metrics where no start looks for them; returns the folder of the checkpoints."""
-    stamp = f"{ASIDE}{time.strftime('%Y%m%d-%H%M%S')}"
     checkpoints = folder / CHECKPOINTS  # may be a link to another disk, so what is in it is moved within it
-    kept = checkpoints / stamp
+    if checkpoints.is_symlink() and not checkpoints.exists():
+        raise UserError(
+            f"{checkpoints} is a link to {checkpoints.readlink()}, which is not there: put it back, or remove the link"
+        )
+    if checkpoints.exists() and not checkpoints.is_dir():
+        checkpoints.rename(aside(checkpoints))
+    kept = aside(checkpoints / CHECKPOINTS)
     kept.mkdir(parents=True, exist_ok=True)
     for entry in list(checkpoints.iterdir()):
         if not entry.name.startswith(ASIDE):
             entry.rename(kept / entry.name)
     if (folder / METRICS).exists():
-        (folder / METRICS).rename(folder / f"{stamp}.{METRICS}")
+        (folder / METRICS).rename(aside(folder / METRICS))
     return kept
 
 
@@ -46,13 +46,9 @@ def _last_saved(folder: Path) -> int | None:
     path, last = folder / EVENTS, None
     if not path.exists():
         return None
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            event = load_json(line, EVENTS)
-            if event["event"] == "start_anew":
-                last = None
-            elif event["event"] == "checkpoint":
-                last = int(event["step"])
-        except (JsonError, KeyError, TypeError, ValueError):  # a line that was cut off
-            continue
+    for event in read_lines(path.read_text(errors="replace"), EVENTS):
+        if event.get("event") == "start_anew":
+            last = None
+        elif event.get("event") == "checkpoint" and isinstance(event.get("step"), int):
+            last = int(event["step"])
     return last

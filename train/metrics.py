@@ -1,11 +1,12 @@
 """metrics.jsonl and events.jsonl: one honest line for each optimizer step and for each event of a run."""
 
+import contextlib
 import errno
 import json
 import os
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -20,6 +21,8 @@ METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
 WAITING = "unwritten.jsonl"
 """Lines that a run could not write, left beside its checkpoints."""
 LARGEST_WAITING: Final = 1 << 26
+ASIDE = "before-"
+"""What names of things moved aside begin with."""
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}
 """Dense bf16 peak by the vendor's data sheet; MFU is null on any other device."""
@@ -54,7 +57,10 @@ class RunLog:
             return
         if path.is_symlink() or not path.is_file():
             raise UserError(f"{path} is no file, or a link: put the file itself there")
-        kept = [line for line in path.read_text(errors="replace").splitlines() if _step_of(line) <= step]
+        kept = [line for line in path.read_text(errors="replace").splitlines() if 0 < _step_of(line) <= step]
+        if not kept and path.stat().st_size:  # begun anew after an early end: nothing is thrown away
+            path.rename(aside(path))
+            return
         with replacing(path) as file:
             file.write("".join(line + "\n" for line in kept).encode())
 
@@ -120,12 +126,26 @@ class RunLog:
         return ""
 
 
-def _step_of(line: str) -> float:
-    """The step of a line; infinite for a line that was cut off by a crash."""
-    try:
-        return float(load_json(line, METRICS, finite=False)["step"])
-    except (JsonError, ValueError, KeyError, TypeError, OverflowError):
-        return float("inf")
+def read_lines(text: str, name: str) -> Iterator[dict[str, Any]]:
+    """The objects of a file of JSON lines; what was cut off by a crash, or is none, is passed over."""
+    for line in text.splitlines():
+        with contextlib.suppress(JsonError):
+            value = load_json(line, name, finite=False)  # a loss may be NaN
+            if isinstance(value, dict):
+                yield value
+
+
+def aside(path: Path) -> Path:
+    """A name beside a file or folder that is free, and that no start looks at."""
+    stamp = f"{ASIDE}{time.strftime('%Y%m%d-%H%M%S')}"
+    names = (path.with_name(f"{stamp}{number}.{path.name}") for number in ("", *(f"-{count}" for count in range(2, 1000))))
+    return next(name for name in names if not name.exists())
+
+
+def _step_of(line: str) -> int:
+    """The step of a line; 0 for a line that was cut off by a crash."""
+    step = next(read_lines(line, METRICS), {}).get("step")
+    return step if isinstance(step, int) else 0
 
 
 def memory_gib(device: torch.device) -> float:

@@ -1,5 +1,8 @@
 """What a user sees while a run goes on: a live line on a terminal, plain lines anywhere else."""
 
+import contextlib
+import errno
+import os
 import sys
 import time
 from typing import Any
@@ -7,14 +10,22 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from visionloom.common.screen import PlainConsole
-from visionloom.common.text import one_line
+from visionloom.common.text import one_line, warn
+
+
+class _Console(PlainConsole):
+    """Where rich would end the program since nobody reads on."""
+
+    def on_broken_pipe(self) -> None:
+        """Show no more."""
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
 
 class Screen:
-    """Shows metrics lines; only the main rank shows anything."""
+    """Shows metrics lines; only the main rank shows anything, and nothing more once standard output takes no more."""
 
     def __init__(self, shown: bool, every_steps: int) -> None:
-        self.console = PlainConsole(file=sys.stdout, soft_wrap=True)
+        self.console = _Console(file=sys.stdout, soft_wrap=True)
         self.shown, self.every_steps = shown, max(1, every_steps)
         self.live: Progress | None = None
         self.total, self.started, self.first = 0, 0.0, 0
@@ -22,7 +33,7 @@ class Screen:
     def say(self, text: str) -> None:
         """One line of news."""
         if self.shown:
-            (self.live.console if self.live else self.console).print(text)
+            self._print(text)
 
     def begin(self, phase: str, done: int, total: int) -> None:
         """A phase starts, or goes on after `done` of its `total` steps."""
@@ -46,13 +57,23 @@ class Screen:
         if self.live is not None:
             self.live.update(self.live.task_ids[0], completed=line["phase_step"], news=summary(line))
         elif line["phase_step"] % self.every_steps == 0 or line["phase_step"] == self.total:
-            self.console.print(f"{line['phase']:<12} {line['phase_step']:>6}/{self.total}  {summary(line)}  {self._left(line)}")
+            self._print(f"{line['phase']:<12} {line['phase_step']:>6}/{self.total}  {summary(line)}  {self._left(line)}")
 
     def end(self) -> None:
         """The phase is over."""
         if self.live is not None:
             self.live.stop()
             self.live = None
+
+    def _print(self, text: str) -> None:
+        """Show a line; a log on a full disk, or a pipe that nobody reads, is no reason to end a run."""
+        try:
+            (self.live.console if self.live else self.console).print(text)
+        except OSError as error:
+            self.shown = False
+            with contextlib.suppress(OSError, ValueError):  # what is left in the stream would be an error when Python ends
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.console.file.fileno())
+            warn(f"warning: standard output: {error.strerror}: nothing more is shown there, training goes on")
 
     def _left(self, line: dict[str, Any]) -> str:
         pace = (time.perf_counter() - self.started) / max(1, line["phase_step"] - self.first)

@@ -68,7 +68,11 @@ def pretrain(config: RunConfig) -> None:
     if config.run.evaluate_at_end:
         run.trackers.evaluation(evaluate_run(config, run.topology, run.chunks, folder, run.step, screen))
     run.trackers.close()
-    topology.barrier()
+    if fault := first_fault(log.fault if log is not None else ""):
+        raise UserError(
+            f"{fault}: the run's log cannot be written; the run is saved after step {run.step}: make room, and start the same"
+            " command again"
+        )
     topologies.stop()
 
 

@@ -34,7 +34,8 @@ class Status:
     rank: int
     """The rank that failed."""
     step: int | None
-    """Optimizer steps done in the run; None before training has begun."""
+    """Optimizer steps done in the run, as far as is known: a start that has not yet read its checkpoint knows what the one before
+    it has left; None before training has begun."""
     hint: str
     """What to do next."""
     restarts: int = 0
@@ -52,19 +53,23 @@ class RunStatus:
         self.before: Status | None = None
         """How the start before this one was left."""
         self._folder: Path | None = None
+        self._resumed = False
+        """Whether the step is of this start."""
         self._written = 0.0
 
     def begin(self, folder: Path) -> None:
         """A start begins in its folder: the main rank writes that it runs, the others only know where."""
-        self._folder, self.step = folder, None
+        self._folder, self.step, self._resumed = folder, None, False
         if _rank() == 0:
             self.before = read_status(folder)
-            self._write(Status("running", None, "", 0, None, "", _restarts()))
+            self.step = self.before.step if self.before is not None else None
+            self._write(Status("running", None, "", 0, self.step, "", _restarts()))
 
     def at(self, step: int) -> None:
         """So many optimizer steps of the run are done."""
-        self.step = step
-        if self._folder is not None and _rank() == 0 and time.monotonic() - self._written > REFRESH_SECONDS:
+        due = not self._resumed or time.monotonic() - self._written > REFRESH_SECONDS
+        self.step, self._resumed = step, True
+        if self._folder is not None and _rank() == 0 and due:
             self._write(Status("running", None, "", 0, step, "", _restarts()))
 
     def done(self) -> None:
@@ -78,7 +83,8 @@ class RunStatus:
             return
         found = read_status(self._folder)
         if found is None or found.state == "running":
-            self._write(Status("failed", code, cause, _rank() if rank is None else rank, self.step, hint, _restarts()))
+            step = self.step if self.step is not None or found is None else found.step
+            self._write(Status("failed", code, cause, _rank() if rank is None else rank, step, hint, _restarts()))
 
     def _write(self, status: Status) -> None:
         if self._folder is not None:
@@ -93,7 +99,8 @@ current: Final = RunStatus()
 def refused(folder: Path, code: int, cause: str, hint: str) -> None:
     """A start has ended before it began; nothing is written if there is no such folder, or a run at work in it."""
     if folder.is_dir() and not is_held(folder):
-        write_status(folder, Status("failed", code, cause, _rank(), None, hint))
+        found = read_status(folder)
+        write_status(folder, Status("failed", code, cause, _rank(), found.step if found is not None else None, hint))
 
 
 def read_status(folder: Path) -> Status | None:

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import queue
+import re
 import subprocess
 import sys
 import threading
@@ -12,12 +13,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from visionloom.common.atomic import replacing
 from visionloom.common.errors import UserError
 from visionloom.common.text import warn
 from visionloom.train.config import LoggingConfig
 
 PROJECT: Final = "visionloom"
 """The wandb project, unless WANDB_PROJECT names another."""
+RUN_ID: Final = re.compile("[A-Za-z0-9_-]{1,64}")
 LAST_SECONDS: Final = 15.0
 """Longest wait at the end for what wandb's process still has to do."""
 
@@ -137,10 +140,13 @@ def _start_wandb(folder: Path, config: Mapping[str, Any], name: str) -> WandbPro
 def _run_id(folder: Path) -> str:
     """The run's wandb id: made once, kept in the run's folder, so that a resumed run goes on in the same one."""
     path = folder / "wandb" / "run_id"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(uuid.uuid4().hex[:12])
-    return path.read_text().strip()
+    known = path.read_text(errors="replace").strip() if path.is_file() else ""
+    if RUN_ID.fullmatch(known):
+        return known
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        file.write((made := uuid.uuid4().hex[:12]).encode())
+    return made
 
 
 def _numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -64,6 +64,28 @@ configure.start(command, ["+recipe=demo", f"run.folder={sys.argv[1]}"])
 """
 
 
+INTERRUPT = """
+import os, signal, sys
+from visionloom.launch import configure
+from visionloom.train import status
+configure.check_paths = configure.check_agreements = lambda *_: None
+def command(config):
+    status.current.at(7)
+    os.kill(os.getpid(), signal.SIGINT)
+configure.start(command, ["+recipe=demo", f"run.folder={sys.argv[1]}"])
+"""
+
+
+def test_ctrl_c_is_one_line(tmp_path: Path) -> None:
+    """Exit code as the shell counts it (128 + SIGINT), no traceback, and status.json says so."""
+    process = subprocess.run(
+        [sys.executable, "-c", INTERRUPT, str(tmp_path)], capture_output=True, text=True, cwd=ROOT, env=PATHS
+    )
+    assert (process.returncode, process.stderr) == (130, "interrupted; start the same command again to resume\n")
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert [status[key] for key in ("state", "code", "cause", "step")] == ["failed", 130, "interrupted (Ctrl-C)", 7]
+
+
 def test_a_segmentation_fault_leaves_its_trace(tmp_path: Path) -> None:
     """Row 17 of the fault matrix, one process: the place in the program, and no word of an earlier end."""
     RunStatus().begin(tmp_path)
@@ -110,6 +132,10 @@ def test_which_faults_are_the_disks(tmp_path: Path) -> None:
         (tmp_path / "metrics.jsonl").write_text("")
     assert of_the_machine(error.value, tmp_path) is not None
     assert of_the_machine(error.value, Path("elsewhere")) is None
+    (tmp_path / "metrics.jsonl").mkdir(parents=True)
+    with pytest.raises(IsADirectoryError) as folder:
+        (tmp_path / "metrics.jsonl").write_text("")
+    assert "metrics.jsonl: Is a directory: " in str(of_the_machine(folder.value, tmp_path))
     assert of_the_machine(ValueError("x"), tmp_path) is None
 
 

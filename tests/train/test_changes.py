@@ -7,7 +7,7 @@ Reference: the schema, walked; and Megatron-core's schedule, by the learning rat
 import functools
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +113,48 @@ def test_free_settings_pass(word: str) -> None:
     assert changes(config(word), progress(config()), "D") == []
 
 
+ORDERS = {
+    "as before": (["align", "multimodal", "sft"], ""),
+    "more to come": (["align", "multimodal", "sft", "long"], ""),
+    "one that is done left out": (["multimodal", "sft"], ""),
+    "one that is to come left out": (["align", "multimodal"], ""),
+    "a new one before": (["align", "long", "multimodal", "sft"], "phases was ['align'], now ['align', 'long']"),
+    "one to come first": (["align", "sft", "multimodal"], "phases was ['align'], now ['align', 'sft']"),
+    "one that is done again": (["multimodal", "align", "sft"], "phases was ['align'], now []"),
+}
+
+
+@pytest.mark.parametrize("case", ORDERS)
+def test_phases_before_the_one_in_progress_count_as_done(case: str) -> None:
+    """One that was never trained would be passed over in silence, one that was would be trained again."""
+    order, expected = ORDERS[case]
+    whole = config()
+    trained, now = (
+        replace(whole, phases={name: whole.phases[name] for name in names}) for names in (["align", "multimodal", "sft"], order)
+    )
+    kept = progress(trained, "multimodal")
+    if not expected:
+        assert changes(now, kept, "D") == []
+        return
+    with pytest.raises(UserError) as caught:
+        changes(now, kept, "D")
+    assert expected in str(caught.value)
+    now.run = replace(now.run, on_change="continue")
+    assert [told.option for told in changes(now, kept, "D")] == ["phases"]
+
+
+@pytest.mark.parametrize("value", [5, None, "vision", {"a": 1}])
+def test_settings_of_another_type_are_another_value(value: Any) -> None:
+    """A state is a file like any other."""
+    kept = progress(config())
+    kept.settings.update(dict.fromkeys(kept.settings, value))
+    with pytest.raises(UserError, match="does not fit"):
+        changes(config(), kept, "D")
+    older = replace(kept, settings={}, model={"text": value})
+    with pytest.raises(UserError):
+        changes(config(), older, "D")
+
+
 def test_steps_are_compared_however_they_are_given() -> None:
     """50 steps of 4 packs of 512 tokens."""
     assert changes(config("phases.align.steps=null", f"phases.align.tokens={50 * 4 * 512}"), progress(config()), "D") == []
@@ -149,7 +191,9 @@ def test_the_class_of_each_option() -> None:
     """What a checkpoint remembers is all that is `run` or `never`; the listed ones above are of the class they should be."""
     classes = {each.name: each.rules.change for each in options(full())}
     remembered = set(settings_of(full(), "p"))
-    assert remembered == {name for name, change in classes.items() if change in ("run", "never")} - {"phases.p.tokens"}
+    assert remembered - {"phases"} == {name for name, change in classes.items() if change in ("run", "never")} - {
+        "phases.p.tokens"
+    }
     named = {name.replace("align", "p") for name in RUN}
     assert {name for name in named if classes[name] != "run"} == set()
     untested = {name for name, change in classes.items() if change == "run"} - named

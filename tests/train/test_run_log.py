@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from visionloom.common.errors import UserError
 from visionloom.train.lost import lost_checkpoints, move_aside
 from visionloom.train.metrics import RunLog
 
@@ -96,3 +97,69 @@ def test_what_is_moved_aside_is_kept(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "disk").iterdir()] == [kept.name]
     assert not (run / "metrics.jsonl").exists()
     assert [path.read_text() for path in run.glob("before-*.metrics.jsonl")] == ['{"step": 1}\n']
+
+
+GARBAGE = [
+    b'{"step": 1e999}',
+    b"[" * 100_000,
+    b"[]",
+    b"\xff\xfe\0",
+    b'{"step": ' + b"9" * 5000 + b"}",
+    b'{"step": null}',
+    b"null",
+]
+"""Lines that no run writes: an infinite step, endless nesting, another type, no text, endless digits."""
+
+
+def test_lines_that_no_run_has_written_are_passed_over(tmp_path: Path) -> None:
+    """A NaN in a line of ours is none of them."""
+    log = RunLog(tmp_path)
+    log.metric({"step": 1, "loss": float("nan")})
+    log.metric({"step": 2})
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b"\n".join(GARBAGE) + b"\n")
+    (tmp_path / "events.jsonl").write_bytes(
+        b'{"event": "checkpoint", "step": 2}\n{"event": "checkpoint", "step": 1e999}\n'
+        + b"\n".join(GARBAGE)
+        + b'\n{"event": ["x"]}\n'
+    )
+    assert "tells of one after step 2" in lost_checkpoints(tmp_path, [])
+    log.rewind(2)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+
+
+@pytest.mark.parametrize("step", [0, 3])
+def test_metrics_are_never_rewound_to_nothing(tmp_path: Path, step: int) -> None:
+    """A run that ended before its first checkpoint, or whose file is damaged: its lines stay, under another name, each time."""
+    for content in ("first\n", '{"step": 7}\n'):
+        (tmp_path / "metrics.jsonl").write_text(content)
+        RunLog(tmp_path).rewind(step)
+        assert not (tmp_path / "metrics.jsonl").exists()
+    kept = sorted(path.read_text() for path in tmp_path.glob("before-*.metrics.jsonl"))
+    assert kept == ["first\n", '{"step": 7}\n']
+
+
+def test_waiting_lines_go_into_the_logs_alone(tmp_path: Path) -> None:
+    """Whatever names the file gives: a checkpoint's folder may be a stranger's."""
+    run, kept = tmp_path / "run", tmp_path / "kept"
+    kept.mkdir()
+    pairs = [["../evil", '{"step": 1}'], ["metrics.jsonl", '{"step": 2}'], ["events.jsonl", "x"], ["metrics.jsonl"], "x", None]
+    (kept / "unwritten.jsonl").write_bytes("\n".join(map(json.dumps, pairs)).encode() + b"\n\xff\n")
+    log = RunLog(run)
+    log.take_waiting(kept)
+    assert lines(run) == [{"step": 2}]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["kept", "metrics.jsonl", "run"]
+
+
+@pytest.mark.parametrize("kind", ["file", "dangling link"])
+def test_checkpoints_that_are_no_folder(tmp_path: Path, kind: str) -> None:
+    """A file is moved aside as a folder is; what a dangling link hides may come back with its disk, and is said."""
+    (tmp_path / "events.jsonl").write_text('{"event": "checkpoint", "step": 4}\n')
+    if kind == "file":
+        (tmp_path / "checkpoints").write_text("x")
+        assert move_aside(tmp_path).is_dir()
+        assert [path.read_text() for path in tmp_path.glob("before-*.checkpoints")] == ["x"]
+    else:
+        (tmp_path / "checkpoints").symlink_to(tmp_path / "disk")
+        with pytest.raises(UserError, match=r"is a link to .*disk, which is not there"):
+            move_aside(tmp_path)

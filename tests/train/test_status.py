@@ -25,15 +25,17 @@ def test_a_killed_run_does_not_show_how_an_earlier_one_ended(tmp_path: Path) -> 
     assert [content(tmp_path)[key] for key in ("state", "code", "cause", "step")] == ["done", 0, "done", 12]
     second = RunStatus()
     second.begin(tmp_path)
-    assert [content(tmp_path)[key] for key in ("state", "code", "step", "pid")] == ["running", None, None, os.getpid()]
+    assert [content(tmp_path)[key] for key in ("state", "code", "step", "pid")] == ["running", None, 12, os.getpid()]
     assert second.before is not None and second.before.state == "done"
 
 
 def test_the_step_is_kept_while_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     running = RunStatus()
     running.begin(tmp_path)
+    running.at(2)
+    assert content(tmp_path)["step"] == 2, "where it begins is known at once"
     running.at(3)
-    assert content(tmp_path)["step"] is None, "not at every step"
+    assert content(tmp_path)["step"] == 2, "not at every step"
     monkeypatch.setattr(status, "REFRESH_SECONDS", 0.0)
     running.at(4)
     assert (content(tmp_path)["state"], content(tmp_path)["step"]) == ("running", 4)
@@ -56,13 +58,29 @@ def test_the_first_cause_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_a_refused_start_says_why_but_not_into_a_run_at_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refused(tmp_path / "absent", 2, "no such key", "")
     assert not (tmp_path / "absent").exists()
+    earlier = RunStatus()
+    earlier.begin(tmp_path)
+    earlier.at(5)
     refused(tmp_path, 2, "no such key", "change it")
-    assert (content(tmp_path)["code"], content(tmp_path)["cause"]) == (2, "no such key")
+    assert [content(tmp_path)[key] for key in ("code", "cause", "step")] == [2, "no such key", 5]
     RunStatus().begin(tmp_path)
     monkeypatch.setattr(status, "is_held", lambda folder: True)
     refused(tmp_path, 2, "no such key", "")
     assert content(tmp_path)["state"] == "running"
     assert lock.is_held is not status.is_held
+
+
+def test_a_start_that_fails_early_keeps_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where another rank writes it, which has not read the file."""
+    first = RunStatus()
+    first.begin(tmp_path)
+    first.at(9)
+    RunStatus().begin(tmp_path)
+    monkeypatch.setenv("RANK", "1")
+    other = RunStatus()
+    other.begin(tmp_path)
+    other.failed(1, "ImportError: x", "")
+    assert [content(tmp_path)[key] for key in ("state", "rank", "step")] == ["failed", 1, 9]
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"state": "done"}', '{"state": 3}', "x" * 10])
