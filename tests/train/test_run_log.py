@@ -139,16 +139,17 @@ def test_metrics_are_never_rewound_to_nothing(tmp_path: Path, step: int) -> None
     assert kept == ["first\n", '{"step": 7}\n']
 
 
-def test_waiting_lines_go_into_the_logs_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "pair", [["../evil", '{"step": 1}'], ["events.jsonl", "x"], ["metrics.jsonl"], "x", None, ["metrics.jsonl", "[1]"]]
+)
+def test_waiting_lines_go_into_the_logs_alone(pair: object, tmp_path: Path) -> None:
     """Whatever names the file gives: a checkpoint's folder may be a stranger's."""
     run, kept = tmp_path / "run", tmp_path / "kept"
     kept.mkdir()
-    pairs = [["../evil", '{"step": 1}'], ["metrics.jsonl", '{"step": 2}'], ["events.jsonl", "x"], ["metrics.jsonl"], "x", None]
-    (kept / "unwritten.jsonl").write_bytes("\n".join(map(json.dumps, pairs)).encode() + b"\n\xff\n")
-    log = RunLog(run)
-    log.take_waiting(kept)
-    assert lines(run) == [{"step": 2}]
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["kept", "metrics.jsonl", "run"]
+    (kept / "unwritten.jsonl").write_text(json.dumps(pair) + "\n")
+    with pytest.raises(UserError, match=r"unwritten\.jsonl holds what no run has left there .*: remove it"):
+        RunLog(run).take_waiting(kept)
+    assert not [path for path in tmp_path.rglob("*") if path.name not in ("kept", "run", "unwritten.jsonl")]
 
 
 @pytest.mark.parametrize("kind", ["file", "dangling link"])
