@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from visionloom.common.errors import UserError
+from visionloom.train import agreements
 from visionloom.train.agreements import _newest
 from visionloom.train.metrics import EVENTS, METRICS, WAITING, RunLog
 
@@ -54,7 +55,11 @@ def test_lines_that_waited_go_into_the_logs_of_the_run(victim: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("pointer", ["../../elsewhere", "/etc", "", "a\0b", "x" * 5000, "sft/none"])
-def test_the_pointer_to_the_newest_checkpoint_leads_nowhere_else(pointer: str, tmp_path: Path) -> None:
+def test_the_pointer_to_the_newest_checkpoint_leads_nowhere_else(
+    pointer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lies where it leads counts as a state that can be read."""
+    monkeypatch.setattr(agreements, "read_progress", lambda folder: (folder / "state.json").read_bytes())
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "state.json").write_text("{}")
     good = tmp_path / "run" / "checkpoints" / "sft" / "step-1"
