@@ -33,7 +33,15 @@ from visionloom.data.config import DatasetConfig
 from visionloom.launch import environment
 from visionloom.launch.causes import SECONDS_FOR_THE_CAUSE, hint_for, is_lost_connection, of_the_machine
 from visionloom.launch.claim import claim
-from visionloom.launch.exit import FAILURE, end_with_parent, exit_interrupted, exit_with, record_for_torchrun
+from visionloom.launch.exit import (
+    FAILURE,
+    end_with_parent,
+    exit_interrupted,
+    exit_with,
+    leave,
+    leave_with_traceback,
+    record_for_torchrun,
+)
 from visionloom.launch.explain import available, explain, groups, no_such_key, unknown_keys
 from visionloom.launch.options import HELP, Options, read_options
 from visionloom.launch.quiet import quiet_libraries
@@ -113,8 +121,8 @@ def work(command: Callable[[RunConfig], None], config: RunConfig) -> None:
         record_for_torchrun(error)
         if isinstance(error, MachineError):
             warn(f"error: {error}")
-            sys.exit(FAILURE)
-        raise
+            leave(FAILURE)
+        leave_with_traceback(error)
     status.current.done()
 
 

@@ -9,6 +9,7 @@ they were. Training waits only while tensors are staged.
 import json
 import os
 import queue
+import re
 import shutil
 import threading
 import time
@@ -27,6 +28,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyPara
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from visionloom.common.errors import UserError
+from visionloom.common.text import warn
 from visionloom.parallel.topology import Topology
 from visionloom.train.build import Stage
 from visionloom.train.checkpoint import (
@@ -44,6 +46,8 @@ from visionloom.train.state_file import CHECKPOINTS, STATE, Progress
 
 Report = Callable[..., None]
 """Called with an event's name and its fields."""
+STEP = re.compile("step-[0-9]{8}")
+"""Names of checkpoints."""
 MOST_FAILURES = 3
 """Failed saves in a row after which a run that tolerates them stops all the same."""
 
@@ -291,12 +295,16 @@ def _commit(save: Save, results: list[Any], hashes: dict[str, FileEntry]) -> Non
 def _retain(final: Path, settings: CheckpointConfig) -> None:
     """Remove old checkpoints of the phase: all but the newest `keep`, and one for each `keep_every_steps`.
 
-    Those of later steps than `final` are damaged ones that the run has passed over: they neither count nor go.
+    Those of later steps than `final` are damaged ones that the run has passed over: they neither count nor go. What has other names
+    than checkpoints is somebody else's.
     """
-    siblings = sorted(f for f in final.parent.glob("step-*") if f.suffix != ".tmp" and f.name <= final.name)
+    siblings = sorted(f for f in final.parent.iterdir() if STEP.fullmatch(f.name) and f.is_dir() and f.name <= final.name)
     for old in siblings[: -settings.keep]:
         if not (settings.keep_every_steps and int(old.name.removeprefix("step-")) % settings.keep_every_steps == 0):
-            shutil.rmtree(old)
+            try:
+                shutil.rmtree(old)
+            except OSError as error:  # the new one is whole all the same
+                warn(f"warning: {old} is no longer needed and could not be removed: {error.strerror}")
 
 
 def _flush(path: Path) -> None:

@@ -169,3 +169,27 @@ def test_torchruns_summary_shows_the_rank_that_failed_first(tmp_path: Path) -> N
     root = result.stderr.partition("Root Cause")[2]
     assert "rank      : 1" in root and "the cause of it all" in root
     assert json.loads((tmp_path / "status.json").read_text())["cause"] == "RuntimeError: the cause of it all"
+
+
+OPEN_GROUPS = """
+import atexit, os, signal, sys
+import torch.distributed as dist
+from visionloom.common.errors import MachineError, UserError
+from visionloom.launch import configure
+configure.check_paths = configure.check_agreements = lambda *_: None
+def command(config):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    atexit.register(os.kill, os.getpid(), signal.SIGSEGV)  # what gloo's threads do, now and then
+    raise {"UserError": UserError, "ValueError": ValueError, "MachineError": MachineError}[sys.argv[2]]("the cause")
+configure.start(command, ["+recipe=demo", f"run.folder={sys.argv[1]}"])
+"""
+
+
+@pytest.mark.parametrize(("error", "code"), [("UserError", 2), ("ValueError", 1), ("MachineError", 1)])
+def test_an_interpreter_that_crashes_on_its_way_out_does_not_hide_the_code(error: str, code: int, tmp_path: Path) -> None:
+    process = run_command("-c", OPEN_GROUPS, str(tmp_path), error, PYTHONPATH=str(ROOT / ".link"))
+    assert process.returncode == code
+    assert process.stderr.rstrip().endswith("ValueError: the cause" if error == "ValueError" else "error: the cause")
+    assert ("Traceback" in process.stderr) is (error == "ValueError")
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["state"], status["code"]) == ("failed", code) and status["cause"].endswith("the cause")
