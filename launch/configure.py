@@ -31,7 +31,7 @@ from visionloom.common.errors import MachineError, UserError
 from visionloom.common.text import say, warn
 from visionloom.data.config import DatasetConfig
 from visionloom.launch import environment
-from visionloom.launch.causes import SECONDS_FOR_THE_CAUSE, hint_for, is_lost_connection, of_the_machine
+from visionloom.launch.causes import SECONDS_FOR_THE_CAUSE, hint_for, is_lost_connection, is_out_of_memory, of_the_machine
 from visionloom.launch.claim import claim
 from visionloom.launch.exit import (
     FAILURE,
@@ -113,7 +113,9 @@ def work(command: Callable[[RunConfig], None], config: RunConfig) -> None:
     except Exception as error:
         if (told := of_the_machine(error, Path(config.run.folder))) is not None:
             exit_with(told)
-        cause = f"{type(error).__name__}: {error}"
+        cause = f"{type(error).__name__}: {error}".rstrip(": ")
+        if is_out_of_memory(error):
+            cause = f"out of memory: {cause}"
         if is_lost_connection(error):  # who watches that rank writes its cause; from another machine it is not seen
             time.sleep(SECONDS_FOR_THE_CAUSE)
             cause = f"the connection to another rank was lost, which ended first: {cause}"

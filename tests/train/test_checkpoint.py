@@ -539,8 +539,8 @@ def test_what_is_kept(tmp_path: Path, pool: RankPool, packs: list[TestPack]) -> 
         (phase / other).mkdir(parents=True)
     (phase / "step-00000000").write_text("a file")
     pool.run(1, save_many, layout_of("one", DENSE), packs, tmp_path)
-    there = {entry.name for entry in phase.iterdir()}
-    assert there >= (others := {"step-", "step-00000000", "step-0000000x", "step-1"})
+    there, others = {entry.name for entry in phase.iterdir()}, {"step-", "step-00000000", "step-0000000x", "step-1"}
+    assert there >= others
     kept = sorted(there - others)
     assert kept == ["step-00000004", "step-00000008", "step-00000009", "step-00000010"]
     assert (tmp_path / "checkpoints" / "latest").read_text() == "test/step-00000010\n"
