@@ -19,6 +19,8 @@ from visionloom.common.text import warn
 STATUS: Final = "status.json"
 REFRESH_SECONDS: Final = 2.0
 """How often the step is written while a run goes on."""
+AGENT: Final = "TORCHELASTIC_RUN_ID"
+"""Variable that torchrun's agent sets for its ranks."""
 State = Literal["running", "done", "failed"]
 
 
@@ -65,7 +67,8 @@ class RunStatus:
         if _rank() == 0:
             self.before = read_status(folder)
             self.step = self.before.step if self.before is not None else None
-            if self.before is not None and self.before.state == "failed" and _is_of_this_start(self.before):
+            early = self.before is not None and self.before.state == "failed" and _is_of_this_start(self.before)
+            if early and AGENT in os.environ:
                 return  # another rank was quicker, and has failed already
             self._write(Status("running", None, "", 0, self.step, "", _restarts()))
 
@@ -128,10 +131,8 @@ def write_status(folder: Path, status: Status) -> None:
 
 
 def _start() -> str:
-    """torchrun's agent and its attempt, or this process where there is none."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return str(os.getpid())
-    return f"{os.environ['TORCHELASTIC_RUN_ID']}/{os.getppid()}/{_restarts()}"
+    """The attempt of torchrun's agent, or this process where there is none."""
+    return f"{os.environ[AGENT]}/{os.getppid()}/{_restarts()}" if AGENT in os.environ else str(os.getpid())
 
 
 def _is_of_this_start(status: Status) -> bool:
