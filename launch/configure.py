@@ -31,9 +31,17 @@ from visionloom.common.errors import MachineError, UserError
 from visionloom.common.text import say, warn
 from visionloom.data.config import DatasetConfig
 from visionloom.launch import environment
-from visionloom.launch.causes import SECONDS_FOR_THE_CAUSE, hint_for, is_lost_connection, of_the_machine
+from visionloom.launch.causes import SECONDS_FOR_THE_CAUSE, hint_for, is_lost_connection, is_out_of_memory, of_the_machine
 from visionloom.launch.claim import claim
-from visionloom.launch.exit import FAILURE, end_with_parent, exit_interrupted, exit_with, record_for_torchrun
+from visionloom.launch.exit import (
+    FAILURE,
+    end_with_parent,
+    exit_interrupted,
+    exit_with,
+    leave,
+    leave_with_traceback,
+    record_for_torchrun,
+)
 from visionloom.launch.explain import available, explain, groups, no_such_key, unknown_keys
 from visionloom.launch.options import HELP, Options, read_options
 from visionloom.launch.quiet import quiet_libraries
@@ -105,7 +113,9 @@ def work(command: Callable[[RunConfig], None], config: RunConfig) -> None:
     except Exception as error:
         if (told := of_the_machine(error, Path(config.run.folder))) is not None:
             exit_with(told)
-        cause = f"{type(error).__name__}: {error}"
+        cause = f"{type(error).__name__}: {error}".rstrip(": ")
+        if is_out_of_memory(error):
+            cause = f"out of memory: {cause}"
         if is_lost_connection(error):  # who watches that rank writes its cause; from another machine it is not seen
             time.sleep(SECONDS_FOR_THE_CAUSE)
             cause = f"the connection to another rank was lost, which ended first: {cause}"
@@ -113,8 +123,8 @@ def work(command: Callable[[RunConfig], None], config: RunConfig) -> None:
         record_for_torchrun(error)
         if isinstance(error, MachineError):
             warn(f"error: {error}")
-            sys.exit(FAILURE)
-        raise
+            leave(FAILURE)
+        leave_with_traceback(error)
     status.current.done()
 
 

@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from visionloom.common.errors import UserError
 from visionloom.common.places import PlaceError, locate, read_located
 from visionloom.common.text import one_line
+from visionloom.launch.words import whole
 
 LARGEST: Final = 1 << 17
 """Bytes of a recipe: 128 KiB, some thirty times our largest; YAML is read at about 100 KiB a second."""
@@ -35,6 +36,7 @@ DEEPEST: Final = 12
 NUMBER: Final = 40
 """Characters of a number."""
 PLAIN: Final = frozenset(f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str", "seq", "map", "merge"))
+FLOAT, WHOLE = "tag:yaml.org,2002:float", "tag:yaml.org,2002:int"
 RESERVED: Final = tuple((name + end,) for name in ("hydra", "schema") for end in ("", ".yaml"))
 """Names of Hydra's own groups, and of the schema that gives every option its type: no file stands in for them."""
 CODE: Final = re.compile(r"_[a-z]+_")
@@ -233,9 +235,11 @@ class _Check:
         return sum(below), deepest + 1
 
     def scalar(self, node: yaml.ScalarNode) -> None:
-        """Refuse endless numbers, and references to anything but other values and variables named VISIONLOOM_*."""
+        """Read 15e12 as the whole number it is; refuse endless numbers, and references to anything but other values and variables named VISIONLOOM_*."""
         if not node.tag.endswith(":str") and len(node.value) > NUMBER:
             self.refuse(node, f"a number of {len(node.value)} characters")
+        if node.tag == FLOAT and (number := whole(node.value)) is not None:
+            node.tag, node.value = WHOLE, str(number)  # which fits an option of either kind
         if "${" not in node.value:
             return
         rest, _ = VARIABLE.subn("", node.value)

@@ -28,6 +28,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyPara
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from visionloom.common.errors import UserError
+from visionloom.common.text import warn
 from visionloom.parallel.topology import Topology
 from visionloom.train.build import Stage
 from visionloom.train.checkpoint import (
@@ -294,13 +295,17 @@ def _commit(save: Save, results: list[Any], hashes: dict[str, FileEntry]) -> Non
 def _retain(final: Path, settings: CheckpointConfig) -> None:
     """Remove old checkpoints of the phase: all but the newest `keep`, and one for each `keep_every_steps`.
 
-    Those of later steps than `final` are damaged ones that the run has passed over: they neither count nor go.
+    Those of later steps than `final` are damaged ones that the run has passed over: they neither count nor go. What has other names
+    than checkpoints is somebody else's.
     """
-    steps = (f for f in final.parent.glob("step-*") if NUMBERED.fullmatch(f.name) and not f.is_symlink())
+    steps = (f for f in final.parent.glob("step-*") if NUMBERED.fullmatch(f.name) and f.is_dir() and not f.is_symlink())
     siblings = sorted(f for f in steps if f.name <= final.name)
     for old in siblings[: -settings.keep]:
         if not (settings.keep_every_steps and int(old.name.removeprefix("step-")) % settings.keep_every_steps == 0):
-            shutil.rmtree(old)
+            try:
+                shutil.rmtree(old)
+            except OSError as error:  # the new one is whole all the same
+                warn(f"warning: {old} is no longer needed and could not be removed: {error.strerror}")
 
 
 def _flush(path: Path) -> None:

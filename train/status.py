@@ -17,8 +17,10 @@ from visionloom.common.lock import is_held
 from visionloom.common.text import warn
 
 STATUS: Final = "status.json"
-REFRESH_SECONDS: Final = 10.0
+REFRESH_SECONDS: Final = 2.0
 """How often the step is written while a run goes on."""
+AGENT: Final = "TORCHELASTIC_RUN_ID"
+"""Variable that torchrun's agent sets for its ranks."""
 State = Literal["running", "done", "failed"]
 
 
@@ -40,6 +42,8 @@ class Status:
     """What to do next."""
     restarts: int = 0
     """How often torchrun has started the ranks anew (`--max-restarts`)."""
+    start: str = field(default_factory=lambda: _start())
+    """What the ranks of one start on one machine have alike, and no other start there has."""
     host: str = field(default_factory=socket.gethostname)
     pid: int = field(default_factory=os.getpid)
     time: str = field(default_factory=lambda: time.strftime("%Y-%m-%d %H:%M:%S"))
@@ -63,6 +67,9 @@ class RunStatus:
         if _rank() == 0:
             self.before = read_status(folder)
             self.step = self.before.step if self.before is not None else None
+            early = self.before is not None and self.before.state == "failed" and _is_of_this_start(self.before)
+            if early and AGENT in os.environ:
+                return  # another rank was quicker, and has failed already
             self._write(Status("running", None, "", 0, self.step, "", _restarts()))
 
     def at(self, step: int) -> None:
@@ -82,7 +89,7 @@ class RunStatus:
         if self._folder is None:
             return
         found = read_status(self._folder)
-        if found is None or found.state == "running":
+        if found is None or found.state == "running" or (found.host == socket.gethostname() and not _is_of_this_start(found)):
             step = self.step if self.step is not None or found is None else found.step
             self._write(Status("failed", code, cause, _rank() if rank is None else rank, step, hint, _restarts()))
 
@@ -121,6 +128,15 @@ def write_status(folder: Path, status: Status) -> None:
         draft.replace(target)
     except OSError as fault:
         warn(f"warning: {target} could not be written: {fault.strerror}")
+
+
+def _start() -> str:
+    """The attempt of torchrun's agent, or this process where there is none."""
+    return f"{os.environ[AGENT]}/{os.getppid()}/{_restarts()}" if AGENT in os.environ else str(os.getpid())
+
+
+def _is_of_this_start(status: Status) -> bool:
+    return status.start == _start() and status.host == socket.gethostname()
 
 
 def _rank() -> int:

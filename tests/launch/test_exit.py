@@ -187,3 +187,27 @@ def test_a_traceback_for_torchrun_gives_no_orders(tmp_path: Path, monkeypatch: p
     message = json.loads(record.read_text())["message"]
     assert message["message"] == "ValueError: of \\x1b[2J\\x9b"
     assert "KeyError" in message["extraInfo"]["py_callstack"] and message["extraInfo"]["timestamp"].isdigit()
+
+
+OPEN_GROUPS = """
+import atexit, os, signal, sys
+import torch.distributed as dist
+from visionloom.common.errors import MachineError, UserError
+from visionloom.launch import configure
+configure.check_paths = configure.check_agreements = lambda *_: None
+def command(config):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    atexit.register(os.kill, os.getpid(), signal.SIGSEGV)  # what gloo's threads do, now and then
+    raise {"UserError": UserError, "ValueError": ValueError, "MachineError": MachineError}[sys.argv[2]]("the cause")
+configure.start(command, ["+recipe=demo", f"run.folder={sys.argv[1]}"])
+"""
+
+
+@pytest.mark.parametrize(("error", "code"), [("UserError", 2), ("ValueError", 1), ("MachineError", 1)])
+def test_an_interpreter_that_crashes_on_its_way_out_does_not_hide_the_code(error: str, code: int, tmp_path: Path) -> None:
+    process = run_command("-c", OPEN_GROUPS, str(tmp_path), error, PYTHONPATH=str(ROOT / ".link"))
+    assert process.returncode == code
+    assert process.stderr.rstrip().endswith("ValueError: the cause" if error == "ValueError" else "error: the cause")
+    assert ("Traceback" in process.stderr) is (error == "ValueError")
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["state"], status["code"]) == ("failed", code) and status["cause"].endswith("the cause")

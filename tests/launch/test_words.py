@@ -65,6 +65,34 @@ def test_small_numbers(written: str) -> None:
     assert composed(f"phases.align.lr={written}").phases["align"].lr == 1e-5
 
 
+@pytest.mark.parametrize("written", ["15e12", "1.5e13", "15E+12", "15000000000000", "15_000_000_000_000"])
+def test_large_numbers(written: str, tmp_path: Path) -> None:
+    """A budget of tokens as people write it, as a word and in a recipe; 2e-1 is none."""
+    words = ["phases.align.steps=null", "phases.align.sequence_length=8192", "phases.align.global_batch=1024"]
+    assert composed(*words, f"phases.align.tokens={written}").phases["align"].tokens == 15 * 10**12
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe" / "own.yaml").write_text(
+        f"# @package _global_\ndefaults: [/recipe/demo, _self_]\nphases: {{align: {{steps: null, tokens: {written}, lr: 1e0}}}}\n"
+    )
+    config = compose(["--config-dir", str(tmp_path), "+recipe=own", *words], 1)
+    assert config is not None
+    assert (config.phases["align"].tokens, config.phases["align"].lr) == (15 * 10**12, 1.0)
+    assert "phases.align.tokens" in fault("phases.align.tokens=2e-1")
+
+
+def test_a_seed_may_be_a_time() -> None:
+    """In milliseconds, or as digits of a date; it gives weights as any other."""
+    for seed in (2**40, 20261126054136, 2**62):
+        assert composed(f"run.seed={seed}").run.seed == seed
+
+
+def test_a_phase_of_words_alone() -> None:
+    """All of the recipe's taken out and another one put in."""
+    removed = [f"~phases.{name}" for name in composed().phases]
+    config = composed(*removed, "+phases.mine={steps: 2, sequence_length: 256, global_batch: 2}")
+    assert list(config.phases) == ["mine"]
+
+
 @pytest.mark.parametrize("name", ["a=b", "a,b", "数据", "my dir", "a%20b", "(x)"])
 def test_folders_and_names_of_own_recipes(name: str, tmp_path: Path) -> None:
     recipe = tmp_path / name / "recipe" / f"{name}.yaml"

@@ -540,8 +540,15 @@ def test_what_a_run_begins_with_is_verified_too(tmp_path: Path, pool: RankPool, 
 
 
 def test_what_is_kept(tmp_path: Path, pool: RankPool, packs: list[TestPack]) -> None:
+    """Nothing but checkpoints goes, and what has another name is in nobody's way."""
+    phase = tmp_path / "checkpoints" / "test"
+    for other in ("step-", "step-0000000x", "step-1"):
+        (phase / other).mkdir(parents=True)
+    (phase / "step-00000000").write_text("a file")
     pool.run(1, save_many, layout_of("one", DENSE), packs, tmp_path)
-    kept = sorted(folder.name for folder in (tmp_path / "checkpoints" / "test").iterdir())
+    there, others = {entry.name for entry in phase.iterdir()}, {"step-", "step-00000000", "step-0000000x", "step-1"}
+    assert there >= others
+    kept = sorted(there - others)
     assert kept == ["step-00000004", "step-00000008", "step-00000009", "step-00000010"]
     assert (tmp_path / "checkpoints" / "latest").read_text() == "test/step-00000010\n"
     state = json.loads((tmp_path / "checkpoints" / "test" / "step-00000010" / "state.json").read_text())

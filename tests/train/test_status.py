@@ -83,6 +83,28 @@ def test_a_start_that_fails_early_keeps_the_step(tmp_path: Path, monkeypatch: py
     assert [content(tmp_path)[key] for key in ("state", "rank", "step")] == ["failed", 1, 9]
 
 
+def test_a_rank_that_fails_before_the_main_rank_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its cause stays, whatever an earlier start has left; the next attempt of the same agent begins as any other."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    earlier = RunStatus()
+    earlier.begin(tmp_path)
+    earlier.done()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setenv("RANK", "1")
+    other = RunStatus()
+    other.begin(tmp_path)
+    other.failed(1, "ValueError: the cause", "")
+    monkeypatch.setenv("RANK", "0")
+    main = RunStatus()
+    main.begin(tmp_path)
+    main.failed(1, "rank 1 ended with exit code 1", "")
+    assert [content(tmp_path)[key] for key in ("state", "cause", "rank")] == ["failed", "ValueError: the cause", 1]
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
+    RunStatus().begin(tmp_path)
+    assert [content(tmp_path)[key] for key in ("state", "restarts")] == ["running", 2]
+
+
 @pytest.mark.parametrize("text", ["", "[]", '{"state": "done"}', '{"state": 3}', "x" * 10])
 def test_a_file_of_another_version_is_no_status(text: str, tmp_path: Path) -> None:
     (tmp_path / "status.json").write_text(text)

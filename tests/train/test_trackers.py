@@ -4,6 +4,7 @@ Reference: TensorBoard's own event reader; wandb offline, as it runs without an 
 """
 
 import importlib.util
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,16 @@ def fake_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str
         return calls
 
     return make
+
+
+@pytest.mark.parametrize("held", [b"\xff\xfe", b"", b"a/../b", b"x" * 100])
+def test_an_id_that_cannot_be_is_made_anew(tmp_path: Path, held: bytes) -> None:
+    """A file that a full disk or another hand has left."""
+    path = tmp_path / "wandb" / "run_id"
+    path.parent.mkdir()
+    path.write_bytes(held)
+    made = trackers_module._run_id(tmp_path)
+    assert re.fullmatch("[0-9a-f]{12}", made) and trackers_module._run_id(tmp_path) == made == path.read_text()
 
 
 @pytest.mark.usefixtures("offline")

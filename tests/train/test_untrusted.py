@@ -105,6 +105,14 @@ def test_what_goes_along_with_an_older_import_may_be_unlisted(folder: Path) -> N
     assert fault(folder) == ""
 
 
+@pytest.mark.parametrize("state", ["[]", "{}", '{"step": "six"}', "\xff", ""])
+def test_a_state_of_another_form_is_damage(folder: Path, state: str) -> None:
+    """Though its hash is right: a run passes over such a checkpoint as over any damaged one."""
+    (folder / "state.json").write_text(state)
+    list_files(folder)
+    assert "state.json cannot be used" in fault(folder)
+
+
 def test_names_are_shown_without_what_a_terminal_obeys(folder: Path) -> None:
     (folder / "\x1b[2Jevil\n").write_bytes(b"")
     assert fault(folder).startswith("\\x1b[2Jevil\\n is there")
