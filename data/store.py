@@ -4,6 +4,7 @@ A local shard that vanished or shrank costs its samples (MissingBytes). A remote
 fault: after retries StoreError stops the run.
 """
 
+import io
 import os
 import random
 import re
@@ -44,8 +45,11 @@ CACHES: Final = ("simplecache", "filecache", "blockcache")
 """What may stand before it, with :: behind."""
 LARGEST_WHOLE: Final = 1 << 30
 """Bytes of a file that is read whole: 1 GiB, a dataset.json of two million shards."""
+LARGEST_ANSWER: Final = 1 << 28
+"""And by HTTP, where two attempts may be under way at once: 256 MiB, half a million shards."""
 
-
+_PIECE: Final = 1 << 20
+"""Bytes of an answer taken at once."""
 _LONGEST_CAUSE: Final = 500
 """Characters of an error's own words; a server may have chosen them."""
 MEND: Final = "put the file itself there, or give the folder that it leads to"
@@ -103,7 +107,16 @@ def open_store(path: str, option: str, config: StoreConfig) -> Store:
             f" {', '.join(SCHEMES)}; before it, with ::, only {', '.join(CACHES)}"
         )
     cache = RangeCache(Path(config.cache), config.cache_bytes) if config.cache else None
-    source: Source = HttpSource(path, config) if match[1].lower() in ("http", "https") else FsspecSource(path, option)
+    try:
+        source: Source = HttpSource(path, config) if match[1].lower() in ("http", "https") else FsspecSource(path, option)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{option}: {shown(path)} is no URL of a folder: {error}") from None
+    except OSError as error:  # file systems that connect when they are made
+        raise UserError(
+            f"{option}: {shown(path)} cannot be reached: {error}: check the host, and that its client is there"
+        ) from None
     return RemoteStore(source, shown(path), config, cache)
 
 
@@ -113,12 +126,16 @@ def _refused(url: str) -> str:
     names = [one.partition("://")[0].lower() for one in before]
     match = _URL.match(last)
     end = match[1].lower() if match and last[match.end() :].startswith("//") else last[:20]
-    return next((name for name in names if name not in CACHES), end if end not in SCHEMES else "")
+    refused = [name for name in names if name not in CACHES] + [name for name in (end,) if name not in SCHEMES]
+    return (refused[0] or "a link of the chain without a scheme") if refused else ""  # fsspec takes none for a local folder
 
 
 def shown(url: str) -> str:
     """A URL without user, password and query, which may be secrets."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # brackets that close nothing, or hold no address: where its parts end nobody knows
+        return f"{url.partition('://')[0]}://..."
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", "")).rstrip("/")
 
 
@@ -312,6 +329,9 @@ class HttpSource:
         import urllib3
 
         self._parts = urlsplit(url)
+        if not self._parts.hostname or self._parts.port == 0:  # `port` raises ValueError for what is none
+            raise ValueError("a host is missing, as in http://HOST/FOLDER")
+        self._seconds = config.timeout_seconds
         limits = urllib3.Timeout(connect=config.timeout_seconds, read=config.timeout_seconds)
         only_redirects = urllib3.Retry(total=None, connect=0, read=0, status=0, other=0, redirect=5)
         options: dict[str, Any] = {"maxsize": CONNECTIONS, "timeout": limits, "retries": only_redirects}
@@ -338,7 +358,7 @@ class HttpSource:
             response = self._pool.request("GET", url, headers=fields, preload_content=False)
             try:
                 _check_answer(response, shown(url), offset, length)
-                data: bytes = response.read()
+                data = _body(response, LARGEST_ANSWER if length is None else length, self._seconds)
             finally:
                 response.close()  # a connection whose answer was read to its end is back in the pool by now
         except urllib3.exceptions.HTTPError as error:
@@ -346,6 +366,21 @@ class HttpSource:
         if length is not None and len(data) != length:
             raise Transient(f"{len(data)} bytes came instead of {length}")
         return data
+
+
+def _body(response: Any, most: int, seconds: float) -> bytes:
+    """The bytes of an answer as they came, not unpacked; raises Transient where there are more than `most`.
+
+    Nobody waits for it after `seconds`, and a second for each SLOWEST bytes: an answer without an end would go on in its thread.
+    """
+    end, found = time.monotonic() + seconds + most / SLOWEST, io.BytesIO()
+    for piece in response.stream(_PIECE, decode_content=False):
+        found.write(piece)
+        if found.tell() > most:
+            raise Transient(f"more than {most} bytes came")
+        if time.monotonic() > end:
+            raise Transient("the answer has no end")
+    return found.getvalue()
 
 
 def _check_answer(response: Any, url: str, offset: int, length: int | None) -> None:
@@ -369,7 +404,7 @@ def _check_answer(response: Any, url: str, offset: int, length: int | None) -> N
     wanted = f"bytes {offset}-{offset + (length or 0) - 1}/"
     if status == 206 and not sent.get("Content-Range", "").startswith(wanted):
         raise Transient(f"another range came: {sent.get('Content-Range')!r} instead of {wanted}*")
-    if int(sent.get("Content-Length", length)) != length:
+    if sent.get("Content-Length", str(length)) != str(length):
         raise Transient(f"{sent['Content-Length']} bytes are coming instead of {length}")
 
 
@@ -391,8 +426,6 @@ class FsspecSource:
         except ImportError as error:
             fix = "pip install visionloom[s3]" if url.startswith("s3") else "install the package of fsspec that it names"
             raise UserError(f"{option}: {shown(url)} cannot be opened: {error}: {fix}") from None
-        except ValueError as error:
-            raise UserError(f"{option}: {shown(url)} is no URL of a folder: {error}") from None
 
     def range(self, file: str, offset: int, length: int) -> bytes:
         """See Source."""

@@ -255,6 +255,7 @@ def test_names_of_a_remote_shard_are_names_and_no_part_of_an_address() -> None:
         "simplecache::local://{x}", "filecache::zip://a.zip::file://{x}", "zip://*::s3://a/b", "dir::file://{x}",
         "reference::http://a/b.json", "github://a:b@c/d", "git:///x", "python:os", "data:,x", "simplecache::{x}", "dask::file://{x}",
         "jupyter://x", "ssh://a/b", "smb://a/b", "generic::file://{x}", "blockcache::dirfs::file://{x}", "simplecache:file://{x}",
+        "simplecache::", "simplecache::::file://{x}", "simplecache::filecache::::{x}", "simplecache::::", "simplecache::::s3://a/b",
     ],
 )  # fmt: skip
 def test_urls_are_unchained_and_their_schemes_are_from_a_list(url: str, tmp_path: Path) -> None:

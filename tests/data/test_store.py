@@ -1,5 +1,6 @@
 """Remote stores: what goes wrong on the way is repaired, what cannot be is one clear error, and nothing hangs."""
 
+import gzip
 import math
 import os
 import pickle
@@ -10,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -170,6 +172,43 @@ def test_what_is_not_there_is_named(server: FaultyServer, tmp_path: Path) -> Non
         Dataset.open("nosuch://a/b", "x")
     with pytest.raises(StoreError, match="cannot be read: 4 attempts"):
         Dataset.open("http://127.0.0.1:9/set", "x", config=QUICK)
+
+
+@pytest.mark.parametrize(
+    "url", ["http://[x", "https://", "http:///a", "http://x:99999/", "http://x:y/", "http://user:secret@[x/"]
+)
+def test_addresses_without_a_host_are_refused(url: str) -> None:
+    with pytest.raises(UserError, match=r"^data\.datasets\.x\.path: http.* is no URL of a folder: ") as error:
+        Dataset.open(url, "x", config=QUICK)
+    assert "secret" not in str(error.value)
+
+
+def test_a_file_system_that_cannot_connect_is_named() -> None:
+    with pytest.raises(UserError, match=r"^data\.datasets\.x\.path: ftp://127\.0\.0\.1:9 cannot be reached"):
+        Dataset.open("ftp://127.0.0.1:9", "x", config=QUICK)
+
+
+def test_answers_without_an_end_and_packed_ones_take_no_memory(server: FaultyServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page of a stranger's server, which unpacks to a thousand times its size, or goes on for ever."""
+    monkeypatch.setattr("visionloom.data.store.LARGEST_ANSWER", 1 << 20)
+    packed = gzip.compress(bytes(1 << 24))
+    body = {"packed": packed, "chunks": (b"%x\r\n" % (1 << 16) + bytes(1 << 16) + b"\r\n") * 64}
+
+    def answer(handler: Any) -> None:
+        name = handler.path.rsplit("/", 1)[1]
+        handler.send_response(200)
+        ends = ("Content-Length", str(len(packed))) if name == "packed" else ("Transfer-Encoding", "chunked")
+        for header, value in (("Content-Encoding", "gzip" if name == "packed" else "identity"), ends):
+            handler.send_header(header, value)
+        handler.end_headers()
+        handler.wfile.write(body[name])
+        handler.close_connection = True
+
+    monkeypatch.setattr("visionloom.tests.data.faulty_server._Handler.do_GET", answer)
+    store = open_store(server.url, "data.datasets.x.path", QUICK)
+    assert store.whole("packed") == packed
+    with pytest.raises(StoreError, match="more than 1048576 bytes came"):
+        store.whole("chunks")
 
 
 def test_s3_without_its_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
