@@ -38,11 +38,10 @@ from visionloom.launch.exit import (
     end_with_parent,
     exit_interrupted,
     exit_with,
-    leave,
-    leave_with_traceback,
+    keep_code,
     record_for_torchrun,
 )
-from visionloom.launch.explain import available, explain, groups, no_such_key, unknown_keys
+from visionloom.launch.explain import available, explain, groups, no_such_key, nothing_to_remove, unknown_keys
 from visionloom.launch.options import HELP, Options, read_options
 from visionloom.launch.quiet import quiet_libraries
 from visionloom.launch.recipe_files import RecipeSource
@@ -57,8 +56,10 @@ MISSING_PATHS_SHOWN = 3
 WRITTEN = ("run.folder", "data.cache", "data.store.cache")
 """Options that name folders which a run writes to."""
 # Words that Hydra cannot apply: OmegaConf refuses to override inside an optional section that is None (a phase's layout), and
-# to add an entry to a mapping of dataclasses. They are applied after composing, so `--cfg job` does not show them.
-LATE = re.compile(r"\+{0,2}phases\.[^.=]+\.parallel[.=]|\+{1,2}(?:phases|data\.datasets|data\.validation)\.[^.=]+[.=]")
+# to add an entry to a mapping of dataclasses; of entries to remove it does not say which there are. They are applied after composing.
+LATE = re.compile(
+    r"~(?:phases|data\.datasets|data\.validation)\.[^.=]+$|\+{0,2}phases\.[^.=]+\.parallel[.=]|\+{1,2}(?:phases|data\.datasets|data\.validation)\.[^.=]+[.=]"
+)
 
 
 def start(
@@ -121,10 +122,11 @@ def work(command: Callable[[RunConfig], None], config: RunConfig) -> None:
             cause = f"the connection to another rank was lost, which ended first: {cause}"
         status.current.failed(FAILURE, cause, hint_for(error))
         record_for_torchrun(error)
+        keep_code(FAILURE)
         if isinstance(error, MachineError):
             warn(f"error: {error}")
-            leave(FAILURE)
-        leave_with_traceback(error)
+            sys.exit(FAILURE)
+        raise
     status.current.done()
 
 
@@ -309,6 +311,12 @@ def _apply(config: DictConfig, override: Override) -> None:
     parts = override.key_or_group.split(".")
     depth = 1 if parts[0] == "phases" else 2
     mapping, name, fields = OmegaConf.select(config, ".".join(parts[:depth])), parts[depth], parts[depth + 1 :]
+    if override.is_delete():
+        if name not in mapping:
+            raise UserError(nothing_to_remove(override.key_or_group, list(map(str, mapping))))
+        with open_dict(mapping):
+            del mapping[name]
+        return
     if name not in mapping and (override.is_add() or override.is_force_add()) and (not fields or parts[0] == "data"):
         with open_dict(mapping):
             mapping[name] = PhaseConfig() if parts[0] == "phases" else DatasetConfig()

@@ -4,6 +4,7 @@ torchrun ends all ranks as soon as one has failed. So the rank that speaks leave
 a rank that left first would have the speaker killed before it has spoken.
 """
 
+import atexit
 import contextlib
 import ctypes
 import json
@@ -50,27 +51,25 @@ def exit_with(error: Exception, folder: str = "", everywhere: bool = False) -> N
             status.current.failed(USER_ERROR, str(error), hint)
     else:
         time.sleep(SECONDS_UNTIL_ENDED)
-    leave(USER_ERROR)
+    keep_code(USER_ERROR)
+    sys.exit(USER_ERROR)
 
 
-def leave(code: int) -> NoReturn:
-    """End this process with its exit code, at once where process groups are open.
+def keep_code(code: int) -> None:
+    """Have this process end with an exit code once nobody catches what ends it, where process groups are open.
 
     Threads of gloo go on while the interpreter is taken down, and were seen to end it by SIGSEGV in place of the code.
     """
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError):
-                stream.flush()
-        os._exit(code)
-    sys.exit(code)
+        atexit.register(_end, code)
 
 
-def leave_with_traceback(error: Exception) -> NoReturn:
-    """End on an error that nobody expected, with exit code 1; torch's hook puts the rank before each line."""
-    sys.excepthook(type(error), error, error.__traceback__)
-    leave(FAILURE)
+def _end(code: int) -> NoReturn:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def exit_interrupted() -> NoReturn:
@@ -79,9 +78,7 @@ def exit_interrupted() -> NoReturn:
     status.current.failed(INTERRUPTED, "interrupted (Ctrl-C)", "start the same command again to resume")
     if _may_speak(everywhere=False):
         warn("interrupted; start the same command again to resume")
-    with contextlib.suppress(OSError):
-        sys.stdout.flush()
-    os._exit(INTERRUPTED)  # threads that write or wait are not waited for
+    _end(INTERRUPTED)  # threads that write or wait are not waited for
 
 
 def end_with_parent() -> None:

@@ -67,6 +67,12 @@ def no_such_key(path: str) -> str:
     return f"no such key: {one_line(path)}" + (f" (did you mean {' or '.join(close)}?)" if close else "")
 
 
+def nothing_to_remove(path: str, names: list[str]) -> str:
+    """The line for a `~word` whose section does not have the name; `names` are those that it has."""
+    close = _did_you_mean(path.rpartition(".")[2], names)
+    return f"~{one_line(path)}: there is nothing of that name{close}" + (f", there are {', '.join(names)}" if names else "")
+
+
 def suggestions(path: str) -> list[str]:
     """At most two dotted paths of the schema that the user may have meant, best first.
 
@@ -156,6 +162,8 @@ def _fault(error: Exception) -> str:
         return f"{cause.full_key}: {'the value must be a list: [a, b]' if wants_list else _first_line(cause)}"
     if group := re.match(r"(?:In '[^']+': )?Could not override '([^']+)'", str(error)):
         return f"no such group: {group[1]}{_did_you_mean(group[1], groups())}"
+    if removed := re.match(r"Could not delete from config\. '([^']+)' does not exist", str(error)):
+        return nothing_to_remove(removed[1], [path.rpartition(".")[2] for path in suggestions(removed[1])])
     if "An item is already at" in str(error):
         return f"{_first_line(error)} Write it without the plus"
     return _first_line(error)
@@ -172,6 +180,10 @@ def _cause_with_key(error: BaseException | None) -> OmegaConfBaseException | Non
 def _missing_key(cause: OmegaConfBaseException) -> str:
     """A key that a section does not have, or a name that a mapping does not have."""
     path, parent = str(cause.full_key), cause.parent_node
+    if path == "recipe":
+        return "its values are not those of a run: begin the file with the line `# @package _global_`"
+    if path in typing.get_type_hints(RunConfig):
+        return f"{path} cannot be removed: name what is in it, as in ~{path}.{ANY}"
     if not isinstance(parent, DictConfig) or dataclasses.is_dataclass(OmegaConf.get_type(parent)):
         return no_such_key(path)
     names = list(map(str, parent))

@@ -118,7 +118,7 @@ class RecipeSource(ConfigSource):
         name = self._normalize_file_name(config_path)
         path = f"{self.path}/{name}"
         try:
-            text = read_located(Path(self.path), name, LARGEST).decode()
+            text = read_located(Path(self.path), name, LARGEST).decode("utf-8-sig")  # editors of Windows put a mark first
             header = self._get_header_dict(text[:512])
         except PlaceError as error:
             raise UserError(f"{path} {error}") from None

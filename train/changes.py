@@ -13,10 +13,12 @@ from visionloom.common.errors import UserError
 from visionloom.common.settings import Change, Option, Rules, options
 from visionloom.common.text import one_line
 from visionloom.train.config import RunConfig
-from visionloom.train.state_file import Progress, model_of
+from visionloom.train.state_file import Progress, absolute, model_of
 
 PHASES = "phases"
 """The names of the phases before the one in progress, as a setting: they count as done."""
+WEIGHTS = ("init.huggingface", "init.checkpoint")
+"""Folders, which may be written in another way, or from another working folder."""
 SHOWN = 80
 """Characters of a checkpoint's value in a message."""
 
@@ -74,6 +76,8 @@ def _changed(config: RunConfig, progress: Progress) -> Iterator[Changed]:
     adapters = config.lora.rank or before.get("lora.rank")
     for each in _counting(config, progress.phase):
         if each.name not in before or before[each.name] == each.value:
+            continue
+        if each.name in WEIGHTS and each.value and absolute(each.value) == progress.inputs.get("weights"):
             continue
         if each.name == PHASES and not _reordered(config, progress.phase, before[PHASES]):
             continue

@@ -93,6 +93,32 @@ def test_a_phase_of_words_alone() -> None:
     assert list(config.phases) == ["mine"]
 
 
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("~phases.algn", "~phases.algn: there is nothing of that name (did you mean align?), there are towers, align, "),
+        ("~data.datasets.txt", "~data.datasets.txt: there is nothing of that name (did you mean text?), there are "),
+        ("~data.validation.txt", "(did you mean text?)"),
+        ("~run.nmae", "~run.nmae: there is nothing of that name (did you mean name?)"),
+        ("~phases", "phases cannot be removed: name what is in it, as in ~phases.<name>"),
+    ],
+)
+def test_what_cannot_be_removed(word: str, expected: str) -> None:
+    assert expected in fault(word)
+
+
+def test_a_recipe_as_editors_write_it(tmp_path: Path) -> None:
+    """With a byte order mark and CRLF, as on Windows; without the line that says where its values go."""
+    (tmp_path / "recipe").mkdir()
+    text = "# @package _global_\r\ndefaults:\r\n  - /recipe/demo\r\n  - _self_\r\nrun: {name: mine}\r\n"
+    (tmp_path / "recipe" / "own.yaml").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    config = compose(["--config-dir", str(tmp_path), "+recipe=own", "~phases.align"], 1)
+    assert config is not None and config.run.name == "mine" and "align" not in config.phases
+    (tmp_path / "recipe" / "own.yaml").write_text(text.partition("\n")[2])
+    with pytest.raises(UserError, match="begin the file with the line `# @package _global_`"):
+        compose(["--config-dir", str(tmp_path), "+recipe=own"], 1)
+
+
 @pytest.mark.parametrize("name", ["a=b", "a,b", "数据", "my dir", "a%20b", "(x)"])
 def test_folders_and_names_of_own_recipes(name: str, tmp_path: Path) -> None:
     recipe = tmp_path / name / "recipe" / f"{name}.yaml"

@@ -113,6 +113,16 @@ def test_free_settings_pass(word: str) -> None:
     assert changes(config(word), progress(config()), "D") == []
 
 
+def test_a_folder_may_be_written_in_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights that a run began with, by a path from another working folder."""
+    kept = replace(progress(config("init.huggingface=hf/x")), inputs={"weights": "/models/hf/x"})
+    monkeypatch.chdir("/")
+    for same in ("models/hf/x", "/models/hf/x/", "hf/x"):
+        assert changes(config(f"init.huggingface={same}"), kept, "D") == []
+    with pytest.raises(UserError, match=r"init\.huggingface was hf/x, now /models/hf/y"):
+        changes(config("init.huggingface=/models/hf/y"), kept, "D")
+
+
 ORDERS = {
     "as before": (["align", "multimodal", "sft"], ""),
     "more to come": (["align", "multimodal", "sft", "long"], ""),

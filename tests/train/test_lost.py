@@ -43,6 +43,24 @@ def without_log(config: RunConfig, from_line: int) -> str:
         RunLog._write = written  # type: ignore[method-assign]
 
 
+def without_last_event(config: RunConfig) -> str:
+    """Train with an events.jsonl that does not take the last line (runs in the pool)."""
+    from visionloom.train.metrics import RunLog
+
+    written = RunLog._write
+
+    def write(self: RunLog, name: str, line: str) -> str:
+        if name == "events.jsonl" and json.loads(line)["event"] == "done":
+            return f"{self.folder / name}: No space left on device"
+        return written(self, name, line)
+
+    RunLog._write = write  # type: ignore[method-assign]
+    try:
+        return outcome(config)
+    finally:
+        RunLog._write = written  # type: ignore[method-assign]
+
+
 def events(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
 
@@ -80,3 +98,25 @@ def test_a_log_that_cannot_be_written_ends_the_run_saved(ranks: int, pool: RankP
     assert [line["step"] for line in metrics(folder)] == [1, 2]
     assert pool.run(ranks, outcome, config) == ["done"] * ranks
     assert [line["step"] for line in metrics(folder)] == list(range(1, 9)), "the third came with the checkpoint"
+
+
+def test_a_log_that_fails_after_the_last_step_is_told(pool: RankPool, demo_data: Path, tmp_path: Path) -> None:
+    """No step follows that would look at it: the run would end with 0 and without its last lines. The next start is done."""
+    folder = tmp_path / "run"
+    config = run_config(demo_data, folder, 4, 2)
+    assert set(pool.run(2, without_last_event, config)) == {
+        f"{folder}/events.jsonl: No space left on device: the run's log cannot be written; the run is saved after step 4:"
+        " make room, and start the same command again"
+    }
+    assert pool.run(2, outcome, config) == ["done"] * 2
+    assert events(folder)[-1]["event"] == "done" and events(folder)[-1]["step"] == 4
+
+
+def test_a_run_that_ended_before_its_first_checkpoint(pool: RankPool, demo_data: Path, tmp_path: Path) -> None:
+    """It begins anew without being told to, and the lines that it had are kept."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+    assert pool.run(1, outcome, run_config(demo_data, folder, 4, 1)) == ["done"]
+    assert [line["step"] for line in metrics(folder)] == [1, 2, 3, 4]
+    assert [kept.read_text() for kept in folder.glob("before-*.metrics.jsonl")] == ['{"step": 1}\n{"step": 2}\n']

@@ -2,12 +2,14 @@
 
 import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from visionloom.common.errors import UserError
+from visionloom.train.agreements import _newest
 from visionloom.train.lost import lost_checkpoints, move_aside
 from visionloom.train.metrics import RunLog
 
@@ -164,3 +166,19 @@ def test_checkpoints_that_are_no_folder(tmp_path: Path, kind: str) -> None:
         (tmp_path / "checkpoints").symlink_to(tmp_path / "disk")
         with pytest.raises(UserError, match=r"is a link to .*disk, which is not there"):
             move_aside(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "latest", ["\xff\0", "", "../../other/checkpoints/p/step-00000001", "/etc", "p/step-00000009", "folder", "pipe"]
+)
+def test_a_pointer_to_nowhere_names_no_checkpoint(tmp_path: Path, latest: str) -> None:
+    """What `latest` says is looked at before torch is there; resuming looks for itself."""
+    checkpoints = tmp_path / "run" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    if latest == "folder":
+        (checkpoints / "latest").mkdir()
+    elif latest == "pipe":
+        os.mkfifo(checkpoints / "latest")
+    else:
+        (checkpoints / "latest").write_bytes(latest.encode("latin-1"))
+    assert _newest(tmp_path / "run") is None
