@@ -102,7 +102,7 @@ def trainable_by(options: argparse.Namespace) -> "Trainable":
         try:
             Tokenizer(options.tokenizer)
         except UserError as error:
-            raise UserError(str(error).replace("data.tokenizer=", "--tokenizer ", 1)) from None
+            raise UserError(*(line.replace("data.tokenizer=", "--tokenizer ", 1) for line in error.lines)) from None
     return Trainable(media_config(options.media), options.tokenizer, options.sequence_length or LONGEST)
 
 
