@@ -10,7 +10,7 @@ from visionloom.common.atomic import replacing
 from visionloom.common.errors import UserError
 from visionloom.common.places import PlaceError, locate
 from visionloom.data.index import NoSamples, index_shard, known_shard
-from visionloom.data.manifest import ShardInfo, write_manifest
+from visionloom.data.manifest import ShardInfo, is_shard_name, write_manifest
 from visionloom.data.processes import in_order
 from visionloom.data.store import MEND
 from visionloom.data.tar import Fault
@@ -49,6 +49,11 @@ def index_folder(
 
 def _located(folder: Path, name: str) -> Path:
     """A shard of the folder; raises UserError for what is none, rather than leave it out unseen."""
+    if not is_shard_name(name):
+        raise UserError(
+            f"{folder / name}: a shard's name may hold no \\, no control character, nothing but Unicode, and not begin with a dot:"
+            " rename the file"
+        )
     try:
         return locate(folder, name)
     except PlaceError as error:

@@ -137,8 +137,10 @@ def parse_manifest(content: bytes, where: str, option: str) -> tuple[ShardInfo, 
     except JsonError as error:
         raise UserError(f"{option}: {error}: the file is damaged or old: {fix}") from None
     for shard in rows:
-        if _NAME.fullmatch(shard.file) is None:
-            raise UserError(f"{option}: {where} names a shard outside its folder: {shard.file!r:.100}")
+        if not is_shard_name(shard.file):
+            raise UserError(
+                f"{option}: {where} names a shard that is no file of its folder or has a control character: {shard.file!r:.100}"
+            )
     if len({shard.file for shard in rows}) < len(rows):
         raise UserError(f"{option}: {where} names a shard twice: {fix}")
     if not sum(shard.samples for shard in rows):
@@ -146,8 +148,14 @@ def parse_manifest(content: bytes, where: str, option: str) -> tuple[ShardInfo, 
     return tuple(row.info() for row in rows)
 
 
-_NAME: Final = re.compile(r"(?!\.)[^/\\\x00-\x1f\x7f-\x9f]{1,250}")
-"""A file of the folder itself."""
+_NAME: Final = re.compile(r"(?!\.)[^/\\\x00-\x1f\x7f-\x9f\ud800-\udfff]{1,250}")
+
+
+def is_shard_name(name: str) -> bool:
+    """Whether a shard may have this name: a file of the folder itself, not hidden, in valid Unicode without control characters."""
+    return _NAME.fullmatch(name) is not None
+
+
 Count = Annotated[int, Field(ge=0, le=2**62)]
 Row = Annotated[int, Field(ge=0, le=2**32 - 1)]
 """What an index file has four bytes for."""

@@ -28,7 +28,7 @@ from hydra.core.plugins import Plugins
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from visionloom.common.errors import MachineError, UserError
-from visionloom.common.text import say, warn
+from visionloom.common.text import one_line, say, warn
 from visionloom.data.config import DatasetConfig
 from visionloom.launch import environment
 from visionloom.launch.causes import SECONDS_FOR_THE_CAUSE, hint_for, is_lost_connection, is_out_of_memory, of_the_machine
@@ -124,7 +124,7 @@ def work(command: Callable[[RunConfig], None], config: RunConfig) -> None:
         record_for_torchrun(error)
         keep_code(FAILURE)
         if isinstance(error, MachineError):
-            warn(f"error: {error}")
+            warn(f"error: {one_line(str(error))}")
             sys.exit(FAILURE)
         raise
     status.current.done()
@@ -163,7 +163,7 @@ def compose(argv: Sequence[str], world_size: int | None = None) -> RunConfig | N
         raise UserError(explain(error, options.config_dir)) from error
     run.run.folder = run.run.folder or f"runs/{run.run.name}"
     if found := run.problems(world_size or environment.world_size()):
-        raise UserError("\n".join(found))
+        raise UserError(*found)
     return run
 
 
@@ -187,7 +187,7 @@ def check_paths(config: RunConfig) -> None:
         lines.append(f"{more} more input folders do not exist")
     if "demo-data" in missing[0]:
         lines.append("the demo's data is made by: python launch/data.py demo runs/demo-data")
-    raise UserError("\n".join(lines))
+    raise UserError(*lines)
 
 
 def check_memory(config: RunConfig) -> None:
@@ -296,7 +296,7 @@ def _typed(config: DictConfig, late: Sequence[str]) -> RunConfig:
     faults = [no_such_key(path) for path in unknown_keys(config)]
     faults += [f"{key} is required: set it in the recipe or pass {key}=..." for key in sorted(OmegaConf.missing_keys(config))]
     if faults:
-        raise UserError("\n".join(faults))
+        raise UserError(*faults)
     values = OmegaConf.to_container(config, resolve=True)  # references are not typed: the schema sees what they stand for
     return cast(RunConfig, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), values)))
 

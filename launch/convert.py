@@ -25,7 +25,7 @@ if not __package__:  # started as a file: Python put launch/ first on the path, 
     sys.path[0] = str(Path(__file__).resolve().parents[1] / ".link")
 
 from visionloom.common.errors import UserError
-from visionloom.common.text import say, warn
+from visionloom.common.text import one_line, say, warn
 from visionloom.launch.environment import check_environment, check_home, world_size
 from visionloom.launch.exit import exit_with
 from visionloom.launch.quiet import quiet_libraries
@@ -69,7 +69,7 @@ def import_folder(options: dict[str, str]) -> None:
     """Make a checkpoint of a Hugging Face folder; types are kept."""
     folder, parallel = Path(options["hf"]), _layout(options)
     if found := read_config(folder, "hf").layout_problems(parallel):
-        raise UserError("\n".join(found))
+        raise UserError(*found)
     from visionloom.train.agreements import check_folder
 
     check_folder(folder, "hf")
@@ -178,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         exit_with(error)
     except OSError as error:
-        warn(f"error: {error}")
+        warn(f"error: {one_line(str(error))}")
         return 1
     return 0
 
@@ -223,7 +223,7 @@ def _layout(options: dict[str, str]) -> ParallelConfig:
             raise UserError(f"no such key: {option}{_did_you_mean(name, list(hints))}")
         setattr(config, name, _typed(option, value, hints[name]))
     if found := config.problems(world_size()):
-        raise UserError("\n".join(found))
+        raise UserError(*found)
     return config
 
 

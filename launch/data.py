@@ -23,7 +23,7 @@ if not __package__:  # started as a file: Python put launch/ first on the path, 
     sys.path[0] = str(Path(__file__).resolve().parents[1] / ".link")
 
 from visionloom.common.errors import UserError
-from visionloom.common.text import warn
+from visionloom.common.text import one_line, warn
 from visionloom.launch.exit import exit_with
 from visionloom.launch.quiet import Parser, escape_messages
 from visionloom.launch.shards import convert, demo, demo_task, export_energon, index, lengths, plan, stats, verify, view
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         exit_with(error)
     except OSError as error:
-        warn(f"error: {error}")
+        warn(f"error: {one_line(str(error))}")
         return 1
 
 

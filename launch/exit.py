@@ -15,7 +15,8 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from visionloom.common.text import printable, warn
+from visionloom.common.errors import UserError
+from visionloom.common.text import one_line, printable, warn
 from visionloom.train import status
 
 FAILURE = 1
@@ -40,7 +41,7 @@ def exit_with(error: Exception, folder: str = "", everywhere: bool = False) -> N
         everywhere: whether all ranks raise this same error.
     """
     if _may_speak(everywhere):
-        lines = str(error).splitlines() or [type(error).__name__]
+        lines = error.lines if isinstance(error, UserError) else [one_line(str(error)) or type(error).__name__]
         with contextlib.suppress(OSError):
             sys.stdout.flush()
         warn(*(f"error: {line}" for line in lines))

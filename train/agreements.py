@@ -102,7 +102,7 @@ def check_run(config: RunConfig, checkpoint: str = "") -> None:
     if own is not None:
         found += [line for line in faults(_with(base, "checkpoint" if checkpoint else "run.folder", own)) if line not in found]
     if found:
-        raise UserError("\n".join(found))
+        raise UserError(*found)
 
 
 def check_folder(folder: Path, option: str) -> None:
@@ -111,7 +111,7 @@ def check_folder(folder: Path, option: str) -> None:
     model = read_config(folder, option)
     sides = Sides(model, f"{folder}/{CONFIG} with vocab_size {model.text.vocab_size}", tokens, option, folder, recipe=False)
     if found := faults(sides):
-        raise UserError("\n".join(found))
+        raise UserError(*found)
 
 
 def check_export(checkpoint: Path, source: Path | None, option: str) -> None:
@@ -129,7 +129,7 @@ def check_export(checkpoint: Path, source: Path | None, option: str) -> None:
     place = folder if folder is not None and (folder / TOKENIZER).is_file() else tokenizer_of(checkpoint, progress)
     tokens = TokenTable.read(place, option if place == folder else "tokenizer") if place is not None else None
     if found := faults(Sides(model, vocabulary, tokens, option, folder, checkpoint, recipe=False)):
-        raise UserError("\n".join(found))
+        raise UserError(*found)
 
 
 def faults(sides: Sides) -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from visionloom.common.errors import UserError
-from visionloom.common.text import say, warn
+from visionloom.common.text import one_line, say, warn
 from visionloom.launch.shards.progress import bars
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def trainable_by(options: argparse.Namespace) -> "Trainable":
         try:
             Tokenizer(options.tokenizer)
         except UserError as error:
-            raise UserError(str(error).replace("data.tokenizer=", "--tokenizer ", 1)) from None
+            raise UserError(*(line.replace("data.tokenizer=", "--tokenizer ", 1) for line in error.lines)) from None
     return Trainable(media_config(options.media), options.tokenizer, options.sequence_length or LONGEST)
 
 
@@ -150,8 +150,8 @@ def print_summary(folder: Path, tally: "Tally") -> None:
                 say(heading)
             for name, count in found.items():
                 first = f" (first: {tally.first[name]})" if name in tally.first else ""
-                say(f"    {count:,} {name.removeprefix(f'{title}: ')}{first}")
+                say(one_line(f"    {count:,} {name.removeprefix(f'{title}: ')}{first}"))
     for name, count in counts.items():
         if ": " not in name and name not in ("records", "samples", "left out"):
-            say(f"  {count:,} {name} (first: {tally.first[name]})")
+            say(one_line(f"  {count:,} {name} (first: {tally.first[name]})"))
     say(f"  look at them: python launch/data.py view {folder}")

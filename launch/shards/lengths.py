@@ -83,7 +83,7 @@ def media_config(words: list[str]) -> "MediaConfig":
         except ValueError:
             raise UserError(f"--media {word}: a number expected") from None
     if problems := config.problems():
-        raise UserError("\n".join(problems))
+        raise UserError(*problems)
     return config
 
 

@@ -233,7 +233,7 @@ def test_a_manifest_names_files_of_its_own_folder(name: str, dataset: Path) -> N
     document = json.loads((dataset / "dataset.json").read_bytes())
     document["shards"][0]["file"] = name
     (dataset / "dataset.json").write_text(json.dumps(document))
-    with pytest.raises(UserError, match="names a shard outside its folder"):
+    with pytest.raises(UserError, match="names a shard that is no file of its folder"):
         Dataset.open(dataset, "x")
 
 
@@ -314,3 +314,11 @@ def test_tables_beside_a_dataset_are_not_believed(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.npy")
     found = {path.stem: load_rows(path, LENGTHS) is not None for path in tmp_path.glob("*.npy")}
     assert found == {"good": True, "bad": False, "other": False, "square": False, "objects": False, "pipe": False}
+
+
+@pytest.mark.parametrize("name", ["a\x1b[31m.tar", "a\n.tar", "a\\b.tar", ".a.tar"])
+def test_no_index_is_made_of_shards_that_no_dataset_may_name(name: str, tmp_path: Path) -> None:
+    write_shards(tmp_path / "set", "set", [picture_question(0)], 5)
+    next((tmp_path / "set").glob("*.tar")).rename(tmp_path / "set" / name)
+    with pytest.raises(UserError, match=r"a shard's name may hold no .*: rename the file"):
+        index_folder(tmp_path / "set")

@@ -1,5 +1,6 @@
 """The command data.py: what it prints and how it ends."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +58,13 @@ def test_index_goes_on_without_bad_samples_when_asked(folder: Path, capsys: pyte
     assert main(["index", str(folder), "--workers", "1", "--skip-bad"]) == 0
     assert f"some samples were left out: see {folder / 'left_out.jsonl'}\n" in capsys.readouterr().out
     assert len(Dataset.open(folder, "some")) == 13
+
+
+def test_a_key_of_a_record_is_part_of_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    (tmp_path / "x.json").write_text(json.dumps([{"conversations": turns, "a\n\x1b[2Jerror: b": 1}]))
+    assert main(["convert", "llava", str(tmp_path / "x.json"), str(tmp_path / "out"), "--workers", "1"]) == 0
+    assert "    1 record key a\\n\\x1b[2Jerror: b (first: x.json:0)\n" in capsys.readouterr().out
 
 
 def test_verify_exits_with_1_if_anything_is_bad(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,8 +40,8 @@ def run_command(*words: str, **environment: str) -> subprocess.CompletedProcess[
 def test_a_lone_rank_in_trouble_speaks_once(attempt: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for _ in range(2):
         with pytest.raises(SystemExit, match="2"):
-            exit_with(UserError("data.datasets.a.path: shard 3 is broken\nand shard 4"))
-    assert capsys.readouterr().err == "error: data.datasets.a.path: shard 3 is broken\nerror: and shard 4\n"
+            exit_with(UserError("data.datasets.a.path: shard 3 is broken", "and shard 4\nerror: \x1b[2J"))
+    assert capsys.readouterr().err == "error: data.datasets.a.path: shard 3 is broken\nerror: and shard 4\\nerror: \\x1b[2J\n"
 
 
 def test_an_error_of_all_ranks_is_told_by_rank_0(
