@@ -135,6 +135,10 @@ def _faults(one: Option) -> Iterator[str]:
         yield from _fault(f"{one.name}{key}", entry, rules)
 
 
+def _bound(bound: float) -> str:
+    return f"{int(bound):,}" if bound == int(bound) and abs(bound) < 10**9 else f"{bound:g}"
+
+
 def _fault(name: str, value: Any, rules: Rules) -> Iterator[str]:
     if isinstance(value, str) and rules.choices and value not in rules.choices:
         yield unknown(name, value, rules.choices)
@@ -148,7 +152,7 @@ def _fault(name: str, value: Any, rules: Rules) -> Iterator[str]:
     }
     given = {words: (bound, holds) for words, (bound, holds) in bounds.items() if bound is not None}
     if not all(holds(value, bound) for bound, holds in given.values()):
-        yield f"{name}={_shown(value)} must be {' and '.join(f'{words} {bound:,}' for words, (bound, _) in given.items())}"
+        yield f"{name}={_shown(value)} must be {' and '.join(f'{words} {_bound(bound)}' for words, (bound, _) in given.items())}"
 
 
 def _shown(value: float) -> str:

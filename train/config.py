@@ -246,7 +246,7 @@ class RunConfig:
 
     def problems(self, world_size: int) -> list[str]:
         """What cannot work, found from the values alone: one line a fault, each naming its option; empty if none."""
-        if found := not_finite(self) or self._names() or self._out_of_range():
+        if found := not_finite(self) or self._names() + self._out_of_range():
             return found
         layout = self.parallel.problems(world_size) + self.model.problems(self.parallel)
         found += layout
