@@ -216,7 +216,7 @@ def tensors_in(folder: Path) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("case", "before", "after"),
     [
-        (DENSE, "tensor 2", "pipeline 2"),
+        pytest.param(DENSE, "tensor 2", "pipeline 2", marks=pytest.mark.long),
         pytest.param(DENSE, "pipeline 2", "one", marks=pytest.mark.long),
         pytest.param(MIXTURE, "expert 2", "one", marks=pytest.mark.long),
     ],
