@@ -24,6 +24,12 @@ def encodable(text: str, encoding: str) -> str:
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its type if it says nothing."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
 def say(*lines: object, file: TextIO | None = None) -> None:
     """Print lines at once; what the stream's encoding lacks is escaped too.
 

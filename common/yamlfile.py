@@ -8,6 +8,7 @@ import yaml
 
 from visionloom.common.jsonfile import JsonError, load_json
 from visionloom.common.places import PlaceError, read_located
+from visionloom.common.text import first_line
 
 LARGEST: Final = 1 << 18
 """Bytes: 256 KiB; the demo's config.yaml has 5,600. PyYAML reads some 100 KiB a second where it has no C library."""
@@ -32,14 +33,9 @@ def read_yaml(folder: Path, name: str) -> dict[str, Any]:
         raise JsonError(f"{where} {error}") from None
     except (ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
         raise (
-            error if isinstance(error, JsonError) else JsonError(f"{where}: not YAML of plain values: {_first(error)}")
+            error if isinstance(error, JsonError) else JsonError(f"{where}: not YAML of plain values: {first_line(error)}")
         ) from None
     value = load_json(found, where)
     if not isinstance(value, dict):
         raise JsonError(f"{where}: the document should be a mapping")
     return value
-
-
-def _first(error: BaseException) -> str:
-    """The first line of an error."""
-    return (str(error).splitlines() or [type(error).__name__])[0]

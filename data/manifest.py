@@ -163,8 +163,8 @@ Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True, slots=True)
-class _Counts:
-    """Statistics as dataset.json has them: only the number of what was left out."""
+class _Sums:
+    """What statistics have in dataset.json and in an index file alike."""
 
     images: Count
     videos: Count
@@ -174,6 +174,12 @@ class _Counts:
     text_bytes: Count
     tasks: dict[str, Count]
     suspect_media: Count
+
+
+@dataclass(frozen=True, slots=True)
+class _Counts(_Sums):
+    """Statistics as dataset.json has them: only the number of what was left out."""
+
     left_out: Count = 0
 
 
@@ -207,17 +213,9 @@ class _Document:
 
 
 @dataclass(frozen=True, slots=True)
-class _IndexStatistics:
+class _IndexStatistics(_Sums):
     """Statistics as an index file has them."""
 
-    images: Count
-    videos: Count
-    frames: Count
-    pixels: Count
-    duration: Seconds
-    text_bytes: Count
-    tasks: dict[str, Count]
-    suspect_media: Count
     left_out: list[tuple[Count, str, str]]
 
 

@@ -14,7 +14,7 @@ from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, InterpolationResolutionError, OmegaConfBaseException
 
-from visionloom.common.text import one_line
+from visionloom.common.text import first_line, one_line
 from visionloom.train.config import RunConfig
 
 LONGEST = 2000
@@ -154,19 +154,19 @@ def _fault(error: Exception) -> str:
     """What is wrong, told by the first cause that knows its key, or else by Hydra."""
     cause = _cause_with_key(error)
     if isinstance(cause, InterpolationResolutionError):
-        return f"{cause.full_key}: {_first_line(cause).rpartition('resolving interpolation: ')[2]}"
+        return f"{cause.full_key}: {first_line(cause).rpartition('resolving interpolation: ')[2]}"
     if isinstance(cause, ConfigKeyError | ConfigAttributeError):
         return _missing_key(cause)
     if cause is not None:
         wants_list = "is not a ListConfig" in str(cause)
-        return f"{cause.full_key}: {'the value must be a list: [a, b]' if wants_list else _first_line(cause)}"
+        return f"{cause.full_key}: {'the value must be a list: [a, b]' if wants_list else first_line(cause)}"
     if group := re.match(r"(?:In '[^']+': )?Could not override '([^']+)'", str(error)):
         return f"no such group: {group[1]}{_did_you_mean(group[1], groups())}"
     if removed := re.match(r"Could not delete from config\. '([^']+)' does not exist", str(error)):
         return nothing_to_remove(removed[1], [path.rpartition(".")[2] for path in suggestions(removed[1])])
     if "An item is already at" in str(error):
-        return f"{_first_line(error)} Write it without the plus"
-    return _first_line(error)
+        return f"{first_line(error)} Write it without the plus"
+    return first_line(error)
 
 
 def _cause_with_key(error: BaseException | None) -> OmegaConfBaseException | None:
@@ -190,8 +190,3 @@ def _missing_key(cause: OmegaConfBaseException) -> str:
     there_are = f", there are {', '.join(names)}" if names else ""
     value = "{...}" if dataclasses.is_dataclass(parent._metadata.element_type) else "VALUE"
     return f"no such name: {path}{_did_you_mean(path.rpartition('.')[2], names)}{there_are}; to add it, write '+{path}={value}'"
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -16,6 +16,7 @@ from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from visionloom.common.errors import UserError
+from visionloom.common.text import first_line
 
 PAUSE_SECONDS: Final = 0.01
 """Between two looks of rank 0 at who has come."""
@@ -39,11 +40,11 @@ def meet(timeout: timedelta) -> tuple[Store, int, int]:
                 f"MASTER_PORT={os.environ.get('MASTER_PORT')} is in use by another program: give this run a port of its own"
                 " (torchrun --standalone chooses one)"
             ) from error
-        raise UserError(f"the ranks cannot meet at {place}: {_first_line(error)}: check MASTER_ADDR and MASTER_PORT") from error
+        raise UserError(f"the ranks cannot meet at {place}: {first_line(error)}: check MASTER_ADDR and MASTER_PORT") from error
     except dist.DistStoreError as error:
         raise UserError(
             f"not all of the {os.environ.get('WORLD_SIZE')} ranks came to {place} within {timeout.total_seconds():.0f} s:"
-            f" {_first_line(error)}: see whether all machines have started"
+            f" {first_line(error)}: see whether all machines have started"
         ) from error
 
 
@@ -78,7 +79,3 @@ def _gather(store: Store, prefix: str, size: int, timeout: timedelta) -> None:
         if missing and time.monotonic() > until:
             raise dist.DistStoreError(f"rank {min(missing)} is missing")
         time.sleep(PAUSE_SECONDS if missing else 0)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

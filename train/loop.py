@@ -79,7 +79,12 @@ def _save_and_stop(stage: Stage, saver: Saver, log: RunLog | None, step: int, ph
             log.leave_waiting(saver.run_folder / CHECKPOINTS)
     except (UserError, OSError) as error:
         raise UserError(f"{fault}: the run's log cannot be written; {error}") from error
-    raise UserError(
+    raise log_error(fault, step)
+
+
+def log_error(fault: str, step: int) -> UserError:
+    """What ends a run that is saved after `step`, but whose log cannot be written."""
+    return UserError(
         f"{fault}: the run's log cannot be written; the run is saved after step {step}: make room, and start the same command again"
     )
 

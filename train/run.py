@@ -23,7 +23,7 @@ from visionloom.train.checkpoint import Checkpoint
 from visionloom.train.companions import SETTINGS_OF_RUN, carry_into_run
 from visionloom.train.config import LoggingConfig, RunConfig
 from visionloom.train.evaluate import evaluate_run, held_out_losses
-from visionloom.train.loop import fit
+from visionloom.train.loop import fit, log_error
 from visionloom.train.lost import lost_checkpoints, move_aside
 from visionloom.train.metrics import RunLog
 from visionloom.train.progress import Screen
@@ -69,10 +69,7 @@ def pretrain(config: RunConfig) -> None:
         run.trackers.evaluation(evaluate_run(config, run.topology, run.chunks, folder, run.step, screen))
     run.trackers.close()
     if fault := first_fault(log.fault if log is not None else ""):
-        raise UserError(
-            f"{fault}: the run's log cannot be written; the run is saved after step {run.step}: make room, and start the same"
-            " command again"
-        )
+        raise log_error(fault, run.step)
     topologies.stop()
 
 

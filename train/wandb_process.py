@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from visionloom.common.text import warn
+from visionloom.common.text import first_line, warn
 
 INIT_SECONDS: Final = 10
 """Longest wait for wandb's server before values are kept on disk only."""
@@ -41,7 +41,7 @@ def begin(start: Mapping[str, Any]) -> Any:
             if mode != "online":
                 raise
             warn(
-                f"warning: wandb does not answer, values are kept for `wandb sync` in {start['dir']}/wandb: {_first_line(error)}"
+                f"warning: wandb does not answer, values are kept for `wandb sync` in {start['dir']}/wandb: {first_line(error)}"
             )
             # Under another id: wandb's own process still tries to begin this one.
             run = _init(wandb, dict(start) | {"id": f"{start['id']}-offline-{os.getpid()}"}, "offline")
@@ -74,11 +74,7 @@ def _try(action: Callable[..., object], *arguments: object) -> bool:
 
 
 def _give_up(error: Exception) -> None:
-    warn(f"warning: wandb is off from here on, training goes on: {_first_line(error)} (WANDB_MODE=offline needs no network)")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    warn(f"warning: wandb is off from here on, training goes on: {first_line(error)} (WANDB_MODE=offline needs no network)")
 
 
 if __name__ == "__main__":

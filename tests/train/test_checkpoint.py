@@ -7,7 +7,6 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from visionloom.parallel.config import ParallelConfig
 from visionloom.parallel.topology import Topology
 from visionloom.tests.model.reference import TestPack
 from visionloom.tests.ranks import RankPool
+from visionloom.tests.train.disks import mounted
 from visionloom.tests.train.layouts import Case, Layout, build, deal, packs_of
 from visionloom.train import checkpoint
 from visionloom.train.config import CheckpointConfig
@@ -261,12 +261,8 @@ def test_the_same_layout_continues_bit_for_bit(
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 40 MiB; a checkpoint of the tiny model takes some 10."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(folder)], check=False).returncode:
-        pytest.skip("mounting needs root")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with mounted(tmp_path / "small", 40) as folder:
+        yield folder
 
 
 def save_until_full(layout: Layout, packs: list[TestPack], folder: Path, on_error: str) -> tuple[list[dict[str, Any]], str]:

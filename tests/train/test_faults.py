@@ -22,6 +22,7 @@ import torch
 from visionloom.tests.launch.test_claim import begin
 from visionloom.tests.launch.test_watch import start_rank, wait_for_status
 from visionloom.tests.ranks import RankPool
+from visionloom.tests.train.disks import mounted
 from visionloom.tests.train.runs import metrics, run_config, run_words
 from visionloom.tests.train.test_lost import outcome
 from visionloom.tests.train.test_resume import checkpoint_tensors
@@ -198,13 +199,8 @@ def test_a_rank_without_memory_is_named(small_memory: Path, tmp_path: Path) -> N
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 64 MiB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)], check=False).returncode:
-        pytest.skip("mounting needs root")
-    yield folder
-    subprocess.run(["mount", "-o", "remount,rw", str(folder)], check=True)
-    subprocess.run(["umount", str(folder)], check=True)
+    with mounted(tmp_path / "small", 64) as folder:
+        yield folder
 
 
 def disk_that_fails(config: RunConfig, disk: Path, fault: str) -> str:

@@ -1,6 +1,7 @@
 """Runs that have lost what they had saved, or cannot write their log any more. Reference: the files before and after."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,14 @@ def outcome(config: RunConfig) -> str:
     return "done"
 
 
-def without_log(config: RunConfig, from_line: int) -> str:
-    """Train with a metrics.jsonl that takes no more lines from one on (runs in the pool)."""
+def without_lines(config: RunConfig, refused: Callable[[str, Any], bool]) -> str:
+    """Train with logs that do not take the lines that `refused` says, by the name of the log and the line."""
     from visionloom.train.metrics import RunLog
 
     written = RunLog._write
 
     def write(self: RunLog, name: str, line: str) -> str:
-        if name == "metrics.jsonl" and json.loads(line)["step"] >= from_line:
+        if refused(name, json.loads(line)):
             return f"{self.folder / name}: No space left on device"
         return written(self, name, line)
 
@@ -41,24 +42,16 @@ def without_log(config: RunConfig, from_line: int) -> str:
         return outcome(config)
     finally:
         RunLog._write = written  # type: ignore[method-assign]
+
+
+def without_log(config: RunConfig, from_line: int) -> str:
+    """Train with a metrics.jsonl that takes no more lines from one on (runs in the pool)."""
+    return without_lines(config, lambda name, line: name == "metrics.jsonl" and line["step"] >= from_line)
 
 
 def without_last_event(config: RunConfig) -> str:
     """Train with an events.jsonl that does not take the last line (runs in the pool)."""
-    from visionloom.train.metrics import RunLog
-
-    written = RunLog._write
-
-    def write(self: RunLog, name: str, line: str) -> str:
-        if name == "events.jsonl" and json.loads(line)["event"] == "done":
-            return f"{self.folder / name}: No space left on device"
-        return written(self, name, line)
-
-    RunLog._write = write  # type: ignore[method-assign]
-    try:
-        return outcome(config)
-    finally:
-        RunLog._write = written  # type: ignore[method-assign]
+    return without_lines(config, lambda name, line: name == "events.jsonl" and line["event"] == "done")
 
 
 def events(folder: Path) -> list[dict[str, Any]]:
