@@ -42,7 +42,7 @@ EXTRAS["test"] = [
     *EXTRAS["tensorboard"],
     "pytest>=9.0,<10",
     "hypothesis>=6.130,<7",
-    "jsonschema>=4.23,<5",  # reference for data/schema
+    "jsonschema>=4.23,<5",  # reference for data/shards/schema
     "scikit-image>=0.25,<0.27",  # pictures that lie in its package
     "torchvision>=0.26,<0.30",  # reference for resizing
     "peft>=0.21,<0.22",  # reference for adapters
@@ -60,7 +60,7 @@ setup(
     packages=[
         f"visionloom.{name}" for folder in FOLDERS for name in [folder, *(f"{folder}.{sub}" for sub in find_packages(folder))]
     ],
-    package_data={"visionloom.recipes": ["**/*.yaml"], "visionloom.data": ["schema/*.json"]},
+    package_data={"visionloom.recipes": ["**/*.yaml"], "visionloom.data.shards": ["schema/*.json"]},
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["visionloom-pretrain = visionloom.launch.pretrain:main"]},

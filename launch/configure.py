@@ -47,7 +47,7 @@ from visionloom.launch.quiet import quiet_libraries
 from visionloom.launch.recipe_files import RecipeSource
 from visionloom.launch.watch import watch_ranks
 from visionloom.launch.words import readable
-from visionloom.model.shapes import parameter_count
+from visionloom.model.huggingface.shapes import parameter_count
 from visionloom.parallel.config import ParallelConfig
 from visionloom.train import status
 from visionloom.train.config import PhaseConfig, RunConfig

@@ -29,7 +29,7 @@ from visionloom.common.text import one_line, say, warn
 from visionloom.launch.environment import check_environment, check_home, world_size
 from visionloom.launch.exit import exit_with
 from visionloom.launch.quiet import quiet_libraries
-from visionloom.model.huggingface_config import read_config
+from visionloom.model.huggingface.config import read_config
 from visionloom.parallel.config import ParallelConfig
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def import_folder(options: dict[str, str]) -> None:
 
     check_folder(folder, "hf")
     with _world(parallel) as (topology, say):
-        from visionloom.train.importing import import_huggingface
+        from visionloom.train.exchange.import_huggingface import import_huggingface
 
         import_huggingface(folder, Path(options["out"]), topology, say)
         say(f"done: start from it with init.checkpoint={options['out']}", once=True)
@@ -95,7 +95,7 @@ def export_folder(options: dict[str, str]) -> None:
 
     check_export(folder, Path(source) if source else None, "hf")
     with _world(ParallelConfig()) as (topology, say):
-        from visionloom.train.exporting import ExportOptions, export_checkpoint
+        from visionloom.train.exchange.export_huggingface import ExportOptions, export_checkpoint
 
         wanted = ExportOptions(
             Path(source) if source else None, options.get("dtype", ""), options.get("layout", ""), shard_bytes
@@ -112,7 +112,7 @@ def export_adapters(options: dict[str, str]) -> None:
 
     check_export(folder, Path(weights) if weights else None, "weights")
     with _world(ParallelConfig()) as (topology, say):
-        from visionloom.train.adapter_export import export_adapter, export_merged
+        from visionloom.train.exchange.export_adapter import export_adapter, export_merged
 
         if weights:
             export_merged(folder, Path(weights), out, topology, say)

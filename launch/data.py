@@ -1,4 +1,4 @@
-"""Shards: make them, index them, look at them and plan with them; each subcommand is a file of launch/shards/.
+"""Shards: make them, index them, look at them and plan with them; each subcommand is a file of launch/data_commands/.
 
 Commands:
     python launch/data.py --help
@@ -24,9 +24,9 @@ if not __package__:  # started as a file: Python put launch/ first on the path, 
 
 from visionloom.common.errors import UserError
 from visionloom.common.text import one_line, warn
+from visionloom.launch.data_commands import convert, demo, demo_task, export_energon, index, lengths, plan, stats, verify, view
 from visionloom.launch.exit import exit_with
 from visionloom.launch.quiet import Parser, escape_messages
-from visionloom.launch.shards import convert, demo, demo_task, export_energon, index, lengths, plan, stats, verify, view
 
 COMMANDS = (demo, demo_task, convert, index, lengths, plan, stats, verify, view, export_energon)
 

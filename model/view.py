@@ -18,7 +18,7 @@ from visionloom.parallel.topology import Topology
 
 
 class Pack(Protocol):
-    """What the model reads of a packed micro-batch; all tensors on the host (see data/pack.py PackedBatch)."""
+    """What the model reads of a packed micro-batch; all tensors on the host (see data/stream/batch.py PackedBatch)."""
 
     @property
     def input_ids(self) -> Tensor:

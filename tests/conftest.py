@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from visionloom.data.demo import make_demo
+from visionloom.data.demo.make import make_demo
 from visionloom.parallel import topology as topologies
 from visionloom.parallel.config import ParallelConfig
 from visionloom.parallel.topology import Topology

@@ -12,11 +12,13 @@ from typing import Any, Final
 
 from visionloom.common.errors import UserError
 from visionloom.common.places import PlaceError, locate, read_located
-from visionloom.data.tokenizer import END_OF_TEXT, REQUIRED
+from visionloom.data.encode.tokenizer import END_OF_TEXT, REQUIRED
 from visionloom.model.config import ModelConfig
-from visionloom.model.huggingface_config import CONFIG, NOT_THE_MODEL, TOKENS, differences, read_config, read_json
-from visionloom.model.peft_config import read_adapter_config
-from visionloom.train.companions import (
+from visionloom.model.huggingface.config import CONFIG, NOT_THE_MODEL, TOKENS, differences, read_config, read_json
+from visionloom.model.huggingface.peft_config import read_adapter_config
+from visionloom.train.checkpoint.state_file import STATE, model_of, read_progress
+from visionloom.train.config import RunConfig
+from visionloom.train.exchange.companions import (
     GENERATION,
     PREPROCESSOR,
     PROCESSOR,
@@ -25,10 +27,8 @@ from visionloom.train.companions import (
     tokenizer_hash,
     tokenizer_of,
 )
-from visionloom.train.config import RunConfig
-from visionloom.train.serving import PIXELS
-from visionloom.train.state_file import STATE, model_of, read_progress
-from visionloom.train.token_table import SETTINGS, STOPS, TOKENIZER, TokenTable
+from visionloom.train.exchange.serving import PIXELS
+from visionloom.train.exchange.token_table import SETTINGS, STOPS, TOKENIZER, TokenTable
 
 ROWS: Final = 128
 """Rows of a vocabulary are best a multiple of this: it divides by any number of tensor ranks."""

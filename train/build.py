@@ -7,20 +7,20 @@ from typing import Any
 
 import torch
 
-from visionloom.data.loader import PackStream
-from visionloom.data.state import Origin, check_state
+from visionloom.data.plan.cursor import Origin, check_state
+from visionloom.data.stream.loader import PackStream
 from visionloom.model.config import ModelConfig
 from visionloom.model.lora import apply_lora
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.model.sharding import draw_weights
 from visionloom.model.trainable import set_trainable
 from visionloom.parallel.topology import Topology
-from visionloom.train.adapter import load_adapter
 from visionloom.train.changes import settings_of
+from visionloom.train.checkpoint.state_file import Inputs
 from visionloom.train.config import PhaseConfig, RunConfig
 from visionloom.train.cost import cost_model
 from visionloom.train.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
-from visionloom.train.state_file import Inputs
+from visionloom.train.weights.load_adapter import load_adapter
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 What a change of an option means stands in the schema (common/settings.py). Options of a phase count while that phase is in
 progress: what a finished phase had is done, and what a phase to come has is no change. What is read is compared by its content
-in data/state.py and is under data.on_change.
+in data/plan/cursor.py and is under data.on_change.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,8 +12,8 @@ from typing import Any
 from visionloom.common.errors import UserError
 from visionloom.common.settings import Change, Option, Rules, options
 from visionloom.common.text import one_line
+from visionloom.train.checkpoint.state_file import Progress, absolute, model_of
 from visionloom.train.config import RunConfig
-from visionloom.train.state_file import Progress, absolute, model_of
 
 PHASES = "phases"
 """The names of the phases before the one in progress, as a setting: they count as done."""

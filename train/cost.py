@@ -1,6 +1,6 @@
 """What a pack costs, from the model's operations: numbers that deal packs to ranks evenly. Imports no torch."""
 
-from visionloom.data.balance import CostModel
+from visionloom.data.plan.deal import CostModel
 from visionloom.model.config import ModelConfig
 from visionloom.model.flops import Work, step_flops
 from visionloom.model.lora_config import LoraConfig

@@ -17,18 +17,18 @@ from rich.table import Table
 from torch import Tensor
 
 from visionloom.common.atomic import replacing
-from visionloom.data.encode import EncodedSample, extend, prompt_of
-from visionloom.data.loader import EvaluationSet
-from visionloom.data.pack import PackedBatch, pack_prompts
-from visionloom.data.tokenizer import Tokenizer
+from visionloom.data.encode.encode import EncodedSample, extend, prompt_of
+from visionloom.data.encode.tokenizer import Tokenizer
+from visionloom.data.stream.batch import PackedBatch, pack_prompts
+from visionloom.data.stream.loader import EvaluationSet
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.model.view import View
 from visionloom.parallel.config import ParallelConfig
 from visionloom.parallel.topology import Topology
 from visionloom.train.config import RunConfig
 from visionloom.train.progress import Screen
-from visionloom.train.report_data import NO_TASKS, RESULTS
-from visionloom.train.report_gallery import question_text
+from visionloom.train.report.gallery import question_text
+from visionloom.train.report.history import NO_TASKS, RESULTS
 from visionloom.train.step import LossSums, encoder_of, forward_losses, run_schedule
 
 THINK_END = "</think>"
@@ -244,7 +244,7 @@ def evaluate_run(
     tasks = {task: {"accuracy": right / n, "n": n} for task, (right, n) in sorted(counts.items())}
     results = {"step": step, "loss": losses, "tasks": tasks}
     if topology.is_main:
-        from visionloom.train.report import write_report
+        from visionloom.train.report.page import write_report
 
         with replacing(folder / RESULTS) as file:
             file.write((json.dumps(results, indent=1) + "\n").encode())

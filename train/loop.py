@@ -9,14 +9,14 @@ from typing import Any, NoReturn
 import numpy as np
 
 from visionloom.common.errors import UserError
-from visionloom.data.loader import iterate
-from visionloom.data.pack import PackedBatch
+from visionloom.data.stream.batch import PackedBatch
+from visionloom.data.stream.loader import iterate
 from visionloom.model.flops import Work, step_flops
 from visionloom.train.build import Stage
+from visionloom.train.checkpoint.state_file import CHECKPOINTS
+from visionloom.train.checkpoint.write import Saver, first_fault
 from visionloom.train.metrics import RunLog, memory_gib, peak_flops
 from visionloom.train.optimizer import learning_rates
-from visionloom.train.saving import Saver, first_fault
-from visionloom.train.state_file import CHECKPOINTS
 from visionloom.train.step import StepResult, encoder_of, reduce_counts, train_step
 
 Report = Callable[[dict[str, Any]], None]

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from visionloom.common.errors import UserError
+from visionloom.train.checkpoint.state_file import CHECKPOINTS
 from visionloom.train.metrics import ASIDE, EVENTS, METRICS, aside, read_lines
-from visionloom.train.state_file import CHECKPOINTS
 
 
 def lost_checkpoints(folder: Path, damaged: list[str]) -> str:

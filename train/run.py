@@ -9,28 +9,29 @@ import yaml
 
 from visionloom.common.atomic import replacing
 from visionloom.common.errors import UserError
-from visionloom.data.loader import PackStream
-from visionloom.data.planning import dataset_weights, open_corpora
-from visionloom.data.tokenizer import Tokenizer
-from visionloom.model.huggingface_config import NOT_THE_MODEL
+from visionloom.data.encode.tokenizer import Tokenizer
+from visionloom.data.plan.open import dataset_weights, open_corpora
+from visionloom.data.stream.loader import PackStream
+from visionloom.model.huggingface.config import NOT_THE_MODEL
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.parallel import topology as topologies
 from visionloom.parallel.topology import Topology
-from visionloom.train import checkpoint, status
+from visionloom.train import status
 from visionloom.train.build import Stage, add_adapters, build_model, build_stage, build_stream, redraw
 from visionloom.train.changes import Changed, changes
-from visionloom.train.checkpoint import Checkpoint
-from visionloom.train.companions import SETTINGS_OF_RUN, carry_into_run
+from visionloom.train.checkpoint import read as checkpoint
+from visionloom.train.checkpoint.read import Checkpoint
+from visionloom.train.checkpoint.state_file import CHECKPOINTS, lora_of, model_of, stored_inputs
+from visionloom.train.checkpoint.write import Saver, check_room, first_fault, sweep
 from visionloom.train.config import LoggingConfig, RunConfig
 from visionloom.train.evaluate import evaluate_run, held_out_losses
+from visionloom.train.exchange.companions import SETTINGS_OF_RUN, carry_into_run
 from visionloom.train.loop import fit, log_error
 from visionloom.train.lost import lost_checkpoints, move_aside
 from visionloom.train.metrics import RunLog
 from visionloom.train.progress import Screen
-from visionloom.train.saving import Saver, check_room, first_fault, sweep
-from visionloom.train.state_file import CHECKPOINTS, lora_of, model_of, stored_inputs
 from visionloom.train.trackers import Trackers
-from visionloom.train.weights import load_huggingface
+from visionloom.train.weights.load_huggingface import load_huggingface
 
 SLOW_SECONDS = 1.0
 """A save that is not written when the next one is due, and holds training up for longer, is told."""

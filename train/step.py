@@ -18,7 +18,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor
 
-from visionloom.data.pack import PackedBatch
+from visionloom.data.stream.batch import PackedBatch
 from visionloom.model.experts import close_step
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.parallel.topology import Topology

@@ -40,7 +40,7 @@ def ours(folder: Path, workers: int, images: int, dataset: str) -> dict[str, flo
     import torch
 
     from visionloom.data.config import DataConfig, DatasetConfig
-    from visionloom.data.loader import PackStream, iterate
+    from visionloom.data.stream.loader import PackStream, iterate
 
     torch.set_num_threads(1)
     data = DataConfig(str(folder / "tokenizer"), {dataset: DatasetConfig(str(folder / dataset), over_length="drop")})
@@ -59,8 +59,8 @@ def ours(folder: Path, workers: int, images: int, dataset: str) -> dict[str, flo
 def exported(folder: Path, images: int) -> Path:
     """Shards of captions that both can read, more than are counted, their lengths counted before."""
     from visionloom.data.config import DataConfig, DatasetConfig
-    from visionloom.data.energon import export_energon
-    from visionloom.data.loader import PackStream
+    from visionloom.data.shards.energon import export_energon
+    from visionloom.data.stream.loader import PackStream
 
     make(folder, captions=images + 2000, clips=4)
     export_energon(folder / "captions")

@@ -1,6 +1,6 @@
 """Nothing lost, nothing changed: planted faults, and other numbers of ranks and workers: python benchmarks/data/exact.py
 
-N12  the faults of tests/data/test_faults.py: how many are written down, and whether other packs keep their bytes; beside
+N12  the faults of tests/data/stream/test_faults.py: how many are written down, and whether other packs keep their bytes; beside
      webdataset with `warn_and_continue` on the same shards
 N13  packs of each step while the run goes on with 8, 4 and 6 data-parallel ranks, and with 0 to 2 workers
 """
@@ -24,12 +24,12 @@ from PIL import Image as Pillow
 from visionloom.benchmarks.data import synthetic
 from visionloom.benchmarks.data.table import Row, show
 from visionloom.data.config import DataConfig, DatasetConfig
-from visionloom.data.loader import PackStream, iterate
-from visionloom.data.pack import PackedBatch
-from visionloom.data.shards import Dataset
-from visionloom.data.write import write_shards
+from visionloom.data.shards.dataset import Dataset
+from visionloom.data.shards.write import write_shards
+from visionloom.data.stream.batch import PackedBatch
+from visionloom.data.stream.loader import PackStream, iterate
 from visionloom.tests.data.samples import RULES
-from visionloom.tests.data.test_faults import CHANGED_LATER, PLANTED, SAME, SAMPLES, damage_later, digest, keys, pairs
+from visionloom.tests.data.stream.test_faults import CHANGED_LATER, PLANTED, SAME, SAMPLES, damage_later, digest, keys, pairs
 
 PACKS, STEPS, BATCH = 60, 9, 24
 BROKEN: dict[int, str] = {number: fault[0] for number, fault in PLANTED.items()} | {

@@ -31,13 +31,13 @@ from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoP
 
 from visionloom.benchmarks.data.synthetic import CLIP, CLIP_RATE, clip, photograph
 from visionloom.benchmarks.data.table import Row, show
-from visionloom.data import image
 from visionloom.data.config import MediaConfig
-from visionloom.data.decode import IMAGE_ROW, VIDEO_ROW, put
-from visionloom.data.geometry import PATCH_SIZE, chosen_frames, frame_size, frame_times, image_grid
-from visionloom.data.image import decode_image, resize
-from visionloom.data.sample import Image, Video
-from visionloom.data.video import decode_frames
+from visionloom.data.encode import image
+from visionloom.data.encode.geometry import PATCH_SIZE, chosen_frames, frame_size, frame_times, image_grid
+from visionloom.data.encode.image import decode_image, resize
+from visionloom.data.encode.patches import IMAGE_ROW, VIDEO_ROW, put
+from visionloom.data.encode.video import decode_frames
+from visionloom.data.shards.sample import Image, Video
 
 RULES: Final = MediaConfig()
 HALF: Final = [0.5, 0.5, 0.5]

@@ -10,7 +10,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from visionloom.data.lengths import LENGTHS
+from visionloom.data.plan.lengths import LENGTHS
 
 FRAME_TOKENS: Final = 256
 """Visual tokens of a temporal patch of a video."""

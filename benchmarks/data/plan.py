@@ -26,17 +26,17 @@ import numpy as np
 from visionloom.benchmarks.data import synthetic
 from visionloom.benchmarks.data.mixtures import MIXTURES, LengthMixture
 from visionloom.benchmarks.data.table import Row, show
-from visionloom.data.balance import CostModel, Pack, deal
 from visionloom.data.config import DataConfig, DatasetConfig, MediaConfig
-from visionloom.data.index import index_shard
-from visionloom.data.lengths import Counting
-from visionloom.data.loader import PackStream
-from visionloom.data.plan import Plan, Settings, Source
-from visionloom.data.shards import Dataset
-from visionloom.data.state import Origin
-from visionloom.data.tokenizer import Tokenizer
-from visionloom.data.views import VIEW, Views
-from visionloom.data.write import write_shards
+from visionloom.data.encode.tokenizer import Tokenizer
+from visionloom.data.plan.cursor import Origin
+from visionloom.data.plan.deal import CostModel, Pack, deal
+from visionloom.data.plan.lengths import Counting
+from visionloom.data.plan.parts import VIEW, Views
+from visionloom.data.plan.plan import Plan, Settings, Source
+from visionloom.data.shards.dataset import Dataset
+from visionloom.data.shards.index import index_shard
+from visionloom.data.shards.write import write_shards
+from visionloom.data.stream.loader import PackStream
 
 WINDOW = 1024
 PATCHES_PER_TOKEN = 3.2

@@ -27,11 +27,11 @@ import webdataset
 
 from visionloom.benchmarks.data.synthetic import make
 from visionloom.benchmarks.data.table import Row, show
-from visionloom.data.chat import render
 from visionloom.data.config import MediaConfig
-from visionloom.data.encode import encode_all
-from visionloom.data.shards import Dataset
-from visionloom.data.tokenizer import Tokenizer
+from visionloom.data.encode.chat import render
+from visionloom.data.encode.encode import encode_all
+from visionloom.data.encode.tokenizer import Tokenizer
+from visionloom.data.shards.dataset import Dataset
 
 RULES: Final = MediaConfig()
 MICROSECONDS: Final = 60.0

@@ -20,10 +20,10 @@ if not __package__:
 import numpy as np
 from PIL import Image as Pillow
 
-from visionloom.data.demo_tokenizer import train_tokenizer
-from visionloom.data.manifest import MANIFEST
-from visionloom.data.sample import Image, Message, Sample, Text, Video
-from visionloom.data.write import write_shards
+from visionloom.data.demo.tokenizer import train_tokenizer
+from visionloom.data.shards.manifest import MANIFEST
+from visionloom.data.shards.sample import Image, Message, Sample, Text, Video
+from visionloom.data.shards.write import write_shards
 
 Pair = tuple[Sample, dict[str, bytes]]
 AREA: Final = 290_000

@@ -18,8 +18,8 @@ from visionloom.data.convert.objects import OBJECTS, Objects
 from visionloom.data.convert.skip import Skip
 from visionloom.data.convert.source import Draft
 from visionloom.data.convert.videos import SOURCES, VIDEO, VIDEO_PART, add_video
-from visionloom.data.sample import Element, Image, Message, Text, Think, ToolCall, Video, media_refs
-from visionloom.data.tokenizer import CALL_START, THINK_END
+from visionloom.data.encode.tokenizer import CALL_START, THINK_END
+from visionloom.data.shards.sample import Element, Image, Message, Text, Think, ToolCall, Video, media_refs
 
 ROLES: Final = {
     "system": "system",

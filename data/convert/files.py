@@ -17,7 +17,7 @@ from visionloom.common.places import OUTSIDE, PlaceError, locate
 from visionloom.data.convert.keys import Fields
 from visionloom.data.convert.skip import Skip
 from visionloom.data.convert.urls import UrlIndex
-from visionloom.data.tar import LARGEST_MEMBER
+from visionloom.data.shards.tar import LARGEST_MEMBER
 
 _SCHEME: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):")
 _INLINE: Final = re.compile(r"data:[^,]{0,100};base64,", re.IGNORECASE)

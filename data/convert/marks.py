@@ -1,6 +1,6 @@
 """Marks written out in the texts of a source: what a published tokenizer has one token for becomes structure, for all formats.
 
-A text's own characters never become special tokens (see `visionloom.data.tokenizer`), so a call or a thought that stays
+A text's own characters never become special tokens (see `visionloom.data.encode.tokenizer`), so a call or a thought that stays
 text would be spelled out in ordinary tokens, which no served model writes. What an assistant says and what a document holds is
 therefore turned into elements here, or leaves its record out. A user's words stay words: they cannot open a turn.
 """
@@ -14,8 +14,7 @@ from typing import Any, Final
 
 from visionloom.data.convert.keys import Fields, Keys, parsed, without_nulls
 from visionloom.data.convert.skip import Skip
-from visionloom.data.sample import Text, Think, ToolCall
-from visionloom.data.tokenizer import (
+from visionloom.data.encode.tokenizer import (
     CALL_END,
     CALL_START,
     END_OF_TEXT,
@@ -24,6 +23,7 @@ from visionloom.data.tokenizer import (
     THINK_START,
     TURN_END,
 )
+from visionloom.data.shards.sample import Text, Think, ToolCall
 
 _MARK: Final = re.compile(
     r"</?(?:think|tool_call|tool_response)>"

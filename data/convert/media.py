@@ -13,10 +13,10 @@ from PIL import ExifTags, ImageOps, JpegImagePlugin
 from PIL import Image as Pillow
 
 from visionloom.data.convert.skip import Skip
-from visionloom.data.geometry import MAX_ASPECT
-from visionloom.data.open_media import MediaError, check_work, open_picture, open_video, packets_of
-from visionloom.data.probe import MediaFacts, probe
-from visionloom.data.tar import LARGEST_MEMBER
+from visionloom.data.encode.geometry import MAX_ASPECT
+from visionloom.data.shards.media_header import MediaFacts, probe
+from visionloom.data.shards.open_media import MediaError, check_work, open_picture, open_video, packets_of
+from visionloom.data.shards.tar import LARGEST_MEMBER
 
 SUFFIXES: Final = {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp", "BMP": "bmp", "GIF": "gif", "TIFF": "tif"}
 """Formats that the loader reads, and the names of their files. MPO is Pillow's name of a JPEG with more pictures behind it, as

@@ -6,7 +6,7 @@ from typing import Any, Final
 from visionloom.data.convert.keys import Fields, Keys, decoded
 from visionloom.data.convert.skip import Skip
 from visionloom.data.convert.source import Draft
-from visionloom.data.sample import Box, Point, Text
+from visionloom.data.shards.sample import Box, Point, Text
 
 OBJECTS: Final = Keys(
     "objects",

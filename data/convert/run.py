@@ -9,22 +9,22 @@ from typing import Any, Final
 
 from visionloom.common.errors import UserError
 from visionloom.data.convert.files import MediaFiles
-from visionloom.data.convert.folder import Folder
-from visionloom.data.convert.hf import COLUMNS, HuggingFace
-from visionloom.data.convert.jsonl import JsonLines
-from visionloom.data.convert.llava import Llava
-from visionloom.data.convert.mmc4 import Mmc4
-from visionloom.data.convert.obelics import Obelics
-from visionloom.data.convert.omnicorpus import OmniCorpus
-from visionloom.data.convert.sharegpt import ShareGpt
+from visionloom.data.convert.formats.folder import Folder
+from visionloom.data.convert.formats.hf import COLUMNS, HuggingFace
+from visionloom.data.convert.formats.jsonl import JsonLines
+from visionloom.data.convert.formats.llava import Llava
+from visionloom.data.convert.formats.mmc4 import Mmc4
+from visionloom.data.convert.formats.obelics import Obelics
+from visionloom.data.convert.formats.omnicorpus import OmniCorpus
+from visionloom.data.convert.formats.sharegpt import ShareGpt
+from visionloom.data.convert.formats.webdataset import WebDataset
 from visionloom.data.convert.skip import Skip
 from visionloom.data.convert.source import Draft, Options, Record, Source
 from visionloom.data.convert.trainable import Trainable
 from visionloom.data.convert.urls import UrlIndex, build_index
-from visionloom.data.convert.webdataset import WebDataset
-from visionloom.data.sample import SampleError, parse_sample
-from visionloom.data.write import Members, members_of
-from visionloom.data.write_parts import URLS, Part, PartLog, Progress, Tally, Target, write_parts
+from visionloom.data.shards.sample import SampleError, parse_sample
+from visionloom.data.shards.write import Members, members_of
+from visionloom.data.shards.write_parts import URLS, Part, PartLog, Progress, Tally, Target, write_parts
 
 SOURCES: Final[Mapping[str, type[Source]]] = {
     "llava": Llava,

@@ -11,8 +11,8 @@ from visionloom.data.convert.files import MediaFiles
 from visionloom.data.convert.keys import Fields, Keys
 from visionloom.data.convert.media import Picture, prepare_image, prepare_video
 from visionloom.data.convert.skip import Skip
-from visionloom.data.sample import Element, Image, Message, Sample, Video
-from visionloom.data.write_parts import Part
+from visionloom.data.shards.sample import Element, Image, Message, Sample, Video
+from visionloom.data.shards.write_parts import Part
 
 
 @dataclass(frozen=True, slots=True)

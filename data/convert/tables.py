@@ -11,7 +11,7 @@ from visionloom.data.convert.keys import without_nulls
 from visionloom.data.convert.skip import Skip
 from visionloom.data.convert.source import Record
 from visionloom.data.convert.source_files import files_below
-from visionloom.data.write_parts import Part
+from visionloom.data.shards.write_parts import Part
 
 if TYPE_CHECKING:
     import pyarrow

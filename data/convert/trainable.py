@@ -11,13 +11,14 @@ from typing import Any, Final
 
 import numpy as np
 
-from visionloom.data.chat import render
 from visionloom.data.config import DataConfig, MediaConfig
 from visionloom.data.convert.marks import refuse_marks
 from visionloom.data.convert.skip import Skip
-from visionloom.data.encode import encode
-from visionloom.data.over_length import Limits, fits_some_policy
-from visionloom.data.sample import (
+from visionloom.data.encode.chat import render
+from visionloom.data.encode.encode import encode
+from visionloom.data.encode.tokenizer import END_OF_TEXT, TURN_END, Tokenizer
+from visionloom.data.plan.over_length import Limits, fits_some_policy
+from visionloom.data.shards.sample import (
     LARGEST_WEIGHT,
     Box,
     Element,
@@ -30,7 +31,6 @@ from visionloom.data.sample import (
     ToolCall,
     element_loss,
 )
-from visionloom.data.tokenizer import END_OF_TEXT, TURN_END, Tokenizer
 
 LONGEST: Final = 262_144
 """Tokens of the longest packs that are trained on (the ultra-long phase of the report)."""

@@ -23,7 +23,7 @@ from visionloom.common.places import PlaceError, locate, read_located
 from visionloom.data.convert.keys import record_json
 from visionloom.data.convert.skip import Skip
 from visionloom.data.convert.source_files import located
-from visionloom.data.tar import Fault, members
+from visionloom.data.shards.tar import Fault, members
 
 _ROW: Final = np.dtype([("high", "<u8"), ("low", "<u8"), ("file", "<u8"), ("offset", "<u8"), ("length", "<u8")])
 _BUCKETS: Final = 64

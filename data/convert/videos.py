@@ -9,8 +9,8 @@ from visionloom.data.convert.files import MediaFiles, named, reference
 from visionloom.data.convert.keys import Fields, Keys, number
 from visionloom.data.convert.skip import Skip
 from visionloom.data.convert.source import Draft
-from visionloom.data.probe import kind_of
-from visionloom.data.sample import Video
+from visionloom.data.shards.media_header import kind_of
+from visionloom.data.shards.sample import Video
 
 LARGEST_TIMES: Final = 64 << 20
 """Bytes of a times.json."""

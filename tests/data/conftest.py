@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from visionloom.data.config import DataConfig, DatasetConfig
-from visionloom.data.demo_tokenizer import train_tokenizer
-from visionloom.data.tokenizer import Tokenizer
-from visionloom.data.write import write_shards
+from visionloom.data.demo.tokenizer import train_tokenizer
+from visionloom.data.encode.tokenizer import Tokenizer
+from visionloom.data.shards.write import write_shards
 from visionloom.tests.data.conversion import Run
 from visionloom.tests.data.samples import RULES, Pair, essay, film, picture_question
 

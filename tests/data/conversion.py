@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from visionloom.data.convert.run import Request, convert
-from visionloom.data.sample import Sample
-from visionloom.data.shards import Dataset
-from visionloom.data.write import ShardLimits
-from visionloom.data.write_parts import Target
+from visionloom.data.shards.dataset import Dataset
+from visionloom.data.shards.sample import Sample
+from visionloom.data.shards.write import ShardLimits
+from visionloom.data.shards.write_parts import Target
 
 Counts = dict[str, int]
 

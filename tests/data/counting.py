@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from visionloom.data.blocks import in_blocks
-from visionloom.data.lengths import Counting
-from visionloom.data.shards import Dataset
-from visionloom.data.tokenizer import Tokenizer
+from visionloom.data.encode.tokenizer import Tokenizer
+from visionloom.data.plan.lengths import Counting
+from visionloom.data.plan.resumable import in_blocks
+from visionloom.data.shards.dataset import Dataset
 from visionloom.tests.data.samples import RULES
 
 

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from visionloom.data.write import Members, members_of
-from visionloom.data.write_parts import Part, PartLog
+from visionloom.data.shards.write import Members, members_of
+from visionloom.data.shards.write_parts import Part, PartLog
 from visionloom.tests.data.samples import picture_question
 
 

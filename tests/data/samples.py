@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image as Pillow
 
 from visionloom.data.config import MediaConfig
-from visionloom.data.sample import Image, Message, Sample, Text, Video
+from visionloom.data.shards.sample import Image, Message, Sample, Text, Video
 
 RULES = MediaConfig(image_min_pixels=1024, video_min_pixels=1024)
 

@@ -18,28 +18,28 @@ import pytest
 from PIL import Image as Pillow
 
 from visionloom.common.errors import UserError
-from visionloom.data.blocks import load_rows
 from visionloom.data.convert.media import prepare_image, prepare_video
 from visionloom.data.convert.run import Request, convert
 from visionloom.data.convert.skip import Skip
 from visionloom.data.convert.urls import build_index
-from visionloom.data.encode import encode
-from visionloom.data.image import decode_image
-from visionloom.data.index import index_path, index_shard, known_shard
-from visionloom.data.lengths import LENGTHS
-from visionloom.data.manifest import read_manifest
-from visionloom.data.probe import probe
-from visionloom.data.sample import SampleError, parse_sample, to_json
-from visionloom.data.shards import Dataset
-from visionloom.data.store import MissingBytes, StoreError
-from visionloom.data.tar import entries
-from visionloom.data.tokenizer import Tokenizer
-from visionloom.data.verify import verify_dataset
-from visionloom.data.view import view_sample
-from visionloom.data.write import ShardLimits, write_shards
-from visionloom.data.write_parts import Target
+from visionloom.data.encode.encode import encode
+from visionloom.data.encode.image import decode_image
+from visionloom.data.encode.tokenizer import Tokenizer
+from visionloom.data.inspect.sample_view import view_sample
+from visionloom.data.inspect.verify import verify_dataset
+from visionloom.data.plan.lengths import LENGTHS
+from visionloom.data.plan.resumable import load_rows
+from visionloom.data.shards.dataset import Dataset
+from visionloom.data.shards.index import index_path, index_shard, known_shard
+from visionloom.data.shards.manifest import read_manifest
+from visionloom.data.shards.media_header import probe
+from visionloom.data.shards.sample import SampleError, parse_sample, to_json
+from visionloom.data.shards.store import MissingBytes, StoreError
+from visionloom.data.shards.tar import entries
+from visionloom.data.shards.write import ShardLimits, write_shards
+from visionloom.data.shards.write_parts import Target
 from visionloom.tests.data.samples import RULES, essay, film, picture_question, png
-from visionloom.tests.data.test_probe import video
+from visionloom.tests.data.shards.test_media_header import video
 from visionloom.tests.fuzzing import Mutator, amount, json_edit, json_lines_edit, mutants, try_reader
 
 pytest.importorskip("av")
@@ -213,8 +213,8 @@ def videos() -> list[bytes]:
 
 
 def read_video(data: bytes, folder: Path) -> None:
-    from visionloom.data.sample import Video
-    from visionloom.data.video import decode_frames
+    from visionloom.data.encode.video import decode_frames
+    from visionloom.data.shards.sample import Video
 
     for call in (lambda: prepare_video(data), lambda: probe("a.mp4", data)):
         try:

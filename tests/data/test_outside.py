@@ -15,18 +15,18 @@ import numpy as np
 import pytest
 
 from visionloom.common.errors import UserError
-from visionloom.data.blocks import load_rows
 from visionloom.data.config import StoreConfig
 from visionloom.data.convert.run import SOURCES
 from visionloom.data.convert.urls import build_index
-from visionloom.data.indexing import index_folder
-from visionloom.data.lengths import LENGTHS
-from visionloom.data.manifest import read_manifest
-from visionloom.data.sample import to_json
-from visionloom.data.shards import Dataset
-from visionloom.data.store import open_store
-from visionloom.data.tokenizer import Tokenizer
-from visionloom.data.write import write_shards
+from visionloom.data.encode.tokenizer import Tokenizer
+from visionloom.data.plan.lengths import LENGTHS
+from visionloom.data.plan.resumable import load_rows
+from visionloom.data.shards.dataset import Dataset
+from visionloom.data.shards.index_folder import index_folder
+from visionloom.data.shards.manifest import read_manifest
+from visionloom.data.shards.sample import to_json
+from visionloom.data.shards.store import open_store
+from visionloom.data.shards.write import write_shards
 from visionloom.tests.data.conversion import Run
 from visionloom.tests.data.samples import essay, picture_question, png
 
@@ -238,7 +238,7 @@ def test_a_manifest_names_files_of_its_own_folder(name: str, dataset: Path) -> N
 
 
 def test_names_of_a_remote_shard_are_names_and_no_part_of_an_address() -> None:
-    from visionloom.data import store
+    from visionloom.data.shards import store
 
     asked = []
     source = store.HttpSource("http://example.invalid/a?key=1", StoreConfig(retries=0))

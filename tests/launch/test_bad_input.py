@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from visionloom.data.sample import Image, Message, Sample, Text
-from visionloom.data.write import write_shards
+from visionloom.data.shards.sample import Image, Message, Sample, Text
+from visionloom.data.shards.write import write_shards
 from visionloom.launch import configure
 from visionloom.launch.configure import start
 from visionloom.launch.pretrain import train

@@ -14,13 +14,13 @@ import pytest
 from PIL import Image as Pillow
 
 from visionloom.data.config import MediaConfig
-from visionloom.data.decode import decode_patches
-from visionloom.data.demo_tokenizer import train_tokenizer
-from visionloom.data.encode import encode
-from visionloom.data.sample import Image, Text, Video
-from visionloom.data.shards import Dataset
-from visionloom.data.tokenizer import Tokenizer
-from visionloom.data.video import decode_frames
+from visionloom.data.demo.tokenizer import train_tokenizer
+from visionloom.data.encode.encode import encode
+from visionloom.data.encode.patches import decode_patches
+from visionloom.data.encode.tokenizer import Tokenizer
+from visionloom.data.encode.video import decode_frames
+from visionloom.data.shards.dataset import Dataset
+from visionloom.data.shards.sample import Image, Text, Video
 from visionloom.launch.data import main
 from visionloom.tests.data.samples import essay, picture_question
 from visionloom.tests.data.samples import film as film_of_frames
@@ -266,8 +266,8 @@ def test_boxes_lie_where_the_sample_says(tmp_path: Path) -> None:
 
 
 def test_a_broken_member_is_shown_as_such(pictures: Path, tmp_path: Path) -> None:
-    from visionloom.data.sample import Sample
-    from visionloom.data.write import write_shards
+    from visionloom.data.shards.sample import Sample
+    from visionloom.data.shards.write import write_shards
 
     samples = [(Sample("x", "doc", content=(Image("a.png", 9, 9), Text("t"))), {"a.png": b"garbage"})]
     write_shards(tmp_path / "set", "set", samples)

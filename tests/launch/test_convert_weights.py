@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from visionloom.launch.convert import COMMANDS, main
-from visionloom.tests.model.test_huggingface_folder import edit_config, model, save
+from visionloom.tests.model.huggingface.test_folder import edit_config, model, save
 from visionloom.tests.ranks import torchrun_environment
 
 ROOT = Path(__file__).parents[2]

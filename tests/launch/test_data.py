@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from visionloom.data.sample import Image, Sample, Text, Video
-from visionloom.data.shards import Dataset
-from visionloom.data.write import write_shards
+from visionloom.data.shards.dataset import Dataset
+from visionloom.data.shards.sample import Image, Sample, Text, Video
+from visionloom.data.shards.write import write_shards
 from visionloom.launch.data import main
 
 

@@ -17,14 +17,14 @@ import torch
 import torch.distributed as dist
 
 from visionloom.common.errors import UserError
-from visionloom.data.encode import EncodedSample, extend, prompt_of
-from visionloom.data.loader import EvaluationSet
-from visionloom.data.pack import pack_prompts, widen
-from visionloom.data.sample import Video
-from visionloom.data.tokenizer import IMAGE, VIDEO, Tokenizer
+from visionloom.data.encode.encode import EncodedSample, extend, prompt_of
+from visionloom.data.encode.tokenizer import IMAGE, VIDEO, Tokenizer
+from visionloom.data.shards.sample import Video
+from visionloom.data.stream.batch import pack_prompts, widen
+from visionloom.data.stream.loader import EvaluationSet
 from visionloom.launch.data import main as convert
 from visionloom.launch.evaluate import main
-from visionloom.model.huggingface import to_huggingface
+from visionloom.model.huggingface.names import to_huggingface
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.parallel import topology as topologies
 from visionloom.parallel.topology import Topology
@@ -34,7 +34,7 @@ from visionloom.tests.train.runs import DATASETS, run_config, run_words
 from visionloom.train.config import RunConfig
 from visionloom.train.evaluate import Writer, _print, predictions
 from visionloom.train.progress import Screen
-from visionloom.train.report_data import NO_TASKS
+from visionloom.train.report.history import NO_TASKS
 from visionloom.train.run import Run, evaluate, open_topology, pretrain
 
 STEPS = 60

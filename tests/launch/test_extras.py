@@ -36,8 +36,8 @@ def parquet(folder: Path) -> None:
 
 
 def videos(folder: Path) -> None:
-    from visionloom.data.sample import Video
-    from visionloom.data.video import decode_frames
+    from visionloom.data.encode.video import decode_frames
+    from visionloom.data.shards.sample import Video
 
     element = Video((), (), 64, 64, "v.mp4", 20, 10.0, 2.0)
     list(
@@ -52,7 +52,7 @@ def videos(folder: Path) -> None:
 
 
 def demo(folder: Path) -> None:
-    from visionloom.data.demo import make_demo
+    from visionloom.data.demo.make import make_demo
 
     make_demo(folder / "demo")
 
@@ -85,7 +85,7 @@ def test_commands_start_without_any_of_them() -> None:
     names = ["tensorboard", "pyarrow", "av", "sklearn", "s3fs", "simplejpeg", "deepspeed", "flash_attn", "wandb"]
     code = HIDE.format(names=names) + (
         "from visionloom.launch.configure import compose; assert compose(['+recipe=demo'], 2).run.name == 'demo';"
-        "import visionloom.launch.data, visionloom.train.trackers, visionloom.data.decode"
+        "import visionloom.launch.data, visionloom.train.trackers, visionloom.data.encode.patches"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={"PYTHONPATH": str(ROOT / ".link")}, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
@@ -93,7 +93,7 @@ def test_commands_start_without_any_of_them() -> None:
 
 def test_pictures_are_the_same_without_simplejpeg(monkeypatch: pytest.MonkeyPatch) -> None:
     """The one package whose place another takes."""
-    from visionloom.data import image
+    from visionloom.data.encode import image
 
     file = BytesIO()
     Pillow.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)).save(file, "JPEG", quality=95)

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from visionloom.data.balance import deal
-from visionloom.data.demo import make_demo
+from visionloom.data.demo.make import make_demo
+from visionloom.data.plan.deal import deal
 from visionloom.launch.configure import compose
 from visionloom.launch.data import main
-from visionloom.launch.shards.plan import plan_phase
+from visionloom.launch.data_commands.plan import plan_phase
 
 
 @pytest.fixture(scope="module")

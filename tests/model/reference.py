@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from visionloom.model.config import ModelConfig, TextConfig, VisionConfig
-from visionloom.model.huggingface import from_huggingface
+from visionloom.model.huggingface.names import from_huggingface
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.model.sharding import cut
 from visionloom.parallel.topology import Topology

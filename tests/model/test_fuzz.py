@@ -14,17 +14,17 @@ import pytest
 import torch
 
 from visionloom.common.errors import UserError
-from visionloom.model.huggingface_config import read_config, read_json, write_config
-from visionloom.model.huggingface_folder import INDEX, HuggingFaceFolder
+from visionloom.model.huggingface.config import read_config, read_json, write_config
+from visionloom.model.huggingface.folder import INDEX, HuggingFaceFolder
+from visionloom.model.huggingface.peft_config import CONFIG, read_adapter_config, targets
+from visionloom.model.huggingface.shapes import parameter_shapes
 from visionloom.model.lora import apply_lora
 from visionloom.model.lora_config import LoraConfig
-from visionloom.model.peft_config import CONFIG, read_adapter_config, targets
-from visionloom.model.shapes import parameter_shapes
 from visionloom.parallel.topology import Topology
 from visionloom.tests.fuzzing import BYTE_MUTATORS, Mutator, amount, json_edit, mutants, try_reader
 from visionloom.tests.model.reference import build_pair, huggingface_model, reference_model, tiny_config
-from visionloom.train import adapter
-from visionloom.train.adapter import WEIGHTS, load_adapter
+from visionloom.train.weights import load_adapter as adapter
+from visionloom.train.weights.load_adapter import WEIGHTS, load_adapter
 
 SEEDS = [pytest.param(1, id="few"), pytest.param(3, id="many", marks=pytest.mark.faults)]
 JSON: tuple[Mutator, ...] = (json_edit, json_edit, json_edit, *BYTE_MUTATORS)

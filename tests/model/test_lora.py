@@ -19,11 +19,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from visionloom.common.errors import UserError
 from visionloom.model.config import GROUPS
 from visionloom.model.flops import Work, step_flops
-from visionloom.model.huggingface import to_huggingface
+from visionloom.model.huggingface.names import to_huggingface
+from visionloom.model.huggingface.peft import from_peft, peft_config, to_peft
+from visionloom.model.huggingface.peft_config import CONFIG
 from visionloom.model.lora import adapted_modules, apply_lora, merge
 from visionloom.model.lora_config import LoraConfig, adapted_layers, linear_layers
-from visionloom.model.peft import from_peft, peft_config, to_peft
-from visionloom.model.peft_config import CONFIG
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.model.sharding import canonical_parameters
 from visionloom.model.trainable import is_adapter, set_trainable
@@ -38,7 +38,7 @@ from visionloom.tests.model.reference import (
     tiny_config,
 )
 from visionloom.tests.model.test_parity import error
-from visionloom.train.adapter import PICKLE, WEIGHTS, load_adapter
+from visionloom.train.weights.load_adapter import PICKLE, WEIGHTS, load_adapter
 
 EXAMPLES = [make_example(parts, i) for i, parts in enumerate([[5, (4, 6), 9], [21], [2, (2, 4, 4), 3, (2, 2), 11]])]
 EVERYWHERE = LoraConfig(rank=8, alpha=12.0, groups=list(GROUPS))

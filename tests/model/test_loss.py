@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from visionloom.data.encode import EncodedSample, positions
-from visionloom.data.pack import pack
+from visionloom.data.encode.encode import EncodedSample, positions
+from visionloom.data.stream.batch import pack
 from visionloom.model import loss as losses_module
 from visionloom.model.loss import linear_cross_entropy
 from visionloom.parallel.topology import Topology

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from visionloom.model.huggingface import from_huggingface, to_huggingface
+from visionloom.model.huggingface.names import from_huggingface, to_huggingface
 from visionloom.parallel.topology import Topology
 from visionloom.tests.model.reference import build_pair, make_example, make_pack, reference_run, tiny_config
 

@@ -9,8 +9,8 @@ import torch
 from torch.distributed.checkpoint import FileSystemWriter, save
 
 from visionloom.model.config import ModelConfig
-from visionloom.train.checkpoint import FORMAT, MANIFEST, FileEntry, write_manifest
-from visionloom.train.state_file import STATE, Progress
+from visionloom.train.checkpoint.read import FORMAT, MANIFEST, FileEntry, write_manifest
+from visionloom.train.checkpoint.state_file import STATE, Progress
 
 TENSORS = {"a": torch.arange(24.0).reshape(4, 6), "b": torch.ones(5, dtype=torch.bfloat16)}
 PLAN = {"datasets": {"text": ["0123", 1.0, "error"]}, "tokenizer": "0123abcd"}

@@ -21,15 +21,15 @@ from transformers import AutoProcessor, GenerationConfig
 from visionloom.common.errors import UserError
 from visionloom.data.config import MediaConfig
 from visionloom.model.config import ModelConfig, TextConfig
-from visionloom.model.huggingface_config import write_config
+from visionloom.model.huggingface.config import write_config
 from visionloom.tests.train.runs import run_config
 from visionloom.train import agreements
 from visionloom.train.agreements import AGREEMENTS, check_export, check_folder, check_run
-from visionloom.train.companions import Companions
+from visionloom.train.checkpoint.state_file import STATE, Inputs, Progress
 from visionloom.train.config import RunConfig
-from visionloom.train.serving import write_serving_files
-from visionloom.train.state_file import STATE, Inputs, Progress
-from visionloom.train.token_table import TokenTable
+from visionloom.train.exchange.companions import Companions
+from visionloom.train.exchange.serving import write_serving_files
+from visionloom.train.exchange.token_table import TokenTable
 
 Edit = Callable[[Path], None]
 

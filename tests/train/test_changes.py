@@ -20,8 +20,8 @@ from visionloom.tests.ranks import RankPool
 from visionloom.tests.train.runs import metrics, run_config
 from visionloom.tests.train.test_bounds import full, holder
 from visionloom.train.changes import changes, settings_of
+from visionloom.train.checkpoint.state_file import Progress, read_progress
 from visionloom.train.config import RunConfig
-from visionloom.train.state_file import Progress, read_progress
 
 
 @functools.cache

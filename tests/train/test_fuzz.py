@@ -18,23 +18,23 @@ import pytest
 
 from visionloom.common.errors import UserError
 from visionloom.data.config import MediaConfig
-from visionloom.data.state import check_state
+from visionloom.data.plan.cursor import check_state
 from visionloom.model.config import ModelConfig, TextConfig
-from visionloom.model.huggingface_config import write_config
+from visionloom.model.huggingface.config import write_config
 from visionloom.model.lora_config import LoraConfig
 from visionloom.tests.fuzzing import BYTE_MUTATORS, Mutator, amount, json_edit, json_lines_edit, mutants, try_reader
+from visionloom.tests.train.report.test_page import line, write_run
 from visionloom.tests.train.strangers import list_files, write_checkpoint
-from visionloom.tests.train.test_report import line, write_run
-from visionloom.train import report
 from visionloom.train.agreements import check_folder
-from visionloom.train.checkpoint import FORMAT, MANIFEST, fault_in_share
-from visionloom.train.companions import SETTINGS_OF_RUN, Companions, companions, tokenizer_hash
-from visionloom.train.index import INDEX, IndexFault, read_index
-from visionloom.train.report_data import History
-from visionloom.train.serving import carry_companions, write_serving_files
-from visionloom.train.state_file import STATE, Inputs, lora_of, model_of, read_progress, stored_inputs
-from visionloom.train.stored import StoredWeights
-from visionloom.train.token_table import SETTINGS, TOKENIZER, TokenTable
+from visionloom.train.checkpoint.index import INDEX, IndexFault, read_index
+from visionloom.train.checkpoint.read import FORMAT, MANIFEST, fault_in_share
+from visionloom.train.checkpoint.state_file import STATE, Inputs, lora_of, model_of, read_progress, stored_inputs
+from visionloom.train.checkpoint.stored import StoredWeights
+from visionloom.train.exchange.companions import SETTINGS_OF_RUN, Companions, companions, tokenizer_hash
+from visionloom.train.exchange.serving import carry_companions, write_serving_files
+from visionloom.train.exchange.token_table import SETTINGS, TOKENIZER, TokenTable
+from visionloom.train.report import page as report
+from visionloom.train.report.history import History
 
 SHARD = "__0_0.distcp"
 Reader = Callable[[bytes], object]

@@ -14,8 +14,8 @@ from transformers import AutoModelForImageTextToText
 from visionloom.model.trainable import is_adapter
 from visionloom.tests.ranks import RankPool
 from visionloom.tests.train.runs import metrics, run_config
+from visionloom.train.checkpoint.stored import StoredWeights
 from visionloom.train.config import RunConfig
-from visionloom.train.stored import StoredWeights
 
 LORA = ("lora.rank=8", "lora.groups=[vision,merger,language]", "checkpoint.every_steps=0")
 STEPS, HALF = 6, 3

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from visionloom.common.errors import UserError
-from visionloom.data.sample import Message, Sample, Text
-from visionloom.data.write import Pair, write_shards
+from visionloom.data.shards.sample import Message, Sample, Text
+from visionloom.data.shards.write import Pair, write_shards
 from visionloom.parallel import topology as topologies
 from visionloom.tests.ranks import RankPool
 from visionloom.tests.train.runs import metrics, run_config

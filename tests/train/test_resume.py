@@ -36,7 +36,7 @@ def checkpoint_tensors(folder: Path) -> dict[str, torch.Tensor]:
     from torch.distributed.checkpoint import FileSystemReader, load
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    from visionloom.train import checkpoint
+    from visionloom.train.checkpoint import read as checkpoint
 
     topology = topologies.start(ParallelConfig(), torch.device("cpu"))
     newest, damaged = checkpoint.newest(folder, topology)
@@ -132,7 +132,7 @@ def test_another_number_of_ranks_goes_on_alike(pool: RankPool, demo_data: Path, 
 
 def newest_checkpoint(folder: Path) -> tuple[str | None, list[str]]:
     """Folder of the newest whole checkpoint, and what was passed over (runs in the pool)."""
-    from visionloom.train import checkpoint
+    from visionloom.train.checkpoint import read as checkpoint
 
     topology = topologies.start(ParallelConfig(), torch.device("cpu"))
     found, damaged = checkpoint.newest(folder, topology)

@@ -8,7 +8,7 @@ import os
 
 import pytest
 
-from visionloom.data.geometry import MERGE_SIZE, PATCH_SIZE, TEMPORAL_PATCH_SIZE
+from visionloom.data.encode.geometry import MERGE_SIZE, PATCH_SIZE, TEMPORAL_PATCH_SIZE
 from visionloom.model.config import PICTURES
 from visionloom.parallel.config import ParallelConfig
 from visionloom.tests.ranks import RankPool

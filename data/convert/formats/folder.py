@@ -1,0 +1,109 @@
+"""A folder of pictures or videos with captions: NAME.txt or NAME.caption beside each, or metadata.jsonl.
+
+metadata.jsonl has lines {"file_name": ..., "text" or "caption": ...}, as Hugging Face's imagefolder, and lies in the folder.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import batched
+from pathlib import Path, PurePath
+from typing import Any, ClassVar, Final
+
+from visionloom.common.errors import UserError
+from visionloom.data.convert.files import MediaFiles
+from visionloom.data.convert.formats.captions import fill_caption
+from visionloom.data.convert.json_parts import Span, cut_json, read_json
+from visionloom.data.convert.keys import Keys
+from visionloom.data.convert.skip import Skip
+from visionloom.data.convert.source import Draft, Options, Record
+from visionloom.data.convert.source_files import located
+from visionloom.data.convert.videos import add_video
+from visionloom.data.shards.media_header import kind_of
+from visionloom.data.shards.write_parts import Part
+
+METADATA: Final = "metadata.jsonl"
+_CAPTIONS: Final = (".txt", ".caption")
+LARGEST_CAPTION: Final = 16 << 20
+"""Bytes: 16 MiB, more than the longest pack holds."""
+
+
+LINE: Final = Keys("record", {"file_name": "the picture or video", "text": "its caption", "caption": "its caption"})
+"""A line of metadata.jsonl."""
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """Media files below a folder."""
+
+    folder: str
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """A media file that was found in the folder; its caption lies beside it."""
+
+    name: str
+
+
+class Folder:
+    """One picture or video a sample: a document of it and its caption."""
+
+    keys: ClassVar[tuple[Keys, ...]] = (LINE,)
+
+    def parts(self, path: Path, size: int, follow_links: bool = False) -> Iterator[Part]:
+        """Files in sorted order, or the lines of metadata.jsonl if there is one."""
+        if not path.is_dir():
+            raise UserError(f"{path}: a folder of pictures expected")
+        if METADATA in os.listdir(path):
+            return cut_json(located(path, METADATA, follow_links), size)
+        return (Part(len(names), Files(str(path), names)) for names in batched(_media(path), size))
+
+    def records(self, where: Files | Span) -> Iterator[Record]:
+        """Media files with their captions."""
+        if isinstance(where, Span):
+            yield from read_json(where)
+            return
+        for name in where.names:
+            yield Record(name, Listed(name))
+
+    def convert(self, value: Any, draft: Draft, options: Options) -> None:
+        """A document of one picture or video and what is said of it."""
+        if isinstance(value, Listed):
+            value = {"file_name": value.name, "text": _caption(value.name, options.files)}
+        if not isinstance(value, dict):
+            raise Skip("not an object", f"a JSON object expected, got {type(value).__name__}")
+        line = draft.open(LINE, value)
+        name, text = line.take("file_name"), line.take("text", "caption")
+        if not isinstance(name, str) or not isinstance(text, str):
+            raise Skip("no caption", f"{name}: a text beside it ({' or '.join(_CAPTIONS)}) or in {METADATA} expected")
+        draft.id = name
+        if kind_of(name) == "video":
+            fill_caption(draft, [add_video(draft, options.files, name)], text)
+        else:
+            fill_caption(draft, [draft.image(options.files.read(name))], text)
+
+
+def _media(path: Path) -> Iterator[str]:
+    """Names of media files below a folder, one folder after another."""
+    for folder, folders, files in os.walk(path):
+        folders.sort()
+        for name in sorted(files):
+            if kind_of(name) != "other":
+                yield str((Path(folder) / name).relative_to(path))
+
+
+def _caption(name: str, files: MediaFiles) -> str | None:
+    """The text beside a file; one that is not UTF-8 is none. Raises Skip for one that may not be read."""
+    path = PurePath(name)
+    for suffix in _CAPTIONS:
+        for beside in (path.with_suffix(suffix), path.with_name(path.name + suffix)):
+            try:
+                return files.read(str(beside), LARGEST_CAPTION).decode("utf-8-sig")
+            except UnicodeDecodeError:
+                return None
+            except Skip as skip:
+                if skip.reason != "file not found":
+                    raise
+    return None

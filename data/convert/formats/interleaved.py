@@ -1,0 +1,46 @@
+"""Documents in which pictures and texts take turns: what OBELICS, OmniCorpus and MMC4 have in common."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from visionloom.data.convert.files import MediaFiles
+from visionloom.data.convert.marks import document
+from visionloom.data.convert.skip import Skip
+from visionloom.data.convert.source import Draft
+from visionloom.data.shards.sample import Element, Text
+
+
+def fill_document(draft: Draft, files: MediaFiles, items: Iterable[tuple[str, str]], joint: str) -> None:
+    """Make a document of ("text", text) and ("image", reference) items in order.
+
+    A picture that is not there or cannot be read is left out and counted; texts that then touch each other are joined
+    by `joint`. Raises Skip for a mark in a text, and if nothing is left.
+    """
+    content: list[Element] = []
+    for kind, value in items:
+        if kind == "text":
+            _add_text(content, document(value), joint)
+            continue
+        try:
+            content.append(draft.image(files.read(value)))
+        except Skip as skip:
+            draft.left_out.append(skip.reason)
+    if not content:
+        raise Skip("empty document", f"{len(draft.left_out)} pictures left out, no text")
+    draft.content = content
+
+
+def _add_text(content: list[Element], text: str, joint: str) -> None:
+    if not text:
+        return
+    if content and isinstance(content[-1], Text):
+        content[-1] = Text(content[-1].text + joint + text)
+    else:
+        content.append(Text(text))
+
+
+def keep_facts(draft: Draft, facts: Mapping[str, Any], names: Mapping[str, str]) -> None:
+    """Copy a document's facts into the sample's meta under other names, where they are texts or numbers."""
+    draft.meta.update(
+        {ours: facts[theirs] for theirs, ours in names.items() if isinstance(facts.get(theirs), str | int | float)}
+    )

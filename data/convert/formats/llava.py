@@ -1,0 +1,36 @@
+"""LLaVA's format: a JSON array or lines of {"id", "image" or "video", "conversations": [{"from", "value"}, ...]}."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+from visionloom.data.convert.chats import RECORD, Chat, chat_keys
+from visionloom.data.convert.json_parts import Span, cut_json, read_json
+from visionloom.data.convert.keys import Keys
+from visionloom.data.convert.skip import Skip
+from visionloom.data.convert.source import Draft, Options, Record
+from visionloom.data.shards.write_parts import Part
+
+
+class Llava:
+    """Conversations with `<image>` and `<video>` in their texts; ids and other short facts are kept."""
+
+    keys: ClassVar[tuple[Keys, ...]] = chat_keys(RECORD)
+
+    def parts(self, path: Path, size: int, follow_links: bool = False) -> Iterator[Part]:
+        """Byte ranges of the JSON files."""
+        return cut_json(path, size, follow_links)
+
+    def records(self, where: Span) -> Iterator[Record]:
+        """One JSON object after another."""
+        return read_json(where)
+
+    def convert(self, value: Any, draft: Draft, options: Options) -> None:
+        """A chat."""
+        if not isinstance(value, dict):
+            raise Skip("not an object", f"a JSON object expected, got {type(value).__name__}")
+        record = draft.open(RECORD, value)
+        draft.id = record.text("id")
+        if source := record.text("data_source", "source"):
+            draft.meta["source"] = source
+        Chat(record, draft, options.files).fill(record.take("messages", "conversations", "conversation"))

@@ -1,0 +1,70 @@
+"""MMC4: JSON lines of {"url", "text_list", "image_info": [{"raw_url", "image_name", "matched_text_index"}]}."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar, Final
+
+from visionloom.data.convert.files import MediaFiles
+from visionloom.data.convert.formats.interleaved import fill_document
+from visionloom.data.convert.json_parts import Span, cut_json, read_json
+from visionloom.data.convert.keys import Fields, Keys
+from visionloom.data.convert.skip import Skip
+from visionloom.data.convert.source import Draft, Options, Record
+from visionloom.data.shards.write_parts import Part
+
+DOCUMENT: Final = Keys("record", {"text_list": "sentences", "image_info": "pictures", "url": "meta.url"})
+PICTURE: Final = Keys(
+    "picture",
+    {
+        "image_name": "name of its file in --images-dir",
+        "raw_url": "URL, where there is no such file",
+        "matched_text_index": "sentence that it stands before",
+    },
+)
+
+
+class Mmc4:
+    """One line a document: each picture stands before the sentence that it was matched with."""
+
+    keys: ClassVar[tuple[Keys, ...]] = (DOCUMENT, PICTURE)
+
+    def parts(self, path: Path, size: int, follow_links: bool = False) -> Iterator[Part]:
+        """Byte ranges of the JSON files."""
+        return cut_json(path, size, follow_links)
+
+    def records(self, where: Span) -> Iterator[Record]:
+        """One JSON object after another."""
+        return read_json(where)
+
+    def convert(self, value: Any, draft: Draft, options: Options) -> None:
+        """A document."""
+        if not isinstance(value, dict):
+            raise Skip("not an object", f"a JSON object expected, got {type(value).__name__}")
+        record = draft.open(DOCUMENT, value)
+        texts, pictures = record.take("text_list"), record.take("image_info") or []
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise Skip("no text_list", f"a list of texts expected, got {type(texts).__name__}")
+        if url := record.text("url"):
+            draft.meta["url"] = url
+        opened = [draft.open(PICTURE, picture) for picture in pictures]
+        fill_document(draft, options.files, _items(texts, opened, options.files), joint=" ")
+
+
+def _items(texts: list[str], pictures: list[Fields], files: MediaFiles) -> Iterator[tuple[str, str]]:
+    at: dict[int, list[str]] = {}
+    for picture in pictures:
+        place = picture.take("matched_text_index")
+        if not isinstance(place, int) or not 0 <= place < len(texts):
+            raise Skip("matched_text_index outside the text", f"{place!r} of {len(texts)}")
+        at.setdefault(place, []).append(_reference(picture, files))
+    for place, text in enumerate(texts):
+        yield from (("image", reference) for reference in at.get(place, ()))
+        yield "text", text
+
+
+def _reference(picture: Fields, files: MediaFiles) -> str:
+    """The name of the picture's file if it lies in --images-dir, else its URL."""
+    name, url = picture.take("image_name"), picture.take("raw_url")
+    if isinstance(name, str) and name and "/" not in name and files.holds(name):
+        return name
+    return str(url or name)

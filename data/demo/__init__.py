@@ -1,0 +1,1 @@
+"""Small datasets from handwritten digits, for every phase of a run."""

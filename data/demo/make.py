@@ -1,0 +1,134 @@
+"""The demo's data: scikit-learn's 1,797 handwritten digits, composed into eight small datasets with a tokenizer.
+
+Command: python launch/data.py demo DIR
+"""
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from PIL import Image as PillowImage
+
+from visionloom.common.errors import UserError
+from visionloom.common.jsonfile import JsonError, load_json
+from visionloom.common.places import PlaceError, read_located
+from visionloom.data.demo.tasks import CELL, RECIPES, Drawer, Pixels
+from visionloom.data.demo.tokenizer import train_tokenizer
+from visionloom.data.inspect.contact_sheet import draw_contact_sheet
+from visionloom.data.shards.dataset import Dataset
+from visionloom.data.shards.index import INDEX_VERSION
+from visionloom.data.shards.sample import Sample
+from visionloom.data.shards.write import write_shards
+
+TRAIN_PICTURES: Final = 1400
+"""Of 1,797; the others are for the test split."""
+DONE: Final = "demo.json"
+"""Written last: says with which settings the folder was made."""
+_MAKING: Final = ".making"
+_PARTS: Final = ("tokenizer", "train", "test", "contact_sheet.png")
+_GENERATOR_VERSION: Final = 3
+
+Progress = Callable[[str, int, int], None]
+"""Called with the name of a part, how much of it is done, and its total."""
+
+
+def make_demo(folder: str | Path, seed: int = 0, scale: float = 1.0, progress: Progress | None = None) -> bool:
+    """Make DIR/tokenizer, DIR/train/<dataset>, DIR/test/<dataset> and DIR/contact_sheet.png; False if already made.
+
+    `scale` multiplies the numbers of samples. The same seed and scale give the same bytes; train and test never share
+    a handwriting picture. An unfinished folder is made again. Raises UserError if scikit-learn is not installed or the
+    folder holds something else.
+    """
+    folder, settings = Path(folder), {"version": _GENERATOR_VERSION, "index": INDEX_VERSION, "seed": seed, "scale": scale}
+    if _settings(folder) == settings and all((folder / part).exists() for part in _PARTS):
+        return False
+    _check_folder(folder)
+    cells, digits, splits = load_pictures(seed)
+    making = folder / _MAKING
+    shutil.rmtree(making, ignore_errors=True)
+    making.mkdir(parents=True)
+    for split, chosen in splits.items():
+        for name in RECIPES:
+            drawer = Drawer(cells, digits, chosen, f"{seed}/{split}/{name}")
+            _write_dataset(making, split, name, drawer, scale, progress)
+    train_tokenizer(making / "tokenizer", _train_samples(making))
+    draw_contact_sheet({name: Dataset.open(making / "train" / name, name) for name in RECIPES}, making / _PARTS[-1])
+    _move_into_place(folder, settings)
+    return True
+
+
+def _settings(folder: Path) -> object:
+    try:
+        return load_json(read_located(folder, DONE, 1 << 20), DONE)
+    except (OSError, JsonError, PlaceError):
+        return None
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder with files that are not the demo's, since making it replaces the demo's parts."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: choose a folder for the demo")
+    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if names and not names & {DONE, _MAKING}:
+        raise UserError(f"{folder} holds other files ({min(names)}): choose a new folder for the demo")
+
+
+def load_pictures(seed: int) -> tuple[list[Pixels], list[int], dict[str, list[int]]]:
+    """All handwriting pictures, each uint8[32,32], their digits, and the numbers of those of each split.
+
+    Raises UserError if scikit-learn is not installed.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise UserError("the demo needs scikit-learn: pip install visionloom[demo]") from None
+    data = load_digits()
+    cells, digits = [_enlarge(image) for image in data.images], [int(digit) for digit in data.target]
+    numbers = random.Random(f"{seed}/split").sample(range(len(digits)), len(digits))
+    return cells, digits, {"train": sorted(numbers[:TRAIN_PICTURES]), "test": sorted(numbers[TRAIN_PICTURES:])}
+
+
+def _enlarge(image: np.ndarray[tuple[int, int], np.dtype[np.float64]]) -> Pixels:
+    """An 8 x 8 picture with values 0 to 16 as a cell with values 0 to 255, bicubic."""
+    picture = PillowImage.fromarray((image * (255 / 16)).astype(np.float32)).resize(
+        (CELL, CELL), PillowImage.Resampling.BICUBIC
+    )
+    return np.asarray(picture).clip(0, 255).round().astype(np.uint8)
+
+
+def _write_dataset(making: Path, split: str, name: str, drawer: Drawer, scale: float, progress: Progress | None) -> None:
+    recipe = RECIPES[name]
+    count = max(8, round((recipe.train if split == "train" else recipe.test) * scale))
+
+    def drafts() -> Iterator[tuple[Sample, dict[str, bytes]]]:
+        for number in range(count):
+            draft = recipe.make(drawer, split == "train")
+            yield draft.sample(f"{name}:{split}:{number}"), draft.media
+            if progress and (number + 1 == count or number % 100 == 99):
+                progress(f"{split}/{name}", number + 1, count)
+
+    write_shards(making / split / name, name, drafts())
+
+
+def _train_samples(making: Path) -> Iterator[Sample]:
+    for name in RECIPES:
+        dataset = Dataset.open(making / "train" / name, name)
+        yield from (dataset.sample(index) for index in range(min(len(dataset), 1000)))
+
+
+def _move_into_place(folder: Path, settings: object) -> None:
+    (folder / DONE).unlink(missing_ok=True)
+    for part in _PARTS:
+        old = folder / part
+        if old.is_dir():
+            shutil.rmtree(old)
+        os.replace(folder / _MAKING / part, old)
+    done = folder / _MAKING / DONE
+    done.write_text(json.dumps(settings) + "\n")
+    os.replace(done, folder / DONE)
+    (folder / _MAKING).rmdir()

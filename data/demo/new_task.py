@@ -1,0 +1,59 @@
+"""A task that the demo does not teach, to fine-tune its model on: the name of the digit at a place, as a word.
+
+Command: python launch/data.py demo-task DIR
+"""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from visionloom.common.errors import UserError
+from visionloom.data.demo.make import Progress, load_pictures
+from visionloom.data.demo.tasks import GRIDS, NAMES, PLACES, Draft, Drawer
+from visionloom.data.shards.sample import Message, Sample, Text
+from visionloom.data.shards.write import write_shards
+
+NAME: Final = "words"
+SAMPLES: Final = {"train": 4000, "test": 256}
+
+
+def make_task(folder: Path, seed: int = 0, scale: float = 1.0, progress: Progress | None = None) -> bool:
+    """Make DIR/train/words and DIR/test/words in the demo's splits of the handwriting; False if already made.
+
+    `scale` multiplies the numbers of samples; the same seed and scale give the same bytes. The tokenizer is the demo's.
+    Raises UserError if scikit-learn is not installed or the folder holds something else.
+    """
+    if all((folder / split / NAME).is_dir() for split in SAMPLES):
+        return False
+    making = folder.with_name(folder.name + ".making")
+    if folder.exists():
+        raise UserError(f"{folder} holds something else: choose a new folder for the task")
+    cells, digits, splits = load_pictures(seed)
+    shutil.rmtree(making, ignore_errors=True)
+    for split, chosen in splits.items():
+        drawer = Drawer(cells, digits, chosen, f"{seed}/{split}/{NAME}")
+        write_shards(making / split / NAME, NAME, _drafts(drawer, split, max(8, round(SAMPLES[split] * scale)), progress))
+    making.rename(folder)
+    return True
+
+
+def _drafts(drawer: Drawer, split: str, count: int, progress: Progress | None) -> Iterator[tuple[Sample, dict[str, bytes]]]:
+    for number in range(count):
+        draft = words(drawer)
+        yield draft.sample(f"{NAME}:{split}:{number}"), draft.media
+        if progress and (number + 1 == count or number % 100 == 99):
+            progress(f"{split}/{NAME}", number + 1, count)
+
+
+def words(drawer: Drawer) -> Draft:
+    """A picture of 1, 1 x 2 or 2 x 2 digits, and the name of the one at a place."""
+    rows, columns = drawer.random.choices(GRIDS, weights=(3, 3, 4))[0]
+    pictures = drawer.pictures(rows * columns)
+    asked = drawer.random.randrange(len(pictures))
+    place = f"the digit at the {PLACES[rows, columns][asked]}" if len(pictures) > 1 else "this digit"
+    draft = Draft(task=NAME, meta={"pictures": pictures, "columns": columns, "asked": asked})
+    image = drawer.image(draft, tuple(tuple(pictures[columns * row : columns * (row + 1)]) for row in range(rows)))
+    answer = NAMES[int(drawer.digit(pictures[asked]))]
+    draft.messages = [Message("user", (image, Text(f"Write {place} as a word."))), Message("assistant", (Text(answer),))]
+    return draft

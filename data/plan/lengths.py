@@ -1,0 +1,107 @@
+"""Tokens and patches of every sample, counted without decoding a picture and kept beside the dataset.
+
+Plans are made from these tables alone. A table is named by a hash of everything it depends on: the dataset's content, the
+tokenizer, the template and the pixel and frame limits. It knows nothing of packs; what becomes of a sample that is longer
+than a pack is decided in parts.py.
+"""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from visionloom.data.config import MediaConfig
+from visionloom.data.encode import chat
+from visionloom.data.encode.encode import EncodedSample, encode_each
+from visionloom.data.encode.tokenizer import Tokenizer
+from visionloom.data.plan.resumable import Progress, in_blocks, load_rows
+from visionloom.data.shards.dataset import Dataset
+from visionloom.data.shards.sample import Sample, SampleError
+
+TABLE_VERSION: Final = 2
+LENGTHS: Final = np.dtype(
+    [("tokens", "<i4"), ("patches", "<i4"), ("supervised", "<i4"), ("patch_squares", "<i8")],
+)
+"""One row a sample; `patch_squares` is the sum over frames of (patches of the frame) squared, the cost of vision attention.
+
+A sample that cannot be read or rendered has 0 tokens; it is never drawn.
+"""
+BLOCK: Final = 4096
+"""Samples of a file while a table is counted: a second of work."""
+_BATCH: Final = 512
+
+Lengths = NDArray[Any]
+
+
+def lengths_hash(fingerprint: str, tokenizer: Tokenizer, rules: MediaConfig) -> str:
+    """Name of the table of a dataset under these rules: 32 hexadecimal digits."""
+    facts = [
+        TABLE_VERSION,
+        chat.TEMPLATE_VERSION,
+        fingerprint,
+        tokenizer.fingerprint,
+        sorted(dataclasses.asdict(rules).items()),
+    ]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+
+
+def load_lengths(
+    dataset: Dataset,
+    tokenizer: Tokenizer,
+    rules: MediaConfig,
+    cache: Path,
+    processes: int = 0,
+    progress: Progress | None = None,
+) -> Lengths:
+    """The table of a dataset (dtype LENGTHS, a row a sample), from `cache` or counted now and put there.
+
+    Several ranks that count at once share the work through the folder; one that cannot be written is no fault.
+    `processes` count beside this one, 0: none.
+    """
+    path = cache / f"lengths-{lengths_hash(dataset.fingerprint, tokenizer, rules)}.npy"
+    table = load_rows(path, LENGTHS)
+    if table is not None and len(table) == len(dataset):
+        return table
+    return in_blocks(path, len(dataset), BLOCK, Counting(dataset, tokenizer, rules), processes, progress, LENGTHS)
+
+
+@dataclass(frozen=True)
+class Counting:
+    """Counts stretches of a dataset; goes to other processes."""
+
+    dataset: Dataset
+    tokenizer: Tokenizer
+    rules: MediaConfig
+
+    def __call__(self, start: int, stop: int) -> Lengths:
+        """Rows of the samples start .. stop: counted by encoding them, so that no length can differ from the encoded one."""
+        table = np.zeros(stop - start, LENGTHS)
+        for first in range(start, stop, _BATCH):
+            batch = range(first, min(first + _BATCH, stop))
+            read = zip(batch, self.dataset.samples(batch), strict=True)
+            # of an unreadable one the row stays 0; the stream writes down why when it opens the dataset
+            samples = {index: sample for index, sample in read if isinstance(sample, Sample)}
+            for index, row in zip(samples, self._rows(list(samples.values())), strict=True):
+                table[index - start] = row
+        return table
+
+    def _rows(self, samples: list[Sample]) -> list[tuple[int, int, int, int]]:
+        sources = [self.dataset.name] * len(samples)
+        try:
+            return [row_of(encoded) for encoded in encode_each(samples, self.tokenizer, self.rules, sources)]
+        except SampleError:
+            if len(samples) == 1:
+                return [(0, 0, 0, 0)]
+            return [row for sample in samples for row in self._rows([sample])]
+
+
+def row_of(sample: EncodedSample) -> tuple[int, int, int, int]:
+    """Tokens, patches, supervised tokens and patch squares of a sample: its row in a table."""
+    grids = sample.grids.astype(np.int64)
+    squares = int((grids[:, 0] * (grids[:, 1] * grids[:, 2]) ** 2).sum())
+    return len(sample.input_ids), sample.patch_count, sample.supervised_tokens, squares

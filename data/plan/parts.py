@@ -1,0 +1,265 @@
+"""What is trained on of a sample: usually all of it, of one longer than a pack a part, a shorter or a smaller version.
+
+A view names its sample, a stretch of its elements and a bound on its pictures; `apply_view` makes the sample that is encoded.
+A draw is always a whole sample, so a document's parts are drawn together and an epoch's order does not depend on the length
+of a pack. Nothing here imports torch.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from visionloom.data.config import MediaConfig
+from visionloom.data.encode.encode import EncodedSample, encode_all
+from visionloom.data.encode.geometry import chosen_frames
+from visionloom.data.encode.tokenizer import END_OF_TEXT, TURN_END, Tokenizer
+from visionloom.data.plan.lengths import Lengths
+from visionloom.data.shards.sample import Box, Element, Image, Message, Point, Sample, Text, Video
+
+VIEW: Final = np.dtype(
+    [
+        ("sample", "<u4"),
+        ("part", "<u2"),
+        ("flags", "<u2"),
+        ("first", "<u4"),
+        ("first_char", "<u4"),
+        ("stop", "<u4"),
+        ("stop_char", "<u4"),
+        ("pixels", "<u4"),
+        ("tokens", "<i4"),
+        ("patches", "<i4"),
+        ("supervised", "<i4"),
+        ("sample_supervised", "<i4"),
+        ("patch_squares", "<i8"),
+    ]
+)
+"""One row a view; the fields of View."""
+WHOLE: Final = 2**32 - 1
+"""`stop` of a view that reaches to the end of its sample."""
+UNFINISHED: Final = 1
+"""Flag: the view ends inside a document or a turn, so it has no `<|endoftext|>` or `<|im_end|>` there."""
+SHRUNK: Final = 2
+"""Flag: pictures are smaller than the rules of the run alone would make them."""
+TRUNCATED: Final = 4
+"""Flag: what follows in the sample is in no view."""
+
+Rows = NDArray[Any]
+Border = tuple[int, int]
+"""A place in a sample: element number in reading order, and characters of it (a text) that lie before."""
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What of a sample is encoded, and how long that is."""
+
+    sample: int
+    part: int
+    """Number of this view among those of its sample."""
+    flags: int = 0
+    first: int = 0
+    """First element, in reading order over all messages."""
+    first_char: int = 0
+    """Characters of the first element, a text, that lie in the part before."""
+    stop: int = WHOLE
+    """The element where it ends; not in the view, but for the first `stop_char` characters of a text."""
+    stop_char: int = 0
+    pixels: int = 0
+    """Largest area of an image and of a video's frame, in pixels; 0: as the rules of the run say."""
+    tokens: int = 0
+    patches: int = 0
+    supervised: int = 0
+    sample_supervised: int = 0
+    """Supervised tokens of the whole sample: n_s of the loss."""
+    patch_squares: int = 0
+
+    @classmethod
+    def of(cls, row: Any) -> "View":
+        """The view of a row of dtype VIEW."""
+        return cls(*row.tolist())
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is the sample as it was written."""
+        return not (self.first or self.first_char or self.stop_char or self.pixels) and self.stop == WHOLE
+
+
+class Views:
+    """The views of all samples of a dataset.
+
+    Nearly all samples are their own only view, so only the others are held: memory does not grow with the dataset.
+    """
+
+    def __init__(self, lengths: Lengths, over: NDArray[np.int64], special: Rows) -> None:
+        """`over`: the samples that are not used whole, ascending; `special`: their views (dtype VIEW), sample by sample."""
+        self.lengths, self.over, self.special = lengths, over, special
+        self._first = np.searchsorted(special["sample"].astype(np.int64), over)
+        self._count = np.searchsorted(special["sample"].astype(np.int64), over, side="right") - self._first
+
+    def __len__(self) -> int:
+        return len(self.lengths) - len(self.over) + len(self.special)
+
+    @property
+    def dropped(self) -> int:
+        """Samples without a view."""
+        return int(np.count_nonzero(self._count == 0))
+
+    def total(self, field: str) -> int:
+        """Sum over all views of `tokens`, `patches`, `supervised` or `patch_squares`."""
+        whole = int(self.lengths[field].sum(dtype=np.int64)) - int(self.lengths[field][self.over].sum(dtype=np.int64))
+        return whole + int(self.special[field].sum(dtype=np.int64))
+
+    @property
+    def unsupervised(self) -> int:
+        """Samples that are drawn although no view of them has a supervised token."""
+        whole = (self.lengths["supervised"] == 0) & (self.lengths["tokens"] > 0)
+        whole[self.over] = False
+        taught = self.special["sample"][self.special["supervised"] > 0]
+        return int(np.count_nonzero(whole)) + len(np.setdiff1d(self.special["sample"], taught))
+
+    @property
+    def lost_tokens(self) -> int:
+        """Tokens of samples and of parts of samples that no view holds; what shrinking saves is not lost."""
+        shrunk = (self.special["flags"] & SHRUNK) != 0
+        counted = np.setdiff1d(self.over, self.special["sample"][shrunk])
+        kept = int(self.special["tokens"][~shrunk].sum(dtype=np.int64))
+        return max(0, int(self.lengths["tokens"][counted].sum(dtype=np.int64)) - kept)
+
+    def of(self, samples: NDArray[np.int64]) -> tuple[Rows, NDArray[np.int64]]:
+        """The views of drawn samples in order, dtype VIEW, and for each the number of the draw that it belongs to."""
+        place, is_over = self._find(samples)
+        counts = np.ones(len(samples), np.int64)
+        counts[is_over] = self._count[place[is_over]]
+        draws = np.repeat(np.arange(len(samples)), counts)
+        within = np.arange(len(draws)) - (np.cumsum(counts) - counts)[draws]
+        rows = np.empty(len(draws), VIEW)
+        special = is_over[draws]
+        rows[special] = self.special[self._first[place[draws[special]]] + within[special]]
+        _fill_whole(rows, ~special, samples[draws[~special]], self.lengths)
+        return rows, draws
+
+    def view(self, sample: int, part: int) -> View:
+        """One view."""
+        at = int(self.over.searchsorted(sample))
+        if at < len(self.over) and self.over[at] == sample:
+            return View.of(self.special[self._first[at] + part])
+        tokens, patches, supervised, squares = self.lengths[sample].item()
+        return View(sample, part, 0, 0, 0, WHOLE, 0, 0, tokens, patches, supervised, supervised, squares)
+
+    def _find(self, samples: NDArray[np.int64]) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
+        """Where each sample lies among the special ones, and whether it does."""
+        if not len(self.over):
+            return np.zeros(len(samples), np.intp), np.zeros(len(samples), bool)
+        place = np.minimum(np.searchsorted(self.over, samples), len(self.over) - 1)
+        return place, self.over[place] == samples
+
+
+def _fill_whole(rows: Rows, where: NDArray[np.bool_], samples: NDArray[np.int64], lengths: Lengths) -> None:
+    found = lengths[samples]
+    whole = np.zeros(len(samples), VIEW)
+    whole["sample"], whole["stop"] = samples, WHOLE
+    for field in ("tokens", "patches", "supervised", "patch_squares"):
+        whole[field] = found[field]
+    whole["sample_supervised"] = found["supervised"]
+    rows[where] = whole
+
+
+# ---- from a view to what is encoded
+
+
+def encode_views(
+    samples: Sequence[Sample], views: Sequence[View], tokenizer: Tokenizer, rules: MediaConfig, sources: Sequence[str]
+) -> list[EncodedSample]:
+    """Encode the views of samples, each with as many tokens and patches as it says; see `encode_all`."""
+    shown = [apply_view(sample, view, rules) for sample, view in zip(samples, views, strict=True)]
+    encoded = encode_all(shown, tokenizer, rules, sources)
+    return [_finish(found, sample.kind, view, tokenizer) for found, sample, view in zip(encoded, samples, views, strict=True)]
+
+
+def apply_view(sample: Sample, view: View, rules: MediaConfig) -> Sample:
+    """The sample that is encoded: the view's elements under the sample's id, its pictures bounded.
+
+    A chat's part keeps the system message. Boxes and points keep to their picture, which lies in the same view.
+    """
+    if view.is_whole:
+        return sample
+    if view.first or view.first_char or view.stop != WHOLE:
+        sample = between(sample, (view.first, view.first_char), (view.stop, view.stop_char))
+    if not view.pixels:
+        return sample
+    return _with_elements(sample, lambda element: bounded(element, view.pixels, rules))
+
+
+def between(sample: Sample, start: Border, stop: Border) -> Sample:
+    """The elements from `start` up to `stop`; messages without any are left out, but for the first system message."""
+    if sample.kind == "doc":
+        cut = replace(sample, content=_cut(sample.content, 0, start, stop))
+    else:
+        cut = replace(sample, messages=_cut_messages(sample.messages, start, stop))
+    pictures = [number for number, element in enumerate(sample.elements) if isinstance(element, Image)]
+    leading = sample.messages[0].content if sample.messages and sample.messages[0].role == "system" else ()
+    shown = [n for n in pictures if start[0] <= n < stop[0] or n < len(leading)]
+    numbers = {pictures.index(picture): new for new, picture in enumerate(shown)}
+    if len(numbers) == len(pictures):
+        return cut
+    return _with_elements(cut, lambda element: _renumbered(element, numbers))
+
+
+def _cut_messages(messages: Sequence[Message], start: Border, stop: Border) -> tuple[Message, ...]:
+    kept, offset = list[Message](), 0
+    elements = sum(len(message.content) for message in messages)
+    for number, message in enumerate(messages):
+        if number == 0 and message.role == "system":
+            kept.append(message)
+        elif start[0] <= offset and ((offset, 0) < stop or offset == elements):
+            kept.append(replace(message, content=_cut(message.content, offset, start, stop)))
+        offset += len(message.content)
+    return tuple(kept)
+
+
+def _cut(elements: Sequence[Element], offset: int, start: Border, stop: Border) -> tuple[Element, ...]:
+    kept = list[Element]()
+    for number, element in enumerate(elements, start=offset):
+        if number < start[0] or (number, 0) >= stop:
+            continue
+        if isinstance(element, Text):
+            end = stop[1] if number == stop[0] else None
+            element = replace(element, text=element.text[start[1] if number == start[0] else 0 : end])
+        kept.append(element)
+    return tuple(kept)
+
+
+def _renumbered(element: Element, numbers: Mapping[int, int]) -> Element:
+    return replace(element, image=numbers[element.image]) if isinstance(element, Box | Point) else element
+
+
+def bounded(element: Element, pixels: int, rules: MediaConfig) -> Element:
+    """An image, or a video's frames, with an area of at most `pixels`; anything else as it is."""
+    if isinstance(element, Image):
+        return replace(element, max_pixels=min(element.max_pixels or pixels, pixels))
+    if isinstance(element, Video):
+        most = pixels * len(chosen_frames(element, rules))
+        return replace(element, total_pixels=min(element.total_pixels or most, most))
+    return element
+
+
+def _with_elements(sample: Sample, change: Any) -> Sample:
+    messages = tuple(replace(message, content=tuple(map(change, message.content))) for message in sample.messages)
+    return replace(sample, messages=messages, content=tuple(map(change, sample.content)))
+
+
+def _finish(encoded: EncodedSample, kind: str, view: View, tokenizer: Tokenizer) -> EncodedSample:
+    """Take away the end mark of what does not end there, and weigh the loss by the whole sample."""
+    if view.flags & UNFINISHED:
+        mark = tokenizer.special(END_OF_TEXT if kind == "doc" else TURN_END)
+        length = int(np.flatnonzero(encoded.input_ids == mark)[-1])
+        encoded = replace(
+            encoded,
+            input_ids=encoded.input_ids[:length],
+            target_weights=encoded.target_weights[:length],
+            position_ids=encoded.position_ids[:, :length],
+            prompt_length=min(encoded.prompt_length, length),
+        )
+    return encoded if view.is_whole else replace(encoded, loss_tokens=view.sample_supervised)

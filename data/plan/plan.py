@@ -1,0 +1,274 @@
+"""The plan of a phase: which samples share a pack, and which packs make a step.
+
+A pure function of settings and length tables, in numpy. The stream of draws is cut into segments that are packed on their
+own, so any step can be planned from the number of packs before its segment. What a step contains does not depend on ranks,
+workers or layout; `balance.deal` only deals its packs out.
+"""
+
+import dataclasses
+import hashlib
+import json
+import threading
+from bisect import bisect_right
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from visionloom.data.plan.best_fit import pack_samples
+from visionloom.data.plan.cursor import STATE_VERSION, Origin
+from visionloom.data.plan.deal import CostModel, Pack
+from visionloom.data.plan.mixture import PERIOD, Mixture, key_of
+from visionloom.data.plan.parts import Rows, Views
+from visionloom.data.plan.plan_blocks import Segment, SegmentStore
+
+PLAN_VERSION: Final = 3
+_PACKS_PER_SEGMENT: Final = 512
+"""Packs aimed at in a segment: its last, partly filled pack then costs 0.1 % of fill, and planning takes about 30 ms."""
+_SMALLEST_SEGMENT: Final = 256
+_EPOCH_PER_PASSED: Final = 40
+"""Of an epoch at most a 40th may be passed over: what was trained on and as much from the front of the order then differ in
+at most a 20th of the epoch, half of it too early, half of it too late."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """An entry of the mixture as the plan sees it."""
+
+    name: str
+    weight: float
+    views: Views
+    content: str
+    """Hash of the dataset's samples; entries with the same one draw from one order."""
+    over_length: str = "error"
+
+    @property
+    def size(self) -> int:
+        """Samples of the dataset, those without a view included."""
+        return len(self.views.lengths)
+
+    def per_draw(self, field: str) -> float:
+        """Mean tokens or patches that a draw brings."""
+        return self.views.total(field) / self.size
+
+    @property
+    def usable(self) -> float:
+        """Share of the samples that have a view."""
+        return 1 - self.views.dropped / self.size
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What decides the content of packs and steps, apart from the sources."""
+
+    seed: int
+    phase: str
+    """Phases of different names have orders of their own; empty where a run's phases continue one order."""
+    sequence_length: int
+    global_batch: int
+    patch_budget: int
+    """Patches of one pack."""
+    window: int
+    multiple: int = 1
+    """Tokens that a sample takes up are rounded up to this multiple."""
+    most: int = 0
+    """Samples of one pack; 0: any number."""
+    block: int = 1
+    """Samples that stay together through the shuffle."""
+    weights_in: str = "samples"
+    tokenizer: str = ""
+    """Hash of the tokenizer."""
+    media: str = ""
+    """Hash of the pixel and frame rules and of the chat template."""
+
+
+class Plan:
+    """Plans steps on demand. Safe in threads; the next segment is made while one is used."""
+
+    def __init__(
+        self,
+        sources: list[Source],
+        settings: Settings,
+        cost: CostModel | None = None,
+        origin: Origin | None = None,
+        cache: Path | None = None,
+    ) -> None:
+        """`cache`: a folder for segments, shared by the processes of a machine."""
+        self.sources, self.settings, self.origin = sources, settings, origin or Origin()
+        self.cost = cost or CostModel()
+        weights = _draw_weights(sources, settings.weights_in)
+        self.draws_per_segment = _draws_per_segment(sources, weights, settings)
+        self._seed = int(key_of(settings.seed, f"phase {settings.phase}"))
+        contents, sizes = [source.content for source in sources], [source.size for source in sources]
+        self.mixture = Mixture(contents, sizes, weights, self._seed, settings.block, self.origin.draws)
+        self.limits = [_limit(sources, content, settings.window) for content in self.mixture.contents]
+        """Of each content, how many samples a pack may at most pass over."""
+        self._first_packs = {0: 0}
+        self._segments = SegmentStore(self._make_segment, cache / "plan" / self.hash if cache else None)
+        self._lock = threading.Lock()
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Everything the plan depends on, apart from its origin, by the name of its option."""
+        datasets = {source.name: [source.content, source.weight, source.over_length] for source in self.sources}
+        settings = dataclasses.asdict(self.settings)
+        return {"version": PLAN_VERSION, **settings, "draws_per_segment": self.draws_per_segment, "datasets": datasets}
+
+    @property
+    def hash(self) -> str:
+        """32 hexadecimal digits over everything that decides what a step contains."""
+        facts = [self.facts, self.origin.step, sorted(self.origin.draws.items())]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+
+    def step(self, step: int) -> list[Pack]:
+        """The packs of an optimizer step, counted from 0 in the phase: `global_batch` of them."""
+        first = self._first_pack_of(step)
+        packs: list[Pack] = []
+        with self._lock:
+            number = self._segment_of(first)
+            while len(packs) < self.settings.global_batch:
+                segment = self._segment(number)
+                start = first + len(packs) - self._first_packs[number]
+                stop = min(len(segment), start + self.settings.global_batch - len(packs))
+                costs = self.cost.of(segment.work[start:stop]).tolist()
+                packs += [Pack(segment.places(start + at), cost) for at, cost in enumerate(costs)]
+                number += 1
+            self._segments.ahead(number)
+        return packs
+
+    def state(self, step: int) -> dict[str, Any]:
+        """Where the stream stands before a step: JSON, the same on every rank, whatever the layout; see state.py."""
+        first = self._first_pack_of(step)
+        with self._lock:
+            number = self._segment_of(first)
+            before = self._first_packs[number]
+            segment = self._segment(number)
+        names = {source.content: source.name for source in reversed(self.sources)}
+        return {
+            "version": STATE_VERSION,
+            "plan_hash": self.hash,
+            "step": step,
+            "segment": number,
+            "first_pack": before,
+            "draws": {names[content]: n for content, n in self._counters(number, segment, first - before).items()},
+            "origin": {"step": self.origin.step, "draws": dict(self.origin.draws)},
+            "plan": self.facts,
+        }
+
+    def _counters(self, number: int, segment: Segment, packs: int) -> dict[str, int]:
+        """Draws of each content up to the last one that the first packs of a segment hold."""
+        here = slice(0, segment.borders[packs])
+        start = number * self.draws_per_segment
+        counters = self.mixture.counters(start)
+        contents = np.array([source.content for source in self.sources])[segment.sources[here]]
+        for content in set(contents.tolist()):
+            last = int(segment.draws[here][contents == content].max())
+            counters[content] = self.mixture.counters(start + last + 1)[content]
+        return counters
+
+    def jump(self, segment: int, first_pack: int) -> None:
+        """Take from a checkpoint how many packs lie before a segment, so that those before it need not be planned."""
+        with self._lock:
+            self._first_packs[segment] = first_pack
+
+    @property
+    def known_starts(self) -> dict[int, int]:
+        """Number of packs before each segment that was met so far."""
+        with self._lock:
+            return dict(self._first_packs)
+
+    def segment(self, number: int) -> Segment:
+        """A segment by its number."""
+        with self._lock:
+            return self._segments.get(number)
+
+    def _first_pack_of(self, step: int) -> int:
+        if step < self.origin.step:
+            raise ValueError(f"step {step} lies before this plan, which begins at step {self.origin.step}")
+        return (step - self.origin.step) * self.settings.global_batch
+
+    def _segment_of(self, pack: int) -> int:
+        known = sorted(self._first_packs.items())
+        number = known[bisect_right([first for _, first in known], pack) - 1][0]
+        while self._first_packs[number] + len(self._segment(number)) <= pack:
+            number += 1
+        return number
+
+    def _segment(self, number: int) -> Segment:
+        """A segment whose number of packs before it is known."""
+        segment = self._segments.get(number)
+        self._first_packs[number + 1] = self._first_packs[number] + len(segment)
+        return segment
+
+    def _make_segment(self, number: int) -> Segment:
+        rows, sources, draws = self._rows(number)
+        settings = self.settings
+        packs = pack_samples(
+            rows["tokens"].tolist(),
+            rows["patches"].tolist(),
+            settings.sequence_length,
+            settings.patch_budget,
+            settings.window,
+            settings.multiple,
+            settings.most,
+            self.mixture.groups[sources].tolist(),
+            self.limits,
+        )
+        borders = np.cumsum([0, *map(len, packs)])
+        order = np.array([sample for pack in packs for sample in pack], np.int64)
+        rows = rows[order]
+        return Segment(
+            borders.astype(np.int32),
+            sources[order].astype(np.int16),
+            rows["sample"],
+            rows["part"],
+            draws[order].astype(np.uint32),
+            rows["tokens"],
+            rows["patches"],
+            work_of(rows, borders),
+        )
+
+    def _rows(self, number: int) -> tuple[Rows, NDArray[np.int32], NDArray[np.int64]]:
+        """The views of a segment's draws in order, the entry of each, and the number of its draw."""
+        drawn = self.mixture.draws(number * self.draws_per_segment, self.draws_per_segment)
+        rows, draws, entries = [], [], []
+        for entry, source in enumerate(self.sources):
+            mine = np.flatnonzero(drawn.datasets == entry)
+            found, numbers = source.views.of(drawn.samples[mine])
+            rows.append(found)
+            draws.append(mine[numbers])
+            entries.append(np.full(len(found), entry, np.int32))
+        numbers = np.concatenate(draws)
+        order = np.argsort(numbers, kind="stable")
+        return np.concatenate(rows)[order], np.concatenate(entries)[order], numbers[order]
+
+
+def work_of(rows: Rows, borders: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Segment.work [p, 4] of the packs between borders [p + 1] of rows of dtype VIEW."""
+    tokens = rows["tokens"].astype(np.int64)
+    each = np.stack([tokens, tokens**2, rows["patches"].astype(np.int64), rows["patch_squares"]], axis=1)
+    return np.add.reduceat(each, borders[:-1], axis=0) if len(each) else np.zeros((0, 4), np.int64)
+
+
+def _limit(sources: list[Source], content: str, window: int) -> int:
+    """Samples of a content that a pack may pass over: at most the window and a 40th of its usable ones."""
+    usable = min(source.size - source.views.dropped for source in sources if source.content == content)
+    return min(window, usable // _EPOCH_PER_PASSED)
+
+
+def _draw_weights(sources: list[Source], weights_in: str) -> list[float]:
+    """How often each entry is drawn: draws without a view do not count, and tokens are turned into draws by their mean."""
+    if weights_in == "tokens":
+        return [source.weight / source.per_draw("tokens") for source in sources]
+    return [source.weight / source.usable for source in sources]
+
+
+def _draws_per_segment(sources: list[Source], weights: list[float], settings: Settings) -> int:
+    """A power of two up to the mixture's period that makes about _PACKS_PER_SEGMENT packs."""
+    means = [[source.per_draw(name) for source in sources] for name in ("tokens", "patches")]
+    tokens, patches = (float(np.dot(weights, mean) / np.sum(weights)) for mean in means)
+    packs_per_draw = max(tokens / settings.sequence_length, patches / settings.patch_budget)
+    draws = int(_PACKS_PER_SEGMENT / packs_per_draw)
+    return min(PERIOD, max(_SMALLEST_SEGMENT, 1 << (draws - 1).bit_length()))

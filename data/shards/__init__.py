@@ -1,0 +1,1 @@
+"""A sample on disk: schema, tar, index, manifest, storage, random access, and writing."""

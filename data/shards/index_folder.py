@@ -1,0 +1,81 @@
+"""Indexing a folder of shards made elsewhere: in parallel, continued where it stopped, dataset.json last."""
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+from visionloom.common.atomic import replacing
+from visionloom.common.errors import UserError
+from visionloom.common.places import PlaceError, locate
+from visionloom.common.processes import in_order
+from visionloom.data.shards.index import NoSamples, index_shard, known_shard
+from visionloom.data.shards.manifest import ShardInfo, is_shard_name, write_manifest
+from visionloom.data.shards.store import MEND
+from visionloom.data.shards.tar import Fault
+
+LEFT_OUT: Final = "left_out.jsonl"
+"""File beside dataset.json with what `skip_bad` left out: shard, offset, key and error of each."""
+Done = Callable[[int, int], None]
+"""Called with the shards that are done and all of them."""
+
+
+def index_folder(
+    folder: Path, workers: int = 1, force: bool = False, skip_bad: bool = False, done: Done = lambda done, total: None
+) -> list[ShardInfo]:
+    """Index all tar files of a folder by `workers` processes and write dataset.json.
+
+    A shard whose index still fits is not read again unless `force`. Raises UserError (one line: file, offset, what is
+    wrong) at the first fault; with `skip_bad` the samples at fault are left out and written to LEFT_OUT.
+    """
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder}")
+    paths = [_located(folder, path.name) for path in sorted(folder.glob("*.tar"))]
+    if not paths:
+        raise UserError(f"{folder} has no .tar files to index")
+    rows: list[ShardInfo] = []
+    faults: list[Fault] = []
+    for number, (row, found) in enumerate(in_order(partial(_index, force=force, skip_bad=skip_bad), paths, workers), start=1):
+        rows += [row] if row else []
+        faults += found
+        done(number, len(paths))
+    if not rows:
+        raise UserError(f"{folder}: no sample of its {len(paths)} shards can be used: {faults[0]}")
+    _write_left_out(folder, faults)
+    write_manifest(folder, rows)
+    return rows
+
+
+def _located(folder: Path, name: str) -> Path:
+    """A shard of the folder; raises UserError for what is none, rather than leave it out unseen."""
+    if not is_shard_name(name):
+        raise UserError(
+            f"{folder / name}: a shard's name may hold no \\, no control character, nothing but Unicode, and not begin with a dot:"
+            " rename the file"
+        )
+    try:
+        return locate(folder, name)
+    except PlaceError as error:
+        raise UserError(f"{folder / name} {error}: {MEND}") from None
+
+
+def _index(path: Path, force: bool, skip_bad: bool) -> tuple[ShardInfo | None, list[Fault]]:
+    row = None if force else known_shard(path)
+    if row is None or (row.statistics.left_out and not skip_bad):
+        try:
+            row = index_shard(path, skip_bad)
+        except NoSamples as error:
+            if not error.faults:
+                raise
+            return None, error.faults
+    return row, [Fault(str(path), offset, key, error) for offset, key, error in row.statistics.left_out]
+
+
+def _write_left_out(folder: Path, faults: list[Fault]) -> None:
+    if not faults:
+        (folder / LEFT_OUT).unlink(missing_ok=True)
+        return
+    rows = [{"shard": Path(f.file).name, "offset": f.offset, "key": f.key, "error": f.error} for f in faults]
+    with replacing(folder / LEFT_OUT) as file:
+        file.writelines((json.dumps(row, ensure_ascii=False) + "\n").encode() for row in rows)

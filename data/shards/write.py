@@ -1,0 +1,159 @@
+"""Writing shards: samples with their media become WebDataset tar files, cut by bytes and by samples, each indexed.
+
+Sources for converters are written in parts by several processes: see `visionloom.data.shards.write_parts`.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+from visionloom.common.atomic import replacing
+from visionloom.common.errors import UserError
+from visionloom.data.shards.index import KEY, index_shard
+from visionloom.data.shards.manifest import MANIFEST, ShardInfo, write_manifest
+from visionloom.data.shards.sample import Sample, SampleError, parse_sample, printable, to_json
+from visionloom.data.shards.tar import LARGEST_MEMBER
+
+SAMPLES_PER_SHARD: Final = 10_000
+SHARD_BYTES: Final = 1 << 30
+_BLOCK: Final = 512
+_LONG_NAME: Final = 100
+"""A longer member name costs two more blocks in the tar."""
+_END: Final = 10_240
+"""Bytes of zeros at the end of a tar, at most."""
+
+Members = tuple[tuple[str, bytes], ...]
+"""Names and bytes of a sample's members, JSON first."""
+Pair = tuple[Sample | Mapping[str, Any], Mapping[str, bytes]]
+"""A sample, or its JSON object, and its media members by name."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardLimits:
+    """Where a shard ends; a sample larger than `bytes` has a shard of its own."""
+
+    samples: int = SAMPLES_PER_SHARD
+    bytes: int = SHARD_BYTES
+
+
+class _Tar(Protocol):
+    """The one method of webdataset.TarWriter that is used."""
+
+    def write(self, members: dict[str, Any]) -> int: ...
+
+
+def write_shards(
+    folder: str | Path,
+    name: str,
+    samples: Iterable[Pair],
+    samples_per_shard: int = SAMPLES_PER_SHARD,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write samples with their media members as indexed shards, then dataset.json.
+
+    The bytes depend on the samples only. Each file appears complete or not at all. Keys are running numbers. Raises
+    SampleError if a sample breaks the schema or its media differ from its refs, UserError if the folder already holds
+    a dataset, `name` breaks the key rule, or there are no samples.
+    """
+    folder = Path(folder)
+    check_target(folder, name)
+    folder.mkdir(parents=True, exist_ok=True)
+    limits = ShardLimits(samples_per_shard, shard_bytes)
+    ready = (members_of(sample, media, f"number {number}") for number, (sample, media) in enumerate(samples))
+    shards = list(cut_shards(ready, lambda shard: shard_path(folder, name, shard), lambda row: f"{row:09d}", limits))
+    if not shards:
+        raise UserError(f"{folder}: no samples to write")
+    write_manifest(folder, shards)
+
+
+def check_target(folder: Path, name: str) -> None:
+    """Raise UserError if a dataset of this name cannot be written into this folder."""
+    if KEY.fullmatch(name) is None or name.startswith("-"):
+        raise UserError(f"dataset name {name!r}: letters, digits, _ and - only, at most 80, and no - at its beginning")
+    if (folder / MANIFEST).exists():
+        raise UserError(f"{folder} already holds a dataset: remove it or choose another folder")
+
+
+def shard_path(folder: Path, name: str, shard: int) -> Path:
+    """Where shard number `shard` of a dataset lies."""
+    return folder / f"{name}-{shard:06d}.tar"
+
+
+def members_of(raw: Sample | Mapping[str, Any], media: Mapping[str, bytes], origin: str = "") -> Members:
+    """The members of a sample, JSON first, checked: what is written cannot fail for what is in it.
+
+    Raises SampleError if the sample breaks the schema, its media differ from its refs, or JSON in UTF-8 cannot hold it: half of
+    a surrogate pair, a number that is none, more bytes than a member may have.
+    """
+    sample = raw if isinstance(raw, Sample) else parse_sample(raw, origin)
+    _check_refs(sample, media)
+    try:
+        document = to_json(sample).encode()
+    except UnicodeEncodeError as error:
+        raise SampleError(printable(sample.id), "", f"no valid Unicode: {error.object[error.start : error.end]!r}") from None
+    except ValueError as error:
+        raise SampleError(sample.id, "", f"a number that JSON cannot hold: {error}") from None
+    if len(document) > LARGEST_MEMBER:
+        raise SampleError(sample.id, "", f"its JSON has {len(document)} bytes, at most {LARGEST_MEMBER}")
+    return ("json", document), *((ref, media[ref]) for ref in sample.refs)
+
+
+def cut_shards(
+    samples: Iterable[Members], path: Callable[[int], Path], key: Callable[[int], str], limits: ShardLimits
+) -> Iterator[ShardInfo]:
+    """Write samples one after another, each into the open shard as long as that has room; yields each finished shard.
+
+    `path` gives the file of a shard by its number, `key` the key of a sample by its place in `samples`. One sample is in
+    memory at a time. Indexing reads each shard back and so checks every sample again.
+    """
+    from webdataset import TarWriter  # imports torch (seconds), and readers do without it
+
+    stream = enumerate(samples)
+    waiting = next(stream, None)
+    for shard in count():
+        if waiting is None:
+            return
+        room = _Room(limits)
+        with (
+            replacing(path(shard)) as file,
+            TarWriter(file, user="", group="", mode=0o644, encoder=False, compress=False, mtime=0) as tar,
+        ):
+            while waiting is not None and room.takes(key(waiting[0]), waiting[1]):
+                _put(tar, key(waiting[0]), waiting[1])
+                waiting = next(stream, None)
+        yield index_shard(path(shard))
+
+
+def _check_refs(sample: Sample, names: Iterable[str]) -> None:
+    refs, given = set(sample.refs), set(names)
+    if missing := sorted(refs - given):
+        raise SampleError(sample.id, "", f"media member {missing[0]!r} is missing")
+    if unused := sorted(given - refs):
+        raise SampleError(sample.id, "", f"media member {unused[0]!r} is not referred to by any element")
+
+
+class _Room:
+    """What is left of a shard's limits."""
+
+    def __init__(self, limits: ShardLimits) -> None:
+        self.empty, self.samples, self.bytes = True, limits.samples, limits.bytes - _END
+
+    def takes(self, key: str, members: Members) -> bool:
+        """Whether the sample still goes into the shard; if so, it is counted."""
+        self.samples -= 1
+        self.bytes -= sum(_tar_bytes(f"{key}.{name}", data) for name, data in members)
+        fits = self.empty or (self.samples >= 0 and self.bytes >= 0)
+        self.empty = False
+        return fits
+
+
+def _tar_bytes(name: str, data: bytes) -> int:
+    return _BLOCK * ((3 if len(name) > _LONG_NAME else 1) + -(-len(data) // _BLOCK))
+
+
+def _put(tar: _Tar, key: str, members: Members) -> None:
+    for name, data in members:
+        # One call for each member keeps the JSON first: TarWriter sorts the members of a call by name.
+        tar.write({"__key__": key, name: data})

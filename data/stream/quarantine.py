@@ -1,0 +1,98 @@
+"""What happens to samples that cannot be read at training time: masked, written down, and counted."""
+
+import fcntl
+import json
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from visionloom.data.encode.encode import EncodedSample
+from visionloom.data.encode.patches import IMAGE_ROW
+from visionloom.data.shards.sample import SampleError
+
+MIN_SAMPLES: Final = 10_000
+"""The share is taken of at least this many samples: with the default of 1e-3, ten early ones stop nothing."""
+
+
+@dataclass(slots=True)
+class Quarantine:
+    """Writes a JSON line for each unreadable sample of a run, once, and stops the run when they are too many.
+
+    Several processes may share the file, and a resumed run goes on with it: what it names already is not written again.
+    """
+
+    path: Path | None = None
+    """File of JSON lines; None: only counted."""
+    max_bad_fraction: float = 1e-3
+    """Share of unreadable samples above which the data, and not a sample, is at fault."""
+    read: int = 0
+    unreadable: int = 0
+    _known: set[tuple[str, str, str]] = field(default_factory=set)
+    _seen_bytes: int = 0
+    """How much of the file is in _known."""
+
+    def passed(self, samples: int) -> None:
+        """Count samples that were tried, readable or not."""
+        self.read += samples
+
+    def report(self, dataset: str, place: dict[str, Any], error: SampleError, step: int | None = None) -> None:
+        """Write down an unreadable sample; `place` says where it lies (shard, key, offset and crc32 of the member).
+
+        Raises RuntimeError when more than max_bad_fraction of the samples, or of MIN_SAMPLES at first, were unreadable.
+        """
+        self.unreadable += 1
+        known = {} if step is None else {"step": step}
+        facts = {"member": error.where, "error": error.problem, "sample": error.sample_id}
+        self._write({**known, "dataset": dataset, **place, **facts})
+        if self.unreadable > self.max_bad_fraction * max(self.read, MIN_SAMPLES):
+            raise RuntimeError(
+                f"{self.unreadable} of {self.read} samples could not be read (more than data.max_bad_fraction ="
+                f" {self.max_bad_fraction:g}), the last in dataset {dataset}: {error}; see {self.path or 'the log'} and check"
+                " the storage or run python launch/data.py verify"
+            )
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if self.path is None or _name(record) in self._known:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "ab+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # of several processes that meet the same sample, one writes it
+            file.seek(self._seen_bytes)
+            complete, newline, broken_off = file.read().rpartition(b"\n")
+            self._known.update(filter(None, map(_name_in, complete.splitlines())))
+            self._seen_bytes += len(complete) + len(newline)
+            if _name(record) not in self._known:
+                line = json.dumps(record, ensure_ascii=False) + "\n"
+                file.write((b"\n" if broken_off else b"") + line.encode())
+
+
+def _name_in(line: bytes) -> tuple[str, str, str] | None:
+    """None for a line that a crash cut short."""
+    with suppress(ValueError, KeyError):
+        return _name(json.loads(line))
+    return None
+
+
+def _name(record: dict[str, Any]) -> tuple[str, str, str]:
+    return str(record["dataset"]), str(record.get("shard")), str(record.get("key"))
+
+
+def stand_in(sample_id: str, source: str, tokens: int, pad_id: int) -> EncodedSample:
+    """What takes the place of a sample whose JSON cannot be read: as many pad tokens, without loss."""
+    return EncodedSample(
+        sample_id=sample_id,
+        source=source,
+        task=None,
+        input_ids=np.full(tokens, pad_id, np.int32),
+        target_weights=np.zeros(tokens, np.float32),
+        position_ids=np.broadcast_to(np.arange(tokens, dtype=np.int32), (3, tokens)),
+        visual_positions=np.empty(0, np.int64),
+        grids=np.empty((0, 3), np.int32),
+        media=(),
+        answer=None,
+        prompt_length=tokens,
+        patches=np.empty((0, IMAGE_ROW), np.uint8),
+    )

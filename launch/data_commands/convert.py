@@ -1,0 +1,157 @@
+"""`data.py convert KIND SRC DST`: other formats become shards; nothing is fetched from a network."""
+
+import argparse
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from visionloom.common.errors import UserError
+from visionloom.common.text import one_line, say, warn
+from visionloom.launch.data_commands.progress import bars
+
+if TYPE_CHECKING:
+    from visionloom.data.convert.trainable import Trainable
+    from visionloom.data.shards.write_parts import Tally
+
+KINDS = ("llava", "sharegpt", "obelics", "omnicorpus", "mmc4", "hf", "folder", "jsonl", "webdataset")
+_UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+SECTIONS = (
+    ("left out", ""),
+    ("pictures left out", "  pictures left out of documents:"),
+    ("not read", "  keys that were not read, and so have no effect on training:"),
+    ("marks kept as words", "  marks that stay words, since users and tools cannot open turns:"),
+)
+"""Parts of the summary: what the names of its counts begin with, and a heading."""
+STOPPED = 75
+"""Exit code: stopped by the user, the same command continues."""
+
+
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Declare the command's words."""
+    parser = commands.add_parser("convert", help="make shards from another format; the same command continues")
+    parser.add_argument("kind", choices=KINDS, metavar="KIND", help=f"format of the source: {', '.join(KINDS)}")
+    parser.add_argument("source", type=Path, metavar="SRC", help="file or folder")
+    parser.add_argument("folder", type=Path, metavar="DST", help="new folder for the dataset")
+    parser.add_argument("--name", help="name in shard files and sample ids (default: DST's name)")
+    parser.add_argument("--shard-size", default="1GiB", help="most bytes of a shard, like 500MiB (default 1GiB)")
+    parser.add_argument("--samples-per-shard", type=int, default=10_000, help="most samples of a shard (default 10000)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one for each core)")
+    parser.add_argument("--images-dir", type=Path, help="where pictures lie; for URLs an output folder of img2dataset")
+    parser.add_argument("--columns", nargs="+", default=[], metavar="ROLE=COLUMN", help="for hf: image=jpg text=caption")
+    parser.add_argument("--limit", type=int, help="read so many records at most")
+    parser.add_argument("--on-error", choices=("skip", "stop"), default="skip", help="what a bad record does (default skip)")
+    parser.add_argument("--max-left-out", default="5%", metavar="SHARE", help="exit code 1 if more are left out (default 5%%)")
+    parser.add_argument("--task", help="evaluation task of the samples' last answers, where a record names none (key task)")
+    parser.add_argument("--tokenizer", default="", metavar="FOLDER", help="count tokens, and leave out what no policy can fit")
+    parser.add_argument("--sequence-length", type=int, help="tokens of the longest pack, with --tokenizer (default 262144)")
+    parser.add_argument("--media", action="append", default=[], metavar="NAME=VALUE", help="as data.media.NAME of the run")
+    parser.add_argument("--follow-links", action="store_true", help="allow links out of the source's folders")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Convert, and say what was left out and what was not read; 1 if more records than allowed were left out."""
+    from visionloom.data.convert.run import Request, convert
+    from visionloom.data.shards.write import ShardLimits
+    from visionloom.data.shards.write_parts import Target
+
+    for name in ("samples_per_shard", "workers", "limit", "sequence_length"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: at least 1 expected")
+    most = share_of(options.max_left_out)
+    request = Request(
+        options.kind,
+        options.source,
+        options.images_dir,
+        columns_of(options.columns),
+        options.limit,
+        options.on_error == "stop",
+        options.follow_links,
+        options.task,
+        trainable_by(options),
+    )
+    limits = ShardLimits(options.samples_per_shard, bytes_of(options.shard_size))
+    target = Target(options.folder, options.name or options.folder.resolve().name, limits, options.workers)
+    try:
+        with bars("records") as progress:
+            tally = convert(request, target, lambda done, total: progress(target.name, done, total))
+    except KeyboardInterrupt:
+        warn("", f"stopped: the same command continues {options.folder}")
+        return STOPPED
+    print_summary(options.folder, tally)
+    records, left_out = tally.counts["records"], tally.counts["left out"]
+    if left_out > most * records:
+        warn(
+            f"error: {left_out:,} of {records:,} records left out, more than --max-left-out {options.max_left_out}:"
+            f" mend the source by {options.folder / 'skipped.jsonl'}, or allow a larger share"
+        )
+        return 1
+    return 0
+
+
+def trainable_by(options: argparse.Namespace) -> "Trainable":
+    """The rules that samples are rendered by. Raises UserError for a tokenizer that cannot be read."""
+    from visionloom.data.convert.trainable import LONGEST, Trainable
+    from visionloom.data.encode.tokenizer import Tokenizer
+    from visionloom.launch.data_commands.lengths import media_config
+
+    if options.sequence_length and not options.tokenizer:
+        raise UserError("--sequence-length needs --tokenizer FOLDER, by which tokens are counted")
+    if options.tokenizer:
+        try:
+            Tokenizer(options.tokenizer)
+        except UserError as error:
+            raise UserError(*(line.replace("data.tokenizer=", "--tokenizer ", 1) for line in error.lines)) from None
+    return Trainable(media_config(options.media), options.tokenizer, options.sequence_length or LONGEST)
+
+
+def share_of(text: str) -> float:
+    """A share like 5% or 0.05."""
+    number, percent = text.removesuffix("%"), text.endswith("%")
+    try:
+        share = float(number) / (100 if percent else 1)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise UserError(f"--max-left-out {text}: a share like 5% or 0.05 expected")
+    return share
+
+
+def bytes_of(text: str) -> int:
+    """A size like 500MiB in bytes."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]i?B|)", text)
+    if found is None or (size := int(float(found[1]) * _UNITS[found[2]])) < 1:
+        raise UserError(f"--shard-size {text}: a size like 500MiB or 1GiB expected")
+    return size
+
+
+def columns_of(words: list[str]) -> dict[str, str]:
+    """ROLE=COLUMN words as a mapping."""
+    if wrong := [word for word in words if not re.fullmatch(r"\w+=.+", word)]:
+        raise UserError(f"--columns {wrong[0]}: ROLE=COLUMN expected, like image=jpg")
+    return {role: column for role, _, column in (word.partition("=") for word in words)}
+
+
+def print_summary(folder: Path, tally: "Tally") -> None:
+    """What was made, what was left out and why, and which keys were not read."""
+    from visionloom.data.shards.dataset import Dataset
+
+    dataset = Dataset.open(folder, folder.name)
+    mebibytes = sum(shard.bytes for shard in dataset.shards) / 2**20
+    say(f"{folder}: {len(dataset):,} samples in {len(dataset.shards)} shards, {mebibytes:,.1f} MiB")
+    counts = dict(sorted(tally.counts.items(), key=lambda item: (-item[1], item[0])))
+    if left_out := counts.get("left out"):
+        share = left_out / counts["records"]
+        say(f"  {left_out:,} of {counts['records']:,} records left out ({share:.1%}), each in {folder / 'skipped.jsonl'}:")
+    for title, heading in SECTIONS:
+        if found := {name: count for name, count in counts.items() if name.startswith(f"{title}: ")}:
+            if heading:
+                say(heading)
+            for name, count in found.items():
+                first = f" (first: {tally.first[name]})" if name in tally.first else ""
+                say(one_line(f"    {count:,} {name.removeprefix(f'{title}: ')}{first}"))
+    for name, count in counts.items():
+        if ": " not in name and name not in ("records", "samples", "left out"):
+            say(one_line(f"  {count:,} {name} (first: {tally.first[name]})"))
+    say(f"  look at them: python launch/data.py view {folder}")

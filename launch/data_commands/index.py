@@ -1,0 +1,37 @@
+"""`data.py index DIR`: index WebDataset tar files that were made elsewhere."""
+
+import argparse
+import os
+from pathlib import Path
+
+from visionloom.common.text import say
+from visionloom.launch.data_commands.progress import bars
+
+
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Declare the command's words."""
+    parser = commands.add_parser("index", help="index all .tar files of a folder and write dataset.json")
+    parser.add_argument("folder", type=Path, metavar="DIR")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one for each core)")
+    parser.add_argument("--force", action="store_true", help="read shards again whose index still fits")
+    parser.add_argument("--skip-bad", action="store_true", help="leave bad samples out and list them in left_out.jsonl")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Read every shard once and write its index; started again, it goes on where it stopped."""
+    from visionloom.data.shards.index_folder import LEFT_OUT, index_folder
+
+    with bars("shards") as progress:
+        rows = index_folder(
+            options.folder,
+            options.workers,
+            options.force,
+            options.skip_bad,
+            lambda done, total: progress(str(options.folder), done, total),
+        )
+    say(f"{options.folder}: {sum(row.samples for row in rows):,} samples in {len(rows)} shards")
+    if suspects := sum(row.statistics.suspect_media for row in rows):
+        say(f"{suspects:,} media members have a header that cannot be read or differs from their sample: see data.py verify")
+    if (options.folder / LEFT_OUT).exists():
+        say(f"some samples were left out: see {options.folder / LEFT_OUT}")

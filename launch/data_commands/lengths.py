@@ -1,0 +1,105 @@
+"""`data.py lengths DIR ...`: count tokens and patches of every sample, without decoding a picture."""
+
+import argparse
+import os
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from visionloom.common.errors import UserError
+from visionloom.common.screen import PlainConsole
+from visionloom.launch.data_commands.progress import Progress, bars
+
+if TYPE_CHECKING:
+    from visionloom.data.config import MediaConfig
+    from visionloom.data.plan.corpus import Corpus, Report
+
+COLUMNS = ("dataset", "samples", "tokens", "mean", "p99", "longest", "visual", "supervised", "unusable", "seconds")
+
+
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Declare the command's words."""
+    parser = commands.add_parser("lengths", help="count tokens and patches of datasets, as plans need them")
+    parser.add_argument("folders", type=Path, metavar="DIR", nargs="+", help="a dataset, or a folder of some")
+    parser.add_argument("--tokenizer", required=True, metavar="FOLDER", help="of a Hugging Face tokenizer (data.tokenizer)")
+    parser.add_argument("--media", action="append", default=[], metavar="NAME=VALUE", help="as data.media.NAME of the run")
+    parser.add_argument("--cache", default="", metavar="DIR", help="folder for the tables (data.cache; default: DIR/cache)")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="that count at once (default: all cores)")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Count what is not counted yet and print a table with a row for each dataset."""
+    from rich.table import Table
+
+    from visionloom.data.config import DataConfig, DatasetConfig
+    from visionloom.data.encode.tokenizer import Tokenizer
+    from visionloom.data.plan.corpus import Corpus
+
+    data = DataConfig(tokenizer=options.tokenizer, media=media_config(options.media), cache=options.cache)
+    tokenizer = Tokenizer(data.tokenizer)
+    table = Table(*COLUMNS)
+    with bars() as progress:
+        for folder, name in datasets_below(options.folders).items():
+            started = time.perf_counter()
+            config = DatasetConfig(path=str(folder))
+            corpus = Corpus("lengths", name, config, data, tokenizer, _helpers(options.processes), report_to(progress))
+            table.add_row(*_cells(corpus, time.perf_counter() - started))
+    PlainConsole(width=None if sys.stdout.isatty() else 140).print(table)
+
+
+def report_to(progress: Progress) -> "Report":
+    """What tells a progress bar of each piece of counting."""
+    return lambda name: lambda done, total: progress(name, done, total)
+
+
+def datasets_below(folders: list[Path]) -> dict[Path, str]:
+    """All datasets in or below some folders, each with a name. Raises UserError if there are none."""
+    from visionloom.data.shards.manifest import MANIFEST
+
+    found = dict[Path, str]()
+    for folder in folders:
+        below = sorted(path.parent for path in folder.rglob(MANIFEST))
+        if not below:
+            raise UserError(f"no {MANIFEST} in or below {folder}: run python launch/data.py index DIR")
+        found |= {path: str(path.relative_to(folder)) if path != folder else folder.name for path in below}
+    return found
+
+
+def media_config(words: list[str]) -> "MediaConfig":
+    """The rules that NAME=VALUE words describe. Raises UserError for unknown names and values that no run can have."""
+    from visionloom.data.config import MediaConfig
+
+    config = MediaConfig()
+    known = {item.name for item in fields(config)}
+    for word in words:
+        name, _, value = word.partition("=")
+        if name not in known:
+            raise UserError(f"--media {word}: unknown, use one of {', '.join(sorted(known))}")
+        try:
+            setattr(config, name, value if name == "rule" else float(value) if name == "video_fps" else int(value))
+        except ValueError:
+            raise UserError(f"--media {word}: a number expected") from None
+    if problems := config.problems():
+        raise UserError(*problems)
+    return config
+
+
+def _helpers(processes: int) -> int:
+    """Counting in one process needs no other."""
+    return processes if processes > 1 else 0
+
+
+def _cells(corpus: "Corpus", seconds: float) -> list[str]:
+    import numpy as np
+
+    lengths = corpus.lengths
+    tokens = lengths["tokens"][lengths["tokens"] > 0]
+    total, visual = int(tokens.sum(dtype=np.int64)), int(lengths["patches"].sum(dtype=np.int64)) // 4
+    mean, high, most = (tokens.mean(), np.percentile(tokens, 99), tokens.max()) if len(tokens) else (0, 0, 0)
+    counts = [f"{number:,.0f}" for number in (len(lengths), total, mean, high, most)]
+    supervised = int(lengths["supervised"].sum(dtype=np.int64))
+    shares = [f"{part / max(total, 1):.0%}" for part in (visual, supervised)]
+    return [corpus.name, *counts, *shares, f"{len(corpus.unreadable):,}", f"{seconds:.1f}"]

@@ -1,0 +1,303 @@
+"""The demo's data: the same bytes for the same seed, no handwriting in both splits, and every answer true."""
+
+import hashlib
+import io
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image as PillowImage
+
+from visionloom.common.errors import UserError
+from visionloom.data.config import MediaConfig
+from visionloom.data.demo.make import make_demo
+from visionloom.data.demo.tasks import RECIPES
+from visionloom.data.demo.tokenizer import PLAIN_TOKENS, QWEN_PATTERN, SPECIAL_TOKENS, VOCABULARY
+from visionloom.data.encode.chat import render
+from visionloom.data.encode.tokenizer import Tokenizer
+from visionloom.data.shards.dataset import Dataset
+from visionloom.data.shards.sample import Box, Image, Message, Sample, Text, Think, Time, Video
+
+load_digits = pytest.importorskip("sklearn.datasets").load_digits
+SCALE = 0.02
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo") / "data"
+    assert make_demo(folder, scale=SCALE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def digits() -> list[int]:
+    return [int(digit) for digit in load_digits().target]
+
+
+def read(demo: Path, name: str, split: str = "train") -> Iterator[Sample]:
+    dataset = Dataset.open(demo / split / name, name)
+    return (dataset.sample(index) for index in range(len(dataset)))
+
+
+def sha256_of(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def said(sample: Sample, role: str) -> list[str]:
+    """Text of every turn of a role, without what is thought."""
+    turns = [message for message in sample.messages if message.role == role]
+    return ["".join(part.text for part in turn.content if isinstance(part, Text)) for turn in turns]
+
+
+def shown(turn: Message) -> list[str]:
+    """A turn's texts and moments as they are rendered."""
+    return [
+        part.text if isinstance(part, Text) else f"<{part.seconds:.1f} seconds>"
+        for part in turn.content
+        if isinstance(part, Text | Time)
+    ]
+
+
+def test_the_seed_decides_every_byte(tmp_path: Path) -> None:
+    """Once more in another process, since the order of sets and of Rust's hash maps changes with the process."""
+    make_demo(tmp_path / "here", scale=0.001)
+    script = f"from visionloom.data.demo.make import make_demo; make_demo({str(tmp_path / 'there')!r}, scale=0.001)"
+    subprocess.run([sys.executable, "-c", script], check=True)
+    here = sha256_of(tmp_path / "here")
+    assert sha256_of(tmp_path / "there") == here
+    make_demo(tmp_path / "other", seed=1, scale=0.001)
+    other = sha256_of(tmp_path / "other")
+    assert other.keys() == here.keys()
+    assert not [name for name in other if name.endswith(".tar") and other[name] == here[name]]
+
+
+def test_no_handwriting_in_both_splits(demo: Path) -> None:
+    used = {
+        split: {
+            picture for name in RECIPES for sample in read(demo, name, split) for picture in sample.meta.get("pictures", [])
+        }
+        for split in ("train", "test")
+    }
+    assert len(used["train"]) > 500
+    assert len(used["test"]) > 150
+    assert not used["train"] & used["test"]
+
+
+def test_pictures_are_the_ones_in_meta(demo: Path) -> None:
+    """Reference: scikit-learn's 8 x 8 pictures, found again as the means of the 4 x 4 blocks of each cell."""
+    images = load_digits().images
+    for name in ("vqa", "captions"):
+        dataset = Dataset.open(demo / "test" / name, name)
+        for index in range(len(dataset)):
+            sample = dataset.sample(index)
+            image = sample.images[0]
+            pixels = np.asarray(PillowImage.open(io.BytesIO(dataset.member(index, image.ref))), float)
+            assert pixels.shape == (image.height, image.width)
+            for position, picture in enumerate(sample.meta["pictures"]):
+                row, column = divmod(position, sample.meta["columns"])
+                cell = pixels[32 * row : 32 * row + 32, 32 * column : 32 * column + 32]
+                small = cell.reshape(8, 4, 8, 4).mean((1, 3))
+                distances = np.abs(images * 255 / 16 - small).mean((1, 2))
+                assert int(distances.argmin()) == picture
+
+
+def test_captions_name_every_row(demo: Path, digits: list[int]) -> None:
+    for sample in read(demo, "captions"):
+        shown = np.array([digits[picture] for picture in sample.meta["pictures"]]).reshape(-1, sample.meta["columns"])
+        assert isinstance(sample.content[1], Text)
+        assert sample.content[1].text == "\nThe image shows: " + " / ".join(" ".join(map(str, row)) for row in shown)
+
+
+def test_position_answers(demo: Path, digits: list[int]) -> None:
+    tasks = set()
+    for sample in read(demo, "vqa"):
+        tasks.add(sample.task)
+        (question,), (answer,) = said(sample, "user"), said(sample, "assistant")
+        row = (sample.images[0].height // 32 - 1) * ("bottom" in question)
+        column = (sample.images[0].width // 32 - 1) * ("right" in question)
+        assert int(answer) == digits[sample.meta["pictures"][row * (sample.images[0].width // 32) + column]]
+        assert (sample.task == "read") == (sample.images[0].width == 32)
+    assert tasks == {"read", "position"}
+
+
+def test_grounding_boxes_hold_the_digit_and_no_other(demo: Path, digits: list[int]) -> None:
+    dataset = Dataset.open(demo / "train" / "grounding", "grounding")
+    images = load_digits().images
+    for index in range(len(dataset)):
+        sample = dataset.sample(index)
+        boxes = [element for element in sample.elements if isinstance(element, Box)]
+        assert said(sample, "user") == [f"Where is the {box.label}?" for box in boxes] and len(boxes) == 2
+        pixels = np.asarray(PillowImage.open(io.BytesIO(dataset.member(index, "img0.png"))), float)
+        for box in boxes:
+            assert sum(str(digits[picture]) == box.label for picture in sample.meta["pictures"]) == 1
+            x1, y1, x2, y2 = map(int, box.xyxy)
+            small = pixels[y1:y2, x1:x2].reshape(8, 4, 8, 4).mean((1, 3))
+            assert str(digits[int(np.abs(images * 255 / 16 - small).mean((1, 2)).argmin())]) == box.label
+
+
+def test_interleaved_text_and_sum(demo: Path, digits: list[int]) -> None:
+    for sample in read(demo, "interleaved"):
+        shown = [digits[picture] for picture in sample.meta["pictures"]]
+        text = "".join(part.text if isinstance(part, Text) else "#" for part in sample.content)
+        assert [int(digit) for digit in re.findall(r"#, a (\d)\.", text)] == shown
+        assert text.endswith(f" The sum is {sum(shown)}.")
+
+
+def test_video_answers_by_time(demo: Path, digits: list[int]) -> None:
+    rules = MediaConfig(image_min_pixels=1024)
+    for split in ("train", "test"):
+        for sample in read(demo, "video", split):
+            (video,) = [element for element in sample.elements if isinstance(element, Video)]
+            moments = [part.seconds for turn in sample.messages[::2] for part in turn.content if isinstance(part, Time)]
+            assert len(moments) == len(said(sample, "assistant")) == (2 if split == "train" else 1)
+            for moment, answer in zip(moments, sample.messages[1::2], strict=True):
+                frame = max(i for i, time in enumerate(video.times) if time <= moment)
+                digit = digits[sample.meta["pictures"][frame // 2]]
+                assert "".join(shown(answer)) == f"<{moment:.1f} seconds>: {digit}"
+                assert render(sample, rules).text.count(f"<{moment:.1f} seconds>") == 3
+
+
+def test_video_frames_change_with_every_temporal_patch(demo: Path) -> None:
+    dataset = Dataset.open(demo / "test" / "video", "video")
+    for index in range(len(dataset)):
+        (video,) = [element for element in dataset.sample(index).elements if isinstance(element, Video)]
+        frames = [dataset.member(index, ref) for ref in video.frames]
+        assert frames[::2] == frames[1::2]
+        assert len(set(frames)) == len(frames) // 2
+
+
+def test_needle_answers(demo: Path, digits: list[int]) -> None:
+    for sample in read(demo, "documents", "test"):
+        (text,), (answer,) = said(sample, "user"), said(sample, "assistant")
+        pages, question = text.rsplit("\n", 1)
+        assert pages == "\n".join(f"Page {page + 1}:" for page in range(len(sample.images)))
+        page = int(question.removeprefix("Which digit is on page ").removesuffix("?"))
+        assert answer == f"Page {page}: {digits[sample.meta['pictures'][page - 1]]}"
+    assert all(len(said(sample, "assistant")) == 4 for sample in read(demo, "documents"))
+
+
+def check_steps(think: str, answer: str) -> list[int]:
+    """Check `3 + 8 = 11. 11 + 4 = 15.` and return the numbers added."""
+    added, total = list[int](), 0
+    for step in think.removesuffix(".").split(". "):
+        left, right = step.split(" = ")
+        first, second = map(int, left.split(" + "))
+        assert not added or first == total
+        added += [second] if added else [first, second]
+        total = first + second
+        assert total == int(right)
+    assert int(answer) == total
+    return added
+
+
+def test_sums_step_by_step(demo: Path, digits: list[int]) -> None:
+    for sample in read(demo, "sums"):
+        (think,) = [element.text for element in sample.elements if isinstance(element, Think)]
+        assert check_steps(think, said(sample, "assistant")[0]) == [digits[picture] for picture in sample.meta["pictures"]]
+
+
+def test_text_samples_are_true(demo: Path) -> None:
+    for sample in read(demo, "text"):
+        assert not sample.refs
+        thoughts = [element.text for element in sample.elements if isinstance(element, Think)]
+        if thoughts:
+            asked = said(sample, "user")[0].removeprefix("What is ").removesuffix("?")
+            assert check_steps(thoughts[0], said(sample, "assistant")[0]) == [int(value) for value in asked.split(" + ")]
+        elif sample.kind == "chat":
+            listed, first = "".join(shown(sample.messages[0])).split("\n")
+            questions = [first, *("".join(shown(turn)) for turn in sample.messages[2::2])]
+            for question, turn in zip(questions, sample.messages[1::2], strict=True):
+                answer = "".join(shown(turn))
+                name = answer.partition(":")[0]
+                assert question.lower().endswith(f"{name.lower()}?")
+                assert f"{answer} " in listed
+
+
+def test_every_dataset_is_as_large_as_announced(demo: Path) -> None:
+    for name, recipe in RECIPES.items():
+        assert len(Dataset.open(demo / "train" / name, name)) == max(8, round(recipe.train * SCALE))
+        assert len(Dataset.open(demo / "test" / name, name)) == max(8, round(recipe.test * SCALE))
+
+
+# ---- the tokenizer
+
+
+def test_transformers_loads_the_tokenizer(demo: Path) -> None:
+    """Reference: transformers' AutoTokenizer; the special tokens' order and flags are Qwen3's."""
+    auto = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(str(demo / "tokenizer"))
+    ours = Tokenizer(str(demo / "tokenizer"))
+    assert len(auto) == ours.size == VOCABULARY
+    names = [*SPECIAL_TOKENS, *PLAIN_TOKENS]
+    assert auto.convert_tokens_to_ids(names) == list(range(VOCABULARY - len(names), VOCABULARY))
+    assert (auto.pad_token, auto.eos_token, auto.bos_token) == ("<|endoftext|>", "<|im_end|>", None)
+    assert [name for name in names if auto.added_tokens_decoder[auto.convert_tokens_to_ids(name)].special] == list(
+        SPECIAL_TOKENS
+    )
+    assert auto.decode(auto("<|im_start|><think>7</think>")["input_ids"], skip_special_tokens=True) == "<think>7</think>"
+    text = "Which digit is on page 12?\u00e9\U0001f600 e\u0301\n"
+    assert auto(text)["input_ids"] == ours.encode([text])[0].tolist()
+    assert ours.decode(auto(text)["input_ids"]) == text.replace("e\u0301", "\u00e9")
+
+
+def test_digits_and_frequent_words_are_one_token(demo: Path) -> None:
+    tokenizer = Tokenizer(str(demo / "tokenizer"))
+    assert all(len(ids) == 1 for ids in tokenizer.encode([str(digit) for digit in range(10)]))
+    assert len(tokenizer.encode(["3141592"])[0]) == 7
+    words = ["user", "assistant", "Which", " digit", " seconds", " page", "The", " image", " sum", "\n", " ="]
+    assert [len(ids) for ids in tokenizer.encode(words)] == [1] * len(words)
+
+
+def test_the_pattern_is_qwens(demo: Path) -> None:
+    saved: dict[str, Any] = json.loads((demo / "tokenizer" / "tokenizer.json").read_bytes())
+    assert saved["normalizer"] == {"type": "NFC"}
+    assert saved["pre_tokenizer"]["pretokenizers"][0]["pattern"] == {"Regex": QWEN_PATTERN}
+
+
+# ---- making it again
+
+
+def test_a_made_folder_is_left_alone_and_a_partial_one_is_remade(tmp_path: Path) -> None:
+    folder = tmp_path / "demo"
+    assert make_demo(folder, scale=0.001)
+    before = sha256_of(folder)
+    assert not make_demo(folder, scale=0.001)
+    (folder / "demo.json").unlink()
+    (folder / ".making").mkdir()
+    (folder / "test" / "vqa" / "vqa-000000.tar").unlink()
+    assert make_demo(folder, scale=0.001)
+    assert sha256_of(folder) == before
+    assert make_demo(folder, scale=0.001, seed=1)
+    assert sha256_of(folder) != before
+
+
+def test_foreign_files_are_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    with pytest.raises(UserError, match="holds other files"):
+        make_demo(tmp_path)
+    assert (tmp_path / "train").is_dir()
+
+
+def test_without_scikit_learn_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(UserError, match=r"pip install visionloom\[demo\]"):
+        make_demo(tmp_path / "demo")
+    assert not (tmp_path / "demo").exists()
+
+
+def test_a_picture_has_the_size_its_sample_says(demo: Path) -> None:
+    for name in RECIPES:
+        dataset = Dataset.open(demo / "test" / name, name)
+        for index in range(len(dataset)):
+            for element in dataset.sample(index).elements:
+                refs = [element.ref] if isinstance(element, Image) else element.frames if isinstance(element, Video) else ()
+                for ref in refs:
+                    assert isinstance(element, Image | Video)
+                    size = PillowImage.open(io.BytesIO(dataset.member(index, ref))).size
+                    assert size == (element.width, element.height)

@@ -1,0 +1,1 @@
+"""Checkpoints: writing, reading, and distrust of files that somebody else made."""

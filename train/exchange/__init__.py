@@ -1,0 +1,1 @@
+"""Checkpoints to and from the folders of Hugging Face and PEFT."""

@@ -1,0 +1,155 @@
+"""The adapters of a checkpoint as a folder that peft loads, or merged into the weights below them for transformers."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from visionloom.common.errors import UserError
+from visionloom.model.config import ModelConfig
+from visionloom.model.huggingface.config import differences
+from visionloom.model.huggingface.folder import HuggingFaceFolder
+from visionloom.model.huggingface.peft import adapter_names, from_peft, peft_config, to_peft
+from visionloom.model.huggingface.peft_config import CONFIG
+from visionloom.model.huggingface.shapes import parameter_shapes
+from visionloom.model.lora import low_rank_product
+from visionloom.model.lora_config import LinearLayer, LoraConfig, adapted_layers
+from visionloom.parallel.topology import Topology
+from visionloom.train.checkpoint import read as checkpoints
+from visionloom.train.checkpoint.finite import require_finite
+from visionloom.train.checkpoint.state_file import STATE, lora_of, model_of, read_progress
+from visionloom.train.checkpoint.stored import StoredWeights
+from visionloom.train.exchange.companions import companions
+from visionloom.train.exchange.export_huggingface import ExportOptions, Parameters, write_huggingface
+from visionloom.train.exchange.serving import carry_companions, write_serving_files
+from visionloom.train.weights.load_adapter import WEIGHTS
+
+
+def describe(checkpoint: Path, topology: Topology) -> tuple[ModelConfig, LoraConfig]:
+    """The model and adapters of a whole checkpoint of a run with lora; UserError if it is damaged or has none."""
+    progress = checkpoints.whole(checkpoint, "checkpoint", topology).progress
+    if (lora := lora_of(progress)) is None:
+        raise UserError(f"checkpoint={checkpoint} holds whole weights, not adapters: name one of a run with lora.rank above 0")
+    return model_of(progress), lora
+
+
+def export_adapter(checkpoint: Path, out: Path, base: str, topology: Topology, say: Callable[[str], None]) -> None:
+    """Write a checkpoint's adapters as a folder that `peft.PeftModel.from_pretrained` loads on transformers' model; one rank does it all.
+
+    Args:
+        checkpoint: folder of a run with lora.
+        out: new folder; tokenizer, chat template and preprocessors of the run are put beside the adapters.
+        base: name or folder of the model that the adapters are for, kept in adapter_config.json; empty: what the run began with,
+            if that is a Hugging Face folder.
+        topology: of any layout.
+        say: is told what is to be known of the folder.
+    """
+    model, lora = describe(checkpoint, topology)
+    if out.exists():
+        raise UserError(f"out={out} is there already: name a new folder or remove it")
+    files = companions(checkpoint, read_progress(checkpoint))
+    base = base or files.weights
+    stored = StoredWeights(checkpoint)
+    names = _check_adapters(checkpoint, stored, model, lora)
+    state = to_peft({name: stored.parameter(name) for name in names}, model, lora)
+    require_finite(state.items(), f"checkpoint={checkpoint}", topology)
+    partial = out.with_name(out.name + ".tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    (partial / WEIGHTS).write_bytes(save(state, metadata={"format": "pt"}))
+    (partial / CONFIG).write_text(json.dumps(peft_config(model, lora, base), indent=1) + "\n")
+    tokens = carry_companions(files, partial)
+    for line in write_serving_files(partial, files, tokens, with_model=False):
+        say(f"note: {line}")
+    if not base:
+        say(f"note: {CONFIG} names no model that the adapters are for: give it with base=")
+    partial.rename(out)
+
+
+def _check_adapters(checkpoint: Path, stored: StoredWeights, model: ModelConfig, lora: LoraConfig) -> list[str]:
+    """The canonical names of the adapters that a checkpoint's state names; UserError if one is not there or of another shape."""
+    described = {}
+    for layer in adapted_layers(model, lora):
+        for a, b in adapter_names(layer).values():
+            for name, dim in ((a, -2), (b, -1)):
+                shape, dtype = stored.entry(name) or ((), torch.float32)
+                if len(shape) < 2 or shape[dim] != lora.rank or not dtype.is_floating_point:
+                    raise UserError(f"checkpoint={checkpoint} lacks an adapter that its {STATE} names: {name}")
+                described[name] = torch.empty(shape, device="meta")
+    try:
+        from_peft(to_peft(described, model, lora), model)
+    except (ValueError, RuntimeError, IndexError) as error:
+        raise UserError(f"checkpoint={checkpoint} has adapters of another shape than its {STATE} names: {error}") from error
+    return list(described)
+
+
+def export_merged(checkpoint: Path, weights: Path, out: Path, topology: Topology, say: Callable[[str], None]) -> None:
+    """Write the weights with the adapters added as a Hugging Face folder; all ranks call it together.
+
+    Args:
+        checkpoint: folder of a run with lora.
+        weights: the checkpoint, or the Hugging Face folder, that the adapters were trained on.
+        out: new folder.
+        topology: of any layout.
+        say: is told of each finished file.
+    """
+    model, lora = describe(checkpoint, topology)
+    stored = (weights / STATE).is_file()
+    if stored:
+        checkpoints.whole(weights, "weights", topology)
+    base: Parameters = StoredWeights(weights) if stored else FolderWeights(weights, model)
+    for name, shape in parameter_shapes(model).items():
+        if (entry := base.entry(name)) is None or entry[0] != shape:
+            raise UserError(f"weights={weights} is not what the adapters of {checkpoint} were trained on: {name} differs")
+    adapters = StoredWeights(checkpoint)
+    _check_adapters(checkpoint, adapters, model, lora)
+    merged = MergedWeights(base, adapters, model, lora)
+    files = companions(checkpoint, read_progress(checkpoint), weights=weights)
+    write_huggingface(
+        merged, model, out, ExportOptions(), files, topology, say, f"checkpoint={checkpoint} on weights={weights}"
+    )
+
+
+class FolderWeights:
+    """The parameters of a Hugging Face folder, full ones."""
+
+    def __init__(self, folder: Path, model: ModelConfig) -> None:
+        self.source, self.shapes = HuggingFaceFolder(folder, "weights"), parameter_shapes(model)
+        if found := differences(model, self.source.config, folder):
+            raise UserError("; ".join(found))
+
+    def entry(self, name: str) -> tuple[tuple[int, ...], torch.dtype] | None:
+        """Shape and type of a parameter by its canonical name."""
+        return self.shapes[name], self.source.parameter_dtype(name, self.shapes[name])
+
+    def parameter(self, name: str) -> Tensor:
+        """A full parameter by its canonical name."""
+        return self.source.parameter(name, [slice(0, size) for size in self.shapes[name]])
+
+
+class MergedWeights:
+    """The parameters of a checkpoint with the adapters of another added: one at a time, as StoredWeights gives them."""
+
+    def __init__(self, base: Parameters, adapters: Parameters, model: ModelConfig, lora: LoraConfig) -> None:
+        """`adapters`: of a run with `lora` on the weights of `base`."""
+        self.base, self.adapters, self.model, self.lora = base, adapters, model, lora
+        self.layers: dict[str, LinearLayer] = {f"{layer.name}.weight": layer for layer in adapted_layers(self.model, self.lora)}
+
+    def entry(self, name: str) -> tuple[tuple[int, ...], torch.dtype] | None:
+        """Shape and type of a parameter by its canonical name; None if the checkpoint lacks it."""
+        return self.base.entry(name)
+
+    def parameter(self, name: str) -> Tensor:
+        """A full parameter by its canonical name, in the base's type; added to in fp32."""
+        weight = self.base.parameter(name)
+        layer = self.layers.get(name)
+        if layer is None:
+            return weight
+        a, b = ([self.adapters.parameter(n) for n in each] for each in zip(*adapter_names(layer).values(), strict=True))
+        heads = self.model.text.kv_heads if "q_proj" in layer.parts else 1
+        added = low_rank_product(a, b, heads) * self.lora.scaling
+        return (weight.float() + added.view(weight.shape)).to(weight.dtype)

@@ -1,0 +1,189 @@
+"""A Hugging Face folder into a checkpoint folder that `init.checkpoint` takes, tensor by tensor.
+
+The model is built on the meta device, so its layout says which rank writes which part of which tensor; each part is read from
+the folder when its turn to be written has come, and let go after. A rank holds no more than one part at a time.
+"""
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    TorchDistSaveShardedStrategy,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
+from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
+
+from visionloom.common.errors import UserError
+from visionloom.model.huggingface.folder import HuggingFaceFolder
+from visionloom.model.huggingface.shapes import parameter_shapes
+from visionloom.model.qwen3vl import Qwen3VL
+from visionloom.model.sharding import LAYERS, canonical_parameters
+from visionloom.parallel.topology import Topology
+from visionloom.train.checkpoint.finite import is_finite, not_finite
+from visionloom.train.checkpoint.read import FileEntry, content, weights_state, write_manifest
+from visionloom.train.checkpoint.state_file import STATE, Progress
+from visionloom.train.checkpoint.stored import canonical_region
+from visionloom.train.exchange.companions import COMPANIONS, carry
+
+PHASE = "import"
+"""What a checkpoint's state names as its phase if no training has led to it."""
+REPORT_BYTES = 1 << 30
+
+
+def import_huggingface(folder: Path, out: Path, topology: Topology, say: Callable[[str], None]) -> None:
+    """Write a folder's weights as a checkpoint, types kept; all ranks call it together.
+
+    Args:
+        folder: of a Hugging Face model.
+        out: the checkpoint's folder, made here; there is none until it is whole.
+        topology: the layout that decides who writes what; the checkpoint has none.
+        say: is told how far this rank is.
+
+    Raises:
+        UserError: if the folder is no whole Qwen3-VL model, the layout does not fit it, or `out` is there already.
+    """
+    source = HuggingFaceFolder(folder)
+    if found := source.config.layout_problems(topology.config):
+        raise UserError("; ".join(found))
+    check_layers_alike(source)
+    partial = start_folder(out, topology)
+    chunks = empty_model(source, topology)
+    strategy = FullyParallelSaveStrategyWrapper(StreamedSave(source, say), topology.groups.dp_cp)
+    state = weights_state(chunks, topology)
+    dist_checkpointing.save(state, str(partial), strategy, content_metadata=content(None))
+    if topology.is_main:
+        progress = Progress(PHASE, 0, 0, 0, {}, asdict(source.config), 0)
+        (partial / STATE).write_text(json.dumps(asdict(progress)))
+        carry(folder, partial / COMPANIONS)
+    _write_manifest(partial, topology)
+    if topology.is_main:
+        partial.rename(out)
+    topology.barrier()
+
+
+def check_layers_alike(source: HuggingFaceFolder) -> None:
+    """Refuse a folder that has one parameter in different types in different layers: a checkpoint has it once for all layers."""
+    types: dict[str, dict[torch.dtype, str]] = {}
+    for name, shape in parameter_shapes(source.config).items():
+        if name.startswith(LAYERS):
+            kind = name.removeprefix(LAYERS).partition(".")[2]
+            types.setdefault(kind, {}).setdefault(source.parameter_dtype(name, shape), name)
+    for found in types.values():
+        if len(found) > 1:
+            told = " and ".join(f"{name} in {str(dtype).removeprefix('torch.')}" for dtype, name in found.items())
+            raise UserError(
+                f"hf={source.folder}: layers differ in type, {told}, which a checkpoint cannot hold: save the model in one type,"
+                " or train from the folder itself (init.huggingface)"
+            )
+
+
+def start_folder(out: Path, topology: Topology) -> Path:
+    """A new folder beside `out`, to be renamed when everything is in it; UserError if `out` is there already."""
+    partial = out.with_name(out.name + ".tmp")
+    fault = ""
+    if topology.is_main:
+        if out.exists():
+            fault = f"out={out} is there already: name a new folder or remove it"
+        else:
+            try:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+            except OSError as error:
+                fault = f"out={out} cannot be made: {error.strerror}"
+    faults = [fault]
+    dist.broadcast_object_list(faults, src=0)
+    if faults[0]:
+        raise UserError(faults[0])
+    return partial
+
+
+def empty_model(source: HuggingFaceFolder, topology: Topology) -> list[Qwen3VL]:
+    """The model's chunks on the meta device, each parameter in the type that it has in the folder."""
+    shapes, most = parameter_shapes(source.config), Counter(map(source.dtype, source.names)).most_common(1)[0][0]
+    numbers = range(topology.config.chunks) if topology.config.chunks > 1 else [None]
+    with torch.device("meta"):
+        chunks = [Qwen3VL(source.config, topology, most, number) for number in numbers]
+    for chunk in chunks:
+        for name, parameter in canonical_parameters(chunk):
+            parameter.data = parameter.data.to(source.parameter_dtype(name, shapes[name]))
+    return chunks
+
+
+class StreamedSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
+    """Megatron-core's checkpoint format, with tensors that are read only when they are written."""
+
+    def __init__(self, source: HuggingFaceFolder, say: Callable[[str], None]) -> None:
+        super().__init__()
+        self.source, self.say = source, say
+
+    def save(self, sharded_state_dict: Any, checkpoint_dir: Any) -> None:
+        """Write this rank's parts."""
+        flat, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
+        state = mcore_to_pyt_state_dict(flat)
+        writer = FileSystemWriter(checkpoint_dir, thread_count=1, sync_files=True)
+        try:
+            save_distributed(state, storage_writer=writer, planner=StreamedPlanner(self.source, self.say))
+        except CheckpointException as error:  # no Exception, and what it is about is inside
+            causes = [cause for cause, _ in error.failures.values()]
+            told = next((cause for cause in causes if isinstance(cause, UserError)), None)
+            raise told or OSError(f"{checkpoint_dir} could not be written: {causes[0]}") from error
+
+
+class StreamedPlanner(MCoreSavePlanner):  # type: ignore[misc]
+    """Hands each part of a tensor to torch's writer when its turn has come."""
+
+    def __init__(self, source: HuggingFaceFolder, say: Callable[[str], None]) -> None:
+        super().__init__(dedup_replicated_tensors=False, flatten_state_dict=False, flatten_sharded_tensors=False)
+        self.source, self.say = source, say
+        self.last: Tensor | None = None
+        self.bytes = 0
+
+    def resolve_data(self, write_item: WriteItem) -> Any:
+        """The bytes or the part of a tensor that an item of the plan stands for."""
+        if write_item.type == WriteItemType.BYTE_IO or write_item.tensor_data is None:
+            return super().resolve_data(write_item)
+        if self.last is not None:
+            # torch's writer keeps the last tensor of each name although it has written it: let its memory go.
+            self.last.untyped_storage().resize_(0)
+        chunk, kind = write_item.tensor_data.chunk, write_item.tensor_data.properties.dtype
+        name, region = canonical_region(write_item.index.fqn, chunk.offsets, chunk.sizes)
+        if name.endswith("mlp.router.load"):
+            part = torch.zeros(tuple(chunk.sizes), dtype=kind)
+        else:
+            part = self.source.parameter(name, region).reshape(tuple(chunk.sizes)).to(kind).contiguous()
+            if not is_finite(part):
+                raise UserError(not_finite(f"hf={self.source.folder}", [name]))
+        self.last = part if part.untyped_storage().resizable() else part.clone()
+        self._report(part.nbytes)
+        return self.last
+
+    def _report(self, size: int) -> None:
+        before, self.bytes = self.bytes, self.bytes + size
+        if self.bytes // REPORT_BYTES > before // REPORT_BYTES:
+            self.say(f"{self.bytes / 2**30:.1f} GiB read")
+
+
+def _write_manifest(folder: Path, topology: Topology) -> None:
+    """Hash the files, each rank its own, as loading a checkpoint checks them."""
+    own = [p for p in folder.iterdir() if p.name.startswith(f"__{topology.rank}_")]
+    if topology.is_main:
+        own += [p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("__")]
+    gathered: list[dict[str, FileEntry]] = [{}] * topology.world_size
+    dist.all_gather_object(gathered, {str(p.relative_to(folder)): FileEntry.of(p) for p in own})
+    if topology.is_main:
+        write_manifest(folder, {name: entry for part in gathered for name, entry in part.items()})
