@@ -2,21 +2,39 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Final
+from uuid import uuid4
+
+UNFINISHED: Final = ".tmp"
+"""Ending of the name that a file has until it is complete."""
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file written under a temporary name, synced and moved to `path` when complete, removed on failure."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def replacing(
+    path: Path,
+    durable: bool = True,
+    placing: AbstractContextManager[object] | None = None,
+) -> Iterator[BinaryIO]:
+    """Open a file that is moved to `path` when the block ends, and removed if the block raises.
+
+    Args:
+        path: the final name; a file that is there is replaced.
+        durable: wait until the content is on the disk, so that a loss of power leaves no empty file of that name; a cache needs no
+            such wait.
+        placing: entered around the move, for example a lock.
+    """
+    unfinished = path.with_name(f".{path.name}.{uuid4().hex}{UNFINISHED}")
     try:
-        with open(temporary, "wb") as file:
+        with open(unfinished, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+            if durable:
+                os.fsync(file.fileno())
+
+        with placing or nullcontext():
+            os.replace(unfinished, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
         raise

@@ -1,6 +1,13 @@
 """The errors that visionloom raises on purpose."""
 
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import Final
+
 from visionloom.common.text import one_line
+
+SHOWN: Final = 40
+"""Characters of a wrong value in a message."""
 
 
 class UserError(ValueError):
@@ -23,3 +30,15 @@ class UserError(ValueError):
 
 class MachineError(RuntimeError):
     """The machine failed, and not what the user gave: one line that says where, exit code 1; the same command may go on."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return the end of a line about an unknown name: the nearest known one in brackets, or nothing if none is near."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def unknown(option: str, value: str, known: Sequence[str]) -> str:
+    """Return the line for an option whose value is not among the known ones."""
+    shown = one_line(value if len(value) <= SHOWN else f"{value[:SHOWN]}...")
+    return f"{option}={shown} is unknown{did_you_mean(shown, known)}: use one of {', '.join(known)}"

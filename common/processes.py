@@ -1,20 +1,123 @@
-"""Work on many items by several processes."""
+"""Work on many items by several processes.
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+Every pool forks its workers from a server process without threads: forking this process would copy the locks of its
+threads, and spawning would import torch anew for each worker. A worker ends with the process that started it.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from itertools import islice
+from multiprocessing.context import ForkServerContext
+from typing import Any, Final
+
+WAITING: Final = 2
+"""Items submitted for each worker: none waits for work, and a lazy list of items is not read far ahead."""
 
 
-def in_order[Item, Result](work: Callable[[Item], Result], items: list[Item], workers: int) -> Iterator[Result]:
-    """The results in the order of the items; with one worker or one item no process is started.
+def fork_server(*preload: str) -> ForkServerContext:
+    """Return the way in which workers are started.
 
-    `work` and the items must be picklable. Left early, what has not begun is not begun.
+    Args:
+        preload: modules that the server imports once for all workers; only the first call in a process has an effect.
+    """
+    context = multiprocessing.get_context("forkserver")
+    if preload:
+        context.set_forkserver_preload(list(preload))
+    return context
+
+
+def end_with_parent() -> None:
+    """End this worker when the process that started it has ended, however it ended.
+
+    The fork server would outlive a killed parent for as long as one of its workers lives.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, name="visionloom-parent", daemon=True).start()
+
+
+def in_order[Item, Result](
+    work: Callable[[Item], Result],
+    items: Sequence[Item],
+    workers: int,
+) -> Iterator[Result]:
+    """Yield the results in the order of the items; see `as_finished` for what is raised.
+
+    `work`, items and results must be picklable. With one worker or one item no process is started.
     """
     if min(workers, len(items)) <= 1:
         yield from map(work, items)
         return
-    pool = ProcessPoolExecutor(min(workers, len(items)), get_context("spawn"))
+
+    with _pool(work, min(workers, len(items)), ()) as pool:
+        yield from pool.map(_run, items)
+
+
+def as_finished[Item, Result](
+    work: Callable[[Item], Result],
+    items: Iterable[Item],
+    workers: int,
+    preload: Sequence[str] = (),
+) -> Iterator[tuple[Item, Result]]:
+    """Yield items with their results, as they are finished.
+
+    Args:
+        work: picklable, as are items and results.
+        items: read as workers become free, at most `WAITING` for each worker ahead.
+        workers: processes.
+        preload: see `fork_server`.
+
+    Raises:
+        ChildProcessError: if a worker was killed.
+        Exception: the one that `work` raised; what has not begun is not begun.
+    """
+    remaining = iter(items)
+    with _pool(work, workers, preload) as pool:
+        pending: dict[Future[Result], Item] = {}
+        while True:
+            for item in islice(remaining, workers * WAITING - len(pending)):
+                pending[pool.submit(_run, item)] = item
+            if not pending:
+                return
+
+            finished, _ = wait(pending, return_when=FIRST_COMPLETED)
+            for future in finished:
+                yield pending.pop(future), future.result()
+
+
+_work: Callable[[Any], Any] | None = None
+"""In a worker: what it does with each item. Sent once, since it may hold a tokenizer of 11 MB."""
+
+
+@contextmanager
+def _pool(work: Callable[[Any], Any], workers: int, preload: Sequence[str]) -> Iterator[ProcessPoolExecutor]:
+    pool = ProcessPoolExecutor(workers, fork_server(*preload), _start_worker, (work,))
     try:
-        yield from pool.map(work, items)
+        yield pool
+    except BrokenProcessPool:
+        raise ChildProcessError("a worker process was killed (out of memory?)") from None
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker(work: Callable[[Any], Any]) -> None:
+    global _work
+    _work = work
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker without a traceback of its own
+    end_with_parent()
+
+
+def _run(item: Any) -> Any:
+    assert _work is not None
+    return _work(item)

@@ -4,7 +4,6 @@ Both stand in the dataclass field itself (`option`), so that an option cannot be
 """
 
 import dataclasses
-import difflib
 import operator
 import types
 import typing
@@ -13,6 +12,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Final, Literal, cast
 
+from visionloom.common.errors import SHOWN, unknown
 from visionloom.common.text import one_line
 
 Change = Literal["free", "run", "data", "never"]
@@ -20,8 +20,6 @@ Change = Literal["free", "run", "data", "never"]
 that other samples are read, which is noticed by what they hold (data.on_change), `never` that its checkpoint does not fit."""
 ENTRIES: Final = 1024
 """Most entries of a list or mapping, where an option says nothing else."""
-SHOWN: Final = 40
-"""Characters of a wrong value in a message."""
 _RULES: Final = "rules"
 
 
@@ -108,14 +106,6 @@ def without_rules(schema: type, where: str = "") -> Iterator[str]:
 def option_faults(config: Any, where: str = "") -> list[str]:
     """Values of a configuration that its options do not allow: one line each, naming the option."""
     return [line for each in options(config, where) for line in _faults(each)]
-
-
-def unknown(name: str, value: str, known: Sequence[str]) -> str:
-    """One line for a value that is not among the known ones, with the nearest as suggestion."""
-    value = one_line(value if len(value) <= SHOWN else f"{value[:SHOWN]}...")
-    close = difflib.get_close_matches(value, known, n=1)
-    hint = f" (did you mean {close[0]}?)" if close else ""
-    return f"{name}={value} is unknown{hint}: use one of {', '.join(known)}"
 
 
 def _faults(one: Option) -> Iterator[str]:

@@ -10,7 +10,6 @@ Each command's options: python launch/convert.py COMMAND --help. A recipe reads 
 init.huggingface=DIR.
 """
 
-import difflib
 import re
 import sys
 import types
@@ -24,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 if not __package__:  # started as a file: Python put launch/ first on the path, where data.py would hide any package data
     sys.path[0] = str(Path(__file__).resolve().parents[1] / ".link")
 
-from visionloom.common.errors import UserError
+from visionloom.common.errors import UserError, did_you_mean, unknown
 from visionloom.common.text import one_line, say, warn
 from visionloom.launch.environment import check_environment, check_home, world_size
 from visionloom.launch.exit import exit_with
@@ -88,7 +87,7 @@ def export_folder(options: dict[str, str]) -> None:
         ("layout", options.get("layout", "transformers"), EXPERT_LAYOUTS),
     ):
         if value not in known:
-            raise UserError(f"{option}={value} is unknown: use one of {', '.join(known)}")
+            raise UserError(unknown(option, value, known))
     shard_bytes = _bytes("shard", options.get("shard", "5GB"))
     _check_folders(checkpoint=options["checkpoint"], hf=source or ".")
     from visionloom.train.agreements import check_export
@@ -185,7 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _command(name: str) -> Command:
     if name not in COMMANDS:
-        raise UserError(f"no such command: {name}{_did_you_mean(name, list(COMMANDS))}: use one of {', '.join(COMMANDS)}")
+        raise UserError(f"no such command: {name}{did_you_mean(name, list(COMMANDS))}: use one of {', '.join(COMMANDS)}")
     return COMMANDS[name]
 
 
@@ -197,7 +196,7 @@ def _options(name: str, command: Command, words: Sequence[str]) -> dict[str, str
         if not equals or not value:
             raise UserError(f"command line: cannot read '{word}': write option=value")
         if option not in known and not (command.parallel and option.startswith(PARALLEL)):
-            raise UserError(f"{name} has no option {option}{_did_you_mean(option, known)}: use {', '.join(known)}")
+            raise UserError(f"{name} has no option {option}{did_you_mean(option, known)}: use {', '.join(known)}")
         check_home(option, value)
         found[option] = value
     if missing := [option for option in command.required if option not in found]:
@@ -220,7 +219,7 @@ def _layout(options: dict[str, str]) -> ParallelConfig:
         if option == name:
             continue
         if name not in hints:
-            raise UserError(f"no such key: {option}{_did_you_mean(name, list(hints))}")
+            raise UserError(f"no such key: {option}{did_you_mean(name, list(hints))}")
         setattr(config, name, _typed(option, value, hints[name]))
     if found := config.problems(world_size()):
         raise UserError(*found)
@@ -266,11 +265,6 @@ def _bytes(option: str, value: str) -> int:
     if match is None or not float(match[1]):
         raise UserError(f"{option}={value} is not a size: write 500MB or 5GB")
     return int(float(match[1]) * UNITS[match[2]])
-
-
-def _did_you_mean(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, InterpolationResolutionError, OmegaConfBaseException
 
+from visionloom.common.errors import did_you_mean, unknown
 from visionloom.common.text import first_line, one_line
 from visionloom.train.config import RunConfig
 
@@ -69,7 +70,7 @@ def no_such_key(path: str) -> str:
 
 def nothing_to_remove(path: str, names: list[str]) -> str:
     """The line for a `~word` whose section does not have the name; `names` are those that it has."""
-    close = _did_you_mean(path.rpartition(".")[2], names)
+    close = did_you_mean(path.rpartition(".")[2], names)
     return f"~{one_line(path)}: there is nothing of that name{close}" + (f", there are {', '.join(names)}" if names else "")
 
 
@@ -136,18 +137,13 @@ def _missing_file(error: MissingConfigException, config_dir: str) -> str:
     group, _, name = (found[1] if found else error.missing_cfg_file or "").partition("/")
     names = available(group, config_dir)
     if not names:
-        return f"no such group: {group}{_did_you_mean(group, groups())}"
-    return f"{group}={name or '(nothing)'} is unknown{_did_you_mean(name, names)}: use one of {', '.join(names)}"
+        return f"no such group: {group}{did_you_mean(group, groups())}"
+    return unknown(group, name or "(nothing)", names)
 
 
 def groups() -> list[str]:
     """The groups of recipes/, one of whose names a word chooses: `model=tiny`."""
     return [entry.name for entry in files("visionloom.recipes").iterdir() if entry.is_dir() and not entry.name.startswith("_")]
-
-
-def _did_you_mean(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def _fault(error: Exception) -> str:
@@ -161,7 +157,7 @@ def _fault(error: Exception) -> str:
         wants_list = "is not a ListConfig" in str(cause)
         return f"{cause.full_key}: {'the value must be a list: [a, b]' if wants_list else first_line(cause)}"
     if group := re.match(r"(?:In '[^']+': )?Could not override '([^']+)'", str(error)):
-        return f"no such group: {group[1]}{_did_you_mean(group[1], groups())}"
+        return f"no such group: {group[1]}{did_you_mean(group[1], groups())}"
     if removed := re.match(r"Could not delete from config\. '([^']+)' does not exist", str(error)):
         return nothing_to_remove(removed[1], [path.rpartition(".")[2] for path in suggestions(removed[1])])
     if "An item is already at" in str(error):
@@ -189,4 +185,4 @@ def _missing_key(cause: OmegaConfBaseException) -> str:
     names = list(map(str, parent))
     there_are = f", there are {', '.join(names)}" if names else ""
     value = "{...}" if dataclasses.is_dataclass(parent._metadata.element_type) else "VALUE"
-    return f"no such name: {path}{_did_you_mean(path.rpartition('.')[2], names)}{there_are}; to add it, write '+{path}={value}'"
+    return f"no such name: {path}{did_you_mean(path.rpartition('.')[2], names)}{there_are}; to add it, write '+{path}={value}'"

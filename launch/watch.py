@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from visionloom.common.atomic import replacing
 from visionloom.launch.exit import FAILURE, attempt_folder
 from visionloom.train import status
 
@@ -105,9 +106,8 @@ def watch_ranks() -> None:
     folder = attempt_folder()
     if folder is None or count == 1:
         return
-    draft = folder / f"visionloom.rank{own}.tmp"
-    draft.write_text(f"{os.environ.get('RANK', '0')} {os.getpid()}")
-    draft.replace(folder / f"visionloom.rank{own}")
+    with replacing(folder / f"visionloom.rank{own}", durable=False) as file:
+        file.write(f"{os.environ.get('RANK', '0')} {os.getpid()}".encode())
     threading.Thread(target=Watch(folder, own, count).run, name="visionloom-watch", daemon=True).start()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from visionloom.data.plan.cursor import Origin, check_state
-from visionloom.data.stream.loader import PackStream
+from visionloom.data.stream.train_stream import PackStream
 from visionloom.model.config import ModelConfig
 from visionloom.model.lora import apply_lora
 from visionloom.model.qwen3vl import Qwen3VL

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from visionloom.common.errors import unknown
 from visionloom.common.names import name_fault
-from visionloom.common.settings import ENTRIES, option, option_faults, unknown
+from visionloom.common.settings import ENTRIES, option, option_faults
 from visionloom.common.text import one_line
 from visionloom.data.config import DataConfig
 from visionloom.model.config import GROUPS, ModelConfig

@@ -20,7 +20,7 @@ from visionloom.common.atomic import replacing
 from visionloom.data.encode.encode import EncodedSample, extend, prompt_of
 from visionloom.data.encode.tokenizer import Tokenizer
 from visionloom.data.stream.batch import PackedBatch, pack_prompts
-from visionloom.data.stream.loader import EvaluationSet
+from visionloom.data.stream.held_out import EvaluationSet
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.model.view import View
 from visionloom.parallel.config import ParallelConfig

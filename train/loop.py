@@ -10,7 +10,7 @@ import numpy as np
 
 from visionloom.common.errors import UserError
 from visionloom.data.stream.batch import PackedBatch
-from visionloom.data.stream.loader import iterate
+from visionloom.data.stream.workers import iterate
 from visionloom.model.flops import Work, step_flops
 from visionloom.train.build import Stage
 from visionloom.train.checkpoint.state_file import CHECKPOINTS

@@ -11,7 +11,7 @@ from visionloom.common.atomic import replacing
 from visionloom.common.errors import UserError
 from visionloom.data.encode.tokenizer import Tokenizer
 from visionloom.data.plan.open import dataset_weights, open_corpora
-from visionloom.data.stream.loader import PackStream
+from visionloom.data.stream.train_stream import PackStream
 from visionloom.model.huggingface.config import NOT_THE_MODEL
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.parallel import topology as topologies

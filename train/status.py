@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from visionloom.common.atomic import replacing
 from visionloom.common.jsonfile import JsonError, read_json
 from visionloom.common.lock import is_held
 from visionloom.common.text import warn
@@ -122,10 +123,9 @@ def write_status(folder: Path, status: Status) -> None:
     """Replace the file; one that cannot be written is no second error, since the cause is printed too."""
     document: dict[str, Any] = asdict(status)
     target = folder / STATUS
-    draft = folder / f".{STATUS}.{os.getpid()}.tmp"
     try:
-        draft.write_text(json.dumps(document, indent=1) + "\n")
-        draft.replace(target)
+        with replacing(target, durable=False) as file:
+            file.write((json.dumps(document, indent=1) + "\n").encode())
     except OSError as fault:
         warn(f"warning: {target} could not be written: {fault.strerror}")
 

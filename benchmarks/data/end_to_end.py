@@ -40,7 +40,8 @@ def ours(folder: Path, workers: int, images: int, dataset: str) -> dict[str, flo
     import torch
 
     from visionloom.data.config import DataConfig, DatasetConfig
-    from visionloom.data.stream.loader import PackStream, iterate
+    from visionloom.data.stream.train_stream import PackStream
+    from visionloom.data.stream.workers import iterate
 
     torch.set_num_threads(1)
     data = DataConfig(str(folder / "tokenizer"), {dataset: DatasetConfig(str(folder / dataset), over_length="drop")})
@@ -60,7 +61,7 @@ def exported(folder: Path, images: int) -> Path:
     """Shards of captions that both can read, more than are counted, their lengths counted before."""
     from visionloom.data.config import DataConfig, DatasetConfig
     from visionloom.data.shards.energon import export_energon
-    from visionloom.data.stream.loader import PackStream
+    from visionloom.data.stream.train_stream import PackStream
 
     make(folder, captions=images + 2000, clips=4)
     export_energon(folder / "captions")

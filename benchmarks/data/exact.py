@@ -27,7 +27,8 @@ from visionloom.data.config import DataConfig, DatasetConfig
 from visionloom.data.shards.dataset import Dataset
 from visionloom.data.shards.write import write_shards
 from visionloom.data.stream.batch import PackedBatch
-from visionloom.data.stream.loader import PackStream, iterate
+from visionloom.data.stream.train_stream import PackStream
+from visionloom.data.stream.workers import iterate
 from visionloom.tests.data.samples import RULES
 from visionloom.tests.data.stream.test_faults import CHANGED_LATER, PLANTED, SAME, SAMPLES, damage_later, digest, keys, pairs
 

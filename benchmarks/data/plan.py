@@ -36,7 +36,7 @@ from visionloom.data.plan.plan import Plan, Settings, Source
 from visionloom.data.shards.dataset import Dataset
 from visionloom.data.shards.index import index_shard
 from visionloom.data.shards.write import write_shards
-from visionloom.data.stream.loader import PackStream
+from visionloom.data.stream.train_stream import PackStream
 
 WINDOW = 1024
 PATCHES_PER_TOKEN = 3.2

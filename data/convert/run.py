@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
-from visionloom.common.errors import UserError
+from visionloom.common.errors import UserError, unknown
 from visionloom.data.convert.files import MediaFiles
 from visionloom.data.convert.formats.folder import Folder
 from visionloom.data.convert.formats.hf import COLUMNS, HuggingFace
@@ -176,7 +176,7 @@ def convert(request: Request, target: Target, progress: Progress) -> Tally:
 
 def _check(request: Request, target: Path) -> None:
     if request.kind not in SOURCES:
-        raise UserError(f"source kind {request.kind!r} is unknown: one of {', '.join(SOURCES)}")
+        raise UserError(unknown("source kind", request.kind, list(SOURCES)))
     if not request.path.exists():
         raise UserError(f"no file or folder {request.path}")
     if request.path.is_dir() and target.resolve().is_relative_to(request.path.resolve()):
@@ -185,8 +185,8 @@ def _check(request: Request, target: Path) -> None:
         raise UserError(f"--images-dir: no folder {request.images_dir}")
     if request.columns and request.kind != "hf":
         raise UserError(f"--columns is for the kind hf, not {request.kind}")
-    if unknown := sorted(set(request.columns or ()) - set(COLUMNS)):
-        raise UserError(f"--columns {unknown[0]}=...: one of {', '.join(COLUMNS)} expected")
+    if others := sorted(set(request.columns or ()) - set(COLUMNS)):
+        raise UserError(f"--columns {others[0]}=...: one of {', '.join(COLUMNS)} expected")
 
 
 def _settings(request: Request) -> dict[str, Any]:

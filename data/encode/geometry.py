@@ -14,7 +14,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from visionloom.common.errors import UserError
+from visionloom.common.errors import UserError, unknown
 from visionloom.data.config import MediaConfig
 from visionloom.data.shards.sample import Image, Space, Video
 
@@ -54,7 +54,7 @@ def limits_of(rules: MediaConfig) -> Limits:
     """The pixel limits that these settings mean; raises UserError for an unknown rule."""
     own = _OWN.get(rules.rule)
     if own is None:
-        raise UserError(f"data.media.rule={rules.rule} is unknown: use one of {', '.join(_OWN)}")
+        raise UserError(unknown("data.media.rule", rules.rule, list(_OWN)))
     return Limits(
         (_or(rules.image_min_pixels, own.image[0]), _or(rules.image_max_pixels, own.image[1])),
         (_or(rules.video_min_pixels, own.video[0]), _or(rules.video_max_pixels, own.video[1])),

@@ -24,7 +24,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from visionloom.common.errors import UserError
+from visionloom.common.errors import UserError, unknown
 from visionloom.data.config import OVER_LENGTH, MediaConfig
 from visionloom.data.encode.encode import EncodedSample
 from visionloom.data.encode.geometry import MERGE_SIZE, grid_of
@@ -92,7 +92,7 @@ def make_views(
     the options under the policy `error`, for an unknown policy, and if nothing is left.
     """
     if limits.policy not in OVER_LENGTH:
-        raise UserError(f"{limits.policy_option}={limits.policy} is unknown: use one of {', '.join(OVER_LENGTH)}")
+        raise UserError(unknown(limits.policy_option, limits.policy, OVER_LENGTH))
     too_long = (lengths["tokens"] > limits.tokens) | (lengths["patches"] > limits.patches)
     over = np.flatnonzero(too_long | (lengths["tokens"] == 0))
     if limits.policy == "error" and too_long.any():

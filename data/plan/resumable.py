@@ -4,12 +4,11 @@ Every finished block is a file of its own beside the final one, so a process tha
 needs the same array, takes what is there. A folder that cannot be written is no fault: the result is then only not kept.
 """
 
+import functools
 import random
 import shutil
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import suppress
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 
 from visionloom.common.atomic import replacing
 from visionloom.common.places import locate
+from visionloom.common.processes import as_finished
 
 Rows = NDArray[Any]
 Work = Callable[[int, int], Rows]
@@ -108,17 +108,13 @@ class _Blocks:
     def by_processes(self, processes: int, progress: Progress | None) -> Rows:
         missing = self.missing
         done = self.items - len(missing) * self.block
-        with ProcessPoolExecutor(processes, get_context("spawn"), _remember, (self.work,)) as pool:
-            waiting = {pool.submit(_block, start, min(start + self.block, self.items)): start for start in missing}
-            try:
-                for future in as_completed(waiting):
-                    self._take(waiting[future], future.result())
-                    done = min(done + self.block, self.items)
-                    if progress is not None:
-                        progress(max(done, 0), self.items)
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        work = functools.partial(_rows_of_block, self.work, self.block, self.items)
+
+        for start, rows in as_finished(work, missing, processes):
+            self._take(start, rows)
+            done = min(done + self.block, self.items)
+            if progress is not None:
+                progress(max(done, 0), self.items)
         return self._join()
 
     def _part(self, start: int) -> Path:
@@ -148,14 +144,5 @@ class _Blocks:
         return self.own[start] if start in self.own else load_rows(self._part(start), self.dtype)
 
 
-_work: Work | None = None
-
-
-def _remember(work: Work) -> None:
-    global _work
-    _work = work
-
-
-def _block(start: int, stop: int) -> Rows:
-    assert _work is not None
-    return _work(start, stop)
+def _rows_of_block(work: Work, block: int, items: int, start: int) -> Rows:
+    return work(start, min(start + block, items))

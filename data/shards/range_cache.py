@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
-from uuid import uuid4
 
+from visionloom.common.atomic import UNFINISHED, replacing
 from visionloom.common.errors import UserError
 
 KEPT: Final = 0.9
@@ -56,12 +56,8 @@ class RangeCache:
         path = self._path(name)
         try:
             path.parent.mkdir(exist_ok=True)
-            unfinished = path.with_name(f"{uuid4().hex}.tmp")
-            try:
-                unfinished.write_bytes(data)
-                self._place(unfinished, path, len(data))
-            finally:
-                unfinished.unlink(missing_ok=True)
+            with replacing(path, durable=False, placing=self._counting(path, len(data))) as file:
+                file.write(data)
         except OSError as error:
             self._warn(error)
 
@@ -69,14 +65,14 @@ class RangeCache:
         digest = hashlib.sha256(name.encode()).hexdigest()
         return self.folder / digest[:2] / digest[2:]
 
-    def _place(self, unfinished: Path, path: Path, size: int) -> None:
-        """Give a part its name, and count it, in one go for all processes."""
+    @contextmanager
+    def _counting(self, path: Path, size: int) -> Iterator[None]:
+        """Make room for a part of `size` bytes, let it be placed, and count it, in one go for all processes."""
         with self._locked() as descriptor:
-            more = size - _size(path)
-            used = int(os.pread(descriptor, 32, 0) or b"0") + more
+            used = int(os.pread(descriptor, 32, 0) or b"0") + size - _size(path)
             if used > self.limit:
                 used = self._make_room(size) + size - _size(path)
-            os.replace(unfinished, path)
+            yield
             os.pwrite(descriptor, b"%032d" % used, 0)
 
     def _make_room(self, more: int) -> int:
@@ -95,7 +91,7 @@ class RangeCache:
         """All parts; what a process that died left unfinished is removed."""
         for folder in filter(os.DirEntry.is_dir, os.scandir(self.folder)):
             for entry in os.scandir(folder):
-                if not entry.name.endswith(".tmp"):
+                if not entry.name.endswith(UNFINISHED):
                     yield entry
                     continue
                 with suppress(FileNotFoundError):  # just finished

@@ -6,19 +6,15 @@ own into `.converting/` and then the part's facts. When all parts are there, the
 """
 
 import fcntl
+import functools
 import hashlib
 import json
 import os
 import shutil
-import signal
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
-from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -26,6 +22,7 @@ from visionloom.common.atomic import replacing
 from visionloom.common.errors import UserError
 from visionloom.common.jsonfile import LARGEST, JsonError, load_json
 from visionloom.common.places import PlaceError, read_located
+from visionloom.common.processes import as_finished
 from visionloom.data.shards.index import index_path, index_shard, known_shard
 from visionloom.data.shards.manifest import MANIFEST, ShardInfo, write_manifest
 from visionloom.data.shards.write import Members, ShardLimits, check_target, cut_shards, shard_path
@@ -38,8 +35,6 @@ FACTS: Final = "convert.json"
 """How the dataset was made, and what was counted."""
 SKIPPED: Final = "skipped.jsonl"
 """One JSON line for each record that was left out."""
-_AHEAD: Final = 2
-"""Parts that wait for each process: cutting a source stays close to writing it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +184,7 @@ def _write_all(reader: PartReader, target: Target, progress: Progress) -> int:
         for number, part in enumerate(reader.parts()):
             known, parts = known + part.records, number + 1
             progress(written, known)
-            _write_part(reader, target, number, part)
+            _write_part(reader, target, (number, part))
             written += part.records
         progress(written, written)
         return parts
@@ -197,51 +192,29 @@ def _write_all(reader: PartReader, target: Target, progress: Progress) -> int:
 
 
 def _write_with_processes(reader: PartReader, target: Target, progress: Progress) -> int:
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["webdataset"])  # it imports torch: seconds, once for all processes
-    pool = ProcessPoolExecutor(target.workers, context, initializer=_follow_parent)
-    waiting: dict[Future[None], int] = {}
     written = known = parts = 0
-    try:
+
+    def cut() -> Iterator[tuple[int, Part]]:
+        nonlocal known, parts
         for number, part in enumerate(reader.parts()):
-            known, parts = known + part.records, number + 1
-            waiting[pool.submit(_write_part, reader, target, number, part)] = part.records
-            while len(waiting) >= target.workers * _AHEAD:
-                written += _next_finished(waiting)
-                progress(written, known)
-        while waiting:
-            written += _next_finished(waiting)
+            known += part.records
+            parts += 1
+            yield number, part
+
+    write = functools.partial(_write_part, reader, target)
+    try:
+        # webdataset imports torch, which takes seconds: once, for all workers
+        for (_, part), _ in as_finished(write, cut(), target.workers, preload=["webdataset"]):
+            written += part.records
             progress(written, known)
-    except BrokenProcessPool:
-        raise ChildProcessError("a process that wrote shards died (out of memory?): the same command continues") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
+    except ChildProcessError as error:
+        raise ChildProcessError(f"{error}: the same command continues") from None
     return parts
 
 
-def _next_finished(waiting: dict[Future[None], int]) -> int:
-    """Wait for a part; returns the records of those that finished. Raises what went wrong in one."""
-    done, _ = wait(waiting, return_when=FIRST_COMPLETED)
-    for future in done:
-        future.result()
-    return sum(waiting.pop(future) for future in done)
-
-
-def _follow_parent() -> None:
-    """Let Ctrl-C end this process without a traceback, and end with the parent, however that ends."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    parent = parent_process()
-    assert parent is not None
-
-    def end_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def _write_part(reader: PartReader, target: Target, number: int, part: Part) -> None:
+def _write_part(reader: PartReader, target: Target, numbered: tuple[int, Part]) -> None:
     """Write one part's shards and then its facts, unless they are there."""
+    number, part = numbered
     digest = hashlib.sha256(repr(part).encode()).hexdigest()
     if (path := _done_path(target.staging, number)).exists():
         if _done(target.staging, number).get("digest") != digest:

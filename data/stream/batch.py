@@ -11,22 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from visionloom.data.encode.encode import EncodedSample, encode, encode_all, extend, prompt_of
-from visionloom.data.encode.patches import Unit, decode_patches, row_width, widen
+from visionloom.data.encode.encode import EncodedSample
+from visionloom.data.encode.patches import Unit, row_width, widen
 from visionloom.data.plan.deal import deal_units
-
-__all__ = [
-    "EXPONENTS",
-    "EncodedSample",
-    "PackedBatch",
-    "decode_patches",
-    "encode",
-    "encode_all",
-    "extend",
-    "pack",
-    "pack_prompts",
-    "prompt_of",
-]
 
 EXPONENTS: Final = {"token": 0.0, "sqrt": 0.5, "sample": 1.0}
 """alpha of the loss sum_s n_s^-alpha sum_t l / sum_s n_s^(1 - alpha), n_s the supervised tokens of sample s.

@@ -21,7 +21,7 @@ from visionloom.data.encode.encode import EncodedSample, extend, prompt_of
 from visionloom.data.encode.tokenizer import IMAGE, VIDEO, Tokenizer
 from visionloom.data.shards.sample import Video
 from visionloom.data.stream.batch import pack_prompts, widen
-from visionloom.data.stream.loader import EvaluationSet
+from visionloom.data.stream.held_out import EvaluationSet
 from visionloom.launch.data import main as convert
 from visionloom.launch.evaluate import main
 from visionloom.model.huggingface.names import to_huggingface

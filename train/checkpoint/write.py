@@ -27,6 +27,7 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
+from visionloom.common.atomic import replacing
 from visionloom.common.errors import UserError
 from visionloom.common.text import warn
 from visionloom.parallel.topology import Topology
@@ -286,10 +287,8 @@ def _commit(save: Save, results: list[Any], hashes: dict[str, FileEntry]) -> Non
     save.partial.rename(save.final)
     _flush(save.final.parent)
     pointer = save.final.parents[1] / LATEST
-    staged = pointer.with_name(LATEST + ".tmp")
-    staged.write_text(str(save.final.relative_to(save.final.parents[1])) + "\n")
-    _flush(staged)
-    staged.replace(pointer)
+    with replacing(pointer) as file:
+        file.write(f"{save.final.relative_to(pointer.parent)}\n".encode())
 
 
 def _retain(final: Path, settings: CheckpointConfig) -> None:

@@ -596,7 +596,7 @@ def test_a_limit_counts_records(run: Run) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ({"kind": "paper"}, "source kind 'paper' is unknown"),
+        ({"kind": "paper"}, "source kind=paper is unknown"),
         ({"path": Path("/nowhere")}, "no file or folder /nowhere"),
         ({"images_dir": Path("/nowhere")}, "--images-dir: no folder /nowhere"),
         ({"columns": {"text": "x"}}, "--columns is for the kind hf"),

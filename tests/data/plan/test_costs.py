@@ -229,10 +229,10 @@ def test_json_of_files_is_read_by_one_reader() -> None:
             if isinstance(node, ast.Attribute) and node.attr in ("loads", "load") and ast.unparse(node.value) == "json":
                 found.add(str(file.relative_to(root / "data")))
     assert found == {
-        "sample.py",  # read in every epoch; its own checks refuse what is not finite
+        "shards/sample.py",  # read in every epoch; its own checks refuse what is not finite
         "convert/keys.py",  # records: NaN under keys that nobody reads, as pandas writes it
         "convert/marks.py",  # what json.dumps just wrote
-        "quarantine.py",  # lines of its own, cut short or not
+        "stream/quarantine.py",  # lines of its own, cut short or not
     }
 
 

@@ -17,7 +17,7 @@ from visionloom.data.plan.lengths import LENGTHS
 from visionloom.data.plan.parts import VIEW, Views
 from visionloom.data.plan.plan import Plan, Settings, Source
 from visionloom.data.stream.batch import PackedBatch
-from visionloom.data.stream.loader import PackStream
+from visionloom.data.stream.train_stream import PackStream
 from visionloom.tests.data.samples import essay, film, picture_question
 
 LENGTH = 256

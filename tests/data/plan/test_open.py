@@ -13,7 +13,7 @@ from visionloom.data.plan.deal import CostModel
 from visionloom.data.plan.open import make_plan, open_corpora
 from visionloom.data.plan.parts import encode_views
 from visionloom.data.shards.sample import Message, Sample, Text
-from visionloom.data.stream.loader import PackStream
+from visionloom.data.stream.train_stream import PackStream
 from visionloom.tests.data.samples import Pair, essay
 
 

@@ -23,7 +23,8 @@ from visionloom.data.shards.store import StoreError
 from visionloom.data.shards.write import write_shards
 from visionloom.data.stream import read_ahead as ahead
 from visionloom.data.stream.batch import PackedBatch
-from visionloom.data.stream.loader import PackStream, iterate
+from visionloom.data.stream.train_stream import PackStream
+from visionloom.data.stream.workers import iterate
 from visionloom.tests.data.faulty_server import serving
 from visionloom.tests.data.samples import RULES, Pair, film, picture_question, png
 from visionloom.tests.data.shards.test_media_header import video

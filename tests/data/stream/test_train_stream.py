@@ -20,7 +20,9 @@ from visionloom.data.config import DataConfig
 from visionloom.data.encode.encode import extend, prompt_of
 from visionloom.data.stream import quarantine
 from visionloom.data.stream.batch import PackedBatch
-from visionloom.data.stream.loader import EvaluationSet, PackStream, iterate
+from visionloom.data.stream.held_out import EvaluationSet
+from visionloom.data.stream.train_stream import PackStream
+from visionloom.data.stream.workers import iterate
 from visionloom.tests.data.samples import essay, film, picture_question
 
 LENGTH = 256
@@ -108,7 +110,7 @@ def test_workers_change_nothing(data: DataConfig, workers: int) -> None:
 
 READER = """
 import pickle, sys
-from visionloom.data.stream.loader import iterate
+from visionloom.data.stream.workers import iterate
 if __name__ == "__main__":
     for _ in iterate(pickle.load(open(sys.argv[1], "rb")), 0, 10_000, 0, 1, 6, 2):
         print("ready", flush=True)
@@ -296,7 +298,7 @@ def test_questions_are_prompts_with_pixels(data: DataConfig) -> None:
 KILLED = """
 import os, pickle, signal, sys
 from visionloom.common.errors import MachineError
-from visionloom.data.stream.loader import iterate
+from visionloom.data.stream.workers import iterate
 from visionloom.data import decode, image
 
 if __name__ == "__main__":

@@ -1,0 +1,165 @@
+"""Steps built ahead of the one that trains, by a thread or by processes."""
+
+import os
+import queue
+import threading
+import time
+from collections.abc import Generator
+from contextlib import closing
+from typing import Final
+
+from torch.utils.data import DataLoader, get_worker_info
+
+from visionloom.common.errors import MachineError
+from visionloom.common.processes import end_with_parent, fork_server
+from visionloom.data.stream.batch import PackedBatch
+from visionloom.data.stream.train_stream import PackStream
+
+PREFETCH: Final = 2
+"""Steps built ahead by the background thread or by each worker."""
+_UNTIL_REAPED: Final = 0.5
+"""Seconds after which the system no longer lists a process that ended."""
+
+
+def iterate(
+    stream: PackStream,
+    first_step: int,
+    steps: int,
+    dp_rank: int,
+    dp_size: int,
+    micro_batch: int,
+    workers: int,
+    encoder_rank: int = 0,
+    encoder_ranks: int = 1,
+) -> Generator[list[PackedBatch]]:
+    """The micro-batches of `steps` steps from first_step on, built ahead by one thread or by `workers` processes.
+
+    What is read does not depend on `workers`. Errors of building a step are raised where the step would have come.
+    """
+    ahead = _StepsAhead(stream, first_step, steps, (dp_rank, dp_size, micro_batch, encoder_rank, encoder_ranks))
+    with closing(_from_processes(ahead, workers) if workers else _from_thread(ahead)) as source:
+        for built in source:
+            if isinstance(built, Exception):
+                raise built
+            yield built
+
+
+class _StepsAhead:
+    """The steps of one rank as a map-style dataset; a failing step is its exception."""
+
+    def __init__(self, stream: PackStream, first_step: int, steps: int, layout: tuple[int, int, int, int, int]) -> None:
+        self.stream, self.first_step, self.steps, self.layout = stream, first_step, steps, layout
+        self.boards = _Boards(0)
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, index: int) -> list[PackedBatch] | Exception:
+        step = self.first_step + index
+        place = f"step {step}"
+
+        def note(found: str) -> None:
+            nonlocal place
+            place = f"step {step}, {found}"
+            self.boards.write(place)
+
+        self.stream.watch(note)
+        try:
+            return self.stream.micro_batches(step, *self.layout)
+        except Exception as error:  # handed over, and raised by the reading side with its type kept
+            info = get_worker_info()
+            error.add_note(f"in data worker {info.id} at {place}" if info else f"while reading ahead, at {place}")
+            return error
+
+
+class _Boards:
+    """What each worker is at, in memory that all processes share: it outlives a worker that is killed."""
+
+    SIZE: Final = 400
+    """Bytes of a worker's line."""
+
+    def __init__(self, workers: int) -> None:
+        self.lines = [fork_server(__name__).RawArray("c", self.SIZE) for _ in range(workers)]
+
+    def write(self, line: str) -> None:
+        """Note what this worker is at; does nothing in a process that is none."""
+        if (info := get_worker_info()) is not None:
+            self.lines[info.id].value = f"{os.getpid()} {line}".encode()[: self.SIZE - 1]
+
+    def dead(self) -> str:
+        """The first worker that is gone, and what it was at; empty if all are there."""
+        for worker, line in enumerate(self.lines):
+            process, _, place = line.value.decode(errors="replace").partition(" ")
+            if process and not _is_alive(int(process)):
+                return f"data worker {worker} (process {process}) died at {place}"
+        return ""
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _unchanged(built: list[PackedBatch] | Exception) -> list[PackedBatch] | Exception:
+    return built
+
+
+def _from_processes(ahead: _StepsAhead, workers: int) -> Generator[list[PackedBatch] | Exception]:
+    ahead.boards = _Boards(workers)
+    loader: DataLoader[list[PackedBatch] | Exception] = DataLoader(
+        ahead,  # type: ignore[arg-type]  # any object with __len__ and __getitem__ serves
+        batch_size=None,
+        shuffle=False,
+        num_workers=workers,
+        prefetch_factor=PREFETCH,
+        collate_fn=_unchanged,
+        multiprocessing_context=fork_server(__name__),
+        worker_init_fn=_start_worker,
+    )
+    try:
+        yield from loader
+    except (RuntimeError, OSError, EOFError) as error:  # torch's own word, or a pipe that nobody holds any more
+        time.sleep(_UNTIL_REAPED)
+        if not (
+            found := ahead.boards.dead()
+            or ("exited unexpectedly" in str(error) and "a data worker died before its first sample")
+        ):
+            raise
+        raise MachineError(
+            f"{found}: killed from outside, most likely for want of memory (see dmesg): give it fewer data.workers or smaller"
+            " data.store.bytes_in_flight, or leave that shard out; the same command goes on from the last checkpoint"
+        ) from None
+
+
+def _start_worker(_: int) -> None:
+    """Torch's own watch is over the process that forked the worker, which lives on as long as a worker does."""
+    end_with_parent()
+
+
+def _from_thread(ahead: _StepsAhead) -> Generator[list[PackedBatch] | Exception]:
+    built: queue.Queue[list[PackedBatch] | Exception] = queue.Queue(PREFETCH)
+    stopped = threading.Event()
+
+    def work() -> None:
+        for index in range(len(ahead)):
+            item = ahead[index]
+            while not stopped.is_set():
+                try:
+                    built.put(item, timeout=0.1)
+                    break
+                except queue.Full:
+                    continue
+            if stopped.is_set():
+                return
+
+    thread = threading.Thread(target=work, name="visionloom-data", daemon=True)
+    thread.start()
+    try:
+        for _ in range(len(ahead)):
+            yield built.get()
+    finally:
+        stopped.set()
+        thread.join()
