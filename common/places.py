@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final, Literal
 
-Kind = Literal["file", "folder", "either"]
+PlaceKind = Literal["file", "folder", "either"]
 HUB_FOLDERS: Final = ("models--", "datasets--", "spaces--")
 """How the Hugging Face hub's cache names repositories; their snapshots are links to the blobs beside them."""
 
@@ -28,7 +28,9 @@ class PlaceError(ValueError):
     """A name leads to no file that may be read: the message says why, without the name."""
 
 
-def locate(folder: Path, reference: str, kind: Kind = "file", follow_links: bool = False, others: Sequence[Path] = ()) -> Path:
+def locate(
+    folder: Path, reference: str, kind: PlaceKind = "file", follow_links: bool = False, others: Sequence[Path] = ()
+) -> Path:
     """The file or folder that a name in the files of `folder` means.
 
     Args:

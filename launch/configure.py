@@ -42,7 +42,7 @@ from visionloom.launch.exit import (
     record_for_torchrun,
 )
 from visionloom.launch.explain import available, explain, groups, no_such_key, nothing_to_remove, unknown_keys
-from visionloom.launch.options import HELP, Options, read_options
+from visionloom.launch.options import HELP, CommandLine, read_options
 from visionloom.launch.quiet import quiet_libraries
 from visionloom.launch.recipe_files import RecipeSource
 from visionloom.launch.watch import watch_ranks
@@ -267,7 +267,7 @@ def _check_folders(config: DictConfig, words: Sequence[str]) -> None:
             )
 
 
-def _show(config: DictConfig, late: Sequence[str], options: Options) -> None:
+def _show(config: DictConfig, late: Sequence[str], options: CommandLine) -> None:
     """Print what would run, as `--cfg job` of Hydra does, but with the words that are applied late; with --help how to use it."""
     _apply_all(config, late)
     shown = OmegaConf.select(config, options.package, throw_on_missing=True) if options.package else config

@@ -21,7 +21,7 @@ HELP = """options, before, between or behind the words:
 
 
 @dataclass(frozen=True)
-class Options:
+class CommandLine:
     """What stands on a command line."""
 
     words: list[str] = field(default_factory=list)
@@ -41,7 +41,7 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"command line: {message}")
 
 
-def read_options(argv: Sequence[str]) -> Options:
+def read_options(argv: Sequence[str]) -> CommandLine:
     """Tell options from words, wherever they stand; raises UserError for an option that does not exist."""
     if {"-m", "--multirun"} & set(argv):
         raise UserError("--multirun is refused: every rank would sweep by itself; start one run for each value")
@@ -56,4 +56,4 @@ def read_options(argv: Sequence[str]) -> Options:
     check_home("--config-dir", found.config_dir)
     if (found.resolve or found.package) and not found.cfg:
         raise UserError("command line: --resolve and --package say how --cfg job shows a run: add --cfg job")
-    return Options(found.words, found.config_dir, found.cfg is not None, found.resolve, found.package, found.help)
+    return CommandLine(found.words, found.config_dir, found.cfg is not None, found.resolve, found.package, found.help)

@@ -47,7 +47,7 @@ REFERENCE: Final = re.compile(r"\$\{\.*[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*\}")
 
 
 @dataclass
-class Budget:
+class RecipeBudget:
     """What the files of one composition may still take up."""
 
     nodes: int = NODES
@@ -67,7 +67,7 @@ class _Recipe(ConfigResult):
     """A file as Hydra holds it: each time that Hydra asks what it includes is one more include."""
 
     nodes: int
-    budget: Budget
+    budget: RecipeBudget
     _includes: Any = None
 
     @property
@@ -84,13 +84,13 @@ class _Recipe(ConfigResult):
 class RecipeSource(ConfigSource):
     """A folder of recipes: `recipes:///path/of/it`."""
 
-    budget = Budget()
+    budget = RecipeBudget()
     """Of the composition that is under way; `begin` starts another one."""
 
     @classmethod
     def begin(cls) -> None:
         """Start a composition."""
-        cls.budget = Budget()
+        cls.budget = RecipeBudget()
 
     @staticmethod
     def scheme() -> str:
@@ -148,7 +148,7 @@ class RecipeSource(ConfigSource):
         return True
 
 
-def _values(text: str, path: str, budget: Budget) -> tuple[int, Any]:
+def _values(text: str, path: str, budget: RecipeBudget) -> tuple[int, Any]:
     """The number of values in a file's YAML, and they themselves, once the rules below let them pass."""
     try:
         loader = get_yaml_loader()(text)
@@ -172,7 +172,7 @@ class _Check:
     """The rules for one file."""
 
     path: str
-    budget: Budget
+    budget: RecipeBudget
     sizes: dict[int, tuple[int, int]] = field(default_factory=dict)
     """Values below a node, aliases counted each time, and the sections inside sections."""
     entered: set[int] = field(default_factory=set)

@@ -15,7 +15,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from visionloom.parallel.context import Rows, Split
+from visionloom.parallel.context import Split, TokenRows
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Segments:
     """int64 [T], where each row of the pack lies in the concatenated groups; None if in place."""
 
     @classmethod
-    def build(cls, cu_seqlens: Tensor, device: torch.device, places: Rows | None = None) -> "Segments":
+    def build(cls, cu_seqlens: Tensor, device: torch.device, places: TokenRows | None = None) -> "Segments":
         """Group the segments between `cu_seqlens` (int [S + 1], on the host, ends at T).
 
         `places` (int64 [T]) says where each row of the pack lies in the tensors to be attended; None: in order.
@@ -62,7 +62,7 @@ class Segments:
         return cls(tuple(groups), inverse)
 
 
-def _by_length(cu_seqlens: Tensor) -> list[tuple[int, Rows]]:
+def _by_length(cu_seqlens: Tensor) -> list[tuple[int, TokenRows]]:
     """Each length that occurs, with the first rows of its segments."""
     bounds = cu_seqlens.numpy().astype(np.int64)
     starts, lengths = bounds[:-1], np.diff(bounds)

@@ -12,7 +12,7 @@ from visionloom.model.trainable import group_of
 
 
 @dataclass(frozen=True)
-class Work:
+class StepWork:
     """What a step has to process, summed over its packs."""
 
     tokens: int
@@ -26,7 +26,7 @@ class Work:
     """Sum of the squared patch counts of the frames."""
 
 
-def language_flops(text: TextConfig, work: Work) -> float:
+def language_flops(text: TextConfig, work: StepWork) -> float:
     """Forward operations of the decoder layers; a causal score matrix counts half, and of experts those that a token takes."""
     projections = text.hidden_size * text.head_dim * (2 * text.heads + 2 * text.kv_heads)
     width = text.ffn_hidden_size
@@ -38,24 +38,24 @@ def language_flops(text: TextConfig, work: Work) -> float:
     return float(per_token * work.tokens + attention)
 
 
-def output_flops(text: TextConfig, work: Work) -> float:
+def output_flops(text: TextConfig, work: StepWork) -> float:
     """Forward operations of the output layer, which runs on supervised tokens alone."""
     return 2.0 * text.hidden_size * text.vocab_size * work.supervised_tokens
 
 
-def vision_flops(vision: VisionConfig, work: Work) -> float:
+def vision_flops(vision: VisionConfig, work: StepWork) -> float:
     """Forward operations of the vision tower without its mergers."""
     block = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.ffn_hidden_size
     attention = 4 * vision.depth * vision.hidden_size * work.patch_pairs
     return patch_embedding_flops(vision, work) + 2 * vision.depth * block * work.patches + attention
 
 
-def patch_embedding_flops(vision: VisionConfig, work: Work) -> float:
+def patch_embedding_flops(vision: VisionConfig, work: StepWork) -> float:
     """The part of vision_flops that turns pixels into the first hidden states."""
     return 2.0 * vision.patch_width * vision.hidden_size * work.patches
 
 
-def merger_flops(config: ModelConfig, work: Work) -> float:
+def merger_flops(config: ModelConfig, work: StepWork) -> float:
     """Forward operations of the main and the DeepStack mergers."""
     merged = config.vision.spatial_merge_size**2
     width = config.vision.hidden_size * merged
@@ -63,7 +63,7 @@ def merger_flops(config: ModelConfig, work: Work) -> float:
     return one * (1 + len(config.vision.deepstack_layers))
 
 
-def step_flops(config: ModelConfig, work: Work, trainable: set[str], lora: LoraConfig | None = None) -> dict[str, float]:
+def step_flops(config: ModelConfig, work: StepWork, trainable: set[str], lora: LoraConfig | None = None) -> dict[str, float]:
     """Operations of forward and backward by part: language, output, merger, vision.
 
     A part costs its forward once; once more for the gradient of its weights if it trains; and once more for the gradient of
@@ -90,7 +90,7 @@ def step_flops(config: ModelConfig, work: Work, trainable: set[str], lora: LoraC
     return flops
 
 
-def adapted_flops(config: ModelConfig, work: Work, trainable: set[str], lora: LoraConfig) -> dict[str, float]:
+def adapted_flops(config: ModelConfig, work: StepWork, trainable: set[str], lora: LoraConfig) -> dict[str, float]:
     """As `step_flops` where adapters alone train: no gradient of weights, and none of inputs before the first adapter.
 
     An adapter's two factors cost their forward, the gradient of each, and what passes through them.

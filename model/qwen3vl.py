@@ -29,7 +29,7 @@ from visionloom.model.lora_config import LoraConfig
 from visionloom.model.loss import linear_cross_entropy
 from visionloom.model.offload import in_host_memory
 from visionloom.model.rope import inverse_frequencies, mrope_angles
-from visionloom.model.view import FeatureExchange, Pack, View
+from visionloom.model.view import FeatureExchange, PackTensors, RankShare
 from visionloom.model.vision import VisionInput, VisionTower
 from visionloom.parallel.topology import Topology
 
@@ -97,10 +97,10 @@ class Qwen3VL(MegatronModule):  # type: ignore[misc]
         weight: Tensor = self.language_model.shared_embedding_or_output_weight()
         return weight
 
-    def prepare(self, pack: Pack) -> ModelInput:
+    def prepare(self, pack: PackTensors) -> ModelInput:
         """Move this rank's part of a micro-batch to the device, with rows, segments and angles worked out first."""
         device, topology, text = self.topology.device, self.topology, self.model_config.text
-        view = View.of(pack, topology)
+        view = RankShare.of(pack, topology)
         tokens = torch.from_numpy(view.tokens)
         packed = PackedSeqParams(
             qkv_format="sbhd",
@@ -131,7 +131,7 @@ class Qwen3VL(MegatronModule):  # type: ignore[misc]
             target_weights=pack.loss_weights[loss_tokens].to(device, non_blocking=True),
         )
 
-    def _pictures(self, pack: Pack, view: View) -> tuple[VisionInput, FeatureExchange | None]:
+    def _pictures(self, pack: PackTensors, view: RankShare) -> tuple[VisionInput, FeatureExchange | None]:
         """What this rank encodes, and how all encoder ranks exchange features; no exchange for a pack of text."""
         config = self.model_config.vision
         mine = pack.grid_thw[pack.encoder_ranks == self.topology.encoder_rank]

@@ -13,11 +13,11 @@ from megatron.core.tensor_parallel.mappings import all_to_all
 from numpy.typing import NDArray
 from torch import Tensor
 
-from visionloom.parallel.context import Rows, Split, split_pack
+from visionloom.parallel.context import Split, TokenRows, split_pack
 from visionloom.parallel.topology import Topology
 
 
-class Pack(Protocol):
+class PackTensors(Protocol):
     """What the model reads of a packed micro-batch; all tensors on the host (see data/stream/batch.py PackedBatch)."""
 
     @property
@@ -66,21 +66,21 @@ class Pack(Protocol):
 
 
 @dataclass(frozen=True)
-class View:
+class RankShare:
     """The rows of a pack that are this rank's, as indices on the host."""
 
     split: Split
-    tokens: Rows
+    tokens: TokenRows
     """int64 [T / C]: rows of this context rank, in its order."""
     hidden: slice
     """Which of them have their hidden states on this rank (all, or its share under sequence parallelism)."""
-    visual_rows: Rows
+    visual_rows: TokenRows
     """int64 [m]: rows among this rank's t hidden states that receive a feature."""
-    visual_features: Rows
+    visual_features: TokenRows
     """int64 [m]: which of the M features they receive."""
 
     @classmethod
-    def of(cls, pack: Pack, topology: Topology) -> "View":
+    def of(cls, pack: PackTensors, topology: Topology) -> "RankShare":
         """This rank's view of a pack."""
         split = split_pack(pack.cu_seqlens.numpy(), topology.context_size)
         shares = topology.config.tensor if topology.config.sequence_parallel else 1
@@ -88,7 +88,7 @@ class View:
         return cls.at(pack.visual_rows.numpy(), split, topology.context_rank, share, shares)
 
     @classmethod
-    def at(cls, visual: Rows, split: Split, context_rank: int, share: int, shares: int) -> "View":
+    def at(cls, visual: TokenRows, split: Split, context_rank: int, share: int, shares: int) -> "RankShare":
         """The view of a context rank and a share of its tokens; `visual` int64 [M] are the pack's visual rows."""
         tokens = split.ranks[context_rank]
         count = len(tokens) // shares
@@ -114,14 +114,14 @@ class FeatureExchange:
     """int64 [m]: where each feature of this rank's visual tokens is among the received rows."""
 
     @classmethod
-    def build(cls, pack: Pack, view: View, topology: Topology, merge: int) -> "FeatureExchange":
+    def build(cls, pack: PackTensors, view: RankShare, topology: Topology, merge: int) -> "FeatureExchange":
         """Work out who sends what to whom; `merge` x `merge` patches make one feature."""
         visual, parallel = pack.visual_rows.numpy(), topology.config
         owner, place = owners(pack.grid_thw.numpy(), pack.encoder_ranks.numpy(), merge)
         shares = parallel.encoder_ranks // parallel.context
         send = []
         for rank in range(parallel.encoder_ranks):
-            needed = View.at(visual, view.split, rank // shares, rank % shares, shares).visual_features
+            needed = RankShare.at(visual, view.split, rank // shares, rank % shares, shares).visual_features
             send.append(place[needed[owner[needed] == topology.encoder_rank]])
         mine = view.visual_features
         order = np.argsort(np.argsort(owner[mine], kind="stable"), kind="stable")
@@ -140,7 +140,7 @@ class FeatureExchange:
         return received[self.order]
 
 
-def owners(grids: NDArray[np.int32], ranks: NDArray[np.int32], merge: int) -> tuple[Rows, Rows]:
+def owners(grids: NDArray[np.int32], ranks: NDArray[np.int32], merge: int) -> tuple[TokenRows, TokenRows]:
     """For each of the M features: the encoder rank that makes it, and its row among that rank's features; int64 [M] each."""
     counts = grids.astype(np.int64).prod(1) // merge**2
     owner = np.repeat(ranks.astype(np.int64), counts)

@@ -10,23 +10,23 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-Rows = NDArray[np.int64]
+TokenRows = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Split:
     """Which rows of a pack each context rank holds, in its order."""
 
-    ranks: tuple[Rows, ...]
+    ranks: tuple[TokenRows, ...]
     """int64 [T / C] each."""
 
     @property
-    def places(self) -> Rows:
+    def places(self) -> TokenRows:
         """int64 [T]: where each row of the pack lies when the ranks' rows are put one after the other."""
         return np.argsort(np.concatenate(self.ranks))
 
 
-def split_pack(cu_seqlens: Rows, size: int) -> Split:
+def split_pack(cu_seqlens: TokenRows, size: int) -> Split:
     """Cut a pack with segments between `cu_seqlens` (int [S + 1], from 0 to T) over `size` ranks.
 
     Raises ValueError if a segment's length is not a multiple of 2 x size.

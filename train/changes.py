@@ -12,7 +12,7 @@ from typing import Any
 from visionloom.common.errors import UserError
 from visionloom.common.settings import Change, Option, Rules, options
 from visionloom.common.text import one_line
-from visionloom.train.checkpoint.state_file import Progress, absolute, model_of
+from visionloom.train.checkpoint.state_file import RunState, absolute, model_of
 from visionloom.train.config import RunConfig
 
 PHASES = "phases"
@@ -41,7 +41,7 @@ def settings_of(config: RunConfig, phase: str) -> dict[str, Any]:
     return {each.name: each.value for each in _counting(config, phase)}
 
 
-def changes(config: RunConfig, progress: Progress, where: str) -> list[Changed]:
+def changes(config: RunConfig, progress: RunState, where: str) -> list[Changed]:
     """What is to be told of a run that goes on from a checkpoint, where run.on_change lets it.
 
     Args:
@@ -68,7 +68,7 @@ def changes(config: RunConfig, progress: Progress, where: str) -> list[Changed]:
     return found
 
 
-def _changed(config: RunConfig, progress: Progress) -> Iterator[Changed]:
+def _changed(config: RunConfig, progress: RunState) -> Iterator[Changed]:
     """Options of the checkpoint whose value is another one here, as far as something is left that they count for."""
     before = progress.settings or _older(progress)
     finished = progress.phase_done and config.phases[progress.phase].total_steps <= progress.phase_step
@@ -110,7 +110,7 @@ def _counting(config: RunConfig, phase: str) -> Iterator[Option]:
             yield each
 
 
-def _older(progress: Progress) -> dict[str, Any]:
+def _older(progress: RunState) -> dict[str, Any]:
     """The settings that a checkpoint without `settings` knows all the same."""
     model = asdict(model_of(progress))
     parts = {"model.text": model["text"], "model.vision": model["vision"]}

@@ -22,7 +22,7 @@ from visionloom.data.encode.tokenizer import Tokenizer
 from visionloom.data.stream.batch import PackedBatch, pack_prompts
 from visionloom.data.stream.held_out import EvaluationSet
 from visionloom.model.qwen3vl import Qwen3VL
-from visionloom.model.view import View
+from visionloom.model.view import RankShare
 from visionloom.parallel.config import ParallelConfig
 from visionloom.parallel.topology import Topology
 from visionloom.train.config import RunConfig
@@ -202,7 +202,7 @@ def _forward_tokens(
     inputs = chunk.prepare(batch)
     if not chunk.post_process:
         return chunk(inputs), None
-    tokens = View.of(batch, topology).tokens
+    tokens = RankShare.of(batch, topology).tokens
     places = np.minimum(np.searchsorted(tokens, rows), len(tokens) - 1)
     mine = torch.from_numpy(np.flatnonzero(tokens[places] == rows)).to(topology.device)
     ids = torch.zeros(len(rows), dtype=torch.int64, device=topology.device)

@@ -11,7 +11,7 @@ import numpy as np
 from visionloom.common.errors import UserError
 from visionloom.data.stream.batch import PackedBatch
 from visionloom.data.stream.workers import iterate
-from visionloom.model.flops import Work, step_flops
+from visionloom.model.flops import StepWork, step_flops
 from visionloom.train.build import Stage
 from visionloom.train.checkpoint.state_file import CHECKPOINTS
 from visionloom.train.checkpoint.write import Saver, first_fault
@@ -103,7 +103,7 @@ def _packs(stage: Stage, done: int, steps: int, workers: int) -> Generator[list[
     )
 
 
-def work_of(batches: list[PackedBatch]) -> Work:
+def work_of(batches: list[PackedBatch]) -> StepWork:
     """What the model has to process of these micro-batches, padding left out."""
     pairs = frames = 0
     for batch in batches:
@@ -111,7 +111,7 @@ def work_of(batches: list[PackedBatch]) -> Work:
         grids = batch.grid_thw.numpy().astype(np.int64)
         pairs += int((lengths**2).sum())
         frames += int((grids[:, 0] * (grids[:, 1] * grids[:, 2]) ** 2).sum())
-    return Work(
+    return StepWork(
         tokens=sum(b.real_tokens for b in batches),
         supervised_tokens=sum(b.supervised_tokens for b in batches),
         token_pairs=pairs,
@@ -126,7 +126,7 @@ def metrics_line(
     """One line of metrics.jsonl; `tokens` and every rate count real tokens, padding left out."""
     topology, counts = stage.topology, result.counts
     own, trainable, lora = work_of(batches), set(stage.phase.trainable), stage.chunks[0].lora
-    work = Work(**reduce_counts(asdict(own), topology))
+    work = StepWork(**reduce_counts(asdict(own), topology))
     flops = sum(step_flops(stage.model_config, work, trainable, lora).values())
     most = topology.most_over_data(sum(step_flops(stage.model_config, own, trainable, lora).values()))
     per_device = flops / seconds / topology.world_size

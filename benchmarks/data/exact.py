@@ -99,11 +99,11 @@ def layouts(folder: Path, energon: Mapping[str, float] | None = None) -> Row:
     whole = [_of_step(stream(folder, "captions", 2048, BATCH), step, 1) for step in range(STEPS)]
     changed, state = [], None
     for first, ranks in ((0, 8), (3, 4), (6, 6)):
-        part = stream(folder, "captions", 2048, BATCH)
+        excerpt = stream(folder, "captions", 2048, BATCH)
         if state is not None:
-            part.load_state(json.loads(state))
-        changed += [_of_step(part, step, ranks) for step in range(first, first + 3)]
-        state = json.dumps(part.state(first + 3))
+            excerpt.load_state(json.loads(state))
+        changed += [_of_step(excerpt, step, ranks) for step in range(first, first + 3)]
+        state = json.dumps(excerpt.state(first + 3))
     kinds = []
     for workers in range(3):
         steps = iterate(stream(folder, "captions", 2048, BATCH), 0, 3, 1, 4, 1, workers)

@@ -29,10 +29,10 @@ from visionloom.benchmarks.data.table import Row, show
 from visionloom.data.config import DataConfig, DatasetConfig, MediaConfig
 from visionloom.data.encode.tokenizer import Tokenizer
 from visionloom.data.plan.cursor import Origin
-from visionloom.data.plan.deal import CostModel, Pack, deal
+from visionloom.data.plan.deal import CostModel, PlannedPack, deal
 from visionloom.data.plan.lengths import Counting
-from visionloom.data.plan.parts import VIEW, Views
-from visionloom.data.plan.plan import Plan, Settings, Source
+from visionloom.data.plan.parts import PART, Parts
+from visionloom.data.plan.plan import MixtureEntry, Plan, Settings
 from visionloom.data.shards.dataset import Dataset
 from visionloom.data.shards.index import index_shard
 from visionloom.data.shards.write import write_shards
@@ -57,12 +57,12 @@ def plan_of(mixture: LengthMixture, samples: int, global_batch: int, seed: int =
     table = mixture.table(samples, seed)
     budget = int(patches_per_token * mixture.tokens)
     over = np.flatnonzero((table["tokens"] > mixture.tokens) | (table["patches"] > budget))
-    source = Source("mixture", 1.0, Views(table, over, np.empty(0, VIEW)), "mixture", "drop")
+    source = MixtureEntry("mixture", 1.0, Parts(table, over, np.empty(0, PART)), "mixture", "drop")
     settings = Settings(seed, "bench", mixture.tokens, global_batch, budget, WINDOW, block=64)
     return Plan([source], settings, QWEN3VL_8B)
 
 
-def rank_costs(dealt: list[list[list[Pack]]]) -> list[float]:
+def rank_costs(dealt: list[list[list[PlannedPack]]]) -> list[float]:
     """Work of each rank."""
     return [sum(pack.cost for micro in rank for pack in micro) for rank in dealt]
 
@@ -269,8 +269,8 @@ def state_size(peer: Peer | None = None) -> Row:
         name = f"quite_a_long_name_{number}"
         content = hashlib.sha256(name.encode()).hexdigest()[:16]
         before[content] = 10**9 + number
-        views = Views(MIXTURES["8k"].table(2000, number), np.empty(0, np.int64), np.empty(0, VIEW))
-        sources.append(Source(name, 0.1 + number, views, content, "truncate_tail"))
+        parts = Parts(MIXTURES["8k"].table(2000, number), np.empty(0, np.int64), np.empty(0, PART))
+        sources.append(MixtureEntry(name, 0.1 + number, parts, content, "truncate_tail"))
     settings = Settings(1234, "long_context", 262_144, 512, 838_860, 1024, 64, 0, 64, "tokens", "12345678", "12345678")
     size = len(json.dumps(Plan(sources, settings, origin=Origin(10_000, before)).state(10_002)))
     peers = "17-29 KB a rank (energon, published)"

@@ -12,11 +12,11 @@ from dataclasses import replace
 from typing import Any, Final
 
 from visionloom.data.convert.files import MediaFiles, named, reference
-from visionloom.data.convert.keys import LOSS_KEYS, Fields, Keys, decoded, listed, loss_of, refusal, weight_of
+from visionloom.data.convert.keys import LOSS_KEYS, Keys, RecordFields, decoded, listed, loss_of, refusal, weight_of
 from visionloom.data.convert.marks import CALL, answer, document, marks_in, results, tool_calls, tools_of, with_placeholders
 from visionloom.data.convert.objects import OBJECTS, Objects
 from visionloom.data.convert.skip import Skip
-from visionloom.data.convert.source import Draft
+from visionloom.data.convert.source import SampleDraft
 from visionloom.data.convert.videos import SOURCES, VIDEO, VIDEO_PART, add_video
 from visionloom.data.encode.tokenizer import CALL_START, THINK_END
 from visionloom.data.shards.sample import Element, Image, Message, Text, Think, ToolCall, Video, media_refs
@@ -140,17 +140,17 @@ class Chat:
 
     def __init__(
         self,
-        record: Fields,
-        draft: Draft,
+        record: RecordFields,
+        draft: SampleDraft,
         files: MediaFiles,
         images: Sequence[str] = IMAGES,
         videos: Sequence[str] = FILMS,
     ) -> None:
         """`images`, `videos`: keys of the record's media."""
         self.record, self.draft, self.files = record, draft, files
-        self.images = Media("<image>", media_of(record, *images))
-        self.videos = Media("<video>", media_of(record, *videos))
-        self.audios = Media("<audio>", [])  # a record with some is left out by its key
+        self.images = MediaQueue("<image>", media_of(record, *images))
+        self.videos = MediaQueue("<video>", media_of(record, *videos))
+        self.audios = MediaQueue("<audio>", [])  # a record with some is left out by its key
         self.in_parts: list[tuple[object, Image | Video]] = []
         """Media that typed parts name themselves, by their references."""
         self.objects = Objects(record, draft)
@@ -222,7 +222,7 @@ class Chat:
         content = _ordered([*self._thought(fields, content, role), *content, *self._calls(fields, content)])
         return [Message(role, tuple(content), loss)] if content or role != "system" else []
 
-    def _role(self, number: int, fields: Fields) -> tuple[str, str]:
+    def _role(self, number: int, fields: RecordFields) -> tuple[str, str]:
         """The turn's name for its speaker, and the role of our schema."""
         names = [str(name).lower() for key in ("from", "role") if (name := fields.take(key)) is not None]
         roles = {ROLES.get(name) for name in names}
@@ -245,7 +245,7 @@ class Chat:
             raise Skip("tool result beside other text", value[:200])
         return found
 
-    def _content(self, value: Any, name: str, role: str, number: int, fields: Fields) -> list[Element]:
+    def _content(self, value: Any, name: str, role: str, number: int, fields: RecordFields) -> list[Element]:
         """A turn's content, behind media of its own that no placeholder asks for; some but not all is a fault."""
         own = [(queue, media_of(fields, *names)) for queue, names in ((self.images, IMAGES), (self.videos, FILMS))]
         used_before = [queue.put_next(refs) for queue, refs in own]
@@ -281,7 +281,7 @@ class Chat:
             return list(tool_calls(value, self.draft.open))
         return [*answer(thought + end, True, self.draft.open), *tool_calls(call, self.draft.open)]
 
-    def _calls(self, fields: Fields, content: list[Element]) -> list[ToolCall]:
+    def _calls(self, fields: RecordFields, content: list[Element]) -> list[ToolCall]:
         """The calls that a turn's keys name and its content does not hold already; raises Skip where they differ."""
         found = [element for element in content if isinstance(element, ToolCall)]
         more: list[ToolCall] = []
@@ -292,7 +292,7 @@ class Chat:
             more = more or calls
         return [] if found else more
 
-    def _thought(self, fields: Fields, content: list[Element], role: str) -> list[Element]:
+    def _thought(self, fields: RecordFields, content: list[Element], role: str) -> list[Element]:
         """The turn's reasoning where it has a key of its own."""
         thought = fields.agreed("reasoning_content", "reasoning", "thinking")
         if thought in (None, ""):
@@ -333,7 +333,7 @@ class Chat:
         else:
             raise Skip("unknown part of a turn", f"turn {number}: {str(part)[:80]}")
 
-    def _picture(self, fields: Fields) -> Image:
+    def _picture(self, fields: RecordFields) -> Image:
         fields.take("type")
         if (ref := named(fields, *_REFERENCES)) is None:
             return _bounded(self._next(self.images), fields)
@@ -341,7 +341,7 @@ class Chat:
         self.in_parts.append((reference(ref), image))
         return image
 
-    def _video(self, fields: Fields) -> Video:
+    def _video(self, fields: RecordFields) -> Video:
         fields.take("type")
         if (ref := named(fields, *SOURCES)) is None:
             return add_video(self.draft, self.files, self.videos.next(), fields, self.record)
@@ -393,7 +393,7 @@ class Chat:
 
     # ---- media
 
-    def _next(self, media: "Media") -> Any:
+    def _next(self, media: "MediaQueue") -> Any:
         if media is self.videos:
             return add_video(self.draft, self.files, media.next(), self.record)
         return picture(self.draft, self.files, media.next())
@@ -427,7 +427,7 @@ class Chat:
         return all(any(reference(ref) == there for there, _ in self.in_parts) for ref in refs)
 
 
-class Media:
+class MediaQueue:
     """Pictures or videos that placeholders stand for, taken in order."""
 
     def __init__(self, placeholder: str, refs: list[Any]) -> None:
@@ -446,7 +446,7 @@ class Media:
         return self.refs[self.used - 1]
 
 
-def picture(draft: Draft, files: MediaFiles, ref: Any) -> Image:
+def picture(draft: SampleDraft, files: MediaFiles, ref: Any) -> Image:
     """A picture by its reference, or by an object with it and its own limits. Raises Skip."""
     if not isinstance(ref, Mapping):
         return draft.image(files.read(ref))
@@ -456,7 +456,7 @@ def picture(draft: Draft, files: MediaFiles, ref: Any) -> Image:
     return _bounded(picture(draft, files, inner) if isinstance(inner, Mapping) else draft.image(files.read(inner)), fields)
 
 
-def media_of(fields: Fields, *names: str) -> list[Any]:
+def media_of(fields: RecordFields, *names: str) -> list[Any]:
     """The media under these keys; raises Skip where two of them name different ones."""
     if not fields.has(*names):
         return []
@@ -492,7 +492,7 @@ def _weighed(element: Element, weight: float | None) -> Element:
     return replace(element, loss=weight)
 
 
-def _bounded(image: Image, fields: Fields) -> Image:
+def _bounded(image: Image, fields: RecordFields) -> Image:
     """The picture with the limits that the object says."""
     least, most = fields.whole("min_pixels"), fields.whole("max_pixels")
     return replace(image, min_pixels=least or image.min_pixels, max_pixels=most or image.max_pixels)

@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 from visionloom.common import places
 from visionloom.common.places import OUTSIDE, PlaceError, locate
-from visionloom.data.convert.keys import Fields
+from visionloom.data.convert.keys import RecordFields
 from visionloom.data.convert.skip import Skip
 from visionloom.data.convert.urls import UrlIndex
 from visionloom.data.shards.tar import LARGEST_MEMBER
@@ -131,7 +131,7 @@ def reference(ref: object) -> object:
     return next((_value(name, ref[name]) for name in IN_OBJECT if ref.get(name) not in (None, "", b"")), None)
 
 
-def named(fields: Fields, *names: str) -> object:
+def named(fields: RecordFields, *names: str) -> object:
     """The reference under the first of these keys: a file's name, an object, or the bytes; None if there is none."""
     for name in names:
         if fields.value.get(name) not in (None, "", b""):

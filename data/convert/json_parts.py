@@ -13,9 +13,9 @@ from typing import Any, BinaryIO, Final
 from visionloom.common.errors import UserError
 from visionloom.data.convert.keys import record_json, without_nulls
 from visionloom.data.convert.skip import Skip
-from visionloom.data.convert.source import Record
+from visionloom.data.convert.source import SourceRecord
 from visionloom.data.convert.source_files import files_below
-from visionloom.data.shards.write_parts import Part
+from visionloom.data.shards.write_parts import SourcePart
 
 ENDINGS: Final = (".json", ".jsonl", ".ndjson")
 _CHUNK: Final = 1 << 20
@@ -27,7 +27,7 @@ _SPACE: Final = " \t\r\n"
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class RecordSpan:
     """Bytes [start, end) of a JSON file, and the number of the first record in them."""
 
     path: str
@@ -37,7 +37,7 @@ class Span:
     lines: bool
 
 
-def cut_json(path: Path, size: int, follow_links: bool = False) -> Iterator[Part]:
+def cut_json(path: Path, size: int, follow_links: bool = False) -> Iterator[SourcePart]:
     """Parts of `size` records of all JSON files at `path`; raises UserError if there is none."""
     for file in files_below(path, ENDINGS, follow_links):
         lines = not _is_array(file)
@@ -46,21 +46,21 @@ def cut_json(path: Path, size: int, follow_links: bool = False) -> Iterator[Part
             start = begin if not records else start
             records += 1
             if records == size:
-                yield Part(records, Span(str(file), start, end, first, lines))
+                yield SourcePart(records, RecordSpan(str(file), start, end, first, lines))
                 first, records = first + records, 0
             last = end
         if records:
-            yield Part(records, Span(str(file), start, last, first, lines))
+            yield SourcePart(records, RecordSpan(str(file), start, last, first, lines))
 
 
-def read_json(span: Span) -> Iterator[Record]:
+def read_json(span: RecordSpan) -> Iterator[SourceRecord]:
     """The records of a span, without keys that are null; a line that is no JSON has a Skip for its value."""
     path = Path(span.path)
     spans = _line_spans(path, span) if span.lines else _element_spans(path, span)
     with open(path, "rb") as file:
         for number, (begin, end) in enumerate(spans, start=span.first):
             file.seek(begin)
-            yield Record(f"{path.name}:{number}", _value(file.read(end - begin)))
+            yield SourceRecord(f"{path.name}:{number}", _value(file.read(end - begin)))
 
 
 def _value(data: bytes) -> Any:
@@ -77,7 +77,7 @@ def _is_array(path: Path) -> bool:
         return file.read(_CHUNK).removeprefix(_MARK).lstrip().startswith(b"[")
 
 
-def _line_spans(path: Path, span: Span | None = None) -> Iterator[tuple[int, int]]:
+def _line_spans(path: Path, span: RecordSpan | None = None) -> Iterator[tuple[int, int]]:
     """Begin and end of every line that is not blank."""
     with open(path, "rb") as file:
         place = span.start if span else len(_MARK) * file.read(3).startswith(_MARK)
@@ -91,7 +91,7 @@ def _line_spans(path: Path, span: Span | None = None) -> Iterator[tuple[int, int
             place += len(line)
 
 
-def _element_spans(path: Path, span: Span | None = None) -> Iterator[tuple[int, int]]:
+def _element_spans(path: Path, span: RecordSpan | None = None) -> Iterator[tuple[int, int]]:
     """Begin and end of every element of the array at the top."""
     with open(path, "rb") as file:
         scanner = _Scanner(path, file, span.start if span else None)

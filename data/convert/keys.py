@@ -1,7 +1,7 @@
 """Keys of records, turns and parts of turns: what a format reads, what leaves a record out, and the count of all the rest.
 
 A key that is not read may change what is trained, and its user would never know. So every object of a source is read through
-`Fields`, which remembers what was taken. What a `Keys` table does not name, or nobody took, is counted by name in the
+`RecordFields`, which remembers what was taken. What a `Keys` table does not name, or nobody took, is counted by name in the
 summary, with the first record that had it; what must change training (`REFUSED`) leaves the record out.
 """
 
@@ -60,7 +60,7 @@ LOSS_KEYS: Final = ("loss", "weight", "train", "trainable", "loss_scale")
 """Keys of a turn or part by which other formats say whether it is learned: a truth value, or a weight from 0."""
 
 
-class Fields:
+class RecordFields:
     """One object of a source, read key by key; a null is no value. Raises Skip for a key that leaves the record out."""
 
     def __init__(self, keys: Keys, value: Mapping[str, Any]) -> None:
@@ -144,13 +144,13 @@ def number(value: Any, where: str) -> float:
     return float(value)
 
 
-def loss_of(turn: Fields, role: str) -> float | None:
+def loss_of(turn: RecordFields, role: str) -> float | None:
     """The weight of a turn's tokens in the loss, None for what its role has anyway; raises Skip for unclear marks."""
     weight, usual = weight_of(turn), 1.0 if role == "assistant" else 0.0
     return None if weight == usual else weight
 
 
-def weight_of(fields: Fields) -> float | None:
+def weight_of(fields: RecordFields) -> float | None:
     """The weight in the loss that the marks of a turn or part agree on, None without any; raises Skip for unclear ones."""
     marks = {name: _weight(fields, name, value) for name in LOSS_KEYS if (value := fields.take(name)) is not None}
     if len(set(marks.values())) > 1:
@@ -158,7 +158,7 @@ def weight_of(fields: Fields) -> float | None:
     return next(iter(marks.values()), None)
 
 
-def _weight(fields: Fields, name: str, value: Any) -> float:
+def _weight(fields: RecordFields, name: str, value: Any) -> float:
     if not isinstance(value, int | float) or not 0 <= value < math.inf:
         raise Skip("unknown loss mark", f"{fields.keys.kind} key {name}: {value!r:.80}")
     return float(value)

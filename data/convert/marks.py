@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
-from visionloom.data.convert.keys import Fields, Keys, parsed, without_nulls
+from visionloom.data.convert.keys import Keys, RecordFields, parsed, without_nulls
 from visionloom.data.convert.skip import Skip
 from visionloom.data.encode.tokenizer import (
     CALL_END,
@@ -51,7 +51,7 @@ CALL: Final = Keys(
         "id": "no effect: the template does not write it",
     },
 )
-Opener = Callable[[Keys, Mapping[str, Any]], Fields]
+Opener = Callable[[Keys, Mapping[str, Any]], RecordFields]
 """Reads an object key by key, and remembers it for the count of what was not read."""
 
 

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any, Final
 
-from visionloom.data.convert.keys import Fields, Keys, decoded
+from visionloom.data.convert.keys import Keys, RecordFields, decoded
 from visionloom.data.convert.skip import Skip
-from visionloom.data.convert.source import Draft
+from visionloom.data.convert.source import SampleDraft
 from visionloom.data.shards.sample import Box, Point, Text
 
 OBJECTS: Final = Keys(
@@ -24,7 +24,7 @@ _SPACES: Final = {"real": 1.0, "norm1": 1000.0, "norm1000": 1.0}
 class Objects:
     """The objects of one record. Where no placeholder asks for any, they are not read; some but not all is a fault."""
 
-    def __init__(self, record: Fields, draft: Draft) -> None:
+    def __init__(self, record: RecordFields, draft: SampleDraft) -> None:
         value = decoded(record.value.get("objects"))
         if isinstance(value, Mapping):
             record.take("objects")

@@ -19,14 +19,14 @@ from visionloom.data.convert.formats.omnicorpus import OmniCorpus
 from visionloom.data.convert.formats.sharegpt import ShareGpt
 from visionloom.data.convert.formats.webdataset import WebDataset
 from visionloom.data.convert.skip import Skip
-from visionloom.data.convert.source import Draft, Options, Record, Source
+from visionloom.data.convert.source import SampleDraft, SourceFormat, SourceOptions, SourceRecord
 from visionloom.data.convert.trainable import Trainable
 from visionloom.data.convert.urls import UrlIndex, build_index
 from visionloom.data.shards.sample import SampleError, parse_sample
-from visionloom.data.shards.write import Members, members_of
-from visionloom.data.shards.write_parts import URLS, Part, PartLog, Progress, Tally, Target, write_parts
+from visionloom.data.shards.write import SampleMembers, members_of
+from visionloom.data.shards.write_parts import URLS, PartLog, Progress, SourcePart, Tally, Target, write_parts
 
-SOURCES: Final[Mapping[str, type[Source]]] = {
+SOURCES: Final[Mapping[str, type[SourceFormat]]] = {
     "llava": Llava,
     "sharegpt": ShareGpt,
     "obelics": Obelics,
@@ -70,12 +70,12 @@ class Converter:
 
     request: Request
     name: str
-    options: Options
+    options: SourceOptions
     part_records: int
     """Records of a part: about a shard, so that parts leave few small shards, and an interruption costs little."""
     trainable: Trainable
 
-    def parts(self) -> Iterator[Part]:
+    def parts(self) -> Iterator[SourcePart]:
         """The source's parts up to the limit, each with how many of its records are wanted (None: all)."""
         if (index := self.options.files.index) is not None:
             build_index(index.images, index.folder, self.request.follow_links)
@@ -85,17 +85,17 @@ class Converter:
             self.part_records,
         ):
             wanted = part.records if left is None else min(left, part.records)
-            yield Part(wanted, (part.where, None if wanted == part.records else wanted))
+            yield SourcePart(wanted, (part.where, None if wanted == part.records else wanted))
             if left is not None and (left := left - wanted) <= 0:
                 return
 
-    def samples(self, part: Part, log: PartLog) -> Iterator[Members]:
+    def samples(self, part: SourcePart, log: PartLog) -> Iterator[SampleMembers]:
         """The samples of a part, checked and ready to be written; records that cannot be converted go to `log`."""
         places, wanted = part.where
         source = SOURCES[self.request.kind]()
         for record in islice((record for where in places for record in source.records(where)), wanted):
             log.tally.counts["records"] += 1
-            draft = Draft()
+            draft = SampleDraft()
             try:
                 members = self._members(source, record, draft)
             except Skip as skip:
@@ -106,7 +106,7 @@ class Converter:
                 log.tally.note(note, record.place)
             yield members
 
-    def _members(self, source: Source, record: Record, draft: Draft) -> Members:
+    def _members(self, source: SourceFormat, record: SourceRecord, draft: SampleDraft) -> SampleMembers:
         """The members of one sample that can be trained on; raises Skip, whatever a record from elsewhere leads to."""
         if isinstance(record.value, Skip):
             raise record.value
@@ -129,7 +129,7 @@ class Converter:
         except Exception as error:  # a record from elsewhere may lead anything anywhere: it is left out, with the error's name
             raise Skip("malformed record", f"{type(error).__name__}: {error}") from error
 
-    def _leave_out(self, record: Record, skip: Skip, log: PartLog) -> None:
+    def _leave_out(self, record: SourceRecord, skip: Skip, log: PartLog) -> None:
         if self.request.stop:
             raise UserError(f"{record.place}: {skip} (--on-error skip leaves it out and goes on)")
         log.tally.counts["left out"] += 1
@@ -137,7 +137,7 @@ class Converter:
         log.skipped.append({"record": record.place, "reason": skip.reason, "detail": skip.detail[:500]})
 
 
-def _notes(draft: Draft) -> Iterator[str]:
+def _notes(draft: SampleDraft) -> Iterator[str]:
     """What the summary says of a sample that was made."""
     yield from (f"pictures left out: {reason}" for reason in draft.left_out)
     yield from ("pictures changed" for _ in draft.meta.get("changed", ()))
@@ -145,17 +145,17 @@ def _notes(draft: Draft) -> Iterator[str]:
     yield from draft.notes
 
 
-def _gathered(parts: Iterator[Part], size: int) -> Iterator[Part]:
+def _gathered(parts: Iterator[SourcePart], size: int) -> Iterator[SourcePart]:
     """Small parts, of many small files, put together to parts of at most `size` records; `where` becomes a tuple."""
     places, records = list[Any](), 0
     for part in parts:
         if places and records + part.records > size:
-            yield Part(records, tuple(places))
+            yield SourcePart(records, tuple(places))
             places, records = [], 0
         places.append(part.where)
         records += part.records
     if places:
-        yield Part(records, tuple(places))
+        yield SourcePart(records, tuple(places))
 
 
 def convert(request: Request, target: Target, progress: Progress) -> Tally:
@@ -169,7 +169,7 @@ def convert(request: Request, target: Target, progress: Progress) -> Tally:
     index = None
     if request.kind in _FETCHED and request.images_dir is not None:
         index = UrlIndex(target.staging / URLS, request.images_dir)
-    options = Options(MediaFiles(roots, index, request.follow_links), request.columns or {})
+    options = SourceOptions(MediaFiles(roots, index, request.follow_links), request.columns or {})
     converter = Converter(request, target.name, options, target.limits.samples, request.trainable)
     return write_parts(converter, target, _settings(request), progress)
 

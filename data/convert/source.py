@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from visionloom.data.convert.files import MediaFiles
-from visionloom.data.convert.keys import Fields, Keys
+from visionloom.data.convert.keys import Keys, RecordFields
 from visionloom.data.convert.media import Picture, prepare_image, prepare_video
 from visionloom.data.convert.skip import Skip
 from visionloom.data.shards.sample import Element, Image, Message, Sample, Video
-from visionloom.data.shards.write_parts import Part
+from visionloom.data.shards.write_parts import SourcePart
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class SourceOptions:
     """What a source may need to know beside its path."""
 
     files: MediaFiles
@@ -26,34 +26,34 @@ class Options:
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class SourceRecord:
     """One record of a source: where it stands, for messages, and its value."""
 
     place: str
     value: Any
 
 
-class Source(Protocol):
+class SourceFormat(Protocol):
     """A format: how a source is cut into parts, read, and how a record becomes a sample. Picklable."""
 
     keys: ClassVar[tuple[Keys, ...]]
     """What is read of its objects: the tables of docs/data.md."""
 
-    def parts(self, path: Path, size: int, follow_links: bool = False) -> Iterator[Part]:
+    def parts(self, path: Path, size: int, follow_links: bool = False) -> Iterator[SourcePart]:
         """Parts of about `size` records in order, found without reading media; `follow_links`: also out of the source's folder."""
         ...
 
-    def records(self, where: Any) -> Iterator[Record]:
+    def records(self, where: Any) -> Iterator[SourceRecord]:
         """The records of a part in order; a broken one has a Skip for its value."""
         ...
 
-    def convert(self, value: Any, draft: "Draft", options: Options) -> None:
+    def convert(self, value: Any, draft: "SampleDraft", options: SourceOptions) -> None:
         """Fill the draft with one record; raises Skip."""
         ...
 
 
 @dataclass
-class Draft:
+class SampleDraft:
     """A sample in the making: its elements, its media, and what had to be changed or left out."""
 
     messages: list[Message] = field(default_factory=list)
@@ -70,15 +70,15 @@ class Draft:
     """A reason for each picture that the sample does without."""
     notes: list[str] = field(default_factory=list)
     """What the summary counts besides, as `marks kept as words: ...`."""
-    _opened: list[Fields] = field(default_factory=list)
+    _opened: list[RecordFields] = field(default_factory=list)
     _known: dict[bytes, Image] = field(default_factory=dict)
     _films: dict[bytes, Video] = field(default_factory=dict)
 
-    def open(self, keys: Keys, value: Mapping[str, Any]) -> Fields:
+    def open(self, keys: Keys, value: Mapping[str, Any]) -> RecordFields:
         """Read an object of the record key by key; what is not read of it is counted. Raises Skip."""
         if not isinstance(value, Mapping):
             raise Skip("not an object", f"{keys.kind}: an object expected, got {type(value).__name__}")
-        fields = Fields(keys, value)
+        fields = RecordFields(keys, value)
         self._opened.append(fields)
         return fields
 

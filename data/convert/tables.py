@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Final
 from visionloom.common.errors import UserError
 from visionloom.data.convert.keys import without_nulls
 from visionloom.data.convert.skip import Skip
-from visionloom.data.convert.source import Record
+from visionloom.data.convert.source import SourceRecord
 from visionloom.data.convert.source_files import files_below
-from visionloom.data.shards.write_parts import Part
+from visionloom.data.shards.write_parts import SourcePart
 
 if TYPE_CHECKING:
     import pyarrow
@@ -24,7 +24,7 @@ _ROWS: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class RowRange:
     """Row groups (parquet) or record batches (arrow) [first, last) of a file, and the number of their first row."""
 
     path: str
@@ -49,20 +49,20 @@ def table_files(path: Path, endings: tuple[str, ...], follow_links: bool = False
     return files_below(path, endings, follow_links)
 
 
-def cut_tables(files: Sequence[Path], size: int) -> Iterator[Part]:
+def cut_tables(files: Sequence[Path], size: int) -> Iterator[SourcePart]:
     """Parts of neighbouring row groups or batches of a file, of at least `size` rows where there are as many."""
     for path in files:
         first = row = records = 0
         for number, rows in enumerate(_sizes(path)):
             records += rows
             if records >= size:
-                yield Part(records, Rows(str(path), first, number + 1, row))
+                yield SourcePart(records, RowRange(str(path), first, number + 1, row))
                 first, row, records = number + 1, row + records, 0
         if records:
-            yield Part(records, Rows(str(path), first, number + 1, row))
+            yield SourcePart(records, RowRange(str(path), first, number + 1, row))
 
 
-def read_table(where: Rows, columns: Sequence[str] | None = None) -> Iterator[Record]:
+def read_table(where: RowRange, columns: Sequence[str] | None = None) -> Iterator[SourceRecord]:
     """Rows as dictionaries; only `columns` are read from parquet if given. Nulls inside of a column's values are dropped.
 
     A row with a text that is no UTF-8, and each row of a damaged row group, has a Skip for its value. A value that Python has
@@ -74,12 +74,12 @@ def read_table(where: Rows, columns: Sequence[str] | None = None) -> Iterator[Re
         try:
             for batch in batches:
                 for value in _rows(batch):
-                    yield Record(f"{path.name}:{number}", value)
+                    yield SourceRecord(f"{path.name}:{number}", value)
                     number += 1
         except _damage() as error:
             if getattr(error, "errno", None) is not None:  # of the disk, not of pages
                 raise
-            yield from (Record(f"{path.name}:{row}", Skip("damaged table", str(error))) for row in range(number, end))
+            yield from (SourceRecord(f"{path.name}:{row}", Skip("damaged table", str(error))) for row in range(number, end))
         number = end
 
 
@@ -152,7 +152,7 @@ def _read_sizes(path: Path) -> Iterator[int]:
         raise UserError(f"{path} is damaged: {error}: fetch it again or remove it") from None
 
 
-def _groups(where: Rows, columns: Sequence[str] | None) -> Iterator[tuple[int, Iterator["pyarrow.RecordBatch"]]]:
+def _groups(where: RowRange, columns: Sequence[str] | None) -> Iterator[tuple[int, Iterator["pyarrow.RecordBatch"]]]:
     """The rows of each row group or record batch, and these rows a few at a time."""
     path = Path(where.path)
     if path.suffix == ".parquet":

@@ -17,7 +17,7 @@ from visionloom.data.convert.skip import Skip
 from visionloom.data.encode.chat import render
 from visionloom.data.encode.encode import encode
 from visionloom.data.encode.tokenizer import END_OF_TEXT, TURN_END, Tokenizer
-from visionloom.data.plan.over_length import Limits, fits_some_policy
+from visionloom.data.plan.over_length import PackLimits, fits_some_policy
 from visionloom.data.shards.sample import (
     LARGEST_WEIGHT,
     Box,
@@ -72,7 +72,7 @@ class Trainable:
     def _check_length(self, sample: Sample) -> None:
         encoded = encode(sample, self._tokenizer, self.media)
         patches = int(DataConfig().patch_budget * self.sequence_length)
-        limits = Limits(self.sequence_length, patches, "--sequence-length", "", "over_length")
+        limits = PackLimits(self.sequence_length, patches, "--sequence-length", "", "over_length")
         if limits.fit(len(encoded.input_ids), encoded.patch_count):
             return
         if not fits_some_policy(sample, encoded, limits, self._tokenizer, self.media):

@@ -33,7 +33,7 @@ _NOT_MEDIA: Final = ("json", "txt")
 _LARGEST_JSON: Final = 16 << 20
 """Bytes of the JSON beside a picture."""
 
-Row = tuple[int, int, int, int, int]
+UrlRow = tuple[int, int, int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,14 +153,14 @@ class _Writer:
     """Rows go to buckets by the first bits of their hash; each bucket is sorted at the end."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.waiting, self.length = folder, list[Row](), 0
+        self.folder, self.waiting, self.length = folder, list[UrlRow](), 0
 
     def name(self, name: str) -> None:
         self.length += len(os.fsencode(name))
         self._append("names.bin", os.fsencode(name))
         self._append("ends.bin", np.uint64(self.length).tobytes())
 
-    def row(self, row: Row) -> None:
+    def row(self, row: UrlRow) -> None:
         self.waiting.append(row)
         if len(self.waiting) >= _BUFFERED:
             self._spill()

@@ -6,9 +6,9 @@ from typing import Any, Final
 
 from visionloom.common.jsonfile import JsonError, load_json
 from visionloom.data.convert.files import MediaFiles, named, reference
-from visionloom.data.convert.keys import Fields, Keys, number
+from visionloom.data.convert.keys import Keys, RecordFields, number
 from visionloom.data.convert.skip import Skip
-from visionloom.data.convert.source import Draft
+from visionloom.data.convert.source import SampleDraft
 from visionloom.data.shards.media_header import kind_of
 from visionloom.data.shards.sample import Video
 
@@ -49,7 +49,7 @@ VIDEO_PART: Final = Keys(
 """A typed part of a turn, in the words of qwen-vl-utils."""
 
 
-def add_video(draft: Draft, files: MediaFiles, value: Any, *said: Fields) -> Video:
+def add_video(draft: SampleDraft, files: MediaFiles, value: Any, *said: RecordFields) -> Video:
     """Add the video that `value` means: a name of a file or of a folder of frames, a list of frames, or an object.
 
     `said`: what narrows it and has its times, the nearest first: an object (VIDEO), a typed part of a turn (VIDEO_PART), and
@@ -68,7 +68,7 @@ def add_video(draft: Draft, files: MediaFiles, value: Any, *said: Fields) -> Vid
     return draft.video(files.read(value), **_part(said, of_file=True))
 
 
-def _listed_frames(draft: Draft, files: MediaFiles, names: list[Any], said: tuple[Fields, ...]) -> Video:
+def _listed_frames(draft: SampleDraft, files: MediaFiles, names: list[Any], said: tuple[RecordFields, ...]) -> Video:
     times = _times(said, len(names))
     narrowed = _part(said, of_file=False, rate_known=times is not None)
     times = _by_sample_rate(said, len(names)) if times is None else times
@@ -77,7 +77,7 @@ def _listed_frames(draft: Draft, files: MediaFiles, names: list[Any], said: tupl
     return draft.frames([files.read(name) for name in names], times, **narrowed)
 
 
-def _folder(draft: Draft, files: MediaFiles, path: Path, said: tuple[Fields, ...]) -> Video:
+def _folder(draft: SampleDraft, files: MediaFiles, path: Path, said: tuple[RecordFields, ...]) -> Video:
     names = sorted(file.name for file in path.iterdir() if kind_of(file.name) == "image")
     times = _times(said, len(names))
     if times is None and (path / TIMES).exists():
@@ -100,7 +100,7 @@ def _from_file(path: Path, names: list[str], files: MediaFiles) -> tuple[list[st
     return names, _numbers(found, len(names))
 
 
-def _times(said: tuple[Fields, ...], count: int) -> list[float] | None:
+def _times(said: tuple[RecordFields, ...], count: int) -> list[float] | None:
     """Seconds of each frame by `t` or `fps` of the nearest object that has one; None if none does."""
     for fields in said:
         if (times := fields.take("t")) is not None:
@@ -110,7 +110,7 @@ def _times(said: tuple[Fields, ...], count: int) -> list[float] | None:
     return None
 
 
-def _by_sample_rate(said: tuple[Fields, ...], count: int) -> list[float] | None:
+def _by_sample_rate(said: tuple[RecordFields, ...], count: int) -> list[float] | None:
     """Seconds of each frame where only `sample_fps` tells their rate, as qwen-vl-utils has it for lists of frames."""
     rates = (fields.number("sample_fps") for fields in said if fields.keys.kind == VIDEO.kind)
     rate = next((found for found in rates if found is not None), None)
@@ -133,7 +133,7 @@ def _seconds(value: Any) -> float:
     return number(value, "time of a frame")
 
 
-def _part(said: tuple[Fields, ...], of_file: bool, rate_known: bool = True) -> dict[str, Any]:
+def _part(said: tuple[RecordFields, ...], of_file: bool, rate_known: bool = True) -> dict[str, Any]:
     """Fields of Video that narrow it: the nearest object's words first."""
     found: dict[str, Any] = {}
     for fields in said:
@@ -143,7 +143,7 @@ def _part(said: tuple[Fields, ...], of_file: bool, rate_known: bool = True) -> d
     return found
 
 
-def _told(fields: Fields, of_file: bool, rate_known: bool) -> dict[str, Any]:
+def _told(fields: RecordFields, of_file: bool, rate_known: bool) -> dict[str, Any]:
     in_part = fields.keys is VIDEO_PART
     rates = ("sample_fps", "fps") if of_file and in_part else ("sample_fps",)
     pixels = fields.whole("total_pixels")

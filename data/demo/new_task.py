@@ -10,7 +10,7 @@ from typing import Final
 
 from visionloom.common.errors import UserError
 from visionloom.data.demo.make import Progress, load_pictures
-from visionloom.data.demo.tasks import GRIDS, NAMES, PLACES, Draft, Drawer
+from visionloom.data.demo.tasks import GRIDS, NAMES, PLACES, DemoDraft, Drawer
 from visionloom.data.shards.sample import Message, Sample, Text
 from visionloom.data.shards.write import write_shards
 
@@ -46,13 +46,13 @@ def _drafts(drawer: Drawer, split: str, count: int, progress: Progress | None) -
             progress(f"{split}/{NAME}", number + 1, count)
 
 
-def words(drawer: Drawer) -> Draft:
+def words(drawer: Drawer) -> DemoDraft:
     """A picture of 1, 1 x 2 or 2 x 2 digits, and the name of the one at a place."""
     rows, columns = drawer.random.choices(GRIDS, weights=(3, 3, 4))[0]
     pictures = drawer.pictures(rows * columns)
     asked = drawer.random.randrange(len(pictures))
     place = f"the digit at the {PLACES[rows, columns][asked]}" if len(pictures) > 1 else "this digit"
-    draft = Draft(task=NAME, meta={"pictures": pictures, "columns": columns, "asked": asked})
+    draft = DemoDraft(task=NAME, meta={"pictures": pictures, "columns": columns, "asked": asked})
     image = drawer.image(draft, tuple(tuple(pictures[columns * row : columns * (row + 1)]) for row in range(rows)))
     answer = NAMES[int(drawer.digit(pictures[asked]))]
     draft.messages = [Message("user", (image, Text(f"Write {place} as a word."))), Message("assistant", (Text(answer),))]

@@ -23,13 +23,13 @@ NAMES: Final = ("zero", "one", "two", "three", "four", "five", "six", "seven", "
 GRIDS: Final = ((1, 1), (1, 2), (2, 2))
 PLACES: Final = {(1, 2): ("left", "right"), (2, 2): ("top left", "top right", "bottom left", "bottom right")}
 
-Grid = tuple[tuple[int | None, ...], ...]
+DigitGrid = tuple[tuple[int | None, ...], ...]
 """Numbers of handwriting pictures by row and column; None is an empty cell."""
 Pixels = npt.NDArray[np.uint8]
 
 
 @dataclass
-class Draft:
+class DemoDraft:
     """The parts of a sample before it has an id."""
 
     messages: list[Message] = field(default_factory=list)
@@ -52,20 +52,20 @@ class Drawer:
         self.random = random.Random(seed)
         self.cells, self.digits = cells, digits
         self._by_digit = [[number for number in numbers if digits[number] == digit] for digit in range(10)]
-        self._files: dict[Grid, bytes] = {}
+        self._files: dict[DigitGrid, bytes] = {}
 
     def pictures(self, count: int, distinct: bool = False) -> list[int]:
         """Numbers of `count` pictures, their digits uniform and, on request, distinct."""
         values = self.random.sample(range(10), count) if distinct else self.random.choices(range(10), k=count)
         return [self.random.choice(self._by_digit[value]) for value in values]
 
-    def image(self, draft: Draft, grid: Grid) -> Image:
+    def image(self, draft: DemoDraft, grid: DigitGrid) -> Image:
         """Add the composed grid to the draft as its next picture."""
         ref = f"img{len(draft.media)}.png"
         draft.media[ref] = self.png(grid)
         return Image(ref, CELL * len(grid[0]), CELL * len(grid))
 
-    def png(self, grid: Grid) -> bytes:
+    def png(self, grid: DigitGrid) -> bytes:
         """The grid as a grey PNG file; single cells, which come often, are encoded once."""
         if grid in self._files:
             return self._files[grid]
@@ -85,7 +85,7 @@ class Drawer:
         return np.zeros((CELL, CELL), np.uint8) if number is None else self.cells[number]
 
 
-def _grid(pictures: Sequence[int], columns: int) -> Grid:
+def _grid(pictures: Sequence[int], columns: int) -> DigitGrid:
     return tuple(tuple(pictures[first : first + columns]) for first in range(0, len(pictures), columns))
 
 
@@ -93,17 +93,17 @@ def _turn(question: Sequence[Element], answer: Sequence[Element]) -> list[Messag
     return [Message("user", tuple(question)), Message("assistant", tuple(answer))]
 
 
-def captions(drawer: Drawer, training: bool) -> Draft:
+def captions(drawer: Drawer, training: bool) -> DemoDraft:
     """A picture of 1, 1 x 2 or 2 x 2 digits and what it shows."""
     rows, columns = drawer.random.choice(GRIDS)
     pictures = drawer.pictures(rows * columns)
-    grid, draft = _grid(pictures, columns), Draft(meta={"pictures": pictures, "columns": columns})
+    grid, draft = _grid(pictures, columns), DemoDraft(meta={"pictures": pictures, "columns": columns})
     words = " / ".join(" ".join(drawer.digit(number) for number in row if number is not None) for row in grid)
     draft.content = [drawer.image(draft, grid), Text(f"\nThe image shows: {words}")]
     return draft
 
 
-def text(drawer: Drawer, training: bool) -> Draft:
+def text(drawer: Drawer, training: bool) -> DemoDraft:
     """Text only: sums, sequences, names of digits, and, most often, looking up a page or a moment.
 
     Looking up prepares for long documents and videos, which ask the same of pictures.
@@ -112,29 +112,29 @@ def text(drawer: Drawer, training: bool) -> Draft:
     return drawer.random.choices(makers, weights=(2, 1, 1, 3, 3))[0](drawer)
 
 
-def _text_sum(drawer: Drawer) -> Draft:
+def _text_sum(drawer: Drawer) -> DemoDraft:
     values = drawer.random.choices(range(10), k=drawer.random.choice((2, 3)))
     steps, total = sum_steps(values)
-    return Draft(messages=_turn([Text(f"What is {' + '.join(map(str, values))}?")], [Think(steps), Text(str(total))]))
+    return DemoDraft(messages=_turn([Text(f"What is {' + '.join(map(str, values))}?")], [Think(steps), Text(str(total))]))
 
 
-def _text_sequence(drawer: Drawer) -> Draft:
+def _text_sequence(drawer: Drawer) -> DemoDraft:
     first, step = drawer.random.randrange(5), drawer.random.choice((1, 2, 3))
-    return Draft(content=[Text("Sequence: " + " ".join(str(first + step * i) for i in range(6)))])
+    return DemoDraft(content=[Text("Sequence: " + " ".join(str(first + step * i) for i in range(6)))])
 
 
-def _text_names(drawer: Drawer) -> Draft:
+def _text_names(drawer: Drawer) -> DemoDraft:
     values = drawer.random.sample(range(10), 4)
-    return Draft(content=[Text(". ".join(f"{NAMES[value]} is {value}" for value in values))])
+    return DemoDraft(content=[Text(". ".join(f"{NAMES[value]} is {value}" for value in values))])
 
 
-def _text_pages(drawer: Drawer) -> Draft:
+def _text_pages(drawer: Drawer) -> DemoDraft:
     first = drawer.random.randrange(1, 20)
     pages = [[Text(f"Page {number}")] for number in range(first, first + drawer.random.randrange(3, 7))]
     return _lookup(drawer, pages, lambda page: [Text(f"Which digit is on page {first + page}?")])
 
 
-def _text_moments(drawer: Drawer) -> Draft:
+def _text_moments(drawer: Drawer) -> DemoDraft:
     first = drawer.random.randrange(4) + 0.5
     moments = [Time(first + i * drawer.random.choice((1, 2))) for i in range(drawer.random.randrange(2, 6))]
     moments = sorted(set(moments), key=lambda moment: moment.seconds)
@@ -143,25 +143,25 @@ def _text_moments(drawer: Drawer) -> Draft:
     )
 
 
-def _lookup(drawer: Drawer, names: Sequence[Sequence[Element]], question: Callable[[int], list[Element]]) -> Draft:
+def _lookup(drawer: Drawer, names: Sequence[Sequence[Element]], question: Callable[[int], list[Element]]) -> DemoDraft:
     """A list of names with a digit each, and questions for some of the digits."""
     values = drawer.random.choices(range(10), k=len(names))
     opening: list[Element] = []
     for name, value in zip(names, values, strict=True):
         opening += [*name, Text(f": {value} ")]
     opening.append(Text("\n"))
-    draft = Draft()
+    draft = DemoDraft()
     for asked in drawer.random.sample(range(len(names)), min(3, len(names))):
         draft.messages += _turn([*opening, *question(asked)], [*names[asked], Text(f": {values[asked]}")])
         opening = []
     return draft
 
 
-def vqa(drawer: Drawer, training: bool) -> Draft:
+def vqa(drawer: Drawer, training: bool) -> DemoDraft:
     """Read one digit, or the digit at a place of a 1 x 2 or 2 x 2 grid."""
     rows, columns = drawer.random.choices(GRIDS, weights=(3, 3, 4))[0]
     pictures = drawer.pictures(rows * columns)
-    draft = Draft(meta={"pictures": pictures, "columns": columns})
+    draft = DemoDraft(meta={"pictures": pictures, "columns": columns})
     image = drawer.image(draft, _grid(pictures, columns))
     if len(pictures) == 1:
         draft.task = "read"
@@ -173,7 +173,7 @@ def vqa(drawer: Drawer, training: bool) -> Draft:
     return draft
 
 
-def grounding(drawer: Drawer, training: bool) -> Draft:
+def grounding(drawer: Drawer, training: bool) -> DemoDraft:
     """Where one of several distinct digits lies on a canvas of 64 or 96 pixels; two of them in training."""
     side = drawer.random.choice((2, 3))
     pictures = drawer.pictures(drawer.random.randrange(2, side + 2), distinct=True)
@@ -182,7 +182,7 @@ def grounding(drawer: Drawer, training: bool) -> Draft:
     for cell, number in zip(cells, pictures, strict=True):
         placed[cell] = number
     asked = drawer.random.sample(range(len(pictures)), 2 if training else 1)
-    draft = Draft(task="grounding", meta={"pictures": pictures, "cells": cells, "columns": side, "asked": asked})
+    draft = DemoDraft(task="grounding", meta={"pictures": pictures, "cells": cells, "columns": side, "asked": asked})
     opening: list[Element] = [drawer.image(draft, tuple(tuple(placed[side * r : side * (r + 1)]) for r in range(side)))]
     for index in asked:
         row, column = divmod(cells[index], side)
@@ -193,10 +193,10 @@ def grounding(drawer: Drawer, training: bool) -> Draft:
     return draft
 
 
-def interleaved(drawer: Drawer, training: bool) -> Draft:
+def interleaved(drawer: Drawer, training: bool) -> DemoDraft:
     """A document of two or three pictures and text in turn, ending with the sum."""
     pictures = drawer.pictures(drawer.random.choice((2, 3)))
-    draft = Draft(meta={"pictures": pictures})
+    draft = DemoDraft(meta={"pictures": pictures})
     for position, number in enumerate(pictures):
         draft.content += [Text("First comes " if position == 0 else " Then "), drawer.image(draft, ((number,),))]
         draft.content.append(Text(f", a {drawer.digit(number)}."))
@@ -204,7 +204,7 @@ def interleaved(drawer: Drawer, training: bool) -> Draft:
     return draft
 
 
-def video(drawer: Drawer, training: bool) -> Draft:
+def video(drawer: Drawer, training: bool) -> DemoDraft:
     """A clip of 4, 6 or 8 frames at 1 or 2 frames a second, and what is shown at a moment.
 
     The digit changes with every pair of frames, which is one temporal patch. The moments asked for are the middles of
@@ -214,7 +214,7 @@ def video(drawer: Drawer, training: bool) -> Draft:
     pictures = drawer.pictures(drawer.random.choice((2, 3, 4)), distinct=True)
     start = drawer.random.randrange(3) + (0.25 if frames_per_second == 2 else 0.0)
     times = [start + i / frames_per_second for i in range(2 * len(pictures))]
-    draft = Draft(task="video", meta={"pictures": pictures, "fps": frames_per_second})
+    draft = DemoDraft(task="video", meta={"pictures": pictures, "fps": frames_per_second})
     for i in range(len(times)):
         draft.media[f"vid0.{i:03d}.png"] = drawer.png(((pictures[i // 2],),))
     asked = drawer.random.sample(range(len(pictures)), 2 if training else 1)
@@ -228,11 +228,11 @@ def video(drawer: Drawer, training: bool) -> Draft:
     return draft
 
 
-def documents(drawer: Drawer, training: bool) -> Draft:
+def documents(drawer: Drawer, training: bool) -> DemoDraft:
     """A long document of 8 to 24 pages, and which digit is on one page."""
     pictures = drawer.pictures(drawer.random.randrange(8, 25))
     asked = drawer.random.sample(range(len(pictures)), 4 if training else 1)
-    draft = Draft(task="needle", meta={"pictures": pictures, "asked": asked})
+    draft = DemoDraft(task="needle", meta={"pictures": pictures, "asked": asked})
     pages: list[Element] = []
     for page, number in enumerate(pictures, start=1):
         pages += [Text(f"{'\n' if page > 1 else ''}Page {page}:"), drawer.image(draft, ((number,),))]
@@ -244,11 +244,11 @@ def documents(drawer: Drawer, training: bool) -> Draft:
     return draft
 
 
-def sums(drawer: Drawer, training: bool) -> Draft:
+def sums(drawer: Drawer, training: bool) -> DemoDraft:
     """A picture of two or three digits, their sum step by step, and the answer."""
     pictures = drawer.pictures(drawer.random.choice((2, 3)))
     steps, total = sum_steps([int(drawer.digit(number)) for number in pictures])
-    draft = Draft(task="reasoning", meta={"pictures": pictures})
+    draft = DemoDraft(task="reasoning", meta={"pictures": pictures})
     image = drawer.image(draft, (tuple(pictures),))
     draft.messages = _turn([image, Text("What is the sum of the digits?")], [Think(steps), Text(str(total))])
     return draft
@@ -267,7 +267,7 @@ def sum_steps(values: Sequence[int]) -> tuple[str, int]:
 class Recipe:
     """How one dataset is made: its maker and the number of samples in each split."""
 
-    make: Callable[[Drawer, bool], Draft]
+    make: Callable[[Drawer, bool], DemoDraft]
     train: int
     test: int
 

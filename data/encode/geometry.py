@@ -35,7 +35,7 @@ Frames = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class PixelLimits:
     """The pixel limits in force: those of the configuration, or the rule's own."""
 
     image: tuple[int, int] = (65_536, 16_777_216)
@@ -44,18 +44,18 @@ class Limits:
 
 
 _OWN: Final = {
-    "hf": Limits(),
-    "hf_capped": Limits(),
-    "qwen_utils": Limits(image=(4_096, 16_777_216), video=(0, 235_929_600)),
+    "hf": PixelLimits(),
+    "hf_capped": PixelLimits(),
+    "qwen_utils": PixelLimits(image=(4_096, 16_777_216), video=(0, 235_929_600)),
 }
 
 
-def limits_of(rules: MediaConfig) -> Limits:
+def limits_of(rules: MediaConfig) -> PixelLimits:
     """The pixel limits that these settings mean; raises UserError for an unknown rule."""
     own = _OWN.get(rules.rule)
     if own is None:
         raise UserError(unknown("data.media.rule", rules.rule, list(_OWN)))
-    return Limits(
+    return PixelLimits(
         (_or(rules.image_min_pixels, own.image[0]), _or(rules.image_max_pixels, own.image[1])),
         (_or(rules.video_min_pixels, own.video[0]), _or(rules.video_max_pixels, own.video[1])),
         (_or(rules.frame_min_pixels, own.frame[0]), _or(rules.frame_max_pixels, own.frame[1])),

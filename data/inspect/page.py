@@ -8,7 +8,17 @@ from typing import Final
 
 from PIL import Image as Pillow
 
-from visionloom.data.inspect.sample_view import FirstPacks, Mark, Media, PackView, SampleView, Segment, Shown, Token, text_of
+from visionloom.data.inspect.sample_view import (
+    FirstPacks,
+    Mark,
+    PackedSample,
+    PackView,
+    SampleView,
+    Shown,
+    ShownMedia,
+    Token,
+    text_of,
+)
 
 MOST_TOKENS: Final = 6_000
 """Tokens of a sample that are shown at most."""
@@ -101,7 +111,7 @@ def _turn(role: str, text: str, supervised: bool) -> str:
 # ---- pictures
 
 
-def _media(media: Media) -> str:
+def _media(media: ShownMedia) -> str:
     caption = escape(media.title)
     if media.problem:
         return f"<figure><figcaption class='bad'>{caption}: {escape(media.problem)}</figcaption></figure>"
@@ -205,7 +215,7 @@ def _bar(number: int, pack: PackView) -> str:
     )
 
 
-def _segment(place: int, segment: Segment, length: int) -> str:
+def _segment(place: int, segment: PackedSample, length: int) -> str:
     hue, visual = _HUES[place % len(_HUES)], 100 * segment.visual / segment.tokens
     title = escape(
         f"{segment.sample_id}: {segment.tokens:,} tokens, {segment.visual:,} visual, {segment.supervised:,} supervised",

@@ -54,7 +54,7 @@ class Shown:
 
 
 @dataclass(frozen=True, slots=True)
-class Media:
+class ShownMedia:
     """One picture or video of a sample, as it is shown, or why it can't be."""
 
     title: str
@@ -80,7 +80,7 @@ class SampleView:
     key: str
     shard: str
     sample: Sample
-    media: tuple[Media, ...]
+    media: tuple[ShownMedia, ...]
     tokens: tuple[Token, ...] = ()
     """Empty without a tokenizer."""
     encoded: EncodedSample | None = None
@@ -89,7 +89,7 @@ class SampleView:
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
+class PackedSample:
     """A sample inside a pack."""
 
     index: int
@@ -104,7 +104,7 @@ class PackView:
     """A pack of `length` tokens and its segments in order."""
 
     length: int
-    segments: list[Segment] = field(default_factory=list)
+    segments: list[PackedSample] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:
@@ -158,9 +158,9 @@ def view_sample(dataset: Dataset, index: int, rules: MediaConfig, tokenizer: Tok
 # ---- media
 
 
-def _media(dataset: Dataset, index: int, sample: Sample, rules: MediaConfig) -> list[Media]:
+def _media(dataset: Dataset, index: int, sample: Sample, rules: MediaConfig) -> list[ShownMedia]:
     """Pictures and videos in reading order."""
-    found, pictures = list[Media](), 0
+    found, pictures = list[ShownMedia](), 0
     for element in sample.elements:
         if not isinstance(element, Image | Video):
             continue
@@ -170,9 +170,9 @@ def _media(dataset: Dataset, index: int, sample: Sample, rules: MediaConfig) -> 
                 shown = [_picture(dataset, index, element, _marks(sample, pictures, element))]
             else:
                 shown = _frames(dataset, index, sample, element, rules)
-            found.append(Media(title, tuple(shown)))
+            found.append(ShownMedia(title, tuple(shown)))
         except UserError as error:
-            found.append(Media(title, (), str(error)))
+            found.append(ShownMedia(title, (), str(error)))
         pictures += isinstance(element, Image)
     return found
 
@@ -326,5 +326,7 @@ def first_packs(dataset: Dataset, tokenizer: Tokenizer, rules: MediaConfig, leng
     return FirstPacks(shown, tried, tried - len(found))
 
 
-def _segment(index: int, encoded: EncodedSample) -> Segment:
-    return Segment(index, encoded.sample_id, len(encoded.input_ids), len(encoded.visual_positions), encoded.supervised_tokens)
+def _segment(index: int, encoded: EncodedSample) -> PackedSample:
+    return PackedSample(
+        index, encoded.sample_id, len(encoded.input_ids), len(encoded.visual_positions), encoded.supervised_tokens
+    )

@@ -1,4 +1,4 @@
-"""Datasets as plans see them: their length tables and views by the rules of a run. Imports no torch."""
+"""Datasets as plans see them: their length tables and parts by the rules of a run. Imports no torch."""
 
 import dataclasses
 import hashlib
@@ -13,12 +13,12 @@ from visionloom.data.config import DataConfig, DatasetConfig, MediaConfig
 from visionloom.data.encode import chat, geometry
 from visionloom.data.encode.tokenizer import Tokenizer
 from visionloom.data.plan.lengths import Lengths, lengths_hash, load_lengths
-from visionloom.data.plan.over_length import Limits, make_views
-from visionloom.data.plan.parts import Views
+from visionloom.data.plan.over_length import PackLimits, make_parts
+from visionloom.data.plan.parts import Parts
 from visionloom.data.plan.resumable import Progress
 from visionloom.data.shards.dataset import Dataset
 
-Report = Callable[[str], Progress]
+ProgressOf = Callable[[str], Progress]
 """Gives, for the name of a piece of work, what is to be told of its progress."""
 
 
@@ -36,7 +36,7 @@ class Corpus:
         data: DataConfig,
         tokenizer: Tokenizer,
         processes: int = 0,
-        report: Report | None = None,
+        report: ProgressOf | None = None,
     ) -> None:
         self.name, self.section, self.config = name, section, config
         self.tokenizer, self.rules = tokenizer, data.media
@@ -52,12 +52,12 @@ class Corpus:
         """Samples that could not be read or rendered when they were counted."""
         return np.flatnonzero(self.lengths["tokens"] == 0)
 
-    def views(self, tokens: int, patches: int, tokens_option: str) -> Views:
+    def parts(self, tokens: int, patches: int, tokens_option: str) -> Parts:
         """What is trained on of each sample in packs of so many tokens and patches, by the dataset's over-length policy."""
         option = f"{self.section}.{self.name}.over_length"
-        limits = Limits(tokens, patches, tokens_option, self.config.over_length, option)
+        limits = PackLimits(tokens, patches, tokens_option, self.config.over_length, option)
         told = self.report(f"{self.name}, over-long") if self.report else None
-        return make_views(
+        return make_parts(
             self.dataset, self.lengths, limits, self.tokenizer, self.rules, self.cache, self.identity, self.processes, told
         )
 

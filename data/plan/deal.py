@@ -35,14 +35,14 @@ class CostModel:
 
 
 @dataclass(frozen=True, slots=True)
-class Pack:
+class PlannedPack:
     """Samples that share a pack, as (dataset number, sample index, part), and the pack's cost."""
 
     places: tuple[tuple[int, int, int], ...]
     cost: float
 
 
-def deal(packs: list[Pack], dp_size: int, micro_batch: int) -> list[list[list[Pack]]]:
+def deal(packs: list[PlannedPack], dp_size: int, micro_batch: int) -> list[list[list[PlannedPack]]]:
     """Deal the packs of a step to data-parallel ranks and micro-batches, balanced by cost: [rank][micro-batch][pack].
 
     Costliest first to the lightest rank that has room (longest processing time first), then exchanges with the heaviest
@@ -58,10 +58,10 @@ def deal(packs: list[Pack], dp_size: int, micro_batch: int) -> list[list[list[Pa
     return [_balance(mine, len(mine) // micro_batch, 0) for mine in ranks]
 
 
-def _balance(packs: list[Pack], groups: int, swaps: int) -> list[list[Pack]]:
+def _balance(packs: list[PlannedPack], groups: int, swaps: int) -> list[list[PlannedPack]]:
     """Groups of equal size, costliest group first."""
     room = len(packs) // groups
-    dealt: list[list[Pack]] = [[] for _ in range(groups)]
+    dealt: list[list[PlannedPack]] = [[] for _ in range(groups)]
     lightest = [(0.0, group) for group in range(groups)]
     for pack in sorted(packs, key=lambda pack: -pack.cost):
         load, group = heapq.heappop(lightest)
@@ -74,7 +74,7 @@ def _balance(packs: list[Pack], groups: int, swaps: int) -> list[list[Pack]]:
     return [dealt[g] for g in sorted(range(groups), key=lambda g: -loads[g])]
 
 
-def _exchange(dealt: list[list[Pack]], loads: list[float]) -> bool:
+def _exchange(dealt: list[list[PlannedPack]], loads: list[float]) -> bool:
     """Trade one pack of the heaviest group for a lighter one elsewhere so that the heavier of the two gets lightest."""
     heaviest = max(range(len(loads)), key=lambda g: loads[g])
     costs = np.array([[pack.cost for pack in group] for group in dealt])

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from visionloom.data.encode.geometry import MERGE_SIZE
 from visionloom.data.plan.deal import deal
 from visionloom.data.plan.plan import Plan
-from visionloom.data.plan.plan_blocks import Segment
+from visionloom.data.plan.plan_blocks import PlanBlock
 
 
 @dataclass
@@ -76,7 +76,7 @@ def facts_of(plan: Plan, steps: int, ranks: int, micro_batch: int) -> PlanFacts:
     return found
 
 
-def _segments(plan: Plan, packs: int) -> Iterator[tuple[Segment, int]]:
+def _segments(plan: Plan, packs: int) -> Iterator[tuple[PlanBlock, int]]:
     """Segments from the first on, and how many of each one's packs belong to the first `packs`."""
     number = 0
     while packs > 0:
@@ -86,13 +86,13 @@ def _segments(plan: Plan, packs: int) -> Iterator[tuple[Segment, int]]:
         packs, number = packs - taken, number + 1
 
 
-def _add(found: PlanFacts, segment: Segment, packs: int) -> None:
+def _add(found: PlanFacts, segment: PlanBlock, packs: int) -> None:
     here = slice(0, segment.borders[packs])
     entries, count = segment.sources[here], len(found.names)
     visual = segment.patches[here] // MERGE_SIZE**2
     sums = [
         np.bincount(entries, weights, count).astype(np.int64)
-        for weights in (segment.tokens[here], visual, segment.parts[here] == 0)
+        for weights in (segment.tokens[here], visual, segment.part_numbers[here] == 0)
     ]
     old = [found.tokens, found.visual_tokens, found.samples]
     found.tokens, found.visual_tokens, found.samples = (

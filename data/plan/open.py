@@ -7,11 +7,11 @@ from visionloom.common.errors import UserError
 from visionloom.data.config import DataConfig
 from visionloom.data.encode.encode import encode
 from visionloom.data.encode.tokenizer import Tokenizer
-from visionloom.data.plan.corpus import Corpus, Report, cache_folder, media_hash
+from visionloom.data.plan.corpus import Corpus, ProgressOf, cache_folder, media_hash
 from visionloom.data.plan.cursor import Origin
 from visionloom.data.plan.deal import CostModel
-from visionloom.data.plan.parts import Views
-from visionloom.data.plan.plan import Plan, Settings, Source
+from visionloom.data.plan.parts import Parts
+from visionloom.data.plan.plan import MixtureEntry, Plan, Settings
 from visionloom.data.shards.sample import SampleError
 
 
@@ -31,7 +31,7 @@ def dataset_weights(data: DataConfig, mixture: Mapping[str, float]) -> dict[str,
 
 
 def open_corpora(
-    data: DataConfig, names: Sequence[str], tokenizer: Tokenizer, processes: int = 0, report: Report | None = None
+    data: DataConfig, names: Sequence[str], tokenizer: Tokenizer, processes: int = 0, report: ProgressOf | None = None
 ) -> list[Corpus]:
     """Training datasets by name, counted by `processes` beside this one where no length table is kept.
 
@@ -79,9 +79,9 @@ def make_plan(
     multiple = data.pack_multiple
     budget = int(data.patch_budget * sequence_length)
     option = f"phases.{phase}.sequence_length"
-    views = [corpus.views(sequence_length // multiple * multiple, budget, option) for corpus in corpora]
-    for corpus, found in zip(corpora, views, strict=True):
-        _check_supervised_views(corpus, found, phase)
+    parts = [corpus.parts(sequence_length // multiple * multiple, budget, option) for corpus in corpora]
+    for corpus, found in zip(corpora, parts, strict=True):
+        _check_supervised_parts(corpus, found, phase)
     settings = Settings(
         seed,
         "" if data.continue_draws else phase,
@@ -96,7 +96,7 @@ def make_plan(
         corpora[0].tokenizer.fingerprint[:8],
         media_hash(data.media),
     )
-    sources = [_source(corpus, found, weights[corpus.name]) for corpus, found in zip(corpora, views, strict=True)]
+    sources = [_source(corpus, found, weights[corpus.name]) for corpus, found in zip(corpora, parts, strict=True)]
     return Plan(sources, settings, cost, origin, _plan_folder(data, corpora))
 
 
@@ -110,9 +110,9 @@ def _check_supervised(corpus: Corpus) -> None:
         )
 
 
-def _check_supervised_views(corpus: Corpus, views: Views, phase: str) -> None:
+def _check_supervised_parts(corpus: Corpus, parts: Parts, phase: str) -> None:
     """Refuse a dataset of which a phase uses only what has no loss."""
-    if not views.total("supervised"):
+    if not parts.total("supervised"):
         raise UserError(
             f"data.datasets.{corpus.name} ({corpus.config.path}): nothing of it that phases.{phase} can use has a supervised"
             f" token, only what is longer than a pack: raise phases.{phase}.sequence_length, set another"
@@ -124,8 +124,8 @@ def _leave_out(corpus: Corpus) -> str:
     return f"leave it out of the phase's mixture (data.datasets.{corpus.name}.weight=0 where that is empty)"
 
 
-def _source(corpus: Corpus, views: Views, weight: float) -> Source:
-    return Source(corpus.name, weight, views, corpus.dataset.fingerprint[:16], corpus.config.over_length)
+def _source(corpus: Corpus, parts: Parts, weight: float) -> MixtureEntry:
+    return MixtureEntry(corpus.name, weight, parts, corpus.dataset.fingerprint[:16], corpus.config.over_length)
 
 
 def _plan_folder(data: DataConfig, corpora: Sequence[Corpus]) -> Path:

@@ -7,7 +7,7 @@
   part is about must be in it. Its system message is repeated in each part.
 - `shrink` bounds the area of all pictures and frames, the largest first, until the sample fits.
 - `truncate_tail` leaves out elements at the end, then characters of the last text; never part of a picture or a video.
-What fits under no policy is lost: not drawn, and counted. Every view is measured by encoding it, so it cannot be longer than
+What fits under no policy is lost: not drawn, and counted. Every part is measured by encoding it, so it cannot be longer than
 planned; the estimates below only say where to look.
 """
 
@@ -31,17 +31,17 @@ from visionloom.data.encode.geometry import MERGE_SIZE, grid_of
 from visionloom.data.encode.tokenizer import Tokenizer
 from visionloom.data.plan.lengths import Lengths, row_of
 from visionloom.data.plan.parts import (
+    PART,
     SHRUNK,
     TRUNCATED,
     UNFINISHED,
-    VIEW,
     WHOLE,
     Border,
+    Part,
+    Parts,
     Rows,
-    View,
-    Views,
     bounded,
-    encode_views,
+    encode_parts,
 )
 from visionloom.data.plan.resumable import Progress, in_blocks, load_rows
 from visionloom.data.shards.dataset import Dataset
@@ -49,7 +49,7 @@ from visionloom.data.shards.sample import Box, Image, Point, Sample, SampleError
 
 VIEWS_VERSION: Final = 1
 BLOCK: Final = 64
-"""Over-long samples of a file while their views are made: seconds of work."""
+"""Over-long samples of a file while their parts are made: seconds of work."""
 _MERGED_AREA: Final = 1024
 """Pixels behind one visual token."""
 _SENTENCE: Final = re.compile(r"""(?<=[.!?])["')\]]*\s+|[。\uff01\uff1f]["」』]*\s*|\n+""")
@@ -61,7 +61,7 @@ _TIMESTAMP_TOKENS: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class PackLimits:
     """What a pack can hold, and the options that say so in an error."""
 
     tokens: int
@@ -75,18 +75,18 @@ class Limits:
         return tokens <= self.tokens and patches <= self.patches
 
 
-def make_views(
+def make_parts(
     dataset: Dataset,
     lengths: Lengths,
-    limits: Limits,
+    limits: PackLimits,
     tokenizer: Tokenizer,
     rules: MediaConfig,
     cache: Path,
     identity: str,
     processes: int = 0,
     progress: Progress | None = None,
-) -> Views:
-    """The views of a dataset under its over-length policy; those of over-long samples come from `cache` or are put there.
+) -> Parts:
+    """The parts of a dataset under its over-length policy; those of over-long samples come from `cache` or are put there.
 
     `identity` is the length table's hash. Raises UserError naming the dataset, the longest sample, its size, the limit and
     the options under the policy `error`, for an unknown policy, and if nothing is left.
@@ -97,23 +97,23 @@ def make_views(
     over = np.flatnonzero(too_long | (lengths["tokens"] == 0))
     if limits.policy == "error" and too_long.any():
         raise UserError(_refusal(dataset, lengths, limits))
-    special = np.empty(0, VIEW)
+    special = np.empty(0, PART)
     if limits.policy not in ("error", "drop") and too_long.any():
         work = Cutting(dataset, np.flatnonzero(too_long), lengths, limits, tokenizer, rules)
         special = work.load_or_make(cache, identity, processes, progress)
-    views = Views(lengths, over, special)
-    if not len(views):
+    parts = Parts(lengths, over, special)
+    if not len(parts):
         raise UserError(f"dataset {dataset.name}: none of its {len(lengths)} samples fits a pack: raise {limits.tokens_option}")
-    return views
+    return parts
 
 
-def views_hash(identity: str, limits: Limits) -> str:
-    """Name of the views of a table under a policy; with `error` and `drop` nothing but the table is stored."""
+def parts_hash(identity: str, limits: PackLimits) -> str:
+    """Name of the parts of a table under a policy; with `error` and `drop` nothing but the table is stored."""
     facts = [VIEWS_VERSION, identity, limits.policy, limits.tokens, limits.patches]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
 
-def _refusal(dataset: Dataset, lengths: Lengths, limits: Limits) -> str:
+def _refusal(dataset: Dataset, lengths: Lengths, limits: PackLimits) -> str:
     over_tokens, over_patches = lengths["tokens"] > limits.tokens, lengths["patches"] > limits.patches
     kind, mask, most = (
         ("tokens", over_tokens, limits.tokens) if over_tokens.any() else ("patches", over_patches, limits.patches)
@@ -128,12 +128,12 @@ def _refusal(dataset: Dataset, lengths: Lengths, limits: Limits) -> str:
 
 @dataclass(frozen=True)
 class Cutting:
-    """Makes the views of stretches of the over-long samples; goes to other processes."""
+    """Makes the parts of stretches of the over-long samples; goes to other processes."""
 
     dataset: Dataset
     samples: NDArray[np.int64]
     lengths: Lengths
-    limits: Limits
+    limits: PackLimits
     tokenizer: Tokenizer
     rules: MediaConfig
 
@@ -141,80 +141,80 @@ class Cutting:
         return {**self.__dict__, "lengths": np.asarray(self.lengths[self.samples])}
 
     def load_or_make(self, cache: Path, identity: str, processes: int, progress: Progress | None) -> Rows:
-        """All views, sample by sample."""
-        path = cache / f"views-{views_hash(identity, self.limits)}.npy"
-        rows = load_rows(path, VIEW)
+        """All parts, sample by sample."""
+        path = cache / f"parts-{parts_hash(identity, self.limits)}.npy"
+        rows = load_rows(path, PART)
         if (
             rows is None
             or not np.isin(rows["sample"], self.samples).all()
             or np.any(np.diff(rows["sample"].astype(np.int64)) < 0)
         ):
             work = replace(self, lengths=np.asarray(self.lengths[self.samples]))
-            rows = in_blocks(path, len(self.samples), BLOCK, work, processes, progress, VIEW)
+            rows = in_blocks(path, len(self.samples), BLOCK, work, processes, progress, PART)
         return np.asarray(rows)
 
     def __call__(self, start: int, stop: int) -> Rows:
-        """Views of the over-long samples start .. stop, in order of (sample, part)."""
-        found: list[View] = []
+        """Parts of the over-long samples start .. stop, in order of (sample, part)."""
+        found: list[Part] = []
         for index in range(start, stop):
             number = int(self.samples[index])
-            whole = View(number, 0, 0, 0, 0, WHOLE, 0, 0, *self.lengths[index].tolist()[:3])
+            whole = Part(number, 0, 0, 0, 0, WHOLE, 0, 0, *self.lengths[index].tolist()[:3])
             try:
                 sample = self.dataset.sample(number)
-                views = POLICIES[self.limits.policy](_Sizes(sample, whole, self.limits, self.tokenizer, self.rules))
-                found += [replace(view, part=part) for part, view in enumerate(views)]
+                parts = POLICIES[self.limits.policy](_Sizes(sample, whole, self.limits, self.tokenizer, self.rules))
+                found += [replace(part, part_number=part_number) for part_number, part in enumerate(parts)]
             except SampleError:
                 continue  # the shard was damaged since it was counted: nothing of the sample is drawn
-        return np.array([astuple(view) for view in found], VIEW)
+        return np.array([astuple(part) for part in found], PART)
 
 
 class _Sizes:
     """How long the stretches of one sample are."""
 
-    def __init__(self, sample: Sample, whole: View, limits: Limits, tokenizer: Tokenizer, rules: MediaConfig) -> None:
+    def __init__(self, sample: Sample, whole: Part, limits: PackLimits, tokenizer: Tokenizer, rules: MediaConfig) -> None:
         self.sample, self.limits, self.tokenizer, self.rules = sample, limits, tokenizer, rules
         self.whole = replace(whole, sample_supervised=whole.supervised)
         self.elements = sample.elements
         self.end: Border = (len(self.elements), 0)
 
-    def measured(self, view: View) -> View:
-        """The view with its true size."""
-        (encoded,) = encode_views([self.sample], [view], self.tokenizer, self.rules, [""])
+    def measured(self, part: Part) -> Part:
+        """The part with its true size."""
+        (encoded,) = encode_parts([self.sample], [part], self.tokenizer, self.rules, [""])
         tokens, patches, supervised, squares = row_of(encoded)
-        return replace(view, tokens=tokens, patches=patches, supervised=supervised, patch_squares=squares)
+        return replace(part, tokens=tokens, patches=patches, supervised=supervised, patch_squares=squares)
 
-    def stretch(self, start: Border, stop: Border, flags: int = 0) -> View:
-        """The view from one border to another, measured."""
+    def stretch(self, start: Border, stop: Border, flags: int = 0) -> Part:
+        """The part from one border to another, measured."""
         end = (WHOLE, 0) if stop == self.end else stop
         return self.measured(
             replace(self.whole, first=start[0], first_char=start[1], stop=end[0], stop_char=end[1], flags=flags)
         )
 
-    def longest(self, start: Border, borders: list[Border], flags: Callable[[Border], int]) -> View | None:
-        """The longest view from `start` to one of the borders (ascending) that a pack holds; None if none does."""
+    def longest(self, start: Border, borders: list[Border], flags: Callable[[Border], int]) -> Part | None:
+        """The longest part from `start` to one of the borders (ascending) that a pack holds; None if none does."""
         low = bisect_right(borders, start)
         tokens, patches = (here + most for here, most in zip(self.before(start), self._most, strict=True))
         at = self._last_before(borders, low, len(borders), tokens, patches)
         while at >= low:
-            view = self.stretch(start, borders[at], flags(borders[at]))
-            if self.limits.fit(view.tokens, view.patches):
-                return self._grown(view, start, borders[at + 1 :], flags)
-            tokens -= max(view.tokens - self.limits.tokens, 0)
-            patches -= max(view.patches - self.limits.patches, 0)
+            part = self.stretch(start, borders[at], flags(borders[at]))
+            if self.limits.fit(part.tokens, part.patches):
+                return self._grown(part, start, borders[at + 1 :], flags)
+            tokens -= max(part.tokens - self.limits.tokens, 0)
+            patches -= max(part.patches - self.limits.patches, 0)
             at = self._last_before(borders, low, at, tokens, patches) if at > low else -1
         return None
 
-    def _grown(self, view: View, start: Border, later: list[Border], flags: Callable[[Border], int]) -> View:
-        """The view reaching further, while estimates that were too high left room for it."""
-        end = (view.stop, view.stop_char)
+    def _grown(self, part: Part, start: Border, later: list[Border], flags: Callable[[Border], int]) -> Part:
+        """The part reaching further, while estimates that were too high left room for it."""
+        end = (part.stop, part.stop_char)
         while later:
             tokens, patches = (here + most for here, most in zip(self.before(end), self._most, strict=True))
-            at = self._last_before(later, 0, len(later), tokens - view.tokens, patches - view.patches)
+            at = self._last_before(later, 0, len(later), tokens - part.tokens, patches - part.patches)
             longer = self.stretch(start, later[at], flags(later[at]))
             if not self.limits.fit(longer.tokens, longer.patches):
                 break
-            view, end, later = longer, later[at], later[at + 1 :]
-        return view
+            part, end, later = longer, later[at], later[at + 1 :]
+        return part
 
     @property
     def _most(self) -> tuple[int, int]:
@@ -295,16 +295,16 @@ class _Sizes:
 # ---- split
 
 
-def _split(sizes: _Sizes) -> Iterator[View]:
+def _split(sizes: _Sizes) -> Iterator[Part]:
     levels = _chat_borders(sizes) if sizes.sample.kind == "chat" else _document_borders(sizes)
     start: Border = (0, 0)
     while start < sizes.end:
-        view = next((found for borders in levels if (found := sizes.longest(start, borders, _part_flags(sizes)))), None)
-        if view is None:  # what is alone between two borders is too long: lost, and counted
+        part = next((found for borders in levels if (found := sizes.longest(start, borders, _part_flags(sizes)))), None)
+        if part is None:  # what is alone between two borders is too long: lost, and counted
             start = next(border for border in levels[0] if border > start)
             continue
-        yield view
-        start = sizes.end if view.stop == WHOLE else (view.stop, view.stop_char)
+        yield part
+        start = sizes.end if part.stop == WHOLE else (part.stop, part.stop_char)
 
 
 def _part_flags(sizes: _Sizes) -> Callable[[Border], int]:
@@ -337,7 +337,7 @@ def _chat_borders(sizes: _Sizes) -> list[list[Border]]:
 # ---- truncate_tail
 
 
-def _truncate_tail(sizes: _Sizes) -> Iterator[View]:
+def _truncate_tail(sizes: _Sizes) -> Iterator[Part]:
     """The longest beginning that fits; of a chat only if it still has something to learn."""
     before, inside = sizes.bonds(backwards=True)
     borders: set[Border] = {(number, 0) for number in range(len(sizes.elements)) if number not in before}
@@ -350,15 +350,15 @@ def _truncate_tail(sizes: _Sizes) -> Iterator[View]:
     def flags(stop: Border) -> int:
         return TRUNCATED if stop in turn_ends else TRUNCATED | UNFINISHED
 
-    view = sizes.longest((0, 0), sorted(borders), flags)
-    if view is not None and (view.supervised or not sizes.whole.supervised):
-        yield view
+    part = sizes.longest((0, 0), sorted(borders), flags)
+    if part is not None and (part.supervised or not sizes.whole.supervised):
+        yield part
 
 
 # ---- shrink
 
 
-def _shrink(sizes: _Sizes) -> Iterator[View]:
+def _shrink(sizes: _Sizes) -> Iterator[Part]:
     """The largest bound on the area of pictures and frames, a multiple of 1024 pixels, with which the sample fits."""
     media = [element for element in sizes.elements if isinstance(element, Image | Video)]
     visual = sum(_size(element, sizes.rules)[0] for element in media)
@@ -373,9 +373,9 @@ def _shrink(sizes: _Sizes) -> Iterator[View]:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
     if low and sizes.limits.fit(
-        (view := sizes.measured(replace(sizes.whole, pixels=low * _MERGED_AREA, flags=SHRUNK))).tokens, view.patches
+        (part := sizes.measured(replace(sizes.whole, pixels=low * _MERGED_AREA, flags=SHRUNK))).tokens, part.patches
     ):
-        yield view
+        yield part
 
 
 def _smaller(element: Image | Video, area: int, rules: MediaConfig) -> Image | Video:
@@ -393,7 +393,9 @@ def _size(element: Image | Video, rules: MediaConfig) -> tuple[int, int]:
 POLICIES: Final = {"split": _split, "shrink": _shrink, "truncate_tail": _truncate_tail}
 
 
-def fits_some_policy(sample: Sample, encoded: EncodedSample, limits: Limits, tokenizer: Tokenizer, rules: MediaConfig) -> bool:
-    """Whether any policy has a view of a sample that no pack can hold whole; `encoded` is all of it."""
-    whole = View(0, 0, 0, 0, 0, WHOLE, 0, 0, *row_of(encoded)[:3])
+def fits_some_policy(
+    sample: Sample, encoded: EncodedSample, limits: PackLimits, tokenizer: Tokenizer, rules: MediaConfig
+) -> bool:
+    """Whether any policy has a part of a sample that no pack can hold whole; `encoded` is all of it."""
+    whole = Part(0, 0, 0, 0, 0, WHOLE, 0, 0, *row_of(encoded)[:3])
     return any(next(policy(_Sizes(sample, whole, limits, tokenizer, rules)), None) for policy in POLICIES.values())

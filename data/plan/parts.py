@@ -1,6 +1,6 @@
 """What is trained on of a sample: usually all of it, of one longer than a pack a part, a shorter or a smaller version.
 
-A view names its sample, a stretch of its elements and a bound on its pictures; `apply_view` makes the sample that is encoded.
+A part names its sample, a stretch of its elements and a bound on its pictures; `apply_part` makes the sample that is encoded.
 A draw is always a whole sample, so a document's parts are drawn together and an epoch's order does not depend on the length
 of a pack. Nothing here imports torch.
 """
@@ -19,10 +19,10 @@ from visionloom.data.encode.tokenizer import END_OF_TEXT, TURN_END, Tokenizer
 from visionloom.data.plan.lengths import Lengths
 from visionloom.data.shards.sample import Box, Element, Image, Message, Point, Sample, Text, Video
 
-VIEW: Final = np.dtype(
+PART: Final = np.dtype(
     [
         ("sample", "<u4"),
-        ("part", "<u2"),
+        ("part_number", "<u2"),
         ("flags", "<u2"),
         ("first", "<u4"),
         ("first_char", "<u4"),
@@ -36,15 +36,15 @@ VIEW: Final = np.dtype(
         ("patch_squares", "<i8"),
     ]
 )
-"""One row a view; the fields of View."""
+"""One row a part; the fields of Part."""
 WHOLE: Final = 2**32 - 1
-"""`stop` of a view that reaches to the end of its sample."""
+"""`stop` of a part that reaches to the end of its sample."""
 UNFINISHED: Final = 1
-"""Flag: the view ends inside a document or a turn, so it has no `<|endoftext|>` or `<|im_end|>` there."""
+"""Flag: the part ends inside a document or a turn, so it has no `<|endoftext|>` or `<|im_end|>` there."""
 SHRUNK: Final = 2
 """Flag: pictures are smaller than the rules of the run alone would make them."""
 TRUNCATED: Final = 4
-"""Flag: what follows in the sample is in no view."""
+"""Flag: what follows in the sample is in no part."""
 
 Rows = NDArray[Any]
 Border = tuple[int, int]
@@ -52,19 +52,19 @@ Border = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
-class View:
+class Part:
     """What of a sample is encoded, and how long that is."""
 
     sample: int
-    part: int
-    """Number of this view among those of its sample."""
+    part_number: int
+    """Number of this part among those of its sample."""
     flags: int = 0
     first: int = 0
     """First element, in reading order over all messages."""
     first_char: int = 0
     """Characters of the first element, a text, that lie in the part before."""
     stop: int = WHOLE
-    """The element where it ends; not in the view, but for the first `stop_char` characters of a text."""
+    """The element where it ends; not in the part, but for the first `stop_char` characters of a text."""
     stop_char: int = 0
     pixels: int = 0
     """Largest area of an image and of a video's frame, in pixels; 0: as the rules of the run say."""
@@ -76,8 +76,8 @@ class View:
     patch_squares: int = 0
 
     @classmethod
-    def of(cls, row: Any) -> "View":
-        """The view of a row of dtype VIEW."""
+    def of(cls, row: Any) -> "Part":
+        """The part of a row of dtype PART."""
         return cls(*row.tolist())
 
     @property
@@ -86,14 +86,14 @@ class View:
         return not (self.first or self.first_char or self.stop_char or self.pixels) and self.stop == WHOLE
 
 
-class Views:
-    """The views of all samples of a dataset.
+class Parts:
+    """The parts of all samples of a dataset.
 
-    Nearly all samples are their own only view, so only the others are held: memory does not grow with the dataset.
+    Nearly all samples are their own only part, so only the others are held: memory does not grow with the dataset.
     """
 
     def __init__(self, lengths: Lengths, over: NDArray[np.int64], special: Rows) -> None:
-        """`over`: the samples that are not used whole, ascending; `special`: their views (dtype VIEW), sample by sample."""
+        """`over`: the samples that are not used whole, ascending; `special`: their parts (dtype PART), sample by sample."""
         self.lengths, self.over, self.special = lengths, over, special
         self._first = np.searchsorted(special["sample"].astype(np.int64), over)
         self._count = np.searchsorted(special["sample"].astype(np.int64), over, side="right") - self._first
@@ -103,17 +103,17 @@ class Views:
 
     @property
     def dropped(self) -> int:
-        """Samples without a view."""
+        """Samples without a part."""
         return int(np.count_nonzero(self._count == 0))
 
     def total(self, field: str) -> int:
-        """Sum over all views of `tokens`, `patches`, `supervised` or `patch_squares`."""
+        """Sum over all parts of `tokens`, `patches`, `supervised` or `patch_squares`."""
         whole = int(self.lengths[field].sum(dtype=np.int64)) - int(self.lengths[field][self.over].sum(dtype=np.int64))
         return whole + int(self.special[field].sum(dtype=np.int64))
 
     @property
     def unsupervised(self) -> int:
-        """Samples that are drawn although no view of them has a supervised token."""
+        """Samples that are drawn although no part of them has a supervised token."""
         whole = (self.lengths["supervised"] == 0) & (self.lengths["tokens"] > 0)
         whole[self.over] = False
         taught = self.special["sample"][self.special["supervised"] > 0]
@@ -121,32 +121,32 @@ class Views:
 
     @property
     def lost_tokens(self) -> int:
-        """Tokens of samples and of parts of samples that no view holds; what shrinking saves is not lost."""
+        """Tokens of samples and of parts of samples that no part holds; what shrinking saves is not lost."""
         shrunk = (self.special["flags"] & SHRUNK) != 0
         counted = np.setdiff1d(self.over, self.special["sample"][shrunk])
         kept = int(self.special["tokens"][~shrunk].sum(dtype=np.int64))
         return max(0, int(self.lengths["tokens"][counted].sum(dtype=np.int64)) - kept)
 
     def of(self, samples: NDArray[np.int64]) -> tuple[Rows, NDArray[np.int64]]:
-        """The views of drawn samples in order, dtype VIEW, and for each the number of the draw that it belongs to."""
+        """The parts of drawn samples in order, dtype PART, and for each the number of the draw that it belongs to."""
         place, is_over = self._find(samples)
         counts = np.ones(len(samples), np.int64)
         counts[is_over] = self._count[place[is_over]]
         draws = np.repeat(np.arange(len(samples)), counts)
         within = np.arange(len(draws)) - (np.cumsum(counts) - counts)[draws]
-        rows = np.empty(len(draws), VIEW)
+        rows = np.empty(len(draws), PART)
         special = is_over[draws]
         rows[special] = self.special[self._first[place[draws[special]]] + within[special]]
         _fill_whole(rows, ~special, samples[draws[~special]], self.lengths)
         return rows, draws
 
-    def view(self, sample: int, part: int) -> View:
-        """One view."""
+    def part(self, sample: int, part_number: int) -> Part:
+        """One part."""
         at = int(self.over.searchsorted(sample))
         if at < len(self.over) and self.over[at] == sample:
-            return View.of(self.special[self._first[at] + part])
+            return Part.of(self.special[self._first[at] + part_number])
         tokens, patches, supervised, squares = self.lengths[sample].item()
-        return View(sample, part, 0, 0, 0, WHOLE, 0, 0, tokens, patches, supervised, supervised, squares)
+        return Part(sample, part_number, 0, 0, 0, WHOLE, 0, 0, tokens, patches, supervised, supervised, squares)
 
     def _find(self, samples: NDArray[np.int64]) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
         """Where each sample lies among the special ones, and whether it does."""
@@ -158,7 +158,7 @@ class Views:
 
 def _fill_whole(rows: Rows, where: NDArray[np.bool_], samples: NDArray[np.int64], lengths: Lengths) -> None:
     found = lengths[samples]
-    whole = np.zeros(len(samples), VIEW)
+    whole = np.zeros(len(samples), PART)
     whole["sample"], whole["stop"] = samples, WHOLE
     for field in ("tokens", "patches", "supervised", "patch_squares"):
         whole[field] = found[field]
@@ -166,30 +166,30 @@ def _fill_whole(rows: Rows, where: NDArray[np.bool_], samples: NDArray[np.int64]
     rows[where] = whole
 
 
-# ---- from a view to what is encoded
+# ---- from a part to what is encoded
 
 
-def encode_views(
-    samples: Sequence[Sample], views: Sequence[View], tokenizer: Tokenizer, rules: MediaConfig, sources: Sequence[str]
+def encode_parts(
+    samples: Sequence[Sample], parts: Sequence[Part], tokenizer: Tokenizer, rules: MediaConfig, sources: Sequence[str]
 ) -> list[EncodedSample]:
-    """Encode the views of samples, each with as many tokens and patches as it says; see `encode_all`."""
-    shown = [apply_view(sample, view, rules) for sample, view in zip(samples, views, strict=True)]
+    """Encode the parts of samples, each with as many tokens and patches as it says; see `encode_all`."""
+    shown = [apply_part(sample, part, rules) for sample, part in zip(samples, parts, strict=True)]
     encoded = encode_all(shown, tokenizer, rules, sources)
-    return [_finish(found, sample.kind, view, tokenizer) for found, sample, view in zip(encoded, samples, views, strict=True)]
+    return [_finish(found, sample.kind, part, tokenizer) for found, sample, part in zip(encoded, samples, parts, strict=True)]
 
 
-def apply_view(sample: Sample, view: View, rules: MediaConfig) -> Sample:
-    """The sample that is encoded: the view's elements under the sample's id, its pictures bounded.
+def apply_part(sample: Sample, part: Part, rules: MediaConfig) -> Sample:
+    """The sample that is encoded: the part's elements under the sample's id, its pictures bounded.
 
-    A chat's part keeps the system message. Boxes and points keep to their picture, which lies in the same view.
+    A chat's part keeps the system message. Boxes and points keep to their picture, which lies in the same part.
     """
-    if view.is_whole:
+    if part.is_whole:
         return sample
-    if view.first or view.first_char or view.stop != WHOLE:
-        sample = between(sample, (view.first, view.first_char), (view.stop, view.stop_char))
-    if not view.pixels:
+    if part.first or part.first_char or part.stop != WHOLE:
+        sample = between(sample, (part.first, part.first_char), (part.stop, part.stop_char))
+    if not part.pixels:
         return sample
-    return _with_elements(sample, lambda element: bounded(element, view.pixels, rules))
+    return _with_elements(sample, lambda element: bounded(element, part.pixels, rules))
 
 
 def between(sample: Sample, start: Border, stop: Border) -> Sample:
@@ -250,9 +250,9 @@ def _with_elements(sample: Sample, change: Any) -> Sample:
     return replace(sample, messages=messages, content=tuple(map(change, sample.content)))
 
 
-def _finish(encoded: EncodedSample, kind: str, view: View, tokenizer: Tokenizer) -> EncodedSample:
+def _finish(encoded: EncodedSample, kind: str, part: Part, tokenizer: Tokenizer) -> EncodedSample:
     """Take away the end mark of what does not end there, and weigh the loss by the whole sample."""
-    if view.flags & UNFINISHED:
+    if part.flags & UNFINISHED:
         mark = tokenizer.special(END_OF_TEXT if kind == "doc" else TURN_END)
         length = int(np.flatnonzero(encoded.input_ids == mark)[-1])
         encoded = replace(
@@ -262,4 +262,4 @@ def _finish(encoded: EncodedSample, kind: str, view: View, tokenizer: Tokenizer)
             position_ids=encoded.position_ids[:, :length],
             prompt_length=min(encoded.prompt_length, length),
         )
-    return encoded if view.is_whole else replace(encoded, loss_tokens=view.sample_supervised)
+    return encoded if part.is_whole else replace(encoded, loss_tokens=part.sample_supervised)

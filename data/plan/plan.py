@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 
 from visionloom.data.plan.best_fit import pack_samples
 from visionloom.data.plan.cursor import STATE_VERSION, Origin
-from visionloom.data.plan.deal import CostModel, Pack
+from visionloom.data.plan.deal import CostModel, PlannedPack
 from visionloom.data.plan.mixture import PERIOD, Mixture, key_of
-from visionloom.data.plan.parts import Rows, Views
-from visionloom.data.plan.plan_blocks import Segment, SegmentStore
+from visionloom.data.plan.parts import Parts, Rows
+from visionloom.data.plan.plan_blocks import PlanBlock, SegmentStore
 
 PLAN_VERSION: Final = 3
 _PACKS_PER_SEGMENT: Final = 512
@@ -34,29 +34,29 @@ at most a 20th of the epoch, half of it too early, half of it too late."""
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class MixtureEntry:
     """An entry of the mixture as the plan sees it."""
 
     name: str
     weight: float
-    views: Views
+    parts: Parts
     content: str
     """Hash of the dataset's samples; entries with the same one draw from one order."""
     over_length: str = "error"
 
     @property
     def size(self) -> int:
-        """Samples of the dataset, those without a view included."""
-        return len(self.views.lengths)
+        """Samples of the dataset, those without a part included."""
+        return len(self.parts.lengths)
 
     def per_draw(self, field: str) -> float:
         """Mean tokens or patches that a draw brings."""
-        return self.views.total(field) / self.size
+        return self.parts.total(field) / self.size
 
     @property
     def usable(self) -> float:
-        """Share of the samples that have a view."""
-        return 1 - self.views.dropped / self.size
+        """Share of the samples that have a part."""
+        return 1 - self.parts.dropped / self.size
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ class Plan:
 
     def __init__(
         self,
-        sources: list[Source],
+        sources: list[MixtureEntry],
         settings: Settings,
         cost: CostModel | None = None,
         origin: Origin | None = None,
@@ -122,10 +122,10 @@ class Plan:
         facts = [self.facts, self.origin.step, sorted(self.origin.draws.items())]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
-    def step(self, step: int) -> list[Pack]:
+    def step(self, step: int) -> list[PlannedPack]:
         """The packs of an optimizer step, counted from 0 in the phase: `global_batch` of them."""
         first = self._first_pack_of(step)
-        packs: list[Pack] = []
+        packs: list[PlannedPack] = []
         with self._lock:
             number = self._segment_of(first)
             while len(packs) < self.settings.global_batch:
@@ -133,7 +133,7 @@ class Plan:
                 start = first + len(packs) - self._first_packs[number]
                 stop = min(len(segment), start + self.settings.global_batch - len(packs))
                 costs = self.cost.of(segment.work[start:stop]).tolist()
-                packs += [Pack(segment.places(start + at), cost) for at, cost in enumerate(costs)]
+                packs += [PlannedPack(segment.places(start + at), cost) for at, cost in enumerate(costs)]
                 number += 1
             self._segments.ahead(number)
         return packs
@@ -157,7 +157,7 @@ class Plan:
             "plan": self.facts,
         }
 
-    def _counters(self, number: int, segment: Segment, packs: int) -> dict[str, int]:
+    def _counters(self, number: int, segment: PlanBlock, packs: int) -> dict[str, int]:
         """Draws of each content up to the last one that the first packs of a segment hold."""
         here = slice(0, segment.borders[packs])
         start = number * self.draws_per_segment
@@ -179,7 +179,7 @@ class Plan:
         with self._lock:
             return dict(self._first_packs)
 
-    def segment(self, number: int) -> Segment:
+    def segment(self, number: int) -> PlanBlock:
         """A segment by its number."""
         with self._lock:
             return self._segments.get(number)
@@ -196,13 +196,13 @@ class Plan:
             number += 1
         return number
 
-    def _segment(self, number: int) -> Segment:
+    def _segment(self, number: int) -> PlanBlock:
         """A segment whose number of packs before it is known."""
         segment = self._segments.get(number)
         self._first_packs[number + 1] = self._first_packs[number] + len(segment)
         return segment
 
-    def _make_segment(self, number: int) -> Segment:
+    def _make_segment(self, number: int) -> PlanBlock:
         rows, sources, draws = self._rows(number)
         settings = self.settings
         packs = pack_samples(
@@ -219,24 +219,24 @@ class Plan:
         borders = np.cumsum([0, *map(len, packs)])
         order = np.array([sample for pack in packs for sample in pack], np.int64)
         rows = rows[order]
-        return Segment(
+        return PlanBlock(
             borders.astype(np.int32),
             sources[order].astype(np.int16),
             rows["sample"],
-            rows["part"],
+            rows["part_number"],
             draws[order].astype(np.uint32),
             rows["tokens"],
             rows["patches"],
-            work_of(rows, borders),
+            pack_work(rows, borders),
         )
 
     def _rows(self, number: int) -> tuple[Rows, NDArray[np.int32], NDArray[np.int64]]:
-        """The views of a segment's draws in order, the entry of each, and the number of its draw."""
+        """The parts of a segment's draws in order, the entry of each, and the number of its draw."""
         drawn = self.mixture.draws(number * self.draws_per_segment, self.draws_per_segment)
         rows, draws, entries = [], [], []
         for entry, source in enumerate(self.sources):
             mine = np.flatnonzero(drawn.datasets == entry)
-            found, numbers = source.views.of(drawn.samples[mine])
+            found, numbers = source.parts.of(drawn.samples[mine])
             rows.append(found)
             draws.append(mine[numbers])
             entries.append(np.full(len(found), entry, np.int32))
@@ -245,27 +245,27 @@ class Plan:
         return np.concatenate(rows)[order], np.concatenate(entries)[order], numbers[order]
 
 
-def work_of(rows: Rows, borders: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Segment.work [p, 4] of the packs between borders [p + 1] of rows of dtype VIEW."""
+def pack_work(rows: Rows, borders: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Segment.work [p, 4] of the packs between borders [p + 1] of rows of dtype PART."""
     tokens = rows["tokens"].astype(np.int64)
     each = np.stack([tokens, tokens**2, rows["patches"].astype(np.int64), rows["patch_squares"]], axis=1)
     return np.add.reduceat(each, borders[:-1], axis=0) if len(each) else np.zeros((0, 4), np.int64)
 
 
-def _limit(sources: list[Source], content: str, window: int) -> int:
+def _limit(sources: list[MixtureEntry], content: str, window: int) -> int:
     """Samples of a content that a pack may pass over: at most the window and a 40th of its usable ones."""
-    usable = min(source.size - source.views.dropped for source in sources if source.content == content)
+    usable = min(source.size - source.parts.dropped for source in sources if source.content == content)
     return min(window, usable // _EPOCH_PER_PASSED)
 
 
-def _draw_weights(sources: list[Source], weights_in: str) -> list[float]:
-    """How often each entry is drawn: draws without a view do not count, and tokens are turned into draws by their mean."""
+def _draw_weights(sources: list[MixtureEntry], weights_in: str) -> list[float]:
+    """How often each entry is drawn: draws without a part do not count, and tokens are turned into draws by their mean."""
     if weights_in == "tokens":
         return [source.weight / source.per_draw("tokens") for source in sources]
     return [source.weight / source.usable for source in sources]
 
 
-def _draws_per_segment(sources: list[Source], weights: list[float], settings: Settings) -> int:
+def _draws_per_segment(sources: list[MixtureEntry], weights: list[float], settings: Settings) -> int:
     """A power of two up to the mixture's period that makes about _PACKS_PER_SEGMENT packs."""
     means = [[source.per_draw(name) for source in sources] for name in ("tokens", "patches")]
     tokens, patches = (float(np.dot(weights, mean) / np.sum(weights)) for mean in means)

@@ -20,7 +20,7 @@ _ON_DISK: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
+class PlanBlock:
     """n samples in p packs, in stream order."""
 
     borders: NDArray[np.int32]
@@ -29,8 +29,8 @@ class Segment:
     """[n] number of the dataset."""
     samples: NDArray[np.uint32]
     """[n] index in the dataset."""
-    parts: NDArray[np.uint16]
-    """[n] which of the sample's views."""
+    part_numbers: NDArray[np.uint16]
+    """[n] which of the sample's parts."""
     draws: NDArray[np.uint32]
     """[n] which draw of the segment brought it."""
     tokens: NDArray[np.int32]
@@ -46,19 +46,21 @@ class Segment:
     def places(self, pack: int) -> tuple[tuple[int, int, int], ...]:
         """(dataset number, sample index, part) of each sample of a pack."""
         here = slice(self.borders[pack], self.borders[pack + 1])
-        return tuple(zip(self.sources[here].tolist(), self.samples[here].tolist(), self.parts[here].tolist(), strict=True))
+        return tuple(
+            zip(self.sources[here].tolist(), self.samples[here].tolist(), self.part_numbers[here].tolist(), strict=True)
+        )
 
 
 class SegmentStore:
     """Segments by number: held, being made, on disk, or made now. Which of these never changes what is in them."""
 
-    def __init__(self, make: Callable[[int], Segment], folder: Path | None) -> None:
+    def __init__(self, make: Callable[[int], PlanBlock], folder: Path | None) -> None:
         """`folder` keeps one file a segment; None or one that cannot be written: only this process has them."""
         self._make, self._folder = make, folder
-        self._held: dict[int, Future[Segment]] = {}
+        self._held: dict[int, Future[PlanBlock]] = {}
         self._maker: ThreadPoolExecutor | None = None
 
-    def get(self, number: int) -> Segment:
+    def get(self, number: int) -> PlanBlock:
         """A segment, waited for if it is being made."""
         if number not in self._held:
             self._held[number] = Future()
@@ -87,7 +89,7 @@ class SegmentStore:
         """Whether a segment is in memory or being made."""
         return number in self._held
 
-    def _load_or_make(self, number: int) -> Segment:
+    def _load_or_make(self, number: int) -> PlanBlock:
         if self._folder is None:
             return self._make(number)
         path = self._folder / f"{number:06d}.npz"
@@ -100,19 +102,19 @@ class SegmentStore:
         return segment
 
 
-def load_segment(path: Path) -> Segment | None:
+def load_segment(path: Path) -> PlanBlock | None:
     """A segment from its file; None if there is none or it was cut short."""
     try:
         with np.load(path) as file:
-            return Segment(**{item.name: file[item.name] for item in fields(Segment)})
+            return PlanBlock(**{item.name: file[item.name] for item in fields(PlanBlock)})
     except Exception:  # zipfile, numpy and the file system each have errors of their own for a damaged file: it is made again
         return None
 
 
-def save_segment(path: Path, segment: Segment) -> None:
+def save_segment(path: Path, segment: PlanBlock) -> None:
     """Write a segment whole or not at all; raises OSError where that is not allowed."""
     content, arrays = io.BytesIO(), dict[str, Any]()
-    for item in fields(Segment):
+    for item in fields(PlanBlock):
         arrays[item.name] = getattr(segment, item.name)
     np.savez(content, **arrays)
     path.parent.mkdir(parents=True, exist_ok=True)

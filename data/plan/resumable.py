@@ -20,7 +20,7 @@ from visionloom.common.places import locate
 from visionloom.common.processes import as_finished
 
 Rows = NDArray[Any]
-Work = Callable[[int, int], Rows]
+BlockWork = Callable[[int, int], Rows]
 """The rows of the items start .. stop; picklable."""
 Progress = Callable[[int, int], None]
 """Called with the items done and all items."""
@@ -30,7 +30,7 @@ def in_blocks(
     path: Path,
     items: int,
     block: int,
-    work: Work,
+    work: BlockWork,
     processes: int = 0,
     progress: Progress | None = None,
     dtype: np.dtype[Any] | None = None,
@@ -82,7 +82,7 @@ def save_rows(path: Path, rows: Rows) -> bool:
 
 
 class _Blocks:
-    def __init__(self, path: Path, items: int, block: int, work: Work, dtype: np.dtype[Any] | None) -> None:
+    def __init__(self, path: Path, items: int, block: int, work: BlockWork, dtype: np.dtype[Any] | None) -> None:
         self.path, self.items, self.block, self.work, self.dtype = path, items, block, work, dtype
         self.folder = path.with_name(path.name + ".parts")
         self.own: dict[int, Rows] = {}
@@ -144,5 +144,5 @@ class _Blocks:
         return self.own[start] if start in self.own else load_rows(self._part(start), self.dtype)
 
 
-def _rows_of_block(work: Work, block: int, items: int, start: int) -> Rows:
+def _rows_of_block(work: BlockWork, block: int, items: int, start: int) -> Rows:
     return work(start, min(start + block, items))

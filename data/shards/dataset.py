@@ -19,7 +19,7 @@ import numpy as np
 
 from visionloom.common.errors import UserError
 from visionloom.data.config import StoreConfig
-from visionloom.data.shards.index import ShardIndex, Span, tar_edges
+from visionloom.data.shards.index import ByteSpan, ShardIndex, tar_edges
 from visionloom.data.shards.manifest import MANIFEST, ShardInfo, parse_manifest
 from visionloom.data.shards.media_header import MediaFacts
 from visionloom.data.shards.sample import SCHEMA_VERSION, Sample, SampleError, parse_sample
@@ -49,13 +49,13 @@ class Location:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class ReadRange:
     """Neighbouring members of one sample, read at once: bytes of the shard, and the names in them with their spans."""
 
     index: int
     offset: int
     length: int
-    members: tuple[tuple[str, Span], ...]
+    members: tuple[tuple[str, ByteSpan], ...]
 
 
 class _Opened:
@@ -182,23 +182,23 @@ class Dataset:
         found = self.index(shard)
         return {name: found.media(number) for name, number in found.names(row).items()}
 
-    def runs(self, index: int, refs: Sequence[str]) -> list[Run]:
+    def runs(self, index: int, refs: Sequence[str]) -> list[ReadRange]:
         """The reads that bring these members of a sample, in the order of `refs`; names that it lacks are left out."""
         shard, row = self._find(index)
         found = self.index(shard)
         numbers = found.names(row)
-        runs: list[Run] = []
+        runs: list[ReadRange] = []
         for ref in dict.fromkeys(ref for ref in refs if ref in numbers):
             span = found.span(numbers[ref])
-            last = runs[-1] if runs else Run(index, 0, -LARGEST_GAP - 1, ())
+            last = runs[-1] if runs else ReadRange(index, 0, -LARGEST_GAP - 1, ())
             gap, length = span.offset - last.offset - last.length, span.offset + span.length - last.offset
             if 0 <= gap <= LARGEST_GAP and length <= LONGEST_RUN:
-                runs[-1] = Run(index, last.offset, length, (*last.members, (ref, span)))
+                runs[-1] = ReadRange(index, last.offset, length, (*last.members, (ref, span)))
             else:
-                runs.append(Run(index, span.offset, span.length, ((ref, span),)))
+                runs.append(ReadRange(index, span.offset, span.length, ((ref, span),)))
         return runs
 
-    def read_run(self, run: Run) -> dict[str, bytes | SampleError]:
+    def read_run(self, run: ReadRange) -> dict[str, bytes | SampleError]:
         """The members of a run, each its bytes or what is wrong with it."""
         shard, row = self._find(run.index)
         origin = f"{self.shards[shard].file}:{self.index(shard).key(row)}"
@@ -227,7 +227,7 @@ class Dataset:
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
         return shard, index - int(self._starts[shard])
 
-    def _span(self, found: ShardIndex, row: int, ref: str, origin: str) -> Span:
+    def _span(self, found: ShardIndex, row: int, ref: str, origin: str) -> ByteSpan:
         number = found.names(row).get(ref)
         if number is None:
             raise SampleError(origin, ref, "no such media member")
@@ -284,7 +284,7 @@ class Dataset:
         except (FileNotFoundError, ValueError):  # an empty file cannot be mapped
             raise UserError(problem) from None
 
-    def _read(self, shard: int, span: Span, origin: str, what: str, fresh: bool = False) -> bytes:
+    def _read(self, shard: int, span: ByteSpan, origin: str, what: str, fresh: bool = False) -> bytes:
         file = self.shards[shard].file
         try:
             data = self._store.read(file, span.offset, span.length, fresh)

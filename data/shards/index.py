@@ -23,7 +23,7 @@ from visionloom.common.places import PlaceError, read_located
 from visionloom.data.shards.manifest import ShardInfo, Statistics, parse_statistics
 from visionloom.data.shards.media_header import KINDS, MediaFacts, kind_of, probe
 from visionloom.data.shards.sample import Image, Sample, SampleError, Video, parse_sample, to_json
-from visionloom.data.shards.tar import BLOCK, Entry, Fault, Report, entries, refuse
+from visionloom.data.shards.tar import BLOCK, Entry, Fault, FaultHandler, entries, refuse
 
 KEY: Final = re.compile(r"[A-Za-z0-9_-]{1,80}")
 """A sample's key in the tar: no dots, since WebDataset ends the key at the first one."""
@@ -67,7 +67,7 @@ Records = npt.NDArray[np.void]
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class ByteSpan:
     """Bytes of a shard, and the CRC-32 that they had when they were indexed."""
 
     offset: int
@@ -189,7 +189,7 @@ def _index_bytes(groups: list[_Group], statistics: Statistics, path: Path) -> by
 # ---- from a tar to groups
 
 
-def _groups(path: Path, report: Report) -> Iterator[_Group]:
+def _groups(path: Path, report: FaultHandler) -> Iterator[_Group]:
     """The samples of a tar, each checked: one JSON, contiguous members, all refs present."""
     seen, group = set[str](), _Group("")
     for entry in entries(path, report):
@@ -234,7 +234,7 @@ def _facts(name: str, data: bytes) -> MediaFacts:
         return MediaFacts(kind_of(name))
 
 
-def _complete(path: Path, group: _Group, report: Report) -> Iterator[_Group]:
+def _complete(path: Path, group: _Group, report: FaultHandler) -> Iterator[_Group]:
     if not group.key:
         return
     if problem := group.problem or _parse(path, group):
@@ -358,10 +358,10 @@ class ShardIndex:
         record = self.samples[row]
         return self._name(int(record["key_offset"]), int(record["key_length"]))
 
-    def document(self, row: int) -> Span:
+    def document(self, row: int) -> ByteSpan:
         """Where the JSON of the row-th sample lies."""
         record = self.samples[row]
-        return Span(int(record["json_offset"]), int(record["json_length"]), int(record["json_crc32"]))
+        return ByteSpan(int(record["json_offset"]), int(record["json_length"]), int(record["json_crc32"]))
 
     def extent(self, row: int) -> tuple[int, int]:
         """First byte of the row-th sample's JSON and members, and the first behind the last of them."""
@@ -393,10 +393,10 @@ class ShardIndex:
             self._last = row, numbers
         return numbers
 
-    def span(self, member: int) -> Span:
+    def span(self, member: int) -> ByteSpan:
         """Where a member's bytes lie."""
         offset, length, crc32, _, _ = self.members[member].tolist()
-        return Span(offset, length, crc32)
+        return ByteSpan(offset, length, crc32)
 
     def media(self, member: int) -> MediaFacts:
         """What a member's header said when it was indexed."""

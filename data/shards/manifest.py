@@ -157,7 +157,7 @@ def is_shard_name(name: str) -> bool:
 
 
 Count = Annotated[int, Field(ge=0, le=2**62)]
-Row = Annotated[int, Field(ge=0, le=2**32 - 1)]
+UInt32 = Annotated[int, Field(ge=0, le=2**32 - 1)]
 """What an index file has four bytes for."""
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -188,7 +188,7 @@ class _Shard:
     """A shard as dataset.json has it."""
 
     file: str
-    samples: Row
+    samples: UInt32
     bytes: Count
     sha256: str
     content: str

@@ -9,8 +9,8 @@ from typing import Any, Final, Literal
 
 from visionloom.data.shards.open_media import MediaError, open_picture, open_video, packets_of
 
-Kind = Literal["image", "video", "other"]
-KINDS: Final[tuple[Kind, ...]] = ("other", "image", "video")
+MediaKind = Literal["image", "video", "other"]
+KINDS: Final[tuple[MediaKind, ...]] = ("other", "image", "video")
 """In the order of their codes in the index."""
 _PICTURES: Final = frozenset(["png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff"])
 _VIDEOS: Final = frozenset(["mp4", "m4v", "mov", "webm", "mkv", "avi", "mpg", "mpeg", "ts", "flv", "wmv"])
@@ -20,7 +20,7 @@ _VIDEOS: Final = frozenset(["mp4", "m4v", "mov", "webm", "mkv", "avi", "mpg", "m
 class MediaFacts:
     """A picture (frames 1) or a video: sizes in pixels as stored, fps the mean in frames per second, duration in seconds."""
 
-    kind: Kind
+    kind: MediaKind
     width: int = 0
     height: int = 0
     frames: int = 0
@@ -28,7 +28,7 @@ class MediaFacts:
     duration: float = 0.0
 
 
-def kind_of(name: str) -> Kind:
+def kind_of(name: str) -> MediaKind:
     """What a member is by the ending of its name."""
     ending = name.rpartition(".")[2].lower()
     return "image" if ending in _PICTURES else "video" if ending in _VIDEOS else "other"

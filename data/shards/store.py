@@ -108,7 +108,7 @@ def open_store(path: str, option: str, config: StoreConfig) -> Store:
         )
     cache = RangeCache(Path(config.cache), config.cache_bytes) if config.cache else None
     try:
-        source: Source = HttpSource(path, config) if match[1].lower() in ("http", "https") else FsspecSource(path, option)
+        source: Transport = HttpSource(path, config) if match[1].lower() in ("http", "https") else FsspecSource(path, option)
     except UserError:
         raise
     except ValueError as error:
@@ -218,7 +218,7 @@ class LocalStore:
 # ---- remote
 
 
-class Source(Protocol):
+class Transport(Protocol):
     """One way to reach a remote folder: single attempts, which raise Transient, FileNotFoundError or StoreError."""
 
     def range(self, file: str, offset: int, length: int) -> bytes:
@@ -235,7 +235,7 @@ class RemoteStore:
 
     remote = True
 
-    def __init__(self, source: Source, where: str, config: StoreConfig, cache: RangeCache | None = None) -> None:
+    def __init__(self, source: Transport, where: str, config: StoreConfig, cache: RangeCache | None = None) -> None:
         self.source, self.where, self.config, self.cache = source, where, config, cache
 
     def read(self, file: str, offset: int, length: int, fresh: bool = False) -> bytes:

@@ -58,7 +58,7 @@ class Fault:
         return f"{self.file}: {self.error}" if place in self.error else f"{self.file}: {place}: {self.error}"
 
 
-Report = Callable[[Fault], None]
+FaultHandler = Callable[[Fault], None]
 """Takes a fault and raises, or returns to go on behind it."""
 
 
@@ -67,7 +67,7 @@ def refuse(fault: Fault) -> None:
     raise UserError(str(fault))
 
 
-def entries(path: Path, report: Report = refuse) -> Iterator[Entry]:
+def entries(path: Path, report: FaultHandler = refuse) -> Iterator[Entry]:
     """The regular files of a tar in order, each read once.
 
     Faults go to `report`; if it returns, reading goes on with the next good header. Links, devices and the like are
@@ -80,14 +80,14 @@ def entries(path: Path, report: Report = refuse) -> Iterator[Entry]:
             yield Entry(member.name, member.offset, member.length, zlib.crc32(data), data)
 
 
-def members(path: Path, report: Report = refuse) -> Iterator[tuple[Member, BinaryIO]]:
+def members(path: Path, report: FaultHandler = refuse) -> Iterator[tuple[Member, BinaryIO]]:
     """The regular files of a tar by their headers alone, each with the open archive; faults as in `entries`."""
     with open(path, "rb") as file:
         for member in _members(path, file, report):
             yield member, file
 
 
-def _members(path: Path, file: BinaryIO, report: Report) -> Iterator[Member]:
+def _members(path: Path, file: BinaryIO, report: FaultHandler) -> Iterator[Member]:
     size = os.fstat(file.fileno()).st_size
     if not size:
         report(Fault(str(path), 0, "", "is empty (0 bytes): remove it or make it again"))
@@ -98,7 +98,7 @@ def _members(path: Path, file: BinaryIO, report: Report) -> Iterator[Member]:
 class _Hop:
     """From header to header."""
 
-    def __init__(self, path: Path, file: BinaryIO, size: int, report: Report) -> None:
+    def __init__(self, path: Path, file: BinaryIO, size: int, report: FaultHandler) -> None:
         self.path, self.file, self.size, self.report = path, file, size, report
         self.place, self.long_name, self.ended = 0, "", False
 

@@ -24,7 +24,7 @@ _LONG_NAME: Final = 100
 _END: Final = 10_240
 """Bytes of zeros at the end of a tar, at most."""
 
-Members = tuple[tuple[str, bytes], ...]
+SampleMembers = tuple[tuple[str, bytes], ...]
 """Names and bytes of a sample's members, JSON first."""
 Pair = tuple[Sample | Mapping[str, Any], Mapping[str, bytes]]
 """A sample, or its JSON object, and its media members by name."""
@@ -81,7 +81,7 @@ def shard_path(folder: Path, name: str, shard: int) -> Path:
     return folder / f"{name}-{shard:06d}.tar"
 
 
-def members_of(raw: Sample | Mapping[str, Any], media: Mapping[str, bytes], origin: str = "") -> Members:
+def members_of(raw: Sample | Mapping[str, Any], media: Mapping[str, bytes], origin: str = "") -> SampleMembers:
     """The members of a sample, JSON first, checked: what is written cannot fail for what is in it.
 
     Raises SampleError if the sample breaks the schema, its media differ from its refs, or JSON in UTF-8 cannot hold it: half of
@@ -101,7 +101,7 @@ def members_of(raw: Sample | Mapping[str, Any], media: Mapping[str, bytes], orig
 
 
 def cut_shards(
-    samples: Iterable[Members], path: Callable[[int], Path], key: Callable[[int], str], limits: ShardLimits
+    samples: Iterable[SampleMembers], path: Callable[[int], Path], key: Callable[[int], str], limits: ShardLimits
 ) -> Iterator[ShardInfo]:
     """Write samples one after another, each into the open shard as long as that has room; yields each finished shard.
 
@@ -140,7 +140,7 @@ class _Room:
     def __init__(self, limits: ShardLimits) -> None:
         self.empty, self.samples, self.bytes = True, limits.samples, limits.bytes - _END
 
-    def takes(self, key: str, members: Members) -> bool:
+    def takes(self, key: str, members: SampleMembers) -> bool:
         """Whether the sample still goes into the shard; if so, it is counted."""
         self.samples -= 1
         self.bytes -= sum(_tar_bytes(f"{key}.{name}", data) for name, data in members)
@@ -153,7 +153,7 @@ def _tar_bytes(name: str, data: bytes) -> int:
     return _BLOCK * ((3 if len(name) > _LONG_NAME else 1) + -(-len(data) // _BLOCK))
 
 
-def _put(tar: _Tar, key: str, members: Members) -> None:
+def _put(tar: _Tar, key: str, members: SampleMembers) -> None:
     for name, data in members:
         # One call for each member keeps the JSON first: TarWriter sorts the members of a call by name.
         tar.write({"__key__": key, name: data})

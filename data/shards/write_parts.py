@@ -25,7 +25,7 @@ from visionloom.common.places import PlaceError, read_located
 from visionloom.common.processes import as_finished
 from visionloom.data.shards.index import index_path, index_shard, known_shard
 from visionloom.data.shards.manifest import MANIFEST, ShardInfo, write_manifest
-from visionloom.data.shards.write import Members, ShardLimits, check_target, cut_shards, shard_path
+from visionloom.data.shards.write import SampleMembers, ShardLimits, check_target, cut_shards, shard_path
 
 STAGING: Final = ".converting"
 """Folder of what is finished so far; gone when the dataset is complete."""
@@ -38,7 +38,7 @@ SKIPPED: Final = "skipped.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class SourcePart:
     """A piece of a source: `records` of it, wherever `where` says (plain, picklable values)."""
 
     records: int
@@ -75,11 +75,11 @@ class PartLog:
 class PartReader(Protocol):
     """What is written: picklable, and the same parts and samples each time."""
 
-    def parts(self) -> Iterator[Part]:
+    def parts(self) -> Iterator[SourcePart]:
         """The source, cut."""
         ...
 
-    def samples(self, part: Part, log: PartLog) -> Iterator[Members]:
+    def samples(self, part: SourcePart, log: PartLog) -> Iterator[SampleMembers]:
         """The members of a part's samples in order (see `members_of`); `log` takes what was left out."""
         ...
 
@@ -194,7 +194,7 @@ def _write_all(reader: PartReader, target: Target, progress: Progress) -> int:
 def _write_with_processes(reader: PartReader, target: Target, progress: Progress) -> int:
     written = known = parts = 0
 
-    def cut() -> Iterator[tuple[int, Part]]:
+    def cut() -> Iterator[tuple[int, SourcePart]]:
         nonlocal known, parts
         for number, part in enumerate(reader.parts()):
             known += part.records
@@ -212,7 +212,7 @@ def _write_with_processes(reader: PartReader, target: Target, progress: Progress
     return parts
 
 
-def _write_part(reader: PartReader, target: Target, numbered: tuple[int, Part]) -> None:
+def _write_part(reader: PartReader, target: Target, numbered: tuple[int, SourcePart]) -> None:
     """Write one part's shards and then its facts, unless they are there."""
     number, part = numbered
     digest = hashlib.sha256(repr(part).encode()).hexdigest()

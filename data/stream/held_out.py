@@ -11,10 +11,10 @@ from visionloom.data.encode.encode import EncodedSample, encode
 from visionloom.data.encode.tokenizer import Tokenizer
 from visionloom.data.plan.best_fit import pack_samples
 from visionloom.data.plan.corpus import Corpus
-from visionloom.data.plan.deal import CostModel, Pack, deal
+from visionloom.data.plan.deal import CostModel, PlannedPack, deal
 from visionloom.data.plan.mixture import key_of, permutation
 from visionloom.data.plan.parts import Rows
-from visionloom.data.plan.plan import work_of
+from visionloom.data.plan.plan import pack_work
 from visionloom.data.shards.sample import SampleError
 from visionloom.data.stream.batch import PackedBatch
 from visionloom.data.stream.quarantine import Quarantine
@@ -54,25 +54,26 @@ class EvaluationSet:
         dataset's policy is to drop them.
         """
         multiple, budget = self.data.pack_multiple, int(self.data.patch_budget * sequence_length)
-        views = self.corpus.views(sequence_length // multiple * multiple, budget, "the sequence length")
-        reader = Reader([self.corpus], [views], self.data, self.tokenizer, Quarantine())
-        rows, _ = views.of(self.indices)
+        parts = self.corpus.parts(sequence_length // multiple * multiple, budget, "the sequence length")
+        reader = Reader([self.corpus], [parts], self.data, self.tokenizer, Quarantine())
+        rows, _ = parts.of(self.indices)
         tokens = -(-rows["tokens"].astype(np.int64) // multiple) * multiple
         packed = pack_samples(tokens.tolist(), rows["patches"].tolist(), sequence_length, budget, self.data.window)
         for micro in deal(self._packs(rows, packed, dp_size * micro_batch), dp_size, micro_batch)[dp_rank]:
             places = [pack_.places for pack_ in micro]
             yield reader.batch(places, sequence_length, loss, encoder_rank, encoder_ranks, multiple)
 
-    def _packs(self, rows: Rows, packed: list[list[int]], multiple: int) -> list[Pack]:
-        """Packs of the dataset's views, with empty ones up to a multiple."""
+    def _packs(self, rows: Rows, packed: list[list[int]], multiple: int) -> list[PlannedPack]:
+        """Packs of the dataset's parts, with empty ones up to a multiple."""
         packs = []
         for numbers in packed:
             found = rows[numbers]
             places = tuple(
-                (0, sample, part) for sample, part in zip(*(found[f].tolist() for f in ("sample", "part")), strict=True)
+                (0, sample, part_number)
+                for sample, part_number in zip(*(found[f].tolist() for f in ("sample", "part_number")), strict=True)
             )
-            packs.append(Pack(places, float(CostModel().of(work_of(found, np.array([0, len(found)])))[0])))
-        return packs + [Pack((), 0.0)] * (-len(packs) % multiple)
+            packs.append(PlannedPack(places, float(CostModel().of(pack_work(found, np.array([0, len(found)])))[0])))
+        return packs + [PlannedPack((), 0.0)] * (-len(packs) % multiple)
 
     def questions(self, dp_rank: int = 0, dp_size: int = 1) -> Iterator[EncodedSample]:
         """This rank's share of the samples that have an answer, with their patches; unreadable ones are left out.

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from visionloom.data.shards.dataset import REQUESTS, Dataset, Run
+from visionloom.data.shards.dataset import REQUESTS, Dataset, ReadRange
 from visionloom.data.shards.sample import SampleError
 
-Members = dict[str, bytes | SampleError]
+FetchedMembers = dict[str, bytes | SampleError]
 
 
 class ByteBudget:
@@ -58,13 +58,13 @@ class Wanted:
 
     number: int
     dataset: Dataset
-    run: Run
+    run: ReadRange
 
 
 @dataclass
 class _Flying:
     wanted: Wanted
-    future: "Future[Members]"
+    future: "Future[FetchedMembers]"
     left: int
     """Members not taken yet: with the last one the read's bytes are given back."""
 

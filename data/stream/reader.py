@@ -18,7 +18,7 @@ from visionloom.data.encode.patches import Unit, decode_into, decode_patches
 from visionloom.data.encode.tokenizer import Tokenizer
 from visionloom.data.plan.corpus import Corpus
 from visionloom.data.plan.deal import deal_units
-from visionloom.data.plan.parts import View, Views, encode_views
+from visionloom.data.plan.parts import Part, Parts, encode_parts
 from visionloom.data.shards.dataset import REQUESTS
 from visionloom.data.shards.sample import Image, Sample, SampleError, Video
 from visionloom.data.stream.batch import Decode, PackedBatch, pack
@@ -29,7 +29,7 @@ CACHED_TOKENS: Final = 1 << 20
 """Tokens of encoded samples that a process keeps (20 bytes each): a small dataset is tokenised once."""
 
 Place = tuple[int, int, int]
-"""Number of the dataset, index of the sample, number of its view."""
+"""Number of the dataset, index of the sample, number of its part."""
 
 
 class Reader:
@@ -38,13 +38,13 @@ class Reader:
     def __init__(
         self,
         corpora: Sequence[Corpus],
-        views: Sequence[Views],
+        parts: Sequence[Parts],
         data: DataConfig,
         tokenizer: Tokenizer,
         quarantine: Quarantine,
     ) -> None:
-        """`views`: what is trained on of the samples of each corpus."""
-        self.corpora, self.views = corpora, views
+        """`parts`: what is trained on of the samples of each corpus."""
+        self.corpora, self.parts = corpora, parts
         self.rules, self.tokenizer, self.quarantine = data.media, tokenizer, quarantine
         self.budget = ByteBudget(data.store.bytes_in_flight)
         self._threads = ThreadPoolExecutor(REQUESTS, "visionloom-media")  # starts none before a remote dataset is read
@@ -64,22 +64,22 @@ class Reader:
     def _encode(self, places: Sequence[Place], step: int | None) -> dict[Place, EncodedSample]:
         encoded = {place: self._encoded[place] for place in places if place in self._encoded}
         samples: dict[Place, Sample] = {}
-        views: list[View] = []
+        parts: list[Part] = []
         missing = list(dict.fromkeys(place for place in places if place not in encoded))
         for place, answer in zip(missing, self._samples(missing), strict=True):
-            number, index, part = place
-            view = self.views[number].view(index, part)
+            number, index, part_number = place
+            part = self.parts[number].part(index, part_number)
             if isinstance(answer, Sample):
                 samples[place] = answer
-                views.append(view)
+                parts.append(part)
             else:
                 self._report(place, answer, step)
                 name = self.corpora[number].name
-                encoded[place] = stand_in(answer.sample_id, name, view.tokens, self.tokenizer.pad_id)
+                encoded[place] = stand_in(answer.sample_id, name, part.tokens, self.tokenizer.pad_id)
         sources = [self.corpora[place[0]].name for place in samples]
-        made = encode_views(list(samples.values()), views, self.tokenizer, self.rules, sources)
-        for sample, view in zip(made, views, strict=True):
-            _check_length(sample, view)
+        made = encode_parts(list(samples.values()), parts, self.tokenizer, self.rules, sources)
+        for sample, part in zip(made, parts, strict=True):
+            _check_length(sample, part)
         found = dict(zip(samples, made, strict=True))
         self._keep(found)
         return encoded | found
@@ -205,10 +205,10 @@ def _refs(media: Image | Video, rules: MediaConfig) -> list[str]:
     return [media.frames[frame] for frame in chosen_frames(media, rules).tolist()]
 
 
-def _check_length(sample: EncodedSample, view: View) -> None:
-    if (len(sample.input_ids), sample.patch_count) != (view.tokens, view.patches):
+def _check_length(sample: EncodedSample, part: Part) -> None:
+    if (len(sample.input_ids), sample.patch_count) != (part.tokens, part.patches):
         raise UserError(
             f"sample {sample.sample_id} of dataset {sample.source} has {len(sample.input_ids)} tokens and"
-            f" {sample.patch_count} patches, its length table says {view.tokens} and {view.patches}: the tables were made by"
+            f" {sample.patch_count} patches, its length table says {part.tokens} and {part.patches}: the tables were made by"
             f" another version of a library; remove them (cache/ in the dataset's folder, or data.cache)"
         )

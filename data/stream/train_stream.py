@@ -8,7 +8,7 @@ from visionloom.common.errors import UserError
 from visionloom.data.config import DataConfig
 from visionloom.data.encode.tokenizer import Tokenizer
 from visionloom.data.plan.cursor import Origin, changes, check_state
-from visionloom.data.plan.deal import CostModel, Pack, deal
+from visionloom.data.plan.deal import CostModel, PlannedPack, deal
 from visionloom.data.plan.open import dataset_weights, make_plan, open_corpora
 from visionloom.data.plan.plan import Plan
 from visionloom.data.stream.batch import PackedBatch
@@ -55,8 +55,8 @@ class PackStream:
         self.corpora = open_corpora(data, list(self._weights), self.tokenizer)
         self._settings = (phase_name, sequence_length, global_batch, seed, cost or CostModel())
         self.plan = self._make_plan(origin)
-        views = [source.views for source in self.plan.sources]
-        self._reader = Reader(self.corpora, views, data, self.tokenizer, Quarantine(quarantine, data.max_bad_fraction))
+        parts = [source.parts for source in self.plan.sources]
+        self._reader = Reader(self.corpora, parts, data, self.tokenizer, Quarantine(quarantine, data.max_bad_fraction))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _restore, (self._arguments, self.plan.origin, self.plan.known_starts)
@@ -64,13 +64,13 @@ class PackStream:
     @property
     def dropped(self) -> dict[str, tuple[int, int]]:
         """Of each dataset, the samples that no pack holds, and all tokens that are left out, by its over-length policy."""
-        views = {source.name: source.views for source in self.plan.sources}
-        return {name: (found.dropped, found.lost_tokens) for name, found in views.items()}
+        parts = {source.name: source.parts for source in self.plan.sources}
+        return {name: (found.dropped, found.lost_tokens) for name, found in parts.items()}
 
     @property
     def unsupervised(self) -> dict[str, tuple[int, int]]:
         """Of each dataset, the samples that are drawn although nothing in them has a loss, and all of its samples."""
-        return {source.name: (source.views.unsupervised, source.size) for source in self.plan.sources}
+        return {source.name: (source.parts.unsupervised, source.size) for source in self.plan.sources}
 
     @property
     def quarantined(self) -> int:
@@ -128,7 +128,7 @@ class PackStream:
     def _make_plan(self, origin: Origin | None) -> Plan:
         return make_plan(self.data, self.corpora, self._weights, *self._settings, origin)
 
-    def _build(self, packs: list[Pack], step: int, encoder_rank: int, encoder_ranks: int) -> PackedBatch:
+    def _build(self, packs: list[PlannedPack], step: int, encoder_rank: int, encoder_ranks: int) -> PackedBatch:
         places, settings = [pack.places for pack in packs], self.plan.settings
         length, multiple = settings.sequence_length, settings.multiple
         return self._reader.batch(places, length, self.loss, encoder_rank, encoder_ranks, multiple, step)

@@ -14,7 +14,7 @@ from visionloom.launch.data_commands.progress import Progress, bars
 
 if TYPE_CHECKING:
     from visionloom.data.config import MediaConfig
-    from visionloom.data.plan.corpus import Corpus, Report
+    from visionloom.data.plan.corpus import Corpus, ProgressOf
 
 COLUMNS = ("dataset", "samples", "tokens", "mean", "p99", "longest", "visual", "supervised", "unusable", "seconds")
 
@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> None:
     PlainConsole(width=None if sys.stdout.isatty() else 140).print(table)
 
 
-def report_to(progress: Progress) -> "Report":
+def report_to(progress: Progress) -> "ProgressOf":
     """What tells a progress bar of each piece of counting."""
     return lambda name: lambda done, total: progress(name, done, total)
 

@@ -113,7 +113,7 @@ def _phase_cells(name: str, facts: "PlanFacts") -> list[str]:
 def _add_datasets(table: "Table", name: str, plan: "Plan", facts: "PlanFacts") -> None:
     for number, source in enumerate(plan.sources):
         tokens, total = int(facts.tokens[number]), max(1, int(facts.tokens.sum()))
-        lost, whole = source.views.lost_tokens, max(1, int(source.views.lengths["tokens"].sum()))
+        lost, whole = source.parts.lost_tokens, max(1, int(source.parts.lengths["tokens"].sum()))
         table.add_row(
             name,
             source.name,
@@ -122,6 +122,6 @@ def _add_datasets(table: "Table", name: str, plan: "Plan", facts: "PlanFacts") -
             f"{tokens:,}",
             f"{tokens / total:.1%}",
             f"{facts.visual_tokens[number] / max(1, tokens):.0%}",
-            f"{source.views.dropped:,} of {source.size:,}",
+            f"{source.parts.dropped:,} of {source.size:,}",
             f"{lost:,} ({lost / whole:.1%})",
         )

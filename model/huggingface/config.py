@@ -17,7 +17,7 @@ from visionloom.common.places import PlaceError, read_located
 from visionloom.common.text import one_line
 from visionloom.model.config import ModelConfig, TextConfig, VisionConfig
 from visionloom.model.huggingface.fields import BASE, EVERYWHERE, OUTER, ROPE_ONLY, TEXT, TEXT_ONLY, VISION_ONLY
-from visionloom.model.huggingface.understood import Fields, shown
+from visionloom.model.huggingface.understood import UnderstoodFields, shown
 
 CONFIG: Final = "config.json"
 LARGEST: Final = 1 << 22
@@ -63,16 +63,16 @@ MAY_BE_ABSENT: Final = ("initializer_range", "balance_coefficient", "channels", 
 NOT_THE_MODEL: Final = ("balance_coefficient", "initializer_range", "max_positions")
 """Fields that a recipe may set as it likes: they change training, not what the weights mean."""
 FIELDS: Final = {
-    "": Fields(
+    "": UnderstoodFields(
         frozenset({"model_type", "text_config", "vision_config", "tie_word_embeddings", "quantization_config"}),
         EVERYWHERE | OUTER, BASE,
     ),
-    "text_config": Fields(
+    "text_config": UnderstoodFields(
         frozenset(TEXT_KEYS.values())
         | {"tie_word_embeddings", "rope_parameters", "rope_scaling", "rope_theta", "mlp_only_layers", "decoder_sparse_step"},
         EVERYWHERE | TEXT, TEXT_ONLY | {"model_type": tuple(f"{kind}{end}" for kind in ARCHITECTURES for end in ("_text", ""))},
     ),
-    "vision_config": Fields(
+    "vision_config": UnderstoodFields(
         frozenset(VISION_KEYS.values()) | {"num_position_embeddings", "out_hidden_size"},
         EVERYWHERE | {"tie_word_embeddings"},
         VISION_ONLY | {"model_type": tuple(f"{kind}{end}" for kind in ARCHITECTURES for end in ("_vision", ""))},
@@ -80,7 +80,7 @@ FIELDS: Final = {
 }  # fmt: skip
 """All that is understood of a config.json, by part; of a mixture `EXPERT_FIELDS` too."""
 EXPERT_FIELDS: Final = frozenset(EXPERT_KEYS.values()) | frozenset(OTHER_NAMES.values())
-ROPE_FIELDS: Final = Fields(frozenset({"rope_theta", "mrope_section"}), frozenset(), ROPE_ONLY)
+ROPE_FIELDS: Final = UnderstoodFields(frozenset({"rope_theta", "mrope_section"}), frozenset(), ROPE_ONLY)
 TOKENS: Final = {
     "image_token_id": "<|image_pad|>",
     "video_token_id": "<|video_pad|>",

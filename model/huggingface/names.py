@@ -44,7 +44,7 @@ PATCH_EMBEDDING: Final = "visual.patch_embed.proj.weight"
 LAYERS_HERE, LAYERS_THERE = "language_model.decoder.layers.", "model.language_model.layers."
 
 
-class Source(Protocol):
+class TensorSource(Protocol):
     """Tensors of a transformers checkpoint, of which any part can be read."""
 
     @property
@@ -89,7 +89,7 @@ def to_huggingface(ours: Mapping[str, Tensor], config: ModelConfig) -> dict[str,
     return {k: v for name, full in ours.items() if name in names for k, v in convert_parameter(name, full, config).items()}
 
 
-def read_parameter(name: str, region: Sequence[slice], source: Source, config: ModelConfig) -> Tensor:
+def read_parameter(name: str, region: Sequence[slice], source: TensorSource, config: ModelConfig) -> Tensor:
     """A region of one of our full parameters, by its canonical name.
 
     Args:
@@ -118,7 +118,7 @@ def read_parameter(name: str, region: Sequence[slice], source: Source, config: M
     return source.read(there + LAYER_NAMES[rest], region)
 
 
-def _rows(theirs: str, region: Sequence[slice], source: Source) -> Tensor:
+def _rows(theirs: str, region: Sequence[slice], source: TensorSource) -> Tensor:
     """Rows of a matrix of the vocabulary, zeros behind its end."""
     end = source.shape(theirs)[0]
     begin, stop = region[0].start, region[0].stop
@@ -127,7 +127,7 @@ def _rows(theirs: str, region: Sequence[slice], source: Source) -> Tensor:
     return torch.cat([held, held.new_zeros(missing, *held.shape[1:])]) if missing else held
 
 
-def _read_qkv(there: str, region: Sequence[slice], source: Source, text: TextConfig) -> Tensor:
+def _read_qkv(there: str, region: Sequence[slice], source: TensorSource, text: TextConfig) -> Tensor:
     queries = text.heads // text.kv_heads * text.head_dim
     group = queries + 2 * text.head_dim
     first, last = region[0].start // group, region[0].stop // group
@@ -138,7 +138,7 @@ def _read_qkv(there: str, region: Sequence[slice], source: Source, text: TextCon
     return torch.cat([part.unflatten(0, (last - first, -1)) for part in parts], dim=1).flatten(0, 1)
 
 
-def _read_gated(there: str, region: Sequence[slice], source: Source, width: int) -> Tensor:
+def _read_gated(there: str, region: Sequence[slice], source: TensorSource, width: int) -> Tensor:
     """Rows of gate and up projection, one above the other."""
     begin, stop, parts = region[0].start, region[0].stop, []
     for offset, x in ((0, "gate"), (width, "up")):
@@ -148,7 +148,7 @@ def _read_gated(there: str, region: Sequence[slice], source: Source, width: int)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _read_experts(there: str, gated: bool, region: Sequence[slice], source: Source, text: TextConfig) -> Tensor:
+def _read_experts(there: str, gated: bool, region: Sequence[slice], source: TensorSource, text: TextConfig) -> Tensor:
     """Experts one by one, so that no more than one is held twice."""
     halves = range(region[1].start, region[1].stop) if gated else [None]
     first, last, out = region[0].start, region[0].stop, None
@@ -161,7 +161,7 @@ def _read_experts(there: str, gated: bool, region: Sequence[slice], source: Sour
 
 
 def _read_expert(
-    there: str, expert: int, half: int | None, rows: slice, columns: slice, source: Source, text: TextConfig
+    there: str, expert: int, half: int | None, rows: slice, columns: slice, source: TensorSource, text: TextConfig
 ) -> Tensor:
     """A region of one matrix of one expert as it lies here: gate (half 0), up (1), or down projection (None)."""
     if source.expert_layout == "separate":

@@ -15,7 +15,7 @@ from pydantic_core import SchemaError
 from visionloom.common.errors import UserError
 from visionloom.common.text import one_line
 from visionloom.model.huggingface.config import read_json
-from visionloom.model.huggingface.understood import Fields, shown
+from visionloom.model.huggingface.understood import UnderstoodFields, shown
 from visionloom.model.lora_config import LoraConfig
 
 CONFIG: Final = "adapter_config.json"
@@ -53,7 +53,7 @@ def _is_list(value: Any, kind: type) -> bool:
     return isinstance(value, list) and all(type(one) is kind for one in value)
 
 
-FIELDS: Final = Fields(
+FIELDS: Final = UnderstoodFields(
     read=frozenset({
         "r", "lora_alpha",
     }),

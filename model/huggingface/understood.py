@@ -17,7 +17,7 @@ Check = Callable[[Any], bool]
 
 
 @dataclass(frozen=True)
-class Fields:
+class UnderstoodFields:
     """What is understood of one object of settings: three disjoint sets of names."""
 
     read: frozenset[str]

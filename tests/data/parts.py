@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from visionloom.data.shards.write import Members, members_of
-from visionloom.data.shards.write_parts import Part, PartLog
+from visionloom.data.shards.write import SampleMembers, members_of
+from visionloom.data.shards.write_parts import PartLog, SourcePart
 from visionloom.tests.data.samples import picture_question
 
 
@@ -14,10 +14,10 @@ class Numbers:
 
     stop: int = -1
 
-    def parts(self) -> Iterator[Part]:
-        return (Part(7, first) for first in range(0, 28, 7))
+    def parts(self) -> Iterator[SourcePart]:
+        return (SourcePart(7, first) for first in range(0, 28, 7))
 
-    def samples(self, part: Part, log: PartLog) -> Iterator[Members]:
+    def samples(self, part: SourcePart, log: PartLog) -> Iterator[SampleMembers]:
         for number in range(part.where, part.where + 7):
             if number == self.stop:
                 raise KeyboardInterrupt

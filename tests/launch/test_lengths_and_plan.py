@@ -76,15 +76,15 @@ def test_a_plan_is_what_training_would_see(
     assert [row[0] for row in phases] == list(config.phases)
     plan = plan_phase(config, "long")
     packs = [pack for step in range(12) for pack in plan.step(step)]
-    views = [[plan.sources[number].views.view(sample, part) for number, sample, part in pack.places] for pack in packs]
+    parts = [[plan.sources[number].parts.part(sample, part) for number, sample, part in pack.places] for pack in packs]
     (shown,) = [row for row in phases if row[0] == "long"]
     assert shown[3] == str(len(packs))
-    assert shown[4] == f"{sum(view.tokens for pack in views for view in pack) / len(packs) / 1024:.2%}"
+    assert shown[4] == f"{sum(part.tokens for pack in parts for part in pack) / len(packs) / 1024:.2%}"
     loads = [[sum(p.cost for micro in rank for p in micro) for rank in deal(plan.step(step), 2, 2)] for step in range(12)]
     assert shown[8] == f"{sum(map(sum, loads)) / 2 / sum(map(max, loads)):.1%}"
     datasets = {row[1]: row for row in found if len(row) == 9 and row[0] == "long"}
     assert set(datasets) == set(config.phases["long"].mixture)
-    assert sum(int(row[4].replace(",", "")) for row in datasets.values()) == sum(view.tokens for pack in views for view in pack)
+    assert sum(int(row[4].replace(",", "")) for row in datasets.values()) == sum(part.tokens for pack in parts for part in pack)
 
 
 def test_one_phase_and_unknown_ones(demo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
 from visionloom.model.config import GROUPS
-from visionloom.model.flops import Work, step_flops
+from visionloom.model.flops import StepWork, step_flops
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.model.trainable import set_trainable
 from visionloom.parallel.topology import Topology
@@ -24,14 +24,14 @@ TRAINABLE = [set(groups) for size in (1, 2, 3) for groups in combinations(GROUPS
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
-def case(topology: Topology, request: pytest.FixtureRequest) -> tuple[Qwen3VL, TestPack, Work]:
+def case(topology: Topology, request: pytest.FixtureRequest) -> tuple[Qwen3VL, TestPack, StepWork]:
     """A model, a pack without padding, and what the pack holds."""
     if topology.device.type != "cpu":
         pytest.skip("the counter sees other attention kernels on a GPU")
     theirs, ours = build_pair(topology, 0, request.param)
     examples = [make_example(parts, i) for i, parts in enumerate(SAMPLES)]
     pack = make_pack(theirs, examples)
-    work = Work(
+    work = StepWork(
         tokens=sum(len(e.ids) for e in examples),
         supervised_tokens=int((pack.loss_weights > 0).sum()),
         token_pairs=sum(len(e.ids) ** 2 for e in examples),
@@ -48,7 +48,7 @@ def count(counter: FlopCounterMode, module: str = "Global", attention: bool = Fa
 
 
 @pytest.mark.parametrize("trainable", TRAINABLE, ids="+".join)
-def test_step_flops_equal_torchs_count(case: tuple[Qwen3VL, TestPack, Work], trainable: set[str]) -> None:
+def test_step_flops_equal_torchs_count(case: tuple[Qwen3VL, TestPack, StepWork], trainable: set[str]) -> None:
     model, pack, work = case
     set_trainable(model, trainable)
     inputs = model.prepare(pack)
@@ -71,7 +71,7 @@ def test_step_flops_equal_torchs_count(case: tuple[Qwen3VL, TestPack, Work], tra
     assert ours - products == halved
 
 
-def test_padding_counts_nothing(case: tuple[Qwen3VL, TestPack, Work]) -> None:
+def test_padding_counts_nothing(case: tuple[Qwen3VL, TestPack, StepWork]) -> None:
     """A step without tokens costs nothing: padding is not in Work, and no constant is added."""
     model, _, _ = case
-    assert sum(step_flops(model.model_config, Work(0, 0, 0, 0, 0), set(GROUPS)).values()) == 0
+    assert sum(step_flops(model.model_config, StepWork(0, 0, 0, 0, 0), set(GROUPS)).values()) == 0

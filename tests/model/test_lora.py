@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from visionloom.common.errors import UserError
 from visionloom.model.config import GROUPS
-from visionloom.model.flops import Work, step_flops
+from visionloom.model.flops import StepWork, step_flops
 from visionloom.model.huggingface.names import to_huggingface
 from visionloom.model.huggingface.peft import from_peft, peft_config, to_peft
 from visionloom.model.huggingface.peft_config import CONFIG
@@ -213,7 +213,7 @@ def test_step_flops_equal_torchs_count(topology: Topology, experts: int, lora: L
     _, model, pack = adapted_pair(topology, experts, lora)
     set_trainable(model, trainable, adapters_only=True)
     patches, tokens = sum(t * h * w for e in EXAMPLES for t, h, w in e.grids), sum(len(e.ids) for e in EXAMPLES)
-    work = Work(tokens, int((pack.loss_weights > 0).sum()), 0, patches, 0)
+    work = StepWork(tokens, int((pack.loss_weights > 0).sum()), 0, patches, 0)
     inputs = model.prepare(pack)
     with FlopCounterMode(display=False) as counter:
         model(inputs)[0].backward()

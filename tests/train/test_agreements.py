@@ -25,7 +25,7 @@ from visionloom.model.huggingface.config import write_config
 from visionloom.tests.train.runs import run_config
 from visionloom.train import agreements
 from visionloom.train.agreements import AGREEMENTS, check_export, check_folder, check_run
-from visionloom.train.checkpoint.state_file import STATE, Inputs, Progress
+from visionloom.train.checkpoint.state_file import STATE, Inputs, RunState
 from visionloom.train.config import RunConfig
 from visionloom.train.exchange.companions import Companions
 from visionloom.train.exchange.serving import write_serving_files
@@ -314,7 +314,7 @@ def store(run: Path, config: RunConfig, tokenizer: Path) -> Path:
     folder = run / "checkpoints" / "multimodal" / "step-00000004"
     folder.mkdir(parents=True)
     inputs = Inputs.of(replace(config.data, tokenizer=str(tokenizer)), TokenTable.read(tokenizer, "x").hash, "")
-    progress = Progress("multimodal", 4, 4, 4, {}, asdict(config.model), 4, {}, asdict(inputs))
+    progress = RunState("multimodal", 4, 4, 4, {}, asdict(config.model), 4, {}, asdict(inputs))
     (folder / STATE).write_text(json.dumps(asdict(progress)))
     (run / "checkpoints" / "latest").write_text("multimodal/step-00000004\n")
     return folder

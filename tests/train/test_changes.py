@@ -20,7 +20,7 @@ from visionloom.tests.ranks import RankPool
 from visionloom.tests.train.runs import metrics, run_config
 from visionloom.tests.train.test_bounds import full, holder
 from visionloom.train.changes import changes, settings_of
-from visionloom.train.checkpoint.state_file import Progress, read_progress
+from visionloom.train.checkpoint.state_file import RunState, read_progress
 from visionloom.train.config import RunConfig
 
 
@@ -31,12 +31,12 @@ def config(*words: str) -> RunConfig:
     return found
 
 
-def progress(trained: RunConfig, phase: str = "align", done: int = 10) -> Progress:
+def progress(trained: RunConfig, phase: str = "align", done: int = 10) -> RunState:
     """A checkpoint's state as JSON brings it back, after so many steps of a phase."""
     steps = trained.phases[phase].total_steps
     lora = asdict(trained.lora) if trained.lora.rank else {}
-    kept = Progress(phase, done, 250 + done, steps, {}, asdict(trained.model), done, lora, {}, settings_of(trained, phase))
-    return Progress(**json.loads(json.dumps(asdict(kept))))
+    kept = RunState(phase, done, 250 + done, steps, {}, asdict(trained.model), done, lora, {}, settings_of(trained, phase))
+    return RunState(**json.loads(json.dumps(asdict(kept))))
 
 
 RUN = {
@@ -187,7 +187,7 @@ def test_checkpoints_of_older_versions_say_what_they_know() -> None:
     """They kept the model, adapters and steps only: those are compared, nothing is said of the rest."""
     kept = asdict(progress(config()))
     del kept["settings"]
-    older = Progress(**kept)
+    older = RunState(**kept)
     assert changes(config("optim.beta1=0.5", "phases.align.lr=1"), older, "D") == []
     for word, expected in {
         "model.text.layers=5": "layers was 4, now 5",

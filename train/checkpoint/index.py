@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from visionloom.common.places import PlaceError, read_located, regular_files
-from visionloom.train.checkpoint.pickled import Name, Record, read_pickle
+from visionloom.train.checkpoint.pickled import Name, PickledObject, read_pickle
 
 INDEX: Final = ".metadata"
 LEAST_LIMIT: Final = 1 << 23
@@ -105,7 +105,7 @@ def _index(raw: Any, sizes: dict[str, int], most: int) -> Index:
     tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
     for name, entry in named.items():
         _require(isinstance(name, str) and len(name) <= LONGEST_NAME, "a name of a tensor is no name")
-        if isinstance(entry, Record) and entry.name == f"{METADATA}.BytesStorageMetadata":
+        if isinstance(entry, PickledObject) and entry.name == f"{METADATA}.BytesStorageMetadata":
             tensors[name] = BytesStorageMetadata()
             most -= 1
         else:
@@ -141,7 +141,7 @@ def _tensor(name: str, entry: Any, most: int) -> TensorStorageMetadata:
 
 def _dtype(properties: Any, name: str) -> torch.dtype:
     """Of torch's TensorProperties, which pickle themselves as a tuple that begins with the type."""
-    _require(isinstance(properties, Record) and properties.name == f"{METADATA}.TensorProperties", f"{name} has no type")
+    _require(isinstance(properties, PickledObject) and properties.name == f"{METADATA}.TensorProperties", f"{name} has no type")
     state = properties.state
     found: Any = state.get("dtype") if isinstance(state, dict) else state[0] if isinstance(state, tuple) and state else None
     _require(isinstance(found, Name) and found in TYPES, f"{name} is of a type that no checkpoint has")
@@ -150,7 +150,9 @@ def _dtype(properties: Any, name: str) -> torch.dtype:
 
 def _size(value: Any, name: str) -> torch.Size:
     raw: Any = (
-        value.arguments[0] if isinstance(value, Record) and value.name == "torch.Size" and len(value.arguments) == 1 else None
+        value.arguments[0]
+        if isinstance(value, PickledObject) and value.name == "torch.Size" and len(value.arguments) == 1
+        else None
     )
     fits = (
         isinstance(raw, tuple | list)
@@ -232,7 +234,9 @@ def _overlap(at: Sequence[int], sizes: Sequence[int], other_at: Sequence[int], o
 
 def _state(value: Any, names: set[str], where: str) -> Any:
     """The attributes of a record of one of the names."""
-    _require(isinstance(value, Record) and value.name in names and not value.arguments, f"{where[:80]} is of another form")
+    _require(
+        isinstance(value, PickledObject) and value.name in names and not value.arguments, f"{where[:80]} is of another form"
+    )
     return _of(value.state if value.state is not None else {}, dict, where)
 
 

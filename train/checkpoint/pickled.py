@@ -30,7 +30,7 @@ class Name(str):
 
 
 @dataclass(eq=False, slots=True)
-class Record:
+class PickledObject:
     """What would be an object: hashed by identity, so that it may be a key."""
 
     name: Name
@@ -76,12 +76,12 @@ class _Reader(READER):  # type: ignore[misc]
         arguments, name = self.stack.pop(), self.stack.pop()
         if type(name) is not Name or type(arguments) is not tuple:
             raise pickle.UnpicklingError("it makes an object of no class")
-        self.append(Record(name, arguments))
+        self.append(PickledObject(name, arguments))
 
     def build(self) -> None:
         """BUILD: a record's state."""
         state, record = self.stack.pop(), self.stack[-1]
-        if type(record) is not Record or record.state is not None:
+        if type(record) is not PickledObject or record.state is not None:
             raise pickle.UnpicklingError("it sets attributes of what is no new object")
         record.state = state
 
@@ -94,7 +94,7 @@ class _Reader(READER):  # type: ignore[misc]
     def put(self, items: list[Any]) -> None:
         """SETITEM and SETITEMS; deep tuples as keys would exhaust the stack of C."""
         target = self.stack[-1]
-        if type(target) is not dict or len(items) % 2 or any(type(key) not in (str, Record) for key in items[::2]):
+        if type(target) is not dict or len(items) % 2 or any(type(key) not in (str, PickledObject) for key in items[::2]):
             raise pickle.UnpicklingError("it sets items of no dict of names")
         target.update(zip(items[::2], items[1::2], strict=True))
 

@@ -30,7 +30,7 @@ from visionloom.parallel.topology import Topology
 from visionloom.train.build import Stage
 from visionloom.train.checkpoint.finite import require_finite
 from visionloom.train.checkpoint.index import INDEX, IndexFault, read_index
-from visionloom.train.checkpoint.state_file import CHECKPOINTS, STATE, Progress, read_progress
+from visionloom.train.checkpoint.state_file import CHECKPOINTS, STATE, RunState, read_progress
 from visionloom.train.checkpoint.state_file import LARGEST as LARGEST_STATE
 from visionloom.train.checkpoint.untrusted import harmless_reading
 from visionloom.train.exchange.companions import COMPANIONS
@@ -74,7 +74,7 @@ class Checkpoint:
     """A whole checkpoint on disk."""
 
     folder: Path
-    progress: Progress
+    progress: RunState
 
 
 def folder_of(run_folder: Path, phase: str, step: int) -> Path:
@@ -82,9 +82,9 @@ def folder_of(run_folder: Path, phase: str, step: int) -> Path:
     return run_folder / CHECKPOINTS / phase / f"step-{step:08d}"
 
 
-def progress_of(stage: Stage, step: int, phase_step: int) -> Progress:
+def progress_of(stage: Stage, step: int, phase_step: int) -> RunState:
     """Where a run stands after the run's step `step`, the phase's `phase_step`."""
-    return Progress(
+    return RunState(
         stage.name,
         phase_step,
         step,
@@ -256,7 +256,7 @@ def _content_fault(folder: Path, listed: Iterable[str]) -> str | None:
     for name in sorted(there - expected):
         return f"{one_line(name)} is there, and {MANIFEST} does not list it"
     try:
-        read_json(folder, STATE, Progress, LARGEST_STATE)
+        read_json(folder, STATE, RunState, LARGEST_STATE)
     except JsonError as error:
         return f"{STATE} cannot be used: {one_line(str(error))}"
     try:

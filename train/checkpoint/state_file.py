@@ -41,7 +41,7 @@ class Inputs:
 
 
 @dataclass(frozen=True)
-class Progress:
+class RunState:
     """Where a run stands: what a checkpoint holds beside tensors."""
 
     phase: str
@@ -70,14 +70,14 @@ class Progress:
         return self.phase_step >= self.phase_steps
 
 
-def model_of(progress: Progress, where: str = STATE) -> ModelConfig:
+def model_of(progress: RunState, where: str = STATE) -> ModelConfig:
     """The model that a checkpoint's state names; UserError, which begins with `where`, if there can be none."""
     model = _part(progress.model, ModelConfig, "model", where)
     _refuse(where, "a model that cannot be built", model.problems())
     return model
 
 
-def lora_of(progress: Progress, where: str = STATE) -> LoraConfig | None:
+def lora_of(progress: RunState, where: str = STATE) -> LoraConfig | None:
     """The adapters that a checkpoint's state names, None without; UserError if there can be none."""
     if not progress.lora:
         return None
@@ -86,7 +86,7 @@ def lora_of(progress: Progress, where: str = STATE) -> LoraConfig | None:
     return lora
 
 
-def stored_inputs(progress: Progress, where: str = STATE) -> Inputs | None:
+def stored_inputs(progress: RunState, where: str = STATE) -> Inputs | None:
     """What a checkpoint's state says that it was trained with, None if it does not; UserError if nothing can be."""
     if not progress.inputs:
         return None
@@ -105,10 +105,10 @@ def absolute(folder: str) -> str:
     return str(Path(folder).absolute()) if folder else ""
 
 
-def read_progress(folder: Path) -> Progress:
+def read_progress(folder: Path) -> RunState:
     """What a checkpoint's state.json says, every part in its form; UserError if there is none."""
     try:
-        progress = read_json(folder, STATE, Progress, LARGEST)
+        progress = read_json(folder, STATE, RunState, LARGEST)
     except (OSError, JsonError) as error:
         raise UserError(
             f"{folder} is not a checkpoint of this version ({error}): name a folder such as checkpoints/<phase>/step-00000100"

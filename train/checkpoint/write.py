@@ -42,10 +42,10 @@ from visionloom.train.checkpoint.read import (
     stage_state,
     write_manifest,
 )
-from visionloom.train.checkpoint.state_file import CHECKPOINTS, STATE, Progress
+from visionloom.train.checkpoint.state_file import CHECKPOINTS, STATE, RunState
 from visionloom.train.config import CheckpointConfig
 
-Report = Callable[..., None]
+EventWriter = Callable[..., None]
 """Called with an event's name and its fields."""
 NUMBERED: Final = re.compile(r"step-[0-9]{8,18}")
 """Names of checkpoints; what else lies there is not ours to remove."""
@@ -54,7 +54,7 @@ MOST_FAILURES = 3
 
 
 @dataclass
-class Plan:
+class WritePlan:
     """What Megatron-core and torch have worked out for a save: who writes what."""
 
     writer: FileSystemWriterAsync
@@ -68,9 +68,9 @@ class Plan:
 class PlanningStrategy(TorchDistSaveShardedStrategy):  # type: ignore[misc]
     """Megatron-core's strategy up to the point where files are written."""
 
-    def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any, async_strategy: str) -> Plan:
+    def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any, async_strategy: str) -> WritePlan:
         transforms = [writer.transforms] if hasattr(writer, "transforms") else []
-        return Plan(writer, planned[1], transforms)
+        return WritePlan(writer, planned[1], transforms)
 
 
 @dataclass
@@ -79,8 +79,8 @@ class Save:
 
     partial: Path
     final: Path
-    progress: Progress
-    plan: Plan
+    progress: RunState
+    plan: WritePlan
     buckets: list[Any]
     started: float
     stalled: float = 0.0
@@ -101,7 +101,7 @@ class Save:
 class Saver:
     """Saves the checkpoints of a run; all ranks call its methods together."""
 
-    def __init__(self, run_folder: Path, settings: CheckpointConfig, report: Report) -> None:
+    def __init__(self, run_folder: Path, settings: CheckpointConfig, report: EventWriter) -> None:
         """`report` gets the events `checkpoint` and `checkpoint_failed`."""
         self.run_folder, self.settings, self.report = run_folder, settings, report
         self.pending: Save | None = None

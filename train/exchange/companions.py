@@ -19,7 +19,7 @@ from visionloom.common.places import PlaceError, locate, read_located
 from visionloom.common.yamlfile import read_yaml
 from visionloom.data.config import MediaConfig
 from visionloom.model.huggingface.config import CONFIG
-from visionloom.train.checkpoint.state_file import CHECKPOINTS, STATE, Inputs, Progress, absolute, stored_inputs
+from visionloom.train.checkpoint.state_file import CHECKPOINTS, STATE, Inputs, RunState, absolute, stored_inputs
 from visionloom.train.config import RunConfig
 from visionloom.train.exchange.token_table import SETTINGS, TOKENIZER
 
@@ -114,7 +114,7 @@ def run_of(checkpoint: Path) -> Path | None:
     return None
 
 
-def companions(checkpoint: Path, progress: Progress, source: Path | None = None, weights: Path | None = None) -> Companions:
+def companions(checkpoint: Path, progress: RunState, source: Path | None = None, weights: Path | None = None) -> Companions:
     """What goes along with a checkpoint's weights.
 
     Files lie beside it, in its run's folder, or where `source` says. A folder that only its state names, which a stranger may have
@@ -149,7 +149,7 @@ def companions(checkpoint: Path, progress: Progress, source: Path | None = None,
     return Companions(found, others, media, begun, missing, found is not None and found not in companions_of(checkpoint))
 
 
-def tokenizer_of(checkpoint: Path, progress: Progress) -> Path | None:
+def tokenizer_of(checkpoint: Path, progress: RunState) -> Path | None:
     """The folder with the tokenizer that a checkpoint was trained with, or that came with it; None if it is nowhere."""
     inputs, known = inputs_of(checkpoint, progress), tokenizer_hash(progress)
     places = companions_of(checkpoint) + ([Path(inputs.tokenizer)] if known and inputs and inputs.tokenizer else [])
@@ -165,14 +165,14 @@ def _tokenizer_hash_in(folder: Path) -> str:
         return ""
 
 
-def tokenizer_hash(progress: Progress) -> str:
+def tokenizer_hash(progress: RunState) -> str:
     """SHA-256, or its first digits, of the tokenizer.json that a checkpoint was trained with; empty if unknown."""
     plan = progress.data.get("plan")
     found = progress.inputs.get("tokenizer_hash") or (plan.get("tokenizer") if isinstance(plan, dict) else None)
     return found if isinstance(found, str) and HASH.fullmatch(found) else ""
 
 
-def inputs_of(checkpoint: Path, progress: Progress) -> Inputs | None:
+def inputs_of(checkpoint: Path, progress: RunState) -> Inputs | None:
     """What a checkpoint was trained with: from its state, or, of older versions, its run's config.yaml; None if nothing says."""
     if (found := stored_inputs(progress)) is not None:
         return found

@@ -36,7 +36,7 @@ from visionloom.model.sharding import LAYERS, canonical_parameters
 from visionloom.parallel.topology import Topology
 from visionloom.train.checkpoint.finite import is_finite, not_finite
 from visionloom.train.checkpoint.read import FileEntry, content, weights_state, write_manifest
-from visionloom.train.checkpoint.state_file import STATE, Progress
+from visionloom.train.checkpoint.state_file import STATE, RunState
 from visionloom.train.checkpoint.stored import canonical_region
 from visionloom.train.exchange.companions import COMPANIONS, carry
 
@@ -67,7 +67,7 @@ def import_huggingface(folder: Path, out: Path, topology: Topology, say: Callabl
     state = weights_state(chunks, topology)
     dist_checkpointing.save(state, str(partial), strategy, content_metadata=content(None))
     if topology.is_main:
-        progress = Progress(PHASE, 0, 0, 0, {}, asdict(source.config), 0)
+        progress = RunState(PHASE, 0, 0, 0, {}, asdict(source.config), 0)
         (partial / STATE).write_text(json.dumps(asdict(progress)))
         carry(folder, partial / COMPANIONS)
     _write_manifest(partial, topology)

@@ -38,7 +38,7 @@ _MOMENT: Final = re.compile(r"<(\d+\.\d) seconds>$")
 Pixels = NDArray[np.uint8]
 
 
-class Budget:
+class PictureBudget:
     """Bytes that all pictures of a report may take together."""
 
     def __init__(self, size: int) -> None:
@@ -72,7 +72,7 @@ def question_text(sample: EncodedSample, tokenizer: Tokenizer) -> str:
 
 
 @dataclass(frozen=True)
-class View:
+class ShownPicture:
     """One picture, or the two frames of a video's temporal patch, still as patches."""
 
     rows: Pixels
@@ -91,18 +91,18 @@ class View:
         return frames[:1] if len(frames) == 2 and np.array_equal(frames[0], frames[1]) else frames
 
 
-def views(sample: EncodedSample) -> Iterator[View]:
+def views(sample: EncodedSample) -> Iterator[ShownPicture]:
     """What each PICTURE of the sample stands for, in order; nothing if its patches are not there."""
     if sample.patches is None:
         return
     start = 0
     for time, height, width in sample.grids.tolist():
         for _ in range(time):
-            yield View(sample.patches[start : start + height * width], height, width)
+            yield ShownPicture(sample.patches[start : start + height * width], height, width)
             start += height * width
 
 
-def card(prediction: "Prediction", budget: Budget) -> str:
+def card(prediction: "Prediction", budget: PictureBudget) -> str:
     """One sample as HTML."""
     sample, right = prediction.sample, prediction.correct
     rows = (("answer", sample.answer or ""), ("prediction", prediction.text))
@@ -130,7 +130,7 @@ def _omitted(middle: str) -> str:
     return f" {len(middle):,} characters{f' with {pictures:,} pictures' if pictures else ''} left out "
 
 
-def _illustrated(question: str, found: Sequence[View], budget: Budget) -> str:
+def _illustrated(question: str, found: Sequence[ShownPicture], budget: PictureBudget) -> str:
     """The question with its pictures in their places; the moment before a video's frames becomes their caption."""
     half = QUESTION_CHARACTERS // 2
     cut = len(question) > QUESTION_CHARACTERS
@@ -149,7 +149,7 @@ def _illustrated(question: str, found: Sequence[View], budget: Budget) -> str:
     return "".join(out)
 
 
-def _figure(view: View | None, caption: str, side: int, budget: Budget) -> str:
+def _figure(view: ShownPicture | None, caption: str, side: int, budget: PictureBudget) -> str:
     frames = [_data_uri(frame, side) for frame in view.frames()] if view is not None else []
     below = f"<figcaption>{caption}</figcaption>" if caption else ""
     if not frames or not budget.take(sum(len(data) for data, _ in frames)):

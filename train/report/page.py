@@ -12,7 +12,7 @@ import numpy as np
 from visionloom.common.atomic import replacing
 from visionloom.common.text import printable
 from visionloom.train.report.charts import HALF, SMALL, WIDE, Chart, Drawn, compact, draw, measured
-from visionloom.train.report.gallery import PICTURE, Budget, card
+from visionloom.train.report.gallery import PICTURE, PictureBudget, card
 from visionloom.train.report.history import NO_TASKS, History, PhaseHistory, Values, curve, number
 from visionloom.train.report.style import STYLE
 
@@ -223,7 +223,7 @@ def _rates(phases: list[PhaseHistory]) -> str:
 def _gallery(shown: Sequence["Prediction"]) -> str:
     if not shown:
         return ""
-    budget = Budget(PICTURE_BYTES)
+    budget = PictureBudget(PICTURE_BYTES)
     cards = "".join(card(prediction, budget) for prediction in shown)
     note = "The first ones of each held-out dataset, not chosen by their result."
     return _section("Samples", f'<div class="samples">{cards}</div>', note)

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from visionloom.data.convert.chats import trimmed
 from visionloom.data.convert.marks import document
 from visionloom.data.convert.skip import Skip
-from visionloom.data.convert.source import Draft
+from visionloom.data.convert.source import SampleDraft
 from visionloom.data.shards.sample import Element, Image, Text, Video
 
 
-def fill_caption(draft: Draft, media: Sequence[Image | Video], text: str) -> None:
+def fill_caption(draft: SampleDraft, media: Sequence[Image | Video], text: str) -> None:
     """Make the draft a document: the media where the caption has their placeholders, else before it.
 
     Raises Skip for a mark in the caption, and for placeholders that are not those of the media.

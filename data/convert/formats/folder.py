@@ -13,14 +13,14 @@ from typing import Any, ClassVar, Final
 from visionloom.common.errors import UserError
 from visionloom.data.convert.files import MediaFiles
 from visionloom.data.convert.formats.captions import fill_caption
-from visionloom.data.convert.json_parts import Span, cut_json, read_json
+from visionloom.data.convert.json_parts import RecordSpan, cut_json, read_json
 from visionloom.data.convert.keys import Keys
 from visionloom.data.convert.skip import Skip
-from visionloom.data.convert.source import Draft, Options, Record
+from visionloom.data.convert.source import SampleDraft, SourceOptions, SourceRecord
 from visionloom.data.convert.source_files import located
 from visionloom.data.convert.videos import add_video
 from visionloom.data.shards.media_header import kind_of
-from visionloom.data.shards.write_parts import Part
+from visionloom.data.shards.write_parts import SourcePart
 
 METADATA: Final = "metadata.jsonl"
 _CAPTIONS: Final = (".txt", ".caption")
@@ -52,23 +52,23 @@ class Folder:
 
     keys: ClassVar[tuple[Keys, ...]] = (LINE,)
 
-    def parts(self, path: Path, size: int, follow_links: bool = False) -> Iterator[Part]:
+    def parts(self, path: Path, size: int, follow_links: bool = False) -> Iterator[SourcePart]:
         """Files in sorted order, or the lines of metadata.jsonl if there is one."""
         if not path.is_dir():
             raise UserError(f"{path}: a folder of pictures expected")
         if METADATA in os.listdir(path):
             return cut_json(located(path, METADATA, follow_links), size)
-        return (Part(len(names), Files(str(path), names)) for names in batched(_media(path), size))
+        return (SourcePart(len(names), Files(str(path), names)) for names in batched(_media(path), size))
 
-    def records(self, where: Files | Span) -> Iterator[Record]:
+    def records(self, where: Files | RecordSpan) -> Iterator[SourceRecord]:
         """Media files with their captions."""
-        if isinstance(where, Span):
+        if isinstance(where, RecordSpan):
             yield from read_json(where)
             return
         for name in where.names:
-            yield Record(name, Listed(name))
+            yield SourceRecord(name, Listed(name))
 
-    def convert(self, value: Any, draft: Draft, options: Options) -> None:
+    def convert(self, value: Any, draft: SampleDraft, options: SourceOptions) -> None:
         """A document of one picture or video and what is said of it."""
         if isinstance(value, Listed):
             value = {"file_name": value.name, "text": _caption(value.name, options.files)}

@@ -11,12 +11,12 @@ from typing import Any, ClassVar, Final
 from visionloom.common.errors import UserError
 from visionloom.common.jsonfile import JsonError, checked, read_json
 from visionloom.data.convert.chats import RECORD, Chat, chat_keys
-from visionloom.data.convert.keys import Fields, Keys
+from visionloom.data.convert.keys import Keys, RecordFields
 from visionloom.data.convert.skip import Skip
-from visionloom.data.convert.source import Draft, Options, Record
+from visionloom.data.convert.source import SampleDraft, SourceOptions, SourceRecord
 from visionloom.data.convert.source_files import located
-from visionloom.data.convert.tables import Rows, cut_tables, read_table, require_pyarrow, table_files
-from visionloom.data.shards.write_parts import Part
+from visionloom.data.convert.tables import RowRange, cut_tables, read_table, require_pyarrow, table_files
+from visionloom.data.shards.write_parts import SourcePart
 
 COLUMNS: Final[Mapping[str, tuple[str, ...]]] = {
     "image": ("image", "images", "jpg", "png"),
@@ -60,15 +60,15 @@ class HuggingFace:
 
     keys: ClassVar[tuple[Keys, ...]] = chat_keys(ROW)
 
-    def parts(self, path: Path, size: int, follow_links: bool = False) -> Iterator[Part]:
+    def parts(self, path: Path, size: int, follow_links: bool = False) -> Iterator[SourcePart]:
         """Row groups or record batches."""
         return cut_tables(_files(path, follow_links), size)
 
-    def records(self, where: Rows) -> Iterator[Record]:
+    def records(self, where: RowRange) -> Iterator[SourceRecord]:
         """One row after another."""
         return read_table(where)
 
-    def convert(self, value: Any, draft: Draft, options: Options) -> None:
+    def convert(self, value: Any, draft: SampleDraft, options: SourceOptions) -> None:
         """A chat or a document."""
         row = draft.open(ROW, by_role(value, options.columns))
         draft.id = row.text(*COLUMNS["id"])
@@ -106,11 +106,11 @@ def _types(row: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} ({type(value).__name__})" for name, value in row.items() if value is not None)
 
 
-def _first(row: Fields, role: str) -> Any:
+def _first(row: RecordFields, role: str) -> Any:
     return next((row.value[name] for name in COLUMNS[role] if name in row.value), None)
 
 
-def _take(row: Fields, *roles: str) -> None:
+def _take(row: RecordFields, *roles: str) -> None:
     for role in roles:
         row.take(*COLUMNS[role])
 

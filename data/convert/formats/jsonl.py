@@ -9,14 +9,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
-from visionloom.data.convert.json_parts import Span, cut_json, read_json
+from visionloom.data.convert.json_parts import RecordSpan, cut_json, read_json
 from visionloom.data.convert.keys import Keys
 from visionloom.data.convert.marks import document
 from visionloom.data.convert.skip import Skip
-from visionloom.data.convert.source import Draft, Options, Record
+from visionloom.data.convert.source import SampleDraft, SourceOptions, SourceRecord
 from visionloom.data.convert.videos import add_video
 from visionloom.data.shards.sample import SCHEMA_VERSION, Box, Image, Point, Text, Video, element_json, parse_sample
-from visionloom.data.shards.write_parts import Part
+from visionloom.data.shards.write_parts import SourcePart
 
 _TEXTS: Final = ("text", "content")
 _IDS: Final = ("id", "doc_id", "url")
@@ -64,15 +64,15 @@ class JsonLines:
 
     keys: ClassVar[tuple[Keys, ...]] = (LINE, SAMPLE, MESSAGE, *ELEMENT.values())
 
-    def parts(self, path: Path, size: int, follow_links: bool = False) -> Iterator[Part]:
+    def parts(self, path: Path, size: int, follow_links: bool = False) -> Iterator[SourcePart]:
         """Byte ranges of the JSON files."""
         return cut_json(path, size, follow_links)
 
-    def records(self, where: Span) -> Iterator[Record]:
+    def records(self, where: RecordSpan) -> Iterator[SourceRecord]:
         """One JSON object after another."""
         return read_json(where)
 
-    def convert(self, value: Any, draft: Draft, options: Options) -> None:
+    def convert(self, value: Any, draft: SampleDraft, options: SourceOptions) -> None:
         """A document of one text, or what our schema says."""
         if not isinstance(value, dict):
             raise Skip("not an object", f"a JSON object expected, got {type(value).__name__}")
@@ -91,7 +91,7 @@ class JsonLines:
         draft.content = [Text(text)]
 
 
-def fill_from_schema(value: Mapping[str, Any], draft: Draft, options: Options) -> None:
+def fill_from_schema(value: Mapping[str, Any], draft: SampleDraft, options: SourceOptions) -> None:
     """Take a sample of our schema over, with its media read by `options.files`."""
     if "kind" not in value:
         raise Skip("not our schema", "key kind missing; chats of other formats are read by the kind sharegpt, tables by hf")
@@ -108,7 +108,7 @@ def fill_from_schema(value: Mapping[str, Any], draft: Draft, options: Options) -
 class _Filler:
     """Replaces what the elements say of their files by members and true sizes."""
 
-    def __init__(self, draft: Draft, options: Options) -> None:
+    def __init__(self, draft: SampleDraft, options: SourceOptions) -> None:
         self.draft, self.files = draft, options.files
         self.other_size = ""
 

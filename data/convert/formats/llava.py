@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from visionloom.data.convert.chats import RECORD, Chat, chat_keys
-from visionloom.data.convert.json_parts import Span, cut_json, read_json
+from visionloom.data.convert.json_parts import RecordSpan, cut_json, read_json
 from visionloom.data.convert.keys import Keys
 from visionloom.data.convert.skip import Skip
-from visionloom.data.convert.source import Draft, Options, Record
-from visionloom.data.shards.write_parts import Part
+from visionloom.data.convert.source import SampleDraft, SourceOptions, SourceRecord
+from visionloom.data.shards.write_parts import SourcePart
 
 
 class Llava:
@@ -17,15 +17,15 @@ class Llava:
 
     keys: ClassVar[tuple[Keys, ...]] = chat_keys(RECORD)
 
-    def parts(self, path: Path, size: int, follow_links: bool = False) -> Iterator[Part]:
+    def parts(self, path: Path, size: int, follow_links: bool = False) -> Iterator[SourcePart]:
         """Byte ranges of the JSON files."""
         return cut_json(path, size, follow_links)
 
-    def records(self, where: Span) -> Iterator[Record]:
+    def records(self, where: RecordSpan) -> Iterator[SourceRecord]:
         """One JSON object after another."""
         return read_json(where)
 
-    def convert(self, value: Any, draft: Draft, options: Options) -> None:
+    def convert(self, value: Any, draft: SampleDraft, options: SourceOptions) -> None:
         """A chat."""
         if not isinstance(value, dict):
             raise Skip("not an object", f"a JSON object expected, got {type(value).__name__}")

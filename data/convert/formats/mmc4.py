@@ -6,11 +6,11 @@ from typing import Any, ClassVar, Final
 
 from visionloom.data.convert.files import MediaFiles
 from visionloom.data.convert.formats.interleaved import fill_document
-from visionloom.data.convert.json_parts import Span, cut_json, read_json
-from visionloom.data.convert.keys import Fields, Keys
+from visionloom.data.convert.json_parts import RecordSpan, cut_json, read_json
+from visionloom.data.convert.keys import Keys, RecordFields
 from visionloom.data.convert.skip import Skip
-from visionloom.data.convert.source import Draft, Options, Record
-from visionloom.data.shards.write_parts import Part
+from visionloom.data.convert.source import SampleDraft, SourceOptions, SourceRecord
+from visionloom.data.shards.write_parts import SourcePart
 
 DOCUMENT: Final = Keys("record", {"text_list": "sentences", "image_info": "pictures", "url": "meta.url"})
 PICTURE: Final = Keys(
@@ -28,15 +28,15 @@ class Mmc4:
 
     keys: ClassVar[tuple[Keys, ...]] = (DOCUMENT, PICTURE)
 
-    def parts(self, path: Path, size: int, follow_links: bool = False) -> Iterator[Part]:
+    def parts(self, path: Path, size: int, follow_links: bool = False) -> Iterator[SourcePart]:
         """Byte ranges of the JSON files."""
         return cut_json(path, size, follow_links)
 
-    def records(self, where: Span) -> Iterator[Record]:
+    def records(self, where: RecordSpan) -> Iterator[SourceRecord]:
         """One JSON object after another."""
         return read_json(where)
 
-    def convert(self, value: Any, draft: Draft, options: Options) -> None:
+    def convert(self, value: Any, draft: SampleDraft, options: SourceOptions) -> None:
         """A document."""
         if not isinstance(value, dict):
             raise Skip("not an object", f"a JSON object expected, got {type(value).__name__}")
@@ -50,7 +50,7 @@ class Mmc4:
         fill_document(draft, options.files, _items(texts, opened, options.files), joint=" ")
 
 
-def _items(texts: list[str], pictures: list[Fields], files: MediaFiles) -> Iterator[tuple[str, str]]:
+def _items(texts: list[str], pictures: list[RecordFields], files: MediaFiles) -> Iterator[tuple[str, str]]:
     at: dict[int, list[str]] = {}
     for picture in pictures:
         place = picture.take("matched_text_index")
@@ -62,7 +62,7 @@ def _items(texts: list[str], pictures: list[Fields], files: MediaFiles) -> Itera
         yield "text", text
 
 
-def _reference(picture: Fields, files: MediaFiles) -> str:
+def _reference(picture: RecordFields, files: MediaFiles) -> str:
     """The name of the picture's file if it lies in --images-dir, else its URL."""
     name, url = picture.take("image_name"), picture.take("raw_url")
     if isinstance(name, str) and name and "/" not in name and files.holds(name):

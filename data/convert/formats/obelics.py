@@ -7,9 +7,9 @@ from typing import Any, ClassVar, Final
 from visionloom.data.convert.formats.interleaved import fill_document, keep_facts
 from visionloom.data.convert.keys import Keys, decoded
 from visionloom.data.convert.skip import Skip
-from visionloom.data.convert.source import Draft, Options, Record
-from visionloom.data.convert.tables import Rows, cut_tables, read_table, table_files
-from visionloom.data.shards.write_parts import Part
+from visionloom.data.convert.source import SampleDraft, SourceOptions, SourceRecord
+from visionloom.data.convert.tables import RowRange, cut_tables, read_table, table_files
+from visionloom.data.shards.write_parts import SourcePart
 
 _FACTS: Final = {"document_url": "url", "url": "url"}
 ROW: Final = Keys(
@@ -30,15 +30,15 @@ class Obelics:
     facts: ClassVar[tuple[str, ...]] = ("metadata", "general_metadata")
     """Columns that hold a list, or its JSON text, with the facts of the document or of each place."""
 
-    def parts(self, path: Path, size: int, follow_links: bool = False) -> Iterator[Part]:
+    def parts(self, path: Path, size: int, follow_links: bool = False) -> Iterator[SourcePart]:
         """Row groups of the parquet files."""
         return cut_tables(table_files(path, (".parquet",), follow_links), size)
 
-    def records(self, where: Rows) -> Iterator[Record]:
+    def records(self, where: RowRange) -> Iterator[SourceRecord]:
         """One row after another."""
         return read_table(where)
 
-    def convert(self, value: Any, draft: Draft, options: Options) -> None:
+    def convert(self, value: Any, draft: SampleDraft, options: SourceOptions) -> None:
         """A document."""
         row = draft.open(self.keys[0], value)
         images, texts = row.take("images"), row.take("texts")

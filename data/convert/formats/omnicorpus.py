@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 from visionloom.data.convert.formats import obelics
 from visionloom.data.convert.formats.interleaved import keep_facts
 from visionloom.data.convert.keys import Keys, decoded
-from visionloom.data.convert.source import Draft, Options
+from visionloom.data.convert.source import SampleDraft, SourceOptions
 
 
 class OmniCorpus(obelics.Obelics):
@@ -23,7 +23,7 @@ class OmniCorpus(obelics.Obelics):
     )
     facts: ClassVar[tuple[str, ...]] = ("general_metadata",)
 
-    def convert(self, value: Any, draft: Draft, options: Options) -> None:
+    def convert(self, value: Any, draft: SampleDraft, options: SourceOptions) -> None:
         """A document."""
         facts = obelics.first_object(decoded(value.get("general_metadata")))
         if isinstance(facts.get("id"), str):

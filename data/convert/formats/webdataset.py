@@ -11,14 +11,14 @@ from visionloom.common.errors import UserError
 from visionloom.data.convert.files import MediaFiles
 from visionloom.data.convert.formats.captions import fill_caption
 from visionloom.data.convert.formats.jsonl import ELEMENT, MESSAGE, SAMPLE, fill_from_schema
-from visionloom.data.convert.keys import Fields, Keys, record_json, without_nulls
+from visionloom.data.convert.keys import Keys, RecordFields, record_json, without_nulls
 from visionloom.data.convert.skip import Skip
-from visionloom.data.convert.source import Draft, Options, Record
+from visionloom.data.convert.source import SampleDraft, SourceOptions, SourceRecord
 from visionloom.data.convert.source_files import files_below
 from visionloom.data.convert.videos import add_video
 from visionloom.data.shards.media_header import kind_of
 from visionloom.data.shards.tar import LARGEST_MEMBER, Fault, entries, members
-from visionloom.data.shards.write_parts import Part
+from visionloom.data.shards.write_parts import SourcePart
 
 _CAPTIONS: Final = ("caption", "text", "txt")
 MEMBERS: Final = Keys("member", {"txt": "the caption", "json": "facts with the caption, or a sample of our schema"})
@@ -59,26 +59,26 @@ class WebDataset:
 
     keys: ClassVar[tuple[Keys, ...]] = (MEMBERS, DOCUMENT, SAMPLE, MESSAGE, *ELEMENT.values())
 
-    def parts(self, path: Path, size: int, follow_links: bool = False) -> Iterator[Part]:
+    def parts(self, path: Path, size: int, follow_links: bool = False) -> Iterator[SourcePart]:
         """One tar each."""
-        return (Part(_count(tar), Tar(str(tar))) for tar in files_below(path, (".tar",), follow_links))
+        return (SourcePart(_count(tar), Tar(str(tar))) for tar in files_below(path, (".tar",), follow_links))
 
-    def records(self, where: Tar) -> Iterator[Record]:
+    def records(self, where: Tar) -> Iterator[SourceRecord]:
         """One key after another, its members in memory."""
         path, faults = Path(where.path), list[Fault]()
         for key, found in groupby(entries(path, faults.append), key=lambda entry: _split(entry.name)[0]):
             value = {_split(entry.name)[1]: entry.data for entry in found}
-            yield from (Record(f"{path.name}:{fault.offset}", Skip("damaged tar", str(fault))) for fault in faults)
+            yield from (SourceRecord(f"{path.name}:{fault.offset}", Skip("damaged tar", str(fault))) for fault in faults)
             faults.clear()
-            yield Record(f"{path.name}:{key}", value)
-        yield from (Record(f"{path.name}:{fault.offset}", Skip("damaged tar", str(fault))) for fault in faults)
+            yield SourceRecord(f"{path.name}:{key}", value)
+        yield from (SourceRecord(f"{path.name}:{fault.offset}", Skip("damaged tar", str(fault))) for fault in faults)
 
-    def convert(self, value: Mapping[str, bytes], draft: Draft, options: Options) -> None:
+    def convert(self, value: Mapping[str, bytes], draft: SampleDraft, options: SourceOptions) -> None:
         """A document of the pictures and videos and their caption, or what our schema says."""
         document = _document(value)
         files = _Members((), members=value)
         if "v" in document and "kind" in document:
-            fill_from_schema(document, draft, Options(files))
+            fill_from_schema(document, draft, SourceOptions(files))
             return
         members = draft.open(MEMBERS, {name: name for name in value})
         names = [name for name in sorted(value) if kind_of(name) != "other"]
@@ -118,7 +118,7 @@ def _document(value: Mapping[str, bytes]) -> Mapping[str, Any]:
     return without_nulls(found) if isinstance(found, dict) else {}
 
 
-def _caption(value: Mapping[str, bytes], names: Fields, facts: Fields) -> str | None:
+def _caption(value: Mapping[str, bytes], names: RecordFields, facts: RecordFields) -> str | None:
     """The text of the txt member, else of the json one; the same text in both is read in both."""
     if not names.take("txt"):
         return facts.text(*_CAPTIONS)

@@ -51,7 +51,7 @@ def test_orders_are_kept_up_to_their_limits(samples: list[tuple[int, int]], wind
 def test_packs_are_alike_from_the_first_to_the_last() -> None:
     tokens, patches = MIXTURES["8k"].samples(8000)
     packs = pack_samples(tokens.tolist(), patches.tolist(), 8192, 26_214, window=1024)
-    tenths = np.array([np.mean([len(pack) for pack in part]) for part in np.array_split(np.array(packs, object), 10)])
+    tenths = np.array([np.mean([len(pack) for pack in excerpt]) for excerpt in np.array_split(np.array(packs, object), 10)])
     np.testing.assert_allclose(tenths, len(tokens) / len(packs), rtol=0.15)
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from visionloom.common.errors import UserError
 from visionloom.data.convert.files import MediaFiles
-from visionloom.data.convert.keys import Fields, Keys
+from visionloom.data.convert.keys import Keys, RecordFields
 from visionloom.data.convert.marks import _python, answer, results, with_placeholders
 from visionloom.data.convert.skip import Skip
 from visionloom.data.encode.chat import render
@@ -31,7 +31,7 @@ OURS = (UserError, Skip)
 
 
 def said(text: str) -> object:
-    return list(answer(text, True, Fields))
+    return list(answer(text, True, RecordFields))
 
 
 TEXTS: dict[str, tuple[Callable[[str], object], str]] = {
@@ -51,8 +51,8 @@ TEXTS: dict[str, tuple[Callable[[str], object], str]] = {
     "a literal in literals": (_python, "[" * (SIZE // 2) + "]" * (SIZE // 2)),
     "quotes behind a sentence": (_SENTENCE.findall, "." + '"' * SIZE),
     "sentences": (_SENTENCE.findall, ".\"" * (SIZE // 2)),
-    "a key of a record": (lambda text: Fields(Keys("record", {}), {text: 1}), "rejected_" * (SIZE // 9) + "\n"),
-    "a key of a turn": (lambda text: Fields(Keys("turn", {}), {text: 1}), "loss_" * (SIZE // 5) + "\n"),
+    "a key of a record": (lambda text: RecordFields(Keys("record", {}), {text: 1}), "rejected_" * (SIZE // 9) + "\n"),
+    "a key of a turn": (lambda text: RecordFields(Keys("turn", {}), {text: 1}), "loss_" * (SIZE // 5) + "\n"),
 }  # fmt: skip
 
 
@@ -251,9 +251,9 @@ def test_a_long_conversation_takes_linear_time(tmp_path: Path) -> None:
 
     def read(data: bytes) -> None:
         from visionloom.data.convert.chats import RECORD, Chat
-        from visionloom.data.convert.source import Draft
+        from visionloom.data.convert.source import SampleDraft
 
-        draft = Draft()
+        draft = SampleDraft()
         Chat(draft.open(RECORD, {}), draft, MediaFiles((tmp_path,))).fill(json.loads(data))
 
     assert try_reader(read, [json.dumps(turns).encode()], ()) == 1

@@ -14,8 +14,8 @@ from visionloom.data.plan import plan as planned
 from visionloom.data.plan.cursor import STATE_BYTES, Origin
 from visionloom.data.plan.deal import deal
 from visionloom.data.plan.lengths import LENGTHS
-from visionloom.data.plan.parts import VIEW, Views
-from visionloom.data.plan.plan import Plan, Settings, Source
+from visionloom.data.plan.parts import PART, Parts
+from visionloom.data.plan.plan import MixtureEntry, Plan, Settings
 from visionloom.data.stream.batch import PackedBatch
 from visionloom.data.stream.train_stream import PackStream
 from visionloom.tests.data.samples import essay, film, picture_question
@@ -108,11 +108,11 @@ def test_every_sample_once_an_epoch_over_all_ranks(data: DataConfig, ranks: int)
     drawn = Counter(place[1:] for pack in served for place in pack.places)
     for pack in range(len(segments[1]) - left, len(segments[1])):
         drawn.update(place[1:] for place in segments[1].places(pack))
-    views, _ = made.sources[0].views.of(np.arange(53))
-    assert len(views) > 53, "some documents are in parts"
-    assert set(drawn) == {(int(row["sample"]), int(row["part"])) for row in views}
+    parts, _ = made.sources[0].parts.of(np.arange(53))
+    assert len(parts) > 53, "some documents are in parts"
+    assert set(drawn) == {(int(row["sample"]), int(row["part_number"])) for row in parts}
     assert set(drawn.values()) == {draws // 53, draws // 53 + 1}
-    assert sum(count for (_, part), count in drawn.items() if part == 0) == draws
+    assert sum(count for (_, excerpt), count in drawn.items() if excerpt == 0) == draws
 
 
 def lengths_only(tokens: int, sizes: list[int], settings: dict[str, object], origin: Origin | None = None) -> Plan:
@@ -124,7 +124,7 @@ def lengths_only(tokens: int, sizes: list[int], settings: dict[str, object], ori
         over = np.flatnonzero(rows["tokens"] > tokens)
         name = f"a_long_name_of_dataset_{number}"
         content = hashlib.sha256(name.encode()).hexdigest()[:16]
-        sources.append(Source(name, 0.123 + number, Views(rows, over, np.empty(0, VIEW)), content, "truncate_tail"))
+        sources.append(MixtureEntry(name, 0.123 + number, Parts(rows, over, np.empty(0, PART)), content, "truncate_tail"))
     values = {
         "seed": 1,
         "phase": "",

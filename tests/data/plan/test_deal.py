@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from visionloom.benchmarks.data.mixtures import MIXTURES
 from visionloom.benchmarks.data.plan import plan_of, rank_costs
 from visionloom.common.errors import UserError
-from visionloom.data.plan.deal import Pack, deal, deal_units
+from visionloom.data.plan.deal import PlannedPack, deal, deal_units
 
 
 @pytest.mark.parametrize(("ranks", "micro_batch"), [(1, 1), (2, 1), (3, 2), (6, 2), (2, 6)])
 def test_dealing_keeps_the_packs_and_balances(ranks: int, micro_batch: int) -> None:
     rng = np.random.default_rng(0)
-    packs = [Pack(((0, number, 0),), float(cost)) for number, cost in enumerate(rng.lognormal(0, 0.5, 24))]
+    packs = [PlannedPack(((0, number, 0),), float(cost)) for number, cost in enumerate(rng.lognormal(0, 0.5, 24))]
     dealt = deal(packs, ranks, micro_batch)
     assert [len(micro) for rank in dealt for micro in rank] == [micro_batch] * (24 // micro_batch)
     assert sorted(pack.places[0][1] for rank in dealt for micro in rank for pack in micro) == list(range(24))
@@ -32,7 +32,7 @@ def test_dealing_keeps_the_packs_and_balances(ranks: int, micro_batch: int) -> N
 
 def test_uneven_dealing_is_refused() -> None:
     with pytest.raises(UserError, match="global_batch=4 packs cannot be dealt to 3 data-parallel ranks x micro_batch 1"):
-        deal([Pack((), 1.0)] * 4, 3, 1)
+        deal([PlannedPack((), 1.0)] * 4, 3, 1)
 
 
 @pytest.mark.parametrize(("name", "ranks", "least"), [("8k", 64, 0.99), ("32k", 64, 0.96), ("256k", 16, 0.97)])
@@ -54,7 +54,7 @@ grids = st.lists(st.tuples(st.integers(1, 12), st.integers(1, 20), st.integers(1
 def test_units_are_the_pictures_in_order(shapes: list[tuple[int, int, int]], ranks: int) -> None:
     grid = np.array(shapes, np.int32).reshape(-1, 3)
     units, media, first, owner = deal_units(grid, ranks)
-    assert {part.dtype for part in (units, media, first, owner)} == {np.dtype(np.int32)}
+    assert {excerpt.dtype for excerpt in (units, media, first, owner)} == {np.dtype(np.int32)}
     assert (np.diff(media) >= 0).all()
     assert ((owner >= 0) & (owner < ranks)).all()
     for number, (time, height, width) in enumerate(shapes):

@@ -50,9 +50,9 @@ def test_epochs_go_on_over_periods() -> None:
 
 def test_draws_need_no_past() -> None:
     whole = take(Mixture(NAMES, SIZES, WEIGHTS, seed=5), PERIOD, 4096)
-    parts = [take(Mixture(NAMES, SIZES, WEIGHTS, seed=5), PERIOD + start, 512) for start in range(0, 4096, 512)]
+    excerpts = [take(Mixture(NAMES, SIZES, WEIGHTS, seed=5), PERIOD + start, 512) for start in range(0, 4096, 512)]
     for index in range(2):
-        np.testing.assert_array_equal(np.concatenate([part[index] for part in parts]), whole[index])
+        np.testing.assert_array_equal(np.concatenate([excerpt[index] for excerpt in excerpts]), whole[index])
     other = take(Mixture(NAMES, SIZES, WEIGHTS, seed=6), PERIOD, 4096)
     assert (other[1] != whole[1]).any()
 

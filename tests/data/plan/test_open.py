@@ -11,7 +11,7 @@ from visionloom.data.config import DataConfig
 from visionloom.data.encode.tokenizer import Tokenizer
 from visionloom.data.plan.deal import CostModel
 from visionloom.data.plan.open import make_plan, open_corpora
-from visionloom.data.plan.parts import encode_views
+from visionloom.data.plan.parts import encode_parts
 from visionloom.data.shards.sample import Message, Sample, Text
 from visionloom.data.stream.train_stream import PackStream
 from visionloom.tests.data.samples import Pair, essay
@@ -75,7 +75,7 @@ def test_a_phase_that_can_use_only_what_has_no_loss_is_refused(config: Callable[
 
 
 def test_samples_without_a_loss_are_counted_as_they_are_encoded(config: Callable[..., DataConfig]) -> None:
-    """Reference: every view encoded, its weights above 0 counted."""
+    """Reference: every part encoded, its weights above 0 counted."""
     samples = [
         chat(number, turns=1 + number % 4, loss=(0.0, 1.0, 1e-60, None)[number % 4], words=number % 9) for number in range(40)
     ]
@@ -86,18 +86,18 @@ def test_samples_without_a_loss_are_counted_as_they_are_encoded(config: Callable
     tokenizer = Tokenizer(data.tokenizer)
     (corpus,) = open_corpora(data, ["mixed"], tokenizer)
     plan = make_plan(data, [corpus], {"mixed": 1.0}, "tune", 48, 2, 1, CostModel())
-    views = plan.sources[0].views
+    parts = plan.sources[0].parts
     supervised = np.zeros(len(samples), int)
     cut = 0
     for number, (sample, _) in enumerate(samples):
-        rows, _ = views.of(np.array([number]))
+        rows, _ = parts.of(np.array([number]))
         cut += len(rows) > 1
-        for part in range(len(rows)):
-            view = views.view(number, part)
-            (encoded,) = encode_views([sample], [view], tokenizer, data.media, ["mixed"])
+        for excerpt in range(len(rows)):
+            part = parts.part(number, excerpt)
+            (encoded,) = encode_parts([sample], [part], tokenizer, data.media, ["mixed"])
             found = int((encoded.target_weights > 0).sum())
-            assert view.supervised == found
+            assert part.supervised == found
             supervised[number] += found
     assert cut > 5
-    drawn = np.bincount(views.of(np.arange(len(samples)))[0]["sample"], minlength=len(samples)) > 0
-    assert views.unsupervised == int((drawn & (supervised == 0)).sum()) > 10
+    drawn = np.bincount(parts.of(np.arange(len(samples)))[0]["sample"], minlength=len(samples)) > 0
+    assert parts.unsupervised == int((drawn & (supervised == 0)).sum()) > 10

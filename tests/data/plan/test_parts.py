@@ -1,6 +1,6 @@
-"""Views of over-long samples: as long as planned, nothing cut inside a picture or a turn, nothing lost unseen.
+"""Parts of over-long samples: as long as planned, nothing cut inside a picture or a turn, nothing lost unseen.
 
-The reference is encoding: of each view, and of the whole sample that it came from.
+The reference is encoding: of each part, and of the whole sample that it came from.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,8 +16,8 @@ from visionloom.data.config import OVER_LENGTH, DataConfig
 from visionloom.data.encode.encode import EncodedSample, encode
 from visionloom.data.encode.tokenizer import END_OF_TEXT, TURN_END, Tokenizer
 from visionloom.data.plan.lengths import LENGTHS, Counting, load_lengths, row_of
-from visionloom.data.plan.over_length import Cutting, Limits, make_views
-from visionloom.data.plan.parts import SHRUNK, UNFINISHED, VIEW, View, Views, apply_view, encode_views
+from visionloom.data.plan.over_length import Cutting, PackLimits, make_parts
+from visionloom.data.plan.parts import PART, SHRUNK, UNFINISHED, Part, Parts, apply_part, encode_parts
 from visionloom.data.shards.dataset import Dataset
 from visionloom.data.shards.sample import Box, Element, Image, Message, Sample, Text, Think, ToolCall, Video
 from visionloom.data.stream.batch import pack
@@ -75,13 +75,13 @@ class Held(Dataset):
         return self.samples[index]
 
 
-def views_of(sample: Sample, policy: str, tokens: int, patches: int, tokenizer: Tokenizer) -> tuple[EncodedSample, list[View]]:
-    """The whole sample, and its views under a policy."""
+def parts_of(sample: Sample, policy: str, tokens: int, patches: int, tokenizer: Tokenizer) -> tuple[EncodedSample, list[Part]]:
+    """The whole sample, and its parts under a policy."""
     whole = encode(sample, tokenizer, RULES)
     table = np.array([row_of(whole)], LENGTHS)
-    limits = Limits(tokens, patches, "", policy, "")
+    limits = PackLimits(tokens, patches, "", policy, "")
     rows = Cutting(Held([sample]), np.array([0]), table, limits, tokenizer, RULES)(0, 1)
-    return whole, [View.of(row) for row in rows]
+    return whole, [Part.of(row) for row in rows]
 
 
 def pieces(element: Element) -> list[str]:
@@ -97,27 +97,29 @@ many = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCh
 def test_views_are_as_long_as_planned_and_fit(
     tokenizer: Tokenizer, sample: Sample, policy: str, tokens: int, patches: int
 ) -> None:
-    whole, views = views_of(sample, policy, tokens, patches, tokenizer)
-    for part, view in enumerate(views):
-        (encoded,) = encode_views([sample], [view], tokenizer, RULES, [""])
-        assert row_of(encoded) == (view.tokens, view.patches, view.supervised, view.patch_squares)
-        assert view.tokens <= tokens
-        assert view.patches <= patches
-        assert view.part == part
-        assert view.sample_supervised == whole.supervised_tokens
-        assert encoded.loss_tokens == (None if view.is_whole else whole.supervised_tokens)
+    whole, parts = parts_of(sample, policy, tokens, patches, tokenizer)
+    for excerpt, part in enumerate(parts):
+        (encoded,) = encode_parts([sample], [part], tokenizer, RULES, [""])
+        assert row_of(encoded) == (part.tokens, part.patches, part.supervised, part.patch_squares)
+        assert part.tokens <= tokens
+        assert part.patches <= patches
+        assert part.part_number == excerpt
+        assert part.sample_supervised == whole.supervised_tokens
+        assert encoded.loss_tokens == (None if part.is_whole else whole.supervised_tokens)
         assert encoded.sample_id == sample.id
         assert encoded.position_ids[:, 0].tolist() == [0, 0, 0]
         assert len(encoded.visual_positions) == encoded.patch_count // 4
-        assert encoded.position_ids.shape[1] == len(encoded.target_weights) == view.tokens
+        assert encoded.position_ids.shape[1] == len(encoded.target_weights) == part.tokens
 
 
 @many
 @given(documents(), st.integers(60, 160))
 def test_parts_of_a_document_are_the_document(tokenizer: Tokenizer, sample: Sample, tokens: int) -> None:
-    _, views = views_of(sample, "split", tokens, 10**6, tokenizer)
-    shown = [apply_view(sample, view, RULES) for view in views]
-    found = [piece for part in shown for element in part.content if not isinstance(element, Box) for piece in pieces(element)]
+    _, parts = parts_of(sample, "split", tokens, 10**6, tokenizer)
+    shown = [apply_part(sample, part, RULES) for part in parts]
+    found = [
+        piece for excerpt in shown for element in excerpt.content if not isinstance(element, Box) for piece in pieces(element)
+    ]
     whole = [piece for element in sample.content if not isinstance(element, Box) for piece in pieces(element)]
     if len(found) == len(whole):
         assert found == whole
@@ -130,12 +132,12 @@ def test_parts_of_a_document_are_the_document(tokenizer: Tokenizer, sample: Samp
             for media in sample.content
             if isinstance(media, Image | Video)
         )
-    for view, part in zip(views, shown, strict=True):
-        (encoded,) = encode_views([sample], [view], tokenizer, RULES, [""])
+    for part, excerpt in zip(parts, shown, strict=True):
+        (encoded,) = encode_parts([sample], [part], tokenizer, RULES, [""])
         ends = encoded.input_ids == tokenizer.special(END_OF_TEXT)
-        assert ends.any() == (not view.flags & UNFINISHED)
-        pictures = [element for element in part.content if isinstance(element, Image)]
-        for box in (element for element in part.content if isinstance(element, Box)):
+        assert ends.any() == (not part.flags & UNFINISHED)
+        pictures = [element for element in excerpt.content if isinstance(element, Image)]
+        for box in (element for element in excerpt.content if isinstance(element, Box)):
             old = next(e for e in sample.content if isinstance(e, Box) and (e.xyxy, e.label) == (box.xyxy, box.label))
             assert pictures[box.image] in sample.images
             assert old is not None
@@ -144,13 +146,13 @@ def test_parts_of_a_document_are_the_document(tokenizer: Tokenizer, sample: Samp
 def test_a_long_text_is_cut_at_sentence_ends(tokenizer: Tokenizer) -> None:
     sentences = [f"Sentence number {number} has some words in it. " for number in range(40)]
     sample = Sample("s", "doc", content=(Text("".join(sentences[:25])), Image("a.png", 64, 64), Text("".join(sentences[25:]))))
-    whole, views = views_of(sample, "split", 120, 10**6, tokenizer)
-    texts = ["".join(e.text for e in apply_view(sample, view, RULES).content if isinstance(e, Text)) for view in views]
+    whole, parts = parts_of(sample, "split", 120, 10**6, tokenizer)
+    texts = ["".join(e.text for e in apply_part(sample, part, RULES).content if isinstance(e, Text)) for part in parts]
     assert all(text.endswith("it. ") and text.startswith("Sentence") for text in texts)
     assert "".join(texts) == "".join(sentences)
     assert len(whole.input_ids) > 3 * 120
-    assert min(view.tokens for view in views[:-1]) > 120 - 30, "parts are filled up to the last sentence that fits"
-    assert [bool(view.flags & UNFINISHED) for view in views] == [True] * (len(views) - 1) + [False]
+    assert min(part.tokens for part in parts[:-1]) > 120 - 30, "parts are filled up to the last sentence that fits"
+    assert [bool(part.flags & UNFINISHED) for part in parts] == [True] * (len(parts) - 1) + [False]
 
 
 def test_a_box_stays_with_its_picture(tokenizer: Tokenizer) -> None:
@@ -160,9 +162,9 @@ def test_a_box_stays_with_its_picture(tokenizer: Tokenizer) -> None:
         "doc",
         content=(filler, Image("a.png", 64, 64), filler, Image("b.png", 64, 64), Text("See."), Box(1, (0, 0, 32, 64)), filler),
     )
-    _, views = views_of(sample, "split", 90, 10**6, tokenizer)
-    shown = [apply_view(sample, view, RULES) for view in views]
-    (with_box,) = [part for part in shown if any(isinstance(element, Box) for element in part.content)]
+    _, parts = parts_of(sample, "split", 90, 10**6, tokenizer)
+    shown = [apply_part(sample, part, RULES) for part in parts]
+    (with_box,) = [excerpt for excerpt in shown if any(isinstance(element, Box) for element in excerpt.content)]
     (box,) = [element for element in with_box.content if isinstance(element, Box)]
     assert with_box.images[box.image].ref == "b.png"
 
@@ -177,15 +179,15 @@ def test_a_chat_is_cut_before_user_turns_only(tokenizer: Tokenizer) -> None:
         )
     ]
     sample = Sample("c", "chat", (Message("system", (Text("Be brief."),)), *turns))
-    whole, views = views_of(sample, "split", 160, 10**6, tokenizer)
-    shown = [apply_view(sample, view, RULES) for view in views]
+    whole, parts = parts_of(sample, "split", 160, 10**6, tokenizer)
+    shown = [apply_part(sample, part, RULES) for part in parts]
     assert len(shown) > 1
-    assert all(part.messages[0] == sample.messages[0] for part in shown), "each part has the system message"
-    assert tuple(message for part in shown for message in part.messages[1:]) == tuple(turns)
-    assert sum(view.supervised for view in views) == whole.supervised_tokens
+    assert all(excerpt.messages[0] == sample.messages[0] for excerpt in shown), "each part has the system message"
+    assert tuple(message for excerpt in shown for message in excerpt.messages[1:]) == tuple(turns)
+    assert sum(part.supervised for part in parts) == whole.supervised_tokens
     pictured = Sample("c", "chat", (Message("user", (Image("a.png", 64, 64), *turns[0].content)), *turns[1:]))
-    _, views = views_of(pictured, "split", 160, 10**6, tokenizer)
-    assert views == [], "all turns are about the picture of the first, and together they are too long: lost, not torn"
+    _, parts = parts_of(pictured, "split", 160, 10**6, tokenizer)
+    assert parts == [], "all turns are about the picture of the first, and together they are too long: lost, not torn"
 
 
 def test_shrinking_is_the_largest_that_fits(tokenizer: Tokenizer) -> None:
@@ -197,15 +199,15 @@ def test_shrinking_is_the_largest_that_fits(tokenizer: Tokenizer) -> None:
             Message("assistant", (Text("Yes."),)),
         ),
     )
-    whole, (view,) = views_of(sample, "shrink", 200, 10**6, tokenizer)
-    assert view.flags & SHRUNK
-    (encoded,) = encode_views([sample], [view], tokenizer, RULES, [""])
+    whole, (part,) = parts_of(sample, "shrink", 200, 10**6, tokenizer)
+    assert part.flags & SHRUNK
+    (encoded,) = encode_parts([sample], [part], tokenizer, RULES, [""])
     assert encoded.grids[1].tolist() == [1, 6, 6], "small pictures keep their size"
     assert len(encoded.input_ids) - encoded.patch_count // 4 == len(whole.input_ids) - whole.patch_count // 4
-    assert view.tokens > 150
+    assert part.tokens > 150
     assert encoded.supervised_tokens == whole.supervised_tokens
-    _, views = views_of(sample, "shrink", 12, 10**6, tokenizer)
-    assert views == [], "not even the smallest pictures fit"
+    _, parts = parts_of(sample, "shrink", 12, 10**6, tokenizer)
+    assert parts == [], "not even the smallest pictures fit"
 
 
 def test_a_tail_is_cut_from_text_but_not_from_a_video(tokenizer: Tokenizer) -> None:
@@ -215,15 +217,15 @@ def test_a_tail_is_cut_from_text_but_not_from_a_video(tokenizer: Tokenizer) -> N
     whole = encode(sample, tokenizer, RULES)
     lengths = set()
     for tokens in range(10, len(whole.input_ids), 3):
-        _, views = views_of(sample, "truncate_tail", tokens, 10**6, tokenizer)
-        (view,) = views
-        (encoded,) = encode_views([sample], [view], tokenizer, RULES, [""])
+        _, parts = parts_of(sample, "truncate_tail", tokens, 10**6, tokenizer)
+        (part,) = parts
+        (encoded,) = encode_parts([sample], [part], tokenizer, RULES, [""])
         assert encoded.patch_count in (0, whole.patch_count)
-        assert encoded.input_ids.tolist() == whole.input_ids[: view.tokens].tolist()
+        assert encoded.input_ids.tolist() == whole.input_ids[: part.tokens].tolist()
         assert END_OF_TEXT not in tokenizer.decode(encoded.input_ids.tolist(), keep_special=True)
-        lengths.add(view.tokens)
-        if encoded.patch_count and view.tokens < len(whole.input_ids) - 5:
-            assert view.tokens >= tokens - 1, "text is cut at the token that fits"
+        lengths.add(part.tokens)
+        if encoded.patch_count and part.tokens < len(whole.input_ids) - 5:
+            assert part.tokens >= tokens - 1, "text is cut at the token that fits"
     assert len(lengths) > 5
 
 
@@ -233,46 +235,48 @@ def test_a_cut_chat_ends_without_an_end_mark_unless_its_turn_is_whole(tokenizer:
     whole = encode(sample, tokenizer, RULES)
     end = tokenizer.special(TURN_END)
     for tokens in range(20, len(whole.input_ids), 5):
-        _, views = views_of(sample, "truncate_tail", tokens, 10**6, tokenizer)
-        for view in views:
-            (encoded,) = encode_views([sample], [view], tokenizer, RULES, [""])
-            assert encoded.input_ids.tolist() == whole.input_ids[: view.tokens].tolist()
-            assert bool(view.flags & UNFINISHED) == (end not in encoded.input_ids[-3:])
-            assert view.supervised
-    assert views_of(sample, "truncate_tail", 8, 10**6, tokenizer)[1] == [], "nothing to learn is left"
+        _, parts = parts_of(sample, "truncate_tail", tokens, 10**6, tokenizer)
+        for part in parts:
+            (encoded,) = encode_parts([sample], [part], tokenizer, RULES, [""])
+            assert encoded.input_ids.tolist() == whole.input_ids[: part.tokens].tolist()
+            assert bool(part.flags & UNFINISHED) == (end not in encoded.input_ids[-3:])
+            assert part.supervised
+    assert parts_of(sample, "truncate_tail", 8, 10**6, tokenizer)[1] == [], "nothing to learn is left"
 
 
 def test_the_loss_weighs_parts_by_the_whole_sample(tokenizer: Tokenizer) -> None:
     sample = Sample("s", "doc", content=(Text("Sentence after sentence. " * 30),))
-    whole, views = views_of(sample, "split", 64, 10**6, tokenizer)
-    parts = encode_views([sample] * len(views), views, tokenizer, RULES, ["x"] * len(views))
-    weights = np.concatenate([pack([[part]], 64, "sqrt", ["x"], 0, lambda *_: True).loss_weights.numpy() for part in parts])
+    whole, parts = parts_of(sample, "split", 64, 10**6, tokenizer)
+    excerpts = encode_parts([sample] * len(parts), parts, tokenizer, RULES, ["x"] * len(parts))
+    weights = np.concatenate(
+        [pack([[excerpt]], 64, "sqrt", ["x"], 0, lambda *_: True).loss_weights.numpy() for excerpt in excerpts]
+    )
     used = weights[weights > 0]
     np.testing.assert_allclose(used, whole.supervised_tokens**-0.5, rtol=1e-6)
     # the first token of a part has nothing to be predicted from
-    assert len(used) == whole.supervised_tokens - (len(views) - 1)
+    assert len(used) == whole.supervised_tokens - (len(parts) - 1)
 
 
 def test_views_of_draws_come_in_order() -> None:
     lengths = np.zeros(10, LENGTHS)
     lengths["tokens"], lengths["supervised"] = np.arange(10) + 1, 1
-    special = np.zeros(3, VIEW)
-    special["sample"], special["part"], special["tokens"] = [4, 4, 7], [0, 1, 0], [3, 2, 5]
-    views = Views(lengths, np.array([2, 4, 7]), special)
-    rows, draws = views.of(np.array([7, 2, 4, 0, 9, 4]))
+    special = np.zeros(3, PART)
+    special["sample"], special["part_number"], special["tokens"] = [4, 4, 7], [0, 1, 0], [3, 2, 5]
+    parts = Parts(lengths, np.array([2, 4, 7]), special)
+    rows, draws = parts.of(np.array([7, 2, 4, 0, 9, 4]))
     assert rows["sample"].tolist() == [7, 4, 4, 0, 9, 4, 4]
-    assert rows["part"].tolist() == [0, 0, 1, 0, 0, 0, 1]
+    assert rows["part_number"].tolist() == [0, 0, 1, 0, 0, 0, 1]
     assert rows["tokens"].tolist() == [5, 3, 2, 1, 10, 3, 2]
     assert draws.tolist() == [0, 2, 2, 3, 4, 5, 5]
-    assert len(views) == 10
-    assert views.dropped == 1
-    assert views.total("tokens") == 55 - (3 + 5 + 8) + 10
-    assert views.lost_tokens == (3 + 5 + 8) - 10
-    assert views.view(4, 1).tokens == 2
-    assert views.view(9, 0).is_whole
+    assert len(parts) == 10
+    assert parts.dropped == 1
+    assert parts.total("tokens") == 55 - (3 + 5 + 8) + 10
+    assert parts.lost_tokens == (3 + 5 + 8) - 10
+    assert parts.part(4, 1).tokens == 2
+    assert parts.part(9, 0).is_whole
 
 
-LIMITS = Limits(100, 50, "phases.long.sequence_length", "error", "data.datasets.web.over_length")
+LIMITS = PackLimits(100, 50, "phases.long.sequence_length", "error", "data.datasets.web.over_length")
 
 
 def table(tokens: list[int], patches: list[int]) -> np.ndarray:
@@ -281,17 +285,17 @@ def table(tokens: list[int], patches: list[int]) -> np.ndarray:
     return rows
 
 
-def made(tokens: list[int], patches: list[int], tokenizer: Tokenizer, policy: str = "error") -> Views:
+def made(tokens: list[int], patches: list[int], tokenizer: Tokenizer, policy: str = "error") -> Parts:
     dataset = Held([Sample(f"id{number}", "doc", content=(Text("x"),)) for number in range(len(tokens))])
     dataset.name = "web"
-    limits = Limits(100, 50, "phases.long.sequence_length", policy, "data.datasets.web.over_length")
-    return make_views(dataset, table(tokens, patches), limits, tokenizer, RULES, Path("unused"), "")
+    limits = PackLimits(100, 50, "phases.long.sequence_length", policy, "data.datasets.web.over_length")
+    return make_parts(dataset, table(tokens, patches), limits, tokenizer, RULES, Path("unused"), "")
 
 
 def test_over_long_samples_are_named_or_dropped(tokenizer: Tokenizer) -> None:
     with pytest.raises(UserError) as error:
         made([100, 101, 300, 10], [0, 0, 0, 50], tokenizer)
-    for part in (
+    for excerpt in (
         "dataset web",
         "id2",
         "300 tokens",
@@ -300,11 +304,11 @@ def test_over_long_samples_are_named_or_dropped(tokenizer: Tokenizer) -> None:
         "phases.long.sequence_length",
         "over_length=drop",
     ):
-        assert part in str(error.value)
-    views = made([100, 101, 300, 10, 0], [0, 0, 0, 50, 0], tokenizer, "drop")
-    assert views.of(np.arange(5))[0]["sample"].tolist() == [0, 3], "unreadable samples (no tokens) are no views either"
-    assert views.lost_tokens == 401
-    assert views.dropped == 3
+        assert excerpt in str(error.value)
+    parts = made([100, 101, 300, 10, 0], [0, 0, 0, 50, 0], tokenizer, "drop")
+    assert parts.of(np.arange(5))[0]["sample"].tolist() == [0, 3], "unreadable samples (no tokens) are no views either"
+    assert parts.lost_tokens == 401
+    assert parts.dropped == 3
 
 
 def test_too_many_patches_are_over_length_too(tokenizer: Tokenizer) -> None:
@@ -323,11 +327,11 @@ def test_views_are_kept_on_disk(
     dataset = Dataset.open(data.datasets["texts"].path, "texts")
     cache = tmp_path / "cache"
     lengths = load_lengths(dataset, tokenizer, RULES, cache)
-    limits = Limits(40, 100, "", "split", "")
-    views = make_views(dataset, lengths, limits, tokenizer, RULES, cache, "table")
-    assert len(views) > 30
-    assert views.lost_tokens == 0
+    limits = PackLimits(40, 100, "", "split", "")
+    parts = make_parts(dataset, lengths, limits, tokenizer, RULES, cache, "table")
+    assert len(parts) > 30
+    assert parts.lost_tokens == 0
     monkeypatch.setattr(Cutting, "__call__", lambda *_: pytest.fail("made although they are there"))
     monkeypatch.setattr(Counting, "__call__", lambda *_: pytest.fail("a table does not depend on the length of a pack"))
-    again = make_views(dataset, load_lengths(dataset, tokenizer, RULES, cache), limits, tokenizer, RULES, cache, "table")
-    np.testing.assert_array_equal(again.special, views.special)
+    again = make_parts(dataset, load_lengths(dataset, tokenizer, RULES, cache), limits, tokenizer, RULES, cache, "table")
+    np.testing.assert_array_equal(again.special, parts.special)

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 
 from visionloom.data.plan import plan_blocks as segments
-from visionloom.data.plan.deal import CostModel, Pack
+from visionloom.data.plan.deal import CostModel, PlannedPack
 from visionloom.data.plan.lengths import LENGTHS
-from visionloom.data.plan.parts import VIEW, Views
-from visionloom.data.plan.plan import Plan, Settings, Source
+from visionloom.data.plan.parts import PART, Parts
+from visionloom.data.plan.plan import MixtureEntry, Plan, Settings
 
 SETTINGS = Settings(seed=1, phase="p", sequence_length=256, global_batch=6, patch_budget=300, window=64)
 
 
-def views(count: int, seed: int) -> Views:
+def parts(count: int, seed: int) -> Parts:
     """Odd samples are dropped, every tenth one is in two parts."""
     rng = np.random.default_rng(seed)
     rows = np.zeros(count, LENGTHS)
@@ -22,20 +22,20 @@ def views(count: int, seed: int) -> Views:
     rows["patches"] = rng.integers(0, 30, count) * 4
     rows["supervised"], rows["patch_squares"] = 3, rows["patches"].astype(np.int64) ** 2
     cut = np.arange(0, count, 10)
-    special = np.zeros(2 * len(cut), VIEW)
-    special["sample"], special["part"], special["tokens"] = np.repeat(cut, 2), np.tile([0, 1], len(cut)), 30
-    return Views(rows, np.union1d(np.arange(1, count, 2), cut), special)
+    special = np.zeros(2 * len(cut), PART)
+    special["sample"], special["part_number"], special["tokens"] = np.repeat(cut, 2), np.tile([0, 1], len(cut)), 30
+    return Parts(rows, np.union1d(np.arange(1, count, 2), cut), special)
 
 
-def source(name: str, count: int, weight: float = 1.0, content: str = "", over_length: str = "split") -> Source:
-    return Source(name, weight, views(count, len(name)), content or f"{name} {count}", over_length)
+def source(name: str, count: int, weight: float = 1.0, content: str = "", over_length: str = "split") -> MixtureEntry:
+    return MixtureEntry(name, weight, parts(count, len(name)), content or f"{name} {count}", over_length)
 
 
 def plan(settings: Settings = SETTINGS, cache: Path | None = None) -> Plan:
     return Plan([source("one", 900), source("three", 300, 2.0)], settings, cache=cache)
 
 
-def contents(packs: list[Pack]) -> list[tuple[tuple[int, int, int], ...]]:
+def contents(packs: list[PlannedPack]) -> list[tuple[tuple[int, int, int], ...]]:
     return [pack.places for pack in packs]
 
 
@@ -58,7 +58,7 @@ def test_packs_fit_both_budgets_and_use_views_only() -> None:
     patches_of_fullest = 0
     for step in range(120):
         for pack in made.step(step):
-            rows = [made.sources[number].views.view(sample, part) for number, sample, part in pack.places]
+            rows = [made.sources[number].parts.part(sample, excerpt) for number, sample, excerpt in pack.places]
             assert sum(row.tokens for row in rows) <= 256
             patches = sum(row.patches for row in rows)
             assert patches <= 300
@@ -85,7 +85,7 @@ def test_every_view_once_an_epoch() -> None:
     assert made.draws_per_segment % 512 == 0
     counts = {place: drawn.count(place) for place in set(drawn)}
     assert set(counts.values()) == {4 * made.draws_per_segment // 512}
-    expected = {(sample, part) for sample in range(0, 512, 2) for part in range(1 + (sample % 10 == 0))}
+    expected = {(sample, excerpt) for sample in range(0, 512, 2) for excerpt in range(1 + (sample % 10 == 0))}
     assert set(counts) == expected
 
 
@@ -98,7 +98,7 @@ def test_weights_are_shares_of_usable_samples_or_of_tokens(unit: str) -> None:
         segment = made.segment(number)
         for entry in range(2):
             mine = segment.sources == entry
-            served["samples"][entry] += int((mine & (segment.parts == 0)).sum())
+            served["samples"][entry] += int((mine & (segment.part_numbers == 0)).sum())
             served["tokens"][entry] += int(segment.tokens[mine].sum())
     assert served[unit][1] / served[unit][0] == pytest.approx(2.0, rel=0.02)
 
@@ -108,8 +108,8 @@ def test_shares_hold_at_every_step_up_to_the_window() -> None:
     served = np.zeros(2)
     for step in range(200):
         for pack in made.step(step):
-            for entry, _, part in pack.places:
-                served[entry] += part == 0
+            for entry, _, excerpt in pack.places:
+                served[entry] += excerpt == 0
         assert abs(served[1] - served.sum() * 2 / 3) <= SETTINGS.window
     assert served.sum() > 100 * SETTINGS.window
 
@@ -186,4 +186,4 @@ def test_the_next_segment_is_made_in_the_background() -> None:
     assert made._segments.holds(1)
     ahead = made._segments.get(1)
     alone = plan()
-    np.testing.assert_array_equal(segments.Segment.places(ahead, 3), alone.segment(1).places(3))
+    np.testing.assert_array_equal(segments.PlanBlock.places(ahead, 3), alone.segment(1).places(3))

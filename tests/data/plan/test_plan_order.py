@@ -19,35 +19,35 @@ from visionloom.data.plan import plan as planned
 from visionloom.data.plan.cursor import Origin
 from visionloom.data.plan.lengths import LENGTHS
 from visionloom.data.plan.mixture import samples_of
-from visionloom.data.plan.parts import VIEW, Views
-from visionloom.data.plan.plan import Plan, Settings, Source
+from visionloom.data.plan.parts import PART, Parts
+from visionloom.data.plan.plan import MixtureEntry, Plan, Settings
 
 SETTINGS = Settings(seed=1, phase="", sequence_length=400, global_batch=1, patch_budget=500, window=64)
 
 
 @dataclass(frozen=True)
 class Made:
-    """A dataset: how many samples, its weight, what share is in three parts and what share has no view."""
+    """A dataset: how many samples, its weight, what share is in three parts and what share has no part."""
 
     size: int
     weight: float = 1.0
     cut: float = 0.0
     dropped: float = 0.0
 
-    def source(self, name: str, content: str) -> Source:
+    def source(self, name: str, content: str) -> MixtureEntry:
         rng = np.random.default_rng(self.size)
         rows = np.zeros(self.size, LENGTHS)
         rows["tokens"], rows["patches"] = rng.integers(5, 200, self.size), rng.integers(0, 50, self.size) * 4
         kind = rng.random(self.size)
         kind[0] = 1.0  # one sample at least is usable
         cut, dropped = np.flatnonzero(kind < self.cut), np.flatnonzero((kind >= self.cut) & (kind < self.cut + self.dropped))
-        parts = np.zeros(3 * len(cut), VIEW)
-        parts["sample"], parts["part"] = np.repeat(cut, 3), np.tile([0, 1, 2], len(cut))
-        parts["tokens"] = rng.integers(5, 300, len(parts))
-        return Source(name, self.weight, Views(rows, np.union1d(cut, dropped), parts), content, "split")
+        excerpts = np.zeros(3 * len(cut), PART)
+        excerpts["sample"], excerpts["part_number"] = np.repeat(cut, 3), np.tile([0, 1, 2], len(cut))
+        excerpts["tokens"] = rng.integers(5, 300, len(excerpts))
+        return MixtureEntry(name, self.weight, Parts(rows, np.union1d(cut, dropped), excerpts), content, "split")
 
 
-def sources_of(mixture: list[Made], twice: bool = False) -> list[Source]:
+def sources_of(mixture: list[Made], twice: bool = False) -> list[MixtureEntry]:
     """`twice`: the first dataset is listed a second time."""
     found = [made.source(f"d{number}", f"content {number}") for number, made in enumerate(mixture)]
     return [*found, replace(found[0], name="again", weight=2.0)] if twice else found
@@ -61,19 +61,19 @@ class Ticks:
         self.before = plan.origin.draws.get(content, 0)
         key = plan.mixture._keys[plan.mixture.contents.index(content)]
         order = samples_of(np.arange(self.before, self.before + draws), source.size, key, plan.settings.block)
-        parts = np.bincount(source.views.of(order)[1], minlength=draws)
-        self.draws = np.flatnonzero(parts)
-        """Those that have a view."""
-        self.parts, self.got = parts[self.draws], np.zeros(len(self.draws), np.int64)
+        excerpts = np.bincount(source.parts.of(order)[1], minlength=draws)
+        self.draws = np.flatnonzero(excerpts)
+        """Those that have a part."""
+        self.part_numbers, self.got = excerpts[self.draws], np.zeros(len(self.draws), np.int64)
         self.places, self.turns = defaultdict[int, list[int]](list), Counter[tuple[int, int]]()
         for place, sample in enumerate(order[self.draws].tolist()):
             self.places[sample].append(place)
-        self.epoch = source.size - source.views.dropped
+        self.epoch = source.size - source.parts.dropped
         self.most = min(int(self.epoch * 0.025), plan.settings.window)
 
-    def tick(self, sample: int, part: int) -> None:
-        self.got[self.places[sample][self.turns[sample, part]]] += 1
-        self.turns[sample, part] += 1
+    def tick(self, sample: int, excerpt: int) -> None:
+        self.got[self.places[sample][self.turns[sample, excerpt]]] += 1
+        self.turns[sample, excerpt] += 1
 
     @property
     def differing(self) -> int:
@@ -84,7 +84,7 @@ class Ticks:
 
     def gaps(self, whole: bool, draws: int = 0) -> int:
         """Places not ticked before the last ticked one, or among the first `draws` draws; one in parts counts with its first or last."""
-        ticked = self.got == self.parts if whole else self.got > 0
+        ticked = self.got == self.part_numbers if whole else self.got > 0
         stop = int(np.searchsorted(self.draws, draws)) if draws else int(np.flatnonzero(ticked).max(initial=-1)) + 1
         assert not ticked[stop:].any(), "trained on, but not counted as drawn"
         return int(np.count_nonzero(~ticked[:stop]))
@@ -95,8 +95,8 @@ def follow(plan: Plan, steps: int) -> dict[str, Ticks]:
     found = {content: Ticks(plan, content, 4 * plan.draws_per_segment) for content in plan.mixture.contents}
     for step in range(plan.origin.step, plan.origin.step + steps):
         for pack in plan.step(step):
-            for source, sample, part in pack.places:
-                found[plan.sources[source].content].tick(sample, part)
+            for source, sample, excerpt in pack.places:
+                found[plan.sources[source].content].tick(sample, excerpt)
         for ticks in found.values():
             assert max(ticks.gaps(whole=True), ticks.gaps(whole=False)) <= ticks.most
             assert ticks.differing <= 0.05 * ticks.epoch

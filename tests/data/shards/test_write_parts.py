@@ -15,8 +15,8 @@ import pytest
 from visionloom.common.errors import UserError
 from visionloom.data.shards.dataset import Dataset
 from visionloom.data.shards.sample import Sample, Text
-from visionloom.data.shards.write import Members, ShardLimits, write_shards
-from visionloom.data.shards.write_parts import Part, PartLog, Target, write_parts
+from visionloom.data.shards.write import SampleMembers, ShardLimits, write_shards
+from visionloom.data.shards.write_parts import PartLog, SourcePart, Target, write_parts
 from visionloom.launch.data import main
 from visionloom.tests.data.parts import Numbers
 from visionloom.tests.data.samples import picture_question
@@ -131,7 +131,7 @@ def test_other_words_do_not_continue_a_conversion(tmp_path: Path) -> None:
 def test_one_writer_at_a_time(tmp_path: Path) -> None:
     @dataclass(frozen=True)
     class Nested(Numbers):
-        def samples(self, part: Part, log: PartLog) -> Iterator[Members]:
+        def samples(self, part: SourcePart, log: PartLog) -> Iterator[SampleMembers]:
             write(tmp_path / "set")
             yield from super().samples(part, log)
 
@@ -142,7 +142,7 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
 
 def test_nothing_left_is_an_error(tmp_path: Path) -> None:
     class Nothing(Numbers):
-        def samples(self, part: Part, log: PartLog) -> Iterator[Members]:
+        def samples(self, part: SourcePart, log: PartLog) -> Iterator[SampleMembers]:
             return iter(())
 
     with pytest.raises(UserError, match="no sample could be converted"):

@@ -23,7 +23,7 @@ from visionloom.parallel.topology import Topology
 from visionloom.tests.train.strangers import TENSORS, list_files, write_checkpoint
 from visionloom.train.checkpoint import read as checkpoint
 from visionloom.train.checkpoint.index import INDEX, KNOWN, IndexFault, entries, read_index
-from visionloom.train.checkpoint.pickled import Name, Record, read_pickle
+from visionloom.train.checkpoint.pickled import Name, PickledObject, read_pickle
 from visionloom.train.checkpoint.state_file import STATE, read_progress
 from visionloom.train.checkpoint.stored import StoredWeights
 from visionloom.train.checkpoint.untrusted import harmless_reading
@@ -248,7 +248,7 @@ def test_a_pickle_makes_records_and_nothing_else(name: str) -> None:
 def test_what_is_named_stays_a_name() -> None:
     found = read_pickle(pickle.dumps([torch.Size([2, 3]), torch.float32, {"x": 1.5}], 4), KNOWN)
     size, dtype, plain = found
-    assert isinstance(size, Record) and (size.name, size.arguments) == ("torch.Size", ((2, 3),))
+    assert isinstance(size, PickledObject) and (size.name, size.arguments) == ("torch.Size", ((2, 3),))
     assert dtype == "torch.float32" and isinstance(dtype, Name) and plain == {"x": 1.5}
 
 

@@ -23,7 +23,7 @@ from visionloom.model.config import ModelConfig
 from visionloom.tests.data.encode.test_chat import TOOLS
 from visionloom.tests.data.samples import RULES
 from visionloom.tests.train.exchange.test_served import as_messages
-from visionloom.train.checkpoint.state_file import STATE, Inputs, Progress
+from visionloom.train.checkpoint.state_file import STATE, Inputs, RunState
 from visionloom.train.config import RunConfig
 from visionloom.train.exchange.companions import COMPANIONS, Companions, carry, carry_into_run, companions, companions_of
 from visionloom.train.exchange.serving import bounds, carry_companions, write_serving_files
@@ -40,11 +40,11 @@ def write(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content))
 
 
-def stored(run: Path, tokenizer: Path, weights: str = "", media: MediaConfig = OWN) -> tuple[Path, Progress]:
+def stored(run: Path, tokenizer: Path, weights: str = "", media: MediaConfig = OWN) -> tuple[Path, RunState]:
     """A checkpoint's folder inside a run's, and its state."""
     folder = run / "checkpoints" / "sft" / "step-00000004"
     inputs = Inputs(str(tokenizer), TokenTable.read(tokenizer, "x").hash, asdict(media), weights)
-    progress = Progress("sft", 4, 4, 4, {}, asdict(ModelConfig()), 4, {}, asdict(inputs))
+    progress = RunState("sft", 4, 4, 4, {}, asdict(ModelConfig()), 4, {}, asdict(inputs))
     write(folder / STATE, asdict(progress))
     return folder, progress
 

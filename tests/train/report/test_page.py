@@ -15,7 +15,7 @@ from visionloom.data.encode.encode import EncodedSample
 from visionloom.data.encode.patches import put, widen
 from visionloom.train.evaluate import Prediction
 from visionloom.train.report.charts import Chart, compact, draw, measured
-from visionloom.train.report.gallery import PICTURE, QUESTION_CHARACTERS, View, question_text, shorten
+from visionloom.train.report.gallery import PICTURE, QUESTION_CHARACTERS, ShownPicture, question_text, shorten
 from visionloom.train.report.history import History, curve, smooth, thin
 from visionloom.train.report.page import write_report
 
@@ -160,9 +160,9 @@ def test_a_point_far_above_the_axis_does_not_squeeze_the_chart(tmp_path: Path) -
 def test_pictures_come_back_from_patches() -> None:
     frames = np.random.default_rng(1).integers(0, 256, (2, 64, 96, 3), np.uint8)
     rows = patches_of(frames[:1])
-    assert np.array_equal(View(rows, 4, 6).frames(), frames[:1])
-    assert np.array_equal(View(widen(rows, 1536), 4, 6).frames(), frames[:1])
-    assert np.array_equal(View(patches_of(frames), 4, 6).frames(), frames)
+    assert np.array_equal(ShownPicture(rows, 4, 6).frames(), frames[:1])
+    assert np.array_equal(ShownPicture(widen(rows, 1536), 4, 6).frames(), frames[:1])
+    assert np.array_equal(ShownPicture(patches_of(frames), 4, 6).frames(), frames)
 
 
 START, END = "<|vision_start|>", "<|vision_end|>"
