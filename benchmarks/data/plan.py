@@ -121,13 +121,13 @@ def measured(packing: Packing, mixture: LengthMixture, samples: int, budget: int
 
 
 def fill(name: str, samples: int) -> list[Row]:
-    """N5: share of the packs that is not padding, over whole segments of a plan, their last packs included."""
+    """N5: share of the packs that is not padding, over whole blocks of a plan, their last packs included."""
     mixture, rows = MIXTURES[name], []
     peers = ", ".join(f"{peer} {measured(packing, mixture, samples, 1 << 40)[0]:.2%}" for peer, packing in PEERS.items())
     for what, patches_per_token in (("tokens only", 1e6), ("tokens and 3.2 patches a token", PATCHES_PER_TOKEN)):
         plan = plan_of(mixture, samples, 8, patches_per_token=patches_per_token)
-        segments = [plan.segment(number) for number in range(max(1, samples // plan.draws_per_segment))]
-        share = sum(int(s.tokens.sum()) for s in segments) / mixture.tokens / sum(map(len, segments))
+        blocks = [plan.block(number) for number in range(max(1, samples // plan.draws_per_block))]
+        share = sum(int(s.tokens.sum()) for s in blocks) / mixture.tokens / sum(map(len, blocks))
         alone = patches_per_token == PATCHES_PER_TOKEN
         target = "" if alone else f">= {FILL[name]:.1%}"
         met = None if alone else share >= FILL[name]
@@ -136,12 +136,12 @@ def fill(name: str, samples: int) -> list[Row]:
 
 
 def planning_time(name: str, samples: int) -> Row:
-    """N6: a segment from draws to packs."""
+    """N6: a block from draws to packs."""
     mixture = MIXTURES[name]
     plan = plan_of(mixture, samples, 8)
-    plan.mixture.draws(0, plan.draws_per_segment)
+    plan.mixture.draws(0, plan.draws_per_block)
     started = time.process_time()
-    packed = sum(len(plan._make_segment(number).tokens) for number in range(2))
+    packed = sum(len(plan._make_block(number).tokens) for number in range(2))
     cost = (time.process_time() - started) / packed * 1e6
     peers = ", ".join(f"{peer} {measured(packing, mixture, samples, 1 << 40)[1]:.1f}" for peer, packing in PEERS.items())
     met = cost <= MICROSECONDS_PER_SAMPLE
@@ -201,8 +201,8 @@ def resume(peer: Peer | None = None) -> list[Row]:
             fresh.micro_batches(step, 0, 8, 1)
             seconds = time.perf_counter() - started
             started = time.perf_counter()
-            for segment in range(state["segment"] + 1):
-                fresh.plan._make_segment(segment)
+            for block in range(state["block"] + 1):
+                fresh.plan._make_block(block)
             replayed = time.perf_counter() - started
             peers = f"planning all before it {replayed:.2f}, reading it again more"
             peers = f"{peer.resume_seconds:.2f} of CPU (energon, buffer 64), {peers}" if peer else peers

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from visionloom.common.errors import UserError, unknown
+from visionloom.common.progress import Progress
 from visionloom.data.convert.files import MediaFiles
 from visionloom.data.convert.formats.folder import Folder
 from visionloom.data.convert.formats.hf import COLUMNS, HuggingFace
@@ -24,7 +25,7 @@ from visionloom.data.convert.trainable import Trainable
 from visionloom.data.convert.urls import UrlIndex, build_index
 from visionloom.data.shards.sample import SampleError, parse_sample
 from visionloom.data.shards.write import SampleMembers, members_of
-from visionloom.data.shards.write_parts import URLS, PartLog, Progress, SourcePart, Tally, Target, write_parts
+from visionloom.data.shards.write_parts import URLS, PartLog, SourcePart, Tally, Target, write_parts
 
 SOURCES: Final[Mapping[str, type[SourceFormat]]] = {
     "llava": Llava,

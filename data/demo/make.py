@@ -7,7 +7,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -17,8 +17,10 @@ from PIL import Image as PillowImage
 from visionloom.common.errors import UserError
 from visionloom.common.jsonfile import JsonError, load_json
 from visionloom.common.places import PlaceError, read_located
-from visionloom.data.demo.tasks import CELL, RECIPES, Drawer, Pixels
+from visionloom.common.progress import PartProgress
+from visionloom.data.demo.tasks import CELL, RECIPES, Drawer
 from visionloom.data.demo.tokenizer import train_tokenizer
+from visionloom.data.encode.image import Pixels
 from visionloom.data.inspect.contact_sheet import draw_contact_sheet
 from visionloom.data.shards.dataset import Dataset
 from visionloom.data.shards.index import INDEX_VERSION
@@ -33,11 +35,8 @@ _MAKING: Final = ".making"
 _PARTS: Final = ("tokenizer", "train", "test", "contact_sheet.png")
 _GENERATOR_VERSION: Final = 3
 
-Progress = Callable[[str, int, int], None]
-"""Called with the name of a part, how much of it is done, and its total."""
 
-
-def make_demo(folder: str | Path, seed: int = 0, scale: float = 1.0, progress: Progress | None = None) -> bool:
+def make_demo(folder: str | Path, seed: int = 0, scale: float = 1.0, progress: PartProgress | None = None) -> bool:
     """Make DIR/tokenizer, DIR/train/<dataset>, DIR/test/<dataset> and DIR/contact_sheet.png; False if already made.
 
     `scale` multiplies the numbers of samples. The same seed and scale give the same bytes; train and test never share
@@ -101,7 +100,7 @@ def _enlarge(image: np.ndarray[tuple[int, int], np.dtype[np.float64]]) -> Pixels
     return np.asarray(picture).clip(0, 255).round().astype(np.uint8)
 
 
-def _write_dataset(making: Path, split: str, name: str, drawer: Drawer, scale: float, progress: Progress | None) -> None:
+def _write_dataset(making: Path, split: str, name: str, drawer: Drawer, scale: float, progress: PartProgress | None) -> None:
     recipe = RECIPES[name]
     count = max(8, round((recipe.train if split == "train" else recipe.test) * scale))
 

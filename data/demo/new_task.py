@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Final
 
 from visionloom.common.errors import UserError
-from visionloom.data.demo.make import Progress, load_pictures
+from visionloom.common.progress import PartProgress
+from visionloom.data.demo.make import load_pictures
 from visionloom.data.demo.tasks import GRIDS, NAMES, PLACES, DemoDraft, Drawer
 from visionloom.data.shards.sample import Message, Sample, Text
 from visionloom.data.shards.write import write_shards
@@ -18,7 +19,7 @@ NAME: Final = "words"
 SAMPLES: Final = {"train": 4000, "test": 256}
 
 
-def make_task(folder: Path, seed: int = 0, scale: float = 1.0, progress: Progress | None = None) -> bool:
+def make_task(folder: Path, seed: int = 0, scale: float = 1.0, progress: PartProgress | None = None) -> bool:
     """Make DIR/train/words and DIR/test/words in the demo's splits of the handwriting; False if already made.
 
     `scale` multiplies the numbers of samples; the same seed and scale give the same bytes. The tokenizer is the demo's.
@@ -38,7 +39,7 @@ def make_task(folder: Path, seed: int = 0, scale: float = 1.0, progress: Progres
     return True
 
 
-def _drafts(drawer: Drawer, split: str, count: int, progress: Progress | None) -> Iterator[tuple[Sample, dict[str, bytes]]]:
+def _drafts(drawer: Drawer, split: str, count: int, progress: PartProgress | None) -> Iterator[tuple[Sample, dict[str, bytes]]]:
     for number in range(count):
         draft = words(drawer)
         yield draft.sample(f"{NAME}:{split}:{number}"), draft.media

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image as PillowImage
 
+from visionloom.data.encode.image import Pixels
 from visionloom.data.shards.sample import Box, Element, Image, Message, Sample, Text, Think, Time, Video
 
 CELL: Final = 32
@@ -25,7 +25,6 @@ PLACES: Final = {(1, 2): ("left", "right"), (2, 2): ("top left", "top right", "b
 
 DigitGrid = tuple[tuple[int | None, ...], ...]
 """Numbers of handwriting pictures by row and column; None is an empty cell."""
-Pixels = npt.NDArray[np.uint8]
 
 
 @dataclass

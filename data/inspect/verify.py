@@ -1,7 +1,7 @@
 """Every byte of a dataset checked: CRC-32, schema, headers against what samples say, and with `decode` every pixel."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from itertools import accumulate, pairwise
@@ -11,6 +11,7 @@ from typing import Any, Final
 from visionloom.common.atomic import replacing
 from visionloom.common.jsonfile import JsonError, checked, load_json
 from visionloom.common.processes import in_order
+from visionloom.common.progress import Progress
 from visionloom.data.shards.dataset import Dataset
 from visionloom.data.shards.index import declared_media, difference
 from visionloom.data.shards.media_header import MediaFacts, probe
@@ -19,14 +20,12 @@ from visionloom.data.shards.sample import SampleError
 
 Bad = dict[str, Any]
 """What is wrong with a member, as in quarantine.jsonl: shard, key, member, offset, error, crc32."""
-Done = Callable[[int, int], None]
-"""Called with the samples that are done and all of them."""
 JOURNAL: Final = ".unfinished"
 """Ending of the file that keeps the results of the shards that are done, until all are."""
 
 
 def verify_dataset(
-    path: str, out: Path, decode: bool = False, workers: int = 1, done: Done = lambda done, total: None
+    path: str, out: Path, decode: bool = False, workers: int = 1, done: Progress = lambda done, total: None
 ) -> list[Bad]:
     """Check all members of a dataset by `workers` processes, and write what is wrong to `out` as JSON lines.
 

@@ -3,23 +3,19 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from visionloom.common.progress import ProgressOf
 from visionloom.data.config import DataConfig, DatasetConfig, MediaConfig
 from visionloom.data.encode import chat, geometry
 from visionloom.data.encode.tokenizer import Tokenizer
 from visionloom.data.plan.lengths import Lengths, lengths_hash, load_lengths
 from visionloom.data.plan.over_length import PackLimits, make_parts
 from visionloom.data.plan.parts import Parts
-from visionloom.data.plan.resumable import Progress
 from visionloom.data.shards.dataset import Dataset
-
-ProgressOf = Callable[[str], Progress]
-"""Gives, for the name of a piece of work, what is to be told of its progress."""
 
 
 class Corpus:

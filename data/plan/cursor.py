@@ -1,20 +1,18 @@
 """Where a data stream stands, as a few numbers that any layout can continue from, and what changed if it cannot.
 
-The state is JSON, the same on every rank, and at most STATE_BYTES long with up to 20 datasets. It names a step, the segment
+The state is JSON, the same on every rank, and at most STATE_BYTES long with up to 20 datasets. It names a step, the block
 that the step begins in, how many draws of each dataset were made, up to the last one that was trained on, and what the plan
 was made from.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Final
-
-from pydantic import Field
+from typing import Any, Final
 
 from visionloom.common.errors import UserError
-from visionloom.common.jsonfile import JsonError, checked
+from visionloom.common.jsonfile import Count, JsonError, checked
 
-STATE_VERSION: Final = 2
+STATE_VERSION: Final = 3
 STATE_BYTES: Final = 4096
 OPTIONS: Final = {
     "version": "this program's way of planning",
@@ -23,12 +21,12 @@ OPTIONS: Final = {
     "window": "data.window",
     "multiple": "data.pack_multiple",
     "most": "data.pack_segments",
-    "block": "data.shuffle_block",
+    "shuffle_block": "data.shuffle_block",
     "weights_in": "data.weights_in",
     "phase": "phase",
     "tokenizer": "data.tokenizer",
     "media": "data.media",
-    "draws_per_segment": "draws of a segment",
+    "draws_per_block": "draws of a block",
 }
 """The option behind each fact of a plan; others are the phase's own."""
 
@@ -58,9 +56,6 @@ class Origin:
         return cls(step, {**state["origin"]["draws"], **{contents[name]: n for name, n in state["draws"].items()}})
 
 
-Count = Annotated[int, Field(ge=0, lt=1 << 62)]
-
-
 @dataclass(frozen=True)
 class _Origin:
     step: Count
@@ -74,7 +69,7 @@ class _State:
     version: int
     plan_hash: str
     step: Count
-    segment: Count
+    block: Count
     first_pack: Count
     draws: dict[str, Count]
     origin: _Origin
@@ -84,7 +79,10 @@ class _State:
 def check_state(state: Mapping[str, Any]) -> None:
     """Refuse a state of another version of this program, or of another form: it may come from a stranger's checkpoint."""
     if state.get("version") != STATE_VERSION:
-        raise UserError(f"data state of version {str(state.get('version'))[:20]}: this program reads version {STATE_VERSION}")
+        raise UserError(
+            f"the checkpoint's data state has version {str(state.get('version'))[:20]}, this program reads version {STATE_VERSION}:"
+            " continue with the program that wrote it, or begin a new run with its weights (init.checkpoint=FOLDER, run.name=NEW)"
+        )
     where = "state.json of a checkpoint"
     try:
         checked(dict(state), _State, where, "data")
@@ -102,7 +100,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any], phase: str) -> li
     found = [
         f"{OPTIONS.get(name, f'phases.{phase}.{name}')} was {before.get(name)}, now {value}"
         for name, value in now.items()
-        if name not in ("datasets", "draws_per_segment") and before.get(name) != value
+        if name not in ("datasets", "draws_per_block") and before.get(name) != value
     ]
     for name in sorted({*before["datasets"], *now["datasets"]}):
         old, new = before["datasets"].get(name), now["datasets"].get(name)

@@ -26,7 +26,7 @@ class PlanFacts:
     seconds: float = 0.0
     """Time spent planning, or reading plans that were made before."""
     planned: int = 0
-    """Samples of all segments that the steps touch."""
+    """Samples of all blocks that the steps touch."""
     tokens: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     """Of each dataset."""
     visual_tokens: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
@@ -64,8 +64,8 @@ def facts_of(plan: Plan, steps: int, ranks: int, micro_batch: int) -> PlanFacts:
     settings = plan.settings
     found = PlanFacts(settings.sequence_length, settings.patch_budget, [source.name for source in plan.sources], ranks)
     started = time.perf_counter()
-    for segment, packs in _segments(plan, steps * settings.global_batch):
-        _add(found, segment, packs)
+    for block, packs in _blocks(plan, steps * settings.global_batch):
+        _add(found, block, packs)
     found.seconds = time.perf_counter() - started
     for step in range(plan.origin.step, plan.origin.step + steps):
         costs = [sum(pack.cost for micro in rank for pack in micro) for rank in deal(plan.step(step), ranks, micro_batch)]
@@ -76,27 +76,27 @@ def facts_of(plan: Plan, steps: int, ranks: int, micro_batch: int) -> PlanFacts:
     return found
 
 
-def _segments(plan: Plan, packs: int) -> Iterator[tuple[PlanBlock, int]]:
-    """Segments from the first on, and how many of each one's packs belong to the first `packs`."""
+def _blocks(plan: Plan, packs: int) -> Iterator[tuple[PlanBlock, int]]:
+    """Blocks from the first on, and how many of each one's packs belong to the first `packs`."""
     number = 0
     while packs > 0:
-        segment = plan.segment(number)
-        taken = min(packs, len(segment))
-        yield segment, taken
+        block = plan.block(number)
+        taken = min(packs, len(block))
+        yield block, taken
         packs, number = packs - taken, number + 1
 
 
-def _add(found: PlanFacts, segment: PlanBlock, packs: int) -> None:
-    here = slice(0, segment.borders[packs])
-    entries, count = segment.sources[here], len(found.names)
-    visual = segment.patches[here] // MERGE_SIZE**2
+def _add(found: PlanFacts, block: PlanBlock, packs: int) -> None:
+    here = slice(0, block.borders[packs])
+    entries, count = block.sources[here], len(found.names)
+    visual = block.patches[here] // MERGE_SIZE**2
     sums = [
         np.bincount(entries, weights, count).astype(np.int64)
-        for weights in (segment.tokens[here], visual, segment.part_numbers[here] == 0)
+        for weights in (block.tokens[here], visual, block.part_numbers[here] == 0)
     ]
     old = [found.tokens, found.visual_tokens, found.samples]
     found.tokens, found.visual_tokens, found.samples = (
         new + before if len(before) else new for new, before in zip(sums, old, strict=True)
     )
     found.packs += packs
-    found.planned += len(segment.tokens)
+    found.planned += len(block.tokens)

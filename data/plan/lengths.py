@@ -15,11 +15,12 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from visionloom.common.progress import Progress
 from visionloom.data.config import MediaConfig
 from visionloom.data.encode import chat
 from visionloom.data.encode.encode import EncodedSample, encode_each
 from visionloom.data.encode.tokenizer import Tokenizer
-from visionloom.data.plan.resumable import Progress, in_blocks, load_rows
+from visionloom.data.plan.resumable import in_blocks, load_rows
 from visionloom.data.shards.dataset import Dataset
 from visionloom.data.shards.sample import Sample, SampleError
 

@@ -4,10 +4,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from visionloom.common.errors import UserError
+from visionloom.common.progress import ProgressOf
 from visionloom.data.config import DataConfig
 from visionloom.data.encode.encode import encode
 from visionloom.data.encode.tokenizer import Tokenizer
-from visionloom.data.plan.corpus import Corpus, ProgressOf, cache_folder, media_hash
+from visionloom.data.plan.corpus import Corpus, cache_folder, media_hash
 from visionloom.data.plan.cursor import Origin
 from visionloom.data.plan.deal import CostModel
 from visionloom.data.plan.parts import Parts

@@ -25,25 +25,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from visionloom.common.errors import UserError, unknown
+from visionloom.common.progress import Progress
 from visionloom.data.config import OVER_LENGTH, MediaConfig
 from visionloom.data.encode.encode import EncodedSample
 from visionloom.data.encode.geometry import MERGE_SIZE, grid_of
 from visionloom.data.encode.tokenizer import Tokenizer
 from visionloom.data.plan.lengths import Lengths, row_of
-from visionloom.data.plan.parts import (
-    PART,
-    SHRUNK,
-    TRUNCATED,
-    UNFINISHED,
-    WHOLE,
-    Border,
-    Part,
-    Parts,
-    Rows,
-    bounded,
-    encode_parts,
-)
-from visionloom.data.plan.resumable import Progress, in_blocks, load_rows
+from visionloom.data.plan.parts import PART, SHRUNK, TRUNCATED, UNFINISHED, WHOLE, Border, Part, Parts, bounded, encode_parts
+from visionloom.data.plan.resumable import Rows, in_blocks, load_rows
 from visionloom.data.shards.dataset import Dataset
 from visionloom.data.shards.sample import Box, Image, Point, Sample, SampleError, Text, Video
 

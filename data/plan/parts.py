@@ -17,6 +17,7 @@ from visionloom.data.encode.encode import EncodedSample, encode_all
 from visionloom.data.encode.geometry import chosen_frames
 from visionloom.data.encode.tokenizer import END_OF_TEXT, TURN_END, Tokenizer
 from visionloom.data.plan.lengths import Lengths
+from visionloom.data.plan.resumable import Rows
 from visionloom.data.shards.sample import Box, Element, Image, Message, Point, Sample, Text, Video
 
 PART: Final = np.dtype(
@@ -46,7 +47,6 @@ SHRUNK: Final = 2
 TRUNCATED: Final = 4
 """Flag: what follows in the sample is in no part."""
 
-Rows = NDArray[Any]
 Border = tuple[int, int]
 """A place in a sample: element number in reading order, and characters of it (a text) that lie before."""
 

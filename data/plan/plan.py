@@ -1,8 +1,8 @@
 """The plan of a phase: which samples share a pack, and which packs make a step.
 
-A pure function of settings and length tables, in numpy. The stream of draws is cut into segments that are packed on their
-own, so any step can be planned from the number of packs before its segment. What a step contains does not depend on ranks,
-workers or layout; `balance.deal` only deals its packs out.
+A pure function of settings and length tables, in numpy. The stream of draws is cut into blocks that are packed on their
+own, so any step can be planned from the number of packs before its block. What a step contains does not depend on ranks,
+workers or layout; `deal.deal` only deals its packs out.
 """
 
 import dataclasses
@@ -21,13 +21,14 @@ from visionloom.data.plan.best_fit import pack_samples
 from visionloom.data.plan.cursor import STATE_VERSION, Origin
 from visionloom.data.plan.deal import CostModel, PlannedPack
 from visionloom.data.plan.mixture import PERIOD, Mixture, key_of
-from visionloom.data.plan.parts import Parts, Rows
-from visionloom.data.plan.plan_blocks import PlanBlock, SegmentStore
+from visionloom.data.plan.parts import Parts
+from visionloom.data.plan.plan_blocks import PlanBlock, PlanBlockStore
+from visionloom.data.plan.resumable import Rows
 
-PLAN_VERSION: Final = 3
-_PACKS_PER_SEGMENT: Final = 512
-"""Packs aimed at in a segment: its last, partly filled pack then costs 0.1 % of fill, and planning takes about 30 ms."""
-_SMALLEST_SEGMENT: Final = 256
+PLAN_VERSION: Final = 4
+_PACKS_PER_BLOCK: Final = 512
+"""Packs aimed at in a block: its last, partly filled pack then costs 0.1 % of fill, and planning takes about 30 ms."""
+_SMALLEST_BLOCK: Final = 256
 _EPOCH_PER_PASSED: Final = 40
 """Of an epoch at most a 40th may be passed over: what was trained on and as much from the front of the order then differ in
 at most a 20th of the epoch, half of it too early, half of it too late."""
@@ -75,7 +76,7 @@ class Settings:
     """Tokens that a sample takes up are rounded up to this multiple."""
     most: int = 0
     """Samples of one pack; 0: any number."""
-    block: int = 1
+    shuffle_block: int = 1
     """Samples that stay together through the shuffle."""
     weights_in: str = "samples"
     tokenizer: str = ""
@@ -85,7 +86,7 @@ class Settings:
 
 
 class Plan:
-    """Plans steps on demand. Safe in threads; the next segment is made while one is used."""
+    """Plans steps on demand. Safe in threads; the next block is made while one is used."""
 
     def __init__(
         self,
@@ -95,18 +96,18 @@ class Plan:
         origin: Origin | None = None,
         cache: Path | None = None,
     ) -> None:
-        """`cache`: a folder for segments, shared by the processes of a machine."""
+        """`cache`: a folder for blocks, shared by the processes of a machine."""
         self.sources, self.settings, self.origin = sources, settings, origin or Origin()
         self.cost = cost or CostModel()
         weights = _draw_weights(sources, settings.weights_in)
-        self.draws_per_segment = _draws_per_segment(sources, weights, settings)
+        self.draws_per_block = _draws_per_block(sources, weights, settings)
         self._seed = int(key_of(settings.seed, f"phase {settings.phase}"))
         contents, sizes = [source.content for source in sources], [source.size for source in sources]
-        self.mixture = Mixture(contents, sizes, weights, self._seed, settings.block, self.origin.draws)
+        self.mixture = Mixture(contents, sizes, weights, self._seed, settings.shuffle_block, self.origin.draws)
         self.limits = [_limit(sources, content, settings.window) for content in self.mixture.contents]
         """Of each content, how many samples a pack may at most pass over."""
         self._first_packs = {0: 0}
-        self._segments = SegmentStore(self._make_segment, cache / "plan" / self.hash if cache else None)
+        self._blocks = PlanBlockStore(self._make_block, cache / "plan" / self.hash if cache else None)
         self._lock = threading.Lock()
 
     @property
@@ -114,7 +115,7 @@ class Plan:
         """Everything the plan depends on, apart from its origin, by the name of its option."""
         datasets = {source.name: [source.content, source.weight, source.over_length] for source in self.sources}
         settings = dataclasses.asdict(self.settings)
-        return {"version": PLAN_VERSION, **settings, "draws_per_segment": self.draws_per_segment, "datasets": datasets}
+        return {"version": PLAN_VERSION, **settings, "draws_per_block": self.draws_per_block, "datasets": datasets}
 
     @property
     def hash(self) -> str:
@@ -127,82 +128,82 @@ class Plan:
         first = self._first_pack_of(step)
         packs: list[PlannedPack] = []
         with self._lock:
-            number = self._segment_of(first)
+            number = self._block_of(first)
             while len(packs) < self.settings.global_batch:
-                segment = self._segment(number)
+                block = self._block(number)
                 start = first + len(packs) - self._first_packs[number]
-                stop = min(len(segment), start + self.settings.global_batch - len(packs))
-                costs = self.cost.of(segment.work[start:stop]).tolist()
-                packs += [PlannedPack(segment.places(start + at), cost) for at, cost in enumerate(costs)]
+                stop = min(len(block), start + self.settings.global_batch - len(packs))
+                costs = self.cost.of(block.work[start:stop]).tolist()
+                packs += [PlannedPack(block.places(start + at), cost) for at, cost in enumerate(costs)]
                 number += 1
-            self._segments.ahead(number)
+            self._blocks.ahead(number)
         return packs
 
     def state(self, step: int) -> dict[str, Any]:
-        """Where the stream stands before a step: JSON, the same on every rank, whatever the layout; see state.py."""
+        """Where the stream stands before a step: JSON, the same on every rank, whatever the layout; see cursor.py."""
         first = self._first_pack_of(step)
         with self._lock:
-            number = self._segment_of(first)
+            number = self._block_of(first)
             before = self._first_packs[number]
-            segment = self._segment(number)
+            block = self._block(number)
         names = {source.content: source.name for source in reversed(self.sources)}
         return {
             "version": STATE_VERSION,
             "plan_hash": self.hash,
             "step": step,
-            "segment": number,
+            "block": number,
             "first_pack": before,
-            "draws": {names[content]: n for content, n in self._counters(number, segment, first - before).items()},
+            "draws": {names[content]: n for content, n in self._counters(number, block, first - before).items()},
             "origin": {"step": self.origin.step, "draws": dict(self.origin.draws)},
             "plan": self.facts,
         }
 
-    def _counters(self, number: int, segment: PlanBlock, packs: int) -> dict[str, int]:
-        """Draws of each content up to the last one that the first packs of a segment hold."""
-        here = slice(0, segment.borders[packs])
-        start = number * self.draws_per_segment
+    def _counters(self, number: int, block: PlanBlock, packs: int) -> dict[str, int]:
+        """Draws of each content up to the last one that the first packs of a block hold."""
+        here = slice(0, block.borders[packs])
+        start = number * self.draws_per_block
         counters = self.mixture.counters(start)
-        contents = np.array([source.content for source in self.sources])[segment.sources[here]]
+        contents = np.array([source.content for source in self.sources])[block.sources[here]]
         for content in set(contents.tolist()):
-            last = int(segment.draws[here][contents == content].max())
+            last = int(block.draws[here][contents == content].max())
             counters[content] = self.mixture.counters(start + last + 1)[content]
         return counters
 
-    def jump(self, segment: int, first_pack: int) -> None:
-        """Take from a checkpoint how many packs lie before a segment, so that those before it need not be planned."""
+    def jump(self, block: int, first_pack: int) -> None:
+        """Take from a checkpoint how many packs lie before a block, so that those before it need not be planned."""
         with self._lock:
-            self._first_packs[segment] = first_pack
+            self._first_packs[block] = first_pack
 
     @property
     def known_starts(self) -> dict[int, int]:
-        """Number of packs before each segment that was met so far."""
+        """Number of packs before each block that was met so far."""
         with self._lock:
             return dict(self._first_packs)
 
-    def segment(self, number: int) -> PlanBlock:
-        """A segment by its number."""
+    def block(self, number: int) -> PlanBlock:
+        """A block by its number."""
         with self._lock:
-            return self._segments.get(number)
+            return self._blocks.get(number)
 
     def _first_pack_of(self, step: int) -> int:
         if step < self.origin.step:
             raise ValueError(f"step {step} lies before this plan, which begins at step {self.origin.step}")
         return (step - self.origin.step) * self.settings.global_batch
 
-    def _segment_of(self, pack: int) -> int:
+    def _block_of(self, pack: int) -> int:
         known = sorted(self._first_packs.items())
         number = known[bisect_right([first for _, first in known], pack) - 1][0]
-        while self._first_packs[number] + len(self._segment(number)) <= pack:
+        while self._first_packs[number] + len(self._block(number)) <= pack:
             number += 1
         return number
 
-    def _segment(self, number: int) -> PlanBlock:
-        """A segment whose number of packs before it is known."""
-        segment = self._segments.get(number)
-        self._first_packs[number + 1] = self._first_packs[number] + len(segment)
-        return segment
+    def _block(self, number: int) -> PlanBlock:
+        """A block whose number of packs before it is known."""
+        block = self._blocks.get(number)
+        self._first_packs[number + 1] = self._first_packs[number] + len(block)
+        return block
 
-    def _make_segment(self, number: int) -> PlanBlock:
+    def _make_block(self, number: int) -> PlanBlock:
         rows, sources, draws = self._rows(number)
         settings = self.settings
         packs = pack_samples(
@@ -231,8 +232,8 @@ class Plan:
         )
 
     def _rows(self, number: int) -> tuple[Rows, NDArray[np.int32], NDArray[np.int64]]:
-        """The parts of a segment's draws in order, the entry of each, and the number of its draw."""
-        drawn = self.mixture.draws(number * self.draws_per_segment, self.draws_per_segment)
+        """The parts of a block's draws in order, the entry of each, and the number of its draw."""
+        drawn = self.mixture.draws(number * self.draws_per_block, self.draws_per_block)
         rows, draws, entries = [], [], []
         for entry, source in enumerate(self.sources):
             mine = np.flatnonzero(drawn.datasets == entry)
@@ -246,7 +247,7 @@ class Plan:
 
 
 def pack_work(rows: Rows, borders: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Segment.work [p, 4] of the packs between borders [p + 1] of rows of dtype PART."""
+    """PlanBlock.work [p, 4] of the packs between borders [p + 1] of rows of dtype PART."""
     tokens = rows["tokens"].astype(np.int64)
     each = np.stack([tokens, tokens**2, rows["patches"].astype(np.int64), rows["patch_squares"]], axis=1)
     return np.add.reduceat(each, borders[:-1], axis=0) if len(each) else np.zeros((0, 4), np.int64)
@@ -265,10 +266,10 @@ def _draw_weights(sources: list[MixtureEntry], weights_in: str) -> list[float]:
     return [source.weight / source.usable for source in sources]
 
 
-def _draws_per_segment(sources: list[MixtureEntry], weights: list[float], settings: Settings) -> int:
-    """A power of two up to the mixture's period that makes about _PACKS_PER_SEGMENT packs."""
+def _draws_per_block(sources: list[MixtureEntry], weights: list[float], settings: Settings) -> int:
+    """A power of two up to the mixture's period that makes about _PACKS_PER_BLOCK packs."""
     means = [[source.per_draw(name) for source in sources] for name in ("tokens", "patches")]
     tokens, patches = (float(np.dot(weights, mean) / np.sum(weights)) for mean in means)
     packs_per_draw = max(tokens / settings.sequence_length, patches / settings.patch_budget)
-    draws = int(_PACKS_PER_SEGMENT / packs_per_draw)
-    return min(PERIOD, max(_SMALLEST_SEGMENT, 1 << (draws - 1).bit_length()))
+    draws = int(_PACKS_PER_BLOCK / packs_per_draw)
+    return min(PERIOD, max(_SMALLEST_BLOCK, 1 << (draws - 1).bit_length()))

@@ -1,4 +1,4 @@
-"""Segments of a plan: packs as flat arrays, made once, kept on disk for the other processes of a machine, made ahead."""
+"""Blocks of a plan: packs as flat arrays, made once, kept on disk for the other processes of a machine, made ahead."""
 
 import io
 from collections.abc import Callable
@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from visionloom.common.atomic import replacing
 
 _KEPT: Final = 4
-"""Segments that a process holds."""
+"""Blocks that a process holds."""
 _ON_DISK: Final = 64
-"""Segments kept in the folder (some 100 KB each): what a restart from an older checkpoint lacks is made again."""
+"""Blocks kept in the folder (some 100 KB each): what a restart from an older checkpoint lacks is made again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class PlanBlock:
     part_numbers: NDArray[np.uint16]
     """[n] which of the sample's parts."""
     draws: NDArray[np.uint32]
-    """[n] which draw of the segment brought it."""
+    """[n] which draw of the block brought it."""
     tokens: NDArray[np.int32]
     """[n]"""
     patches: NDArray[np.int32]
@@ -51,17 +51,17 @@ class PlanBlock:
         )
 
 
-class SegmentStore:
-    """Segments by number: held, being made, on disk, or made now. Which of these never changes what is in them."""
+class PlanBlockStore:
+    """Blocks by number: held, being made, on disk, or made now. Which of these never changes what is in them."""
 
     def __init__(self, make: Callable[[int], PlanBlock], folder: Path | None) -> None:
-        """`folder` keeps one file a segment; None or one that cannot be written: only this process has them."""
+        """`folder` keeps one file a block; None or one that cannot be written: only this process has them."""
         self._make, self._folder = make, folder
         self._held: dict[int, Future[PlanBlock]] = {}
         self._maker: ThreadPoolExecutor | None = None
 
     def get(self, number: int) -> PlanBlock:
-        """A segment, waited for if it is being made."""
+        """A block, waited for if it is being made."""
         if number not in self._held:
             self._held[number] = Future()
             try:
@@ -73,7 +73,7 @@ class SegmentStore:
         return self._held[number].result()
 
     def ahead(self, number: int) -> None:
-        """Have a segment made in the background, so that nobody waits for it later."""
+        """Have a block made in the background, so that nobody waits for it later."""
         if number in self._held:
             return
         if self._maker is None:
@@ -86,24 +86,24 @@ class SegmentStore:
             del self._held[earliest]
 
     def holds(self, number: int) -> bool:
-        """Whether a segment is in memory or being made."""
+        """Whether a block is in memory or being made."""
         return number in self._held
 
     def _load_or_make(self, number: int) -> PlanBlock:
         if self._folder is None:
             return self._make(number)
         path = self._folder / f"{number:06d}.npz"
-        segment = load_segment(path)
-        if segment is None:
-            segment = self._make(number)
+        block = load_block(path)
+        if block is None:
+            block = self._make(number)
             with suppress(OSError):
-                save_segment(path, segment)
+                save_block(path, block)
                 (self._folder / f"{number - _ON_DISK:06d}.npz").unlink(missing_ok=True)
-        return segment
+        return block
 
 
-def load_segment(path: Path) -> PlanBlock | None:
-    """A segment from its file; None if there is none or it was cut short."""
+def load_block(path: Path) -> PlanBlock | None:
+    """A block from its file; None if there is none or it was cut short."""
     try:
         with np.load(path) as file:
             return PlanBlock(**{item.name: file[item.name] for item in fields(PlanBlock)})
@@ -111,11 +111,11 @@ def load_segment(path: Path) -> PlanBlock | None:
         return None
 
 
-def save_segment(path: Path, segment: PlanBlock) -> None:
-    """Write a segment whole or not at all; raises OSError where that is not allowed."""
+def save_block(path: Path, block: PlanBlock) -> None:
+    """Write a block whole or not at all; raises OSError where that is not allowed."""
     content, arrays = io.BytesIO(), dict[str, Any]()
     for item in fields(PlanBlock):
-        arrays[item.name] = getattr(segment, item.name)
+        arrays[item.name] = getattr(block, item.name)
     np.savez(content, **arrays)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:

@@ -18,12 +18,11 @@ from numpy.typing import NDArray
 from visionloom.common.atomic import replacing
 from visionloom.common.places import locate
 from visionloom.common.processes import as_finished
+from visionloom.common.progress import Progress
 
 Rows = NDArray[Any]
 BlockWork = Callable[[int, int], Rows]
 """The rows of the items start .. stop; picklable."""
-Progress = Callable[[int, int], None]
-"""Called with the items done and all items."""
 
 
 def in_blocks(

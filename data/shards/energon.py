@@ -5,7 +5,7 @@ Written by its published on-disk format (Megatron-Energon 7, "Dataset Format on 
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
@@ -13,6 +13,7 @@ import numpy as np
 
 from visionloom.common.atomic import replacing
 from visionloom.common.errors import UserError
+from visionloom.common.progress import Progress
 from visionloom.data.shards.dataset import Dataset
 from visionloom.data.shards.index import ShardIndex
 from visionloom.data.shards.tar import BLOCK
@@ -25,12 +26,10 @@ _DATASET: Final = """\
 __module__: megatron.energon
 __class__: CrudeWebdataset
 """
-Done = Callable[[int, int], None]
-"""Called with the shards that are done and all of them."""
 
 
 def export_energon(
-    folder: Path, splits: Mapping[str, float] | None = None, done: Done = lambda done, total: None
+    folder: Path, splits: Mapping[str, float] | None = None, done: Progress = lambda done, total: None
 ) -> dict[str, list[str]]:
     """Write energon's metadata into a dataset's folder and return the shards of each split.
 

@@ -1,7 +1,6 @@
 """Indexing a folder of shards made elsewhere: in parallel, continued where it stopped, dataset.json last."""
 
 import json
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -10,6 +9,7 @@ from visionloom.common.atomic import replacing
 from visionloom.common.errors import UserError
 from visionloom.common.places import PlaceError, locate
 from visionloom.common.processes import in_order
+from visionloom.common.progress import Progress
 from visionloom.data.shards.index import NoSamples, index_shard, known_shard
 from visionloom.data.shards.manifest import ShardInfo, is_shard_name, write_manifest
 from visionloom.data.shards.store import MEND
@@ -17,12 +17,10 @@ from visionloom.data.shards.tar import Fault
 
 LEFT_OUT: Final = "left_out.jsonl"
 """File beside dataset.json with what `skip_bad` left out: shard, offset, key and error of each."""
-Done = Callable[[int, int], None]
-"""Called with the shards that are done and all of them."""
 
 
 def index_folder(
-    folder: Path, workers: int = 1, force: bool = False, skip_bad: bool = False, done: Done = lambda done, total: None
+    folder: Path, workers: int = 1, force: bool = False, skip_bad: bool = False, done: Progress = lambda done, total: None
 ) -> list[ShardInfo]:
     """Index all tar files of a folder by `workers` processes and write dataset.json.
 

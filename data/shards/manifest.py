@@ -12,7 +12,7 @@ from pydantic import Field
 
 from visionloom.common.atomic import replacing
 from visionloom.common.errors import UserError
-from visionloom.common.jsonfile import LARGEST, JsonError, checked, load_json, parse_json
+from visionloom.common.jsonfile import LARGEST, Count, JsonError, checked, load_json, parse_json
 from visionloom.common.places import PlaceError, read_located
 from visionloom.data.shards.sample import SCHEMA_VERSION, Sample, Text, Think, Video
 
@@ -156,7 +156,6 @@ def is_shard_name(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
 
 
-Count = Annotated[int, Field(ge=0, le=2**62)]
 UInt32 = Annotated[int, Field(ge=0, le=2**32 - 1)]
 """What an index file has four bytes for."""
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]

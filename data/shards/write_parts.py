@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ from visionloom.common.errors import UserError
 from visionloom.common.jsonfile import LARGEST, JsonError, load_json
 from visionloom.common.places import PlaceError, read_located
 from visionloom.common.processes import as_finished
+from visionloom.common.progress import Progress
 from visionloom.data.shards.index import index_path, index_shard, known_shard
 from visionloom.data.shards.manifest import MANIFEST, ShardInfo, write_manifest
 from visionloom.data.shards.write import SampleMembers, ShardLimits, check_target, cut_shards, shard_path
@@ -97,10 +98,6 @@ class Target:
     def staging(self) -> Path:
         """Folder of the finished parts."""
         return self.folder / STAGING
-
-
-Progress = Callable[[int, int], None]
-"""Called with the records written and the records known so far."""
 
 
 def write_parts(reader: PartReader, target: Target, settings: Mapping[str, Any], progress: Progress) -> Tally:

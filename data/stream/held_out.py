@@ -13,8 +13,8 @@ from visionloom.data.plan.best_fit import pack_samples
 from visionloom.data.plan.corpus import Corpus
 from visionloom.data.plan.deal import CostModel, PlannedPack, deal
 from visionloom.data.plan.mixture import key_of, permutation
-from visionloom.data.plan.parts import Rows
 from visionloom.data.plan.plan import pack_work
+from visionloom.data.plan.resumable import Rows
 from visionloom.data.shards.sample import SampleError
 from visionloom.data.stream.batch import PackedBatch
 from visionloom.data.stream.quarantine import Quarantine

@@ -114,7 +114,7 @@ class PackStream:
         if (origin := Origin.of(state)) != self.plan.origin:
             self.plan = self._make_plan(origin)
         if state["plan_hash"] == self.plan.hash:
-            self.plan.jump(int(state["segment"]), int(state["first_pack"]))
+            self.plan.jump(int(state["block"]), int(state["first_pack"]))
             return []
         found = changes(state["plan"], self.plan.facts, self.phase)
         if self.data.on_change == "error":
@@ -136,6 +136,6 @@ class PackStream:
 
 def _restore(arguments: tuple[Any, ...], origin: Origin, starts: dict[int, int]) -> PackStream:
     stream = PackStream(*(*arguments, origin))
-    for segment, first_pack in starts.items():
-        stream.plan.jump(segment, first_pack)
+    for block, first_pack in starts.items():
+        stream.plan.jump(block, first_pack)
     return stream

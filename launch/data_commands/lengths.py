@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from visionloom.common.errors import UserError
+from visionloom.common.progress import PartProgress
 from visionloom.common.screen import PlainConsole
-from visionloom.launch.data_commands.progress import Progress, bars
+from visionloom.launch.data_commands.progress import bars
 
 if TYPE_CHECKING:
+    from visionloom.common.progress import ProgressOf
     from visionloom.data.config import MediaConfig
-    from visionloom.data.plan.corpus import Corpus, ProgressOf
+    from visionloom.data.plan.corpus import Corpus
 
 COLUMNS = ("dataset", "samples", "tokens", "mean", "p99", "longest", "visual", "supervised", "unusable", "seconds")
 
@@ -50,7 +52,7 @@ def run(options: argparse.Namespace) -> None:
     PlainConsole(width=None if sys.stdout.isatty() else 140).print(table)
 
 
-def report_to(progress: Progress) -> "ProgressOf":
+def report_to(progress: PartProgress) -> "ProgressOf":
     """What tells a progress bar of each piece of counting."""
     return lambda name: lambda done, total: progress(name, done, total)
 

@@ -1,17 +1,15 @@
 """What a data command shows while it works: a bar for each part on a terminal, plain lines anywhere else."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
+from visionloom.common.progress import PartProgress
 from visionloom.common.text import one_line, say
-
-Progress = Callable[[str, int, int], None]
-"""Called with the part's name, the units done and all its units."""
 
 
 @contextmanager
-def bars(unit: str = "samples") -> Iterator[Progress]:
+def bars(unit: str = "samples") -> Iterator[PartProgress]:
     """A bar for each part on a terminal, else one line for each finished part."""
     if not sys.stdout.isatty():
 

@@ -15,7 +15,7 @@ from visionloom.train.checkpoint.state_file import STATE, RunState
 TENSORS = {"a": torch.arange(24.0).reshape(4, 6), "b": torch.ones(5, dtype=torch.bfloat16)}
 PLAN = {"datasets": {"text": ["0123", 1.0, "error"]}, "tokenizer": "0123abcd"}
 DATA = {
-    "version": 2, "plan_hash": "x", "step": 4, "segment": 0, "first_pack": 0, "draws": {"text": 3}, "origin": {"step": 0, "draws": {}},
+    "version": 3, "plan_hash": "x", "step": 4, "block": 0, "first_pack": 0, "draws": {"text": 3}, "origin": {"step": 0, "draws": {}},
     "plan": PLAN,
 }  # fmt: skip
 

@@ -2,12 +2,10 @@
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Final
-
-from pydantic import Field
+from typing import Any, Final
 
 from visionloom.common.errors import UserError
-from visionloom.common.jsonfile import JsonError, checked, read_json
+from visionloom.common.jsonfile import Count, JsonError, checked, read_json
 from visionloom.common.text import one_line
 from visionloom.data.config import DataConfig, MediaConfig
 from visionloom.model.config import ModelConfig
@@ -16,7 +14,6 @@ from visionloom.model.lora_config import LoraConfig
 STATE: Final = "state.json"
 LARGEST: Final = 1 << 20
 """Bytes of a state.json: 1 MiB; the tiny model's with seven datasets has 1,700."""
-Count = Annotated[int, Field(ge=0, lt=1 << 62)]
 CHECKPOINTS: Final = "checkpoints"
 """Folder inside a run's with a folder for each phase, and in that one for each checkpoint."""
 

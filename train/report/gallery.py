@@ -10,11 +10,11 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image as Pillow
 
 from visionloom.data.encode.encode import EncodedSample
 from visionloom.data.encode.geometry import MERGE_SIZE, PATCH_SIZE
+from visionloom.data.encode.image import Pixels
 from visionloom.data.encode.tokenizer import IMAGE, TURN_START, VIDEO, VISION_END, VISION_START, Tokenizer
 
 if TYPE_CHECKING:
@@ -34,8 +34,6 @@ ENLARGED, ENLARGED_OF_MANY = 128, 64
 PNG_BYTES: Final = 20_000
 """Larger pictures are stored as JPEG."""
 _MOMENT: Final = re.compile(r"<(\d+\.\d) seconds>$")
-
-Pixels = NDArray[np.uint8]
 
 
 class PictureBudget:

@@ -61,15 +61,15 @@ def step_of(made: PackStream, step: int, ranks: int) -> list[str]:
 
 
 @pytest.fixture
-def short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Segments of some 70 packs, so that a test crosses many."""
-    monkeypatch.setattr(planned, "_PACKS_PER_SEGMENT", 64)
+def short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of some 70 packs, so that a test crosses many."""
+    monkeypatch.setattr(planned, "_PACKS_PER_BLOCK", 64)
 
 
-def test_a_chain_of_restarts_on_other_layouts_gives_the_same_packs(data: DataConfig, short_segments: None) -> None:
+def test_a_chain_of_restarts_on_other_layouts_gives_the_same_packs(data: DataConfig, short_blocks: None) -> None:
     whole = stream(data)
     expected = [step_of(whole, step, 1) for step in range(24)]
-    assert whole.state(23)["segment"] >= 2, "the chain must cross segments"
+    assert whole.state(23)["block"] >= 2, "the chain must cross blocks"
     state = json.loads(json.dumps(whole.state(0)))
     for ranks, steps in ((8, range(5)), (4, range(5, 11)), (6, range(11, 18)), (8, range(18, 24))):
         made = stream(data)
@@ -80,7 +80,7 @@ def test_a_chain_of_restarts_on_other_layouts_gives_the_same_packs(data: DataCon
         assert state == whole.state(steps.stop), "the state is the same whatever the layout"
 
 
-def test_a_plan_resumes_at_each_of_200_steps(data: DataConfig, short_segments: None) -> None:
+def test_a_plan_resumes_at_each_of_200_steps(data: DataConfig, short_blocks: None) -> None:
     whole = stream(data, global_batch=6).plan
     steps = [[pack.places for pack in whole.step(step)] for step in range(201)]
     middle = 0
@@ -89,25 +89,25 @@ def test_a_plan_resumes_at_each_of_200_steps(data: DataConfig, short_segments: N
         middle += step * 6 != state["first_pack"]
         made = Plan(whole.sources, whole.settings, origin=Origin.of(state))
         assert made.hash == state["plan_hash"]
-        made.jump(state["segment"], state["first_pack"])
+        made.jump(state["block"], state["first_pack"])
         assert [[pack.places for pack in made.step(at)] for at in (step, step + 1)] == steps[step : step + 2]
         assert made.state(step) == state
-    assert whole.state(200)["segment"] >= 10
-    assert middle > 180, "nearly all of them in the middle of a segment"
+    assert whole.state(200)["block"] >= 10
+    assert middle > 180, "nearly all of them in the middle of a block"
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 def test_every_sample_once_an_epoch_over_all_ranks(data: DataConfig, ranks: int) -> None:
     made = stream(data, mixture={"texts": 1}).plan
-    draws = 2 * made.draws_per_segment
+    draws = 2 * made.draws_per_block
     assert draws // 53 >= 2
-    assert draws % 53, "the last epoch goes on in the next segment"
-    segments = [made.segment(number) for number in range(2)]
-    steps, left = divmod(sum(map(len, segments)), 24)
+    assert draws % 53, "the last epoch goes on in the next block"
+    blocks = [made.block(number) for number in range(2)]
+    steps, left = divmod(sum(map(len, blocks)), 24)
     served = [pack for step in range(steps) for rank in deal(made.step(step), ranks, 1) for micro in rank for pack in micro]
     drawn = Counter(place[1:] for pack in served for place in pack.places)
-    for pack in range(len(segments[1]) - left, len(segments[1])):
-        drawn.update(place[1:] for place in segments[1].places(pack))
+    for pack in range(len(blocks[1]) - left, len(blocks[1])):
+        drawn.update(place[1:] for place in blocks[1].places(pack))
     parts, _ = made.sources[0].parts.of(np.arange(53))
     assert len(parts) > 53, "some documents are in parts"
     assert set(drawn) == {(int(row["sample"]), int(row["part_number"])) for row in parts}
@@ -132,7 +132,7 @@ def lengths_only(tokens: int, sizes: list[int], settings: dict[str, object], ori
         "global_batch": 4,
         "patch_budget": 900,
         "window": 64,
-        "block": 16,
+        "shuffle_block": 16,
     }
     return Plan(sources, Settings(**{**values, **settings}), origin=origin)  # type: ignore[arg-type]
 

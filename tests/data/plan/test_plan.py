@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from visionloom.data.plan import plan_blocks as segments
+from visionloom.data.plan import plan_blocks as blocks
 from visionloom.data.plan.deal import CostModel, PlannedPack
 from visionloom.data.plan.lengths import LENGTHS
 from visionloom.data.plan.parts import PART, Parts
@@ -43,14 +43,14 @@ def test_any_step_can_be_planned_first() -> None:
     forward = plan()
     steps = [contents(forward.step(step)) for step in range(300)]
     state = forward.state(299)
-    assert state["segment"] >= 2, "the test must cross segments"
+    assert state["block"] >= 2, "the test must cross blocks"
     assert all(len(packs) == 6 for packs in steps)
     for step in (299, 0, 150):
         assert contents(plan().step(step)) == steps[step]
     resumed = plan()
-    resumed.jump(state["segment"], state["first_pack"])
+    resumed.jump(state["block"], state["first_pack"])
     assert contents(resumed.step(299)) == steps[299]
-    assert not resumed._segments.holds(0), "segments before the cursor need not be planned"
+    assert not resumed._blocks.holds(0), "blocks before the cursor need not be planned"
 
 
 def test_packs_fit_both_budgets_and_use_views_only() -> None:
@@ -80,11 +80,11 @@ def test_every_view_once_an_epoch() -> None:
     made = Plan([source("one", 512)], SETTINGS)
     drawn: list[tuple[int, int]] = []
     for number in range(4):
-        segment = made.segment(number)
-        drawn += [place[1:] for pack in range(len(segment)) for place in segment.places(pack)]
-    assert made.draws_per_segment % 512 == 0
+        block = made.block(number)
+        drawn += [place[1:] for pack in range(len(block)) for place in block.places(pack)]
+    assert made.draws_per_block % 512 == 0
     counts = {place: drawn.count(place) for place in set(drawn)}
-    assert set(counts.values()) == {4 * made.draws_per_segment // 512}
+    assert set(counts.values()) == {4 * made.draws_per_block // 512}
     expected = {(sample, excerpt) for sample in range(0, 512, 2) for excerpt in range(1 + (sample % 10 == 0))}
     assert set(counts) == expected
 
@@ -95,11 +95,11 @@ def test_weights_are_shares_of_usable_samples_or_of_tokens(unit: str) -> None:
     made = Plan([source("one", 9000), source("three", 3000, 2.0)], settings)
     served = {"samples": [0, 0], "tokens": [0, 0]}
     for number in range(8):
-        segment = made.segment(number)
+        block = made.block(number)
         for entry in range(2):
-            mine = segment.sources == entry
-            served["samples"][entry] += int((mine & (segment.part_numbers == 0)).sum())
-            served["tokens"][entry] += int(segment.tokens[mine].sum())
+            mine = block.sources == entry
+            served["samples"][entry] += int((mine & (block.part_numbers == 0)).sum())
+            served["tokens"][entry] += int(block.tokens[mine].sum())
     assert served[unit][1] / served[unit][0] == pytest.approx(2.0, rel=0.02)
 
 
@@ -125,7 +125,7 @@ def test_shares_hold_at_every_step_up_to_the_window() -> None:
         {"window": 63},
         {"multiple": 2},
         {"most": 9},
-        {"block": 2},
+        {"shuffle_block": 2},
         {"weights_in": "tokens"},
         {"tokenizer": "x"},
         {"media": "x"},
@@ -152,17 +152,17 @@ def test_the_hash_knows_every_source() -> None:
     assert plan().hash in known
 
 
-def test_segments_are_shared_through_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_are_shared_through_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = [contents(plan().step(step)) for step in (0, 1, 80)]
     made = plan(cache=tmp_path)
     assert [contents(made.step(step)) for step in (0, 1, 80)] == expected
-    made._segments.get(1)
+    made._blocks.get(1)
     files = sorted((tmp_path / "plan" / made.hash).iterdir())
     assert [file.name for file in files[:2]] == ["000000.npz", "000001.npz"]
     with monkeypatch.context() as patch:
-        patch.setattr(Plan, "_make_segment", lambda *_: pytest.fail("made although it is there"))
+        patch.setattr(Plan, "_make_block", lambda *_: pytest.fail("made although it is there"))
         shared = plan(cache=tmp_path)
-        monkeypatch.setattr(shared._segments, "ahead", lambda _: None)
+        monkeypatch.setattr(shared._blocks, "ahead", lambda _: None)
         assert contents(shared.step(0)) == expected[0]
     files[0].write_bytes(files[0].read_bytes()[:1000])
     assert contents(plan(cache=tmp_path).step(0)) == expected[0], "a damaged file is made again"
@@ -170,20 +170,20 @@ def test_segments_are_shared_through_the_disk(tmp_path: Path, monkeypatch: pytes
     assert contents(plan(cache=tmp_path / "file").step(0)) == expected[0], "a folder that cannot be written is no fault"
 
 
-def test_old_segments_leave_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(segments, "_ON_DISK", 3)
+def test_old_blocks_leave_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "_ON_DISK", 3)
     made = plan(cache=tmp_path)
-    expected = made.segment(0).places(0)
+    expected = made.block(0).places(0)
     for number in range(1, 6):
-        made.segment(number)
+        made.block(number)
     assert sorted(file.name for file in tmp_path.rglob("*.npz")) == ["000003.npz", "000004.npz", "000005.npz"]
-    assert made.segment(0).places(0) == expected
+    assert made.block(0).places(0) == expected
 
 
-def test_the_next_segment_is_made_in_the_background() -> None:
+def test_the_next_block_is_made_in_the_background() -> None:
     made = plan()
     made.step(0)
-    assert made._segments.holds(1)
-    ahead = made._segments.get(1)
+    assert made._blocks.holds(1)
+    ahead = made._blocks.get(1)
     alone = plan()
-    np.testing.assert_array_equal(segments.PlanBlock.places(ahead, 3), alone.segment(1).places(3))
+    np.testing.assert_array_equal(blocks.PlanBlock.places(ahead, 3), alone.block(1).places(3))

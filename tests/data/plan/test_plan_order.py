@@ -1,7 +1,7 @@
 """What is trained on follows what is drawn: at every step, of every dataset, its order up to a 40th of its epoch and a window.
 
 The oracle is the definition: the dataset's order is written down draw by draw, what was trained on is ticked off in it one sample
-after the other, and the gaps before the last tick are counted. It knows nothing of packs, windows or segments.
+after the other, and the gaps before the last tick are counted. It knows nothing of packs, windows or blocks.
 """
 
 import json
@@ -60,7 +60,7 @@ class Ticks:
         source = next(source for source in plan.sources if source.content == content)
         self.before = plan.origin.draws.get(content, 0)
         key = plan.mixture._keys[plan.mixture.contents.index(content)]
-        order = samples_of(np.arange(self.before, self.before + draws), source.size, key, plan.settings.block)
+        order = samples_of(np.arange(self.before, self.before + draws), source.size, key, plan.settings.shuffle_block)
         excerpts = np.bincount(source.parts.of(order)[1], minlength=draws)
         self.draws = np.flatnonzero(excerpts)
         """Those that have a part."""
@@ -92,7 +92,7 @@ class Ticks:
 
 def follow(plan: Plan, steps: int) -> dict[str, Ticks]:
     """Train on the steps, with the gaps of every dataset checked after each."""
-    found = {content: Ticks(plan, content, 4 * plan.draws_per_segment) for content in plan.mixture.contents}
+    found = {content: Ticks(plan, content, 4 * plan.draws_per_block) for content in plan.mixture.contents}
     for step in range(plan.origin.step, plan.origin.step + steps):
         for pack in plan.step(step):
             for source, sample, excerpt in pack.places:
@@ -117,10 +117,10 @@ MIXTURE = st.lists(
 
 
 @pytest.fixture(scope="module", autouse=True)
-def short_segments() -> Iterator[None]:
-    """Segments of some 40 packs, so that short plans cross several."""
+def short_blocks() -> Iterator[None]:
+    """Blocks of some 40 packs, so that short plans cross several."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planned, "_PACKS_PER_SEGMENT", 40)
+        patch.setattr(planned, "_PACKS_PER_BLOCK", 40)
         yield
 
 
@@ -138,9 +138,9 @@ def short_segments() -> Iterator[None]:
 @example([Made(997, 3.0), Made(5000, 7.0)], False, 1024, 16, 4, 25, "samples", "longer sequence")
 @example([Made(10, 1.0, 0.3), Made(5000, 1.0)], True, 1024, 1, 1, 25, "samples", "other settings")
 def test_order_is_kept_up_to_a_40th_of_the_epoch_also_behind_a_change(
-    mixture: list[Made], twice: bool, window: int, block: int, batch: int, steps: int, unit: str, change: str
+    mixture: list[Made], twice: bool, window: int, shuffle_block: int, batch: int, steps: int, unit: str, change: str
 ) -> None:
-    settings = replace(SETTINGS, window=window, block=block, global_batch=batch, weights_in=unit)
+    settings = replace(SETTINGS, window=window, shuffle_block=shuffle_block, global_batch=batch, weights_in=unit)
     before = Plan(sources_of(mixture, twice), settings)
     trained = follow(before, steps)
     state = json.loads(json.dumps(before.state(steps)))

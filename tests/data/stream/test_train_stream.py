@@ -89,8 +89,8 @@ def test_every_sample_once_an_epoch(data: DataConfig) -> None:
         counts.update(made.micro_batches(step, 0, 1, 1)[0].sample_ids)
         spread = max(spread, max(counts.values()) - min(counts.values()))
     assert len(counts) == 50
-    assert counts.total() == made.plan.draws_per_segment
-    assert max(counts.values()) - min(counts.values()) == 1  # the last epoch of the segment goes on in the next
+    assert counts.total() == made.plan.draws_per_block
+    assert max(counts.values()) - min(counts.values()) == 1  # the last epoch of the block goes on in the next
     assert spread <= 8, "packing and shuffling may mix neighbouring epochs only"
 
 
