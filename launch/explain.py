@@ -42,6 +42,9 @@ def _explained(error: Exception, config_dir: str) -> str:
         return "the recipe is nested too deeply, or its values refer to each other in a circle"
     if isinstance(error, OverrideParseException):
         return f"command line: cannot read '{error.override}': write key=value, and quote a value that has special characters"
+    if unchosen := re.match(r"You must specify '(\w+)'", str(error)):  # a file's defaults have `override /model: ???`
+        group = unchosen[1]
+        return f"no {group} is chosen: pass {group}=NAME, NAME one of {', '.join(available(group, config_dir))}"
     file = re.match(r"In '([^']+)'", str(error))
     return (f"{file[1]}.yaml: " if file else "") + _fault(error)
 
@@ -160,6 +163,8 @@ def _fault(error: Exception) -> str:
         return f"no such group: {group[1]}{did_you_mean(group[1], groups())}"
     if removed := re.match(r"Could not delete from config\. '([^']+)' does not exist", str(error)):
         return nothing_to_remove(removed[1], [path.rpartition(".")[2] for path in suggestions(removed[1])])
+    if again := re.match(r"Multiple values for (\w+)\. To override a value use 'override \1: (.*)'", str(error)):
+        return f"{again[1]} is chosen, not added: write {again[1]}={again[2]}"
     if "An item is already at" in str(error):
         return f"{first_line(error)} Write it without the plus"
     return first_line(error)

@@ -3,7 +3,6 @@
 Reference: the dataclasses of train/config.py, and the published config.json of each model.
 """
 
-import re
 from pathlib import Path
 from typing import cast
 
@@ -12,7 +11,7 @@ from omegaconf import OmegaConf
 
 from visionloom.common.errors import UserError
 from visionloom.launch.configure import check_paths, compose, split_options
-from visionloom.launch.explain import available, schema_paths, suggestions
+from visionloom.launch.explain import schema_paths, suggestions
 from visionloom.model.config import ModelConfig
 from visionloom.train.config import RunConfig
 
@@ -191,14 +190,6 @@ def test_missing_folders_are_counted_with_those_added() -> None:
     count = 1 + len(config.data.datasets) + len(config.data.validation)
     with pytest.raises(UserError, match=rf"\n{count - 3} more input folders do not exist$"):
         check_paths(config)
-
-
-@pytest.mark.parametrize("recipe", available("recipe"))
-def test_every_recipe_composes(recipe: str) -> None:
-    """On one rank, or on those that its header asks for."""
-    header = (ROOT / "recipes" / "recipe" / f"{recipe}.yaml").read_text()
-    ranks = re.search(r"^# Ranks: (\d+)", header, re.MULTILINE)
-    composed(f"+recipe={recipe}", world_size=int(ranks[1]) if ranks else 1)
 
 
 def test_paths_are_checked_with_their_option(tmp_path: Path) -> None:
