@@ -132,7 +132,7 @@ class PackStream:
         Raises:
             UserError: naming what changed, if the stream is not the one that the checkpoint was made with.
         """
-        check_state(state)
+        state = check_state(state)
         if (origin := Origin.of(state)) != self.plan.origin:
             self.plan = self._make_plan(origin)
         if state["plan_hash"] == self.plan.hash:
@@ -152,7 +152,7 @@ class PackStream:
 
     def _build(self, packs: list[Pack], step: int, encoder_rank: int, encoder_ranks: int) -> PackedBatch:
         places, settings = [pack.places for pack in packs], self.plan.settings
-        length, multiple = settings.sequence_length, settings.multiple
+        length, multiple = settings.sequence_length, settings.sample_token_multiple
         return self._reader.batch(places, length, self.loss, encoder_rank, encoder_ranks, multiple, step)
 
 
@@ -359,12 +359,14 @@ class EvaluationSet:
         The pictures are dealt as in PackStream.micro_batches. Raises UserError for samples longer than the pack, unless the
         dataset's policy is to drop them.
         """
-        multiple, budget = self.data.pack_multiple, int(self.data.patch_budget * sequence_length)
+        multiple, budget = self.data.sample_token_multiple, int(self.data.max_patches_per_token * sequence_length)
         views = self.corpus.views(sequence_length // multiple * multiple, budget, "the sequence length")
         reader = Reader([self.corpus], [views], self.data, self.tokenizer, Quarantine())
         rows, _ = views.of(self.indices)
         tokens = -(-rows["tokens"].astype(np.int64) // multiple) * multiple
-        packed = pack_samples(tokens.tolist(), rows["patches"].tolist(), sequence_length, budget, self.data.window)
+        packed = pack_samples(
+            tokens.tolist(), rows["patches"].tolist(), sequence_length, budget, self.data.packing_window_samples
+        )
         for micro in deal(self._packs(rows, packed, dp_size * micro_batch), dp_size, micro_batch)[dp_rank]:
             places = [pack_.places for pack_ in micro]
             yield reader.batch(places, sequence_length, loss, encoder_rank, encoder_ranks, multiple)

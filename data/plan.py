@@ -6,8 +6,6 @@ workers or layout; `balance.deal` only deals its packs out.
 """
 
 import dataclasses
-import hashlib
-import json
 import threading
 from bisect import bisect_right
 from dataclasses import dataclass
@@ -21,7 +19,7 @@ from visionloom.data.balance import CostModel, Pack
 from visionloom.data.mixture import PERIOD, Mixture, key_of
 from visionloom.data.packing import pack_samples
 from visionloom.data.segments import Segment, SegmentStore
-from visionloom.data.state import STATE_VERSION, Origin
+from visionloom.data.state import STATE_VERSION, Origin, plan_hash
 from visionloom.data.views import Rows, Views
 
 PLAN_VERSION: Final = 3
@@ -70,12 +68,12 @@ class Settings:
     global_batch: int
     patch_budget: int
     """Patches of one pack."""
-    window: int
-    multiple: int = 1
+    packing_window_samples: int
+    sample_token_multiple: int = 1
     """Tokens that a sample takes up are rounded up to this multiple."""
-    most: int = 0
+    max_samples_per_pack: int = 0
     """Samples of one pack; 0: any number."""
-    block: int = 1
+    shuffle_block_samples: int = 1
     """Samples that stay together through the shuffle."""
     weights_in: str = "samples"
     tokenizer: str = ""
@@ -102,8 +100,8 @@ class Plan:
         self.draws_per_segment = _draws_per_segment(sources, weights, settings)
         self._seed = int(key_of(settings.seed, f"phase {settings.phase}"))
         contents, sizes = [source.content for source in sources], [source.size for source in sources]
-        self.mixture = Mixture(contents, sizes, weights, self._seed, settings.block, self.origin.draws)
-        self.limits = [_limit(sources, content, settings.window) for content in self.mixture.contents]
+        self.mixture = Mixture(contents, sizes, weights, self._seed, settings.shuffle_block_samples, self.origin.draws)
+        self.limits = [_limit(sources, content, settings.packing_window_samples) for content in self.mixture.contents]
         """Of each content, how many samples a pack may at most pass over."""
         self._first_packs = {0: 0}
         self._segments = SegmentStore(self._make_segment, cache / "plan" / self.hash if cache else None)
@@ -119,8 +117,7 @@ class Plan:
     @property
     def hash(self) -> str:
         """32 hexadecimal digits over everything that decides what a step contains."""
-        facts = [self.facts, self.origin.step, sorted(self.origin.draws.items())]
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+        return plan_hash(self.facts, self.origin)
 
     def step(self, step: int) -> list[Pack]:
         """The packs of an optimizer step, counted from 0 in the phase: `global_batch` of them."""
@@ -210,9 +207,9 @@ class Plan:
             rows["patches"].tolist(),
             settings.sequence_length,
             settings.patch_budget,
-            settings.window,
-            settings.multiple,
-            settings.most,
+            settings.packing_window_samples,
+            settings.sample_token_multiple,
+            settings.max_samples_per_pack,
             self.mixture.groups[sources].tolist(),
             self.limits,
         )

@@ -253,7 +253,7 @@ def test_dropout_scales_what_it_keeps(topology: Topology) -> None:
     ],
 )
 def test_a_wrong_option_is_one_line(lora: LoraConfig, expected: str) -> None:
-    (line,) = lora.problems(tiny_config(experts=4))
+    (line,) = lora.layer_problems(tiny_config(experts=4))
     assert line.startswith(expected) or expected in line
 
 
