@@ -1,31 +1,37 @@
-"""What a schema says of its options beside names, types and defaults: which values are possible, and what a change means.
+"""Options of a configuration: which values are possible, what a change means, and the walk that checks all of them.
 
-Both stand in the dataclass field itself (`option`), so that an option cannot be added without them; tests walk the schema.
+Bounds and changes stand in the dataclass field itself (`option`), so that an option cannot be added without them; tests walk the
+schema. What bounds cannot say a section says of itself (`ChecksItself`); `check` walks sections inside sections and hands each
+its dotted path.
 """
 
 import dataclasses
+import math
 import operator
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
-from typing import Any, Final, Literal, cast
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal, Protocol, cast, runtime_checkable
 
 from visionloom.common.errors import SHOWN, unknown
+from visionloom.common.names import name_fault
 from visionloom.common.text import one_line
 
 Change = Literal["free", "run", "data", "never"]
-"""What another value means for a run that has begun: `free` nothing, `run` that it goes on differently (run.on_change), `data`
-that other samples are read, which is noticed by what they hold (data.on_change), `never` that its checkpoint does not fit."""
+"""Effect of another value on a run that has begun: `free` none, `run` it continues differently (run.on_change), `data` it
+reads other samples, which their content shows (data.on_change), `never` its checkpoint does not fit."""
+ANY: Final = "<name>"
+"""Stands for the free key of a mapping in a dotted path: phases.<name>.steps."""
 ENTRIES: Final = 1024
-"""Most entries of a list or mapping, where an option says nothing else."""
+"""Most entries of a list or mapping, where an option has no other limit."""
 _RULES: Final = "rules"
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What holds for the value of an option, or for each value in its list or mapping."""
+    """Bounds of an option's value, or of each value in its list or mapping; see `option`."""
 
     change: Change
     least: float | None = None
@@ -57,7 +63,7 @@ def option[T](
     choices: Sequence[str] = (),
     entries: int = ENTRIES,
 ) -> T:
-    """A dataclass field with a default and its rules.
+    """Return a dataclass field with a default and its rules.
 
     Args:
         default: a list or mapping is copied for each instance.
@@ -74,11 +80,11 @@ def option[T](
 
 
 def options(config: Any, where: str = "") -> Iterator[Option]:
-    """The options of a dataclass and of those inside it, also in mappings by name, in order; sections that are None have none."""
-    for field in dataclasses.fields(config):
-        value, name = getattr(config, field.name), f"{where}.{field.name}".removeprefix(".")
-        if _RULES in field.metadata:
-            yield Option(name, value, field.metadata[_RULES])
+    """Yield the options of a dataclass and of those inside it, also in mappings by name, in order; a section that is None has none."""
+    for item in dataclasses.fields(config):
+        value, name = getattr(config, item.name), _path(where, item.name)
+        if _RULES in item.metadata:
+            yield Option(name, value, item.metadata[_RULES])
         elif dataclasses.is_dataclass(value):
             yield from options(value, name)
         elif isinstance(value, dict):
@@ -87,15 +93,15 @@ def options(config: Any, where: str = "") -> Iterator[Option]:
 
 
 def without_rules(schema: type, where: str = "") -> Iterator[str]:
-    """Dotted paths of a dataclass type whose fields are no `option` and no section; `<name>` stands for the keys of mappings."""
+    """Yield the dotted paths of a dataclass type whose fields are neither an `option` nor a section; keys of mappings are ANY."""
     hints = typing.get_type_hints(schema)
-    for field in dataclasses.fields(schema):
-        hint, name = hints[field.name], f"{where}.{field.name}".removeprefix(".")
+    for item in dataclasses.fields(schema):
+        hint, name = hints[item.name], _path(where, item.name)
         if isinstance(hint, types.UnionType):
             hint = next(choice for choice in typing.get_args(hint) if choice is not types.NoneType)
         if typing.get_origin(hint) is dict and dataclasses.is_dataclass(typing.get_args(hint)[1]):
-            hint, name = typing.get_args(hint)[1], f"{name}.<name>"
-        if _RULES in field.metadata:
+            hint, name = typing.get_args(hint)[1], f"{name}.{ANY}"
+        if _RULES in item.metadata:
             continue
         if dataclasses.is_dataclass(hint):
             yield from without_rules(cast(type, hint), name)
@@ -103,46 +109,145 @@ def without_rules(schema: type, where: str = "") -> Iterator[str]:
             yield name
 
 
-def option_faults(config: Any, where: str = "") -> list[str]:
-    """Values of a configuration that its options do not allow: one line each, naming the option."""
-    return [line for each in options(config, where) for line in _faults(each)]
+@runtime_checkable
+class ChecksItself(Protocol):
+    """A section with problems that bounds of single options cannot show."""
+
+    def problems(self, here: str) -> Iterator[str]:
+        """Yield a line for each problem, naming its option; all values inside are within their bounds.
+
+        Args:
+            here: dotted path of this section: `phases.align.parallel`. A cure may name a second option by it.
+        """
 
 
-def _faults(one: Option) -> Iterator[str]:
-    value, rules = one.value, one.rules
+@dataclass
+class Problems:
+    """Lines about a configuration; each names an option by its dotted path."""
+
+    bounds: list[str] = field(default_factory=list)
+    """Values that their options do not allow, with which nothing may be computed."""
+    sections: list[str] = field(default_factory=list)
+    """Problems that sections have in themselves."""
+
+    @property
+    def lines(self) -> list[str]:
+        """All of them, bounds first."""
+        return self.bounds + self.sections
+
+
+def check(section: Any, here: str = "") -> Problems:
+    """Walk a section and those inside it, and collect the problems of all.
+
+    A section checks itself only where all values in it are within their bounds: its checks divide by them.
+
+    Args:
+        section: a dataclass whose fields are options, sections, or mappings of sections by name.
+        here: its dotted path; empty for the root.
+    """
+    problems = Problems()
+    for item in dataclasses.fields(section):
+        value, path = getattr(section, item.name), _path(here, item.name)
+        if _RULES in item.metadata:
+            problems.bounds += _option_problems(Option(path, value, item.metadata[_RULES]))
+            continue
+        inner = Problems()
+        if dataclasses.is_dataclass(value):
+            inner = check(value, path)
+        elif isinstance(value, dict):
+            inner = _check_entries(value, path)
+        problems.bounds += inner.bounds
+        problems.sections += inner.sections
+
+    if not problems.bounds and isinstance(section, ChecksItself):
+        problems.sections += section.problems(here)
+    return problems
+
+
+def _check_entries(entries: Mapping[str, Any], path: str) -> Problems:
+    """Check the names and the sections of a mapping; what several entries have in common is one line."""
+    if len(entries) > ENTRIES:
+        return Problems([f"{path} has {len(entries)} entries, at most {ENTRIES} are possible"])
+
+    names = [f"{path}.{one_line(name)}: {fault}" for name in entries if (fault := name_fault(name))]
+    checked = {name: check(entry, f"{path}.{ANY}") for name, entry in entries.items()}
+    bounds = likewise(path, {name: each.bounds for name, each in checked.items()})
+    sections = likewise(path, {name: each.sections for name, each in checked.items()})
+    return Problems(names + bounds, sections)
+
+
+def likewise(path: str, problems: Mapping[str, list[str]]) -> list[str]:
+    """Return the problems of a mapping's entries, with one line for those that have the same.
+
+    Args:
+        path: of the mapping: `phases`.
+        problems: of each entry by its name, in lines that call it `phases.<name>`.
+    """
+    names: dict[str, list[str]] = {}
+    for name, lines in problems.items():
+        for line in lines:
+            names.setdefault(line, []).append(name)
+
+    merged = []
+    for line, (first, *others) in names.items():
+        more = f" (likewise {', '.join(others)})" if others else ""
+        merged.append(line.replace(f"{path}.{ANY}", f"{path}.{first}") + more)
+    return merged
+
+
+def _path(here: str, name: str) -> str:
+    return f"{here}.{name}" if here else name
+
+
+def _option_problems(one: Option) -> Iterator[str]:
+    """Yield a line for each value of an option that its rules do not allow."""
+    name, value, rules = one.name, one.value, one.rules
     if not isinstance(value, list | dict):
-        yield from _fault(one.name, value, rules)
+        yield from _value_problems(name, value, rules)
         return
     if len(value) > rules.entries:
-        yield f"{one.name} has {len(value)} entries, at most {rules.entries} are possible"
+        yield f"{name} has {len(value)} entries, at most {rules.entries} are possible"
         return
-    pairs = (
-        [(f".{key}", entry) for key, entry in value.items()] if isinstance(value, dict) else [("", entry) for entry in value]
-    )
-    for key, entry in pairs:
+
+    if isinstance(value, dict):
+        entries = [(_path(name, str(key)), entry) for key, entry in value.items()]
+    else:
+        entries = [(name, entry) for entry in value]
+    for path, entry in entries:
         if entry is None or isinstance(entry, list | dict):
-            yield f"{one.name}{key} holds {one_line(str(entry))[:SHOWN]}: its entries are plain values"
-        yield from _fault(f"{one.name}{key}", entry, rules)
+            yield f"{path} holds {one_line(str(entry))[:SHOWN]}: its entries are plain values"
+        yield from _value_problems(path, entry, rules)
 
 
-def _bound(bound: float) -> str:
-    return f"{int(bound):,}" if bound == int(bound) and abs(bound) < 10**9 else f"{bound:g}"
-
-
-def _fault(name: str, value: Any, rules: Rules) -> Iterator[str]:
+def _value_problems(name: str, value: Any, rules: Rules) -> Iterator[str]:
     if isinstance(value, str) and rules.choices and value not in rules.choices:
         yield unknown(name, value, rules.choices)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
+    if isinstance(value, float) and not math.isfinite(value):
+        yield f"{name}={value:g} must be a finite number"
+        return
+
     bounds = {
         "at least": (rules.least, operator.ge),
         "above": (rules.above, operator.gt),
         "at most": (rules.most, operator.le),
         "below": (rules.below, operator.lt),
     }
-    given = {words: (bound, holds) for words, (bound, holds) in bounds.items() if bound is not None}
-    if not all(holds(value, bound) for bound, holds in given.values()):
-        yield f"{name}={_shown(value)} must be {' and '.join(f'{words} {_bound(bound)}' for words, (bound, _) in given.items())}"
+    possible, wanted = True, []
+    for words, (bound, holds) in bounds.items():
+        if bound is not None:
+            possible = possible and holds(value, bound)
+            wanted.append(f"{words} {_bound(bound)}")
+    if not possible:
+        yield f"{name}={_shown(value)} must be {' and '.join(wanted)}"
+
+
+def _bound(bound: float) -> str:
+    """Write whole bounds below a milliard with commas, others in short: 1,024 and 1e+12."""
+    if bound == int(bound) and abs(bound) < 10**9:
+        return f"{int(bound):,}"
+    return f"{bound:g}"
 
 
 def _shown(value: float) -> str:

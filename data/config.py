@@ -1,9 +1,10 @@
 """What is read, and by which rules samples become tokens and patches. Nothing here imports torch."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
-from visionloom.common.settings import option, option_faults
+from visionloom.common.settings import option
 
 RULES: Final = ("hf", "hf_capped", "qwen_utils")
 """Rules by which pictures and videos get their sizes and frames."""
@@ -56,20 +57,15 @@ class MediaConfig:
     video_max_frames: int = option(768, "data", least=1, most=100_000)
     """Most frames of a video."""
 
-    def problems(self) -> list[str]:
-        """Values that no run can have: one line each, naming the option."""
-        if found := option_faults(self, "data.media"):
-            return found
+    def problems(self, here: str) -> Iterator[str]:
+        """Yield a line for each lower bound that is above its upper one."""
         for kind in ("image", "video", "frame"):
             low, high = (getattr(self, f"{kind}_{end}_pixels") for end in ("min", "max"))
             if low is not None and high is not None and low > high:
-                found.append(f"data.media.{kind}_min_pixels={low} is above data.media.{kind}_max_pixels={high}")
-        if self.video_min_frames > self.video_max_frames:
-            found.append(
-                f"data.media.video_min_frames={self.video_min_frames} is above"
-                f" data.media.video_max_frames={self.video_max_frames}"
-            )
-        return found
+                yield f"{here}.{kind}_min_pixels={low} is above {here}.{kind}_max_pixels={high}"
+        fewest, most = self.video_min_frames, self.video_max_frames
+        if fewest > most:
+            yield f"{here}.video_min_frames={fewest} is above {here}.video_max_frames={most}"
 
 
 @dataclass
@@ -101,21 +97,23 @@ class DataConfig:
     validation: dict[str, DatasetConfig] = field(default_factory=dict)
     """Held-out datasets by name, for evaluation."""
     media: MediaConfig = field(default_factory=MediaConfig)
+    """Sizes, frames and limits of pictures and videos."""
     store: StoreConfig = field(default_factory=StoreConfig)
+    """Reading of remote datasets."""
     workers: int = option(0, "free", least=0, most=1024)
     """Processes that decode ahead on each rank; their number never changes what is read."""
-    patch_budget: float = option(3.2, "data", above=0, most=1000)
-    """Most patches of a pack, per token of the sequence length (0.8 x the 4 patches behind a visual token)."""
-    window: int = option(1024, "data", least=1, most=65_536)
-    """Packs are taken in order and filled up best-fit from this many waiting samples, of each dataset from at most a 40th of
-    its epoch."""
-    pack_multiple: int = option(1, "data", least=1, most=65_536)
+    max_patches_per_token: float = option(3.2, "data", above=0, most=1000)
+    """Most patches of a pack, for each token of the sequence length: 0.8 x the 4 patches of a visual token."""
+    packing_window_samples: int = option(1024, "data", least=1, most=65_536)
+    """Samples that wait while packs are filled: the oldest go first, then those that fit best, of each dataset from at most a
+    40th of its epoch."""
+    sample_token_multiple: int = option(1, "data", least=1, most=65_536)
     """Tokens that each sample takes up in a pack are rounded up to this multiple, for context parallelism."""
-    pack_segments: int = option(0, "data", least=0, most=2**20)
+    max_samples_per_pack: int = option(0, "data", least=0, most=2**20)
     """Most samples of a pack; 0: any number."""
     weights_in: str = option("samples", "data", choices=WEIGHTS_IN)
     """What weights of datasets are shares of: `samples` drawn, or `tokens`."""
-    shuffle_block: int = option(64, "data", least=1, most=2**20)
+    shuffle_block_samples: int = option(64, "data", least=1, most=2**20)
     """Neighbouring samples that the shuffle keeps near each other, so that reading is not all seeks; 1: none."""
     continue_draws: bool = option(False, "run")
     """Whether a phase goes on in each dataset where the phase before stopped, instead of in an order of its own."""

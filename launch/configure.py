@@ -51,6 +51,7 @@ from visionloom.model.huggingface.shapes import parameter_count
 from visionloom.parallel.config import ParallelConfig
 from visionloom.train import status
 from visionloom.train.config import PhaseConfig, RunConfig
+from visionloom.train.old_options import old_option
 
 MISSING_PATHS_SHOWN = 3
 WRITTEN = ("run.folder", "data.cache", "data.store.cache")
@@ -162,8 +163,8 @@ def compose(argv: Sequence[str], world_size: int | None = None) -> RunConfig | N
     except Exception as error:  # as in _compose: references of a recipe are followed only here
         raise UserError(explain(error, options.config_dir)) from error
     run.run.folder = run.run.folder or f"runs/{run.run.name}"
-    if found := run.problems(world_size or environment.world_size()):
-        raise UserError(*found)
+    if problems := run.all_problems(world_size or environment.world_size()):
+        raise UserError(*problems)
     return run
 
 
@@ -217,6 +218,10 @@ def check_agreements(config: RunConfig, checkpoint: str = "") -> None:
 
 def _check_words(words: Sequence[str]) -> None:
     """Refuse, with their cure, the words that Hydra would answer with advice that does not help here."""
+    keys = [word.lstrip("+~").partition("=")[0] for word in words]
+    if lines := [line for key in keys if (line := old_option(key))]:  # together: Hydra stops at the first
+        raise UserError(*lines)
+
     for word in words:
         if re.match(r"[+~]*=", word):
             raise UserError(f"command line: '{word}' has no key: write key=value")

@@ -30,6 +30,7 @@ from visionloom.launch.exit import exit_with
 from visionloom.launch.quiet import quiet_libraries
 from visionloom.model.huggingface.config import read_config
 from visionloom.parallel.config import ParallelConfig
+from visionloom.train.old_options import old_option
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -218,11 +219,13 @@ def _layout(options: dict[str, str]) -> ParallelConfig:
         name = option.removeprefix(PARALLEL)
         if option == name:
             continue
+        if name not in hints and (line := old_option(option)):
+            raise UserError(line)
         if name not in hints:
             raise UserError(f"no such key: {option}{did_you_mean(name, list(hints))}")
         setattr(config, name, _typed(option, value, hints[name]))
-    if found := config.problems(world_size()):
-        raise UserError(*found)
+    if problems := config.all_problems(world_size()):
+        raise UserError(*problems)
     return config
 
 

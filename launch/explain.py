@@ -15,13 +15,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, InterpolationResolutionError, OmegaConfBaseException
 
 from visionloom.common.errors import did_you_mean, unknown
+from visionloom.common.settings import ANY
 from visionloom.common.text import first_line, one_line
 from visionloom.train.config import RunConfig
+from visionloom.train.old_options import old_option
 
 LONGEST = 2000
 """Characters of a line, which may quote a value or list the names that there are."""
-ANY = "<name>"
-"""Stands for the free key of a mapping in a dotted path: phases.<name>.steps."""
 
 
 def explain(error: Exception, config_dir: str = "") -> str:
@@ -66,13 +66,17 @@ def unknown_keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
 
 
 def no_such_key(path: str) -> str:
-    """The line for a key that the schema does not have, with the nearest ones that it has."""
+    """Return the line for a key that the schema does not have: its new name, or the nearest ones that there are."""
+    if line := old_option(path):
+        return line
     close = suggestions(path)
     return f"no such key: {one_line(path)}" + (f" (did you mean {' or '.join(close)}?)" if close else "")
 
 
 def nothing_to_remove(path: str, names: list[str]) -> str:
-    """The line for a `~word` whose section does not have the name; `names` are those that it has."""
+    """Return the line for a `~word` whose section does not have the name; `names` are those that it has."""
+    if line := old_option(path):
+        return line
     close = did_you_mean(path.rpartition(".")[2], names)
     return f"~{one_line(path)}: there is nothing of that name{close}" + (f", there are {', '.join(names)}" if names else "")
 

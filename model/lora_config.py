@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from visionloom.common.settings import option, option_faults
+from visionloom.common.settings import option
 from visionloom.model.config import GROUPS, ModelConfig
 from visionloom.model.trainable import group_of
 
@@ -39,35 +39,34 @@ class LoraConfig:
         """What an adapter's output is multiplied by."""
         return self.alpha / self.rank
 
-    def problems(self, model: ModelConfig) -> list[str]:
-        """What cannot work: one line a fault, each naming its option; empty if none, or if there are no adapters."""
-        if self.rank == 0:
-            return [] if not self.adapter else [f"lora.adapter={self.adapter} needs lora.rank: set it to the adapter's rank"]
-        if found := option_faults(self, "lora"):
-            return found
+    def problems(self, here: str) -> Iterator[str]:
+        """Yield a line where an adapter is named, but no adapters train."""
+        if self.rank == 0 and self.adapter:
+            yield f"{here}.adapter={self.adapter} needs {here}.rank: set it to the adapter's rank"
+
+    def layer_problems(self, model: ModelConfig) -> list[str]:
+        """Return why these adapters cannot be put on a model's layers: a line a problem; the rank is above 0."""
         names = [layer.name for layer in linear_layers(model) if group_of(layer.name) in self.groups]
-        found += [
+        lines = [
             f"lora.targets={pattern} matches no linear layer of lora.groups={self.groups}: use names such as linear_qkv or *.mlp.*"
             for pattern in self.targets
             if not any(_matches(name, pattern) for name in names)
         ]
         chosen = adapted_layers(model, self)
-        if not found and not chosen:
-            found.append("lora.targets and lora.groups choose no layer: name at least one of each, or set lora.rank=0")
+        if not lines and not chosen:
+            lines.append("lora.targets and lora.groups choose no layer: name at least one of each, or set lora.rank=0")
         if any(layer.experts for layer in chosen):
-            found += self._expert_problems()
-        return found
+            lines += self._expert_problems()
+        return lines
 
-    def _expert_problems(self) -> list[str]:
-        found = []
+    def _expert_problems(self) -> Iterator[str]:
         if self.rank % EXPERT_RANKS:
-            found.append(f"lora.rank={self.rank} must be a multiple of {EXPERT_RANKS} where experts have adapters")
+            yield f"lora.rank={self.rank} must be a multiple of {EXPERT_RANKS} where experts have adapters"
         if self.dropout:
-            found.append(
+            yield (
                 f"lora.dropout={self.dropout:g} does not work with adapters on experts:"
                 " set it to 0 or leave the experts out, lora.targets=['*.self_attention.*']"
             )
-        return found
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,10 @@ Nothing here imports torch: a layout that cannot be built is refused before any 
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from visionloom.common.settings import option, option_faults
+from visionloom.common.settings import check, option
 
 RECOMPUTATIONS = ("none", "selective", "full")
 EXCHANGES = ("gather", "ulysses")
@@ -16,8 +17,6 @@ EXCHANGES = ("gather", "ulysses")
 class ParallelConfig:
     """Degrees of parallelism; data parallelism is what remains of the world size."""
 
-    engine: str = option("megatron", "free")
-    """Who owns gradients and optimizer: `megatron`."""
     tensor: int = option(1, "free", least=1, most=65_536)
     """Ranks that share every matrix of a language layer."""
     pipeline: int = option(1, "free", least=1, most=65_536)
@@ -63,48 +62,48 @@ class ParallelConfig:
         return self.context * (self.tensor if self.sequence_parallel else 1)
 
     @property
-    def token_multiple(self) -> int:
-        """What the length of each segment must be a multiple of: two chunks for every context rank."""
+    def sample_token_multiple(self) -> int:
+        """Divisor of the tokens that each sample takes up: two chunks for every context rank."""
         return 2 * self.context if self.context > 1 else 1
 
     @property
-    def pack_multiple(self) -> int:
-        """What the length of a pack must be a multiple of: every rank holds as many tokens."""
+    def pack_token_multiple(self) -> int:
+        """Divisor of the tokens of a pack: every rank holds as many."""
         tokens = self.tensor if self.sequence_parallel else 1
-        return math.lcm(self.token_multiple, self.context * tokens)
+        return math.lcm(self.sample_token_multiple, self.context * tokens)
 
     def data_parallel_size(self, world_size: int) -> int:
-        """Copies of the model that `world_size` ranks hold; check `problems` first."""
+        """Return the copies of the model that `world_size` ranks hold; check `world_problems` first."""
         return world_size // self.model_parallel_size
 
-    def problems(self, world_size: int) -> list[str]:
-        """What makes this layout impossible on `world_size` ranks: one line a fault, naming the option; empty if none."""
-        if found := self.out_of_range():
-            return found
+    def problems(self, here: str) -> Iterator[str]:
+        """Yield a line for each degree that needs another one."""
         if self.sequence and self.tensor == 1:
-            found.append("parallel.sequence=true needs parallel.tensor of 2 or more (now 1)")
+            yield f"{here}.sequence=true needs {here}.tensor of 2 or more (now 1)"
         if self.virtual_pipeline is not None and self.pipeline == 1:
-            found.append(
-                f"parallel.virtual_pipeline={self.virtual_pipeline} needs parallel.pipeline of 2 or more (now 1):"
-                " leave it out or raise parallel.pipeline"
+            yield (
+                f"{here}.virtual_pipeline={self.virtual_pipeline} needs {here}.pipeline of 2 or more (now 1):"
+                f" leave it out or raise {here}.pipeline"
             )
-        if world_size % self.model_parallel_size:
-            found.append(
-                f"{world_size} ranks cannot hold tensor {self.tensor} x pipeline {self.pipeline} x context {self.context}"
-                f" = {self.model_parallel_size}: start a multiple of {self.model_parallel_size} ranks or change parallel.*"
-            )
-            return found
-        experts = self.expert * (self.expert_tensor or 1)
-        if (world_size // self.pipeline) % experts:
-            found.append(
-                f"the {world_size // self.pipeline} ranks of a pipeline stage cannot hold expert {self.expert} x expert_tensor"
-                f" {self.expert_tensor or 1} = {experts}: start a multiple of {experts * self.pipeline} ranks or change parallel.*"
-            )
-        return found
 
-    def out_of_range(self) -> list[str]:
-        """Degrees below 1 and unknown names, which every other check divides or looks up by."""
-        found = []
-        if self.engine != "megatron":
-            found.append(f"parallel.engine={self.engine} is not available: use parallel.engine=megatron")
-        return found + option_faults(self, "parallel")
+    def world_problems(self, world_size: int, here: str = "parallel") -> list[str]:
+        """Return what `world_size` ranks cannot hold of a layout with values in their bounds; empty if it fits."""
+        if world_size % self.model_parallel_size:
+            return [
+                f"{world_size} ranks cannot hold tensor {self.tensor} x pipeline {self.pipeline} x context {self.context}"
+                f" = {self.model_parallel_size}: start a multiple of {self.model_parallel_size} ranks or change {here}.*"
+            ]
+        expert_tensor = self.expert_tensor or 1
+        experts = self.expert * expert_tensor
+        stage = world_size // self.pipeline
+        if stage % experts:
+            return [
+                f"the {stage} ranks of a pipeline stage cannot hold expert {self.expert} x expert_tensor {expert_tensor}"
+                f" = {experts}: start a multiple of {experts * self.pipeline} ranks or change {here}.*"
+            ]
+        return []
+
+    def all_problems(self, world_size: int, here: str = "parallel") -> list[str]:
+        """Return all that makes this layout impossible on `world_size` ranks: a line a problem, naming the option."""
+        own = check(self, here)
+        return own.lines if own.bounds else own.lines + self.world_problems(world_size, here)

@@ -39,7 +39,7 @@ def split_pack(cu_seqlens: TokenRows, size: int) -> Split:
         worst = int(lengths[lengths % (2 * size) > 0][0])
         raise ValueError(
             f"a segment of {worst} tokens cannot be split over {size} context ranks: its length must be a multiple of"
-            f" {2 * size} (data.pack_multiple)"
+            f" {2 * size} (data.sample_token_multiple)"
         )
     chunk = np.arange(bounds[-1]) - np.repeat(bounds[:-1], lengths)  # place in the segment, then number of the chunk
     chunk //= np.repeat(np.maximum(lengths // (2 * size), 1), lengths)

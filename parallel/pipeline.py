@@ -27,35 +27,40 @@ def layout_of(parallel: ParallelConfig, layers: int) -> str:
     return f"E{'|'.join(['t' * each] * chunks)}L"
 
 
-def pipeline_problems(parallel: ParallelConfig, layers: int) -> list[str]:
-    """What makes the pipeline impossible for a model of `layers` decoder layers: one line a fault; empty if none."""
+def pipeline_problems(parallel: ParallelConfig, layers: int, here: str = "parallel") -> list[str]:
+    """Return what makes the pipeline impossible for a model of `layers` decoder layers: a line a fault, empty if none.
+
+    Args:
+        parallel: a layout whose values are within their bounds.
+        layers: decoder layers of the model.
+        here: dotted path of the layout.
+    """
     chunks = parallel.pipeline * parallel.chunks
-    product = f"pipeline {parallel.pipeline}" + (f" x virtual_pipeline {parallel.chunks}" if parallel.chunks > 1 else "")
+    product = f"pipeline {parallel.pipeline}"
+    if parallel.chunks > 1:
+        product += f" x virtual_pipeline {parallel.chunks}"
+    even = suggestion(layers, chunks)
     if parallel.pipeline_layout is None:
-        if layers % chunks:
-            return [
-                f"{layers} layers cannot be cut evenly into {product} = {chunks} chunks:"
-                f" give parallel.pipeline_layout='{suggestion(layers, chunks)}' or change parallel.pipeline"
-            ]
-        return []
-    layout = layout_of(parallel, layers)
-    if not re.fullmatch(r"[EtL|]+", layout):
+        if layers % chunks == 0:
+            return []
         return [
-            f"parallel.pipeline_layout={parallel.pipeline_layout} may hold E, t, L, | and t*3 only, for example"
-            f" '{suggestion(layers, chunks)}'"
+            f"{layers} layers cannot be cut evenly into {product} = {chunks} chunks:"
+            f" give {here}.pipeline_layout='{even}' or change {here}.pipeline"
         ]
-    found = []
+
+    layout = layout_of(parallel, layers)
+    given = f"{here}.pipeline_layout={parallel.pipeline_layout}"
+    if not re.fullmatch(r"[EtL|]+", layout):
+        return [f"{given} may hold E, t, L, | and t*3 only, for example '{even}'"]
+    lines = []
     if layout.count("|") + 1 != chunks:
-        found.append(
-            f"parallel.pipeline_layout={parallel.pipeline_layout} names {layout.count('|') + 1} chunks, {product} needs {chunks}"
-        )
+        lines.append(f"{given} names {layout.count('|') + 1} chunks, {product} needs {chunks}")
     if layout.count("t") != layers:
-        found.append(
-            f"parallel.pipeline_layout={parallel.pipeline_layout} holds {layout.count('t')} layers, the model has {layers}"
-        )
-    if layout.replace("t", "").replace("|", "") != "EL" or not layout.startswith("E") or not layout.endswith("L"):
-        found.append(f"parallel.pipeline_layout={parallel.pipeline_layout} must begin with its only E and end with its only L")
-    return found
+        lines.append(f"{given} holds {layout.count('t')} layers, the model has {layers}")
+    ends = layout.replace("t", "").replace("|", "")
+    if ends != "EL" or not layout.startswith("E") or not layout.endswith("L"):
+        lines.append(f"{given} must begin with its only E and end with its only L")
+    return lines
 
 
 def suggestion(layers: int, chunks: int) -> str:

@@ -219,9 +219,8 @@ def _open_layout(config: ParallelConfig, device: torch.device, seed: int) -> Top
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     world_size = dist.get_world_size()
-    faults = config.problems(world_size)
-    if faults:
-        raise UserError("; ".join(faults))
+    if problems := config.all_problems(world_size):
+        raise UserError("; ".join(problems))
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor,

@@ -14,6 +14,7 @@ from visionloom.common.settings import Change, Option, Rules, options
 from visionloom.common.text import one_line
 from visionloom.train.checkpoint.state_file import RunState, absolute, model_of
 from visionloom.train.config import RunConfig
+from visionloom.train.old_options import todays_settings
 
 PHASES = "phases"
 """The names of the phases before the one in progress, as a setting: they count as done."""
@@ -70,7 +71,7 @@ def changes(config: RunConfig, progress: RunState, where: str) -> list[Changed]:
 
 def _changed(config: RunConfig, progress: RunState) -> Iterator[Changed]:
     """Options of the checkpoint whose value is another one here, as far as something is left that they count for."""
-    before = progress.settings or _older(progress)
+    before = todays_settings(progress.settings) or _older(progress)
     finished = progress.phase_done and config.phases[progress.phase].total_steps <= progress.phase_step
     over = finished and progress.phase == list(config.phases)[-1]
     adapters = config.lora.rank or before.get("lora.rank")

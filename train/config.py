@@ -4,15 +4,13 @@ YAML holds values, the dataclasses hold names, types and defaults. Nothing here 
 refused in well under a second.
 """
 
-import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 from visionloom.common.errors import unknown
 from visionloom.common.names import name_fault
-from visionloom.common.settings import ENTRIES, option, option_faults
+from visionloom.common.settings import ANY, check, likewise, option
 from visionloom.common.text import one_line
 from visionloom.data.config import DataConfig
 from visionloom.model.config import GROUPS, ModelConfig
@@ -21,7 +19,6 @@ from visionloom.parallel.config import ParallelConfig
 
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "fp32", "bf16")
-ANY_PHASE = "phases.<name>"
 LOSSES = ("sqrt", "token", "sample")
 SCHEDULES = ("cosine", "wsd", "linear", "constant")
 LATEST = "latest"
@@ -35,9 +32,11 @@ class RunSection:
     """Identity of the run and where it lives."""
 
     name: str = option("???", "free")
+    """Name of the run, which its folder has too; part of a path."""
     folder: str = option("", "free")
     """Run folder; empty: runs/<name>."""
     seed: int = option(1234, "data", least=0, most=2**62)
+    """Draws the weights, the order of samples and dropout: the same seed gives the same run."""
     device: str = option("auto", "free", choices=DEVICES)
     """`cpu` (gloo), `cuda` (NCCL), or `auto`: cuda where a GPU is visible."""
     precision: str = option("auto", "run", choices=PRECISIONS)
@@ -54,6 +53,13 @@ class RunSection:
     """If settings of the phase in progress or of the whole run differ from a checkpoint's: `error` says which, `continue` goes
     on with the new ones and says which. What is read has data.on_change."""
 
+    def problems(self, here: str) -> Iterator[str]:
+        """Yield a line if the run's name cannot be part of a path."""
+        if not self.name:
+            yield f"{here}.name is empty: give the run a name"
+        elif fault := name_fault(self.name):
+            yield f"{here}.name={one_line(self.name)}: {fault}"
+
 
 @dataclass
 class InitConfig:
@@ -64,16 +70,24 @@ class InitConfig:
     checkpoint: str = option("", "run")
     """Checkpoint folder of this or another run (weights only)."""
 
+    def problems(self, here: str) -> Iterator[str]:
+        """Yield a line if the weights would come from two places."""
+        if self.huggingface and self.checkpoint:
+            yield f"{here}.huggingface and {here}.checkpoint are both set: weights come from one of them"
+
 
 @dataclass
 class OptimConfig:
     """AdamW and gradient clipping."""
 
-    name: str = option("adamw", "never", choices=("adamw",))
     beta1: float = option(0.9, "run", least=0, below=1)
+    """Share of the mean of gradients that a step keeps."""
     beta2: float = option(0.95, "run", least=0, below=1)
+    """Share of the mean of squared gradients that a step keeps."""
     epsilon: float = option(1e-8, "run", above=0, most=1)
+    """Added to the root of the mean of squared gradients."""
     weight_decay: float = option(0.05, "run", least=0, most=100)
+    """Share of a weight that a step takes away, times the learning rate; biases and norms have none."""
     clip_grad: float = option(1.0, "run", least=0, most=1e9)
     """Largest global gradient norm; 0 turns clipping off."""
 
@@ -109,6 +123,7 @@ class PhaseConfig:
     lr_min_ratio: float = option(0.1, "run", least=0, most=1)
     """Last learning rate as a share of the peak."""
     warmup_steps: int = option(0, "run", least=0, most=STEPS)
+    """Optimizer steps in which the learning rate rises from 0 to its peak, in a straight line."""
     schedule: str = option("cosine", "run", choices=SCHEDULES)
     """`cosine` or `linear` decay over the whole phase, `wsd` (constant, then decay_steps down), `constant`."""
     decay_steps: int | None = option(None, "run", least=1, most=STEPS)
@@ -128,63 +143,49 @@ class PhaseConfig:
         own = {"vision": self.lr_vision, "merger": self.lr_merger, "language": None}
         return {group: rate if (rate := own[group]) is not None else self.lr for group in self.trainable}
 
-    def problems(
-        self,
-        where: str,
-        datasets: list[str],
-        world_size: int,
-        parallel: ParallelConfig,
-        model: ModelConfig,
-        dealt: bool = True,
-    ) -> list[str]:
-        """What is wrong with this phase: one line a fault, each naming its option; empty if none.
-
-        Whether its packs can be dealt to the ranks is left out unless `dealt`: the run's layout must be possible first.
-        """
-        if found := option_faults(self, where):
-            return found
+    def problems(self, here: str) -> Iterator[str]:
+        """Yield a line for each fault of the lengths, the groups and the weights of datasets."""
         if (self.steps is None) == (self.tokens is None):
-            found.append(f"{where}: give exactly one of steps and tokens")
+            yield f"{here}: give exactly one of steps and tokens"
         elif self.total_steps > STEPS:
-            found.append(f"{where}.tokens={self.tokens} makes {self.total_steps:,} steps, at most {STEPS:,} are possible")
+            yield f"{here}.tokens={self.tokens} makes {self.total_steps:,} steps, at most {STEPS:,} are possible"
         elif self.warmup_steps >= self.total_steps:
-            found.append(f"{where}.warmup_steps={self.warmup_steps} must be below the phase's {self.total_steps} steps")
+            yield f"{here}.warmup_steps={self.warmup_steps} must be below the phase's {self.total_steps} steps"
         if self.decay_steps is not None and self.decay_steps > self.total_steps - self.warmup_steps:
-            found.append(f"{where}.decay_steps={self.decay_steps} must fit behind the warm-up")
-        found += [unknown(f"{where}.mixture", name, datasets) for name in self.mixture if name not in datasets]
+            yield f"{here}.decay_steps={self.decay_steps} must fit behind the warm-up"
         if not self.trainable:
-            found.append(f"{where}.trainable is empty: name at least one of {', '.join(GROUPS)}")
+            yield f"{here}.trainable is empty: name at least one of {', '.join(GROUPS)}"
         if self.mixture and sum(self.mixture.values()) <= 0:
-            found.append(f"{where}.mixture: one weight must be above 0")
-        layout = self.parallel or parallel
-        faults = layout.problems(world_size) or model.layout_problems(layout)
-        if self.parallel is not None:
-            found += [f"{where}: {fault}" for fault in faults]
-        if dealt and not found and not faults:
-            found += self._dealing_problems(where, world_size, layout)
-        return found
+            yield f"{here}.mixture: one weight must be above 0"
 
-    def _dealing_problems(self, where: str, world_size: int, layout: ParallelConfig) -> list[str]:
-        """Why the packs of a step, or the tokens of a pack, cannot be dealt to the ranks of a layout that is possible."""
-        found = []
-        packs = layout.data_parallel_size(world_size) * self.micro_batch
-        if self.global_batch % packs:
-            found.append(
-                f"{where}.global_batch={self.global_batch} packs cannot be dealt to"
-                f" {layout.data_parallel_size(world_size)} data-parallel ranks x micro_batch {self.micro_batch}:"
+    def dealing_problems(self, here: str, world_size: int, layout: ParallelConfig) -> Iterator[str]:
+        """Yield why the packs of a step, or the tokens of a pack, cannot be dealt to ranks.
+
+        Args:
+            here: dotted path of this phase.
+            world_size: ranks of the run.
+            layout: the phase's own or the run's; it must be possible on these ranks.
+        """
+        copies = layout.data_parallel_size(world_size)
+        packs = copies * self.micro_batch
+        batch = f"{here}.global_batch={self.global_batch}"
+        micro_batches, left = divmod(self.global_batch, packs)
+        if left:
+            yield (
+                f"{batch} packs cannot be dealt to {copies} data-parallel ranks x micro_batch {self.micro_batch}:"
                 f" make it a multiple of {packs} or start fewer ranks"
             )
-        elif layout.chunks > 1 and self.global_batch // packs % layout.pipeline:
-            found.append(
-                f"{where}.global_batch={self.global_batch} gives {self.global_batch // packs} micro-batches, which interleaved"
-                f" stages need in multiples of parallel.pipeline={layout.pipeline}: make it a multiple of {packs * layout.pipeline}"
+        elif layout.chunks > 1 and micro_batches % layout.pipeline:
+            yield (
+                f"{batch} gives {micro_batches} micro-batches, which interleaved stages need in multiples of"
+                f" parallel.pipeline={layout.pipeline}: make it a multiple of {packs * layout.pipeline}"
             )
-        if self.sequence_length % layout.pack_multiple:
-            found.append(
-                f"{where}.sequence_length={self.sequence_length} must be a multiple of {layout.pack_multiple}"
+        multiple = layout.pack_token_multiple
+        if self.sequence_length % multiple:
+            yield (
+                f"{here}.sequence_length={self.sequence_length} must be a multiple of {multiple}"
                 f" (tensor {layout.tensor} x context {layout.context}, two chunks a context rank)"
             )
-        return found
 
 
 @dataclass
@@ -196,7 +197,7 @@ class CheckpointConfig:
     keep: int = option(2, "free", least=1, most=10**6)
     """Newest checkpoints kept of each phase, its end among them."""
     keep_every_steps: int = option(0, "free", least=0, most=STEPS)
-    """Besides, one checkpoint is kept for each so many steps of the run; 0: none."""
+    """Also keep every checkpoint whose step of the run is a multiple of this; 0: none."""
     asynchronous: bool = option(True, "free")
     """Write while training goes on; the end of a phase is always waited for."""
     on_error: str = option("continue", "free", choices=("continue", "stop"))
@@ -209,8 +210,11 @@ class LoggingConfig:
     """What is written beside metrics.jsonl, and how often a line is shown."""
 
     every_steps: int = option(10, "free", least=1, most=STEPS)
+    """Optimizer steps between two lines on the screen; metrics.jsonl has a line for every step."""
     wandb: bool = option(False, "free")
+    """Send the metrics to Weights & Biases too."""
     tensorboard: bool = option(False, "free")
+    """Write the metrics as TensorBoard's event files too."""
 
 
 @dataclass
@@ -225,7 +229,7 @@ class EvaluationConfig:
     """Tokens of a pack in generation."""
     max_new_tokens: int = option(64, "free", least=1, most=2**20)
     """Longest answer generated."""
-    pictures: int = option(24, "free", least=0, most=10_000)
+    report_samples: int = option(24, "free", least=0, most=10_000)
     """Samples shown with their prediction in report.html."""
 
 
@@ -234,123 +238,108 @@ class RunConfig:
     """Everything a run is made of."""
 
     run: RunSection = field(default_factory=RunSection)
+    """Identity of the run and where it lives."""
     model: ModelConfig = field(default_factory=ModelConfig)
+    """The model's architecture."""
     init: InitConfig = field(default_factory=InitConfig)
+    """Where the first phase's weights come from."""
     lora: LoraConfig = field(default_factory=LoraConfig)
+    """Adapters that train in place of the weights."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Layout of the model over the ranks."""
     data: DataConfig = field(default_factory=DataConfig)
+    """Datasets, and how samples become packs."""
     optim: OptimConfig = field(default_factory=OptimConfig)
+    """AdamW and gradient clipping."""
     phases: dict[str, PhaseConfig] = field(default_factory=dict)
+    """Phases by name, in the order in which they train."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """When to save and what to keep."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    """What is written beside metrics.jsonl."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """Held-out loss and greedy answers."""
 
-    def problems(self, world_size: int) -> list[str]:
-        """What cannot work, found from the values alone: one line a fault, each naming its option; empty if none."""
-        if found := not_finite(self) or self._names() + self._out_of_range():
-            return found
-        layout = self.parallel.problems(world_size) + self.model.problems(self.parallel)
-        found += layout
-        found += self._kernel_problems() if not layout else []
-        found += self._multiple_problems()
+    def all_problems(self, world_size: int) -> list[str]:
+        """Return what cannot work on `world_size` ranks: a line a problem, naming its option; empty if all can.
+
+        Each section checks itself (common/settings.py); what needs several of them is checked here, with values in their bounds.
+        """
+        own = check(self)
+        lines = own.lines
+        if LATEST in self.phases:
+            lines.append(f"phases.{LATEST}: a file of that name lies beside the folders of phases: give the phase another name")
+        if own.bounds:
+            return lines
+
+        layout = self._layout_problems(self.parallel, "parallel", world_size)
+        lines += layout
+        lines += self._multiple_problems()
         if not self.phases:
-            found.append("phases is empty: choose a run with +recipe=NAME")
-        faults = {
-            name: phase.problems(ANY_PHASE, list(self.data.datasets), world_size, self.parallel, self.model, dealt=not layout)
-            for name, phase in self.phases.items()
-        }
-        found += _once(faults)
-        found += self._lora_problems() if not layout else []
-        if self.init.huggingface and self.init.checkpoint:
-            found.append("init.huggingface and init.checkpoint are both set: weights come from one of them")
-        return found
+            lines.append("phases is empty: choose a run with +recipe=NAME")
+        by_phase = {name: self._phase_problems(phase, world_size) for name, phase in self.phases.items()}
+        lines += likewise("phases", by_phase)
+        if not layout:
+            lines += self._kernel_problems()
+            lines += self._lora_problems()
+        return lines
+
+    def _layout_problems(self, layout: ParallelConfig, here: str, world_size: int) -> list[str]:
+        """Return what the ranks cannot hold of a layout, and what it does not divide of the model."""
+        return layout.world_problems(world_size, here) + self.model.layout_problems(layout, here)
+
+    def _phase_problems(self, phase: PhaseConfig, world_size: int) -> list[str]:
+        """Return what a phase, called `phases.<name>`, cannot do with this run's data, ranks and model."""
+        here, datasets = f"phases.{ANY}", list(self.data.datasets)
+        lines = [unknown(f"{here}.mixture", name, datasets) for name in phase.mixture if name not in datasets]
+        layout, where = phase.parallel or self.parallel, f"{here}.parallel" if phase.parallel else "parallel"
+        faults = self._layout_problems(layout, where, world_size)
+        if phase.parallel:  # those of the run's layout have lines of their own
+            lines += faults
+        if not faults:
+            lines += phase.dealing_problems(here, world_size, layout)
+        return lines
+
+    def _layouts(self) -> dict[str, ParallelConfig]:
+        """The run's own layout, in which it is evaluated, and those of its phases, by their dotted paths."""
+        own = {f"phases.{name}.parallel": phase.parallel for name, phase in self.phases.items()}
+        return {"parallel": self.parallel} | {path: layout for path, layout in own.items() if layout is not None}
 
     def _kernel_problems(self) -> list[str]:
-        """What the kernels of the run's precision cannot multiply in any layout of the run; on a GPU `auto` is bf16."""
-        exact = self.run.precision == "fp32" or (self.run.precision == "auto" and self.run.device == "cpu")
-        found = [
-            line
-            for layout in self._layouts()
-            if not layout.out_of_range()
-            for line in self.model.kernel_problems(4 if exact else 2, layout)
-        ]
-        return list(dict.fromkeys(found))
-
-    def _layouts(self) -> list[ParallelConfig]:
-        """The run's own layout, in which it is evaluated, and those of its phases."""
-        return [self.parallel, *(phase.parallel for phase in self.phases.values() if phase.parallel is not None)]
+        """Return what the kernels of the run's precision cannot multiply in any layout of the run."""
+        # `auto` is bf16 on a GPU, and only `cpu` is sure to be none.
+        is_fp32 = self.run.precision == "fp32" or (self.run.precision == "auto" and self.run.device == "cpu")
+        lines: list[str] = []
+        for path, layout in self._layouts().items():
+            lines += self.model.kernel_problems(4 if is_fp32 else 2, layout, path)
+        return list(dict.fromkeys(lines))
 
     def _lora_problems(self) -> list[str]:
-        """What adapters cannot do, by themselves and in the phases."""
-        found = self.lora.problems(self.model)
-        if self.lora.rank <= 0 or found:
-            return found
+        """Return what adapters cannot do with this model and in these phases."""
+        if self.lora.rank == 0:
+            return []
+        if lines := self.lora.layer_problems(self.model):
+            return lines
+
         if not (self.init.huggingface or self.init.checkpoint):
-            found.append(f"lora.rank={self.lora.rank} needs weights to adapt: set init.huggingface or init.checkpoint")
+            lines.append(f"lora.rank={self.lora.rank} needs weights to adapt: set init.huggingface or init.checkpoint")
         for name, phase in self.phases.items():
             if phase.fresh:
-                found.append(
+                lines.append(
                     f"phases.{name}.fresh={phase.fresh} would stay as drawn: with lora.rank above 0 only adapters train"
                 )
             if not set(phase.trainable) & set(self.lora.groups):
-                found.append(f"phases.{name}.trainable={phase.trainable} has no adapters: lora.groups={self.lora.groups}")
-        return found
+                lines.append(f"phases.{name}.trainable={phase.trainable} has no adapters: lora.groups={self.lora.groups}")
+        return lines
 
     def _multiple_problems(self) -> list[str]:
-        """Whether samples take up tokens in the multiples that context parallelism cuts them into."""
-        layouts = self._layouts()
-        needed = math.lcm(*(layout.token_multiple for layout in layouts if layout.context > 0))
-        found = []
-        if self.data.pack_multiple > 0 and self.data.pack_multiple % needed:
-            found.append(
-                f"data.pack_multiple={self.data.pack_multiple} must be a multiple of {needed}:"
-                f" parallel.context={max(layout.context for layout in layouts)} cuts each sample into that many chunks"
-            )
-        return found
-
-    def _names(self) -> list[str]:
-        """Names that cannot be parts of paths."""
-        found = ["run.name is empty: give the run a name"] if not self.run.name else []
-        names = {"run.name=": [self.run.name] if self.run.name else [], "phases.": self.phases}
-        if LATEST in self.phases:
-            found.append(f"phases.{LATEST}: a file of that name lies beside the folders of phases: give the phase another name")
-        names |= {"data.datasets.": self.data.datasets, "data.validation.": self.data.validation}
-        return found + [
-            f"{option}{one_line(name)}: {fault}"
-            for option, each in names.items()
-            for name in each
-            if (fault := name_fault(name))
+        """Return a line unless samples take up tokens in the multiples that context parallelism cuts them into."""
+        layouts = list(self._layouts().values())
+        needed = math.lcm(*(layout.sample_token_multiple for layout in layouts))
+        multiple = self.data.sample_token_multiple
+        if multiple % needed == 0:
+            return []
+        return [
+            f"data.sample_token_multiple={multiple} must be a multiple of {needed}:"
+            f" parallel.context={max(layout.context for layout in layouts)} cuts each sample into that many chunks"
         ]
-
-    def _out_of_range(self) -> list[str]:
-        """Values that no run can have; phases tell of theirs alike, and many sections are as many options."""
-        sizes = {"phases": len(self.phases)}
-        sizes |= {"data.datasets": len(self.data.datasets), "data.validation": len(self.data.validation)}
-        if found := [
-            f"{name} has {size} entries, at most {ENTRIES} are possible" for name, size in sizes.items() if size > ENTRIES
-        ]:
-            return found
-        others = dataclasses.replace(self, phases={})
-        return option_faults(others) + _once({name: option_faults(phase, ANY_PHASE) for name, phase in self.phases.items()})
-
-
-def not_finite(config: Any, where: str = "") -> list[str]:
-    """Numbers of a configuration, or of those inside it, that are infinite or none at all; one line each."""
-    if isinstance(config, float) and not math.isfinite(config):
-        return [f"{where}={config:g} must be a finite number"]
-    if dataclasses.is_dataclass(config) or isinstance(config, dict):
-        inner = config if isinstance(config, dict) else vars(config)
-        return [line for name, value in inner.items() for line in not_finite(value, f"{where}.{name}".removeprefix("."))]
-    return []
-
-
-def _once(faults: Mapping[str, list[str]]) -> list[str]:
-    """The faults of all phases, with one line for those that have the same."""
-    phases: dict[str, list[str]] = {}
-    for name, lines in faults.items():
-        for line in lines:
-            phases.setdefault(line, []).append(name)
-    return [
-        line.replace(ANY_PHASE, f"phases.{first}") + (f" (likewise {', '.join(others)})" if others else "")
-        for line, (first, *others) in phases.items()
-    ]

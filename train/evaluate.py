@@ -89,7 +89,7 @@ def held_out_losses(
 def held_out_length(config: RunConfig, layout: ParallelConfig) -> int:
     """Tokens of a pack that holds what any phase can train on, in a layout that may be another phase's."""
     longest = max(phase.sequence_length for phase in config.phases.values())
-    return longest + -longest % layout.pack_multiple
+    return longest + -longest % layout.pack_token_multiple
 
 
 @contextmanager
@@ -177,7 +177,9 @@ class Writer:
     def _next_tokens(self, samples: Sequence[EncodedSample], places: list[list[int]]) -> list[list[int]]:
         """The most likely token after each of the places (-1: the last) of each sample."""
         parallel, encoder = self.topology.config, encoder_of(self.topology)
-        batch, starts = pack_prompts(samples, self.tokenizer.pad_id, parallel.pack_multiple, parallel.token_multiple, *encoder)
+        batch, starts = pack_prompts(
+            samples, self.tokenizer.pad_id, parallel.pack_token_multiple, parallel.sample_token_multiple, *encoder
+        )
         lengths = [len(sample.input_ids) for sample in samples]
         rows = [int(s) + p % n for s, n, own in zip(starts, lengths, places, strict=True) for p in own]
         chosen = iter(next_tokens(self.chunks, batch, np.array(rows), self.topology).tolist())
@@ -240,7 +242,7 @@ def evaluate_run(
                 seen = counts.setdefault(task, [0, 0])
                 seen[0] += correct
                 seen[1] += 1
-        shown += found[: -(-config.evaluation.pictures // len(config.data.validation))]
+        shown += found[: -(-config.evaluation.report_samples // len(config.data.validation))]
     tasks = {task: {"accuracy": right / n, "n": n} for task, (right, n) in sorted(counts.items())}
     results = {"step": step, "loss": losses, "tasks": tasks}
     if topology.is_main:

@@ -58,7 +58,7 @@ def plan_of(mixture: LengthMixture, samples: int, global_batch: int, seed: int =
     budget = int(patches_per_token * mixture.tokens)
     over = np.flatnonzero((table["tokens"] > mixture.tokens) | (table["patches"] > budget))
     source = MixtureEntry("mixture", 1.0, Parts(table, over, np.empty(0, PART)), "mixture", "drop")
-    settings = Settings(seed, "bench", mixture.tokens, global_batch, budget, WINDOW, block=64)
+    settings = Settings(seed, "bench", mixture.tokens, global_batch, budget, WINDOW, shuffle_block_samples=64)
     return Plan([source], settings, QWEN3VL_8B)
 
 

@@ -71,7 +71,7 @@ class Trainable:
 
     def _check_length(self, sample: Sample) -> None:
         encoded = encode(sample, self._tokenizer, self.media)
-        patches = int(DataConfig().patch_budget * self.sequence_length)
+        patches = int(DataConfig().max_patches_per_token * self.sequence_length)
         limits = PackLimits(self.sequence_length, patches, "--sequence-length", "", "over_length")
         if limits.fit(len(encoded.input_ids), encoded.patch_count):
             return

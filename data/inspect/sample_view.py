@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image as Pillow
 
 from visionloom.common.errors import UserError
-from visionloom.data.config import MediaConfig
+from visionloom.data.config import DataConfig, MediaConfig
 from visionloom.data.encode.encode import EncodedSample, encode
 from visionloom.data.encode.geometry import chosen_frames, frame_times
 from visionloom.data.encode.tokenizer import Tokenizer
@@ -22,9 +22,9 @@ from visionloom.data.shards.dataset import Dataset
 from visionloom.data.shards.open_media import MediaError, open_picture
 from visionloom.data.shards.sample import Box, Element, Image, Point, Sample, SampleError, Text, Think, Time, ToolCall, Video
 
-PATCHES_PER_TOKEN: Final = 3.2
-"""Patch budget of a pack, as data.patch_budget has it by default."""
-WINDOW: Final = 1024
+PATCHES_PER_TOKEN: Final = DataConfig().max_patches_per_token
+"""Most patches of a pack for each token of its length, as runs have it by default."""
+WINDOW: Final = DataConfig().packing_window_samples
 MOST_FRAMES: Final = 24
 """Frames of a video that are shown at most."""
 LONGEST_SIDE: Final = 768

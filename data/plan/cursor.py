@@ -5,6 +5,8 @@ that the step begins in, how many draws of each dataset were made, up to the las
 was made from.
 """
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -17,11 +19,11 @@ STATE_BYTES: Final = 4096
 OPTIONS: Final = {
     "version": "this program's way of planning",
     "seed": "run.seed",
-    "patch_budget": "data.patch_budget",
-    "window": "data.window",
-    "multiple": "data.pack_multiple",
-    "most": "data.pack_segments",
-    "shuffle_block": "data.shuffle_block",
+    "patch_budget": "data.max_patches_per_token",
+    "packing_window_samples": "data.packing_window_samples",
+    "sample_token_multiple": "data.sample_token_multiple",
+    "max_samples_per_pack": "data.max_samples_per_pack",
+    "shuffle_block_samples": "data.shuffle_block_samples",
     "weights_in": "data.weights_in",
     "phase": "phase",
     "tokenizer": "data.tokenizer",
@@ -29,6 +31,14 @@ OPTIONS: Final = {
     "draws_per_block": "draws of a block",
 }
 """The option behind each fact of a plan; others are the phase's own."""
+OLD_FACTS: Final = {
+    "window": "packing_window_samples",
+    "multiple": "sample_token_multiple",
+    "most": "max_samples_per_pack",
+    "block": "shuffle_block_samples",
+    "draws_per_segment": "draws_per_block",
+}
+"""Today's name of facts that states had under another one until 2026-11-26."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +86,19 @@ class _State:
     plan: dict[str, Any]
 
 
-def check_state(state: Mapping[str, Any]) -> None:
-    """Refuse a state of another version of this program, or of another form: it may come from a stranger's checkpoint."""
+def plan_hash(facts: Mapping[str, Any], origin: Origin) -> str:
+    """Return 32 hexadecimal digits over all that decides what the steps of a plan contain."""
+    parts = [facts, origin.step, sorted(origin.draws.items())]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def check_state(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a state with today's names; it may come from a stranger's checkpoint.
+
+    Raises UserError for a state of another version of this program, or of another form.
+    """
+    if state.get("version") == 2 and "segment" in state:  # until 2026-11-26; the same state with another word in it
+        state = {"block" if name == "segment" else name: value for name, value in state.items()} | {"version": STATE_VERSION}
     if state.get("version") != STATE_VERSION:
         raise UserError(
             f"the checkpoint's data state has version {str(state.get('version'))[:20]}, this program reads version {STATE_VERSION}:"
@@ -93,6 +114,15 @@ def check_state(state: Mapping[str, Any]) -> None:
         raise UserError(
             f"{where}: data.draws counts {unknown[0][:80]!r}, which is none of its datasets: take a checkpoint of this version"
         )
+    return _with_todays_names(state)
+
+
+def _with_todays_names(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Rename old facts, and make the hash anew: it is over names too, and the plan is the same."""
+    if OLD_FACTS.keys().isdisjoint(state["plan"]):
+        return state
+    facts = {OLD_FACTS.get(name, name): value for name, value in state["plan"].items()}
+    return {**state, "plan": facts, "plan_hash": plan_hash(facts, Origin.of(state))}
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any], phase: str) -> list[str]:

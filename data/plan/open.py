@@ -77,8 +77,8 @@ def make_plan(
 
     Raises UserError for samples longer than a pack, by their dataset's policy, and for a dataset without a supervised token.
     """
-    multiple = data.pack_multiple
-    budget = int(data.patch_budget * sequence_length)
+    multiple = data.sample_token_multiple
+    budget = int(data.max_patches_per_token * sequence_length)
     option = f"phases.{phase}.sequence_length"
     parts = [corpus.parts(sequence_length // multiple * multiple, budget, option) for corpus in corpora]
     for corpus, found in zip(corpora, parts, strict=True):
@@ -89,10 +89,10 @@ def make_plan(
         sequence_length,
         global_batch,
         budget,
-        data.window,
+        data.packing_window_samples,
         multiple,
-        data.pack_segments,
-        data.shuffle_block,
+        data.max_samples_per_pack,
+        data.shuffle_block_samples,
         data.weights_in,
         corpora[0].tokenizer.fingerprint[:8],
         media_hash(data.media),

@@ -108,7 +108,11 @@ def _refusal(dataset: Dataset, lengths: Lengths, limits: PackLimits) -> str:
         ("tokens", over_tokens, limits.tokens) if over_tokens.any() else ("patches", over_patches, limits.patches)
     )
     worst = int(np.argmax(np.where(mask, lengths[kind], 0)))
-    fix = f"raise {limits.tokens_option}" if kind == "tokens" else "raise data.patch_budget (patches per token of the sequence)"
+    fix = (
+        f"raise {limits.tokens_option}"
+        if kind == "tokens"
+        else "raise data.max_patches_per_token (patches per token of the sequence)"
+    )
     return (
         f"dataset {dataset.name}: sample {dataset.sample(worst).id} has {lengths[kind][worst]} {kind}, a pack holds {most}"
         f" ({int(mask.sum())} such samples): {fix}, or set {limits.policy_option}=drop (or split, shrink, truncate_tail)"

@@ -6,8 +6,6 @@ workers or layout; `deal.deal` only deals its packs out.
 """
 
 import dataclasses
-import hashlib
-import json
 import threading
 from bisect import bisect_right
 from dataclasses import dataclass
@@ -18,14 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from visionloom.data.plan.best_fit import pack_samples
-from visionloom.data.plan.cursor import STATE_VERSION, Origin
+from visionloom.data.plan.cursor import STATE_VERSION, Origin, plan_hash
 from visionloom.data.plan.deal import CostModel, PlannedPack
 from visionloom.data.plan.mixture import PERIOD, Mixture, key_of
 from visionloom.data.plan.parts import Parts
 from visionloom.data.plan.plan_blocks import PlanBlock, PlanBlockStore
 from visionloom.data.plan.resumable import Rows
 
-PLAN_VERSION: Final = 4
+PLAN_VERSION: Final = 3
 _PACKS_PER_BLOCK: Final = 512
 """Packs aimed at in a block: its last, partly filled pack then costs 0.1 % of fill, and planning takes about 30 ms."""
 _SMALLEST_BLOCK: Final = 256
@@ -71,12 +69,12 @@ class Settings:
     global_batch: int
     patch_budget: int
     """Patches of one pack."""
-    window: int
-    multiple: int = 1
+    packing_window_samples: int
+    sample_token_multiple: int = 1
     """Tokens that a sample takes up are rounded up to this multiple."""
-    most: int = 0
+    max_samples_per_pack: int = 0
     """Samples of one pack; 0: any number."""
-    shuffle_block: int = 1
+    shuffle_block_samples: int = 1
     """Samples that stay together through the shuffle."""
     weights_in: str = "samples"
     tokenizer: str = ""
@@ -103,8 +101,8 @@ class Plan:
         self.draws_per_block = _draws_per_block(sources, weights, settings)
         self._seed = int(key_of(settings.seed, f"phase {settings.phase}"))
         contents, sizes = [source.content for source in sources], [source.size for source in sources]
-        self.mixture = Mixture(contents, sizes, weights, self._seed, settings.shuffle_block, self.origin.draws)
-        self.limits = [_limit(sources, content, settings.window) for content in self.mixture.contents]
+        self.mixture = Mixture(contents, sizes, weights, self._seed, settings.shuffle_block_samples, self.origin.draws)
+        self.limits = [_limit(sources, content, settings.packing_window_samples) for content in self.mixture.contents]
         """Of each content, how many samples a pack may at most pass over."""
         self._first_packs = {0: 0}
         self._blocks = PlanBlockStore(self._make_block, cache / "plan" / self.hash if cache else None)
@@ -120,8 +118,7 @@ class Plan:
     @property
     def hash(self) -> str:
         """32 hexadecimal digits over everything that decides what a step contains."""
-        facts = [self.facts, self.origin.step, sorted(self.origin.draws.items())]
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+        return plan_hash(self.facts, self.origin)
 
     def step(self, step: int) -> list[PlannedPack]:
         """The packs of an optimizer step, counted from 0 in the phase: `global_batch` of them."""
@@ -211,9 +208,9 @@ class Plan:
             rows["patches"].tolist(),
             settings.sequence_length,
             settings.patch_budget,
-            settings.window,
-            settings.multiple,
-            settings.most,
+            settings.packing_window_samples,
+            settings.sample_token_multiple,
+            settings.max_samples_per_pack,
             self.mixture.groups[sources].tolist(),
             self.limits,
         )

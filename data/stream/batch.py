@@ -39,7 +39,7 @@ class PackedBatch:
     """int32 [3, T]: interleaved-MRoPE positions, from 0 in each sample; 0 in padding."""
     cu_seqlens: Tensor
     """int32 [S + 1]: where segments begin; what a pack does not fill is a segment of its own. The last is T. A segment ends
-    with padding where data.pack_multiple asks for it."""
+    with padding where data.sample_token_multiple asks for it."""
     max_seqlen: int
     """Tokens of the longest segment."""
     patches: Tensor

@@ -53,12 +53,14 @@ class EvaluationSet:
         The pictures are dealt as in PackStream.micro_batches. Raises UserError for samples longer than the pack, unless the
         dataset's policy is to drop them.
         """
-        multiple, budget = self.data.pack_multiple, int(self.data.patch_budget * sequence_length)
+        multiple, budget = self.data.sample_token_multiple, int(self.data.max_patches_per_token * sequence_length)
         parts = self.corpus.parts(sequence_length // multiple * multiple, budget, "the sequence length")
         reader = Reader([self.corpus], [parts], self.data, self.tokenizer, Quarantine())
         rows, _ = parts.of(self.indices)
         tokens = -(-rows["tokens"].astype(np.int64) // multiple) * multiple
-        packed = pack_samples(tokens.tolist(), rows["patches"].tolist(), sequence_length, budget, self.data.window)
+        packed = pack_samples(
+            tokens.tolist(), rows["patches"].tolist(), sequence_length, budget, self.data.packing_window_samples
+        )
         for micro in deal(self._packs(rows, packed, dp_size * micro_batch), dp_size, micro_batch)[dp_rank]:
             places = [pack_.places for pack_ in micro]
             yield reader.batch(places, sequence_length, loss, encoder_rank, encoder_ranks, multiple)

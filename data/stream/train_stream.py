@@ -110,7 +110,7 @@ class PackStream:
         Raises:
             UserError: naming what changed, if the stream is not the one that the checkpoint was made with.
         """
-        check_state(state)
+        state = check_state(state)
         if (origin := Origin.of(state)) != self.plan.origin:
             self.plan = self._make_plan(origin)
         if state["plan_hash"] == self.plan.hash:
@@ -130,7 +130,7 @@ class PackStream:
 
     def _build(self, packs: list[PlannedPack], step: int, encoder_rank: int, encoder_ranks: int) -> PackedBatch:
         places, settings = [pack.places for pack in packs], self.plan.settings
-        length, multiple = settings.sequence_length, settings.multiple
+        length, multiple = settings.sequence_length, settings.sample_token_multiple
         return self._reader.batch(places, length, self.loss, encoder_rank, encoder_ranks, multiple, step)
 
 

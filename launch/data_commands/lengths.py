@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from visionloom.common.errors import UserError
 from visionloom.common.progress import PartProgress
 from visionloom.common.screen import PlainConsole
+from visionloom.common.settings import check
 from visionloom.launch.data_commands.progress import bars
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def media_config(words: list[str]) -> "MediaConfig":
             setattr(config, name, value if name == "rule" else float(value) if name == "video_fps" else int(value))
         except ValueError:
             raise UserError(f"--media {word}: a number expected") from None
-    if problems := config.problems():
+    if problems := check(config, "data.media").lines:
         raise UserError(*problems)
     return config
 

@@ -28,7 +28,6 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         usage="data.py plan +recipe=NAME [key=value ...] [--config-dir DIR] [options]",
         epilog="Words and --config-dir are those of launch/pretrain.py.",
     )
-    parser.add_argument("--stats", action="store_true", help="print the two tables, which is what this command does anyway")
     parser.add_argument("--phase", metavar="NAME", help="one phase only")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"steps of each phase to plan (default {STEPS})")
     parser.add_argument("--ranks", type=int, metavar="N", help="of the whole run (default: WORLD_SIZE, or 1)")

@@ -14,6 +14,7 @@ from typing import Any, Final
 from visionloom.common.errors import UserError
 from visionloom.common.jsonfile import JsonError, checked, load_json
 from visionloom.common.places import PlaceError, read_located
+from visionloom.common.settings import check
 from visionloom.common.text import one_line
 from visionloom.model.config import ModelConfig, TextConfig, VisionConfig
 from visionloom.model.huggingface.fields import BASE, EVERYWHERE, OUTER, ROPE_ONLY, TEXT, TEXT_ONLY, VISION_ONLY
@@ -159,8 +160,8 @@ def config_of(raw: Mapping[str, Any], folder: Path, option: str) -> ModelConfig:
     config = ModelConfig(folder.resolve().name, text=TextConfig(**given[0]), vision=VisionConfig(**given[1]))
     if kind == MIXTURE and not config.text.experts:
         raise UserError(f"{option}={folder}: {CONFIG} has model_type {MIXTURE}, but no experts")
-    if found := config.problems():
-        raise UserError(f"{option}={folder}: {CONFIG} describes a model that cannot be built: {'; '.join(found)}")
+    if problems := check(config, "model").lines:
+        raise UserError(f"{option}={folder}: {CONFIG} describes a model that cannot be built: {'; '.join(problems)}")
     return config
 
 

@@ -51,7 +51,7 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "data2": (2, []),
     "tensor2": (2, ["parallel.tensor=2"]),
     "pipeline2 virtual2": (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "phases.multimodal.global_batch=4"]),
-    "context2": (2, ["parallel.context=2", "data.pack_multiple=4"]),
+    "context2": (2, ["parallel.context=2", "data.sample_token_multiple=4"]),
 }
 Answers = dict[str, str]
 

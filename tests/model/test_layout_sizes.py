@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from visionloom.common.settings import check
 from visionloom.parallel.config import ParallelConfig
 from visionloom.parallel.pipeline import suggestion
 from visionloom.tests.model.test_sizes import COUNTS, published
@@ -65,7 +66,8 @@ def test_every_stage_of_the_model(size: str, pool: RankPool) -> None:
     """One rank of each pipeline stage: what they hold, multiplied by the cuts, is the whole model."""
     world_size, layout = WORLDS[size]
     config = ParallelConfig(**layout)
-    assert config.problems(world_size) == published(size).problems(config) == []
+    model = published(size)
+    assert [*config.all_problems(world_size), *check(model, "model").lines, *model.layout_problems(config)] == []
     per_stage = world_size // config.pipeline
     ranks = [stage * per_stage + (7 * stage) % per_stage for stage in range(config.pipeline)]
     (found,) = pool.run(1, parts, size, world_size, layout, ranks)

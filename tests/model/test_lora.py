@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from visionloom.common.errors import UserError
+from visionloom.common.settings import check
 from visionloom.model.config import GROUPS
 from visionloom.model.flops import StepWork, step_flops
 from visionloom.model.huggingface.names import to_huggingface
@@ -253,7 +254,7 @@ def test_dropout_scales_what_it_keeps(topology: Topology) -> None:
     ],
 )
 def test_a_wrong_option_is_one_line(lora: LoraConfig, expected: str) -> None:
-    (line,) = lora.problems(tiny_config(experts=4))
+    (line,) = check(lora, "lora").lines or lora.layer_problems(tiny_config(experts=4))
     assert line.startswith(expected) or expected in line
 
 

@@ -8,7 +8,6 @@ from visionloom.parallel.config import ParallelConfig
 @pytest.mark.parametrize(
     ("config", "world_size", "expected"),
     [
-        (ParallelConfig(engine="deepspeed"), 1, ["parallel.engine=deepspeed", "parallel.engine=megatron"]),
         (ParallelConfig(tensor=0), 1, ["parallel.tensor=0 must be at least 1"]),
         (ParallelConfig(pipeline=-1), 1, ["parallel.pipeline=-1 must be at least 1"]),
         (ParallelConfig(sequence=True), 1, ["parallel.sequence=true", "parallel.tensor"]),
@@ -23,14 +22,14 @@ from visionloom.parallel.config import ParallelConfig
     ],
 )
 def test_a_layout_that_cannot_be(config: ParallelConfig, world_size: int, expected: list[str]) -> None:
-    (line,) = config.problems(world_size)
+    (line,) = config.all_problems(world_size)
     assert [part for part in expected if part not in line] == []
 
 
 @pytest.mark.parametrize(("tensor", "world_size", "data"), [(1, 1, 1), (1, 6, 6), (2, 2, 1), (2, 8, 4), (8, 8, 1)])
 def test_a_layout_that_can_be(tensor: int, world_size: int, data: int) -> None:
     config = ParallelConfig(tensor=tensor)
-    assert config.problems(world_size) == []
+    assert config.all_problems(world_size) == []
     assert config.data_parallel_size(world_size) == data
 
 

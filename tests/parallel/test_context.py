@@ -36,5 +36,5 @@ def test_a_segment_is_cut_into_chunks_from_both_ends(size: int) -> None:
 
 
 def test_a_segment_that_cannot_be_cut_names_the_option() -> None:
-    with pytest.raises(ValueError, match=r"6 tokens.*2 context ranks.*multiple of 4 \(data.pack_multiple\)"):
+    with pytest.raises(ValueError, match=r"6 tokens.*2 context ranks.*multiple of 4 \(data.sample_token_multiple\)"):
         split_pack(np.array([0, 8, 14]), 2)

@@ -48,7 +48,7 @@ def refused(tensor: int) -> str:
 
 
 def test_an_impossible_layout_is_refused_on_every_rank(pool: RankPool) -> None:
-    assert pool.run(2, refused, 4) == [ParallelConfig(tensor=4).problems(2)[0]] * 2
+    assert pool.run(2, refused, 4) == [ParallelConfig(tensor=4).all_problems(2)[0]] * 2
 
 
 def test_the_device_follows_what_is_there() -> None:

@@ -1,6 +1,6 @@
 """Random small runs: configurations drawn from values that dependencies may not take, and one optimizer step of each.
 
-Every one must be refused by RunConfig.problems, which imports no torch, or take a finite step.
+Every one must be refused by RunConfig.all_problems, which imports no torch, or take a finite step.
 """
 
 import copy
@@ -45,7 +45,6 @@ OPTIONS: dict[str, list[Any]] = {
     "model.vision.channels": [0, 1, 3, 4],
     "model.vision.norm_epsilon": [-1e-6, 0.0, 1e-6, math.nan],
     "model.vision.initializer_range": [-0.1, 0.0, 0.02, math.inf],
-    "model.backend": ["auto", "torch", "flash", "none"],
     "parallel.tensor": [0, 1, 2, 3, 4],
     "parallel.pipeline": [0, 1, 2, 3],
     "parallel.virtual_pipeline": [None, 0, 1, 2, 3],
@@ -63,7 +62,7 @@ OPTIONS: dict[str, list[Any]] = {
     "lora.groups": [["language"], ["vision"], ["merger"], ["vision", "merger", "language"], []],
     "lora.targets": [["*"], ["linear_qkv"], ["linear_fc1"], ["linear_fc2", "proj"], []],
     "run.precision": ["fp32", "bf16", "auto", "fp16"],
-    "data.pack_multiple": [0, 1, 2, 3, 4, 8],
+    "data.sample_token_multiple": [0, 1, 2, 3, 4, 8],
     "phases.p.sequence_length": [0, 88, 89, 90, 92, 96],
     "phases.p.global_batch": [0, 1, 2, 3, 4],
     "phases.p.micro_batch": [0, 1, 2],
@@ -132,11 +131,11 @@ def draw(seed: int, ranks: int, most: int = 12) -> Draw:
         wanted = {"lora.rank": chance.choice([3, 8])} | wanted
     if ranks > 1 and chance.random() < 0.8:
         axis = chance.choice(["tensor", "pipeline", "context", "expert", "expert_tensor"])
-        wanted = {f"parallel.{axis}": 2, "data.pack_multiple": chance.choice([4, 8])} | wanted
+        wanted = {f"parallel.{axis}": 2, "data.sample_token_multiple": chance.choice([4, 8])} | wanted
     drawn = Draw(ranks)
     for option, value in wanted.items():
         longer = Draw(ranks, drawn.words | {option: value})
-        if chance.random() < 0.2 or not longer.config().problems(ranks):
+        if chance.random() < 0.2 or not longer.config().all_problems(ranks):
             drawn = longer
     return drawn
 
@@ -167,7 +166,7 @@ def step(drawn: Draw) -> tuple[float, float, bool]:
         apply_lora(chunks, config.lora, topology, 1)
     theirs = reference_model(tiny_config(), 0)
     packs = [
-        make_pack(theirs, [make_example(parts, seed) for parts in PARTS], phase.sequence_length * phase.micro_batch, config.data.pack_multiple)
+        make_pack(theirs, [make_example(parts, seed) for parts in PARTS], phase.sequence_length * phase.micro_batch, config.data.sample_token_multiple)
         for seed in range(phase.global_batch // phase.micro_batch)
     ]  # fmt: skip
     tokenizer = SimpleNamespace(fingerprint="")

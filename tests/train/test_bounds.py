@@ -69,7 +69,7 @@ def test_every_number_is_bounded(option: str) -> None:
             section[name] = {"d": value}
         else:
             setattr(section, name, {"d": value} if name == "mixture" else value)
-        found = config.problems(1)
+        found = config.all_problems(1)
         assert len(found) == 1 and found[0].startswith(option), found
 
 

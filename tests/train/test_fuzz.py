@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from visionloom.common.errors import UserError
+from visionloom.common.settings import check
 from visionloom.data.config import MediaConfig
 from visionloom.data.plan.cursor import check_state
 from visionloom.model.config import ModelConfig, TextConfig
@@ -268,4 +269,4 @@ def test_the_machinery_finds_what_it_should(folder: Path) -> None:
 
     with pytest.raises(AssertionError, match="faults in"):
         fuzz("pickle", folder / INDEX, lambda: pickle.loads((folder / INDEX).read_bytes()), 40, PICKLE, IndexFault)
-    assert ModelConfig().problems() == []
+    assert check(ModelConfig(), "model").lines == []

@@ -35,7 +35,7 @@ def train(config: RunConfig) -> None:
 
 def run(pool: RankPool, data: Path, folder: Path, world_size: int, words: list[str]) -> list[dict[str, Any]]:
     # What two context ranks need; it changes packs, so every layout has it.
-    pool.run(world_size, train, run_config(data, folder, STEPS, world_size, "data.pack_multiple=4", *words))
+    pool.run(world_size, train, run_config(data, folder, STEPS, world_size, "data.sample_token_multiple=4", *words))
     return metrics(folder)
 
 

@@ -20,7 +20,7 @@ SEEDS = int(os.environ.get("SEARCH_SEEDS", "8"))
 
 def outcome(pool: RankPool, drawn: Draw) -> str:
     """`refused` or `trained`; RankFailed with the traceback if a rank raises."""
-    found = drawn.config().problems(drawn.ranks)
+    found = drawn.config().all_problems(drawn.ranks)
     if found:
         assert all(
             "\n" not in line
@@ -75,7 +75,7 @@ def test_the_least_that_dependencies_take_trains(ranks: int, words: dict[str, ob
     ],
 )  # fmt: skip
 def test_what_they_do_not_take_is_one_line(words: dict[str, object], told: str) -> None:
-    (line,) = Draw(1, words).config().problems(1)
+    (line,) = Draw(1, words).config().all_problems(1)
     assert told in line
 
 
@@ -83,7 +83,7 @@ def test_experts_cut_over_ranks_need_rows_of_their_own() -> None:
     (line,) = (
         Draw(2, {"model.text.experts": 4, "model.text.expert_ffn_hidden_size": 12, "parallel.expert_tensor": 2})
         .config()
-        .problems(2)
+        .all_problems(2)
     )
     assert "model.text.expert_ffn_hidden_size=12 must be a multiple of 4 x parallel.expert_tensor 2" in line
 
@@ -104,5 +104,5 @@ def test_held_out_packs_fit_every_phases_layout() -> None:
 def test_the_layout_of_evaluation_cuts_samples_too() -> None:
     """All phases have layouts of their own: evaluation takes the run's."""
     config = Draw(2, {"parallel.context": 2, "phases.p.parallel": ParallelConfig()}).config()
-    (line,) = config.problems(2)
-    assert "data.pack_multiple=1 must be a multiple of 4" in line
+    (line,) = config.all_problems(2)
+    assert "data.sample_token_multiple=1 must be a multiple of 4" in line

@@ -6,10 +6,12 @@ from typing import Any, Final
 
 from visionloom.common.errors import UserError
 from visionloom.common.jsonfile import Count, JsonError, checked, read_json
+from visionloom.common.settings import check
 from visionloom.common.text import one_line
 from visionloom.data.config import DataConfig, MediaConfig
 from visionloom.model.config import ModelConfig
 from visionloom.model.lora_config import LoraConfig
+from visionloom.train.old_options import todays_settings
 
 STATE: Final = "state.json"
 LARGEST: Final = 1 << 20
@@ -69,8 +71,8 @@ class RunState:
 
 def model_of(progress: RunState, where: str = STATE) -> ModelConfig:
     """The model that a checkpoint's state names; UserError, which begins with `where`, if there can be none."""
-    model = _part(progress.model, ModelConfig, "model", where)
-    _refuse(where, "a model that cannot be built", model.problems())
+    model = _part(todays_settings(progress.model, "model"), ModelConfig, "model", where)
+    _refuse(where, "a model that cannot be built", check(model, "model").lines)
     return model
 
 
@@ -78,8 +80,11 @@ def lora_of(progress: RunState, where: str = STATE) -> LoraConfig | None:
     """The adapters that a checkpoint's state names, None without; UserError if there can be none."""
     if not progress.lora:
         return None
-    lora = _part(progress.lora, LoraConfig, "lora", where)
-    _refuse(where, "adapters that cannot be", lora.problems(model_of(progress, where)) if lora.rank else ["lora.rank=0"])
+    lora = _part(todays_settings(progress.lora, "lora"), LoraConfig, "lora", where)
+    problems = check(lora, "lora").lines
+    if not problems:
+        problems = lora.layer_problems(model_of(progress, where)) if lora.rank else ["lora.rank=0"]
+    _refuse(where, "adapters that cannot be", problems)
     return lora
 
 
@@ -88,7 +93,8 @@ def stored_inputs(progress: RunState, where: str = STATE) -> Inputs | None:
     if not progress.inputs:
         return None
     inputs = _part(progress.inputs, Inputs, "inputs", where)
-    _refuse(where, "media that cannot be read", _part(inputs.media, MediaConfig, "inputs.media", where).problems())
+    media = _part(inputs.media, MediaConfig, "inputs.media", where)
+    _refuse(where, "media that cannot be read", check(media, "data.media").lines)
     return inputs
 
 

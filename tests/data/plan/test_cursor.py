@@ -31,7 +31,7 @@ def data(config: Callable[..., DataConfig]) -> DataConfig:
         texts=[essay(number, number % 40 if number % 11 else 300) for number in range(53)],
     )
     made.datasets["texts"].over_length = "split"
-    made.shuffle_block = 4
+    made.shuffle_block_samples = 4
     return made
 
 
@@ -131,8 +131,8 @@ def lengths_only(tokens: int, sizes: list[int], settings: dict[str, object], ori
         "sequence_length": tokens,
         "global_batch": 4,
         "patch_budget": 900,
-        "window": 64,
-        "shuffle_block": 16,
+        "packing_window_samples": 64,
+        "shuffle_block_samples": 16,
     }
     return Plan(sources, Settings(**{**values, **settings}), origin=origin)  # type: ignore[arg-type]
 
@@ -169,7 +169,9 @@ def test_phases_of_growing_length_go_on_in_the_same_epoch() -> None:
 def test_after_a_change_of_settings_nothing_comes_twice() -> None:
     before = lengths_only(256, [20_000, 500], {"seed": 5})
     state = json.loads(json.dumps(before.state(70)))
-    after = lengths_only(256, [20_000, 500], {"seed": 5, "window": 128, "patch_budget": 800}, Origin.after(state, 70))
+    after = lengths_only(
+        256, [20_000, 500], {"seed": 5, "packing_window_samples": 128, "patch_budget": 800}, Origin.after(state, 70)
+    )
     early, late = seen(before, range(70)), seen(after, range(70, 140))
     assert min(len(early), len(late)) > 40
     assert not set(early) & set(late)
@@ -217,6 +219,28 @@ def test_a_plan_of_an_older_program_goes_on_as_a_new_phase(data: DataConfig, mon
     assert changed.plan.origin == Origin.after(state, 5)
 
 
+def test_a_state_with_the_old_names_of_options_goes_on(data: DataConfig) -> None:
+    """Reference: the state of a stream, renamed and hashed as programs before 2026-11-26 did."""
+    data.sample_token_multiple, data.max_samples_per_pack = 2, 5
+    made = stream(data)
+    expected, state = step_of(made, 5, 1), json.loads(json.dumps(made.state(5)))
+    names = {"window": "packing_window_samples", "multiple": "sample_token_multiple",
+        "most": "max_samples_per_pack", "block": "shuffle_block_samples", "draws_per_segment": "draws_per_block"}  # fmt: skip
+    old = {today: name for name, today in names.items()}
+    facts = {old.get(name, name): value for name, value in state["plan"].items()}
+    hashed = hashlib.sha256(json.dumps([facts, 0, []]).encode()).hexdigest()[:32]
+    before = state | {"version": 2, "segment": state["block"], "plan": facts, "plan_hash": hashed}
+    del before["block"]
+    assert old.keys().isdisjoint(facts) and hashed != state["plan_hash"]
+
+    resumed = stream(data)
+    assert resumed.load_state(before) == []
+    assert step_of(resumed, 5, 1) == expected and resumed.state(5) == state
+    data.packing_window_samples = 32
+    with pytest.raises(UserError, match=r"with: data\.packing_window_samples was 64, now 32: restore it"):
+        stream(data).load_state(before)
+
+
 def test_a_state_is_of_this_version(data: DataConfig) -> None:
     with pytest.raises(UserError, match="version 99"):
         stream(data).load_state({**stream(data).state(2), "version": 99})
@@ -228,7 +252,7 @@ def batches(made: PackStream, steps: range) -> Iterator[PackedBatch]:
 
 
 def test_segments_are_padded_to_a_multiple_for_context_parallelism(data: DataConfig) -> None:
-    data.pack_multiple = 16
+    data.sample_token_multiple = 16
     for batch in batches(stream(data), range(3)):
         borders = batch.cu_seqlens.numpy()
         assert (borders % 16 == 0).all()
@@ -240,5 +264,5 @@ def test_segments_are_padded_to_a_multiple_for_context_parallelism(data: DataCon
             assert not padding[:length].any(), "padding comes after the sample's tokens"
             assert (batch.labels[start + length : stop] == -100).all()
             assert not batch.loss_weights[start + length : stop].any()
-    data.pack_multiple, data.pack_segments = 1, 3
+    data.sample_token_multiple, data.max_samples_per_pack = 1, 3
     assert max(int((batch.segment_sources >= 0).sum()) for batch in batches(stream(data, global_batch=6), range(3))) <= 18

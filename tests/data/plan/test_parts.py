@@ -312,7 +312,7 @@ def test_over_long_samples_are_named_or_dropped(tokenizer: Tokenizer) -> None:
 
 
 def test_too_many_patches_are_over_length_too(tokenizer: Tokenizer) -> None:
-    with pytest.raises(UserError, match=r"id0 has 51 patches, a pack holds 50 .*data\.patch_budget.*over_length=drop"):
+    with pytest.raises(UserError, match=r"id0 has 51 patches, a pack holds 50 .*data.max_patches_per_token.*over_length=drop"):
         made([10, 10], [51, 0], tokenizer)
     with pytest.raises(UserError, match="none of its 1 samples fits"):
         made([10], [51], tokenizer, "drop")

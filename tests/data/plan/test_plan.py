@@ -11,7 +11,7 @@ from visionloom.data.plan.lengths import LENGTHS
 from visionloom.data.plan.parts import PART, Parts
 from visionloom.data.plan.plan import MixtureEntry, Plan, Settings
 
-SETTINGS = Settings(seed=1, phase="p", sequence_length=256, global_batch=6, patch_budget=300, window=64)
+SETTINGS = Settings(seed=1, phase="p", sequence_length=256, global_batch=6, patch_budget=300, packing_window_samples=64)
 
 
 def parts(count: int, seed: int) -> Parts:
@@ -108,10 +108,10 @@ def test_shares_hold_at_every_step_up_to_the_window() -> None:
     served = np.zeros(2)
     for step in range(200):
         for pack in made.step(step):
-            for entry, _, excerpt in pack.places:
-                served[entry] += excerpt == 0
-        assert abs(served[1] - served.sum() * 2 / 3) <= SETTINGS.window
-    assert served.sum() > 100 * SETTINGS.window
+            for entry, _, part in pack.places:
+                served[entry] += part == 0
+        assert abs(served[1] - served.sum() * 2 / 3) <= SETTINGS.packing_window_samples
+    assert served.sum() > 100 * SETTINGS.packing_window_samples
 
 
 @pytest.mark.parametrize(
@@ -122,10 +122,10 @@ def test_shares_hold_at_every_step_up_to_the_window() -> None:
         {"sequence_length": 255},
         {"global_batch": 3},
         {"patch_budget": 299},
-        {"window": 63},
-        {"multiple": 2},
-        {"most": 9},
-        {"shuffle_block": 2},
+        {"packing_window_samples": 63},
+        {"sample_token_multiple": 2},
+        {"max_samples_per_pack": 9},
+        {"shuffle_block_samples": 2},
         {"weights_in": "tokens"},
         {"tokenizer": "x"},
         {"media": "x"},

@@ -22,7 +22,7 @@ from visionloom.data.plan.mixture import samples_of
 from visionloom.data.plan.parts import PART, Parts
 from visionloom.data.plan.plan import MixtureEntry, Plan, Settings
 
-SETTINGS = Settings(seed=1, phase="", sequence_length=400, global_batch=1, patch_budget=500, window=64)
+SETTINGS = Settings(seed=1, phase="", sequence_length=400, global_batch=1, patch_budget=500, packing_window_samples=64)
 
 
 @dataclass(frozen=True)
@@ -60,16 +60,16 @@ class Ticks:
         source = next(source for source in plan.sources if source.content == content)
         self.before = plan.origin.draws.get(content, 0)
         key = plan.mixture._keys[plan.mixture.contents.index(content)]
-        order = samples_of(np.arange(self.before, self.before + draws), source.size, key, plan.settings.shuffle_block)
-        excerpts = np.bincount(source.parts.of(order)[1], minlength=draws)
-        self.draws = np.flatnonzero(excerpts)
+        order = samples_of(np.arange(self.before, self.before + draws), source.size, key, plan.settings.shuffle_block_samples)
+        parts = np.bincount(source.parts.of(order)[1], minlength=draws)
+        self.draws = np.flatnonzero(parts)
         """Those that have a part."""
-        self.part_numbers, self.got = excerpts[self.draws], np.zeros(len(self.draws), np.int64)
+        self.parts, self.got = parts[self.draws], np.zeros(len(self.draws), np.int64)
         self.places, self.turns = defaultdict[int, list[int]](list), Counter[tuple[int, int]]()
         for place, sample in enumerate(order[self.draws].tolist()):
             self.places[sample].append(place)
         self.epoch = source.size - source.parts.dropped
-        self.most = min(int(self.epoch * 0.025), plan.settings.window)
+        self.most = min(int(self.epoch * 0.025), plan.settings.packing_window_samples)
 
     def tick(self, sample: int, excerpt: int) -> None:
         self.got[self.places[sample][self.turns[sample, excerpt]]] += 1
@@ -140,7 +140,9 @@ def short_blocks() -> Iterator[None]:
 def test_order_is_kept_up_to_a_40th_of_the_epoch_also_behind_a_change(
     mixture: list[Made], twice: bool, window: int, shuffle_block: int, batch: int, steps: int, unit: str, change: str
 ) -> None:
-    settings = replace(SETTINGS, window=window, shuffle_block=shuffle_block, global_batch=batch, weights_in=unit)
+    settings = replace(
+        SETTINGS, packing_window_samples=window, shuffle_block_samples=shuffle_block, global_batch=batch, weights_in=unit
+    )
     before = Plan(sources_of(mixture, twice), settings)
     trained = follow(before, steps)
     state = json.loads(json.dumps(before.state(steps)))
@@ -153,6 +155,8 @@ def test_order_is_kept_up_to_a_40th_of_the_epoch_also_behind_a_change(
         after = Plan(sources_of(mixture, twice), replace(settings, sequence_length=800, patch_budget=900), origin=origin)
     else:
         weighed = [replace(made, weight=1 / made.weight) for made in mixture]
-        after = Plan(sources_of(weighed, twice), replace(settings, window=33, multiple=4), origin=origin)
+        after = Plan(
+            sources_of(weighed, twice), replace(settings, packing_window_samples=33, sample_token_multiple=4), origin=origin
+        )
     for content, ticks in follow(after, steps).items():
         assert ticks.before == origin.draws[content]

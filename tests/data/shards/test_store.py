@@ -437,4 +437,4 @@ def test_an_attempt_that_hangs_is_given_up() -> None:
 def test_values_that_no_store_can_have_are_named(option: str, value: float) -> None:
     config = RunConfig()
     setattr(config.data.store, option, value)
-    assert [line for line in config.problems(1) if line.startswith(f"data.store.{option}=")]
+    assert [line for line in config.all_problems(1) if line.startswith(f"data.store.{option}=")]

@@ -193,7 +193,7 @@ def test_changed_pixel_limits_are_named(data: DataConfig) -> None:
 
 
 def test_budgets_hold(data: DataConfig) -> None:
-    data.patch_budget = 0.2
+    data.max_patches_per_token = 0.2
     made = stream(data, mixture={"pictures": 1})
     batches = [batch for step in range(12) for batch in made.micro_batches(step, 0, 1, 1)]
     counts = [len(batch.patches) for batch in batches]
