@@ -19,7 +19,7 @@ from visionloom.common.places import PlaceError, locate, read_located
 from visionloom.common.yamlfile import read_yaml
 from visionloom.data.config import MediaConfig
 from visionloom.model.huggingface_config import CONFIG
-from visionloom.train.config import RunConfig
+from visionloom.train.config import InitConfig
 from visionloom.train.state_file import CHECKPOINTS, STATE, Inputs, Progress, absolute, stored_inputs
 from visionloom.train.token_table import SETTINGS, TOKENIZER
 
@@ -78,16 +78,15 @@ def carry(source: Path, target: Path, names: Sequence[str] = CARRIED) -> None:
                 shutil.copyfileobj(source_file, file)
 
 
-def carry_into_run(config: RunConfig, run_folder: Path) -> None:
-    """Keep what an export will need in the run's folder: the tokenizer's files, and what came with its first weights."""
-    init = config.init
+def carry_into_run(init: InitConfig, tokenizer: str, run_folder: Path) -> None:
+    """Keep what an export will need in the run's folder: the files of `tokenizer`, its folder, and what came with `init`."""
     if (run_folder / COMPANIONS).is_symlink():
         raise UserError(f"{run_folder / COMPANIONS} is a link: put the folder itself there, or remove it")
     sources = [Path(init.huggingface)] if init.huggingface else []
     sources += companions_of(Path(init.checkpoint)) if init.checkpoint else []
     for source in reversed(sources):
         carry(source, run_folder / COMPANIONS)
-    carry(Path(config.data.tokenizer), run_folder / COMPANIONS, FROM_TOKENIZER)
+    carry(Path(tokenizer), run_folder / COMPANIONS, FROM_TOKENIZER)
 
 
 def companions_of(folder: Path) -> list[Path]:

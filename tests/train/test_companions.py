@@ -140,7 +140,7 @@ def test_a_run_keeps_the_tokenizer_that_it_trains_with(demo_data: Path, tmp_path
     write(weights / "config.json", {"a": 1})
     config = RunConfig()
     config.init.huggingface, config.data.tokenizer = str(weights), str(own)
-    carry_into_run(config, tmp_path / "run")
+    carry_into_run(config.init, config.data.tokenizer, tmp_path / "run")
     checkpoint, progress = stored(tmp_path / "run", own, str(weights))
     kept = (own / "tokenizer.json").read_bytes()
     shutil.rmtree(weights)

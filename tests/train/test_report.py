@@ -13,11 +13,11 @@ import yaml
 
 from visionloom.data.decode import put, widen
 from visionloom.data.encode import EncodedSample
-from visionloom.train.evaluate import Prediction
+from visionloom.train.generate import PICTURE, Prediction, question_text
 from visionloom.train.report import write_report
 from visionloom.train.report_charts import Chart, compact, draw, measured
 from visionloom.train.report_data import History, curve, smooth, thin
-from visionloom.train.report_gallery import PICTURE, QUESTION_CHARACTERS, View, question_text, shorten
+from visionloom.train.report_gallery import QUESTION_CHARACTERS, View, shorten
 
 EVIL = '<script>alert("x")</script>&'
 VOID = {"meta", "img", "br"}
