@@ -5,9 +5,10 @@ from typing import Any
 import megatron.core.optimizer as megatron_optimizer
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.optimizer import OptimizerConfig, ParamKey, distrib_optimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig, ParamKey, clip_grads, distrib_optimizer, get_megatron_optimizer
 from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.utils import local_multi_tensor_l2_norm
 from torch import Tensor
 from torch.optim.adamw import adamw
 
@@ -88,6 +89,18 @@ def install_adamw() -> None:
     distrib_optimizer.USING_APEX_OPTIMIZER = False
 
 
+def norm_on_device(chunk_size: int, flag: Any, tensor_lists: list[list[Tensor]], *_: Any) -> tuple[Tensor, None]:
+    """Return the norm of all tensors, fp32 [1] on their device, with the arguments of Apex's multi_tensor_l2norm."""
+    norms = [torch.norm(tensor) for tensors in tensor_lists for tensor in tensors]
+    return torch.norm(torch.stack(norms)).reshape(1), None
+
+
+def install_norm() -> None:
+    """Replace Megatron-core's norm for machines without Apex, which brings the norm of each tensor to the host by itself."""
+    if clip_grads.l2_norm_impl is local_multi_tensor_l2_norm:
+        clip_grads.l2_norm_impl = norm_on_device
+
+
 def wrap_data_parallel(parts: list[Any], topology: Topology, sharded: bool = True) -> list[DistributedDataParallel]:
     """Wrap each part of the model in Megatron's DDP, parameters frozen before; `sharded`: for the distributed optimizer (ZeRO-1)."""
     settings = DistributedDataParallelConfig(
@@ -109,6 +122,7 @@ def build_optimizer(wrapped: list[DistributedDataParallel], optim: OptimConfig, 
         bf16: whether the parameters are bf16 and fp32 copies are kept.
     """
     install_adamw()
+    install_norm()
     peaks = phase.peak_learning_rates()
     config = OptimizerConfig(
         optimizer="adam",
