@@ -108,9 +108,9 @@ class Topology:
         """Whether `flag` is set on any rank; all ranks call it."""
         if self.world_size == 1:
             return flag
-        found = torch.tensor(int(flag), dtype=torch.int32, device=self.device)
-        dist.all_reduce(found, op=dist.ReduceOp.MAX)
-        return bool(found)
+        highest = torch.tensor(int(flag), dtype=torch.int32, device=self.device)
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+        return bool(highest)
 
     def sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
         """Sum `values` over all ranks, in place."""

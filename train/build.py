@@ -118,7 +118,7 @@ def first_weights(config: RunConfig, topology: Topology) -> list[Qwen3VL]:
     if init.checkpoint:
         source = checkpoint.whole(Path(init.checkpoint), "init.checkpoint", topology)
         check_same_model(source, config.model)
-        if source.progress.lora:
+        if source.run_state.lora:
             raise UserError(
                 f"init.checkpoint={source.folder} holds adapters only: name the checkpoint that they were trained on,"
                 " and export them for lora.adapter"

@@ -32,7 +32,7 @@ from visionloom.train.finite import require_finite
 from visionloom.train.index import INDEX, IndexFault, read_index
 from visionloom.train.optimizer import load_state, state_tensors, updates
 from visionloom.train.phase_trainer import PhaseTrainer
-from visionloom.train.state_file import CHECKPOINTS, STATE, Progress, read_progress
+from visionloom.train.state_file import CHECKPOINTS, STATE, RunState, read_run_state
 from visionloom.train.state_file import LARGEST as LARGEST_STATE
 from visionloom.train.untrusted import harmless_reading
 
@@ -74,7 +74,7 @@ class Checkpoint:
     """A whole checkpoint on disk."""
 
     folder: Path
-    progress: Progress
+    run_state: RunState
 
 
 def folder_of(run_folder: Path, phase: str, step: int) -> Path:
@@ -82,10 +82,10 @@ def folder_of(run_folder: Path, phase: str, step: int) -> Path:
     return run_folder / CHECKPOINTS / phase / f"step-{step:08d}"
 
 
-def run_state_of(trainer: PhaseTrainer, step: int, phase_step: int) -> Progress:
+def run_state_of(trainer: PhaseTrainer, step: int, phase_step: int) -> RunState:
     """Return where a run stands after the run's step `step`, the phase's `phase_step`."""
     lora, inputs = trainer.model_parts[0].lora, trainer.inputs
-    return Progress(
+    return RunState(
         phase=trainer.phase_name,
         phase_step=phase_step,
         step=step,
@@ -104,8 +104,8 @@ def load_trainer(checkpoint: Checkpoint, trainer: PhaseTrainer) -> None:
     loaded = _read(checkpoint.folder, trainer_state(trainer, loading=True), trainer.topology)
     _load_parts(loaded, trainer.model_parts)
     require_finite(_tensors(loaded), f"{checkpoint.folder}", trainer.topology)
-    load_state(trainer.optimizer, loaded["optimizer"], checkpoint.progress.updates)
-    trainer.scheduler.step(checkpoint.progress.phase_step - trainer.scheduler.num_steps)
+    load_state(trainer.optimizer, loaded["optimizer"], checkpoint.run_state.updates)
+    trainer.scheduler.step(checkpoint.run_state.phase_step - trainer.scheduler.num_steps)
 
 
 def load_weights(checkpoint: Checkpoint, chunks: list[Qwen3VL], topology: Topology) -> None:
@@ -178,7 +178,7 @@ def newest(run_folder: Path, topology: Topology) -> tuple[Checkpoint | None, lis
 
 def read(folder: Path) -> Checkpoint:
     """A checkpoint by its folder, its tensors not looked at; UserError if there is none."""
-    return Checkpoint(folder, read_progress(folder))
+    return Checkpoint(folder, read_run_state(folder))
 
 
 def whole(folder: Path, option: str, topology: Topology) -> Checkpoint:
@@ -257,7 +257,7 @@ def _content_fault(folder: Path, listed: Iterable[str]) -> str | None:
     for name in sorted(there - expected):
         return f"{one_line(name)} is there, and {MANIFEST} does not list it"
     try:
-        read_json(folder, STATE, Progress, LARGEST_STATE)
+        read_json(folder, STATE, RunState, LARGEST_STATE)
     except JsonError as error:
         return f"{STATE} cannot be used: {one_line(str(error))}"
     try:

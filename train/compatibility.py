@@ -12,7 +12,7 @@ from visionloom.train.state_file import lora_of, model_of, stored_inputs
 
 def check_same_model(source: Checkpoint, model: ModelConfig) -> None:
     """Refuse a checkpoint of another model; UserError with the first field that differs."""
-    ours, theirs = asdict(model), asdict(model_of(source.progress))
+    ours, theirs = asdict(model), asdict(model_of(source.run_state))
     for section in ("text", "vision"):
         for field, value in ours[section].items():
             held = theirs[section][field]
@@ -25,7 +25,7 @@ def check_same_model(source: Checkpoint, model: ModelConfig) -> None:
 
 def check_same_adapters(source: Checkpoint, rank: int) -> None:
     """Refuse to evaluate a checkpoint with adapters of another rank than `rank` of lora.rank; 0: whole weights."""
-    lora = lora_of(source.progress)
+    lora = lora_of(source.run_state)
     stored = lora.rank if lora is not None else 0
     if stored != rank:
         content = f"adapters of rank {stored}" if stored else "whole weights, no adapters"
@@ -34,7 +34,7 @@ def check_same_adapters(source: Checkpoint, rank: int) -> None:
 
 def media_differences(source: Checkpoint, media: MediaConfig) -> list[str]:
     """Name the fields of data.media that pictures were prepared with otherwise when the checkpoint was trained, sorted."""
-    inputs = stored_inputs(source.progress)
+    inputs = stored_inputs(source.run_state)
     trained = inputs.media if inputs is not None else {}
     differences = []
     for field, value in asdict(media).items():

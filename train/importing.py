@@ -37,7 +37,7 @@ from visionloom.parallel.topology import Topology
 from visionloom.train.checkpoint import FileEntry, content, weights_state, write_manifest
 from visionloom.train.companions import COMPANIONS, carry
 from visionloom.train.finite import is_finite, not_finite
-from visionloom.train.state_file import STATE, Progress
+from visionloom.train.state_file import STATE, RunState
 from visionloom.train.stored import canonical_region
 
 PHASE = "import"
@@ -67,8 +67,8 @@ def import_huggingface(folder: Path, out: Path, topology: Topology, say: Callabl
     state = weights_state(chunks, topology)
     dist_checkpointing.save(state, str(partial), strategy, content_metadata=content(None))
     if topology.is_main:
-        progress = Progress(PHASE, 0, 0, 0, {}, asdict(source.config), 0)
-        (partial / STATE).write_text(json.dumps(asdict(progress)))
+        run_state = RunState(PHASE, 0, 0, 0, {}, asdict(source.config), 0)
+        (partial / STATE).write_text(json.dumps(asdict(run_state)))
         carry(folder, partial / COMPANIONS)
     _write_manifest(partial, topology)
     if topology.is_main:

@@ -38,8 +38,8 @@ def resume(config: RunConfig, folder: Path, topology: Topology, observer: Observ
         _begin_anew(folder, damaged, config.run.start_anew, topology, observer)
         step = 0
     else:
-        step = newest.progress.step
-        changed = changes(config, newest.progress, str(newest.folder))
+        step = newest.run_state.step
+        changed = changes(config, newest.run_state, str(newest.folder))
         observer.event("resume", step=step, folder=str(newest.folder))
         observer.say(f"resuming after step {step} from {newest.folder}")
         for each in changed:

@@ -49,7 +49,7 @@ def pretrain(config: RunConfig) -> None:
         topology = phase_topology(config, name, topology)
         newest = train_phase(config, name, topology, newest, observer)
 
-    step = newest.progress.step if newest is not None else 0
+    step = newest.run_state.step if newest is not None else 0
     observer.event("done", step=step)
     observer.say(f"done in {time.perf_counter() - started:.0f} s: {folder}")
     if config.run.evaluate_at_end:
@@ -105,7 +105,7 @@ def evaluate(config: RunConfig, source: str = "") -> dict[str, Any]:
     parts = newest_weights(config, topology, trained)
     if topology.is_main:
         folder.mkdir(parents=True, exist_ok=True)
-    results = evaluate_model(held_out(config), parts, topology, folder, trained.progress.step, screen)
+    results = evaluate_model(held_out(config), parts, topology, folder, trained.run_state.step, screen)
     topology.barrier()
     topologies.stop()
     return results
@@ -119,9 +119,9 @@ def steps_done(config: RunConfig, name: str, newest: Checkpoint | None) -> int:
     if newest is None:
         return 0
     order = list(config.phases)
-    here, there = order.index(name), order.index(newest.progress.phase)
+    here, there = order.index(name), order.index(newest.run_state.phase)
     if here == there:
-        return newest.progress.phase_step
+        return newest.run_state.phase_step
     return config.phases[name].total_steps if here < there else 0
 
 
@@ -143,11 +143,11 @@ def open_stream(config: RunConfig, name: str, topology: Topology, newest: Checkp
     folder = run_folder(config)
     if newest is not None and steps_done(config, name, newest):
         stream = build_stream(config, name, folder, topology)
-        for change in stream.load_state(newest.progress.data):
-            observer.event("data_changed", phase=name, step=newest.progress.step, detail=change)
+        for change in stream.load_state(newest.run_state.data):
+            observer.event("data_changed", phase=name, step=newest.run_state.step, detail=change)
             observer.say(f"{name}: goes on with other data: {change}")
         return stream
-    stream = build_stream(config, name, folder, topology, newest.progress.data if newest is not None else None)
+    stream = build_stream(config, name, folder, topology, newest.run_state.data if newest is not None else None)
     if topology.is_main:
         stream.report_unreadable()
     return stream
@@ -166,9 +166,9 @@ def restore(trainer: PhaseTrainer, newest: Checkpoint | None) -> None:
     """Bring a trainer to where the run stands: its counts of steps and, within the phase, weights and optimizer."""
     if newest is None:
         return
-    trainer.step = newest.progress.step
-    if newest.progress.phase == trainer.phase_name and newest.progress.phase_step:
-        trainer.phase_step = newest.progress.phase_step
+    trainer.step = newest.run_state.step
+    if newest.run_state.phase == trainer.phase_name and newest.run_state.phase_step:
+        trainer.phase_step = newest.run_state.phase_step
         checkpoint.load_trainer(newest, trainer)
 
 
@@ -227,7 +227,7 @@ def trained_checkpoint(config: RunConfig, source: str, topology: Topology, scree
         trained = newest
     check_same_model(trained, config.model)
     check_same_adapters(trained, config.lora.rank)
-    status.current.at(trained.progress.step)
+    status.current.at(trained.run_state.step)
     screen.say(f"evaluating {trained.folder}")
     if differences := media_differences(trained, config.data.media):
         screen.say(f"pictures are prepared otherwise than in training: data.media has {', '.join(differences)}")

@@ -42,7 +42,7 @@ from visionloom.train.checkpoint import (
 from visionloom.train.config import CheckpointConfig
 from visionloom.train.index import read_index
 from visionloom.train.phase_trainer import PhaseTrainer
-from visionloom.train.state_file import CHECKPOINTS, STATE, Progress
+from visionloom.train.state_file import CHECKPOINTS, STATE, RunState
 
 Report = Callable[..., None]
 """Called with an event's name and its fields."""
@@ -78,7 +78,7 @@ class Save:
 
     partial: Path
     final: Path
-    progress: Progress
+    run_state: RunState
     plan: WritePlan
     buckets: list[Any]
     started: float
@@ -209,7 +209,7 @@ class Saver:
             sum(file.bytes for _, hashes, _ in parts for file in hashes.values()),
         )
         self.report(
-            "checkpoint", step=save.progress.step, phase=save.progress.phase, folder=str(save.final), seconds=seconds,
+            "checkpoint", step=save.run_state.step, phase=save.run_state.phase, folder=str(save.final), seconds=seconds,
             stall_seconds=round(save.stalled, 3), waited_seconds=round(save.waited, 3),
             mb_per_second=round(size / 1e6 / max(seconds, 1e-3), 1),
         )  # fmt: skip
@@ -279,7 +279,7 @@ def _commit(save: Save, results: list[Any], hashes: dict[str, FileEntry]) -> Non
     """Make what all ranks have written the newest checkpoint; raises ValueError if something planned is not there."""
     save.plan.writer.finish(save.plan.metadata, results)
     save_config(CheckpointingConfig("torch_dist", 1), str(save.partial))
-    (save.partial / STATE).write_text(json.dumps(asdict(save.progress)))
+    (save.partial / STATE).write_text(json.dumps(asdict(save.run_state)))
     for path in save.partial.iterdir():
         if path.name not in hashes:
             hashes[path.name] = FileEntry.of(path)

@@ -10,7 +10,7 @@ from torch.distributed.checkpoint import FileSystemWriter, save
 
 from visionloom.model.config import ModelConfig
 from visionloom.train.checkpoint import FORMAT, MANIFEST, FileEntry, write_manifest
-from visionloom.train.state_file import STATE, Progress
+from visionloom.train.state_file import STATE, RunState
 
 TENSORS = {"a": torch.arange(24.0).reshape(4, 6), "b": torch.ones(5, dtype=torch.bfloat16)}
 PLAN = {"datasets": {"text": ["0123", 1.0, "error"]}, "tokenizer": "0123abcd"}
@@ -26,8 +26,8 @@ def write_checkpoint(folder: Path, tensors: dict[str, Any] | None = None) -> Pat
     writer = FileSystemWriter(folder, single_file_per_rank=True, thread_count=1)
     save({**(tensors or TENSORS), "plain": {"x": [1, 2]}}, storage_writer=writer, no_dist=True)
     (folder / FORMAT).write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))
-    progress = Progress("sft", 4, 4, 4, DATA, asdict(ModelConfig()), 4)
-    (folder / STATE).write_text(json.dumps(asdict(progress)))
+    run_state = RunState("sft", 4, 4, 4, DATA, asdict(ModelConfig()), 4)
+    (folder / STATE).write_text(json.dumps(asdict(run_state)))
     list_files(folder)
     return folder
 

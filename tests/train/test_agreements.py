@@ -28,7 +28,7 @@ from visionloom.train.agreements import AGREEMENTS, check_export, check_folder, 
 from visionloom.train.companions import Companions
 from visionloom.train.config import RunConfig
 from visionloom.train.serving import write_serving_files
-from visionloom.train.state_file import STATE, Inputs, Progress
+from visionloom.train.state_file import STATE, Inputs, RunState
 from visionloom.train.token_table import TokenTable
 
 Edit = Callable[[Path], None]
@@ -314,8 +314,8 @@ def store(run: Path, config: RunConfig, tokenizer: Path) -> Path:
     folder = run / "checkpoints" / "multimodal" / "step-00000004"
     folder.mkdir(parents=True)
     inputs = Inputs.of(replace(config.data, tokenizer=str(tokenizer)), TokenTable.read(tokenizer, "x").hash, "")
-    progress = Progress("multimodal", 4, 4, 4, {}, asdict(config.model), 4, {}, asdict(inputs))
-    (folder / STATE).write_text(json.dumps(asdict(progress)))
+    run_state = RunState("multimodal", 4, 4, 4, {}, asdict(config.model), 4, {}, asdict(inputs))
+    (folder / STATE).write_text(json.dumps(asdict(run_state)))
     (run / "checkpoints" / "latest").write_text("multimodal/step-00000004\n")
     return folder
 

@@ -380,12 +380,12 @@ def test_a_commit_cut_short(
     layout = layout_of("one", DENSE)
     pool.run(1, crash, layout, packs, tmp_path, moment)
     newest, damaged = checkpoint.newest(tmp_path, topology)
-    assert newest is not None and not damaged and newest.progress.step == resumed_at
+    assert newest is not None and not damaged and newest.run_state.step == resumed_at
     assert (tmp_path / "checkpoints" / "latest").read_text() == "test/step-00000001\n"
     pool.run(1, save, layout, packs, tmp_path)
     assert not list(tmp_path.rglob("step-*.tmp"))
     newest, damaged = checkpoint.newest(tmp_path, topology)
-    assert newest is not None and newest.progress.step == 2
+    assert newest is not None and newest.run_state.step == 2
 
 
 # ---- damaged and malicious files

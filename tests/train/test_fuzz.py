@@ -32,7 +32,7 @@ from visionloom.train.companions import SETTINGS_OF_RUN, Companions, companions,
 from visionloom.train.index import INDEX, IndexFault, read_index
 from visionloom.train.report_data import History
 from visionloom.train.serving import carry_companions, write_serving_files
-from visionloom.train.state_file import STATE, Inputs, lora_of, model_of, read_progress, stored_inputs
+from visionloom.train.state_file import STATE, Inputs, lora_of, model_of, read_run_state, stored_inputs
 from visionloom.train.stored import StoredWeights
 from visionloom.train.token_table import SETTINGS, TOKENIZER, TokenTable
 
@@ -99,12 +99,12 @@ def fuzz(
 
 
 def read_state(folder: Path) -> None:
-    progress = read_progress(folder)
-    tokenizer_hash(progress)
+    run_state = read_run_state(folder)
+    tokenizer_hash(run_state)
     for part in (model_of, lora_of, stored_inputs):
-        part(progress)
-    companions(folder, progress)
-    check_state(progress.data)
+        part(run_state)
+    companions(folder, run_state)
+    check_state(run_state.data)
 
 
 def read_weights(folder: Path) -> None:
@@ -135,7 +135,7 @@ def test_settings_of_older_runs(times: int, folder: Path) -> None:
         "init": {"huggingface": "h"},
     }
     settings.write_text(json.dumps(sections))
-    fuzz("config.yaml", settings, lambda: companions(folder, read_progress(folder)), 60 * times, JSON)
+    fuzz("config.yaml", settings, lambda: companions(folder, read_run_state(folder)), 60 * times, JSON)
 
 
 @pytest.mark.parametrize("times", SEEDS)
