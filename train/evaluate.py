@@ -123,7 +123,9 @@ def evaluate_model(
                 right_and_all[1] += 1
         shown += answers[:shown_of_each]
 
-    tasks = {task: {"accuracy": right / n, "n": n} for task, (right, n) in sorted(counts.items())}
+    tasks = {}
+    for task, (right, asked) in sorted(counts.items()):
+        tasks[task] = {"accuracy": right / asked, "n": asked}
     results = {"step": step, "loss": losses, "tasks": tasks}
     if topology.is_main:
         with replacing(folder / RESULTS) as file:

@@ -157,7 +157,11 @@ class GreedyDecoder:
                 return tokens[: place + 1]
         return tokens
 
-    def _next_tokens(self, samples: Sequence[EncodedSample], places: list[list[int]]) -> list[list[int]]:
+    def _next_tokens(
+        self,
+        samples: Sequence[EncodedSample],
+        places: list[list[int]],
+    ) -> list[list[int]]:
         """Return the most likely token after each of the places (-1: the last) of each sample."""
         parallel, encoder = self.topology.config, encoder_of(self.topology)
         batch, starts = pack_prompts(samples, self.tokenizer.pad_id, parallel.pack_multiple, parallel.token_multiple, *encoder)
@@ -168,13 +172,21 @@ class GreedyDecoder:
         return [[next(chosen) for _ in own] for own in places]
 
 
-def next_tokens(model_parts: list[Qwen3VL], batch: PackedBatch, rows: NDArray[np.int64], topology: Topology) -> Tensor:
+def next_tokens(
+    model_parts: list[Qwen3VL],
+    batch: PackedBatch,
+    rows: NDArray[np.int64],
+    topology: Topology,
+) -> Tensor:
     """Return the most likely token after each of the rows (int64 [R]) of a pack, int64 [R] on all ranks."""
     forward = functools.partial(_forward_tokens, rows=rows, topology=topology)
     # Interleaved stages work on as many micro-batches as there are stages: the others are copies.
     copies = [batch] * (topology.config.pipeline if topology.config.chunks > 1 else 1)
     outputs = run_schedule(forward, model_parts, copies, topology, forward_only=True, collect_non_loss_data=True)
-    ids = outputs[0] if outputs else torch.zeros(len(rows), dtype=torch.int64, device=topology.device)
+    if outputs:
+        ids = outputs[0]
+    else:  # not the last stage: it is sent them
+        ids = torch.zeros(len(rows), dtype=torch.int64, device=topology.device)
     return topology.from_last_stage(ids)
 
 
@@ -200,7 +212,8 @@ def most_likely(logits: Tensor, topology: Topology) -> Tensor:
     """Return the ids int64 [R] of the largest logits [R, V / tensor] over all vocabulary parts."""
     value, index = logits.float().max(dim=1)
     group = topology.groups.tp
-    own = torch.stack([value.double(), (index + group.rank() * logits.shape[1]).double()])
+    index_in_all = index + group.rank() * logits.shape[1]
+    own = torch.stack([value.double(), index_in_all.double()])
     parts = [torch.empty_like(own) for _ in range(group.size())]
     dist.all_gather(parts, own, group=group)
     values, ids = torch.stack(parts).unbind(1)

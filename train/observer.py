@@ -19,7 +19,14 @@ SLOW_SECONDS: Final = 1.0
 class Observer:
     """Hears of a run: phase_start, step, saved, validation, phase_end. All ranks have one; the main rank's alone writes and shows."""
 
-    def __init__(self, folder: Path, logging: LoggingConfig, is_main: bool, name: str, settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        logging: LoggingConfig,
+        is_main: bool,
+        name: str,
+        settings: Mapping[str, Any],
+    ) -> None:
         """Open log and trackers in the run's folder.
 
         Args:

@@ -48,7 +48,8 @@ class GroupStepAdamW(torch.optim.Optimizer):
             group["step"] = int(group.get("step") or 0) + 1
             first, second = zip(*(self._moments(p) for p in parameters), strict=True)
             # One element each of one tensor: torch's kernel advances the counts in place.
-            counts = torch.full((len(parameters),), float(group["step"] - 1), device=parameters[0].device).unbind()
+            done = float(group["step"] - 1)
+            counts = torch.full((len(parameters),), done, device=parameters[0].device).unbind()
             adamw(
                 parameters,
                 [p.grad for p in parameters],
@@ -89,7 +90,12 @@ def install_adamw() -> None:
     distrib_optimizer.USING_APEX_OPTIMIZER = False
 
 
-def norm_on_device(chunk_size: int, flag: Any, tensor_lists: list[list[Tensor]], *_: Any) -> tuple[Tensor, None]:
+def norm_on_device(
+    chunk_size: int,
+    flag: Any,
+    tensor_lists: list[list[Tensor]],
+    *_: Any,
+) -> tuple[Tensor, None]:
     """Return the norm of all tensors, fp32 [1] on their device, with the arguments of Apex's multi_tensor_l2norm."""
     norms = [torch.norm(tensor) for tensors in tensor_lists for tensor in tensors]
     return torch.norm(torch.stack(norms)).reshape(1), None
@@ -136,7 +142,9 @@ def build_optimizer(wrapped: list[DistributedDataParallel], optim: OptimConfig, 
         bf16=bf16,
         use_distributed_optimizer=True,
     )
-    overrides = {ParamKey(with_name_predicate=_in_group(group)): rates_of(peak, phase) for group, peak in peaks.items()}
+    overrides: dict[Any, dict[str, float]] = {}
+    for group, peak in peaks.items():
+        overrides[ParamKey(with_name_predicate=_in_group(group))] = rates_of(peak, phase)
     undecayed = ParamWithNamePredicate(name="undecayed", fn=lambda parameter, name: parameter.dim() == 1)
     overrides[ParamKey(with_name_predicate=undecayed)] = {"wd_mult": 0.0}
     return get_megatron_optimizer(config, wrapped, config_overrides=overrides)
@@ -180,7 +188,12 @@ def learning_rates(scheduler: OptimizerParamScheduler, phase: PhaseConfig) -> di
     return rates
 
 
-def state_tensors(optimizer: Any, weights: dict[str, Any], loading: bool, content: dict[str, Any]) -> dict[str, Any]:
+def state_tensors(
+    optimizer: Any,
+    weights: dict[str, Any],
+    loading: bool,
+    content: dict[str, Any],
+) -> dict[str, Any]:
     """Return master weights and moments as full tensors under names that no layout changes, for Megatron-core's checkpoints.
 
     Megatron-core's own state of an optimizer also holds its parameter groups, which differ with the layout: without experts

@@ -89,7 +89,10 @@ def agree_on_unreadable(batches: list[PackedBatch], topology: Topology) -> list[
     """
     if topology.pack_hosts is None:
         return batches
-    content = zlib.crc32(b"".join(t.numpy().tobytes() for b in batches for t in (b.input_ids, b.grid_thw)))
+    content = 0
+    for batch in batches:
+        for tensor in (batch.input_ids, batch.grid_thw):
+            content = zlib.crc32(tensor.numpy().tobytes(), content)
     unreadable = torch.cat([batch.unreadable for batch in batches])
     agreed = torch.cat([torch.tensor([content, -content]), unreadable.long()])
     dist.all_reduce(agreed, op=dist.ReduceOp.MAX, group=topology.pack_hosts)
@@ -185,9 +188,10 @@ def forward_losses(batches: Iterator[PackedBatch], part: Any, *, sums: LossSums)
 
 def _balance_scale(batches: list[PackedBatch], topology: Topology) -> Tensor:
     """Return the weight of the global batch over its tokens: gradients are divided by the weight, the balance is a mean over tokens."""
-    own = torch.tensor(
-        [[float(b.loss_weights.sum(dtype=torch.float64)), float(b.real_tokens)] for b in batches], dtype=torch.float64
-    )
+    own = torch.zeros(len(batches), 2, dtype=torch.float64)
+    for row, batch in zip(own, batches, strict=True):
+        row[0] = batch.loss_weights.sum(dtype=torch.float64)
+        row[1] = batch.real_tokens
     on_device = own.sum(0).to(topology.device, non_blocking=True)
     weight, tokens = topology.sum_over_data(on_device)
     return (weight / tokens.clamp_min(1.0)).float().reshape(1)  # Megatron-core keeps one for the process, of this shape

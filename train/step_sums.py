@@ -129,7 +129,11 @@ class LossSums:
         return means_of(self.sources, *self.values.tolist())
 
 
-def means_of(sources: Sequence[str], losses: Sequence[float], weights: Sequence[float]) -> tuple[float, dict[str, float]]:
+def means_of(
+    sources: Sequence[str],
+    losses: Sequence[float],
+    weights: Sequence[float],
+) -> tuple[float, dict[str, float]]:
     """Divide sums of losses by sums of weights: over everything, and by source where it has weight."""
     total = sum(weights)
     loss = sum(losses) / total if total else 0.0
@@ -143,7 +147,14 @@ def means_of(sources: Sequence[str], losses: Sequence[float], weights: Sequence[
 class StepSums:
     """The vector of a step: `losses` and `set_routers` fill it, `reduce` adds it up, `totals` reads it."""
 
-    def __init__(self, sources: Sequence[str], counts: StepCounts, flops: float, signals: Signals, topology: Topology) -> None:
+    def __init__(
+        self,
+        sources: Sequence[str],
+        counts: StepCounts,
+        flops: float,
+        signals: Signals,
+        topology: Topology,
+    ) -> None:
         """Put in what the host knows before the step.
 
         Args:
