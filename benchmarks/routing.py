@@ -144,16 +144,16 @@ def run_rank(folder: Path, scores: str, seed: int, steps: int, layout: str) -> N
     from torch import Tensor
 
     from visionloom.model import experts
-    from visionloom.train.build import build_model, build_stage, build_stream
-    from visionloom.train.loop import _packs
-    from visionloom.train.run import open_topology
+    from visionloom.train.build import build_model, build_stream, build_trainer, open_topology
+    from visionloom.train.loop import step_batches
     from visionloom.train.step import train_step
 
     config = compose(words(seed, layout))
     assert config is not None
     topology = open_topology(config)
     chunks = build_model(config, topology, drawn=True)
-    stage = build_stage(config, "multimodal", topology, chunks, build_stream(config, "multimodal", folder, topology))
+    stream = build_stream(config, "multimodal", folder, topology)
+    trainer = build_trainer(config, "multimodal", topology, chunks, stream)
     seen: list[tuple[Tensor, Tensor]] = []
     routing = experts.Router.routing
 
@@ -168,9 +168,9 @@ def run_rank(folder: Path, scores: str, seed: int, steps: int, layout: str) -> N
     choose_as(scores)
     found: dict[str, Any] = {}
     losses = []
-    for step, batches in enumerate(islice(_packs(stage, 0, steps, 0), steps), 1):
+    for step, batches in enumerate(islice(step_batches(trainer, 0), steps), 1):
         seen.clear()
-        losses.append(train_step(stage, batches).loss)
+        losses.append(train_step(trainer, batches).loss)
         layers = len(seen) // len(batches)
         for place, batch in enumerate(batches):
             key = f"{step}/{zlib.crc32(batch.input_ids.numpy().tobytes()):08x}"

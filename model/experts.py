@@ -65,31 +65,29 @@ def routers_of(chunks: Iterable[nn.Module]) -> list[Router]:
     return [module for chunk in chunks for module in chunk.modules() if isinstance(module, Router)]
 
 
-def close_step(chunks: Iterable[nn.Module], topology: Topology) -> dict[str, float]:
-    """Take the loads of the finished step as those of the next and report on the routers' health; all ranks call it.
+def update_router_loads(chunks: Iterable[nn.Module], topology: Topology) -> Tensor:
+    """Make the loads of the finished step those of the next; all ranks of a mixture call it, and none waits for the device.
 
     Returns:
-        `load_max` and `load_mean_max`: the largest share of one expert in any layer, and its mean over the layers, as multiples
-        of an even share; `entropy`: mean entropy of the router's probabilities in nats. Empty without experts.
+        health of this pipeline stage's routers, fp64 [4] on the device: the sum over its layers of the largest share of one
+        expert (as a multiple of an even share), the sum of the mean entropies of the router's probabilities in nats, the
+        layers, and the largest of these shares. Zeros on a stage without routers.
     """
     routers = routers_of(chunks)
-    sums = torch.zeros(3, dtype=torch.float64, device=topology.device)
-    largest = torch.zeros((), dtype=torch.float64, device=topology.device)
-    if routers:
-        tallies = torch.stack([router.tally for router in routers])
-        dist.all_reduce(tallies, group=topology.groups.tp_dp_cp)
-        assigned, entropy, tokens = tallies[:, :-2], tallies[:, -2], tallies[:, -1]
-        shares = assigned / assigned.sum(1, keepdim=True).clamp_min(1.0)
-        for router, share in zip(routers, shares, strict=True):
-            router.load.copy_(share)
-            router.tally.zero_()
-        most = shares.amax(1) * assigned.shape[1]
-        sums[0], sums[1], sums[2] = most.sum(), (entropy / tokens.clamp_min(1.0)).sum(), len(routers)
-        largest = most.amax()
-    dist.all_reduce(sums, group=topology.groups.pp)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=topology.groups.pp)
-    total, entropies, layers = sums.tolist()
-    return {"load_max": float(largest), "load_mean_max": total / layers, "entropy": entropies / layers} if layers else {}
+    if not routers:
+        return torch.zeros(4, dtype=torch.float64, device=topology.device)
+    tallies = torch.stack([router.tally for router in routers])
+    dist.all_reduce(tallies, group=topology.groups.tp_dp_cp)
+    assigned, entropy, tokens = tallies[:, :-2], tallies[:, -2], tallies[:, -1]
+    shares = assigned / assigned.sum(1, keepdim=True).clamp_min(1.0)
+    for router, share in zip(routers, shares, strict=True):
+        router.load.copy_(share)
+        router.tally.zero_()
+
+    largest = shares.amax(1) * assigned.shape[1]
+    entropies = (entropy / tokens.clamp_min(1.0)).sum()
+    layers = torch.full_like(entropies, len(routers))
+    return torch.stack([largest.sum(), entropies, layers, largest.amax()])
 
 
 class Stack(nn.Module):

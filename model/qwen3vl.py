@@ -116,7 +116,7 @@ class Qwen3VL(MegatronModule):  # type: ignore[misc]
         loss_tokens = tokens[loss_rows]
         vision, exchange = self._pictures(pack, view) if self.pre_process else (None, None)
         positions = pack.position_ids[:, tokens].to(device, non_blocking=True)
-        frequencies = inverse_frequencies(text.head_dim, text.rope_theta).to(device)
+        frequencies = inverse_frequencies(text.head_dim, text.rope_theta).to(device, non_blocking=True)
         return ModelInput(
             input_ids=pack.input_ids[tokens].to(device, non_blocking=True).unsqueeze(0),
             angles=mrope_angles(positions, frequencies, text.mrope_section),

@@ -29,6 +29,8 @@ class Topology:
     """Megatron-core's ProcessGroupCollection."""
     seed: int = 0
     """Of Megatron-core's random states."""
+    pack_hosts: Any = None
+    """Gloo group of the ranks that share a pack, for what their hosts agree on without the device; None: no rank shares any."""
 
     @property
     def tensor_rank(self) -> int:
@@ -106,15 +108,14 @@ class Topology:
         """Whether `flag` is set on any rank; all ranks call it."""
         if self.world_size == 1:
             return flag
-        found = torch.tensor(int(flag), dtype=torch.int32, device=self.device)
-        dist.all_reduce(found, op=dist.ReduceOp.MAX)
-        return bool(found)
+        highest = torch.tensor(int(flag), dtype=torch.int32, device=self.device)
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+        return bool(highest)
 
-    def most_over_data(self, value: float) -> float:
-        """The largest `value` of any copy of the model."""
-        largest = torch.tensor(value, dtype=torch.float64, device=self.device)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.groups.dp)
-        return float(largest)
+    def sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum `values` over all ranks, in place."""
+        dist.all_reduce(values)
+        return values
 
     def sum_over_tokens(self, values: torch.Tensor) -> torch.Tensor:
         """Sum of `values` over the copies of the model and the ranks that share a sequence, in place."""
@@ -234,7 +235,20 @@ def _open_layout(config: ParallelConfig, device: torch.device, seed: int) -> Top
     )
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    return Topology(config, device, dist.get_rank(), world_size, groups, seed)
+    return Topology(config, device, dist.get_rank(), world_size, groups, seed, _pack_hosts(config, groups))
+
+
+def _pack_hosts(config: ParallelConfig, groups: Any) -> Any:
+    """Open the gloo groups of the ranks with the same packs, one for each copy of the model; return this rank's."""
+    if config.model_parallel_size == 1 or dist.get_backend() == "fake":
+        return None
+    copies = [0] * dist.get_world_size()
+    dist.all_gather_object(copies, groups.dp.rank())
+    members: dict[int, list[int]] = {}
+    for rank, copy in enumerate(copies):
+        members.setdefault(copy, []).append(rank)
+    group, _ = dist.new_subgroups_by_enumeration(list(members.values()), backend="gloo")
+    return group
 
 
 def stop() -> None:

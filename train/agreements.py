@@ -16,7 +16,7 @@ from visionloom.data.encode.tokenizer import END_OF_TEXT, REQUIRED
 from visionloom.model.config import ModelConfig
 from visionloom.model.huggingface.config import CONFIG, NOT_THE_MODEL, TOKENS, differences, read_config, read_json
 from visionloom.model.huggingface.peft_config import read_adapter_config
-from visionloom.train.checkpoint.state_file import STATE, model_of, read_progress
+from visionloom.train.checkpoint.state_file import STATE, model_of, read_run_state
 from visionloom.train.config import RunConfig
 from visionloom.train.exchange.companions import (
     GENERATION,
@@ -52,7 +52,7 @@ class Sides:
     checkpoint: Path | None = None
     """A checkpoint whose weights are used."""
     resuming: bool = False
-    """Whether `checkpoint` is of this run and has gone on with another tokenizer only if told so."""
+    """Whether `checkpoint` is of this run and has continued with another tokenizer only if data.on_change allows it."""
     recipe: bool = True
     """Whether `model` is a recipe's, which the weights must have been made for."""
     adapters: bool = False
@@ -92,17 +92,18 @@ def check_run(config: RunConfig, checkpoint: str = "") -> None:
     )  # fmt: skip
     if config.lora.adapter:
         read_adapter_config(Path(config.lora.adapter), config.lora)
-    found: list[str] = []
+    lines: list[str] = []
     if init.huggingface:
-        found += faults(_with(base, "init.huggingface", Path(init.huggingface)))
+        lines += faults(_with(base, "init.huggingface", Path(init.huggingface)))
     elif init.checkpoint:
-        found += faults(_with(base, "init.checkpoint", Path(init.checkpoint)))
+        lines += faults(_with(base, "init.checkpoint", Path(init.checkpoint)))
     else:
-        found += faults(base)
+        lines += faults(base)
     if own is not None:
-        found += [line for line in faults(_with(base, "checkpoint" if checkpoint else "run.folder", own)) if line not in found]
-    if found:
-        raise UserError(*found)
+        option = "checkpoint" if checkpoint else "run.folder"
+        lines += [line for line in faults(_with(base, option, own)) if line not in lines]
+    if lines:
+        raise UserError(*lines)
 
 
 def check_folder(folder: Path, option: str) -> None:
@@ -110,8 +111,8 @@ def check_folder(folder: Path, option: str) -> None:
     tokens = TokenTable.read(folder, option) if (folder / TOKENIZER).is_file() else None
     model = read_config(folder, option)
     sides = Sides(model, f"{folder}/{CONFIG} with vocab_size {model.text.vocab_size}", tokens, option, folder, recipe=False)
-    if found := faults(sides):
-        raise UserError(*found)
+    if lines := faults(sides):
+        raise UserError(*lines)
 
 
 def check_export(checkpoint: Path, source: Path | None, option: str) -> None:
@@ -122,14 +123,14 @@ def check_export(checkpoint: Path, source: Path | None, option: str) -> None:
         source: folder or checkpoint that files are taken from; None: the checkpoint's own run.
         option: that names `source`.
     """
-    progress = read_progress(checkpoint)
-    model = model_of(progress)
+    run_state = read_run_state(checkpoint)
+    model = model_of(run_state)
     vocabulary = f"{checkpoint} with model.text.vocab_size={model.text.vocab_size}"
     folder = next(iter(companions_of(source)), None) if source is not None else None
-    place = folder if folder is not None and (folder / TOKENIZER).is_file() else tokenizer_of(checkpoint, progress)
+    place = folder if folder is not None and (folder / TOKENIZER).is_file() else tokenizer_of(checkpoint, run_state)
     tokens = TokenTable.read(place, option if place == folder else "tokenizer") if place is not None else None
-    if found := faults(Sides(model, vocabulary, tokens, option, folder, checkpoint, recipe=False)):
-        raise UserError(*found)
+    if lines := faults(Sides(model, vocabulary, tokens, option, folder, checkpoint, recipe=False)):
+        raise UserError(*lines)
 
 
 def faults(sides: Sides) -> list[str]:
@@ -250,11 +251,11 @@ def the_tokenizer_is_that_of_training(sides: Sides) -> Iterator[str]:
     """The tokenizer gives the ids that a checkpoint was trained with."""
     if sides.tokens is None or sides.checkpoint is None or sides.resuming:
         return
-    progress = read_progress(sides.checkpoint)
-    known = tokenizer_hash(progress)
+    run_state = read_run_state(sides.checkpoint)
+    known = tokenizer_hash(run_state)
     if not known or sides.tokens.hash.startswith(known):
         return
-    place = tokenizer_of(sides.checkpoint, progress)
+    place = tokenizer_of(sides.checkpoint, run_state)
     if place is None and sides.option == "hf":  # named because the one of training is gone
         return
     if place is None:
@@ -276,7 +277,7 @@ def the_model_is_that_of_the_weights(sides: Sides) -> Iterator[str]:
         yield from differences(sides.model, read_config(sides.folder, sides.option), sides.folder)
     if sides.checkpoint is None:
         return
-    held = asdict(model_of(read_progress(sides.checkpoint)))
+    held = asdict(model_of(read_run_state(sides.checkpoint)))
     for part in ("text", "vision"):
         for key, value in asdict(sides.model)[part].items():
             if held[part][key] != value and key not in NOT_THE_MODEL:
@@ -321,18 +322,18 @@ def _with(base: Sides, option: str, place: Path) -> Sides:
 
 def _is_trained(sides: Sides) -> bool:
     """Whether the checkpoint itself says which tokenizer it was trained with, so that it need not be asked what lies beside it."""
-    return sides.checkpoint is not None and bool(tokenizer_hash(read_progress(sides.checkpoint)))
+    return sides.checkpoint is not None and bool(tokenizer_hash(read_run_state(sides.checkpoint)))
 
 
 def _newest(run_folder: Path) -> Path | None:
-    """The checkpoint that a run's `latest` names, if it is there and says where the run stands; damage is told later."""
+    """The checkpoint that a run's `latest` names, if it is there and says where the run stands; damage is reported later."""
     pointer = run_folder / LATEST
     try:
-        found = locate(pointer.parent, read_located(pointer.parent, pointer.name, LONGEST_POINTER).decode().strip(), "folder")
-        read_progress(found)
-    except (PlaceError, OSError, UnicodeDecodeError, UserError):  # checkpoints are found without it
+        newest = locate(pointer.parent, read_located(pointer.parent, pointer.name, LONGEST_POINTER).decode().strip(), "folder")
+        read_run_state(newest)
+    except (PlaceError, OSError, UnicodeDecodeError, UserError):  # checkpoints can be read without it
         return None
-    return found
+    return newest
 
 
 def _section(content: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -1,127 +1,184 @@
-"""The built things of a phase, in order: model, data-parallel wrapper, optimizer, schedule, data stream."""
+"""The built things of a phase, in order: stream, model with its weights, trainer. Here and in run.py the configuration is whole."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from visionloom.common.errors import UserError
 from visionloom.data.plan.cursor import Origin, check_state
 from visionloom.data.stream.train_stream import PackStream
-from visionloom.model.config import ModelConfig
 from visionloom.model.lora import apply_lora
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.model.sharding import draw_weights
 from visionloom.model.trainable import set_trainable
+from visionloom.parallel import topology as topologies
 from visionloom.parallel.topology import Topology
 from visionloom.train.changes import settings_of
+from visionloom.train.checkpoint import read as checkpoint
+from visionloom.train.checkpoint.read import Checkpoint
 from visionloom.train.checkpoint.state_file import Inputs
-from visionloom.train.config import PhaseConfig, RunConfig
+from visionloom.train.compatibility import check_same_model
+from visionloom.train.config import RunConfig
 from visionloom.train.cost import cost_model
 from visionloom.train.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
+from visionloom.train.phase_trainer import PhaseTrainer
 from visionloom.train.weights.load_adapter import load_adapter
+from visionloom.train.weights.load_huggingface import load_huggingface
 
 
-@dataclass
-class Stage:
-    """Everything that trains in one phase."""
-
-    name: str
-    phase: PhaseConfig
-    topology: Topology
-    chunks: list[Qwen3VL]
-    """The model, or this pipeline stage's chunks of it."""
-    wrapped: list[Any]
-    """The chunks in Megatron's DDP."""
-    optimizer: Any
-    scheduler: Any
-    stream: PackStream
-    inputs: Inputs | None = None
-    """What its checkpoints say that they were trained with."""
-    settings: dict[str, Any] = field(default_factory=dict)
-    """What they remember of the configuration, to name what changes."""
-
-    @property
-    def has_dropout(self) -> bool:
-        """Whether a step draws random numbers: adapters may, the model itself never does."""
-        lora = self.chunks[0].lora
-        return lora is not None and lora.dropout > 0
-
-    @property
-    def model_config(self) -> ModelConfig:
-        """The architecture."""
-        return self.chunks[0].model_config
+def run_folder(config: RunConfig) -> Path:
+    """Return where a run lives: run.folder, or runs/<run.name>."""
+    return Path(config.run.folder or f"runs/{config.run.name}")
 
 
-def model_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Arithmetic of the model for `run.precision`."""
-    if precision == "auto":
-        precision = "bf16" if device.type == "cuda" else "fp32"
-    return torch.bfloat16 if precision == "bf16" else torch.float32
+def open_topology(config: RunConfig) -> Topology:
+    """Open the device, threads and process groups of this rank."""
+    device = topologies.choose_device(config.run.device)
+    topologies.set_threads(config.run.threads)
+    if config.run.deterministic:
+        topologies.be_deterministic()
+    return topologies.start(config.parallel, device, config.run.seed)
 
 
-def build_model(config: RunConfig, topology: Topology, drawn: bool) -> list[Qwen3VL]:
-    """The model's chunks on this rank's device: with random weights from run.seed, or not `drawn`, to be loaded into."""
-    dtype = model_dtype(config.run.precision, topology.device)
-    numbers = range(topology.config.chunks) if topology.config.chunks > 1 else [None]
-    chunks = [Qwen3VL(config.model, topology, dtype, number) for number in numbers]
-    for chunk in chunks:
-        chunk.to(topology.device)
-        if drawn:
-            draw_weights(chunk, config.model, config.run.seed, topology)
-    return chunks
+def phase_topology(config: RunConfig, name: str, topology: Topology) -> Topology:
+    """Change to the phase's layout on the same ranks; nothing built on the one before may be used after."""
+    layout = config.phases[name].parallel or config.parallel
+    return topologies.change(topology, layout, config.run.seed)
 
 
-def add_adapters(chunks: list[Qwen3VL], config: RunConfig, topology: Topology) -> None:
-    """Give a model that has its weights the adapters of `lora`, new ones or those of lora.adapter."""
-    apply_lora(chunks, config.lora, topology, config.run.seed)
-    if config.lora.adapter:
-        load_adapter(Path(config.lora.adapter), chunks, topology)
-
-
-def redraw(chunks: list[Qwen3VL], config: RunConfig, phase: str, topology: Topology) -> None:
-    """Draw the phase's `fresh` groups anew, with a seed of the phase's own."""
-    index = list(config.phases).index(phase)
-    groups = set(config.phases[phase].fresh)
-    if groups:
-        for chunk in chunks:
-            draw_weights(chunk, config.model, config.run.seed + 1 + index, topology, groups)
+# ---- stream
 
 
 def build_stream(
-    config: RunConfig, phase: str, folder: Path, topology: Topology, before: Mapping[str, Any] | None = None
+    config: RunConfig, name: str, folder: Path, topology: Topology, before: Mapping[str, Any] | None = None
 ) -> PackStream:
-    """The phase's packs as a pure function of seed and step; unreadable samples are listed once in the run's folder.
+    """Plan a phase's packs, a pure function of seed and step.
 
-    `before` is the data state at the end of the phase before, which data.continue_draws goes on from.
+    Args:
+        config: of the run.
+        name: of the phase.
+        folder: the run's, where unreadable samples are listed once.
+        topology: of the phase.
+        before: the data state at the end of the phase before, which data.continue_draws continues from.
     """
-    settings = config.phases[phase]
+    phase = config.phases[name]
     if before:
         check_state(before)
     return PackStream(
         config.data,
-        phase,
-        sequence_length=settings.sequence_length,
-        global_batch=settings.global_batch,
-        mixture=settings.mixture,
-        loss=settings.loss,
+        name,
+        sequence_length=phase.sequence_length,
+        global_batch=phase.global_batch,
+        mixture=phase.mixture,
+        loss=phase.loss,
         seed=config.run.seed,
-        cost=cost_model(config.model, set(settings.trainable), config.lora if config.lora.rank else None),
+        cost=cost_model(config.model, set(phase.trainable), config.lora if config.lora.rank else None),
         # each of the ranks that share a pack's pictures sees faults of its own; a sample is written once all the same
         quarantine=folder / "quarantine.jsonl" if topology.encoder_rank is not None else None,
         origin=Origin.after(before, 0) if before and config.data.continue_draws else None,
     )
 
 
-def build_stage(config: RunConfig, name: str, topology: Topology, chunks: list[Qwen3VL], stream: PackStream) -> Stage:
+# ---- model
+
+
+def model_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Return the arithmetic of the model for `run.precision`."""
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" else "fp32"
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def build_model(config: RunConfig, topology: Topology, drawn: bool) -> list[Qwen3VL]:
+    """Build the model's parts on this rank's device: with random weights from run.seed, or not `drawn`, to be loaded into."""
+    dtype = model_dtype(config.run.precision, topology.device)
+    numbers = range(topology.config.chunks) if topology.config.chunks > 1 else [None]
+    parts = [Qwen3VL(config.model, topology, dtype, number) for number in numbers]
+    for part in parts:
+        part.to(topology.device)
+        if drawn:
+            draw_weights(part, config.model, config.run.seed, topology)
+    return parts
+
+
+def first_weights(config: RunConfig, topology: Topology) -> list[Qwen3VL]:
+    """Build a model with the weights that the run begins with, and adapters if it trains some.
+
+    Weights are those of init.huggingface or init.checkpoint, or random ones; adapters are those of lora.adapter, or new ones.
+
+    Raises:
+        UserError: if init.checkpoint is damaged, of another model, or holds adapters only.
+    """
+    init = config.init
+    parts = build_model(config, topology, drawn=not (init.huggingface or init.checkpoint))
+    if init.huggingface:
+        load_huggingface(Path(init.huggingface), parts, config.model, topology)
+    if init.checkpoint:
+        source = checkpoint.whole(Path(init.checkpoint), "init.checkpoint", topology)
+        check_same_model(source, config.model)
+        if source.run_state.lora:
+            raise UserError(
+                f"init.checkpoint={source.folder} holds adapters only: name the checkpoint that they were trained on,"
+                " and export them for lora.adapter"
+            )
+        checkpoint.load_weights(source, parts, topology)
+    if config.lora.rank:
+        apply_lora(parts, config.lora, topology, config.run.seed)
+        if config.lora.adapter:
+            load_adapter(Path(config.lora.adapter), parts, topology)
+    return parts
+
+
+def model_to_load(config: RunConfig, topology: Topology) -> list[Qwen3VL]:
+    """Build a model for a checkpoint of the run to be loaded into.
+
+    A checkpoint of adapters holds nothing but them: the weights below them are the run's first.
+    """
+    if config.lora.rank:
+        return first_weights(config, topology)
+    return build_model(config, topology, drawn=False)
+
+
+def newest_weights(config: RunConfig, topology: Topology, newest: Checkpoint | None) -> list[Qwen3VL]:
+    """Build a model with the weights of the run's newest checkpoint, or with its first ones."""
+    if newest is None:
+        return first_weights(config, topology)
+    parts = model_to_load(config, topology)
+    checkpoint.load_weights(newest, parts, topology)
+    return parts
+
+
+def draw_fresh_groups(parts: list[Qwen3VL], config: RunConfig, name: str, topology: Topology) -> None:
+    """Draw the phase's `fresh` groups anew, with a seed of the phase's own."""
+    number = list(config.phases).index(name)
+    groups = set(config.phases[name].fresh)
+    if groups:
+        for part in parts:
+            draw_weights(part, config.model, config.run.seed + 1 + number, topology, groups)
+
+
+# ---- trainer
+
+
+def build_trainer(config: RunConfig, name: str, topology: Topology, parts: list[Qwen3VL], stream: PackStream) -> PhaseTrainer:
     """Freeze, wrap and give the model an optimizer for one phase."""
     phase = config.phases[name]
-    for chunk in chunks:
-        set_trainable(chunk, phase.trainable, adapters_only=chunk.lora is not None)
-    wrapped = wrap_data_parallel(chunks, topology)
-    bf16 = next(chunks[0].parameters()).dtype == torch.bfloat16
+    for part in parts:
+        set_trainable(part, phase.trainable, adapters_only=part.lora is not None)
+    wrapped = wrap_data_parallel(parts, topology)
+    bf16 = next(parts[0].parameters()).dtype == torch.bfloat16
     optimizer = build_optimizer(wrapped, config.optim, phase, bf16)
-    scheduler = build_scheduler(optimizer, config.optim, phase)
-    inputs = Inputs.of(config.data, stream.tokenizer.fingerprint, config.init.huggingface or config.init.checkpoint)
-    return Stage(name, phase, topology, chunks, wrapped, optimizer, scheduler, stream, inputs, settings_of(config, name))
+    return PhaseTrainer(
+        phase_name=name,
+        phase=phase,
+        topology=topology,
+        model_parts=parts,
+        wrapped_parts=wrapped,
+        optimizer=optimizer,
+        scheduler=build_scheduler(optimizer, config.optim, phase),
+        stream=stream,
+        inputs=Inputs.of(config.data, stream.tokenizer.fingerprint, config.init.huggingface or config.init.checkpoint),
+        settings=settings_of(config, name),
+    )

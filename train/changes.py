@@ -42,7 +42,7 @@ def settings_of(config: RunConfig, phase: str) -> dict[str, Any]:
     return {each.name: each.value for each in _counting(config, phase)}
 
 
-def changes(config: RunConfig, progress: RunState, where: str) -> list[Changed]:
+def changes(config: RunConfig, run_state: RunState, where: str) -> list[Changed]:
     """What is to be told of a run that goes on from a checkpoint, where run.on_change lets it.
 
     Args:
@@ -53,9 +53,9 @@ def changes(config: RunConfig, progress: RunState, where: str) -> list[Changed]:
     Raises:
         UserError: naming each change that cannot be, or that run.on_change=error does not let pass.
     """
-    if progress.phase not in config.phases:
-        raise UserError(f"{where} is of phase {progress.phase}, which this recipe lacks: {_fresh_start(config)}")
-    found = list(_changed(config, progress))
+    if run_state.phase not in config.phases:
+        raise UserError(f"{where} is of phase {run_state.phase}, which this recipe lacks: {_fresh_start(config)}")
+    found = list(_changed(config, run_state))
     if never := [each for each in found if each.change == "never"]:
         raise UserError(
             f"{where} does not fit: {_listed(never)}: {'set it back' if len(never) == 1 else 'set them back'},"
@@ -69,18 +69,18 @@ def changes(config: RunConfig, progress: RunState, where: str) -> list[Changed]:
     return found
 
 
-def _changed(config: RunConfig, progress: RunState) -> Iterator[Changed]:
+def _changed(config: RunConfig, run_state: RunState) -> Iterator[Changed]:
     """Options of the checkpoint whose value is another one here, as far as something is left that they count for."""
-    before = todays_settings(progress.settings) or _older(progress)
-    finished = progress.phase_done and config.phases[progress.phase].total_steps <= progress.phase_step
-    over = finished and progress.phase == list(config.phases)[-1]
+    before = todays_settings(run_state.settings) or _older(run_state)
+    finished = run_state.phase_done and config.phases[run_state.phase].total_steps <= run_state.phase_step
+    over = finished and run_state.phase == list(config.phases)[-1]
     adapters = config.lora.rank or before.get("lora.rank")
-    for each in _counting(config, progress.phase):
+    for each in _counting(config, run_state.phase):
         if each.name not in before or before[each.name] == each.value:
             continue
-        if each.name in WEIGHTS and each.value and absolute(each.value) == progress.inputs.get("weights"):
+        if each.name in WEIGHTS and each.value and absolute(each.value) == run_state.inputs.get("weights"):
             continue
-        if each.name == PHASES and not _reordered(config, progress.phase, before[PHASES]):
+        if each.name == PHASES and not _reordered(config, run_state.phase, before[PHASES]):
             continue
         if each.name.startswith("phases.") and finished:
             continue
@@ -111,14 +111,14 @@ def _counting(config: RunConfig, phase: str) -> Iterator[Option]:
             yield each
 
 
-def _older(progress: RunState) -> dict[str, Any]:
+def _older(run_state: RunState) -> dict[str, Any]:
     """The settings that a checkpoint without `settings` knows all the same."""
-    model = asdict(model_of(progress))
+    model = asdict(model_of(run_state))
     parts = {"model.text": model["text"], "model.vision": model["vision"]}
     found = {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
-    adapters: Mapping[str, Any] = progress.lora or {"rank": 0}
+    adapters: Mapping[str, Any] = run_state.lora or {"rank": 0}
     found |= {f"lora.{name}": adapters[name] for name in ("rank", "targets", "groups") if name in adapters}
-    return found | {f"phases.{progress.phase}.steps": progress.phase_steps}
+    return found | {f"phases.{run_state.phase}.steps": run_state.phase_steps}
 
 
 def _listed(changed: list[Changed]) -> str:

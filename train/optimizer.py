@@ -5,9 +5,10 @@ from typing import Any
 import megatron.core.optimizer as megatron_optimizer
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.optimizer import OptimizerConfig, ParamKey, distrib_optimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig, ParamKey, clip_grads, distrib_optimizer, get_megatron_optimizer
 from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.utils import local_multi_tensor_l2_norm
 from torch import Tensor
 from torch.optim.adamw import adamw
 
@@ -47,7 +48,8 @@ class GroupStepAdamW(torch.optim.Optimizer):
             group["step"] = int(group.get("step") or 0) + 1
             first, second = zip(*(self._moments(p) for p in parameters), strict=True)
             # One element each of one tensor: torch's kernel advances the counts in place.
-            counts = torch.full((len(parameters),), float(group["step"] - 1), device=parameters[0].device).unbind()
+            done = float(group["step"] - 1)
+            counts = torch.full((len(parameters),), done, device=parameters[0].device).unbind()
             adamw(
                 parameters,
                 [p.grad for p in parameters],
@@ -88,27 +90,45 @@ def install_adamw() -> None:
     distrib_optimizer.USING_APEX_OPTIMIZER = False
 
 
-def wrap_data_parallel(chunks: list[Any], topology: Topology, sharded: bool = True) -> list[DistributedDataParallel]:
-    """Megatron's DDP around each chunk; freeze parameters first. `sharded`: with the distributed optimizer (ZeRO-1)."""
+def norm_on_device(
+    chunk_size: int,
+    flag: Any,
+    tensor_lists: list[list[Tensor]],
+    *_: Any,
+) -> tuple[Tensor, None]:
+    """Return the norm of all tensors, fp32 [1] on their device, with the arguments of Apex's multi_tensor_l2norm."""
+    norms = [torch.norm(tensor) for tensors in tensor_lists for tensor in tensors]
+    return torch.norm(torch.stack(norms)).reshape(1), None
+
+
+def install_norm() -> None:
+    """Replace Megatron-core's norm for machines without Apex, which brings the norm of each tensor to the host by itself."""
+    if clip_grads.l2_norm_impl is local_multi_tensor_l2_norm:
+        clip_grads.l2_norm_impl = norm_on_device
+
+
+def wrap_data_parallel(parts: list[Any], topology: Topology, sharded: bool = True) -> list[DistributedDataParallel]:
+    """Wrap each part of the model in Megatron's DDP, parameters frozen before; `sharded`: for the distributed optimizer (ZeRO-1)."""
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=sharded, overlap_grad_reduce=False
     )
     return [
-        DistributedDataParallel(chunk.config, settings, chunk, pg_collection=topology.groups, disable_bucketing=number > 0)
-        for number, chunk in enumerate(chunks)
+        DistributedDataParallel(part.config, settings, part, pg_collection=topology.groups, disable_bucketing=number > 0)
+        for number, part in enumerate(parts)
     ]
 
 
 def build_optimizer(wrapped: list[DistributedDataParallel], optim: OptimConfig, phase: PhaseConfig, bf16: bool) -> Any:
-    """Megatron's optimizer for one phase; norms and biases are not decayed.
+    """Build Megatron's optimizer for one phase; norms and biases are not decayed.
 
     Args:
-        wrapped: the model's chunks in Megatron's DDP.
+        wrapped: the parts of the model in Megatron's DDP.
         optim: betas, weight decay, clipping.
         phase: peak learning rate of each trainable group.
         bf16: whether the parameters are bf16 and fp32 copies are kept.
     """
     install_adamw()
+    install_norm()
     peaks = phase.peak_learning_rates()
     config = OptimizerConfig(
         optimizer="adam",
@@ -122,14 +142,16 @@ def build_optimizer(wrapped: list[DistributedDataParallel], optim: OptimConfig, 
         bf16=bf16,
         use_distributed_optimizer=True,
     )
-    overrides = {ParamKey(with_name_predicate=_in_group(group)): rates_of(peak, phase) for group, peak in peaks.items()}
+    overrides: dict[Any, dict[str, float]] = {}
+    for group, peak in peaks.items():
+        overrides[ParamKey(with_name_predicate=_in_group(group))] = rates_of(peak, phase)
     undecayed = ParamWithNamePredicate(name="undecayed", fn=lambda parameter, name: parameter.dim() == 1)
     overrides[ParamKey(with_name_predicate=undecayed)] = {"wd_mult": 0.0}
     return get_megatron_optimizer(config, wrapped, config_overrides=overrides)
 
 
 def rates_of(peak: float, phase: PhaseConfig) -> dict[str, float]:
-    """Highest and last learning rate of a group in Megatron's terms."""
+    """Return the highest and the last learning rate of a group in Megatron's terms."""
     return {"max_lr": peak, "min_lr": peak * phase.lr_min_ratio}
 
 
@@ -138,7 +160,7 @@ def _in_group(group: str) -> ParamWithNamePredicate:
 
 
 def build_scheduler(optimizer: Any, optim: OptimConfig, phase: PhaseConfig) -> OptimizerParamScheduler:
-    """Warm-up, then the phase's decay; step it once before each update, so that the last update has the last rate."""
+    """Build warm-up and the phase's decay; step it once before each update, so that the last update has the last rate."""
     steps = phase.total_steps
     peaks = phase.peak_learning_rates().values()
     return OptimizerParamScheduler(
@@ -159,12 +181,20 @@ def build_scheduler(optimizer: Any, optim: OptimConfig, phase: PhaseConfig) -> O
 
 
 def learning_rates(scheduler: OptimizerParamScheduler, phase: PhaseConfig) -> dict[str, float]:
-    """The learning rate of each trainable group at the scheduler's current step."""
-    return {group: float(scheduler.get_lr(rates_of(peak, phase))) for group, peak in phase.peak_learning_rates().items()}
+    """Return the learning rate of each trainable group at the scheduler's current step."""
+    rates = {}
+    for group, peak in phase.peak_learning_rates().items():
+        rates[group] = float(scheduler.get_lr(rates_of(peak, phase)))
+    return rates
 
 
-def state_tensors(optimizer: Any, weights: dict[str, Any], loading: bool, content: dict[str, Any]) -> dict[str, Any]:
-    """Master weights and moments as full tensors under names that no layout changes, for Megatron-core's checkpoints.
+def state_tensors(
+    optimizer: Any,
+    weights: dict[str, Any],
+    loading: bool,
+    content: dict[str, Any],
+) -> dict[str, Any]:
+    """Return master weights and moments as full tensors under names that no layout changes, for Megatron-core's checkpoints.
 
     Megatron-core's own state of an optimizer also holds its parameter groups, which differ with the layout: without experts
     on ranks of their own there is one optimizer, with them there are two. All that a group knows is derived here: the
@@ -176,17 +206,17 @@ def state_tensors(optimizer: Any, weights: dict[str, Any], loading: bool, conten
         loading: whether the tensors are to be read into.
         content: how Megatron-core lays them out.
     """
-    found = {}
+    tensors = {}
     for number, inner in enumerate(optimizer.chained_optimizers):
         if getattr(inner, "is_stub_optimizer", False) or not inner.optimizer.param_groups:
             continue  # a stage without trainable parameters
         inner.optimizer.make_moments()
-        found[str(number)] = inner.sharded_param_state_fully_reshardable(weights, loading, content)
-    return found
+        tensors[str(number)] = inner.sharded_param_state_fully_reshardable(weights, loading, content)
+    return tensors
 
 
-def take_state(optimizer: Any, tensors: dict[str, Any], updates_done: int) -> None:
-    """Continue with what `state_tensors` named, once it was read, after so many updates."""
+def load_state(optimizer: Any, tensors: dict[str, Any], updates_done: int) -> None:
+    """Load the tensors of `state_tensors`; set the update count."""
     for number, inner in enumerate(optimizer.chained_optimizers):
         if str(number) in tensors:
             inner.load_parameter_state_from_fully_reshardable(tensors[str(number)])
@@ -195,6 +225,9 @@ def take_state(optimizer: Any, tensors: dict[str, Any], updates_done: int) -> No
 
 
 def updates(optimizer: Any) -> int:
-    """Updates that the optimizer has made: steps that were not skipped."""
-    groups = [group for inner in optimizer.chained_optimizers for group in getattr(inner.optimizer, "param_groups", [])]
-    return max((int(group.get("step") or 0) for group in groups), default=0)
+    """Count the updates that the optimizer has made: steps that were not skipped."""
+    most = 0
+    for inner in optimizer.chained_optimizers:
+        for group in getattr(inner.optimizer, "param_groups", []):  # a stub has none
+            most = max(most, int(group.get("step") or 0))
+    return most

@@ -2,6 +2,9 @@
 
 The loss of a step is sum of w * l over sum of w, both over all supervised tokens of the global batch, with weights made
 before packing. So it does not depend on packing, micro-batches or layout (docs/decisions.md).
+
+The host waits for the device twice, both times before the update: for the gradient norm, which Megatron-core clips by, and
+for the sums of the step, which are there by then. A mixture's token dispatch waits on its own account in each layer.
 """
 
 import functools
@@ -19,87 +22,55 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor
 
 from visionloom.data.stream.batch import PackedBatch
-from visionloom.model.experts import close_step
+from visionloom.model.experts import update_router_loads
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.parallel.topology import Topology
-from visionloom.train.build import Stage
+from visionloom.train.phase_trainer import PhaseTrainer
+from visionloom.train.step_sums import LossSums, Signals, StepCounts, StepSums, StepTotals
+
+SILENT = Signals()
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step did, summed over the global batch."""
+    """What one optimizer step did."""
 
-    loss: float
-    loss_by_source: dict[str, float]
+    totals: StepTotals
+    """Over the global batch."""
     grad_norm: float
+    """Before clipping."""
     skipped: bool
-    counts: dict[str, int]
-    """tokens, supervised_tokens, padding_tokens, visual_tokens, patches, samples, packs."""
-    router: dict[str, float]
-    """Health of a mixture's routers; see model/experts.py `close_step`."""
+    """Whether the gradient was not finite, and nothing was changed."""
+
+    @property
+    def loss(self) -> float:
+        """Return the loss over the global batch."""
+        return self.totals.loss
 
 
-class LossSums:
-    """Sums of weighted losses and of weights, by source, fp64 on the device."""
-
-    def __init__(self, sources: Sequence[str], device: torch.device) -> None:
-        self.sources = tuple(sources)
-        self.values = torch.zeros(2, len(self.sources), dtype=torch.float64, device=device)
-
-    def add(self, batch: PackedBatch, tokens: Tensor, losses: Tensor) -> None:
-        """Add a micro-batch with the loss of each of its supervised tokens, fp32 [R], and their rows, int64 [R] on the host."""
-        places = torch.tensor([self.sources.index(name) for name in batch.source_names] + [0])
-        segment = torch.searchsorted(batch.cu_seqlens, tokens, right=True) - 1
-        source = places[batch.segment_sources[segment]].to(losses.device)
-        weights = batch.loss_weights[tokens].to(losses.device, torch.float64)
-        self.values[0].index_add_(0, source, weights * losses.double())
-        self.values[1].index_add_(0, source, weights)
-
-    def reduce(self, topology: Topology) -> None:
-        """Sum over all tokens of the global batch; only the last pipeline stage has added any."""
-        topology.from_last_stage(topology.sum_over_tokens(self.values))
-
-    def means(self) -> tuple[float, dict[str, float]]:
-        """Loss over everything and by source; a source without weight is left out."""
-        sums, weights = self.values.tolist()
-        total = sum(weights)
-        loss = sum(sums) / total if total else 0.0
-        return loss, {name: s / w for name, s, w in zip(self.sources, sums, weights, strict=True) if w}
-
-
-def count(batches: Sequence[PackedBatch], packs: int) -> dict[str, int]:
-    """Tokens, patches and samples of this data-parallel rank's micro-batches."""
-    tokens = sum(b.real_tokens for b in batches)
-    return {
-        "tokens": tokens,
-        "supervised_tokens": sum(b.supervised_tokens for b in batches),
-        "padding_tokens": sum(b.input_ids.numel() for b in batches) - tokens,
-        "visual_tokens": sum(b.visual_rows.numel() for b in batches),
-        "patches": sum(b.patch_count for b in batches),
-        "samples": sum(len(b.sample_ids) for b in batches),
-        "packs": packs,
-    }
-
-
-def train_step(stage: Stage, batches: list[PackedBatch]) -> StepResult:
+def train_step(trainer: PhaseTrainer, batches: list[PackedBatch], signals: Signals = SILENT) -> StepResult:
     """Run this rank's micro-batches, reduce the gradients and update the weights.
 
     A step whose gradient is not finite changes nothing and is reported as skipped, alike on all ranks.
     """
-    topology = stage.topology
-    batches = agree_on_unreadable(batches, topology)
-    sums = LossSums([corpus.name for corpus in stage.stream.corpora], topology.device)
-    for chunk in stage.wrapped:
-        chunk.zero_grad_buffer()
-    stage.optimizer.zero_grad()
-    run_micro_batches(stage, batches, sums)
-    stage.scheduler.step(1)
-    grad_norm = update(stage)
-    router = close_step(stage.chunks, topology)
-    counts = count(batches, len(batches) * stage.phase.micro_batch)
-    totals = reduce_counts(counts, topology)
-    loss, by_source = sums.means()
-    return StepResult(loss, by_source, grad_norm, not math.isfinite(grad_norm), totals, router)
+    batches = agree_on_unreadable(batches, trainer.topology)
+    sums = open_sums(trainer, batches, signals)
+    trainer.optimizer.zero_grad()
+    compute_gradients(trainer, batches, sums)
+    trainer.scheduler.step(1)
+    grad_norm = gradient_norm(trainer.optimizer)
+    totals = sums.totals()  # now and not after the update, which would have to be waited for
+    skipped = not math.isfinite(grad_norm)
+    if not skipped:
+        update(trainer.optimizer, grad_norm)
+    return StepResult(totals, grad_norm, skipped)
+
+
+def open_sums(trainer: PhaseTrainer, batches: list[PackedBatch], signals: Signals = SILENT) -> StepSums:
+    """Begin the sums of a step with what is known of its micro-batches before it runs."""
+    counts = StepCounts.of(batches, len(batches) * trainer.phase.micro_batch)
+    sources = [corpus.name for corpus in trainer.stream.corpora]
+    return StepSums(sources, counts, trainer.flops(counts.work), signals, trainer.topology)
 
 
 def encoder_of(topology: Topology) -> tuple[int, int]:
@@ -110,39 +81,61 @@ def encoder_of(topology: Topology) -> tuple[int, int]:
 def agree_on_unreadable(batches: list[PackedBatch], topology: Topology) -> list[PackedBatch]:
     """Take samples out of the loss on all ranks that share a pack if one of them could not read their pictures.
 
-    Raises RuntimeError on all of them if they do not have the same text and pictures in a pack, as when a shard has vanished
-    for some only: exchanging features would hang.
+    The hosts agree among themselves, over gloo: the device is not waited for.
+
+    Raises:
+        RuntimeError: on all of them if they do not have the same text and pictures in a pack, as when a shard has vanished
+            for some only: exchanging features would hang.
     """
-    if topology.config.model_parallel_size == 1:
+    if topology.pack_hosts is None:
         return batches
-    content = zlib.crc32(b"".join(t.numpy().tobytes() for b in batches for t in (b.input_ids, b.grid_thw)))
+    content = 0
+    for batch in batches:
+        for tensor in (batch.input_ids, batch.grid_thw):
+            content = zlib.crc32(tensor.numpy().tobytes(), content)
     unreadable = torch.cat([batch.unreadable for batch in batches])
-    found = torch.cat([torch.tensor([content, -content]), unreadable.long()]).to(topology.device)
-    for group in (topology.groups.tp_cp, topology.groups.pp):
-        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=group)
-    if int(found[0]) != -int(found[1]):
+    agreed = torch.cat([torch.tensor([content, -content]), unreadable.long()])
+    dist.all_reduce(agreed, op=dist.ReduceOp.MAX, group=topology.pack_hosts)
+    if int(agreed[0]) != -int(agreed[1]):
         raise RuntimeError(
             "ranks that share a pack have read different samples: a shard can be read by some of them only; check the storage"
             " (python launch/data.py verify) and start the same command again"
         )
-    if not found[2:].any():
+    if not agreed[2:].any():
         return batches
-    parts = found[2:].bool().cpu().split([len(batch.unreadable) for batch in batches])
+    parts = agreed[2:].bool().split([len(batch.unreadable) for batch in batches])
     return [batch.without(part) for batch, part in zip(batches, parts, strict=True)]
 
 
-def run_micro_batches(stage: Stage, batches: list[PackedBatch], sums: LossSums) -> None:
-    """Forward and backward of all micro-batches; gradients end up divided by the global weight, `sums` reduced."""
-    for chunk in stage.chunks:
-        chunk.config.finalize_model_grads_func = functools.partial(_finalize, sums=sums, topology=stage.topology)
-        if stage.model_config.text.experts:
-            chunk.config.moe_grad_scale_func = functools.partial(torch.Tensor.clone, _balance_scale(batches, stage.topology))
-    run_schedule(functools.partial(forward_losses, sums=sums), stage.wrapped, batches, stage.topology, forward_only=False)
+def compute_gradients(trainer: PhaseTrainer, batches: list[PackedBatch], sums: StepSums) -> None:
+    """Fill the gradients of the loss over the global batch, alike on all copies of the model, and reduce `sums`."""
+    topology, experts = trainer.topology, trainer.model_config.text.experts
+    balance_scale = _balance_scale(batches, topology) if experts else None
+    for part, wrapped in zip(trainer.model_parts, trainer.wrapped_parts, strict=True):
+        wrapped.zero_grad_buffer()
+        part.config.finalize_model_grads_func = _reduce_gradients
+        if balance_scale is not None:
+            part.config.moe_grad_scale_func = balance_scale.clone
+    forward = functools.partial(forward_losses, sums=sums.losses)
+    run_schedule(forward, trainer.wrapped_parts, batches, topology, forward_only=False)
+    if experts:
+        sums.set_routers(update_router_loads(trainer.model_parts, topology))
+
+    sums.reduce()
+    weight = sums.losses.values[1].sum()
+    scale = torch.where(weight > 0, 1.0 / weight, torch.zeros_like(weight)).float()
+    for part in trainer.wrapped_parts:
+        part.scale_gradients(scale)
+
+
+def _reduce_gradients(parts: list[Any], num_tokens: Any, **options: Any) -> None:
+    """Add up gradients over the ranks and leave the division to us: Megatron-core counts tokens, the loss has weights."""
+    finalize_model_grads(parts, None, **options)
 
 
 def run_schedule(
     forward: Callable[..., Any],
-    chunks: Sequence[Any],
+    parts: Sequence[Any],
     batches: list[PackedBatch],
     topology: Topology,
     forward_only: bool,
@@ -151,17 +144,17 @@ def run_schedule(
     """Megatron-core's schedule for this layout over all micro-batches; what the last stage collected, empty elsewhere.
 
     Args:
-        forward: called with an iterator over `batches` and a chunk.
-        chunks: of this stage, wrapped for data parallelism or not.
+        forward: called with an iterator over `batches` and a part of the model.
+        parts: of the model on this stage, wrapped for data parallelism or not.
         batches: alike on all stages.
         topology: the layout.
         forward_only: without a backward pass.
         options: of the schedule.
     """
-    found: list[Any] = get_forward_backward_func()(
+    outputs: list[Any] = get_forward_backward_func()(
         forward_step_func=forward,
-        data_iterator=[iter(batches) for _ in chunks] if len(chunks) > 1 else iter(batches),
-        model=list(chunks),
+        data_iterator=[iter(batches) for _ in parts] if len(parts) > 1 else iter(batches),
+        model=list(parts),
         num_microbatches=len(batches),
         seq_length=batches[0].input_ids.numel(),
         micro_batch_size=1,
@@ -170,64 +163,50 @@ def run_schedule(
         pg_collection=topology.groups if topology.config.pipeline == 1 else None,
         **options,
     )
-    return found
+    return outputs
 
 
-def model_of(chunk: Any) -> Qwen3VL:
-    """A chunk without its data-parallel wrapper."""
-    found: Qwen3VL = getattr(chunk, "module", chunk)
-    return found
+def unwrapped(part: Any) -> Qwen3VL:
+    """Return a part of the model without its data-parallel wrapper."""
+    model: Qwen3VL = getattr(part, "module", part)
+    return model
 
 
-def forward_losses(batches: Iterator[PackedBatch], chunk: Any, *, sums: LossSums) -> tuple[Tensor, Any]:
-    """A chunk's forward pass of the next micro-batch, as Megatron-core's schedule calls it; `sums` gets the losses."""
+def forward_losses(batches: Iterator[PackedBatch], part: Any, *, sums: LossSums) -> tuple[Tensor, Any]:
+    """Run a part's forward pass of the next micro-batch, as Megatron-core's schedule calls it; `sums` gets the losses."""
     batch = next(batches)
-    model = model_of(chunk)
+    model = unwrapped(part)
     inputs = model.prepare(batch)
-    output = chunk(inputs)
+    output = part(inputs)
     if model.post_process:
         output, losses = output
         sums.add(batch, inputs.loss_tokens, losses)
-    # Megatron-core counts tokens in integers; the real denominator is a sum of floats, divided by in _finalize.
+    # Megatron-core counts tokens in integers; the real denominator is a sum of floats, divided by in compute_gradients.
     no_tokens = torch.zeros([], dtype=torch.int, device=output.device)
     return output, lambda total: (total, no_tokens, {})
 
 
 def _balance_scale(batches: list[PackedBatch], topology: Topology) -> Tensor:
-    """Weight of the global batch over its tokens: gradients are divided by the weight, the balance is a mean over tokens."""
-    own = torch.tensor(
-        [[float(b.loss_weights.sum(dtype=torch.float64)), float(b.real_tokens)] for b in batches], dtype=torch.float64
-    )
-    weight, tokens = topology.sum_over_data(own.sum(0).to(topology.device))
+    """Return the weight of the global batch over its tokens: gradients are divided by the weight, the balance is a mean over tokens."""
+    own = torch.zeros(len(batches), 2, dtype=torch.float64)
+    for row, batch in zip(own, batches, strict=True):
+        row[0] = batch.loss_weights.sum(dtype=torch.float64)
+        row[1] = batch.real_tokens
+    on_device = own.sum(0).to(topology.device, non_blocking=True)
+    weight, tokens = topology.sum_over_data(on_device)
     return (weight / tokens.clamp_min(1.0)).float().reshape(1)  # Megatron-core keeps one for the process, of this shape
 
 
-def _finalize(chunks: list[Any], num_tokens: Any, *, sums: LossSums, topology: Topology, **options: Any) -> None:
-    """Reduce gradients over the ranks and divide them by the weight of the global batch."""
-    finalize_model_grads(chunks, None, **options)
-    sums.reduce(topology)
-    weight = sums.values[1].sum()
-    scale = torch.where(weight > 0, 1.0 / weight, torch.zeros_like(weight)).float()
-    for chunk in chunks:
-        chunk.scale_gradients(scale)
-
-
-def update(stage: Stage) -> float:
-    """Clip and apply the gradients; returns the global gradient norm before clipping. Nothing changes if it is not finite."""
-    optimizer = stage.optimizer
+def gradient_norm(optimizer: Any) -> float:
+    """Return the global norm of the gradients; the host waits for the device."""
     optimizer.prepare_grads()
-    norm = float(optimizer.get_grad_norm())
-    if not math.isfinite(norm):
-        return norm
+    return float(optimizer.get_grad_norm())
+
+
+def update(optimizer: Any, norm: float) -> None:
+    """Clip the gradients, whose norm is given, and apply them."""
     for inner in optimizer.chained_optimizers:
         clip = inner.config.clip_grad
         if clip > 0.0 and inner.get_parameters():
             clip_grad_by_total_norm_fp32(inner.get_parameters(), max_norm=clip, total_norm=norm)
     optimizer.step_with_ready_grads()
-    return norm
-
-
-def reduce_counts(counts: dict[str, int], topology: Topology) -> dict[str, int]:
-    """Sum of the counts over the copies of the model."""
-    values = torch.tensor(list(counts.values()), dtype=torch.int64, device=topology.device)
-    return dict(zip(counts, topology.sum_over_data(values).tolist(), strict=True))

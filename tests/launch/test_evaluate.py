@@ -31,11 +31,13 @@ from visionloom.parallel.topology import Topology
 from visionloom.tests.model.reference import huggingface_model
 from visionloom.tests.ranks import RankPool, torchrun_environment
 from visionloom.tests.train.runs import DATASETS, run_config, run_words
+from visionloom.train.build import newest_weights, open_topology
 from visionloom.train.config import RunConfig
-from visionloom.train.evaluate import Writer, _print, predictions
+from visionloom.train.evaluate import _print, predictions
+from visionloom.train.generate import GreedyDecoder
 from visionloom.train.progress import Screen
 from visionloom.train.report.history import NO_TASKS
-from visionloom.train.run import Run, evaluate, open_topology, pretrain
+from visionloom.train.run import evaluate, held_out, pretrain, trained_checkpoint
 
 STEPS = 60
 MOST_TOKENS = 10
@@ -63,15 +65,14 @@ def train(config: RunConfig) -> None:
 def trained_model(config: RunConfig) -> tuple[Topology, list[Qwen3VL]]:
     """The chunks of the model of a run's newest checkpoint, as `evaluate` takes it."""
     topology = open_topology(config)
-    run = Run(config, topology, Path(config.run.folder), None, Screen(False, 1))
-    run.take("")
-    return topology, run.chunks
+    trained = trained_checkpoint(config, "", topology, Screen(False, 1))
+    return topology, newest_weights(config, topology, trained)
 
 
 def evaluate_on_ranks(config: RunConfig) -> tuple[dict[str, Any], Answers]:
     """What `evaluate` returns, and all answers of this copy of the model by sample."""
     topology, chunks = trained_model(config)
-    found = [prediction for name in DATASETS for prediction in predictions(config, topology, chunks, name)]
+    found = [prediction for name in DATASETS for prediction in predictions(held_out(config), chunks, topology, name)]
     answers = {prediction.sample.sample_id: prediction.text for prediction in found}
     return evaluate(config), answers
 
@@ -89,24 +90,24 @@ def run_command(words: list[str]) -> int:
 def one_at_a_time(config: RunConfig) -> tuple[Answers, list[str], list[str]]:
     """Greedy answers by whole forward passes over one sample at a time; runs on a rank of the pool.
 
-    Also what `Writer` answers where the draft leaves those answers after every possible number of tokens, and what it should.
+    Also what `GreedyDecoder` answers where the draft leaves those answers after every possible number of tokens, and what it should.
     """
     topology, (model,) = trained_model(config)
     found, drafts, expected = {}, list[EncodedSample](), list[str]()
     for name in DATASETS:
-        held_out = EvaluationSet(config.data, name, config.evaluation.samples)
-        for sample in held_out.questions():
+        dataset = EvaluationSet(config.data, name, config.evaluation.samples)
+        for sample in dataset.questions():
             if sample.task:
-                tokens = brute_force(model, topology, prompt_of(sample), held_out.tokenizer)
-                found[sample.sample_id] = text_of(tokens, held_out.tokenizer)
+                tokens = brute_force(model, topology, prompt_of(sample), dataset.tokenizer)
+                found[sample.sample_id] = text_of(tokens, dataset.tokenizer)
                 wrong = [(token + 1) % config.model.text.vocab_size for token in (*tokens, 0)]
                 drafts += [extend(prompt_of(sample), [*tokens[:kept], wrong[kept]]) for kept in range(len(tokens) + 1)]
                 expected += [found[sample.sample_id]] * (len(tokens) + 1)
-    writer = Writer([model], topology, Tokenizer(config.data.tokenizer), MOST_TOKENS)
+    decoder = GreedyDecoder([model], topology, Tokenizer(config.data.tokenizer), MOST_TOKENS)
     drafts.append(extend(drafts[-1], [0] * 500))  # an answer far longer than what may be generated
     expected.append(expected[-1])
-    assert max(len(writer._draft(draft)) for draft in drafts) == MOST_TOKENS
-    return found, writer.answers(drafts), expected
+    assert max(len(decoder._draft(draft)) for draft in drafts) == MOST_TOKENS
+    return found, decoder.answers(drafts), expected
 
 
 @torch.no_grad()

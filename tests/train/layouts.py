@@ -158,15 +158,15 @@ MISTAKES: dict[str, Callable[[list[Any], list[TestPack]], list[TestPack]]] = {
 
 
 def build(layout: Layout, sharded: bool) -> Any:
-    """A stage of the case in the layout, wrapped for data parallelism; an optimizer too if `sharded`."""
+    """A trainer of the case in the layout, wrapped for data parallelism; an optimizer too if `sharded`."""
     from visionloom.model import offload
     from visionloom.model.lora import apply_lora
     from visionloom.model.lora_config import LoraConfig
     from visionloom.model.qwen3vl import Qwen3VL
     from visionloom.model.trainable import set_trainable
-    from visionloom.train.build import Stage
     from visionloom.train.config import OptimConfig, PhaseConfig
     from visionloom.train.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
+    from visionloom.train.phase_trainer import PhaseTrainer
 
     offload.LEAST_BYTES = 0  # a tiny model's activations are all small
     topology = topologies.start(layout.config, torch.device("cpu"))
@@ -185,29 +185,26 @@ def build(layout: Layout, sharded: bool) -> Any:
     optimizer = build_optimizer(wrapped, OptimConfig(), phase, False) if sharded else None
     scheduler = build_scheduler(optimizer, OptimConfig(), phase) if sharded else None
     stream: Any = type("Stream", (), {"corpora": [type("Corpus", (), {"name": "test"})]})
-    return Stage("test", phase, topology, chunks, wrapped, optimizer, scheduler, stream)
+    return PhaseTrainer("test", phase, topology, chunks, wrapped, optimizer, scheduler, stream)
 
 
 def backward(layout: Layout, packs: list[TestPack]) -> tuple[Any, float]:
-    """A stage with its gradients, and the loss. Two passes, so that routers know the loads of the first."""
-    from visionloom.model.experts import close_step
-    from visionloom.train.step import LossSums, run_micro_batches
+    """A trainer with its gradients, and the loss. Two passes, so that routers know the loads of the first."""
+    from visionloom.train.step import compute_gradients, open_sums
 
     stage = build(layout, sharded=False)
     if layout.mistake:
-        packs = MISTAKES[layout.mistake](stage.chunks, packs)
+        packs = MISTAKES[layout.mistake](stage.model_parts, packs)
     for _ in range(2):
-        for chunk in stage.wrapped:
-            chunk.zero_grad_buffer()
-        sums = LossSums(["test"], stage.topology.device)
-        run_micro_batches(stage, deal(packs, stage.topology, layout.one_encoder), sums)
-        close_step(stage.chunks, stage.topology)
-    return stage, sums.means()[0]
+        mine: list[Any] = deal(packs, stage.topology, layout.one_encoder)
+        sums = open_sums(stage, mine)
+        compute_gradients(stage, mine, sums)
+    return stage, sums.totals().loss
 
 
 def trainable(stage: Any) -> dict[str, Any]:
     """This rank's trainable parameters by canonical name; a tied matrix on two stages counts on the first."""
-    named = [pair for chunk in reversed(stage.chunks) for pair in canonical_parameters(chunk)]
+    named = [pair for chunk in reversed(stage.model_parts) for pair in canonical_parameters(chunk)]
     return {name: parameter for name, parameter in named if parameter.requires_grad}
 
 

@@ -151,7 +151,7 @@ def step(drawn: Draw) -> tuple[float, float, bool]:
     from visionloom.parallel import topology as topologies
     from visionloom.tests.model.reference import make_example, make_pack, reference_model, tiny_config
     from visionloom.tests.train.layouts import deal
-    from visionloom.train.build import build_stage, model_dtype
+    from visionloom.train.build import build_trainer, model_dtype
     from visionloom.train.step import train_step
 
     offload.LEAST_BYTES = 0  # a small model's activations are all small
@@ -171,7 +171,7 @@ def step(drawn: Draw) -> tuple[float, float, bool]:
     ]  # fmt: skip
     tokenizer = SimpleNamespace(fingerprint="")
     stream: Any = SimpleNamespace(corpora=[SimpleNamespace(name="test")], tokenizer=tokenizer)
-    stage = build_stage(config, "p", topology, chunks, stream)
+    stage = build_trainer(config, "p", topology, chunks, stream)
     done = train_step(stage, deal(packs, topology, False))  # type: ignore[arg-type]
     finite = all(bool(parameter.isfinite().all()) for chunk in chunks for parameter in chunk.parameters())
     return done.loss, done.grad_norm, finite

@@ -314,8 +314,8 @@ def store(run: Path, config: RunConfig, tokenizer: Path) -> Path:
     folder = run / "checkpoints" / "multimodal" / "step-00000004"
     folder.mkdir(parents=True)
     inputs = Inputs.of(replace(config.data, tokenizer=str(tokenizer)), TokenTable.read(tokenizer, "x").hash, "")
-    progress = RunState("multimodal", 4, 4, 4, {}, asdict(config.model), 4, {}, asdict(inputs))
-    (folder / STATE).write_text(json.dumps(asdict(progress)))
+    run_state = RunState("multimodal", 4, 4, 4, {}, asdict(config.model), 4, {}, asdict(inputs))
+    (folder / STATE).write_text(json.dumps(asdict(run_state)))
     (run / "checkpoints" / "latest").write_text("multimodal/step-00000004\n")
     return folder
 

@@ -20,7 +20,7 @@ from visionloom.tests.ranks import RankPool
 from visionloom.tests.train.runs import metrics, run_config
 from visionloom.tests.train.test_bounds import full, holder
 from visionloom.train.changes import changes, settings_of
-from visionloom.train.checkpoint.state_file import RunState, read_progress
+from visionloom.train.checkpoint.state_file import RunState, read_run_state
 from visionloom.train.config import RunConfig
 
 
@@ -31,7 +31,7 @@ def config(*words: str) -> RunConfig:
     return found
 
 
-def progress(trained: RunConfig, phase: str = "align", done: int = 10) -> RunState:
+def run_state(trained: RunConfig, phase: str = "align", done: int = 10) -> RunState:
     """A checkpoint's state as JSON brings it back, after so many steps of a phase."""
     steps = trained.phases[phase].total_steps
     lora = asdict(trained.lora) if trained.lora.rank else {}
@@ -53,7 +53,7 @@ RUN = {
 @pytest.mark.parametrize("option", RUN)
 def test_a_setting_that_changes_the_run(option: str) -> None:
     """Refused with both values; with run.on_change=continue it is what there is to tell."""
-    kept, word = progress(config()), f"{option}={RUN[option]}"
+    kept, word = run_state(config()), f"{option}={RUN[option]}"
     with pytest.raises(UserError) as caught:
         changes(config(word), kept, "D")
     line = str(caught.value)
@@ -74,7 +74,7 @@ def test_all_are_named_at_once() -> None:
     with pytest.raises(
         UserError, match=r"optim\.beta2 was 0\.95, now 0\.9.*weight_decay was 0\.05.*align\.lr was 0\.002, now 1e-05"
     ):
-        changes(config(*words), progress(config()), "D")
+        changes(config(*words), run_state(config()), "D")
 
 
 NEVER = {
@@ -93,10 +93,10 @@ def test_a_setting_that_cannot_change(name: str) -> None:
     words, expected = NEVER[name]
     for more in ([], ["run.on_change=continue"]):
         with pytest.raises(UserError) as caught:
-            changes(config(*words, *more), progress(config()), "D")
+            changes(config(*words, *more), run_state(config()), "D")
         assert expected in str(caught.value) and "set run.name to start a new run" in str(caught.value)
     with pytest.raises(UserError, match=r"set run\.name to start a new run \(and run\.folder, which is set to /r\)"):
-        changes(config(*words, "run.folder=/r"), progress(config()), "D")
+        changes(config(*words, "run.folder=/r"), run_state(config()), "D")
 
 
 FREE = ["run.device=auto", "run.threads=2", "run.deterministic=true", "run.evaluate_at_end=false", "data.workers=3",
@@ -110,12 +110,12 @@ FREE = ["run.device=auto", "run.threads=2", "run.deterministic=true", "run.evalu
 @pytest.mark.parametrize("word", FREE)
 def test_free_settings_pass(word: str) -> None:
     """Logging, layouts, cadence; other phases, done or to come; adapters' where there are none."""
-    assert changes(config(word), progress(config()), "D") == []
+    assert changes(config(word), run_state(config()), "D") == []
 
 
 def test_a_folder_may_be_written_in_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """The weights that a run began with, by a path from another working folder."""
-    kept = replace(progress(config("init.huggingface=hf/x")), inputs={"weights": "/models/hf/x"})
+    kept = replace(run_state(config("init.huggingface=hf/x")), inputs={"weights": "/models/hf/x"})
     monkeypatch.chdir("/")
     for same in ("models/hf/x", "/models/hf/x/", "hf/x"):
         assert changes(config(f"init.huggingface={same}"), kept, "D") == []
@@ -142,7 +142,7 @@ def test_phases_before_the_one_in_progress_count_as_done(case: str) -> None:
     trained, now = (
         replace(whole, phases={name: whole.phases[name] for name in names}) for names in (["align", "multimodal", "sft"], order)
     )
-    kept = progress(trained, "multimodal")
+    kept = run_state(trained, "multimodal")
     if not expected:
         assert changes(now, kept, "D") == []
         return
@@ -156,7 +156,7 @@ def test_phases_before_the_one_in_progress_count_as_done(case: str) -> None:
 @pytest.mark.parametrize("value", [5, None, "vision", {"a": 1}])
 def test_settings_of_another_type_are_another_value(value: Any) -> None:
     """A state is a file like any other."""
-    kept = progress(config())
+    kept = run_state(config())
     kept.settings.update(dict.fromkeys(kept.settings, value))
     with pytest.raises(UserError, match="does not fit"):
         changes(config(), kept, "D")
@@ -167,25 +167,25 @@ def test_settings_of_another_type_are_another_value(value: Any) -> None:
 
 def test_steps_are_compared_however_they_are_given() -> None:
     """50 steps of 4 packs of 512 tokens."""
-    assert changes(config("phases.align.steps=null", f"phases.align.tokens={50 * 4 * 512}"), progress(config()), "D") == []
+    assert changes(config("phases.align.steps=null", f"phases.align.tokens={50 * 4 * 512}"), run_state(config()), "D") == []
     with pytest.raises(UserError, match=r"phases\.align\.steps was 50, now 51"):
-        changes(config("phases.align.steps=null", f"phases.align.tokens={50 * 4 * 512 + 1}"), progress(config()), "D")
+        changes(config("phases.align.steps=null", f"phases.align.tokens={50 * 4 * 512 + 1}"), run_state(config()), "D")
 
 
 def test_a_finished_phase_is_done_with() -> None:
-    done = progress(config(), done=50)
+    done = run_state(config(), done=50)
     assert changes(config("phases.align.lr=1e-5", "phases.align.loss=token", "phases.align.steps=40"), done, "D") == []
     with pytest.raises(UserError, match=r"optim\.beta1"):
         changes(config("optim.beta1=0.5"), done, "D")
     with pytest.raises(UserError, match=r"phases\.align\.steps was 50, now 80"):
         changes(config("phases.align.steps=80"), done, "D")
-    last = progress(config(), "reasoning", config().phases["reasoning"].total_steps)
+    last = run_state(config(), "reasoning", config().phases["reasoning"].total_steps)
     assert changes(config("optim.beta1=0.5"), last, "D") == []
 
 
 def test_checkpoints_of_older_versions_say_what_they_know() -> None:
     """They kept the model, adapters and steps only: those are compared, nothing is said of the rest."""
-    kept = asdict(progress(config()))
+    kept = asdict(run_state(config()))
     del kept["settings"]
     older = RunState(**kept)
     assert changes(config("optim.beta1=0.5", "phases.align.lr=1"), older, "D") == []
@@ -254,5 +254,5 @@ def test_a_run_goes_on_with_other_settings(pool: RankPool, demo_data: Path, tmp_
     assert found["phases.multimodal.trainable"] == (["vision", "merger", "language"], ["language"]) and len(found) == 3
     assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
     assert [line["lr"] for line in metrics(tmp_path)[3:]] == [{"language": 1e-5}] * 3
-    assert read_progress(tmp_path / "checkpoints" / "multimodal" / "step-00000006").settings["phases.multimodal.lr"] == 1e-5
+    assert read_run_state(tmp_path / "checkpoints" / "multimodal" / "step-00000006").settings["phases.multimodal.lr"] == 1e-5
     assert start(*other) == ""

@@ -29,7 +29,7 @@ from visionloom.tests.train.strangers import list_files, write_checkpoint
 from visionloom.train.agreements import check_folder
 from visionloom.train.checkpoint.index import INDEX, IndexFault, read_index
 from visionloom.train.checkpoint.read import FORMAT, MANIFEST, fault_in_share
-from visionloom.train.checkpoint.state_file import STATE, Inputs, lora_of, model_of, read_progress, stored_inputs
+from visionloom.train.checkpoint.state_file import STATE, Inputs, lora_of, model_of, read_run_state, stored_inputs
 from visionloom.train.checkpoint.stored import StoredWeights
 from visionloom.train.exchange.companions import SETTINGS_OF_RUN, Companions, companions, tokenizer_hash
 from visionloom.train.exchange.serving import carry_companions, write_serving_files
@@ -100,12 +100,12 @@ def fuzz(
 
 
 def read_state(folder: Path) -> None:
-    progress = read_progress(folder)
-    tokenizer_hash(progress)
+    run_state = read_run_state(folder)
+    tokenizer_hash(run_state)
     for part in (model_of, lora_of, stored_inputs):
-        part(progress)
-    companions(folder, progress)
-    check_state(progress.data)
+        part(run_state)
+    companions(folder, run_state)
+    check_state(run_state.data)
 
 
 def read_weights(folder: Path) -> None:
@@ -136,7 +136,7 @@ def test_settings_of_older_runs(times: int, folder: Path) -> None:
         "init": {"huggingface": "h"},
     }
     settings.write_text(json.dumps(sections))
-    fuzz("config.yaml", settings, lambda: companions(folder, read_progress(folder)), 60 * times, JSON)
+    fuzz("config.yaml", settings, lambda: companions(folder, read_run_state(folder)), 60 * times, JSON)
 
 
 @pytest.mark.parametrize("times", SEEDS)

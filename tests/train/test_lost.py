@@ -81,16 +81,17 @@ def test_a_run_whose_checkpoints_are_all_damaged(pool: RankPool, demo_data: Path
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_log_that_cannot_be_written_ends_the_run_saved(ranks: int, pool: RankPool, demo_data: Path, tmp_path: Path) -> None:
+    """After one more step: with its sums all ranks hear of the third line."""
     folder = tmp_path / "run"
     config = run_config(demo_data, folder, 5, ranks)
     said = pool.run(ranks, without_log, config, 3)
     assert set(said) == {
-        f"{folder}/metrics.jsonl: No space left on device: the run's log cannot be written; the run is saved after step 3:"
+        f"{folder}/metrics.jsonl: No space left on device: the run's log cannot be written; the run is saved after step 4:"
         " make room, and start the same command again"
     }
     assert [line["step"] for line in metrics(folder)] == [1, 2]
     assert pool.run(ranks, outcome, config) == ["done"] * ranks
-    assert [line["step"] for line in metrics(folder)] == list(range(1, 6)), "the third came with the checkpoint"
+    assert [line["step"] for line in metrics(folder)] == list(range(1, 6)), "the third and fourth came with the checkpoint"
 
 
 def test_a_log_that_fails_after_the_last_step_is_told(pool: RankPool, demo_data: Path, tmp_path: Path) -> None:

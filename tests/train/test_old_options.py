@@ -13,9 +13,9 @@ from visionloom.common.errors import UserError
 from visionloom.launch.configure import compose
 from visionloom.launch.explain import schema_paths
 from visionloom.train.changes import changes, settings_of
+from visionloom.train.checkpoint.state_file import STATE, RunState, model_of, read_run_state
 from visionloom.train.config import RunConfig
 from visionloom.train.old_options import GONE, RENAMED, old_option, todays_settings
-from visionloom.train.state_file import STATE, Progress, model_of, read_progress
 
 OLD = sorted(RENAMED | GONE)
 
@@ -87,12 +87,12 @@ def test_a_checkpoint_with_old_names_goes_on(tmp_path: Path) -> None:
     settings = settings_of(config, "align") | {"optim.name": "adamw"}
     model = asdict(config.model) | {"backend": "auto"}
     steps = config.phases["align"].total_steps
-    old = Progress("align", 10, 260, steps, {}, model, 10, settings=settings)
+    old = RunState("align", 10, 260, steps, {}, model, 10, settings=settings)
     (tmp_path / STATE).write_text(json.dumps(asdict(old)))
-    kept = read_progress(tmp_path)
+    kept = read_run_state(tmp_path)
     assert model_of(kept) == config.model
     assert changes(config, kept, "D") == []
 
     (tmp_path / STATE).write_text(json.dumps(asdict(old) | {"model": asdict(config.model) | {"backnd": "auto"}}))
     with pytest.raises(UserError, match=r"model\.backnd is unknown"):
-        read_progress(tmp_path)
+        read_run_state(tmp_path)

@@ -227,7 +227,7 @@ def twice(experts: int, packs: list[TestPack]) -> bool:
         mine = deal(packs, stage.topology, False)
         losses = [train_step(stage, mine).loss for _ in range(3)]  # type: ignore[arg-type]
         torch.use_deterministic_algorithms(False)
-        runs.append((losses, [parameter.detach().clone() for chunk in stage.chunks for parameter in chunk.parameters()]))
+        runs.append((losses, [parameter.detach().clone() for chunk in stage.model_parts for parameter in chunk.parameters()]))
     (first, weights), (second, others) = runs
     return first == second and all(torch.equal(a, b) for a, b in zip(weights, others, strict=True))
 

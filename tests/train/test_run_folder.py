@@ -59,7 +59,7 @@ def test_the_pointer_to_the_newest_checkpoint_leads_nowhere_else(
     pointer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What lies where it leads counts as a state that can be read."""
-    monkeypatch.setattr(agreements, "read_progress", lambda folder: (folder / "state.json").read_bytes())
+    monkeypatch.setattr(agreements, "read_run_state", lambda folder: (folder / "state.json").read_bytes())
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "state.json").write_text("{}")
     good = tmp_path / "run" / "checkpoints" / "sft" / "step-1"

@@ -13,7 +13,7 @@ from visionloom.model.config import PICTURES
 from visionloom.parallel.config import ParallelConfig
 from visionloom.tests.ranks import RankPool
 from visionloom.tests.train.search import Draw, draw, step
-from visionloom.train.evaluate import held_out_length
+from visionloom.train.run import held_out
 
 SEEDS = int(os.environ.get("SEARCH_SEEDS", "8"))
 
@@ -96,9 +96,9 @@ def test_pictures_are_cut_as_the_data_cuts_them() -> None:
 def test_held_out_packs_fit_every_phases_layout() -> None:
     """A phase in a layout of its own is evaluated on the longest sequence of all phases."""
     config = Draw(2, {"phases.p.sequence_length": 89}).config()
-    assert held_out_length(config, ParallelConfig()) == 89
-    assert held_out_length(config, ParallelConfig(tensor=2)) == 90
-    assert held_out_length(config, ParallelConfig(tensor=2, context=2)) == 92
+    assert held_out(config).pack_length(ParallelConfig()) == 89
+    assert held_out(config).pack_length(ParallelConfig(tensor=2)) == 90
+    assert held_out(config).pack_length(ParallelConfig(tensor=2, context=2)) == 92
 
 
 def test_the_layout_of_evaluation_cuts_samples_too() -> None:

@@ -27,14 +27,14 @@ from visionloom.common.text import one_line
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.model.trainable import is_adapter
 from visionloom.parallel.topology import Topology
-from visionloom.train.build import Stage
 from visionloom.train.checkpoint.finite import require_finite
 from visionloom.train.checkpoint.index import INDEX, IndexFault, read_index
-from visionloom.train.checkpoint.state_file import CHECKPOINTS, STATE, RunState, read_progress
+from visionloom.train.checkpoint.state_file import CHECKPOINTS, STATE, RunState, read_run_state
 from visionloom.train.checkpoint.state_file import LARGEST as LARGEST_STATE
 from visionloom.train.checkpoint.untrusted import harmless_reading
 from visionloom.train.exchange.companions import COMPANIONS
-from visionloom.train.optimizer import state_tensors, take_state, updates
+from visionloom.train.optimizer import load_state, state_tensors, updates
+from visionloom.train.phase_trainer import PhaseTrainer
 
 MANIFEST, LATEST = "manifest.json", "latest"
 FORMAT: Final = "metadata.json"
@@ -74,7 +74,7 @@ class Checkpoint:
     """A whole checkpoint on disk."""
 
     folder: Path
-    progress: RunState
+    run_state: RunState
 
 
 def folder_of(run_folder: Path, phase: str, step: int) -> Path:
@@ -82,39 +82,40 @@ def folder_of(run_folder: Path, phase: str, step: int) -> Path:
     return run_folder / CHECKPOINTS / phase / f"step-{step:08d}"
 
 
-def progress_of(stage: Stage, step: int, phase_step: int) -> RunState:
-    """Where a run stands after the run's step `step`, the phase's `phase_step`."""
+def run_state_of(trainer: PhaseTrainer, step: int, phase_step: int) -> RunState:
+    """Return where a run stands after the run's step `step`, the phase's `phase_step`."""
+    lora, inputs = trainer.model_parts[0].lora, trainer.inputs
     return RunState(
-        stage.name,
-        phase_step,
-        step,
-        stage.phase.total_steps,
-        stage.stream.state(phase_step),
-        asdict(stage.model_config),
-        updates(stage.optimizer),
-        asdict(lora) if (lora := stage.chunks[0].lora) else {},
-        asdict(stage.inputs) if stage.inputs is not None else {},
-        stage.settings,
+        phase=trainer.phase_name,
+        phase_step=phase_step,
+        step=step,
+        phase_steps=trainer.phase.total_steps,
+        data=trainer.stream.state(phase_step),
+        model=asdict(trainer.model_config),
+        updates=updates(trainer.optimizer),
+        lora=asdict(lora) if lora is not None else {},
+        inputs=asdict(inputs) if inputs is not None else {},
+        settings=trainer.settings,
     )
 
 
-def load_stage(checkpoint: Checkpoint, stage: Stage) -> None:
+def load_trainer(checkpoint: Checkpoint, trainer: PhaseTrainer) -> None:
     """Continue a phase exactly, in any layout: weights, optimizer, schedule."""
-    loaded = _read(checkpoint.folder, stage_state(stage, loading=True), stage.topology)
-    _take(loaded, stage.chunks)
-    require_finite(_tensors(loaded), f"{checkpoint.folder}", stage.topology)
-    take_state(stage.optimizer, loaded["optimizer"], checkpoint.progress.updates)
-    stage.scheduler.step(checkpoint.progress.phase_step - stage.scheduler.num_steps)
+    loaded = _read(checkpoint.folder, trainer_state(trainer, loading=True), trainer.topology)
+    _load_parts(loaded, trainer.model_parts)
+    require_finite(_tensors(loaded), f"{checkpoint.folder}", trainer.topology)
+    load_state(trainer.optimizer, loaded["optimizer"], checkpoint.run_state.updates)
+    trainer.scheduler.step(checkpoint.run_state.phase_step - trainer.scheduler.num_steps)
 
 
 def load_weights(checkpoint: Checkpoint, chunks: list[Qwen3VL], topology: Topology) -> None:
-    """Take only the weights, as a new phase does; call it before the model is wrapped and its optimizer built."""
+    """Load only the weights, as a new phase does; call it before the model is wrapped and its optimizer built."""
     loaded = _read(checkpoint.folder, weights_state(chunks, topology), topology)
-    _take(loaded, chunks)
+    _load_parts(loaded, chunks)
     require_finite(_tensors(loaded), f"{checkpoint.folder}", topology)
 
 
-def _take(loaded: dict[str, Any], chunks: list[Qwen3VL]) -> None:
+def _load_parts(loaded: dict[str, Any], chunks: list[Qwen3VL]) -> None:
     for key, chunk in _named(chunks).items():
         # Megatron-core leaves out what is empty: a chunk without adapters.
         chunk.load_state_dict(loaded.get(key, {}), strict=chunk.lora is None)
@@ -158,10 +159,10 @@ def weights_state(chunks: list[Qwen3VL], topology: Topology) -> dict[str, Any]:
     return states
 
 
-def stage_state(stage: Stage, loading: bool) -> dict[str, Any]:
-    """Weights and optimizer of a phase for Megatron-core's checkpoints."""
-    weights = weights_state(stage.chunks, stage.topology)
-    return {**weights, "optimizer": state_tensors(stage.optimizer, weights, loading, content(stage.topology))}
+def trainer_state(trainer: PhaseTrainer, loading: bool) -> dict[str, Any]:
+    """Return weights and optimizer of a phase for Megatron-core's checkpoints."""
+    weights = weights_state(trainer.model_parts, trainer.topology)
+    return {**weights, "optimizer": state_tensors(trainer.optimizer, weights, loading, content(trainer.topology))}
 
 
 def newest(run_folder: Path, topology: Topology) -> tuple[Checkpoint | None, list[str]]:
@@ -177,7 +178,7 @@ def newest(run_folder: Path, topology: Topology) -> tuple[Checkpoint | None, lis
 
 def read(folder: Path) -> Checkpoint:
     """A checkpoint by its folder, its tensors not looked at; UserError if there is none."""
-    return Checkpoint(folder, read_progress(folder))
+    return Checkpoint(folder, read_run_state(folder))
 
 
 def whole(folder: Path, option: str, topology: Topology) -> Checkpoint:

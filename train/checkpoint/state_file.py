@@ -69,30 +69,30 @@ class RunState:
         return self.phase_step >= self.phase_steps
 
 
-def model_of(progress: RunState, where: str = STATE) -> ModelConfig:
+def model_of(run_state: RunState, where: str = STATE) -> ModelConfig:
     """The model that a checkpoint's state names; UserError, which begins with `where`, if there can be none."""
-    model = _part(todays_settings(progress.model, "model"), ModelConfig, "model", where)
+    model = _part(todays_settings(run_state.model, "model"), ModelConfig, "model", where)
     _refuse(where, "a model that cannot be built", check(model, "model").lines)
     return model
 
 
-def lora_of(progress: RunState, where: str = STATE) -> LoraConfig | None:
+def lora_of(run_state: RunState, where: str = STATE) -> LoraConfig | None:
     """The adapters that a checkpoint's state names, None without; UserError if there can be none."""
-    if not progress.lora:
+    if not run_state.lora:
         return None
-    lora = _part(todays_settings(progress.lora, "lora"), LoraConfig, "lora", where)
+    lora = _part(todays_settings(run_state.lora, "lora"), LoraConfig, "lora", where)
     problems = check(lora, "lora").lines
     if not problems:
-        problems = lora.layer_problems(model_of(progress, where)) if lora.rank else ["lora.rank=0"]
+        problems = lora.layer_problems(model_of(run_state, where)) if lora.rank else ["lora.rank=0"]
     _refuse(where, "adapters that cannot be", problems)
     return lora
 
 
-def stored_inputs(progress: RunState, where: str = STATE) -> Inputs | None:
+def stored_inputs(run_state: RunState, where: str = STATE) -> Inputs | None:
     """What a checkpoint's state says that it was trained with, None if it does not; UserError if nothing can be."""
-    if not progress.inputs:
+    if not run_state.inputs:
         return None
-    inputs = _part(progress.inputs, Inputs, "inputs", where)
+    inputs = _part(run_state.inputs, Inputs, "inputs", where)
     media = _part(inputs.media, MediaConfig, "inputs.media", where)
     _refuse(where, "media that cannot be read", check(media, "data.media").lines)
     return inputs
@@ -108,17 +108,17 @@ def absolute(folder: str) -> str:
     return str(Path(folder).absolute()) if folder else ""
 
 
-def read_progress(folder: Path) -> RunState:
+def read_run_state(folder: Path) -> RunState:
     """What a checkpoint's state.json says, every part in its form; UserError if there is none."""
     try:
-        progress = read_json(folder, STATE, RunState, LARGEST)
+        run_state = read_json(folder, STATE, RunState, LARGEST)
     except (OSError, JsonError) as error:
         raise UserError(
             f"{folder} is not a checkpoint of this version ({error}): name a folder such as checkpoints/<phase>/step-00000100"
         ) from error
     for part in (model_of, lora_of, stored_inputs):
-        part(progress, str(folder / STATE))
-    return progress
+        part(run_state, str(folder / STATE))
+    return run_state
 
 
 def _part[T](value: Any, schema: type[T], name: str, where: str) -> T:

@@ -31,19 +31,19 @@ from visionloom.common.atomic import replacing
 from visionloom.common.errors import UserError
 from visionloom.common.text import warn
 from visionloom.parallel.topology import Topology
-from visionloom.train.build import Stage
 from visionloom.train.checkpoint.index import read_index
 from visionloom.train.checkpoint.read import (
     LATEST,
     FileEntry,
     content,
     folder_of,
-    progress_of,
-    stage_state,
+    run_state_of,
+    trainer_state,
     write_manifest,
 )
 from visionloom.train.checkpoint.state_file import CHECKPOINTS, STATE, RunState
 from visionloom.train.config import CheckpointConfig
+from visionloom.train.phase_trainer import PhaseTrainer
 
 EventWriter = Callable[..., None]
 """Called with an event's name and its fields."""
@@ -79,7 +79,7 @@ class Save:
 
     partial: Path
     final: Path
-    progress: RunState
+    run_state: RunState
     plan: WritePlan
     buckets: list[Any]
     started: float
@@ -112,14 +112,14 @@ class Saver:
         every = self.settings.every_steps
         return bool(every) and phase_step % every == 0
 
-    def save(self, stage: Stage, step: int, phase_step: int, last: bool) -> None:
+    def save(self, trainer: PhaseTrainer, step: int, phase_step: int, last: bool) -> None:
         """Save the state after the run's step `step`; in the background unless it is the phase's `last`.
 
         Raises UserError if the save fails and the run must not go on without it (see `checkpoint.on_error`).
         """
-        self.finish(stage.topology)
+        self.finish(trainer.topology)
         started = time.perf_counter()
-        save, fault = self._begin(stage, step, phase_step, started)
+        save, fault = self._begin(trainer, step, phase_step, started)
         background = self.settings.asynchronous and not last
         if fault is None and save is not None:
             if background:
@@ -130,17 +130,23 @@ class Saver:
             save.stalled = time.perf_counter() - started
             self.pending = save
         else:
-            self._failed(folder_of(self.run_folder, stage.name, step), fault or "another rank failed", last)
+            self._failed(folder_of(self.run_folder, trainer.phase_name, step), fault or "another rank failed", last)
         if not background:
-            self.finish(stage.topology, last)
+            self.finish(trainer.topology, last)
 
-    def poll(self, topology: Topology) -> None:
-        """Make a save in the background a checkpoint if all ranks have written theirs; call it after each step."""
-        if self.pending is None:
-            return
-        waiting = torch.tensor([0 if self.pending.written else 1], device=topology.device)
-        dist.all_reduce(waiting)
-        if not int(waiting):
+    @property
+    def is_writing(self) -> bool:
+        """Return whether this rank is still writing in the background."""
+        return self.pending is not None and not self.pending.written
+
+    def poll(self, topology: Topology, any_writing: bool) -> None:
+        """Make a save in the background a checkpoint once no rank is writing; call it after each step.
+
+        Args:
+            topology: of the run.
+            any_writing: whether `is_writing` was true on any rank before the step.
+        """
+        if self.pending is not None and not any_writing:
             self._complete(topology, last=False)
 
     def finish(self, topology: Topology, last: bool = False) -> None:
@@ -154,11 +160,11 @@ class Saver:
             self.pending.stalled += self.pending.waited
         self._complete(topology, last)
 
-    def _begin(self, stage: Stage, step: int, phase_step: int, started: float) -> tuple[Save | None, str | None]:
+    def _begin(self, trainer: PhaseTrainer, step: int, phase_step: int, started: float) -> tuple[Save | None, str | None]:
         """Plan a save and stage this rank's tensors; or say why not, the same on all ranks."""
-        final = folder_of(self.run_folder, stage.name, step)
+        final = folder_of(self.run_folder, trainer.phase_name, step)
         partial = final.with_name(final.name + ".tmp")
-        topology, fault = stage.topology, ""
+        topology, fault = trainer.topology, ""
         if topology.is_main:
             try:
                 for leftover in final.parent.glob("step-*.tmp"):
@@ -172,13 +178,13 @@ class Saver:
         filesystem_async._results_queue = filesystem_async._results_queue or queue.Queue()
         strategy = FullyParallelSaveStrategyWrapper(PlanningStrategy(), topology.groups.dp_cp)
         plan: Any = dist_checkpointing.save(
-            stage_state(stage, loading=False), str(partial), strategy, async_sharded_save=True, async_strategy="mcore",
+            trainer_state(trainer, loading=False), str(partial), strategy, async_sharded_save=True, async_strategy="mcore",
             content_metadata=content(None),
         )  # fmt: skip
         staged = FileSystemWriterAsync.preload_tensors(plan.writer.write_buckets or [], True)
         if self.settings.asynchronous:
             staged = [(path, key, (data, [(item, _own(t)) for item, t in tensors])) for path, key, (data, tensors) in staged]
-        return Save(partial, final, progress_of(stage, step, phase_step), plan, staged, started), None
+        return Save(partial, final, run_state_of(trainer, step, phase_step), plan, staged, started), None
 
     def _complete(self, topology: Topology, last: bool) -> None:
         """Gather what the ranks have written and let the main rank commit it, or report why there is no checkpoint."""
@@ -204,7 +210,7 @@ class Saver:
             sum(file.bytes for _, hashes, _ in parts for file in hashes.values()),
         )
         self.report(
-            "checkpoint", step=save.progress.step, phase=save.progress.phase, folder=str(save.final), seconds=seconds,
+            "checkpoint", step=save.run_state.step, phase=save.run_state.phase, folder=str(save.final), seconds=seconds,
             stall_seconds=round(save.stalled, 3), waited_seconds=round(save.waited, 3),
             mb_per_second=round(size / 1e6 / max(seconds, 1e-3), 1),
         )  # fmt: skip
@@ -274,7 +280,7 @@ def _commit(save: Save, results: list[Any], hashes: dict[str, FileEntry]) -> Non
     """Make what all ranks have written the newest checkpoint; raises ValueError if something planned is not there."""
     save.plan.writer.finish(save.plan.metadata, results)
     save_config(CheckpointingConfig("torch_dist", 1), str(save.partial))
-    (save.partial / STATE).write_text(json.dumps(asdict(save.progress)))
+    (save.partial / STATE).write_text(json.dumps(asdict(save.run_state)))
     for path in save.partial.iterdir():
         if path.name not in hashes:
             hashes[path.name] = FileEntry.of(path)
@@ -321,15 +327,15 @@ def sweep(run_folder: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def check_room(run_folder: Path, stage: Stage) -> None:
+def check_room(run_folder: Path, trainer: PhaseTrainer) -> None:
     """Refuse to start a phase whose first checkpoint cannot be written; all ranks call it.
 
     Raises:
         UserError: naming the folder, the bytes needed and the bytes free.
     """
-    needed, fault = estimated_bytes(stage), ""
-    folder = run_folder / CHECKPOINTS / stage.name
-    if stage.topology.is_main:
+    needed, fault = estimated_bytes(trainer), ""
+    folder = run_folder / CHECKPOINTS / trainer.phase_name
+    if trainer.topology.is_main:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             probe = folder / ".writable"
@@ -348,16 +354,16 @@ BESIDE_NUMBERS = 2_000
 """Bytes that a tensor takes beside its numbers: 1,565 of its archive and some 400 in the index (the demo's checkpoints)."""
 
 
-def estimated_bytes(stage: Stage) -> int:
+def estimated_bytes(trainer: PhaseTrainer) -> int:
     """Bytes of the tensors of a checkpoint: weights once, and of trainable ones a master copy and two moments in fp32."""
     from visionloom.model.sharding import canonical_parameters, full_shape
 
     own: dict[str, int] = {}
-    for chunk in stage.chunks:
+    for chunk in trainer.model_parts:
         for name, parameter in canonical_parameters(chunk):
-            count = torch.Size(full_shape(name, parameter, stage.topology)).numel()
+            count = torch.Size(full_shape(name, parameter, trainer.topology)).numel()
             parts_on_disk = 1 + 3 * parameter.requires_grad
             own[name] = count * (parameter.element_size() + 12 * parameter.requires_grad) + BESIDE_NUMBERS * parts_on_disk
-    parts: list[dict[str, int]] = [{}] * stage.topology.world_size
+    parts: list[dict[str, int]] = [{}] * trainer.topology.world_size
     dist.all_gather_object(parts, own)
     return sum({name: size for part in parts for name, size in part.items()}.values())

@@ -20,7 +20,7 @@ from visionloom.common.yamlfile import read_yaml
 from visionloom.data.config import MediaConfig
 from visionloom.model.huggingface.config import CONFIG
 from visionloom.train.checkpoint.state_file import CHECKPOINTS, STATE, Inputs, RunState, absolute, stored_inputs
-from visionloom.train.config import RunConfig
+from visionloom.train.config import InitConfig
 from visionloom.train.exchange.token_table import SETTINGS, TOKENIZER
 
 COMPANIONS: Final = "huggingface"
@@ -78,16 +78,15 @@ def carry(source: Path, target: Path, names: Sequence[str] = CARRIED) -> None:
                 shutil.copyfileobj(source_file, file)
 
 
-def carry_into_run(config: RunConfig, run_folder: Path) -> None:
-    """Keep what an export will need in the run's folder: the tokenizer's files, and what came with its first weights."""
-    init = config.init
+def carry_into_run(init: InitConfig, tokenizer: str, run_folder: Path) -> None:
+    """Keep what an export will need in the run's folder: the files of `tokenizer`, its folder, and what came with `init`."""
     if (run_folder / COMPANIONS).is_symlink():
         raise UserError(f"{run_folder / COMPANIONS} is a link: put the folder itself there, or remove it")
     sources = [Path(init.huggingface)] if init.huggingface else []
     sources += companions_of(Path(init.checkpoint)) if init.checkpoint else []
     for source in reversed(sources):
         carry(source, run_folder / COMPANIONS)
-    carry(Path(config.data.tokenizer), run_folder / COMPANIONS, FROM_TOKENIZER)
+    carry(Path(tokenizer), run_folder / COMPANIONS, FROM_TOKENIZER)
 
 
 def companions_of(folder: Path) -> list[Path]:
@@ -114,7 +113,7 @@ def run_of(checkpoint: Path) -> Path | None:
     return None
 
 
-def companions(checkpoint: Path, progress: RunState, source: Path | None = None, weights: Path | None = None) -> Companions:
+def companions(checkpoint: Path, run_state: RunState, source: Path | None = None, weights: Path | None = None) -> Companions:
     """What goes along with a checkpoint's weights.
 
     Files lie beside it, in its run's folder, or where `source` says. A folder that only its state names, which a stranger may have
@@ -126,15 +125,15 @@ def companions(checkpoint: Path, progress: RunState, source: Path | None = None,
         source: what everything but the media rules is taken from, by name; None: its run, and what that began with.
         weights: Hugging Face folder or checkpoint under its adapters, whose own files go first, but for the tokenizer.
     """
-    inputs = inputs_of(checkpoint, progress)
+    inputs = inputs_of(checkpoint, run_state)
     media = MediaConfig(**inputs.media) if inputs is not None else None  # checked by inputs_of
     if source is not None:
-        place = source if (source / TOKENIZER).is_file() else tokenizer_of(checkpoint, progress)
+        place = source if (source / TOKENIZER).is_file() else tokenizer_of(checkpoint, run_state)
         return Companions(place, [source], media, named=place not in (None, source, *companions_of(checkpoint)))
     others = [*(companions_of(weights) if weights else []), *companions_of(checkpoint)]
-    found = tokenizer_of(checkpoint, progress)
+    found = tokenizer_of(checkpoint, run_state)
     missing = []
-    if found is None and (inputs is not None or tokenizer_hash(progress)):
+    if found is None and (inputs is not None or tokenizer_hash(run_state)):
         named = f"data.tokenizer={inputs.tokenizer}, which" if inputs is not None else "the one that"
         missing.append(
             f"no tokenizer goes along: {named} {checkpoint} was trained with is gone or another one now: put it back, or name a"
@@ -149,9 +148,9 @@ def companions(checkpoint: Path, progress: RunState, source: Path | None = None,
     return Companions(found, others, media, begun, missing, found is not None and found not in companions_of(checkpoint))
 
 
-def tokenizer_of(checkpoint: Path, progress: RunState) -> Path | None:
+def tokenizer_of(checkpoint: Path, run_state: RunState) -> Path | None:
     """The folder with the tokenizer that a checkpoint was trained with, or that came with it; None if it is nowhere."""
-    inputs, known = inputs_of(checkpoint, progress), tokenizer_hash(progress)
+    inputs, known = inputs_of(checkpoint, run_state), tokenizer_hash(run_state)
     places = companions_of(checkpoint) + ([Path(inputs.tokenizer)] if known and inputs and inputs.tokenizer else [])
     found = ((place, _tokenizer_hash_in(place)) for place in places)
     return next((place for place, digest in found if digest and digest.startswith(known)), None)
@@ -165,16 +164,16 @@ def _tokenizer_hash_in(folder: Path) -> str:
         return ""
 
 
-def tokenizer_hash(progress: RunState) -> str:
+def tokenizer_hash(run_state: RunState) -> str:
     """SHA-256, or its first digits, of the tokenizer.json that a checkpoint was trained with; empty if unknown."""
-    plan = progress.data.get("plan")
-    found = progress.inputs.get("tokenizer_hash") or (plan.get("tokenizer") if isinstance(plan, dict) else None)
+    plan = run_state.data.get("plan")
+    found = run_state.inputs.get("tokenizer_hash") or (plan.get("tokenizer") if isinstance(plan, dict) else None)
     return found if isinstance(found, str) and HASH.fullmatch(found) else ""
 
 
-def inputs_of(checkpoint: Path, progress: RunState) -> Inputs | None:
+def inputs_of(checkpoint: Path, run_state: RunState) -> Inputs | None:
     """What a checkpoint was trained with: from its state, or, of older versions, its run's config.yaml; None if nothing says."""
-    if (found := stored_inputs(progress)) is not None:
+    if (found := stored_inputs(run_state)) is not None:
         return found
     run = run_of(checkpoint)
     if run is None or not (run / SETTINGS_OF_RUN).is_file():
@@ -193,7 +192,7 @@ def inputs_of(checkpoint: Path, progress: RunState) -> Inputs | None:
     start = _start_folder(run, folders["folder"])
     weights = folders["huggingface"] or folders["checkpoint"]
     tokenizer, begun = (absolute(str(start / folder)) if folder else "" for folder in (folders["tokenizer"], weights))
-    return Inputs(tokenizer, tokenizer_hash(progress), media, begun)
+    return Inputs(tokenizer, tokenizer_hash(run_state), media, begun)
 
 
 def _start_folder(run_folder: Path, said: str) -> Path:

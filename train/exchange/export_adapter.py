@@ -21,7 +21,7 @@ from visionloom.model.lora_config import LinearLayer, LoraConfig, adapted_layers
 from visionloom.parallel.topology import Topology
 from visionloom.train.checkpoint import read as checkpoints
 from visionloom.train.checkpoint.finite import require_finite
-from visionloom.train.checkpoint.state_file import STATE, lora_of, model_of, read_progress
+from visionloom.train.checkpoint.state_file import STATE, lora_of, model_of, read_run_state
 from visionloom.train.checkpoint.stored import StoredWeights
 from visionloom.train.exchange.companions import companions
 from visionloom.train.exchange.export_huggingface import ExportOptions, Parameters, write_huggingface
@@ -31,10 +31,10 @@ from visionloom.train.weights.load_adapter import WEIGHTS
 
 def describe(checkpoint: Path, topology: Topology) -> tuple[ModelConfig, LoraConfig]:
     """The model and adapters of a whole checkpoint of a run with lora; UserError if it is damaged or has none."""
-    progress = checkpoints.whole(checkpoint, "checkpoint", topology).progress
-    if (lora := lora_of(progress)) is None:
+    run_state = checkpoints.whole(checkpoint, "checkpoint", topology).run_state
+    if (lora := lora_of(run_state)) is None:
         raise UserError(f"checkpoint={checkpoint} holds whole weights, not adapters: name one of a run with lora.rank above 0")
-    return model_of(progress), lora
+    return model_of(run_state), lora
 
 
 def export_adapter(checkpoint: Path, out: Path, base: str, topology: Topology, say: Callable[[str], None]) -> None:
@@ -51,7 +51,7 @@ def export_adapter(checkpoint: Path, out: Path, base: str, topology: Topology, s
     model, lora = describe(checkpoint, topology)
     if out.exists():
         raise UserError(f"out={out} is there already: name a new folder or remove it")
-    files = companions(checkpoint, read_progress(checkpoint))
+    files = companions(checkpoint, read_run_state(checkpoint))
     base = base or files.weights
     stored = StoredWeights(checkpoint)
     names = _check_adapters(checkpoint, stored, model, lora)
@@ -108,7 +108,7 @@ def export_merged(checkpoint: Path, weights: Path, out: Path, topology: Topology
     adapters = StoredWeights(checkpoint)
     _check_adapters(checkpoint, adapters, model, lora)
     merged = MergedWeights(base, adapters, model, lora)
-    files = companions(checkpoint, read_progress(checkpoint), weights=weights)
+    files = companions(checkpoint, read_run_state(checkpoint), weights=weights)
     write_huggingface(
         merged, model, out, ExportOptions(), files, topology, say, f"checkpoint={checkpoint} on weights={weights}"
     )

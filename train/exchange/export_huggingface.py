@@ -76,11 +76,11 @@ def export_checkpoint(folder: Path, out: Path, options: ExportOptions, topology:
     Raises:
         UserError: if the checkpoint is not whole or lacks parameters, or `out` is there already.
     """
-    progress = checkpoint.whole(folder, "checkpoint", topology).progress
-    if progress.lora:
+    run_state = checkpoint.whole(folder, "checkpoint", topology).run_state
+    if run_state.lora:
         raise UserError(f"checkpoint={folder} holds adapters only: export them with convert.py adapter")
-    files = companions(folder, progress, options.source)
-    write_huggingface(StoredWeights(folder), model_of(progress), out, options, files, topology, say, f"checkpoint={folder}")
+    files = companions(folder, run_state, options.source)
+    write_huggingface(StoredWeights(folder), model_of(run_state), out, options, files, topology, say, f"checkpoint={folder}")
 
 
 def write_huggingface(

@@ -67,8 +67,8 @@ def import_huggingface(folder: Path, out: Path, topology: Topology, say: Callabl
     state = weights_state(chunks, topology)
     dist_checkpointing.save(state, str(partial), strategy, content_metadata=content(None))
     if topology.is_main:
-        progress = RunState(PHASE, 0, 0, 0, {}, asdict(source.config), 0)
-        (partial / STATE).write_text(json.dumps(asdict(progress)))
+        run_state = RunState(PHASE, 0, 0, 0, {}, asdict(source.config), 0)
+        (partial / STATE).write_text(json.dumps(asdict(run_state)))
         carry(folder, partial / COMPANIONS)
     _write_manifest(partial, topology)
     if topology.is_main:

@@ -6,8 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from io import BytesIO
-from itertools import groupby
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import numpy as np
 from PIL import Image as Pillow
@@ -15,13 +14,7 @@ from PIL import Image as Pillow
 from visionloom.data.encode.encode import EncodedSample
 from visionloom.data.encode.geometry import MERGE_SIZE, PATCH_SIZE
 from visionloom.data.encode.image import Pixels
-from visionloom.data.encode.tokenizer import IMAGE, TURN_START, VIDEO, VISION_END, VISION_START, Tokenizer
-
-if TYPE_CHECKING:
-    from visionloom.train.evaluate import Prediction
-
-PICTURE: Final = "\ufffc"
-"""Stands for a picture, or for the two frames of a video's temporal patch, in the text of a question."""
+from visionloom.train.generate import PICTURE, Prediction
 
 QUESTION_CHARACTERS, ANSWER_CHARACTERS = 1600, 1200
 """Longer texts are cut in the middle: a prompt may have a million characters."""
@@ -48,25 +41,6 @@ class PictureBudget:
             return False
         self.left -= size
         return True
-
-
-def question_text(sample: EncodedSample, tokenizer: Tokenizer) -> str:
-    """The prompt as a person reads it, with PICTURE in the place of each picture or pair of video frames."""
-    roles = {tokenizer.special(token): PICTURE for token in (IMAGE, VIDEO)}
-    roles |= {tokenizer.special(token): "" for token in (VISION_START, VISION_END)}
-    roles[tokenizer.special(TURN_START)] = TURN_START
-    turns = [""]
-    for role, group in groupby(sample.input_ids[: sample.prompt_length].tolist(), key=roles.get):
-        if role == TURN_START:
-            turns.append("")
-        elif role is not None:
-            turns[-1] += role
-        else:
-            turns[-1] += tokenizer.decode(list(group)).replace(PICTURE, "")
-    document, *chat = turns
-    said = [(role.strip(), text.strip()) for role, _, text in (turn.partition("\n") for turn in chat) if text.strip()]
-    parts = [text for _, text in said] if len(said) == 1 else [f"{role}: {text}" for role, text in said]
-    return "\n".join([document.strip(), *parts]).strip()
 
 
 @dataclass(frozen=True)
@@ -100,7 +74,7 @@ def views(sample: EncodedSample) -> Iterator[ShownPicture]:
             start += height * width
 
 
-def card(prediction: "Prediction", budget: PictureBudget) -> str:
+def card(prediction: Prediction, budget: PictureBudget) -> str:
     """One sample as HTML."""
     sample, right = prediction.sample, prediction.correct
     rows = (("answer", sample.answer or ""), ("prediction", prediction.text))

@@ -5,19 +5,17 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 
 from visionloom.common.atomic import replacing
 from visionloom.common.text import printable
+from visionloom.train.generate import PICTURE, Prediction
 from visionloom.train.report.charts import HALF, SMALL, WIDE, Chart, Drawn, compact, draw, measured
-from visionloom.train.report.gallery import PICTURE, PictureBudget, card
+from visionloom.train.report.gallery import PictureBudget, card
 from visionloom.train.report.history import NO_TASKS, History, PhaseHistory, Values, curve, number
 from visionloom.train.report.style import STYLE
-
-if TYPE_CHECKING:
-    from visionloom.train.evaluate import Prediction
 
 REPORT, PREDICTIONS = "report.html", "predictions.jsonl"
 POINTS, SMALL_POINTS = 1000, 250
@@ -34,7 +32,7 @@ EDGE_STEPS: Final = 5
 Table = Sequence[Sequence[str]]
 
 
-def write_report(folder: Path, shown: Sequence["Prediction"]) -> Path:
+def write_report(folder: Path, shown: Sequence[Prediction]) -> Path:
     """Write report.html and predictions.jsonl into a run's folder and return the report's path.
 
     What the folder lacks is left out of the report. Texts of samples are escaped; the same run gives the same file.
@@ -54,7 +52,7 @@ def write_report(folder: Path, shown: Sequence["Prediction"]) -> Path:
     return path
 
 
-def _write_predictions(path: Path, shown: Sequence["Prediction"]) -> None:
+def _write_predictions(path: Path, shown: Sequence[Prediction]) -> None:
     with replacing(path) as file:
         for prediction in shown:
             sample = prediction.sample
@@ -220,7 +218,7 @@ def _rates(phases: list[PhaseHistory]) -> str:
     return _figure(draw(Chart("learning rate", [drawn for drawn in curves if len(drawn.y)], phases)), "Learning rate")
 
 
-def _gallery(shown: Sequence["Prediction"]) -> str:
+def _gallery(shown: Sequence[Prediction]) -> str:
     if not shown:
         return ""
     budget = PictureBudget(PICTURE_BYTES)

@@ -104,7 +104,7 @@ def save(layout: Layout, packs: list[TestPack], folder: Path, background: bool =
 
 
 def weights_of(stage: Any) -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for chunk in stage.chunks for name, parameter in canonical_parameters(chunk)}
+    return {name: parameter.detach().clone() for chunk in stage.model_parts for name, parameter in canonical_parameters(chunk)}
 
 
 def uninterrupted(layout: Layout, packs: list[TestPack], file: Path) -> list[dict[str, Tensor]]:
@@ -122,9 +122,9 @@ def resumed(layout: Layout, packs: list[TestPack], folder: Path, optimizer: bool
     newest, damaged = checkpoint.newest(folder, stage.topology)
     assert newest is not None and not damaged
     if optimizer:
-        checkpoint.load_stage(newest, stage)
+        checkpoint.load_trainer(newest, stage)
     else:
-        checkpoint.load_weights(newest, stage.chunks, stage.topology)
+        checkpoint.load_weights(newest, stage.model_parts, stage.topology)
         stage.optimizer.reload_model_params()
         stage.scheduler.step(2)
     train(stage, layout, packs, 1)
@@ -136,7 +136,7 @@ def off(layout: Layout, packs: list[TestPack], folder: Path, file: Path, optimiz
     stage = resumed(layout, packs, folder, optimizer)
     expected: dict[str, Tensor] = torch.load(file)
     errors = []
-    for chunk in stage.chunks:
+    for chunk in stage.model_parts:
         for name, parameter in canonical_parameters(chunk):
             part = cut(name, expected[name], parameter, stage.topology)
             errors.append(float((parameter.detach() - part).norm() / part.norm()))
@@ -198,7 +198,7 @@ def save_again(layout: Layout, folder: Path, out: Path) -> None:
     stage = stage_of(layout)
     newest, _ = checkpoint.newest(folder, stage.topology)
     assert newest is not None
-    checkpoint.load_stage(newest, stage)
+    checkpoint.load_trainer(newest, stage)
     Saver(out, CheckpointConfig(asynchronous=False), events_of([])).save(stage, 2, 2, last=True)
 
 
@@ -380,12 +380,12 @@ def test_a_commit_cut_short(
     layout = layout_of("one", DENSE)
     pool.run(1, crash, layout, packs, tmp_path, moment)
     newest, damaged = checkpoint.newest(tmp_path, topology)
-    assert newest is not None and not damaged and newest.progress.step == resumed_at
+    assert newest is not None and not damaged and newest.run_state.step == resumed_at
     assert (tmp_path / "checkpoints" / "latest").read_text() == "test/step-00000001\n"
     pool.run(1, save, layout, packs, tmp_path)
     assert not list(tmp_path.rglob("step-*.tmp"))
     newest, damaged = checkpoint.newest(tmp_path, topology)
-    assert newest is not None and newest.progress.step == 2
+    assert newest is not None and newest.run_state.step == 2
 
 
 # ---- damaged and malicious files
@@ -436,7 +436,7 @@ def reads(folder: Path, topology: Topology) -> str:
     layout = layout_of("one", DENSE)
     stage = stage_of(layout)
     try:
-        checkpoint.load_weights(checkpoint.read(folder), stage.chunks, stage.topology)
+        checkpoint.load_weights(checkpoint.read(folder), stage.model_parts, stage.topology)
     except UserError as error:
         return str(error)
     return ""
@@ -492,8 +492,8 @@ def spoil(layout: Layout, packs: list[TestPack], folder: Path) -> None:
     stage = stage_of(layout)
     if stage.topology.rank == stage.topology.world_size - 1:
         with torch.no_grad():
-            next(chunk for chunk in stage.chunks).get_parameter("language_model.decoder.final_layernorm.weight")[0] = float(
-                "nan"
+            next(chunk for chunk in stage.model_parts).get_parameter("language_model.decoder.final_layernorm.weight")[0] = (
+                float("nan")
             )
     Saver(folder, CheckpointConfig(asynchronous=False), events_of([])).save(stage, 1, 1, last=True)
 
@@ -504,9 +504,9 @@ def refused(layout: Layout, folder: Path, optimizer: bool) -> str:
     assert newest is not None and not damaged
     with pytest.raises(UserError) as raised:
         if optimizer:
-            checkpoint.load_stage(newest, stage)
+            checkpoint.load_trainer(newest, stage)
         else:
-            checkpoint.load_weights(newest, stage.chunks, stage.topology)
+            checkpoint.load_weights(newest, stage.model_parts, stage.topology)
     return str(raised.value)
 
 

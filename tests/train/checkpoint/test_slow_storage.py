@@ -12,11 +12,11 @@ import pytest
 from visionloom.tests.ranks import RankPool
 from visionloom.tests.train.checkpoint.test_checkpoint import DENSE, Layout, events_of, layout_of, stage_of, train
 from visionloom.tests.train.layouts import TestPack, packs_of
-from visionloom.train import run
+from visionloom.train import observer
 from visionloom.train.checkpoint import write as saving
 from visionloom.train.checkpoint.write import Saver
 from visionloom.train.config import CheckpointConfig
-from visionloom.train.run import Run
+from visionloom.train.observer import Observer
 
 SECONDS = 0.6
 
@@ -55,9 +55,9 @@ def test_saves_wait_for_each_other_and_training_goes_on_meanwhile(pool: RankPool
 @pytest.mark.parametrize(("waited", "told"), [(0.2, False), (12.5, True)])
 def test_a_save_that_holds_up_training_is_told(waited: float, told: bool) -> None:
     said: list[str] = []
-    watched = SimpleNamespace(_event=lambda *_, **__: None, screen=SimpleNamespace(say=said.append))
-    Run._saved(watched, "checkpoint", folder="c/step-1", waited_seconds=waited, mb_per_second=3.5)  # type: ignore[arg-type]
-    assert bool(said) == told == (waited > run.SLOW_SECONDS)
+    watched = SimpleNamespace(event=lambda *_, **__: None, say=said.append)
+    Observer.saved(watched, "checkpoint", folder="c/step-1", waited_seconds=waited, mb_per_second=3.5)  # type: ignore[arg-type]
+    assert bool(said) == told == (waited > observer.SLOW_SECONDS)
     assert not said or (
         "waited 12.5 s for c/step-1" in said[0] and "3.5 MB/s" in said[0] and "checkpoint.every_steps" in said[0]
     )

@@ -24,7 +24,7 @@ from visionloom.tests.train.strangers import TENSORS, list_files, write_checkpoi
 from visionloom.train.checkpoint import read as checkpoint
 from visionloom.train.checkpoint.index import INDEX, KNOWN, IndexFault, entries, read_index
 from visionloom.train.checkpoint.pickled import Name, PickledObject, read_pickle
-from visionloom.train.checkpoint.state_file import STATE, read_progress
+from visionloom.train.checkpoint.state_file import STATE, read_run_state
 from visionloom.train.checkpoint.stored import StoredWeights
 from visionloom.train.checkpoint.untrusted import harmless_reading
 
@@ -334,7 +334,7 @@ def test_a_state_of_another_form_is_one_line(name: str, folder: Path) -> None:
     change, told = STATES[name]
     rewrite(folder, STATE, change(json.loads((folder / STATE).read_text())))
     with pytest.raises(UserError) as raised:
-        read_progress(folder)
+        read_run_state(folder)
     assert told in str(raised.value) and "\n" not in str(raised.value) and str(folder) in str(raised.value)
 
 

@@ -44,9 +44,9 @@ def stored(run: Path, tokenizer: Path, weights: str = "", media: MediaConfig = O
     """A checkpoint's folder inside a run's, and its state."""
     folder = run / "checkpoints" / "sft" / "step-00000004"
     inputs = Inputs(str(tokenizer), TokenTable.read(tokenizer, "x").hash, asdict(media), weights)
-    progress = RunState("sft", 4, 4, 4, {}, asdict(ModelConfig()), 4, {}, asdict(inputs))
-    write(folder / STATE, asdict(progress))
-    return folder, progress
+    run_state = RunState("sft", 4, 4, 4, {}, asdict(ModelConfig()), 4, {}, asdict(inputs))
+    write(folder / STATE, asdict(run_state))
+    return folder, run_state
 
 
 def serve(folder: Path, files: Companions) -> list[str]:
@@ -56,8 +56,8 @@ def serve(folder: Path, files: Companions) -> list[str]:
 
 
 def test_processors_have_the_rules_of_the_run(demo_data: Path, tmp_path: Path) -> None:
-    checkpoint, progress = stored(tmp_path / "run", demo_data / "tokenizer")
-    assert serve(tmp_path / "out", companions(checkpoint, progress)) == []
+    checkpoint, run_state = stored(tmp_path / "run", demo_data / "tokenizer")
+    assert serve(tmp_path / "out", companions(checkpoint, run_state)) == []
     image, video = (kind.from_pretrained(tmp_path / "out") for kind in (AutoImageProcessor, AutoVideoProcessor))
     assert (image.size.shortest_edge, image.size.longest_edge) == (2048, 77_777)
     assert (video.size.shortest_edge, video.size.longest_edge) == (3000, 222_222)
@@ -77,10 +77,10 @@ def test_bounds_that_came_with_the_weights_give_way_and_are_told(demo_data: Path
     nested = {"size": {"shortest_edge": 4096, "longest_edge": 25_165_824}, "fps": 7, "max_frames": 3, "also": "kept"}
     write(weights / "processor_config.json", {"processor_class": "Qwen3VLProcessor", "video_processor": nested})
     write(weights / "generation_config.json", {"temperature": 0.7, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3})
-    checkpoint, progress = stored(tmp_path / "run", demo_data / "tokenizer", str(weights))
+    checkpoint, run_state = stored(tmp_path / "run", demo_data / "tokenizer", str(weights))
     carry(weights, tmp_path / "run" / COMPANIONS)
     carry(demo_data / "tokenizer", tmp_path / "run" / COMPANIONS)
-    told = serve(tmp_path / "out", companions(checkpoint, progress))
+    told = serve(tmp_path / "out", companions(checkpoint, run_state))
     assert [line.split(",")[0] for line in told] == [
         "preprocessor_config.json has size 2048 to 77777 pixels",
         "video_preprocessor_config.json has size 3000 to 222222 pixels",
@@ -123,8 +123,8 @@ def test_bounds_are_read_in_every_form(content: dict[str, Any]) -> None:
 def test_rules_that_a_processor_cannot_say_are_told(
     media: MediaConfig, part: str, cap: int | None, demo_data: Path, tmp_path: Path
 ) -> None:
-    checkpoint, progress = stored(tmp_path / "run", demo_data / "tokenizer", media=media)
-    (line,) = serve(tmp_path / "out", companions(checkpoint, progress))
+    checkpoint, run_state = stored(tmp_path / "run", demo_data / "tokenizer", media=media)
+    (line,) = serve(tmp_path / "out", companions(checkpoint, run_state))
     assert part in line
     video = AutoVideoProcessor.from_pretrained(tmp_path / "out")
     assert (video.cap_pixels_per_frame, video.max_video_tokens if cap else None) == (cap is not None, cap)
@@ -140,12 +140,12 @@ def test_a_run_keeps_the_tokenizer_that_it_trains_with(demo_data: Path, tmp_path
     write(weights / "config.json", {"a": 1})
     config = RunConfig()
     config.init.huggingface, config.data.tokenizer = str(weights), str(own)
-    carry_into_run(config, tmp_path / "run")
-    checkpoint, progress = stored(tmp_path / "run", own, str(weights))
+    carry_into_run(config.init, config.data.tokenizer, tmp_path / "run")
+    checkpoint, run_state = stored(tmp_path / "run", own, str(weights))
     kept = (own / "tokenizer.json").read_bytes()
     shutil.rmtree(weights)
     shutil.rmtree(own)
-    told = serve(tmp_path / "out", companions(checkpoint, progress))
+    told = serve(tmp_path / "out", companions(checkpoint, run_state))
     assert told == []
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == kept
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == "theirs"
@@ -155,17 +155,17 @@ def test_a_run_keeps_the_tokenizer_that_it_trains_with(demo_data: Path, tmp_path
 def test_a_lost_tokenizer_is_told_and_no_other_taken(change: str, demo_data: Path, tmp_path: Path) -> None:
     own = tmp_path / "tokenizer"
     shutil.copytree(demo_data / "tokenizer", own)
-    checkpoint, progress = stored(tmp_path / "run", own)
+    checkpoint, run_state = stored(tmp_path / "run", own)
     if change == "gone":
         shutil.rmtree(own)
     else:
         (own / "tokenizer.json").write_text(json.dumps(json.loads((own / "tokenizer.json").read_text()), indent=5))
         shutil.copytree(own, tmp_path / "run" / COMPANIONS)
-    (line,) = serve(tmp_path / "out", companions(checkpoint, progress))
+    (line,) = serve(tmp_path / "out", companions(checkpoint, run_state))
     assert line.startswith(f"no tokenizer goes along: data.tokenizer={own}") and "hf=DIR" in line
     assert not (tmp_path / "out" / "tokenizer.json").exists()
     other = demo_data / "tokenizer"  # named by hand
-    assert serve(tmp_path / "again", companions(checkpoint, progress, other)) == []
+    assert serve(tmp_path / "again", companions(checkpoint, run_state, other)) == []
     assert (tmp_path / "again" / "tokenizer.json").read_bytes() == (other / "tokenizer.json").read_bytes()
 
 
@@ -175,34 +175,34 @@ def test_an_older_run_is_read_from_where_it_was_started(
     """Its state says nothing of its inputs, and its config.yaml has relative folders."""
     start, run = tmp_path / "home", tmp_path / "home" / "runs" / "mine"
     shutil.copytree(demo_data / "tokenizer", start / "tokenizer")
-    checkpoint, progress = stored(run, start / "tokenizer")
+    checkpoint, run_state = stored(run, start / "tokenizer")
     known = {"plan": {"tokenizer": TokenTable.read(start / "tokenizer", "x").hash[:8]}}
-    progress = replace(progress, inputs={}, data=known)
+    run_state = replace(run_state, inputs={}, data=known)
     settings = {"run": {"folder": "runs/mine"}, "init": {}, "data": {"tokenizer": "tokenizer", "media": asdict(OWN)}}
     (run / "config.yaml").write_text(yaml.safe_dump(settings))
     monkeypatch.chdir(tmp_path)
-    found = companions(checkpoint, progress)
+    found = companions(checkpoint, run_state)
     assert (found.tokenizer, found.media, found.missing) == (start / "tokenizer", OWN, [])
 
 
 def test_a_checkpoint_without_its_run_still_says_how_it_was_trained(demo_data: Path, tmp_path: Path) -> None:
-    checkpoint, progress = stored(tmp_path / "run", demo_data / "tokenizer")
+    checkpoint, run_state = stored(tmp_path / "run", demo_data / "tokenizer")
     shutil.move(checkpoint, tmp_path / "moved")
-    found = companions(tmp_path / "moved", progress)
+    found = companions(tmp_path / "moved", run_state)
     assert (found.tokenizer, found.media, found.missing) == (demo_data / "tokenizer", OWN, [])
 
 
 def test_a_moved_checkpoint_takes_nothing_that_lies_around(demo_data: Path, tmp_path: Path) -> None:
     """A folder that happens to be named as the run's own is not its run's; an older state alone cannot say where files are."""
-    checkpoint, progress = stored(tmp_path / "run", demo_data / "tokenizer")
+    checkpoint, run_state = stored(tmp_path / "run", demo_data / "tokenizer")
     place = tmp_path / "models" / "mine" / "step"
     shutil.copytree(checkpoint, place)
     shutil.copytree(demo_data / "tokenizer", tmp_path / COMPANIONS)
     write(tmp_path / COMPANIONS / "generation_config.json", {"temperature": 9})
-    found = companions(place, progress)
+    found = companions(place, run_state)
     assert (found.tokenizer, found.others, found.missing) == (demo_data / "tokenizer", [], [])
     known = {"plan": {"tokenizer": TokenTable.read(demo_data / "tokenizer", "x").hash[:8]}}
-    older = companions(place, replace(progress, inputs={}, data=known))
+    older = companions(place, replace(run_state, inputs={}, data=known))
     assert older.tokenizer is None
     assert older.missing == [
         f"no tokenizer goes along: the one that {place} was trained with is gone or another one now: put it back, or name a"
@@ -211,12 +211,12 @@ def test_a_moved_checkpoint_takes_nothing_that_lies_around(demo_data: Path, tmp_
 
 
 def test_checkpoints_on_another_disk_are_their_runs(demo_data: Path, tmp_path: Path) -> None:
-    checkpoint, progress = stored(tmp_path / "run", demo_data / "tokenizer")
+    checkpoint, run_state = stored(tmp_path / "run", demo_data / "tokenizer")
     shutil.copytree(demo_data / "tokenizer", tmp_path / "run" / COMPANIONS)
     shutil.move(tmp_path / "run" / "checkpoints", tmp_path / "disk" / "of-mine")
     (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "disk" / "of-mine")
     (tmp_path / "best").symlink_to(tmp_path / "run" / "checkpoints" / "sft" / "step-00000004")
-    assert companions(checkpoint, progress).others == [tmp_path / "run" / COMPANIONS]
+    assert companions(checkpoint, run_state).others == [tmp_path / "run" / COMPANIONS]
     assert not companions_of(tmp_path / "best")
 
 
@@ -274,18 +274,18 @@ def test_a_state_cannot_name_folders_to_read(demo_data: Path, tmp_path: Path) ->
     shutil.copytree(demo_data / "tokenizer", secret)
     for name in ("chat_template.jinja", "special_tokens_map.json", "generation_config.json", "preprocessor_config.json"):
         write(secret / name, {"secret": 1})
-    checkpoint, progress = stored(tmp_path / "run", secret, str(secret))
+    checkpoint, run_state = stored(tmp_path / "run", secret, str(secret))
     moved = tmp_path / "moved"
     shutil.move(checkpoint, moved)
-    found = companions(moved, progress)
+    found = companions(moved, run_state)
     assert (found.tokenizer, found.others, found.named) == (secret, [], True)
     told = serve(tmp_path / "out", found)
     assert "no chat template and generation settings" in told[0] and "hf=DIR" in told[0]
     assert "secret" not in "".join(path.read_text() for path in (tmp_path / "out").iterdir())
-    unknown = replace(progress, inputs={**progress.inputs, "tokenizer_hash": ""})
+    unknown = replace(run_state, inputs={**run_state.inputs, "tokenizer_hash": ""})
     assert companions(moved, unknown).tokenizer is None
-    for hash_ in ("", "0", progress.inputs["tokenizer_hash"][:7], "x" * 64):
-        assert companions(moved, replace(progress, inputs={**progress.inputs, "tokenizer_hash": hash_})).tokenizer is None
+    for hash_ in ("", "0", run_state.inputs["tokenizer_hash"][:7], "x" * 64):
+        assert companions(moved, replace(run_state, inputs={**run_state.inputs, "tokenizer_hash": hash_})).tokenizer is None
 
 
 @pytest.mark.parametrize(
@@ -296,8 +296,8 @@ def test_a_state_cannot_name_folders_to_read(demo_data: Path, tmp_path: Path) ->
     ],
 )  # fmt: skip
 def test_a_run_of_another_form_is_one_line(text: str, told: str, demo_data: Path, tmp_path: Path) -> None:
-    checkpoint, progress = stored(tmp_path / "run", demo_data / "tokenizer")
+    checkpoint, run_state = stored(tmp_path / "run", demo_data / "tokenizer")
     (tmp_path / "run" / "config.yaml").write_text(text)
     with pytest.raises(UserError, match=told) as raised:
-        companions(checkpoint, replace(progress, inputs={}))
+        companions(checkpoint, replace(run_state, inputs={}))
     assert "\n" not in str(raised.value)

@@ -13,9 +13,9 @@ import yaml
 
 from visionloom.data.encode.encode import EncodedSample
 from visionloom.data.encode.patches import put, widen
-from visionloom.train.evaluate import Prediction
+from visionloom.train.generate import PICTURE, Prediction, question_text
 from visionloom.train.report.charts import Chart, compact, draw, measured
-from visionloom.train.report.gallery import PICTURE, QUESTION_CHARACTERS, ShownPicture, question_text, shorten
+from visionloom.train.report.gallery import QUESTION_CHARACTERS, ShownPicture, shorten
 from visionloom.train.report.history import History, curve, smooth, thin
 from visionloom.train.report.page import write_report
 

@@ -1,0 +1,43 @@
+"""Whether a checkpoint fits what it is loaded for; what a resumed run may change is in changes.py."""
+
+from dataclasses import asdict
+
+from visionloom.common.errors import UserError
+from visionloom.data.config import MediaConfig
+from visionloom.model.config import ModelConfig
+from visionloom.model.huggingface.config import NOT_THE_MODEL
+from visionloom.train.checkpoint.read import Checkpoint
+from visionloom.train.checkpoint.state_file import lora_of, model_of, stored_inputs
+
+
+def check_same_model(source: Checkpoint, model: ModelConfig) -> None:
+    """Refuse a checkpoint of another model; UserError with the first field that differs."""
+    ours, theirs = asdict(model), asdict(model_of(source.run_state))
+    for section in ("text", "vision"):
+        for field, value in ours[section].items():
+            held = theirs[section][field]
+            if field not in NOT_THE_MODEL and held != value:
+                raise UserError(
+                    f"{source.folder} holds another model: model.{section}.{field} is {held} there and {value} here;"
+                    " set run.name to start a new run"
+                )
+
+
+def check_same_adapters(source: Checkpoint, rank: int) -> None:
+    """Refuse to evaluate a checkpoint with adapters of another rank than `rank` of lora.rank; 0: whole weights."""
+    lora = lora_of(source.run_state)
+    stored = lora.rank if lora is not None else 0
+    if stored != rank:
+        content = f"adapters of rank {stored}" if stored else "whole weights, no adapters"
+        raise UserError(f"{source.folder} holds {content}: evaluate it with lora.rank={stored}")
+
+
+def media_differences(source: Checkpoint, media: MediaConfig) -> list[str]:
+    """Name the fields of data.media that pictures were prepared with otherwise when the checkpoint was trained, sorted."""
+    inputs = stored_inputs(source.run_state)
+    trained = inputs.media if inputs is not None else {}
+    differences = []
+    for field, value in asdict(media).items():
+        if field in trained and trained[field] != value:
+            differences.append(f"{field} {value} instead of {trained[field]}")
+    return sorted(differences)

@@ -1,0 +1,106 @@
+"""What the outside sees of a run: log, screen, trackers and status.json, behind five hooks."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+from visionloom.train import status
+from visionloom.train.config import LoggingConfig
+from visionloom.train.metrics import RunLog
+from visionloom.train.phase_trainer import PhaseTrainer
+from visionloom.train.progress import Screen
+from visionloom.train.trackers import Trackers
+
+SLOW_SECONDS: Final = 1.0
+"""Training that waits longer for a save that is not written when the next one is due is worth a warning."""
+
+
+class Observer:
+    """Hears of a run: phase_start, step, saved, validation, phase_end. All ranks have one; the main rank's alone writes and shows."""
+
+    def __init__(
+        self,
+        folder: Path,
+        logging: LoggingConfig,
+        is_main: bool,
+        name: str,
+        settings: Mapping[str, Any],
+    ) -> None:
+        """Open log and trackers in the run's folder.
+
+        Args:
+            folder: of the run.
+            logging: which trackers, and how often a line is shown.
+            is_main: whether this is the main rank.
+            name: of the run.
+            settings: all of the run, for the trackers.
+        """
+        self.log = RunLog(folder) if is_main else None
+        self.screen = Screen(is_main, logging.every_steps)
+        self.trackers = Trackers(logging if is_main else LoggingConfig(), folder, settings, name)
+        self.held_out_losses: dict[str, float] = {}
+        """Of the last validation."""
+
+    @property
+    def log_fault(self) -> str:
+        """Return why the log could not be written; empty if it could, and on ranks without one."""
+        return self.log.fault if self.log is not None else ""
+
+    def event(self, event: str, **fields: Any) -> None:
+        """Write an event to the log."""
+        if self.log is not None:
+            self.log.event(event, **fields)
+
+    def say(self, text: str) -> None:
+        """Show a line of news."""
+        self.screen.say(text)
+
+    def phase_start(self, trainer: PhaseTrainer) -> None:
+        """A phase is built, and begins or continues."""
+        self.event(
+            "phase_start",
+            phase=trainer.phase_name,
+            step=trainer.step,
+            phase_step=trainer.phase_step,
+            phase_steps=trainer.phase.total_steps,
+        )
+
+    def step(self, line: dict[str, Any]) -> None:
+        """An optimizer step is done, with this line of metrics.jsonl."""
+        if self.log is not None:
+            self.log.metric(line)
+        status.current.at(line["step"])
+        self.screen.step(line)
+        self.trackers.step(line)
+
+    def saved(self, event: str, **fields: Any) -> None:
+        """A checkpoint is written, or could not be: `checkpoint` or `checkpoint_failed`, with the fields of saving.py."""
+        self.event(event, **fields)
+        waited = fields.get("waited_seconds", 0.0)
+        if waited > SLOW_SECONDS:
+            self.say(
+                f"warning: training has waited {waited:.1f} s for {fields['folder']}, which was written at"
+                f" {fields['mb_per_second']} MB/s: raise checkpoint.every_steps or use faster storage"
+            )
+        if event == "checkpoint_failed":
+            self.say(f"warning: {fields['folder']} could not be saved: {fields['cause']}; going on")
+
+    def validation(self, trainer: PhaseTrainer, losses: dict[str, float]) -> None:
+        """Held-out losses, by dataset, are measured."""
+        self.held_out_losses = losses
+        self.event("validation", phase=trainer.phase_name, step=trainer.step, loss=losses)
+        self.trackers.evaluation({"step": trainer.step, "loss": losses})
+
+    def phase_end(self, trainer: PhaseTrainer) -> None:
+        """A phase is trained and saved."""
+        self.event("phase_end", phase=trainer.phase_name, step=trainer.step)
+
+    @contextmanager
+    def live(self, trainer: PhaseTrainer) -> Iterator[None]:
+        """Show how far the phase is while it trains."""
+        self.screen.begin(trainer.phase_name, trainer.phase_step, trainer.phase.total_steps)
+        try:
+            yield
+        finally:
+            self.screen.end()

@@ -1,0 +1,53 @@
+"""What trains in one phase, built and ready."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from visionloom.data.stream.train_stream import PackStream
+from visionloom.model.config import ModelConfig
+from visionloom.model.flops import StepWork, step_flops
+from visionloom.model.qwen3vl import Qwen3VL
+from visionloom.parallel.topology import Topology
+from visionloom.train.checkpoint.state_file import Inputs
+from visionloom.train.config import PhaseConfig
+
+
+@dataclass
+class PhaseTrainer:
+    """Model, optimizer, schedule and data of one phase on this rank, and how far it has trained."""
+
+    phase_name: str
+    phase: PhaseConfig
+    topology: Topology
+    model_parts: list[Qwen3VL]
+    """The parts of the model on this pipeline stage: one, or several of a virtual pipeline."""
+    wrapped_parts: list[Any]
+    """The same parts in Megatron's DDP."""
+    optimizer: Any
+    scheduler: Any
+    stream: PackStream
+    inputs: Inputs | None = None
+    """Where its checkpoints say that data and first weights came from."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Options that its checkpoints keep, to name what changes before a resume."""
+    step: int = 0
+    """Optimizer steps done in the run."""
+    phase_step: int = 0
+    """Optimizer steps done in the phase."""
+
+    @property
+    def has_dropout(self) -> bool:
+        """Return whether a step draws random numbers: adapters may, the model itself never does."""
+        lora = self.model_parts[0].lora
+        return lora is not None and lora.dropout > 0
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """Return the architecture."""
+        return self.model_parts[0].model_config
+
+    def flops(self, work: StepWork) -> float:
+        """Count the operations of forward and backward that the phase's trainable groups need."""
+        lora = self.model_parts[0].lora
+        parts = step_flops(self.model_config, work, set(self.phase.trainable), lora)
+        return sum(parts.values())

@@ -1,0 +1,81 @@
+"""Where a run stands when it is started: its newest whole checkpoint, and what is to be known about it."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import yaml
+
+from visionloom.common.atomic import replacing
+from visionloom.common.errors import UserError
+from visionloom.parallel.topology import Topology
+from visionloom.train import status
+from visionloom.train.changes import changes
+from visionloom.train.checkpoint import read as checkpoint
+from visionloom.train.checkpoint.read import Checkpoint
+from visionloom.train.checkpoint.state_file import CHECKPOINTS
+from visionloom.train.checkpoint.write import first_fault, sweep
+from visionloom.train.config import RunConfig
+from visionloom.train.exchange.companions import SETTINGS_OF_RUN
+from visionloom.train.lost import lost_checkpoints, move_aside
+from visionloom.train.observer import Observer
+
+
+def resume(config: RunConfig, folder: Path, topology: Topology, observer: Observer) -> Checkpoint | None:
+    """Find the newest whole checkpoint of a run, None for a new one, and rewind its metrics to it.
+
+    Raises:
+        UserError: if the checkpoint does not fit the configuration, or all that the run had are lost.
+    """
+    if topology.is_main:
+        sweep(folder)
+    _report_last_end(observer)
+    topology.barrier()
+    newest, damaged = checkpoint.newest(folder, topology)
+    for line in damaged:
+        observer.event("damaged_checkpoint", detail=line)
+        observer.say(f"passing over a damaged checkpoint: {line}")
+
+    if newest is None:
+        _begin_anew(folder, damaged, config.run.start_anew, topology, observer)
+        step = 0
+    else:
+        step = newest.run_state.step
+        changed = changes(config, newest.run_state, str(newest.folder))
+        observer.event("resume", step=step, folder=str(newest.folder))
+        observer.say(f"resuming after step {step} from {newest.folder}")
+        for each in changed:
+            observer.event("settings_changed", step=step, option=each.option, was=each.was, now=each.now)
+            observer.say(f"goes on with other settings: {each}")
+    status.current.at(step)
+    if observer.log is not None:  # only now: a start that is refused leaves what describes the run as it is
+        with replacing(folder / SETTINGS_OF_RUN) as file:
+            file.write(yaml.safe_dump(asdict(config), sort_keys=False).encode())
+        observer.log.take_waiting(folder / CHECKPOINTS)
+        observer.log.rewind(step)
+    return newest
+
+
+def _report_last_end(observer: Observer) -> None:
+    """Say how the start before this one ended, if not as it should."""
+    before = status.current.before
+    if before is None or before.state == "done":
+        return
+    cause = before.cause or f"killed without a word, with process {before.pid} on {before.host}"
+    observer.event("last_end", cause=cause, rank=before.rank, step=before.step)
+    after = f" after step {before.step}" if before.step else ""
+    observer.say(f"the start before this one ended{after}: {cause.splitlines()[0]}")
+
+
+def _begin_anew(folder: Path, damaged: list[str], allowed: bool, topology: Topology, observer: Observer) -> None:
+    """Begin at step 0; a run that has had checkpoints does so only if run.start_anew allows it, and keeps what is left of it."""
+    fault = first_fault(lost_checkpoints(folder, damaged) if topology.is_main else "")
+    if not fault:
+        return
+    if not allowed:
+        raise UserError(
+            f"{fault}: put one back, set run.name to start another run, or begin this one at step 0 with run.start_anew=true,"
+            " which moves aside what is left"
+        )
+    if topology.is_main:
+        observer.event("start_anew", cause=fault, kept=str(move_aside(folder)))
+    observer.say(f"beginning at step 0: {fault}")
