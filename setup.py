@@ -34,7 +34,9 @@ EXTRAS = {
     "demo": ["scikit-learn>=1.6,<2"],
     "tensorboard": ["tensorboard>=2.18,<3"],
 }
-EXTRAS["bench"] = ["megatron-energon>=7.4,<8"]  # the peer of benchmarks/data, never imported elsewhere
+EXTRAS["bench"] = [
+    "megatron-energon>=7.4,<8"
+]  # the peer of benchmarks/data, never imported elsewhere
 EXTRAS["test"] = [
     *EXTRAS["demo"],
     *EXTRAS["video"],
@@ -59,7 +61,9 @@ setup(
     python_requires=">=3.12",
     package_dir={f"visionloom.{folder}": folder for folder in FOLDERS},
     packages=[
-        f"visionloom.{name}" for folder in FOLDERS for name in [folder, *(f"{folder}.{sub}" for sub in find_packages(folder))]
+        f"visionloom.{name}"
+        for folder in FOLDERS
+        for name in [folder, *(f"{folder}.{sub}" for sub in find_packages(folder))]
     ],
     package_data={"visionloom.recipes": ["**/*.yaml"], "visionloom.data.shards": ["schema/*.json"]},
     install_requires=CORE,

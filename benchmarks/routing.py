@@ -33,20 +33,33 @@ OTHER_PHASES = ("towers", "align", "long", "ultra", "sft", "reasoning")
 def words(seed: int, layout: str) -> list[str]:
     """The command line of a run."""
     own = ["phases.multimodal.micro_batch=1", f"run.seed={seed}", "run.deterministic=true"]
-    return ["+recipe=demo", "model=tiny_moe", *(f"~phases.{name}" for name in OTHER_PHASES), *own, *LAYOUTS[layout][1]]
+    return [
+        "+recipe=demo",
+        "model=tiny_moe",
+        *(f"~phases.{name}" for name in OTHER_PHASES),
+        *own,
+        *LAYOUTS[layout][1],
+    ]
 
 
 def main() -> None:
     """Run every layout under torchrun and print how far each is from one process."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data", type=Path, help="the demo's data: python launch/data.py demo DIR")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1234, 1])
     parser.add_argument("--scores", nargs="+", default=["fp32"], choices=SCORES)
     options = parser.parse_args()
     root = Path(__file__).resolve().parents[1]
-    environment = os.environ | {"VISIONLOOM_DEMO_DATA": str(options.data.resolve()), "PYTHONPATH": str(root / ".link")}
-    at = sorted({step for step in (10, 20, 30, 36, 40, 60) if step < options.steps} | {options.steps})
+    environment = os.environ | {
+        "VISIONLOOM_DEMO_DATA": str(options.data.resolve()),
+        "PYTHONPATH": str(root / ".link"),
+    }
+    at = sorted(
+        {step for step in (10, 20, 30, 36, 40, 60) if step < options.steps} | {options.steps}
+    )
     print("| scores | seed | layout | first step routed otherwise | tokens then, of | margin of their logits | up to that step | "
           + " | ".join(f"loss to step {step}" for step in at) + " |\n|" + "---|" * (7 + len(at)))  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
@@ -64,8 +77,12 @@ def main() -> None:
                         __file__,
                     ]
                     own = ["--rank", folder, scores, str(seed), str(options.steps), layout]
-                    subprocess.run([*start, *own], env={**environment, "OMP_NUM_THREADS": "1"}, check=True)
-                    found[layout] = [dict(np.load(Path(folder) / f"{rank}.npz")) for rank in range(ranks)]
+                    subprocess.run(
+                        [*start, *own], env={**environment, "OMP_NUM_THREADS": "1"}, check=True
+                    )
+                    found[layout] = [
+                        dict(np.load(Path(folder) / f"{rank}.npz")) for rank in range(ranks)
+                    ]
                     if ranks > 1:
                         cells = compare(found["one process"], found[layout], at)
                         print(f"| {scores} | {seed} | {layout} | {' | '.join(cells)} |", flush=True)
@@ -81,25 +98,40 @@ def compare(alone: list[dict[str, Any]], others: list[dict[str, Any]], at: list[
         different = {key: (found[key][0] != expected[key][0]).any(axis=0) for key in expected}
         if any(flips.any() for flips in different.values()):
             first, count = step, sum(int(flips.sum()) for flips in different.values())
-            layers = [np.where(found[key][0] != expected[key][0], expected[key][1], np.inf) for key in expected]
+            layers = [
+                np.where(found[key][0] != expected[key][0], expected[key][1], np.inf)
+                for key in expected
+            ]
             margins = np.concatenate([part.min(axis=1) for part in layers])
             total = sum(flips.size for flips in different.values())
-            told = [str(first), f"{count} of {total}", f"{margins.min():.0e}", f"{distance[: first - 1].max(initial=0):.1e}"]
+            told = [
+                str(first),
+                f"{count} of {total}",
+                f"{margins.min():.0e}",
+                f"{distance[: first - 1].max(initial=0):.1e}",
+            ]
             break
     if first > len(distance):
         told[3] = f"{distance.max():.1e}"
     return [*told, *(f"{distance[:step].max():.1e}" for step in at)]
 
 
-def _choices(ranks: list[dict[str, Any]], step: int) -> dict[str, tuple[NDArray[Any], NDArray[Any]]]:
+def _choices(
+    ranks: list[dict[str, Any]], step: int
+) -> dict[str, tuple[NDArray[Any], NDArray[Any]]]:
     """By pack: chosen experts as bits and margins, [layers, tokens] each; ranks that share a pack have parts of its tokens."""
     parts: dict[str, list[tuple[NDArray[Any], NDArray[Any]]]] = {}
     for rank in ranks:
         for name in rank:
             if name.startswith(f"{step}/") and name.endswith("/chosen"):
                 key = name.split("/")[1]
-                parts.setdefault(key, []).append((rank[name], rank[name.replace("chosen", "margin")]))
-    return {key: tuple(np.concatenate(part, axis=1) for part in zip(*pair, strict=True)) for key, pair in parts.items()}  # type: ignore[misc]
+                parts.setdefault(key, []).append(
+                    (rank[name], rank[name.replace("chosen", "margin")])
+                )
+    return {
+        key: tuple(np.concatenate(part, axis=1) for part in zip(*pair, strict=True))
+        for key, pair in parts.items()
+    }  # type: ignore[misc]
 
 
 def choose_as(scores: str) -> None:
@@ -123,7 +155,12 @@ def choose_as(scores: str) -> None:
         return weights.float(), empty.scatter(1, largest.indices, 1.0).bool()
 
     def on_grid(logits: Tensor, topk: int, **options: Any) -> tuple[Tensor, Tensor]:
-        places = (logits.detach() / GRID).round().sort(dim=1, descending=True, stable=True).indices[:, :topk]
+        places = (
+            (logits.detach() / GRID)
+            .round()
+            .sort(dim=1, descending=True, stable=True)
+            .indices[:, :topk]
+        )
         chosen: tuple[Tensor, Tensor] = choose(logits, topk, precomputed_indices=places, **options)
         return chosen
 
@@ -157,7 +194,9 @@ def run_rank(folder: Path, scores: str, seed: int, steps: int, layout: str) -> N
     seen: list[tuple[Tensor, Tensor]] = []
     routing = experts.Router.routing
 
-    def watch(self: Any, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def watch(
+        self: Any, logits: Tensor, padding_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         weights, chosen = routing(self, logits, padding_mask)
         largest = logits.detach().view(-1, logits.shape[-1]).topk(self.topk + 1).values
         bits = (chosen.long() << torch.arange(chosen.shape[1])).sum(1)

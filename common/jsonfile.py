@@ -55,7 +55,12 @@ def parse_json[T](content: bytes | str, schema: type[T], where: str) -> T:
 def checked[T](value: Any, schema: type[T], where: str, part: str = "") -> T:
     """What `load_json` returned as a value of `schema`, as `parse_json`; `part` names it if it is a field of the document."""
     try:
-        return cast(T, _adapter(cast(Any, schema)).validate_json(json.dumps(value), strict=True, extra="forbid"))
+        return cast(
+            T,
+            _adapter(cast(Any, schema)).validate_json(
+                json.dumps(value), strict=True, extra="forbid"
+            ),
+        )
     except ValidationError as error:
         raise JsonError(f"{where}: {_fault(error, value, part)}") from None
 
@@ -64,7 +69,9 @@ def load_json(content: bytes | str, where: str, finite: bool = True) -> Any:
     """Any JSON; raises JsonError for what is none, for endless numbers and endless nesting, and, if `finite`, for NaN and infinity."""
     try:
         value = json.loads(
-            content, parse_constant=_refuse_constant if finite else float, parse_float=_finite if finite else float
+            content,
+            parse_constant=_refuse_constant if finite else float,
+            parse_float=_finite if finite else float,
         )
     except RecursionError:
         raise JsonError(f"{where}: nested too deeply") from None

@@ -34,13 +34,19 @@ class FolderLock:
             UserError: if another process has it, with its host and number.
             OSError: if the file cannot be made.
         """
-        self._descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        self._descriptor = os.open(
+            folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644
+        )
         if not self._take(folder):
             os.close(self._descriptor)
             raise UserError(
                 f"{option}={folder} is in use by {_holder(folder)}: end that run first, or set run.name to start another one"
             )
-        holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        holder = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+        }
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, json.dumps(holder).encode() + b"\n", 0)
 
@@ -55,7 +61,9 @@ class FolderLock:
                 fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 if error.errno in UNSUPPORTED:
-                    warn(f"warning: {folder} cannot be locked ({error.strerror}): see to it that no other run writes to it")
+                    warn(
+                        f"warning: {folder} cannot be locked ({error.strerror}): see to it that no other run writes to it"
+                    )
                     return True
                 continue
             return True

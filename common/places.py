@@ -29,7 +29,11 @@ class PlaceError(ValueError):
 
 
 def locate(
-    folder: Path, reference: str, kind: PlaceKind = "file", follow_links: bool = False, others: Sequence[Path] = ()
+    folder: Path,
+    reference: str,
+    kind: PlaceKind = "file",
+    follow_links: bool = False,
+    others: Sequence[Path] = (),
 ) -> Path:
     """The file or folder that a name in the files of `folder` means.
 
@@ -50,12 +54,16 @@ def locate(
     """
     _check_name(reference)
     if kind != "folder" and "/" not in reference and _is_regular(f"{folder}/{reference}"):
-        return folder / reference  # in the folder itself, and no link: a dataset has ten thousand shards
+        return (
+            folder / reference
+        )  # in the folder itself, and no link: a dataset has ten thousand shards
     path = Path(os.path.normpath(folder / reference))
     if not path.is_relative_to(os.path.normpath(folder)):
         raise PlaceError(OUTSIDE)
     real = _real(path)
-    if not follow_links and not any(real.is_relative_to(root) for place in (folder, *others) for root in roots(place)):
+    if not follow_links and not any(
+        real.is_relative_to(root) for place in (folder, *others) for root in roots(place)
+    ):
         raise PlaceError(LINK)
     mode = real.stat().st_mode
     if kind == "file" and not stat.S_ISREG(mode):

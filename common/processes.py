@@ -101,7 +101,9 @@ _work: Callable[[Any], Any] | None = None
 
 
 @contextmanager
-def _pool(work: Callable[[Any], Any], workers: int, preload: Sequence[str]) -> Iterator[ProcessPoolExecutor]:
+def _pool(
+    work: Callable[[Any], Any], workers: int, preload: Sequence[str]
+) -> Iterator[ProcessPoolExecutor]:
     pool = ProcessPoolExecutor(workers, fork_server(*preload), _start_worker, (work,))
     try:
         yield pool
@@ -114,7 +116,9 @@ def _pool(work: Callable[[Any], Any], workers: int, preload: Sequence[str]) -> I
 def _start_worker(work: Callable[[Any], Any]) -> None:
     global _work
     _work = work
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker without a traceback of its own
+    signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # Ctrl-C ends a worker without a traceback of its own
     end_with_parent()
 
 

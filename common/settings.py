@@ -75,7 +75,9 @@ def option[T](
     """
     metadata = {_RULES: Rules(change, least, most, above, below, choices, entries)}
     if isinstance(default, list | dict):
-        return cast(T, dataclasses.field(default_factory=lambda: deepcopy(default), metadata=metadata))
+        return cast(
+            T, dataclasses.field(default_factory=lambda: deepcopy(default), metadata=metadata)
+        )
     return dataclasses.field(default=default, metadata=metadata)
 
 

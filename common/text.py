@@ -5,7 +5,9 @@ import re
 import sys
 from typing import Final, TextIO
 
-_ORDERS: Final = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_ORDERS: Final = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 """Control characters but for tabs and newlines, marks that turn the direction of text, and halves of surrogate pairs."""
 
 

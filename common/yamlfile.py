@@ -33,7 +33,9 @@ def read_yaml(folder: Path, name: str) -> dict[str, Any]:
         raise JsonError(f"{where} {error}") from None
     except (ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
         raise (
-            error if isinstance(error, JsonError) else JsonError(f"{where}: not YAML of plain values: {first_line(error)}")
+            error
+            if isinstance(error, JsonError)
+            else JsonError(f"{where}: not YAML of plain values: {first_line(error)}")
         ) from None
     value = load_json(found, where)
     if not isinstance(value, dict):

@@ -34,7 +34,9 @@ def of_the_machine(error: Exception, folder: Path) -> UserError | None:
     """
     if not isinstance(error, OSError):
         return None
-    name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""  # a write has none, opening has
+    name = (
+        os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
+    )  # a write has none, opening has
     inside = bool(name) and Path(name).absolute().is_relative_to(folder.absolute())
     if error.errno not in OF_THE_DISK and not inside:
         return None

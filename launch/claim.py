@@ -32,5 +32,7 @@ def claim(folder: Path) -> None:
                 f"run.folder={folder} cannot be written: {error.strerror}: correct run.folder or its permissions, or make room"
             ) from error
         if (free := shutil.disk_usage(folder).free) < FREE_BYTES:
-            raise UserError(f"run.folder={folder} has {free} bytes free: make room or move run.folder")
+            raise UserError(
+                f"run.folder={folder} has {free} bytes free: make room or move run.folder"
+            )
     status.current.begin(folder)

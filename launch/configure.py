@@ -31,7 +31,13 @@ from visionloom.common.errors import MachineError, UserError
 from visionloom.common.text import one_line, say, warn
 from visionloom.data.config import DatasetConfig
 from visionloom.launch import environment
-from visionloom.launch.causes import SECONDS_FOR_THE_CAUSE, hint_for, is_lost_connection, is_out_of_memory, of_the_machine
+from visionloom.launch.causes import (
+    SECONDS_FOR_THE_CAUSE,
+    hint_for,
+    is_lost_connection,
+    is_out_of_memory,
+    of_the_machine,
+)
 from visionloom.launch.claim import claim
 from visionloom.launch.exit import (
     FAILURE,
@@ -41,7 +47,14 @@ from visionloom.launch.exit import (
     keep_code,
     record_for_torchrun,
 )
-from visionloom.launch.explain import available, explain, groups, no_such_key, nothing_to_remove, unknown_keys
+from visionloom.launch.explain import (
+    available,
+    explain,
+    groups,
+    no_such_key,
+    nothing_to_remove,
+    unknown_keys,
+)
 from visionloom.launch.options import HELP, CommandLine, read_options
 from visionloom.launch.quiet import quiet_libraries
 from visionloom.launch.recipe_files import RecipeSource
@@ -64,7 +77,10 @@ LATE = re.compile(
 
 
 def start(
-    command: Callable[[RunConfig], None], argv: Sequence[str] | None = None, checkpoint: str = "", trains: bool = True
+    command: Callable[[RunConfig], None],
+    argv: Sequence[str] | None = None,
+    checkpoint: str = "",
+    trains: bool = True,
 ) -> None:
     """Compose the run of the command line and hand it to `command`; end with one line and exit code 2 on a UserError.
 
@@ -80,7 +96,9 @@ def start(
         exit_interrupted()
 
 
-def _start(command: Callable[[RunConfig], None], argv: Sequence[str], checkpoint: str, trains: bool) -> None:
+def _start(
+    command: Callable[[RunConfig], None], argv: Sequence[str], checkpoint: str, trains: bool
+) -> None:
     try:
         environment.check_environment()
     except UserError as error:
@@ -107,7 +125,9 @@ def _start(command: Callable[[RunConfig], None], argv: Sequence[str], checkpoint
 
 def work(command: Callable[[RunConfig], None], config: RunConfig) -> None:
     """Run a command to its end, whatever that is, and leave its cause in status.json."""
-    faulthandler.enable(2)  # where a segmentation fault came from, on the process's own standard error
+    faulthandler.enable(
+        2
+    )  # where a segmentation fault came from, on the process's own standard error
     try:
         command(config)
     except UserError as error:
@@ -118,7 +138,9 @@ def work(command: Callable[[RunConfig], None], config: RunConfig) -> None:
         cause = f"{type(error).__name__}: {error}".rstrip(": ")
         if is_out_of_memory(error):
             cause = f"out of memory: {cause}"
-        if is_lost_connection(error):  # who watches that rank writes its cause; from another machine it is not seen
+        if is_lost_connection(
+            error
+        ):  # who watches that rank writes its cause; from another machine it is not seen
             time.sleep(SECONDS_FOR_THE_CAUSE)
             cause = f"the connection to another rank was lost, which ended first: {cause}"
         status.current.failed(FAILURE, cause, hint_for(error))
@@ -133,7 +155,11 @@ def work(command: Callable[[RunConfig], None], config: RunConfig) -> None:
 
 def split_options(argv: Sequence[str], names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """Take a command's own `name=value` words from the command line: (their values, the words left for Hydra)."""
-    own = {word.partition("=")[0]: word.partition("=")[2] for word in argv if word.partition("=")[0] in names}
+    own = {
+        word.partition("=")[0]: word.partition("=")[2]
+        for word in argv
+        if word.partition("=")[0] in names
+    }
     return own, [word for word in argv if word.partition("=")[0] not in names]
 
 
@@ -150,7 +176,9 @@ def compose(argv: Sequence[str], world_size: int | None = None) -> RunConfig | N
     options = read_options(argv)
     _check_words(options.words)
     read = readable(options.words)
-    words, late = ([word for word in read if bool(LATE.match(word)) is is_late] for is_late in (False, True))
+    words, late = (
+        [word for word in read if bool(LATE.match(word)) is is_late] for is_late in (False, True)
+    )
     config = _compose(words, options.config_dir)
     try:
         _check_folders(config, read)
@@ -174,16 +202,31 @@ def check_paths(config: RunConfig) -> None:
     Raises:
         UserError: naming the option and the folder; a few are shown if many are missing.
     """
-    optional = {"init.huggingface": config.init.huggingface, "init.checkpoint": config.init.checkpoint}
+    optional = {
+        "init.huggingface": config.init.huggingface,
+        "init.checkpoint": config.init.checkpoint,
+    }
     optional["lora.adapter"] = config.lora.adapter
-    paths = {"data.tokenizer": config.data.tokenizer} | {option: path for option, path in optional.items() if path}
-    paths |= {f"data.datasets.{name}.path": dataset.path for name, dataset in config.data.datasets.items()}
-    paths |= {f"data.validation.{name}.path": dataset.path for name, dataset in config.data.validation.items()}
-    missing = [f"{option}={path}" for option, path in paths.items() if not path or not Path(path).is_dir()]
+    paths = {"data.tokenizer": config.data.tokenizer} | {
+        option: path for option, path in optional.items() if path
+    }
+    paths |= {
+        f"data.datasets.{name}.path": dataset.path for name, dataset in config.data.datasets.items()
+    }
+    paths |= {
+        f"data.validation.{name}.path": dataset.path
+        for name, dataset in config.data.validation.items()
+    }
+    missing = [
+        f"{option}={path}" for option, path in paths.items() if not path or not Path(path).is_dir()
+    ]
     if not missing:
         return
     more = len(missing) - MISSING_PATHS_SHOWN
-    lines = [f"{path} is not a folder: correct the option or make the folder first" for path in missing[:MISSING_PATHS_SHOWN]]
+    lines = [
+        f"{path} is not a folder: correct the option or make the folder first"
+        for path in missing[:MISSING_PATHS_SHOWN]
+    ]
     if more > 0:
         lines.append(f"{more} more input folders do not exist")
     if "demo-data" in missing[0]:
@@ -197,11 +240,18 @@ def check_memory(config: RunConfig) -> None:
     Raises:
         UserError: naming the model, its parameters and both sizes.
     """
-    if config.run.device == "cuda" or (config.run.device == "auto" and any(Path("/dev").glob("nvidia[0-9]*"))):
+    if config.run.device == "cuda" or (
+        config.run.device == "auto" and any(Path("/dev").glob("nvidia[0-9]*"))
+    ):
         return
     layout, parameters = config.parallel, parameter_count(config.model)
     shares = layout.tensor * layout.pipeline * layout.expert * (layout.expert_tensor or 1)
-    needed = parameters * (2 if config.run.precision == "bf16" else 4) // shares * environment.ranks_here()
+    needed = (
+        parameters
+        * (2 if config.run.precision == "bf16" else 4)
+        // shares
+        * environment.ranks_here()
+    )
     if needed > (there := environment.memory_bytes()):
         raise UserError(
             f"model={config.model.name} has {parameters:,} parameters: their weights take {needed / 2**30:,.0f} GiB on this machine,"
@@ -219,7 +269,9 @@ def check_agreements(config: RunConfig, checkpoint: str = "") -> None:
 def _check_words(words: Sequence[str]) -> None:
     """Refuse, with their cure, the words that Hydra would answer with advice that does not help here."""
     keys = [word.lstrip("+~").partition("=")[0] for word in words]
-    if lines := [line for key in keys if (line := old_option(key))]:  # together: Hydra stops at the first
+    if lines := [
+        line for key in keys if (line := old_option(key))
+    ]:  # together: Hydra stops at the first
         raise UserError(*lines)
 
     for word in words:
@@ -228,7 +280,9 @@ def _check_words(words: Sequence[str]) -> None:
         if word.startswith("recipe="):
             raise UserError(f"a recipe is added, not overridden: write +{word}")
         if re.match(r"[+~]*(?:[^=]*@)?hydra(?:$|[./@=:])", word):
-            raise UserError(f"command line: '{word}' is refused: words set options of the run, not of Hydra")
+            raise UserError(
+                f"command line: '{word}' is refused: words set options of the run, not of Hydra"
+            )
 
 
 def _compose(words: Sequence[str], config_dir: str) -> DictConfig:
@@ -245,7 +299,9 @@ def _compose(words: Sequence[str], config_dir: str) -> DictConfig:
     path.append("main", f"recipes://{files('visionloom.recipes')}")
     if config_dir:
         if not Path(config_dir).is_dir():
-            raise UserError(f"--config-dir {config_dir} is not found: name a folder with recipe/NAME.yaml in it")
+            raise UserError(
+                f"--config-dir {config_dir} is not found: name a folder with recipe/NAME.yaml in it"
+            )
         path.append("command line", f"recipes://{Path(config_dir).absolute()}")
     path.append("schema", "structured://")
     RecipeSource.begin()
@@ -275,12 +331,23 @@ def _check_folders(config: DictConfig, words: Sequence[str]) -> None:
 def _show(config: DictConfig, late: Sequence[str], options: CommandLine) -> None:
     """Print what would run, as `--cfg job` of Hydra does, but with the words that are applied late; with --help how to use it."""
     _apply_all(config, late)
-    shown = OmegaConf.select(config, options.package, throw_on_missing=True) if options.package else config
+    shown = (
+        OmegaConf.select(config, options.package, throw_on_missing=True)
+        if options.package
+        else config
+    )
     if shown is None:
         raise UserError(f"--package {options.package}: {no_such_key(options.package)}")
-    text = OmegaConf.to_yaml(shown, resolve=options.resolve) if OmegaConf.is_config(shown) else f"{shown}\n"
+    text = (
+        OmegaConf.to_yaml(shown, resolve=options.resolve)
+        if OmegaConf.is_config(shown)
+        else f"{shown}\n"
+    )
     if options.help:
-        chosen = "".join(f"  {group}: {', '.join(available(group, options.config_dir))}\n" for group in sorted(groups()))
+        chosen = "".join(
+            f"  {group}: {', '.join(available(group, options.config_dir))}\n"
+            for group in sorted(groups())
+        )
         text = f"usage: [options] +recipe=NAME [key=value ...]\n\n{HELP}\ngroups, one of whose names a word chooses:\n{chosen}\n{text}"
     try:
         say(text.removesuffix("\n"))
@@ -297,13 +364,22 @@ def _typed(config: DictConfig, late: Sequence[str]) -> RunConfig:
     """The dataclasses of a composed configuration, if every key is in the schema and nothing required is missing."""
     _apply_all(config, late)
     if not config.phases:
-        raise UserError(f"no recipe: choose one with +recipe=NAME, NAME one of {', '.join(available('recipe'))}")
+        raise UserError(
+            f"no recipe: choose one with +recipe=NAME, NAME one of {', '.join(available('recipe'))}"
+        )
     faults = [no_such_key(path) for path in unknown_keys(config)]
-    faults += [f"{key} is required: set it in the recipe or pass {key}=..." for key in sorted(OmegaConf.missing_keys(config))]
+    faults += [
+        f"{key} is required: set it in the recipe or pass {key}=..."
+        for key in sorted(OmegaConf.missing_keys(config))
+    ]
     if faults:
         raise UserError(*faults)
-    values = OmegaConf.to_container(config, resolve=True)  # references are not typed: the schema sees what they stand for
-    return cast(RunConfig, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), values)))
+    values = OmegaConf.to_container(
+        config, resolve=True
+    )  # references are not typed: the schema sees what they stand for
+    return cast(
+        RunConfig, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), values))
+    )
 
 
 def _apply_all(config: DictConfig, late: Sequence[str]) -> None:
@@ -315,14 +391,22 @@ def _apply(config: DictConfig, override: Override) -> None:
     """Apply a word that matches LATE; a new phase must be given whole, so that a mistyped name is not taken for one."""
     parts = override.key_or_group.split(".")
     depth = 1 if parts[0] == "phases" else 2
-    mapping, name, fields = OmegaConf.select(config, ".".join(parts[:depth])), parts[depth], parts[depth + 1 :]
+    mapping, name, fields = (
+        OmegaConf.select(config, ".".join(parts[:depth])),
+        parts[depth],
+        parts[depth + 1 :],
+    )
     if override.is_delete():
         if name not in mapping:
             raise UserError(nothing_to_remove(override.key_or_group, list(map(str, mapping))))
         with open_dict(mapping):
             del mapping[name]
         return
-    if name not in mapping and (override.is_add() or override.is_force_add()) and (not fields or parts[0] == "data"):
+    if (
+        name not in mapping
+        and (override.is_add() or override.is_force_add())
+        and (not fields or parts[0] == "data")
+    ):
         with open_dict(mapping):
             mapping[name] = PhaseConfig() if parts[0] == "phases" else DatasetConfig()
     entry: Any = mapping[name]

@@ -59,10 +59,22 @@ class Command:
     def help(self, name: str) -> str:
         """The text for `convert.py NAME --help`."""
         known = self.required | {f"[{option}]": text for option, text in self.optional.items()}
-        known |= {"[parallel.tensor, ...]": "layout that shares the work; what is written has none"} if self.parallel else {}
+        known |= (
+            {"[parallel.tensor, ...]": "layout that shares the work; what is written has none"}
+            if self.parallel
+            else {}
+        )
         lines = [f"  {option + '=':<24} {text}" for option, text in known.items()]
         usage = " ".join(f"{option}=..." for option in self.required)
-        return "\n".join([f"usage: convert.py {name} {usage} [option=value ...]", "", str(self.run.__doc__), "", *lines])
+        return "\n".join(
+            [
+                f"usage: convert.py {name} {usage} [option=value ...]",
+                "",
+                str(self.run.__doc__),
+                "",
+                *lines,
+            ]
+        )
 
 
 def import_folder(options: dict[str, str]) -> None:
@@ -98,7 +110,10 @@ def export_folder(options: dict[str, str]) -> None:
         from visionloom.train.exchange.export_huggingface import ExportOptions, export_checkpoint
 
         wanted = ExportOptions(
-            Path(source) if source else None, options.get("dtype", ""), options.get("layout", ""), shard_bytes
+            Path(source) if source else None,
+            options.get("dtype", ""),
+            options.get("layout", ""),
+            shard_bytes,
         )
         export_checkpoint(folder, Path(options["out"]), wanted, topology, say)
         say(f"done: {options['out']}", once=True)
@@ -106,7 +121,11 @@ def export_folder(options: dict[str, str]) -> None:
 
 def export_adapters(options: dict[str, str]) -> None:
     """Make a folder that peft loads of the adapters in a checkpoint; or, with the weights below them, a merged model."""
-    folder, out, weights = Path(options["checkpoint"]), Path(options["out"]), options.get("weights", "")
+    folder, out, weights = (
+        Path(options["checkpoint"]),
+        Path(options["out"]),
+        options.get("weights", ""),
+    )
     _check_folders(checkpoint=options["checkpoint"], weights=weights or ".")
     from visionloom.train.agreements import check_export
 
@@ -117,7 +136,9 @@ def export_adapters(options: dict[str, str]) -> None:
         if weights:
             export_merged(folder, Path(weights), out, topology, say)
         elif topology.world_size > 1:
-            raise UserError("adapters are small: start this without torchrun, or give weights=DIR to merge them")
+            raise UserError(
+                "adapters are small: start this without torchrun, or give weights=DIR to merge them"
+            )
         else:
             export_adapter(folder, out, options.get("base", ""), topology, say)
         say(f"done: {out}", once=True)
@@ -126,13 +147,19 @@ def export_adapters(options: dict[str, str]) -> None:
 COMMANDS = {
     "import": Command(
         import_folder,
-        {"hf": "folder of a Hugging Face model: config.json and safetensors", "out": "checkpoint folder to make"},
+        {
+            "hf": "folder of a Hugging Face model: config.json and safetensors",
+            "out": "checkpoint folder to make",
+        },
         {},
         parallel=True,
     ),
     "export": Command(
         export_folder,
-        {"checkpoint": "checkpoint folder, as checkpoints/<phase>/step-00000100", "out": "folder to make"},
+        {
+            "checkpoint": "checkpoint folder, as checkpoints/<phase>/step-00000100",
+            "out": "folder to make",
+        },
         {
             "hf": "folder that tokenizer, chat template, preprocessor and config.json go along from; else the weights' own",
             "dtype": f"{', '.join(DTYPES)}; else as in the checkpoint",
@@ -185,7 +212,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _command(name: str) -> Command:
     if name not in COMMANDS:
-        raise UserError(f"no such command: {name}{did_you_mean(name, list(COMMANDS))}: use one of {', '.join(COMMANDS)}")
+        raise UserError(
+            f"no such command: {name}{did_you_mean(name, list(COMMANDS))}: use one of {', '.join(COMMANDS)}"
+        )
     return COMMANDS[name]
 
 
@@ -197,7 +226,9 @@ def _options(name: str, command: Command, words: Sequence[str]) -> dict[str, str
         if not equals or not value:
             raise UserError(f"command line: cannot read '{word}': write option=value")
         if option not in known and not (command.parallel and option.startswith(PARALLEL)):
-            raise UserError(f"{name} has no option {option}{did_you_mean(option, known)}: use {', '.join(known)}")
+            raise UserError(
+                f"{name} has no option {option}{did_you_mean(option, known)}: use {', '.join(known)}"
+            )
         check_home(option, value)
         found[option] = value
     if missing := [option for option in command.required if option not in found]:

@@ -24,7 +24,18 @@ if not __package__:  # started as a file: Python put launch/ first on the path, 
 
 from visionloom.common.errors import UserError
 from visionloom.common.text import one_line, warn
-from visionloom.launch.data_commands import convert, demo, demo_task, export_energon, index, lengths, plan, stats, verify, view
+from visionloom.launch.data_commands import (
+    convert,
+    demo,
+    demo_task,
+    export_energon,
+    index,
+    lengths,
+    plan,
+    stats,
+    verify,
+    view,
+)
 from visionloom.launch.exit import exit_with
 from visionloom.launch.quiet import Parser, escape_messages
 

@@ -23,8 +23,12 @@ def check_environment() -> None:
     Raises:
         UserError: one line with the variables, their values and the `unset` that removes them.
     """
-    if not re.fullmatch(r"\s*([1-9]\d*\s*(,\s*[1-9]\d*\s*)*)?", threads := os.environ.get(THREADS, "")):
-        raise UserError(f"{THREADS}={threads} is not a number of threads: unset {THREADS}, or export a whole number above 0")
+    if not re.fullmatch(
+        r"\s*([1-9]\d*\s*(,\s*[1-9]\d*\s*)*)?", threads := os.environ.get(THREADS, "")
+    ):
+        raise UserError(
+            f"{THREADS}={threads} is not a number of threads: unset {THREADS}, or export a whole number above 0"
+        )
     found = {name: os.environ[name] for name in ALONE if name in os.environ}
     if found.items() <= ALONE.items() or (TORCHRUN in os.environ and _is_a_rank(found)):
         return
@@ -57,7 +61,11 @@ def check_home(option: str, value: str) -> None:
 def _is_a_rank(found: dict[str, str]) -> bool:
     """Whether the variables name one rank of a world that can be met."""
     numbers = [int(value) for value in found.values() if re.fullmatch(r"\d+", value)]
-    return len(numbers) == len(ALONE) and numbers[0] < numbers[1] and set(RENDEZVOUS) <= set(os.environ)
+    return (
+        len(numbers) == len(ALONE)
+        and numbers[0] < numbers[1]
+        and set(RENDEZVOUS) <= set(os.environ)
+    )
 
 
 def memory_bytes() -> int:
@@ -74,5 +82,7 @@ def world_size() -> int:
     """The ranks of the whole run: WORLD_SIZE, or 1. Raises UserError if it is not a number."""
     value = os.environ.get("WORLD_SIZE", "1")
     if not re.fullmatch(r"[1-9]\d*", value):
-        raise UserError(f"WORLD_SIZE={value} in the environment is not a number of ranks: unset WORLD_SIZE")
+        raise UserError(
+            f"WORLD_SIZE={value} in the environment is not a number of ranks: unset WORLD_SIZE"
+        )
     return int(value)

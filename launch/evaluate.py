@@ -43,7 +43,9 @@ def check(config: RunConfig, checkpoint: str | None) -> None:
         UserError: one line that names the option.
     """
     if not config.data.validation:
-        raise UserError("data.validation is empty: name held-out datasets, +data.validation.NAME.path=DIR")
+        raise UserError(
+            "data.validation is empty: name held-out datasets, +data.validation.NAME.path=DIR"
+        )
     if checkpoint is not None:
         check_home("checkpoint", checkpoint)
         if not checkpoint or not Path(checkpoint).is_dir():

@@ -41,7 +41,11 @@ def exit_with(error: Exception, folder: str = "", everywhere: bool = False) -> N
         everywhere: whether all ranks raise this same error.
     """
     if _may_speak(everywhere):
-        lines = error.lines if isinstance(error, UserError) else [one_line(str(error)) or type(error).__name__]
+        lines = (
+            error.lines
+            if isinstance(error, UserError)
+            else [one_line(str(error)) or type(error).__name__]
+        )
         with contextlib.suppress(OSError):
             sys.stdout.flush()
         warn(*(f"error: {line}" for line in lines))
@@ -75,8 +79,12 @@ def _end(code: int) -> NoReturn:
 
 def exit_interrupted() -> NoReturn:
     """End on Ctrl-C as a shell counts it, with one line and no traceback; status.json says so."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever presses it twice does not want to see where it fell
-    status.current.failed(INTERRUPTED, "interrupted (Ctrl-C)", "start the same command again to resume")
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # whoever presses it twice does not want to see where it fell
+    status.current.failed(
+        INTERRUPTED, "interrupted (Ctrl-C)", "start the same command again to resume"
+    )
     if _may_speak(everywhere=False):
         warn("interrupted; start the same command again to resume")
     _end(INTERRUPTED)  # threads that write or wait are not waited for
@@ -104,7 +112,11 @@ def _escape(record: Path) -> None:
     """Take what a terminal would obey out of a traceback that torchrun will show: messages hold names from data."""
 
     def escaped(value: object) -> object:
-        return {key: escaped(each) for key, each in value.items()} if isinstance(value, dict) else printable(str(value))
+        return (
+            {key: escaped(each) for key, each in value.items()}
+            if isinstance(value, dict)
+            else printable(str(value))
+        )
 
     try:
         record.write_text(json.dumps(escaped(json.loads(record.read_text()))))

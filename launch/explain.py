@@ -12,7 +12,12 @@ from pathlib import Path
 
 from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, InterpolationResolutionError, OmegaConfBaseException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    InterpolationResolutionError,
+    OmegaConfBaseException,
+)
 
 from visionloom.common.errors import did_you_mean, unknown
 from visionloom.common.settings import ANY
@@ -42,7 +47,9 @@ def _explained(error: Exception, config_dir: str) -> str:
         return "the recipe is nested too deeply, or its values refer to each other in a circle"
     if isinstance(error, OverrideParseException):
         return f"command line: cannot read '{error.override}': write key=value, and quote a value that has special characters"
-    if unchosen := re.match(r"You must specify '(\w+)'", str(error)):  # a file's defaults have `override /model: ???`
+    if unchosen := re.match(
+        r"You must specify '(\w+)'", str(error)
+    ):  # a file's defaults have `override /model: ???`
         group = unchosen[1]
         return f"no {group} is chosen: pass {group}=NAME, NAME one of {', '.join(available(group, config_dir))}"
     file = re.match(r"In '([^']+)'", str(error))
@@ -55,7 +62,11 @@ def unknown_keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
     Hydra accepts any key behind `+` and `++`, and OmegaConf drops it in silence when it builds the dataclasses.
     """
     schema = OmegaConf.get_type(config)
-    known = {field.name for field in dataclasses.fields(schema)} if dataclasses.is_dataclass(schema) else None
+    known = (
+        {field.name for field in dataclasses.fields(schema)}
+        if dataclasses.is_dataclass(schema)
+        else None
+    )
     for key in map(str, config):
         if known is not None and key not in known:
             yield f"{prefix}{key}"
@@ -70,7 +81,9 @@ def no_such_key(path: str) -> str:
     if line := old_option(path):
         return line
     close = suggestions(path)
-    return f"no such key: {one_line(path)}" + (f" (did you mean {' or '.join(close)}?)" if close else "")
+    return f"no such key: {one_line(path)}" + (
+        f" (did you mean {' or '.join(close)}?)" if close else ""
+    )
 
 
 def nothing_to_remove(path: str, names: list[str]) -> str:
@@ -78,7 +91,9 @@ def nothing_to_remove(path: str, names: list[str]) -> str:
     if line := old_option(path):
         return line
     close = did_you_mean(path.rpartition(".")[2], names)
-    return f"~{one_line(path)}: there is nothing of that name{close}" + (f", there are {', '.join(names)}" if names else "")
+    return f"~{one_line(path)}: there is nothing of that name{close}" + (
+        f", there are {', '.join(names)}" if names else ""
+    )
 
 
 def suggestions(path: str) -> list[str]:
@@ -87,13 +102,20 @@ def suggestions(path: str) -> list[str]:
     A near name at the same place goes before the same name at another place, and that before a near name anywhere.
     """
     parts = path.split(".")
-    by_path = {candidate: candidate.rpartition(".")[2] for candidate in _fill_names(schema_paths(), parts)}
-    beside = {leaf: candidate for candidate, leaf in by_path.items() if candidate.split(".")[:-1] == parts[:-1]}
+    by_path = {
+        candidate: candidate.rpartition(".")[2] for candidate in _fill_names(schema_paths(), parts)
+    }
+    beside = {
+        leaf: candidate
+        for candidate, leaf in by_path.items()
+        if candidate.split(".")[:-1] == parts[:-1]
+    }
     if near := difflib.get_close_matches(parts[-1], beside, n=1):
         return [beside[near[0]]]
     leaf = difflib.get_close_matches(parts[-1], set(by_path.values()), n=1, cutoff=0.75)
     return sorted(
-        (candidate for candidate in by_path if by_path[candidate] in leaf), key=lambda candidate: candidate.count(".")
+        (candidate for candidate in by_path if by_path[candidate] in leaf),
+        key=lambda candidate: candidate.count("."),
     )[:2]
 
 
@@ -133,7 +155,10 @@ def _yaml_names(folder: Traversable, prefix: str = "") -> Iterator[str]:
 def _fill_names(paths: list[str], parts: list[str]) -> list[str]:
     """The paths with each `<name>` replaced by what the user wrote at that place, where they wrote as much."""
     return [
-        ".".join(parts[at] if name == ANY and at < len(parts) else name for at, name in enumerate(path.split(".")))
+        ".".join(
+            parts[at] if name == ANY and at < len(parts) else name
+            for at, name in enumerate(path.split("."))
+        )
         for path in paths
     ]
 
@@ -150,7 +175,11 @@ def _missing_file(error: MissingConfigException, config_dir: str) -> str:
 
 def groups() -> list[str]:
     """The groups of recipes/, one of whose names a word chooses: `model=tiny`."""
-    return [entry.name for entry in files("visionloom.recipes").iterdir() if entry.is_dir() and not entry.name.startswith("_")]
+    return [
+        entry.name
+        for entry in files("visionloom.recipes").iterdir()
+        if entry.is_dir() and not entry.name.startswith("_")
+    ]
 
 
 def _fault(error: Exception) -> str:
@@ -166,8 +195,12 @@ def _fault(error: Exception) -> str:
     if group := re.match(r"(?:In '[^']+': )?Could not override '([^']+)'", str(error)):
         return f"no such group: {group[1]}{did_you_mean(group[1], groups())}"
     if removed := re.match(r"Could not delete from config\. '([^']+)' does not exist", str(error)):
-        return nothing_to_remove(removed[1], [path.rpartition(".")[2] for path in suggestions(removed[1])])
-    if again := re.match(r"Multiple values for (\w+)\. To override a value use 'override \1: (.*)'", str(error)):
+        return nothing_to_remove(
+            removed[1], [path.rpartition(".")[2] for path in suggestions(removed[1])]
+        )
+    if again := re.match(
+        r"Multiple values for (\w+)\. To override a value use 'override \1: (.*)'", str(error)
+    ):
         return f"{again[1]} is chosen, not added: write {again[1]}={again[2]}"
     if "An item is already at" in str(error):
         return f"{first_line(error)} Write it without the plus"
@@ -186,7 +219,9 @@ def _missing_key(cause: OmegaConfBaseException) -> str:
     """A key that a section does not have, or a name that a mapping does not have."""
     path, parent = str(cause.full_key), cause.parent_node
     if path == "recipe":
-        return "its values are not those of a run: begin the file with the line `# @package _global_`"
+        return (
+            "its values are not those of a run: begin the file with the line `# @package _global_`"
+        )
     if path in typing.get_type_hints(RunConfig):
         return f"{path} cannot be removed: name what is in it, as in ~{path}.{ANY}"
     if not isinstance(parent, DictConfig) or dataclasses.is_dataclass(OmegaConf.get_type(parent)):

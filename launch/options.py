@@ -44,7 +44,9 @@ class _Parser(argparse.ArgumentParser):
 def read_options(argv: Sequence[str]) -> CommandLine:
     """Tell options from words, wherever they stand; raises UserError for an option that does not exist."""
     if {"-m", "--multirun"} & set(argv):
-        raise UserError("--multirun is refused: every rank would sweep by itself; start one run for each value")
+        raise UserError(
+            "--multirun is refused: every rank would sweep by itself; start one run for each value"
+        )
     parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("words", nargs="*")
     parser.add_argument("--config-dir", "-cd", default="")
@@ -55,5 +57,14 @@ def read_options(argv: Sequence[str]) -> CommandLine:
     found = parser.parse_intermixed_args(list(argv))
     check_home("--config-dir", found.config_dir)
     if (found.resolve or found.package) and not found.cfg:
-        raise UserError("command line: --resolve and --package say how --cfg job shows a run: add --cfg job")
-    return CommandLine(found.words, found.config_dir, found.cfg is not None, found.resolve, found.package, found.help)
+        raise UserError(
+            "command line: --resolve and --package say how --cfg job shows a run: add --cfg job"
+        )
+    return CommandLine(
+        found.words,
+        found.config_dir,
+        found.cfg is not None,
+        found.resolve,
+        found.package,
+        found.help,
+    )

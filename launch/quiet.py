@@ -29,7 +29,9 @@ def quiet_libraries() -> None:
         warnings.filterwarnings("ignore", module=rf"(?!{OURS})")
     for name in TALKATIVE_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # gloo and NCCL print their connections at a lower level
+    os.environ.setdefault(
+        "TORCH_CPP_LOG_LEVEL", "ERROR"
+    )  # gloo and NCCL print their connections at a lower level
 
 
 def escape_messages() -> None:
@@ -71,10 +73,14 @@ def _show_warning(
     file: IO[str] | None = None,
     line: str | None = None,
 ) -> None:
-    say(warnings.formatwarning(message, category, filename, lineno, line).removesuffix("\n"), file=file or sys.stderr)  # type: ignore[arg-type]
+    text = warnings.formatwarning(message, category, filename, lineno, line)
+    stream: Any = file or sys.stderr
+    say(text.removesuffix("\n"), file=stream)
 
 
-def _show_exception(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
+def _show_exception(
+    kind: type[BaseException], error: BaseException, where: TracebackType | None
+) -> None:
     if issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, where)
         return

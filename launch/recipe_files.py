@@ -15,7 +15,9 @@ import yaml
 from hydra.core.object_type import ObjectType
 from hydra.plugins.config_source import ConfigResult, ConfigSource
 from omegaconf import OmegaConf
-from omegaconf._utils import get_yaml_loader  # what counts as a number differs from yaml.SafeLoader's
+from omegaconf._utils import (
+    get_yaml_loader,
+)  # what counts as a number differs from yaml.SafeLoader's
 from omegaconf.errors import OmegaConfBaseException
 
 from visionloom.common.errors import UserError
@@ -35,7 +37,10 @@ DEEPEST: Final = 12
 """Sections inside sections; the schema has five."""
 NUMBER: Final = 40
 """Characters of a number."""
-PLAIN: Final = frozenset(f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str", "seq", "map", "merge"))
+PLAIN: Final = frozenset(
+    f"tag:yaml.org,2002:{kind}"
+    for kind in ("null", "bool", "int", "float", "str", "seq", "map", "merge")
+)
 FLOAT, WHOLE = "tag:yaml.org,2002:float", "tag:yaml.org,2002:int"
 RESERVED: Final = tuple((name + end,) for name in ("hydra", "schema") for end in ("", ".yaml"))
 """Names of Hydra's own groups, and of the schema that gives every option its type: no file stands in for them."""
@@ -118,7 +123,9 @@ class RecipeSource(ConfigSource):
         name = self._normalize_file_name(config_path)
         path = f"{self.path}/{name}"
         try:
-            text = read_located(Path(self.path), name, LARGEST).decode("utf-8-sig")  # editors of Windows put a mark first
+            text = read_located(Path(self.path), name, LARGEST).decode(
+                "utf-8-sig"
+            )  # editors of Windows put a mark first
             header = self._get_header_dict(text[:512])
         except PlaceError as error:
             raise UserError(f"{path} {error}") from None
@@ -127,7 +134,9 @@ class RecipeSource(ConfigSource):
         except ValueError as error:
             raise UserError(f"{path}: {error}") from None
         if HYDRA.search(header.get("package") or ""):
-            raise UserError(f"{path}: package {header['package']} is refused: a recipe cannot configure Hydra")
+            raise UserError(
+                f"{path}: package {header['package']} is refused: a recipe cannot configure Hydra"
+            )
         nodes, values = _values(text, path, self.budget)
         try:
             recipe = _Recipe(self.provider, path, OmegaConf.create(values), header)
@@ -184,9 +193,15 @@ class _Check:
             self.refuse(root, "a recipe is a section of `key: value` lines")
         for key, _ in root.value:
             if key.tag.endswith(":merge"):  # it could bring what is looked for below
-                self.refuse(key, "<< is refused beside the sections of a recipe: include another recipe in `defaults`")
+                self.refuse(
+                    key,
+                    "<< is refused beside the sections of a recipe: include another recipe in `defaults`",
+                )
             if HYDRA.match(str(key.value)):
-                self.refuse(key, f"{key.value} is refused: a recipe holds values of the run, it cannot configure Hydra")
+                self.refuse(
+                    key,
+                    f"{key.value} is refused: a recipe holds values of the run, it cannot configure Hydra",
+                )
         nodes, _ = self.node(root)
         for key, value in root.value:
             if key.value == "defaults":
@@ -197,9 +212,14 @@ class _Check:
         """Refuse includes that lead to Hydra's own groups, or that only a run would know."""
         for entry in _scalars(value, DEEPEST):
             if HYDRA.search(entry.value):
-                self.refuse(entry, f"{entry.value} is refused: a recipe cannot include what configures Hydra")
+                self.refuse(
+                    entry,
+                    f"{entry.value} is refused: a recipe cannot include what configures Hydra",
+                )
             if "${" in entry.value or "://" in entry.value:
-                self.refuse(entry, f"{entry.value} is refused: a recipe includes others by name only")
+                self.refuse(
+                    entry, f"{entry.value} is refused: a recipe includes others by name only"
+                )
 
     def node(self, node: yaml.Node, depth: int = 1) -> tuple[int, int]:
         """Values in and below a node, and its sections inside sections."""
@@ -217,7 +237,10 @@ class _Check:
     def measure(self, node: yaml.Node, depth: int) -> tuple[int, int]:
         """As `node`, of one that was not looked at before."""
         if node.tag not in PLAIN:
-            self.refuse(node, f"{node.tag.replace('tag:yaml.org,2002:', '!!')} is refused: a recipe holds plain values only")
+            self.refuse(
+                node,
+                f"{node.tag.replace('tag:yaml.org,2002:', '!!')} is refused: a recipe holds plain values only",
+            )
         if isinstance(node, yaml.ScalarNode):
             self.scalar(node)
             return 1, 0
@@ -231,7 +254,10 @@ class _Check:
             if not isinstance(key, yaml.ScalarNode):
                 self.refuse(key, "a key must be a name")
             if CODE.fullmatch(key.value):
-                self.refuse(key, f"{key.value} is refused: a recipe holds values, it cannot name code to call")
+                self.refuse(
+                    key,
+                    f"{key.value} is refused: a recipe holds values, it cannot name code to call",
+                )
         return sum(below), deepest + 1
 
     def scalar(self, node: yaml.ScalarNode) -> None:

@@ -82,7 +82,12 @@ class Watch:
         os.close(sibling.descriptor)
         if code == 0:
             return
-        status.current.failed(FAILURE, self._cause(sibling, code), "start the same command again to resume", sibling.rank)
+        status.current.failed(
+            FAILURE,
+            self._cause(sibling, code),
+            "start the same command again to resume",
+            sibling.rank,
+        )
 
     def _cause(self, sibling: Sibling, code: int | None) -> str:
         if code is None:
@@ -102,13 +107,18 @@ class Watch:
 
 def watch_ranks() -> None:
     """Begin to watch the other ranks of this machine, where torchrun has started them."""
-    count, own = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+    count, own = (
+        int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        int(os.environ.get("LOCAL_RANK", "0")),
+    )
     folder = attempt_folder()
     if folder is None or count == 1:
         return
     with replacing(folder / f"visionloom.rank{own}", durable=False) as file:
         file.write(f"{os.environ.get('RANK', '0')} {os.getpid()}".encode())
-    threading.Thread(target=Watch(folder, own, count).run, name="visionloom-watch", daemon=True).start()
+    threading.Thread(
+        target=Watch(folder, own, count).run, name="visionloom-watch", daemon=True
+    ).start()
 
 
 def exit_status(pid: int) -> int | None:
@@ -119,7 +129,11 @@ def exit_status(pid: int) -> int | None:
 
 def out_of_memory_kills() -> int:
     """Processes of the machine that the kernel has killed for want of memory since it started."""
-    return sum(int(line.split()[1]) for line in _read(KERNEL_COUNTS).splitlines() if line.startswith("oom_kill "))
+    return sum(
+        int(line.split()[1])
+        for line in _read(KERNEL_COUNTS).splitlines()
+        if line.startswith("oom_kill ")
+    )
 
 
 def _resident(pid: int) -> int:

@@ -49,7 +49,11 @@ def readable(words: Sequence[str]) -> list[str]:
         elif match := OVERRIDE.fullmatch(word):
             found.append(_readable(parser, word, *match.groups()))
         else:
-            joined = f"; if it belongs to the word before it, quote both for the shell: '{before} {word}'" if before else ""
+            joined = (
+                f"; if it belongs to the word before it, quote both for the shell: '{before} {word}'"
+                if before
+                else ""
+            )
             raise UserError(f"command line: cannot read '{word}': write key=value{joined}")
     return found
 
@@ -85,17 +89,25 @@ def _readable(parser: OverridesParser, word: str, sign: str, key: str, value: st
         word = f"{sign}{key}={QuotedString(value, Quote.single).with_quotes()}"
         override, sweeps, read = _parse(parser, word), False, value
     if option_type(key) in NUMBERS and len(value) > LONGEST_NUMBER:
-        raise UserError(f"command line: {key} takes {NUMBERS[option_type(key)]}, not {len(value)} characters")
+        raise UserError(
+            f"command line: {key} takes {NUMBERS[option_type(key)]}, not {len(value)} characters"
+        )
     if override is None or sweeps:
         raise UserError(_cure(parser, word, sign, key, value))
     for path, text in _changed_texts(option_type(key), read, key, value):
-        raise UserError(f"command line: {path} in '{word}' would be read as {text}: {_quoting(sign, key)}")
+        raise UserError(
+            f"command line: {path} in '{word}' would be read as {text}: {_quoting(sign, key)}"
+        )
     return word
 
 
 def whole(text: str) -> int | None:
     """The whole number that a text with an exponent stands for (`15e12`); None for any other text."""
-    if len(text) > LONGEST_NUMBER or EXPONENT.fullmatch(text) is None or not math.isfinite(float(text)):
+    if (
+        len(text) > LONGEST_NUMBER
+        or EXPONENT.fullmatch(text) is None
+        or not math.isfinite(float(text))
+    ):
         return None
     return int(float(text)) if float(text).is_integer() else None
 
@@ -103,7 +115,11 @@ def whole(text: str) -> int | None:
 def _parse(parser: OverridesParser, word: str) -> Override | None:
     try:
         return parser.parse_override(word)
-    except (HydraException, ValueError, RecursionError):  # ValueError: a number of more than 4,300 digits
+    except (
+        HydraException,
+        ValueError,
+        RecursionError,
+    ):  # ValueError: a number of more than 4,300 digits
         return None
 
 
@@ -148,7 +164,9 @@ def _changed_texts(hint: Any, read: Any, path: str, written: str) -> Iterator[tu
             yield path, read
     elif isinstance(read, list):
         for at, item in enumerate(read):
-            yield from _changed_texts(next(iter(typing.get_args(hint)), None), item, f"{path}[{at}]", written)
+            yield from _changed_texts(
+                next(iter(typing.get_args(hint)), None), item, f"{path}[{at}]", written
+            )
     elif isinstance(read, dict) and hint is not None:
         for name, item in read.items():
             yield from _changed_texts(_item_type(hint, str(name)), item, f"{path}.{name}", written)

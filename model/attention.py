@@ -30,7 +30,11 @@ class SegmentGroup:
 
     def take(self, x: Tensor) -> Tensor:
         """[T, heads, D] -> [n, heads, L, D]."""
-        picked = x[self.first : self.first + self.count * self.length] if self.rows is None else x[self.rows]
+        picked = (
+            x[self.first : self.first + self.count * self.length]
+            if self.rows is None
+            else x[self.rows]
+        )
         return picked.unflatten(0, (self.count, self.length)).transpose(1, 2)
 
 
@@ -43,7 +47,9 @@ class Segments:
     """int64 [T], where each row of the pack lies in the concatenated groups; None if in place."""
 
     @classmethod
-    def build(cls, cu_seqlens: Tensor, device: torch.device, places: TokenRows | None = None) -> "Segments":
+    def build(
+        cls, cu_seqlens: Tensor, device: torch.device, places: TokenRows | None = None
+    ) -> "Segments":
         """Group the segments between `cu_seqlens` (int [S + 1], on the host, ends at T).
 
         `places` (int64 [T]) says where each row of the pack lies in the tensors to be attended; None: in order.
@@ -58,7 +64,9 @@ class Segments:
             order.append(rows)
         placed = np.concatenate(order) if order else np.zeros(0, np.int64)
         in_place = bool((placed == np.arange(placed.size)).all())
-        inverse = None if in_place else torch.from_numpy(np.argsort(placed)).to(device, non_blocking=True)
+        inverse = (
+            None if in_place else torch.from_numpy(np.argsort(placed)).to(device, non_blocking=True)
+        )
         return cls(tuple(groups), inverse)
 
 
@@ -70,7 +78,13 @@ def _by_length(cu_seqlens: Tensor) -> list[tuple[int, TokenRows]]:
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, segments: Segments, *, causal: bool, scale: float | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    *,
+    causal: bool,
+    scale: float | None = None,
 ) -> Tensor:
     """Scaled dot-product attention inside each segment.
 
@@ -87,7 +101,12 @@ def attend(
     outputs = []
     for group in segments.groups:
         attended = F.scaled_dot_product_attention(
-            group.take(query), group.take(key), group.take(value), is_causal=causal, scale=scale, enable_gqa=grouped
+            group.take(query),
+            group.take(key),
+            group.take(value),
+            is_causal=causal,
+            scale=scale,
+            enable_gqa=grouped,
         )
         outputs.append(attended.transpose(1, 2).flatten(0, 1))
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -118,7 +137,9 @@ class GatheredContext:
     group: Any
 
     @classmethod
-    def build(cls, cu_seqlens: Tensor, split: Split, group: Any, device: torch.device) -> "GatheredContext":
+    def build(
+        cls, cu_seqlens: Tensor, split: Split, group: Any, device: torch.device
+    ) -> "GatheredContext":
         """Index the chunks of this rank of a pack that is split over `group`."""
         rank, size, places = group.rank(), group.size(), split.places
         local = places - rank * len(split.ranks[rank])
@@ -130,16 +151,23 @@ class GatheredContext:
                 queries = local[(starts[:, None] + np.arange(end - rows, end)).reshape(-1)]
                 keys = places[(starts[:, None] + np.arange(end)).reshape(-1)]
                 mask = torch.ones(rows, end, dtype=torch.bool, device=device).tril(end - rows)
-                index = [torch.from_numpy(each).to(device, non_blocking=True) for each in (queries, keys)]
+                index = [
+                    torch.from_numpy(each).to(device, non_blocking=True) for each in (queries, keys)
+                ]
                 chunks.append(Chunks(starts.size, rows, index[0], index[1], mask))
                 order.append(queries)
-        return cls(tuple(chunks), torch.from_numpy(np.argsort(np.concatenate(order))).to(device), group)
+        return cls(
+            tuple(chunks), torch.from_numpy(np.argsort(np.concatenate(order))).to(device), group
+        )
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         """[t, H, D] and twice [t, G, D] -> [t, H, D]."""
         # Backward: every rank's gradient of a row goes to the rank that has it, and is summed there.
         key, value = (
-            gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True, group=self.group) for x in (key, value)
+            gather_from_sequence_parallel_region(
+                x, tensor_parallel_output_grad=True, group=self.group
+            )
+            for x in (key, value)
         )
         grouped, outputs = query.shape[1] != key.shape[1], []
         for chunk in self.chunks:
@@ -147,7 +175,9 @@ class GatheredContext:
                 x[rows].unflatten(0, (chunk.count, -1)).transpose(1, 2)
                 for x, rows in ((query, chunk.queries), (key, chunk.keys), (value, chunk.keys))
             )
-            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=chunk.mask, scale=scale, enable_gqa=grouped)
+            attended = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=chunk.mask, scale=scale, enable_gqa=grouped
+            )
             outputs.append(attended.transpose(1, 2).flatten(0, 1))
         return torch.cat(outputs)[self.inverse]
 
@@ -160,14 +190,18 @@ class ExchangedContext:
     group: Any
 
     @classmethod
-    def build(cls, cu_seqlens: Tensor, split: Split, group: Any, device: torch.device) -> "ExchangedContext":
+    def build(
+        cls, cu_seqlens: Tensor, split: Split, group: Any, device: torch.device
+    ) -> "ExchangedContext":
         """Index whole segments in the order in which the ranks' rows arrive."""
         return cls(Segments.build(cu_seqlens, device, split.places), group)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         """[t, H, D] and twice [t, G, D] -> [t, H, D]; the group's size must divide G."""
         query, key, value = (self._tokens_for_heads(x) for x in (query, key, value))
-        return self._heads_for_tokens(attend(query, key, value, self.segments, causal=True, scale=scale))
+        return self._heads_for_tokens(
+            attend(query, key, value, self.segments, causal=True, scale=scale)
+        )
 
     def _tokens_for_heads(self, x: Tensor) -> Tensor:
         """[t, heads, D] -> [T, heads / C, D]."""
@@ -194,7 +228,9 @@ class LocalContext:
 Context = LocalContext | GatheredContext | ExchangedContext
 
 
-def build_context(cu_seqlens: Tensor, split: Split, group: Any, exchange: str, device: torch.device) -> Context:
+def build_context(
+    cu_seqlens: Tensor, split: Split, group: Any, exchange: str, device: torch.device
+) -> Context:
     """How the tokens of a pack (its segments int [S + 1], on the host) see each other in this layout."""
     if group.size() == 1:
         return LocalContext(Segments.build(cu_seqlens, device))

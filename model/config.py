@@ -14,7 +14,12 @@ from visionloom.parallel.pipeline import pipeline_problems
 
 GROUPS = ("vision", "merger", "language")
 """Parameter groups that a phase may train: vision tower, mergers (main and DeepStack), language model."""
-PICTURES: Final = {"patch_size": 16, "temporal_patch_size": 2, "spatial_merge_size": 2, "channels": 3}
+PICTURES: Final = {
+    "patch_size": 16,
+    "temporal_patch_size": 2,
+    "spatial_merge_size": 2,
+    "channels": 3,
+}
 """How data/ cuts pictures, the same for all Qwen3-VL models: a model with other numbers would find nothing to read."""
 ROW_BYTES: Final = 16
 """Rows of experts' matrices are multiples of this, or torch's grouped_mm refuses them."""
@@ -149,9 +154,13 @@ class ModelConfig:
         """Yield a line where the language model has fewer layers than there are DeepStack levels."""
         levels, layers = self.vision.deepstack_layers, self.text.layers
         if len(levels) > layers:
-            yield (f"{here}.vision.deepstack_layers={levels}: {len(levels)} levels need as many language layers, have {layers}")
+            yield (
+                f"{here}.vision.deepstack_layers={levels}: {len(levels)} levels need as many language layers, have {layers}"
+            )
 
-    def kernel_problems(self, element_bytes: int, parallel: ParallelConfig, here: str = "parallel") -> list[str]:
+    def kernel_problems(
+        self, element_bytes: int, parallel: ParallelConfig, here: str = "parallel"
+    ) -> list[str]:
         """Return what the kernels of a possible model cannot multiply in a layout, a line a fault.
 
         Args:
@@ -166,12 +175,17 @@ class ModelConfig:
         multiple = ROW_BYTES // element_bytes
         lines = []
         if text.hidden_size % multiple:
-            lines.append(f"model.text.hidden_size={text.hidden_size} must be a multiple of {multiple} in a mixture")
+            lines.append(
+                f"model.text.hidden_size={text.hidden_size} must be a multiple of {multiple} in a mixture"
+            )
         if text.expert_ffn_hidden_size % (multiple * share):
             parts = f" x {here}.expert_tensor {share}" if share > 1 else ""
             width = f"model.text.expert_ffn_hidden_size={text.expert_ffn_hidden_size}"
             lines.append(f"{width} must be a multiple of {multiple}{parts}")
-        return [f"{line}: rows of experts' matrices are multiples of {ROW_BYTES} bytes" for line in lines]
+        return [
+            f"{line}: rows of experts' matrices are multiples of {ROW_BYTES} bytes"
+            for line in lines
+        ]
 
     def layout_problems(self, parallel: ParallelConfig, here: str = "parallel") -> list[str]:
         """Return what a layout does not divide: heads, key/value heads, vocabulary, widths, experts, layers; a line a fault.
@@ -184,11 +198,17 @@ class ModelConfig:
         names = ["heads", "kv_heads", "vocab_size"]
         if not text.experts:
             names.append("ffn_hidden_size")
-        uneven = [f"model.text.{name}={getattr(text, name)}" for name in names if getattr(text, name) % tensor]
+        uneven = [
+            f"model.text.{name}={getattr(text, name)}"
+            for name in names
+            if getattr(text, name) % tensor
+        ]
 
         lines = []
         if uneven:
-            lines.append(f"{here}.tensor={tensor} does not divide {', '.join(uneven)}: choose a divisor")
+            lines.append(
+                f"{here}.tensor={tensor} does not divide {', '.join(uneven)}: choose a divisor"
+            )
         elif parallel.context_exchange == "ulysses" and text.kv_heads % (tensor * parallel.context):
             lines.append(
                 f"{here}.context_exchange=ulysses needs tensor {tensor} x context {parallel.context} ="

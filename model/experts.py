@@ -13,7 +13,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, topk_routing_with_score_function
+from megatron.core.transformer.moe.moe_utils import (
+    MoEAuxLossAutoScaler,
+    topk_routing_with_score_function,
+)
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -30,7 +33,9 @@ class Router(TopKRouter):  # type: ignore[misc]
     of all it is zero.
     """
 
-    def __init__(self, config: TransformerConfig, pg_collection: Any = None, is_mtp_layer: bool = False) -> None:
+    def __init__(
+        self, config: TransformerConfig, pg_collection: Any = None, is_mtp_layer: bool = False
+    ) -> None:
         super().__init__(config, pg_collection, is_mtp_layer)
         self.coefficient: float = config.balance_coefficient
         self.load: Tensor
@@ -38,7 +43,9 @@ class Router(TopKRouter):  # type: ignore[misc]
         self.tally: Tensor
         """fp64 [E + 2]: assignments of each expert so far in this step, sum of the router's entropies, tokens."""
         self.register_buffer("load", torch.zeros(config.num_moe_experts))
-        self.register_buffer("tally", torch.zeros(config.num_moe_experts + 2, dtype=torch.float64), persistent=False)
+        self.register_buffer(
+            "tally", torch.zeros(config.num_moe_experts + 2, dtype=torch.float64), persistent=False
+        )
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Weights [n, E], zero where not chosen, and the choice bool [n, E], from logits [t, 1, E] and padding bool [t, 1]."""
@@ -46,11 +53,19 @@ class Router(TopKRouter):  # type: ignore[misc]
         weights, chosen = topk_routing_with_score_function(logits, self.topk, use_pre_softmax=False)
         # Recomputation runs the forward pass twice, the first time without gradient; evaluation has none at all.
         if self.training and torch.is_grad_enabled():
-            real = torch.ones_like(logits[:, 0]) if padding_mask is None else (~padding_mask.reshape(-1)).to(logits.dtype)
+            real = (
+                torch.ones_like(logits[:, 0])
+                if padding_mask is None
+                else (~padding_mask.reshape(-1)).to(logits.dtype)
+            )
             probabilities = logits.softmax(dim=-1, dtype=torch.float32)
             self._count(probabilities.detach(), chosen, real)
             if self.coefficient:
-                loss = self.coefficient * self.config.num_moe_experts * (real @ probabilities * self.load).sum()
+                loss = (
+                    self.coefficient
+                    * self.config.num_moe_experts
+                    * (real @ probabilities * self.load).sum()
+                )
                 weights = MoEAuxLossAutoScaler.apply(weights, loss)
         return weights, chosen
 
@@ -101,7 +116,8 @@ class Stack(nn.Module):
         told.tensor_model_parallel = True  # every rank's experts count in the gradient norm
         # False: reduced over the expert-data-parallel ranks, not over all that hold the dense parameters.
         told.allreduce = (
-            config.expert_model_parallel_size == 1 and config.expert_tensor_parallel_size == config.tensor_model_parallel_size
+            config.expert_model_parallel_size == 1
+            and config.expert_tensor_parallel_size == config.tensor_model_parallel_size
         )
 
     def forward(self, tokens: Tensor, ends: Tensor) -> Tensor:
@@ -115,7 +131,14 @@ class GroupedExperts(MegatronModule):  # type: ignore[misc]
     Each expert is down(silu(gate x) * up x). Expert tensor parallelism cuts F; Megatron-core's dispatcher sums the parts.
     """
 
-    def __init__(self, experts: int, config: TransformerConfig, *, pg_collection: Any = None, name: str | None = None) -> None:
+    def __init__(
+        self,
+        experts: int,
+        config: TransformerConfig,
+        *,
+        pg_collection: Any = None,
+        name: str | None = None,
+    ) -> None:
         super().__init__(config)
         self.groups = pg_collection
         width = config.moe_ffn_hidden_size // pg_collection.expt_tp.size()
@@ -123,7 +146,9 @@ class GroupedExperts(MegatronModule):  # type: ignore[misc]
         self.linear_fc1 = Stack((experts, 2, width, config.hidden_size), config)
         self.linear_fc2 = Stack((experts, config.hidden_size, width), config)
 
-    def forward(self, tokens: Tensor, tokens_per_expert: Tensor, weights: Tensor) -> tuple[Tensor, None]:
+    def forward(
+        self, tokens: Tensor, tokens_per_expert: Tensor, weights: Tensor
+    ) -> tuple[Tensor, None]:
         """Tokens [m, H] sorted by expert, their numbers [e] and their router weights [m] -> [m, H]."""
         ends = tokens_per_expert.to(tokens.device).cumsum(0).to(torch.int32)
         gate, up = self.linear_fc1(tokens, ends).chunk(2, dim=-1)
@@ -131,14 +156,19 @@ class GroupedExperts(MegatronModule):  # type: ignore[misc]
         return self.linear_fc2(inner, ends), None
 
     def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[Any, ...] = (),
+        metadata: dict[str, Any] | None = None,
     ) -> ShardedStateDict:
         """Experts as one tensor [E, ...] a matrix, cut over expert and expert-tensor ranks."""
         groups, state = self.groups, {}
         before = len(sharded_offsets)
         for key, weight in self.state_dict(keep_vars=True).items():
             part = (before + weight.partition_dim, groups.expt_tp.rank(), groups.expt_tp.size())
-            whole = weight.partition_dim < 0  # one factor of an adapter: on every expert-tensor rank
+            whole = (
+                weight.partition_dim < 0
+            )  # one factor of an adapter: on every expert-tensor rank
             state[prefix + key] = ShardedTensor.from_rank_offsets(
                 prefix + key,
                 weight,

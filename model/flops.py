@@ -63,7 +63,9 @@ def merger_flops(config: ModelConfig, work: StepWork) -> float:
     return one * (1 + len(config.vision.deepstack_layers))
 
 
-def step_flops(config: ModelConfig, work: StepWork, trainable: set[str], lora: LoraConfig | None = None) -> dict[str, float]:
+def step_flops(
+    config: ModelConfig, work: StepWork, trainable: set[str], lora: LoraConfig | None = None
+) -> dict[str, float]:
     """Operations of forward and backward by part: language, output, merger, vision.
 
     A part costs its forward once; once more for the gradient of its weights if it trains; and once more for the gradient of
@@ -73,7 +75,9 @@ def step_flops(config: ModelConfig, work: StepWork, trainable: set[str], lora: L
     if lora is not None:
         return adapted_flops(config, work, trainable, lora)
     vision, merger, language = (group in trainable for group in ("vision", "merger", "language"))
-    attention = 2.0 * config.text.layers * config.text.heads * config.text.head_dim * work.token_pairs
+    attention = (
+        2.0 * config.text.layers * config.text.heads * config.text.head_dim * work.token_pairs
+    )
     passes = {
         "language": (language_flops(config.text, work), 1 + language, language or merger or vision),
         "output": (output_flops(config.text, work), 1 + language, True),
@@ -90,7 +94,9 @@ def step_flops(config: ModelConfig, work: StepWork, trainable: set[str], lora: L
     return flops
 
 
-def adapted_flops(config: ModelConfig, work: StepWork, trainable: set[str], lora: LoraConfig) -> dict[str, float]:
+def adapted_flops(
+    config: ModelConfig, work: StepWork, trainable: set[str], lora: LoraConfig
+) -> dict[str, float]:
     """As `step_flops` where adapters alone train: no gradient of weights, and none of inputs before the first adapter.
 
     An adapter's two factors cost their forward, the gradient of each, and what passes through them.
@@ -102,7 +108,9 @@ def adapted_flops(config: ModelConfig, work: StepWork, trainable: set[str], lora
     reached, at_block = False, list[bool]()
     for layer in linear_layers(config):
         group, leaf = group_of(layer.name), layer.name.rpartition(".")[2]
-        if group == "merger" and leaf == "linear_fc1":  # the main merger sees the last block, the others each a block of theirs
+        if (
+            group == "merger" and leaf == "linear_fc1"
+        ):  # the main merger sees the last block, the others each a block of theirs
             reached = _sees_adapter(layer, at_block, vision)
         elif group == "language" and layer.name.endswith("layers.0.self_attention.linear_qkv"):
             reached = any(group_of(name) in trainable - {"language"} for name in adapted)
@@ -112,13 +120,19 @@ def adapted_flops(config: ModelConfig, work: StepWork, trainable: set[str], lora
         flops[group] += 2.0 * rows * layer.inputs * layer.outputs * (1 + reached)
         if layer.name in adapted:
             down, up = lora.rank * len(layer.parts) * layer.inputs, lora.rank * layer.outputs
-            flops[group] += 2.0 * rows * (down * (1 + own + reached) + up * (1 + own + (own or reached)))
+            flops[group] += (
+                2.0 * rows * (down * (1 + own + reached) + up * (1 + own + (own or reached)))
+            )
         reached = reached or own
         if leaf in ("qkv", "linear_qkv"):
             causal = 2 * text.heads * text.head_dim * work.token_pairs
-            flops[group] += (causal if group == "language" else 4 * vision.hidden_size * work.patch_pairs) * (1 + 2.0 * reached)
+            flops[group] += (
+                causal if group == "language" else 4 * vision.hidden_size * work.patch_pairs
+            ) * (1 + 2.0 * reached)
         if leaf == "linear_proj" and text.experts:
-            flops[group] += 2.0 * work.tokens * text.hidden_size * text.experts * (1 + reached)  # the router
+            flops[group] += (
+                2.0 * work.tokens * text.hidden_size * text.experts * (1 + reached)
+            )  # the router
         if group == "vision" and leaf == "linear_fc2":
             at_block.append(reached)
     flops["output"] = output_flops(text, work) * (1 + reached)

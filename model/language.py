@@ -31,7 +31,9 @@ from visionloom.parallel.config import ParallelConfig
 from visionloom.parallel.pipeline import layers_per_chunk, layout_of
 
 
-def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
+def transformer_config(
+    model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype
+) -> TransformerConfig:
     """Megatron-core's configuration of the language model in this layout; weights are drawn elsewhere, by name."""
     text = model.text
     config = TransformerConfig(
@@ -116,9 +118,16 @@ def _expert_settings(text: TextConfig) -> dict[str, Any]:
 def _recompute_settings(mode: str, experts: int) -> dict[str, Any]:
     """Megatron-core's words for parallel.recompute."""
     if mode == "full":
-        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+        return {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        }
     if mode == "selective":
-        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "moe"] if experts else ["core_attn"]}
+        return {
+            "recompute_granularity": "selective",
+            "recompute_modules": ["core_attn", "moe"] if experts else ["core_attn"],
+        }
     return {}
 
 
@@ -128,7 +137,9 @@ class RMSNorm(nn.Module):
     Megatron-core's own torch norm refuses sequence parallelism.
     """
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any
+    ) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
@@ -159,7 +170,9 @@ class DeepstackLayer(TransformerLayer):  # type: ignore[misc]
 
 def layer_spec(experts: int) -> Any:
     """The spec of one decoder layer with torch kernels."""
-    spec = get_gpt_layer_local_spec(num_experts=experts or None, qk_layernorm=True, normalization="RMSNorm")
+    spec = get_gpt_layer_local_spec(
+        num_experts=experts or None, qk_layernorm=True, normalization="RMSNorm"
+    )
     spec.module = DeepstackLayer
     layer = spec.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
@@ -176,7 +189,13 @@ class LanguageModel(LanguageModule):  # type: ignore[misc]
     """Embedding, decoder layers and output layer, or the part of them that a pipeline chunk holds."""
 
     def __init__(
-        self, config: TransformerConfig, model: ModelConfig, groups: Any, first: bool, last: bool, chunk: int | None
+        self,
+        config: TransformerConfig,
+        model: ModelConfig,
+        groups: Any,
+        first: bool,
+        last: bool,
+        chunk: int | None,
     ) -> None:
         """`first` and `last`: whether the chunk begins or ends the model; `chunk`: its number on this stage if there are more."""
         super().__init__(config, groups)
@@ -194,9 +213,16 @@ class LanguageModel(LanguageModule):  # type: ignore[misc]
                 tp_group=groups.tp,
             )
         layers = get_num_layers_to_build(config, chunk, groups.pp.rank())
-        block = TransformerBlockSubmodules(layer_specs=[layer_spec(text.experts)] * layers, layer_norm=RMSNorm)
+        block = TransformerBlockSubmodules(
+            layer_specs=[layer_spec(text.experts)] * layers, layer_norm=RMSNorm
+        )
         self.decoder = TransformerBlock(
-            config, block, pre_process=first, post_process=last, pg_collection=groups, vp_stage=chunk
+            config,
+            block,
+            pre_process=first,
+            post_process=last,
+            pg_collection=groups,
+            vp_stage=chunk,
         )
         if last:
             self.output_layer = ColumnParallelLinear(
@@ -217,7 +243,9 @@ class LanguageModel(LanguageModule):  # type: ignore[misc]
     def output_weight(self) -> Tensor:
         """This rank's rows of the output matrix [V / tensor, H]: its own or the embedding's."""
         weight: Tensor = (
-            self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
+            self.shared_embedding_or_output_weight()
+            if self.share_embeddings_and_output_weights
+            else self.output_layer.weight
         )
         return weight
 

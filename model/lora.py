@@ -42,13 +42,24 @@ from visionloom.parallel.topology import Topology
 class Adapter(nn.Module):
     """Adds scaling * B A x to a layer's output, part by part."""
 
-    def __init__(self, layer: LinearLayer, lora: LoraConfig, shape: dict[str, tuple[int, ...]], inputs: int, like: Tensor):
+    def __init__(
+        self,
+        layer: LinearLayer,
+        lora: LoraConfig,
+        shape: dict[str, tuple[int, ...]],
+        inputs: int,
+        like: Tensor,
+    ):
         """`shape` and `inputs`: what this rank holds of B (without the rank's dim) and A."""
         super().__init__()
         experts = tuple(like.shape[:1]) if layer.experts else ()
         # ParameterDict would sort a dict by its keys: queries come before keys.
-        self.lora_A = nn.ParameterDict([(part, _empty(like, *experts, lora.rank, inputs)) for part in shape])
-        self.lora_B = nn.ParameterDict([(part, _empty(like, *experts, *rows, lora.rank)) for part, rows in shape.items()])
+        self.lora_A = nn.ParameterDict(
+            [(part, _empty(like, *experts, lora.rank, inputs)) for part in shape]
+        )
+        self.lora_B = nn.ParameterDict(
+            [(part, _empty(like, *experts, *rows, lora.rank)) for part, rows in shape.items()]
+        )
         self.scaling, self.dropout = lora.scaling, lora.dropout
 
     def down(self, x: Tensor, own_mask: bool) -> Tensor:
@@ -63,12 +74,17 @@ class Adapter(nn.Module):
         parts = zip(inner.chunk(len(self.lora_B), dim=-1), self.lora_B.values(), strict=True)
         outputs = [F.linear(x, b) for x, b in parts]
         if len(outputs) > 1:
-            outputs = [torch.cat([y.unflatten(-1, (heads, -1)) for y in outputs], dim=-1).flatten(-2)]
+            outputs = [
+                torch.cat([y.unflatten(-1, (heads, -1)) for y in outputs], dim=-1).flatten(-2)
+            ]
         return outputs[0] * self.scaling
 
     def delta(self, heads: int = 1) -> Tensor:
         """What the adapter adds to this rank's weight, fp32 in the weight's own order of rows."""
-        return low_rank_product(list(self.lora_A.values()), list(self.lora_B.values()), heads) * self.scaling
+        return (
+            low_rank_product(list(self.lora_A.values()), list(self.lora_B.values()), heads)
+            * self.scaling
+        )
 
 
 def _empty(like: Tensor, *shape: int) -> nn.Parameter:
@@ -106,12 +122,16 @@ class AdaptedColumn(ColumnParallelLinear):  # type: ignore[misc]
         output, bias = super().forward(x, *args, **kwargs)
         inner = self.adapter.down(x, own_mask=self.sequence_parallel)
         if self.sequence_parallel:
-            inner = gather_from_sequence_parallel_region(inner, tensor_parallel_output_grad=True, group=self.tp_group)
+            inner = gather_from_sequence_parallel_region(
+                inner, tensor_parallel_output_grad=True, group=self.tp_group
+            )
         else:
             inner = copy_to_tensor_model_parallel_region(inner, group=self.tp_group)
         return output + self.adapter.up(inner, self.heads), bias
 
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
+    ) -> dict[str, Any]:
         """The layer's own tensors and the adapter's."""
         own: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         return own | _sharded_adapter(self, prefix, sharded_offsets, metadata)
@@ -132,7 +152,9 @@ class AdaptedRow(RowParallelLinear):  # type: ignore[misc]
             inner = reduce_from_tensor_model_parallel_region(inner, group=self.tp_group)
         return output + self.adapter.up(inner), bias
 
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
+    ) -> dict[str, Any]:
         """The layer's own tensors and the adapter's."""
         own: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         return own | _sharded_adapter(self, prefix, sharded_offsets, metadata)
@@ -155,7 +177,9 @@ class AdaptedStack(Stack):
         """The factor that is not cut has a part of its gradient on every expert-tensor rank; Megatron-core would not sum it."""
         if factor.partition_dim >= 0:
             return factor
-        copied: Tensor = copy_to_tensor_model_parallel_region(factor, group=self.expert_tensor_group)
+        copied: Tensor = copy_to_tensor_model_parallel_region(
+            factor, group=self.expert_tensor_group
+        )
         return copied
 
 
@@ -170,9 +194,15 @@ ADAPTED: dict[type, type] = {
 
 def _sharded_adapter(module: Any, prefix: str, offsets: Any, metadata: Any) -> dict[str, Any]:
     state = module.adapter.state_dict(prefix="adapter.", keep_vars=True)
-    axes = {name: weight.partition_dim for name, weight in state.items() if getattr(weight, "tensor_model_parallel", False)}
+    axes = {
+        name: weight.partition_dim
+        for name, weight in state.items()
+        if getattr(weight, "tensor_model_parallel", False)
+    }
     groups = dict(tp_group=module.tp_group, dp_cp_group=metadata["dp_cp_group"])
-    found: dict[str, Any] = make_sharded_tensors_for_checkpoint(state, prefix, axes, offsets, **groups)
+    found: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+        state, prefix, axes, offsets, **groups
+    )
     return found
 
 
@@ -196,15 +226,22 @@ def apply_lora(chunks: Iterable[Any], lora: LoraConfig, topology: Topology, seed
             _keep_graph(chunk)
 
 
-def _adapt(module: Any, layer: LinearLayer, lora: LoraConfig, chunk: Any, topology: Topology) -> None:
+def _adapt(
+    module: Any, layer: LinearLayer, lora: LoraConfig, chunk: Any, topology: Topology
+) -> None:
     tensor = topology.config.tensor
     weight = module.weight
-    cut_out, cut_in = isinstance(module, ColumnParallelLinear), isinstance(module, RowParallelLinear)
+    cut_out, cut_in = (
+        isinstance(module, ColumnParallelLinear),
+        isinstance(module, RowParallelLinear),
+    )
     shape: dict[str, tuple[int, ...]]
     if isinstance(module, Stack):
         shape = {part: tuple(weight.shape[1:-1]) for part in layer.parts}
     else:
-        shape = {part: (width // (tensor if cut_out else 1),) for part, width in layer.parts.items()}
+        shape = {
+            part: (width // (tensor if cut_out else 1),) for part, width in layer.parts.items()
+        }
     module.adapter = Adapter(layer, lora, shape, weight.shape[-1], weight)
     module.__class__ = ADAPTED[type(module)]
     if isinstance(module, AdaptedStack):
@@ -213,10 +250,17 @@ def _adapt(module: Any, layer: LinearLayer, lora: LoraConfig, chunk: Any, topolo
         return
     if isinstance(module, AdaptedColumn):
         module.heads = chunk.model_config.text.kv_heads // tensor if "q_proj" in layer.parts else 1
-    for factors, is_cut, dim in ((module.adapter.lora_A, cut_in, 1), (module.adapter.lora_B, cut_out, 0)):
+    for factors, is_cut, dim in (
+        (module.adapter.lora_A, cut_in, 1),
+        (module.adapter.lora_B, cut_out, 0),
+    ):
         for parameter in factors.values():
             if is_cut:
-                parameter.tensor_model_parallel, parameter.partition_dim, parameter.partition_stride = True, dim, 1
+                (
+                    parameter.tensor_model_parallel,
+                    parameter.partition_dim,
+                    parameter.partition_stride,
+                ) = True, dim, 1
             else:
                 parameter.sequence_parallel = topology.config.sequence_parallel
 
@@ -228,7 +272,11 @@ def _mark_experts(module: AdaptedStack, topology: Topology) -> None:
     first = b.dim() == 4  # [e, 2, F, r]: gate and up
     for parameter, is_cut in ((a, not first), (b, first)):
         told: Any = parameter
-        told.partition_dim, told.partition_stride, told.tensor_model_parallel = 2 if is_cut else -1, 1, True
+        told.partition_dim, told.partition_stride, told.tensor_model_parallel = (
+            2 if is_cut else -1,
+            1,
+            True,
+        )
         told.allreduce = base.allreduce
         # Counted once in the gradient norm though every expert-tensor rank holds it.
         told.shared = not is_cut and topology.groups.expt_tp.rank() > 0
@@ -254,7 +302,9 @@ def draw_adapters(chunk: Any, seed: int, topology: Topology) -> None:
             parameter.zero_()
             continue
         shape = full_shape(name, parameter, topology)
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + zlib.crc32(name.encode())) % 2**63)
+        generator = torch.Generator().manual_seed(
+            (seed * 1_000_003 + zlib.crc32(name.encode())) % 2**63
+        )
         full = (torch.rand(shape, generator=generator) * 2 - 1) / math.sqrt(shape[-1])
         parameter.copy_(cut(name, full, parameter, topology))
 

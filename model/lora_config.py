@@ -46,7 +46,9 @@ class LoraConfig:
 
     def layer_problems(self, model: ModelConfig) -> list[str]:
         """Return why these adapters cannot be put on a model's layers: a line a problem; the rank is above 0."""
-        names = [layer.name for layer in linear_layers(model) if group_of(layer.name) in self.groups]
+        names = [
+            layer.name for layer in linear_layers(model) if group_of(layer.name) in self.groups
+        ]
         lines = [
             f"lora.targets={pattern} matches no linear layer of lora.groups={self.groups}: use names such as linear_qkv or *.mlp.*"
             for pattern in self.targets
@@ -54,7 +56,9 @@ class LoraConfig:
         ]
         chosen = adapted_layers(model, self)
         if not lines and not chosen:
-            lines.append("lora.targets and lora.groups choose no layer: name at least one of each, or set lora.rank=0")
+            lines.append(
+                "lora.targets and lora.groups choose no layer: name at least one of each, or set lora.rank=0"
+            )
         if any(layer.experts for layer in chosen):
             lines += self._expert_problems()
         return lines
@@ -99,7 +103,10 @@ def linear_layers(model: ModelConfig) -> Iterator[LinearLayer]:
         yield _plain(f"{name}.mlp", "linear_fc1", width, vision.ffn_hidden_size)
         yield _plain(f"{name}.mlp", "linear_fc2", vision.ffn_hidden_size, width)
     merged = vision.hidden_size * vision.spatial_merge_size**2
-    for name in ("visual.merger", *(f"visual.deepstack_merger_list.{i}" for i in range(len(vision.deepstack_layers)))):
+    for name in (
+        "visual.merger",
+        *(f"visual.deepstack_merger_list.{i}" for i in range(len(vision.deepstack_layers))),
+    ):
         yield _plain(name, "linear_fc1", merged, merged)
         yield _plain(name, "linear_fc2", merged, model.text.hidden_size)
     for layer in range(model.text.layers):
@@ -113,19 +120,36 @@ def _plain(parent: str, leaf: str, inputs: int, outputs: int) -> LinearLayer:
 def _decoder_layer(model: ModelConfig, layer: int) -> Iterator[LinearLayer]:
     text = model.text
     here, there = f"language_model.decoder.layers.{layer}", f"model.language_model.layers.{layer}"
-    queries, keys, hidden = text.heads * text.head_dim, text.kv_heads * text.head_dim, text.hidden_size
+    queries, keys, hidden = (
+        text.heads * text.head_dim,
+        text.kv_heads * text.head_dim,
+        text.hidden_size,
+    )
     attention = f"{there}.self_attn"
     yield LinearLayer(
-        f"{here}.self_attention.linear_qkv", attention, {"q_proj": queries, "k_proj": keys, "v_proj": keys}, hidden
+        f"{here}.self_attention.linear_qkv",
+        attention,
+        {"q_proj": queries, "k_proj": keys, "v_proj": keys},
+        hidden,
     )
     yield LinearLayer(f"{here}.self_attention.linear_proj", attention, {"o_proj": hidden}, queries)
     if text.experts:
         width, experts = text.expert_ffn_hidden_size, f"{there}.mlp.experts"
-        yield LinearLayer(f"{here}.mlp.experts.linear_fc1", experts, {"gate_up_proj": 2 * width}, hidden, text.experts)
-        yield LinearLayer(f"{here}.mlp.experts.linear_fc2", experts, {"down_proj": hidden}, width, text.experts)
+        yield LinearLayer(
+            f"{here}.mlp.experts.linear_fc1",
+            experts,
+            {"gate_up_proj": 2 * width},
+            hidden,
+            text.experts,
+        )
+        yield LinearLayer(
+            f"{here}.mlp.experts.linear_fc2", experts, {"down_proj": hidden}, width, text.experts
+        )
     else:
         width = text.ffn_hidden_size
-        yield LinearLayer(f"{here}.mlp.linear_fc1", f"{there}.mlp", {"gate_proj": width, "up_proj": width}, hidden)
+        yield LinearLayer(
+            f"{here}.mlp.linear_fc1", f"{there}.mlp", {"gate_proj": width, "up_proj": width}, hidden
+        )
         yield LinearLayer(f"{here}.mlp.linear_fc2", f"{there}.mlp", {"down_proj": hidden}, width)
 
 
@@ -134,7 +158,8 @@ def adapted_layers(model: ModelConfig, lora: LoraConfig) -> list[LinearLayer]:
     return [
         layer
         for layer in linear_layers(model)
-        if group_of(layer.name) in lora.groups and any(_matches(layer.name, pattern) for pattern in lora.targets)
+        if group_of(layer.name) in lora.groups
+        and any(_matches(layer.name, pattern) for pattern in lora.targets)
     ]
 
 

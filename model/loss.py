@@ -14,7 +14,12 @@ CHUNK_TOKENS = 1024
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor, group: Any, chunk: int = CHUNK_TOKENS
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    token_weights: Tensor,
+    group: Any,
+    chunk: int = CHUNK_TOKENS,
 ) -> tuple[Tensor, Tensor]:
     """Weighted sum of the cross-entropies of `hidden @ weight.T`, in fp32 and in chunks of rows.
 
@@ -33,7 +38,9 @@ def linear_cross_entropy(
     Returns:
         the sum, an fp32 scalar, and the unweighted loss of each token, fp32 [R] without gradient.
     """
-    if not torch.is_grad_enabled():  # ctx.needs_input_grad stays true under no_grad: evaluation would make gradients too
+    if (
+        not torch.is_grad_enabled()
+    ):  # ctx.needs_input_grad stays true under no_grad: evaluation would make gradients too
         hidden, weight = hidden.detach(), weight.detach()
     total, losses = _LinearCrossEntropy.apply(hidden, weight, targets, token_weights, group, chunk)
     return total, losses
@@ -42,12 +49,20 @@ def linear_cross_entropy(
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor, group: Any, chunk: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        token_weights: Tensor,
+        group: Any,
+        chunk: int,
     ) -> tuple[Tensor, Tensor]:
         local = targets - weight.shape[0] * group.rank()
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         hidden_grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        weight_grad = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        weight_grad = (
+            torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        )
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
             losses[rows], probabilities = _chunk_loss(hidden[rows], weight, local[rows], group)
@@ -73,7 +88,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return hidden_grad, weight_grad, None, None, None, None
 
 
-def _chunk_loss(hidden: Tensor, weight: Tensor, local_targets: Tensor, group: Any) -> tuple[Tensor, Tensor]:
+def _chunk_loss(
+    hidden: Tensor, weight: Tensor, local_targets: Tensor, group: Any
+) -> tuple[Tensor, Tensor]:
     """Losses fp32 [r] of a chunk, and softmax minus one-hot fp32 [r, v]: the gradient of their sum by the logits."""
     logits = (hidden @ weight.t()).float()
     largest = logits.amax(dim=1)

@@ -27,7 +27,11 @@ def in_host_memory(wanted: bool) -> Iterator[None]:
 
 
 def _to_host(tensor: Tensor) -> Tensor | Packed:
-    if isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter) or tensor.nbytes < LEAST_BYTES:
+    if (
+        isinstance(tensor, nn.Parameter)
+        or isinstance(tensor._base, nn.Parameter)
+        or tensor.nbytes < LEAST_BYTES
+    ):
         return tensor
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
     host.copy_(tensor, non_blocking=tensor.is_cuda)

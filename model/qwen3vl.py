@@ -66,7 +66,11 @@ class Qwen3VL(MegatronModule):  # type: ignore[misc]
     """The whole model, or one chunk of it."""
 
     def __init__(
-        self, config: ModelConfig, topology: Topology, dtype: torch.dtype = torch.float32, chunk: int | None = None
+        self,
+        config: ModelConfig,
+        topology: Topology,
+        dtype: torch.dtype = torch.float32,
+        chunk: int | None = None,
     ) -> None:
         """`chunk`: which of this stage's chunks, where a stage has more than one."""
         super().__init__(transformer_config(config, topology.config, dtype))
@@ -83,7 +87,9 @@ class Qwen3VL(MegatronModule):  # type: ignore[misc]
             for parameter in self.visual.parameters():
                 # Each rank encodes its own pictures under sequence parallelism: gradients are partial.
                 parameter.sequence_parallel = topology.config.sequence_parallel  # type: ignore[attr-defined]
-        self.language_model = LanguageModel(self.config, config, topology.groups, self.pre_process, self.post_process, chunk)
+        self.language_model = LanguageModel(
+            self.config, config, topology.groups, self.pre_process, self.post_process, chunk
+        )
         self.received: Tensor | None = None
         self.lora: LoraConfig | None = None
         """Of the adapters, which then train alone; None: there are none."""
@@ -110,18 +116,26 @@ class Qwen3VL(MegatronModule):  # type: ignore[misc]
             max_seqlen_kv=pack.max_seqlen,
         )
         packed.context = build_context(
-            pack.cu_seqlens, view.split, topology.groups.cp, topology.config.context_exchange, device
+            pack.cu_seqlens,
+            view.split,
+            topology.groups.cp,
+            topology.config.context_exchange,
+            device,
         )
         loss_rows = (pack.loss_weights[tokens] > 0).nonzero()[:, 0]
         loss_tokens = tokens[loss_rows]
         vision, exchange = self._pictures(pack, view) if self.pre_process else (None, None)
         positions = pack.position_ids[:, tokens].to(device, non_blocking=True)
-        frequencies = inverse_frequencies(text.head_dim, text.rope_theta).to(device, non_blocking=True)
+        frequencies = inverse_frequencies(text.head_dim, text.rope_theta).to(
+            device, non_blocking=True
+        )
         return ModelInput(
             input_ids=pack.input_ids[tokens].to(device, non_blocking=True).unsqueeze(0),
             angles=mrope_angles(positions, frequencies, text.mrope_section),
             packed=packed,
-            padding_mask=pack.padding_mask[tokens][view.hidden].to(device, non_blocking=True).unsqueeze(0),
+            padding_mask=pack.padding_mask[tokens][view.hidden]
+            .to(device, non_blocking=True)
+            .unsqueeze(0),
             vision=vision,
             exchange=exchange,
             visual_rows=torch.from_numpy(view.visual_rows).to(device, non_blocking=True),
@@ -131,7 +145,9 @@ class Qwen3VL(MegatronModule):  # type: ignore[misc]
             target_weights=pack.loss_weights[loss_tokens].to(device, non_blocking=True),
         )
 
-    def _pictures(self, pack: PackTensors, view: RankShare) -> tuple[VisionInput, FeatureExchange | None]:
+    def _pictures(
+        self, pack: PackTensors, view: RankShare
+    ) -> tuple[VisionInput, FeatureExchange | None]:
         """What this rank encodes, and how all encoder ranks exchange features; no exchange for a pack of text."""
         config = self.model_config.vision
         mine = pack.grid_thw[pack.encoder_ranks == self.topology.encoder_rank]
@@ -148,7 +164,11 @@ class Qwen3VL(MegatronModule):  # type: ignore[misc]
             return hidden
         rows = self._whole(hidden)[inputs.loss_rows, 0]
         return linear_cross_entropy(
-            rows, self.language_model.output_weight, inputs.targets, inputs.target_weights, self.topology.groups.tp
+            rows,
+            self.language_model.output_weight,
+            inputs.targets,
+            inputs.target_weights,
+            self.topology.groups.tp,
         )
 
     def logits(self, inputs: ModelInput, rows: Tensor | None = None) -> Tensor:
@@ -169,7 +189,12 @@ class Qwen3VL(MegatronModule):  # type: ignore[misc]
         hidden, levels = self._embed(inputs) if self.pre_process else self._unpack(inputs)
         with in_host_memory(self.topology.config.offload_activations):
             output: Tensor = self.language_model(
-                hidden, inputs.angles, inputs.packed, levels, inputs.visual_rows, inputs.padding_mask
+                hidden,
+                inputs.angles,
+                inputs.packed,
+                levels,
+                inputs.visual_rows,
+                inputs.padding_mask,
             )
         return output if self.post_process else self._repack(output, levels)
 
@@ -199,13 +224,22 @@ class Qwen3VL(MegatronModule):  # type: ignore[misc]
         size = hidden.shape[-1]
         if levels is None or levels.shape[1] <= self.language_model.layers * size:
             return hidden
-        return torch.cat([hidden, levels[:, self.language_model.layers * size :].reshape(-1, 1, size).to(hidden.dtype)])
+        return torch.cat(
+            [
+                hidden,
+                levels[:, self.language_model.layers * size :]
+                .reshape(-1, 1, size)
+                .to(hidden.dtype),
+            ]
+        )
 
     def _whole(self, hidden: Tensor) -> Tensor:
         """All T / C rows of the final hidden states, with the gradient summed over the vocabulary's parts."""
         group = self.topology.groups.tp
         if self.topology.config.sequence_parallel:
-            gathered: Tensor = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=group)
+            gathered: Tensor = gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=True, group=group
+            )
             return gathered
         copied: Tensor = copy_to_tensor_model_parallel_region(hidden, group=group)
         return copied

@@ -42,7 +42,9 @@ def vision_rotation(rows_columns: Tensor, head_dim: int) -> tuple[Tensor, Tensor
         rows_columns: row and column of each patch in its image, integer [N, 2].
         head_dim: D.
     """
-    frequencies = inverse_frequencies(head_dim // 2, 10_000.0).to(rows_columns.device, non_blocking=True)
+    frequencies = inverse_frequencies(head_dim // 2, 10_000.0).to(
+        rows_columns.device, non_blocking=True
+    )
     angles = (rows_columns.to(torch.float32).unsqueeze(-1) * frequencies).flatten(1)  # [N, D/2]
     angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
     return angles.cos(), angles.sin()

@@ -48,7 +48,11 @@ def cuts(name: str, parameter: Tensor, topology: Topology) -> list[Cut]:
         dim: int = parameter.partition_dim  # type: ignore[attr-defined]
         experts = Cut(0, groups.ep.rank(), groups.ep.size())
         # One factor of an adapter is on every expert-tensor rank.
-        return [experts, Cut(dim, groups.expt_tp.rank(), groups.expt_tp.size())] if dim >= 0 else [experts]
+        return (
+            [experts, Cut(dim, groups.expt_tp.rank(), groups.expt_tp.size())]
+            if dim >= 0
+            else [experts]
+        )
     if not getattr(parameter, "tensor_model_parallel", False):
         return []
     gated = name.startswith("language_model.") and name.endswith(GATED)
@@ -82,11 +86,19 @@ def canonical_name(name: str, model: Any) -> str:
     layer, dot, rest = name.removeprefix(LAYERS).partition(".")
     if not name.startswith(LAYERS) or not layer:
         return name
-    return f"{LAYERS}{int(layer) + model.language_model.decoder.layers[0].layer_number - 1}{dot}{rest}"
+    return (
+        f"{LAYERS}{int(layer) + model.language_model.decoder.layers[0].layer_number - 1}{dot}{rest}"
+    )
 
 
 @torch.no_grad()
-def draw_weights(model: nn.Module, config: ModelConfig, seed: int, topology: Topology, groups: set[str] | None = None) -> None:
+def draw_weights(
+    model: nn.Module,
+    config: ModelConfig,
+    seed: int,
+    topology: Topology,
+    groups: set[str] | None = None,
+) -> None:
     """Draw random weights: normal with the configuration's deviation, norms one, biases zero.
 
     Every parameter has a generator of its own, seeded by its canonical name: the same weights in every layout.
@@ -105,6 +117,8 @@ def draw_weights(model: nn.Module, config: ModelConfig, seed: int, topology: Top
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
             continue
         deviation = (config.vision if name.startswith("visual.") else config.text).initializer_range
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + zlib.crc32(name.encode())) % 2**63)
+        generator = torch.Generator().manual_seed(
+            (seed * 1_000_003 + zlib.crc32(name.encode())) % 2**63
+        )
         full = torch.randn(full_shape(name, parameter, topology), generator=generator) * deviation
         parameter.copy_(cut(name, full, parameter, topology))

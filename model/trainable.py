@@ -30,4 +30,6 @@ def set_trainable(model: "nn.Module", groups: Iterable[str], adapters_only: bool
     """Let only the parameters of `groups` receive gradients, or only their adapters; call it before the model is wrapped."""
     chosen = set(groups)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad = group_of(name) in chosen and (is_adapter(name) or not adapters_only)
+        parameter.requires_grad = group_of(name) in chosen and (
+            is_adapter(name) or not adapters_only
+        )

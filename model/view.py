@@ -88,13 +88,19 @@ class RankShare:
         return cls.at(pack.visual_rows.numpy(), split, topology.context_rank, share, shares)
 
     @classmethod
-    def at(cls, visual: TokenRows, split: Split, context_rank: int, share: int, shares: int) -> "RankShare":
+    def at(
+        cls, visual: TokenRows, split: Split, context_rank: int, share: int, shares: int
+    ) -> "RankShare":
         """The view of a context rank and a share of its tokens; `visual` int64 [M] are the pack's visual rows."""
         tokens = split.ranks[context_rank]
         count = len(tokens) // shares
         hidden = slice(share * count, (share + 1) * count)
         places = np.searchsorted(visual, tokens[hidden])
-        found = (visual[np.minimum(places, len(visual) - 1)] == tokens[hidden]) if len(visual) else np.zeros(count, bool)
+        found = (
+            (visual[np.minimum(places, len(visual) - 1)] == tokens[hidden])
+            if len(visual)
+            else np.zeros(count, bool)
+        )
         return cls(split, tokens, hidden, np.flatnonzero(found), places[found])
 
 
@@ -114,14 +120,18 @@ class FeatureExchange:
     """int64 [m]: where each feature of this rank's visual tokens is among the received rows."""
 
     @classmethod
-    def build(cls, pack: PackTensors, view: RankShare, topology: Topology, merge: int) -> "FeatureExchange":
+    def build(
+        cls, pack: PackTensors, view: RankShare, topology: Topology, merge: int
+    ) -> "FeatureExchange":
         """Work out who sends what to whom; `merge` x `merge` patches make one feature."""
         visual, parallel = pack.visual_rows.numpy(), topology.config
         owner, place = owners(pack.grid_thw.numpy(), pack.encoder_ranks.numpy(), merge)
         shares = parallel.encoder_ranks // parallel.context
         send = []
         for rank in range(parallel.encoder_ranks):
-            needed = RankShare.at(visual, view.split, rank // shares, rank % shares, shares).visual_features
+            needed = RankShare.at(
+                visual, view.split, rank // shares, rank % shares, shares
+            ).visual_features
             send.append(place[needed[owner[needed] == topology.encoder_rank]])
         mine = view.visual_features
         order = np.argsort(np.argsort(owner[mine], kind="stable"), kind="stable")
@@ -136,11 +146,15 @@ class FeatureExchange:
 
     def __call__(self, features: Tensor) -> Tensor:
         """This rank's encoded features [own, W] -> the features of its visual tokens [m, W]."""
-        received: Tensor = all_to_all(self.group, features[self.send], self.receive_counts, self.send_counts)
+        received: Tensor = all_to_all(
+            self.group, features[self.send], self.receive_counts, self.send_counts
+        )
         return received[self.order]
 
 
-def owners(grids: NDArray[np.int32], ranks: NDArray[np.int32], merge: int) -> tuple[TokenRows, TokenRows]:
+def owners(
+    grids: NDArray[np.int32], ranks: NDArray[np.int32], merge: int
+) -> tuple[TokenRows, TokenRows]:
     """For each of the M features: the encoder rank that makes it, and its row among that rank's features; int64 [M] each."""
     counts = grids.astype(np.int64).prod(1) // merge**2
     owner = np.repeat(ranks.astype(np.int64), counts)

@@ -36,23 +36,35 @@ class VisionInput:
     """One a frame: the two frames of a temporal patch see each other, other frames of a video do not."""
 
     @classmethod
-    def build(cls, patches: Tensor, grid_thw: Tensor, config: VisionConfig, device: torch.device) -> "VisionInput":
+    def build(
+        cls, patches: Tensor, grid_thw: Tensor, config: VisionConfig, device: torch.device
+    ) -> "VisionInput":
         """Positions and segments for grids of (temporal, height, width) patches, int [n, 3] on the host."""
         grids = grid_thw.tolist()
-        places = [frame_places(h, w, config.position_table, config.spatial_merge_size) for _, h, w in grids]
+        places = [
+            frame_places(h, w, config.position_table, config.spatial_merge_size)
+            for _, h, w in grids
+        ]
         repeats = [t for t, _, _ in grids]
         tiled = [
-            np.concatenate([np.tile(p[i], (1, t)) for p, t in zip(places, repeats, strict=True)], axis=1) for i in range(3)
+            np.concatenate(
+                [np.tile(p[i], (1, t)) for p, t in zip(places, repeats, strict=True)], axis=1
+            )
+            for i in range(3)
         ]
         lengths = np.concatenate([np.full(t, h * w) for t, h, w in grids])
         bounds = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]))
-        rows_columns, table_rows, table_weights = (torch.from_numpy(x).to(device, non_blocking=True) for x in tiled)
+        rows_columns, table_rows, table_weights = (
+            torch.from_numpy(x).to(device, non_blocking=True) for x in tiled
+        )
         moved = patches.to(device, non_blocking=True)
         return cls(moved, rows_columns.T, table_rows, table_weights, Segments.build(bounds, device))
 
 
 @lru_cache(maxsize=4096)
-def frame_places(height: int, width: int, side: int, merge: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def frame_places(
+    height: int, width: int, side: int, merge: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Where the patches of one height x width frame lie, in merge-block order (block row, block column, row, column).
 
     Returns:
@@ -62,12 +74,19 @@ def frame_places(height: int, width: int, side: int, merge: int) -> tuple[np.nda
     places = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
     block = (height // merge, merge, width // merge, merge)
     row, column = (x.reshape(block).transpose(0, 2, 1, 3).reshape(-1) for x in places)
-    down, right = (np.linspace(0, side - 1, n, dtype=np.float32)[x] for n, x in ((height, row), (width, column)))
+    down, right = (
+        np.linspace(0, side - 1, n, dtype=np.float32)[x]
+        for n, x in ((height, row), (width, column))
+    )
     top, left = down.astype(np.int64), right.astype(np.int64)
     bottom, end = np.minimum(top + 1, side - 1), np.minimum(left + 1, side - 1)
     down, right = down - top, right - left
-    neighbours = np.stack([top * side + left, top * side + end, bottom * side + left, bottom * side + end])
-    weights = np.stack([(1 - down) * (1 - right), (1 - down) * right, down * (1 - right), down * right])
+    neighbours = np.stack(
+        [top * side + left, top * side + end, bottom * side + left, bottom * side + end]
+    )
+    weights = np.stack(
+        [(1 - down) * (1 - right), (1 - down) * right, down * (1 - right), down * right]
+    )
     return np.stack([row, column]), neighbours, weights.astype(np.float32)
 
 
@@ -84,7 +103,9 @@ class PatchEmbedding(nn.Module):
         pixels = patches.to(torch.float32) / 127.5 - 1.0
         if pixels.shape[1] != self.proj.in_features:
             pixels = pixels.view(len(pixels), self.channels, 1, -1)
-            pixels = pixels.expand(-1, -1, self.proj.in_features // (self.channels * pixels.shape[-1]), -1).flatten(1)
+            pixels = pixels.expand(
+                -1, -1, self.proj.in_features // (self.channels * pixels.shape[-1]), -1
+            ).flatten(1)
         return self.proj(pixels.to(self.proj.weight.dtype))
 
 
@@ -100,7 +121,9 @@ class VisionAttention(nn.Module):
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], segments: Segments) -> Tensor:
         """[N, C] -> [N, C]."""
         query, key, value = self.qkv(x).unflatten(1, (3, self.heads, -1)).unbind(1)
-        attended = attend(rotate(query, *rotation), rotate(key, *rotation), value, segments, causal=False)
+        attended = attend(
+            rotate(query, *rotation), rotate(key, *rotation), value, segments, causal=False
+        )
         return self.proj(attended.flatten(1))
 
 
@@ -144,13 +167,19 @@ class Merger(nn.Module):
         super().__init__()
         self.width = config.hidden_size * config.spatial_merge_size**2
         self.norm_after_merge = norm_after_merge
-        self.norm = nn.LayerNorm(self.width if norm_after_merge else config.hidden_size, eps=config.norm_epsilon)
+        self.norm = nn.LayerNorm(
+            self.width if norm_after_merge else config.hidden_size, eps=config.norm_epsilon
+        )
         self.linear_fc1 = nn.Linear(self.width, self.width)
         self.linear_fc2 = nn.Linear(self.width, output_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C] -> [M, O]."""
-        merged = self.norm(x.view(-1, self.width)) if self.norm_after_merge else self.norm(x).view(-1, self.width)
+        merged = (
+            self.norm(x.view(-1, self.width))
+            if self.norm_after_merge
+            else self.norm(x).view(-1, self.width)
+        )
         return self.linear_fc2(F.gelu(self.linear_fc1(merged)))
 
 
@@ -173,9 +202,13 @@ class VisionTower(nn.Module):
     def forward(self, vision: VisionInput) -> Tensor:
         """Features [M, (1 + K) * O]: for the embeddings, then for the DeepStack levels in order of language layers."""
         x = self.patch_embed(vision.patches)
-        positions = self.pos_embed.weight[vision.table_rows].float() * vision.table_weights.unsqueeze(-1)
+        positions = self.pos_embed.weight[
+            vision.table_rows
+        ].float() * vision.table_weights.unsqueeze(-1)
         x = x + positions.sum(0).to(x.dtype)
-        rotation = vision_rotation(vision.rows_columns, self.config.hidden_size // self.config.heads)
+        rotation = vision_rotation(
+            vision.rows_columns, self.config.hidden_size // self.config.heads
+        )
         levels: dict[int, Tensor] = {}
         for index, block in enumerate(self.blocks):
             if self.recompute and torch.is_grad_enabled():

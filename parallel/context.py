@@ -41,7 +41,9 @@ def split_pack(cu_seqlens: TokenRows, size: int) -> Split:
             f"a segment of {worst} tokens cannot be split over {size} context ranks: its length must be a multiple of"
             f" {2 * size} (data.sample_token_multiple)"
         )
-    chunk = np.arange(bounds[-1]) - np.repeat(bounds[:-1], lengths)  # place in the segment, then number of the chunk
+    chunk = np.arange(bounds[-1]) - np.repeat(
+        bounds[:-1], lengths
+    )  # place in the segment, then number of the chunk
     chunk //= np.repeat(np.maximum(lengths // (2 * size), 1), lengths)
     owner = np.minimum(chunk, 2 * size - 1 - chunk)
     return Split(tuple(np.flatnonzero(owner == rank) for rank in range(size)))

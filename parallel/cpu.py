@@ -18,7 +18,19 @@ CPU = torch.device("cpu")
 
 # Factories that Megatron-core calls with device="cuda": schedules (token counters), optimizer and clip_grads (flags and
 # norms), rerun state machine, token dispatcher, checkpoint exchange.
-FACTORIES = ("empty", "empty_like", "full", "ones", "ones_like", "rand", "randn", "tensor", "zeros", "zeros_like", "arange")
+FACTORIES = (
+    "empty",
+    "empty_like",
+    "full",
+    "ones",
+    "ones_like",
+    "rand",
+    "randn",
+    "tensor",
+    "zeros",
+    "zeros_like",
+    "arange",
+)
 
 
 class _Stream:
@@ -79,7 +91,9 @@ def _replace_streams_and_devices() -> None:
     cuda.current_stream = cuda.default_stream = lambda device=None: _Stream()
     cuda.stream = lambda stream: contextlib.nullcontext()
     any_tensor: Any = torch.Tensor
-    any_tensor.cuda = lambda self, *args, **kwargs: self  # checkpoint exchange and grad-norm code move tensors with .cuda()
+    any_tensor.cuda = lambda self, *args, **kwargs: (
+        self
+    )  # checkpoint exchange and grad-norm code move tensors with .cuda()
     any_module: Any = torch.nn.Module
     any_module.cuda = lambda self, device=None: self
 
@@ -95,8 +109,12 @@ def _replace_random_state() -> None:
 
     # These two reach into torch.cuda.default_generators and torch._C; recompute restores the state through them.
     module: Any = tensor_parallel_random
-    module._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
-    module._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    module._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: (
+        torch.get_rng_state()
+    )
+    module._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(
+        state
+    )
 
 
 def _is_cuda(device: object) -> bool:
@@ -128,7 +146,11 @@ def _replace_type_names() -> None:
 
     def type_name(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         name = own_type(self, *args, **kwargs)
-        return name.replace("torch.", "torch.cuda.") if isinstance(name, str) and not name.startswith("torch.cuda.") else name
+        return (
+            name.replace("torch.", "torch.cuda.")
+            if isinstance(name, str) and not name.startswith("torch.cuda.")
+            else name
+        )
 
     any_tensor: Any = torch.Tensor
     any_tensor.type = type_name
@@ -145,13 +167,22 @@ def _replace_collectives() -> None:
 
     @functools.wraps(all_to_all_single)
     def with_lists(
-        output: Any, tensor: Any, output_split_sizes: Any = None, input_split_sizes: Any = None, **kwargs: Any
+        output: Any,
+        tensor: Any,
+        output_split_sizes: Any = None,
+        input_split_sizes: Any = None,
+        **kwargs: Any,
     ) -> Any:
-        sizes = [x.tolist() if isinstance(x, torch.Tensor) else x for x in (output_split_sizes, input_split_sizes)]
+        sizes = [
+            x.tolist() if isinstance(x, torch.Tensor) else x
+            for x in (output_split_sizes, input_split_sizes)
+        ]
         return all_to_all_single(output, tensor, *sizes, **kwargs)
 
     @functools.wraps(all_gather)
-    def gather_unequal(outputs: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, async_op: bool = False) -> Any:
+    def gather_unequal(
+        outputs: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, async_op: bool = False
+    ) -> Any:
         if len({part.shape for part in outputs}) == 1:
             return all_gather(outputs, tensor, group=group, async_op=async_op)
         for rank, part in enumerate(outputs):

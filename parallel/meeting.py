@@ -40,7 +40,9 @@ def meet(timeout: timedelta) -> tuple[Store, int, int]:
                 f"MASTER_PORT={os.environ.get('MASTER_PORT')} is in use by another program: give this run a port of its own"
                 " (torchrun --standalone chooses one)"
             ) from error
-        raise UserError(f"the ranks cannot meet at {place}: {first_line(error)}: check MASTER_ADDR and MASTER_PORT") from error
+        raise UserError(
+            f"the ranks cannot meet at {place}: {first_line(error)}: check MASTER_ADDR and MASTER_PORT"
+        ) from error
     except dist.DistStoreError as error:
         raise UserError(
             f"not all of the {os.environ.get('WORLD_SIZE')} ranks came to {place} within {timeout.total_seconds():.0f} s:"
@@ -67,7 +69,11 @@ def agree(store: Store, rank: int, size: int, timeout: timedelta) -> Store:
 
 def _gather(store: Store, prefix: str, size: int, timeout: timedelta) -> None:
     """Answer the words of all other ranks until each has taken the prefix; raises DistStoreError if they do not come."""
-    until, missing, answered = time.monotonic() + timeout.total_seconds(), set(range(1, size)), dict[int, bytes]()
+    until, missing, answered = (
+        time.monotonic() + timeout.total_seconds(),
+        set(range(1, size)),
+        dict[int, bytes](),
+    )
     while missing:
         for rank in sorted(missing):
             if store.check([f"{PREFIX}/rank{rank}"]):

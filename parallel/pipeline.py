@@ -21,7 +21,9 @@ def layers_per_chunk(parallel: ParallelConfig, layers: int) -> list[int]:
 def layout_of(parallel: ParallelConfig, layers: int) -> str:
     """The layout as it is used: the given one without abbreviations, or an even one."""
     if parallel.pipeline_layout is not None:
-        return REPEATED.sub(lambda match: match[1] * int(match[2]), parallel.pipeline_layout.replace(" ", ""))
+        return REPEATED.sub(
+            lambda match: match[1] * int(match[2]), parallel.pipeline_layout.replace(" ", "")
+        )
     chunks = parallel.pipeline * parallel.chunks
     each = layers // chunks
     return f"E{'|'.join(['t' * each] * chunks)}L"

@@ -125,7 +125,11 @@ class Topology:
     def from_last_stage(self, values: torch.Tensor) -> torch.Tensor:
         """`values` as the last pipeline stage has them, in place."""
         if self.config.pipeline > 1:
-            dist.broadcast(values, src=dist.get_global_rank(self.groups.pp, self.config.pipeline - 1), group=self.groups.pp)
+            dist.broadcast(
+                values,
+                src=dist.get_global_rank(self.groups.pp, self.config.pipeline - 1),
+                group=self.groups.pp,
+            )
         return values
 
     def gather_over_data(self, item: object) -> list[Any]:
@@ -142,7 +146,9 @@ def choose_device(name: str) -> torch.device:
     """
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
-        raise UserError("run.device=cuda, but no GPU is visible: use run.device=cpu or check the driver")
+        raise UserError(
+            "run.device=cuda, but no GPU is visible: use run.device=cpu or check the driver"
+        )
     if name == "cpu" or not available:
         return torch.device("cpu")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -166,7 +172,9 @@ def be_deterministic() -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def start(config: ParallelConfig, device: torch.device, seed: int = 1234, timeout_minutes: float = 30.0) -> Topology:
+def start(
+    config: ParallelConfig, device: torch.device, seed: int = 1234, timeout_minutes: float = 30.0
+) -> Topology:
     """Open the process groups of a layout; the world comes from torchrun's environment, or is one process without it.
 
     Args:
@@ -235,7 +243,9 @@ def _open_layout(config: ParallelConfig, device: torch.device, seed: int) -> Top
     )
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    return Topology(config, device, dist.get_rank(), world_size, groups, seed, _pack_hosts(config, groups))
+    return Topology(
+        config, device, dist.get_rank(), world_size, groups, seed, _pack_hosts(config, groups)
+    )
 
 
 def _pack_hosts(config: ParallelConfig, groups: Any) -> Any:

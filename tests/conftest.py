@@ -15,7 +15,9 @@ from visionloom.tests.ranks import RankPool
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--device cuda` runs the one-process tests on a GPU."""
-    parser.addoption("--device", default="cpu", choices=["cpu", "cuda"], help="device of the one-process tests")
+    parser.addoption(
+        "--device", default="cpu", choices=["cpu", "cuda"], help="device of the one-process tests"
+    )
 
 
 @pytest.fixture(scope="session")
@@ -51,11 +53,19 @@ def demo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """The table of `make parity`: each layout's errors against one process."""
-    reports = [report for outcome in ("passed", "failed") for report in terminalreporter.getreports(outcome)]
+    reports = [
+        report
+        for outcome in ("passed", "failed")
+        for report in terminalreporter.getreports(outcome)
+    ]
     rows = [value for report in reports for key, value in report.user_properties if key == "row"]
     if not rows:
         return
     terminalreporter.section("layouts against one process (largest relative error)")
-    terminalreporter.write_line(f"{'layout':<48} {'ranks':>5} {'loss':>8} {'gradient':>8} {'20 steps':>8}  in")
+    terminalreporter.write_line(
+        f"{'layout':<48} {'ranks':>5} {'loss':>8} {'gradient':>8} {'20 steps':>8}  in"
+    )
     for name, ranks, loss, gradient, parameter, curve in rows:
-        terminalreporter.write_line(f"{name:<48} {ranks:>5} {loss:>8.1e} {gradient:>8.1e} {curve:>8.1e}  {parameter}")
+        terminalreporter.write_line(
+            f"{name:<48} {ranks:>5} {loss:>8.1e} {gradient:>8.1e} {curve:>8.1e}  {parameter}"
+        )

@@ -66,7 +66,19 @@ TEXTS: Final = (
     "%s{}$x",
     "\u202e",
 )
-_ODD: Final[tuple[Any, ...]] = (*NUMBERS, *TEXTS, None, True, False, [], {}, [[]], {"": None}, float("nan"), float("inf"))
+_ODD: Final[tuple[Any, ...]] = (
+    *NUMBERS,
+    *TEXTS,
+    None,
+    True,
+    False,
+    [],
+    {},
+    [[]],
+    {"": None},
+    float("nan"),
+    float("inf"),
+)
 
 
 def amount(usual: int) -> int:
@@ -74,7 +86,9 @@ def amount(usual: int) -> int:
     return max(1, round(usual * float(os.environ.get("FUZZ_FACTOR", "1"))))
 
 
-def mutants(good: Sequence[bytes], count: int, mutators: Sequence[Mutator] = (), seed: int = 0) -> Iterator[bytes]:
+def mutants(
+    good: Sequence[bytes], count: int, mutators: Sequence[Mutator] = (), seed: int = 0
+) -> Iterator[bytes]:
     """`count` damaged forms of good files.
 
     Args:
@@ -129,13 +143,19 @@ def swap(random: Random, data: bytes) -> bytes:
 def blank(random: Random, data: bytes) -> bytes:
     """A piece overwritten with one byte."""
     start, end = _stretch(random, data)
-    return data[:start] + random.choice((b"\0", b"\xff", b" ", b"[", b"9")) * (end - start) + data[end:]
+    return (
+        data[:start]
+        + random.choice((b"\0", b"\xff", b" ", b"[", b"9")) * (end - start)
+        + data[end:]
+    )
 
 
 def big_binary(random: Random, data: bytes) -> bytes:
     """Two, four or eight bytes replaced by a large number, as a count or a length might be."""
     width, order = random.choice((2, 4, 4, 8)), random.choice(("big", "little"))
-    number = random.choice((0, 1, 2 ** (8 * width) - 1, 2 ** (8 * width - 1), 2 ** (8 * width - 1) - 1, 10**9, 10**6))
+    number = random.choice(
+        (0, 1, 2 ** (8 * width) - 1, 2 ** (8 * width - 1), 2 ** (8 * width - 1) - 1, 10**9, 10**6)
+    )
     place = random.randrange(max(1, len(data) - width))
     return data[:place] + (number % 2 ** (8 * width)).to_bytes(width, order) + data[place + width :]
 
@@ -151,7 +171,18 @@ def big_decimal(random: Random, data: bytes) -> bytes:
     return data[:start] + _number(random.choice(NUMBERS)).encode() + data[end:]
 
 
-BYTE_MUTATORS: Final[tuple[Mutator, ...]] = (flip, flip, cut, drop, splice, swap, blank, big_binary, big_binary, big_decimal)
+BYTE_MUTATORS: Final[tuple[Mutator, ...]] = (
+    flip,
+    flip,
+    cut,
+    drop,
+    splice,
+    swap,
+    blank,
+    big_binary,
+    big_binary,
+    big_decimal,
+)
 
 
 def _stretch(random: Random, data: bytes) -> tuple[int, int]:
@@ -166,7 +197,11 @@ def json_edit(random: Random, data: bytes) -> bytes:
     """A JSON document with one value, key or element replaced, removed, doubled or nested."""
     try:
         return _dumped(edited(random, json.loads(data))).encode()
-    except (ValueError, RecursionError, IndexError):  # an earlier edit made it something that Python does not read
+    except (
+        ValueError,
+        RecursionError,
+        IndexError,
+    ):  # an earlier edit made it something that Python does not read
         return flip(random, data)
 
 
@@ -174,7 +209,9 @@ def json_lines_edit(random: Random, data: bytes) -> bytes:
     """JSON Lines with one line edited."""
     lines = data.splitlines() or [b""]
     place = random.randrange(len(lines))
-    return b"\n".join([*lines[:place], json_edit(random, lines[place]), *lines[place + 1 :]]) + b"\n"
+    return (
+        b"\n".join([*lines[:place], json_edit(random, lines[place]), *lines[place + 1 :]]) + b"\n"
+    )
 
 
 def edited(random: Random, document: Any) -> Any:
@@ -208,7 +245,13 @@ class Nested:
 
 def _places(value: Any) -> Iterator[tuple[Any, Any]]:
     """Every (container, key) in a JSON value."""
-    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    children = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     for key, child in children:
         yield value, key
         yield from _places(child)
@@ -218,10 +261,18 @@ def _dumped(value: Any) -> str:
     if isinstance(value, Nested):
         return "[" * value.depth + "]" * value.depth
     if isinstance(value, dict):
-        return "{" + ",".join(f"{json.dumps(str(key))}:{_dumped(one)}" for key, one in value.items()) + "}"
+        return (
+            "{"
+            + ",".join(f"{json.dumps(str(key))}:{_dumped(one)}" for key, one in value.items())
+            + "}"
+        )
     if isinstance(value, list):
         return "[" + ",".join(map(_dumped, value)) + "]"
-    return _number(value) if isinstance(value, int) and not isinstance(value, bool) else json.dumps(value)
+    return (
+        _number(value)
+        if isinstance(value, int) and not isinstance(value, bool)
+        else json.dumps(value)
+    )
 
 
 def _number(value: float) -> str:
@@ -233,7 +284,10 @@ def _number(value: float) -> str:
 
 
 def try_reader(
-    read: Callable[[bytes], object], inputs: Iterable[bytes], allowed: tuple[type[BaseException], ...], name: str = "reader"
+    read: Callable[[bytes], object],
+    inputs: Iterable[bytes],
+    allowed: tuple[type[BaseException], ...],
+    name: str = "reader",
 ) -> int:
     """Read every input; returns how many there were.
 
@@ -257,7 +311,9 @@ def try_reader(
         child.kill()
         child.join()
         if problem:
-            faults.append(f"input {tried - 1}{_kept(name, tried - 1, waiting[tried - 1])}: {problem}")
+            faults.append(
+                f"input {tried - 1}{_kept(name, tried - 1, waiting[tried - 1])}: {problem}"
+            )
     assert not faults, f"{name}: {len(faults)} faults in {tried} inputs:\n" + "\n".join(faults)
     return tried
 
@@ -277,7 +333,12 @@ def _answers(answers: "Connection[Any, Any]", tried: int, total: int) -> tuple[i
     return tried, ""
 
 
-def _read_all(read: Callable[[bytes], object], inputs: list[bytes], allowed: tuple[type[BaseException], ...], out: Any) -> None:
+def _read_all(
+    read: Callable[[bytes], object],
+    inputs: list[bytes],
+    allowed: tuple[type[BaseException], ...],
+    out: Any,
+) -> None:
     signal.signal(signal.SIGPROF, _too_slow)
     resource.setrlimit(resource.RLIMIT_AS, (_memory("VmSize") + _ADDRESSES, resource.RLIM_INFINITY))
     with open(os.devnull, "w") as nowhere:
@@ -288,7 +349,9 @@ def _read_all(read: Callable[[bytes], object], inputs: list[bytes], allowed: tup
     out.close()
 
 
-def _read_one(read: Callable[[bytes], object], data: bytes, allowed: tuple[type[BaseException], ...]) -> str:
+def _read_one(
+    read: Callable[[bytes], object], data: bytes, allowed: tuple[type[BaseException], ...]
+) -> str:
     """What is wrong with how a reader takes an input; empty if nothing is."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak of memory is counted from now on
     before, started, problem = _memory("VmRSS"), time.process_time(), ""
@@ -314,7 +377,11 @@ def _too_slow(*_: object) -> None:
 
 def _memory(name: str) -> int:
     """Bytes of a line of /proc/self/status."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name + ":"))
+    line = next(
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith(name + ":")
+    )
     return int(line.split()[1]) * 1024
 
 

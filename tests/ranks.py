@@ -48,13 +48,18 @@ class RankPool:
             self._start_one()
         with tempfile.TemporaryDirectory() as folder:
             for rank in range(world_size):
-                self.connections[rank].send((rank, world_size, str(Path(folder) / "store"), function, arguments))
+                self.connections[rank].send(
+                    (rank, world_size, str(Path(folder) / "store"), function, arguments)
+                )
             answers = [self._answer(rank) for rank in range(world_size)]
         failures = [text for ok, text in answers if not ok]
         if failures:
             self.close()
             raise RankFailed("\n".join(failures))
-        if max(len(os.listdir(f"/proc/{process.pid}/task")) for process in self.processes) > MOST_THREADS:
+        if (
+            max(len(os.listdir(f"/proc/{process.pid}/task")) for process in self.processes)
+            > MOST_THREADS
+        ):
             self.close()
         return [result for _, result in answers]
 
@@ -85,7 +90,9 @@ class RankPool:
 def serve(connection: Connection) -> None:
     """Wait for work and do it, in a process of its own."""
     os.environ["OMP_NUM_THREADS"] = "1"
-    sys.path.append(str(Path(__file__).parents[1]))  # pytest names the test modules tests.x, and functions come by name
+    sys.path.append(
+        str(Path(__file__).parents[1])
+    )  # pytest names the test modules tests.x, and functions come by name
     quiet_libraries()
     import torch
     import torch.distributed as dist
@@ -104,7 +111,9 @@ def serve(connection: Connection) -> None:
             connection.send((False, f"a rank cannot read its work:\n{traceback.format_exc()}"))
             continue
         try:
-            dist.init_process_group("gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size)
+            dist.init_process_group(
+                "gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size
+            )
             connection.send((True, function(*arguments)))
         except BaseException:
             connection.send((False, f"rank {rank}:\n{traceback.format_exc()}"))

@@ -38,7 +38,9 @@ def test_good_readers_pass_and_the_errors_that_are_allowed_too() -> None:
         (lambda data: __import__("os")._exit(3), "died"),
     ],
 )
-def test_every_fault_of_a_reader_is_found(read: object, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_fault_of_a_reader_is_found(
+    read: object, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("visionloom.tests.fuzzing.SECONDS", 0.3)
     monkeypatch.setattr("visionloom.tests.fuzzing.BYTES", 1 << 28)
     with pytest.raises(AssertionError, match=message):

@@ -37,5 +37,8 @@ def test_functions_fit_on_a_screen() -> None:
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_files_can_be_read_at_a_sitting(folder: str) -> None:
-    lengths = {str(file.relative_to(ROOT)): len(file.read_text().splitlines()) for file in (ROOT / folder).rglob("*.py")}
+    lengths = {
+        str(file.relative_to(ROOT)): len(file.read_text().splitlines())
+        for file in (ROOT / folder).rglob("*.py")
+    }
     assert {name: lines for name, lines in lengths.items() if lines > LONGEST_FILE} == {}

@@ -14,7 +14,14 @@ from visionloom.common.errors import UserError
 from visionloom.common.places import PlaceError, locate, read_located
 from visionloom.data.encode.tokenizer import END_OF_TEXT, REQUIRED
 from visionloom.model.config import ModelConfig
-from visionloom.model.huggingface.config import CONFIG, NOT_THE_MODEL, TOKENS, differences, read_config, read_json
+from visionloom.model.huggingface.config import (
+    CONFIG,
+    NOT_THE_MODEL,
+    TOKENS,
+    differences,
+    read_config,
+    read_json,
+)
 from visionloom.model.huggingface.peft_config import read_adapter_config
 from visionloom.train.checkpoint.state_file import STATE, model_of, read_run_state
 from visionloom.train.config import RunConfig
@@ -65,7 +72,9 @@ class Sides:
     def read(self, name: str) -> dict[str, Any]:
         """The content of a JSON file of the folder; empty if it is not there."""
         there = self.folder is not None and (self.folder / name).is_file()
-        return read_json(self.folder / name, self.option) if there and self.folder is not None else {}
+        return (
+            read_json(self.folder / name, self.option) if there and self.folder is not None else {}
+        )
 
     @property
     def text(self) -> dict[str, Any]:
@@ -110,7 +119,14 @@ def check_folder(folder: Path, option: str) -> None:
     """Refuse a Hugging Face folder whose files do not agree with each other; UserError with one line for each disagreement."""
     tokens = TokenTable.read(folder, option) if (folder / TOKENIZER).is_file() else None
     model = read_config(folder, option)
-    sides = Sides(model, f"{folder}/{CONFIG} with vocab_size {model.text.vocab_size}", tokens, option, folder, recipe=False)
+    sides = Sides(
+        model,
+        f"{folder}/{CONFIG} with vocab_size {model.text.vocab_size}",
+        tokens,
+        option,
+        folder,
+        recipe=False,
+    )
     if lines := faults(sides):
         raise UserError(*lines)
 
@@ -127,8 +143,16 @@ def check_export(checkpoint: Path, source: Path | None, option: str) -> None:
     model = model_of(run_state)
     vocabulary = f"{checkpoint} with model.text.vocab_size={model.text.vocab_size}"
     folder = next(iter(companions_of(source)), None) if source is not None else None
-    place = folder if folder is not None and (folder / TOKENIZER).is_file() else tokenizer_of(checkpoint, run_state)
-    tokens = TokenTable.read(place, option if place == folder else "tokenizer") if place is not None else None
+    place = (
+        folder
+        if folder is not None and (folder / TOKENIZER).is_file()
+        else tokenizer_of(checkpoint, run_state)
+    )
+    tokens = (
+        TokenTable.read(place, option if place == folder else "tokenizer")
+        if place is not None
+        else None
+    )
     if lines := faults(Sides(model, vocabulary, tokens, option, folder, checkpoint, recipe=False)):
         raise UserError(*lines)
 
@@ -172,7 +196,9 @@ def adapted_tokens_have_trained_rows(sides: Sides) -> Iterator[str]:
 
 def special_tokens_are_there(sides: Sides) -> Iterator[str]:
     """The tokenizer of a run has the tokens that prompts are made of."""
-    missing = [token for token in REQUIRED if sides.tokens is not None and token not in sides.tokens.ids]
+    missing = [
+        token for token in REQUIRED if sides.tokens is not None and token not in sides.tokens.ids
+    ]
     if sides.tokens is not None and sides.recipe and missing:
         yield f"{sides.tokens.name} lacks special tokens of Qwen3-VL: {' '.join(missing)}"
 
@@ -202,9 +228,17 @@ def answers_end_alike(sides: Sides) -> Iterator[str]:
     stops = {added[stop]: stop for stop in STOPS if stop in added}
     known = " or ".join(f"{number} ({stop})" for number, stop in stops.items())
     # Trainers write these ids beside text_config, where transformers looks too if there is no generation_config.json.
-    for name, said in ((GENERATION, sides.read(GENERATION)), (CONFIG, sides.text), (CONFIG, sides.read(CONFIG))):
+    for name, said in (
+        (GENERATION, sides.read(GENERATION)),
+        (CONFIG, sides.text),
+        (CONFIG, sides.read(CONFIG)),
+    ):
         ends = said.get("eos_token_id")
-        if stops and ends is not None and any(end not in list(stops) for end in (ends if isinstance(ends, list) else [ends])):
+        if (
+            stops
+            and ends is not None
+            and any(end not in list(stops) for end in (ends if isinstance(ends, list) else [ends]))
+        ):
             yield (
                 f"{sides.where(name)} has eos_token_id {ends}, but with {sides.tokens.name} answers end with {known}:"
                 " correct the file, or give the tokenizer of these weights"
@@ -237,7 +271,12 @@ def vision_tokens_are_alike(sides: Sides) -> Iterator[str]:
 
 def the_tokenizer_is_that_of_the_weights(sides: Sides) -> Iterator[str]:
     """The tokenizer beside the weights gives the same ids."""
-    if sides.tokens is None or sides.folder is None or not (sides.folder / TOKENIZER).is_file() or _is_trained(sides):
+    if (
+        sides.tokens is None
+        or sides.folder is None
+        or not (sides.folder / TOKENIZER).is_file()
+        or _is_trained(sides)
+    ):
         return
     theirs = TokenTable.read(sides.folder, sides.option)
     for difference in sides.tokens.differences(theirs) if not sides.resuming else ():
@@ -259,9 +298,7 @@ def the_tokenizer_is_that_of_training(sides: Sides) -> Iterator[str]:
     if place is None and sides.option == "hf":  # named because the one of training is gone
         return
     if place is None:
-        differs = (
-            f"its tokenizer.json had the SHA-256 {known[:8]}, this one has {sides.tokens.hash[:8]}, and the one of then is gone"
-        )
+        differs = f"its tokenizer.json had the SHA-256 {known[:8]}, this one has {sides.tokens.hash[:8]}, and the one of then is gone"
     else:
         differs = next(sides.tokens.differences(TokenTable.read(place, sides.option)), "")
     if differs:
@@ -281,15 +318,24 @@ def the_model_is_that_of_the_weights(sides: Sides) -> Iterator[str]:
     for part in ("text", "vision"):
         for key, value in asdict(sides.model)[part].items():
             if held[part][key] != value and key not in NOT_THE_MODEL:
-                fix = "set run.name to start a new run" if sides.option == "run.folder" else "set it alike"
+                fix = (
+                    "set run.name to start a new run"
+                    if sides.option == "run.folder"
+                    else "set it alike"
+                )
                 yield f"model.{part}.{key}={value}, but {sides.checkpoint} holds another model, with {held[part][key]}: {fix}"
 
 
 def pixels_are_those_of_the_data(sides: Sides) -> Iterator[str]:
     """The folder's preprocessors cut, scale and normalise pixels as is done here; their bounds may be others (see serving.py)."""
     nested = sides.read(PROCESSOR)
-    said: dict[str, Mapping[str, Any]] = {name: sides.read(name) for name in (PREPROCESSOR, VIDEO_PREPROCESSOR)}
-    said |= {f"{PROCESSOR} ({part})": _section(nested, part) for part in ("image_processor", "video_processor")}
+    said: dict[str, Mapping[str, Any]] = {
+        name: sides.read(name) for name in (PREPROCESSOR, VIDEO_PREPROCESSOR)
+    }
+    said |= {
+        f"{PROCESSOR} ({part})": _section(nested, part)
+        for part in ("image_processor", "video_processor")
+    }
     for name, content in said.items():
         for key, value in PIXELS.items():
             if content.get(key) is not None and not _same(content[key], value):
@@ -329,9 +375,18 @@ def _newest(run_folder: Path) -> Path | None:
     """The checkpoint that a run's `latest` names, if it is there and says where the run stands; damage is reported later."""
     pointer = run_folder / LATEST
     try:
-        newest = locate(pointer.parent, read_located(pointer.parent, pointer.name, LONGEST_POINTER).decode().strip(), "folder")
+        newest = locate(
+            pointer.parent,
+            read_located(pointer.parent, pointer.name, LONGEST_POINTER).decode().strip(),
+            "folder",
+        )
         read_run_state(newest)
-    except (PlaceError, OSError, UnicodeDecodeError, UserError):  # checkpoints can be read without it
+    except (
+        PlaceError,
+        OSError,
+        UnicodeDecodeError,
+        UserError,
+    ):  # checkpoints can be read without it
         return None
     return newest
 
@@ -346,7 +401,9 @@ def _same(said: Any, value: Any) -> bool:
     """Whether two settings are equal, numbers nearly; one number stands for three alike."""
     if isinstance(value, list):
         items = said if isinstance(said, list) else [said] * len(value)
-        return len(items) == len(value) and all(_same(one, other) for one, other in zip(items, value, strict=True))
+        return len(items) == len(value) and all(
+            _same(one, other) for one, other in zip(items, value, strict=True)
+        )
     if isinstance(value, bool) or not isinstance(said, int | float):
         return bool(said == value)
     return abs(said) < 1e300 and isclose(said, value, rel_tol=1e-4)

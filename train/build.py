@@ -52,7 +52,11 @@ def phase_topology(config: RunConfig, name: str, topology: Topology) -> Topology
 
 
 def build_stream(
-    config: RunConfig, name: str, folder: Path, topology: Topology, before: Mapping[str, Any] | None = None
+    config: RunConfig,
+    name: str,
+    folder: Path,
+    topology: Topology,
+    before: Mapping[str, Any] | None = None,
 ) -> PackStream:
     """Plan a phase's packs, a pure function of seed and step.
 
@@ -65,7 +69,7 @@ def build_stream(
     """
     phase = config.phases[name]
     if before:
-        check_state(before)
+        before = check_state(before)
     return PackStream(
         config.data,
         name,
@@ -74,7 +78,9 @@ def build_stream(
         mixture=phase.mixture,
         loss=phase.loss,
         seed=config.run.seed,
-        cost=cost_model(config.model, set(phase.trainable), config.lora if config.lora.rank else None),
+        cost=cost_model(
+            config.model, set(phase.trainable), config.lora if config.lora.rank else None
+        ),
         # each of the ranks that share a pack's pictures sees faults of its own; a sample is written once all the same
         quarantine=folder / "quarantine.jsonl" if topology.encoder_rank is not None else None,
         origin=Origin.after(before, 0) if before and config.data.continue_draws else None,
@@ -141,7 +147,9 @@ def model_to_load(config: RunConfig, topology: Topology) -> list[Qwen3VL]:
     return build_model(config, topology, drawn=False)
 
 
-def newest_weights(config: RunConfig, topology: Topology, newest: Checkpoint | None) -> list[Qwen3VL]:
+def newest_weights(
+    config: RunConfig, topology: Topology, newest: Checkpoint | None
+) -> list[Qwen3VL]:
     """Build a model with the weights of the run's newest checkpoint, or with its first ones."""
     if newest is None:
         return first_weights(config, topology)
@@ -150,7 +158,9 @@ def newest_weights(config: RunConfig, topology: Topology, newest: Checkpoint | N
     return parts
 
 
-def draw_fresh_groups(parts: list[Qwen3VL], config: RunConfig, name: str, topology: Topology) -> None:
+def draw_fresh_groups(
+    parts: list[Qwen3VL], config: RunConfig, name: str, topology: Topology
+) -> None:
     """Draw the phase's `fresh` groups anew, with a seed of the phase's own."""
     number = list(config.phases).index(name)
     groups = set(config.phases[name].fresh)
@@ -162,7 +172,9 @@ def draw_fresh_groups(parts: list[Qwen3VL], config: RunConfig, name: str, topolo
 # ---- trainer
 
 
-def build_trainer(config: RunConfig, name: str, topology: Topology, parts: list[Qwen3VL], stream: PackStream) -> PhaseTrainer:
+def build_trainer(
+    config: RunConfig, name: str, topology: Topology, parts: list[Qwen3VL], stream: PackStream
+) -> PhaseTrainer:
     """Freeze, wrap and give the model an optimizer for one phase."""
     phase = config.phases[name]
     for part in parts:
@@ -179,6 +191,10 @@ def build_trainer(config: RunConfig, name: str, topology: Topology, parts: list[
         optimizer=optimizer,
         scheduler=build_scheduler(optimizer, config.optim, phase),
         stream=stream,
-        inputs=Inputs.of(config.data, stream.tokenizer.fingerprint, config.init.huggingface or config.init.checkpoint),
+        inputs=Inputs.of(
+            config.data,
+            stream.tokenizer.fingerprint,
+            config.init.huggingface or config.init.checkpoint,
+        ),
         settings=settings_of(config, name),
     )

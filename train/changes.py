@@ -54,7 +54,9 @@ def changes(config: RunConfig, run_state: RunState, where: str) -> list[Changed]
         UserError: naming each change that cannot be, or that run.on_change=error does not let pass.
     """
     if run_state.phase not in config.phases:
-        raise UserError(f"{where} is of phase {run_state.phase}, which this recipe lacks: {_fresh_start(config)}")
+        raise UserError(
+            f"{where} is of phase {run_state.phase}, which this recipe lacks: {_fresh_start(config)}"
+        )
     found = list(_changed(config, run_state))
     if never := [each for each in found if each.change == "never"]:
         raise UserError(
@@ -72,13 +74,19 @@ def changes(config: RunConfig, run_state: RunState, where: str) -> list[Changed]
 def _changed(config: RunConfig, run_state: RunState) -> Iterator[Changed]:
     """Options of the checkpoint whose value is another one here, as far as something is left that they count for."""
     before = todays_settings(run_state.settings) or _older(run_state)
-    finished = run_state.phase_done and config.phases[run_state.phase].total_steps <= run_state.phase_step
+    finished = (
+        run_state.phase_done and config.phases[run_state.phase].total_steps <= run_state.phase_step
+    )
     over = finished and run_state.phase == list(config.phases)[-1]
     adapters = config.lora.rank or before.get("lora.rank")
     for each in _counting(config, run_state.phase):
         if each.name not in before or before[each.name] == each.value:
             continue
-        if each.name in WEIGHTS and each.value and absolute(each.value) == run_state.inputs.get("weights"):
+        if (
+            each.name in WEIGHTS
+            and each.value
+            and absolute(each.value) == run_state.inputs.get("weights")
+        ):
             continue
         if each.name == PHASES and not _reordered(config, run_state.phase, before[PHASES]):
             continue
@@ -89,7 +97,9 @@ def _changed(config: RunConfig, run_state: RunState) -> Iterator[Changed]:
         if over and each.rules.change == "run":
             continue
         was = before[each.name]
-        more = each.name.endswith(".trainable") and not set(each.value) <= set(map(str, was if isinstance(was, list) else ()))
+        more = each.name.endswith(".trainable") and not set(each.value) <= set(
+            map(str, was if isinstance(was, list) else ())
+        )
         yield Changed(each.name, was, each.value, "never" if more else each.rules.change)
 
 
@@ -115,9 +125,13 @@ def _older(run_state: RunState) -> dict[str, Any]:
     """The settings that a checkpoint without `settings` knows all the same."""
     model = asdict(model_of(run_state))
     parts = {"model.text": model["text"], "model.vision": model["vision"]}
-    found = {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
+    found = {
+        f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()
+    }
     adapters: Mapping[str, Any] = run_state.lora or {"rank": 0}
-    found |= {f"lora.{name}": adapters[name] for name in ("rank", "targets", "groups") if name in adapters}
+    found |= {
+        f"lora.{name}": adapters[name] for name in ("rank", "targets", "groups") if name in adapters
+    }
     return found | {f"phases.{run_state.phase}.steps": run_state.phase_steps}
 
 
@@ -127,5 +141,9 @@ def _listed(changed: list[Changed]) -> str:
 
 def _fresh_start(config: RunConfig) -> str:
     folder = config.run.folder
-    other = "" if folder in ("", f"runs/{config.run.name}") else f" (and run.folder, which is set to {folder})"
+    other = (
+        ""
+        if folder in ("", f"runs/{config.run.name}")
+        else f" (and run.folder, which is set to {folder})"
+    )
     return f"set run.name to start a new run{other}"

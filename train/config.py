@@ -141,7 +141,9 @@ class PhaseConfig:
     def peak_learning_rates(self) -> dict[str, float]:
         """Peak learning rate of each trainable parameter group."""
         own = {"vision": self.lr_vision, "merger": self.lr_merger, "language": None}
-        return {group: rate if (rate := own[group]) is not None else self.lr for group in self.trainable}
+        return {
+            group: rate if (rate := own[group]) is not None else self.lr for group in self.trainable
+        }
 
     def problems(self, here: str) -> Iterator[str]:
         """Yield a line for each fault of the lengths, the groups and the weights of datasets."""
@@ -268,7 +270,9 @@ class RunConfig:
         own = check(self)
         lines = own.lines
         if LATEST in self.phases:
-            lines.append(f"phases.{LATEST}: a file of that name lies beside the folders of phases: give the phase another name")
+            lines.append(
+                f"phases.{LATEST}: a file of that name lies beside the folders of phases: give the phase another name"
+            )
         if own.bounds:
             return lines
 
@@ -277,7 +281,9 @@ class RunConfig:
         lines += self._multiple_problems()
         if not self.phases:
             lines.append("phases is empty: choose a run with +recipe=NAME")
-        by_phase = {name: self._phase_problems(phase, world_size) for name, phase in self.phases.items()}
+        by_phase = {
+            name: self._phase_problems(phase, world_size) for name, phase in self.phases.items()
+        }
         lines += likewise("phases", by_phase)
         if not layout:
             lines += self._kernel_problems()
@@ -291,8 +297,15 @@ class RunConfig:
     def _phase_problems(self, phase: PhaseConfig, world_size: int) -> list[str]:
         """Return what a phase, called `phases.<name>`, cannot do with this run's data, ranks and model."""
         here, datasets = f"phases.{ANY}", list(self.data.datasets)
-        lines = [unknown(f"{here}.mixture", name, datasets) for name in phase.mixture if name not in datasets]
-        layout, where = phase.parallel or self.parallel, f"{here}.parallel" if phase.parallel else "parallel"
+        lines = [
+            unknown(f"{here}.mixture", name, datasets)
+            for name in phase.mixture
+            if name not in datasets
+        ]
+        layout, where = (
+            phase.parallel or self.parallel,
+            f"{here}.parallel" if phase.parallel else "parallel",
+        )
         faults = self._layout_problems(layout, where, world_size)
         if phase.parallel:  # those of the run's layout have lines of their own
             lines += faults
@@ -303,12 +316,16 @@ class RunConfig:
     def _layouts(self) -> dict[str, ParallelConfig]:
         """The run's own layout, in which it is evaluated, and those of its phases, by their dotted paths."""
         own = {f"phases.{name}.parallel": phase.parallel for name, phase in self.phases.items()}
-        return {"parallel": self.parallel} | {path: layout for path, layout in own.items() if layout is not None}
+        return {"parallel": self.parallel} | {
+            path: layout for path, layout in own.items() if layout is not None
+        }
 
     def _kernel_problems(self) -> list[str]:
         """Return what the kernels of the run's precision cannot multiply in any layout of the run."""
         # `auto` is bf16 on a GPU, and only `cpu` is sure to be none.
-        is_fp32 = self.run.precision == "fp32" or (self.run.precision == "auto" and self.run.device == "cpu")
+        is_fp32 = self.run.precision == "fp32" or (
+            self.run.precision == "auto" and self.run.device == "cpu"
+        )
         lines: list[str] = []
         for path, layout in self._layouts().items():
             lines += self.model.kernel_problems(4 if is_fp32 else 2, layout, path)
@@ -322,14 +339,18 @@ class RunConfig:
             return lines
 
         if not (self.init.huggingface or self.init.checkpoint):
-            lines.append(f"lora.rank={self.lora.rank} needs weights to adapt: set init.huggingface or init.checkpoint")
+            lines.append(
+                f"lora.rank={self.lora.rank} needs weights to adapt: set init.huggingface or init.checkpoint"
+            )
         for name, phase in self.phases.items():
             if phase.fresh:
                 lines.append(
                     f"phases.{name}.fresh={phase.fresh} would stay as drawn: with lora.rank above 0 only adapters train"
                 )
             if not set(phase.trainable) & set(self.lora.groups):
-                lines.append(f"phases.{name}.trainable={phase.trainable} has no adapters: lora.groups={self.lora.groups}")
+                lines.append(
+                    f"phases.{name}.trainable={phase.trainable} has no adapters: lora.groups={self.lora.groups}"
+                )
         return lines
 
     def _multiple_problems(self) -> list[str]:

@@ -19,7 +19,13 @@ from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.parallel.config import ParallelConfig
 from visionloom.parallel.topology import Topology
 from visionloom.train.config import EvaluationConfig
-from visionloom.train.generate import GreedyDecoder, Prediction, evaluating, in_batches, question_text
+from visionloom.train.generate import (
+    GreedyDecoder,
+    Prediction,
+    evaluating,
+    in_batches,
+    question_text,
+)
 from visionloom.train.progress import Screen
 from visionloom.train.report.history import NO_TASKS, RESULTS
 from visionloom.train.report.page import write_report
@@ -59,10 +65,23 @@ def held_out_losses(
         for name in held_out.data.validation:
             sums = LossSums.zeros([name], topology.device)
             dataset = EvaluationSet(held_out.data, name, samples)
-            packs = dataset.batches(length, 1, held_out.loss, topology.data_rank, topology.data_size, *encoder_of(topology))
+            packs = dataset.batches(
+                length,
+                1,
+                held_out.loss,
+                topology.data_rank,
+                topology.data_size,
+                *encoder_of(topology),
+            )
             forward = functools.partial(forward_losses, sums=sums)
             while batches := list(islice(packs, BATCHES)):
-                run_schedule(forward, model_parts, _whole_rounds(batches, topology), topology, forward_only=True)
+                run_schedule(
+                    forward,
+                    model_parts,
+                    _whole_rounds(batches, topology),
+                    topology,
+                    forward_only=True,
+                )
             sums.reduce(topology)
             _, measured = sums.means()
             if not measured:
@@ -81,7 +100,9 @@ def _whole_rounds(batches: list[PackedBatch], topology: Topology) -> list[Packed
     return batches + [replace(batches[0], loss_weights=silent)] * missing
 
 
-def predictions(held_out: HeldOut, model_parts: list[Qwen3VL], topology: Topology, name: str) -> Iterator[Prediction]:
+def predictions(
+    held_out: HeldOut, model_parts: list[Qwen3VL], topology: Topology, name: str
+) -> Iterator[Prediction]:
     """Yield greedy answers to this rank's share of a validation dataset's samples that have a task."""
     settings = held_out.evaluation
     dataset = EvaluationSet(held_out.data, name, settings.samples)
@@ -94,7 +115,12 @@ def predictions(held_out: HeldOut, model_parts: list[Qwen3VL], topology: Topolog
 
 
 def evaluate_model(
-    held_out: HeldOut, model_parts: list[Qwen3VL], topology: Topology, folder: Path, step: int, screen: Screen
+    held_out: HeldOut,
+    model_parts: list[Qwen3VL],
+    topology: Topology,
+    folder: Path,
+    step: int,
+    screen: Screen,
 ) -> dict[str, Any]:
     """Evaluate on data.validation: print tables and write eval.json and report.html.
 
@@ -116,7 +142,9 @@ def evaluate_model(
     shown: list[Prediction] = []
     for name in datasets:
         answers = list(predictions(held_out, model_parts, topology, name))
-        for part in topology.gather_over_data([(answer.sample.task, answer.correct) for answer in answers]):
+        for part in topology.gather_over_data(
+            [(answer.sample.task, answer.correct) for answer in answers]
+        ):
             for task, correct in part:
                 right_and_all = counts.setdefault(task, [0, 0])
                 right_and_all[0] += correct
@@ -134,7 +162,9 @@ def evaluate_model(
         if datasets:
             _print(results, screen)
         else:
-            screen.say("nothing is held out to evaluate on: name a dataset with +data.validation.NAME.path=DIR")
+            screen.say(
+                "nothing is held out to evaluate on: name a dataset with +data.validation.NAME.path=DIR"
+            )
         screen.say(f"report: {folder / 'report.html'}")
     return results
 

@@ -14,7 +14,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from visionloom.data.encode.encode import EncodedSample, extend, prompt_of
-from visionloom.data.encode.tokenizer import IMAGE, TURN_START, VIDEO, VISION_END, VISION_START, Tokenizer
+from visionloom.data.encode.tokenizer import (
+    IMAGE,
+    TURN_START,
+    VIDEO,
+    VISION_END,
+    VISION_START,
+    Tokenizer,
+)
 from visionloom.data.stream.batch import PackedBatch, pack_prompts
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.model.view import RankShare
@@ -109,7 +116,13 @@ class GreedyDecoder:
     it leaves the draft are tokens generated one by one. The result is that of greedy decoding from the prompt.
     """
 
-    def __init__(self, model_parts: list[Qwen3VL], topology: Topology, tokenizer: Tokenizer, max_new_tokens: int) -> None:
+    def __init__(
+        self,
+        model_parts: list[Qwen3VL],
+        topology: Topology,
+        tokenizer: Tokenizer,
+        max_new_tokens: int,
+    ) -> None:
         self.model_parts, self.topology, self.tokenizer = model_parts, topology, tokenizer
         self.limit = max_new_tokens
         self.stop = set(tokenizer.stop_ids)
@@ -119,14 +132,18 @@ class GreedyDecoder:
         with evaluating(self.model_parts):
             written = self._follow_drafts(samples)
             prompts = [prompt_of(sample) for sample in samples]
-            while unfinished := [i for i, tokens in enumerate(written) if not self._finished(tokens)]:
+            while unfinished := [
+                i for i, tokens in enumerate(written) if not self._finished(tokens)
+            ]:
                 batch = [extend(prompts[i], written[i]) for i in unfinished]
                 following = self._next_tokens(batch, [[-1]] * len(batch))
                 for i, tokens in zip(unfinished, following, strict=True):
                     written[i] += tokens
         texts = []
         for tokens in written:
-            texts.append(self.tokenizer.decode([token for token in tokens if token not in self.stop]))
+            texts.append(
+                self.tokenizer.decode([token for token in tokens if token not in self.stop])
+            )
         return texts
 
     def _finished(self, tokens: list[int]) -> bool:
@@ -165,7 +182,11 @@ class GreedyDecoder:
         """Return the most likely token after each of the places (-1: the last) of each sample."""
         parallel, encoder = self.topology.config, encoder_of(self.topology)
         batch, starts = pack_prompts(
-            samples, self.tokenizer.pad_id, parallel.pack_token_multiple, parallel.sample_token_multiple, *encoder
+            samples,
+            self.tokenizer.pad_id,
+            parallel.pack_token_multiple,
+            parallel.sample_token_multiple,
+            *encoder,
         )
         rows = []
         for sample, start, own in zip(samples, starts.tolist(), places, strict=True):
@@ -184,7 +205,9 @@ def next_tokens(
     forward = functools.partial(_forward_tokens, rows=rows, topology=topology)
     # Interleaved stages work on as many micro-batches as there are stages: the others are copies.
     copies = [batch] * (topology.config.pipeline if topology.config.chunks > 1 else 1)
-    outputs = run_schedule(forward, model_parts, copies, topology, forward_only=True, collect_non_loss_data=True)
+    outputs = run_schedule(
+        forward, model_parts, copies, topology, forward_only=True, collect_non_loss_data=True
+    )
     if outputs:
         ids = outputs[0]
     else:  # not the last stage: it is sent them

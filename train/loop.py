@@ -96,7 +96,9 @@ def step_batches(trainer: PhaseTrainer, workers: int) -> Generator[list[PackedBa
     )
 
 
-def metrics_line(trainer: PhaseTrainer, result: StepResult, seconds: float, waited: float) -> dict[str, Any]:
+def metrics_line(
+    trainer: PhaseTrainer, result: StepResult, seconds: float, waited: float
+) -> dict[str, Any]:
     """Make one line of metrics.jsonl; `tokens` and every rate count real tokens, padding left out.
 
     Args:

@@ -24,7 +24,9 @@ def lost_checkpoints(folder: Path, damaged: list[str]) -> str:
 
 def move_aside(folder: Path) -> Path:
     """Move a run's checkpoints and metrics where no start looks for them; returns the folder of the checkpoints."""
-    checkpoints = folder / CHECKPOINTS  # may be a link to another disk, so what is in it is moved within it
+    checkpoints = (
+        folder / CHECKPOINTS
+    )  # may be a link to another disk, so what is in it is moved within it
     if checkpoints.is_symlink() and not checkpoints.exists():
         raise UserError(
             f"{checkpoints} is a link to {checkpoints.readlink()}, which is not there: put it back, or remove the link"

@@ -57,8 +57,14 @@ class RunLog:
             return
         if path.is_symlink() or not path.is_file():
             raise UserError(f"{path} is no file, or a link: put the file itself there")
-        kept = [line for line in path.read_text(errors="replace").splitlines() if 0 < _step_of(line) <= step]
-        if not kept and path.stat().st_size:  # begun anew after an early end: nothing is thrown away
+        kept = [
+            line
+            for line in path.read_text(errors="replace").splitlines()
+            if 0 < _step_of(line) <= step
+        ]
+        if (
+            not kept and path.stat().st_size
+        ):  # begun anew after an early end: nothing is thrown away
             path.rename(aside(path))
             return
         with replacing(path) as file:
@@ -80,10 +86,16 @@ class RunLog:
             raise UserError(f"{folder / WAITING} {error}: remove it") from None
         for text in content.splitlines():
             try:
-                name, line = parse_json(text, tuple[Literal["metrics.jsonl", "events.jsonl"], str], str(folder / WAITING))
+                name, line = parse_json(
+                    text,
+                    tuple[Literal["metrics.jsonl", "events.jsonl"], str],
+                    str(folder / WAITING),
+                )
                 self._append(name, dict(load_json(line, str(folder / WAITING), finite=False)))
             except (JsonError, TypeError, ValueError) as error:
-                raise UserError(f"{folder / WAITING} holds what no run has left there ({error}): remove it") from None
+                raise UserError(
+                    f"{folder / WAITING} holds what no run has left there ({error}): remove it"
+                ) from None
         if not self.fault:
             (folder / WAITING).unlink()
 
@@ -109,7 +121,9 @@ class RunLog:
         """Append a whole line or nothing; returns what is wrong."""
         path = self.folder / name
         try:
-            if path.is_symlink() or (path.exists() and not path.is_file()):  # a pipe would let the run wait for a reader
+            if path.is_symlink() or (
+                path.exists() and not path.is_file()
+            ):  # a pipe would let the run wait for a reader
                 return f"{path} is no file, or a link: put the file itself there"
             with path.open("ab", buffering=0) as file:
                 end = file.tell()
@@ -138,7 +152,10 @@ def read_lines(text: str, name: str) -> Iterator[dict[str, Any]]:
 def aside(path: Path) -> Path:
     """A name beside a file or folder that is free, and that no start looks at."""
     stamp = f"{ASIDE}{time.strftime('%Y%m%d-%H%M%S')}"
-    names = (path.with_name(f"{stamp}{number}.{path.name}") for number in ("", *(f"-{count}" for count in range(2, 1000))))
+    names = (
+        path.with_name(f"{stamp}{number}.{path.name}")
+        for number in ("", *(f"-{count}" for count in range(2, 1000)))
+    )
     return next(name for name in names if not name.exists())
 
 

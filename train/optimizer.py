@@ -5,7 +5,13 @@ from typing import Any
 import megatron.core.optimizer as megatron_optimizer
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.optimizer import OptimizerConfig, ParamKey, clip_grads, distrib_optimizer, get_megatron_optimizer
+from megatron.core.optimizer import (
+    OptimizerConfig,
+    ParamKey,
+    clip_grads,
+    distrib_optimizer,
+    get_megatron_optimizer,
+)
 from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import local_multi_tensor_l2_norm
@@ -36,7 +42,9 @@ class GroupStepAdamW(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         **_: Any,
     ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        super().__init__(
+            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        )
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -76,7 +84,9 @@ class GroupStepAdamW(torch.optim.Optimizer):
     def _moments(self, parameter: Tensor) -> tuple[Tensor, Tensor]:
         state = self.state[parameter]
         if not state:
-            state.update(exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter))
+            state.update(
+                exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter)
+            )
         return state["exp_avg"], state["exp_avg_sq"]
 
 
@@ -107,18 +117,24 @@ def install_norm() -> None:
         clip_grads.l2_norm_impl = norm_on_device
 
 
-def wrap_data_parallel(parts: list[Any], topology: Topology, sharded: bool = True) -> list[DistributedDataParallel]:
+def wrap_data_parallel(
+    parts: list[Any], topology: Topology, sharded: bool = True
+) -> list[DistributedDataParallel]:
     """Wrap each part of the model in Megatron's DDP, parameters frozen before; `sharded`: for the distributed optimizer (ZeRO-1)."""
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=sharded, overlap_grad_reduce=False
     )
     return [
-        DistributedDataParallel(part.config, settings, part, pg_collection=topology.groups, disable_bucketing=number > 0)
+        DistributedDataParallel(
+            part.config, settings, part, pg_collection=topology.groups, disable_bucketing=number > 0
+        )
         for number, part in enumerate(parts)
     ]
 
 
-def build_optimizer(wrapped: list[DistributedDataParallel], optim: OptimConfig, phase: PhaseConfig, bf16: bool) -> Any:
+def build_optimizer(
+    wrapped: list[DistributedDataParallel], optim: OptimConfig, phase: PhaseConfig, bf16: bool
+) -> Any:
     """Build Megatron's optimizer for one phase; norms and biases are not decayed.
 
     Args:
@@ -145,7 +161,9 @@ def build_optimizer(wrapped: list[DistributedDataParallel], optim: OptimConfig, 
     overrides: dict[Any, dict[str, float]] = {}
     for group, peak in peaks.items():
         overrides[ParamKey(with_name_predicate=_in_group(group))] = rates_of(peak, phase)
-    undecayed = ParamWithNamePredicate(name="undecayed", fn=lambda parameter, name: parameter.dim() == 1)
+    undecayed = ParamWithNamePredicate(
+        name="undecayed", fn=lambda parameter, name: parameter.dim() == 1
+    )
     overrides[ParamKey(with_name_predicate=undecayed)] = {"wd_mult": 0.0}
     return get_megatron_optimizer(config, wrapped, config_overrides=overrides)
 
@@ -156,10 +174,14 @@ def rates_of(peak: float, phase: PhaseConfig) -> dict[str, float]:
 
 
 def _in_group(group: str) -> ParamWithNamePredicate:
-    return ParamWithNamePredicate(name=group, fn=lambda parameter, name: group_of(name.removeprefix("module.")) == group)
+    return ParamWithNamePredicate(
+        name=group, fn=lambda parameter, name: group_of(name.removeprefix("module.")) == group
+    )
 
 
-def build_scheduler(optimizer: Any, optim: OptimConfig, phase: PhaseConfig) -> OptimizerParamScheduler:
+def build_scheduler(
+    optimizer: Any, optim: OptimConfig, phase: PhaseConfig
+) -> OptimizerParamScheduler:
     """Build warm-up and the phase's decay; step it once before each update, so that the last update has the last rate."""
     steps = phase.total_steps
     peaks = phase.peak_learning_rates().values()
@@ -211,7 +233,9 @@ def state_tensors(
         if getattr(inner, "is_stub_optimizer", False) or not inner.optimizer.param_groups:
             continue  # a stage without trainable parameters
         inner.optimizer.make_moments()
-        tensors[str(number)] = inner.sharded_param_state_fully_reshardable(weights, loading, content)
+        tensors[str(number)] = inner.sharded_param_state_fully_reshardable(
+            weights, loading, content
+        )
     return tensors
 
 

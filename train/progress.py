@@ -55,9 +55,13 @@ class Screen:
         if not self.shown:
             return
         if self.live is not None:
-            self.live.update(self.live.task_ids[0], completed=line["phase_step"], news=summary(line))
+            self.live.update(
+                self.live.task_ids[0], completed=line["phase_step"], news=summary(line)
+            )
         elif line["phase_step"] % self.every_steps == 0 or line["phase_step"] == self.total:
-            self._print(f"{line['phase']:<12} {line['phase_step']:>6}/{self.total}  {summary(line)}  {self._left(line)}")
+            self._print(
+                f"{line['phase']:<12} {line['phase_step']:>6}/{self.total}  {summary(line)}  {self._left(line)}"
+            )
 
     def end(self) -> None:
         """The phase is over."""
@@ -71,9 +75,13 @@ class Screen:
             (self.live.console if self.live else self.console).print(text)
         except OSError as error:
             self.shown = False
-            with contextlib.suppress(OSError, ValueError):  # what is left in the stream would be an error when Python ends
+            with contextlib.suppress(
+                OSError, ValueError
+            ):  # what is left in the stream would be an error when Python ends
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self.console.file.fileno())
-            warn(f"warning: standard output: {error.strerror}: nothing more is shown there, training goes on")
+            warn(
+                f"warning: standard output: {error.strerror}: nothing more is shown there, training goes on"
+            )
 
     def _left(self, line: dict[str, Any]) -> str:
         pace = (time.perf_counter() - self.started) / max(1, line["phase_step"] - self.first)

@@ -20,7 +20,9 @@ from visionloom.train.lost import lost_checkpoints, move_aside
 from visionloom.train.observer import Observer
 
 
-def resume(config: RunConfig, folder: Path, topology: Topology, observer: Observer) -> Checkpoint | None:
+def resume(
+    config: RunConfig, folder: Path, topology: Topology, observer: Observer
+) -> Checkpoint | None:
     """Find the newest whole checkpoint of a run, None for a new one, and rewind its metrics to it.
 
     Raises:
@@ -44,10 +46,14 @@ def resume(config: RunConfig, folder: Path, topology: Topology, observer: Observ
         observer.event("resume", step=step, folder=str(newest.folder))
         observer.say(f"resuming after step {step} from {newest.folder}")
         for each in changed:
-            observer.event("settings_changed", step=step, option=each.option, was=each.was, now=each.now)
+            observer.event(
+                "settings_changed", step=step, option=each.option, was=each.was, now=each.now
+            )
             observer.say(f"goes on with other settings: {each}")
     status.current.at(step)
-    if observer.log is not None:  # only now: a start that is refused leaves what describes the run as it is
+    if (
+        observer.log is not None
+    ):  # only now: a start that is refused leaves what describes the run as it is
         with replacing(folder / SETTINGS_OF_RUN) as file:
             file.write(yaml.safe_dump(asdict(config), sort_keys=False).encode())
         observer.log.take_waiting(folder / CHECKPOINTS)
@@ -66,7 +72,9 @@ def _report_last_end(observer: Observer) -> None:
     observer.say(f"the start before this one ended{after}: {cause.splitlines()[0]}")
 
 
-def _begin_anew(folder: Path, damaged: list[str], allowed: bool, topology: Topology, observer: Observer) -> None:
+def _begin_anew(
+    folder: Path, damaged: list[str], allowed: bool, topology: Topology, observer: Observer
+) -> None:
     """Begin at step 0; a run that has had checkpoints does so only if run.start_anew allows it, and keeps what is left of it."""
     fault = first_fault(lost_checkpoints(folder, damaged) if topology.is_main else "")
     if not fault:

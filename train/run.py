@@ -63,7 +63,9 @@ def pretrain(config: RunConfig) -> None:
     topologies.stop()
 
 
-def train_phase(config: RunConfig, name: str, topology: Topology, newest: Checkpoint | None, observer: Observer) -> Checkpoint:
+def train_phase(
+    config: RunConfig, name: str, topology: Topology, newest: Checkpoint | None, observer: Observer
+) -> Checkpoint:
     """Train one phase, or what is left of it; returns the checkpoint of its end."""
     folder = run_folder(config)
     stream = open_stream(config, name, topology, newest, observer)
@@ -71,7 +73,9 @@ def train_phase(config: RunConfig, name: str, topology: Topology, newest: Checkp
     trainer = build_trainer(config, name, topology, parts, stream)
     restore(trainer, newest)
     report_left_out(trainer, config.data, observer)
-    if topology.is_main:  # only now: a start that is refused must not replace the files of checkpoints that are there
+    if (
+        topology.is_main
+    ):  # only now: a start that is refused must not replace the files of checkpoints that are there
         carry_into_run(config.init, config.data.tokenizer, folder)
     check_room(folder, trainer)
 
@@ -106,7 +110,9 @@ def evaluate(config: RunConfig, source: str = "") -> dict[str, Any]:
     parts = newest_weights(config, topology, trained)
     if topology.is_main:
         folder.mkdir(parents=True, exist_ok=True)
-    results = evaluate_model(held_out(config), parts, topology, folder, trained.run_state.step, screen)
+    results = evaluate_model(
+        held_out(config), parts, topology, folder, trained.run_state.step, screen
+    )
     topology.barrier()
     topologies.stop()
     return results
@@ -128,7 +134,11 @@ def steps_done(config: RunConfig, name: str, newest: Checkpoint | None) -> int:
 
 def phases_left(config: RunConfig, newest: Checkpoint | None) -> list[str]:
     """Name the phases that are not trained to their end."""
-    return [name for name, phase in config.phases.items() if steps_done(config, name, newest) < phase.total_steps]
+    return [
+        name
+        for name, phase in config.phases.items()
+        if steps_done(config, name, newest) < phase.total_steps
+    ]
 
 
 def check_data(config: RunConfig, newest: Checkpoint | None) -> None:
@@ -139,7 +149,9 @@ def check_data(config: RunConfig, newest: Checkpoint | None) -> None:
     open_corpora(config.data, list(names), Tokenizer(config.data.tokenizer))
 
 
-def open_stream(config: RunConfig, name: str, topology: Topology, newest: Checkpoint | None, observer: Observer) -> PackStream:
+def open_stream(
+    config: RunConfig, name: str, topology: Topology, newest: Checkpoint | None, observer: Observer
+) -> PackStream:
     """Open a phase's data where the newest checkpoint has left it, or at its beginning, behind the phase before."""
     folder = run_folder(config)
     if newest is not None and steps_done(config, name, newest):
@@ -148,13 +160,17 @@ def open_stream(config: RunConfig, name: str, topology: Topology, newest: Checkp
             observer.event("data_changed", phase=name, step=newest.run_state.step, detail=change)
             observer.say(f"{name}: goes on with other data: {change}")
         return stream
-    stream = build_stream(config, name, folder, topology, newest.run_state.data if newest is not None else None)
+    stream = build_stream(
+        config, name, folder, topology, newest.run_state.data if newest is not None else None
+    )
     if topology.is_main:
         stream.report_unreadable()
     return stream
 
 
-def phase_model(config: RunConfig, name: str, topology: Topology, newest: Checkpoint | None) -> list[Qwen3VL]:
+def phase_model(
+    config: RunConfig, name: str, topology: Topology, newest: Checkpoint | None
+) -> list[Qwen3VL]:
     """Build a phase's model: with the newest weights and its fresh groups drawn, or for `restore` to load into."""
     if steps_done(config, name, newest):
         return model_to_load(config, topology)
@@ -200,18 +216,24 @@ def held_out(config: RunConfig) -> HeldOut:
     return HeldOut(config.data, config.evaluation, longest, phases[-1].loss)
 
 
-def validate(config: RunConfig, trainer: PhaseTrainer, observer: Observer, unchanged: bool = False) -> None:
+def validate(
+    config: RunConfig, trainer: PhaseTrainer, observer: Observer, unchanged: bool = False
+) -> None:
     """Measure held-out losses as the phase stands; `unchanged` weights have those of the last phase's end."""
     samples = config.evaluation.phase_samples
     if not (samples and config.data.validation):
         return
     losses = observer.held_out_losses
     if not (unchanged and losses):
-        losses = held_out_losses(held_out(config), trainer.model_parts, trainer.topology, samples, observer.screen)
+        losses = held_out_losses(
+            held_out(config), trainer.model_parts, trainer.topology, samples, observer.screen
+        )
     observer.validation(trainer, losses)
 
 
-def trained_checkpoint(config: RunConfig, source: str, topology: Topology, screen: Screen) -> Checkpoint:
+def trained_checkpoint(
+    config: RunConfig, source: str, topology: Topology, screen: Screen
+) -> Checkpoint:
     """Return the checkpoint to evaluate: of the folder `source`, or the newest whole one of the run if it is empty.
 
     Raises:
@@ -224,12 +246,16 @@ def trained_checkpoint(config: RunConfig, source: str, topology: Topology, scree
         newest, damaged = checkpoint.newest(folder, topology)
         if newest is None:
             content = f"only damaged checkpoints, {damaged[0]}" if damaged else "no checkpoint"
-            raise UserError(f"{folder} holds {content}: train the run first, or name one with checkpoint=FOLDER")
+            raise UserError(
+                f"{folder} holds {content}: train the run first, or name one with checkpoint=FOLDER"
+            )
         trained = newest
     check_same_model(trained, config.model)
     check_same_adapters(trained, config.lora.rank)
     status.current.at(trained.run_state.step)
     screen.say(f"evaluating {trained.folder}")
     if differences := media_differences(trained, config.data.media):
-        screen.say(f"pictures are prepared otherwise than in training: data.media has {', '.join(differences)}")
+        screen.say(
+            f"pictures are prepared otherwise than in training: data.media has {', '.join(differences)}"
+        )
     return trained

@@ -68,7 +68,11 @@ class RunStatus:
         if _rank() == 0:
             self.before = read_status(folder)
             self.step = self.before.step if self.before is not None else None
-            early = self.before is not None and self.before.state == "failed" and _is_of_this_start(self.before)
+            early = (
+                self.before is not None
+                and self.before.state == "failed"
+                and _is_of_this_start(self.before)
+            )
             if early and AGENT in os.environ:
                 return  # another rank was quicker, and has failed already
             self._write(Status("running", None, "", 0, self.step, "", _restarts()))
@@ -90,9 +94,23 @@ class RunStatus:
         if self._folder is None:
             return
         found = read_status(self._folder)
-        if found is None or found.state == "running" or (found.host == socket.gethostname() and not _is_of_this_start(found)):
+        if (
+            found is None
+            or found.state == "running"
+            or (found.host == socket.gethostname() and not _is_of_this_start(found))
+        ):
             step = self.step if self.step is not None or found is None else found.step
-            self._write(Status("failed", code, cause, _rank() if rank is None else rank, step, hint, _restarts()))
+            self._write(
+                Status(
+                    "failed",
+                    code,
+                    cause,
+                    _rank() if rank is None else rank,
+                    step,
+                    hint,
+                    _restarts(),
+                )
+            )
 
     def _write(self, status: Status) -> None:
         if self._folder is not None:
@@ -108,7 +126,10 @@ def refused(folder: Path, code: int, cause: str, hint: str) -> None:
     """A start has ended before it began; nothing is written if there is no such folder, or a run at work in it."""
     if folder.is_dir() and not is_held(folder):
         found = read_status(folder)
-        write_status(folder, Status("failed", code, cause, _rank(), found.step if found is not None else None, hint))
+        write_status(
+            folder,
+            Status("failed", code, cause, _rank(), found.step if found is not None else None, hint),
+        )
 
 
 def read_status(folder: Path) -> Status | None:
@@ -132,7 +153,11 @@ def write_status(folder: Path, status: Status) -> None:
 
 def _start() -> str:
     """The attempt of torchrun's agent, or this process where there is none."""
-    return f"{os.environ[AGENT]}/{os.getppid()}/{_restarts()}" if AGENT in os.environ else str(os.getpid())
+    return (
+        f"{os.environ[AGENT]}/{os.getppid()}/{_restarts()}"
+        if AGENT in os.environ
+        else str(os.getpid())
+    )
 
 
 def _is_of_this_start(status: Status) -> bool:

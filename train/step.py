@@ -48,7 +48,9 @@ class StepResult:
         return self.totals.loss
 
 
-def train_step(trainer: PhaseTrainer, batches: list[PackedBatch], signals: Signals = SILENT) -> StepResult:
+def train_step(
+    trainer: PhaseTrainer, batches: list[PackedBatch], signals: Signals = SILENT
+) -> StepResult:
     """Run this rank's micro-batches, reduce the gradients and update the weights.
 
     A step whose gradient is not finite changes nothing and is reported as skipped, alike on all ranks.
@@ -66,7 +68,9 @@ def train_step(trainer: PhaseTrainer, batches: list[PackedBatch], signals: Signa
     return StepResult(totals, grad_norm, skipped)
 
 
-def open_sums(trainer: PhaseTrainer, batches: list[PackedBatch], signals: Signals = SILENT) -> StepSums:
+def open_sums(
+    trainer: PhaseTrainer, batches: list[PackedBatch], signals: Signals = SILENT
+) -> StepSums:
     """Begin the sums of a step with what is known of its micro-batches before it runs."""
     counts = StepCounts.of(batches, len(batches) * trainer.phase.micro_batch)
     sources = [corpus.name for corpus in trainer.stream.corpora]
@@ -75,7 +79,10 @@ def open_sums(trainer: PhaseTrainer, batches: list[PackedBatch], signals: Signal
 
 def encoder_of(topology: Topology) -> tuple[int, int]:
     """This rank's place among the encoder ranks, which decode a pack's pictures, and their number; -1: it decodes none."""
-    return -1 if topology.encoder_rank is None else topology.encoder_rank, topology.config.encoder_ranks
+    return (
+        -1 if topology.encoder_rank is None else topology.encoder_rank,
+        topology.config.encoder_ranks,
+    )
 
 
 def agree_on_unreadable(batches: list[PackedBatch], topology: Topology) -> list[PackedBatch]:
@@ -172,7 +179,9 @@ def unwrapped(part: Any) -> Qwen3VL:
     return model
 
 
-def forward_losses(batches: Iterator[PackedBatch], part: Any, *, sums: LossSums) -> tuple[Tensor, Any]:
+def forward_losses(
+    batches: Iterator[PackedBatch], part: Any, *, sums: LossSums
+) -> tuple[Tensor, Any]:
     """Run a part's forward pass of the next micro-batch, as Megatron-core's schedule calls it; `sums` gets the losses."""
     batch = next(batches)
     model = unwrapped(part)
@@ -194,7 +203,9 @@ def _balance_scale(batches: list[PackedBatch], topology: Topology) -> Tensor:
         row[1] = batch.real_tokens
     on_device = own.sum(0).to(topology.device, non_blocking=True)
     weight, tokens = topology.sum_over_data(on_device)
-    return (weight / tokens.clamp_min(1.0)).float().reshape(1)  # Megatron-core keeps one for the process, of this shape
+    return (
+        (weight / tokens.clamp_min(1.0)).float().reshape(1)
+    )  # Megatron-core keeps one for the process, of this shape
 
 
 def gradient_norm(optimizer: Any) -> float:

@@ -63,7 +63,9 @@ class StepCounts:
     @property
     def work(self) -> StepWork:
         """Return what the count of operations needs."""
-        return StepWork(self.tokens, self.supervised_tokens, self.token_pairs, self.patches, self.patch_pairs)
+        return StepWork(
+            self.tokens, self.supervised_tokens, self.token_pairs, self.patches, self.patch_pairs
+        )
 
 
 @dataclass(frozen=True)
@@ -202,7 +204,9 @@ class StepSums:
 
     def totals(self) -> StepTotals:
         """Read the sums: the one wait for them."""
-        losses, counts, signals, flops, router_sums, router_largest = self.vector.cpu().split(self.sizes)
+        losses, counts, signals, flops, router_sums, router_largest = self.vector.cpu().split(
+            self.sizes
+        )
         loss, by_source = means_of(self.sources, *losses.view(2, -1).tolist())
         return StepTotals(
             loss=loss,
@@ -219,4 +223,8 @@ def _router_means(sums: list[float], largest: list[float]) -> dict[str, float]:
     shares, entropies, layers = sums
     if not layers:
         return {}
-    return {"load_max": max(largest), "load_mean_max": shares / layers, "entropy": entropies / layers}
+    return {
+        "load_max": max(largest),
+        "load_mean_max": shares / layers,
+        "entropy": entropies / layers,
+    }

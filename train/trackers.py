@@ -28,13 +28,17 @@ LAST_SECONDS: Final = 15.0
 class Trackers:
     """Hands each metrics line and each evaluation to the trackers that `logging` names; with none it does nothing."""
 
-    def __init__(self, config: LoggingConfig, folder: Path, resolved_config: Mapping[str, Any], name: str) -> None:
+    def __init__(
+        self, config: LoggingConfig, folder: Path, resolved_config: Mapping[str, Any], name: str
+    ) -> None:
         """Start the trackers of a run in its folder; only the main rank may turn any on.
 
         Raises UserError if logging.tensorboard=true and the tensorboard package is missing.
         """
         if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
-            raise UserError("logging.tensorboard=true needs the tensorboard package: pip install visionloom[tensorboard]")
+            raise UserError(
+                "logging.tensorboard=true needs the tensorboard package: pip install visionloom[tensorboard]"
+            )
         self._folder = folder
         self._board_wanted = config.tensorboard
         self._board: Any = None
@@ -66,7 +70,9 @@ class Trackers:
                 self._board = self._board or self._start_board(step)
                 for name, value in values.items():
                     self._board.add_scalar(name, value, step)
-            except OSError as error:  # of the writer's thread, which raises it here with the next value
+            except (
+                OSError
+            ) as error:  # of the writer's thread, which raises it here with the next value
                 self._without_board(error)
         if self._wandb is not None:
             self._wandb.send({**values, "step": step})
@@ -90,9 +96,17 @@ class WandbProcess:
     def __init__(self, folder: Path, start: Mapping[str, Any]) -> None:
         """Start the process; it goes on by itself, with what it was sent, if this one is killed."""
         command = [sys.executable, "-m", "visionloom.train.wandb_process"]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "WANDB_SILENT": "true"}
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            "WANDB_SILENT": "true",
+        }
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, text=True, env=environment, start_new_session=True, stdout=subprocess.DEVNULL
+            command,
+            stdin=subprocess.PIPE,
+            text=True,
+            env=environment,
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
         )
         self._folder = folder
         self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
@@ -112,7 +126,9 @@ class WandbProcess:
         except subprocess.TimeoutExpired:
             os.killpg(self._process.pid, 9)
             self._process.wait()
-            warn(f"warning: wandb has not taken all values: upload them later with wandb sync {self._folder}/wandb/*run-*")
+            warn(
+                f"warning: wandb has not taken all values: upload them later with wandb sync {self._folder}/wandb/*run-*"
+            )
 
     def _send(self) -> None:
         """Write lines as fast as they are read; the pipe may be full or gone."""
@@ -130,7 +146,13 @@ def _start_wandb(folder: Path, config: Mapping[str, Any], name: str) -> WandbPro
     """The process for a run; None where it cannot start."""
     try:
         project = os.environ.get("WANDB_PROJECT", PROJECT)
-        start = {"project": project, "name": name, "id": _run_id(folder), "dir": str(folder), "config": dict(config)}
+        start = {
+            "project": project,
+            "name": name,
+            "id": _run_id(folder),
+            "dir": str(folder),
+            "config": dict(config),
+        }
         return WandbProcess(folder, start)
     except OSError as error:
         warn(f"warning: wandb is off from here on, training goes on: {error}")

@@ -34,7 +34,9 @@ def begin(start: Mapping[str, Any]) -> Any:
     try:
         import wandb
 
-        mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False, verify=False) else "offline")
+        mode = os.environ.get("WANDB_MODE") or (
+            "online" if wandb.login(prompt=False, verify=False) else "offline"
+        )
         try:
             run = _init(wandb, start, mode)
         except Exception as error:
@@ -44,7 +46,9 @@ def begin(start: Mapping[str, Any]) -> Any:
                 f"warning: wandb does not answer, values are kept for `wandb sync` in {start['dir']}/wandb: {first_line(error)}"
             )
             # Under another id: wandb's own process still tries to begin this one.
-            run = _init(wandb, dict(start) | {"id": f"{start['id']}-offline-{os.getpid()}"}, "offline")
+            run = _init(
+                wandb, dict(start) | {"id": f"{start['id']}-offline-{os.getpid()}"}, "offline"
+            )
         # Steps come as values: wandb's own counter would refuse those that a resumed run takes again.
         run.define_metric("*", step_metric="step")
     except Exception as error:  # whatever it is, training matters more
@@ -59,7 +63,11 @@ def _init(wandb: Any, start: Mapping[str, Any], mode: str) -> Any:
         mode=mode,
         resume="allow" if mode == "online" else None,
         settings=wandb.Settings(
-            silent=True, console="off", init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS, login_timeout=INIT_SECONDS
+            silent=True,
+            console="off",
+            init_timeout=INIT_SECONDS,
+            finish_timeout=FINISH_SECONDS,
+            login_timeout=INIT_SECONDS,
         ),
     )
 
@@ -74,7 +82,9 @@ def _try(action: Callable[..., object], *arguments: object) -> bool:
 
 
 def _give_up(error: Exception) -> None:
-    warn(f"warning: wandb is off from here on, training goes on: {first_line(error)} (WANDB_MODE=offline needs no network)")
+    warn(
+        f"warning: wandb is off from here on, training goes on: {first_line(error)} (WANDB_MODE=offline needs no network)"
+    )
 
 
 if __name__ == "__main__":

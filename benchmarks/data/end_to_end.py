@@ -44,7 +44,10 @@ def ours(folder: Path, workers: int, images: int, dataset: str) -> dict[str, flo
     from visionloom.data.stream.workers import iterate
 
     torch.set_num_threads(1)
-    data = DataConfig(str(folder / "tokenizer"), {dataset: DatasetConfig(str(folder / dataset), over_length="drop")})
+    data = DataConfig(
+        str(folder / "tokenizer"),
+        {dataset: DatasetConfig(str(folder / dataset), over_length="drop")},
+    )
     stream = PackStream(data, "bench", 8192, 1, {}, "sqrt", 1)
     row = 0.0
 
@@ -66,7 +69,9 @@ def exported(folder: Path, images: int) -> Path:
     make(folder, captions=images + 2000, clips=4)
     export_energon(folder / "captions")
     for name in ("captions", "clips"):
-        data = DataConfig(str(folder / "tokenizer"), {name: DatasetConfig(str(folder / name), over_length="drop")})
+        data = DataConfig(
+            str(folder / "tokenizer"), {name: DatasetConfig(str(folder / name), over_length="drop")}
+        )
         PackStream(data, "bench", 8192, 1, {}, "sqrt", 1)
     return folder
 
@@ -76,16 +81,31 @@ def rows(folder: Path, images: int) -> Iterator[Row]:
     captions, tokenizer = str(folder / "captions"), str(folder / "tokenizer")
     found: dict[str, Any] = {}
     for workers in (0, 2):
-        mine = run_apart(Path(__file__), "--ours", str(folder), f"--workers={workers}", f"--images={images}")
+        mine = run_apart(
+            Path(__file__), "--ours", str(folder), f"--workers={workers}", f"--images={images}"
+        )
         for buffer in BUFFERS:
-            words = (f"--tokenizer={tokenizer}", f"--buffer={buffer}", f"--workers={workers}", f"--images={images}")
+            words = (
+                f"--tokenizer={tokenizer}",
+                f"--buffer={buffer}",
+                f"--workers={workers}",
+                f"--images={images}",
+            )
             peer = energon("packs", captions, *words)
             yield _compared(mine, peer, workers, buffer)
         found = {"ours": mine["bytes_a_patch"], "peer": peer["bytes_a_patch"]}
     clips = run_apart(Path(__file__), "--ours", str(folder), "--images=12", "--dataset=clips")
     said = f"{found['ours']:,.0f} of an image, {clips['bytes_a_patch']:,.0f} of a video"
     met = found["ours"] == 768 and clips["bytes_a_patch"] == 1536
-    yield Row("N11", "bytes of a patch on the host", said, f"{found['peer']:,.0f} (energon, HF)", "768, 1,536", met, found)
+    yield Row(
+        "N11",
+        "bytes of a patch on the host",
+        said,
+        f"{found['peer']:,.0f} (energon, HF)",
+        "768, 1,536",
+        met,
+        found,
+    )
 
 
 def _compared(mine: dict[str, Any], peer: dict[str, Any], workers: int, buffer: int) -> Row:
@@ -106,14 +126,26 @@ def _compared(mine: dict[str, Any], peer: dict[str, Any], workers: int, buffer: 
     }
     what = f"shards to packs of 8K, {workers} workers, energon's buffer {buffer}: {ratio:.2f}x at {share:.2f}x memory"
     target = f">= {RATIO:g}x at <= {MEMORY:g}x memory"
-    return Row("N10", what, said[0], said[1] + " (energon)", target, ratio >= RATIO and share <= MEMORY, numbers)
+    return Row(
+        "N10",
+        what,
+        said[0],
+        said[1] + " (energon)",
+        target,
+        ratio >= RATIO and share <= MEMORY,
+        numbers,
+    )
 
 
 def main() -> None:
     """Measure and print the table, or be one side of it."""
-    parser = argparse.ArgumentParser(description="from shards to packs, against megatron-energon (extra `bench`)")
+    parser = argparse.ArgumentParser(
+        description="from shards to packs, against megatron-energon (extra `bench`)"
+    )
     parser.add_argument(
-        "--folder", type=Path, help="shards that an earlier run made here; without it they are made for this run"
+        "--folder",
+        type=Path,
+        help="shards that an earlier run made here; without it they are made for this run",
     )
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--ours", type=Path, help=argparse.SUPPRESS)
@@ -121,7 +153,9 @@ def main() -> None:
     parser.add_argument("--dataset", default="captions", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.ours:
-        print(json.dumps(ours(arguments.ours, arguments.workers, arguments.images, arguments.dataset)))
+        print(
+            json.dumps(ours(arguments.ours, arguments.workers, arguments.images, arguments.dataset))
+        )
         return
     with tempfile.TemporaryDirectory() as scratch:
         show(rows(exported(arguments.folder or Path(scratch), arguments.images), arguments.images))

@@ -98,15 +98,22 @@ class Packing(Reading):
         self.tokenizer = PreTrainedTokenizerFast(tokenizer_file=f"{tokenizer}/tokenizer.json")
         half = [0.5, 0.5, 0.5]
         limits = {"shortest_edge": 65_536, "longest_edge": 16_777_216}
-        self.processor = Qwen2VLImageProcessor(size=limits, patch_size=16, image_mean=half, image_std=half)
+        self.processor = Qwen2VLImageProcessor(
+            size=limits, patch_size=16, image_mean=half, image_std=half
+        )
 
     @stateless
     def encode_sample(self, sample: Members) -> Encoded:
         """Decode, resize, cut, normalise, render and tokenise."""
         question, answer = json.loads(sample.parts["json"])["messages"]
-        pixels = self.processor(images=[Pillow.open(io.BytesIO(sample.parts["img0.jpg"])).convert("RGB")], return_tensors="pt")
+        pixels = self.processor(
+            images=[Pillow.open(io.BytesIO(sample.parts["img0.jpg"])).convert("RGB")],
+            return_tensors="pt",
+        )
         grid = pixels["image_grid_thw"]
-        shown = "<|vision_start|>" + "<|image_pad|>" * (int(grid.prod()) // MERGED) + "<|vision_end|>"
+        shown = (
+            "<|vision_start|>" + "<|image_pad|>" * (int(grid.prod()) // MERGED) + "<|vision_end|>"
+        )
         prompt = f"<|im_start|>user\n{shown}{question['content'][1]['text']}<|im_end|>\n<|im_start|>assistant\n"
         asked = self.tokenizer(prompt)["input_ids"]
         said = self.tokenizer(f"{answer['content'][0]['text']}<|im_end|>\n")["input_ids"]
@@ -138,10 +145,19 @@ class Packing(Reading):
         """One pack."""
         names = ("input_ids", "labels", "pixel_values", "image_grid_thw")
         joined = {name: torch.cat([getattr(sample, name) for sample in samples]) for name in names}
-        return Encoded.derive_from(samples[0], **joined, lengths=[size for one in samples for size in one.lengths])
+        return Encoded.derive_from(
+            samples[0], **joined, lengths=[size for one in samples for size in one.lengths]
+        )
 
 
-def loader(folder: Path, encoder: Reading, workers: int, buffer: int | None = None, rank: int = 0, ranks: int = 1) -> Any:
+def loader(
+    folder: Path,
+    encoder: Reading,
+    workers: int,
+    buffer: int | None = None,
+    rank: int = 0,
+    ranks: int = 1,
+) -> Any:
     """A savable loader that never ends, in the order of the shards."""
     config = WorkerConfig(rank=rank, world_size=ranks, num_workers=workers)
     dataset = get_train_dataset(
@@ -163,7 +179,9 @@ def packs(arguments: argparse.Namespace) -> dict[str, float]:
 
     def counted() -> Iterator[tuple[int, int]]:
         nonlocal widest
-        for (pack,) in loader(arguments.folder, Packing(arguments.tokenizer), arguments.workers, arguments.buffer):
+        for (pack,) in loader(
+            arguments.folder, Packing(arguments.tokenizer), arguments.workers, arguments.buffer
+        ):
             widest = pack.pixel_values.nbytes / len(pack.pixel_values)
             yield len(pack.image_grid_thw), len(pack.input_ids)
 
@@ -208,7 +226,10 @@ def order(arguments: argparse.Namespace) -> dict[str, float]:
         return found
 
     alone = first(0, 1)
-    return {"two_ranks": len(alone & first(0, 2)) / count, "two_workers": len(alone & first(2, 1)) / count}
+    return {
+        "two_ranks": len(alone & first(0, 2)) / count,
+        "two_workers": len(alone & first(2, 1)) / count,
+    }
 
 
 def main() -> None:
@@ -218,10 +239,16 @@ def main() -> None:
     parser.add_argument("task", choices=tasks)
     parser.add_argument("folder", type=Path, help="a dataset with .nv-meta/")
     parser.add_argument("--tokenizer", default="")
-    parser.add_argument("--buffer", type=int, default=16, help="samples of the packing buffer (default 16)")
+    parser.add_argument(
+        "--buffer", type=int, default=16, help="samples of the packing buffer (default 16)"
+    )
     parser.add_argument("--workers", type=int, default=0)
-    parser.add_argument("--warm", type=int, default=10, help="packs before the counting begins (default 10)")
-    parser.add_argument("--images", type=int, default=1000, help="pictures, or samples, to count (default 1000)")
+    parser.add_argument(
+        "--warm", type=int, default=10, help="packs before the counting begins (default 10)"
+    )
+    parser.add_argument(
+        "--images", type=int, default=1000, help="pictures, or samples, to count (default 1000)"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     print(json.dumps(tasks[arguments.task](arguments)))

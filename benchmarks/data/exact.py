@@ -30,7 +30,16 @@ from visionloom.data.stream.batch import PackedBatch
 from visionloom.data.stream.train_stream import PackStream
 from visionloom.data.stream.workers import iterate
 from visionloom.tests.data.samples import RULES
-from visionloom.tests.data.stream.test_faults import CHANGED_LATER, PLANTED, SAME, SAMPLES, damage_later, digest, keys, pairs
+from visionloom.tests.data.stream.test_faults import (
+    CHANGED_LATER,
+    PLANTED,
+    SAME,
+    SAMPLES,
+    damage_later,
+    digest,
+    keys,
+    pairs,
+)
 
 PACKS, STEPS, BATCH = 60, 9, 24
 BROKEN: dict[int, str] = {number: fault[0] for number, fault in PLANTED.items()} | {
@@ -39,9 +48,13 @@ BROKEN: dict[int, str] = {number: fault[0] for number, fault in PLANTED.items()}
 """Samples that cannot be used, and why."""
 
 
-def stream(folder: Path, name: str, length: int, batch: int, quarantine: Path | None = None) -> PackStream:
+def stream(
+    folder: Path, name: str, length: int, batch: int, quarantine: Path | None = None
+) -> PackStream:
     """Packs of one dataset, whatever share of it is bad."""
-    data = DataConfig(str(folder / "tokenizer"), {name: DatasetConfig(str(folder / name))}, media=replace(RULES))
+    data = DataConfig(
+        str(folder / "tokenizer"), {name: DatasetConfig(str(folder / name))}, media=replace(RULES)
+    )
     data.max_bad_fraction = 1.0
     return PackStream(data, "bench", length, batch, {}, "sqrt", 7, quarantine=quarantine)
 
@@ -53,20 +66,32 @@ def faults(folder: Path) -> Row:
         write_shards(folder / name, name, pairs(name == "bad"), 25)
     log = folder / "quarantine.jsonl"
     with patch.object(Dataset, "fingerprint", SAME):  # orders follow the content: one name for both
-        good, bad = stream(folder, "good", 256, 1, folder / "unused.jsonl"), stream(folder, "bad", 256, 1, log)
+        good, bad = (
+            stream(folder, "good", 256, 1, folder / "unused.jsonl"),
+            stream(folder, "bad", 256, 1, log),
+        )
         damage_later(folder / "bad")
         expected, found = (list(_packs(one)) for one in (good, bad))
     names = {f"s:{number}" for number in BROKEN}
-    clean = [pair for pair in zip(expected, found, strict=True) if not names & set(pair[0].sample_ids)]
+    clean = [
+        pair for pair in zip(expected, found, strict=True) if not names & set(pair[0].sample_ids)
+    ]
     same = sum(digest(one) == digest(two) for one, two in clean)
     logged = keys(log)
     served, lost, told = lossy(folder / "bad")
     peers = f"webdataset: {told} told, {served} served as if good (2 are videos, left undecoded), {lost} good samples lost"
     ours = f"{len(set(logged) & set(BROKEN))} of {len(BROKEN)} logged, {same} of {len(clean)} other packs equal"
     met = logged == sorted(BROKEN) and same == len(clean)
-    numbers = {"planted": len(BROKEN), "logged": len(logged), "clean_packs": len(clean), "equal_packs": same}
+    numbers = {
+        "planted": len(BROKEN),
+        "logged": len(logged),
+        "clean_packs": len(clean),
+        "equal_packs": same,
+    }
     numbers |= {"peer_served": served, "peer_lost": lost, "peer_told": told}
-    return Row("N12", "planted faults, a damaged tar header beside", ours, peers, "all, all", met, numbers)
+    return Row(
+        "N12", "planted faults, a damaged tar header beside", ours, peers, "all, all", met, numbers
+    )
 
 
 def _packs(one: PackStream) -> Iterator[PackedBatch]:
@@ -80,7 +105,10 @@ def lossy(folder: Path) -> tuple[int, int, int]:
         warnings.simplefilter("always")
         handler = webdataset.warn_and_continue
         found = webdataset.WebDataset(urls, shardshuffle=False, empty_check=False, handler=handler)
-        served = {int(sample["__key__"].rpartition("/")[2]) for sample in found.map(_decoded, handler=handler)}
+        served = {
+            int(sample["__key__"].rpartition("/")[2])
+            for sample in found.map(_decoded, handler=handler)
+        }
     good = set(range(SAMPLES)) - set(BROKEN)
     return len(served & set(BROKEN)), len(good - served), len(told)
 
@@ -115,12 +143,22 @@ def layouts(folder: Path, energon: Mapping[str, float] | None = None) -> Row:
     if energon:
         peers = f"energon's first samples that stay: {energon['two_ranks']:.0%} on 2 ranks, {energon['two_workers']:.0%} with 2 workers"
         numbers |= {f"energon_{name}": value for name, value in energon.items()}
-    return Row("N13", "other ranks and workers", ours, peers, "all, all", equal == STEPS and workers == 3, numbers)
+    return Row(
+        "N13",
+        "other ranks and workers",
+        ours,
+        peers,
+        "all, all",
+        equal == STEPS and workers == 3,
+        numbers,
+    )
 
 
 def _of_step(made: PackStream, step: int, ranks: int) -> list[str]:
     """Digests of the step's packs, in no rank's order."""
-    return sorted(digest(batch) for rank in range(ranks) for batch in made.micro_batches(step, rank, ranks, 1))
+    return sorted(
+        digest(batch) for rank in range(ranks) for batch in made.micro_batches(step, rank, ranks, 1)
+    )
 
 
 def rows(energon: Mapping[str, float] | None = None) -> Iterator[Row]:

@@ -33,7 +33,13 @@ from visionloom.benchmarks.data.synthetic import CLIP, CLIP_RATE, clip, photogra
 from visionloom.benchmarks.data.table import Row, show
 from visionloom.data.config import MediaConfig
 from visionloom.data.encode import image
-from visionloom.data.encode.geometry import PATCH_SIZE, chosen_frames, frame_size, frame_times, image_grid
+from visionloom.data.encode.geometry import (
+    PATCH_SIZE,
+    chosen_frames,
+    frame_size,
+    frame_times,
+    image_grid,
+)
 from visionloom.data.encode.image import decode_image, resize
 from visionloom.data.encode.patches import IMAGE_ROW, VIDEO_ROW, put
 from visionloom.data.encode.video import decode_frames
@@ -44,12 +50,27 @@ HALF: Final = [0.5, 0.5, 0.5]
 Work = Callable[[], Any]
 
 
-def compared(goal: str, what: str, unit: str, milliseconds: tuple[float, float], peer: str, most: float | None) -> Row:
+def compared(
+    goal: str,
+    what: str,
+    unit: str,
+    milliseconds: tuple[float, float],
+    peer: str,
+    most: float | None,
+) -> Row:
     """A row of milliseconds for one unit of work, ours and the peer's; `most` is the ratio that is aimed at."""
     ours, theirs = milliseconds
     said, target = f"{ours:.2f} ms/{unit}, {ours / theirs:.2f}x", f"<= {most:g}x" if most else ""
     numbers = {"ours_ms": ours, "peer_ms": theirs, "ratio": ours / theirs}
-    return Row(goal, what, said, f"{theirs:.2f} ({peer})", target, ours / theirs <= most if most else None, numbers)
+    return Row(
+        goal,
+        what,
+        said,
+        f"{theirs:.2f} ({peer})",
+        target,
+        ours / theirs <= most if most else None,
+        numbers,
+    )
 
 
 def measure(repetitions: int, units: int, *works: Work) -> list[float]:
@@ -67,9 +88,14 @@ def measure(repetitions: int, units: int, *works: Work) -> list[float]:
 def images(repetitions: int) -> Iterator[Row]:
     """N2."""
     files = [(data, Image("", width, height)) for data, width, height in map(photograph, range(48))]
-    buffers = [np.empty((int(np.prod(image_grid(picture, RULES))), IMAGE_ROW), np.uint8) for _, picture in files]
+    buffers = [
+        np.empty((int(np.prod(image_grid(picture, RULES))), IMAGE_ROW), np.uint8)
+        for _, picture in files
+    ]
     limits = {"shortest_edge": 65_536, "longest_edge": 16_777_216}
-    processor = Qwen2VLImageProcessor(size=limits, patch_size=PATCH_SIZE, image_mean=HALF, image_std=HALF)
+    processor = Qwen2VLImageProcessor(
+        size=limits, patch_size=PATCH_SIZE, image_mean=HALF, image_std=HALF
+    )
 
     def ours() -> None:
         for (data, picture), out in zip(files, buffers, strict=True):
@@ -86,7 +112,9 @@ def images(repetitions: int) -> Iterator[Row]:
 
     def peer() -> list[torch.Tensor]:
         opened = (Pillow.open(io.BytesIO(data)).convert("RGB") for data, _ in files)
-        return [processor(images=[picture], return_tensors="pt")["pixel_values"] for picture in opened]
+        return [
+            processor(images=[picture], return_tensors="pt")["pixel_values"] for picture in opened
+        ]
 
     ours()
     for rows, expected in zip(buffers, peer(), strict=True):
@@ -107,7 +135,9 @@ def frames(repetitions: int) -> Iterator[Row]:
     per_patch = size[0] * size[1] // PATCH_SIZE**2
     out = np.empty((len(stored) // 2 * per_patch, VIDEO_ROW), np.uint8)
     limits = {"shortest_edge": 4_096, "longest_edge": 25_165_824}
-    processor = Qwen3VLVideoProcessor(size=limits, do_sample_frames=False, cap_pixels_per_frame=False)
+    processor = Qwen3VLVideoProcessor(
+        size=limits, do_sample_frames=False, cap_pixels_per_frame=False
+    )
 
     def ours() -> None:
         for number, pixels in enumerate(stored):
@@ -120,7 +150,9 @@ def frames(repetitions: int) -> Iterator[Row]:
     ours()
     same(out, peer())
     quick, slow = measure(repetitions, len(stored), ours, peer)
-    yield compared("N3", "frame of 640x360 to patches", "frame", (quick, slow), "Qwen3VLVideoProcessor", 0.25)
+    yield compared(
+        "N3", "frame of 640x360 to patches", "frame", (quick, slow), "Qwen3VLVideoProcessor", 0.25
+    )
 
 
 def film(seconds: float) -> tuple[bytes, Video]:
@@ -128,7 +160,14 @@ def film(seconds: float) -> tuple[bytes, Video]:
     height, width = CLIP
     count = round(seconds * CLIP_RATE)
     return clip(0, seconds), Video(
-        (), (), width, height, ref="a.mp4", file_frames=count, fps=float(CLIP_RATE), duration=count / CLIP_RATE
+        (),
+        (),
+        width,
+        height,
+        ref="a.mp4",
+        file_frames=count,
+        fps=float(CLIP_RATE),
+        duration=count / CLIP_RATE,
     )
 
 
@@ -146,9 +185,15 @@ def files(repetitions: int) -> Iterator[Row]:
             with av.open(io.BytesIO(data)) as container:
                 container.streams.video[0].codec_context.thread_count = 1
                 shown = enumerate(container.decode(video=0))
-                return [frame.to_ndarray(format="rgb24", threads=1) for number, frame in shown if number in wanted]
+                return [
+                    frame.to_ndarray(format="rgb24", threads=1)
+                    for number, frame in shown
+                    if number in wanted
+                ]
 
-        assert all(np.array_equal(*pair) for pair in zip(ours(), peer(), strict=True)), "frames differ"
+        assert all(np.array_equal(*pair) for pair in zip(ours(), peer(), strict=True)), (
+            "frames differ"
+        )
         quick, slow = measure(max(3, repetitions // 2), len(indices), ours, peer)
         what = f"wanted frames of an H.264 file, {rate:g} a second"
         yield compared(goal, what, "frame", (quick, slow), "PyAV, all decoded", target)
@@ -169,7 +214,9 @@ def rows(repetitions: int) -> Iterator[Row]:
 
 def main() -> None:
     """Measure and print the table."""
-    parser = argparse.ArgumentParser(description="decoding and cutting of pictures and videos, against the peers")
+    parser = argparse.ArgumentParser(
+        description="decoding and cutting of pictures and videos, against the peers"
+    )
     parser.add_argument("--repetitions", type=int, default=7)
     show(rows(parser.parse_args().repetitions))
 

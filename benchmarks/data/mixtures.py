@@ -41,10 +41,18 @@ class LengthMixture:
         shares = np.array([kind.share for kind in self.kinds])
         kinds = rng.choice(len(shares), count, p=shares / shares.sum())
         text, visual, spread = (
-            np.array([getattr(kind, f) for kind in self.kinds])[kinds] for f in ("text", "visual", "visual_spread")
+            np.array([getattr(kind, f) for kind in self.kinds])[kinds]
+            for f in ("text", "visual", "visual_spread")
         )
-        written = np.exp(rng.normal(np.log(text), np.array([kind.text_spread for kind in self.kinds])[kinds])).astype(int) + 8
-        shown = np.where(visual > 0, np.exp(rng.normal(np.log(np.maximum(visual, 1)), spread)), 0).astype(int)
+        written = (
+            np.exp(
+                rng.normal(np.log(text), np.array([kind.text_spread for kind in self.kinds])[kinds])
+            ).astype(int)
+            + 8
+        )
+        shown = np.where(
+            visual > 0, np.exp(rng.normal(np.log(np.maximum(visual, 1)), spread)), 0
+        ).astype(int)
         table = np.zeros(count, LENGTHS)
         table["tokens"] = written + shown
         table["patches"] = 4 * shown
@@ -56,7 +64,9 @@ class LengthMixture:
     def samples(self, count: int, seed: int = 0) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Tokens and patches of the samples, of `count`, that a pack can hold."""
         table = self.table(count, seed)
-        table = table[(table["tokens"] <= self.tokens) & (table["patches"] <= int(3.2 * self.tokens))]
+        table = table[
+            (table["tokens"] <= self.tokens) & (table["patches"] <= int(3.2 * self.tokens))
+        ]
         return table["tokens"], table["patches"]
 
 

@@ -52,13 +52,21 @@ MICROSECONDS_PER_SAMPLE, RESUME_SECONDS, STATE_BYTES, MINUTES_PER_MILLION = 10.0
 Packing = Callable[[list[int], list[int], int, int], list[list[int]]]
 
 
-def plan_of(mixture: LengthMixture, samples: int, global_batch: int, seed: int = 0, patches_per_token: float = 3.2) -> Plan:
+def plan_of(
+    mixture: LengthMixture,
+    samples: int,
+    global_batch: int,
+    seed: int = 0,
+    patches_per_token: float = 3.2,
+) -> Plan:
     """A plan of one dataset with the lengths of a mixture; what is longer than a pack is dropped."""
     table = mixture.table(samples, seed)
     budget = int(patches_per_token * mixture.tokens)
     over = np.flatnonzero((table["tokens"] > mixture.tokens) | (table["patches"] > budget))
     source = MixtureEntry("mixture", 1.0, Parts(table, over, np.empty(0, PART)), "mixture", "drop")
-    settings = Settings(seed, "bench", mixture.tokens, global_batch, budget, WINDOW, shuffle_block_samples=64)
+    settings = Settings(
+        seed, "bench", mixture.tokens, global_batch, budget, WINDOW, shuffle_block_samples=64
+    )
     return Plan([source], settings, QWEN3VL_8B)
 
 
@@ -70,7 +78,9 @@ def rank_costs(dealt: list[list[list[PlannedPack]]]) -> list[float]:
 # ---- the peers' ideas
 
 
-def next_fit(tokens: list[int], _: list[int], token_budget: int, patch_budget: int) -> list[list[int]]:
+def next_fit(
+    tokens: list[int], _: list[int], token_budget: int, patch_budget: int
+) -> list[list[int]]:
     """Fill a pack until the next sample does not fit."""
     packs, room = list[list[int]](), 0
     for number, size in enumerate(tokens):
@@ -85,12 +95,16 @@ def next_fit(tokens: list[int], _: list[int], token_budget: int, patch_budget: i
 def first_fit_decreasing(buffer: int) -> Packing:
     """First-fit of the largest first over a buffer of samples, which is emptied before the next one."""
 
-    def packing(tokens: list[int], _: list[int], token_budget: int, patch_budget: int) -> list[list[int]]:
+    def packing(
+        tokens: list[int], _: list[int], token_budget: int, patch_budget: int
+    ) -> list[list[int]]:
         packs = list[list[int]]()
         for start in range(0, len(tokens), buffer):
             stop, first, rooms = min(start + buffer, len(tokens)), len(packs), list[int]()
             for number in sorted(range(start, stop), key=lambda n: -tokens[n]):
-                place = next((at for at, room in enumerate(rooms) if room >= tokens[number]), len(rooms))
+                place = next(
+                    (at for at, room in enumerate(rooms) if room >= tokens[number]), len(rooms)
+                )
                 if place == len(rooms):
                     rooms.append(token_budget)
                     packs.append([])
@@ -108,7 +122,9 @@ PEERS: dict[str, Packing] = {
 }
 
 
-def measured(packing: Packing, mixture: LengthMixture, samples: int, budget: int) -> tuple[float, float, list[list[int]]]:
+def measured(
+    packing: Packing, mixture: LengthMixture, samples: int, budget: int
+) -> tuple[float, float, list[list[int]]]:
     """Fill, microseconds a sample, and the packs."""
     tokens, patches = (column.tolist() for column in mixture.samples(samples))
     started = time.process_time()
@@ -123,15 +139,31 @@ def measured(packing: Packing, mixture: LengthMixture, samples: int, budget: int
 def fill(name: str, samples: int) -> list[Row]:
     """N5: share of the packs that is not padding, over whole blocks of a plan, their last packs included."""
     mixture, rows = MIXTURES[name], []
-    peers = ", ".join(f"{peer} {measured(packing, mixture, samples, 1 << 40)[0]:.2%}" for peer, packing in PEERS.items())
-    for what, patches_per_token in (("tokens only", 1e6), ("tokens and 3.2 patches a token", PATCHES_PER_TOKEN)):
+    peers = ", ".join(
+        f"{peer} {measured(packing, mixture, samples, 1 << 40)[0]:.2%}"
+        for peer, packing in PEERS.items()
+    )
+    for what, patches_per_token in (
+        ("tokens only", 1e6),
+        ("tokens and 3.2 patches a token", PATCHES_PER_TOKEN),
+    ):
         plan = plan_of(mixture, samples, 8, patches_per_token=patches_per_token)
         blocks = [plan.block(number) for number in range(max(1, samples // plan.draws_per_block))]
         share = sum(int(s.tokens.sum()) for s in blocks) / mixture.tokens / sum(map(len, blocks))
         alone = patches_per_token == PATCHES_PER_TOKEN
         target = "" if alone else f">= {FILL[name]:.1%}"
         met = None if alone else share >= FILL[name]
-        rows.append(Row("N5", f"fill {name}, {what}", f"{share:.2%}", "" if alone else peers, target, met, {"ours": share}))
+        rows.append(
+            Row(
+                "N5",
+                f"fill {name}, {what}",
+                f"{share:.2%}",
+                "" if alone else peers,
+                target,
+                met,
+                {"ours": share},
+            )
+        )
     return rows
 
 
@@ -143,9 +175,20 @@ def planning_time(name: str, samples: int) -> Row:
     started = time.process_time()
     packed = sum(len(plan._make_block(number).tokens) for number in range(2))
     cost = (time.process_time() - started) / packed * 1e6
-    peers = ", ".join(f"{peer} {measured(packing, mixture, samples, 1 << 40)[1]:.1f}" for peer, packing in PEERS.items())
+    peers = ", ".join(
+        f"{peer} {measured(packing, mixture, samples, 1 << 40)[1]:.1f}"
+        for peer, packing in PEERS.items()
+    )
     met = cost <= MICROSECONDS_PER_SAMPLE
-    return Row("N6", f"planning {name}, µs a sample", f"{cost:.1f}", f"packing alone: {peers}", "<= 10", met, {"ours_us": cost})
+    return Row(
+        "N6",
+        f"planning {name}, µs a sample",
+        f"{cost:.1f}",
+        f"packing alone: {peers}",
+        "<= 10",
+        met,
+        {"ours_us": cost},
+    )
 
 
 def useful(name: str, samples: int) -> Row:
@@ -163,16 +206,24 @@ def useful(name: str, samples: int) -> Row:
     worst = (loads.max(1) / loads.mean(1)).max()
     met = bool(share >= USEFUL[name] and (name != "8k" or worst <= 1.05))
     target = f">= {USEFUL[name]:.0%}" + (", max/mean <= 1.05" if name == "8k" else "")
-    what, numbers = f"useful {name}, {ranks} ranks x 4 packs", {"ours": float(share), "worst": float(worst)}
+    what, numbers = (
+        f"useful {name}, {ranks} ranks x 4 packs",
+        {"ours": float(share), "worst": float(worst)},
+    )
     return Row("N7", what, f"{share:.1%}, max/mean {worst:.3f}", peers, target, met, numbers)
 
 
 def in_order(packs: list[list[int]], mixture: LengthMixture, samples: int, ranks: int) -> float:
     """The useful share if packs go to ranks as they come."""
     table = mixture.table(samples)
-    table = table[(table["tokens"] <= mixture.tokens) & (table["patches"] <= int(PATCHES_PER_TOKEN * mixture.tokens))]
+    table = table[
+        (table["tokens"] <= mixture.tokens)
+        & (table["patches"] <= int(PATCHES_PER_TOKEN * mixture.tokens))
+    ]
     tokens = table["tokens"].astype(np.int64)
-    work = np.stack([tokens, tokens**2, table["patches"].astype(np.int64), table["patch_squares"]], axis=1)
+    work = np.stack(
+        [tokens, tokens**2, table["patches"].astype(np.int64), table["patch_squares"]], axis=1
+    )
     costs = np.array([QWEN3VL_8B.of(work[pack].sum(0)) for pack in packs])
     steps = len(costs) // (ranks * PACKS_PER_RANK)
     loads = costs[: steps * ranks * PACKS_PER_RANK].reshape(steps, PACKS_PER_RANK, ranks).sum(1)
@@ -205,10 +256,22 @@ def resume(peer: Peer | None = None) -> list[Row]:
                 fresh.plan._make_block(block)
             replayed = time.perf_counter() - started
             peers = f"planning all before it {replayed:.2f}, reading it again more"
-            peers = f"{peer.resume_seconds:.2f} of CPU (energon, buffer 64), {peers}" if peer else peers
+            peers = (
+                f"{peer.resume_seconds:.2f} of CPU (energon, buffer 64), {peers}" if peer else peers
+            )
             what = f"first pack (8K tokens, decoded) at step {step:,}, s"
             met = seconds <= RESUME_SECONDS
-            rows.append(Row("N8", what, f"{seconds:.2f}", peers, "<= 0.5", met, {"ours_s": seconds, "replayed_s": replayed}))
+            rows.append(
+                Row(
+                    "N8",
+                    what,
+                    f"{seconds:.2f}",
+                    peers,
+                    "<= 0.5",
+                    met,
+                    {"ours_s": seconds, "replayed_s": replayed},
+                )
+            )
     return rows
 
 
@@ -233,13 +296,23 @@ def counting(captions: int) -> Row:
         Counting(dataset, Tokenizer(str(Path(folder) / "tokenizer")), MediaConfig())(0, captions)
         counted = time.process_time()
         peer = processed(dataset, 200) * 1e6 / 60
-    index, lengths = ((stop - start) / captions * 1e6 for start, stop in ((started, indexed), (indexed, counted)))
+    index, lengths = (
+        (stop - start) / captions * 1e6 for start, stop in ((started, indexed), (indexed, counted))
+    )
     minutes = (index + lengths) / 60
     ours = f"{minutes:.1f} (index {index:.0f} µs, lengths {lengths:.0f} µs a sample, {captions:,} of them)"
     peers = f"{peer:.0f} (lengths by Pillow and HF's processor, without index or tokens)"
     what = "index and lengths, CPU minutes for 1M captions"
     numbers = {"index_us": index, "lengths_us": lengths, "minutes": minutes, "peer_minutes": peer}
-    return Row("N14", what, ours, peers, f"<= {MINUTES_PER_MILLION:g}", minutes <= MINUTES_PER_MILLION, numbers)
+    return Row(
+        "N14",
+        what,
+        ours,
+        peers,
+        f"<= {MINUTES_PER_MILLION:g}",
+        minutes <= MINUTES_PER_MILLION,
+        numbers,
+    )
 
 
 def processed(dataset: Dataset, count: int) -> float:
@@ -257,7 +330,10 @@ def processed(dataset: Dataset, count: int) -> float:
 
 def stream_of(folder: Path) -> PackStream:
     """Packs of 8,192 tokens of photographs with captions and of documents."""
-    datasets = {name: DatasetConfig(str(folder / name), over_length="split") for name in ("captions", "documents")}
+    datasets = {
+        name: DatasetConfig(str(folder / name), over_length="split")
+        for name in ("captions", "documents")
+    }
     data = DataConfig(str(folder / "tokenizer"), datasets, cache="")
     return PackStream(data, "bench", 8192, 8, {"captions": 3, "documents": 1}, "sqrt", 1)
 
@@ -271,13 +347,34 @@ def state_size(peer: Peer | None = None) -> Row:
         before[content] = 10**9 + number
         parts = Parts(MIXTURES["8k"].table(2000, number), np.empty(0, np.int64), np.empty(0, PART))
         sources.append(MixtureEntry(name, 0.1 + number, parts, content, "truncate_tail"))
-    settings = Settings(1234, "long_context", 262_144, 512, 838_860, 1024, 64, 0, 64, "tokens", "12345678", "12345678")
+    settings = Settings(
+        1234,
+        "long_context",
+        262_144,
+        512,
+        838_860,
+        1024,
+        64,
+        0,
+        64,
+        "tokens",
+        "12345678",
+        "12345678",
+    )
     size = len(json.dumps(Plan(sources, settings, origin=Origin(10_000, before)).state(10_002)))
     peers = "17-29 KB a rank (energon, published)"
     if peer:
         peers = f"{peer.state_bytes:,.0f} a rank (energon, buffer 64, 1 dataset)"
     what = "state, bytes in all, 20 datasets"
-    return Row("N9", what, f"{size:,}", peers, f"<= {STATE_BYTES:,}", size <= STATE_BYTES, {"ours_bytes": size})
+    return Row(
+        "N9",
+        what,
+        f"{size:,}",
+        peers,
+        f"<= {STATE_BYTES:,}",
+        size <= STATE_BYTES,
+        {"ours_bytes": size},
+    )
 
 
 def rows(samples: int, captions: int, peer: Peer | None = None) -> Iterator[Row]:
@@ -293,9 +390,15 @@ def rows(samples: int, captions: int, peer: Peer | None = None) -> Iterator[Row]
 
 def main() -> None:
     """Measure and print the table; exits with 1 if a goal is not met."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=40_000, help="of each mixture (default 40,000)")
-    parser.add_argument("--captions", type=int, default=20_000, help="that are indexed and counted (default 20,000)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--samples", type=int, default=40_000, help="of each mixture (default 40,000)"
+    )
+    parser.add_argument(
+        "--captions", type=int, default=20_000, help="that are indexed and counted (default 20,000)"
+    )
     arguments = parser.parse_args()
     found = list(rows(arguments.samples, arguments.captions))
     show(found)

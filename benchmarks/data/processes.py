@@ -33,7 +33,13 @@ def steady(packs: Iterator[tuple[int, int]], warm: int, images: int) -> dict[str
     while seen < images:
         found = next(packs)
         seen, tokens, count = seen + found[0], tokens + found[1], count + 1
-    return {"images": seen, "tokens": tokens, "packs": count, "cpu": cpu_seconds() - cpu, "first": first}
+    return {
+        "images": seen,
+        "tokens": tokens,
+        "packs": count,
+        "cpu": cpu_seconds() - cpu,
+        "first": first,
+    }
 
 
 def run_apart(file: Path, *words: str) -> dict[str, Any]:
@@ -43,7 +49,12 @@ def run_apart(file: Path, *words: str) -> dict[str, Any]:
     what of them is counted would depend on what else runs on the machine. `resident` is the plain sum of resident sizes,
     in which each process counts the libraries again. Raises RuntimeError if the script fails.
     """
-    process = subprocess.Popen([sys.executable, str(file), *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, str(file), *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     known, most = psutil.Process(process.pid), {"memory": 0, "resident": 0}
     while process.poll() is None:
         held = [_held(one.pid) for one in _tree(known)]
@@ -79,5 +90,8 @@ def _held(pid: int) -> tuple[int, int]:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
     except OSError:  # it has ended
         return 0, 0
-    sizes = {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines)}
+    sizes = {
+        name: int(rest.split()[0]) * 1024
+        for name, _, rest in (line.partition(":") for line in lines)
+    }
     return sizes.get("Pss_Anon", 0) + sizes.get("Pss_Shmem", 0), sizes.get("Rss", 0)

@@ -49,9 +49,14 @@ def measure(repetitions: int, samples: int, work: Callable[[], Any]) -> float:
     return median(seconds[1:]) / samples * 1e6
 
 
-def rows(folder: Path, repetitions: int, energon: float | None = None, most: int = 1000) -> Iterator[Row]:
+def rows(
+    folder: Path, repetitions: int, energon: float | None = None, most: int = 1000
+) -> Iterator[Row]:
     """N1, of the first captions in this folder; `energon`: microseconds of a sample, if measured on the same shards."""
-    dataset, tokenizer = Dataset.open(folder / "captions", "captions"), Tokenizer(str(folder / "tokenizer"))
+    dataset, tokenizer = (
+        Dataset.open(folder / "captions", "captions"),
+        Tokenizer(str(folder / "tokenizer")),
+    )
     count = min(most, len(dataset))
     order = np.random.default_rng(0).permutation(count).tolist()
     samples = [dataset.sample(index) for index in order]
@@ -79,11 +84,28 @@ def rows(folder: Path, repetitions: int, energon: float | None = None, most: int
     peers = f"{peer:.0f} (webdataset, in order, JSON parsed, nothing checked)"
     numbers = {"ours_us": ours, "webdataset_us": peer}
     if energon is not None:
-        peers, numbers = f"{peers}, {energon:.0f} (energon, likewise)", {**numbers, "energon_us": energon}
+        peers, numbers = (
+            f"{peers}, {energon:.0f} (energon, likewise)",
+            {**numbers, "energon_us": energon},
+        )
     what = "sample and picture in random order, both checked, not decoded"
-    yield Row("N1", what, f"{ours:.0f} \u00b5s", peers, f"<= {MICROSECONDS:g} \u00b5s", ours <= MICROSECONDS, numbers)
-    yield _part("of it the sample: read, checked, parsed", timed(lambda: [dataset.sample(index) for index in order]))
-    yield _part("rendering: template, grids, loss weights", timed(lambda: [render(sample, RULES) for sample in samples]))
+    yield Row(
+        "N1",
+        what,
+        f"{ours:.0f} \u00b5s",
+        peers,
+        f"<= {MICROSECONDS:g} \u00b5s",
+        ours <= MICROSECONDS,
+        numbers,
+    )
+    yield _part(
+        "of it the sample: read, checked, parsed",
+        timed(lambda: [dataset.sample(index) for index in order]),
+    )
+    yield _part(
+        "rendering: template, grids, loss weights",
+        timed(lambda: [render(sample, RULES) for sample in samples]),
+    )
     yield _part("rendering, tokenising, positions (kept for small datasets)", timed(encode))
 
 
@@ -93,8 +115,14 @@ def _part(what: str, microseconds: float) -> Row:
 
 def main() -> None:
     """Measure and print the table."""
-    parser = argparse.ArgumentParser(description="reading samples without decoding, against webdataset")
-    parser.add_argument("--folder", type=Path, help="shards made by synthetic.py; without it they are made for this run")
+    parser = argparse.ArgumentParser(
+        description="reading samples without decoding, against webdataset"
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="shards made by synthetic.py; without it they are made for this run",
+    )
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--repetitions", type=int, default=7)
     arguments = parser.parse_args()

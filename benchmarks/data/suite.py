@@ -45,15 +45,26 @@ def measure(folder: Path, quick: bool) -> Iterator[Row]:
 
 def main() -> None:
     """Measure, print and write the table; exits with 1 if a goal is not met."""
-    parser = argparse.ArgumentParser(description="all goals of the data system, ours beside the peers'")
+    parser = argparse.ArgumentParser(
+        description="all goals of the data system, ours beside the peers'"
+    )
     parser.add_argument("--quick", action="store_true", help="rough figures in half the time")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for data-DATE.json and .md")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("benchmarks/results"),
+        help="folder for data-DATE.json and .md",
+    )
     arguments = parser.parse_args()
     started, facts, rows = time.perf_counter(), machine(), list[Row]()
     with tempfile.TemporaryDirectory() as folder:
         for row in measure(Path(folder), arguments.quick):
             rows.append(row)
-            print(f"{time.perf_counter() - started:4.0f} s  {row.goal:4}{row.what}: {row.ours}", file=sys.stderr, flush=True)
+            print(
+                f"{time.perf_counter() - started:4.0f} s  {row.goal:4}{row.what}: {row.ours}",
+                file=sys.stderr,
+                flush=True,
+            )
     number = {row.goal: int(row.goal[1:]) for row in rows if row.goal}
     rows = [row for _, row in sorted(_placed(rows, number), key=lambda pair: pair[0])]
     facts |= {"command": " ".join(["make bench-data", *["QUICK=1"] * arguments.quick])}

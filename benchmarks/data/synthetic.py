@@ -58,7 +58,9 @@ def photograph(number: int) -> tuple[bytes, int, int]:
     width, height = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
     top, left = int(rng.integers(0, 2400 - height)), int(rng.integers(0, 3200 - width))
     file = io.BytesIO()
-    Pillow.fromarray(scenery()[top : top + height, left : left + width]).save(file, "JPEG", quality=int(rng.integers(75, 93)))
+    Pillow.fromarray(scenery()[top : top + height, left : left + width]).save(
+        file, "JPEG", quality=int(rng.integers(75, 93))
+    )
     return file.getvalue(), width, height
 
 
@@ -72,9 +74,14 @@ def captions(count: int) -> Iterator[Pair]:
     for number in range(count):
         rng = np.random.default_rng([1, number])
         data, width, height = photograph(number)
-        asked = Message("user", (Image("img0.jpg", width, height), Text("What does the picture show?")))
+        asked = Message(
+            "user", (Image("img0.jpg", width, height), Text("What does the picture show?"))
+        )
         said = Message("assistant", (Text(words(rng, int(rng.integers(8, 80)))),))
-        yield Sample(f"captions:{number}", "chat", (asked, said), meta={"source": "synthetic"}), {"img0.jpg": data}
+        yield (
+            Sample(f"captions:{number}", "chat", (asked, said), meta={"source": "synthetic"}),
+            {"img0.jpg": data},
+        )
 
 
 def documents(count: int) -> Iterator[Pair]:
@@ -87,7 +94,12 @@ def documents(count: int) -> Iterator[Pair]:
             name = f"img{place}.jpg"
             media[name], width, height = photograph(1_000_000 + 8 * number + place)
             content += [Image(name, width, height), Text(words(rng, int(rng.integers(20, 200))))]
-        yield Sample(f"documents:{number}", "doc", content=tuple(content), meta={"source": "synthetic"}), media
+        yield (
+            Sample(
+                f"documents:{number}", "doc", content=tuple(content), meta={"source": "synthetic"}
+            ),
+            media,
+        )
 
 
 def clip(number: int, seconds: float, preset: str = "fast") -> bytes:
@@ -97,14 +109,18 @@ def clip(number: int, seconds: float, preset: str = "fast") -> bytes:
     height, width = CLIP
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
-        stream: Any = container.add_stream("libx264", rate=CLIP_RATE, options={"preset": preset, "threads": "1"})
+        stream: Any = container.add_stream(
+            "libx264", rate=CLIP_RATE, options={"preset": preset, "threads": "1"}
+        )
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         for index in range(round(seconds * CLIP_RATE)):
             scene = np.random.default_rng([3, number, index // (4 * CLIP_RATE)])
             (top, left), (down, right) = scene.integers(0, (1200, 1600)), scene.uniform(-4, 4, 2)
             moved = index % (4 * CLIP_RATE)
             top, left = int(top + down * moved) % 1900, int(left + right * moved) % 2500
-            frame = av.VideoFrame.from_ndarray(scenery()[top : top + height, left : left + width].copy(), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(
+                scenery()[top : top + height, left : left + width].copy(), format="rgb24"
+            )
             frame.pts, frame.time_base = index, Fraction(1, CLIP_RATE)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
@@ -118,9 +134,17 @@ def clips(count: int) -> Iterator[Pair]:
         rng = np.random.default_rng([4, number])
         seconds = round(float(rng.uniform(3, 25)), 1)
         frames = round(seconds * CLIP_RATE)
-        facts = {"ref": "vid0.mp4", "file_frames": frames, "fps": float(CLIP_RATE), "duration": frames / CLIP_RATE}
+        facts = {
+            "ref": "vid0.mp4",
+            "file_frames": frames,
+            "fps": float(CLIP_RATE),
+            "duration": frames / CLIP_RATE,
+        }
         video = Video((), (), width, height, **facts)  # type: ignore[arg-type]
-        asked, said = Message("user", (video, Text("What happens?"))), Message("assistant", (Text(words(rng, 60)),))
+        asked, said = (
+            Message("user", (video, Text("What happens?"))),
+            Message("assistant", (Text(words(rng, 60)),)),
+        )
         yield Sample(f"clips:{number}", "chat", (asked, said)), {"vid0.mp4": clip(number, seconds)}
 
 

@@ -43,7 +43,14 @@ class Row:
     @property
     def cells(self) -> tuple[str, ...]:
         """The row as text."""
-        return self.goal, self.what, self.ours, self.peers, self.target, {True: "yes", False: "NO", None: ""}[self.met]
+        return (
+            self.goal,
+            self.what,
+            self.ours,
+            self.peers,
+            self.target,
+            {True: "yes", False: "NO", None: ""}[self.met],
+        )
 
 
 def show(rows: Iterable[Row]) -> None:
@@ -60,9 +67,13 @@ def show(rows: Iterable[Row]) -> None:
 def markdown(rows: Sequence[Row], facts: dict[str, Any]) -> str:
     """The table as Markdown, under what it was measured with."""
     lines = [f"{name}: {value}  " for name, value in facts.items() if name != "versions"]
-    lines.append("versions: " + ", ".join(f"{name} {number}" for name, number in facts["versions"].items()))
+    lines.append(
+        "versions: " + ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
+    )
     lines += ["", "| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row.cells) + " |" for row in rows]
+    lines += [
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in row.cells) + " |" for row in rows
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -90,4 +101,7 @@ def as_json(rows: Sequence[Row], facts: dict[str, Any]) -> dict[str, Any]:
 
 def _processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.partition(": ")[2] for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )

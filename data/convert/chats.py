@@ -12,14 +12,41 @@ from dataclasses import replace
 from typing import Any, Final
 
 from visionloom.data.convert.files import MediaFiles, named, reference
-from visionloom.data.convert.keys import LOSS_KEYS, Keys, RecordFields, decoded, listed, loss_of, refusal, weight_of
-from visionloom.data.convert.marks import CALL, answer, document, marks_in, results, tool_calls, tools_of, with_placeholders
+from visionloom.data.convert.keys import (
+    LOSS_KEYS,
+    Keys,
+    RecordFields,
+    decoded,
+    listed,
+    loss_of,
+    refusal,
+    weight_of,
+)
+from visionloom.data.convert.marks import (
+    CALL,
+    answer,
+    document,
+    marks_in,
+    results,
+    tool_calls,
+    tools_of,
+    with_placeholders,
+)
 from visionloom.data.convert.objects import OBJECTS, Objects
 from visionloom.data.convert.skip import Skip
 from visionloom.data.convert.source import SampleDraft
 from visionloom.data.convert.videos import SOURCES, VIDEO, VIDEO_PART, add_video
 from visionloom.data.encode.tokenizer import CALL_START, THINK_END
-from visionloom.data.shards.sample import Element, Image, Message, Text, Think, ToolCall, Video, media_refs
+from visionloom.data.shards.sample import (
+    Element,
+    Image,
+    Message,
+    Text,
+    Think,
+    ToolCall,
+    Video,
+    media_refs,
+)
 
 ROLES: Final = {
     "system": "system",
@@ -85,7 +112,11 @@ TURN: Final = Keys(
 )
 TEXT: Final = Keys(
     "text",
-    {"type": "kind of the part", "text": "text with placeholders", **dict.fromkeys(LOSS_KEYS, "weight in the loss")},
+    {
+        "type": "kind of the part",
+        "text": "text with placeholders",
+        **dict.fromkeys(LOSS_KEYS, "weight in the loss"),
+    },
 )
 THOUGHT: Final = Keys(
     "thought",
@@ -97,7 +128,17 @@ THOUGHT: Final = Keys(
         **dict.fromkeys(LOSS_KEYS, "weight in the loss"),
     },
 )
-_REFERENCES: Final = ("image", "image_url", "url", "path", "file", "source", "base64", "data", "bytes")
+_REFERENCES: Final = (
+    "image",
+    "image_url",
+    "url",
+    "path",
+    "file",
+    "source",
+    "base64",
+    "data",
+    "bytes",
+)
 PICTURE: Final = Keys(
     "picture",
     {
@@ -166,7 +207,9 @@ class Chat:
         messages: list[Message] = []
         for number, turn in enumerate(self._with_system(turns)):
             found = self._turn(number, turn)
-            self.called = self.called or any(isinstance(one, ToolCall) for message in found for one in message.content)
+            self.called = self.called or any(
+                isinstance(one, ToolCall) for message in found for one in message.content
+            )
             messages += found
         self.draft.messages = joined(self._with_media(messages))
         if not any(message.role == "assistant" for message in messages):
@@ -210,21 +253,29 @@ class Chat:
     def _turn(self, number: int, turn: Any) -> list[Message]:
         """A turn's messages: several for several results of tools, none for an empty system turn."""
         if not isinstance(turn, dict):
-            raise Skip("broken turn", f"turn {number}: an object expected, got {type(turn).__name__}")
+            raise Skip(
+                "broken turn", f"turn {number}: an object expected, got {type(turn).__name__}"
+            )
         fields = self.draft.open(TURN, turn)
         name, role = self._role(number, fields)
         if role == "system" and number:
             raise Skip("system turn in the middle", f"turn {number}")
         value, loss = fields.agreed("value", "content"), loss_of(fields, role)
         if (role in ("user", "tool")) and (found := self._results(value, role)) is not None:
-            return [Message("tool", tuple(self._text(one, "tool", first=False)), loss) for one in found]
+            return [
+                Message("tool", tuple(self._text(one, "tool", first=False)), loss) for one in found
+            ]
         content = self._content(value, name, role, number, fields)
-        content = _ordered([*self._thought(fields, content, role), *content, *self._calls(fields, content)])
+        content = _ordered(
+            [*self._thought(fields, content, role), *content, *self._calls(fields, content)]
+        )
         return [Message(role, tuple(content), loss)] if content or role != "system" else []
 
     def _role(self, number: int, fields: RecordFields) -> tuple[str, str]:
         """The turn's name for its speaker, and the role of our schema."""
-        names = [str(name).lower() for key in ("from", "role") if (name := fields.take(key)) is not None]
+        names = [
+            str(name).lower() for key in ("from", "role") if (name := fields.take(key)) is not None
+        ]
         roles = {ROLES.get(name) for name in names}
         role = roles.pop() if len(roles) == 1 else None
         if role is None:
@@ -245,12 +296,19 @@ class Chat:
             raise Skip("tool result beside other text", value[:200])
         return found
 
-    def _content(self, value: Any, name: str, role: str, number: int, fields: RecordFields) -> list[Element]:
+    def _content(
+        self, value: Any, name: str, role: str, number: int, fields: RecordFields
+    ) -> list[Element]:
         """A turn's content, behind media of its own that no placeholder asks for; some but not all is a fault."""
-        own = [(queue, media_of(fields, *names)) for queue, names in ((self.images, IMAGES), (self.videos, FILMS))]
+        own = [
+            (queue, media_of(fields, *names))
+            for queue, names in ((self.images, IMAGES), (self.videos, FILMS))
+        ]
         used_before = [queue.put_next(refs) for queue, refs in own]
         value = _tool_text(value) if role == "tool" else value
-        content = [] if value is None and role == "assistant" else self._parts(value, name, role, number)
+        content = (
+            [] if value is None and role == "assistant" else self._parts(value, name, role, number)
+        )
 
         shown: list[Element] = []
         for (queue, refs), before in zip(own, used_before, strict=True):
@@ -266,7 +324,10 @@ class Chat:
         parts = [{"type": "text", "text": value}] if isinstance(value, str) else value
         parts = [parts] if isinstance(parts, dict) else parts
         if not isinstance(parts, list):
-            raise Skip("broken turn", f"turn {number}: a text or a list of parts expected, got {type(value).__name__}")
+            raise Skip(
+                "broken turn",
+                f"turn {number}: a text or a list of parts expected, got {type(value).__name__}",
+            )
         found: list[Element] = []
         for part in parts:
             found += self._part(part, role, number, first=not found)
@@ -276,7 +337,9 @@ class Chat:
         """The value of a turn that is a call: its JSON, behind a thought at most."""
         if isinstance(value, str) and CALL_START in value:
             return list(answer(value, True, self.draft.open))
-        thought, end, call = value.partition(THINK_END) if isinstance(value, str) else ("", "", value)
+        thought, end, call = (
+            value.partition(THINK_END) if isinstance(value, str) else ("", "", value)
+        )
         if not end:
             return list(tool_calls(value, self.draft.open))
         return [*answer(thought + end, True, self.draft.open), *tool_calls(call, self.draft.open)]
@@ -286,7 +349,11 @@ class Chat:
         found = [element for element in content if isinstance(element, ToolCall)]
         more: list[ToolCall] = []
         for name in ("tool_calls", "function_call"):
-            calls = [call for one in listed(fields.take(name)) for call in tool_calls(one, self.draft.open)]
+            calls = [
+                call
+                for one in listed(fields.take(name))
+                for call in tool_calls(one, self.draft.open)
+            ]
             if calls and (known := found or more) and calls != known:
                 raise Skip("two lists of calls in a turn", f"turn key {name}: {str(calls)[:200]}")
             more = more or calls
@@ -313,7 +380,12 @@ class Chat:
         kind = _kind_of(part)
         if (
             kind in _KNOWN
-            and len(shown := [one for one, names in _CONTENTS.items() if any(part.get(key) for key in names)]) > 1
+            and len(
+                shown := [
+                    one for one, names in _CONTENTS.items() if any(part.get(key) for key in names)
+                ]
+            )
+            > 1
         ):
             raise Skip("part of several kinds", f"turn {number}: {' and '.join(shown)}")
         if kind in TEXTS and isinstance(part.get("text"), str):
@@ -374,13 +446,17 @@ class Chat:
 
     def _is_word(self, pieces: list[str], place: int) -> bool:
         """Whether the text only speaks of `<image>`, `<video>` or `<audio>`: there is none, and it does not stand by itself."""
-        media = {"<image>": self.images, "<video>": self.videos, "<audio>": self.audios}.get(pieces[place])
+        media = {"<image>": self.images, "<video>": self.videos, "<audio>": self.audios}.get(
+            pieces[place]
+        )
         if media is None or media.refs:
             return False
         before, after = pieces[place - 1], pieces[place + 1]
         starts = not before or before.endswith("\n")
         ends = not after or after.startswith("\n")
-        return not ((starts and (ends or after[:1].isalnum())) or (not after and before.endswith("\n")))
+        return not (
+            (starts and (ends or after[:1].isalnum())) or (not after and before.endswith("\n"))
+        )
 
     def _placeholder(self, name: str) -> Element:
         if name == "<image>":
@@ -405,22 +481,32 @@ class Chat:
         """
         queues = (self.images, self.videos)
         given, used = sum(len(queue.refs) for queue in queues), sum(queue.used for queue in queues)
-        if used == given or (not used and self._are_in_parts([ref for queue in queues for ref in queue.refs])):
+        if used == given or (
+            not used and self._are_in_parts([ref for queue in queues for ref in queue.refs])
+        ):
             return messages
         if used:
             raise Skip("fewer placeholders than media", f"{used} placeholders, {given} given")
         media = tuple(self._next(queue) for queue in queues for _ in queue.refs)
         if self.in_parts:
-            if not {media_refs(one) for one in media} <= {media_refs(one) for _, one in self.in_parts}:
+            if not {media_refs(one) for one in media} <= {
+                media_refs(one) for _, one in self.in_parts
+            }:
                 raise Skip("media beside typed parts", f"{given} given that no part names")
             return messages
-        first = next((place for place, message in enumerate(messages) if message.role == "user"), None)
+        first = next(
+            (place for place, message in enumerate(messages) if message.role == "user"), None
+        )
         if first is None:
             raise Skip("media without a user turn", f"{given} given")
         if strange := next(_like_placeholders(messages), None):
             raise Skip("unknown placeholder", f"{strange}: <image> or <video> expected")
         turn = messages[first]
-        return [*messages[:first], replace(turn, content=(*media, *turn.content)), *messages[first + 1 :]]
+        return [
+            *messages[:first],
+            replace(turn, content=(*media, *turn.content)),
+            *messages[first + 1 :],
+        ]
 
     def _are_in_parts(self, refs: list[Any]) -> bool:
         """Whether typed parts name all of these too."""
@@ -441,7 +527,10 @@ class MediaQueue:
     def next(self) -> Any:
         """The reference of the next one; raises Skip if there is none."""
         if self.used >= len(self.refs):
-            raise Skip("more placeholders than media", f"{self.used + 1} {self.placeholder}, {len(self.refs)} given")
+            raise Skip(
+                "more placeholders than media",
+                f"{self.used + 1} {self.placeholder}, {len(self.refs)} given",
+            )
         self.used += 1
         return self.refs[self.used - 1]
 
@@ -453,7 +542,12 @@ def picture(draft: SampleDraft, files: MediaFiles, ref: Any) -> Image:
     fields = draft.open(PICTURE, ref)
     fields.take_all("type", "media_type")
     inner = named(fields, "bytes", *_REFERENCES)
-    return _bounded(picture(draft, files, inner) if isinstance(inner, Mapping) else draft.image(files.read(inner)), fields)
+    return _bounded(
+        picture(draft, files, inner)
+        if isinstance(inner, Mapping)
+        else draft.image(files.read(inner)),
+        fields,
+    )
 
 
 def media_of(fields: RecordFields, *names: str) -> list[Any]:
@@ -461,8 +555,13 @@ def media_of(fields: RecordFields, *names: str) -> list[Any]:
     if not fields.has(*names):
         return []
     given = [refs for name in names if (refs := listed(fields.take(name)))]
-    if any([reference(one) for one in refs] != [reference(one) for one in given[0]] for refs in given[1:]):
-        raise Skip("keys that say different things", f"{fields.keys.kind} keys {' and '.join(names)}")
+    if any(
+        [reference(one) for one in refs] != [reference(one) for one in given[0]]
+        for refs in given[1:]
+    ):
+        raise Skip(
+            "keys that say different things", f"{fields.keys.kind} keys {' and '.join(names)}"
+        )
     return list(given[0]) if given else []
 
 
@@ -470,7 +569,9 @@ def joined(messages: list[Message]) -> list[Message]:
     """Calls of tools in turns of their own as part of what the assistant said before: one turn, one end mark."""
     found: list[Message] = []
     for message in messages:
-        calls = message.role == "assistant" and all(isinstance(element, ToolCall) for element in message.content)
+        calls = message.role == "assistant" and all(
+            isinstance(element, ToolCall) for element in message.content
+        )
         if calls and message.content and found and found[-1].role == "assistant":
             before = found.pop()
             if before.loss != message.loss:
@@ -501,7 +602,11 @@ def _bounded(image: Image, fields: RecordFields) -> Image:
 def _like_placeholders(messages: list[Message]) -> Iterator[str]:
     """What looks like another format's placeholder in the words of a user or the system."""
     texts = (
-        one.text for message in messages if message.role != "assistant" for one in message.content if isinstance(one, Text)
+        one.text
+        for message in messages
+        if message.role != "assistant"
+        for one in message.content
+        if isinstance(one, Text)
     )
     yield from (found[0] for text in texts if (found := _LIKE_PLACEHOLDER.search(text)))
 
@@ -529,7 +634,10 @@ def _kind_of(part: Any) -> str | None:
         return None
     if (kind := part.get("type")) is not None:
         return kind if isinstance(kind, str) else None
-    return next((name for name in ("image", "image_url", "video", "video_url", "text") if name in part), None)
+    return next(
+        (name for name in ("image", "image_url", "video", "video_url", "text") if name in part),
+        None,
+    )
 
 
 def _ordered(content: list[Element]) -> list[Element]:

@@ -93,7 +93,9 @@ class MediaFiles:
             return data
         for name in _names_of(url):
             try:
-                return locate(self.roots[0], name, "file", self.follow_links, self.roots).read_bytes()
+                return locate(
+                    self.roots[0], name, "file", self.follow_links, self.roots
+                ).read_bytes()
             except PlaceError as error:
                 raise _refusal(error, name) from None
             except (FileNotFoundError, NotADirectoryError):
@@ -107,9 +109,14 @@ def _refusal(error: PlaceError, ref: str) -> Skip:
         case places.DOTS:
             return Skip("refused reference with ..", ref[:200])
         case places.OUTSIDE:
-            return Skip("refused path outside the source's folders", f"{ref[:200]}: --images-dir names another folder")
+            return Skip(
+                "refused path outside the source's folders",
+                f"{ref[:200]}: --images-dir names another folder",
+            )
         case places.LINK:
-            return Skip("refused link out of the source's folders", f"{ref[:200]}: --follow-links allows it")
+            return Skip(
+                "refused link out of the source's folders", f"{ref[:200]}: --follow-links allows it"
+            )
         case "is a link to nothing":
             return Skip("file not found", f"{ref[:200]} is a link to nothing")
     return Skip("not a file", f"{ref[:200]} {error}")
@@ -128,7 +135,10 @@ def reference(ref: object) -> object:
     """What an object names, {"bytes"}, {"path"}, {"url"}, {"base64"} or {"data"}; anything else is its own reference."""
     if not isinstance(ref, Mapping):
         return ref
-    return next((_value(name, ref[name]) for name in IN_OBJECT if ref.get(name) not in (None, "", b"")), None)
+    return next(
+        (_value(name, ref[name]) for name in IN_OBJECT if ref.get(name) not in (None, "", b"")),
+        None,
+    )
 
 
 def named(fields: RecordFields, *names: str) -> object:

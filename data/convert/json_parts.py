@@ -110,7 +110,9 @@ class _Scanner:
         self.base = start or 0
         """Offset of the text's first character in the file."""
         file.seek(self.base)
-        self.decode = json.JSONDecoder(parse_int=str, parse_float=str).raw_decode  # only its end counts, not its numbers
+        self.decode = json.JSONDecoder(
+            parse_int=str, parse_float=str
+        ).raw_decode  # only its end counts, not its numbers
         if start is None:
             self._more(_CHUNK)
             self.at = self.text.index("[") + 1
@@ -136,9 +138,13 @@ class _Scanner:
                     break
                 problem = "nested too deeply"
             except ValueError as error:
-                problem = str(error)  # the error itself would keep the text, through its frame even after this call
+                problem = str(
+                    error
+                )  # the error itself would keep the text, through its frame even after this call
             if wanted > _LARGEST_ELEMENT or not self._more(wanted):
-                raise UserError(f"{self.path}: not valid JSON in the element at byte {self.place}: {problem}")
+                raise UserError(
+                    f"{self.path}: not valid JSON in the element at byte {self.place}: {problem}"
+                )
             wanted *= 2
         begin, self.at = self.place, end
         return begin, self.place
@@ -151,12 +157,18 @@ class _Scanner:
             if self.at < len(self.text):
                 return self.text[self.at]
             if not self._more(_CHUNK):
-                raise UserError(f"{self.path}: not valid JSON: the array is not closed at its end, byte {self.place}")
+                raise UserError(
+                    f"{self.path}: not valid JSON: the array is not closed at its end, byte {self.place}"
+                )
 
     def _more(self, size: int) -> bool:
         """Read on, and let go of what was walked over."""
         data = self.file.read(size)
-        self.base, self.text, self.at = self.base + self.at, self.text[self.at :] + data.decode("latin-1"), 0
+        self.base, self.text, self.at = (
+            self.base + self.at,
+            self.text[self.at :] + data.decode("latin-1"),
+            0,
+        )
         return bool(data)
 
 

@@ -43,9 +43,18 @@ class Refusal:
 
 REFUSED: Final = (
     Refusal("audio", re.compile(r"(input_)?(audio|sound|speech|wav)s?(_.*)?")),
-    Refusal("preference data", re.compile(r"(.*_)?(rejected|chosen|dispreferred|preferred)(_.*)?|kto_tag|kto_label")),
-    Refusal("preference data", re.compile(r"(positive|negative)_(messages|responses?|answers?|images?)"), ("record",)),
-    Refusal("preference data", re.compile(r"label|is_(good|desirable)"), ("record",), bool),  # KTO: learn it, or its opposite
+    Refusal(
+        "preference data",
+        re.compile(r"(.*_)?(rejected|chosen|dispreferred|preferred)(_.*)?|kto_tag|kto_label"),
+    ),
+    Refusal(
+        "preference data",
+        re.compile(r"(positive|negative)_(messages|responses?|answers?|images?)"),
+        ("record",),
+    ),
+    Refusal(
+        "preference data", re.compile(r"label|is_(good|desirable)"), ("record",), bool
+    ),  # KTO: learn it, or its opposite
     Refusal(
         "unknown loss mark",
         re.compile(
@@ -67,7 +76,11 @@ class RecordFields:
         self.keys, self._taken = keys, set[str]()
         self.value = {name: found for name, found in value.items() if found is not None}
         for name, found in self.value.items():
-            if name not in keys.read and found not in ("", [], {}) and (reason := refusal(keys.kind, name, found)):
+            if (
+                name not in keys.read
+                and found not in ("", [], {})
+                and (reason := refusal(keys.kind, name, found))
+            ):
                 raise Skip(reason, f"{keys.kind} key {name}")
 
     def take(self, *names: str) -> Any:
@@ -87,7 +100,9 @@ class RecordFields:
         given = {name: value for name in names if (value := self.take(name)) is not None}
         first = next(iter(given.values()), None)
         if any(value != first for value in given.values()):
-            raise Skip("keys that say different things", f"{self.keys.kind} keys {' and '.join(given)}")
+            raise Skip(
+                "keys that say different things", f"{self.keys.kind} keys {' and '.join(given)}"
+            )
         return first
 
     def text(self, *names: str) -> str | None:
@@ -109,7 +124,10 @@ class RecordFields:
         """Like `number`, cut to a whole number of at least 1."""
         found = self.number(*names)
         if found is not None and found < 1:
-            raise Skip("broken number", f"{self.keys.kind} key {names[0]}: at least 1 expected, got {found:g}")
+            raise Skip(
+                "broken number",
+                f"{self.keys.kind} key {names[0]}: at least 1 expected, got {found:g}",
+            )
         return None if found is None else int(found)
 
     def has(self, *names: str) -> bool:
@@ -120,7 +138,9 @@ class RecordFields:
     def unread(self) -> Iterator[str]:
         """What nobody took, as `turn key score`."""
         if not self.keys.others:
-            yield from (f"{self.keys.kind} key {name}" for name in self.value if name not in self._taken)
+            yield from (
+                f"{self.keys.kind} key {name}" for name in self.value if name not in self._taken
+            )
 
 
 def refusal(kind: str, name: str, value: object) -> str:
@@ -128,7 +148,11 @@ def refusal(kind: str, name: str, value: object) -> str:
     if len(name) > LONGEST_KEY:
         return ""
     lower = name.lower()
-    fitting = (rule for rule in REFUSED if (not rule.kinds or kind in rule.kinds) and isinstance(value, rule.values))
+    fitting = (
+        rule
+        for rule in REFUSED
+        if (not rule.kinds or kind in rule.kinds) and isinstance(value, rule.values)
+    )
     return next((rule.reason for rule in fitting if rule.names.fullmatch(lower)), "")
 
 
@@ -152,7 +176,11 @@ def loss_of(turn: RecordFields, role: str) -> float | None:
 
 def weight_of(fields: RecordFields) -> float | None:
     """The weight in the loss that the marks of a turn or part agree on, None without any; raises Skip for unclear ones."""
-    marks = {name: _weight(fields, name, value) for name in LOSS_KEYS if (value := fields.take(name)) is not None}
+    marks = {
+        name: _weight(fields, name, value)
+        for name in LOSS_KEYS
+        if (value := fields.take(name)) is not None
+    }
     if len(set(marks.values())) > 1:
         raise Skip("unknown loss mark", f"{fields.keys.kind} keys {' and '.join(marks)} differ")
     return next(iter(marks.values()), None)

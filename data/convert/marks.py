@@ -36,7 +36,9 @@ _LARGEST_LITERAL: Final = 1 << 16
 _VISION: Final = re.compile(r"(?:<\|vision_start\|>)?(?:<\|image_pad\|>)+(?:<\|vision_end\|>)?")
 _FILM: Final = re.compile(r"(?:<\|vision_start\|>)?(?:<\|video_pad\|>)+(?:<\|vision_end\|>)?")
 _THOUGHT: Final = re.compile(r"\s*<think>(.*?)</think>\n*", re.DOTALL)
-_RESULTS: Final = re.compile(r"(?:\s*<tool_response>(?:(?!</?tool_response>).)*</tool_response>)+\s*", re.DOTALL)
+_RESULTS: Final = re.compile(
+    r"(?:\s*<tool_response>(?:(?!</?tool_response>).)*</tool_response>)+\s*", re.DOTALL
+)
 _RESULT: Final = re.compile(r"<tool_response>\n?(.*?)\n?</tool_response>", re.DOTALL)
 
 
@@ -106,7 +108,9 @@ def _split_calls(text: str) -> tuple[str, list[str], list[str]]:
     """The text before the first call, what is in each call, and what stands behind each."""
     said, *rest = text.split(CALL_START)
     closed = [piece.partition(CALL_END) for piece in rest]
-    if any(not end for _, end, _ in closed):  # a mark without its other half: `refuse_marks` names it
+    if any(
+        not end for _, end, _ in closed
+    ):  # a mark without its other half: `refuse_marks` names it
         return text, [], []
     return said, [body for body, _, _ in closed], [behind for _, _, behind in closed]
 
@@ -170,7 +174,11 @@ def _without_end(text: str) -> str:
 
 def _python(value: Any) -> Any:
     """The value of a Python literal of dictionaries, lists, texts and numbers; None for anything else."""
-    if not isinstance(value, str) or len(value) > _LARGEST_LITERAL or not value.strip().startswith(("{", "[")):
+    if (
+        not isinstance(value, str)
+        or len(value) > _LARGEST_LITERAL
+        or not value.strip().startswith(("{", "["))
+    ):
         return None
     try:
         with warnings.catch_warnings(action="ignore"):

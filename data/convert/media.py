@@ -15,14 +15,32 @@ from PIL import Image as Pillow
 from visionloom.data.convert.skip import Skip
 from visionloom.data.encode.geometry import MAX_ASPECT
 from visionloom.data.shards.media_header import MediaFacts, probe
-from visionloom.data.shards.open_media import MediaError, check_work, open_picture, open_video, packets_of
+from visionloom.data.shards.open_media import (
+    MediaError,
+    check_work,
+    open_picture,
+    open_video,
+    packets_of,
+)
 from visionloom.data.shards.tar import LARGEST_MEMBER
 
-SUFFIXES: Final = {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp", "BMP": "bmp", "GIF": "gif", "TIFF": "tif"}
+SUFFIXES: Final = {
+    "PNG": "png",
+    "JPEG": "jpg",
+    "MPO": "jpg",
+    "WEBP": "webp",
+    "BMP": "bmp",
+    "GIF": "gif",
+    "TIFF": "tif",
+}
 """Formats that the loader reads, and the names of their files. MPO is Pillow's name of a JPEG with more pictures behind it, as
 phones write: readers of JPEG take the first."""
 JPEG_QUALITY: Final = 95
-DEEP: Final = {**dict.fromkeys(("I;16", "I;16L", "I;16B", "I;16N"), "16 bits"), "I": "32 bits", "F": "floats"}
+DEEP: Final = {
+    **dict.fromkeys(("I;16", "I;16L", "I;16B", "I;16N"), "16 bits"),
+    "I": "32 bits",
+    "F": "floats",
+}
 """Pillow's modes with more than 8 bits a value."""
 _BAND: Final = 256
 """Rows of a picture in double precision at once."""
@@ -63,7 +81,8 @@ def prepare_image(data: bytes) -> Picture:
         picture = open_picture(data)
         if max(picture.size) > MAX_ASPECT * min(picture.size):
             raise Skip(
-                "picture too narrow", f"{picture.width}x{picture.height} pixels: an aspect ratio of at most {MAX_ASPECT}"
+                "picture too narrow",
+                f"{picture.width}x{picture.height} pixels: an aspect ratio of at most {MAX_ASPECT}",
             )
         return _prepare(data, picture)
     except Skip:
@@ -84,7 +103,9 @@ def _prepare(data: bytes, picture: Pillow.Image) -> Picture:
     suffix = SUFFIXES[str(picture.format)]
     if not changes:
         width, height = picture.size
-        picture.draft("RGB", (1, 1))  # JPEG: reads all coefficients, but computes an eighth of each side
+        picture.draft(
+            "RGB", (1, 1)
+        )  # JPEG: reads all coefficients, but computes an eighth of each side
         picture.convert("RGB")  # what the loader will do
         return Picture(data, suffix, width, height)
     upright = eight_bits(ImageOps.exif_transpose(picture))
@@ -108,7 +129,8 @@ def eight_bits(picture: Pillow.Image) -> Pillow.Image:
         factor = 1 / 256
     elif not 0 <= least <= most <= 65535:  # NaN too
         raise Skip(
-            "picture of unknown range", f"{DEEP[picture.mode]} from {least:g} to {most:g}: 0..1, 0..255 or 0..65535 expected"
+            "picture of unknown range",
+            f"{DEEP[picture.mode]} from {least:g} to {most:g}: 0..1, 0..255 or 0..65535 expected",
         )
     elif picture.mode == "F" and most <= 1:
         factor = 255.0
@@ -161,7 +183,10 @@ def prepare_video(data: bytes) -> Film:
             container.seek(0)
             turn = next(container.decode(video=0)).rotation % 360
         if turn:
-            raise Skip("video stored rotated", f"by {turn} degrees: write it upright first, ffmpeg does so by itself")
+            raise Skip(
+                "video stored rotated",
+                f"by {turn} degrees: write it upright first, ffmpeg does so by itself",
+            )
         facts = _complete(probe(f"video.{suffix}", data), times)
         check_work(facts.frames, facts.width, facts.height, len(data))
     except MediaError as error:
@@ -176,13 +201,17 @@ def _complete(facts: MediaFacts, times: tuple[float, ...]) -> MediaFacts:
     if len(times) < 2 or not times[-1]:
         raise Skip("video of one frame", "store it as a picture")
     fps = facts.fps or (len(times) - 1) / times[-1]
-    return replace(facts, frames=len(times), fps=fps, duration=facts.duration or times[-1] + 1 / fps)
+    return replace(
+        facts, frames=len(times), fps=fps, duration=facts.duration or times[-1] + 1 / fps
+    )
 
 
 def _packet_times(container: Any) -> tuple[float, ...]:
     """Seconds from the first frame at which each frame is shown, without decoding."""
     stream = container.streams.video[0]
-    found = [(packet.pts, packet.is_discard, packet.is_corrupt) for packet in packets_of(container)]  # without their bytes
+    found = [
+        (packet.pts, packet.is_discard, packet.is_corrupt) for packet in packets_of(container)
+    ]  # without their bytes
     if stream.frames > len(found) or any(corrupt for _, _, corrupt in found):
         raise Skip("video cut short", f"{len(found)} of {stream.frames} frames are there")
     stamps = [stamp for stamp, discarded, _ in found if not discarded]
@@ -193,4 +222,6 @@ def _packet_times(container: Any) -> tuple[float, ...]:
 
 
 def _is_even(times: tuple[float, ...], fps: float) -> bool:
-    return fps > 0 and all(abs(time - index / fps) <= _LARGEST_JITTER for index, time in enumerate(times))
+    return fps > 0 and all(
+        abs(time - index / fps) <= _LARGEST_JITTER for index, time in enumerate(times)
+    )

@@ -41,7 +41,10 @@ class Objects:
     def name(self) -> Text:
         """The next name."""
         if self.named >= len(self.names):
-            raise Skip("more placeholders than objects", f"{self.named + 1} <ref-object>, {len(self.names)} given")
+            raise Skip(
+                "more placeholders than objects",
+                f"{self.named + 1} <ref-object>, {len(self.names)} given",
+            )
         self.fields.take("ref")
         self.named += 1
         return Text(str(self.names[self.named - 1]))
@@ -49,7 +52,10 @@ class Objects:
     def place(self) -> Box | Point:
         """The next box (four numbers) or point (two)."""
         if self.placed >= len(self.places):
-            raise Skip("more placeholders than objects", f"{self.placed + 1} <bbox>, {len(self.places)} given")
+            raise Skip(
+                "more placeholders than objects",
+                f"{self.placed + 1} <bbox>, {len(self.places)} given",
+            )
         for name in ("bbox", "bbox_type", "image_id"):
             self.fields.take(name)
         image = int(self.images[self.placed]) if self.placed < len(self.images) else 0
@@ -65,6 +71,9 @@ class Objects:
 
     def check(self) -> None:
         """Raise Skip if placeholders took some of the objects but not all."""
-        for kind, used, given in (("<ref-object>", self.named, self.names), ("<bbox>", self.placed, self.places)):
+        for kind, used, given in (
+            ("<ref-object>", self.named, self.names),
+            ("<bbox>", self.placed, self.places),
+        ):
             if used and used < len(given):
                 raise Skip("fewer placeholders than objects", f"{used} {kind}, {len(given)} given")

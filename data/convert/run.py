@@ -40,7 +40,15 @@ SOURCES: Final[Mapping[str, type[SourceFormat]]] = {
 }
 CONVERT_VERSION: Final = 2
 """Counts changes of what converters write: an unfinished conversion by another version is not continued."""
-_OF_THE_FILE: Final = (errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
+_OF_THE_FILE: Final = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+)
 """Errors of the system that concern one file."""
 _FETCHED: Final = ("obelics", "omnicorpus", "mmc4")
 """Formats that name pictures by URL."""
@@ -82,7 +90,9 @@ class Converter:
             build_index(index.images, index.folder, self.request.follow_links)
         left = self.request.limit
         for part in _gathered(
-            SOURCES[self.request.kind]().parts(self.request.path, self.part_records, self.request.follow_links),
+            SOURCES[self.request.kind]().parts(
+                self.request.path, self.part_records, self.request.follow_links
+            ),
             self.part_records,
         ):
             wanted = part.records if left is None else min(left, part.records)
@@ -94,7 +104,9 @@ class Converter:
         """The samples of a part, checked and ready to be written; records that cannot be converted go to `log`."""
         places, wanted = part.where
         source = SOURCES[self.request.kind]()
-        for record in islice((record for where in places for record in source.records(where)), wanted):
+        for record in islice(
+            (record for where in places for record in source.records(where)), wanted
+        ):
             log.tally.counts["records"] += 1
             draft = SampleDraft()
             try:
@@ -107,14 +119,18 @@ class Converter:
                 log.tally.note(note, record.place)
             yield members
 
-    def _members(self, source: SourceFormat, record: SourceRecord, draft: SampleDraft) -> SampleMembers:
+    def _members(
+        self, source: SourceFormat, record: SourceRecord, draft: SampleDraft
+    ) -> SampleMembers:
         """The members of one sample that can be trained on; raises Skip, whatever a record from elsewhere leads to."""
         if isinstance(record.value, Skip):
             raise record.value
         try:
             source.convert(record.value, draft, self.options)
             draft.task = draft.task or self.request.task
-            members = members_of(draft.sample(f"{self.name}:{draft.id or record.place}"), draft.media)
+            members = members_of(
+                draft.sample(f"{self.name}:{draft.id or record.place}"), draft.media
+            )
             self.trainable.check(parse_sample(members[0][1]))
             return members
         except SampleError as error:
@@ -122,7 +138,9 @@ class Converter:
         except (UserError, Skip):
             raise
         except OSError as error:
-            if error.errno not in _OF_THE_FILE:  # a disk or network that fails is no reason to lose records
+            if (
+                error.errno not in _OF_THE_FILE
+            ):  # a disk or network that fails is no reason to lose records
                 raise
             raise Skip("file cannot be read", str(error)) from error
         except MemoryError:
@@ -135,7 +153,9 @@ class Converter:
             raise UserError(f"{record.place}: {skip} (--on-error skip leaves it out and goes on)")
         log.tally.counts["left out"] += 1
         log.tally.note(f"left out: {skip.reason}", record.place)
-        log.skipped.append({"record": record.place, "reason": skip.reason, "detail": skip.detail[:500]})
+        log.skipped.append(
+            {"record": record.place, "reason": skip.reason, "detail": skip.detail[:500]}
+        )
 
 
 def _notes(draft: SampleDraft) -> Iterator[str]:
@@ -181,7 +201,9 @@ def _check(request: Request, target: Path) -> None:
     if not request.path.exists():
         raise UserError(f"no file or folder {request.path}")
     if request.path.is_dir() and target.resolve().is_relative_to(request.path.resolve()):
-        raise UserError(f"{target} lies inside the source {request.path}: choose a folder beside it")
+        raise UserError(
+            f"{target} lies inside the source {request.path}: choose a folder beside it"
+        )
     if request.images_dir is not None and not request.images_dir.is_dir():
         raise UserError(f"--images-dir: no folder {request.images_dir}")
     if request.columns and request.kind != "hf":

@@ -77,7 +77,9 @@ class SampleDraft:
     def open(self, keys: Keys, value: Mapping[str, Any]) -> RecordFields:
         """Read an object of the record key by key; what is not read of it is counted. Raises Skip."""
         if not isinstance(value, Mapping):
-            raise Skip("not an object", f"{keys.kind}: an object expected, got {type(value).__name__}")
+            raise Skip(
+                "not an object", f"{keys.kind}: an object expected, got {type(value).__name__}"
+            )
         fields = RecordFields(keys, value)
         self._opened.append(fields)
         return fields
@@ -108,7 +110,16 @@ class SampleDraft:
             ref = f"{self._next_video()}.{film.suffix}"
             self.media[ref] = data
             facts = film.facts
-            self._films[digest] = Video((), film.times, facts.width, facts.height, ref, facts.frames, facts.fps, facts.duration)
+            self._films[digest] = Video(
+                (),
+                film.times,
+                facts.width,
+                facts.height,
+                ref,
+                facts.frames,
+                facts.fps,
+                facts.duration,
+            )
         return replace(self._films[digest], **part)
 
     def frames(self, files: Sequence[bytes], times: Sequence[float], **part: Any) -> Video:
@@ -118,7 +129,10 @@ class SampleDraft:
         if any(later < earlier for earlier, later in pairwise(times)):
             raise Skip("times that go back", str(list(times))[:80])
         stem = self._next_video()
-        shown = [self._add_picture(f"{stem}.{index:03d}", prepare_image(data)) for index, data in enumerate(files)]
+        shown = [
+            self._add_picture(f"{stem}.{index:03d}", prepare_image(data))
+            for index, data in enumerate(files)
+        ]
         if len({(image.width, image.height) for image in shown}) > 1:
             raise Skip("frames of different sizes", shown[0].ref)
         refs = tuple(image.ref for image in shown)

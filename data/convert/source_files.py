@@ -14,7 +14,11 @@ def files_below(path: Path, endings: tuple[str, ...], follow_links: bool = False
     """
     if path.is_file():
         return [path]
-    names = (str(one.relative_to(path)) for one in sorted(path.rglob("*")) if one.suffix in endings and not one.is_dir())
+    names = (
+        str(one.relative_to(path))
+        for one in sorted(path.rglob("*"))
+        if one.suffix in endings and not one.is_dir()
+    )
     found = [located(path, name, follow_links) for name in names]
     if not found:
         raise UserError(f"{path}: a file {' or '.join(endings)}, or a folder with some, expected")
@@ -26,7 +30,11 @@ def located(folder: Path, name: str, follow_links: bool = False) -> Path:
     try:
         return locate(folder, name, follow_links=follow_links)
     except PlaceError as error:
-        fix = "--follow-links allows it" if str(error) == places.LINK else "put a file of the source's own in its place"
+        fix = (
+            "--follow-links allows it"
+            if str(error) == places.LINK
+            else "put a file of the source's own in its place"
+        )
         raise UserError(f"{folder / name} {error}: {fix}") from None
     except FileNotFoundError:
         raise UserError(f"{folder / name} is missing") from None

@@ -38,7 +38,9 @@ def require_pyarrow() -> None:
     try:
         import pyarrow  # noqa: F401
     except ImportError:
-        raise UserError("parquet and arrow files need pyarrow: pip install visionloom[convert]") from None
+        raise UserError(
+            "parquet and arrow files need pyarrow: pip install visionloom[convert]"
+        ) from None
 
 
 def table_files(path: Path, endings: tuple[str, ...], follow_links: bool = False) -> list[Path]:
@@ -79,7 +81,10 @@ def read_table(where: RowRange, columns: Sequence[str] | None = None) -> Iterato
         except _damage() as error:
             if getattr(error, "errno", None) is not None:  # of the disk, not of pages
                 raise
-            yield from (SourceRecord(f"{path.name}:{row}", Skip("damaged table", str(error))) for row in range(number, end))
+            yield from (
+                SourceRecord(f"{path.name}:{row}", Skip("damaged table", str(error)))
+                for row in range(number, end)
+            )
         number = end
 
 
@@ -107,7 +112,11 @@ def _rows(batch: "pyarrow.RecordBatch") -> Iterator[Any]:
     except ValueError:  # ArrowInvalid is one, and not every moment can be turned into Python's
         rows = [_row(batch.slice(row, 1)) for row in range(batch.num_rows)]
     for row in rows:
-        yield row if isinstance(row, Skip) else {name: without_nulls(value) for name, value in row.items()}
+        yield (
+            row
+            if isinstance(row, Skip)
+            else {name: without_nulls(value) for name, value in row.items()}
+        )
 
 
 def _row(batch: "pyarrow.RecordBatch") -> dict[str, Any] | Skip:
@@ -132,7 +141,9 @@ def _sizes(path: Path) -> Iterator[int]:
     left = path.stat().st_size
     for rows in _read_sizes(path):
         if not 0 <= rows <= left:
-            raise UserError(f"{path} says that it has more rows than bytes: write it again, or give another file")
+            raise UserError(
+                f"{path} says that it has more rows than bytes: write it again, or give another file"
+            )
         left -= rows
         yield rows
 
@@ -152,7 +163,9 @@ def _read_sizes(path: Path) -> Iterator[int]:
         raise UserError(f"{path} is damaged: {error}: fetch it again or remove it") from None
 
 
-def _groups(where: RowRange, columns: Sequence[str] | None) -> Iterator[tuple[int, Iterator["pyarrow.RecordBatch"]]]:
+def _groups(
+    where: RowRange, columns: Sequence[str] | None
+) -> Iterator[tuple[int, Iterator["pyarrow.RecordBatch"]]]:
     """The rows of each row group or record batch, and these rows a few at a time."""
     path = Path(where.path)
     if path.suffix == ".parquet":
@@ -165,14 +178,19 @@ def _groups(where: RowRange, columns: Sequence[str] | None) -> Iterator[tuple[in
     with _open_arrow(path) as reader:
         for number, batch in enumerate(reader):
             if where.first <= number < where.last:
-                yield batch.num_rows, (batch.slice(start, _ROWS) for start in range(0, batch.num_rows, _ROWS))
+                yield (
+                    batch.num_rows,
+                    (batch.slice(start, _ROWS) for start in range(0, batch.num_rows, _ROWS)),
+                )
 
 
 def _check_expansion(path: Path, group: Any) -> None:
     """Raise UserError for a row group that unfolds to many times its size."""
     columns = [group.column(number) for number in range(group.num_columns)]
     for column in columns:
-        if column.total_uncompressed_size > max(_UNCHECKED_BYTES, _EXPANSION * column.total_compressed_size):
+        if column.total_uncompressed_size > max(
+            _UNCHECKED_BYTES, _EXPANSION * column.total_compressed_size
+        ):
             raise UserError(
                 f"{path}: column {column.path_in_schema!r} unfolds from {column.total_compressed_size} to"
                 f" {column.total_uncompressed_size} bytes: write the file again with smaller row groups"
@@ -192,7 +210,9 @@ def _check_unfolding(path: Path) -> None:
             if message.type in ("record batch", "dictionary"):
                 total += sum(_unfolded(message))
                 if total > max(_UNCHECKED_BYTES, _EXPANSION * size):
-                    raise UserError(f"{path} unfolds from {size} to {total} bytes: write it without compression")
+                    raise UserError(
+                        f"{path} unfolds from {size} to {total} bytes: write it without compression"
+                    )
 
 
 def _unfolded(message: Any) -> Iterator[int]:
@@ -203,7 +223,11 @@ def _unfolded(message: Any) -> Iterator[int]:
         """Where a table's field stands, 0 if the table lacks it."""
         layout = start - struct.unpack_from("<i", head, start)[0]
         place = 4 + 2 * number
-        offset = struct.unpack_from("<H", head, layout + place)[0] if place < struct.unpack_from("<H", head, layout)[0] else 0
+        offset = (
+            struct.unpack_from("<H", head, layout + place)[0]
+            if place < struct.unpack_from("<H", head, layout)[0]
+            else 0
+        )
         return int(start + offset) if offset else 0
 
     def at(place: int) -> int:

@@ -54,7 +54,10 @@ class Trainable:
             refuse_marks(text)
         for image in sample.images:
             if (image.min_pixels or 0) > (image.max_pixels or image.min_pixels or 0):
-                raise Skip("limits that exclude each other", f"min_pixels {image.min_pixels}, max_pixels {image.max_pixels}")
+                raise Skip(
+                    "limits that exclude each other",
+                    f"min_pixels {image.min_pixels}, max_pixels {image.max_pixels}",
+                )
         _check_places(sample)
         try:
             rendering = render(sample, self.media)
@@ -62,7 +65,9 @@ class Trainable:
             raise Skip("cannot be rendered", str(error)) from error
         if (most := max(piece.weight for piece in rendering.pieces)) > LARGEST_WEIGHT:
             raise Skip("weight too large", f"{most:g}, at most {LARGEST_WEIGHT:g}")
-        seen = (piece for piece in rendering.pieces if np.float32(piece.weight) > 0)  # as training holds weights
+        seen = (
+            piece for piece in rendering.pieces if np.float32(piece.weight) > 0
+        )  # as training holds weights
         learned = (piece for piece in seen if piece.text not in (TURN_END, END_OF_TEXT))
         if not any(piece.text.strip() for piece in learned):
             raise Skip("nothing supervised", "no token has a weight in the loss")
@@ -77,7 +82,10 @@ class Trainable:
             return
         if not fits_some_policy(sample, encoded, limits, self._tokenizer, self.media):
             size = f"{len(encoded.input_ids)} tokens, {encoded.patch_count} patches"
-            raise Skip("too long under every policy", f"{size}, a pack holds {limits.tokens} and {limits.patches}")
+            raise Skip(
+                "too long under every policy",
+                f"{size}, a pack holds {limits.tokens} and {limits.patches}",
+            )
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
@@ -86,7 +94,11 @@ class Trainable:
     @property
     def settings(self) -> Mapping[str, Any]:
         """What decides which samples are left out, as JSON."""
-        media = {name: value for name, value in asdict(self.media).items() if value != getattr(MediaConfig(), name)}
+        media = {
+            name: value
+            for name, value in asdict(self.media).items()
+            if value != getattr(MediaConfig(), name)
+        }
         length = self.sequence_length if self.tokenizer else None
         return {"media": media, "tokenizer": self.tokenizer or None, "sequence_length": length}
 
@@ -97,18 +109,25 @@ def _check_places(sample: Sample) -> None:
     Rendering would put it on the edge. A hundredth of the side and a pixel are taken for rounding.
     """
     images = sample.images
-    for place in (one for one in sample.elements if isinstance(one, Box | Point) and one.space == "px"):
+    for place in (
+        one for one in sample.elements if isinstance(one, Box | Point) and one.space == "px"
+    ):
         image, values = images[place.image], place.xyxy if isinstance(place, Box) else place.xy
         for value, side in zip(values, (image.width, image.height) * 2, strict=False):
             if not -1 - side / 100 <= value <= side + 1 + side / 100:
-                raise Skip("box outside its picture", f"{list(values)} in {image.width}x{image.height} pixels")
+                raise Skip(
+                    "box outside its picture",
+                    f"{list(values)} in {image.width}x{image.height} pixels",
+                )
 
 
 def _said(sample: Sample) -> Iterator[str]:
     """Texts that an assistant says, or that are learned anyway: what must hold no mark that is spelled out."""
     for message in sample.messages:
         spoken = message.role == "assistant"
-        yield from (_text_of(one) for one in message.content if spoken or element_loss(one, message) > 0)
+        yield from (
+            _text_of(one) for one in message.content if spoken or element_loss(one, message) > 0
+        )
     yield from map(_text_of, sample.content)
 
 

@@ -25,7 +25,9 @@ from visionloom.data.convert.skip import Skip
 from visionloom.data.convert.source_files import located
 from visionloom.data.shards.tar import Fault, members
 
-_ROW: Final = np.dtype([("high", "<u8"), ("low", "<u8"), ("file", "<u8"), ("offset", "<u8"), ("length", "<u8")])
+_ROW: Final = np.dtype(
+    [("high", "<u8"), ("low", "<u8"), ("file", "<u8"), ("offset", "<u8"), ("length", "<u8")]
+)
 _BUCKETS: Final = 64
 _BUFFERED: Final = 20_000
 """Rows kept in memory before they are written out to their buckets."""
@@ -94,7 +96,10 @@ def _sources(images: Path, follow_links: bool) -> Iterator[tuple[str, Found]]:
             name = str((Path(folder) / file).relative_to(images))
             if file.endswith(".tar"):
                 yield name, _in_tar(located(images, name, follow_links))
-            elif file.endswith(".json") and (media := _beside(images, name, follow_links)) is not None:
+            elif (
+                file.endswith(".json")
+                and (media := _beside(images, name, follow_links)) is not None
+            ):
                 yield media, _in_folder(images, name, media, follow_links)
 
 
@@ -182,7 +187,11 @@ class _Writer:
             self._append(name, b"")
         with replacing(path) as file:
             for bucket in sorted(self.folder.glob("bucket*")):
-                file.write(np.sort(np.fromfile(bucket, _ROW), order=("high", "low", "file", "offset")).tobytes())
+                file.write(
+                    np.sort(
+                        np.fromfile(bucket, _ROW), order=("high", "low", "file", "offset")
+                    ).tobytes()
+                )
                 bucket.unlink()
 
 

@@ -30,7 +30,9 @@ SOURCES: Final = ("video", "video_url", "file", "url", "path", "frames", "files"
 VIDEO: Final = Keys(
     "video",
     {
-        **dict.fromkeys(SOURCES, "name of a file or folder of frames, a list of frames, or the bytes"),
+        **dict.fromkeys(
+            SOURCES, "name of a file or folder of frames, a list of frames, or the bytes"
+        ),
         **NARROWING,
         "total_pixels": "most frames x height x width",
     },
@@ -63,12 +65,18 @@ def add_video(draft: SampleDraft, files: MediaFiles, value: Any, *said: RecordFi
     if isinstance(value, list):
         return _listed_frames(draft, files, value, said)
     ref = reference(value)
-    if isinstance(ref, str) and not ref.startswith(("data:", "http://", "https://")) and (path := files.locate(ref)).is_dir():
+    if (
+        isinstance(ref, str)
+        and not ref.startswith(("data:", "http://", "https://"))
+        and (path := files.locate(ref)).is_dir()
+    ):
         return _folder(draft, files, path, said)
     return draft.video(files.read(value), **_part(said, of_file=True))
 
 
-def _listed_frames(draft: SampleDraft, files: MediaFiles, names: list[Any], said: tuple[RecordFields, ...]) -> Video:
+def _listed_frames(
+    draft: SampleDraft, files: MediaFiles, names: list[Any], said: tuple[RecordFields, ...]
+) -> Video:
     times = _times(said, len(names))
     narrowed = _part(said, of_file=False, rate_known=times is not None)
     times = _by_sample_rate(said, len(names)) if times is None else times
@@ -77,7 +85,9 @@ def _listed_frames(draft: SampleDraft, files: MediaFiles, names: list[Any], said
     return draft.frames([files.read(name) for name in names], times, **narrowed)
 
 
-def _folder(draft: SampleDraft, files: MediaFiles, path: Path, said: tuple[RecordFields, ...]) -> Video:
+def _folder(
+    draft: SampleDraft, files: MediaFiles, path: Path, said: tuple[RecordFields, ...]
+) -> Video:
     names = sorted(file.name for file in path.iterdir() if kind_of(file.name) == "image")
     times = _times(said, len(names))
     if times is None and (path / TIMES).exists():
@@ -85,8 +95,12 @@ def _folder(draft: SampleDraft, files: MediaFiles, path: Path, said: tuple[Recor
     narrowed = _part(said, of_file=False, rate_known=times is not None)
     times = _by_sample_rate(said, len(names)) if times is None else times
     if times is None:
-        raise Skip("frames without times", "give t (a list of seconds), fps, or times.json in the folder")
-    return draft.frames([files.read(str(path.absolute() / name)) for name in names], times, **narrowed)
+        raise Skip(
+            "frames without times", "give t (a list of seconds), fps, or times.json in the folder"
+        )
+    return draft.frames(
+        [files.read(str(path.absolute() / name)) for name in names], times, **narrowed
+    )
 
 
 def _from_file(path: Path, names: list[str], files: MediaFiles) -> tuple[list[str], list[float]]:
@@ -96,7 +110,10 @@ def _from_file(path: Path, names: list[str], files: MediaFiles) -> tuple[list[st
     except JsonError as error:
         raise Skip("broken times.json", f"{path}: {error}") from None
     if isinstance(found, dict):
-        names, found = sorted(found, key=lambda name: (_seconds(found[name]), name)), sorted(map(_seconds, found.values()))
+        names, found = (
+            sorted(found, key=lambda name: (_seconds(found[name]), name)),
+            sorted(map(_seconds, found.values())),
+        )
     return names, _numbers(found, len(names))
 
 
@@ -137,9 +154,15 @@ def _part(said: tuple[RecordFields, ...], of_file: bool, rate_known: bool = True
     """Fields of Video that narrow it: the nearest object's words first."""
     found: dict[str, Any] = {}
     for fields in said:
-        if fields.keys.kind == VIDEO.kind:  # a record has one rate and one time for all its videos: only frames take them
+        if (
+            fields.keys.kind == VIDEO.kind
+        ):  # a record has one rate and one time for all its videos: only frames take them
             told = _told(fields, of_file, rate_known)
-            found |= {name: value for name, value in told.items() if value is not None and name not in found}
+            found |= {
+                name: value
+                for name, value in told.items()
+                if value is not None and name not in found
+            }
     return found
 
 
@@ -151,6 +174,8 @@ def _told(fields: RecordFields, of_file: bool, rate_known: bool) -> dict[str, An
         "start": fields.number("start", "video_start"),
         "end": fields.number("end", "video_end"),
         "sample_fps": fields.number(*rates) if rate_known else None,
-        "max_frames": fields.whole("max_frames", "nframes") if in_part else fields.whole("max_frames"),
+        "max_frames": fields.whole("max_frames", "nframes")
+        if in_part
+        else fields.whole("max_frames"),
         "total_pixels": pixels * 2 if pixels is not None and in_part else pixels,
     }

@@ -36,14 +36,19 @@ _PARTS: Final = ("tokenizer", "train", "test", "contact_sheet.png")
 _GENERATOR_VERSION: Final = 3
 
 
-def make_demo(folder: str | Path, seed: int = 0, scale: float = 1.0, progress: PartProgress | None = None) -> bool:
+def make_demo(
+    folder: str | Path, seed: int = 0, scale: float = 1.0, progress: PartProgress | None = None
+) -> bool:
     """Make DIR/tokenizer, DIR/train/<dataset>, DIR/test/<dataset> and DIR/contact_sheet.png; False if already made.
 
     `scale` multiplies the numbers of samples. The same seed and scale give the same bytes; train and test never share
     a handwriting picture. An unfinished folder is made again. Raises UserError if scikit-learn is not installed or the
     folder holds something else.
     """
-    folder, settings = Path(folder), {"version": _GENERATOR_VERSION, "index": INDEX_VERSION, "seed": seed, "scale": scale}
+    folder, settings = (
+        Path(folder),
+        {"version": _GENERATOR_VERSION, "index": INDEX_VERSION, "seed": seed, "scale": scale},
+    )
     if _settings(folder) == settings and all((folder / part).exists() for part in _PARTS):
         return False
     _check_folder(folder)
@@ -56,7 +61,9 @@ def make_demo(folder: str | Path, seed: int = 0, scale: float = 1.0, progress: P
             drawer = Drawer(cells, digits, chosen, f"{seed}/{split}/{name}")
             _write_dataset(making, split, name, drawer, scale, progress)
     train_tokenizer(making / "tokenizer", _train_samples(making))
-    draw_contact_sheet({name: Dataset.open(making / "train" / name, name) for name in RECIPES}, making / _PARTS[-1])
+    draw_contact_sheet(
+        {name: Dataset.open(making / "train" / name, name) for name in RECIPES}, making / _PARTS[-1]
+    )
     _move_into_place(folder, settings)
     return True
 
@@ -74,7 +81,9 @@ def _check_folder(folder: Path) -> None:
         raise UserError(f"{folder} is a file: choose a folder for the demo")
     names = {path.name for path in folder.iterdir()} if folder.exists() else set()
     if names and not names & {DONE, _MAKING}:
-        raise UserError(f"{folder} holds other files ({min(names)}): choose a new folder for the demo")
+        raise UserError(
+            f"{folder} holds other files ({min(names)}): choose a new folder for the demo"
+        )
 
 
 def load_pictures(seed: int) -> tuple[list[Pixels], list[int], dict[str, list[int]]]:
@@ -87,9 +96,16 @@ def load_pictures(seed: int) -> tuple[list[Pixels], list[int], dict[str, list[in
     except ImportError:
         raise UserError("the demo needs scikit-learn: pip install visionloom[demo]") from None
     data = load_digits()
-    cells, digits = [_enlarge(image) for image in data.images], [int(digit) for digit in data.target]
+    cells, digits = (
+        [_enlarge(image) for image in data.images],
+        [int(digit) for digit in data.target],
+    )
     numbers = random.Random(f"{seed}/split").sample(range(len(digits)), len(digits))
-    return cells, digits, {"train": sorted(numbers[:TRAIN_PICTURES]), "test": sorted(numbers[TRAIN_PICTURES:])}
+    return (
+        cells,
+        digits,
+        {"train": sorted(numbers[:TRAIN_PICTURES]), "test": sorted(numbers[TRAIN_PICTURES:])},
+    )
 
 
 def _enlarge(image: np.ndarray[tuple[int, int], np.dtype[np.float64]]) -> Pixels:
@@ -100,7 +116,9 @@ def _enlarge(image: np.ndarray[tuple[int, int], np.dtype[np.float64]]) -> Pixels
     return np.asarray(picture).clip(0, 255).round().astype(np.uint8)
 
 
-def _write_dataset(making: Path, split: str, name: str, drawer: Drawer, scale: float, progress: PartProgress | None) -> None:
+def _write_dataset(
+    making: Path, split: str, name: str, drawer: Drawer, scale: float, progress: PartProgress | None
+) -> None:
     recipe = RECIPES[name]
     count = max(8, round((recipe.train if split == "train" else recipe.test) * scale))
 

@@ -19,7 +19,9 @@ NAME: Final = "words"
 SAMPLES: Final = {"train": 4000, "test": 256}
 
 
-def make_task(folder: Path, seed: int = 0, scale: float = 1.0, progress: PartProgress | None = None) -> bool:
+def make_task(
+    folder: Path, seed: int = 0, scale: float = 1.0, progress: PartProgress | None = None
+) -> bool:
     """Make DIR/train/words and DIR/test/words in the demo's splits of the handwriting; False if already made.
 
     `scale` multiplies the numbers of samples; the same seed and scale give the same bytes. The tokenizer is the demo's.
@@ -34,12 +36,18 @@ def make_task(folder: Path, seed: int = 0, scale: float = 1.0, progress: PartPro
     shutil.rmtree(making, ignore_errors=True)
     for split, chosen in splits.items():
         drawer = Drawer(cells, digits, chosen, f"{seed}/{split}/{NAME}")
-        write_shards(making / split / NAME, NAME, _drafts(drawer, split, max(8, round(SAMPLES[split] * scale)), progress))
+        write_shards(
+            making / split / NAME,
+            NAME,
+            _drafts(drawer, split, max(8, round(SAMPLES[split] * scale)), progress),
+        )
     making.rename(folder)
     return True
 
 
-def _drafts(drawer: Drawer, split: str, count: int, progress: PartProgress | None) -> Iterator[tuple[Sample, dict[str, bytes]]]:
+def _drafts(
+    drawer: Drawer, split: str, count: int, progress: PartProgress | None
+) -> Iterator[tuple[Sample, dict[str, bytes]]]:
     for number in range(count):
         draft = words(drawer)
         yield draft.sample(f"{NAME}:{split}:{number}"), draft.media
@@ -52,9 +60,16 @@ def words(drawer: Drawer) -> DemoDraft:
     rows, columns = drawer.random.choices(GRIDS, weights=(3, 3, 4))[0]
     pictures = drawer.pictures(rows * columns)
     asked = drawer.random.randrange(len(pictures))
-    place = f"the digit at the {PLACES[rows, columns][asked]}" if len(pictures) > 1 else "this digit"
+    place = (
+        f"the digit at the {PLACES[rows, columns][asked]}" if len(pictures) > 1 else "this digit"
+    )
     draft = DemoDraft(task=NAME, meta={"pictures": pictures, "columns": columns, "asked": asked})
-    image = drawer.image(draft, tuple(tuple(pictures[columns * row : columns * (row + 1)]) for row in range(rows)))
+    image = drawer.image(
+        draft, tuple(tuple(pictures[columns * row : columns * (row + 1)]) for row in range(rows))
+    )
     answer = NAMES[int(drawer.digit(pictures[asked]))]
-    draft.messages = [Message("user", (image, Text(f"Write {place} as a word."))), Message("assistant", (Text(answer),))]
+    draft.messages = [
+        Message("user", (image, Text(f"Write {place} as a word."))),
+        Message("assistant", (Text(answer),)),
+    ]
     return draft

@@ -15,13 +15,26 @@ import numpy as np
 from PIL import Image as PillowImage
 
 from visionloom.data.encode.image import Pixels
-from visionloom.data.shards.sample import Box, Element, Image, Message, Sample, Text, Think, Time, Video
+from visionloom.data.shards.sample import (
+    Box,
+    Element,
+    Image,
+    Message,
+    Sample,
+    Text,
+    Think,
+    Time,
+    Video,
+)
 
 CELL: Final = 32
 """Pixels of a digit's cell: with patches of 16 pixels merged 2 x 2, one cell is one visual token."""
 NAMES: Final = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 GRIDS: Final = ((1, 1), (1, 2), (2, 2))
-PLACES: Final = {(1, 2): ("left", "right"), (2, 2): ("top left", "top right", "bottom left", "bottom right")}
+PLACES: Final = {
+    (1, 2): ("left", "right"),
+    (2, 2): ("top left", "top right", "bottom left", "bottom right"),
+}
 
 DigitGrid = tuple[tuple[int | None, ...], ...]
 """Numbers of handwriting pictures by row and column; None is an empty cell."""
@@ -40,22 +53,37 @@ class DemoDraft:
     def sample(self, sample_id: str) -> Sample:
         """The finished sample: a chat if there are messages, else a document."""
         kind = "chat" if self.messages else "doc"
-        return Sample(sample_id, kind, tuple(self.messages), tuple(self.content), task=self.task, meta=self.meta)
+        return Sample(
+            sample_id,
+            kind,
+            tuple(self.messages),
+            tuple(self.content),
+            task=self.task,
+            meta=self.meta,
+        )
 
 
 class Drawer:
     """Seeded draws from one split of the handwriting pictures, and their composition to PNG files."""
 
-    def __init__(self, cells: Sequence[Pixels], digits: Sequence[int], numbers: Sequence[int], seed: str) -> None:
+    def __init__(
+        self, cells: Sequence[Pixels], digits: Sequence[int], numbers: Sequence[int], seed: str
+    ) -> None:
         """`cells` uint8[32,32] and `digits` are of all pictures; `numbers` are those of this split."""
         self.random = random.Random(seed)
         self.cells, self.digits = cells, digits
-        self._by_digit = [[number for number in numbers if digits[number] == digit] for digit in range(10)]
+        self._by_digit = [
+            [number for number in numbers if digits[number] == digit] for digit in range(10)
+        ]
         self._files: dict[DigitGrid, bytes] = {}
 
     def pictures(self, count: int, distinct: bool = False) -> list[int]:
         """Numbers of `count` pictures, their digits uniform and, on request, distinct."""
-        values = self.random.sample(range(10), count) if distinct else self.random.choices(range(10), k=count)
+        values = (
+            self.random.sample(range(10), count)
+            if distinct
+            else self.random.choices(range(10), k=count)
+        )
         return [self.random.choice(self._by_digit[value]) for value in values]
 
     def image(self, draft: DemoDraft, grid: DigitGrid) -> Image:
@@ -71,7 +99,9 @@ class Drawer:
         rows = [np.concatenate([self._cell(number) for number in row], axis=1) for row in grid]
         buffer = io.BytesIO()
         # Run lengths alone take half the time of full compression, and 3 % more bytes.
-        PillowImage.fromarray(np.concatenate(rows)).save(buffer, "PNG", compress_level=1, compress_type=zlib.Z_RLE)
+        PillowImage.fromarray(np.concatenate(rows)).save(
+            buffer, "PNG", compress_level=1, compress_type=zlib.Z_RLE
+        )
         if len(grid) == len(grid[0]) == 1:
             self._files[grid] = buffer.getvalue()
         return buffer.getvalue()
@@ -85,7 +115,9 @@ class Drawer:
 
 
 def _grid(pictures: Sequence[int], columns: int) -> DigitGrid:
-    return tuple(tuple(pictures[first : first + columns]) for first in range(0, len(pictures), columns))
+    return tuple(
+        tuple(pictures[first : first + columns]) for first in range(0, len(pictures), columns)
+    )
 
 
 def _turn(question: Sequence[Element], answer: Sequence[Element]) -> list[Message]:
@@ -96,8 +128,13 @@ def captions(drawer: Drawer, training: bool) -> DemoDraft:
     """A picture of 1, 1 x 2 or 2 x 2 digits and what it shows."""
     rows, columns = drawer.random.choice(GRIDS)
     pictures = drawer.pictures(rows * columns)
-    grid, draft = _grid(pictures, columns), DemoDraft(meta={"pictures": pictures, "columns": columns})
-    words = " / ".join(" ".join(drawer.digit(number) for number in row if number is not None) for row in grid)
+    grid, draft = (
+        _grid(pictures, columns),
+        DemoDraft(meta={"pictures": pictures, "columns": columns}),
+    )
+    words = " / ".join(
+        " ".join(drawer.digit(number) for number in row if number is not None) for row in grid
+    )
     draft.content = [drawer.image(draft, grid), Text(f"\nThe image shows: {words}")]
     return draft
 
@@ -114,12 +151,18 @@ def text(drawer: Drawer, training: bool) -> DemoDraft:
 def _text_sum(drawer: Drawer) -> DemoDraft:
     values = drawer.random.choices(range(10), k=drawer.random.choice((2, 3)))
     steps, total = sum_steps(values)
-    return DemoDraft(messages=_turn([Text(f"What is {' + '.join(map(str, values))}?")], [Think(steps), Text(str(total))]))
+    return DemoDraft(
+        messages=_turn(
+            [Text(f"What is {' + '.join(map(str, values))}?")], [Think(steps), Text(str(total))]
+        )
+    )
 
 
 def _text_sequence(drawer: Drawer) -> DemoDraft:
     first, step = drawer.random.randrange(5), drawer.random.choice((1, 2, 3))
-    return DemoDraft(content=[Text("Sequence: " + " ".join(str(first + step * i) for i in range(6)))])
+    return DemoDraft(
+        content=[Text("Sequence: " + " ".join(str(first + step * i) for i in range(6)))]
+    )
 
 
 def _text_names(drawer: Drawer) -> DemoDraft:
@@ -129,20 +172,28 @@ def _text_names(drawer: Drawer) -> DemoDraft:
 
 def _text_pages(drawer: Drawer) -> DemoDraft:
     first = drawer.random.randrange(1, 20)
-    pages = [[Text(f"Page {number}")] for number in range(first, first + drawer.random.randrange(3, 7))]
+    pages = [
+        [Text(f"Page {number}")] for number in range(first, first + drawer.random.randrange(3, 7))
+    ]
     return _lookup(drawer, pages, lambda page: [Text(f"Which digit is on page {first + page}?")])
 
 
 def _text_moments(drawer: Drawer) -> DemoDraft:
     first = drawer.random.randrange(4) + 0.5
-    moments = [Time(first + i * drawer.random.choice((1, 2))) for i in range(drawer.random.randrange(2, 6))]
+    moments = [
+        Time(first + i * drawer.random.choice((1, 2))) for i in range(drawer.random.randrange(2, 6))
+    ]
     moments = sorted(set(moments), key=lambda moment: moment.seconds)
     return _lookup(
-        drawer, [[moment] for moment in moments], lambda i: [Text("Which digit is shown at "), moments[i], Text("?")]
+        drawer,
+        [[moment] for moment in moments],
+        lambda i: [Text("Which digit is shown at "), moments[i], Text("?")],
     )
 
 
-def _lookup(drawer: Drawer, names: Sequence[Sequence[Element]], question: Callable[[int], list[Element]]) -> DemoDraft:
+def _lookup(
+    drawer: Drawer, names: Sequence[Sequence[Element]], question: Callable[[int], list[Element]]
+) -> DemoDraft:
     """A list of names with a digit each, and questions for some of the digits."""
     values = drawer.random.choices(range(10), k=len(names))
     opening: list[Element] = []
@@ -151,7 +202,9 @@ def _lookup(drawer: Drawer, names: Sequence[Sequence[Element]], question: Callab
     opening.append(Text("\n"))
     draft = DemoDraft()
     for asked in drawer.random.sample(range(len(names)), min(3, len(names))):
-        draft.messages += _turn([*opening, *question(asked)], [*names[asked], Text(f": {values[asked]}")])
+        draft.messages += _turn(
+            [*opening, *question(asked)], [*names[asked], Text(f": {values[asked]}")]
+        )
         opening = []
     return draft
 
@@ -164,11 +217,15 @@ def vqa(drawer: Drawer, training: bool) -> DemoDraft:
     image = drawer.image(draft, _grid(pictures, columns))
     if len(pictures) == 1:
         draft.task = "read"
-        draft.messages = _turn([image, Text("Which digit is this?")], [Text(drawer.digit(pictures[0]))])
+        draft.messages = _turn(
+            [image, Text("Which digit is this?")], [Text(drawer.digit(pictures[0]))]
+        )
         return draft
     draft.task, draft.meta["asked"] = "position", drawer.random.randrange(len(pictures))
     question = f"Which digit is at the {PLACES[rows, columns][draft.meta['asked']]}?"
-    draft.messages = _turn([image, Text(question)], [Text(drawer.digit(pictures[draft.meta["asked"]]))])
+    draft.messages = _turn(
+        [image, Text(question)], [Text(drawer.digit(pictures[draft.meta["asked"]]))]
+    )
     return draft
 
 
@@ -181,12 +238,19 @@ def grounding(drawer: Drawer, training: bool) -> DemoDraft:
     for cell, number in zip(cells, pictures, strict=True):
         placed[cell] = number
     asked = drawer.random.sample(range(len(pictures)), 2 if training else 1)
-    draft = DemoDraft(task="grounding", meta={"pictures": pictures, "cells": cells, "columns": side, "asked": asked})
-    opening: list[Element] = [drawer.image(draft, tuple(tuple(placed[side * r : side * (r + 1)]) for r in range(side)))]
+    draft = DemoDraft(
+        task="grounding",
+        meta={"pictures": pictures, "cells": cells, "columns": side, "asked": asked},
+    )
+    opening: list[Element] = [
+        drawer.image(draft, tuple(tuple(placed[side * r : side * (r + 1)]) for r in range(side)))
+    ]
     for index in asked:
         row, column = divmod(cells[index], side)
         digit = drawer.digit(pictures[index])
-        box = Box(0, (column * CELL, row * CELL, (column + 1) * CELL, (row + 1) * CELL), "px", digit)
+        box = Box(
+            0, (column * CELL, row * CELL, (column + 1) * CELL, (row + 1) * CELL), "px", digit
+        )
         draft.messages += _turn([*opening, Text(f"Where is the {digit}?")], [box])
         opening = []
     return draft
@@ -197,9 +261,14 @@ def interleaved(drawer: Drawer, training: bool) -> DemoDraft:
     pictures = drawer.pictures(drawer.random.choice((2, 3)))
     draft = DemoDraft(meta={"pictures": pictures})
     for position, number in enumerate(pictures):
-        draft.content += [Text("First comes " if position == 0 else " Then "), drawer.image(draft, ((number,),))]
+        draft.content += [
+            Text("First comes " if position == 0 else " Then "),
+            drawer.image(draft, ((number,),)),
+        ]
         draft.content.append(Text(f", a {drawer.digit(number)}."))
-    draft.content.append(Text(f" The sum is {sum(int(drawer.digit(number)) for number in pictures)}."))
+    draft.content.append(
+        Text(f" The sum is {sum(int(drawer.digit(number)) for number in pictures)}.")
+    )
     return draft
 
 
@@ -222,7 +291,9 @@ def video(drawer: Drawer, training: bool) -> DemoDraft:
     for pair in asked:
         moment = Time((times[2 * pair] + times[2 * pair + 1]) / 2)
         question: list[Element] = [Text("Which digit is shown at "), moment, Text("?")]
-        draft.messages += _turn([*clip, *question], [moment, Text(f": {drawer.digit(pictures[pair])}")])
+        draft.messages += _turn(
+            [*clip, *question], [moment, Text(f": {drawer.digit(pictures[pair])}")]
+        )
         clip = []
     return draft
 
@@ -234,11 +305,16 @@ def documents(drawer: Drawer, training: bool) -> DemoDraft:
     draft = DemoDraft(task="needle", meta={"pictures": pictures, "asked": asked})
     pages: list[Element] = []
     for page, number in enumerate(pictures, start=1):
-        pages += [Text(f"{'\n' if page > 1 else ''}Page {page}:"), drawer.image(draft, ((number,),))]
+        pages += [
+            Text(f"{'\n' if page > 1 else ''}Page {page}:"),
+            drawer.image(draft, ((number,),)),
+        ]
     pages.append(Text("\n"))
     for index in asked:
         question = Text(f"Which digit is on page {index + 1}?")
-        draft.messages += _turn([*pages, question], [Text(f"Page {index + 1}: {drawer.digit(pictures[index])}")])
+        draft.messages += _turn(
+            [*pages, question], [Text(f"Page {index + 1}: {drawer.digit(pictures[index])}")]
+        )
         pages = []
     return draft
 
@@ -249,7 +325,9 @@ def sums(drawer: Drawer, training: bool) -> DemoDraft:
     steps, total = sum_steps([int(drawer.digit(number)) for number in pictures])
     draft = DemoDraft(task="reasoning", meta={"pictures": pictures})
     image = drawer.image(draft, (tuple(pictures),))
-    draft.messages = _turn([image, Text("What is the sum of the digits?")], [Think(steps), Text(str(total))])
+    draft.messages = _turn(
+        [image, Text("What is the sum of the digits?")], [Think(steps), Text(str(total))]
+    )
     return draft
 
 

@@ -12,9 +12,7 @@ from visionloom.data.shards.sample import Sample
 
 VOCABULARY: Final = 512
 """256 bytes, 230 merges, 26 special tokens."""
-QWEN_PATTERN: Final = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+QWEN_PATTERN: Final = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 """Qwen2's pre-tokenizer: digits stand alone, a word takes the space before it."""
 SPECIAL_TOKENS: Final = (
     "<|endoftext|>",
@@ -58,7 +56,16 @@ _FILLER: Final = (
 
 def train_tokenizer(folder: Path, samples: Iterable[Sample]) -> None:
     """Train on the samples' texts and save a Hugging Face tokenizer folder; the bytes depend on the samples only."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import (
+        AddedToken,
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        trainers,
+    )
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
@@ -102,6 +109,8 @@ def _texts(samples: Iterable[Sample]) -> Iterator[str]:
     yield _FILLER
     rules = MediaConfig(image_min_pixels=1)
     for sample in samples:
-        for plain, pieces in groupby(render(sample, rules).pieces, key=lambda piece: piece.count == 0):
+        for plain, pieces in groupby(
+            render(sample, rules).pieces, key=lambda piece: piece.count == 0
+        ):
             if plain:
                 yield "".join(piece.text for piece in pieces)

@@ -13,7 +13,13 @@ from typing import Final
 
 from visionloom.common.errors import UserError
 from visionloom.data.config import MediaConfig
-from visionloom.data.encode.geometry import Grid, image_grid, scale_coordinate, tokens_per_frame, video_layout
+from visionloom.data.encode.geometry import (
+    Grid,
+    image_grid,
+    scale_coordinate,
+    tokens_per_frame,
+    video_layout,
+)
 from visionloom.data.encode.tokenizer import (
     CALL_END,
     CALL_START,
@@ -89,7 +95,9 @@ class Rendering:
     def add(self, text: str, weight: float = 0.0, count: int = 0) -> None:
         """Append a piece; empty text adds nothing."""
         if text:
-            self.pieces.append(Piece(text, weight, count, apart=len(self.pieces) == self.prompt_end))
+            self.pieces.append(
+                Piece(text, weight, count, apart=len(self.pieces) == self.prompt_end)
+            )
 
     def end_prompt(self) -> None:
         """Let what an assistant says be tokenised by itself, as a model writes it behind the prompt of a server."""
@@ -124,7 +132,14 @@ def _rendered(sample: Sample, rules: MediaConfig) -> Rendering:
     roles = [None, *(message.role for message in messages), None]
     for index, message in enumerate(messages):
         if message.role == "tool":
-            _render_result(rendering, sample, message, rules, first=roles[index] != "tool", last=roles[index + 2] != "tool")
+            _render_result(
+                rendering,
+                sample,
+                message,
+                rules,
+                first=roles[index] != "tool",
+                last=roles[index + 2] != "tool",
+            )
         else:
             _render_message(rendering, sample, message, rules, is_answer=index == last)
     for element in sample.content:
@@ -134,26 +149,42 @@ def _rendered(sample: Sample, rules: MediaConfig) -> Rendering:
     return rendering
 
 
-def _render_tools(rendering: Rendering, sample: Sample, system: tuple[Message, ...], rules: MediaConfig) -> None:
+def _render_tools(
+    rendering: Rendering, sample: Sample, system: tuple[Message, ...], rules: MediaConfig
+) -> None:
     """The system turn that lists the tools, after what the sample's own system message says."""
     rendering.add(TURN_START, count=1)
     rendering.add("system\n")
     for message in system:
         for element in message.content:
-            _render_element(rendering, sample, element, element_loss(element, message) * sample.weight, rules)
+            _render_element(
+                rendering, sample, element, element_loss(element, message) * sample.weight, rules
+            )
         rendering.add("\n\n")
     rendering.add(_TOOLS_BEGIN)
     for tool in sample.tools:
         rendering.add("\n" + json.dumps(tool, ensure_ascii=False))
     rendering.add(_TOOLS_END)
-    for token, text in ((CALL_START, ""), (CALL_END, " XML tags:\n"), (CALL_START, _CALL_FORM), (CALL_END, "")):
+    for token, text in (
+        (CALL_START, ""),
+        (CALL_END, " XML tags:\n"),
+        (CALL_START, _CALL_FORM),
+        (CALL_END, ""),
+    ):
         rendering.add(token, count=1)
         rendering.add(text)
     rendering.add(TURN_END, count=1)
     rendering.add("\n")
 
 
-def _render_result(rendering: Rendering, sample: Sample, message: Message, rules: MediaConfig, first: bool, last: bool) -> None:
+def _render_result(
+    rendering: Rendering,
+    sample: Sample,
+    message: Message,
+    rules: MediaConfig,
+    first: bool,
+    last: bool,
+) -> None:
     """What a tool returned; results that follow each other share one user turn."""
     if first:
         rendering.add(TURN_START, count=1)
@@ -162,7 +193,9 @@ def _render_result(rendering: Rendering, sample: Sample, message: Message, rules
     rendering.add(RESPONSE_START, count=1)
     rendering.add("\n")
     for element in message.content:
-        _render_element(rendering, sample, element, element_loss(element, message) * sample.weight, rules)
+        _render_element(
+            rendering, sample, element, element_loss(element, message) * sample.weight, rules
+        )
     rendering.add("\n")
     rendering.add(RESPONSE_END, count=1)
     if last:
@@ -170,7 +203,9 @@ def _render_result(rendering: Rendering, sample: Sample, message: Message, rules
         rendering.add("\n")
 
 
-def _render_message(rendering: Rendering, sample: Sample, message: Message, rules: MediaConfig, is_answer: bool) -> None:
+def _render_message(
+    rendering: Rendering, sample: Sample, message: Message, rules: MediaConfig, is_answer: bool
+) -> None:
     rendering.add(TURN_START, count=1)
     rendering.add(f"{message.role}\n")
     start = len(rendering.pieces)
@@ -185,7 +220,9 @@ def _render_message(rendering: Rendering, sample: Sample, message: Message, rule
         _render_element(rendering, sample, element, weight, rules)
     if is_answer:
         rendering.prompt_pieces = start
-        rendering.answer = "".join(piece.text * max(1, piece.count) for piece in rendering.pieces[start:])
+        rendering.answer = "".join(
+            piece.text * max(1, piece.count) for piece in rendering.pieces[start:]
+        )
     rendering.add(TURN_END, _end_weight(message) * sample.weight, count=1)
     rendering.add("\n")
 
@@ -195,7 +232,9 @@ def _end_weight(message: Message) -> float:
     return default if message.loss is None else message.loss
 
 
-def _render_element(rendering: Rendering, sample: Sample, element: Element, weight: float, rules: MediaConfig) -> None:
+def _render_element(
+    rendering: Rendering, sample: Sample, element: Element, weight: float, rules: MediaConfig
+) -> None:
     match element:
         case Text():
             rendering.add(element.text, weight)
@@ -216,12 +255,23 @@ def _render_element(rendering: Rendering, sample: Sample, element: Element, weig
         case Point():
             rendering.add(_grounding(rendering, sample, element, "point_2d", element.xy), weight)
         case Time():
-            rendering.add(timestamp(element.seconds) if element.format == "seconds" else clock(element.seconds), weight)
+            rendering.add(
+                timestamp(element.seconds)
+                if element.format == "seconds"
+                else clock(element.seconds),
+                weight,
+            )
 
 
-def _render_media(rendering: Rendering, sample: Sample, media: Image | Video, rules: MediaConfig) -> None:
+def _render_media(
+    rendering: Rendering, sample: Sample, media: Image | Video, rules: MediaConfig
+) -> None:
     try:
-        grid, moments = (image_grid(media, rules), []) if isinstance(media, Image) else video_layout(media, rules)
+        grid, moments = (
+            (image_grid(media, rules), [])
+            if isinstance(media, Image)
+            else video_layout(media, rules)
+        )
     except UserError as error:
         name = media.ref if isinstance(media, Image) else media.refs[0]
         raise SampleError(sample.id, name, str(error)) from None
@@ -254,12 +304,19 @@ def clock(seconds: float) -> str:
     return f"<{tenths // 36000}:{tenths // 600 % 60:02d}:{tenths // 10 % 60:02d}.{tenths % 10}>"
 
 
-def _grounding(rendering: Rendering, sample: Sample, element: Box | Point, key: str, values: tuple[float, ...]) -> str:
+def _grounding(
+    rendering: Rendering, sample: Sample, element: Box | Point, key: str, values: tuple[float, ...]
+) -> str:
     images = rendering.images
     if element.image >= len(images):
-        raise SampleError(sample.id, key, f"image {element.image} expected, the sample has {len(images)}")
+        raise SampleError(
+            sample.id, key, f"image {element.image} expected, the sample has {len(images)}"
+        )
     image = images[element.image]
     sides = (image.width, image.height) * 2
-    numbers = [scale_coordinate(value, side, element.space) for value, side in zip(values, sides, strict=False)]
+    numbers = [
+        scale_coordinate(value, side, element.space)
+        for value, side in zip(values, sides, strict=False)
+    ]
     label = {} if element.label is None else {"label": element.label}
     return json.dumps({key: numbers, **label}, ensure_ascii=False)

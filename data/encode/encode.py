@@ -53,7 +53,9 @@ class EncodedSample:
         return int(np.count_nonzero(self.target_weights > 0))
 
 
-def encode(sample: Sample, tokenizer: Tokenizer, rules: MediaConfig, source: str = "") -> EncodedSample:
+def encode(
+    sample: Sample, tokenizer: Tokenizer, rules: MediaConfig, source: str = ""
+) -> EncodedSample:
     """Encode one sample; see `encode_all`."""
     return encode_all([sample], tokenizer, rules, [source])[0]
 
@@ -105,7 +107,11 @@ def prompt_of(sample: EncodedSample) -> EncodedSample:
     """The sample up to where its last answer begins, unsupervised: what generation starts from."""
     length = sample.prompt_length
     counts = sample.grids.prod(1) // MERGE_SIZE**2
-    kept = int(np.searchsorted(np.cumsum(counts), np.count_nonzero(sample.visual_positions < length), side="right"))
+    kept = int(
+        np.searchsorted(
+            np.cumsum(counts), np.count_nonzero(sample.visual_positions < length), side="right"
+        )
+    )
     rows = int(sample.grids[:kept].prod(1).sum())
     return replace(
         sample,
@@ -127,7 +133,9 @@ def extend(sample: EncodedSample, tokens: Sequence[int]) -> EncodedSample:
         sample,
         input_ids=np.concatenate([sample.input_ids, np.array(tokens, np.int32)]),
         target_weights=np.concatenate([sample.target_weights, np.zeros(len(tokens), np.float32)]),
-        position_ids=np.concatenate([sample.position_ids, np.broadcast_to(more, (3, len(tokens)))], axis=1),
+        position_ids=np.concatenate(
+            [sample.position_ids, np.broadcast_to(more, (3, len(tokens)))], axis=1
+        ),
     )
 
 
@@ -156,7 +164,9 @@ def _tokenise(runs: set[Texts], tokenizer: Tokenizer) -> dict[Texts, Tokens]:
     known: dict[Texts, Tokens] = {}
     for texts, ids in zip(single, tokenizer.encode([texts[0] for texts in single]), strict=True):
         known[texts] = ids, np.zeros(len(ids), np.int64)
-    for texts, (ids, ends) in zip(joined, tokenizer.encode_with_ends(["".join(texts) for texts in joined]), strict=True):
+    for texts, (ids, ends) in zip(
+        joined, tokenizer.encode_with_ends(["".join(texts) for texts in joined]), strict=True
+    ):
         borders = np.cumsum([len(text) for text in texts])
         known[texts] = ids, np.searchsorted(borders, ends, side="right")
     return known
@@ -173,7 +183,9 @@ def _assemble(
     ids, pieces = _tokens_of(rendering.pieces, runs, known, tokenizer)
     weights = np.array([piece.weight for piece in rendering.pieces], np.float32)[pieces]
     weights[:1] = 0
-    visual = np.array([piece.text in (IMAGE, VIDEO) and piece.count > 0 for piece in rendering.pieces], bool)
+    visual = np.array(
+        [piece.text in (IMAGE, VIDEO) and piece.count > 0 for piece in rendering.pieces], bool
+    )
     starts = np.searchsorted(pieces, np.flatnonzero(visual))
     return EncodedSample(
         sample_id=sample.id,
@@ -186,22 +198,35 @@ def _assemble(
         grids=np.array(rendering.grids, np.int32).reshape(-1, 3),
         media=tuple(rendering.media),
         answer=rendering.answer,
-        prompt_length=int(np.searchsorted(pieces, rendering.prompt_pieces)) if rendering.prompt_pieces else len(ids),
+        prompt_length=int(np.searchsorted(pieces, rendering.prompt_pieces))
+        if rendering.prompt_pieces
+        else len(ids),
     )
 
 
-def _tokens_of(pieces: list[Piece], runs: list[tuple[int, Texts]], known: dict[Texts, Tokens], tokenizer: Tokenizer) -> Tokens:
+def _tokens_of(
+    pieces: list[Piece],
+    runs: list[tuple[int, Texts]],
+    known: dict[Texts, Tokens],
+    tokenizer: Tokenizer,
+) -> Tokens:
     ids, numbers = [], []
     for first, texts in runs:
         if texts:
             ids.append(known[texts][0])
             numbers.append(known[texts][1] + first)
         else:
-            ids.append(np.full(pieces[first].count, tokenizer.special(pieces[first].text), np.int32))
+            ids.append(
+                np.full(pieces[first].count, tokenizer.special(pieces[first].text), np.int32)
+            )
             numbers.append(np.full(pieces[first].count, first, np.int64))
     return np.concatenate(ids), np.concatenate(numbers)
 
 
 def _blocks(starts: NDArray[np.intp], grids: list[Grid]) -> list[tuple[int, int, int]]:
-    shapes = [(height // MERGE_SIZE, width // MERGE_SIZE) for time, height, width in grids for _ in range(time)]
+    shapes = [
+        (height // MERGE_SIZE, width // MERGE_SIZE)
+        for time, height, width in grids
+        for _ in range(time)
+    ]
     return [(int(start), *shape) for start, shape in zip(starts, shapes, strict=True)]

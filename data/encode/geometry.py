@@ -77,28 +77,45 @@ def image_size(height: int, width: int, min_pixels: int, max_pixels: int) -> tup
     """
     _check_aspect(height, width)
     rounded = round(height / FACTOR) * FACTOR, round(width / FACTOR) * FACTOR
-    return _inside(rounded, height, width, rounded[0] * rounded[1], height * width, (min_pixels, max_pixels))
+    return _inside(
+        rounded, height, width, rounded[0] * rounded[1], height * width, (min_pixels, max_pixels)
+    )
 
 
-def qwen_utils_size(height: int, width: int, min_pixels: int, max_pixels: float, factor: int = FACTOR) -> tuple[int, int]:
+def qwen_utils_size(
+    height: int, width: int, min_pixels: int, max_pixels: float, factor: int = FACTOR
+) -> tuple[int, int]:
     """Height and width of a picture, or of a video's frame, by the rule `qwen_utils`: multiples of `factor`.
 
     Raises UserError for an aspect ratio above 200, or if a side would vanish. Source: `smart_resize` of qwen_vl_utils.
     """
     _check_aspect(height, width)
-    rounded = max(factor, round(height / factor) * factor), max(factor, round(width / factor) * factor)
+    rounded = (
+        max(factor, round(height / factor) * factor),
+        max(factor, round(width / factor) * factor),
+    )
     if rounded[0] * rounded[1] > max_pixels:
         beta = math.sqrt(height * width / max_pixels)
-        rounded = math.floor(height / beta / factor) * factor, math.floor(width / beta / factor) * factor
+        rounded = (
+            math.floor(height / beta / factor) * factor,
+            math.floor(width / beta / factor) * factor,
+        )
     elif rounded[0] * rounded[1] < min_pixels:
         beta = math.sqrt(min_pixels / (height * width))
-        rounded = math.ceil(height * beta / factor) * factor, math.ceil(width * beta / factor) * factor
+        rounded = (
+            math.ceil(height * beta / factor) * factor,
+            math.ceil(width * beta / factor) * factor,
+        )
     if not all(rounded):
-        raise UserError(f"{width}x{height} pixels are too narrow for an area of {max_pixels:.0f}: crop it or raise the limit")
+        raise UserError(
+            f"{width}x{height} pixels are too narrow for an area of {max_pixels:.0f}: crop it or raise the limit"
+        )
     return rounded
 
 
-def video_size(frames: int, height: int, width: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+def video_size(
+    frames: int, height: int, width: int, min_pixels: int, max_pixels: int
+) -> tuple[int, int]:
     """Height and width that the frames of a video are resized to by the rules `hf`: multiples of 32, the volume in limits.
 
     The volume is compared with an even number of frames, the scale is taken from the true one. Raises UserError for
@@ -112,7 +129,9 @@ def video_size(frames: int, height: int, width: int, min_pixels: int, max_pixels
     _check_aspect(height, width)
     rounded = round(height / FACTOR) * FACTOR, round(width / FACTOR) * FACTOR
     volume = round(frames / TEMPORAL_PATCH_SIZE) * TEMPORAL_PATCH_SIZE * rounded[0] * rounded[1]
-    return _inside(rounded, height, width, volume, frames * height * width, (min_pixels, max_pixels))
+    return _inside(
+        rounded, height, width, volume, frames * height * width, (min_pixels, max_pixels)
+    )
 
 
 def frame_size(video: Video, frames: int, rules: MediaConfig) -> tuple[int, int]:
@@ -148,7 +167,9 @@ def stored_size(video: Video, rules: MediaConfig) -> tuple[int, int]:
 
 
 def _too_few(frames: int) -> str:
-    return f"a video needs at least {TEMPORAL_PATCH_SIZE} frames, got {frames}: store it as an image"
+    return (
+        f"a video needs at least {TEMPORAL_PATCH_SIZE} frames, got {frames}: store it as an image"
+    )
 
 
 def _check_aspect(height: int, width: int) -> None:
@@ -157,7 +178,12 @@ def _check_aspect(height: int, width: int) -> None:
 
 
 def _inside(
-    rounded: tuple[int, int], height: int, width: int, volume: int, true_volume: int, limits: tuple[int, int]
+    rounded: tuple[int, int],
+    height: int,
+    width: int,
+    volume: int,
+    true_volume: int,
+    limits: tuple[int, int],
 ) -> tuple[int, int]:
     if volume > limits[1]:
         beta = math.sqrt(true_volume / limits[1])

@@ -32,7 +32,9 @@ def decode_image(data: bytes, size: tuple[int, int], sample_id: str, name: str) 
         check_size((picture.height, picture.width), size, sample_id, name)
         if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
             raise SampleError(
-                sample_id, name, f"more than 8 bits a value (mode {picture.mode}), which would be clipped to white"
+                sample_id,
+                name,
+                f"more than 8 bits a value (mode {picture.mode}), which would be clipped to white",
             )
         return np.array(_opaque(picture), np.uint8)
     except SampleError:
@@ -40,13 +42,17 @@ def decode_image(data: bytes, size: tuple[int, int], sample_id: str, name: str) 
     except MediaError as error:
         raise SampleError(sample_id, name, f"cannot be decoded: {error.detail}") from None
     except Exception as error:  # decoders raise whatever damaged bytes lead them to
-        raise SampleError(sample_id, name, f"cannot be decoded: {type(error).__name__}: {error}") from error
+        raise SampleError(
+            sample_id, name, f"cannot be decoded: {type(error).__name__}: {error}"
+        ) from error
 
 
 def check_size(found: tuple[int, int], said: tuple[int, int], sample_id: str, name: str) -> None:
     """Compare the (height, width) of a header with what the sample says; raises SampleError."""
     if found != said:
-        raise SampleError(sample_id, name, f"{found[1]}x{found[0]} pixels, the sample says {said[1]}x{said[0]}")
+        raise SampleError(
+            sample_id, name, f"{found[1]}x{found[0]} pixels, the sample says {said[1]}x{said[0]}"
+        )
 
 
 def _decode_jpeg(data: bytes, size: tuple[int, int]) -> Pixels | None:
@@ -93,7 +99,9 @@ def resize_in_float(picture: Pixels, height: int, width: int) -> Pixels:
     if picture.shape[:2] == (height, width):
         return resize(picture, height, width)
     planes = torch.from_numpy(picture).permute(2, 0, 1)[None].float().contiguous()
-    resized: Any = torch.nn.functional.interpolate(planes, (height, width), mode="bicubic", align_corners=False, antialias=True)
+    resized: Any = torch.nn.functional.interpolate(
+        planes, (height, width), mode="bicubic", align_corners=False, antialias=True
+    )
     rounded: Pixels = resized[0].clamp_(0, 255).round_().to(torch.uint8).numpy()
     return rounded
 

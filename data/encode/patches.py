@@ -17,7 +17,13 @@ from visionloom.data.encode.geometry import (
     frame_times,
     stored_size,
 )
-from visionloom.data.encode.image import Pixels, decode_image, resize, resize_by_pillow, resize_in_float
+from visionloom.data.encode.image import (
+    Pixels,
+    decode_image,
+    resize,
+    resize_by_pillow,
+    resize_in_float,
+)
 from visionloom.data.encode.video import decode_frames
 from visionloom.data.shards.sample import Image, Video
 
@@ -32,7 +38,9 @@ Unit = tuple[int, int, int]
 """Number of the picture or video in its sample, its first temporal patch, and how many: what one rank encodes."""
 
 
-def decode_patches(sample: EncodedSample, read: Read, rules: MediaConfig, units: Sequence[Unit] | None = None) -> Pixels:
+def decode_patches(
+    sample: EncodedSample, read: Read, rules: MediaConfig, units: Sequence[Unit] | None = None
+) -> Pixels:
     """Rows of a sample's pictures and videos, in order: uint8 [patches, 768], or 1536 wide if it has a video.
 
     `units` names those wanted, in order; None means all. Raises SampleError if a member is missing, cannot be decoded or
@@ -57,7 +65,9 @@ def row_width(media: Sequence[Image | Video]) -> int:
     return VIDEO_ROW if any(isinstance(one, Video) for one in media) else IMAGE_ROW
 
 
-def decode_into(out: Pixels, sample: EncodedSample, units: Sequence[Unit], read: Read, rules: MediaConfig) -> None:
+def decode_into(
+    out: Pixels, sample: EncodedSample, units: Sequence[Unit], read: Read, rules: MediaConfig
+) -> None:
     """Write the rows of these units into `out`, uint8 [their patches, 768 or 1536]; no other copy of them is made.
 
     Frames are resized as they are decoded, so no more than one is held at its full size. Raises SampleError like
@@ -67,7 +77,9 @@ def decode_into(out: Pixels, sample: EncodedSample, units: Sequence[Unit], read:
     for number, group in groupby(units, key=lambda unit: unit[0]):
         patches = np.concatenate([np.arange(first, first + count) for _, first, count in group])
         _, height, width = sample.grids[number].tolist()
-        rows = out[start : start + len(patches) * height * width].reshape(len(patches), height * width, -1)
+        rows = out[start : start + len(patches) * height * width].reshape(
+            len(patches), height * width, -1
+        )
         start += rows.shape[0] * rows.shape[1]
         size = (height * PATCH_SIZE, width * PATCH_SIZE)
         media = sample.media[number]
@@ -77,7 +89,9 @@ def decode_into(out: Pixels, sample: EncodedSample, units: Sequence[Unit], read:
             _fill_video(rows, media, patches, size, sample.sample_id, read, rules)
 
 
-def _picture(image: Image, size: tuple[int, int], sample_id: str, read: Read, rules: MediaConfig) -> Pixels:
+def _picture(
+    image: Image, size: tuple[int, int], sample_id: str, read: Read, rules: MediaConfig
+) -> Pixels:
     pixels = decode_image(read(image.ref), (image.height, image.width), sample_id, image.ref)
     return resize(resize_by_pillow(pixels, *size) if rules.rule == "qwen_utils" else pixels, *size)
 
@@ -93,7 +107,9 @@ def _fill_video(
 ) -> None:
     """Write the temporal patches [patches, rows of one, 1536]: two frames each, an odd last frame counts twice."""
     shown = chosen_frames(video, rules)
-    slots = np.minimum(patches[:, None] * TEMPORAL_PATCH_SIZE + np.arange(TEMPORAL_PATCH_SIZE), len(shown) - 1)
+    slots = np.minimum(
+        patches[:, None] * TEMPORAL_PATCH_SIZE + np.arange(TEMPORAL_PATCH_SIZE), len(shown) - 1
+    )
     numbers = np.unique(slots)
     decoded = _frames(video, shown[numbers], sample_id, read, rules)
     scaled = resize_in_float if rules.rule == "qwen_utils" else resize
@@ -103,9 +119,13 @@ def _fill_video(
             put(rows[place], picture, slot)
 
 
-def _frames(video: Video, frames: NDArray[np.int64], sample_id: str, read: Read, rules: MediaConfig) -> Iterator[Pixels]:
+def _frames(
+    video: Video, frames: NDArray[np.int64], sample_id: str, read: Read, rules: MediaConfig
+) -> Iterator[Pixels]:
     if video.ref is not None:
-        yield from decode_frames(read(video.ref), video, frames, frame_times(video, frames), sample_id)
+        yield from decode_frames(
+            read(video.ref), video, frames, frame_times(video, frames), sample_id
+        )
         return
     for index in frames.tolist():
         name = video.frames[index]
@@ -121,9 +141,13 @@ def put(rows: Pixels, picture: Pixels, frame: int | None = None) -> None:
     """
     height, width = (side // (MERGE_SIZE * PATCH_SIZE) for side in picture.shape[1:])
     # The 16 pixels of a patch's line are copied as one 16-byte value: nine times as fast as byte by byte.
-    lines = picture.view(np.complex128).reshape(3, height, MERGE_SIZE, PATCH_SIZE, width, MERGE_SIZE)
+    lines = picture.view(np.complex128).reshape(
+        3, height, MERGE_SIZE, PATCH_SIZE, width, MERGE_SIZE
+    )
     blocks = lines.transpose(1, 4, 2, 5, 0, 3)
-    target = rows.view(np.complex128).reshape(height, width, MERGE_SIZE, MERGE_SIZE, 3, -1, PATCH_SIZE)
+    target = rows.view(np.complex128).reshape(
+        height, width, MERGE_SIZE, MERGE_SIZE, 3, -1, PATCH_SIZE
+    )
     if frame is None:
         target[...] = blocks[..., None, :]
     else:
@@ -136,4 +160,6 @@ def widen(rows: Pixels, width: int) -> Pixels:
         return rows
     if width == IMAGE_ROW:
         return rows.reshape(-1, 3, TEMPORAL_PATCH_SIZE, PATCH_SIZE**2)[:, :, 0].reshape(-1, width)
-    return np.repeat(rows.reshape(-1, 3, 1, PATCH_SIZE**2), TEMPORAL_PATCH_SIZE, axis=2).reshape(-1, width)
+    return np.repeat(rows.reshape(-1, 3, 1, PATCH_SIZE**2), TEMPORAL_PATCH_SIZE, axis=2).reshape(
+        -1, width
+    )

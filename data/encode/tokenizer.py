@@ -32,7 +32,17 @@ CALL_START: Final = "<tool_call>"
 CALL_END: Final = "</tool_call>"
 RESPONSE_START: Final = "<tool_response>"
 RESPONSE_END: Final = "</tool_response>"
-REQUIRED: Final = (END_OF_TEXT, TURN_START, TURN_END, VISION_START, VISION_END, IMAGE, VIDEO, THINK_START, THINK_END)
+REQUIRED: Final = (
+    END_OF_TEXT,
+    TURN_START,
+    TURN_END,
+    VISION_START,
+    VISION_END,
+    IMAGE,
+    VIDEO,
+    THINK_START,
+    THINK_END,
+)
 FOR_TOOLS: Final = (CALL_START, CALL_END, RESPONSE_START, RESPONSE_END)
 """Needed only by samples with tools."""
 
@@ -54,9 +64,13 @@ class Tokenizer:
             self._whole = Backend.from_str(raw.decode())
             document = load_json(raw, FILE)
             words = [token for token in document.get("added_tokens", []) if _is_word(token)]
-            self._plain = Backend.from_str(json.dumps({**document, "added_tokens": words, "post_processor": None}))
+            self._plain = Backend.from_str(
+                json.dumps({**document, "added_tokens": words, "post_processor": None})
+            )
         except Exception as error:  # the library raises bare Exception
-            raise UserError(f"data.tokenizer={folder}: tokenizer.json cannot be read: {error}") from None
+            raise UserError(
+                f"data.tokenizer={folder}: tokenizer.json cannot be read: {error}"
+            ) from None
         for backend in (self._whole, self._plain):
             backend.no_padding()
             backend.no_truncation()
@@ -64,7 +78,9 @@ class Tokenizer:
         found = {token: self._whole.token_to_id(token) for token in (*REQUIRED, *FOR_TOOLS)}
         self._special = {token: number for token, number in found.items() if number is not None}
         if missing := [token for token in REQUIRED if token not in self._special]:
-            raise UserError(f"data.tokenizer={folder} lacks special tokens of Qwen3-VL: {' '.join(missing)}")
+            raise UserError(
+                f"data.tokenizer={folder} lacks special tokens of Qwen3-VL: {' '.join(missing)}"
+            )
 
     def __reduce__(self) -> tuple[type["Tokenizer"], tuple[str]]:
         return Tokenizer, (self.folder,)
@@ -87,7 +103,9 @@ class Tokenizer:
     def special(self, token: str) -> int:
         """Id of one of the REQUIRED tokens, or of those FOR_TOOLS; raises UserError if the tokenizer lacks it."""
         if token not in self._special:
-            raise UserError(f"data.tokenizer={self.folder} lacks {token}, which samples with tools need")
+            raise UserError(
+                f"data.tokenizer={self.folder} lacks {token}, which samples with tools need"
+            )
         return self._special[token]
 
     def encode(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
@@ -95,14 +113,19 @@ class Tokenizer:
         found = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
         return [self._numbered(encoding) for encoding in found]
 
-    def encode_with_ends(self, texts: Sequence[str]) -> list[tuple[NDArray[np.int32], NDArray[np.int64]]]:
+    def encode_with_ends(
+        self, texts: Sequence[str]
+    ) -> list[tuple[NDArray[np.int32], NDArray[np.int64]]]:
         """Like `encode`, with the index of the last character that each token covers."""
         found = self._plain.encode_batch(list(texts), add_special_tokens=False)
         return [(self._numbered(encoding), _ends(encoding)) for encoding in found]
 
     def _ids_of_words(self, words: list[str]) -> NDArray[np.int32] | None:
         """The true id behind each id of the copy for text, which counts its added tokens without gaps; None if all are equal."""
-        own = {int(self._plain.token_to_id(word) or 0): int(self._whole.token_to_id(word) or 0) for word in words}
+        own = {
+            int(self._plain.token_to_id(word) or 0): int(self._whole.token_to_id(word) or 0)
+            for word in words
+        }
         if all(one == other for one, other in own.items()):
             return None
         ids = np.arange(max(own) + 1, dtype=np.int32)
@@ -124,10 +147,14 @@ def _read(folder: str) -> bytes:
         if folder:
             return read_located(Path(folder), FILE, LARGEST)
     except PlaceError as error:
-        raise UserError(f"data.tokenizer={folder}: {FILE} {error}: put the file itself there") from None
+        raise UserError(
+            f"data.tokenizer={folder}: {FILE} {error}: put the file itself there"
+        ) from None
     except (FileNotFoundError, NotADirectoryError):
         pass
-    raise UserError(f"data.tokenizer={folder}: no {FILE} there: give the folder of a fast Hugging Face tokenizer")
+    raise UserError(
+        f"data.tokenizer={folder}: no {FILE} there: give the folder of a fast Hugging Face tokenizer"
+    )
 
 
 def _is_word(token: Mapping[str, Any]) -> bool:

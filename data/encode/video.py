@@ -38,7 +38,9 @@ def decode_frames(
             packets, base = _look_through(container, video, sample_id)
         check_work(len(packets), video.width, video.height, len(data))
         wanted = _stamps(packets, base, video, frames, times, sample_id)
-        with open_video(data) as container:  # from its start again: seeking is not exact in every container
+        with open_video(
+            data
+        ) as container:  # from its start again: seeking is not exact in every container
             yield from _decode(container, video, packets, wanted, base, sample_id)
     except MediaError as error:
         raise SampleError(sample_id, video.ref, f"cannot be decoded: {error.detail}") from error
@@ -58,9 +60,13 @@ def _look_through(container: Any, video: Video, sample_id: str) -> tuple[list[_P
     stream = container.streams.video[0]
     found = (stream.codec_context.height, stream.codec_context.width)
     check_size(found, (video.height, video.width), sample_id, name)
-    packets = [_Packet(one.pts, one.is_keyframe, not one.is_discard) for one in packets_of(container)]
+    packets = [
+        _Packet(one.pts, one.is_keyframe, not one.is_discard) for one in packets_of(container)
+    ]
     if any(packet.stamp is None for packet in packets):
-        raise SampleError(sample_id, name, "does not say when its frames are shown: convert it to MP4 or Matroska")
+        raise SampleError(
+            sample_id, name, "does not say when its frames are shown: convert it to MP4 or Matroska"
+        )
     count = sum(packet.is_shown for packet in packets)
     if count != video.file_frames:
         raise SampleError(sample_id, name, f"{count} frames, the sample says {video.file_frames}")
@@ -82,12 +88,18 @@ def _stamps(
     said = video.times[-1] - begin if video.times else (video.file_frames - 1) / video.fps
     slack = TOLERANCE / video.fps
     if abs(lasts - said) > max(2 * slack, DRIFT * said):
-        raise SampleError(sample_id, name, f"{lasts:g} s from first to last frame, the sample says {said:g}")
+        raise SampleError(
+            sample_id, name, f"{lasts:g} s from first to last frame, the sample says {said:g}"
+        )
     found: list[int] = []
     for index, seconds in zip(frames.tolist(), times, strict=True):
         stamp = _nearest(shown, shown[0] + (seconds - begin) / base)
-        if abs((stamp - shown[0]) * base - (seconds - begin)) > slack or (found and stamp <= found[-1]):
-            raise SampleError(sample_id, name, f"shows no frame {index} at {seconds:g} s: its times are others")
+        if abs((stamp - shown[0]) * base - (seconds - begin)) > slack or (
+            found and stamp <= found[-1]
+        ):
+            raise SampleError(
+                sample_id, name, f"shows no frame {index} at {seconds:g} s: its times are others"
+            )
         found.append(stamp)
     return found
 
@@ -99,23 +111,38 @@ def _nearest(ascending: list[int], value: float) -> int:
 
 
 def _decode(
-    container: Any, video: Video, packets: list[_Packet], wanted: list[int], base: float, sample_id: str
+    container: Any,
+    video: Video,
+    packets: list[_Packet],
+    wanted: list[int],
+    base: float,
+    sample_id: str,
 ) -> Iterator[Pixels]:
     stream = container.streams.video[0]
     context = stream.codec_context
-    context.thread_count = 1  # the loader's workers are the parallelism; and frames come out without delay
+    context.thread_count = (
+        1  # the loader's workers are the parallelism; and frames come out without delay
+    )
     # Whatever size a later packet claims, no more is allocated than for the frames that were announced.
-    context.options = {"max_pixels": str((video.height + _CODED_MARGIN) * (video.width + _CODED_MARGIN))}
+    context.options = {
+        "max_pixels": str((video.height + _CODED_MARGIN) * (video.width + _CODED_MARGIN))
+    }
     waiting, picture, name = deque(wanted), _Converter(), video.ref or ""
     for frame in _wanted_frames(container.demux(stream), context, packets, set(wanted)):
         if not waiting or frame.pts != waiting.popleft():
-            raise SampleError(sample_id, name, f"frames before the one at {frame.pts * base:g} s cannot be decoded")
+            raise SampleError(
+                sample_id,
+                name,
+                f"frames before the one at {frame.pts * base:g} s cannot be decoded",
+            )
         if frame.is_corrupt:
             raise SampleError(sample_id, name, f"the frame at {frame.pts * base:g} s is damaged")
         check_size((frame.height, frame.width), (video.height, video.width), sample_id, name)
         yield picture.rgb(frame)
     if waiting:
-        raise SampleError(sample_id, name, f"the last {len(waiting)} of its wanted frames cannot be decoded")
+        raise SampleError(
+            sample_id, name, f"the last {len(waiting)} of its wanted frames cannot be decoded"
+        )
 
 
 class _Converter:
@@ -148,7 +175,9 @@ class _Group:
     """Whether frames shown before the keyframe, which may lean on the group before, are wanted."""
 
 
-def _wanted_frames(demuxed: Iterator[Any], context: Any, packets: list[_Packet], wanted: set[int]) -> Iterator[Any]:
+def _wanted_frames(
+    demuxed: Iterator[Any], context: Any, packets: list[_Packet], wanted: set[int]
+) -> Iterator[Any]:
     """The wanted frames in the order in which they are shown.
 
     Unwanted packets that no other leans on are skipped (`skip_frame=NONREF`), and so is the end of a group of pictures
@@ -156,7 +185,10 @@ def _wanted_frames(demuxed: Iterator[Any], context: Any, packets: list[_Packet],
     """
     present = (packet for packet in demuxed if packet.size)
     groups = _groups(packets, wanted)
-    stops = [group.size if after.leading else group.wanted for group, after in pairwise([*groups, _Group(0)])]
+    stops = [
+        group.size if after.leading else group.wanted
+        for group, after in pairwise([*groups, _Group(0)])
+    ]
     while stops and not stops[-1]:  # the file is not read on behind the last wanted frame
         stops.pop()
     for group, stop, following in zip(groups, stops, [*stops[1:], 0], strict=False):

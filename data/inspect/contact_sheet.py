@@ -28,21 +28,29 @@ def draw_contact_sheet(datasets: Mapping[str, Dataset], path: str | Path, column
     """Draw the first `columns` samples of every dataset, one row each, as a PNG at `path`."""
     rows = []
     for name, dataset in datasets.items():
-        views = [view_sample(dataset, index, MediaConfig()) for index in range(min(columns, len(dataset)))]
+        views = [
+            view_sample(dataset, index, MediaConfig())
+            for index in range(min(columns, len(dataset)))
+        ]
         rows.append(_row(f"{name}: {len(dataset):,} samples", views, columns))
     _stack(rows).save(path, "PNG")
 
 
-def draw_samples(views: Sequence[SampleView], title: str, path: str | Path, columns: int = 4) -> None:
+def draw_samples(
+    views: Sequence[SampleView], title: str, path: str | Path, columns: int = 4
+) -> None:
     """Draw samples as a PNG at `path`, `columns` in a row."""
     rows = [
-        _row(title if not start else "", views[start : start + columns], columns) for start in range(0, len(views), columns)
+        _row(title if not start else "", views[start : start + columns], columns)
+        for start in range(0, len(views), columns)
     ]
     _stack(rows).save(path, "PNG")
 
 
 def _stack(rows: Sequence[Canvas]) -> Canvas:
-    sheet = PillowImage.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")
+    sheet = PillowImage.new(
+        "RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white"
+    )
     top = 0
     for row in rows:
         sheet.paste(row, (0, top))
@@ -52,7 +60,9 @@ def _stack(rows: Sequence[Canvas]) -> Canvas:
 
 def _row(title: str, views: Sequence[SampleView], columns: int) -> Canvas:
     cards = [_card(view) for view in views]
-    row = PillowImage.new("RGB", (columns * _CARD, max(card.height for card in cards) + 24), "white")
+    row = PillowImage.new(
+        "RGB", (columns * _CARD, max(card.height for card in cards) + 24), "white"
+    )
     ImageDraw.Draw(row).text((_MARGIN, 6), title, "black", ImageFont.load_default(14))
     for column, card in enumerate(cards):
         row.paste(card, (column * _CARD, 24))
@@ -62,8 +72,15 @@ def _row(title: str, views: Sequence[SampleView], columns: int) -> Canvas:
 def _card(view: SampleView) -> Canvas:
     sample = view.sample
     pictures = [(_outlined(shown), shown.caption) for media in view.media for shown in media.shown]
-    lines = [part for line in describe(sample) for part in textwrap.wrap(line, _LINE_CHARACTERS) or [""]]
-    lines += [part for media in view.media if media.problem for part in textwrap.wrap(media.problem, _LINE_CHARACTERS)]
+    lines = [
+        part for line in describe(sample) for part in textwrap.wrap(line, _LINE_CHARACTERS) or [""]
+    ]
+    lines += [
+        part
+        for media in view.media
+        if media.problem
+        for part in textwrap.wrap(media.problem, _LINE_CHARACTERS)
+    ]
     if len(lines) > _MOST_LINES:
         lines[_MOST_LINES:] = ["..."]
     if sample.task:
@@ -73,7 +90,9 @@ def _card(view: SampleView) -> Canvas:
     card = PillowImage.new("RGB", (_CARD, top + _LINE * len(lines) + _MARGIN), "white")
     _paste_pictures(card, pictures, side)
     for number, line in enumerate(lines):
-        ImageDraw.Draw(card).text((_MARGIN, top + number * _LINE), line, "black", ImageFont.load_default(11))
+        ImageDraw.Draw(card).text(
+            (_MARGIN, top + number * _LINE), line, "black", ImageFont.load_default(11)
+        )
     return card
 
 
@@ -84,7 +103,9 @@ def _outlined(shown: Shown) -> Canvas:
     for mark in shown.marks:
         places = [share * picture.size[axis % 2] for axis, share in enumerate(mark.place)]
         if len(places) == 4:
-            draw.rectangle((places[0], places[1], places[2] - 1, places[3] - 1), outline="red", width=thick)
+            draw.rectangle(
+                (places[0], places[1], places[2] - 1, places[3] - 1), outline="red", width=thick
+            )
         else:
             x, y, reach = *places, 2 * thick
             draw.ellipse((x - reach, y - reach, x + reach, y + reach), outline="red", width=thick)
@@ -98,9 +119,13 @@ def _paste_pictures(card: Canvas, pictures: list[tuple[Canvas, str]], side: int)
         left, top = _MARGIN + number % across * (side + 4), _MARGIN + number // across * (side + 16)
         factor = side / max(picture.size)
         size = (max(1, round(picture.width * factor)), max(1, round(picture.height * factor)))
-        resampling = PillowImage.Resampling.NEAREST if factor > 1 else PillowImage.Resampling.LANCZOS
+        resampling = (
+            PillowImage.Resampling.NEAREST if factor > 1 else PillowImage.Resampling.LANCZOS
+        )
         card.paste(picture.resize(size, resampling), (left, top))
-        ImageDraw.Draw(card).text((left, top + size[1]), caption, "gray", ImageFont.load_default(10))
+        ImageDraw.Draw(card).text(
+            (left, top + size[1]), caption, "gray", ImageFont.load_default(10)
+        )
 
 
 def _side(count: int) -> int:

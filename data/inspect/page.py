@@ -61,7 +61,9 @@ figcaption { color: var(--soft); font-size: 12px; margin-top: 3px; overflow-wrap
 _POLICY: Final = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
-def page(title: str, subtitle: str, samples: Iterable[SampleView], packs: FirstPacks | None = None) -> str:
+def page(
+    title: str, subtitle: str, samples: Iterable[SampleView], packs: FirstPacks | None = None
+) -> str:
     """The whole page as HTML."""
     body = [f"<h1>{escape(title)}</h1><div class='soft'>{escape(subtitle)}</div>"]
     if packs:
@@ -71,7 +73,9 @@ def page(title: str, subtitle: str, samples: Iterable[SampleView], packs: FirstP
         "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-        f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body>\n" + "\n".join(body) + "\n</body></html>\n"
+        f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body>\n"
+        + "\n".join(body)
+        + "\n</body></html>\n"
     )
 
 
@@ -118,7 +122,8 @@ def _media(media: ShownMedia) -> str:
     if len(media.shown) == 1:
         return f"<figure>{_picture(media.shown[0])}<figcaption>{caption}</figcaption></figure>"
     frames = "".join(
-        f"<figure>{_picture(shown)}<figcaption>{escape(shown.caption)}</figcaption></figure>" for shown in media.shown
+        f"<figure>{_picture(shown)}<figcaption>{escape(shown.caption)}</figcaption></figure>"
+        for shown in media.shown
     )
     return f"<figcaption>{caption}; the frames that training sees</figcaption><div class='frames'>{frames}</div>"
 
@@ -188,7 +193,11 @@ def _tokens(view: SampleView) -> str:
 def _token(token: Token, heaviest: float) -> str:
     if token.count > 1 or (token.special and token.text.endswith("_pad|>")):
         return f"<span class='t s v'>{escape(token.text)} \u00d7 {token.count}</span>"
-    colour = f" style='background: hsl(var(--loss) / {12 + 28 * token.weight / heaviest:.0f}%)'" if token.weight else ""
+    colour = (
+        f" style='background: hsl(var(--loss) / {12 + 28 * token.weight / heaviest:.0f}%)'"
+        if token.weight
+        else ""
+    )
     text = escape(token.text).replace("\n", "\u23ce\n")
     return f"<span class='t{' s' if token.special else ''}'{colour} title='weight {token.weight:g}'>{text}</span>"
 
@@ -206,9 +215,15 @@ def _packs(found: FirstPacks) -> str:
 
 
 def _bar(number: int, pack: PackView) -> str:
-    segments = "".join(_segment(place, segment, pack.length) for place, segment in enumerate(pack.segments))
+    segments = "".join(
+        _segment(place, segment, pack.length) for place, segment in enumerate(pack.segments)
+    )
     gap = pack.length - pack.tokens
-    empty = f"<span class='gap' style='width: {100 * gap / pack.length:.4f}%' title='{gap:,} free'></span>" if gap else ""
+    empty = (
+        f"<span class='gap' style='width: {100 * gap / pack.length:.4f}%' title='{gap:,} free'></span>"
+        if gap
+        else ""
+    )
     return (
         f"<div class='bar'>{segments}{empty}</div><div class='soft'>pack {number}: {len(pack.segments)} samples,"
         f" {pack.tokens:,} tokens, {gap:,} free</div>"

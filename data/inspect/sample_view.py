@@ -20,7 +20,19 @@ from visionloom.data.encode.tokenizer import Tokenizer
 from visionloom.data.plan.best_fit import pack_samples
 from visionloom.data.shards.dataset import Dataset
 from visionloom.data.shards.open_media import MediaError, open_picture
-from visionloom.data.shards.sample import Box, Element, Image, Point, Sample, SampleError, Text, Think, Time, ToolCall, Video
+from visionloom.data.shards.sample import (
+    Box,
+    Element,
+    Image,
+    Point,
+    Sample,
+    SampleError,
+    Text,
+    Think,
+    Time,
+    ToolCall,
+    Video,
+)
 
 PATCHES_PER_TOKEN: Final = DataConfig().max_patches_per_token
 """Most patches of a pack for each token of its length, as runs have it by default."""
@@ -136,12 +148,16 @@ def find_samples(dataset: Dataset, words: Sequence[str], count: int) -> list[int
             continue
         numbers = numbers or {key: index for index, key in enumerate(dataset.keys)}
         if word not in numbers:
-            raise UserError(f"{dataset.path}: no sample {word!r}: give a key, or a number below {len(dataset)}")
+            raise UserError(
+                f"{dataset.path}: no sample {word!r}: give a key, or a number below {len(dataset)}"
+            )
         found.append(numbers[word])
     return found
 
 
-def view_sample(dataset: Dataset, index: int, rules: MediaConfig, tokenizer: Tokenizer | None = None) -> SampleView:
+def view_sample(
+    dataset: Dataset, index: int, rules: MediaConfig, tokenizer: Tokenizer | None = None
+) -> SampleView:
     """Everything of one sample; media that cannot be decoded, and a sample that cannot be rendered, say why."""
     place, sample = dataset.location(index), dataset.sample(index)
     media = tuple(_media(dataset, index, sample, rules))
@@ -152,7 +168,9 @@ def view_sample(dataset: Dataset, index: int, rules: MediaConfig, tokenizer: Tok
         encoded = encode(sample, tokenizer, rules, dataset.name)
     except SampleError as error:
         return SampleView(index, place.key, place.shard, sample, media, problem=str(error))
-    return SampleView(index, place.key, place.shard, sample, media, tuple(tokens_of(encoded, tokenizer)), encoded)
+    return SampleView(
+        index, place.key, place.shard, sample, media, tuple(tokens_of(encoded, tokenizer)), encoded
+    )
 
 
 # ---- media
@@ -184,17 +202,29 @@ def _title(element: Image | Video) -> str:
     if element.ref is None:
         return f"{len(element.frames)} frames {size}"
     rate = "varying" if element.times else f"{element.fps:.4g}"
-    return f"{element.ref} {size}, {element.file_frames} frames, {rate} fps, {element.duration:.4g} s"
+    return (
+        f"{element.ref} {size}, {element.file_frames} frames, {rate} fps, {element.duration:.4g} s"
+    )
 
 
 def _picture(dataset: Dataset, index: int, image: Image, marks: tuple[Mark, ...]) -> Shown:
-    return Shown(image.ref, _open(dataset.member(index, image.ref), image.ref), image.width, image.height, marks=marks)
+    return Shown(
+        image.ref,
+        _open(dataset.member(index, image.ref), image.ref),
+        image.width,
+        image.height,
+        marks=marks,
+    )
 
 
-def _frames(dataset: Dataset, index: int, sample: Sample, video: Video, rules: MediaConfig) -> list[Shown]:
+def _frames(
+    dataset: Dataset, index: int, sample: Sample, video: Video, rules: MediaConfig
+) -> list[Shown]:
     """The frames that training sees, evenly thinned out to MOST_FRAMES, with their times."""
     chosen = chosen_frames(video, rules)
-    chosen = chosen[np.linspace(0, len(chosen) - 1, min(len(chosen), MOST_FRAMES)).round().astype(int)]
+    chosen = chosen[
+        np.linspace(0, len(chosen) - 1, min(len(chosen), MOST_FRAMES)).round().astype(int)
+    ]
     times = frame_times(video, chosen)
     if video.ref is None:
         refs = [video.frames[frame] for frame in chosen.tolist()]
@@ -294,9 +324,14 @@ def tokens_of(encoded: EncodedSample, tokenizer: Tokenizer) -> list[Token]:
         if visual[at]:
             while end < len(ids) and visual[end]:
                 end += 1
-            found.append(Token(tokenizer.decode(ids[at:end][:1], keep_special=True), 0.0, True, end - at))
+            found.append(
+                Token(tokenizer.decode(ids[at:end][:1], keep_special=True), 0.0, True, end - at)
+            )
         else:
-            while "\ufffd" in (text := tokenizer.decode(ids[at:end], keep_special=True)) and end - at < _SPLIT_CHARACTER:
+            while (
+                "\ufffd" in (text := tokenizer.decode(ids[at:end], keep_special=True))
+                and end - at < _SPLIT_CHARACTER
+            ):
                 if end == len(ids):
                     break
                 end += 1
@@ -306,7 +341,9 @@ def tokens_of(encoded: EncodedSample, tokenizer: Tokenizer) -> list[Token]:
     return found
 
 
-def first_packs(dataset: Dataset, tokenizer: Tokenizer, rules: MediaConfig, length: int, count: int) -> FirstPacks:
+def first_packs(
+    dataset: Dataset, tokenizer: Tokenizer, rules: MediaConfig, length: int, count: int
+) -> FirstPacks:
     """The packs that the dataset's first samples make in order, without shuffling or a mixture.
 
     Samples that are too long or cannot be rendered are left out and counted. Raises UserError if none is left.
@@ -321,12 +358,18 @@ def first_packs(dataset: Dataset, tokenizer: Tokenizer, rules: MediaConfig, leng
     if not found:
         raise UserError(f"--pack {length}: none of the first samples fits: give a longer sequence")
     sizes = [len(encoded.input_ids) for _, encoded in found]
-    packs = pack_samples(sizes, [encoded.patch_count for _, encoded in found], length, patches, WINDOW)
+    packs = pack_samples(
+        sizes, [encoded.patch_count for _, encoded in found], length, patches, WINDOW
+    )
     shown = [PackView(length, [_segment(*found[row]) for row in pack]) for pack in packs[:count]]
     return FirstPacks(shown, tried, tried - len(found))
 
 
 def _segment(index: int, encoded: EncodedSample) -> PackedSample:
     return PackedSample(
-        index, encoded.sample_id, len(encoded.input_ids), len(encoded.visual_positions), encoded.supervised_tokens
+        index,
+        encoded.sample_id,
+        len(encoded.input_ids),
+        len(encoded.visual_positions),
+        encoded.supervised_tokens,
     )

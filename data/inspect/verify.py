@@ -25,7 +25,11 @@ JOURNAL: Final = ".unfinished"
 
 
 def verify_dataset(
-    path: str, out: Path, decode: bool = False, workers: int = 1, done: Progress = lambda done, total: None
+    path: str,
+    out: Path,
+    decode: bool = False,
+    workers: int = 1,
+    done: Progress = lambda done, total: None,
 ) -> list[Bad]:
     """Check all members of a dataset by `workers` processes, and write what is wrong to `out` as JSON lines.
 
@@ -39,7 +43,9 @@ def verify_dataset(
     found = _read_journal(journal, names)
     coming = [number for number, name in enumerate(names) if name not in found]
     counted = len(dataset) - sum(dataset.shards[number].samples for number in coming)
-    results = in_order(partial(_verify_shard, path, decode), [spans[number] for number in coming], workers)
+    results = in_order(
+        partial(_verify_shard, path, decode), [spans[number] for number in coming], workers
+    )
     with open(journal, "a", encoding="utf-8") as file:
         for number, bad in zip(coming, results, strict=True):
             found[names[number]] = bad
@@ -49,7 +55,9 @@ def verify_dataset(
             done(counted, len(dataset))
     everything = [bad for name in names for bad in found[name]]
     with replacing(out) as target:
-        target.writelines((json.dumps(bad, ensure_ascii=False) + "\n").encode() for bad in everything)
+        target.writelines(
+            (json.dumps(bad, ensure_ascii=False) + "\n").encode() for bad in everything
+        )
     journal.unlink()
     return everything
 
@@ -57,8 +65,14 @@ def verify_dataset(
 def _read_journal(path: Path, names: list[str]) -> dict[str, list[Bad]]:
     if not path.exists():
         return {}
-    complete = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    path.write_text("".join(complete), encoding="utf-8")  # a last line cut short would swallow the next one
+    complete = [
+        line
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True)
+        if line.endswith("\n")
+    ]
+    path.write_text(
+        "".join(complete), encoding="utf-8"
+    )  # a last line cut short would swallow the next one
     found = dict[str, list[Bad]]()
     for line in complete:
         with suppress(JsonError):  # of another program: that shard is read again
@@ -90,7 +104,12 @@ def _verify_sample(dataset: Dataset, index: int, decode: bool) -> Iterator[Bad]:
 
 def _bad(dataset: Dataset, index: int, ref: str, problem: str) -> Bad:
     place = dataset.location(index, ref)
-    facts = {"shard": place.shard, "key": place.key, "member": ref or "json", "offset": place.offset}
+    facts = {
+        "shard": place.shard,
+        "key": place.key,
+        "member": ref or "json",
+        "offset": place.offset,
+    }
     return {**facts, "error": problem, "crc32": f"{place.crc32:08x}"}
 
 
@@ -105,7 +124,11 @@ def _problem(name: str, data: bytes, declared: MediaFacts, decode: bool) -> str:
         return problem
     if not decode:
         return ""
-    return _decode_picture(name, data, declared) if declared.kind == "image" else _decode_video(data, declared)
+    return (
+        _decode_picture(name, data, declared)
+        if declared.kind == "image"
+        else _decode_video(data, declared)
+    )
 
 
 def _decode_picture(name: str, data: bytes, declared: MediaFacts) -> str:
@@ -125,4 +148,8 @@ def _decode_video(data: bytes, declared: MediaFacts) -> str:
             frames = sum(not frame.is_corrupt for frame in container.decode(video=0))
     except MediaError as error:
         return f"cannot be decoded: {error.detail}"
-    return "" if frames == declared.frames else f"{frames} frames can be decoded, the sample says {declared.frames}"
+    return (
+        ""
+        if frames == declared.frames
+        else f"{frames} frames can be decoded, the sample says {declared.frames}"
+    )

@@ -94,13 +94,24 @@ class _Pool:
     """The waiting samples. Those that may be taken are sorted by (tokens, oldest last)."""
 
     def __init__(
-        self, tokens: list[int], patches: list[int], window: int, orders: Sequence[int], limits: Sequence[int]
+        self,
+        tokens: list[int],
+        patches: list[int],
+        window: int,
+        orders: Sequence[int],
+        limits: Sequence[int],
     ) -> None:
         self.tokens, self.patches, self.window = tokens, patches, window
-        self.keys = [(size << _SHIFT) | (len(tokens) - number) for number, size in enumerate(tokens)]
+        self.keys = [
+            (size << _SHIFT) | (len(tokens) - number) for number, size in enumerate(tokens)
+        ]
         # a limit that the window keeps anyway needs no counting
-        self.limited = {number: _Order(limit) for number, limit in enumerate(limits) if limit < window}
-        self.orders = [self.limited.get(order) for order in orders] if self.limited else [None] * len(tokens)
+        self.limited = {
+            number: _Order(limit) for number, limit in enumerate(limits) if limit < window
+        }
+        self.orders = (
+            [self.limited.get(order) for order in orders] if self.limited else [None] * len(tokens)
+        )
         self.waiting: list[int] = []
         self.taken = bytearray(len(tokens))
         self.entered = self.gone = self.oldest = 0
@@ -117,9 +128,15 @@ class _Pool:
         """The samples of a pack with these budgets."""
         budget, pack, in_order = tokens, list[int](), True
         while len(pack) < most and self.waiting:
-            if tokens * _NEARLY_FULL <= budget and self._exchange(pack, tokens, patches, budget // _FULL):
+            if tokens * _NEARLY_FULL <= budget and self._exchange(
+                pack, tokens, patches, budget // _FULL
+            ):
                 return pack
-            in_order = in_order and len(pack) < max(1, most - 1) and self._follows(bool(pack), tokens, patches)
+            in_order = (
+                in_order
+                and len(pack) < max(1, most - 1)
+                and self._follows(bool(pack), tokens, patches)
+            )
             number = self._oldest() if in_order else self._best(tokens, patches)
             if number < 0:
                 break
@@ -147,7 +164,10 @@ class _Pool:
             if (order := self.orders[number]) and order.moved:
                 continue
             candidate = self._largest(self.tokens[number] + tokens, self.patches[number] + patches)
-            if candidate >= 0 and (more := (self.waiting[candidate] >> _SHIFT) - self.tokens[number]) > gain:
+            if (
+                candidate >= 0
+                and (more := (self.waiting[candidate] >> _SHIFT) - self.tokens[number]) > gain
+            ):
                 gain, change = more, (place, self._number(self.waiting[candidate]))
             if gain == tokens:
                 break

@@ -40,7 +40,9 @@ class Corpus:
         self.dataset = Dataset.open(config.path, name, section, data.store)
         self.cache = cache_folder(data, config.path)
         told = report(name) if report else None
-        self.lengths: Lengths = load_lengths(self.dataset, tokenizer, data.media, self.cache, processes, told)
+        self.lengths: Lengths = load_lengths(
+            self.dataset, tokenizer, data.media, self.cache, processes, told
+        )
         self.identity = lengths_hash(self.dataset.fingerprint, tokenizer, data.media)
 
     @property
@@ -54,7 +56,15 @@ class Corpus:
         limits = PackLimits(tokens, patches, tokens_option, self.config.over_length, option)
         told = self.report(f"{self.name}, over-long") if self.report else None
         return make_parts(
-            self.dataset, self.lengths, limits, self.tokenizer, self.rules, self.cache, self.identity, self.processes, told
+            self.dataset,
+            self.lengths,
+            limits,
+            self.tokenizer,
+            self.rules,
+            self.cache,
+            self.identity,
+            self.processes,
+            told,
         )
 
 

@@ -63,7 +63,13 @@ class Origin:
         dataset at most a window and a 40th of its epoch (`Plan.limits`). So nothing that was seen comes again.
         """
         contents = {name: facts[0] for name, facts in state["plan"]["datasets"].items()}
-        return cls(step, {**state["origin"]["draws"], **{contents[name]: n for name, n in state["draws"].items()}})
+        return cls(
+            step,
+            {
+                **state["origin"]["draws"],
+                **{contents[name]: n for name, n in state["draws"].items()},
+            },
+        )
 
 
 @dataclass(frozen=True)
@@ -97,8 +103,12 @@ def check_state(state: Mapping[str, Any]) -> Mapping[str, Any]:
 
     Raises UserError for a state of another version of this program, or of another form.
     """
-    if state.get("version") == 2 and "segment" in state:  # until 2026-11-26; the same state with another word in it
-        state = {"block" if name == "segment" else name: value for name, value in state.items()} | {"version": STATE_VERSION}
+    if (
+        state.get("version") == 2 and "segment" in state
+    ):  # until 2026-11-26; the same state with another word in it
+        state = {"block" if name == "segment" else name: value for name, value in state.items()} | {
+            "version": STATE_VERSION
+        }
     if state.get("version") != STATE_VERSION:
         raise UserError(
             f"the checkpoint's data state has version {str(state.get('version'))[:20]}, this program reads version {STATE_VERSION}:"
@@ -107,7 +117,12 @@ def check_state(state: Mapping[str, Any]) -> Mapping[str, Any]:
     where = "state.json of a checkpoint"
     try:
         checked(dict(state), _State, where, "data")
-        datasets = checked(state["plan"].get("datasets"), dict[str, tuple[str, float, str]], where, "data.plan.datasets")
+        datasets = checked(
+            state["plan"].get("datasets"),
+            dict[str, tuple[str, float, str]],
+            where,
+            "data.plan.datasets",
+        )
     except JsonError as error:
         raise UserError(f"{error}: take a checkpoint of this version") from error
     if unknown := sorted(state["draws"].keys() - datasets.keys()):

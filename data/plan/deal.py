@@ -81,7 +81,9 @@ def _exchange(dealt: list[list[PlannedPack]], loads: list[float]) -> bool:
     gain = costs[heaviest][:, None, None] - costs[None]
     after = np.maximum(loads[heaviest] - gain, np.array(loads)[None, :, None] + gain)
     after[:, heaviest] = np.inf
-    mine, other, theirs = (int(part) for part in np.unravel_index(int(np.argmin(after)), after.shape))
+    mine, other, theirs = (
+        int(part) for part in np.unravel_index(int(np.argmin(after)), after.shape)
+    )
     if after[mine, other, theirs] >= loads[heaviest] * (1 - 1e-9):
         return False
     moved = float(gain[mine, other, theirs])

@@ -46,7 +46,9 @@ class PlanFacts:
     @property
     def patch_fill(self) -> float:
         """Share of the packs' patch budget that is used."""
-        return float(MERGE_SIZE**2 * self.visual_tokens.sum() / max(1, self.packs * self.patch_budget))
+        return float(
+            MERGE_SIZE**2 * self.visual_tokens.sum() / max(1, self.packs * self.patch_budget)
+        )
 
     @property
     def useful(self) -> float:
@@ -62,13 +64,21 @@ class PlanFacts:
 def facts_of(plan: Plan, steps: int, ranks: int, micro_batch: int) -> PlanFacts:
     """Plan the first steps and add them up. Raises UserError if packs cannot be dealt evenly to the ranks."""
     settings = plan.settings
-    found = PlanFacts(settings.sequence_length, settings.patch_budget, [source.name for source in plan.sources], ranks)
+    found = PlanFacts(
+        settings.sequence_length,
+        settings.patch_budget,
+        [source.name for source in plan.sources],
+        ranks,
+    )
     started = time.perf_counter()
     for block, packs in _blocks(plan, steps * settings.global_batch):
         _add(found, block, packs)
     found.seconds = time.perf_counter() - started
     for step in range(plan.origin.step, plan.origin.step + steps):
-        costs = [sum(pack.cost for micro in rank for pack in micro) for rank in deal(plan.step(step), ranks, micro_batch)]
+        costs = [
+            sum(pack.cost for micro in rank for pack in micro)
+            for rank in deal(plan.step(step), ranks, micro_batch)
+        ]
         found.steps += 1
         found.mean_cost += sum(costs) / ranks
         found.largest_cost += max(costs)

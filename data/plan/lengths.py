@@ -68,7 +68,9 @@ def load_lengths(
     table = load_rows(path, LENGTHS)
     if table is not None and len(table) == len(dataset):
         return table
-    return in_blocks(path, len(dataset), BLOCK, Counting(dataset, tokenizer, rules), processes, progress, LENGTHS)
+    return in_blocks(
+        path, len(dataset), BLOCK, Counting(dataset, tokenizer, rules), processes, progress, LENGTHS
+    )
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,10 @@ class Counting:
     def _rows(self, samples: list[Sample]) -> list[tuple[int, int, int, int]]:
         sources = [self.dataset.name] * len(samples)
         try:
-            return [row_of(encoded) for encoded in encode_each(samples, self.tokenizer, self.rules, sources)]
+            return [
+                row_of(encoded)
+                for encoded in encode_each(samples, self.tokenizer, self.rules, sources)
+            ]
         except SampleError:
             if len(samples) == 1:
                 return [(0, 0, 0, 0)]

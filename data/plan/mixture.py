@@ -57,7 +57,9 @@ class Mixture:
         self.groups = np.array([self.contents.index(content) for content in contents])
         """Of each entry the number of its content."""
         self._group_quotas = np.bincount(self.groups, self.quotas).astype(np.int64)
-        self._before = np.array([(before or {}).get(content, 0) for content in self.contents], np.int64)
+        self._before = np.array(
+            [(before or {}).get(content, 0) for content in self.contents], np.int64
+        )
         self._keys = [key_of(seed, content) for content in self.contents]
         self._period = lru_cache(maxsize=2)(self._make_period)
 
@@ -77,7 +79,11 @@ class Mixture:
     def counts(self, position: int) -> NDArray[np.int64]:
         """Draws of each entry before a position, from position 0 on."""
         period, offset = divmod(position, PERIOD)
-        begun = np.bincount(self._period(period)[0][:offset], minlength=len(self.sizes)) if offset else 0
+        begun = (
+            np.bincount(self._period(period)[0][:offset], minlength=len(self.sizes))
+            if offset
+            else 0
+        )
         return np.asarray(self.quotas * period + begun, np.int64)
 
     def counters(self, position: int) -> dict[str, int]:
@@ -89,7 +95,9 @@ class Mixture:
         """Entry of each position, and which draw of its content it is; an entry's draws are evenly spread."""
         datasets = np.repeat(np.arange(len(self.sizes), dtype=np.int32), self.quotas)
         within = np.concatenate([np.arange(quota) for quota in self.quotas])
-        jitter = mix(np.arange(PERIOD, dtype=np.uint64), key_of(self.seed, f"period {period}")) >> np.uint64(12)
+        jitter = mix(
+            np.arange(PERIOD, dtype=np.uint64), key_of(self.seed, f"period {period}")
+        ) >> np.uint64(12)
         place = (within + jitter / 2.0**52) / self.quotas[datasets]
         datasets = datasets[np.argsort(place, kind="stable")]
         ordinals = np.empty(PERIOD, np.int64)
@@ -114,7 +122,9 @@ def quotas(weights: Sequence[float], total: int) -> NDArray[np.int64]:
     return found
 
 
-def samples_of(ordinals: NDArray[np.int64], size: int, key: np.uint64, block: int = 1) -> NDArray[np.int64]:
+def samples_of(
+    ordinals: NDArray[np.int64], size: int, key: np.uint64, block: int = 1
+) -> NDArray[np.int64]:
     """Sample indices of the k-th draws of a dataset of `size` samples."""
     epochs, places = np.divmod(ordinals, size)
     keys = mix(epochs.astype(np.uint64), key)
@@ -123,7 +133,9 @@ def samples_of(ordinals: NDArray[np.int64], size: int, key: np.uint64, block: in
     return blockwise(places, size, keys, block)
 
 
-def blockwise(places: NDArray[np.int64], size: int, keys: NDArray[np.uint64], block: int) -> NDArray[np.int64]:
+def blockwise(
+    places: NDArray[np.int64], size: int, keys: NDArray[np.uint64], block: int
+) -> NDArray[np.int64]:
     """Where each place lies in a permutation of 0..size-1 that keeps `block` neighbours near each other.
 
     Blocks of neighbours are permuted, then the samples of WINDOW_BLOCKS consecutive blocks, so a reader meets each block
@@ -146,7 +158,9 @@ def blockwise(places: NDArray[np.int64], size: int, keys: NDArray[np.uint64], bl
     return (places + shift) % size
 
 
-def permutation(places: NDArray[np.int64], size: int, keys: NDArray[np.uint64]) -> NDArray[np.int64]:
+def permutation(
+    places: NDArray[np.int64], size: int, keys: NDArray[np.uint64]
+) -> NDArray[np.int64]:
     """Where each place lies in the permutation of 0..size-1 named by its key.
 
     A Feistel network over the next power of two, walked until it falls inside: no table, so any size costs the same.

@@ -23,23 +23,34 @@ def dataset_weights(data: DataConfig, mixture: Mapping[str, float]) -> dict[str,
     """
     for name in mixture:
         if name not in data.datasets:
-            raise UserError(f"mixture names {name}, which is not in data.datasets: {', '.join(data.datasets) or 'empty'}")
+            raise UserError(
+                f"mixture names {name}, which is not in data.datasets: {', '.join(data.datasets) or 'empty'}"
+            )
     weights = dict(mixture) or {name: config.weight for name, config in data.datasets.items()}
     positive = {name: float(weight) for name, weight in weights.items() if weight > 0}
     if not positive:
-        raise UserError("no dataset has a weight above 0: name some in data.datasets or in the phase's mixture")
+        raise UserError(
+            "no dataset has a weight above 0: name some in data.datasets or in the phase's mixture"
+        )
     return positive
 
 
 def open_corpora(
-    data: DataConfig, names: Sequence[str], tokenizer: Tokenizer, processes: int = 0, report: ProgressOf | None = None
+    data: DataConfig,
+    names: Sequence[str],
+    tokenizer: Tokenizer,
+    processes: int = 0,
+    report: ProgressOf | None = None,
 ) -> list[Corpus]:
     """Training datasets by name, counted by `processes` beside this one where no length table is kept.
 
     Raises UserError for one that is missing, with too large a share of samples that cannot be used, or without any supervised
     token.
     """
-    corpora = [Corpus("data.datasets", name, data.datasets[name], data, tokenizer, processes, report) for name in names]
+    corpora = [
+        Corpus("data.datasets", name, data.datasets[name], data, tokenizer, processes, report)
+        for name in names
+    ]
     for corpus in corpora:
         bad = corpus.unreadable
         # All samples were looked at, so the share is exact, whatever the dataset's size.
@@ -80,7 +91,9 @@ def make_plan(
     multiple = data.sample_token_multiple
     budget = int(data.max_patches_per_token * sequence_length)
     option = f"phases.{phase}.sequence_length"
-    parts = [corpus.parts(sequence_length // multiple * multiple, budget, option) for corpus in corpora]
+    parts = [
+        corpus.parts(sequence_length // multiple * multiple, budget, option) for corpus in corpora
+    ]
     for corpus, found in zip(corpora, parts, strict=True):
         _check_supervised_parts(corpus, found, phase)
     settings = Settings(
@@ -97,7 +110,10 @@ def make_plan(
         corpora[0].tokenizer.fingerprint[:8],
         media_hash(data.media),
     )
-    sources = [_source(corpus, found, weights[corpus.name]) for corpus, found in zip(corpora, parts, strict=True)]
+    sources = [
+        _source(corpus, found, weights[corpus.name])
+        for corpus, found in zip(corpora, parts, strict=True)
+    ]
     return Plan(sources, settings, cost, origin, _plan_folder(data, corpora))
 
 
@@ -126,7 +142,9 @@ def _leave_out(corpus: Corpus) -> str:
 
 
 def _source(corpus: Corpus, parts: Parts, weight: float) -> MixtureEntry:
-    return MixtureEntry(corpus.name, weight, parts, corpus.dataset.fingerprint[:16], corpus.config.over_length)
+    return MixtureEntry(
+        corpus.name, weight, parts, corpus.dataset.fingerprint[:16], corpus.config.over_length
+    )
 
 
 def _plan_folder(data: DataConfig, corpora: Sequence[Corpus]) -> Path:

@@ -31,7 +31,18 @@ from visionloom.data.encode.encode import EncodedSample
 from visionloom.data.encode.geometry import MERGE_SIZE, grid_of
 from visionloom.data.encode.tokenizer import Tokenizer
 from visionloom.data.plan.lengths import Lengths, row_of
-from visionloom.data.plan.parts import PART, SHRUNK, TRUNCATED, UNFINISHED, WHOLE, Border, Part, Parts, bounded, encode_parts
+from visionloom.data.plan.parts import (
+    PART,
+    SHRUNK,
+    TRUNCATED,
+    UNFINISHED,
+    WHOLE,
+    Border,
+    Part,
+    Parts,
+    bounded,
+    encode_parts,
+)
 from visionloom.data.plan.resumable import Rows, in_blocks, load_rows
 from visionloom.data.shards.dataset import Dataset
 from visionloom.data.shards.sample import Box, Image, Point, Sample, SampleError, Text, Video
@@ -92,7 +103,9 @@ def make_parts(
         special = work.load_or_make(cache, identity, processes, progress)
     parts = Parts(lengths, over, special)
     if not len(parts):
-        raise UserError(f"dataset {dataset.name}: none of its {len(lengths)} samples fits a pack: raise {limits.tokens_option}")
+        raise UserError(
+            f"dataset {dataset.name}: none of its {len(lengths)} samples fits a pack: raise {limits.tokens_option}"
+        )
     return parts
 
 
@@ -103,9 +116,14 @@ def parts_hash(identity: str, limits: PackLimits) -> str:
 
 
 def _refusal(dataset: Dataset, lengths: Lengths, limits: PackLimits) -> str:
-    over_tokens, over_patches = lengths["tokens"] > limits.tokens, lengths["patches"] > limits.patches
+    over_tokens, over_patches = (
+        lengths["tokens"] > limits.tokens,
+        lengths["patches"] > limits.patches,
+    )
     kind, mask, most = (
-        ("tokens", over_tokens, limits.tokens) if over_tokens.any() else ("patches", over_patches, limits.patches)
+        ("tokens", over_tokens, limits.tokens)
+        if over_tokens.any()
+        else ("patches", over_patches, limits.patches)
     )
     worst = int(np.argmax(np.where(mask, lengths[kind], 0)))
     fix = (
@@ -133,7 +151,9 @@ class Cutting:
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "lengths": np.asarray(self.lengths[self.samples])}
 
-    def load_or_make(self, cache: Path, identity: str, processes: int, progress: Progress | None) -> Rows:
+    def load_or_make(
+        self, cache: Path, identity: str, processes: int, progress: Progress | None
+    ) -> Rows:
         """All parts, sample by sample."""
         path = cache / f"parts-{parts_hash(identity, self.limits)}.npy"
         rows = load_rows(path, PART)
@@ -154,8 +174,12 @@ class Cutting:
             whole = Part(number, 0, 0, 0, 0, WHOLE, 0, 0, *self.lengths[index].tolist()[:3])
             try:
                 sample = self.dataset.sample(number)
-                parts = POLICIES[self.limits.policy](_Sizes(sample, whole, self.limits, self.tokenizer, self.rules))
-                found += [replace(part, part_number=part_number) for part_number, part in enumerate(parts)]
+                parts = POLICIES[self.limits.policy](
+                    _Sizes(sample, whole, self.limits, self.tokenizer, self.rules)
+                )
+                found += [
+                    replace(part, part_number=part_number) for part_number, part in enumerate(parts)
+                ]
             except SampleError:
                 continue  # the shard was damaged since it was counted: nothing of the sample is drawn
         return np.array([astuple(part) for part in found], PART)
@@ -164,7 +188,14 @@ class Cutting:
 class _Sizes:
     """How long the stretches of one sample are."""
 
-    def __init__(self, sample: Sample, whole: Part, limits: PackLimits, tokenizer: Tokenizer, rules: MediaConfig) -> None:
+    def __init__(
+        self,
+        sample: Sample,
+        whole: Part,
+        limits: PackLimits,
+        tokenizer: Tokenizer,
+        rules: MediaConfig,
+    ) -> None:
         self.sample, self.limits, self.tokenizer, self.rules = sample, limits, tokenizer, rules
         self.whole = replace(whole, sample_supervised=whole.supervised)
         self.elements = sample.elements
@@ -174,19 +205,32 @@ class _Sizes:
         """The part with its true size."""
         (encoded,) = encode_parts([self.sample], [part], self.tokenizer, self.rules, [""])
         tokens, patches, supervised, squares = row_of(encoded)
-        return replace(part, tokens=tokens, patches=patches, supervised=supervised, patch_squares=squares)
+        return replace(
+            part, tokens=tokens, patches=patches, supervised=supervised, patch_squares=squares
+        )
 
     def stretch(self, start: Border, stop: Border, flags: int = 0) -> Part:
         """The part from one border to another, measured."""
         end = (WHOLE, 0) if stop == self.end else stop
         return self.measured(
-            replace(self.whole, first=start[0], first_char=start[1], stop=end[0], stop_char=end[1], flags=flags)
+            replace(
+                self.whole,
+                first=start[0],
+                first_char=start[1],
+                stop=end[0],
+                stop_char=end[1],
+                flags=flags,
+            )
         )
 
-    def longest(self, start: Border, borders: list[Border], flags: Callable[[Border], int]) -> Part | None:
+    def longest(
+        self, start: Border, borders: list[Border], flags: Callable[[Border], int]
+    ) -> Part | None:
         """The longest part from `start` to one of the borders (ascending) that a pack holds; None if none does."""
         low = bisect_right(borders, start)
-        tokens, patches = (here + most for here, most in zip(self.before(start), self._most, strict=True))
+        tokens, patches = (
+            here + most for here, most in zip(self.before(start), self._most, strict=True)
+        )
         at = self._last_before(borders, low, len(borders), tokens, patches)
         while at >= low:
             part = self.stretch(start, borders[at], flags(borders[at]))
@@ -197,12 +241,18 @@ class _Sizes:
             at = self._last_before(borders, low, at, tokens, patches) if at > low else -1
         return None
 
-    def _grown(self, part: Part, start: Border, later: list[Border], flags: Callable[[Border], int]) -> Part:
+    def _grown(
+        self, part: Part, start: Border, later: list[Border], flags: Callable[[Border], int]
+    ) -> Part:
         """The part reaching further, while estimates that were too high left room for it."""
         end = (part.stop, part.stop_char)
         while later:
-            tokens, patches = (here + most for here, most in zip(self.before(end), self._most, strict=True))
-            at = self._last_before(later, 0, len(later), tokens - part.tokens, patches - part.patches)
+            tokens, patches = (
+                here + most for here, most in zip(self.before(end), self._most, strict=True)
+            )
+            at = self._last_before(
+                later, 0, len(later), tokens - part.tokens, patches - part.patches
+            )
             longer = self.stretch(start, later[at], flags(later[at]))
             if not self.limits.fit(longer.tokens, longer.patches):
                 break
@@ -213,10 +263,16 @@ class _Sizes:
     def _most(self) -> tuple[int, int]:
         return self.limits.tokens, self.limits.patches
 
-    def _last_before(self, borders: list[Border], low: int, high: int, tokens: int, patches: int) -> int:
+    def _last_before(
+        self, borders: list[Border], low: int, high: int, tokens: int, patches: int
+    ) -> int:
         """The last of borders low .. high before which there are about so many tokens and patches; else the first."""
-        by_tokens = bisect_right(borders, tokens, low, high, key=lambda border: self.before(border)[0])
-        by_patches = bisect_right(borders, patches, low, high, key=lambda border: self.before(border)[1])
+        by_tokens = bisect_right(
+            borders, tokens, low, high, key=lambda border: self.before(border)[0]
+        )
+        by_patches = bisect_right(
+            borders, patches, low, high, key=lambda border: self.before(border)[1]
+        )
         return max(min(by_tokens, by_patches) - 1, min(low, high - 1))
 
     def before(self, border: Border) -> tuple[int, int]:
@@ -230,7 +286,11 @@ class _Sizes:
     @cached_property
     def _ends(self) -> dict[int, list[int]]:
         """Of each text, how many characters lie before the end of each of its tokens."""
-        texts = {number: element.text for number, element in enumerate(self.elements) if isinstance(element, Text)}
+        texts = {
+            number: element.text
+            for number, element in enumerate(self.elements)
+            if isinstance(element, Text)
+        }
         found = self.tokenizer.encode_with_ends(list(texts.values()))
         return {number: (ends + 1).tolist() for number, (_, ends) in zip(texts, found, strict=True)}
 
@@ -250,7 +310,11 @@ class _Sizes:
             elif isinstance(element, Image | Video):
                 time, height, width = grid_of(element, self.rules)
                 patches += time * height * width
-                tokens += time * (height * width // MERGE_SIZE**2 + 2 + _TIMESTAMP_TOKENS * isinstance(element, Video))
+                tokens += time * (
+                    height * width // MERGE_SIZE**2
+                    + 2
+                    + _TIMESTAMP_TOKENS * isinstance(element, Video)
+                )
             else:
                 tokens += len(getattr(element, "text", "")) // 4 or _OTHER_TOKENS
         return [*found, (tokens, patches)]
@@ -268,17 +332,23 @@ class _Sizes:
         element = self.elements[number]
         if not isinstance(element, Text):
             return []
-        return [(number, end) for end in sorted(set(self._ends[number])) if 0 < end < len(element.text)]
+        return [
+            (number, end) for end in sorted(set(self._ends[number])) if 0 < end < len(element.text)
+        ]
 
     def bonds(self, backwards: bool) -> tuple[set[int], set[int]]:
         """Elements before which, and texts inside which, no cut may be: a box or point stays with its picture.
 
         `backwards`: only what lies before its picture counts, as where the rest is left out.
         """
-        pictures = [number for number, element in enumerate(self.elements) if isinstance(element, Image)]
+        pictures = [
+            number for number, element in enumerate(self.elements) if isinstance(element, Image)
+        ]
         before, inside = set[int](), set[int]()
         for number, element in enumerate(self.elements):
-            if isinstance(element, Box | Point) and not (backwards and pictures[element.image] < number):
+            if isinstance(element, Box | Point) and not (
+                backwards and pictures[element.image] < number
+            ):
                 low, high = sorted((number, pictures[element.image]))
                 before.update(range(low + 1, high + 1))
                 inside.update(range(low + 1, high))
@@ -292,7 +362,14 @@ def _split(sizes: _Sizes) -> Iterator[Part]:
     levels = _chat_borders(sizes) if sizes.sample.kind == "chat" else _document_borders(sizes)
     start: Border = (0, 0)
     while start < sizes.end:
-        part = next((found for borders in levels if (found := sizes.longest(start, borders, _part_flags(sizes)))), None)
+        part = next(
+            (
+                found
+                for borders in levels
+                if (found := sizes.longest(start, borders, _part_flags(sizes)))
+            ),
+            None,
+        )
         if part is None:  # what is alone between two borders is too long: lost, and counted
             start = next(border for border in levels[0] if border > start)
             continue
@@ -310,8 +387,15 @@ def _document_borders(sizes: _Sizes) -> list[list[Border]]:
     before, inside = sizes.bonds(backwards=False)
     elements = [(number, 0) for number in range(len(sizes.elements)) if number not in before]
     texts = [number for number in range(len(sizes.elements)) if number not in inside]
-    finer = (lambda n: sizes.inside(n, _SENTENCE), lambda n: sizes.inside(n, _WORD), sizes.token_ends)
-    return [sorted({*elements, sizes.end, *(border for number in texts for border in borders(number))}) for borders in finer]
+    finer = (
+        lambda n: sizes.inside(n, _SENTENCE),
+        lambda n: sizes.inside(n, _WORD),
+        sizes.token_ends,
+    )
+    return [
+        sorted({*elements, sizes.end, *(border for number in texts for border in borders(number))})
+        for borders in finer
+    ]
 
 
 def _chat_borders(sizes: _Sizes) -> list[list[Border]]:
@@ -333,8 +417,15 @@ def _chat_borders(sizes: _Sizes) -> list[list[Border]]:
 def _truncate_tail(sizes: _Sizes) -> Iterator[Part]:
     """The longest beginning that fits; of a chat only if it still has something to learn."""
     before, inside = sizes.bonds(backwards=True)
-    borders: set[Border] = {(number, 0) for number in range(len(sizes.elements)) if number not in before}
-    borders |= {border for n in range(len(sizes.elements)) if n not in inside for border in sizes.token_ends(n)}
+    borders: set[Border] = {
+        (number, 0) for number in range(len(sizes.elements)) if number not in before
+    }
+    borders |= {
+        border
+        for n in range(len(sizes.elements))
+        if n not in inside
+        for border in sizes.token_ends(n)
+    }
     turn_ends, offset = set[Border](), 0
     for message in sizes.sample.messages:
         turn_ends.add((offset, 0))
@@ -366,7 +457,10 @@ def _shrink(sizes: _Sizes) -> Iterator[Part]:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
     if low and sizes.limits.fit(
-        (part := sizes.measured(replace(sizes.whole, pixels=low * _MERGED_AREA, flags=SHRUNK))).tokens, part.patches
+        (
+            part := sizes.measured(replace(sizes.whole, pixels=low * _MERGED_AREA, flags=SHRUNK))
+        ).tokens,
+        part.patches,
     ):
         yield part
 
@@ -387,8 +481,15 @@ POLICIES: Final = {"split": _split, "shrink": _shrink, "truncate_tail": _truncat
 
 
 def fits_some_policy(
-    sample: Sample, encoded: EncodedSample, limits: PackLimits, tokenizer: Tokenizer, rules: MediaConfig
+    sample: Sample,
+    encoded: EncodedSample,
+    limits: PackLimits,
+    tokenizer: Tokenizer,
+    rules: MediaConfig,
 ) -> bool:
     """Whether any policy has a part of a sample that no pack can hold whole; `encoded` is all of it."""
     whole = Part(0, 0, 0, 0, 0, WHOLE, 0, 0, *row_of(encoded)[:3])
-    return any(next(policy(_Sizes(sample, whole, limits, tokenizer, rules)), None) for policy in POLICIES.values())
+    return any(
+        next(policy(_Sizes(sample, whole, limits, tokenizer, rules)), None)
+        for policy in POLICIES.values()
+    )

@@ -83,7 +83,10 @@ class Part:
     @property
     def is_whole(self) -> bool:
         """Whether it is the sample as it was written."""
-        return not (self.first or self.first_char or self.stop_char or self.pixels) and self.stop == WHOLE
+        return (
+            not (self.first or self.first_char or self.stop_char or self.pixels)
+            and self.stop == WHOLE
+        )
 
 
 class Parts:
@@ -96,7 +99,9 @@ class Parts:
         """`over`: the samples that are not used whole, ascending; `special`: their parts (dtype PART), sample by sample."""
         self.lengths, self.over, self.special = lengths, over, special
         self._first = np.searchsorted(special["sample"].astype(np.int64), over)
-        self._count = np.searchsorted(special["sample"].astype(np.int64), over, side="right") - self._first
+        self._count = (
+            np.searchsorted(special["sample"].astype(np.int64), over, side="right") - self._first
+        )
 
     def __len__(self) -> int:
         return len(self.lengths) - len(self.over) + len(self.special)
@@ -108,7 +113,9 @@ class Parts:
 
     def total(self, field: str) -> int:
         """Sum over all parts of `tokens`, `patches`, `supervised` or `patch_squares`."""
-        whole = int(self.lengths[field].sum(dtype=np.int64)) - int(self.lengths[field][self.over].sum(dtype=np.int64))
+        whole = int(self.lengths[field].sum(dtype=np.int64)) - int(
+            self.lengths[field][self.over].sum(dtype=np.int64)
+        )
         return whole + int(self.special[field].sum(dtype=np.int64))
 
     @property
@@ -146,7 +153,21 @@ class Parts:
         if at < len(self.over) and self.over[at] == sample:
             return Part.of(self.special[self._first[at] + part_number])
         tokens, patches, supervised, squares = self.lengths[sample].item()
-        return Part(sample, part_number, 0, 0, 0, WHOLE, 0, 0, tokens, patches, supervised, supervised, squares)
+        return Part(
+            sample,
+            part_number,
+            0,
+            0,
+            0,
+            WHOLE,
+            0,
+            0,
+            tokens,
+            patches,
+            supervised,
+            supervised,
+            squares,
+        )
 
     def _find(self, samples: NDArray[np.int64]) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
         """Where each sample lies among the special ones, and whether it does."""
@@ -156,7 +177,9 @@ class Parts:
         return place, self.over[place] == samples
 
 
-def _fill_whole(rows: Rows, where: NDArray[np.bool_], samples: NDArray[np.int64], lengths: Lengths) -> None:
+def _fill_whole(
+    rows: Rows, where: NDArray[np.bool_], samples: NDArray[np.int64], lengths: Lengths
+) -> None:
     found = lengths[samples]
     whole = np.zeros(len(samples), PART)
     whole["sample"], whole["stop"] = samples, WHOLE
@@ -170,12 +193,19 @@ def _fill_whole(rows: Rows, where: NDArray[np.bool_], samples: NDArray[np.int64]
 
 
 def encode_parts(
-    samples: Sequence[Sample], parts: Sequence[Part], tokenizer: Tokenizer, rules: MediaConfig, sources: Sequence[str]
+    samples: Sequence[Sample],
+    parts: Sequence[Part],
+    tokenizer: Tokenizer,
+    rules: MediaConfig,
+    sources: Sequence[str],
 ) -> list[EncodedSample]:
     """Encode the parts of samples, each with as many tokens and patches as it says; see `encode_all`."""
     shown = [apply_part(sample, part, rules) for sample, part in zip(samples, parts, strict=True)]
     encoded = encode_all(shown, tokenizer, rules, sources)
-    return [_finish(found, sample.kind, part, tokenizer) for found, sample, part in zip(encoded, samples, parts, strict=True)]
+    return [
+        _finish(found, sample.kind, part, tokenizer)
+        for found, sample, part in zip(encoded, samples, parts, strict=True)
+    ]
 
 
 def apply_part(sample: Sample, part: Part, rules: MediaConfig) -> Sample:
@@ -198,8 +228,14 @@ def between(sample: Sample, start: Border, stop: Border) -> Sample:
         cut = replace(sample, content=_cut(sample.content, 0, start, stop))
     else:
         cut = replace(sample, messages=_cut_messages(sample.messages, start, stop))
-    pictures = [number for number, element in enumerate(sample.elements) if isinstance(element, Image)]
-    leading = sample.messages[0].content if sample.messages and sample.messages[0].role == "system" else ()
+    pictures = [
+        number for number, element in enumerate(sample.elements) if isinstance(element, Image)
+    ]
+    leading = (
+        sample.messages[0].content
+        if sample.messages and sample.messages[0].role == "system"
+        else ()
+    )
     shown = [n for n in pictures if start[0] <= n < stop[0] or n < len(leading)]
     numbers = {pictures.index(picture): new for new, picture in enumerate(shown)}
     if len(numbers) == len(pictures):
@@ -219,20 +255,28 @@ def _cut_messages(messages: Sequence[Message], start: Border, stop: Border) -> t
     return tuple(kept)
 
 
-def _cut(elements: Sequence[Element], offset: int, start: Border, stop: Border) -> tuple[Element, ...]:
+def _cut(
+    elements: Sequence[Element], offset: int, start: Border, stop: Border
+) -> tuple[Element, ...]:
     kept = list[Element]()
     for number, element in enumerate(elements, start=offset):
         if number < start[0] or (number, 0) >= stop:
             continue
         if isinstance(element, Text):
             end = stop[1] if number == stop[0] else None
-            element = replace(element, text=element.text[start[1] if number == start[0] else 0 : end])
+            element = replace(
+                element, text=element.text[start[1] if number == start[0] else 0 : end]
+            )
         kept.append(element)
     return tuple(kept)
 
 
 def _renumbered(element: Element, numbers: Mapping[int, int]) -> Element:
-    return replace(element, image=numbers[element.image]) if isinstance(element, Box | Point) else element
+    return (
+        replace(element, image=numbers[element.image])
+        if isinstance(element, Box | Point)
+        else element
+    )
 
 
 def bounded(element: Element, pixels: int, rules: MediaConfig) -> Element:
@@ -246,7 +290,9 @@ def bounded(element: Element, pixels: int, rules: MediaConfig) -> Element:
 
 
 def _with_elements(sample: Sample, change: Any) -> Sample:
-    messages = tuple(replace(message, content=tuple(map(change, message.content))) for message in sample.messages)
+    messages = tuple(
+        replace(message, content=tuple(map(change, message.content))) for message in sample.messages
+    )
     return replace(sample, messages=messages, content=tuple(map(change, sample.content)))
 
 

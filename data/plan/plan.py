@@ -100,20 +100,38 @@ class Plan:
         weights = _draw_weights(sources, settings.weights_in)
         self.draws_per_block = _draws_per_block(sources, weights, settings)
         self._seed = int(key_of(settings.seed, f"phase {settings.phase}"))
-        contents, sizes = [source.content for source in sources], [source.size for source in sources]
-        self.mixture = Mixture(contents, sizes, weights, self._seed, settings.shuffle_block_samples, self.origin.draws)
-        self.limits = [_limit(sources, content, settings.packing_window_samples) for content in self.mixture.contents]
+        contents, sizes = (
+            [source.content for source in sources],
+            [source.size for source in sources],
+        )
+        self.mixture = Mixture(
+            contents, sizes, weights, self._seed, settings.shuffle_block_samples, self.origin.draws
+        )
+        self.limits = [
+            _limit(sources, content, settings.packing_window_samples)
+            for content in self.mixture.contents
+        ]
         """Of each content, how many samples a pack may at most pass over."""
         self._first_packs = {0: 0}
-        self._blocks = PlanBlockStore(self._make_block, cache / "plan" / self.hash if cache else None)
+        self._blocks = PlanBlockStore(
+            self._make_block, cache / "plan" / self.hash if cache else None
+        )
         self._lock = threading.Lock()
 
     @property
     def facts(self) -> dict[str, Any]:
         """Everything the plan depends on, apart from its origin, by the name of its option."""
-        datasets = {source.name: [source.content, source.weight, source.over_length] for source in self.sources}
+        datasets = {
+            source.name: [source.content, source.weight, source.over_length]
+            for source in self.sources
+        }
         settings = dataclasses.asdict(self.settings)
-        return {"version": PLAN_VERSION, **settings, "draws_per_block": self.draws_per_block, "datasets": datasets}
+        return {
+            "version": PLAN_VERSION,
+            **settings,
+            "draws_per_block": self.draws_per_block,
+            "datasets": datasets,
+        }
 
     @property
     def hash(self) -> str:
@@ -131,7 +149,9 @@ class Plan:
                 start = first + len(packs) - self._first_packs[number]
                 stop = min(len(block), start + self.settings.global_batch - len(packs))
                 costs = self.cost.of(block.work[start:stop]).tolist()
-                packs += [PlannedPack(block.places(start + at), cost) for at, cost in enumerate(costs)]
+                packs += [
+                    PlannedPack(block.places(start + at), cost) for at, cost in enumerate(costs)
+                ]
                 number += 1
             self._blocks.ahead(number)
         return packs
@@ -150,7 +170,10 @@ class Plan:
             "step": step,
             "block": number,
             "first_pack": before,
-            "draws": {names[content]: n for content, n in self._counters(number, block, first - before).items()},
+            "draws": {
+                names[content]: n
+                for content, n in self._counters(number, block, first - before).items()
+            },
             "origin": {"step": self.origin.step, "draws": dict(self.origin.draws)},
             "plan": self.facts,
         }
@@ -184,7 +207,9 @@ class Plan:
 
     def _first_pack_of(self, step: int) -> int:
         if step < self.origin.step:
-            raise ValueError(f"step {step} lies before this plan, which begins at step {self.origin.step}")
+            raise ValueError(
+                f"step {step} lies before this plan, which begins at step {self.origin.step}"
+            )
         return (step - self.origin.step) * self.settings.global_batch
 
     def _block_of(self, pack: int) -> int:
@@ -246,13 +271,17 @@ class Plan:
 def pack_work(rows: Rows, borders: NDArray[np.int64]) -> NDArray[np.int64]:
     """PlanBlock.work [p, 4] of the packs between borders [p + 1] of rows of dtype PART."""
     tokens = rows["tokens"].astype(np.int64)
-    each = np.stack([tokens, tokens**2, rows["patches"].astype(np.int64), rows["patch_squares"]], axis=1)
+    each = np.stack(
+        [tokens, tokens**2, rows["patches"].astype(np.int64), rows["patch_squares"]], axis=1
+    )
     return np.add.reduceat(each, borders[:-1], axis=0) if len(each) else np.zeros((0, 4), np.int64)
 
 
 def _limit(sources: list[MixtureEntry], content: str, window: int) -> int:
     """Samples of a content that a pack may pass over: at most the window and a 40th of its usable ones."""
-    usable = min(source.size - source.parts.dropped for source in sources if source.content == content)
+    usable = min(
+        source.size - source.parts.dropped for source in sources if source.content == content
+    )
     return min(window, usable // _EPOCH_PER_PASSED)
 
 

@@ -47,7 +47,12 @@ class PlanBlock:
         """(dataset number, sample index, part) of each sample of a pack."""
         here = slice(self.borders[pack], self.borders[pack + 1])
         return tuple(
-            zip(self.sources[here].tolist(), self.samples[here].tolist(), self.part_numbers[here].tolist(), strict=True)
+            zip(
+                self.sources[here].tolist(),
+                self.samples[here].tolist(),
+                self.part_numbers[here].tolist(),
+                strict=True,
+            )
         )
 
 

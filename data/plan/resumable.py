@@ -56,10 +56,13 @@ def load_rows(path: Path, dtype: np.dtype[Any] | None = None) -> Rows | None:
 
     Tables lie beside datasets, which strangers made: counts below 0, which no table has, make it none of ours.
     """
-    with suppress(Exception):  # numpy takes the header for Python, and raises whatever a damaged one leads it to
+    with suppress(
+        Exception
+    ):  # numpy takes the header for Python, and raises whatever a damaged one leads it to
         rows: Rows = np.load(locate(path.parent, path.name), mmap_mode="r", allow_pickle=False)
         if rows.ndim == 1 and (
-            dtype is None or (rows.dtype == dtype and all(_counts(rows[name]) for name in dtype.names or ()))
+            dtype is None
+            or (rows.dtype == dtype and all(_counts(rows[name]) for name in dtype.names or ()))
         ):
             return rows
     return None
@@ -81,7 +84,9 @@ def save_rows(path: Path, rows: Rows) -> bool:
 
 
 class _Blocks:
-    def __init__(self, path: Path, items: int, block: int, work: BlockWork, dtype: np.dtype[Any] | None) -> None:
+    def __init__(
+        self, path: Path, items: int, block: int, work: BlockWork, dtype: np.dtype[Any] | None
+    ) -> None:
         self.path, self.items, self.block, self.work, self.dtype = path, items, block, work, dtype
         self.folder = path.with_name(path.name + ".parts")
         self.own: dict[int, Rows] = {}
@@ -90,7 +95,9 @@ class _Blocks:
     @property
     def missing(self) -> list[int]:
         """First items of the blocks that no file holds yet."""
-        return [start for start in range(0, self.items, self.block) if not self._part(start).exists()]
+        return [
+            start for start in range(0, self.items, self.block) if not self._part(start).exists()
+        ]
 
     def alone(self, progress: Progress | None) -> Rows:
         """Ranks that count the same array go through its blocks in random orders and take each other's."""

@@ -23,7 +23,15 @@ from visionloom.data.shards.index import ByteSpan, ShardIndex, tar_edges
 from visionloom.data.shards.manifest import MANIFEST, ShardInfo, parse_manifest
 from visionloom.data.shards.media_header import MediaFacts
 from visionloom.data.shards.sample import SCHEMA_VERSION, Sample, SampleError, parse_sample
-from visionloom.data.shards.store import LocalStore, MissingBytes, Store, StoreError, is_url, open_store, shown
+from visionloom.data.shards.store import (
+    LocalStore,
+    MissingBytes,
+    Store,
+    StoreError,
+    is_url,
+    open_store,
+    shown,
+)
 
 LONGEST_RUN: Final = 8 * 2**20
 """Bytes up to which neighbouring members are read at once."""
@@ -67,7 +75,9 @@ class _Opened:
     def __init__(self, process: int, store: Store) -> None:
         self.process, self.store = process, store
         self.indices: dict[int, ShardIndex] = {}
-        self.threads = ThreadPoolExecutor(REQUESTS, "visionloom-json")  # starts none before a remote sample is read
+        self.threads = ThreadPoolExecutor(
+            REQUESTS, "visionloom-json"
+        )  # starts none before a remote sample is read
         self._locks: dict[int, Lock] = {}
         self._lock = Lock()
 
@@ -93,14 +103,22 @@ class Dataset:
     Safe in threads and after fork (positional reads, no shared file offset), and picklable (files open again on use).
     """
 
-    def __init__(self, path: str, name: str, shards: tuple[ShardInfo, ...], store: Store, config: StoreConfig) -> None:
+    def __init__(
+        self, path: str, name: str, shards: tuple[ShardInfo, ...], store: Store, config: StoreConfig
+    ) -> None:
         self.path, self.name, self.shards, self.config = path, name, shards, config
         self.remote = store.remote
         self._starts = np.cumsum([0, *(shard.samples for shard in shards)], dtype=np.int64)
         self._opened: _Opened | None = _Opened(os.getpid(), store)
 
     @classmethod
-    def open(cls, path: str | Path, name: str, group: str = "data.datasets", config: StoreConfig | None = None) -> "Dataset":
+    def open(
+        cls,
+        path: str | Path,
+        name: str,
+        group: str = "data.datasets",
+        config: StoreConfig | None = None,
+    ) -> "Dataset":
         """Open the dataset in a folder or URL; errors name the option `group`.`name`.path.
 
         Raises UserError if the folder, dataset.json or a shard is missing, a shard's size differs from what was
@@ -140,7 +158,11 @@ class Dataset:
     @property
     def keys(self) -> list[str]:
         """The samples' keys in order (reads every index)."""
-        return [self.index(number).key(row) for number, shard in enumerate(self.shards) for row in range(shard.samples)]
+        return [
+            self.index(number).key(row)
+            for number, shard in enumerate(self.shards)
+            for row in range(shard.samples)
+        ]
 
     def location(self, index: int, ref: str = "") -> Location:
         """Where sample `index` lies: its JSON, or its media member `ref` if it has it."""
@@ -148,7 +170,9 @@ class Dataset:
         found = self.index(shard)
         number = found.names(row).get(ref)
         span = found.document(row) if number is None else found.span(number)
-        return Location(self.shards[shard].file, row, found.key(row), span.offset, span.length, span.crc32)
+        return Location(
+            self.shards[shard].file, row, found.key(row), span.offset, span.length, span.crc32
+        )
 
     def sample(self, index: int) -> Sample:
         """Read and check sample `index`; raises SampleError if its bytes changed or break the schema."""
@@ -191,7 +215,10 @@ class Dataset:
         for ref in dict.fromkeys(ref for ref in refs if ref in numbers):
             span = found.span(numbers[ref])
             last = runs[-1] if runs else ReadRange(index, 0, -LARGEST_GAP - 1, ())
-            gap, length = span.offset - last.offset - last.length, span.offset + span.length - last.offset
+            gap, length = (
+                span.offset - last.offset - last.length,
+                span.offset + span.length - last.offset,
+            )
             if 0 <= gap <= LARGEST_GAP and length <= LONGEST_RUN:
                 runs[-1] = ReadRange(index, last.offset, length, (*last.members, (ref, span)))
             else:
@@ -210,7 +237,11 @@ class Dataset:
         for ref, span in run.members:
             part = bytes(data[span.offset - run.offset :][: span.length])
             try:
-                found[ref] = part if zlib.crc32(part) == span.crc32 else self._read(shard, span, origin, ref, fresh=True)
+                found[ref] = (
+                    part
+                    if zlib.crc32(part) == span.crc32
+                    else self._read(shard, span, origin, ref, fresh=True)
+                )
             except SampleError as error:
                 found[ref] = error
         return found
@@ -238,7 +269,9 @@ class Dataset:
         """What this process has open: nothing is shared with the one that it was forked from."""
         opened = self._opened
         if opened is None or opened.process != os.getpid():
-            opened = self._opened = _Opened(os.getpid(), open_store(self.path, f"dataset {self.name}", self.config))
+            opened = self._opened = _Opened(
+                os.getpid(), open_store(self.path, f"dataset {self.name}", self.config)
+            )
         return opened
 
     @property
@@ -250,7 +283,9 @@ class Dataset:
         opened = self._here
         found = opened.indices.get(shard)
         if found is None:
-            with opened.lock_of(shard):  # many threads may want the same one, and it is to be read once
+            with opened.lock_of(
+                shard
+            ):  # many threads may want the same one, and it is to be read once
                 found = opened.indices.get(shard) or self._open_index(self.shards[shard])
             opened.keep(shard, found)
         return found
@@ -261,7 +296,9 @@ class Dataset:
         where = shown(self.path) if self.remote else self.path
         fix = f"run python launch/data.py index {where}"
         data = self._index_bytes(name, f"{where}/{name} is missing or empty: {fix}")
-        if hashlib.sha256(data.data).hexdigest() != info.sha256 and self.remote:  # of a dataset that was here before
+        if (
+            hashlib.sha256(data.data).hexdigest() != info.sha256 and self.remote
+        ):  # of a dataset that was here before
             data = self._index_bytes(name, f"{where}/{name} is missing: {fix}", fresh=True)
         if hashlib.sha256(data.data).hexdigest() != info.sha256:
             raise UserError(f"{where}/{name} does not match {MANIFEST}: {fix}")
@@ -270,9 +307,15 @@ class Dataset:
         except ValueError as error:
             raise UserError(f"{where}/{name}: {error}: {fix}") from None
         if len(found.samples) != info.samples or found.tar_bytes != info.bytes:
-            raise UserError(f"{where}/{name}: {len(found.samples)} samples, but {MANIFEST} says {info.samples}: {fix}")
-        if isinstance(self._store, LocalStore) and not _is_indexed_tar(self._store, info.file, found):
-            raise UserError(f"{where}/{info.file}: its header at byte 0, or its end, is not that of the indexed tar: {fix}")
+            raise UserError(
+                f"{where}/{name}: {len(found.samples)} samples, but {MANIFEST} says {info.samples}: {fix}"
+            )
+        if isinstance(self._store, LocalStore) and not _is_indexed_tar(
+            self._store, info.file, found
+        ):
+            raise UserError(
+                f"{where}/{info.file}: its header at byte 0, or its end, is not that of the indexed tar: {fix}"
+            )
         return found
 
     def _index_bytes(self, name: str, problem: str, fresh: bool = False) -> Any:
@@ -284,7 +327,9 @@ class Dataset:
         except (FileNotFoundError, ValueError):  # an empty file cannot be mapped
             raise UserError(problem) from None
 
-    def _read(self, shard: int, span: ByteSpan, origin: str, what: str, fresh: bool = False) -> bytes:
+    def _read(
+        self, shard: int, span: ByteSpan, origin: str, what: str, fresh: bool = False
+    ) -> bytes:
         file = self.shards[shard].file
         try:
             data = self._store.read(file, span.offset, span.length, fresh)

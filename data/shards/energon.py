@@ -29,7 +29,9 @@ __class__: CrudeWebdataset
 
 
 def export_energon(
-    folder: Path, splits: Mapping[str, float] | None = None, done: Progress = lambda done, total: None
+    folder: Path,
+    splits: Mapping[str, float] | None = None,
+    done: Progress = lambda done, total: None,
 ) -> dict[str, list[str]]:
     """Write energon's metadata into a dataset's folder and return the shards of each split.
 
@@ -41,11 +43,20 @@ def export_energon(
     for number, shard in enumerate(shards):
         _write_offsets(folder / shard.file, dataset.index(number))
         done(number + 1, len(shards))
-    parts = _split([shard.file for shard in shards], splits or {"train": 1.0, "val": 0.0, "test": 0.0})
+    parts = _split(
+        [shard.file for shard in shards], splits or {"train": 1.0, "val": 0.0, "test": 0.0}
+    )
     meta = folder / FOLDER
     meta.mkdir(exist_ok=True)
-    info = {"energon_version": MADE_FOR, "shard_counts": {shard.file: shard.samples for shard in shards}}
-    files = {".info.json": json.dumps(info, indent=1) + "\n", "dataset.yaml": _DATASET, "split.yaml": _split_yaml(parts)}
+    info = {
+        "energon_version": MADE_FOR,
+        "shard_counts": {shard.file: shard.samples for shard in shards},
+    }
+    files = {
+        ".info.json": json.dumps(info, indent=1) + "\n",
+        "dataset.yaml": _DATASET,
+        "split.yaml": _split_yaml(parts),
+    }
     for name, text in files.items():
         with replacing(meta / name) as file:
             file.write(text.encode())
@@ -67,9 +78,13 @@ def _write_offsets(path: Path, index: ShardIndex) -> None:
 def _split(files: list[str], shares: Mapping[str, float]) -> dict[str, list[str]]:
     borders = np.cumsum([0.0, *shares.values()]) / sum(shares.values()) * len(files)
     places = np.rint(borders).astype(int).tolist()
-    parts = {name: files[start:end] for name, start, end in zip(shares, places, places[1:], strict=False)}
+    parts = {
+        name: files[start:end] for name, start, end in zip(shares, places, places[1:], strict=False)
+    }
     if empty := [name for name, share in shares.items() if share and not parts[name]]:
-        raise UserError(f"split {empty[0]} would hold none of the {len(files)} shards: make its share larger")
+        raise UserError(
+            f"split {empty[0]} would hold none of the {len(files)} shards: make its share larger"
+        )
     return parts
 
 

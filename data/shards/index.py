@@ -57,10 +57,23 @@ _SAMPLE: Final = np.dtype(
     ]
 )
 _MEMBER: Final = np.dtype(
-    [("offset", "<u8"), ("length", "<u4"), ("crc32", "<u4"), ("name_offset", "<u4"), ("name_length", "<u4")]
+    [
+        ("offset", "<u8"),
+        ("length", "<u4"),
+        ("crc32", "<u4"),
+        ("name_offset", "<u4"),
+        ("name_length", "<u4"),
+    ]
 )
 _FACTS: Final = np.dtype(
-    [("kind", "<u4"), ("width", "<u4"), ("height", "<u4"), ("frames", "<u4"), ("fps", "<f8"), ("duration", "<f8")]
+    [
+        ("kind", "<u4"),
+        ("width", "<u4"),
+        ("height", "<u4"),
+        ("frames", "<u4"),
+        ("fps", "<f8"),
+        ("duration", "<f8"),
+    ]
 )
 
 Records = npt.NDArray[np.void]
@@ -133,7 +146,11 @@ def known_shard(path: Path) -> ShardInfo | None:
     except (FileNotFoundError, PlaceError):
         return None
     header = np.frombuffer(content[: _HEADER.itemsize].ljust(_HEADER.itemsize, b"\0"), _HEADER)[0]
-    if header["magic"] != _MAGIC.rstrip(b"\0") or header["version"] != INDEX_VERSION or len(content) != _size(header):
+    if (
+        header["magic"] != _MAGIC.rstrip(b"\0")
+        or header["version"] != INDEX_VERSION
+        or len(content) != _size(header)
+    ):
         return None
     if header["tar_edges"].tobytes() != tar_edges(path, int(header["tar_bytes"])):
         return None
@@ -156,11 +173,15 @@ def tar_edges(path: Path, size: int) -> bytes:
 def _info(path: Path, content: bytes) -> ShardInfo:
     index = ShardIndex(np.frombuffer(content, np.uint8))
     digest = hashlib.sha256(content).hexdigest()
-    return ShardInfo(path.name, len(index.samples), index.tar_bytes, digest, index.content, index.statistics)
+    return ShardInfo(
+        path.name, len(index.samples), index.tar_bytes, digest, index.content, index.statistics
+    )
 
 
 def _size(header: Any) -> int:
-    rows = int(header["samples"]) * _SAMPLE.itemsize + int(header["members"]) * (_MEMBER.itemsize + _FACTS.itemsize)
+    rows = int(header["samples"]) * _SAMPLE.itemsize + int(header["members"]) * (
+        _MEMBER.itemsize + _FACTS.itemsize
+    )
     return _HEADER.itemsize + rows + int(header["names"]) + int(header["statistics"])
 
 
@@ -174,10 +195,28 @@ def _index_bytes(groups: list[_Group], statistics: Statistics, path: Path) -> by
     for group in groups:
         document = group.document
         assert document is not None
-        samples.append((document.offset, document.length, document.crc32, len(members), len(group.members), *put(group.key)))
+        samples.append(
+            (
+                document.offset,
+                document.length,
+                document.crc32,
+                len(members),
+                len(group.members),
+                *put(group.key),
+            )
+        )
         for name, (entry, found) in group.members.items():
             members.append((entry.offset, entry.length, entry.crc32, *put(name)))
-            facts.append((KINDS.index(found.kind), found.width, found.height, found.frames, found.fps, found.duration))
+            facts.append(
+                (
+                    KINDS.index(found.kind),
+                    found.width,
+                    found.height,
+                    found.frames,
+                    found.fps,
+                    found.duration,
+                )
+            )
     tail = json.dumps(dataclasses.asdict(statistics), ensure_ascii=False).encode()
     size = path.stat().st_size
     counts = (len(samples), len(members), len(names), len(tail))
@@ -201,7 +240,9 @@ def _groups(path: Path, report: FaultHandler) -> Iterator[_Group]:
             yield from _complete(path, group, report)
             group = _Group(key, entry.offset)
             if key in seen:
-                group.problem = f"key {key!r} comes twice: the members of a sample must lie together"
+                group.problem = (
+                    f"key {key!r} comes twice: the members of a sample must lie together"
+                )
             seen.add(key)
         _add(group, name, entry)
     yield from _complete(path, group, report)
@@ -212,7 +253,12 @@ def _name_problem(whole: str, key: str, name: str) -> str:
         return f"member {whole!r} has an absolute path"
     if ".." in whole.split("/"):
         return f"member {whole!r} leads out of its folder"
-    if KEY.fullmatch(key) is None or not name or not name.isprintable() or set(name) & set("/\\\ufffd"):
+    if (
+        KEY.fullmatch(key) is None
+        or not name
+        or not name.isprintable()
+        or set(name) & set("/\\\ufffd")
+    ):
         return f"member {whole!r}: KEY.NAME expected, KEY of letters, digits, _ and - (at most 80), NAME without folders"
     return ""
 
@@ -272,10 +318,19 @@ def declared_media(sample: Sample) -> Iterator[tuple[str, MediaFacts]]:
         if isinstance(element, Image):
             yield element.ref, MediaFacts("image", element.width, element.height, 1)
         elif isinstance(element, Video) and element.ref is not None:
-            numbers = (element.width, element.height, element.file_frames, element.fps, element.duration)
+            numbers = (
+                element.width,
+                element.height,
+                element.file_frames,
+                element.fps,
+                element.duration,
+            )
             yield element.ref, MediaFacts("video", *numbers)
         elif isinstance(element, Video):
-            yield from ((ref, MediaFacts("image", element.width, element.height, 1)) for ref in element.frames)
+            yield from (
+                (ref, MediaFacts("image", element.width, element.height, 1))
+                for ref in element.frames
+            )
 
 
 def difference(declared: MediaFacts, found: MediaFacts) -> str:
@@ -315,31 +370,56 @@ class ShardIndex:
         if len(data) != _size(header):
             raise ValueError(f"{_size(header)} bytes expected, {len(data)} found")
         rows = (header["samples"], header["members"], header["members"])
-        sizes = [int(count) * table.itemsize for count, table in zip(rows, (_SAMPLE, _MEMBER, _FACTS), strict=True)]
+        sizes = [
+            int(count) * table.itemsize
+            for count, table in zip(rows, (_SAMPLE, _MEMBER, _FACTS), strict=True)
+        ]
         ends = np.cumsum([_HEADER.itemsize, *sizes, int(header["names"])]).tolist()
         self.samples: Records = data[ends[0] : ends[1]].view(_SAMPLE)
         self.members: Records = data[ends[1] : ends[2]].view(_MEMBER)
         self.facts: Records = data[ends[2] : ends[3]].view(_FACTS)
-        self._names, self._tail, self._data, self._located = data[ends[3] : ends[4]], data[ends[4] :], data, ends
-        self.bytes, self.tar_bytes, self.tar_edges = len(data), int(header["tar_bytes"]), header["tar_edges"].tobytes()
+        self._names, self._tail, self._data, self._located = (
+            data[ends[3] : ends[4]],
+            data[ends[4] :],
+            data,
+            ends,
+        )
+        self.bytes, self.tar_bytes, self.tar_edges = (
+            len(data),
+            int(header["tar_bytes"]),
+            header["tar_edges"].tobytes(),
+        )
         self._last: tuple[int, dict[str, int]] = -1, {}
         self._check()
 
     def _check(self) -> None:
         """Raise ValueError if a row leads out of the tar, the members or the names: who made the index is not known."""
-        first, count = (self.samples[name].astype(np.uint64) for name in ("first_member", "members"))
-        ends = [(self.samples[name], self.samples[length]) for name, length in (("key_offset", "key_length"),)]
+        first, count = (
+            self.samples[name].astype(np.uint64) for name in ("first_member", "members")
+        )
+        ends = [
+            (self.samples[name], self.samples[length])
+            for name, length in (("key_offset", "key_length"),)
+        ]
         ends += [(self.members["name_offset"], self.members["name_length"])]
         bytes_of = [
             (self.samples["json_offset"], self.samples["json_length"]),
             (self.members["offset"], self.members["length"]),
         ]
-        for spans, most in ((ends, len(self._names)), (bytes_of, self.tar_bytes), ([(first, count)], len(self.members))):
+        for spans, most in (
+            (ends, len(self._names)),
+            (bytes_of, self.tar_bytes),
+            ([(first, count)], len(self.members)),
+        ):
             for start, length in spans:  # compared without sums, which may overflow
-                if np.any(start.astype(np.uint64) > most) or np.any(length > most - np.minimum(start.astype(np.uint64), most)):
+                if np.any(start.astype(np.uint64) > most) or np.any(
+                    length > most - np.minimum(start.astype(np.uint64), most)
+                ):
                     raise ValueError("a row leads out of what is there")
         numbers = np.concatenate([self.facts["fps"], self.facts["duration"]])
-        if np.any(self.facts["kind"] >= len(KINDS)) or not np.all(np.isfinite(numbers) & (numbers >= 0)):
+        if np.any(self.facts["kind"] >= len(KINDS)) or not np.all(
+            np.isfinite(numbers) & (numbers >= 0)
+        ):
             raise ValueError("a row's facts are none")
 
     @property
@@ -351,7 +431,9 @@ class ShardIndex:
     def content(self) -> str:
         """SHA-256 over places, CRC-32s and names: the same with or without PyAV, unlike the file's own."""
         start, members_end, names, end = (self._located[place] for place in (0, 2, 3, 4))
-        return hashlib.sha256(self._data[start:members_end].tobytes() + self._data[names:end].tobytes()).hexdigest()
+        return hashlib.sha256(
+            self._data[start:members_end].tobytes() + self._data[names:end].tobytes()
+        ).hexdigest()
 
     def key(self, row: int) -> str:
         """Key of the row-th sample."""
@@ -361,7 +443,9 @@ class ShardIndex:
     def document(self, row: int) -> ByteSpan:
         """Where the JSON of the row-th sample lies."""
         record = self.samples[row]
-        return ByteSpan(int(record["json_offset"]), int(record["json_length"]), int(record["json_crc32"]))
+        return ByteSpan(
+            int(record["json_offset"]), int(record["json_length"]), int(record["json_crc32"])
+        )
 
     def extent(self, row: int) -> tuple[int, int]:
         """First byte of the row-th sample's JSON and members, and the first behind the last of them."""
@@ -369,7 +453,9 @@ class ShardIndex:
         if not count:
             return start, start + length
         last = self.members[first + count - 1].item()
-        return min(start, int(self.members["offset"][first])), max(start + length, last[0] + last[1])
+        return min(start, int(self.members["offset"][first])), max(
+            start + length, last[0] + last[1]
+        )
 
     @property
     def ends(self) -> npt.NDArray[np.int64]:
@@ -388,7 +474,9 @@ class ShardIndex:
             first = int(self.samples[row]["first_member"])
             places = range(first, first + int(self.samples[row]["members"]))
             found = self.members[places.start : places.stop]
-            spans = zip(found["name_offset"].tolist(), found["name_length"].tolist(), places, strict=True)
+            spans = zip(
+                found["name_offset"].tolist(), found["name_length"].tolist(), places, strict=True
+            )
             numbers = {self._name(offset, length): number for offset, length, number in spans}
             self._last = row, numbers
         return numbers

@@ -20,7 +20,11 @@ LEFT_OUT: Final = "left_out.jsonl"
 
 
 def index_folder(
-    folder: Path, workers: int = 1, force: bool = False, skip_bad: bool = False, done: Progress = lambda done, total: None
+    folder: Path,
+    workers: int = 1,
+    force: bool = False,
+    skip_bad: bool = False,
+    done: Progress = lambda done, total: None,
 ) -> list[ShardInfo]:
     """Index all tar files of a folder by `workers` processes and write dataset.json.
 
@@ -34,7 +38,9 @@ def index_folder(
         raise UserError(f"{folder} has no .tar files to index")
     rows: list[ShardInfo] = []
     faults: list[Fault] = []
-    for number, (row, found) in enumerate(in_order(partial(_index, force=force, skip_bad=skip_bad), paths, workers), start=1):
+    for number, (row, found) in enumerate(
+        in_order(partial(_index, force=force, skip_bad=skip_bad), paths, workers), start=1
+    ):
         rows += [row] if row else []
         faults += found
         done(number, len(paths))
@@ -67,13 +73,18 @@ def _index(path: Path, force: bool, skip_bad: bool) -> tuple[ShardInfo | None, l
             if not error.faults:
                 raise
             return None, error.faults
-    return row, [Fault(str(path), offset, key, error) for offset, key, error in row.statistics.left_out]
+    return row, [
+        Fault(str(path), offset, key, error) for offset, key, error in row.statistics.left_out
+    ]
 
 
 def _write_left_out(folder: Path, faults: list[Fault]) -> None:
     if not faults:
         (folder / LEFT_OUT).unlink(missing_ok=True)
         return
-    rows = [{"shard": Path(f.file).name, "offset": f.offset, "key": f.key, "error": f.error} for f in faults]
+    rows = [
+        {"shard": Path(f.file).name, "offset": f.offset, "key": f.key, "error": f.error}
+        for f in faults
+    ]
     with replacing(folder / LEFT_OUT) as file:
         file.writelines((json.dumps(row, ensure_ascii=False) + "\n").encode() for row in rows)

@@ -64,9 +64,14 @@ class Statistics:
                 self.duration += element.duration or element.times[-1] - element.times[0]
 
     def __add__(self, other: "Statistics") -> "Statistics":
-        tasks = {task: self.tasks.get(task, 0) + other.tasks.get(task, 0) for task in sorted({*self.tasks, *other.tasks})}
+        tasks = {
+            task: self.tasks.get(task, 0) + other.tasks.get(task, 0)
+            for task in sorted({*self.tasks, *other.tasks})
+        }
         names = [item.name for item in dataclasses.fields(self) if item.name != "tasks"]
-        return Statistics(tasks=tasks, **{name: getattr(self, name) + getattr(other, name) for name in names})
+        return Statistics(
+            tasks=tasks, **{name: getattr(self, name) + getattr(other, name) for name in names}
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +121,9 @@ def read_manifest(folder: Path, option: str) -> tuple[ShardInfo, ...]:
     try:
         content = read_located(folder, MANIFEST, LARGEST)
     except PlaceError as error:
-        raise UserError(f"{option}: {folder / MANIFEST} {error}: run python launch/data.py index {folder}") from None
+        raise UserError(
+            f"{option}: {folder / MANIFEST} {error}: run python launch/data.py index {folder}"
+        ) from None
     return parse_manifest(content, str(folder / MANIFEST), option)
 
 
@@ -132,7 +139,9 @@ def parse_manifest(content: bytes, where: str, option: str) -> tuple[ShardInfo, 
         document = load_json(content, where)
         version = document.get("schema_version") if isinstance(document, dict) else SCHEMA_VERSION
         if version != SCHEMA_VERSION:
-            raise UserError(f"{option}: {where} has schema version {version!r:.20}, this program reads {SCHEMA_VERSION}: {fix}")
+            raise UserError(
+                f"{option}: {where} has schema version {version!r:.20}, this program reads {SCHEMA_VERSION}: {fix}"
+            )
         rows = checked(document, _Document, where).shards
     except JsonError as error:
         raise UserError(f"{option}: {error}: the file is damaged or old: {fix}") from None
@@ -194,9 +203,17 @@ class _Shard:
     statistics: _Counts
 
     def info(self) -> ShardInfo:
-        counts = {item.name: getattr(self.statistics, item.name) for item in dataclasses.fields(Statistics)}
+        counts = {
+            item.name: getattr(self.statistics, item.name)
+            for item in dataclasses.fields(Statistics)
+        }
         return ShardInfo(
-            self.file, self.samples, self.bytes, self.sha256, self.content, Statistics(**counts | {"left_out": []})
+            self.file,
+            self.samples,
+            self.bytes,
+            self.sha256,
+            self.content,
+            Statistics(**counts | {"left_out": []}),
         )
 
 
@@ -221,4 +238,6 @@ class _IndexStatistics(_Sums):
 def parse_statistics(content: bytes, where: str) -> Statistics:
     """The statistics at the end of an index file; raises JsonError."""
     found = parse_json(content, _IndexStatistics, where)
-    return Statistics(**{item.name: getattr(found, item.name) for item in dataclasses.fields(Statistics)})
+    return Statistics(
+        **{item.name: getattr(found, item.name) for item in dataclasses.fields(Statistics)}
+    )

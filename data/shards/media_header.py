@@ -13,7 +13,9 @@ MediaKind = Literal["image", "video", "other"]
 KINDS: Final[tuple[MediaKind, ...]] = ("other", "image", "video")
 """In the order of their codes in the index."""
 _PICTURES: Final = frozenset(["png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff"])
-_VIDEOS: Final = frozenset(["mp4", "m4v", "mov", "webm", "mkv", "avi", "mpg", "mpeg", "ts", "flv", "wmv"])
+_VIDEOS: Final = frozenset(
+    ["mp4", "m4v", "mov", "webm", "mkv", "avi", "mpg", "mpeg", "ts", "flv", "wmv"]
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,13 @@ def probe(name: str, data: bytes) -> MediaFacts:
 def _stream(container: Any, stream: Any) -> MediaFacts:
     frames = stream.frames or sum(1 for _ in packets_of(container))
     fps = float(stream.average_rate or stream.guessed_rate or 0)
-    duration = float(stream.duration * stream.time_base) if stream.duration else (container.duration or 0) / 1e6
+    duration = (
+        float(stream.duration * stream.time_base)
+        if stream.duration
+        else (container.duration or 0) / 1e6
+    )
     if not duration and fps:
         duration = frames / fps
-    return MediaFacts("video", stream.codec_context.width, stream.codec_context.height, frames, fps, duration)
+    return MediaFacts(
+        "video", stream.codec_context.width, stream.codec_context.height, frames, fps, duration
+    )

@@ -32,15 +32,93 @@ CONTAINERS: Final = {
 }
 """FFmpeg's names of the containers that are read, and how they begin: MP4 and QuickTime, Matroska and WebM, AVI, MPEG, Flash, WMV."""
 VIDEO_CODECS: Final = (
-    *("h264", "hevc", "vvc", "av1", "libdav1d", "libaom-av1", "vp8", "vp9", "libvpx", "libvpx-vp9", "vp6", "vp6a", "vp6f"),
-    *("mpeg1video", "mpeg2video", "mpegvideo", "mpeg4", "msmpeg4v1", "msmpeg4v2", "msmpeg4", "h261", "h263", "h263i", "h263p"),
-    *("flv", "wmv1", "wmv2", "wmv3", "vc1", "theora", "svq1", "svq3", "mjpeg", "png", "rawvideo", "dvvideo", "prores", "dnxhd"),
-    *("cfhd", "ffv1", "huffyuv", "ffvhuff", "utvideo", "magicyuv", "qtrle", "rpza", "cinepak", "indeo3", "indeo4", "indeo5"),
+    *(
+        "h264",
+        "hevc",
+        "vvc",
+        "av1",
+        "libdav1d",
+        "libaom-av1",
+        "vp8",
+        "vp9",
+        "libvpx",
+        "libvpx-vp9",
+        "vp6",
+        "vp6a",
+        "vp6f",
+    ),
+    *(
+        "mpeg1video",
+        "mpeg2video",
+        "mpegvideo",
+        "mpeg4",
+        "msmpeg4v1",
+        "msmpeg4v2",
+        "msmpeg4",
+        "h261",
+        "h263",
+        "h263i",
+        "h263p",
+    ),
+    *(
+        "flv",
+        "wmv1",
+        "wmv2",
+        "wmv3",
+        "vc1",
+        "theora",
+        "svq1",
+        "svq3",
+        "mjpeg",
+        "png",
+        "rawvideo",
+        "dvvideo",
+        "prores",
+        "dnxhd",
+    ),
+    *(
+        "cfhd",
+        "ffv1",
+        "huffyuv",
+        "ffvhuff",
+        "utvideo",
+        "magicyuv",
+        "qtrle",
+        "rpza",
+        "cinepak",
+        "indeo3",
+        "indeo4",
+        "indeo5",
+    ),
 )
 """FFmpeg's decoders that are used; others know formats in which nobody keeps videos, text screens among them."""
 _AUDIO_CODECS: Final = (
-    *("aac", "aac_latm", "ac3", "eac3", "mp2", "mp2float", "mp3", "mp3float", "opus", "vorbis", "flac", "alac"),
-    *("wmav1", "wmav2", "amrnb", "amrwb", "pcm_s16le", "pcm_s16be", "pcm_u8", "pcm_s24le", "adpcm_ms", "adpcm_ima_wav"),
+    *(
+        "aac",
+        "aac_latm",
+        "ac3",
+        "eac3",
+        "mp2",
+        "mp2float",
+        "mp3",
+        "mp3float",
+        "opus",
+        "vorbis",
+        "flac",
+        "alac",
+    ),
+    *(
+        "wmav1",
+        "wmav2",
+        "amrnb",
+        "amrwb",
+        "pcm_s16le",
+        "pcm_s16be",
+        "pcm_u8",
+        "pcm_s24le",
+        "adpcm_ms",
+        "adpcm_ima_wav",
+    ),
 )
 """Sound is not read, but without its decoder FFmpeg looks through megabytes for what a stream of it is."""
 MAX_PIXELS: Final = 1 << 27
@@ -70,7 +148,21 @@ _TIFF: Final[dict[bytes, tuple[Literal["little", "big"], int, int, int, int]]] =
     b"MM\0+": ("big", 8, 8, 20, 8),
 }
 """How TIFF begins: byte order, where the first directory's offset stands, and the bytes of a count, an entry and an offset."""
-_TIFF_TYPES: Final = {2: 1, 3: 2, 4: 4, 5: 8, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
+_TIFF_TYPES: Final = {
+    2: 1,
+    3: 2,
+    4: 4,
+    5: 8,
+    8: 2,
+    9: 4,
+    10: 8,
+    11: 4,
+    12: 8,
+    13: 4,
+    16: 8,
+    17: 8,
+    18: 8,
+}
 """Bytes of a value of each type; of those that are not here one."""
 _POINTERS: Final = (330, 34665, 34853, 40965)
 """Tags whose value is where another directory stands, those that Pillow follows."""
@@ -103,10 +195,14 @@ def open_picture(data: bytes) -> "Pillow.Image":
 
     _check_before(data)
     try:
-        with warnings.catch_warnings(action="ignore"):  # of too many pixels, which are counted below, and of odd metadata
+        with warnings.catch_warnings(
+            action="ignore"
+        ):  # of too many pixels, which are counted below, and of odd metadata
             picture = Pillow.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
-        raise MediaError("no picture that is known", f"it is none of {', '.join(FORMATS)}") from None
+        raise MediaError(
+            "no picture that is known", f"it is none of {', '.join(FORMATS)}"
+        ) from None
     except Pillow.DecompressionBombError as error:
         raise MediaError("picture too large", str(error)) from None
     except Exception as error:  # decoders raise whatever damaged bytes lead them to
@@ -122,7 +218,9 @@ def check_pixels(width: int, height: int, size: int) -> None:
     """Raise MediaError for a picture of `size` bytes that has too many pixels, at all or for its bytes."""
     pixels = width * height
     if pixels > MAX_PIXELS:
-        raise MediaError("picture too large", f"{width}x{height} pixels are too many: at most {MAX_PIXELS}")
+        raise MediaError(
+            "picture too large", f"{width}x{height} pixels are too many: at most {MAX_PIXELS}"
+        )
     if pixels > max(UNCHECKED_PIXELS, size * PIXELS_PER_BYTE):
         raise MediaError(
             "picture too large",
@@ -142,7 +240,9 @@ def _check_before(data: bytes) -> None:
         check_scans(data, *_jpeg_size(data))
     if data[:4] in _TIFF:
         _check_directories(data)
-    if data[:4] == b"RIFF" and data[8:16] == b"WEBPVP8X":  # both canvases are allocated when it is opened
+    if (
+        data[:4] == b"RIFF" and data[8:16] == b"WEBPVP8X"
+    ):  # both canvases are allocated when it is opened
         width, height = (int.from_bytes(data[at : at + 3], "little") + 1 for at in (24, 27))
         check_pixels(width, height, len(data))
     if data[:4] == b"GIF8" and (found := _before_first_picture(data)) > _COMMENTS:
@@ -164,12 +264,18 @@ def _check_directories(data: bytes) -> None:
             continue
         seen.add(place)
         entries = int.from_bytes(data[place : place + count_size], order)
-        for at in range(place + count_size, min(place + count_size + entries * entry_size, len(data)), entry_size):
+        for at in range(
+            place + count_size,
+            min(place + count_size + entries * entry_size, len(data)),
+            entry_size,
+        ):
             tag, kind = (int.from_bytes(data[start : start + 2], order) for start in (at, at + 2))
             number = int.from_bytes(data[at + 4 : at + 4 + offset_format], order)
             total += number * _TIFF_TYPES.get(kind, 1)
             if tag in _POINTERS:
-                waiting.append(int.from_bytes(data[at + 4 + offset_format : at + 4 + 2 * offset_format], order))
+                waiting.append(
+                    int.from_bytes(data[at + 4 + offset_format : at + 4 + 2 * offset_format], order)
+                )
         if total > 2 * len(data) + _LARGEST_VALUES:
             raise MediaError("broken picture", f"tags of {total} bytes in {len(data)}")
 
@@ -197,7 +303,10 @@ def _check_tiles(picture: "Pillow.Image") -> None:
     tags = getattr(picture, "tag_v2", {})
     sides = [side for number in (322, 323) if isinstance(side := tags.get(number), int)]
     if any(side > max(picture.size) + 4096 for side in sides):
-        raise MediaError("broken picture", f"tiles of {sides} pixels in a picture of {picture.width}x{picture.height}")
+        raise MediaError(
+            "broken picture",
+            f"tiles of {sides} pixels in a picture of {picture.width}x{picture.height}",
+        )
 
 
 # ---- videos
@@ -217,10 +326,16 @@ def open_video(data: bytes) -> Iterator[Any]:
     if kind == "mov":
         _check_tables(data)
     most = str((8192 + _CODED_MARGIN) * (4352 + _CODED_MARGIN))
-    limits = {"format_whitelist": kind, "codec_whitelist": ",".join((*VIDEO_CODECS, *_AUDIO_CODECS)), "max_pixels": most}
+    limits = {
+        "format_whitelist": kind,
+        "codec_whitelist": ",".join((*VIDEO_CODECS, *_AUDIO_CODECS)),
+        "max_pixels": most,
+    }
     limits |= {"protocol_whitelist": "none", "max_streams": str(_MAX_STREAMS)}
     try:
-        with av.open(io.BytesIO(data), format=kind, options=limits, io_open=_refuse_file) as container:
+        with av.open(
+            io.BytesIO(data), format=kind, options=limits, io_open=_refuse_file
+        ) as container:
             _check_stream(container, len(data))
             container.streams.video[0].codec_context.options = {"max_pixels": most}
             yield container
@@ -232,7 +347,9 @@ def container_of(data: bytes) -> str:
     """FFmpeg's name of the container that a file begins like; raises MediaError for any other."""
     kind = next((name for name, beginning in CONTAINERS.items() if beginning.match(data)), None)
     if kind is None:
-        raise MediaError("no video that is known", f"it begins like none of {', '.join(CONTAINERS)}")
+        raise MediaError(
+            "no video that is known", f"it begins like none of {', '.join(CONTAINERS)}"
+        )
     return kind
 
 
@@ -250,7 +367,10 @@ def packets_of(container: Any) -> Iterator[Any]:
 def check_work(frames: int, width: int, height: int, size: int) -> None:
     """Raise MediaError for a video whose frames would take long to decode for its `size` in bytes."""
     if (work := frames * width * height) > max(UNCHECKED_WORK, size * WORK_PER_BYTE):
-        raise MediaError("video too long", f"{frames} frames of {width}x{height} in {size} bytes: {work:.3g} pixels to decode")
+        raise MediaError(
+            "video too long",
+            f"{frames} frames of {width}x{height} in {size} bytes: {work:.3g} pixels to decode",
+        )
 
 
 def _check_stream(container: Any, size: int) -> None:
@@ -289,7 +409,8 @@ def _check_tables(data: bytes) -> None:
                 continue  # no box, but the letters by chance
             if kind == b"cmov":
                 raise MediaError(
-                    "no video that is known", "a QuickTime file with a compressed header: write it anew with ffmpeg"
+                    "no video that is known",
+                    "a QuickTime file with a compressed header: write it anew with ffmpeg",
                 )
             box = memoryview(data)[place + 8 * (size == 1) : place + size if size > 1 else end]
             counts[kind if kind in counts else b"samples"] += _counted(box, kind)
@@ -305,7 +426,9 @@ def _without_media(data: bytes) -> Iterator[tuple[int, int]]:
     start = place = 0
     while place + 8 <= len(data):
         size, kind = int.from_bytes(data[place : place + 4]), data[place + 4 : place + 8]
-        size = int.from_bytes(data[place + 8 : place + 16]) if size == 1 else size or len(data) - place
+        size = (
+            int.from_bytes(data[place + 8 : place + 16]) if size == 1 else size or len(data) - place
+        )
         if size < 8 or place + size > len(data):
             break
         if kind == b"mdat":

@@ -33,7 +33,9 @@ class RangeCache:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "used").touch()
         except OSError as error:
-            raise UserError(f"data.store.cache: {folder} cannot be used: {error.strerror}") from None
+            raise UserError(
+                f"data.store.cache: {folder} cannot be used: {error.strerror}"
+            ) from None
         self._warned = False
 
     def get(self, name: str, length: int | None = None) -> bytes | None:
@@ -77,7 +79,9 @@ class RangeCache:
 
     def _make_room(self, more: int) -> int:
         """Remove the oldest parts; returns the bytes that remain, counted anew."""
-        found = sorted((entry.stat().st_mtime_ns, entry.stat().st_size, entry.path) for entry in self._parts())
+        found = sorted(
+            (entry.stat().st_mtime_ns, entry.stat().st_size, entry.path) for entry in self._parts()
+        )
         used = sum(size for _, size, _ in found)
         for _, size, path in found:
             if used + more <= self.limit * KEPT:
@@ -110,7 +114,11 @@ class RangeCache:
     def _warn(self, error: OSError) -> None:
         if not self._warned:
             self._warned = True
-            _log.warning("data.store.cache: %s cannot be used, reading goes on without it: %s", self.folder, error.strerror)
+            _log.warning(
+                "data.store.cache: %s cannot be used, reading goes on without it: %s",
+                self.folder,
+                error.strerror,
+            )
 
 
 def _size(path: Path) -> int:

@@ -20,7 +20,9 @@ LARGEST_JSON: Final = 32 << 20
 REF: Final = re.compile(r"(?!json$)[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 """Names of media members: no folders, no `..`, no leading dot, and never the name of the sample's own JSON."""
 
-LOSS_MARK: Final = re.compile(r"(.*_)?(loss|train|trained|trainable|training|mask|masked|weight|learn|supervised?)(_.*)?")
+LOSS_MARK: Final = re.compile(
+    r"(.*_)?(loss|train|trained|trainable|training|mask|masked|weight|learn|supervised?)(_.*)?"
+)
 """Keys of a turn that can only mean whether it is learned. The schema's word is `loss`; others are refused, not passed over."""
 LONGEST_KEY: Final = 100
 """Characters of a key that is compared with patterns like this; longer ones are no words."""
@@ -45,7 +47,9 @@ class SampleError(UserError):
     """One sample is at fault: the message names the sample and the dotted field."""
 
     def __init__(self, sample_id: str, where: str, problem: str) -> None:
-        super().__init__(f"sample {sample_id}: {where}: {problem}" if where else f"sample {sample_id}: {problem}")
+        super().__init__(
+            f"sample {sample_id}: {where}: {problem}" if where else f"sample {sample_id}: {problem}"
+        )
         self.sample_id, self.where, self.problem = sample_id, where, problem
 
     def __reduce__(self) -> tuple[type["SampleError"], tuple[str, str, str]]:
@@ -194,7 +198,9 @@ class Sample:
     @property
     def elements(self) -> tuple[Element, ...]:
         """All elements in reading order."""
-        return self.content or tuple(element for message in self.messages for element in message.content)
+        return self.content or tuple(
+            element for message in self.messages for element in message.content
+        )
 
     @property
     def images(self) -> tuple[Image, ...]:
@@ -290,7 +296,10 @@ def _load(raw: bytes | str | Mapping[str, Any], origin: str) -> Mapping[str, Any
         values = json.loads(
             raw
         )  # not load_json: a sample's own checks refuse what is not finite, and this is read in every epoch
-    except (ValueError, RecursionError) as error:  # numbers of more than 4,300 digits are ValueErrors too
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # numbers of more than 4,300 digits are ValueErrors too
         raise SampleError(origin, "", f"not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise SampleError(origin, "", f"a JSON object expected, got {type(values).__name__}")
@@ -302,7 +311,9 @@ class _Fields:
 
     def __init__(self, sample_id: str, path: str, values: Any) -> None:
         self.sample_id, self.path = sample_id, path
-        if not isinstance(values, dict | Mapping):  # dict first: an abstract class takes ten times as long to ask
+        if not isinstance(
+            values, dict | Mapping
+        ):  # dict first: an abstract class takes ten times as long to ask
             raise SampleError(sample_id, path, f"an object expected, got {_kind_of(values)}")
         self.values: Mapping[str, Any] = values
 
@@ -335,7 +346,11 @@ class _Fields:
         return cast(str, value)
 
     def number(
-        self, name: str, default: float | None = None, low: float = -LARGEST_NUMBER, high: float = LARGEST_NUMBER
+        self,
+        name: str,
+        default: float | None = None,
+        low: float = -LARGEST_NUMBER,
+        high: float = LARGEST_NUMBER,
     ) -> float:
         return self._number(name, self.values.get(name, default), low, high)
 
@@ -362,7 +377,11 @@ class _Fields:
         return None if self.values.get(name) is None else self.integer(name, low, high)
 
     def loss(self) -> float | None:
-        return None if self.values.get("loss") is None else self.number("loss", low=0.0, high=LARGEST_WEIGHT)
+        return (
+            None
+            if self.values.get("loss") is None
+            else self.number("loss", low=0.0, high=LARGEST_WEIGHT)
+        )
 
     def items(self, name: str) -> list[Any]:
         value = self.get(name)
@@ -370,16 +389,27 @@ class _Fields:
             self.fail(name, f"a list expected, got {_kind_of(value)}")
         return list(value)
 
-    def numbers(self, name: str, count: int | None = None, low: float = -LARGEST_NUMBER) -> tuple[float, ...]:
+    def numbers(
+        self, name: str, count: int | None = None, low: float = -LARGEST_NUMBER
+    ) -> tuple[float, ...]:
         items = self.items(name)
         if count is not None and len(items) != count:
             self.fail(name, f"{count} numbers expected, got {len(items)}")
-        if all(type(item) is float and low <= item <= LARGEST_NUMBER for item in items):  # quick for the times of long videos
+        if all(
+            type(item) is float and low <= item <= LARGEST_NUMBER for item in items
+        ):  # quick for the times of long videos
             return tuple(items)
-        return tuple(self._number(f"{name}[{index}]", item, low, LARGEST_NUMBER) for index, item in enumerate(items))
+        return tuple(
+            self._number(f"{name}[{index}]", item, low, LARGEST_NUMBER)
+            for index, item in enumerate(items)
+        )
 
     def _number(self, name: str, value: Any, low: float, high: float) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not abs(value) <= sys.float_info.max
+        ):
             self.fail(name, f"a finite number expected, got {value!r:.80}")
         if value < low:
             self.fail(name, f"at least {low:g} expected, got {value!r:.80}")
@@ -413,7 +443,9 @@ def _message(fields: _Fields, index: int) -> Message:
         fields.fail("role", "a system message comes first or not at all")
     for name in fields.values.keys() - _MESSAGE_KEYS:
         if len(name) <= LONGEST_KEY and LOSS_MARK.fullmatch(name):
-            fields.fail(name, "unknown mark of the loss: loss is the schema's word, a weight from 0")
+            fields.fail(
+                name, "unknown mark of the loss: loss is the schema's word, a weight from 0"
+            )
     return Message(role, _content(fields, role), fields.loss())
 
 
@@ -426,7 +458,10 @@ def _content(fields: _Fields, role: str | None) -> tuple[Element, ...]:
     )
     if not elements and role is None:
         fields.fail("content", "at least one element expected")
-    if any(isinstance(one, ToolCall) and not isinstance(other, ToolCall) for one, other in pairwise(elements)):
+    if any(
+        isinstance(one, ToolCall) and not isinstance(other, ToolCall)
+        for one, other in pairwise(elements)
+    ):
         fields.fail("content", "tool calls come last in a message")
     return elements
 
@@ -462,9 +497,14 @@ def _video(fields: _Fields) -> Video:
         ref, count = fields.ref("ref", fields.get("ref")), fields.integer("frames", 1, MOST_FRAMES)
         times = () if fields.values.get("t") is None else _times(fields, count)
         whole: dict[str, Any] = {"ref": ref, "file_frames": count}
-        whole |= {"fps": fields.positive("fps", 1 / LARGEST_RATE, LARGEST_RATE), "duration": fields.positive("duration")}
+        whole |= {
+            "fps": fields.positive("fps", 1 / LARGEST_RATE, LARGEST_RATE),
+            "duration": fields.positive("duration"),
+        }
         return Video((), times, width, height, **whole, **_part(fields))
-    frames = tuple(fields.ref(f"frames[{i}]", name) for i, name in enumerate(fields.items("frames")))
+    frames = tuple(
+        fields.ref(f"frames[{i}]", name) for i, name in enumerate(fields.items("frames"))
+    )
     if not frames:
         fields.fail("frames", "at least one frame expected")
     return Video(frames, _times(fields, len(frames)), width, height, **_part(fields))
@@ -484,8 +524,15 @@ def _part(fields: _Fields) -> dict[str, Any]:
     start, end = fields.optional_number("start", low=0.0), fields.optional_number("end", low=0.0)
     if start is not None and end is not None and end <= start:
         fields.fail("end", f"after start ({start:g} s) expected, got {end:g}")
-    rate = None if fields.values.get("sample_fps") is None else fields.positive("sample_fps", 1 / LARGEST_RATE, LARGEST_RATE)
-    limits = {name: fields.optional_integer(name, 1, LARGEST_AREA) for name in ("max_frames", "total_pixels")}
+    rate = (
+        None
+        if fields.values.get("sample_fps") is None
+        else fields.positive("sample_fps", 1 / LARGEST_RATE, LARGEST_RATE)
+    )
+    limits = {
+        name: fields.optional_integer(name, 1, LARGEST_AREA)
+        for name in ("max_frames", "total_pixels")
+    }
     return {"start": start, "end": end, "sample_fps": rate, **limits}
 
 
@@ -494,17 +541,29 @@ def _box(fields: _Fields) -> Box:
     if x2 < x1 or y2 < y1:
         fields.fail("xyxy", f"x1 <= x2 and y1 <= y2 expected, got {list(xyxy)}")
     return Box(
-        fields.integer("image", 0, MOST_IMAGES), (x1, y1, x2, y2), _space(fields), fields.optional_text("label"), fields.loss()
+        fields.integer("image", 0, MOST_IMAGES),
+        (x1, y1, x2, y2),
+        _space(fields),
+        fields.optional_text("label"),
+        fields.loss(),
     )
 
 
 def _point(fields: _Fields) -> Point:
     x, y = _coordinates(fields, "xy", 2)
-    return Point(fields.integer("image", 0, MOST_IMAGES), (x, y), _space(fields), fields.optional_text("label"), fields.loss())
+    return Point(
+        fields.integer("image", 0, MOST_IMAGES),
+        (x, y),
+        _space(fields),
+        fields.optional_text("label"),
+        fields.loss(),
+    )
 
 
 def _time(fields: _Fields) -> Time:
-    format_name = cast(Literal["seconds", "hms"], fields.choice("fmt", TIME_FORMATS, default="seconds"))
+    format_name = cast(
+        Literal["seconds", "hms"], fields.choice("fmt", TIME_FORMATS, default="seconds")
+    )
     return Time(fields.number("t", low=0.0), format_name, fields.loss())
 
 
@@ -532,14 +591,19 @@ def _space(fields: _Fields) -> Space:
 def _coordinates(fields: _Fields, name: str, count: int) -> tuple[float, ...]:
     numbers = fields.numbers(name, count)
     if _space(fields) == "relative1000" and not all(0 <= number <= 1000 for number in numbers):
-        fields.fail(name, f"numbers from 0 to 1000 expected in space relative1000, got {list(numbers)}")
+        fields.fail(
+            name, f"numbers from 0 to 1000 expected in space relative1000, got {list(numbers)}"
+        )
     return numbers
 
 
 def _tools(top: _Fields) -> tuple[Mapping[str, Any], ...]:
     if top.values.get("tools") is None:
         return ()
-    return tuple(_Fields(top.sample_id, f"tools[{i}]", tool).values for i, tool in enumerate(top.items("tools")))
+    return tuple(
+        _Fields(top.sample_id, f"tools[{i}]", tool).values
+        for i, tool in enumerate(top.items("tools"))
+    )
 
 
 def _meta(top: _Fields) -> Mapping[str, Any]:
@@ -555,12 +619,20 @@ def _check_image_indices(sample: Sample) -> None:
     for element in placed:
         if element.image >= count:
             kind = type(element).__name__.lower()
-            raise SampleError(sample.id, f"{kind}.image", f"picture {element.image} of {count} (they count from 0)")
+            raise SampleError(
+                sample.id,
+                f"{kind}.image",
+                f"picture {element.image} of {count} (they count from 0)",
+            )
 
 
 def _message_json(message: Message) -> dict[str, Any]:
     loss = {} if message.loss is None else {"loss": message.loss}
-    return {"role": message.role, **loss, "content": [element_json(element) for element in message.content]}
+    return {
+        "role": message.role,
+        **loss,
+        "content": [element_json(element) for element in message.content],
+    }
 
 
 def element_json(element: Element) -> dict[str, Any]:
@@ -574,13 +646,27 @@ def element_json(element: Element) -> dict[str, Any]:
         case Video():
             values = _video_json(element)
         case Box():
-            values = {"type": "box", "image": element.image, "xyxy": list(element.xyxy), "space": element.space}
+            values = {
+                "type": "box",
+                "image": element.image,
+                "xyxy": list(element.xyxy),
+                "space": element.space,
+            }
         case Point():
-            values = {"type": "point", "image": element.image, "xy": list(element.xy), "space": element.space}
+            values = {
+                "type": "point",
+                "image": element.image,
+                "xy": list(element.xy),
+                "space": element.space,
+            }
         case Time():
             values = {"type": "time", "t": element.seconds, "fmt": element.format}
         case ToolCall():
-            values = {"type": "tool_call", "name": element.name, "arguments": dict(element.arguments)}
+            values = {
+                "type": "tool_call",
+                "name": element.name,
+                "arguments": dict(element.arguments),
+            }
     optional = {"label": getattr(element, "label", None), "loss": getattr(element, "loss", None)}
     return {name: value for name, value in (values | optional).items() if value is not None}
 
@@ -590,7 +676,17 @@ def _video_json(video: Video) -> dict[str, Any]:
     if video.ref is None:
         found: dict[str, Any] = {"type": "video", "frames": list(video.frames), **times}
     else:
-        found = {"type": "video", "ref": video.ref, "frames": video.file_frames, "fps": video.fps, "duration": video.duration}
+        found = {
+            "type": "video",
+            "ref": video.ref,
+            "frames": video.file_frames,
+            "fps": video.fps,
+            "duration": video.duration,
+        }
         found |= times
     part = ("start", "end", "sample_fps", "max_frames", "total_pixels")
-    return found | {"w": video.width, "h": video.height} | {name: getattr(video, name) for name in part}
+    return (
+        found
+        | {"w": video.width, "h": video.height}
+        | {name: getattr(video, name) for name in part}
+    )

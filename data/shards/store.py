@@ -37,7 +37,24 @@ ADVICE: Final = hasattr(os, "posix_fadvise")
 """Whether this system takes advice on reads; macOS does not."""
 _URL: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)(::|:)")
 SCHEMES: Final = (
-    *("http", "https", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "wasb", "oci", "oss", "hf", "hdfs", "webhdfs"),
+    *(
+        "http",
+        "https",
+        "s3",
+        "s3a",
+        "gs",
+        "gcs",
+        "az",
+        "abfs",
+        "abfss",
+        "adl",
+        "wasb",
+        "oci",
+        "oss",
+        "hf",
+        "hdfs",
+        "webhdfs",
+    ),
     *("ftp", "sftp", "memory"),
 )
 """What may be at the end of a URL: object stores and servers, each by a package of fsspec; nothing of this machine but its memory."""
@@ -108,7 +125,11 @@ def open_store(path: str, option: str, config: StoreConfig) -> Store:
         )
     cache = RangeCache(Path(config.cache), config.cache_bytes) if config.cache else None
     try:
-        source: Transport = HttpSource(path, config) if match[1].lower() in ("http", "https") else FsspecSource(path, option)
+        source: Transport = (
+            HttpSource(path, config)
+            if match[1].lower() in ("http", "https")
+            else FsspecSource(path, option)
+        )
     except UserError:
         raise
     except ValueError as error:
@@ -126,17 +147,25 @@ def _refused(url: str) -> str:
     names = [one.partition("://")[0].lower() for one in before]
     match = _URL.match(last)
     end = match[1].lower() if match and last[match.end() :].startswith("//") else last[:20]
-    refused = [name for name in names if name not in CACHES] + [name for name in (end,) if name not in SCHEMES]
-    return (refused[0] or "a link of the chain without a scheme") if refused else ""  # fsspec takes none for a local folder
+    refused = [name for name in names if name not in CACHES] + [
+        name for name in (end,) if name not in SCHEMES
+    ]
+    return (
+        (refused[0] or "a link of the chain without a scheme") if refused else ""
+    )  # fsspec takes none for a local folder
 
 
 def shown(url: str) -> str:
     """A URL without user, password and query, which may be secrets."""
     try:
         parts = urlsplit(url)
-    except ValueError:  # brackets that close nothing, or hold no address: where its parts end nobody knows
+    except (
+        ValueError
+    ):  # brackets that close nothing, or hold no address: where its parts end nobody knows
         return f"{url.partition('://')[0]}://..."
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", "")).rstrip("/")
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", "")).rstrip(
+        "/"
+    )
 
 
 # ---- local
@@ -171,16 +200,22 @@ class LocalStore:
             data = os.pread(self._open(file).descriptor, length, offset)
         except FileNotFoundError:
             if not self.folder.is_dir():
-                raise StoreError(f"{self.folder} is gone: the file system was unmounted, or the folder was removed") from None
+                raise StoreError(
+                    f"{self.folder} is gone: the file system was unmounted, or the folder was removed"
+                ) from None
             raise MissingBytes(f"{file} is gone") from None
-        except OSError as error:  # a bad spot of the disk, or a handle of a network file system that went stale
+        except (
+            OSError
+        ) as error:  # a bad spot of the disk, or a handle of a network file system that went stale
             with self._lock:
                 self._files.pop(file, None)
             if fresh:
                 raise MissingBytes(f"{file} cannot be read: {error.strerror}") from error
             return self.read(file, offset, length, fresh=True)
         if len(data) != length:
-            raise MissingBytes(f"{file} was cut short: {len(data)} of {length} bytes at byte {offset}")
+            raise MissingBytes(
+                f"{file} was cut short: {len(data)} of {length} bytes at byte {offset}"
+            )
         return data
 
     def whole(self, file: str, fresh: bool = True) -> bytes:
@@ -235,18 +270,26 @@ class RemoteStore:
 
     remote = True
 
-    def __init__(self, source: Transport, where: str, config: StoreConfig, cache: RangeCache | None = None) -> None:
+    def __init__(
+        self, source: Transport, where: str, config: StoreConfig, cache: RangeCache | None = None
+    ) -> None:
         self.source, self.where, self.config, self.cache = source, where, config, cache
 
     def read(self, file: str, offset: int, length: int, fresh: bool = False) -> bytes:
         """See Store; raises StoreError naming the file if it is missing or after the last retry."""
         name = f"{self.where}/{file} {offset}+{length}"
-        if self.cache is not None and not fresh and (data := self.cache.get(name, length)) is not None:
+        if (
+            self.cache is not None
+            and not fresh
+            and (data := self.cache.get(name, length)) is not None
+        ):
             return data
         try:
             data = self._retry(file, lambda: self.source.range(file, offset, length), length)
         except FileNotFoundError:
-            raise StoreError(f"shard {self.where}/{file} is missing: restore it or index what is left") from None
+            raise StoreError(
+                f"shard {self.where}/{file} is missing: restore it or index what is left"
+            ) from None
         if self.cache is not None:
             self.cache.put(name, data)
         return data
@@ -283,7 +326,10 @@ class RemoteStore:
         """The first of one attempt, or of two if it takes longer than data.store.hedge_seconds."""
         end = time.monotonic() + limit
         running = {_in_thread(attempt)}
-        if 0 < self.config.hedge_seconds < limit and not wait(running, self.config.hedge_seconds).done:
+        if (
+            0 < self.config.hedge_seconds < limit
+            and not wait(running, self.config.hedge_seconds).done
+        ):
             running.add(_in_thread(attempt))
         problem: Transient | None = None
         while running:
@@ -329,14 +375,26 @@ class HttpSource:
         import urllib3
 
         self._parts = urlsplit(url)
-        if not self._parts.hostname or self._parts.port == 0:  # `port` raises ValueError for what is none
+        if (
+            not self._parts.hostname or self._parts.port == 0
+        ):  # `port` raises ValueError for what is none
             raise ValueError("a host is missing, as in http://HOST/FOLDER")
         self._seconds = config.timeout_seconds
         limits = urllib3.Timeout(connect=config.timeout_seconds, read=config.timeout_seconds)
         only_redirects = urllib3.Retry(total=None, connect=0, read=0, status=0, other=0, redirect=5)
-        options: dict[str, Any] = {"maxsize": CONNECTIONS, "timeout": limits, "retries": only_redirects}
-        proxy = None if proxy_bypass(self._parts.hostname or "") else getproxies().get(self._parts.scheme)
-        self._pool = urllib3.ProxyManager(proxy, **options) if proxy else urllib3.PoolManager(**options)
+        options: dict[str, Any] = {
+            "maxsize": CONNECTIONS,
+            "timeout": limits,
+            "retries": only_redirects,
+        }
+        proxy = (
+            None
+            if proxy_bypass(self._parts.hostname or "")
+            else getproxies().get(self._parts.scheme)
+        )
+        self._pool = (
+            urllib3.ProxyManager(proxy, **options) if proxy else urllib3.PoolManager(**options)
+        )
 
     def range(self, file: str, offset: int, length: int) -> bytes:
         """See Source."""
@@ -389,7 +447,9 @@ def _check_answer(response: Any, url: str, offset: int, length: int | None) -> N
     if status in (404, 410):
         raise FileNotFoundError(url)
     if status in (401, 403):
-        raise StoreError(f"{url}: access denied (HTTP {status}): check the credentials or the URL's signature")
+        raise StoreError(
+            f"{url}: access denied (HTTP {status}): check the credentials or the URL's signature"
+        )
     if status == 416:
         raise StoreError(f"{url} is shorter than when it was indexed: restore it or index it again")
     if status in (408, 425, 429) or status >= 500:
@@ -398,7 +458,9 @@ def _check_answer(response: Any, url: str, offset: int, length: int | None) -> N
     if length is None and status == 200:
         return
     if status == 200 and sent.get("Content-Length") != str(length):
-        raise StoreError(f"{url}: the server ignores range requests (HTTP 200 instead of 206): use one that serves ranges")
+        raise StoreError(
+            f"{url}: the server ignores range requests (HTTP 200 instead of 206): use one that serves ranges"
+        )
     if status not in (200, 206):
         raise StoreError(f"{url}: HTTP {status}")
     wanted = f"bytes {offset}-{offset + (length or 0) - 1}/"
@@ -412,7 +474,9 @@ def _sentence(error: Exception) -> str:
     """The cause at the bottom of urllib3's nested errors, without the address of a connection object."""
     while (inner := getattr(error, "reason", None)) is not None and isinstance(inner, Exception):
         error = inner
-    return re.sub(r"<[^>]*>: |\w+\([^)]*\): ", "", str(error)[:_LONGEST_CAUSE]) or type(error).__name__
+    return (
+        re.sub(r"<[^>]*>: |\w+\([^)]*\): ", "", str(error)[:_LONGEST_CAUSE]) or type(error).__name__
+    )
 
 
 class FsspecSource:
@@ -424,7 +488,11 @@ class FsspecSource:
 
             self._system, self._root = url_to_fs(url)
         except ImportError as error:
-            fix = "pip install visionloom[s3]" if url.startswith("s3") else "install the package of fsspec that it names"
+            fix = (
+                "pip install visionloom[s3]"
+                if url.startswith("s3")
+                else "install the package of fsspec that it names"
+            )
             raise UserError(f"{option}: {shown(url)} cannot be opened: {error}: {fix}") from None
 
     def range(self, file: str, offset: int, length: int) -> bytes:

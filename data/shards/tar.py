@@ -21,7 +21,11 @@ LARGEST_NAME: Final = 1 << 20
 """Bytes of a member that holds the next one's name: 1 MiB, as the longest path of Linux has 4 KiB."""
 _SCANNED: Final = 1 << 20
 """Bytes read at once in search of the next header behind a damaged one."""
-_FOREIGN: Final = {b"<": "an HTML or XML page", b"\x1f\x8b": "compressed by gzip: unpack it", b"PK": "a zip archive"}
+_FOREIGN: Final = {
+    b"<": "an HTML or XML page",
+    b"\x1f\x8b": "compressed by gzip: unpack it",
+    b"PK": "a zip archive",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +59,11 @@ class Fault:
 
     def __str__(self) -> str:
         place = f"at byte {self.offset}"
-        return f"{self.file}: {self.error}" if place in self.error else f"{self.file}: {place}: {self.error}"
+        return (
+            f"{self.file}: {self.error}"
+            if place in self.error
+            else f"{self.file}: {place}: {self.error}"
+        )
 
 
 FaultHandler = Callable[[Fault], None]
@@ -117,7 +125,9 @@ class _Hop:
                 continue
             if len(header) < BLOCK:
                 end = offset + len(header)
-                return self.fault(end, f"truncated at byte {end}: the end of the archive is missing")
+                return self.fault(
+                    end, f"truncated at byte {end}: the end of the archive is missing"
+                )
             if not is_header(header):
                 self.fault(offset, self._problem(header, offset))
                 if not self._find_header(offset + BLOCK):
@@ -132,18 +142,26 @@ class _Hop:
         name = (self.long_name or name).removeprefix("./") if kind in b"0\0" else name
         if start + length > self.size:
             self.ended = True
-            return self.fault(offset, f"truncated: member {name!r} at byte {offset} needs {length} bytes", name)
+            return self.fault(
+                offset, f"truncated: member {name!r} at byte {offset} needs {length} bytes", name
+            )
         self.place = start + length + -length % BLOCK
         most = LARGEST_NAME if kind in b"xL" else LARGEST_MEMBER
         if length > most:
-            return self.fault(offset, f"member {name!r} has {length} bytes, at most {most} are allowed", name)
+            return self.fault(
+                offset, f"member {name!r} has {length} bytes, at most {most} are allowed", name
+            )
         if kind in b"xL":
             self.long_name = _long_name(kind, self.file.read(length)) or self.long_name
         elif kind in b"0\0":
             self.long_name = ""
             yield Member(name, start, length)
         elif kind not in b"5g":
-            self.fault(offset, f"member {name!r} is not a regular file (tar type {kind.decode(errors='replace')!r})", name)
+            self.fault(
+                offset,
+                f"member {name!r} is not a regular file (tar type {kind.decode(errors='replace')!r})",
+                name,
+            )
         return None
 
     def _problem(self, header: bytes, offset: int) -> str:
@@ -161,7 +179,9 @@ class _Hop:
             return True
         while rest:
             if rest.count(0) != len(rest):
-                self.fault(offset, f"damaged: a zero block at byte {offset} with more data after it")
+                self.fault(
+                    offset, f"damaged: a zero block at byte {offset} with more data after it"
+                )
                 return not self._find_header(offset + BLOCK)
             rest = self.file.read(_SCANNED)
         return True
@@ -183,7 +203,10 @@ class _Hop:
 def is_header(block: bytes) -> bool:
     """Whether a block of 512 bytes is a member's header: its checksum says so (POSIX.1-1988 ustar)."""
     stored = block[148:156].strip(b" \0")
-    if re.fullmatch(rb"[0-7]+", stored) is None or int(stored, 8) != sum(block) - sum(block[148:156]) + 8 * 32:
+    if (
+        re.fullmatch(rb"[0-7]+", stored) is None
+        or int(stored, 8) != sum(block) - sum(block[148:156]) + 8 * 32
+    ):
         return False
     return block[124] == 0x80 or re.fullmatch(rb" *[0-7]*[ \0]*", block[124:136]) is not None
 
@@ -191,7 +214,11 @@ def is_header(block: bytes) -> bool:
 def _parse(header: bytes) -> tuple[bytes, str, int]:
     """Type, name and length of a member (sizes also in GNU base-256)."""
     name = header[:100].split(b"\0")[0].decode(errors="replace")
-    if header[257:262] == b"ustar" and header[345:500].strip(b"\0") and header[257:265] != b"ustar  \0":
+    if (
+        header[257:262] == b"ustar"
+        and header[345:500].strip(b"\0")
+        and header[257:265] != b"ustar  \0"
+    ):
         name = header[345:500].split(b"\0")[0].decode(errors="replace") + "/" + name
     if header[124] == 0x80:
         return header[156:157], name, int.from_bytes(header[125:136])

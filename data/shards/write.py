@@ -61,8 +61,15 @@ def write_shards(
     check_target(folder, name)
     folder.mkdir(parents=True, exist_ok=True)
     limits = ShardLimits(samples_per_shard, shard_bytes)
-    ready = (members_of(sample, media, f"number {number}") for number, (sample, media) in enumerate(samples))
-    shards = list(cut_shards(ready, lambda shard: shard_path(folder, name, shard), lambda row: f"{row:09d}", limits))
+    ready = (
+        members_of(sample, media, f"number {number}")
+        for number, (sample, media) in enumerate(samples)
+    )
+    shards = list(
+        cut_shards(
+            ready, lambda shard: shard_path(folder, name, shard), lambda row: f"{row:09d}", limits
+        )
+    )
     if not shards:
         raise UserError(f"{folder}: no samples to write")
     write_manifest(folder, shards)
@@ -71,7 +78,9 @@ def write_shards(
 def check_target(folder: Path, name: str) -> None:
     """Raise UserError if a dataset of this name cannot be written into this folder."""
     if KEY.fullmatch(name) is None or name.startswith("-"):
-        raise UserError(f"dataset name {name!r}: letters, digits, _ and - only, at most 80, and no - at its beginning")
+        raise UserError(
+            f"dataset name {name!r}: letters, digits, _ and - only, at most 80, and no - at its beginning"
+        )
     if (folder / MANIFEST).exists():
         raise UserError(f"{folder} already holds a dataset: remove it or choose another folder")
 
@@ -81,7 +90,9 @@ def shard_path(folder: Path, name: str, shard: int) -> Path:
     return folder / f"{name}-{shard:06d}.tar"
 
 
-def members_of(raw: Sample | Mapping[str, Any], media: Mapping[str, bytes], origin: str = "") -> SampleMembers:
+def members_of(
+    raw: Sample | Mapping[str, Any], media: Mapping[str, bytes], origin: str = ""
+) -> SampleMembers:
     """The members of a sample, JSON first, checked: what is written cannot fail for what is in it.
 
     Raises SampleError if the sample breaks the schema, its media differ from its refs, or JSON in UTF-8 cannot hold it: half of
@@ -92,16 +103,23 @@ def members_of(raw: Sample | Mapping[str, Any], media: Mapping[str, bytes], orig
     try:
         document = to_json(sample).encode()
     except UnicodeEncodeError as error:
-        raise SampleError(printable(sample.id), "", f"no valid Unicode: {error.object[error.start : error.end]!r}") from None
+        raise SampleError(
+            printable(sample.id), "", f"no valid Unicode: {error.object[error.start : error.end]!r}"
+        ) from None
     except ValueError as error:
         raise SampleError(sample.id, "", f"a number that JSON cannot hold: {error}") from None
     if len(document) > LARGEST_MEMBER:
-        raise SampleError(sample.id, "", f"its JSON has {len(document)} bytes, at most {LARGEST_MEMBER}")
+        raise SampleError(
+            sample.id, "", f"its JSON has {len(document)} bytes, at most {LARGEST_MEMBER}"
+        )
     return ("json", document), *((ref, media[ref]) for ref in sample.refs)
 
 
 def cut_shards(
-    samples: Iterable[SampleMembers], path: Callable[[int], Path], key: Callable[[int], str], limits: ShardLimits
+    samples: Iterable[SampleMembers],
+    path: Callable[[int], Path],
+    key: Callable[[int], str],
+    limits: ShardLimits,
 ) -> Iterator[ShardInfo]:
     """Write samples one after another, each into the open shard as long as that has room; yields each finished shard.
 
@@ -118,7 +136,9 @@ def cut_shards(
         room = _Room(limits)
         with (
             replacing(path(shard)) as file,
-            TarWriter(file, user="", group="", mode=0o644, encoder=False, compress=False, mtime=0) as tar,
+            TarWriter(
+                file, user="", group="", mode=0o644, encoder=False, compress=False, mtime=0
+            ) as tar,
         ):
             while waiting is not None and room.takes(key(waiting[0]), waiting[1]):
                 _put(tar, key(waiting[0]), waiting[1])
@@ -131,7 +151,9 @@ def _check_refs(sample: Sample, names: Iterable[str]) -> None:
     if missing := sorted(refs - given):
         raise SampleError(sample.id, "", f"media member {missing[0]!r} is missing")
     if unused := sorted(given - refs):
-        raise SampleError(sample.id, "", f"media member {unused[0]!r} is not referred to by any element")
+        raise SampleError(
+            sample.id, "", f"media member {unused[0]!r} is not referred to by any element"
+        )
 
 
 class _Room:

@@ -26,7 +26,13 @@ from visionloom.common.processes import as_finished
 from visionloom.common.progress import Progress
 from visionloom.data.shards.index import index_path, index_shard, known_shard
 from visionloom.data.shards.manifest import MANIFEST, ShardInfo, write_manifest
-from visionloom.data.shards.write import SampleMembers, ShardLimits, check_target, cut_shards, shard_path
+from visionloom.data.shards.write import (
+    SampleMembers,
+    ShardLimits,
+    check_target,
+    cut_shards,
+    shard_path,
+)
 
 STAGING: Final = ".converting"
 """Folder of what is finished so far; gone when the dataset is complete."""
@@ -100,14 +106,20 @@ class Target:
         return self.folder / STAGING
 
 
-def write_parts(reader: PartReader, target: Target, settings: Mapping[str, Any], progress: Progress) -> Tally:
+def write_parts(
+    reader: PartReader, target: Target, settings: Mapping[str, Any], progress: Progress
+) -> Tally:
     """Write a source as an indexed dataset and return what was counted; the same call again continues.
 
     `settings` (JSON values) say what the bytes depend on: a folder that was begun with others is refused. Raises
     UserError for that, for a folder that holds another dataset or is being written now, and if no sample is left.
     """
     begun = {**settings, "name": target.name, "limits": asdict(target.limits)}
-    if (facts := _facts(target.folder)) and (target.folder / MANIFEST).exists() and facts.get("settings") == begun:
+    if (
+        (facts := _facts(target.folder))
+        and (target.folder / MANIFEST).exists()
+        and facts.get("settings") == begun
+    ):
         shutil.rmtree(target.staging, ignore_errors=True)
         return Tally(Counter(facts["counts"]), facts["first"])
     check_target(target.folder, target.name)
@@ -119,7 +131,11 @@ def write_parts(reader: PartReader, target: Target, settings: Mapping[str, Any],
         for number in range(parts):
             done = _done(target.staging, number)
             tally.add(Tally(Counter(done["counts"]), done["first"]))
-        _put_together(target, parts, {"settings": begun, "counts": dict(sorted(tally.counts.items())), "first": tally.first})
+        _put_together(
+            target,
+            parts,
+            {"settings": begun, "counts": dict(sorted(tally.counts.items())), "first": tally.first},
+        )
     shutil.rmtree(target.staging)
     return tally
 
@@ -150,7 +166,9 @@ def _only_writer(staging: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{staging.parent} is being written by another process: wait for it or end it") from None
+            raise UserError(
+                f"{staging.parent} is being written by another process: wait for it or end it"
+            ) from None
         yield
 
 
@@ -215,7 +233,9 @@ def _write_part(reader: PartReader, target: Target, numbered: tuple[int, SourceP
     digest = hashlib.sha256(repr(part).encode()).hexdigest()
     if (path := _done_path(target.staging, number)).exists():
         if _done(target.staging, number).get("digest") != digest:
-            raise UserError(f"the source changed since {target.folder} was begun: remove {target.staging} and start again")
+            raise UserError(
+                f"the source changed since {target.folder} was begun: remove {target.staging} and start again"
+            )
         return
     for leftover in target.staging.glob(f"*{number:06d}-*"):
         leftover.unlink()
@@ -244,7 +264,10 @@ def _done(staging: Path, number: int) -> dict[str, Any]:
     if (
         not _are_counts(found)
         or not isinstance(shards, list)
-        or not all(isinstance(file, str) and Path(file).name == file and file.endswith(".tar") for file in shards)
+        or not all(
+            isinstance(file, str) and Path(file).name == file and file.endswith(".tar")
+            for file in shards
+        )
         or not isinstance(skipped, list)
     ):
         raise UserError(f"{path} is damaged: remove {staging} and start again")
@@ -281,18 +304,26 @@ def _put_together(target: Target, parts: int, facts: Mapping[str, Any]) -> None:
             found = _done(target.staging, number)
             for record in found["skipped"]:
                 skipped.write(_json(record) + b"\n")
-            shards += [_place(target, file, len(shards) + place) for place, file in enumerate(found["shards"])]
+            shards += [
+                _place(target, file, len(shards) + place)
+                for place, file in enumerate(found["shards"])
+            ]
     with replacing(target.folder / FACTS) as file:
         file.write(_json(facts, indent=1) + b"\n")
     if not shards:
-        raise UserError(f"{target.folder}: no sample could be converted: {SKIPPED} there says why, record by record")
+        raise UserError(
+            f"{target.folder}: no sample could be converted: {SKIPPED} there says why, record by record"
+        )
     write_manifest(target.folder, shards)
 
 
 def _place(target: Target, file: str, number: int) -> ShardInfo:
     """Move a shard and its index out of the staging folder; what was moved before an interruption stays."""
     path = shard_path(target.folder, target.name, number)
-    for source, end in ((target.staging / file, path), (index_path(target.staging / file), index_path(path))):
+    for source, end in (
+        (target.staging / file, path),
+        (index_path(target.staging / file), index_path(path)),
+    ):
         with suppress(FileNotFoundError):
             os.replace(source, end)
     if not path.is_file():

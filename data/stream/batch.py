@@ -79,12 +79,21 @@ class PackedBatch:
         silent = torch.repeat_interleave(segments, self.cu_seqlens.diff())
         labels = self.labels.masked_fill(silent, IGNORED)
         weights = self.loss_weights.masked_fill(silent, 0.0)
-        return replace(self, labels=labels, loss_weights=weights, supervised_tokens=int((labels != IGNORED).sum()))
+        return replace(
+            self,
+            labels=labels,
+            loss_weights=weights,
+            supervised_tokens=int((labels != IGNORED).sum()),
+        )
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         """A copy on a device, without waiting for it."""
         values: dict[str, Any] = {item.name: getattr(self, item.name) for item in fields(self)}
-        moved = {name: value.to(device, non_blocking=True) for name, value in values.items() if isinstance(value, Tensor)}
+        moved = {
+            name: value.to(device, non_blocking=True)
+            for name, value in values.items()
+            if isinstance(value, Tensor)
+        }
         return PackedBatch(**{**values, **moved})
 
 
@@ -114,7 +123,12 @@ def pack(
     for number, samples in enumerate(packs):
         text.cursor = number * sequence_length
         for sample in samples:
-            text.append(sample, EXPONENTS[loss], names.index(sample.source), bool(share.unreadable[next(numbers)]))
+            text.append(
+                sample,
+                EXPONENTS[loss],
+                names.index(sample.source),
+                bool(share.unreadable[next(numbers)]),
+            )
         text.close((number + 1) * sequence_length)
     borders = np.array(text.borders, np.int32)
     return PackedBatch(
@@ -154,7 +168,17 @@ def pack_prompts(
     rounded = -(-lengths // segment_multiple) * segment_multiple
     total = -(-int(rounded.sum()) // multiple) * multiple
     sources = sorted({prompt.source for prompt in prompts})
-    batch = pack([prompts], total, "token", sources, pad_id, None, encoder_rank, encoder_ranks, segment_multiple)
+    batch = pack(
+        [prompts],
+        total,
+        "token",
+        sources,
+        pad_id,
+        None,
+        encoder_rank,
+        encoder_ranks,
+        segment_multiple,
+    )
     return batch, np.cumsum(rounded) - rounded
 
 
@@ -175,7 +199,9 @@ class _TextBuffers:
     def append(self, sample: EncodedSample, alpha: float, source: int, unreadable: bool) -> None:
         here = slice(self.cursor, self.cursor + len(sample.input_ids))
         predicting = slice(here.start, here.stop - 1)
-        weights = np.zeros_like(sample.target_weights[1:]) if unreadable else sample.target_weights[1:]
+        weights = (
+            np.zeros_like(sample.target_weights[1:]) if unreadable else sample.target_weights[1:]
+        )
         self.input_ids[here] = sample.input_ids
         self.labels[predicting] = np.where(weights > 0, sample.input_ids[1:], IGNORED)
         whole = sample.supervised_tokens if sample.loss_tokens is None else sample.loss_tokens
@@ -222,7 +248,10 @@ def _decode_share(samples: list[EncodedSample], decode: Decode, rank: int, ranks
     unreadable, start, rows = np.zeros(len(samples), bool), 0, patches.numpy()
     for number, group in groupby(mine.tolist(), key=lambda unit: int(sample_of[media[unit]])):
         found = list(group)
-        wanted = [(int(media[unit] - before[number]), int(first[unit]), int(units[unit, 0])) for unit in found]
+        wanted = [
+            (int(media[unit] - before[number]), int(first[unit]), int(units[unit, 0]))
+            for unit in found
+        ]
         here = rows[start : start + int(sizes[found].sum())]
         start += len(here)
         if not decode(number, wanted, here):
@@ -245,8 +274,14 @@ def _copied(samples: list[EncodedSample]) -> Decode:
         assert sample.patches is not None, "without decode, samples bring their patches"
         frames = sample.grids[:, 1].astype(np.int64) * sample.grids[:, 2]
         starts = np.cumsum(sample.grids[:, 0] * frames) - sample.grids[:, 0] * frames
-        runs = [(starts[media] + first * frames[media], count * frames[media]) for media, first, count in units]
-        np.concatenate([widen(sample.patches[start : start + size], out.shape[1]) for start, size in runs], out=out)
+        runs = [
+            (starts[media] + first * frames[media], count * frames[media])
+            for media, first, count in units
+        ]
+        np.concatenate(
+            [widen(sample.patches[start : start + size], out.shape[1]) for start, size in runs],
+            out=out,
+        )
         return True
 
     return copy

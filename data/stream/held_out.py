@@ -29,7 +29,9 @@ class EvaluationSet:
 
     def __init__(self, data: DataConfig, name: str, limit: int) -> None:
         if name not in data.validation:
-            raise UserError(f"data.validation has no dataset {name}: {', '.join(data.validation) or 'it is empty'}")
+            raise UserError(
+                f"data.validation has no dataset {name}: {', '.join(data.validation) or 'it is empty'}"
+            )
         self.data, self.name = data, name
         self.tokenizer = Tokenizer(data.tokenizer)
         self.corpus = Corpus("data.validation", name, data.validation[name], data, self.tokenizer)
@@ -53,15 +55,26 @@ class EvaluationSet:
         The pictures are dealt as in PackStream.micro_batches. Raises UserError for samples longer than the pack, unless the
         dataset's policy is to drop them.
         """
-        multiple, budget = self.data.sample_token_multiple, int(self.data.max_patches_per_token * sequence_length)
-        parts = self.corpus.parts(sequence_length // multiple * multiple, budget, "the sequence length")
+        multiple, budget = (
+            self.data.sample_token_multiple,
+            int(self.data.max_patches_per_token * sequence_length),
+        )
+        parts = self.corpus.parts(
+            sequence_length // multiple * multiple, budget, "the sequence length"
+        )
         reader = Reader([self.corpus], [parts], self.data, self.tokenizer, Quarantine())
         rows, _ = parts.of(self.indices)
         tokens = -(-rows["tokens"].astype(np.int64) // multiple) * multiple
         packed = pack_samples(
-            tokens.tolist(), rows["patches"].tolist(), sequence_length, budget, self.data.packing_window_samples
+            tokens.tolist(),
+            rows["patches"].tolist(),
+            sequence_length,
+            budget,
+            self.data.packing_window_samples,
         )
-        for micro in deal(self._packs(rows, packed, dp_size * micro_batch), dp_size, micro_batch)[dp_rank]:
+        for micro in deal(self._packs(rows, packed, dp_size * micro_batch), dp_size, micro_batch)[
+            dp_rank
+        ]:
             places = [pack_.places for pack_ in micro]
             yield reader.batch(places, sequence_length, loss, encoder_rank, encoder_ranks, multiple)
 
@@ -72,9 +85,15 @@ class EvaluationSet:
             found = rows[numbers]
             places = tuple(
                 (0, sample, part_number)
-                for sample, part_number in zip(*(found[f].tolist() for f in ("sample", "part_number")), strict=True)
+                for sample, part_number in zip(
+                    *(found[f].tolist() for f in ("sample", "part_number")), strict=True
+                )
             )
-            packs.append(PlannedPack(places, float(CostModel().of(pack_work(found, np.array([0, len(found)])))[0])))
+            packs.append(
+                PlannedPack(
+                    places, float(CostModel().of(pack_work(found, np.array([0, len(found)])))[0])
+                )
+            )
         return packs + [PlannedPack((), 0.0)] * (-len(packs) % multiple)
 
     def questions(self, dp_rank: int = 0, dp_size: int = 1) -> Iterator[EncodedSample]:
@@ -85,7 +104,9 @@ class EvaluationSet:
         reader = Reader([self.corpus], [], self.data, self.tokenizer, Quarantine())
         for index in self.indices[dp_rank::dp_size].tolist():
             try:
-                sample = encode(self.corpus.dataset.sample(index), self.tokenizer, self.data.media, self.name)
+                sample = encode(
+                    self.corpus.dataset.sample(index), self.tokenizer, self.data.media, self.name
+                )
                 if sample.answer is not None:
                     yield reader.decoded((0, index, 0), sample)
             except SampleError:

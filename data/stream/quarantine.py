@@ -38,7 +38,9 @@ class Quarantine:
         """Count samples that were tried, readable or not."""
         self.read += samples
 
-    def report(self, dataset: str, place: dict[str, Any], error: SampleError, step: int | None = None) -> None:
+    def report(
+        self, dataset: str, place: dict[str, Any], error: SampleError, step: int | None = None
+    ) -> None:
         """Write down an unreadable sample; `place` says where it lies (shard, key, offset and crc32 of the member).
 
         Raises RuntimeError when more than max_bad_fraction of the samples, or of MIN_SAMPLES at first, were unreadable.
@@ -59,7 +61,9 @@ class Quarantine:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "ab+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # of several processes that meet the same sample, one writes it
+            fcntl.flock(
+                file, fcntl.LOCK_EX
+            )  # of several processes that meet the same sample, one writes it
             file.seek(self._seen_bytes)
             complete, newline, broken_off = file.read().rpartition(b"\n")
             self._known.update(filter(None, map(_name_in, complete.splitlines())))

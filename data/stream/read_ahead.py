@@ -76,7 +76,9 @@ class AheadReader:
     limit (or are one read, if that alone is larger). A context: at its end everything is given back.
     """
 
-    def __init__(self, wanted: Iterable[Wanted], budget: ByteBudget, threads: ThreadPoolExecutor) -> None:
+    def __init__(
+        self, wanted: Iterable[Wanted], budget: ByteBudget, threads: ThreadPoolExecutor
+    ) -> None:
         self._coming, self._budget, self._threads = deque(wanted), budget, threads
         self._flying: deque[_Flying] = deque()
         self._at_hand: dict[str, tuple[_Flying, bytes | SampleError]] = {}
@@ -142,7 +144,11 @@ class AheadReader:
         self._fill()
 
     def _fill(self) -> None:
-        while self._coming and len(self._flying) < REQUESTS and self._budget.try_acquire(self._coming[0].run.length):
+        while (
+            self._coming
+            and len(self._flying) < REQUESTS
+            and self._budget.try_acquire(self._coming[0].run.length)
+        ):
             self._begin(self._coming.popleft())
 
     def _begin(self, wanted: Wanted) -> None:

@@ -47,7 +47,9 @@ class Reader:
         self.corpora, self.parts = corpora, parts
         self.rules, self.tokenizer, self.quarantine = data.media, tokenizer, quarantine
         self.budget = ByteBudget(data.store.bytes_in_flight)
-        self._threads = ThreadPoolExecutor(REQUESTS, "visionloom-media")  # starts none before a remote dataset is read
+        self._threads = ThreadPoolExecutor(
+            REQUESTS, "visionloom-media"
+        )  # starts none before a remote dataset is read
         self._encoded: dict[Place, EncodedSample] = {}
         self._cached_tokens = 0
         self._lock = threading.Lock()
@@ -75,7 +77,9 @@ class Reader:
             else:
                 self._report(place, answer, step)
                 name = self.corpora[number].name
-                encoded[place] = stand_in(answer.sample_id, name, part.tokens, self.tokenizer.pad_id)
+                encoded[place] = stand_in(
+                    answer.sample_id, name, part.tokens, self.tokenizer.pad_id
+                )
         sources = [self.corpora[place[0]].name for place in samples]
         made = encode_parts(list(samples.values()), parts, self.tokenizer, self.rules, sources)
         for sample, part in zip(made, parts, strict=True):
@@ -91,7 +95,13 @@ class Reader:
             self.note(f"{self._named(place)} and {len(places) - 1} more")
         for number in {place[0] for place in places}:
             mine = [place for place in places if place[0] == number]
-            found.update(zip(mine, self.corpora[number].dataset.samples([index for _, index, _ in mine]), strict=True))
+            found.update(
+                zip(
+                    mine,
+                    self.corpora[number].dataset.samples([index for _, index, _ in mine]),
+                    strict=True,
+                )
+            )
         return [found[place] for place in places]
 
     def report_unreadable(self) -> None:
@@ -135,10 +145,24 @@ class Reader:
         wanted = self._wanted(places, samples, encoder_rank, encoder_ranks)
         with AheadReader(wanted, self.budget, self._threads) as ahead:
             decode, pad_id = self._decoder(places, samples, ahead, step), self.tokenizer.pad_id
-            return pack(laid_out, sequence_length, loss, names, pad_id, decode, encoder_rank, encoder_ranks, segment_multiple)
+            return pack(
+                laid_out,
+                sequence_length,
+                loss,
+                names,
+                pad_id,
+                decode,
+                encoder_rank,
+                encoder_ranks,
+                segment_multiple,
+            )
 
     def _decoder(
-        self, places: Sequence[Place], samples: Sequence[EncodedSample], ahead: AheadReader, step: int | None
+        self,
+        places: Sequence[Place],
+        samples: Sequence[EncodedSample],
+        ahead: AheadReader,
+        step: int | None,
     ) -> Decode:
         """What writes the patches of these samples, read at these places, into a batch; an unreadable one is reported."""
 
@@ -156,7 +180,9 @@ class Reader:
 
         return decode
 
-    def _wanted(self, places: Sequence[Place], samples: Sequence[EncodedSample], rank: int, ranks: int) -> Iterator[Wanted]:
+    def _wanted(
+        self, places: Sequence[Place], samples: Sequence[EncodedSample], rank: int, ranks: int
+    ) -> Iterator[Wanted]:
         """The reads of remote media that this rank will decode, in order."""
         if not any(self.corpora[number].dataset.remote for number, _, _ in places):
             return
@@ -164,7 +190,11 @@ class Reader:
         for number, (corpus, index, _) in enumerate(places):
             dataset = self.corpora[corpus].dataset
             if dataset.remote and samples[number].media:
-                refs = [ref for medium in owned[number] for ref in _refs(samples[number].media[medium], self.rules)]
+                refs = [
+                    ref
+                    for medium in owned[number]
+                    for ref in _refs(samples[number].media[medium], self.rules)
+                ]
                 yield from (Wanted(number, dataset, run) for run in dataset.runs(index, refs))
 
     def decoded(self, place: Place, sample: EncodedSample) -> EncodedSample:
@@ -183,7 +213,12 @@ class Reader:
     def _report(self, place: Place, error: SampleError, step: int | None = None) -> None:
         corpus = self.corpora[place[0]]
         found = corpus.dataset.location(place[1], error.where)
-        where = {"shard": found.shard, "key": found.key, "offset": found.offset, "crc32": f"{found.crc32:08x}"}
+        where = {
+            "shard": found.shard,
+            "key": found.key,
+            "offset": found.offset,
+            "crc32": f"{found.crc32:08x}",
+        }
         self.quarantine.report(corpus.name, where, error, step)
 
 
@@ -194,7 +229,10 @@ def _owned_media(samples: Sequence[EncodedSample], rank: int, ranks: int) -> lis
     _, media, _, owners = deal_units(grids, ranks)
     mine = set(media[owners == rank].tolist())
     starts = np.cumsum([0, *counts]).tolist()
-    return [[n for n in range(count) if start + n in mine] for start, count in zip(starts, counts, strict=False)]
+    return [
+        [n for n in range(count) if start + n in mine]
+        for start, count in zip(starts, counts, strict=False)
+    ]
 
 
 def _refs(media: Image | Video, rules: MediaConfig) -> list[str]:

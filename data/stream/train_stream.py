@@ -48,7 +48,17 @@ class PackStream:
         quarantine: Path | None = None,
         origin: Origin | None = None,
     ) -> None:
-        self._arguments = (data, phase_name, sequence_length, global_batch, dict(mixture), loss, seed, cost, quarantine)
+        self._arguments = (
+            data,
+            phase_name,
+            sequence_length,
+            global_batch,
+            dict(mixture),
+            loss,
+            seed,
+            cost,
+            quarantine,
+        )
         self.data, self.loss, self.phase = data, loss, phase_name
         self.tokenizer = Tokenizer(data.tokenizer)
         self._weights = dataset_weights(data, mixture)
@@ -56,7 +66,9 @@ class PackStream:
         self._settings = (phase_name, sequence_length, global_batch, seed, cost or CostModel())
         self.plan = self._make_plan(origin)
         parts = [source.parts for source in self.plan.sources]
-        self._reader = Reader(self.corpora, parts, data, self.tokenizer, Quarantine(quarantine, data.max_bad_fraction))
+        self._reader = Reader(
+            self.corpora, parts, data, self.tokenizer, Quarantine(quarantine, data.max_bad_fraction)
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _restore, (self._arguments, self.plan.origin, self.plan.known_starts)
@@ -70,7 +82,9 @@ class PackStream:
     @property
     def unsupervised(self) -> dict[str, tuple[int, int]]:
         """Of each dataset, the samples that are drawn although nothing in them has a loss, and all of its samples."""
-        return {source.name: (source.parts.unsupervised, source.size) for source in self.plan.sources}
+        return {
+            source.name: (source.parts.unsupervised, source.size) for source in self.plan.sources
+        }
 
     @property
     def quarantined(self) -> int:
@@ -86,7 +100,13 @@ class PackStream:
         self._reader.report_unreadable()
 
     def micro_batches(
-        self, step: int, dp_rank: int, dp_size: int, micro_batch: int, encoder_rank: int = 0, encoder_ranks: int = 1
+        self,
+        step: int,
+        dp_rank: int,
+        dp_size: int,
+        micro_batch: int,
+        encoder_rank: int = 0,
+        encoder_ranks: int = 1,
     ) -> list[PackedBatch]:
         """What one data-parallel rank trains on in a step (from 0 in the phase): its micro-batches of `micro_batch` packs.
 
@@ -128,10 +148,14 @@ class PackStream:
     def _make_plan(self, origin: Origin | None) -> Plan:
         return make_plan(self.data, self.corpora, self._weights, *self._settings, origin)
 
-    def _build(self, packs: list[PlannedPack], step: int, encoder_rank: int, encoder_ranks: int) -> PackedBatch:
+    def _build(
+        self, packs: list[PlannedPack], step: int, encoder_rank: int, encoder_ranks: int
+    ) -> PackedBatch:
         places, settings = [pack.places for pack in packs], self.plan.settings
         length, multiple = settings.sequence_length, settings.sample_token_multiple
-        return self._reader.batch(places, length, self.loss, encoder_rank, encoder_ranks, multiple, step)
+        return self._reader.batch(
+            places, length, self.loss, encoder_rank, encoder_ranks, multiple, step
+        )
 
 
 def _restore(arguments: tuple[Any, ...], origin: Origin, starts: dict[int, int]) -> PackStream:

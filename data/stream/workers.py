@@ -36,7 +36,9 @@ def iterate(
 
     What is read does not depend on `workers`. Errors of building a step are raised where the step would have come.
     """
-    ahead = _StepsAhead(stream, first_step, steps, (dp_rank, dp_size, micro_batch, encoder_rank, encoder_ranks))
+    ahead = _StepsAhead(
+        stream, first_step, steps, (dp_rank, dp_size, micro_batch, encoder_rank, encoder_ranks)
+    )
     with closing(_from_processes(ahead, workers) if workers else _from_thread(ahead)) as source:
         for built in source:
             if isinstance(built, Exception):
@@ -47,7 +49,13 @@ def iterate(
 class _StepsAhead:
     """The steps of one rank as a map-style dataset; a failing step is its exception."""
 
-    def __init__(self, stream: PackStream, first_step: int, steps: int, layout: tuple[int, int, int, int, int]) -> None:
+    def __init__(
+        self,
+        stream: PackStream,
+        first_step: int,
+        steps: int,
+        layout: tuple[int, int, int, int, int],
+    ) -> None:
         self.stream, self.first_step, self.steps, self.layout = stream, first_step, steps, layout
         self.boards = _Boards(0)
 
@@ -68,7 +76,11 @@ class _StepsAhead:
             return self.stream.micro_batches(step, *self.layout)
         except Exception as error:  # handed over, and raised by the reading side with its type kept
             info = get_worker_info()
-            error.add_note(f"in data worker {info.id} at {place}" if info else f"while reading ahead, at {place}")
+            error.add_note(
+                f"in data worker {info.id} at {place}"
+                if info
+                else f"while reading ahead, at {place}"
+            )
             return error
 
 
@@ -121,11 +133,17 @@ def _from_processes(ahead: _StepsAhead, workers: int) -> Generator[list[PackedBa
     )
     try:
         yield from loader
-    except (RuntimeError, OSError, EOFError) as error:  # torch's own word, or a pipe that nobody holds any more
+    except (
+        RuntimeError,
+        OSError,
+        EOFError,
+    ) as error:  # torch's own word, or a pipe that nobody holds any more
         time.sleep(_UNTIL_REAPED)
         if not (
             found := ahead.boards.dead()
-            or ("exited unexpectedly" in str(error) and "a data worker died before its first sample")
+            or (
+                "exited unexpectedly" in str(error) and "a data worker died before its first sample"
+            )
         ):
             raise
         raise MachineError(

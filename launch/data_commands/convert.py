@@ -14,7 +14,17 @@ if TYPE_CHECKING:
     from visionloom.data.convert.trainable import Trainable
     from visionloom.data.shards.write_parts import Tally
 
-KINDS = ("llava", "sharegpt", "obelics", "omnicorpus", "mmc4", "hf", "folder", "jsonl", "webdataset")
+KINDS = (
+    "llava",
+    "sharegpt",
+    "obelics",
+    "omnicorpus",
+    "mmc4",
+    "hf",
+    "folder",
+    "jsonl",
+    "webdataset",
+)
 _UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 SECTIONS = (
     ("left out", ""),
@@ -29,24 +39,80 @@ STOPPED = 75
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Declare the command's words."""
-    parser = commands.add_parser("convert", help="make shards from another format; the same command continues")
-    parser.add_argument("kind", choices=KINDS, metavar="KIND", help=f"format of the source: {', '.join(KINDS)}")
+    parser = commands.add_parser(
+        "convert", help="make shards from another format; the same command continues"
+    )
+    parser.add_argument(
+        "kind", choices=KINDS, metavar="KIND", help=f"format of the source: {', '.join(KINDS)}"
+    )
     parser.add_argument("source", type=Path, metavar="SRC", help="file or folder")
     parser.add_argument("folder", type=Path, metavar="DST", help="new folder for the dataset")
     parser.add_argument("--name", help="name in shard files and sample ids (default: DST's name)")
-    parser.add_argument("--shard-size", default="1GiB", help="most bytes of a shard, like 500MiB (default 1GiB)")
-    parser.add_argument("--samples-per-shard", type=int, default=10_000, help="most samples of a shard (default 10000)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one for each core)")
-    parser.add_argument("--images-dir", type=Path, help="where pictures lie; for URLs an output folder of img2dataset")
-    parser.add_argument("--columns", nargs="+", default=[], metavar="ROLE=COLUMN", help="for hf: image=jpg text=caption")
+    parser.add_argument(
+        "--shard-size", default="1GiB", help="most bytes of a shard, like 500MiB (default 1GiB)"
+    )
+    parser.add_argument(
+        "--samples-per-shard",
+        type=int,
+        default=10_000,
+        help="most samples of a shard (default 10000)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=os.cpu_count() or 1,
+        help="processes (default: one for each core)",
+    )
+    parser.add_argument(
+        "--images-dir",
+        type=Path,
+        help="where pictures lie; for URLs an output folder of img2dataset",
+    )
+    parser.add_argument(
+        "--columns",
+        nargs="+",
+        default=[],
+        metavar="ROLE=COLUMN",
+        help="for hf: image=jpg text=caption",
+    )
     parser.add_argument("--limit", type=int, help="read so many records at most")
-    parser.add_argument("--on-error", choices=("skip", "stop"), default="skip", help="what a bad record does (default skip)")
-    parser.add_argument("--max-left-out", default="5%", metavar="SHARE", help="exit code 1 if more are left out (default 5%%)")
-    parser.add_argument("--task", help="evaluation task of the samples' last answers, where a record names none (key task)")
-    parser.add_argument("--tokenizer", default="", metavar="FOLDER", help="count tokens, and leave out what no policy can fit")
-    parser.add_argument("--sequence-length", type=int, help="tokens of the longest pack, with --tokenizer (default 262144)")
-    parser.add_argument("--media", action="append", default=[], metavar="NAME=VALUE", help="as data.media.NAME of the run")
-    parser.add_argument("--follow-links", action="store_true", help="allow links out of the source's folders")
+    parser.add_argument(
+        "--on-error",
+        choices=("skip", "stop"),
+        default="skip",
+        help="what a bad record does (default skip)",
+    )
+    parser.add_argument(
+        "--max-left-out",
+        default="5%",
+        metavar="SHARE",
+        help="exit code 1 if more are left out (default 5%%)",
+    )
+    parser.add_argument(
+        "--task",
+        help="evaluation task of the samples' last answers, where a record names none (key task)",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        default="",
+        metavar="FOLDER",
+        help="count tokens, and leave out what no policy can fit",
+    )
+    parser.add_argument(
+        "--sequence-length",
+        type=int,
+        help="tokens of the longest pack, with --tokenizer (default 262144)",
+    )
+    parser.add_argument(
+        "--media",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="as data.media.NAME of the run",
+    )
+    parser.add_argument(
+        "--follow-links", action="store_true", help="allow links out of the source's folders"
+    )
     parser.set_defaults(run=run)
 
 
@@ -72,7 +138,9 @@ def run(options: argparse.Namespace) -> int:
         trainable_by(options),
     )
     limits = ShardLimits(options.samples_per_shard, bytes_of(options.shard_size))
-    target = Target(options.folder, options.name or options.folder.resolve().name, limits, options.workers)
+    target = Target(
+        options.folder, options.name or options.folder.resolve().name, limits, options.workers
+    )
     try:
         with bars("records") as progress:
             tally = convert(request, target, lambda done, total: progress(target.name, done, total))
@@ -102,8 +170,12 @@ def trainable_by(options: argparse.Namespace) -> "Trainable":
         try:
             Tokenizer(options.tokenizer)
         except UserError as error:
-            raise UserError(*(line.replace("data.tokenizer=", "--tokenizer ", 1) for line in error.lines)) from None
-    return Trainable(media_config(options.media), options.tokenizer, options.sequence_length or LONGEST)
+            raise UserError(
+                *(line.replace("data.tokenizer=", "--tokenizer ", 1) for line in error.lines)
+            ) from None
+    return Trainable(
+        media_config(options.media), options.tokenizer, options.sequence_length or LONGEST
+    )
 
 
 def share_of(text: str) -> float:
@@ -143,9 +215,13 @@ def print_summary(folder: Path, tally: "Tally") -> None:
     counts = dict(sorted(tally.counts.items(), key=lambda item: (-item[1], item[0])))
     if left_out := counts.get("left out"):
         share = left_out / counts["records"]
-        say(f"  {left_out:,} of {counts['records']:,} records left out ({share:.1%}), each in {folder / 'skipped.jsonl'}:")
+        say(
+            f"  {left_out:,} of {counts['records']:,} records left out ({share:.1%}), each in {folder / 'skipped.jsonl'}:"
+        )
     for title, heading in SECTIONS:
-        if found := {name: count for name, count in counts.items() if name.startswith(f"{title}: ")}:
+        if found := {
+            name: count for name, count in counts.items() if name.startswith(f"{title}: ")
+        }:
             if heading:
                 say(heading)
             for name, count in found.items():

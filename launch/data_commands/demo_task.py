@@ -10,10 +10,16 @@ from visionloom.launch.data_commands.progress import bars
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Declare the command's words."""
-    parser = commands.add_parser("demo-task", help="make a new task for the demo's model: digits as words")
-    parser.add_argument("folder", type=Path, metavar="DIR", help="new folder, or one that this command made")
+    parser = commands.add_parser(
+        "demo-task", help="make a new task for the demo's model: digits as words"
+    )
+    parser.add_argument(
+        "folder", type=Path, metavar="DIR", help="new folder, or one that this command made"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the demo's data (default 0)")
-    parser.add_argument("--scale", type=float, default=1.0, help="factor on the numbers of samples (default 1)")
+    parser.add_argument(
+        "--scale", type=float, default=1.0, help="factor on the numbers of samples (default 1)"
+    )
     parser.set_defaults(run=run)
 
 

@@ -10,10 +10,16 @@ from visionloom.launch.data_commands.progress import bars
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Declare the command's words."""
-    parser = commands.add_parser("export-energon", help="write .nv-meta and .tar.idx for megatron-energon 7")
+    parser = commands.add_parser(
+        "export-energon", help="write .nv-meta and .tar.idx for megatron-energon 7"
+    )
     parser.add_argument("folder", type=Path, metavar="DIR")
     parser.add_argument(
-        "--split", action="append", default=[], metavar="NAME=SHARE", help="shares of the shards, in order (default train=1)"
+        "--split",
+        action="append",
+        default=[],
+        metavar="NAME=SHARE",
+        help="shares of the shards, in order (default train=1)",
     )
     parser.set_defaults(run=run)
 
@@ -24,8 +30,13 @@ def run(options: argparse.Namespace) -> None:
 
     splits = dict(_share(text) for text in options.split)
     with bars("shards") as progress:
-        parts = export_energon(options.folder, splits, lambda done, total: progress(str(options.folder), done, total))
-    say(f"{options.folder}: " + ", ".join(f"{name} {len(files)} shards" for name, files in parts.items()))
+        parts = export_energon(
+            options.folder, splits, lambda done, total: progress(str(options.folder), done, total)
+        )
+    say(
+        f"{options.folder}: "
+        + ", ".join(f"{name} {len(files)} shards" for name, files in parts.items())
+    )
 
 
 def _share(text: str) -> tuple[str, float]:

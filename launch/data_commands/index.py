@@ -10,11 +10,24 @@ from visionloom.launch.data_commands.progress import bars
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Declare the command's words."""
-    parser = commands.add_parser("index", help="index all .tar files of a folder and write dataset.json")
+    parser = commands.add_parser(
+        "index", help="index all .tar files of a folder and write dataset.json"
+    )
     parser.add_argument("folder", type=Path, metavar="DIR")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one for each core)")
-    parser.add_argument("--force", action="store_true", help="read shards again whose index still fits")
-    parser.add_argument("--skip-bad", action="store_true", help="leave bad samples out and list them in left_out.jsonl")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=os.cpu_count() or 1,
+        help="processes (default: one for each core)",
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="read shards again whose index still fits"
+    )
+    parser.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help="leave bad samples out and list them in left_out.jsonl",
+    )
     parser.set_defaults(run=run)
 
 
@@ -32,6 +45,8 @@ def run(options: argparse.Namespace) -> None:
         )
     say(f"{options.folder}: {sum(row.samples for row in rows):,} samples in {len(rows)} shards")
     if suspects := sum(row.statistics.suspect_media for row in rows):
-        say(f"{suspects:,} media members have a header that cannot be read or differs from their sample: see data.py verify")
+        say(
+            f"{suspects:,} media members have a header that cannot be read or differs from their sample: see data.py verify"
+        )
     if (options.folder / LEFT_OUT).exists():
         say(f"some samples were left out: see {options.folder / LEFT_OUT}")

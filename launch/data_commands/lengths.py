@@ -19,17 +19,53 @@ if TYPE_CHECKING:
     from visionloom.data.config import MediaConfig
     from visionloom.data.plan.corpus import Corpus
 
-COLUMNS = ("dataset", "samples", "tokens", "mean", "p99", "longest", "visual", "supervised", "unusable", "seconds")
+COLUMNS = (
+    "dataset",
+    "samples",
+    "tokens",
+    "mean",
+    "p99",
+    "longest",
+    "visual",
+    "supervised",
+    "unusable",
+    "seconds",
+)
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Declare the command's words."""
-    parser = commands.add_parser("lengths", help="count tokens and patches of datasets, as plans need them")
-    parser.add_argument("folders", type=Path, metavar="DIR", nargs="+", help="a dataset, or a folder of some")
-    parser.add_argument("--tokenizer", required=True, metavar="FOLDER", help="of a Hugging Face tokenizer (data.tokenizer)")
-    parser.add_argument("--media", action="append", default=[], metavar="NAME=VALUE", help="as data.media.NAME of the run")
-    parser.add_argument("--cache", default="", metavar="DIR", help="folder for the tables (data.cache; default: DIR/cache)")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="that count at once (default: all cores)")
+    parser = commands.add_parser(
+        "lengths", help="count tokens and patches of datasets, as plans need them"
+    )
+    parser.add_argument(
+        "folders", type=Path, metavar="DIR", nargs="+", help="a dataset, or a folder of some"
+    )
+    parser.add_argument(
+        "--tokenizer",
+        required=True,
+        metavar="FOLDER",
+        help="of a Hugging Face tokenizer (data.tokenizer)",
+    )
+    parser.add_argument(
+        "--media",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="as data.media.NAME of the run",
+    )
+    parser.add_argument(
+        "--cache",
+        default="",
+        metavar="DIR",
+        help="folder for the tables (data.cache; default: DIR/cache)",
+    )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=os.cpu_count() or 1,
+        help="that count at once (default: all cores)",
+    )
     parser.set_defaults(run=run)
 
 
@@ -41,14 +77,24 @@ def run(options: argparse.Namespace) -> None:
     from visionloom.data.encode.tokenizer import Tokenizer
     from visionloom.data.plan.corpus import Corpus
 
-    data = DataConfig(tokenizer=options.tokenizer, media=media_config(options.media), cache=options.cache)
+    data = DataConfig(
+        tokenizer=options.tokenizer, media=media_config(options.media), cache=options.cache
+    )
     tokenizer = Tokenizer(data.tokenizer)
     table = Table(*COLUMNS)
     with bars() as progress:
         for folder, name in datasets_below(options.folders).items():
             started = time.perf_counter()
             config = DatasetConfig(path=str(folder))
-            corpus = Corpus("lengths", name, config, data, tokenizer, _helpers(options.processes), report_to(progress))
+            corpus = Corpus(
+                "lengths",
+                name,
+                config,
+                data,
+                tokenizer,
+                _helpers(options.processes),
+                report_to(progress),
+            )
             table.add_row(*_cells(corpus, time.perf_counter() - started))
     PlainConsole(width=None if sys.stdout.isatty() else 140).print(table)
 
@@ -66,8 +112,12 @@ def datasets_below(folders: list[Path]) -> dict[Path, str]:
     for folder in folders:
         below = sorted(path.parent for path in folder.rglob(MANIFEST))
         if not below:
-            raise UserError(f"no {MANIFEST} in or below {folder}: run python launch/data.py index DIR")
-        found |= {path: str(path.relative_to(folder)) if path != folder else folder.name for path in below}
+            raise UserError(
+                f"no {MANIFEST} in or below {folder}: run python launch/data.py index DIR"
+            )
+        found |= {
+            path: str(path.relative_to(folder)) if path != folder else folder.name for path in below
+        }
     return found
 
 
@@ -82,7 +132,11 @@ def media_config(words: list[str]) -> "MediaConfig":
         if name not in known:
             raise UserError(f"--media {word}: unknown, use one of {', '.join(sorted(known))}")
         try:
-            setattr(config, name, value if name == "rule" else float(value) if name == "video_fps" else int(value))
+            setattr(
+                config,
+                name,
+                value if name == "rule" else float(value) if name == "video_fps" else int(value),
+            )
         except ValueError:
             raise UserError(f"--media {word}: a number expected") from None
     if problems := check(config, "data.media").lines:
@@ -100,8 +154,13 @@ def _cells(corpus: "Corpus", seconds: float) -> list[str]:
 
     lengths = corpus.lengths
     tokens = lengths["tokens"][lengths["tokens"] > 0]
-    total, visual = int(tokens.sum(dtype=np.int64)), int(lengths["patches"].sum(dtype=np.int64)) // 4
-    mean, high, most = (tokens.mean(), np.percentile(tokens, 99), tokens.max()) if len(tokens) else (0, 0, 0)
+    total, visual = (
+        int(tokens.sum(dtype=np.int64)),
+        int(lengths["patches"].sum(dtype=np.int64)) // 4,
+    )
+    mean, high, most = (
+        (tokens.mean(), np.percentile(tokens, 99), tokens.max()) if len(tokens) else (0, 0, 0)
+    )
     counts = [f"{number:,.0f}" for number in (len(lengths), total, mean, high, most)]
     supervised = int(lengths["supervised"].sum(dtype=np.int64))
     shares = [f"{part / max(total, 1):.0%}" for part in (visual, supervised)]

@@ -29,12 +29,24 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         epilog="Words and --config-dir are those of launch/pretrain.py.",
     )
     parser.add_argument("--phase", metavar="NAME", help="one phase only")
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"steps of each phase to plan (default {STEPS})")
-    parser.add_argument("--ranks", type=int, metavar="N", help="of the whole run (default: WORLD_SIZE, or 1)")
     parser.add_argument(
-        "--data-parallel", type=int, metavar="N", help="deal packs to so many (default: as --ranks and layout say)"
+        "--steps", type=int, default=STEPS, help=f"steps of each phase to plan (default {STEPS})"
     )
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="that count lengths (default: all cores)")
+    parser.add_argument(
+        "--ranks", type=int, metavar="N", help="of the whole run (default: WORLD_SIZE, or 1)"
+    )
+    parser.add_argument(
+        "--data-parallel",
+        type=int,
+        metavar="N",
+        help="deal packs to so many (default: as --ranks and layout say)",
+    )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=os.cpu_count() or 1,
+        help="that count lengths (default: all cores)",
+    )
     parser.set_defaults(run=run, words=[])  # what is not declared here are words of the run
 
 
@@ -53,7 +65,9 @@ def run(options: argparse.Namespace) -> None:
     phases, datasets = _tables()
     for name in _phases(config, options.phase):
         phase = config.phases[name]
-        ranks = options.data_parallel or (phase.parallel or config.parallel).data_parallel_size(world)
+        ranks = options.data_parallel or (phase.parallel or config.parallel).data_parallel_size(
+            world
+        )
         plan = plan_phase(config, name, options.processes if options.processes > 1 else 0)
         facts = facts_of(plan, min(options.steps, phase.total_steps), ranks, phase.micro_batch)
         phases.add_row(*_phase_cells(name, facts))
@@ -73,24 +87,58 @@ def plan_phase(config: "RunConfig", name: str, processes: int = 0) -> "Plan":
     phase, data = config.phases[name], config.data
     weights = dataset_weights(data, phase.mixture)
     with bars() as progress:
-        corpora = open_corpora(data, list(weights), Tokenizer(data.tokenizer), processes, report_to(progress))
+        corpora = open_corpora(
+            data, list(weights), Tokenizer(data.tokenizer), processes, report_to(progress)
+        )
         cost = cost_model(config.model, set(phase.trainable))
-        return make_plan(data, corpora, weights, name, phase.sequence_length, phase.global_batch, config.run.seed, cost)
+        return make_plan(
+            data,
+            corpora,
+            weights,
+            name,
+            phase.sequence_length,
+            phase.global_batch,
+            config.run.seed,
+            cost,
+        )
 
 
 def _phases(config: "RunConfig", wanted: str | None) -> list[str]:
     if wanted is None:
         return list(config.phases)
     if wanted not in config.phases:
-        raise UserError(f"--phase {wanted} is not in the recipe: use one of {', '.join(config.phases)}")
+        raise UserError(
+            f"--phase {wanted} is not in the recipe: use one of {', '.join(config.phases)}"
+        )
     return [wanted]
 
 
 def _tables() -> "tuple[Table, Table]":
     from rich.table import Table
 
-    phases = Table("phase", "length", "steps", "packs", "fill", "patches", "ranks", "max/mean", "useful", "µs/sample")
-    datasets = Table("phase", "dataset", "over_length", "samples", "tokens", "share", "visual", "left out", "tokens left out")
+    phases = Table(
+        "phase",
+        "length",
+        "steps",
+        "packs",
+        "fill",
+        "patches",
+        "ranks",
+        "max/mean",
+        "useful",
+        "µs/sample",
+    )
+    datasets = Table(
+        "phase",
+        "dataset",
+        "over_length",
+        "samples",
+        "tokens",
+        "share",
+        "visual",
+        "left out",
+        "tokens left out",
+    )
     return phases, datasets
 
 

@@ -24,7 +24,12 @@ def bars(unit: str = "samples") -> Iterator[PartProgress]:
 
     from visionloom.common.screen import PlainConsole
 
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+    )
     with Bars(*columns, console=PlainConsole()) as shown:
         tasks: dict[str, TaskID] = {}
 

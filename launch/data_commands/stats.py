@@ -11,12 +11,26 @@ from visionloom.common.screen import PlainConsole
 if TYPE_CHECKING:
     from visionloom.data.shards.manifest import ShardInfo
 
-COLUMNS = ("dataset", "samples", "shards", "MiB", "text MiB", "images", "videos", "frames", "video h", "Gpixel", "tasks")
+COLUMNS = (
+    "dataset",
+    "samples",
+    "shards",
+    "MiB",
+    "text MiB",
+    "images",
+    "videos",
+    "frames",
+    "video h",
+    "Gpixel",
+    "tasks",
+)
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Declare the command's words."""
-    parser = commands.add_parser("stats", help="count samples, media and tasks of every dataset below a folder")
+    parser = commands.add_parser(
+        "stats", help="count samples, media and tasks of every dataset below a folder"
+    )
     parser.add_argument("folder", type=Path, metavar="DIR")
     parser.set_defaults(run=run)
 
@@ -29,10 +43,16 @@ def run(options: argparse.Namespace) -> None:
 
     manifests = sorted(options.folder.rglob(MANIFEST))
     if not manifests:
-        raise UserError(f"no {MANIFEST} in or below {options.folder}: run python launch/data.py index DIR")
+        raise UserError(
+            f"no {MANIFEST} in or below {options.folder}: run python launch/data.py index DIR"
+        )
     table = Table(*COLUMNS)
     for path in manifests:
-        name = str(path.parent.relative_to(options.folder)) if path.parent != options.folder else path.parent.name
+        name = (
+            str(path.parent.relative_to(options.folder))
+            if path.parent != options.folder
+            else path.parent.name
+        )
         table.add_row(name, *_cells(read_manifest(path.parent, "stats")))
     PlainConsole(width=None if sys.stdout.isatty() else 160).print(table)
 

@@ -10,14 +10,35 @@ from visionloom.launch.data_commands.lengths import media_config
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Declare the command's words."""
-    parser = commands.add_parser("view", help="samples as one web page or PNG: pictures, boxes, frames, tokens, packs")
+    parser = commands.add_parser(
+        "view", help="samples as one web page or PNG: pictures, boxes, frames, tokens, packs"
+    )
     parser.add_argument("folder", metavar="DIR", help="folder of a dataset")
-    parser.add_argument("samples", nargs="*", metavar="KEY|INDEX", help="which samples (default: the first ones)")
-    parser.add_argument("--count", type=int, default=12, help="how many of the first samples (default 12)")
-    parser.add_argument("--tokenizer", metavar="FOLDER", help="show tokens, coloured by their weight in the loss")
-    parser.add_argument("--media", action="append", default=[], metavar="NAME=VALUE", help="as data.media.NAME of the run")
-    parser.add_argument("--pack", type=int, metavar="LENGTH", help="show the first packs of so many tokens as bars")
-    parser.add_argument("--out", type=Path, default=Path("view.html"), help="FILE.html or FILE.png (default view.html)")
+    parser.add_argument(
+        "samples", nargs="*", metavar="KEY|INDEX", help="which samples (default: the first ones)"
+    )
+    parser.add_argument(
+        "--count", type=int, default=12, help="how many of the first samples (default 12)"
+    )
+    parser.add_argument(
+        "--tokenizer", metavar="FOLDER", help="show tokens, coloured by their weight in the loss"
+    )
+    parser.add_argument(
+        "--media",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="as data.media.NAME of the run",
+    )
+    parser.add_argument(
+        "--pack", type=int, metavar="LENGTH", help="show the first packs of so many tokens as bars"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("view.html"),
+        help="FILE.html or FILE.png (default view.html)",
+    )
     parser.set_defaults(run=run)
 
 
@@ -33,8 +54,12 @@ def run(options: argparse.Namespace) -> None:
         raise UserError(f"--out {options.out}: a name ending in .html or .png expected")
     if options.count < 1:
         raise UserError(f"--count {options.count}: at least 1 expected")
-    if options.pack is not None and (options.pack < 1 or not options.tokenizer or options.out.suffix == ".png"):
-        raise UserError("--pack LENGTH: a number of tokens, with --tokenizer FOLDER and a page (.html), expected")
+    if options.pack is not None and (
+        options.pack < 1 or not options.tokenizer or options.out.suffix == ".png"
+    ):
+        raise UserError(
+            "--pack LENGTH: a number of tokens, with --tokenizer FOLDER and a page (.html), expected"
+        )
     name = Path(options.folder.rstrip("/")).name or "dataset"
     dataset, rules = Dataset.open(options.folder, name), media_config(options.media)
     tokenizer = Tokenizer(options.tokenizer) if options.tokenizer else None
@@ -43,9 +68,15 @@ def run(options: argparse.Namespace) -> None:
     if options.out.suffix == ".png":
         draw_samples([view_sample(dataset, index, rules) for index in indices], title, options.out)
     else:
-        packs = first_packs(dataset, tokenizer, rules, options.pack, options.count) if options.pack and tokenizer else None
+        packs = (
+            first_packs(dataset, tokenizer, rules, options.pack, options.count)
+            if options.pack and tokenizer
+            else None
+        )
         samples = (view_sample(dataset, index, rules, tokenizer) for index in indices)
         options.out.write_text(page(title, str(options.folder), samples, packs))
         if packs:
-            say(f"packs: {packs.left_out:,} of the first {packs.tried:,} samples are too long or cannot be rendered")
+            say(
+                f"packs: {packs.left_out:,} of the first {packs.tried:,} samples are too long or cannot be rendered"
+            )
     say(f"{options.out}: {title}")

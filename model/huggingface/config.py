@@ -17,7 +17,15 @@ from visionloom.common.places import PlaceError, read_located
 from visionloom.common.settings import check
 from visionloom.common.text import one_line
 from visionloom.model.config import ModelConfig, TextConfig, VisionConfig
-from visionloom.model.huggingface.fields import BASE, EVERYWHERE, OUTER, ROPE_ONLY, TEXT, TEXT_ONLY, VISION_ONLY
+from visionloom.model.huggingface.fields import (
+    BASE,
+    EVERYWHERE,
+    OUTER,
+    ROPE_ONLY,
+    TEXT,
+    TEXT_ONLY,
+    VISION_ONLY,
+)
 from visionloom.model.huggingface.understood import UnderstoodFields, shown
 
 CONFIG: Final = "config.json"
@@ -26,7 +34,10 @@ LARGEST: Final = 1 << 22
 LARGEST_TABLE: Final = 24 << 20
 """Bytes of the two files that list much: the index of the largest model, with experts apart, has 10 MB, Qwen's tokenizer.json 11."""
 DENSE, MIXTURE = "qwen3_vl", "qwen3_vl_moe"
-ARCHITECTURES: Final = {DENSE: "Qwen3VLForConditionalGeneration", MIXTURE: "Qwen3VLMoeForConditionalGeneration"}
+ARCHITECTURES: Final = {
+    DENSE: "Qwen3VLForConditionalGeneration",
+    MIXTURE: "Qwen3VLMoeForConditionalGeneration",
+}
 TEXT_KEYS: Final = {
     "layers": "num_hidden_layers",
     "hidden_size": "hidden_size",
@@ -81,7 +92,9 @@ FIELDS: Final = {
 }  # fmt: skip
 """All that is understood of a config.json, by part; of a mixture `EXPERT_FIELDS` too."""
 EXPERT_FIELDS: Final = frozenset(EXPERT_KEYS.values()) | frozenset(OTHER_NAMES.values())
-ROPE_FIELDS: Final = UnderstoodFields(frozenset({"rope_theta", "mrope_section"}), frozenset(), ROPE_ONLY)
+ROPE_FIELDS: Final = UnderstoodFields(
+    frozenset({"rope_theta", "mrope_section"}), frozenset(), ROPE_ONLY
+)
 TOKENS: Final = {
     "image_token_id": "<|image_pad|>",
     "video_token_id": "<|video_pad|>",
@@ -89,9 +102,18 @@ TOKENS: Final = {
     "vision_end_token_id": "<|vision_end|>",
 }
 TURN_END, END_OF_TEXT = "<|im_end|>", "<|endoftext|>"
-TEXT_TOKENS: Final = {"bos_token_id": END_OF_TEXT, "eos_token_id": TURN_END, "pad_token_id": END_OF_TEXT}
+TEXT_TOKENS: Final = {
+    "bos_token_id": END_OF_TEXT,
+    "eos_token_id": TURN_END,
+    "pad_token_id": END_OF_TEXT,
+}
 """What these keys must name where a config.json has them."""
-QWEN_TOKENS: Final = {"<|vision_start|>": 151652, "<|vision_end|>": 151653, "<|image_pad|>": 151655, "<|video_pad|>": 151656}
+QWEN_TOKENS: Final = {
+    "<|vision_start|>": 151652,
+    "<|vision_end|>": 151653,
+    "<|image_pad|>": 151655,
+    "<|video_pad|>": 151656,
+}
 
 
 def read_json(path: Path, option: str, largest: int = LARGEST) -> dict[str, Any]:
@@ -104,7 +126,9 @@ def read_file(path: Path, option: str, largest: int = LARGEST) -> bytes:
     try:
         return read_located(path.parent, path.name, largest)
     except FileNotFoundError:
-        raise UserError(f"{option}={path.parent}: no {path.name} there: give the folder that has it") from None
+        raise UserError(
+            f"{option}={path.parent}: no {path.name} there: give the folder that has it"
+        ) from None
     except (PlaceError, OSError) as error:
         raise UserError(f"{option}={path.parent}: {path.name} cannot be read: {error}") from None
 
@@ -128,7 +152,9 @@ def as_type[T](value: Any, schema: type[T], path: Path, option: str, part: str =
     try:
         return checked(value, schema, path.name, part)
     except JsonError as error:
-        raise UserError(f"{option}={path.parent}: {one_line(str(error))}: correct the file") from None
+        raise UserError(
+            f"{option}={path.parent}: {one_line(str(error))}: correct the file"
+        ) from None
 
 
 def read_config(folder: Path, option: str) -> ModelConfig:
@@ -145,7 +171,9 @@ def config_of(raw: Mapping[str, Any], folder: Path, option: str) -> ModelConfig:
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
         said = one_line(kind)[:80] if isinstance(kind, str) else shown(kind)
-        raise UserError(f"{option}={folder}: {CONFIG} has model_type {said}: only {DENSE} and {MIXTURE} are Qwen3-VL models")
+        raise UserError(
+            f"{option}={folder}: {CONFIG} has model_type {said}: only {DENSE} and {MIXTURE} are Qwen3-VL models"
+        )
     keys = _Keys(raw)
     keys.check_understood(kind)
     text = {ours: keys.take("text_config", key, ours) for ours, key in TEXT_KEYS.items()}
@@ -155,17 +183,30 @@ def config_of(raw: Mapping[str, Any], folder: Path, option: str) -> ModelConfig:
     vision["position_table"] = keys.table_side()
     text |= keys.rope() | {"tie_embeddings": keys.is_tied(kind)}
     if keys.found:
-        raise UserError(f"{option}={folder}: {CONFIG} is not of a Qwen3-VL model: {'; '.join(keys.found)}")
-    given = [{name: value for name, value in part.items() if value is not None} for part in (text, vision)]
-    config = ModelConfig(folder.resolve().name, text=TextConfig(**given[0]), vision=VisionConfig(**given[1]))
+        raise UserError(
+            f"{option}={folder}: {CONFIG} is not of a Qwen3-VL model: {'; '.join(keys.found)}"
+        )
+    given = [
+        {name: value for name, value in part.items() if value is not None}
+        for part in (text, vision)
+    ]
+    config = ModelConfig(
+        folder.resolve().name, text=TextConfig(**given[0]), vision=VisionConfig(**given[1])
+    )
     if kind == MIXTURE and not config.text.experts:
         raise UserError(f"{option}={folder}: {CONFIG} has model_type {MIXTURE}, but no experts")
     if problems := check(config, "model").lines:
-        raise UserError(f"{option}={folder}: {CONFIG} describes a model that cannot be built: {'; '.join(problems)}")
+        raise UserError(
+            f"{option}={folder}: {CONFIG} describes a model that cannot be built: {'; '.join(problems)}"
+        )
     return config
 
 
-KINDS: Final[dict[Any, str]] = {int: "a whole number", float: "a number", list[int]: "a list of whole numbers"}
+KINDS: Final[dict[Any, str]] = {
+    int: "a whole number",
+    float: "a number",
+    list[int]: "a list of whole numbers",
+}
 
 
 def _is_a(value: Any, kind: Any) -> bool:
@@ -196,10 +237,16 @@ class _Keys:
             if name == "text_config" and kind == MIXTURE:
                 known = replace(known, read=known.read | EXPERT_FIELDS)
             if not name:  # some tools repeat values of the language model beside it, where transformers does not look
-                part = {key: value for key, value in part.items() if key in known.names or value != text.get(key, self)}
+                part = {
+                    key: value
+                    for key, value in part.items()
+                    if key in known.names or value != text.get(key, self)
+                }
             self.found += known.refusals(part, f"{name}." if name else "")
         if self.raw.get("quantization_config"):
-            self.found.append("quantization_config: quantized weights (of types such as F8_E4M3 or U8) are not read")
+            self.found.append(
+                "quantization_config: quantized weights (of types such as F8_E4M3 or U8) are not read"
+            )
         dense, step = text.get("mlp_only_layers"), text.get("decoder_sparse_step", 1)
         if dense or step != 1:
             self.found.append(
@@ -208,10 +255,14 @@ class _Keys:
             )
         for key, other in OTHER_NAMES.items():
             if text.get(key, text.get(other)) != text.get(other, text.get(key)):
-                self.found.append(f"text_config.{key} is {shown(text[key])}, but {other} is {shown(text[other])}")
+                self.found.append(
+                    f"text_config.{key} is {shown(text[key])}, but {other} is {shown(text[other])}"
+                )
         wide, hidden = self.section("vision_config").get("out_hidden_size"), text.get("hidden_size")
         if wide is not None and wide != hidden:
-            self.found.append(f"vision_config.out_hidden_size={shown(wide)} is not text_config.hidden_size={shown(hidden)}")
+            self.found.append(
+                f"vision_config.out_hidden_size={shown(wide)} is not text_config.hidden_size={shown(hidden)}"
+            )
 
     def take(self, section: str, key: str, ours: str) -> Any:
         part = self.section(section)
@@ -220,7 +271,10 @@ class _Keys:
             if ours not in MAY_BE_ABSENT:
                 self.found.append(f"{section}.{key} is missing")
             return None
-        types = {each.name: each.type for each in fields(TextConfig if section == "text_config" else VisionConfig)}
+        types = {
+            each.name: each.type
+            for each in fields(TextConfig if section == "text_config" else VisionConfig)
+        }
         if not _is_a(value, types[ours]):
             self.found.append(f"{section}.{key} is {shown(value)}, not {KINDS[types[ours]]}")
         return value
@@ -229,7 +283,9 @@ class _Keys:
         count = self.take("vision_config", "num_position_embeddings", "position_table")
         side = math.isqrt(count) if _is_a(count, int) and count > 0 else 0
         if _is_a(count, int) and side * side != count:
-            self.found.append(f"vision_config.num_position_embeddings={shown(count)} is not a square")
+            self.found.append(
+                f"vision_config.num_position_embeddings={shown(count)} is not a square"
+            )
         return side
 
     def rope(self) -> dict[str, Any]:
@@ -242,12 +298,23 @@ class _Keys:
         for name, rope in given.items():
             self.found += ROPE_FIELDS.refusals(rope, f"text_config.{name}.")
         thetas = {
-            f"{name}.rope_theta": rope["rope_theta"] for name, rope in given.items() if rope.get("rope_theta") is not None
+            f"{name}.rope_theta": rope["rope_theta"]
+            for name, rope in given.items()
+            if rope.get("rope_theta") is not None
         }
         thetas |= {"rope_theta": text["rope_theta"]} if text.get("rope_theta") is not None else {}
-        sections = {f"{name}.mrope_section": rope["mrope_section"] for name, rope in given.items() if rope.get("mrope_section")}
+        sections = {
+            f"{name}.mrope_section": rope["mrope_section"]
+            for name, rope in given.items()
+            if rope.get("mrope_section")
+        }
         theta, section = next(iter(thetas.values()), None), next(iter(sections.values()), None)
-        if not _is_a(theta, float) or not _is_a(section, list[int]) or section is None or len(section) != 3:
+        if (
+            not _is_a(theta, float)
+            or not _is_a(section, list[int])
+            or section is None
+            or len(section) != 3
+        ):
             self.found.append("text_config lacks rope_theta or a mrope_section of three")
             return {}
         for values in (thetas, sections):  # exports say it in the words of both releases
@@ -261,12 +328,18 @@ class _Keys:
 
         A mixture's text_config says true wherever nobody has set it, and counts for nothing.
         """
-        outer, inner = (self.section(name).get("tie_word_embeddings") for name in ("", "text_config"))
+        outer, inner = (
+            self.section(name).get("tie_word_embeddings") for name in ("", "text_config")
+        )
         if not all(each is None or isinstance(each, bool) for each in (outer, inner)):
-            self.found.append(f"tie_word_embeddings is {shown(outer)} and, in text_config, {shown(inner)}: not true or false")
+            self.found.append(
+                f"tie_word_embeddings is {shown(outer)} and, in text_config, {shown(inner)}: not true or false"
+            )
         meant_nothing = kind == MIXTURE and inner is True and outer is not None
         if inner is not None and inner != bool(outer) and not meant_nothing:
-            self.found.append(f"tie_word_embeddings is {shown(outer)}, but in text_config {shown(inner)}: set them alike")
+            self.found.append(
+                f"tie_word_embeddings is {shown(outer)}, but in text_config {shown(inner)}: set them alike"
+            )
         return bool(outer)
 
 
@@ -279,10 +352,17 @@ def differences(ours: ModelConfig, theirs: ModelConfig, folder: Path) -> list[st
     for part in ("text", "vision"):
         here, there = asdict(getattr(ours, part)), asdict(getattr(theirs, part))
         for key, value in here.items():
-            unused = key == "ffn_hidden_size" and part == "text" and ours.text.experts and theirs.text.experts
+            unused = (
+                key == "ffn_hidden_size"
+                and part == "text"
+                and ours.text.experts
+                and theirs.text.experts
+            )
             wider = key == "vocab_size" and value >= there[key]
             if value != there[key] and key not in NOT_THE_MODEL and not unused and not wider:
-                found.append(f"model.{part}.{key}={value}, but {folder}/{CONFIG} says {there[key]}: set it alike")
+                found.append(
+                    f"model.{part}.{key}={value}, but {folder}/{CONFIG} says {there[key]}: set it alike"
+                )
     return found
 
 
@@ -298,11 +378,18 @@ def write_config(
         source: a config.json that the weights came with: what ours does not say is kept, but never a pointer to code.
     """
     text, vision, kind = config.text, config.vision, MIXTURE if config.text.experts else DENSE
-    rope = {"rope_type": "default", "mrope_section": list(text.mrope_section), "mrope_interleaved": True}
+    rope = {
+        "rope_type": "default",
+        "mrope_section": list(text.mrope_section),
+        "mrope_interleaved": True,
+    }
     made: dict[str, Any] = copy.deepcopy(dict(source or {}))
     made.pop("auto_map", None)
     made.pop("torch_dtype", None)
-    made |= {name: made[name] if isinstance(made.get(name), dict) else {} for name in ("text_config", "vision_config")}
+    made |= {
+        name: made[name] if isinstance(made.get(name), dict) else {}
+        for name in ("text_config", "vision_config")
+    }
     parts = [made[name] for name in ("text_config", "vision_config")]
     for stale in ("torch_dtype", "dtype", *OTHER_NAMES.values()):
         parts[0].pop(stale, None)
@@ -319,12 +406,21 @@ def write_config(
         model_type=f"{kind}_vision", hidden_act="gelu_pytorch_tanh", num_position_embeddings=vision.position_table**2,
         out_hidden_size=text.hidden_size,
     )  # fmt: skip
-    made.update(architectures=[ARCHITECTURES[kind]], model_type=kind, tie_word_embeddings=text.tie_embeddings, dtype=dtype)
+    made.update(
+        architectures=[ARCHITECTURES[kind]],
+        model_type=kind,
+        tie_word_embeddings=text.tie_embeddings,
+        dtype=dtype,
+    )
     for key, spelling in TOKENS.items():
         made[key] = tokens.get(spelling, made.get(key, QWEN_TOKENS[spelling]))
     for section in (made, parts[0]):
         section.update(
-            {key: tokens[spelling] for key, spelling in TEXT_TOKENS.items() if key in section and spelling in tokens}
+            {
+                key: tokens[spelling]
+                for key, spelling in TEXT_TOKENS.items()
+                if key in section and spelling in tokens
+            }
         )
     if TURN_END in tokens:
         parts[0]["eos_token_id"] = tokens[TURN_END]

@@ -50,7 +50,10 @@ def _is_full_attention(value: Any) -> bool:
 
 def _is_axial(value: Any) -> bool:
     known = {"rope_theta": 10_000.0, "rope_type": "axial"}
-    return value is None or (isinstance(value, dict) and all(known.get(name, value) == given for name, given in value.items()))
+    return value is None or (
+        isinstance(value, dict)
+        and all(known.get(name, value) == given for name, given in value.items())
+    )
 
 
 TEXT_ONLY: Final[dict[str, Any]] = BASE | {
@@ -63,7 +66,10 @@ TEXT_ONLY: Final[dict[str, Any]] = BASE | {
     "partial_rotary_factor": (1.0, None),
     "norm_topk_prob": (True,),
 }
-VISION_ONLY: Final[dict[str, Any]] = BASE | {"hidden_act": ("gelu_pytorch_tanh",), "rope_parameters": _is_axial}
+VISION_ONLY: Final[dict[str, Any]] = BASE | {
+    "hidden_act": ("gelu_pytorch_tanh",),
+    "rope_parameters": _is_axial,
+}
 ROPE_ONLY: Final[dict[str, Any]] = {
     "rope_type": ("default", "mrope", None),
     "type": ("default", "mrope", None),

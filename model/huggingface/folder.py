@@ -17,7 +17,13 @@ from visionloom.common.errors import UserError
 from visionloom.common.places import locate, regular_files
 from visionloom.common.text import one_line
 from visionloom.model.huggingface.config import LARGEST_TABLE, as_type, read_config, read_json
-from visionloom.model.huggingface.names import HEAD, OUTER_NAMES, convert_parameter, huggingface_shapes, read_parameter
+from visionloom.model.huggingface.names import (
+    HEAD,
+    OUTER_NAMES,
+    convert_parameter,
+    huggingface_shapes,
+    read_parameter,
+)
 from visionloom.model.huggingface.shapes import Shape
 from visionloom.model.sharding import EMBEDDING
 
@@ -85,35 +91,53 @@ class HuggingFaceFolder:
 
     def parameter_dtype(self, name: str, shape: Shape) -> torch.dtype:
         """The type that holds one of our parameters without loss, by its canonical name and full shape."""
-        parts = convert_parameter(name, torch.empty(shape, device="meta"), self.config, self.expert_layout)
+        parts = convert_parameter(
+            name, torch.empty(shape, device="meta"), self.config, self.expert_layout
+        )
         return functools.reduce(torch.promote_types, map(self.dtype, parts))
 
     def _file_names(self) -> set[str]:
         """Files with tensors: model.safetensors, as in transformers also beside an older index, those of the index, or the only one."""
         if not self.folder.is_dir():
-            raise UserError(f"{self.option}={self.folder} is not a folder: give the folder of a Hugging Face model")
+            raise UserError(
+                f"{self.option}={self.folder} is not a folder: give the folder of a Hugging Face model"
+            )
         if (self.folder / WHOLE).is_file():
             return {WHOLE}
         if (self.folder / INDEX).is_file():
             files = set(self._weight_map().values())
             for name in sorted(files):
                 if Path(name).name != name or not name.endswith(".safetensors"):
-                    raise self._fault(f"{INDEX} names {name}, which is not a safetensors file of the folder")
+                    raise self._fault(
+                        f"{INDEX} names {name}, which is not a safetensors file of the folder"
+                    )
             return files
         found = {path.name for path in regular_files(self.folder, "*.safetensors")}
         if len(found) == 1:
             return found
         if found:
-            raise self._fault(f"{len(found)} safetensors files and no {INDEX} to say what is in them")
+            raise self._fault(
+                f"{len(found)} safetensors files and no {INDEX} to say what is in them"
+            )
         pickles = sorted(path.name for path in self.folder.iterdir() if path.suffix in PICKLES)
-        also = f", only {', '.join(pickles[:3])}: pickles can run code and are not read" if pickles else ""
-        raise self._fault(f"no safetensors files{also}: save the model with safe_serialization=True")
+        also = (
+            f", only {', '.join(pickles[:3])}: pickles can run code and are not read"
+            if pickles
+            else ""
+        )
+        raise self._fault(
+            f"no safetensors files{also}: save the model with safe_serialization=True"
+        )
 
     def _weight_map(self) -> dict[str, str]:
         """The index: the file of each tensor."""
         path = self.folder / INDEX
         found = as_type(
-            read_json(path, self.option, LARGEST_TABLE).get("weight_map"), dict[str, str], path, self.option, "weight_map"
+            read_json(path, self.option, LARGEST_TABLE).get("weight_map"),
+            dict[str, str],
+            path,
+            self.option,
+            "weight_map",
         )
         if not found:
             raise self._fault(f"{INDEX} has no weight_map")
@@ -138,28 +162,46 @@ class HuggingFaceFolder:
         if not text.experts:
             return "transformers"
         expert, hidden, inner = r"\.mlp\.experts\.", text.hidden_size, text.expert_ffn_hidden_size
-        if any(re.search(expert + r"\d+\.(gate|up|down)_proj\.weight$", name) for name in self._owner):
+        if any(
+            re.search(expert + r"\d+\.(gate|up|down)_proj\.weight$", name) for name in self._owner
+        ):
             return "separate"
-        shapes = {name: self.shape(name)[1:] for name in self._owner if re.search(expert + r"(gate_up|down)_proj$", name)}
+        shapes = {
+            name: self.shape(name)[1:]
+            for name in self._owner
+            if re.search(expert + r"(gate_up|down)_proj$", name)
+        }
         # Both sides of a stack as transformers has them; the published ones are the reverse.
         sides = {True: (2 * inner, hidden), False: (hidden, inner)}
         votes = {
             "hub" if shape == sides["gate_up" in name][::-1] else "transformers"
             for name, shape in shapes.items()
-            if len(set(shape)) == 2 and shape in (sides["gate_up" in name], sides["gate_up" in name][::-1])
+            if len(set(shape)) == 2
+            and shape in (sides["gate_up" in name], sides["gate_up" in name][::-1])
         }
         if len(votes) > 1:
-            raise self._fault("some experts are laid out as published and some as transformers writes them: save it anew")
+            raise self._fault(
+                "some experts are laid out as published and some as transformers writes them: save it anew"
+            )
         return votes.pop() if votes else "transformers"
 
     def _check(self, expected: dict[str, Shape]) -> None:
         """Compare what is there with what config.json describes."""
         allowed = {HEAD} if self.config.text.tie_embeddings else set()
-        vocabulary = {name for here, name in OUTER_NAMES.items() if here != "language_model.decoder.final_layernorm.weight"}
+        vocabulary = {
+            name
+            for here, name in OUTER_NAMES.items()
+            if here != "language_model.decoder.final_layernorm.weight"
+        }
         wrong = []
         for name in expected.keys() & self._owner.keys():
             shape, wanted = self.shape(name), expected[name]
-            fewer = name in vocabulary and len(shape) == len(wanted) and shape[0] < wanted[0] and shape[1:] == wanted[1:]
+            fewer = (
+                name in vocabulary
+                and len(shape) == len(wanted)
+                and shape[0] < wanted[0]
+                and shape[1:] == wanted[1:]
+            )
             if shape != wanted and not fewer:
                 wrong.append(f"{name} {list(shape)} instead of {list(wanted)}")
         kinds = {name: self._owner[name].get_slice(name).get_dtype() for name in self._owner}
@@ -167,11 +209,19 @@ class HuggingFaceFolder:
             _named("missing", expected.keys() - self._owner.keys()),
             _named("left over", self._owner.keys() - expected.keys() - allowed),
             _named("of another shape", wrong),
-            _named("of a type that is not read", (f"{n} {kind}" for n, kind in kinds.items() if kind not in DTYPES)),
-            _named("in the index, but in no file", self._listed() - self._owner.keys() - expected.keys()),
+            _named(
+                "of a type that is not read",
+                (f"{n} {kind}" for n, kind in kinds.items() if kind not in DTYPES),
+            ),
+            _named(
+                "in the index, but in no file",
+                self._listed() - self._owner.keys() - expected.keys(),
+            ),
         ]
         if any(faults):
-            raise self._fault(f"its tensors are not those of its config.json: {'; '.join(filter(None, faults))}")
+            raise self._fault(
+                f"its tensors are not those of its config.json: {'; '.join(filter(None, faults))}"
+            )
 
     def _listed(self) -> set[str]:
         is_used = (self.folder / INDEX).is_file() and not (self.folder / WHOLE).is_file()

@@ -86,10 +86,17 @@ def from_huggingface(state: Mapping[str, Tensor], config: ModelConfig) -> dict[s
 def to_huggingface(ours: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """A transformers state dict from full tensors by this project's names: the inverse of `from_huggingface`."""
     names = parameter_shapes(config)
-    return {k: v for name, full in ours.items() if name in names for k, v in convert_parameter(name, full, config).items()}
+    return {
+        k: v
+        for name, full in ours.items()
+        if name in names
+        for k, v in convert_parameter(name, full, config).items()
+    }
 
 
-def read_parameter(name: str, region: Sequence[slice], source: TensorSource, config: ModelConfig) -> Tensor:
+def read_parameter(
+    name: str, region: Sequence[slice], source: TensorSource, config: ModelConfig
+) -> Tensor:
     """A region of one of our full parameters, by its canonical name.
 
     Args:
@@ -114,7 +121,9 @@ def read_parameter(name: str, region: Sequence[slice], source: TensorSource, con
     if rest == GATED:
         return _read_gated(there, region, source, config.text.ffn_hidden_size)
     if rest in (GATED_EXPERTS, DOWN_EXPERTS):
-        return _read_experts(f"{there}mlp.experts.", rest == GATED_EXPERTS, region, source, config.text)
+        return _read_experts(
+            f"{there}mlp.experts.", rest == GATED_EXPERTS, region, source, config.text
+        )
     return source.read(there + LAYER_NAMES[rest], region)
 
 
@@ -127,12 +136,16 @@ def _rows(theirs: str, region: Sequence[slice], source: TensorSource) -> Tensor:
     return torch.cat([held, held.new_zeros(missing, *held.shape[1:])]) if missing else held
 
 
-def _read_qkv(there: str, region: Sequence[slice], source: TensorSource, text: TextConfig) -> Tensor:
+def _read_qkv(
+    there: str, region: Sequence[slice], source: TensorSource, text: TextConfig
+) -> Tensor:
     queries = text.heads // text.kv_heads * text.head_dim
     group = queries + 2 * text.head_dim
     first, last = region[0].start // group, region[0].stop // group
     parts = [
-        source.read(f"{there}self_attn.{x}_proj.weight", [slice(first * rows, last * rows), region[1]])
+        source.read(
+            f"{there}self_attn.{x}_proj.weight", [slice(first * rows, last * rows), region[1]]
+        )
         for x, rows in zip("qkv", (queries, text.head_dim, text.head_dim), strict=True)
     ]
     return torch.cat([part.unflatten(0, (last - first, -1)) for part in parts], dim=1).flatten(0, 1)
@@ -148,12 +161,17 @@ def _read_gated(there: str, region: Sequence[slice], source: TensorSource, width
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _read_experts(there: str, gated: bool, region: Sequence[slice], source: TensorSource, text: TextConfig) -> Tensor:
+def _read_experts(
+    there: str, gated: bool, region: Sequence[slice], source: TensorSource, text: TextConfig
+) -> Tensor:
     """Experts one by one, so that no more than one is held twice."""
     halves = range(region[1].start, region[1].stop) if gated else [None]
     first, last, out = region[0].start, region[0].stop, None
     for expert in range(first, last):
-        parts = [_read_expert(there, expert, half, region[-2], region[-1], source, text) for half in halves]
+        parts = [
+            _read_expert(there, expert, half, region[-2], region[-1], source, text)
+            for half in halves
+        ]
         out = parts[0].new_empty(last - first, len(parts), *parts[0].shape) if out is None else out
         out[expert - first] = torch.stack(parts)
     assert out is not None
@@ -161,7 +179,13 @@ def _read_experts(there: str, gated: bool, region: Sequence[slice], source: Tens
 
 
 def _read_expert(
-    there: str, expert: int, half: int | None, rows: slice, columns: slice, source: TensorSource, text: TextConfig
+    there: str,
+    expert: int,
+    half: int | None,
+    rows: slice,
+    columns: slice,
+    source: TensorSource,
+    text: TextConfig,
 ) -> Tensor:
     """A region of one matrix of one expert as it lies here: gate (half 0), up (1), or down projection (None)."""
     if source.expert_layout == "separate":
@@ -175,7 +199,9 @@ def _read_expert(
     return source.read(name, [one, rows, columns])[0]
 
 
-def convert_parameter(name: str, full: Tensor, config: ModelConfig, layout: str = "transformers") -> dict[str, Tensor]:
+def convert_parameter(
+    name: str, full: Tensor, config: ModelConfig, layout: str = "transformers"
+) -> dict[str, Tensor]:
     """One of our full parameters as transformers' tensors; views of it where the layout allows.
 
     Args:
@@ -193,9 +219,15 @@ def convert_parameter(name: str, full: Tensor, config: ModelConfig, layout: str 
     layer, _, rest = name.removeprefix(LAYERS_HERE).partition(".")
     there = f"{LAYERS_THERE}{layer}."
     if rest == QKV:
-        return {f"{there}self_attn.{x}_proj.weight": part for x, part in zip("qkv", split_qkv(full, text), strict=True)}
+        return {
+            f"{there}self_attn.{x}_proj.weight": part
+            for x, part in zip("qkv", split_qkv(full, text), strict=True)
+        }
     if rest == GATED:
-        return {f"{there}mlp.{x}_proj.weight": part for x, part in zip(("gate", "up"), full.chunk(2), strict=True)}
+        return {
+            f"{there}mlp.{x}_proj.weight": part
+            for x, part in zip(("gate", "up"), full.chunk(2), strict=True)
+        }
     if rest in (GATED_EXPERTS, DOWN_EXPERTS):
         return _convert_experts(f"{there}mlp.experts.", rest == GATED_EXPERTS, full, layout)
     return {there + LAYER_NAMES[rest]: full}
@@ -204,7 +236,11 @@ def convert_parameter(name: str, full: Tensor, config: ModelConfig, layout: str 
 def _convert_experts(there: str, gated: bool, full: Tensor, layout: str) -> dict[str, Tensor]:
     if layout == "separate":
         matrices = {"gate": full[:, 0], "up": full[:, 1]} if gated else {"down": full}
-        return {f"{there}{e}.{x}_proj.weight": each for x, stack in matrices.items() for e, each in enumerate(stack)}
+        return {
+            f"{there}{e}.{x}_proj.weight": each
+            for x, stack in matrices.items()
+            for e, each in enumerate(stack)
+        }
     stack = full.flatten(1, 2) if gated else full
     name = there + ("gate_up_proj" if gated else "down_proj")
     return {name: stack.transpose(1, 2) if layout == "hub" else stack}
@@ -222,5 +258,7 @@ def huggingface_shapes(config: ModelConfig, layout: str = "transformers") -> dic
 def split_qkv(joined: Tensor, text: TextConfig) -> list[Tensor]:
     """Megatron-core's joint matrix to query, key and value."""
     queries = text.heads // text.kv_heads * text.head_dim
-    parts = joined.unflatten(0, (text.kv_heads, -1)).split([queries, text.head_dim, text.head_dim], dim=1)
+    parts = joined.unflatten(0, (text.kv_heads, -1)).split(
+        [queries, text.head_dim, text.head_dim], dim=1
+    )
     return [part.flatten(0, 1) for part in parts]

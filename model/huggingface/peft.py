@@ -21,13 +21,23 @@ NAMED = 4
 
 def adapter_names(layer: LinearLayer) -> dict[str, tuple[str, str]]:
     """Canonical names of a layer's A and B, by part."""
-    return {part: (f"{layer.name}{ADAPTER}lora_A.{part}", f"{layer.name}{ADAPTER}lora_B.{part}") for part in layer.parts}
+    return {
+        part: (f"{layer.name}{ADAPTER}lora_A.{part}", f"{layer.name}{ADAPTER}lora_B.{part}")
+        for part in layer.parts
+    }
 
 
 def peft_names(layer: LinearLayer, part: str, both: bool) -> tuple[str, str]:
     """PEFT's names of a part's A and B; `both`: whether both matrices of the experts have adapters, one wrapped in the other."""
-    inner = f"{'.base_layer' if both and part == 'gate_up_proj' else ''}" if layer.experts else f".{part}"
-    return f"{PREFIX}{layer.theirs}{inner}.lora_A.weight", f"{PREFIX}{layer.theirs}{inner}.lora_B.weight"
+    inner = (
+        f"{'.base_layer' if both and part == 'gate_up_proj' else ''}"
+        if layer.experts
+        else f".{part}"
+    )
+    return (
+        f"{PREFIX}{layer.theirs}{inner}.lora_A.weight",
+        f"{PREFIX}{layer.theirs}{inner}.lora_B.weight",
+    )
 
 
 def to_peft(ours: Mapping[str, Tensor], model: ModelConfig, lora: LoraConfig) -> dict[str, Tensor]:
@@ -53,32 +63,55 @@ def from_peft(state: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tens
     ours: dict[str, Tensor] = {}
     left = dict(state)
     for layer in linear_layers(model):
-        wrapped = any(".base_layer." in name and name.startswith(PREFIX + layer.theirs + ".") for name in state)
+        wrapped = any(
+            ".base_layer." in name and name.startswith(PREFIX + layer.theirs + ".")
+            for name in state
+        )
         for part, names in adapter_names(layer).items():
             there = peft_names(layer, part, wrapped)
-            if layer.experts and not wrapped and not _fits(layer, *(state.get(name) for name in there)):
+            if (
+                layer.experts
+                and not wrapped
+                and not _fits(layer, *(state.get(name) for name in there))
+            ):
                 continue  # the other matrix of the experts, whose adapter has this name too
             if there[0] in left and there[1] in left:
                 a, b = left.pop(there[0]), left.pop(there[1])
                 ours |= dict(zip(names, _ours(layer, part, a, b), strict=True))
     if left:
-        named = ", ".join(sorted(left)[:NAMED]) + (f" and {len(left) - NAMED} more" if len(left) > NAMED else "")
-        raise ValueError(f"tensors that belong to no adapter of a linear layer of this model: {named}")
+        named = ", ".join(sorted(left)[:NAMED]) + (
+            f" and {len(left) - NAMED} more" if len(left) > NAMED else ""
+        )
+        raise ValueError(
+            f"tensors that belong to no adapter of a linear layer of this model: {named}"
+        )
     return ours
 
 
 def _ours(layer: LinearLayer, part: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     width, many = layer.parts[part], layer.experts or 1
-    if a.dim() != 2 or b.dim() != 2 or a.shape[0] % many or tuple(b.shape) != (width, len(a)) or a.shape[1] != layer.inputs:
-        raise ValueError(f"{layer.theirs}.{part} has factors {list(a.shape)} and {list(b.shape)} for {layer.inputs} -> {width}")
+    if (
+        a.dim() != 2
+        or b.dim() != 2
+        or a.shape[0] % many
+        or tuple(b.shape) != (width, len(a))
+        or a.shape[1] != layer.inputs
+    ):
+        raise ValueError(
+            f"{layer.theirs}.{part} has factors {list(a.shape)} and {list(b.shape)} for {layer.inputs} -> {width}"
+        )
     if not layer.experts:
         return a, b
     b = b.unflatten(1, (-1, layer.experts)).permute(2, 0, 1).contiguous()
-    return a.unflatten(0, (layer.experts, -1)), b.unflatten(1, (2, -1)) if part == "gate_up_proj" else b
+    return a.unflatten(0, (layer.experts, -1)), b.unflatten(
+        1, (2, -1)
+    ) if part == "gate_up_proj" else b
 
 
 def _fits(layer: LinearLayer, a: Tensor | None, b: Tensor | None) -> bool:
-    return a is not None and b is not None and (a.shape[-1], len(b)) == (layer.inputs, layer.outputs)
+    return (
+        a is not None and b is not None and (a.shape[-1], len(b)) == (layer.inputs, layer.outputs)
+    )
 
 
 def _is_wrapped(layer: LinearLayer, layers: list[LinearLayer]) -> bool:
@@ -88,7 +121,10 @@ def _is_wrapped(layer: LinearLayer, layers: list[LinearLayer]) -> bool:
 def peft_config(model: ModelConfig, lora: LoraConfig, base: str) -> dict[str, Any]:
     """The content of adapter_config.json; modules and parameters by their whole names, so that no other is meant."""
     layers = adapted_layers(model, lora)
-    names = {bool(e): [f"{x.theirs}.{p}" for x in layers for p in x.parts if bool(x.experts) == bool(e)] for e in (0, 1)}
+    names = {
+        bool(e): [f"{x.theirs}.{p}" for x in layers for p in x.parts if bool(x.experts) == bool(e)]
+        for e in (0, 1)
+    }
     return {
         "peft_type": "LORA",
         "task_type": None,

@@ -46,7 +46,9 @@ def _expression(pattern: str) -> TypeAdapter[str] | None:
 def _is_part(value: Any) -> bool:
     """Names of lists of layers: peft puts them into an expression of its own."""
     names = [value] if isinstance(value, str) else value
-    return value is None or (_is_list(names, str) and all(re.fullmatch(r"[\w.]*", name) for name in names))
+    return value is None or (
+        _is_list(names, str) and all(re.fullmatch(r"[\w.]*", name) for name in names)
+    )
 
 
 def _is_list(value: Any, kind: type) -> bool:
@@ -112,7 +114,9 @@ def read_adapter_config(folder: Path, lora: LoraConfig) -> dict[str, Any]:
     found = FIELDS.refusals({"peft_type": None} | config)
     for option, key in (("rank", "r"), ("alpha", "lora_alpha")):
         if config.get(key) != getattr(lora, option):
-            found.append(f"{key} is {shown(config.get(key))}, but lora.{option}={getattr(lora, option):g}: set it alike")
+            found.append(
+                f"{key} is {shown(config.get(key))}, but lora.{option}={getattr(lora, option):g}: set it alike"
+            )
     if found:
         raise UserError(
             f"lora.adapter={folder}: {CONFIG} is not of a plain LoRA adapter as lora says: {one_line('; '.join(found))}"

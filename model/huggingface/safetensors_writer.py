@@ -21,7 +21,9 @@ ALIGNMENT: Final = 8
 
 
 def write_safetensors(
-    path: Path, planned: Mapping[str, tuple[Shape, torch.dtype]], tensors: Iterable[tuple[str, Tensor]]
+    path: Path,
+    planned: Mapping[str, tuple[Shape, torch.dtype]],
+    tensors: Iterable[tuple[str, Tensor]],
 ) -> None:
     """Write a file.
 
@@ -46,9 +48,13 @@ def write_safetensors(
         for name, tensor in tensors:
             expected, (shape, dtype) = next(waiting)
             if name != expected or tuple(tensor.shape) != shape:
-                raise ValueError(f"{name} {list(tensor.shape)} came where {expected} {list(shape)} was planned")
+                raise ValueError(
+                    f"{name} {list(tensor.shape)} came where {expected} {list(shape)} was planned"
+                )
             # A stack of experts that lies the other way round is turned one expert at a time.
             for part in tensor if tensor.dim() == 3 else (tensor,):
-                file.write(memoryview(part.to(dtype).contiguous().flatten().view(torch.uint8).numpy()))
+                file.write(
+                    memoryview(part.to(dtype).contiguous().flatten().view(torch.uint8).numpy())
+                )
     if (left := next(waiting, None)) is not None:
         raise ValueError(f"{left[0]} was planned and never came")

@@ -41,9 +41,15 @@ class UnderstoodFields:
                 if value is None and not callable(allowed) and allowed[0] is False:
                     continue  # a switch that nobody has set is off
                 if callable(allowed):
-                    found += [] if allowed(value) else [f"{where}{name} is {shown(value)}, which is not understood"]
+                    found += (
+                        []
+                        if allowed(value)
+                        else [f"{where}{name} is {shown(value)}, which is not understood"]
+                    )
                 elif not is_one_of(value, allowed):
-                    found.append(f"{where}{name} is {shown(value)}, only {shown(allowed[0])} is understood")
+                    found.append(
+                        f"{where}{name} is {shown(value)}, only {shown(allowed[0])} is understood"
+                    )
             elif name not in self.read | self.without_effect and not is_one_of(value, OFF):
                 found.append(f"{where}{name} is {shown(value)}, which is not understood")
         return found

@@ -52,6 +52,9 @@ def test_files_are_put_in_place_in_one_way() -> None:
     for folder in ("common", "parallel", "model", "data", "train", "launch"):
         for path in (ROOT / folder).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text())):
-                if isinstance(node, ast.Attribute) and ast.unparse(node) in ("os.replace", "os.rename"):
+                if isinstance(node, ast.Attribute) and ast.unparse(node) in (
+                    "os.replace",
+                    "os.rename",
+                ):
                     callers.add(str(path.relative_to(ROOT)))
     assert callers == {"common/atomic.py", "data/shards/write_parts.py", "data/demo/make.py"}

@@ -12,7 +12,8 @@ def test_the_nearest_name_is_suggested() -> None:
     assert did_you_mean("algin", ["align", "long"]) == " (did you mean align?)"
     assert did_you_mean("x", ["align", "long"]) == ""
     assert (
-        unknown("phase", "algin", ["align", "long"]) == "phase=algin is unknown (did you mean align?): use one of align, long"
+        unknown("phase", "algin", ["align", "long"])
+        == "phase=algin is unknown (did you mean align?): use one of align, long"
     )
 
 

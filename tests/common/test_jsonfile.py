@@ -34,10 +34,22 @@ def test_a_good_document() -> None:
 @pytest.mark.parametrize(
     ("document", "said"),
     [
-        ('{"parts": [{"name": "a", "size": "3"}]}', r'f: parts\.0\.size should be a valid integer, got "3"'),
-        ('{"parts": [{"name": "a", "size": true}]}', r"parts\.0\.size should be a valid integer, got true"),
-        ('{"parts": [{"name": "a", "size": 3.0}]}', r"parts\.0\.size should be a valid integer, got 3\.0"),
-        ('{"parts": [{"name": null, "size": 3}]}', r"parts\.0\.name should be a valid string, got null"),
+        (
+            '{"parts": [{"name": "a", "size": "3"}]}',
+            r'f: parts\.0\.size should be a valid integer, got "3"',
+        ),
+        (
+            '{"parts": [{"name": "a", "size": true}]}',
+            r"parts\.0\.size should be a valid integer, got true",
+        ),
+        (
+            '{"parts": [{"name": "a", "size": 3.0}]}',
+            r"parts\.0\.size should be a valid integer, got 3\.0",
+        ),
+        (
+            '{"parts": [{"name": null, "size": 3}]}',
+            r"parts\.0\.name should be a valid string, got null",
+        ),
         ('{"parts": [{"size": 3}]}', r"parts\.0\.name is missing"),
         ('{"parts": {}, "rate": 1}', "parts should be a valid"),
         ('{"parts": [], "more": 1}', "more is unknown"),
@@ -72,7 +84,9 @@ def test_files(tmp_path: Path) -> None:
         read_json(tmp_path, "b.json", Whole)
 
 
-@pytest.mark.parametrize("text", ["[" * 101 + "]" * 101, '{"a":' * 101 + "1" + "}" * 101, "[" * 100_000 + "]" * 100_000])
+@pytest.mark.parametrize(
+    "text", ["[" * 101 + "]" * 101, '{"a":' * 101 + "1" + "}" * 101, "[" * 100_000 + "]" * 100_000]
+)
 def test_endless_nesting_is_refused(text: str) -> None:
     """Whoever copies or compares such a value would end in a RecursionError; a hundred levels are read."""
     with pytest.raises(JsonError, match="nested"):

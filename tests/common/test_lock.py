@@ -28,7 +28,9 @@ def no_second_look(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def holder(folder: Path) -> subprocess.Popen[str]:
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None and process.stdout.readline() == "held\n"
     return process
 
@@ -37,7 +39,8 @@ def test_the_second_is_told_who_has_it_and_a_killed_one_leaves_it(tmp_path: Path
     with holder(tmp_path) as process:
         assert is_held(tmp_path)
         with pytest.raises(
-            UserError, match=rf"run\.folder=.* is in use by process {process.pid} on {os.uname().nodename} since"
+            UserError,
+            match=rf"run\.folder=.* is in use by process {process.pid} on {os.uname().nodename} since",
         ):
             FolderLock(tmp_path, "run.folder")
         process.kill()

@@ -76,7 +76,10 @@ def test_a_folder_reached_by_a_link(folder: Path, tmp_path: Path) -> None:
 
 def test_snapshots_of_the_hub_are_links_to_their_blobs(tmp_path: Path) -> None:
     """As huggingface_hub lays out its cache: models--NAME/{blobs,snapshots/REVISION}."""
-    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "0f", tmp_path / "models--a--b" / "blobs"
+    snapshot, blobs = (
+        tmp_path / "models--a--b" / "snapshots" / "0f",
+        tmp_path / "models--a--b" / "blobs",
+    )
     snapshot.mkdir(parents=True)
     blobs.mkdir()
     (blobs / "12").write_text("{}")

@@ -12,7 +12,9 @@ from visionloom.tests.common.work import fail_at_three, square, vanish_at_three
 def test_results_are_those_of_map(workers: int) -> None:
     items = list(range(7))
     assert list(in_order(square, items, workers)) == list(map(square, items))
-    assert dict(as_finished(square, items, workers)) == dict(zip(items, map(square, items), strict=True))
+    assert dict(as_finished(square, items, workers)) == dict(
+        zip(items, map(square, items), strict=True)
+    )
 
 
 def test_items_are_read_as_workers_become_free() -> None:

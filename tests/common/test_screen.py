@@ -25,7 +25,15 @@ def test_names_are_shown_as_they_are() -> None:
     shown = stream.getvalue()
     assert all(
         part in shown
-        for part in ("[/x]", "[bold]b", ":smile:", "\\x1b[2J", "na[/x]me", "[/title]", "[/line] :smile: \\x1b[31m")
+        for part in (
+            "[/x]",
+            "[bold]b",
+            ":smile:",
+            "\\x1b[2J",
+            "na[/x]me",
+            "[/title]",
+            "[/line] :smile: \\x1b[31m",
+        )
     )
     assert "\x1b" not in shown
     with pytest.raises(MarkupError):

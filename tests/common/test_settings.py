@@ -91,11 +91,16 @@ class Root:
         (Ranges(named={str(n): Range(-1) for n in range(1025)}), ["ranges.named has 1025 entries, at most 1024 are possible"]),
     ],
 )  # fmt: skip
-def test_sections_check_themselves_where_their_values_are_possible(ranges: Ranges, expected: list[str]) -> None:
+def test_sections_check_themselves_where_their_values_are_possible(
+    ranges: Ranges, expected: list[str]
+) -> None:
     """The walk adds the path, and says once what entries of a mapping have in common."""
     assert check(Root(ranges)).lines == expected
     beside = check(Root(ranges, Range(5, 4)))
-    assert beside.lines == [*beside.bounds, *beside.sections] and beside.sections[-1] == "range.low=5 is above range.high=4"
+    assert (
+        beside.lines == [*beside.bounds, *beside.sections]
+        and beside.sections[-1] == "range.low=5 is above range.high=4"
+    )
 
 
 def test_what_has_no_rules_is_found() -> None:
@@ -114,7 +119,25 @@ def test_names_that_may_be_parts_of_paths(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["", ".", "..", "a/b", "../x", "/x", "-rf", "a.b", "a b", "数据", "a\n", "a\0", "\x1b[0m", "A" * 101, None, 3]
+    "name",
+    [
+        "",
+        ".",
+        "..",
+        "a/b",
+        "../x",
+        "/x",
+        "-rf",
+        "a.b",
+        "a b",
+        "数据",
+        "a\n",
+        "a\0",
+        "\x1b[0m",
+        "A" * 101,
+        None,
+        3,
+    ],
 )
 def test_names_that_may_not(name: object) -> None:
     assert name_fault(name) is not None

@@ -36,7 +36,13 @@ def config(tmp_path: Path, tokenizer_folder: Path) -> Callable[..., DataConfig]:
         for name, samples in datasets.items():
             write_shards(tmp_path / name, name, samples, samples_per_shard=40)
         found = {name: DatasetConfig(path=str(tmp_path / name)) for name in datasets}
-        return DataConfig(str(tokenizer_folder), found, dict(found), media=replace(RULES), packing_window_samples=64)
+        return DataConfig(
+            str(tokenizer_folder),
+            found,
+            dict(found),
+            media=replace(RULES),
+            packing_window_samples=64,
+        )
 
     return make
 

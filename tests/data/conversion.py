@@ -38,5 +38,7 @@ class Run:
 
     @property
     def skipped(self) -> list[tuple[str, str]]:
-        found = [json.loads(line) for line in (self.folder / "skipped.jsonl").read_text().splitlines()]
+        found = [
+            json.loads(line) for line in (self.folder / "skipped.jsonl").read_text().splitlines()
+        ]
         return [(record["record"], record["reason"]) for record in found]

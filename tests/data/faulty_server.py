@@ -91,7 +91,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer(206, sent, f"bytes {first}-{last}/{size}", len(body))
             self.close_connection |= fault == "truncated"
 
-    def answer(self, status: int, body: bytes, content_range: str = "", length: int | None = None) -> None:
+    def answer(
+        self, status: int, body: bytes, content_range: str = "", length: int | None = None
+    ) -> None:
         self.send_response(status)
         self.send_header("Content-Length", str(len(body) if length is None else length))
         if content_range:
@@ -107,7 +109,9 @@ class _Handler(BaseHTTPRequestHandler):
 def serving(folder: Path) -> Iterator[FaultyServer]:
     """The server, running; no proxy stands before it."""
     server = FaultyServer(folder)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread = threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+    )
     thread.start()
     try:
         with patch.dict(os.environ, {"no_proxy": "*", "NO_PROXY": "*"}):

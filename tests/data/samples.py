@@ -34,9 +34,13 @@ def film(number: int, frames: int = 3) -> Pair:
     names = tuple(f"vid0.{index:03d}.png" for index in range(frames))
     video = Video(names, tuple(index / 2 for index in range(frames)), 32, 32)
     messages = (Message("user", (Text("Watch."), video)), Message("assistant", (Text("Done."),)))
-    return Sample(f"film:{number}", "chat", messages), {name: png(32, 32, index) for index, name in enumerate(names)}
+    return Sample(f"film:{number}", "chat", messages), {
+        name: png(32, 32, index) for index, name in enumerate(names)
+    }
 
 
 def essay(number: int, words: int = 20) -> Pair:
     """A document without pictures."""
-    return Sample(f"essay:{number}", "doc", content=(Text(f"Essay {number}. " + "word " * words),)), {}
+    return Sample(
+        f"essay:{number}", "doc", content=(Text(f"Essay {number}. " + "word " * words),)
+    ), {}

@@ -40,7 +40,14 @@ from visionloom.data.shards.write import ShardLimits, write_shards
 from visionloom.data.shards.write_parts import Target
 from visionloom.tests.data.samples import RULES, essay, film, picture_question, png
 from visionloom.tests.data.shards.test_media_header import video
-from visionloom.tests.fuzzing import Mutator, amount, json_edit, json_lines_edit, mutants, try_reader
+from visionloom.tests.fuzzing import (
+    Mutator,
+    amount,
+    json_edit,
+    json_lines_edit,
+    mutants,
+    try_reader,
+)
 
 pytest.importorskip("av")
 pa = pytest.importorskip("pyarrow")
@@ -87,7 +94,9 @@ def read_tar(data: bytes, folder: Path) -> None:
 
 def dataset(folder: Path) -> Path:
     if not (folder / "set").exists():
-        write_shards(folder / "set", "set", [picture_question(1), film(2), essay(3)], samples_per_shard=2)
+        write_shards(
+            folder / "set", "set", [picture_question(1), film(2), essay(3)], samples_per_shard=2
+        )
     return folder / "set"
 
 
@@ -164,7 +173,10 @@ def samples() -> list[bytes]:
         "task": "q",
         "meta": {"a": 1},
     }
-    return [json.dumps(more).encode(), *(to_json(pair[0]).encode() for pair in (picture_question(1), film(2), essay(3)))]
+    return [
+        json.dumps(more).encode(),
+        *(to_json(pair[0]).encode() for pair in (picture_question(1), film(2), essay(3))),
+    ]
 
 
 def read_sample(data: bytes, folder: Path) -> None:
@@ -187,7 +199,9 @@ def pictures() -> list[bytes]:
         file = io.BytesIO()
         exif = Pillow.Exif()
         exif[0x0112] = 6
-        picture.convert(mode).save(file, kind, **options, **({"exif": exif} if kind in ("JPEG", "PNG", "WEBP") else {}))
+        picture.convert(mode).save(
+            file, kind, **options, **({"exif": exif} if kind in ("JPEG", "PNG", "WEBP") else {})
+        )
         found.append(file.getvalue())
     file = io.BytesIO()
     frames = [Pillow.fromarray(rng.integers(0, 256, (24, 32, 3), np.uint8)) for _ in range(3)]
@@ -196,7 +210,11 @@ def pictures() -> list[bytes]:
 
 
 def read_picture(data: bytes, folder: Path) -> None:
-    for call in (lambda: prepare_image(data), lambda: probe("a.png", data), lambda: decode_image(data, (24, 32), "s", "a.png")):
+    for call in (
+        lambda: prepare_image(data),
+        lambda: probe("a.png", data),
+        lambda: decode_image(data, (24, 32), "s", "a.png"),
+    ):
         try:
             call()
         except (ValueError, Skip) as error:
@@ -204,8 +222,20 @@ def read_picture(data: bytes, folder: Path) -> None:
 
 
 def videos() -> list[bytes]:
-    kinds = [("mp4", "h264"), ("mp4", "mpeg4"), ("matroska", "mpeg4"), ("webm", "libvpx-vp9"), ("avi", "mpeg4")]
-    kinds += [("mpegts", "mpeg2video"), ("mpeg", "mpeg2video"), ("flv", "flv"), ("asf", "wmv2"), ("mov", "png")]
+    kinds = [
+        ("mp4", "h264"),
+        ("mp4", "mpeg4"),
+        ("matroska", "mpeg4"),
+        ("webm", "libvpx-vp9"),
+        ("avi", "mpeg4"),
+    ]
+    kinds += [
+        ("mpegts", "mpeg2video"),
+        ("mpeg", "mpeg2video"),
+        ("flv", "flv"),
+        ("asf", "wmv2"),
+        ("mov", "png"),
+    ]
     return [
         video(8, container=container, codec=codec) if codec != "png" else video(8, container="mov")
         for container, codec in kinds
@@ -228,7 +258,9 @@ def read_video(data: bytes, folder: Path) -> None:
 # ---- sources
 
 
-def conversion(kind: str, name: str, others: dict[str, bytes] | None = None) -> Callable[[bytes, Path], object]:
+def conversion(
+    kind: str, name: str, others: dict[str, bytes] | None = None
+) -> Callable[[bytes, Path], object]:
     """Converts a folder with the damaged file and others."""
 
     def read(data: bytes, folder: Path) -> None:
@@ -237,8 +269,14 @@ def conversion(kind: str, name: str, others: dict[str, bytes] | None = None) -> 
             (source / file).parent.mkdir(parents=True, exist_ok=True)
             (source / file).write_bytes(content)
         try:
-            request = Request(kind, source, images_dir=source if kind in ("mmc4", "obelics") else None)
-            convert(request, Target(folder / "set", "set", ShardLimits(100), 1), lambda done, total: None)
+            request = Request(
+                kind, source, images_dir=source if kind in ("mmc4", "obelics") else None
+            )
+            convert(
+                request,
+                Target(folder / "set", "set", ShardLimits(100), 1),
+                lambda done, total: None,
+            )
         finally:
             shutil.rmtree(folder / "set", ignore_errors=True)
             shutil.rmtree(source)
@@ -272,10 +310,17 @@ CHATS = [
      "messages": [{"role": "user", "content": "<image><ref-object>"}, {"role": "assistant", "content": "<bbox>"}]},
 ]  # fmt: skip
 ROWS = [
-    {"image": {"bytes": PICTURE, "path": None}, "question": "q <image>", "answer": "a", "id": str(number)}
+    {
+        "image": {"bytes": PICTURE, "path": None},
+        "question": "q <image>",
+        "answer": "a",
+        "id": str(number),
+    }
     for number in range(3)
 ]
-OBELICS = [{"images": ["http://x/1", None], "texts": [None, "t"], "metadata": '[{"document_url": "u"}]'}]
+OBELICS = [
+    {"images": ["http://x/1", None], "texts": [None, "t"], "metadata": '[{"document_url": "u"}]'}
+]
 MMC4 = {
     "text_list": ["a", "b"],
     "url": "u",
@@ -301,7 +346,11 @@ def read_fetched(name: str) -> Callable[[bytes, Path], object]:
 def fetched_tar() -> bytes:
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w") as tar:
-        for name, data in (("1.jpg", PICTURE), ("1.json", b'{"url": "http://x/1"}'), ("1.txt", b"x")):
+        for name, data in (
+            ("1.jpg", PICTURE),
+            ("1.json", b'{"url": "http://x/1"}'),
+            ("1.txt", b"x"),
+        ):
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
@@ -317,7 +366,9 @@ def tables() -> bytes:
 def read_rows(data: bytes, folder: Path) -> None:
     (folder / "a.npy").write_bytes(data)
     rows = load_rows(folder / "a.npy", LENGTHS)
-    assert rows is None or (rows.dtype == LENGTHS and rows.ndim == 1 and rows["tokens"].min(initial=0) >= 0)
+    assert rows is None or (
+        rows.dtype == LENGTHS and rows.ndim == 1 and rows["tokens"].min(initial=0) >= 0
+    )
 
 
 def read_tokenizer(data: bytes, folder: Path) -> None:
@@ -365,7 +416,9 @@ CASES: dict[str, Callable[[], Case]] = {
 
 
 @pytest.fixture
-def tokenizer_of_environment(tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def tokenizer_of_environment(
+    tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
     monkeypatch.setenv("FUZZ_TOKENIZER", str(tokenizer_folder))
     yield
 

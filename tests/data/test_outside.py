@@ -56,7 +56,9 @@ def texts(run: Run, *words: object, **more: object) -> str:
 # ---- the folder of pictures and captions
 
 
-def test_captions_that_are_links_are_not_read_unless_the_user_says_so(run: Run, outside: Path) -> None:
+def test_captions_that_are_links_are_not_read_unless_the_user_says_so(
+    run: Run, outside: Path
+) -> None:
     run.put("a.png", png(16, 16))
     (run.source / "a.txt").symlink_to(outside / "secret.txt")
     run.put("b.png", png(16, 16, 1))
@@ -91,11 +93,18 @@ def test_a_list_of_pictures_that_is_a_link_is_refused(run: Run, outside: Path) -
 @pytest.mark.parametrize("make", ["link", "pipe"])
 def test_files_of_a_source_are_its_own(kind: str, make: str, run: Run, outside: Path) -> None:
     """A file of every format's ending that leads outside ends the conversion with one line; it is not left out unseen."""
-    endings = {"hf": ".parquet", "obelics": ".parquet", "omnicorpus": ".parquet", "webdataset": ".tar"}
+    endings = {
+        "hf": ".parquet",
+        "obelics": ".parquet",
+        "omnicorpus": ".parquet",
+        "webdataset": ".tar",
+    }
     path = run.source / f"a{endings.get(kind, '.jsonl')}"
     os.mkfifo(path) if make == "pipe" else path.symlink_to(outside / "secret.jsonl")
     found = texts(run, kind, run.source)
-    assert ("is a pipe, not a file" if make == "pipe" else "is a link out of its folder") in found and SECRET not in found
+    assert (
+        "is a pipe, not a file" if make == "pipe" else "is a link out of its folder"
+    ) in found and SECRET not in found
 
 
 def test_what_the_user_names_may_be_a_link(run: Run, outside: Path, tmp_path: Path) -> None:
@@ -105,11 +114,19 @@ def test_what_the_user_names_may_be_a_link(run: Run, outside: Path, tmp_path: Pa
     assert SECRET in texts(run, "jsonl", tmp_path / "link")
 
 
-@pytest.mark.parametrize("name", ["../outside/secret.arrow", "{outside}/secret.arrow", "link.arrow", 7, None, "pipe.arrow"])
-def test_state_json_names_files_of_its_own_folder_only(name: object, run: Run, outside: Path) -> None:
+@pytest.mark.parametrize(
+    "name",
+    ["../outside/secret.arrow", "{outside}/secret.arrow", "link.arrow", 7, None, "pipe.arrow"],
+)
+def test_state_json_names_files_of_its_own_folder_only(
+    name: object, run: Run, outside: Path
+) -> None:
     pa = pytest.importorskip("pyarrow")
     table = pa.table({"text": [SECRET]})
-    with pa.OSFile(str(outside / "secret.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+    with (
+        pa.OSFile(str(outside / "secret.arrow"), "wb") as sink,
+        pa.ipc.new_stream(sink, table.schema) as writer,
+    ):
         writer.write_table(table)
     (run.source / "link.arrow").symlink_to(outside / "secret.arrow")
     os.mkfifo(run.source / "pipe.arrow")
@@ -120,7 +137,10 @@ def test_state_json_names_files_of_its_own_folder_only(name: object, run: Run, o
     assert any(word in found for word in ("out of its folder", "is a pipe", "filename"))
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", '{"_data_files": 3}', '{"_data_files": [3]}', "{", "[" * 100_000, "9" * 5000])
+@pytest.mark.parametrize(
+    "content",
+    ["[]", "{}", '{"_data_files": 3}', '{"_data_files": [3]}', "{", "[" * 100_000, "9" * 5000],
+)
 def test_a_strange_state_json_is_one_line(content: str, run: Run) -> None:
     run.put("state.json", content)
     assert "state.json" in texts(run, "hf", run.source)
@@ -159,14 +179,18 @@ def test_times_and_frames_of_a_video_lead_nowhere_outside(run: Run, outside: Pat
         run.put(f"film/{name}", png(32, 32))
     (run.source / "film" / "times.json").symlink_to(outside / "times.json")
     ask = [{"from": "human", "value": "<video>What?"}, {"from": "gpt", "value": "That."}]
-    assert texts(run, "llava", run.lines({"video": "film", "conversations": ask})).startswith("error: ")
+    assert texts(run, "llava", run.lines({"video": "film", "conversations": ask})).startswith(
+        "error: "
+    )
     assert run.skipped[0][1] == "refused link out of the source's folders"
 
 
 # ---- fetched pictures
 
 
-def test_fetched_pictures_that_are_links_or_pipes_are_passed_over(tmp_path: Path, outside: Path) -> None:
+def test_fetched_pictures_that_are_links_or_pipes_are_passed_over(
+    tmp_path: Path, outside: Path
+) -> None:
     images = tmp_path / "images"
     (images / "00000").mkdir(parents=True)
     for number in range(4):
@@ -181,7 +205,9 @@ def test_fetched_pictures_that_are_links_or_pipes_are_passed_over(tmp_path: Path
     assert [index.read(f"http://x/{number}") for number in range(4)] == [None, None, PICTURE, None]
     assert build_index(images, tmp_path / "index2", follow_links=True).read("http://x/0") == PICTURE
     (images / "00001.tar").symlink_to(outside / "secret.txt")
-    with pytest.raises(UserError, match=r"00001\.tar is a link out of its folder: --follow-links allows it"):
+    with pytest.raises(
+        UserError, match=r"00001\.tar is a link out of its folder: --follow-links allows it"
+    ):
         build_index(images, tmp_path / "index3")
 
 
@@ -190,7 +216,12 @@ def test_fetched_pictures_that_are_links_or_pipes_are_passed_over(tmp_path: Path
 
 @pytest.fixture
 def dataset(tmp_path: Path) -> Path:
-    write_shards(tmp_path / "set", "set", [picture_question(number) for number in range(4)], samples_per_shard=2)
+    write_shards(
+        tmp_path / "set",
+        "set",
+        [picture_question(number) for number in range(4)],
+        samples_per_shard=2,
+    )
     return tmp_path / "set"
 
 
@@ -207,9 +238,13 @@ def to_pipe(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [to_link, to_pipe])
 @pytest.mark.parametrize("file", ["dataset.json", "set-000000.tar", "set-000000.tar.qidx"])
-def test_files_of_a_dataset_are_its_own(file: str, damage: Callable[[Path], None], dataset: Path) -> None:
+def test_files_of_a_dataset_are_its_own(
+    file: str, damage: Callable[[Path], None], dataset: Path
+) -> None:
     damage(dataset / file)
-    with pytest.raises((UserError, OSError), match=r"is a (link out of its folder|pipe, not a file)"):
+    with pytest.raises(
+        (UserError, OSError), match=r"is a (link out of its folder|pipe, not a file)"
+    ):
         [found.sample(0) for found in [Dataset.open(dataset, "x")]]
     if file == "dataset.json":
         with pytest.raises(UserError, match=r"is a (link out of its folder|pipe, not a file)"):
@@ -227,7 +262,19 @@ def test_a_folder_that_is_a_link_and_links_inside_stay(dataset: Path, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    "name", ["..", ".", "", "a/b.tar", "../set.tar", "/etc/passwd", "a\\b.tar", "a\nb.tar", "a\0.tar", ".hidden"]
+    "name",
+    [
+        "..",
+        ".",
+        "",
+        "a/b.tar",
+        "../set.tar",
+        "/etc/passwd",
+        "a\\b.tar",
+        "a\nb.tar",
+        "a\0.tar",
+        ".hidden",
+    ],
 )
 def test_a_manifest_names_files_of_its_own_folder(name: str, dataset: Path) -> None:
     document = json.loads((dataset / "dataset.json").read_bytes())
@@ -242,7 +289,9 @@ def test_names_of_a_remote_shard_are_names_and_no_part_of_an_address() -> None:
 
     asked = []
     source = store.HttpSource("http://example.invalid/a?key=1", StoreConfig(retries=0))
-    source._pool = type("Pool", (), {"request": lambda self, method, url, **words: asked.append(url) or 1 / 0})()
+    source._pool = type(
+        "Pool", (), {"request": lambda self, method, url, **words: asked.append(url) or 1 / 0}
+    )()
     with pytest.raises(ZeroDivisionError):
         source.whole("x?y#%2e%2e.tar")
     assert asked == ["http://example.invalid/a/x%3Fy%23%252e%252e.tar?key=1"]
@@ -264,9 +313,14 @@ def test_urls_are_unchained_and_their_schemes_are_from_a_list(url: str, tmp_path
     assert not (tmp_path / "touched").exists()
 
 
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.GNUTYPE_SPARSE])
+@pytest.mark.parametrize(
+    "kind",
+    [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.GNUTYPE_SPARSE],
+)
 @pytest.mark.parametrize("name", ["000.a.png", "../000.a.png", "/000.a.png"])
-def test_tar_members_that_are_no_files_or_lead_outside(kind: bytes, name: str, tmp_path: Path) -> None:
+def test_tar_members_that_are_no_files_or_lead_outside(
+    kind: bytes, name: str, tmp_path: Path
+) -> None:
     folder = tmp_path / "tars"
     folder.mkdir()
     with tarfile.open(folder / "a.tar", "w") as tar:
@@ -285,7 +339,9 @@ def test_tar_members_that_are_no_files_or_lead_outside(kind: bytes, name: str, t
 # ---- tokenizers and tables
 
 
-def test_a_tokenizer_is_a_file_of_its_folder_or_of_the_hub_cache(tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_is_a_file_of_its_folder_or_of_the_hub_cache(
+    tokenizer_folder: Path, tmp_path: Path
+) -> None:
     repository = tmp_path / "models--me--mine"
     (repository / "blobs").mkdir(parents=True)
     (repository / "blobs" / "abc").write_bytes((tokenizer_folder / "tokenizer.json").read_bytes())
@@ -308,12 +364,24 @@ def test_tables_beside_a_dataset_are_not_believed(tmp_path: Path) -> None:
     good = np.zeros(3, LENGTHS)
     bad = good.copy()
     bad["tokens"][1] = -1
-    for name, rows in (("good", good), ("bad", bad), ("other", np.zeros(3)), ("square", np.zeros((3, 1), LENGTHS))):
+    for name, rows in (
+        ("good", good),
+        ("bad", bad),
+        ("other", np.zeros(3)),
+        ("square", np.zeros((3, 1), LENGTHS)),
+    ):
         np.save(tmp_path / f"{name}.npy", rows)
     np.save(tmp_path / "objects.npy", np.array([{}], object))
     os.mkfifo(tmp_path / "pipe.npy")
     found = {path.stem: load_rows(path, LENGTHS) is not None for path in tmp_path.glob("*.npy")}
-    assert found == {"good": True, "bad": False, "other": False, "square": False, "objects": False, "pipe": False}
+    assert found == {
+        "good": True,
+        "bad": False,
+        "other": False,
+        "square": False,
+        "objects": False,
+        "pipe": False,
+    }
 
 
 @pytest.mark.parametrize("name", ["a\x1b[31m.tar", "a\n.tar", "a\\b.tar", ".a.tar"])

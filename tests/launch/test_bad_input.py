@@ -29,7 +29,9 @@ ONLY_TWO = [f"~phases.{name}" for name in ("multimodal", "long", "ultra", "sft",
 
 
 def unreachable(config: RunConfig) -> None:
-    raise AssertionError("a command line that cannot work must be refused before the command starts")
+    raise AssertionError(
+        "a command line that cannot work must be refused before the command starts"
+    )
 
 
 @pytest.mark.parametrize(
@@ -40,7 +42,11 @@ def unreachable(config: RunConfig) -> None:
         ([DEMO, "run.name="], 1, ["run.name is empty"]),
         ([DEMO, "data.tokenizer="], 1, ["data.tokenizer= is not a folder"]),
         ([DEMO, "data.datasets.text.path="], 1, ["data.datasets.text.path= is not a folder"]),
-        ([DEMO, "data.datasets.text.path=gone"], 1, ["data.datasets.text.path=gone is not a folder"]),
+        (
+            [DEMO, "data.datasets.text.path=gone"],
+            1,
+            ["data.datasets.text.path=gone is not a folder"],
+        ),
         ([DEMO, "phases.align.trainable="], 1, ["phases.align.trainable", "list"]),
         ([DEMO, "+run.seed="], 1, ["run.seed", "without the plus"]),
         ([DEMO, "+seed="], 1, ["no such key: seed", "run.seed?"]),
@@ -50,10 +56,22 @@ def unreachable(config: RunConfig) -> None:
         ([DEMO, "data.workers=-1"], 1, ["data.workers=-1 must be at least 0"]),
         ([DEMO, "phases.align.lr=nan"], 1, ["phases.align.lr=nan", "finite"]),
         ([DEMO, "data.datasets.text.weight=-1"], 1, ["data.datasets.text.weight=-1"]),
-        ([DEMO, "data.datasets.text.over_length=splt"], 1, ["data.datasets.text.over_length=splt", "did you mean split?"]),
-        ([DEMO, "data.weights_in=token"], 1, ["data.weights_in=token is unknown", "did you mean tokens?"]),
+        (
+            [DEMO, "data.datasets.text.over_length=splt"],
+            1,
+            ["data.datasets.text.over_length=splt", "did you mean split?"],
+        ),
+        (
+            [DEMO, "data.weights_in=token"],
+            1,
+            ["data.weights_in=token is unknown", "did you mean tokens?"],
+        ),
         ([DEMO, "data.on_change=phase"], 1, ["data.on_change=phase is unknown", "new_phase"]),
-        ([DEMO, "data.sample_token_multiple=0"], 1, ["data.sample_token_multiple=0 must be at least 1"]),
+        (
+            [DEMO, "data.sample_token_multiple=0"],
+            1,
+            ["data.sample_token_multiple=0 must be at least 1"],
+        ),
         ([DEMO, "optim.beta2=1"], 1, ["optim.beta2=1", "below 1"]),
         ([DEMO, "data.max_patches_per_token=0"], 1, ["data.max_patches_per_token=0", "above 0"]),
         ([DEMO, "model.text.kv_heads=0"], 1, ["model.text.kv_heads=0 must be at least 1"]),
@@ -62,13 +80,42 @@ def unreachable(config: RunConfig) -> None:
             1,
             ["data.tokenizer=", "ids up to 511", "rows for 0 to 255", "vocab_size=512"],
         ),
-        ([DEMO, "run.name=fresh", "model.text.vocab_size=256", "parallel.tensor=2"], 2, ["ids up to 511", "rows for 0 to 255"]),
-        ([DEMO, "parallel.tensor=3"], 3, ["parallel.tensor=3", "model.text.heads=4", "kv_heads=2", "divisor"]),
+        (
+            [DEMO, "run.name=fresh", "model.text.vocab_size=256", "parallel.tensor=2"],
+            2,
+            ["ids up to 511", "rows for 0 to 255"],
+        ),
+        (
+            [DEMO, "parallel.tensor=3"],
+            3,
+            ["parallel.tensor=3", "model.text.heads=4", "kv_heads=2", "divisor"],
+        ),
         ([DEMO, "parallel.tensor=2"], 3, ["3 ranks cannot hold tensor 2", "multiple of 2 ranks"]),
-        ([DEMO, *ONLY_TWO], 3, ["phases.towers.global_batch=4", "3 data-parallel ranks", "multiple of", "(likewise align)"]),
-        ([DEMO, "parallel.pipeline=3"], 3, ["4 layers cannot be cut evenly into pipeline 3", "parallel.pipeline_layout="]),
-        ([DEMO, "parallel.pipeline=2", "parallel.pipeline_layout=Ettt|tttL"], 2, ["holds 6 layers, the model has 4"]),
-        ([DEMO, "parallel.context=2"], 2, ["data.sample_token_multiple=1 must be a multiple of 4", "parallel.context=2"]),
+        (
+            [DEMO, *ONLY_TWO],
+            3,
+            [
+                "phases.towers.global_batch=4",
+                "3 data-parallel ranks",
+                "multiple of",
+                "(likewise align)",
+            ],
+        ),
+        (
+            [DEMO, "parallel.pipeline=3"],
+            3,
+            ["4 layers cannot be cut evenly into pipeline 3", "parallel.pipeline_layout="],
+        ),
+        (
+            [DEMO, "parallel.pipeline=2", "parallel.pipeline_layout=Ettt|tttL"],
+            2,
+            ["holds 6 layers, the model has 4"],
+        ),
+        (
+            [DEMO, "parallel.context=2"],
+            2,
+            ["data.sample_token_multiple=1 must be a multiple of 4", "parallel.context=2"],
+        ),
         (
             [
                 DEMO,
@@ -81,8 +128,16 @@ def unreachable(config: RunConfig) -> None:
             ["ulysses", "kv_heads=2"],
         ),
         ([DEMO, "parallel.expert=2"], 2, ["parallel.expert=2", "model=tiny has no experts"]),
-        ([DEMO, "model=tiny_moe", "parallel.expert=3"], 3, ["parallel.expert=3 does not divide model.text.experts=8"]),
-        ([DEMO, "parallel.tensor=8"], 8, ["parallel.tensor=8 does not divide model.text.heads=4, model.text.kv_heads=2"]),
+        (
+            [DEMO, "model=tiny_moe", "parallel.expert=3"],
+            3,
+            ["parallel.expert=3 does not divide model.text.experts=8"],
+        ),
+        (
+            [DEMO, "parallel.tensor=8"],
+            8,
+            ["parallel.tensor=8 does not divide model.text.heads=4, model.text.kv_heads=2"],
+        ),
         (
             [DEMO, "phases.long.parallel.tensor=4", "parallel.tensor=2"],
             4,
@@ -116,7 +171,9 @@ def assert_one_line(told: str, expected: list[str]) -> None:
 def strip() -> Pair:
     """A chat about a picture 300 times as wide as it is high."""
     question = Message("user", (Image("a.png", 9600, 32), Text("What?")))
-    return Sample("strip:1", "chat", (question, Message("assistant", (Text("Nothing."),)))), {"a.png": b"never decoded"}
+    return Sample("strip:1", "chat", (question, Message("assistant", (Text("Nothing."),)))), {
+        "a.png": b"never decoded"
+    }
 
 
 def too_wide(folder: Path) -> None:
@@ -153,7 +210,16 @@ def broken_manifest(folder: Path) -> None:
 OPTION = "data.datasets.text"
 DATA_FAULTS: dict[str, tuple[Callable[[Path], None], list[str], list[str]]] = {
     "too wide": (too_wide, [], ["dataset text", "strip:1", "9600x32", "above 200", "crop it"]),
-    "too long": (too_long, [], ["dataset text", "essay:2", "phases.multimodal.sequence_length", f"{OPTION}.over_length=drop"]),
+    "too long": (
+        too_long,
+        [],
+        [
+            "dataset text",
+            "essay:2",
+            "phases.multimodal.sequence_length",
+            f"{OPTION}.over_length=drop",
+        ],
+    ),
     "too many patches": (
         too_many_patches,
         ["data.max_patches_per_token=0.5"],
@@ -163,7 +229,11 @@ DATA_FAULTS: dict[str, tuple[Callable[[Path], None], list[str], list[str]]] = {
     "lost shard": (lost_shard, [], [OPTION, "own-000000.tar"]),
     "no index": (no_index, [], [OPTION, "no dataset.json", "python launch/data.py index"]),
     "broken manifest": (broken_manifest, [], [OPTION, "dataset.json"]),
-    "no tokenizer": (too_long, ["data.tokenizer={folder}"], ["data.tokenizer", "no tokenizer.json"]),
+    "no tokenizer": (
+        too_long,
+        ["data.tokenizer={folder}"],
+        ["data.tokenizer", "no tokenizer.json"],
+    ),
 }
 
 
@@ -179,7 +249,9 @@ def told(words: list[str]) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("fault", DATA_FAULTS)
-def test_data_that_cannot_be_trained_on(fault: str, pool: RankPool, demo_data: Path, tmp_path: Path) -> None:
+def test_data_that_cannot_be_trained_on(
+    fault: str, pool: RankPool, demo_data: Path, tmp_path: Path
+) -> None:
     make, more, expected = DATA_FAULTS[fault]
     folder = tmp_path / "own"
     make(folder)
@@ -202,7 +274,9 @@ def run_command(*words: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.long
 def test_a_whole_run_says_nothing_but_its_own(demo_data: Path, tmp_path: Path) -> None:
     """Libraries warn of absent accelerators at import, at the building of the optimizer and at each checkpoint."""
-    words = run_words(demo_data, tmp_path / "run", 2, "phases.multimodal.warmup_steps=1", "data.workers=1")
+    words = run_words(
+        demo_data, tmp_path / "run", 2, "phases.multimodal.warmup_steps=1", "data.workers=1"
+    )
     result = run_command("launch/pretrain.py", *words)
     assert (result.returncode, result.stderr) == (0, "")
     assert [line.split()[0] for line in result.stdout.splitlines()] == ["multimodal", "done"]
@@ -217,7 +291,9 @@ def test_under_torchrun_one_rank_tells_of_the_data(demo_data: Path, tmp_path: Pa
     result = run_command(*torchrun, "launch/pretrain.py", *words)
     before_torchrun = result.stderr.partition("torch/distributed/elastic")[0].splitlines()
     assert result.returncode == 1
-    assert [line.split(": ")[0] for line in result.stderr.splitlines() if "error:" in line] == ["error"]
+    assert [line.split(": ")[0] for line in result.stderr.splitlines() if "error:" in line] == [
+        "error"
+    ]
     assert "strip:1" in before_torchrun[0]
     assert '"code": 2' in (tmp_path / "run" / "status.json").read_text()
 
@@ -225,7 +301,9 @@ def test_under_torchrun_one_rank_tells_of_the_data(demo_data: Path, tmp_path: Pa
 @pytest.mark.long
 def test_under_torchrun_more_ranks_than_packs(demo_data: Path, tmp_path: Path) -> None:
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3")
-    result = run_command(*torchrun, "launch/pretrain.py", *run_words(demo_data, tmp_path / "run", 4))
+    result = run_command(
+        *torchrun, "launch/pretrain.py", *run_words(demo_data, tmp_path / "run", 4)
+    )
     assert result.returncode == 1
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
     assert "phases.multimodal.global_batch=4" in line and "3 data-parallel ranks" in line

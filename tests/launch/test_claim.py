@@ -35,7 +35,9 @@ finally:
 
 def begin(folder: Path) -> subprocess.Popen[str]:
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([sys.executable, "-c", SCRIPT, str(folder)], text=True, env=PATHS, cwd=ROOT, **pipes)
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(folder)], text=True, env=PATHS, cwd=ROOT, **pipes
+    )
 
 
 def test_two_runs_in_one_folder(tmp_path: Path) -> None:
@@ -46,7 +48,9 @@ def test_two_runs_in_one_folder(tmp_path: Path) -> None:
         _, said = second.communicate(timeout=60)
         assert second.returncode == 2
         (line,) = said.splitlines()
-        assert line.startswith(f"error: run.folder={tmp_path} is in use by process {first.pid} on {os.uname().nodename} since ")
+        assert line.startswith(
+            f"error: run.folder={tmp_path} is in use by process {first.pid} on {os.uname().nodename} since "
+        )
         status = json.loads((tmp_path / "status.json").read_text())
         assert (status["state"], status["pid"]) == ("running", first.pid)
         first.communicate("", timeout=60)
@@ -79,19 +83,40 @@ configure.start(command, ["+recipe=demo", f"run.folder={sys.argv[1]}"])
 def test_ctrl_c_is_one_line(tmp_path: Path) -> None:
     """Exit code as the shell counts it (128 + SIGINT), no traceback, and status.json says so."""
     process = subprocess.run(
-        [sys.executable, "-c", INTERRUPT, str(tmp_path)], capture_output=True, text=True, cwd=ROOT, env=PATHS
+        [sys.executable, "-c", INTERRUPT, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=PATHS,
     )
-    assert (process.returncode, process.stderr) == (130, "interrupted; start the same command again to resume\n")
+    assert (process.returncode, process.stderr) == (
+        130,
+        "interrupted; start the same command again to resume\n",
+    )
     status = json.loads((tmp_path / "status.json").read_text())
-    assert [status[key] for key in ("state", "code", "cause", "step")] == ["failed", 130, "interrupted (Ctrl-C)", 7]
+    assert [status[key] for key in ("state", "code", "cause", "step")] == [
+        "failed",
+        130,
+        "interrupted (Ctrl-C)",
+        7,
+    ]
 
 
 def test_a_segmentation_fault_leaves_its_trace(tmp_path: Path) -> None:
     """Row 17 of the fault matrix, one process: the place in the program, and no word of an earlier end."""
     RunStatus().begin(tmp_path)
-    process = subprocess.run([sys.executable, "-c", CRASH, str(tmp_path)], capture_output=True, text=True, cwd=ROOT, env=PATHS)
+    process = subprocess.run(
+        [sys.executable, "-c", CRASH, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=PATHS,
+    )
     assert process.returncode == -11
-    assert "Fatal Python error: Segmentation fault" in process.stderr and "in command" in process.stderr
+    assert (
+        "Fatal Python error: Segmentation fault" in process.stderr
+        and "in command" in process.stderr
+    )
     assert json.loads((tmp_path / "status.json").read_text())["state"] == "running"
 
 
@@ -108,7 +133,9 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("free", "refused"), [(1000, True), (1 << 30, False)])
-def test_a_folder_without_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, refused: bool) -> None:
+def test_a_folder_without_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, refused: bool
+) -> None:
     monkeypatch.setattr(lock, "TRIES", 1)
     monkeypatch.setattr(claims.status, "current", claims.status.RunStatus())
     monkeypatch.setattr(claims.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
@@ -124,9 +151,13 @@ def test_a_folder_without_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 def test_which_faults_are_the_disks(tmp_path: Path) -> None:
     """A missing file is the program's mistake, unless the run's folder has gone."""
     full = OSError(28, os.strerror(28), str(tmp_path / "x"))
-    assert str(of_the_machine(full, Path("elsewhere"))).startswith(f"{tmp_path}/x: No space left on device: make room")
+    assert str(of_the_machine(full, Path("elsewhere"))).startswith(
+        f"{tmp_path}/x: No space left on device: make room"
+    )
     unnamed = OSError(28, os.strerror(28))
-    assert str(of_the_machine(unnamed, Path("runs/x"))).startswith("a file of run.folder=runs/x: No space left on device")
+    assert str(of_the_machine(unnamed, Path("runs/x"))).startswith(
+        "a file of run.folder=runs/x: No space left on device"
+    )
     shutil.rmtree(tmp_path)
     with pytest.raises(OSError) as error:
         (tmp_path / "metrics.jsonl").write_text("")
@@ -141,7 +172,9 @@ def test_which_faults_are_the_disks(tmp_path: Path) -> None:
 
 def test_consequences_and_memory_are_told_apart() -> None:
     """Reference: the words of gloo (pair.cc), of torch's CPU allocator and of its CUDA allocator."""
-    assert is_lost_connection(RuntimeError("[gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:59087"))
+    assert is_lost_connection(
+        RuntimeError("[gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:59087")
+    )
     assert not is_lost_connection(ValueError("the cause"))
     for error in (
         MemoryError(),

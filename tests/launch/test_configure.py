@@ -59,27 +59,45 @@ def composed(*words: str, world_size: int = 1) -> RunConfig:
         (["+recipe=demmo"], ["did you mean demo?"]),
         (["+recipe=[demo,nonsense]"], ["recipe=nonsense is unknown"]),
         (["recipe=demo"], ["write +recipe=demo"]),
-        ([DEMO, "model=qwen3vl_8"], ["model=qwen3vl_8 is unknown", "did you mean qwen3vl_8b?", "tiny_moe"]),
+        (
+            [DEMO, "model=qwen3vl_8"],
+            ["model=qwen3vl_8 is unknown", "did you mean qwen3vl_8b?", "tiny_moe"],
+        ),
         ([DEMO, "modle=tiny"], ["no such key: modle", "did you mean model?"]),
         ([DEMO, "run.sed=3"], ["no such key: run.sed", "did you mean run.seed?"]),
         ([DEMO, "seed=3"], ["no such key: seed", "did you mean run.seed?"]),
         ([DEMO, "+run.sed=3"], ["no such key: run.sed", "did you mean run.seed?"]),
         ([DEMO, "++run.sed=3"], ["no such key: run.sed", "did you mean run.seed?"]),
         ([DEMO, "+sequence_lenght=8"], ["did you mean phases.<name>.sequence_length?"]),
-        ([DEMO, "phases.align.stpes=3"], ["no such key: phases.align.stpes", "did you mean phases.align.steps?"]),
+        (
+            [DEMO, "phases.align.stpes=3"],
+            ["no such key: phases.align.stpes", "did you mean phases.align.steps?"],
+        ),
         ([DEMO, "++phases.align.stpes=3"], ["did you mean phases.align.steps?"]),
-        ([DEMO, "phases.algin.steps=3"], ["no such name: phases.algin", "did you mean align?", "towers"]),
+        (
+            [DEMO, "phases.algin.steps=3"],
+            ["no such name: phases.algin", "did you mean align?", "towers"],
+        ),
         ([DEMO, "+phases.algin.steps=3"], ["no such name: phases.algin", "did you mean align?"]),
         ([DEMO, "phases.align.parallel.tensr=2"], ["did you mean phases.align.parallel.tensor?"]),
-        ([DEMO, "phases.align.parallel.tensor=two"], ["phases.align.parallel.tensor", "two", "Integer"]),
+        (
+            [DEMO, "phases.align.parallel.tensor=two"],
+            ["phases.align.parallel.tensor", "two", "Integer"],
+        ),
         (
             [DEMO, "phases.align.mixture.text=1"],
             ["no such name: phases.align.mixture.text", "+phases.align.mixture.text=VALUE"],
         ),
         ([DEMO, "phases.align.steps=abc"], ["phases.align.steps", "abc", "Integer"]),
         ([DEMO, "phases.align.trainable=merger"], ["phases.align.trainable", "list"]),
-        ([DEMO, "phases.align.trainable=[mergers]"], ["phases.align.trainable=mergers is unknown", "did you mean merger?"]),
-        ([DEMO, "+phases.align.mixture.caption=1"], ["phases.align.mixture=caption is unknown", "did you mean captions?"]),
+        (
+            [DEMO, "phases.align.trainable=[mergers]"],
+            ["phases.align.trainable=mergers is unknown", "did you mean merger?"],
+        ),
+        (
+            [DEMO, "+phases.align.mixture.caption=1"],
+            ["phases.align.mixture=caption is unknown", "did you mean captions?"],
+        ),
         ([DEMO, "run.name=???"], ["run.name is required"]),
         ([DEMO, "+data.datasets.extra.weight=2"], ["data.datasets.extra.path is required"]),
         ([DEMO, "run.name=${oc.env:VISIONLOOM_UNSET}"], ["run.name", "VISIONLOOM_UNSET"]),
@@ -100,13 +118,19 @@ def test_a_wrong_word_is_one_line(words: list[str], expected: list[str]) -> None
 @pytest.mark.parametrize(
     ("recipe", "expected"),
     [
-        ("typo", "recipe/typo.yaml: no such key: phases.align.stpes (did you mean phases.align.steps?)"),
+        (
+            "typo",
+            "recipe/typo.yaml: no such key: phases.align.stpes (did you mean phases.align.steps?)",
+        ),
         (
             "wrong_type",
             "recipe/wrong_type.yaml: phases.align.steps: Value 'many' of type 'str' could not be converted to Integer",
         ),
         ("wrong_group", "recipe/wrong_group.yaml: no such group: modle (did you mean model?)"),
-        ("mien", "recipe=mien is unknown (did you mean mine?): use one of broken, deep/nested, demo, full/"),
+        (
+            "mien",
+            "recipe=mien is unknown (did you mean mine?): use one of broken, deep/nested, demo, full/",
+        ),
     ],
 )
 def test_a_wrong_file_is_named(own_recipes: Path, recipe: str, expected: str) -> None:
@@ -126,36 +150,64 @@ def test_every_missing_value_gets_a_line(own_recipes: Path) -> None:
 
 def test_every_value_that_cannot_work_gets_a_line() -> None:
     lines = faults(DEMO, "run.device=gpu", "phases.align.loss=root", "phases.sft.steps=0")
-    assert [line.partition("=")[0].split(" ")[0] for line in lines] == ["run.device", "phases.align.loss", "phases.sft.steps"]
+    assert [line.partition("=")[0].split(" ")[0] for line in lines] == [
+        "run.device",
+        "phases.align.loss",
+        "phases.sft.steps",
+    ]
 
 
 def test_the_world_size_comes_from_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(UserError, match=r"phases.towers.global_batch=4 .* 3 data-parallel ranks .* \(likewise align"):
+    with pytest.raises(
+        UserError,
+        match=r"phases.towers.global_batch=4 .* 3 data-parallel ranks .* \(likewise align",
+    ):
         compose([DEMO])
 
 
 def test_the_demo_keeps_the_order_of_its_phases() -> None:
     config = composed(DEMO, world_size=2)
-    assert list(config.phases) == ["towers", "align", "multimodal", "long", "ultra", "sft", "reasoning"]
+    assert list(config.phases) == [
+        "towers",
+        "align",
+        "multimodal",
+        "long",
+        "ultra",
+        "sft",
+        "reasoning",
+    ]
     assert config.run.folder == "runs/demo"
     assert config.phases["align"].peak_learning_rates().keys() == {"merger"}
 
 
 def test_words_of_the_command_line_win() -> None:
     config = composed(
-        DEMO, "phases.align.steps=10", "run.name=other", "+phases.align.mixture.text=0.5", "+data.datasets.extra.path=here"
+        DEMO,
+        "phases.align.steps=10",
+        "run.name=other",
+        "+phases.align.mixture.text=0.5",
+        "+data.datasets.extra.path=here",
     )
     assert config.phases["align"].steps == 10
     assert config.run.folder == "runs/other"
     assert config.phases["align"].mixture == {"captions": 1.0, "text": 0.5}
-    assert (config.data.datasets["extra"].path, config.data.datasets["extra"].weight) == ("here", 1.0)
+    assert (config.data.datasets["extra"].path, config.data.datasets["extra"].weight) == (
+        "here",
+        1.0,
+    )
 
 
-@pytest.mark.parametrize("word", ["phases.long.parallel.tensor=2", "phases.long.parallel={tensor: 2}", "+recipe=[demo,layout]"])
+@pytest.mark.parametrize(
+    "word",
+    ["phases.long.parallel.tensor=2", "phases.long.parallel={tensor: 2}", "+recipe=[demo,layout]"],
+)
 def test_a_phase_may_have_a_layout_of_its_own(own_recipes: Path, word: str) -> None:
     config = composed(
-        *dict.fromkeys([word if word.startswith("+") else DEMO, word]), "--config-dir", str(own_recipes), world_size=2
+        *dict.fromkeys([word if word.startswith("+") else DEMO, word]),
+        "--config-dir",
+        str(own_recipes),
+        world_size=2,
     )
     layout = config.phases["long"].parallel
     assert layout is not None and (layout.tensor, layout.pipeline) == (2, 1)
@@ -168,12 +220,18 @@ def test_own_recipes_inherit_ours(own_recipes: Path) -> None:
     assert (mine.run.name, mine.model.name) == ("mine", "tiny_moe")
 
 
-@pytest.mark.parametrize("late", [["+data.datasets.mine.path=DIR", "phases.long.parallel.tensor=2"], []])
-def test_what_is_shown_is_what_would_run(late: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "late", [["+data.datasets.mine.path=DIR", "phases.long.parallel.tensor=2"], []]
+)
+def test_what_is_shown_is_what_would_run(
+    late: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     """Reference: the composed configuration, and OmegaConf reading back what was printed."""
     words = [DEMO, "phases.align.steps=17", *late]
     assert compose(["--cfg", "job", *words, "--resolve"]) is None
-    shown = OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.create(capsys.readouterr().out))
+    shown = OmegaConf.merge(
+        OmegaConf.structured(RunConfig), OmegaConf.create(capsys.readouterr().out)
+    )
     expected = composed(*words, world_size=2)
     expected.run.folder = ""
     assert OmegaConf.to_object(shown) == expected
@@ -212,7 +270,10 @@ def test_suggestions_prefer_the_same_place() -> None:
 
 
 def test_a_commands_own_options_are_taken_out() -> None:
-    assert split_options([DEMO, "checkpoint=a=b"], ["checkpoint"]) == ({"checkpoint": "a=b"}, [DEMO])
+    assert split_options([DEMO, "checkpoint=a=b"], ["checkpoint"]) == (
+        {"checkpoint": "a=b"},
+        [DEMO],
+    )
 
 
 # layers, hidden, ffn, heads, kv heads, tied | depth, hidden, ffn, deepstack | experts, per token, expert ffn
@@ -221,8 +282,16 @@ PUBLISHED = {
     "qwen3vl_4b": ((36, 2560, 9728, 32, 8, True), (24, 1024, 4096, [5, 11, 17]), (0, 0, 0)),
     "qwen3vl_8b": ((36, 4096, 12288, 32, 8, False), (27, 1152, 4304, [8, 16, 24]), (0, 0, 0)),
     "qwen3vl_32b": ((64, 5120, 25600, 64, 8, False), (27, 1152, 4304, [8, 16, 24]), (0, 0, 0)),
-    "qwen3vl_30b_a3b": ((48, 2048, 6144, 32, 4, False), (27, 1152, 4304, [8, 16, 24]), (128, 8, 768)),
-    "qwen3vl_235b_a22b": ((94, 4096, 12288, 64, 4, False), (27, 1152, 4304, [8, 16, 24]), (128, 8, 1536)),
+    "qwen3vl_30b_a3b": (
+        (48, 2048, 6144, 32, 4, False),
+        (27, 1152, 4304, [8, 16, 24]),
+        (128, 8, 768),
+    ),
+    "qwen3vl_235b_a22b": (
+        (94, 4096, 12288, 64, 4, False),
+        (27, 1152, 4304, [8, 16, 24]),
+        (128, 8, 1536),
+    ),
 }
 
 
@@ -231,16 +300,36 @@ def test_model_sizes_are_the_published_ones(name: str) -> None:
     """Reference: config.json of Qwen/Qwen3-VL-*; Qwen3-VL technical report, section 2."""
     model = composed_model(name)
     text, vision = model.text, model.vision
-    language = (text.layers, text.hidden_size, text.ffn_hidden_size, text.heads, text.kv_heads, text.tie_embeddings)
+    language = (
+        text.layers,
+        text.hidden_size,
+        text.ffn_hidden_size,
+        text.heads,
+        text.kv_heads,
+        text.tie_embeddings,
+    )
     tower = (vision.depth, vision.hidden_size, vision.ffn_hidden_size, vision.deepstack_layers)
     experts = (text.experts, text.experts_per_token, text.expert_ffn_hidden_size)
     assert (language, tower, experts) == PUBLISHED[name]
-    assert (text.head_dim, text.vocab_size, text.rope_theta, text.mrope_section) == (128, 151936, 5e6, [24, 20, 20])
-    assert (text.norm_epsilon, text.max_positions, vision.heads, vision.position_table) == (1e-6, 262144, 16, 48)
+    assert (text.head_dim, text.vocab_size, text.rope_theta, text.mrope_section) == (
+        128,
+        151936,
+        5e6,
+        [24, 20, 20],
+    )
+    assert (text.norm_epsilon, text.max_positions, vision.heads, vision.position_table) == (
+        1e-6,
+        262144,
+        16,
+        48,
+    )
     assert (vision.patch_width, vision.spatial_merge_size, model.name) == (3 * 2 * 16 * 16, 2, name)
 
 
 def composed_model(name: str) -> ModelConfig:
     """A model as its recipe gives it: read by OmegaConf over the schema, so that sizes that cannot be built yet are seen too."""
-    merged = OmegaConf.merge(OmegaConf.structured(ModelConfig), OmegaConf.load(ROOT / "recipes" / "model" / f"{name}.yaml"))
+    merged = OmegaConf.merge(
+        OmegaConf.structured(ModelConfig),
+        OmegaConf.load(ROOT / "recipes" / "model" / f"{name}.yaml"),
+    )
     return cast(ModelConfig, OmegaConf.to_object(merged))

@@ -31,11 +31,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-@pytest.mark.parametrize("words", [[], ["--help"], *([name, "--help"] for name in COMMANDS)], ids=str)
+@pytest.mark.parametrize(
+    "words", [[], ["--help"], *([name, "--help"] for name in COMMANDS)], ids=str
+)
 def test_help_names_every_option(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 0
     shown = capsys.readouterr().out
-    known = [*COMMANDS[words[0]].required, *COMMANDS[words[0]].optional] if words[1:] else [f"convert.py {n}" for n in COMMANDS]
+    known = (
+        [*COMMANDS[words[0]].required, *COMMANDS[words[0]].optional]
+        if words[1:]
+        else [f"convert.py {n}" for n in COMMANDS]
+    )
     assert all(option in shown for option in known)
 
 
@@ -46,20 +52,43 @@ def test_help_names_every_option(words: list[str], capsys: pytest.CaptureFixture
         (["import", "hf=x"], "import needs out=..."),
         (["import"], "import needs hf=... and out=..."),
         (["import", "hf=x", "out"], "command line: cannot read 'out': write option=value"),
-        (["export", "chekpoint=x", "out=y"], "export has no option chekpoint (did you mean checkpoint?): use "),
-        (["export", "checkpoint=x", "out=y", "parallel.tensor=2"], "export has no option parallel.tensor"),
-        (["export", "checkpoint=.", "out=y", "dtype=int8"], "dtype=int8 is unknown: use one of bf16, fp16, fp32"),
-        (["export", "checkpoint=.", "out=y", "layout=hugging"], "layout=hugging is unknown: use one of transformers, hub"),
-        (["export", "checkpoint=.", "out=y", "shard=5"], "shard=5 is not a size: write 500MB or 5GB"),
+        (
+            ["export", "chekpoint=x", "out=y"],
+            "export has no option chekpoint (did you mean checkpoint?): use ",
+        ),
+        (
+            ["export", "checkpoint=x", "out=y", "parallel.tensor=2"],
+            "export has no option parallel.tensor",
+        ),
+        (
+            ["export", "checkpoint=.", "out=y", "dtype=int8"],
+            "dtype=int8 is unknown: use one of bf16, fp16, fp32",
+        ),
+        (
+            ["export", "checkpoint=.", "out=y", "layout=hugging"],
+            "layout=hugging is unknown: use one of transformers, hub",
+        ),
+        (
+            ["export", "checkpoint=.", "out=y", "shard=5"],
+            "shard=5 is not a size: write 500MB or 5GB",
+        ),
         (["export", "checkpoint=nowhere", "out=y"], "checkpoint=nowhere is not a folder"),
         (["import", "hf=nowhere", "out=y"], "hf=nowhere: no config.json there"),
-        (["import", "hf=FOLDER", "out=y", "parallel.tensr=2"], "no such key: parallel.tensr (did you mean tensor?)"),
-        (["import", "hf=FOLDER", "out=y", "parallel.tensor=two"], "parallel.tensor=two must be a whole number"),
+        (
+            ["import", "hf=FOLDER", "out=y", "parallel.tensr=2"],
+            "no such key: parallel.tensr (did you mean tensor?)",
+        ),
+        (
+            ["import", "hf=FOLDER", "out=y", "parallel.tensor=two"],
+            "parallel.tensor=two must be a whole number",
+        ),
         (["import", "hf=FOLDER", "out=y", "parallel.tensor=2"], "1 ranks cannot hold tensor 2"),
     ],
     ids=str,
 )
-def test_a_wrong_word_is_one_line(words: list[str], told: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_word_is_one_line(
+    words: list[str], told: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     code, error = ended([word.replace("FOLDER", str(folder)) for word in words], capsys)
     assert code == 2 and error.startswith(f"error: {told}") and error.count("\n") == 1
 
@@ -74,9 +103,19 @@ def test_a_layout_that_does_not_fit_is_told_before_any_work(
 
 
 def run(words: list[str], ranks: int = 0) -> subprocess.CompletedProcess[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        if ranks
+        else []
+    )
     command = [sys.executable, *launcher, "launch/convert.py", *words]
-    return subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
 
 
 def test_a_wrong_folder_is_refused_without_torch(folder: Path, tmp_path: Path) -> None:

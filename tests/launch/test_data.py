@@ -17,11 +17,17 @@ from visionloom.launch.data import main
 def folder(tmp_path: Path) -> Path:
     content = (Text("x"), Image("a.png", 1, 1), Video(("b.png", "c.png"), (0.0, 1.0), 1, 1))
     media = dict.fromkeys(("a.png", "b.png", "c.png"), b"x")
-    write_shards(tmp_path / "some", "some", [(Sample(f"s:{i}", "doc", content=content, task="t"), media) for i in range(7)])
+    write_shards(
+        tmp_path / "some",
+        "some",
+        [(Sample(f"s:{i}", "doc", content=content, task="t"), media) for i in range(7)],
+    )
     return tmp_path / "some"
 
 
-def test_stats_counts_samples_media_and_tasks(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stats_counts_samples_media_and_tasks(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["stats", str(folder.parent)]) == 0
     (row,) = [line for line in capsys.readouterr().out.splitlines() if "some" in line]
     assert [cell.strip() for cell in row.strip("│").split("│")] == [
@@ -39,7 +45,9 @@ def test_stats_counts_samples_media_and_tasks(folder: Path, capsys: pytest.Captu
     ]
 
 
-def test_index_makes_a_folder_of_tars_readable(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_index_makes_a_folder_of_tars_readable(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (folder / "dataset.json").unlink()
     assert main(["index", str(folder)]) == 0
     out = capsys.readouterr().out
@@ -48,7 +56,9 @@ def test_index_makes_a_folder_of_tars_readable(folder: Path, capsys: pytest.Capt
     assert len(Dataset.open(folder, "some")) == 7
 
 
-def test_index_goes_on_without_bad_samples_when_asked(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_index_goes_on_without_bad_samples_when_asked(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     content = (folder / "some-000000.tar").read_bytes()
     (folder / "more.tar").write_bytes(content.replace(b'"id":"s:3"', b'"id":"s"3"'))
     with pytest.raises(SystemExit) as caught:
@@ -56,20 +66,36 @@ def test_index_goes_on_without_bad_samples_when_asked(folder: Path, capsys: pyte
     assert caught.value.code == 2
     assert f"error: {folder / 'more.tar'}: at byte " in capsys.readouterr().err
     assert main(["index", str(folder), "--workers", "1", "--skip-bad"]) == 0
-    assert f"some samples were left out: see {folder / 'left_out.jsonl'}\n" in capsys.readouterr().out
+    assert (
+        f"some samples were left out: see {folder / 'left_out.jsonl'}\n" in capsys.readouterr().out
+    )
     assert len(Dataset.open(folder, "some")) == 13
 
 
-def test_a_key_of_a_record_is_part_of_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_key_of_a_record_is_part_of_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
-    (tmp_path / "x.json").write_text(json.dumps([{"conversations": turns, "a\n\x1b[2Jerror: b": 1}]))
-    assert main(["convert", "llava", str(tmp_path / "x.json"), str(tmp_path / "out"), "--workers", "1"]) == 0
+    (tmp_path / "x.json").write_text(
+        json.dumps([{"conversations": turns, "a\n\x1b[2Jerror: b": 1}])
+    )
+    assert (
+        main(
+            ["convert", "llava", str(tmp_path / "x.json"), str(tmp_path / "out"), "--workers", "1"]
+        )
+        == 0
+    )
     assert "    1 record key a\\n\\x1b[2Jerror: b (first: x.json:0)\n" in capsys.readouterr().out
 
 
-def test_verify_exits_with_1_if_anything_is_bad(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_exits_with_1_if_anything_is_bad(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["verify", str(folder), "--workers", "1"]) == 1
-    assert f"{folder}: 21 bad members, listed in {folder / 'verify.jsonl'}\n" in capsys.readouterr().out
+    assert (
+        f"{folder}: 21 bad members, listed in {folder / 'verify.jsonl'}\n"
+        in capsys.readouterr().out
+    )
     assert len((folder / "verify.jsonl").read_text().splitlines()) == 21
     write_shards(folder.parent / "good", "good", [(Sample("s", "doc", content=(Text("x"),)), {})])
     assert main(["verify", str(folder.parent / "good"), "--decode"]) == 0
@@ -85,7 +111,9 @@ def test_export_energon_names_its_splits(folder: Path, capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize("command", ["index", "stats", "verify", "export-energon"])
-def test_a_users_error_is_one_line_and_exit_code_2(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_users_error_is_one_line_and_exit_code_2(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as caught:
         main([command, str(tmp_path)])
     captured = capsys.readouterr()

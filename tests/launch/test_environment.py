@@ -11,7 +11,14 @@ from pathlib import Path
 import pytest
 
 from visionloom.common.errors import UserError
-from visionloom.launch.environment import ALONE, RENDEZVOUS, THREADS, TORCHRUN, check_environment, world_size
+from visionloom.launch.environment import (
+    ALONE,
+    RENDEZVOUS,
+    THREADS,
+    TORCHRUN,
+    check_environment,
+    world_size,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 RANK_3 = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "8"}
@@ -42,7 +49,9 @@ def shell(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         {THREADS: "4,2"},
     ],
 )
-def test_a_true_environment_is_taken(environment: dict[str, str], shell: pytest.MonkeyPatch) -> None:
+def test_a_true_environment_is_taken(
+    environment: dict[str, str], shell: pytest.MonkeyPatch
+) -> None:
     for name, value in environment.items():
         shell.setenv(name, value)
     check_environment()
@@ -68,7 +77,9 @@ def test_a_true_environment_is_taken(environment: dict[str, str], shell: pytest.
         ({THREADS: "0"}, ["OMP_NUM_THREADS=0"]),
     ],
 )  # fmt: skip
-def test_a_left_over_environment_is_named(environment: dict[str, str], expected: list[str], shell: pytest.MonkeyPatch) -> None:
+def test_a_left_over_environment_is_named(
+    environment: dict[str, str], expected: list[str], shell: pytest.MonkeyPatch
+) -> None:
     for name, value in environment.items():
         shell.setenv(name, value)
     with pytest.raises(UserError) as caught:
@@ -78,23 +89,31 @@ def test_a_left_over_environment_is_named(environment: dict[str, str], expected:
 
 
 @pytest.mark.parametrize(
-    "command", [["pretrain.py", "+recipe=demo"], ["evaluate.py", "+recipe=demo"], ["convert.py", "import"]]
+    "command",
+    [["pretrain.py", "+recipe=demo"], ["evaluate.py", "+recipe=demo"], ["convert.py", "import"]],
 )
 def test_a_command_ends_at_once(command: list[str]) -> None:
     """Also on a rank that stays silent about errors of all ranks, and in no longer than the start of Python takes."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC")}
+    kept = {
+        name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC")
+    }
     result = subprocess.run(
         [sys.executable, "-X", "importtime", f"launch/{command[0]}", *command[1:]],
         cwd=ROOT, env={**kept, **RANK_3, **MASTER}, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     told = [line for line in result.stderr.splitlines() if not line.startswith("import time:")]
     assert result.returncode == 2 and len(told) == 1
-    assert told[0].startswith("error: RANK=3, WORLD_SIZE=8, LOCAL_RANK=3, LOCAL_WORLD_SIZE=8 in the environment")
+    assert told[0].startswith(
+        "error: RANK=3, WORLD_SIZE=8, LOCAL_RANK=3, LOCAL_WORLD_SIZE=8 in the environment"
+    )
     assert "| torch\n" not in result.stderr
 
 
 @pytest.mark.parametrize("value", ["", "eight", "0", "-1"])
 def test_a_plan_needs_a_number_of_ranks(value: str, shell: pytest.MonkeyPatch) -> None:
     shell.setenv("WORLD_SIZE", value)
-    with pytest.raises(UserError, match=f"WORLD_SIZE={value} in the environment is not a number of ranks: unset WORLD_SIZE"):
+    with pytest.raises(
+        UserError,
+        match=f"WORLD_SIZE={value} in the environment is not a number of ranks: unset WORLD_SIZE",
+    ):
         world_size()

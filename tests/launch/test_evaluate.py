@@ -52,7 +52,10 @@ WORDS = (
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "data2": (2, []),
     "tensor2": (2, ["parallel.tensor=2"]),
-    "pipeline2 virtual2": (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "phases.multimodal.global_batch=4"]),
+    "pipeline2 virtual2": (
+        2,
+        ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "phases.multimodal.global_batch=4"],
+    ),
     "context2": (2, ["parallel.context=2", "data.sample_token_multiple=4"]),
 }
 Answers = dict[str, str]
@@ -72,7 +75,11 @@ def trained_model(config: RunConfig) -> tuple[Topology, list[Qwen3VL]]:
 def evaluate_on_ranks(config: RunConfig) -> tuple[dict[str, Any], Answers]:
     """What `evaluate` returns, and all answers of this copy of the model by sample."""
     topology, chunks = trained_model(config)
-    found = [prediction for name in DATASETS for prediction in predictions(held_out(config), chunks, topology, name)]
+    found = [
+        prediction
+        for name in DATASETS
+        for prediction in predictions(held_out(config), chunks, topology, name)
+    ]
     answers = {prediction.sample.sample_id: prediction.text for prediction in found}
     return evaluate(config), answers
 
@@ -101,7 +108,10 @@ def one_at_a_time(config: RunConfig) -> tuple[Answers, list[str], list[str]]:
                 tokens = brute_force(model, topology, prompt_of(sample), dataset.tokenizer)
                 found[sample.sample_id] = text_of(tokens, dataset.tokenizer)
                 wrong = [(token + 1) % config.model.text.vocab_size for token in (*tokens, 0)]
-                drafts += [extend(prompt_of(sample), [*tokens[:kept], wrong[kept]]) for kept in range(len(tokens) + 1)]
+                drafts += [
+                    extend(prompt_of(sample), [*tokens[:kept], wrong[kept]])
+                    for kept in range(len(tokens) + 1)
+                ]
                 expected += [found[sample.sample_id]] * (len(tokens) + 1)
     decoder = GreedyDecoder([model], topology, Tokenizer(config.data.tokenizer), MOST_TOKENS)
     drafts.append(extend(drafts[-1], [0] * 500))  # an answer far longer than what may be generated
@@ -111,7 +121,9 @@ def one_at_a_time(config: RunConfig) -> tuple[Answers, list[str], list[str]]:
 
 
 @torch.no_grad()
-def brute_force(model: Qwen3VL, topology: Topology, prompt: EncodedSample, tokenizer: Tokenizer) -> list[int]:
+def brute_force(
+    model: Qwen3VL, topology: Topology, prompt: EncodedSample, tokenizer: Tokenizer
+) -> list[int]:
     tokens: list[int] = []
     while len(tokens) < MOST_TOKENS and not set(tokens) & set(tokenizer.stop_ids):
         batch, _ = pack_prompts([extend(prompt, tokens)], tokenizer.pad_id)
@@ -134,7 +146,9 @@ def by_transformers(config: RunConfig) -> Answers:
         for sample in EvaluationSet(config.data, name, config.evaluation.samples).questions():
             if sample.task and sample.task not in tasks:
                 tasks.add(sample.task)
-                answers[sample.sample_id] = text_of(generate(theirs, prompt_of(sample), tokenizer), tokenizer)
+                answers[sample.sample_id] = text_of(
+                    generate(theirs, prompt_of(sample), tokenizer), tokenizer
+                )
     return answers
 
 
@@ -161,7 +175,9 @@ def generate(theirs: Any, prompt: EncodedSample, tokenizer: Tokenizer) -> list[i
 
 
 @pytest.fixture(scope="module")
-def trained(pool: RankPool, demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def trained(
+    pool: RankPool, demo_data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
     """Data and folder of a short run."""
     folder = tmp_path_factory.mktemp("trained")
     pool.run(1, train, run_config(demo_data, folder, STEPS, 1, *WORDS))
@@ -178,7 +194,9 @@ def alone(pool: RankPool, trained: tuple[Path, Path]) -> tuple[dict[str, Any], A
 def test_answers_are_those_of_greedy_decoding(
     alone: tuple[dict[str, Any], Answers], pool: RankPool, trained: tuple[Path, Path]
 ) -> None:
-    ((expected, with_drafts, without),) = pool.run(1, one_at_a_time, run_config(*trained, STEPS, 1, *WORDS))
+    ((expected, with_drafts, without),) = pool.run(
+        1, one_at_a_time, run_config(*trained, STEPS, 1, *WORDS)
+    )
     assert alone[1] == expected
     assert with_drafts == without and len(without) > len(expected)
 
@@ -197,7 +215,9 @@ def test_a_layout_does_not_change_the_results(
 ) -> None:
     """Reference: one process."""
     world_size, words = LAYOUTS[layout]
-    found = pool.run(world_size, evaluate_on_ranks, run_config(*trained, STEPS, world_size, *WORDS, *words))
+    found = pool.run(
+        world_size, evaluate_on_ranks, run_config(*trained, STEPS, world_size, *WORDS, *words)
+    )
     results = found[0][0]
     assert all(other == results for other, _ in found)
     assert results["loss"] == pytest.approx(alone[0]["loss"], rel=1e-5)
@@ -206,12 +226,18 @@ def test_a_layout_does_not_change_the_results(
 
 
 def test_the_command_takes_the_newest_or_a_named_checkpoint(
-    alone: tuple[dict[str, Any], Answers], pool: RankPool, trained: tuple[Path, Path], tmp_path: Path
+    alone: tuple[dict[str, Any], Answers],
+    pool: RankPool,
+    trained: tuple[Path, Path],
+    tmp_path: Path,
 ) -> None:
     data, folder = trained
     (checkpoint,) = (folder / "checkpoints").glob("*/step-*")
     elsewhere = run_words(data, tmp_path / "other", STEPS, *WORDS, f"checkpoint={checkpoint}")
-    for words, target in ((run_words(data, folder, STEPS, *WORDS), folder), (elsewhere, tmp_path / "other")):
+    for words, target in (
+        (run_words(data, folder, STEPS, *WORDS), folder),
+        (elsewhere, tmp_path / "other"),
+    ):
         assert pool.run(2, run_command, words) == [0, 0]
         results = json.loads((target / "eval.json").read_text())
         assert results["loss"] == pytest.approx(alone[0]["loss"], rel=1e-5)
@@ -224,15 +250,35 @@ def write_user_data(folder: Path) -> None:
     records = []
     for i in range(5):
         PIL.Image.new("RGB", (64, 64), (50 * i, 0, 0)).save(folder / f"{i}.png")
-        turns = [{"from": "human", "value": "<image>\nWhat colour?"}, {"from": "gpt", "value": "Red. " * (1 + 5 * i)}]
-        records.append({"id": str(i), "image": f"{i}.png", "conversations": turns} | ({"task": "colour"} if i == 4 else {}))
+        turns = [
+            {"from": "human", "value": "<image>\nWhat colour?"},
+            {"from": "gpt", "value": "Red. " * (1 + 5 * i)},
+        ]
+        records.append(
+            {"id": str(i), "image": f"{i}.png", "conversations": turns}
+            | ({"task": "colour"} if i == 4 else {})
+        )
     for name, some in (("plain", records[:4]), ("named", records[4:])):
         (folder / f"{name}.json").write_text(json.dumps(some))
-        assert convert(["convert", "llava", str(folder / f"{name}.json"), str(folder / name), "--images-dir", str(folder)]) == 0
+        assert (
+            convert(
+                [
+                    "convert",
+                    "llava",
+                    str(folder / f"{name}.json"),
+                    str(folder / name),
+                    "--images-dir",
+                    str(folder),
+                ]
+            )
+            == 0
+        )
 
 
 @pytest.mark.parametrize("name", ["plain", "named"])
-def test_converted_user_data_is_evaluated(name: str, pool: RankPool, trained: tuple[Path, Path], tmp_path: Path) -> None:
+def test_converted_user_data_is_evaluated(
+    name: str, pool: RankPool, trained: tuple[Path, Path], tmp_path: Path
+) -> None:
     """Without a task there are losses, and a line that says how to name one; with one, answers are compared too."""
     write_user_data(tmp_path)
     data, folder = trained
@@ -240,20 +286,32 @@ def test_converted_user_data_is_evaluated(name: str, pool: RankPool, trained: tu
     words = run_words(data, tmp_path / "other", STEPS, *WORDS, f"checkpoint={checkpoint}")
     words = [word for word in words if not word.startswith("data.validation")]
     gone = [f"~data.validation.{source}" for source in DATASETS]
-    assert pool.run(1, run_command, [*words, *gone, f"+data.validation.mine.path={tmp_path / name}"]) == [0]
+    assert pool.run(
+        1, run_command, [*words, *gone, f"+data.validation.mine.path={tmp_path / name}"]
+    ) == [0]
     results = json.loads((tmp_path / "other" / "eval.json").read_text())
     assert list(results["loss"]) == ["mine"]
-    assert {task: result["n"] for task, result in results["tasks"].items()} == ({} if name == "plain" else {"colour": 1})
+    assert {task: result["n"] for task, result in results["tasks"].items()} == (
+        {} if name == "plain" else {"colour": 1}
+    )
     assert (NO_TASKS in (tmp_path / "other" / "report.html").read_text()) == (name == "plain")
 
 
 def test_an_empty_table_is_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
     losses, tasks = {"pictures [a]": 1.5}, {"colour": {"accuracy": 0.5, "n": 2}}
     shown = []
-    for results in ({"loss": losses, "tasks": {}}, {"loss": losses, "tasks": tasks}, {"loss": {}, "tasks": {}}):
+    for results in (
+        {"loss": losses, "tasks": {}},
+        {"loss": losses, "tasks": tasks},
+        {"loss": {}, "tasks": {}},
+    ):
         _print(results, Screen(True, 1))
         shown.append(capsys.readouterr().out)
-    assert "pictures [a]" in shown[0] and "accuracy" not in shown[0] and shown[0].endswith(NO_TASKS + "\n")
+    assert (
+        "pictures [a]" in shown[0]
+        and "accuracy" not in shown[0]
+        and shown[0].endswith(NO_TASKS + "\n")
+    )
     assert "50.0%" in shown[1] and NO_TASKS not in shown[1]
     assert shown[2] == NO_TASKS + "\n" and "--task NAME" in NO_TASKS
 
@@ -266,7 +324,9 @@ def take(config: RunConfig, source: str) -> str:
     return str(caught.value)
 
 
-def test_a_checkpoint_that_cannot_be_taken_is_named(pool: RankPool, trained: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_checkpoint_that_cannot_be_taken_is_named(
+    pool: RankPool, trained: tuple[Path, Path], tmp_path: Path
+) -> None:
     data, folder = trained
     (checkpoint,) = (folder / "checkpoints").glob("*/step-*")
     damaged = tmp_path / "damaged" / "checkpoints" / "multimodal" / checkpoint.name

@@ -67,7 +67,11 @@ def demo(folder: Path) -> None:
     ],
 )
 def test_the_extra_is_named(
-    use: Callable[[Path], None], module: str, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    use: Callable[[Path], None],
+    module: str,
+    extra: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import importlib.util
 
@@ -75,19 +79,38 @@ def test_the_extra_is_named(
     for name in [name for name in sys.modules if name.partition(".")[0] == module]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, module, None)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == module else found(name, *rest))
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == module else found(name, *rest),
+    )
     with pytest.raises(UserError, match=rf"pip install '?visionloom\[{extra}\]"):
         use(tmp_path)
 
 
 def test_commands_start_without_any_of_them() -> None:
     """`--help` and the composing of a run, in a process that has none of the optional packages."""
-    names = ["tensorboard", "pyarrow", "av", "sklearn", "s3fs", "simplejpeg", "deepspeed", "flash_attn", "wandb"]
+    names = [
+        "tensorboard",
+        "pyarrow",
+        "av",
+        "sklearn",
+        "s3fs",
+        "simplejpeg",
+        "deepspeed",
+        "flash_attn",
+        "wandb",
+    ]
     code = HIDE.format(names=names) + (
         "from visionloom.launch.configure import compose; assert compose(['+recipe=demo'], 2).run.name == 'demo';"
         "import visionloom.launch.data, visionloom.train.trackers, visionloom.data.encode.patches"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={"PYTHONPATH": str(ROOT / ".link")}, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={"PYTHONPATH": str(ROOT / ".link")},
+        capture_output=True,
+    )
     assert done.returncode == 0, done.stderr.decode()
 
 
@@ -96,7 +119,11 @@ def test_pictures_are_the_same_without_simplejpeg(monkeypatch: pytest.MonkeyPatc
     from visionloom.data.encode import image
 
     file = BytesIO()
-    Pillow.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)).save(file, "JPEG", quality=95)
+    Pillow.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)).save(
+        file, "JPEG", quality=95
+    )
     quick = image.decode_image(file.getvalue(), (40, 60), "s", "a.jpg")
     monkeypatch.setattr(image, "simplejpeg", None)
-    np.testing.assert_array_equal(image.decode_image(file.getvalue(), (40, 60), "s", "a.jpg"), quick)
+    np.testing.assert_array_equal(
+        image.decode_image(file.getvalue(), (40, 60), "s", "a.jpg"), quick
+    )

@@ -15,9 +15,15 @@ DEMO = "+recipe=lora/demo"
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["init.checkpoint="], "lora.rank=16 needs weights to adapt: set init.huggingface or init.checkpoint"),
+        (
+            ["init.checkpoint="],
+            "lora.rank=16 needs weights to adapt: set init.huggingface or init.checkpoint",
+        ),
         (["phases.words.fresh=[merger]"], "phases.words.fresh=['merger'] would stay as drawn"),
-        (["phases.words.trainable=[vision]"], "phases.words.trainable=['vision'] has no adapters: lora.groups="),
+        (
+            ["phases.words.trainable=[vision]"],
+            "phases.words.trainable=['vision'] has no adapters: lora.groups=",
+        ),
         (["lora.targets=[router]"], "lora.targets=router matches no linear layer"),
         (["lora.rnak=4"], "no such key: lora.rnak (did you mean lora.rank?)"),
     ],
@@ -37,9 +43,12 @@ def test_it_needs_weights() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "part"), [(["checkpoint=nowhere"], "nowhere is not a folder"), ([], "adapter needs checkpoint")]
+    ("words", "part"),
+    [(["checkpoint=nowhere"], "nowhere is not a folder"), ([], "adapter needs checkpoint")],
 )
-def test_export_names_its_option(words: list[str], part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_names_its_option(
+    words: list[str], part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as ended:
         convert(["adapter", *words, f"out={tmp_path / 'out'}"])
     assert ended.value.code == 2 and part in capsys.readouterr().err

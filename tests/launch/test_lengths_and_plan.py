@@ -20,10 +20,16 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def rows(text: str) -> list[list[str]]:
     """Cells of the printed tables."""
-    return [[cell.strip() for cell in line.strip("│\n").split("│")] for line in text.splitlines() if line.startswith("│")]
+    return [
+        [cell.strip() for cell in line.strip("│\n").split("│")]
+        for line in text.splitlines()
+        if line.startswith("│")
+    ]
 
 
-def test_lengths_are_counted_once(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lengths_are_counted_once(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = [
         "lengths",
         str(demo / "train"),
@@ -51,7 +57,9 @@ def test_lengths_are_counted_once(demo: Path, tmp_path: Path, capsys: pytest.Cap
     assert [row[:9] for row in rows(again)] == [row[:9] for row in rows(first)]
 
 
-def test_wrong_words_are_one_line(demo: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_wrong_words_are_one_line(
+    demo: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     tokenizer = ["--tokenizer", str(demo / "tokenizer")]
     for words, part in (
         (["lengths", str(tmp_path), *tokenizer], "no dataset.json in or below"),
@@ -68,7 +76,10 @@ def test_a_plan_is_what_training_would_see(
     demo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("VISIONLOOM_DEMO_DATA", str(demo))
-    assert main(["plan", "+recipe=demo", "--steps", "12", "--data-parallel", "2", "--processes", "1"]) == 0
+    assert (
+        main(["plan", "+recipe=demo", "--steps", "12", "--data-parallel", "2", "--processes", "1"])
+        == 0
+    )
     found = rows(capsys.readouterr().out)
     config = compose(["+recipe=demo"], 1)
     assert config is not None
@@ -76,20 +87,37 @@ def test_a_plan_is_what_training_would_see(
     assert [row[0] for row in phases] == list(config.phases)
     plan = plan_phase(config, "long")
     packs = [pack for step in range(12) for pack in plan.step(step)]
-    parts = [[plan.sources[number].parts.part(sample, part) for number, sample, part in pack.places] for pack in packs]
+    parts = [
+        [plan.sources[number].parts.part(sample, part) for number, sample, part in pack.places]
+        for pack in packs
+    ]
     (shown,) = [row for row in phases if row[0] == "long"]
     assert shown[3] == str(len(packs))
-    assert shown[4] == f"{sum(part.tokens for pack in parts for part in pack) / len(packs) / 1024:.2%}"
-    loads = [[sum(p.cost for micro in rank for p in micro) for rank in deal(plan.step(step), 2, 2)] for step in range(12)]
+    assert (
+        shown[4] == f"{sum(part.tokens for pack in parts for part in pack) / len(packs) / 1024:.2%}"
+    )
+    loads = [
+        [sum(p.cost for micro in rank for p in micro) for rank in deal(plan.step(step), 2, 2)]
+        for step in range(12)
+    ]
     assert shown[8] == f"{sum(map(sum, loads)) / 2 / sum(map(max, loads)):.1%}"
     datasets = {row[1]: row for row in found if len(row) == 9 and row[0] == "long"}
     assert set(datasets) == set(config.phases["long"].mixture)
-    assert sum(int(row[4].replace(",", "")) for row in datasets.values()) == sum(part.tokens for pack in parts for part in pack)
+    assert sum(int(row[4].replace(",", "")) for row in datasets.values()) == sum(
+        part.tokens for pack in parts for part in pack
+    )
 
 
-def test_one_phase_and_unknown_ones(demo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_phase_and_unknown_ones(
+    demo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("VISIONLOOM_DEMO_DATA", str(demo))
-    words = ["plan", "+recipe=demo", "data.datasets.documents.over_length=split", "phases.sft.sequence_length=512"]
+    words = [
+        "plan",
+        "+recipe=demo",
+        "data.datasets.documents.over_length=split",
+        "phases.sft.sequence_length=512",
+    ]
     assert main([*words, "--phase", "sft", "--steps", "3", "--processes", "1"]) == 0
     found = rows(capsys.readouterr().out)
     assert {row[0] for row in found} == {"sft"}
@@ -102,9 +130,17 @@ def test_one_phase_and_unknown_ones(demo: Path, monkeypatch: pytest.MonkeyPatch,
 def test_plan_takes_the_options_of_a_run(order: str, tmp_path: Path, demo_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
     monkeypatch.setenv("VISIONLOOM_DEMO_DATA", str(demo_data))
     (tmp_path / "recipe").mkdir()
-    (tmp_path / "recipe" / "mine.yaml").write_text("# @package _global_\ndefaults: [/recipe/demo, _self_]\nrun: {name: mine}\n")
-    options, words = ["--config-dir", str(tmp_path)], ["+recipe=mine", "~phases.align", "--steps", "2", "--processes", "1"]
-    assert main(["plan", *(options + words if order == "first" else words + options), "run.seed=3"]) == 0
+    (tmp_path / "recipe" / "mine.yaml").write_text(
+        "# @package _global_\ndefaults: [/recipe/demo, _self_]\nrun: {name: mine}\n"
+    )
+    options, words = (
+        ["--config-dir", str(tmp_path)],
+        ["+recipe=mine", "~phases.align", "--steps", "2", "--processes", "1"],
+    )
+    assert (
+        main(["plan", *(options + words if order == "first" else words + options), "run.seed=3"])
+        == 0
+    )
     shown = capsys.readouterr().out
     assert "towers" in shown and "align" not in shown
 

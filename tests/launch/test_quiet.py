@@ -36,9 +36,10 @@ def test_what_reaches_the_screen(options: list[str], expected: list[str]) -> Non
         [sys.executable, *options, "-c", SCRIPT], env={"PYTHONPATH": str(ROOT / ".link")}, capture_output=True, text=True, check=True
     )  # fmt: skip
     told = result.stderr.splitlines()
-    assert [line.partition("Warning: ")[2].startswith(text) for line, text in zip(told, expected, strict=False)] == [
-        True
-    ] * len(expected)
+    assert [
+        line.partition("Warning: ")[2].startswith(text)
+        for line, text in zip(told, expected, strict=False)
+    ] == [True] * len(expected)
     assert told[len(expected) :] == ["log of visionloom.data.x", "log of an error"]
 
 
@@ -65,8 +66,14 @@ except SystemExit:
 
 def test_names_in_messages_give_no_orders() -> None:
     """By logging, warnings, argparse, a thread's and the program's last exception, on a stream that lacks letters too."""
-    environment = {"PYTHONPATH": str(ROOT / ".link"), "LANG": "C", "PYTHONIOENCODING": "ascii:strict"}
-    result = subprocess.run([sys.executable, "-c", NAMES], env=environment, capture_output=True, check=False)
+    environment = {
+        "PYTHONPATH": str(ROOT / ".link"),
+        "LANG": "C",
+        "PYTHONIOENCODING": "ascii:strict",
+    }
+    result = subprocess.run(
+        [sys.executable, "-c", NAMES], env=environment, capture_output=True, check=False
+    )
     told = result.stderr.decode("ascii")
     assert result.returncode == 1 and "\x1b" not in told
     for part in (

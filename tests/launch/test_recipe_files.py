@@ -21,7 +21,13 @@ from visionloom.train.config import RunConfig
 ROOT = Path(__file__).resolve().parents[2]
 BASE = "# @package _global_\ndefaults: [/recipe/demo, _self_]\n"
 CALL = "{_target_: subprocess.check_call, args: [touch, marker]}"
-FLAGS: list[list[str]] = [[], ["--cfg", "job"], ["--cfg=job", "--resolve"], ["--help"], ["--package", "run", "--cfg=job"]]
+FLAGS: list[list[str]] = [
+    [],
+    ["--cfg", "job"],
+    ["--cfg=job", "--resolve"],
+    ["--help"],
+    ["--package", "run", "--cfg=job"],
+]
 GONE = [["--cfg", "hydra"], ["--cfg", "all"], ["--info"], ["--info", "defaults"], ["--hydra-help"], ["-m"], ["--multirun"],
     ["--shell-completion", "install=bash"], ["--experimental-rerun", "job.pickle"], ["--run"], ["-r"], ["--config-path", "x"]]  # fmt: skip
 
@@ -98,13 +104,19 @@ def test_a_recipe_is_refused_by_name(attack: str, folder: Path) -> None:
     assert expected in line and "\n" not in line
 
 
-@pytest.mark.parametrize("attack", ["a callback", "the environment", "folders", "by package", "into Hydra's node", "a secret"])
+@pytest.mark.parametrize(
+    "attack",
+    ["a callback", "the environment", "folders", "by package", "into Hydra's node", "a secret"],
+)
 def test_no_flag_lets_it_act(attack: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text, expected = ATTACKS[attack]
     for flags in FLAGS:
         assert expected in told(folder, text, *flags)
     for flags in GONE:
-        assert "command line: " in (line := told(folder, text, *flags)) or "--multirun is refused" in line
+        assert (
+            "command line: " in (line := told(folder, text, *flags))
+            or "--multirun is refused" in line
+        )
     assert os.environ["HOME"] not in capsys.readouterr().out
 
 
@@ -122,7 +134,11 @@ def test_links_lead_nowhere(folder: Path) -> None:
     (recipes / "away").symlink_to(folder)
     (recipes / "around").symlink_to(recipes)
     os.mkfifo(recipes / "pipe.yaml")
-    for name, expected in {"linked": "is a link out", "away/secret": "is a link out", "pipe": "is a pipe"}.items():
+    for name, expected in {
+        "linked": "is a link out",
+        "away/secret": "is a link out",
+        "pipe": "is a pipe",
+    }.items():
         with pytest.raises(UserError, match=expected):
             compose([f"+recipe={name}", "--config-dir=D"], 1)
     with pytest.raises(UserError, match="recipe=nothing is unknown"):
@@ -144,11 +160,21 @@ def test_what_recipes_may_hold(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     config = compose(["-cd", "D", "+recipe=good"], 1)
     assert isinstance(config, RunConfig)
     assert (config.run.name, config.run.seed, config.data.tokenizer) == ("mine", 7, "/shards/mine")
-    assert (config.phases["b"].steps, config.phases["b"].lr, config.phases["b"].mixture) == (4, 1e-5, {"text": 1.0})
-    assert [config.data.datasets[name].path for name in "xy"] == ["here/x", "a $b {c} [d] 2026-11-26"]
+    assert (config.phases["b"].steps, config.phases["b"].lr, config.phases["b"].mixture) == (
+        4,
+        1e-5,
+        {"text": 1.0},
+    )
+    assert [config.data.datasets[name].path for name in "xy"] == [
+        "here/x",
+        "a $b {c} [d] 2026-11-26",
+    ]
 
 
-LAUGHS = "".join(f"  a{n}: &a{n} {{steps: 1, mixture: {{x: 1}}, parallel: *a{n - 1}, y: *a{n - 1}}}\n" for n in range(1, 30))
+LAUGHS = "".join(
+    f"  a{n}: &a{n} {{steps: 1, mixture: {{x: 1}}, parallel: *a{n - 1}, y: *a{n - 1}}}\n"
+    for n in range(1, 30)
+)
 COSTS = {
     "aliases": (f"{BASE}phases:\n  a0: &a0 {{steps: 1}}\n{LAUGHS}", "sections inside each other"),
     "wide aliases": (BASE + "x: &x [" + "1," * 900 + "]\ny: [" + "*x," * 900 + "]\n", f"more than {NODES} values"),
@@ -176,7 +202,11 @@ def test_a_costly_recipe_is_refused(cost: str, folder: Path) -> None:
 def test_includes_end(folder: Path) -> None:
     """Two to the thirtieth includes from thirty files, and a circle."""
     for n in range(30):
-        entries = f"[_self_, {{/recipe@data.a: x{n + 1}}}, {{/recipe@data.b: x{n + 1}}}]" if n < 29 else "[_self_]"
+        entries = (
+            f"[_self_, {{/recipe@data.a: x{n + 1}}}, {{/recipe@data.b: x{n + 1}}}]"
+            if n < 29
+            else "[_self_]"
+        )
         (folder / "D" / "recipe" / f"x{n}.yaml").write_text(f"defaults: {entries}\n")
     (folder / "D" / "recipe" / "circle.yaml").write_text("defaults: [circle]\n")
     for name in ("x0", "circle"):
@@ -184,10 +214,29 @@ def test_includes_end(folder: Path) -> None:
             compose([f"+recipe={name}", "--config-dir=D"], 1)
 
 
-SIGNS = (b"{", b"}", b"[", b"*a", b"${", b"<<", b"hydra", b"'", b"&a ", b"!!int ", b": ", b"- ", b"\n", b"\t", b"\0", b"\xff")
+SIGNS = (
+    b"{",
+    b"}",
+    b"[",
+    b"*a",
+    b"${",
+    b"<<",
+    b"hydra",
+    b"'",
+    b"&a ",
+    b"!!int ",
+    b": ",
+    b"- ",
+    b"\n",
+    b"\t",
+    b"\0",
+    b"\xff",
+)
 
 
-@pytest.mark.parametrize("count", [pytest.param(60, id="few"), pytest.param(300, id="many", marks=pytest.mark.faults)])
+@pytest.mark.parametrize(
+    "count", [pytest.param(60, id="few"), pytest.param(300, id="many", marks=pytest.mark.faults)]
+)
 def test_a_damaged_recipe_is_one_error_of_ours(count: int, folder: Path) -> None:
     """Recipes with bytes changed, cut out and doubled: a configuration or UserError, nothing else."""
     draw, good = random.Random(count), (ROOT / "recipes" / "recipe" / "demo.yaml").read_bytes()
@@ -195,7 +244,9 @@ def test_a_damaged_recipe_is_one_error_of_ours(count: int, folder: Path) -> None
         content = bytearray(good)
         for _ in range(draw.randint(1, 4)):
             at = draw.randrange(len(content))
-            content[at : at + draw.choice([0, 1, 30])] = draw.choice([*SIGNS, bytes(content[at : at + 200])])
+            content[at : at + draw.choice([0, 1, 30])] = draw.choice(
+                [*SIGNS, bytes(content[at : at + 200])]
+            )
         (folder / "D" / "recipe" / "evil.yaml").write_bytes(content)
         try:
             compose(["+recipe=evil", "--config-dir=D"], 2)
@@ -216,7 +267,11 @@ def test_the_memory_and_the_start_of_a_refused_bomb(folder: Path) -> None:
         [sys.executable, "-c", script, "+recipe=evil", "--config-dir", "D"],
         env=os.environ | {"PYTHONPATH": str(ROOT / ".link")}, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
-    assert result.returncode == 2 and result.stderr.count("\n") == 1 and result.stderr.startswith("error: "), result.stderr
+    assert (
+        result.returncode == 2
+        and result.stderr.count("\n") == 1
+        and result.stderr.startswith("error: ")
+    ), result.stderr
     assert psutil.virtual_memory().total > 2**29
 
 
@@ -225,7 +280,9 @@ def test_the_memory_and_the_start_of_a_refused_bomb(folder: Path) -> None:
     ["-cd=D", "~phases.align", "+recipe=mine"], ["~phases.align", "--config-dir=D", "+recipe=mine"],
     ["+recipe=mine", "-cd", "D", "~phases.align"],
 ])  # fmt: skip
-def test_options_stand_anywhere(words: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_stand_anywhere(
+    words: list[str], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (folder / "D" / "recipe" / "mine.yaml").write_text(BASE + "run: {name: mine}\n")
     config = compose(words, 1)
     assert config is not None and config.run.name == "mine" and "align" not in config.phases
@@ -239,12 +296,20 @@ def test_options_stand_anywhere(words: list[str], folder: Path, capsys: pytest.C
 
 def test_one_section_and_help(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "D" / "recipe" / "mine.yaml").write_text(BASE + "run: {name: mine}\n")
-    assert compose(["+recipe=demo", "--cfg", "job", "-p", "phases.align", "phases.align.steps=17"], 1) is None
+    assert (
+        compose(["+recipe=demo", "--cfg", "job", "-p", "phases.align", "phases.align.steps=17"], 1)
+        is None
+    )
     shown = capsys.readouterr().out
     assert shown.startswith("sequence_length: 512\n") and "steps: 17\n" in shown
     assert compose(["--help", "--config-dir=D"], 1) is None
     shown = capsys.readouterr().out
-    assert "--config-dir DIR" in shown and "recipe: demo, full/" in shown and ", mine\n" in shown and "name: ???" in shown
+    assert (
+        "--config-dir DIR" in shown
+        and "recipe: demo, full/" in shown
+        and ", mine\n" in shown
+        and "name: ???" in shown
+    )
     with pytest.raises(UserError, match=r"--package phases\.algin"):
         compose(["+recipe=demo", "--cfg=job", "--package=phases.algin"], 1)
     with pytest.raises(UserError, match="add --cfg job"):
@@ -252,14 +317,23 @@ def test_one_section_and_help(folder: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 ROW_29 = {
-    "key": ("+recipe=demo phases.align.stpes=3", "no such key: phases.align.stpes (did you mean phases.align.steps?)"),
+    "key": (
+        "+recipe=demo phases.align.stpes=3",
+        "no such key: phases.align.stpes (did you mean phases.align.steps?)",
+    ),
     "type": (
         "+recipe=demo phases.align.steps=many",
         "phases.align.steps: Value 'many' of type 'str' could not be converted to Integer",
     ),
     "recipe": ("+recipe=demmo", "recipe=demmo is unknown (did you mean demo?)"),
-    "file key": ("+recipe=typo --config-dir D", "recipe/typo.yaml: no such key: run.sed (did you mean run.seed?)"),
-    "file syntax": ("+recipe=broken --config-dir D", "D/recipe/broken.yaml, line 3: not valid YAML: "),
+    "file key": (
+        "+recipe=typo --config-dir D",
+        "recipe/typo.yaml: no such key: run.sed (did you mean run.seed?)",
+    ),
+    "file syntax": (
+        "+recipe=broken --config-dir D",
+        "D/recipe/broken.yaml, line 3: not valid YAML: ",
+    ),
 }
 
 
@@ -275,7 +349,13 @@ def test_row_29_a_wrong_configuration_is_one_message(case: str, folder: Path) ->
     before = sorted(folder.rglob("*"))
     lines = []
     for rank in ("0", "1"):
-        ranks = {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"}
+        ranks = {
+            "RANK": rank,
+            "WORLD_SIZE": "2",
+            "LOCAL_RANK": rank,
+            "LOCAL_WORLD_SIZE": "2",
+            "TORCHELASTIC_RUN_ID": "none",
+        }
         script = (
             "import sys; from visionloom.launch import exit; exit.SECONDS_UNTIL_ENDED = 0\n"
             "from visionloom.launch.pretrain import main; sys.argv[0] = 'pretrain.py'\n"

@@ -29,7 +29,10 @@ ENDS = {
     "killed": ("os.kill(os.getpid(), 9)", "rank 1 was killed by signal 9 (SIGKILL)"),
     "segmentation fault": ("os.kill(os.getpid(), 11)", "rank 1 was killed by signal 11 (SIGSEGV)"),
     "exit without a word": ("os._exit(3)", "rank 1 ended with exit code 3"),
-    "a cause of its own": ("status.current.failed(1, 'ValueError: mine', ''); os._exit(1)", "ValueError: mine"),
+    "a cause of its own": (
+        "status.current.failed(1, 'ValueError: mine', ''); os._exit(1)",
+        "ValueError: mine",
+    ),
 }
 
 
@@ -38,7 +41,10 @@ def start_rank(rank: int, attempt: Path, folder: Path, then: str) -> subprocess.
     variables["TORCHELASTIC_ERROR_FILE"] = attempt / str(rank) / "error.json"
     environment = os.environ | {name: str(value) for name, value in variables.items()}
     process = subprocess.Popen(
-        [sys.executable, "-c", RANK, str(folder), then], env=environment, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", RANK, str(folder), then],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout is not None and process.stdout.readline() == "watching\n"
     return process
@@ -60,7 +66,9 @@ def test_the_end_of_a_rank_is_written_by_another(end: str, tmp_path: Path) -> No
     does, said = ENDS[end]
     with start_rank(0, tmp_path / "attempt_0", tmp_path, "") as survivor:
         with start_rank(1, tmp_path / "attempt_0", tmp_path, "time.sleep(0.5); " + does):
-            status = wait_for_status(tmp_path)  # the ended rank has not been waited for: as under torchrun
+            status = wait_for_status(
+                tmp_path
+            )  # the ended rank has not been waited for: as under torchrun
         survivor.kill()
     assert (status["state"], status["code"], status["rank"], status["step"]) == ("failed", 1, 1, 17)
     assert status["cause"] == said
@@ -76,7 +84,9 @@ def test_a_rank_that_is_done_is_no_failure(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("kills", "named"), [(0, False), (1, True)])
-def test_want_of_memory_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kills: int, named: bool) -> None:
+def test_want_of_memory_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kills: int, named: bool
+) -> None:
     """Row 18 of the fault matrix, by the kernel's count of processes killed for want of memory."""
     counts = tmp_path / "vmstat"
     counts.write_text("nr_free_pages 1\noom_kill 4\n")

@@ -41,20 +41,28 @@ def test_paths_are_taken_as_they_are() -> None:
     """In options of the schema, of datasets that words add, and in one that may be null."""
     added = {f"d{at}": path for at, path in enumerate(PATHS)}
     words = [
-        f"{plus}data.datasets.{name}.path={path}" for (name, path), plus in zip(added.items(), itertools.cycle(["+", "++"]))
+        f"{plus}data.datasets.{name}.path={path}"
+        for (name, path), plus in zip(added.items(), itertools.cycle(["+", "++"]))
     ]
     config = composed(*words, f"data.tokenizer={PATHS[4]}", f"init.huggingface={PATHS[5]}")
     assert {name: config.data.datasets[name].path for name in added} == added
     assert (config.data.tokenizer, config.init.huggingface) == (PATHS[4], PATHS[5])
     read = [
-        OverridesParser.create().parse_override(word) for word in readable([f"parallel.pipeline_layout={p}" for p in PATHS])
+        OverridesParser.create().parse_override(word)
+        for word in readable([f"parallel.pipeline_layout={p}" for p in PATHS])
     ]
     assert [override.value() for override in read] == list(PATHS)
 
 
 @pytest.mark.parametrize(
     ("written", "expected"),
-    [("'/d/a,b'", "/d/a,b"), ('"/d/a,b"', "/d/a,b"), (r"/d/a\,b", "/d/a,b"), (r"'a\'b'", "a'b"), ("${run.name}/a", "demo/a")],
+    [
+        ("'/d/a,b'", "/d/a,b"),
+        ('"/d/a,b"', "/d/a,b"),
+        (r"/d/a\,b", "/d/a,b"),
+        (r"'a\'b'", "a'b"),
+        ("${run.name}/a", "demo/a"),
+    ],
 )
 def test_what_hydra_reads_as_one_text_stays_so(written: str, expected: str) -> None:
     assert composed(f"data.tokenizer={written}").data.tokenizer == expected
@@ -65,10 +73,16 @@ def test_small_numbers(written: str) -> None:
     assert composed(f"phases.align.lr={written}").phases["align"].lr == 1e-5
 
 
-@pytest.mark.parametrize("written", ["15e12", "1.5e13", "15E+12", "15000000000000", "15_000_000_000_000"])
+@pytest.mark.parametrize(
+    "written", ["15e12", "1.5e13", "15E+12", "15000000000000", "15_000_000_000_000"]
+)
 def test_large_numbers(written: str, tmp_path: Path) -> None:
     """A budget of tokens as people write it, as a word and in a recipe; 2e-1 is none."""
-    words = ["phases.align.steps=null", "phases.align.sequence_length=8192", "phases.align.global_batch=1024"]
+    words = [
+        "phases.align.steps=null",
+        "phases.align.sequence_length=8192",
+        "phases.align.global_batch=1024",
+    ]
     assert composed(*words, f"phases.align.tokens={written}").phases["align"].tokens == 15 * 10**12
     (tmp_path / "recipe").mkdir()
     (tmp_path / "recipe" / "own.yaml").write_text(
@@ -96,8 +110,14 @@ def test_a_phase_of_words_alone() -> None:
 @pytest.mark.parametrize(
     ("word", "expected"),
     [
-        ("~phases.algn", "~phases.algn: there is nothing of that name (did you mean align?), there are towers, align, "),
-        ("~data.datasets.txt", "~data.datasets.txt: there is nothing of that name (did you mean text?), there are "),
+        (
+            "~phases.algn",
+            "~phases.algn: there is nothing of that name (did you mean align?), there are towers, align, ",
+        ),
+        (
+            "~data.datasets.txt",
+            "~data.datasets.txt: there is nothing of that name (did you mean text?), there are ",
+        ),
         ("~data.validation.txt", "(did you mean text?)"),
         ("~run.nmae", "~run.nmae: there is nothing of that name (did you mean name?)"),
         ("~phases", "phases cannot be removed: name what is in it, as in ~phases.<name>"),
@@ -177,7 +197,10 @@ def test_other_words_are_one_line(words: list[str], expected: str) -> None:
 
 
 def test_types_of_options() -> None:
-    assert option_type("data.datasets.x.path") is str and option_type("phases.x.parallel.virtual_pipeline") is int
+    assert (
+        option_type("data.datasets.x.path") is str
+        and option_type("phases.x.parallel.virtual_pipeline") is int
+    )
     assert option_type("phases.x") is PhaseConfig and option_type("phases.x.mixture.y") is float
     assert option_type("phases.x.nothing") is None and option_type("run.name.deeper") is None
 
@@ -191,8 +214,12 @@ def told(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 def test_own_words_of_commands_are_taken_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
     config = composed()
     for path in PATHS:
-        assert f"checkpoint={path} is not a folder" in told(["export", f"checkpoint={path}", "out=b"], capsys)
-        assert f"weights={path} is not a folder" in told(["adapter", "checkpoint=.", f"weights={path}", "out=b"], capsys)
+        assert f"checkpoint={path} is not a folder" in told(
+            ["export", f"checkpoint={path}", "out=b"], capsys
+        )
+        assert f"weights={path} is not a folder" in told(
+            ["adapter", "checkpoint=.", f"weights={path}", "out=b"], capsys
+        )
         with pytest.raises(UserError, match=re.escape(f"checkpoint={path} is not a folder")):
             check(config, path)
 
@@ -207,7 +234,11 @@ def test_own_words_of_commands_are_taken_as_they_are(capsys: pytest.CaptureFixtu
     ],
 )
 def test_a_layout_of_convert_is_typed(
-    words: list[str], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    words: list[str],
+    expected: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert expected in told(["import", "hf=y", *words], capsys)
@@ -220,5 +251,7 @@ def test_evaluation_needs_something_to_evaluate() -> None:
         check(config, "")
     check(config, None)
     config.data.validation = {}
-    with pytest.raises(UserError, match=r"data\.validation is empty: .*\+data\.validation\.NAME\.path=DIR"):
+    with pytest.raises(
+        UserError, match=r"data\.validation is empty: .*\+data\.validation\.NAME\.path=DIR"
+    ):
         check(config, None)

@@ -35,7 +35,14 @@ def tiny_config(tied: bool = True, experts: int = 0) -> ModelConfig:
         mrope_section=[6, 5, 5], tie_embeddings=tied, max_positions=4096, experts=experts,
         experts_per_token=2 if experts else 0, expert_ffn_hidden_size=32 if experts else 0,
     )  # fmt: skip
-    vision = VisionConfig(depth=5, hidden_size=48, heads=4, ffn_hidden_size=80, deepstack_layers=[0, 2, 3], position_table=8)
+    vision = VisionConfig(
+        depth=5,
+        hidden_size=48,
+        heads=4,
+        ffn_hidden_size=80,
+        deepstack_layers=[0, 2, 3],
+        position_table=8,
+    )
     return ModelConfig(name="test", text=text, vision=vision)
 
 
@@ -78,11 +85,15 @@ def reference_model(config: ModelConfig, seed: int) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-            parameter.copy_(centre + torch.randn_like(parameter) * (0.2 if parameter.dim() < 2 else 0.1))
+            parameter.copy_(
+                centre + torch.randn_like(parameter) * (0.2 if parameter.dim() < 2 else 0.1)
+            )
     return model
 
 
-def load_reference(model: nn.Module, state: dict[str, Tensor], config: ModelConfig, topology: Topology) -> None:
+def load_reference(
+    model: nn.Module, state: dict[str, Tensor], config: ModelConfig, topology: Topology
+) -> None:
     """Give our model this rank's part of a transformers state dict; every parameter must be named."""
     ours = from_huggingface(state, config)
     named = dict(model.named_parameters())
@@ -92,7 +103,9 @@ def load_reference(model: nn.Module, state: dict[str, Tensor], config: ModelConf
             parameter.copy_(cut(name, ours[name], parameter, topology))
 
 
-def build_pair(topology: Topology, seed: int, tied: bool = True, experts: int = 0) -> tuple[Any, Qwen3VL]:
+def build_pair(
+    topology: Topology, seed: int, tied: bool = True, experts: int = 0
+) -> tuple[Any, Qwen3VL]:
     """transformers' model and ours with the same weights."""
     config = tiny_config(tied, experts)
     theirs = reference_model(config, seed)
@@ -124,7 +137,12 @@ def make_example(parts: list[Any], seed: int) -> Example:
         grid = part if len(part) == 3 else (1, *part)
         token = VIDEO if len(part) == 3 else IMAGE
         for frame in range(grid[0]):
-            ids += ([SECONDS[frame % 3]] if token == VIDEO else []) + [START] + [token] * (grid[1] * grid[2] // 4) + [END]
+            ids += (
+                ([SECONDS[frame % 3]] if token == VIDEO else [])
+                + [START]
+                + [token] * (grid[1] * grid[2] // 4)
+                + [END]
+            )
         grids.append(grid)
         kinds.append(token)
     count = sum(t * h * w for t, h, w in grids)
@@ -158,7 +176,11 @@ class TestPack:
 
     @property
     def unreadable(self) -> Tensor:
-        return torch.zeros(len(self.cu_seqlens) - 1, dtype=torch.bool) if self.lost is None else self.lost
+        return (
+            torch.zeros(len(self.cu_seqlens) - 1, dtype=torch.bool)
+            if self.lost is None
+            else self.lost
+        )
 
     def without(self, segments: Tensor) -> "TestPack":
         silent = torch.repeat_interleave(segments, self.cu_seqlens.diff())
@@ -186,7 +208,10 @@ class TestPack:
 def reference_positions(theirs: Any, example: Example) -> Tensor:
     """MRoPE positions [3, n] from transformers' own get_rope_index."""
     kinds = (example.ids == IMAGE).int() + 2 * (example.ids == VIDEO).int()
-    images, videos = ([g for g, k in zip(example.grids, example.kinds, strict=True) if k == kind] for kind in (IMAGE, VIDEO))
+    images, videos = (
+        [g for g, k in zip(example.grids, example.kinds, strict=True) if k == kind]
+        for kind in (IMAGE, VIDEO)
+    )
     positions, _ = theirs.model.get_rope_index(
         example.ids[None],
         kinds[None],
@@ -197,12 +222,16 @@ def reference_positions(theirs: Any, example: Example) -> Tensor:
     return positions[:, 0]
 
 
-def make_pack(theirs: Any, examples: list[Example], length: int | None = None, multiple: int = 1) -> TestPack:
+def make_pack(
+    theirs: Any, examples: list[Example], length: int | None = None, multiple: int = 1
+) -> TestPack:
     """Examples one after the other, weight 1 / sqrt(n) for a sample with n supervised tokens, padded to `length`.
 
     Each example is a segment whose length is padded to a multiple of `multiple`.
     """
-    parts: dict[str, list[Tensor]] = {name: [] for name in ("ids", "labels", "weights", "positions", "padding")}
+    parts: dict[str, list[Tensor]] = {
+        name: [] for name in ("ids", "labels", "weights", "positions", "padding")
+    }
     for example in examples:
         following = torch.cat([example.ids[1:], torch.tensor([-100])])
         used = torch.cat([example.supervised[1:], torch.tensor([False])])
@@ -211,7 +240,9 @@ def make_pack(theirs: Any, examples: list[Example], length: int | None = None, m
         parts["labels"].append(F.pad(torch.where(used, following, -100), pad, value=-100))
         parts["weights"].append(F.pad(used.float() / max(1, int(used.sum())) ** 0.5, pad))
         parts["positions"].append(F.pad(reference_positions(theirs, example), pad))
-        parts["padding"].append(F.pad(torch.zeros(len(example.ids), dtype=torch.bool), pad, value=True))
+        parts["padding"].append(
+            F.pad(torch.zeros(len(example.ids), dtype=torch.bool), pad, value=True)
+        )
     bounds = np.cumsum([0, *(len(ids) for ids in parts["ids"])]).tolist()
     pad = (0, (length or bounds[-1]) - bounds[-1])
     if pad[1]:
@@ -245,8 +276,14 @@ def reference_run(theirs: Any, examples: list[Example]) -> tuple[list[Tensor], T
         start = 0
         for grid, kind in zip(example.grids, example.kinds, strict=True):
             count = grid[0] * grid[1] * grid[2]
-            names = ("pixel_values", "image_grid_thw") if kind == IMAGE else ("pixel_values_videos", "video_grid_thw")
-            for name, item in zip(names, (pixels[start : start + count], torch.tensor([grid])), strict=True):
+            names = (
+                ("pixel_values", "image_grid_thw")
+                if kind == IMAGE
+                else ("pixel_values_videos", "video_grid_thw")
+            )
+            for name, item in zip(
+                names, (pixels[start : start + count], torch.tensor([grid])), strict=True
+            ):
                 inputs[name] = torch.cat([inputs[name], item]) if name in inputs else item
             start += count
         output = theirs(

@@ -60,7 +60,9 @@ def test_padding_is_kept_out_of_the_statistics(model: Qwen3VL, topology: Topolog
     _, chosen = routed(router, logits, padding)
     assert router.tally[:EXPERTS].tolist() == chosen[:6].sum(0).tolist()
     probabilities = logits[:6].softmax(1)
-    assert float(router.tally[EXPERTS]) == pytest.approx(float(-(probabilities * probabilities.log()).sum()), rel=1e-5)
+    assert float(router.tally[EXPERTS]) == pytest.approx(
+        float(-(probabilities * probabilities.log()).sum()), rel=1e-5
+    )
     for other in routers_of([model])[1:]:
         routed(other, logits, padding)
     _, _, layers, largest = update_router_loads([model], topology).tolist()
@@ -111,13 +113,19 @@ def test_the_loss_is_transformers(model: Qwen3VL, topology: Topology) -> None:
     theirs: Any = load_balancing_loss_func((leaf,), EXPERTS, router.topk)
     theirs.backward()
     assert leaf.grad is not None
-    torch.testing.assert_close(ours, leaf.grad * router.coefficient * len(logits) / router.topk, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(
+        ours, leaf.grad * router.coefficient * len(logits) / router.topk, rtol=1e-4, atol=1e-7
+    )
 
 
 def router_gradients(packs: list[TestPack], balance: float) -> dict[str, Tensor]:
     """Gradients of a mixture's routers; runs on a rank of the pool."""
     stage, _ = backward(Layout(1, {}, Case(experts=EXPERTS, balance=balance)), packs)
-    return {name: parameter.main_grad.clone() for name, parameter in trainable(stage).items() if name.endswith("router.weight")}
+    return {
+        name: parameter.main_grad.clone()
+        for name, parameter in trainable(stage).items()
+        if name.endswith("router.weight")
+    }
 
 
 def mean_balance_gradient(packs: list[TestPack]) -> dict[str, Tensor]:
@@ -134,9 +142,12 @@ def mean_balance_gradient(packs: list[TestPack]) -> dict[str, Tensor]:
         router.register_forward_pre_hook(_record(probabilities, number), with_kwargs=False)
     for pack in packs:
         model(model.prepare(pack))
-    loads = [router.tally[:EXPERTS] / router.tally[:EXPERTS].sum() for router in routers_of([model])]
+    loads = [
+        router.tally[:EXPERTS] / router.tally[:EXPERTS].sum() for router in routers_of([model])
+    ]
     loss = sum(
-        0.01 * EXPERTS * (torch.cat(probabilities[number]).mean(0) * load.float()).sum() for number, load in enumerate(loads)
+        0.01 * EXPERTS * (torch.cat(probabilities[number]).mean(0) * load.float()).sum()
+        for number, load in enumerate(loads)
     )
     names = [name for name in trainable(stage) if name.endswith("router.weight")]
     found = torch.autograd.grad(loss, [trainable(stage)[name] for name in names])  # type: ignore[arg-type]

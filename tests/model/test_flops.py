@@ -44,11 +44,15 @@ def case(topology: Topology, request: pytest.FixtureRequest) -> tuple[Qwen3VL, T
 def count(counter: FlopCounterMode, module: str = "Global", attention: bool = False) -> int:
     """Operations counted in a module, by attention kernels or by all else."""
     counts = counter.get_flop_counts().get(module, {})
-    return sum(n for kernel, n in counts.items() if ("scaled_dot_product" in str(kernel)) == attention)
+    return sum(
+        n for kernel, n in counts.items() if ("scaled_dot_product" in str(kernel)) == attention
+    )
 
 
 @pytest.mark.parametrize("trainable", TRAINABLE, ids="+".join)
-def test_step_flops_equal_torchs_count(case: tuple[Qwen3VL, TestPack, StepWork], trainable: set[str]) -> None:
+def test_step_flops_equal_torchs_count(
+    case: tuple[Qwen3VL, TestPack, StepWork], trainable: set[str]
+) -> None:
     model, pack, work = case
     set_trainable(model, trainable)
     inputs = model.prepare(pack)
@@ -59,7 +63,11 @@ def test_step_flops_equal_torchs_count(case: tuple[Qwen3VL, TestPack, StepWork],
     model.zero_grad(set_to_none=True)
 
     ours = sum(step_flops(model.model_config, work, trainable).values())
-    products = sum(step_flops(model.model_config, replace(work, token_pairs=0, patch_pairs=0), trainable).values())
+    products = sum(
+        step_flops(
+            model.model_config, replace(work, token_pairs=0, patch_pairs=0), trainable
+        ).values()
+    )
     assert products == count(forward) + count(backward)
 
     vision = count(forward, "Qwen3VL.visual", attention=True)

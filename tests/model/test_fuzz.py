@@ -22,7 +22,12 @@ from visionloom.model.lora import apply_lora
 from visionloom.model.lora_config import LoraConfig
 from visionloom.parallel.topology import Topology
 from visionloom.tests.fuzzing import BYTE_MUTATORS, Mutator, amount, json_edit, mutants, try_reader
-from visionloom.tests.model.reference import build_pair, huggingface_model, reference_model, tiny_config
+from visionloom.tests.model.reference import (
+    build_pair,
+    huggingface_model,
+    reference_model,
+    tiny_config,
+)
 from visionloom.train.weights import load_adapter as adapter
 from visionloom.train.weights.load_adapter import WEIGHTS, load_adapter
 
@@ -64,7 +69,9 @@ def read_all(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    reference_model(tiny_config(experts=4), 1).to(torch.bfloat16).save_pretrained(folder / "shards", max_shard_size="200KB")
+    reference_model(tiny_config(experts=4), 1).to(torch.bfloat16).save_pretrained(
+        folder / "shards", max_shard_size="200KB"
+    )
     reference_model(tiny_config(), 1).to(torch.bfloat16).save_pretrained(folder / "whole")
     return folder
 
@@ -102,21 +109,34 @@ def test_folders(times: int, saved: Path, tmp_path: Path) -> None:
     shards, whole = (shutil.copytree(saved / kind, tmp_path / kind) for kind in ("shards", "whole"))
     fuzz("index", shards / INDEX, lambda: read_all(shards), 40 * times, JSON)
     fuzz("shard", next(shards.glob("*-00001-*")), lambda: read_all(shards), 40 * times, SAFETENSORS)
-    fuzz("safetensors", whole / "model.safetensors", lambda: read_all(whole), 60 * times, SAFETENSORS)
-    fuzz("config.json with tensors", whole / "config.json", lambda: read_all(whole), 40 * times, JSON)
+    fuzz(
+        "safetensors", whole / "model.safetensors", lambda: read_all(whole), 60 * times, SAFETENSORS
+    )
+    fuzz(
+        "config.json with tensors", whole / "config.json", lambda: read_all(whole), 40 * times, JSON
+    )
 
 
 @pytest.mark.parametrize("times", SEEDS)
-def test_adapters(times: int, topology: Topology, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adapter, "require_finite", lambda *_: None)  # asks all ranks, which a forked process cannot
-    made = peft.LoraConfig(r=8, lora_alpha=12, target_modules=r".*\.(q_proj|v_proj)", init_lora_weights=False)
+def test_adapters(
+    times: int, topology: Topology, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        adapter, "require_finite", lambda *_: None
+    )  # asks all ranks, which a forked process cannot
+    made = peft.LoraConfig(
+        r=8, lora_alpha=12, target_modules=r".*\.(q_proj|v_proj)", init_lora_weights=False
+    )
     peft.get_peft_model(huggingface_model(tiny_config()), made).save_pretrained(tmp_path)
     lora = LoraConfig(rank=8, alpha=12.0, targets=["linear_qkv"])
     _, ours = build_pair(topology, 0)
     apply_lora([ours], lora, topology, 1)
     config = tmp_path / CONFIG
     config.write_text(
-        json.dumps(json.loads(config.read_text()) | {"layers_pattern": ["layers"], "layers_to_transform": [0, 1]})
+        json.dumps(
+            json.loads(config.read_text())
+            | {"layers_pattern": ["layers"], "layers_to_transform": [0, 1]}
+        )
     )
 
     def read() -> None:
@@ -125,4 +145,10 @@ def test_adapters(times: int, topology: Topology, tmp_path: Path, monkeypatch: p
             targets(found, name, False)
 
     fuzz("adapter_config.json", config, read, 200 * times, JSON)
-    fuzz("adapter weights", tmp_path / WEIGHTS, lambda: load_adapter(tmp_path, [ours], topology), 60 * times, SAFETENSORS)
+    fuzz(
+        "adapter weights",
+        tmp_path / WEIGHTS,
+        lambda: load_adapter(tmp_path, [ours], topology),
+        60 * times,
+        SAFETENSORS,
+    )

@@ -21,12 +21,21 @@ WORLDS: dict[str, tuple[int, dict[str, Any]]] = {
     "qwen3vl_30b_a3b": (256, {"tensor": 2, "pipeline": 4, "expert": 16}),
     "qwen3vl_235b_a22b": (
         1024,
-        {"tensor": 4, "pipeline": 8, "context": 2, "expert": 32, "pipeline_layout": suggestion(94, 8), "recompute": "full"},
+        {
+            "tensor": 4,
+            "pipeline": 8,
+            "context": 2,
+            "expert": 32,
+            "pipeline_layout": suggestion(94, 8),
+            "recompute": "full",
+        },
     ),
 }
 
 
-def parts(size: str, world_size: int, layout: dict[str, Any], ranks: list[int]) -> list[tuple[int, int, float]]:
+def parts(
+    size: str, world_size: int, layout: dict[str, Any], ranks: list[int]
+) -> list[tuple[int, int, float]]:
     """What each of these ranks would hold; runs on a rank of the pool, which leaves its own world for it."""
     import torch.distributed as dist
 
@@ -46,7 +55,9 @@ def part(size: str, world_size: int, layout: dict[str, Any], rank: int) -> tuple
     try:
         numbers = range(topology.config.chunks) if topology.config.chunks > 1 else [None]
         with torch.device("meta"):
-            chunks = [Qwen3VL(published(size), topology, torch.bfloat16, number) for number in numbers]
+            chunks = [
+                Qwen3VL(published(size), topology, torch.bfloat16, number) for number in numbers
+            ]
         total, share = 0, 0.0
         for chunk in chunks:
             for name, parameter in canonical_parameters(chunk):
@@ -67,7 +78,11 @@ def test_every_stage_of_the_model(size: str, pool: RankPool) -> None:
     world_size, layout = WORLDS[size]
     config = ParallelConfig(**layout)
     model = published(size)
-    assert [*config.all_problems(world_size), *check(model, "model").lines, *model.layout_problems(config)] == []
+    assert [
+        *config.all_problems(world_size),
+        *check(model, "model").lines,
+        *model.layout_problems(config),
+    ] == []
     per_stage = world_size // config.pipeline
     ranks = [stage * per_stage + (7 * stage) % per_stage for stage in range(config.pipeline)]
     (found,) = pool.run(1, parts, size, world_size, layout, ranks)

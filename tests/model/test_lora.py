@@ -41,12 +41,17 @@ from visionloom.tests.model.reference import (
 from visionloom.tests.model.test_parity import error
 from visionloom.train.weights.load_adapter import PICKLE, WEIGHTS, load_adapter
 
-EXAMPLES = [make_example(parts, i) for i, parts in enumerate([[5, (4, 6), 9], [21], [2, (2, 4, 4), 3, (2, 2), 11]])]
+EXAMPLES = [
+    make_example(parts, i)
+    for i, parts in enumerate([[5, (4, 6), 9], [21], [2, (2, 4, 4), 3, (2, 2), 11]])
+]
 EVERYWHERE = LoraConfig(rank=8, alpha=12.0, groups=list(GROUPS))
 EXPERTS = [0, 4]
 
 
-def adapted_pair(topology: Topology, experts: int, lora: LoraConfig, drawn: bool = True) -> tuple[Any, Qwen3VL, TestPack]:
+def adapted_pair(
+    topology: Topology, experts: int, lora: LoraConfig, drawn: bool = True
+) -> tuple[Any, Qwen3VL, TestPack]:
     """transformers' model, ours with the same weights and adapters (both factors random if `drawn`), and a pack."""
     theirs, ours = build_pair(topology, 0, True, experts)
     pack = make_pack(theirs, EXAMPLES)
@@ -64,12 +69,18 @@ def adapted_pair(topology: Topology, experts: int, lora: LoraConfig, drawn: bool
 
 
 def factors(ours: Qwen3VL) -> dict[str, Tensor]:
-    return {name: parameter.detach() for name, parameter in canonical_parameters(ours) if is_adapter(name)}
+    return {
+        name: parameter.detach()
+        for name, parameter in canonical_parameters(ours)
+        if is_adapter(name)
+    }
 
 
 def write_folder(folder: Path, ours: Qwen3VL, lora: LoraConfig) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(to_peft(factors(ours), ours.model_config, lora), folder / WEIGHTS, metadata={"format": "pt"})
+    save_file(
+        to_peft(factors(ours), ours.model_config, lora), folder / WEIGHTS, metadata={"format": "pt"}
+    )
     (folder / CONFIG).write_text(json.dumps(peft_config(ours.model_config, lora, "")))
     return folder
 
@@ -81,7 +92,9 @@ def test_new_adapters_change_nothing(topology: Topology, experts: int) -> None:
     with torch.no_grad():
         assert torch.equal(ours.logits(ours.prepare(pack)), plain.logits(plain.prepare(pack)))
     assert len(list(adapted_modules([ours]))) == len(list(linear_layers(ours.model_config)))
-    assert {name for name, p in ours.named_parameters() if not is_adapter(name)} == dict(plain.named_parameters()).keys()
+    assert {name for name, p in ours.named_parameters() if not is_adapter(name)} == dict(
+        plain.named_parameters()
+    ).keys()
     assert all(p.requires_grad == is_adapter(name) for name, p in ours.named_parameters())
     assert all((p != 0).any() == (".lora_A." in name) for name, p in factors(ours).items())
 
@@ -92,19 +105,30 @@ def test_gradients_are_pefts(topology: Topology, experts: int, tmp_path: Path) -
     theirs, ours, pack = adapted_pair(topology, experts, EVERYWHERE)
     with torch.no_grad():
         before, _ = reference_run(theirs, EXAMPLES)
-    tuned = PeftModel.from_pretrained(theirs, write_folder(tmp_path, ours, EVERYWHERE), is_trainable=True)
+    tuned = PeftModel.from_pretrained(
+        theirs, write_folder(tmp_path, ours, EVERYWHERE), is_trainable=True
+    )
     logits, expected = reference_run(tuned.get_base_model(), EXAMPLES)
     expected.backward()
     total, _ = ours(ours.prepare(pack))
     total.backward()
     with torch.no_grad():
         found = ours.logits(ours.prepare(pack))
-    assert error(found, torch.cat(logits)) <= 1e-5 and float((torch.cat(before) - found).abs().max()) > 0.1
+    assert (
+        error(found, torch.cat(logits)) <= 1e-5
+        and float((torch.cat(before) - found).abs().max()) > 0.1
+    )
     assert float(total) == pytest.approx(float(expected), rel=1e-5)
     names = get_peft_model_state_dict(tuned)
-    gradients = {name.replace(".default", ""): p.grad for name, p in tuned.named_parameters() if p.requires_grad}
+    gradients = {
+        name.replace(".default", ""): p.grad
+        for name, p in tuned.named_parameters()
+        if p.requires_grad
+    }
     assert gradients.keys() == names.keys()
-    reference = from_peft({name: grad for name, grad in gradients.items() if grad is not None}, ours.model_config)
+    reference = from_peft(
+        {name: grad for name, grad in gradients.items() if grad is not None}, ours.model_config
+    )
     for name, parameter in canonical_parameters(ours):
         if is_adapter(name):
             off = error(parameter.grad, reference[name])
@@ -124,17 +148,26 @@ def test_merged_weights_are_pefts(topology: Topology, experts: int, tmp_path: Pa
 
 
 @pytest.mark.parametrize("experts", EXPERTS)
-@pytest.mark.parametrize("targets", [["*"], ["linear_qkv", "linear_fc2"], ["*.layers.1.*", "*.layers.3.mlp.*"]])
-def test_a_folder_comes_back_with_the_same_bits(topology: Topology, experts: int, targets: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "targets", [["*"], ["linear_qkv", "linear_fc2"], ["*.layers.1.*", "*.layers.3.mlp.*"]]
+)
+def test_a_folder_comes_back_with_the_same_bits(
+    topology: Topology, experts: int, targets: list[str], tmp_path: Path
+) -> None:
     lora = replace(EVERYWHERE, targets=targets, groups=["language"])
     theirs, ours, _ = adapted_pair(topology, experts, lora)
     folder, expected = write_folder(tmp_path, ours, lora), factors(ours)
     loaded = PeftModel.from_pretrained(theirs, folder)
-    assert get_peft_model_state_dict(loaded).keys() == to_peft(expected, ours.model_config, lora).keys()
+    assert (
+        get_peft_model_state_dict(loaded).keys()
+        == to_peft(expected, ours.model_config, lora).keys()
+    )
     _, other, _ = adapted_pair(topology, experts, lora, drawn=False)
     load_adapter(folder, [other], topology)
     found = factors(other)
-    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    assert found.keys() == expected.keys() and all(
+        torch.equal(found[name], expected[name]) for name in expected
+    )
 
 
 def test_an_adapter_made_by_peft_is_taken_over(topology: Topology, tmp_path: Path) -> None:
@@ -146,7 +179,9 @@ def test_an_adapter_made_by_peft_is_taken_over(topology: Topology, tmp_path: Pat
     lora = replace(EVERYWHERE, targets=["linear_qkv"], groups=["language"])
     theirs, ours, pack = adapted_pair(topology, 0, lora, drawn=False)
     load_adapter(tmp_path, [ours], topology)
-    logits, _ = reference_run(PeftModel.from_pretrained(theirs, tmp_path).get_base_model(), EXAMPLES)
+    logits, _ = reference_run(
+        PeftModel.from_pretrained(theirs, tmp_path).get_base_model(), EXAMPLES
+    )
     with torch.no_grad():
         assert error(ours.logits(ours.prepare(pack)), torch.cat(logits)) <= 1e-5
 
@@ -209,11 +244,16 @@ def test_a_pickle_is_refused_without_being_opened(topology: Topology, tmp_path: 
         (0, replace(EVERYWHERE, groups=["vision", "language"], targets=["*.3.*"]), GROUPS),
     ],
 )
-def test_step_flops_equal_torchs_count(topology: Topology, experts: int, lora: LoraConfig, trainable: tuple[str, ...]) -> None:
+def test_step_flops_equal_torchs_count(
+    topology: Topology, experts: int, lora: LoraConfig, trainable: tuple[str, ...]
+) -> None:
     """Reference: torch's FlopCounterMode on all matrix products but attention's, which tests/model/test_flops.py explains."""
     _, model, pack = adapted_pair(topology, experts, lora)
     set_trainable(model, trainable, adapters_only=True)
-    patches, tokens = sum(t * h * w for e in EXAMPLES for t, h, w in e.grids), sum(len(e.ids) for e in EXAMPLES)
+    patches, tokens = (
+        sum(t * h * w for e in EXAMPLES for t, h, w in e.grids),
+        sum(len(e.ids) for e in EXAMPLES),
+    )
     work = StepWork(tokens, int((pack.loss_weights > 0).sum()), 0, patches, 0)
     inputs = model.prepare(pack)
     with FlopCounterMode(display=False) as counter:
@@ -249,7 +289,10 @@ def test_dropout_scales_what_it_keeps(topology: Topology) -> None:
         (LoraConfig(rank=8, targets=["q_proj"]), "lora.targets=q_proj matches no linear layer"),
         (LoraConfig(rank=8, targets=[]), "choose no layer"),
         (LoraConfig(rank=4), "lora.rank=4 must be a multiple of 8 where experts"),
-        (LoraConfig(rank=8, dropout=0.1), "lora.dropout=0.1 does not work with adapters on experts"),
+        (
+            LoraConfig(rank=8, dropout=0.1),
+            "lora.dropout=0.1 does not work with adapters on experts",
+        ),
         (LoraConfig(adapter="a"), "lora.adapter=a needs lora.rank"),
     ],
 )
@@ -260,5 +303,10 @@ def test_a_wrong_option_is_one_line(lora: LoraConfig, expected: str) -> None:
 
 def test_targets_choose_by_whole_and_by_last_name() -> None:
     config = tiny_config()
-    chosen = [layer.name for layer in adapted_layers(config, LoraConfig(rank=1, targets=["linear_proj", "*.layers.0.mlp.*"]))]
+    chosen = [
+        layer.name
+        for layer in adapted_layers(
+            config, LoraConfig(rank=1, targets=["linear_proj", "*.layers.0.mlp.*"])
+        )
+    ]
     assert len(chosen) == 4 + 2 and not any("visual" in name for name in chosen)

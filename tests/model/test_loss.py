@@ -63,12 +63,16 @@ def test_loss_and_gradients(ranks: int, chunk: int, pool: RankPool) -> None:
     for ours in found:
         for mine, right in zip(ours[:3], expected[:3], strict=True):
             torch.testing.assert_close(mine, right, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(torch.cat([ours[3] for ours in found]), expected[3], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        torch.cat([ours[3] for ours in found]), expected[3], rtol=1e-5, atol=1e-5
+    )
 
 
 def test_large_logits_stay_finite(topology: Topology) -> None:
     hidden, weight, targets, weights = problem()
-    total, losses = linear_cross_entropy(hidden * 1e4, weight, targets, weights, topology.groups.tp, 8)
+    total, losses = linear_cross_entropy(
+        hidden * 1e4, weight, targets, weights, topology.groups.tp, 8
+    )
     expected = F.cross_entropy(hidden * 1e4 @ weight.t(), targets, reduction="none")
     assert torch.isfinite(total)
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-2)
@@ -81,7 +85,9 @@ class LargestLogits(TorchDispatchMode):
         super().__init__()
         self.rows = 0
 
-    def __torch_dispatch__(self, operation: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, arguments: Any = (), options: Any = None
+    ) -> Any:
         made = operation(*arguments, **(options or {}))
         if operation.is_view:  # the output matrix, transposed
             return made
@@ -106,7 +112,9 @@ def test_never_more_logits_than_a_chunk(chunk: int, topology: Topology) -> None:
 def test_frozen_parts_get_no_gradient(topology: Topology) -> None:
     """With a frozen output matrix only the hidden states have a gradient, and without gradients none is made."""
     hidden, weight, targets, weights = problem()
-    total, _ = linear_cross_entropy(hidden, weight.detach(), targets, weights, topology.groups.tp, 8)
+    total, _ = linear_cross_entropy(
+        hidden, weight.detach(), targets, weights, topology.groups.tp, 8
+    )
     total.backward()
     torch.testing.assert_close(hidden.grad, reference()[2] / 3, rtol=1e-5, atol=1e-5)
     with torch.no_grad(), patch.object(losses_module.torch, "mm") as product:
@@ -141,7 +149,9 @@ def test_weights_are_those_of_the_formula(kind: str, alpha: float, topology: Top
     batch = pack([SAMPLES[:2], SAMPLES[2:]], 16, kind, ["text"], pad_id=0)
     rows = (batch.loss_weights > 0).nonzero()[:, 0]
     hidden = table[batch.input_ids[rows]]
-    total, _ = linear_cross_entropy(hidden, weight, batch.labels[rows], batch.loss_weights[rows], topology.groups.tp, 4)
+    total, _ = linear_cross_entropy(
+        hidden, weight, batch.labels[rows], batch.loss_weights[rows], topology.groups.tp, 4
+    )
 
     numerator = denominator = 0.0
     for one in SAMPLES:

@@ -41,7 +41,11 @@ def test_gradients_are_the_same_bits() -> None:
 
 @pytest.mark.parametrize(
     ("tensor", "moves"),
-    [(nn.Parameter(torch.zeros(512, 512)), False), (torch.zeros(512, 512), True), (torch.zeros(8), False)],
+    [
+        (nn.Parameter(torch.zeros(512, 512)), False),
+        (torch.zeros(512, 512), True),
+        (torch.zeros(8), False),
+    ],
     ids=["parameter", "activation", "small"],
 )
 def test_what_is_moved(tensor: Tensor, moves: bool) -> None:

@@ -11,7 +11,13 @@ from torch import Tensor
 
 from visionloom.model.huggingface.names import from_huggingface, to_huggingface
 from visionloom.parallel.topology import Topology
-from visionloom.tests.model.reference import build_pair, make_example, make_pack, reference_run, tiny_config
+from visionloom.tests.model.reference import (
+    build_pair,
+    make_example,
+    make_pack,
+    reference_run,
+    tiny_config,
+)
 
 TOLERANCE = 1e-5
 
@@ -32,7 +38,10 @@ def error(ours: Tensor, theirs: Tensor) -> float:
 
 def worst_gradient_error(theirs: Any, ours: Any) -> tuple[float, str]:
     """Largest relative error over all parameters; a gradient missing on both sides counts as equal."""
-    state = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in theirs.named_parameters()}
+    state = {
+        name: torch.zeros_like(p) if p.grad is None else p.grad
+        for name, p in theirs.named_parameters()
+    }
     if "lm_head.weight" not in state:
         state["lm_head.weight"] = state["model.language_model.embed_tokens.weight"]
     expected = from_huggingface(state, ours.model_config)
@@ -40,18 +49,27 @@ def worst_gradient_error(theirs: Any, ours: Any) -> tuple[float, str]:
     for name, parameter in ours.named_parameters():
         gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         reference = expected[name]
-        errors[name] = error(gradient, reference) if reference.abs().max() > 0 else float(gradient.abs().max())
+        errors[name] = (
+            error(gradient, reference) if reference.abs().max() > 0 else float(gradient.abs().max())
+        )
     name = max(errors, key=errors.__getitem__)
     return errors[name], name
 
 
-KINDS = {"tied": (True, 0), "untied": (False, 0), "mixture": (True, 8), "untied mixture": (False, 8)}
+KINDS = {
+    "tied": (True, 0),
+    "untied": (False, 0),
+    "mixture": (True, 8),
+    "untied mixture": (False, 8),
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("case", CASES)
-def test_logits_and_gradients_equal_transformers(topology: Topology, case: str, seed: int, kind: str) -> None:
+def test_logits_and_gradients_equal_transformers(
+    topology: Topology, case: str, seed: int, kind: str
+) -> None:
     theirs, ours = build_pair(topology, seed, *KINDS[kind])
     ours.eval()  # without the load-balancing loss, which transformers leaves out too
     examples = [make_example(parts, seed * 10 + i) for i, parts in enumerate(CASES[case])]

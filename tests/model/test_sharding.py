@@ -16,7 +16,12 @@ from visionloom.tests.ranks import RankPool
 from visionloom.tests.train.layouts import Case
 
 SEED = 3
-CUT_OVER_ROWS = ("word_embeddings.weight", "linear_qkv.weight", "mlp.linear_fc1.weight", "output_layer.weight")
+CUT_OVER_ROWS = (
+    "word_embeddings.weight",
+    "linear_qkv.weight",
+    "mlp.linear_fc1.weight",
+    "output_layer.weight",
+)
 CUT_OVER_COLUMNS = ("linear_proj.weight", "mlp.linear_fc2.weight")
 
 
@@ -49,7 +54,9 @@ def dim_of(name: str) -> int | None:
     return 0 if name.endswith(CUT_OVER_ROWS) else 1 if name.endswith(CUT_OVER_COLUMNS) else None
 
 
-def test_two_ranks_draw_the_parts_of_one(whole: dict[str, Tensor], halves: list[dict[str, Tensor]]) -> None:
+def test_two_ranks_draw_the_parts_of_one(
+    whole: dict[str, Tensor], halves: list[dict[str, Tensor]]
+) -> None:
     for name, full in whole.items():
         dim, first, second = dim_of(name), halves[0][name], halves[1][name]
         if dim is None:
@@ -66,7 +73,10 @@ def test_query_groups_stay_whole(whole: dict[str, Tensor], halves: list[dict[str
     """Each rank holds one of the two key/value heads with its two query heads: [query, query, key, value] of 32 rows."""
     name = "language_model.decoder.layers.0.self_attention.linear_qkv.weight"
     assert whole[name].shape == (2 * 4 * 32, 64)
-    assert all(torch.equal(halves[rank][name], whole[name][rank * 128 : (rank + 1) * 128]) for rank in range(2))
+    assert all(
+        torch.equal(halves[rank][name], whole[name][rank * 128 : (rank + 1) * 128])
+        for rank in range(2)
+    )
 
 
 def pieces(layout: dict[str, int]) -> dict[str, Tensor]:
@@ -111,7 +121,9 @@ def test_weights_are_as_the_configuration_says(whole: dict[str, Tensor]) -> None
             assert full.unique().tolist() == [0.0 if name.endswith("bias") else 1.0], name
         else:
             assert abs(float(full.std()) / 0.02 - 1) < 0.1 and abs(float(full.mean())) < 2e-3, name
-    layers = [whole[f"language_model.decoder.layers.{layer}.mlp.linear_fc1.weight"] for layer in range(2)]
+    layers = [
+        whole[f"language_model.decoder.layers.{layer}.mlp.linear_fc1.weight"] for layer in range(2)
+    ]
     assert not torch.equal(*layers)
 
 

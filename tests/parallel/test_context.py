@@ -31,10 +31,15 @@ def test_ranks_have_as_much_to_attend(size: int) -> None:
 def test_a_segment_is_cut_into_chunks_from_both_ends(size: int) -> None:
     chunk = 8 // (2 * size)
     for rank, rows in enumerate(split_pack(np.array([0, 8]), size).ranks):
-        ends = [*range(rank * chunk, (rank + 1) * chunk), *range(8 - (rank + 1) * chunk, 8 - rank * chunk)]
+        ends = [
+            *range(rank * chunk, (rank + 1) * chunk),
+            *range(8 - (rank + 1) * chunk, 8 - rank * chunk),
+        ]
         assert rows.tolist() == ends
 
 
 def test_a_segment_that_cannot_be_cut_names_the_option() -> None:
-    with pytest.raises(ValueError, match=r"6 tokens.*2 context ranks.*multiple of 4 \(data.sample_token_multiple\)"):
+    with pytest.raises(
+        ValueError, match=r"6 tokens.*2 context ranks.*multiple of 4 \(data.sample_token_multiple\)"
+    ):
         split_pack(np.array([0, 8, 14]), 2)

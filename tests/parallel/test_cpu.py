@@ -29,7 +29,10 @@ def transformer_config(layout: dict[str, int]) -> Any:
     experts: dict[str, Any] = {}
     if "expert_model_parallel_size" in layout:
         experts = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 32}
-        experts |= {"moe_token_dispatcher_type": "alltoall", "moe_router_load_balancing_type": "none"}
+        experts |= {
+            "moe_token_dispatcher_type": "alltoall",
+            "moe_router_load_balancing_type": "none",
+        }
     return TransformerConfig(
         num_layers=2, hidden_size=32, num_attention_heads=4, num_query_groups=2, normalization="RMSNorm", qk_layernorm=True,
         gated_linear_unit=True, activation_func=torch.nn.functional.silu, add_bias_linear=False, bias_activation_fusion=False,
@@ -40,28 +43,41 @@ def transformer_config(layout: dict[str, int]) -> Any:
 def build(layout: dict[str, int]) -> tuple[Any, Any]:
     """Megatron-core's GPTModel in its data-parallel wrapper, and its distributed optimizer."""
     from megatron.core import parallel_state
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
     config = transformer_config(layout)
     config.finalize_model_grads_func = finalize_model_grads
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=True, num_experts=config.num_moe_experts)
+    spec = get_gpt_layer_local_spec(
+        normalization="RMSNorm", qk_layernorm=True, num_experts=config.num_moe_experts
+    )
     model = GPTModel(
         config, spec, VOCABULARY, TOKENS, position_embedding_type="rope",
         pre_process=parallel_state.is_pipeline_first_stage(), post_process=parallel_state.is_pipeline_last_stage(),
     )  # fmt: skip
-    reduced = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
+    reduced = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=True
+    )
     wrapped = DistributedDataParallel(config, reduced, model)
-    optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=1e-2, use_distributed_optimizer=True), [wrapped])
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(optimizer="adam", lr=1e-2, use_distributed_optimizer=True), [wrapped]
+    )
     return wrapped, optimizer
 
 
 def forward(batches: Iterator[Tensor], model: Any) -> tuple[Tensor, Any]:
     ids = next(batches)
     output = model(ids, torch.arange(TOKENS).expand_as(ids), None, labels=ids)
-    return output, lambda losses: (losses.float().mean(), {"loss": float(losses.detach().float().mean())})
+    return output, lambda losses: (
+        losses.float().mean(),
+        {"loss": float(losses.detach().float().mean())},
+    )
 
 
 def train(layout: dict[str, int]) -> list[float]:
@@ -75,7 +91,9 @@ def train(layout: dict[str, int]) -> list[float]:
     model_parallel_cuda_manual_seed(1, force_reset_rng=True)
     torch.manual_seed(1)
     wrapped, optimizer = build(layout)
-    ids = torch.randint(0, VOCABULARY, (MICRO_BATCHES, 2, TOKENS), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(
+        0, VOCABULARY, (MICRO_BATCHES, 2, TOKENS), generator=torch.Generator().manual_seed(0)
+    )
     losses = []
     for _ in range(STEPS):
         wrapped.zero_grad_buffer()
@@ -102,8 +120,17 @@ def test_megatron_trains(layout: str, pool: RankPool) -> None:
 
 def names() -> dict[str, int]:
     """Identity of everything that the stand-in replaces."""
-    owners = {"torch.cuda": torch.cuda, "torch": torch, "torch.Tensor": torch.Tensor, "torch.nn.Module": torch.nn.Module}
-    found = {f"{path}.{name}": id(value) for path, owner in owners.items() for name, value in vars(owner).items()}
+    owners = {
+        "torch.cuda": torch.cuda,
+        "torch": torch,
+        "torch.Tensor": torch.Tensor,
+        "torch.nn.Module": torch.nn.Module,
+    }
+    found = {
+        f"{path}.{name}": id(value)
+        for path, owner in owners.items()
+        for name, value in vars(owner).items()
+    }
     return found | {"all_to_all_single": id(dist.all_to_all_single)}
 
 
@@ -133,21 +160,28 @@ def behaviour() -> dict[str, bool]:
         "full": torch.full((2,), 1.0, device="cuda"),
         "tensor": torch.tensor([1.0], device=torch.device("cuda", 0)),
         "arange": torch.arange(3, device="cuda:0"),
-        **{name: getattr(torch, name)(2, device="cuda") for name in ("empty", "ones", "rand", "randn", "zeros")},
+        **{
+            name: getattr(torch, name)(2, device="cuda")
+            for name in ("empty", "ones", "rand", "randn", "zeros")
+        },
     }
     return {
         "installed": cpu.installed(),
         "no GPU": not torch.cuda.is_available() and not torch.cuda.is_initialized(),
         "installing twice changes nothing": names() == before,
         "current device": torch.cuda.current_device() == torch.device("cpu"),
-        "factories": made.keys() == set(cpu.FACTORIES) and all(x.device.type == "cpu" for x in made.values()),
+        "factories": made.keys() == set(cpu.FACTORIES)
+        and all(x.device.type == "cpu" for x in made.values()),
         "other devices": torch.zeros(1, device="meta").is_meta and built.weight.is_meta,
-        "moving": example.cuda() is example and torch.nn.Linear(1, 1).cuda().weight.device.type == "cpu",
-        "type names": (example.type(), example.half().type()) == ("torch.cuda.FloatTensor", "torch.cuda.HalfTensor"),
+        "moving": example.cuda() is example
+        and torch.nn.Linear(1, 1).cuda().weight.device.type == "cpu",
+        "type names": (example.type(), example.half().type())
+        == ("torch.cuda.FloatTensor", "torch.cuda.HalfTensor"),
         "conversion by type": example.type(torch.float64).dtype == torch.float64,
         "random states": torch.equal(first, second) and torch.equal(first, third),
         "split sizes as tensors": output.tolist() == [1.0, 1.0],
-        "events": torch.cuda.Event().query() and torch.cuda.Event().elapsed_time(torch.cuda.Event()) == 0.0,
+        "events": torch.cuda.Event().query()
+        and torch.cuda.Event().elapsed_time(torch.cuda.Event()) == 0.0,
         "memory": torch.cuda.memory_allocated() == torch.cuda.max_memory_allocated() == 0,
     }
 

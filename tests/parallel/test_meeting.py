@@ -17,7 +17,9 @@ def meet_all(store: HashStore, ranks: int) -> list[dist.Store]:
     """What each rank of a start gets; the last one comes first."""
     found: dict[int, dist.Store] = {}
     threads = [
-        threading.Thread(target=lambda rank=rank: found.update({rank: agree(store, rank, ranks, TIMEOUT)}))
+        threading.Thread(
+            target=lambda rank=rank: found.update({rank: agree(store, rank, ranks, TIMEOUT)})
+        )
         for rank in reversed(range(ranks))
     ]
     for thread in threads:
@@ -61,7 +63,12 @@ def test_a_port_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": 0, "WORLD_SIZE": 2}.items():
+        for name, value in {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "RANK": 0,
+            "WORLD_SIZE": 2,
+        }.items():
             monkeypatch.setenv(name, str(value))
         monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
         with pytest.raises(UserError, match=f"MASTER_PORT={port} is in use"):
@@ -69,7 +76,12 @@ def test_a_port_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_store_that_is_nowhere_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1, "RANK": 1, "WORLD_SIZE": 2}.items():
+    for name, value in {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": 1,
+        "RANK": 1,
+        "WORLD_SIZE": 2,
+    }.items():
         monkeypatch.setenv(name, str(value))
     with pytest.raises(UserError, match=r"127\.0\.0\.1:1"):
         meet(timedelta(seconds=1))

@@ -27,10 +27,26 @@ def test_layers_of_each_chunk(config: ParallelConfig, layers: int, expected: lis
 @pytest.mark.parametrize(
     ("config", "layers", "expected"),
     [
-        (ParallelConfig(pipeline=4), 94, ["94 layers", "pipeline 4 = 4 chunks", "'Et*23|t*24|t*24|t*23L'"]),
-        (ParallelConfig(pipeline=2, virtual_pipeline=2), 6, ["pipeline 2 x virtual_pipeline 2 = 4"]),
-        (ParallelConfig(pipeline=2, pipeline_layout="Ett|tt|ttL"), 6, ["names 3 chunks, pipeline 2 needs 2"]),
-        (ParallelConfig(pipeline=2, pipeline_layout="Ett|ttL"), 6, ["holds 4 layers, the model has 6"]),
+        (
+            ParallelConfig(pipeline=4),
+            94,
+            ["94 layers", "pipeline 4 = 4 chunks", "'Et*23|t*24|t*24|t*23L'"],
+        ),
+        (
+            ParallelConfig(pipeline=2, virtual_pipeline=2),
+            6,
+            ["pipeline 2 x virtual_pipeline 2 = 4"],
+        ),
+        (
+            ParallelConfig(pipeline=2, pipeline_layout="Ett|tt|ttL"),
+            6,
+            ["names 3 chunks, pipeline 2 needs 2"],
+        ),
+        (
+            ParallelConfig(pipeline=2, pipeline_layout="Ett|ttL"),
+            6,
+            ["holds 4 layers, the model has 6"],
+        ),
         (ParallelConfig(pipeline=2, pipeline_layout="tt|ttL"), 4, ["only E"]),
         (ParallelConfig(pipeline=2, pipeline_layout="Ett|xxL"), 4, ["may hold E, t, L"]),
     ],
@@ -54,5 +70,9 @@ def test_megatron_reads_the_layout_alike() -> None:
 
     config = ParallelConfig(pipeline=2, virtual_pipeline=2, pipeline_layout="Et|t*2|ttt|t*2L")
     found = PipelineParallelLayerLayout(layout_of(config, 8), 2)
-    counts = [sum(layer.name == "decoder" for layer in found.layout[stage][chunk]) for chunk in range(2) for stage in range(2)]
+    counts = [
+        sum(layer.name == "decoder" for layer in found.layout[stage][chunk])
+        for chunk in range(2)
+        for stage in range(2)
+    ]
     assert counts == layers_per_chunk(config, 8) == [1, 2, 3, 2]

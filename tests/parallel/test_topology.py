@@ -37,7 +37,12 @@ def test_tensor_and_data_axes(pool: RankPool) -> None:
     assert [(rank["tensor"], rank["data"]) for rank in found] == [(0, 0), (1, 0), (0, 1), (1, 1)]
     assert [rank["main"] for rank in found] == [True, False, False, False]
     assert [rank["leader"] for rank in found] == [True, False, True, False]
-    assert [(rank["copies"], rank["sum"]) for rank in found] == [(2, 2.0), (2, 4.0), (2, 2.0), (2, 4.0)]
+    assert [(rank["copies"], rank["sum"]) for rank in found] == [
+        (2, 2.0),
+        (2, 4.0),
+        (2, 2.0),
+        (2, 4.0),
+    ]
     assert [rank["gathered"] for rank in found[:2]] == [["rank 0", "rank 2"], ["rank 1", "rank 3"]]
 
 
@@ -60,15 +65,24 @@ def test_the_device_follows_what_is_there() -> None:
 
 
 def test_each_rank_of_a_machine_gets_a_gpu_of_its_own() -> None:
-    with patch("torch.cuda.is_available", return_value=True), patch("torch.cuda.device_count", return_value=2):
+    with (
+        patch("torch.cuda.is_available", return_value=True),
+        patch("torch.cuda.device_count", return_value=2),
+    ):
         with patch.dict(os.environ, LOCAL_RANK="1"):
             assert topologies.choose_device("auto") == torch.device("cuda", 1)
-        with patch.dict(os.environ, LOCAL_RANK="2"), pytest.raises(UserError, match=r"2 GPUs are visible.*rank 2"):
+        with (
+            patch.dict(os.environ, LOCAL_RANK="2"),
+            pytest.raises(UserError, match=r"2 GPUs are visible.*rank 2"),
+        ):
             topologies.choose_device("auto")
 
 
 def test_threads_are_shared_by_the_ranks_of_a_machine() -> None:
-    with patch("torch.set_num_threads") as threads, patch("os.sched_getaffinity", return_value=set(range(8))):
+    with (
+        patch("torch.set_num_threads") as threads,
+        patch("os.sched_getaffinity", return_value=set(range(8))),
+    ):
         for ranks, asked in (("4", 0), ("16", 0), ("4", 3)):
             with patch.dict(os.environ, LOCAL_WORLD_SIZE=ranks):
                 topologies.set_threads(asked)

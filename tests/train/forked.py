@@ -44,8 +44,17 @@ def run_rank(rank: int, port: int, words: list[str]) -> None:
     from visionloom.launch.configure import start
     from visionloom.launch.pretrain import train
 
-    world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS, "MASTER_ADDR": "127.0.0.1"}
-    world |= {"MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "forked"}  # the last one says that a launcher set the others
+    world = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": RANKS,
+        "LOCAL_WORLD_SIZE": RANKS,
+        "MASTER_ADDR": "127.0.0.1",
+    }
+    world |= {
+        "MASTER_PORT": port,
+        "TORCHELASTIC_RUN_ID": "forked",
+    }  # the last one says that a launcher set the others
     os.environ |= {name: str(value) for name, value in world.items()}
     log = os.open(os.environ["FORKED_LOG"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.dup2(log, 1)
@@ -116,7 +125,9 @@ def main() -> None:
         finished = False
         while not finished:
             last = done >= kills
-            told = attempt([*words, f"run.folder={folder}"], chance, None if last else float(first["seconds"]))
+            told = attempt(
+                [*words, f"run.folder={folder}"], chance, None if last else float(first["seconds"])
+            )
             done += bool(told["killed"])
             finished = not told["killed"]
             print(json.dumps({"folder": str(folder), **told}), flush=True)

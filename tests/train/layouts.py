@@ -17,7 +17,14 @@ from visionloom.model.sharding import canonical_parameters, cut, full_shape
 from visionloom.parallel import topology as topologies
 from visionloom.parallel.config import ParallelConfig
 from visionloom.parallel.topology import Topology
-from visionloom.tests.model.reference import Example, TestPack, make_example, make_pack, reference_model, tiny_config
+from visionloom.tests.model.reference import (
+    Example,
+    TestPack,
+    make_example,
+    make_pack,
+    reference_model,
+    tiny_config,
+)
 
 STEPS = 20
 LENGTH, MULTIPLE = 128, 8
@@ -30,7 +37,12 @@ CONTENTS: dict[str, list[list[list[Any]]]] = {
         [[3, (2, 2), 4, (6, 4), 1, (2, 10), 12], [4, (3, 4, 4), 8]],
         [[30, (8, 8), 20]],
     ],
-    "images": [[[5, (4, 6), 9], [3, (2, 2), 4]], [[6, (6, 6), 30]], [[9, (2, 4), 3, (4, 4), 7]], [[2, (2, 2), 5]]],
+    "images": [
+        [[5, (4, 6), 9], [3, (2, 2), 4]],
+        [[6, (6, 6), 30]],
+        [[9, (2, 4), 3, (4, 4), 7]],
+        [[2, (2, 2), 5]],
+    ],
     "text": [[[40], [17]], [[90]], [[11], [12], [13]], [[64]]],
 }
 
@@ -76,7 +88,9 @@ class Layout:
 def packs_of(content: str) -> list[TestPack]:
     """The micro-batches of the global batch, with positions from transformers."""
     theirs = reference_model(tiny_config(), 0)
-    return [make_pack(theirs, examples_of(samples), LENGTH, MULTIPLE) for samples in CONTENTS[content]]
+    return [
+        make_pack(theirs, examples_of(samples), LENGTH, MULTIPLE) for samples in CONTENTS[content]
+    ]
 
 
 def packs_of_each(samples: list[list[Any]]) -> list[TestPack]:
@@ -96,7 +110,10 @@ def weigh(chunk: Any, topology: Topology) -> None:
         for name, parameter in canonical_parameters(chunk):
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
             centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-            full = centre + torch.randn(full_shape(name, parameter, topology), generator=generator) * 0.1
+            full = (
+                centre
+                + torch.randn(full_shape(name, parameter, topology), generator=generator) * 0.1
+            )
             parameter.copy_(cut(name, full, parameter, topology))
 
 
@@ -104,7 +121,10 @@ def deal(packs: list[TestPack], topology: Topology, one_encoder: bool) -> list[T
     """This data-parallel rank's micro-batches, their pictures dealt in turn to the encoder ranks."""
     size = topology.config.encoder_ranks
     mine = packs[topology.data_rank :: topology.data_size]
-    owners = [torch.arange(len(p.grid_thw), dtype=torch.int32) % (1 if one_encoder else size) for p in mine]
+    owners = [
+        torch.arange(len(p.grid_thw), dtype=torch.int32) % (1 if one_encoder else size)
+        for p in mine
+    ]
     return [p.dealt(topology.encoder_rank, owner) for p, owner in zip(mine, owners, strict=True)]
 
 
@@ -142,7 +162,10 @@ def positions_after_packing(chunks: list[Any], packs: list[TestPack]) -> list[Te
 def divided_per_micro_batch(chunks: list[Any], packs: list[TestPack]) -> list[TestPack]:
     """The mean over micro-batches of their mean losses."""
     total = float(sum(pack.loss_weights.sum() for pack in packs))
-    return [replace(p, loss_weights=p.loss_weights / p.loss_weights.sum() * total / len(packs)) for p in packs]
+    return [
+        replace(p, loss_weights=p.loss_weights / p.loss_weights.sum() * total / len(packs))
+        for p in packs
+    ]
 
 
 MISTAKES: dict[str, Callable[[list[Any], list[TestPack]], list[TestPack]]] = {

@@ -29,7 +29,10 @@ def rank(work: str, words: list[str]) -> None:
     from visionloom.launch.configure import start
     from visionloom.launch.pretrain import train
 
-    for number in (signal.SIGTERM, signal.SIGINT):  # the agent's own, which the fork has taken along
+    for number in (
+        signal.SIGTERM,
+        signal.SIGINT,
+    ):  # the agent's own, which the fork has taken along
         signal.signal(number, signal.SIG_DFL)
     log = os.open(str(Path(work) / "log.txt"), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.dup2(log, 1)
@@ -80,7 +83,9 @@ class Killer(threading.Thread):
             os.kill(int((self.work / "pids" / victim).read_text()), signal.SIGKILL)
 
 
-def run(work: Path, folder: Path, words: list[str], chance: random.Random, kills: int) -> dict[str, Any]:
+def run(
+    work: Path, folder: Path, words: list[str], chance: random.Random, kills: int
+) -> dict[str, Any]:
     """One run under the agent, with so many kills."""
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=RANKS, run_id=folder.name, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
@@ -95,7 +100,12 @@ def run(work: Path, folder: Path, words: list[str], chance: random.Random, kills
         ended = f"{type(error).__name__}: {error}"[:2000]
     killer.ended = True
     killer.join()
-    return {"folder": str(folder), "killed": killer.killed, "seconds": killer.seconds, "ended": ended}
+    return {
+        "folder": str(folder),
+        "killed": killer.killed,
+        "seconds": killer.seconds,
+        "ended": ended,
+    }
 
 
 def main() -> None:
@@ -108,7 +118,13 @@ def main() -> None:
     cpu.install()
     chance, number, done = random.Random(seed), 0, 0
     while number == 0 or done < kills:
-        dealt = run(work, work / f"run-{number}", words, chance, min(RESTARTS, kills - done) if number else 0)
+        dealt = run(
+            work,
+            work / f"run-{number}",
+            words,
+            chance,
+            min(RESTARTS, kills - done) if number else 0,
+        )
         done, number = done + len(dealt["killed"]), number + 1
         print(json.dumps(dealt), flush=True)
 

@@ -98,7 +98,9 @@ class Draw:
             *parents, name = option.split(".")
             owner: Any = made
             for parent in parents:
-                owner = owner[parent] if isinstance(owner, dict) else operator.attrgetter(parent)(owner)
+                owner = (
+                    owner[parent] if isinstance(owner, dict) else operator.attrgetter(parent)(owner)
+                )
             setattr(owner, name, copy.deepcopy(value))
         return made
 
@@ -110,7 +112,14 @@ def base(experts: int, ranks: int) -> RunConfig:
         mrope_section=[2, 1, 1], max_positions=4096, experts=experts, experts_per_token=min(2, max(experts, 0)),
         expert_ffn_hidden_size=16 if experts else 0,
     )  # fmt: skip
-    vision = VisionConfig(depth=3, hidden_size=16, heads=2, ffn_hidden_size=24, deepstack_layers=[0, 1], position_table=4)
+    vision = VisionConfig(
+        depth=3,
+        hidden_size=16,
+        heads=2,
+        ffn_hidden_size=24,
+        deepstack_layers=[0, 1],
+        position_table=4,
+    )
     phase = PhaseConfig(sequence_length=96, global_batch=2 * ranks, steps=2, lr=1e-3)
     return RunConfig(
         run=RunSection(name="search", device="cpu", precision="fp32"),
@@ -124,14 +133,20 @@ def base(experts: int, ranks: int) -> RunConfig:
 def draw(seed: int, ranks: int, most: int = 12) -> Draw:
     """Up to `most` options with random values; those that are refused are mostly left out, so that many runs are possible."""
     chance = random.Random(f"{ranks} {seed}")
-    wanted = {option: chance.choice(OPTIONS[option]) for option in chance.sample(sorted(OPTIONS), chance.randint(1, most))}
+    wanted = {
+        option: chance.choice(OPTIONS[option])
+        for option in chance.sample(sorted(OPTIONS), chance.randint(1, most))
+    }
     if chance.random() < 0.5:
         wanted = {"model.text.experts": chance.choice([1, 2, 4, 6])} | wanted
     if chance.random() < 0.3:
         wanted = {"lora.rank": chance.choice([3, 8])} | wanted
     if ranks > 1 and chance.random() < 0.8:
         axis = chance.choice(["tensor", "pipeline", "context", "expert", "expert_tensor"])
-        wanted = {f"parallel.{axis}": 2, "data.sample_token_multiple": chance.choice([4, 8])} | wanted
+        wanted = {
+            f"parallel.{axis}": 2,
+            "data.sample_token_multiple": chance.choice([4, 8]),
+        } | wanted
     drawn = Draw(ranks)
     for option, value in wanted.items():
         longer = Draw(ranks, drawn.words | {option: value})
@@ -149,7 +164,12 @@ def step(drawn: Draw) -> tuple[float, float, bool]:
     from visionloom.model.qwen3vl import Qwen3VL
     from visionloom.model.sharding import draw_weights
     from visionloom.parallel import topology as topologies
-    from visionloom.tests.model.reference import make_example, make_pack, reference_model, tiny_config
+    from visionloom.tests.model.reference import (
+        make_example,
+        make_pack,
+        reference_model,
+        tiny_config,
+    )
     from visionloom.tests.train.layouts import deal
     from visionloom.train.build import build_trainer, model_dtype
     from visionloom.train.step import train_step
@@ -159,7 +179,10 @@ def step(drawn: Draw) -> tuple[float, float, bool]:
     phase, device = config.phases["p"], torch.device("cpu")
     topology = topologies.start(config.parallel, device)
     numbers = range(config.parallel.chunks) if config.parallel.chunks > 1 else [None]
-    chunks = [Qwen3VL(config.model, topology, model_dtype(config.run.precision, device), number) for number in numbers]
+    chunks = [
+        Qwen3VL(config.model, topology, model_dtype(config.run.precision, device), number)
+        for number in numbers
+    ]
     for chunk in chunks:
         draw_weights(chunk, config.model, 1, topology)
     if config.lora.rank:
@@ -173,5 +196,7 @@ def step(drawn: Draw) -> tuple[float, float, bool]:
     stream: Any = SimpleNamespace(corpora=[SimpleNamespace(name="test")], tokenizer=tokenizer)
     stage = build_trainer(config, "p", topology, chunks, stream)
     done = train_step(stage, deal(packs, topology, False))  # type: ignore[arg-type]
-    finite = all(bool(parameter.isfinite().all()) for chunk in chunks for parameter in chunk.parameters())
+    finite = all(
+        bool(parameter.isfinite().all()) for chunk in chunks for parameter in chunk.parameters()
+    )
     return done.loss, done.grad_norm, finite

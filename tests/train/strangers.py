@@ -25,7 +25,9 @@ def write_checkpoint(folder: Path, tensors: dict[str, Any] | None = None) -> Pat
     folder.mkdir(parents=True)
     writer = FileSystemWriter(folder, single_file_per_rank=True, thread_count=1)
     save({**(tensors or TENSORS), "plain": {"x": [1, 2]}}, storage_writer=writer, no_dist=True)
-    (folder / FORMAT).write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))
+    (folder / FORMAT).write_text(
+        json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1})
+    )
     run_state = RunState("sft", 4, 4, 4, DATA, asdict(ModelConfig()), 4)
     (folder / STATE).write_text(json.dumps(asdict(run_state)))
     list_files(folder)

@@ -55,7 +55,11 @@ def renumbered(folder: Path) -> None:
     """Two special tokens change places."""
     text = (folder / "tokenizer.json").read_text()
     content = json.loads(text)
-    first, second = (token for token in content["added_tokens"] if token["content"] in ("<|image_pad|>", "<|video_pad|>"))
+    first, second = (
+        token
+        for token in content["added_tokens"]
+        if token["content"] in ("<|image_pad|>", "<|video_pad|>")
+    )
     first["id"], second["id"] = second["id"], first["id"]
     (folder / "tokenizer.json").write_text(json.dumps(content))
 
@@ -69,7 +73,12 @@ def renamed(folder: Path) -> None:
 def cut_otherwise(folder: Path) -> None:
     """All ids stay, but digits are no longer apart."""
     content = json.loads((folder / "tokenizer.json").read_text())
-    content["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    content["pre_tokenizer"] = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": False,
+    }
     content["model"]["merges"] = content["model"]["merges"][:100]
     (folder / "tokenizer.json").write_text(json.dumps(content))
 
@@ -90,7 +99,9 @@ def only_its_config(folder: Path) -> None:
 
 def without_thoughts(folder: Path) -> None:
     content = json.loads((folder / "tokenizer.json").read_text())
-    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != "<think>"]
+    content["added_tokens"] = [
+        token for token in content["added_tokens"] if token["content"] != "<think>"
+    ]
     (folder / "tokenizer.json").write_text(json.dumps(content))
 
 
@@ -100,7 +111,9 @@ def folder(demo_data: Path, tmp_path: Path) -> Path:
     made = tmp_path / "hf"
     shutil.copytree(demo_data / "tokenizer", made)
     tokens, model = TokenTable.read(made, "hf"), tiny(demo_data, tmp_path).model
-    (made / "config.json").write_text(json.dumps(write_config(model, "bfloat16", tokens.added, None)))
+    (made / "config.json").write_text(
+        json.dumps(write_config(model, "bfloat16", tokens.added, None))
+    )
     write_serving_files(made, Companions(media=MediaConfig()), tokens)
     return made
 
@@ -221,17 +234,24 @@ def test_a_fault_is_one_line(
         in_folder(folder)
     if in_tokenizer is not None:
         in_tokenizer(own)
-    config = tiny(demo_data, tmp_path, f"init.huggingface={folder}", f"data.tokenizer={own}", *words)
+    config = tiny(
+        demo_data, tmp_path, f"init.huggingface={folder}", f"data.tokenizer={own}", *words
+    )
     found = lines(config)
     told = [line for line in found if all(part in line for part in parts)]
     assert len(told) == 1, found
     others = tuple(each for each in AGREEMENTS if each.__name__ != agreement)
     monkeypatch.setattr(agreements, "AGREEMENTS", others)
-    assert lines(config) == [line for line in found if line not in told] and len(others) == len(AGREEMENTS) - 1
+    assert (
+        lines(config) == [line for line in found if line not in told]
+        and len(others) == len(AGREEMENTS) - 1
+    )
 
 
 def test_every_agreement_is_broken_once() -> None:
-    broken = {agreement for agreement, *_ in FAULTS.values()} | {"the_tokenizer_is_that_of_training"}
+    broken = {agreement for agreement, *_ in FAULTS.values()} | {
+        "the_tokenizer_is_that_of_training"
+    }
     assert broken == {agreement.__name__ for agreement in AGREEMENTS}
 
 
@@ -255,17 +275,26 @@ LEGITIMATE: dict[str, tuple[Edit | None, Edit | None, list[str]]] = {
 
 
 @pytest.mark.parametrize("case", LEGITIMATE)
-def test_what_may_differ_is_let_through(case: str, demo_data: Path, folder: Path, tmp_path: Path) -> None:
+def test_what_may_differ_is_let_through(
+    case: str, demo_data: Path, folder: Path, tmp_path: Path
+) -> None:
     in_folder, in_tokenizer, words = LEGITIMATE[case]
     own = tmp_path / "tokenizer"
     shutil.copytree(demo_data / "tokenizer", own)
     for edit, place in ((in_folder, folder), (in_tokenizer, own)):
         if edit is not None:
             edit(place)
-    assert lines(tiny(demo_data, tmp_path, f"init.huggingface={folder}", f"data.tokenizer={own}", *words)) == []
+    assert (
+        lines(
+            tiny(demo_data, tmp_path, f"init.huggingface={folder}", f"data.tokenizer={own}", *words)
+        )
+        == []
+    )
 
 
-def test_what_transformers_saves_is_let_through(folder: Path, demo_data: Path, tmp_path: Path) -> None:
+def test_what_transformers_saves_is_let_through(
+    folder: Path, demo_data: Path, tmp_path: Path
+) -> None:
     """transformers 5 nests the processors' settings and writes defaults out."""
     saved = tmp_path / "saved"
     AutoProcessor.from_pretrained(folder).save_pretrained(saved)
@@ -278,7 +307,12 @@ def test_what_transformers_saves_is_let_through(folder: Path, demo_data: Path, t
 
 def test_the_published_files_are_let_through(tmp_path: Path) -> None:
     """Numbers of Qwen3-VL's own files; a tokenizer with its ids alone."""
-    special = {"<|endoftext|>": 151643, "<|im_start|>": 151644, "<|im_end|>": 151645, "<|vision_start|>": 151652}
+    special = {
+        "<|endoftext|>": 151643,
+        "<|im_start|>": 151644,
+        "<|im_end|>": 151645,
+        "<|vision_start|>": 151652,
+    }
     special |= {
         "<|vision_end|>": 151653,
         "<|image_pad|>": 151655,
@@ -287,9 +321,15 @@ def test_the_published_files_are_let_through(tmp_path: Path) -> None:
         "</think>": 151668,
     }
     added = [{"id": number, "content": token} for token, number in special.items()]
-    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": added, "model": {"type": "BPE", "vocab": {"!": 0}}}))
-    set_in("tokenizer_config.json", eos_token="<|im_end|>", pad_token="<|endoftext|>", bos_token=None)(tmp_path)
-    config = write_config(ModelConfig(text=TextConfig()), "bfloat16", {}, {"text_config": {"bos_token_id": 151643}})
+    (tmp_path / "tokenizer.json").write_text(
+        json.dumps({"added_tokens": added, "model": {"type": "BPE", "vocab": {"!": 0}}})
+    )
+    set_in(
+        "tokenizer_config.json", eos_token="<|im_end|>", pad_token="<|endoftext|>", bos_token=None
+    )(tmp_path)
+    config = write_config(
+        ModelConfig(text=TextConfig()), "bfloat16", {}, {"text_config": {"bos_token_id": 151643}}
+    )
     (tmp_path / "config.json").write_text(json.dumps(config))
     set_in(
         "generation_config.json",
@@ -300,12 +340,26 @@ def test_the_published_files_are_let_through(tmp_path: Path) -> None:
         top_k=20,
     )(tmp_path)
     pixels: dict[str, Any] = {"patch_size": 16, "temporal_patch_size": 2, "merge_size": 2}
-    pixels |= {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "processor_class": "Qwen3VLProcessor"}
-    set_in("preprocessor_config.json", size={"longest_edge": 16777216, "shortest_edge": 65536}, **pixels)(tmp_path)
-    set_in("video_preprocessor_config.json", size={"longest_edge": 25165824, "shortest_edge": 4096}, **pixels)(tmp_path)
+    pixels |= {
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "processor_class": "Qwen3VLProcessor",
+    }
+    set_in(
+        "preprocessor_config.json",
+        size={"longest_edge": 16777216, "shortest_edge": 65536},
+        **pixels,
+    )(tmp_path)
+    set_in(
+        "video_preprocessor_config.json",
+        size={"longest_edge": 25165824, "shortest_edge": 4096},
+        **pixels,
+    )(tmp_path)
     check_folder(tmp_path, "hf")
     set_in("config.json", video_token_id=151655)(tmp_path)
-    with pytest.raises(UserError, match=r"has video_token_id 151655, but hf=.* has <\|video_pad\|> as 151656"):
+    with pytest.raises(
+        UserError, match=r"has video_token_id 151655, but hf=.* has <\|video_pad\|> as 151656"
+    ):
         check_folder(tmp_path, "hf")
 
 
@@ -313,7 +367,9 @@ def store(run: Path, config: RunConfig, tokenizer: Path) -> Path:
     """What tells of a checkpoint: its state, and where `latest` points."""
     folder = run / "checkpoints" / "multimodal" / "step-00000004"
     folder.mkdir(parents=True)
-    inputs = Inputs.of(replace(config.data, tokenizer=str(tokenizer)), TokenTable.read(tokenizer, "x").hash, "")
+    inputs = Inputs.of(
+        replace(config.data, tokenizer=str(tokenizer)), TokenTable.read(tokenizer, "x").hash, ""
+    )
     run_state = RunState("multimodal", 4, 4, 4, {}, asdict(config.model), 4, {}, asdict(inputs))
     (folder / STATE).write_text(json.dumps(asdict(run_state)))
     (run / "checkpoints" / "latest").write_text("multimodal/step-00000004\n")
@@ -321,17 +377,26 @@ def store(run: Path, config: RunConfig, tokenizer: Path) -> Path:
 
 
 @pytest.mark.parametrize("use", ["init.checkpoint", "resume", "evaluate", "export"])
-def test_a_checkpoint_keeps_its_tokenizer(use: str, demo_data: Path, folder: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_keeps_its_tokenizer(
+    use: str, demo_data: Path, folder: Path, tmp_path: Path
+) -> None:
     """With the same ids it is used, with others refused, and where the one of training is gone the hashes are told."""
     own = tmp_path / "tokenizer"
     shutil.copytree(demo_data / "tokenizer", own)
     config = tiny(demo_data, tmp_path, f"data.tokenizer={own}")
-    stored = store(tmp_path / ("run" if use == "resume" else "other"), config, demo_data / "tokenizer")
-    words = [f"data.tokenizer={own}", *([f"init.checkpoint={stored}"] if use == "init.checkpoint" else [])]
+    stored = store(
+        tmp_path / ("run" if use == "resume" else "other"), config, demo_data / "tokenizer"
+    )
+    words = [
+        f"data.tokenizer={own}",
+        *([f"init.checkpoint={stored}"] if use == "init.checkpoint" else []),
+    ]
 
     def found() -> list[str]:
         if use != "export":
-            return lines(tiny(demo_data, tmp_path, *words), str(stored) if use == "evaluate" else "")
+            return lines(
+                tiny(demo_data, tmp_path, *words), str(stored) if use == "evaluate" else ""
+            )
         try:
             check_export(stored, own, "hf")
         except UserError as error:
@@ -364,20 +429,35 @@ def test_a_run_may_be_told_to_go_on_with_another_tokenizer(demo_data: Path, tmp_
     renumbered(own)
     store(tmp_path / "run", tiny(demo_data, tmp_path), demo_data / "tokenizer")
     assert len(lines(tiny(demo_data, tmp_path, f"data.tokenizer={own}"))) == 1
-    assert lines(tiny(demo_data, tmp_path, f"data.tokenizer={own}", "data.on_change=new_phase")) == []
+    assert (
+        lines(tiny(demo_data, tmp_path, f"data.tokenizer={own}", "data.on_change=new_phase")) == []
+    )
 
 
-def test_a_checkpoint_of_another_model_is_told_before_torch(demo_data: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_model_is_told_before_torch(
+    demo_data: Path, tmp_path: Path
+) -> None:
     stored = store(tmp_path / "other", tiny(demo_data, tmp_path), demo_data / "tokenizer")
     found = lines(
-        tiny(demo_data, tmp_path, f"init.checkpoint={stored}", "model.text.layers=3", "model.text.rope_theta=5000000.0")
+        tiny(
+            demo_data,
+            tmp_path,
+            f"init.checkpoint={stored}",
+            "model.text.layers=3",
+            "model.text.rope_theta=5000000.0",
+        )
     )
-    assert [line.split(",")[0] for line in found] == ["model.text.layers=3", "model.text.rope_theta=5000000.0"]
+    assert [line.split(",")[0] for line in found] == [
+        "model.text.layers=3",
+        "model.text.rope_theta=5000000.0",
+    ]
     assert all(f"but {stored} holds another model, with " in line for line in found)
 
 
 @pytest.mark.parametrize("kind", ["Replace", "Prepend"])
-def test_a_tokenizer_that_makes_texts_endless_is_refused(kind: str, demo_data: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_that_makes_texts_endless_is_refused(
+    kind: str, demo_data: Path, tmp_path: Path
+) -> None:
     """Thirty steps that double every letter; reference: the library itself, with sixteen of them."""
     shutil.copytree(demo_data / "tokenizer", tmp_path / "tokenizer")
     path = tmp_path / "tokenizer" / "tokenizer.json"

@@ -19,7 +19,9 @@ from visionloom.train.config import PhaseConfig, RunConfig
 
 def full() -> RunConfig:
     """A configuration with every section that there can be."""
-    config = RunConfig(phases={"p": PhaseConfig(parallel=ParallelConfig(), mixture={"d": 1.0}, steps=1)})
+    config = RunConfig(
+        phases={"p": PhaseConfig(parallel=ParallelConfig(), mixture={"d": 1.0}, steps=1)}
+    )
     config.run.name, config.data.datasets = "x", {"d": DatasetConfig()}
     config.data.validation = {"v": DatasetConfig()}
     return config
@@ -28,7 +30,9 @@ def full() -> RunConfig:
 NUMBERS = [
     each.name
     for each in options(full())
-    if not isinstance(each.value, str | bool | list) and each.name != "parallel.sequence" and "layout" not in each.name
+    if not isinstance(each.value, str | bool | list)
+    and each.name != "parallel.sequence"
+    and "layout" not in each.name
 ]
 
 
@@ -44,7 +48,9 @@ def test_weights_that_the_machine_cannot_hold(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("visionloom.launch.environment.memory_bytes", lambda: 900 * 2**30)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     check_memory(replace(config, parallel=ParallelConfig(tensor=4)))
-    with pytest.raises(UserError, match=r"has 235,[0-9,]+ parameters: their weights take 1,75\d GiB .* has 900 GiB"):
+    with pytest.raises(
+        UserError, match=r"has 235,[0-9,]+ parameters: their weights take 1,75\d GiB .* has 900 GiB"
+    ):
         check_memory(config)
     config.run.device = "cuda"
     check_memory(config)
@@ -59,7 +65,9 @@ def holder(config: RunConfig, option: str) -> tuple[Any, str]:
     return found, name
 
 
-@pytest.mark.parametrize("option", [each for each in NUMBERS if not each.endswith("parallel.sequence")])
+@pytest.mark.parametrize(
+    "option", [each for each in NUMBERS if not each.endswith("parallel.sequence")]
+)
 def test_every_number_is_bounded(option: str) -> None:
     """1e308 for what may be fractional, ten to the thirtieth for what is counted, and the negatives of both."""
     for value in (10**30, -(10**30), 1e308, -1e308):

@@ -35,7 +35,18 @@ def run_state(trained: RunConfig, phase: str = "align", done: int = 10) -> RunSt
     """A checkpoint's state as JSON brings it back, after so many steps of a phase."""
     steps = trained.phases[phase].total_steps
     lora = asdict(trained.lora) if trained.lora.rank else {}
-    kept = RunState(phase, done, 250 + done, steps, {}, asdict(trained.model), done, lora, {}, settings_of(trained, phase))
+    kept = RunState(
+        phase,
+        done,
+        250 + done,
+        steps,
+        {},
+        asdict(trained.model),
+        done,
+        lora,
+        {},
+        settings_of(trained, phase),
+    )
     return RunState(**json.loads(json.dumps(asdict(kept))))
 
 
@@ -58,10 +69,15 @@ def test_a_setting_that_changes_the_run(option: str) -> None:
         changes(config(word), kept, "D")
     line = str(caught.value)
     was = kept.settings[option]
-    assert line.startswith(f"D was trained with other settings: {option} was {was}, now ") and "\n" not in line
+    assert (
+        line.startswith(f"D was trained with other settings: {option} was {was}, now ")
+        and "\n" not in line
+    )
     assert "run.on_change=continue" in line and "set run.name to start a new run" in line
     (told,) = changes(config(word, "run.on_change=continue"), kept, "D")
-    assert (told.option, told.was) == (option, was) and str(told.now).lower() == str(config_value(config(word), option)).lower()
+    assert (told.option, told.was) == (option, was) and str(told.now).lower() == str(
+        config_value(config(word), option)
+    ).lower()
 
 
 def config_value(found: RunConfig, option: str) -> Any:
@@ -72,7 +88,8 @@ def config_value(found: RunConfig, option: str) -> Any:
 def test_all_are_named_at_once() -> None:
     words = ["optim.beta2=0.9", "phases.align.lr=1e-5", "optim.weight_decay=0.1"]
     with pytest.raises(
-        UserError, match=r"optim\.beta2 was 0\.95, now 0\.9.*weight_decay was 0\.05.*align\.lr was 0\.002, now 1e-05"
+        UserError,
+        match=r"optim\.beta2 was 0\.95, now 0\.9.*weight_decay was 0\.05.*align\.lr was 0\.002, now 1e-05",
     ):
         changes(config(*words), run_state(config()), "D")
 
@@ -94,8 +111,12 @@ def test_a_setting_that_cannot_change(name: str) -> None:
     for more in ([], ["run.on_change=continue"]):
         with pytest.raises(UserError) as caught:
             changes(config(*words, *more), run_state(config()), "D")
-        assert expected in str(caught.value) and "set run.name to start a new run" in str(caught.value)
-    with pytest.raises(UserError, match=r"set run\.name to start a new run \(and run\.folder, which is set to /r\)"):
+        assert expected in str(caught.value) and "set run.name to start a new run" in str(
+            caught.value
+        )
+    with pytest.raises(
+        UserError, match=r"set run\.name to start a new run \(and run\.folder, which is set to /r\)"
+    ):
         changes(config(*words, "run.folder=/r"), run_state(config()), "D")
 
 
@@ -128,8 +149,14 @@ ORDERS = {
     "more to come": (["align", "multimodal", "sft", "long"], ""),
     "one that is done left out": (["multimodal", "sft"], ""),
     "one that is to come left out": (["align", "multimodal"], ""),
-    "a new one before": (["align", "long", "multimodal", "sft"], "phases was ['align'], now ['align', 'long']"),
-    "one to come first": (["align", "sft", "multimodal"], "phases was ['align'], now ['align', 'sft']"),
+    "a new one before": (
+        ["align", "long", "multimodal", "sft"],
+        "phases was ['align'], now ['align', 'long']",
+    ),
+    "one to come first": (
+        ["align", "sft", "multimodal"],
+        "phases was ['align'], now ['align', 'sft']",
+    ),
     "one that is done again": (["multimodal", "align", "sft"], "phases was ['align'], now []"),
 }
 
@@ -140,7 +167,8 @@ def test_phases_before_the_one_in_progress_count_as_done(case: str) -> None:
     order, expected = ORDERS[case]
     whole = config()
     trained, now = (
-        replace(whole, phases={name: whole.phases[name] for name in names}) for names in (["align", "multimodal", "sft"], order)
+        replace(whole, phases={name: whole.phases[name] for name in names})
+        for names in (["align", "multimodal", "sft"], order)
     )
     kept = run_state(trained, "multimodal")
     if not expected:
@@ -167,14 +195,32 @@ def test_settings_of_another_type_are_another_value(value: Any) -> None:
 
 def test_steps_are_compared_however_they_are_given() -> None:
     """50 steps of 4 packs of 512 tokens."""
-    assert changes(config("phases.align.steps=null", f"phases.align.tokens={50 * 4 * 512}"), run_state(config()), "D") == []
+    assert (
+        changes(
+            config("phases.align.steps=null", f"phases.align.tokens={50 * 4 * 512}"),
+            run_state(config()),
+            "D",
+        )
+        == []
+    )
     with pytest.raises(UserError, match=r"phases\.align\.steps was 50, now 51"):
-        changes(config("phases.align.steps=null", f"phases.align.tokens={50 * 4 * 512 + 1}"), run_state(config()), "D")
+        changes(
+            config("phases.align.steps=null", f"phases.align.tokens={50 * 4 * 512 + 1}"),
+            run_state(config()),
+            "D",
+        )
 
 
 def test_a_finished_phase_is_done_with() -> None:
     done = run_state(config(), done=50)
-    assert changes(config("phases.align.lr=1e-5", "phases.align.loss=token", "phases.align.steps=40"), done, "D") == []
+    assert (
+        changes(
+            config("phases.align.lr=1e-5", "phases.align.loss=token", "phases.align.steps=40"),
+            done,
+            "D",
+        )
+        == []
+    )
     with pytest.raises(UserError, match=r"optim\.beta1"):
         changes(config("optim.beta1=0.5"), done, "D")
     with pytest.raises(UserError, match=r"phases\.align\.steps was 50, now 80"):
@@ -201,17 +247,18 @@ def test_the_class_of_each_option() -> None:
     """What a checkpoint remembers is all that is `run` or `never`; the listed ones above are of the class they should be."""
     classes = {each.name: each.rules.change for each in options(full())}
     remembered = set(settings_of(full(), "p"))
-    assert remembered - {"phases"} == {name for name, change in classes.items() if change in ("run", "never")} - {
-        "phases.p.tokens"
-    }
+    assert remembered - {"phases"} == {
+        name for name, change in classes.items() if change in ("run", "never")
+    } - {"phases.p.tokens"}
     named = {name.replace("align", "p") for name in RUN}
     assert {name for name in named if classes[name] != "run"} == set()
     untested = {name for name, change in classes.items() if change == "run"} - named
     assert untested == {"phases.p.tokens", "phases.p.trainable", "lora.alpha", "lora.dropout", "lora.adapter",
         "model.text.initializer_range", "model.text.max_positions", "model.vision.initializer_range"}  # fmt: skip
-    assert {classes[name] for name in ("phases.p.mixture", "phases.p.sequence_length", "run.seed", "data.media.rule")} == {
-        "data"
-    }
+    assert {
+        classes[name]
+        for name in ("phases.p.mixture", "phases.p.sequence_length", "run.seed", "data.media.rule")
+    } == {"data"}
 
 
 def train(found: RunConfig) -> str:
@@ -227,14 +274,20 @@ def train(found: RunConfig) -> str:
 
 def events(folder: Path, kind: str) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "time"} for line in lines if line["event"] == kind]
+    return [
+        {key: value for key, value in line.items() if key != "time"}
+        for line in lines
+        if line["event"] == kind
+    ]
 
 
 def test_a_run_goes_on_with_other_settings(pool: RankPool, demo_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
     """Interrupted after 2 of 6 steps; lr and weight decay change, and fewer groups train; then the schedule is the new one."""
 
     def start(*words: str) -> str:
-        found = run_config(demo_data, tmp_path, 6, 1, "checkpoint.every_steps=2", "checkpoint.keep=9", *words)
+        found = run_config(
+            demo_data, tmp_path, 6, 1, "checkpoint.every_steps=2", "checkpoint.keep=9", *words
+        )
         return pool.run(1, train, found)[0]
 
     assert start("phases.multimodal.schedule=constant") == ""
@@ -244,15 +297,34 @@ def test_a_run_goes_on_with_other_settings(pool: RankPool, demo_data: Path, tmp_
     other = ["phases.multimodal.schedule=constant", "phases.multimodal.lr=1e-5", "optim.weight_decay=0.5",
         "phases.multimodal.trainable=[language]"]  # fmt: skip
     told = start(*other)
-    for part in ("multimodal.lr was 0.002, now 1e-05", "optim.weight_decay was 0.05, now 0.5", "now ['language']"):
+    for part in (
+        "multimodal.lr was 0.002, now 1e-05",
+        "optim.weight_decay was 0.05, now 0.5",
+        "now ['language']",
+    ):
         assert part in told
-    assert ((tmp_path / "config.yaml").read_text(), metrics(tmp_path)) == before and events(tmp_path, "settings_changed") == []
+    assert ((tmp_path / "config.yaml").read_text(), metrics(tmp_path)) == before and events(
+        tmp_path, "settings_changed"
+    ) == []
 
     assert start(*other, "run.on_change=continue") == ""
-    found = {line["option"]: (line["was"], line["now"]) for line in events(tmp_path, "settings_changed")}
-    assert found["phases.multimodal.lr"] == (0.002, 1e-5) and found["optim.weight_decay"] == (0.05, 0.5)
-    assert found["phases.multimodal.trainable"] == (["vision", "merger", "language"], ["language"]) and len(found) == 3
+    found = {
+        line["option"]: (line["was"], line["now"]) for line in events(tmp_path, "settings_changed")
+    }
+    assert found["phases.multimodal.lr"] == (0.002, 1e-5) and found["optim.weight_decay"] == (
+        0.05,
+        0.5,
+    )
+    assert (
+        found["phases.multimodal.trainable"] == (["vision", "merger", "language"], ["language"])
+        and len(found) == 3
+    )
     assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
     assert [line["lr"] for line in metrics(tmp_path)[3:]] == [{"language": 1e-5}] * 3
-    assert read_run_state(tmp_path / "checkpoints" / "multimodal" / "step-00000006").settings["phases.multimodal.lr"] == 1e-5
+    assert (
+        read_run_state(tmp_path / "checkpoints" / "multimodal" / "step-00000006").settings[
+            "phases.multimodal.lr"
+        ]
+        == 1e-5
+    )
     assert start(*other) == ""

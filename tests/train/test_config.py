@@ -36,7 +36,15 @@ def undocumented(schema: ast.ClassDef) -> Iterator[str]:
 
 def test_every_field_has_its_line() -> None:
     names = {schema.name for schema in schemas()}
-    assert names >= {"RunConfig", "RunSection", "PhaseConfig", "TextConfig", "DataConfig", "ParallelConfig", "LoraConfig"}
+    assert names >= {
+        "RunConfig",
+        "RunSection",
+        "PhaseConfig",
+        "TextConfig",
+        "DataConfig",
+        "ParallelConfig",
+        "LoraConfig",
+    }
     assert [name for schema in schemas() for name in undocumented(schema)] == []
 
 
@@ -71,8 +79,14 @@ def test_impossible_values_come_before_all_that_computes_with_them() -> None:
     ("layout", "expected"),
     [
         (ParallelConfig(tensor=0), "phases.long.parallel.tensor=0 must be at least 1"),
-        (ParallelConfig(sequence=True), "phases.long.parallel.sequence=true needs phases.long.parallel.tensor of 2 or more"),
-        (ParallelConfig(tensor=4), "phases.long.parallel.tensor=4 does not divide model.text.kv_heads=2"),
+        (
+            ParallelConfig(sequence=True),
+            "phases.long.parallel.sequence=true needs phases.long.parallel.tensor of 2 or more",
+        ),
+        (
+            ParallelConfig(tensor=4),
+            "phases.long.parallel.tensor=4 does not divide model.text.kv_heads=2",
+        ),
         (
             ParallelConfig(pipeline=8),
             "cannot be cut evenly into pipeline 8 = 8 chunks: give phases.long.parallel.pipeline_layout='E",
@@ -80,7 +94,9 @@ def test_impossible_values_come_before_all_that_computes_with_them() -> None:
         (ParallelConfig(pipeline=3), "8 ranks cannot hold tensor 1 x pipeline 3 x context 1 = 3"),
     ],
 )
-def test_a_layout_of_a_phase_is_named_by_its_own_path(layout: ParallelConfig, expected: str) -> None:
+def test_a_layout_of_a_phase_is_named_by_its_own_path(
+    layout: ParallelConfig, expected: str
+) -> None:
     made = config()
     made.phases = {"long": made.phases["long"]}
     made.phases["long"].parallel, made.phases["long"].global_batch = layout, 16

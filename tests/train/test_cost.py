@@ -17,8 +17,22 @@ def test_costs_are_the_operations_of_a_step(name: str, trainable: set[str]) -> N
     model: ModelConfig = config.model
     cost = cost_model(model, trainable)
     flops = []
-    packs = np.array([[4096, 4096 * 900, 0, 0], [8000, 8000**2, 12_000, 12_000 * 1024], [500, 500**2, 1600, 1600**2]])
+    packs = np.array(
+        [
+            [4096, 4096 * 900, 0, 0],
+            [8000, 8000**2, 12_000, 12_000 * 1024],
+            [500, 500**2, 1600, 1600**2],
+        ]
+    )
     for tokens, pairs, patches, patch_pairs in packs.tolist():
-        flops.append(sum(step_flops(model, StepWork(tokens, 0, pairs, patches, patch_pairs), trainable).values()))
+        flops.append(
+            sum(
+                step_flops(
+                    model, StepWork(tokens, 0, pairs, patches, patch_pairs), trainable
+                ).values()
+            )
+        )
     assert output_flops(model.text, StepWork(1, 0, 0, 0, 0)) == 0
-    np.testing.assert_allclose(cost.of(packs) / cost.of(packs)[0], np.array(flops) / flops[0], rtol=1e-6)
+    np.testing.assert_allclose(
+        cost.of(packs) / cost.of(packs)[0], np.array(flops) / flops[0], rtol=1e-6
+    )

@@ -36,15 +36,29 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT / ".link"), "OMP_NUM_THREADS"
 
 
 def events(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines() if line.endswith("}")]
+    return [
+        json.loads(line)
+        for line in (folder / "events.jsonl").read_text().splitlines()
+        if line.endswith("}")
+    ]
 
 
 def killed_runs(module: str, data: Path, work: Path) -> list[dict[str, Any]]:
     """What a module that kills ranks of real runs prints."""
     words = run_words(data, work, STEPS, f"checkpoint.every_steps={EVERY}")
     words = [word for word in words if not word.startswith("run.folder=")]
-    command = [sys.executable, "-m", f"visionloom.tests.train.{module}", str(work), str(SEED), str(KILLS), *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=ENVIRONMENT, cwd=ROOT, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        f"visionloom.tests.train.{module}",
+        str(work),
+        str(SEED),
+        str(KILLS),
+        *words,
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=500, env=ENVIRONMENT, cwd=ROOT, check=False
+    )
     assert done.returncode == 0, done.stderr + (work / "log.txt").read_text()[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -59,7 +73,9 @@ def restarts(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
     return killed_runs("restarted", demo_data, tmp_path_factory.mktemp("restarts"))
 
 
-def test_every_attempt_goes_on_from_the_last_whole_checkpoint(attempts: list[dict[str, Any]]) -> None:
+def test_every_attempt_goes_on_from_the_last_whole_checkpoint(
+    attempts: list[dict[str, Any]],
+) -> None:
     """Rows 3 and 6 of the fault matrix: a new job after each kill, many of them while a checkpoint is written."""
     assert sum(attempt["killed"] for attempt in attempts) >= KILLS
     for attempt in attempts:
@@ -89,12 +105,16 @@ def test_resuming_takes_the_newest_commit(attempts: list[dict[str, Any]]) -> Non
     assert resumed >= 5
 
 
-def test_the_weights_end_as_if_nothing_had_happened(attempts: list[dict[str, Any]], pool: RankPool) -> None:
+def test_the_weights_end_as_if_nothing_had_happened(
+    attempts: list[dict[str, Any]], pool: RankPool
+) -> None:
     folders = sorted({attempt["folder"] for attempt in attempts})
     (expected, *others) = (pool.run(1, checkpoint_tensors, Path(folder))[0] for folder in folders)
     for found in others:
         assert found.keys() == expected.keys()
-        assert [name for name, tensor in expected.items() if not torch.equal(tensor, found[name])] == []
+        assert [
+            name for name, tensor in expected.items() if not torch.equal(tensor, found[name])
+        ] == []
 
 
 def test_restarts_in_place_lose_nothing(restarts: list[dict[str, Any]], pool: RankPool) -> None:
@@ -108,10 +128,16 @@ def test_restarts_in_place_lose_nothing(restarts: list[dict[str, Any]], pool: Ra
         assert [line["step"] for line in metrics(folder)] == list(range(1, STEPS + 1))
         assert [line["loss"] for line in metrics(folder)] == [line["loss"] for line in reference]
         status = json.loads((folder / "status.json").read_text())
-        assert (status["state"], status["step"], status["restarts"]) == ("done", STEPS, len(run["killed"]))
+        assert (status["state"], status["step"], status["restarts"]) == (
+            "done",
+            STEPS,
+            len(run["killed"]),
+        )
     (expected, *others) = (pool.run(1, checkpoint_tensors, folder)[0] for folder in folders)
     for found in others:
-        assert [name for name, tensor in expected.items() if not torch.equal(tensor, found[name])] == []
+        assert [
+            name for name, tensor in expected.items() if not torch.equal(tensor, found[name])
+        ] == []
 
 
 def test_restarts_say_what_was_killed(restarts: list[dict[str, Any]]) -> None:
@@ -125,9 +151,19 @@ def test_restarts_say_what_was_killed(restarts: list[dict[str, Any]]) -> None:
 
 
 def torchrun(words: list[str], *options: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        *options,
+    ]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return subprocess.Popen([*command, "launch/pretrain.py", *words], cwd=ROOT, env=ENVIRONMENT, text=True, **pipes)  # type: ignore[call-overload,no-any-return]
+    return subprocess.Popen(
+        [*command, "launch/pretrain.py", *words], cwd=ROOT, env=ENVIRONMENT, text=True, **pipes
+    )  # type: ignore[call-overload,no-any-return]
 
 
 def wait_for_steps(process: subprocess.Popen[str], folder: Path, steps: int) -> None:
@@ -161,7 +197,12 @@ def test_a_killed_rank_is_named_when_the_job_ends(demo_data: Path, tmp_path: Pat
         rank_processes(agent)["1"].kill()
         agent.communicate(timeout=60)
     status = json.loads((folder / "status.json").read_text())
-    assert (agent.returncode, status["code"], status["state"], status["rank"]) == (1, 1, "failed", 1)
+    assert (agent.returncode, status["code"], status["state"], status["rank"]) == (
+        1,
+        1,
+        "failed",
+        1,
+    )
     assert status["cause"] == "rank 1 was killed by signal 9 (SIGKILL)" and status["step"] >= 5
 
 
@@ -188,7 +229,10 @@ def test_a_rank_without_memory_is_named(small_memory: Path, tmp_path: Path) -> N
     (tmp_path / "attempt_0").mkdir()
     fill = f"Path('{small_memory}/cgroup.procs').write_text(str(os.getpid())); x = [bytearray(1 << 20) for _ in range(1000)]"
     survivor = start_rank(0, tmp_path / "attempt_0", tmp_path, "")
-    with survivor, start_rank(1, tmp_path / "attempt_0", tmp_path, f"time.sleep(0.5); {fill}") as victim:
+    with (
+        survivor,
+        start_rank(1, tmp_path / "attempt_0", tmp_path, f"time.sleep(0.5); {fill}") as victim,
+    ):
         status = wait_for_status(tmp_path)
         assert victim.wait(timeout=60) == -9
         survivor.kill()
@@ -226,14 +270,22 @@ def disk_that_fails(config: RunConfig, disk: Path, fault: str) -> str:
         RunLog.metric = metric  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize(("fault", "said"), [("full", "No space left on device"), ("read-only", "Read-only file system")])
+@pytest.mark.parametrize(
+    ("fault", "said"), [("full", "No space left on device"), ("read-only", "Read-only file system")]
+)
 def test_a_disk_that_fails_under_a_run(
     fault: str, said: str, small_disk: Path, demo_data: Path, pool: RankPool, tmp_path: Path
 ) -> None:
     """Rows 19 and 21 while training: one line after an attempt to save, and all that was saved is there when it is mended."""
     folder = small_disk / "run"
     config = run_config(
-        demo_data, folder, 6, 2, "checkpoint.every_steps=2", "checkpoint.keep=1", "checkpoint.asynchronous=false"
+        demo_data,
+        folder,
+        6,
+        2,
+        "checkpoint.every_steps=2",
+        "checkpoint.keep=1",
+        "checkpoint.asynchronous=false",
     )
     for told in pool.run(2, disk_that_fails, config, small_disk, fault):
         assert f"metrics.jsonl: {said}: the run's log cannot be written" in told
@@ -252,12 +304,16 @@ def test_a_read_only_folder_is_refused_before_anything_is_loaded(small_disk: Pat
     _, said = process.communicate(timeout=60)
     assert process.returncode == 2
     assert (
-        said.startswith(f"error: run.folder={small_disk}/run cannot be written: Read-only file system")
+        said.startswith(
+            f"error: run.folder={small_disk}/run cannot be written: Read-only file system"
+        )
         and said.count("\n") == 1
     )
 
 
-def test_wandb_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_wandb_that_does_not_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Row 35, against wandb itself: a server that takes connections and says nothing. Values are kept on disk."""
     for name in ("WANDB_MODE", "WANDB_PROJECT"):
         monkeypatch.delenv(name, raising=False)
@@ -270,7 +326,9 @@ def test_wandb_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         trackers = Trackers(LoggingConfig(wandb=True), tmp_path, {}, "run")
         for step in range(1, 4):
             trackers.step({"step": step, "loss": 1.0})
-        assert trackers._wandb is not None and trackers._wandb._process.poll() is None, "nothing has waited for it"
+        assert trackers._wandb is not None and trackers._wandb._process.poll() is None, (
+            "nothing has waited for it"
+        )
         trackers.close()
     said = capfd.readouterr().err
     assert "wandb does not answer" in said or "wandb has not taken all values" in said

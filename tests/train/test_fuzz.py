@@ -23,15 +23,35 @@ from visionloom.data.plan.cursor import check_state
 from visionloom.model.config import ModelConfig, TextConfig
 from visionloom.model.huggingface.config import write_config
 from visionloom.model.lora_config import LoraConfig
-from visionloom.tests.fuzzing import BYTE_MUTATORS, Mutator, amount, json_edit, json_lines_edit, mutants, try_reader
+from visionloom.tests.fuzzing import (
+    BYTE_MUTATORS,
+    Mutator,
+    amount,
+    json_edit,
+    json_lines_edit,
+    mutants,
+    try_reader,
+)
 from visionloom.tests.train.report.test_page import line, write_run
 from visionloom.tests.train.strangers import list_files, write_checkpoint
 from visionloom.train.agreements import check_folder
 from visionloom.train.checkpoint.index import INDEX, IndexFault, read_index
 from visionloom.train.checkpoint.read import FORMAT, MANIFEST, fault_in_share
-from visionloom.train.checkpoint.state_file import STATE, Inputs, lora_of, model_of, read_run_state, stored_inputs
+from visionloom.train.checkpoint.state_file import (
+    STATE,
+    Inputs,
+    lora_of,
+    model_of,
+    read_run_state,
+    stored_inputs,
+)
 from visionloom.train.checkpoint.stored import StoredWeights
-from visionloom.train.exchange.companions import SETTINGS_OF_RUN, Companions, companions, tokenizer_hash
+from visionloom.train.exchange.companions import (
+    SETTINGS_OF_RUN,
+    Companions,
+    companions,
+    tokenizer_hash,
+)
 from visionloom.train.exchange.serving import carry_companions, write_serving_files
 from visionloom.train.exchange.token_table import SETTINGS, TOKENIZER, TokenTable
 from visionloom.train.report import page as report
@@ -87,7 +107,12 @@ def folder(tmp_path: Path) -> Path:
 
 
 def fuzz(
-    name: str, path: Path, read: Callable[[], object], count: int, mutators: tuple[Mutator, ...], allowed: Any = UserError
+    name: str,
+    path: Path,
+    read: Callable[[], object],
+    count: int,
+    mutators: tuple[Mutator, ...],
+    allowed: Any = UserError,
 ) -> None:
     """Put damaged forms of a file into its place and read."""
     kinds = allowed if isinstance(allowed, tuple) else (allowed,)
@@ -116,8 +141,22 @@ def read_weights(folder: Path) -> None:
 
 @pytest.mark.parametrize("times", SEEDS)
 def test_manifests(times: int, folder: Path) -> None:
-    fuzz("manifest.json", folder / MANIFEST, lambda: fault_in_share(folder, 0, 1), 60 * times, JSON, ())
-    fuzz("metadata.json", folder / FORMAT, lambda: (list_files(folder), fault_in_share(folder, 0, 1)), 20 * times, JSON, ())
+    fuzz(
+        "manifest.json",
+        folder / MANIFEST,
+        lambda: fault_in_share(folder, 0, 1),
+        60 * times,
+        JSON,
+        (),
+    )
+    fuzz(
+        "metadata.json",
+        folder / FORMAT,
+        lambda: (list_files(folder), fault_in_share(folder, 0, 1)),
+        20 * times,
+        JSON,
+        (),
+    )
 
 
 @pytest.mark.parametrize("times", SEEDS)
@@ -136,7 +175,13 @@ def test_settings_of_older_runs(times: int, folder: Path) -> None:
         "init": {"huggingface": "h"},
     }
     settings.write_text(json.dumps(sections))
-    fuzz("config.yaml", settings, lambda: companions(folder, read_run_state(folder)), 60 * times, JSON)
+    fuzz(
+        "config.yaml",
+        settings,
+        lambda: companions(folder, read_run_state(folder)),
+        60 * times,
+        JSON,
+    )
 
 
 @pytest.mark.parametrize("times", SEEDS)
@@ -169,7 +214,9 @@ def test_whole_folders(times: int, folder: Path, tmp_path: Path) -> None:
     inputs = [
         name.encode() + b"\0" + data
         for seed, name in enumerate(names)
-        for data in mutants([good[name]], amount(12 * times), PICKLE if name == INDEX else BYTE_MUTATORS, seed)
+        for data in mutants(
+            [good[name]], amount(12 * times), PICKLE if name == INDEX else BYTE_MUTATORS, seed
+        )
     ]
     try_reader(read, inputs, (UserError,), "checkpoint")
 
@@ -178,12 +225,23 @@ def test_whole_folders(times: int, folder: Path, tmp_path: Path) -> None:
 def test_tokenizers(times: int, demo_data: Path, tmp_path: Path) -> None:
     made = tmp_path / "tokenizer"
     shutil.copytree(demo_data / "tokenizer", made)
-    fuzz("tokenizer.json", made / TOKENIZER, lambda: TokenTable.read(made, "x").cut("a b <|im_end|>"), 60 * times, JSON)
+    fuzz(
+        "tokenizer.json",
+        made / TOKENIZER,
+        lambda: TokenTable.read(made, "x").cut("a b <|im_end|>"),
+        60 * times,
+        JSON,
+    )
     shutil.copyfile(demo_data / "tokenizer" / TOKENIZER, made / TOKENIZER)
     settings = made / SETTINGS
     if not settings.exists():
         settings.write_text(
-            json.dumps({"eos_token": {"content": "<|im_end|>"}, "added_tokens_decoder": {"3": {"content": "x"}}})
+            json.dumps(
+                {
+                    "eos_token": {"content": "<|im_end|>"},
+                    "added_tokens_decoder": {"3": {"content": "x"}},
+                }
+            )
         )
     fuzz("tokenizer_config.json", settings, lambda: TokenTable.read(made, "x"), 40 * times, JSON)
 
@@ -196,7 +254,10 @@ def test_what_goes_along(times: int, demo_data: Path, tmp_path: Path) -> None:
     size = {"longest_edge": 9, "shortest_edge": 4}
     contents: dict[str, Any] = {
         "preprocessor_config.json": {"size": size, "min_pixels": 3, "patch_size": 16},
-        "processor_config.json": {"video_processor": {"size": size, "fps": 2}, "image_processor": {"size": size}},
+        "processor_config.json": {
+            "video_processor": {"size": size, "fps": 2},
+            "image_processor": {"size": size},
+        },
         "generation_config.json": {"eos_token_id": [1, 2], "bos_token_id": 3, "temperature": 0.7},
         "chat_template.json": {"chat_template": "{{ x }}"},
     }
@@ -227,8 +288,15 @@ def test_agreements(times: int, demo_data: Path, tmp_path: Path) -> None:
             "eos_token": {"content": "<|im_end|>"},
             "added_tokens_decoder": {"488": {"content": "<|im_end|>"}},
         },
-        "preprocessor_config.json": {"patch_size": 16, "image_mean": [0.5, 0.5, 0.5], "rescale_factor": 0.00392156862745098},
-        "processor_config.json": {"image_processor": {"patch_size": 16}, "video_processor": {"merge_size": 2}},
+        "preprocessor_config.json": {
+            "patch_size": 16,
+            "image_mean": [0.5, 0.5, 0.5],
+            "rescale_factor": 0.00392156862745098,
+        },
+        "processor_config.json": {
+            "image_processor": {"patch_size": 16},
+            "video_processor": {"merge_size": 2},
+        },
     }
     for name, content in contents.items():
         (made / name).write_text(json.dumps(content))
@@ -260,7 +328,14 @@ def test_reports(times: int, tmp_path: Path) -> None:
         good = (tmp_path / name).read_bytes()
         fuzz(name, tmp_path / name, read, 30 * times, mutators, ())
         (tmp_path / name).write_bytes(good)
-    fuzz("report", tmp_path / "metrics.jsonl", lambda: report.write_report(tmp_path, []), max(1, times // 2), LINES, ())
+    fuzz(
+        "report",
+        tmp_path / "metrics.jsonl",
+        lambda: report.write_report(tmp_path, []),
+        max(1, times // 2),
+        LINES,
+        (),
+    )
 
 
 def test_the_machinery_finds_what_it_should(folder: Path) -> None:
@@ -268,5 +343,12 @@ def test_the_machinery_finds_what_it_should(folder: Path) -> None:
     import pickle
 
     with pytest.raises(AssertionError, match="faults in"):
-        fuzz("pickle", folder / INDEX, lambda: pickle.loads((folder / INDEX).read_bytes()), 40, PICKLE, IndexFault)
+        fuzz(
+            "pickle",
+            folder / INDEX,
+            lambda: pickle.loads((folder / INDEX).read_bytes()),
+            40,
+            PICKLE,
+            IndexFault,
+        )
     assert check(ModelConfig(), "model").lines == []

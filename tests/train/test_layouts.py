@@ -19,7 +19,10 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "tensor2": (2, ["parallel.tensor=2"]),
     "tensor2 without sequence parallelism": (2, ["parallel.tensor=2", "parallel.sequence=false"]),
     "tensor2 data2": (4, ["parallel.tensor=2"]),
-    "pipeline2": (2, ["parallel.pipeline=2", "parallel.pipeline_layout=Et|tttL", "parallel.recompute=full"]),
+    "pipeline2": (
+        2,
+        ["parallel.pipeline=2", "parallel.pipeline_layout=Et|tttL", "parallel.recompute=full"],
+    ),
     "context2": (2, ["parallel.context=2"]),
     "tensor2 context2": (4, ["parallel.tensor=2", "parallel.context=2"]),
     "micro-batches of two packs": (1, ["phases.multimodal.micro_batch=2"]),
@@ -33,19 +36,31 @@ def train(config: RunConfig) -> None:
     pretrain(config)
 
 
-def run(pool: RankPool, data: Path, folder: Path, world_size: int, words: list[str]) -> list[dict[str, Any]]:
+def run(
+    pool: RankPool, data: Path, folder: Path, world_size: int, words: list[str]
+) -> list[dict[str, Any]]:
     # What two context ranks need; it changes packs, so every layout has it.
-    pool.run(world_size, train, run_config(data, folder, STEPS, world_size, "data.sample_token_multiple=4", *words))
+    pool.run(
+        world_size,
+        train,
+        run_config(data, folder, STEPS, world_size, "data.sample_token_multiple=4", *words),
+    )
     return metrics(folder)
 
 
 @pytest.fixture(scope="module")
-def alone(pool: RankPool, demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def alone(
+    pool: RankPool, demo_data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Any]]:
     return run(pool, demo_data, tmp_path_factory.mktemp("alone"), 1, [])
 
 
 @pytest.mark.parametrize(
-    "layout", [pytest.param(name, marks=pytest.mark.long if ranks > 2 else ()) for name, (ranks, _) in LAYOUTS.items()]
+    "layout",
+    [
+        pytest.param(name, marks=pytest.mark.long if ranks > 2 else ())
+        for name, (ranks, _) in LAYOUTS.items()
+    ],
 )
 def test_a_layout_does_not_change_training(
     layout: str, alone: list[dict[str, Any]], pool: RankPool, demo_data: Path, tmp_path: Path
@@ -68,7 +83,9 @@ def test_a_layout_does_not_change_training(
         assert abs(ours["loss"] - reference["loss"]) <= 1e-4
         assert ours["loss_by_source"] == pytest.approx(reference["loss_by_source"], abs=1e-4)
         assert ours["grad_norm"] == pytest.approx(reference["grad_norm"], rel=1e-3)
-        assert 1.0 <= ours["load_imbalance"] <= 1.2  # the plan deals packs evenly, by their operations
+        assert (
+            1.0 <= ours["load_imbalance"] <= 1.2
+        )  # the plan deals packs evenly, by their operations
     assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
 
 
@@ -76,12 +93,19 @@ def test_a_phase_may_have_a_layout_of_its_own(
     alone: list[dict[str, Any]], pool: RankPool, demo_data: Path, tmp_path: Path
 ) -> None:
     lines = run(pool, demo_data, tmp_path, 2, ["phases.multimodal.parallel.tensor=2"])
-    assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in alone], abs=1e-4)
+    assert [line["loss"] for line in lines] == pytest.approx(
+        [line["loss"] for line in alone], abs=1e-4
+    )
 
 
 def test_experts_on_ranks_of_their_own(pool: RankPool, demo_data: Path, tmp_path: Path) -> None:
-    lines = [run(pool, demo_data, tmp_path / str(n), n, ["model=tiny_moe", f"parallel.expert={n}"]) for n in (1, 2)]
-    assert [line["loss"] for line in lines[1]] == pytest.approx([line["loss"] for line in lines[0]], abs=1e-4)
+    lines = [
+        run(pool, demo_data, tmp_path / str(n), n, ["model=tiny_moe", f"parallel.expert={n}"])
+        for n in (1, 2)
+    ]
+    assert [line["loss"] for line in lines[1]] == pytest.approx(
+        [line["loss"] for line in lines[0]], abs=1e-4
+    )
     for line in lines[1]:
         assert 1.0 <= line["router"]["load_mean_max"] <= line["router"]["load_max"] <= 8.0
         assert 0.0 < line["router"]["entropy"] <= math.log(8) + 1e-6

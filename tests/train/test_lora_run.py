@@ -33,10 +33,21 @@ def folder_of(run: Path, steps: int) -> Path:
 
 
 @pytest.fixture(scope="module", params=["tiny", "tiny_moe"])
-def base(request: pytest.FixtureRequest, pool: RankPool, demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def base(
+    request: pytest.FixtureRequest,
+    pool: RankPool,
+    demo_data: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
     """A checkpoint of whole weights, of a dense model and a mixture."""
     run = tmp_path_factory.mktemp("base")
-    pool.run(1, train, run_config(demo_data, run, 1, 1, f"model={request.param}", "phases.multimodal.warmup_steps=0"))
+    pool.run(
+        1,
+        train,
+        run_config(
+            demo_data, run, 1, 1, f"model={request.param}", "phases.multimodal.warmup_steps=0"
+        ),
+    )
     return folder_of(run, 1)
 
 
@@ -46,10 +57,16 @@ def words(base: Path, *more: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def whole(base: Path, pool: RankPool, demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def whole(
+    base: Path, pool: RankPool, demo_data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
     """An uninterrupted run on one process with a checkpoint half-way, and its base."""
     run = tmp_path_factory.mktemp("whole")
-    pool.run(1, train, run_config(demo_data, run, STEPS, 1, *words(base), f"checkpoint.every_steps={HALF}"))
+    pool.run(
+        1,
+        train,
+        run_config(demo_data, run, STEPS, 1, *words(base), f"checkpoint.every_steps={HALF}"),
+    )
     return run, base
 
 
@@ -67,7 +84,9 @@ def test_a_checkpoint_holds_adapters_alone(whole: tuple[Path, Path]) -> None:
     assert lines[-1]["loss"] < lines[0]["loss"]
 
 
-@pytest.mark.parametrize("axis", ["", "tensor", pytest.param("pipeline", marks=pytest.mark.long), "expert"])
+@pytest.mark.parametrize(
+    "axis", ["", "tensor", pytest.param("pipeline", marks=pytest.mark.long), "expert"]
+)
 def test_it_resumes_in_another_layout(
     axis: str, whole: tuple[Path, Path], pool: RankPool, demo_data: Path, tmp_path: Path
 ) -> None:
@@ -87,7 +106,9 @@ def test_it_resumes_in_another_layout(
     assert found == (expected if not axis else pytest.approx(expected, abs=1e-5))
     for name in (name for name in StoredWeights(folder_of(run, STEPS)).tensors if is_adapter(name)):
         if not name.startswith("optimizer."):
-            one, other = (StoredWeights(folder_of(folder, STEPS)).parameter(name) for folder in (run, resumed))
+            one, other = (
+                StoredWeights(folder_of(folder, STEPS)).parameter(name) for folder in (run, resumed)
+            )
             assert float((one - other).abs().max()) <= (1e-4 if axis else 0.0), name
 
 
@@ -102,7 +123,9 @@ def export(run: Path, base: Path, folder: Path) -> None:
     assert main(["adapter", source, f"out={folder}/again", f"weights={folder}/base"]) == 0
 
 
-def test_exports_load_in_peft_and_transformers(whole: tuple[Path, Path], pool: RankPool, tmp_path: Path) -> None:
+def test_exports_load_in_peft_and_transformers(
+    whole: tuple[Path, Path], pool: RankPool, tmp_path: Path
+) -> None:
     """peft on the exported base gives the merged export's logits, and its own merging the same weights."""
     run, base = whole
     pool.run(1, export, run, base, tmp_path)

@@ -30,7 +30,11 @@ def answered(number: int, loss: float) -> Pair:
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("losses")
     write_shards(folder / "silent", "silent", [answered(number, 0.0) for number in range(12)])
-    write_shards(folder / "partly", "partly", [answered(number, SHARE[number % 4 > 0]) for number in range(12)])
+    write_shards(
+        folder / "partly",
+        "partly",
+        [answered(number, SHARE[number % 4 > 0]) for number in range(12)],
+    )
     return folder
 
 
@@ -50,23 +54,43 @@ def test_a_later_phase_without_a_loss_is_refused_before_the_first_step(
     demo_data: Path, folders: Path, tmp_path: Path, pool: RankPool
 ) -> None:
     config = run_config(demo_data, tmp_path, 4, 1, f"+data.datasets.silent.path={folders}/silent")
-    config.phases["later"] = replace(config.phases["multimodal"], mixture={"silent": 1.0, "captions": 1.0})
+    config.phases["later"] = replace(
+        config.phases["multimodal"], mixture={"silent": 1.0, "captions": 1.0}
+    )
     (said,) = pool.run(1, trained, config)
-    assert said.startswith(f"error: data.datasets.silent ({folders}/silent): none of its 12 samples has a supervised token")
+    assert said.startswith(
+        f"error: data.datasets.silent ({folders}/silent): none of its 12 samples has a supervised token"
+    )
     assert not (tmp_path / "metrics.jsonl").exists() or not metrics(tmp_path)
 
 
 def test_samples_and_held_out_data_without_a_loss_are_told(
     demo_data: Path, folders: Path, tmp_path: Path, pool: RankPool
 ) -> None:
-    words = [f"+data.datasets.partly.path={folders}/partly", f"+data.validation.silent.path={folders}/silent"]
-    config = run_config(demo_data, tmp_path, 1, 1, *words, "evaluation.phase_samples=4", "phases.multimodal.warmup_steps=0")
+    words = [
+        f"+data.datasets.partly.path={folders}/partly",
+        f"+data.validation.silent.path={folders}/silent",
+    ]
+    config = run_config(
+        demo_data,
+        tmp_path,
+        1,
+        1,
+        *words,
+        "evaluation.phase_samples=4",
+        "phases.multimodal.warmup_steps=0",
+    )
     config.phases["multimodal"].mixture = {"partly": 1.0, "captions": 1.0}
     config.data.validation = {name: config.data.validation[name] for name in ("captions", "silent")}
     (said,) = pool.run(1, trained, config)
     assert "multimodal: 3 of the 12 samples of partly have no supervised token" in said
-    assert f"data.validation.silent ({folders}/silent): none of the 4 samples looked at has a supervised token" in said
+    assert (
+        f"data.validation.silent ({folders}/silent): none of the 4 samples looked at has a supervised token"
+        in said
+    )
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
-    assert [(e["dataset"], e["samples"]) for e in events if e["event"] == "unsupervised"] == [("partly", 3)]
+    assert [(e["dataset"], e["samples"]) for e in events if e["event"] == "unsupervised"] == [
+        ("partly", 3)
+    ]
     losses = [event["loss"] for event in events if event["event"] == "validation"]
     assert [set(loss) for loss in losses] == [{"captions"}, {"captions"}]

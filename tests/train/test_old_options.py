@@ -45,7 +45,9 @@ def test_a_recipe_with_an_old_name(option: str, tmp_path: Path) -> None:
     section, name = option.split(".")
     file = tmp_path / "recipe" / "old.yaml"
     file.parent.mkdir()
-    file.write_text(f"# @package _global_\ndefaults: [/recipe/demo, _self_]\n{section}: {{{name}: 1}}\n")
+    file.write_text(
+        f"# @package _global_\ndefaults: [/recipe/demo, _self_]\n{section}: {{{name}: 1}}\n"
+    )
     with pytest.raises(UserError) as caught:
         compose(["+recipe=old", "--config-dir", str(tmp_path)], 1)
     for line in (str(caught.value), *refusal(f"{section}={{{name}: 1}}")):
@@ -61,7 +63,10 @@ def test_old_names_are_refused_together() -> None:
 
 def test_a_layout_of_a_phase_has_old_names_too() -> None:
     (line,) = refusal("phases.align.parallel.engine=megatron")
-    assert line == "phases.align.parallel.engine is gone: leave it out, Megatron-core owns gradients and optimizer"
+    assert (
+        line
+        == "phases.align.parallel.engine is gone: leave it out, Megatron-core owns gradients and optimizer"
+    )
 
 
 def test_old_names_are_none_of_the_schema() -> None:
@@ -73,10 +78,23 @@ def test_old_names_are_none_of_the_schema() -> None:
 
 def test_settings_under_old_names() -> None:
     """By dotted path, as checkpoints keep them, and in sections, as config.yaml does."""
-    flat = {"data.window": 5, "optim.name": "adamw", "phases.p.parallel.engine": "megatron", "phases.p.lr": 1.0}
+    flat = {
+        "data.window": 5,
+        "optim.name": "adamw",
+        "phases.p.parallel.engine": "megatron",
+        "phases.p.lr": 1.0,
+    }
     assert todays_settings(flat) == {"data.packing_window_samples": 5, "phases.p.lr": 1.0}
-    nested = {"data": {"window": 5, "media": {"rule": "hf"}}, "parallel": {"engine": "megatron", "tensor": 2}, "phases": 3}
-    today = {"data": {"packing_window_samples": 5, "media": {"rule": "hf"}}, "parallel": {"tensor": 2}, "phases": 3}
+    nested = {
+        "data": {"window": 5, "media": {"rule": "hf"}},
+        "parallel": {"engine": "megatron", "tensor": 2},
+        "phases": 3,
+    }
+    today = {
+        "data": {"packing_window_samples": 5, "media": {"rule": "hf"}},
+        "parallel": {"tensor": 2},
+        "phases": 3,
+    }
     assert todays_settings(nested) == today
     assert todays_settings({"backend": "auto", "name": "x"}, "model") == {"name": "x"}
 
@@ -93,6 +111,8 @@ def test_a_checkpoint_with_old_names_goes_on(tmp_path: Path) -> None:
     assert model_of(kept) == config.model
     assert changes(config, kept, "D") == []
 
-    (tmp_path / STATE).write_text(json.dumps(asdict(old) | {"model": asdict(config.model) | {"backnd": "auto"}}))
+    (tmp_path / STATE).write_text(
+        json.dumps(asdict(old) | {"model": asdict(config.model) | {"backnd": "auto"}})
+    )
     with pytest.raises(UserError, match=r"model\.backnd is unknown"):
         read_run_state(tmp_path)

@@ -69,7 +69,9 @@ LAYOUTS: dict[str, Layout] = {
     "pipeline 2": dense(2, pipeline=2),
     "pipeline 2, untied": replace(dense(2, pipeline=2), case=Case(tied=False)),
     "pipeline 2, levels travel": dense(2, pipeline=2, pipeline_layout="Et|tttL"),
-    "pipeline 2, vision alone on the first": dense(2, pipeline=2, pipeline_layout="E|ttttL", recompute="full"),
+    "pipeline 2, vision alone on the first": dense(
+        2, pipeline=2, pipeline_layout="E|ttttL", recompute="full"
+    ),
     "pipeline 2, virtual 2, levels travel": dense(2, pipeline=2, virtual_pipeline=2),
     "pipeline 4, levels travel": dense(4, pipeline=4, recompute="full"),
     "pipeline 3, levels travel": dense(3, pipeline=3, pipeline_layout="Et|t|ttL"),
@@ -80,18 +82,29 @@ LAYOUTS: dict[str, Layout] = {
     "context 4": dense(4, context=4),
     "context 2, one rank has all pictures": replace(dense(2, context=2), one_encoder=True),
     "tensor 2 x context 2": dense(4, tensor=2, context=2),
-    "tensor 2 x context 2, one rank has all pictures": replace(dense(4, tensor=2, context=2), one_encoder=True),
+    "tensor 2 x context 2, one rank has all pictures": replace(
+        dense(4, tensor=2, context=2), one_encoder=True
+    ),
     "tensor 2 x context 2, no sequence parallelism": dense(4, tensor=2, context=2, sequence=False),
     "tensor 2 x pipeline 2": dense(4, tensor=2, pipeline=2, pipeline_layout="Et|tttL"),
     "context 2 x pipeline 2": dense(4, context=2, pipeline=2, pipeline_layout="Et|tttL"),
-    "text only, tensor 2 x context 2": replace(dense(4, tensor=2, context=2), case=Case(content="text")),
-    "text only, pipeline 2": replace(dense(2, pipeline=2, pipeline_layout="Et|tttL"), case=Case(content="text")),
-    "pictures, tensor 2 x pipeline 2": replace(dense(4, tensor=2, pipeline=2), case=Case(content="images")),
+    "text only, tensor 2 x context 2": replace(
+        dense(4, tensor=2, context=2), case=Case(content="text")
+    ),
+    "text only, pipeline 2": replace(
+        dense(2, pipeline=2, pipeline_layout="Et|tttL"), case=Case(content="text")
+    ),
+    "pictures, tensor 2 x pipeline 2": replace(
+        dense(4, tensor=2, pipeline=2), case=Case(content="images")
+    ),
     "mergers only, pipeline 2": replace(dense(2, pipeline=2), case=Case(trainable=("merger",))),
     "mergers only, tensor 2 x pipeline 2": replace(
-        dense(4, tensor=2, pipeline=2, pipeline_layout="Et|tttL", recompute="full"), case=Case(trainable=("merger",))
+        dense(4, tensor=2, pipeline=2, pipeline_layout="Et|tttL", recompute="full"),
+        case=Case(trainable=("merger",)),
     ),
-    "language only, tensor 2 x context 2": replace(dense(4, tensor=2, context=2), case=Case(trainable=("language",))),
+    "language only, tensor 2 x context 2": replace(
+        dense(4, tensor=2, context=2), case=Case(trainable=("language",))
+    ),
     "mixture, data 2": mixture(2),
     "mixture, tensor 2": mixture(2, tensor=2),
     "mixture, expert 2": mixture(2, expert=2),
@@ -100,27 +113,41 @@ LAYOUTS: dict[str, Layout] = {
     "mixture, expert 4": mixture(4, expert=4),
     "tensor 2 x expert 2": mixture(2, tensor=2, expert=2),
     "mixture, tensor 2 x expert tensor 2": mixture(2, tensor=2, expert_tensor=2),
-    "mixture, tensor 2 x expert 2 x expert tensor 2": mixture(4, tensor=2, expert=2, expert_tensor=2),
+    "mixture, tensor 2 x expert 2 x expert tensor 2": mixture(
+        4, tensor=2, expert=2, expert_tensor=2
+    ),
     "context 2 x expert 2": mixture(2, context=2, expert=2),
     "pipeline 2 x expert 2": mixture(4, pipeline=2, expert=2, pipeline_layout="Et|tttL"),
     "tensor 2 x context 2 x expert 4": mixture(4, tensor=2, context=2, expert=4),
     "mixture, pipeline 2, virtual 2": mixture(2, pipeline=2, virtual_pipeline=2, recompute="full"),
-    "mixture, text only, expert 2": replace(mixture(2, expert=2), case=Case(experts=8, content="text")),
+    "mixture, text only, expert 2": replace(
+        mixture(2, expert=2), case=Case(experts=8, content="text")
+    ),
     "adapters, data 2": replace(dense(2), case=ADAPTERS),
     "adapters, tensor 2": replace(dense(2, tensor=2), case=ADAPTERS),
-    "adapters, tensor 2, no sequence parallelism": replace(dense(2, tensor=2, sequence=False), case=ADAPTERS),
-    "adapters, pipeline 2, recompute full": replace(dense(2, pipeline=2, recompute="full"), case=LANGUAGE_ADAPTERS),
-    "adapters, pipeline 2, virtual 2, levels travel": replace(dense(2, pipeline=2, virtual_pipeline=2), case=ADAPTERS),
+    "adapters, tensor 2, no sequence parallelism": replace(
+        dense(2, tensor=2, sequence=False), case=ADAPTERS
+    ),
+    "adapters, pipeline 2, recompute full": replace(
+        dense(2, pipeline=2, recompute="full"), case=LANGUAGE_ADAPTERS
+    ),
+    "adapters, pipeline 2, virtual 2, levels travel": replace(
+        dense(2, pipeline=2, virtual_pipeline=2), case=ADAPTERS
+    ),
     "adapters, pipeline 2, vision alone on the first": replace(
         dense(2, pipeline=2, pipeline_layout="E|ttttL"), case=LANGUAGE_ADAPTERS
     ),
     "adapters, context 2": replace(dense(2, context=2), case=ADAPTERS),
-    "adapters, language only, recompute full": replace(dense(1, recompute="full"), case=LANGUAGE_ADAPTERS),
+    "adapters, language only, recompute full": replace(
+        dense(1, recompute="full"), case=LANGUAGE_ADAPTERS
+    ),
     "adapters, tensor 2 x context 2": replace(dense(4, tensor=2, context=2), case=ADAPTERS),
     "adapters, tensor 2 x pipeline 2": replace(dense(4, tensor=2, pipeline=2), case=ADAPTERS),
     "adapters, expert 2": replace(mixture(2, expert=2), case=EXPERT_ADAPTERS),
     "adapters, tensor 2 x expert 2": replace(mixture(2, tensor=2, expert=2), case=EXPERT_ADAPTERS),
-    "adapters, tensor 2 x expert tensor 2": replace(mixture(2, tensor=2, expert_tensor=2), case=EXPERT_ADAPTERS),
+    "adapters, tensor 2 x expert tensor 2": replace(
+        mixture(2, tensor=2, expert_tensor=2), case=EXPERT_ADAPTERS
+    ),
     "adapters, expert tensor 2": replace(mixture(2, expert_tensor=2), case=EXPERT_ADAPTERS),
     "adapters, tensor 2 x expert 2 x expert tensor 2": replace(
         mixture(4, tensor=2, expert=2, expert_tensor=2), case=EXPERT_ADAPTERS
@@ -145,12 +172,16 @@ class References:
     def gradients(self, case: Case) -> tuple[float, Path]:
         file = self.folder / f"{abs(hash(case))}.pt"
         if case not in self.losses:
-            (self.losses[case],) = self.pool.run(1, reference, Layout(1, {}, case), self.packs_for(case), file)
+            (self.losses[case],) = self.pool.run(
+                1, reference, Layout(1, {}, case), self.packs_for(case), file
+            )
         return self.losses[case], file
 
     def curve(self, case: Case) -> list[float]:
         if case not in self.curves:
-            (self.curves[case],) = self.pool.run(1, curve, Layout(1, {}, case), self.packs_for(case))
+            (self.curves[case],) = self.pool.run(
+                1, curve, Layout(1, {}, case), self.packs_for(case)
+            )
         return self.curves[case]
 
 
@@ -166,7 +197,10 @@ def marked(name: str) -> object:
 
 @pytest.mark.parametrize("name", [marked(name) for name in LAYOUTS])
 def test_a_layout_trains_as_one_process(
-    name: str, references: References, pool: RankPool, record_property: Callable[[str, object], None]
+    name: str,
+    references: References,
+    pool: RankPool,
+    record_property: Callable[[str, object], None],
 ) -> None:
     layout = LAYOUTS[name]
     packs = references.packs_for(layout.case)
@@ -175,9 +209,15 @@ def test_a_layout_trains_as_one_process(
     loss = max(abs(loss / expected - 1) for loss, _ in found)
     error, parameter = worst([errors for _, errors in found])
     losses = pool.run(layout.ranks, curve, layout, packs)
-    off = max(abs(a - b) for rank in losses for a, b in zip(rank, references.curve(layout.case), strict=True))
+    off = max(
+        abs(a - b)
+        for rank in losses
+        for a, b in zip(rank, references.curve(layout.case), strict=True)
+    )
     record_property("row", (name, layout.ranks, loss, error, parameter, off))
-    assert loss <= GRADIENTS and error <= GRADIENTS, f"loss {loss:.1e}, gradient of {parameter} {error:.1e}"
+    assert loss <= GRADIENTS and error <= GRADIENTS, (
+        f"loss {loss:.1e}, gradient of {parameter} {error:.1e}"
+    )
     assert off <= CURVES
     assert losses[0][-1] < 0.9 * losses[0][0]
 
@@ -192,7 +232,9 @@ def test_a_layout_trains_as_one_process(
         ("divided_per_micro_batch", dense(2)),
     ],
 )
-def test_a_mistake_turns_the_table_red(mistake: str, layout: Layout, references: References, pool: RankPool) -> None:
+def test_a_mistake_turns_the_table_red(
+    mistake: str, layout: Layout, references: References, pool: RankPool
+) -> None:
     """Controls: what trainers get wrong in silence is an error far above the tolerance here."""
     packs = references.packs_for(layout.case)
     _, file = references.gradients(layout.case)
@@ -210,8 +252,13 @@ def losses_of(packs: list[TestPack], experts: int) -> tuple[float, dict[str, Ten
 @pytest.mark.parametrize("experts", [0, 8])
 def test_packed_equals_unpacked(experts: int, pool: RankPool) -> None:
     """The samples of all packs each in a micro-batch of its own give the same loss and gradients."""
-    packed, alone = packs_of("everything"), [pack for samples in CONTENTS["everything"] for pack in packs_of_each(samples)]
-    ((loss, gradients),), ((other, others),) = (pool.run(1, losses_of, packs, experts) for packs in (packed, alone))
+    packed, alone = (
+        packs_of("everything"),
+        [pack for samples in CONTENTS["everything"] for pack in packs_of_each(samples)],
+    )
+    ((loss, gradients),), ((other, others),) = (
+        pool.run(1, losses_of, packs, experts) for packs in (packed, alone)
+    )
     assert abs(other / loss - 1) <= GRADIENTS
     for name, gradient in gradients.items():
         assert float((others[name] - gradient).norm()) <= GRADIENTS * float(gradient.norm()), name
@@ -227,7 +274,16 @@ def twice(experts: int, packs: list[TestPack]) -> bool:
         mine = deal(packs, stage.topology, False)
         losses = [train_step(stage, mine).loss for _ in range(3)]  # type: ignore[arg-type]
         torch.use_deterministic_algorithms(False)
-        runs.append((losses, [parameter.detach().clone() for chunk in stage.model_parts for parameter in chunk.parameters()]))
+        runs.append(
+            (
+                losses,
+                [
+                    parameter.detach().clone()
+                    for chunk in stage.model_parts
+                    for parameter in chunk.parameters()
+                ],
+            )
+        )
     (first, weights), (second, others) = runs
     return first == second and all(torch.equal(a, b) for a, b in zip(weights, others, strict=True))
 
@@ -258,6 +314,9 @@ def test_ranks_that_share_a_pack_agree_on_what_is_read(pool: RankPool) -> None:
     lost = float(packs[0].loss_weights[second].sum())
     assert lost > 0
     assert pool.run(2, disagree, packs, "") == [whole, whole]
-    assert pool.run(2, disagree, packs, "picture") == [pytest.approx([whole[0] - lost, *whole[1:]])] * 2
+    assert (
+        pool.run(2, disagree, packs, "picture")
+        == [pytest.approx([whole[0] - lost, *whole[1:]])] * 2
+    )
     told = pool.run(2, disagree, packs, "text")
     assert all("have read different samples" in text for text in told)

@@ -18,7 +18,9 @@ sys.stderr.write("trained on\\n")
 """
 
 
-@pytest.mark.parametrize(("output", "told"), [("full", "No space left on device"), ("pipe", "Broken pipe")])
+@pytest.mark.parametrize(
+    ("output", "told"), [("full", "No space left on device"), ("pipe", "Broken pipe")]
+)
 def test_an_output_that_takes_no_more_ends_nothing(output: str, told: str) -> None:
     """One warning, then silence, exit code 0: rich would end the program."""
     if output == "full":
@@ -27,7 +29,13 @@ def test_an_output_that_takes_no_more_ends_nothing(output: str, told: str) -> No
         reader, target = os.pipe()
         os.close(reader)
     environment = os.environ | {"PYTHONPATH": str(ROOT / ".link")}
-    process = subprocess.run([sys.executable, "-c", SCRIPT], stdout=target, stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        stdout=target,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
     os.close(target)
     assert process.returncode == 0
     assert process.stderr.splitlines() == [

@@ -44,7 +44,9 @@ def checkpoint_tensors(folder: Path) -> dict[str, torch.Tensor]:
     reader = FileSystemReader(newest.folder)
     stored = reader.read_metadata().state_dict_metadata
     loaded = {
-        k: torch.empty(v.size, dtype=v.properties.dtype) for k, v in stored.items() if isinstance(v, TensorStorageMetadata)
+        k: torch.empty(v.size, dtype=v.properties.dtype)
+        for k, v in stored.items()
+        if isinstance(v, TensorStorageMetadata)
     }
     load(loaded, storage_reader=reader)
     topologies.stop()
@@ -64,7 +66,14 @@ def start(words: list[str]) -> subprocess.Popen[str]:
         *words,
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command,
+        cwd=root,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def kill_a_rank(launcher: subprocess.Popen[str], folder: Path, after_step: int, rank: int) -> None:
@@ -72,14 +81,22 @@ def kill_a_rank(launcher: subprocess.Popen[str], folder: Path, after_step: int, 
     deadline = time.monotonic() + SECONDS
     path = folder / "metrics.jsonl"
     while not path.exists() or path.read_text().count("\n") < after_step:
-        assert launcher.poll() is None and time.monotonic() < deadline, launcher.stdout.read() if launcher.stdout else ""
+        assert launcher.poll() is None and time.monotonic() < deadline, (
+            launcher.stdout.read() if launcher.stdout else ""
+        )
         time.sleep(0.02)
-    ranks = [p for p in psutil.Process(launcher.pid).children(recursive=True) if p.environ().get("RANK") == str(rank)]
+    ranks = [
+        p
+        for p in psutil.Process(launcher.pid).children(recursive=True)
+        if p.environ().get("RANK") == str(rank)
+    ]
     ranks[0].send_signal(signal.SIGKILL)
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_rank_costs_nothing(victim: int, pool: RankPool, demo_data: Path, tmp_path: Path) -> None:
+def test_a_killed_rank_costs_nothing(
+    victim: int, pool: RankPool, demo_data: Path, tmp_path: Path
+) -> None:
     options = ["checkpoint.every_steps=5", "checkpoint.keep=2"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     pool.run(2, train, run_config(demo_data, whole, STEPS, 2, *options))
@@ -94,9 +111,15 @@ def test_a_killed_rank_costs_nothing(victim: int, pool: RankPool, demo_data: Pat
     assert second.returncode == 0, output
 
     lines, reference = metrics(broken), metrics(whole)
-    assert [line["step"] for line in lines] == [line["step"] for line in reference] == list(range(1, STEPS + 1))
+    assert (
+        [line["step"] for line in lines]
+        == [line["step"] for line in reference]
+        == list(range(1, STEPS + 1))
+    )
     exact = ("loss", "loss_by_source", "grad_norm", "lr", "tokens", "samples", "data_cursor")
-    assert [[line[key] for key in exact] for line in lines] == [[line[key] for key in exact] for line in reference]
+    assert [[line[key] for key in exact] for line in lines] == [
+        [line[key] for key in exact] for line in reference
+    ]
     events = [json.loads(line) for line in (broken / "events.jsonl").read_text().splitlines()]
     resumed = [event for event in events if event["event"] == "resume"]
     # A rank killed inside the save of step 10 resumes from step 5: a whole save interval is the most that can be lost.
@@ -110,12 +133,17 @@ def test_a_killed_rank_costs_nothing(victim: int, pool: RankPool, demo_data: Pat
 ALIKE = ("step", "tokens", "samples", "data_cursor")
 
 
-def test_another_number_of_ranks_goes_on_alike(pool: RankPool, demo_data: Path, tmp_path: Path) -> None:
+def test_another_number_of_ranks_goes_on_alike(
+    pool: RankPool, demo_data: Path, tmp_path: Path
+) -> None:
     """Row 26 of the fault matrix: two ranks, then one from their step 4, then four from its step 8.
 
     Reference: one process without interruption. Packs are planned for the run as a whole, so equal cursors are equal samples.
     """
-    steps, options = 12, ["checkpoint.every_steps=4", "checkpoint.keep=9", "phases.multimodal.micro_batch=1"]
+    steps, options = (
+        12,
+        ["checkpoint.every_steps=4", "checkpoint.keep=9", "phases.multimodal.micro_batch=1"],
+    )
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     pool.run(1, train, run_config(demo_data, whole, steps, 1, *options))
     for ranks, kept in ((2, 4), (1, 8), (4, steps)):
@@ -124,8 +152,12 @@ def test_another_number_of_ranks_goes_on_alike(pool: RankPool, demo_data: Path, 
             if int(folder.name.removeprefix("step-")) > kept:
                 shutil.rmtree(folder)
     lines, reference = metrics(broken), metrics(whole)
-    assert [[line[key] for key in ALIKE] for line in lines] == [[line[key] for key in ALIKE] for line in reference]
-    assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in reference], rel=LAYOUT_TOLERANCE)
+    assert [[line[key] for key in ALIKE] for line in lines] == [
+        [line[key] for key in ALIKE] for line in reference
+    ]
+    assert [line["loss"] for line in lines] == pytest.approx(
+        [line["loss"] for line in reference], rel=LAYOUT_TOLERANCE
+    )
     events = [json.loads(line) for line in (broken / "events.jsonl").read_text().splitlines()]
     assert [event["step"] for event in events if event["event"] == "resume"] == [4, 8]
 
@@ -153,8 +185,14 @@ def damage(path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["flipped", "cut", "missing"])
-def test_a_damaged_checkpoint_is_passed_over(kind: str, pool: RankPool, demo_data: Path, tmp_path: Path) -> None:
-    pool.run(1, train, run_config(demo_data, tmp_path, 4, 1, "checkpoint.every_steps=1", "checkpoint.keep=3"))
+def test_a_damaged_checkpoint_is_passed_over(
+    kind: str, pool: RankPool, demo_data: Path, tmp_path: Path
+) -> None:
+    pool.run(
+        1,
+        train,
+        run_config(demo_data, tmp_path, 4, 1, "checkpoint.every_steps=1", "checkpoint.keep=3"),
+    )
     folders = sorted((tmp_path / "checkpoints" / "multimodal").iterdir())
     victim: Any = next(folders[-1].glob("*.distcp"))
     damage(victim, kind)

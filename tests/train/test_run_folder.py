@@ -20,7 +20,9 @@ def victim(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", [METRICS, EVENTS])
-def test_a_log_that_is_a_link_is_not_written_through(name: str, victim: Path, tmp_path: Path) -> None:
+def test_a_log_that_is_a_link_is_not_written_through(
+    name: str, victim: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     run.mkdir()
     (run / name).symlink_to(victim)
@@ -42,12 +44,26 @@ def test_a_pipe_in_the_place_of_a_log_is_not_waited_for(tmp_path: Path) -> None:
 def test_lines_that_waited_go_into_the_logs_of_the_run(victim: Path, tmp_path: Path) -> None:
     run, folder = tmp_path / "run", tmp_path / "run" / "checkpoints"
     folder.mkdir(parents=True)
-    good = json.dumps([METRICS, '{"step": 1, "loss": NaN}\n']) + "\n" + json.dumps([EVENTS, '{"event": "x"}\n']) + "\n"
+    good = (
+        json.dumps([METRICS, '{"step": 1, "loss": NaN}\n'])
+        + "\n"
+        + json.dumps([EVENTS, '{"event": "x"}\n'])
+        + "\n"
+    )
     (folder / WAITING).write_text(good)
     RunLog(run).take_waiting(folder)
-    assert (run / METRICS).read_text() == '{"step": 1, "loss": NaN}\n' and not (folder / WAITING).exists()
+    assert (run / METRICS).read_text() == '{"step": 1, "loss": NaN}\n' and not (
+        folder / WAITING
+    ).exists()
     assert (run / EVENTS).read_text() == '{"event": "x"}\n'
-    for bad in (["../victim", "{}"], [str(victim), "{}"], [METRICS, "3"], [METRICS], "x", [METRICS, "["]):
+    for bad in (
+        ["../victim", "{}"],
+        [str(victim), "{}"],
+        [METRICS, "3"],
+        [METRICS],
+        "x",
+        [METRICS, "["],
+    ):
         (folder / WAITING).write_text(json.dumps(bad) + "\n")
         with pytest.raises(UserError, match=WAITING):
             RunLog(run).take_waiting(folder)
@@ -59,7 +75,9 @@ def test_the_pointer_to_the_newest_checkpoint_leads_nowhere_else(
     pointer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What lies where it leads counts as a state that can be read."""
-    monkeypatch.setattr(agreements, "read_run_state", lambda folder: (folder / "state.json").read_bytes())
+    monkeypatch.setattr(
+        agreements, "read_run_state", lambda folder: (folder / "state.json").read_bytes()
+    )
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "state.json").write_text("{}")
     good = tmp_path / "run" / "checkpoints" / "sft" / "step-1"

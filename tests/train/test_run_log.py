@@ -34,7 +34,9 @@ def test_lines_wait_for_a_folder_that_comes_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("written", [0, 5], ids=["nothing", "half a line"])
-def test_a_full_disk_leaves_no_half_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: int) -> None:
+def test_a_full_disk_leaves_no_half_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: int
+) -> None:
     """As the kernel does it: a write that fits in part says how much, the next one fails with ENOSPC."""
     log, path = RunLog(tmp_path), tmp_path / "metrics.jsonl"
     log.metric({"step": 1})
@@ -59,7 +61,9 @@ def test_a_full_disk_leaves_no_half_line(tmp_path: Path, monkeypatch: pytest.Mon
 
     with monkeypatch.context() as patch:
         opened = Path.open
-        patch.setattr(Path, "open", lambda self, *args, **kwargs: Full(opened(self, *args, **kwargs)))
+        patch.setattr(
+            Path, "open", lambda self, *args, **kwargs: Full(opened(self, *args, **kwargs))
+        )
         log.metric({"step": 2})
     assert "No space left on device" in log.fault
     assert path.read_text() == '{"step": 1}\n'
@@ -81,7 +85,9 @@ def test_a_run_that_has_had_a_checkpoint_is_known(tmp_path: Path) -> None:
     assert lost_checkpoints(tmp_path, []) == "", "killed before the first one"
     log.event("checkpoint", step=5)
     assert "tells of one after step 5" in lost_checkpoints(tmp_path, [])
-    assert "only damaged checkpoints, a: cut and 1 more" in lost_checkpoints(tmp_path, ["a: cut", "b: gone"])
+    assert "only damaged checkpoints, a: cut and 1 more" in lost_checkpoints(
+        tmp_path, ["a: cut", "b: gone"]
+    )
     log.event("start_anew")
     assert lost_checkpoints(tmp_path, []) == ""
 
@@ -142,16 +148,28 @@ def test_metrics_are_never_rewound_to_nothing(tmp_path: Path, step: int) -> None
 
 
 @pytest.mark.parametrize(
-    "pair", [["../evil", '{"step": 1}'], ["events.jsonl", "x"], ["metrics.jsonl"], "x", None, ["metrics.jsonl", "[1]"]]
+    "pair",
+    [
+        ["../evil", '{"step": 1}'],
+        ["events.jsonl", "x"],
+        ["metrics.jsonl"],
+        "x",
+        None,
+        ["metrics.jsonl", "[1]"],
+    ],
 )
 def test_waiting_lines_go_into_the_logs_alone(pair: object, tmp_path: Path) -> None:
     """Whatever names the file gives: a checkpoint's folder may be a stranger's."""
     run, kept = tmp_path / "run", tmp_path / "kept"
     kept.mkdir()
     (kept / "unwritten.jsonl").write_text(json.dumps(pair) + "\n")
-    with pytest.raises(UserError, match=r"unwritten\.jsonl holds what no run has left there .*: remove it"):
+    with pytest.raises(
+        UserError, match=r"unwritten\.jsonl holds what no run has left there .*: remove it"
+    ):
         RunLog(run).take_waiting(kept)
-    assert not [path for path in tmp_path.rglob("*") if path.name not in ("kept", "run", "unwritten.jsonl")]
+    assert not [
+        path for path in tmp_path.rglob("*") if path.name not in ("kept", "run", "unwritten.jsonl")
+    ]
 
 
 @pytest.mark.parametrize("kind", ["file", "dangling link"])
@@ -169,7 +187,16 @@ def test_checkpoints_that_are_no_folder(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "latest", ["\xff\0", "", "../../other/checkpoints/p/step-00000001", "/etc", "p/step-00000009", "folder", "pipe"]
+    "latest",
+    [
+        "\xff\0",
+        "",
+        "../../other/checkpoints/p/step-00000001",
+        "/etc",
+        "p/step-00000009",
+        "folder",
+        "pipe",
+    ],
 )
 def test_a_pointer_to_nowhere_names_no_checkpoint(tmp_path: Path, latest: str) -> None:
     """What `latest` says is looked at before torch is there; resuming looks for itself."""

@@ -24,7 +24,10 @@ def outcome(pool: RankPool, drawn: Draw) -> str:
     if found:
         assert all(
             "\n" not in line
-            and any(word in line for word in ("model.", "parallel.", "lora.", "phases.", "run.", "optim.", "data."))
+            and any(
+                word in line
+                for word in ("model.", "parallel.", "lora.", "phases.", "run.", "optim.", "data.")
+            )
             for line in found
         ), found
         return "refused"
@@ -43,13 +46,37 @@ def test_random_configurations(ranks: int, pool: RankPool) -> None:
     ("ranks", "words"),
     [
         (1, {"model.text.experts": 3, "model.text.experts_per_token": 1}),
-        (1, {"model.text.experts": 1, "model.text.experts_per_token": 1, "run.precision": "bf16", "lora.rank": 8}),
-        (1, {"model.text.experts": 4, "model.text.hidden_size": 36, "model.text.expert_ffn_hidden_size": 12}),
+        (
+            1,
+            {
+                "model.text.experts": 1,
+                "model.text.experts_per_token": 1,
+                "run.precision": "bf16",
+                "lora.rank": 8,
+            },
+        ),
+        (
+            1,
+            {
+                "model.text.experts": 4,
+                "model.text.hidden_size": 36,
+                "model.text.expert_ffn_hidden_size": 12,
+            },
+        ),
         (2, {"parallel.pipeline": 2, "parallel.virtual_pipeline": 1}),
-        (2, {"model.text.experts": 4, "model.text.expert_ffn_hidden_size": 8, "parallel.expert_tensor": 2}),
+        (
+            2,
+            {
+                "model.text.experts": 4,
+                "model.text.expert_ffn_hidden_size": 8,
+                "parallel.expert_tensor": 2,
+            },
+        ),
     ],
 )
-def test_the_least_that_dependencies_take_trains(ranks: int, words: dict[str, object], pool: RankPool) -> None:
+def test_the_least_that_dependencies_take_trains(
+    ranks: int, words: dict[str, object], pool: RankPool
+) -> None:
     assert outcome(pool, Draw(ranks, words)) == "trained"
 
 
@@ -81,15 +108,29 @@ def test_what_they_do_not_take_is_one_line(words: dict[str, object], told: str) 
 
 def test_experts_cut_over_ranks_need_rows_of_their_own() -> None:
     (line,) = (
-        Draw(2, {"model.text.experts": 4, "model.text.expert_ffn_hidden_size": 12, "parallel.expert_tensor": 2})
+        Draw(
+            2,
+            {
+                "model.text.experts": 4,
+                "model.text.expert_ffn_hidden_size": 12,
+                "parallel.expert_tensor": 2,
+            },
+        )
         .config()
         .all_problems(2)
     )
-    assert "model.text.expert_ffn_hidden_size=12 must be a multiple of 4 x parallel.expert_tensor 2" in line
+    assert (
+        "model.text.expert_ffn_hidden_size=12 must be a multiple of 4 x parallel.expert_tensor 2"
+        in line
+    )
 
 
 def test_pictures_are_cut_as_the_data_cuts_them() -> None:
-    sizes = (PICTURES["patch_size"], PICTURES["temporal_patch_size"], PICTURES["spatial_merge_size"])
+    sizes = (
+        PICTURES["patch_size"],
+        PICTURES["temporal_patch_size"],
+        PICTURES["spatial_merge_size"],
+    )
     assert sizes == (PATCH_SIZE, TEMPORAL_PATCH_SIZE, MERGE_SIZE)
 
 

@@ -22,10 +22,20 @@ def test_a_killed_run_does_not_show_how_an_earlier_one_ended(tmp_path: Path) -> 
     first.begin(tmp_path)
     first.at(12)
     first.done()
-    assert [content(tmp_path)[key] for key in ("state", "code", "cause", "step")] == ["done", 0, "done", 12]
+    assert [content(tmp_path)[key] for key in ("state", "code", "cause", "step")] == [
+        "done",
+        0,
+        "done",
+        12,
+    ]
     second = RunStatus()
     second.begin(tmp_path)
-    assert [content(tmp_path)[key] for key in ("state", "code", "step", "pid")] == ["running", None, 12, os.getpid()]
+    assert [content(tmp_path)[key] for key in ("state", "code", "step", "pid")] == [
+        "running",
+        None,
+        12,
+        os.getpid(),
+    ]
     assert second.before is not None and second.before.state == "done"
 
 
@@ -52,10 +62,17 @@ def test_the_first_cause_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     other.failed(1, "ValueError: the cause", "resume")
     monkeypatch.setenv("RANK", "0")
     main.failed(1, "RuntimeError: Connection closed by peer", "resume")
-    assert [content(tmp_path)[key] for key in ("state", "cause", "rank", "step")] == ["failed", "ValueError: the cause", 1, 7]
+    assert [content(tmp_path)[key] for key in ("state", "cause", "rank", "step")] == [
+        "failed",
+        "ValueError: the cause",
+        1,
+        7,
+    ]
 
 
-def test_a_refused_start_says_why_but_not_into_a_run_at_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refused_start_says_why_but_not_into_a_run_at_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     refused(tmp_path / "absent", 2, "no such key", "")
     assert not (tmp_path / "absent").exists()
     earlier = RunStatus()
@@ -70,7 +87,9 @@ def test_a_refused_start_says_why_but_not_into_a_run_at_work(tmp_path: Path, mon
     assert lock.is_held is not status.is_held
 
 
-def test_a_start_that_fails_early_keeps_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_start_that_fails_early_keeps_the_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also where another rank writes it, which has not read the file."""
     first = RunStatus()
     first.begin(tmp_path)
@@ -83,7 +102,9 @@ def test_a_start_that_fails_early_keeps_the_step(tmp_path: Path, monkeypatch: py
     assert [content(tmp_path)[key] for key in ("state", "rank", "step")] == ["failed", 1, 9]
 
 
-def test_a_rank_that_fails_before_the_main_rank_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_fails_before_the_main_rank_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its cause stays, whatever an earlier start has left; the next attempt of the same agent begins as any other."""
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
@@ -99,7 +120,11 @@ def test_a_rank_that_fails_before_the_main_rank_begins(tmp_path: Path, monkeypat
     main = RunStatus()
     main.begin(tmp_path)
     main.failed(1, "rank 1 ended with exit code 1", "")
-    assert [content(tmp_path)[key] for key in ("state", "cause", "rank")] == ["failed", "ValueError: the cause", 1]
+    assert [content(tmp_path)[key] for key in ("state", "cause", "rank")] == [
+        "failed",
+        "ValueError: the cause",
+        1,
+    ]
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
     RunStatus().begin(tmp_path)
     assert [content(tmp_path)[key] for key in ("state", "restarts")] == ["running", 2]
@@ -111,7 +136,9 @@ def test_a_file_of_another_version_is_no_status(text: str, tmp_path: Path) -> No
     assert read_status(tmp_path) is None
 
 
-def test_a_folder_that_is_gone_is_no_second_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_is_gone_is_no_second_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     running = RunStatus()
     running.begin(tmp_path / "gone")
     assert "status.json could not be written" in capsys.readouterr().err

@@ -61,9 +61,13 @@ def test_tensorboard_receives_numbers_and_hides_steps_taken_again(tmp_path: Path
     assert [found.step for found in reader.Scalars("loss")] == [1, 2, 3]
 
 
-def test_missing_tensorboard_is_the_users_to_mend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_tensorboard_is_the_users_to_mend(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"logging\.tensorboard=true .* pip install visionloom\[tensorboard\]"):
+    with pytest.raises(
+        UserError, match=r"logging\.tensorboard=true .* pip install visionloom\[tensorboard\]"
+    ):
         Trackers(LoggingConfig(tensorboard=True), tmp_path, {}, "run")
 
 
@@ -124,13 +128,19 @@ def test_an_id_that_cannot_be_is_made_anew(tmp_path: Path, held: bytes) -> None:
     path.parent.mkdir()
     path.write_bytes(held)
     made = trackers_module._run_id(tmp_path)
-    assert re.fullmatch("[0-9a-f]{12}", made) and trackers_module._run_id(tmp_path) == made == path.read_text()
+    assert (
+        re.fullmatch("[0-9a-f]{12}", made)
+        and trackers_module._run_id(tmp_path) == made == path.read_text()
+    )
 
 
 @pytest.mark.usefixtures("offline")
 @pytest.mark.parametrize("broken", ["init", "log", "finish"])
 def test_wandb_fault_is_one_warning(
-    tmp_path: Path, fake_wandb: Callable[[str, str], Path], capfd: pytest.CaptureFixture[str], broken: str
+    tmp_path: Path,
+    fake_wandb: Callable[[str, str], Path],
+    capfd: pytest.CaptureFixture[str],
+    broken: str,
 ) -> None:
     calls = fake_wandb(broken, "")
     trackers = Trackers(LoggingConfig(wandb=True), tmp_path, {}, "run")

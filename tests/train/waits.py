@@ -42,8 +42,14 @@ class Waits:
         """Count a wait of the code that is running."""
         for frame in reversed(traceback.extract_stack()):
             inside = frame.filename.startswith(str(ROOT)) and Path(frame.filename) != Path(__file__)
-            if "/megatron/" in frame.filename or (inside and "/parallel/cpu.py" not in frame.filename):
-                place = frame.filename.split("site-packages/")[-1].removeprefix(f"{ROOT}/").removeprefix(".link/visionloom/")
+            if "/megatron/" in frame.filename or (
+                inside and "/parallel/cpu.py" not in frame.filename
+            ):
+                place = (
+                    frame.filename.split("site-packages/")[-1]
+                    .removeprefix(f"{ROOT}/")
+                    .removeprefix(".link/visionloom/")
+                )
                 self.counts[f"{kind}: {place} {frame.name}"] += 1
                 return
         self.counts[f"{kind}: elsewhere"] += 1
@@ -71,14 +77,22 @@ class Device(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+        tensors = [
+            value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)
+        ]
         name = func._schema.name
         if func.namespace == "c10d" and any(tensor.is_meta for tensor in tensors):
             self.collectives[name] += 1
             return _collective_result(func, args)
         result = func(*args, **kwargs)
-        if name in ("aten::_to_copy", "aten::copy_") and isinstance(result, torch.Tensor) and result.is_meta:
-            blocking = not (kwargs.get("non_blocking") or (name == "aten::copy_" and len(args) > 2 and args[2]))
+        if (
+            name in ("aten::_to_copy", "aten::copy_")
+            and isinstance(result, torch.Tensor)
+            and result.is_meta
+        ):
+            blocking = not (
+                kwargs.get("non_blocking") or (name == "aten::copy_" and len(args) > 2 and args[2])
+            )
             if blocking and any(not tensor.is_meta for tensor in tensors):
                 self.waits.add("copy to the device")
         return result
@@ -165,7 +179,9 @@ def measure(ranks: int, experts: int) -> dict[str, Any]:
         optimizer = build_optimizer(wrapped, OptimConfig(), phase, True)
         scheduler = build_scheduler(optimizer, OptimConfig(), phase)
         stream: Any = type("Stream", (), {"corpora": [type("Corpus", (), {"name": "test"})]})
-        trainer = PhaseTrainer("test", phase, topology, [model], wrapped, optimizer, scheduler, stream)
+        trainer = PhaseTrainer(
+            "test", phase, topology, [model], wrapped, optimizer, scheduler, stream
+        )
         observer = Observer(Path(folder), LoggingConfig(), True, "test", {})
         loop.step_batches = steps  # type: ignore[assignment]
         loop.fit(trainer, Saver(Path(folder), CheckpointConfig(), observer.saved), observer, 0)

@@ -40,9 +40,22 @@ MOST_IRREGULAR: Final = 1000
 """Parts of a tensor that are compared pair by pair where they form no grid."""
 TYPES: Final = {
     Name(f"torch.{name}"): getattr(torch, name)
-    for name in ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
+    for name in (
+        "float64",
+        "float32",
+        "float16",
+        "bfloat16",
+        "int64",
+        "int32",
+        "int16",
+        "int8",
+        "uint8",
+        "bool",
+    )
 }
-METADATA, FILES, PLANS = (f"torch.distributed.checkpoint.{name}" for name in ("metadata", "filesystem", "planner"))
+METADATA, FILES, PLANS = (
+    f"torch.distributed.checkpoint.{name}" for name in ("metadata", "filesystem", "planner")
+)
 OLD: Final = "megatron.core.dist_checkpointing.strategies.torch"
 KNOWN: Final[dict[str, Collection[str]]] = {
     "torch": {"Size", *(name.removeprefix("torch.") for name in TYPES)},
@@ -101,10 +114,14 @@ def read_index(folder: Path) -> Index:
 def _index(raw: Any, sizes: dict[str, int], most: int) -> Index:
     """Args: the pickle's content, the files' sizes, and the most parts that there can be."""
     state = _state(raw, {f"{METADATA}.Metadata", f"{OLD}.MCoreMetadata"}, "the index")
-    named, stored = (_of(state.get(key), dict, key) for key in ("state_dict_metadata", "storage_data"))
+    named, stored = (
+        _of(state.get(key), dict, key) for key in ("state_dict_metadata", "storage_data")
+    )
     tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
     for name, entry in named.items():
-        _require(isinstance(name, str) and len(name) <= LONGEST_NAME, "a name of a tensor is no name")
+        _require(
+            isinstance(name, str) and len(name) <= LONGEST_NAME, "a name of a tensor is no name"
+        )
         if isinstance(entry, PickledObject) and entry.name == f"{METADATA}.BytesStorageMetadata":
             tensors[name] = BytesStorageMetadata()
             most -= 1
@@ -129,9 +146,12 @@ def _tensor(name: str, entry: Any, most: int) -> TensorStorageMetadata:
     chunks = []
     for each in raw:
         part = _state(each, {f"{METADATA}.ChunkStorageMetadata"}, name)
-        chunk = ChunkStorageMetadata(_size(part.get("offsets"), name), _size(part.get("sizes"), name))
+        chunk = ChunkStorageMetadata(
+            _size(part.get("offsets"), name), _size(part.get("sizes"), name)
+        )
         within = len(chunk.offsets) == len(chunk.sizes) == len(size) and all(
-            begin + count <= end for begin, count, end in zip(chunk.offsets, chunk.sizes, size, strict=True)
+            begin + count <= end
+            for begin, count, end in zip(chunk.offsets, chunk.sizes, size, strict=True)
         )
         _require(within, f"a part of {name} lies outside of it")
         chunks.append(chunk)
@@ -141,17 +161,30 @@ def _tensor(name: str, entry: Any, most: int) -> TensorStorageMetadata:
 
 def _dtype(properties: Any, name: str) -> torch.dtype:
     """Of torch's TensorProperties, which pickle themselves as a tuple that begins with the type."""
-    _require(isinstance(properties, PickledObject) and properties.name == f"{METADATA}.TensorProperties", f"{name} has no type")
+    _require(
+        isinstance(properties, PickledObject) and properties.name == f"{METADATA}.TensorProperties",
+        f"{name} has no type",
+    )
     state = properties.state
-    found: Any = state.get("dtype") if isinstance(state, dict) else state[0] if isinstance(state, tuple) and state else None
-    _require(isinstance(found, Name) and found in TYPES, f"{name} is of a type that no checkpoint has")
+    found: Any = (
+        state.get("dtype")
+        if isinstance(state, dict)
+        else state[0]
+        if isinstance(state, tuple) and state
+        else None
+    )
+    _require(
+        isinstance(found, Name) and found in TYPES, f"{name} is of a type that no checkpoint has"
+    )
     return TYPES[found]
 
 
 def _size(value: Any, name: str) -> torch.Size:
     raw: Any = (
         value.arguments[0]
-        if isinstance(value, PickledObject) and value.name == "torch.Size" and len(value.arguments) == 1
+        if isinstance(value, PickledObject)
+        and value.name == "torch.Size"
+        and len(value.arguments) == 1
         else None
     )
     fits = (
@@ -177,7 +210,13 @@ def _place(name: str, value: Any, sizes: dict[str, int]) -> _StorageInfo:
         isinstance(path, str) and path in sizes and path != INDEX,
         f"{name} lies in {str(path)[:80]}, which is no file of the folder",
     )
-    inside = type(offset) is int and type(length) is int and offset >= 0 and length > 0 and offset + length <= sizes[path]
+    inside = (
+        type(offset) is int
+        and type(length) is int
+        and offset >= 0
+        and length > 0
+        and offset + length <= sizes[path]
+    )
     _require(inside, f"{name} lies outside of {path}")
     _require(not state.get("transform_descriptors"), f"{name} is packed in a way that is not read")
     return _StorageInfo(path, offset, length)
@@ -188,13 +227,20 @@ def _check_complete(tensors: dict[str, Any], places: dict[MetadataIndex, _Storag
     left = {_key(index): info for index, info in places.items()}
     for name, entry in tensors.items():
         if isinstance(entry, BytesStorageMetadata):
-            _require(left.pop((name, None), None) is not None, f"{name} was planned but not written")
+            _require(
+                left.pop((name, None), None) is not None, f"{name} was planned but not written"
+            )
             continue
         for chunk in entry.chunks:
             info = left.pop((name, tuple(chunk.offsets)), None)
-            _require(info is not None, f"{name} at {tuple(chunk.offsets)} was planned but not written")
+            _require(
+                info is not None, f"{name} at {tuple(chunk.offsets)} was planned but not written"
+            )
             needed = math.prod(chunk.sizes) * entry.properties.dtype.itemsize
-            _require(info is not None and info.length >= needed, f"{name} at {tuple(chunk.offsets)} is larger than its place")
+            _require(
+                info is not None and info.length >= needed,
+                f"{name} at {tuple(chunk.offsets)} is larger than its place",
+            )
     _require(not left, f"{next(iter(left), ('', None))[0]} has a place and is no part of a tensor")
 
 
@@ -204,21 +250,37 @@ def _key(index: MetadataIndex) -> Key:
 
 def _check_apart(places: dict[MetadataIndex, _StorageInfo]) -> None:
     """No two entries share bytes: a small file would stand for large tensors."""
-    spans = sorted((info.relative_path, info.offset, info.offset + info.length, index.fqn) for index, info in places.items())
+    spans = sorted(
+        (info.relative_path, info.offset, info.offset + info.length, index.fqn)
+        for index, info in places.items()
+    )
     for one, other in pairwise(spans):
-        _require(one[0] != other[0] or one[2] <= other[1], f"{one[3]} and {other[3]} lie in the same place of {one[0]}")
+        _require(
+            one[0] != other[0] or one[2] <= other[1],
+            f"{one[3]} and {other[3]} lie in the same place of {one[0]}",
+        )
 
 
 def _check_tiles(name: str, size: Sequence[int], chunks: list[ChunkStorageMetadata]) -> None:
     """The parts make up the tensor: none overlaps another, and nothing is left open."""
     if not math.prod(size):
         return
-    boxes = [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in chunks if math.prod(chunk.sizes)]
-    _require(sum(math.prod(sizes) for _, sizes in boxes) == math.prod(size), f"the parts of {name} do not make it up")
+    boxes = [
+        (tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in chunks if math.prod(chunk.sizes)
+    ]
+    _require(
+        sum(math.prod(sizes) for _, sizes in boxes) == math.prod(size),
+        f"the parts of {name} do not make it up",
+    )
     _require(len({offsets for offsets, _ in boxes}) == len(boxes), f"parts of {name} overlap")
     if not all(_is_cut(boxes, dim) for dim in range(len(size))):
-        _require(len(boxes) <= MOST_IRREGULAR, f"{name} has more than {MOST_IRREGULAR} parts that form no grid")
-        apart = all(not _overlap(*one, *other) for at, one in enumerate(boxes) for other in boxes[:at])
+        _require(
+            len(boxes) <= MOST_IRREGULAR,
+            f"{name} has more than {MOST_IRREGULAR} parts that form no grid",
+        )
+        apart = all(
+            not _overlap(*one, *other) for at, one in enumerate(boxes) for other in boxes[:at]
+        )
         _require(apart, f"parts of {name} overlap")
 
 
@@ -228,14 +290,19 @@ def _is_cut(boxes: list[Any], dim: int) -> bool:
     return all(one[1] <= other[0] for one, other in pairwise(spans))
 
 
-def _overlap(at: Sequence[int], sizes: Sequence[int], other_at: Sequence[int], other_sizes: Sequence[int]) -> bool:
-    return all(a < d + e and d < a + b for a, b, d, e in zip(at, sizes, other_at, other_sizes, strict=True))
+def _overlap(
+    at: Sequence[int], sizes: Sequence[int], other_at: Sequence[int], other_sizes: Sequence[int]
+) -> bool:
+    return all(
+        a < d + e and d < a + b for a, b, d, e in zip(at, sizes, other_at, other_sizes, strict=True)
+    )
 
 
 def _state(value: Any, names: set[str], where: str) -> Any:
     """The attributes of a record of one of the names."""
     _require(
-        isinstance(value, PickledObject) and value.name in names and not value.arguments, f"{where[:80]} is of another form"
+        isinstance(value, PickledObject) and value.name in names and not value.arguments,
+        f"{where[:80]} is of another form",
     )
     return _of(value.state if value.state is not None else {}, dict, where)
 

@@ -57,7 +57,9 @@ def read_pickle(content: bytes, known: Mapping[str, Collection[str]]) -> Any:
     except pickle.UnpicklingError:
         raise
     except Exception as error:  # whatever its own code meets in a damaged file
-        raise pickle.UnpicklingError(f"it is no pickle of plain data ({type(error).__name__})") from error
+        raise pickle.UnpicklingError(
+            f"it is no pickle of plain data ({type(error).__name__})"
+        ) from error
 
 
 class _Reader(READER):  # type: ignore[misc]
@@ -68,7 +70,9 @@ class _Reader(READER):  # type: ignore[misc]
     def find_class(self, module: str, name: str) -> Name:
         """The name itself, if it may stand in the file."""
         if name not in self.known.get(module, ()):
-            raise pickle.UnpicklingError(f"it names {f'{module}.{name}'[:100]}, which no checkpoint needs")
+            raise pickle.UnpicklingError(
+                f"it names {f'{module}.{name}'[:100]}, which no checkpoint needs"
+            )
         return Name(f"{module}.{name}")
 
     def make(self) -> None:
@@ -94,7 +98,11 @@ class _Reader(READER):  # type: ignore[misc]
     def put(self, items: list[Any]) -> None:
         """SETITEM and SETITEMS; deep tuples as keys would exhaust the stack of C."""
         target = self.stack[-1]
-        if type(target) is not dict or len(items) % 2 or any(type(key) not in (str, PickledObject) for key in items[::2]):
+        if (
+            type(target) is not dict
+            or len(items) % 2
+            or any(type(key) not in (str, PickledObject) for key in items[::2])
+        ):
             raise pickle.UnpicklingError("it sets items of no dict of names")
         target.update(zip(items[::2], items[1::2], strict=True))
 

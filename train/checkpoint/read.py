@@ -15,7 +15,9 @@ from typing import Annotated, Any, Final
 import torch.distributed as dist
 import xxhash
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+)
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from pydantic import Field
 from torch import Tensor
@@ -125,14 +127,22 @@ def _tensors(loaded: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
     """The tensors in nested dicts and lists of a state, by their path in it."""
     if isinstance(loaded, Tensor):
         yield name, loaded
-    items = loaded.items() if isinstance(loaded, dict) else enumerate(loaded) if isinstance(loaded, list) else ()
+    items = (
+        loaded.items()
+        if isinstance(loaded, dict)
+        else enumerate(loaded)
+        if isinstance(loaded, list)
+        else ()
+    )
     for key, value in items:
         yield from _tensors(value, f"{name}.{key}" if name else str(key))
 
 
 def _read(folder: Path, state: dict[str, Any], topology: Topology) -> dict[str, Any]:
     """Fill a sharded state from a checkpoint; nothing in its files can run code."""
-    strategy = FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), topology.groups.dp_cp)
+    strategy = FullyParallelLoadStrategyWrapper(
+        TorchDistLoadShardedStrategy(), topology.groups.dp_cp
+    )
     # Megatron-core leaves out what is empty: a stage whose optimizer has nothing to read.
     with harmless_reading(folder):
         return {"optimizer": {}} | dict(dist_checkpointing.load(state, str(folder), strategy))
@@ -140,7 +150,11 @@ def _read(folder: Path, state: dict[str, Any], topology: Topology) -> dict[str, 
 
 def _named(chunks: list[Qwen3VL]) -> dict[str, Qwen3VL]:
     """The chunks by the key that their weights have in this rank's state; it is not part of a weight's name on disk."""
-    return {"model": chunks[0]} if len(chunks) == 1 else {f"model{number}": chunk for number, chunk in enumerate(chunks)}
+    return (
+        {"model": chunks[0]}
+        if len(chunks) == 1
+        else {f"model{number}": chunk for number, chunk in enumerate(chunks)}
+    )
 
 
 def weights_state(chunks: list[Qwen3VL], topology: Topology) -> dict[str, Any]:
@@ -150,10 +164,16 @@ def weights_state(chunks: list[Qwen3VL], topology: Topology) -> dict[str, Any]:
     """
     adapters = chunks[0].lora is not None
     metadata = content(topology) | {"non_homogeneous_layers": adapters}
-    states = {key: chunk.sharded_state_dict(metadata=metadata) for key, chunk in _named(chunks).items()}
+    states = {
+        key: chunk.sharded_state_dict(metadata=metadata) for key, chunk in _named(chunks).items()
+    }
     if adapters:  # routers still count loads
         states = {
-            key: {name: part for name, part in state.items() if is_adapter(name) or name.endswith(".router.load")}
+            key: {
+                name: part
+                for name, part in state.items()
+                if is_adapter(name) or name.endswith(".router.load")
+            }
             for key, state in states.items()
         }
     return states
@@ -162,7 +182,10 @@ def weights_state(chunks: list[Qwen3VL], topology: Topology) -> dict[str, Any]:
 def trainer_state(trainer: PhaseTrainer, loading: bool) -> dict[str, Any]:
     """Return weights and optimizer of a phase for Megatron-core's checkpoints."""
     weights = weights_state(trainer.model_parts, trainer.topology)
-    return {**weights, "optimizer": state_tensors(trainer.optimizer, weights, loading, content(trainer.topology))}
+    return {
+        **weights,
+        "optimizer": state_tensors(trainer.optimizer, weights, loading, content(trainer.topology)),
+    }
 
 
 def newest(run_folder: Path, topology: Topology) -> tuple[Checkpoint | None, list[str]]:
@@ -236,7 +259,11 @@ def _file_fault(folder: Path, name: str, expected: FileEntry) -> str | None:
         path = locate(folder, name)
         if path.stat().st_size != expected.bytes:
             return f"{shown} has {path.stat().st_size} bytes instead of {expected.bytes}"
-        return None if hash_file(path) == expected.xxh3_128 else f"{shown} was changed after it was written"
+        return (
+            None
+            if hash_file(path) == expected.xxh3_128
+            else f"{shown} was changed after it was written"
+        )
     except FileNotFoundError:
         return f"{shown} is missing"
     except PlaceError as error:
@@ -252,7 +279,9 @@ def _content_fault(folder: Path, listed: Iterable[str]) -> str | None:
         return f"{MANIFEST} does not list {name}"
     # Imported checkpoints of earlier versions did not list the files that go along with weights.
     there = {
-        name for name in _files_in(folder) if name != MANIFEST and (name in expected or not name.startswith(f"{COMPANIONS}/"))
+        name
+        for name in _files_in(folder)
+        if name != MANIFEST and (name in expected or not name.startswith(f"{COMPANIONS}/"))
     }
     for name in sorted(there - expected):
         return f"{one_line(name)} is there, and {MANIFEST} does not list it"
@@ -281,12 +310,17 @@ def _files_in(folder: Path) -> Iterator[str]:
 def _candidates(run_folder: Path) -> list[Path]:
     """Folders that look like checkpoints, newest step first."""
     found = (run_folder / CHECKPOINTS).glob("*/step-*")
-    return sorted((f for f in found if f.suffix != ".tmp"), key=lambda folder: folder.name, reverse=True)
+    return sorted(
+        (f for f in found if f.suffix != ".tmp"), key=lambda folder: folder.name, reverse=True
+    )
 
 
 def content(topology: Topology | None) -> dict[str, Any]:
     """How Megatron-core lays out the optimizer: one full tensor a parameter, which any layout can read."""
-    found: dict[str, Any] = {"distrib_optim_sharding_type": "fully_reshardable", "singleton_local_shards": False}
+    found: dict[str, Any] = {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "singleton_local_shards": False,
+    }
     return found if topology is None else found | {"dp_cp_group": topology.groups.dp_cp}
 
 

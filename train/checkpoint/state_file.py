@@ -100,7 +100,9 @@ def stored_inputs(run_state: RunState, where: str = STATE) -> Inputs | None:
 
 def _refuse(where: str, what: str, problems: list[str]) -> None:
     if problems:
-        raise UserError(f"{where} names {what}: {one_line('; '.join(problems))}: take a checkpoint of this version")
+        raise UserError(
+            f"{where} names {what}: {one_line('; '.join(problems))}: take a checkpoint of this version"
+        )
 
 
 def absolute(folder: str) -> str:

@@ -30,13 +30,17 @@ NORMS: Final = {
 
 def stored_name(name: str) -> tuple[str, int | None]:
     """A parameter's tensor in a checkpoint and its place along the first dim; None if the tensor is the parameter."""
-    if not name.startswith(LAYERS) or is_adapter(name):  # adapters may be in some layers only: theirs are not stacked
+    if not name.startswith(LAYERS) or is_adapter(
+        name
+    ):  # adapters may be in some layers only: theirs are not stacked
         return name, None
     layer, _, rest = name.removeprefix(LAYERS).partition(".")
     return f"{LAYERS}{NORMS.get(rest, rest)}", int(layer)
 
 
-def canonical_region(key: str, offsets: Sequence[int], sizes: Sequence[int]) -> tuple[str, list[slice]]:
+def canonical_region(
+    key: str, offsets: Sequence[int], sizes: Sequence[int]
+) -> tuple[str, list[slice]]:
     """The parameter and its region that a part of a checkpoint's tensor is; the inverse of `stored_name`."""
     region = [slice(begin, begin + size) for begin, size in zip(offsets, sizes, strict=True)]
     if not key.startswith(LAYERS):
@@ -56,9 +60,13 @@ class StoredWeights:
         try:
             index = read_index(folder)
         except OSError as error:
-            raise UserError(f"{folder} has no readable .metadata ({error.strerror}): name a whole checkpoint") from None
+            raise UserError(
+                f"{folder} has no readable .metadata ({error.strerror}): name a whole checkpoint"
+            ) from None
         except IndexFault as error:
-            raise UserError(f"{folder} is not read: {error}: take a checkpoint from a source that you trust") from None
+            raise UserError(
+                f"{folder} is not read: {error}: take a checkpoint from a source that you trust"
+            ) from None
         self.reader.set_up_storage_reader(index.metadata(), is_coordinator=False)
         self.tensors: dict[str, TensorStorageMetadata] = dict(entries(index))
 
@@ -97,7 +105,9 @@ class _Target(LoadPlanner):
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
         """Nothing to do: it was written in place."""
 
-    def set_up_planner(self, state_dict: Any, metadata: Any = None, is_coordinator: bool = False) -> None:
+    def set_up_planner(
+        self, state_dict: Any, metadata: Any = None, is_coordinator: bool = False
+    ) -> None:
         """Part of torch's interface; not called here."""
 
     def create_local_plan(self) -> LoadPlan:

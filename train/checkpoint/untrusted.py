@@ -29,7 +29,9 @@ LARGEST_PICKLE: Final = 1 << 14
 """Bytes of what an entry has beside its numbers. Measured: 8 to 150."""
 LONGEST: Final = 300
 """Characters of torch's own words for a fault that an error repeats."""
-REFUSED: Final = re.compile(r"it names .{1,120}?, which no checkpoint needs|Weights only load failed")
+REFUSED: Final = re.compile(
+    r"it names .{1,120}?, which no checkpoint needs|Weights only load failed"
+)
 MACHINE: Final = (OSError, MemoryError, DistError)
 """What is no fault of a checkpoint's files."""
 
@@ -58,10 +60,15 @@ def harmless_reading(folder: Path) -> Iterator[None]:
             yield
     except (UserError, *MACHINE):
         raise
-    except (Exception, CheckpointException) as error:  # torch's own is no Exception, and holds those of all ranks
+    except (
+        Exception,
+        CheckpointException,
+    ) as error:  # torch's own is no Exception, and holds those of all ranks
         if found := next((each for each in _causes(error) if isinstance(each, MACHINE)), None):
             raise found from error
-        raise UserError(f"{folder} is not read: {_told(error)}: take a checkpoint from a source that you trust") from error
+        raise UserError(
+            f"{folder} is not read: {_told(error)}: take a checkpoint from a source that you trust"
+        ) from error
 
 
 def _check_entry(file: Any) -> None:
@@ -99,7 +106,9 @@ class _Part(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        self.place = max(0, {os.SEEK_SET: 0, os.SEEK_CUR: self.place, os.SEEK_END: self.size}[whence] + offset)
+        self.place = max(
+            0, {os.SEEK_SET: 0, os.SEEK_CUR: self.place, os.SEEK_END: self.size}[whence] + offset
+        )
         return self.place
 
     def tell(self) -> int:
@@ -123,7 +132,11 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
             continue
         seen.append(each)
         left += [each.__context__, each.__cause__]
-        left += [cause for cause, _ in each.failures.values()] if isinstance(each, CheckpointException) else []
+        left += (
+            [cause for cause, _ in each.failures.values()]
+            if isinstance(each, CheckpointException)
+            else []
+        )
         yield each
 
 

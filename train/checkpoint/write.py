@@ -24,7 +24,9 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelSaveStrategyWrapper,
+)
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from visionloom.common.atomic import replacing
@@ -68,7 +70,9 @@ class WritePlan:
 class PlanningStrategy(TorchDistSaveShardedStrategy):  # type: ignore[misc]
     """Megatron-core's strategy up to the point where files are written."""
 
-    def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any, async_strategy: str) -> WritePlan:
+    def _get_save_and_finalize_callbacks(
+        self, writer: Any, planned: Any, async_strategy: str
+    ) -> WritePlan:
         transforms = [writer.transforms] if hasattr(writer, "transforms") else []
         return WritePlan(writer, planned[1], transforms)
 
@@ -123,14 +127,20 @@ class Saver:
         background = self.settings.asynchronous and not last
         if fault is None and save is not None:
             if background:
-                save.thread = threading.Thread(target=_write, args=(save,), name="visionloom-save", daemon=True)
+                save.thread = threading.Thread(
+                    target=_write, args=(save,), name="visionloom-save", daemon=True
+                )
                 save.thread.start()
             else:
                 _write(save)
             save.stalled = time.perf_counter() - started
             self.pending = save
         else:
-            self._failed(folder_of(self.run_folder, trainer.phase_name, step), fault or "another rank failed", last)
+            self._failed(
+                folder_of(self.run_folder, trainer.phase_name, step),
+                fault or "another rank failed",
+                last,
+            )
         if not background:
             self.finish(trainer.topology, last)
 
@@ -160,7 +170,9 @@ class Saver:
             self.pending.stalled += self.pending.waited
         self._complete(topology, last)
 
-    def _begin(self, trainer: PhaseTrainer, step: int, phase_step: int, started: float) -> tuple[Save | None, str | None]:
+    def _begin(
+        self, trainer: PhaseTrainer, step: int, phase_step: int, started: float
+    ) -> tuple[Save | None, str | None]:
         """Plan a save and stage this rank's tensors; or say why not, the same on all ranks."""
         final = folder_of(self.run_folder, trainer.phase_name, step)
         partial = final.with_name(final.name + ".tmp")
@@ -183,8 +195,13 @@ class Saver:
         )  # fmt: skip
         staged = FileSystemWriterAsync.preload_tensors(plan.writer.write_buckets or [], True)
         if self.settings.asynchronous:
-            staged = [(path, key, (data, [(item, _own(t)) for item, t in tensors])) for path, key, (data, tensors) in staged]
-        return Save(partial, final, run_state_of(trainer, step, phase_step), plan, staged, started), None
+            staged = [
+                (path, key, (data, [(item, _own(t)) for item, t in tensors]))
+                for path, key, (data, tensors) in staged
+            ]
+        return Save(
+            partial, final, run_state_of(trainer, step, phase_step), plan, staged, started
+        ), None
 
     def _complete(self, topology: Topology, last: bool) -> None:
         """Gather what the ranks have written and let the main rank commit it, or report why there is no checkpoint."""
@@ -195,7 +212,11 @@ class Saver:
         fault = next((found for _, _, found in parts if found), "")
         if not fault and topology.is_main:
             try:
-                _commit(save, [results for results, _, _ in parts], {k: v for _, hashes, _ in parts for k, v in hashes.items()})
+                _commit(
+                    save,
+                    [results for results, _, _ in parts],
+                    {k: v for _, hashes, _ in parts for k, v in hashes.items()},
+                )
                 _retain(save.final, self.settings)
             except (OSError, ValueError) as error:
                 fault = _told(error, save.partial)
@@ -235,7 +256,9 @@ def _write(save: Save) -> None:
     """Write and hash this rank's files; what fails is told in `save.fault`."""
     try:
         for number, bucket in enumerate(save.buckets):
-            _, result = FileSystemWriterAsync.write_preloaded_data(save.plan.transforms, number, bucket, None, None, True)
+            _, result = FileSystemWriterAsync.write_preloaded_data(
+                save.plan.transforms, number, bucket, None, None, True
+            )
             if isinstance(result, Exception):
                 raise result
             save.results += result
@@ -249,7 +272,11 @@ def _write(save: Save) -> None:
 def _told(error: BaseException, folder: Path) -> str:
     """An error of the file system in words, with what is free."""
     root = next((cause for cause in _causes(error) if isinstance(cause, OSError)), error)
-    text = f"{root.strerror or root} ({root.filename or folder})" if isinstance(root, OSError) else f"{root} ({folder})"
+    text = (
+        f"{root.strerror or root} ({root.filename or folder})"
+        if isinstance(root, OSError)
+        else f"{root} ({folder})"
+    )
     try:
         return f"{text}, {shutil.disk_usage(_existing(folder)).free / 2**20:.1f} MiB free"
     except OSError:
@@ -303,14 +330,23 @@ def _retain(final: Path, settings: CheckpointConfig) -> None:
     Those of later steps than `final` are damaged ones that the run has passed over: they neither count nor go. What has other names
     than checkpoints is somebody else's.
     """
-    steps = (f for f in final.parent.glob("step-*") if NUMBERED.fullmatch(f.name) and f.is_dir() and not f.is_symlink())
+    steps = (
+        f
+        for f in final.parent.glob("step-*")
+        if NUMBERED.fullmatch(f.name) and f.is_dir() and not f.is_symlink()
+    )
     siblings = sorted(f for f in steps if f.name <= final.name)
     for old in siblings[: -settings.keep]:
-        if not (settings.keep_every_steps and int(old.name.removeprefix("step-")) % settings.keep_every_steps == 0):
+        if not (
+            settings.keep_every_steps
+            and int(old.name.removeprefix("step-")) % settings.keep_every_steps == 0
+        ):
             try:
                 shutil.rmtree(old)
             except OSError as error:  # the new one is whole all the same
-                warn(f"warning: {old} is no longer needed and could not be removed: {error.strerror}")
+                warn(
+                    f"warning: {old} is no longer needed and could not be removed: {error.strerror}"
+                )
 
 
 def _flush(path: Path) -> None:
@@ -363,7 +399,10 @@ def estimated_bytes(trainer: PhaseTrainer) -> int:
         for name, parameter in canonical_parameters(chunk):
             count = torch.Size(full_shape(name, parameter, trainer.topology)).numel()
             parts_on_disk = 1 + 3 * parameter.requires_grad
-            own[name] = count * (parameter.element_size() + 12 * parameter.requires_grad) + BESIDE_NUMBERS * parts_on_disk
+            own[name] = (
+                count * (parameter.element_size() + 12 * parameter.requires_grad)
+                + BESIDE_NUMBERS * parts_on_disk
+            )
     parts: list[dict[str, int]] = [{}] * trainer.topology.world_size
     dist.all_gather_object(parts, own)
     return sum({name: size for part in parts for name, size in part.items()}.values())

@@ -19,7 +19,14 @@ from visionloom.common.places import PlaceError, locate, read_located
 from visionloom.common.yamlfile import read_yaml
 from visionloom.data.config import MediaConfig
 from visionloom.model.huggingface.config import CONFIG
-from visionloom.train.checkpoint.state_file import CHECKPOINTS, STATE, Inputs, RunState, absolute, stored_inputs
+from visionloom.train.checkpoint.state_file import (
+    CHECKPOINTS,
+    STATE,
+    Inputs,
+    RunState,
+    absolute,
+    stored_inputs,
+)
 from visionloom.train.config import InitConfig
 from visionloom.train.exchange.token_table import SETTINGS, TOKENIZER
 
@@ -71,17 +78,24 @@ def carry(source: Path, target: Path, names: Sequence[str] = CARRIED) -> None:
         except PlaceError as error:
             raise UserError(f"{source / name} {error}: put the file itself there") from None
         if path.stat().st_size > LARGEST:
-            raise UserError(f"{path} has {path.stat().st_size} bytes, a file that goes along with weights at most {LARGEST}")
+            raise UserError(
+                f"{path} has {path.stat().st_size} bytes, a file that goes along with weights at most {LARGEST}"
+            )
         if path.resolve() != (target / name).resolve():
             target.mkdir(parents=True, exist_ok=True)
-            with path.open("rb") as source_file, replacing(target / name) as file:  # which does not write through a link
+            with (
+                path.open("rb") as source_file,
+                replacing(target / name) as file,
+            ):  # which does not write through a link
                 shutil.copyfileobj(source_file, file)
 
 
 def carry_into_run(init: InitConfig, tokenizer: str, run_folder: Path) -> None:
     """Keep what an export will need in the run's folder: the files of `tokenizer`, its folder, and what came with `init`."""
     if (run_folder / COMPANIONS).is_symlink():
-        raise UserError(f"{run_folder / COMPANIONS} is a link: put the folder itself there, or remove it")
+        raise UserError(
+            f"{run_folder / COMPANIONS} is a link: put the folder itself there, or remove it"
+        )
     sources = [Path(init.huggingface)] if init.huggingface else []
     sources += companions_of(Path(init.checkpoint)) if init.checkpoint else []
     for source in reversed(sources):
@@ -107,13 +121,18 @@ def companions_of(folder: Path) -> list[Path]:
 
 def run_of(checkpoint: Path) -> Path | None:
     """The folder of the run that a checkpoint lies in; None if it was moved elsewhere, whose other files are not its own."""
-    for place in (checkpoint.absolute(), checkpoint.resolve()):  # checkpoints/ may be a link to another disk, or lead here
+    for place in (
+        checkpoint.absolute(),
+        checkpoint.resolve(),
+    ):  # checkpoints/ may be a link to another disk, or lead here
         if len(place.parents) > 2 and place.parents[1].name == CHECKPOINTS:
             return place.parents[2]
     return None
 
 
-def companions(checkpoint: Path, run_state: RunState, source: Path | None = None, weights: Path | None = None) -> Companions:
+def companions(
+    checkpoint: Path, run_state: RunState, source: Path | None = None, weights: Path | None = None
+) -> Companions:
     """What goes along with a checkpoint's weights.
 
     Files lie beside it, in its run's folder, or where `source` says. A folder that only its state names, which a stranger may have
@@ -129,12 +148,16 @@ def companions(checkpoint: Path, run_state: RunState, source: Path | None = None
     media = MediaConfig(**inputs.media) if inputs is not None else None  # checked by inputs_of
     if source is not None:
         place = source if (source / TOKENIZER).is_file() else tokenizer_of(checkpoint, run_state)
-        return Companions(place, [source], media, named=place not in (None, source, *companions_of(checkpoint)))
+        return Companions(
+            place, [source], media, named=place not in (None, source, *companions_of(checkpoint))
+        )
     others = [*(companions_of(weights) if weights else []), *companions_of(checkpoint)]
     found = tokenizer_of(checkpoint, run_state)
     missing = []
     if found is None and (inputs is not None or tokenizer_hash(run_state)):
-        named = f"data.tokenizer={inputs.tokenizer}, which" if inputs is not None else "the one that"
+        named = (
+            f"data.tokenizer={inputs.tokenizer}, which" if inputs is not None else "the one that"
+        )
         missing.append(
             f"no tokenizer goes along: {named} {checkpoint} was trained with is gone or another one now: put it back, or name a"
             " folder that has it with hf=DIR"
@@ -144,14 +167,27 @@ def companions(checkpoint: Path, run_state: RunState, source: Path | None = None
             f"no chat template and generation settings of {inputs.weights}, which the run began with, go along: its run's"
             f" {COMPANIONS}/ is gone: name a folder that has them with hf=DIR"
         )
-    begun = inputs.weights if inputs is not None and not (Path(inputs.weights) / STATE).is_file() else ""
-    return Companions(found, others, media, begun, missing, found is not None and found not in companions_of(checkpoint))
+    begun = (
+        inputs.weights
+        if inputs is not None and not (Path(inputs.weights) / STATE).is_file()
+        else ""
+    )
+    return Companions(
+        found,
+        others,
+        media,
+        begun,
+        missing,
+        found is not None and found not in companions_of(checkpoint),
+    )
 
 
 def tokenizer_of(checkpoint: Path, run_state: RunState) -> Path | None:
     """The folder with the tokenizer that a checkpoint was trained with, or that came with it; None if it is nowhere."""
     inputs, known = inputs_of(checkpoint, run_state), tokenizer_hash(run_state)
-    places = companions_of(checkpoint) + ([Path(inputs.tokenizer)] if known and inputs and inputs.tokenizer else [])
+    places = companions_of(checkpoint) + (
+        [Path(inputs.tokenizer)] if known and inputs and inputs.tokenizer else []
+    )
     found = ((place, _tokenizer_hash_in(place)) for place in places)
     return next((place for place, digest in found if digest and digest.startswith(known)), None)
 
@@ -167,7 +203,9 @@ def _tokenizer_hash_in(folder: Path) -> str:
 def tokenizer_hash(run_state: RunState) -> str:
     """SHA-256, or its first digits, of the tokenizer.json that a checkpoint was trained with; empty if unknown."""
     plan = run_state.data.get("plan")
-    found = run_state.inputs.get("tokenizer_hash") or (plan.get("tokenizer") if isinstance(plan, dict) else None)
+    found = run_state.inputs.get("tokenizer_hash") or (
+        plan.get("tokenizer") if isinstance(plan, dict) else None
+    )
     return found if isinstance(found, str) and HASH.fullmatch(found) else ""
 
 
@@ -181,17 +219,30 @@ def inputs_of(checkpoint: Path, run_state: RunState) -> Inputs | None:
     try:
         raw = {"run": {}, "data": {}, "init": {}} | read_yaml(run, SETTINGS_OF_RUN)
         where = str(run / SETTINGS_OF_RUN)
-        parts = {name: checked(raw[name], dict[str, Any], where, name) for name in ("run", "data", "init")}
+        parts = {
+            name: checked(raw[name], dict[str, Any], where, name)
+            for name in ("run", "data", "init")
+        }
         folders = {
             option: checked(parts[part].get(option) or "", str, where, f"{part}.{option}")
-            for part, option in (("run", "folder"), ("data", "tokenizer"), ("init", "huggingface"), ("init", "checkpoint"))
+            for part, option in (
+                ("run", "folder"),
+                ("data", "tokenizer"),
+                ("init", "huggingface"),
+                ("init", "checkpoint"),
+            )
         }
         media = asdict(checked(parts["data"].get("media", {}), MediaConfig, where, "data.media"))
     except (JsonError, OSError) as error:
-        raise UserError(f"{error}: put back the file of the run, or name a folder with hf=DIR") from None
+        raise UserError(
+            f"{error}: put back the file of the run, or name a folder with hf=DIR"
+        ) from None
     start = _start_folder(run, folders["folder"])
     weights = folders["huggingface"] or folders["checkpoint"]
-    tokenizer, begun = (absolute(str(start / folder)) if folder else "" for folder in (folders["tokenizer"], weights))
+    tokenizer, begun = (
+        absolute(str(start / folder)) if folder else ""
+        for folder in (folders["tokenizer"], weights)
+    )
     return Inputs(tokenizer, tokenizer_hash(run_state), media, begun)
 
 

@@ -24,7 +24,11 @@ from visionloom.train.checkpoint.finite import require_finite
 from visionloom.train.checkpoint.state_file import STATE, lora_of, model_of, read_run_state
 from visionloom.train.checkpoint.stored import StoredWeights
 from visionloom.train.exchange.companions import companions
-from visionloom.train.exchange.export_huggingface import ExportOptions, Parameters, write_huggingface
+from visionloom.train.exchange.export_huggingface import (
+    ExportOptions,
+    Parameters,
+    write_huggingface,
+)
 from visionloom.train.exchange.serving import carry_companions, write_serving_files
 from visionloom.train.weights.load_adapter import WEIGHTS
 
@@ -33,11 +37,15 @@ def describe(checkpoint: Path, topology: Topology) -> tuple[ModelConfig, LoraCon
     """The model and adapters of a whole checkpoint of a run with lora; UserError if it is damaged or has none."""
     run_state = checkpoints.whole(checkpoint, "checkpoint", topology).run_state
     if (lora := lora_of(run_state)) is None:
-        raise UserError(f"checkpoint={checkpoint} holds whole weights, not adapters: name one of a run with lora.rank above 0")
+        raise UserError(
+            f"checkpoint={checkpoint} holds whole weights, not adapters: name one of a run with lora.rank above 0"
+        )
     return model_of(run_state), lora
 
 
-def export_adapter(checkpoint: Path, out: Path, base: str, topology: Topology, say: Callable[[str], None]) -> None:
+def export_adapter(
+    checkpoint: Path, out: Path, base: str, topology: Topology, say: Callable[[str], None]
+) -> None:
     """Write a checkpoint's adapters as a folder that `peft.PeftModel.from_pretrained` loads on transformers' model; one rank does it all.
 
     Args:
@@ -70,7 +78,9 @@ def export_adapter(checkpoint: Path, out: Path, base: str, topology: Topology, s
     partial.rename(out)
 
 
-def _check_adapters(checkpoint: Path, stored: StoredWeights, model: ModelConfig, lora: LoraConfig) -> list[str]:
+def _check_adapters(
+    checkpoint: Path, stored: StoredWeights, model: ModelConfig, lora: LoraConfig
+) -> list[str]:
     """The canonical names of the adapters that a checkpoint's state names; UserError if one is not there or of another shape."""
     described = {}
     for layer in adapted_layers(model, lora):
@@ -78,16 +88,22 @@ def _check_adapters(checkpoint: Path, stored: StoredWeights, model: ModelConfig,
             for name, dim in ((a, -2), (b, -1)):
                 shape, dtype = stored.entry(name) or ((), torch.float32)
                 if len(shape) < 2 or shape[dim] != lora.rank or not dtype.is_floating_point:
-                    raise UserError(f"checkpoint={checkpoint} lacks an adapter that its {STATE} names: {name}")
+                    raise UserError(
+                        f"checkpoint={checkpoint} lacks an adapter that its {STATE} names: {name}"
+                    )
                 described[name] = torch.empty(shape, device="meta")
     try:
         from_peft(to_peft(described, model, lora), model)
     except (ValueError, RuntimeError, IndexError) as error:
-        raise UserError(f"checkpoint={checkpoint} has adapters of another shape than its {STATE} names: {error}") from error
+        raise UserError(
+            f"checkpoint={checkpoint} has adapters of another shape than its {STATE} names: {error}"
+        ) from error
     return list(described)
 
 
-def export_merged(checkpoint: Path, weights: Path, out: Path, topology: Topology, say: Callable[[str], None]) -> None:
+def export_merged(
+    checkpoint: Path, weights: Path, out: Path, topology: Topology, say: Callable[[str], None]
+) -> None:
     """Write the weights with the adapters added as a Hugging Face folder; all ranks call it together.
 
     Args:
@@ -104,13 +120,22 @@ def export_merged(checkpoint: Path, weights: Path, out: Path, topology: Topology
     base: Parameters = StoredWeights(weights) if stored else FolderWeights(weights, model)
     for name, shape in parameter_shapes(model).items():
         if (entry := base.entry(name)) is None or entry[0] != shape:
-            raise UserError(f"weights={weights} is not what the adapters of {checkpoint} were trained on: {name} differs")
+            raise UserError(
+                f"weights={weights} is not what the adapters of {checkpoint} were trained on: {name} differs"
+            )
     adapters = StoredWeights(checkpoint)
     _check_adapters(checkpoint, adapters, model, lora)
     merged = MergedWeights(base, adapters, model, lora)
     files = companions(checkpoint, read_run_state(checkpoint), weights=weights)
     write_huggingface(
-        merged, model, out, ExportOptions(), files, topology, say, f"checkpoint={checkpoint} on weights={weights}"
+        merged,
+        model,
+        out,
+        ExportOptions(),
+        files,
+        topology,
+        say,
+        f"checkpoint={checkpoint} on weights={weights}",
     )
 
 
@@ -134,10 +159,14 @@ class FolderWeights:
 class MergedWeights:
     """The parameters of a checkpoint with the adapters of another added: one at a time, as StoredWeights gives them."""
 
-    def __init__(self, base: Parameters, adapters: Parameters, model: ModelConfig, lora: LoraConfig) -> None:
+    def __init__(
+        self, base: Parameters, adapters: Parameters, model: ModelConfig, lora: LoraConfig
+    ) -> None:
         """`adapters`: of a run with `lora` on the weights of `base`."""
         self.base, self.adapters, self.model, self.lora = base, adapters, model, lora
-        self.layers: dict[str, LinearLayer] = {f"{layer.name}.weight": layer for layer in adapted_layers(self.model, self.lora)}
+        self.layers: dict[str, LinearLayer] = {
+            f"{layer.name}.weight": layer for layer in adapted_layers(self.model, self.lora)
+        }
 
     def entry(self, name: str) -> tuple[tuple[int, ...], torch.dtype] | None:
         """Shape and type of a parameter by its canonical name; None if the checkpoint lacks it."""
@@ -149,7 +178,10 @@ class MergedWeights:
         layer = self.layers.get(name)
         if layer is None:
             return weight
-        a, b = ([self.adapters.parameter(n) for n in each] for each in zip(*adapter_names(layer).values(), strict=True))
+        a, b = (
+            [self.adapters.parameter(n) for n in each]
+            for each in zip(*adapter_names(layer).values(), strict=True)
+        )
         heads = self.model.text.kv_heads if "q_proj" in layer.parts else 1
         added = low_rank_product(a, b, heads) * self.lora.scaling
         return (weight.float() + added.view(weight.shape)).to(weight.dtype)

@@ -63,7 +63,9 @@ class ExportOptions:
     """Most bytes of one file, unless a single tensor is larger."""
 
 
-def export_checkpoint(folder: Path, out: Path, options: ExportOptions, topology: Topology, say: Callable[[str], None]) -> None:
+def export_checkpoint(
+    folder: Path, out: Path, options: ExportOptions, topology: Topology, say: Callable[[str], None]
+) -> None:
     """Write a checkpoint's weights as a Hugging Face folder; all ranks call it together.
 
     Args:
@@ -78,9 +80,20 @@ def export_checkpoint(folder: Path, out: Path, options: ExportOptions, topology:
     """
     run_state = checkpoint.whole(folder, "checkpoint", topology).run_state
     if run_state.lora:
-        raise UserError(f"checkpoint={folder} holds adapters only: export them with convert.py adapter")
+        raise UserError(
+            f"checkpoint={folder} holds adapters only: export them with convert.py adapter"
+        )
     files = companions(folder, run_state, options.source)
-    write_huggingface(StoredWeights(folder), model_of(run_state), out, options, files, topology, say, f"checkpoint={folder}")
+    write_huggingface(
+        StoredWeights(folder),
+        model_of(run_state),
+        out,
+        options,
+        files,
+        topology,
+        say,
+        f"checkpoint={folder}",
+    )
 
 
 def write_huggingface(
@@ -96,12 +109,16 @@ def write_huggingface(
     """Write parameters as a Hugging Face folder; all ranks call it together. See `export_checkpoint`; `source`: for errors."""
     options = replace(options, layout=expert_layout(config, options.layout))
     if config.text.experts and options.layout != "hub" and topology.is_main:
-        say("note: experts are laid out as transformers 5 writes them; 4.57 and servers that read the published layout cannot")
+        say(
+            "note: experts are laid out as transformers 5 writes them; 4.57 and servers that read the published layout cannot"
+        )
     shards = plan_shards(weights, config, options)
     names = [file_name(number, len(shards)) for number in range(len(shards))]
     partial, wrong = start_folder(out, topology), list[str]()
     for number in range(topology.rank, len(shards), topology.world_size):
-        wrong += write_shard(partial / names[number], shards[number], weights, config, options.layout)
+        wrong += write_shard(
+            partial / names[number], shards[number], weights, config, options.layout
+        )
         say(f"{names[number]} written, {shards[number].bytes / 2**30:.2f} GiB")
     refuse_named(wrong, source, topology)
     if topology.is_main:
@@ -119,7 +136,10 @@ def expert_layout(config: ModelConfig, wanted: str) -> str:
     transformers 5 tells the layouts apart by shapes, so a model with a square stack cannot be written as published.
     """
     text = config.text
-    square = text.experts and text.hidden_size in (2 * text.expert_ffn_hidden_size, text.expert_ffn_hidden_size)
+    square = text.experts and text.hidden_size in (
+        2 * text.expert_ffn_hidden_size,
+        text.expert_ffn_hidden_size,
+    )
     if wanted == "hub" and square:
         raise UserError(
             "layout=hub: one of the stacks of experts is square, and transformers would take it for its own layout:"
@@ -130,13 +150,25 @@ def expert_layout(config: ModelConfig, wanted: str) -> str:
 
 def plan_shards(weights: Parameters, config: ModelConfig, options: ExportOptions) -> list[Shard]:
     """Which parameters go into which file; UserError naming what the weights lack."""
-    lacking = [n for n, shape in parameter_shapes(config).items() if (weights.entry(n) or ((), None))[0] != shape]
+    lacking = [
+        n
+        for n, shape in parameter_shapes(config).items()
+        if (weights.entry(n) or ((), None))[0] != shape
+    ]
     if lacking:
         more = f" and {len(lacking) - 8} more" if len(lacking) > 8 else ""
-        raise UserError(f"the checkpoint lacks parameters of its model: {', '.join(lacking[:8])}{more}")
-    odd = [name for name in parameter_shapes(config) if (weights.entry(name) or ((), None))[1] not in DTYPES.values()]
+        raise UserError(
+            f"the checkpoint lacks parameters of its model: {', '.join(lacking[:8])}{more}"
+        )
+    odd = [
+        name
+        for name in parameter_shapes(config)
+        if (weights.entry(name) or ((), None))[1] not in DTYPES.values()
+    ]
     if odd:
-        raise UserError(f"the checkpoint has parameters of a type that weights never have: {', '.join(odd[:8])}")
+        raise UserError(
+            f"the checkpoint has parameters of a type that weights never have: {', '.join(odd[:8])}"
+        )
     shards = [Shard()]
     for name, shape in parameter_shapes(config).items():
         entry = weights.entry(name)
@@ -147,12 +179,16 @@ def plan_shards(weights: Parameters, config: ModelConfig, options: ExportOptions
         if shards[-1].parameters and shards[-1].bytes + size > options.shard_bytes:
             shards.append(Shard())
         shards[-1].parameters.append(name)
-        shards[-1].tensors |= {theirs: (tuple(tensor.shape), dtype) for theirs, tensor in made.items()}
+        shards[-1].tensors |= {
+            theirs: (tuple(tensor.shape), dtype) for theirs, tensor in made.items()
+        }
         shards[-1].bytes += size
     return shards
 
 
-def write_shard(path: Path, shard: Shard, weights: Parameters, config: ModelConfig, layout: str) -> list[str]:
+def write_shard(
+    path: Path, shard: Shard, weights: Parameters, config: ModelConfig, layout: str
+) -> list[str]:
     """Write one file, a parameter at a time, wider types first; returns the tensors with NaN or infinite numbers."""
 
     def width(name: str) -> int:
@@ -162,13 +198,19 @@ def write_shard(path: Path, shard: Shard, weights: Parameters, config: ModelConf
     names = sorted(shard.parameters, key=width)
     shapes = parameter_shapes(config)
     order = [
-        part for name in names for part in convert_parameter(name, torch.empty(shapes[name], device="meta"), config, layout)
+        part
+        for name in names
+        for part in convert_parameter(
+            name, torch.empty(shapes[name], device="meta"), config, layout
+        )
     ]
     wrong: list[str] = []
 
     def pieces() -> Iterator[tuple[str, Tensor]]:
         for name in names:
-            for part, tensor in convert_parameter(name, weights.parameter(name), config, layout).items():
+            for part, tensor in convert_parameter(
+                name, weights.parameter(name), config, layout
+            ).items():
                 wrong.extend([] if is_finite(tensor) else [part])
                 yield part, tensor
 
@@ -178,7 +220,9 @@ def write_shard(path: Path, shard: Shard, weights: Parameters, config: ModelConf
 
 def file_name(number: int, count: int) -> str:
     """Name of one of `count` files, as transformers names them."""
-    return "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+    return (
+        "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+    )
 
 
 def _write_index(path: Path, shards: Mapping[str, Shard]) -> None:
@@ -187,7 +231,9 @@ def _write_index(path: Path, shards: Mapping[str, Shard]) -> None:
     write_json(path, {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))})
 
 
-def _write_companions(partial: Path, config: ModelConfig, shards: list[Shard], files: Companions) -> list[str]:
+def _write_companions(
+    partial: Path, config: ModelConfig, shards: list[Shard], files: Companions
+) -> list[str]:
     """config.json and the files that go along; returns what is to be said of them."""
     tokens = carry_companions(files, partial)
     kept = read_json(partial / CONFIG, "hf") if (partial / CONFIG).is_file() else None

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelSaveStrategyWrapper,
+)
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     TorchDistSaveShardedStrategy,
@@ -45,7 +47,9 @@ PHASE = "import"
 REPORT_BYTES = 1 << 30
 
 
-def import_huggingface(folder: Path, out: Path, topology: Topology, say: Callable[[str], None]) -> None:
+def import_huggingface(
+    folder: Path, out: Path, topology: Topology, say: Callable[[str], None]
+) -> None:
     """Write a folder's weights as a checkpoint, types kept; all ranks call it together.
 
     Args:
@@ -85,7 +89,9 @@ def check_layers_alike(source: HuggingFaceFolder) -> None:
             types.setdefault(kind, {}).setdefault(source.parameter_dtype(name, shape), name)
     for found in types.values():
         if len(found) > 1:
-            told = " and ".join(f"{name} in {str(dtype).removeprefix('torch.')}" for dtype, name in found.items())
+            told = " and ".join(
+                f"{name} in {str(dtype).removeprefix('torch.')}" for dtype, name in found.items()
+            )
             raise UserError(
                 f"hf={source.folder}: layers differ in type, {told}, which a checkpoint cannot hold: save the model in one type,"
                 " or train from the folder itself (init.huggingface)"
@@ -114,7 +120,10 @@ def start_folder(out: Path, topology: Topology) -> Path:
 
 def empty_model(source: HuggingFaceFolder, topology: Topology) -> list[Qwen3VL]:
     """The model's chunks on the meta device, each parameter in the type that it has in the folder."""
-    shapes, most = parameter_shapes(source.config), Counter(map(source.dtype, source.names)).most_common(1)[0][0]
+    shapes, most = (
+        parameter_shapes(source.config),
+        Counter(map(source.dtype, source.names)).most_common(1)[0][0],
+    )
     numbers = range(topology.config.chunks) if topology.config.chunks > 1 else [None]
     with torch.device("meta"):
         chunks = [Qwen3VL(source.config, topology, most, number) for number in numbers]
@@ -137,7 +146,9 @@ class StreamedSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
         state = mcore_to_pyt_state_dict(flat)
         writer = FileSystemWriter(checkpoint_dir, thread_count=1, sync_files=True)
         try:
-            save_distributed(state, storage_writer=writer, planner=StreamedPlanner(self.source, self.say))
+            save_distributed(
+                state, storage_writer=writer, planner=StreamedPlanner(self.source, self.say)
+            )
         except CheckpointException as error:  # no Exception, and what it is about is inside
             causes = [cause for cause, _ in error.failures.values()]
             told = next((cause for cause in causes if isinstance(cause, UserError)), None)
@@ -148,7 +159,9 @@ class StreamedPlanner(MCoreSavePlanner):  # type: ignore[misc]
     """Hands each part of a tensor to torch's writer when its turn has come."""
 
     def __init__(self, source: HuggingFaceFolder, say: Callable[[str], None]) -> None:
-        super().__init__(dedup_replicated_tensors=False, flatten_state_dict=False, flatten_sharded_tensors=False)
+        super().__init__(
+            dedup_replicated_tensors=False, flatten_state_dict=False, flatten_sharded_tensors=False
+        )
         self.source, self.say = source, say
         self.last: Tensor | None = None
         self.bytes = 0
@@ -165,7 +178,12 @@ class StreamedPlanner(MCoreSavePlanner):  # type: ignore[misc]
         if name.endswith("mlp.router.load"):
             part = torch.zeros(tuple(chunk.sizes), dtype=kind)
         else:
-            part = self.source.parameter(name, region).reshape(tuple(chunk.sizes)).to(kind).contiguous()
+            part = (
+                self.source.parameter(name, region)
+                .reshape(tuple(chunk.sizes))
+                .to(kind)
+                .contiguous()
+            )
             if not is_finite(part):
                 raise UserError(not_finite(f"hf={self.source.folder}", [name]))
         self.last = part if part.untyped_storage().resizable() else part.clone()

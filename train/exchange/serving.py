@@ -12,7 +12,13 @@ from typing import Any, Final
 from visionloom.common.errors import UserError
 from visionloom.data.config import MediaConfig
 from visionloom.data.encode.chat_template import TEMPLATE
-from visionloom.data.encode.geometry import FACTOR, MERGE_SIZE, PATCH_SIZE, TEMPORAL_PATCH_SIZE, limits_of
+from visionloom.data.encode.geometry import (
+    FACTOR,
+    MERGE_SIZE,
+    PATCH_SIZE,
+    TEMPORAL_PATCH_SIZE,
+    limits_of,
+)
 from visionloom.data.encode.tokenizer import VIDEO, VISION_END, VISION_START
 from visionloom.model.huggingface.config import CONFIG, END_OF_TEXT, TURN_END, read_file, read_json
 from visionloom.train.exchange.companions import (
@@ -44,12 +50,16 @@ def carry_companions(companions: Companions, out: Path) -> TokenTable | None:
         carry(folder, out)
     if companions.tokenizer is not None:
         carry(companions.tokenizer, out, (TOKENIZER,) if companions.named else FROM_TOKENIZER)
-    elif companions.missing:  # another one came along with the weights: it is not what was trained with
+    elif (
+        companions.missing
+    ):  # another one came along with the weights: it is not what was trained with
         (out / TOKENIZER).unlink(missing_ok=True)
     return TokenTable.read(out, "out") if (out / TOKENIZER).is_file() else None
 
 
-def write_serving_files(out: Path, companions: Companions, tokens: TokenTable | None, with_model: bool = True) -> list[str]:
+def write_serving_files(
+    out: Path, companions: Companions, tokens: TokenTable | None, with_model: bool = True
+) -> list[str]:
     """Make the files of an export's folder say what its run did; returns what they cannot say, or what was changed, a line each.
 
     Args:
@@ -92,12 +102,16 @@ def _write_template(out: Path, tokens: TokenTable) -> Iterator[str]:
     """A chat template where none came along: the tokenizer's own, or the one of training."""
     if not any((out / name).is_file() for name in TEMPLATES):
         own = tokens.settings.get("chat_template")
-        (out / TEMPLATES[0]).write_bytes((own if isinstance(own, str) else TEMPLATE).encode("utf-8", "backslashreplace"))
+        (out / TEMPLATES[0]).write_bytes(
+            (own if isinstance(own, str) else TEMPLATE).encode("utf-8", "backslashreplace")
+        )
     template = next(out / name for name in TEMPLATES if (out / name).is_file())
     try:
         text = read_file(template, "out").decode()
     except UnicodeDecodeError as error:
-        raise UserError(f"{template.name}, which came with the weights, is no text: {error}: put back the file") from None
+        raise UserError(
+            f"{template.name}, which came with the weights, is no text: {error}: put back the file"
+        ) from None
     if WRAPPED_VIDEO in text and "wrap_videos" not in text:
         yield (
             f"{template.name} came with the weights and puts {VISION_START} and {VISION_END} around videos: transformers from 5.10"
@@ -112,14 +126,21 @@ def _write_processors(out: Path, media: MediaConfig) -> Iterator[str]:
     sizes = {PREPROCESSOR: limits.image, VIDEO_PREPROCESSOR: limits.video}
     kinds: dict[str, dict[str, Any]] = {
         PREPROCESSOR: {"image_processor_type": "Qwen2VLImageProcessorFast"},
-        VIDEO_PREPROCESSOR: {"video_processor_type": "Qwen3VLVideoProcessor", "do_sample_frames": True} | _frame_rules(media),
+        VIDEO_PREPROCESSOR: {
+            "video_processor_type": "Qwen3VLVideoProcessor",
+            "do_sample_frames": True,
+        }
+        | _frame_rules(media),
     }
     for name, (least, most) in sizes.items():
         came = _read(out / name) or nested[name]
         before = bounds(came)
         kept = {key: value for key, value in came.items() if key not in STALE}
         size = {"longest_edge": most, "shortest_edge": least}
-        write_json(out / name, kept | kinds[name] | PIXELS | {"processor_class": "Qwen3VLProcessor", "size": size})
+        write_json(
+            out / name,
+            kept | kinds[name] | PIXELS | {"processor_class": "Qwen3VLProcessor", "size": size},
+        )
         if before and before != (least, most):
             yield (
                 f"{name} has size {least} to {most} pixels, as the run's data.media; what came with the weights said"
@@ -130,9 +151,15 @@ def _write_processors(out: Path, media: MediaConfig) -> Iterator[str]:
 
 def _frame_rules(media: MediaConfig) -> dict[str, Any]:
     """How transformers' video processor chooses and bounds frames; whether it caps each must be said, since its default changes."""
-    rules = {"fps": media.video_fps, "min_frames": media.video_min_frames, "max_frames": media.video_max_frames}
+    rules = {
+        "fps": media.video_fps,
+        "min_frames": media.video_min_frames,
+        "max_frames": media.video_max_frames,
+    }
     capped = media.rule == "hf_capped"
-    cap = {"cap_pixels_per_frame": capped} | ({"max_video_tokens": limits_of(media).frame[1] // FACTOR**2} if capped else {})
+    cap = {"cap_pixels_per_frame": capped} | (
+        {"max_video_tokens": limits_of(media).frame[1] // FACTOR**2} if capped else {}
+    )
     whole = int(media.video_fps)
     return rules | cap | ({"fps": whole} if whole == media.video_fps else {})
 
@@ -145,8 +172,13 @@ def _beyond_processors(media: MediaConfig) -> Iterator[str]:
         )
     if media.rule == "hf_capped":
         rest = limits_of(media).frame[1] % FACTOR**2
-        yield "data.media.rule=hf_capped: transformers 4.57 does not know cap_pixels_per_frame and leaves frames larger" + (
-            f"; and data.media.frame_max_pixels is rounded down to whole tokens, by {rest} pixels" if rest else ""
+        yield (
+            "data.media.rule=hf_capped: transformers 4.57 does not know cap_pixels_per_frame and leaves frames larger"
+            + (
+                f"; and data.media.frame_max_pixels is rounded down to whole tokens, by {rest} pixels"
+                if rest
+                else ""
+            )
         )
 
 
@@ -154,15 +186,23 @@ def bounds(content: Mapping[str, Any]) -> tuple[int, int] | None:
     """The areas in pixels that a preprocessor's file allows; None if it does not say."""
     size = content.get("size")
     size = size if isinstance(size, dict) else {}
-    said = size | {key: value for key, value in content.items() if value is not None}  # some files have these two inside size
-    least, most = said.get("min_pixels") or said.get("shortest_edge"), said.get("max_pixels") or said.get("longest_edge")
+    said = size | {
+        key: value for key, value in content.items() if value is not None
+    }  # some files have these two inside size
+    least, most = (
+        said.get("min_pixels") or said.get("shortest_edge"),
+        said.get("max_pixels") or said.get("longest_edge"),
+    )
     return (least, most) if isinstance(least, int) and isinstance(most, int) else None
 
 
 def _unnest(out: Path) -> dict[str, dict[str, Any]]:
     """Take the processors' settings out of processor_config.json, where transformers 5 writes them and 4.57 does not look."""
     content = _read(out / PROCESSOR)
-    parts = {PREPROCESSOR: content.pop("image_processor", None), VIDEO_PREPROCESSOR: content.pop("video_processor", None)}
+    parts = {
+        PREPROCESSOR: content.pop("image_processor", None),
+        VIDEO_PREPROCESSOR: content.pop("video_processor", None),
+    }
     if (out / PROCESSOR).is_file():
         write_json(out / PROCESSOR, content | {"processor_class": "Qwen3VLProcessor"})
     return {name: part if isinstance(part, dict) else {} for name, part in parts.items()}
@@ -175,4 +215,6 @@ def _read(path: Path) -> dict[str, Any]:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write an object as a JSON file, as transformers does."""
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    path.write_bytes(text.encode("utf-8", "backslashreplace"))  # halves of surrogate pairs become JSON's own escapes
+    path.write_bytes(
+        text.encode("utf-8", "backslashreplace")
+    )  # halves of surrogate pairs become JSON's own escapes

@@ -13,7 +13,13 @@ from tokenizers import Tokenizer as Backend
 from visionloom.common.errors import UserError
 from visionloom.common.text import one_line
 from visionloom.data.encode.tokenizer import END_OF_TEXT, TURN_END
-from visionloom.model.huggingface.config import LARGEST_TABLE, as_type, parse_object, read_file, read_json
+from visionloom.model.huggingface.config import (
+    LARGEST_TABLE,
+    as_type,
+    parse_object,
+    read_file,
+    read_json,
+)
 
 TOKENIZER: Final = "tokenizer.json"
 SETTINGS: Final = "tokenizer_config.json"
@@ -76,21 +82,40 @@ class TokenTable:
         """Read a folder's tokenizer.json; UserError naming `option` if there is none or it is damaged."""
         path = folder / TOKENIZER
         if not path.exists():
-            raise UserError(f"{option}={folder}: no {TOKENIZER} there: give the folder of a fast Hugging Face tokenizer")
+            raise UserError(
+                f"{option}={folder}: no {TOKENIZER} there: give the folder of a fast Hugging Face tokenizer"
+            )
         raw = read_file(path, option, LARGEST_TABLE)
         content = parse_object(raw, path, option)
         if found := _growing(content.get("normalizer")):
             raise UserError(
                 f"{option}={folder}: {TOKENIZER} has a normalizer of type {found}, which can make a text endless: take Qwen's"
             )
-        tokens = as_type(content.get("added_tokens") or [], list[dict[str, Any]], path, option, "added_tokens")
+        tokens = as_type(
+            content.get("added_tokens") or [], list[dict[str, Any]], path, option, "added_tokens"
+        )
         wanted = [{key: token.get(key) for key in ("content", "id")} for token in tokens]
-        added = {token.content: token.id for token in as_type(wanted, list[_Added], path, option, "added_tokens")}
+        added = {
+            token.content: token.id
+            for token in as_type(wanted, list[_Added], path, option, "added_tokens")
+        }
         model = as_type(content.get("model"), dict[str, Any], path, option, "model")
-        words = as_type(model.get("vocab"), dict[str, Id] | list[tuple[str, float]], path, option, "model.vocab")  # type: ignore[arg-type]
-        ids: dict[str, int] = words if isinstance(words, dict) else {word[0]: index for index, word in enumerate(words)}
+        form: Any = dict[str, Id] | list[tuple[str, float]]
+        words = as_type(model.get("vocab"), form, path, option, "model.vocab")
+        ids: dict[str, int] = (
+            words
+            if isinstance(words, dict)
+            else {word[0]: index for index, word in enumerate(words)}
+        )
         settings = read_json(folder / SETTINGS, option) if (folder / SETTINGS).exists() else {}
-        return cls(folder, f"{option}={folder}", hashlib.sha256(raw).hexdigest(), ids | added, added, settings)
+        return cls(
+            folder,
+            f"{option}={folder}",
+            hashlib.sha256(raw).hexdigest(),
+            ids | added,
+            added,
+            settings,
+        )
 
     @property
     def last(self) -> tuple[str, int]:
@@ -102,7 +127,9 @@ class TokenTable:
         if self.hash == other.hash:
             return
         changed = {
-            token: (number, other.ids[token]) for token, number in self.ids.items() if other.ids.get(token, number) != number
+            token: (number, other.ids[token])
+            for token, number in self.ids.items()
+            if other.ids.get(token, number) != number
         }
         if changed:
             token, (here, there) = min(changed.items(), key=lambda entry: entry[1])
@@ -110,7 +137,11 @@ class TokenTable:
             yield f"{token} is {here} here and {there} there{more}"
             return
         rows = {number: token for token, number in other.ids.items()}
-        renamed = sorted((number, token) for token, number in self.ids.items() if token not in other.ids and number in rows)
+        renamed = sorted(
+            (number, token)
+            for token, number in self.ids.items()
+            if token not in other.ids and number in rows
+        )
         if renamed:  # a row that was trained as another token
             number, token = renamed[0]
             more = f", and {len(renamed) - 1} more ids differ" if len(renamed) > 1 else ""
@@ -127,8 +158,12 @@ class TokenTable:
         content = read_file(self.folder / TOKENIZER, self.name.partition("=")[0], LARGEST_TABLE)
         try:
             tokens: list[str] = Backend.from_str(content.decode()).encode(text).tokens
-        except BaseException as error:  # the library raises bare Exception, and where it panics no Exception at all
+        except (
+            BaseException
+        ) as error:  # the library raises bare Exception, and where it panics no Exception at all
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise
-            raise UserError(f"{self.name}: {TOKENIZER} cannot be read: {one_line(str(error))[:LONGEST]}") from None
+            raise UserError(
+                f"{self.name}: {TOKENIZER} cannot be read: {one_line(str(error))[:LONGEST]}"
+            ) from None
         return tokens

@@ -58,7 +58,11 @@ class Chart:
 
 
 def measured(
-    phases: Sequence[PhaseHistory], value: Callable[[Line], Any], points: int, colour: str = "one", label: str = ""
+    phases: Sequence[PhaseHistory],
+    value: Callable[[Line], Any],
+    points: int,
+    colour: str = "one",
+    label: str = "",
 ) -> list[Drawn]:
     """What was measured at each step, faint, and smoothed over a fiftieth of the run."""
     span = sum(len(phase.lines) for phase in phases) / 50
@@ -90,9 +94,17 @@ def draw(chart: Chart) -> str:
             )  # fmt: skip
         _scale(axes, chart)
         if any(drawn.label for drawn in chart.curves):
-            axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=4, borderaxespad=0.2, handlelength=1.6)
+            axes.legend(
+                loc="lower left",
+                bbox_to_anchor=(0, 1.0),
+                ncols=4,
+                borderaxespad=0.2,
+                handlelength=1.6,
+            )
         file = StringIO()
-        figure.savefig(file, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+        figure.savefig(
+            file, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        )
     return _embeddable(file.getvalue())
 
 
@@ -131,15 +143,26 @@ def _scale(axes: Any, chart: Chart) -> None:
 
     values = np.concatenate([np.asarray(drawn.y) for drawn in chart.curves])
     values = values[np.isfinite(values)]
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=max(3, round(chart.size[0] * 1.2)), steps=[1, 2, 2.5, 5, 10]))
+    axes.xaxis.set_major_locator(
+        MaxNLocator(
+            integer=True, nbins=max(3, round(chart.size[0] * 1.2)), steps=[1, 2, 2.5, 5, 10]
+        )
+    )
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
-    if chart.logarithmic and len(values) and values.min() > 0 and values.max() / values.min() > LOG_FROM:
+    if (
+        chart.logarithmic
+        and len(values)
+        and values.min() > 0
+        and values.max() / values.min() > LOG_FROM
+    ):
         axes.set_yscale("log")
         axes.yaxis.set_minor_formatter(NullFormatter())
     else:
         axes.set_ylim(0, _top(values, chart))
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}%" if chart.percent else compact(value)))
+    axes.yaxis.set_major_formatter(
+        FuncFormatter(lambda value, _: f"{value:.3g}%" if chart.percent else compact(value))
+    )
     axes.tick_params(length=2.5, width=0.6)
     if chart.named:
         axes.set_xlabel("step", color=_MARKERS["muted"])

@@ -56,7 +56,14 @@ class ShownPicture:
     def frames(self) -> Pixels:
         """uint8 [1 or 2, rows, columns, 3]; a second frame only where it differs from the first."""
         blocks = self.rows.reshape(
-            self.height // MERGE_SIZE, self.width // MERGE_SIZE, MERGE_SIZE, MERGE_SIZE, 3, -1, PATCH_SIZE, PATCH_SIZE
+            self.height // MERGE_SIZE,
+            self.width // MERGE_SIZE,
+            MERGE_SIZE,
+            MERGE_SIZE,
+            3,
+            -1,
+            PATCH_SIZE,
+            PATCH_SIZE,
         )
         shape = (-1, self.height * PATCH_SIZE, self.width * PATCH_SIZE, 3)
         frames = blocks.transpose(5, 0, 2, 6, 1, 3, 7, 4).reshape(shape)
@@ -83,7 +90,8 @@ def card(prediction: Prediction, budget: PictureBudget) -> str:
         f' {escape(sample.task or sample.source)} <span class="id">{escape(sample.sample_id)}</span></header>'
         f'<div class="question{" single" if prediction.question.count(PICTURE) == 1 else ""}">{_illustrated(prediction.question, list(views(sample)), budget)}</div><dl>'
         + "".join(
-            f"<dt>{name}</dt><dd>{escape(shorten(text, ANSWER_CHARACTERS)) or '<i>nothing</i>'}</dd>" for name, text in rows
+            f"<dt>{name}</dt><dd>{escape(shorten(text, ANSWER_CHARACTERS)) or '<i>nothing</i>'}</dd>"
+            for name, text in rows
         )
         + "</dl></article>"
     )
@@ -99,7 +107,9 @@ def shorten(text: str, characters: int) -> str:
 
 def _omitted(middle: str) -> str:
     pictures = middle.count(PICTURE)
-    return f" {len(middle):,} characters{f' with {pictures:,} pictures' if pictures else ''} left out "
+    return (
+        f" {len(middle):,} characters{f' with {pictures:,} pictures' if pictures else ''} left out "
+    )
 
 
 def _illustrated(question: str, found: Sequence[ShownPicture], budget: PictureBudget) -> str:
@@ -108,7 +118,11 @@ def _illustrated(question: str, found: Sequence[ShownPicture], budget: PictureBu
     cut = len(question) > QUESTION_CHARACTERS
     hidden = question[half:-half].count(PICTURE) if cut else 0
     first_hidden = question[:half].count(PICTURE)
-    places = [i for i in range(question.count(PICTURE)) if not (cut and first_hidden <= i < first_hidden + hidden)]
+    places = [
+        i
+        for i in range(question.count(PICTURE))
+        if not (cut and first_hidden <= i < first_hidden + hidden)
+    ]
     side = SIDE if len(places) <= 2 else SIDE_OF_MANY
     texts = shorten(question, QUESTION_CHARACTERS).split(PICTURE)
     out = []
@@ -128,7 +142,10 @@ def _figure(view: ShownPicture | None, caption: str, side: int, budget: PictureB
         return f'<figure class="picture"><span class="empty" title="picture not shown"></span>{below}</figure>'
     times = max(1, (ENLARGED if side == SIDE else ENLARGED_OF_MANY) // max(frames[0][1]))
     kind = ' class="pixels"' if times > 1 else ""
-    images = "".join(f'<img{kind} src="{data}" width="{times * w}" height="{times * h}" alt="">' for data, (w, h) in frames)
+    images = "".join(
+        f'<img{kind} src="{data}" width="{times * w}" height="{times * h}" alt="">'
+        for data, (w, h) in frames
+    )
     return f'<figure class="picture">{images}{below}</figure>'
 
 

@@ -70,7 +70,9 @@ class PhaseHistory:
 
     def series(self, value: Callable[[Line], Any]) -> tuple[Values, Values]:
         """Steps and values of the lines in which `value` finds a finite number."""
-        found = [(int(line["step"]), x) for line in self.lines if (x := number(value(line))) is not None]
+        found = [
+            (int(line["step"]), x) for line in self.lines if (x := number(value(line))) is not None
+        ]
         steps, values = np.array(found, np.float64).reshape(-1, 2).T
         return steps, values
 
@@ -92,7 +94,13 @@ class History:
         """Read what the run's folder holds."""
         lines = [line for line in read_lines(folder, METRICS) if is_step(line.get("step"))]
         results = _mapping(lambda: read_json(folder, RESULTS, dict[str, Any], LARGEST))
-        return cls(folder, lines, read_lines(folder, EVENTS), results, _mapping(lambda: read_yaml(folder, SETTINGS)))
+        return cls(
+            folder,
+            lines,
+            read_lines(folder, EVENTS),
+            results,
+            _mapping(lambda: read_yaml(folder, SETTINGS)),
+        )
 
     @property
     def name(self) -> str:
@@ -118,14 +126,28 @@ class History:
     def phases(self) -> list[PhaseHistory]:
         """The phases in the order in which they ran."""
         found = []
-        validations = [e for e in self.of("validation") if is_step(e.get("step")) and isinstance(e.get("loss"), Mapping)]
-        for name, group in islice(groupby(self.lines, key=lambda line: str(line.get("phase", ""))), PHASES_SHOWN):
+        validations = [
+            e
+            for e in self.of("validation")
+            if is_step(e.get("step")) and isinstance(e.get("loss"), Mapping)
+        ]
+        for name, group in islice(
+            groupby(self.lines, key=lambda line: str(line.get("phase", ""))), PHASES_SHOWN
+        ):
             lines = list(group)
             measured = [event for event in validations if event.get("phase") == name]
             before = [event["loss"] for event in measured if event["step"] < lines[0]["step"]]
-            after = [event["loss"] for event in measured if lines[0]["step"] <= event["step"] <= lines[-1]["step"]]
+            after = [
+                event["loss"]
+                for event in measured
+                if lines[0]["step"] <= event["step"] <= lines[-1]["step"]
+            ]
             settings = _part(self.part("phases"), name)
-            found.append(PhaseHistory(name, lines, settings, before[-1] if before else {}, after[-1] if after else {}))
+            found.append(
+                PhaseHistory(
+                    name, lines, settings, before[-1] if before else {}, after[-1] if after else {}
+                )
+            )
         return found
 
     @property
@@ -134,7 +156,9 @@ class History:
         names: dict[str, None] = {}
         for line in [*self.lines, *self.of("validation"), self.results]:
             found = line.get("loss_by_source", line.get("loss"))
-            names |= dict.fromkeys(found if isinstance(found, Mapping) and len(names) < SOURCES_KNOWN else ())
+            names |= dict.fromkeys(
+                found if isinstance(found, Mapping) and len(names) < SOURCES_KNOWN else ()
+            )
         return list(names)[:SOURCES_KNOWN]
 
     def of(self, event: str) -> list[Line]:
@@ -144,7 +168,11 @@ class History:
 
 def number(value: Any) -> float | None:
     """A number of a size that can be drawn and added up, as a float; None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < LARGEST_NUMBER:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not abs(value) < LARGEST_NUMBER
+    ):
         return None
     return float(value)
 
@@ -221,6 +249,9 @@ def curve(
         if len(steps):
             share = max(1, points * len(phase.lines) // total)
             x, y = thin(steps, values, share)
-            pieces += [np.stack((x, smooth(y, span * len(x) / len(steps)))), np.full((2, 1), np.nan)]
+            pieces += [
+                np.stack((x, smooth(y, span * len(x) / len(steps)))),
+                np.full((2, 1), np.nan),
+            ]
     joined = np.concatenate([np.empty((2, 0)), *pieces], axis=1)
     return joined[0], joined[1]

@@ -1,5 +1,6 @@
 """report.html: a finished run on one page, a single file that needs no network, and predictions.jsonl."""
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -14,7 +15,15 @@ from visionloom.common.text import printable
 from visionloom.train.generate import PICTURE, Prediction
 from visionloom.train.report.charts import HALF, SMALL, WIDE, Chart, Drawn, compact, draw, measured
 from visionloom.train.report.gallery import PictureBudget, card
-from visionloom.train.report.history import NO_TASKS, History, PhaseHistory, Values, curve, number
+from visionloom.train.report.history import (
+    NO_TASKS,
+    History,
+    Line,
+    PhaseHistory,
+    Values,
+    curve,
+    number,
+)
 from visionloom.train.report.style import STYLE
 
 REPORT, PREDICTIONS = "report.html", "predictions.jsonl"
@@ -39,13 +48,18 @@ def write_report(folder: Path, shown: Sequence[Prediction]) -> Path:
     """
     _write_predictions(folder / PREDICTIONS, shown)
     history = History.read(folder)
-    sections = [part(history) for part in (_results, _phases, _losses, _sources, _pace)] + [_gallery(shown), _notes(history)]
+    sections = [part(history) for part in (_results, _phases, _losses, _sources, _pace)] + [
+        _gallery(shown),
+        _notes(history),
+    ]
     path = folder / REPORT
     page = (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
         f"<title>{escape(history.name)} · visionloom</title>\n"
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{STYLE}</style></head>\n<body><main>\n'
-        f"{_header(history)}\n" + "\n".join(section for section in sections if section) + "\n</main></body></html>\n"
+        f"{_header(history)}\n"
+        + "\n".join(section for section in sections if section)
+        + "\n</main></body></html>\n"
     )
     with replacing(path) as file:
         file.write(printable(page).encode())
@@ -65,11 +79,15 @@ def _write_predictions(path: Path, shown: Sequence[Prediction]) -> None:
                 "prediction": prediction.text,
                 "correct": prediction.correct,
             }
-            file.write((json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
+            file.write(
+                (json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+            )
 
 
 def _header(history: History) -> str:
-    tokens, seconds = (sum(phase.total(field) for phase in history.phases) for field in ("tokens", "step_seconds"))
+    tokens, seconds = (
+        sum(phase.total(field) for phase in history.phases) for field in ("tokens", "step_seconds")
+    )
     facts = {"step": f"{history.last_step:,}"}
     if model := history.part("model").get("name"):
         facts["model"] = escape(str(model))
@@ -89,17 +107,31 @@ def _results(history: History) -> str:
     if not tasks and not losses:
         return ""
     answers = [
-        [escape(task), _bar(number(result.get("accuracy")) or 0.0), f"{number(result.get('n')) or 0:,.0f}"]
+        [
+            escape(task),
+            _bar(number(result.get("accuracy")) or 0.0),
+            f"{number(result.get('n')) or 0:,.0f}",
+        ]
         for task, result in ((task, _mapping(result)) for task, result in tasks.items())
     ]
     held_out = [[escape(source), _loss(number(loss))] for source, loss in losses.items()]
     parts = []
     if answers:
-        parts.append(_table(("task", "accuracy", "samples"), answers, "Greedy answers that equal the right one word for word"))
+        parts.append(
+            _table(
+                ("task", "accuracy", "samples"),
+                answers,
+                "Greedy answers that equal the right one word for word",
+            )
+        )
     if held_out:
-        parts.append(_table(("dataset", "loss"), held_out, "Held-out loss, weighted as in the last phase"))
+        parts.append(
+            _table(("dataset", "loss"), held_out, "Held-out loss, weighted as in the last phase")
+        )
     note = f"Model after step {history.results.get('step')}." + ("" if answers else f" {NO_TASKS}")
-    return _section("Results on held-out samples", f'<div class="two">{"".join(parts)}</div>', escape(note))
+    return _section(
+        "Results on held-out samples", f'<div class="two">{"".join(parts)}</div>', escape(note)
+    )
 
 
 def _phases(history: History) -> str:
@@ -108,7 +140,10 @@ def _phases(history: History) -> str:
     rows = []
     for place, phase in enumerate(history.phases, 1):
         _, losses = phase.series(lambda line: line.get("loss"))
-        ends = (_loss(float(part.mean()) if len(part) else None) for part in (losses[:EDGE_STEPS], losses[-EDGE_STEPS:]))
+        ends = (
+            _loss(float(part.mean()) if len(part) else None)
+            for part in (losses[:EDGE_STEPS], losses[-EDGE_STEPS:])
+        )
         groups = phase.settings.get("trainable", list(_mapping(phase.lines[0].get("lr"))))
         trains = ", ".join(map(str, groups)) if isinstance(groups, list) else ""
         length = number(phase.settings.get("sequence_length"))
@@ -116,7 +151,17 @@ def _phases(history: History) -> str:
             f"{place}", escape(phase.name), escape(trains), f"{len(phase.lines):,}", f"{int(length):,}" if length else "",
             compact(phase.total("tokens")), _duration(phase.total("step_seconds")), *ends,
         ])  # fmt: skip
-    head = ("", "phase", "trains", "steps", "sequence length", "tokens", "time", "first loss", "last loss")
+    head = (
+        "",
+        "phase",
+        "trains",
+        "steps",
+        "sequence length",
+        "tokens",
+        "time",
+        "first loss",
+        "last loss",
+    )
     note = f"First and last loss: training loss, mean of {EDGE_STEPS} steps."
     return _section("Phases", _table(head, rows) + _held_out_by_phase(history), note)
 
@@ -124,7 +169,10 @@ def _phases(history: History) -> str:
 def _held_out_by_phase(history: History) -> str:
     """Held-out loss of each dataset at both ends of each phase."""
     phases = [phase for phase in history.phases if phase.before or phase.after]
-    rows = [[escape(source), *(_change(phase, source) for phase in phases)] for source in history.sources]
+    rows = [
+        [escape(source), *(_change(phase, source) for phase in phases)]
+        for source in history.sources
+    ]
     rows = [row for row in rows if any(row[1:])]
     if not rows:
         return ""
@@ -158,7 +206,10 @@ def _sources(history: History) -> str:
     phases = history.phases
     if not phases or not history.sources:
         return ""
-    charts = [_figure(_source_chart(history, name, i), name) for i, name in enumerate(history.sources[:SOURCES_SHOWN])]
+    charts = [
+        _figure(_source_chart(history, name, i), name)
+        for i, name in enumerate(history.sources[:SOURCES_SHOWN])
+    ]
     note = "Blue: training loss. Orange: held-out loss at the start and the end of each phase. Numbers: phases."
     if (more := len(history.sources) - SOURCES_SHOWN) > 0:
         note += f" {more} more datasets are not shown."
@@ -166,9 +217,13 @@ def _sources(history: History) -> str:
 
 
 def _source_chart(history: History, name: str, place: int) -> str:
-    curves = measured(history.phases, lambda line: _mapping(line.get("loss_by_source")).get(name), SMALL_POINTS)
+    curves = measured(
+        history.phases, lambda line: _mapping(line.get("loss_by_source")).get(name), SMALL_POINTS
+    )
     held_out = Drawn(*_held_out(history, name), "two", "", 1.0, 1.0, ":", "o")
-    return draw(Chart(f"source {place}", [*curves, held_out], history.phases, SMALL, logarithmic=True))
+    return draw(
+        Chart(f"source {place}", [*curves, held_out], history.phases, SMALL, logarithmic=True)
+    )
 
 
 def _held_out(history: History, source: str) -> tuple[Values, Values]:
@@ -188,7 +243,9 @@ def _pace(history: History) -> str:
     if not phases:
         return ""
     charts = [_rates(phases)]
-    wait = measured(phases, lambda line: line.get("data_wait_seconds"), SMALL_POINTS, "two", "waiting for data")
+    wait = measured(
+        phases, lambda line: line.get("data_wait_seconds"), SMALL_POINTS, "two", "waiting for data"
+    )
     for title, curves, percent in (
         ("Gradient norm before clipping", _plain(phases, "grad_norm"), False),
         ("Tokens per second, padding left out", _plain(phases, "tokens_per_second"), False),
@@ -198,24 +255,48 @@ def _pace(history: History) -> str:
         ("Model FLOP utilisation", _plain(phases, "mfu", scale=100.0), True),
     ):
         if any(len(drawn.y) for drawn in curves):
-            chart = Chart(title, curves, phases, HALF, percent=percent, logarithmic=title.startswith("Gradient"))
+            chart = Chart(
+                title,
+                curves,
+                phases,
+                HALF,
+                percent=percent,
+                logarithmic=title.startswith("Gradient"),
+            )
             charts.append(_figure(draw(chart), title))
     return _section("Optimisation and speed", f'<div class="two">{"".join(charts)}</div>')
 
 
-def _plain(phases: list[PhaseHistory], field: str, label: str = "", scale: float = 1.0) -> list[Drawn]:
+def _plain(
+    phases: list[PhaseHistory], field: str, label: str = "", scale: float = 1.0
+) -> list[Drawn]:
     return measured(
-        phases, lambda line: None if (x := number(line.get(field))) is None else x * scale, SMALL_POINTS, "one", label
+        phases,
+        lambda line: None if (x := number(line.get(field))) is None else x * scale,
+        SMALL_POINTS,
+        "one",
+        label,
     )
+
+
+def _rate_of(group: str, line: Line) -> Any:
+    return _mapping(line.get("lr")).get(group)
 
 
 def _rates(phases: list[PhaseHistory]) -> str:
     """Learning rates; the widths differ so that equal ones can be told apart."""
-    curves = [
-        Drawn(*curve(phases, lambda line: _mapping(line.get("lr")).get(group), SMALL_POINTS), colour, group, width)  # noqa: B023
-        for group, colour, width in (("vision", "three", 4.5), ("merger", "two", 2.6), ("language", "one", 1.2))
-    ]
-    return _figure(draw(Chart("learning rate", [drawn for drawn in curves if len(drawn.y)], phases)), "Learning rate")
+    curves = []
+    for group, colour, width in (
+        ("vision", "three", 4.5),
+        ("merger", "two", 2.6),
+        ("language", "one", 1.2),
+    ):
+        steps, rates = curve(phases, functools.partial(_rate_of, group), SMALL_POINTS)
+        curves.append(Drawn(steps, rates, colour, group, width))
+    return _figure(
+        draw(Chart("learning rate", [drawn for drawn in curves if len(drawn.y)], phases)),
+        "Learning rate",
+    )
 
 
 def _gallery(shown: Sequence[Prediction]) -> str:
@@ -236,13 +317,18 @@ def _notes(history: History) -> str:
         f"Phase {event.get('phase')} leaves out {number(event.get('samples')) or 0:,.0f} samples of {event.get('dataset')}: they are longer than a pack."
         for event in history.of("dropped")
     ]
-    notes += [f"Damaged checkpoint passed over: {event.get('detail')}" for event in history.of("damaged_checkpoint")]
+    notes += [
+        f"Damaged checkpoint passed over: {event.get('detail')}"
+        for event in history.of("damaged_checkpoint")
+    ]
     items = "".join(f"<li>{escape(note)}</li>" for note in dict.fromkeys(notes))
     return _section("Notes", f"<ul>{items}</ul>") if items else ""
 
 
 def _section(title: str, body: str, note: str = "") -> str:
-    return f"<section><h2>{title}</h2>{f'<p class="note">{note}</p>' if note else ''}{body}</section>"
+    return (
+        f"<section><h2>{title}</h2>{f'<p class="note">{note}</p>' if note else ''}{body}</section>"
+    )
 
 
 def _figure(svg: str, caption: str = "") -> str:
@@ -253,9 +339,7 @@ def _table(head: Sequence[str], rows: Table, caption: str = "", kind: str = "") 
     above = f"<caption>{caption}</caption>" if caption else ""
     titles = "".join(f"<th>{title}</th>" for title in head)
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return (
-        f'<div class="table"><table class="{kind}">{above}<thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table></div>'
-    )
+    return f'<div class="table"><table class="{kind}">{above}<thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _bar(share: float) -> str:

@@ -42,9 +42,16 @@ def load_adapter(folder: Path, chunks: list[Qwen3VL], topology: Topology) -> Non
     except ValueError as error:
         raise UserError(f"lora.adapter={folder}: {one_line(str(error))}") from error
     require_finite(ours.items(), f"lora.adapter={folder}", topology)
-    known = {name for layer in adapted_layers(model, lora) for pair in adapter_names(layer).values() for name in pair}
+    known = {
+        name
+        for layer in adapted_layers(model, lora)
+        for pair in adapter_names(layer).values()
+        for name in pair
+    }
     if left := sorted(set(ours) - known):
-        raise UserError(f"lora.adapter={folder} adapts {left[0]}: widen lora.targets and lora.groups to have it")
+        raise UserError(
+            f"lora.adapter={folder} adapts {left[0]}: widen lora.targets and lora.groups to have it"
+        )
     with torch.no_grad():
         for chunk in chunks:
             for name, parameter in canonical_parameters(chunk):
@@ -57,9 +64,14 @@ def _described(folder: Path) -> dict[str, Tensor]:
     file = _open(folder)
     slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
     kinds = {name: DTYPES.get(part.get_dtype()) for name, part in slices.items()}
-    if odd := [f"{name} {slices[name].get_dtype()}" for name, kind in kinds.items() if kind is None]:
+    if odd := [
+        f"{name} {slices[name].get_dtype()}" for name, kind in kinds.items() if kind is None
+    ]:
         raise ValueError(f"{WEIGHTS} has a type that is not read: {odd[0]}")
-    return {name: torch.empty(part.get_shape(), dtype=kinds[name], device="meta") for name, part in slices.items()}
+    return {
+        name: torch.empty(part.get_shape(), dtype=kinds[name], device="meta")
+        for name, part in slices.items()
+    }
 
 
 def _read(folder: Path) -> dict[str, Tensor]:
@@ -71,7 +83,11 @@ def _read(folder: Path) -> dict[str, Tensor]:
 def _open(folder: Path) -> Any:
     """The file with the tensors."""
     if not (folder / WEIGHTS).exists():
-        found = f"only {PICKLE}, a pickle, which is not read: save it as safetensors" if (folder / PICKLE).exists() else "none"
+        found = (
+            f"only {PICKLE}, a pickle, which is not read: save it as safetensors"
+            if (folder / PICKLE).exists()
+            else "none"
+        )
         raise ValueError(f"{WEIGHTS} is needed, the folder has {found}")
     try:
         return open_safetensors(folder, WEIGHTS)
@@ -79,11 +95,23 @@ def _open(folder: Path) -> Any:
         raise ValueError(f"{WEIGHTS} cannot be read: {error}") from error
 
 
-def _check_part(config: Mapping[str, Any], layer: LinearLayer, part: str, factors: list[Tensor], lora: LoraConfig) -> None:
+def _check_part(
+    config: Mapping[str, Any],
+    layer: LinearLayer,
+    part: str,
+    factors: list[Tensor],
+    lora: LoraConfig,
+) -> None:
     """Whether an adapter of the file is of the rank, and one that the file's configuration speaks of."""
     ranks, name = (factors[0].shape[-2], factors[1].shape[-1]), f"{layer.theirs}.{part}"
     if ranks != (lora.rank, lora.rank):
-        raise ValueError(f"{name} is of rank {ranks[0]}, but r in {CONFIG} and lora.rank are {lora.rank}")
+        raise ValueError(
+            f"{name} is of rank {ranks[0]}, but r in {CONFIG} and lora.rank are {lora.rank}"
+        )
     if not targets(config, name, bool(layer.experts)):
-        fields = "target_parameters" if layer.experts else "target_modules, exclude_modules and layers_to_transform"
+        fields = (
+            "target_parameters"
+            if layer.experts
+            else "target_modules, exclude_modules and layers_to_transform"
+        )
         raise ValueError(f"{WEIGHTS} adapts {name}, which {fields} in {CONFIG} leave out")

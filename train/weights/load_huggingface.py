@@ -17,7 +17,9 @@ from visionloom.parallel.topology import Topology
 from visionloom.train.checkpoint.finite import require_finite
 
 
-def load_huggingface(folder: Path, chunks: list[Qwen3VL], config: ModelConfig, topology: Topology) -> None:
+def load_huggingface(
+    folder: Path, chunks: list[Qwen3VL], config: ModelConfig, topology: Topology
+) -> None:
     """Give this rank's chunks their parts of a Hugging Face folder's weights, in the chunks' own types.
 
     Each rank reads only what it holds. Call it before the model is wrapped and its optimizer built.
@@ -34,11 +36,18 @@ def load_huggingface(folder: Path, chunks: list[Qwen3VL], config: ModelConfig, t
             for name, parameter in canonical_parameters(chunk):
                 if name in known:
                     copy_parameter(name, parameter, source, topology)
-    held = ((name, parameter.detach()) for chunk in chunks for name, parameter in canonical_parameters(chunk) if name in known)
+    held = (
+        (name, parameter.detach())
+        for chunk in chunks
+        for name, parameter in canonical_parameters(chunk)
+        if name in known
+    )
     require_finite(held, f"init.huggingface={folder}", topology)
 
 
-def copy_parameter(name: str, parameter: Tensor, source: HuggingFaceFolder, topology: Topology) -> None:
+def copy_parameter(
+    name: str, parameter: Tensor, source: HuggingFaceFolder, topology: Topology
+) -> None:
     """Fill this rank's part of a parameter."""
     dim, begin = 0, 0
     for region in held_regions(name, parameter, topology):

@@ -21,7 +21,10 @@ def fill_caption(draft: SampleDraft, media: Sequence[Image | Video], text: str) 
         raise Skip("no caption", "")
     asked = pieces[1::2]
     if asked and asked != names:
-        raise Skip("placeholders that do not match the media", f"{' '.join(asked)[:80]}, given {' '.join(names)[:80]}")
+        raise Skip(
+            "placeholders that do not match the media",
+            f"{' '.join(asked)[:80]}, given {' '.join(names)[:80]}",
+        )
     if not asked and len(media) > 1:
         draft.notes.append("samples with several pictures or videos, all before the caption")
     content: list[Element] = [] if asked else [*media]

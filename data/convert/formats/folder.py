@@ -28,7 +28,9 @@ LARGEST_CAPTION: Final = 16 << 20
 """Bytes: 16 MiB, more than the longest pack holds."""
 
 
-LINE: Final = Keys("record", {"file_name": "the picture or video", "text": "its caption", "caption": "its caption"})
+LINE: Final = Keys(
+    "record", {"file_name": "the picture or video", "text": "its caption", "caption": "its caption"}
+)
 """A line of metadata.jsonl."""
 
 
@@ -58,7 +60,9 @@ class Folder:
             raise UserError(f"{path}: a folder of pictures expected")
         if METADATA in os.listdir(path):
             return cut_json(located(path, METADATA, follow_links), size)
-        return (SourcePart(len(names), Files(str(path), names)) for names in batched(_media(path), size))
+        return (
+            SourcePart(len(names), Files(str(path), names)) for names in batched(_media(path), size)
+        )
 
     def records(self, where: Files | RecordSpan) -> Iterator[SourceRecord]:
         """Media files with their captions."""
@@ -77,7 +81,10 @@ class Folder:
         line = draft.open(LINE, value)
         name, text = line.take("file_name"), line.take("text", "caption")
         if not isinstance(name, str) or not isinstance(text, str):
-            raise Skip("no caption", f"{name}: a text beside it ({' or '.join(_CAPTIONS)}) or in {METADATA} expected")
+            raise Skip(
+                "no caption",
+                f"{name}: a text beside it ({' or '.join(_CAPTIONS)}) or in {METADATA} expected",
+            )
         draft.id = name
         if kind_of(name) == "video":
             fill_caption(draft, [add_video(draft, options.files, name)], text)

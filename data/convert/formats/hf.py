@@ -15,7 +15,13 @@ from visionloom.data.convert.keys import Keys, RecordFields
 from visionloom.data.convert.skip import Skip
 from visionloom.data.convert.source import SampleDraft, SourceOptions, SourceRecord
 from visionloom.data.convert.source_files import located
-from visionloom.data.convert.tables import RowRange, cut_tables, read_table, require_pyarrow, table_files
+from visionloom.data.convert.tables import (
+    RowRange,
+    cut_tables,
+    read_table,
+    require_pyarrow,
+    table_files,
+)
 from visionloom.data.shards.write_parts import SourcePart
 
 COLUMNS: Final[Mapping[str, tuple[str, ...]]] = {
@@ -46,7 +52,9 @@ ROW: Final = Keys(
     {
         **{name: MEANINGS[role] for role, names in COLUMNS.items() for name in names},
         **{
-            name: meaning for name, meaning in RECORD.read.items() if name in ("t", "fps", "tools", "objects", "weight", "task")
+            name: meaning
+            for name, meaning in RECORD.read.items()
+            if name in ("t", "fps", "tools", "objects", "weight", "task")
         },
         "data_source": "meta.source",
         "source": "meta.source",
@@ -77,14 +85,21 @@ class HuggingFace:
         chat = Chat(row, draft, options.files, COLUMNS["image"], COLUMNS["video"])
         if row.has(*COLUMNS["messages"]):
             chat.fill(row.take(*COLUMNS["messages"]))
-        elif isinstance(question := _first(row, "question"), str) and isinstance(answer := _first(row, "answer"), str):
+        elif isinstance(question := _first(row, "question"), str) and isinstance(
+            answer := _first(row, "answer"), str
+        ):
             _take(row, "question", "answer")
-            chat.fill([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
+            chat.fill(
+                [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            )
         elif isinstance(text := _first(row, "text"), str):
             _take(row, "text")
             chat.fill_document(text)
         else:
-            raise Skip("no text", f"no column with one: name it with --columns ROLE=COLUMN; there are {_types(value)}")
+            raise Skip(
+                "no text",
+                f"no column with one: name it with --columns ROLE=COLUMN; there are {_types(value)}",
+            )
 
 
 def by_role(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
@@ -97,13 +112,17 @@ def by_role(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any
     chosen = {COLUMNS[role][0]: row[name] for role, name in columns.items()}
     aside = {known for role in columns for known in COLUMNS[role]}
     rest = {name: value for name, value in row.items() if name not in columns.values()}
-    others = {f"{name} (not chosen)" if name in aside else name: value for name, value in rest.items()}
+    others = {
+        f"{name} (not chosen)" if name in aside else name: value for name, value in rest.items()
+    }
     return {**others, **chosen}
 
 
 def _types(row: Mapping[str, Any]) -> str:
     """The columns of a row and what is in them, for messages."""
-    return ", ".join(f"{name} ({type(value).__name__})" for name, value in row.items() if value is not None)
+    return ", ".join(
+        f"{name} ({type(value).__name__})" for name, value in row.items() if value is not None
+    )
 
 
 def _first(row: RecordFields, role: str) -> Any:
@@ -127,8 +146,12 @@ def _files(path: Path, follow_links: bool) -> list[Path]:
     require_pyarrow()
     try:
         state = read_json(path, "state.json", dict[str, Any])
-        listed = checked(state.get("_data_files"), list[dict[str, Any]], f"{path / 'state.json'}: _data_files")
-        names = [checked(one.get("filename"), str, f"{path / 'state.json'}: filename") for one in listed]
+        listed = checked(
+            state.get("_data_files"), list[dict[str, Any]], f"{path / 'state.json'}: _data_files"
+        )
+        names = [
+            checked(one.get("filename"), str, f"{path / 'state.json'}: filename") for one in listed
+        ]
     except JsonError as error:
         raise UserError(f"{error}: save the dataset again (save_to_disk)") from None
     return [located(path, name, follow_links) for name in names]

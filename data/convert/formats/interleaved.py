@@ -10,7 +10,9 @@ from visionloom.data.convert.source import SampleDraft
 from visionloom.data.shards.sample import Element, Text
 
 
-def fill_document(draft: SampleDraft, files: MediaFiles, items: Iterable[tuple[str, str]], joint: str) -> None:
+def fill_document(
+    draft: SampleDraft, files: MediaFiles, items: Iterable[tuple[str, str]], joint: str
+) -> None:
     """Make a document of ("text", text) and ("image", reference) items in order.
 
     A picture that is not there or cannot be read is left out and counted; texts that then touch each other are joined
@@ -42,5 +44,9 @@ def _add_text(content: list[Element], text: str, joint: str) -> None:
 def keep_facts(draft: SampleDraft, facts: Mapping[str, Any], names: Mapping[str, str]) -> None:
     """Copy a document's facts into the sample's meta under other names, where they are texts or numbers."""
     draft.meta.update(
-        {ours: facts[theirs] for theirs, ours in names.items() if isinstance(facts.get(theirs), str | int | float)}
+        {
+            ours: facts[theirs]
+            for theirs, ours in names.items()
+            if isinstance(facts.get(theirs), str | int | float)
+        }
     )

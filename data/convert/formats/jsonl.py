@@ -15,7 +15,16 @@ from visionloom.data.convert.marks import document
 from visionloom.data.convert.skip import Skip
 from visionloom.data.convert.source import SampleDraft, SourceOptions, SourceRecord
 from visionloom.data.convert.videos import add_video
-from visionloom.data.shards.sample import SCHEMA_VERSION, Box, Image, Point, Text, Video, element_json, parse_sample
+from visionloom.data.shards.sample import (
+    SCHEMA_VERSION,
+    Box,
+    Image,
+    Point,
+    Text,
+    Video,
+    element_json,
+    parse_sample,
+)
 from visionloom.data.shards.write_parts import SourcePart
 
 _TEXTS: Final = ("text", "content")
@@ -34,12 +43,23 @@ LINE: Final = Keys(
 """A line of plain text."""
 SAMPLE: Final = Keys(
     "sample",
-    dict.fromkeys(("v", "id", "kind", "messages", "content", "tools", "weight", "task", "meta"), "as our schema"),
+    dict.fromkeys(
+        ("v", "id", "kind", "messages", "content", "tools", "weight", "task", "meta"),
+        "as our schema",
+    ),
     "meta",
 )
 """A line of our own schema; other keys are kept in the sample's meta."""
 MESSAGE: Final = Keys("turn", dict.fromkeys(("role", "content", "loss"), "as our schema"))
-_NARROWING: Final = ("start", "end", "video_start", "video_end", "sample_fps", "max_frames", "total_pixels")
+_NARROWING: Final = (
+    "start",
+    "end",
+    "video_start",
+    "video_end",
+    "sample_fps",
+    "max_frames",
+    "total_pixels",
+)
 _OF_FILES: Final = ("file", "ref", "files", "frames", "w", "h", "t", "fps", "duration")
 """Keys of an element that its media member answers."""
 ELEMENTS: Final[Mapping[str, tuple[str, ...]]] = {
@@ -54,7 +74,8 @@ ELEMENTS: Final[Mapping[str, tuple[str, ...]]] = {
 }
 _KINDS: Final = {"image": "picture", "think": "thought", "tool_call": "call"}
 ELEMENT: Final = {
-    name: Keys(_KINDS.get(name, name), dict.fromkeys(("type", *keys), "as our schema")) for name, keys in ELEMENTS.items()
+    name: Keys(_KINDS.get(name, name), dict.fromkeys(("type", *keys), "as our schema"))
+    for name, keys in ELEMENTS.items()
 }
 """The keys of each element of our schema."""
 
@@ -82,7 +103,10 @@ class JsonLines:
         line = draft.open(LINE, value)
         text = line.take(*_TEXTS)
         if not isinstance(text, str) or not (text := document(text)).strip():
-            raise Skip("no text", f'a line like {{"text": "..."}} expected, got the keys {", ".join(list(value)[:8])}')
+            raise Skip(
+                "no text",
+                f'a line like {{"text": "..."}} expected, got the keys {", ".join(list(value)[:8])}',
+            )
         draft.id = line.text(*_IDS)
         if url := line.text("url"):
             draft.meta["url"] = url
@@ -94,15 +118,23 @@ class JsonLines:
 def fill_from_schema(value: Mapping[str, Any], draft: SampleDraft, options: SourceOptions) -> None:
     """Take a sample of our schema over, with its media read by `options.files`."""
     if "kind" not in value:
-        raise Skip("not our schema", "key kind missing; chats of other formats are read by the kind sharegpt, tables by hf")
+        raise Skip(
+            "not our schema",
+            "key kind missing; chats of other formats are read by the kind sharegpt, tables by hf",
+        )
     draft.open(SAMPLE, value)
     filler, sample = _Filler(draft, options), {"v": SCHEMA_VERSION, **value}
     if isinstance(sample.get("messages"), list):
         sample["messages"] = [filler.message(turn) for turn in sample["messages"]]
     sample["content"] = filler.elements(sample.get("content"))
     draft.whole = parse_sample(sample)
-    if filler.other_size and any(isinstance(one, Box | Point) and one.space == "px" for one in draft.whole.elements):
-        raise Skip("boxes of another size", f"{filler.other_size}: boxes and sizes of the upright picture expected")
+    if filler.other_size and any(
+        isinstance(one, Box | Point) and one.space == "px" for one in draft.whole.elements
+    ):
+        raise Skip(
+            "boxes of another size",
+            f"{filler.other_size}: boxes and sizes of the upright picture expected",
+        )
 
 
 class _Filler:
@@ -120,7 +152,11 @@ class _Filler:
 
     def elements(self, content: Any) -> Any:
         """The elements of a turn or document."""
-        return [self._element(element) for element in content] if isinstance(content, list) else content
+        return (
+            [self._element(element) for element in content]
+            if isinstance(content, list)
+            else content
+        )
 
     def _element(self, element: Any) -> Any:
         kind = element.get("type") if isinstance(element, dict) else None
@@ -129,7 +165,9 @@ class _Filler:
         fields = self.draft.open(ELEMENT[kind], element)
         fields.take_all(*ELEMENT[kind].read)
         if kind == "image":
-            return self._filled(element, self.draft.image(self.files.read(fields.take("file", "ref"))))
+            return self._filled(
+                element, self.draft.image(self.files.read(fields.take("file", "ref")))
+            )
         if kind == "video":
             given = fields.take("file", "ref", "files", "frames")
             return self._filled(element, add_video(self.draft, self.files, given, fields))

@@ -33,4 +33,6 @@ class Llava:
         draft.id = record.text("id")
         if source := record.text("data_source", "source"):
             draft.meta["source"] = source
-        Chat(record, draft, options.files).fill(record.take("messages", "conversations", "conversation"))
+        Chat(record, draft, options.files).fill(
+            record.take("messages", "conversations", "conversation")
+        )

@@ -12,7 +12,9 @@ from visionloom.data.convert.skip import Skip
 from visionloom.data.convert.source import SampleDraft, SourceOptions, SourceRecord
 from visionloom.data.shards.write_parts import SourcePart
 
-DOCUMENT: Final = Keys("record", {"text_list": "sentences", "image_info": "pictures", "url": "meta.url"})
+DOCUMENT: Final = Keys(
+    "record", {"text_list": "sentences", "image_info": "pictures", "url": "meta.url"}
+)
 PICTURE: Final = Keys(
     "picture",
     {
@@ -50,7 +52,9 @@ class Mmc4:
         fill_document(draft, options.files, _items(texts, opened, options.files), joint=" ")
 
 
-def _items(texts: list[str], pictures: list[RecordFields], files: MediaFiles) -> Iterator[tuple[str, str]]:
+def _items(
+    texts: list[str], pictures: list[RecordFields], files: MediaFiles
+) -> Iterator[tuple[str, str]]:
     at: dict[int, list[str]] = {}
     for picture in pictures:
         place = picture.take("matched_text_index")

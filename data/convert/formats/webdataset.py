@@ -21,10 +21,17 @@ from visionloom.data.shards.tar import LARGEST_MEMBER, Fault, entries, members
 from visionloom.data.shards.write_parts import SourcePart
 
 _CAPTIONS: Final = ("caption", "text", "txt")
-MEMBERS: Final = Keys("member", {"txt": "the caption", "json": "facts with the caption, or a sample of our schema"})
+MEMBERS: Final = Keys(
+    "member", {"txt": "the caption", "json": "facts with the caption, or a sample of our schema"}
+)
 """The members of a sample by their endings; pictures and videos are read whatever they are called."""
 DOCUMENT: Final = Keys(
-    "record", {**dict.fromkeys(_CAPTIONS, "the caption, if there is no txt"), "url": "meta.url", "key": "meta.key"}
+    "record",
+    {
+        **dict.fromkeys(_CAPTIONS, "the caption, if there is no txt"),
+        "url": "meta.url",
+        "key": "meta.key",
+    },
 )
 """The json member."""
 
@@ -61,19 +68,32 @@ class WebDataset:
 
     def parts(self, path: Path, size: int, follow_links: bool = False) -> Iterator[SourcePart]:
         """One tar each."""
-        return (SourcePart(_count(tar), Tar(str(tar))) for tar in files_below(path, (".tar",), follow_links))
+        return (
+            SourcePart(_count(tar), Tar(str(tar)))
+            for tar in files_below(path, (".tar",), follow_links)
+        )
 
     def records(self, where: Tar) -> Iterator[SourceRecord]:
         """One key after another, its members in memory."""
         path, faults = Path(where.path), list[Fault]()
-        for key, found in groupby(entries(path, faults.append), key=lambda entry: _split(entry.name)[0]):
+        for key, found in groupby(
+            entries(path, faults.append), key=lambda entry: _split(entry.name)[0]
+        ):
             value = {_split(entry.name)[1]: entry.data for entry in found}
-            yield from (SourceRecord(f"{path.name}:{fault.offset}", Skip("damaged tar", str(fault))) for fault in faults)
+            yield from (
+                SourceRecord(f"{path.name}:{fault.offset}", Skip("damaged tar", str(fault)))
+                for fault in faults
+            )
             faults.clear()
             yield SourceRecord(f"{path.name}:{key}", value)
-        yield from (SourceRecord(f"{path.name}:{fault.offset}", Skip("damaged tar", str(fault))) for fault in faults)
+        yield from (
+            SourceRecord(f"{path.name}:{fault.offset}", Skip("damaged tar", str(fault)))
+            for fault in faults
+        )
 
-    def convert(self, value: Mapping[str, bytes], draft: SampleDraft, options: SourceOptions) -> None:
+    def convert(
+        self, value: Mapping[str, bytes], draft: SampleDraft, options: SourceOptions
+    ) -> None:
         """A document of the pictures and videos and their caption, or what our schema says."""
         document = _document(value)
         files = _Members((), members=value)
@@ -88,9 +108,15 @@ class WebDataset:
         if not names:
             raise Skip("no picture or video", f"members {', '.join(value)}")
         if text is None:
-            raise Skip("no caption", f"members {', '.join(value)}: txt, or json with one of {', '.join(_CAPTIONS)} expected")
+            raise Skip(
+                "no caption",
+                f"members {', '.join(value)}: txt, or json with one of {', '.join(_CAPTIONS)} expected",
+            )
         draft.meta.update({name: found for name in ("url", "key") if (found := facts.text(name))})
-        media = [add_video(draft, files, name) if kind_of(name) == "video" else draft.image(value[name]) for name in names]
+        media = [
+            add_video(draft, files, name) if kind_of(name) == "video" else draft.image(value[name])
+            for name in names
+        ]
         fill_caption(draft, media, text)
 
 
@@ -128,5 +154,7 @@ def _caption(value: Mapping[str, bytes], names: RecordFields, facts: RecordField
         raise Skip("caption is no UTF-8", str(error)) from None
     if not text.strip() and facts.has(*_CAPTIONS):
         return facts.text(*_CAPTIONS)
-    facts.take_all(*(name for name in _CAPTIONS if str(facts.value.get(name)).strip() == text.strip()))
+    facts.take_all(
+        *(name for name in _CAPTIONS if str(facts.value.get(name)).strip() == text.strip())
+    )
     return text

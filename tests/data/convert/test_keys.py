@@ -21,19 +21,32 @@ from visionloom.tests.data.conversion import Run
 from visionloom.tests.data.samples import png
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "data.md"
-TURNS = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}, {"role": "assistant", "content": "aye"}]
+TURNS = [
+    {"role": "user", "content": [{"type": "text", "text": "hi"}]},
+    {"role": "assistant", "content": "aye"},
+]
 OWN = {
     "id": "x",
     "kind": "chat",
-    "messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, {"role": "assistant", "content": "b"}],
+    "messages": [
+        {"role": "user", "content": [{"type": "text", "text": "a"}]},
+        {"role": "assistant", "content": "b"},
+    ],
 }
-CALL = {"role": "assistant", "content": "yes", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+CALL = {
+    "role": "assistant",
+    "content": "yes",
+    "tool_calls": [{"function": {"name": "f", "arguments": {}}}],
+}
 
 Record = dict[str, Any]
 Place = Callable[[Record], Record]
 PLACES: dict[str, tuple[Record, dict[str, Place]]] = {
     "sharegpt": (
-        {"messages": [*TURNS, {"role": "user", "content": "more"}, CALL], "objects": {"ref": ["x"]}},
+        {
+            "messages": [*TURNS, {"role": "user", "content": "more"}, CALL],
+            "objects": {"ref": ["x"]},
+        },
         {
             "record": lambda record: record,
             "turn": lambda record: record["messages"][0],
@@ -47,7 +60,10 @@ PLACES: dict[str, tuple[Record, dict[str, Place]]] = {
     "llava": (
         {
             "image": {"path": "a.png"},
-            "conversations": [{"from": "human", "value": "<image>hi"}, {"from": "gpt", "value": "aye"}],
+            "conversations": [
+                {"from": "human", "value": "<image>hi"},
+                {"from": "gpt", "value": "aye"},
+            ],
         },
         {
             "record": lambda record: record,
@@ -60,7 +76,13 @@ PLACES: dict[str, tuple[Record, dict[str, Place]]] = {
         {"record": lambda record: record, "turn": lambda record: record["messages"][1]},
     ),
     "jsonl": ({"text": "a document"}, {"record": lambda record: record}),
-    "own": (OWN, {"turn": lambda record: record["messages"][1], "part": lambda record: record["messages"][0]["content"][0]}),
+    "own": (
+        OWN,
+        {
+            "turn": lambda record: record["messages"][1],
+            "part": lambda record: record["messages"][0]["content"][0],
+        },
+    ),
     "mmc4": (
         {"text_list": ["One."], "image_info": [{"image_name": "a.png", "matched_text_index": 0}]},
         {"record": lambda record: record, "picture": lambda record: record["image_info"][0]},
@@ -74,7 +96,11 @@ WORDS = """score audio audios rejected chosen weight loss train mask labels name
 key loss_mask image_path tools kto_tag question answer text caption value content reasoning duration input output"""
 NAMES = st.one_of(st.sampled_from(WORDS.split()), st.text("abcdefgh_", min_size=1, max_size=6))
 VALUES = st.one_of(
-    st.integers(0, 3), st.booleans(), st.sampled_from(["x", "0.5", "some text"]), st.just([1]), st.just({"a": 1})
+    st.integers(0, 3),
+    st.booleans(),
+    st.sampled_from(["x", "0.5", "some text"]),
+    st.just([1]),
+    st.just({"a": 1}),
 )
 
 
@@ -93,7 +119,12 @@ def test_no_key_is_lost_without_a_word(kind: str, data: st.DataObject) -> None:
     after = outcome(kind, record)
     counted = any(key.endswith(f" key {name}") for key in after["counts"])
     left_out = bool(after["skipped"])
-    assert counted or left_out or after["samples"] != before["samples"] or known_without_effect(kind, name), (record, after)
+    assert (
+        counted
+        or left_out
+        or after["samples"] != before["samples"]
+        or known_without_effect(kind, name)
+    ), (record, after)
 
 
 def known_without_effect(kind: str, name: str) -> bool:
@@ -108,7 +139,9 @@ def known_without_effect(kind: str, name: str) -> bool:
         "picture of each box",
     )
     tables = SOURCES["jsonl" if kind == "own" else kind].keys
-    return any(name in keys.read and any(word in keys.read[name] for word in silent) for keys in tables)
+    return any(
+        name in keys.read and any(word in keys.read[name] for word in silent) for keys in tables
+    )
 
 
 def outcome(kind: str, record: Record) -> dict[str, Any]:
@@ -148,8 +181,14 @@ def rows(keys: Keys) -> list[str]:
     meanings: dict[str, list[str]] = {}
     for name, meaning in keys.read.items():
         meanings.setdefault(meaning, []).append(f"`{name}`")
-    found = [f"| {keys.kind} | {', '.join(names)} | {meaning} |" for meaning, names in meanings.items()]
-    return [*found, f"| {keys.kind} | all others | kept in `{keys.others}` |"] if keys.others else found
+    found = [
+        f"| {keys.kind} | {', '.join(names)} | {meaning} |" for meaning, names in meanings.items()
+    ]
+    return (
+        [*found, f"| {keys.kind} | all others | kept in `{keys.others}` |"]
+        if keys.others
+        else found
+    )
 
 
 def page() -> str:
@@ -158,7 +197,11 @@ def page() -> str:
     shown: dict[str, str] = {}
     for kind, source in SOURCES.items():
         table = "\n".join(
-            ["| object | keys | become |", "|---|---|---|", *(line for keys in source.keys for line in rows(keys))]
+            [
+                "| object | keys | become |",
+                "|---|---|---|",
+                *(line for keys in source.keys for line in rows(keys)),
+            ]
         )
         if table in shown.values():
             text += f"`{kind}`: as `{next(name for name, other in shown.items() if other == table)}`.\n\n"

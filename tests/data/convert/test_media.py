@@ -55,11 +55,19 @@ STORED: dict[int, Callable[[Pixels], Pixels]] = {
 def test_a_picture_on_its_side_becomes_upright(orientation: int, kind: str) -> None:
     exif = Pillow.Exif()
     exif[0x0112] = orientation
-    data = saved(Pillow.fromarray(np.ascontiguousarray(STORED[orientation](smooth()))), kind, exif=exif)
+    data = saved(
+        Pillow.fromarray(np.ascontiguousarray(STORED[orientation](smooth()))), kind, exif=exif
+    )
     found = prepare_image(data)
-    assert (found.width, found.height, found.suffix) == (64, 40, {"PNG": "png", "JPEG": "jpg"}[kind])
+    assert (found.width, found.height, found.suffix) == (
+        64,
+        40,
+        {"PNG": "png", "JPEG": "jpg"}[kind],
+    )
     difference = np.abs(pixels_of(found.data).astype(int) - smooth())
-    assert difference.max() <= (0 if kind == "PNG" else 24) and difference.mean() <= (0 if kind == "PNG" else 3)
+    assert difference.max() <= (0 if kind == "PNG" else 24) and difference.mean() <= (
+        0 if kind == "PNG" else 3
+    )
     assert Pillow.open(io.BytesIO(found.data)).getexif().get(0x0112, 1) == 1
     assert (found.change is None) == (found.data == data) == (orientation == 1)
 
@@ -89,7 +97,9 @@ def test_transparency_becomes_white(mode: str) -> None:
         data = saved(picture.convert(mode), "PNG")
     found = prepare_image(data)
     reference = vision.to_rgb(Pillow.open(io.BytesIO(data)).convert("RGBA"))
-    assert np.abs(pixels_of(found.data).astype(int) - np.asarray(reference)).max() <= 1  # two ways to round a product
+    assert (
+        np.abs(pixels_of(found.data).astype(int) - np.asarray(reference)).max() <= 1
+    )  # two ways to round a product
     assert found.change is not None and "white" in found.change and found.suffix == "png"
 
 
@@ -133,29 +143,49 @@ def test_what_cannot_be_decoded_is_left_out(data: bytes, reason: str) -> None:
 # ---- videos
 
 
-def film(stamps: list[int], rate: int = 25, container: str = "mp4", path: Path | None = None, **options: str) -> bytes:
+def film(
+    stamps: list[int],
+    rate: int = 25,
+    container: str = "mp4",
+    path: Path | None = None,
+    **options: str,
+) -> bytes:
     """A moving picture of 64 x 48 pixels in H.264 with B-frames, shown at `stamps` (in 1/1000 s)."""
     av = pytest.importorskip("av")
     file = io.BytesIO()
-    with av.open(file if path is None else str(path), "w", format=container, options=options) as output:
+    with av.open(
+        file if path is None else str(path), "w", format=container, options=options
+    ) as output:
         stream = output.add_stream("libx264", rate=rate)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
         stream.codec_context.max_b_frames = 2
         stream.codec_context.time_base = stream.time_base = Fraction(1, 1000)
         for number, stamp in enumerate(stamps):
-            picture = av.VideoFrame.from_ndarray(np.roll(smooth(48, 64), 3 * number, axis=1), format="rgb24")
+            picture = av.VideoFrame.from_ndarray(
+                np.roll(smooth(48, 64), 3 * number, axis=1), format="rgb24"
+            )
             picture.pts, picture.time_base = stamp, Fraction(1, 1000)
             output.mux(stream.encode(picture))
         output.mux(stream.encode())
     return file.getvalue() if path is None else path.read_bytes()
 
 
-@pytest.mark.parametrize(("container", "suffix"), [("mp4", "mp4"), ("matroska", "mkv"), ("mpegts", "ts")])
+@pytest.mark.parametrize(
+    ("container", "suffix"), [("mp4", "mp4"), ("matroska", "mkv"), ("mpegts", "ts")]
+)
 def test_a_constant_rate_is_one_number(container: str, suffix: str) -> None:
     found = prepare_video(film([40 * number for number in range(50)], container=container))
     facts = found.facts
-    assert (found.suffix, facts.width, facts.height, facts.frames, found.times) == (suffix, 64, 48, 50, ())
-    assert facts.fps == pytest.approx(25, rel=1e-3) and facts.duration == pytest.approx(2.0, abs=0.05)
+    assert (found.suffix, facts.width, facts.height, facts.frames, found.times) == (
+        suffix,
+        64,
+        48,
+        50,
+        (),
+    )
+    assert facts.fps == pytest.approx(25, rel=1e-3) and facts.duration == pytest.approx(
+        2.0, abs=0.05
+    )
 
 
 def test_a_varying_rate_has_the_time_of_every_frame() -> None:
@@ -179,7 +209,9 @@ def test_a_broken_video_is_left_out(cut: int) -> None:
 
 def test_a_video_cut_short_is_left_out(tmp_path: Path) -> None:
     """The header comes first and promises frames that are not there."""
-    data = film([40 * number for number in range(50)], path=tmp_path / "a.mp4", movflags="faststart")
+    data = film(
+        [40 * number for number in range(50)], path=tmp_path / "a.mp4", movflags="faststart"
+    )
     assert prepare_video(data).facts.frames == 50
     for length in (len(data) * 7 // 10, len(data) - 10):
         with pytest.raises(Skip, match=r"video cut short: \d+ of 50 frames"):
@@ -190,7 +222,10 @@ def test_a_video_that_is_stored_rotated_is_not_shown_on_its_side() -> None:
     """The track header of a phone's film: a matrix that turns by 90 degrees (ISO 14496-12, tkhd)."""
     data = film([40 * number for number in range(50)])
     place = data.index(b"tkhd") + 44
-    turned = b"".join(value.to_bytes(4, "big", signed=True) for value in (0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30))
+    turned = b"".join(
+        value.to_bytes(4, "big", signed=True)
+        for value in (0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30)
+    )
     with pytest.raises(Skip, match=r"video stored rotated: by (90|270) degrees"):
         prepare_video(data[:place] + turned + data[place + 36 :])
 
@@ -207,10 +242,23 @@ def big_endian_tiff(values: NDArray[np.uint16]) -> bytes:
     """A TIFF of 16 bits a value, high byte first, as microscopes and scanners write (TIFF 6.0, section 2)."""
     height, width = values.shape
     data = values.astype(">u2").tobytes()
-    fields = [(256, 3, width << 16), (257, 3, height << 16), (258, 3, 16 << 16), (259, 3, 1 << 16), (262, 3, 1 << 16)]
+    fields = [
+        (256, 3, width << 16),
+        (257, 3, height << 16),
+        (258, 3, 16 << 16),
+        (259, 3, 1 << 16),
+        (262, 3, 1 << 16),
+    ]
     fields += [(273, 4, 8), (277, 3, 1 << 16), (278, 3, height << 16), (279, 4, len(data))]
     directory = b"".join(struct.pack(">HHII", tag, kind, 1, value) for tag, kind, value in fields)
-    return b"MM\0*" + struct.pack(">I", 8 + len(data)) + data + struct.pack(">H", len(fields)) + directory + bytes(4)
+    return (
+        b"MM\0*"
+        + struct.pack(">I", 8 + len(data))
+        + data
+        + struct.pack(">H", len(fields))
+        + directory
+        + bytes(4)
+    )
 
 
 RAMP = np.linspace(0, 1, 40 * 64).reshape(40, 64)
@@ -227,13 +275,23 @@ RAMP = np.linspace(0, 1, 40 * 64).reshape(40, 64)
         (saved(Pillow.fromarray((RAMP * 255).astype(np.float32)), "TIFF"), RAMP * 255),
         (saved(Pillow.fromarray((RAMP * 60000).astype(np.float32)), "TIFF"), RAMP * 60000 / 256),
     ],
-    ids=["big-endian", "16 bits", "32 bits of 16", "32 bits of 8", "floats to 1", "floats to 255", "floats of 16 bits"],
+    ids=[
+        "big-endian",
+        "16 bits",
+        "32 bits of 16",
+        "32 bits of 8",
+        "floats to 1",
+        "floats to 255",
+        "floats of 16 bits",
+    ],
 )
 def test_deep_pictures_keep_their_shades(data: bytes, wanted: NDArray[np.float64]) -> None:
     """Reference: the values that numpy made the picture from."""
     found = prepare_image(data)
     assert np.abs(pixels_of(found.data)[..., 1] - wanted).max() <= 1.01
-    assert found.suffix == "png" and found.change is not None and "reduced to 8 bits" in found.change
+    assert (
+        found.suffix == "png" and found.change is not None and "reduced to 8 bits" in found.change
+    )
 
 
 @pytest.mark.parametrize("low, high", [(-1.0, 1.0), (0.0, 1e6), (0.0, float("nan"))])
@@ -246,12 +304,22 @@ def test_a_picture_of_unknown_range_is_refused_by_name(low: float, high: float) 
 
 @pytest.mark.parametrize(
     ("mode", "kind"),
-    [("CMYK", "JPEG"), ("CMYK", "TIFF"), ("P", "PNG"), ("1", "PNG"), ("L", "JPEG"), ("YCbCr", "TIFF"), ("LAB", "TIFF")],
+    [
+        ("CMYK", "JPEG"),
+        ("CMYK", "TIFF"),
+        ("P", "PNG"),
+        ("1", "PNG"),
+        ("L", "JPEG"),
+        ("YCbCr", "TIFF"),
+        ("LAB", "TIFF"),
+    ],
 )
 def test_other_colours_are_shown_as_the_loader_decodes_them(mode: str, kind: str) -> None:
     """Reference: Pillow's conversion to RGB."""
     upright = Pillow.fromarray(smooth())
-    picture = Pillow.new("LAB", (64, 40), (128, 10, 200)) if mode == "LAB" else upright.convert(mode)
+    picture = (
+        Pillow.new("LAB", (64, 40), (128, 10, 200)) if mode == "LAB" else upright.convert(mode)
+    )
     found = prepare_image(data := saved(picture, kind))
     loaded = decode_image(found.data, (found.height, found.width), "x", f"a.{found.suffix}")
     assert (loaded == pixels_of(data)).all() and found.data == data
@@ -267,8 +335,13 @@ def test_the_first_picture_of_a_phone_s_file_is_shown() -> None:
     assert np.abs(loaded.astype(int) - pixels_of(saved(first, "JPEG"))).max() <= 2
 
 
-@pytest.mark.parametrize("values", [(RAMP * 65535).astype(np.uint16), RAMP.astype(np.float32), (RAMP * 9999).astype(np.int32)])
-def test_a_deep_picture_in_a_shard_made_elsewhere_is_no_white_square(values: NDArray[np.generic]) -> None:
+@pytest.mark.parametrize(
+    "values",
+    [(RAMP * 65535).astype(np.uint16), RAMP.astype(np.float32), (RAMP * 9999).astype(np.int32)],
+)
+def test_a_deep_picture_in_a_shard_made_elsewhere_is_no_white_square(
+    values: NDArray[np.generic],
+) -> None:
     with pytest.raises(SampleError, match=r"a\.tif: more than 8 bits a value"):
         decode_image(saved(Pillow.fromarray(values), "TIFF"), (40, 64), "x", "a.tif")
 

@@ -57,9 +57,13 @@ def test_offsets_that_lead_outside_end_no_process(tmp_path: Path) -> None:
     """An Arrow file with one changed offset ended the process."""
     texts = pa.array(["a" * 40, "b" * 40])
     good = stream(pa.record_batch([texts], ["text"]))
-    place = good.index((0).to_bytes(4, "little") + (40).to_bytes(4, "little") + (80).to_bytes(4, "little"))
+    place = good.index(
+        (0).to_bytes(4, "little") + (40).to_bytes(4, "little") + (80).to_bytes(4, "little")
+    )
     for offset in (2**31 - 1, 2**30, 79, 2**32 - 1):
-        (tmp_path / "a.arrow").write_bytes(good[: place + 4] + offset.to_bytes(4, "little") + good[place + 8 :])
+        (tmp_path / "a.arrow").write_bytes(
+            good[: place + 4] + offset.to_bytes(4, "little") + good[place + 8 :]
+        )
         found = read(tmp_path / "a.arrow")
         assert len(found) == 2 and (offset == 79 or all(isinstance(one, Skip) for one in found))
 
@@ -74,11 +78,15 @@ def test_a_table_cut_short_is_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("codec", ["zstd", "lz4"])
 @pytest.mark.parametrize("kind", ["column", "dictionary"])
-def test_a_compressed_stream_that_unfolds_is_refused_before_it_does(codec: str, kind: str, tmp_path: Path) -> None:
+def test_a_compressed_stream_that_unfolds_is_refused_before_it_does(
+    codec: str, kind: str, tmp_path: Path
+) -> None:
     values = pa.array([b"\0" * (300 << 20)])
     values = values.dictionary_encode() if kind == "dictionary" else values
     batch, sink = pa.record_batch([values], ["a"]), io.BytesIO()
-    with pa.ipc.new_stream(sink, batch.schema, options=pa.ipc.IpcWriteOptions(compression=codec)) as writer:
+    with pa.ipc.new_stream(
+        sink, batch.schema, options=pa.ipc.IpcWriteOptions(compression=codec)
+    ) as writer:
         writer.write_batch(batch)
     (tmp_path / "a.arrow").write_bytes(sink.getvalue())
     del values, batch
@@ -92,7 +100,9 @@ def test_a_compressed_stream_that_unfolds_is_refused_before_it_does(codec: str, 
 
 def test_a_compressed_stream_of_rows_is_read(tmp_path: Path) -> None:
     batch, sink = pa.RecordBatch.from_pylist([{"text": "word " * 50}] * 20), io.BytesIO()
-    with pa.ipc.new_stream(sink, batch.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+    with pa.ipc.new_stream(
+        sink, batch.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")
+    ) as writer:
         writer.write_batch(batch)
     (tmp_path / "a.arrow").write_bytes(sink.getvalue())
     assert len(read(tmp_path / "a.arrow")) == 20

@@ -47,7 +47,10 @@ def read(demo: Path, name: str, split: str = "train") -> Iterator[Sample]:
 
 def sha256_of(folder: Path) -> dict[str, str]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }
 
 
 def said(sample: Sample, role: str) -> list[str]:
@@ -81,7 +84,10 @@ def test_the_seed_decides_every_byte(tmp_path: Path) -> None:
 def test_no_handwriting_in_both_splits(demo: Path) -> None:
     used = {
         split: {
-            picture for name in RECIPES for sample in read(demo, name, split) for picture in sample.meta.get("pictures", [])
+            picture
+            for name in RECIPES
+            for sample in read(demo, name, split)
+            for picture in sample.meta.get("pictures", [])
         }
         for split in ("train", "test")
     }
@@ -98,7 +104,9 @@ def test_pictures_are_the_ones_in_meta(demo: Path) -> None:
         for index in range(len(dataset)):
             sample = dataset.sample(index)
             image = sample.images[0]
-            pixels = np.asarray(PillowImage.open(io.BytesIO(dataset.member(index, image.ref))), float)
+            pixels = np.asarray(
+                PillowImage.open(io.BytesIO(dataset.member(index, image.ref))), float
+            )
             assert pixels.shape == (image.height, image.width)
             for position, picture in enumerate(sample.meta["pictures"]):
                 row, column = divmod(position, sample.meta["columns"])
@@ -110,9 +118,13 @@ def test_pictures_are_the_ones_in_meta(demo: Path) -> None:
 
 def test_captions_name_every_row(demo: Path, digits: list[int]) -> None:
     for sample in read(demo, "captions"):
-        shown = np.array([digits[picture] for picture in sample.meta["pictures"]]).reshape(-1, sample.meta["columns"])
+        shown = np.array([digits[picture] for picture in sample.meta["pictures"]]).reshape(
+            -1, sample.meta["columns"]
+        )
         assert isinstance(sample.content[1], Text)
-        assert sample.content[1].text == "\nThe image shows: " + " / ".join(" ".join(map(str, row)) for row in shown)
+        assert sample.content[1].text == "\nThe image shows: " + " / ".join(
+            " ".join(map(str, row)) for row in shown
+        )
 
 
 def test_position_answers(demo: Path, digits: list[int]) -> None:
@@ -122,7 +134,10 @@ def test_position_answers(demo: Path, digits: list[int]) -> None:
         (question,), (answer,) = said(sample, "user"), said(sample, "assistant")
         row = (sample.images[0].height // 32 - 1) * ("bottom" in question)
         column = (sample.images[0].width // 32 - 1) * ("right" in question)
-        assert int(answer) == digits[sample.meta["pictures"][row * (sample.images[0].width // 32) + column]]
+        assert (
+            int(answer)
+            == digits[sample.meta["pictures"][row * (sample.images[0].width // 32) + column]]
+        )
         assert (sample.task == "read") == (sample.images[0].width == 32)
     assert tasks == {"read", "position"}
 
@@ -133,13 +148,21 @@ def test_grounding_boxes_hold_the_digit_and_no_other(demo: Path, digits: list[in
     for index in range(len(dataset)):
         sample = dataset.sample(index)
         boxes = [element for element in sample.elements if isinstance(element, Box)]
-        assert said(sample, "user") == [f"Where is the {box.label}?" for box in boxes] and len(boxes) == 2
+        assert (
+            said(sample, "user") == [f"Where is the {box.label}?" for box in boxes]
+            and len(boxes) == 2
+        )
         pixels = np.asarray(PillowImage.open(io.BytesIO(dataset.member(index, "img0.png"))), float)
         for box in boxes:
-            assert sum(str(digits[picture]) == box.label for picture in sample.meta["pictures"]) == 1
+            assert (
+                sum(str(digits[picture]) == box.label for picture in sample.meta["pictures"]) == 1
+            )
             x1, y1, x2, y2 = map(int, box.xyxy)
             small = pixels[y1:y2, x1:x2].reshape(8, 4, 8, 4).mean((1, 3))
-            assert str(digits[int(np.abs(images * 255 / 16 - small).mean((1, 2)).argmin())]) == box.label
+            assert (
+                str(digits[int(np.abs(images * 255 / 16 - small).mean((1, 2)).argmin())])
+                == box.label
+            )
 
 
 def test_interleaved_text_and_sum(demo: Path, digits: list[int]) -> None:
@@ -155,7 +178,12 @@ def test_video_answers_by_time(demo: Path, digits: list[int]) -> None:
     for split in ("train", "test"):
         for sample in read(demo, "video", split):
             (video,) = [element for element in sample.elements if isinstance(element, Video)]
-            moments = [part.seconds for turn in sample.messages[::2] for part in turn.content if isinstance(part, Time)]
+            moments = [
+                part.seconds
+                for turn in sample.messages[::2]
+                for part in turn.content
+                if isinstance(part, Time)
+            ]
             assert len(moments) == len(said(sample, "assistant")) == (2 if split == "train" else 1)
             for moment, answer in zip(moments, sample.messages[1::2], strict=True):
                 frame = max(i for i, time in enumerate(video.times) if time <= moment)
@@ -167,7 +195,9 @@ def test_video_answers_by_time(demo: Path, digits: list[int]) -> None:
 def test_video_frames_change_with_every_temporal_patch(demo: Path) -> None:
     dataset = Dataset.open(demo / "test" / "video", "video")
     for index in range(len(dataset)):
-        (video,) = [element for element in dataset.sample(index).elements if isinstance(element, Video)]
+        (video,) = [
+            element for element in dataset.sample(index).elements if isinstance(element, Video)
+        ]
         frames = [dataset.member(index, ref) for ref in video.frames]
         assert frames[::2] == frames[1::2]
         assert len(set(frames)) == len(frames) // 2
@@ -200,7 +230,9 @@ def check_steps(think: str, answer: str) -> list[int]:
 def test_sums_step_by_step(demo: Path, digits: list[int]) -> None:
     for sample in read(demo, "sums"):
         (think,) = [element.text for element in sample.elements if isinstance(element, Think)]
-        assert check_steps(think, said(sample, "assistant")[0]) == [digits[picture] for picture in sample.meta["pictures"]]
+        assert check_steps(think, said(sample, "assistant")[0]) == [
+            digits[picture] for picture in sample.meta["pictures"]
+        ]
 
 
 def test_text_samples_are_true(demo: Path) -> None:
@@ -209,7 +241,9 @@ def test_text_samples_are_true(demo: Path) -> None:
         thoughts = [element.text for element in sample.elements if isinstance(element, Think)]
         if thoughts:
             asked = said(sample, "user")[0].removeprefix("What is ").removesuffix("?")
-            assert check_steps(thoughts[0], said(sample, "assistant")[0]) == [int(value) for value in asked.split(" + ")]
+            assert check_steps(thoughts[0], said(sample, "assistant")[0]) == [
+                int(value) for value in asked.split(" + ")
+            ]
         elif sample.kind == "chat":
             listed, first = "".join(shown(sample.messages[0])).split("\n")
             questions = [first, *("".join(shown(turn)) for turn in sample.messages[2::2])]
@@ -231,16 +265,23 @@ def test_every_dataset_is_as_large_as_announced(demo: Path) -> None:
 
 def test_transformers_loads_the_tokenizer(demo: Path) -> None:
     """Reference: transformers' AutoTokenizer; the special tokens' order and flags are Qwen3's."""
-    auto = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(str(demo / "tokenizer"))
+    auto = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(
+        str(demo / "tokenizer")
+    )
     ours = Tokenizer(str(demo / "tokenizer"))
     assert len(auto) == ours.size == VOCABULARY
     names = [*SPECIAL_TOKENS, *PLAIN_TOKENS]
     assert auto.convert_tokens_to_ids(names) == list(range(VOCABULARY - len(names), VOCABULARY))
     assert (auto.pad_token, auto.eos_token, auto.bos_token) == ("<|endoftext|>", "<|im_end|>", None)
-    assert [name for name in names if auto.added_tokens_decoder[auto.convert_tokens_to_ids(name)].special] == list(
-        SPECIAL_TOKENS
+    assert [
+        name
+        for name in names
+        if auto.added_tokens_decoder[auto.convert_tokens_to_ids(name)].special
+    ] == list(SPECIAL_TOKENS)
+    assert (
+        auto.decode(auto("<|im_start|><think>7</think>")["input_ids"], skip_special_tokens=True)
+        == "<think>7</think>"
     )
-    assert auto.decode(auto("<|im_start|><think>7</think>")["input_ids"], skip_special_tokens=True) == "<think>7</think>"
     text = "Which digit is on page 12?\u00e9\U0001f600 e\u0301\n"
     assert auto(text)["input_ids"] == ours.encode([text])[0].tolist()
     assert ours.decode(auto(text)["input_ids"]) == text.replace("e\u0301", "\u00e9")
@@ -250,7 +291,19 @@ def test_digits_and_frequent_words_are_one_token(demo: Path) -> None:
     tokenizer = Tokenizer(str(demo / "tokenizer"))
     assert all(len(ids) == 1 for ids in tokenizer.encode([str(digit) for digit in range(10)]))
     assert len(tokenizer.encode(["3141592"])[0]) == 7
-    words = ["user", "assistant", "Which", " digit", " seconds", " page", "The", " image", " sum", "\n", " ="]
+    words = [
+        "user",
+        "assistant",
+        "Which",
+        " digit",
+        " seconds",
+        " page",
+        "The",
+        " image",
+        " sum",
+        "\n",
+        " =",
+    ]
     assert [len(ids) for ids in tokenizer.encode(words)] == [1] * len(words)
 
 
@@ -284,7 +337,9 @@ def test_foreign_files_are_never_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "train").is_dir()
 
 
-def test_without_scikit_learn_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_scikit_learn_the_extra_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(UserError, match=r"pip install visionloom\[demo\]"):
         make_demo(tmp_path / "demo")
@@ -296,7 +351,13 @@ def test_a_picture_has_the_size_its_sample_says(demo: Path) -> None:
         dataset = Dataset.open(demo / "test" / name, name)
         for index in range(len(dataset)):
             for element in dataset.sample(index).elements:
-                refs = [element.ref] if isinstance(element, Image) else element.frames if isinstance(element, Video) else ()
+                refs = (
+                    [element.ref]
+                    if isinstance(element, Image)
+                    else element.frames
+                    if isinstance(element, Video)
+                    else ()
+                )
                 for ref in refs:
                     assert isinstance(element, Image | Video)
                     size = PillowImage.open(io.BytesIO(dataset.member(index, ref))).size

@@ -39,7 +39,9 @@ def test_answers_are_right_and_splits_share_no_picture(task: Path) -> None:
 def test_the_command_makes_the_same_bytes(task: Path, tmp_path: Path) -> None:
     assert main(["demo-task", str(tmp_path / "again"), "--scale", "0.02"]) == 0
     files = sorted(path.relative_to(task) for path in task.rglob("*") if path.is_file())
-    assert files and all((task / file).read_bytes() == (tmp_path / "again" / file).read_bytes() for file in files)
+    assert files and all(
+        (task / file).read_bytes() == (tmp_path / "again" / file).read_bytes() for file in files
+    )
 
 
 def test_a_folder_with_something_else_is_kept(tmp_path: Path) -> None:

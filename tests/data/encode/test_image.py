@@ -23,8 +23,12 @@ from visionloom.data.shards.sample import SampleError
 def smooth(height: int, width: int, seed: int) -> np.ndarray:
     """A picture with edges and gradients, where resizing rules differ most."""
     rng = np.random.default_rng(seed)
-    coarse = Pillow.fromarray(rng.integers(0, 256, (5, 7, 3), np.uint8)).resize((width, height), Pillow.Resampling.NEAREST)
-    return np.clip(np.asarray(coarse).astype(int) + rng.integers(-20, 20, (height, width, 3)), 0, 255).astype(np.uint8)
+    coarse = Pillow.fromarray(rng.integers(0, 256, (5, 7, 3), np.uint8)).resize(
+        (width, height), Pillow.Resampling.NEAREST
+    )
+    return np.clip(
+        np.asarray(coarse).astype(int) + rng.integers(-20, 20, (height, width, 3)), 0, 255
+    ).astype(np.uint8)
 
 
 def file(pixels: np.ndarray, kind: str = "PNG", mode: str = "RGB", **options: Any) -> bytes:
@@ -38,12 +42,20 @@ def by_pillow(data: bytes) -> np.ndarray:
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-@pytest.mark.parametrize("options", [{"subsampling": s} for s in range(3)] + [{"progressive": True}, {"quality": 20}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"subsampling": s} for s in range(3)] + [{"progressive": True}, {"quality": 20}],
+    ids=str,
+)
 @settings(max_examples=8, deadline=None)
 @given(height=st.integers(1, 90), width=st.integers(1, 90))
-def test_jpeg_pixels_are_pillows(mode: str, options: dict[str, Any], height: int, width: int) -> None:
+def test_jpeg_pixels_are_pillows(
+    mode: str, options: dict[str, Any], height: int, width: int
+) -> None:
     data = file(smooth(height, width, height), "JPEG", mode, **options)
-    np.testing.assert_array_equal(decode_image(data, (height, width), "s", "a.jpg"), by_pillow(data))
+    np.testing.assert_array_equal(
+        decode_image(data, (height, width), "s", "a.jpg"), by_pillow(data)
+    )
     quick = image._decode_jpeg(data, (height, width))
     assert (quick is None) == (mode == "CMYK")  # only Pillow reads it
 
@@ -54,10 +66,17 @@ def test_jpeg_without_a_colour_transform_is_pillows() -> None:
 
 
 @pytest.mark.parametrize("start", range(20, 2220, 200))
-def test_damaged_jpegs_fare_alike_with_and_without_simplejpeg(start: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_jpegs_fare_alike_with_and_without_simplejpeg(
+    start: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     good = file(smooth(90, 80, 1), "JPEG", quality=60)
     assert len(good) > 2220
-    for data in (good[:start], good[:start] + bytes(40) + good[start + 40 :], good[:start] + good[start + 7 :], good + b"more"):
+    for data in (
+        good[:start],
+        good[:start] + bytes(40) + good[start + 40 :],
+        good[:start] + good[start + 7 :],
+        good + b"more",
+    ):
         outcomes = list[Any]()
         for decoder in (image.simplejpeg, None):
             with monkeypatch.context() as patch:
@@ -71,8 +90,16 @@ def test_damaged_jpegs_fare_alike_with_and_without_simplejpeg(start: int, monkey
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 200), st.integers(1, 200), st.integers(1, 6), st.integers(1, 6), st.integers(0, 99))
-def test_resizing_is_torchvisions_and_pillows(height: int, width: int, rows: int, columns: int, seed: int) -> None:
+@given(
+    st.integers(1, 200),
+    st.integers(1, 200),
+    st.integers(1, 6),
+    st.integers(1, 6),
+    st.integers(0, 99),
+)
+def test_resizing_is_torchvisions_and_pillows(
+    height: int, width: int, rows: int, columns: int, seed: int
+) -> None:
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
     size = [rows * 32, columns * 32]
     planes = torch.from_numpy(pixels.transpose(2, 0, 1).copy())

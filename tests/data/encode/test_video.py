@@ -18,7 +18,11 @@ from visionloom.data.shards.sample import SampleError, Video
 HEIGHT, WIDTH = 96, 128
 CODERS: dict[str, tuple[str, str, dict[str, str]]] = {
     "b_frames": ("mp4", "libx264", {"bf": "3", "b-pyramid": "normal", "preset": "fast", "g": "25"}),
-    "open_groups": ("mp4", "libx264", {"bf": "3", "x264-params": "open-gop=1:keyint=20:min-keyint=20:scenecut=0"}),
+    "open_groups": (
+        "mp4",
+        "libx264",
+        {"bf": "3", "x264-params": "open-gop=1:keyint=20:min-keyint=20:scenecut=0"},
+    ),
     "hevc": ("mp4", "libx265", {"x265-params": "keyint=24:log-level=error"}),
     "one_group": ("matroska", "libx264", {"bf": "2", "g": "1000"}),
     "vp9": ("webm", "libvpx-vp9", {"g": "30", "deadline": "realtime", "cpu-used": "8"}),
@@ -41,7 +45,12 @@ def film(stamps: list[int], coder: str = "b_frames", base: Fraction = Fraction(1
     file = io.BytesIO()
     with av.open(file, "w", format=container_format) as container:
         stream: Any = container.add_stream(codec, rate=25, options=options)
-        stream.width, stream.height, stream.pix_fmt, stream.time_base = WIDTH, HEIGHT, "yuv420p", base
+        stream.width, stream.height, stream.pix_fmt, stream.time_base = (
+            WIDTH,
+            HEIGHT,
+            "yuv420p",
+            base,
+        )
         stream.codec_context.time_base = base
         for number, stamp in enumerate(stamps):
             frame = av.VideoFrame.from_ndarray(moving(number), format="rgb24")
@@ -57,7 +66,17 @@ def every_frame(data: bytes) -> list[np.ndarray]:
 
 
 def described(count: int, fps: float = 25.0, times: tuple[float, ...] = (), **values: Any) -> Video:
-    return Video((), times, WIDTH, HEIGHT, ref="a.mp4", file_frames=count, fps=fps, duration=count / fps, **values)
+    return Video(
+        (),
+        times,
+        WIDTH,
+        HEIGHT,
+        ref="a.mp4",
+        file_frames=count,
+        fps=fps,
+        duration=count / fps,
+        **values,
+    )
 
 
 def chosen(data: bytes, video: Video, indices: list[int]) -> list[np.ndarray]:
@@ -67,16 +86,30 @@ def chosen(data: bytes, video: Video, indices: list[int]) -> list[np.ndarray]:
 
 @pytest.fixture(scope="module")
 def files() -> dict[str, bytes]:
-    return {coder: film(list(range(100)), coder) for coder in CODERS if CODERS[coder][1] in av.codecs_available}
+    return {
+        coder: film(list(range(100)), coder)
+        for coder in CODERS
+        if CODERS[coder][1] in av.codecs_available
+    }
 
 
 @pytest.mark.parametrize("coder", list(CODERS))
 @pytest.mark.parametrize(
     "indices",
-    [list(range(0, 100, 12)), [0], [99], [37, 38, 39], [21, 60], list(range(100)), [1, 19, 20, 22, 41, 77, 98]],
+    [
+        list(range(0, 100, 12)),
+        [0],
+        [99],
+        [37, 38, 39],
+        [21, 60],
+        list(range(100)),
+        [1, 19, 20, 22, 41, 77, 98],
+    ],
     ids=lambda indices: f"{indices[0]}..{indices[-1]}x{len(indices)}",
 )
-def test_chosen_frames_are_those_of_full_decoding(coder: str, indices: list[int], files: dict[str, bytes]) -> None:
+def test_chosen_frames_are_those_of_full_decoding(
+    coder: str, indices: list[int], files: dict[str, bytes]
+) -> None:
     expected = every_frame(files[coder])
     assert len(expected) == 100
     found = chosen(files[coder], described(100), indices)
@@ -110,7 +143,10 @@ def test_frames_of_a_variable_rate_are_found_by_their_times() -> None:
     for shift in (0.0, 5.0):  # nor need the times
         shifted = replace(video, times=tuple(time + shift for time in times))
         np.testing.assert_array_equal(chosen(late, shifted, [0, 60])[1], every_frame(late)[60])
-    with pytest.raises(SampleError, match=r"sample s: a\.mp4: shows no frame 30 at 4\.34783 s: its times are others"):
+    with pytest.raises(
+        SampleError,
+        match=r"sample s: a\.mp4: shows no frame 30 at 4\.34783 s: its times are others",
+    ):
         chosen(data, described(len(stamps), fps=6.9), [30])  # the sample claims a constant rate
 
 
@@ -119,7 +155,9 @@ def test_work_is_saved(files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch)
 
     counts = list[int]()
     only = module._only
-    monkeypatch.setattr(module, "_only", lambda frames, wanted: counts.append(len(frames)) or only(frames, wanted))
+    monkeypatch.setattr(
+        module, "_only", lambda frames, wanted: counts.append(len(frames)) or only(frames, wanted)
+    )
     chosen(files["b_frames"], described(100), [3, 80])
     assert sum(counts) < 25  # of 100; groups begin at 0, 25, 50 and 75
 
@@ -132,7 +170,9 @@ def test_work_is_saved(files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch)
         ({"fps": 12.5}, "3.96 s from first to last frame, the sample says 7.92"),
     ],
 )
-def test_wrong_facts_are_named(change: dict[str, Any], problem: str, files: dict[str, bytes]) -> None:
+def test_wrong_facts_are_named(
+    change: dict[str, Any], problem: str, files: dict[str, bytes]
+) -> None:
     with pytest.raises(SampleError, match=rf"sample s: a\.mp4: {problem}"):
         chosen(files["b_frames"], replace(described(100), **change), [50])
 
@@ -151,7 +191,9 @@ def test_broken_files_are_named(files: dict[str, bytes]) -> None:
     sound = io.BytesIO()
     with av.open(sound, "w", format="mp4") as container:
         stream: Any = container.add_stream("aac", rate=16_000, layout="mono")
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame = av.AudioFrame.from_ndarray(
+            np.zeros((1, 1024), np.float32), format="fltp", layout="mono"
+        )
         frame.sample_rate = 16_000
         container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
@@ -180,7 +222,10 @@ def test_frames_that_grow_are_refused_before_they_are_decoded() -> None:
             packet.stream = stream
             container.mux(packet)
     with av.open(io.BytesIO(file.getvalue())) as container:
-        assert {(frame.height, frame.width) for frame in container.decode(video=0)} == {(HEIGHT, WIDTH), (2048, 2048)}
+        assert {(frame.height, frame.width) for frame in container.decode(video=0)} == {
+            (HEIGHT, WIDTH),
+            (2048, 2048),
+        }
     assert len(chosen(file.getvalue(), described(20), [0, 9])) == 2
     with pytest.raises(SampleError, match="cannot be decoded"):
         chosen(file.getvalue(), described(20), [0, 15])

@@ -29,7 +29,13 @@ def pairs() -> list[Pair]:
     found[2] = found[2][0], {"a.png": b"no picture"}
     found[4] = found[4][0], {"a.png": png(32, 32)}
     found[5] = Sample("half", "doc", content=(Image("a.png", 64, 64),)), {"a.png": half}
-    found += [film(0), clip(1), clip(2, file_frames=25), clip(3, fps=30.0), clip(4, width=48, height=64)]
+    found += [
+        film(0),
+        clip(1),
+        clip(2, file_frames=25),
+        clip(3, fps=30.0),
+        clip(4, width=48, height=64),
+    ]
     return [*found, (clip(5)[0], {"v.mp4": CLIP[: len(CLIP) // 2]})]
 
 
@@ -56,7 +62,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("decode", [False, True])
-def test_every_bad_member_is_named_with_its_place(folder: Path, tmp_path: Path, decode: bool) -> None:
+def test_every_bad_member_is_named_with_its_place(
+    folder: Path, tmp_path: Path, decode: bool
+) -> None:
     expected = HEADERS | {7: "CRC-32", 9: "CRC-32"} | ({5: "cannot be decoded"} if decode else {})
     bad = verify_dataset(str(folder), tmp_path / "bad.jsonl", decode)
     assert bad == [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
@@ -66,7 +74,11 @@ def test_every_bad_member_is_named_with_its_place(folder: Path, tmp_path: Path, 
         number = int(row["key"])
         place = dataset.location(number, row["member"])
         assert expected[number] in row["error"]
-        assert (row["shard"], row["offset"], row["crc32"]) == (place.shard, place.offset, f"{place.crc32:08x}")
+        assert (row["shard"], row["offset"], row["crc32"]) == (
+            place.shard,
+            place.offset,
+            f"{place.crc32:08x}",
+        )
         assert (row["member"] == "json") == (number == 7)
 
 
@@ -78,7 +90,9 @@ def test_processes_and_urls_change_nothing(folder: Path, tmp_path: Path) -> None
     assert [row["key"] for row in found] == [row["key"] for row in expected]
 
 
-def test_an_interrupted_check_goes_on_where_it_stopped(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_check_goes_on_where_it_stopped(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole, spans = verify._verify_shard, list[tuple[int, int]]()
 
     def counting(path: str, decode: bool, span: tuple[int, int]) -> list[verify.Bad]:
@@ -93,7 +107,11 @@ def test_an_interrupted_check_goes_on_where_it_stopped(folder: Path, tmp_path: P
         verify_dataset(str(folder), out)
     journal = out.with_name(out.name + JOURNAL)
     journal.write_text(journal.read_text() + '["half a li')
-    monkeypatch.setattr(verify, "_verify_shard", lambda path, decode, span: spans.append(span) or whole(path, decode, span))
+    monkeypatch.setattr(
+        verify,
+        "_verify_shard",
+        lambda path, decode, span: spans.append(span) or whole(path, decode, span),
+    )
     told = list[tuple[int, int]]()
     bad = verify_dataset(str(folder), out, done=lambda done, total: told.append((done, total)))
     assert spans == [(0, 5), (5, 10), (10, 15), (15, 18)]

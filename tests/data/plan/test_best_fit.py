@@ -15,7 +15,9 @@ SAMPLES = st.lists(st.tuples(st.integers(1, 100), st.integers(0, 60)), max_size=
 
 @settings(max_examples=300, deadline=None)
 @given(SAMPLES, st.integers(1, 40))
-def test_budgets_hold_and_every_sample_is_packed_once(samples: list[tuple[int, int]], window: int) -> None:
+def test_budgets_hold_and_every_sample_is_packed_once(
+    samples: list[tuple[int, int]], window: int
+) -> None:
     tokens, patches = [size for size, _ in samples], [count for _, count in samples]
     packs = pack_samples(tokens, patches, token_budget=100, patch_budget=60, window=window)
     assert sorted(number for pack in packs for number in pack) == list(range(len(samples)))
@@ -34,9 +36,14 @@ def gaps(packs: list[list[int]], mine: list[int]) -> int:
 
 @settings(max_examples=300, deadline=None)
 @given(
-    SAMPLES, st.integers(1, 40), st.lists(st.sampled_from([0, 1, 2, 5, 30]), min_size=1, max_size=4), st.sampled_from([0, 3])
+    SAMPLES,
+    st.integers(1, 40),
+    st.lists(st.sampled_from([0, 1, 2, 5, 30]), min_size=1, max_size=4),
+    st.sampled_from([0, 3]),
 )
-def test_orders_are_kept_up_to_their_limits(samples: list[tuple[int, int]], window: int, limits: list[int], most: int) -> None:
+def test_orders_are_kept_up_to_their_limits(
+    samples: list[tuple[int, int]], window: int, limits: list[int], most: int
+) -> None:
     tokens, patches = [size for size, _ in samples], [count for _, count in samples]
     orders = [(7 * number + size) % len(limits) for number, size in enumerate(tokens)]
     packs = pack_samples(tokens, patches, 100, 60, window, 1, most, orders, limits)
@@ -51,7 +58,12 @@ def test_orders_are_kept_up_to_their_limits(samples: list[tuple[int, int]], wind
 def test_packs_are_alike_from_the_first_to_the_last() -> None:
     tokens, patches = MIXTURES["8k"].samples(8000)
     packs = pack_samples(tokens.tolist(), patches.tolist(), 8192, 26_214, window=1024)
-    tenths = np.array([np.mean([len(pack) for pack in excerpt]) for excerpt in np.array_split(np.array(packs, object), 10)])
+    tenths = np.array(
+        [
+            np.mean([len(pack) for pack in excerpt])
+            for excerpt in np.array_split(np.array(packs, object), 10)
+        ]
+    )
     np.testing.assert_allclose(tenths, len(tokens) / len(packs), rtol=0.15)
 
 
@@ -76,7 +88,9 @@ def test_little_is_padding() -> None:
 def test_a_binding_patch_budget_is_filled() -> None:
     tokens = lognormal(6.0, 0.6, 8192)
     tight = 12_000
-    patches = [min(tight, 4 * size // 10 * 9) if number % 2 else 0 for number, size in enumerate(tokens)]
+    patches = [
+        min(tight, 4 * size // 10 * 9) if number % 2 else 0 for number, size in enumerate(tokens)
+    ]
     assert sum(patches) / tight > 1.15 * sum(tokens) / 8192
     packs = pack_samples(tokens, patches, 8192, tight, window=1024)
     assert max(sum(patches[number] for number in pack) for pack in packs) <= tight
@@ -91,7 +105,9 @@ def test_no_sample_waits_for_ever() -> None:
         assert place <= number + 16
 
 
-def fewest_packs(tokens: list[int], patches: list[int], token_budget: int, patch_budget: int) -> int:
+def fewest_packs(
+    tokens: list[int], patches: list[int], token_budget: int, patch_budget: int
+) -> int:
     """The optimum by dynamic programming over all subsets."""
     everything = (1 << len(tokens)) - 1
 
@@ -104,7 +120,10 @@ def fewest_packs(tokens: list[int], patches: list[int], token_budget: int, patch
         for number in range(len(tokens)):
             if packed >> number & 1:
                 packs, used, shown = best(packed & ~(1 << number))
-                if used + tokens[number] <= token_budget and shown + patches[number] <= patch_budget:
+                if (
+                    used + tokens[number] <= token_budget
+                    and shown + patches[number] <= patch_budget
+                ):
                     found = min(found, (packs, used + tokens[number], shown + patches[number]))
                 else:
                     found = min(found, (packs + 1, tokens[number], patches[number]))
@@ -124,11 +143,15 @@ def test_as_few_packs_as_the_optimum_or_one_more(samples: list[tuple[int, int]])
 
 @settings(max_examples=100, deadline=None)
 @given(SAMPLES, st.integers(1, 9), st.integers(1, 5))
-def test_padded_samples_and_their_number_are_bounded(samples: list[tuple[int, int]], multiple: int, most: int) -> None:
+def test_padded_samples_and_their_number_are_bounded(
+    samples: list[tuple[int, int]], multiple: int, most: int
+) -> None:
     tokens, patches = [size for size, _ in samples], [count for _, count in samples]
     packs = pack_samples(tokens, patches, 108, 60, window=16, multiple=multiple, most=most)
     assert sorted(number for pack in packs for number in pack) == list(range(len(samples)))
-    assert all(sum(-(-tokens[number] // multiple) * multiple for number in pack) <= 108 for pack in packs)
+    assert all(
+        sum(-(-tokens[number] // multiple) * multiple for number in pack) <= 108 for pack in packs
+    )
     assert all(len(pack) <= most for pack in packs)
 
 
@@ -142,4 +165,6 @@ def test_fill_of_mixtures(name: str, patches_per_token: float, least: float) -> 
     budget = int(patches_per_token * mixture.tokens)
     packs = pack_samples(tokens.tolist(), patches.tolist(), mixture.tokens, budget, window=1024)
     full = packs[:-4]  # an endless stream has no last packs
-    assert sum(tokens[number] for pack in full for number in pack) / mixture.tokens / len(full) > least
+    assert (
+        sum(tokens[number] for pack in full for number in pack) / mixture.tokens / len(full) > least
+    )

@@ -86,7 +86,12 @@ SAMPLES = {
 
 @pytest.mark.parametrize("name", SAMPLES)
 def test_samples_take_linear_time(name: str) -> None:
-    assert try_reader(lambda data: render(parse_sample(data), RULES), [SAMPLES[name]], (SampleError,), name) == 1
+    assert (
+        try_reader(
+            lambda data: render(parse_sample(data), RULES), [SAMPLES[name]], (SampleError,), name
+        )
+        == 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -98,13 +103,31 @@ def test_samples_take_linear_time(name: str) -> None:
         ({"weight": float("nan")}, "weight: a finite number expected"),
         ({"weight": -1}, "weight: at least 0 expected"),
         ({"id": "x" * 10_000}, "id: at most 8192 characters"),
-        ({"messages": [{"role": "user", "content": [{**IMAGE, "w": 10**18}]}]}, "w: at most 1048576 expected"),
-        ({"messages": [{"role": "user", "content": [{**IMAGE, "w": True}]}]}, "w: an integer of at least 1 expected"),
-        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "loss": 1e300}]}]}, "loss: at most 1e+06"),
-        ({"messages": [{"role": "user", "content": [{"type": "time", "t": 1e18}]}]}, "t: at most 1e+09 expected"),
+        (
+            {"messages": [{"role": "user", "content": [{**IMAGE, "w": 10**18}]}]},
+            "w: at most 1048576 expected",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{**IMAGE, "w": True}]}]},
+            "w: an integer of at least 1 expected",
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "text", "text": "x", "loss": 1e300}]}
+                ]
+            },
+            "loss: at most 1e+06",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "time", "t": 1e18}]}]},
+            "t: at most 1e+09 expected",
+        ),
     ],
 )
-def test_numbers_that_nobody_measured_are_one_bad_sample(change: dict[str, object], message: str) -> None:
+def test_numbers_that_nobody_measured_are_one_bad_sample(
+    change: dict[str, object], message: str
+) -> None:
     good = json.loads(sample({"type": "text", "text": "x"}))
     parse_sample(good)
     with pytest.raises(SampleError, match=r"sample ") as caught:
@@ -125,7 +148,15 @@ def test_numbers_that_nobody_measured_are_one_bad_sample(change: dict[str, objec
     ],
 )
 def test_numbers_of_a_video(name: str, value: float) -> None:
-    video = {"type": "video", "ref": "v.mp4", "frames": 10, "fps": 2.0, "duration": 5.0, "w": 64, "h": 64}
+    video = {
+        "type": "video",
+        "ref": "v.mp4",
+        "frames": 10,
+        "fps": 2.0,
+        "duration": 5.0,
+        "w": 64,
+        "h": 64,
+    }
     document = {"v": 1, "id": "x", "kind": "doc", "content": [video]}
     render(parse_sample(json.dumps(document).encode()), RULES)
     with pytest.raises(SampleError, match=rf"content\[0\]\.{name}: at (most|least)"):
@@ -152,11 +183,14 @@ def padded(data: bytes) -> bytes:
 TARS = {
     "digits in a pax header": header("x", b"x", SIZE) + padded(b"1" * SIZE),
     "records of a pax header": header("x", b"x", SIZE) + padded((b"9 a=bcd\n" * SIZE)[:SIZE]),
-    "lengths of a pax header": header("x", b"x", 4096) + padded(b"0 path=a\n" * 400 + b"-5 path=a\n"),
+    "lengths of a pax header": header("x", b"x", 4096)
+    + padded(b"0 path=a\n" * 400 + b"-5 path=a\n"),
     "a long name of gigabytes": header("x", b"L", 1 << 33) + bytes(1024),
     "a member of gigabytes": header("001.json", b"0", 1 << 60) + bytes(1024),
     "a sparse member": header("001.json", b"S", 1024) + bytes(1024),
-    "sizes with spaces": bytes(header("001.json", b"0", 8)).replace(b"00000000010\0", b"000 0000010\0"),
+    "sizes with spaces": bytes(header("001.json", b"0", 8)).replace(
+        b"00000000010\0", b"000 0000010\0"
+    ),
     "zero blocks": (bytes(512) + b"x" * 512) * 1000,
 }
 
@@ -209,7 +243,14 @@ def test_rows_of_an_index_that_lead_outside(tmp_path: Path) -> None:
     content = np.fromfile(index_path(path), np.uint8)
     good = ShardIndex(content)
     start = good._located[0]
-    for field in ("json_offset", "json_length", "first_member", "members", "key_offset", "key_length"):
+    for field in (
+        "json_offset",
+        "json_length",
+        "first_member",
+        "members",
+        "key_offset",
+        "key_length",
+    ):
         lying = content.copy()
         lying[start : start + _SAMPLE.itemsize].view(_SAMPLE)[field] = 2**32 - 1
         with pytest.raises(ValueError, match="leads out"):
@@ -226,7 +267,11 @@ def test_json_of_files_is_read_by_one_reader() -> None:
     found = set()
     for file in (root / "data").rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Attribute) and node.attr in ("loads", "load") and ast.unparse(node.value) == "json":
+            if (
+                isinstance(node, ast.Attribute)
+                and node.attr in ("loads", "load")
+                and ast.unparse(node.value) == "json"
+            ):
                 found.add(str(file.relative_to(root / "data")))
     assert found == {
         "shards/sample.py",  # read in every epoch; its own checks refuse what is not finite
@@ -236,7 +281,9 @@ def test_json_of_files_is_read_by_one_reader() -> None:
     }
 
 
-@pytest.mark.parametrize("bad", ["9" * 5000, "[" * 100_000 + "]" * 100_000, '{"a":' * 50_000 + '"]"' + "}" * 50_000])
+@pytest.mark.parametrize(
+    "bad", ["9" * 5000, "[" * 100_000 + "]" * 100_000, '{"a":' * 50_000 + '"]"' + "}" * 50_000]
+)
 @pytest.mark.parametrize("form", ["lines", "array"])
 def test_a_bad_record_among_good_ones_is_one_bad_record(bad: str, form: str, run: Run) -> None:
     records = ['{"text": "one"}', f'{{"text": "x", "a": {bad}}}', '{"text": "two"}']
@@ -247,7 +294,10 @@ def test_a_bad_record_among_good_ones_is_one_bad_record(bad: str, form: str, run
 
 def test_a_long_conversation_takes_linear_time(tmp_path: Path) -> None:
     """Each turn looked through all turns before it for a call."""
-    turns = [{"role": "user", "content": "<tool_response>x"}, {"role": "assistant", "content": "x"}] * 10_000
+    turns = [
+        {"role": "user", "content": "<tool_response>x"},
+        {"role": "assistant", "content": "x"},
+    ] * 10_000
 
     def read(data: bytes) -> None:
         from visionloom.data.convert.chats import RECORD, Chat

@@ -26,7 +26,10 @@ LENGTH = 256
 @pytest.fixture
 def data(config: Callable[..., DataConfig]) -> DataConfig:
     made = config(
-        pictures=[picture_question(number, (32, 32 * (1 + number % 3)), number % 7) for number in range(97)],
+        pictures=[
+            picture_question(number, (32, 32 * (1 + number % 3)), number % 7)
+            for number in range(97)
+        ],
         films=[film(number, 2 + number % 4) for number in range(23)],
         texts=[essay(number, number % 40 if number % 11 else 300) for number in range(53)],
     )
@@ -49,7 +52,16 @@ def stream(data: DataConfig, **changes: object) -> PackStream:
 
 def digest(batch: PackedBatch) -> str:
     found = hashlib.sha256()
-    for name in ("input_ids", "labels", "loss_weights", "position_ids", "cu_seqlens", "patches", "grid_thw", "visual_rows"):
+    for name in (
+        "input_ids",
+        "labels",
+        "loss_weights",
+        "position_ids",
+        "cu_seqlens",
+        "patches",
+        "grid_thw",
+        "visual_rows",
+    ):
         found.update(getattr(batch, name).numpy().tobytes())
     found.update(repr(batch.sample_ids).encode())
     return found.hexdigest()
@@ -57,7 +69,9 @@ def digest(batch: PackedBatch) -> str:
 
 def step_of(made: PackStream, step: int, ranks: int) -> list[str]:
     """The packs of a step, put together from all ranks."""
-    return sorted(digest(batch) for rank in range(ranks) for batch in made.micro_batches(step, rank, ranks, 1))
+    return sorted(
+        digest(batch) for rank in range(ranks) for batch in made.micro_batches(step, rank, ranks, 1)
+    )
 
 
 @pytest.fixture
@@ -66,7 +80,9 @@ def short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planned, "_PACKS_PER_BLOCK", 64)
 
 
-def test_a_chain_of_restarts_on_other_layouts_gives_the_same_packs(data: DataConfig, short_blocks: None) -> None:
+def test_a_chain_of_restarts_on_other_layouts_gives_the_same_packs(
+    data: DataConfig, short_blocks: None
+) -> None:
     whole = stream(data)
     expected = [step_of(whole, step, 1) for step in range(24)]
     assert whole.state(23)["block"] >= 2, "the chain must cross blocks"
@@ -90,7 +106,9 @@ def test_a_plan_resumes_at_each_of_200_steps(data: DataConfig, short_blocks: Non
         made = Plan(whole.sources, whole.settings, origin=Origin.of(state))
         assert made.hash == state["plan_hash"]
         made.jump(state["block"], state["first_pack"])
-        assert [[pack.places for pack in made.step(at)] for at in (step, step + 1)] == steps[step : step + 2]
+        assert [[pack.places for pack in made.step(at)] for at in (step, step + 1)] == steps[
+            step : step + 2
+        ]
         assert made.state(step) == state
     assert whole.state(200)["block"] >= 10
     assert middle > 180, "nearly all of them in the middle of a block"
@@ -104,7 +122,13 @@ def test_every_sample_once_an_epoch_over_all_ranks(data: DataConfig, ranks: int)
     assert draws % 53, "the last epoch goes on in the next block"
     blocks = [made.block(number) for number in range(2)]
     steps, left = divmod(sum(map(len, blocks)), 24)
-    served = [pack for step in range(steps) for rank in deal(made.step(step), ranks, 1) for micro in rank for pack in micro]
+    served = [
+        pack
+        for step in range(steps)
+        for rank in deal(made.step(step), ranks, 1)
+        for micro in rank
+        for pack in micro
+    ]
     drawn = Counter(place[1:] for pack in served for place in pack.places)
     for pack in range(len(blocks[1]) - left, len(blocks[1])):
         drawn.update(place[1:] for place in blocks[1].places(pack))
@@ -115,7 +139,9 @@ def test_every_sample_once_an_epoch_over_all_ranks(data: DataConfig, ranks: int)
     assert sum(count for (_, excerpt), count in drawn.items() if excerpt == 0) == draws
 
 
-def lengths_only(tokens: int, sizes: list[int], settings: dict[str, object], origin: Origin | None = None) -> Plan:
+def lengths_only(
+    tokens: int, sizes: list[int], settings: dict[str, object], origin: Origin | None = None
+) -> Plan:
     """A plan of datasets without pictures."""
     sources = []
     for number, size in enumerate(sizes):
@@ -124,7 +150,11 @@ def lengths_only(tokens: int, sizes: list[int], settings: dict[str, object], ori
         over = np.flatnonzero(rows["tokens"] > tokens)
         name = f"a_long_name_of_dataset_{number}"
         content = hashlib.sha256(name.encode()).hexdigest()[:16]
-        sources.append(MixtureEntry(name, 0.123 + number, Parts(rows, over, np.empty(0, PART)), content, "truncate_tail"))
+        sources.append(
+            MixtureEntry(
+                name, 0.123 + number, Parts(rows, over, np.empty(0, PART)), content, "truncate_tail"
+            )
+        )
     values = {
         "seed": 1,
         "phase": "",
@@ -138,9 +168,15 @@ def lengths_only(tokens: int, sizes: list[int], settings: dict[str, object], ori
 
 
 def test_the_state_is_small_with_twenty_datasets() -> None:
-    before = {hashlib.sha256(f"a_long_name_of_dataset_{n}".encode()).hexdigest()[:16]: 10**9 + n for n in range(20)}
+    before = {
+        hashlib.sha256(f"a_long_name_of_dataset_{n}".encode()).hexdigest()[:16]: 10**9 + n
+        for n in range(20)
+    }
     plan = lengths_only(
-        4096, [500] * 20, {"tokenizer": "12345678", "media": "12345678", "phase": "long_context"}, Origin(123_456, before)
+        4096,
+        [500] * 20,
+        {"tokenizer": "12345678", "media": "12345678", "phase": "long_context"},
+        Origin(123_456, before),
     )
     state = plan.state(123_456 + 150)
     assert len(json.dumps(state, separators=(",", ":"))) <= STATE_BYTES
@@ -149,7 +185,13 @@ def test_the_state_is_small_with_twenty_datasets() -> None:
 
 def seen(plan: Plan, steps: range) -> list[int]:
     """Samples of the first dataset in these steps."""
-    return [sample for step in steps for pack in plan.step(step) for source, sample, _ in pack.places if source == 0]
+    return [
+        sample
+        for step in steps
+        for pack in plan.step(step)
+        for source, sample, _ in pack.places
+        if source == 0
+    ]
 
 
 def test_phases_of_growing_length_go_on_in_the_same_epoch() -> None:
@@ -163,14 +205,19 @@ def test_phases_of_growing_length_go_on_in_the_same_epoch() -> None:
     (count,) = state["draws"].values()
     assert len(drawn) < count < size
     unrelated = lengths_only(512, [size], {"phase": "other"})
-    assert set(seen(unrelated, range(50))) & set(drawn), "the test needs phases that would repeat without the counters"
+    assert set(seen(unrelated, range(50))) & set(drawn), (
+        "the test needs phases that would repeat without the counters"
+    )
 
 
 def test_after_a_change_of_settings_nothing_comes_twice() -> None:
     before = lengths_only(256, [20_000, 500], {"seed": 5})
     state = json.loads(json.dumps(before.state(70)))
     after = lengths_only(
-        256, [20_000, 500], {"seed": 5, "packing_window_samples": 128, "patch_budget": 800}, Origin.after(state, 70)
+        256,
+        [20_000, 500],
+        {"seed": 5, "packing_window_samples": 128, "patch_budget": 800},
+        Origin.after(state, 70),
     )
     early, late = seen(before, range(70)), seen(after, range(70, 140))
     assert min(len(early), len(late)) > 40
@@ -180,14 +227,18 @@ def test_after_a_change_of_settings_nothing_comes_twice() -> None:
 def test_a_changed_stream_is_refused_or_goes_on_behind_what_was_drawn(data: DataConfig) -> None:
     made = stream(data, mixture={"pictures": 4, "films": 1}, global_batch=2)
     state = json.loads(json.dumps(made.state(5)))
-    with pytest.raises(UserError, match=r"weight of dataset films was 1\.0, now 3\.0.*data\.on_change=new_phase"):
+    with pytest.raises(
+        UserError, match=r"weight of dataset films was 1\.0, now 3\.0.*data\.on_change=new_phase"
+    ):
         stream(data, mixture={"pictures": 4, "films": 3}, global_batch=2).load_state(state)
     data.on_change = "new_phase"
     changed = stream(data, mixture={"pictures": 4, "films": 3}, global_batch=2)
     assert changed.load_state(state) == ["weight of dataset films was 1.0, now 3.0"]
     assert changed.plan.origin == Origin.after(state, 5)
     contents = {source.content: source.name for source in changed.plan.sources}
-    assert {contents[content]: count for content, count in changed.plan.origin.draws.items()} == state["draws"]
+    assert {
+        contents[content]: count for content, count in changed.plan.origin.draws.items()
+    } == state["draws"]
     assert len(step_of(changed, 5, 2)) == 2
     again = json.loads(json.dumps(changed.state(7)))
     resumed = stream(data, mixture={"pictures": 4, "films": 3}, global_batch=2)
@@ -207,11 +258,16 @@ def test_the_same_dataset_listed_twice_never_repeats(data: DataConfig) -> None:
     assert sorted(ordinals) == list(range(97))
 
 
-def test_a_plan_of_an_older_program_goes_on_as_a_new_phase(data: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_of_an_older_program_goes_on_as_a_new_phase(
+    data: DataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(planned, "PLAN_VERSION", 2)
         state = json.loads(json.dumps(stream(data).state(5)))
-    with pytest.raises(UserError, match=r"this program's way of planning was 2, now 3.*go on with data\.on_change=new_phase"):
+    with pytest.raises(
+        UserError,
+        match=r"this program's way of planning was 2, now 3.*go on with data\.on_change=new_phase",
+    ):
         stream(data).load_state(state)
     data.on_change = "new_phase"
     changed = stream(data)
@@ -237,7 +293,9 @@ def test_a_state_with_the_old_names_of_options_goes_on(data: DataConfig) -> None
     assert resumed.load_state(before) == []
     assert step_of(resumed, 5, 1) == expected and resumed.state(5) == state
     data.packing_window_samples = 32
-    with pytest.raises(UserError, match=r"with: data\.packing_window_samples was 64, now 32: restore it"):
+    with pytest.raises(
+        UserError, match=r"with: data\.packing_window_samples was 64, now 32: restore it"
+    ):
         stream(data).load_state(before)
 
 
@@ -265,4 +323,10 @@ def test_segments_are_padded_to_a_multiple_for_context_parallelism(data: DataCon
             assert (batch.labels[start + length : stop] == -100).all()
             assert not batch.loss_weights[start + length : stop].any()
     data.sample_token_multiple, data.max_samples_per_pack = 1, 3
-    assert max(int((batch.segment_sources >= 0).sum()) for batch in batches(stream(data, global_batch=6), range(3))) <= 18
+    assert (
+        max(
+            int((batch.segment_sources >= 0).sum())
+            for batch in batches(stream(data, global_batch=6), range(3))
+        )
+        <= 18
+    )

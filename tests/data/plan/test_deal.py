@@ -17,11 +17,20 @@ from visionloom.data.plan.deal import PlannedPack, deal, deal_units
 @pytest.mark.parametrize(("ranks", "micro_batch"), [(1, 1), (2, 1), (3, 2), (6, 2), (2, 6)])
 def test_dealing_keeps_the_packs_and_balances(ranks: int, micro_batch: int) -> None:
     rng = np.random.default_rng(0)
-    packs = [PlannedPack(((0, number, 0),), float(cost)) for number, cost in enumerate(rng.lognormal(0, 0.5, 24))]
+    packs = [
+        PlannedPack(((0, number, 0),), float(cost))
+        for number, cost in enumerate(rng.lognormal(0, 0.5, 24))
+    ]
     dealt = deal(packs, ranks, micro_batch)
     assert [len(micro) for rank in dealt for micro in rank] == [micro_batch] * (24 // micro_batch)
-    assert sorted(pack.places[0][1] for rank in dealt for micro in rank for pack in micro) == list(range(24))
-    loads = [sum(pack.cost for pack in packs_of) for rank in dealt for packs_of in [[p for micro in rank for p in micro]]]
+    assert sorted(pack.places[0][1] for rank in dealt for micro in rank for pack in micro) == list(
+        range(24)
+    )
+    loads = [
+        sum(pack.cost for pack in packs_of)
+        for rank in dealt
+        for packs_of in [[p for micro in rank for p in micro]]
+    ]
     in_order = [sum(pack.cost for pack in packs[rank::ranks]) for rank in range(ranks)]
     assert max(loads) <= max(in_order)
     assert max(loads) / np.mean(loads) < 1.02
@@ -31,17 +40,29 @@ def test_dealing_keeps_the_packs_and_balances(ranks: int, micro_batch: int) -> N
 
 
 def test_uneven_dealing_is_refused() -> None:
-    with pytest.raises(UserError, match="global_batch=4 packs cannot be dealt to 3 data-parallel ranks x micro_batch 1"):
+    with pytest.raises(
+        UserError,
+        match="global_batch=4 packs cannot be dealt to 3 data-parallel ranks x micro_batch 1",
+    ):
         deal([PlannedPack((), 1.0)] * 4, 3, 1)
 
 
-@pytest.mark.parametrize(("name", "ranks", "least"), [("8k", 64, 0.99), ("32k", 64, 0.96), ("256k", 16, 0.97)])
+@pytest.mark.parametrize(
+    ("name", "ranks", "least"), [("8k", 64, 0.99), ("32k", 64, 0.96), ("256k", 16, 0.97)]
+)
 def test_ranks_have_even_work(name: str, ranks: int, least: float) -> None:
     plan = plan_of(MIXTURES[name], 30_000, 4 * ranks)
     loads = np.array([rank_costs(deal(plan.step(step), ranks, 1)) for step in range(8)])
     assert loads.mean(1).sum() / loads.max(1).sum() >= least
-    in_order = np.array([[sum(p.cost for p in plan.step(step)[rank::ranks]) for rank in range(ranks)] for step in range(8)])
-    assert in_order.mean(1).sum() / in_order.max(1).sum() < least - 0.02, "the test needs packs that are not alike"
+    in_order = np.array(
+        [
+            [sum(p.cost for p in plan.step(step)[rank::ranks]) for rank in range(ranks)]
+            for step in range(8)
+        ]
+    )
+    assert in_order.mean(1).sum() / in_order.max(1).sum() < least - 0.02, (
+        "the test needs packs that are not alike"
+    )
     if name == "8k":
         assert (loads.max(1) / loads.mean(1)).max() <= 1.05
 

@@ -22,7 +22,9 @@ from visionloom.tests.data.samples import RULES, essay, film, picture_question
 
 @pytest.fixture
 def dataset(config: Callable[..., DataConfig]) -> Dataset:
-    made = config(mixed=[*(picture_question(n, (32 * n, 96)) for n in (1, 2, 3)), essay(4), film(5)])
+    made = config(
+        mixed=[*(picture_question(n, (32 * n, 96)) for n in (1, 2, 3)), essay(4), film(5)]
+    )
     return Dataset.open(made.datasets["mixed"].path, "mixed")
 
 
@@ -34,7 +36,9 @@ def essays(config: Callable[..., DataConfig], monkeypatch: pytest.MonkeyPatch) -
     return Dataset.open(made.datasets["texts"].path, "texts")
 
 
-def test_lengths_are_those_of_the_encoded_samples(dataset: Dataset, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_lengths_are_those_of_the_encoded_samples(
+    dataset: Dataset, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
     table = load_lengths(dataset, tokenizer, RULES, tmp_path / "cache")
     assert table.dtype == LENGTHS
     for index, row in enumerate(table):
@@ -53,7 +57,9 @@ def test_tables_are_kept_and_made_anew(
     first = np.array(load_lengths(dataset, tokenizer, RULES, cache))
     (path,) = cache.iterdir()
     with monkeypatch.context() as patch:
-        patch.setattr(Counting, "__call__", lambda *_: pytest.fail("counted although a table is there"))
+        patch.setattr(
+            Counting, "__call__", lambda *_: pytest.fail("counted although a table is there")
+        )
         np.testing.assert_array_equal(load_lengths(dataset, tokenizer, RULES, cache), first)
     path.write_bytes(path.read_bytes()[:-8])
     np.testing.assert_array_equal(load_lengths(dataset, tokenizer, RULES, cache), first)
@@ -61,7 +67,9 @@ def test_tables_are_kept_and_made_anew(
     assert wider["patches"][0] > first["patches"][0]
     assert len(list(cache.iterdir())) == 2
     (tmp_path / "file").write_text("")
-    np.testing.assert_array_equal(load_lengths(dataset, tokenizer, RULES, tmp_path / "file" / "cache"), first)
+    np.testing.assert_array_equal(
+        load_lengths(dataset, tokenizer, RULES, tmp_path / "file" / "cache"), first
+    )
 
 
 def test_a_count_goes_on_where_it_was_cut_off(
@@ -82,22 +90,33 @@ def test_a_count_goes_on_where_it_was_cut_off(
             load_lengths(essays, tokenizer, RULES, tmp_path / "cache")
         done = set(counted)
         counted.clear()
-        np.testing.assert_array_equal(load_lengths(essays, tokenizer, RULES, tmp_path / "cache"), expected)
+        np.testing.assert_array_equal(
+            load_lengths(essays, tokenizer, RULES, tmp_path / "cache"), expected
+        )
     assert set(counted) == {0, 16, 32, 48, 64} - done
-    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".npy"], "the blocks are joined and gone"
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".npy"], (
+        "the blocks are joined and gone"
+    )
 
 
 def test_processes_count_alike(essays: Dataset, tokenizer: Tokenizer, tmp_path: Path) -> None:
     told = list[tuple[int, int]]()
     table = load_lengths(
-        essays, tokenizer, RULES, tmp_path / "cache", processes=2, progress=lambda done, total: told.append((done, total))
+        essays,
+        tokenizer,
+        RULES,
+        tmp_path / "cache",
+        processes=2,
+        progress=lambda done, total: told.append((done, total)),
     )
     np.testing.assert_array_equal(table, Counting(essays, tokenizer, RULES)(0, len(essays)))
     assert told[-1] == (70, 70)
     assert len(told) == 5
 
 
-def test_what_cannot_be_read_has_no_length(essays: Dataset, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_read_has_no_length(
+    essays: Dataset, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = Counting(essays, tokenizer, RULES)(0, 70)
     read = Dataset.sample
 
@@ -113,7 +132,9 @@ def test_what_cannot_be_read_has_no_length(essays: Dataset, tokenizer: Tokenizer
     np.testing.assert_array_equal(table[rest], expected[rest])
 
 
-def test_ranks_that_count_at_once_share_the_work(essays: Dataset, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_ranks_that_count_at_once_share_the_work(
+    essays: Dataset, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
     expected = Counting(essays, tokenizer, RULES)(0, 70)
     with ProcessPoolExecutor(2, get_context("forkserver")) as pool:
         ranks = [pool.submit(count_elsewhere, tmp_path, essays, tokenizer) for _ in range(2)]
@@ -121,4 +142,6 @@ def test_ranks_that_count_at_once_share_the_work(essays: Dataset, tokenizer: Tok
     for table in tables:
         np.testing.assert_array_equal(table, expected)
     assert 35 <= sum(counts) < 2 * 35, "no rank counts everything while another does too"
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("table")] == ["table.npy"]
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("table")] == [
+        "table.npy"
+    ]

@@ -7,7 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from visionloom.data.plan.mixture import PERIOD, WINDOW_BLOCKS, Mixture, blockwise, key_of, permutation, quotas, samples_of
+from visionloom.data.plan.mixture import (
+    PERIOD,
+    WINDOW_BLOCKS,
+    Mixture,
+    blockwise,
+    key_of,
+    permutation,
+    quotas,
+    samples_of,
+)
 
 NAMES, SIZES, WEIGHTS = ["a", "b", "c"], [7, 1000, 1000], [1.0, 2.5, 2.5]
 
@@ -39,7 +48,9 @@ def test_every_sample_once_an_epoch_in_a_new_order() -> None:
         assert len(epochs) > 10
         assert all(sorted(epoch) == list(range(size)) for epoch in epochs)
         assert not any((one == other).all() for one, other in pairwise(epochs))
-    assert (samples[datasets == 1][:1000] != samples[datasets == 2][:1000]).any(), "datasets have orders of their own"
+    assert (samples[datasets == 1][:1000] != samples[datasets == 2][:1000]).any(), (
+        "datasets have orders of their own"
+    )
 
 
 def test_epochs_go_on_over_periods() -> None:
@@ -50,9 +61,14 @@ def test_epochs_go_on_over_periods() -> None:
 
 def test_draws_need_no_past() -> None:
     whole = take(Mixture(NAMES, SIZES, WEIGHTS, seed=5), PERIOD, 4096)
-    excerpts = [take(Mixture(NAMES, SIZES, WEIGHTS, seed=5), PERIOD + start, 512) for start in range(0, 4096, 512)]
+    excerpts = [
+        take(Mixture(NAMES, SIZES, WEIGHTS, seed=5), PERIOD + start, 512)
+        for start in range(0, 4096, 512)
+    ]
     for index in range(2):
-        np.testing.assert_array_equal(np.concatenate([excerpt[index] for excerpt in excerpts]), whole[index])
+        np.testing.assert_array_equal(
+            np.concatenate([excerpt[index] for excerpt in excerpts]), whole[index]
+        )
     other = take(Mixture(NAMES, SIZES, WEIGHTS, seed=6), PERIOD, 4096)
     assert (other[1] != whole[1]).any()
 
@@ -68,7 +84,9 @@ def test_counts_are_those_of_the_draws(position: int) -> None:
 def test_shares_hold_in_every_stretch() -> None:
     datasets, _ = take(Mixture(NAMES, SIZES, WEIGHTS, seed=3), 0, PERIOD)
     shares = np.stack([(datasets.reshape(-1, 256) == number).mean(1) for number in range(3)])
-    np.testing.assert_allclose(shares, np.repeat([[1 / 6], [2.5 / 6], [2.5 / 6]], 256, axis=1), atol=0.012)
+    np.testing.assert_allclose(
+        shares, np.repeat([[1 / 6], [2.5 / 6], [2.5 / 6]], 256, axis=1), atol=0.012
+    )
 
 
 @settings(max_examples=200, deadline=None)
@@ -97,7 +115,9 @@ def test_a_dataset_listed_twice_goes_on_instead_of_repeating() -> None:
     mine = samples[datasets != 1]
     epochs = mine[: len(mine) // 5000 * 5000].reshape(-1, 5000)
     assert len(epochs) > 5
-    assert all(sorted(epoch) == list(range(5000)) for epoch in epochs), "together they see each sample once an epoch"
+    assert all(sorted(epoch) == list(range(5000)) for epoch in epochs), (
+        "together they see each sample once an epoch"
+    )
     first, second = samples[datasets == 0][:1000], samples[datasets == 2][:1000]
     assert not set(first[:500]) & set(second[:500])
     assert (datasets == 2).sum() == pytest.approx(3 * (datasets == 0).sum(), abs=2)
@@ -130,8 +150,17 @@ def test_blocks_stay_near_each_other_and_are_mixed() -> None:
     first, second = found[:size], found[size:]
     assert sorted(first) == sorted(second) == list(range(size))
     window = block * WINDOW_BLOCKS
-    touched = [len(np.unique(first[start : start + window] // block)) for start in range(0, size - window, window)]
-    assert max(touched) <= 2 * WINDOW_BLOCKS + 1, "a window of the stream reads 64 runs of neighbours, cut at most once"
-    assert np.mean(np.abs(np.diff(first))) > size / 4, "neighbours in the stream come from everywhere"
+    touched = [
+        len(np.unique(first[start : start + window] // block))
+        for start in range(0, size - window, window)
+    ]
+    assert max(touched) <= 2 * WINDOW_BLOCKS + 1, (
+        "a window of the stream reads 64 runs of neighbours, cut at most once"
+    )
+    assert np.mean(np.abs(np.diff(first))) > size / 4, (
+        "neighbours in the stream come from everywhere"
+    )
     assert abs(np.corrcoef(first[:-1], first[1:])[0, 1]) < 0.02
-    assert abs(np.corrcoef(np.argsort(first), np.argsort(second))[0, 1]) < 0.02, "each epoch has an order of its own"
+    assert abs(np.corrcoef(np.argsort(first), np.argsort(second))[0, 1]) < 0.02, (
+        "each epoch has an order of its own"
+    )

@@ -17,23 +17,58 @@ from visionloom.data.encode.encode import EncodedSample, encode
 from visionloom.data.encode.tokenizer import END_OF_TEXT, TURN_END, Tokenizer
 from visionloom.data.plan.lengths import LENGTHS, Counting, load_lengths, row_of
 from visionloom.data.plan.over_length import Cutting, PackLimits, make_parts
-from visionloom.data.plan.parts import PART, SHRUNK, UNFINISHED, Part, Parts, apply_part, encode_parts
+from visionloom.data.plan.parts import (
+    PART,
+    SHRUNK,
+    UNFINISHED,
+    Part,
+    Parts,
+    apply_part,
+    encode_parts,
+)
 from visionloom.data.shards.dataset import Dataset
-from visionloom.data.shards.sample import Box, Element, Image, Message, Sample, Text, Think, ToolCall, Video
+from visionloom.data.shards.sample import (
+    Box,
+    Element,
+    Image,
+    Message,
+    Sample,
+    Text,
+    Think,
+    ToolCall,
+    Video,
+)
 from visionloom.data.stream.batch import pack
 from visionloom.tests.data.samples import RULES, essay
 
-WORDS = ("word", "Ünïcode 日本語。", "end. ", "What?! ", "a", "\n\n", "supercalifragilistic" * 4, "tail ")
-texts = st.lists(st.sampled_from(WORDS), min_size=1, max_size=30).map(lambda words: Text(" ".join(words)))
-images = st.tuples(st.integers(1, 8), st.integers(1, 8)).map(lambda side: Image("a.png", 40 * side[0], 40 * side[1]))
+WORDS = (
+    "word",
+    "Ünïcode 日本語。",
+    "end. ",
+    "What?! ",
+    "a",
+    "\n\n",
+    "supercalifragilistic" * 4,
+    "tail ",
+)
+texts = st.lists(st.sampled_from(WORDS), min_size=1, max_size=30).map(
+    lambda words: Text(" ".join(words))
+)
+images = st.tuples(st.integers(1, 8), st.integers(1, 8)).map(
+    lambda side: Image("a.png", 40 * side[0], 40 * side[1])
+)
 videos = st.tuples(st.integers(2, 7), st.integers(1, 5)).map(
-    lambda v: Video(tuple(f"v{n}.png" for n in range(v[0])), tuple(n / 2 for n in range(v[0])), 64 * v[1], 64)
+    lambda v: Video(
+        tuple(f"v{n}.png" for n in range(v[0])), tuple(n / 2 for n in range(v[0])), 64 * v[1], 64
+    )
 )
 
 
 @st.composite
 def documents(draw: st.DrawFn) -> Sample:
-    elements: list[Element] = draw(st.lists(st.one_of(texts, texts, images, videos), min_size=1, max_size=8))
+    elements: list[Element] = draw(
+        st.lists(st.one_of(texts, texts, images, videos), min_size=1, max_size=8)
+    )
     pictures = sum(isinstance(element, Image) for element in elements)
     for _ in range(draw(st.integers(0, 2)) if pictures else 0):
         box = Box(draw(st.integers(0, pictures - 1)), (0, 0, 10, 20), label="it")
@@ -55,10 +90,16 @@ def chats(draw: st.DrawFn) -> Sample:
         if draw(st.booleans()):
             answer.insert(0, Think("Let me see."))
         if draw(st.integers(0, 3)) == 0:
-            messages.append(Message("assistant", (draw(texts), ToolCall("look", {"where": "there"}))))
+            messages.append(
+                Message("assistant", (draw(texts), ToolCall("look", {"where": "there"})))
+            )
             messages += [Message("tool", (draw(texts),)) for _ in range(draw(st.integers(1, 2)))]
         messages.append(Message("assistant", tuple(answer)))
-    tools = ({"type": "function", "function": {"name": "look"}},) if any(m.role == "tool" for m in messages) else ()
+    tools = (
+        ({"type": "function", "function": {"name": "look"}},)
+        if any(m.role == "tool" for m in messages)
+        else ()
+    )
     return Sample("chat", "chat", tuple(messages), tools=tools)
 
 
@@ -75,7 +116,9 @@ class Held(Dataset):
         return self.samples[index]
 
 
-def parts_of(sample: Sample, policy: str, tokens: int, patches: int, tokenizer: Tokenizer) -> tuple[EncodedSample, list[Part]]:
+def parts_of(
+    sample: Sample, policy: str, tokens: int, patches: int, tokenizer: Tokenizer
+) -> tuple[EncodedSample, list[Part]]:
     """The whole sample, and its parts under a policy."""
     whole = encode(sample, tokenizer, RULES)
     table = np.array([row_of(whole)], LENGTHS)
@@ -86,14 +129,23 @@ def parts_of(sample: Sample, policy: str, tokens: int, patches: int, tokenizer: 
 
 def pieces(element: Element) -> list[str]:
     """An element as something that can be counted: texts by their characters."""
-    return list(element.text) if isinstance(element, Text) else [repr(element).split("max_pixels")[0]]
+    return (
+        list(element.text) if isinstance(element, Text) else [repr(element).split("max_pixels")[0]]
+    )
 
 
-many = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+many = settings(
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 @many
-@given(st.one_of(documents(), chats()), st.sampled_from(OVER_LENGTH[2:]), st.integers(25, 160), st.integers(32, 500))
+@given(
+    st.one_of(documents(), chats()),
+    st.sampled_from(OVER_LENGTH[2:]),
+    st.integers(25, 160),
+    st.integers(32, 500),
+)
 def test_views_are_as_long_as_planned_and_fit(
     tokenizer: Tokenizer, sample: Sample, policy: str, tokens: int, patches: int
 ) -> None:
@@ -114,13 +166,24 @@ def test_views_are_as_long_as_planned_and_fit(
 
 @many
 @given(documents(), st.integers(60, 160))
-def test_parts_of_a_document_are_the_document(tokenizer: Tokenizer, sample: Sample, tokens: int) -> None:
+def test_parts_of_a_document_are_the_document(
+    tokenizer: Tokenizer, sample: Sample, tokens: int
+) -> None:
     _, parts = parts_of(sample, "split", tokens, 10**6, tokenizer)
     shown = [apply_part(sample, part, RULES) for part in parts]
     found = [
-        piece for excerpt in shown for element in excerpt.content if not isinstance(element, Box) for piece in pieces(element)
+        piece
+        for excerpt in shown
+        for element in excerpt.content
+        if not isinstance(element, Box)
+        for piece in pieces(element)
     ]
-    whole = [piece for element in sample.content if not isinstance(element, Box) for piece in pieces(element)]
+    whole = [
+        piece
+        for element in sample.content
+        if not isinstance(element, Box)
+        for piece in pieces(element)
+    ]
     if len(found) == len(whole):
         assert found == whole
     else:  # a picture that alone is too long, with what is bound to it, is left out
@@ -138,20 +201,37 @@ def test_parts_of_a_document_are_the_document(tokenizer: Tokenizer, sample: Samp
         assert ends.any() == (not part.flags & UNFINISHED)
         pictures = [element for element in excerpt.content if isinstance(element, Image)]
         for box in (element for element in excerpt.content if isinstance(element, Box)):
-            old = next(e for e in sample.content if isinstance(e, Box) and (e.xyxy, e.label) == (box.xyxy, box.label))
+            old = next(
+                e
+                for e in sample.content
+                if isinstance(e, Box) and (e.xyxy, e.label) == (box.xyxy, box.label)
+            )
             assert pictures[box.image] in sample.images
             assert old is not None
 
 
 def test_a_long_text_is_cut_at_sentence_ends(tokenizer: Tokenizer) -> None:
     sentences = [f"Sentence number {number} has some words in it. " for number in range(40)]
-    sample = Sample("s", "doc", content=(Text("".join(sentences[:25])), Image("a.png", 64, 64), Text("".join(sentences[25:]))))
+    sample = Sample(
+        "s",
+        "doc",
+        content=(
+            Text("".join(sentences[:25])),
+            Image("a.png", 64, 64),
+            Text("".join(sentences[25:])),
+        ),
+    )
     whole, parts = parts_of(sample, "split", 120, 10**6, tokenizer)
-    texts = ["".join(e.text for e in apply_part(sample, part, RULES).content if isinstance(e, Text)) for part in parts]
+    texts = [
+        "".join(e.text for e in apply_part(sample, part, RULES).content if isinstance(e, Text))
+        for part in parts
+    ]
     assert all(text.endswith("it. ") and text.startswith("Sentence") for text in texts)
     assert "".join(texts) == "".join(sentences)
     assert len(whole.input_ids) > 3 * 120
-    assert min(part.tokens for part in parts[:-1]) > 120 - 30, "parts are filled up to the last sentence that fits"
+    assert min(part.tokens for part in parts[:-1]) > 120 - 30, (
+        "parts are filled up to the last sentence that fits"
+    )
     assert [bool(part.flags & UNFINISHED) for part in parts] == [True] * (len(parts) - 1) + [False]
 
 
@@ -160,11 +240,21 @@ def test_a_box_stays_with_its_picture(tokenizer: Tokenizer) -> None:
     sample = Sample(
         "s",
         "doc",
-        content=(filler, Image("a.png", 64, 64), filler, Image("b.png", 64, 64), Text("See."), Box(1, (0, 0, 32, 64)), filler),
+        content=(
+            filler,
+            Image("a.png", 64, 64),
+            filler,
+            Image("b.png", 64, 64),
+            Text("See."),
+            Box(1, (0, 0, 32, 64)),
+            filler,
+        ),
     )
     _, parts = parts_of(sample, "split", 90, 10**6, tokenizer)
     shown = [apply_part(sample, part, RULES) for part in parts]
-    (with_box,) = [excerpt for excerpt in shown if any(isinstance(element, Box) for element in excerpt.content)]
+    (with_box,) = [
+        excerpt for excerpt in shown if any(isinstance(element, Box) for element in excerpt.content)
+    ]
     (box,) = [element for element in with_box.content if isinstance(element, Box)]
     assert with_box.images[box.image].ref == "b.png"
 
@@ -182,12 +272,18 @@ def test_a_chat_is_cut_before_user_turns_only(tokenizer: Tokenizer) -> None:
     whole, parts = parts_of(sample, "split", 160, 10**6, tokenizer)
     shown = [apply_part(sample, part, RULES) for part in parts]
     assert len(shown) > 1
-    assert all(excerpt.messages[0] == sample.messages[0] for excerpt in shown), "each part has the system message"
+    assert all(excerpt.messages[0] == sample.messages[0] for excerpt in shown), (
+        "each part has the system message"
+    )
     assert tuple(message for excerpt in shown for message in excerpt.messages[1:]) == tuple(turns)
     assert sum(part.supervised for part in parts) == whole.supervised_tokens
-    pictured = Sample("c", "chat", (Message("user", (Image("a.png", 64, 64), *turns[0].content)), *turns[1:]))
+    pictured = Sample(
+        "c", "chat", (Message("user", (Image("a.png", 64, 64), *turns[0].content)), *turns[1:])
+    )
     _, parts = parts_of(pictured, "split", 160, 10**6, tokenizer)
-    assert parts == [], "all turns are about the picture of the first, and together they are too long: lost, not torn"
+    assert parts == [], (
+        "all turns are about the picture of the first, and together they are too long: lost, not torn"
+    )
 
 
 def test_shrinking_is_the_largest_that_fits(tokenizer: Tokenizer) -> None:
@@ -203,7 +299,10 @@ def test_shrinking_is_the_largest_that_fits(tokenizer: Tokenizer) -> None:
     assert part.flags & SHRUNK
     (encoded,) = encode_parts([sample], [part], tokenizer, RULES, [""])
     assert encoded.grids[1].tolist() == [1, 6, 6], "small pictures keep their size"
-    assert len(encoded.input_ids) - encoded.patch_count // 4 == len(whole.input_ids) - whole.patch_count // 4
+    assert (
+        len(encoded.input_ids) - encoded.patch_count // 4
+        == len(whole.input_ids) - whole.patch_count // 4
+    )
     assert part.tokens > 150
     assert encoded.supervised_tokens == whole.supervised_tokens
     _, parts = parts_of(sample, "shrink", 12, 10**6, tokenizer)
@@ -230,7 +329,10 @@ def test_a_tail_is_cut_from_text_but_not_from_a_video(tokenizer: Tokenizer) -> N
 
 
 def test_a_cut_chat_ends_without_an_end_mark_unless_its_turn_is_whole(tokenizer: Tokenizer) -> None:
-    messages = (Message("user", (Text("Tell me."),)), Message("assistant", (Text("One two three four. " * 9),)))
+    messages = (
+        Message("user", (Text("Tell me."),)),
+        Message("assistant", (Text("One two three four. " * 9),)),
+    )
     sample = Sample("c", "chat", messages * 2)
     whole = encode(sample, tokenizer, RULES)
     end = tokenizer.special(TURN_END)
@@ -241,7 +343,9 @@ def test_a_cut_chat_ends_without_an_end_mark_unless_its_turn_is_whole(tokenizer:
             assert encoded.input_ids.tolist() == whole.input_ids[: part.tokens].tolist()
             assert bool(part.flags & UNFINISHED) == (end not in encoded.input_ids[-3:])
             assert part.supervised
-    assert parts_of(sample, "truncate_tail", 8, 10**6, tokenizer)[1] == [], "nothing to learn is left"
+    assert parts_of(sample, "truncate_tail", 8, 10**6, tokenizer)[1] == [], (
+        "nothing to learn is left"
+    )
 
 
 def test_the_loss_weighs_parts_by_the_whole_sample(tokenizer: Tokenizer) -> None:
@@ -249,7 +353,10 @@ def test_the_loss_weighs_parts_by_the_whole_sample(tokenizer: Tokenizer) -> None
     whole, parts = parts_of(sample, "split", 64, 10**6, tokenizer)
     excerpts = encode_parts([sample] * len(parts), parts, tokenizer, RULES, ["x"] * len(parts))
     weights = np.concatenate(
-        [pack([[excerpt]], 64, "sqrt", ["x"], 0, lambda *_: True).loss_weights.numpy() for excerpt in excerpts]
+        [
+            pack([[excerpt]], 64, "sqrt", ["x"], 0, lambda *_: True).loss_weights.numpy()
+            for excerpt in excerpts
+        ]
     )
     used = weights[weights > 0]
     np.testing.assert_allclose(used, whole.supervised_tokens**-0.5, rtol=1e-6)
@@ -276,7 +383,9 @@ def test_views_of_draws_come_in_order() -> None:
     assert parts.part(9, 0).is_whole
 
 
-LIMITS = PackLimits(100, 50, "phases.long.sequence_length", "error", "data.datasets.web.over_length")
+LIMITS = PackLimits(
+    100, 50, "phases.long.sequence_length", "error", "data.datasets.web.over_length"
+)
 
 
 def table(tokens: list[int], patches: list[int]) -> np.ndarray:
@@ -285,10 +394,16 @@ def table(tokens: list[int], patches: list[int]) -> np.ndarray:
     return rows
 
 
-def made(tokens: list[int], patches: list[int], tokenizer: Tokenizer, policy: str = "error") -> Parts:
-    dataset = Held([Sample(f"id{number}", "doc", content=(Text("x"),)) for number in range(len(tokens))])
+def made(
+    tokens: list[int], patches: list[int], tokenizer: Tokenizer, policy: str = "error"
+) -> Parts:
+    dataset = Held(
+        [Sample(f"id{number}", "doc", content=(Text("x"),)) for number in range(len(tokens))]
+    )
     dataset.name = "web"
-    limits = PackLimits(100, 50, "phases.long.sequence_length", policy, "data.datasets.web.over_length")
+    limits = PackLimits(
+        100, 50, "phases.long.sequence_length", policy, "data.datasets.web.over_length"
+    )
     return make_parts(dataset, table(tokens, patches), limits, tokenizer, RULES, Path("unused"), "")
 
 
@@ -306,22 +421,33 @@ def test_over_long_samples_are_named_or_dropped(tokenizer: Tokenizer) -> None:
     ):
         assert excerpt in str(error.value)
     parts = made([100, 101, 300, 10, 0], [0, 0, 0, 50, 0], tokenizer, "drop")
-    assert parts.of(np.arange(5))[0]["sample"].tolist() == [0, 3], "unreadable samples (no tokens) are no views either"
+    assert parts.of(np.arange(5))[0]["sample"].tolist() == [0, 3], (
+        "unreadable samples (no tokens) are no views either"
+    )
     assert parts.lost_tokens == 401
     assert parts.dropped == 3
 
 
 def test_too_many_patches_are_over_length_too(tokenizer: Tokenizer) -> None:
-    with pytest.raises(UserError, match=r"id0 has 51 patches, a pack holds 50 .*data.max_patches_per_token.*over_length=drop"):
+    with pytest.raises(
+        UserError,
+        match=r"id0 has 51 patches, a pack holds 50 .*data.max_patches_per_token.*over_length=drop",
+    ):
         made([10, 10], [51, 0], tokenizer)
     with pytest.raises(UserError, match="none of its 1 samples fits"):
         made([10], [51], tokenizer, "drop")
-    with pytest.raises(UserError, match=r"over_length=keep is unknown: use one of error, drop, split, shrink, truncate_tail"):
+    with pytest.raises(
+        UserError,
+        match=r"over_length=keep is unknown: use one of error, drop, split, shrink, truncate_tail",
+    ):
         made([10], [1], tokenizer, "keep")
 
 
 def test_views_are_kept_on_disk(
-    config: Callable[..., DataConfig], tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: Callable[..., DataConfig],
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     data = config(texts=[essay(number, 10 * (number % 9)) for number in range(30)])
     dataset = Dataset.open(data.datasets["texts"].path, "texts")
@@ -332,6 +458,18 @@ def test_views_are_kept_on_disk(
     assert len(parts) > 30
     assert parts.lost_tokens == 0
     monkeypatch.setattr(Cutting, "__call__", lambda *_: pytest.fail("made although they are there"))
-    monkeypatch.setattr(Counting, "__call__", lambda *_: pytest.fail("a table does not depend on the length of a pack"))
-    again = make_parts(dataset, load_lengths(dataset, tokenizer, RULES, cache), limits, tokenizer, RULES, cache, "table")
+    monkeypatch.setattr(
+        Counting,
+        "__call__",
+        lambda *_: pytest.fail("a table does not depend on the length of a pack"),
+    )
+    again = make_parts(
+        dataset,
+        load_lengths(dataset, tokenizer, RULES, cache),
+        limits,
+        tokenizer,
+        RULES,
+        cache,
+        "table",
+    )
     np.testing.assert_array_equal(again.special, parts.special)

@@ -11,7 +11,14 @@ from visionloom.data.plan.lengths import LENGTHS
 from visionloom.data.plan.parts import PART, Parts
 from visionloom.data.plan.plan import MixtureEntry, Plan, Settings
 
-SETTINGS = Settings(seed=1, phase="p", sequence_length=256, global_batch=6, patch_budget=300, packing_window_samples=64)
+SETTINGS = Settings(
+    seed=1,
+    phase="p",
+    sequence_length=256,
+    global_batch=6,
+    patch_budget=300,
+    packing_window_samples=64,
+)
 
 
 def parts(count: int, seed: int) -> Parts:
@@ -23,12 +30,20 @@ def parts(count: int, seed: int) -> Parts:
     rows["supervised"], rows["patch_squares"] = 3, rows["patches"].astype(np.int64) ** 2
     cut = np.arange(0, count, 10)
     special = np.zeros(2 * len(cut), PART)
-    special["sample"], special["part_number"], special["tokens"] = np.repeat(cut, 2), np.tile([0, 1], len(cut)), 30
+    special["sample"], special["part_number"], special["tokens"] = (
+        np.repeat(cut, 2),
+        np.tile([0, 1], len(cut)),
+        30,
+    )
     return Parts(rows, np.union1d(np.arange(1, count, 2), cut), special)
 
 
-def source(name: str, count: int, weight: float = 1.0, content: str = "", over_length: str = "split") -> MixtureEntry:
-    return MixtureEntry(name, weight, parts(count, len(name)), content or f"{name} {count}", over_length)
+def source(
+    name: str, count: int, weight: float = 1.0, content: str = "", over_length: str = "split"
+) -> MixtureEntry:
+    return MixtureEntry(
+        name, weight, parts(count, len(name)), content or f"{name} {count}", over_length
+    )
 
 
 def plan(settings: Settings = SETTINGS, cache: Path | None = None) -> Plan:
@@ -58,7 +73,10 @@ def test_packs_fit_both_budgets_and_use_views_only() -> None:
     patches_of_fullest = 0
     for step in range(120):
         for pack in made.step(step):
-            rows = [made.sources[number].parts.part(sample, excerpt) for number, sample, excerpt in pack.places]
+            rows = [
+                made.sources[number].parts.part(sample, excerpt)
+                for number, sample, excerpt in pack.places
+            ]
             assert sum(row.tokens for row in rows) <= 256
             patches = sum(row.patches for row in rows)
             assert patches <= 300
@@ -85,13 +103,19 @@ def test_every_view_once_an_epoch() -> None:
     assert made.draws_per_block % 512 == 0
     counts = {place: drawn.count(place) for place in set(drawn)}
     assert set(counts.values()) == {4 * made.draws_per_block // 512}
-    expected = {(sample, excerpt) for sample in range(0, 512, 2) for excerpt in range(1 + (sample % 10 == 0))}
+    expected = {
+        (sample, excerpt)
+        for sample in range(0, 512, 2)
+        for excerpt in range(1 + (sample % 10 == 0))
+    }
     assert set(counts) == expected
 
 
 @pytest.mark.parametrize("unit", ["samples", "tokens"])
 def test_weights_are_shares_of_usable_samples_or_of_tokens(unit: str) -> None:
-    settings = Settings(**{**{name: getattr(SETTINGS, name) for name in SETTINGS.__slots__}, "weights_in": unit})
+    settings = Settings(
+        **{**{name: getattr(SETTINGS, name) for name in SETTINGS.__slots__}, "weights_in": unit}
+    )
     made = Plan([source("one", 9000), source("three", 3000, 2.0)], settings)
     served = {"samples": [0, 0], "tokens": [0, 0]}
     for number in range(8):
@@ -152,7 +176,9 @@ def test_the_hash_knows_every_source() -> None:
     assert plan().hash in known
 
 
-def test_blocks_are_shared_through_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_are_shared_through_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = [contents(plan().step(step)) for step in (0, 1, 80)]
     made = plan(cache=tmp_path)
     assert [contents(made.step(step)) for step in (0, 1, 80)] == expected
@@ -167,7 +193,9 @@ def test_blocks_are_shared_through_the_disk(tmp_path: Path, monkeypatch: pytest.
     files[0].write_bytes(files[0].read_bytes()[:1000])
     assert contents(plan(cache=tmp_path).step(0)) == expected[0], "a damaged file is made again"
     (tmp_path / "file").write_text("")
-    assert contents(plan(cache=tmp_path / "file").step(0)) == expected[0], "a folder that cannot be written is no fault"
+    assert contents(plan(cache=tmp_path / "file").step(0)) == expected[0], (
+        "a folder that cannot be written is no fault"
+    )
 
 
 def test_old_blocks_leave_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +204,11 @@ def test_old_blocks_leave_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     expected = made.block(0).places(0)
     for number in range(1, 6):
         made.block(number)
-    assert sorted(file.name for file in tmp_path.rglob("*.npz")) == ["000003.npz", "000004.npz", "000005.npz"]
+    assert sorted(file.name for file in tmp_path.rglob("*.npz")) == [
+        "000003.npz",
+        "000004.npz",
+        "000005.npz",
+    ]
     assert made.block(0).places(0) == expected
 
 

@@ -22,7 +22,14 @@ from visionloom.data.plan.mixture import samples_of
 from visionloom.data.plan.parts import PART, Parts
 from visionloom.data.plan.plan import MixtureEntry, Plan, Settings
 
-SETTINGS = Settings(seed=1, phase="", sequence_length=400, global_batch=1, patch_budget=500, packing_window_samples=64)
+SETTINGS = Settings(
+    seed=1,
+    phase="",
+    sequence_length=400,
+    global_batch=1,
+    patch_budget=500,
+    packing_window_samples=64,
+)
 
 
 @dataclass(frozen=True)
@@ -37,14 +44,25 @@ class Made:
     def source(self, name: str, content: str) -> MixtureEntry:
         rng = np.random.default_rng(self.size)
         rows = np.zeros(self.size, LENGTHS)
-        rows["tokens"], rows["patches"] = rng.integers(5, 200, self.size), rng.integers(0, 50, self.size) * 4
+        rows["tokens"], rows["patches"] = (
+            rng.integers(5, 200, self.size),
+            rng.integers(0, 50, self.size) * 4,
+        )
         kind = rng.random(self.size)
         kind[0] = 1.0  # one sample at least is usable
-        cut, dropped = np.flatnonzero(kind < self.cut), np.flatnonzero((kind >= self.cut) & (kind < self.cut + self.dropped))
+        cut, dropped = (
+            np.flatnonzero(kind < self.cut),
+            np.flatnonzero((kind >= self.cut) & (kind < self.cut + self.dropped)),
+        )
         excerpts = np.zeros(3 * len(cut), PART)
-        excerpts["sample"], excerpts["part_number"] = np.repeat(cut, 3), np.tile([0, 1, 2], len(cut))
+        excerpts["sample"], excerpts["part_number"] = (
+            np.repeat(cut, 3),
+            np.tile([0, 1, 2], len(cut)),
+        )
         excerpts["tokens"] = rng.integers(5, 300, len(excerpts))
-        return MixtureEntry(name, self.weight, Parts(rows, np.union1d(cut, dropped), excerpts), content, "split")
+        return MixtureEntry(
+            name, self.weight, Parts(rows, np.union1d(cut, dropped), excerpts), content, "split"
+        )
 
 
 def sources_of(mixture: list[Made], twice: bool = False) -> list[MixtureEntry]:
@@ -60,7 +78,12 @@ class Ticks:
         source = next(source for source in plan.sources if source.content == content)
         self.before = plan.origin.draws.get(content, 0)
         key = plan.mixture._keys[plan.mixture.contents.index(content)]
-        order = samples_of(np.arange(self.before, self.before + draws), source.size, key, plan.settings.shuffle_block_samples)
+        order = samples_of(
+            np.arange(self.before, self.before + draws),
+            source.size,
+            key,
+            plan.settings.shuffle_block_samples,
+        )
         parts = np.bincount(source.parts.of(order)[1], minlength=draws)
         self.draws = np.flatnonzero(parts)
         """Those that have a part."""
@@ -85,14 +108,20 @@ class Ticks:
     def gaps(self, whole: bool, draws: int = 0) -> int:
         """Places not ticked before the last ticked one, or among the first `draws` draws; one in parts counts with its first or last."""
         ticked = self.got == self.part_numbers if whole else self.got > 0
-        stop = int(np.searchsorted(self.draws, draws)) if draws else int(np.flatnonzero(ticked).max(initial=-1)) + 1
+        stop = (
+            int(np.searchsorted(self.draws, draws))
+            if draws
+            else int(np.flatnonzero(ticked).max(initial=-1)) + 1
+        )
         assert not ticked[stop:].any(), "trained on, but not counted as drawn"
         return int(np.count_nonzero(~ticked[:stop]))
 
 
 def follow(plan: Plan, steps: int) -> dict[str, Ticks]:
     """Train on the steps, with the gaps of every dataset checked after each."""
-    found = {content: Ticks(plan, content, 4 * plan.draws_per_block) for content in plan.mixture.contents}
+    found = {
+        content: Ticks(plan, content, 4 * plan.draws_per_block) for content in plan.mixture.contents
+    }
     for step in range(plan.origin.step, plan.origin.step + steps):
         for pack in plan.step(step):
             for source, sample, excerpt in pack.places:
@@ -138,10 +167,21 @@ def short_blocks() -> Iterator[None]:
 @example([Made(997, 3.0), Made(5000, 7.0)], False, 1024, 16, 4, 25, "samples", "longer sequence")
 @example([Made(10, 1.0, 0.3), Made(5000, 1.0)], True, 1024, 1, 1, 25, "samples", "other settings")
 def test_order_is_kept_up_to_a_40th_of_the_epoch_also_behind_a_change(
-    mixture: list[Made], twice: bool, window: int, shuffle_block: int, batch: int, steps: int, unit: str, change: str
+    mixture: list[Made],
+    twice: bool,
+    window: int,
+    shuffle_block: int,
+    batch: int,
+    steps: int,
+    unit: str,
+    change: str,
 ) -> None:
     settings = replace(
-        SETTINGS, packing_window_samples=window, shuffle_block_samples=shuffle_block, global_batch=batch, weights_in=unit
+        SETTINGS,
+        packing_window_samples=window,
+        shuffle_block_samples=shuffle_block,
+        global_batch=batch,
+        weights_in=unit,
     )
     before = Plan(sources_of(mixture, twice), settings)
     trained = follow(before, steps)
@@ -150,13 +190,21 @@ def test_order_is_kept_up_to_a_40th_of_the_epoch_also_behind_a_change(
     for content, ticks in trained.items():
         counted = origin.draws[content]
         assert ticks.gaps(whole=False, draws=counted) <= ticks.most, "passed over"
-        assert ticks.gaps(whole=True, draws=counted) <= ticks.most + 1, "besides, the rest of a sample in parts may be left"
+        assert ticks.gaps(whole=True, draws=counted) <= ticks.most + 1, (
+            "besides, the rest of a sample in parts may be left"
+        )
     if change == "longer sequence":
-        after = Plan(sources_of(mixture, twice), replace(settings, sequence_length=800, patch_budget=900), origin=origin)
+        after = Plan(
+            sources_of(mixture, twice),
+            replace(settings, sequence_length=800, patch_budget=900),
+            origin=origin,
+        )
     else:
         weighed = [replace(made, weight=1 / made.weight) for made in mixture]
         after = Plan(
-            sources_of(weighed, twice), replace(settings, packing_window_samples=33, sample_token_multiple=4), origin=origin
+            sources_of(weighed, twice),
+            replace(settings, packing_window_samples=33, sample_token_multiple=4),
+            origin=origin,
         )
     for content, ticks in follow(after, steps).items():
         assert ticks.before == origin.draws[content]

@@ -23,8 +23,16 @@ Pair = tuple[Sample, dict[str, bytes]]
 
 def make(count: int) -> list[Pair]:
     def one(number: int) -> Pair:
-        content = (Text(f"sample {number} \u00e9"), Image("a.png", 2, 3), Image("vid0.001.png", 2, 3))
-        sample = Sample(f"test:{number}", "chat", (Message("user", content), Message("assistant", (Text("yes"),))))
+        content = (
+            Text(f"sample {number} \u00e9"),
+            Image("a.png", 2, 3),
+            Image("vid0.001.png", 2, 3),
+        )
+        sample = Sample(
+            f"test:{number}",
+            "chat",
+            (Message("user", content), Message("assistant", (Text("yes"),))),
+        )
         return sample, {"vid0.001.png": bytes([number]) * 700, "a.png": bytes([number, 1])}
 
     return [one(number) for number in range(count)]
@@ -65,7 +73,9 @@ def test_the_kernel_is_told_what_comes(folder: Path, monkeypatch: pytest.MonkeyP
     told = list[tuple[int, int]]()
     dataset = Dataset.open(folder, "set")
     dataset.sample(12)
-    monkeypatch.setattr("os.posix_fadvise", lambda descriptor, offset, length, advice: told.append((offset, length)))
+    monkeypatch.setattr(
+        "os.posix_fadvise", lambda descriptor, offset, length, advice: told.append((offset, length))
+    )
     dataset.will_read(12)
     with tarfile.open(folder / "set-000001.tar") as tar:
         mine = [member for member in tar if member.name.startswith("000000012.")]
@@ -85,10 +95,16 @@ def test_the_bytes_depend_on_the_samples_only(folder: Path, tmp_path: Path) -> N
     write_shards(tmp_path / "again", "set", iter(make(25)), samples_per_shard=10)
     files = sorted(path.name for path in folder.iterdir())
     assert [path.name for path in sorted((tmp_path / "again").iterdir())] == files
-    assert all((folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes() for name in files)
+    assert all(
+        (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes() for name in files
+    )
     write_shards(tmp_path / "other", "set", make(24), samples_per_shard=10)
-    assert Dataset.open(folder, "x").fingerprint == Dataset.open(tmp_path / "again", "y").fingerprint
-    assert Dataset.open(folder, "x").fingerprint != Dataset.open(tmp_path / "other", "x").fingerprint
+    assert (
+        Dataset.open(folder, "x").fingerprint == Dataset.open(tmp_path / "again", "y").fingerprint
+    )
+    assert (
+        Dataset.open(folder, "x").fingerprint != Dataset.open(tmp_path / "other", "x").fingerprint
+    )
 
 
 def test_a_failing_source_leaves_no_half_written_shard(tmp_path: Path) -> None:
@@ -97,7 +113,10 @@ def test_a_failing_source_leaves_no_half_written_shard(tmp_path: Path) -> None:
 
     with pytest.raises(SampleError, match=r"sample test:0: media member 'a.png' is missing"):
         write_shards(tmp_path / "set", "set", source(), samples_per_shard=2)
-    assert sorted(path.name for path in (tmp_path / "set").iterdir()) == ["set-000000.tar", "set-000000.tar.qidx"]
+    assert sorted(path.name for path in (tmp_path / "set").iterdir()) == [
+        "set-000000.tar",
+        "set-000000.tar.qidx",
+    ]
 
 
 def test_an_existing_dataset_is_not_overwritten(folder: Path) -> None:
@@ -138,7 +157,9 @@ def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     tar.addfile(info, io.BytesIO(data))
 
 
-@pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize(
+    "tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
+)
 def test_index_reads_every_tar_format(tmp_path: Path, tar_format: int) -> None:
     """Reference: the offsets and names of Python's tarfile, which wrote the files; keys of 80, names above 100."""
     ref = "frame-" + "0" * 60 + ".png"
@@ -186,7 +207,9 @@ PICTURE = to_json(Sample("x:2", "doc", content=(Image("a.png", 1, 1),))).encode(
         ([("1.json", b"{}")], "sample a.tar:1: id: missing"),
     ],
 )
-def test_index_refuses_broken_contents(tmp_path: Path, members: list[tuple[str, bytes]], message: str) -> None:
+def test_index_refuses_broken_contents(
+    tmp_path: Path, members: list[tuple[str, bytes]], message: str
+) -> None:
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for name, data in members:
             add(tar, name, data)
@@ -207,9 +230,15 @@ def overwrite(offset: int) -> Callable[[bytes], bytes]:
         (lambda data: data[:300], "truncated at byte 300"),
         (lambda data: data[: len(data) * 6 // 10], "truncated"),
         (lambda data: data[: len(data.rstrip(b"\0")) // 512 * 512 + 512], "truncated at byte"),
-        (lambda data: data[: len(data.rstrip(b"\0")) // 512 * 512 + 1024], "end of the archive is incomplete"),
+        (
+            lambda data: data[: len(data.rstrip(b"\0")) // 512 * 512 + 1024],
+            "end of the archive is incomplete",
+        ),
         (overwrite(3584), "no valid member header at byte 3584"),
-        (lambda data: data[:3584] + bytes(512) + data[4096:], "a zero block at byte 3584 with more data after it"),
+        (
+            lambda data: data[:3584] + bytes(512) + data[4096:],
+            "a zero block at byte 3584 with more data after it",
+        ),
     ],
 )
 def test_index_finds_damage(folder: Path, damage: Callable[[bytes], bytes], message: str) -> None:
@@ -228,7 +257,9 @@ def test_index_finds_damage(folder: Path, damage: Callable[[bytes], bytes], mess
 def test_open_names_the_option_and_the_fix(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^data\.datasets\.mine\.path: no folder .*/nowhere$"):
         Dataset.open(tmp_path / "nowhere", "mine")
-    with pytest.raises(UserError, match=r"^data\.validation\.mine\.path: .*: run python launch/data\.py index "):
+    with pytest.raises(
+        UserError, match=r"^data\.validation\.mine\.path: .*: run python launch/data\.py index "
+    ):
         Dataset.open(tmp_path, "mine", group="data.validation")
     shard = folder / "set-000001.tar"
     data = shard.read_bytes()
@@ -236,7 +267,9 @@ def test_open_names_the_option_and_the_fix(folder: Path, tmp_path: Path) -> None
     with pytest.raises(UserError, match=rf"has {len(data) - 512} bytes, {len(data)} were indexed"):
         Dataset.open(folder, "mine")
     shard.unlink()
-    with pytest.raises(UserError, match=r"data\.datasets\.mine\.path: shard .*set-000001\.tar is missing"):
+    with pytest.raises(
+        UserError, match=r"data\.datasets\.mine\.path: shard .*set-000001\.tar is missing"
+    ):
         Dataset.open(folder, "mine")
 
 
@@ -249,7 +282,9 @@ def test_open_names_the_option_and_the_fix(folder: Path, tmp_path: Path) -> None
         (lambda manifest: manifest["shards"][0].update(file="../set.tar"), "no file of its folder"),
     ],
 )
-def test_open_refuses_a_strange_manifest(folder: Path, change: Callable[[dict[str, object]], object], message: str) -> None:
+def test_open_refuses_a_strange_manifest(
+    folder: Path, change: Callable[[dict[str, object]], object], message: str
+) -> None:
     manifest = json.loads((folder / "dataset.json").read_bytes())
     change(manifest)
     (folder / "dataset.json").write_text(json.dumps(manifest))
@@ -260,7 +295,9 @@ def test_open_refuses_a_strange_manifest(folder: Path, change: Callable[[dict[st
 def test_a_foreign_or_missing_index_is_refused(folder: Path) -> None:
     index = folder / "set-000000.tar.qidx"
     index.write_bytes((folder / "set-000001.tar.qidx").read_bytes())
-    with pytest.raises(UserError, match=r"does not match dataset\.json: run python launch/data\.py index"):
+    with pytest.raises(
+        UserError, match=r"does not match dataset\.json: run python launch/data\.py index"
+    ):
         Dataset.open(folder, "set").sample(0)
     index.unlink()
     with pytest.raises(UserError, match="is missing or empty: run python"):
@@ -275,9 +312,13 @@ def test_changed_bytes_are_never_served(folder: Path) -> None:
     data[data.index(b"sample 3")] ^= 1
     data[data.index(bytes([4]) * 700)] ^= 1
     path.write_bytes(data)
-    with pytest.raises(SampleError, match=r"sample set-000000.tar:000000003: json: the bytes changed"):
+    with pytest.raises(
+        SampleError, match=r"sample set-000000.tar:000000003: json: the bytes changed"
+    ):
         dataset.sample(3)
-    with pytest.raises(SampleError, match=r"sample set-000000.tar:000000004: vid0.001.png: the bytes changed"):
+    with pytest.raises(
+        SampleError, match=r"sample set-000000.tar:000000004: vid0.001.png: the bytes changed"
+    ):
         dataset.member(4, "vid0.001.png")
     with pytest.raises(SampleError, match=r"no\.png: no such media member"):
         dataset.member(5, "no.png")

@@ -16,7 +16,11 @@ av = pytest.importorskip("av")
 
 
 def video(
-    frames: int, rate: int = 25, sides: tuple[int, int] = (48, 64), container: str = "mp4", codec: str = "mpeg4"
+    frames: int,
+    rate: int = 25,
+    sides: tuple[int, int] = (48, 64),
+    container: str = "mp4",
+    codec: str = "mpeg4",
 ) -> bytes:
     """A film of noise."""
     file, noise = io.BytesIO(), np.random.default_rng(0)
@@ -45,7 +49,10 @@ def test_a_picture_is_not_decoded() -> None:
     assert probe("a.png", data[: len(data) // 2]) == MediaFacts("image", 200, 300, 1)
 
 
-@pytest.mark.parametrize(("container", "codec"), [("mp4", "mpeg4"), ("matroska", "mpeg4"), ("mp4", "h264"), ("avi", "mpeg4")])
+@pytest.mark.parametrize(
+    ("container", "codec"),
+    [("mp4", "mpeg4"), ("matroska", "mpeg4"), ("mp4", "h264"), ("avi", "mpeg4")],
+)
 def test_a_video_of_every_container(container: str, codec: str) -> None:
     data = video(30, 10, container=container, codec=codec)
     found = probe(f"vid0.{'mkv' if container == 'matroska' else container}", data)
@@ -98,7 +105,17 @@ def test_differences_are_sentences() -> None:
     film = MediaFacts("video", 64, 48, 30, 10.0, 3.0)
     assert difference(film, film) == ""
     assert difference(film, MediaFacts("video", 64, 48, 30, 10.05, 3.01)) == ""
-    assert difference(film, MediaFacts("video", 48, 64, 30, 10.0, 3.0)) == "48x64 pixels, the sample says 64x48"
-    assert difference(film, MediaFacts("video", 64, 48, 31, 10.0, 3.0)) == "31 frames, the sample says 30"
-    assert difference(film, MediaFacts("video", 64, 48, 30, 25.0, 3.0)) == "fps 25, the sample says 10"
-    assert difference(MediaFacts("image", 3, 4, 1), MediaFacts("image")) == "its header cannot be read"
+    assert (
+        difference(film, MediaFacts("video", 48, 64, 30, 10.0, 3.0))
+        == "48x64 pixels, the sample says 64x48"
+    )
+    assert (
+        difference(film, MediaFacts("video", 64, 48, 31, 10.0, 3.0))
+        == "31 frames, the sample says 30"
+    )
+    assert (
+        difference(film, MediaFacts("video", 64, 48, 30, 25.0, 3.0)) == "fps 25, the sample says 10"
+    )
+    assert (
+        difference(MediaFacts("image", 3, 4, 1), MediaFacts("image")) == "its header cannot be read"
+    )

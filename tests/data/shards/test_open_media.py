@@ -63,7 +63,11 @@ def test_nothing_else_opens_media() -> None:
             opened = [
                 call
                 for call in calls
-                if (isinstance(call, ast.Attribute) and call.attr == "open" and _first_name(call) in names)
+                if (
+                    isinstance(call, ast.Attribute)
+                    and call.attr == "open"
+                    and _first_name(call) in names
+                )
                 or (isinstance(call, ast.Name) and call.id == "open" and "open" in names)
             ]
             found |= {str(file.relative_to(ROOT))} if opened else set()
@@ -97,15 +101,24 @@ def playlists(target: Path) -> dict[str, bytes]:
         "pdf": b"%PDF-1.4\n1 0 obj\n",
         "y4m": b"YUV4MPEG2 W16 H16 F25:1 Ip A0:0 C420\nFRAME\n" + bytes(384),
         "raw h264": b"\0\0\0\1\x67\x42\0\x0a\xf8\x41\xa2\0\0\0\1\x68\xce\x38\x80",
-        "ogg": video(4, container="ogg", codec="libtheora") if "libtheora" in av.codecs_available else b"OggS\0\2" + bytes(99),
-        "gif": saved(Pillow.new("P", (16, 16)), "GIF", save_all=True, append_images=[Pillow.new("P", (16, 16), 1)]),
+        "ogg": video(4, container="ogg", codec="libtheora")
+        if "libtheora" in av.codecs_available
+        else b"OggS\0\2" + bytes(99),
+        "gif": saved(
+            Pillow.new("P", (16, 16)),
+            "GIF",
+            save_all=True,
+            append_images=[Pillow.new("P", (16, 16), 1)],
+        ),
         "wav": b"RIFF\x24\0\0\0WAVEfmt \x10\0\0\0\1\0\1\0" + bytes(24),
         "nothing": b"",
     }
 
 
 @pytest.mark.parametrize("kind", playlists(Path("x")))
-def test_a_video_of_another_kind_is_not_opened(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_video_of_another_kind_is_not_opened(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A file of 50 bytes played one of the working folder; decided by the first bytes, whatever the name says."""
     target = tmp_path / "secret.mp4"
     target.write_bytes(video(5))
@@ -123,7 +136,13 @@ def with_reference(name: str) -> bytes:
     data = bytearray(video(5, container="mov"))
     place = data.index(b"url \0\0\0\1")  # the media are in this file
     path = name.encode()
-    alias = b"alis\0\0\0\0" + struct.pack(">4sH", bytes(4), 150) + bytes(138) + struct.pack(">hh", 2, len(path)) + path
+    alias = (
+        b"alis\0\0\0\0"
+        + struct.pack(">4sH", bytes(4), 150)
+        + bytes(138)
+        + struct.pack(">hh", 2, len(path))
+        + path
+    )
     alias += b"\0" * (len(path) % 2) + struct.pack(">hh", -1, 0)
     grown = struct.pack(">I", len(alias) + 4) + alias
     data[place - 4 : place + 8] = grown
@@ -134,11 +153,20 @@ def with_reference(name: str) -> bytes:
     return bytes(data)
 
 
-def test_a_reference_of_quicktime_to_another_file_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reference_of_quicktime_to_another_file_is_not_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It would wait for a pipe for ever."""
     monkeypatch.chdir(tmp_path)
     os.mkfifo(tmp_path / "secret.mov")
-    assert try_reader(prepare_video, [with_reference("secret.mov"), with_reference("secret.mov")[:-200]], (Skip,)) == 2
+    assert (
+        try_reader(
+            prepare_video,
+            [with_reference("secret.mov"), with_reference("secret.mov")[:-200]],
+            (Skip,),
+        )
+        == 2
+    )
 
 
 @pytest.mark.parametrize(
@@ -160,16 +188,24 @@ def test_every_container_that_is_read(container: str, codec: str, name: str) -> 
     assert container_of(data) == name
     with open_video(data) as opened, av.open(io.BytesIO(data)) as reference:
         found = [(packet.pts, packet.size) for packet in packets_of(opened)]
-        assert found == [(packet.pts, packet.size) for packet in reference.demux(video=0) if packet.size]
+        assert found == [
+            (packet.pts, packet.size) for packet in reference.demux(video=0) if packet.size
+        ]
 
 
 def test_a_codec_that_no_video_has_is_refused() -> None:
     """Text screens, pictures and the like inside of an allowed container."""
-    with pytest.raises(MediaError, match="codec asv1 is not read"), open_video(video(3, container="avi", codec="asv1")):
+    with (
+        pytest.raises(MediaError, match="codec asv1 is not read"),
+        open_video(video(3, container="avi", codec="asv1")),
+    ):
         pass
 
 
-@pytest.mark.parametrize("kind", ["ICO", "PPM", "TGA", "PCX", "ICNS", "DDS", "JPEG2000", "EPS", "PDF", "SGI", "IM", "AVIF"])
+@pytest.mark.parametrize(
+    "kind",
+    ["ICO", "PPM", "TGA", "PCX", "ICNS", "DDS", "JPEG2000", "EPS", "PDF", "SGI", "IM", "AVIF"],
+)
 def test_a_picture_of_another_kind_is_not_opened(kind: str) -> None:
     try:
         data = saved(Pillow.new("RGB", (32, 32)), kind)
@@ -195,7 +231,9 @@ def blank_png(width: int, height: int, *extra: bytes, colours: int = 0) -> bytes
     row = bytes(1 + width * (1, 0, 3, 0, 0, 0, 4)[colours])
     body = b"".join(rows.compress(row) for _ in range(height)) + rows.flush()
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, colours, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + head + b"".join(extra) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + head + b"".join(extra) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+    )
 
 
 def test_a_bomb_is_refused_from_its_header_and_the_largest_allowed_one_is_cheap() -> None:
@@ -228,7 +266,9 @@ def test_a_gif_of_comments_and_a_jpeg_of_scans_are_refused() -> None:
     comments = gif[:place] + b"!\xfe" + (b"\xff" + b"x" * 255) * 40_000 + b"\0" + gif[place:]
     with pytest.raises(MediaError, match="bytes of comments"):
         open_picture(comments)
-    assert open_picture(gif[:place] + b"!\xfe" + (b"\xff" + b"x" * 255) * 4 + b"\0" + gif[place:]).size == (16, 16)
+    assert open_picture(
+        gif[:place] + b"!\xfe" + (b"\xff" + b"x" * 255) * 4 + b"\0" + gif[place:]
+    ).size == (16, 16)
 
     jpeg = saved(Pillow.new("L", (8000, 8000)), "JPEG", progressive=True)
     start = jpeg.index(b"\xff\xda")
@@ -244,7 +284,18 @@ def test_only_the_first_picture_of_an_animation_is_looked_at() -> None:
 
 
 def test_a_tiff_with_a_huge_tile_is_refused() -> None:
-    tags = [(256, 8), (257, 8), (258, 8), (259, 8), (262, 1), (277, 1), (322, 40_000), (323, 40_000), (324, 200), (325, 9)]
+    tags = [
+        (256, 8),
+        (257, 8),
+        (258, 8),
+        (259, 8),
+        (262, 1),
+        (277, 1),
+        (322, 40_000),
+        (323, 40_000),
+        (324, 200),
+        (325, 9),
+    ]
     data = b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags))
     data += b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags) + bytes(4)
     with pytest.raises(Skip, match="tiles of"):
@@ -259,7 +310,12 @@ def test_tags_that_share_a_megabyte_are_refused(where: str) -> None:
         entries = b"".join(struct.pack("<HHII", 300 + number, 7, size, 8) for number in range(tags))
         return struct.pack("<H", tags) + entries + bytes(4)
 
-    data = b"II*\0" + struct.pack("<I", 1 << 20) + bytes((1 << 20) - 8) + directory(60_000, 1_000_000, 8)
+    data = (
+        b"II*\0"
+        + struct.pack("<I", 1 << 20)
+        + bytes((1 << 20) - 8)
+        + directory(60_000, 1_000_000, 8)
+    )
     if where == "exif":
         pointer = struct.pack("<H", 1) + struct.pack("<HHII", 34665, 4, 1, 1 << 20) + bytes(4)
         data = data[:4] + struct.pack("<I", len(data)) + data[8:] + pointer
@@ -300,7 +356,9 @@ def test_a_truncated_picture_is_an_error_and_never_gray_below() -> None:
         (b"elst", 8, 1_000_000),
     ],
 )
-def test_an_mp4_whose_tables_lie_is_refused_before_ffmpeg_believes_them(box: bytes, skip: int, count: int) -> None:
+def test_an_mp4_whose_tables_lie_is_refused_before_ffmpeg_believes_them(
+    box: bytes, skip: int, count: int
+) -> None:
     """A sample table of equal sizes counts 400 million frames in 30 bytes: FFmpeg made 10 GB of it."""
     data = bytearray(video(5))
     place = data.index(box)

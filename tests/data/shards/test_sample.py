@@ -34,7 +34,13 @@ CHAT: dict[str, Any] = {
             "role": "user",
             "content": [
                 {"type": "image", "ref": "img0.png", "w": 64, "h": 32, "max_pixels": 4096},
-                {"type": "video", "frames": ["vid0.000.png", "vid0.001.png"], "t": [0.0, 0.5], "w": 32, "h": 32},
+                {
+                    "type": "video",
+                    "frames": ["vid0.000.png", "vid0.001.png"],
+                    "t": [0.0, 0.5],
+                    "w": 32,
+                    "h": 32,
+                },
                 {"type": "text", "text": "Where is it at ", "loss": 0.5},
                 {"type": "time", "t": 12.5, "fmt": "hms"},
             ],
@@ -91,7 +97,9 @@ def test_every_element_is_read() -> None:
 def test_json_reads_back_equal() -> None:
     sample = parse_sample(CHAT)
     assert parse_sample(to_json(sample)) == sample
-    document = Sample("d", "doc", content=(Text("a\u00e9 "), Image("i.png", 1, 2)), tools=({"name": "f"},))
+    document = Sample(
+        "d", "doc", content=(Text("a\u00e9 "), Image("i.png", 1, 2)), tools=({"name": "f"},)
+    )
     assert parse_sample(to_json(document).encode()) == document
 
 
@@ -136,7 +144,10 @@ def test_a_video_may_be_a_file() -> None:
     )
     assert video.frame_count == 3
     assert parse_sample(film()).refs == ("vid0.mp4",)
-    for raw in (film(), film(t=None, start=None, end=None, sample_fps=None, max_frames=None, total_pixels=None)):
+    for raw in (
+        film(),
+        film(t=None, start=None, end=None, sample_fps=None, max_frames=None, total_pixels=None),
+    ):
         assert json.loads(to_json(parse_sample(raw))) == raw
 
 
@@ -159,10 +170,20 @@ def test_mistakes_in_a_video_file_are_named(changes: dict[str, Any], problem: st
 
 
 def test_tool_calls_end_an_assistants_turn() -> None:
-    call: dict[str, Any] = {"type": "tool_call", "name": "f", "arguments": {"x": [1, "\u00e9"]}, "loss": 0.5}
+    call: dict[str, Any] = {
+        "type": "tool_call",
+        "name": "f",
+        "arguments": {"x": [1, "\u00e9"]},
+        "loss": 0.5,
+    }
 
     def chat(role: str, *content: dict[str, Any]) -> dict[str, Any]:
-        return {"v": 1, "id": "c", "kind": "chat", "messages": [{"role": role, "content": list(content)}]}
+        return {
+            "v": 1,
+            "id": "c",
+            "kind": "chat",
+            "messages": [{"role": role, "content": list(content)}],
+        }
 
     text = {"type": "text", "text": "hm"}
     raw = chat("assistant", text, call, call)
@@ -205,36 +226,116 @@ def test_unknown_keys_are_tolerated_and_kept_at_the_top() -> None:
         ("weight", -1, "weight: at least 0 expected"),
         ("weight", True, "weight: a finite number expected, got True"),
         ("meta", [], "meta: an object expected, got list"),
-        ("messages.1.role", "bot", "messages[1].role: one of system, user, assistant, tool expected, got 'bot'"),
+        (
+            "messages.1.role",
+            "bot",
+            "messages[1].role: one of system, user, assistant, tool expected, got 'bot'",
+        ),
         ("messages.1.role", ["user"], "messages[1].role: one of"),
         ("messages.1.role", "system", "messages[1].role: a system message comes first"),
         ("messages.1.content.0", 7, "messages[1].content[0]: an object expected, got int"),
         ("messages.1.content.0.type", "audio", "messages[1].content[0].type: one of text, image"),
-        ("messages.1.content.0.ref", "../etc/passwd", "messages[1].content[0].ref: a plain member name"),
-        ("messages.1.content.0.ref", "/img0.png", "messages[1].content[0].ref: a plain member name"),
+        (
+            "messages.1.content.0.ref",
+            "../etc/passwd",
+            "messages[1].content[0].ref: a plain member name",
+        ),
+        (
+            "messages.1.content.0.ref",
+            "/img0.png",
+            "messages[1].content[0].ref: a plain member name",
+        ),
         ("messages.1.content.0.ref", "json", "messages[1].content[0].ref: a plain member name"),
         ("messages.1.content.0.ref", "a..png", "messages[1].content[0].ref: a plain member name"),
-        ("messages.1.content.0.ref", "img0.png\n", "messages[1].content[0].ref: a plain member name"),
-        ("messages.1.content.0.w", 0, "messages[1].content[0].w: an integer of at least 1 expected, got 0"),
-        ("messages.1.content.0.w", 64.0, "messages[1].content[0].w: an integer of at least 1 expected"),
-        ("messages.1.content.1.frames", [], "messages[1].content[1].frames: at least one frame expected"),
-        ("messages.1.content.1.frames.1", "a/b", "messages[1].content[1].frames[1]: a plain member name"),
-        ("messages.1.content.1.t", [0.0], "messages[1].content[1].t: one time for each of the 2 frames expected, got 1"),
+        (
+            "messages.1.content.0.ref",
+            "img0.png\n",
+            "messages[1].content[0].ref: a plain member name",
+        ),
+        (
+            "messages.1.content.0.w",
+            0,
+            "messages[1].content[0].w: an integer of at least 1 expected, got 0",
+        ),
+        (
+            "messages.1.content.0.w",
+            64.0,
+            "messages[1].content[0].w: an integer of at least 1 expected",
+        ),
+        (
+            "messages.1.content.1.frames",
+            [],
+            "messages[1].content[1].frames: at least one frame expected",
+        ),
+        (
+            "messages.1.content.1.frames.1",
+            "a/b",
+            "messages[1].content[1].frames[1]: a plain member name",
+        ),
+        (
+            "messages.1.content.1.t",
+            [0.0],
+            "messages[1].content[1].t: one time for each of the 2 frames expected, got 1",
+        ),
         ("messages.1.content.1.t", [1.0, 0.5], "messages[1].content[1].t: times must not decrease"),
-        ("messages.1.content.1.ref", "vid0.mp4", "messages[1].content[1].frames: an integer of at least 1 expected"),
+        (
+            "messages.1.content.1.ref",
+            "vid0.mp4",
+            "messages[1].content[1].frames: an integer of at least 1 expected",
+        ),
         ("messages.1.content.1.end", -1, "messages[1].content[1].end: at least 0 expected"),
-        ("messages.1.content.1.max_frames", 0, "messages[1].content[1].max_frames: an integer of at least 1 expected"),
+        (
+            "messages.1.content.1.max_frames",
+            0,
+            "messages[1].content[1].max_frames: an integer of at least 1 expected",
+        ),
         ("messages.1.content.2.loss", -0.1, "messages[1].content[2].loss: at least 0 expected"),
-        ("messages.1.content.3.t", float("nan"), "messages[1].content[3].t: a finite number expected, got nan"),
-        ("messages.1.content.3.t", 10**400, "messages[1].content[3].t: a finite number expected, got 1000"),
-        ("messages.1.content.1.t", [0.0, float("-inf")], "messages[1].content[1].t[1]: a finite number expected, got -inf"),
-        ("messages.1.content.1.t", [-0.5, 0.5], "messages[1].content[1].t[0]: at least 0 expected, got -0.5"),
-        ("messages.1.content.3.type", "think", "messages[1].content[3].type: think belongs to assistant"),
-        ("messages.2.content.1.xyxy", [float("-inf"), 0.0, 1.0, 1.0], "messages[2].content[1].xyxy[0]: a finite number"),
-        ("messages.2.content.1.xyxy", [1, 2, 3], "messages[2].content[1].xyxy: 4 numbers expected, got 3"),
-        ("messages.2.content.1.xyxy", [9, 2, 3, 4], "messages[2].content[1].xyxy: x1 <= x2 and y1 <= y2 expected"),
+        (
+            "messages.1.content.3.t",
+            float("nan"),
+            "messages[1].content[3].t: a finite number expected, got nan",
+        ),
+        (
+            "messages.1.content.3.t",
+            10**400,
+            "messages[1].content[3].t: a finite number expected, got 1000",
+        ),
+        (
+            "messages.1.content.1.t",
+            [0.0, float("-inf")],
+            "messages[1].content[1].t[1]: a finite number expected, got -inf",
+        ),
+        (
+            "messages.1.content.1.t",
+            [-0.5, 0.5],
+            "messages[1].content[1].t[0]: at least 0 expected, got -0.5",
+        ),
+        (
+            "messages.1.content.3.type",
+            "think",
+            "messages[1].content[3].type: think belongs to assistant",
+        ),
+        (
+            "messages.2.content.1.xyxy",
+            [float("-inf"), 0.0, 1.0, 1.0],
+            "messages[2].content[1].xyxy[0]: a finite number",
+        ),
+        (
+            "messages.2.content.1.xyxy",
+            [1, 2, 3],
+            "messages[2].content[1].xyxy: 4 numbers expected, got 3",
+        ),
+        (
+            "messages.2.content.1.xyxy",
+            [9, 2, 3, 4],
+            "messages[2].content[1].xyxy: x1 <= x2 and y1 <= y2 expected",
+        ),
         ("messages.2.content.1.image", 1, "box.image: picture 1 of 1"),
-        ("messages.2.content.2.xy", [10, 1001], "messages[2].content[2].xy: numbers from 0 to 1000 expected"),
+        (
+            "messages.2.content.2.xy",
+            [10, 1001],
+            "messages[2].content[2].xy: numbers from 0 to 1000 expected",
+        ),
     ],
 )
 def test_mistakes_name_the_sample_and_the_field(path: str, value: Any, message: str) -> None:
@@ -249,7 +350,9 @@ def test_mistakes_name_the_sample_and_the_field(path: str, value: Any, message: 
     assert str(caught.value).startswith(f"sample digits:12: {message}")
 
 
-@pytest.mark.parametrize("raw", [b"{", b"\xff\xfe{}", b"[1]", b"{}", b"[" * 100_000, b'{"id": ""}', b'{"id": 3}'])
+@pytest.mark.parametrize(
+    "raw", [b"{", b"\xff\xfe{}", b"[1]", b"{}", b"[" * 100_000, b'{"id": ""}', b'{"id": 3}']
+)
 def test_broken_json_names_where_it_lies(raw: bytes) -> None:
     with pytest.raises(SampleError, match=r"^sample shard\.tar:000000003: "):
         parse_sample(raw, origin="shard.tar:000000003")
@@ -257,11 +360,20 @@ def test_broken_json_names_where_it_lies(raw: bytes) -> None:
 
 def test_errors_travel_between_processes() -> None:
     error = pickle.loads(pickle.dumps(SampleError("a:1", "messages[0].role", "wrong")))
-    assert (str(error), error.sample_id, error.where) == ("sample a:1: messages[0].role: wrong", "a:1", "messages[0].role")
+    assert (str(error), error.sample_id, error.where) == (
+        "sample a:1: messages[0].role: wrong",
+        "a:1",
+        "messages[0].role",
+    )
 
 
 @pytest.mark.parametrize("name", ["train", "weight", "loss_mask", "is_trained", "train_detail"])
 def test_a_mark_of_the_loss_that_the_schema_has_no_word_for_is_refused(name: str) -> None:
-    turns = [{"role": "user", "content": "a", "name": "me"}, {"role": "assistant", "content": "b", name: 0}]
-    with pytest.raises(SampleError, match=rf"sample x: messages\[1\]\.{name}: unknown mark of the loss"):
+    turns = [
+        {"role": "user", "content": "a", "name": "me"},
+        {"role": "assistant", "content": "b", name: 0},
+    ]
+    with pytest.raises(
+        SampleError, match=rf"sample x: messages\[1\]\.{name}: unknown mark of the loss"
+    ):
         parse_sample({"v": 1, "id": "x", "kind": "chat", "messages": turns})

@@ -9,14 +9,38 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
-from visionloom.data.shards.sample import KINDS, ROLES, SPACES, TIME_FORMATS, SampleError, parse_sample, to_json
+from visionloom.data.shards.sample import (
+    KINDS,
+    ROLES,
+    SPACES,
+    TIME_FORMATS,
+    SampleError,
+    parse_sample,
+    to_json,
+)
 
-SCHEMA = json.loads(resources.files("visionloom.data.shards").joinpath("schema/sample-v1.json").read_text())
+SCHEMA = json.loads(
+    resources.files("visionloom.data.shards").joinpath("schema/sample-v1.json").read_text()
+)
 VALIDATOR = Draft202012Validator(SCHEMA)
 
 IMAGE: dict[str, Any] = {"type": "image", "ref": "img0.jpg", "w": 4, "h": 3}
-FILM: dict[str, Any] = {"type": "video", "frames": ["vid0.000.jpg", "vid0.001.jpg"], "t": [0.0, 0.5], "w": 4, "h": 3}
-FILE: dict[str, Any] = {"type": "video", "ref": "v.mp4", "w": 4, "h": 3, "frames": 9, "fps": 29.97, "duration": 0.3}
+FILM: dict[str, Any] = {
+    "type": "video",
+    "frames": ["vid0.000.jpg", "vid0.001.jpg"],
+    "t": [0.0, 0.5],
+    "w": 4,
+    "h": 3,
+}
+FILE: dict[str, Any] = {
+    "type": "video",
+    "ref": "v.mp4",
+    "w": 4,
+    "h": 3,
+    "frames": 9,
+    "fps": 29.97,
+    "duration": 0.3,
+}
 TEXT: dict[str, Any] = {"type": "text", "text": "x"}
 BOX: dict[str, Any] = {"type": "box", "image": 0, "xyxy": [0, 1, 2.5, 3]}
 CALL: dict[str, Any] = {"type": "tool_call", "name": "f", "arguments": {"a": [1]}}
@@ -27,7 +51,13 @@ def doc(*elements: Any, **top: Any) -> dict[str, Any]:
 
 
 def chat(*messages: tuple[str, Any], **top: Any) -> dict[str, Any]:
-    return {"v": 1, "id": "a", "kind": "chat", "messages": [{"role": r, "content": c} for r, c in messages], **top}
+    return {
+        "v": 1,
+        "id": "a",
+        "kind": "chat",
+        "messages": [{"role": r, "content": c} for r, c in messages],
+        **top,
+    }
 
 
 def without(values: dict[str, Any], name: str) -> dict[str, Any]:
@@ -38,15 +68,35 @@ GOOD = [
     doc(TEXT),
     doc({"type": "text", "text": "", "loss": 0}, {**TEXT, "loss": None}, IMAGE, FILM, FILE),
     doc({**IMAGE, "min_pixels": 1, "max_pixels": None}, {**BOX, "label": "cat", "space": "px"}),
-    doc(IMAGE, {**BOX, "xyxy": [0, 0, 1000, 1000], "space": "relative1000"}, {"type": "point", "image": 0, "xy": [-1, 2000]}),
+    doc(
+        IMAGE,
+        {**BOX, "xyxy": [0, 0, 1000, 1000], "space": "relative1000"},
+        {"type": "point", "image": 0, "xy": [-1, 2000]},
+    ),
     doc({"type": "time", "t": 12.5}, {"type": "time", "t": 0, "fmt": "hms"}),
-    doc({**FILE, "t": [0.1 * n for n in range(9)], "start": 0, "end": 2.5, "sample_fps": 0.5, "max_frames": 4}),
+    doc(
+        {
+            **FILE,
+            "t": [0.1 * n for n in range(9)],
+            "start": 0,
+            "end": 2.5,
+            "sample_fps": 0.5,
+            "max_frames": 4,
+        }
+    ),
     doc({**FILM, "total_pixels": 100, "start": None}, {**FILE, "t": None}),
     doc(TEXT, unknown={"a": 1}, weight=0, task=None, meta=None, tools=None),
     doc(TEXT, weight=0.5, task="ocr", meta={"url": "u"}, tools=[{"name": "f"}]),
     doc({**TEXT, "unknown": [1]}, messages=5),
     chat(("user", "hello"), ("assistant", [{"type": "think", "text": "hm"}, TEXT, CALL])),
-    chat(("system", "s"), ("user", [IMAGE]), ("assistant", []), ("tool", "r"), ("assistant", "a"), content=3),
+    chat(
+        ("system", "s"),
+        ("user", [IMAGE]),
+        ("assistant", []),
+        ("tool", "r"),
+        ("assistant", "a"),
+        content=3,
+    ),
     {**chat(("user", "q")), "messages": [{"role": "user", "content": "q", "loss": 0.5}]},
 ]
 BAD = [
@@ -76,7 +126,10 @@ BAD = [
     doc({"type": "think", "text": "x"}),
     doc(CALL),
     *(doc(without(IMAGE, name)) for name in ("ref", "w", "h")),
-    *(doc({**IMAGE, "ref": ref}) for ref in ("../a.jpg", "/a.jpg", "a/b.jpg", ".jpg", "json", "a..b", "", "a" * 81, "a b", 1)),
+    *(
+        doc({**IMAGE, "ref": ref})
+        for ref in ("../a.jpg", "/a.jpg", "a/b.jpg", ".jpg", "json", "a..b", "", "a" * 81, "a b", 1)
+    ),
     *(doc({**IMAGE, "w": width}) for width in (0, -1, 1.5, "4", None, True)),
     doc({**IMAGE, "max_pixels": 0}),
     *(doc(without(FILM, name)) for name in ("frames", "t", "w", "h")),
@@ -135,7 +188,9 @@ def test_the_schema_is_a_schema() -> None:
 def test_both_accept(sample: dict[str, Any]) -> None:
     assert [error.message for error in VALIDATOR.iter_errors(sample)] == []
     written = json.loads(to_json(parse_sample(json.dumps(sample))))
-    assert [error.message for error in VALIDATOR.iter_errors(written)] == [], "what is written keeps to the schema too"
+    assert [error.message for error in VALIDATOR.iter_errors(written)] == [], (
+        "what is written keeps to the schema too"
+    )
 
 
 @pytest.mark.parametrize("sample", BAD, ids=range(len(BAD)))
@@ -153,7 +208,13 @@ def test_the_words_of_the_schema_are_those_of_the_code() -> None:
 
 
 def _paths(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    items = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     return [path, *(found for key, inner in items for found in _paths(inner, (*path, key)))]
 
 
@@ -166,9 +227,13 @@ def test_both_agree_when_any_value_is_replaced(data: st.DataObject) -> None:
     inner = sample
     for key in path[:-1]:
         inner = inner[key]
-    inner[path[-1]] = data.draw(st.sampled_from([None, True, "", "x", -1, 1, [], {}, [{}], ["a.b"]]))
+    inner[path[-1]] = data.draw(
+        st.sampled_from([None, True, "", "x", -1, 1, [], {}, [{}], ["a.b"]])
+    )
     if parses(sample):
         assert VALIDATOR.is_valid(sample)
     elif VALIDATOR.is_valid(sample):
-        with pytest.raises(SampleError, match=r"for each of the|decrease|<= x2|after start|count from 0|come last"):
+        with pytest.raises(
+            SampleError, match=r"for each of the|decrease|<= x2|after start|count from 0|come last"
+        ):
             parse_sample(json.dumps(sample))

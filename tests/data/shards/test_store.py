@@ -21,7 +21,14 @@ from visionloom.data.shards import store
 from visionloom.data.shards.dataset import Dataset
 from visionloom.data.shards.range_cache import RangeCache
 from visionloom.data.shards.sample import SampleError
-from visionloom.data.shards.store import MissingBytes, RemoteStore, StoreError, open_store, shown, wait_before
+from visionloom.data.shards.store import (
+    MissingBytes,
+    RemoteStore,
+    StoreError,
+    open_store,
+    shown,
+    wait_before,
+)
 from visionloom.data.shards.write import write_shards
 from visionloom.data.stream.read_ahead import AheadReader, ByteBudget, Wanted
 from visionloom.tests.data.faulty_server import FaultyServer, serving
@@ -40,7 +47,12 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data") / "set"
-    write_shards(path, "set", [*map(picture_question, range(6)), *(film(number, 5) for number in range(4))], 5)
+    write_shards(
+        path,
+        "set",
+        [*map(picture_question, range(6)), *(film(number, 5) for number in range(4))],
+        5,
+    )
     return path
 
 
@@ -79,7 +91,9 @@ def test_connections_are_kept(server: FaultyServer) -> None:
 
 @pytest.mark.parametrize("fault", ["503", "stall", "reset", "truncated", "wrong range", "garbage"])
 def test_a_fault_of_the_way_is_repaired(server: FaultyServer, folder: Path, fault: str) -> None:
-    dataset = Dataset.open(server.url, "set", config=replace(QUICK, timeout_seconds=1.0 if fault == "stall" else 30.0))
+    dataset = Dataset.open(
+        server.url, "set", config=replace(QUICK, timeout_seconds=1.0 if fault == "stall" else 30.0)
+    )
     expected = everything(Dataset.open(folder, "set"))[7][1]["vid0.002.png"]
     server.faults = [fault] if fault == "garbage" else [fault, fault]
     assert dataset.member(7, "vid0.002.png") == expected
@@ -88,16 +102,26 @@ def test_a_fault_of_the_way_is_repaired(server: FaultyServer, folder: Path, faul
 
 @pytest.mark.parametrize(
     ("fault", "named"),
-    [("503", "HTTP 503"), ("stall", "no answer within|timed out"), ("reset", "[Cc]onnection"), ("truncated", "bytes")],
+    [
+        ("503", "HTTP 503"),
+        ("stall", "no answer within|timed out"),
+        ("reset", "[Cc]onnection"),
+        ("truncated", "bytes"),
+    ],
 )
-def test_a_store_that_stays_away_stops_the_run(server: FaultyServer, fault: str, named: str) -> None:
+def test_a_store_that_stays_away_stops_the_run(
+    server: FaultyServer, fault: str, named: str
+) -> None:
     dataset = Dataset.open(
-        server.url, "set", config=replace(QUICK, timeout_seconds=0.3 if fault == "stall" else 30.0, retries=2)
+        server.url,
+        "set",
+        config=replace(QUICK, timeout_seconds=0.3 if fault == "stall" else 30.0, retries=2),
     )
     dataset.location(0)
     server.faults = [fault] * 9
     with pytest.raises(
-        StoreError, match=rf"{server.url}/set-000000\.tar cannot be read: 3 attempts in .* ({named}).*data\.store"
+        StoreError,
+        match=rf"{server.url}/set-000000\.tar cannot be read: 3 attempts in .* ({named}).*data\.store",
     ):
         dataset.sample(0)
     assert len(server.ranges) == 3
@@ -106,7 +130,10 @@ def test_a_store_that_stays_away_stops_the_run(server: FaultyServer, fault: str,
 def test_damage_that_stays_is_one_samples_fault(server: FaultyServer) -> None:
     dataset = Dataset.open(server.url, "set", config=QUICK)
     server.faults = ["garbage", "garbage"]
-    with pytest.raises(SampleError, match=r"sample set-000000\.tar:000000001: a\.png: .*CRC-32 \w{8}, \w{8} was indexed"):
+    with pytest.raises(
+        SampleError,
+        match=r"sample set-000000\.tar:000000001: a\.png: .*CRC-32 \w{8}, \w{8} was indexed",
+    ):
         dataset.member(1, "a.png")
     assert dataset.member(1, "a.png")
 
@@ -118,7 +145,9 @@ def test_a_missing_shard_is_named_at_once(tmp_path: Path, folder: Path) -> None:
     with serving(tmp_path) as server:
         dataset = Dataset.open(server.url, "set", config=QUICK)
         dataset.sample(4)
-        with pytest.raises(StoreError, match=r"shard http://.*/set-000001\.tar is missing: restore it"):
+        with pytest.raises(
+            StoreError, match=r"shard http://.*/set-000001\.tar is missing: restore it"
+        ):
             dataset.sample(5)
 
 
@@ -137,7 +166,9 @@ def test_a_slow_request_gets_a_second_one_beside_it(server: FaultyServer) -> Non
     assert server.ranges == [server.ranges[0]] * 2
 
 
-def test_the_proxy_of_the_environment_is_used(server: FaultyServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_proxy_of_the_environment_is_used(
+    server: FaultyServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The server stands in for a proxy: it is asked for the whole address."""
     monkeypatch.setenv("no_proxy", "elsewhere")
     monkeypatch.setenv("NO_PROXY", "elsewhere")
@@ -158,37 +189,57 @@ def test_waits_grow_are_random_and_heed_the_server(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("url", ["pipe:cat x", "file:///tmp/x", "PIPE:curl x", "local:///x"])
 def test_commands_and_file_urls_are_refused(url: str) -> None:
-    with pytest.raises(UserError, match=r"^data\.datasets\.x\.path=.* is refused: give a folder, or an http"):
+    with pytest.raises(
+        UserError, match=r"^data\.datasets\.x\.path=.* is refused: give a folder, or an http"
+    ):
         Dataset.open(url, "x")
 
 
 def test_what_is_not_there_is_named(server: FaultyServer, tmp_path: Path) -> None:
     with (
         serving(tmp_path) as empty,
-        pytest.raises(UserError, match=rf"data\.datasets\.x\.path: {empty.url} has no dataset.json"),
+        pytest.raises(
+            UserError, match=rf"data\.datasets\.x\.path: {empty.url} has no dataset.json"
+        ),
     ):
         Dataset.open(empty.url, "x", config=QUICK)
-    with pytest.raises(UserError, match=r"data\.datasets\.x\.path=nosuch://a/b: nosuch: is refused"):
+    with pytest.raises(
+        UserError, match=r"data\.datasets\.x\.path=nosuch://a/b: nosuch: is refused"
+    ):
         Dataset.open("nosuch://a/b", "x")
     with pytest.raises(StoreError, match="cannot be read: 4 attempts"):
         Dataset.open("http://127.0.0.1:9/set", "x", config=QUICK)
 
 
 @pytest.mark.parametrize(
-    "url", ["http://[x", "https://", "http:///a", "http://x:99999/", "http://x:y/", "http://user:secret@[x/"]
+    "url",
+    [
+        "http://[x",
+        "https://",
+        "http:///a",
+        "http://x:99999/",
+        "http://x:y/",
+        "http://user:secret@[x/",
+    ],
 )
 def test_addresses_without_a_host_are_refused(url: str) -> None:
-    with pytest.raises(UserError, match=r"^data\.datasets\.x\.path: http.* is no URL of a folder: ") as error:
+    with pytest.raises(
+        UserError, match=r"^data\.datasets\.x\.path: http.* is no URL of a folder: "
+    ) as error:
         Dataset.open(url, "x", config=QUICK)
     assert "secret" not in str(error.value)
 
 
 def test_a_file_system_that_cannot_connect_is_named() -> None:
-    with pytest.raises(UserError, match=r"^data\.datasets\.x\.path: ftp://127\.0\.0\.1:9 cannot be reached"):
+    with pytest.raises(
+        UserError, match=r"^data\.datasets\.x\.path: ftp://127\.0\.0\.1:9 cannot be reached"
+    ):
         Dataset.open("ftp://127.0.0.1:9", "x", config=QUICK)
 
 
-def test_answers_without_an_end_and_packed_ones_take_no_memory(server: FaultyServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_without_an_end_and_packed_ones_take_no_memory(
+    server: FaultyServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A page of a stranger's server, which unpacks to a thousand times its size, or goes on for ever."""
     monkeypatch.setattr("visionloom.data.shards.store.LARGEST_ANSWER", 1 << 20)
     packed = gzip.compress(bytes(1 << 24))
@@ -197,8 +248,15 @@ def test_answers_without_an_end_and_packed_ones_take_no_memory(server: FaultySer
     def answer(handler: Any) -> None:
         name = handler.path.rsplit("/", 1)[1]
         handler.send_response(200)
-        ends = ("Content-Length", str(len(packed))) if name == "packed" else ("Transfer-Encoding", "chunked")
-        for header, value in (("Content-Encoding", "gzip" if name == "packed" else "identity"), ends):
+        ends = (
+            ("Content-Length", str(len(packed)))
+            if name == "packed"
+            else ("Transfer-Encoding", "chunked")
+        )
+        for header, value in (
+            ("Content-Encoding", "gzip" if name == "packed" else "identity"),
+            ends,
+        ):
             handler.send_header(header, value)
         handler.end_headers()
         handler.wfile.write(body[name])
@@ -224,7 +282,9 @@ def test_secrets_of_a_url_are_not_shown() -> None:
 # ---- a folder of this machine
 
 
-def test_a_local_shard_that_vanishes_or_shrinks_costs_its_samples_only(tmp_path: Path, folder: Path) -> None:
+def test_a_local_shard_that_vanishes_or_shrinks_costs_its_samples_only(
+    tmp_path: Path, folder: Path
+) -> None:
     for path in folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     dataset = Dataset.open(tmp_path, "set")
@@ -243,7 +303,9 @@ def test_a_local_shard_that_vanishes_or_shrinks_costs_its_samples_only(tmp_path:
         Dataset.sample(dataset, 6)
 
 
-def test_an_unreadable_spot_is_read_once_more(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreadable_spot_is_read_once_more(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     local, read, calls = store.LocalStore(folder), os.pread, list[int]()
 
     def pread(descriptor: int, length: int, offset: int) -> bytes:
@@ -262,7 +324,9 @@ def test_an_unreadable_spot_is_read_once_more(folder: Path, monkeypatch: pytest.
 # ---- the cache
 
 
-def test_the_cache_saves_requests_and_survives_damage(server: FaultyServer, folder: Path, tmp_path: Path) -> None:
+def test_the_cache_saves_requests_and_survives_damage(
+    server: FaultyServer, folder: Path, tmp_path: Path
+) -> None:
     config = replace(QUICK, cache=str(tmp_path / "cache"), cache_bytes=10**7)
     expected = everything(Dataset.open(folder, "set"))
     assert everything(Dataset.open(server.url, "set", config=config)) == expected
@@ -297,7 +361,9 @@ def test_the_cache_drops_what_was_not_used_for_longest(tmp_path: Path) -> None:
     assert cache.get("large", 2000) is None
 
 
-def test_indexes_come_from_the_cache_unless_the_dataset_changed(tmp_path: Path, server: FaultyServer) -> None:
+def test_indexes_come_from_the_cache_unless_the_dataset_changed(
+    tmp_path: Path, server: FaultyServer
+) -> None:
     write_shards(tmp_path / "set", "set", map(picture_question, range(6)), 5)
     config = replace(QUICK, cache=str(tmp_path / "cache"))
     with serving(tmp_path / "set") as changing:
@@ -306,7 +372,9 @@ def test_indexes_come_from_the_cache_unless_the_dataset_changed(tmp_path: Path, 
         assert Dataset.open(changing.url, "set", config=config).keys[5] == "000000005"
         for path in (tmp_path / "set").iterdir():
             path.unlink()
-        write_shards(tmp_path / "set", "set", [picture_question(number, words=9) for number in range(7)], 5)
+        write_shards(
+            tmp_path / "set", "set", [picture_question(number, words=9) for number in range(7)], 5
+        )
         dataset = Dataset.open(changing.url, "set", config=config)
         assert len(dataset) == 7
         assert dataset.sample(6).id == "picture:6"
@@ -318,7 +386,9 @@ def test_indexes_of_a_remote_dataset_are_bounded_and_read_once(
     size = (folder / "set-000000.tar.qidx").stat().st_size
     read, asked = store.RemoteStore.whole, list[str]()
     monkeypatch.setattr(
-        store.RemoteStore, "whole", lambda self, file, fresh=True: asked.append(file) or read(self, file, fresh)
+        store.RemoteStore,
+        "whole",
+        lambda self, file, fresh=True: asked.append(file) or read(self, file, fresh),
     )
     dataset = Dataset.open(server.url, "set", config=QUICK)
     with ThreadPoolExecutor(8) as threads:
@@ -349,7 +419,9 @@ def test_processes_share_the_cache_and_its_limit(tmp_path: Path) -> None:
     assert int((tmp_path / "cache" / "used").read_bytes()) == stored(tmp_path / "cache")
 
 
-def test_a_cache_that_cannot_be_written_costs_speed_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_cache_that_cannot_be_written_costs_speed_only(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"data\.store\.cache: .*file cannot be used"):
         RangeCache(tmp_path / "file", 1000)
@@ -380,7 +452,11 @@ def test_bytes_in_flight_stay_below_the_budget(server: FaultyServer, folder: Pat
     server.delay = 0.01
     order = [7, 1, 8, 2, 7, 9, 3, 0, 6, 4, 5] * 2
     refs = {index: list(local.sample(index).refs) for index in set(order)}
-    wanted = [Wanted(n, dataset, run) for n, index in enumerate(order) for run in dataset.runs(index, refs[index])]
+    wanted = [
+        Wanted(n, dataset, run)
+        for n, index in enumerate(order)
+        for run in dataset.runs(index, refs[index])
+    ]
     sizes = [read.run.length for read in wanted]
     budget = ByteBudget(3 * max(sizes))
     with ThreadPoolExecutor(16) as threads, AheadReader(wanted, budget, threads) as ahead:
@@ -420,7 +496,9 @@ def test_an_attempt_that_hangs_is_given_up() -> None:
         whole = None
 
     with pytest.raises(StoreError, match=r"2 attempts .* no answer within 0\.1 s"):
-        RemoteStore(Hanging(), "x://y", replace(QUICK, timeout_seconds=0.1, retries=1)).read("a", 0, 1)  # type: ignore[arg-type]
+        RemoteStore(Hanging(), "x://y", replace(QUICK, timeout_seconds=0.1, retries=1)).read(
+            "a", 0, 1
+        )  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -41,8 +41,16 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 
 def test_what_is_written(whole: dict[str, bytes]) -> None:
-    assert [name for name in whole if name.endswith(".tar")] == [f"set-{number:06d}.tar" for number in range(8)]
-    assert [json.loads(line)["record"] for line in whole["skipped.jsonl"].splitlines()] == [4, 9, 14, 19, 24]
+    assert [name for name in whole if name.endswith(".tar")] == [
+        f"set-{number:06d}.tar" for number in range(8)
+    ]
+    assert [json.loads(line)["record"] for line in whole["skipped.jsonl"].splitlines()] == [
+        4,
+        9,
+        14,
+        19,
+        24,
+    ]
     assert json.loads(whole["convert.json"])["counts"] == {"records": 28}
 
 
@@ -53,13 +61,17 @@ def test_the_number_of_processes_has_no_effect(whole: dict[str, bytes], tmp_path
 
 
 @pytest.mark.parametrize("stops", [[0], [3], [13, 14], [27, 27, 2]])
-def test_an_interrupted_writer_continues(stops: list[int], whole: dict[str, bytes], tmp_path: Path) -> None:
+def test_an_interrupted_writer_continues(
+    stops: list[int], whole: dict[str, bytes], tmp_path: Path
+) -> None:
     for stop in stops:
         if stop >= 7 * len(list((tmp_path / "set" / ".converting").glob("part*"))):
             with pytest.raises(KeyboardInterrupt):
                 write(tmp_path / "set", stop)
             assert not (tmp_path / "set" / "dataset.json").exists()
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "set" / ".converting").glob("part*")}
+    before = {
+        path: path.stat().st_mtime_ns for path in (tmp_path / "set" / ".converting").glob("part*")
+    }
     assert len(before) == max(stops) // 7
     write(tmp_path / "set")
     assert files(tmp_path / "set") == whole
@@ -90,7 +102,16 @@ def test_a_killed_command_continues(tmp_path: Path) -> None:
     """SIGKILL to the command while two processes write; nothing of it stays behind."""
     lines = (json.dumps({"text": f"number {number} " + "x" * 2000}) for number in range(8_000))
     (tmp_path / "texts.jsonl").write_text("\n".join(lines))
-    words = ["convert", "jsonl", str(tmp_path / "texts.jsonl"), "", "--name", "set", "--samples-per-shard", "500"]
+    words = [
+        "convert",
+        "jsonl",
+        str(tmp_path / "texts.jsonl"),
+        "",
+        "--name",
+        "set",
+        "--samples-per-shard",
+        "500",
+    ]
 
     def command(folder: str, workers: str) -> list[str]:
         words[3] = str(tmp_path / folder)
@@ -124,7 +145,9 @@ def test_a_finished_dataset_is_left_alone(tmp_path: Path) -> None:
 def test_other_words_do_not_continue_a_conversion(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "set", stop=10)
-    with pytest.raises(UserError, match=r"unfinished conversion with limits=.*use the same words again"):
+    with pytest.raises(
+        UserError, match=r"unfinished conversion with limits=.*use the same words again"
+    ):
         write(tmp_path / "set", samples=5)
 
 
@@ -146,7 +169,12 @@ def test_nothing_left_is_an_error(tmp_path: Path) -> None:
             return iter(())
 
     with pytest.raises(UserError, match="no sample could be converted"):
-        write_parts(Nothing(), Target(tmp_path / "set", "set", ShardLimits(), 1), {}, lambda done, total: None)
+        write_parts(
+            Nothing(),
+            Target(tmp_path / "set", "set", ShardLimits(), 1),
+            {},
+            lambda done, total: None,
+        )
 
 
 # ---- shards by bytes
@@ -154,19 +182,30 @@ def test_nothing_left_is_an_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shard_bytes", [30_000, 100_000, 1 << 30])
 def test_no_shard_is_larger_than_asked(shard_bytes: int, tmp_path: Path) -> None:
-    samples = [picture_question(number, sides=(32, 32 * (1 + number % 4)), words=number) for number in range(40)]
-    write_shards(tmp_path / "set", "set", iter(samples), samples_per_shard=25, shard_bytes=shard_bytes)
+    samples = [
+        picture_question(number, sides=(32, 32 * (1 + number % 4)), words=number)
+        for number in range(40)
+    ]
+    write_shards(
+        tmp_path / "set", "set", iter(samples), samples_per_shard=25, shard_bytes=shard_bytes
+    )
     dataset = Dataset.open(tmp_path / "set", "set")
     assert [dataset.sample(index) for index in range(40)] == [sample for sample, _ in samples]
     sizes = [shard.bytes for shard in dataset.shards]
     assert max(sizes) <= shard_bytes and max(shard.samples for shard in dataset.shards) <= 25
     if shard_bytes < 1 << 20:  # no shard could have taken in the first sample of the next
         following = [sum(map(len, samples[place][1].values())) for place in starts(dataset)[1:]]
-        assert all(size + more + 6 * 512 + 10_240 > shard_bytes for size, more in zip(sizes, following, strict=False))
+        assert all(
+            size + more + 6 * 512 + 10_240 > shard_bytes
+            for size, more in zip(sizes, following, strict=False)
+        )
 
 
 def starts(dataset: Dataset) -> list[int]:
-    return [sum(shard.samples for shard in dataset.shards[:number]) for number in range(len(dataset.shards))]
+    return [
+        sum(shard.samples for shard in dataset.shards[:number])
+        for number in range(len(dataset.shards))
+    ]
 
 
 def test_a_sample_larger_than_a_shard_has_one_of_its_own(tmp_path: Path) -> None:

@@ -68,7 +68,9 @@ def test_labels_are_the_next_tokens_of_the_same_sample(
     samples: list[EncodedSample], tokenizer: Tokenizer, loss: str, alpha: float
 ) -> None:
     weighted = replace(samples[1], target_weights=samples[1].target_weights * np.float32(0.5))
-    batch = pack([[samples[0], weighted, samples[2]]], 3 * LENGTH, loss, ["a", "b"], tokenizer.pad_id)
+    batch = pack(
+        [[samples[0], weighted, samples[2]]], 3 * LENGTH, loss, ["a", "b"], tokenizer.pad_id
+    )
     labels, weights = batch.labels.tolist(), batch.loss_weights.tolist()
     expected_labels, expected_weights = [IGNORED] * (3 * LENGTH), [0.0] * (3 * LENGTH)
     start = 0
@@ -77,15 +79,21 @@ def test_labels_are_the_next_tokens_of_the_same_sample(
         for t in range(1, len(sample.input_ids)):
             if sample.target_weights[t] > 0:
                 expected_labels[start + t - 1] = int(sample.input_ids[t])
-                expected_weights[start + t - 1] = float(sample.target_weights[t]) * supervised**-alpha
+                expected_weights[start + t - 1] = (
+                    float(sample.target_weights[t]) * supervised**-alpha
+                )
         start += len(sample.input_ids)
     assert labels == expected_labels
     np.testing.assert_allclose(weights, expected_weights, rtol=1e-6)
     assert batch.supervised_tokens == sum(label != IGNORED for label in labels) > 0
 
 
-def test_patches_and_rows_follow_the_tokens(batch: PackedBatch, samples: list[EncodedSample], tokenizer: Tokenizer) -> None:
-    visual = torch.isin(batch.input_ids, torch.tensor([tokenizer.special(IMAGE), tokenizer.special(VIDEO)]))
+def test_patches_and_rows_follow_the_tokens(
+    batch: PackedBatch, samples: list[EncodedSample], tokenizer: Tokenizer
+) -> None:
+    visual = torch.isin(
+        batch.input_ids, torch.tensor([tokenizer.special(IMAGE), tokenizer.special(VIDEO)])
+    )
     assert batch.visual_rows.tolist() == torch.nonzero(visual).flatten().tolist()
     assert batch.grid_thw.tolist() == [[1, 2, 6], [2, 2, 2]]
     assert len(batch.patches) == 4 * len(batch.visual_rows) == int(batch.grid_thw.prod(1).sum())
@@ -99,14 +107,27 @@ def test_patches_and_rows_follow_the_tokens(batch: PackedBatch, samples: list[En
 
 
 def test_types(batch: PackedBatch) -> None:
-    names = ("input_ids", "labels", "visual_rows", "loss_weights", "position_ids", "cu_seqlens", "grid_thw", "segment_sources")
+    names = (
+        "input_ids",
+        "labels",
+        "visual_rows",
+        "loss_weights",
+        "position_ids",
+        "cu_seqlens",
+        "grid_thw",
+        "segment_sources",
+    )
     types = [torch.int64] * 3 + [torch.float32] + [torch.int32] * 4
     assert [getattr(batch, name).dtype for name in names] == types
     assert (batch.patches.dtype, batch.padding_mask.dtype) == (torch.uint8, torch.bool)
     copy = batch.to("meta")
     assert copy.patches.is_meta
     assert copy.cu_seqlens.is_meta
-    assert (copy.sample_ids, copy.max_seqlen, copy.real_tokens) == (batch.sample_ids, batch.max_seqlen, batch.real_tokens)
+    assert (copy.sample_ids, copy.max_seqlen, copy.real_tokens) == (
+        batch.sample_ids,
+        batch.max_seqlen,
+        batch.real_tokens,
+    )
 
 
 def test_a_pack_may_be_full_or_empty(samples: list[EncodedSample], tokenizer: Tokenizer) -> None:
@@ -122,10 +143,16 @@ def test_prompts_share_a_pack(samples: list[EncodedSample], tokenizer: Tokenizer
     prompts = [extend(prompt_of(samples[0]), [5, 6]), prompt_of(samples[2])]
     batch, starts = pack_prompts(prompts, tokenizer.pad_id, multiple=8)
     assert len(batch.input_ids) % 8 == 0
-    last = [int(start) + len(prompt.input_ids) - 1 for start, prompt in zip(starts, prompts, strict=True)]
+    last = [
+        int(start) + len(prompt.input_ids) - 1
+        for start, prompt in zip(starts, prompts, strict=True)
+    ]
     assert batch.input_ids[last].tolist() == [6, int(prompts[1].input_ids[-1])]
     assert batch.supervised_tokens == 0
-    assert batch.position_ids[:, last[0]].tolist() == [int(samples[0].position_ids[0, samples[0].prompt_length - 1]) + 2] * 3
+    assert (
+        batch.position_ids[:, last[0]].tolist()
+        == [int(samples[0].position_ids[0, samples[0].prompt_length - 1]) + 2] * 3
+    )
 
 
 def test_prompts_begin_at_multiples(samples: list[EncodedSample], tokenizer: Tokenizer) -> None:
@@ -133,5 +160,10 @@ def test_prompts_begin_at_multiples(samples: list[EncodedSample], tokenizer: Tok
     batch, starts = pack_prompts(prompts, tokenizer.pad_id, multiple=8, segment_multiple=4)
     for start, prompt in zip(starts.tolist(), prompts, strict=True):
         assert start % 4 == 0
-        assert batch.input_ids[start : start + len(prompt.input_ids)].tolist() == prompt.input_ids.tolist()
-    assert batch.padding_mask.sum() == len(batch.input_ids) - sum(len(prompt.input_ids) for prompt in prompts)
+        assert (
+            batch.input_ids[start : start + len(prompt.input_ids)].tolist()
+            == prompt.input_ids.tolist()
+        )
+    assert batch.padding_mask.sum() == len(batch.input_ids) - sum(
+        len(prompt.input_ids) for prompt in prompts
+    )

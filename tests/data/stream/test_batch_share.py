@@ -36,7 +36,12 @@ def members() -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def samples(tokenizer: Tokenizer) -> list[EncodedSample]:
-    frames = Video(tuple(f"{index:03d}.png" for index in range(9)), tuple(index / 2 for index in range(9)), 90, 70)
+    frames = Video(
+        tuple(f"{index:03d}.png" for index in range(9)),
+        tuple(index / 2 for index in range(9)),
+        90,
+        70,
+    )
     clip = replace(described(100), ref="v.mp4", total_pixels=200_000)
     contents = [
         (Image("a.png", 70, 40), Text("and"), frames, Image("c.png", 40, 33)),
@@ -44,11 +49,18 @@ def samples(tokenizer: Tokenizer) -> list[EncodedSample]:
         (clip, Image("b.png", 64, 96)),
         (Image("b.png", 64, 96),),
     ]
-    chats = [(Message("user", (*content, Text("?"))), Message("assistant", (Text("Yes."),))) for content in contents]
-    return [encode(Sample(f"s{n}", "chat", chat), tokenizer, RULES, "a") for n, chat in enumerate(chats)]
+    chats = [
+        (Message("user", (*content, Text("?"))), Message("assistant", (Text("Yes."),)))
+        for content in contents
+    ]
+    return [
+        encode(Sample(f"s{n}", "chat", chat), tokenizer, RULES, "a") for n, chat in enumerate(chats)
+    ]
 
 
-def reading(samples: Sequence[EncodedSample], members: dict[str, bytes], broken: Sequence[str] = ()) -> Decode:
+def reading(
+    samples: Sequence[EncodedSample], members: dict[str, bytes], broken: Sequence[str] = ()
+) -> Decode:
     """As the stream's reader does it."""
 
     def decode(number: int, units: Sequence[Unit], out: NDArray[np.uint8]) -> bool:
@@ -76,31 +88,64 @@ def rows_of_units(batch: PackedBatch, rank: int) -> dict[int, NDArray[np.uint8]]
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 @pytest.mark.parametrize("numbers", [[0, 1, 2, 3], [2], [3], [1], [], [1, 0]], ids=str)
 def test_the_ranks_together_have_the_batch_of_one(
-    ranks: int, numbers: list[int], samples: list[EncodedSample], members: dict[str, bytes], tokenizer: Tokenizer
+    ranks: int,
+    numbers: list[int],
+    samples: list[EncodedSample],
+    members: dict[str, bytes],
+    tokenizer: Tokenizer,
 ) -> None:
     here = [samples[number] for number in numbers]
     layout = ([here[:2], here[2:]], LENGTH, "sqrt", ["a"], tokenizer.pad_id, reading(here, members))
     whole = pack(*layout)
     shares = [pack(*layout, encoder_rank=rank, encoder_ranks=ranks) for rank in range(ranks)]
-    units = [unit for rank, share in enumerate(shares) for unit in rows_of_units(share, rank).items()]
+    units = [
+        unit for rank, share in enumerate(shares) for unit in rows_of_units(share, rank).items()
+    ]
     assert sorted(number for number, _ in units) == list(range(len(shares[0].grid_thw)))
     together = [rows for _, rows in sorted(units, key=lambda unit: unit[0])]
-    assert np.array_equal(np.concatenate([np.empty((0, 1536), np.uint8), *together]), widen(whole.patches.numpy(), 1536))
+    assert np.array_equal(
+        np.concatenate([np.empty((0, 1536), np.uint8), *together]),
+        widen(whole.patches.numpy(), 1536),
+    )
     for share in shares:
-        assert share.patch_count == whole.patch_count == len(whole.patches) == sum(len(other.patches) for other in shares)
-        for name in ("input_ids", "labels", "loss_weights", "position_ids", "cu_seqlens", "visual_rows", "unreadable"):
+        assert (
+            share.patch_count
+            == whole.patch_count
+            == len(whole.patches)
+            == sum(len(other.patches) for other in shares)
+        )
+        for name in (
+            "input_ids",
+            "labels",
+            "loss_weights",
+            "position_ids",
+            "cu_seqlens",
+            "visual_rows",
+            "unreadable",
+        ):
             assert torch.equal(getattr(share, name), getattr(whole, name))
         assert torch.equal(share.grid_thw, shares[0].grid_thw)
         assert torch.equal(share.encoder_ranks, shares[0].encoder_ranks)
     assert not whole.encoder_ranks.any()
     grids = [sample.grids for sample in here]
-    assert torch.equal(whole.grid_thw, torch.from_numpy(np.concatenate([np.empty((0, 3), np.int32), *grids])))
+    assert torch.equal(
+        whole.grid_thw, torch.from_numpy(np.concatenate([np.empty((0, 3), np.int32), *grids]))
+    )
 
 
 def test_a_rank_without_pictures_has_no_rows(tokenizer: Tokenizer) -> None:
     sample, media = picture_question(1)
     here = [encode(sample, tokenizer, RULES, "a")]
-    share = pack([here], LENGTH, "sqrt", ["a"], tokenizer.pad_id, reading(here, media), encoder_rank=3, encoder_ranks=4)
+    share = pack(
+        [here],
+        LENGTH,
+        "sqrt",
+        ["a"],
+        tokenizer.pad_id,
+        reading(here, media),
+        encoder_rank=3,
+        encoder_ranks=4,
+    )
     assert share.patches.shape == (0, 768)
     assert len(share.grid_thw) == 1
     assert share.encoder_ranks.tolist() == [0]
@@ -111,7 +156,10 @@ def test_what_one_rank_cannot_read_all_leave_out(
 ) -> None:
     good = pack([samples], LENGTH, "sqrt", ["a"], tokenizer.pad_id, reading(samples, members))
     decode = reading(samples, members, broken=["c.png"])
-    shares = [pack([samples], LENGTH, "sqrt", ["a"], tokenizer.pad_id, decode, rank, 3) for rank in range(3)]
+    shares = [
+        pack([samples], LENGTH, "sqrt", ["a"], tokenizer.pad_id, decode, rank, 3)
+        for rank in range(3)
+    ]
     alone = pack([samples], LENGTH, "sqrt", ["a"], tokenizer.pad_id, decode)
     assert alone.unreadable.tolist() == [True, False, False, False, False]
     found = torch.stack([share.unreadable for share in shares])
@@ -121,7 +169,11 @@ def test_what_one_rank_cannot_read_all_leave_out(
         assert torch.equal(share.labels, alone.labels)
         assert torch.equal(share.loss_weights, alone.loss_weights)
         assert torch.equal(share.input_ids, good.input_ids)
-        assert share.supervised_tokens == alone.supervised_tokens == int((alone.labels != IGNORED).sum())
+        assert (
+            share.supervised_tokens
+            == alone.supervised_tokens
+            == int((alone.labels != IGNORED).sum())
+        )
     border = int(good.cu_seqlens[1])
     assert (alone.labels[:border] == IGNORED).all()
     assert not alone.loss_weights[:border].any()
@@ -164,4 +216,6 @@ def test_samples_with_patches_need_no_decoding(tokenizer: Tokenizer) -> None:
         for rank in range(ranks):
             arguments = (LENGTH, "sqrt", ["a"], tokenizer.pad_id)
             copied = pack([ready], *arguments, encoder_rank=rank, encoder_ranks=ranks)
-            assert torch.equal(copied.patches, pack([here], *arguments, decode, rank, ranks).patches)
+            assert torch.equal(
+                copied.patches, pack([here], *arguments, decode, rank, ranks).patches
+            )

@@ -53,9 +53,9 @@ def claiming(width: int, height: int) -> bytes:
 
 def picture(number: int) -> Pair:
     ask = (Image("a.jpg", 64, 64), Text(f"What is {number}?"))
-    return Sample(f"s:{number}", "chat", (Message("user", ask), Message("assistant", (Text("Noise."),)))), {
-        "a.jpg": jpeg(number)
-    }
+    return Sample(
+        f"s:{number}", "chat", (Message("user", ask), Message("assistant", (Text("Noise."),)))
+    ), {"a.jpg": jpeg(number)}
 
 
 def clip(number: int) -> Pair:
@@ -76,18 +76,32 @@ def bomb(number: int) -> Pair:
 
 
 PLANTED: dict[int, tuple[str, Callable[[int], Pair], dict[str, bytes], str]] = {
-    3: ("garbage JPEG bytes", picture, {"a.jpg": random.Random(0).randbytes(700)}, "cannot be decoded"),
+    3: (
+        "garbage JPEG bytes",
+        picture,
+        {"a.jpg": random.Random(0).randbytes(700)},
+        "cannot be decoded",
+    ),
     7: ("zeroed JPEG bytes", picture, {"a.jpg": bytes(700)}, "cannot be decoded"),
     11: ("JPEG cut short", picture, {"a.jpg": jpeg(11)[:900]}, "cannot be decoded"),
     15: ("decompression bomb", bomb, {}, "pixels"),
     19: ("huge dimensions", picture, {"a.jpg": claiming(60_000, 60_000)}, "60000"),
-    23: ("wrong declared size", picture, {"a.jpg": jpeg(23, 32, 64)}, "64x32 pixels, the sample says 64x64"),
+    23: (
+        "wrong declared size",
+        picture,
+        {"a.jpg": jpeg(23, 32, 64)},
+        "64x32 pixels, the sample says 64x64",
+    ),
     27: ("video cut short", clip, {"v.mp4": VIDEO[: len(VIDEO) // 2]}, ""),
     31: ("garbage video", clip, {"v.mp4": random.Random(1).randbytes(5000)}, ""),
     35: ("garbage frame", frames, {"vid0.001.png": b"no picture"}, "cannot be decoded"),
     39: ("empty picture", picture, {"a.jpg": b""}, "cannot be decoded"),
 }
-CHANGED_LATER = {43: ("wrong CRC-32", "a.jpg"), 47: ("text that is not UTF-8 any more", "json"), 51: ("JSON changed", "json")}
+CHANGED_LATER = {
+    43: ("wrong CRC-32", "a.jpg"),
+    47: ("text that is not UTF-8 any more", "json"),
+    51: ("JSON changed", "json"),
+}
 SAME = "0" * 64
 HARMLESS = 55
 """Its tar header is damaged after indexing: samples are read by offset, so nothing is lost."""
@@ -113,7 +127,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.fixture
 def stream(tokenizer_folder: Path, tmp_path: Path) -> Callable[..., PackStream]:
     def make(path: Path | str, quarantine: str = "quarantine.jsonl", **store: object) -> PackStream:
-        data = DataConfig(str(tokenizer_folder), {"set": DatasetConfig(path=str(path))}, {}, media=replace(RULES))
+        data = DataConfig(
+            str(tokenizer_folder), {"set": DatasetConfig(path=str(path))}, {}, media=replace(RULES)
+        )
         data.store = StoreConfig(**store)  # type: ignore[arg-type]
         data.max_bad_fraction = 1.0
         data.cache = str(tmp_path / "tables") if "://" in str(path) else ""
@@ -132,7 +148,16 @@ def keys(path: Path) -> list[int]:
 
 def digest(batch: PackedBatch) -> str:
     found = hashlib.sha256(repr(batch.sample_ids).encode())
-    for name in ("input_ids", "labels", "loss_weights", "position_ids", "cu_seqlens", "patches", "grid_thw", "visual_rows"):
+    for name in (
+        "input_ids",
+        "labels",
+        "loss_weights",
+        "position_ids",
+        "cu_seqlens",
+        "patches",
+        "grid_thw",
+        "visual_rows",
+    ):
         found.update(getattr(batch, name).numpy().tobytes())
     return found.hexdigest()
 
@@ -143,7 +168,9 @@ def run(made: PackStream, workers: int = 0) -> list[PackedBatch]:
 
 def damage_later(folder: Path) -> None:
     dataset = Dataset.open(folder, "set")
-    places = {number: dataset.location(number, member) for number, (_, member) in CHANGED_LATER.items()}
+    places = {
+        number: dataset.location(number, member) for number, (_, member) in CHANGED_LATER.items()
+    }
     places[HARMLESS] = dataset.location(HARMLESS)
     for number, place in places.items():
         data = bytearray((folder / place.shard).read_bytes())
@@ -156,7 +183,12 @@ def damage_later(folder: Path) -> None:
 def damaged(folders: tuple[Path, Path], tokenizer_folder: Path) -> tuple[Path, Path]:
     """The faulty folder, its lengths counted, with more of it changed since."""
     for folder in folders:
-        data = DataConfig(str(tokenizer_folder), {"set": DatasetConfig(path=str(folder))}, {}, media=replace(RULES))
+        data = DataConfig(
+            str(tokenizer_folder),
+            {"set": DatasetConfig(path=str(folder))},
+            {},
+            media=replace(RULES),
+        )
         PackStream(data, "p", 256, 1, {}, "sqrt", 7)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Dataset, "fingerprint", SAME)
@@ -181,43 +213,81 @@ def test_exactly_the_planted_faults_are_written_down(
     assert len(planted) >= 12
     assert keys(tmp_path / "quarantine.jsonl") == sorted(planted), "each once, nothing else"
     names = {f"s:{number}" for number in planted}
-    untouched = [number for number, batch in enumerate(expected) if not names & set(batch.sample_ids)]
+    untouched = [
+        number for number, batch in enumerate(expected) if not names & set(batch.sample_ids)
+    ]
     assert STEPS / 4 <= len(untouched) < STEPS
-    assert [digest(found[number]) for number in untouched] == [digest(expected[number]) for number in untouched]
-    assert {f"s:{n}" for n in range(SAMPLES) if n not in CHANGED_LATER} <= {name for one in found for name in one.sample_ids}
+    assert [digest(found[number]) for number in untouched] == [
+        digest(expected[number]) for number in untouched
+    ]
+    assert {f"s:{n}" for n in range(SAMPLES) if n not in CHANGED_LATER} <= {
+        name for one in found for name in one.sample_ids
+    }
 
 
-def test_processes_write_the_same_set(damaged: tuple[Path, Path], stream: Callable[..., PackStream], tmp_path: Path) -> None:
+def test_processes_write_the_same_set(
+    damaged: tuple[Path, Path], stream: Callable[..., PackStream], tmp_path: Path
+) -> None:
     expected = [digest(batch) for batch in run(stream(damaged[1], "alone.jsonl"))]
     assert [digest(batch) for batch in run(stream(damaged[1]), workers=2)] == expected
-    assert keys(tmp_path / "quarantine.jsonl") == keys(tmp_path / "alone.jsonl") == sorted({*PLANTED, *CHANGED_LATER})
+    assert (
+        keys(tmp_path / "quarantine.jsonl")
+        == keys(tmp_path / "alone.jsonl")
+        == sorted({*PLANTED, *CHANGED_LATER})
+    )
 
 
-def test_a_line_says_where_and_why(damaged: tuple[Path, Path], stream: Callable[..., PackStream], tmp_path: Path) -> None:
+def test_a_line_says_where_and_why(
+    damaged: tuple[Path, Path], stream: Callable[..., PackStream], tmp_path: Path
+) -> None:
     folder, made = damaged[1], stream(damaged[1])
     batches = run(made)
     dataset = Dataset.open(folder, "set")
     for row in lines(tmp_path / "quarantine.jsonl"):
         number = int(str(row["key"]))
-        member = next(iter(PLANTED[number][2] or ["a.png"])) if number in PLANTED else CHANGED_LATER[number][1]
+        member = (
+            next(iter(PLANTED[number][2] or ["a.png"]))
+            if number in PLANTED
+            else CHANGED_LATER[number][1]
+        )
         place = dataset.location(number, member)
-        assert (row["dataset"], row["shard"], row["member"], row["offset"]) == ("set", place.shard, member, place.offset)
+        assert (row["dataset"], row["shard"], row["member"], row["offset"]) == (
+            "set",
+            place.shard,
+            member,
+            place.offset,
+        )
         bytes_there = (folder / place.shard).read_bytes()[place.offset :][: place.length]
         assert (row["crc32"] == f"{zlib.crc32(bytes_there):08x}") == (number in PLANTED)
         said = PLANTED[number][3] if number in PLANTED else "the bytes changed since"
         assert said in str(row["error"])
-        assert any(str(row["sample"]) in batch.sample_ids for batch in batches[int(str(row["step"])) :][:1])
+        assert any(
+            str(row["sample"]) in batch.sample_ids for batch in batches[int(str(row["step"])) :][:1]
+        )
 
 
 @pytest.mark.usefixtures("same_plan")
-def test_a_planted_sample_changes_nothing_but_itself(damaged: tuple[Path, Path], stream: Callable[..., PackStream]) -> None:
+def test_a_planted_sample_changes_nothing_but_itself(
+    damaged: tuple[Path, Path], stream: Callable[..., PackStream]
+) -> None:
     names = {f"s:{number}" for number in PLANTED if number != 15}
     touched = 0
-    for before, after in zip(run(stream(damaged[0], "good.jsonl")), run(stream(damaged[1])), strict=True):
-        if any(name.startswith("s:") and int(name[2:]) in CHANGED_LATER for name in before.sample_ids):
+    for before, after in zip(
+        run(stream(damaged[0], "good.jsonl")), run(stream(damaged[1])), strict=True
+    ):
+        if any(
+            name.startswith("s:") and int(name[2:]) in CHANGED_LATER for name in before.sample_ids
+        ):
             continue
         assert before.sample_ids == after.sample_ids
-        for name in ("input_ids", "position_ids", "cu_seqlens", "grid_thw", "visual_rows", "padding_mask"):
+        for name in (
+            "input_ids",
+            "position_ids",
+            "cu_seqlens",
+            "grid_thw",
+            "visual_rows",
+            "padding_mask",
+        ):
             assert getattr(before, name).equal(getattr(after, name))
         for segment, sample in enumerate(before.sample_ids):
             here = slice(int(before.cu_seqlens[segment]), int(before.cu_seqlens[segment + 1]))
@@ -260,7 +330,11 @@ def test_a_shard_that_goes_while_training_costs_its_samples_only(
     lost = set(range(first, 50))
     assert keys(tmp_path / "quarantine.jsonl") == sorted(lost | {15})
     names = {f"s:{number}" for number in lost}
-    same = [digest(one) == digest(two) for one, two in zip(expected, found, strict=True) if not names & set(one.sample_ids)]
+    same = [
+        digest(one) == digest(two)
+        for one, two in zip(expected, found, strict=True)
+        if not names & set(one.sample_ids)
+    ]
     assert same
     assert all(same)
 
@@ -276,8 +350,25 @@ def test_a_stream_from_a_faulty_server_is_the_same_and_bounded(
     expected = [digest(batch) for batch in run(stream(folders[0], "good.jsonl"))]
     with serving(folders[0]) as server:
         limit = 4 * len(VIDEO)
-        made = stream(server.url, timeout_seconds=30.0, retries=9, hedge_seconds=0.2, bytes_in_flight=limit)
-        server.faults = ["", "", "503", "", "", "reset", "", "", "truncated", "", "", "wrong range", "", ""] * 9 + ["stall"]
+        made = stream(
+            server.url, timeout_seconds=30.0, retries=9, hedge_seconds=0.2, bytes_in_flight=limit
+        )
+        server.faults = [
+            "",
+            "",
+            "503",
+            "",
+            "",
+            "reset",
+            "",
+            "",
+            "truncated",
+            "",
+            "",
+            "wrong range",
+            "",
+            "",
+        ] * 9 + ["stall"]
         assert [digest(batch) for batch in run(made)] == expected
         assert server.connections < len(server.ranges) / 2
     budget = made._reader.budget
@@ -285,7 +376,9 @@ def test_a_stream_from_a_faulty_server_is_the_same_and_bounded(
     assert budget.used == 0
 
 
-def test_ranks_that_share_pictures_read_their_own_only(folders: tuple[Path, Path], stream: Callable[..., PackStream]) -> None:
+def test_ranks_that_share_pictures_read_their_own_only(
+    folders: tuple[Path, Path], stream: Callable[..., PackStream]
+) -> None:
     local = stream(folders[0], "good.jsonl")
     step = next(n for n in range(STEPS) if len(local.micro_batches(n, 0, 1, 1)[0].grid_thw) > 5)
     expected = [local.micro_batches(step, 0, 1, 1, rank, 3)[0] for rank in range(3)]
@@ -307,7 +400,10 @@ def test_ranks_that_share_pictures_read_their_own_only(folders: tuple[Path, Path
 
 
 def test_a_store_that_goes_away_stops_the_run_with_one_error(
-    folders: tuple[Path, Path], stream: Callable[..., PackStream], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folders: tuple[Path, Path],
+    stream: Callable[..., PackStream],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("visionloom.data.shards.store.FIRST_WAIT", 0.001)
     with serving(folders[0]) as server:
@@ -330,7 +426,10 @@ def test_packs_with_many_large_pictures_need_few_bytes(
     """A pack of 40 pictures of 1.5 MB each over HTTP under 8 MB in flight: counted in the store, not by the reader."""
     noise = png(700, 700)
     one = picture_question(0)[0]
-    many = [replace(one.elements[0], ref=f"p{n}.png", width=700, height=700, max_pixels=4096) for n in range(40)]
+    many = [
+        replace(one.elements[0], ref=f"p{n}.png", width=700, height=700, max_pixels=4096)
+        for n in range(40)
+    ]
     chat = (Message("user", tuple(many)), Message("assistant", (Text("Many."),)))
     sample = Sample("many", "chat", chat)
     write_shards(tmp_path / "set", "set", [(sample, {f"p{n}.png": noise for n in range(40)})])
@@ -341,16 +440,25 @@ def test_packs_with_many_large_pictures_need_few_bytes(
         held[0] += change
         most[0] = max(most[0], held[0])
 
-    monkeypatch.setattr(ahead.AheadReader, "_begin", lambda self, w: (count(w.run.length), begin(self, w))[1])
-    monkeypatch.setattr(ahead.ByteBudget, "release", lambda self, n: (count(-n), release(self, n))[1])
+    monkeypatch.setattr(
+        ahead.AheadReader, "_begin", lambda self, w: (count(w.run.length), begin(self, w))[1]
+    )
+    monkeypatch.setattr(
+        ahead.ByteBudget, "release", lambda self, n: (count(-n), release(self, n))[1]
+    )
     limit = 8 * 2**20
     with serving(tmp_path / "set") as server:
-        data = DataConfig(str(tokenizer_folder), {"set": DatasetConfig(path=server.url)}, {}, media=replace(RULES))
+        data = DataConfig(
+            str(tokenizer_folder), {"set": DatasetConfig(path=server.url)}, {}, media=replace(RULES)
+        )
         data.store, data.cache = StoreConfig(bytes_in_flight=limit), str(tmp_path / "tables")
         made = PackStream(data, "p", 300, 1, {}, "sqrt", 7)
         batch = made.micro_batches(0, 0, 1, 1)[0]
         assert len(batch.grid_thw) == 40
-        sent = sum(int(asked.split()[1].split("-")[1]) - int(asked.split()[1].split("-")[0]) for asked in server.ranges)
+        sent = sum(
+            int(asked.split()[1].split("-")[1]) - int(asked.split()[1].split("-")[0])
+            for asked in server.ranges
+        )
     assert sent > 40 * len(noise) > 6 * limit
     assert len(noise) < most[0] <= limit
     assert held[0] == 0

@@ -11,7 +11,12 @@ from visionloom.data.stream.quarantine import Quarantine
 
 
 def report(quarantine: Quarantine, number: int, step: int | None = None) -> None:
-    place = {"shard": f"set-{number % 3:06d}.tar", "key": f"{number:09d}", "offset": 512 * number, "crc32": f"{number:08x}"}
+    place = {
+        "shard": f"set-{number % 3:06d}.tar",
+        "key": f"{number:09d}",
+        "offset": 512 * number,
+        "crc32": f"{number:08x}",
+    }
     quarantine.report("set", place, SampleError(f"s:{number}", "a.png", "cannot be decoded"), step)
 
 
@@ -43,12 +48,17 @@ def test_ten_bad_samples_stop_nothing_and_the_eleventh_does(tmp_path: Path) -> N
     quarantine.passed(30)
     for number in range(10):
         report(quarantine, number)
-    with pytest.raises(RuntimeError, match=r"11 of 30 samples could not be read \(more than data\.max_bad_fraction = 0\.001\)"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"11 of 30 samples could not be read \(more than data\.max_bad_fraction = 0\.001\)",
+    ):
         report(quarantine, 10)
     assert len(read(tmp_path / "q.jsonl")) == 11
 
 
-@pytest.mark.parametrize(("fraction", "tolerated"), [(1e-3, 50), (0.01, 500), (0.0, 0), (1.0, 2000)])
+@pytest.mark.parametrize(
+    ("fraction", "tolerated"), [(1e-3, 50), (0.01, 500), (0.0, 0), (1.0, 2000)]
+)
 def test_the_limit_is_a_share_of_what_was_read(fraction: float, tolerated: int) -> None:
     quarantine = Quarantine(None, fraction)
     quarantine.passed(50_000)
@@ -82,4 +92,6 @@ def test_a_line_cut_short_by_a_crash_costs_itself_only(tmp_path: Path) -> None:
     write_many(path, 0)
     lines = path.read_text().splitlines()
     assert lines[:39] == content.decode().splitlines()[:39]
-    assert lines[40:] == content.decode().splitlines()[39:], "what was cut short is written again, on a line of its own"
+    assert lines[40:] == content.decode().splitlines()[39:], (
+        "what was cut short is written again, on a line of its own"
+    )

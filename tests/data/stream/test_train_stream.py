@@ -31,7 +31,10 @@ LENGTH = 256
 @pytest.fixture
 def data(config: Callable[..., DataConfig]) -> DataConfig:
     return config(
-        pictures=[picture_question(number, (32, 32 * (1 + number % 3)), number % 7) for number in range(90)],
+        pictures=[
+            picture_question(number, (32, 32 * (1 + number % 3)), number % 7)
+            for number in range(90)
+        ],
         films=[film(number, 2 + number % 4) for number in range(20)],
         texts=[essay(number, number % 40) for number in range(50)],
     )
@@ -52,7 +55,16 @@ def stream(data: DataConfig, **changes: object) -> PackStream:
 def digest(batches: list[PackedBatch]) -> str:
     found = hashlib.sha256()
     for batch in batches:
-        for name in ("input_ids", "labels", "loss_weights", "position_ids", "cu_seqlens", "patches", "grid_thw", "visual_rows"):
+        for name in (
+            "input_ids",
+            "labels",
+            "loss_weights",
+            "position_ids",
+            "cu_seqlens",
+            "patches",
+            "grid_thw",
+            "visual_rows",
+        ):
             found.update(getattr(batch, name).numpy().tobytes())
         found.update(repr(batch.sample_ids).encode())
     return found.hexdigest()
@@ -63,17 +75,29 @@ def packs_of(batch: PackedBatch) -> list[tuple[str, ...]]:
     ids, packs = iter(batch.sample_ids), list[tuple[str, ...]]()
     starts = batch.cu_seqlens[:-1].numpy() // LENGTH
     for number in range(len(batch.input_ids) // LENGTH):
-        packs.append(tuple(next(ids) for source in batch.segment_sources[starts == number].tolist() if source >= 0))
+        packs.append(
+            tuple(
+                next(ids)
+                for source in batch.segment_sources[starts == number].tolist()
+                if source >= 0
+            )
+        )
     return packs
 
 
 def test_a_step_holds_the_same_packs_for_every_layout(data: DataConfig) -> None:
     made = stream(data)
     for step in (0, 5):
-        whole = sorted(pack for batch in made.micro_batches(step, 0, 1, 1) for pack in packs_of(batch))
+        whole = sorted(
+            pack for batch in made.micro_batches(step, 0, 1, 1) for pack in packs_of(batch)
+        )
         assert len(whole) == 6
         for ranks, micro_batch in ((1, 6), (2, 1), (2, 3), (3, 2)):
-            dealt = [batch for rank in range(ranks) for batch in made.micro_batches(step, rank, ranks, micro_batch)]
+            dealt = [
+                batch
+                for rank in range(ranks)
+                for batch in made.micro_batches(step, rank, ranks, micro_batch)
+            ]
             assert sorted(pack for batch in dealt for pack in packs_of(batch)) == whole
             assert all(len(batch.input_ids) == micro_batch * LENGTH for batch in dealt)
     with pytest.raises(UserError, match="4 data-parallel ranks"):
@@ -90,7 +114,9 @@ def test_every_sample_once_an_epoch(data: DataConfig) -> None:
         spread = max(spread, max(counts.values()) - min(counts.values()))
     assert len(counts) == 50
     assert counts.total() == made.plan.draws_per_block
-    assert max(counts.values()) - min(counts.values()) == 1  # the last epoch of the block goes on in the next
+    assert (
+        max(counts.values()) - min(counts.values()) == 1
+    )  # the last epoch of the block goes on in the next
     assert spread <= 8, "packing and shuffling may mix neighbouring epochs only"
 
 
@@ -135,8 +161,12 @@ def test_errors_come_out_of_the_iterator_with_their_type(data: DataConfig) -> No
         next(iterate(stream(data), 0, 2, 0, 5, 1, workers=0))
 
 
-@pytest.mark.parametrize(("workers", "where"), [(0, "while reading ahead, at step 0"), (1, "in data worker 0 at step 0")])
-def test_errors_say_which_worker_and_what_it_was_at(data: DataConfig, workers: int, where: str) -> None:
+@pytest.mark.parametrize(
+    ("workers", "where"), [(0, "while reading ahead, at step 0"), (1, "in data worker 0 at step 0")]
+)
+def test_errors_say_which_worker_and_what_it_was_at(
+    data: DataConfig, workers: int, where: str
+) -> None:
     """Row 37 of the fault matrix, second half: also of errors that nobody foresaw."""
     with pytest.raises(UserError) as caught:
         next(iterate(stream(data), 0, 2, 0, 5, 1, workers=workers))
@@ -155,7 +185,11 @@ def test_a_restart_continues_where_the_state_says(data: DataConfig) -> None:
     made = stream(data)
     seen = Counter[str]()
     for step in range(70):
-        seen.update(name.split(":")[0] for batch in made.micro_batches(step, 0, 1, 6) for name in batch.sample_ids)
+        seen.update(
+            name.split(":")[0]
+            for batch in made.micro_batches(step, 0, 1, 6)
+            for name in batch.sample_ids
+        )
     text = json.dumps(made.state(70))
     assert len(text) <= 4096
     state = json.loads(text)
@@ -174,10 +208,15 @@ def test_a_restart_continues_where_the_state_says(data: DataConfig) -> None:
         ({"sequence_length": 300}, "phases.p.sequence_length was 256, now 300"),
         ({"global_batch": 4}, "phases.p.global_batch was 6, now 4"),
         ({"mixture": {"pictures": 4, "films": 1}}, "dataset texts was removed"),
-        ({"mixture": {"pictures": 4, "films": 2, "texts": 1}}, "weight of dataset films was 1.0, now 2.0"),
+        (
+            {"mixture": {"pictures": 4, "films": 2, "texts": 1}},
+            "weight of dataset films was 1.0, now 2.0",
+        ),
     ],
 )
-def test_a_state_of_another_stream_is_refused(data: DataConfig, changes: dict[str, object], named: str) -> None:
+def test_a_state_of_another_stream_is_refused(
+    data: DataConfig, changes: dict[str, object], named: str
+) -> None:
     state = stream(data).state(2)
     with pytest.raises(UserError, match=named):
         stream(data, **changes).load_state(state)
@@ -224,13 +263,22 @@ def break_member(data: DataConfig, name: str, number: int) -> None:
 def test_an_unreadable_picture_is_masked_and_written_down(data: DataConfig, tmp_path: Path) -> None:
     step, bad = 1, 3
     before = stream(data, mixture={"pictures": 1}).micro_batches(step, 0, 1, 6)[0]
-    bad = int(next(name for name in before.sample_ids if int(name.split(":")[1]) < 40).split(":")[1])
+    bad = int(
+        next(name for name in before.sample_ids if int(name.split(":")[1]) < 40).split(":")[1]
+    )
     break_member(data, "pictures", bad)
     file = tmp_path / "run" / "quarantine.jsonl"
     made = stream(data, mixture={"pictures": 1}, quarantine=file)
     after = made.micro_batches(step, 0, 1, 6)[0]
     assert after.sample_ids == before.sample_ids
-    for name in ("input_ids", "position_ids", "cu_seqlens", "grid_thw", "visual_rows", "padding_mask"):
+    for name in (
+        "input_ids",
+        "position_ids",
+        "cu_seqlens",
+        "grid_thw",
+        "visual_rows",
+        "padding_mask",
+    ):
         assert torch.equal(getattr(after, name), getattr(before, name))
     sick = [index for index, name in enumerate(after.sample_ids) if name == f"picture:{bad}"]
     places = torch.zeros(len(after.input_ids), dtype=torch.bool)
@@ -253,13 +301,16 @@ def test_an_unreadable_picture_is_masked_and_written_down(data: DataConfig, tmp_
     assert made.quarantined == len(sick)
 
 
-def test_too_many_unreadable_samples_stop_the_run(data: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_unreadable_samples_stop_the_run(
+    data: DataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(quarantine, "MIN_SAMPLES", 50)
     for number in range(30):
         break_member(data, "pictures", number)
     made = stream(data, mixture={"pictures": 1})
     with pytest.raises(
-        RuntimeError, match=r"samples could not be read \(more than data\.max_bad_fraction = 0\.001\).*dataset pictures"
+        RuntimeError,
+        match=r"samples could not be read \(more than data\.max_bad_fraction = 0\.001\).*dataset pictures",
     ):
         list(iterate(made, 0, 10, 0, 1, 6, workers=0))
 
@@ -269,9 +320,17 @@ def test_held_out_samples_are_dealt_once(data: DataConfig) -> None:
     assert len(held_out) == 70
     expected = sorted(f"picture:{index}" for index in held_out.indices)
     for ranks, micro_batch in ((1, 2), (3, 1)):
-        dealt = [list(held_out.batches(LENGTH, micro_batch, "sqrt", rank, ranks)) for rank in range(ranks)]
-        assert len({len(batches) for batches in dealt}) == 1, "every rank needs as many forward passes"
-        assert sorted(name for batches in dealt for batch in batches for name in batch.sample_ids) == expected
+        dealt = [
+            list(held_out.batches(LENGTH, micro_batch, "sqrt", rank, ranks))
+            for rank in range(ranks)
+        ]
+        assert len({len(batches) for batches in dealt}) == 1, (
+            "every rank needs as many forward passes"
+        )
+        assert (
+            sorted(name for batches in dealt for batch in batches for name in batch.sample_ids)
+            == expected
+        )
     again = EvaluationSet(data, "pictures", limit=70)
     assert again.indices.tolist() == held_out.indices.tolist()
     assert len(EvaluationSet(data, "pictures", limit=1000)) == 90
@@ -287,7 +346,9 @@ def test_questions_are_prompts_with_pixels(data: DataConfig) -> None:
     assert question.answer is not None
     assert question.answer.startswith("It is number ")
     prompt = prompt_of(question)
-    assert held_out.tokenizer.decode(prompt.input_ids.tolist(), keep_special=True).endswith("<|im_start|>assistant\n")
+    assert held_out.tokenizer.decode(prompt.input_ids.tolist(), keep_special=True).endswith(
+        "<|im_start|>assistant\n"
+    )
     assert prompt.patches is not None
     assert len(prompt.patches) == prompt.patch_count > 0
     told = extend(prompt, held_out.tokenizer.encode([question.answer])[0].tolist())
@@ -312,12 +373,16 @@ if __name__ == "__main__":
 
 
 @pytest.mark.faults
-def test_a_killed_worker_is_named_with_its_shard_and_nothing_hangs(data: DataConfig, tmp_path: Path) -> None:
+def test_a_killed_worker_is_named_with_its_shard_and_nothing_hangs(
+    data: DataConfig, tmp_path: Path
+) -> None:
     """Row 37 of the fault matrix: kill -9 of a worker ends the run with one line that says what it was at."""
     (tmp_path / "stream").write_bytes(pickle.dumps(stream(data)))
     (tmp_path / "reader.py").write_text(KILLED)
     command = [sys.executable, str(tmp_path / "reader.py"), str(tmp_path / "stream")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
         helpers = psutil.Process(process.pid).children(recursive=True)
         worker = next(one for one in helpers if any(other.pid == one.ppid() for other in helpers))

@@ -27,7 +27,15 @@ from visionloom.model.huggingface.fields import GENERATION
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.parallel.config import ParallelConfig
 from visionloom.parallel.topology import Topology
-from visionloom.tests.model.reference import END, IMAGE, START, VIDEO, make_example, make_pack, reference_run
+from visionloom.tests.model.reference import (
+    END,
+    IMAGE,
+    START,
+    VIDEO,
+    make_example,
+    make_pack,
+    reference_run,
+)
 from visionloom.tests.model.test_parity import error
 from visionloom.train.weights.load_huggingface import load_huggingface
 
@@ -92,15 +100,27 @@ VALUES: dict[str, dict[str, list[Any]]] = {
     },
 }  # fmt: skip
 """Values of every field, usual and unusual ones; ids of the vision tokens belong to the tokenizer and stay."""
-CHANGES = [(section, name, value) for section, names in VALUES.items() for name, values in names.items() for value in values]
+CHANGES = [
+    (section, name, value)
+    for section, names in VALUES.items()
+    for name, values in names.items()
+    for value in values
+]
 
 
 def raw_config(kind: str, old: bool) -> dict[str, Any]:
     """A small config.json as transformers 5 writes it, or (`old`) as 4.57 did."""
-    rope: dict[str, Any] = {"rope_scaling": ROPE, "rope_theta": 1e4} if old else {"rope_parameters": ROPE | {"rope_theta": 1e4}}
+    rope: dict[str, Any] = (
+        {"rope_scaling": ROPE, "rope_theta": 1e4}
+        if old
+        else {"rope_parameters": ROPE | {"rope_theta": 1e4}}
+    )
     mixture = MIXTURE if kind == "qwen3_vl_moe" else {}
     if not old and mixture:
-        mixture = {("num_local_experts" if key == "num_experts" else key): value for key, value in mixture.items()}
+        mixture = {
+            ("num_local_experts" if key == "num_experts" else key): value
+            for key, value in mixture.items()
+        }
     return copy.deepcopy({
         "model_type": kind, "image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": START,
         "vision_end_token_id": END, "tie_word_embeddings": False, "text_config": TEXT | mixture | rope, "vision_config": VISION,
@@ -117,7 +137,9 @@ def reference_of(folder: Path, raw: dict[str, Any]) -> Any:
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-                parameter.copy_(centre + torch.randn_like(parameter) * (0.2 if parameter.dim() < 2 else 0.3))
+                parameter.copy_(
+                    centre + torch.randn_like(parameter) * (0.2 if parameter.dim() < 2 else 0.3)
+                )
         model.config.dtype = torch.float32
         model.save_pretrained(folder)
         return model
@@ -160,7 +182,10 @@ def compare(folder: Path, raw: dict[str, Any], topology: Topology) -> str:
         ours = ours_of(folder, each, topology)
         if ours is not None:
             with torch.no_grad():
-                assert error(ours.logits(ours.prepare(make_pack(theirs, examples))).cpu(), expected) <= 1e-5, (raw, each)
+                assert (
+                    error(ours.logits(ours.prepare(make_pack(theirs, examples))).cpu(), expected)
+                    <= 1e-5
+                ), (raw, each)
         told.append("refused" if ours is None else "equal")
     return told[0]
 
@@ -172,13 +197,22 @@ def changed(kind: str, old: bool, changes: list[tuple[str, str, Any]]) -> dict[s
     return raw
 
 
-@settings(max_examples=24, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=24,
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(
     kind=st.sampled_from(sorted(CLASSES)), old=st.booleans(),
     changes=st.lists(st.sampled_from(CHANGES), min_size=1, max_size=4, unique_by=lambda change: change[:2]),
 )  # fmt: skip
 def test_a_config_is_refused_or_means_what_it_means_in_transformers(
-    tmp_path_factory: pytest.TempPathFactory, topology: Topology, kind: str, old: bool, changes: list[tuple[str, str, Any]]
+    tmp_path_factory: pytest.TempPathFactory,
+    topology: Topology,
+    kind: str,
+    old: bool,
+    changes: list[tuple[str, str, Any]],
 ) -> None:
     compare(tmp_path_factory.mktemp("model"), changed(kind, old, changes), topology)
 
@@ -207,7 +241,11 @@ def test_a_config_is_refused_or_means_what_it_means_in_transformers(
     ],
 )  # fmt: skip
 def test_usual_values_are_read_and_others_refused(
-    tmp_path: Path, topology: Topology, kind: str, changes: list[tuple[str, str, Any]], expected: Any
+    tmp_path: Path,
+    topology: Topology,
+    kind: str,
+    changes: list[tuple[str, str, Any]],
+    expected: Any,
 ) -> None:
     told = expected if isinstance(expected, str) else expected[kind]
     for old in (False, True) if told == "refused" or not changes else (kind == "qwen3_vl",):
@@ -218,21 +256,30 @@ def test_usual_values_are_read_and_others_refused(
 def test_the_tables_have_every_field_of_transformers(kind: str) -> None:
     config_class, _ = CLASSES[kind]
     built = config_class()
-    for section, config in {"": built, "text_config": built.text_config, "vision_config": built.vision_config}.items():
-        known = FIELDS[section].names | (EXPERT_FIELDS if section == "text_config" and kind == "qwen3_vl_moe" else frozenset())
+    for section, config in {
+        "": built,
+        "text_config": built.text_config,
+        "vision_config": built.vision_config,
+    }.items():
+        known = FIELDS[section].names | (
+            EXPERT_FIELDS if section == "text_config" and kind == "qwen3_vl_moe" else frozenset()
+        )
         assert {each.name for each in fields(config)} | config.to_dict().keys() <= known, section
     assert set(GenerationConfig._get_default_generation_params()) <= GENERATION
 
 
 @pytest.mark.parametrize("kind", CLASSES)
-def test_the_rotation_may_be_written_for_both_releases_if_it_is_one(kind: str, tmp_path: Path) -> None:
+def test_the_rotation_may_be_written_for_both_releases_if_it_is_one(
+    kind: str, tmp_path: Path
+) -> None:
     raw = raw_config(kind, False)
     text = raw["text_config"]
     text |= {"rope_scaling": ROPE, "rope_theta": text["rope_parameters"]["rope_theta"]}
     assert config_of(raw, tmp_path, "hf").text.rope_theta == text["rope_theta"]
     for other in ({"rope_theta": 5e6}, {"rope_scaling": ROPE | {"mrope_section": [8, 0, 0]}}):
         with pytest.raises(
-            UserError, match=r"text_config says different things: rope_parameters\.(rope_theta|mrope_section)=.*, rope_"
+            UserError,
+            match=r"text_config says different things: rope_parameters\.(rope_theta|mrope_section)=.*, rope_",
         ):
             config_of({**raw, "text_config": text | other}, tmp_path, "hf")
 

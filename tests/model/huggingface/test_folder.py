@@ -29,7 +29,12 @@ from visionloom.launch.configure import compose
 from visionloom.model.config import ModelConfig
 from visionloom.model.huggingface.config import differences, read_config, write_config
 from visionloom.model.huggingface.folder import INDEX, HuggingFaceFolder
-from visionloom.model.huggingface.names import convert_parameter, from_huggingface, huggingface_shapes, to_huggingface
+from visionloom.model.huggingface.names import (
+    convert_parameter,
+    from_huggingface,
+    huggingface_shapes,
+    to_huggingface,
+)
 from visionloom.model.huggingface.safetensors_writer import write_safetensors
 from visionloom.model.huggingface.shapes import parameter_shapes
 from visionloom.model.qwen3vl import Qwen3VL
@@ -37,7 +42,14 @@ from visionloom.parallel.topology import Topology
 from visionloom.tests.model.reference import reference_model, tiny_config
 from visionloom.train.exchange.import_huggingface import import_huggingface
 
-MODELS = ("qwen3vl_2b", "qwen3vl_4b", "qwen3vl_8b", "qwen3vl_32b", "qwen3vl_30b_a3b", "qwen3vl_235b_a22b")
+MODELS = (
+    "qwen3vl_2b",
+    "qwen3vl_4b",
+    "qwen3vl_8b",
+    "qwen3vl_32b",
+    "qwen3vl_30b_a3b",
+    "qwen3vl_235b_a22b",
+)
 EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 GATE = "model.language_model.layers.0.mlp.gate_proj.weight"
 
@@ -45,7 +57,9 @@ GATE = "model.language_model.layers.0.mlp.gate_proj.weight"
 def model(tied: bool = False, experts: int = 0, width: int = 24) -> ModelConfig:
     """The tiny model of the tests, with experts of `width`: hidden size 64."""
     config = tiny_config(tied, experts)
-    return replace(config, text=replace(config.text, expert_ffn_hidden_size=width if experts else 0))
+    return replace(
+        config, text=replace(config.text, expert_ffn_hidden_size=width if experts else 0)
+    )
 
 
 def save(folder: Path, config: ModelConfig, shard: str = "200KB") -> dict[str, Tensor]:
@@ -72,7 +86,10 @@ def edit_config(folder: Path, section: str = "", **values: Any) -> None:
 def all_of(folder: HuggingFaceFolder) -> dict[str, Tensor]:
     """Every parameter by our name."""
     shapes = parameter_shapes(folder.config)
-    return {name: folder.parameter(name, [slice(0, size) for size in shape]) for name, shape in shapes.items()}
+    return {
+        name: folder.parameter(name, [slice(0, size) for size in shape])
+        for name, shape in shapes.items()
+    }
 
 
 def refusal(folder: Path) -> str:
@@ -88,9 +105,13 @@ def test_names_shapes_and_config_of_the_six_models_are_transformers_own(name: st
     assert run is not None
     config = run.model
     mixture = bool(config.text.experts)
-    built = (Qwen3VLMoeConfig if mixture else Qwen3VLConfig)(**write_config(config, "bfloat16", {}, None))
+    built = (Qwen3VLMoeConfig if mixture else Qwen3VLConfig)(
+        **write_config(config, "bfloat16", {}, None)
+    )
     with torch.device("meta"):
-        theirs = (Qwen3VLMoeForConditionalGeneration if mixture else Qwen3VLForConditionalGeneration)(built)
+        theirs = (
+            Qwen3VLMoeForConditionalGeneration if mixture else Qwen3VLForConditionalGeneration
+        )(built)
     expected = {key: tuple(tensor.shape) for key, tensor in theirs.state_dict().items()}
     if config.text.tie_embeddings:
         assert expected.pop(HEAD) == expected[EMBEDDING]
@@ -109,7 +130,10 @@ def test_config_goes_both_ways(tied: bool, experts: int, tmp_path: Path) -> None
     assert written["text_config"].pop("norm_topk_prob", None) == (
         True if experts else None
     )  # for servers; transformers has no such key
-    assert written == theirs.config.to_dict() | {"dtype": "float32", "architectures": [type(theirs).__name__]}
+    assert written == theirs.config.to_dict() | {
+        "dtype": "float32",
+        "architectures": [type(theirs).__name__],
+    }
 
 
 def test_config_of_transformers_4_is_read(tmp_path: Path) -> None:
@@ -119,7 +143,11 @@ def test_config_of_transformers_4_is_read(tmp_path: Path) -> None:
     raw = json.loads((tmp_path / "config.json").read_text())
     text = raw["text_config"]
     rope = text.pop("rope_parameters")
-    text |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope, "num_experts": text.pop("num_local_experts")}
+    text |= {
+        "rope_theta": rope.pop("rope_theta"),
+        "rope_scaling": rope,
+        "num_experts": text.pop("num_local_experts"),
+    }
     del text["router_aux_loss_coef"]
     (tmp_path / "config.json").write_text(json.dumps(raw | {"torch_dtype": "bfloat16"}))
     found = read_config(tmp_path, "hf")
@@ -132,14 +160,30 @@ def test_config_of_transformers_4_is_read(tmp_path: Path) -> None:
         ("", {"model_type": "llava"}, "model_type llava"),
         ("text_config", {"attention_bias": True}, "text_config.attention_bias is True"),
         ("text_config", {"head_dim": None}, "text_config.head_dim is missing"),
-        ("text_config", {"hidden_size": "64"}, "text_config.hidden_size is '64', not a whole number"),
-        ("text_config", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "mrope_section": [6, 5, 5]}}, "yarn"),
+        (
+            "text_config",
+            {"hidden_size": "64"},
+            "text_config.hidden_size is '64', not a whole number",
+        ),
+        (
+            "text_config",
+            {
+                "rope_parameters": {
+                    "rope_type": "yarn",
+                    "rope_theta": 1e4,
+                    "mrope_section": [6, 5, 5],
+                }
+            },
+            "yarn",
+        ),
         ("vision_config", {"num_position_embeddings": 63}, "63 is not a square"),
         ("vision_config", {"out_hidden_size": 32}, "out_hidden_size=32"),
         ("text_config", {"num_key_value_heads": 3}, "heads=4 must be a multiple of kv_heads=3"),
     ],
 )
-def test_a_config_of_another_kind_is_refused(section: str, values: dict[str, Any], told: str, tmp_path: Path) -> None:
+def test_a_config_of_another_kind_is_refused(
+    section: str, values: dict[str, Any], told: str, tmp_path: Path
+) -> None:
     reference_model(model(), 1).config.save_pretrained(tmp_path)
     edit_config(tmp_path, section, **values)
     assert told in refusal(tmp_path)
@@ -148,9 +192,13 @@ def test_a_config_of_another_kind_is_refused(section: str, values: dict[str, Any
 def test_a_recipe_of_another_model_is_told_by_its_field(tmp_path: Path) -> None:
     config = model()
     other = replace(config, text=replace(config.text, heads=8, vocab_size=200, max_positions=9))
-    assert differences(other, config, tmp_path) == [f"model.text.heads=8, but {tmp_path}/config.json says 4: set it alike"]
+    assert differences(other, config, tmp_path) == [
+        f"model.text.heads=8, but {tmp_path}/config.json says 4: set it alike"
+    ]
     smaller = replace(config, text=replace(config.text, vocab_size=50))
-    assert [line.split(",")[0] for line in differences(smaller, config, tmp_path)] == ["model.text.vocab_size=50"]
+    assert [line.split(",")[0] for line in differences(smaller, config, tmp_path)] == [
+        "model.text.vocab_size=50"
+    ]
 
 
 SHAPES = [(False, 4, 24), (True, 4, 32), (False, 4, 64)]
@@ -164,7 +212,9 @@ SHAPES = [(False, 4, 24), (True, 4, 32), (False, 4, 64)]
         *((layout, *shape) for layout in ("transformers", "hub", "separate") for shape in SHAPES),
     ],
 )
-def test_every_layout_of_experts_is_read(layout: str, tied: bool, experts: int, width: int, tmp_path: Path) -> None:
+def test_every_layout_of_experts_is_read(
+    layout: str, tied: bool, experts: int, width: int, tmp_path: Path
+) -> None:
     """Widths 32 and 64 make one of the two stacks square: the other one tells the layouts apart."""
     config = model(tied, experts, width)
     expected = from_huggingface(save(tmp_path, config), config)
@@ -172,12 +222,18 @@ def test_every_layout_of_experts_is_read(layout: str, tied: bool, experts: int, 
         made = [convert_parameter(name, full, config, layout) for name, full in expected.items()]
         for path in tmp_path.glob("*.safetensors*"):
             path.unlink()
-        save_file({k: v.clone().contiguous() for part in made for k, v in part.items()}, tmp_path / "model.safetensors")
+        save_file(
+            {k: v.clone().contiguous() for part in made for k, v in part.items()},
+            tmp_path / "model.safetensors",
+        )
     folder = HuggingFaceFolder(tmp_path)
     assert folder.expert_layout == layout
     found = all_of(folder)
     assert found.keys() == expected.keys()
-    assert all(found[name].dtype == torch.bfloat16 and torch.equal(found[name], expected[name]) for name in expected)
+    assert all(
+        found[name].dtype == torch.bfloat16 and torch.equal(found[name], expected[name])
+        for name in expected
+    )
 
 
 def test_layouts_side_by_side_are_refused(tmp_path: Path) -> None:
@@ -227,7 +283,9 @@ def test_pickles_are_never_opened(name: str, tmp_path: Path) -> None:
     (folder / name).write_bytes(pickle.dumps(Malicious(marker)))
     assert torch.equal(HuggingFaceFolder(folder).read(GATE, [slice(0, 96)]), state[GATE])
     (folder / "model.safetensors").unlink()
-    assert f"no safetensors files, only {name}: pickles can run code and are not read" in refusal(folder)
+    assert f"no safetensors files, only {name}: pickles can run code and are not read" in refusal(
+        folder
+    )
     assert not marker.exists()
     pickle.loads((folder / name).read_bytes())
     assert marker.exists(), "the pickle would have run"
@@ -263,10 +321,16 @@ def test_a_whole_file_counts_before_what_lies_beside_it(tmp_path: Path) -> None:
         newer.lm_head.weight.fill_(3)
     newer.save_pretrained(tmp_path)
     save_file({"base_model.x": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
-    assert (tmp_path / "model.safetensors").is_file() and (tmp_path / "model.safetensors.index.json").is_file()
-    theirs = Qwen3VLForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16).state_dict()
+    assert (tmp_path / "model.safetensors").is_file() and (
+        tmp_path / "model.safetensors.index.json"
+    ).is_file()
+    theirs = Qwen3VLForConditionalGeneration.from_pretrained(
+        tmp_path, dtype=torch.bfloat16
+    ).state_dict()
     ours = HuggingFaceFolder(tmp_path)
-    assert set(ours.names) == set(theirs) and torch.equal(ours.read(HEAD, [slice(0, 2)]), theirs[HEAD][:2])
+    assert set(ours.names) == set(theirs) and torch.equal(
+        ours.read(HEAD, [slice(0, 2)]), theirs[HEAD][:2]
+    )
     assert theirs[HEAD].eq(3).all()
 
 
@@ -284,12 +348,18 @@ def test_a_cut_or_lost_file_is_named(tmp_path: Path) -> None:
 def test_rows_that_the_vocabulary_lacks_are_zeros(tmp_path: Path) -> None:
     state = save(tmp_path, model(), "5GB")
     for name in (EMBEDDING, HEAD):
-        change(tmp_path, lambda found, name=name: found.update({name: found[name][:90].contiguous()}))  # type: ignore[misc]
+        change(
+            tmp_path, lambda found, name=name: found.update({name: found[name][:90].contiguous()})
+        )  # type: ignore[misc]
     found = all_of(HuggingFaceFolder(tmp_path))
     for ours, theirs in (("embedding.word_embeddings", EMBEDDING), ("output_layer", HEAD)):
         rows = found[f"language_model.{ours}.weight"]
-        assert torch.equal(rows[:90], state[theirs][:90]) and not rows[90:].any() and len(rows) == 96
-    beyond = HuggingFaceFolder(tmp_path).parameter("language_model.output_layer.weight", [slice(92, 96), slice(0, 64)])
+        assert (
+            torch.equal(rows[:90], state[theirs][:90]) and not rows[90:].any() and len(rows) == 96
+        )
+    beyond = HuggingFaceFolder(tmp_path).parameter(
+        "language_model.output_layer.weight", [slice(92, 96), slice(0, 64)]
+    )
     assert beyond.shape == (4, 64) and not beyond.any()
 
 
@@ -302,9 +372,14 @@ def test_rows_beyond_the_vocabulary_are_refused(tmp_path: Path) -> None:
 def test_a_tied_head_may_lie_beside_its_embedding_if_it_is_equal(tmp_path: Path) -> None:
     state = save(tmp_path, model(tied=True), "5GB")
     change(tmp_path, lambda found: found.update({HEAD: found[EMBEDDING].clone()}))
-    assert torch.equal(all_of(HuggingFaceFolder(tmp_path))["language_model.embedding.word_embeddings.weight"], state[EMBEDDING])
+    assert torch.equal(
+        all_of(HuggingFaceFolder(tmp_path))["language_model.embedding.word_embeddings.weight"],
+        state[EMBEDDING],
+    )
     change(tmp_path, lambda found: found[HEAD][95, 63].add_(1))
-    assert f"{HEAD} is not {EMBEDDING}, but config.json has tie_word_embeddings true" in refusal(tmp_path)
+    assert f"{HEAD} is not {EMBEDDING}, but config.json has tie_word_embeddings true" in refusal(
+        tmp_path
+    )
 
 
 def test_only_the_asked_region_is_read(tmp_path: Path) -> None:
@@ -324,7 +399,12 @@ def test_only_the_asked_region_is_read(tmp_path: Path) -> None:
     for name, region in {
         f"{at}self_attention.linear_qkv.weight": [slice(128, 256), slice(0, 64)],
         f"{at}self_attention.linear_proj.weight": [slice(0, 64), slice(32, 64)],
-        f"{at}mlp.experts.linear_fc1.weight": [slice(1, 3), slice(0, 2), slice(12, 24), slice(0, 64)],
+        f"{at}mlp.experts.linear_fc1.weight": [
+            slice(1, 3),
+            slice(0, 2),
+            slice(12, 24),
+            slice(0, 64),
+        ],
         f"{at}mlp.experts.linear_fc2.weight": [slice(2, 4), slice(0, 64), slice(0, 12)],
         "language_model.output_layer.weight": [slice(48, 96), slice(0, 64)],
     }.items():
@@ -348,8 +428,15 @@ def test_files_written_tensor_by_tensor_are_safetensors(tmp_path: Path) -> None:
     write_safetensors(tmp_path / "x.safetensors", planned, tensors.items())
     found = load_file(tmp_path / "x.safetensors")
     assert found.keys() == tensors.keys()
-    assert all(found[name].dtype == tensors[name].dtype and torch.equal(found[name], tensors[name]) for name in tensors)
-    for wrong in (list(tensors.items())[:-1], [("wide", torch.zeros(3, 5))], [("other", tensors["wide"])]):
+    assert all(
+        found[name].dtype == tensors[name].dtype and torch.equal(found[name], tensors[name])
+        for name in tensors
+    )
+    for wrong in (
+        list(tensors.items())[:-1],
+        [("wide", torch.zeros(3, 5))],
+        [("other", tensors["wide"])],
+    ):
         with pytest.raises(ValueError, match="planned"):
             write_safetensors(tmp_path / "y.safetensors", planned, wrong)
 
@@ -362,14 +449,19 @@ def test_full_tensors_go_both_ways() -> None:
         assert all(torch.equal(back[name], state[name]) for name in back)
 
 
-def test_layers_of_different_types_are_read_but_not_imported(topology: Topology, tmp_path: Path) -> None:
+def test_layers_of_different_types_are_read_but_not_imported(
+    topology: Topology, tmp_path: Path
+) -> None:
     """A checkpoint has a parameter once for all layers, in one type."""
     state = save(tmp_path / "model", model(), "5GB")
     change(tmp_path / "model", lambda found: found.update({GATE: found[GATE].float()}))
-    whole = all_of(HuggingFaceFolder(tmp_path / "model"))["language_model.decoder.layers.0.mlp.linear_fc1.weight"]
+    whole = all_of(HuggingFaceFolder(tmp_path / "model"))[
+        "language_model.decoder.layers.0.mlp.linear_fc1.weight"
+    ]
     assert whole.dtype == torch.float32 and torch.equal(whole[:96], state[GATE].float())
     with pytest.raises(
-        UserError, match=r"layers differ in type, .*layers.0.mlp.linear_fc1.weight in float32 and .* in bfloat16"
+        UserError,
+        match=r"layers differ in type, .*layers.0.mlp.linear_fc1.weight in float32 and .* in bfloat16",
     ):
         import_huggingface(tmp_path / "model", tmp_path / "out", topology, print)
     assert not list(tmp_path.glob("out*"))
@@ -380,9 +472,14 @@ def test_weights_that_are_no_numbers_are_named(tmp_path: Path, topology: Topolog
     from visionloom.train.weights.load_huggingface import load_huggingface
 
     save(tmp_path, model(), "5GB")
-    change(tmp_path, lambda state: state["model.visual.blocks.0.norm1.bias"].__setitem__(3, float("nan")))
+    change(
+        tmp_path,
+        lambda state: state["model.visual.blocks.0.norm1.bias"].__setitem__(3, float("nan")),
+    )
     chunks = [Qwen3VL(model(), topology, torch.float32)]
-    with pytest.raises(UserError, match=r"has NaN or infinite numbers in visual.blocks.0.norm1.bias"):
+    with pytest.raises(
+        UserError, match=r"has NaN or infinite numbers in visual.blocks.0.norm1.bias"
+    ):
         load_huggingface(tmp_path, chunks, HuggingFaceFolder(tmp_path).config, topology)
 
 
@@ -399,7 +496,10 @@ def test_a_file_of_tensors_is_a_file_of_usual_size(kind: str, tmp_path: Path) ->
         return
     path.rename(tmp_path / "elsewhere")
     path.symlink_to(tmp_path / "elsewhere") if kind == "link" else os.mkfifo(path)
-    assert re.search("model.safetensors cannot be read: is a (link out of its folder|pipe)|no safetensors", refusal(folder))
+    assert re.search(
+        "model.safetensors cannot be read: is a (link out of its folder|pipe)|no safetensors",
+        refusal(folder),
+    )
 
 
 @pytest.mark.parametrize(
@@ -416,7 +516,9 @@ def test_a_file_of_tensors_is_a_file_of_usual_size(kind: str, tmp_path: Path) ->
         ("vision_config", {"out_hidden_size": {"\x1b": 1}}, "out_hidden_size={'\\x1b': 1}"),
     ],
 )  # fmt: skip
-def test_a_config_of_another_form_is_one_line(part: str, values: dict[str, Any], told: str, tmp_path: Path) -> None:
+def test_a_config_of_another_form_is_one_line(
+    part: str, values: dict[str, Any], told: str, tmp_path: Path
+) -> None:
     save(tmp_path, model(), "5GB")
     config = json.loads((tmp_path / "config.json").read_text())
     (config[part] if part else config).update(values)
@@ -425,7 +527,11 @@ def test_a_config_of_another_form_is_one_line(part: str, values: dict[str, Any],
 
 
 @pytest.mark.parametrize(
-    ("name", "told"), [("config.json", "config.json cannot be read: is a pipe"), (INDEX, f"6 safetensors files and no {INDEX}")]
+    ("name", "told"),
+    [
+        ("config.json", "config.json cannot be read: is a pipe"),
+        (INDEX, f"6 safetensors files and no {INDEX}"),
+    ],
 )
 def test_a_json_file_that_is_a_pipe_is_not_waited_for(name: str, told: str, tmp_path: Path) -> None:
     save(tmp_path, model())
@@ -436,7 +542,10 @@ def test_a_json_file_that_is_a_pipe_is_not_waited_for(name: str, told: str, tmp_
 
 def test_a_snapshot_of_the_hub_is_read(tmp_path: Path) -> None:
     """All its files are links to the repository's blobs, as huggingface_hub makes them."""
-    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "0123", tmp_path / "models--a--b" / "blobs"
+    snapshot, blobs = (
+        tmp_path / "models--a--b" / "snapshots" / "0123",
+        tmp_path / "models--a--b" / "blobs",
+    )
     state = save(snapshot, model())
     blobs.mkdir()
     for number, path in enumerate(sorted(snapshot.iterdir())):

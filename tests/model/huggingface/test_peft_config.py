@@ -25,7 +25,14 @@ from visionloom.model.lora import apply_lora
 from visionloom.model.lora_config import LoraConfig
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.parallel.topology import Topology
-from visionloom.tests.model.reference import build_pair, huggingface_model, make_example, make_pack, reference_run, tiny_config
+from visionloom.tests.model.reference import (
+    build_pair,
+    huggingface_model,
+    make_example,
+    make_pack,
+    reference_run,
+    tiny_config,
+)
 from visionloom.tests.model.test_parity import error
 from visionloom.train.weights.load_adapter import WEIGHTS, load_adapter
 
@@ -36,7 +43,9 @@ FIRST = "base_model.model.model.language_model.layers.0.self_attn"
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """An adapter on queries and values, as peft saves it."""
-    made = peft.LoraConfig(r=8, lora_alpha=12, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    made = peft.LoraConfig(
+        r=8, lora_alpha=12, target_modules=["q_proj", "v_proj"], init_lora_weights=False
+    )
     peft.get_peft_model(huggingface_model(tiny_config()), made).save_pretrained(tmp_path)
     return tmp_path
 
@@ -96,7 +105,9 @@ def test_another_value_is_refused_by_name(name: str, folder: Path) -> None:
         read_adapter_config(folder, LORA)
 
 
-@pytest.mark.parametrize("value", ["pissa", "olora", "corda", "loftq", "lora_ga", "eva", "mica", 1, None])
+@pytest.mark.parametrize(
+    "value", ["pissa", "olora", "corda", "loftq", "lora_ga", "eva", "mica", 1, None]
+)
 def test_factors_that_may_belong_to_other_weights_are_refused(value: Any, folder: Path) -> None:
     change(folder, init_lora_weights=value)
     with pytest.raises(UserError, match="init_lora_weights is"):
@@ -104,7 +115,8 @@ def test_factors_that_may_belong_to_other_weights_are_refused(value: Any, folder
 
 
 @pytest.mark.parametrize(
-    ("value", "fine"), [(None, True), (False, True), ({}, True), (0.5, False), ("x", False), (True, False)]
+    ("value", "fine"),
+    [(None, True), (False, True), ({}, True), (0.5, False), ("x", False), (True, False)],
 )
 def test_a_field_that_nobody_knows_may_only_be_off(value: Any, fine: bool, folder: Path) -> None:
     change(folder, not_known=value)
@@ -115,11 +127,15 @@ def test_a_field_that_nobody_knows_may_only_be_off(value: Any, fine: bool, folde
             read_adapter_config(folder, LORA)
 
 
-def test_a_pissa_adapter_that_peft_has_converted_is_read(topology: Topology, tmp_path: Path) -> None:
+def test_a_pissa_adapter_that_peft_has_converted_is_read(
+    topology: Topology, tmp_path: Path
+) -> None:
     """PiSSA takes its factors out of the base weights; peft's conversion doubles the rank and fits the weights as they were."""
     examples = [make_example([5, (4, 6), 9], 0)]
     theirs, _ = build_pair(topology, 0)
-    made = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "v_proj"], init_lora_weights="pissa")
+    made = peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules=["q_proj", "v_proj"], init_lora_weights="pissa"
+    )
     tuned = peft.get_peft_model(theirs, made)
     tuned.peft_config["default"].init_lora_weights = True
     tuned.save_pretrained(tmp_path / "first")
@@ -131,17 +147,33 @@ def test_a_pissa_adapter_that_peft_has_converted_is_read(topology: Topology, tmp
         expected = torch.cat(reference_run(tuned.get_base_model(), examples)[0])
         tuned.save_pretrained(tmp_path / "pissa")
         assert "init_lora_weights is 'pissa'" in refusal(tmp_path / "pissa", topology)
-        tuned.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "first"))
+        tuned.save_pretrained(
+            tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "first")
+        )
         ours = loaded(tmp_path / "plain", topology)
         assert error(ours.logits(ours.prepare(make_pack(theirs, examples))), expected) <= 1e-5
 
 
 NAMES = [
     f"model.{part}.{leaf}"
-    for part in ("language_model.layers.0", "language_model.layers.1", "visual.blocks.1", "visual.merger")
+    for part in (
+        "language_model.layers.0",
+        "language_model.layers.1",
+        "visual.blocks.1",
+        "visual.merger",
+    )
     for leaf in ("self_attn.q_proj", "mlp.up_proj", "attn.qkv", "mlp.experts.0.up_proj")
 ]
-PATTERNS = ["q_proj", "up_proj", "attn.qkv", NAMES[0], r".*layers\.1.*", r".*\.(q|v)_proj", "mlp", ""]
+PATTERNS = [
+    "q_proj",
+    "up_proj",
+    "attn.qkv",
+    NAMES[0],
+    r".*layers\.1.*",
+    r".*\.(q|v)_proj",
+    "mlp",
+    "",
+]
 
 
 @settings(max_examples=300, derandomize=True, deadline=None)
@@ -157,17 +189,24 @@ PATTERNS = ["q_proj", "up_proj", "attn.qkv", NAMES[0], r".*layers\.1.*", r".*\.(
 def test_modules_are_chosen_as_by_peft(config: dict[str, Any], name: str) -> None:
     listed = isinstance(config["target_modules"], list)
     config = config if listed else config | {"layers_to_transform": None, "layers_pattern": None}
-    theirs = peft.LoraConfig(target_modules=["a"])  # its checks of combinations are not what is compared
+    theirs = peft.LoraConfig(
+        target_modules=["a"]
+    )  # its checks of combinations are not what is compared
     for field, value in config.items():
         setattr(theirs, field, value)
     found = check_target_module_exists(theirs, name)
-    assert targets(config, name, is_parameter=False) == (bool(found) and type(found).__name__ != "_ExcludedModule")
+    assert targets(config, name, is_parameter=False) == (
+        bool(found) and type(found).__name__ != "_ExcludedModule"
+    )
 
 
 @pytest.mark.parametrize(
     ("values", "told"),
     [
-        ({"exclude_modules": ["v_proj"]}, "v_proj, which target_modules, exclude_modules and layers_to_transform"),
+        (
+            {"exclude_modules": ["v_proj"]},
+            "v_proj, which target_modules, exclude_modules and layers_to_transform",
+        ),
         ({"layers_to_transform": [0, 1]}, "layers.2.self_attn.q_proj, which target_modules"),
         ({"target_modules": ["v_proj"]}, "layers.0.self_attn.q_proj, which target_modules"),
         ({"target_modules": None}, "layers.0.self_attn.q_proj, which target_modules"),
@@ -188,7 +227,9 @@ def test_settings_that_cover_all_tensors_are_fine(folder: Path, topology: Topolo
     examples = [make_example([9], 0)]
     theirs, _ = build_pair(topology, 0)
     with torch.no_grad():
-        expected = reference_run(PeftModel.from_pretrained(theirs, folder).get_base_model(), examples)[0][0]
+        expected = reference_run(
+            PeftModel.from_pretrained(theirs, folder).get_base_model(), examples
+        )[0][0]
         assert error(ours.logits(ours.prepare(make_pack(theirs, examples))), expected) <= 1e-5
 
 
@@ -224,7 +265,9 @@ def test_a_file_that_is_no_object_is_refused(text: str, folder: Path, topology: 
 
 
 @pytest.mark.parametrize("pattern", ["(a+)+$|(.*)*x", r"(.)\1", "(?=x)y", "(", "(a{1000}){1000}"])
-def test_a_pattern_takes_linear_time_or_is_refused(pattern: str, folder: Path, topology: Topology) -> None:
+def test_a_pattern_takes_linear_time_or_is_refused(
+    pattern: str, folder: Path, topology: Topology
+) -> None:
     """The first would keep Python's `re` busy for ages with a name of 60 letters; the others cannot be matched in linear time."""
     change(folder, target_modules=pattern, exclude_modules=None)
     assert "target_modules" in refusal(folder, topology)
@@ -241,12 +284,15 @@ def test_an_adapter_with_numbers_that_are_none_is_named(folder: Path, topology: 
     state = load_file(folder / WEIGHTS)
     state[f"{FIRST}.q_proj.lora_A.weight"][0, 0] = float("nan")
     save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
-    assert "has NaN or infinite numbers in language_model.decoder.layers.0.self_attention.linear_qkv" in refusal(
-        folder, topology
+    assert (
+        "has NaN or infinite numbers in language_model.decoder.layers.0.self_attention.linear_qkv"
+        in refusal(folder, topology)
     )
 
 
-def test_an_adapter_may_not_lead_elsewhere(folder: Path, tmp_path: Path, topology: Topology) -> None:
+def test_an_adapter_may_not_lead_elsewhere(
+    folder: Path, tmp_path: Path, topology: Topology
+) -> None:
     (folder / WEIGHTS).rename(tmp_path.parent / "elsewhere")
     (folder / WEIGHTS).symlink_to(tmp_path.parent / "elsewhere")
     assert "is a link out of its folder" in refusal(folder, topology)

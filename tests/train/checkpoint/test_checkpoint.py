@@ -92,7 +92,9 @@ def events_of(found: list[dict[str, Any]]) -> Any:
     return lambda event, **fields: found.append({"event": event, **fields})
 
 
-def save(layout: Layout, packs: list[TestPack], folder: Path, background: bool = False) -> list[dict[str, Any]]:
+def save(
+    layout: Layout, packs: list[TestPack], folder: Path, background: bool = False
+) -> list[dict[str, Any]]:
     """Two steps and a checkpoint, then one more step while it may still be written; runs on every rank of the pool."""
     stage, events = stage_of(layout), list[dict[str, Any]]()
     train(stage, layout, packs, 2)
@@ -104,7 +106,11 @@ def save(layout: Layout, packs: list[TestPack], folder: Path, background: bool =
 
 
 def weights_of(stage: Any) -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for chunk in stage.model_parts for name, parameter in canonical_parameters(chunk)}
+    return {
+        name: parameter.detach().clone()
+        for chunk in stage.model_parts
+        for name, parameter in canonical_parameters(chunk)
+    }
 
 
 def uninterrupted(layout: Layout, packs: list[TestPack], file: Path) -> list[dict[str, Tensor]]:
@@ -131,7 +137,9 @@ def resumed(layout: Layout, packs: list[TestPack], folder: Path, optimizer: bool
     return stage
 
 
-def off(layout: Layout, packs: list[TestPack], folder: Path, file: Path, optimizer: bool = True) -> float:
+def off(
+    layout: Layout, packs: list[TestPack], folder: Path, file: Path, optimizer: bool = True
+) -> float:
     """Largest relative error of a parameter after resuming; runs on every rank of the pool."""
     stage = resumed(layout, packs, folder, optimizer)
     expected: dict[str, Tensor] = torch.load(file)
@@ -173,7 +181,12 @@ def reference_file(pool: RankPool, work: Path, packs: list[TestPack], case: Case
     return file
 
 
-QUICK = {("tensor 2", "pipeline 2"), ("one", "expert 2"), ("expert 2", "one"), ("pipeline 2 virtual 2", "tensor 2")}
+QUICK = {
+    ("tensor 2", "pipeline 2"),
+    ("one", "expert 2"),
+    ("expert 2", "one"),
+    ("pipeline 2 virtual 2", "tensor 2"),
+}
 
 
 @pytest.mark.parametrize(
@@ -208,7 +221,10 @@ def tensors_in(folder: Path) -> dict[str, Tensor]:
 
     (step,) = (folder / "checkpoints" / "test").glob("step-*")
     described = dict(entries(read_index(step)))
-    found = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in described.items()}
+    found = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in described.items()
+    }
     load(found, storage_reader=FileSystemReader(step), no_dist=True)
     return found
 
@@ -223,7 +239,13 @@ def tensors_in(folder: Path) -> dict[str, Tensor]:
     ids=["tensor to pipeline", "pipeline to one", "experts to one"],
 )
 def test_another_layout_holds_the_same_moments(
-    case: Case, before: str, after: str, pool: RankPool, work: Path, packs: list[TestPack], tmp_path: Path
+    case: Case,
+    before: str,
+    after: str,
+    pool: RankPool,
+    work: Path,
+    packs: list[TestPack],
+    tmp_path: Path,
 ) -> None:
     """Row 27 of the fault matrix: weights, master weights and both moments, bit for bit; reference: torch's own reader."""
     folder, layout = saved(pool, work, packs, case, before), layout_of(after, case)
@@ -233,14 +255,23 @@ def test_another_layout_holds_the_same_moments(
     assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
 
 
-def test_without_the_optimizers_state_it_is_found(pool: RankPool, work: Path, packs: list[TestPack]) -> None:
+def test_without_the_optimizers_state_it_is_found(
+    pool: RankPool, work: Path, packs: list[TestPack]
+) -> None:
     """The control: weights alone do not continue a run."""
-    folder, file = saved(pool, work, packs, DENSE, "tensor 2"), reference_file(pool, work, packs, DENSE)
-    assert pool.run(1, off, layout_of("one", DENSE), packs, folder, file, False)[0] > 100 * TOLERANCE
+    folder, file = (
+        saved(pool, work, packs, DENSE, "tensor 2"),
+        reference_file(pool, work, packs, DENSE),
+    )
+    assert (
+        pool.run(1, off, layout_of("one", DENSE), packs, folder, file, False)[0] > 100 * TOLERANCE
+    )
 
 
 @pytest.mark.parametrize("background", [False, True], ids=["waited for", "in the background"])
-@pytest.mark.parametrize(("case", "name"), [(DENSE, "tensor 2"), (MIXTURE, "expert 2")], ids=["dense", "mixture"])
+@pytest.mark.parametrize(
+    ("case", "name"), [(DENSE, "tensor 2"), (MIXTURE, "expert 2")], ids=["dense", "mixture"]
+)
 def test_the_same_layout_continues_bit_for_bit(
     case: Case, name: str, background: bool, pool: RankPool, tmp_path: Path, packs: list[TestPack]
 ) -> None:
@@ -252,7 +283,9 @@ def test_the_same_layout_continues_bit_for_bit(
     found = pool.run(layout.ranks, bits, layout, packs, tmp_path / "run")
     for (theirs,), ours in zip(expected, found, strict=True):
         assert theirs.keys() == ours.keys()
-        assert [name for name, weight in theirs.items() if not torch.equal(weight, ours[name])] == []
+        assert [
+            name for name, weight in theirs.items() if not torch.equal(weight, ours[name])
+        ] == []
 
 
 # ---- disks that fail
@@ -265,10 +298,14 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         yield folder
 
 
-def save_until_full(layout: Layout, packs: list[TestPack], folder: Path, on_error: str) -> tuple[list[dict[str, Any]], str]:
+def save_until_full(
+    layout: Layout, packs: list[TestPack], folder: Path, on_error: str
+) -> tuple[list[dict[str, Any]], str]:
     stage, events = stage_of(layout), list[dict[str, Any]]()
     train(stage, layout, packs, 1)
-    saver = Saver(folder, CheckpointConfig(asynchronous=False, keep=9, on_error=on_error), events_of(events))
+    saver = Saver(
+        folder, CheckpointConfig(asynchronous=False, keep=9, on_error=on_error), events_of(events)
+    )
     try:
         for step in range(1, 8):
             saver.save(stage, step, step, last=False)
@@ -279,17 +316,26 @@ def save_until_full(layout: Layout, packs: list[TestPack], folder: Path, on_erro
 
 @pytest.mark.parametrize(("on_error", "failures"), [("stop", 1), ("continue", 3)])
 def test_a_full_disk_leaves_what_was_saved(
-    on_error: str, failures: int, small_disk: Path, pool: RankPool, packs: list[TestPack], topology: Topology
+    on_error: str,
+    failures: int,
+    small_disk: Path,
+    pool: RankPool,
+    packs: list[TestPack],
+    topology: Topology,
 ) -> None:
     """Row 19 of the fault matrix: what was saved is whole, `latest` names it, the cause has path and room."""
     layout = layout_of("data 2", DENSE)
     found = pool.run(2, save_until_full, layout, packs, small_disk / "run", on_error)
     (events, told), (others, same) = found
-    assert told == same and [event["event"] for event in events] == [event["event"] for event in others]
+    assert told == same and [event["event"] for event in events] == [
+        event["event"] for event in others
+    ]
     whole = [event for event in events if event["event"] == "checkpoint"]
     failed = [event for event in events if event["event"] == "checkpoint_failed"]
     assert whole and len(failed) == failures
-    assert all("No space left" in event["cause"] and "MiB free" in event["cause"] for event in failed)
+    assert all(
+        "No space left" in event["cause"] and "MiB free" in event["cause"] for event in failed
+    )
     assert "No space left" in told and "whole" in told and "\n" not in told
     newest, damaged = checkpoint.newest(small_disk / "run", topology)
     assert newest is not None and not damaged and str(newest.folder) == whole[-1]["folder"]
@@ -312,7 +358,10 @@ def test_too_small_a_disk_is_refused_before_training(
 ) -> None:
     """Row 22 of the fault matrix: the estimate of a first save, against the bytes of a real one."""
     folder = saved(pool, work, packs, DENSE, "tensor 2")
-    (real,) = (sum(f.stat().st_size for f in step.iterdir()) for step in (folder / "checkpoints" / "test").glob("step-*"))
+    (real,) = (
+        sum(f.stat().st_size for f in step.iterdir())
+        for step in (folder / "checkpoints" / "test").glob("step-*")
+    )
     filler = small_disk / "filler"
     filler.write_bytes(bytes(36 << 20))
     found = pool.run(2, room, layout_of("tensor 2", DENSE), small_disk / "run")
@@ -336,15 +385,21 @@ def fail_second(layout: Layout, packs: list[TestPack], folder: Path) -> list[dic
     train(stage, layout, packs, 1)
     original = FileSystemWriterAsync.write_preloaded_data
     if stage.topology.rank == 1:
-        FileSystemWriterAsync.write_preloaded_data = staticmethod(lambda *a: (0, OSError(28, "No space left on device", "x")))
+        FileSystemWriterAsync.write_preloaded_data = staticmethod(
+            lambda *a: (0, OSError(28, "No space left on device", "x"))
+        )
     try:
-        Saver(folder, CheckpointConfig(asynchronous=False), events_of(events)).save(stage, 1, 1, last=False)
+        Saver(folder, CheckpointConfig(asynchronous=False), events_of(events)).save(
+            stage, 1, 1, last=False
+        )
     finally:
         FileSystemWriterAsync.write_preloaded_data = original
     return events
 
 
-def test_one_rank_that_fails_fails_the_save(tmp_path: Path, pool: RankPool, packs: list[TestPack]) -> None:
+def test_one_rank_that_fails_fails_the_save(
+    tmp_path: Path, pool: RankPool, packs: list[TestPack]
+) -> None:
     """Row 20 of the fault matrix: no space for one writer only is no checkpoint."""
     found = pool.run(2, fail_second, layout_of("data 2", DENSE), packs, tmp_path)
     for (event,) in found:
@@ -369,9 +424,18 @@ def crash(layout: Layout, packs: list[TestPack], folder: Path, moment: str) -> N
         return
 
 
-@pytest.mark.parametrize(("moment", "resumed_at"), [("rename", 1), ("replace", 2)], ids=["before rename", "before latest"])
+@pytest.mark.parametrize(
+    ("moment", "resumed_at"),
+    [("rename", 1), ("replace", 2)],
+    ids=["before rename", "before latest"],
+)
 def test_a_commit_cut_short(
-    moment: str, resumed_at: int, tmp_path: Path, pool: RankPool, packs: list[TestPack], topology: Topology
+    moment: str,
+    resumed_at: int,
+    tmp_path: Path,
+    pool: RankPool,
+    packs: list[TestPack],
+    topology: Topology,
 ) -> None:
     """Row 4 of the fault matrix: before the rename there is no checkpoint; after it there is one, whatever `latest` says.
 
@@ -399,7 +463,12 @@ def copy_of(folder: Path, target: Path) -> Path:
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "metadata", "manifest"])
 def test_damage_is_found_and_named(
-    damage: str, tmp_path: Path, pool: RankPool, work: Path, packs: list[TestPack], topology: Topology
+    damage: str,
+    tmp_path: Path,
+    pool: RankPool,
+    work: Path,
+    packs: list[TestPack],
+    topology: Topology,
 ) -> None:
     """Rows 23 and 24 of the fault matrix: a flipped bit, a short and a missing shard, no index, no manifest."""
     run = tmp_path / "run"
@@ -414,7 +483,9 @@ def test_damage_is_found_and_named(
     elif damage == "truncate":
         os.truncate(shard, shard.stat().st_size // 2)
     else:
-        {"remove": shard, "metadata": step / ".metadata", "manifest": step / "manifest.json"}[damage].unlink()
+        {"remove": shard, "metadata": step / ".metadata", "manifest": step / "manifest.json"}[
+            damage
+        ].unlink()
     newest, damaged = checkpoint.newest(run, topology)
     assert newest is not None and newest.folder == older
     (line,) = damaged
@@ -465,7 +536,9 @@ def test_a_malicious_entry_is_refused_without_being_run(
     step = copy_of(saved(pool, work, packs, DENSE, "one"), tmp_path / "run")
     with (step / ".metadata").open("rb") as file:
         index = pickle.load(file)
-    (entry,) = (info for place, info in index.storage_data.items() if place.fqn.startswith("common_state"))
+    (entry,) = (
+        info for place, info in index.storage_data.items() if place.fqn.startswith("common_state")
+    )
     shard = step / entry.relative_path
     evil = tmp_path / "evil.pt"
     torch.save([Touch(tmp_path / "ran")], evil)
@@ -492,9 +565,9 @@ def spoil(layout: Layout, packs: list[TestPack], folder: Path) -> None:
     stage = stage_of(layout)
     if stage.topology.rank == stage.topology.world_size - 1:
         with torch.no_grad():
-            next(chunk for chunk in stage.model_parts).get_parameter("language_model.decoder.final_layernorm.weight")[0] = (
-                float("nan")
-            )
+            next(chunk for chunk in stage.model_parts).get_parameter(
+                "language_model.decoder.final_layernorm.weight"
+            )[0] = float("nan")
     Saver(folder, CheckpointConfig(asynchronous=False), events_of([])).save(stage, 1, 1, last=True)
 
 
@@ -510,13 +583,20 @@ def refused(layout: Layout, folder: Path, optimizer: bool) -> str:
     return str(raised.value)
 
 
-def test_weights_that_are_no_numbers_are_named_on_all_ranks(tmp_path: Path, pool: RankPool, packs: list[TestPack]) -> None:
+def test_weights_that_are_no_numbers_are_named_on_all_ranks(
+    tmp_path: Path, pool: RankPool, packs: list[TestPack]
+) -> None:
     """One NaN, which only the last pipeline stage reads."""
     layout = layout_of("pipeline 2", DENSE)
     pool.run(2, spoil, layout, packs, tmp_path)
     for optimizer in (True, False):
         one, other = pool.run(2, refused, layout, tmp_path, optimizer)
-        assert one == other and "final_layernorm.weight" in one and "NaN or infinite" in one and "\n" not in one
+        assert (
+            one == other
+            and "final_layernorm.weight" in one
+            and "NaN or infinite" in one
+            and "\n" not in one
+        )
 
 
 def verified(folder: Path) -> str:
@@ -526,7 +606,9 @@ def verified(folder: Path) -> str:
     return str(raised.value)
 
 
-def test_what_a_run_begins_with_is_verified_too(tmp_path: Path, pool: RankPool, work: Path, packs: list[TestPack]) -> None:
+def test_what_a_run_begins_with_is_verified_too(
+    tmp_path: Path, pool: RankPool, work: Path, packs: list[TestPack]
+) -> None:
     step = copy_of(saved(pool, work, packs, DENSE, "one"), tmp_path / "run")
     content = bytearray((step / "__0_0.distcp").read_bytes())
     content[len(content) // 2] ^= 1
@@ -542,13 +624,23 @@ def test_what_is_kept(tmp_path: Path, pool: RankPool, packs: list[TestPack]) -> 
         (phase / other).mkdir(parents=True)
     (phase / "step-00000000").write_text("a file")
     pool.run(1, save_many, layout_of("one", DENSE), packs, tmp_path)
-    there, others = {entry.name for entry in phase.iterdir()}, {"step-", "step-00000000", "step-0000000x", "step-1"}
+    there, others = (
+        {entry.name for entry in phase.iterdir()},
+        {"step-", "step-00000000", "step-0000000x", "step-1"},
+    )
     assert there >= others
     kept = sorted(there - others)
     assert kept == ["step-00000004", "step-00000008", "step-00000009", "step-00000010"]
     assert (tmp_path / "checkpoints" / "latest").read_text() == "test/step-00000010\n"
-    state = json.loads((tmp_path / "checkpoints" / "test" / "step-00000010" / "state.json").read_text())
-    assert (state["step"], state["phase_step"], state["updates"], state["data"]) == (10, 10, 1, {"step": 10})
+    state = json.loads(
+        (tmp_path / "checkpoints" / "test" / "step-00000010" / "state.json").read_text()
+    )
+    assert (state["step"], state["phase_step"], state["updates"], state["data"]) == (
+        10,
+        10,
+        1,
+        {"step": 10},
+    )
 
 
 def save_many(layout: Layout, packs: list[TestPack], folder: Path) -> None:

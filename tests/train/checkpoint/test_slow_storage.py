@@ -10,7 +10,14 @@ from unittest.mock import patch
 import pytest
 
 from visionloom.tests.ranks import RankPool
-from visionloom.tests.train.checkpoint.test_checkpoint import DENSE, Layout, events_of, layout_of, stage_of, train
+from visionloom.tests.train.checkpoint.test_checkpoint import (
+    DENSE,
+    Layout,
+    events_of,
+    layout_of,
+    stage_of,
+    train,
+)
 from visionloom.tests.train.layouts import TestPack, packs_of
 from visionloom.train import observer
 from visionloom.train.checkpoint import write as saving
@@ -23,7 +30,12 @@ SECONDS = 0.6
 
 def save_slowly(layout: Layout, packs: list[TestPack], folder: Path) -> Any:
     """Three saves in the background, each due before the last one is written; runs on every rank of the pool."""
-    stage, events, spans, steps = stage_of(layout), list[dict[str, Any]](), list[tuple[float, float]](), list[float]()
+    stage, events, spans, steps = (
+        stage_of(layout),
+        list[dict[str, Any]](),
+        list[tuple[float, float]](),
+        list[float](),
+    )
     saver = Saver(folder, CheckpointConfig(), events_of(events))
     write = saving._write
 
@@ -42,12 +54,18 @@ def save_slowly(layout: Layout, packs: list[TestPack], folder: Path) -> Any:
     return events, spans, steps
 
 
-def test_saves_wait_for_each_other_and_training_goes_on_meanwhile(pool: RankPool, tmp_path: Path) -> None:
+def test_saves_wait_for_each_other_and_training_goes_on_meanwhile(
+    pool: RankPool, tmp_path: Path
+) -> None:
     layout = layout_of("data 2", DENSE)
     for events, spans, steps in pool.run(2, save_slowly, layout, packs_of("images"), tmp_path):
-        assert [(event["event"], event["step"]) for event in events] == [("checkpoint", step) for step in (1, 2, 3)]
+        assert [(event["event"], event["step"]) for event in events] == [
+            ("checkpoint", step) for step in (1, 2, 3)
+        ]
         assert all(end <= begin for (_, end), (begin, _) in pairwise(spans)), "no two at a time"
-        assert all(step < end for step, (_, end) in zip(steps, spans, strict=True)), "a step was made while each was written"
+        assert all(step < end for step, (_, end) in zip(steps, spans, strict=True)), (
+            "a step was made while each was written"
+        )
         assert all(0 < event["waited_seconds"] <= event["stall_seconds"] for event in events)
         assert all(0 < event["mb_per_second"] < 1000 for event in events)
 
@@ -56,8 +74,12 @@ def test_saves_wait_for_each_other_and_training_goes_on_meanwhile(pool: RankPool
 def test_a_save_that_holds_up_training_is_told(waited: float, told: bool) -> None:
     said: list[str] = []
     watched = SimpleNamespace(event=lambda *_, **__: None, say=said.append)
-    Observer.saved(watched, "checkpoint", folder="c/step-1", waited_seconds=waited, mb_per_second=3.5)  # type: ignore[arg-type]
+    Observer.saved(
+        watched, "checkpoint", folder="c/step-1", waited_seconds=waited, mb_per_second=3.5
+    )  # type: ignore[arg-type]
     assert bool(said) == told == (waited > observer.SLOW_SECONDS)
     assert not said or (
-        "waited 12.5 s for c/step-1" in said[0] and "3.5 MB/s" in said[0] and "checkpoint.every_steps" in said[0]
+        "waited 12.5 s for c/step-1" in said[0]
+        and "3.5 MB/s" in said[0]
+        and "checkpoint.every_steps" in said[0]
     )

@@ -48,7 +48,10 @@ def test_a_whole_checkpoint_is_read(folder: Path) -> None:
     assert read_index(folder).files == {SHARD}
     weights = StoredWeights(folder)
     for name, tensor in TENSORS.items():
-        assert torch.equal(weights.parameter(name), tensor) and weights.entry(name) == (tuple(tensor.shape), tensor.dtype)
+        assert torch.equal(weights.parameter(name), tensor) and weights.entry(name) == (
+            tuple(tensor.shape),
+            tensor.dtype,
+        )
 
 
 # ---- manifest and files
@@ -64,11 +67,20 @@ def test_a_manifest_without_files_is_no_whole_checkpoint(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["[]", "{", '{"a": 1}', '{"a": {"bytes": "1", "xxh3_128": ""}}', '{"a": {"bytes": -1, "xxh3_128": ""}}']
+    "content",
+    [
+        "[]",
+        "{",
+        '{"a": 1}',
+        '{"a": {"bytes": "1", "xxh3_128": ""}}',
+        '{"a": {"bytes": -1, "xxh3_128": ""}}',
+    ],
 )
 def test_a_manifest_of_another_form_is_named(content: str, folder: Path) -> None:
     rewrite(folder, "manifest.json", content)
-    assert fault(folder).startswith(f"no readable manifest.json ({folder}/manifest.json: ") and "\n" not in fault(folder)
+    assert fault(folder).startswith(
+        f"no readable manifest.json ({folder}/manifest.json: "
+    ) and "\n" not in fault(folder)
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "link", "pipe", "sub"])
@@ -194,11 +206,21 @@ def test_parts_of_a_tensor_may_form_no_grid(tmp_path: Path) -> None:
     """Five boxes around a centre, as no grid cuts them."""
     from visionloom.train.checkpoint.index import _check_tiles
 
-    boxes = [((0, 0), (1, 2)), ((0, 2), (2, 1)), ((2, 1), (1, 2)), ((1, 0), (2, 1)), ((1, 1), (1, 1))]
+    boxes = [
+        ((0, 0), (1, 2)),
+        ((0, 2), (2, 1)),
+        ((2, 1), (1, 2)),
+        ((1, 0), (2, 1)),
+        ((1, 1), (1, 1)),
+    ]
     chunks = [ChunkStorageMetadata(torch.Size(at), torch.Size(size)) for at, size in boxes]
     _check_tiles("a", [3, 3], chunks)
     with pytest.raises(IndexFault, match="overlap"):
-        _check_tiles("a", [3, 3], [*chunks[:-1], ChunkStorageMetadata(torch.Size([0, 1]), torch.Size([1, 1]))])
+        _check_tiles(
+            "a",
+            [3, 3],
+            [*chunks[:-1], ChunkStorageMetadata(torch.Size([0, 1]), torch.Size([1, 1]))],
+        )
 
 
 def test_an_index_is_small_beside_what_it_describes(folder: Path) -> None:
@@ -215,9 +237,18 @@ PICKLES: dict[str, tuple[bytes, str]] = {
     "call": (b"cposix\nsystem\n(S'x'\ntR.", "posix.system, which no checkpoint needs"),
     "getattr": (b"cbuiltins\ngetattr\n.", "builtins.getattr"),
     "dotted": (b"ctorch\nSize.numel\n.", "torch.Size.numel"),
-    "attribute of a class": (METADATA + b"N}U\x01xK\x01s\x86b.", "more than plain data"),  # U: SHORT_BINSTRING
-    "attributes of a class": (METADATA + b"}X\x01\x00\x00\x00xK\x01sb.", "attributes of what is no new object"),
-    "slots of a class": (METADATA + b"N}X\x01\x00\x00\x00xK\x01s\x86b.", "attributes of what is no new object"),
+    "attribute of a class": (
+        METADATA + b"N}U\x01xK\x01s\x86b.",
+        "more than plain data",
+    ),  # U: SHORT_BINSTRING
+    "attributes of a class": (
+        METADATA + b"}X\x01\x00\x00\x00xK\x01sb.",
+        "attributes of what is no new object",
+    ),
+    "slots of a class": (
+        METADATA + b"N}X\x01\x00\x00\x00xK\x01s\x86b.",
+        "attributes of what is no new object",
+    ),
     "state twice": (METADATA + b")\x81}b}b.", "attributes of what is no new object"),
     "attributes of a list": (b"]}b.", "attributes of what is no new object"),
     "extension": (b"\x82\x01.", "more than plain data"),
@@ -248,7 +279,10 @@ def test_a_pickle_makes_records_and_nothing_else(name: str) -> None:
 def test_what_is_named_stays_a_name() -> None:
     found = read_pickle(pickle.dumps([torch.Size([2, 3]), torch.float32, {"x": 1.5}], 4), KNOWN)
     size, dtype, plain = found
-    assert isinstance(size, PickledObject) and (size.name, size.arguments) == ("torch.Size", ((2, 3),))
+    assert isinstance(size, PickledObject) and (size.name, size.arguments) == (
+        "torch.Size",
+        ((2, 3),),
+    )
     assert dtype == "torch.float32" and isinstance(dtype, Name) and plain == {"x": 1.5}
 
 
@@ -335,7 +369,11 @@ def test_a_state_of_another_form_is_one_line(name: str, folder: Path) -> None:
     rewrite(folder, STATE, change(json.loads((folder / STATE).read_text())))
     with pytest.raises(UserError) as raised:
         read_run_state(folder)
-    assert told in str(raised.value) and "\n" not in str(raised.value) and str(folder) in str(raised.value)
+    assert (
+        told in str(raised.value)
+        and "\n" not in str(raised.value)
+        and str(folder) in str(raised.value)
+    )
 
 
 # ---- numbers that are none
@@ -348,11 +386,23 @@ def test_weights_that_are_no_numbers_are_named(bad: float, topology: Topology) -
     weights = {f"layer.{i}": torch.full((3,), bad, dtype=torch.bfloat16) for i in range(6)}
     with pytest.raises(UserError) as raised:
         require_finite(
-            [*weights.items(), ("good", torch.full((9,), 3e38)), ("ids", torch.ones(2, dtype=torch.int64))], "x=y", topology
+            [
+                *weights.items(),
+                ("good", torch.full((9,), 3e38)),
+                ("ids", torch.ones(2, dtype=torch.int64)),
+            ],
+            "x=y",
+            topology,
         )
     named = "layer.0, layer.1, layer.2, layer.3 and 2 more"
-    assert str(raised.value) == f"x=y has NaN or infinite numbers in {named}: take weights from before training diverged"
+    assert (
+        str(raised.value)
+        == f"x=y has NaN or infinite numbers in {named}: take weights from before training diverged"
+    )
 
 
 def test_tensors_by_name(folder: Path) -> None:
-    assert {name: tuple(entry.size) for name, entry in entries(read_index(folder))} == {"a": (4, 6), "b": (5,)}
+    assert {name: tuple(entry.size) for name, entry in entries(read_index(folder))} == {
+        "a": (4, 6),
+        "b": (5,),
+    }

@@ -18,19 +18,27 @@ from transformers.video_utils import VideoMetadata
 
 def serve(folder: str, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each case alone: tensors on the host by name, and the prompt."""
-    model, info = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    model, info = AutoModelForImageTextToText.from_pretrained(
+        folder, dtype="auto", output_loading_info=True
+    )
     assert not any(info.values()), info
     processor = AutoProcessor.from_pretrained(folder)
     generation = model.generation_config
     found = []
     for case in cases:
-        prompt = processor.apply_chat_template(case["messages"], tools=case["tools"], tokenize=False)
+        prompt = processor.apply_chat_template(
+            case["messages"], tools=case["tools"], tokenize=False
+        )
         inputs = processor(text=[prompt], return_tensors="pt", **media(case))
         with torch.no_grad():
             logits = model(**inputs).logits[0]
         kept = {name: tensor for name, tensor in inputs.items() if isinstance(tensor, torch.Tensor)}
         found.append({**kept, "logits": logits.float(), "prompt": prompt})
-    ends = {"eos": generation.eos_token_id, "pad": generation.pad_token_id, "release": transformers.__version__}
+    ends = {
+        "eos": generation.eos_token_id,
+        "pad": generation.pad_token_id,
+        "release": transformers.__version__,
+    }
     return [*found, ends]
 
 
@@ -44,7 +52,9 @@ def media(case: dict[str, Any]) -> dict[str, Any]:
         given["videos"] = [video.permute(0, 3, 1, 2) for video in frames]
         given["do_sample_frames"] = samples[0]
         given["video_metadata"] = [
-            VideoMetadata(total_num_frames=len(video), fps=rate, frames_indices=list(range(len(video))))
+            VideoMetadata(
+                total_num_frames=len(video), fps=rate, frames_indices=list(range(len(video)))
+            )
             for video, rate in zip(frames, rates, strict=True)
         ]
     return given

@@ -25,7 +25,14 @@ from visionloom.tests.data.samples import RULES
 from visionloom.tests.train.exchange.test_served import as_messages
 from visionloom.train.checkpoint.state_file import STATE, Inputs, RunState
 from visionloom.train.config import RunConfig
-from visionloom.train.exchange.companions import COMPANIONS, Companions, carry, carry_into_run, companions, companions_of
+from visionloom.train.exchange.companions import (
+    COMPANIONS,
+    Companions,
+    carry,
+    carry_into_run,
+    companions,
+    companions_of,
+)
 from visionloom.train.exchange.serving import bounds, carry_companions, write_serving_files
 from visionloom.train.exchange.token_table import TokenTable
 
@@ -40,7 +47,9 @@ def write(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content))
 
 
-def stored(run: Path, tokenizer: Path, weights: str = "", media: MediaConfig = OWN) -> tuple[Path, RunState]:
+def stored(
+    run: Path, tokenizer: Path, weights: str = "", media: MediaConfig = OWN
+) -> tuple[Path, RunState]:
     """A checkpoint's folder inside a run's, and its state."""
     folder = run / "checkpoints" / "sft" / "step-00000004"
     inputs = Inputs(str(tokenizer), TokenTable.read(tokenizer, "x").hash, asdict(media), weights)
@@ -58,25 +67,50 @@ def serve(folder: Path, files: Companions) -> list[str]:
 def test_processors_have_the_rules_of_the_run(demo_data: Path, tmp_path: Path) -> None:
     checkpoint, run_state = stored(tmp_path / "run", demo_data / "tokenizer")
     assert serve(tmp_path / "out", companions(checkpoint, run_state)) == []
-    image, video = (kind.from_pretrained(tmp_path / "out") for kind in (AutoImageProcessor, AutoVideoProcessor))
+    image, video = (
+        kind.from_pretrained(tmp_path / "out") for kind in (AutoImageProcessor, AutoVideoProcessor)
+    )
     assert (image.size.shortest_edge, image.size.longest_edge) == (2048, 77_777)
     assert (video.size.shortest_edge, video.size.longest_edge) == (3000, 222_222)
-    assert (video.fps, video.min_frames, video.max_frames, video.cap_pixels_per_frame) == (1.5, 2, 9, False)
+    assert (video.fps, video.min_frames, video.max_frames, video.cap_pixels_per_frame) == (
+        1.5,
+        2,
+        9,
+        False,
+    )
     for processor in (image, video):
-        assert (processor.patch_size, processor.temporal_patch_size, processor.merge_size) == (16, 2, 2)
+        assert (processor.patch_size, processor.temporal_patch_size, processor.merge_size) == (
+            16,
+            2,
+            2,
+        )
         assert list(processor.image_mean) == list(processor.image_std) == [0.5, 0.5, 0.5]
 
 
-def test_bounds_that_came_with_the_weights_give_way_and_are_told(demo_data: Path, tmp_path: Path) -> None:
+def test_bounds_that_came_with_the_weights_give_way_and_are_told(
+    demo_data: Path, tmp_path: Path
+) -> None:
     """Wherever a release of transformers would look for them: min_pixels, size, or nested in processor_config.json."""
     weights = tmp_path / "weights"
     write(weights / "config.json", {})
     write(
-        weights / "preprocessor_config.json", {"min_pixels": 1, "max_pixels": 5, "size": {"shortest_edge": 6}, "mine": "kept"}
+        weights / "preprocessor_config.json",
+        {"min_pixels": 1, "max_pixels": 5, "size": {"shortest_edge": 6}, "mine": "kept"},
     )
-    nested = {"size": {"shortest_edge": 4096, "longest_edge": 25_165_824}, "fps": 7, "max_frames": 3, "also": "kept"}
-    write(weights / "processor_config.json", {"processor_class": "Qwen3VLProcessor", "video_processor": nested})
-    write(weights / "generation_config.json", {"temperature": 0.7, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3})
+    nested = {
+        "size": {"shortest_edge": 4096, "longest_edge": 25_165_824},
+        "fps": 7,
+        "max_frames": 3,
+        "also": "kept",
+    }
+    write(
+        weights / "processor_config.json",
+        {"processor_class": "Qwen3VLProcessor", "video_processor": nested},
+    )
+    write(
+        weights / "generation_config.json",
+        {"temperature": 0.7, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3},
+    )
     checkpoint, run_state = stored(tmp_path / "run", demo_data / "tokenizer", str(weights))
     carry(weights, tmp_path / "run" / COMPANIONS)
     carry(demo_data / "tokenizer", tmp_path / "run" / COMPANIONS)
@@ -86,9 +120,17 @@ def test_bounds_that_came_with_the_weights_give_way_and_are_told(demo_data: Path
         "video_preprocessor_config.json has size 3000 to 222222 pixels",
     ]
     assert "said 1 to 5" in told[0] and "said 4096 to 25165824" in told[1]
-    image, video = (kind.from_pretrained(tmp_path / "out") for kind in (AutoImageProcessor, AutoVideoProcessor))
+    image, video = (
+        kind.from_pretrained(tmp_path / "out") for kind in (AutoImageProcessor, AutoVideoProcessor)
+    )
     assert (image.size.shortest_edge, image.size.longest_edge, image.mine) == (2048, 77_777, "kept")
-    assert (video.size.shortest_edge, video.size.longest_edge, video.fps, video.max_frames, video.also) == (
+    assert (
+        video.size.shortest_edge,
+        video.size.longest_edge,
+        video.fps,
+        video.max_frames,
+        video.also,
+    ) == (
         3000,
         222_222,
         1.5,
@@ -96,7 +138,12 @@ def test_bounds_that_came_with_the_weights_give_way_and_are_told(demo_data: Path
         "kept",
     )
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
-    assert generation == {"temperature": 0.7, "bos_token_id": 486, "eos_token_id": [488, 486], "pad_token_id": 486}
+    assert generation == {
+        "temperature": 0.7,
+        "bos_token_id": 486,
+        "eos_token_id": [488, 486],
+        "pad_token_id": 486,
+    }
 
 
 @pytest.mark.parametrize(
@@ -104,7 +151,11 @@ def test_bounds_that_came_with_the_weights_give_way_and_are_told(demo_data: Path
     [
         {"size": {"longest_edge": 9, "shortest_edge": 4}, "min_pixels": None, "max_pixels": None},
         {"size": {"max_pixels": 9, "min_pixels": 4}},
-        {"size": {"max_pixels": 1, "longest_edge": 7, "shortest_edge": 5}, "min_pixels": 4, "max_pixels": 9},
+        {
+            "size": {"max_pixels": 1, "longest_edge": 7, "shortest_edge": 5},
+            "min_pixels": 4,
+            "max_pixels": 9,
+        },
     ],
 )
 def test_bounds_are_read_in_every_form(content: dict[str, Any]) -> None:
@@ -115,9 +166,21 @@ def test_bounds_are_read_in_every_form(content: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("media", "part", "cap"),
     [
-        (replace(OWN, rule="qwen_utils"), "data.media.rule=qwen_utils is not what transformers' processors do", None),
-        (replace(OWN, rule="hf_capped"), "transformers 4.57 does not know cap_pixels_per_frame and leaves frames larger", 768),
-        (replace(OWN, rule="hf_capped", frame_max_pixels=20_500), "rounded down to whole tokens, by 20 pixels", 20),
+        (
+            replace(OWN, rule="qwen_utils"),
+            "data.media.rule=qwen_utils is not what transformers' processors do",
+            None,
+        ),
+        (
+            replace(OWN, rule="hf_capped"),
+            "transformers 4.57 does not know cap_pixels_per_frame and leaves frames larger",
+            768,
+        ),
+        (
+            replace(OWN, rule="hf_capped", frame_max_pixels=20_500),
+            "rounded down to whole tokens, by 20 pixels",
+            20,
+        ),
     ],
 )
 def test_rules_that_a_processor_cannot_say_are_told(
@@ -127,7 +190,10 @@ def test_rules_that_a_processor_cannot_say_are_told(
     (line,) = serve(tmp_path / "out", companions(checkpoint, run_state))
     assert part in line
     video = AutoVideoProcessor.from_pretrained(tmp_path / "out")
-    assert (video.cap_pixels_per_frame, video.max_video_tokens if cap else None) == (cap is not None, cap)
+    assert (video.cap_pixels_per_frame, video.max_video_tokens if cap else None) == (
+        cap is not None,
+        cap,
+    )
 
 
 def test_a_run_keeps_the_tokenizer_that_it_trains_with(demo_data: Path, tmp_path: Path) -> None:
@@ -135,7 +201,9 @@ def test_a_run_keeps_the_tokenizer_that_it_trains_with(demo_data: Path, tmp_path
     weights, own = tmp_path / "weights", tmp_path / "tokenizer"
     shutil.copytree(demo_data / "tokenizer", weights)
     shutil.copytree(demo_data / "tokenizer", own)
-    (own / "tokenizer.json").write_text(json.dumps(json.loads((own / "tokenizer.json").read_text()), indent=5))
+    (own / "tokenizer.json").write_text(
+        json.dumps(json.loads((own / "tokenizer.json").read_text()), indent=5)
+    )
     (weights / "chat_template.jinja").write_text("theirs")
     write(weights / "config.json", {"a": 1})
     config = RunConfig()
@@ -152,21 +220,27 @@ def test_a_run_keeps_the_tokenizer_that_it_trains_with(demo_data: Path, tmp_path
 
 
 @pytest.mark.parametrize("change", ["gone", "another"])
-def test_a_lost_tokenizer_is_told_and_no_other_taken(change: str, demo_data: Path, tmp_path: Path) -> None:
+def test_a_lost_tokenizer_is_told_and_no_other_taken(
+    change: str, demo_data: Path, tmp_path: Path
+) -> None:
     own = tmp_path / "tokenizer"
     shutil.copytree(demo_data / "tokenizer", own)
     checkpoint, run_state = stored(tmp_path / "run", own)
     if change == "gone":
         shutil.rmtree(own)
     else:
-        (own / "tokenizer.json").write_text(json.dumps(json.loads((own / "tokenizer.json").read_text()), indent=5))
+        (own / "tokenizer.json").write_text(
+            json.dumps(json.loads((own / "tokenizer.json").read_text()), indent=5)
+        )
         shutil.copytree(own, tmp_path / "run" / COMPANIONS)
     (line,) = serve(tmp_path / "out", companions(checkpoint, run_state))
     assert line.startswith(f"no tokenizer goes along: data.tokenizer={own}") and "hf=DIR" in line
     assert not (tmp_path / "out" / "tokenizer.json").exists()
     other = demo_data / "tokenizer"  # named by hand
     assert serve(tmp_path / "again", companions(checkpoint, run_state, other)) == []
-    assert (tmp_path / "again" / "tokenizer.json").read_bytes() == (other / "tokenizer.json").read_bytes()
+    assert (tmp_path / "again" / "tokenizer.json").read_bytes() == (
+        other / "tokenizer.json"
+    ).read_bytes()
 
 
 def test_an_older_run_is_read_from_where_it_was_started(
@@ -178,14 +252,20 @@ def test_an_older_run_is_read_from_where_it_was_started(
     checkpoint, run_state = stored(run, start / "tokenizer")
     known = {"plan": {"tokenizer": TokenTable.read(start / "tokenizer", "x").hash[:8]}}
     run_state = replace(run_state, inputs={}, data=known)
-    settings = {"run": {"folder": "runs/mine"}, "init": {}, "data": {"tokenizer": "tokenizer", "media": asdict(OWN)}}
+    settings = {
+        "run": {"folder": "runs/mine"},
+        "init": {},
+        "data": {"tokenizer": "tokenizer", "media": asdict(OWN)},
+    }
     (run / "config.yaml").write_text(yaml.safe_dump(settings))
     monkeypatch.chdir(tmp_path)
     found = companions(checkpoint, run_state)
     assert (found.tokenizer, found.media, found.missing) == (start / "tokenizer", OWN, [])
 
 
-def test_a_checkpoint_without_its_run_still_says_how_it_was_trained(demo_data: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_without_its_run_still_says_how_it_was_trained(
+    demo_data: Path, tmp_path: Path
+) -> None:
     checkpoint, run_state = stored(tmp_path / "run", demo_data / "tokenizer")
     shutil.move(checkpoint, tmp_path / "moved")
     found = companions(tmp_path / "moved", run_state)
@@ -226,7 +306,10 @@ def test_a_template_around_videos_is_told(demo_data: Path, tmp_path: Path) -> No
     shutil.copytree(demo_data / "tokenizer", source)
     (source / "chat_template.jinja").write_text("<|vision_start|><|video_pad|><|vision_end|>")
     (line,) = serve(tmp_path / "out", Companions(source, [], OWN))
-    assert "chat_template.jinja came with the weights" in line and "give it <|video_pad|> alone" in line
+    assert (
+        "chat_template.jinja came with the weights" in line
+        and "give it <|video_pad|> alone" in line
+    )
 
 
 def test_the_template_is_our_rendering() -> None:
@@ -235,12 +318,21 @@ def test_the_template_is_our_rendering() -> None:
 
     for case in TOOLS:
         sample = parse_sample(case["sample"])
-        found, _ = render_jinja_template([as_messages(sample)], tools=list(sample.tools) or None, chat_template=TEMPLATE)
+        found, _ = render_jinja_template(
+            [as_messages(sample)], tools=list(sample.tools) or None, chat_template=TEMPLATE
+        )
         assert found == [case["text"]] == [render(sample, RULES).text]
 
 
 @pytest.mark.parametrize(
-    "name", ["chat_template.jinja", "tokenizer.json", "config.json", "generation_config.json", "preprocessor_config.json"]
+    "name",
+    [
+        "chat_template.jinja",
+        "tokenizer.json",
+        "config.json",
+        "generation_config.json",
+        "preprocessor_config.json",
+    ],
 )
 @pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
 def test_what_goes_along_lies_in_its_folder(kind: str, name: str, tmp_path: Path) -> None:
@@ -265,14 +357,21 @@ def test_a_snapshot_of_the_hub_goes_along(tmp_path: Path) -> None:
     (repository / "blobs" / "77").write_text("{}")
     (snapshot / "config.json").symlink_to("../../blobs/77")
     carry(snapshot, tmp_path / "out")
-    assert (tmp_path / "out" / "config.json").read_text() == "{}" and not (tmp_path / "out" / "config.json").is_symlink()
+    assert (tmp_path / "out" / "config.json").read_text() == "{}" and not (
+        tmp_path / "out" / "config.json"
+    ).is_symlink()
 
 
 def test_a_state_cannot_name_folders_to_read(demo_data: Path, tmp_path: Path) -> None:
     """A stranger's state names folders of this machine: all that they give is the tokenizer.json whose hash the state knows."""
     secret = tmp_path / "secret"
     shutil.copytree(demo_data / "tokenizer", secret)
-    for name in ("chat_template.jinja", "special_tokens_map.json", "generation_config.json", "preprocessor_config.json"):
+    for name in (
+        "chat_template.jinja",
+        "special_tokens_map.json",
+        "generation_config.json",
+        "preprocessor_config.json",
+    ):
         write(secret / name, {"secret": 1})
     checkpoint, run_state = stored(tmp_path / "run", secret, str(secret))
     moved = tmp_path / "moved"
@@ -285,7 +384,12 @@ def test_a_state_cannot_name_folders_to_read(demo_data: Path, tmp_path: Path) ->
     unknown = replace(run_state, inputs={**run_state.inputs, "tokenizer_hash": ""})
     assert companions(moved, unknown).tokenizer is None
     for hash_ in ("", "0", run_state.inputs["tokenizer_hash"][:7], "x" * 64):
-        assert companions(moved, replace(run_state, inputs={**run_state.inputs, "tokenizer_hash": hash_})).tokenizer is None
+        assert (
+            companions(
+                moved, replace(run_state, inputs={**run_state.inputs, "tokenizer_hash": hash_})
+            ).tokenizer
+            is None
+        )
 
 
 @pytest.mark.parametrize(
@@ -295,7 +399,9 @@ def test_a_state_cannot_name_folders_to_read(demo_data: Path, tmp_path: Path) ->
         ("data: {media: {rule: 3}}", "data.media.rule"), ("a: &x 1\nb: *x", "aliases"), ("- 1", "should be a mapping"),
     ],
 )  # fmt: skip
-def test_a_run_of_another_form_is_one_line(text: str, told: str, demo_data: Path, tmp_path: Path) -> None:
+def test_a_run_of_another_form_is_one_line(
+    text: str, told: str, demo_data: Path, tmp_path: Path
+) -> None:
     checkpoint, run_state = stored(tmp_path / "run", demo_data / "tokenizer")
     (tmp_path / "run" / "config.yaml").write_text(text)
     with pytest.raises(UserError, match=told) as raised:

@@ -31,7 +31,12 @@ from visionloom.model.sharding import canonical_parameters, cut
 from visionloom.parallel import topology as topologies
 from visionloom.parallel.config import ParallelConfig
 from visionloom.tests.model.huggingface.test_folder import model, save
-from visionloom.tests.model.reference import huggingface_model, make_example, make_pack, reference_run
+from visionloom.tests.model.reference import (
+    huggingface_model,
+    make_example,
+    make_pack,
+    reference_run,
+)
 from visionloom.tests.ranks import RankPool, torchrun_environment
 from visionloom.tests.train.runs import metrics, run_config
 from visionloom.tests.train.test_layouts import train
@@ -62,7 +67,11 @@ LAYOUTS: list[tuple[str, int, dict[str, Any]]] = [
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder, read by the safetensors package."""
-    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    return {
+        name: tensor
+        for path in folder.glob("*.safetensors")
+        for name, tensor in load_file(path).items()
+    }
 
 
 def assert_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -95,7 +104,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path
 def as_published(folder: Path, out: Path) -> Path:
     """A folder with its experts as the hub has them."""
     out.mkdir()
-    state = {k: v.transpose(1, 2).contiguous() if ".mlp.experts." in k else v for k, v in tensors_of(folder).items()}
+    state = {
+        k: v.transpose(1, 2).contiguous() if ".mlp.experts." in k else v
+        for k, v in tensors_of(folder).items()
+    }
     save_file(state, out / "model.safetensors", metadata={"format": "pt"})
     for path in folder.iterdir():
         if not path.name.startswith("model"):
@@ -104,23 +116,36 @@ def as_published(folder: Path, out: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("kind", "ranks", "layout"), [("dense", 1, {}), ("mixture", 1, {}), *LAYOUTS[:3], *LAYOUTS[5:8]], ids=str
+    ("kind", "ranks", "layout"),
+    [("dense", 1, {}), ("mixture", 1, {}), *LAYOUTS[:3], *LAYOUTS[5:8]],
+    ids=str,
 )
 def test_there_and_back_is_bit_identical(
-    kind: str, ranks: int, layout: dict[str, int], folders: dict[str, Path], pool: RankPool, tmp_path: Path
+    kind: str,
+    ranks: int,
+    layout: dict[str, int],
+    folders: dict[str, Path],
+    pool: RankPool,
+    tmp_path: Path,
 ) -> None:
     """Import in a layout, export again: every tensor and type as it was, experts as published, and transformers loads it."""
     stored, out = tmp_path / "stored", tmp_path / "out"
     words = [f"parallel.{axis}={degree}" for axis, degree in layout.items()]
-    assert set(pool.run(ranks, convert, ["import", f"hf={folders[kind]}", f"out={stored}", *words])) == {0}
-    assert set(pool.run(ranks, convert, ["export", f"checkpoint={stored}", f"out={out}", "shard=0.3MB"])) == {0}
+    assert set(
+        pool.run(ranks, convert, ["import", f"hf={folders[kind]}", f"out={stored}", *words])
+    ) == {0}
+    assert set(
+        pool.run(ranks, convert, ["export", f"checkpoint={stored}", f"out={out}", "shard=0.3MB"])
+    ) == {0}
     published = as_published(folders[kind], tmp_path / "published")
     assert_same_bits(tensors_of(out), tensors_of(published))
     assert len(list(out.glob("*.safetensors"))) > 2
     assert sorted(p.name for p in out.iterdir() if "safetensors" not in p.name) == [
         "chat_template.jinja", "config.json", "generation_config.json",
     ]  # fmt: skip
-    theirs, info = AutoModelForImageTextToText.from_pretrained(out, dtype="auto", output_loading_info=True)
+    theirs, info = AutoModelForImageTextToText.from_pretrained(
+        out, dtype="auto", output_loading_info=True
+    )
     assert not any(info.values())
     before = AutoModelForImageTextToText.from_pretrained(folders[kind], dtype="auto")
     assert_same_bits(theirs.state_dict(), before.state_dict())
@@ -128,15 +153,27 @@ def test_there_and_back_is_bit_identical(
     assert kept[0]["image_token_id"] == kept[1]["image_token_id"] and kept[0]["dtype"] == "bfloat16"
 
 
-def test_the_published_layout_goes_there_and_back(folders: dict[str, Path], pool: RankPool, tmp_path: Path) -> None:
-    hub, stored, out = as_published(folders["mixture"], tmp_path / "hub"), tmp_path / "stored", tmp_path / "out"
-    assert set(pool.run(2, convert, ["import", f"hf={hub}", f"out={stored}", "parallel.expert=2"])) == {0}
-    assert pool.run(1, convert, ["export", f"checkpoint={stored}", f"out={out}", "layout=transformers"]) == [0]
+def test_the_published_layout_goes_there_and_back(
+    folders: dict[str, Path], pool: RankPool, tmp_path: Path
+) -> None:
+    hub, stored, out = (
+        as_published(folders["mixture"], tmp_path / "hub"),
+        tmp_path / "stored",
+        tmp_path / "out",
+    )
+    assert set(
+        pool.run(2, convert, ["import", f"hf={hub}", f"out={stored}", "parallel.expert=2"])
+    ) == {0}
+    assert pool.run(
+        1, convert, ["export", f"checkpoint={stored}", f"out={out}", "layout=transformers"]
+    ) == [0]
     assert_same_bits(tensors_of(out), tensors_of(folders["mixture"]))
     again = tmp_path / "again"
     assert pool.run(1, convert, ["export", f"checkpoint={stored}", f"out={again}"]) == [0]
     assert_same_bits(tensors_of(again), tensors_of(hub))
-    theirs, info = AutoModelForImageTextToText.from_pretrained(again, dtype="auto", output_loading_info=True)
+    theirs, info = AutoModelForImageTextToText.from_pretrained(
+        again, dtype="auto", output_loading_info=True
+    )
     assert not any(info.values())
     before = AutoModelForImageTextToText.from_pretrained(folders["mixture"], dtype="auto")
     assert_same_bits(theirs.state_dict(), before.state_dict())
@@ -158,7 +195,11 @@ def held(folder: Path, config: ModelConfig, layout: dict[str, Any]) -> tuple[int
         load_huggingface(folder, chunks, config, topology)
     expected = from_huggingface(tensors_of(folder), config)
     named = [pair for chunk in chunks for pair in canonical_parameters(chunk)]
-    wrong = [name for name, parameter in named if not torch.equal(parameter, cut(name, expected[name], parameter, topology))]
+    wrong = [
+        name
+        for name, parameter in named
+        if not torch.equal(parameter, cut(name, expected[name], parameter, topology))
+    ]
     return taken[0], sum(parameter.nbytes for _, parameter in named), wrong
 
 
@@ -190,7 +231,9 @@ def largest_read(folder: Path, out: Path) -> tuple[int, int]:
     return most, total
 
 
-def test_an_import_holds_one_part_at_a_time(folders: dict[str, Path], pool: RankPool, tmp_path: Path) -> None:
+def test_an_import_holds_one_part_at_a_time(
+    folders: dict[str, Path], pool: RankPool, tmp_path: Path
+) -> None:
     """Torch's writer keeps a tensor of every name; what is kept is empty by then. The largest part here is a layer's experts."""
     ((most, total),) = pool.run(1, largest_read, folders["mixture"], tmp_path / "out")
     largest = max(tensor.nbytes for tensor in tensors_of(folders["mixture"]).values())
@@ -207,11 +250,15 @@ def our_logits(folder: Path, config: ModelConfig, pack: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_exported_model_gives_the_same_logits(kind: str, folders: dict[str, Path], pool: RankPool, tmp_path: Path) -> None:
+def test_the_exported_model_gives_the_same_logits(
+    kind: str, folders: dict[str, Path], pool: RankPool, tmp_path: Path
+) -> None:
     """Reference: transformers with what it loads from the exported folder, in fp32."""
     stored, out = tmp_path / "stored", tmp_path / "out"
     assert pool.run(1, convert, ["import", f"hf={folders[kind]}", f"out={stored}"]) == [0]
-    assert pool.run(1, convert, ["export", f"checkpoint={stored}", f"out={out}", "dtype=fp32"]) == [0]
+    assert pool.run(1, convert, ["export", f"checkpoint={stored}", f"out={out}", "dtype=fp32"]) == [
+        0
+    ]
     assert {tensor.dtype for tensor in tensors_of(out).values()} == {torch.float32}
     theirs = AutoModelForImageTextToText.from_pretrained(out, dtype="auto")
     example = make_example([6, (4, 6), 5, (2, 4, 4), 7], seed=3)
@@ -231,12 +278,18 @@ def first_loss(config: RunConfig, folder: Path) -> float:
     for pack in stream.micro_batches(0, 0, 1, phase.micro_batch):
         pixels = torch.from_numpy(widen(pack.patches.numpy(), 1536)).float() / 127.5 - 1
         grids, at, rows = pack.grid_thw.long(), 0, 0
-        for begin, end in zip(pack.cu_seqlens[:-1].tolist(), pack.cu_seqlens[1:].tolist(), strict=True):
+        for begin, end in zip(
+            pack.cu_seqlens[:-1].tolist(), pack.cu_seqlens[1:].tolist(), strict=True
+        ):
             kinds = (pack.input_ids[begin:end] == tokenizer.special(IMAGE)).int()
             first, start = at, rows
             while int(kinds.sum()) * 4 > rows - start:
                 rows, at = rows + int(grids[at].prod()), at + 1
-            images = {"pixel_values": pixels[start:rows], "image_grid_thw": grids[first:at]} if at > first else {}
+            images = (
+                {"pixel_values": pixels[start:rows], "image_grid_thw": grids[first:at]}
+                if at > first
+                else {}
+            )
             with torch.no_grad():
                 logits = theirs(
                     input_ids=pack.input_ids[None, begin:end], mm_token_type_ids=kinds[None], use_cache=False, **images,
@@ -254,11 +307,16 @@ RUNS: dict[str, list[tuple[int, list[str]]]] = {
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_begins_with_the_loss_of_transformers(name: str, pool: RankPool, demo_data: Path, tmp_path: Path) -> None:
+def test_a_run_begins_with_the_loss_of_transformers(
+    name: str, pool: RankPool, demo_data: Path, tmp_path: Path
+) -> None:
     """init.huggingface in a real run, on one rank and on two in other layouts; what came along is exported again."""
     tokenizer = Tokenizer(str(demo_data / "tokenizer"))
     folder, words = tmp_path / "hf", [f"model={name}", f"init.huggingface={tmp_path / 'hf'}"]
-    words += [f"phases.multimodal.mixture.{unused}=0" for unused in ("grounding", "interleaved", "video", "sums")]
+    words += [
+        f"phases.multimodal.mixture.{unused}=0"
+        for unused in ("grounding", "interleaved", "video", "sums")
+    ]
     config = run_config(demo_data, tmp_path, STEPS, 1, *words)
     torch.manual_seed(5)
     theirs = huggingface_model(config.model, tokenizer.special(IMAGE), tokenizer.special(VIDEO))
@@ -270,17 +328,28 @@ def test_a_run_begins_with_the_loss_of_transformers(name: str, pool: RankPool, d
         pool.run(ranks, train, run_config(demo_data, run, STEPS, ranks, *words, *more))
         assert metrics(run)[0]["loss"] == pytest.approx(expected, abs=1e-5)
     (stored,) = (run / "checkpoints" / "multimodal").glob("step-*")
-    assert pool.run(1, convert, ["export", f"checkpoint={stored}", f"out={tmp_path / 'out'}"]) == [0]
-    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
-    info = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", output_loading_info=True)[1]
+    assert pool.run(1, convert, ["export", f"checkpoint={stored}", f"out={tmp_path / 'out'}"]) == [
+        0
+    ]
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (
+        folder / "tokenizer.json"
+    ).read_bytes()
+    info = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", output_loading_info=True)[
+        1
+    ]
     assert not any(info.values())
 
 
-def test_a_run_on_another_model_is_refused_before_torch(demo_data: Path, folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_run_on_another_model_is_refused_before_torch(
+    demo_data: Path, folders: dict[str, Path], tmp_path: Path
+) -> None:
     with pytest.raises(UserError) as caught:
         check_run(run_config(demo_data, tmp_path, STEPS, 1, f"init.huggingface={folders['dense']}"))
     first, *_ = str(caught.value).splitlines()
-    assert first == f"model.text.hidden_size=128, but {folders['dense']}/config.json says 64: set it alike"
+    assert (
+        first
+        == f"model.text.hidden_size=128, but {folders['dense']}/config.json says 64: set it alike"
+    )
 
 
 def test_an_imported_folder_starts_a_run(pool: RankPool, demo_data: Path, tmp_path: Path) -> None:
@@ -288,23 +357,36 @@ def test_an_imported_folder_starts_a_run(pool: RankPool, demo_data: Path, tmp_pa
     config = run_config(demo_data, tmp_path, STEPS, 1)
     reference = huggingface_model(config.model)
     reference.save_pretrained(tmp_path / "hf")
-    assert pool.run(1, convert, ["import", f"hf={tmp_path / 'hf'}", f"out={tmp_path / 'stored'}"]) == [0]
+    assert pool.run(
+        1, convert, ["import", f"hf={tmp_path / 'hf'}", f"out={tmp_path / 'stored'}"]
+    ) == [0]
     losses = []
-    for name, source in (("a", f"init.huggingface={tmp_path / 'hf'}"), ("b", f"init.checkpoint={tmp_path / 'stored'}")):
+    for name, source in (
+        ("a", f"init.huggingface={tmp_path / 'hf'}"),
+        ("b", f"init.checkpoint={tmp_path / 'stored'}"),
+    ):
         pool.run(1, train, run_config(demo_data, tmp_path / name, STEPS, 1, source))
         losses.append(metrics(tmp_path / name)[0]["loss"])
         assert (tmp_path / name / "huggingface" / "config.json").is_file()
     assert losses[0] == losses[1]
 
 
-def test_a_rest_of_a_failed_import_is_no_checkpoint(folders: dict[str, Path], pool: RankPool, tmp_path: Path) -> None:
-    assert pool.run(1, convert, ["import", f"hf={folders['dense']}", f"out={tmp_path / 'a'}"]) == [0]
-    assert pool.run(1, convert, ["import", f"hf={folders['dense']}", f"out={tmp_path / 'a'}"]) == [2]
+def test_a_rest_of_a_failed_import_is_no_checkpoint(
+    folders: dict[str, Path], pool: RankPool, tmp_path: Path
+) -> None:
+    assert pool.run(1, convert, ["import", f"hf={folders['dense']}", f"out={tmp_path / 'a'}"]) == [
+        0
+    ]
+    assert pool.run(1, convert, ["import", f"hf={folders['dense']}", f"out={tmp_path / 'a'}"]) == [
+        2
+    ]
     victim = next((tmp_path / "a").glob("*.distcp"))
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1
     victim.write_bytes(content)
-    assert pool.run(1, convert, ["export", f"checkpoint={tmp_path / 'a'}", f"out={tmp_path / 'b'}"]) == [2]
+    assert pool.run(
+        1, convert, ["export", f"checkpoint={tmp_path / 'a'}", f"out={tmp_path / 'b'}"]
+    ) == [2]
     assert not (tmp_path / "b").exists()
 
 
@@ -316,7 +398,9 @@ def refused_import(folder: Path, out: Path) -> str:
     return str(caught.value)
 
 
-def test_what_an_import_finds_late_is_one_line(folders: dict[str, Path], pool: RankPool, tmp_path: Path) -> None:
+def test_what_an_import_finds_late_is_one_line(
+    folders: dict[str, Path], pool: RankPool, tmp_path: Path
+) -> None:
     """A tied head that is no copy is seen while the checkpoint is written, inside torch's own error."""
     hf = tmp_path / "hf"
     hf.mkdir()
@@ -329,9 +413,18 @@ def test_what_an_import_finds_late_is_one_line(folders: dict[str, Path], pool: R
     assert not (tmp_path / "a").exists()
 
 
-def test_stored_parameters_are_found_by_their_names(folders: dict[str, Path], pool: RankPool, tmp_path: Path) -> None:
-    assert pool.run(1, convert, ["import", f"hf={folders['mixture']}", f"out={tmp_path / 'a'}"]) == [0]
-    stored, expected = StoredWeights(tmp_path / "a"), from_huggingface(tensors_of(folders["mixture"]), MIXTURE)
+def test_stored_parameters_are_found_by_their_names(
+    folders: dict[str, Path], pool: RankPool, tmp_path: Path
+) -> None:
+    assert pool.run(
+        1, convert, ["import", f"hf={folders['mixture']}", f"out={tmp_path / 'a'}"]
+    ) == [0]
+    stored, expected = (
+        StoredWeights(tmp_path / "a"),
+        from_huggingface(tensors_of(folders["mixture"]), MIXTURE),
+    )
     for name, full in expected.items():
-        assert stored.entry(name) == (tuple(full.shape), torch.bfloat16) and torch.equal(stored.parameter(name), full), name
+        assert stored.entry(name) == (tuple(full.shape), torch.bfloat16) and torch.equal(
+            stored.parameter(name), full
+        ), name
     assert stored.entry("language_model.decoder.layers.4.input_layernorm.weight") is None

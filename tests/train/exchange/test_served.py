@@ -36,14 +36,30 @@ ROOT = Path(__file__).resolve().parents[3]
 FRAMES = 5
 CLIP = film(list(range(100)))
 """Four seconds at 25 frames a second."""
-SIDES = {"small.png": (20, 24), "wide.png": (90, 700), "large.png": (300, 400), "plain.png": (64, 96)}
+SIDES = {
+    "small.png": (20, 24),
+    "wide.png": (90, 700),
+    "large.png": (300, 400),
+    "plain.png": (64, 96),
+}
 """Height and width; the demo's pictures have from 1,024 to 65,536 pixels."""
 MEMBERS = {name: file(smooth(*sides, seed)) for seed, (name, sides) in enumerate(SIDES.items())}
-MEMBERS |= {f"{number}.png": file(smooth(120, 160, 10 + number)) for number in range(FRAMES)} | {"a.mp4": CLIP}
+MEMBERS |= {f"{number}.png": file(smooth(120, 160, 10 + number)) for number in range(FRAMES)} | {
+    "a.mp4": CLIP
+}
 SMALL, WIDE, LARGE, PLAIN = (Image(name, width, height) for name, (height, width) in SIDES.items())
-STILLS = Video(tuple(f"{n}.png" for n in range(FRAMES)), tuple(n / 2 for n in range(FRAMES)), 160, 120)
+STILLS = Video(
+    tuple(f"{n}.png" for n in range(FRAMES)), tuple(n / 2 for n in range(FRAMES)), 160, 120
+)
 TOOLS = (
-    {"type": "function", "function": {"name": "look", "description": "“Where?” <tool>", "parameters": {"type": "object"}}},
+    {
+        "type": "function",
+        "function": {
+            "name": "look",
+            "description": "“Where?” <tool>",
+            "parameters": {"type": "object"},
+        },
+    },
 )
 
 
@@ -93,10 +109,15 @@ def as_messages(sample: Sample) -> list[dict[str, Any]]:
                 case Think():
                     turn["reasoning_content"] = element.text
                 case ToolCall():
-                    call = {"type": "function", "function": {"name": element.name, "arguments": dict(element.arguments)}}
+                    call = {
+                        "type": "function",
+                        "function": {"name": element.name, "arguments": dict(element.arguments)},
+                    }
                     turn.setdefault("tool_calls", []).append(call)
                 case _:
-                    turn["content"].append({"type": "image" if isinstance(element, Image) else "video"})
+                    turn["content"].append(
+                        {"type": "image" if isinstance(element, Image) else "video"}
+                    )
         made.append(turn)
     return made
 
@@ -145,8 +166,15 @@ def assert_equal(theirs: dict[str, Any], sample: EncodedSample, logits: torch.Te
     """Ids, grids and pixels to the bit, logits to rounding."""
     assert theirs["input_ids"][0].tolist() == sample.input_ids.tolist()
     assert sample.patches is not None
-    rows = np.split(widen(sample.patches, 1536), np.cumsum(sample.grids.prod(1))[:-1]) if len(sample.grids) else []
-    for kind, grid, values in ((Image, "image_grid_thw", "pixel_values"), (Video, "video_grid_thw", "pixel_values_videos")):
+    rows = (
+        np.split(widen(sample.patches, 1536), np.cumsum(sample.grids.prod(1))[:-1])
+        if len(sample.grids)
+        else []
+    )
+    for kind, grid, values in (
+        (Image, "image_grid_thw", "pixel_values"),
+        (Video, "video_grid_thw", "pixel_values_videos"),
+    ):
         own = [number for number, media in enumerate(sample.media) if isinstance(media, kind)]
         assert theirs.get(grid, torch.zeros(0, 3)).tolist() == sample.grids[own].tolist()
         if own:
@@ -157,7 +185,10 @@ def assert_equal(theirs: dict[str, Any], sample: EncodedSample, logits: torch.Te
 
 @pytest.fixture(scope="module", params=["tiny", "tiny_moe"])
 def exported(
-    request: pytest.FixtureRequest, pool: RankPool, demo_data: Path, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    pool: RankPool,
+    demo_data: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Path, list[tuple[EncodedSample, torch.Tensor]]]:
     """An export of a checkpoint of a short run that began with nothing, and what training makes of the samples."""
     folder = tmp_path_factory.mktemp("run")
@@ -175,7 +206,9 @@ def export(stored: Path, out: Path) -> None:
     assert main(["export", f"checkpoint={stored}", f"out={out}"]) == 0
 
 
-def assert_served(found: list[dict[str, Any]], expected: list[tuple[EncodedSample, torch.Tensor]], folder: Path) -> None:
+def assert_served(
+    found: list[dict[str, Any]], expected: list[tuple[EncodedSample, torch.Tensor]], folder: Path
+) -> None:
     *cases, ends = found
     assert len(cases) == len(expected) == 10
     for theirs, (sample, logits) in zip(cases, expected, strict=True):
@@ -186,7 +219,9 @@ def assert_served(found: list[dict[str, Any]], expected: list[tuple[EncodedSampl
 
 def test_the_installed_transformers_shows_what_training_showed(exported: tuple[Path, Any]) -> None:
     folder, expected = exported
-    assert_served(serve(str(folder), [as_case(sample) for sample in SAMPLES.values()]), expected, folder)
+    assert_served(
+        serve(str(folder), [as_case(sample) for sample in SAMPLES.values()]), expected, folder
+    )
 
 
 @pytest.fixture(scope="module")
@@ -196,14 +231,18 @@ def old_release() -> Path:
     wanted = ["transformers==4.57.6", "huggingface-hub==0.36.2", "tokenizers==0.22.2"]
     if not (folder / "transformers").is_dir():
         install = ["install", "--quiet", "--no-deps", "--target", str(folder), *wanted]
-        with_uv = subprocess.run([sys.executable, "-m", "uv", "pip", *install, "--python", sys.executable], check=False)
+        with_uv = subprocess.run(
+            [sys.executable, "-m", "uv", "pip", *install, "--python", sys.executable], check=False
+        )
         if with_uv.returncode:
             subprocess.run([sys.executable, "-m", "pip", *install], check=True)
     return folder
 
 
 @pytest.mark.long
-def test_transformers_4_shows_what_training_showed(exported: tuple[Path, Any], old_release: Path, tmp_path: Path) -> None:
+def test_transformers_4_shows_what_training_showed(
+    exported: tuple[Path, Any], old_release: Path, tmp_path: Path
+) -> None:
     folder, expected = exported
     torch.save([as_case(sample) for sample in SAMPLES.values()], tmp_path / "cases")
     command = [
@@ -213,7 +252,9 @@ def test_transformers_4_shows_what_training_showed(exported: tuple[Path, Any], o
         str(tmp_path / "cases"),
         str(tmp_path / "out"),
     ]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(old_release)}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": str(old_release)}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     found = torch.load(tmp_path / "out")
     assert found[-1]["release"].startswith("4.57.")

@@ -39,15 +39,31 @@ def write_run(folder: Path, steps: int = 20) -> None:
     lines = [line(step, "align" if step <= steps // 2 else "rest") for step in range(1, steps + 1)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
     events = [
-        {"time": 1.7e9, "event": "validation", "phase": "align", "step": 0, "loss": {"captions": 6.25}},
-        {"time": 1.7e9, "event": "validation", "phase": "align", "step": steps // 2, "loss": {"captions": 1.125}},
+        {
+            "time": 1.7e9,
+            "event": "validation",
+            "phase": "align",
+            "step": 0,
+            "loss": {"captions": 6.25},
+        },
+        {
+            "time": 1.7e9,
+            "event": "validation",
+            "phase": "align",
+            "step": steps // 2,
+            "loss": {"captions": 1.125},
+        },
         {"time": 1.7e9, "event": "resume", "step": 3},
     ]
     (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     (folder / "eval.json").write_text(
-        json.dumps({"step": steps, "loss": {"captions": 0.5}, "tasks": {EVIL: {"accuracy": 0.75, "n": 4}}})
+        json.dumps(
+            {"step": steps, "loss": {"captions": 0.5}, "tasks": {EVIL: {"accuracy": 0.75, "n": 4}}}
+        )
     )
-    (folder / "config.yaml").write_text(yaml.safe_dump({"run": {"name": EVIL}, "phases": {"align": {"sequence_length": 4096}}}))
+    (folder / "config.yaml").write_text(
+        yaml.safe_dump({"run": {"name": EVIL}, "phases": {"align": {"sequence_length": 4096}}})
+    )
 
 
 def patches_of(frames: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -83,7 +99,9 @@ class Checker(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.add(tag)
-        self.links += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href")]
+        self.links += [
+            value or "" for name, value in attrs if name in ("src", "href", "xlink:href")
+        ]
         if tag not in VOID:
             self.open.append(tag)
 
@@ -98,7 +116,11 @@ def check(path: Path) -> str:
     checker.feed(text)
     assert checker.open == []
     assert all(link.startswith(("data:image/", "#")) for link in checker.links)
-    assert "script" not in checker.tags and "@import" not in text and not re.search(r"url\((?!#)", text)
+    assert (
+        "script" not in checker.tags
+        and "@import" not in text
+        and not re.search(r"url\((?!#)", text)
+    )
     assert len(text) < 2_000_000
     return text
 
@@ -107,9 +129,16 @@ def test_whole_run(tmp_path: Path) -> None:
     write_run(tmp_path)
     shown = [predicted(f"{PICTURE}{EVIL}", 1), predicted("none", 0, EVIL)]
     text = check(write_report(tmp_path, shown))
-    assert "6.250 → 1.125" in text and "75.0%" in text and "4,096" in text and "Resumed after step 3" in text
+    assert (
+        "6.250 → 1.125" in text
+        and "75.0%" in text
+        and "4,096" in text
+        and "Resumed after step 3" in text
+    )
     assert text.count("✓ right") == 1 and text.count("✗ wrong") == 1 and text.count("<img") == 1
-    assert text.count("<svg") == 1 + 2 + 6  # loss, two datasets, and all of speed but the utilisation that is null
+    assert (
+        text.count("<svg") == 1 + 2 + 6
+    )  # loss, two datasets, and all of speed but the utilisation that is null
     assert text.count("&lt;script&gt;") >= 6
     found = [json.loads(each) for each in (tmp_path / "predictions.jsonl").read_text().splitlines()]
     assert found[0] == {
@@ -124,18 +153,24 @@ def test_same_run_gives_the_same_file(tmp_path: Path) -> None:
     assert write_report(tmp_path, shown).read_bytes() == write_report(tmp_path, shown).read_bytes()
 
 
-@pytest.mark.parametrize("kept", [(), ("metrics.jsonl",), ("eval.json",), ("events.jsonl", "config.yaml")], ids=str)
+@pytest.mark.parametrize(
+    "kept", [(), ("metrics.jsonl",), ("eval.json",), ("events.jsonl", "config.yaml")], ids=str
+)
 def test_missing_files_leave_a_shorter_report(tmp_path: Path, kept: tuple[str, ...]) -> None:
     write_run(tmp_path)
     for name in {"metrics.jsonl", "events.jsonl", "eval.json", "config.yaml"} - set(kept):
         (tmp_path / name).unlink()
     text = check(write_report(tmp_path, []))
-    assert ("Training loss" in text) == ("metrics.jsonl" in kept) and ("75.0%" in text) == ("eval.json" in kept)
+    assert ("Training loss" in text) == ("metrics.jsonl" in kept) and ("75.0%" in text) == (
+        "eval.json" in kept
+    )
 
 
 def test_damaged_files_and_values_are_passed_over(tmp_path: Path) -> None:
     lines = [line(1, "align"), line(2, "align", loss=float("nan"), grad_norm=None, skipped=True)]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines) + '{"step": 3, "lo')
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps(each) + "\n" for each in lines) + '{"step": 3, "lo'
+    )
     (tmp_path / "eval.json").write_text("{")
     text = check(write_report(tmp_path, []))
     assert "1 steps were skipped" in text and "nan" not in text.lower()
@@ -150,9 +185,17 @@ def test_long_run_stays_small(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("error")
 def test_a_point_far_above_the_axis_does_not_squeeze_the_chart(tmp_path: Path) -> None:
     write_run(tmp_path)
-    steady = [line(step, "align", loss=0.5, loss_by_source={"captions": 0.5}) for step in range(1, 60)]
+    steady = [
+        line(step, "align", loss=0.5, loss_by_source={"captions": 0.5}) for step in range(1, 60)
+    ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in steady))
-    event = {"time": 1.7e9, "event": "validation", "phase": "align", "step": 0, "loss": {"captions": 9.0}}
+    event = {
+        "time": 1.7e9,
+        "event": "validation",
+        "phase": "align",
+        "step": 0,
+        "loss": {"captions": 9.0},
+    }
     (tmp_path / "events.jsonl").write_text(json.dumps(event) + "\n")
     check(write_report(tmp_path, []))
 
@@ -183,7 +226,17 @@ class Words:
 
 def test_question_text_has_one_mark_for_each_picture() -> None:
     image, video = ([START, pad, pad, END] for pad in ("<|image_pad|>", "<|video_pad|>"))
-    prompt = ["<|im_start|>", "user", "\n", "Look: ", *image, *image, "<0.5 seconds>", *video, f"which?{PICTURE}"]
+    prompt = [
+        "<|im_start|>",
+        "user",
+        "\n",
+        "Look: ",
+        *image,
+        *image,
+        "<0.5 seconds>",
+        *video,
+        f"which?{PICTURE}",
+    ]
     prompt += ["<|im_end|>", "\n", "<|im_start|>", "assistant", "\n"]
     ids = np.array([Words.words.index(word) for word in prompt])
     sample = replace(predicted("", 0).sample, input_ids=ids, prompt_length=len(ids))
@@ -192,12 +245,17 @@ def test_question_text_has_one_mark_for_each_picture() -> None:
 
 def test_long_questions_keep_their_pictures_in_place(tmp_path: Path) -> None:
     """The picture after the cut must be the last one of the sample, not the second."""
-    question = f"{PICTURE}{'a' * QUESTION_CHARACTERS}{PICTURE}{'b' * QUESTION_CHARACTERS}{PICTURE}end"
+    question = (
+        f"{PICTURE}{'a' * QUESTION_CHARACTERS}{PICTURE}{'b' * QUESTION_CHARACTERS}{PICTURE}end"
+    )
     prediction = predicted(question, 3)
     text = check(write_report(tmp_path, [prediction]))
     images = re.findall(r'src="(data:[^"]*)"', text)
     alone = [
-        re.findall(r'src="(data:[^"]*)"', check(write_report(tmp_path, [predicted(PICTURE * (n + 1), n + 1)])))[n]
+        re.findall(
+            r'src="(data:[^"]*)"',
+            check(write_report(tmp_path, [predicted(PICTURE * (n + 1), n + 1)])),
+        )[n]
         for n in (0, 2)
     ]
     assert images == alone
@@ -211,17 +269,26 @@ def test_curves_break_between_phases_and_are_thinned(tmp_path: Path) -> None:
     assert len(steps) <= 102 and list(np.flatnonzero(np.isnan(losses))) == [50, 101]
     x, y = thin(np.arange(10.0), np.arange(10.0) ** 2, 5)
     assert x.tolist() == [0.5, 2.5, 4.5, 6.5, 8.5] and y[0] == 0.5
-    assert np.allclose(smooth(np.full(9, 3.0), 4), 3.0) and np.allclose(smooth(np.arange(5.0), 1), np.arange(5.0))
+    assert np.allclose(smooth(np.full(9, 3.0), 4), 3.0) and np.allclose(
+        smooth(np.arange(5.0), 1), np.arange(5.0)
+    )
 
 
 def test_charts_take_their_colours_from_the_page(tmp_path: Path) -> None:
     write_run(tmp_path)
     phases = History.read(tmp_path).phases
     svg = draw(Chart("loss", measured(phases, lambda each: each["loss"], 100), phases, named=True))
-    assert set(re.findall(r"#0000[0-9a-f]{2}\b", svg)) == set() and "var(--one)" in svg and ">align</text>" in svg
+    assert (
+        set(re.findall(r"#0000[0-9a-f]{2}\b", svg)) == set()
+        and "var(--one)" in svg
+        and ">align</text>" in svg
+    )
 
 
-@pytest.mark.parametrize(("value", "text"), [(0, "0"), (1.25e6, "1.25M"), (2.5e-4, "2.5e-4"), (1500, "1.5k"), (0.5, "0.5")])
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (1.25e6, "1.25M"), (2.5e-4, "2.5e-4"), (1500, "1.5k"), (0.5, "0.5")],
+)
 def test_compact_numbers(value: float, text: str) -> None:
     assert compact(value) == text
 
@@ -255,8 +322,13 @@ def test_names_give_no_orders_to_a_browser_or_to_matplotlib(tmp_path: Path) -> N
     tags = Tags()
     tags.feed(text)
     assert "script" not in tags.names and not any(name.startswith("on") for name in tags.attributes)
-    assert r"$\frac{a$" in text.split("<svg")[1].split("</svg>")[0], "the phase's name is drawn as it is"
-    assert "Content-Security-Policy\" content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'" in text
+    assert r"$\frac{a$" in text.split("<svg")[1].split("</svg>")[0], (
+        "the phase's name is drawn as it is"
+    )
+    assert (
+        "Content-Security-Policy\" content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+        in text
+    )
     assert "<script" not in (page := write_report(tmp_path, []).read_text()) and page == text
 
 
@@ -269,10 +341,19 @@ BAD_LINES: list[dict[str, Any]] = [
 def test_lines_of_another_form_are_passed_over(tmp_path: Path) -> None:
     write_run(tmp_path)
     lines = [json.dumps(line(1, "align") | bad) for bad in ({}, *BAD_LINES)]
-    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, "[]", "[" * 100_000]).replace("Infinity", "1e400"))
-    events = [{"event": "validation", "phase": "align", "step": "1", "loss": {}}, {"event": "validation", "phase": "align"}]
+    (tmp_path / "metrics.jsonl").write_text(
+        "\n".join([*lines, "[]", "[" * 100_000]).replace("Infinity", "1e400")
+    )
+    events = [
+        {"event": "validation", "phase": "align", "step": "1", "loss": {}},
+        {"event": "validation", "phase": "align"},
+    ]
     events += [{"event": "dropped", "samples": "x"}, {"event": "resume", "time": 1e300}]
     (tmp_path / "events.jsonl").write_text("".join(json.dumps(each) + "\n" for each in events))
-    (tmp_path / "eval.json").write_text('{"step": [], "loss": {"a": "b"}, "tasks": {"t": 3, "u": {"accuracy": "x", "n": "y"}}}')
-    (tmp_path / "config.yaml").write_text("run: 3\nphases: {align: {trainable: 5, sequence_length: x}}\nmodel: [1]")
+    (tmp_path / "eval.json").write_text(
+        '{"step": [], "loss": {"a": "b"}, "tasks": {"t": 3, "u": {"accuracy": "x", "n": "y"}}}'
+    )
+    (tmp_path / "config.yaml").write_text(
+        "run: 3\nphases: {align: {trainable: 5, sequence_length: x}}\nmodel: [1]"
+    )
     check(write_report(tmp_path, []))
