@@ -1,4 +1,4 @@
-"""Whether a checkpoint fits what it is loaded for; what a resumed run may change is in changes.py."""
+"""Checks that a checkpoint fits what it is loaded for; what a resumed run may change is in changes.py."""
 
 from dataclasses import asdict
 

@@ -1,4 +1,4 @@
-"""What the outside sees of a run: log, screen, trackers and status.json, behind five hooks."""
+"""Show and record a run on log, screen, trackers and status.json, by five hooks."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +17,10 @@ SLOW_SECONDS: Final = 1.0
 
 
 class Observer:
-    """Hears of a run: phase_start, step, saved, validation, phase_end. All ranks have one; the main rank's alone writes and shows."""
+    """The hooks of a run: phase_start, step, saved, validation, phase_end.
+
+    All ranks call them; only the main rank's observer writes and shows.
+    """
 
     def __init__(
         self,
@@ -57,7 +60,7 @@ class Observer:
         self.screen.say(text)
 
     def phase_start(self, trainer: PhaseTrainer) -> None:
-        """A phase is built, and begins or continues."""
+        """Record that a phase is built, and begins or continues."""
         self.event(
             "phase_start",
             phase=trainer.phase_name,
@@ -67,7 +70,7 @@ class Observer:
         )
 
     def step(self, line: dict[str, Any]) -> None:
-        """An optimizer step is done, with this line of metrics.jsonl."""
+        """Record and show an optimizer step by its line of metrics.jsonl."""
         if self.log is not None:
             self.log.metric(line)
         status.current.at(line["step"])
@@ -75,7 +78,7 @@ class Observer:
         self.trackers.step(line)
 
     def saved(self, event: str, **fields: Any) -> None:
-        """A checkpoint is written, or could not be: `checkpoint` or `checkpoint_failed`, with the fields of saving.py."""
+        """Record `checkpoint`, or `checkpoint_failed`, with its fields of saving.py; show one that failed or held up training."""
         self.event(event, **fields)
         waited = fields.get("waited_seconds", 0.0)
         if waited > SLOW_SECONDS:
@@ -87,13 +90,13 @@ class Observer:
             self.say(f"warning: {fields['folder']} could not be saved: {fields['cause']}; going on")
 
     def validation(self, trainer: PhaseTrainer, losses: dict[str, float]) -> None:
-        """Held-out losses, by dataset, are measured."""
+        """Record held-out losses, by dataset."""
         self.held_out_losses = losses
         self.event("validation", phase=trainer.phase_name, step=trainer.step, loss=losses)
         self.trackers.evaluation({"step": trainer.step, "loss": losses})
 
     def phase_end(self, trainer: PhaseTrainer) -> None:
-        """A phase is trained and saved."""
+        """Record that a phase is trained and saved."""
         self.event("phase_end", phase=trainer.phase_name, step=trainer.step)
 
     @contextmanager

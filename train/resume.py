@@ -1,4 +1,4 @@
-"""Where a run stands when it is started: its newest whole checkpoint, and what is to be known about it."""
+"""Find where a run stands when it is started: its newest whole checkpoint, and report what is unusual about it."""
 
 from dataclasses import asdict
 from pathlib import Path

@@ -78,7 +78,7 @@ def open_sums(
 
 
 def encoder_of(topology: Topology) -> tuple[int, int]:
-    """This rank's place among the encoder ranks, which decode a pack's pictures, and their number; -1: it decodes none."""
+    """Return this rank's place among the encoder ranks, which decode a pack's pictures (-1: it decodes none), and their number."""
     return (
         -1 if topology.encoder_rank is None else topology.encoder_rank,
         topology.config.encoder_ranks,
@@ -148,7 +148,7 @@ def run_schedule(
     forward_only: bool,
     **options: Any,
 ) -> list[Any]:
-    """Megatron-core's schedule for this layout over all micro-batches; what the last stage collected, empty elsewhere.
+    """Run Megatron-core's schedule for this layout over all micro-batches; return what the last stage collected, empty elsewhere.
 
     Args:
         forward: called with an iterator over `batches` and a part of the model.
