@@ -22,7 +22,8 @@ class UserError(ValueError):
     @property
     def lines(self) -> list[str]:
         """One for each fault."""
-        return [one_line(str(fault)) for fault in self.args] or [type(self).__name__]
+        lines = [one_line(str(fault)) for fault in self.args]
+        return lines or [type(self).__name__]
 
     def __str__(self) -> str:
         return "\n".join(self.lines)
@@ -40,5 +41,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 def unknown(option: str, value: str, known: Sequence[str]) -> str:
     """Return the line for an option whose value is not among the known ones."""
-    shown = one_line(value if len(value) <= SHOWN else f"{value[:SHOWN]}...")
+    if len(value) > SHOWN:
+        value = f"{value[:SHOWN]}..."
+    shown = one_line(value)
     return f"{option}={shown} is unknown{did_you_mean(shown, known)}: use one of {', '.join(known)}"

@@ -29,7 +29,7 @@ class JsonError(ValueError):
 
 
 def read_json[T](folder: Path, name: str, schema: type[T], largest: int = LARGEST) -> T:
-    """A file of a folder as a value of `schema`: a dataclass, or a type such as dict[str, int].
+    """Read a file of a folder as a value of `schema`: a dataclass, or a type such as dict[str, int].
 
     Raises:
         JsonError: if it is no JSON, too large, of another form, or no regular file inside the folder.
@@ -45,7 +45,7 @@ def read_json[T](folder: Path, name: str, schema: type[T], largest: int = LARGES
 
 
 def parse_json[T](content: bytes | str, schema: type[T], where: str) -> T:
-    """A document as a value of `schema`; `where` names its file in errors. Raises JsonError.
+    """Parse a document as a value of `schema`; `where` names its file in errors. Raises JsonError.
 
     Types are strict: "3", 3.0 and true are no int; a key that a dataclass lacks is an error.
     """
@@ -66,7 +66,11 @@ def checked[T](value: Any, schema: type[T], where: str, part: str = "") -> T:
 
 
 def load_json(content: bytes | str, where: str, finite: bool = True) -> Any:
-    """Any JSON; raises JsonError for what is none, for endless numbers and endless nesting, and, if `finite`, for NaN and infinity."""
+    """Parse JSON of any form.
+
+    Raises:
+        JsonError: if it is none, has endless numbers or endless nesting, or, if `finite`, NaN or infinity.
+    """
     try:
         value = json.loads(
             content,
@@ -85,17 +89,19 @@ def load_json(content: bytes | str, where: str, finite: bool = True) -> Any:
 
 
 def _is_deep(value: Any) -> bool:
-    """Whether there are more levels than DEEPEST, which whoever copies, compares or writes the value would stumble over."""
+    """Return whether there are more levels than DEEPEST, on which copying and comparing would fail."""
+    # Level by level and not by recursion, which is what a deep value would break.
     level = [value]
     for _ in range(DEEPEST):
-        level = [
-            child
-            for each in level
-            if isinstance(each, dict | list)
-            for child in (each.values() if isinstance(each, dict) else each)
-        ]
-        if not level:
+        below: list[Any] = []
+        for each in level:
+            if isinstance(each, dict):
+                below += each.values()
+            elif isinstance(each, list):
+                below += each
+        if not below:
             return False
+        level = below
     return True
 
 
@@ -105,11 +111,12 @@ def _adapter(schema: Any) -> TypeAdapter[Any]:
 
 
 def _fault(error: ValidationError, value: Any, part: str) -> str:
-    """The first of pydantic's errors in one line."""
-    first = error.errors(include_url=False, include_context=False, include_input=False)[
-        0
-    ]  # each error would hold its input anew
-    field = ".".join(map(str, [part, *first["loc"]] if part else first["loc"]))
+    """Return the first of pydantic's errors in one line."""
+    # Without the inputs: each of the errors would hold its own copy.
+    errors = error.errors(include_url=False, include_context=False, include_input=False)
+    first = errors[0]
+    path = [part, *first["loc"]] if part else first["loc"]
+    field = ".".join(map(str, path))
     if first["type"] == "missing":
         return f"{field} is missing"
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
@@ -120,7 +127,8 @@ def _fault(error: ValidationError, value: Any, part: str) -> str:
 
 
 def _at(value: Any, place: tuple[int | str, ...]) -> Any:
-    """The value at a place that pydantic names; names of a union's members in it are no keys."""
+    """Return the value at a place that pydantic names."""
+    # Names of a union's members stand in the place too, and are no keys.
     for key in place:
         if isinstance(value, dict) and key in value:
             value = value[str(key)]
@@ -130,7 +138,7 @@ def _at(value: Any, place: tuple[int | str, ...]) -> Any:
 
 
 def _shown(value: Any) -> str:
-    """The beginning of a value."""
+    """Return the beginning of a value as JSON."""
     if isinstance(value, dict | list) and len(value) > SHOWN:
         return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value):,}"
     text = json.dumps(value, default=str)
@@ -138,6 +146,7 @@ def _shown(value: Any) -> str:
 
 
 def _refuse_constant(name: str) -> float:
+    """Refuse NaN and infinities, which Python writes and JSON does not know."""
     raise ValueError(f"{name} is not a number that JSON has")
 
 

@@ -16,7 +16,8 @@ from visionloom.common.text import one_line, warn
 
 LOCK: Final = ".lock"
 TRIES: Final = 20
-"""Looks, a tenth of a second apart, until a folder counts as taken: a start that has just been ended may take that long to go."""
+"""Attempts, a tenth of a second apart, before a folder counts as taken: a run that was just ended
+may need that long to exit."""
 UNSUPPORTED: Final = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 """What file systems without locks answer."""
 
@@ -34,9 +35,9 @@ class FolderLock:
             UserError: if another process has it, with its host and number.
             OSError: if the file cannot be made.
         """
-        self._descriptor = os.open(
-            folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644
-        )
+        # O_CLOEXEC: a command that this process starts must not keep the folder locked.
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        self._descriptor = os.open(folder / LOCK, flags, 0o644)
         if not self._take(folder):
             os.close(self._descriptor)
             raise UserError(
@@ -60,6 +61,7 @@ class FolderLock:
             try:
                 fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
+                # Some cluster file systems are mounted without locks: a run there is better than none.
                 if error.errno in UNSUPPORTED:
                     warn(
                         f"warning: {folder} cannot be locked ({error.strerror}): see to it that no other run writes to it"
@@ -71,7 +73,7 @@ class FolderLock:
 
 
 def is_held(folder: Path) -> bool:
-    """Whether another process holds the folder."""
+    """Return whether another process holds the folder."""
     with contextlib.suppress(OSError), open(folder / LOCK, "rb+") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -81,9 +83,14 @@ def is_held(folder: Path) -> bool:
 
 
 def _holder(folder: Path) -> str:
+    """Name the process that holds a folder."""
     try:
-        found = read_json(folder, LOCK, dict[str, Any], 1 << 16)
+        holder = read_json(folder, LOCK, dict[str, Any], 1 << 16)
     except (JsonError, OSError):
+        # The holder writes its name after it has the lock: a moment later the file is there.
         return "another process"
-    names = {name: one_line(str(found.get(name, "?"))) for name in ("host", "pid", "since")}
-    return f"process {names['pid']} on {names['host']} since {names['since']}"
+
+    def shown(name: str) -> str:
+        return one_line(str(holder.get(name, "?")))
+
+    return f"process {shown('pid')} on {shown('host')} since {shown('since')}"

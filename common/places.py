@@ -35,7 +35,7 @@ def locate(
     follow_links: bool = False,
     others: Sequence[Path] = (),
 ) -> Path:
-    """The file or folder that a name in the files of `folder` means.
+    """Return the file or folder that a name in the files of `folder` means.
 
     Args:
         folder: what the name is relative to and may not lead out of; may itself be reached by links.
@@ -54,40 +54,45 @@ def locate(
     """
     _check_name(reference)
     if kind != "folder" and "/" not in reference and _is_regular(f"{folder}/{reference}"):
-        return (
-            folder / reference
-        )  # in the folder itself, and no link: a dataset has ten thousand shards
+        # In the folder itself and no link: the short way, since a dataset has ten thousand shards.
+        return folder / reference
+
     path = Path(os.path.normpath(folder / reference))
     if not path.is_relative_to(os.path.normpath(folder)):
         raise PlaceError(OUTSIDE)
     real = _real(path)
-    if not follow_links and not any(
-        real.is_relative_to(root) for place in (folder, *others) for root in roots(place)
-    ):
-        raise PlaceError(LINK)
-    mode = real.stat().st_mode
-    if kind == "file" and not stat.S_ISREG(mode):
-        raise PlaceError(f"is {_name(mode)}, not a file")
-    if kind == "either" and not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        raise PlaceError(f"is {_name(mode)}, not a file")
-    if kind == "folder" and not stat.S_ISDIR(mode):
-        raise PlaceError(f"is {_name(mode)}, not a folder")
+    if not follow_links:
+        allowed = [root for place in (folder, *others) for root in roots(place)]
+        if not any(real.is_relative_to(root) for root in allowed):
+            raise PlaceError(LINK)
+
+    _check_kind(real.stat().st_mode, kind)
     return path
 
 
+def _check_kind(mode: int, kind: PlaceKind) -> None:
+    """Refuse pipes, sockets and devices, which would let the reader wait for ever."""
+    if kind != "folder" and stat.S_ISREG(mode):
+        return
+    if kind != "file" and stat.S_ISDIR(mode):
+        return
+    raise PlaceError(f"is {_name(mode)}, not a {'folder' if kind == 'folder' else 'file'}")
+
+
 def read_located(folder: Path, reference: str, largest: int, follow_links: bool = False) -> bytes:
-    """All bytes of the file that `locate` finds; PlaceError too if there are more than `largest`."""
+    """Read all bytes of the file that `locate` returns; PlaceError too if it has more than `largest`."""
     path = locate(folder, reference, follow_links=follow_links)
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
-        content = file.read(min(size, largest) + 1)  # Python allocates what it is asked for
+        # Not `largest` alone: Python allocates what it is asked for.
+        content = file.read(min(size, largest) + 1)
     if len(content) > largest:
         raise PlaceError(f"is larger than {largest} bytes")
     return content
 
 
 def regular_files(folder: Path, pattern: str = "*") -> Iterator[Path]:
-    """The files of a folder whose names match, in order of their names: what `locate` refuses is passed over."""
+    """Yield the files of a folder whose names match, by name; those that `locate` refuses are skipped."""
     for path in sorted(folder.glob(pattern)):
         try:
             yield locate(folder, str(path.relative_to(folder)))
@@ -96,7 +101,10 @@ def regular_files(folder: Path, pattern: str = "*") -> Iterator[Path]:
 
 
 def roots(folder: Path) -> tuple[Path, ...]:
-    """The real folders that links in `folder` may lead to: itself, and the blobs if it is a snapshot of the hub's cache."""
+    """Return the real folders that links in `folder` may lead to.
+
+    These are itself and, if it is a snapshot in the hub's cache, the blobs of its repository.
+    """
     real = folder.resolve()
     for snapshot in (real, *real.parents):
         repository = snapshot.parent.parent
@@ -117,13 +125,13 @@ def _check_name(reference: object) -> None:
 
 
 def _is_regular(path: str) -> bool:
-    """Whether a regular file is there; raises FileNotFoundError if nothing is."""
+    """Return whether a regular file is there; raises FileNotFoundError if nothing is."""
     try:
         return stat.S_ISREG(os.lstat(path).st_mode)
     except FileNotFoundError:
         raise
-    except (OSError, ValueError):  # the long way says why
-        return False
+    except (OSError, ValueError):
+        return False  # the long way says why
 
 
 def _real(path: Path) -> Path:

@@ -16,7 +16,8 @@ class PlainConsole(Console):
 
     def __init__(self, **options: Any) -> None:
         """As rich's Console, without its own readings of strings."""
-        super().__init__(**(options | {"markup": False, "emoji": False, "highlight": False}))
+        plain = {"markup": False, "emoji": False, "highlight": False}
+        super().__init__(**(options | plain))
 
     def render_str(self, text: str, **options: Any) -> Text:
         """What rich makes of any string: of a line, a table's cell, or its title."""

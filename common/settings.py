@@ -13,7 +13,7 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal, Protocol, cast, runtime_checkable
+from typing import Any, Final, Literal, Protocol, TypedDict, Unpack, cast, runtime_checkable
 
 from visionloom.common.errors import SHOWN, unknown
 from visionloom.common.names import name_fault
@@ -35,11 +35,17 @@ class Rules:
 
     change: Change
     least: float | None = None
+    """Smallest number."""
     most: float | None = None
+    """Largest number."""
     above: float | None = None
+    """Largest number that is too small."""
     below: float | None = None
+    """Smallest number that is too large."""
     choices: Sequence[str] = ()
+    """All texts that are allowed; empty: any."""
     entries: int = ENTRIES
+    """Most entries of a list or mapping."""
 
 
 @dataclass(frozen=True)
@@ -52,37 +58,39 @@ class Option:
     rules: Rules
 
 
-def option[T](
-    default: T,
-    change: Change,
-    *,
-    least: float | None = None,
-    most: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-    choices: Sequence[str] = (),
-    entries: int = ENTRIES,
-) -> T:
+class RuleWords(TypedDict, total=False):
+    """The rules of an option that `option` takes by name; see Rules."""
+
+    least: float
+    most: float
+    above: float
+    below: float
+    choices: Sequence[str]
+    entries: int
+
+
+def option[T](default: T, change: Change, **rules: Unpack[RuleWords]) -> T:
     """Return a dataclass field with a default and its rules.
 
     Args:
         default: a list or mapping is copied for each instance.
         change: see Change.
-        least, most: smallest and largest number.
-        above, below: the same, but the number itself is not allowed.
-        choices: all texts that are allowed; empty: any.
-        entries: most entries of a list or mapping.
+        rules: see Rules.
     """
-    metadata = {_RULES: Rules(change, least, most, above, below, choices, entries)}
+    metadata = {_RULES: Rules(change, **rules)}
     if isinstance(default, list | dict):
-        return cast(
-            T, dataclasses.field(default_factory=lambda: deepcopy(default), metadata=metadata)
+        copied: Any = dataclasses.field(
+            default_factory=lambda: deepcopy(default), metadata=metadata
         )
+        return cast(T, copied)
     return dataclasses.field(default=default, metadata=metadata)
 
 
 def options(config: Any, where: str = "") -> Iterator[Option]:
-    """Yield the options of a dataclass and of those inside it, also in mappings by name, in order; a section that is None has none."""
+    """Yield the options of a dataclass and of those inside it, also in mappings by name, in order.
+
+    A section that is None has none.
+    """
     for item in dataclasses.fields(config):
         value, name = getattr(config, item.name), _path(where, item.name)
         if _RULES in item.metadata:
@@ -98,13 +106,16 @@ def without_rules(schema: type, where: str = "") -> Iterator[str]:
     """Yield the dotted paths of a dataclass type whose fields are neither an `option` nor a section; keys of mappings are ANY."""
     hints = typing.get_type_hints(schema)
     for item in dataclasses.fields(schema):
-        hint, name = hints[item.name], _path(where, item.name)
-        if isinstance(hint, types.UnionType):
-            hint = next(choice for choice in typing.get_args(hint) if choice is not types.NoneType)
-        if typing.get_origin(hint) is dict and dataclasses.is_dataclass(typing.get_args(hint)[1]):
-            hint, name = typing.get_args(hint)[1], f"{name}.{ANY}"
         if _RULES in item.metadata:
             continue
+
+        hint, name = hints[item.name], _path(where, item.name)
+        if isinstance(hint, types.UnionType):  # a section that may be None
+            hint = next(choice for choice in typing.get_args(hint) if choice is not types.NoneType)
+        if typing.get_origin(hint) is dict:
+            _, entry = typing.get_args(hint)
+            if dataclasses.is_dataclass(entry):
+                hint, name = entry, f"{name}.{ANY}"
         if dataclasses.is_dataclass(hint):
             yield from without_rules(cast(type, hint), name)
         else:
@@ -171,11 +182,13 @@ def _check_entries(entries: Mapping[str, Any], path: str) -> Problems:
     if len(entries) > ENTRIES:
         return Problems([f"{path} has {len(entries)} entries, at most {ENTRIES} are possible"])
 
-    names = [f"{path}.{one_line(name)}: {fault}" for name in entries if (fault := name_fault(name))]
-    checked = {name: check(entry, f"{path}.{ANY}") for name, entry in entries.items()}
-    bounds = likewise(path, {name: each.bounds for name, each in checked.items()})
-    sections = likewise(path, {name: each.sections for name, each in checked.items()})
-    return Problems(names + bounds, sections)
+    names, bounds, sections = list[str](), dict[str, list[str]](), dict[str, list[str]]()
+    for name, entry in entries.items():
+        if fault := name_fault(name):
+            names.append(f"{path}.{one_line(name)}: {fault}")
+        problems = check(entry, f"{path}.{ANY}")
+        bounds[name], sections[name] = problems.bounds, problems.sections
+    return Problems(names + likewise(path, bounds), likewise(path, sections))
 
 
 def likewise(path: str, problems: Mapping[str, list[str]]) -> list[str]:
@@ -236,6 +249,7 @@ def _value_problems(name: str, value: Any, rules: Rules) -> Iterator[str]:
         "at most": (rules.most, operator.le),
         "below": (rules.below, operator.lt),
     }
+    # All bounds are named where one does not hold: the user sees the whole range.
     possible, wanted = True, []
     for words, (bound, holds) in bounds.items():
         if bound is not None:
@@ -255,4 +269,6 @@ def _bound(bound: float) -> str:
 def _shown(value: float) -> str:
     if isinstance(value, float):
         return f"{value:g}"
-    return str(value) if abs(value) < 10**SHOWN else f"a number of more than {SHOWN} digits"
+    if abs(value) < 10**SHOWN:
+        return str(value)
+    return f"a number of more than {SHOWN} digits"

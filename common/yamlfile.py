@@ -16,7 +16,7 @@ LOADER: Final = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def read_yaml(folder: Path, name: str) -> dict[str, Any]:
-    """A file of a folder that holds a mapping, with nothing in it that JSON has not.
+    """Read a file of a folder that holds a mapping, with nothing in it that JSON has not.
 
     Raises:
         JsonError: if it is none, too large, has aliases (a few of them stand for endless text), or is no regular file there.
@@ -28,16 +28,16 @@ def read_yaml(folder: Path, name: str) -> dict[str, Any]:
         content = read_located(folder, name, LARGEST)
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(content, LOADER)):
             raise JsonError(f"{where}: has aliases (*name), which no run writes")
-        found = json.dumps(yaml.load(content, LOADER))
+        # By way of JSON: dates, sets and other objects of YAML cannot be written in it.
+        document = json.dumps(yaml.load(content, LOADER))
     except PlaceError as error:
         raise JsonError(f"{where} {error}") from None
+    except JsonError:
+        raise
     except (ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
-        raise (
-            error
-            if isinstance(error, JsonError)
-            else JsonError(f"{where}: not YAML of plain values: {first_line(error)}")
-        ) from None
-    value = load_json(found, where)
+        raise JsonError(f"{where}: not YAML of plain values: {first_line(error)}") from None
+
+    value = load_json(document, where)
     if not isinstance(value, dict):
         raise JsonError(f"{where}: the document should be a mapping")
     return value

@@ -1,6 +1,6 @@
 """How the tokens of a pack are split over the context-parallel ranks, and back.
 
-Each segment is cut into 2 x size chunks of equal length, and rank r takes chunks r and 2 x size - 1 - r of every segment: with
+Each segment is cut into 2 x size pieces of equal length, and rank r takes pieces r and 2 x size - 1 - r of every segment: with
 causal attention all ranks then have as much to do, and no token's neighbours matter to who has it.
 Shapes: T tokens of a pack in S segments, C context ranks.
 """
@@ -41,9 +41,10 @@ def split_pack(cu_seqlens: TokenRows, size: int) -> Split:
             f"a segment of {worst} tokens cannot be split over {size} context ranks: its length must be a multiple of"
             f" {2 * size} (data.sample_token_multiple)"
         )
-    chunk = np.arange(bounds[-1]) - np.repeat(
-        bounds[:-1], lengths
-    )  # place in the segment, then number of the chunk
-    chunk //= np.repeat(np.maximum(lengths // (2 * size), 1), lengths)
-    owner = np.minimum(chunk, 2 * size - 1 - chunk)
+    place_in_segment = np.arange(bounds[-1]) - np.repeat(bounds[:-1], lengths)
+    # At least 1: an empty segment has no rows, but would divide by zero.
+    piece_length = np.repeat(np.maximum(lengths // (2 * size), 1), lengths)
+    piece = place_in_segment // piece_length
+    # Pieces r and 2 x size - 1 - r are rank r's: an early one, which attends to little, and a late one.
+    owner = np.minimum(piece, 2 * size - 1 - piece)
     return Split(tuple(np.flatnonzero(owner == rank) for rank in range(size)))

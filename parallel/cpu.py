@@ -61,7 +61,7 @@ class _Stream:
 
 
 def installed() -> bool:
-    """Whether the stand-in is in place in this process."""
+    """Return whether the stand-in is in place in this process."""
     return getattr(torch.cuda, "visionloom_stand_in", False)
 
 
@@ -75,7 +75,8 @@ def install() -> None:
     _replace_random_state()
     _replace_factories()
     _replace_type_names()
-    _replace_collectives()
+    _replace_all_to_all()
+    _replace_unequal_collectives()
     torch.cuda.visionloom_stand_in = True  # type: ignore[attr-defined]
 
 
@@ -91,9 +92,8 @@ def _replace_streams_and_devices() -> None:
     cuda.current_stream = cuda.default_stream = lambda device=None: _Stream()
     cuda.stream = lambda stream: contextlib.nullcontext()
     any_tensor: Any = torch.Tensor
-    any_tensor.cuda = lambda self, *args, **kwargs: (
-        self
-    )  # checkpoint exchange and grad-norm code move tensors with .cuda()
+    # Checkpoint exchange and grad-norm code move tensors with .cuda().
+    any_tensor.cuda = lambda self, *args, **kwargs: self
     any_module: Any = torch.nn.Module
     any_module.cuda = lambda self, device=None: self
 
@@ -109,18 +109,24 @@ def _replace_random_state() -> None:
 
     # These two reach into torch.cuda.default_generators and torch._C; recompute restores the state through them.
     module: Any = tensor_parallel_random
-    module._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: (
-        torch.get_rng_state()
-    )
-    module._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(
-        state
-    )
+    module._get_cuda_rng_state = _random_state
+    module._set_cuda_rng_state = _set_random_state
+
+
+def _random_state(
+    device: object = "cuda", clone: bool = False, graph_safe: bool = False
+) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_random_state(state: torch.Tensor, device: object = -1, graph_safe: bool = False) -> None:
+    torch.set_rng_state(state)
 
 
 def _is_cuda(device: object) -> bool:
-    return (isinstance(device, str) and device.startswith("cuda")) or (
-        isinstance(device, torch.device) and device.type == "cuda"
-    )
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, str) and device.startswith("cuda")
 
 
 def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
@@ -146,24 +152,18 @@ def _replace_type_names() -> None:
 
     def type_name(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         name = own_type(self, *args, **kwargs)
-        return (
-            name.replace("torch.", "torch.cuda.")
-            if isinstance(name, str) and not name.startswith("torch.cuda.")
-            else name
-        )
+        if isinstance(name, str) and not name.startswith("torch.cuda."):
+            return name.replace("torch.", "torch.cuda.")
+        return name  # a tensor, where a type was asked for
 
     any_tensor: Any = torch.Tensor
     any_tensor.type = type_name
 
 
-def _replace_collectives() -> None:
-    """The alltoall dispatcher turns split sizes into lists only when they lie on a GPU; gloo wants lists.
-
-    Expert tensor parallelism gathers and reduces parts of unequal length, which NCCL can and gloo cannot.
-    """
+def _replace_all_to_all() -> None:
+    """The alltoall dispatcher turns split sizes into lists only when they are on a GPU; gloo wants lists."""
     distributed: Any = torch.distributed
     all_to_all_single = distributed.all_to_all_single
-    all_gather, reduce_scatter = distributed.all_gather, distributed.reduce_scatter
 
     @functools.wraps(all_to_all_single)
     def with_lists(
@@ -173,11 +173,20 @@ def _replace_collectives() -> None:
         input_split_sizes: Any = None,
         **kwargs: Any,
     ) -> Any:
-        sizes = [
-            x.tolist() if isinstance(x, torch.Tensor) else x
-            for x in (output_split_sizes, input_split_sizes)
-        ]
-        return all_to_all_single(output, tensor, *sizes, **kwargs)
+        output_sizes, input_sizes = _as_list(output_split_sizes), _as_list(input_split_sizes)
+        return all_to_all_single(output, tensor, output_sizes, input_sizes, **kwargs)
+
+    distributed.all_to_all_single = with_lists
+
+
+def _as_list(sizes: Any) -> Any:
+    return sizes.tolist() if isinstance(sizes, torch.Tensor) else sizes
+
+
+def _replace_unequal_collectives() -> None:
+    """Expert tensor parallelism gathers and reduces parts of unequal length, which gloo cannot."""
+    distributed: Any = torch.distributed
+    all_gather, reduce_scatter = distributed.all_gather, distributed.reduce_scatter
 
     @functools.wraps(all_gather)
     def gather_unequal(
@@ -208,5 +217,4 @@ def _replace_collectives() -> None:
                 output.copy_(summed)
         return None
 
-    distributed.all_to_all_single = with_lists
     distributed.all_gather, distributed.reduce_scatter = gather_unequal, scatter_unequal

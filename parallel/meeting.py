@@ -35,7 +35,8 @@ def meet(timeout: timedelta) -> tuple[Store, int, int]:
         store.set_timeout(timeout)
         return agree(store, rank, size, timeout), rank, size
     except dist.DistNetworkError as error:
-        if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+        text = str(error)
+        if "EADDRINUSE" in text or "address already in use" in text.lower():
             raise UserError(
                 f"MASTER_PORT={os.environ.get('MASTER_PORT')} is in use by another program: give this run a port of its own"
                 " (torchrun --standalone chooses one)"
@@ -69,19 +70,24 @@ def agree(store: Store, rank: int, size: int, timeout: timedelta) -> Store:
 
 def _gather(store: Store, prefix: str, size: int, timeout: timedelta) -> None:
     """Answer the words of all other ranks until each has taken the prefix; raises DistStoreError if they do not come."""
-    until, missing, answered = (
-        time.monotonic() + timeout.total_seconds(),
-        set(range(1, size)),
-        dict[int, bytes](),
-    )
+    until = time.monotonic() + timeout.total_seconds()
+    missing = set(range(1, size))
+    answered: dict[int, bytes] = {}
     while missing:
         for rank in sorted(missing):
-            if store.check([f"{PREFIX}/rank{rank}"]):
-                word = store.get(f"{PREFIX}/rank{rank}")
-                if answered.get(rank) != word:
-                    store.set(f"{PREFIX}/answer/{word.decode()}", prefix)
-                    answered[rank] = word
-        missing -= {rank for rank in missing if store.check([f"{PREFIX}/taken/{prefix}/{rank}"])}
+            place = f"{PREFIX}/rank{rank}"
+            if not store.check([place]):
+                continue
+
+            # Read again each time: the word there may be a dead rank's, and its successor's comes later.
+            word = store.get(place)
+            if answered.get(rank) != word:
+                store.set(f"{PREFIX}/answer/{word.decode()}", prefix)
+                answered[rank] = word
+
+        for rank in sorted(missing):
+            if store.check([f"{PREFIX}/taken/{prefix}/{rank}"]):
+                missing.discard(rank)
         if missing and time.monotonic() > until:
             raise dist.DistStoreError(f"rank {min(missing)} is missing")
         time.sleep(PAUSE_SECONDS if missing else 0)

@@ -21,9 +21,8 @@ def layers_per_chunk(parallel: ParallelConfig, layers: int) -> list[int]:
 def layout_of(parallel: ParallelConfig, layers: int) -> str:
     """The layout as it is used: the given one without abbreviations, or an even one."""
     if parallel.pipeline_layout is not None:
-        return REPEATED.sub(
-            lambda match: match[1] * int(match[2]), parallel.pipeline_layout.replace(" ", "")
-        )
+        short = parallel.pipeline_layout.replace(" ", "")
+        return REPEATED.sub(lambda match: match[1] * int(match[2]), short)
     chunks = parallel.pipeline * parallel.chunks
     each = layers // chunks
     return f"E{'|'.join(['t' * each] * chunks)}L"
@@ -42,14 +41,20 @@ def pipeline_problems(parallel: ParallelConfig, layers: int, here: str = "parall
     if parallel.chunks > 1:
         product += f" x virtual_pipeline {parallel.chunks}"
     even = suggestion(layers, chunks)
-    if parallel.pipeline_layout is None:
-        if layers % chunks == 0:
-            return []
-        return [
-            f"{layers} layers cannot be cut evenly into {product} = {chunks} chunks:"
-            f" give {here}.pipeline_layout='{even}' or change {here}.pipeline"
-        ]
+    if parallel.pipeline_layout is not None:
+        return _layout_problems(parallel, layers, product, here)
+    if layers % chunks == 0:
+        return []
+    return [
+        f"{layers} layers cannot be cut evenly into {product} = {chunks} chunks:"
+        f" give {here}.pipeline_layout='{even}' or change {here}.pipeline"
+    ]
 
+
+def _layout_problems(parallel: ParallelConfig, layers: int, product: str, here: str) -> list[str]:
+    """Return what is wrong with a layout that the user gave; `product` names the degrees it must fit."""
+    chunks = parallel.pipeline * parallel.chunks
+    even = suggestion(layers, chunks)
     layout = layout_of(parallel, layers)
     given = f"{here}.pipeline_layout={parallel.pipeline_layout}"
     if not re.fullmatch(r"[EtL|]+", layout):
@@ -68,6 +73,10 @@ def pipeline_problems(parallel: ParallelConfig, layers: int, here: str = "parall
 def suggestion(layers: int, chunks: int) -> str:
     """A layout that gives the first chunk (vision tower) and the last (loss) the fewest layers."""
     each, more = divmod(layers, chunks)
-    order = [*range(1, chunks - 1), chunks - 1, 0][:more] if chunks > 1 else [0][:more]
-    counts = [each + (chunk in order) for chunk in range(chunks)]
-    return f"E{'|'.join(f't*{count}' for count in counts)}L"
+    # Layers left over go to the middle first, then to the last chunk, then to the first.
+    order = [*range(1, chunks - 1), chunks - 1, 0] if chunks > 1 else [0]
+    counts = [each] * chunks
+    for chunk in order[:more]:
+        counts[chunk] += 1
+    stages = "|".join(f"t*{count}" for count in counts)
+    return f"E{stages}L"
