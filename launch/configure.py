@@ -125,25 +125,17 @@ def _start(
 
 def work(command: Callable[[RunConfig], None], config: RunConfig) -> None:
     """Run a command to its end, whatever that is, and leave its cause in status.json."""
-    faulthandler.enable(
-        2
-    )  # where a segmentation fault came from, on the process's own standard error
+    # Where a segmentation fault came from is shown on the process's own standard error.
+    faulthandler.enable(2)
     try:
         command(config)
     except UserError as error:
         exit_with(error)
     except Exception as error:
-        if (told := of_the_machine(error, Path(config.run.folder))) is not None:
-            exit_with(told)
-        cause = f"{type(error).__name__}: {error}".rstrip(": ")
-        if is_out_of_memory(error):
-            cause = f"out of memory: {cause}"
-        if is_lost_connection(
-            error
-        ):  # who watches that rank writes its cause; from another machine it is not seen
-            time.sleep(SECONDS_FOR_THE_CAUSE)
-            cause = f"the connection to another rank was lost, which ended first: {cause}"
-        status.current.failed(FAILURE, cause, hint_for(error))
+        machine_error = of_the_machine(error, Path(config.run.folder))
+        if machine_error is not None:
+            exit_with(machine_error)
+        status.current.failed(FAILURE, _cause_of(error), hint_for(error))
         record_for_torchrun(error)
         keep_code(FAILURE)
         if isinstance(error, MachineError):
@@ -153,18 +145,32 @@ def work(command: Callable[[RunConfig], None], config: RunConfig) -> None:
     status.current.done()
 
 
+def _cause_of(error: Exception) -> str:
+    """Return what status.json says of an error that nobody expected."""
+    cause = f"{type(error).__name__}: {error}".rstrip(": ")
+    if is_out_of_memory(error):
+        cause = f"out of memory: {cause}"
+    if is_lost_connection(error):
+        # The rank that watches the lost one writes its cause; on another machine nobody sees it.
+        time.sleep(SECONDS_FOR_THE_CAUSE)
+        cause = f"the connection to another rank was lost, which ended first: {cause}"
+    return cause
+
+
 def split_options(argv: Sequence[str], names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """Take a command's own `name=value` words from the command line: (their values, the words left for Hydra)."""
-    own = {
-        word.partition("=")[0]: word.partition("=")[2]
-        for word in argv
-        if word.partition("=")[0] in names
-    }
-    return own, [word for word in argv if word.partition("=")[0] not in names]
+    own, others = dict[str, str](), list[str]()
+    for word in argv:
+        name, _, value = word.partition("=")
+        if name in names:
+            own[name] = value
+        else:
+            others.append(word)
+    return own, others
 
 
 def compose(argv: Sequence[str], world_size: int | None = None) -> RunConfig | None:
-    """The checked configuration of a command line; None where the line asks to be shown something (`--help`, `--cfg`).
+    """Return the checked configuration of a command line; None if it asks to be shown something (`--help`, `--cfg`).
 
     Args:
         argv: the command line without the program.
@@ -176,9 +182,8 @@ def compose(argv: Sequence[str], world_size: int | None = None) -> RunConfig | N
     options = read_options(argv)
     _check_words(options.words)
     read = readable(options.words)
-    words, late = (
-        [word for word in read if bool(LATE.match(word)) is is_late] for is_late in (False, True)
-    )
+    words = [word for word in read if not LATE.match(word)]
+    late = [word for word in read if LATE.match(word)]
     config = _compose(words, options.config_dir)
     try:
         _check_folders(config, read)
@@ -188,7 +193,8 @@ def compose(argv: Sequence[str], world_size: int | None = None) -> RunConfig | N
         run = _typed(config, late)
     except (UserError, OSError):
         raise
-    except Exception as error:  # as in _compose: references of a recipe are followed only here
+    except Exception as error:
+        # As in _compose: the references of a recipe are followed only here.
         raise UserError(explain(error, options.config_dir)) from error
     run.run.folder = run.run.folder or f"runs/{run.run.name}"
     if problems := run.all_problems(world_size or environment.world_size()):
@@ -202,36 +208,38 @@ def check_paths(config: RunConfig) -> None:
     Raises:
         UserError: naming the option and the folder; a few are shown if many are missing.
     """
-    optional = {
-        "init.huggingface": config.init.huggingface,
-        "init.checkpoint": config.init.checkpoint,
-    }
-    optional["lora.adapter"] = config.lora.adapter
-    paths = {"data.tokenizer": config.data.tokenizer} | {
-        option: path for option, path in optional.items() if path
-    }
-    paths |= {
-        f"data.datasets.{name}.path": dataset.path for name, dataset in config.data.datasets.items()
-    }
-    paths |= {
-        f"data.validation.{name}.path": dataset.path
-        for name, dataset in config.data.validation.items()
-    }
-    missing = [
-        f"{option}={path}" for option, path in paths.items() if not path or not Path(path).is_dir()
-    ]
+    missing = []
+    for option, path in _input_folders(config).items():
+        if not path or not Path(path).is_dir():
+            missing.append(f"{option}={path}")
     if not missing:
         return
+
+    lines = []
+    for path in missing[:MISSING_PATHS_SHOWN]:
+        lines.append(f"{path} is not a folder: correct the option or make the folder first")
     more = len(missing) - MISSING_PATHS_SHOWN
-    lines = [
-        f"{path} is not a folder: correct the option or make the folder first"
-        for path in missing[:MISSING_PATHS_SHOWN]
-    ]
     if more > 0:
         lines.append(f"{more} more input folders do not exist")
     if "demo-data" in missing[0]:
         lines.append("the demo's data is made by: python launch/data.py demo runs/demo-data")
     raise UserError(*lines)
+
+
+def _input_folders(config: RunConfig) -> dict[str, str]:
+    """Return the folders that a run reads, by their options."""
+    optional = {
+        "init.huggingface": config.init.huggingface,
+        "init.checkpoint": config.init.checkpoint,
+        "lora.adapter": config.lora.adapter,
+    }
+    folders = {"data.tokenizer": config.data.tokenizer}
+    folders |= {option: path for option, path in optional.items() if path}
+    for name, dataset in config.data.datasets.items():
+        folders[f"data.datasets.{name}.path"] = dataset.path
+    for name, dataset in config.data.validation.items():
+        folders[f"data.validation.{name}.path"] = dataset.path
+    return folders
 
 
 def check_memory(config: RunConfig) -> None:
@@ -240,19 +248,16 @@ def check_memory(config: RunConfig) -> None:
     Raises:
         UserError: naming the model, its parameters and both sizes.
     """
-    if config.run.device == "cuda" or (
-        config.run.device == "auto" and any(Path("/dev").glob("nvidia[0-9]*"))
-    ):
+    has_gpu = any(Path("/dev").glob("nvidia[0-9]*"))
+    if config.run.device == "cuda" or (config.run.device == "auto" and has_gpu):
         return
+
     layout, parameters = config.parallel, parameter_count(config.model)
     shares = layout.tensor * layout.pipeline * layout.expert * (layout.expert_tensor or 1)
-    needed = (
-        parameters
-        * (2 if config.run.precision == "bf16" else 4)
-        // shares
-        * environment.ranks_here()
-    )
-    if needed > (there := environment.memory_bytes()):
+    bytes_each = 2 if config.run.precision == "bf16" else 4
+    needed = parameters * bytes_each // shares * environment.ranks_here()
+    there = environment.memory_bytes()
+    if needed > there:
         raise UserError(
             f"model={config.model.name} has {parameters:,} parameters: their weights take {needed / 2**30:,.0f} GiB on this machine,"
             f" which has {there / 2**30:,.0f} GiB: choose a smaller model, more machines, or run.device=cuda"
@@ -260,7 +265,8 @@ def check_memory(config: RunConfig) -> None:
 
 
 def check_agreements(config: RunConfig, checkpoint: str = "") -> None:
-    """Refuse a run whose parts do not agree; see train/agreements.py, which is imported only now since it reads tokenizers."""
+    """Refuse a run whose parts do not agree; see train/agreements.py."""
+    # Imported only now, since it reads tokenizers, which takes most of a second.
     from visionloom.train.agreements import check_run
 
     check_run(config, checkpoint)
@@ -290,6 +296,22 @@ def _compose(words: Sequence[str], config_dir: str) -> DictConfig:
 
     Only its compose API is used: nothing in a configuration makes it call, write or set anything.
     """
+    RecipeSource.begin()
+    GlobalHydra.instance().clear()
+    Hydra.create_main_hydra2("visionloom", _search_path(config_dir))
+    try:
+        return hydra_compose("config", list(words))
+    except UserError:
+        raise
+    except Exception as error:
+        # Hydra only reads the user's input here, and fails on odd input with errors of any type.
+        raise UserError(explain(error, config_dir)) from error
+    finally:
+        GlobalHydra.instance().clear()
+
+
+def _search_path(config_dir: str) -> ConfigSearchPathImpl:
+    """Tell Hydra where recipes and schema are; UserError if the user's folder of recipes is not there."""
     version.setbase("1.3")
     ConfigStore.instance().store(name="schema", node=RunConfig)
     Plugins.instance()
@@ -304,17 +326,7 @@ def _compose(words: Sequence[str], config_dir: str) -> DictConfig:
             )
         path.append("command line", f"recipes://{Path(config_dir).absolute()}")
     path.append("schema", "structured://")
-    RecipeSource.begin()
-    GlobalHydra.instance().clear()
-    Hydra.create_main_hydra2("visionloom", path)
-    try:
-        return hydra_compose("config", list(words))
-    except UserError:
-        raise
-    except Exception as error:  # Hydra only reads the user's input here, and fails on odd input with errors of any type
-        raise UserError(explain(error, config_dir)) from error
-    finally:
-        GlobalHydra.instance().clear()
+    return path
 
 
 def _check_folders(config: DictConfig, words: Sequence[str]) -> None:
@@ -331,24 +343,20 @@ def _check_folders(config: DictConfig, words: Sequence[str]) -> None:
 def _show(config: DictConfig, late: Sequence[str], options: CommandLine) -> None:
     """Print what would run, as `--cfg job` of Hydra does, but with the words that are applied late; with --help how to use it."""
     _apply_all(config, late)
-    shown = (
-        OmegaConf.select(config, options.package, throw_on_missing=True)
-        if options.package
-        else config
-    )
+    shown: Any = config
+    if options.package:
+        shown = OmegaConf.select(config, options.package, throw_on_missing=True)
     if shown is None:
         raise UserError(f"--package {options.package}: {no_such_key(options.package)}")
-    text = (
-        OmegaConf.to_yaml(shown, resolve=options.resolve)
-        if OmegaConf.is_config(shown)
-        else f"{shown}\n"
-    )
+    text = f"{shown}\n"  # a plain value, which --package has named
+    if OmegaConf.is_config(shown):
+        text = OmegaConf.to_yaml(shown, resolve=options.resolve)
     if options.help:
-        chosen = "".join(
-            f"  {group}: {', '.join(available(group, options.config_dir))}\n"
-            for group in sorted(groups())
-        )
-        text = f"usage: [options] +recipe=NAME [key=value ...]\n\n{HELP}\ngroups, one of whose names a word chooses:\n{chosen}\n{text}"
+        lines = ["usage: [options] +recipe=NAME [key=value ...]", "", HELP]
+        lines.append("groups, one of whose names a word chooses:")
+        for group in sorted(groups()):
+            lines.append(f"  {group}: {', '.join(available(group, options.config_dir))}")
+        text = "\n".join([*lines, "", text])
     try:
         say(text.removesuffix("\n"))
     except BrokenPipeError:
@@ -356,12 +364,16 @@ def _show(config: DictConfig, late: Sequence[str], options: CommandLine) -> None
 
 
 def _read_no_more() -> None:
-    """`--cfg job | head`: nobody reads on, and nothing is to be said of it when Python ends."""
+    """Avoid Python's message about a broken pipe at exit, as in `--cfg job | head`."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _typed(config: DictConfig, late: Sequence[str]) -> RunConfig:
-    """The dataclasses of a composed configuration, if every key is in the schema and nothing required is missing."""
+    """Return the dataclasses of a composed configuration.
+
+    Raises:
+        UserError: for keys that are not in the schema, and for required values that are missing.
+    """
     _apply_all(config, late)
     if not config.phases:
         raise UserError(
@@ -374,12 +386,10 @@ def _typed(config: DictConfig, late: Sequence[str]) -> RunConfig:
     ]
     if faults:
         raise UserError(*faults)
-    values = OmegaConf.to_container(
-        config, resolve=True
-    )  # references are not typed: the schema sees what they stand for
-    return cast(
-        RunConfig, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), values))
-    )
+    # References have no type of their own: the schema sees the values that they stand for.
+    values = OmegaConf.to_container(config, resolve=True)
+    typed = OmegaConf.merge(OmegaConf.structured(RunConfig), values)
+    return cast(RunConfig, OmegaConf.to_object(typed))
 
 
 def _apply_all(config: DictConfig, late: Sequence[str]) -> None:
@@ -391,22 +401,17 @@ def _apply(config: DictConfig, override: Override) -> None:
     """Apply a word that matches LATE; a new phase must be given whole, so that a mistyped name is not taken for one."""
     parts = override.key_or_group.split(".")
     depth = 1 if parts[0] == "phases" else 2
-    mapping, name, fields = (
-        OmegaConf.select(config, ".".join(parts[:depth])),
-        parts[depth],
-        parts[depth + 1 :],
-    )
+    mapping = OmegaConf.select(config, ".".join(parts[:depth]))
+    name, fields = parts[depth], parts[depth + 1 :]
     if override.is_delete():
         if name not in mapping:
             raise UserError(nothing_to_remove(override.key_or_group, list(map(str, mapping))))
         with open_dict(mapping):
             del mapping[name]
         return
-    if (
-        name not in mapping
-        and (override.is_add() or override.is_force_add())
-        and (not fields or parts[0] == "data")
-    ):
+
+    adds = override.is_add() or override.is_force_add()
+    if name not in mapping and adds and (not fields or parts[0] == "data"):
         with open_dict(mapping):
             mapping[name] = PhaseConfig() if parts[0] == "phases" else DatasetConfig()
     entry: Any = mapping[name]

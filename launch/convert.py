@@ -59,29 +59,21 @@ class Command:
     def help(self, name: str) -> str:
         """The text for `convert.py NAME --help`."""
         known = self.required | {f"[{option}]": text for option, text in self.optional.items()}
-        known |= (
-            {"[parallel.tensor, ...]": "layout that shares the work; what is written has none"}
-            if self.parallel
-            else {}
-        )
-        lines = [f"  {option + '=':<24} {text}" for option, text in known.items()]
+        if self.parallel:
+            layout = "layout that shares the work; what is written has none"
+            known["[parallel.tensor, ...]"] = layout
         usage = " ".join(f"{option}=..." for option in self.required)
-        return "\n".join(
-            [
-                f"usage: convert.py {name} {usage} [option=value ...]",
-                "",
-                str(self.run.__doc__),
-                "",
-                *lines,
-            ]
-        )
+        lines = [f"usage: convert.py {name} {usage} [option=value ...]"]
+        lines += ["", str(self.run.__doc__), ""]
+        lines += [f"  {option + '=':<24} {text}" for option, text in known.items()]
+        return "\n".join(lines)
 
 
 def import_folder(options: dict[str, str]) -> None:
     """Make a checkpoint of a Hugging Face folder; types are kept."""
     folder, parallel = Path(options["hf"]), _layout(options)
-    if found := read_config(folder, "hf").layout_problems(parallel):
-        raise UserError(*found)
+    if problems := read_config(folder, "hf").layout_problems(parallel):
+        raise UserError(*problems)
     from visionloom.train.agreements import check_folder
 
     check_folder(folder, "hf")
@@ -121,11 +113,8 @@ def export_folder(options: dict[str, str]) -> None:
 
 def export_adapters(options: dict[str, str]) -> None:
     """Make a folder that peft loads of the adapters in a checkpoint; or, with the weights below them, a merged model."""
-    folder, out, weights = (
-        Path(options["checkpoint"]),
-        Path(options["out"]),
-        options.get("weights", ""),
-    )
+    folder, out = Path(options["checkpoint"]), Path(options["out"])
+    weights = options.get("weights", "")
     _check_folders(checkpoint=options["checkpoint"], weights=weights or ".")
     from visionloom.train.agreements import check_export
 
@@ -220,7 +209,7 @@ def _command(name: str) -> Command:
 
 def _options(name: str, command: Command, words: Sequence[str]) -> dict[str, str]:
     """The options of a command line; UserError for what the command does not know or needs."""
-    known, found = [*command.required, *command.optional], {}
+    known, given = [*command.required, *command.optional], dict[str, str]()
     for word in words:
         option, equals, value = word.partition("=")
         if not equals or not value:
@@ -230,10 +219,10 @@ def _options(name: str, command: Command, words: Sequence[str]) -> dict[str, str
                 f"{name} has no option {option}{did_you_mean(option, known)}: use {', '.join(known)}"
             )
         check_home(option, value)
-        found[option] = value
-    if missing := [option for option in command.required if option not in found]:
-        raise UserError(f"{name} needs {' and '.join(f'{option}=...' for option in missing)}")
-    return found
+        given[option] = value
+    if missing := [f"{option}=..." for option in command.required if option not in given]:
+        raise UserError(f"{name} needs {' and '.join(missing)}")
+    return given
 
 
 def _check_folders(**paths: str) -> None:

@@ -23,19 +23,21 @@ def check_environment() -> None:
     Raises:
         UserError: one line with the variables, their values and the `unset` that removes them.
     """
-    if not re.fullmatch(
-        r"\s*([1-9]\d*\s*(,\s*[1-9]\d*\s*)*)?", threads := os.environ.get(THREADS, "")
-    ):
+    threads = os.environ.get(THREADS, "")
+    if not re.fullmatch(r"\s*([1-9]\d*\s*(,\s*[1-9]\d*\s*)*)?", threads):
         raise UserError(
             f"{THREADS}={threads} is not a number of threads: unset {THREADS}, or export a whole number above 0"
         )
-    found = {name: os.environ[name] for name in ALONE if name in os.environ}
-    if found.items() <= ALONE.items() or (TORCHRUN in os.environ and _is_a_rank(found)):
+
+    given = {name: os.environ[name] for name in ALONE if name in os.environ}
+    if given.items() <= ALONE.items():
         return
-    told = ", ".join(f"{name}={value}" for name, value in found.items())
+    if TORCHRUN in os.environ and _is_a_rank(given):
+        return
+    shown = ", ".join(f"{name}={value}" for name, value in given.items())
     names = " ".join(name for name in (*ALONE, *RENDEZVOUS, TORCHRUN) if name in os.environ)
     raise UserError(
-        f"{told} in the environment, but not from a torchrun that started this process: for one process, unset {names};"
+        f"{shown} in the environment, but not from a torchrun that started this process: for one process, unset {names};"
         " for several, start it with torchrun --standalone --nproc-per-node N"
     )
 
@@ -58,14 +60,13 @@ def check_home(option: str, value: str) -> None:
         )
 
 
-def _is_a_rank(found: dict[str, str]) -> bool:
-    """Whether the variables name one rank of a world that can be met."""
-    numbers = [int(value) for value in found.values() if re.fullmatch(r"\d+", value)]
-    return (
-        len(numbers) == len(ALONE)
-        and numbers[0] < numbers[1]
-        and set(RENDEZVOUS) <= set(os.environ)
-    )
+def _is_a_rank(given: dict[str, str]) -> bool:
+    """Return whether the variables name one rank of a world that can be met."""
+    numbers = [int(value) for value in given.values() if re.fullmatch(r"\d+", value)]
+    if len(numbers) < len(ALONE):
+        return False
+    rank, world_size, *_ = numbers
+    return rank < world_size and set(RENDEZVOUS) <= set(os.environ)
 
 
 def memory_bytes() -> int:

@@ -30,14 +30,14 @@ LONGEST = 2000
 
 
 def explain(error: Exception, config_dir: str = "") -> str:
-    """One line for an error that rose while composing: what is wrong, where, and the nearest right spelling.
+    """Return one line for an error of composing: what is wrong, where, and the nearest right spelling.
 
     Args:
         error: a HydraException, an OmegaConfBaseException, or what Hydra fails with on odd input.
         config_dir: the user's own recipes, for the list of what exists.
     """
-    told = one_line(_explained(error, config_dir))
-    return told if len(told) <= LONGEST else f"{told[:LONGEST]}..."
+    line = one_line(_explained(error, config_dir))
+    return line if len(line) <= LONGEST else f"{line[:LONGEST]}..."
 
 
 def _explained(error: Exception, config_dir: str) -> str:
@@ -47,9 +47,8 @@ def _explained(error: Exception, config_dir: str) -> str:
         return "the recipe is nested too deeply, or its values refer to each other in a circle"
     if isinstance(error, OverrideParseException):
         return f"command line: cannot read '{error.override}': write key=value, and quote a value that has special characters"
-    if unchosen := re.match(
-        r"You must specify '(\w+)'", str(error)
-    ):  # a file's defaults have `override /model: ???`
+    # The defaults of a file have `override /model: ???`.
+    if unchosen := re.match(r"You must specify '(\w+)'", str(error)):
         group = unchosen[1]
         return f"no {group} is chosen: pass {group}=NAME, NAME one of {', '.join(available(group, config_dir))}"
     file = re.match(r"In '([^']+)'", str(error))
@@ -62,11 +61,9 @@ def unknown_keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
     Hydra accepts any key behind `+` and `++`, and OmegaConf drops it in silence when it builds the dataclasses.
     """
     schema = OmegaConf.get_type(config)
-    known = (
-        {field.name for field in dataclasses.fields(schema)}
-        if dataclasses.is_dataclass(schema)
-        else None
-    )
+    known = None  # a mapping may have any key
+    if dataclasses.is_dataclass(schema):
+        known = {field.name for field in dataclasses.fields(schema)}
     for key in map(str, config):
         if known is not None and key not in known:
             yield f"{prefix}{key}"
@@ -81,9 +78,8 @@ def no_such_key(path: str) -> str:
     if line := old_option(path):
         return line
     close = suggestions(path)
-    return f"no such key: {one_line(path)}" + (
-        f" (did you mean {' or '.join(close)}?)" if close else ""
-    )
+    hint = f" (did you mean {' or '.join(close)}?)" if close else ""
+    return f"no such key: {one_line(path)}{hint}"
 
 
 def nothing_to_remove(path: str, names: list[str]) -> str:
@@ -91,36 +87,34 @@ def nothing_to_remove(path: str, names: list[str]) -> str:
     if line := old_option(path):
         return line
     close = did_you_mean(path.rpartition(".")[2], names)
-    return f"~{one_line(path)}: there is nothing of that name{close}" + (
-        f", there are {', '.join(names)}" if names else ""
-    )
+    there_are = f", there are {', '.join(names)}" if names else ""
+    return f"~{one_line(path)}: there is nothing of that name{close}{there_are}"
 
 
 def suggestions(path: str) -> list[str]:
-    """At most two dotted paths of the schema that the user may have meant, best first.
+    """Return at most two dotted paths of the schema that the user may have meant, best first.
 
     A near name at the same place goes before the same name at another place, and that before a near name anywhere.
     """
     parts = path.split(".")
-    by_path = {
-        candidate: candidate.rpartition(".")[2] for candidate in _fill_names(schema_paths(), parts)
-    }
-    beside = {
-        leaf: candidate
-        for candidate, leaf in by_path.items()
-        if candidate.split(".")[:-1] == parts[:-1]
-    }
-    if near := difflib.get_close_matches(parts[-1], beside, n=1):
-        return [beside[near[0]]]
-    leaf = difflib.get_close_matches(parts[-1], set(by_path.values()), n=1, cutoff=0.75)
-    return sorted(
-        (candidate for candidate in by_path if by_path[candidate] in leaf),
-        key=lambda candidate: candidate.count("."),
-    )[:2]
+    *section, name = parts
+    in_section, anywhere = dict[str, str](), dict[str, list[str]]()
+    for candidate in _fill_names(schema_paths(), parts):
+        *its_section, its_name = candidate.split(".")
+        anywhere.setdefault(its_name, []).append(candidate)
+        if its_section == section:
+            in_section[its_name] = candidate
+
+    if near := difflib.get_close_matches(name, in_section, n=1):
+        return [in_section[near[0]]]
+    # Farther away a name must be nearer: 0.75 instead of difflib's 0.6.
+    names = difflib.get_close_matches(name, anywhere, n=1, cutoff=0.75)
+    candidates = anywhere[names[0]] if names else []
+    return sorted(candidates, key=lambda candidate: candidate.count("."))[:2]
 
 
 def schema_paths(schema: type = RunConfig, prefix: str = "") -> list[str]:
-    """Every dotted path of the schema, sections included; the free keys of mappings are `<name>`."""
+    """Return every dotted path of the schema, sections included; the free keys of mappings are `<name>`."""
     paths = []
     for name, hint in typing.get_type_hints(schema).items():
         path = f"{prefix}{name}"
@@ -135,7 +129,7 @@ def schema_paths(schema: type = RunConfig, prefix: str = "") -> list[str]:
 
 
 def available(group: str, config_dir: str = "") -> list[str]:
-    """Names that can be chosen in a group of recipes/, nested ones included: `demo`, `qwen3vl/long`."""
+    """Return the names that can be chosen in a group of recipes/, nested ones included: `demo`, `lora/demo`."""
     roots: list[Traversable] = [files("visionloom.recipes").joinpath(group)]
     if config_dir:
         roots.append(Path(config_dir) / group)
@@ -153,20 +147,22 @@ def _yaml_names(folder: Traversable, prefix: str = "") -> Iterator[str]:
 
 
 def _fill_names(paths: list[str], parts: list[str]) -> list[str]:
-    """The paths with each `<name>` replaced by what the user wrote at that place, where they wrote as much."""
-    return [
-        ".".join(
-            parts[at] if name == ANY and at < len(parts) else name
-            for at, name in enumerate(path.split("."))
-        )
-        for path in paths
-    ]
+    """Return the paths with each `<name>` replaced by what the user wrote at that place, if they wrote as much."""
+    filled = []
+    for path in paths:
+        names = path.split(".")
+        for at, name in enumerate(names[: len(parts)]):
+            if name == ANY:
+                names[at] = parts[at]
+        filled.append(".".join(names))
+    return filled
 
 
 def _missing_file(error: MissingConfigException, config_dir: str) -> str:
-    """A recipe or an option of a group that does not exist."""
-    found = re.search(r"Could not (?:find|load) '([^']*)'", str(error))
-    group, _, name = (found[1] if found else error.missing_cfg_file or "").partition("/")
+    """Return the line for a recipe or an option of a group that does not exist."""
+    match = re.search(r"Could not (?:find|load) '([^']*)'", str(error))
+    missing = match[1] if match else error.missing_cfg_file or ""
+    group, _, name = missing.partition("/")
     names = available(group, config_dir)
     if not names:
         return f"no such group: {group}{did_you_mean(group, groups())}"
@@ -183,24 +179,29 @@ def groups() -> list[str]:
 
 
 def _fault(error: Exception) -> str:
-    """What is wrong, told by the first cause that knows its key, or else by Hydra."""
+    """Return what is wrong by the first cause that knows its key, or else by Hydra's own text."""
     cause = _cause_with_key(error)
     if isinstance(cause, InterpolationResolutionError):
-        return f"{cause.full_key}: {first_line(cause).rpartition('resolving interpolation: ')[2]}"
+        _, _, reason = first_line(cause).rpartition("resolving interpolation: ")
+        return f"{cause.full_key}: {reason}"
     if isinstance(cause, ConfigKeyError | ConfigAttributeError):
         return _missing_key(cause)
-    if cause is not None:
-        wants_list = "is not a ListConfig" in str(cause)
-        return f"{cause.full_key}: {'the value must be a list: [a, b]' if wants_list else first_line(cause)}"
+    if cause is None:
+        return _fault_of_hydra(error)
+    if "is not a ListConfig" in str(cause):
+        return f"{cause.full_key}: the value must be a list: [a, b]"
+    return f"{cause.full_key}: {first_line(cause)}"
+
+
+def _fault_of_hydra(error: Exception) -> str:
+    """Return what is wrong, from the text of an error that knows no key."""
     if group := re.match(r"(?:In '[^']+': )?Could not override '([^']+)'", str(error)):
         return f"no such group: {group[1]}{did_you_mean(group[1], groups())}"
     if removed := re.match(r"Could not delete from config\. '([^']+)' does not exist", str(error)):
-        return nothing_to_remove(
-            removed[1], [path.rpartition(".")[2] for path in suggestions(removed[1])]
-        )
-    if again := re.match(
-        r"Multiple values for (\w+)\. To override a value use 'override \1: (.*)'", str(error)
-    ):
+        names = [path.rpartition(".")[2] for path in suggestions(removed[1])]
+        return nothing_to_remove(removed[1], names)
+    twice = r"Multiple values for (\w+)\. To override a value use 'override \1: (.*)'"
+    if again := re.match(twice, str(error)):
         return f"{again[1]} is chosen, not added: write {again[1]}={again[2]}"
     if "An item is already at" in str(error):
         return f"{first_line(error)} Write it without the plus"
@@ -216,7 +217,7 @@ def _cause_with_key(error: BaseException | None) -> OmegaConfBaseException | Non
 
 
 def _missing_key(cause: OmegaConfBaseException) -> str:
-    """A key that a section does not have, or a name that a mapping does not have."""
+    """Return the line for a key that a section, or a name that a mapping, does not have."""
     path, parent = str(cause.full_key), cause.parent_node
     if path == "recipe":
         return (
@@ -229,4 +230,5 @@ def _missing_key(cause: OmegaConfBaseException) -> str:
     names = list(map(str, parent))
     there_are = f", there are {', '.join(names)}" if names else ""
     value = "{...}" if dataclasses.is_dataclass(parent._metadata.element_type) else "VALUE"
-    return f"no such name: {path}{did_you_mean(path.rpartition('.')[2], names)}{there_are}; to add it, write '+{path}={value}'"
+    close = did_you_mean(path.rpartition(".")[2], names)
+    return f"no such name: {path}{close}{there_are}; to add it, write '+{path}={value}'"

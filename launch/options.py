@@ -54,17 +54,17 @@ def read_options(argv: Sequence[str]) -> CommandLine:
     parser.add_argument("--resolve", action="store_true")
     parser.add_argument("--package", "-p", default="")
     parser.add_argument("--help", "-h", action="store_true")
-    found = parser.parse_intermixed_args(list(argv))
-    check_home("--config-dir", found.config_dir)
-    if (found.resolve or found.package) and not found.cfg:
+    given = parser.parse_intermixed_args(list(argv))
+    check_home("--config-dir", given.config_dir)
+    if (given.resolve or given.package) and not given.cfg:
         raise UserError(
             "command line: --resolve and --package say how --cfg job shows a run: add --cfg job"
         )
     return CommandLine(
-        found.words,
-        found.config_dir,
-        found.cfg is not None,
-        found.resolve,
-        found.package,
-        found.help,
+        given.words,
+        given.config_dir,
+        given.cfg is not None,
+        given.resolve,
+        given.package,
+        given.help,
     )

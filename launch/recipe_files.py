@@ -15,9 +15,7 @@ import yaml
 from hydra.core.object_type import ObjectType
 from hydra.plugins.config_source import ConfigResult, ConfigSource
 from omegaconf import OmegaConf
-from omegaconf._utils import (
-    get_yaml_loader,
-)  # what counts as a number differs from yaml.SafeLoader's
+from omegaconf._utils import get_yaml_loader
 from omegaconf.errors import OmegaConfBaseException
 
 from visionloom.common.errors import UserError
@@ -123,9 +121,8 @@ class RecipeSource(ConfigSource):
         name = self._normalize_file_name(config_path)
         path = f"{self.path}/{name}"
         try:
-            text = read_located(Path(self.path), name, LARGEST).decode(
-                "utf-8-sig"
-            )  # editors of Windows put a mark first
+            # utf-8-sig: editors of Windows put a mark first.
+            text = read_located(Path(self.path), name, LARGEST).decode("utf-8-sig")
             header = self._get_header_dict(text[:512])
         except PlaceError as error:
             raise UserError(f"{path} {error}") from None
@@ -160,6 +157,7 @@ class RecipeSource(ConfigSource):
 def _values(text: str, path: str, budget: RecipeBudget) -> tuple[int, Any]:
     """The number of values in a file's YAML, and they themselves, once the rules below let them pass."""
     try:
+        # OmegaConf's own loader: what counts as a number differs from yaml.SafeLoader's.
         loader = get_yaml_loader()(text)
         root = loader.get_single_node()
         if root is None:
@@ -237,10 +235,8 @@ class _Check:
     def measure(self, node: yaml.Node, depth: int) -> tuple[int, int]:
         """As `node`, of one that was not looked at before."""
         if node.tag not in PLAIN:
-            self.refuse(
-                node,
-                f"{node.tag.replace('tag:yaml.org,2002:', '!!')} is refused: a recipe holds plain values only",
-            )
+            tag = node.tag.replace("tag:yaml.org,2002:", "!!")
+            self.refuse(node, f"{tag} is refused: a recipe holds plain values only")
         if isinstance(node, yaml.ScalarNode):
             self.scalar(node)
             return 1, 0

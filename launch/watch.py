@@ -70,8 +70,8 @@ class Watch:
                     missing.remove(local)
                     try:
                         descriptor = os.pidfd_open(int(words[1]))
-                    except ProcessLookupError:  # it has ended since, and torchrun has seen it
-                        continue
+                    except ProcessLookupError:
+                        continue  # it has ended since, and torchrun has seen it
                     siblings[descriptor] = Sibling(int(words[0]), int(words[1]), descriptor)
             time.sleep(0.05)
         return siblings
@@ -95,22 +95,22 @@ class Watch:
         if not os.WIFSIGNALED(code):
             return f"rank {sibling.rank} ended with exit code {os.waitstatus_to_exitcode(code)}"
         number = os.WTERMSIG(code)
-        told = f"rank {sibling.rank} was killed by signal {number} ({signal.Signals(number).name})"
+        name = signal.Signals(number).name
+        cause = f"rank {sibling.rank} was killed by signal {number} ({name})"
+        # The kernel says how many it killed for want of memory, not whom: a kill at this moment is likely this one.
         if number == signal.SIGKILL and out_of_memory_kills() > self.kills_before:
             held = f"{sibling.resident / 2**30:.1f} GiB" if sibling.resident else "its memory"
-            told += (
+            cause += (
                 f", likely out of memory: the kernel has killed a process for want of it, and this one held {held}; lower"
                 " data.workers, micro_batch or sequence_length, or give the job more memory"
             )
-        return told
+        return cause
 
 
 def watch_ranks() -> None:
     """Begin to watch the other ranks of this machine, where torchrun has started them."""
-    count, own = (
-        int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-        int(os.environ.get("LOCAL_RANK", "0")),
-    )
+    count = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    own = int(os.environ.get("LOCAL_RANK", "0"))
     folder = attempt_folder()
     if folder is None or count == 1:
         return
@@ -122,18 +122,21 @@ def watch_ranks() -> None:
 
 
 def exit_status(pid: int) -> int | None:
-    """Wait status of a process that has ended and that nobody has waited for; None where the kernel does not say."""
-    words = _read(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split()
-    return int(words[EXIT_STATUS]) if len(words) > EXIT_STATUS and words[0] in "ZX" else None
+    """Return the wait status of a process that has ended and that nobody has waited for; None if the kernel does not say."""
+    # The name before the bracket may hold spaces and brackets of its own.
+    _, _, facts = _read(Path(f"/proc/{pid}/stat")).rpartition(")")
+    words = facts.split()
+    if len(words) > EXIT_STATUS and words[0] in "ZX":
+        return int(words[EXIT_STATUS])
+    return None
 
 
 def out_of_memory_kills() -> int:
-    """Processes of the machine that the kernel has killed for want of memory since it started."""
-    return sum(
-        int(line.split()[1])
-        for line in _read(KERNEL_COUNTS).splitlines()
-        if line.startswith("oom_kill ")
-    )
+    """Count the processes of the machine that the kernel has killed for want of memory since it started."""
+    for line in _read(KERNEL_COUNTS).splitlines():
+        if line.startswith("oom_kill "):
+            return int(line.split()[1])
+    return 0
 
 
 def _resident(pid: int) -> int:

@@ -38,24 +38,22 @@ def readable(words: Sequence[str]) -> list[str]:
     Raises:
         UserError: one line, with how to write the first word that cannot be read.
     """
-    parser, found = OverridesParser.create(), list[str]()
+    parser, read = OverridesParser.create(), list[str]()
     for before, word in zip(["", *words], words, strict=False):
         if len(word) > LONGEST:
             raise UserError(
                 f"command line: '{word[:40]}...' has {len(word)} characters: at most {LONGEST}; use a recipe of your own"
             )
         if word.startswith("~"):
-            found.append(word)
+            read.append(word)
         elif match := OVERRIDE.fullmatch(word):
-            found.append(_readable(parser, word, *match.groups()))
+            read.append(_readable(parser, word, *match.groups()))
         else:
-            joined = (
-                f"; if it belongs to the word before it, quote both for the shell: '{before} {word}'"
-                if before
-                else ""
-            )
+            joined = ""
+            if before:
+                joined = f"; if it belongs to the word before it, quote both for the shell: '{before} {word}'"
             raise UserError(f"command line: cannot read '{word}': write key=value{joined}")
-    return found
+    return read
 
 
 def option_type(key: str) -> Any:
@@ -66,35 +64,36 @@ def option_type(key: str) -> Any:
 def _item_type(hint: Any, name: str) -> Any:
     """The type of a key of a section or mapping, without None; None where it has no such key."""
     if dataclasses.is_dataclass(hint):
-        found = typing.get_type_hints(hint).get(name)
+        inner = typing.get_type_hints(hint).get(name)
     else:
-        found = typing.get_args(hint)[1] if typing.get_origin(hint) is dict else None
-    if isinstance(found, types.UnionType):
-        return next(choice for choice in typing.get_args(found) if choice is not types.NoneType)
-    return found
+        inner = typing.get_args(hint)[1] if typing.get_origin(hint) is dict else None
+    if isinstance(inner, types.UnionType):
+        return next(choice for choice in typing.get_args(inner) if choice is not types.NoneType)
+    return inner
 
 
 def _readable(parser: OverridesParser, word: str, sign: str, key: str, value: str) -> str:
-    """One `key=value` word as Hydra can read it."""
-    if option_type(key) is int and (number := whole(value)) is not None:
+    """Return one `key=value` word as Hydra can read it."""
+    hint = option_type(key)
+    if hint is int and (number := whole(value)) is not None:
         value, word = str(number), f"{sign}{key}={number}"
     override = _parse(parser, word)
-    sweeps = override is not None and override.is_sweep_override()
-    read = None if override is None or sweeps else override.value()
+    if override is not None and override.is_sweep_override():
+        override = None  # several values, which every rank would sweep over by itself
+
     is_group = re.split("[/@]", key)[0] in groups() and not value.startswith(("[", "{"))
-    if option_type(key) is str or is_group:
+    if hint is str or is_group:
         check_home(f"{sign}{key}", value)
-        if override is not None and not sweeps and (read is None or isinstance(read, str)):
+        if override is not None and isinstance(override.value(), str | None):
             return word
         word = f"{sign}{key}={QuotedString(value, Quote.single).with_quotes()}"
-        override, sweeps, read = _parse(parser, word), False, value
-    if option_type(key) in NUMBERS and len(value) > LONGEST_NUMBER:
-        raise UserError(
-            f"command line: {key} takes {NUMBERS[option_type(key)]}, not {len(value)} characters"
-        )
-    if override is None or sweeps:
+        override = _parse(parser, word)
+
+    if hint in NUMBERS and len(value) > LONGEST_NUMBER:
+        raise UserError(f"command line: {key} takes {NUMBERS[hint]}, not {len(value)} characters")
+    if override is None:
         raise UserError(_cure(parser, word, sign, key, value))
-    for path, text in _changed_texts(option_type(key), read, key, value):
+    for path, text in _changed_texts(hint, override.value(), key, value):
         raise UserError(
             f"command line: {path} in '{word}' would be read as {text}: {_quoting(sign, key)}"
         )
@@ -103,24 +102,19 @@ def _readable(parser: OverridesParser, word: str, sign: str, key: str, value: st
 
 def whole(text: str) -> int | None:
     """The whole number that a text with an exponent stands for (`15e12`); None for any other text."""
-    if (
-        len(text) > LONGEST_NUMBER
-        or EXPONENT.fullmatch(text) is None
-        or not math.isfinite(float(text))
-    ):
+    if len(text) > LONGEST_NUMBER or EXPONENT.fullmatch(text) is None:
         return None
-    return int(float(text)) if float(text).is_integer() else None
+    number = float(text)
+    if not math.isfinite(number) or not number.is_integer():
+        return None
+    return int(number)
 
 
 def _parse(parser: OverridesParser, word: str) -> Override | None:
     try:
         return parser.parse_override(word)
-    except (
-        HydraException,
-        ValueError,
-        RecursionError,
-    ):  # ValueError: a number of more than 4,300 digits
-        return None
+    except (HydraException, ValueError, RecursionError):
+        return None  # ValueError: a number of more than 4,300 digits
 
 
 def _cure(parser: OverridesParser, word: str, sign: str, key: str, value: str) -> str:
@@ -163,10 +157,10 @@ def _changed_texts(hint: Any, read: Any, path: str, written: str) -> Iterator[tu
         if isinstance(read, bool | int | float) and str(read) not in written:
             yield path, read
     elif isinstance(read, list):
+        inner = next(iter(typing.get_args(hint)), None)
         for at, item in enumerate(read):
-            yield from _changed_texts(
-                next(iter(typing.get_args(hint)), None), item, f"{path}[{at}]", written
-            )
+            yield from _changed_texts(inner, item, f"{path}[{at}]", written)
     elif isinstance(read, dict) and hint is not None:
         for name, item in read.items():
-            yield from _changed_texts(_item_type(hint, str(name)), item, f"{path}.{name}", written)
+            inner = _item_type(hint, str(name))
+            yield from _changed_texts(inner, item, f"{path}.{name}", written)

@@ -25,7 +25,8 @@ KINDS = (
     "jsonl",
     "webdataset",
 )
-_UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+_UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 SECTIONS = (
     ("left out", ""),
     ("pictures left out", "  pictures left out of documents:"),
@@ -63,6 +64,12 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         default=os.cpu_count() or 1,
         help="processes (default: one for each core)",
     )
+    _add_reading(parser)
+    parser.set_defaults(run=run)
+
+
+def _add_reading(parser: argparse.ArgumentParser) -> None:
+    """Declare the words on how the source is read, and which of its samples are kept."""
     parser.add_argument(
         "--images-dir",
         type=Path,
@@ -113,7 +120,6 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     parser.add_argument(
         "--follow-links", action="store_true", help="allow links out of the source's folders"
     )
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -123,7 +129,8 @@ def run(options: argparse.Namespace) -> int:
     from visionloom.data.shards.write_parts import Target
 
     for name in ("samples_per_shard", "workers", "limit", "sequence_length"):
-        if (value := getattr(options, name)) is not None and value < 1:
+        value = getattr(options, name)
+        if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: at least 1 expected")
     most = share_of(options.max_left_out)
     request = Request(
@@ -192,17 +199,22 @@ def share_of(text: str) -> float:
 
 def bytes_of(text: str) -> int:
     """A size like 500MiB in bytes."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]i?B|)", text)
-    if found is None or (size := int(float(found[1]) * _UNITS[found[2]])) < 1:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]i?B|)", text)
+    size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
+    if size < 1:
         raise UserError(f"--shard-size {text}: a size like 500MiB or 1GiB expected")
     return size
 
 
 def columns_of(words: list[str]) -> dict[str, str]:
     """ROLE=COLUMN words as a mapping."""
-    if wrong := [word for word in words if not re.fullmatch(r"\w+=.+", word)]:
-        raise UserError(f"--columns {wrong[0]}: ROLE=COLUMN expected, like image=jpg")
-    return {role: column for role, _, column in (word.partition("=") for word in words)}
+    columns = {}
+    for word in words:
+        if not re.fullmatch(r"\w+=.+", word):
+            raise UserError(f"--columns {word}: ROLE=COLUMN expected, like image=jpg")
+        role, _, column = word.partition("=")
+        columns[role] = column
+    return columns
 
 
 def print_summary(folder: Path, tally: "Tally") -> None:
@@ -213,21 +225,24 @@ def print_summary(folder: Path, tally: "Tally") -> None:
     mebibytes = sum(shard.bytes for shard in dataset.shards) / 2**20
     say(f"{folder}: {len(dataset):,} samples in {len(dataset.shards)} shards, {mebibytes:,.1f} MiB")
     counts = dict(sorted(tally.counts.items(), key=lambda item: (-item[1], item[0])))
-    if left_out := counts.get("left out"):
-        share = left_out / counts["records"]
-        say(
-            f"  {left_out:,} of {counts['records']:,} records left out ({share:.1%}), each in {folder / 'skipped.jsonl'}:"
-        )
+    records, left_out = counts.get("records", 0), counts.get("left out", 0)
+    if left_out:
+        share, listed = left_out / records, folder / "skipped.jsonl"
+        say(f"  {left_out:,} of {records:,} records left out ({share:.1%}), each in {listed}:")
     for title, heading in SECTIONS:
-        if found := {
-            name: count for name, count in counts.items() if name.startswith(f"{title}: ")
-        }:
-            if heading:
-                say(heading)
-            for name, count in found.items():
-                first = f" (first: {tally.first[name]})" if name in tally.first else ""
-                say(one_line(f"    {count:,} {name.removeprefix(f'{title}: ')}{first}"))
+        _print_section(title, heading, counts, tally.first)
     for name, count in counts.items():
         if ": " not in name and name not in ("records", "samples", "left out"):
             say(one_line(f"  {count:,} {name} (first: {tally.first[name]})"))
     say(f"  look at them: python launch/data.py view {folder}")
+
+
+def _print_section(title: str, heading: str, counts: dict[str, int], first: dict[str, str]) -> None:
+    """Print the counts whose names begin with a title, and the first record that each was met in."""
+    own = {name: count for name, count in counts.items() if name.startswith(f"{title}: ")}
+    if own and heading:
+        say(heading)
+    for name, count in own.items():
+        where = f" (first: {first[name]})" if name in first else ""
+        reason = name.removeprefix(f"{title}: ")
+        say(one_line(f"    {count:,} {reason}{where}"))

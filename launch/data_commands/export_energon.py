@@ -33,10 +33,8 @@ def run(options: argparse.Namespace) -> None:
         parts = export_energon(
             options.folder, splits, lambda done, total: progress(str(options.folder), done, total)
         )
-    say(
-        f"{options.folder}: "
-        + ", ".join(f"{name} {len(files)} shards" for name, files in parts.items())
-    )
+    counts = [f"{name} {len(files)} shards" for name, files in parts.items()]
+    say(f"{options.folder}: {', '.join(counts)}")
 
 
 def _share(text: str) -> tuple[str, float]:

@@ -43,7 +43,8 @@ def run(options: argparse.Namespace) -> None:
             options.skip_bad,
             lambda done, total: progress(str(options.folder), done, total),
         )
-    say(f"{options.folder}: {sum(row.samples for row in rows):,} samples in {len(rows)} shards")
+    samples = sum(row.samples for row in rows)
+    say(f"{options.folder}: {samples:,} samples in {len(rows)} shards")
     if suspects := sum(row.statistics.suspect_media for row in rows):
         say(
             f"{suspects:,} media members have a header that cannot be read or differs from their sample: see data.py verify"

@@ -108,17 +108,16 @@ def datasets_below(folders: list[Path]) -> dict[Path, str]:
     """All datasets in or below some folders, each with a name. Raises UserError if there are none."""
     from visionloom.data.shards.manifest import MANIFEST
 
-    found = dict[Path, str]()
+    datasets = dict[Path, str]()
     for folder in folders:
         below = sorted(path.parent for path in folder.rglob(MANIFEST))
         if not below:
             raise UserError(
                 f"no {MANIFEST} in or below {folder}: run python launch/data.py index DIR"
             )
-        found |= {
-            path: str(path.relative_to(folder)) if path != folder else folder.name for path in below
-        }
-    return found
+        for path in below:
+            datasets[path] = str(path.relative_to(folder)) if path != folder else folder.name
+    return datasets
 
 
 def media_config(words: list[str]) -> "MediaConfig":
@@ -132,11 +131,8 @@ def media_config(words: list[str]) -> "MediaConfig":
         if name not in known:
             raise UserError(f"--media {word}: unknown, use one of {', '.join(sorted(known))}")
         try:
-            setattr(
-                config,
-                name,
-                value if name == "rule" else float(value) if name == "video_fps" else int(value),
-            )
+            as_type = {"rule": str, "video_fps": float}.get(name, int)
+            setattr(config, name, as_type(value))
         except ValueError:
             raise UserError(f"--media {word}: a number expected") from None
     if problems := check(config, "data.media").lines:
@@ -154,14 +150,15 @@ def _cells(corpus: "Corpus", seconds: float) -> list[str]:
 
     lengths = corpus.lengths
     tokens = lengths["tokens"][lengths["tokens"] > 0]
-    total, visual = (
-        int(tokens.sum(dtype=np.int64)),
-        int(lengths["patches"].sum(dtype=np.int64)) // 4,
-    )
-    mean, high, most = (
-        (tokens.mean(), np.percentile(tokens, 99), tokens.max()) if len(tokens) else (0, 0, 0)
-    )
-    counts = [f"{number:,.0f}" for number in (len(lengths), total, mean, high, most)]
+    total = int(tokens.sum(dtype=np.int64))
+    # Four patches become one token.
+    visual = int(lengths["patches"].sum(dtype=np.int64)) // 4
     supervised = int(lengths["supervised"].sum(dtype=np.int64))
+    mean = high = most = 0.0
+    if len(tokens):
+        mean, high, most = tokens.mean(), np.percentile(tokens, 99), tokens.max()
+
+    counts = [f"{number:,.0f}" for number in (len(lengths), total, mean, high, most)]
     shares = [f"{part / max(total, 1):.0%}" for part in (visual, supervised)]
-    return [corpus.name, *counts, *shares, f"{len(corpus.unreadable):,}", f"{seconds:.1f}"]
+    unusable = f"{len(corpus.unreadable):,}"
+    return [corpus.name, *counts, *shares, unusable, f"{seconds:.1f}"]

@@ -61,14 +61,18 @@ def _cells(shards: "tuple[ShardInfo, ...]") -> list[str]:
     from visionloom.data.shards.manifest import Statistics
 
     total = sum((shard.statistics for shard in shards), Statistics())
+    samples = sum(shard.samples for shard in shards)
     mebibytes = sum(shard.bytes for shard in shards) / 2**20
+    tasks = [f"{task} {number:,}" for task, number in total.tasks.items()]
     return [
-        f"{sum(shard.samples for shard in shards):,}",
+        f"{samples:,}",
         f"{len(shards):,}",
         f"{mebibytes:,.1f}",
         f"{total.text_bytes / 2**20:,.1f}",
-        *(f"{number:,}" for number in (total.images, total.videos, total.frames)),
+        f"{total.images:,}",
+        f"{total.videos:,}",
+        f"{total.frames:,}",
         f"{total.duration / 3600:,.2f}",
         f"{total.pixels / 1e9:,.3f}",
-        ", ".join(f"{task} {number:,}" for task, number in total.tasks.items()),
+        ", ".join(tasks),
     ]

@@ -50,16 +50,7 @@ def run(options: argparse.Namespace) -> None:
     from visionloom.data.inspect.sample_view import find_samples, first_packs, view_sample
     from visionloom.data.shards.dataset import Dataset
 
-    if options.out.suffix not in (".html", ".png"):
-        raise UserError(f"--out {options.out}: a name ending in .html or .png expected")
-    if options.count < 1:
-        raise UserError(f"--count {options.count}: at least 1 expected")
-    if options.pack is not None and (
-        options.pack < 1 or not options.tokenizer or options.out.suffix == ".png"
-    ):
-        raise UserError(
-            "--pack LENGTH: a number of tokens, with --tokenizer FOLDER and a page (.html), expected"
-        )
+    _check(options)
     name = Path(options.folder.rstrip("/")).name or "dataset"
     dataset, rules = Dataset.open(options.folder, name), media_config(options.media)
     tokenizer = Tokenizer(options.tokenizer) if options.tokenizer else None
@@ -68,11 +59,9 @@ def run(options: argparse.Namespace) -> None:
     if options.out.suffix == ".png":
         draw_samples([view_sample(dataset, index, rules) for index in indices], title, options.out)
     else:
-        packs = (
-            first_packs(dataset, tokenizer, rules, options.pack, options.count)
-            if options.pack and tokenizer
-            else None
-        )
+        packs = None
+        if options.pack and tokenizer:
+            packs = first_packs(dataset, tokenizer, rules, options.pack, options.count)
         samples = (view_sample(dataset, index, rules, tokenizer) for index in indices)
         options.out.write_text(page(title, str(options.folder), samples, packs))
         if packs:
@@ -80,3 +69,19 @@ def run(options: argparse.Namespace) -> None:
                 f"packs: {packs.left_out:,} of the first {packs.tried:,} samples are too long or cannot be rendered"
             )
     say(f"{options.out}: {title}")
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Refuse words that no page or picture can be made by."""
+    is_picture = options.out.suffix == ".png"
+    if options.out.suffix != ".html" and not is_picture:
+        raise UserError(f"--out {options.out}: a name ending in .html or .png expected")
+    if options.count < 1:
+        raise UserError(f"--count {options.count}: at least 1 expected")
+    if options.pack is None:
+        return
+    # Packs are bars under the samples, which a picture has no room for.
+    if options.pack < 1 or not options.tokenizer or is_picture:
+        raise UserError(
+            "--pack LENGTH: a number of tokens, with --tokenizer FOLDER and a page (.html), expected"
+        )
