@@ -3,7 +3,7 @@
 Device tensors are on torch's meta device, where nothing is computed but every operation runs, and the ranks are those of
 torch's fake process group. What brings a value to the host is answered with ones and counted, with the line that asked. Other
 ways to look at a device tensor (numpy, nonzero, masks, a copy by `to`) raise, since a meta tensor has no content.
-`python -m visionloom.tests.train.waits RANKS [experts]` prints the counts as JSON.
+`python -m visionloom.tests.train.waits RANKS` prints the counts as JSON.
 """
 
 import collections
@@ -132,7 +132,7 @@ def prepare(waits: Waits) -> None:
     waits.answer("__bool__", lambda tensor: True)
 
 
-def measure(ranks: int, experts: int) -> dict[str, Any]:
+def measure(ranks: int) -> dict[str, Any]:
     """Train three steps of the tiny model as one of `ranks` data-parallel ranks, and count the waits of the second."""
     from megatron.core import parallel_state
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -172,7 +172,7 @@ def measure(ranks: int, experts: int) -> dict[str, Any]:
 
     with device, tempfile.TemporaryDirectory() as folder:
         with META:
-            model = Qwen3VL(tiny_config(experts=experts), topology, torch.bfloat16)
+            model = Qwen3VL(tiny_config(), topology, torch.bfloat16)
         phase = PhaseConfig(steps=STEPS, lr=1e-3)
         set_trainable(model, phase.trainable)
         wrapped = wrap_data_parallel([model], topology)
@@ -190,4 +190,4 @@ def measure(ranks: int, experts: int) -> dict[str, Any]:
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    print(json.dumps(measure(int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0)))
+    print(json.dumps(measure(int(sys.argv[1]))))
