@@ -6,7 +6,7 @@ from pathlib import Path
 
 from visionloom.common.errors import UserError
 from visionloom.common.lock import FolderLock
-from visionloom.train import status
+from visionloom.train.observe import status
 
 FREE_BYTES = 1 << 20
 """Least room that a run's folder must have for its logs: 1 MiB. How much a checkpoint takes is known when the model is built."""

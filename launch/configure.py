@@ -62,8 +62,8 @@ from visionloom.launch.watch import watch_ranks
 from visionloom.launch.words import readable
 from visionloom.model.huggingface.shapes import parameter_count
 from visionloom.parallel.config import ParallelConfig
-from visionloom.train import status
 from visionloom.train.config import PhaseConfig, RunConfig
+from visionloom.train.observe import status
 from visionloom.train.old_options import old_option
 
 MISSING_PATHS_SHOWN = 3

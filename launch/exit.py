@@ -17,7 +17,7 @@ from typing import NoReturn
 
 from visionloom.common.errors import UserError
 from visionloom.common.text import one_line, printable, warn
-from visionloom.train import status
+from visionloom.train.observe import status
 
 FAILURE = 1
 USER_ERROR = 2

@@ -16,7 +16,7 @@ from typing import Final
 
 from visionloom.common.atomic import replacing
 from visionloom.launch.exit import FAILURE, attempt_folder
-from visionloom.train import status
+from visionloom.train.observe import status
 
 LOOK_SECONDS: Final = 1.0
 """Between two looks at the memory of the others."""

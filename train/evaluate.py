@@ -26,7 +26,7 @@ from visionloom.train.generate import (
     in_batches,
     question_text,
 )
-from visionloom.train.progress import Screen
+from visionloom.train.observe.screen import Screen
 from visionloom.train.report.history import NO_TASKS, RESULTS
 from visionloom.train.report.page import write_report
 from visionloom.train.step import encoder_of, forward_losses, run_schedule

@@ -10,8 +10,8 @@ from visionloom.data.stream.batch import PackedBatch
 from visionloom.data.stream.workers import iterate
 from visionloom.train.checkpoint.state_file import CHECKPOINTS
 from visionloom.train.checkpoint.write import Saver, first_fault
-from visionloom.train.metrics import memory_gib, peak_flops
-from visionloom.train.observer import Observer
+from visionloom.train.observe.metrics import memory_gib, peak_flops
+from visionloom.train.observe.observer import Observer
 from visionloom.train.optimizer import learning_rates
 from visionloom.train.phase_trainer import PhaseTrainer
 from visionloom.train.step import StepResult, encoder_of, train_step

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from visionloom.common.errors import UserError
 from visionloom.train.checkpoint.state_file import CHECKPOINTS
-from visionloom.train.metrics import ASIDE, EVENTS, METRICS, aside, read_lines
+from visionloom.train.observe.metrics import ASIDE, EVENTS, METRICS, aside, read_lines
 
 
 def lost_checkpoints(folder: Path, damaged: list[str]) -> str:

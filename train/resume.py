@@ -8,7 +8,6 @@ import yaml
 from visionloom.common.atomic import replacing
 from visionloom.common.errors import UserError
 from visionloom.parallel.topology import Topology
-from visionloom.train import status
 from visionloom.train.changes import changes
 from visionloom.train.checkpoint import read as checkpoint
 from visionloom.train.checkpoint.read import Checkpoint
@@ -17,7 +16,8 @@ from visionloom.train.checkpoint.write import first_fault, sweep
 from visionloom.train.config import RunConfig
 from visionloom.train.exchange.companions import SETTINGS_OF_RUN
 from visionloom.train.lost import lost_checkpoints, move_aside
-from visionloom.train.observer import Observer
+from visionloom.train.observe import status
+from visionloom.train.observe.observer import Observer
 
 
 def resume(

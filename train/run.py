@@ -13,7 +13,6 @@ from visionloom.data.stream.train_stream import PackStream
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.parallel import topology as topologies
 from visionloom.parallel.topology import Topology
-from visionloom.train import status
 from visionloom.train.build import (
     build_stream,
     build_trainer,
@@ -32,9 +31,10 @@ from visionloom.train.config import RunConfig
 from visionloom.train.evaluate import HeldOut, evaluate_model, held_out_losses
 from visionloom.train.exchange.companions import carry_into_run
 from visionloom.train.loop import fit, log_error
-from visionloom.train.observer import Observer
+from visionloom.train.observe import status
+from visionloom.train.observe.observer import Observer
+from visionloom.train.observe.screen import Screen
 from visionloom.train.phase_trainer import PhaseTrainer
-from visionloom.train.progress import Screen
 from visionloom.train.resume import resume
 
 

@@ -15,7 +15,7 @@ from visionloom.common.errors import UserError
 from visionloom.launch import claim as claims
 from visionloom.launch.causes import hint_for, is_lost_connection, of_the_machine
 from visionloom.launch.claim import claim
-from visionloom.train.status import RunStatus
+from visionloom.train.observe.status import RunStatus
 
 ROOT = Path(__file__).resolve().parents[2]
 PATHS = os.environ | {"PYTHONPATH": str(ROOT / ".link")}
@@ -71,7 +71,7 @@ configure.start(command, ["+recipe=demo", f"run.folder={sys.argv[1]}"])
 INTERRUPT = """
 import os, signal, sys
 from visionloom.launch import configure
-from visionloom.train import status
+from visionloom.train.observe import status
 configure.check_paths = configure.check_agreements = lambda *_: None
 def command(config):
     status.current.at(7)

@@ -35,7 +35,7 @@ from visionloom.train.build import newest_weights, open_topology
 from visionloom.train.config import RunConfig
 from visionloom.train.evaluate import _print, predictions
 from visionloom.train.generate import GreedyDecoder
-from visionloom.train.progress import Screen
+from visionloom.train.observe.screen import Screen
 from visionloom.train.report.history import NO_TASKS
 from visionloom.train.run import evaluate, held_out, pretrain, trained_checkpoint
 

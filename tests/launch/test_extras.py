@@ -21,7 +21,7 @@ HIDE = "import sys; sys.modules.update(dict.fromkeys({names!r})); "
 
 def tensorboard(folder: Path) -> None:
     from visionloom.train.config import LoggingConfig
-    from visionloom.train.trackers import Trackers
+    from visionloom.train.observe.trackers import Trackers
 
     Trackers(LoggingConfig(tensorboard=True), folder, {}, "run")
 
@@ -103,7 +103,7 @@ def test_commands_start_without_any_of_them() -> None:
     ]
     code = HIDE.format(names=names) + (
         "from visionloom.launch.configure import compose; assert compose(['+recipe=demo'], 2).run.name == 'demo';"
-        "import visionloom.launch.data, visionloom.train.trackers, visionloom.data.encode.patches"
+        "import visionloom.launch.data, visionloom.train.observe.trackers, visionloom.data.encode.patches"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],

@@ -17,7 +17,7 @@ RANK = """
 import os, sys, time
 from pathlib import Path
 from visionloom.launch.watch import watch_ranks
-from visionloom.train import status
+from visionloom.train.observe import status
 status.current.begin(Path(sys.argv[1]))
 status.current.at(17)
 watch_ranks()

@@ -27,7 +27,7 @@ from visionloom.tests.train.runs import metrics, run_config, run_words
 from visionloom.tests.train.test_lost import outcome
 from visionloom.tests.train.test_resume import checkpoint_tensors
 from visionloom.train.config import LoggingConfig, RunConfig
-from visionloom.train.trackers import Trackers
+from visionloom.train.observe.trackers import Trackers
 
 pytestmark = pytest.mark.faults
 STEPS, EVERY, KILLS, SEED = 30, 3, 20, 7
@@ -249,7 +249,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def disk_that_fails(config: RunConfig, disk: Path, fault: str) -> str:
     """Train, and fill the disk or make it read-only after the third step (runs in the pool)."""
-    from visionloom.train.metrics import RunLog
+    from visionloom.train.observe.metrics import RunLog
 
     metric = RunLog.metric
 

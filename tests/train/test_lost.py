@@ -28,7 +28,7 @@ def outcome(config: RunConfig) -> str:
 
 def without_lines(config: RunConfig, refused: Callable[[str, Any], bool]) -> str:
     """Train with logs that do not take the lines that `refused` says, by the name of the log and the line."""
-    from visionloom.train.metrics import RunLog
+    from visionloom.train.observe.metrics import RunLog
 
     written = RunLog._write
 

@@ -9,7 +9,7 @@ import pytest
 from visionloom.common.errors import UserError
 from visionloom.train import agreements
 from visionloom.train.agreements import _newest
-from visionloom.train.metrics import EVENTS, METRICS, WAITING, RunLog
+from visionloom.train.observe.metrics import EVENTS, METRICS, WAITING, RunLog
 
 
 @pytest.fixture

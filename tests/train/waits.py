@@ -149,7 +149,7 @@ def measure(ranks: int) -> dict[str, Any]:
     from visionloom.train import loop
     from visionloom.train.checkpoint.write import Saver
     from visionloom.train.config import CheckpointConfig, LoggingConfig, OptimConfig, PhaseConfig
-    from visionloom.train.observer import Observer
+    from visionloom.train.observe.observer import Observer
     from visionloom.train.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
     from visionloom.train.phase_trainer import PhaseTrainer
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from visionloom.common.jsonfile import JsonError, load_json, read_json
 from visionloom.common.places import PlaceError, locate
 from visionloom.common.yamlfile import read_yaml
-from visionloom.train.metrics import EVENTS, METRICS
+from visionloom.train.observe.metrics import EVENTS, METRICS
 
 RESULTS: Final = "eval.json"
 SETTINGS: Final = "config.yaml"

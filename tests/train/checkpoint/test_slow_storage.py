@@ -19,11 +19,11 @@ from visionloom.tests.train.checkpoint.test_checkpoint import (
     train,
 )
 from visionloom.tests.train.layouts import TestPack, packs_of
-from visionloom.train import observer
 from visionloom.train.checkpoint import write as saving
 from visionloom.train.checkpoint.write import Saver
 from visionloom.train.config import CheckpointConfig
-from visionloom.train.observer import Observer
+from visionloom.train.observe import observer
+from visionloom.train.observe.observer import Observer
 
 SECONDS = 0.6
 

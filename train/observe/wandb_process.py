@@ -1,4 +1,4 @@
-"""The process that speaks with wandb, so that training never waits for it: `python -m visionloom.train.wandb_process`.
+"""The process that speaks with wandb, so that training never waits for it: `python -m visionloom.train.observe.wandb_process`.
 
 It reads JSON lines from standard input: first what to begin the run with, then values to log, until the end of the input. What goes
 wrong is one line on standard error, and the process reads on: nobody waits for what is not read.

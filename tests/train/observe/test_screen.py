@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = """
 import sys
-from visionloom.train.progress import Screen
+from visionloom.train.observe.screen import Screen
 screen = Screen(True, 1)
 screen.say("one")
 screen.say("two")

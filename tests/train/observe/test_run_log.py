@@ -11,7 +11,7 @@ import pytest
 from visionloom.common.errors import UserError
 from visionloom.train.agreements import _newest
 from visionloom.train.lost import lost_checkpoints, move_aside
-from visionloom.train.metrics import RunLog
+from visionloom.train.observe.metrics import RunLog
 
 
 def lines(folder: Path, name: str = "metrics.jsonl") -> list[Any]:

@@ -95,7 +95,7 @@ class WandbProcess:
 
     def __init__(self, folder: Path, start: Mapping[str, Any]) -> None:
         """Start the process; it goes on by itself, with what it was sent, if this one is killed."""
-        command = [sys.executable, "-m", "visionloom.train.wandb_process"]
+        command = [sys.executable, "-m", "visionloom.train.observe.wandb_process"]
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
             "WANDB_SILENT": "true",

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from visionloom.common import lock
-from visionloom.train import status
-from visionloom.train.status import RunStatus, read_status, refused
+from visionloom.train.observe import status
+from visionloom.train.observe.status import RunStatus, read_status, refused
 
 
 def content(folder: Path) -> dict[str, Any]:

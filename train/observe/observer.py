@@ -5,12 +5,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from visionloom.train import status
 from visionloom.train.config import LoggingConfig
-from visionloom.train.metrics import RunLog
+from visionloom.train.observe import status
+from visionloom.train.observe.metrics import RunLog
+from visionloom.train.observe.screen import Screen
+from visionloom.train.observe.trackers import Trackers
 from visionloom.train.phase_trainer import PhaseTrainer
-from visionloom.train.progress import Screen
-from visionloom.train.trackers import Trackers
 
 SLOW_SECONDS: Final = 1.0
 """Training that waits longer for a save that is not written when the next one is due is worth a warning."""

@@ -1,0 +1,1 @@
+"""What the outside sees of a run: its log, its screen, its trackers and its status."""
