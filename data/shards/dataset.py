@@ -22,7 +22,8 @@ from visionloom.data.config import StoreConfig
 from visionloom.data.shards.index import ByteSpan, ShardIndex, tar_edges
 from visionloom.data.shards.manifest import MANIFEST, ShardInfo, parse_manifest
 from visionloom.data.shards.media_header import MediaFacts
-from visionloom.data.shards.sample import SCHEMA_VERSION, Sample, SampleError, parse_sample
+from visionloom.data.shards.sample import SCHEMA_VERSION, Sample, SampleError
+from visionloom.data.shards.sample_json import parse_sample
 from visionloom.data.shards.store import (
     LocalStore,
     MissingBytes,

@@ -24,7 +24,7 @@ from visionloom.data.plan.resumable import load_rows
 from visionloom.data.shards.dataset import Dataset
 from visionloom.data.shards.index_folder import index_folder
 from visionloom.data.shards.manifest import read_manifest
-from visionloom.data.shards.sample import to_json
+from visionloom.data.shards.sample_json import to_json
 from visionloom.data.shards.store import open_store
 from visionloom.data.shards.write import write_shards
 from visionloom.tests.data.conversion import Run
