@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from visionloom.data.convert.skip import Skip
-from visionloom.data.shards.sample import LONGEST_KEY, LOSS_MARK
+from visionloom.data.shards.sample_json import LONGEST_KEY, LOSS_MARK
 
 
 @dataclass(frozen=True, slots=True)

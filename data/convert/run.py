@@ -23,7 +23,8 @@ from visionloom.data.convert.skip import Skip
 from visionloom.data.convert.source import SampleDraft, SourceFormat, SourceOptions, SourceRecord
 from visionloom.data.convert.trainable import Trainable
 from visionloom.data.convert.urls import UrlIndex, build_index
-from visionloom.data.shards.sample import SampleError, parse_sample
+from visionloom.data.shards.sample import SampleError
+from visionloom.data.shards.sample_json import parse_sample
 from visionloom.data.shards.write import SampleMembers, members_of
 from visionloom.data.shards.write_parts import URLS, PartLog, SourcePart, Tally, Target, write_parts
 

@@ -19,7 +19,6 @@ from visionloom.data.encode.encode import encode
 from visionloom.data.encode.tokenizer import END_OF_TEXT, TURN_END, Tokenizer
 from visionloom.data.plan.over_length import PackLimits, fits_some_policy
 from visionloom.data.shards.sample import (
-    LARGEST_WEIGHT,
     Box,
     Element,
     Message,
@@ -31,6 +30,7 @@ from visionloom.data.shards.sample import (
     ToolCall,
     element_loss,
 )
+from visionloom.data.shards.sample_fields import LARGEST_WEIGHT
 
 LONGEST: Final = 262_144
 """Tokens of the longest packs that are trained on (the ultra-long phase of the report)."""

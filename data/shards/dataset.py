@@ -22,16 +22,11 @@ from visionloom.data.config import StoreConfig
 from visionloom.data.shards.index import ByteSpan, ShardIndex, tar_edges
 from visionloom.data.shards.manifest import MANIFEST, ShardInfo, parse_manifest
 from visionloom.data.shards.media_header import MediaFacts
-from visionloom.data.shards.sample import SCHEMA_VERSION, Sample, SampleError, parse_sample
-from visionloom.data.shards.store import (
-    LocalStore,
-    MissingBytes,
-    Store,
-    StoreError,
-    is_url,
-    open_store,
-    shown,
-)
+from visionloom.data.shards.open_store import is_url, open_store
+from visionloom.data.shards.sample import SCHEMA_VERSION, Sample, SampleError
+from visionloom.data.shards.sample_json import parse_sample
+from visionloom.data.shards.store import LocalStore, MissingBytes, Store, StoreError
+from visionloom.data.shards.transports import shown
 
 LONGEST_RUN: Final = 8 * 2**20
 """Bytes up to which neighbouring members are read at once."""

@@ -22,7 +22,8 @@ from visionloom.common.errors import UserError
 from visionloom.common.places import PlaceError, read_located
 from visionloom.data.shards.manifest import ShardInfo, Statistics, parse_statistics
 from visionloom.data.shards.media_header import KINDS, MediaFacts, kind_of, probe
-from visionloom.data.shards.sample import Image, Sample, SampleError, Video, parse_sample, to_json
+from visionloom.data.shards.sample import Image, Sample, SampleError, Video
+from visionloom.data.shards.sample_json import parse_sample, to_json
 from visionloom.data.shards.tar import BLOCK, Entry, Fault, FaultHandler, entries, refuse
 
 KEY: Final = re.compile(r"[A-Za-z0-9_-]{1,80}")

@@ -13,7 +13,8 @@ from visionloom.common.atomic import replacing
 from visionloom.common.errors import UserError
 from visionloom.data.shards.index import KEY, index_shard
 from visionloom.data.shards.manifest import MANIFEST, ShardInfo, write_manifest
-from visionloom.data.shards.sample import Sample, SampleError, parse_sample, printable, to_json
+from visionloom.data.shards.sample import Sample, SampleError
+from visionloom.data.shards.sample_json import parse_sample, to_json
 from visionloom.data.shards.tar import LARGEST_MEMBER
 
 SAMPLES_PER_SHARD: Final = 10_000
@@ -104,7 +105,9 @@ def members_of(
         document = to_json(sample).encode()
     except UnicodeEncodeError as error:
         raise SampleError(
-            printable(sample.id), "", f"no valid Unicode: {error.object[error.start : error.end]!r}"
+            sample.id.encode(errors="backslashreplace").decode(),
+            "",
+            f"no valid Unicode: {error.object[error.start : error.end]!r}",
         ) from None
     except ValueError as error:
         raise SampleError(sample.id, "", f"a number that JSON cannot hold: {error}") from None

@@ -33,7 +33,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 def run(options: argparse.Namespace) -> int:
     """Check all shards; interrupted, it goes on where it stopped."""
     from visionloom.data.inspect.verify import verify_dataset
-    from visionloom.data.shards.store import is_url
+    from visionloom.data.shards.open_store import is_url
 
     out = options.out or (
         Path("verify.jsonl") if is_url(options.folder) else Path(options.folder) / "verify.jsonl"

@@ -33,7 +33,8 @@ from visionloom.data.shards.dataset import Dataset
 from visionloom.data.shards.index import index_path, index_shard, known_shard
 from visionloom.data.shards.manifest import read_manifest
 from visionloom.data.shards.media_header import probe
-from visionloom.data.shards.sample import SampleError, parse_sample, to_json
+from visionloom.data.shards.sample import SampleError
+from visionloom.data.shards.sample_json import parse_sample, to_json
 from visionloom.data.shards.store import MissingBytes, StoreError
 from visionloom.data.shards.tar import entries
 from visionloom.data.shards.write import ShardLimits, write_shards

@@ -24,8 +24,8 @@ from visionloom.data.plan.resumable import load_rows
 from visionloom.data.shards.dataset import Dataset
 from visionloom.data.shards.index_folder import index_folder
 from visionloom.data.shards.manifest import read_manifest
-from visionloom.data.shards.sample import to_json
-from visionloom.data.shards.store import open_store
+from visionloom.data.shards.open_store import open_store
+from visionloom.data.shards.sample_json import to_json
 from visionloom.data.shards.write import write_shards
 from visionloom.tests.data.conversion import Run
 from visionloom.tests.data.samples import essay, picture_question, png
@@ -285,15 +285,15 @@ def test_a_manifest_names_files_of_its_own_folder(name: str, dataset: Path) -> N
 
 
 def test_names_of_a_remote_shard_are_names_and_no_part_of_an_address() -> None:
-    from visionloom.data.shards import store
+    from visionloom.data.shards.transports import HttpTransport
 
     asked = []
-    source = store.HttpSource("http://example.invalid/a?key=1", StoreConfig(retries=0))
-    source._pool = type(
+    transport = HttpTransport("http://example.invalid/a?key=1", StoreConfig(retries=0))
+    transport._pool = type(
         "Pool", (), {"request": lambda self, method, url, **words: asked.append(url) or 1 / 0}
     )()
     with pytest.raises(ZeroDivisionError):
-        source.whole("x?y#%2e%2e.tar")
+        transport.whole("x?y#%2e%2e.tar")
     assert asked == ["http://example.invalid/a/x%3Fy%23%252e%252e.tar?key=1"]
 
 

@@ -15,16 +15,8 @@ from visionloom.data.convert.marks import document
 from visionloom.data.convert.skip import Skip
 from visionloom.data.convert.source import SampleDraft, SourceOptions, SourceRecord
 from visionloom.data.convert.videos import add_video
-from visionloom.data.shards.sample import (
-    SCHEMA_VERSION,
-    Box,
-    Image,
-    Point,
-    Text,
-    Video,
-    element_json,
-    parse_sample,
-)
+from visionloom.data.shards.sample import SCHEMA_VERSION, Box, Image, Point, Text, Video
+from visionloom.data.shards.sample_json import element_json, parse_sample
 from visionloom.data.shards.write_parts import SourcePart
 
 _TEXTS: Final = ("text", "content")

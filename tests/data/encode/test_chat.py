@@ -39,8 +39,8 @@ from visionloom.data.shards.sample import (
     Time,
     ToolCall,
     Video,
-    parse_sample,
 )
+from visionloom.data.shards.sample_json import parse_sample
 from visionloom.tests.data.samples import RULES
 
 PICTURE = Image("a.png", 64, 32)

@@ -18,7 +18,8 @@ from visionloom.data.convert.skip import Skip
 from visionloom.data.encode.chat import render
 from visionloom.data.plan.over_length import _SENTENCE
 from visionloom.data.shards.index import ShardIndex, index_path, index_shard
-from visionloom.data.shards.sample import SampleError, parse_sample
+from visionloom.data.shards.sample import SampleError
+from visionloom.data.shards.sample_json import parse_sample
 from visionloom.data.shards.tar import Fault, entries
 from visionloom.data.shards.write import write_shards
 from visionloom.tests import fuzzing
@@ -274,7 +275,7 @@ def test_json_of_files_is_read_by_one_reader() -> None:
             ):
                 found.add(str(file.relative_to(root / "data")))
     assert found == {
-        "shards/sample.py",  # read in every epoch; its own checks refuse what is not finite
+        "shards/sample_fields.py",  # read in every epoch; its own checks refuse what is not finite
         "convert/keys.py",  # records: NaN under keys that nobody reads, as pandas writes it
         "convert/marks.py",  # what json.dumps just wrote
         "stream/quarantine.py",  # lines of its own, cut short or not

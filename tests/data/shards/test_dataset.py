@@ -14,7 +14,8 @@ import pytest
 from visionloom.common.errors import UserError
 from visionloom.data.shards.dataset import Dataset
 from visionloom.data.shards.index_folder import index_folder
-from visionloom.data.shards.sample import Image, Message, Sample, SampleError, Text, to_json
+from visionloom.data.shards.sample import Image, Message, Sample, SampleError, Text
+from visionloom.data.shards.sample_json import to_json
 from visionloom.data.shards.store import LocalStore
 from visionloom.data.shards.write import write_shards
 

@@ -18,16 +18,8 @@ from visionloom.data.shards.index import index_shard, known_shard
 from visionloom.data.shards.index_folder import LEFT_OUT, index_folder
 from visionloom.data.shards.manifest import Statistics
 from visionloom.data.shards.media_header import MediaFacts
-from visionloom.data.shards.sample import (
-    Image,
-    Message,
-    Sample,
-    SampleError,
-    Text,
-    Think,
-    Video,
-    to_json,
-)
+from visionloom.data.shards.sample import Image, Message, Sample, SampleError, Text, Think, Video
+from visionloom.data.shards.sample_json import to_json
 from visionloom.data.shards.write import write_shards
 from visionloom.tests.data.samples import essay, film, picture_question, png
 from visionloom.tests.data.shards.test_media_header import video

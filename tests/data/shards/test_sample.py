@@ -20,9 +20,8 @@ from visionloom.data.shards.sample import (
     ToolCall,
     Video,
     element_loss,
-    parse_sample,
-    to_json,
 )
+from visionloom.data.shards.sample_json import parse_sample, to_json
 
 CHAT: dict[str, Any] = {
     "v": 1,

@@ -9,15 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
-from visionloom.data.shards.sample import (
-    KINDS,
-    ROLES,
-    SPACES,
-    TIME_FORMATS,
-    SampleError,
-    parse_sample,
-    to_json,
-)
+from visionloom.data.shards.sample import KINDS, ROLES, SPACES, TIME_FORMATS, SampleError
+from visionloom.data.shards.sample_json import parse_sample, to_json
 
 SCHEMA = json.loads(
     resources.files("visionloom.data.shards").joinpath("schema/sample-v1.json").read_text()

@@ -17,18 +17,14 @@ import pytest
 
 from visionloom.common.errors import UserError
 from visionloom.data.config import StoreConfig
-from visionloom.data.shards import store
+from visionloom.data.shards import remote_store
 from visionloom.data.shards.dataset import Dataset
+from visionloom.data.shards.open_store import open_store
 from visionloom.data.shards.range_cache import RangeCache
+from visionloom.data.shards.remote_store import RemoteStore, wait_before
 from visionloom.data.shards.sample import SampleError
-from visionloom.data.shards.store import (
-    MissingBytes,
-    RemoteStore,
-    StoreError,
-    open_store,
-    shown,
-    wait_before,
-)
+from visionloom.data.shards.store import LocalStore, MissingBytes, StoreError
+from visionloom.data.shards.transports import shown
 from visionloom.data.shards.write import write_shards
 from visionloom.data.stream.read_ahead import AheadReader, ByteBudget, Wanted
 from visionloom.tests.data.faulty_server import FaultyServer, serving
@@ -41,7 +37,7 @@ QUICK = StoreConfig(timeout_seconds=30.0, retries=3, hedge_seconds=0.0)
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(remote_store, "FIRST_WAIT", 0.01)
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +173,7 @@ def test_the_proxy_of_the_environment_is_used(
 
 
 def test_waits_grow_are_random_and_heed_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "FIRST_WAIT", 0.25)
+    monkeypatch.setattr(remote_store, "FIRST_WAIT", 0.25)
     for retry in range(1, 12):
         waits = {wait_before(retry) for _ in range(50)}
         assert len(waits) > 1 or retry > 8
@@ -241,7 +237,7 @@ def test_answers_without_an_end_and_packed_ones_take_no_memory(
     server: FaultyServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A page of a stranger's server, which unpacks to a thousand times its size, or goes on for ever."""
-    monkeypatch.setattr("visionloom.data.shards.store.LARGEST_ANSWER", 1 << 20)
+    monkeypatch.setattr("visionloom.data.shards.transports.LARGEST_ANSWER", 1 << 20)
     packed = gzip.compress(bytes(1 << 24))
     body = {"packed": packed, "chunks": (b"%x\r\n" % (1 << 16) + bytes(1 << 16) + b"\r\n") * 64}
 
@@ -306,7 +302,7 @@ def test_a_local_shard_that_vanishes_or_shrinks_costs_its_samples_only(
 def test_an_unreadable_spot_is_read_once_more(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    local, read, calls = store.LocalStore(folder), os.pread, list[int]()
+    local, read, calls = LocalStore(folder), os.pread, list[int]()
 
     def pread(descriptor: int, length: int, offset: int) -> bytes:
         calls.append(offset)
@@ -384,9 +380,9 @@ def test_indexes_of_a_remote_dataset_are_bounded_and_read_once(
     server: FaultyServer, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     size = (folder / "set-000000.tar.qidx").stat().st_size
-    read, asked = store.RemoteStore.whole, list[str]()
+    read, asked = RemoteStore.whole, list[str]()
     monkeypatch.setattr(
-        store.RemoteStore,
+        RemoteStore,
         "whole",
         lambda self, file, fresh=True: asked.append(file) or read(self, file, fresh),
     )

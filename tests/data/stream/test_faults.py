@@ -346,7 +346,7 @@ def test_a_stream_from_a_faulty_server_is_the_same_and_bounded(
     folders: tuple[Path, Path], stream: Callable[..., PackStream], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every third range request fails; packs equal those from the folder, and bytes in flight keep their limit."""
-    monkeypatch.setattr("visionloom.data.shards.store.FIRST_WAIT", 0.001)
+    monkeypatch.setattr("visionloom.data.shards.remote_store.FIRST_WAIT", 0.001)
     expected = [digest(batch) for batch in run(stream(folders[0], "good.jsonl"))]
     with serving(folders[0]) as server:
         limit = 4 * len(VIDEO)
@@ -405,7 +405,7 @@ def test_a_store_that_goes_away_stops_the_run_with_one_error(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("visionloom.data.shards.store.FIRST_WAIT", 0.001)
+    monkeypatch.setattr("visionloom.data.shards.remote_store.FIRST_WAIT", 0.001)
     with serving(folders[0]) as server:
         made = stream(server.url, timeout_seconds=30.0, retries=2, hedge_seconds=0.0)
         steps = iterate(made, 0, STEPS, 0, 1, 1, 0)

@@ -18,7 +18,7 @@ from visionloom.common.errors import UserError
 from visionloom.data.config import MediaConfig
 from visionloom.data.encode.chat import render
 from visionloom.data.encode.chat_template import TEMPLATE
-from visionloom.data.shards.sample import parse_sample
+from visionloom.data.shards.sample_json import parse_sample
 from visionloom.model.config import ModelConfig
 from visionloom.tests.data.encode.test_chat import TOOLS
 from visionloom.tests.data.samples import RULES
