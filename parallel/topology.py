@@ -15,6 +15,7 @@ from torch._C._distributed_c10d import HashStore
 from visionloom.common.errors import UserError
 from visionloom.parallel.config import ParallelConfig
 from visionloom.parallel.meeting import meet
+from visionloom.parallel.share import Share
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,12 @@ class Topology:
     def data_size(self) -> int:
         """Copies of the model."""
         return int(self.groups.dp.size())
+
+    @property
+    def share(self) -> Share:
+        """Return which packs and pictures of a step this rank reads."""
+        encoder_rank = -1 if self.encoder_rank is None else self.encoder_rank
+        return Share(self.data_rank, self.data_size, encoder_rank, self.config.encoder_ranks)
 
     @property
     def is_main(self) -> bool:

@@ -21,9 +21,9 @@ from visionloom.train.checkpoint.read import Checkpoint
 from visionloom.train.checkpoint.state_file import Inputs
 from visionloom.train.compatibility import check_same_model
 from visionloom.train.config import RunConfig
-from visionloom.train.cost import cost_model
 from visionloom.train.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
 from visionloom.train.phase_trainer import PhaseTrainer
+from visionloom.train.stream_options import stream_options
 from visionloom.train.weights.load_adapter import load_adapter
 from visionloom.train.weights.load_huggingface import load_huggingface
 
@@ -67,24 +67,13 @@ def build_stream(
         topology: of the phase.
         before: the data state at the end of the phase before, which data.continue_draws continues from.
     """
-    phase = config.phases[name]
+    origin = None
     if before:
         before = check_state(before)
-    return PackStream(
-        config.data,
-        name,
-        sequence_length=phase.sequence_length,
-        global_batch=phase.global_batch,
-        mixture=phase.mixture,
-        loss=phase.loss,
-        seed=config.run.seed,
-        cost=cost_model(
-            config.model, set(phase.trainable), config.lora if config.lora.rank else None
-        ),
-        # each of the ranks that share a pack's pictures sees faults of its own; a sample is written once all the same
-        quarantine=folder / "quarantine.jsonl" if topology.encoder_rank is not None else None,
-        origin=Origin.after(before, 0) if before and config.data.continue_draws else None,
-    )
+        origin = Origin.after(before, 0) if config.data.continue_draws else None
+    # Of the ranks that share a pack's pictures each meets faults of its own; a sample is written once all the same.
+    quarantine = folder / "quarantine.jsonl" if topology.encoder_rank is not None else None
+    return PackStream(stream_options(config, name), quarantine, origin)
 
 
 # ---- model

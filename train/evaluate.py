@@ -29,7 +29,7 @@ from visionloom.train.generate import (
 from visionloom.train.observe.screen import Screen
 from visionloom.train.report.history import NO_TASKS, RESULTS
 from visionloom.train.report.page import write_report
-from visionloom.train.step import encoder_of, forward_losses, run_schedule
+from visionloom.train.step import forward_losses, run_schedule
 from visionloom.train.step_sums import LossSums
 
 BATCHES: Final = 8
@@ -65,14 +65,7 @@ def held_out_losses(
         for name in held_out.data.validation:
             sums = LossSums.zeros([name], topology.device)
             dataset = EvaluationSet(held_out.data, name, samples)
-            packs = dataset.batches(
-                length,
-                1,
-                held_out.loss,
-                topology.data_rank,
-                topology.data_size,
-                *encoder_of(topology),
-            )
+            packs = dataset.batches(length, 1, held_out.loss, topology.share)
             forward = functools.partial(forward_losses, sums=sums)
             while batches := list(islice(packs, BATCHES)):
                 run_schedule(
@@ -107,7 +100,7 @@ def predictions(
     settings = held_out.evaluation
     dataset = EvaluationSet(held_out.data, name, settings.samples)
     decoder = GreedyDecoder(model_parts, topology, dataset.tokenizer, settings.max_new_tokens)
-    questions = dataset.questions(topology.data_rank, topology.data_size)
+    questions = dataset.questions(topology.share)
     asked = (question for question in questions if question.task)
     for batch in in_batches(asked, settings.pack_tokens):
         for sample, text in zip(batch, decoder.answers(batch), strict=True):

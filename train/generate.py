@@ -26,7 +26,7 @@ from visionloom.data.stream.batch import PackedBatch, pack_prompts
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.model.view import RankShare
 from visionloom.parallel.topology import Topology
-from visionloom.train.step import encoder_of, run_schedule
+from visionloom.train.step import run_schedule
 
 THINK_END: Final = "</think>"
 PICTURE: Final = "\ufffc"
@@ -180,13 +180,13 @@ class GreedyDecoder:
         places: list[list[int]],
     ) -> list[list[int]]:
         """Return the most likely token after each of the places (-1: the last) of each sample."""
-        parallel, encoder = self.topology.config, encoder_of(self.topology)
+        parallel = self.topology.config
         batch, starts = pack_prompts(
             samples,
             self.tokenizer.pad_id,
             parallel.pack_token_multiple,
             parallel.sample_token_multiple,
-            *encoder,
+            self.topology.share,
         )
         rows = []
         for sample, start, own in zip(samples, starts.tolist(), places, strict=True):

@@ -14,7 +14,7 @@ from visionloom.train.observe.metrics import memory_gib, peak_flops
 from visionloom.train.observe.observer import Observer
 from visionloom.train.optimizer import learning_rates
 from visionloom.train.phase_trainer import PhaseTrainer
-from visionloom.train.step import StepResult, encoder_of, train_step
+from visionloom.train.step import StepResult, train_step
 from visionloom.train.step_sums import Signals
 
 
@@ -83,17 +83,9 @@ def log_error(fault: str, step: int) -> UserError:
 
 def step_batches(trainer: PhaseTrainer, workers: int) -> Generator[list[PackedBatch]]:
     """Yield this rank's micro-batches of each step that is left, built ahead."""
-    topology, done = trainer.topology, trainer.phase_step
-    return iterate(
-        trainer.stream,
-        done,
-        trainer.phase.total_steps - done,
-        topology.data_rank,
-        topology.data_size,
-        trainer.phase.micro_batch,
-        workers,
-        *encoder_of(topology),
-    )
+    steps = range(trainer.phase_step, trainer.phase.total_steps)
+    share, micro_batch = trainer.topology.share, trainer.phase.micro_batch
+    return iterate(trainer.stream, steps, share, micro_batch, workers)
 
 
 def metrics_line(

@@ -8,7 +8,7 @@ from typing import Any
 from visionloom.common.errors import UserError
 from visionloom.data.config import DataConfig
 from visionloom.data.encode.tokenizer import Tokenizer
-from visionloom.data.plan.open import dataset_weights, open_corpora
+from visionloom.data.plan.open import dataset_weights, open_datasets
 from visionloom.data.stream.train_stream import PackStream
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.parallel import topology as topologies
@@ -146,7 +146,7 @@ def check_data(config: RunConfig, newest: Checkpoint | None) -> None:
     names: dict[str, None] = {}
     for phase in phases_left(config, newest):
         names |= dict.fromkeys(dataset_weights(config.data, config.phases[phase].mixture))
-    open_corpora(config.data, list(names), Tokenizer(config.data.tokenizer))
+    open_datasets(config.data, list(names), Tokenizer(config.data.tokenizer))
 
 
 def open_stream(

@@ -73,16 +73,8 @@ def open_sums(
 ) -> StepSums:
     """Begin the sums of a step with what is known of its micro-batches before it runs."""
     counts = StepCounts.of(batches, len(batches) * trainer.phase.micro_batch)
-    sources = [corpus.name for corpus in trainer.stream.corpora]
-    return StepSums(sources, counts, trainer.flops(counts.work), signals, trainer.topology)
-
-
-def encoder_of(topology: Topology) -> tuple[int, int]:
-    """Return this rank's place among the encoder ranks, which decode a pack's pictures (-1: it decodes none), and their number."""
-    return (
-        -1 if topology.encoder_rank is None else topology.encoder_rank,
-        topology.config.encoder_ranks,
-    )
+    names = [dataset.name for dataset in trainer.stream.datasets]
+    return StepSums(names, counts, trainer.flops(counts.work), signals, trainer.topology)
 
 
 def agree_on_unreadable(batches: list[PackedBatch], topology: Topology) -> list[PackedBatch]:

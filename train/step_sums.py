@@ -114,10 +114,10 @@ class LossSums:
             tokens: its supervised tokens of this rank, int64 [R] on the host.
             losses: of these tokens, fp32 [R] on the device.
         """
-        places = torch.tensor([self.sources.index(name) for name in batch.source_names] + [0])
+        places = torch.tensor([self.sources.index(name) for name in batch.dataset_names] + [0])
         segments = torch.searchsorted(batch.cu_seqlens, tokens, right=True) - 1
         # non_blocking: a plain copy would let the host wait for all that the device has yet to do.
-        sources = places[batch.segment_sources[segments]].to(losses.device, non_blocking=True)
+        sources = places[batch.segment_datasets[segments]].to(losses.device, non_blocking=True)
         weights = batch.loss_weights[tokens].double().to(losses.device, non_blocking=True)
         self.values[0].index_add_(0, sources, weights * losses.double())
         self.values[1].index_add_(0, sources, weights)

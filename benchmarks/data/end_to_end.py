@@ -40,20 +40,22 @@ def ours(folder: Path, workers: int, images: int, dataset: str) -> dict[str, flo
     import torch
 
     from visionloom.data.config import DataConfig, DatasetConfig
+    from visionloom.data.plan.open import StreamOptions
     from visionloom.data.stream.train_stream import PackStream
     from visionloom.data.stream.workers import iterate
+    from visionloom.parallel.share import ALONE
 
     torch.set_num_threads(1)
     data = DataConfig(
         str(folder / "tokenizer"),
         {dataset: DatasetConfig(str(folder / dataset), over_length="drop")},
     )
-    stream = PackStream(data, "bench", 8192, 1, {}, "sqrt", 1)
+    stream = PackStream(StreamOptions(data, "bench", 8192, 1, {}, "sqrt", 1))
     row = 0.0
 
     def counted() -> Iterator[tuple[int, int]]:
         nonlocal row
-        for (batch,) in iterate(stream, 0, 10_000, 0, 1, 1, workers):
+        for (batch,) in iterate(stream, range(10_000), ALONE, 1, workers):
             row = batch.patches.nbytes / len(batch.patches)
             yield len(batch.grid_thw), int((~batch.padding_mask).sum())
 
@@ -63,6 +65,7 @@ def ours(folder: Path, workers: int, images: int, dataset: str) -> dict[str, flo
 def exported(folder: Path, images: int) -> Path:
     """Shards of captions that both can read, more than are counted, their lengths counted before."""
     from visionloom.data.config import DataConfig, DatasetConfig
+    from visionloom.data.plan.open import StreamOptions
     from visionloom.data.shards.energon import export_energon
     from visionloom.data.stream.train_stream import PackStream
 
@@ -72,7 +75,7 @@ def exported(folder: Path, images: int) -> Path:
         data = DataConfig(
             str(folder / "tokenizer"), {name: DatasetConfig(str(folder / name), over_length="drop")}
         )
-        PackStream(data, "bench", 8192, 1, {}, "sqrt", 1)
+        PackStream(StreamOptions(data, "bench", 8192, 1, {}, "sqrt", 1))
     return folder
 
 

@@ -24,11 +24,13 @@ from PIL import Image as Pillow
 from visionloom.benchmarks.data import synthetic
 from visionloom.benchmarks.data.table import Row, show
 from visionloom.data.config import DataConfig, DatasetConfig
+from visionloom.data.plan.open import StreamOptions
 from visionloom.data.shards.dataset import Dataset
 from visionloom.data.shards.write import write_shards
 from visionloom.data.stream.batch import PackedBatch
 from visionloom.data.stream.train_stream import PackStream
 from visionloom.data.stream.workers import iterate
+from visionloom.parallel.share import ALONE, Share
 from visionloom.tests.data.samples import RULES
 from visionloom.tests.data.stream.test_faults import (
     CHANGED_LATER,
@@ -56,7 +58,9 @@ def stream(
         str(folder / "tokenizer"), {name: DatasetConfig(str(folder / name))}, media=replace(RULES)
     )
     data.max_bad_fraction = 1.0
-    return PackStream(data, "bench", length, batch, {}, "sqrt", 7, quarantine=quarantine)
+    return PackStream(
+        StreamOptions(data, "bench", length, batch, {}, "sqrt", 7), quarantine=quarantine
+    )
 
 
 def faults(folder: Path) -> Row:
@@ -95,7 +99,7 @@ def faults(folder: Path) -> Row:
 
 
 def _packs(one: PackStream) -> Iterator[PackedBatch]:
-    return (batch for step in iterate(one, 0, PACKS, 0, 1, 1, 0) for batch in step)
+    return (batch for step in iterate(one, range(PACKS), ALONE, 1, 0) for batch in step)
 
 
 def lossy(folder: Path) -> tuple[int, int, int]:
@@ -134,7 +138,7 @@ def layouts(folder: Path, energon: Mapping[str, float] | None = None) -> Row:
         state = json.dumps(excerpt.state(first + 3))
     kinds = []
     for workers in range(3):
-        steps = iterate(stream(folder, "captions", 2048, BATCH), 0, 3, 1, 4, 1, workers)
+        steps = iterate(stream(folder, "captions", 2048, BATCH), range(3), Share(1, 4), 1, workers)
         kinds.append([digest(batch) for step in steps for batch in step])
     equal = sum(one == two for one, two in zip(whole, changed, strict=True))
     workers = sum(kind == kinds[0] for kind in kinds)
@@ -157,7 +161,9 @@ def layouts(folder: Path, energon: Mapping[str, float] | None = None) -> Row:
 def _of_step(made: PackStream, step: int, ranks: int) -> list[str]:
     """Digests of the step's packs, in no rank's order."""
     return sorted(
-        digest(batch) for rank in range(ranks) for batch in made.micro_batches(step, rank, ranks, 1)
+        digest(batch)
+        for rank in range(ranks)
+        for batch in made.micro_batches(step, Share(rank, ranks), 1)
     )
 
 

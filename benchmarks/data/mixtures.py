@@ -58,7 +58,7 @@ class LengthMixture:
         table["patches"] = 4 * shown
         table["supervised"] = written // 2
         is_video = np.array([kind.is_video for kind in self.kinds])[kinds]
-        table["patch_squares"] = np.where(is_video, 4 * shown * 4 * FRAME_TOKENS, _images(shown))
+        table["patch_pairs"] = np.where(is_video, 4 * shown * 4 * FRAME_TOKENS, _images(shown))
         return table
 
     def samples(self, count: int, seed: int = 0) -> tuple[NDArray[np.int32], NDArray[np.int32]]:

@@ -31,12 +31,14 @@ from visionloom.data.encode.tokenizer import Tokenizer
 from visionloom.data.plan.cursor import Origin
 from visionloom.data.plan.deal import CostModel, PlannedPack, deal
 from visionloom.data.plan.lengths import Counting
+from visionloom.data.plan.open import StreamOptions
 from visionloom.data.plan.parts import PART, Parts
 from visionloom.data.plan.plan import MixtureEntry, Plan, Settings
 from visionloom.data.shards.dataset import Dataset
 from visionloom.data.shards.index import index_shard
 from visionloom.data.shards.write import write_shards
 from visionloom.data.stream.train_stream import PackStream
+from visionloom.parallel.share import Share
 
 WINDOW = 1024
 PATCHES_PER_TOKEN = 3.2
@@ -222,7 +224,7 @@ def in_order(packs: list[list[int]], mixture: LengthMixture, samples: int, ranks
     ]
     tokens = table["tokens"].astype(np.int64)
     work = np.stack(
-        [tokens, tokens**2, table["patches"].astype(np.int64), table["patch_squares"]], axis=1
+        [tokens, tokens**2, table["patches"].astype(np.int64), table["patch_pairs"]], axis=1
     )
     costs = np.array([QWEN3VL_8B.of(work[pack].sum(0)) for pack in packs])
     steps = len(costs) // (ranks * PACKS_PER_RANK)
@@ -249,7 +251,7 @@ def resume(peer: Peer | None = None) -> list[Row]:
             shutil.rmtree(Path(folder) / "captions" / "cache" / "plan")
             started = time.perf_counter()
             fresh.load_state(state)
-            fresh.micro_batches(step, 0, 8, 1)
+            fresh.micro_batches(step, Share(0, 8), 1)
             seconds = time.perf_counter() - started
             started = time.perf_counter()
             for block in range(state["block"] + 1):
@@ -335,7 +337,9 @@ def stream_of(folder: Path) -> PackStream:
         for name in ("captions", "documents")
     }
     data = DataConfig(str(folder / "tokenizer"), datasets, cache="")
-    return PackStream(data, "bench", 8192, 8, {"captions": 3, "documents": 1}, "sqrt", 1)
+    return PackStream(
+        StreamOptions(data, "bench", 8192, 8, {"captions": 3, "documents": 1}, "sqrt", 1)
+    )
 
 
 def state_size(peer: Peer | None = None) -> Row:

@@ -18,7 +18,7 @@ class EncodedSample:
     """A sample of n tokens, m of them visual, with g pictures or videos."""
 
     sample_id: str
-    source: str
+    dataset: str
     """Name of its dataset."""
     task: str | None
     input_ids: NDArray[np.int32]
@@ -54,31 +54,31 @@ class EncodedSample:
 
 
 def encode(
-    sample: Sample, tokenizer: Tokenizer, rules: MediaConfig, source: str = ""
+    sample: Sample, tokenizer: Tokenizer, rules: MediaConfig, dataset: str = ""
 ) -> EncodedSample:
     """Encode one sample; see `encode_all`."""
-    return encode_all([sample], tokenizer, rules, [source])[0]
+    return encode_all([sample], tokenizer, rules, [dataset])[0]
 
 
 def encode_all(
-    samples: Sequence[Sample], tokenizer: Tokenizer, rules: MediaConfig, sources: Sequence[str]
+    samples: Sequence[Sample], tokenizer: Tokenizer, rules: MediaConfig, datasets: Sequence[str]
 ) -> list[EncodedSample]:
-    """Encode samples, each of the dataset named in `sources`, and tokenise them in one call.
+    """Encode samples, each of the dataset named in `datasets`, and tokenise them in one call.
 
     Raises SampleError for one that cannot be rendered.
     """
-    return list(encode_each(samples, tokenizer, rules, sources))
+    return list(encode_each(samples, tokenizer, rules, datasets))
 
 
 def encode_each(
-    samples: Sequence[Sample], tokenizer: Tokenizer, rules: MediaConfig, sources: Sequence[str]
+    samples: Sequence[Sample], tokenizer: Tokenizer, rules: MediaConfig, datasets: Sequence[str]
 ) -> Iterator[EncodedSample]:
     """As `encode_all`, with one of them in memory at a time."""
     renderings = [render(sample, rules) for sample in samples]
     runs = [_runs(rendering.pieces) for rendering in renderings]
     known = _tokenise({texts for found in runs for _, texts in found if texts}, tokenizer)
-    for sample, rendering, found, source in zip(samples, renderings, runs, sources, strict=True):
-        yield _assemble(sample, rendering, found, known, tokenizer, source)
+    for sample, rendering, found, dataset in zip(samples, renderings, runs, datasets, strict=True):
+        yield _assemble(sample, rendering, found, known, tokenizer, dataset)
 
 
 def positions(length: int, blocks: Sequence[tuple[int, int, int]]) -> NDArray[np.int32]:
@@ -178,7 +178,7 @@ def _assemble(
     runs: list[tuple[int, Texts]],
     known: dict[Texts, Tokens],
     tokenizer: Tokenizer,
-    source: str,
+    dataset: str,
 ) -> EncodedSample:
     ids, pieces = _tokens_of(rendering.pieces, runs, known, tokenizer)
     weights = np.array([piece.weight for piece in rendering.pieces], np.float32)[pieces]
@@ -189,7 +189,7 @@ def _assemble(
     starts = np.searchsorted(pieces, np.flatnonzero(visual))
     return EncodedSample(
         sample_id=sample.id,
-        source=source,
+        dataset=dataset,
         task=sample.task,
         input_ids=ids,
         target_weights=weights,

@@ -17,7 +17,7 @@ from visionloom.data.config import DataConfig, MediaConfig
 from visionloom.data.encode.encode import EncodedSample, encode
 from visionloom.data.encode.geometry import chosen_frames, frame_times
 from visionloom.data.encode.tokenizer import Tokenizer
-from visionloom.data.plan.best_fit import pack_samples
+from visionloom.data.plan.best_fit import PackBudget, pack_samples
 from visionloom.data.shards.dataset import Dataset
 from visionloom.data.shards.open_media import MediaError, open_picture
 from visionloom.data.shards.sample import (
@@ -358,9 +358,8 @@ def first_packs(
     if not found:
         raise UserError(f"--pack {length}: none of the first samples fits: give a longer sequence")
     sizes = [len(encoded.input_ids) for _, encoded in found]
-    packs = pack_samples(
-        sizes, [encoded.patch_count for _, encoded in found], length, patches, WINDOW
-    )
+    budget = PackBudget(length, patches, WINDOW)
+    packs = pack_samples(sizes, [encoded.patch_count for _, encoded in found], budget)
     shown = [PackView(length, [_segment(*found[row]) for row in pack]) for pack in packs[:count]]
     return FirstPacks(shown, tried, tried - len(found))
 

@@ -17,45 +17,54 @@ that only they can fill. Worth 0.1 % of fill where patches bind."""
 _SHIFT: Final = 32
 
 
+@dataclass(frozen=True, slots=True)
+class PackBudget:
+    """What a pack holds, and how many samples wait for one."""
+
+    tokens: int
+    patches: int
+    window: int
+    """Samples that wait."""
+    sample_multiple: int = 1
+    """Each sample takes up its tokens rounded up to this multiple."""
+    max_samples: int = 0
+    """Samples of a pack; 0: any number."""
+
+
 def pack_samples(
     tokens: list[int],
     patches: list[int],
-    token_budget: int,
-    patch_budget: int,
-    window: int,
-    multiple: int = 1,
-    most: int = 0,
+    budget: PackBudget,
     orders: Sequence[int] = (),
-    limits: Sequence[int] = (),
+    most_passed_over: Sequence[int] = (),
 ) -> list[list[int]]:
     """Put samples into packs; every pack fits both budgets, every sample is in exactly one.
 
     A pack takes the oldest waiting samples in order until one does not fit, then the largest that fits, of those about as
-    large the one with most patches, until none does or one traded for a waiting one fills the pack. `window` samples wait at
-    a time. So what the first packs hold is a prefix of the samples but for at most `window`, and its sizes and kinds are
-    those of the samples: packs need no shuffling. Each sample alone must fit.
+    large the one with most patches, until none does or one traded for a waiting one fills the pack. A window of samples
+    waits at a time. So what the first packs hold is a prefix of the samples but for at most a window, and its sizes and
+    kinds are those of the samples: packs need no shuffling. Each sample alone must fit.
 
     Args:
         tokens: of each sample.
         patches: of each sample.
-        token_budget: tokens of a pack.
-        patch_budget: patches of a pack.
-        window: samples that wait.
-        multiple: each sample takes up its tokens rounded up to this multiple.
-        most: samples of a pack; 0: any number.
+        budget: of the packs.
         orders: of each sample the number of the order that it belongs to, if orders have limits of their own.
-        limits: of each order, how many of its samples may be passed over: however many packs one takes from the front, they
-            lack at most so many samples before the last one that they hold. With 0 the order is followed exactly.
+        most_passed_over: of each order, how many of its samples may be passed over: however many packs one takes from the
+            front, they lack at most that many samples before the last one that they hold. With 0 the order is followed
+            exactly.
 
     Returns:
         the samples' numbers, pack by pack.
     """
+    multiple = budget.sample_multiple
     if multiple > 1:
         tokens = [-(-size // multiple) * multiple for size in tokens]
-    pool = _Pool(tokens, patches, window, orders, limits)
+    pool = _Pool(tokens, patches, budget.window, orders, most_passed_over)
     packs = []
+    max_samples = budget.max_samples or len(tokens)
     while pool.begin_pack():
-        packs.append(pool.take_pack(token_budget, patch_budget, most or len(tokens)))
+        packs.append(pool.take_pack(budget.tokens, budget.patches, max_samples))
     return packs
 
 

@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 
 from visionloom.common.errors import UserError
 
-Pieces = tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]
 _SWAPS: Final = 64
 """Exchanges tried at most between the heaviest rank and the others."""
 
@@ -42,24 +41,29 @@ class PlannedPack:
     cost: float
 
 
-def deal(packs: list[PlannedPack], dp_size: int, micro_batch: int) -> list[list[list[PlannedPack]]]:
+def deal(
+    packs: list[PlannedPack], data_size: int, micro_batch: int
+) -> list[list[list[PlannedPack]]]:
     """Deal the packs of a step to data-parallel ranks and micro-batches, balanced by cost: [rank][micro-batch][pack].
 
     Costliest first to the lightest rank that has room (longest processing time first), then exchanges with the heaviest
     rank while they help, then the same inside each rank; micro-batches come costliest first, so that the k-th ones of all
-    ranks are alike and a pipeline stays level. Raises UserError if the packs cannot be dealt evenly.
+    ranks are alike and a pipeline stays level.
+
+    Raises:
+        UserError: if the packs cannot be dealt evenly.
     """
-    if len(packs) % (dp_size * micro_batch):
+    if len(packs) % (data_size * micro_batch):
         raise UserError(
-            f"global_batch={len(packs)} packs cannot be dealt to {dp_size} data-parallel ranks x micro_batch {micro_batch}:"
-            f" make it a multiple of {dp_size * micro_batch}"
+            f"global_batch={len(packs)} packs cannot be dealt to {data_size} data-parallel ranks x micro_batch {micro_batch}:"
+            f" make it a multiple of {data_size * micro_batch}"
         )
-    ranks = _balance(packs, dp_size, _SWAPS if dp_size > 1 else 0)
+    ranks = _balance(packs, data_size, _SWAPS if data_size > 1 else 0)
     return [_balance(mine, len(mine) // micro_batch, 0) for mine in ranks]
 
 
 def _balance(packs: list[PlannedPack], groups: int, swaps: int) -> list[list[PlannedPack]]:
-    """Groups of equal size, costliest group first."""
+    """Make groups of equal size, costliest group first."""
     room = len(packs) // groups
     dealt: list[list[PlannedPack]] = [[] for _ in range(groups)]
     lightest = [(0.0, group) for group in range(groups)]
@@ -68,32 +72,55 @@ def _balance(packs: list[PlannedPack], groups: int, swaps: int) -> list[list[Pla
         dealt[group].append(pack)
         if len(dealt[group]) < room:
             heapq.heappush(lightest, (load + pack.cost, group))
+
     loads = [sum(pack.cost for pack in group) for group in dealt]
+    # with one pack in a group an exchange only renames the groups
     while swaps and room > 1 and _exchange(dealt, loads):
         swaps -= 1
-    return [dealt[g] for g in sorted(range(groups), key=lambda g: -loads[g])]
+    costliest_first = sorted(range(groups), key=lambda group: -loads[group])
+    return [dealt[group] for group in costliest_first]
 
 
 def _exchange(dealt: list[list[PlannedPack]], loads: list[float]) -> bool:
-    """Trade one pack of the heaviest group for a lighter one elsewhere so that the heavier of the two gets lightest."""
-    heaviest = max(range(len(loads)), key=lambda g: loads[g])
+    """Trade one pack of the heaviest group for a lighter one elsewhere so that the heavier of the two gets lightest.
+
+    Return False if no trade makes it lighter.
+    """
+    heaviest = max(range(len(loads)), key=loads.__getitem__)
     costs = np.array([[pack.cost for pack in group] for group in dealt])
+    # [pack of the heaviest, other group, its pack]: what the trade moves, and the larger load after it
     gain = costs[heaviest][:, None, None] - costs[None]
     after = np.maximum(loads[heaviest] - gain, np.array(loads)[None, :, None] + gain)
     after[:, heaviest] = np.inf
-    mine, other, theirs = (
-        int(part) for part in np.unravel_index(int(np.argmin(after)), after.shape)
-    )
+    best = np.unravel_index(int(np.argmin(after)), after.shape)
+    mine, other, theirs = (int(index) for index in best)
+    # what rounding errors alone gain is no gain
     if after[mine, other, theirs] >= loads[heaviest] * (1 - 1e-9):
         return False
+
     moved = float(gain[mine, other, theirs])
-    dealt[heaviest][mine], dealt[other][theirs] = dealt[other][theirs], dealt[heaviest][mine]
+    taken, given = dealt[heaviest], dealt[other]
+    taken[mine], given[theirs] = given[theirs], taken[mine]
     loads[heaviest] -= moved
     loads[other] += moved
     return True
 
 
-def deal_units(grids: NDArray[np.int32], ranks: int) -> Pieces:
+@dataclass(frozen=True, slots=True)
+class DealtUnits:
+    """n units, each a picture or a run of a video's frames, in token order, and who encodes them."""
+
+    units: NDArray[np.int32]
+    """[n, 3] patches in time, height and width."""
+    media: NDArray[np.int32]
+    """[n] number of the picture or video that the unit belongs to."""
+    first: NDArray[np.int32]
+    """[n] temporal patch of it at which the unit begins."""
+    owners: NDArray[np.int32]
+    """[n] encoder rank."""
+
+
+def deal_units(grids: NDArray[np.int32], ranks: int) -> DealtUnits:
     """Cut videos into runs of frames and deal images and runs to the ranks that encode them, by patch count.
 
     Frames of a video never attend to each other, so a run is encoded as a video of its own. Largest first to the rank with
@@ -102,24 +129,26 @@ def deal_units(grids: NDArray[np.int32], ranks: int) -> Pieces:
     Args:
         grids: int32 [g, 3], patches in time, height and width of each picture and video, in token order.
         ranks: how many share the encoding.
-
-    Returns:
-        units int32 [n, 3] in token order; and, each int32 [n], the number of the picture or video that a unit belongs to,
-        the temporal patch at which it begins, and its rank.
     """
     grids = np.asarray(grids, np.int32).reshape(-1, 3)
     sizes = grids.prod(1, dtype=np.int64)
     fair = max(1.0, sizes.sum() / ranks)
-    runs = np.minimum(np.minimum(ranks, grids[:, 0]), np.ceil(2 * sizes / fair)).astype(np.int64)
+    # runs of at most half a fair share, so that the last ones can still level the loads
+    wanted = np.ceil(2 * sizes / fair)
+    runs = np.minimum(np.minimum(ranks, grids[:, 0]), wanted).astype(np.int64)
+
     media = np.repeat(np.arange(len(grids), dtype=np.int32), runs)
     within = np.arange(len(media)) - (np.cumsum(runs) - runs)[media]
-    first = within * grids[media, 0] // runs[media]
-    frames = (within + 1) * grids[media, 0] // runs[media] - first
-    units = np.stack([frames, grids[media, 1], grids[media, 2]], axis=1).astype(np.int32)
-    return units, media, first.astype(np.int32), _owners(units.prod(1, dtype=np.int64), ranks)
+    time, height, width = grids[media].T
+    first = within * time // runs[media]
+    frames = (within + 1) * time // runs[media] - first
+    units = np.stack([frames, height, width], axis=1).astype(np.int32)
+    owners = _owners(units.prod(1, dtype=np.int64), ranks)
+    return DealtUnits(units, media, first.astype(np.int32), owners)
 
 
 def _owners(sizes: NDArray[np.int64], ranks: int) -> NDArray[np.int32]:
+    """Deal units of these patch counts (int64 [n]) to ranks: int32 [n], the rank of each."""
     owners = np.zeros(len(sizes), np.int32)
     loads = [0] * ranks
     for unit in np.argsort(-sizes, kind="stable").tolist():

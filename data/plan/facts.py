@@ -67,7 +67,7 @@ def facts_of(plan: Plan, steps: int, ranks: int, micro_batch: int) -> PlanFacts:
     found = PlanFacts(
         settings.sequence_length,
         settings.patch_budget,
-        [source.name for source in plan.sources],
+        [entry.name for entry in plan.entries],
         ranks,
     )
     started = time.perf_counter()
@@ -98,7 +98,7 @@ def _blocks(plan: Plan, packs: int) -> Iterator[tuple[PlanBlock, int]]:
 
 def _add(found: PlanFacts, block: PlanBlock, packs: int) -> None:
     here = slice(0, block.borders[packs])
-    entries, count = block.sources[here], len(found.names)
+    entries, count = block.entries[here], len(found.names)
     visual = block.patches[here] // MERGE_SIZE**2
     sums = [
         np.bincount(entries, weights, count).astype(np.int64)

@@ -15,20 +15,19 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from visionloom.common.progress import Progress
 from visionloom.data.config import MediaConfig
 from visionloom.data.encode import chat
 from visionloom.data.encode.encode import EncodedSample, encode_each
 from visionloom.data.encode.tokenizer import Tokenizer
-from visionloom.data.plan.resumable import in_blocks, load_rows
+from visionloom.data.plan.resumable import NO_HELP, CountingHelp, in_blocks, load_rows
 from visionloom.data.shards.dataset import Dataset
 from visionloom.data.shards.sample import Sample, SampleError
 
 TABLE_VERSION: Final = 2
 LENGTHS: Final = np.dtype(
-    [("tokens", "<i4"), ("patches", "<i4"), ("supervised", "<i4"), ("patch_squares", "<i8")],
+    [("tokens", "<i4"), ("patches", "<i4"), ("supervised", "<i4"), ("patch_pairs", "<i8")],
 )
-"""One row a sample; `patch_squares` is the sum over frames of (patches of the frame) squared, the cost of vision attention.
+"""One row a sample; `patch_pairs` is the sum over frames of (patches of the frame) squared, the cost of vision attention.
 
 A sample that cannot be read or rendered has 0 tokens; it is never drawn.
 """
@@ -56,21 +55,18 @@ def load_lengths(
     tokenizer: Tokenizer,
     rules: MediaConfig,
     cache: Path,
-    processes: int = 0,
-    progress: Progress | None = None,
+    helpers: CountingHelp = NO_HELP,
 ) -> Lengths:
-    """The table of a dataset (dtype LENGTHS, a row a sample), from `cache` or counted now and put there.
+    """Return the table of a dataset (dtype LENGTHS, a row a sample), from `cache` or counted now and put there.
 
     Several ranks that count at once share the work through the folder; one that cannot be written is no fault.
-    `processes` count beside this one, 0: none.
     """
     path = cache / f"lengths-{lengths_hash(dataset.fingerprint, tokenizer, rules)}.npy"
     table = load_rows(path, LENGTHS)
     if table is not None and len(table) == len(dataset):
         return table
-    return in_blocks(
-        path, len(dataset), BLOCK, Counting(dataset, tokenizer, rules), processes, progress, LENGTHS
-    )
+    work = Counting(dataset, tokenizer, rules)
+    return in_blocks(path, len(dataset), BLOCK, work, LENGTHS, helpers)
 
 
 @dataclass(frozen=True)
@@ -94,11 +90,11 @@ class Counting:
         return table
 
     def _rows(self, samples: list[Sample]) -> list[tuple[int, int, int, int]]:
-        sources = [self.dataset.name] * len(samples)
+        names = [self.dataset.name] * len(samples)
         try:
             return [
                 row_of(encoded)
-                for encoded in encode_each(samples, self.tokenizer, self.rules, sources)
+                for encoded in encode_each(samples, self.tokenizer, self.rules, names)
             ]
         except SampleError:
             if len(samples) == 1:

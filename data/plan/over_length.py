@@ -25,7 +25,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from visionloom.common.errors import UserError, unknown
-from visionloom.common.progress import Progress
 from visionloom.data.config import OVER_LENGTH, MediaConfig
 from visionloom.data.encode.encode import EncodedSample
 from visionloom.data.encode.geometry import MERGE_SIZE, grid_of
@@ -43,7 +42,7 @@ from visionloom.data.plan.parts import (
     bounded,
     encode_parts,
 )
-from visionloom.data.plan.resumable import Rows, in_blocks, load_rows
+from visionloom.data.plan.resumable import NO_HELP, CountingHelp, Rows, in_blocks, load_rows
 from visionloom.data.shards.dataset import Dataset
 from visionloom.data.shards.sample import Box, Image, Point, Sample, SampleError, Text, Video
 
@@ -75,20 +74,27 @@ class PackLimits:
         return tokens <= self.tokens and patches <= self.patches
 
 
+@dataclass(frozen=True)
+class PartsCache:
+    """Where the parts of a length table are kept, and who makes them."""
+
+    folder: Path
+    identity: str
+    """Hash of the length table."""
+    helpers: CountingHelp = NO_HELP
+
+
 def make_parts(
     dataset: Dataset,
     lengths: Lengths,
     limits: PackLimits,
     tokenizer: Tokenizer,
     rules: MediaConfig,
-    cache: Path,
-    identity: str,
-    processes: int = 0,
-    progress: Progress | None = None,
+    cache: PartsCache,
 ) -> Parts:
-    """The parts of a dataset under its over-length policy; those of over-long samples come from `cache` or are put there.
+    """Return the parts of a dataset under its over-length policy; those of over-long samples are kept in `cache`.
 
-    `identity` is the length table's hash. Raises UserError naming the dataset, the longest sample, its size, the limit and
+    Raises UserError naming the dataset, the longest sample, its size, the limit and
     the options under the policy `error`, for an unknown policy, and if nothing is left.
     """
     if limits.policy not in OVER_LENGTH:
@@ -100,7 +106,7 @@ def make_parts(
     special = np.empty(0, PART)
     if limits.policy not in ("error", "drop") and too_long.any():
         work = Cutting(dataset, np.flatnonzero(too_long), lengths, limits, tokenizer, rules)
-        special = work.load_or_make(cache, identity, processes, progress)
+        special = work.load_or_make(cache)
     parts = Parts(lengths, over, special)
     if not len(parts):
         raise UserError(
@@ -151,11 +157,9 @@ class Cutting:
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "lengths": np.asarray(self.lengths[self.samples])}
 
-    def load_or_make(
-        self, cache: Path, identity: str, processes: int, progress: Progress | None
-    ) -> Rows:
-        """All parts, sample by sample."""
-        path = cache / f"parts-{parts_hash(identity, self.limits)}.npy"
+    def load_or_make(self, cache: PartsCache) -> Rows:
+        """Return all parts (dtype PART), sample by sample."""
+        path = cache.folder / f"parts-{parts_hash(cache.identity, self.limits)}.npy"
         rows = load_rows(path, PART)
         if (
             rows is None
@@ -163,7 +167,7 @@ class Cutting:
             or np.any(np.diff(rows["sample"].astype(np.int64)) < 0)
         ):
             work = replace(self, lengths=np.asarray(self.lengths[self.samples]))
-            rows = in_blocks(path, len(self.samples), BLOCK, work, processes, progress, PART)
+            rows = in_blocks(path, len(self.samples), BLOCK, work, PART, cache.helpers)
         return np.asarray(rows)
 
     def __call__(self, start: int, stop: int) -> Rows:
@@ -206,7 +210,7 @@ class _Sizes:
         (encoded,) = encode_parts([self.sample], [part], self.tokenizer, self.rules, [""])
         tokens, patches, supervised, squares = row_of(encoded)
         return replace(
-            part, tokens=tokens, patches=patches, supervised=supervised, patch_squares=squares
+            part, tokens=tokens, patches=patches, supervised=supervised, patch_pairs=squares
         )
 
     def stretch(self, start: Border, stop: Border, flags: int = 0) -> Part:

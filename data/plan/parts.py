@@ -34,7 +34,7 @@ PART: Final = np.dtype(
         ("patches", "<i4"),
         ("supervised", "<i4"),
         ("sample_supervised", "<i4"),
-        ("patch_squares", "<i8"),
+        ("patch_pairs", "<i8"),
     ]
 )
 """One row a part; the fields of Part."""
@@ -73,7 +73,7 @@ class Part:
     supervised: int = 0
     sample_supervised: int = 0
     """Supervised tokens of the whole sample: n_s of the loss."""
-    patch_squares: int = 0
+    patch_pairs: int = 0
 
     @classmethod
     def of(cls, row: Any) -> "Part":
@@ -112,7 +112,7 @@ class Parts:
         return int(np.count_nonzero(self._count == 0))
 
     def total(self, field: str) -> int:
-        """Sum over all parts of `tokens`, `patches`, `supervised` or `patch_squares`."""
+        """Sum over all parts of `tokens`, `patches`, `supervised` or `patch_pairs`."""
         whole = int(self.lengths[field].sum(dtype=np.int64)) - int(
             self.lengths[field][self.over].sum(dtype=np.int64)
         )
@@ -183,7 +183,7 @@ def _fill_whole(
     found = lengths[samples]
     whole = np.zeros(len(samples), PART)
     whole["sample"], whole["stop"] = samples, WHOLE
-    for field in ("tokens", "patches", "supervised", "patch_squares"):
+    for field in ("tokens", "patches", "supervised", "patch_pairs"):
         whole[field] = found[field]
     whole["sample_supervised"] = found["supervised"]
     rows[where] = whole
@@ -197,11 +197,11 @@ def encode_parts(
     parts: Sequence[Part],
     tokenizer: Tokenizer,
     rules: MediaConfig,
-    sources: Sequence[str],
+    names: Sequence[str],
 ) -> list[EncodedSample]:
     """Encode the parts of samples, each with as many tokens and patches as it says; see `encode_all`."""
     shown = [apply_part(sample, part, rules) for sample, part in zip(samples, parts, strict=True)]
-    encoded = encode_all(shown, tokenizer, rules, sources)
+    encoded = encode_all(shown, tokenizer, rules, names)
     return [
         _finish(found, sample.kind, part, tokenizer)
         for found, sample, part in zip(encoded, samples, parts, strict=True)

@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from visionloom.data.plan.best_fit import pack_samples
+from visionloom.data.plan.best_fit import PackBudget, pack_samples
 from visionloom.data.plan.cursor import STATE_VERSION, Origin, plan_hash
 from visionloom.data.plan.deal import CostModel, PlannedPack
 from visionloom.data.plan.mixture import PERIOD, Mixture, key_of
@@ -60,7 +60,7 @@ class MixtureEntry:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What decides the content of packs and steps, apart from the sources."""
+    """What decides the content of packs and steps, apart from the entries."""
 
     seed: int
     phase: str
@@ -88,27 +88,28 @@ class Plan:
 
     def __init__(
         self,
-        sources: list[MixtureEntry],
+        entries: list[MixtureEntry],
         settings: Settings,
         cost: CostModel | None = None,
         origin: Origin | None = None,
         cache: Path | None = None,
     ) -> None:
         """`cache`: a folder for blocks, shared by the processes of a machine."""
-        self.sources, self.settings, self.origin = sources, settings, origin or Origin()
+        self.entries, self.settings, self.origin = entries, settings, origin or Origin()
         self.cost = cost or CostModel()
-        weights = _draw_weights(sources, settings.weights_in)
-        self.draws_per_block = _draws_per_block(sources, weights, settings)
+        weights = _draw_weights(entries, settings.weights_in)
+        self.draws_per_block = _draws_per_block(entries, weights, settings)
         self._seed = int(key_of(settings.seed, f"phase {settings.phase}"))
-        contents, sizes = (
-            [source.content for source in sources],
-            [source.size for source in sources],
-        )
         self.mixture = Mixture(
-            contents, sizes, weights, self._seed, settings.shuffle_block_samples, self.origin.draws
+            [entry.content for entry in entries],
+            [entry.size for entry in entries],
+            weights,
+            self._seed,
+            settings.shuffle_block_samples,
+            self.origin.draws,
         )
         self.limits = [
-            _limit(sources, content, settings.packing_window_samples)
+            _limit(entries, content, settings.packing_window_samples)
             for content in self.mixture.contents
         ]
         """Of each content, how many samples a pack may at most pass over."""
@@ -120,15 +121,13 @@ class Plan:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Everything the plan depends on, apart from its origin, by the name of its option."""
+        """Return everything the plan depends on, apart from its origin, by the name of its option."""
         datasets = {
-            source.name: [source.content, source.weight, source.over_length]
-            for source in self.sources
+            entry.name: [entry.content, entry.weight, entry.over_length] for entry in self.entries
         }
-        settings = dataclasses.asdict(self.settings)
         return {
             "version": PLAN_VERSION,
-            **settings,
+            **dataclasses.asdict(self.settings),
             "draws_per_block": self.draws_per_block,
             "datasets": datasets,
         }
@@ -163,17 +162,16 @@ class Plan:
             number = self._block_of(first)
             before = self._first_packs[number]
             block = self._block(number)
-        names = {source.content: source.name for source in reversed(self.sources)}
+        # of entries that share a content the first one speaks for it
+        names = {entry.content: entry.name for entry in reversed(self.entries)}
+        counters = self._counters(number, block, first - before)
         return {
             "version": STATE_VERSION,
             "plan_hash": self.hash,
             "step": step,
             "block": number,
             "first_pack": before,
-            "draws": {
-                names[content]: n
-                for content, n in self._counters(number, block, first - before).items()
-            },
+            "draws": {names[content]: count for content, count in counters.items()},
             "origin": {"step": self.origin.step, "draws": dict(self.origin.draws)},
             "plan": self.facts,
         }
@@ -183,7 +181,7 @@ class Plan:
         here = slice(0, block.borders[packs])
         start = number * self.draws_per_block
         counters = self.mixture.counters(start)
-        contents = np.array([source.content for source in self.sources])[block.sources[here]]
+        contents = np.array([entry.content for entry in self.entries])[block.entries[here]]
         for content in set(contents.tolist()):
             last = int(block.draws[here][contents == content].max())
             counters[content] = self.mixture.counters(start + last + 1)[content]
@@ -226,44 +224,50 @@ class Plan:
         return block
 
     def _make_block(self, number: int) -> PlanBlock:
-        rows, sources, draws = self._rows(number)
+        rows, entries, draws = self._rows(number)
         settings = self.settings
-        packs = pack_samples(
-            rows["tokens"].tolist(),
-            rows["patches"].tolist(),
+        budget = PackBudget(
             settings.sequence_length,
             settings.patch_budget,
             settings.packing_window_samples,
             settings.sample_token_multiple,
             settings.max_samples_per_pack,
-            self.mixture.groups[sources].tolist(),
+        )
+        packs = pack_samples(
+            rows["tokens"].tolist(),
+            rows["patches"].tolist(),
+            budget,
+            self.mixture.groups[entries].tolist(),
             self.limits,
         )
         borders = np.cumsum([0, *map(len, packs)])
         order = np.array([sample for pack in packs for sample in pack], np.int64)
         rows = rows[order]
         return PlanBlock(
-            borders.astype(np.int32),
-            sources[order].astype(np.int16),
-            rows["sample"],
-            rows["part_number"],
-            draws[order].astype(np.uint32),
-            rows["tokens"],
-            rows["patches"],
-            pack_work(rows, borders),
+            borders=borders.astype(np.int32),
+            entries=entries[order].astype(np.int16),
+            samples=rows["sample"],
+            part_numbers=rows["part_number"],
+            draws=draws[order].astype(np.uint32),
+            tokens=rows["tokens"],
+            patches=rows["patches"],
+            work=pack_work(rows, borders),
         )
 
     def _rows(self, number: int) -> tuple[Rows, NDArray[np.int32], NDArray[np.int64]]:
-        """The parts of a block's draws in order, the entry of each, and the number of its draw."""
+        """Return the parts of a block's draws in order (dtype PART), the entry of each, and the number of its draw."""
         drawn = self.mixture.draws(number * self.draws_per_block, self.draws_per_block)
-        rows, draws, entries = [], [], []
-        for entry, source in enumerate(self.sources):
-            mine = np.flatnonzero(drawn.datasets == entry)
-            found, numbers = source.parts.of(drawn.samples[mine])
-            rows.append(found)
-            draws.append(mine[numbers])
-            entries.append(np.full(len(found), entry, np.int32))
+        rows: list[Rows] = []
+        draws: list[NDArray[np.int64]] = []
+        entries: list[NDArray[np.int32]] = []
+        for place, entry in enumerate(self.entries):
+            mine = np.flatnonzero(drawn.datasets == place)
+            parts, draw_numbers = entry.parts.of(drawn.samples[mine])
+            rows.append(parts)
+            draws.append(mine[draw_numbers])
+            entries.append(np.full(len(parts), place, np.int32))
         numbers = np.concatenate(draws)
+        # stable: the parts of a draw keep their order
         order = np.argsort(numbers, kind="stable")
         return np.concatenate(rows)[order], np.concatenate(entries)[order], numbers[order]
 
@@ -272,29 +276,27 @@ def pack_work(rows: Rows, borders: NDArray[np.int64]) -> NDArray[np.int64]:
     """PlanBlock.work [p, 4] of the packs between borders [p + 1] of rows of dtype PART."""
     tokens = rows["tokens"].astype(np.int64)
     each = np.stack(
-        [tokens, tokens**2, rows["patches"].astype(np.int64), rows["patch_squares"]], axis=1
+        [tokens, tokens**2, rows["patches"].astype(np.int64), rows["patch_pairs"]], axis=1
     )
     return np.add.reduceat(each, borders[:-1], axis=0) if len(each) else np.zeros((0, 4), np.int64)
 
 
-def _limit(sources: list[MixtureEntry], content: str, window: int) -> int:
+def _limit(entries: list[MixtureEntry], content: str, window: int) -> int:
     """Samples of a content that a pack may pass over: at most the window and a 40th of its usable ones."""
-    usable = min(
-        source.size - source.parts.dropped for source in sources if source.content == content
-    )
+    usable = min(entry.size - entry.parts.dropped for entry in entries if entry.content == content)
     return min(window, usable // _EPOCH_PER_PASSED)
 
 
-def _draw_weights(sources: list[MixtureEntry], weights_in: str) -> list[float]:
+def _draw_weights(entries: list[MixtureEntry], weights_in: str) -> list[float]:
     """How often each entry is drawn: draws without a part do not count, and tokens are turned into draws by their mean."""
     if weights_in == "tokens":
-        return [source.weight / source.per_draw("tokens") for source in sources]
-    return [source.weight / source.usable for source in sources]
+        return [entry.weight / entry.per_draw("tokens") for entry in entries]
+    return [entry.weight / entry.usable for entry in entries]
 
 
-def _draws_per_block(sources: list[MixtureEntry], weights: list[float], settings: Settings) -> int:
+def _draws_per_block(entries: list[MixtureEntry], weights: list[float], settings: Settings) -> int:
     """A power of two up to the mixture's period that makes about _PACKS_PER_BLOCK packs."""
-    means = [[source.per_draw(name) for source in sources] for name in ("tokens", "patches")]
+    means = [[entry.per_draw(name) for entry in entries] for name in ("tokens", "patches")]
     tokens, patches = (float(np.dot(weights, mean) / np.sum(weights)) for mean in means)
     packs_per_draw = max(tokens / settings.sequence_length, patches / settings.patch_budget)
     draws = int(_PACKS_PER_BLOCK / packs_per_draw)

@@ -25,7 +25,7 @@ class PlanBlock:
 
     borders: NDArray[np.int32]
     """[p + 1] where each pack's samples begin."""
-    sources: NDArray[np.int16]
+    entries: NDArray[np.int16]
     """[n] number of the dataset."""
     samples: NDArray[np.uint32]
     """[n] index in the dataset."""
@@ -48,7 +48,7 @@ class PlanBlock:
         here = slice(self.borders[pack], self.borders[pack + 1])
         return tuple(
             zip(
-                self.sources[here].tolist(),
+                self.entries[here].tolist(),
                 self.samples[here].tolist(),
                 self.part_numbers[here].tolist(),
                 strict=True,

@@ -9,8 +9,9 @@ import random
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,11 +19,36 @@ from numpy.typing import NDArray
 from visionloom.common.atomic import replacing
 from visionloom.common.places import locate
 from visionloom.common.processes import as_finished
-from visionloom.common.progress import Progress
+from visionloom.common.progress import Progress, ProgressOf
 
 Rows = NDArray[Any]
 BlockWork = Callable[[int, int], Rows]
-"""The rows of the items start .. stop; picklable."""
+"""Return the rows of the items start .. stop; picklable."""
+
+
+@dataclass(frozen=True)
+class CountingHelp:
+    """Who works on a long count in addition to this process, and what hears of its progress."""
+
+    processes: int = 0
+    """Started for the count; 0: this one counts alone."""
+    report: ProgressOf | None = None
+    """Returns the progress callback for a named piece of counting."""
+    name: str = ""
+    """Of this piece of counting."""
+
+    def named(self, name: str) -> "CountingHelp":
+        """Return the same help for a piece of counting."""
+        return replace(self, name=name)
+
+    @property
+    def progress(self) -> Progress | None:
+        """Return the progress callback."""
+        return self.report(self.name) if self.report else None
+
+
+NO_HELP: Final = CountingHelp()
+"""No other process, and no report."""
 
 
 def in_blocks(
@@ -30,25 +56,23 @@ def in_blocks(
     items: int,
     block: int,
     work: BlockWork,
-    processes: int = 0,
-    progress: Progress | None = None,
     dtype: np.dtype[Any] | None = None,
+    helpers: CountingHelp = NO_HELP,
 ) -> Rows:
-    """The rows of all items, read from `path` or worked out block by block and put there.
+    """Return the rows of all items, read from `path` or worked out block by block and put there.
 
     Args:
         path: an .npy file; its blocks lie in a folder of the same name with .parts until all are there.
         items: how many there are.
         block: items worked out at a time.
         work: gives the rows of a block; what it raises ends the count, finished blocks are kept.
-        processes: how many work beside this one; 0: this one alone.
-        progress: told after each block.
         dtype: of the rows; None: any.
+        helpers: that work in addition to this process, and hear of each block.
     """
     blocks = _Blocks(path, items, block, work, dtype)
-    if processes and len(blocks.missing) > 1:
-        return blocks.by_processes(processes, progress)
-    return blocks.alone(progress)
+    if helpers.processes and len(blocks.missing) > 1:
+        return blocks.by_processes(helpers.processes, helpers.progress)
+    return blocks.alone(helpers.progress)
 
 
 def load_rows(path: Path, dtype: np.dtype[Any] | None = None) -> Rows | None:

@@ -13,7 +13,8 @@ from torch.utils.data import get_worker_info
 
 from visionloom.data.encode.encode import EncodedSample
 from visionloom.data.encode.patches import Unit, row_width, widen
-from visionloom.data.plan.deal import deal_units
+from visionloom.data.plan.deal import DealtUnits, deal_units
+from visionloom.parallel.share import ALONE, Share
 
 EXPONENTS: Final = {"token": 0.0, "sqrt": 0.5, "sample": 1.0}
 """alpha of the loss sum_s n_s^-alpha sum_t l / sum_s n_s^(1 - alpha), n_s the supervised tokens of sample s.
@@ -21,8 +22,10 @@ EXPONENTS: Final = {"token": 0.0, "sqrt": 0.5, "sample": 1.0}
 `sqrt` is named by the Qwen3-VL report (arXiv 2511.21631), the formula is InternVL2.5's square averaging.
 """
 IGNORED: Final = -100
+"""The label of a token that is not predicted: what the cross entropy of torch leaves out."""
 Decode = Callable[[int, Sequence[Unit], NDArray[np.uint8]], bool]
-"""Fills the rows of some pictures of a sample, given by its number in the batch; False: they cannot be read."""
+"""Fill the patch rows (uint8 [rows, width]) of some units of a sample, given by its number in the batch; return False
+if they cannot be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +57,10 @@ class PackedBatch:
     """int64 [M]: tokens that receive the merged features, in feature order."""
     padding_mask: Tensor
     """bool [T]: True in padding."""
-    segment_sources: Tensor
-    """int32 [S]: index into source_names; -1 for padding."""
-    source_names: tuple[str, ...]
+    segment_datasets: Tensor
+    """int32 [S]: index into dataset_names; -1 for padding."""
+    dataset_names: tuple[str, ...]
+    """Of all datasets of the stream."""
     sample_ids: tuple[str, ...]
     """One for each segment that is not padding."""
     supervised_tokens: int
@@ -68,11 +72,11 @@ class PackedBatch:
 
     @property
     def patch_count(self) -> int:
-        """Patches of all units, of every encoder rank."""
+        """Count the patches of all units, of every encoder rank."""
         return int(self.grid_thw.prod(1).sum())
 
     def without(self, segments: Tensor) -> "PackedBatch":
-        """A copy in which these segments, bool [S], have no loss.
+        """Return a copy in which these segments, bool [S], have no loss.
 
         Encoder ranks that share a batch see only their own pictures: each must leave out what any of them found unreadable.
         """
@@ -87,7 +91,7 @@ class PackedBatch:
         )
 
     def to(self, device: torch.device | str) -> "PackedBatch":
-        """A copy on a device, without waiting for it."""
+        """Return a copy on a device, without waiting for it."""
         values: dict[str, Any] = {item.name: getattr(self, item.name) for item in fields(self)}
         moved = {
             name: value.to(device, non_blocking=True)
@@ -97,40 +101,45 @@ class PackedBatch:
         return PackedBatch(**{**values, **moved})
 
 
+@dataclass(frozen=True, slots=True)
+class PackLayout:
+    """How samples are laid into packs: the same for all batches of a stream."""
+
+    sequence_length: int
+    """Tokens of a pack."""
+    loss: str
+    """A name of EXPONENTS."""
+    dataset_names: tuple[str, ...]
+    """Of all datasets that samples may come from."""
+    pad_id: int
+    sample_token_multiple: int = 1
+    """Each sample is filled up with padding to a multiple of this many tokens, for context parallelism."""
+
+
 def pack(
     packs: Sequence[Sequence[EncodedSample]],
-    sequence_length: int,
-    loss: str,
-    source_names: Sequence[str],
-    pad_id: int,
+    layout: PackLayout,
     decode: Decode | None = None,
-    encoder_rank: int = 0,
-    encoder_ranks: int = 1,
-    segment_multiple: int = 1,
+    share: Share = ALONE,
 ) -> PackedBatch:
-    """Lay samples, with their patches, end to end: each inner list in one pack of `sequence_length` tokens.
+    """Lay samples, with their patches, end to end: each inner list in one pack.
 
-    An empty list makes a pack of nothing but padding. Samples must fit; their `source` must be among `source_names`. The
-    pictures are dealt to `encoder_ranks` ranks and those of `encoder_rank` are filled in by `decode`, or taken from the
-    samples' own patches; a sample whose pictures cannot be read keeps its place without a loss. Each segment is filled up
-    with padding to a multiple of `segment_multiple` tokens, for context parallelism: it comes after the sample's tokens, so
-    causal attention keeps it from them.
+    An empty list makes a pack of padding only. The padding that fills a sample up to the layout's multiple comes after
+    its tokens, so causal attention keeps it from them.
+
+    Args:
+        packs: samples that fit their pack; the `dataset` of each is among the layout's names.
+        layout: of the packs.
+        decode: fills in the pictures; None: the samples bring their patches.
+        share: which of the pictures, dealt to its encoder ranks, are filled in. A sample whose pictures cannot be read
+            keeps its place without a loss.
     """
-    everything = [sample for samples in packs for sample in samples]
-    share = _decode_share(everything, decode or _copied(everything), encoder_rank, encoder_ranks)
-    text = _TextBuffers(sequence_length * len(packs), pad_id, segment_multiple)
-    names, numbers = list(source_names), iter(range(len(everything)))
-    for number, samples in enumerate(packs):
-        text.cursor = number * sequence_length
-        for sample in samples:
-            text.append(
-                sample,
-                EXPONENTS[loss],
-                names.index(sample.source),
-                bool(share.unreadable[next(numbers)]),
-            )
-        text.close((number + 1) * sequence_length)
+    samples = [sample for one in packs for sample in one]
+    visual = _decode_share(samples, decode or _copied(samples), share)
+    text = _laid_out(packs, layout, visual.unreadable)
     borders = np.array(text.borders, np.int32)
+    visual_rows = np.concatenate([np.empty(0, np.int64), *text.visual_rows])
+
     return PackedBatch(
         input_ids=torch.from_numpy(text.input_ids),
         labels=torch.from_numpy(text.labels),
@@ -138,14 +147,14 @@ def pack(
         position_ids=torch.from_numpy(text.position_ids),
         cu_seqlens=torch.from_numpy(borders),
         max_seqlen=int(np.diff(borders).max()),
-        patches=share.patches,
-        grid_thw=torch.from_numpy(share.units),
-        encoder_ranks=torch.from_numpy(share.owners),
-        visual_rows=torch.from_numpy(np.concatenate([np.empty(0, np.int64), *text.visual_rows])),
+        patches=visual.patches,
+        grid_thw=torch.from_numpy(visual.dealt.units),
+        encoder_ranks=torch.from_numpy(visual.dealt.owners),
+        visual_rows=torch.from_numpy(visual_rows),
         padding_mask=torch.from_numpy(text.padding_mask),
-        segment_sources=torch.tensor(text.sources, dtype=torch.int32),
-        source_names=tuple(source_names),
-        sample_ids=tuple(sample.sample_id for sample in everything),
+        segment_datasets=torch.tensor(text.datasets, dtype=torch.int32),
+        dataset_names=layout.dataset_names,
+        sample_ids=tuple(sample.sample_id for sample in samples),
         supervised_tokens=int(np.count_nonzero(text.labels != IGNORED)),
         real_tokens=int(np.count_nonzero(~text.padding_mask)),
         unreadable=torch.tensor(text.unreadable, dtype=torch.bool),
@@ -155,133 +164,168 @@ def pack(
 def pack_prompts(
     prompts: Sequence[EncodedSample],
     pad_id: int,
-    multiple: int = 1,
-    segment_multiple: int = 1,
-    encoder_rank: int = 0,
-    encoder_ranks: int = 1,
+    pack_multiple: int = 1,
+    sample_multiple: int = 1,
+    share: Share = ALONE,
 ) -> tuple[PackedBatch, NDArray[np.int64]]:
-    """Prompts (of `prompt_of` and `extend`) in one pack for generation, and int64 [prompts]: the first row of each.
+    """Lay prompts (of `prompt_of` and `extend`) into one pack for generation.
 
-    The pack is as long as they are together, rounded up to a multiple; for the other arguments see `pack`.
+    The pack is as long as they are together, rounded up to `pack_multiple`; each takes up a multiple of `sample_multiple`.
+
+    Returns:
+        the pack, and int64 [prompts]: the first row of each.
     """
     lengths = np.array([len(prompt.input_ids) for prompt in prompts], np.int64)
-    rounded = -(-lengths // segment_multiple) * segment_multiple
-    total = -(-int(rounded.sum()) // multiple) * multiple
-    sources = sorted({prompt.source for prompt in prompts})
-    batch = pack(
-        [prompts],
-        total,
-        "token",
-        sources,
-        pad_id,
-        None,
-        encoder_rank,
-        encoder_ranks,
-        segment_multiple,
-    )
-    return batch, np.cumsum(rounded) - rounded
+    rounded = -(-lengths // sample_multiple) * sample_multiple
+    total = -(-int(rounded.sum()) // pack_multiple) * pack_multiple
+    names = tuple(sorted({prompt.dataset for prompt in prompts}))
+    layout = PackLayout(total, "token", names, pad_id, sample_multiple)
+    return pack([prompts], layout, share=share), np.cumsum(rounded) - rounded
+
+
+# ---- tokens
 
 
 class _TextBuffers:
     """The token-wise tensors of a batch while it is filled."""
 
-    def __init__(self, length: int, pad_id: int, multiple: int) -> None:
-        self.multiple = multiple
-        self.input_ids = np.full(length, pad_id, np.int64)
+    def __init__(self, packs: int, layout: PackLayout) -> None:
+        length = packs * layout.sequence_length
+        self.multiple, self.alpha = layout.sample_token_multiple, EXPONENTS[layout.loss]
+        self.input_ids = np.full(length, layout.pad_id, np.int64)
         self.labels = np.full(length, IGNORED, np.int64)
         self.loss_weights = np.zeros(length, np.float32)
         self.position_ids = np.zeros((3, length), np.int32)
         self.padding_mask = np.ones(length, bool)
-        self.visual_rows: list[np.ndarray[tuple[int], np.dtype[np.int64]]] = []
-        self.borders, self.sources, self.unreadable = [0], list[int](), list[bool]()
+        self.visual_rows: list[NDArray[np.int64]] = []
+        self.borders = [0]
+        self.datasets: list[int] = []
+        self.unreadable: list[bool] = []
         self.cursor = 0
 
-    def append(self, sample: EncodedSample, alpha: float, source: int, unreadable: bool) -> None:
+    def append(self, sample: EncodedSample, dataset: int, unreadable: bool) -> None:
+        """Write a sample at the cursor."""
         here = slice(self.cursor, self.cursor + len(sample.input_ids))
+        # the last token predicts nothing: what follows it is another sample
         predicting = slice(here.start, here.stop - 1)
-        weights = (
-            np.zeros_like(sample.target_weights[1:]) if unreadable else sample.target_weights[1:]
-        )
+        weights = sample.target_weights[1:]
+        if unreadable:
+            weights = np.zeros_like(weights)
+
         self.input_ids[here] = sample.input_ids
         self.labels[predicting] = np.where(weights > 0, sample.input_ids[1:], IGNORED)
-        whole = sample.supervised_tokens if sample.loss_tokens is None else sample.loss_tokens
-        self.loss_weights[predicting] = weights * max(1, whole) ** -alpha
+        # a part of a sample weighs as the whole sample does
+        supervised = sample.supervised_tokens if sample.loss_tokens is None else sample.loss_tokens
+        self.loss_weights[predicting] = weights * max(1, supervised) ** -self.alpha
         self.position_ids[:, here] = sample.position_ids
         self.padding_mask[here] = False
         self.visual_rows.append(sample.visual_positions + here.start)
-        self._end_segment(here.stop + -len(sample.input_ids) % self.multiple, source, unreadable)
+        filling = -len(sample.input_ids) % self.multiple
+        self._end_segment(here.stop + filling, dataset, unreadable)
 
     def close(self, end: int) -> None:
-        """What is left of a pack becomes a segment of padding."""
+        """Make what is left of a pack a segment of padding."""
         assert self.cursor <= end, "planned from lengths, so a pack cannot overflow"
         if self.cursor < end:
             self._end_segment(end, -1)
 
-    def _end_segment(self, end: int, source: int, unreadable: bool = False) -> None:
+    def _end_segment(self, end: int, dataset: int, unreadable: bool = False) -> None:
         self.borders.append(end)
-        self.sources.append(source)
+        self.datasets.append(dataset)
         self.unreadable.append(unreadable)
         self.cursor = end
 
 
+def _laid_out(
+    packs: Sequence[Sequence[EncodedSample]], layout: PackLayout, unreadable: NDArray[np.bool_]
+) -> _TextBuffers:
+    """Write all samples of the packs; `unreadable`: bool [samples]."""
+    text = _TextBuffers(len(packs), layout)
+    numbers = iter(range(len(unreadable)))
+    for place, samples in enumerate(packs, start=1):
+        for sample in samples:
+            dataset = layout.dataset_names.index(sample.dataset)
+            text.append(sample, dataset, bool(unreadable[next(numbers)]))
+        text.close(place * layout.sequence_length)
+    return text
+
+
+# ---- pictures
+
+
 @dataclass(frozen=True, slots=True)
-class _Share:
+class _DecodedUnits:
     """The units of a batch, and the patches of those that one encoder rank decodes."""
 
-    units: NDArray[np.int32]
-    owners: NDArray[np.int32]
+    dealt: DealtUnits
     patches: Tensor
+    """uint8 [N, 768 or 1536]."""
     unreadable: NDArray[np.bool_]
     """[samples]"""
 
 
-def _decode_share(samples: list[EncodedSample], decode: Decode, rank: int, ranks: int) -> _Share:
-    """Deal the pictures, and let this rank's be written straight into the one buffer that the batch holds."""
+def _decode_share(samples: list[EncodedSample], decode: Decode, share: Share) -> _DecodedUnits:
+    """Deal the pictures, and have this rank's written straight into the one buffer that the batch holds."""
+    dealt = deal_units(all_grids(samples), share.encoder_ranks)
+    mine = np.flatnonzero(dealt.owners == share.encoder_rank)
+    sizes = dealt.units.prod(1, dtype=np.int64)
+    media = [medium for sample in samples for medium in sample.media]
+    width = row_width([media[dealt.media[unit]] for unit in mine])
+    patches = _buffer(int(sizes[mine].sum()), width)
+
     counts = np.array([len(sample.grids) for sample in samples], np.int64)
-    grids = np.concatenate([np.empty((0, 3), np.int32), *(sample.grids for sample in samples)])
-    units, media, first, owners = deal_units(grids, ranks)
-    sample_of, before = np.repeat(np.arange(len(samples)), counts), np.cumsum(counts) - counts
-    mine = np.flatnonzero(owners == rank)
-    everything = [one for sample in samples for one in sample.media]
-    sizes = units.prod(1, dtype=np.int64)
-    patches = _buffer(int(sizes[mine].sum()), row_width([everything[media[unit]] for unit in mine]))
+    first_medium = np.cumsum(counts) - counts
+    sample_of_unit = np.repeat(np.arange(len(samples)), counts)[dealt.media]
     unreadable, start, rows = np.zeros(len(samples), bool), 0, patches.numpy()
-    for number, group in groupby(mine.tolist(), key=lambda unit: int(sample_of[media[unit]])):
-        found = list(group)
-        wanted = [
-            (int(media[unit] - before[number]), int(first[unit]), int(units[unit, 0]))
-            for unit in found
-        ]
-        here = rows[start : start + int(sizes[found].sum())]
+    for number, group in groupby(mine.tolist(), key=sample_of_unit.item):
+        units = list(group)
+        here = rows[start : start + int(sizes[units].sum())]
         start += len(here)
-        if not decode(number, wanted, here):
+        if not decode(number, _units_of(dealt, units, int(first_medium[number])), here):
+            # the buffer is uninitialised memory
             here[:] = 0
             unreadable[number] = True
-    return _Share(units, owners, patches, unreadable)
+    return _DecodedUnits(dealt, patches, unreadable)
+
+
+def all_grids(samples: Sequence[EncodedSample]) -> NDArray[np.int32]:
+    """Return the patches in time, height and width of all pictures and videos, int32 [g, 3]."""
+    return np.concatenate([np.empty((0, 3), np.int32), *(sample.grids for sample in samples)])
+
+
+def _units_of(dealt: DealtUnits, units: list[int], first_medium: int) -> list[Unit]:
+    """Number the media of a sample's units from its first one."""
+    media = (dealt.media[units] - first_medium).tolist()
+    return list(
+        zip(media, dealt.first[units].tolist(), dealt.units[units, 0].tolist(), strict=True)
+    )
 
 
 def _buffer(rows: int, width: int) -> Tensor:
-    """An uninitialised uint8 tensor [rows, width]; in a loader's worker in the memory that it shares with its parent."""
+    """Return an uninitialised uint8 tensor [rows, width].
+
+    In a worker of a loader it is in the memory that it shares with its parent, which saves a copy of the largest tensor.
+    """
     patches = torch.from_numpy(np.empty((rows, width), np.uint8))
     return patches.share_memory_() if rows and get_worker_info() is not None else patches
 
 
 def _copied(samples: list[EncodedSample]) -> Decode:
-    """Takes the patches from samples that have them already."""
+    """Return what takes the patches from samples that have them already."""
 
     def copy(number: int, units: Sequence[Unit], out: NDArray[np.uint8]) -> bool:
         sample = samples[number]
         assert sample.patches is not None, "without decode, samples bring their patches"
         frames = sample.grids[:, 1].astype(np.int64) * sample.grids[:, 2]
-        starts = np.cumsum(sample.grids[:, 0] * frames) - sample.grids[:, 0] * frames
-        runs = [
-            (starts[media] + first * frames[media], count * frames[media])
-            for media, first, count in units
-        ]
-        np.concatenate(
-            [widen(sample.patches[start : start + size], out.shape[1]) for start, size in runs],
-            out=out,
-        )
+        sizes = sample.grids[:, 0] * frames
+        starts = np.cumsum(sizes) - sizes
+
+        rows = []
+        for medium, first, count in units:
+            start = starts[medium] + first * frames[medium]
+            stop = start + count * frames[medium]
+            rows.append(widen(sample.patches[start:stop], out.shape[1]))
+        np.concatenate(rows, out=out)
         return True
 
     return copy

@@ -84,11 +84,11 @@ def _name(record: dict[str, Any]) -> tuple[str, str, str]:
     return str(record["dataset"]), str(record.get("shard")), str(record.get("key"))
 
 
-def stand_in(sample_id: str, source: str, tokens: int, pad_id: int) -> EncodedSample:
+def stand_in(sample_id: str, dataset: str, tokens: int, pad_id: int) -> EncodedSample:
     """What takes the place of a sample whose JSON cannot be read: as many pad tokens, without loss."""
     return EncodedSample(
         sample_id=sample_id,
-        source=source,
+        dataset=dataset,
         task=None,
         input_ids=np.full(tokens, pad_id, np.int32),
         target_weights=np.zeros(tokens, np.float32),

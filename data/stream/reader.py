@@ -16,14 +16,21 @@ from visionloom.data.encode.encode import EncodedSample, encode
 from visionloom.data.encode.geometry import chosen_frames
 from visionloom.data.encode.patches import Unit, decode_into, decode_patches
 from visionloom.data.encode.tokenizer import Tokenizer
-from visionloom.data.plan.corpus import Corpus
+from visionloom.data.plan.dataset_with_lengths import DatasetWithLengths
 from visionloom.data.plan.deal import deal_units
 from visionloom.data.plan.parts import Part, Parts, encode_parts
 from visionloom.data.shards.dataset import REQUESTS
 from visionloom.data.shards.sample import Image, Sample, SampleError, Video
-from visionloom.data.stream.batch import Decode, PackedBatch, pack
+from visionloom.data.stream.batch import (
+    Decode,
+    PackedBatch,
+    PackLayout,
+    all_grids,
+    pack,
+)
 from visionloom.data.stream.quarantine import Quarantine, stand_in
 from visionloom.data.stream.read_ahead import AheadReader, ByteBudget, Wanted
+from visionloom.parallel.share import ALONE, Share
 
 CACHED_TOKENS: Final = 1 << 20
 """Tokens of encoded samples that a process keeps (20 bytes each): a small dataset is tokenised once."""
@@ -33,89 +40,97 @@ Place = tuple[int, int, int]
 
 
 class Reader:
-    """Reads samples of several datasets; an unreadable one is quarantined and keeps its place without a loss."""
+    """Reads samples of several datasets; an unreadable one is quarantined and keeps its place without a loss.
+
+    Args:
+        datasets: that places name by number.
+        parts: of each dataset, what is trained on of its samples.
+        data: the input of the run.
+        tokenizer: of the run.
+        quarantine: of unreadable samples.
+    """
 
     def __init__(
         self,
-        corpora: Sequence[Corpus],
+        datasets: Sequence[DatasetWithLengths],
         parts: Sequence[Parts],
         data: DataConfig,
         tokenizer: Tokenizer,
         quarantine: Quarantine,
     ) -> None:
-        """`parts`: what is trained on of the samples of each corpus."""
-        self.corpora, self.parts = corpora, parts
+        self.datasets, self.parts = datasets, parts
         self.rules, self.tokenizer, self.quarantine = data.media, tokenizer, quarantine
         self.budget = ByteBudget(data.store.bytes_in_flight)
-        self._threads = ThreadPoolExecutor(
-            REQUESTS, "visionloom-media"
-        )  # starts none before a remote dataset is read
+        # starts no thread before a remote dataset is read
+        self._threads = ThreadPoolExecutor(REQUESTS, "visionloom-media")
         self._encoded: dict[Place, EncodedSample] = {}
         self._cached_tokens = 0
         self._lock = threading.Lock()
         self.note: Callable[[str], None] = lambda place: None
-        """Told of each sample before it is read, and before its media are decoded."""
+        """Called with each sample before it is read, and before its media are decoded."""
 
     def read(self, places: Sequence[Place], step: int | None = None) -> list[EncodedSample]:
-        """The samples at these places, without their patches; `step` is for the quarantine."""
+        """Read the samples at these places, without their patches; `step` is for the quarantine."""
         self.quarantine.passed(len(places))
         with self._lock:
             encoded = self._encode(places, step)
         return [encoded[place] for place in places]
 
     def _encode(self, places: Sequence[Place], step: int | None) -> dict[Place, EncodedSample]:
+        """Encode the samples that are not kept from an earlier batch."""
         encoded = {place: self._encoded[place] for place in places if place in self._encoded}
-        samples: dict[Place, Sample] = {}
-        parts: list[Part] = []
         missing = list(dict.fromkeys(place for place in places if place not in encoded))
+        samples: dict[Place, Sample] = {}
         for place, answer in zip(missing, self._samples(missing), strict=True):
-            number, index, part_number = place
-            part = self.parts[number].part(index, part_number)
             if isinstance(answer, Sample):
                 samples[place] = answer
-                parts.append(part)
             else:
                 self._report(place, answer, step)
-                name = self.corpora[number].name
-                encoded[place] = stand_in(
-                    answer.sample_id, name, part.tokens, self.tokenizer.pad_id
-                )
-        sources = [self.corpora[place[0]].name for place in samples]
-        made = encode_parts(list(samples.values()), parts, self.tokenizer, self.rules, sources)
+                encoded[place] = self._stand_in(place, answer)
+
+        parts = [self._part(place) for place in samples]
+        names = [self.datasets[number].name for number, _, _ in samples]
+        made = encode_parts(list(samples.values()), parts, self.tokenizer, self.rules, names)
         for sample, part in zip(made, parts, strict=True):
             _check_length(sample, part)
-        found = dict(zip(samples, made, strict=True))
-        self._keep(found)
-        return encoded | found
+        fresh = dict(zip(samples, made, strict=True))
+        self._keep(fresh)
+        return encoded | fresh
+
+    def _part(self, place: Place) -> Part:
+        number, index, part_number = place
+        return self.parts[number].part(index, part_number)
+
+    def _stand_in(self, place: Place, error: SampleError) -> EncodedSample:
+        """Return padding of the length that the plan counts on."""
+        name, tokens = self.datasets[place[0]].name, self._part(place).tokens
+        return stand_in(error.sample_id, name, tokens, self.tokenizer.pad_id)
 
     def _samples(self, places: Sequence[Place]) -> list[Sample | SampleError]:
-        """Read the samples at these places."""
-        found: dict[Place, Sample | SampleError] = {}
+        """Read the samples at these places, those of one dataset together."""
         for place in places[:1]:
             self.note(f"{self._named(place)} and {len(places) - 1} more")
+        answers: dict[Place, Sample | SampleError] = {}
         for number in {place[0] for place in places}:
             mine = [place for place in places if place[0] == number]
-            found.update(
-                zip(
-                    mine,
-                    self.corpora[number].dataset.samples([index for _, index, _ in mine]),
-                    strict=True,
-                )
-            )
-        return [found[place] for place in places]
+            shards = self.datasets[number].shards
+            read = shards.samples([index for _, index, _ in mine])
+            answers.update(zip(mine, read, strict=True))
+        return [answers[place] for place in places]
 
     def report_unreadable(self) -> None:
         """Write down the samples that could not be counted and so are never drawn, with their reasons."""
-        for number, corpus in enumerate(self.corpora):
-            for index in corpus.unreadable.tolist():
+        for number, dataset in enumerate(self.datasets):
+            for index in dataset.unreadable.tolist():
                 try:
-                    encode(corpus.dataset.sample(index), self.tokenizer, self.rules)
+                    encode(dataset.shards.sample(index), self.tokenizer, self.rules)
                 except SampleError as error:
                     self._report((number, index, 0), error)
 
-    def _keep(self, found: Mapping[Place, EncodedSample]) -> None:
-        self._encoded.update(found)
-        self._cached_tokens += sum(len(sample.input_ids) for sample in found.values())
+    def _keep(self, fresh: Mapping[Place, EncodedSample]) -> None:
+        """Keep encoded samples; the oldest go."""
+        self._encoded.update(fresh)
+        self._cached_tokens += sum(len(sample.input_ids) for sample in fresh.values())
         while self._cached_tokens > CACHED_TOKENS:
             oldest = self._encoded.pop(next(iter(self._encoded)))
             self._cached_tokens -= len(oldest.input_ids)
@@ -123,39 +138,33 @@ class Reader:
     def batch(
         self,
         packs: Sequence[Sequence[Place]],
-        sequence_length: int,
-        loss: str,
-        encoder_rank: int = 0,
-        encoder_ranks: int = 1,
-        segment_multiple: int = 1,
+        layout: PackLayout,
+        share: Share = ALONE,
         step: int | None = None,
     ) -> PackedBatch:
-        """The samples at these places laid into packs, with the pictures that this encoder rank encodes; see `pack`.
+        """Read the samples at these places and lay them into packs, with the pictures of this share; see `pack`.
 
-        `step` is written beside unreadable samples. Raises StoreError if a remote dataset cannot be reached.
+        Args:
+            packs: the places of each pack.
+            layout: of the packs.
+            share: whose encoder rank decodes its pictures.
+            step: written with unreadable samples.
+
+        Raises:
+            StoreError: if a remote dataset cannot be reached.
         """
         places = [place for one in packs for place in one]
-        if encoder_ranks == 1:  # of pictures that ranks share, each wants only some
+        # of pictures that ranks share, each wants only some: reading the whole stretch ahead would be waste
+        if share.encoder_ranks == 1:
             for number, index, _ in places:
-                self.corpora[number].dataset.will_read(index)
+                self.datasets[number].shards.will_read(index)
         samples = self.read(places, step)
         ready = iter(samples)
         laid_out = [[next(ready) for _ in one] for one in packs]
-        names = [corpus.name for corpus in self.corpora]
-        wanted = self._wanted(places, samples, encoder_rank, encoder_ranks)
+        wanted = self._wanted(places, samples, share)
         with AheadReader(wanted, self.budget, self._threads) as ahead:
-            decode, pad_id = self._decoder(places, samples, ahead, step), self.tokenizer.pad_id
-            return pack(
-                laid_out,
-                sequence_length,
-                loss,
-                names,
-                pad_id,
-                decode,
-                encoder_rank,
-                encoder_ranks,
-                segment_multiple,
-            )
+            decode = self._decoder(places, samples, ahead, step)
+            return pack(laid_out, layout, decode, share)
 
     def _decoder(
         self,
@@ -164,12 +173,12 @@ class Reader:
         ahead: AheadReader,
         step: int | None,
     ) -> Decode:
-        """What writes the patches of these samples, read at these places, into a batch; an unreadable one is reported."""
+        """Return what writes the patches of these samples into a batch, and reports one that is unreadable."""
 
         def decode(number: int, units: Sequence[Unit], out: NDArray[np.uint8]) -> bool:
-            corpus, index, _ = places[number]
+            dataset, index, _ = places[number]
             self.note(self._named(places[number]))
-            read = ahead.media_of(number, self.corpora[corpus].dataset, index)
+            read = ahead.media_of(number, self.datasets[dataset].shards, index)
             try:
                 decode_into(out, samples[number], units, read, self.rules)
             except SampleError as error:
@@ -181,62 +190,61 @@ class Reader:
         return decode
 
     def _wanted(
-        self, places: Sequence[Place], samples: Sequence[EncodedSample], rank: int, ranks: int
+        self, places: Sequence[Place], samples: Sequence[EncodedSample], share: Share
     ) -> Iterator[Wanted]:
-        """The reads of remote media that this rank will decode, in order."""
-        if not any(self.corpora[number].dataset.remote for number, _, _ in places):
+        """Yield the reads of remote media that this share will decode, in order."""
+        if not any(self.datasets[number].shards.remote for number, _, _ in places):
             return
-        owned = _owned_media(samples, rank, ranks)
-        for number, (corpus, index, _) in enumerate(places):
-            dataset = self.corpora[corpus].dataset
-            if dataset.remote and samples[number].media:
-                refs = [
-                    ref
-                    for medium in owned[number]
-                    for ref in _refs(samples[number].media[medium], self.rules)
-                ]
-                yield from (Wanted(number, dataset, run) for run in dataset.runs(index, refs))
+        owned = _owned_media(samples, share)
+        for number, (dataset, index, _) in enumerate(places):
+            shards = self.datasets[dataset].shards
+            if not shards.remote or not samples[number].media:
+                continue
+            refs: list[str] = []
+            for medium in owned[number]:
+                refs += _refs(samples[number].media[medium], self.rules)
+            for run in shards.runs(index, refs):
+                yield Wanted(number, shards, run)
 
     def decoded(self, place: Place, sample: EncodedSample) -> EncodedSample:
-        """The sample with its patches; raises SampleError."""
-        return replace(sample, patches=decode_patches(sample, self._member(place), self.rules))
+        """Return the sample with its patches; raises SampleError."""
+        member = partial(self.datasets[place[0]].shards.member, place[1])
+        return replace(sample, patches=decode_patches(sample, member, self.rules))
 
     def _named(self, place: Place) -> str:
-        """Where a sample lies, for messages."""
-        corpus = self.corpora[place[0]]
-        found = corpus.dataset.location(place[1])
-        return f"dataset {corpus.name}, shard {found.shard}, sample {found.key}"
-
-    def _member(self, place: Place) -> Callable[[str], bytes]:
-        return partial(self.corpora[place[0]].dataset.member, place[1])
+        """Return where a sample lies, for messages."""
+        dataset = self.datasets[place[0]]
+        location = dataset.shards.location(place[1])
+        return f"dataset {dataset.name}, shard {location.shard}, sample {location.key}"
 
     def _report(self, place: Place, error: SampleError, step: int | None = None) -> None:
-        corpus = self.corpora[place[0]]
-        found = corpus.dataset.location(place[1], error.where)
+        dataset = self.datasets[place[0]]
+        location = dataset.shards.location(place[1], error.where)
         where = {
-            "shard": found.shard,
-            "key": found.key,
-            "offset": found.offset,
-            "crc32": f"{found.crc32:08x}",
+            "shard": location.shard,
+            "key": location.key,
+            "offset": location.offset,
+            "crc32": f"{location.crc32:08x}",
         }
-        self.quarantine.report(corpus.name, where, error, step)
+        self.quarantine.report(dataset.name, where, error, step)
 
 
-def _owned_media(samples: Sequence[EncodedSample], rank: int, ranks: int) -> list[list[int]]:
-    """Of each sample, the numbers of its pictures and videos of which this rank encodes a part, as `pack` deals them."""
-    counts = [len(sample.grids) for sample in samples]
-    grids = np.concatenate([np.empty((0, 3), np.int32), *(sample.grids for sample in samples)])
-    _, media, _, owners = deal_units(grids, ranks)
-    mine = set(media[owners == rank].tolist())
-    starts = np.cumsum([0, *counts]).tolist()
-    return [
-        [n for n in range(count) if start + n in mine]
-        for start, count in zip(starts, counts, strict=False)
-    ]
+def _owned_media(samples: Sequence[EncodedSample], share: Share) -> list[list[int]]:
+    """Return, of each sample, the numbers of its pictures and videos that this share encodes a part of.
+
+    They are dealt as `pack` deals them.
+    """
+    dealt = deal_units(all_grids(samples), share.encoder_ranks)
+    mine = set(dealt.media[dealt.owners == share.encoder_rank].tolist())
+    owned, start = [], 0
+    for sample in samples:
+        owned.append([number for number in range(len(sample.grids)) if start + number in mine])
+        start += len(sample.grids)
+    return owned
 
 
 def _refs(media: Image | Video, rules: MediaConfig) -> list[str]:
-    """The members that are read for a picture or a video."""
+    """Return the members that are read for a picture or a video."""
     if media.ref is not None:
         return [media.ref]
     assert isinstance(media, Video)
@@ -244,9 +252,11 @@ def _refs(media: Image | Video, rules: MediaConfig) -> list[str]:
 
 
 def _check_length(sample: EncodedSample, part: Part) -> None:
-    if (len(sample.input_ids), sample.patch_count) != (part.tokens, part.patches):
+    """Refuse a sample that is not as long as it was planned: its pack could overflow."""
+    tokens, patches = len(sample.input_ids), sample.patch_count
+    if (tokens, patches) != (part.tokens, part.patches):
         raise UserError(
-            f"sample {sample.sample_id} of dataset {sample.source} has {len(sample.input_ids)} tokens and"
-            f" {sample.patch_count} patches, its length table says {part.tokens} and {part.patches}: the tables were made by"
+            f"sample {sample.sample_id} of dataset {sample.dataset} has {tokens} tokens and"
+            f" {patches} patches, its length table says {part.tokens} and {part.patches}: the tables were made by"
             f" another version of a library; remove them (cache/ in the dataset's folder, or data.cache)"
         )

@@ -14,6 +14,7 @@ from visionloom.common.errors import MachineError
 from visionloom.common.processes import end_with_parent, fork_server
 from visionloom.data.stream.batch import PackedBatch
 from visionloom.data.stream.train_stream import PackStream
+from visionloom.parallel.share import Share
 
 PREFETCH: Final = 2
 """Steps built ahead by the background thread or by each worker."""
@@ -22,24 +23,15 @@ _UNTIL_REAPED: Final = 0.5
 
 
 def iterate(
-    stream: PackStream,
-    first_step: int,
-    steps: int,
-    dp_rank: int,
-    dp_size: int,
-    micro_batch: int,
-    workers: int,
-    encoder_rank: int = 0,
-    encoder_ranks: int = 1,
+    stream: PackStream, steps: range, share: Share, micro_batch: int, workers: int
 ) -> Generator[list[PackedBatch]]:
-    """The micro-batches of `steps` steps from first_step on, built ahead by one thread or by `workers` processes.
+    """Yield a rank's micro-batches of each of the steps, built ahead by one thread or by `workers` processes.
 
     What is read does not depend on `workers`. Errors of building a step are raised where the step would have come.
     """
-    ahead = _StepsAhead(
-        stream, first_step, steps, (dp_rank, dp_size, micro_batch, encoder_rank, encoder_ranks)
-    )
-    with closing(_from_processes(ahead, workers) if workers else _from_thread(ahead)) as source:
+    ahead = _StepsAhead(stream, steps, share, micro_batch)
+    source = _from_processes(ahead, workers) if workers else _from_thread(ahead)
+    with closing(source):
         for built in source:
             if isinstance(built, Exception):
                 raise built
@@ -49,38 +41,30 @@ def iterate(
 class _StepsAhead:
     """The steps of one rank as a map-style dataset; a failing step is its exception."""
 
-    def __init__(
-        self,
-        stream: PackStream,
-        first_step: int,
-        steps: int,
-        layout: tuple[int, int, int, int, int],
-    ) -> None:
-        self.stream, self.first_step, self.steps, self.layout = stream, first_step, steps, layout
+    def __init__(self, stream: PackStream, steps: range, share: Share, micro_batch: int) -> None:
+        self.stream, self.steps = stream, steps
+        self.share, self.micro_batch = share, micro_batch
         self.boards = _Boards(0)
 
     def __len__(self) -> int:
-        return self.steps
+        return len(self.steps)
 
     def __getitem__(self, index: int) -> list[PackedBatch] | Exception:
-        step = self.first_step + index
+        step = self.steps[index]
         place = f"step {step}"
 
-        def note(found: str) -> None:
+        def note(sample: str) -> None:
             nonlocal place
-            place = f"step {step}, {found}"
+            place = f"step {step}, {sample}"
             self.boards.write(place)
 
         self.stream.watch(note)
         try:
-            return self.stream.micro_batches(step, *self.layout)
+            return self.stream.micro_batches(step, self.share, self.micro_batch)
         except Exception as error:  # handed over, and raised by the reading side with its type kept
             info = get_worker_info()
-            error.add_note(
-                f"in data worker {info.id} at {place}"
-                if info
-                else f"while reading ahead, at {place}"
-            )
+            reader = f"in data worker {info.id}" if info else "while reading ahead,"
+            error.add_note(f"{reader} at {place}")
             return error
 
 
@@ -94,12 +78,12 @@ class _Boards:
         self.lines = [fork_server(__name__).RawArray("c", self.SIZE) for _ in range(workers)]
 
     def write(self, line: str) -> None:
-        """Note what this worker is at; does nothing in a process that is none."""
+        """Note what this worker is at; do nothing in a process that is none."""
         if (info := get_worker_info()) is not None:
             self.lines[info.id].value = f"{os.getpid()} {line}".encode()[: self.SIZE - 1]
 
     def dead(self) -> str:
-        """The first worker that is gone, and what it was at; empty if all are there."""
+        """Return the first worker that is gone, and what it was at; empty if all are there."""
         for worker, line in enumerate(self.lines):
             process, _, place = line.value.decode(errors="replace").partition(" ")
             if process and not _is_alive(int(process)):
@@ -116,6 +100,7 @@ def _is_alive(process: int) -> bool:
 
 
 def _unchanged(built: list[PackedBatch] | Exception) -> list[PackedBatch] | Exception:
+    """Keep a step as it is: the loader pickles its collate function, so it cannot be a lambda."""
     return built
 
 
@@ -133,27 +118,25 @@ def _from_processes(ahead: _StepsAhead, workers: int) -> Generator[list[PackedBa
     )
     try:
         yield from loader
-    except (
-        RuntimeError,
-        OSError,
-        EOFError,
-    ) as error:  # torch's own word, or a pipe that nobody holds any more
+    # torch's own word for a lost worker, or a pipe that nobody holds any more
+    except (RuntimeError, OSError, EOFError) as error:
         time.sleep(_UNTIL_REAPED)
-        if not (
-            found := ahead.boards.dead()
-            or (
-                "exited unexpectedly" in str(error) and "a data worker died before its first sample"
-            )
-        ):
+        death = ahead.boards.dead()
+        if not death and "exited unexpectedly" in str(error):
+            death = "a data worker died before its first sample"
+        if not death:
             raise
         raise MachineError(
-            f"{found}: killed from outside, most likely for want of memory (see dmesg): give it fewer data.workers or smaller"
+            f"{death}: killed from outside, most likely for want of memory (see dmesg): give it fewer data.workers or smaller"
             " data.store.bytes_in_flight, or leave that shard out; the same command goes on from the last checkpoint"
         ) from None
 
 
 def _start_worker(_: int) -> None:
-    """Torch's own watch is over the process that forked the worker, which lives on as long as a worker does."""
+    """End this worker with its parent.
+
+    Torch's own watch is over the process that forked the worker, which lives on as long as a worker does.
+    """
     end_with_parent()
 
 
@@ -164,6 +147,7 @@ def _from_thread(ahead: _StepsAhead) -> Generator[list[PackedBatch] | Exception]
     def work() -> None:
         for index in range(len(ahead)):
             item = ahead[index]
+            # a full queue that nobody reads any more must not hold the thread
             while not stopped.is_set():
                 try:
                     built.put(item, timeout=0.1)

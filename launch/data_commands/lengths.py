@@ -17,7 +17,7 @@ from visionloom.launch.data_commands.progress import bars
 if TYPE_CHECKING:
     from visionloom.common.progress import ProgressOf
     from visionloom.data.config import MediaConfig
-    from visionloom.data.plan.corpus import Corpus
+    from visionloom.data.plan.dataset_with_lengths import DatasetWithLengths
 
 COLUMNS = (
     "dataset",
@@ -75,7 +75,8 @@ def run(options: argparse.Namespace) -> None:
 
     from visionloom.data.config import DataConfig, DatasetConfig
     from visionloom.data.encode.tokenizer import Tokenizer
-    from visionloom.data.plan.corpus import Corpus
+    from visionloom.data.plan.dataset_with_lengths import DatasetWithLengths
+    from visionloom.data.plan.resumable import CountingHelp
 
     data = DataConfig(
         tokenizer=options.tokenizer, media=media_config(options.media), cache=options.cache
@@ -83,19 +84,19 @@ def run(options: argparse.Namespace) -> None:
     tokenizer = Tokenizer(data.tokenizer)
     table = Table(*COLUMNS)
     with bars() as progress:
+        helpers = CountingHelp(_helpers(options.processes), report_to(progress))
         for folder, name in datasets_below(options.folders).items():
             started = time.perf_counter()
             config = DatasetConfig(path=str(folder))
-            corpus = Corpus(
+            dataset = DatasetWithLengths(
                 "lengths",
                 name,
                 config,
                 data,
                 tokenizer,
-                _helpers(options.processes),
-                report_to(progress),
+                helpers,
             )
-            table.add_row(*_cells(corpus, time.perf_counter() - started))
+            table.add_row(*_cells(dataset, time.perf_counter() - started))
     PlainConsole(width=None if sys.stdout.isatty() else 140).print(table)
 
 
@@ -145,10 +146,10 @@ def _helpers(processes: int) -> int:
     return processes if processes > 1 else 0
 
 
-def _cells(corpus: "Corpus", seconds: float) -> list[str]:
+def _cells(dataset: "DatasetWithLengths", seconds: float) -> list[str]:
     import numpy as np
 
-    lengths = corpus.lengths
+    lengths = dataset.lengths
     tokens = lengths["tokens"][lengths["tokens"] > 0]
     total = int(tokens.sum(dtype=np.int64))
     # Four patches become one token.
@@ -160,5 +161,4 @@ def _cells(corpus: "Corpus", seconds: float) -> list[str]:
 
     counts = [f"{number:,.0f}" for number in (len(lengths), total, mean, high, most)]
     shares = [f"{part / max(total, 1):.0%}" for part in (visual, supervised)]
-    unusable = f"{len(corpus.unreadable):,}"
-    return [corpus.name, *counts, *shares, unusable, f"{seconds:.1f}"]
+    return [dataset.name, *counts, *shares, f"{len(dataset.unreadable):,}", f"{seconds:.1f}"]

@@ -80,27 +80,18 @@ def run(options: argparse.Namespace) -> None:
 def plan_phase(config: "RunConfig", name: str, processes: int = 0) -> "Plan":
     """The plan of one phase, as a run begins it; lengths that are not counted yet are counted by `processes`."""
     from visionloom.data.encode.tokenizer import Tokenizer
-    from visionloom.data.plan.open import dataset_weights, make_plan, open_corpora
+    from visionloom.data.plan.open import dataset_weights, open_datasets, open_plan
+    from visionloom.data.plan.resumable import CountingHelp
     from visionloom.launch.data_commands.lengths import report_to
-    from visionloom.train.cost import cost_model
+    from visionloom.train.stream_options import stream_options
 
-    phase, data = config.phases[name], config.data
-    weights = dataset_weights(data, phase.mixture)
+    options = stream_options(config, name)
+    names = list(dataset_weights(options.data, options.mixture))
+    tokenizer = Tokenizer(options.data.tokenizer)
     with bars() as progress:
-        corpora = open_corpora(
-            data, list(weights), Tokenizer(data.tokenizer), processes, report_to(progress)
-        )
-        cost = cost_model(config.model, set(phase.trainable))
-        return make_plan(
-            data,
-            corpora,
-            weights,
-            name,
-            phase.sequence_length,
-            phase.global_batch,
-            config.run.seed,
-            cost,
-        )
+        helpers = CountingHelp(processes, report_to(progress))
+        datasets = open_datasets(options.data, names, tokenizer, helpers)
+        return open_plan(options, datasets)
 
 
 def _phases(config: "RunConfig", wanted: str | None) -> list[str]:
@@ -158,17 +149,17 @@ def _phase_cells(name: str, facts: "PlanFacts") -> list[str]:
 
 
 def _add_datasets(table: "Table", name: str, plan: "Plan", facts: "PlanFacts") -> None:
-    for number, source in enumerate(plan.sources):
+    for number, entry in enumerate(plan.entries):
         tokens, total = int(facts.tokens[number]), max(1, int(facts.tokens.sum()))
-        lost, whole = source.parts.lost_tokens, max(1, int(source.parts.lengths["tokens"].sum()))
+        lost, whole = entry.parts.lost_tokens, max(1, int(entry.parts.lengths["tokens"].sum()))
         table.add_row(
             name,
-            source.name,
-            source.over_length,
+            entry.name,
+            entry.over_length,
             f"{facts.samples[number]:,}",
             f"{tokens:,}",
             f"{tokens / total:.1%}",
             f"{facts.visual_tokens[number] / max(1, tokens):.0%}",
-            f"{source.parts.dropped:,} of {source.size:,}",
+            f"{entry.parts.dropped:,} of {entry.size:,}",
             f"{lost:,} ({lost / whole:.1%})",
         )

@@ -88,7 +88,7 @@ def test_a_plan_is_what_training_would_see(
     plan = plan_phase(config, "long")
     packs = [pack for step in range(12) for pack in plan.step(step)]
     parts = [
-        [plan.sources[number].parts.part(sample, part) for number, sample, part in pack.places]
+        [plan.entries[number].parts.part(sample, part) for number, sample, part in pack.places]
         for pack in packs
     ]
     (shown,) = [row for row in phases if row[0] == "long"]

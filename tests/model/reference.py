@@ -168,8 +168,8 @@ class TestPack:
     encoder_ranks: Tensor
     visual_rows: Tensor
     padding_mask: Tensor
-    segment_sources: Tensor
-    source_names: tuple[str, ...] = ("test",)
+    segment_datasets: Tensor
+    dataset_names: tuple[str, ...] = ("test",)
     sample_ids: tuple[str, ...] = ()
 
     lost: Tensor | None = None
@@ -261,7 +261,7 @@ def make_pack(
         encoder_ranks=torch.zeros(len(grids), dtype=torch.int32),
         visual_rows=((ids == IMAGE) | (ids == VIDEO)).nonzero()[:, 0],
         padding_mask=F.pad(torch.cat(parts["padding"]), pad, value=True),
-        segment_sources=torch.tensor([0] * len(examples) + [-1] * bool(pad[1]), dtype=torch.int32),
+        segment_datasets=torch.tensor([0] * len(examples) + [-1] * bool(pad[1]), dtype=torch.int32),
         sample_ids=tuple(str(i) for i in range(len(examples))),
     )
 

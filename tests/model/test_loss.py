@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from visionloom.data.encode.encode import EncodedSample, positions
-from visionloom.data.stream.batch import pack
+from visionloom.data.stream.batch import PackLayout, pack
 from visionloom.model import loss as losses_module
 from visionloom.model.loss import linear_cross_entropy
 from visionloom.parallel.topology import Topology
@@ -125,7 +125,7 @@ def test_frozen_parts_get_no_gradient(topology: Topology) -> None:
 def sample(number: int, length: int, target_weights: list[float]) -> EncodedSample:
     """A text sample with the given weights of its tokens."""
     return EncodedSample(
-        sample_id=f"s:{number}", source="text", task=None,
+        sample_id=f"s:{number}", dataset="text", task=None,
         input_ids=np.random.default_rng(number).integers(0, VOCABULARY, length).astype(np.int32),
         target_weights=np.array(target_weights, np.float32), position_ids=positions(length, []),
         visual_positions=np.empty(0, np.int64), grids=np.empty((0, 3), np.int32), media=(), answer=None,
@@ -146,7 +146,7 @@ def test_weights_are_those_of_the_formula(kind: str, alpha: float, topology: Top
     """Over two packs with padding; n_s counts the supervised tokens, whatever their own weights."""
     generator = torch.Generator().manual_seed(1)
     table, weight = (torch.randn(VOCABULARY, HIDDEN, generator=generator) for _ in range(2))
-    batch = pack([SAMPLES[:2], SAMPLES[2:]], 16, kind, ["text"], pad_id=0)
+    batch = pack([SAMPLES[:2], SAMPLES[2:]], PackLayout(16, kind, ("text",), pad_id=0))
     rows = (batch.loss_weights > 0).nonzero()[:, 0]
     hidden = table[batch.input_ids[rows]]
     total, _ = linear_cross_entropy(

@@ -207,7 +207,7 @@ def build(layout: Layout, sharded: bool) -> Any:
     wrapped = wrap_data_parallel(chunks, topology, sharded)
     optimizer = build_optimizer(wrapped, OptimConfig(), phase, False) if sharded else None
     scheduler = build_scheduler(optimizer, OptimConfig(), phase) if sharded else None
-    stream: Any = type("Stream", (), {"corpora": [type("Corpus", (), {"name": "test"})]})
+    stream: Any = type("Stream", (), {"datasets": [type("Dataset", (), {"name": "test"})]})
     return PhaseTrainer("test", phase, topology, chunks, wrapped, optimizer, scheduler, stream)
 
 

@@ -193,7 +193,7 @@ def step(drawn: Draw) -> tuple[float, float, bool]:
         for seed in range(phase.global_batch // phase.micro_batch)
     ]  # fmt: skip
     tokenizer = SimpleNamespace(fingerprint="")
-    stream: Any = SimpleNamespace(corpora=[SimpleNamespace(name="test")], tokenizer=tokenizer)
+    stream: Any = SimpleNamespace(datasets=[SimpleNamespace(name="test")], tokenizer=tokenizer)
     stage = build_trainer(config, "p", topology, chunks, stream)
     done = train_step(stage, deal(packs, topology, False))  # type: ignore[arg-type]
     finite = all(

@@ -178,7 +178,7 @@ def measure(ranks: int) -> dict[str, Any]:
         wrapped = wrap_data_parallel([model], topology)
         optimizer = build_optimizer(wrapped, OptimConfig(), phase, True)
         scheduler = build_scheduler(optimizer, OptimConfig(), phase)
-        stream: Any = type("Stream", (), {"corpora": [type("Corpus", (), {"name": "test"})]})
+        stream: Any = type("Stream", (), {"datasets": [type("Dataset", (), {"name": "test"})]})
         trainer = PhaseTrainer(
             "test", phase, topology, [model], wrapped, optimizer, scheduler, stream
         )

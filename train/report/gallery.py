@@ -87,7 +87,7 @@ def card(prediction: Prediction, budget: PictureBudget) -> str:
     rows = (("answer", sample.answer or ""), ("prediction", prediction.text))
     return (
         f'<article class="sample {"right" if right else "wrong"}"><header><span class="mark">{"✓ right" if right else "✗ wrong"}</span>'
-        f' {escape(sample.task or sample.source)} <span class="id">{escape(sample.sample_id)}</span></header>'
+        f' {escape(sample.task or sample.dataset)} <span class="id">{escape(sample.sample_id)}</span></header>'
         f'<div class="question{" single" if prediction.question.count(PICTURE) == 1 else ""}">{_illustrated(prediction.question, list(views(sample)), budget)}</div><dl>'
         + "".join(
             f"<dt>{name}</dt><dd>{escape(shorten(text, ANSWER_CHARACTERS)) or '<i>nothing</i>'}</dd>"

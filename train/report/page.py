@@ -72,7 +72,7 @@ def _write_predictions(path: Path, shown: Sequence[Prediction]) -> None:
             sample = prediction.sample
             line = {
                 "id": sample.sample_id,
-                "source": sample.source,
+                "source": sample.dataset,
                 "task": sample.task,
                 "question": prediction.question.replace(PICTURE, "[picture]"),
                 "answer": sample.answer,

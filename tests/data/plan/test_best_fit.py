@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from visionloom.benchmarks.data.mixtures import MIXTURES
-from visionloom.data.plan.best_fit import pack_samples
+from visionloom.data.plan.best_fit import PackBudget, pack_samples
 
 SAMPLES = st.lists(st.tuples(st.integers(1, 100), st.integers(0, 60)), max_size=200)
 
@@ -19,7 +19,7 @@ def test_budgets_hold_and_every_sample_is_packed_once(
     samples: list[tuple[int, int]], window: int
 ) -> None:
     tokens, patches = [size for size, _ in samples], [count for _, count in samples]
-    packs = pack_samples(tokens, patches, token_budget=100, patch_budget=60, window=window)
+    packs = pack_samples(tokens, patches, PackBudget(100, 60, window))
     assert sorted(number for pack in packs for number in pack) == list(range(len(samples)))
     assert all(sum(tokens[number] for number in pack) <= 100 for pack in packs)
     assert all(sum(patches[number] for number in pack) <= 60 for pack in packs)
@@ -46,7 +46,9 @@ def test_orders_are_kept_up_to_their_limits(
 ) -> None:
     tokens, patches = [size for size, _ in samples], [count for _, count in samples]
     orders = [(7 * number + size) % len(limits) for number, size in enumerate(tokens)]
-    packs = pack_samples(tokens, patches, 100, 60, window, 1, most, orders, limits)
+    packs = pack_samples(
+        tokens, patches, PackBudget(100, 60, window, max_samples=most), orders, limits
+    )
     assert sorted(number for pack in packs for number in pack) == list(range(len(samples)))
     assert all(sum(tokens[number] for number in pack) <= 100 for pack in packs)
     assert all(sum(patches[number] for number in pack) <= 60 for pack in packs)
@@ -57,7 +59,7 @@ def test_orders_are_kept_up_to_their_limits(
 
 def test_packs_are_alike_from_the_first_to_the_last() -> None:
     tokens, patches = MIXTURES["8k"].samples(8000)
-    packs = pack_samples(tokens.tolist(), patches.tolist(), 8192, 26_214, window=1024)
+    packs = pack_samples(tokens.tolist(), patches.tolist(), PackBudget(8192, 26_214, window=1024))
     tenths = np.array(
         [
             np.mean([len(pack) for pack in excerpt])
@@ -69,7 +71,7 @@ def test_packs_are_alike_from_the_first_to_the_last() -> None:
 
 def test_samples_of_half_a_pack_are_paired() -> None:
     tokens = np.random.default_rng(0).integers(1000, 32_768, 4000).tolist()
-    packs = pack_samples(tokens, [0] * len(tokens), 32_768, 1, window=1024)
+    packs = pack_samples(tokens, [0] * len(tokens), PackBudget(32_768, 1, window=1024))
     assert sum(tokens) / 32_768 / len(packs) > 0.97
 
 
@@ -81,7 +83,7 @@ def lognormal(mean: float, deviation: float, most: int, seed: int = 0) -> list[i
 def test_little_is_padding() -> None:
     for mean, deviation, budget in ((3.5, 0.4, 512), (6.6, 1.1, 8192), (6.6, 1.2, 32_768)):
         tokens = lognormal(mean, deviation, budget)
-        packs = pack_samples(tokens, [0] * len(tokens), budget, 1, window=1024)
+        packs = pack_samples(tokens, [0] * len(tokens), PackBudget(budget, 1, window=1024))
         assert sum(tokens) / budget / len(packs) > 0.998
 
 
@@ -92,14 +94,14 @@ def test_a_binding_patch_budget_is_filled() -> None:
         min(tight, 4 * size // 10 * 9) if number % 2 else 0 for number, size in enumerate(tokens)
     ]
     assert sum(patches) / tight > 1.15 * sum(tokens) / 8192
-    packs = pack_samples(tokens, patches, 8192, tight, window=1024)
+    packs = pack_samples(tokens, patches, PackBudget(8192, tight, window=1024))
     assert max(sum(patches[number] for number in pack) for pack in packs) <= tight
     assert sum(patches) / tight / len(packs) > 0.97, "patches are what limits these packs"
 
 
 def test_no_sample_waits_for_ever() -> None:
     tokens = [60, 60, 50, 10, *([60, 40] * 2000)]
-    packs = pack_samples(tokens, [0] * len(tokens), 100, 1, window=16)
+    packs = pack_samples(tokens, [0] * len(tokens), PackBudget(100, 1, window=16))
     for number in range(0, 1000, 7):
         place = next(place for place, pack in enumerate(packs) if number in pack)
         assert place <= number + 16
@@ -136,7 +138,7 @@ def fewest_packs(
 @given(st.lists(st.tuples(st.integers(5, 70), st.integers(0, 20)), min_size=1, max_size=9))
 def test_as_few_packs_as_the_optimum_or_one_more(samples: list[tuple[int, int]]) -> None:
     tokens, patches = [size for size, _ in samples], [count for _, count in samples]
-    packs = pack_samples(tokens, patches, 100, 60, window=64)
+    packs = pack_samples(tokens, patches, PackBudget(100, 60, window=64))
     best = fewest_packs(tokens, patches, 100, 60)
     assert len(packs) <= best + 1
 
@@ -147,7 +149,7 @@ def test_padded_samples_and_their_number_are_bounded(
     samples: list[tuple[int, int]], multiple: int, most: int
 ) -> None:
     tokens, patches = [size for size, _ in samples], [count for _, count in samples]
-    packs = pack_samples(tokens, patches, 108, 60, window=16, multiple=multiple, most=most)
+    packs = pack_samples(tokens, patches, PackBudget(108, 60, 16, multiple, most))
     assert sorted(number for pack in packs for number in pack) == list(range(len(samples)))
     assert all(
         sum(-(-tokens[number] // multiple) * multiple for number in pack) <= 108 for pack in packs
@@ -163,7 +165,9 @@ def test_fill_of_mixtures(name: str, patches_per_token: float, least: float) -> 
     mixture = MIXTURES[name]
     tokens, patches = mixture.samples(10_000)
     budget = int(patches_per_token * mixture.tokens)
-    packs = pack_samples(tokens.tolist(), patches.tolist(), mixture.tokens, budget, window=1024)
+    packs = pack_samples(
+        tokens.tolist(), patches.tolist(), PackBudget(mixture.tokens, budget, 1024)
+    )
     full = packs[:-4]  # an endless stream has no last packs
     assert (
         sum(tokens[number] for pack in full for number in pack) / mixture.tokens / len(full) > least

@@ -14,10 +14,12 @@ from visionloom.data.plan import plan as planned
 from visionloom.data.plan.cursor import STATE_BYTES, Origin
 from visionloom.data.plan.deal import deal
 from visionloom.data.plan.lengths import LENGTHS
+from visionloom.data.plan.open import StreamOptions
 from visionloom.data.plan.parts import PART, Parts
 from visionloom.data.plan.plan import MixtureEntry, Plan, Settings
 from visionloom.data.stream.batch import PackedBatch
 from visionloom.data.stream.train_stream import PackStream
+from visionloom.parallel.share import ALONE, Share
 from visionloom.tests.data.samples import essay, film, picture_question
 
 LENGTH = 256
@@ -47,7 +49,7 @@ def stream(data: DataConfig, **changes: object) -> PackStream:
         "loss": "sqrt",
         "seed": 7,
     }
-    return PackStream(data, **{**values, **changes})  # type: ignore[arg-type]
+    return PackStream(StreamOptions(data, **{**values, **changes}))  # type: ignore[arg-type]
 
 
 def digest(batch: PackedBatch) -> str:
@@ -70,7 +72,9 @@ def digest(batch: PackedBatch) -> str:
 def step_of(made: PackStream, step: int, ranks: int) -> list[str]:
     """The packs of a step, put together from all ranks."""
     return sorted(
-        digest(batch) for rank in range(ranks) for batch in made.micro_batches(step, rank, ranks, 1)
+        digest(batch)
+        for rank in range(ranks)
+        for batch in made.micro_batches(step, Share(rank, ranks), 1)
     )
 
 
@@ -103,7 +107,7 @@ def test_a_plan_resumes_at_each_of_200_steps(data: DataConfig, short_blocks: Non
     for step in range(200):
         state = json.loads(json.dumps(whole.state(step)))
         middle += step * 6 != state["first_pack"]
-        made = Plan(whole.sources, whole.settings, origin=Origin.of(state))
+        made = Plan(whole.entries, whole.settings, origin=Origin.of(state))
         assert made.hash == state["plan_hash"]
         made.jump(state["block"], state["first_pack"])
         assert [[pack.places for pack in made.step(at)] for at in (step, step + 1)] == steps[
@@ -132,7 +136,7 @@ def test_every_sample_once_an_epoch_over_all_ranks(data: DataConfig, ranks: int)
     drawn = Counter(place[1:] for pack in served for place in pack.places)
     for pack in range(len(blocks[1]) - left, len(blocks[1])):
         drawn.update(place[1:] for place in blocks[1].places(pack))
-    parts, _ = made.sources[0].parts.of(np.arange(53))
+    parts, _ = made.entries[0].parts.of(np.arange(53))
     assert len(parts) > 53, "some documents are in parts"
     assert set(drawn) == {(int(row["sample"]), int(row["part_number"])) for row in parts}
     assert set(drawn.values()) == {draws // 53, draws // 53 + 1}
@@ -143,14 +147,14 @@ def lengths_only(
     tokens: int, sizes: list[int], settings: dict[str, object], origin: Origin | None = None
 ) -> Plan:
     """A plan of datasets without pictures."""
-    sources = []
+    entries = []
     for number, size in enumerate(sizes):
         rows = np.zeros(size, LENGTHS)
         rows["tokens"] = np.random.default_rng(number).integers(10, 300, size)
         over = np.flatnonzero(rows["tokens"] > tokens)
         name = f"a_long_name_of_dataset_{number}"
         content = hashlib.sha256(name.encode()).hexdigest()[:16]
-        sources.append(
+        entries.append(
             MixtureEntry(
                 name, 0.123 + number, Parts(rows, over, np.empty(0, PART)), content, "truncate_tail"
             )
@@ -164,7 +168,7 @@ def lengths_only(
         "packing_window_samples": 64,
         "shuffle_block_samples": 16,
     }
-    return Plan(sources, Settings(**{**values, **settings}), origin=origin)  # type: ignore[arg-type]
+    return Plan(entries, Settings(**{**values, **settings}), origin=origin)  # type: ignore[arg-type]
 
 
 def test_the_state_is_small_with_twenty_datasets() -> None:
@@ -189,8 +193,8 @@ def seen(plan: Plan, steps: range) -> list[int]:
         sample
         for step in steps
         for pack in plan.step(step)
-        for source, sample, _ in pack.places
-        if source == 0
+        for entry, sample, _ in pack.places
+        if entry == 0
     ]
 
 
@@ -235,7 +239,7 @@ def test_a_changed_stream_is_refused_or_goes_on_behind_what_was_drawn(data: Data
     changed = stream(data, mixture={"pictures": 4, "films": 3}, global_batch=2)
     assert changed.load_state(state) == ["weight of dataset films was 1.0, now 3.0"]
     assert changed.plan.origin == Origin.after(state, 5)
-    contents = {source.content: source.name for source in changed.plan.sources}
+    contents = {entry.content: entry.name for entry in changed.plan.entries}
     assert {
         contents[content]: count for content, count in changed.plan.origin.draws.items()
     } == state["draws"]
@@ -245,7 +249,7 @@ def test_a_changed_stream_is_refused_or_goes_on_behind_what_was_drawn(data: Data
     assert resumed.load_state(again) == []
     assert step_of(resumed, 7, 1) == step_of(changed, 7, 1)
     with pytest.raises(ValueError, match="begins at step 5"):
-        resumed.micro_batches(4, 0, 1, 2)
+        resumed.micro_batches(4, ALONE, 2)
 
 
 def test_the_same_dataset_listed_twice_never_repeats(data: DataConfig) -> None:
@@ -253,7 +257,7 @@ def test_the_same_dataset_listed_twice_never_repeats(data: DataConfig) -> None:
     data.datasets["once_more"] = DatasetConfig(again.path, over_length="drop")
     made = stream(data, mixture={"pictures": 1, "once_more": 1}, global_batch=1).plan
     first = [place for step in range(8) for pack in made.step(step) for place in pack.places]
-    assert {source for source, _, _ in first} == {0, 1}
+    assert {entry for entry, _, _ in first} == {0, 1}
     ordinals = made.mixture.draws(0, 97).samples
     assert sorted(ordinals) == list(range(97))
 
@@ -306,7 +310,7 @@ def test_a_state_is_of_this_version(data: DataConfig) -> None:
 
 def batches(made: PackStream, steps: range) -> Iterator[PackedBatch]:
     for step in steps:
-        yield from made.micro_batches(step, 0, 1, 6)
+        yield from made.micro_batches(step, ALONE, 6)
 
 
 def test_segments_are_padded_to_a_multiple_for_context_parallelism(data: DataConfig) -> None:
@@ -314,7 +318,7 @@ def test_segments_are_padded_to_a_multiple_for_context_parallelism(data: DataCon
     for batch in batches(stream(data), range(3)):
         borders = batch.cu_seqlens.numpy()
         assert (borders % 16 == 0).all()
-        real = batch.segment_sources.numpy() >= 0
+        real = batch.segment_datasets.numpy() >= 0
         for start, stop in zip(borders[:-1][real], borders[1:][real], strict=True):
             padding = batch.padding_mask[start:stop].numpy()
             length = int((~padding).sum())
@@ -325,7 +329,7 @@ def test_segments_are_padded_to_a_multiple_for_context_parallelism(data: DataCon
     data.sample_token_multiple, data.max_samples_per_pack = 1, 3
     assert (
         max(
-            int((batch.segment_sources >= 0).sum())
+            int((batch.segment_datasets >= 0).sum())
             for batch in batches(stream(data, global_batch=6), range(3))
         )
         <= 18

@@ -74,7 +74,8 @@ grids = st.lists(st.tuples(st.integers(1, 12), st.integers(1, 20), st.integers(1
 @given(grids, st.integers(1, 9))
 def test_units_are_the_pictures_in_order(shapes: list[tuple[int, int, int]], ranks: int) -> None:
     grid = np.array(shapes, np.int32).reshape(-1, 3)
-    units, media, first, owner = deal_units(grid, ranks)
+    dealt = deal_units(grid, ranks)
+    units, media, first, owner = dealt.units, dealt.media, dealt.first, dealt.owners
     assert {excerpt.dtype for excerpt in (units, media, first, owner)} == {np.dtype(np.int32)}
     assert (np.diff(media) >= 0).all()
     assert ((owner >= 0) & (owner < ranks)).all()
@@ -93,11 +94,12 @@ def test_units_are_the_pictures_in_order(shapes: list[tuple[int, int, int]], ran
 
 def test_one_rank_has_everything_whole() -> None:
     grid = np.array([[1, 4, 6], [7, 2, 2]], np.int32)
-    units, media, first, owner = deal_units(grid, 1)
+    dealt = deal_units(grid, 1)
+    units, media, first, owner = dealt.units, dealt.media, dealt.first, dealt.owners
     assert units.tolist() == grid.tolist()
     assert (media.tolist(), first.tolist(), owner.tolist()) == ([0, 1], [0, 0], [0, 0])
 
 
 def test_a_long_video_is_shared_by_all() -> None:
-    _, _, _, owner = deal_units(np.array([[64, 10, 10]], np.int32), 8)
+    owner = deal_units(np.array([[64, 10, 10]], np.int32), 8).owners
     assert sorted(owner.tolist()) == list(range(8))

@@ -14,6 +14,7 @@ from visionloom.data.encode.encode import encode
 from visionloom.data.encode.tokenizer import Tokenizer
 from visionloom.data.plan import lengths
 from visionloom.data.plan.lengths import LENGTHS, Counting, load_lengths
+from visionloom.data.plan.resumable import CountingHelp
 from visionloom.data.shards.dataset import Dataset
 from visionloom.data.shards.sample import SampleError
 from visionloom.tests.data.counting import count_elsewhere
@@ -46,7 +47,7 @@ def test_lengths_are_those_of_the_encoded_samples(
         assert row["tokens"] == len(sample.input_ids)
         assert row["supervised"] == np.count_nonzero(sample.target_weights)
         assert row["patches"] == sum(t * h * w for t, h, w in sample.grids.tolist())
-        assert row["patch_squares"] == sum(t * (h * w) ** 2 for t, h, w in sample.grids.tolist())
+        assert row["patch_pairs"] == sum(t * (h * w) ** 2 for t, h, w in sample.grids.tolist())
     assert table["patches"].tolist() == [12, 24, 36, 0, 8]
 
 
@@ -106,8 +107,7 @@ def test_processes_count_alike(essays: Dataset, tokenizer: Tokenizer, tmp_path: 
         tokenizer,
         RULES,
         tmp_path / "cache",
-        processes=2,
-        progress=lambda done, total: told.append((done, total)),
+        CountingHelp(2, lambda name: lambda done, total: told.append((done, total))),
     )
     np.testing.assert_array_equal(table, Counting(essays, tokenizer, RULES)(0, len(essays)))
     assert told[-1] == (70, 70)

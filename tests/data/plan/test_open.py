@@ -9,8 +9,7 @@ import pytest
 from visionloom.common.errors import UserError
 from visionloom.data.config import DataConfig
 from visionloom.data.encode.tokenizer import Tokenizer
-from visionloom.data.plan.deal import CostModel
-from visionloom.data.plan.open import make_plan, open_corpora
+from visionloom.data.plan.open import StreamOptions, open_datasets, open_plan
 from visionloom.data.plan.parts import encode_parts
 from visionloom.data.shards.sample import Message, Sample, Text
 from visionloom.data.stream.train_stream import PackStream
@@ -44,7 +43,7 @@ def mute_document(number: int) -> Pair:
 
 
 def stream(data: DataConfig, length: int = 64) -> PackStream:
-    return PackStream(data, "tune", length, 2, {}, "sqrt", 1)
+    return PackStream(StreamOptions(data, "tune", length, 2, {}, "sqrt", 1))
 
 
 @pytest.mark.parametrize(
@@ -108,9 +107,9 @@ def test_samples_without_a_loss_are_counted_as_they_are_encoded(
     data = config(mixed=samples)
     data.datasets["mixed"].over_length = "split"
     tokenizer = Tokenizer(data.tokenizer)
-    (corpus,) = open_corpora(data, ["mixed"], tokenizer)
-    plan = make_plan(data, [corpus], {"mixed": 1.0}, "tune", 48, 2, 1, CostModel())
-    parts = plan.sources[0].parts
+    (dataset,) = open_datasets(data, ["mixed"], tokenizer)
+    plan = open_plan(StreamOptions(data, "tune", 48, 2, {"mixed": 1.0}, "sqrt", 1), [dataset])
+    parts = plan.entries[0].parts
     supervised = np.zeros(len(samples), int)
     cut = 0
     for number, (sample, _) in enumerate(samples):

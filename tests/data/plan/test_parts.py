@@ -16,7 +16,7 @@ from visionloom.data.config import OVER_LENGTH, DataConfig
 from visionloom.data.encode.encode import EncodedSample, encode
 from visionloom.data.encode.tokenizer import END_OF_TEXT, TURN_END, Tokenizer
 from visionloom.data.plan.lengths import LENGTHS, Counting, load_lengths, row_of
-from visionloom.data.plan.over_length import Cutting, PackLimits, make_parts
+from visionloom.data.plan.over_length import Cutting, PackLimits, PartsCache, make_parts
 from visionloom.data.plan.parts import (
     PART,
     SHRUNK,
@@ -38,7 +38,7 @@ from visionloom.data.shards.sample import (
     ToolCall,
     Video,
 )
-from visionloom.data.stream.batch import pack
+from visionloom.data.stream.batch import PackLayout, pack
 from visionloom.tests.data.samples import RULES, essay
 
 WORDS = (
@@ -152,7 +152,7 @@ def test_views_are_as_long_as_planned_and_fit(
     whole, parts = parts_of(sample, policy, tokens, patches, tokenizer)
     for excerpt, part in enumerate(parts):
         (encoded,) = encode_parts([sample], [part], tokenizer, RULES, [""])
-        assert row_of(encoded) == (part.tokens, part.patches, part.supervised, part.patch_squares)
+        assert row_of(encoded) == (part.tokens, part.patches, part.supervised, part.patch_pairs)
         assert part.tokens <= tokens
         assert part.patches <= patches
         assert part.part_number == excerpt
@@ -354,7 +354,9 @@ def test_the_loss_weighs_parts_by_the_whole_sample(tokenizer: Tokenizer) -> None
     excerpts = encode_parts([sample] * len(parts), parts, tokenizer, RULES, ["x"] * len(parts))
     weights = np.concatenate(
         [
-            pack([[excerpt]], 64, "sqrt", ["x"], 0, lambda *_: True).loss_weights.numpy()
+            pack(
+                [[excerpt]], PackLayout(64, "sqrt", ("x",), 0), lambda *_: True
+            ).loss_weights.numpy()
             for excerpt in excerpts
         ]
     )
@@ -383,6 +385,7 @@ def test_views_of_draws_come_in_order() -> None:
     assert parts.part(9, 0).is_whole
 
 
+UNUSED = PartsCache(Path("unused"), "")
 LIMITS = PackLimits(
     100, 50, "phases.long.sequence_length", "error", "data.datasets.web.over_length"
 )
@@ -404,7 +407,7 @@ def made(
     limits = PackLimits(
         100, 50, "phases.long.sequence_length", policy, "data.datasets.web.over_length"
     )
-    return make_parts(dataset, table(tokens, patches), limits, tokenizer, RULES, Path("unused"), "")
+    return make_parts(dataset, table(tokens, patches), limits, tokenizer, RULES, UNUSED)
 
 
 def test_over_long_samples_are_named_or_dropped(tokenizer: Tokenizer) -> None:
@@ -454,7 +457,7 @@ def test_views_are_kept_on_disk(
     cache = tmp_path / "cache"
     lengths = load_lengths(dataset, tokenizer, RULES, cache)
     limits = PackLimits(40, 100, "", "split", "")
-    parts = make_parts(dataset, lengths, limits, tokenizer, RULES, cache, "table")
+    parts = make_parts(dataset, lengths, limits, tokenizer, RULES, PartsCache(cache, "table"))
     assert len(parts) > 30
     assert parts.lost_tokens == 0
     monkeypatch.setattr(Cutting, "__call__", lambda *_: pytest.fail("made although they are there"))
@@ -469,7 +472,6 @@ def test_views_are_kept_on_disk(
         limits,
         tokenizer,
         RULES,
-        cache,
-        "table",
+        PartsCache(cache, "table"),
     )
     np.testing.assert_array_equal(again.special, parts.special)

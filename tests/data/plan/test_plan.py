@@ -27,7 +27,7 @@ def parts(count: int, seed: int) -> Parts:
     rows = np.zeros(count, LENGTHS)
     rows["tokens"] = rng.integers(5, 80, count)
     rows["patches"] = rng.integers(0, 30, count) * 4
-    rows["supervised"], rows["patch_squares"] = 3, rows["patches"].astype(np.int64) ** 2
+    rows["supervised"], rows["patch_pairs"] = 3, rows["patches"].astype(np.int64) ** 2
     cut = np.arange(0, count, 10)
     special = np.zeros(2 * len(cut), PART)
     special["sample"], special["part_number"], special["tokens"] = (
@@ -38,7 +38,7 @@ def parts(count: int, seed: int) -> Parts:
     return Parts(rows, np.union1d(np.arange(1, count, 2), cut), special)
 
 
-def source(
+def entry_of(
     name: str, count: int, weight: float = 1.0, content: str = "", over_length: str = "split"
 ) -> MixtureEntry:
     return MixtureEntry(
@@ -47,7 +47,7 @@ def source(
 
 
 def plan(settings: Settings = SETTINGS, cache: Path | None = None) -> Plan:
-    return Plan([source("one", 900), source("three", 300, 2.0)], settings, cache=cache)
+    return Plan([entry_of("one", 900), entry_of("three", 300, 2.0)], settings, cache=cache)
 
 
 def contents(packs: list[PlannedPack]) -> list[tuple[tuple[int, int, int], ...]]:
@@ -74,7 +74,7 @@ def test_packs_fit_both_budgets_and_use_views_only() -> None:
     for step in range(120):
         for pack in made.step(step):
             rows = [
-                made.sources[number].parts.part(sample, excerpt)
+                made.entries[number].parts.part(sample, excerpt)
                 for number, sample, excerpt in pack.places
             ]
             assert sum(row.tokens for row in rows) <= 256
@@ -86,7 +86,7 @@ def test_packs_fit_both_budgets_and_use_views_only() -> None:
                     sum(row.tokens for row in rows),
                     sum(row.tokens**2 for row in rows),
                     patches,
-                    sum(row.patch_squares for row in rows),
+                    sum(row.patch_pairs for row in rows),
                 ]
             )
             assert pack.cost == pytest.approx(float(CostModel().of(work)))
@@ -95,7 +95,7 @@ def test_packs_fit_both_budgets_and_use_views_only() -> None:
 
 
 def test_every_view_once_an_epoch() -> None:
-    made = Plan([source("one", 512)], SETTINGS)
+    made = Plan([entry_of("one", 512)], SETTINGS)
     drawn: list[tuple[int, int]] = []
     for number in range(4):
         block = made.block(number)
@@ -116,19 +116,19 @@ def test_weights_are_shares_of_usable_samples_or_of_tokens(unit: str) -> None:
     settings = Settings(
         **{**{name: getattr(SETTINGS, name) for name in SETTINGS.__slots__}, "weights_in": unit}
     )
-    made = Plan([source("one", 9000), source("three", 3000, 2.0)], settings)
+    made = Plan([entry_of("one", 9000), entry_of("three", 3000, 2.0)], settings)
     served = {"samples": [0, 0], "tokens": [0, 0]}
     for number in range(8):
         block = made.block(number)
         for entry in range(2):
-            mine = block.sources == entry
+            mine = block.entries == entry
             served["samples"][entry] += int((mine & (block.part_numbers == 0)).sum())
             served["tokens"][entry] += int(block.tokens[mine].sum())
     assert served[unit][1] / served[unit][0] == pytest.approx(2.0, rel=0.02)
 
 
 def test_shares_hold_at_every_step_up_to_the_window() -> None:
-    made = Plan([source("one", 9000), source("three", 3000, 2.0)], SETTINGS)
+    made = Plan([entry_of("one", 9000), entry_of("three", 3000, 2.0)], SETTINGS)
     served = np.zeros(2)
     for step in range(200):
         for pack in made.step(step):
@@ -165,11 +165,11 @@ def test_the_hash_knows_every_source() -> None:
     known = {
         Plan([one, two], SETTINGS).hash
         for one, two in (
-            (source("one", 900), source("three", 300, 2.0)),
-            (source("one", 900), source("three", 300, 1.0)),
-            (source("one", 900), source("three", 300, 2.0, content="y")),
-            (source("one", 900), source("three", 300, 2.0, over_length="drop")),
-            (source("three", 300, 2.0), source("one", 900)),
+            (entry_of("one", 900), entry_of("three", 300, 2.0)),
+            (entry_of("one", 900), entry_of("three", 300, 1.0)),
+            (entry_of("one", 900), entry_of("three", 300, 2.0, content="y")),
+            (entry_of("one", 900), entry_of("three", 300, 2.0, over_length="drop")),
+            (entry_of("three", 300, 2.0), entry_of("one", 900)),
         )
     }
     assert len(known) == 5

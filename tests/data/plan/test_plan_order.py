@@ -41,7 +41,7 @@ class Made:
     cut: float = 0.0
     dropped: float = 0.0
 
-    def source(self, name: str, content: str) -> MixtureEntry:
+    def entry(self, name: str, content: str) -> MixtureEntry:
         rng = np.random.default_rng(self.size)
         rows = np.zeros(self.size, LENGTHS)
         rows["tokens"], rows["patches"] = (
@@ -67,7 +67,7 @@ class Made:
 
 def sources_of(mixture: list[Made], twice: bool = False) -> list[MixtureEntry]:
     """`twice`: the first dataset is listed a second time."""
-    found = [made.source(f"d{number}", f"content {number}") for number, made in enumerate(mixture)]
+    found = [made.entry(f"d{number}", f"content {number}") for number, made in enumerate(mixture)]
     return [*found, replace(found[0], name="again", weight=2.0)] if twice else found
 
 
@@ -75,23 +75,23 @@ class Ticks:
     """The order of one dataset from some draw on, and what was ticked off in it."""
 
     def __init__(self, plan: Plan, content: str, draws: int) -> None:
-        source = next(source for source in plan.sources if source.content == content)
+        entry = next(entry for entry in plan.entries if entry.content == content)
         self.before = plan.origin.draws.get(content, 0)
         key = plan.mixture._keys[plan.mixture.contents.index(content)]
         order = samples_of(
             np.arange(self.before, self.before + draws),
-            source.size,
+            entry.size,
             key,
             plan.settings.shuffle_block_samples,
         )
-        parts = np.bincount(source.parts.of(order)[1], minlength=draws)
+        parts = np.bincount(entry.parts.of(order)[1], minlength=draws)
         self.draws = np.flatnonzero(parts)
         """Those that have a part."""
         self.parts, self.got = parts[self.draws], np.zeros(len(self.draws), np.int64)
         self.places, self.turns = defaultdict[int, list[int]](list), Counter[tuple[int, int]]()
         for place, sample in enumerate(order[self.draws].tolist()):
             self.places[sample].append(place)
-        self.epoch = source.size - source.parts.dropped
+        self.epoch = entry.size - entry.parts.dropped
         self.most = min(int(self.epoch * 0.025), plan.settings.packing_window_samples)
 
     def tick(self, sample: int, excerpt: int) -> None:
@@ -124,8 +124,8 @@ def follow(plan: Plan, steps: int) -> dict[str, Ticks]:
     }
     for step in range(plan.origin.step, plan.origin.step + steps):
         for pack in plan.step(step):
-            for source, sample, excerpt in pack.places:
-                found[plan.sources[source].content].tick(sample, excerpt)
+            for entry, sample, excerpt in pack.places:
+                found[plan.entries[entry].content].tick(sample, excerpt)
         for ticks in found.values():
             assert max(ticks.gaps(whole=True), ticks.gaps(whole=False)) <= ticks.most
             assert ticks.differing <= 0.05 * ticks.epoch

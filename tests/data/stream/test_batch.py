@@ -10,7 +10,7 @@ import torch
 from visionloom.data.encode.encode import EncodedSample, encode, extend, prompt_of
 from visionloom.data.encode.tokenizer import IMAGE, VIDEO, Tokenizer
 from visionloom.data.shards.sample import Sample
-from visionloom.data.stream.batch import IGNORED, PackedBatch, pack, pack_prompts
+from visionloom.data.stream.batch import IGNORED, PackedBatch, PackLayout, pack, pack_prompts
 from visionloom.tests.data.samples import RULES, essay, film, picture_question
 
 LENGTH = 160
@@ -33,7 +33,9 @@ def samples(tokenizer: Tokenizer) -> list[EncodedSample]:
 
 @pytest.fixture
 def batch(samples: list[EncodedSample], tokenizer: Tokenizer) -> PackedBatch:
-    return pack([samples[:2], samples[2:]], LENGTH, "sqrt", ["a", "b"], tokenizer.pad_id)
+    return pack(
+        [samples[:2], samples[2:]], PackLayout(LENGTH, "sqrt", ("a", "b"), tokenizer.pad_id)
+    )
 
 
 def segments(batch: PackedBatch) -> list[slice]:
@@ -48,8 +50,8 @@ def test_samples_lie_end_to_end_and_padding_apart(
     rest = [LENGTH - sum(lengths[:2]), LENGTH - lengths[2]]
     assert np.diff(batch.cu_seqlens).tolist() == [*lengths[:2], rest[0], lengths[2], rest[1]]
     assert batch.max_seqlen == max(*lengths, *rest)
-    assert batch.segment_sources.tolist() == [1, 0, -1, 1, -1]
-    assert batch.source_names == ("a", "b")
+    assert batch.segment_datasets.tolist() == [1, 0, -1, 1, -1]
+    assert batch.dataset_names == ("a", "b")
     assert batch.sample_ids == ("picture:1", "essay:2", "film:3")
     assert batch.real_tokens == sum(lengths)
     places = segments(batch)
@@ -69,7 +71,8 @@ def test_labels_are_the_next_tokens_of_the_same_sample(
 ) -> None:
     weighted = replace(samples[1], target_weights=samples[1].target_weights * np.float32(0.5))
     batch = pack(
-        [[samples[0], weighted, samples[2]]], 3 * LENGTH, loss, ["a", "b"], tokenizer.pad_id
+        [[samples[0], weighted, samples[2]]],
+        PackLayout(3 * LENGTH, loss, ("a", "b"), tokenizer.pad_id),
     )
     labels, weights = batch.labels.tolist(), batch.loss_weights.tolist()
     expected_labels, expected_weights = [IGNORED] * (3 * LENGTH), [0.0] * (3 * LENGTH)
@@ -102,7 +105,7 @@ def test_patches_and_rows_follow_the_tokens(
     assert torch.equal(image[:, :, 0], image[:, :, 1])
     assert np.array_equal(image[:, :, 0].reshape(12, 768), samples[0].patches)
     assert np.array_equal(film_rows, samples[2].patches)
-    alone = pack([[samples[0]]], LENGTH, "sqrt", ["b"], tokenizer.pad_id)
+    alone = pack([[samples[0]]], PackLayout(LENGTH, "sqrt", ("b",), tokenizer.pad_id))
     assert np.array_equal(alone.patches, samples[0].patches)
 
 
@@ -115,7 +118,7 @@ def test_types(batch: PackedBatch) -> None:
         "position_ids",
         "cu_seqlens",
         "grid_thw",
-        "segment_sources",
+        "segment_datasets",
     )
     types = [torch.int64] * 3 + [torch.float32] + [torch.int32] * 4
     assert [getattr(batch, name).dtype for name in names] == types
@@ -132,16 +135,16 @@ def test_types(batch: PackedBatch) -> None:
 
 def test_a_pack_may_be_full_or_empty(samples: list[EncodedSample], tokenizer: Tokenizer) -> None:
     length = len(samples[1].input_ids)
-    full = pack([[samples[1]], []], length, "token", ["a"], tokenizer.pad_id)
+    full = pack([[samples[1]], []], PackLayout(length, "token", ("a",), tokenizer.pad_id))
     assert full.cu_seqlens.tolist() == [0, length, 2 * length]
-    assert full.segment_sources.tolist() == [0, -1]
+    assert full.segment_datasets.tolist() == [0, -1]
     assert full.patches.shape == (0, 768)
     assert full.grid_thw.shape == (0, 3)
 
 
 def test_prompts_share_a_pack(samples: list[EncodedSample], tokenizer: Tokenizer) -> None:
     prompts = [extend(prompt_of(samples[0]), [5, 6]), prompt_of(samples[2])]
-    batch, starts = pack_prompts(prompts, tokenizer.pad_id, multiple=8)
+    batch, starts = pack_prompts(prompts, tokenizer.pad_id, pack_multiple=8)
     assert len(batch.input_ids) % 8 == 0
     last = [
         int(start) + len(prompt.input_ids) - 1
@@ -157,7 +160,7 @@ def test_prompts_share_a_pack(samples: list[EncodedSample], tokenizer: Tokenizer
 
 def test_prompts_begin_at_multiples(samples: list[EncodedSample], tokenizer: Tokenizer) -> None:
     prompts = [prompt_of(samples[0]), prompt_of(samples[2])]
-    batch, starts = pack_prompts(prompts, tokenizer.pad_id, multiple=8, segment_multiple=4)
+    batch, starts = pack_prompts(prompts, tokenizer.pad_id, pack_multiple=8, sample_multiple=4)
     for start, prompt in zip(starts.tolist(), prompts, strict=True):
         assert start % 4 == 0
         assert (

@@ -13,7 +13,8 @@ from visionloom.data.encode.encode import EncodedSample, encode
 from visionloom.data.encode.patches import Unit, decode_into, widen
 from visionloom.data.encode.tokenizer import Tokenizer
 from visionloom.data.shards.sample import Image, Message, Sample, SampleError, Text, Video
-from visionloom.data.stream.batch import IGNORED, Decode, PackedBatch, pack
+from visionloom.data.stream.batch import IGNORED, Decode, PackedBatch, PackLayout, pack
+from visionloom.parallel.share import Share
 from visionloom.tests.data.encode.test_video import described
 from visionloom.tests.data.encode.test_video import film as video_file
 from visionloom.tests.data.samples import RULES, essay, film, picture_question, png
@@ -95,9 +96,15 @@ def test_the_ranks_together_have_the_batch_of_one(
     tokenizer: Tokenizer,
 ) -> None:
     here = [samples[number] for number in numbers]
-    layout = ([here[:2], here[2:]], LENGTH, "sqrt", ["a"], tokenizer.pad_id, reading(here, members))
+    layout = (
+        [here[:2], here[2:]],
+        PackLayout(LENGTH, "sqrt", ("a",), tokenizer.pad_id),
+        reading(here, members),
+    )
     whole = pack(*layout)
-    shares = [pack(*layout, encoder_rank=rank, encoder_ranks=ranks) for rank in range(ranks)]
+    shares = [
+        pack(*layout, share=Share(encoder_rank=rank, encoder_ranks=ranks)) for rank in range(ranks)
+    ]
     units = [
         unit for rank, share in enumerate(shares) for unit in rows_of_units(share, rank).items()
     ]
@@ -138,13 +145,9 @@ def test_a_rank_without_pictures_has_no_rows(tokenizer: Tokenizer) -> None:
     here = [encode(sample, tokenizer, RULES, "a")]
     share = pack(
         [here],
-        LENGTH,
-        "sqrt",
-        ["a"],
-        tokenizer.pad_id,
+        PackLayout(LENGTH, "sqrt", ("a",), tokenizer.pad_id),
         reading(here, media),
-        encoder_rank=3,
-        encoder_ranks=4,
+        share=Share(encoder_rank=3, encoder_ranks=4),
     )
     assert share.patches.shape == (0, 768)
     assert len(share.grid_thw) == 1
@@ -154,13 +157,20 @@ def test_a_rank_without_pictures_has_no_rows(tokenizer: Tokenizer) -> None:
 def test_what_one_rank_cannot_read_all_leave_out(
     samples: list[EncodedSample], members: dict[str, bytes], tokenizer: Tokenizer
 ) -> None:
-    good = pack([samples], LENGTH, "sqrt", ["a"], tokenizer.pad_id, reading(samples, members))
+    good = pack(
+        [samples], PackLayout(LENGTH, "sqrt", ("a",), tokenizer.pad_id), reading(samples, members)
+    )
     decode = reading(samples, members, broken=["c.png"])
     shares = [
-        pack([samples], LENGTH, "sqrt", ["a"], tokenizer.pad_id, decode, rank, 3)
+        pack(
+            [samples],
+            PackLayout(LENGTH, "sqrt", ("a",), tokenizer.pad_id),
+            decode,
+            Share(0, 1, rank, 3),
+        )
         for rank in range(3)
     ]
-    alone = pack([samples], LENGTH, "sqrt", ["a"], tokenizer.pad_id, decode)
+    alone = pack([samples], PackLayout(LENGTH, "sqrt", ("a",), tokenizer.pad_id), decode)
     assert alone.unreadable.tolist() == [True, False, False, False, False]
     found = torch.stack([share.unreadable for share in shares])
     assert found.sum() == 1  # one rank alone had that picture
@@ -195,7 +205,7 @@ def test_patches_exist_once(tokenizer: Tokenizer) -> None:
         return True
 
     tracemalloc.start()
-    batch = pack([here], 24 * 512, "sqrt", ["a"], tokenizer.pad_id, decode)
+    batch = pack([here], PackLayout(24 * 512, "sqrt", ("a",), tokenizer.pad_id), decode)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     text = 24 * 512 * 40
@@ -214,8 +224,8 @@ def test_samples_with_patches_need_no_decoding(tokenizer: Tokenizer) -> None:
         ready.append(replace(sample, patches=rows))
     for ranks in (1, 3):
         for rank in range(ranks):
-            arguments = (LENGTH, "sqrt", ["a"], tokenizer.pad_id)
-            copied = pack([ready], *arguments, encoder_rank=rank, encoder_ranks=ranks)
+            layout = PackLayout(LENGTH, "sqrt", ("a",), tokenizer.pad_id)
+            copied = pack([ready], layout, share=Share(encoder_rank=rank, encoder_ranks=ranks))
             assert torch.equal(
-                copied.patches, pack([here], *arguments, decode, rank, ranks).patches
+                copied.patches, pack([here], layout, decode, Share(0, 1, rank, ranks)).patches
             )

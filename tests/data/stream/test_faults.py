@@ -17,6 +17,7 @@ import pytest
 from PIL import Image as Pillow
 
 from visionloom.data.config import DataConfig, DatasetConfig, StoreConfig
+from visionloom.data.plan.open import StreamOptions
 from visionloom.data.shards.dataset import Dataset
 from visionloom.data.shards.sample import Image, Message, Sample, Text, Video
 from visionloom.data.shards.store import StoreError
@@ -25,6 +26,7 @@ from visionloom.data.stream import read_ahead as ahead
 from visionloom.data.stream.batch import PackedBatch
 from visionloom.data.stream.train_stream import PackStream
 from visionloom.data.stream.workers import iterate
+from visionloom.parallel.share import ALONE, Share
 from visionloom.tests.data.faulty_server import serving
 from visionloom.tests.data.samples import RULES, Pair, film, picture_question, png
 from visionloom.tests.data.shards.test_media_header import video
@@ -133,7 +135,9 @@ def stream(tokenizer_folder: Path, tmp_path: Path) -> Callable[..., PackStream]:
         data.store = StoreConfig(**store)  # type: ignore[arg-type]
         data.max_bad_fraction = 1.0
         data.cache = str(tmp_path / "tables") if "://" in str(path) else ""
-        return PackStream(data, "p", 256, 1, {}, "sqrt", 7, quarantine=tmp_path / quarantine)
+        return PackStream(
+            StreamOptions(data, "p", 256, 1, {}, "sqrt", 7), quarantine=tmp_path / quarantine
+        )
 
     return make
 
@@ -163,7 +167,7 @@ def digest(batch: PackedBatch) -> str:
 
 
 def run(made: PackStream, workers: int = 0) -> list[PackedBatch]:
-    return [batch for step in iterate(made, 0, STEPS, 0, 1, 1, workers) for batch in step]
+    return [batch for step in iterate(made, range(STEPS), ALONE, 1, workers) for batch in step]
 
 
 def damage_later(folder: Path) -> None:
@@ -189,10 +193,10 @@ def damaged(folders: tuple[Path, Path], tokenizer_folder: Path) -> tuple[Path, P
             {},
             media=replace(RULES),
         )
-        PackStream(data, "p", 256, 1, {}, "sqrt", 7)
+        PackStream(StreamOptions(data, "p", 256, 1, {}, "sqrt", 7))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Dataset, "fingerprint", SAME)
-            PackStream(data, "p", 256, 1, {}, "sqrt", 7)
+            PackStream(StreamOptions(data, "p", 256, 1, {}, "sqrt", 7))
     damage_later(folders[1])
     return folders
 
@@ -380,15 +384,15 @@ def test_ranks_that_share_pictures_read_their_own_only(
     folders: tuple[Path, Path], stream: Callable[..., PackStream]
 ) -> None:
     local = stream(folders[0], "good.jsonl")
-    step = next(n for n in range(STEPS) if len(local.micro_batches(n, 0, 1, 1)[0].grid_thw) > 5)
-    expected = [local.micro_batches(step, 0, 1, 1, rank, 3)[0] for rank in range(3)]
-    members = len(local.micro_batches(step, 0, 1, 1)[0].sample_ids)
+    step = next(n for n in range(STEPS) if len(local.micro_batches(n, ALONE, 1)[0].grid_thw) > 5)
+    expected = [local.micro_batches(step, Share(0, 1, rank, 3), 1)[0] for rank in range(3)]
+    members = len(local.micro_batches(step, ALONE, 1)[0].sample_ids)
     with serving(folders[0]) as server:
         asked = list[set[str]]()
         for rank in range(3):
             made = stream(server.url, f"{rank}.jsonl")
             server.ranges.clear()
-            found = made.micro_batches(step, 0, 1, 1, rank, 3)[0]
+            found = made.micro_batches(step, Share(0, 1, rank, 3), 1)[0]
             assert digest(found) == digest(expected[rank])
             asked.append(set(server.ranges))
     documents = set.intersection(*asked)
@@ -408,7 +412,7 @@ def test_a_store_that_goes_away_stops_the_run_with_one_error(
     monkeypatch.setattr("visionloom.data.shards.remote_store.FIRST_WAIT", 0.001)
     with serving(folders[0]) as server:
         made = stream(server.url, timeout_seconds=30.0, retries=2, hedge_seconds=0.0)
-        steps = iterate(made, 0, STEPS, 0, 1, 1, 0)
+        steps = iterate(made, range(STEPS), ALONE, 1, 0)
         next(steps)
         server.faults = ["503"] * 10_000
         with pytest.raises(StoreError, match=r"cannot be read: 3 attempts in .*HTTP 503"):
@@ -452,8 +456,8 @@ def test_packs_with_many_large_pictures_need_few_bytes(
             str(tokenizer_folder), {"set": DatasetConfig(path=server.url)}, {}, media=replace(RULES)
         )
         data.store, data.cache = StoreConfig(bytes_in_flight=limit), str(tmp_path / "tables")
-        made = PackStream(data, "p", 300, 1, {}, "sqrt", 7)
-        batch = made.micro_batches(0, 0, 1, 1)[0]
+        made = PackStream(StreamOptions(data, "p", 300, 1, {}, "sqrt", 7))
+        batch = made.micro_batches(0, ALONE, 1)[0]
         assert len(batch.grid_thw) == 40
         sent = sum(
             int(asked.split()[1].split("-")[1]) - int(asked.split()[1].split("-")[0])
@@ -472,7 +476,7 @@ def test_ranks_that_share_pictures_write_one_list(
     for rank in range(3):
         made = stream(damaged[1])
         for step in range(STEPS):
-            made.micro_batches(step, 0, 1, 1, rank, 3)
+            made.micro_batches(step, Share(0, 1, rank, 3), 1)
         met.append(len(keys(tmp_path / "quarantine.jsonl")))
     assert keys(tmp_path / "quarantine.jsonl") == sorted({*PLANTED, *CHANGED_LATER})
     assert met[0] < met[-1], "one rank alone does not see them all"

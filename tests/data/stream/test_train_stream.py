@@ -18,11 +18,13 @@ import torch
 from visionloom.common.errors import UserError
 from visionloom.data.config import DataConfig
 from visionloom.data.encode.encode import extend, prompt_of
+from visionloom.data.plan.open import StreamOptions
 from visionloom.data.stream import quarantine
 from visionloom.data.stream.batch import PackedBatch
 from visionloom.data.stream.held_out import EvaluationSet
 from visionloom.data.stream.train_stream import PackStream
 from visionloom.data.stream.workers import iterate
+from visionloom.parallel.share import ALONE, Share
 from visionloom.tests.data.samples import essay, film, picture_question
 
 LENGTH = 256
@@ -49,7 +51,9 @@ def stream(data: DataConfig, **changes: object) -> PackStream:
         "loss": "sqrt",
         "seed": 7,
     }
-    return PackStream(data, **{**values, **changes})  # type: ignore[arg-type]
+    quarantine = changes.pop("quarantine", None)
+    options = StreamOptions(data, **{**values, **changes})  # type: ignore[arg-type]
+    return PackStream(options, quarantine)  # type: ignore[arg-type]
 
 
 def digest(batches: list[PackedBatch]) -> str:
@@ -78,7 +82,7 @@ def packs_of(batch: PackedBatch) -> list[tuple[str, ...]]:
         packs.append(
             tuple(
                 next(ids)
-                for source in batch.segment_sources[starts == number].tolist()
+                for source in batch.segment_datasets[starts == number].tolist()
                 if source >= 0
             )
         )
@@ -89,19 +93,19 @@ def test_a_step_holds_the_same_packs_for_every_layout(data: DataConfig) -> None:
     made = stream(data)
     for step in (0, 5):
         whole = sorted(
-            pack for batch in made.micro_batches(step, 0, 1, 1) for pack in packs_of(batch)
+            pack for batch in made.micro_batches(step, ALONE, 1) for pack in packs_of(batch)
         )
         assert len(whole) == 6
         for ranks, micro_batch in ((1, 6), (2, 1), (2, 3), (3, 2)):
             dealt = [
                 batch
                 for rank in range(ranks)
-                for batch in made.micro_batches(step, rank, ranks, micro_batch)
+                for batch in made.micro_batches(step, Share(rank, ranks), micro_batch)
             ]
             assert sorted(pack for batch in dealt for pack in packs_of(batch)) == whole
             assert all(len(batch.input_ids) == micro_batch * LENGTH for batch in dealt)
     with pytest.raises(UserError, match="4 data-parallel ranks"):
-        made.micro_batches(0, 0, 4, 1)
+        made.micro_batches(0, Share(0, 4), 1)
 
 
 def test_every_sample_once_an_epoch(data: DataConfig) -> None:
@@ -110,7 +114,7 @@ def test_every_sample_once_an_epoch(data: DataConfig) -> None:
     packs = made.plan.known_starts[1]
     counts, spread = Counter({f"essay:{number}": 0 for number in range(50)}), 0
     for step in range(packs):
-        counts.update(made.micro_batches(step, 0, 1, 1)[0].sample_ids)
+        counts.update(made.micro_batches(step, ALONE, 1)[0].sample_ids)
         spread = max(spread, max(counts.values()) - min(counts.values()))
     assert len(counts) == 50
     assert counts.total() == made.plan.draws_per_block
@@ -121,24 +125,27 @@ def test_every_sample_once_an_epoch(data: DataConfig) -> None:
 
 
 def test_the_stream_is_a_function_of_its_settings(data: DataConfig) -> None:
-    expected = digest(stream(data).micro_batches(4, 1, 2, 3))
-    assert digest(stream(data).micro_batches(4, 1, 2, 3)) == expected
-    assert digest(stream(data, seed=8).micro_batches(4, 1, 2, 3)) != expected
-    assert digest(stream(data, phase_name="q").micro_batches(4, 1, 2, 3)) != expected
+    expected = digest(stream(data).micro_batches(4, Share(1, 2), 3))
+    assert digest(stream(data).micro_batches(4, Share(1, 2), 3)) == expected
+    assert digest(stream(data, seed=8).micro_batches(4, Share(1, 2), 3)) != expected
+    assert digest(stream(data, phase_name="q").micro_batches(4, Share(1, 2), 3)) != expected
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_workers_change_nothing(data: DataConfig, workers: int) -> None:
     made = stream(data)
-    expected = [digest(stream(data).micro_batches(step, 1, 2, 1)) for step in range(3, 6)]
-    assert [digest(batches) for batches in iterate(made, 3, 3, 1, 2, 1, workers)] == expected
+    expected = [digest(stream(data).micro_batches(step, Share(1, 2), 1)) for step in range(3, 6)]
+    assert [
+        digest(batches) for batches in iterate(made, range(3, 6), Share(1, 2), 1, workers)
+    ] == expected
 
 
 READER = """
 import pickle, sys
 from visionloom.data.stream.workers import iterate
+from visionloom.parallel.share import ALONE
 if __name__ == "__main__":
-    for _ in iterate(pickle.load(open(sys.argv[1], "rb")), 0, 10_000, 0, 1, 6, 2):
+    for _ in iterate(pickle.load(open(sys.argv[1], "rb")), range(10_000), ALONE, 6, 2):
         print("ready", flush=True)
 """
 
@@ -158,7 +165,7 @@ def test_workers_end_with_a_killed_reader(data: DataConfig, tmp_path: Path) -> N
 
 def test_errors_come_out_of_the_iterator_with_their_type(data: DataConfig) -> None:
     with pytest.raises(UserError, match="cannot be dealt to 5"):
-        next(iterate(stream(data), 0, 2, 0, 5, 1, workers=0))
+        next(iterate(stream(data), range(2), Share(0, 5), 1, workers=0))
 
 
 @pytest.mark.parametrize(
@@ -169,12 +176,12 @@ def test_errors_say_which_worker_and_what_it_was_at(
 ) -> None:
     """Row 37 of the fault matrix, second half: also of errors that nobody foresaw."""
     with pytest.raises(UserError) as caught:
-        next(iterate(stream(data), 0, 2, 0, 5, 1, workers=workers))
+        next(iterate(stream(data), range(2), Share(0, 5), 1, workers=workers))
     assert caught.value.__notes__ == [where]
 
 
 def test_an_iterator_can_be_left_early(data: DataConfig) -> None:
-    steps = iterate(stream(data), 0, 1000, 0, 1, 6, workers=0)
+    steps = iterate(stream(data), range(1000), ALONE, 6, workers=0)
     next(steps)
     steps.close()
     with pytest.raises(StopIteration):
@@ -187,7 +194,7 @@ def test_a_restart_continues_where_the_state_says(data: DataConfig) -> None:
     for step in range(70):
         seen.update(
             name.split(":")[0]
-            for batch in made.micro_batches(step, 0, 1, 6)
+            for batch in made.micro_batches(step, ALONE, 6)
             for name in batch.sample_ids
         )
     text = json.dumps(made.state(70))
@@ -197,7 +204,9 @@ def test_a_restart_continues_where_the_state_says(data: DataConfig) -> None:
         assert seen[kind] <= state["draws"][name] <= seen[kind] + 300
     resumed = stream(data)
     resumed.load_state(state)
-    assert digest(resumed.micro_batches(70, 0, 3, 2)) == digest(made.micro_batches(70, 0, 3, 2))
+    assert digest(resumed.micro_batches(70, Share(0, 3), 2)) == digest(
+        made.micro_batches(70, Share(0, 3), 2)
+    )
     assert resumed.state(70) == state
 
 
@@ -234,7 +243,7 @@ def test_changed_pixel_limits_are_named(data: DataConfig) -> None:
 def test_budgets_hold(data: DataConfig) -> None:
     data.max_patches_per_token = 0.2
     made = stream(data, mixture={"pictures": 1})
-    batches = [batch for step in range(12) for batch in made.micro_batches(step, 0, 1, 1)]
+    batches = [batch for step in range(12) for batch in made.micro_batches(step, ALONE, 1)]
     counts = [len(batch.patches) for batch in batches]
     assert max(counts) <= int(0.2 * LENGTH)
     assert max(counts) >= 0.2 * LENGTH - 8, "the patch budget must bind in this test"
@@ -262,14 +271,14 @@ def break_member(data: DataConfig, name: str, number: int) -> None:
 
 def test_an_unreadable_picture_is_masked_and_written_down(data: DataConfig, tmp_path: Path) -> None:
     step, bad = 1, 3
-    before = stream(data, mixture={"pictures": 1}).micro_batches(step, 0, 1, 6)[0]
+    before = stream(data, mixture={"pictures": 1}).micro_batches(step, ALONE, 6)[0]
     bad = int(
         next(name for name in before.sample_ids if int(name.split(":")[1]) < 40).split(":")[1]
     )
     break_member(data, "pictures", bad)
     file = tmp_path / "run" / "quarantine.jsonl"
     made = stream(data, mixture={"pictures": 1}, quarantine=file)
-    after = made.micro_batches(step, 0, 1, 6)[0]
+    after = made.micro_batches(step, ALONE, 6)[0]
     assert after.sample_ids == before.sample_ids
     for name in (
         "input_ids",
@@ -282,7 +291,7 @@ def test_an_unreadable_picture_is_masked_and_written_down(data: DataConfig, tmp_
         assert torch.equal(getattr(after, name), getattr(before, name))
     sick = [index for index, name in enumerate(after.sample_ids) if name == f"picture:{bad}"]
     places = torch.zeros(len(after.input_ids), dtype=torch.bool)
-    real = torch.nonzero(after.segment_sources >= 0).flatten()[sick]
+    real = torch.nonzero(after.segment_datasets >= 0).flatten()[sick]
     for segment in real.tolist():
         places[after.cu_seqlens[segment] : after.cu_seqlens[segment + 1]] = True
     assert (after.labels[places] == -100).all()
@@ -312,7 +321,7 @@ def test_too_many_unreadable_samples_stop_the_run(
         RuntimeError,
         match=r"samples could not be read \(more than data\.max_bad_fraction = 0\.001\).*dataset pictures",
     ):
-        list(iterate(made, 0, 10, 0, 1, 6, workers=0))
+        list(iterate(made, range(10), ALONE, 6, workers=0))
 
 
 def test_held_out_samples_are_dealt_once(data: DataConfig) -> None:
@@ -321,7 +330,7 @@ def test_held_out_samples_are_dealt_once(data: DataConfig) -> None:
     expected = sorted(f"picture:{index}" for index in held_out.indices)
     for ranks, micro_batch in ((1, 2), (3, 1)):
         dealt = [
-            list(held_out.batches(LENGTH, micro_batch, "sqrt", rank, ranks))
+            list(held_out.batches(LENGTH, micro_batch, "sqrt", Share(rank, ranks)))
             for rank in range(ranks)
         ]
         assert len({len(batches) for batches in dealt}) == 1, (
@@ -335,12 +344,12 @@ def test_held_out_samples_are_dealt_once(data: DataConfig) -> None:
     assert again.indices.tolist() == held_out.indices.tolist()
     assert len(EvaluationSet(data, "pictures", limit=1000)) == 90
     with pytest.raises(UserError, match=r"data\.validation\.pictures\.over_length=drop"):
-        next(held_out.batches(20, 1, "sqrt", 0, 1))
+        next(held_out.batches(20, 1, "sqrt", ALONE))
 
 
 def test_questions_are_prompts_with_pixels(data: DataConfig) -> None:
     held_out = EvaluationSet(data, "pictures", limit=9)
-    questions = [list(held_out.questions(rank, 2)) for rank in range(2)]
+    questions = [list(held_out.questions(Share(rank, 2))) for rank in range(2)]
     assert len(questions[0]) + len(questions[1]) == 9
     question = questions[0][0]
     assert question.answer is not None
@@ -357,14 +366,14 @@ def test_questions_are_prompts_with_pixels(data: DataConfig) -> None:
 
 
 KILLED = """
-import os, pickle, signal, sys
+import pickle, sys
 from visionloom.common.errors import MachineError
 from visionloom.data.stream.workers import iterate
-from visionloom.data import decode, image
+from visionloom.parallel.share import ALONE
 
 if __name__ == "__main__":
     try:
-        for _ in iterate(pickle.load(open(sys.argv[1], "rb")), 0, 10_000, 0, 1, 6, 2):
+        for _ in iterate(pickle.load(open(sys.argv[1], "rb")), range(10_000), ALONE, 6, 2):
             print("ready", flush=True)
     except MachineError as error:
         print(error, file=sys.stderr)

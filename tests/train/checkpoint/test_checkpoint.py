@@ -68,7 +68,7 @@ def layout_of(name: str, case: Case) -> Layout:
 class Stream:
     """Stands in for the data of a phase, whose cursor these tests do not need."""
 
-    corpora = (type("Corpus", (), {"name": "test"}),)
+    datasets = (type("Dataset", (), {"name": "test"}),)
 
     def state(self, step: int) -> dict[str, Any]:
         return {"step": step}

@@ -30,6 +30,7 @@ from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.model.sharding import canonical_parameters, cut
 from visionloom.parallel import topology as topologies
 from visionloom.parallel.config import ParallelConfig
+from visionloom.parallel.share import ALONE
 from visionloom.tests.model.huggingface.test_folder import model, save
 from visionloom.tests.model.reference import (
     huggingface_model,
@@ -275,7 +276,7 @@ def first_loss(config: RunConfig, folder: Path) -> float:
     stream = build_stream(config, "multimodal", folder, topology)
     theirs = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     loss, weight = torch.zeros(()), torch.zeros(())
-    for pack in stream.micro_batches(0, 0, 1, phase.micro_batch):
+    for pack in stream.micro_batches(0, ALONE, phase.micro_batch):
         pixels = torch.from_numpy(widen(pack.patches.numpy(), 1536)).float() / 127.5 - 1
         grids, at, rows = pack.grid_thw.long(), 0, 0
         for begin, end in zip(

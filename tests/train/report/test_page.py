@@ -81,7 +81,7 @@ def predicted(question: str, pictures: int, text: str = "7", side: int = 64) -> 
     rows = [patches_of(frame[None]) for frame in frames]
     empty = np.empty(0)
     sample = EncodedSample(
-        sample_id=EVIL, source="vqa", task=EVIL, input_ids=empty, target_weights=empty, position_ids=empty, visual_positions=empty,
+        sample_id=EVIL, dataset="vqa", task=EVIL, input_ids=empty, target_weights=empty, position_ids=empty, visual_positions=empty,
         grids=np.array([[1, side // 16, side // 16]] * pictures, np.int32).reshape(-1, 3), media=(), answer="7", prompt_length=0,
         patches=np.concatenate([np.empty((0, 768), np.uint8), *rows]),
     )  # fmt: skip
