@@ -28,15 +28,15 @@ NO_MEMORY: Final = ("out of memory", "can't allocate memory", "Cannot allocate m
 
 
 def of_the_machine(error: Exception, folder: Path) -> UserError | None:
-    """One line for a disk or a run's `folder` that could not be written to or read; None for any other error.
+    """Return one line for a disk or a run's `folder` that could not be used; None for any other error.
 
     A missing file, or a folder in the place of one, may be a mistake of the program, but not in the run's folder.
     """
     if not isinstance(error, OSError):
         return None
-    name = (
-        os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
-    )  # a write has none, opening has
+    name = ""  # opening a file names it, writing to it does not
+    if isinstance(error.filename, str | bytes):
+        name = os.fsdecode(error.filename)
     inside = bool(name) and Path(name).absolute().is_relative_to(folder.absolute())
     if error.errno not in OF_THE_DISK and not inside:
         return None
@@ -47,17 +47,17 @@ def of_the_machine(error: Exception, folder: Path) -> UserError | None:
 
 
 def is_lost_connection(error: Exception) -> bool:
-    """Whether another rank went first, so that this error is a consequence."""
+    """Return whether another rank went first, so that this error is a consequence."""
     return any(words in str(error) for words in LOST)
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether there was no memory left, on the host or on a GPU."""
+    """Return whether there was no memory left, on the host or on a GPU."""
     return isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY)
 
 
 def hint_for(error: Exception) -> str:
-    """What a user may do about an error that is not known to be theirs."""
+    """Return what a user may do about an error that is not known to be theirs."""
     if is_out_of_memory(error):
         return (
             "out of memory: lower phases.<name>.micro_batch or sequence_length, turn on parallel.recompute, or use more ranks;"

@@ -24,6 +24,7 @@ def claim(folder: Path) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             _held.append(FolderLock(folder, "run.folder"))
+            # Permissions do not tell: quotas and read-only mounts show only when something is written.
             probe = folder / ".writable"
             probe.write_bytes(bytes(4096))
             probe.unlink()
@@ -31,7 +32,8 @@ def claim(folder: Path) -> None:
             raise UserError(
                 f"run.folder={folder} cannot be written: {error.strerror}: correct run.folder or its permissions, or make room"
             ) from error
-        if (free := shutil.disk_usage(folder).free) < FREE_BYTES:
+        free = shutil.disk_usage(folder).free
+        if free < FREE_BYTES:
             raise UserError(
                 f"run.folder={folder} has {free} bytes free: make room or move run.folder"
             )

@@ -20,8 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if not __package__:  # started as a file: Python put launch/ first on the path, where data.py would hide any package data
-    sys.path[0] = str(Path(__file__).resolve().parents[1] / ".link")
+if not __package__:
+    # Started as a file: Python put launch/ first on the path, where data.py would hide any package data.
+    root = Path(__file__).resolve().parents[1]
+    sys.path[0] = str(root / ".link")
 
 from visionloom.common.errors import UserError, did_you_mean, unknown
 from visionloom.common.text import one_line, say, warn
@@ -87,26 +89,21 @@ def import_folder(options: dict[str, str]) -> None:
 def export_folder(options: dict[str, str]) -> None:
     """Make a folder that transformers loads of a checkpoint; several processes share its files."""
     folder, source = Path(options["checkpoint"]), options.get("hf", "")
-    for option, value, known in (
-        ("dtype", options.get("dtype", "bf16"), DTYPES),
-        ("layout", options.get("layout", "transformers"), EXPERT_LAYOUTS),
-    ):
-        if value not in known:
-            raise UserError(unknown(option, value, known))
+    for option, known in (("dtype", DTYPES), ("layout", EXPERT_LAYOUTS)):
+        if option in options and options[option] not in known:
+            raise UserError(unknown(option, options[option], known))
     shard_bytes = _bytes("shard", options.get("shard", "5GB"))
     _check_folders(checkpoint=options["checkpoint"], hf=source or ".")
+    companions = Path(source) if source else None
+    # Before torch is imported: what does not agree is told in a second.
     from visionloom.train.agreements import check_export
 
-    check_export(folder, Path(source) if source else None, "hf")
+    check_export(folder, companions, "hf")
     with _world(ParallelConfig()) as (topology, say):
         from visionloom.train.exchange.export_huggingface import ExportOptions, export_checkpoint
 
-        wanted = ExportOptions(
-            Path(source) if source else None,
-            options.get("dtype", ""),
-            options.get("layout", ""),
-            shard_bytes,
-        )
+        dtype, layout = options.get("dtype", ""), options.get("layout", "")
+        wanted = ExportOptions(companions, dtype, layout, shard_bytes)
         export_checkpoint(folder, Path(options["out"]), wanted, topology, say)
         say(f"done: {options['out']}", once=True)
 
@@ -208,13 +205,14 @@ def _command(name: str) -> Command:
 
 
 def _options(name: str, command: Command, words: Sequence[str]) -> dict[str, str]:
-    """The options of a command line; UserError for what the command does not know or needs."""
+    """Return the options of a command line; UserError for what the command does not know or needs."""
     known, given = [*command.required, *command.optional], dict[str, str]()
     for word in words:
         option, equals, value = word.partition("=")
         if not equals or not value:
             raise UserError(f"command line: cannot read '{word}': write option=value")
-        if option not in known and not (command.parallel and option.startswith(PARALLEL)):
+        is_layout = command.parallel and option.startswith(PARALLEL)
+        if option not in known and not is_layout:
             raise UserError(
                 f"{name} has no option {option}{did_you_mean(option, known)}: use {', '.join(known)}"
             )
@@ -233,7 +231,7 @@ def _check_folders(**paths: str) -> None:
 
 
 def _layout(options: dict[str, str]) -> ParallelConfig:
-    """The layout that parallel.* options name."""
+    """Return the layout that parallel.* options name."""
     config, hints = ParallelConfig(), typing.get_type_hints(ParallelConfig)
     for option, value in options.items():
         name = option.removeprefix(PARALLEL)
@@ -250,7 +248,7 @@ def _layout(options: dict[str, str]) -> ParallelConfig:
 
 
 def _typed(option: str, value: str, hint: Any) -> Any:
-    """An option's value as its type in the schema wants it."""
+    """Return an option's value as its type in the schema wants it."""
     kinds = typing.get_args(hint) or (hint,)
     if types.NoneType in kinds and value == "null":
         return None
@@ -267,7 +265,7 @@ def _typed(option: str, value: str, hint: Any) -> Any:
 
 @contextmanager
 def _world(parallel: ParallelConfig) -> "Iterator[tuple[Topology, Any]]":
-    """The ranks of this command on CPUs, and what it prints: each rank its own progress."""
+    """Open the ranks of this command on CPUs; yields the topology and what prints a rank's progress."""
     import torch
 
     from visionloom.parallel import topology as topologies

@@ -19,8 +19,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-if not __package__:  # started as a file: Python put launch/ first on the path, where data.py would hide any package data
-    sys.path[0] = str(Path(__file__).resolve().parents[1] / ".link")
+if not __package__:
+    # Started as a file: Python put launch/ first on the path, where data.py would hide any package data.
+    root = Path(__file__).resolve().parents[1]
+    sys.path[0] = str(root / ".link")
 
 from visionloom.common.errors import UserError
 from visionloom.common.text import one_line, warn

@@ -41,11 +41,10 @@ def exit_with(error: Exception, folder: str = "", everywhere: bool = False) -> N
         everywhere: whether all ranks raise this same error.
     """
     if _may_speak(everywhere):
-        lines = (
-            error.lines
-            if isinstance(error, UserError)
-            else [one_line(str(error)) or type(error).__name__]
-        )
+        lines = [one_line(str(error)) or type(error).__name__]
+        if isinstance(error, UserError):
+            lines = error.lines
+        # What was printed before comes first, also where both streams go to one file.
         with contextlib.suppress(OSError):
             sys.stdout.flush()
         warn(*(f"error: {line}" for line in lines))
@@ -79,15 +78,15 @@ def _end(code: int) -> NoReturn:
 
 def exit_interrupted() -> NoReturn:
     """End on Ctrl-C as a shell counts it, with one line and no traceback; status.json says so."""
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # whoever presses it twice does not want to see where it fell
+    # Whoever presses it twice does not want to see where it fell.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     status.current.failed(
         INTERRUPTED, "interrupted (Ctrl-C)", "start the same command again to resume"
     )
     if _may_speak(everywhere=False):
         warn("interrupted; start the same command again to resume")
-    _end(INTERRUPTED)  # threads that write or wait are not waited for
+    # Threads that write or wait are not waited for.
+    _end(INTERRUPTED)
 
 
 def end_with_parent() -> None:
@@ -95,7 +94,8 @@ def end_with_parent() -> None:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() == 1:  # it died before the kernel was told
+    if os.getppid() == 1:
+        # It died before the kernel was told.
         sys.exit(FAILURE)
 
 
@@ -112,20 +112,18 @@ def _escape(record: Path) -> None:
     """Take what a terminal would obey out of a traceback that torchrun will show: messages hold names from data."""
 
     def escaped(value: object) -> object:
-        return (
-            {key: escaped(each) for key, each in value.items()}
-            if isinstance(value, dict)
-            else printable(str(value))
-        )
+        if isinstance(value, dict):
+            return {key: escaped(each) for key, each in value.items()}
+        return printable(str(value))
 
     try:
         record.write_text(json.dumps(escaped(json.loads(record.read_text()))))
-    except (OSError, ValueError):  # no file, which torchrun says
-        return
+    except (OSError, ValueError):
+        return  # no file, which torchrun says
 
 
 def _may_speak(everywhere: bool) -> bool:
-    """Whether this rank is the one to print."""
+    """Return whether this rank is the one to print."""
     if everywhere:
         return os.environ.get("RANK", "0") == "0"
     attempt = attempt_folder()
@@ -136,12 +134,13 @@ def _may_speak(everywhere: bool) -> bool:
     except FileExistsError:
         return False
     except OSError:
+        # A full disk: several ranks may speak, which is better than none.
         return True
     return True
 
 
 def attempt_folder() -> Path | None:
-    """The folder that torchrun makes anew for each start of the ranks of this machine; None without one.
+    """Return the folder that torchrun makes anew for each start of this machine's ranks; None without one.
 
     torchrun gives each rank a file `<attempt>/<local rank>/error.json`.
     """

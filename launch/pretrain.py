@@ -9,8 +9,10 @@ What a run is made of: python launch/pretrain.py +recipe=demo --cfg job --resolv
 import sys
 from pathlib import Path
 
-if not __package__:  # started as a file: Python put launch/ first on the path, where data.py would hide any package data
-    sys.path[0] = str(Path(__file__).resolve().parents[1] / ".link")
+if not __package__:
+    # Started as a file: Python put launch/ first on the path, where data.py would hide any package data.
+    root = Path(__file__).resolve().parents[1]
+    sys.path[0] = str(root / ".link")
 
 from visionloom.launch.configure import start
 from visionloom.train.config import RunConfig

@@ -29,19 +29,16 @@ def quiet_libraries() -> None:
         warnings.filterwarnings("ignore", module=rf"(?!{OURS})")
     for name in TALKATIVE_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
-    os.environ.setdefault(
-        "TORCH_CPP_LOG_LEVEL", "ERROR"
-    )  # gloo and NCCL print their connections at a lower level
+    # gloo and NCCL print their connections at a lower level.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def escape_messages() -> None:
-    """From here on, messages of any logger, warnings and tracebacks are shown with what a terminal would obey as escapes."""
+    """Show messages of any logger, warnings and tracebacks with escapes for what a terminal would obey."""
     logging.setLogRecordFactory(_Record)
     warnings.showwarning = _show_warning
     sys.excepthook = _show_exception
-    threading.excepthook = lambda found: _show_exception(
-        found.exc_type, found.exc_value or found.exc_type(), found.exc_traceback
-    )
+    threading.excepthook = _show_exception_of_thread
 
 
 class Parser(argparse.ArgumentParser):
@@ -78,10 +75,16 @@ def _show_warning(
     say(text.removesuffix("\n"), file=stream)
 
 
+def _show_exception_of_thread(ended: threading.ExceptHookArgs) -> None:
+    error = ended.exc_value or ended.exc_type()
+    _show_exception(ended.exc_type, error, ended.exc_traceback)
+
+
 def _show_exception(
     kind: type[BaseException], error: BaseException, where: TracebackType | None
 ) -> None:
     if issubclass(kind, KeyboardInterrupt):
+        # Python's own hook ends the process as a shell expects after Ctrl-C.
         sys.__excepthook__(kind, error, where)
         return
     warn("".join(traceback.format_exception(kind, error, where)).removesuffix("\n"))

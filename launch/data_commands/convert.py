@@ -132,6 +132,7 @@ def run(options: argparse.Namespace) -> int:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: at least 1 expected")
+
     most = share_of(options.max_left_out)
     request = Request(
         options.kind,
@@ -145,28 +146,32 @@ def run(options: argparse.Namespace) -> int:
         trainable_by(options),
     )
     limits = ShardLimits(options.samples_per_shard, bytes_of(options.shard_size))
-    target = Target(
-        options.folder, options.name or options.folder.resolve().name, limits, options.workers
-    )
+    name = options.name or options.folder.resolve().name
+    target = Target(options.folder, name, limits, options.workers)
     try:
         with bars("records") as progress:
-            tally = convert(request, target, lambda done, total: progress(target.name, done, total))
+            tally = convert(request, target, lambda done, total: progress(name, done, total))
     except KeyboardInterrupt:
         warn("", f"stopped: the same command continues {options.folder}")
         return STOPPED
     print_summary(options.folder, tally)
+    return _judge(options, tally, most)
+
+
+def _judge(options: argparse.Namespace, tally: "Tally", most: float) -> int:
+    """Return the exit code: 1, with a line, if a larger share of the records than `most` was left out."""
     records, left_out = tally.counts["records"], tally.counts["left out"]
-    if left_out > most * records:
-        warn(
-            f"error: {left_out:,} of {records:,} records left out, more than --max-left-out {options.max_left_out}:"
-            f" mend the source by {options.folder / 'skipped.jsonl'}, or allow a larger share"
-        )
-        return 1
-    return 0
+    if left_out <= most * records:
+        return 0
+    warn(
+        f"error: {left_out:,} of {records:,} records left out, more than --max-left-out {options.max_left_out}:"
+        f" mend the source by {options.folder / 'skipped.jsonl'}, or allow a larger share"
+    )
+    return 1
 
 
 def trainable_by(options: argparse.Namespace) -> "Trainable":
-    """The rules that samples are rendered by. Raises UserError for a tokenizer that cannot be read."""
+    """Return the rules that samples are rendered by; UserError for a tokenizer that cannot be read."""
     from visionloom.data.convert.trainable import LONGEST, Trainable
     from visionloom.data.encode.tokenizer import Tokenizer
     from visionloom.launch.data_commands.lengths import media_config
@@ -177,16 +182,15 @@ def trainable_by(options: argparse.Namespace) -> "Trainable":
         try:
             Tokenizer(options.tokenizer)
         except UserError as error:
-            raise UserError(
-                *(line.replace("data.tokenizer=", "--tokenizer ", 1) for line in error.lines)
-            ) from None
-    return Trainable(
-        media_config(options.media), options.tokenizer, options.sequence_length or LONGEST
-    )
+            # This command has another word for it than a run.
+            lines = [line.replace("data.tokenizer=", "--tokenizer ", 1) for line in error.lines]
+            raise UserError(*lines) from None
+    longest = options.sequence_length or LONGEST
+    return Trainable(media_config(options.media), options.tokenizer, longest)
 
 
 def share_of(text: str) -> float:
-    """A share like 5% or 0.05."""
+    """Parse a share like 5% or 0.05."""
     number, percent = text.removesuffix("%"), text.endswith("%")
     try:
         share = float(number) / (100 if percent else 1)
@@ -198,7 +202,7 @@ def share_of(text: str) -> float:
 
 
 def bytes_of(text: str) -> int:
-    """A size like 500MiB in bytes."""
+    """Parse a size like 500MiB into bytes."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]i?B|)", text)
     size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
     if size < 1:
@@ -207,7 +211,7 @@ def bytes_of(text: str) -> int:
 
 
 def columns_of(words: list[str]) -> dict[str, str]:
-    """ROLE=COLUMN words as a mapping."""
+    """Parse ROLE=COLUMN words."""
     columns = {}
     for word in words:
         if not re.fullmatch(r"\w+=.+", word):
@@ -218,12 +222,14 @@ def columns_of(words: list[str]) -> dict[str, str]:
 
 
 def print_summary(folder: Path, tally: "Tally") -> None:
-    """What was made, what was left out and why, and which keys were not read."""
+    """Print what was made, what was left out and why, and which keys were not read."""
     from visionloom.data.shards.dataset import Dataset
 
     dataset = Dataset.open(folder, folder.name)
+    samples, shards = len(dataset), len(dataset.shards)
     mebibytes = sum(shard.bytes for shard in dataset.shards) / 2**20
-    say(f"{folder}: {len(dataset):,} samples in {len(dataset.shards)} shards, {mebibytes:,.1f} MiB")
+    say(f"{folder}: {samples:,} samples in {shards} shards, {mebibytes:,.1f} MiB")
+    # The commonest first; equal counts by name, so that two runs print alike.
     counts = dict(sorted(tally.counts.items(), key=lambda item: (-item[1], item[0])))
     records, left_out = counts.get("records", 0), counts.get("left out", 0)
     if left_out:

@@ -32,7 +32,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 
 def run(options: argparse.Namespace) -> None:
-    """Read every shard once and write its index; started again, it goes on where it stopped."""
+    """Read every shard once and write its index; started again, it continues where it stopped."""
     from visionloom.data.shards.index_folder import LEFT_OUT, index_folder
 
     with bars("shards") as progress:
@@ -45,7 +45,9 @@ def run(options: argparse.Namespace) -> None:
         )
     samples = sum(row.samples for row in rows)
     say(f"{options.folder}: {samples:,} samples in {len(rows)} shards")
-    if suspects := sum(row.statistics.suspect_media for row in rows):
+    suspects = sum(row.statistics.suspect_media for row in rows)
+    if suspects:
+        # Only decoding can tell whether they are bad, which an index does not do.
         say(
             f"{suspects:,} media members have a header that cannot be read or differs from their sample: see data.py verify"
         )

@@ -1,6 +1,7 @@
 """`data.py lengths DIR ...`: count tokens and patches of every sample, without decoding a picture."""
 
 import argparse
+import functools
 import os
 import sys
 import time
@@ -88,25 +89,18 @@ def run(options: argparse.Namespace) -> None:
         for folder, name in datasets_below(options.folders).items():
             started = time.perf_counter()
             config = DatasetConfig(path=str(folder))
-            dataset = DatasetWithLengths(
-                "lengths",
-                name,
-                config,
-                data,
-                tokenizer,
-                helpers,
-            )
+            dataset = DatasetWithLengths("lengths", name, config, data, tokenizer, helpers)
             table.add_row(*_cells(dataset, time.perf_counter() - started))
     PlainConsole(width=None if sys.stdout.isatty() else 140).print(table)
 
 
 def report_to(progress: PartProgress) -> "ProgressOf":
-    """What tells a progress bar of each piece of counting."""
-    return lambda name: lambda done, total: progress(name, done, total)
+    """Return the progress callbacks of counting that move the bars of a screen."""
+    return lambda name: functools.partial(progress, name)
 
 
 def datasets_below(folders: list[Path]) -> dict[Path, str]:
-    """All datasets in or below some folders, each with a name. Raises UserError if there are none."""
+    """Return all datasets in or below some folders, each with a name; UserError if there are none."""
     from visionloom.data.shards.manifest import MANIFEST
 
     datasets = dict[Path, str]()
@@ -122,7 +116,11 @@ def datasets_below(folders: list[Path]) -> dict[Path, str]:
 
 
 def media_config(words: list[str]) -> "MediaConfig":
-    """The rules that NAME=VALUE words describe. Raises UserError for unknown names and values that no run can have."""
+    """Return the rules that NAME=VALUE words describe.
+
+    Raises:
+        UserError: for unknown names, and for values that no run can have.
+    """
     from visionloom.data.config import MediaConfig
 
     config = MediaConfig()
@@ -142,7 +140,7 @@ def media_config(words: list[str]) -> "MediaConfig":
 
 
 def _helpers(processes: int) -> int:
-    """Counting in one process needs no other."""
+    """Return how many processes count beside this one: none where one is enough."""
     return processes if processes > 1 else 0
 
 

@@ -52,7 +52,6 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 def run(options: argparse.Namespace) -> None:
     """Print two tables: a row for each phase, and a row for each dataset of a phase."""
-
     from visionloom.data.plan.facts import facts_of
     from visionloom.launch.configure import check_paths, compose
     from visionloom.launch.environment import world_size
@@ -65,11 +64,12 @@ def run(options: argparse.Namespace) -> None:
     phases, datasets = _tables()
     for name in _phases(config, options.phase):
         phase = config.phases[name]
-        ranks = options.data_parallel or (phase.parallel or config.parallel).data_parallel_size(
-            world
-        )
+        layout = phase.parallel or config.parallel
+        ranks = options.data_parallel or layout.data_parallel_size(world)
+        # One process needs no other beside it.
         plan = plan_phase(config, name, options.processes if options.processes > 1 else 0)
-        facts = facts_of(plan, min(options.steps, phase.total_steps), ranks, phase.micro_batch)
+        steps = min(options.steps, phase.total_steps)
+        facts = facts_of(plan, steps, ranks, phase.micro_batch)
         phases.add_row(*_phase_cells(name, facts))
         _add_datasets(datasets, name, plan, facts)
     console = PlainConsole(width=None if sys.stdout.isatty() else 140)
@@ -78,7 +78,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def plan_phase(config: "RunConfig", name: str, processes: int = 0) -> "Plan":
-    """The plan of one phase, as a run begins it; lengths that are not counted yet are counted by `processes`."""
+    """Return the plan of a phase, as a run begins it; `processes` count lengths that are not counted yet."""
     from visionloom.data.encode.tokenizer import Tokenizer
     from visionloom.data.plan.open import dataset_weights, open_datasets, open_plan
     from visionloom.data.plan.resumable import CountingHelp
@@ -149,17 +149,20 @@ def _phase_cells(name: str, facts: "PlanFacts") -> list[str]:
 
 
 def _add_datasets(table: "Table", name: str, plan: "Plan", facts: "PlanFacts") -> None:
+    all_tokens = max(1, int(facts.tokens.sum()))
     for number, entry in enumerate(plan.entries):
-        tokens, total = int(facts.tokens[number]), max(1, int(facts.tokens.sum()))
-        lost, whole = entry.parts.lost_tokens, max(1, int(entry.parts.lengths["tokens"].sum()))
+        tokens = int(facts.tokens[number])
+        visual = facts.visual_tokens[number] / max(1, tokens)
+        # Of the whole dataset, while the other columns are about the planned steps.
+        lost, whole = entry.parts.lost_tokens, int(entry.parts.lengths["tokens"].sum())
         table.add_row(
             name,
             entry.name,
             entry.over_length,
             f"{facts.samples[number]:,}",
             f"{tokens:,}",
-            f"{tokens / total:.1%}",
-            f"{facts.visual_tokens[number] / max(1, tokens):.0%}",
+            f"{tokens / all_tokens:.1%}",
+            f"{visual:.0%}",
             f"{entry.parts.dropped:,} of {entry.size:,}",
-            f"{lost:,} ({lost / whole:.1%})",
+            f"{lost:,} ({lost / max(1, whole):.1%})",
         )

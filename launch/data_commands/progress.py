@@ -10,15 +10,22 @@ from visionloom.common.text import one_line, say
 
 @contextmanager
 def bars(unit: str = "samples") -> Iterator[PartProgress]:
-    """A bar for each part on a terminal, else one line for each finished part."""
-    if not sys.stdout.isatty():
-
-        def print_finished(part: str, done: int, total: int) -> None:
-            if done == total:
-                say(f"{part}: {total:,} {unit}")
-
-        yield print_finished
+    """Show a bar for each part on a terminal, else one line for each finished part."""
+    if sys.stdout.isatty():
+        with _live_bars() as show:
+            yield show
         return
+
+    def print_finished(part: str, done: int, total: int) -> None:
+        if done == total:
+            say(f"{part}: {total:,} {unit}")
+
+    yield print_finished
+
+
+@contextmanager
+def _live_bars() -> Iterator[PartProgress]:
+    # rich takes a tenth of a second to import, which help and wrong words need not wait for.
     from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 

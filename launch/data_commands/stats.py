@@ -60,14 +60,16 @@ def run(options: argparse.Namespace) -> None:
 def _cells(shards: "tuple[ShardInfo, ...]") -> list[str]:
     from visionloom.data.shards.manifest import Statistics
 
-    total = sum((shard.statistics for shard in shards), Statistics())
-    samples = sum(shard.samples for shard in shards)
-    mebibytes = sum(shard.bytes for shard in shards) / 2**20
+    total, samples, size = Statistics(), 0, 0
+    for shard in shards:
+        total += shard.statistics
+        samples += shard.samples
+        size += shard.bytes
     tasks = [f"{task} {number:,}" for task, number in total.tasks.items()]
     return [
         f"{samples:,}",
         f"{len(shards):,}",
-        f"{mebibytes:,.1f}",
+        f"{size / 2**20:,.1f}",
         f"{total.text_bytes / 2**20:,.1f}",
         f"{total.images:,}",
         f"{total.videos:,}",

@@ -56,18 +56,23 @@ def run(options: argparse.Namespace) -> None:
     tokenizer = Tokenizer(options.tokenizer) if options.tokenizer else None
     indices = find_samples(dataset, options.samples, options.count)
     title = f"{dataset.name}: {len(indices):,} of {len(dataset):,} samples"
-    if options.out.suffix == ".png":
-        draw_samples([view_sample(dataset, index, rules) for index in indices], title, options.out)
-    else:
-        packs = None
-        if options.pack and tokenizer:
-            packs = first_packs(dataset, tokenizer, rules, options.pack, options.count)
-        samples = (view_sample(dataset, index, rules, tokenizer) for index in indices)
-        options.out.write_text(page(title, str(options.folder), samples, packs))
-        if packs:
-            say(
-                f"packs: {packs.left_out:,} of the first {packs.tried:,} samples are too long or cannot be rendered"
-            )
+    is_picture = options.out.suffix == ".png"
+    shown_with = None if is_picture else tokenizer  # a picture shows no tokens
+    samples = (view_sample(dataset, index, rules, shown_with) for index in indices)
+    if is_picture:
+        draw_samples(list(samples), title, options.out)
+        say(f"{options.out}: {title}")
+        return
+
+    packs = None
+    if options.pack and tokenizer:
+        packs = first_packs(dataset, tokenizer, rules, options.pack, options.count)
+    # Sample by sample: a page of thousands does not hold their pictures at once.
+    options.out.write_text(page(title, str(options.folder), samples, packs))
+    if packs:
+        say(
+            f"packs: {packs.left_out:,} of the first {packs.tried:,} samples are too long or cannot be rendered"
+        )
     say(f"{options.out}: {title}")
 
 
