@@ -11,6 +11,7 @@ import re
 import types
 import typing
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -31,14 +32,14 @@ NUMBERS = {int: "a whole number", float: "a number", bool: "true or false"}
 
 
 def readable(words: Sequence[str]) -> list[str]:
-    """The words with every text quoted for Hydra.
+    """Return the words with every text quoted for Hydra.
 
     A text that Hydra reads as one string is left alone, with its quotes, escapes and `${...}`; so is null.
 
     Raises:
         UserError: one line, with how to write the first word that cannot be read.
     """
-    parser, read = OverridesParser.create(), list[str]()
+    read = []
     for before, word in zip(["", *words], words, strict=False):
         if len(word) > LONGEST:
             raise UserError(
@@ -47,7 +48,7 @@ def readable(words: Sequence[str]) -> list[str]:
         if word.startswith("~"):
             read.append(word)
         elif match := OVERRIDE.fullmatch(word):
-            read.append(_readable(parser, word, *match.groups()))
+            read.append(Setting(*match.groups()).for_hydra())
         else:
             joined = ""
             if before:
@@ -56,52 +57,115 @@ def readable(words: Sequence[str]) -> list[str]:
     return read
 
 
+@dataclass(frozen=True)
+class Setting:
+    """A word of the form `key=value`."""
+
+    sign: str
+    """What stands before the key: nothing, + or ++."""
+    key: str
+    value: str
+
+    @property
+    def word(self) -> str:
+        """Return the word as it is written."""
+        return f"{self.sign}{self.key}={self.value}"
+
+    @property
+    def type(self) -> Any:
+        """Return the type that the schema wants; None for a group or an unknown key."""
+        return option_type(self.key)
+
+    @property
+    def names_group(self) -> bool:
+        """Return whether the key is a group of recipes, one of whose files the value chooses."""
+        return re.split("[/@]", self.key)[0] in groups()
+
+    def for_hydra(self) -> str:
+        """Return the word such that Hydra reads what the user meant; UserError with the cure if it cannot."""
+        if self.type is int and (number := whole(self.value)) is not None:
+            return Setting(self.sign, self.key, str(number)).for_hydra()
+        if self.type is str or (self.names_group and not self.value.startswith(("[", "{"))):
+            return self._quoted()
+
+        if self.type in NUMBERS and len(self.value) > LONGEST_NUMBER:
+            raise UserError(
+                f"command line: {self.key} takes {NUMBERS[self.type]}, not {len(self.value)} characters"
+            )
+        override = _parse(self.word)
+        if override is None:
+            raise UserError(self._cure())
+        for path, text in _changed_texts(self.type, override.value(), self.key, self.value):
+            raise UserError(
+                f"command line: {path} in '{self.word}' would be read as {text}: {self._quoting()}"
+            )
+        return self.word
+
+    def _quoted(self) -> str:
+        """Return a word whose value is a text, quoted unless Hydra reads one string as it stands."""
+        check_home(f"{self.sign}{self.key}", self.value)
+        override = _parse(self.word)
+        if override is not None and isinstance(override.value(), str | None):
+            return self.word
+        text = QuotedString(self.value, Quote.single).with_quotes()
+        word = f"{self.sign}{self.key}={text}"
+        if _parse(word) is None:
+            raise UserError(self._cure())
+        return word
+
+    def _cure(self) -> str:
+        """Return the line for a word that Hydra cannot read, or reads as several values."""
+        key, value = self.key, self.value
+        if _parse(f"{key}=1") is None:
+            return (
+                f"command line: cannot read the name '{key}': names have letters, digits, - and _; recipes with other names are"
+                " included by one of your own, +recipe=NAME --config-dir DIR"
+            )
+        if self.type is None and not self.names_group:
+            return no_such_key(key)
+        if self.type in NUMBERS:
+            return f"command line: {key} takes {NUMBERS[self.type]}, not '{value}'"
+        if typing.get_origin(self.type) is list and not value.startswith("["):
+            return f"command line: {key} takes a list, not '{value}': {self._quoting()}"
+        return f"command line: cannot read '{self.word}': {self._quoting()}"
+
+    def _quoting(self) -> str:
+        """Return how to write a value that holds texts, with an example for this option."""
+        text = '"a,b"'
+        example = text
+        if typing.get_origin(self.type) is list:
+            example = f"[{text}]"
+        elif dataclasses.is_dataclass(self.type):
+            hints = typing.get_type_hints(self.type)
+            texts = [name for name, hint in hints.items() if hint is str]
+            example = f"{{{next(iter(texts), 'name')}: {text}}}"
+        elif typing.get_origin(self.type) is dict:
+            example = f"{{name: {text}}}"
+        return (
+            "put a text that has spaces or signs such as , = : ( ) { } into double quotes, and quote the word for the shell, as in"
+            f" '{self.sign}{self.key}={example}'"
+        )
+
+
 def option_type(key: str) -> Any:
-    """The type that the schema has at a dotted path, without None; None where it has nothing there."""
+    """Return the type that the schema has at a dotted path, without None; None where it has nothing there."""
     return functools.reduce(_item_type, key.split("."), RunConfig)
 
 
 def _item_type(hint: Any, name: str) -> Any:
-    """The type of a key of a section or mapping, without None; None where it has no such key."""
+    """Return the type of a key of a section or mapping, without None; None where it has no such key."""
+    inner: Any = None
     if dataclasses.is_dataclass(hint):
         inner = typing.get_type_hints(hint).get(name)
-    else:
-        inner = typing.get_args(hint)[1] if typing.get_origin(hint) is dict else None
+    elif typing.get_origin(hint) is dict:
+        _, inner = typing.get_args(hint)
     if isinstance(inner, types.UnionType):
         return next(choice for choice in typing.get_args(inner) if choice is not types.NoneType)
     return inner
 
 
-def _readable(parser: OverridesParser, word: str, sign: str, key: str, value: str) -> str:
-    """Return one `key=value` word as Hydra can read it."""
-    hint = option_type(key)
-    if hint is int and (number := whole(value)) is not None:
-        value, word = str(number), f"{sign}{key}={number}"
-    override = _parse(parser, word)
-    if override is not None and override.is_sweep_override():
-        override = None  # several values, which every rank would sweep over by itself
-
-    is_group = re.split("[/@]", key)[0] in groups() and not value.startswith(("[", "{"))
-    if hint is str or is_group:
-        check_home(f"{sign}{key}", value)
-        if override is not None and isinstance(override.value(), str | None):
-            return word
-        word = f"{sign}{key}={QuotedString(value, Quote.single).with_quotes()}"
-        override = _parse(parser, word)
-
-    if hint in NUMBERS and len(value) > LONGEST_NUMBER:
-        raise UserError(f"command line: {key} takes {NUMBERS[hint]}, not {len(value)} characters")
-    if override is None:
-        raise UserError(_cure(parser, word, sign, key, value))
-    for path, text in _changed_texts(hint, override.value(), key, value):
-        raise UserError(
-            f"command line: {path} in '{word}' would be read as {text}: {_quoting(sign, key)}"
-        )
-    return word
-
-
 def whole(text: str) -> int | None:
-    """The whole number that a text with an exponent stands for (`15e12`); None for any other text."""
+    """Return the whole number that a text with an exponent stands for (`15e12`); None for any other text."""
     if len(text) > LONGEST_NUMBER or EXPONENT.fullmatch(text) is None:
         return None
     number = float(text)
@@ -110,49 +174,21 @@ def whole(text: str) -> int | None:
     return int(number)
 
 
-def _parse(parser: OverridesParser, word: str) -> Override | None:
+def _parse(word: str) -> Override | None:
+    """Return what Hydra reads in a word; None if it reads nothing, or several values."""
     try:
-        return parser.parse_override(word)
+        override = OverridesParser.create().parse_override(word)
     except (HydraException, ValueError, RecursionError):
         return None  # ValueError: a number of more than 4,300 digits
-
-
-def _cure(parser: OverridesParser, word: str, sign: str, key: str, value: str) -> str:
-    """The line for a word that Hydra cannot read, or reads as several values."""
-    if _parse(parser, f"{key}=1") is None:
-        return (
-            f"command line: cannot read the name '{key}': names have letters, digits, - and _; recipes with other names are"
-            " included by one of your own, +recipe=NAME --config-dir DIR"
-        )
-    hint = option_type(key)
-    if hint is None and re.split("[/@]", key)[0] not in groups():
-        return no_such_key(key)
-    if hint in NUMBERS:
-        return f"command line: {key} takes {NUMBERS[hint]}, not '{value}'"
-    if typing.get_origin(hint) is list and not value.startswith("["):
-        return f"command line: {key} takes a list, not '{value}': {_quoting(sign, key)}"
-    return f"command line: cannot read '{word}': {_quoting(sign, key)}"
-
-
-def _quoting(sign: str, key: str) -> str:
-    """How to write a value that holds texts, with an example for this option."""
-    hint, text = option_type(key), '"a,b"'
-    example = text
-    if typing.get_origin(hint) is list:
-        example = f"[{text}]"
-    elif dataclasses.is_dataclass(hint):
-        texts = [name for name, field in typing.get_type_hints(hint).items() if field is str]
-        example = f"{{{next(iter(texts), 'name')}: {text}}}"
-    elif typing.get_origin(hint) is dict:
-        example = f"{{name: {text}}}"
-    return (
-        "put a text that has spaces or signs such as , = : ( ) { } into double quotes, and quote the word for the shell, as in"
-        f" '{sign}{key}={example}'"
-    )
+    # Several values are a sweep, which every rank would run by itself.
+    return None if override.is_sweep_override() else override
 
 
 def _changed_texts(hint: Any, read: Any, path: str, written: str) -> Iterator[tuple[str, Any]]:
-    """Texts inside a list or section that Hydra takes for something else and changes: {path: 2024_01} is the number 202401."""
+    """Yield texts inside a list or section that Hydra takes for something else, with what it makes of them.
+
+    An example is {path: 2024_01}, which it reads as the number 202401.
+    """
     if hint is str:
         if isinstance(read, bool | int | float) and str(read) not in written:
             yield path, read
