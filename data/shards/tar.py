@@ -237,7 +237,7 @@ def _long_name(kind: bytes, data: bytes) -> str:
         return data.rstrip(b"\0").decode(errors="replace")
 
     place = 0
-    # Each pax record is "LENGTH KEY=VALUE\\n", its length counted with its own digits.
+    # Each pax record is "LENGTH KEY=VALUE\n", its length counted with its own digits.
     while (space := data.find(b" ", place, place + 12)) > 0:
         digits = data[place:space]
         if not digits.isdigit():
