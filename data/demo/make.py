@@ -23,8 +23,8 @@ from visionloom.data.demo.tokenizer import train_tokenizer
 from visionloom.data.encode.image import Pixels
 from visionloom.data.inspect.contact_sheet import draw_contact_sheet
 from visionloom.data.shards.dataset import Dataset
-from visionloom.data.shards.index import INDEX_VERSION
 from visionloom.data.shards.sample import Sample
+from visionloom.data.shards.shard_index import INDEX_VERSION
 from visionloom.data.shards.write import write_shards
 
 TRAIN_PICTURES: Final = 1400

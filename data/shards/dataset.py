@@ -19,12 +19,13 @@ import numpy as np
 
 from visionloom.common.errors import UserError
 from visionloom.data.config import StoreConfig
-from visionloom.data.shards.index import ByteSpan, ShardIndex, tar_edges
+from visionloom.data.shards.index import tar_edges
 from visionloom.data.shards.manifest import MANIFEST, ShardInfo, parse_manifest
 from visionloom.data.shards.media_header import MediaFacts
 from visionloom.data.shards.open_store import is_url, open_store
 from visionloom.data.shards.sample import SCHEMA_VERSION, Sample, SampleError
 from visionloom.data.shards.sample_json import parse_sample
+from visionloom.data.shards.shard_index import ByteSpan, ShardIndex
 from visionloom.data.shards.store import LocalStore, MissingBytes, Store, StoreError
 from visionloom.data.shards.transports import shown
 
@@ -41,7 +42,7 @@ REMOTE_INDEX_BYTES: Final = 256 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """Where a sample or one of its members lies: shard file, row in the shard, key, and its bytes in the tar."""
+    """The place of a sample or of one of its members: shard file, row in the shard, key, and its bytes in the tar."""
 
     shard: str
     row: int
@@ -70,14 +71,13 @@ class _Opened:
     def __init__(self, process: int, store: Store) -> None:
         self.process, self.store = process, store
         self.indices: dict[int, ShardIndex] = {}
-        self.threads = ThreadPoolExecutor(
-            REQUESTS, "visionloom-json"
-        )  # starts none before a remote sample is read
+        # Starts no thread before a remote sample is read.
+        self.threads = ThreadPoolExecutor(REQUESTS, "visionloom-json")
         self._locks: dict[int, Lock] = {}
         self._lock = Lock()
 
     def lock_of(self, shard: int) -> Lock:
-        """The lock to hold while a shard's index is opened."""
+        """Return the lock to hold while a shard's index is opened."""
         with self._lock:
             return self._locks.setdefault(shard, Lock())
 
@@ -85,6 +85,7 @@ class _Opened:
         """Keep an index for later, in the place of those that came first."""
         with self._lock:
             self.indices[shard] = index
+            # Mapped indexes cost no memory, so that those of a folder are not counted.
             total = sum(one.bytes for one in self.indices.values()) if self.store.remote else 0
             for oldest in list(self.indices)[:-1]:
                 if total <= REMOTE_INDEX_BYTES:
@@ -103,7 +104,8 @@ class Dataset:
     ) -> None:
         self.path, self.name, self.shards, self.config = path, name, shards, config
         self.remote = store.remote
-        self._starts = np.cumsum([0, *(shard.samples for shard in shards)], dtype=np.int64)
+        counts = [shard.samples for shard in shards]
+        self._starts = np.cumsum([0, *counts], dtype=np.int64)
         self._opened: _Opened | None = _Opened(os.getpid(), store)
 
     @classmethod
@@ -117,22 +119,16 @@ class Dataset:
         """Open the dataset in a folder or URL; errors name the option `group`.`name`.path.
 
         Raises UserError if the folder, dataset.json or a shard is missing, a shard's size differs from what was
-        indexed, or there are no samples. The shards of a URL are looked at when they are first read.
+        indexed, or there are no samples. The shards of a URL are checked when they are first read.
         """
-        option, where, config = f"{group}.{name}.path", str(path), config or StoreConfig()
+        option = f"{group}.{name}.path"
+        where = str(path)
+        config = config or StoreConfig()
         if not is_url(where) and not Path(where).is_dir():
             raise UserError(f"{option}: no folder {where}")
         store = open_store(where, option, config)
         where = shown(where) if store.remote else where
-        try:
-            content = store.whole(MANIFEST)
-        except StoreError as error:
-            if store.remote:
-                raise
-            raise UserError(f"{option}: {error}") from None
-        except FileNotFoundError:
-            fix = "" if store.remote else f": run python launch/data.py index {where}"
-            raise UserError(f"{option}: {where} has no {MANIFEST}{fix}") from None
+        content = _read_manifest(store, where, option)
         shards = parse_manifest(content, f"{where}/{MANIFEST}", option)
         if not store.remote:
             _check_shards(store, option, shards)
@@ -146,39 +142,41 @@ class Dataset:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the shards' names, sizes and contents, the CRC-32 of every member among them."""
+        """Return the SHA-256 over the shards' names, sizes and contents, which include the CRC-32 of every member."""
         rows = [[shard.file, shard.samples, shard.bytes, shard.content] for shard in self.shards]
-        return hashlib.sha256(json.dumps([SCHEMA_VERSION, rows]).encode()).hexdigest()
+        document = json.dumps([SCHEMA_VERSION, rows])
+        return hashlib.sha256(document.encode()).hexdigest()
 
     @property
     def keys(self) -> list[str]:
-        """The samples' keys in order (reads every index)."""
-        return [
-            self.index(number).key(row)
-            for number, shard in enumerate(self.shards)
-            for row in range(shard.samples)
-        ]
+        """Return the samples' keys in order (reads every index)."""
+        keys: list[str] = []
+        for number, shard in enumerate(self.shards):
+            index = self.index(number)
+            keys += [index.key(row) for row in range(shard.samples)]
+        return keys
 
     def location(self, index: int, ref: str = "") -> Location:
-        """Where sample `index` lies: its JSON, or its media member `ref` if it has it."""
+        """Return the place of sample `index`: of its JSON, or of its media member `ref` if it has it."""
         shard, row = self._find(index)
-        found = self.index(shard)
-        number = found.names(row).get(ref)
-        span = found.document(row) if number is None else found.span(number)
-        return Location(
-            self.shards[shard].file, row, found.key(row), span.offset, span.length, span.crc32
-        )
+        shard_index = self.index(shard)
+        member = shard_index.names(row).get(ref)
+        span = shard_index.document(row) if member is None else shard_index.span(member)
+        file, key = self.shards[shard].file, shard_index.key(row)
+        return Location(file, row, key, span.offset, span.length, span.crc32)
 
     def sample(self, index: int) -> Sample:
         """Read and check sample `index`; raises SampleError if its bytes changed or break the schema."""
         shard, row = self._find(index)
-        found = self.index(shard)
-        origin = f"{self.shards[shard].file}:{found.key(row)}"
-        return parse_sample(self._read(shard, found.document(row), origin, "json"), origin=origin)
+        shard_index = self.index(shard)
+        origin = f"{self.shards[shard].file}:{shard_index.key(row)}"
+        document = self._read(shard, shard_index.document(row), origin, "json")
+        return parse_sample(document, origin=origin)
 
     def samples(self, indices: Sequence[int]) -> list[Sample | SampleError]:
-        """Several samples, each read or what is wrong with it; many at a time where a read takes a network round trip."""
+        """Read several samples; in the place of one that is at fault stands its error."""
         if self.remote:
+            # Each read takes a network round trip: many at a time.
             return list(self._here.threads.map(self._sample, indices))
         return [self._sample(index) for index in indices]
 
@@ -189,60 +187,61 @@ class Dataset:
             return error
 
     def member(self, index: int, ref: str) -> bytes:
-        """The bytes of media member `ref` of sample `index`; raises SampleError if missing or changed."""
+        """Read media member `ref` of sample `index`; raises SampleError if missing or changed."""
         shard, row = self._find(index)
-        found = self.index(shard)
-        origin = f"{self.shards[shard].file}:{found.key(row)}"
-        return self._read(shard, self._span(found, row, ref, origin), origin, ref)
+        shard_index = self.index(shard)
+        origin = f"{self.shards[shard].file}:{shard_index.key(row)}"
+        member = shard_index.names(row).get(ref)
+        if member is None:
+            raise SampleError(origin, ref, "no such media member")
+        return self._read(shard, shard_index.span(member), origin, ref)
 
     def media(self, index: int) -> dict[str, MediaFacts]:
-        """What the headers of the sample's members said when they were indexed, by name."""
+        """Return what the headers of the sample's members said when they were indexed, by name."""
         shard, row = self._find(index)
-        found = self.index(shard)
-        return {name: found.media(number) for name, number in found.names(row).items()}
+        shard_index = self.index(shard)
+        members = shard_index.names(row).items()
+        return {name: shard_index.media(member) for name, member in members}
 
     def runs(self, index: int, refs: Sequence[str]) -> list[ReadRange]:
-        """The reads that bring these members of a sample, in the order of `refs`; names that it lacks are left out."""
+        """Plan the reads that bring these members of a sample, in the order of `refs`; names that it lacks are left out."""
         shard, row = self._find(index)
-        found = self.index(shard)
-        numbers = found.names(row)
+        shard_index = self.index(shard)
+        numbers = shard_index.names(row)
         runs: list[ReadRange] = []
         for ref in dict.fromkeys(ref for ref in refs if ref in numbers):
-            span = found.span(numbers[ref])
-            last = runs[-1] if runs else ReadRange(index, 0, -LARGEST_GAP - 1, ())
-            gap, length = (
-                span.offset - last.offset - last.length,
-                span.offset + span.length - last.offset,
-            )
-            if 0 <= gap <= LARGEST_GAP and length <= LONGEST_RUN:
-                runs[-1] = ReadRange(index, last.offset, length, (*last.members, (ref, span)))
+            span = shard_index.span(numbers[ref])
+            widened = _widened(runs[-1], ref, span) if runs else None
+            if widened is not None:
+                runs[-1] = widened
             else:
                 runs.append(ReadRange(index, span.offset, span.length, ((ref, span),)))
         return runs
 
     def read_run(self, run: ReadRange) -> dict[str, bytes | SampleError]:
-        """The members of a run, each its bytes or what is wrong with it."""
+        """Read the members of a run; in the place of one that is at fault stands its error."""
         shard, row = self._find(run.index)
-        origin = f"{self.shards[shard].file}:{self.index(shard).key(row)}"
+        file = self.shards[shard].file
+        origin = f"{file}:{self.index(shard).key(row)}"
         try:
-            data = memoryview(self._store.read(self.shards[shard].file, run.offset, run.length))
+            data = memoryview(self._store.read(file, run.offset, run.length))
         except MissingBytes as error:
             return {ref: SampleError(origin, ref, str(error)) for ref, _ in run.members}
-        found: dict[str, bytes | SampleError] = {}
+
+        members: dict[str, bytes | SampleError] = {}
         for ref, span in run.members:
-            part = bytes(data[span.offset - run.offset :][: span.length])
+            start = span.offset - run.offset
+            member = bytes(data[start : start + span.length])
             try:
-                found[ref] = (
-                    part
-                    if zlib.crc32(part) == span.crc32
-                    else self._read(shard, span, origin, ref, fresh=True)
-                )
+                if zlib.crc32(member) != span.crc32:
+                    member = self._read(shard, span, origin, ref, fresh=True)
+                members[ref] = member
             except SampleError as error:
-                found[ref] = error
-        return found
+                members[ref] = error
+        return members
 
     def will_read(self, index: int) -> None:
-        """Say that a sample is about to be read, so that a local disk begins now."""
+        """Announce that a sample will be read soon, so that a local disk begins now."""
         shard, row = self._find(index)
         start, end = self.index(shard).extent(row)
         self._store.will_read(self.shards[shard].file, start, end - start)
@@ -253,20 +252,13 @@ class Dataset:
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
         return shard, index - int(self._starts[shard])
 
-    def _span(self, found: ShardIndex, row: int, ref: str, origin: str) -> ByteSpan:
-        number = found.names(row).get(ref)
-        if number is None:
-            raise SampleError(origin, ref, "no such media member")
-        return found.span(number)
-
     @property
     def _here(self) -> "_Opened":
-        """What this process has open: nothing is shared with the one that it was forked from."""
+        """Return what this process has open; it shares nothing with the one that it was forked from."""
         opened = self._opened
         if opened is None or opened.process != os.getpid():
-            opened = self._opened = _Opened(
-                os.getpid(), open_store(self.path, f"dataset {self.name}", self.config)
-            )
+            store = open_store(self.path, f"dataset {self.name}", self.config)
+            opened = self._opened = _Opened(os.getpid(), store)
         return opened
 
     @property
@@ -274,44 +266,51 @@ class Dataset:
         return self._here.store
 
     def index(self, shard: int) -> ShardIndex:
-        """The index of a shard, by its number in `shards`; raises UserError if it or the tar is not the right one."""
+        """Return the index of a shard, by its number in `shards`; raises UserError if it or the tar is not the right one."""
         opened = self._here
-        found = opened.indices.get(shard)
-        if found is None:
-            with opened.lock_of(
-                shard
-            ):  # many threads may want the same one, and it is to be read once
-                found = opened.indices.get(shard) or self._open_index(self.shards[shard])
-            opened.keep(shard, found)
-        return found
+        index = opened.indices.get(shard)
+        if index is None:
+            # Many threads may want the same one, which is read once.
+            with opened.lock_of(shard):
+                index = opened.indices.get(shard) or self._open_index(self.shards[shard])
+            opened.keep(shard, index)
+        return index
 
     def _open_index(self, info: ShardInfo) -> ShardIndex:
-        """The index of a shard, checked against dataset.json, and the shard's size and ends against the index."""
-        name = f"{info.file}.qidx"
+        """Open the index of a shard; check it against dataset.json, and the shard's size and ends against the index."""
         where = shown(self.path) if self.remote else self.path
+        name = f"{where}/{info.file}.qidx"
         fix = f"run python launch/data.py index {where}"
-        data = self._index_bytes(name, f"{where}/{name} is missing or empty: {fix}")
-        if (
-            hashlib.sha256(data.data).hexdigest() != info.sha256 and self.remote
-        ):  # of a dataset that was here before
-            data = self._index_bytes(name, f"{where}/{name} is missing: {fix}", fresh=True)
-        if hashlib.sha256(data.data).hexdigest() != info.sha256:
-            raise UserError(f"{where}/{name} does not match {MANIFEST}: {fix}")
+        data = self._checked_index_bytes(info, name, fix)
         try:
-            found = ShardIndex(data)
+            index = ShardIndex(data)
         except ValueError as error:
-            raise UserError(f"{where}/{name}: {error}: {fix}") from None
-        if len(found.samples) != info.samples or found.tar_bytes != info.bytes:
-            raise UserError(
-                f"{where}/{name}: {len(found.samples)} samples, but {MANIFEST} says {info.samples}: {fix}"
-            )
-        if isinstance(self._store, LocalStore) and not _is_indexed_tar(
-            self._store, info.file, found
-        ):
-            raise UserError(
-                f"{where}/{info.file}: its header at byte 0, or its end, is not that of the indexed tar: {fix}"
-            )
-        return found
+            raise UserError(f"{name}: {error}: {fix}") from None
+
+        samples = len(index.samples)
+        if samples != info.samples or index.tar_bytes != info.bytes:
+            problem = f"{samples} samples, but {MANIFEST} says {info.samples}"
+            raise UserError(f"{name}: {problem}: {fix}")
+
+        # A remote tar is not looked at here: that would cost a round trip for each shard.
+        store = self._store
+        if isinstance(store, LocalStore) and not _is_indexed_tar(store, info.file, index):
+            problem = "its header at byte 0, or its end, is not that of the indexed tar"
+            raise UserError(f"{where}/{info.file}: {problem}: {fix}")
+        return index
+
+    def _checked_index_bytes(self, info: ShardInfo, name: str, fix: str) -> Any:
+        """Return the bytes, uint8 [n], of the index that dataset.json means."""
+        file = f"{info.file}.qidx"
+        data = self._index_bytes(file, f"{name} is missing or empty: {fix}")
+        digest = hashlib.sha256(data.data).hexdigest()
+        if digest != info.sha256 and self.remote:
+            # The cache may hold the index of a dataset that was at this URL before.
+            data = self._index_bytes(file, f"{name} is missing: {fix}", fresh=True)
+            digest = hashlib.sha256(data.data).hexdigest()
+        if digest != info.sha256:
+            raise UserError(f"{name} does not match {MANIFEST}: {fix}")
+        return data
 
     def _index_bytes(self, name: str, problem: str, fresh: bool = False) -> Any:
         store = self._store
@@ -319,30 +318,57 @@ class Dataset:
             if isinstance(store, LocalStore):
                 return np.memmap(store.place(name), np.uint8, mode="r")
             return np.frombuffer(store.whole(name, fresh), np.uint8)
-        except (FileNotFoundError, ValueError):  # an empty file cannot be mapped
+        # A ValueError: an empty file cannot be mapped.
+        except (FileNotFoundError, ValueError):
             raise UserError(problem) from None
 
     def _read(
         self, shard: int, span: ByteSpan, origin: str, what: str, fresh: bool = False
     ) -> bytes:
+        """Read a member and compare its CRC-32; errors name it as `what` of the sample `origin`."""
         file = self.shards[shard].file
         try:
             data = self._store.read(file, span.offset, span.length, fresh)
         except MissingBytes as error:
             raise SampleError(origin, what, str(error)) from None
-        if (found := zlib.crc32(data)) == span.crc32:
+
+        crc32 = zlib.crc32(data)
+        if crc32 == span.crc32:
             return data
-        if not fresh:  # what came through a network or out of a cache may be right the second time
+        if not fresh:
+            # What came through a network or out of a cache may be right the second time.
             return self._read(shard, span, origin, what, fresh=True)
-        raise SampleError(
-            origin,
-            what,
-            f"the bytes changed since {shown(self.path) if self.remote else self.path} was indexed"
-            f" (CRC-32 {found:08x}, {span.crc32:08x} was indexed)",
-        )
+        where = shown(self.path) if self.remote else self.path
+        sums = f"CRC-32 {crc32:08x}, {span.crc32:08x} was indexed"
+        problem = f"the bytes changed since {where} was indexed ({sums})"
+        raise SampleError(origin, what, problem)
+
+
+def _read_manifest(store: Store, where: str, option: str) -> bytes:
+    """Read dataset.json; raises UserError where there is none, StoreError where a remote store does not answer."""
+    try:
+        return store.whole(MANIFEST)
+    except StoreError as error:
+        if store.remote:
+            raise
+        raise UserError(f"{option}: {error}") from None
+    except FileNotFoundError:
+        # Nothing can be indexed through a URL.
+        fix = "" if store.remote else f": run python launch/data.py index {where}"
+        raise UserError(f"{option}: {where} has no {MANIFEST}{fix}") from None
+
+
+def _widened(run: ReadRange, ref: str, span: ByteSpan) -> ReadRange | None:
+    """Return the run with one more member, or None where that is too far away or makes it too long."""
+    gap = span.offset - run.offset - run.length
+    length = span.offset + span.length - run.offset
+    if not 0 <= gap <= LARGEST_GAP or length > LONGEST_RUN:
+        return None
+    return ReadRange(run.index, run.offset, length, (*run.members, (ref, span)))
 
 
 def _check_shards(store: Store, option: str, shards: tuple[ShardInfo, ...]) -> None:
+    """Compare the size of each shard of a local folder with what was indexed; raises UserError."""
     assert isinstance(store, LocalStore)
     fix = f"restore it or run python launch/data.py index {store.folder}"
     for shard in shards:
@@ -354,11 +380,12 @@ def _check_shards(store: Store, option: str, shards: tuple[ShardInfo, ...]) -> N
         except StoreError as error:
             raise UserError(f"{option}: shard {error}") from None
         if size != shard.bytes:
-            raise UserError(f"{option}: {path} has {size} bytes, {shard.bytes} were indexed: {fix}")
+            sizes = f"{size} bytes, {shard.bytes} were indexed"
+            raise UserError(f"{option}: {path} has {sizes}: {fix}")
 
 
 def _is_indexed_tar(store: LocalStore, file: str, index: ShardIndex) -> bool:
-    """False if the tar was replaced or its first header damaged; reads tell soon enough if it is gone or cut short."""
+    """Return False if the tar was replaced or its first header damaged; reads notice if it is gone or cut short."""
     try:
         return tar_edges(store.place(file), index.tar_bytes) in (index.tar_edges, b"")
     except FileNotFoundError:

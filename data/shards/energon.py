@@ -6,6 +6,7 @@ Written by its published on-disk format (Megatron-Energon 7, "Dataset Format on 
 
 import json
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
@@ -15,7 +16,7 @@ from visionloom.common.atomic import replacing
 from visionloom.common.errors import UserError
 from visionloom.common.progress import Progress
 from visionloom.data.shards.dataset import Dataset
-from visionloom.data.shards.index import ShardIndex
+from visionloom.data.shards.shard_index import ShardIndex
 from visionloom.data.shards.tar import BLOCK
 
 FOLDER: Final = ".nv-meta"
@@ -43,52 +44,53 @@ def export_energon(
     for number, shard in enumerate(shards):
         _write_offsets(folder / shard.file, dataset.index(number))
         done(number + 1, len(shards))
-    parts = _split(
-        [shard.file for shard in shards], splits or {"train": 1.0, "val": 0.0, "test": 0.0}
-    )
+    splits = splits or {"train": 1.0, "val": 0.0, "test": 0.0}
+    parts = _split([shard.file for shard in shards], splits)
+
+    counts = {shard.file: shard.samples for shard in shards}
+    info = {"energon_version": MADE_FOR, "shard_counts": counts}
+    # JSON strings and lists are YAML.
+    lines = [f"  {name}: {json.dumps(files)}\n" for name, files in parts.items()]
+
     meta = folder / FOLDER
     meta.mkdir(exist_ok=True)
-    info = {
-        "energon_version": MADE_FOR,
-        "shard_counts": {shard.file: shard.samples for shard in shards},
-    }
-    files = {
-        ".info.json": json.dumps(info, indent=1) + "\n",
-        "dataset.yaml": _DATASET,
-        "split.yaml": _split_yaml(parts),
-    }
-    for name, text in files.items():
-        with replacing(meta / name) as file:
-            file.write(text.encode())
+    _write_text(meta / ".info.json", json.dumps(info, indent=1) + "\n")
+    _write_text(meta / "dataset.yaml", _DATASET)
+    _write_text(meta / "split.yaml", "exclude: []\nsplit_parts:\n" + "".join(lines))
     return parts
 
 
+def _write_text(path: Path, text: str) -> None:
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
 def _write_offsets(path: Path, index: ShardIndex) -> None:
-    """`<shard>.tar.idx`: little-endian u64 offsets of where the samples' headers begin, and of the end of the last sample."""
-    if left_out := len(index.statistics.left_out):
+    """Write `<shard>.tar.idx`: little-endian u64 offsets of each sample's first header, and of the last sample's end."""
+    left_out = len(index.statistics.left_out)
+    if left_out:
         raise UserError(
             f"{path}: energon would read the {left_out} bad samples that were left out of its index: write the shard again"
             " (python launch/data.py convert webdataset ...)"
         )
+
+    # Members are padded to whole blocks: there the next sample begins.
     ends = -(-index.ends // BLOCK) * BLOCK
+    offsets = np.concatenate([np.zeros(1, np.int64), ends])
     with replacing(path.with_name(path.name + ".idx")) as file:
-        file.write(np.array([0, *ends.tolist()], "<u8").tobytes())
+        file.write(offsets.astype("<u8").tobytes())
 
 
 def _split(files: list[str], shares: Mapping[str, float]) -> dict[str, list[str]]:
-    borders = np.cumsum([0.0, *shares.values()]) / sum(shares.values()) * len(files)
-    places = np.rint(borders).astype(int).tolist()
-    parts = {
-        name: files[start:end] for name, start, end in zip(shares, places, places[1:], strict=False)
-    }
-    if empty := [name for name, share in shares.items() if share and not parts[name]]:
-        raise UserError(
-            f"split {empty[0]} would hold none of the {len(files)} shards: make its share larger"
-        )
+    """Cut the shards, in order, into parts by their shares; raises UserError for a part without any."""
+    sums = np.cumsum([0.0, *shares.values()])
+    borders = np.rint(sums / sums[-1] * len(files))
+    places = borders.astype(int).tolist()
+
+    parts: dict[str, list[str]] = {}
+    for name, (start, end) in zip(shares, pairwise(places), strict=True):
+        parts[name] = files[start:end]
+        if shares[name] and not parts[name]:
+            problem = f"would hold none of the {len(files)} shards"
+            raise UserError(f"split {name} {problem}: make its share larger")
     return parts
-
-
-def _split_yaml(parts: Mapping[str, list[str]]) -> str:
-    """JSON strings and lists are YAML."""
-    lines = [f"  {name}: {json.dumps(files)}" for name, files in parts.items()]
-    return "exclude: []\nsplit_parts:\n" + "\n".join(lines) + "\n"

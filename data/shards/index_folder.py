@@ -16,7 +16,7 @@ from visionloom.data.shards.store import MEND
 from visionloom.data.shards.tar import Fault
 
 LEFT_OUT: Final = "left_out.jsonl"
-"""File beside dataset.json with what `skip_bad` left out: shard, offset, key and error of each."""
+"""File next to dataset.json with what `skip_bad` left out: shard, offset, key and error of each."""
 
 
 def index_folder(
@@ -36,13 +36,14 @@ def index_folder(
     paths = [_located(folder, path.name) for path in sorted(folder.glob("*.tar"))]
     if not paths:
         raise UserError(f"{folder} has no .tar files to index")
+
     rows: list[ShardInfo] = []
     faults: list[Fault] = []
-    for number, (row, found) in enumerate(
-        in_order(partial(_index, force=force, skip_bad=skip_bad), paths, workers), start=1
-    ):
-        rows += [row] if row else []
-        faults += found
+    index = partial(_index, force=force, skip_bad=skip_bad)
+    for number, (row, shard_faults) in enumerate(in_order(index, paths, workers), start=1):
+        if row is not None:
+            rows.append(row)
+        faults += shard_faults
         done(number, len(paths))
     if not rows:
         raise UserError(f"{folder}: no sample of its {len(paths)} shards can be used: {faults[0]}")
@@ -52,7 +53,7 @@ def index_folder(
 
 
 def _located(folder: Path, name: str) -> Path:
-    """A shard of the folder; raises UserError for what is none, rather than leave it out unseen."""
+    """Return the path of a shard of the folder; raises UserError for what is none, rather than leave it out unseen."""
     if not is_shard_name(name):
         raise UserError(
             f"{folder / name}: a shard's name may hold no \\, no control character, nothing but Unicode, and not begin with a dot:"
@@ -65,7 +66,9 @@ def _located(folder: Path, name: str) -> Path:
 
 
 def _index(path: Path, force: bool, skip_bad: bool) -> tuple[ShardInfo | None, list[Fault]]:
+    """Return a shard's row, None if no sample of it can be used, and what was left out of it."""
     row = None if force else known_shard(path)
+    # An index that lacks samples is good only for one who accepts that.
     if row is None or (row.statistics.left_out and not skip_bad):
         try:
             row = index_shard(path, skip_bad)
@@ -73,18 +76,17 @@ def _index(path: Path, force: bool, skip_bad: bool) -> tuple[ShardInfo | None, l
             if not error.faults:
                 raise
             return None, error.faults
-    return row, [
-        Fault(str(path), offset, key, error) for offset, key, error in row.statistics.left_out
-    ]
+    left_out = row.statistics.left_out
+    return row, [Fault(str(path), offset, key, error) for offset, key, error in left_out]
 
 
 def _write_left_out(folder: Path, faults: list[Fault]) -> None:
+    """Write LEFT_OUT, one JSON object a line; remove an old one if there is nothing to say."""
     if not faults:
         (folder / LEFT_OUT).unlink(missing_ok=True)
         return
-    rows = [
-        {"shard": Path(f.file).name, "offset": f.offset, "key": f.key, "error": f.error}
-        for f in faults
-    ]
     with replacing(folder / LEFT_OUT) as file:
-        file.writelines((json.dumps(row, ensure_ascii=False) + "\n").encode() for row in rows)
+        for fault in faults:
+            place = {"shard": Path(fault.file).name, "offset": fault.offset}
+            row = {**place, "key": fault.key, "error": fault.error}
+            file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())

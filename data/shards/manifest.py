@@ -14,7 +14,7 @@ from visionloom.common.atomic import replacing
 from visionloom.common.errors import UserError
 from visionloom.common.jsonfile import LARGEST, Count, JsonError, checked, load_json, parse_json
 from visionloom.common.places import PlaceError, read_located
-from visionloom.data.shards.sample import SCHEMA_VERSION, Sample, Text, Think, Video
+from visionloom.data.shards.sample import SCHEMA_VERSION, Image, Sample, Text, Think, Video
 
 MANIFEST: Final = "dataset.json"
 
@@ -26,7 +26,7 @@ class Statistics:
     images: int = 0
     videos: int = 0
     frames: int = 0
-    """Frames of the videos, before any is chosen."""
+    """Frames of the videos as stored, before sampling."""
     pixels: int = 0
     """Of all pictures and frames."""
     duration: float = 0.0
@@ -43,40 +43,43 @@ class Statistics:
     @classmethod
     def of(cls, samples: Iterable[Sample | None]) -> "Statistics":
         """Count samples."""
-        found = cls()
+        statistics = cls()
         for sample in samples:
             if sample is not None:
-                found._count(sample)
-        return found
+                statistics._count(sample)
+        return statistics
 
     def _count(self, sample: Sample) -> None:
         if sample.task:
             self.tasks[sample.task] = self.tasks.get(sample.task, 0) + 1
-        self.images += len(sample.images)
-        self.pixels += sum(image.width * image.height for image in sample.images)
         for element in sample.elements:
             if isinstance(element, Text | Think):
                 self.text_bytes += len(element.text.encode())
+            elif isinstance(element, Image):
+                self.images += 1
+                self.pixels += element.width * element.height
             elif isinstance(element, Video):
                 self.videos += 1
                 self.frames += element.frame_count
                 self.pixels += element.frame_count * element.width * element.height
+                # Frames without a file have no duration of their own.
                 self.duration += element.duration or element.times[-1] - element.times[0]
 
     def __add__(self, other: "Statistics") -> "Statistics":
-        tasks = {
-            task: self.tasks.get(task, 0) + other.tasks.get(task, 0)
-            for task in sorted({*self.tasks, *other.tasks})
-        }
-        names = [item.name for item in dataclasses.fields(self) if item.name != "tasks"]
-        return Statistics(
-            tasks=tasks, **{name: getattr(self, name) + getattr(other, name) for name in names}
-        )
+        sums: dict[str, Any] = {}
+        for item in dataclasses.fields(self):
+            if item.name != "tasks":
+                sums[item.name] = getattr(self, item.name) + getattr(other, item.name)
+
+        tasks: dict[str, int] = {}
+        for task in sorted({*self.tasks, *other.tasks}):
+            tasks[task] = self.tasks.get(task, 0) + other.tasks.get(task, 0)
+        return Statistics(tasks=tasks, **sums)
 
 
 @dataclass(frozen=True, slots=True)
 class ShardInfo:
-    """What dataset.json says of one shard."""
+    """The row of one shard in dataset.json."""
 
     file: str
     samples: int
@@ -96,20 +99,18 @@ def write_manifest(folder: Path, shards: list[ShardInfo]) -> None:
         "samples": sum(shard.samples for shard in shards),
         "bytes": sum(shard.bytes for shard in shards),
         "statistics": _counts(total),
-        "shards": [
-            {
-                "file": shard.file,
-                "samples": shard.samples,
-                "bytes": shard.bytes,
-                "sha256": shard.sha256,
-                "content": shard.content,
-                "statistics": _counts(shard.statistics),
-            }
-            for shard in shards
-        ],
+        "shards": [_row(shard) for shard in shards],
     }
+    text = json.dumps(document, indent=1, ensure_ascii=False)
     with replacing(folder / MANIFEST) as file:
-        file.write((json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode())
+        file.write((text + "\n").encode())
+
+
+def _row(shard: ShardInfo) -> dict[str, Any]:
+    """Return a shard's JSON object; its keys are the fields of ShardInfo, in their order."""
+    names = [item.name for item in dataclasses.fields(shard)]
+    row = {name: getattr(shard, name) for name in names}
+    return row | {"statistics": _counts(shard.statistics)}
 
 
 def _counts(statistics: Statistics) -> dict[str, Any]:
@@ -117,7 +118,10 @@ def _counts(statistics: Statistics) -> dict[str, Any]:
 
 
 def read_manifest(folder: Path, option: str) -> tuple[ShardInfo, ...]:
-    """The shards of a folder by its dataset.json; raises UserError as `parse_manifest`, FileNotFoundError if there is none."""
+    """Return the shards of a folder by its dataset.json.
+
+    Raises UserError as `parse_manifest`, FileNotFoundError if there is none.
+    """
     try:
         content = read_located(folder, MANIFEST, LARGEST)
     except PlaceError as error:
@@ -128,7 +132,7 @@ def read_manifest(folder: Path, option: str) -> tuple[ShardInfo, ...]:
 
 
 def parse_manifest(content: bytes, where: str, option: str) -> tuple[ShardInfo, ...]:
-    """The shards that a dataset.json names; what was left out of them is a matter of their indexes.
+    """Return the shards that a dataset.json names; what was left out of them stands in their indexes.
 
     Raises UserError, naming the option, the file and the field, if it is damaged, of another schema, empty, or leads out of its
     folder.
@@ -137,22 +141,22 @@ def parse_manifest(content: bytes, where: str, option: str) -> tuple[ShardInfo, 
     fix = f"run python launch/data.py index {folder}"
     try:
         document = load_json(content, where)
+        # Before its fields are checked: those of another version may differ.
         version = document.get("schema_version") if isinstance(document, dict) else SCHEMA_VERSION
         if version != SCHEMA_VERSION:
-            raise UserError(
-                f"{option}: {where} has schema version {version!r:.20}, this program reads {SCHEMA_VERSION}: {fix}"
-            )
+            problem = f"schema version {version!r:.20}, this program reads {SCHEMA_VERSION}"
+            raise UserError(f"{option}: {where} has {problem}: {fix}")
         rows = checked(document, _Document, where).shards
     except JsonError as error:
         raise UserError(f"{option}: {error}: the file is damaged or old: {fix}") from None
-    for shard in rows:
-        if not is_shard_name(shard.file):
-            raise UserError(
-                f"{option}: {where} names a shard that is no file of its folder or has a control character: {shard.file!r:.100}"
-            )
-    if len({shard.file for shard in rows}) < len(rows):
+
+    for row in rows:
+        if not is_shard_name(row.file):
+            problem = "names a shard that is no file of its folder or has a control character"
+            raise UserError(f"{option}: {where} {problem}: {row.file!r:.100}")
+    if len({row.file for row in rows}) < len(rows):
         raise UserError(f"{option}: {where} names a shard twice: {fix}")
-    if not sum(shard.samples for shard in rows):
+    if not sum(row.samples for row in rows):
         raise UserError(f"{option}: {folder} holds no samples")
     return tuple(row.info() for row in rows)
 
@@ -161,18 +165,18 @@ _NAME: Final = re.compile(r"(?!\.)[^/\\\x00-\x1f\x7f-\x9f\ud800-\udfff]{1,250}")
 
 
 def is_shard_name(name: str) -> bool:
-    """Whether a shard may have this name: a file of the folder itself, not hidden, in valid Unicode without control characters."""
+    """Return whether a shard may have this name: a file of the folder itself, not hidden, in valid Unicode without control characters."""
     return _NAME.fullmatch(name) is not None
 
 
 UInt32 = Annotated[int, Field(ge=0, le=2**32 - 1)]
-"""What an index file has four bytes for."""
+"""A count for which an index file has four bytes."""
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True, slots=True)
 class _Sums:
-    """What statistics have in dataset.json and in an index file alike."""
+    """The sums that statistics have in dataset.json and in an index file alike."""
 
     images: Count
     videos: Count
@@ -203,18 +207,11 @@ class _Shard:
     statistics: _Counts
 
     def info(self) -> ShardInfo:
-        counts = {
-            item.name: getattr(self.statistics, item.name)
-            for item in dataclasses.fields(Statistics)
-        }
-        return ShardInfo(
-            self.file,
-            self.samples,
-            self.bytes,
-            self.sha256,
-            self.content,
-            Statistics(**counts | {"left_out": []}),
-        )
+        """Return the row as the rest of the program knows it; what was left out stands in the index."""
+        statistics = _statistics(self.statistics)
+        statistics.left_out = []
+        file = (self.file, self.samples, self.bytes)
+        return ShardInfo(*file, self.sha256, self.content, statistics)
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,8 +233,10 @@ class _IndexStatistics(_Sums):
 
 
 def parse_statistics(content: bytes, where: str) -> Statistics:
-    """The statistics at the end of an index file; raises JsonError."""
-    found = parse_json(content, _IndexStatistics, where)
-    return Statistics(
-        **{item.name: getattr(found, item.name) for item in dataclasses.fields(Statistics)}
-    )
+    """Read the statistics at the end of an index file; raises JsonError."""
+    return _statistics(parse_json(content, _IndexStatistics, where))
+
+
+def _statistics(values: _Sums) -> Statistics:
+    names = [item.name for item in dataclasses.fields(Statistics)]
+    return Statistics(**{name: getattr(values, name) for name in names})

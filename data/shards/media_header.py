@@ -1,4 +1,4 @@
-"""What the header of a media member says: sizes, and a video's frames, rate and duration. Nothing is decoded.
+"""Facts from the header of a media member: sizes, and a video's frames, rate and duration. Nothing is decoded.
 
 Pictures are opened by Pillow, videos by PyAV, which is optional: without it a video's numbers are 0.
 """
@@ -31,13 +31,15 @@ class MediaFacts:
 
 
 def kind_of(name: str) -> MediaKind:
-    """What a member is by the ending of its name."""
+    """Return a member's kind by the ending of its name."""
     ending = name.rpartition(".")[2].lower()
-    return "image" if ending in _PICTURES else "video" if ending in _VIDEOS else "other"
+    if ending in _PICTURES:
+        return "image"
+    return "video" if ending in _VIDEOS else "other"
 
 
 def probe(name: str, data: bytes) -> MediaFacts:
-    """Header facts of a media member, its kind by the ending of its name; other kinds have no numbers.
+    """Read the header facts of a media member, its kind by the ending of its name; other kinds have no numbers.
 
     A video whose container does not count its frames has its packets counted, undecoded. Raises ValueError with a clear
     sentence if the header cannot be read.
@@ -47,25 +49,28 @@ def probe(name: str, data: bytes) -> MediaFacts:
         if kind == "image":
             picture = open_picture(data)
             return MediaFacts("image", picture.width, picture.height, frames=1)
-        if kind == "video" and find_spec("av"):  # the optional extra `video`
+        # PyAV is the optional extra `video`.
+        if kind == "video" and find_spec("av"):
             with open_video(data) as container:
-                return _stream(container, container.streams.video[0])
+                return _video_facts(container)
     except MediaError as error:
-        what = "picture" if kind == "image" else "video"
-        raise ValueError(f"{name} is no {what} that can be read: {error.detail}") from None
+        expected = "picture" if kind == "image" else "video"
+        raise ValueError(f"{name} is no {expected} that can be read: {error.detail}") from None
     return MediaFacts(kind)
 
 
-def _stream(container: Any, stream: Any) -> MediaFacts:
+def _video_facts(container: Any) -> MediaFacts:
+    """Read the facts of the first video stream of a container of PyAV's."""
+    stream = container.streams.video[0]
     frames = stream.frames or sum(1 for _ in packets_of(container))
     fps = float(stream.average_rate or stream.guessed_rate or 0)
-    duration = (
-        float(stream.duration * stream.time_base)
-        if stream.duration
-        else (container.duration or 0) / 1e6
-    )
+
+    if stream.duration:
+        duration = float(stream.duration * stream.time_base)
+    else:
+        # The container's own is in microseconds.
+        duration = (container.duration or 0) / 1e6
     if not duration and fps:
         duration = frames / fps
-    return MediaFacts(
-        "video", stream.codec_context.width, stream.codec_context.height, frames, fps, duration
-    )
+    size = (stream.codec_context.width, stream.codec_context.height)
+    return MediaFacts("video", *size, frames, fps, duration)

@@ -1,8 +1,8 @@
 """Pictures and videos that strangers made, opened within limits: the only place that calls Pillow's and PyAV's open.
 
-What a file is, its first bytes say, never its name and never a guess: other formats that the libraries know are not tried, so that
-a playlist cannot make FFmpeg play a file of this machine. A video that asks for another file, by whatever means its container has,
-is refused. What a small file can cost is bounded by what its header claims, before anything is decoded.
+The first bytes of a file decide its format, never its name and never a guess: other formats that the libraries know are not
+tried, so that a playlist cannot make FFmpeg play a file of this machine. A video that asks for another file, by whatever means its
+container has, is refused. The cost of a small file is bounded by the claims of its header, before anything is decoded.
 """
 
 import io
@@ -31,100 +31,28 @@ CONTAINERS: Final = {
     "asf": re.compile(rb"0&\xb2u\x8ef\xcf\x11\xa6\xd9\x00\xaa\x00b\xcel"),
 }
 """FFmpeg's names of the containers that are read, and how they begin: MP4 and QuickTime, Matroska and WebM, AVI, MPEG, Flash, WMV."""
+_MPEG: Final = ("mpeg1video", "mpeg2video", "mpegvideo", "mpeg4", "h261", "h263", "h263i", "h263p")
+_NEWER: Final = ("h264", "hevc", "vvc", "av1", "libdav1d", "libaom-av1")
+_GOOGLE: Final = ("vp8", "vp9", "libvpx", "libvpx-vp9", "vp6", "vp6a", "vp6f", "theora", "flv")
+_MICROSOFT: Final = ("msmpeg4v1", "msmpeg4v2", "msmpeg4", "wmv1", "wmv2", "wmv3", "vc1")
+_EDITING: Final = ("mjpeg", "png", "rawvideo", "dvvideo", "prores", "dnxhd", "cfhd")
+_LOSSLESS: Final = ("ffv1", "huffyuv", "ffvhuff", "utvideo", "magicyuv", "qtrle", "rpza")
+_OLD: Final = ("svq1", "svq3", "cinepak", "indeo3", "indeo4", "indeo5")
 VIDEO_CODECS: Final = (
-    *(
-        "h264",
-        "hevc",
-        "vvc",
-        "av1",
-        "libdav1d",
-        "libaom-av1",
-        "vp8",
-        "vp9",
-        "libvpx",
-        "libvpx-vp9",
-        "vp6",
-        "vp6a",
-        "vp6f",
-    ),
-    *(
-        "mpeg1video",
-        "mpeg2video",
-        "mpegvideo",
-        "mpeg4",
-        "msmpeg4v1",
-        "msmpeg4v2",
-        "msmpeg4",
-        "h261",
-        "h263",
-        "h263i",
-        "h263p",
-    ),
-    *(
-        "flv",
-        "wmv1",
-        "wmv2",
-        "wmv3",
-        "vc1",
-        "theora",
-        "svq1",
-        "svq3",
-        "mjpeg",
-        "png",
-        "rawvideo",
-        "dvvideo",
-        "prores",
-        "dnxhd",
-    ),
-    *(
-        "cfhd",
-        "ffv1",
-        "huffyuv",
-        "ffvhuff",
-        "utvideo",
-        "magicyuv",
-        "qtrle",
-        "rpza",
-        "cinepak",
-        "indeo3",
-        "indeo4",
-        "indeo5",
-    ),
+    *(*_NEWER, *_GOOGLE, *_MPEG, *_MICROSOFT),
+    *(*_EDITING, *_LOSSLESS, *_OLD),
 )
 """FFmpeg's decoders that are used; others know formats in which nobody keeps videos, text screens among them."""
-_AUDIO_CODECS: Final = (
-    *(
-        "aac",
-        "aac_latm",
-        "ac3",
-        "eac3",
-        "mp2",
-        "mp2float",
-        "mp3",
-        "mp3float",
-        "opus",
-        "vorbis",
-        "flac",
-        "alac",
-    ),
-    *(
-        "wmav1",
-        "wmav2",
-        "amrnb",
-        "amrwb",
-        "pcm_s16le",
-        "pcm_s16be",
-        "pcm_u8",
-        "pcm_s24le",
-        "adpcm_ms",
-        "adpcm_ima_wav",
-    ),
-)
+_SPEECH: Final = ("amrnb", "amrwb", "adpcm_ms", "adpcm_ima_wav")
+_SOUND: Final = ("aac", "aac_latm", "ac3", "eac3", "mp2", "mp2float", "mp3", "mp3float")
+_OPEN_SOUND: Final = ("opus", "vorbis", "flac", "alac", "wmav1", "wmav2")
+_PCM: Final = ("pcm_s16le", "pcm_s16be", "pcm_u8", "pcm_s24le")
+_AUDIO_CODECS: Final = (*_SOUND, *_OPEN_SOUND, *_SPEECH, *_PCM)
 """Sound is not read, but without its decoder FFmpeg looks through megabytes for what a stream of it is."""
 MAX_PIXELS: Final = 1 << 27
 """Larger pictures (134 million pixels, 400 MB decoded) are refused from their header."""
 UNCHECKED_PIXELS: Final = 1 << 25
-"""Pictures up to this size may be as well compressed as they like: decoded and laid on white, one takes 0.8 GB at most."""
+"""Pictures up to this size may be compressed to any number of bytes: decoded and laid on white, one takes 0.8 GB at most."""
 PIXELS_PER_BYTE: Final = 64
 """Of larger pictures: photographs have 2 to 30, screenshots of one colour thousands."""
 FRAME_PIXELS: Final = 8192 * 4352
@@ -147,29 +75,22 @@ _TIFF: Final[dict[bytes, tuple[Literal["little", "big"], int, int, int, int]]] =
     b"II+\0": ("little", 8, 8, 20, 8),
     b"MM\0+": ("big", 8, 8, 20, 8),
 }
-"""How TIFF begins: byte order, where the first directory's offset stands, and the bytes of a count, an entry and an offset."""
+"""How TIFF begins: byte order, the place of the first directory's offset, and the bytes of a count, an entry and an offset."""
 _TIFF_TYPES: Final = {
-    2: 1,
-    3: 2,
-    4: 4,
-    5: 8,
-    8: 2,
-    9: 4,
-    10: 8,
-    11: 4,
-    12: 8,
-    13: 4,
-    16: 8,
-    17: 8,
-    18: 8,
+    **dict.fromkeys((3, 8), 2),
+    **dict.fromkeys((4, 9, 11, 13), 4),
+    **dict.fromkeys((5, 10, 12, 16, 17, 18), 8),
 }
 """Bytes of a value of each type; of those that are not here one."""
 _POINTERS: Final = (330, 34665, 34853, 40965)
-"""Tags whose value is where another directory stands, those that Pillow follows."""
+"""Tags whose value is the place of another directory, those that Pillow follows."""
 _DIRECTORIES: Final = 64
 _LARGEST_VALUES: Final = 1 << 16
 """Bytes: small files may say more of themselves than they hold."""
 _MAX_STREAMS: Final = 64
+_TABLES: Final = re.compile(rb"stsz|stz2|stts|ctts|trun|elst|cmov")
+"""Boxes of an MP4 that count frames, and the one that holds others compressed."""
+_EDITS: Final = 1024
 _CODED_MARGIN: Final = 512
 """Pixels by which the sides that are coded may exceed those that are shown."""
 
@@ -186,7 +107,7 @@ class MediaError(ValueError):
 
 
 def open_picture(data: bytes) -> "Pillow.Image":
-    """A picture, its header read and nothing decoded; of several in a file the first, the others are never looked at.
+    """Open a picture: read its header and decode nothing. Of several in a file it is the first; the others are ignored.
 
     Raises MediaError for another format, a damaged header, and for more pixels or scans than its bytes can be true of.
     """
@@ -195,21 +116,22 @@ def open_picture(data: bytes) -> "Pillow.Image":
 
     _check_before(data)
     try:
-        with warnings.catch_warnings(
-            action="ignore"
-        ):  # of too many pixels, which are counted below, and of odd metadata
+        # Warnings of too many pixels, which are counted below, and of odd metadata.
+        with warnings.catch_warnings(action="ignore"):
             picture = Pillow.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
-        raise MediaError(
-            "no picture that is known", f"it is none of {', '.join(FORMATS)}"
-        ) from None
+        detail = f"it is none of {', '.join(FORMATS)}"
+        raise MediaError("no picture that is known", detail) from None
     except Pillow.DecompressionBombError as error:
         raise MediaError("picture too large", str(error)) from None
-    except Exception as error:  # decoders raise whatever damaged bytes lead them to
+    except Exception as error:
+        # Decoders raise any error that damaged bytes lead them to.
         raise MediaError("broken picture", f"{type(error).__name__}: {error}") from error
+
     check_pixels(picture.width, picture.height, len(data))
     _check_tiles(picture)
-    if isinstance(exif := picture.info.get("exif"), bytes):
+    exif = picture.info.get("exif")
+    if isinstance(exif, bytes):
         _check_directories(exif.removeprefix(b"Exif\0\0"))
     return picture
 
@@ -217,36 +139,37 @@ def open_picture(data: bytes) -> "Pillow.Image":
 def check_pixels(width: int, height: int, size: int) -> None:
     """Raise MediaError for a picture of `size` bytes that has too many pixels, at all or for its bytes."""
     pixels = width * height
+    problem = f"{width}x{height} pixels are too many"
     if pixels > MAX_PIXELS:
-        raise MediaError(
-            "picture too large", f"{width}x{height} pixels are too many: at most {MAX_PIXELS}"
-        )
+        raise MediaError("picture too large", f"{problem}: at most {MAX_PIXELS}")
     if pixels > max(UNCHECKED_PIXELS, size * PIXELS_PER_BYTE):
-        raise MediaError(
-            "picture too large",
-            f"{width}x{height} pixels are too many for {size} bytes: above {UNCHECKED_PIXELS} at most {PIXELS_PER_BYTE} a byte",
-        )
+        limit = f"above {UNCHECKED_PIXELS} at most {PIXELS_PER_BYTE} a byte"
+        raise MediaError("picture too large", f"{problem} for {size} bytes: {limit}")
 
 
 def check_scans(data: bytes, width: int, height: int) -> None:
     """Raise MediaError for a JPEG whose scans would take long to decode, as each goes over the whole picture."""
-    if (scans := data.count(b"\xff\xda")) > _SCANS and scans * width * height > UNCHECKED_WORK:
+    scans = data.count(b"\xff\xda")
+    if scans > _SCANS and scans * width * height > UNCHECKED_WORK:
         raise MediaError("picture too large", f"{scans} scans of {width}x{height} pixels")
 
 
 def _check_before(data: bytes) -> None:
-    """What Pillow does not bound while it reads a header."""
+    """Raise MediaError for what Pillow does not bound while it reads a header."""
     if data[:2] == b"\xff\xd8":
         check_scans(data, *_jpeg_size(data))
     if data[:4] in _TIFF:
         _check_directories(data)
-    if (
-        data[:4] == b"RIFF" and data[8:16] == b"WEBPVP8X"
-    ):  # both canvases are allocated when it is opened
-        width, height = (int.from_bytes(data[at : at + 3], "little") + 1 for at in (24, 27))
+    # WebP allocates both of its canvases when it is opened.
+    if data[:4] == b"RIFF" and data[8:16] == b"WEBPVP8X":
+        width = int.from_bytes(data[24:27], "little") + 1
+        height = int.from_bytes(data[27:30], "little") + 1
         check_pixels(width, height, len(data))
-    if data[:4] == b"GIF8" and (found := _before_first_picture(data)) > _COMMENTS:
-        raise MediaError("broken picture", f"{found} bytes of comments, at most {_COMMENTS}")
+    if data[:4] == b"GIF8":
+        comments = _before_first_picture(data)
+        if comments > _COMMENTS:
+            detail = f"{comments} bytes of comments, at most {_COMMENTS}"
+            raise MediaError("broken picture", detail)
 
 
 def _check_directories(data: bytes) -> None:
@@ -254,44 +177,67 @@ def _check_directories(data: bytes) -> None:
 
     Pillow copies the value of each tag; tens of thousands of tags may name the same megabyte.
     """
-    if (layout := _TIFF.get(data[:4])) is None:
+    if data[:4] not in _TIFF:
         return
-    order, head, count_size, entry_size, offset_format = layout
-    waiting, seen, total = [int.from_bytes(data[head : head + offset_format], order)], set[int](), 0
+    order, head, _, _, offset_size = _TIFF[data[:4]]
+    waiting = [int.from_bytes(data[head : head + offset_size], order)]
+    seen, total = set[int](), 0
+    # A directory may point to itself, or to one that points back.
     while waiting and len(seen) < _DIRECTORIES:
         place = waiting.pop()
         if place in seen:
             continue
         seen.add(place)
-        entries = int.from_bytes(data[place : place + count_size], order)
-        for at in range(
-            place + count_size,
-            min(place + count_size + entries * entry_size, len(data)),
-            entry_size,
-        ):
-            tag, kind = (int.from_bytes(data[start : start + 2], order) for start in (at, at + 2))
-            number = int.from_bytes(data[at + 4 : at + 4 + offset_format], order)
-            total += number * _TIFF_TYPES.get(kind, 1)
-            if tag in _POINTERS:
-                waiting.append(
-                    int.from_bytes(data[at + 4 + offset_format : at + 4 + 2 * offset_format], order)
-                )
+        values, pointers = _directory(data, place)
+        total += values
+        waiting += pointers
         if total > 2 * len(data) + _LARGEST_VALUES:
             raise MediaError("broken picture", f"tags of {total} bytes in {len(data)}")
 
 
+def _directory(data: bytes, place: int) -> tuple[int, list[int]]:
+    """Return the bytes of all values of a TIFF's directory at `place`, and the places of those that it points to."""
+    order, _, count_size, entry_size, offset_size = _TIFF[data[:4]]
+    start = place + count_size
+    entries = int.from_bytes(data[place:start], order)
+    end = min(start + entries * entry_size, len(data))
+
+    total, pointers = 0, list[int]()
+    for at in range(start, end, entry_size):
+        # An entry holds a tag, a type, a number of values, and the values or their place.
+        tag = int.from_bytes(data[at : at + 2], order)
+        kind = int.from_bytes(data[at + 2 : at + 4], order)
+        value = at + 4 + offset_size
+        number = int.from_bytes(data[at + 4 : value], order)
+        total += number * _TIFF_TYPES.get(kind, 1)
+        if tag in _POINTERS:
+            pointers.append(int.from_bytes(data[value : value + offset_size], order))
+    return total, pointers
+
+
 def _jpeg_size(data: bytes) -> tuple[int, int]:
-    """Width and height by the largest frame header in a JPEG; what is not one by chance only makes the limit tighter."""
-    found = re.finditer(rb"\xff[\xc0\xc1\xc2\xc9\xca]..\x08(..)(..)", data[: 1 << 20], re.DOTALL)
-    sizes = [(int.from_bytes(one[2]), int.from_bytes(one[1])) for one in found]
-    return max(sizes, key=lambda size: size[0] * size[1], default=(0, 0))
+    """Return width and height by the largest frame header in a JPEG.
+
+    Bytes that look like one by chance only make the limit tighter.
+    """
+    frame_header = rb"\xff[\xc0\xc1\xc2\xc9\xca]..\x08(..)(..)"
+    largest = (0, 0)
+    for header in re.finditer(frame_header, data[: 1 << 20], re.DOTALL):
+        height, width = int.from_bytes(header[1]), int.from_bytes(header[2])
+        if width * height > largest[0] * largest[1]:
+            largest = (width, height)
+    return largest
 
 
 def _before_first_picture(data: bytes) -> int:
-    """Bytes of a GIF's extensions before its first picture."""
-    start = place = 13 + (3 << (data[10] & 7) + 1 if len(data) > 10 and data[10] & 0x80 else 0)
+    """Return the bytes of a GIF's extensions before its first picture."""
+    # 13 bytes of header, and a table of 2^n colours of 3 bytes where the flag of one is set.
+    has_colours = len(data) > 10 and data[10] & 0x80
+    start = 13 + (3 << (data[10] & 7) + 1 if has_colours else 0)
+    place = start
     while data[place : place + 1] == b"!":
         place += 2
+        # Blocks of at most 255 bytes, each after its length; one of length 0 ends them.
         while place < len(data) and data[place]:
             place += data[place] + 1
         place += 1
@@ -301,12 +247,12 @@ def _before_first_picture(data: bytes) -> int:
 def _check_tiles(picture: "Pillow.Image") -> None:
     """Raise MediaError for tiles of a TIFF that are much larger than the picture: a buffer of their size is filled."""
     tags = getattr(picture, "tag_v2", {})
-    sides = [side for number in (322, 323) if isinstance(side := tags.get(number), int)]
+    # TileWidth and TileLength.
+    values = [tags.get(number) for number in (322, 323)]
+    sides = [side for side in values if isinstance(side, int)]
     if any(side > max(picture.size) + 4096 for side in sides):
-        raise MediaError(
-            "broken picture",
-            f"tiles of {sides} pixels in a picture of {picture.width}x{picture.height}",
-        )
+        size = f"{picture.width}x{picture.height}"
+        raise MediaError("broken picture", f"tiles of {sides} pixels in a picture of {size}")
 
 
 # ---- videos
@@ -314,7 +260,7 @@ def _check_tiles(picture: "Pillow.Image") -> None:
 
 @contextmanager
 def open_video(data: bytes) -> Iterator[Any]:
-    """PyAV's container of a video file, its header read, at least one video stream in it, its decoder within limits.
+    """Open a video file as PyAV's container, with at least one video stream in it and its decoder within limits.
 
     Raises MediaError, also for every error of FFmpeg while it is open; UserError without PyAV.
     """
@@ -325,18 +271,20 @@ def open_video(data: bytes) -> Iterator[Any]:
     kind = container_of(data)
     if kind == "mov":
         _check_tables(data)
+
     most = str((8192 + _CODED_MARGIN) * (4352 + _CODED_MARGIN))
     limits = {
         "format_whitelist": kind,
         "codec_whitelist": ",".join((*VIDEO_CODECS, *_AUDIO_CODECS)),
+        "protocol_whitelist": "none",
         "max_pixels": most,
+        "max_streams": str(_MAX_STREAMS),
     }
-    limits |= {"protocol_whitelist": "none", "max_streams": str(_MAX_STREAMS)}
+    file = io.BytesIO(data)
     try:
-        with av.open(
-            io.BytesIO(data), format=kind, options=limits, io_open=_refuse_file
-        ) as container:
-            _check_stream(container, len(data))
+        with av.open(file, format=kind, options=limits, io_open=_refuse_file) as container:
+            _check_stream(container)
+            # A decoder has options of its own.
             container.streams.video[0].codec_context.options = {"max_pixels": most}
             yield container
     except av.error.FFmpegError as error:
@@ -344,17 +292,16 @@ def open_video(data: bytes) -> Iterator[Any]:
 
 
 def container_of(data: bytes) -> str:
-    """FFmpeg's name of the container that a file begins like; raises MediaError for any other."""
-    kind = next((name for name, beginning in CONTAINERS.items() if beginning.match(data)), None)
-    if kind is None:
-        raise MediaError(
-            "no video that is known", f"it begins like none of {', '.join(CONTAINERS)}"
-        )
-    return kind
+    """Return FFmpeg's name of the container that a file begins like; raises MediaError for any other."""
+    for name, beginning in CONTAINERS.items():
+        if beginning.match(data):
+            return name
+    detail = f"it begins like none of {', '.join(CONTAINERS)}"
+    raise MediaError("no video that is known", detail)
 
 
 def packets_of(container: Any) -> Iterator[Any]:
-    """The packets of the first video stream that hold something; raises MediaError for more than MAX_FRAMES."""
+    """Yield the packets of the first video stream that hold something; raises MediaError for more than MAX_FRAMES."""
     count = 0
     for packet in container.demux(container.streams.video[0]):
         count += packet.size > 0
@@ -366,20 +313,21 @@ def packets_of(container: Any) -> Iterator[Any]:
 
 def check_work(frames: int, width: int, height: int, size: int) -> None:
     """Raise MediaError for a video whose frames would take long to decode for its `size` in bytes."""
-    if (work := frames * width * height) > max(UNCHECKED_WORK, size * WORK_PER_BYTE):
-        raise MediaError(
-            "video too long",
-            f"{frames} frames of {width}x{height} in {size} bytes: {work:.3g} pixels to decode",
-        )
+    work = frames * width * height
+    if work > max(UNCHECKED_WORK, size * WORK_PER_BYTE):
+        video = f"{frames} frames of {width}x{height} in {size} bytes"
+        raise MediaError("video too long", f"{video}: {work:.3g} pixels to decode")
 
 
-def _check_stream(container: Any, size: int) -> None:
+def _check_stream(container: Any) -> None:
+    """Raise MediaError unless the first video stream is of a known codec and within limits."""
     if not container.streams.video:
         raise MediaError("no video that is known", "it holds no video stream")
     stream = container.streams.video[0]
     name = stream.codec_context.codec.name if stream.codec_context is not None else "unknown"
     if name not in VIDEO_CODECS:
         raise MediaError("no video that is known", f"codec {name} is not read")
+
     width, height = stream.codec_context.width, stream.codec_context.height
     if width * height > FRAME_PIXELS:
         raise MediaError("video too large", f"{width}x{height} pixels, at most {FRAME_PIXELS}")
@@ -391,44 +339,52 @@ def _refuse_file(url: str, flags: int, options: object) -> Any:
     raise PermissionError(f"a video may not open other files: {url[:200]}")
 
 
-_TABLES: Final = re.compile(rb"stsz|stz2|stts|ctts|trun|elst|cmov")
-_EDITS: Final = 1024
-
-
 def _check_tables(data: bytes) -> None:
-    """Raise MediaError for an MP4 whose tables count more frames than it has bytes: FFmpeg makes an entry of 40 bytes of each.
-
-    The tables are found wherever they stand outside of the media themselves, since FFmpeg finds them in odd places too.
-    """
+    """Raise MediaError for an MP4 whose tables count more frames than it has bytes: FFmpeg makes an entry of 40 bytes of each."""
     counts = dict.fromkeys((b"samples", b"stts", b"ctts", b"elst"), 0)
+    for kind, box in _tables(data):
+        if kind == b"cmov":
+            detail = "a QuickTime file with a compressed header: write it anew with ffmpeg"
+            raise MediaError("no video that is known", detail)
+        counts[kind if kind in counts else b"samples"] += _counted(box, kind)
+
+    samples, edits = counts[b"samples"], counts[b"elst"]
+    worst = max(samples, counts[b"stts"], counts[b"ctts"])
+    if worst > len(data) + 1024:
+        raise MediaError("broken video", f"its tables count {worst} frames in {len(data)} bytes")
+    # FFmpeg goes through all frames for each edit.
+    if edits > _EDITS or edits * samples > (1 << 22) + len(data):
+        raise MediaError("broken video", f"{edits} edits of {samples} frames")
+
+
+def _tables(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
+    """Yield kind and bytes of each table of an MP4.
+
+    They are searched for everywhere outside of the media themselves, since FFmpeg accepts them in odd places too.
+    """
     for start, end in _without_media(data):
-        for found in _TABLES.finditer(data, start, end):
-            place, kind = found.start(), found[0]
+        for match in _TABLES.finditer(data, start, end):
+            place, kind = match.start(), match[0]
             size = int.from_bytes(data[place - 4 : place])
             if size > 1 and not 12 <= size <= end - place + 4:
-                continue  # no box, but the letters by chance
-            if kind == b"cmov":
-                raise MediaError(
-                    "no video that is known",
-                    "a QuickTime file with a compressed header: write it anew with ffmpeg",
-                )
-            box = memoryview(data)[place + 8 * (size == 1) : place + size if size > 1 else end]
-            counts[kind if kind in counts else b"samples"] += _counted(box, kind)
-    most, edits = len(data) + 1024, counts[b"elst"]
-    if (worst := max(counts[kind] for kind in (b"samples", b"stts", b"ctts"))) > most:
-        raise MediaError("broken video", f"its tables count {worst} frames in {len(data)} bytes")
-    if edits > _EDITS or edits * counts[b"samples"] > (1 << 22) + len(data):
-        raise MediaError("broken video", f"{edits} edits of {counts[b'samples']} frames")
+                # No box, but the letters by chance.
+                continue
+            # A size of 1 stands for one of 8 bytes after the kind; 0 for all that is left.
+            first = place + 8 if size == 1 else place
+            last = place + size if size > 1 else end
+            yield kind, memoryview(data)[first:last]
 
 
 def _without_media(data: bytes) -> Iterator[tuple[int, int]]:
-    """The stretches of an MP4 between its boxes of media (mdat)."""
+    """Yield start and end of each stretch of an MP4 between its boxes of media (mdat)."""
     start = place = 0
     while place + 8 <= len(data):
-        size, kind = int.from_bytes(data[place : place + 4]), data[place + 4 : place + 8]
-        size = (
-            int.from_bytes(data[place + 8 : place + 16]) if size == 1 else size or len(data) - place
-        )
+        size = int.from_bytes(data[place : place + 4])
+        kind = data[place + 4 : place + 8]
+        if size == 1:
+            size = int.from_bytes(data[place + 8 : place + 16])
+        elif not size:
+            size = len(data) - place
         if size < 8 or place + size > len(data):
             break
         if kind == b"mdat":
@@ -439,11 +395,13 @@ def _without_media(data: bytes) -> Iterator[tuple[int, int]]:
 
 
 def _counted(box: memoryview, kind: bytes) -> int:
-    """What a table counts; its version and flags are at byte 4 of `box`."""
+    """Return the number that a table counts; its version and flags are at byte 4 of `box`."""
     if kind in (b"stsz", b"stz2"):
         return int.from_bytes(box[12:16])
     first = int.from_bytes(box[8:12])
     if kind in (b"trun", b"elst"):
         return first
-    rows = np.frombuffer(box[12 : 12 + 8 * first][: (len(box) - 12) // 8 * 8], ">u4")
-    return int(rows[::2].sum(dtype=np.uint64))
+    # stts and ctts: rows of a count and a duration, u32 each; no more than the box has.
+    rows = min(first, (len(box) - 12) // 8)
+    numbers = np.frombuffer(box[12 : 12 + 8 * rows], ">u4")
+    return int(numbers[::2].sum(dtype=np.uint64))

@@ -39,7 +39,7 @@ class RangeCache:
         self._warned = False
 
     def get(self, name: str, length: int | None = None) -> bytes | None:
-        """The part of that name, if it is here and has `length` bytes, or any number without one."""
+        """Return the part of that name, if it is here and has `length` bytes (any number without one)."""
         path = self._path(name)
         try:
             data = path.read_bytes()
@@ -69,21 +69,26 @@ class RangeCache:
 
     @contextmanager
     def _counting(self, path: Path, size: int) -> Iterator[None]:
-        """Make room for a part of `size` bytes, let it be placed, and count it, in one go for all processes."""
+        """Make room for a part of `size` bytes, let it be placed, and count it, as one step for all processes."""
         with self._locked() as descriptor:
-            used = int(os.pread(descriptor, 32, 0) or b"0") + size - _size(path)
+            # A part of the same name is replaced.
+            more = size - _size(path)
+            used = int(os.pread(descriptor, 32, 0) or b"0") + more
             if used > self.limit:
                 used = self._make_room(size) + size - _size(path)
             yield
+            # Always 32 digits: a shorter number would leave digits of the last one.
             os.pwrite(descriptor, b"%032d" % used, 0)
 
     def _make_room(self, more: int) -> int:
-        """Remove the oldest parts; returns the bytes that remain, counted anew."""
-        found = sorted(
-            (entry.stat().st_mtime_ns, entry.stat().st_size, entry.path) for entry in self._parts()
-        )
-        used = sum(size for _, size, _ in found)
-        for _, size, path in found:
+        """Remove the oldest parts; return the bytes that remain, counted anew."""
+        parts: list[tuple[int, int, str]] = []
+        for entry in self._parts():
+            facts = entry.stat()
+            parts.append((facts.st_mtime_ns, facts.st_size, entry.path))
+
+        used = sum(size for _, size, _ in parts)
+        for _, size, path in sorted(parts):
             if used + more <= self.limit * KEPT:
                 break
             with suppress(FileNotFoundError):
@@ -92,13 +97,14 @@ class RangeCache:
         return used
 
     def _parts(self) -> Iterator[os.DirEntry[str]]:
-        """All parts; what a process that died left unfinished is removed."""
+        """Yield all parts; remove what a process that died left unfinished."""
         for folder in filter(os.DirEntry.is_dir, os.scandir(self.folder)):
             for entry in os.scandir(folder):
                 if not entry.name.endswith(UNFINISHED):
                     yield entry
                     continue
-                with suppress(FileNotFoundError):  # just finished
+                # It may be finished, and so renamed, just now.
+                with suppress(FileNotFoundError):
                     if entry.stat().st_mtime < time.time() - LONGEST_WRITE:
                         os.unlink(entry)
 
@@ -114,11 +120,8 @@ class RangeCache:
     def _warn(self, error: OSError) -> None:
         if not self._warned:
             self._warned = True
-            _log.warning(
-                "data.store.cache: %s cannot be used, reading goes on without it: %s",
-                self.folder,
-                error.strerror,
-            )
+            message = "data.store.cache: %s cannot be used, reading goes on without it: %s"
+            _log.warning(message, self.folder, error.strerror)
 
 
 def _size(path: Path) -> int:

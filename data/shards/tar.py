@@ -20,7 +20,7 @@ LARGEST_MEMBER: Final = 2**31 - 4096
 LARGEST_NAME: Final = 1 << 20
 """Bytes of a member that holds the next one's name: 1 MiB, as the longest path of Linux has 4 KiB."""
 _SCANNED: Final = 1 << 20
-"""Bytes read at once in search of the next header behind a damaged one."""
+"""Bytes read at once in search of the next header after a damaged one."""
 _FOREIGN: Final = {
     b"<": "an HTML or XML page",
     b"\x1f\x8b": "compressed by gzip: unpack it",
@@ -30,7 +30,7 @@ _FOREIGN: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """Where a regular file lies inside a tar: `offset` is where its bytes begin."""
+    """The place of a regular file inside a tar: its bytes begin at `offset`."""
 
     name: str
     offset: int
@@ -39,7 +39,7 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One regular file inside a tar; `offset` is where its bytes begin."""
+    """One regular file inside a tar, whose bytes begin at `offset`."""
 
     name: str
     offset: int
@@ -50,7 +50,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What is wrong, and where: byte offset in the file, and the member or sample key if known."""
+    """A fault and its place: byte offset in the file, and the member or sample key if known."""
 
     file: str
     offset: int
@@ -59,27 +59,25 @@ class Fault:
 
     def __str__(self) -> str:
         place = f"at byte {self.offset}"
-        return (
-            f"{self.file}: {self.error}"
-            if place in self.error
-            else f"{self.file}: {place}: {self.error}"
-        )
+        if place in self.error:
+            return f"{self.file}: {self.error}"
+        return f"{self.file}: {place}: {self.error}"
 
 
 FaultHandler = Callable[[Fault], None]
-"""Takes a fault and raises, or returns to go on behind it."""
+"""Takes a fault; raises, or returns so that reading continues after it."""
 
 
 def refuse(fault: Fault) -> None:
-    """The report that ends at the first fault: raises UserError with its one line."""
+    """End at the first fault: raise UserError with its one line."""
     raise UserError(str(fault))
 
 
 def entries(path: Path, report: FaultHandler = refuse) -> Iterator[Entry]:
-    """The regular files of a tar in order, each read once.
+    """Yield the regular files of a tar in order, each read once.
 
-    Faults go to `report`; if it returns, reading goes on with the next good header. Links, devices and the like are
-    faults; folders are passed over.
+    Faults go to `report`; if it returns, reading continues with the next good header. Links, devices and the like are
+    faults; folders are ignored.
     """
     with open(path, "rb") as file:
         for member in _members(path, file, report):
@@ -89,7 +87,7 @@ def entries(path: Path, report: FaultHandler = refuse) -> Iterator[Entry]:
 
 
 def members(path: Path, report: FaultHandler = refuse) -> Iterator[tuple[Member, BinaryIO]]:
-    """The regular files of a tar by their headers alone, each with the open archive; faults as in `entries`."""
+    """Yield the regular files of a tar by their headers alone, each with the open archive; faults as in `entries`."""
     with open(path, "rb") as file:
         for member in _members(path, file, report):
             yield member, file
@@ -104,7 +102,7 @@ def _members(path: Path, file: BinaryIO, report: FaultHandler) -> Iterator[Membe
 
 
 class _Hop:
-    """From header to header."""
+    """Reads a tar from header to header."""
 
     def __init__(self, path: Path, file: BinaryIO, size: int, report: FaultHandler) -> None:
         self.path, self.file, self.size, self.report = path, file, size, report
@@ -125,9 +123,8 @@ class _Hop:
                 continue
             if len(header) < BLOCK:
                 end = offset + len(header)
-                return self.fault(
-                    end, f"truncated at byte {end}: the end of the archive is missing"
-                )
+                problem = f"truncated at byte {end}: the end of the archive is missing"
+                return self.fault(end, problem)
             if not is_header(header):
                 self.fault(offset, self._problem(header, offset))
                 if not self._find_header(offset + BLOCK):
@@ -137,51 +134,57 @@ class _Hop:
         return None
 
     def _member(self, header: bytes, offset: int) -> Iterator[Member]:
+        """Yield the member of the header at `offset` if it is a regular file, and move past its bytes."""
         kind, name, length = _parse(header)
         start = offset + BLOCK
-        name = (self.long_name or name).removeprefix("./") if kind in b"0\0" else name
+        if kind in b"0\0":
+            name = (self.long_name or name).removeprefix("./")
         if start + length > self.size:
             self.ended = True
-            return self.fault(
-                offset, f"truncated: member {name!r} at byte {offset} needs {length} bytes", name
-            )
+            problem = f"member {name!r} at byte {offset} needs {length} bytes"
+            return self.fault(offset, f"truncated: {problem}", name)
+
+        # Members are padded to whole blocks.
         self.place = start + length + -length % BLOCK
+        # x and L hold the name of the next member: pax and GNU.
         most = LARGEST_NAME if kind in b"xL" else LARGEST_MEMBER
         if length > most:
-            return self.fault(
-                offset, f"member {name!r} has {length} bytes, at most {most} are allowed", name
-            )
+            problem = f"member {name!r} has {length} bytes, at most {most} are allowed"
+            return self.fault(offset, problem, name)
+
         if kind in b"xL":
             self.long_name = _long_name(kind, self.file.read(length)) or self.long_name
         elif kind in b"0\0":
             self.long_name = ""
             yield Member(name, start, length)
+        # 5 is a folder, g a global pax header.
         elif kind not in b"5g":
-            self.fault(
-                offset,
-                f"member {name!r} is not a regular file (tar type {kind.decode(errors='replace')!r})",
-                name,
-            )
+            shown = kind.decode(errors="replace")
+            problem = f"member {name!r} is not a regular file (tar type {shown!r})"
+            self.fault(offset, problem, name)
         return None
 
     def _problem(self, header: bytes, offset: int) -> str:
-        found = next((what for start, what in _FOREIGN.items() if header.startswith(start)), "")
-        if offset == 0 and found:
-            return f"is not a tar file but {found}"
+        """Return the fault of a block that is no header, as a sentence."""
+        for start, kind in _FOREIGN.items():
+            if offset == 0 and header.startswith(start):
+                return f"is not a tar file but {kind}"
         return f"damaged: no valid member header at byte {offset}"
 
     def _ends(self, offset: int) -> bool:
-        """Whether the zero block at `offset` is the end; faults if the archive stops or goes on behind it."""
+        """Return whether the zero block at `offset` is the end; report an archive that stops or continues after it."""
         rest = self.file.read(BLOCK)
         if len(rest) < BLOCK:
             end = offset + BLOCK
-            self.fault(end, f"truncated at byte {end}: the end of the archive is incomplete")
+            problem = f"truncated at byte {end}: the end of the archive is incomplete"
+            self.fault(end, problem)
             return True
+
+        # Writers pad with any number of zeros.
         while rest:
             if rest.count(0) != len(rest):
-                self.fault(
-                    offset, f"damaged: a zero block at byte {offset} with more data after it"
-                )
+                problem = f"damaged: a zero block at byte {offset} with more data after it"
+                self.fault(offset, problem)
                 return not self._find_header(offset + BLOCK)
             rest = self.file.read(_SCANNED)
         return True
@@ -201,40 +204,49 @@ class _Hop:
 
 
 def is_header(block: bytes) -> bool:
-    """Whether a block of 512 bytes is a member's header: its checksum says so (POSIX.1-1988 ustar)."""
+    """Return whether a block of 512 bytes is a member's header, by its checksum (POSIX.1-1988 ustar)."""
     stored = block[148:156].strip(b" \0")
-    if (
-        re.fullmatch(rb"[0-7]+", stored) is None
-        or int(stored, 8) != sum(block) - sum(block[148:156]) + 8 * 32
-    ):
+    if re.fullmatch(rb"[0-7]+", stored) is None:
         return False
-    return block[124] == 0x80 or re.fullmatch(rb" *[0-7]*[ \0]*", block[124:136]) is not None
+    # The checksum counts its own eight bytes as spaces.
+    counted = sum(block) - sum(block[148:156]) + 8 * 32
+    if int(stored, 8) != counted:
+        return False
+    size = block[124:136]
+    return size[0] == 0x80 or re.fullmatch(rb" *[0-7]*[ \0]*", size) is not None
 
 
 def _parse(header: bytes) -> tuple[bytes, str, int]:
-    """Type, name and length of a member (sizes also in GNU base-256)."""
+    """Return type, name and length of a member (sizes also in GNU base-256)."""
     name = header[:100].split(b"\0")[0].decode(errors="replace")
-    if (
-        header[257:262] == b"ustar"
-        and header[345:500].strip(b"\0")
-        and header[257:265] != b"ustar  \0"
-    ):
-        name = header[345:500].split(b"\0")[0].decode(errors="replace") + "/" + name
-    if header[124] == 0x80:
-        return header[156:157], name, int.from_bytes(header[125:136])
-    return header[156:157], name, int(header[124:136].strip(b" \0") or b"0", 8)
+    prefix = header[345:500]
+    # "ustar  " is GNU's own format, which keeps other things in the place of the prefix.
+    has_prefix = header[257:262] == b"ustar" and header[257:265] != b"ustar  \0"
+    if has_prefix and prefix.strip(b"\0"):
+        name = prefix.split(b"\0")[0].decode(errors="replace") + "/" + name
+
+    kind, size = header[156:157], header[124:136]
+    if size[0] == 0x80:
+        return kind, name, int.from_bytes(size[1:])
+    return kind, name, int(size.strip(b" \0") or b"0", 8)
 
 
 def _long_name(kind: bytes, data: bytes) -> str:
-    """The name in a GNU long-name member or a pax header."""
+    """Return the name in a GNU long-name member or a pax header; empty if it has none."""
     if kind == b"L":
         return data.rstrip(b"\0").decode(errors="replace")
+
     place = 0
-    while (space := data.find(b" ", place, place + 12)) > 0 and data[place:space].isdigit():
-        end = place + int(data[place:space])
+    # Each pax record is "LENGTH KEY=VALUE\n", its length counted with its own digits.
+    while (space := data.find(b" ", place, place + 12)) > 0:
+        digits = data[place:space]
+        if not digits.isdigit():
+            break
+        end = place + int(digits)
         key, _, value = data[space + 1 : end - 1].partition(b"=")
         if key == b"path":
             return value.decode(errors="replace")
+        # A length that ends before its own record would never come to an end.
         if end <= space:
             break
         place = end

@@ -5,6 +5,7 @@ Sources for converters are written in parts by several processes: see `visionloo
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -33,7 +34,7 @@ Pair = tuple[Sample | Mapping[str, Any], Mapping[str, bytes]]
 
 @dataclass(frozen=True, slots=True)
 class ShardLimits:
-    """Where a shard ends; a sample larger than `bytes` has a shard of its own."""
+    """Most samples and bytes of a shard; a sample larger than `bytes` has a shard of its own."""
 
     samples: int = SAMPLES_PER_SHARD
     bytes: int = SHARD_BYTES
@@ -61,16 +62,14 @@ def write_shards(
     folder = Path(folder)
     check_target(folder, name)
     folder.mkdir(parents=True, exist_ok=True)
+
+    def ready() -> Iterator[SampleMembers]:
+        for number, (sample, media) in enumerate(samples):
+            yield members_of(sample, media, f"number {number}")
+
     limits = ShardLimits(samples_per_shard, shard_bytes)
-    ready = (
-        members_of(sample, media, f"number {number}")
-        for number, (sample, media) in enumerate(samples)
-    )
-    shards = list(
-        cut_shards(
-            ready, lambda shard: shard_path(folder, name, shard), lambda row: f"{row:09d}", limits
-        )
-    )
+    path = partial(shard_path, folder, name)
+    shards = list(cut_shards(ready(), path, lambda row: f"{row:09d}", limits))
     if not shards:
         raise UserError(f"{folder}: no samples to write")
     write_manifest(folder, shards)
@@ -79,43 +78,45 @@ def write_shards(
 def check_target(folder: Path, name: str) -> None:
     """Raise UserError if a dataset of this name cannot be written into this folder."""
     if KEY.fullmatch(name) is None or name.startswith("-"):
-        raise UserError(
-            f"dataset name {name!r}: letters, digits, _ and - only, at most 80, and no - at its beginning"
-        )
+        rule = "letters, digits, _ and - only, at most 80, and no - at its beginning"
+        raise UserError(f"dataset name {name!r}: {rule}")
     if (folder / MANIFEST).exists():
         raise UserError(f"{folder} already holds a dataset: remove it or choose another folder")
 
 
 def shard_path(folder: Path, name: str, shard: int) -> Path:
-    """Where shard number `shard` of a dataset lies."""
+    """Return the path of shard number `shard` of a dataset."""
     return folder / f"{name}-{shard:06d}.tar"
 
 
 def members_of(
     raw: Sample | Mapping[str, Any], media: Mapping[str, bytes], origin: str = ""
 ) -> SampleMembers:
-    """The members of a sample, JSON first, checked: what is written cannot fail for what is in it.
+    """Return the members of a sample, JSON first, checked, so that a reader never fails for their contents.
 
     Raises SampleError if the sample breaks the schema, its media differ from its refs, or JSON in UTF-8 cannot hold it: half of
     a surrogate pair, a number that is none, more bytes than a member may have.
     """
     sample = raw if isinstance(raw, Sample) else parse_sample(raw, origin)
     _check_refs(sample, media)
+    document = _encode(sample)
+    if len(document) > LARGEST_MEMBER:
+        problem = f"its JSON has {len(document)} bytes, at most {LARGEST_MEMBER}"
+        raise SampleError(sample.id, "", problem)
+    return ("json", document), *((ref, media[ref]) for ref in sample.refs)
+
+
+def _encode(sample: Sample) -> bytes:
+    """Return the sample's JSON in UTF-8; raises SampleError for what that cannot hold."""
     try:
-        document = to_json(sample).encode()
+        return to_json(sample).encode()
     except UnicodeEncodeError as error:
-        raise SampleError(
-            sample.id.encode(errors="backslashreplace").decode(),
-            "",
-            f"no valid Unicode: {error.object[error.start : error.end]!r}",
-        ) from None
+        # The id itself may be what cannot be printed.
+        sample_id = sample.id.encode(errors="backslashreplace").decode()
+        problem = f"no valid Unicode: {error.object[error.start : error.end]!r}"
+        raise SampleError(sample_id, "", problem) from None
     except ValueError as error:
         raise SampleError(sample.id, "", f"a number that JSON cannot hold: {error}") from None
-    if len(document) > LARGEST_MEMBER:
-        raise SampleError(
-            sample.id, "", f"its JSON has {len(document)} bytes, at most {LARGEST_MEMBER}"
-        )
-    return ("json", document), *((ref, media[ref]) for ref in sample.refs)
 
 
 def cut_shards(
@@ -124,49 +125,52 @@ def cut_shards(
     key: Callable[[int], str],
     limits: ShardLimits,
 ) -> Iterator[ShardInfo]:
-    """Write samples one after another, each into the open shard as long as that has room; yields each finished shard.
+    """Write samples one after another, each into the open shard while that has room; yield each finished shard.
 
     `path` gives the file of a shard by its number, `key` the key of a sample by its place in `samples`. One sample is in
     memory at a time. Indexing reads each shard back and so checks every sample again.
     """
-    from webdataset import TarWriter  # imports torch (seconds), and readers do without it
+    # webdataset imports torch, which takes seconds; readers do without it.
+    from webdataset import TarWriter
 
+    # Nothing in a header depends on who writes, or when: the bytes follow from the samples.
+    plain = {"user": "", "group": "", "mode": 0o644, "mtime": 0}
+    plain |= {"encoder": False, "compress": False}
     stream = enumerate(samples)
     waiting = next(stream, None)
     for shard in count():
         if waiting is None:
             return
         room = _Room(limits)
-        with (
-            replacing(path(shard)) as file,
-            TarWriter(
-                file, user="", group="", mode=0o644, encoder=False, compress=False, mtime=0
-            ) as tar,
-        ):
-            while waiting is not None and room.takes(key(waiting[0]), waiting[1]):
-                _put(tar, key(waiting[0]), waiting[1])
+        with replacing(path(shard)) as file, TarWriter(file, **plain) as tar:
+            while waiting is not None:
+                row, members = waiting
+                if not room.takes(key(row), members):
+                    break
+                _put(tar, key(row), members)
                 waiting = next(stream, None)
         yield index_shard(path(shard))
 
 
 def _check_refs(sample: Sample, names: Iterable[str]) -> None:
+    """Raise SampleError unless the names of the media are the sample's refs."""
     refs, given = set(sample.refs), set(names)
-    if missing := sorted(refs - given):
+    missing, unused = sorted(refs - given), sorted(given - refs)
+    if missing:
         raise SampleError(sample.id, "", f"media member {missing[0]!r} is missing")
-    if unused := sorted(given - refs):
-        raise SampleError(
-            sample.id, "", f"media member {unused[0]!r} is not referred to by any element"
-        )
+    if unused:
+        problem = f"media member {unused[0]!r} is not referred to by any element"
+        raise SampleError(sample.id, "", problem)
 
 
 class _Room:
-    """What is left of a shard's limits."""
+    """The samples and bytes that a shard still has room for."""
 
     def __init__(self, limits: ShardLimits) -> None:
         self.empty, self.samples, self.bytes = True, limits.samples, limits.bytes - _END
 
     def takes(self, key: str, members: SampleMembers) -> bool:
-        """Whether the sample still goes into the shard; if so, it is counted."""
+        """Count the sample and return whether it still fits into the shard; the first one always does."""
         self.samples -= 1
         self.bytes -= sum(_tar_bytes(f"{key}.{name}", data) for name, data in members)
         fits = self.empty or (self.samples >= 0 and self.bytes >= 0)
@@ -175,7 +179,9 @@ class _Room:
 
 
 def _tar_bytes(name: str, data: bytes) -> int:
-    return _BLOCK * ((3 if len(name) > _LONG_NAME else 1) + -(-len(data) // _BLOCK))
+    """Return the bytes of a member in the tar: its headers, and its data in whole blocks."""
+    headers = 3 if len(name) > _LONG_NAME else 1
+    return _BLOCK * (headers + -(-len(data) // _BLOCK))
 
 
 def _put(tar: _Tar, key: str, members: SampleMembers) -> None:

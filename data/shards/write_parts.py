@@ -37,7 +37,7 @@ from visionloom.data.shards.write import (
 STAGING: Final = ".converting"
 """Folder of what is finished so far; gone when the dataset is complete."""
 URLS: Final = "urls"
-"""Folder inside of it: what a converter looks pictures up in."""
+"""Folder inside of it, in which a converter looks pictures up."""
 FACTS: Final = "convert.json"
 """How the dataset was made, and what was counted."""
 SKIPPED: Final = "skipped.jsonl"
@@ -54,7 +54,7 @@ class SourcePart:
 
 @dataclass(slots=True)
 class Tally:
-    """What was counted, by name, and the first record that each name was met in."""
+    """Counts by name, and the first record that each name was met in."""
 
     counts: Counter[str] = field(default_factory=Counter)
     first: dict[str, str] = field(default_factory=dict)
@@ -72,7 +72,7 @@ class Tally:
 
 @dataclass(slots=True)
 class PartLog:
-    """What happened to the records of one part."""
+    """The fate of the records of one part."""
 
     tally: Tally = field(default_factory=Tally)
     skipped: list[Mapping[str, Any]] = field(default_factory=list)
@@ -80,14 +80,14 @@ class PartLog:
 
 
 class PartReader(Protocol):
-    """What is written: picklable, and the same parts and samples each time."""
+    """A source as samples: picklable, and the same parts and samples each time."""
 
     def parts(self) -> Iterator[SourcePart]:
-        """The source, cut."""
+        """Yield the pieces of the source, in order."""
         ...
 
     def samples(self, part: SourcePart, log: PartLog) -> Iterator[SampleMembers]:
-        """The members of a part's samples in order (see `members_of`); `log` takes what was left out."""
+        """Yield the members of a part's samples in order (see `members_of`); `log` takes what was left out."""
         ...
 
 
@@ -102,7 +102,7 @@ class Target:
 
     @property
     def staging(self) -> Path:
-        """Folder of the finished parts."""
+        """Return the folder of the finished parts."""
         return self.folder / STAGING
 
 
@@ -115,13 +115,13 @@ def write_parts(
     UserError for that, for a folder that holds another dataset or is being written now, and if no sample is left.
     """
     begun = {**settings, "name": target.name, "limits": asdict(target.limits)}
-    if (
-        (facts := _facts(target.folder))
-        and (target.folder / MANIFEST).exists()
-        and facts.get("settings") == begun
-    ):
+    facts = _facts(target.folder)
+    is_complete = bool(facts) and (target.folder / MANIFEST).exists()
+    if is_complete and facts.get("settings") == begun:
+        # Interrupted after dataset.json, before the folder of the parts was removed.
         shutil.rmtree(target.staging, ignore_errors=True)
         return Tally(Counter(facts["counts"]), facts["first"])
+
     check_target(target.folder, target.name)
     target.staging.mkdir(parents=True, exist_ok=True)
     with _only_writer(target.staging):
@@ -131,33 +131,28 @@ def write_parts(
         for number in range(parts):
             done = _done(target.staging, number)
             tally.add(Tally(Counter(done["counts"]), done["first"]))
-        _put_together(
-            target,
-            parts,
-            {"settings": begun, "counts": dict(sorted(tally.counts.items())), "first": tally.first},
-        )
+        counts = dict(sorted(tally.counts.items()))
+        _put_together(target, parts, {"settings": begun, "counts": counts, "first": tally.first})
     shutil.rmtree(target.staging)
     return tally
 
 
 def _facts(folder: Path) -> dict[str, Any]:
-    """What convert.json says, if it is what `write_parts` writes."""
+    """Return the object in convert.json, if it is what `write_parts` writes; else an empty one."""
     try:
-        found = load_json(read_located(folder, FACTS, LARGEST), FACTS)
+        facts = load_json(read_located(folder, FACTS, LARGEST), FACTS)
     except (OSError, JsonError, PlaceError):
         return {}
-    return found if isinstance(found, dict) and _are_counts(found) else {}
+    return facts if isinstance(facts, dict) and _are_counts(facts) else {}
 
 
-def _are_counts(found: Mapping[str, Any]) -> bool:
-    """Whether a document has the counts of a tally."""
-    counts, first = found.get("counts"), found.get("first")
-    return (
-        isinstance(counts, dict)
-        and all(type(count) is int for count in counts.values())
-        and isinstance(first, dict)
-        and all(isinstance(place, str) for place in first.values())
-    )
+def _are_counts(document: Mapping[str, Any]) -> bool:
+    """Return whether a document has the counts of a tally."""
+    counts, first = document.get("counts"), document.get("first")
+    if not isinstance(counts, dict) or not isinstance(first, dict):
+        return False
+    are_numbers = all(type(count) is int for count in counts.values())
+    return are_numbers and all(isinstance(place, str) for place in first.values())
 
 
 @contextmanager
@@ -175,38 +170,43 @@ def _only_writer(staging: Path) -> Iterator[None]:
 def _check_settings(staging: Path, settings: Mapping[str, Any]) -> None:
     """Refuse to continue what was begun with other settings; with nothing finished there is nothing to continue."""
     path = staging / "settings.json"
-    if path.exists() and any(staging.glob("part*.json")):
-        found = _read(staging, path.name)
-        for name in [*settings, *found]:
-            if found.get(name) != settings.get(name):
-                raise UserError(
-                    f"{staging.parent} holds an unfinished conversion with {name}={found.get(name)!r}, now it is"
-                    f" {settings.get(name)!r}: use the same words again, or remove {staging}"
-                )
+    if not path.exists() or not any(staging.glob("part*.json")):
+        # Pictures that were looked up may be of another source.
+        shutil.rmtree(staging / URLS, ignore_errors=True)
+        with replacing(path) as file:
+            file.write(json.dumps(settings).encode())
         return
-    shutil.rmtree(staging / URLS, ignore_errors=True)
-    with replacing(path) as file:
-        file.write(json.dumps(settings).encode())
+
+    begun = _read(staging, path.name)
+    for name in [*settings, *begun]:
+        then, now = begun.get(name), settings.get(name)
+        if then != now:
+            raise UserError(
+                f"{staging.parent} holds an unfinished conversion with {name}={then!r}, now it is"
+                f" {now!r}: use the same words again, or remove {staging}"
+            )
 
 
 # ---- writing parts
 
 
 def _write_all(reader: PartReader, target: Target, progress: Progress) -> int:
-    """Write what is not there yet; returns the number of parts."""
-    if target.workers <= 1:
-        written = known = parts = 0
-        for number, part in enumerate(reader.parts()):
-            known, parts = known + part.records, number + 1
-            progress(written, known)
-            _write_part(reader, target, (number, part))
-            written += part.records
-        progress(written, written)
-        return parts
-    return _write_with_processes(reader, target, progress)
+    """Write the parts that are not there yet; return the number of parts."""
+    if target.workers > 1:
+        return _write_with_processes(reader, target, progress)
+
+    written = known = parts = 0
+    for number, part in enumerate(reader.parts()):
+        known, parts = known + part.records, number + 1
+        progress(written, known)
+        _write_part(reader, target, (number, part))
+        written += part.records
+    progress(written, written)
+    return parts
 
 
 def _write_with_processes(reader: PartReader, target: Target, progress: Progress) -> int:
+    """Write parts by `target.workers` processes while the source is still being cut; return the number of parts."""
     written = known = parts = 0
 
     def cut() -> Iterator[tuple[int, SourcePart]]:
@@ -218,8 +218,9 @@ def _write_with_processes(reader: PartReader, target: Target, progress: Progress
 
     write = functools.partial(_write_part, reader, target)
     try:
-        # webdataset imports torch, which takes seconds: once, for all workers
-        for (_, part), _ in as_finished(write, cut(), target.workers, preload=["webdataset"]):
+        # webdataset imports torch, which takes seconds: once, for all workers.
+        finished = as_finished(write, cut(), target.workers, preload=["webdataset"])
+        for (_, part), _ in finished:
             written += part.records
             progress(written, known)
     except ChildProcessError as error:
@@ -230,26 +231,35 @@ def _write_with_processes(reader: PartReader, target: Target, progress: Progress
 def _write_part(reader: PartReader, target: Target, numbered: tuple[int, SourcePart]) -> None:
     """Write one part's shards and then its facts, unless they are there."""
     number, part = numbered
+    staging = target.staging
     digest = hashlib.sha256(repr(part).encode()).hexdigest()
-    if (path := _done_path(target.staging, number)).exists():
-        if _done(target.staging, number).get("digest") != digest:
-            raise UserError(
-                f"the source changed since {target.folder} was begun: remove {target.staging} and start again"
-            )
+    if _done_path(staging, number).exists():
+        if _done(staging, number).get("digest") != digest:
+            problem = f"the source changed since {target.folder} was begun"
+            raise UserError(f"{problem}: remove {staging} and start again")
         return
-    for leftover in target.staging.glob(f"*{number:06d}-*"):
+
+    # Shards without the part's facts may be of another attempt.
+    for leftover in staging.glob(f"*{number:06d}-*"):
         leftover.unlink()
+
+    def path(shard: int) -> Path:
+        return staging / f"{number:06d}-{shard:04d}.tar"
+
+    def key(row: int) -> str:
+        return f"{number:06d}-{row:07d}"
+
     log = PartLog()
-    shards = cut_shards(
-        reader.samples(part, log),
-        lambda shard: target.staging / f"{number:06d}-{shard:04d}.tar",
-        lambda row: f"{number:06d}-{row:07d}",
-        target.limits,
-    )
-    files = [shard.file for shard in shards]
-    tally = {"counts": dict(log.tally.counts), "first": log.tally.first}
-    with replacing(path) as file:
-        file.write(_json({"digest": digest, "shards": files, **tally, "skipped": log.skipped}))
+    shards = list(cut_shards(reader.samples(part, log), path, key, target.limits))
+    facts = {
+        "digest": digest,
+        "shards": [shard.file for shard in shards],
+        "counts": dict(log.tally.counts),
+        "first": log.tally.first,
+        "skipped": log.skipped,
+    }
+    with replacing(_done_path(staging, number)) as file:
+        file.write(_json(facts))
 
 
 def _done_path(staging: Path, number: int) -> Path:
@@ -257,75 +267,73 @@ def _done_path(staging: Path, number: int) -> Path:
 
 
 def _done(staging: Path, number: int) -> dict[str, Any]:
-    """The facts of a finished part: its digest, its shards, and what `Tally` and `PartLog` hold."""
+    """Return the facts of a finished part: its digest, its shards, and what `Tally` and `PartLog` hold."""
     path = _done_path(staging, number)
-    found = _read(staging, path.name)
-    shards, skipped = found.get("shards"), found.get("skipped")
-    if (
-        not _are_counts(found)
-        or not isinstance(shards, list)
-        or not all(
-            isinstance(file, str) and Path(file).name == file and file.endswith(".tar")
-            for file in shards
-        )
-        or not isinstance(skipped, list)
-    ):
+    facts = _read(staging, path.name)
+    are_lists = _are_file_names(facts.get("shards")) and isinstance(facts.get("skipped"), list)
+    if not are_lists or not _are_counts(facts):
         raise UserError(f"{path} is damaged: remove {staging} and start again")
-    return found
+    return facts
+
+
+def _are_file_names(shards: Any) -> bool:
+    """Return whether a value is a list of names of tars, none of which leads out of the folder."""
+    if not isinstance(shards, list):
+        return False
+    for file in shards:
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".tar"):
+            return False
+    return True
 
 
 def _read(staging: Path, name: str) -> dict[str, Any]:
-    """A JSON object that an earlier command left; raises UserError.
-
-    Not by `checked`: names of files in it may be no valid Unicode.
-    """
+    """Read a JSON object that an earlier command left; raises UserError."""
     try:
-        found = load_json(read_located(staging, name, LARGEST), str(staging / name))
+        # Not by `checked`: names of files in it may be no valid Unicode.
+        document = load_json(read_located(staging, name, LARGEST), str(staging / name))
     except (JsonError, PlaceError) as error:
         raise UserError(f"{error}: remove {staging} and start again") from None
-    if not isinstance(found, dict):
+    if not isinstance(document, dict):
         raise UserError(f"{staging / name} is no JSON object: remove {staging} and start again")
-    return found
+    return document
 
 
 def _json(value: Any, indent: int | None = None) -> bytes:
-    """JSON in UTF-8; a name of a file that is no valid Unicode is escaped in it, and read back as it was."""
-    return json.dumps(value, ensure_ascii=False, indent=indent).encode(errors="backslashreplace")
+    """Return JSON in UTF-8; a name of a file that is no valid Unicode is escaped in it, and read back as it was."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    return text.encode(errors="backslashreplace")
 
 
 # ---- putting parts together
 
 
 def _put_together(target: Target, parts: int, facts: Mapping[str, Any]) -> None:
-    """Number the shards through, gather what was skipped, and write dataset.json last."""
+    """Number the shards of all parts, gather what was skipped, and write dataset.json last."""
     shards: list[ShardInfo] = []
     with replacing(target.folder / SKIPPED) as skipped:
         for number in range(parts):
-            found = _done(target.staging, number)
-            for record in found["skipped"]:
+            part = _done(target.staging, number)
+            for record in part["skipped"]:
                 skipped.write(_json(record) + b"\n")
-            shards += [
-                _place(target, file, len(shards) + place)
-                for place, file in enumerate(found["shards"])
-            ]
-    with replacing(target.folder / FACTS) as file:
-        file.write(_json(facts, indent=1) + b"\n")
+            for file in part["shards"]:
+                shards.append(_place(target, file, len(shards)))
+
+    with replacing(target.folder / FACTS) as written:
+        written.write(_json(facts, indent=1) + b"\n")
     if not shards:
-        raise UserError(
-            f"{target.folder}: no sample could be converted: {SKIPPED} there says why, record by record"
-        )
+        reason = f"{SKIPPED} there says why, record by record"
+        raise UserError(f"{target.folder}: no sample could be converted: {reason}")
     write_manifest(target.folder, shards)
 
 
 def _place(target: Target, file: str, number: int) -> ShardInfo:
     """Move a shard and its index out of the staging folder; what was moved before an interruption stays."""
+    staged = target.staging / file
     path = shard_path(target.folder, target.name, number)
-    for source, end in (
-        (target.staging / file, path),
-        (index_path(target.staging / file), index_path(path)),
-    ):
-        with suppress(FileNotFoundError):
-            os.replace(source, end)
+    with suppress(FileNotFoundError):
+        os.replace(staged, path)
+    with suppress(FileNotFoundError):
+        os.replace(index_path(staged), index_path(path))
     if not path.is_file():
-        raise UserError(f"{target.staging / file} is gone: remove {target.staging} and start again")
+        raise UserError(f"{staged} is gone: remove {target.staging} and start again")
     return known_shard(path) or index_shard(path)

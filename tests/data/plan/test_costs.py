@@ -17,9 +17,10 @@ from visionloom.data.convert.marks import _python, answer, results, with_placeho
 from visionloom.data.convert.skip import Skip
 from visionloom.data.encode.chat import render
 from visionloom.data.plan.over_length import _SENTENCE
-from visionloom.data.shards.index import ShardIndex, index_path, index_shard
+from visionloom.data.shards.index import index_path, index_shard
 from visionloom.data.shards.sample import SampleError
 from visionloom.data.shards.sample_json import parse_sample
+from visionloom.data.shards.shard_index import ShardIndex
 from visionloom.data.shards.tar import Fault, entries
 from visionloom.data.shards.write import write_shards
 from visionloom.tests import fuzzing
