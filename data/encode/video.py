@@ -24,7 +24,11 @@ DRIFT: Final = 0.01
 
 
 def decode_frames(
-    data: bytes, video: Video, frames: NDArray[np.int64], times: Sequence[float], sample_id: str
+    data: bytes,
+    video: Video,
+    frames: NDArray[np.int64],
+    times: Sequence[float],
+    sample_id: str,
 ) -> Iterator[Pixels]:
     """The frames (ascending indices, shown at `times` seconds) as pixels uint8 [height, width, 3], one after the other.
 
@@ -54,7 +58,11 @@ class _Packet(NamedTuple):
     is_shown: bool
 
 
-def _look_through(container: Any, video: Video, sample_id: str) -> tuple[list[_Packet], float]:
+def _look_through(
+    container: Any,
+    video: Video,
+    sample_id: str,
+) -> tuple[list[_Packet], float]:
     """Every packet of the video in the order of decoding, and the unit of their stamps in seconds; checks the video's facts."""
     name = video.ref or ""
     stream = container.streams.video[0]
