@@ -108,8 +108,7 @@ def qwen_utils_size(
     Raises UserError for an aspect ratio above 200, or if a side would vanish. Source: `smart_resize` of qwen_vl_utils.
     """
     _check_aspect(height, width)
-    rows = max(factor, round(height / factor) * factor)
-    columns = max(factor, round(width / factor) * factor)
+    rows, columns = (max(factor, round(side / factor) * factor) for side in (height, width))
     if rows * columns > max_pixels:
         beta = math.sqrt(height * width / max_pixels)
         rows = math.floor(height / beta / factor) * factor
@@ -284,11 +283,9 @@ def _part(video: Video) -> tuple[int, int]:
     # a start or end after the video's own end means its end
     longest = video.frame_count / video.fps
     if video.start is not None:
-        start = min(video.start, longest)
-        first = math.ceil(start * video.fps)
+        first = math.ceil(min(video.start, longest) * video.fps)
     if video.end is not None:
-        end = min(video.end, longest)
-        last = min(math.floor(end * video.fps), last)
+        last = min(math.floor(min(video.end, longest) * video.fps), last)
     return first, last
 
 

@@ -106,10 +106,14 @@ def resize(picture: Pixels, height: int, width: int) -> Pixels:
         return np.ascontiguousarray(picture.transpose(2, 0, 1))
     # Torch takes the interleaved picture as it is and gives back planes, so that neither is transposed.
     interleaved = torch.from_numpy(picture).permute(2, 0, 1)[None]
-    planes: Any = torch.nn.functional.interpolate(
-        interleaved, (height, width), mode="bicubic", align_corners=False, antialias=True
-    )
+    planes = _bicubic(interleaved, height, width)
     return np.ascontiguousarray(planes[0].numpy())
+
+
+def _bicubic(planes: torch.Tensor, height: int, width: int) -> Any:
+    return torch.nn.functional.interpolate(
+        planes, (height, width), mode="bicubic", align_corners=False, antialias=True
+    )
 
 
 def resize_in_float(picture: Pixels, height: int, width: int) -> Pixels:
@@ -117,15 +121,14 @@ def resize_in_float(picture: Pixels, height: int, width: int) -> Pixels:
     if picture.shape[:2] == (height, width):
         return resize(picture, height, width)
     planes = torch.from_numpy(picture).permute(2, 0, 1)[None].float().contiguous()
-    resized: Any = torch.nn.functional.interpolate(
-        planes, (height, width), mode="bicubic", align_corners=False, antialias=True
-    )
+    resized = _bicubic(planes, height, width)
     rounded: Pixels = resized[0].clamp_(0, 255).round_().to(torch.uint8).numpy()
     return rounded
 
 
 def resize_by_pillow(picture: Pixels, height: int, width: int) -> Pixels:
-    """Resize a picture uint8 [any height, any width, 3] to [height, width, 3], still interleaved: bicubic, as qwen-vl-utils does it."""
+    """Resize a picture uint8 [any height, any width, 3] to [height, width, 3], as qwen-vl-utils does it: bicubic."""
     if picture.shape[:2] == (height, width):
         return picture
-    return np.array(Pillow.fromarray(picture).resize((width, height), Pillow.Resampling.BICUBIC))
+    resized = Pillow.fromarray(picture).resize((width, height), Pillow.Resampling.BICUBIC)
+    return np.array(resized)
