@@ -8,6 +8,7 @@ timestamp and its own vision block for each temporal patch, no outer wrapper).
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -100,13 +101,17 @@ class Rendering:
             )
 
     def end_prompt(self) -> None:
-        """Let what an assistant says be tokenised by itself, as a model writes it behind the prompt of a server."""
+        """Let what an assistant says be tokenised by itself, as a model writes it after the prompt of a server."""
         self.prompt_end = len(self.pieces)
 
     @property
     def text(self) -> str:
-        """The whole string that the model reads."""
-        return "".join(piece.text * max(1, piece.count) for piece in self.pieces)
+        """Return the whole string that the model reads."""
+        return _text_of(self.pieces)
+
+
+def _text_of(pieces: Sequence[Piece]) -> str:
+    return "".join(piece.text * max(1, piece.count) for piece in pieces)
 
 
 def render(sample: Sample, rules: MediaConfig) -> Rendering:
@@ -125,23 +130,22 @@ def render(sample: Sample, rules: MediaConfig) -> Rendering:
 def _rendered(sample: Sample, rules: MediaConfig) -> Rendering:
     rendering, messages = Rendering(images=sample.images), sample.messages
     if sample.tools:
+        # the sample's own system message goes into the turn that lists the tools
         system = messages[:1] if messages and messages[0].role == "system" else ()
         _render_tools(rendering, sample, system, rules)
         messages = messages[len(system) :]
-    last = max((i for i, message in enumerate(messages) if message.role == "assistant"), default=-1)
+
+    spoken = [place for place, message in enumerate(messages) if message.role == "assistant"]
+    answer = max(spoken, default=-1)
+    # one more on each side, so that every message has neighbours
     roles = [None, *(message.role for message in messages), None]
-    for index, message in enumerate(messages):
+    for place, message in enumerate(messages):
         if message.role == "tool":
-            _render_result(
-                rendering,
-                sample,
-                message,
-                rules,
-                first=roles[index] != "tool",
-                last=roles[index + 2] != "tool",
-            )
+            ends = roles[place] != "tool", roles[place + 2] != "tool"
+            _render_result(rendering, sample, message, rules, ends)
         else:
-            _render_message(rendering, sample, message, rules, is_answer=index == last)
+            _render_message(rendering, sample, message, rules, is_answer=place == answer)
+
     for element in sample.content:
         _render_element(rendering, sample, element, element_loss(element) * sample.weight, rules)
     if sample.kind == "doc":
@@ -152,29 +156,35 @@ def _rendered(sample: Sample, rules: MediaConfig) -> Rendering:
 def _render_tools(
     rendering: Rendering, sample: Sample, system: tuple[Message, ...], rules: MediaConfig
 ) -> None:
-    """The system turn that lists the tools, after what the sample's own system message says."""
+    """Render the system turn that lists the tools, after what the sample's own system message says."""
     rendering.add(TURN_START, count=1)
     rendering.add("system\n")
     for message in system:
-        for element in message.content:
-            _render_element(
-                rendering, sample, element, element_loss(element, message) * sample.weight, rules
-            )
+        _render_elements(rendering, sample, message, rules)
         rendering.add("\n\n")
     rendering.add(_TOOLS_BEGIN)
     for tool in sample.tools:
         rendering.add("\n" + json.dumps(tool, ensure_ascii=False))
     rendering.add(_TOOLS_END)
-    for token, text in (
-        (CALL_START, ""),
-        (CALL_END, " XML tags:\n"),
-        (CALL_START, _CALL_FORM),
-        (CALL_END, ""),
-    ):
-        rendering.add(token, count=1)
-        rendering.add(text)
+
+    # the marks are special tokens also where the text only speaks of them, as in the published template
+    rendering.add(CALL_START, count=1)
+    rendering.add(CALL_END, count=1)
+    rendering.add(" XML tags:\n")
+    rendering.add(CALL_START, count=1)
+    rendering.add(_CALL_FORM)
+    rendering.add(CALL_END, count=1)
     rendering.add(TURN_END, count=1)
     rendering.add("\n")
+
+
+def _render_elements(
+    rendering: Rendering, sample: Sample, message: Message, rules: MediaConfig
+) -> None:
+    """Render the elements of a message, each with its own loss times the sample's weight."""
+    for element in message.content:
+        weight = element_loss(element, message) * sample.weight
+        _render_element(rendering, sample, element, weight, rules)
 
 
 def _render_result(
@@ -182,20 +192,20 @@ def _render_result(
     sample: Sample,
     message: Message,
     rules: MediaConfig,
-    first: bool,
-    last: bool,
+    ends: tuple[bool, bool],
 ) -> None:
-    """What a tool returned; results that follow each other share one user turn."""
+    """Render what a tool returned; results that follow each other share one user turn.
+
+    `ends`: whether it is the first and the last one of its turn.
+    """
+    first, last = ends
     if first:
         rendering.add(TURN_START, count=1)
         rendering.add("user")
     rendering.add("\n")
     rendering.add(RESPONSE_START, count=1)
     rendering.add("\n")
-    for element in message.content:
-        _render_element(
-            rendering, sample, element, element_loss(element, message) * sample.weight, rules
-        )
+    _render_elements(rendering, sample, message, rules)
     rendering.add("\n")
     rendering.add(RESPONSE_END, count=1)
     if last:
@@ -206,6 +216,7 @@ def _render_result(
 def _render_message(
     rendering: Rendering, sample: Sample, message: Message, rules: MediaConfig, is_answer: bool
 ) -> None:
+    """Render a turn; `is_answer`: it is the last of the assistant."""
     rendering.add(TURN_START, count=1)
     rendering.add(f"{message.role}\n")
     start = len(rendering.pieces)
@@ -214,15 +225,15 @@ def _render_message(
     spoken = False
     for element in message.content:
         weight = element_loss(element, message) * sample.weight
+        # a call begins a line of its own, but for one that begins the turn
         if isinstance(element, ToolCall) and spoken:
             rendering.add("\n", weight)
         spoken = spoken or not isinstance(element, Think)
         _render_element(rendering, sample, element, weight, rules)
+
     if is_answer:
         rendering.prompt_pieces = start
-        rendering.answer = "".join(
-            piece.text * max(1, piece.count) for piece in rendering.pieces[start:]
-        )
+        rendering.answer = _text_of(rendering.pieces[start:])
     rendering.add(TURN_END, _end_weight(message) * sample.weight, count=1)
     rendering.add("\n")
 
@@ -255,36 +266,35 @@ def _render_element(
         case Point():
             rendering.add(_grounding(rendering, sample, element, "point_2d", element.xy), weight)
         case Time():
-            rendering.add(
-                timestamp(element.seconds)
-                if element.format == "seconds"
-                else clock(element.seconds),
-                weight,
-            )
+            write = timestamp if element.format == "seconds" else clock
+            rendering.add(write(element.seconds), weight)
 
 
 def _render_media(
     rendering: Rendering, sample: Sample, media: Image | Video, rules: MediaConfig
 ) -> None:
+    """Add a block of placeholders for a picture, or one for each temporal patch of a video after its time."""
     try:
-        grid, moments = (
-            (image_grid(media, rules), [])
-            if isinstance(media, Image)
-            else video_layout(media, rules)
-        )
+        if isinstance(media, Image):
+            grid, moments = image_grid(media, rules), list[float]()
+        else:
+            grid, moments = video_layout(media, rules)
     except UserError as error:
         name = media.ref if isinstance(media, Image) else media.refs[0]
         raise SampleError(sample.id, name, str(error)) from None
-    rendering.visual_tokens += grid[0] * tokens_per_frame(grid)
+
+    tokens = tokens_per_frame(grid)
+    rendering.visual_tokens += grid[0] * tokens
+    # before any string of that length is made
     if rendering.visual_tokens > MOST_VISUAL_TOKENS:
         raise SampleError(sample.id, "", f"more than {MOST_VISUAL_TOKENS} visual tokens")
     rendering.media.append(media)
     rendering.grids.append(grid)
     if isinstance(media, Image):
-        _add_vision_block(rendering, IMAGE, tokens_per_frame(grid))
+        _add_vision_block(rendering, IMAGE, tokens)
     for seconds in moments:
         rendering.add(timestamp(seconds))
-        _add_vision_block(rendering, VIDEO, tokens_per_frame(grid))
+        _add_vision_block(rendering, VIDEO, tokens)
 
 
 def _add_vision_block(rendering: Rendering, token: str, count: int) -> None:
@@ -294,29 +304,35 @@ def _add_vision_block(rendering: Rendering, token: str, count: int) -> None:
 
 
 def timestamp(seconds: float) -> str:
-    """A moment as `<12.5 seconds>`."""
+    """Write a moment as `<12.5 seconds>`."""
     return f"<{seconds:.1f} seconds>"
 
 
 def clock(seconds: float) -> str:
-    """A moment as hours, minutes and seconds: `<0:02:03.4>`."""
-    tenths = round(seconds * 10)
-    return f"<{tenths // 36000}:{tenths // 600 % 60:02d}:{tenths // 10 % 60:02d}.{tenths % 10}>"
+    """Write a moment as hours, minutes and seconds: `<0:02:03.4>`."""
+    # in whole tenths, so that 59.96 s becomes 1:00.0 and not 0:60.0
+    minutes, tenths = divmod(round(seconds * 10), 600)
+    hours, minutes = divmod(minutes, 60)
+    return f"<{hours}:{minutes:02d}:{tenths // 10:02d}.{tenths % 10}>"
 
 
 def _grounding(
-    rendering: Rendering, sample: Sample, element: Box | Point, key: str, values: tuple[float, ...]
+    rendering: Rendering,
+    sample: Sample,
+    element: Box | Point,
+    key: str,
+    values: tuple[float, ...],
 ) -> str:
+    """Write a box or point as the JSON of Qwen3-VL, its coordinates in thousandths of its picture's sides."""
     images = rendering.images
     if element.image >= len(images):
-        raise SampleError(
-            sample.id, key, f"image {element.image} expected, the sample has {len(images)}"
-        )
+        problem = f"image {element.image} expected, the sample has {len(images)}"
+        raise SampleError(sample.id, key, problem)
     image = images[element.image]
+    # x and y in turn: two values of a point, four of a box
     sides = (image.width, image.height) * 2
-    numbers = [
-        scale_coordinate(value, side, element.space)
-        for value, side in zip(values, sides, strict=False)
-    ]
+    numbers = []
+    for value, side in zip(values, sides, strict=False):
+        numbers.append(scale_coordinate(value, side, element.space))
     label = {} if element.label is None else {"label": element.label}
     return json.dumps({key: numbers, **label}, ensure_ascii=False)

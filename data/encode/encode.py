@@ -44,13 +44,17 @@ class EncodedSample:
 
     @property
     def patch_count(self) -> int:
-        """Patches of all its pictures and videos."""
+        """Count the patches of all its pictures and videos."""
         return int(self.grids.prod(1).sum())
 
     @property
     def supervised_tokens(self) -> int:
-        """Tokens with a loss: those of a weight above 0, as a batch has labels for."""
+        """Count the tokens with a loss: those of a weight above 0, for which a batch has labels."""
         return int(np.count_nonzero(self.target_weights > 0))
+
+
+Block = tuple[int, int, int]
+"""First token, merged height and merged width of an image or of a temporal patch."""
 
 
 def encode(
@@ -73,27 +77,31 @@ def encode_all(
 def encode_each(
     samples: Sequence[Sample], tokenizer: Tokenizer, rules: MediaConfig, datasets: Sequence[str]
 ) -> Iterator[EncodedSample]:
-    """As `encode_all`, with one of them in memory at a time."""
+    """Encode like `encode_all`, with one of them in memory at a time."""
     renderings = [render(sample, rules) for sample in samples]
     runs = [_runs(rendering.pieces) for rendering in renderings]
-    known = _tokenise({texts for found in runs for _, texts in found if texts}, tokenizer)
-    for sample, rendering, found, dataset in zip(samples, renderings, runs, datasets, strict=True):
-        yield _assemble(sample, rendering, found, known, tokenizer, dataset)
+    texts = {texts for sample_runs in runs for _, texts in sample_runs if texts}
+    # one call for all samples: the tokenizer works on a batch in parallel, and texts that repeat are done once
+    known = _tokenise(texts, tokenizer)
+    for sample, rendering, own, dataset in zip(samples, renderings, runs, datasets, strict=True):
+        tokens = _tokens_of(rendering.pieces, own, known, tokenizer)
+        yield _assemble(sample, rendering, tokens, dataset)
 
 
-def positions(length: int, blocks: Sequence[tuple[int, int, int]]) -> NDArray[np.int32]:
-    """Interleaved-MRoPE positions int32 [3, length] of one sample, from 0.
+def positions(length: int, blocks: Sequence[Block]) -> NDArray[np.int32]:
+    """Return interleaved-MRoPE positions int32 [3, length] of one sample, from 0.
 
-    `blocks` holds (first token, merged height, merged width) of each image or temporal patch. Text counts up on all
-    axes; a block keeps one time, spans height and width, and moves on by the larger of the two. Source: `get_rope_index`
-    of transformers' Qwen3VLModel.
+    Text counts up on all axes; a block keeps one time, spans height and width, and moves on by the larger of the two.
+    Source: `get_rope_index` of transformers' Qwen3VLModel.
     """
     out = np.empty((3, length), np.int32)
     cursor = position = 0
     for start, height, width in blocks:
-        out[:, cursor:start] = np.arange(position, position + start - cursor)
-        position += start - cursor
+        text = start - cursor
+        out[:, cursor:start] = np.arange(position, position + text)
+        position += text
         cursor = start + height * width
+
         grid = out[:, start:cursor].reshape(3, height, width)
         grid[0] = position
         grid[1] = np.arange(position, position + height)[:, None]
@@ -104,49 +112,53 @@ def positions(length: int, blocks: Sequence[tuple[int, int, int]]) -> NDArray[np
 
 
 def prompt_of(sample: EncodedSample) -> EncodedSample:
-    """The sample up to where its last answer begins, unsupervised: what generation starts from."""
+    """Return the sample up to where its last answer begins, unsupervised: what generation starts from."""
     length = sample.prompt_length
-    counts = sample.grids.prod(1) // MERGE_SIZE**2
-    kept = int(
-        np.searchsorted(
-            np.cumsum(counts), np.count_nonzero(sample.visual_positions < length), side="right"
-        )
-    )
-    rows = int(sample.grids[:kept].prod(1).sum())
+    visual = sample.visual_positions[sample.visual_positions < length]
+    # an answer may have pictures of its own: they go
+    visual_tokens = np.cumsum(sample.grids.prod(1) // MERGE_SIZE**2)
+    kept = int(np.searchsorted(visual_tokens, len(visual), side="right"))
+    grids, patches = sample.grids[:kept], sample.patches
+    if patches is not None:
+        patches = patches[: int(grids.prod(1).sum())]
     return replace(
         sample,
         input_ids=sample.input_ids[:length],
         target_weights=np.zeros(length, np.float32),
         position_ids=sample.position_ids[:, :length],
-        visual_positions=sample.visual_positions[sample.visual_positions < length],
-        grids=sample.grids[:kept],
+        visual_positions=visual,
+        grids=grids,
         media=sample.media[:kept],
-        patches=None if sample.patches is None else sample.patches[:rows],
+        patches=patches,
     )
 
 
 def extend(sample: EncodedSample, tokens: Sequence[int]) -> EncodedSample:
-    """The sample with unsupervised text tokens after it, their positions continued on all three axes."""
+    """Return the sample with unsupervised text tokens after it, their positions continued on all three axes."""
+    count = len(tokens)
+    ids, weights = np.array(tokens, np.int32), np.zeros(count, np.float32)
+    # by the highest position of any axis: a picture's are fewer than its tokens
     position = int(sample.position_ids.max()) + 1
-    more = np.arange(position, position + len(tokens), dtype=np.int32)
+    more = np.arange(position, position + count, dtype=np.int32)
+    places = np.broadcast_to(more, (3, count))
     return replace(
         sample,
-        input_ids=np.concatenate([sample.input_ids, np.array(tokens, np.int32)]),
-        target_weights=np.concatenate([sample.target_weights, np.zeros(len(tokens), np.float32)]),
-        position_ids=np.concatenate(
-            [sample.position_ids, np.broadcast_to(more, (3, len(tokens)))], axis=1
-        ),
+        input_ids=np.concatenate([sample.input_ids, ids]),
+        target_weights=np.concatenate([sample.target_weights, weights]),
+        position_ids=np.concatenate([sample.position_ids, places], axis=1),
     )
 
 
 Texts = tuple[str, ...]
 """Neighbouring plain texts, tokenised as one string; empty for a special piece."""
+Run = tuple[int, Texts]
+"""First piece of neighbouring texts, and the texts; of a special piece its number, and none."""
 Tokens = tuple[NDArray[np.int32], NDArray[np.int64]]
 """Ids, and for each the number of the text that its last character lies in."""
 
 
-def _runs(pieces: list[Piece]) -> list[tuple[int, Texts]]:
-    """First piece of each run, and its texts."""
+def _runs(pieces: list[Piece]) -> list[Run]:
+    """Join neighbouring texts: only so are the tokens those of the whole string."""
     runs: list[tuple[int, list[str]]] = []
     for index, piece in enumerate(pieces):
         if piece.count:
@@ -159,34 +171,36 @@ def _runs(pieces: list[Piece]) -> list[tuple[int, Texts]]:
 
 
 def _tokenise(runs: set[Texts], tokenizer: Tokenizer) -> dict[Texts, Tokens]:
-    single: list[Texts] = [texts for texts in runs if len(texts) == 1]
-    joined: list[Texts] = [texts for texts in runs if len(texts) > 1]
+    """Tokenise the texts of each run as one string."""
     known: dict[Texts, Tokens] = {}
-    for texts, ids in zip(single, tokenizer.encode([texts[0] for texts in single]), strict=True):
+    # ends of tokens cost a slower call, and only runs of several texts need them
+    single: list[Texts] = [texts for texts in runs if len(texts) == 1]
+    encoded = tokenizer.encode([texts[0] for texts in single])
+    for texts, ids in zip(single, encoded, strict=True):
         known[texts] = ids, np.zeros(len(ids), np.int64)
-    for texts, (ids, ends) in zip(
-        joined, tokenizer.encode_with_ends(["".join(texts) for texts in joined]), strict=True
-    ):
+
+    joined: list[Texts] = [texts for texts in runs if len(texts) > 1]
+    with_ends = tokenizer.encode_with_ends(["".join(texts) for texts in joined])
+    for texts, (ids, ends) in zip(joined, with_ends, strict=True):
         borders = np.cumsum([len(text) for text in texts])
         known[texts] = ids, np.searchsorted(borders, ends, side="right")
     return known
 
 
-def _assemble(
-    sample: Sample,
-    rendering: Rendering,
-    runs: list[tuple[int, Texts]],
-    known: dict[Texts, Tokens],
-    tokenizer: Tokenizer,
-    dataset: str,
-) -> EncodedSample:
-    ids, pieces = _tokens_of(rendering.pieces, runs, known, tokenizer)
-    weights = np.array([piece.weight for piece in rendering.pieces], np.float32)[pieces]
+def _assemble(sample: Sample, rendering: Rendering, tokens: Tokens, dataset: str) -> EncodedSample:
+    """Make the sample of its rendering; `tokens` are those of all pieces, with the number of each one's piece."""
+    ids, numbers = tokens
+    pieces = rendering.pieces
+    weights = np.array([piece.weight for piece in pieces], np.float32)[numbers]
+    # nothing predicts the first token
     weights[:1] = 0
-    visual = np.array(
-        [piece.text in (IMAGE, VIDEO) and piece.count > 0 for piece in rendering.pieces], bool
-    )
-    starts = np.searchsorted(pieces, np.flatnonzero(visual))
+    # a text may spell a placeholder; only a piece with a count is one
+    is_visual = [piece.text in (IMAGE, VIDEO) and piece.count > 0 for piece in pieces]
+    visual = np.array(is_visual, bool)
+    starts = np.searchsorted(numbers, np.flatnonzero(visual))
+    prompt_length = len(ids)
+    if rendering.prompt_pieces:
+        prompt_length = int(np.searchsorted(numbers, rendering.prompt_pieces))
     return EncodedSample(
         sample_id=sample.id,
         dataset=dataset,
@@ -194,39 +208,42 @@ def _assemble(
         input_ids=ids,
         target_weights=weights,
         position_ids=positions(len(ids), _blocks(starts, rendering.grids)),
-        visual_positions=np.flatnonzero(visual[pieces]),
+        visual_positions=np.flatnonzero(visual[numbers]),
         grids=np.array(rendering.grids, np.int32).reshape(-1, 3),
         media=tuple(rendering.media),
         answer=rendering.answer,
-        prompt_length=int(np.searchsorted(pieces, rendering.prompt_pieces))
-        if rendering.prompt_pieces
-        else len(ids),
+        prompt_length=prompt_length,
     )
 
 
 def _tokens_of(
     pieces: list[Piece],
-    runs: list[tuple[int, Texts]],
+    runs: list[Run],
     known: dict[Texts, Tokens],
     tokenizer: Tokenizer,
 ) -> Tokens:
+    """Return the ids of all pieces, int32 [n], and the number of each id's piece, int64 [n]."""
     ids, numbers = [], []
     for first, texts in runs:
         if texts:
-            ids.append(known[texts][0])
-            numbers.append(known[texts][1] + first)
+            text_ids, text_numbers = known[texts]
+            ids.append(text_ids)
+            numbers.append(text_numbers + first)
         else:
-            ids.append(
-                np.full(pieces[first].count, tokenizer.special(pieces[first].text), np.int32)
-            )
-            numbers.append(np.full(pieces[first].count, first, np.int64))
+            count, special = pieces[first].count, tokenizer.special(pieces[first].text)
+            ids.append(np.full(count, special, np.int32))
+            numbers.append(np.full(count, first, np.int64))
     return np.concatenate(ids), np.concatenate(numbers)
 
 
-def _blocks(starts: NDArray[np.intp], grids: list[Grid]) -> list[tuple[int, int, int]]:
-    shapes = [
-        (height // MERGE_SIZE, width // MERGE_SIZE)
-        for time, height, width in grids
-        for _ in range(time)
-    ]
-    return [(int(start), *shape) for start, shape in zip(starts, shapes, strict=True)]
+def _blocks(
+    starts: NDArray[np.intp],
+    grids: list[Grid],
+) -> list[Block]:
+    """Return the block of each vision start, int64 [images and temporal patches]."""
+    blocks: list[Block] = []
+    places = iter(starts.tolist())
+    for time, height, width in grids:
+        for _ in range(time):
+            blocks.append((next(places), height // MERGE_SIZE, width // MERGE_SIZE))
+    return blocks

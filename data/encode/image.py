@@ -18,12 +18,24 @@ except ImportError:  # the optional extra `jpeg`: same pixels as Pillow, a fifth
 Pixels = NDArray[np.uint8]
 
 
-def decode_image(data: bytes, size: tuple[int, int], sample_id: str, name: str) -> Pixels:
-    """Pixels uint8 [height, width, 3]; what is transparent becomes white. `size` is the (height, width) to find.
+def decode_image(
+    data: bytes,
+    size: tuple[int, int],
+    sample_id: str,
+    name: str,
+) -> Pixels:
+    """Return the pixels of a picture, uint8 [height, width, 3]; what is transparent becomes white.
 
-    Raises SampleError naming the member, for a wrong or too large size before any pixel is decoded. The orientation in EXIF
-    is not applied: converters do that.
+    Args:
+        data: the file.
+        size: the (height, width) that the sample says.
+        sample_id: for messages.
+        name: of the member, for messages.
+
+    Raises:
+        SampleError: naming the member; for a wrong or too large size before any pixel is decoded.
     """
+    # The orientation in EXIF is not applied here: converters do that.
     try:
         quick = _decode_jpeg(data, size)
         if quick is not None:
@@ -31,32 +43,37 @@ def decode_image(data: bytes, size: tuple[int, int], sample_id: str, name: str) 
         picture = open_picture(data)
         check_size((picture.height, picture.width), size, sample_id, name)
         if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
-            raise SampleError(
-                sample_id,
-                name,
-                f"more than 8 bits a value (mode {picture.mode}), which would be clipped to white",
+            problem = (
+                f"more than 8 bits a value (mode {picture.mode}), which would be clipped to white"
             )
+            raise SampleError(sample_id, name, problem)
         return np.array(_opaque(picture), np.uint8)
     except SampleError:
         raise
     except MediaError as error:
         raise SampleError(sample_id, name, f"cannot be decoded: {error.detail}") from None
     except Exception as error:  # decoders raise whatever damaged bytes lead them to
-        raise SampleError(
-            sample_id, name, f"cannot be decoded: {type(error).__name__}: {error}"
-        ) from error
+        problem = f"cannot be decoded: {type(error).__name__}: {error}"
+        raise SampleError(sample_id, name, problem) from error
 
 
-def check_size(found: tuple[int, int], said: tuple[int, int], sample_id: str, name: str) -> None:
+def check_size(
+    actual: tuple[int, int],
+    said: tuple[int, int],
+    sample_id: str,
+    name: str,
+) -> None:
     """Compare the (height, width) of a header with what the sample says; raises SampleError."""
-    if found != said:
-        raise SampleError(
-            sample_id, name, f"{found[1]}x{found[0]} pixels, the sample says {said[1]}x{said[0]}"
-        )
+    if actual != said:
+        here, there = (f"{width}x{height}" for height, width in (actual, said))
+        raise SampleError(sample_id, name, f"{here} pixels, the sample says {there}")
 
 
 def _decode_jpeg(data: bytes, size: tuple[int, int]) -> Pixels | None:
-    """Pixels by simplejpeg; None for all it does not take, which Pillow then decodes, or says what is wrong with."""
+    """Return the pixels by simplejpeg, uint8 [height, width, 3].
+
+    None for all it does not take: Pillow decodes that, or says what is wrong with it.
+    """
     if simplejpeg is None or data[:2] != b"\xff\xd8":
         return None
     check_pixels(size[1], size[0], len(data))
@@ -72,6 +89,7 @@ def _decode_jpeg(data: bytes, size: tuple[int, int]) -> Pixels | None:
 
 
 def _opaque(picture: Pillow.Image) -> Pillow.Image:
+    """Return a picture in RGB, laid on white where it is transparent, as a page would show it."""
     if not picture.has_transparency_data:
         return picture.convert("RGB")
     colours = picture.convert("RGBA")
@@ -80,34 +98,37 @@ def _opaque(picture: Pillow.Image) -> Pillow.Image:
 
 
 def resize(picture: Pixels, height: int, width: int) -> Pixels:
-    """A picture [any height, any width, 3] as planes uint8 [3, height, width]: bicubic with antialiasing, in uint8.
+    """Resize a picture uint8 [any height, any width, 3] to planes uint8 [3, height, width]: bicubic with antialiasing.
 
-    As transformers 5 does it (torchvision's backend). Torch takes the interleaved picture as it is and gives back planes,
-    so that neither is transposed.
+    Source: transformers 5 with torchvision's backend, which stays in uint8.
     """
     if picture.shape[:2] == (height, width):
         return np.ascontiguousarray(picture.transpose(2, 0, 1))
+    # Torch takes the interleaved picture as it is and gives back planes, so that neither is transposed.
     interleaved = torch.from_numpy(picture).permute(2, 0, 1)[None]
-    planes: Any = torch.nn.functional.interpolate(
-        interleaved, (height, width), mode="bicubic", align_corners=False, antialias=True
-    )
+    planes = _bicubic(interleaved, height, width)
     return np.ascontiguousarray(planes[0].numpy())
 
 
+def _bicubic(planes: torch.Tensor, height: int, width: int) -> Any:
+    return torch.nn.functional.interpolate(
+        planes, (height, width), mode="bicubic", align_corners=False, antialias=True
+    )
+
+
 def resize_in_float(picture: Pixels, height: int, width: int) -> Pixels:
-    """Like `resize`, but in float32 and rounded at the end: as qwen-vl-utils does it to the frames of a video."""
+    """Resize like `resize`, but in float32 and rounded at the end: as qwen-vl-utils does it to the frames of a video."""
     if picture.shape[:2] == (height, width):
         return resize(picture, height, width)
     planes = torch.from_numpy(picture).permute(2, 0, 1)[None].float().contiguous()
-    resized: Any = torch.nn.functional.interpolate(
-        planes, (height, width), mode="bicubic", align_corners=False, antialias=True
-    )
+    resized = _bicubic(planes, height, width)
     rounded: Pixels = resized[0].clamp_(0, 255).round_().to(torch.uint8).numpy()
     return rounded
 
 
 def resize_by_pillow(picture: Pixels, height: int, width: int) -> Pixels:
-    """A picture [any height, any width, 3] at a new size, still interleaved: bicubic, as qwen-vl-utils does it."""
+    """Resize a picture uint8 [any height, any width, 3] to [height, width, 3], as qwen-vl-utils does it: bicubic."""
     if picture.shape[:2] == (height, width):
         return picture
-    return np.array(Pillow.fromarray(picture).resize((width, height), Pillow.Resampling.BICUBIC))
+    resized = Pillow.fromarray(picture).resize((width, height), Pillow.Resampling.BICUBIC)
+    return np.array(resized)

@@ -1,6 +1,7 @@
 """From encoded pictures and videos to rows of patches, as uint8. Normalisation to -1..1 is left to the device."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Final
 
@@ -41,11 +42,19 @@ Unit = tuple[int, int, int]
 def decode_patches(
     sample: EncodedSample, read: Read, rules: MediaConfig, units: Sequence[Unit] | None = None
 ) -> Pixels:
-    """Rows of a sample's pictures and videos, in order: uint8 [patches, 768], or 1536 wide if it has a video.
+    """Return the rows of a sample's pictures and videos, in order: uint8 [patches, 768], or 1536 wide if it has a video.
 
-    `units` names those wanted, in order; None means all. Raises SampleError if a member is missing, cannot be decoded or
-    differs in size from what the sample says. Equal to transformers' Qwen2VLImageProcessor and Qwen3VLVideoProcessor before
-    they rescale, with the rule qwen_utils after qwen-vl-utils has resized.
+    Equal to transformers' Qwen2VLImageProcessor and Qwen3VLVideoProcessor before they rescale, with the rule qwen_utils
+    after qwen-vl-utils has resized.
+
+    Args:
+        sample: encoded.
+        read: returns the bytes of a member.
+        rules: of sizes and frames.
+        units: those wanted, in order; None: all.
+
+    Raises:
+        SampleError: if a member is missing, cannot be decoded or differs in size from what the sample says.
     """
     units = all_units(sample) if units is None else units
     frames = sample.grids[:, 1].astype(np.int64) * sample.grids[:, 2]
@@ -56,12 +65,12 @@ def decode_patches(
 
 
 def all_units(sample: EncodedSample) -> list[Unit]:
-    """Every picture and video of a sample, whole."""
+    """Return every picture and video of a sample, whole."""
     return [(number, 0, int(time)) for number, time in enumerate(sample.grids[:, 0])]
 
 
 def row_width(media: Sequence[Image | Video]) -> int:
-    """Values of a row of patches of these pictures and videos together."""
+    """Return the values of a row of patches of these pictures and videos together."""
     return VIDEO_ROW if any(isinstance(one, Video) for one in media) else IMAGE_ROW
 
 
@@ -70,67 +79,74 @@ def decode_into(
 ) -> None:
     """Write the rows of these units into `out`, uint8 [their patches, 768 or 1536]; no other copy of them is made.
 
-    Frames are resized as they are decoded, so no more than one is held at its full size. Raises SampleError like
-    `decode_patches`; then `out` is partly written.
+    Raises SampleError like `decode_patches`; then `out` is partly written.
     """
+    source = _MediaSource(sample.sample_id, read, rules)
     start = 0
+    # all runs of one video together: it is decoded once
     for number, group in groupby(units, key=lambda unit: unit[0]):
         patches = np.concatenate([np.arange(first, first + count) for _, first, count in group])
         _, height, width = sample.grids[number].tolist()
-        rows = out[start : start + len(patches) * height * width].reshape(
-            len(patches), height * width, -1
-        )
-        start += rows.shape[0] * rows.shape[1]
+        stop = start + len(patches) * height * width
+        rows = out[start:stop].reshape(len(patches), height * width, -1)
+        start = stop
+
         size = (height * PATCH_SIZE, width * PATCH_SIZE)
         media = sample.media[number]
         if isinstance(media, Image):
-            put(rows[0], _picture(media, size, sample.sample_id, read, rules))
+            put(rows[0], source.picture(media, size))
         else:
-            _fill_video(rows, media, patches, size, sample.sample_id, read, rules)
+            source.fill_video(rows, media, patches, size)
 
 
-def _picture(
-    image: Image, size: tuple[int, int], sample_id: str, read: Read, rules: MediaConfig
-) -> Pixels:
-    pixels = decode_image(read(image.ref), (image.height, image.width), sample_id, image.ref)
-    return resize(resize_by_pillow(pixels, *size) if rules.rule == "qwen_utils" else pixels, *size)
+@dataclass(frozen=True, slots=True)
+class _MediaSource:
+    """The media of one sample: read, decoded and resized."""
 
+    sample_id: str
+    read: Read
+    rules: MediaConfig
 
-def _fill_video(
-    rows: Pixels,
-    video: Video,
-    patches: NDArray[np.int64],
-    size: tuple[int, int],
-    sample_id: str,
-    read: Read,
-    rules: MediaConfig,
-) -> None:
-    """Write the temporal patches [patches, rows of one, 1536]: two frames each, an odd last frame counts twice."""
-    shown = chosen_frames(video, rules)
-    slots = np.minimum(
-        patches[:, None] * TEMPORAL_PATCH_SIZE + np.arange(TEMPORAL_PATCH_SIZE), len(shown) - 1
-    )
-    numbers = np.unique(slots)
-    decoded = _frames(video, shown[numbers], sample_id, read, rules)
-    scaled = resize_in_float if rules.rule == "qwen_utils" else resize
-    for number, pixels in zip(numbers.tolist(), decoded, strict=True):
-        picture = scaled(pixels, *size)
-        for place, slot in np.argwhere(slots == number).tolist():
-            put(rows[place], picture, slot)
+    def picture(self, image: Image, size: tuple[int, int]) -> Pixels:
+        """Return a picture as planes uint8 [3, height, width] of this size."""
+        said = (image.height, image.width)
+        pixels = decode_image(self.read(image.ref), said, self.sample_id, image.ref)
+        if self.rules.rule == "qwen_utils":
+            pixels = resize_by_pillow(pixels, *size)
+        return resize(pixels, *size)
 
+    def fill_video(
+        self,
+        rows: Pixels,
+        video: Video,
+        patches: NDArray[np.int64],
+        size: tuple[int, int],
+    ) -> None:
+        """Write temporal patches (int64 [t]) into rows uint8 [t, patches of one, 1536], two frames each."""
+        shown = chosen_frames(video, self.rules)
+        places = patches[:, None] * TEMPORAL_PATCH_SIZE + np.arange(TEMPORAL_PATCH_SIZE)
+        # an odd last frame counts twice
+        slots = np.minimum(places, len(shown) - 1)
+        numbers = np.unique(slots)
+        scaled = resize_in_float if self.rules.rule == "qwen_utils" else resize
+        # resized as they are decoded, so that no more than one frame is held at its full size
+        decoded = self._frames(video, shown[numbers])
+        for number, pixels in zip(numbers.tolist(), decoded, strict=True):
+            picture = scaled(pixels, *size)
+            for place, slot in np.argwhere(slots == number).tolist():
+                put(rows[place], picture, slot)
 
-def _frames(
-    video: Video, frames: NDArray[np.int64], sample_id: str, read: Read, rules: MediaConfig
-) -> Iterator[Pixels]:
-    if video.ref is not None:
-        yield from decode_frames(
-            read(video.ref), video, frames, frame_times(video, frames), sample_id
-        )
-        return
-    for index in frames.tolist():
-        name = video.frames[index]
-        pixels = decode_image(read(name), (video.height, video.width), sample_id, name)
-        yield resize_by_pillow(pixels, *stored_size(video, rules))
+    def _frames(self, video: Video, frames: NDArray[np.int64]) -> Iterator[Pixels]:
+        """Yield the frames of these indices, uint8 [height, width, 3]."""
+        if video.ref is not None:
+            times = frame_times(video, frames)
+            yield from decode_frames(self.read(video.ref), video, frames, times, self.sample_id)
+            return
+        said, stored = (video.height, video.width), stored_size(video, self.rules)
+        for index in frames.tolist():
+            name = video.frames[index]
+            pixels = decode_image(self.read(name), said, self.sample_id, name)
+            yield resize_by_pillow(pixels, *stored)
 
 
 def put(rows: Pixels, picture: Pixels, frame: int | None = None) -> None:
@@ -141,13 +157,10 @@ def put(rows: Pixels, picture: Pixels, frame: int | None = None) -> None:
     """
     height, width = (side // (MERGE_SIZE * PATCH_SIZE) for side in picture.shape[1:])
     # The 16 pixels of a patch's line are copied as one 16-byte value: nine times as fast as byte by byte.
-    lines = picture.view(np.complex128).reshape(
-        3, height, MERGE_SIZE, PATCH_SIZE, width, MERGE_SIZE
-    )
+    lines, target = picture.view(np.complex128), rows.view(np.complex128)
+    lines = lines.reshape(3, height, MERGE_SIZE, PATCH_SIZE, width, MERGE_SIZE)
     blocks = lines.transpose(1, 4, 2, 5, 0, 3)
-    target = rows.view(np.complex128).reshape(
-        height, width, MERGE_SIZE, MERGE_SIZE, 3, -1, PATCH_SIZE
-    )
+    target = target.reshape(height, width, MERGE_SIZE, MERGE_SIZE, 3, -1, PATCH_SIZE)
     if frame is None:
         target[...] = blocks[..., None, :]
     else:
@@ -155,11 +168,14 @@ def put(rows: Pixels, picture: Pixels, frame: int | None = None) -> None:
 
 
 def widen(rows: Pixels, width: int) -> Pixels:
-    """Rows of an image as rows of a video whose two frames are alike, or back, as `width` says."""
+    """Turn rows of an image into those of a video whose two frames are alike, or back.
+
+    uint8 [patches, 768] or [patches, 1536] to [patches, width].
+    """
     if rows.shape[1] == width:
         return rows
     if width == IMAGE_ROW:
-        return rows.reshape(-1, 3, TEMPORAL_PATCH_SIZE, PATCH_SIZE**2)[:, :, 0].reshape(-1, width)
-    return np.repeat(rows.reshape(-1, 3, 1, PATCH_SIZE**2), TEMPORAL_PATCH_SIZE, axis=2).reshape(
-        -1, width
-    )
+        frames = rows.reshape(-1, 3, TEMPORAL_PATCH_SIZE, PATCH_SIZE**2)
+        return frames[:, :, 0].reshape(-1, width)
+    one_frame = rows.reshape(-1, 3, 1, PATCH_SIZE**2)
+    return np.repeat(one_frame, TEMPORAL_PATCH_SIZE, axis=2).reshape(-1, width)

@@ -64,19 +64,22 @@ class Tokenizer:
             self._whole = Backend.from_str(raw.decode())
             document = load_json(raw, FILE)
             words = [token for token in document.get("added_tokens", []) if _is_word(token)]
-            self._plain = Backend.from_str(
-                json.dumps({**document, "added_tokens": words, "post_processor": None})
-            )
+            plain = {**document, "added_tokens": words, "post_processor": None}
+            self._plain = Backend.from_str(json.dumps(plain))
         except Exception as error:  # the library raises bare Exception
             raise UserError(
                 f"data.tokenizer={folder}: tokenizer.json cannot be read: {error}"
             ) from None
+        # a file may ask for padding and truncation, which plans know nothing of
         for backend in (self._whole, self._plain):
             backend.no_padding()
             backend.no_truncation()
         self._ids = self._ids_of_words([token["content"] for token in words])
-        found = {token: self._whole.token_to_id(token) for token in (*REQUIRED, *FOR_TOOLS)}
-        self._special = {token: number for token, number in found.items() if number is not None}
+        self._special: dict[str, int] = {}
+        for token in (*REQUIRED, *FOR_TOOLS):
+            number = self._whole.token_to_id(token)
+            if number is not None:
+                self._special[token] = number
         if missing := [token for token in REQUIRED if token not in self._special]:
             raise UserError(
                 f"data.tokenizer={folder} lacks special tokens of Qwen3-VL: {' '.join(missing)}"
@@ -87,21 +90,21 @@ class Tokenizer:
 
     @property
     def pad_id(self) -> int:
-        """Id of `<|endoftext|>`, which fills what is left of a pack."""
+        """Return the id of `<|endoftext|>`, which fills what is left of a pack."""
         return self._special[END_OF_TEXT]
 
     @property
     def stop_ids(self) -> tuple[int, int]:
-        """Ids that end a generated answer: `<|im_end|>` and `<|endoftext|>`."""
+        """Return the ids that end a generated answer: `<|im_end|>` and `<|endoftext|>`."""
         return self._special[TURN_END], self._special[END_OF_TEXT]
 
     @cached_property
     def size(self) -> int:
-        """Number of ids, special tokens included."""
+        """Count the ids, special tokens included."""
         return int(self._whole.get_vocab_size(with_added_tokens=True))
 
     def special(self, token: str) -> int:
-        """Id of one of the REQUIRED tokens, or of those FOR_TOOLS; raises UserError if the tokenizer lacks it."""
+        """Return the id of one of the REQUIRED tokens, or of those FOR_TOOLS; raises UserError if the tokenizer lacks it."""
         if token not in self._special:
             raise UserError(
                 f"data.tokenizer={self.folder} lacks {token}, which samples with tools need"
@@ -109,23 +112,25 @@ class Tokenizer:
         return self._special[token]
 
     def encode(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
-        """Token ids of plain texts, int32; special tokens spelled inside them stay text."""
-        found = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [self._numbered(encoding) for encoding in found]
+        """Return the token ids of plain texts, int32 [n] each; special tokens spelled inside them stay text."""
+        encodings = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [self._numbered(encoding) for encoding in encodings]
 
     def encode_with_ends(
         self, texts: Sequence[str]
     ) -> list[tuple[NDArray[np.int32], NDArray[np.int64]]]:
-        """Like `encode`, with the index of the last character that each token covers."""
-        found = self._plain.encode_batch(list(texts), add_special_tokens=False)
-        return [(self._numbered(encoding), _ends(encoding)) for encoding in found]
+        """Encode like `encode`, and return the last character that each token covers, int64 [n]."""
+        encodings = self._plain.encode_batch(list(texts), add_special_tokens=False)
+        return [(self._numbered(encoding), _ends(encoding)) for encoding in encodings]
 
     def _ids_of_words(self, words: list[str]) -> NDArray[np.int32] | None:
-        """The true id behind each id of the copy for text, which counts its added tokens without gaps; None if all are equal."""
-        own = {
-            int(self._plain.token_to_id(word) or 0): int(self._whole.token_to_id(word) or 0)
-            for word in words
-        }
+        """Return the true id of each id of the copy for text, int32 [ids]; None if all are equal.
+
+        The copy counts its added tokens without gaps.
+        """
+        own: dict[int, int] = {}
+        for word in words:
+            own[int(self._plain.token_to_id(word) or 0)] = int(self._whole.token_to_id(word) or 0)
         if all(one == other for one, other in own.items()):
             return None
         ids = np.arange(max(own) + 1, dtype=np.int32)
@@ -137,12 +142,12 @@ class Tokenizer:
         return ids if self._ids is None else self._ids[ids]
 
     def decode(self, ids: Sequence[int], keep_special: bool = False) -> str:
-        """Text of token ids; special tokens are left out unless kept."""
+        """Return the text of token ids; special tokens are left out unless kept."""
         return str(self._whole.decode(list(ids), skip_special_tokens=not keep_special))
 
 
 def _read(folder: str) -> bytes:
-    """tokenizer.json of a folder; raises UserError."""
+    """Read tokenizer.json of a folder; raises UserError."""
     try:
         if folder:
             return read_located(Path(folder), FILE, LARGEST)
@@ -163,5 +168,7 @@ def _is_word(token: Mapping[str, Any]) -> bool:
 
 
 def _ends(encoding: Encoding) -> NDArray[np.int64]:
-    ends = np.array(encoding.offsets, np.int64).reshape(-1, 2)[:, 1]
-    return np.maximum(ends - 1, 0)
+    """Return the last character that each token covers, int64 [n]."""
+    offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+    # a token of no characters, as of a dummy prefix, has its end at 0
+    return np.maximum(offsets[:, 1] - 1, 0)

@@ -24,24 +24,30 @@ DRIFT: Final = 0.01
 
 
 def decode_frames(
-    data: bytes, video: Video, frames: NDArray[np.int64], times: Sequence[float], sample_id: str
+    data: bytes,
+    video: Video,
+    frames: NDArray[np.int64],
+    times: Sequence[float],
+    sample_id: str,
 ) -> Iterator[Pixels]:
-    """The frames (ascending indices, shown at `times` seconds) as pixels uint8 [height, width, 3], one after the other.
+    """Yield the frames (ascending indices, shown at `times` seconds) as pixels uint8 [height, width, 3].
 
-    The same pixels as if every frame were decoded; no packets and no frames but the present one are held. Raises SampleError
-    naming the member if it cannot be decoded, has another size, duration or number of frames than the sample says, or shows
-    no frame at a wanted time; UserError without PyAV.
+    The same pixels as if every frame were decoded; no packets and no frames but the present one are held.
+
+    Raises:
+        SampleError: naming the member, if it cannot be decoded, has another size, duration or number of frames than the
+            sample says, or shows no frame at a wanted time.
+        UserError: without PyAV.
     """
     assert video.ref is not None, "extracted frames are pictures"
     try:
         with open_video(data) as container:
-            packets, base = _look_through(container, video, sample_id)
-        check_work(len(packets), video.width, video.height, len(data))
-        wanted = _stamps(packets, base, video, frames, times, sample_id)
-        with open_video(
-            data
-        ) as container:  # from its start again: seeking is not exact in every container
-            yield from _decode(container, video, packets, wanted, base, sample_id)
+            track = _look_through(container, video, sample_id)
+        check_work(len(track.packets), video.width, video.height, len(data))
+        wanted = _stamps(track, video, frames, times, sample_id)
+        # from its start again: seeking is not exact in every container
+        with open_video(data) as container:
+            yield from _decode(container, video, track, wanted, sample_id)
     except MediaError as error:
         raise SampleError(sample_id, video.ref, f"cannot be decoded: {error.detail}") from error
 
@@ -54,54 +60,69 @@ class _Packet(NamedTuple):
     is_shown: bool
 
 
-def _look_through(container: Any, video: Video, sample_id: str) -> tuple[list[_Packet], float]:
-    """Every packet of the video in the order of decoding, and the unit of their stamps in seconds; checks the video's facts."""
+@dataclass(frozen=True, slots=True)
+class _Track:
+    """The packets of a video in the order of decoding, and the unit of their stamps in seconds."""
+
+    packets: list[_Packet]
+    base: float
+
+
+def _look_through(container: Any, video: Video, sample_id: str) -> _Track:
+    """Read every packet without decoding one, and check the facts that the sample says of the video."""
     name = video.ref or ""
     stream = container.streams.video[0]
-    found = (stream.codec_context.height, stream.codec_context.width)
-    check_size(found, (video.height, video.width), sample_id, name)
-    packets = [
-        _Packet(one.pts, one.is_keyframe, not one.is_discard) for one in packets_of(container)
-    ]
+    size = (stream.codec_context.height, stream.codec_context.width)
+    check_size(size, (video.height, video.width), sample_id, name)
+    packets = []
+    for packet in packets_of(container):
+        packets.append(_Packet(packet.pts, packet.is_keyframe, not packet.is_discard))
+    # as in a raw stream or an old AVI
     if any(packet.stamp is None for packet in packets):
-        raise SampleError(
-            sample_id, name, "does not say when its frames are shown: convert it to MP4 or Matroska"
-        )
+        problem = "does not say when its frames are shown: convert it to MP4 or Matroska"
+        raise SampleError(sample_id, name, problem)
     count = sum(packet.is_shown for packet in packets)
     if count != video.file_frames:
         raise SampleError(sample_id, name, f"{count} frames, the sample says {video.file_frames}")
-    return packets, float(stream.time_base)
+    return _Track(packets, float(stream.time_base))
 
 
 def _stamps(
-    packets: list[_Packet],
-    base: float,
+    track: _Track,
     video: Video,
     frames: NDArray[np.int64],
     times: Sequence[float],
     sample_id: str,
 ) -> list[int]:
-    """Stamps of the wanted frames: of those nearest to the times that the sample says."""
-    shown = sorted(packet.stamp for packet in packets if packet.is_shown)
-    begin, name = video.times[0] if video.times else 0.0, video.ref or ""
-    lasts = (shown[-1] - shown[0]) * base
-    said = video.times[-1] - begin if video.times else (video.file_frames - 1) / video.fps
-    slack = TOLERANCE / video.fps
-    if abs(lasts - said) > max(2 * slack, DRIFT * said):
-        raise SampleError(
-            sample_id, name, f"{lasts:g} s from first to last frame, the sample says {said:g}"
-        )
-    found: list[int] = []
+    """Return the stamps of the wanted frames: those nearest to the times that the sample says."""
+    shown = sorted(packet.stamp for packet in track.packets if packet.is_shown)
+    _check_duration((shown[-1] - shown[0]) * track.base, video, sample_id)
+    # a file may begin at any stamp, and a sample's times at any second: both count from the first frame
+    begin = video.times[0] if video.times else 0.0
+    stamps: list[int] = []
     for index, seconds in zip(frames.tolist(), times, strict=True):
-        stamp = _nearest(shown, shown[0] + (seconds - begin) / base)
-        if abs((stamp - shown[0]) * base - (seconds - begin)) > slack or (
-            found and stamp <= found[-1]
-        ):
-            raise SampleError(
-                sample_id, name, f"shows no frame {index} at {seconds:g} s: its times are others"
-            )
-        found.append(stamp)
-    return found
+        since = seconds - begin
+        stamp = _nearest(shown, shown[0] + since / track.base)
+        is_off = abs((stamp - shown[0]) * track.base - since) > TOLERANCE / video.fps
+        is_twice = stamps and stamp <= stamps[-1]
+        if is_off or is_twice:
+            problem = f"shows no frame {index} at {seconds:g} s: its times are others"
+            raise SampleError(sample_id, video.ref or "", problem)
+        stamps.append(stamp)
+    return stamps
+
+
+def _check_duration(seconds: float, video: Video, sample_id: str) -> None:
+    """Compare the time from first to last frame with what the sample says."""
+    if video.times:
+        said = video.times[-1] - video.times[0]
+    else:
+        said = (video.file_frames - 1) / video.fps
+    slack = TOLERANCE / video.fps
+    # each end may be off by the slack
+    if abs(seconds - said) > max(2 * slack, DRIFT * said):
+        problem = f"{seconds:g} s from first to last frame, the sample says {said:g}"
+        raise SampleError(sample_id, video.ref or "", problem)
 
 
 def _nearest(ascending: list[int], value: float) -> int:
@@ -113,36 +134,33 @@ def _nearest(ascending: list[int], value: float) -> int:
 def _decode(
     container: Any,
     video: Video,
-    packets: list[_Packet],
+    track: _Track,
     wanted: list[int],
-    base: float,
     sample_id: str,
 ) -> Iterator[Pixels]:
+    """Yield the frames of these stamps, in the order in which they are shown."""
     stream = container.streams.video[0]
     context = stream.codec_context
-    context.thread_count = (
-        1  # the loader's workers are the parallelism; and frames come out without delay
-    )
+    # the loader's workers are the parallelism; and frames come out without delay
+    context.thread_count = 1
     # Whatever size a later packet claims, no more is allocated than for the frames that were announced.
-    context.options = {
-        "max_pixels": str((video.height + _CODED_MARGIN) * (video.width + _CODED_MARGIN))
-    }
+    most = (video.height + _CODED_MARGIN) * (video.width + _CODED_MARGIN)
+    context.options = {"max_pixels": str(most)}
+
     waiting, picture, name = deque(wanted), _Converter(), video.ref or ""
-    for frame in _wanted_frames(container.demux(stream), context, packets, set(wanted)):
+    said = (video.height, video.width)
+    for frame in _wanted_frames(container.demux(stream), context, track.packets, set(wanted)):
+        seconds = frame.pts * track.base
         if not waiting or frame.pts != waiting.popleft():
-            raise SampleError(
-                sample_id,
-                name,
-                f"frames before the one at {frame.pts * base:g} s cannot be decoded",
-            )
+            problem = f"frames before the one at {seconds:g} s cannot be decoded"
+            raise SampleError(sample_id, name, problem)
         if frame.is_corrupt:
-            raise SampleError(sample_id, name, f"the frame at {frame.pts * base:g} s is damaged")
-        check_size((frame.height, frame.width), (video.height, video.width), sample_id, name)
+            raise SampleError(sample_id, name, f"the frame at {seconds:g} s is damaged")
+        check_size((frame.height, frame.width), said, sample_id, name)
         yield picture.rgb(frame)
     if waiting:
-        raise SampleError(
-            sample_id, name, f"the last {len(waiting)} of its wanted frames cannot be decoded"
-        )
+        problem = f"the last {len(waiting)} of its wanted frames cannot be decoded"
+        raise SampleError(sample_id, name, problem)
 
 
 class _Converter:
@@ -178,19 +196,21 @@ class _Group:
 def _wanted_frames(
     demuxed: Iterator[Any], context: Any, packets: list[_Packet], wanted: set[int]
 ) -> Iterator[Any]:
-    """The wanted frames in the order in which they are shown.
+    """Yield the wanted frames in the order in which they are shown.
 
     Unwanted packets that no other leans on are skipped (`skip_frame=NONREF`), and so is the end of a group of pictures
-    behind its last wanted packet, and a group without any.
+    after its last wanted packet, and a group without any.
     """
     present = (packet for packet in demuxed if packet.size)
     groups = _groups(packets, wanted)
-    stops = [
-        group.size if after.leading else group.wanted
-        for group, after in pairwise([*groups, _Group(0)])
-    ]
-    while stops and not stops[-1]:  # the file is not read on behind the last wanted frame
+    # frames shown before a keyframe need the whole group before it
+    stops = []
+    for group, after in pairwise([*groups, _Group(0)]):
+        stops.append(group.size if after.leading else group.wanted)
+    # the file is not read on after the last wanted frame
+    while stops and not stops[-1]:
         stops.pop()
+
     for group, stop, following in zip(groups, stops, [*stops[1:], 0], strict=False):
         for place, packet in enumerate(islice(present, group.size)):
             if place < stop:
@@ -202,6 +222,7 @@ def _wanted_frames(
 
 
 def _groups(packets: list[_Packet], wanted: set[int]) -> list[_Group]:
+    """Divide packets into groups that begin with a keyframe."""
     groups: list[_Group] = []
     for packet in packets:
         if packet.is_key or not groups:

@@ -9,6 +9,7 @@ from visionloom.data.plan.deal import deal
 from visionloom.launch.configure import compose
 from visionloom.launch.data import main
 from visionloom.launch.data_commands.plan import plan_phase
+from visionloom.train.cost import cost_model
 
 
 @pytest.fixture(scope="module")
@@ -149,3 +150,18 @@ def test_other_commands_refuse_unknown_options(capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit, match="2"):
         main(["lengths", "x", "--tokenizer", "y", "--config-dir", "z"])
     assert "unrecognized arguments: --config-dir z" in capsys.readouterr().err
+
+
+def test_a_plan_of_adapters_is_balanced_for_adapters(
+    demo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights that adapters stand beside have no gradients, so a token costs less in proportion to a pair of tokens."""
+    monkeypatch.setenv("VISIONLOOM_DEMO_DATA", str(demo))
+    config = compose(
+        ["+recipe=lora/demo", f"data.datasets.words.path={demo / 'train' / 'captions'}"], 1
+    )
+    assert config is not None
+    for name, phase in config.phases.items():
+        shown, trainable = plan_phase(config, name).cost, set(phase.trainable)
+        assert shown == cost_model(config.model, trainable, config.lora)
+        assert shown.token_pair > cost_model(config.model, trainable).token_pair

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.lib.recfunctions import rename_fields
 
 from visionloom.data.config import DataConfig
 from visionloom.data.encode.encode import encode
@@ -71,6 +72,19 @@ def test_tables_are_kept_and_made_anew(
     np.testing.assert_array_equal(
         load_lengths(dataset, tokenizer, RULES, tmp_path / "file" / "cache"), first
     )
+
+
+def test_a_table_with_other_columns_is_counted_anew(
+    dataset: Dataset, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """A cache may have tables of a version that called a column otherwise."""
+    cache = tmp_path / "cache"
+    first = np.array(load_lengths(dataset, tokenizer, RULES, cache))
+    (path,) = cache.iterdir()
+    np.save(path, rename_fields(first, {"patch_pairs": "patch_squares"}))
+    again = load_lengths(dataset, tokenizer, RULES, cache)
+    np.testing.assert_array_equal(again, first)
+    assert np.load(path).dtype == LENGTHS
 
 
 def test_a_count_goes_on_where_it_was_cut_off(

@@ -107,7 +107,7 @@ class Ticks:
 
     def gaps(self, whole: bool, draws: int = 0) -> int:
         """Places not ticked before the last ticked one, or among the first `draws` draws; one in parts counts with its first or last."""
-        ticked = self.got == self.part_numbers if whole else self.got > 0
+        ticked = self.got == self.parts if whole else self.got > 0
         stop = (
             int(np.searchsorted(self.draws, draws))
             if draws
