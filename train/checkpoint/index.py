@@ -1,7 +1,7 @@
-"""The index of a checkpoint, `.metadata`: which part of which tensor lies where in which file.
+"""The index of a checkpoint, `.metadata`: the file and the place of every part of every tensor.
 
-torch trusts it: it allocates what the index says, and opens the files that it names. So it is held against the files before torch
-sees it: every part of every tensor lies in a file of the folder, within its size, and the parts make up the tensor.
+torch trusts it: it allocates what the index says, and opens the files that it names. So it is compared with the files before torch
+sees it: every part of every tensor is in a file of the folder, within its size, and the parts make up the tensor.
 """
 
 import math
@@ -34,6 +34,7 @@ SHARE: Final = 8
 MOST_BYTES: Final = 1 << 28
 """And never more than 256 MiB: the largest model, with 72,000 parts and their moments, is estimated to take 32."""
 MOST_DIMS: Final = 16
+"""Of a tensor; weights have at most three."""
 LARGEST_DIM: Final = 1 << 48
 LONGEST_NAME: Final = 1000
 MOST_IRREGULAR: Final = 1000
@@ -53,6 +54,7 @@ TYPES: Final = {
         "bool",
     )
 }
+"""Types of tensors; no other can be in a checkpoint."""
 METADATA, FILES, PLANS = (
     f"torch.distributed.checkpoint.{name}" for name in ("metadata", "filesystem", "planner")
 )
@@ -71,19 +73,19 @@ KNOWN: Final[dict[str, Collection[str]]] = {
     OLD: {"MCoreMetadata", "MCoreSavePlan"},
     PLANS: {"SavePlan", "WriteItem", "WriteItemType", "TensorWriteData"},
 }  # fmt: skip
-"""What an index may name."""
+"""Classes and functions that an index may name, by module."""
 
 Key = tuple[str, tuple[int, ...] | None]
-"""An entry: a name, and where the part begins in its tensor; None: it is no tensor."""
+"""A part: the name of its tensor, and where it begins there; None: an entry that is no tensor."""
 
 
 class IndexFault(ValueError):
-    """An index that cannot be used: the message says why."""
+    """Says why an index cannot be used."""
 
 
 @dataclass(frozen=True)
 class Index:
-    """What an index says, as torch wants it."""
+    """The content of an index, in torch's own types."""
 
     tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata]
     places: dict[MetadataIndex, _StorageInfo]
@@ -91,43 +93,49 @@ class Index:
     """Names of the files with data."""
 
     def metadata(self) -> Metadata:
-        """A new object for torch's reader, which writes into it."""
+        """Return a new object for torch's reader, which writes into it."""
         return Metadata(dict(self.tensors), None, self.places, StorageMeta())
 
 
 def read_index(folder: Path) -> Index:
-    """The index of a checkpoint, held against the files of its folder.
+    """Read the index of a checkpoint and compare it with the files of its folder.
 
     Raises:
-        IndexFault: if it names what it may not, or does not agree with the files or with itself.
+        IndexFault: if it names anything outside KNOWN, or does not agree with the files or with itself.
         OSError: if it cannot be read.
     """
     sizes = {path.name: path.stat().st_size for path in regular_files(folder)}
     try:
         data = sum(size for name, size in sizes.items() if name != INDEX)
         content = read_located(folder, INDEX, min(LEAST_LIMIT + data // SHARE, MOST_BYTES))
+        # A part takes at least a byte of the index, so there are no more parts than bytes.
         return _index(read_pickle(content, KNOWN), sizes, len(content))
     except (pickle.UnpicklingError, PlaceError) as error:
         raise IndexFault(str(error)) from error
 
 
 def _index(raw: Any, sizes: dict[str, int], most: int) -> Index:
-    """Args: the pickle's content, the files' sizes, and the most parts that there can be."""
+    """Check a pickle's content and return it in torch's types.
+
+    Args:
+        raw: the pickle's content.
+        sizes: bytes of the folder's files.
+        most: parts that there can be.
+    """
     state = _state(raw, {f"{METADATA}.Metadata", f"{OLD}.MCoreMetadata"}, "the index")
-    named, stored = (
-        _of(state.get(key), dict, key) for key in ("state_dict_metadata", "storage_data")
-    )
+    named = _of(state.get("state_dict_metadata"), dict, "state_dict_metadata")
+    stored = _of(state.get("storage_data"), dict, "storage_data")
+
     tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
     for name, entry in named.items():
-        _require(
-            isinstance(name, str) and len(name) <= LONGEST_NAME, "a name of a tensor is no name"
-        )
+        _require(_is_name(name), "a name of a tensor is no name")
         if isinstance(entry, PickledObject) and entry.name == f"{METADATA}.BytesStorageMetadata":
             tensors[name] = BytesStorageMetadata()
             most -= 1
         else:
             tensors[name] = tensor = _tensor(name, entry, most)
             most -= len(tensor.chunks)
+
     places = {}
     for key, value in stored.items():
         index = _place_key(key)
@@ -138,168 +146,169 @@ def _index(raw: Any, sizes: dict[str, int], most: int) -> Index:
     return Index(tensors, places, {info.relative_path for info in places.values()})
 
 
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= LONGEST_NAME
+
+
 def _tensor(name: str, entry: Any, most: int) -> TensorStorageMetadata:
+    """Return a tensor of at most `most` parts, which make it up."""
     state = _state(entry, {f"{METADATA}.TensorStorageMetadata"}, name)
-    size, dtype = _size(state.get("size"), name), _dtype(state.get("properties"), name)
-    raw = _of(state.get("chunks"), list, name)
-    _require(len(raw) <= most, f"{name} has more parts than the file can hold")
-    chunks = []
-    for each in raw:
-        part = _state(each, {f"{METADATA}.ChunkStorageMetadata"}, name)
-        chunk = ChunkStorageMetadata(
-            _size(part.get("offsets"), name), _size(part.get("sizes"), name)
-        )
-        within = len(chunk.offsets) == len(chunk.sizes) == len(size) and all(
-            begin + count <= end
-            for begin, count, end in zip(chunk.offsets, chunk.sizes, size, strict=True)
-        )
-        _require(within, f"a part of {name} lies outside of it")
-        chunks.append(chunk)
+    size = _size(state.get("size"), name)
+    dtype = _dtype(state.get("properties"), name)
+    parts = _of(state.get("chunks"), list, name)
+    # Before any part is looked at: the tiles are compared in pairs.
+    _require(len(parts) <= most, f"{name} has more parts than the file can hold")
+    chunks = [_chunk(part, name, size) for part in parts]
     _check_tiles(name, size, chunks)
     return TensorStorageMetadata(TensorProperties(dtype=dtype), size, chunks)
 
 
+def _chunk(raw: Any, name: str, size: torch.Size) -> ChunkStorageMetadata:
+    """Return a part of a tensor of this size; IndexFault if it is not within it."""
+    state = _state(raw, {f"{METADATA}.ChunkStorageMetadata"}, name)
+    offsets = _size(state.get("offsets"), name)
+    counts = _size(state.get("sizes"), name)
+    within = len(offsets) == len(counts) == len(size)
+    if within:
+        for begin, count, end in zip(offsets, counts, size, strict=True):
+            within = within and begin + count <= end
+    _require(within, f"a part of {name} lies outside of it")
+    return ChunkStorageMetadata(offsets, counts)
+
+
 def _dtype(properties: Any, name: str) -> torch.dtype:
-    """Of torch's TensorProperties, which pickle themselves as a tuple that begins with the type."""
+    """Return the type in torch's TensorProperties, which pickle themselves as a tuple that begins with it."""
+    is_properties = f"{METADATA}.TensorProperties"
     _require(
-        isinstance(properties, PickledObject) and properties.name == f"{METADATA}.TensorProperties",
+        isinstance(properties, PickledObject) and properties.name == is_properties,
         f"{name} has no type",
     )
     state = properties.state
-    found: Any = (
-        state.get("dtype")
-        if isinstance(state, dict)
-        else state[0]
-        if isinstance(state, tuple) and state
-        else None
-    )
-    _require(
-        isinstance(found, Name) and found in TYPES, f"{name} is of a type that no checkpoint has"
-    )
-    return TYPES[found]
+    dtype: Any = None
+    if isinstance(state, dict):  # older versions of torch
+        dtype = state.get("dtype")
+    elif isinstance(state, tuple) and state:
+        dtype = state[0]
+    known = isinstance(dtype, Name) and dtype in TYPES
+    _require(known, f"{name} is of a type that no checkpoint has")
+    return TYPES[dtype]
 
 
 def _size(value: Any, name: str) -> torch.Size:
-    raw: Any = (
-        value.arguments[0]
-        if isinstance(value, PickledObject)
-        and value.name == "torch.Size"
-        and len(value.arguments) == 1
-        else None
-    )
-    fits = (
-        isinstance(raw, tuple | list)
-        and len(raw) <= MOST_DIMS
-        and all(type(number) is int and 0 <= number <= LARGEST_DIM for number in raw)
-    )
+    """Return a size or a place of numbers that a tensor can have."""
+    raw: Any = None
+    if isinstance(value, PickledObject) and value.name == "torch.Size":
+        raw = value.arguments[0] if len(value.arguments) == 1 else None
+    fits = isinstance(raw, tuple | list) and len(raw) <= MOST_DIMS
+    for number in raw if fits else ():
+        # By type: True is an int too.
+        fits = fits and type(number) is int and 0 <= number <= LARGEST_DIM
     _require(fits, f"{name} has a size or place that no tensor has")
     return torch.Size(raw)
 
 
 def _place_key(key: Any) -> MetadataIndex:
+    """Return the name and the offset of a part that has a place."""
     state = _state(key, {f"{METADATA}.MetadataIndex"}, "a place")
     name, offset = state.get("fqn"), state.get("offset")
-    _require(isinstance(name, str) and len(name) <= LONGEST_NAME, "a place is that of no name")
+    _require(_is_name(name), "a place is that of no name")
     return MetadataIndex(name, None if offset is None else _size(offset, name))
 
 
 def _place(name: str, value: Any, sizes: dict[str, int]) -> _StorageInfo:
+    """Return a part's place; IndexFault if it is not within a file of the folder."""
     state = _state(value, {f"{FILES}._StorageInfo"}, name)
-    path, offset, length = (state.get(key) for key in ("relative_path", "offset", "length"))
+    path, offset, length = state.get("relative_path"), state.get("offset"), state.get("length")
     _require(
         isinstance(path, str) and path in sizes and path != INDEX,
         f"{name} lies in {str(path)[:80]}, which is no file of the folder",
     )
-    inside = (
-        type(offset) is int
-        and type(length) is int
-        and offset >= 0
-        and length > 0
-        and offset + length <= sizes[path]
-    )
+    are_numbers = type(offset) is int and type(length) is int
+    inside = are_numbers and offset >= 0 and length > 0 and offset + length <= sizes[path]
     _require(inside, f"{name} lies outside of {path}")
+    # A packed part could be of any size.
     _require(not state.get("transform_descriptors"), f"{name} is packed in a way that is not read")
     return _StorageInfo(path, offset, length)
 
 
 def _check_complete(tensors: dict[str, Any], places: dict[MetadataIndex, _StorageInfo]) -> None:
-    """Every part of every tensor has a place that can hold it, and there are no other places."""
-    left = {_key(index): info for index, info in places.items()}
+    """Refuse a part without a place that can hold it, and a place without a part."""
+    left: dict[Key, _StorageInfo] = {}
+    for index, info in places.items():
+        left[index.fqn, None if index.offset is None else tuple(index.offset)] = info
     for name, entry in tensors.items():
         if isinstance(entry, BytesStorageMetadata):
-            _require(
-                left.pop((name, None), None) is not None, f"{name} was planned but not written"
-            )
+            written = left.pop((name, None), None)
+            _require(written is not None, f"{name} was planned but not written")
             continue
         for chunk in entry.chunks:
-            info = left.pop((name, tuple(chunk.offsets)), None)
-            _require(
-                info is not None, f"{name} at {tuple(chunk.offsets)} was planned but not written"
-            )
+            offsets = tuple(chunk.offsets)
+            where = f"{name} at {offsets}"
+            place = left.pop((name, offsets), None)
+            if place is None:
+                raise IndexFault(f"{where} was planned but not written")
             needed = math.prod(chunk.sizes) * entry.properties.dtype.itemsize
-            _require(
-                info is not None and info.length >= needed,
-                f"{name} at {tuple(chunk.offsets)} is larger than its place",
-            )
-    _require(not left, f"{next(iter(left), ('', None))[0]} has a place and is no part of a tensor")
-
-
-def _key(index: MetadataIndex) -> Key:
-    return index.fqn, None if index.offset is None else tuple(index.offset)
+            _require(place.length >= needed, f"{where} is larger than its place")
+    unknown, _ = next(iter(left), ("", None))
+    _require(not left, f"{unknown} has a place and is no part of a tensor")
 
 
 def _check_apart(places: dict[MetadataIndex, _StorageInfo]) -> None:
-    """No two entries share bytes: a small file would stand for large tensors."""
-    spans = sorted(
-        (info.relative_path, info.offset, info.offset + info.length, index.fqn)
-        for index, info in places.items()
-    )
-    for one, other in pairwise(spans):
-        _require(
-            one[0] != other[0] or one[2] <= other[1],
-            f"{one[3]} and {other[3]} lie in the same place of {one[0]}",
-        )
+    """Refuse entries that share bytes: a small file would stand for large tensors."""
+    spans = []
+    for index, info in places.items():
+        end = info.offset + info.length
+        spans.append((info.relative_path, info.offset, end, index.fqn))
+    for (path, _, end, name), (next_path, begin, _, next_name) in pairwise(sorted(spans)):
+        is_apart = path != next_path or end <= begin
+        _require(is_apart, f"{name} and {next_name} lie in the same place of {path}")
+
+
+Box = tuple[tuple[int, ...], tuple[int, ...]]
+"""A part of a tensor: where it begins in each dim, and its sizes."""
 
 
 def _check_tiles(name: str, size: Sequence[int], chunks: list[ChunkStorageMetadata]) -> None:
-    """The parts make up the tensor: none overlaps another, and nothing is left open."""
+    """Refuse parts that overlap or leave something of the tensor open."""
     if not math.prod(size):
         return
-    boxes = [
-        (tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in chunks if math.prod(chunk.sizes)
-    ]
+    boxes: list[Box] = []
+    for chunk in chunks:
+        if math.prod(chunk.sizes):
+            boxes.append((tuple(chunk.offsets), tuple(chunk.sizes)))
+    covered = sum(math.prod(sizes) for _, sizes in boxes)
+    _require(covered == math.prod(size), f"the parts of {name} do not make it up")
+    overlaps = f"parts of {name} overlap"
+    _require(len({offsets for offsets, _ in boxes}) == len(boxes), overlaps)
+    if all(_is_cut(boxes, dim) for dim in range(len(size))):
+        return  # a grid, as every layout makes; apart since no two begin at the same place
+
+    # Pairs: only few parts, since their number is a stranger's.
     _require(
-        sum(math.prod(sizes) for _, sizes in boxes) == math.prod(size),
-        f"the parts of {name} do not make it up",
+        len(boxes) <= MOST_IRREGULAR,
+        f"{name} has more than {MOST_IRREGULAR} parts that form no grid",
     )
-    _require(len({offsets for offsets, _ in boxes}) == len(boxes), f"parts of {name} overlap")
-    if not all(_is_cut(boxes, dim) for dim in range(len(size))):
-        _require(
-            len(boxes) <= MOST_IRREGULAR,
-            f"{name} has more than {MOST_IRREGULAR} parts that form no grid",
-        )
-        apart = all(
-            not _overlap(*one, *other) for at, one in enumerate(boxes) for other in boxes[:at]
-        )
-        _require(apart, f"parts of {name} overlap")
+    for place, box in enumerate(boxes):
+        for other in boxes[:place]:
+            _require(not _overlap(box, other), overlaps)
 
 
-def _is_cut(boxes: list[Any], dim: int) -> bool:
-    """Whether all parts are cut at the same places of a dim, so that those that differ there are apart."""
+def _is_cut(boxes: list[Box], dim: int) -> bool:
+    """Return whether all parts are cut at the same places of a dim, so that those that differ there are apart."""
     spans = sorted({(offsets[dim], offsets[dim] + sizes[dim]) for offsets, sizes in boxes})
-    return all(one[1] <= other[0] for one, other in pairwise(spans))
+    return all(end <= begin for (_, end), (begin, _) in pairwise(spans))
 
 
-def _overlap(
-    at: Sequence[int], sizes: Sequence[int], other_at: Sequence[int], other_sizes: Sequence[int]
-) -> bool:
-    return all(
-        a < d + e and d < a + b for a, b, d, e in zip(at, sizes, other_at, other_sizes, strict=True)
-    )
+def _overlap(one: Box, other: Box) -> bool:
+    """Return whether two parts share numbers: their spans do so in every dim."""
+    for begin, size, other_begin, other_size in zip(*one, *other, strict=True):
+        if begin + size <= other_begin or other_begin + other_size <= begin:
+            return False
+    return True
 
 
 def _state(value: Any, names: set[str], where: str) -> Any:
-    """The attributes of a record of one of the names."""
+    """Return the attributes of a record of one of the names."""
     _require(
         isinstance(value, PickledObject) and value.name in names and not value.arguments,
         f"{where[:80]} is of another form",
@@ -308,6 +317,7 @@ def _state(value: Any, names: set[str], where: str) -> Any:
 
 
 def _of(value: Any, kind: type, where: str) -> Any:
+    """Return a value of exactly this type; IndexFault for any other."""
     _require(type(value) is kind, f"{where[:80]} is of another form")
     return value
 
@@ -318,7 +328,7 @@ def _require(holds: bool, fault: str) -> None:
 
 
 def entries(index: Index) -> Iterator[tuple[str, TensorStorageMetadata]]:
-    """The tensors by name."""
+    """Yield the tensors by name."""
     for name, entry in index.tensors.items():
         if isinstance(entry, TensorStorageMetadata):
             yield name, entry

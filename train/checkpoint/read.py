@@ -1,8 +1,8 @@
-"""Reading checkpoints: which is the newest whole one, and what of it a run takes. How they are written is in write.py.
+"""Reading checkpoints: find the newest whole one and load weights, optimizer and schedule. write.py writes them.
 
 `checkpoints/<phase>/step-00000100/` holds Megatron-core's torch_dist files, `state.json` (where the run stands) and
 `manifest.json` (size and hash of every file); `checkpoints/latest` names the newest. All tensors are full ones under names
-that no layout changes, so a checkpoint has no layout. Resuming takes the newest folder whose manifest verifies.
+that no layout changes, so a checkpoint has no layout. A run resumes from the newest folder whose manifest verifies.
 """
 
 import json
@@ -40,24 +40,25 @@ from visionloom.train.phase_trainer import PhaseTrainer
 
 MANIFEST, LATEST = "manifest.json", "latest"
 FORMAT: Final = "metadata.json"
-"""Megatron-core's word for how the files are laid out."""
-BESIDE: Final = {INDEX, FORMAT, STATE}
+"""Names Megatron-core's file format and its version."""
+WITHOUT_TENSORS: Final = {INDEX, FORMAT, STATE}
 """Files of a checkpoint that hold no tensors."""
 HASH_BLOCK_BYTES = 1 << 24
+"""Bytes hashed at once: 16 MiB."""
 LARGEST_MANIFEST: Final = 1 << 22
 """Bytes: 4 MiB, some 30,000 files."""
 
 
 @dataclass(frozen=True)
 class FileEntry:
-    """What a manifest says of a file."""
+    """Size and hash of a file, as a manifest has them."""
 
     bytes: Annotated[int, Field(ge=0)]
     xxh3_128: str
 
     @classmethod
     def of(cls, path: Path) -> "FileEntry":
-        """Of a file as it is on disk."""
+        """Measure a file as it is on disk."""
         return cls(path.stat().st_size, hash_file(path))
 
 
@@ -80,7 +81,7 @@ class Checkpoint:
 
 
 def folder_of(run_folder: Path, phase: str, step: int) -> Path:
-    """Where the checkpoint after the run's step `step` lies."""
+    """Return the folder of the checkpoint after the run's step `step`."""
     return run_folder / CHECKPOINTS / phase / f"step-{step:08d}"
 
 
@@ -102,7 +103,7 @@ def run_state_of(trainer: PhaseTrainer, step: int, phase_step: int) -> RunState:
 
 
 def load_trainer(checkpoint: Checkpoint, trainer: PhaseTrainer) -> None:
-    """Continue a phase exactly, in any layout: weights, optimizer, schedule."""
+    """Load weights, optimizer and schedule, so that a phase continues exactly, in any layout."""
     loaded = _read(checkpoint.folder, trainer_state(trainer, loading=True), trainer.topology)
     _load_parts(loaded, trainer.model_parts)
     require_finite(_tensors(loaded), f"{checkpoint.folder}", trainer.topology)
@@ -110,30 +111,33 @@ def load_trainer(checkpoint: Checkpoint, trainer: PhaseTrainer) -> None:
     trainer.scheduler.step(checkpoint.run_state.phase_step - trainer.scheduler.num_steps)
 
 
-def load_weights(checkpoint: Checkpoint, chunks: list[Qwen3VL], topology: Topology) -> None:
-    """Load only the weights, as a new phase does; call it before the model is wrapped and its optimizer built."""
-    loaded = _read(checkpoint.folder, weights_state(chunks, topology), topology)
-    _load_parts(loaded, chunks)
+def load_weights(checkpoint: Checkpoint, parts: list[Qwen3VL], topology: Topology) -> None:
+    """Load only the weights, as a new phase does.
+
+    Call it before the model is wrapped and its optimizer built, which copies them.
+    """
+    loaded = _read(checkpoint.folder, weights_state(parts, topology), topology)
+    _load_parts(loaded, parts)
     require_finite(_tensors(loaded), f"{checkpoint.folder}", topology)
 
 
-def _load_parts(loaded: dict[str, Any], chunks: list[Qwen3VL]) -> None:
-    for key, chunk in _named(chunks).items():
-        # Megatron-core leaves out what is empty: a chunk without adapters.
-        chunk.load_state_dict(loaded.get(key, {}), strict=chunk.lora is None)
+def _load_parts(loaded: dict[str, Any], parts: list[Qwen3VL]) -> None:
+    """Load each part of the model from a state that was read."""
+    for key, part in _named(parts).items():
+        # Megatron-core leaves out what is empty: a part without adapters.
+        part.load_state_dict(loaded.get(key, {}), strict=part.lora is None)
 
 
 def _tensors(loaded: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The tensors in nested dicts and lists of a state, by their path in it."""
+    """Yield the tensors in nested dicts and lists of a state, with their dotted path."""
     if isinstance(loaded, Tensor):
         yield name, loaded
-    items = (
-        loaded.items()
-        if isinstance(loaded, dict)
-        else enumerate(loaded)
-        if isinstance(loaded, list)
-        else ()
-    )
+        return
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(loaded, dict):
+        items = loaded.items()
+    elif isinstance(loaded, list):
+        items = enumerate(loaded)
     for key, value in items:
         yield from _tensors(value, f"{name}.{key}" if name else str(key))
 
@@ -148,48 +152,45 @@ def _read(folder: Path, state: dict[str, Any], topology: Topology) -> dict[str, 
         return {"optimizer": {}} | dict(dist_checkpointing.load(state, str(folder), strategy))
 
 
-def _named(chunks: list[Qwen3VL]) -> dict[str, Qwen3VL]:
-    """The chunks by the key that their weights have in this rank's state; it is not part of a weight's name on disk."""
-    return (
-        {"model": chunks[0]}
-        if len(chunks) == 1
-        else {f"model{number}": chunk for number, chunk in enumerate(chunks)}
-    )
+def _named(parts: list[Qwen3VL]) -> dict[str, Qwen3VL]:
+    """Return the parts by the key of their weights in this rank's state; names on disk lack it."""
+    if len(parts) == 1:
+        return {"model": parts[0]}
+    return {f"model{number}": part for number, part in enumerate(parts)}
 
 
-def weights_state(chunks: list[Qwen3VL], topology: Topology) -> dict[str, Any]:
-    """The model's weights for Megatron-core's checkpoints; where there are adapters, they alone.
+def weights_state(parts: list[Qwen3VL], topology: Topology) -> dict[str, Any]:
+    """Return the model's weights for Megatron-core's checkpoints; of a model with adapters, these alone.
 
     Adapters may be in some layers only, so theirs are not stacked over the layers as those of weights are.
     """
-    adapters = chunks[0].lora is not None
-    metadata = content(topology) | {"non_homogeneous_layers": adapters}
-    states = {
-        key: chunk.sharded_state_dict(metadata=metadata) for key, chunk in _named(chunks).items()
-    }
-    if adapters:  # routers still count loads
-        states = {
-            key: {
-                name: part
-                for name, part in state.items()
-                if is_adapter(name) or name.endswith(".router.load")
-            }
-            for key, state in states.items()
-        }
+    adapters_only = parts[0].lora is not None
+    metadata = layout_metadata(topology) | {"non_homogeneous_layers": adapters_only}
+    states = {}
+    for key, part in _named(parts).items():
+        state = part.sharded_state_dict(metadata=metadata)
+        if adapters_only:
+            # Routers are frozen, but still count their loads.
+            kept = [name for name in state if is_adapter(name) or name.endswith(".router.load")]
+            state = {name: state[name] for name in kept}
+        states[key] = state
     return states
 
 
 def trainer_state(trainer: PhaseTrainer, loading: bool) -> dict[str, Any]:
     """Return weights and optimizer of a phase for Megatron-core's checkpoints."""
     weights = weights_state(trainer.model_parts, trainer.topology)
-    return {
-        **weights,
-        "optimizer": state_tensors(trainer.optimizer, weights, loading, content(trainer.topology)),
-    }
+    metadata = layout_metadata(trainer.topology)
+    optimizer = state_tensors(trainer.optimizer, weights, loading, metadata)
+    return {**weights, "optimizer": optimizer}
 
 
 def newest(run_folder: Path, topology: Topology) -> tuple[Checkpoint | None, list[str]]:
-    """The newest whole checkpoint of a run, and one line for each damaged one that was passed over; alike on all ranks."""
+    """Find the newest whole checkpoint of a run; all ranks call it and get the same.
+
+    Returns:
+        the checkpoint, None if there is none, and a line for each damaged one that was passed over.
+    """
     damaged: list[str] = []
     for folder in _candidates(run_folder):
         fault = verify(folder, topology)
@@ -200,12 +201,12 @@ def newest(run_folder: Path, topology: Topology) -> tuple[Checkpoint | None, lis
 
 
 def read(folder: Path) -> Checkpoint:
-    """A checkpoint by its folder, its tensors not looked at; UserError if there is none."""
+    """Read a checkpoint's state, not its tensors; UserError if there is none."""
     return Checkpoint(folder, read_run_state(folder))
 
 
 def whole(folder: Path, option: str, topology: Topology) -> Checkpoint:
-    """A checkpoint whose files are as they were written; all ranks call it together.
+    """Return a checkpoint after checking that its files are as they were written; all ranks call it.
 
     Args:
         folder: the checkpoint's.
@@ -215,55 +216,56 @@ def whole(folder: Path, option: str, topology: Topology) -> Checkpoint:
     Raises:
         UserError: if it is damaged, or none.
     """
-    found = read(folder)
+    checkpoint = read(folder)
     if fault := verify(folder, topology):
         raise UserError(f"{option}={folder} is damaged: {fault}: name another one")
-    return found
+    return checkpoint
 
 
 def verify(folder: Path, topology: Topology) -> str | None:
-    """What is wrong with a checkpoint's files, or None; every rank hashes a share of them, the main rank compares the names."""
+    """Return the first fault of a checkpoint's files, None if they are whole; the same on all ranks.
+
+    Every rank hashes a share of them, the main rank compares the names.
+    """
     fault = fault_in_share(folder, topology.rank, topology.world_size)
     faults: list[str | None] = [None] * topology.world_size
     dist.all_gather_object(faults, fault)
-    return next((found for found in faults if found), None)
+    return next((each for each in faults if each), None)
 
 
 def fault_in_share(folder: Path, rank: int, ranks: int) -> str | None:
-    """What `verify` finds on one rank."""
-    fault = None
+    """Return the first fault in the files that `verify` gives to one of `ranks` ranks; None without."""
     try:
         files = read_manifest(folder)
         for name in sorted(files)[rank::ranks]:
-            fault = fault or _file_fault(folder, name, files[name])
-        return fault or (_content_fault(folder, files.keys()) if rank == 0 else None)
+            if fault := _file_fault(folder, name, files[name]):
+                return fault
+        return _content_fault(folder, files.keys()) if rank == 0 else None
     except (JsonError, OSError) as error:
         return f"no readable {MANIFEST} ({one_line(str(error))})"
 
 
 def read_manifest(folder: Path) -> dict[str, FileEntry]:
-    """A checkpoint's files by name; JsonError or OSError if it does not say."""
+    """Read a checkpoint's files by name; JsonError or OSError if its manifest cannot be read."""
     return read_json(folder, MANIFEST, dict[str, FileEntry], LARGEST_MANIFEST)
 
 
 def write_manifest(folder: Path, files: dict[str, FileEntry]) -> None:
-    """Say which files make up a checkpoint; the last one that is written."""
+    """Write which files make up a checkpoint; it is the last file written."""
     content = {name: asdict(entry) for name, entry in files.items()}
     (folder / MANIFEST).write_text(json.dumps(content, indent=1, sort_keys=True))
 
 
 def _file_fault(folder: Path, name: str, expected: FileEntry) -> str | None:
-    """Whether a file is there, inside the folder, and what was written."""
+    """Return why a file is not the one that was written; None if it is."""
     shown = one_line(name)
     try:
         path = locate(folder, name)
         if path.stat().st_size != expected.bytes:
             return f"{shown} has {path.stat().st_size} bytes instead of {expected.bytes}"
-        return (
-            None
-            if hash_file(path) == expected.xxh3_128
-            else f"{shown} was changed after it was written"
-        )
+        if hash_file(path) != expected.xxh3_128:
+            return f"{shown} was changed after it was written"
+        return None
     except FileNotFoundError:
         return f"{shown} is missing"
     except PlaceError as error:
@@ -273,18 +275,14 @@ def _file_fault(folder: Path, name: str, expected: FileEntry) -> str | None:
 
 
 def _content_fault(folder: Path, listed: Iterable[str]) -> str | None:
-    """Whether folder, manifest and index have the same files."""
+    """Return the first file that folder, manifest and index do not all have; None if they agree."""
     expected = set(listed)
-    for name in sorted(BESIDE - expected):
+    for name in sorted(WITHOUT_TENSORS - expected):
         return f"{MANIFEST} does not list {name}"
-    # Imported checkpoints of earlier versions did not list the files that go along with weights.
-    there = {
-        name
-        for name in _files_in(folder)
-        if name != MANIFEST and (name in expected or not name.startswith(f"{COMPANIONS}/"))
-    }
-    for name in sorted(there - expected):
-        return f"{one_line(name)} is there, and {MANIFEST} does not list it"
+    for name in sorted(set(_files_in(folder)) - expected - {MANIFEST}):
+        # Imported checkpoints of earlier versions did not list the files that go along with weights.
+        if not name.startswith(f"{COMPANIONS}/"):
+            return f"{one_line(name)} is there, and {MANIFEST} does not list it"
     try:
         read_json(folder, STATE, RunState, LARGEST_STATE)
     except JsonError as error:
@@ -294,38 +292,48 @@ def _content_fault(folder: Path, listed: Iterable[str]) -> str | None:
         held = read_index(folder).files
     except (IndexFault, JsonError) as error:
         return f"{INDEX} or {FORMAT} cannot be used: {one_line(str(error))}"
-    data = {name for name in expected - BESIDE if not name.startswith(f"{COMPANIONS}/")}
+    data = {name for name in expected - WITHOUT_TENSORS if not name.startswith(f"{COMPANIONS}/")}
     for name in sorted(data ^ held):
-        return f"{one_line(name)} is listed by {MANIFEST if name in data else INDEX} alone"
+        lister = MANIFEST if name in data else INDEX
+        return f"{one_line(name)} is listed by {lister} alone"
     return None
 
 
 def _files_in(folder: Path) -> Iterator[str]:
-    """All that is no folder, by its path from here; links are not followed."""
-    for place, folders, names in os.walk(folder):
-        links = [name for name in folders if (Path(place) / name).is_symlink()]
-        yield from (str((Path(place) / name).relative_to(folder)) for name in names + links)
+    """Yield all that is no folder, by its path from here; links are not followed."""
+    for walked, folders, names in os.walk(folder):
+        place = Path(walked)
+        links = [name for name in folders if (place / name).is_symlink()]
+        for name in names + links:
+            yield str((place / name).relative_to(folder))
 
 
 def _candidates(run_folder: Path) -> list[Path]:
-    """Folders that look like checkpoints, newest step first."""
-    found = (run_folder / CHECKPOINTS).glob("*/step-*")
-    return sorted(
-        (f for f in found if f.suffix != ".tmp"), key=lambda folder: folder.name, reverse=True
-    )
+    """Return folders that look like checkpoints, newest step first."""
+    folders = []
+    for folder in (run_folder / CHECKPOINTS).glob("*/step-*"):
+        if folder.suffix != ".tmp":  # a save that was killed
+            folders.append(folder)
+    return sorted(folders, key=lambda folder: folder.name, reverse=True)
 
 
-def content(topology: Topology | None) -> dict[str, Any]:
-    """How Megatron-core lays out the optimizer: one full tensor a parameter, which any layout can read."""
-    found: dict[str, Any] = {
+def layout_metadata(topology: Topology | None) -> dict[str, Any]:
+    """Return Megatron-core's description of an optimizer's layout: one full tensor a parameter, which any layout can read.
+
+    Args:
+        topology: whose ranks read or write; None: for the file, which names no ranks.
+    """
+    metadata: dict[str, Any] = {
         "distrib_optim_sharding_type": "fully_reshardable",
         "singleton_local_shards": False,
     }
-    return found if topology is None else found | {"dp_cp_group": topology.groups.dp_cp}
+    if topology is not None:
+        metadata["dp_cp_group"] = topology.groups.dp_cp
+    return metadata
 
 
 def hash_file(path: Path) -> str:
-    """The xxh3 of a file, 32 hexadecimal digits."""
+    """Return the xxh3 of a file, 32 hexadecimal digits."""
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
         while block := file.read(HASH_BLOCK_BYTES):

@@ -1,4 +1,4 @@
-"""state.json of a checkpoint: where a run stands, and what it was given. Nothing here imports torch."""
+"""state.json of a checkpoint: where a run stands, and its inputs. Nothing here imports torch."""
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,7 +22,7 @@ CHECKPOINTS: Final = "checkpoints"
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run reads by and begins with, which its exports must agree with; folders are absolute."""
+    """Tokenizer, media rules and first weights of a run, which its exports must agree with; folders are absolute."""
 
     tokenizer: str
     """Folder of data.tokenizer."""
@@ -35,13 +35,13 @@ class Inputs:
 
     @classmethod
     def of(cls, data: DataConfig, tokenizer_hash: str, weights: str) -> "Inputs":
-        """The inputs of a run; relative folders begin where this process runs."""
+        """Collect the inputs of a run; relative folders begin where this process runs."""
         return cls(absolute(data.tokenizer), tokenizer_hash, asdict(data.media), absolute(weights))
 
 
 @dataclass(frozen=True)
 class RunState:
-    """Where a run stands: what a checkpoint holds beside tensors."""
+    """Where a run stands: all of a checkpoint but its tensors."""
 
     phase: str
     phase_step: Count
@@ -55,41 +55,43 @@ class RunState:
     model: dict[str, Any]
     """ModelConfig, to name what changed."""
     updates: Count
-    """Steps of the phase that were not skipped: what the optimizer counts."""
+    """Steps of the phase that were not skipped: the optimizer's count."""
     lora: dict[str, Any] = field(default_factory=dict)
     """LoraConfig, where the checkpoint holds adapters and not the weights below them."""
     inputs: dict[str, Any] = field(default_factory=dict)
     """Inputs; empty in an imported checkpoint, and in those of versions that did not keep it."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """Settings that count for going on, by option (train/changes.py); empty as `inputs` is."""
+    """Settings that count for continuing, by option (train/changes.py); empty as `inputs` is."""
 
     @property
     def phase_done(self) -> bool:
-        """Whether the phase's last step is in this checkpoint."""
+        """Return whether the phase's last step is in this checkpoint."""
         return self.phase_step >= self.phase_steps
 
 
 def model_of(run_state: RunState, where: str = STATE) -> ModelConfig:
-    """The model that a checkpoint's state names; UserError, which begins with `where`, if there can be none."""
+    """Return the model that a checkpoint's state names; UserError, which begins with `where`, if it cannot be."""
     model = _part(todays_settings(run_state.model, "model"), ModelConfig, "model", where)
     _refuse(where, "a model that cannot be built", check(model, "model").lines)
     return model
 
 
 def lora_of(run_state: RunState, where: str = STATE) -> LoraConfig | None:
-    """The adapters that a checkpoint's state names, None without; UserError if there can be none."""
+    """Return the adapters that a checkpoint's state names, None without; UserError if they cannot be."""
     if not run_state.lora:
         return None
     lora = _part(todays_settings(run_state.lora, "lora"), LoraConfig, "lora", where)
     problems = check(lora, "lora").lines
-    if not problems:
-        problems = lora.layer_problems(model_of(run_state, where)) if lora.rank else ["lora.rank=0"]
+    if not problems and not lora.rank:
+        problems = ["lora.rank=0"]
+    elif not problems:
+        problems = lora.layer_problems(model_of(run_state, where))
     _refuse(where, "adapters that cannot be", problems)
     return lora
 
 
 def stored_inputs(run_state: RunState, where: str = STATE) -> Inputs | None:
-    """What a checkpoint's state says that it was trained with, None if it does not; UserError if nothing can be."""
+    """Return the inputs in a checkpoint's state, None without; UserError if they cannot be."""
     if not run_state.inputs:
         return None
     inputs = _part(run_state.inputs, Inputs, "inputs", where)
@@ -99,19 +101,19 @@ def stored_inputs(run_state: RunState, where: str = STATE) -> Inputs | None:
 
 
 def _refuse(where: str, what: str, problems: list[str]) -> None:
+    """Raise UserError if there are problems, which name values of a file that a stranger may have written."""
     if problems:
-        raise UserError(
-            f"{where} names {what}: {one_line('; '.join(problems))}: take a checkpoint of this version"
-        )
+        listed = one_line("; ".join(problems))
+        raise UserError(f"{where} names {what}: {listed}: take a checkpoint of this version")
 
 
 def absolute(folder: str) -> str:
-    """A folder by its absolute path; empty stays empty."""
+    """Return a folder's absolute path; empty stays empty."""
     return str(Path(folder).absolute()) if folder else ""
 
 
 def read_run_state(folder: Path) -> RunState:
-    """What a checkpoint's state.json says, every part in its form; UserError if there is none."""
+    """Read a checkpoint's state.json and check its parts; UserError if it is missing or damaged."""
     try:
         run_state = read_json(folder, STATE, RunState, LARGEST)
     except (OSError, JsonError) as error:
@@ -124,7 +126,7 @@ def read_run_state(folder: Path) -> RunState:
 
 
 def _part[T](value: Any, schema: type[T], name: str, where: str) -> T:
-    """A part of a state as the program works with it."""
+    """Return a part of a state in its type; UserError if it is of another form."""
     try:
         return checked(value, schema, where, name)
     except JsonError as error:

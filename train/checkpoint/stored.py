@@ -29,10 +29,9 @@ NORMS: Final = {
 
 
 def stored_name(name: str) -> tuple[str, int | None]:
-    """A parameter's tensor in a checkpoint and its place along the first dim; None if the tensor is the parameter."""
-    if not name.startswith(LAYERS) or is_adapter(
-        name
-    ):  # adapters may be in some layers only: theirs are not stacked
+    """Return a parameter's tensor in a checkpoint and its place along the first dim; None if it is the whole tensor."""
+    # Adapters may be in some layers only: theirs are not stacked.
+    if not name.startswith(LAYERS) or is_adapter(name):
         return name, None
     layer, _, rest = name.removeprefix(LAYERS).partition(".")
     return f"{LAYERS}{NORMS.get(rest, rest)}", int(layer)
@@ -41,13 +40,18 @@ def stored_name(name: str) -> tuple[str, int | None]:
 def canonical_region(
     key: str, offsets: Sequence[int], sizes: Sequence[int]
 ) -> tuple[str, list[slice]]:
-    """The parameter and its region that a part of a checkpoint's tensor is; the inverse of `stored_name`."""
+    """Return the parameter, and the region of it, that a part of a checkpoint's tensor is.
+
+    The inverse of `stored_name`.
+    """
     region = [slice(begin, begin + size) for begin, size in zip(offsets, sizes, strict=True)]
     if not key.startswith(LAYERS):
         return key, region
     rest = key.removeprefix(LAYERS)
-    ours = {theirs: here for here, theirs in NORMS.items()}.get(rest, rest)
-    return f"{LAYERS}{offsets[0]}.{ours}", region[1:]
+    for ours, theirs in NORMS.items():
+        if rest == theirs:
+            rest = ours
+    return f"{LAYERS}{offsets[0]}.{rest}", region[1:]
 
 
 class StoredWeights:
@@ -71,18 +75,23 @@ class StoredWeights:
         self.tensors: dict[str, TensorStorageMetadata] = dict(entries(index))
 
     def entry(self, name: str) -> tuple[tuple[int, ...], torch.dtype] | None:
-        """Shape and type of a parameter by its canonical name; None if the checkpoint lacks it."""
+        """Return shape and type of a parameter by its canonical name; None if it is missing."""
         key, layer = stored_name(name)
-        found = self.tensors.get(key)
-        if found is None or (layer is not None and layer >= found.size[0]):
+        stored = self.tensors.get(key)
+        if stored is None:
             return None
-        return tuple(found.size[0 if layer is None else 1 :]), found.properties.dtype
+        dtype = stored.properties.dtype
+        if layer is None:
+            return tuple(stored.size), dtype
+        layers, *shape = stored.size
+        return (tuple(shape), dtype) if layer < layers else None
 
     def parameter(self, name: str) -> Tensor:
-        """A full parameter by its canonical name, read from the parts that cover it."""
+        """Read a full parameter by its canonical name from the parts that cover it."""
         key, layer = stored_name(name)
         entry = self.tensors[key]
-        offsets, sizes = [0] * len(entry.size), list(entry.size)
+        offsets = [0] * len(entry.size)
+        sizes = list(entry.size)
         if layer is not None:
             offsets[0], sizes[0] = layer, 1
         whole = torch.empty(sizes, dtype=entry.properties.dtype)
@@ -94,7 +103,7 @@ class StoredWeights:
 
 
 class _Target(LoadPlanner):
-    """Puts what is read into one tensor."""
+    """Reads into one tensor, through torch's interface of a planner."""
 
     def __init__(self, whole: Tensor) -> None:
         self.whole = whole
@@ -103,12 +112,12 @@ class _Target(LoadPlanner):
         return narrow_tensor_by_index(self.whole, read_item.dest_offsets, read_item.lengths)
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        """Nothing to do: it was written in place."""
+        """Do nothing: it was written in place."""
 
     def set_up_planner(
         self, state_dict: Any, metadata: Any = None, is_coordinator: bool = False
     ) -> None:
-        """Part of torch's interface; not called here."""
+        """Do nothing: torch's interface has it, the reader does not call it."""
 
     def create_local_plan(self) -> LoadPlan:
         raise NotImplementedError

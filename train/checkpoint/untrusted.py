@@ -1,7 +1,7 @@
-"""Reading checkpoints that somebody else may have made: nothing in their files can run code, or take more than it shows.
+"""Reading checkpoints that somebody else may have made: no file can run code, or take more memory than its size shows.
 
 torch's distributed checkpoints keep an index, `.metadata`, as a pickle, and read other entries with torch.load and
-weights_only=False. Here torch gets an index that was held against the files (index.py), and entries are plain data only.
+weights_only=False. Here torch gets an index that was compared with the files (index.py), and entries are plain data only.
 """
 
 import io
@@ -26,22 +26,22 @@ from visionloom.common.text import one_line
 from visionloom.train.checkpoint.index import IndexFault, read_index
 
 LARGEST_PICKLE: Final = 1 << 14
-"""Bytes of what an entry has beside its numbers. Measured: 8 to 150."""
+"""Bytes of an entry's pickle, which has no numbers of tensors. Measured: 8 to 150."""
 LONGEST: Final = 300
 """Characters of torch's own words for a fault that an error repeats."""
 REFUSED: Final = re.compile(
     r"it names .{1,120}?, which no checkpoint needs|Weights only load failed"
 )
 MACHINE: Final = (OSError, MemoryError, DistError)
-"""What is no fault of a checkpoint's files."""
+"""Errors that are no fault of a checkpoint's files."""
 
 
 @contextmanager
 def harmless_reading(folder: Path) -> Iterator[None]:
-    """Inside, torch's reader of distributed checkpoints takes the folder's index, if it agrees with the files, and plain data only.
+    """Let torch's reader of distributed checkpoints take only plain data, and an index that agrees with the files.
 
     Raises:
-        UserError: if the files hold anything else, or what torch cannot use; nothing of it has run.
+        UserError: if the files hold anything else, or torch cannot use them; nothing of it has run.
     """
     indices: dict[Path, Any] = {}
     plain = torch.load
@@ -60,19 +60,18 @@ def harmless_reading(folder: Path) -> Iterator[None]:
             yield
     except (UserError, *MACHINE):
         raise
-    except (
-        Exception,
-        CheckpointException,
-    ) as error:  # torch's own is no Exception, and holds those of all ranks
-        if found := next((each for each in _causes(error) if isinstance(each, MACHINE)), None):
-            raise found from error
+    # torch's own is no Exception, and holds those of all ranks.
+    except (Exception, CheckpointException) as error:
+        for cause in _causes(error):
+            if isinstance(cause, MACHINE):
+                raise cause from error
         raise UserError(
-            f"{folder} is not read: {_told(error)}: take a checkpoint from a source that you trust"
+            f"{folder} is not read: {_in_words(error)}: take a checkpoint from a source that you trust"
         ) from error
 
 
 def _check_entry(file: Any) -> None:
-    """Refuse an entry that is packed, so that it might be of any size, or holds much beside numbers.
+    """Refuse an entry that is packed, so that it might be of any size, or whose pickle is large.
 
     Args:
         file: an archive of torch.save, open or by its path.
@@ -98,7 +97,8 @@ class _Part(io.RawIOBase):
     """A view that torch cuts out of a file, with a way back from its end: torch's own seeks the wrong way there."""
 
     def __init__(self, file: Any) -> None:
-        self.file, self.place = file, 0
+        self.file = file
+        self.place = 0
         file.seek(0, os.SEEK_END)
         self.size: int = file.tell()
 
@@ -106,9 +106,8 @@ class _Part(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        self.place = max(
-            0, {os.SEEK_SET: 0, os.SEEK_CUR: self.place, os.SEEK_END: self.size}[whence] + offset
-        )
+        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self.place, os.SEEK_END: self.size}[whence]
+        self.place = max(0, origin + offset)
         return self.place
 
     def tell(self) -> int:
@@ -123,7 +122,7 @@ class _Part(io.RawIOBase):
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """An error, what it came from, and what other ranks met."""
+    """Yield an error, those that led to it, and those of other ranks."""
     seen: list[BaseException] = []
     left: list[BaseException | None] = [error]
     while left:
@@ -132,20 +131,19 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
             continue
         seen.append(each)
         left += [each.__context__, each.__cause__]
-        left += (
-            [cause for cause, _ in each.failures.values()]
-            if isinstance(each, CheckpointException)
-            else []
-        )
+        if isinstance(each, CheckpointException):
+            left += [cause for cause, _ in each.failures.values()]
         yield each
 
 
-def _told(error: BaseException) -> str:
-    """What an error is about, in one line: what was refused, else the first of our own words, else torch's."""
-    found = list(_causes(error))
-    if refused := next((match[0] for each in found if (match := REFUSED.search(str(each)))), None):
-        return one_line(refused)
-    ours = next((each for each in found if isinstance(each, IndexFault | UserError)), None)
-    last = ours or found[-1]
-    text = str(last) if ours else f"{type(last).__name__}: {last}"
-    return one_line(text)[:LONGEST]
+def _in_words(error: BaseException) -> str:
+    """Describe an error in one line: what was refused, else the first of our own words, else torch's."""
+    causes = list(_causes(error))
+    for cause in causes:
+        if refused := REFUSED.search(str(cause)):
+            return one_line(refused[0])
+    for cause in causes:
+        if isinstance(cause, IndexFault | UserError):
+            return one_line(str(cause))[:LONGEST]
+    # The last one led to all others.
+    return one_line(f"{type(causes[-1]).__name__}: {causes[-1]}")[:LONGEST]

@@ -37,8 +37,8 @@ from visionloom.train.checkpoint.index import read_index
 from visionloom.train.checkpoint.read import (
     LATEST,
     FileEntry,
-    content,
     folder_of,
+    layout_metadata,
     run_state_of,
     trainer_state,
     write_manifest,
@@ -50,14 +50,14 @@ from visionloom.train.phase_trainer import PhaseTrainer
 EventWriter = Callable[..., None]
 """Called with an event's name and its fields."""
 NUMBERED: Final = re.compile(r"step-[0-9]{8,18}")
-"""Names of checkpoints; what else lies there is not ours to remove."""
+"""Names of checkpoints; anything else there is not ours to remove."""
 MOST_FAILURES = 3
 """Failed saves in a row after which a run that tolerates them stops all the same."""
 
 
 @dataclass
 class WritePlan:
-    """What Megatron-core and torch have worked out for a save: who writes what."""
+    """The plan of a save by Megatron-core and torch: who writes what."""
 
     writer: FileSystemWriterAsync
     metadata: Any
@@ -73,6 +73,7 @@ class PlanningStrategy(TorchDistSaveShardedStrategy):  # type: ignore[misc]
     def _get_save_and_finalize_callbacks(
         self, writer: Any, planned: Any, async_strategy: str
     ) -> WritePlan:
+        """Return the plan, where Megatron-core would return the call that writes."""
         transforms = [writer.transforms] if hasattr(writer, "transforms") else []
         return WritePlan(writer, planned[1], transforms)
 
@@ -86,19 +87,21 @@ class Save:
     run_state: RunState
     plan: WritePlan
     buckets: list[Any]
+    """Staged tensors by file, as Megatron-core's writer takes them."""
     started: float
     stalled: float = 0.0
     """Seconds that training has waited for it."""
     waited: float = 0.0
-    """Seconds of these in which it was still being written though the next one was due."""
+    """Of these, seconds in which it was still being written though the next one was due."""
     results: list[Any] = field(default_factory=list)
     hashes: dict[str, FileEntry] = field(default_factory=dict)
     fault: str = ""
+    """Why this rank could not write; empty if it could."""
     thread: threading.Thread | None = None
 
     @property
     def written(self) -> bool:
-        """Whether this rank has written its files, or failed to."""
+        """Return whether this rank has written its files, or failed to."""
         return self.thread is None or not self.thread.is_alive()
 
 
@@ -106,41 +109,47 @@ class Saver:
     """Saves the checkpoints of a run; all ranks call its methods together."""
 
     def __init__(self, run_folder: Path, settings: CheckpointConfig, report: EventWriter) -> None:
-        """`report` gets the events `checkpoint` and `checkpoint_failed`."""
-        self.run_folder, self.settings, self.report = run_folder, settings, report
+        """Begin with no save under way; `report` gets the events `checkpoint` and `checkpoint_failed`."""
+        self.run_folder = run_folder
+        self.settings = settings
+        self.report = report
         self.pending: Save | None = None
         self.failures = 0
+        """Saves that have failed in a row."""
 
     def is_due(self, phase_step: int) -> bool:
-        """Whether to save after this step of the phase."""
+        """Return whether to save after this step of the phase."""
         every = self.settings.every_steps
         return bool(every) and phase_step % every == 0
 
     def save(self, trainer: PhaseTrainer, step: int, phase_step: int, last: bool) -> None:
         """Save the state after the run's step `step`; in the background unless it is the phase's `last`.
 
-        Raises UserError if the save fails and the run must not go on without it (see `checkpoint.on_error`).
+        Raises:
+            UserError: if the save fails and the run must stop without it (see `checkpoint.on_error`).
         """
         self.finish(trainer.topology)
         started = time.perf_counter()
-        save, fault = self._begin(trainer, step, phase_step, started)
         background = self.settings.asynchronous and not last
-        if fault is None and save is not None:
-            if background:
-                save.thread = threading.Thread(
-                    target=_write, args=(save,), name="visionloom-save", daemon=True
-                )
-                save.thread.start()
-            else:
-                _write(save)
-            save.stalled = time.perf_counter() - started
-            self.pending = save
-        else:
-            self._failed(
-                folder_of(self.run_folder, trainer.phase_name, step),
-                fault or "another rank failed",
-                last,
+        final = folder_of(self.run_folder, trainer.phase_name, step)
+        partial = final.with_name(final.name + ".tmp")
+        if fault := first_fault(_make_partial(partial) if trainer.topology.is_main else ""):
+            self._failed(final, fault, last)
+            return
+
+        plan, buckets = self._stage(trainer, partial)
+        run_state = run_state_of(trainer, step, phase_step)
+        save = Save(partial, final, run_state, plan, buckets, started)
+        if background:
+            # A daemon: a run that ends by an error does not wait for its disk.
+            save.thread = threading.Thread(
+                target=_write, args=(save,), name="visionloom-save", daemon=True
             )
+            save.thread.start()
+        else:
+            _write(save)
+        save.stalled = time.perf_counter() - started
+        self.pending = save
         if not background:
             self.finish(trainer.topology, last)
 
@@ -170,74 +179,82 @@ class Saver:
             self.pending.stalled += self.pending.waited
         self._complete(topology, last)
 
-    def _begin(
-        self, trainer: PhaseTrainer, step: int, phase_step: int, started: float
-    ) -> tuple[Save | None, str | None]:
-        """Plan a save and stage this rank's tensors; or say why not, the same on all ranks."""
-        final = folder_of(self.run_folder, trainer.phase_name, step)
-        partial = final.with_name(final.name + ".tmp")
-        topology, fault = trainer.topology, ""
-        if topology.is_main:
-            try:
-                for leftover in final.parent.glob("step-*.tmp"):
-                    shutil.rmtree(leftover)
-                partial.mkdir(parents=True)
-            except OSError as error:
-                fault = _told(error, partial)
-        if found := first_fault(fault):
-            return None, found
+    def _stage(self, trainer: PhaseTrainer, partial: Path) -> tuple[WritePlan, list[Any]]:
+        """Plan a save and copy this rank's tensors to the host; training may change them afterwards.
+
+        Returns:
+            the plan, and the tensors by file.
+        """
         # Megatron-core's own queue lives in a process that it starts: 600 MiB a rank, left behind when a rank is killed.
         filesystem_async._results_queue = filesystem_async._results_queue or queue.Queue()
-        strategy = FullyParallelSaveStrategyWrapper(PlanningStrategy(), topology.groups.dp_cp)
+        groups = trainer.topology.groups
+        strategy = FullyParallelSaveStrategyWrapper(PlanningStrategy(), groups.dp_cp)
         plan: Any = dist_checkpointing.save(
-            trainer_state(trainer, loading=False), str(partial), strategy, async_sharded_save=True, async_strategy="mcore",
-            content_metadata=content(None),
-        )  # fmt: skip
+            trainer_state(trainer, loading=False),
+            str(partial),
+            strategy,
+            async_sharded_save=True,
+            async_strategy="mcore",
+            content_metadata=layout_metadata(None),
+        )
         staged = FileSystemWriterAsync.preload_tensors(plan.writer.write_buckets or [], True)
-        if self.settings.asynchronous:
-            staged = [
-                (path, key, (data, [(item, _own(t)) for item, t in tensors]))
-                for path, key, (data, tensors) in staged
-            ]
-        return Save(
-            partial, final, run_state_of(trainer, step, phase_step), plan, staged, started
-        ), None
+        if not self.settings.asynchronous:
+            return plan, staged
+
+        buckets = []
+        for path, key, (data, tensors) in staged:
+            # What is on the CPU was not copied: training would change it while it is written.
+            copies = [(item, tensor.clone()) for item, tensor in tensors]
+            buckets.append((path, key, (data, copies)))
+        return plan, buckets
 
     def _complete(self, topology: Topology, last: bool) -> None:
-        """Gather what the ranks have written and let the main rank commit it, or report why there is no checkpoint."""
+        """Let the main rank commit what all ranks have written, or report why there is no checkpoint."""
         save, self.pending = self.pending, None
         assert save is not None
         parts: list[Any] = [None] * topology.world_size
         dist.all_gather_object(parts, (save.results, save.hashes, save.fault))
-        fault = next((found for _, _, found in parts if found), "")
+        results = [written for written, _, _ in parts]
+        hashes: dict[str, FileEntry] = {}
+        for _, entries, _ in parts:
+            hashes |= entries
+        size = sum(file.bytes for file in hashes.values())
+
+        fault = next((each for _, _, each in parts if each), "")
         if not fault and topology.is_main:
             try:
-                _commit(
-                    save,
-                    [results for results, _, _ in parts],
-                    {k: v for _, hashes, _ in parts for k, v in hashes.items()},
-                )
+                _commit(save, results, hashes)
                 _retain(save.final, self.settings)
             except (OSError, ValueError) as error:
-                fault = _told(error, save.partial)
+                fault = _in_words(error, save.partial)
         if fault := first_fault(fault):
             if topology.is_main:
                 shutil.rmtree(save.partial, ignore_errors=True)
             self._failed(save.final, fault, last)
             return
         self.failures = 0
-        seconds, size = (
-            round(time.perf_counter() - save.started, 3),
-            sum(file.bytes for _, hashes, _ in parts for file in hashes.values()),
-        )
+        self._report_saved(save, size)
+
+    def _report_saved(self, save: Save, size: int) -> None:
+        """Report a checkpoint of `size` bytes of tensors, and what it has cost."""
+        seconds = round(time.perf_counter() - save.started, 3)
         self.report(
-            "checkpoint", step=save.run_state.step, phase=save.run_state.phase, folder=str(save.final), seconds=seconds,
-            stall_seconds=round(save.stalled, 3), waited_seconds=round(save.waited, 3),
+            "checkpoint",
+            step=save.run_state.step,
+            phase=save.run_state.phase,
+            folder=str(save.final),
+            seconds=seconds,
+            stall_seconds=round(save.stalled, 3),
+            waited_seconds=round(save.waited, 3),
             mb_per_second=round(size / 1e6 / max(seconds, 1e-3), 1),
-        )  # fmt: skip
+        )
 
     def _failed(self, folder: Path, fault: str, last: bool) -> None:
-        """Go on without this checkpoint, or stop: at the end of a phase, on request, and when saving fails again and again."""
+        """Report a failed save, and stop the run at the end of a phase, on request, or after MOST_FAILURES.
+
+        Raises:
+            UserError: if the run stops.
+        """
         self.failures += 1
         self.report("checkpoint_failed", folder=str(folder), cause=fault)
         if last or self.settings.on_error == "stop" or self.failures >= MOST_FAILURES:
@@ -247,15 +264,22 @@ class Saver:
             )
 
 
-def _own(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy: training goes on changing what lies on the CPU while it is written."""
-    return tensor.clone()
+def _make_partial(partial: Path) -> str:
+    """Make the folder of a save in place of what killed ones have left; returns why it cannot be made."""
+    try:
+        for leftover in partial.parent.glob("step-*.tmp"):
+            shutil.rmtree(leftover)
+        partial.mkdir(parents=True)
+    except OSError as error:
+        return _in_words(error, partial)
+    return ""
 
 
 def _write(save: Save) -> None:
-    """Write and hash this rank's files; what fails is told in `save.fault`."""
+    """Write and hash this rank's files; a failure goes to `save.fault`."""
     try:
         for number, bucket in enumerate(save.buckets):
+            # Without queue and count of workers it returns its result; the last argument: fsync.
             _, result = FileSystemWriterAsync.write_preloaded_data(
                 save.plan.transforms, number, bucket, None, None, True
             )
@@ -264,47 +288,50 @@ def _write(save: Save) -> None:
             save.results += result
             path = Path(bucket[0])
             save.hashes[path.name] = FileEntry.of(path)
-        save.buckets = []
+        save.buckets = []  # the copies' memory
     except Exception as error:  # torch's serialiser raises RuntimeError for a full disk
-        save.fault = _told(error, save.partial)
+        save.fault = _in_words(error, save.partial)
 
 
-def _told(error: BaseException, folder: Path) -> str:
-    """An error of the file system in words, with what is free."""
+def _in_words(error: BaseException, folder: Path) -> str:
+    """Describe an error of the file system with the space that is free."""
+    # Megatron-core and torch wrap it in errors of their own.
     root = next((cause for cause in _causes(error) if isinstance(cause, OSError)), error)
-    text = (
-        f"{root.strerror or root} ({root.filename or folder})"
-        if isinstance(root, OSError)
-        else f"{root} ({folder})"
-    )
+    if isinstance(root, OSError):
+        text = f"{root.strerror or root} ({root.filename or folder})"
+    else:
+        text = f"{root} ({folder})"
     try:
-        return f"{text}, {shutil.disk_usage(_existing(folder)).free / 2**20:.1f} MiB free"
+        existing = next(place for place in (folder, *folder.parents) if place.exists())
+        free = shutil.disk_usage(existing).free
     except OSError:
         return text
+    return f"{text}, {free / 2**20:.1f} MiB free"
 
 
 def _causes(error: BaseException | None) -> list[BaseException]:
-    found = []
-    while error is not None and error not in found:
-        found.append(error)
+    """Return an error and the errors that led to it, the newest first."""
+    causes: list[BaseException] = []
+    while error is not None and error not in causes:  # an error may be its own context
+        causes.append(error)
         error = error.__cause__ or error.__context__
-    return found
-
-
-def _existing(path: Path) -> Path:
-    """The nearest folder above that is there."""
-    return next(folder for folder in (path, *path.parents) if folder.exists())
+    return causes
 
 
 def first_fault(fault: str) -> str:
-    """The first rank's fault, alike on all ranks; empty if none has one."""
+    """Return the first rank's fault, the same on all ranks; empty if none has one."""
     faults = [""] * dist.get_world_size()
     dist.all_gather_object(faults, fault)
-    return next((found for found in faults if found), "")
+    return next((each for each in faults if each), "")
 
 
 def _commit(save: Save, results: list[Any], hashes: dict[str, FileEntry]) -> None:
-    """Make what all ranks have written the newest checkpoint; raises ValueError if something planned is not there."""
+    """Make what all ranks have written the newest checkpoint.
+
+    Raises:
+        ValueError: if a planned tensor is missing.
+        OSError: if the disk fails.
+    """
     save.plan.writer.finish(save.plan.metadata, results)
     save_config(CheckpointingConfig("torch_dist", 1), str(save.partial))
     (save.partial / STATE).write_text(json.dumps(asdict(save.run_state)))
@@ -313,12 +340,15 @@ def _commit(save: Save, results: list[Any], hashes: dict[str, FileEntry]) -> Non
             hashes[path.name] = FileEntry.of(path)
     read_index(save.partial)  # torch has been seen to report success with parts missing
     write_manifest(save.partial, hashes)
+
+    # On disk before it has its name: else a power cut could leave a whole folder of empty files.
     for path in [*save.partial.iterdir(), save.partial]:
         _flush(path)
     if save.final.exists():
         shutil.rmtree(save.final)
     save.partial.rename(save.final)
     _flush(save.final.parent)
+
     pointer = save.final.parents[1] / LATEST
     with replacing(pointer) as file:
         file.write(f"{save.final.relative_to(pointer.parent)}\n".encode())
@@ -327,29 +357,26 @@ def _commit(save: Save, results: list[Any], hashes: dict[str, FileEntry]) -> Non
 def _retain(final: Path, settings: CheckpointConfig) -> None:
     """Remove old checkpoints of the phase: all but the newest `keep`, and one for each `keep_every_steps`.
 
-    Those of later steps than `final` are damaged ones that the run has passed over: they neither count nor go. What has other names
-    than checkpoints is somebody else's.
+    Those of later steps than `final` are damaged ones that the run has passed over: they neither count nor are removed. Anything
+    with another name than a checkpoint's is somebody else's.
     """
-    steps = (
-        f
-        for f in final.parent.glob("step-*")
-        if NUMBERED.fullmatch(f.name) and f.is_dir() and not f.is_symlink()
-    )
-    siblings = sorted(f for f in steps if f.name <= final.name)
+    siblings = []
+    for folder in sorted(final.parent.glob("step-*")):
+        is_checkpoint = NUMBERED.fullmatch(folder.name) and folder.is_dir()
+        if is_checkpoint and not folder.is_symlink() and folder.name <= final.name:
+            siblings.append(folder)
     for old in siblings[: -settings.keep]:
-        if not (
-            settings.keep_every_steps
-            and int(old.name.removeprefix("step-")) % settings.keep_every_steps == 0
-        ):
-            try:
-                shutil.rmtree(old)
-            except OSError as error:  # the new one is whole all the same
-                warn(
-                    f"warning: {old} is no longer needed and could not be removed: {error.strerror}"
-                )
+        step = int(old.name.removeprefix("step-"))
+        if settings.keep_every_steps and step % settings.keep_every_steps == 0:
+            continue
+        try:
+            shutil.rmtree(old)
+        except OSError as error:  # the new one is whole all the same
+            warn(f"warning: {old} is no longer needed and could not be removed: {error.strerror}")
 
 
 def _flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -369,40 +396,59 @@ def check_room(run_folder: Path, trainer: PhaseTrainer) -> None:
     Raises:
         UserError: naming the folder, the bytes needed and the bytes free.
     """
-    needed, fault = estimated_bytes(trainer), ""
+    needed = estimated_bytes(trainer)
     folder = run_folder / CHECKPOINTS / trainer.phase_name
-    if trainer.topology.is_main:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            probe = folder / ".writable"
-            probe.write_bytes(b"")
-            probe.unlink()
-            free = shutil.disk_usage(folder).free
-            if free < needed:
-                fault = f"{folder} has {free / 2**20:.1f} MiB free, a checkpoint needs {needed / 2**20:.1f}: make room or move run.folder"
-        except OSError as error:
-            fault = f"{folder} cannot be written: {error.strerror}: correct run.folder or its permissions"
-    if found := first_fault(fault):
-        raise UserError(found)
+    fault = room_fault(folder, needed) if trainer.topology.is_main else ""
+    if fault := first_fault(fault):
+        raise UserError(fault)
 
 
-BESIDE_NUMBERS = 2_000
-"""Bytes that a tensor takes beside its numbers: 1,565 of its archive and some 400 in the index (the demo's checkpoints)."""
+def room_fault(folder: Path, needed: int) -> str:
+    """Return why a checkpoint of `needed` bytes cannot be written in a folder; empty if it can."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # By trying: permissions do not tell of read-only disks and quotas.
+        probe = folder / ".writable"
+        probe.write_bytes(b"")
+        probe.unlink()
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        return (
+            f"{folder} cannot be written: {error.strerror}: correct run.folder or its permissions"
+        )
+    if free >= needed:
+        return ""
+    return (
+        f"{folder} has {free / 2**20:.1f} MiB free, a checkpoint needs {needed / 2**20:.1f}:"
+        " make room or move run.folder"
+    )
+
+
+OVERHEAD_BYTES: Final = 2_000
+"""Bytes that a tensor takes beyond its numbers: 1,565 of its archive and some 400 in the index (the demo's checkpoints)."""
 
 
 def estimated_bytes(trainer: PhaseTrainer) -> int:
-    """Bytes of the tensors of a checkpoint: weights once, and of trainable ones a master copy and two moments in fp32."""
+    """Estimate the bytes of a checkpoint's tensors; all ranks call it.
+
+    Weights count once, and trainable ones with a master copy and two moments in fp32: 12 bytes more.
+    """
     from visionloom.model.sharding import canonical_parameters, full_shape
 
     own: dict[str, int] = {}
-    for chunk in trainer.model_parts:
-        for name, parameter in canonical_parameters(chunk):
+    for part in trainer.model_parts:
+        for name, parameter in canonical_parameters(part):
             count = torch.Size(full_shape(name, parameter, trainer.topology)).numel()
-            parts_on_disk = 1 + 3 * parameter.requires_grad
-            own[name] = (
-                count * (parameter.element_size() + 12 * parameter.requires_grad)
-                + BESIDE_NUMBERS * parts_on_disk
-            )
-    parts: list[dict[str, int]] = [{}] * trainer.topology.world_size
-    dist.all_gather_object(parts, own)
-    return sum({name: size for part in parts for name, size in part.items()}.values())
+            bytes_each, tensors = parameter.element_size(), 1
+            if parameter.requires_grad:
+                bytes_each += 12
+                tensors += 3
+            own[name] = count * bytes_each + OVERHEAD_BYTES * tensors
+
+    # By name: ranks that share a layer all have its parameters.
+    shares: list[dict[str, int]] = [{}] * trainer.topology.world_size
+    dist.all_gather_object(shares, own)
+    total: dict[str, int] = {}
+    for share in shares:
+        total |= share
+    return sum(total.values())

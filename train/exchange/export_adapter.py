@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ from visionloom.train.checkpoint.state_file import STATE, lora_of, model_of, rea
 from visionloom.train.checkpoint.stored import StoredWeights
 from visionloom.train.exchange.companions import companions
 from visionloom.train.exchange.export_huggingface import (
+    DescribedWeights,
     ExportOptions,
     Parameters,
     write_huggingface,
@@ -34,7 +35,11 @@ from visionloom.train.weights.load_adapter import WEIGHTS
 
 
 def describe(checkpoint: Path, topology: Topology) -> tuple[ModelConfig, LoraConfig]:
-    """The model and adapters of a whole checkpoint of a run with lora; UserError if it is damaged or has none."""
+    """Return the model and adapters of a checkpoint of a run with lora.
+
+    Raises:
+        UserError: if the checkpoint is damaged or has no adapters.
+    """
     run_state = checkpoints.whole(checkpoint, "checkpoint", topology).run_state
     if (lora := lora_of(run_state)) is None:
         raise UserError(
@@ -46,7 +51,9 @@ def describe(checkpoint: Path, topology: Topology) -> tuple[ModelConfig, LoraCon
 def export_adapter(
     checkpoint: Path, out: Path, base: str, topology: Topology, say: Callable[[str], None]
 ) -> None:
-    """Write a checkpoint's adapters as a folder that `peft.PeftModel.from_pretrained` loads on transformers' model; one rank does it all.
+    """Write a checkpoint's adapters as a folder that `peft.PeftModel.from_pretrained` loads.
+
+    One rank does it all.
 
     Args:
         checkpoint: folder of a run with lora.
@@ -54,7 +61,7 @@ def export_adapter(
         base: name or folder of the model that the adapters are for, kept in adapter_config.json; empty: what the run began with,
             if that is a Hugging Face folder.
         topology: of any layout.
-        say: is told what is to be known of the folder.
+        say: receives a line for each thing to know of the folder.
     """
     model, lora = describe(checkpoint, topology)
     if out.exists():
@@ -63,14 +70,18 @@ def export_adapter(
     base = base or files.weights
     stored = StoredWeights(checkpoint)
     names = _check_adapters(checkpoint, stored, model, lora)
-    state = to_peft({name: stored.parameter(name) for name in names}, model, lora)
+    adapters = {name: stored.parameter(name) for name in names}
+    state = to_peft(adapters, model, lora)
     require_finite(state.items(), f"checkpoint={checkpoint}", topology)
+
+    # Under another name until it is whole, so that nobody loads half of it.
     partial = out.with_name(out.name + ".tmp")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     (partial / WEIGHTS).write_bytes(save(state, metadata={"format": "pt"}))
     (partial / CONFIG).write_text(json.dumps(peft_config(model, lora, base), indent=1) + "\n")
     tokens = carry_companions(files, partial)
+
     for line in write_serving_files(partial, files, tokens, with_model=False):
         say(f"note: {line}")
     if not base:
@@ -78,20 +89,32 @@ def export_adapter(
     partial.rename(out)
 
 
+def adapter_rank_dims(model: ModelConfig, lora: LoraConfig) -> Iterator[tuple[str, int]]:
+    """Yield the canonical name of each adapter factor, and its dim of the size lora.rank."""
+    for layer in adapted_layers(model, lora):
+        for a, b in adapter_names(layer).values():
+            yield a, -2
+            yield b, -1
+
+
 def _check_adapters(
     checkpoint: Path, stored: StoredWeights, model: ModelConfig, lora: LoraConfig
 ) -> list[str]:
-    """The canonical names of the adapters that a checkpoint's state names; UserError if one is not there or of another shape."""
+    """Return the canonical names of the adapters that a checkpoint's state names.
+
+    Raises:
+        UserError: if one is missing or of another shape.
+    """
     described = {}
-    for layer in adapted_layers(model, lora):
-        for a, b in adapter_names(layer).values():
-            for name, dim in ((a, -2), (b, -1)):
-                shape, dtype = stored.entry(name) or ((), torch.float32)
-                if len(shape) < 2 or shape[dim] != lora.rank or not dtype.is_floating_point:
-                    raise UserError(
-                        f"checkpoint={checkpoint} lacks an adapter that its {STATE} names: {name}"
-                    )
-                described[name] = torch.empty(shape, device="meta")
+    for name, dim in adapter_rank_dims(model, lora):
+        shape, dtype = stored.entry(name) or ((), torch.float32)
+        if len(shape) < 2 or shape[dim] != lora.rank or not dtype.is_floating_point:
+            raise UserError(
+                f"checkpoint={checkpoint} lacks an adapter that its {STATE} names: {name}"
+            )
+        described[name] = torch.empty(shape, device="meta")
+
+    # The other dims are known to the conversion: it runs on shapes alone, back and forth.
     try:
         from_peft(to_peft(described, model, lora), model)
     except (ValueError, RuntimeError, IndexError) as error:
@@ -111,13 +134,14 @@ def export_merged(
         weights: the checkpoint, or the Hugging Face folder, that the adapters were trained on.
         out: new folder.
         topology: of any layout.
-        say: is told of each finished file.
+        say: receives a line for each finished file.
     """
     model, lora = describe(checkpoint, topology)
     stored = (weights / STATE).is_file()
     if stored:
         checkpoints.whole(weights, "weights", topology)
     base: Parameters = StoredWeights(weights) if stored else FolderWeights(weights, model)
+    # By shape alone: comparing numbers would take as long as the export.
     for name, shape in parameter_shapes(model).items():
         if (entry := base.entry(name)) is None or entry[0] != shape:
             raise UserError(
@@ -127,61 +151,61 @@ def export_merged(
     _check_adapters(checkpoint, adapters, model, lora)
     merged = MergedWeights(base, adapters, model, lora)
     files = companions(checkpoint, read_run_state(checkpoint), weights=weights)
-    write_huggingface(
-        merged,
-        model,
-        out,
-        ExportOptions(),
-        files,
-        topology,
-        say,
-        f"checkpoint={checkpoint} on weights={weights}",
+    described = DescribedWeights(
+        merged, model, files, f"checkpoint={checkpoint} on weights={weights}"
     )
+    write_huggingface(described, out, ExportOptions(), topology, say)
 
 
 class FolderWeights:
-    """The parameters of a Hugging Face folder, full ones."""
+    """Reads the full parameters of a Hugging Face folder."""
 
     def __init__(self, folder: Path, model: ModelConfig) -> None:
-        self.source, self.shapes = HuggingFaceFolder(folder, "weights"), parameter_shapes(model)
-        if found := differences(model, self.source.config, folder):
-            raise UserError("; ".join(found))
+        """Open the folder; UserError naming each field in which its model is not `model`."""
+        self.source = HuggingFaceFolder(folder, "weights")
+        self.shapes = parameter_shapes(model)
+        if faults := list(differences(model, self.source.config, folder)):
+            raise UserError("; ".join(faults))
 
     def entry(self, name: str) -> tuple[tuple[int, ...], torch.dtype] | None:
-        """Shape and type of a parameter by its canonical name."""
+        """Return shape and type of a parameter by its canonical name."""
         return self.shapes[name], self.source.parameter_dtype(name, self.shapes[name])
 
     def parameter(self, name: str) -> Tensor:
-        """A full parameter by its canonical name."""
+        """Read a full parameter by its canonical name."""
         return self.source.parameter(name, [slice(0, size) for size in self.shapes[name]])
 
 
 class MergedWeights:
-    """The parameters of a checkpoint with the adapters of another added: one at a time, as StoredWeights gives them."""
+    """Adds the adapters of one checkpoint to the parameters of another, one at a time."""
 
     def __init__(
         self, base: Parameters, adapters: Parameters, model: ModelConfig, lora: LoraConfig
     ) -> None:
-        """`adapters`: of a run with `lora` on the weights of `base`."""
+        """Take `adapters` of a run with `lora` on the weights of `base`."""
         self.base, self.adapters, self.model, self.lora = base, adapters, model, lora
         self.layers: dict[str, LinearLayer] = {
             f"{layer.name}.weight": layer for layer in adapted_layers(self.model, self.lora)
         }
 
     def entry(self, name: str) -> tuple[tuple[int, ...], torch.dtype] | None:
-        """Shape and type of a parameter by its canonical name; None if the checkpoint lacks it."""
+        """Return shape and type of a parameter by its canonical name; None if it is missing."""
         return self.base.entry(name)
 
     def parameter(self, name: str) -> Tensor:
-        """A full parameter by its canonical name, in the base's type; added to in fp32."""
+        """Return a full parameter by its canonical name, in the base's type.
+
+        The sum is made in fp32: in bf16 most of a small adapter would be rounded away.
+        """
         weight = self.base.parameter(name)
         layer = self.layers.get(name)
         if layer is None:
             return weight
-        a, b = (
-            [self.adapters.parameter(n) for n in each]
-            for each in zip(*adapter_names(layer).values(), strict=True)
-        )
+        a, b = [], []
+        for a_name, b_name in adapter_names(layer).values():
+            a.append(self.adapters.parameter(a_name))
+            b.append(self.adapters.parameter(b_name))
+        # Queries, keys and values are interleaved by group of heads in one weight.
         heads = self.model.text.kv_heads if "q_proj" in layer.parts else 1
         added = low_rank_product(a, b, heads) * self.lora.scaling
         return (weight.float() + added.view(weight.shape)).to(weight.dtype)

@@ -34,10 +34,22 @@ class Parameters(Protocol):
     """Full parameters by canonical name, read when asked for."""
 
     def entry(self, name: str) -> tuple[Shape, torch.dtype] | None:
-        """Shape and type; None if it is not there."""
+        """Return shape and type; None if the parameter is missing."""
 
     def parameter(self, name: str) -> Tensor:
-        """The full parameter."""
+        """Read the full parameter."""
+
+
+@dataclass(frozen=True)
+class DescribedWeights:
+    """Parameters to export, with what belongs to them."""
+
+    parameters: Parameters
+    model: ModelConfig
+    companions: Companions
+    """Files that go along."""
+    name: str
+    """How an error calls them: `checkpoint=DIR`."""
 
 
 @dataclass
@@ -46,6 +58,7 @@ class Shard:
 
     parameters: list[str] = field(default_factory=list)
     tensors: dict[str, tuple[Shape, torch.dtype]] = field(default_factory=dict)
+    """Shape and type of each part."""
     bytes: int = 0
 
 
@@ -73,7 +86,7 @@ def export_checkpoint(
         out: made here; there is none until it is whole.
         options: see ExportOptions.
         topology: of any layout.
-        say: is told of each finished file.
+        say: receives a line for each finished file.
 
     Raises:
         UserError: if the checkpoint is not whole or lacks parameters, or `out` is there already.
@@ -84,134 +97,144 @@ def export_checkpoint(
             f"checkpoint={folder} holds adapters only: export them with convert.py adapter"
         )
     files = companions(folder, run_state, options.source)
-    write_huggingface(
-        StoredWeights(folder),
-        model_of(run_state),
-        out,
-        options,
-        files,
-        topology,
-        say,
-        f"checkpoint={folder}",
-    )
+    model = model_of(run_state)
+    weights = DescribedWeights(StoredWeights(folder), model, files, f"checkpoint={folder}")
+    write_huggingface(weights, out, options, topology, say)
 
 
 def write_huggingface(
-    weights: Parameters,
-    config: ModelConfig,
+    weights: DescribedWeights,
     out: Path,
     options: ExportOptions,
-    files: Companions,
     topology: Topology,
     say: Callable[[str], None],
-    source: str,
 ) -> None:
-    """Write parameters as a Hugging Face folder; all ranks call it together. See `export_checkpoint`; `source`: for errors."""
+    """Write parameters as a Hugging Face folder; all ranks call it together.
+
+    Args and errors are those of `export_checkpoint`.
+    """
+    config = weights.model
     options = replace(options, layout=expert_layout(config, options.layout))
     if config.text.experts and options.layout != "hub" and topology.is_main:
         say(
             "note: experts are laid out as transformers 5 writes them; 4.57 and servers that read the published layout cannot"
         )
-    shards = plan_shards(weights, config, options)
+    shards = plan_shards(weights.parameters, config, options)
     names = [file_name(number, len(shards)) for number in range(len(shards))]
-    partial, wrong = start_folder(out, topology), list[str]()
+    partial = start_folder(out, topology)
+
+    wrong: list[str] = []
     for number in range(topology.rank, len(shards), topology.world_size):
-        wrong += write_shard(
-            partial / names[number], shards[number], weights, config, options.layout
-        )
-        say(f"{names[number]} written, {shards[number].bytes / 2**30:.2f} GiB")
-    refuse_named(wrong, source, topology)
+        name, shard = names[number], shards[number]
+        wrong += write_shard(partial / name, shard, weights, options.layout)
+        say(f"{name} written, {shard.bytes / 2**30:.2f} GiB")
+    refuse_named(wrong, weights.name, topology)
+
     if topology.is_main:
         if len(shards) > 1:
             _write_index(partial / INDEX, dict(zip(names, shards, strict=True)))
-        for line in _write_companions(partial, config, shards, files):
+        for line in _write_companions(partial, weights, shards):
             say(f"note: {line}")
         partial.rename(out)
     topology.barrier()
 
 
 def expert_layout(config: ModelConfig, wanted: str) -> str:
-    """How experts are laid out: as wanted, or else as published, which transformers 4.57 and 5 both read, where that is possible.
+    """Return the layout of experts: `wanted`, or else the published one where that is possible.
 
-    transformers 5 tells the layouts apart by shapes, so a model with a square stack cannot be written as published.
+    transformers 4.57 and 5 both read the published one. transformers 5 distinguishes the layouts by shapes, so a model with a
+    square stack cannot be written as published.
+
+    Raises:
+        UserError: if `wanted` is `hub` and a stack is square.
     """
     text = config.text
-    square = text.experts and text.hidden_size in (
-        2 * text.expert_ffn_hidden_size,
-        text.expert_ffn_hidden_size,
-    )
+    # Sizes of a stack: gate and up projections together, and the down projection.
+    widths = (2 * text.expert_ffn_hidden_size, text.expert_ffn_hidden_size)
+    square = text.experts and text.hidden_size in widths
     if wanted == "hub" and square:
         raise UserError(
             "layout=hub: one of the stacks of experts is square, and transformers would take it for its own layout:"
             " leave layout out"
         )
-    return wanted or ("hub" if text.experts and not square else "transformers")
+    if wanted:
+        return wanted
+    return "hub" if text.experts and not square else "transformers"
 
 
-def plan_shards(weights: Parameters, config: ModelConfig, options: ExportOptions) -> list[Shard]:
-    """Which parameters go into which file; UserError naming what the weights lack."""
-    lacking = [
-        n
-        for n, shape in parameter_shapes(config).items()
-        if (weights.entry(n) or ((), None))[0] != shape
-    ]
+def _check_whole(weights: Parameters, config: ModelConfig) -> dict[str, tuple[Shape, torch.dtype]]:
+    """Return shape and type of each parameter of a model.
+
+    Raises:
+        UserError: naming those that the weights lack, or have in a type that weights never have.
+    """
+    entries = {}
+    lacking, odd = [], []
+    for name, shape in parameter_shapes(config).items():
+        entry = weights.entry(name)
+        if entry is None or entry[0] != shape:
+            lacking.append(name)
+        elif entry[1] not in DTYPES.values():
+            odd.append(name)
+        else:
+            entries[name] = entry
     if lacking:
         more = f" and {len(lacking) - 8} more" if len(lacking) > 8 else ""
         raise UserError(
             f"the checkpoint lacks parameters of its model: {', '.join(lacking[:8])}{more}"
         )
-    odd = [
-        name
-        for name in parameter_shapes(config)
-        if (weights.entry(name) or ((), None))[1] not in DTYPES.values()
-    ]
     if odd:
         raise UserError(
             f"the checkpoint has parameters of a type that weights never have: {', '.join(odd[:8])}"
         )
+    return entries
+
+
+def plan_shards(weights: Parameters, config: ModelConfig, options: ExportOptions) -> list[Shard]:
+    """Deal the parameters to files in the model's order; UserError naming what the weights lack."""
     shards = [Shard()]
-    for name, shape in parameter_shapes(config).items():
-        entry = weights.entry(name)
-        assert entry is not None
-        dtype = DTYPES[options.dtype] if options.dtype else entry[1]
-        made = convert_parameter(name, torch.empty(shape, device="meta"), config, options.layout)
-        size = sum(tensor.numel() for tensor in made.values()) * dtype.itemsize
-        if shards[-1].parameters and shards[-1].bytes + size > options.shard_bytes:
-            shards.append(Shard())
-        shards[-1].parameters.append(name)
-        shards[-1].tensors |= {
-            theirs: (tuple(tensor.shape), dtype) for theirs, tensor in made.items()
-        }
-        shards[-1].bytes += size
+    for name, (shape, stored_dtype) in _check_whole(weights, config).items():
+        dtype = DTYPES[options.dtype] if options.dtype else stored_dtype
+        # On the meta device, so that the plan needs neither memory nor reading.
+        whole = torch.empty(shape, device="meta")
+        parts = convert_parameter(name, whole, config, options.layout)
+        size = sum(part.numel() for part in parts.values()) * dtype.itemsize
+
+        shard = shards[-1]
+        if shard.parameters and shard.bytes + size > options.shard_bytes:
+            shard = Shard()
+            shards.append(shard)
+        shard.parameters.append(name)
+        shard.bytes += size
+        for theirs, part in parts.items():
+            shard.tensors[theirs] = (tuple(part.shape), dtype)
     return shards
 
 
-def write_shard(
-    path: Path, shard: Shard, weights: Parameters, config: ModelConfig, layout: str
-) -> list[str]:
-    """Write one file, a parameter at a time, wider types first; returns the tensors with NaN or infinite numbers."""
+def write_shard(path: Path, shard: Shard, weights: DescribedWeights, layout: str) -> list[str]:
+    """Write one file, a parameter at a time; returns the tensors with NaN or infinite numbers."""
+    config, source = weights.model, weights.parameters
+    shapes = parameter_shapes(config)
 
     def width(name: str) -> int:
-        entry = weights.entry(name)
+        entry = source.entry(name)
         return -entry[1].itemsize if entry else 0
 
+    # Wider types first: then every tensor begins at a multiple of its type's size.
     names = sorted(shard.parameters, key=width)
-    shapes = parameter_shapes(config)
-    order = [
-        part
-        for name in names
-        for part in convert_parameter(
-            name, torch.empty(shapes[name], device="meta"), config, layout
-        )
-    ]
+    order: list[str] = []
+    for name in names:
+        whole = torch.empty(shapes[name], device="meta")
+        order += convert_parameter(name, whole, config, layout)
+
     wrong: list[str] = []
 
     def pieces() -> Iterator[tuple[str, Tensor]]:
         for name in names:
-            for part, tensor in convert_parameter(
-                name, weights.parameter(name), config, layout
-            ).items():
-                wrong.extend([] if is_finite(tensor) else [part])
+            parts = convert_parameter(name, source.parameter(name), config, layout)
+            for part, tensor in parts.items():
+                if not is_finite(tensor):
+                    wrong.append(part)
                 yield part, tensor
 
     write_safetensors(path, {part: shard.tensors[part] for part in order}, pieces())
@@ -219,25 +242,28 @@ def write_shard(
 
 
 def file_name(number: int, count: int) -> str:
-    """Name of one of `count` files, as transformers names them."""
-    return (
-        "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-    )
+    """Return the name of one of `count` files, as transformers names them."""
+    if count == 1:
+        return "model.safetensors"
+    return f"model-{number + 1:05d}-of-{count:05d}.safetensors"
 
 
 def _write_index(path: Path, shards: Mapping[str, Shard]) -> None:
+    """Write which file holds which tensor, as transformers does."""
     total = sum(shard.bytes for shard in shards.values())
     files = {tensor: name for name, shard in shards.items() for tensor in shard.tensors}
-    write_json(path, {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))})
+    content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
+    write_json(path, content)
 
 
-def _write_companions(
-    partial: Path, config: ModelConfig, shards: list[Shard], files: Companions
-) -> list[str]:
-    """config.json and the files that go along; returns what is to be said of them."""
-    tokens = carry_companions(files, partial)
+def _write_companions(partial: Path, weights: DescribedWeights, shards: list[Shard]) -> list[str]:
+    """Write config.json and the files that go along; returns a line for each thing to know of them."""
+    tokens = carry_companions(weights.companions, partial)
     kept = read_json(partial / CONFIG, "hf") if (partial / CONFIG).is_file() else None
     dtypes = {dtype for shard in shards for _, dtype in shard.tensors.values()}
-    widest = str(max(dtypes, key=lambda dtype: dtype.itemsize)).removeprefix("torch.")
-    write_json(partial / CONFIG, write_config(config, widest, tokens.added if tokens else {}, kept))
-    return write_serving_files(partial, files, tokens)
+    # transformers loads in the type that config.json names: the widest loses nothing.
+    widest = max(dtypes, key=lambda dtype: dtype.itemsize)
+    name = str(widest).removeprefix("torch.")
+    added = tokens.added if tokens else {}
+    write_json(partial / CONFIG, write_config(weights.model, name, added, kept))
+    return write_serving_files(partial, weights.companions, tokens)

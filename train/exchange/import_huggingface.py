@@ -37,14 +37,20 @@ from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.model.sharding import LAYERS, canonical_parameters
 from visionloom.parallel.topology import Topology
 from visionloom.train.checkpoint.finite import is_finite, not_finite
-from visionloom.train.checkpoint.read import FileEntry, content, weights_state, write_manifest
+from visionloom.train.checkpoint.read import (
+    FileEntry,
+    layout_metadata,
+    weights_state,
+    write_manifest,
+)
 from visionloom.train.checkpoint.state_file import STATE, RunState
 from visionloom.train.checkpoint.stored import canonical_region
 from visionloom.train.exchange.companions import COMPANIONS, carry
 
 PHASE = "import"
-"""What a checkpoint's state names as its phase if no training has led to it."""
+"""Phase in the state of a checkpoint that no training has led to."""
 REPORT_BYTES = 1 << 30
+"""Read between two progress lines: 1 GiB."""
 
 
 def import_huggingface(
@@ -56,20 +62,22 @@ def import_huggingface(
         folder: of a Hugging Face model.
         out: the checkpoint's folder, made here; there is none until it is whole.
         topology: the layout that decides who writes what; the checkpoint has none.
-        say: is told how far this rank is.
+        say: receives progress lines of this rank.
 
     Raises:
         UserError: if the folder is no whole Qwen3-VL model, the layout does not fit it, or `out` is there already.
     """
     source = HuggingFaceFolder(folder)
-    if found := source.config.layout_problems(topology.config):
-        raise UserError("; ".join(found))
+    if problems := source.config.layout_problems(topology.config):
+        raise UserError("; ".join(problems))
     check_layers_alike(source)
+
     partial = start_folder(out, topology)
-    chunks = empty_model(source, topology)
+    parts = empty_model(source, topology)
     strategy = FullyParallelSaveStrategyWrapper(StreamedSave(source, say), topology.groups.dp_cp)
-    state = weights_state(chunks, topology)
-    dist_checkpointing.save(state, str(partial), strategy, content_metadata=content(None))
+    state = weights_state(parts, topology)
+    dist_checkpointing.save(state, str(partial), strategy, content_metadata=layout_metadata(None))
+
     if topology.is_main:
         run_state = RunState(PHASE, 0, 0, 0, {}, asdict(source.config), 0)
         (partial / STATE).write_text(json.dumps(asdict(run_state)))
@@ -81,25 +89,33 @@ def import_huggingface(
 
 
 def check_layers_alike(source: HuggingFaceFolder) -> None:
-    """Refuse a folder that has one parameter in different types in different layers: a checkpoint has it once for all layers."""
+    """Refuse a folder that has one parameter in different types in different layers.
+
+    A checkpoint stacks a parameter of all layers into one tensor, which has one type.
+    """
     types: dict[str, dict[torch.dtype, str]] = {}
     for name, shape in parameter_shapes(source.config).items():
         if name.startswith(LAYERS):
-            kind = name.removeprefix(LAYERS).partition(".")[2]
-            types.setdefault(kind, {}).setdefault(source.parameter_dtype(name, shape), name)
-    for found in types.values():
-        if len(found) > 1:
-            told = " and ".join(
-                f"{name} in {str(dtype).removeprefix('torch.')}" for dtype, name in found.items()
-            )
+            _, _, kind = name.removeprefix(LAYERS).partition(".")
+            dtype = source.parameter_dtype(name, shape)
+            types.setdefault(kind, {}).setdefault(dtype, name)
+    for examples in types.values():
+        if len(examples) > 1:
+            named = []
+            for dtype, name in examples.items():
+                named.append(f"{name} in {str(dtype).removeprefix('torch.')}")
             raise UserError(
-                f"hf={source.folder}: layers differ in type, {told}, which a checkpoint cannot hold: save the model in one type,"
+                f"hf={source.folder}: layers differ in type, {' and '.join(named)}, which a checkpoint cannot hold: save the model in one type,"
                 " or train from the folder itself (init.huggingface)"
             )
 
 
 def start_folder(out: Path, topology: Topology) -> Path:
-    """A new folder beside `out`, to be renamed when everything is in it; UserError if `out` is there already."""
+    """Make a folder next to `out`, to be renamed when everything is in it; all ranks call it.
+
+    Raises:
+        UserError: on all ranks, if `out` is there already or the folder cannot be made.
+    """
     partial = out.with_name(out.name + ".tmp")
     fault = ""
     if topology.is_main:
@@ -119,18 +135,16 @@ def start_folder(out: Path, topology: Topology) -> Path:
 
 
 def empty_model(source: HuggingFaceFolder, topology: Topology) -> list[Qwen3VL]:
-    """The model's chunks on the meta device, each parameter in the type that it has in the folder."""
-    shapes, most = (
-        parameter_shapes(source.config),
-        Counter(map(source.dtype, source.names)).most_common(1)[0][0],
-    )
+    """Build this rank's parts on the meta device, each parameter in the type that it has in the folder."""
+    shapes = parameter_shapes(source.config)
+    [(most, _)] = Counter(map(source.dtype, source.names)).most_common(1)
     numbers = range(topology.config.chunks) if topology.config.chunks > 1 else [None]
     with torch.device("meta"):
-        chunks = [Qwen3VL(source.config, topology, most, number) for number in numbers]
-    for chunk in chunks:
-        for name, parameter in canonical_parameters(chunk):
+        parts = [Qwen3VL(source.config, topology, most, number) for number in numbers]
+    for part in parts:
+        for name, parameter in canonical_parameters(part):
             parameter.data = parameter.data.to(source.parameter_dtype(name, shapes[name]))
-    return chunks
+    return parts
 
 
 class StreamedSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
@@ -149,10 +163,13 @@ class StreamedSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
             save_distributed(
                 state, storage_writer=writer, planner=StreamedPlanner(self.source, self.say)
             )
-        except CheckpointException as error:  # no Exception, and what it is about is inside
+        # torch's own is no Exception, and holds those of all ranks.
+        except CheckpointException as error:
             causes = [cause for cause, _ in error.failures.values()]
-            told = next((cause for cause in causes if isinstance(cause, UserError)), None)
-            raise told or OSError(f"{checkpoint_dir} could not be written: {causes[0]}") from error
+            for cause in causes:
+                if isinstance(cause, UserError):
+                    raise cause from error
+            raise OSError(f"{checkpoint_dir} could not be written: {causes[0]}") from error
 
 
 class StreamedPlanner(MCoreSavePlanner):  # type: ignore[misc]
@@ -167,41 +184,50 @@ class StreamedPlanner(MCoreSavePlanner):  # type: ignore[misc]
         self.bytes = 0
 
     def resolve_data(self, write_item: WriteItem) -> Any:
-        """The bytes or the part of a tensor that an item of the plan stands for."""
+        """Read the part of a tensor, or the bytes, of an item of the plan."""
         if write_item.type == WriteItemType.BYTE_IO or write_item.tensor_data is None:
             return super().resolve_data(write_item)
         if self.last is not None:
             # torch's writer keeps the last tensor of each name although it has written it: let its memory go.
             self.last.untyped_storage().resize_(0)
-        chunk, kind = write_item.tensor_data.chunk, write_item.tensor_data.properties.dtype
+        chunk = write_item.tensor_data.chunk
+        dtype = write_item.tensor_data.properties.dtype
+        sizes = tuple(chunk.sizes)
         name, region = canonical_region(write_item.index.fqn, chunk.offsets, chunk.sizes)
+        # Published models keep no loads of routers: they count anew.
         if name.endswith("mlp.router.load"):
-            part = torch.zeros(tuple(chunk.sizes), dtype=kind)
+            part = torch.zeros(sizes, dtype=dtype)
         else:
-            part = (
-                self.source.parameter(name, region)
-                .reshape(tuple(chunk.sizes))
-                .to(kind)
-                .contiguous()
-            )
+            stored = self.source.parameter(name, region)
+            part = stored.reshape(sizes).to(dtype).contiguous()
             if not is_finite(part):
                 raise UserError(not_finite(f"hf={self.source.folder}", [name]))
+        # A part may be a view of the mapped file, whose memory is not ours to let go.
         self.last = part if part.untyped_storage().resizable() else part.clone()
         self._report(part.nbytes)
         return self.last
 
     def _report(self, size: int) -> None:
-        before, self.bytes = self.bytes, self.bytes + size
+        before = self.bytes
+        self.bytes += size
         if self.bytes // REPORT_BYTES > before // REPORT_BYTES:
             self.say(f"{self.bytes / 2**30:.1f} GiB read")
 
 
 def _write_manifest(folder: Path, topology: Topology) -> None:
     """Hash the files, each rank its own, as loading a checkpoint checks them."""
-    own = [p for p in folder.iterdir() if p.name.startswith(f"__{topology.rank}_")]
+    paths = list(folder.glob(f"__{topology.rank}_*"))
     if topology.is_main:
-        own += [p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("__")]
+        paths += [
+            path
+            for path in folder.rglob("*")
+            if path.is_file() and not path.name.startswith("__")  # data: each rank's own
+        ]
+    entries = {str(path.relative_to(folder)): FileEntry.of(path) for path in paths}
     gathered: list[dict[str, FileEntry]] = [{}] * topology.world_size
-    dist.all_gather_object(gathered, {str(p.relative_to(folder)): FileEntry.of(p) for p in own})
+    dist.all_gather_object(gathered, entries)
     if topology.is_main:
-        write_manifest(folder, {name: entry for part in gathered for name, entry in part.items()})
+        files: dict[str, FileEntry] = {}
+        for part in gathered:
+            files |= part
+        write_manifest(folder, files)

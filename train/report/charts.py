@@ -12,7 +12,10 @@ from visionloom.common.text import one_line
 from visionloom.train.report.history import Line, PhaseHistory, Values, curve
 
 COLOURS: Final = ("ink", "muted", "grid", "band", "one", "two", "three")
-_MARKERS: Final = {name: f"#0000{number:02x}" for number, name in enumerate(COLOURS, 1)}
+_MARKERS: Final = {
+    name: f"#0000{number:02x}"  # almost black, and no two alike
+    for number, name in enumerate(COLOURS, 1)
+}
 """Colours that no chart uses otherwise: the finished SVG has the page's variables in their place."""
 
 WIDE: Final = (9.6, 3.4)
@@ -22,6 +25,12 @@ SMALL: Final = (3.2, 2.1)
 
 LONGEST_NAME: Final = 40
 """Characters of a phase's name above a chart."""
+UNITS: Final = (
+    (1e12, "T"),
+    (1e9, "G"),
+    (1e6, "M"),
+    (1e3, "k"),
+)
 LOG_FROM: Final = 30.0
 """Ratio of the largest to the smallest value from which an axis is logarithmic."""
 
@@ -39,22 +48,104 @@ class Drawn:
     style: str = "-"
     marker: str = ""
 
+    def plot(self, axes: Any) -> None:
+        """Add the curve to matplotlib's axes."""
+        axes.plot(
+            self.x,
+            self.y,
+            color=_MARKERS[self.colour],
+            linewidth=self.width,
+            alpha=self.alpha,
+            label=self.label or "_",  # matplotlib leaves such a label out of the legend
+            linestyle=self.style,
+            marker=self.marker,
+            markersize=3.5,
+            solid_capstyle="round",
+        )
+
 
 @dataclass(frozen=True)
 class Chart:
     """Curves over the steps of a run, its phases shaded in turn."""
 
     name: str
-    """Tells its elements from those of other charts."""
+    """Unique on the page: matplotlib derives the ids of elements from it."""
     curves: Sequence[Drawn]
     phases: Sequence[PhaseHistory]
     """At least one."""
     size: tuple[float, float] = HALF
     named: bool = False
-    """Whether the phases' names stand above; else their numbers."""
+    """Write the phases' names above; else their numbers."""
     percent: bool = False
+    """Values are percentages."""
     logarithmic: bool = False
-    """Whether the axis may be logarithmic."""
+    """Allow a logarithmic axis, which values over a wide range then get."""
+
+    def shade(self, axes: Any) -> None:
+        """Shade every other phase in grey, with names or numbers above."""
+        first = self.phases[0].first_step
+        last = self.phases[-1].last_step
+        axes.set_xlim(first - 0.5, last + 0.5)
+        inches_per_step = (
+            self.size[0] * 0.88 / (last - first + 1)
+        )  # the axes take 88 % of the width
+        free_from = -np.inf
+        for place, phase in enumerate(self.phases):
+            left = phase.first_step - 0.5
+            right = phase.last_step + 0.5
+            if place % 2 == 0:
+                axes.axvspan(left, right, color=_MARKERS["band"], linewidth=0, zorder=0)
+
+            middle = (left + right) / 2
+            at = max(middle, free_from)
+            title: dict[str, Any] = {
+                "transform": axes.get_xaxis_transform(),
+                "color": _MARKERS["muted"],
+            }
+            if self.named:
+                # Names of short phases move right, each by the 0.17 inches that a slanted line takes.
+                free_from = at + 0.17 / inches_per_step
+                axes.text(at, 1.02, one_line(phase.name)[:LONGEST_NAME], rotation=30, **title)
+            elif at == middle:
+                # Numbers stay in the middle of their phase; those without room are left out.
+                free_from = at + 0.14 / inches_per_step
+                axes.text(at, 0.985, str(place + 1), ha="center", va="top", fontsize=7, **title)
+
+    def scale(self, axes: Any) -> None:
+        """Make axes from zero up, or logarithmic where the values span a ratio above LOG_FROM."""
+        from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+
+        rounded = [1, 2, 2.5, 5, 10]
+        ticks = max(3, round(self.size[0] * 1.2))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=ticks, steps=rounded))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
+
+        values = np.concatenate([np.asarray(drawn.y) for drawn in self.curves])
+        values = values[np.isfinite(values)]
+        if self.logarithmic and _is_wide(values):
+            axes.set_yscale("log")
+            axes.yaxis.set_minor_formatter(NullFormatter())
+        else:
+            axes.set_ylim(0, self._top(values))
+            axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=rounded))
+
+        def written(value: float, _: int | None) -> str:
+            return f"{value:.3g}%" if self.percent else compact(value)
+
+        axes.yaxis.set_major_formatter(FuncFormatter(written))
+        axes.tick_params(length=2.5, width=0.6)
+        if self.named:
+            axes.set_xlabel("step", color=_MARKERS["muted"])
+
+    def _top(self, values: Values) -> float:
+        """Return the upper end of an axis from zero; outliers may be cut off, but no percentage is."""
+        if not len(values):
+            return 1.0
+        largest = float(values.max())
+        usual = float(np.quantile(values, 0.98))
+        if largest > 3 * usual and not self.percent:
+            return 1.25 * usual or 1.0
+        return 1.16 * largest or 1.0
 
 
 def measured(
@@ -64,36 +155,28 @@ def measured(
     colour: str = "one",
     label: str = "",
 ) -> list[Drawn]:
-    """What was measured at each step, faint, and smoothed over a fiftieth of the run."""
+    """Return the values of each step, faint, and the same smoothed over a fiftieth of the run."""
     span = sum(len(phase.lines) for phase in phases) / 50
-    raw, smoothed = curve(phases, value, points), curve(phases, value, points, span)
+    raw = curve(phases, value, points)
+    smoothed = curve(phases, value, points, span)
     return [Drawn(*raw, colour, "", 0.8, 0.35), Drawn(*smoothed, colour, label)]
 
 
 def draw(chart: Chart) -> str:
-    """An inline SVG element; the same chart always gives the same text."""
+    """Return an inline SVG element; the same chart always gives the same text."""
+    # Here and below, since importing matplotlib takes longer than composing a configuration.
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    ink, muted, grid = _MARKERS["ink"], _MARKERS["muted"], _MARKERS["grid"]
-    style: Any = {
-        "svg.fonttype": "none", "svg.hashsalt": chart.name, "path.simplify": True, "font.size": 8.5, "text.color": ink,
-        "axes.facecolor": "none", "axes.edgecolor": muted, "axes.linewidth": 0.6, "axes.grid": True, "axes.grid.axis": "y",
-        "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "grid.color": grid,
-        "grid.linewidth": 0.6, "xtick.color": muted, "ytick.color": muted, "figure.facecolor": "none",
-        "legend.frameon": False, "text.parse_math": False, "axes.formatter.useoffset": False,
-    }  # fmt: skip
-    with mpl.rc_context(style):
+    with mpl.rc_context(_style(chart.name)):
         figure = Figure(figsize=chart.size, layout="constrained")
         axes = figure.add_subplot()
-        _shade(axes, chart)
+        chart.shade(axes)
         for drawn in chart.curves:
-            axes.plot(
-                drawn.x, drawn.y, color=_MARKERS[drawn.colour], linewidth=drawn.width, alpha=drawn.alpha, label=drawn.label or "_",
-                linestyle=drawn.style, marker=drawn.marker, markersize=3.5, solid_capstyle="round",
-            )  # fmt: skip
-        _scale(axes, chart)
+            drawn.plot(axes)
+        chart.scale(axes)
         if any(drawn.label for drawn in chart.curves):
+            # Above the axes: below them it would cover curves of some run or other.
             axes.legend(
                 loc="lower left",
                 bbox_to_anchor=(0, 1.0),
@@ -101,83 +184,53 @@ def draw(chart: Chart) -> str:
                 borderaxespad=0.2,
                 handlelength=1.6,
             )
+
         file = StringIO()
-        figure.savefig(
-            file, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        )
+        # Without these four, the date of drawing among them, the same run gives the same file.
+        metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(file, format="svg", metadata=metadata)
     return _embeddable(file.getvalue())
 
 
-def _shade(axes: Any, chart: Chart) -> None:
-    """Every other phase in grey, with names or numbers above."""
-    first, last = chart.phases[0].first_step, chart.phases[-1].last_step
-    axes.set_xlim(first - 0.5, last + 0.5)
-    inches_per_step = chart.size[0] * 0.88 / (last - first + 1)
-    free_from = -np.inf
-    for place, phase in enumerate(chart.phases):
-        left, right = phase.first_step - 0.5, phase.last_step + 0.5
-        if place % 2 == 0:
-            axes.axvspan(left, right, color=_MARKERS["band"], linewidth=0, zorder=0)
-        at = max((left + right) / 2, free_from)
-        if chart.named:
-            free_from = at + 0.17 / inches_per_step
-            axes.text(
-                at,
-                1.02,
-                one_line(phase.name)[:LONGEST_NAME],
-                transform=axes.get_xaxis_transform(),
-                rotation=30,
-                color=_MARKERS["muted"],
-            )
-        elif at == (left + right) / 2:
-            free_from = at + 0.14 / inches_per_step
-            axes.text(
-                at, 0.985, str(place + 1), transform=axes.get_xaxis_transform(), ha="center", va="top", fontsize=7,
-                color=_MARKERS["muted"],
-            )  # fmt: skip
+def _style(salt: str) -> Any:
+    """Return matplotlib's settings of a chart; `salt` makes its element ids its own."""
+    muted = _MARKERS["muted"]
+    return {
+        # Text stays text, so that it takes the page's font and can be searched for.
+        "svg.fonttype": "none",
+        "svg.hashsalt": salt,
+        "path.simplify": True,
+        "font.size": 8.5,
+        "text.color": _MARKERS["ink"],
+        "text.parse_math": False,  # a dataset may have dollar signs in its name
+        "figure.facecolor": "none",
+        "axes.facecolor": "none",
+        "axes.edgecolor": muted,
+        "axes.linewidth": 0.6,
+        "axes.grid": True,
+        "axes.grid.axis": "y",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.axisbelow": True,
+        "axes.formatter.useoffset": False,  # labels show whole values, without "+1.2e1" at the side
+        "grid.color": _MARKERS["grid"],
+        "grid.linewidth": 0.6,
+        "xtick.color": muted,
+        "ytick.color": muted,
+        "legend.frameon": False,
+    }
 
 
-def _scale(axes: Any, chart: Chart) -> None:
-    """Axes from zero up, or logarithmic where the values span so much."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
-
-    values = np.concatenate([np.asarray(drawn.y) for drawn in chart.curves])
-    values = values[np.isfinite(values)]
-    axes.xaxis.set_major_locator(
-        MaxNLocator(
-            integer=True, nbins=max(3, round(chart.size[0] * 1.2)), steps=[1, 2, 2.5, 5, 10]
-        )
-    )
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
-    if (
-        chart.logarithmic
-        and len(values)
-        and values.min() > 0
-        and values.max() / values.min() > LOG_FROM
-    ):
-        axes.set_yscale("log")
-        axes.yaxis.set_minor_formatter(NullFormatter())
-    else:
-        axes.set_ylim(0, _top(values, chart))
-        axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]))
-    axes.yaxis.set_major_formatter(
-        FuncFormatter(lambda value, _: f"{value:.3g}%" if chart.percent else compact(value))
-    )
-    axes.tick_params(length=2.5, width=0.6)
-    if chart.named:
-        axes.set_xlabel("step", color=_MARKERS["muted"])
-
-
-def _top(values: Values, chart: Chart) -> float:
-    """Upper end of an axis from zero; a few outliers may leave the picture, but no percentage does."""
-    largest = float(values.max()) if len(values) else 0.0
-    usual = float(np.quantile(values, 0.98)) if len(values) else 0.0
-    return (1.25 * usual if largest > 3 * usual and not chart.percent else 1.16 * largest) or 1.0
+def _is_wide(values: Values) -> bool:
+    """Return whether values are all above 0 and span a ratio above LOG_FROM."""
+    if not len(values) or values.min() <= 0:
+        return False
+    return bool(values.max() / values.min() > LOG_FROM)
 
 
 def compact(value: float) -> str:
-    """A number in few characters: 1200000 as 1.2M, 0.00025 as 2.5e-4."""
-    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+    """Return a number in few characters: 1200000 as 1.2M, 0.00025 as 2.5e-4."""
+    for size, unit in UNITS:
         if abs(value) >= size:
             return f"{value / size:.3g}{unit}"
     if value and abs(value) < 1e-2:
@@ -187,10 +240,10 @@ def compact(value: float) -> str:
 
 
 def _embeddable(svg: str) -> str:
-    """The SVG element alone: no prolog, no group names (they would repeat on the page), colours as variables."""
-    svg = svg[svg.index("<svg") :].strip()
+    """Return the SVG element alone, its colours as the page's variables."""
+    svg = svg[svg.index("<svg") :].strip()  # without the prolog, which only a file of its own has
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # these ids would repeat on the page
     svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
     svg = re.sub(r"\s*\n\s*", "\n", svg)
     for name, marker in _MARKERS.items():

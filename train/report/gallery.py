@@ -35,8 +35,8 @@ class PictureBudget:
     def __init__(self, size: int) -> None:
         self.left = size
 
-    def take(self, size: int) -> bool:
-        """Whether so many bytes are left; they are taken if so."""
+    def spend(self, size: int) -> bool:
+        """Spend `size` bytes if that many are left; return whether they were."""
         if size > self.left:
             return False
         self.left -= size
@@ -54,7 +54,8 @@ class ShownPicture:
     """In patches."""
 
     def frames(self) -> Pixels:
-        """uint8 [1 or 2, rows, columns, 3]; a second frame only where it differs from the first."""
+        """Return the pixels, uint8 [1 or 2, rows, columns, 3]; a second frame only if it differs."""
+        # The merger wants the patches of each 2 x 2 block together; here they go back into rows.
         blocks = self.rows.reshape(
             self.height // MERGE_SIZE,
             self.width // MERGE_SIZE,
@@ -67,95 +68,117 @@ class ShownPicture:
         )
         shape = (-1, self.height * PATCH_SIZE, self.width * PATCH_SIZE, 3)
         frames = blocks.transpose(5, 0, 2, 6, 1, 3, 7, 4).reshape(shape)
-        return frames[:1] if len(frames) == 2 and np.array_equal(frames[0], frames[1]) else frames
+        # A picture fills both frames of its temporal patch.
+        if len(frames) == 2 and np.array_equal(frames[0], frames[1]):
+            return frames[:1]
+        return frames
 
 
 def views(sample: EncodedSample) -> Iterator[ShownPicture]:
-    """What each PICTURE of the sample stands for, in order; nothing if its patches are not there."""
+    """Yield the picture for each PICTURE of the sample, in order; none if it has no patches."""
     if sample.patches is None:
         return
     start = 0
     for time, height, width in sample.grids.tolist():
         for _ in range(time):
-            yield ShownPicture(sample.patches[start : start + height * width], height, width)
-            start += height * width
+            end = start + height * width
+            yield ShownPicture(sample.patches[start:end], height, width)
+            start = end
 
 
 def card(prediction: Prediction, budget: PictureBudget) -> str:
-    """One sample as HTML."""
-    sample, right = prediction.sample, prediction.correct
-    rows = (("answer", sample.answer or ""), ("prediction", prediction.text))
+    """Return one sample as HTML."""
+    sample, question = prediction.sample, prediction.question
+    kind, mark = ("right", "✓ right") if prediction.correct else ("wrong", "✗ wrong")
+    single = " single" if question.count(PICTURE) == 1 else ""
+    illustrated = _illustrated(question, list(views(sample)), budget)
+    texts = []
+    for name, text in (("answer", sample.answer or ""), ("prediction", prediction.text)):
+        shown = escape(shorten(text, ANSWER_CHARACTERS)) or "<i>nothing</i>"
+        texts.append(f"<dt>{name}</dt><dd>{shown}</dd>")
     return (
-        f'<article class="sample {"right" if right else "wrong"}"><header><span class="mark">{"✓ right" if right else "✗ wrong"}</span>'
-        f' {escape(sample.task or sample.dataset)} <span class="id">{escape(sample.sample_id)}</span></header>'
-        f'<div class="question{" single" if prediction.question.count(PICTURE) == 1 else ""}">{_illustrated(prediction.question, list(views(sample)), budget)}</div><dl>'
-        + "".join(
-            f"<dt>{name}</dt><dd>{escape(shorten(text, ANSWER_CHARACTERS)) or '<i>nothing</i>'}</dd>"
-            for name, text in rows
-        )
-        + "</dl></article>"
+        f'<article class="sample {kind}"><header><span class="mark">{mark}</span>'
+        f" {escape(sample.task or sample.dataset)}"
+        f' <span class="id">{escape(sample.sample_id)}</span></header>'
+        f'<div class="question{single}">{illustrated}</div>'
+        f"<dl>{''.join(texts)}</dl></article>"
     )
 
 
 def shorten(text: str, characters: int) -> str:
-    """The text, or its two ends with a note of what is left out between them."""
+    """Return the text, or its two ends with a note of what is left out between them."""
     if len(text) <= characters:
         return text
     half = characters // 2
-    return f"{text[:half]} […{_omitted(text[half:-half])}…] {text[-half:]}"
+    omitted = text[half:-half]
+    pictures = omitted.count(PICTURE)
+    with_pictures = f" with {pictures:,} pictures" if pictures else ""
+    note = f" {len(omitted):,} characters{with_pictures} left out "
+    return f"{text[:half]} […{note}…] {text[-half:]}"
 
 
-def _omitted(middle: str) -> str:
-    pictures = middle.count(PICTURE)
-    return (
-        f" {len(middle):,} characters{f' with {pictures:,} pictures' if pictures else ''} left out "
-    )
-
-
-def _illustrated(question: str, found: Sequence[ShownPicture], budget: PictureBudget) -> str:
-    """The question with its pictures in their places; the moment before a video's frames becomes their caption."""
+def _shown_places(question: str) -> list[int]:
+    """Return the numbers of a question's pictures that `shorten` does not cut out."""
+    places = range(question.count(PICTURE))
+    if len(question) <= QUESTION_CHARACTERS:
+        return list(places)
     half = QUESTION_CHARACTERS // 2
-    cut = len(question) > QUESTION_CHARACTERS
-    hidden = question[half:-half].count(PICTURE) if cut else 0
-    first_hidden = question[:half].count(PICTURE)
-    places = [
-        i
-        for i in range(question.count(PICTURE))
-        if not (cut and first_hidden <= i < first_hidden + hidden)
-    ]
+    first = question[:half].count(PICTURE)
+    after = first + question[half:-half].count(PICTURE)
+    return [*places[:first], *places[after:]]
+
+
+def _illustrated(question: str, pictures: Sequence[ShownPicture], budget: PictureBudget) -> str:
+    """Return the question with its pictures in their places, HTML.
+
+    The moment before a video's frames becomes their caption.
+    """
+    places = _shown_places(question)
     side = SIDE if len(places) <= 2 else SIDE_OF_MANY
-    texts = shorten(question, QUESTION_CHARACTERS).split(PICTURE)
-    out = []
-    for number, (text, place) in enumerate(zip(texts, [*places, None], strict=True)):
-        moment = _MOMENT.search(text) if place is not None else None
-        out.append(escape(text[: moment.start()] if moment else text))
-        if place is not None:
-            shown = found[place] if place < len(found) and number < PICTURES_SHOWN else None
-            out.append(_figure(shown, f"{moment[1]} s" if moment else "", side, budget))
-    return "".join(out)
+    *texts, rest = shorten(question, QUESTION_CHARACTERS).split(PICTURE)
+    html = []
+    before_pictures = zip(texts, places, strict=True)
+    for number, (text, place) in enumerate(before_pictures):
+        caption = ""
+        if moment := _MOMENT.search(text):
+            text = text[: moment.start()]
+            caption = f"{moment[1]} s"
+        is_shown = place < len(pictures) and number < PICTURES_SHOWN
+        picture = pictures[place] if is_shown else None
+        html.append(escape(text))
+        html.append(_figure(picture, caption, side, budget))
+    return "".join(html) + escape(rest)
 
 
 def _figure(view: ShownPicture | None, caption: str, side: int, budget: PictureBudget) -> str:
+    """Return a picture, or both frames of a pair, as HTML; an empty frame if there is no room."""
     frames = [_data_uri(frame, side) for frame in view.frames()] if view is not None else []
     below = f"<figcaption>{caption}</figcaption>" if caption else ""
-    if not frames or not budget.take(sum(len(data) for data, _ in frames)):
-        return f'<figure class="picture"><span class="empty" title="picture not shown"></span>{below}</figure>'
-    times = max(1, (ENLARGED if side == SIDE else ENLARGED_OF_MANY) // max(frames[0][1]))
+    # Base64 is what the page holds, so it is what the budget counts.
+    if not frames or not budget.spend(sum(len(data) for data, _ in frames)):
+        empty = '<span class="empty" title="picture not shown"></span>'
+        return f'<figure class="picture">{empty}{below}</figure>'
+
+    _, size = frames[0]
+    limit = ENLARGED if side == SIDE else ENLARGED_OF_MANY
+    times = max(1, limit // max(size))
     kind = ' class="pixels"' if times > 1 else ""
-    images = "".join(
-        f'<img{kind} src="{data}" width="{times * w}" height="{times * h}" alt="">'
-        for data, (w, h) in frames
-    )
-    return f'<figure class="picture">{images}{below}</figure>'
+    images = []
+    for data, (columns, rows) in frames:
+        extent = f'width="{times * columns}" height="{times * rows}"'
+        images.append(f'<img{kind} src="{data}" {extent} alt="">')
+    return f'<figure class="picture">{"".join(images)}{below}</figure>'
 
 
 def _data_uri(frame: Pixels, side: int) -> tuple[str, tuple[int, int]]:
-    """A frame no longer than `side` pixels as a data URI, and its (width, height)."""
+    """Return a frame no longer than `side` pixels as a data URI, and its (width, height)."""
     picture = Pillow.fromarray(np.ascontiguousarray(frame))
     picture.thumbnail((side, side))
+    # Drawings and text stay sharp as PNG; photographs are smaller as JPEG.
     for kind, options in (("png", {}), ("jpeg", {"quality": 82})):
         file = BytesIO()
         picture.save(file, kind, optimize=True, **options)
         if file.tell() <= PNG_BYTES:
             break
-    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}", picture.size
+    content = base64.b64encode(file.getvalue()).decode()
+    return f"data:image/{kind};base64,{content}", picture.size

@@ -1,4 +1,4 @@
-"""What a report tells of a run, read from the run's folder: metrics by phase, held-out losses, results, settings.
+"""The history of a run, read from its folder: metrics by phase, held-out losses, results, settings.
 
 Every file may be missing or cut off: a report shows what there is.
 """
@@ -25,16 +25,18 @@ LARGEST: Final = 1 << 22
 LONGEST_LINE: Final = 1 << 20
 """Bytes of a line of a log: 1 MiB; a metrics line of the demo has 900."""
 LARGEST_NUMBER: Final = 1e30
+"""Sums of larger ones could overflow, and matplotlib fails on axes that long."""
 LAST_STEP: Final = 1 << 53
 LAST_SECOND: Final = 4e9
-"""The year 2096."""
+"""Seconds since 1970: the year 2096."""
 PHASES_SHOWN: Final = 100
 SOURCES_KNOWN: Final = 1000
+"""Datasets of a run; a damaged log could name any number of them."""
 NO_TASKS: Final = (
     "No answers are compared: no sample of data.validation has a task and an answer. Name one with `python launch/data.py convert"
     " ... --task NAME` or a key `task` in a record (docs/data.md): answers of such samples are generated and compared word for word."
 )
-"""Stands where the table of tasks would be."""
+"""Shown in the place of the table of tasks."""
 
 Line = Mapping[str, Any]
 Values = NDArray[np.float64]
@@ -56,25 +58,27 @@ class PhaseHistory:
 
     @property
     def first_step(self) -> int:
-        """Step of the run that it began with."""
+        """Return the step of the run that it began with."""
         return int(self.lines[0]["step"])
 
     @property
     def last_step(self) -> int:
-        """Newest step of the run that belongs to it."""
+        """Return the newest step of the run that belongs to it."""
         return int(self.lines[-1]["step"])
 
     def total(self, field: str) -> float:
-        """Sum of a field of its lines."""
+        """Add up a field of its lines."""
         return sum(number(line.get(field)) or 0 for line in self.lines)
 
     def series(self, value: Callable[[Line], Any]) -> tuple[Values, Values]:
-        """Steps and values of the lines in which `value` finds a finite number."""
-        found = [
-            (int(line["step"]), x) for line in self.lines if (x := number(value(line))) is not None
-        ]
-        steps, values = np.array(found, np.float64).reshape(-1, 2).T
-        return steps, values
+        """Return steps and values, fp64 [N] each, of the lines where `value` is a finite number."""
+        steps, values = [], []
+        for line in self.lines:
+            measured = number(value(line))
+            if measured is not None:
+                steps.append(int(line["step"]))
+                values.append(measured)
+        return np.array(steps, np.float64), np.array(values, np.float64)
 
 
 @dataclass(frozen=True)
@@ -91,104 +95,118 @@ class History:
 
     @classmethod
     def read(cls, folder: Path) -> "History":
-        """Read what the run's folder holds."""
+        """Read the files of a run's folder; those that are missing or damaged count as empty."""
         lines = [line for line in read_lines(folder, METRICS) if is_step(line.get("step"))]
-        results = _mapping(lambda: read_json(folder, RESULTS, dict[str, Any], LARGEST))
         return cls(
             folder,
             lines,
-            read_lines(folder, EVENTS),
-            results,
-            _mapping(lambda: read_yaml(folder, SETTINGS)),
+            events=read_lines(folder, EVENTS),
+            results=_mapping(lambda: read_json(folder, RESULTS, dict[str, Any], LARGEST)),
+            config=_mapping(lambda: read_yaml(folder, SETTINGS)),
         )
 
     @property
     def name(self) -> str:
-        """run.name, or the folder's name."""
+        """Return run.name, or the folder's name."""
         return str(self.part("run").get("name") or self.folder.resolve().name)
 
     def part(self, name: str) -> Line:
-        """A section of config.yaml; empty if it is not there."""
+        """Return a section of config.yaml; empty if it is not there."""
         return _part(self.config, name)
 
     @property
     def last_step(self) -> int:
-        """Newest step of the run; 0 if none was taken."""
+        """Return the newest step of the run; 0 if none was taken."""
         return int(self.lines[-1]["step"]) if self.lines else 0
 
     @property
     def seconds_since_1970(self) -> float | None:
-        """When the run last wrote an event; None if it never did."""
-        when = number(self.events[-1].get("time")) if self.events else None
+        """Return when the run last wrote an event; None if it never did."""
+        if not self.events:
+            return None
+        when = number(self.events[-1].get("time"))
         return when if when is not None and 0 <= when < LAST_SECOND else None
 
     @cached_property
     def phases(self) -> list[PhaseHistory]:
-        """The phases in the order in which they ran."""
-        found = []
-        validations = [
-            e
-            for e in self.of("validation")
-            if is_step(e.get("step")) and isinstance(e.get("loss"), Mapping)
-        ]
-        for name, group in islice(
-            groupby(self.lines, key=lambda line: str(line.get("phase", ""))), PHASES_SHOWN
-        ):
+        """Return the phases in the order in which they ran, at most PHASES_SHOWN."""
+        by_phase = groupby(self.lines, key=lambda line: str(line.get("phase", "")))
+        phases = []
+        for name, group in islice(by_phase, PHASES_SHOWN):
             lines = list(group)
-            measured = [event for event in validations if event.get("phase") == name]
-            before = [event["loss"] for event in measured if event["step"] < lines[0]["step"]]
-            after = [
-                event["loss"]
-                for event in measured
-                if lines[0]["step"] <= event["step"] <= lines[-1]["step"]
-            ]
+            before, after = self._held_out_losses(name, lines[0]["step"], lines[-1]["step"])
             settings = _part(self.part("phases"), name)
-            found.append(
-                PhaseHistory(
-                    name, lines, settings, before[-1] if before else {}, after[-1] if after else {}
-                )
-            )
-        return found
+            phases.append(PhaseHistory(name, lines, settings, before, after))
+        return phases
+
+    def _held_out_losses(self, phase_name: str, first: int, last: int) -> tuple[Line, Line]:
+        """Return the last held-out losses before a phase's steps `first` to `last`, and in them."""
+        before: Line = {}
+        after: Line = {}
+        for event in self.of("validation"):
+            step: Any = event.get("step")
+            losses = event.get("loss")
+            if event.get("phase") != phase_name or not is_step(step):
+                continue
+            if not isinstance(losses, Mapping):
+                continue
+            # A phase is measured before its first step too, under the step of the phase before.
+            if step < first:
+                before = losses
+            elif step <= last:
+                after = losses
+        return before, after
 
     @property
     def sources(self) -> list[str]:
-        """All datasets that were trained on or measured, in order of appearance."""
+        """Return all datasets that were trained on or measured, in order of appearance."""
         names: dict[str, None] = {}
         for line in [*self.lines, *self.of("validation"), self.results]:
-            found = line.get("loss_by_source", line.get("loss"))
-            names |= dict.fromkeys(
-                found if isinstance(found, Mapping) and len(names) < SOURCES_KNOWN else ()
-            )
+            # Metrics have losses by source beside the loss of all, events and results them alone.
+            losses = line.get("loss_by_source", line.get("loss"))
+            if isinstance(losses, Mapping) and len(names) < SOURCES_KNOWN:
+                names |= dict.fromkeys(losses)
         return list(names)[:SOURCES_KNOWN]
 
+    def held_out(self, source: str) -> tuple[Values, Values]:
+        """Return steps and held-out losses of a dataset, fp64 [N] each, with a gap (NaN) after each phase."""
+        points: list[tuple[float, float]] = []
+        for phase in self.phases:
+            # Before its first step a phase stands at the step of the one before.
+            ends = ((phase.first_step - 1, phase.before), (phase.last_step, phase.after))
+            for step, losses in ends:
+                loss = number(losses.get(source))
+                if loss is not None:
+                    points.append((step, loss))
+            points.append((float("nan"), float("nan")))
+        x, y = np.array(points).T
+        return x, y
+
     def of(self, event: str) -> list[Line]:
-        """The events of a kind, oldest first."""
+        """Return the events of a kind, oldest first."""
         return [line for line in self.events if line.get("event") == event]
 
 
 def number(value: Any) -> float | None:
-    """A number of a size that can be drawn and added up, as a float; None for anything else."""
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not abs(value) < LARGEST_NUMBER
-    ):
+    """Return a number that can be drawn and added up, as a float; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value)
+    # Not `>=`, which would let NaN pass.
+    return float(value) if abs(value) < LARGEST_NUMBER else None
 
 
 def is_step(value: Any) -> bool:
-    """Whether a value can be the number of a step."""
+    """Return whether a value can be the number of a step."""
     return type(value) is int and 0 <= value < LAST_STEP
 
 
 def read_lines(folder: Path, name: str) -> list[Line]:
-    """The JSON objects of a file with one a line; lines that were cut off or are none are passed over."""
-    found: list[Line] = []
+    """Read the JSON objects of a file with one a line; lines that are cut off or are none are skipped."""
+    lines: list[Line] = []
     try:
         file = locate(folder, name).open("rb")
     except (PlaceError, OSError):
-        return found
+        return lines
     with file:
         while text := file.readline(LONGEST_LINE):
             try:
@@ -196,12 +214,12 @@ def read_lines(folder: Path, name: str) -> list[Line]:
             except JsonError:
                 continue
             if isinstance(line, dict):
-                found.append(line)
-    return found
+                lines.append(line)
+    return lines
 
 
 def _mapping(read: Callable[[], dict[str, Any]]) -> Line:
-    """What a file holds; empty if it cannot be read."""
+    """Return a file's mapping; empty if it cannot be read."""
     try:
         return read()
     except (OSError, JsonError):
@@ -209,49 +227,66 @@ def _mapping(read: Callable[[], dict[str, Any]]) -> Line:
 
 
 def _part(content: Line, name: str) -> Line:
-    """A mapping inside a mapping; empty if it is not there."""
-    found = content.get(name)
-    return found if isinstance(found, Mapping) else {}
+    """Return a mapping inside a mapping; empty if it is not there."""
+    part = content.get(name)
+    return part if isinstance(part, Mapping) else {}
 
 
 def smooth(values: Values, span: float) -> Values:
-    """Mean of the exponential moving averages over about `span` values from either side, so that it does not lag."""
-    return (_moving_average(values, span) + _moving_average(values[::-1], span)[::-1]) / 2
+    """Smooth values, fp64 [N], over about `span` of them.
+
+    Returns the mean of the exponential moving averages from either side, which does not lag.
+    """
+    forward = _moving_average(values, span)
+    backward = _moving_average(values[::-1], span)[::-1]
+    return (forward + backward) / 2
 
 
 def _moving_average(values: Values, span: float) -> Values:
-    """Exponential moving average, with the start corrected for its missing past."""
+    """Return the exponential moving average, fp64 [N], corrected for the missing past at its start."""
     keep = 1 - 1 / max(1.0, span)
-    out, mean, weight = np.empty_like(values), 0.0, 0.0
-    for i, value in enumerate(values):
-        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
-        out[i] = mean / weight
-    return out
+    averages = np.empty_like(values)
+    mean = weight = 0.0
+    for place, value in enumerate(values):
+        mean = keep * mean + (1 - keep) * value
+        weight = keep * weight + (1 - keep)  # as for a value of 1 at each step, as Adam does
+        averages[place] = mean / weight
+    return averages
 
 
 def thin(x: Values, y: Values, points: int) -> tuple[Values, Values]:
-    """At most `points` points of a curve: the means of equally long stretches."""
+    """Thin a curve, fp64 [N] each, to at most `points` points: the means of equally long stretches."""
     if len(x) <= points:
         return x, y
     starts = np.linspace(0, len(x), points + 1).astype(np.int64)[:-1]
     counts = np.diff(np.append(starts, len(x)))
-    return np.add.reduceat(x, starts) / counts, np.add.reduceat(y, starts) / counts
+    mean_x = np.add.reduceat(x, starts) / counts
+    mean_y = np.add.reduceat(y, starts) / counts
+    return mean_x, mean_y
 
 
 def curve(
     phases: Sequence[PhaseHistory], value: Callable[[Line], Any], points: int, span: float = 1.0
 ) -> tuple[Values, Values]:
-    """Steps and smoothed values over all phases, at most about `points` of them, with a gap (NaN) between phases."""
+    """Return steps and smoothed values over all phases, fp64 [N] each, with a gap (NaN) after each.
+
+    Args:
+        phases: in the order in which they ran.
+        value: of a line of metrics.
+        points: about the most that are returned.
+        span: values to smooth over; 1: none.
+    """
     total = max(1, sum(len(phase.lines) for phase in phases))
-    pieces = []
+    gap = np.full(1, np.nan)
+    xs, ys = [np.empty(0)], [np.empty(0)]
     for phase in phases:
         steps, values = phase.series(value)
-        if len(steps):
-            share = max(1, points * len(phase.lines) // total)
-            x, y = thin(steps, values, share)
-            pieces += [
-                np.stack((x, smooth(y, span * len(x) / len(steps)))),
-                np.full((2, 1), np.nan),
-            ]
-    joined = np.concatenate([np.empty((2, 0)), *pieces], axis=1)
-    return joined[0], joined[1]
+        if not len(steps):
+            continue
+        share = max(1, points * len(phase.lines) // total)
+        x, y = thin(steps, values, share)
+        # A thinned curve has fewer points, so that the same part of the run has fewer too.
+        span_of_points = span * len(x) / len(steps)
+        xs += [x, gap]
+        ys += [smooth(y, span_of_points), gap]
+    return np.concatenate(xs), np.concatenate(ys)
