@@ -1,4 +1,4 @@
-"""Every field of a Qwen3-VL config.json that is not read: without effect here, or bound to a value; nothing here imports torch.
+"""List every field of a Qwen3-VL config.json that is not read: without effect here, or bound to a value. No torch here.
 
 Source: transformers 5.23's Qwen3VLConfig and Qwen3VLMoeConfig with their parts, the fields that transformers 4.57 wrote, and the
 two models' code, which says what each field does.
@@ -44,16 +44,24 @@ BASE: Final[dict[str, Any]] = {
 """Fields of all configurations of transformers that would change a model."""
 
 
+AXIAL: Final = {"rope_theta": 10_000.0, "rope_type": "axial"}
+"""The rotation of the vision tower, which transformers 5 writes and transformers 4 does not."""
+
+
 def _is_full_attention(value: Any) -> bool:
-    return value is None or (isinstance(value, list) and set(map(str, value)) <= {"full_attention"})
+    """Return whether all layers of `layer_types`, where it is given, see all earlier tokens."""
+    if value is None:
+        return True
+    return isinstance(value, list) and set(map(str, value)) <= {"full_attention"}
 
 
 def _is_axial(value: Any) -> bool:
-    known = {"rope_theta": 10_000.0, "rope_type": "axial"}
-    return value is None or (
-        isinstance(value, dict)
-        and all(known.get(name, value) == given for name, given in value.items())
-    )
+    """Return whether the vision tower's rotation, where it is given, is the one that model/rope.py has."""
+    if value is None:
+        return True
+    if not isinstance(value, dict):
+        return False
+    return all(name in AXIAL and AXIAL[name] == given for name, given in value.items())
 
 
 TEXT_ONLY: Final[dict[str, Any]] = BASE | {

@@ -1,11 +1,11 @@
-"""A folder of a Hugging Face model on disk: what is in it, and any part of any tensor without reading the rest.
+"""Read a folder of a Hugging Face model: its tensors' names and shapes, and any part of a tensor without the rest.
 
 Only safetensors are read, which hold numbers and nothing that could run. Files of pickles (.bin, .pt, .pth) are never opened.
 """
 
 import functools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -35,10 +35,12 @@ LARGEST_HEADER: Final = 1 << 25
 """Bytes: 32 MiB; the 36,000 tensors of the largest model, with experts apart and in one file, would take 6."""
 NAMED: Final = 8
 """Tensors named for one kind of fault; the others are counted."""
+SEPARATE_EXPERT: Final = re.compile(r"\.mlp\.experts\.\d+\.(gate|up|down)_proj\.weight$")
+STACKED_EXPERTS: Final = re.compile(r"\.mlp\.experts\.(gate_up|down)_proj$")
 
 
 class HuggingFaceFolder:
-    """A Source of tensors; the files stay open and are read where a region asks for it."""
+    """A TensorSource; the files stay open and are read where a region asks for it."""
 
     def __init__(self, folder: Path, option: str = "hf") -> None:
         """Read config.json and the headers of all files; `option` names the folder in errors.
@@ -50,54 +52,62 @@ class HuggingFaceFolder:
         self.folder, self.option = folder, option
         self.config = read_config(folder, option)
         self._files = {name: self._open(name) for name in sorted(self._file_names())}
-        self._owner = {tensor: file for file in self._files.values() for tensor in file.keys()}  # noqa: SIM118
+        self._owner: dict[str, Any] = {}
+        for file in self._files.values():
+            # Its keys() makes a list; the file itself cannot be iterated.
+            self._owner.update(dict.fromkeys(file.keys(), file))
         self.expert_layout = self._layout()
         self._check(huggingface_shapes(self.config, self.expert_layout))
 
     def shape(self, name: str) -> Shape:
-        """Full shape of a tensor."""
+        """Return the full shape of a tensor."""
         return tuple(self._owner[name].get_slice(name).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
-        """Type of a tensor's elements."""
+        """Return the type of a tensor's elements."""
         return DTYPES[self._owner[name].get_slice(name).get_dtype()]
 
     def read(self, name: str, region: Sequence[slice]) -> Tensor:
-        """Part of a tensor; nothing else of it is read."""
+        """Read a part of a tensor, and nothing else of it."""
         part: Tensor = self._owner[name].get_slice(name)[tuple(region)]
         return part
 
     def parameter(self, name: str, region: Sequence[slice]) -> Tensor:
-        """A region of one of our parameters, as `read_parameter`; a tied output matrix must equal the embedding.
+        """Read a region of one of our parameters, as `read_parameter`; a tied output matrix must equal the embedding.
 
         Raises:
             UserError: if config.json ties the two and the folder holds different ones.
         """
-        found = read_parameter(name, region, self, self.config)
+        part = read_parameter(name, region, self, self.config)
         if name == EMBEDDING and self.config.text.tie_embeddings and HEAD in self._owner:
+            # Rows of our vocabulary that the folder lacks are zeros in `part` and not in the file.
             end = self.shape(HEAD)[0]
-            rows = slice(min(region[0].start, end), min(region[0].stop, end))
-            if not torch.equal(self.read(HEAD, [rows, region[1]]), found[: rows.stop - rows.start]):
+            first, stop = min(region[0].start, end), min(region[0].stop, end)
+            head = self.read(HEAD, [slice(first, stop), region[1]])
+            if not torch.equal(head, part[: stop - first]):
                 raise UserError(
                     f"{self.option}={self.folder}: {HEAD} is not {OUTER_NAMES[EMBEDDING]}, but config.json has"
                     " tie_word_embeddings true: set it to false"
                 )
-        return found
+        return part
 
     @property
     def names(self) -> list[str]:
-        """Names of all tensors."""
+        """Return the names of all tensors."""
         return list(self._owner)
 
     def parameter_dtype(self, name: str, shape: Shape) -> torch.dtype:
-        """The type that holds one of our parameters without loss, by its canonical name and full shape."""
-        parts = convert_parameter(
-            name, torch.empty(shape, device="meta"), self.config, self.expert_layout
-        )
+        """Return the type that holds one of our parameters without loss, by its canonical name and full shape."""
+        # The meta device: shapes and names without memory.
+        full = torch.empty(shape, device="meta")
+        parts = convert_parameter(name, full, self.config, self.expert_layout)
         return functools.reduce(torch.promote_types, map(self.dtype, parts))
 
     def _file_names(self) -> set[str]:
-        """Files with tensors: model.safetensors, as in transformers also beside an older index, those of the index, or the only one."""
+        """Return the files with tensors: model.safetensors, those of the index, or the only one.
+
+        As in transformers, model.safetensors goes before an index, which is then an older one.
+        """
         if not self.folder.is_dir():
             raise UserError(
                 f"{self.option}={self.folder} is not a folder: give the folder of a Hugging Face model"
@@ -105,43 +115,41 @@ class HuggingFaceFolder:
         if (self.folder / WHOLE).is_file():
             return {WHOLE}
         if (self.folder / INDEX).is_file():
-            files = set(self._weight_map().values())
-            for name in sorted(files):
-                if Path(name).name != name or not name.endswith(".safetensors"):
-                    raise self._fault(
-                        f"{INDEX} names {name}, which is not a safetensors file of the folder"
-                    )
+            return self._indexed_files()
+
+        files = {path.name for path in regular_files(self.folder, "*.safetensors")}
+        if len(files) == 1:
             return files
-        found = {path.name for path in regular_files(self.folder, "*.safetensors")}
-        if len(found) == 1:
-            return found
-        if found:
+        if files:
             raise self._fault(
-                f"{len(found)} safetensors files and no {INDEX} to say what is in them"
+                f"{len(files)} safetensors files and no {INDEX} to say what is in them"
             )
         pickles = sorted(path.name for path in self.folder.iterdir() if path.suffix in PICKLES)
-        also = (
-            f", only {', '.join(pickles[:3])}: pickles can run code and are not read"
-            if pickles
-            else ""
-        )
+        also = ""
+        if pickles:
+            also = f", only {', '.join(pickles[:3])}: pickles can run code and are not read"
         raise self._fault(
             f"no safetensors files{also}: save the model with safe_serialization=True"
         )
 
+    def _indexed_files(self) -> set[str]:
+        """Return the files that the index names; they may not be outside the folder."""
+        files = set(self._weight_map().values())
+        for name in sorted(files):
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                raise self._fault(
+                    f"{INDEX} names {name}, which is not a safetensors file of the folder"
+                )
+        return files
+
     def _weight_map(self) -> dict[str, str]:
-        """The index: the file of each tensor."""
+        """Return the file of each tensor, from the index."""
         path = self.folder / INDEX
-        found = as_type(
-            read_json(path, self.option, LARGEST_TABLE).get("weight_map"),
-            dict[str, str],
-            path,
-            self.option,
-            "weight_map",
-        )
-        if not found:
+        content = read_json(path, self.option, LARGEST_TABLE).get("weight_map")
+        files = as_type(content, dict[str, str], path, self.option, "weight_map")
+        if not files:
             raise self._fault(f"{INDEX} has no weight_map")
-        return found
+        return files
 
     def _open(self, name: str) -> Any:
         try:
@@ -153,32 +161,29 @@ class HuggingFaceFolder:
         return UserError(f"{self.option}={self.folder}: {one_line(text)}")
 
     def _layout(self) -> str:
-        """How experts are laid out.
+        """Return how experts are laid out, one of names.LAYOUTS.
 
-        Shapes tell the published layout from transformers'. One of the two stacks may be square (2 x width or width equal to
-        the hidden size) and tell nothing, but never both: the other one decides, and all layers must agree.
+        Shapes distinguish the published layout from transformers'. One of the two stacks may be square (2 x width or width
+        equal to the hidden size) and then says nothing, but never both: the other one decides, and all layers must agree.
         """
         text = self.config.text
         if not text.experts:
             return "transformers"
-        expert, hidden, inner = r"\.mlp\.experts\.", text.hidden_size, text.expert_ffn_hidden_size
-        if any(
-            re.search(expert + r"\d+\.(gate|up|down)_proj\.weight$", name) for name in self._owner
-        ):
+        if any(SEPARATE_EXPERT.search(name) for name in self._owner):
             return "separate"
-        shapes = {
-            name: self.shape(name)[1:]
-            for name in self._owner
-            if re.search(expert + r"(gate_up|down)_proj$", name)
-        }
-        # Both sides of a stack as transformers has them; the published ones are the reverse.
-        sides = {True: (2 * inner, hidden), False: (hidden, inner)}
-        votes = {
-            "hub" if shape == sides["gate_up" in name][::-1] else "transformers"
-            for name, shape in shapes.items()
-            if len(set(shape)) == 2
-            and shape in (sides["gate_up" in name], sides["gate_up" in name][::-1])
-        }
+
+        hidden, width = text.hidden_size, text.expert_ffn_hidden_size
+        votes = set()
+        for name in filter(STACKED_EXPERTS.search, self._owner):
+            # As transformers has them; the published ones are the reverse.
+            sides = (2 * width, hidden) if "gate_up" in name else (hidden, width)
+            shape = self.shape(name)[1:]
+            if sides[0] == sides[1]:
+                continue
+            if shape == sides:
+                votes.add("transformers")
+            elif shape == sides[::-1]:
+                votes.add("hub")
         if len(votes) > 1:
             raise self._fault(
                 "some experts are laid out as published and some as transformers writes them: save it anew"
@@ -186,52 +191,52 @@ class HuggingFaceFolder:
         return votes.pop() if votes else "transformers"
 
     def _check(self, expected: dict[str, Shape]) -> None:
-        """Compare what is there with what config.json describes."""
-        allowed = {HEAD} if self.config.text.tie_embeddings else set()
-        vocabulary = {
-            name
-            for here, name in OUTER_NAMES.items()
-            if here != "language_model.decoder.final_layernorm.weight"
-        }
-        wrong = []
-        for name in expected.keys() & self._owner.keys():
-            shape, wanted = self.shape(name), expected[name]
-            fewer = (
-                name in vocabulary
-                and len(shape) == len(wanted)
-                and shape[0] < wanted[0]
-                and shape[1:] == wanted[1:]
-            )
-            if shape != wanted and not fewer:
-                wrong.append(f"{name} {list(shape)} instead of {list(wanted)}")
-        kinds = {name: self._owner[name].get_slice(name).get_dtype() for name in self._owner}
+        """Compare the tensors of the files with those that config.json describes; UserError with all that is wrong."""
+        present = self._owner.keys()
+        # A tied output matrix is often there: `parameter` compares it with the embedding.
+        left = present - expected.keys()
+        if self.config.text.tie_embeddings:
+            left.discard(HEAD)
+
+        unread = []
+        for name, file in self._owner.items():
+            kind = file.get_slice(name).get_dtype()
+            if kind not in DTYPES:
+                unread.append(f"{name} {kind}")
+
         faults = [
-            _named("missing", expected.keys() - self._owner.keys()),
-            _named("left over", self._owner.keys() - expected.keys() - allowed),
-            _named("of another shape", wrong),
-            _named(
-                "of a type that is not read",
-                (f"{n} {kind}" for n, kind in kinds.items() if kind not in DTYPES),
-            ),
-            _named(
-                "in the index, but in no file",
-                self._listed() - self._owner.keys() - expected.keys(),
-            ),
+            _named("missing", expected.keys() - present),
+            _named("left over", left),
+            _named("of another shape", self._misshapen(expected)),
+            _named("of a type that is not read", unread),
+            _named("in the index, but in no file", self._listed() - present - expected.keys()),
         ]
         if any(faults):
             raise self._fault(
                 f"its tensors are not those of its config.json: {'; '.join(filter(None, faults))}"
             )
 
+    def _misshapen(self, expected: Mapping[str, Shape]) -> list[str]:
+        """Return a clause for each tensor of another shape; matrices of the vocabulary may have fewer rows."""
+        clauses = []
+        for name in expected.keys() & self._owner.keys():
+            shape, wanted = self.shape(name), expected[name]
+            rows_may_differ = name in (HEAD, OUTER_NAMES[EMBEDDING]) and len(shape) == 2
+            fewer_rows = rows_may_differ and shape[0] < wanted[0] and shape[1:] == wanted[1:]
+            if shape != wanted and not fewer_rows:
+                clauses.append(f"{name} {list(shape)} instead of {list(wanted)}")
+        return clauses
+
     def _listed(self) -> set[str]:
+        """Return the tensors of the index; none where it is not used."""
         is_used = (self.folder / INDEX).is_file() and not (self.folder / WHOLE).is_file()
         return set(self._weight_map()) if is_used else set()
 
 
 def open_safetensors(folder: Path, name: str) -> Any:
-    """A file of tensors, open; its numbers are read when they are asked for.
+    """Open a file of tensors; its numbers are read when they are asked for.
 
-    The library holds offsets, shapes and the file's size against each other; the header it would parse at any size.
+    The library compares offsets, shapes and the file's size, but would parse a header of any size.
 
     Raises:
         ValueError: saying what is wrong with the file.
@@ -250,7 +255,10 @@ def open_safetensors(folder: Path, name: str) -> Any:
 
 
 def _named(fault: str, names: Iterable[str]) -> str:
-    """The fault with the first names that have it; empty if none has."""
-    found = sorted(names)
-    more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
-    return f"{fault}: {', '.join(found[:NAMED])}{more}" if found else ""
+    """Return the fault with the first names that have it; empty if none has."""
+    ordered = sorted(names)
+    if not ordered:
+        return ""
+    rest = len(ordered) - NAMED
+    more = f" and {rest} more" if rest > 0 else ""
+    return f"{fault}: {', '.join(ordered[:NAMED])}{more}"

@@ -1,6 +1,6 @@
-"""Settings that another tool has written, held against a table of what is understood; anything else is refused by name.
+"""Compare settings that another tool has written with a table of those that are understood; others are refused by name.
 
-A setting that is not in the table may still be there if it is off: null, false or empty. Nothing here imports torch.
+A setting that is not in the table may be there if it is off: null, false or empty. Nothing here imports torch.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,7 +18,7 @@ Check = Callable[[Any], bool]
 
 @dataclass(frozen=True)
 class UnderstoodFields:
-    """What is understood of one object of settings: three disjoint sets of names."""
+    """The names that are understood in one object of settings: three disjoint sets."""
 
     read: frozenset[str]
     """Names whose values the caller takes over or compares."""
@@ -33,37 +33,41 @@ class UnderstoodFields:
         return self.read | self.without_effect | self.only.keys()
 
     def refusals(self, given: Mapping[str, Any], where: str = "") -> list[str]:
-        """What of `given` is not understood, one clause a name; `where` goes before each name."""
-        found = []
+        """Return a clause for each name of `given` that is not understood; `where` goes before each name."""
+        clauses = []
         for name, value in given.items():
             if name in self.only:
-                allowed = self.only[name]
-                if value is None and not callable(allowed) and allowed[0] is False:
-                    continue  # a switch that nobody has set is off
-                if callable(allowed):
-                    found += (
-                        []
-                        if allowed(value)
-                        else [f"{where}{name} is {shown(value)}, which is not understood"]
-                    )
-                elif not is_one_of(value, allowed):
-                    found.append(
-                        f"{where}{name} is {shown(value)}, only {shown(allowed[0])} is understood"
-                    )
-            elif name not in self.read | self.without_effect and not is_one_of(value, OFF):
-                found.append(f"{where}{name} is {shown(value)}, which is not understood")
-        return found
+                problem = self._problem(value, self.only[name])
+            elif name in self.read | self.without_effect or is_one_of(value, OFF):
+                problem = None
+            else:
+                problem = "which is not understood"
+            if problem:
+                clauses.append(f"{where}{name} is {shown(value)}, {problem}")
+        return clauses
+
+    def _problem(self, value: Any, allowed: tuple[Any, ...] | Check) -> str | None:
+        """Return what is wrong with the value of a name in `only`; None if it is allowed."""
+        if callable(allowed):
+            return None if allowed(value) else "which is not understood"
+        # A switch that nobody has set is off.
+        is_unset = value is None and allowed[0] is False
+        if is_unset or is_one_of(value, allowed):
+            return None
+        return f"only {shown(allowed[0])} is understood"
 
 
 def is_one_of(value: Any, allowed: tuple[Any, ...]) -> bool:
-    """Whether a value of JSON equals an allowed one; 1 and 0 are no booleans."""
-    return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed)
+    """Return whether a value of JSON equals an allowed one; 1 and 0 are no booleans."""
+    kind = isinstance(value, bool)
+    return any(value == each and kind == isinstance(each, bool) for each in allowed)
 
 
 def shown(value: Any) -> str:
-    """A value in a few words."""
+    """Return a value in at most `LONGEST` characters of one line."""
     try:
         text = one_line(repr(value))
-    except (RecursionError, ValueError):  # too deep, or a number of too many digits
+    except (RecursionError, ValueError):
+        # Too deep, or a whole number of more digits than Python writes (4,300).
         return f"{type(value).__name__} of no usual size"
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."

@@ -22,7 +22,8 @@ from transformers import (
 )
 
 from visionloom.common.errors import UserError
-from visionloom.model.huggingface.config import EXPERT_FIELDS, FIELDS, config_of
+from visionloom.model.huggingface.config import config_of
+from visionloom.model.huggingface.config_keys import EXPERT_FIELDS, FIELDS
 from visionloom.model.huggingface.fields import GENERATION
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.parallel.config import ParallelConfig
