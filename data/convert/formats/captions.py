@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 
-from visionloom.data.convert.chats import trimmed
+from visionloom.data.convert.chat_content import trimmed
 from visionloom.data.convert.marks import document
 from visionloom.data.convert.skip import Skip
 from visionloom.data.convert.source import SampleDraft

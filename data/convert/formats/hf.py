@@ -10,7 +10,8 @@ from typing import Any, ClassVar, Final
 
 from visionloom.common.errors import UserError
 from visionloom.common.jsonfile import JsonError, checked, read_json
-from visionloom.data.convert.chats import RECORD, Chat, chat_keys
+from visionloom.data.convert.chat_keys import RECORD, chat_keys
+from visionloom.data.convert.chats import Chat
 from visionloom.data.convert.keys import Keys, RecordFields
 from visionloom.data.convert.skip import Skip
 from visionloom.data.convert.source import SampleDraft, SourceOptions, SourceRecord

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
-from visionloom.data.convert.chats import RECORD, Chat, chat_keys
+from visionloom.data.convert.chat_keys import RECORD, chat_keys
+from visionloom.data.convert.chats import Chat
 from visionloom.data.convert.json_parts import RecordSpan, cut_json, read_json
 from visionloom.data.convert.keys import Keys
 from visionloom.data.convert.skip import Skip
