@@ -12,7 +12,7 @@ from typing import Any, Final
 from visionloom.data.convert.chat_keys import PICTURE, TEXT, THOUGHT
 from visionloom.data.convert.chat_media import ChatMedia
 from visionloom.data.convert.keys import refusal, weight_of
-from visionloom.data.convert.marks import answer, marks_in, with_placeholders
+from visionloom.data.convert.marks import answer, marks_in
 from visionloom.data.convert.objects import Objects
 from visionloom.data.convert.skip import Skip
 from visionloom.data.convert.videos import VIDEO_PART
@@ -84,7 +84,7 @@ class ChatContent:
 
     def text(self, text: str, role: str, first: bool) -> Iterator[Element]:
         """Yield the elements of a text; `first`: nothing of its turn precedes it. Raises Skip."""
-        text = with_placeholders(text, bool(self.media.images.refs), bool(self.media.videos.refs))
+        text = self.media.with_placeholders(text)
         if role == "assistant":
             for element in answer(text, first, self.draft.open):
                 if isinstance(element, Text):
@@ -101,14 +101,7 @@ class ChatContent:
         if match and not self.media.images.refs:
             raise Skip("picture named in a text", match[0][:200])
 
-        # The odd pieces are placeholders. One that is only a word joins the pieces around it;
-        # from the end, so that the places before it stay.
-        pieces = _PLACEHOLDER.split(text)
-        for place in reversed(range(1, len(pieces), 2)):
-            if self._is_word(pieces, place):
-                around = slice(place - 1, place + 2)
-                pieces[around] = ["".join(pieces[around])]
-
+        pieces = self._pieces(text)
         for place, piece in enumerate(pieces):
             if place % 2:
                 yield self._placeholder(piece)
@@ -116,6 +109,16 @@ class ChatContent:
             kept = trimmed(pieces, place)
             if kept:
                 yield Text(kept)
+
+    def _pieces(self, text: str) -> list[str]:
+        """Split a text at its placeholders, which are the odd pieces."""
+        pieces = _PLACEHOLDER.split(text)
+        # One that is only a word joins the pieces around it; from the end, so that the places before it stay.
+        for place in reversed(range(1, len(pieces), 2)):
+            if self._is_word(pieces, place):
+                around = slice(place - 1, place + 2)
+                pieces[around] = ["".join(pieces[around])]
+        return pieces
 
     def _is_word(self, pieces: list[str], place: int) -> bool:
         """Return whether the text only speaks of `<image>`, `<video>` or `<audio>`.

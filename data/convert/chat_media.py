@@ -8,6 +8,7 @@ from typing import Any, Final
 from visionloom.data.convert.chat_keys import PICTURE, REFERENCES
 from visionloom.data.convert.files import MediaFiles, named, reference
 from visionloom.data.convert.keys import RecordFields, listed
+from visionloom.data.convert.marks import with_placeholders
 from visionloom.data.convert.skip import Skip
 from visionloom.data.convert.source import SampleDraft
 from visionloom.data.convert.videos import SOURCES, add_video
@@ -63,6 +64,10 @@ class ChatMedia:
         """Return the pictures and the videos that wait."""
         return self.images, self.videos
 
+    def with_placeholders(self, text: str) -> str:
+        """Replace the vision blocks of a rendered prompt by placeholders, where the record has such media."""
+        return with_placeholders(text, bool(self.images.refs), bool(self.videos.refs))
+
     def next(self, queue: MediaQueue) -> Image | Video:
         """Add the next one of a queue to the draft; raises Skip."""
         ref = queue.next()
@@ -110,7 +115,22 @@ class ChatMedia:
             if any(media_refs(one) not in there for one in media):
                 raise Skip("media beside typed parts", f"{len(refs)} given that no part names")
             return messages
-        return _before_first_question(messages, media)
+        return self._before_first_question(messages, media)
+
+    def _before_first_question(
+        self, messages: list[Message], media: list[Image | Video]
+    ) -> list[Message]:
+        """Put media before the content of the first user turn; raises Skip where a text may ask for them elsewhere."""
+        places = [place for place, message in enumerate(messages) if message.role == "user"]
+        if not places:
+            raise Skip("media without a user turn", f"{len(media)} given")
+        for message in messages:
+            _refuse_strange(message)
+
+        first = places[0]
+        question = messages[first]
+        question = replace(question, content=(*media, *question.content))
+        return [*messages[:first], question, *messages[first + 1 :]]
 
     def _are_in_parts(self, refs: list[Any]) -> bool:
         """Return whether typed parts name all of these too."""
@@ -118,24 +138,15 @@ class ChatMedia:
         return all(reference(ref) in there for ref in refs)
 
 
-def _before_first_question(messages: list[Message], media: list[Image | Video]) -> list[Message]:
-    """Put media before the content of the first user turn; raises Skip where a text may ask for them elsewhere."""
-    places = [place for place, message in enumerate(messages) if message.role == "user"]
-    if not places:
-        raise Skip("media without a user turn", f"{len(media)} given")
-
-    for message in messages:
-        for element in message.content:
-            # An assistant may speak of placeholders.
-            if message.role != "assistant" and isinstance(element, Text):
-                strange = _LIKE_PLACEHOLDER.search(element.text)
-                if strange:
-                    raise Skip("unknown placeholder", f"{strange[0]}: <image> or <video> expected")
-
-    first = places[0]
-    question = messages[first]
-    question = replace(question, content=(*media, *question.content))
-    return [*messages[:first], question, *messages[first + 1 :]]
+def _refuse_strange(message: Message) -> None:
+    """Raise Skip for a text that may ask for media in the words of another format."""
+    # An assistant may speak of placeholders.
+    if message.role == "assistant":
+        return
+    for element in message.content:
+        strange = _LIKE_PLACEHOLDER.search(element.text) if isinstance(element, Text) else None
+        if strange:
+            raise Skip("unknown placeholder", f"{strange[0]}: <image> or <video> expected")
 
 
 def picture(draft: SampleDraft, files: MediaFiles, ref: Any) -> Image:

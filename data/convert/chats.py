@@ -19,7 +19,6 @@ from visionloom.data.convert.marks import (
     results,
     tool_calls,
     tools_of,
-    with_placeholders,
 )
 from visionloom.data.convert.objects import Objects
 from visionloom.data.convert.skip import Skip
@@ -104,8 +103,7 @@ class Chat:
     def fill_document(self, text: str) -> None:
         """Make the draft a document: the record's media where a text has their placeholders, else before it."""
         media = self.media
-        text = with_placeholders(text, bool(media.images.refs), bool(media.videos.refs))
-        text = document(text)
+        text = document(media.with_placeholders(text))
         if not text.strip():
             raise Skip("no text", "the text is empty")
 

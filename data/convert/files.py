@@ -48,14 +48,9 @@ class MediaFiles:
         ref = reference(ref)
         if isinstance(ref, bytes):
             return ref
-        if isinstance(ref, str):
-            inline = _INLINE.match(ref)
-            if inline:
-                return from_base64(ref[inline.end() :])
-            if _BARE.fullmatch(ref.rstrip()):
-                return from_base64(ref)
-            if ref.lower().startswith(("http://", "https://")):
-                return self._fetched(ref)
+        data = self._without_file(ref) if isinstance(ref, str) else None
+        if data is not None:
+            return data
 
         path = self.locate(ref)
         if path.is_dir():
@@ -64,6 +59,17 @@ class MediaFiles:
         if size > largest:
             raise Skip("file too large", f"{ref}: {size} bytes, at most {largest}")
         return path.read_bytes()
+
+    def _without_file(self, ref: str) -> bytes | None:
+        """Return the bytes of an inline picture or a fetched URL; None for the name of a file."""
+        inline = _INLINE.match(ref)
+        if inline:
+            return from_base64(ref[inline.end() :])
+        if _BARE.fullmatch(ref.rstrip()):
+            return from_base64(ref)
+        if ref.lower().startswith(("http://", "https://")):
+            return self._fetched(ref)
+        return None
 
     def locate(self, ref: object) -> Path:
         """Return the path of the file or folder that a reference means; raises Skip if there is none or it leads outside."""

@@ -164,11 +164,15 @@ def number(value: Any, where: str) -> float:
             value = float(value)
         except ValueError:
             raise Skip("broken number", f"{where}: {value[:80]!r}") from None
-    # bool is an int for Python; NaN fails the comparison.
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not 0 <= value < math.inf:
+    # bool is an int for Python.
+    if isinstance(value, bool) or not _is_number(value):
         raise Skip("broken number", f"{where}: {value!r:.80}")
     return float(value)
+
+
+def _is_number(value: Any) -> bool:
+    """Return whether a value is a finite number from 0; NaN fails every comparison."""
+    return isinstance(value, int | float) and 0 <= value < math.inf
 
 
 def loss_of(turn: RecordFields, role: str) -> float | None:
@@ -186,7 +190,7 @@ def weight_of(fields: RecordFields) -> float | None:
         if value is None:
             continue
         # True and False are 1 and 0.
-        if not isinstance(value, int | float) or not 0 <= value < math.inf:
+        if not _is_number(value):
             raise Skip("unknown loss mark", f"{fields.keys.kind} key {name}: {value!r:.80}")
         weights[name] = float(value)
 

@@ -97,9 +97,9 @@ def _calls(text: str, open_fields: Opener) -> Iterator[Text | ToolCall]:
     said, *rest = text.split(CALL_START)
     calls = [piece.partition(CALL_END) for piece in rest]
     if all(end for _, end, _ in calls):
-        between = "".join(after for _, _, after in calls)
-        if between.strip():
-            raise Skip("text behind a tool call", between.strip()[:200])
+        between = "".join(after for _, _, after in calls).strip()
+        if between:
+            raise Skip("text behind a tool call", between[:200])
     else:
         # A mark without its other half: `refuse_marks` names it.
         said, calls = text, []

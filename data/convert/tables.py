@@ -35,6 +35,27 @@ class RowRange:
     last: int
     row: int
 
+    def groups(self, columns: Sequence[str] | None) -> Iterator["_Batches"]:
+        """Yield the number of rows of each row group or record batch, and these rows a few at a time."""
+        path = Path(self.path)
+        if path.suffix == ".parquet":
+            yield from self._parquet_groups(path, columns)
+            return
+        with _open_arrow(path) as reader:
+            # A stream has no index: the batches before are passed over.
+            for number, batch in enumerate(reader):
+                if self.first <= number < self.last:
+                    starts = range(0, batch.num_rows, _ROWS)
+                    yield batch.num_rows, map(batch.slice, starts, repeat(_ROWS))
+
+    def _parquet_groups(self, path: Path, columns: Sequence[str] | None) -> Iterator["_Batches"]:
+        file = _parquet(path)
+        for number in range(self.first, self.last):
+            group = file.metadata.row_group(number)
+            _check_expansion(path, group)
+            batches = file.iter_batches(batch_size=_ROWS, row_groups=[number], columns=columns)
+            yield group.num_rows, batches
+
 
 def require_pyarrow() -> None:
     """Raise UserError if pyarrow is not installed."""
@@ -73,7 +94,7 @@ def read_table(where: RowRange, columns: Sequence[str] | None = None) -> Iterato
     no type for, as moments in nanoseconds, is the error that says so.
     """
     name, number = Path(where.path).name, where.row
-    for rows, batches in _groups(where, columns):
+    for rows, batches in where.groups(columns):
         end = number + rows
         try:
             for batch in batches:
@@ -173,25 +194,6 @@ def _read_sizes(path: Path) -> Iterator[int]:
         raise UserError(f"{path} is damaged: {error}: fetch it again or remove it") from None
 
 
-def _groups(where: RowRange, columns: Sequence[str] | None) -> Iterator["_Batches"]:
-    """Yield the number of rows of each row group or record batch, and these rows a few at a time."""
-    path = Path(where.path)
-    if path.suffix == ".parquet":
-        file = _parquet(path)
-        for number in range(where.first, where.last):
-            group = file.metadata.row_group(number)
-            _check_expansion(path, group)
-            batches = file.iter_batches(batch_size=_ROWS, row_groups=[number], columns=columns)
-            yield group.num_rows, batches
-        return
-    with _open_arrow(path) as reader:
-        # A stream has no index: the batches before are passed over.
-        for number, batch in enumerate(reader):
-            if where.first <= number < where.last:
-                starts = range(0, batch.num_rows, _ROWS)
-                yield batch.num_rows, map(batch.slice, starts, repeat(_ROWS))
-
-
 def _check_expansion(path: Path, group: Any) -> None:
     """Raise UserError for a row group that unfolds to many times its size."""
     for number in range(group.num_columns):
@@ -240,8 +242,7 @@ class _ArrowMessage:
             return
 
         buffers = self._target(self._field(batch, 2))
-        (count,) = struct.unpack_from("<I", self.head, buffers)
-        for number in range(count):
+        for number in range(self._number("<I", buffers)):
             place = buffers + 4 + 16 * number
             start, length = struct.unpack_from("<qq", self.head, place)
             if length >= 8:
@@ -250,20 +251,20 @@ class _ArrowMessage:
 
     def _field(self, table: int, number: int) -> int:
         """Return the place of a table's field, 0 if the table lacks it."""
-        (distance,) = struct.unpack_from("<i", self.head, table)
-        layout = table - distance
-        (size,) = struct.unpack_from("<H", self.head, layout)
+        layout = table - self._number("<i", table)
         # The layout's own size and the table's come first.
         place = 4 + 2 * number
-        if place >= size:
+        if place >= self._number("<H", layout):
             return 0
-        (offset,) = struct.unpack_from("<H", self.head, layout + place)
-        return int(table + offset) if offset else 0
+        offset = self._number("<H", layout + place)
+        return table + offset if offset else 0
 
     def _target(self, place: int) -> int:
         """Return the place to which the offset at `place` leads."""
-        (offset,) = struct.unpack_from("<I", self.head, place)
-        return place + int(offset)
+        return place + self._number("<I", place)
+
+    def _number(self, layout: str, place: int) -> int:
+        return int(struct.unpack_from(layout, self.head, place)[0])
 
 
 def _parquet(path: Path) -> Any:

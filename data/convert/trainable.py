@@ -59,11 +59,7 @@ class Trainable:
             rendering = render(sample, self.media)
         except SampleError as error:
             raise Skip("cannot be rendered", str(error)) from error
-        most = max(piece.weight for piece in rendering.pieces)
-        if most > LARGEST_WEIGHT:
-            raise Skip("weight too large", f"{most:g}, at most {LARGEST_WEIGHT:g}")
-        if not any(_is_learned(piece) for piece in rendering.pieces):
-            raise Skip("nothing supervised", "no token has a weight in the loss")
+        _check_weights(rendering.pieces)
         if self.tokenizer:
             self._check_length(sample)
 
@@ -94,12 +90,18 @@ class Trainable:
         return {"media": media, "tokenizer": self.tokenizer or None, "sequence_length": length}
 
 
-def _is_learned(piece: Piece) -> bool:
-    """Return whether a piece has words to learn; an end mark alone is none."""
-    # As training holds weights: a smaller one is 0 there.
-    if not np.float32(piece.weight) > 0:
-        return False
-    return piece.text not in (TURN_END, END_OF_TEXT) and bool(piece.text.strip())
+def _check_weights(pieces: list[Piece]) -> None:
+    """Raise Skip unless a piece is learned, and none has a weight that would drown all other samples."""
+    most = max(piece.weight for piece in pieces)
+    if most > LARGEST_WEIGHT:
+        raise Skip("weight too large", f"{most:g}, at most {LARGEST_WEIGHT:g}")
+    for piece in pieces:
+        # An end mark alone is nothing to learn.
+        has_words = piece.text not in (TURN_END, END_OF_TEXT) and piece.text.strip()
+        # As training holds weights: a smaller one is 0 there.
+        if has_words and np.float32(piece.weight) > 0:
+            return
+    raise Skip("nothing supervised", "no token has a weight in the loss")
 
 
 def _check_limits(sample: Sample) -> None:

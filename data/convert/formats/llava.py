@@ -19,21 +19,21 @@ class Llava:
     keys: ClassVar[tuple[Keys, ...]] = chat_keys(RECORD)
 
     def parts(self, path: Path, size: int, follow_links: bool = False) -> Iterator[SourcePart]:
-        """Byte ranges of the JSON files."""
+        """Yield byte ranges of the JSON files."""
         return cut_json(path, size, follow_links)
 
     def records(self, where: RecordSpan) -> Iterator[SourceRecord]:
-        """One JSON object after another."""
+        """Yield one JSON object after another."""
         return read_json(where)
 
     def convert(self, value: Any, draft: SampleDraft, options: SourceOptions) -> None:
-        """A chat."""
+        """Fill the draft with a chat; raises Skip."""
         if not isinstance(value, dict):
             raise Skip("not an object", f"a JSON object expected, got {type(value).__name__}")
         record = draft.open(RECORD, value)
         draft.id = record.text("id")
-        if source := record.text("data_source", "source"):
+        source = record.text("data_source", "source")
+        if source:
             draft.meta["source"] = source
-        Chat(record, draft, options.files).fill(
-            record.take("messages", "conversations", "conversation")
-        )
+        chat = Chat(record, draft, options.files)
+        chat.fill(record.take("messages", "conversations", "conversation"))
