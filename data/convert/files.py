@@ -1,6 +1,6 @@
-"""Where a source's pictures and videos lie: files below given folders, or URLs that img2dataset has fetched before.
+"""Pictures and videos of a source: files below given folders, or URLs that img2dataset has fetched before.
 
-Nothing is fetched here, and no reference leaves the folders: what a downloaded JSON names is not trusted.
+Nothing is fetched here, and no reference leaves the folders: the names in a downloaded JSON are not trusted.
 """
 
 import base64
@@ -38,64 +38,82 @@ class MediaFiles:
     index: UrlIndex | None = None
     """Finds URLs in img2dataset's output."""
     follow_links: bool = False
-    """Whether a link may lead outside the folders."""
+    """True if a link may lead outside the folders."""
 
     def read(self, ref: object, largest: int = LARGEST_MEMBER) -> bytes:
-        """Bytes of a file, a fetched URL or an inline `data:` picture, at most `largest` of a file; raises Skip.
+        """Return the bytes of a file, a fetched URL or an inline `data:` picture, at most `largest` of a file; raises Skip.
 
         `ref` is its name, or an object with it ({"path"}, {"url"}), or the bytes themselves ({"bytes"}).
         """
         ref = reference(ref)
         if isinstance(ref, bytes):
             return ref
-        if isinstance(ref, str) and (inline := _INLINE.match(ref)):
-            return from_base64(ref[inline.end() :])
-        if isinstance(ref, str) and _BARE.fullmatch(ref.rstrip()):
-            return from_base64(ref)
-        if isinstance(ref, str) and ref.lower().startswith(("http://", "https://")):
-            return self._fetched(ref)
+        data = self._without_file(ref) if isinstance(ref, str) else None
+        if data is not None:
+            return data
+
         path = self.locate(ref)
         if path.is_dir():
             raise Skip("a folder, not a file", str(ref))
-        if path.stat().st_size > largest:
-            raise Skip("file too large", f"{ref}: {path.stat().st_size} bytes, at most {largest}")
+        size = path.stat().st_size
+        if size > largest:
+            raise Skip("file too large", f"{ref}: {size} bytes, at most {largest}")
         return path.read_bytes()
 
+    def _without_file(self, ref: str) -> bytes | None:
+        """Return the bytes of an inline picture or a fetched URL; None for the name of a file."""
+        inline = _INLINE.match(ref)
+        if inline:
+            return from_base64(ref[inline.end() :])
+        if _BARE.fullmatch(ref.rstrip()):
+            return from_base64(ref)
+        if ref.lower().startswith(("http://", "https://")):
+            return self._fetched(ref)
+        return None
+
     def locate(self, ref: object) -> Path:
-        """The file or folder that a reference means; raises Skip if there is none or it leads outside."""
+        """Return the path of the file or folder that a reference means; raises Skip if there is none or it leads outside."""
         if not isinstance(ref, str) or not ref or "\0" in ref:
             raise Skip("not a file name", repr(ref)[:80])
-        if scheme := _SCHEME.match(ref):
+        scheme = _SCHEME.match(ref)
+        if scheme:
             raise Skip(f"refused reference {scheme[1]}:", ref[:200])
+
         refused: list[PlaceError] = []
         for root in self.roots:
             try:
                 return locate(root, ref, "either", self.follow_links, self.roots)
             except PlaceError as error:
                 refused.append(error)
-                if str(error) != OUTSIDE:  # an absolute name of a file in another of the folders
+                # An absolute name may be that of a file in another of the folders.
+                if str(error) != OUTSIDE:
                     break
             except (FileNotFoundError, NotADirectoryError):
                 continue
+
+        # One folder lacks the file and another refuses its name as outside: it is not there.
         if not refused or (len(refused) < len(self.roots) and str(refused[-1]) == OUTSIDE):
             raise Skip("file not found", ref[:200])
         raise _refusal(refused[-1], ref)
 
     def holds(self, name: str) -> bool:
-        """Whether --images-dir, or else the source's folder, has a file of this name that may be read."""
+        """Return whether --images-dir, or else the source's folder, has a file of this name that may be read."""
         try:
-            return locate(self.roots[0], name, "file", self.follow_links, self.roots).is_file()
+            return self._in_first_root(name).is_file()
         except (PlaceError, OSError):
             return False
 
+    def _in_first_root(self, name: str) -> Path:
+        return locate(self.roots[0], name, "file", self.follow_links, self.roots)
+
     def _fetched(self, url: str) -> bytes:
-        if self.index is not None and (data := self.index.read(url)) is not None:
+        """Return the bytes that were fetched from a URL: by the index, else by the names that its file may have."""
+        data = None if self.index is None else self.index.read(url)
+        if data is not None:
             return data
         for name in _names_of(url):
             try:
-                return locate(
-                    self.roots[0], name, "file", self.follow_links, self.roots
-                ).read_bytes()
+                return self._in_first_root(name).read_bytes()
             except PlaceError as error:
                 raise _refusal(error, name) from None
             except (FileNotFoundError, NotADirectoryError):
@@ -104,26 +122,24 @@ class MediaFiles:
 
 
 def _refusal(error: PlaceError, ref: str) -> Skip:
-    """Why a reference is not followed, and what may be done about it."""
+    """Return the Skip of a reference that is not followed, with the way to allow it."""
+    ref = ref[:200]
     match str(error):
         case places.DOTS:
-            return Skip("refused reference with ..", ref[:200])
+            return Skip("refused reference with ..", ref)
         case places.OUTSIDE:
-            return Skip(
-                "refused path outside the source's folders",
-                f"{ref[:200]}: --images-dir names another folder",
-            )
+            fix = "--images-dir names another folder"
+            return Skip("refused path outside the source's folders", f"{ref}: {fix}")
         case places.LINK:
-            return Skip(
-                "refused link out of the source's folders", f"{ref[:200]}: --follow-links allows it"
-            )
+            fix = "--follow-links allows it"
+            return Skip("refused link out of the source's folders", f"{ref}: {fix}")
         case "is a link to nothing":
-            return Skip("file not found", f"{ref[:200]} is a link to nothing")
-    return Skip("not a file", f"{ref[:200]} {error}")
+            return Skip("file not found", f"{ref} is a link to nothing")
+    return Skip("not a file", f"{ref} {error}")
 
 
 def _names_of(url: str) -> Iterator[str]:
-    """Names that a fetched URL's file may have: the SHA-256 of the URL with any ending, else the name in its path."""
+    """Yield the names that a fetched URL's file may have: the SHA-256 of the URL with any ending, then the name in its path."""
     digest = hashlib.sha256(url.encode()).hexdigest()
     yield from (digest + suffix for suffix in _PICTURE_SUFFIXES)
     name = PurePosixPath(unquote(urlsplit(url).path)).name
@@ -132,20 +148,21 @@ def _names_of(url: str) -> Iterator[str]:
 
 
 def reference(ref: object) -> object:
-    """What an object names, {"bytes"}, {"path"}, {"url"}, {"base64"} or {"data"}; anything else is its own reference."""
+    """Return the reference in an object, {"bytes"}, {"path"}, {"url"}, {"base64"} or {"data"}; anything else is its own."""
     if not isinstance(ref, Mapping):
         return ref
-    return next(
-        (_value(name, ref[name]) for name in IN_OBJECT if ref.get(name) not in (None, "", b"")),
-        None,
-    )
+    for name in IN_OBJECT:
+        if ref.get(name) not in (None, "", b""):
+            return _value(name, ref[name])
+    return None
 
 
 def named(fields: RecordFields, *names: str) -> object:
-    """The reference under the first of these keys: a file's name, an object, or the bytes; None if there is none."""
+    """Return the reference under the first of these keys: a file's name, an object, or the bytes; None if there is none."""
     for name in names:
         if fields.value.get(name) not in (None, "", b""):
-            fields.take("path")  # beside the bytes it is where they came from
+            # Next to the bytes it names the file that they came from.
+            fields.take("path")
             return _value(name, fields.take(name))
     return None
 
@@ -155,11 +172,13 @@ def _value(name: str, value: object) -> object:
 
 
 def from_base64(data: object) -> bytes:
-    """The bytes of a base64 text, wrapped or not, with `-_` or `+/`; raises Skip."""
+    """Decode a base64 text, wrapped or not, with `-_` or `+/`; raises Skip."""
     if not isinstance(data, str):
         raise Skip("broken inline data", f"a text expected, got {type(data).__name__}")
-    text = "".join(data.split()).rstrip("=").translate(str.maketrans("-_", "+/"))
+    text = "".join(data.split()).rstrip("=")
+    text = text.translate(str.maketrans("-_", "+/"))
+    padding = "=" * (-len(text) % 4)
     try:
-        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+        return base64.b64decode(text + padding, validate=True)
     except ValueError as error:
         raise Skip("broken inline data", str(error)) from None

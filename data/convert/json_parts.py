@@ -38,12 +38,13 @@ class RecordSpan:
 
 
 def cut_json(path: Path, size: int, follow_links: bool = False) -> Iterator[SourcePart]:
-    """Parts of `size` records of all JSON files at `path`; raises UserError if there is none."""
+    """Yield parts of `size` records of all JSON files at `path`; raises UserError if there is no file."""
     for file in files_below(path, ENDINGS, follow_links):
         lines = not _is_array(file)
         start = first = records = 0
         for begin, end in _line_spans(file) if lines else _element_spans(file):
-            start = begin if not records else start
+            if not records:
+                start = begin
             records += 1
             if records == size:
                 yield SourcePart(records, RecordSpan(str(file), start, end, first, lines))
@@ -54,7 +55,7 @@ def cut_json(path: Path, size: int, follow_links: bool = False) -> Iterator[Sour
 
 
 def read_json(span: RecordSpan) -> Iterator[SourceRecord]:
-    """The records of a span, without keys that are null; a line that is no JSON has a Skip for its value."""
+    """Yield the records of a span, without keys that are null; a line that is no JSON has a Skip for its value."""
     path = Path(span.path)
     spans = _line_spans(path, span) if span.lines else _element_spans(path, span)
     with open(path, "rb") as file:
@@ -74,13 +75,15 @@ def _value(data: bytes) -> Any:
 
 def _is_array(path: Path) -> bool:
     with open(path, "rb") as file:
-        return file.read(_CHUNK).removeprefix(_MARK).lstrip().startswith(b"[")
+        start = file.read(_CHUNK).removeprefix(_MARK)
+    return start.lstrip().startswith(b"[")
 
 
 def _line_spans(path: Path, span: RecordSpan | None = None) -> Iterator[tuple[int, int]]:
-    """Begin and end of every line that is not blank."""
+    """Yield begin and end of every line that is not blank."""
     with open(path, "rb") as file:
-        place = span.start if span else len(_MARK) * file.read(3).startswith(_MARK)
+        has_mark = file.read(len(_MARK)) == _MARK
+        place = span.start if span else len(_MARK) * has_mark
         file.seek(place)
         while span is None or place < span.end:
             line = file.readline()
@@ -92,14 +95,14 @@ def _line_spans(path: Path, span: RecordSpan | None = None) -> Iterator[tuple[in
 
 
 def _element_spans(path: Path, span: RecordSpan | None = None) -> Iterator[tuple[int, int]]:
-    """Begin and end of every element of the array at the top."""
+    """Yield begin and end of every element of the array at the top."""
     with open(path, "rb") as file:
         scanner = _Scanner(path, file, span.start if span else None)
-        while scanner.place < span.end if span else True:
-            found = scanner.element()
-            if found is None:
+        while span is None or scanner.place < span.end:
+            place = scanner.element()
+            if place is None:
                 return
-            yield found
+            yield place
 
 
 class _Scanner:
@@ -110,9 +113,8 @@ class _Scanner:
         self.base = start or 0
         """Offset of the text's first character in the file."""
         file.seek(self.base)
-        self.decode = json.JSONDecoder(
-            parse_int=str, parse_float=str
-        ).raw_decode  # only its end counts, not its numbers
+        # Only the end of an element counts, not its numbers.
+        self.decode = json.JSONDecoder(parse_int=str, parse_float=str).raw_decode
         if start is None:
             self._more(_CHUNK)
             self.at = self.text.index("[") + 1
@@ -122,32 +124,34 @@ class _Scanner:
         return self.base + self.at
 
     def element(self) -> tuple[int, int] | None:
-        """Begin and end of the next element; None at the array's end. Raises UserError where it is no JSON."""
+        """Return begin and end of the next element; None at the array's end. Raises UserError where it is no JSON."""
         if self._skip(_SPACE + ",") == "]":
             return None
         wanted = _CHUNK
         while True:
-            try:
-                _, end = self.decode(self.text, self.at)
-                if end < len(self.text):
-                    break
-                problem = "the array has no end"
-            except RecursionError:  # the record will be left out, but those behind it are read
-                if (found := _end_of_nested(self.text, self.at)) is not None:
-                    end = found
-                    break
-                problem = "nested too deeply"
-            except ValueError as error:
-                problem = str(
-                    error
-                )  # the error itself would keep the text, through its frame even after this call
+            end, problem = self._end()
+            if end is not None:
+                break
             if wanted > _LARGEST_ELEMENT or not self._more(wanted):
-                raise UserError(
-                    f"{self.path}: not valid JSON in the element at byte {self.place}: {problem}"
-                )
+                place = f"not valid JSON in the element at byte {self.place}"
+                raise UserError(f"{self.path}: {place}: {problem}")
+            # Twice as much each time: a long element is not begun again at each chunk.
             wanted *= 2
         begin, self.at = self.place, end
         return begin, self.place
+
+    def _end(self) -> tuple[int | None, str]:
+        """Return the end of the element in the text, or None and the reason that the text has none."""
+        try:
+            _, end = self.decode(self.text, self.at)
+        except RecursionError:
+            # The record will be left out, but those after it are read.
+            return _end_of_nested(self.text, self.at), "nested too deeply"
+        except ValueError as error:
+            # The error itself would keep the text, through its frame, even after this call.
+            return None, str(error)
+        # A number at the end of the text may have more digits.
+        return (end, "") if end < len(self.text) else (None, "the array has no end")
 
     def _skip(self, characters: str) -> str:
         """Move to the next character that is none of these."""
@@ -157,26 +161,27 @@ class _Scanner:
             if self.at < len(self.text):
                 return self.text[self.at]
             if not self._more(_CHUNK):
-                raise UserError(
-                    f"{self.path}: not valid JSON: the array is not closed at its end, byte {self.place}"
-                )
+                problem = f"the array is not closed at its end, byte {self.place}"
+                raise UserError(f"{self.path}: not valid JSON: {problem}")
 
     def _more(self, size: int) -> bool:
-        """Read on, and let go of what was walked over."""
+        """Read more, and let go of the elements before; return False at the end of the file."""
         data = self.file.read(size)
-        self.base, self.text, self.at = (
-            self.base + self.at,
-            self.text[self.at :] + data.decode("latin-1"),
-            0,
-        )
+        self.base += self.at
+        self.text = self.text[self.at :] + data.decode("latin-1")
+        self.at = 0
         return bool(data)
 
 
 def _end_of_nested(text: str, at: int) -> int | None:
-    """Where a list or object that begins at `at` ends, by its brackets alone; None if the text ends before."""
+    """Return the end of a list or object that begins at `at`, by its brackets alone; None if the text ends before."""
     depth = 0
-    for found in _BRACKETS.finditer(text, at):
-        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(found[0], 0)
+    for match in _BRACKETS.finditer(text, at):
+        # Texts match too, so that their brackets do not.
+        if match[0] in "[{":
+            depth += 1
+        elif match[0] in "]}":
+            depth -= 1
         if depth == 0:
-            return found.end()
+            return match.end()
     return None

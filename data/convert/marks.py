@@ -1,8 +1,8 @@
-"""Marks written out in the texts of a source: what a published tokenizer has one token for becomes structure, for all formats.
+"""Marks written out in the texts of a source: those with one token in a published tokenizer become structure, for all formats.
 
 A text's own characters never become special tokens (see `visionloom.data.encode.tokenizer`), so a call or a thought that stays
-text would be spelled out in ordinary tokens, which no served model writes. What an assistant says and what a document holds is
-therefore turned into elements here, or leaves its record out. A user's words stay words: they cannot open a turn.
+text would be spelled out in ordinary tokens, which no served model writes. The words of an assistant and of a document are
+therefore turned into elements here, or leave their record out. A user's words stay words: they cannot open a turn.
 """
 
 import ast
@@ -58,29 +58,31 @@ Opener = Callable[[Keys, Mapping[str, Any]], RecordFields]
 
 
 def marks_in(text: str) -> list[str]:
-    """The marks that a text holds, each once."""
+    """Return the marks that a text holds, each once."""
     return list(dict.fromkeys(_MARK.findall(text))) if "<" in text else []
 
 
 def with_placeholders(text: str, images: bool, videos: bool) -> str:
-    """The vision blocks of a rendered prompt as `<image>` and `<video>`, where the record has such media."""
+    """Replace the vision blocks of a rendered prompt by `<image>` and `<video>`, where the record has such media."""
     if "_pad|>" not in text:
         return text
-    text = _VISION.sub("<image>", text) if images else text
+    if images:
+        text = _VISION.sub("<image>", text)
     return _FILM.sub("<video>", text) if videos else text
 
 
 def answer(text: str, first: bool, open_fields: Opener) -> Iterator[Text | Think | ToolCall]:
-    """What an assistant says: a thought at its beginning, text, and calls of tools at its end.
+    """Yield the elements of an answer: a thought at its beginning, text, and calls of tools at its end.
 
-    `first`: nothing of the turn stands before. A thought may lack its `<think>`, as where the prompt wrote it. Newlines at
+    `first`: nothing of the turn precedes the text. A thought may lack its `<think>`, as where the prompt wrote it. Newlines at
     its edges are those of the template (`reasoning_content` in that of the Qwen3-VL Thinking models). Raises Skip for marks
     that stand elsewhere.
     """
     text = _without_end(text)
-    if first and (found := _THOUGHT.match(text)):
-        yield Think(found[1].strip("\n"))
-        text = text[found.end() :]
+    match = _THOUGHT.match(text) if first else None
+    if match:
+        yield Think(match[1].strip("\n"))
+        text = text[match.end() :]
     elif first and THINK_END in text and THINK_START not in text:
         thought, _, text = text.partition(THINK_END)
         yield Think(thought.strip("\n"))
@@ -91,58 +93,62 @@ def answer(text: str, first: bool, open_fields: Opener) -> Iterator[Text | Think
 
 
 def _calls(text: str, open_fields: Opener) -> Iterator[Text | ToolCall]:
-    """A text and the calls behind it; the newline between them is the template's."""
-    said, bodies, between = _split_calls(text)
-    if any(one.strip() for one in between):
-        raise Skip("text behind a tool call", "".join(between).strip()[:200])
+    """Yield a text and the calls after it; the newline between them is the template's."""
+    said, *rest = text.split(CALL_START)
+    calls = [piece.partition(CALL_END) for piece in rest]
+    if all(end for _, end, _ in calls):
+        between = "".join(after for _, _, after in calls).strip()
+        if between:
+            raise Skip("text behind a tool call", between[:200])
+    else:
+        # A mark without its other half: `refuse_marks` names it.
+        said, calls = text, []
+
     refuse_marks(said)
-    if bodies:
+    if calls:
         said = said.removesuffix("\n") if said.strip() else ""
     if said:
         yield Text(said)
-    for body in bodies:
+    for body, _, _ in calls:
         yield from tool_calls(body, open_fields)
 
 
-def _split_calls(text: str) -> tuple[str, list[str], list[str]]:
-    """The text before the first call, what is in each call, and what stands behind each."""
-    said, *rest = text.split(CALL_START)
-    closed = [piece.partition(CALL_END) for piece in rest]
-    if any(
-        not end for _, end, _ in closed
-    ):  # a mark without its other half: `refuse_marks` names it
-        return text, [], []
-    return said, [body for body, _, _ in closed], [behind for _, _, behind in closed]
-
-
 def tool_calls(value: Any, open_fields: Opener) -> list[ToolCall]:
-    """A call or a list of some, as objects or their JSON text: {"name", "arguments"}, also below a key `function`.
+    """Read a call or a list of some, as objects or their JSON text: {"name", "arguments"}, also below a key `function`.
 
     Arguments are an object or its JSON text; written out again they are spaced as the template's `tojson` does. A call may be
     written as Python's dictionary, as Hermes' data set has them. Raises Skip.
     """
-    found = parsed(value) or _python(value)
-    if isinstance(found, list) and found:
-        return [call for one in found for call in tool_calls(one, open_fields)]
-    if not isinstance(found, dict):
+    given = parsed(value) or _python(value)
+    if isinstance(given, list) and given:
+        calls: list[ToolCall] = []
+        for one in given:
+            calls += tool_calls(one, open_fields)
+        return calls
+    if not isinstance(given, dict):
         raise Skip("broken tool call", str(value)[:200])
-    call = open_fields(CALL, found)
+
+    call = open_fields(CALL, given)
     call.take_all("type", "id")
-    if isinstance(inner := call.take("function"), dict):
+    inner = call.take("function")
+    if isinstance(inner, dict):
         call = open_fields(CALL, inner)
-    name, arguments = call.take("name"), parsed(call.take("arguments", "parameters") or {})
+    name = call.take("name")
+    arguments = parsed(call.take("arguments", "parameters") or {})
     if not isinstance(name, str) or not isinstance(arguments, dict):
         raise Skip("broken tool call", str(value)[:200])
     return [ToolCall(name, arguments)]
 
 
 def results(text: str) -> list[str] | None:
-    """What tools returned, if a text consists of `<tool_response>` blocks; else None."""
-    return _RESULT.findall(text) if RESPONSE_START in text and _RESULTS.fullmatch(text) else None
+    """Return the answers of tools, if a text consists of `<tool_response>` blocks; else None."""
+    if RESPONSE_START not in text or not _RESULTS.fullmatch(text):
+        return None
+    return _RESULT.findall(text)
 
 
 def document(text: str) -> str:
-    """The text of a document without an end mark behind it; raises Skip for a mark inside, as in a rendered chat."""
+    """Return the text of a document without an end mark after it; raises Skip for a mark inside, as in a rendered chat."""
     text = text.removesuffix(END_OF_TEXT)
     refuse_marks(text)
     return text
@@ -150,21 +156,25 @@ def document(text: str) -> str:
 
 def refuse_marks(text: str) -> None:
     """Raise Skip if a text that is learned holds a mark."""
-    if found := marks_in(text):
-        raise Skip(f"{found[0]} in a text", text[max(0, text.index(found[0]) - 80) :][:200])
+    marks = marks_in(text)
+    if marks:
+        # Some words before it, to recognize the place by.
+        start = max(0, text.index(marks[0]) - 80)
+        raise Skip(f"{marks[0]} in a text", text[start : start + 200])
 
 
 def tools_of(value: Any) -> list[dict[str, Any]]:
-    """The tools that may be called: a list of objects, or its JSON text; raises Skip."""
-    found = without_nulls(parsed(value)) if value else []
-    found = [found] if isinstance(found, dict) else found
-    if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
+    """Read the tools that may be called: a list of objects, or its JSON text; raises Skip."""
+    tools = without_nulls(parsed(value)) if value else []
+    if isinstance(tools, dict):
+        tools = [tools]
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise Skip("broken tools", str(value)[:200])
-    return found
+    return tools
 
 
 def _without_end(text: str) -> str:
-    """An answer without the marks that end a turn: the template writes them."""
+    """Return an answer without the marks that end a turn: the template writes them."""
     stripped = text.rstrip("\n")
     for mark in (END_OF_TEXT, TURN_END):
         if stripped.endswith(mark):
@@ -173,16 +183,17 @@ def _without_end(text: str) -> str:
 
 
 def _python(value: Any) -> Any:
-    """The value of a Python literal of dictionaries, lists, texts and numbers; None for anything else."""
-    if (
-        not isinstance(value, str)
-        or len(value) > _LARGEST_LITERAL
-        or not value.strip().startswith(("{", "["))
-    ):
+    """Return the value of a Python literal of dictionaries, lists, texts and numbers; None for anything else."""
+    if not isinstance(value, str) or len(value) > _LARGEST_LITERAL:
+        return None
+    text = value.strip()
+    if not text.startswith(("{", "[")):
         return None
     try:
+        # Python warns of odd escapes, as of any source text.
         with warnings.catch_warnings(action="ignore"):
-            found = ast.literal_eval(value.strip())
-        return json.loads(json.dumps(found, allow_nan=False))
+            literal = ast.literal_eval(text)
+        # Through JSON: tuples become lists, and what JSON cannot hold is refused.
+        return json.loads(json.dumps(literal, allow_nan=False))
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         return None

@@ -1,7 +1,7 @@
 """Pictures and videos as they go into shards: the original bytes, unless a picture lies on its side or is transparent.
 
-Loaders apply neither EXIF orientation nor transparency on every epoch: it happens once, here, and the sample's meta says
-so. Every picture is decoded once, so that a broken one is left out now and not in the middle of a training run.
+Loaders apply neither EXIF orientation nor transparency in every epoch: it happens once, here, and is noted in the sample's
+meta. Every picture is decoded once, so that a broken one is left out now and not in the middle of a training run.
 """
 
 import io
@@ -33,7 +33,7 @@ SUFFIXES: Final = {
     "GIF": "gif",
     "TIFF": "tif",
 }
-"""Formats that the loader reads, and the names of their files. MPO is Pillow's name of a JPEG with more pictures behind it, as
+"""Formats that the loader reads, and the names of their files. MPO is Pillow's name of a JPEG with more pictures after it, as
 phones write: readers of JPEG take the first."""
 JPEG_QUALITY: Final = 95
 DEEP: Final = {
@@ -60,7 +60,7 @@ VIDEO_SUFFIXES: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A picture ready for a shard; `change` says what was done to it, None for the original bytes."""
+    """A picture ready for a shard; `change` describes what was done to it, None for the original bytes."""
 
     data: bytes
     suffix: str
@@ -72,50 +72,51 @@ class Picture:
 def prepare_image(data: bytes) -> Picture:
     """Check a picture by decoding it; turn it upright and put it on white where needed.
 
-    What is changed is stored as PNG, or as JPEG of quality 95 with its chroma subsampling if it was one. Raises Skip
-    for what cannot be decoded, is no picture format, or is too large.
+    A changed picture is stored as PNG, or as JPEG of quality 95 with its chroma subsampling if it was one. Raises Skip
+    for bytes that cannot be decoded, are of no picture format, or are too large.
     """
     if len(data) > LARGEST_MEMBER:
         raise Skip("file too large", f"{len(data)} bytes, at most {LARGEST_MEMBER}")
     try:
         picture = open_picture(data)
         if max(picture.size) > MAX_ASPECT * min(picture.size):
-            raise Skip(
-                "picture too narrow",
-                f"{picture.width}x{picture.height} pixels: an aspect ratio of at most {MAX_ASPECT}",
-            )
-        return _prepare(data, picture)
+            size = f"{picture.width}x{picture.height} pixels"
+            raise Skip("picture too narrow", f"{size}: an aspect ratio of at most {MAX_ASPECT}")
+        return _decoded(data, picture)
     except Skip:
         raise
     except MediaError as error:
         raise Skip(error.reason, error.detail) from None
-    except Exception as error:  # decoders raise whatever damaged bytes lead them to
+    except Exception as error:
+        # Decoders raise any error that damaged bytes lead them to.
         raise Skip("broken picture", f"{type(error).__name__}: {error}") from error
 
 
-def _prepare(data: bytes, picture: Pillow.Image) -> Picture:
+def _decoded(data: bytes, picture: Pillow.Image) -> Picture:
+    """Decode a picture, and write it anew if it must be changed."""
     turn = picture.getexif().get(ExifTags.Base.Orientation, 1)
     changes = [f"EXIF orientation {turn} applied"] if turn in range(2, 9) else []
     if picture.has_transparency_data:
         changes.append("transparency put on white")
     if picture.mode in DEEP:
         changes.append(f"{DEEP[picture.mode]} reduced to 8 bits")
-    suffix = SUFFIXES[str(picture.format)]
+
     if not changes:
         width, height = picture.size
-        picture.draft(
-            "RGB", (1, 1)
-        )  # JPEG: reads all coefficients, but computes an eighth of each side
-        picture.convert("RGB")  # what the loader will do
-        return Picture(data, suffix, width, height)
+        # A JPEG reads all coefficients, but computes an eighth of each side.
+        picture.draft("RGB", (1, 1))
+        # As the loader will.
+        picture.convert("RGB")
+        return Picture(data, SUFFIXES[str(picture.format)], width, height)
+
     upright = eight_bits(ImageOps.exif_transpose(picture))
     flat = on_white(upright) if upright.has_transparency_data else upright
-    written, suffix, how = _written(flat, picture)
-    return Picture(written, suffix, flat.width, flat.height, f"{', '.join(changes)}; {how}")
+    content, suffix, stored = _written(flat, picture)
+    return Picture(content, suffix, flat.width, flat.height, f"{', '.join(changes)}; {stored}")
 
 
 def eight_bits(picture: Pillow.Image) -> Pillow.Image:
-    """A picture with more bits a value as one of 8: Pillow's own conversion would clip it to white.
+    """Reduce a picture with more bits a value to 8: Pillow's own conversion would clip it to white.
 
     Whole numbers of 16 bits lose their lower half. In 32 bits and in floats the range is not known from the format: values are
     taken for 0..1 (floats), 0..255 or 0..65535, the smallest that holds them. Raises Skip for values outside of these.
@@ -123,17 +124,7 @@ def eight_bits(picture: Pillow.Image) -> Pillow.Image:
     if picture.mode not in DEEP:
         return picture
     values = np.asarray(picture)
-    least, most = float(values.min()), float(values.max())
-    factor = 1.0 if most <= 255 else 1 / 256
-    if picture.mode.startswith("I;16"):
-        factor = 1 / 256
-    elif not 0 <= least <= most <= 65535:  # NaN too
-        raise Skip(
-            "picture of unknown range",
-            f"{DEEP[picture.mode]} from {least:g} to {most:g}: 0..1, 0..255 or 0..65535 expected",
-        )
-    elif picture.mode == "F" and most <= 1:
-        factor = 255.0
+    factor = _factor(picture.mode, float(values.min()), float(values.max()))
     narrow = np.empty(values.shape, np.uint8)
     for row in range(0, len(values), _BAND):
         band = values[row : row + _BAND] * np.float64(factor)
@@ -141,22 +132,38 @@ def eight_bits(picture: Pillow.Image) -> Pillow.Image:
     return Pillow.fromarray(narrow)
 
 
+def _factor(mode: str, least: float, most: float) -> float:
+    """Return the factor that brings values of a deep mode, from `least` to `most`, to 0..255; raises Skip."""
+    if mode.startswith("I;16"):
+        return 1 / 256
+    # NaN fails this too.
+    if not 0 <= least <= most <= 65535:
+        values = f"{DEEP[mode]} from {least:g} to {most:g}"
+        problem = f"{values}: 0..1, 0..255 or 0..65535 expected"
+        raise Skip("picture of unknown range", problem)
+    if mode == "F" and most <= 1:
+        return 255.0
+    return 1.0 if most <= 255 else 1 / 256
+
+
 def on_white(picture: Pillow.Image) -> Pillow.Image:
-    """The picture without transparency, what lies behind it white."""
+    """Return the picture without transparency, on a white ground."""
     colours = picture.convert("RGBA")
     white = Pillow.new("RGBA", colours.size, (255, 255, 255, 255))
     return Pillow.alpha_composite(white, colours).convert("RGB")
 
 
 def _written(picture: Pillow.Image, original: Pillow.Image) -> tuple[bytes, str, str]:
-    """Bytes, suffix and a description."""
+    """Return the picture in the format of the original: bytes, suffix and a description."""
     file = io.BytesIO()
-    options: dict[str, Any] = {"icc_profile": original.info.get("icc_profile")}
+    profile = original.info.get("icc_profile")
     if isinstance(original, JpegImagePlugin.JpegImageFile):
-        sampling = JpegImagePlugin.get_sampling(original)
-        picture.save(file, "JPEG", quality=JPEG_QUALITY, subsampling=max(sampling, 0), **options)
+        # -1 is an unknown one.
+        sampling = max(JpegImagePlugin.get_sampling(original), 0)
+        options = {"quality": JPEG_QUALITY, "subsampling": sampling}
+        picture.save(file, "JPEG", icc_profile=profile, **options)
         return file.getvalue(), "jpg", f"stored as JPEG of quality {JPEG_QUALITY}"
-    picture.save(file, "PNG", **options)
+    picture.save(file, "PNG", icc_profile=profile)
     return file.getvalue(), "png", "stored as PNG"
 
 
@@ -172,7 +179,7 @@ class Film:
 def prepare_video(data: bytes) -> Film:
     """Read a video's header, the times of all its packets, and decode its first frame.
 
-    Raises Skip for what is no video, is stored rotated, or has no times; UserError without PyAV.
+    Raises Skip for bytes that are no video, one that is stored rotated, or has no times; UserError without PyAV.
     """
     if len(data) > LARGEST_MEMBER:
         raise Skip("file too large", f"{len(data)} bytes, at most {LARGEST_MEMBER}")
@@ -183,45 +190,47 @@ def prepare_video(data: bytes) -> Film:
             container.seek(0)
             turn = next(container.decode(video=0)).rotation % 360
         if turn:
-            raise Skip(
-                "video stored rotated",
-                f"by {turn} degrees: write it upright first, ffmpeg does so by itself",
-            )
+            fix = "write it upright first, ffmpeg does so by itself"
+            raise Skip("video stored rotated", f"by {turn} degrees: {fix}")
+
         facts = _complete(probe(f"video.{suffix}", data), times)
         check_work(facts.frames, facts.width, facts.height, len(data))
     except MediaError as error:
         raise Skip(error.reason, error.detail) from None
     except (StopIteration, ValueError) as error:
         raise Skip("broken video", f"{type(error).__name__}: {error}") from error
-    return Film(suffix, facts, () if _is_even(times, facts.fps) else times)
+
+    for index, time in enumerate(times):
+        if not facts.fps or abs(time - index / facts.fps) > _LARGEST_JITTER:
+            return Film(suffix, facts, times)
+    return Film(suffix, facts, ())
 
 
 def _complete(facts: MediaFacts, times: tuple[float, ...]) -> MediaFacts:
-    """The header's facts with the true number of frames, and means where the header has no rate or duration."""
+    """Return the header's facts with the true number of frames, and means where it has no rate or duration."""
     if len(times) < 2 or not times[-1]:
         raise Skip("video of one frame", "store it as a picture")
     fps = facts.fps or (len(times) - 1) / times[-1]
-    return replace(
-        facts, frames=len(times), fps=fps, duration=facts.duration or times[-1] + 1 / fps
-    )
+    duration = facts.duration or times[-1] + 1 / fps
+    return replace(facts, frames=len(times), fps=fps, duration=duration)
 
 
 def _packet_times(container: Any) -> tuple[float, ...]:
-    """Seconds from the first frame at which each frame is shown, without decoding."""
+    """Return the seconds from the first frame at which each frame is shown, without decoding."""
     stream = container.streams.video[0]
-    found = [
-        (packet.pts, packet.is_discard, packet.is_corrupt) for packet in packets_of(container)
-    ]  # without their bytes
-    if stream.frames > len(found) or any(corrupt for _, _, corrupt in found):
-        raise Skip("video cut short", f"{len(found)} of {stream.frames} frames are there")
-    stamps = [stamp for stamp, discarded, _ in found if not discarded]
-    if not stamps or None in stamps:
-        raise Skip("video without times", f"{len(stamps)} frames, some without a presentation time")
-    stamps.sort()
-    return tuple(float((stamp - stamps[0]) * stream.time_base) for stamp in stamps)
+    count, corrupt = 0, 0
+    stamps: list[int | None] = []
+    # Packets are not kept: they hold their bytes.
+    for packet in packets_of(container):
+        count += 1
+        corrupt += packet.is_corrupt
+        if not packet.is_discard:
+            stamps.append(packet.pts)
 
-
-def _is_even(times: tuple[float, ...], fps: float) -> bool:
-    return fps > 0 and all(
-        abs(time - index / fps) <= _LARGEST_JITTER for index, time in enumerate(times)
-    )
+    if stream.frames > count or corrupt:
+        raise Skip("video cut short", f"{count} of {stream.frames} frames are there")
+    known = sorted(stamp for stamp in stamps if stamp is not None)
+    if not known or len(known) < len(stamps):
+        problem = f"{len(stamps)} frames, some without a presentation time"
+        raise Skip("video without times", problem)
+    return tuple(float((stamp - known[0]) * stream.time_base) for stamp in known)

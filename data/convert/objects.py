@@ -6,7 +6,7 @@ from typing import Any, Final
 from visionloom.data.convert.keys import Keys, RecordFields, decoded
 from visionloom.data.convert.skip import Skip
 from visionloom.data.convert.source import SampleDraft
-from visionloom.data.shards.sample import Box, Point, Text
+from visionloom.data.shards.sample import Box, Point, Space, Text
 
 OBJECTS: Final = Keys(
     "objects",
@@ -39,41 +39,40 @@ class Objects:
         return value if isinstance(value, list) else []
 
     def name(self) -> Text:
-        """The next name."""
+        """Return the next name; raises Skip if there is none."""
         if self.named >= len(self.names):
-            raise Skip(
-                "more placeholders than objects",
-                f"{self.named + 1} <ref-object>, {len(self.names)} given",
-            )
+            counts = f"{self.named + 1} <ref-object>, {len(self.names)} given"
+            raise Skip("more placeholders than objects", counts)
         self.fields.take("ref")
         self.named += 1
         return Text(str(self.names[self.named - 1]))
 
     def place(self) -> Box | Point:
-        """The next box (four numbers) or point (two)."""
-        if self.placed >= len(self.places):
-            raise Skip(
-                "more placeholders than objects",
-                f"{self.placed + 1} <bbox>, {len(self.places)} given",
-            )
+        """Return the next box (four numbers) or point (two); raises Skip if there is none."""
+        number = self.placed
+        if number >= len(self.places):
+            counts = f"{number + 1} <bbox>, {len(self.places)} given"
+            raise Skip("more placeholders than objects", counts)
         for name in ("bbox", "bbox_type", "image_id"):
             self.fields.take(name)
-        image = int(self.images[self.placed]) if self.placed < len(self.images) else 0
-        factor, values = _SPACES.get(self.system), self.places[self.placed]
+
+        # Without image_id all are on the first picture.
+        image = int(self.images[number]) if number < len(self.images) else 0
+        values, factor = self.places[number], _SPACES.get(self.system)
         if factor is None or not isinstance(values, list) or len(values) not in (2, 4):
             raise Skip("broken box", f"{self.system}: {str(values)[:80]}")
-        numbers = tuple(float(value) * factor for value in values)
-        space: Any = "px" if self.system == "real" else "relative1000"
+        numbers = [float(value) * factor for value in values]
+        space: Space = "px" if self.system == "real" else "relative1000"
+
         self.placed += 1
-        if len(numbers) == 4:
-            return Box(image, numbers, space)
-        return Point(image, (numbers[0], numbers[1]), space)
+        if len(numbers) == 2:
+            return Point(image, (numbers[0], numbers[1]), space)
+        return Box(image, (numbers[0], numbers[1], numbers[2], numbers[3]), space)
 
     def check(self) -> None:
         """Raise Skip if placeholders took some of the objects but not all."""
-        for kind, used, given in (
-            ("<ref-object>", self.named, self.names),
-            ("<bbox>", self.placed, self.places),
-        ):
-            if used and used < len(given):
-                raise Skip("fewer placeholders than objects", f"{used} {kind}, {len(given)} given")
+        names = ("<ref-object>", self.named, len(self.names))
+        places = ("<bbox>", self.placed, len(self.places))
+        for kind, used, given in (names, places):
+            if used and used < given:
+                raise Skip("fewer placeholders than objects", f"{used} {kind}, {given} given")

@@ -3,7 +3,7 @@
 import errno
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -57,7 +57,7 @@ _FETCHED: Final = ("obelics", "omnicorpus", "mmc4")
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What is to be converted, and how."""
+    """A source that is to be converted, and the options for it."""
 
     kind: str
     path: Path
@@ -66,12 +66,12 @@ class Request:
     limit: int | None = None
     """Records read at most."""
     stop: bool = False
-    """Whether the first bad record ends the conversion."""
+    """True if the first bad record ends the conversion."""
     follow_links: bool = False
     task: str | None = None
     """Evaluation task of all samples that name none themselves."""
     trainable: Trainable = field(default_factory=Trainable)
-    """What a sample must be to be trained on."""
+    """Checks of a sample that is to be trained on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,28 +86,28 @@ class Converter:
     trainable: Trainable
 
     def parts(self) -> Iterator[SourcePart]:
-        """The source's parts up to the limit, each with how many of its records are wanted (None: all)."""
-        if (index := self.options.files.index) is not None:
-            build_index(index.images, index.folder, self.request.follow_links)
-        left = self.request.limit
-        for part in _gathered(
-            SOURCES[self.request.kind]().parts(
-                self.request.path, self.part_records, self.request.follow_links
-            ),
-            self.part_records,
-        ):
+        """Yield the source's parts up to the limit, each with the number of its records that are wanted (None: all)."""
+        request, size = self.request, self.part_records
+        index = self.options.files.index
+        if index is not None:
+            build_index(index.images, index.folder, request.follow_links)
+
+        source = SOURCES[request.kind]()
+        left = request.limit
+        for part in _gathered(source.parts(request.path, size, request.follow_links), size):
             wanted = part.records if left is None else min(left, part.records)
             yield SourcePart(wanted, (part.where, None if wanted == part.records else wanted))
-            if left is not None and (left := left - wanted) <= 0:
-                return
+            if left is not None:
+                left -= wanted
+                if left <= 0:
+                    return
 
     def samples(self, part: SourcePart, log: PartLog) -> Iterator[SampleMembers]:
-        """The samples of a part, checked and ready to be written; records that cannot be converted go to `log`."""
+        """Yield the samples of a part, checked and ready to be written; records that cannot be converted go to `log`."""
         places, wanted = part.where
         source = SOURCES[self.request.kind]()
-        for record in islice(
-            (record for where in places for record in source.records(where)), wanted
-        ):
+        records = chain.from_iterable(map(source.records, places))
+        for record in islice(records, wanted):
             log.tally.counts["records"] += 1
             draft = SampleDraft()
             try:
@@ -123,30 +123,28 @@ class Converter:
     def _members(
         self, source: SourceFormat, record: SourceRecord, draft: SampleDraft
     ) -> SampleMembers:
-        """The members of one sample that can be trained on; raises Skip, whatever a record from elsewhere leads to."""
+        """Return the members of one sample that can be trained on; raises Skip for any fault of the record."""
         if isinstance(record.value, Skip):
             raise record.value
         try:
             source.convert(record.value, draft, self.options)
             draft.task = draft.task or self.request.task
-            members = members_of(
-                draft.sample(f"{self.name}:{draft.id or record.place}"), draft.media
-            )
+            sample = draft.sample(f"{self.name}:{draft.id or record.place}")
+            members = members_of(sample, draft.media)
+            # As it will be read: the bytes of its JSON come first.
             self.trainable.check(parse_sample(members[0][1]))
             return members
         except SampleError as error:
             raise Skip("breaks the schema", str(error)) from error
-        except (UserError, Skip):
+        except (UserError, Skip, MemoryError):
             raise
         except OSError as error:
-            if (
-                error.errno not in _OF_THE_FILE
-            ):  # a disk or network that fails is no reason to lose records
+            # A disk or network that fails is no reason to lose records.
+            if error.errno not in _OF_THE_FILE:
                 raise
             raise Skip("file cannot be read", str(error)) from error
-        except MemoryError:
-            raise
-        except Exception as error:  # a record from elsewhere may lead anything anywhere: it is left out, with the error's name
+        except Exception as error:
+            # A record from elsewhere may cause any error: it is left out, with the error's name.
             raise Skip("malformed record", f"{type(error).__name__}: {error}") from error
 
     def _leave_out(self, record: SourceRecord, skip: Skip, log: PartLog) -> None:
@@ -154,21 +152,23 @@ class Converter:
             raise UserError(f"{record.place}: {skip} (--on-error skip leaves it out and goes on)")
         log.tally.counts["left out"] += 1
         log.tally.note(f"left out: {skip.reason}", record.place)
-        log.skipped.append(
-            {"record": record.place, "reason": skip.reason, "detail": skip.detail[:500]}
-        )
+        detail = skip.detail[:500]
+        log.skipped.append({"record": record.place, "reason": skip.reason, "detail": detail})
 
 
 def _notes(draft: SampleDraft) -> Iterator[str]:
-    """What the summary says of a sample that was made."""
-    yield from (f"pictures left out: {reason}" for reason in draft.left_out)
-    yield from ("pictures changed" for _ in draft.meta.get("changed", ()))
-    yield from (f"not read: {key}" for key in draft.unread)
+    """Yield the lines of the summary for a sample that was made."""
+    for reason in draft.left_out:
+        yield f"pictures left out: {reason}"
+    for _ in draft.meta.get("changed", ()):
+        yield "pictures changed"
+    for key in draft.unread:
+        yield f"not read: {key}"
     yield from draft.notes
 
 
 def _gathered(parts: Iterator[SourcePart], size: int) -> Iterator[SourcePart]:
-    """Small parts, of many small files, put together to parts of at most `size` records; `where` becomes a tuple."""
+    """Join small parts, of many small files, to parts of at most `size` records; `where` becomes a tuple."""
     places, records = list[Any](), 0
     for part in parts:
         if places and records + part.records > size:
@@ -186,42 +186,48 @@ def convert(request: Request, target: Target, progress: Progress) -> Tally:
     Nothing is fetched from a network. Raises UserError for a source that is not there or of another format.
     """
     _check(request, target.folder)
+    images = request.images_dir
     folder = request.path if request.path.is_dir() else request.path.parent
-    roots = (folder,) if request.images_dir is None else (request.images_dir, folder)
+    roots = (folder,) if images is None else (images, folder)
     index = None
-    if request.kind in _FETCHED and request.images_dir is not None:
-        index = UrlIndex(target.staging / URLS, request.images_dir)
-    options = SourceOptions(MediaFiles(roots, index, request.follow_links), request.columns or {})
-    converter = Converter(request, target.name, options, target.limits.samples, request.trainable)
+    if request.kind in _FETCHED and images is not None:
+        index = UrlIndex(target.staging / URLS, images)
+
+    files = MediaFiles(roots, index, request.follow_links)
+    options = SourceOptions(files, request.columns or {})
+    records = target.limits.samples
+    converter = Converter(request, target.name, options, records, request.trainable)
     return write_parts(converter, target, _settings(request), progress)
 
 
 def _check(request: Request, target: Path) -> None:
+    """Raise UserError for a request that cannot be met."""
+    path, images, columns = request.path, request.images_dir, request.columns or {}
     if request.kind not in SOURCES:
         raise UserError(unknown("source kind", request.kind, list(SOURCES)))
-    if not request.path.exists():
-        raise UserError(f"no file or folder {request.path}")
-    if request.path.is_dir() and target.resolve().is_relative_to(request.path.resolve()):
-        raise UserError(
-            f"{target} lies inside the source {request.path}: choose a folder beside it"
-        )
-    if request.images_dir is not None and not request.images_dir.is_dir():
-        raise UserError(f"--images-dir: no folder {request.images_dir}")
-    if request.columns and request.kind != "hf":
+    if not path.exists():
+        raise UserError(f"no file or folder {path}")
+    # Else the next run would read what this one writes.
+    if path.is_dir() and target.resolve().is_relative_to(path.resolve()):
+        raise UserError(f"{target} lies inside the source {path}: choose a folder beside it")
+    if images is not None and not images.is_dir():
+        raise UserError(f"--images-dir: no folder {images}")
+    if columns and request.kind != "hf":
         raise UserError(f"--columns is for the kind hf, not {request.kind}")
-    if others := sorted(set(request.columns or ()) - set(COLUMNS)):
-        raise UserError(f"--columns {others[0]}=...: one of {', '.join(COLUMNS)} expected")
+    for role in sorted(columns):
+        if role not in COLUMNS:
+            raise UserError(f"--columns {role}=...: one of {', '.join(COLUMNS)} expected")
 
 
 def _settings(request: Request) -> dict[str, Any]:
-    """What the bytes of the dataset depend on."""
-    state = request.path.stat()
+    """Return the settings, as JSON, that the bytes of the dataset depend on."""
+    state, images = request.path.stat(), request.images_dir
     return {
         "version": CONVERT_VERSION,
         "kind": request.kind,
         "source": str(request.path.resolve()),
         "source bytes": state.st_size if request.path.is_file() else None,
-        "images_dir": None if request.images_dir is None else str(request.images_dir.resolve()),
+        "images_dir": None if images is None else str(images.resolve()),
         "columns": dict(sorted((request.columns or {}).items())),
         "limit": request.limit,
         "follow_links": request.follow_links,

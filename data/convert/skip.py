@@ -1,8 +1,8 @@
-"""Why a record is left out of a converted dataset."""
+"""The reason for which a record is left out of a converted dataset."""
 
 
 class Skip(Exception):
-    """One record cannot be converted: `reason` is counted in the summary, `detail` tells this record's case."""
+    """One record cannot be converted: `reason` is counted in the summary, `detail` describes this record's case."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)

@@ -1,4 +1,4 @@
-"""What a source format has to say, and what all of them share: skipping a record with its reason, and drafts of samples."""
+"""The interface of a source format, and what all of them share: records, options, and drafts of samples."""
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,34 +17,34 @@ from visionloom.data.shards.write_parts import SourcePart
 
 @dataclass(frozen=True, slots=True)
 class SourceOptions:
-    """What a source may need to know beside its path."""
+    """Options of a source besides its path."""
 
     files: MediaFiles
-    """Where pictures and videos lie."""
+    """Finds pictures and videos."""
     columns: Mapping[str, str] = field(default_factory=dict)
     """Roles of a table's columns: {"image": "jpg", "text": "caption"}."""
 
 
 @dataclass(frozen=True, slots=True)
 class SourceRecord:
-    """One record of a source: where it stands, for messages, and its value."""
+    """One record of a source: its place, for messages, and its value."""
 
     place: str
     value: Any
 
 
 class SourceFormat(Protocol):
-    """A format: how a source is cut into parts, read, and how a record becomes a sample. Picklable."""
+    """A format: cuts a source into parts, reads them, and makes a sample of a record. Picklable."""
 
     keys: ClassVar[tuple[Keys, ...]]
-    """What is read of its objects: the tables of docs/data.md."""
+    """The keys that are read of its objects: the tables of docs/data.md."""
 
     def parts(self, path: Path, size: int, follow_links: bool = False) -> Iterator[SourcePart]:
-        """Parts of about `size` records in order, found without reading media; `follow_links`: also out of the source's folder."""
+        """Yield parts of about `size` records in order, without reading media; `follow_links`: also out of the source's folder."""
         ...
 
     def records(self, where: Any) -> Iterator[SourceRecord]:
-        """The records of a part in order; a broken one has a Skip for its value."""
+        """Yield the records of a part in order; a broken one has a Skip for its value."""
         ...
 
     def convert(self, value: Any, draft: "SampleDraft", options: SourceOptions) -> None:
@@ -54,14 +54,14 @@ class SourceFormat(Protocol):
 
 @dataclass
 class SampleDraft:
-    """A sample in the making: its elements, its media, and what had to be changed or left out."""
+    """A sample in the making: its elements, its media, and notes of all that was changed or left out."""
 
     messages: list[Message] = field(default_factory=list)
     content: list[Element] = field(default_factory=list)
     media: dict[str, bytes] = field(default_factory=dict)
     id: str | None = None
     whole: Sample | None = None
-    """A sample that is already of our schema; then only `media` counts beside it."""
+    """A sample that is already of our schema; then only `media` counts besides it."""
     tools: list[Mapping[str, Any]] = field(default_factory=list)
     meta: dict[str, Any] = field(default_factory=dict)
     weight: float = 1.0
@@ -69,24 +69,23 @@ class SampleDraft:
     left_out: list[str] = field(default_factory=list)
     """A reason for each picture that the sample does without."""
     notes: list[str] = field(default_factory=list)
-    """What the summary counts besides, as `marks kept as words: ...`."""
+    """Further lines that the summary counts, as `marks kept as words: ...`."""
     _opened: list[RecordFields] = field(default_factory=list)
     _known: dict[bytes, Image] = field(default_factory=dict)
     _films: dict[bytes, Video] = field(default_factory=dict)
 
     def open(self, keys: Keys, value: Mapping[str, Any]) -> RecordFields:
-        """Read an object of the record key by key; what is not read of it is counted. Raises Skip."""
+        """Read an object of the record key by key; keys that nobody reads are counted. Raises Skip."""
         if not isinstance(value, Mapping):
-            raise Skip(
-                "not an object", f"{keys.kind}: an object expected, got {type(value).__name__}"
-            )
+            got = type(value).__name__
+            raise Skip("not an object", f"{keys.kind}: an object expected, got {got}")
         fields = RecordFields(keys, value)
         self._opened.append(fields)
         return fields
 
     @property
     def unread(self) -> Iterator[str]:
-        """The keys that nobody took, one after another."""
+        """Yield the keys that nobody took."""
         for fields in self._opened:
             yield from fields.unread
 
@@ -111,14 +110,14 @@ class SampleDraft:
             self.media[ref] = data
             facts = film.facts
             self._films[digest] = Video(
-                (),
-                film.times,
-                facts.width,
-                facts.height,
-                ref,
-                facts.frames,
-                facts.fps,
-                facts.duration,
+                frames=(),
+                times=film.times,
+                width=facts.width,
+                height=facts.height,
+                ref=ref,
+                file_frames=facts.frames,
+                fps=facts.fps,
+                duration=facts.duration,
             )
         return replace(self._films[digest], **part)
 
@@ -128,18 +127,21 @@ class SampleDraft:
             raise Skip("frames without times", f"{len(files)} frames, {len(times)} times")
         if any(later < earlier for earlier, later in pairwise(times)):
             raise Skip("times that go back", str(list(times))[:80])
+
         stem = self._next_video()
-        shown = [
-            self._add_picture(f"{stem}.{index:03d}", prepare_image(data))
-            for index, data in enumerate(files)
-        ]
-        if len({(image.width, image.height) for image in shown}) > 1:
-            raise Skip("frames of different sizes", shown[0].ref)
-        refs = tuple(image.ref for image in shown)
-        return Video(refs, tuple(map(float, times)), shown[0].width, shown[0].height, **part)
+        images: list[Image] = []
+        for index, data in enumerate(files):
+            images.append(self._add_picture(f"{stem}.{index:03d}", prepare_image(data)))
+        width, height = images[0].width, images[0].height
+        if any((image.width, image.height) != (width, height) for image in images):
+            raise Skip("frames of different sizes", images[0].ref)
+        refs = tuple(image.ref for image in images)
+        return Video(refs, tuple(map(float, times)), width, height, **part)
 
     def _next_video(self) -> str:
-        return f"vid{len({ref.partition('.')[0] for ref in self.media if ref.startswith('vid')})}"
+        # All frames of a video begin with its name.
+        stems = {ref.partition(".")[0] for ref in self.media if ref.startswith("vid")}
+        return f"vid{len(stems)}"
 
     def _add_picture(self, stem: str, picture: Picture) -> Image:
         ref = f"{stem}.{picture.suffix}"
@@ -149,11 +151,19 @@ class SampleDraft:
         return Image(ref, picture.width, picture.height)
 
     def sample(self, sample_id: str) -> Sample:
-        """The finished sample; raises Skip if nothing is in it."""
+        """Return the finished sample; raises Skip if nothing is in it."""
         if self.whole is not None:
             return replace(self.whole, meta={**self.whole.meta, **self.meta})
         if not self.messages and not self.content:
             raise Skip("empty", "no text and no media")
         kind = "chat" if self.messages else "doc"
-        parts = tuple(self.messages), tuple(self.content), tuple(self.tools)
-        return Sample(sample_id, kind, *parts, weight=self.weight, task=self.task, meta=self.meta)
+        return Sample(
+            id=sample_id,
+            kind=kind,
+            messages=tuple(self.messages),
+            content=tuple(self.content),
+            tools=tuple(self.tools),
+            weight=self.weight,
+            task=self.task,
+            meta=self.meta,
+        )

@@ -3,6 +3,7 @@
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -16,9 +17,11 @@ from visionloom.data.shards.write_parts import SourcePart
 if TYPE_CHECKING:
     import pyarrow
 
+    _Batches = tuple[int, Iterator[pyarrow.RecordBatch]]
+
 _UNCHECKED_BYTES: Final = 64 << 20
 _EXPANSION: Final = 200
-"""How many times its size a column of more bytes may unfold to: texts do ten times, one value a million times."""
+"""Factor by which a column of more bytes may unfold: texts do ten times, one value a million times."""
 _ROWS: Final = 64
 """Rows in memory at once."""
 
@@ -32,19 +35,39 @@ class RowRange:
     last: int
     row: int
 
+    def groups(self, columns: Sequence[str] | None) -> Iterator["_Batches"]:
+        """Yield the number of rows of each row group or record batch, and these rows a few at a time."""
+        path = Path(self.path)
+        if path.suffix == ".parquet":
+            yield from self._parquet_groups(path, columns)
+            return
+        with _open_arrow(path) as reader:
+            # A stream has no index: the batches before are passed over.
+            for number, batch in enumerate(reader):
+                if self.first <= number < self.last:
+                    starts = range(0, batch.num_rows, _ROWS)
+                    yield batch.num_rows, map(batch.slice, starts, repeat(_ROWS))
+
+    def _parquet_groups(self, path: Path, columns: Sequence[str] | None) -> Iterator["_Batches"]:
+        file = _parquet(path)
+        for number in range(self.first, self.last):
+            group = file.metadata.row_group(number)
+            _check_expansion(path, group)
+            batches = file.iter_batches(batch_size=_ROWS, row_groups=[number], columns=columns)
+            yield group.num_rows, batches
+
 
 def require_pyarrow() -> None:
     """Raise UserError if pyarrow is not installed."""
     try:
         import pyarrow  # noqa: F401
     except ImportError:
-        raise UserError(
-            "parquet and arrow files need pyarrow: pip install visionloom[convert]"
-        ) from None
+        fix = "pip install visionloom[convert]"
+        raise UserError(f"parquet and arrow files need pyarrow: {fix}") from None
 
 
 def table_files(path: Path, endings: tuple[str, ...], follow_links: bool = False) -> list[Path]:
-    """The file itself, or those of a folder in sorted order; raises UserError if there is none."""
+    """Return the file itself, or those of a folder in sorted order; raises UserError if there is none."""
     require_pyarrow()
     if path.is_file() and path.suffix not in endings:
         raise UserError(f"{path}: a file {' or '.join(endings)}, or a folder with some, expected")
@@ -52,7 +75,7 @@ def table_files(path: Path, endings: tuple[str, ...], follow_links: bool = False
 
 
 def cut_tables(files: Sequence[Path], size: int) -> Iterator[SourcePart]:
-    """Parts of neighbouring row groups or batches of a file, of at least `size` rows where there are as many."""
+    """Yield parts of neighbouring row groups or batches of a file, of at least `size` rows where there are as many."""
     for path in files:
         first = row = records = 0
         for number, rows in enumerate(_sizes(path)):
@@ -65,31 +88,30 @@ def cut_tables(files: Sequence[Path], size: int) -> Iterator[SourcePart]:
 
 
 def read_table(where: RowRange, columns: Sequence[str] | None = None) -> Iterator[SourceRecord]:
-    """Rows as dictionaries; only `columns` are read from parquet if given. Nulls inside of a column's values are dropped.
+    """Yield rows as dictionaries; only `columns` are read from parquet if given. Nulls inside of a column's values are dropped.
 
     A row with a text that is no UTF-8, and each row of a damaged row group, has a Skip for its value. A value that Python has
     no type for, as moments in nanoseconds, is the error that says so.
     """
-    path, number = Path(where.path), where.row
-    for rows, batches in _groups(where, columns):
+    name, number = Path(where.path).name, where.row
+    for rows, batches in where.groups(columns):
         end = number + rows
         try:
             for batch in batches:
                 for value in _rows(batch):
-                    yield SourceRecord(f"{path.name}:{number}", value)
+                    yield SourceRecord(f"{name}:{number}", value)
                     number += 1
         except _damage() as error:
-            if getattr(error, "errno", None) is not None:  # of the disk, not of pages
+            # An error with a number is one of the disk, not of pages.
+            if getattr(error, "errno", None) is not None:
                 raise
-            yield from (
-                SourceRecord(f"{path.name}:{row}", Skip("damaged table", str(error)))
-                for row in range(number, end)
-            )
+            for row in range(number, end):
+                yield SourceRecord(f"{name}:{row}", Skip("damaged table", str(error)))
         number = end
 
 
 def _damage() -> tuple[type[Exception], ...]:
-    """What pyarrow raises for damaged files; its OSErrors of pages have no number."""
+    """Return the errors of pyarrow for damaged files; its OSErrors of pages have no number."""
     import pyarrow
 
     return (
@@ -106,44 +128,51 @@ def _damage() -> tuple[type[Exception], ...]:
 
 
 def _rows(batch: "pyarrow.RecordBatch") -> Iterator[Any]:
+    """Yield the rows of a batch as dictionaries, a Skip for one that cannot be read."""
+    rows: list[Any]
     try:
-        batch.validate(full=True)  # else offsets that lead outside end the process
+        # Without this, offsets that lead outside would end the process.
+        batch.validate(full=True)
         rows = batch.to_pylist()
-    except ValueError:  # ArrowInvalid is one, and not every moment can be turned into Python's
+    except ValueError:
+        # ArrowInvalid is one, and so is a moment that Python cannot hold.
         rows = [_row(batch.slice(row, 1)) for row in range(batch.num_rows)]
     for row in rows:
-        yield (
-            row
-            if isinstance(row, Skip)
-            else {name: without_nulls(value) for name, value in row.items()}
-        )
+        if isinstance(row, Skip):
+            yield row
+        else:
+            yield {name: without_nulls(value) for name, value in row.items()}
 
 
 def _row(batch: "pyarrow.RecordBatch") -> dict[str, Any] | Skip:
-    """The only row of a batch, column by column."""
+    """Return the only row of a batch, column by column."""
     try:
         batch.validate(full=True)
     except ValueError as error:
         return Skip("no valid Unicode" if "UTF8" in str(error) else "damaged table", str(error))
-    found: dict[str, Any] = {}
+
+    row: dict[str, Any] = {}
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
         try:
-            found[name] = column[0].as_py()
+            row[name] = column[0].as_py()
         except UnicodeDecodeError as error:
             return Skip("no valid Unicode", str(error))
         except ValueError as error:
-            found[name] = error
-    return found
+            # Only a record whose format reads this column is left out for it.
+            row[name] = error
+    return row
 
 
 def _sizes(path: Path) -> Iterator[int]:
-    """Rows of each row group or batch; raises UserError for a file that cannot be read, or that has more rows than bytes."""
+    """Yield the rows of each row group or batch.
+
+    Raises UserError for a file that cannot be read, or that claims more rows than it has bytes.
+    """
     left = path.stat().st_size
     for rows in _read_sizes(path):
         if not 0 <= rows <= left:
-            raise UserError(
-                f"{path} says that it has more rows than bytes: write it again, or give another file"
-            )
+            fix = "write it again, or give another file"
+            raise UserError(f"{path} says that it has more rows than bytes: {fix}")
         left -= rows
         yield rows
 
@@ -152,96 +181,90 @@ def _read_sizes(path: Path) -> Iterator[int]:
     try:
         if path.suffix == ".parquet":
             facts = _parquet(path).metadata
-            yield from (facts.row_group(number).num_rows for number in range(facts.num_row_groups))
-        else:
-            _check_unfolding(path)
-            with _open_arrow(path) as reader:
-                yield from (batch.num_rows for batch in reader)
+            for number in range(facts.num_row_groups):
+                yield facts.row_group(number).num_rows
+            return
+        _check_unfolding(path)
+        with _open_arrow(path) as reader:
+            for batch in reader:
+                yield batch.num_rows
     except UserError:
         raise
     except _damage() as error:
         raise UserError(f"{path} is damaged: {error}: fetch it again or remove it") from None
 
 
-def _groups(
-    where: RowRange, columns: Sequence[str] | None
-) -> Iterator[tuple[int, Iterator["pyarrow.RecordBatch"]]]:
-    """The rows of each row group or record batch, and these rows a few at a time."""
-    path = Path(where.path)
-    if path.suffix == ".parquet":
-        file = _parquet(path)
-        for group in range(where.first, where.last):
-            _check_expansion(path, file.metadata.row_group(group))
-            batches = file.iter_batches(batch_size=_ROWS, row_groups=[group], columns=columns)
-            yield file.metadata.row_group(group).num_rows, batches
-        return
-    with _open_arrow(path) as reader:
-        for number, batch in enumerate(reader):
-            if where.first <= number < where.last:
-                yield (
-                    batch.num_rows,
-                    (batch.slice(start, _ROWS) for start in range(0, batch.num_rows, _ROWS)),
-                )
-
-
 def _check_expansion(path: Path, group: Any) -> None:
     """Raise UserError for a row group that unfolds to many times its size."""
-    columns = [group.column(number) for number in range(group.num_columns)]
-    for column in columns:
-        if column.total_uncompressed_size > max(
-            _UNCHECKED_BYTES, _EXPANSION * column.total_compressed_size
-        ):
+    for number in range(group.num_columns):
+        column = group.column(number)
+        packed, unfolded = column.total_compressed_size, column.total_uncompressed_size
+        if unfolded > max(_UNCHECKED_BYTES, _EXPANSION * packed):
             raise UserError(
-                f"{path}: column {column.path_in_schema!r} unfolds from {column.total_compressed_size} to"
-                f" {column.total_uncompressed_size} bytes: write the file again with smaller row groups"
+                f"{path}: column {column.path_in_schema!r} unfolds from {packed} to"
+                f" {unfolded} bytes: write the file again with smaller row groups"
             )
 
 
 def _check_unfolding(path: Path) -> None:
-    """Raise UserError for compressed buffers of an Arrow stream that say they unfold to many times the file's size.
-
-    A compressed buffer begins with its true size (int64), -1 if it is stored as it is (Arrow's Message.fbs).
-    """
+    """Raise UserError for an Arrow stream whose compressed buffers claim to unfold to many times the file's size."""
     import pyarrow
 
     total, size = 0, path.stat().st_size
+    most = max(_UNCHECKED_BYTES, _EXPANSION * size)
     with pyarrow.memory_map(str(path)) as source:
         for message in pyarrow.ipc.MessageReader.open_stream(source):
-            if message.type in ("record batch", "dictionary"):
-                total += sum(_unfolded(message))
-                if total > max(_UNCHECKED_BYTES, _EXPANSION * size):
-                    raise UserError(
-                        f"{path} unfolds from {size} to {total} bytes: write it without compression"
-                    )
+            if message.type not in ("record batch", "dictionary"):
+                continue
+            total += sum(_ArrowMessage(message).unfolded_sizes())
+            if total > most:
+                problem = f"{path} unfolds from {size} to {total} bytes"
+                raise UserError(f"{problem}: write it without compression")
 
 
-def _unfolded(message: Any) -> Iterator[int]:
-    """True sizes of the compressed buffers of a message, by its flatbuffer."""
-    head, body = memoryview(message.metadata), memoryview(message.body)
+class _ArrowMessage:
+    """The flatbuffer of a record batch or dictionary (Arrow's Message.fbs), as far as the sizes of its buffers need it."""
 
-    def field(start: int, number: int) -> int:
-        """Where a table's field stands, 0 if the table lacks it."""
-        layout = start - struct.unpack_from("<i", head, start)[0]
-        place = 4 + 2 * number
-        offset = (
-            struct.unpack_from("<H", head, layout + place)[0]
-            if place < struct.unpack_from("<H", head, layout)[0]
-            else 0
-        )
-        return int(start + offset) if offset else 0
+    def __init__(self, message: Any) -> None:
+        self.is_dictionary = message.type == "dictionary"
+        self.head, self.body = memoryview(message.metadata), memoryview(message.body)
 
-    def at(place: int) -> int:
-        """What an offset at a place leads to."""
-        return place + int(struct.unpack_from("<I", head, place)[0])
+    def unfolded_sizes(self) -> Iterator[int]:
+        """Yield the true sizes, in bytes, of the compressed buffers.
 
-    batch = at(field(at(0), 2))
-    batch = at(field(batch, 1)) if message.type == "dictionary" else batch
-    if field(batch, 3):
-        buffers = at(field(batch, 2))
-        for number in range(struct.unpack_from("<I", head, buffers)[0]):
-            start, length = struct.unpack_from("<qq", head, buffers + 4 + 16 * number)
+        A compressed buffer begins with its true size (int64), -1 if it is stored as it is.
+        """
+        batch = self._target(self._field(self._target(0), 2))
+        if self.is_dictionary:
+            batch = self._target(self._field(batch, 1))
+        # Field 3 is the compression; without one the sizes are those in the file.
+        if not self._field(batch, 3):
+            return
+
+        buffers = self._target(self._field(batch, 2))
+        for number in range(self._number("<I", buffers)):
+            place = buffers + 4 + 16 * number
+            start, length = struct.unpack_from("<qq", self.head, place)
             if length >= 8:
-                yield max(0, struct.unpack_from("<q", body, start)[0])
+                (size,) = struct.unpack_from("<q", self.body, start)
+                yield max(0, size)
+
+    def _field(self, table: int, number: int) -> int:
+        """Return the place of a table's field, 0 if the table lacks it."""
+        layout = table - self._number("<i", table)
+        # The layout's own size and the table's come first.
+        place = 4 + 2 * number
+        if place >= self._number("<H", layout):
+            return 0
+        offset = self._number("<H", layout + place)
+        return table + offset if offset else 0
+
+    def _target(self, place: int) -> int:
+        """Return the place to which the offset at `place` leads."""
+        return place + self._number("<I", place)
+
+    def _number(self, layout: str, place: int) -> int:
+        return int(struct.unpack_from(layout, self.head, place)[0])
 
 
 def _parquet(path: Path) -> Any:
@@ -254,7 +277,7 @@ def _parquet(path: Path) -> Any:
 
 
 def _open_arrow(path: Path) -> Any:
-    """A stream of record batches, mapped into memory: what Hugging Face datasets save."""
+    """Open a stream of record batches, as Hugging Face datasets save it, mapped into memory."""
     import pyarrow
 
     try:

@@ -25,15 +25,15 @@ from visionloom.data.convert.skip import Skip
 from visionloom.data.convert.source_files import located
 from visionloom.data.shards.tar import Fault, members
 
-_ROW: Final = np.dtype(
-    [("high", "<u8"), ("low", "<u8"), ("file", "<u8"), ("offset", "<u8"), ("length", "<u8")]
-)
+_COLUMNS: Final = ("high", "low", "file", "offset", "length")
+_ROW: Final = np.dtype([(name, "<u8") for name in _COLUMNS])
+"""The first two are the hash of the URL; `file` is the number of a name."""
 _BUCKETS: Final = 64
 _BUFFERED: Final = 20_000
 """Rows kept in memory before they are written out to their buckets."""
 _NOT_MEDIA: Final = ("json", "txt")
 _LARGEST_JSON: Final = 16 << 20
-"""Bytes of the JSON beside a picture."""
+"""Bytes of a picture's JSON."""
 
 UrlRow = tuple[int, int, int, int, int]
 
@@ -46,34 +46,36 @@ class UrlIndex:
     images: Path
 
     def read(self, url: str) -> bytes | None:
-        """Bytes of the picture that was fetched from this URL, None if there is none."""
+        """Return the bytes of the picture that was fetched from this URL, None if there is none."""
         rows, names = _load(self.folder)
         high, low = _hash(url)
         place = int(np.searchsorted(rows["high"], np.uint64(high)))
-        while place < len(rows) and rows["high"][place] == high and rows["low"][place] != low:
+        # Rows are sorted by both halves of the hash; URLs that share the first are next to each other.
+        while place < len(rows) and rows["high"][place] == high:
+            if rows["low"][place] == low:
+                return self._picture(rows[place], names)
             place += 1
-        if place == len(rows) or rows["high"][place] != high:
-            return None
-        row = rows[place]
-        start, end = (int(value) for value in _name_span(names, int(row["file"])))
-        path = self.images / os.fsdecode(bytes(names["text"][start:end]))
+        return None
+
+    def _picture(self, row: Any, names: "_Names") -> bytes:
+        path = self.images / names.name(int(row["file"]))
         with open(path, "rb") as file:
             return os.pread(file.fileno(), int(row["length"]), int(row["offset"]))
 
 
 def build_index(images: Path, folder: Path, follow_links: bool = False) -> UrlIndex:
-    """Index all pictures below `images` that have a JSON with a URL beside them, unless `folder` has the index.
+    """Index all pictures below `images` that have a JSON with a URL next to them, unless `folder` has the index.
 
-    Files that lead out of `images` are passed over unless `follow_links`. Raises UserError for a damaged tar.
+    Files that lead out of `images` are ignored unless `follow_links`. Raises UserError for a damaged tar.
     """
     done = folder / "rows.bin"
     if not done.exists():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         writer = _Writer(folder)
-        for number, (name, found) in enumerate(_sources(images, follow_links)):
+        for number, (name, pictures) in enumerate(_sources(images, follow_links)):
             writer.name(name)
-            for url, offset, length in found:
+            for url, offset, length in pictures:
                 writer.row((*_hash(url), number, offset, length))
         writer.finish(done)
     return UrlIndex(folder, images)
@@ -84,27 +86,26 @@ def _hash(url: str) -> tuple[int, int]:
     return int.from_bytes(digest[:8], "big"), int.from_bytes(digest[8:16], "big")
 
 
-Found = Iterator[tuple[str, int, int]]
+_Pictures = Iterator[tuple[str, int, int]]
 """URL, offset and length."""
 
 
-def _sources(images: Path, follow_links: bool) -> Iterator[tuple[str, Found]]:
-    """Every file that holds pictures, below `images` in sorted order, and what it holds."""
+def _sources(images: Path, follow_links: bool) -> Iterator[tuple[str, _Pictures]]:
+    """Yield every file that holds pictures, below `images` in sorted order, and the pictures in it."""
     for folder, folders, files in os.walk(images):
         folders.sort()
         for file in sorted(files):
             name = str((Path(folder) / file).relative_to(images))
             if file.endswith(".tar"):
                 yield name, _in_tar(located(images, name, follow_links))
-            elif (
-                file.endswith(".json")
-                and (media := _beside(images, name, follow_links)) is not None
-            ):
-                yield media, _in_folder(images, name, media, follow_links)
+            elif file.endswith(".json"):
+                media = _picture_of(images, name, follow_links)
+                if media is not None:
+                    yield media, _in_folder(images, name, media, follow_links)
 
 
-def _beside(images: Path, name: str, follow_links: bool) -> str | None:
-    """The picture with the name of a JSON file; None if there is none that may be read."""
+def _picture_of(images: Path, name: str, follow_links: bool) -> str | None:
+    """Return the picture with the name of a JSON file; None if there is none that may be read."""
     for suffix in (".jpg", ".png", ".webp", ".jpeg", ".gif"):
         media = str(Path(name).with_suffix(suffix))
         with suppress(PlaceError, OSError):
@@ -113,23 +114,24 @@ def _beside(images: Path, name: str, follow_links: bool) -> str | None:
     return None
 
 
-def _in_folder(images: Path, name: str, media: str, follow_links: bool) -> Found:
-    """The picture beside a JSON file, if that has its URL."""
+def _in_folder(images: Path, name: str, media: str, follow_links: bool) -> _Pictures:
+    """Yield the picture of a JSON file, if that has its URL."""
     with suppress(PlaceError, FileNotFoundError):
         url = _url_in(read_located(images, name, _LARGEST_JSON, follow_links))
         if url:
             yield url, 0, (images / media).stat().st_size
 
 
-def _in_tar(path: Path) -> Found:
-    """Pictures in a tar, in which the members of a key lie together; only the JSON members are read."""
+def _in_tar(path: Path) -> _Pictures:
+    """Yield the pictures in a tar, in which the members of a key follow each other; only the JSON members are read."""
     key, url, place = "", "", (0, 0)
     for member, file in members(path, _refuse):
-        this, _, ending = member.name.rpartition(".")
-        if this != key:
+        stem, _, ending = member.name.rpartition(".")
+        if stem != key:
+            # A picture that could not be fetched has a JSON alone.
             if url and place[1]:
                 yield url, *place
-            key, url, place = this, "", (0, 0)
+            key, url, place = stem, "", (0, 0)
         if ending == "json" and member.length <= _LARGEST_JSON:
             file.seek(member.offset)
             url = _url_in(file.read(member.length))
@@ -140,17 +142,18 @@ def _in_tar(path: Path) -> Found:
 
 
 def _refuse(fault: Fault) -> None:
-    raise UserError(
-        f"--images-dir: {fault.file} is damaged: {fault.error.removeprefix('damaged: ')}: fetch it again or remove it"
-    )
+    problem = fault.error.removeprefix("damaged: ")
+    fix = "fetch it again or remove it"
+    raise UserError(f"--images-dir: {fault.file} is damaged: {problem}: {fix}")
 
 
 def _url_in(document: bytes) -> str:
+    """Return the URL in a picture's JSON; empty if there is none."""
     try:
-        found = record_json(document)
+        facts = record_json(document)
     except Skip:
         return ""
-    url = found.get("url") if isinstance(found, dict) else None
+    url = facts.get("url") if isinstance(facts, dict) else None
     return url if isinstance(url, str) else ""
 
 
@@ -182,32 +185,36 @@ class _Writer:
             file.write(data)
 
     def finish(self, path: Path) -> None:
+        """Sort the buckets one after another into the index at `path`."""
         self._spill()
+        # Without any picture the files are there all the same.
         for name in ("names.bin", "ends.bin"):
             self._append(name, b"")
         with replacing(path) as file:
             for bucket in sorted(self.folder.glob("bucket*")):
-                file.write(
-                    np.sort(
-                        np.fromfile(bucket, _ROW), order=("high", "low", "file", "offset")
-                    ).tobytes()
-                )
+                rows = np.fromfile(bucket, _ROW)
+                file.write(np.sort(rows, order=_COLUMNS[:4]).tobytes())
                 bucket.unlink()
 
 
+class _Names:
+    """Names of files, one after another, with the end of each; mapped into memory."""
+
+    def __init__(self, folder: Path) -> None:
+        self.text = _map(folder / "names.bin", np.dtype(np.uint8))
+        self.ends = _map(folder / "ends.bin", np.dtype("<u8"))
+
+    def name(self, number: int) -> str:
+        start = int(self.ends[number - 1]) if number else 0
+        return os.fsdecode(bytes(self.text[start : int(self.ends[number])]))
+
+
 @lru_cache(4)
-def _load(folder: Path) -> tuple[NDArray[Any], dict[str, NDArray[Any]]]:
-    """Rows and names, mapped into memory once a process."""
-    return _map(folder / "rows.bin", _ROW), {
-        "text": _map(folder / "names.bin", np.dtype(np.uint8)),
-        "ends": _map(folder / "ends.bin", np.dtype("<u8")),
-    }
+def _load(folder: Path) -> tuple[NDArray[Any], _Names]:
+    """Return rows and names, mapped into memory once a process."""
+    return _map(folder / "rows.bin", _ROW), _Names(folder)
 
 
 def _map(path: Path, kind: np.dtype[Any]) -> NDArray[Any]:
+    # An empty file cannot be mapped.
     return np.memmap(path, kind, "r") if path.stat().st_size else np.empty(0, kind)
-
-
-def _name_span(names: dict[str, NDArray[Any]], number: int) -> tuple[int, int]:
-    ends = names["ends"]
-    return int(ends[number - 1]) if number else 0, int(ends[number])

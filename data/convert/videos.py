@@ -27,12 +27,11 @@ NARROWING: Final = {
     "fps": "rate of a list of frames",
 }
 SOURCES: Final = ("video", "video_url", "file", "url", "path", "frames", "files", "base64", "bytes")
+_SOURCE: Final = "name of a file or folder of frames, a list of frames, or the bytes"
 VIDEO: Final = Keys(
     "video",
     {
-        **dict.fromkeys(
-            SOURCES, "name of a file or folder of frames, a list of frames, or the bytes"
-        ),
+        **dict.fromkeys(SOURCES, _SOURCE),
         **NARROWING,
         "total_pixels": "most frames x height x width",
     },
@@ -51,93 +50,90 @@ VIDEO_PART: Final = Keys(
 """A typed part of a turn, in the words of qwen-vl-utils."""
 
 
-def add_video(draft: SampleDraft, files: MediaFiles, value: Any, *said: RecordFields) -> Video:
+def add_video(draft: SampleDraft, files: MediaFiles, value: Any, *objects: RecordFields) -> Video:
     """Add the video that `value` means: a name of a file or of a folder of frames, a list of frames, or an object.
 
-    `said`: what narrows it and has its times, the nearest first: an object (VIDEO), a typed part of a turn (VIDEO_PART), and
+    `objects`: what narrows it and has its times, the nearest first: an object (VIDEO), a typed part of a turn (VIDEO_PART), and
     the record, of which only `t` and `fps` of extracted frames count. Times of frames come from `t` (seconds), `fps` (of the
-    frames given) or, where nothing else tells their rate, from `sample_fps`, else from times.json in the folder; they are
+    frames given) or, where nothing else gives their rate, from `sample_fps`, else from times.json in the folder; they are
     never guessed. Raises Skip.
     """
     if isinstance(value, Mapping):
         inner = draft.open(VIDEO, value)
-        return add_video(draft, files, named(inner, *SOURCES), inner, *said)
+        return add_video(draft, files, named(inner, *SOURCES), inner, *objects)
     if isinstance(value, list):
-        return _listed_frames(draft, files, value, said)
+        return _Frames(objects, value).added(draft, files)
+
     ref = reference(value)
-    if (
-        isinstance(ref, str)
-        and not ref.startswith(("data:", "http://", "https://"))
-        and (path := files.locate(ref)).is_dir()
-    ):
-        return _folder(draft, files, path, said)
-    return draft.video(files.read(value), **_part(said, of_file=True))
+    if isinstance(ref, str) and not ref.startswith(("data:", "http://", "https://")):
+        path = files.locate(ref)
+        if path.is_dir():
+            return _folder_frames(path, files, objects).added(draft, files)
+    return draft.video(files.read(value), **_narrowed(objects, of_file=True))
 
 
-def _listed_frames(
-    draft: SampleDraft, files: MediaFiles, names: list[Any], said: tuple[RecordFields, ...]
-) -> Video:
-    times = _times(said, len(names))
-    narrowed = _part(said, of_file=False, rate_known=times is not None)
-    times = _by_sample_rate(said, len(names)) if times is None else times
-    if times is None:
-        raise Skip("frames without times", "give t (a list of seconds), fps or sample_fps")
-    return draft.frames([files.read(name) for name in names], times, **narrowed)
+class _Frames:
+    """Names of a video's extracted frames, and their times, in seconds, once they are known."""
+
+    def __init__(self, objects: tuple[RecordFields, ...], names: list[Any]) -> None:
+        self.objects, self.names = objects, names
+        self.times = self._given_times()
+        self.fix = "give t (a list of seconds), fps or sample_fps"
+
+    def _given_times(self) -> list[float] | None:
+        """Return the times by `t` or `fps` of the nearest object that has one; None if none does."""
+        for fields in self.objects:
+            times = fields.take("t")
+            if times is not None:
+                return _numbers(times, len(self.names))
+            rate = fields.number("fps")
+            if rate is not None:
+                return self._at_rate(rate)
+        return None
+
+    def _at_rate(self, rate: float) -> list[float]:
+        if rate <= 0:
+            raise Skip("frames without times", f"fps {rate:g}")
+        return [index / rate for index in range(len(self.names))]
+
+    def added(self, draft: SampleDraft, files: MediaFiles) -> Video:
+        """Add the frames to the draft; raises Skip where nothing gives their times."""
+        part = _narrowed(self.objects, of_file=False, rate_known=self.times is not None)
+        times = self._times_at_sample_rate() if self.times is None else self.times
+        if times is None:
+            raise Skip("frames without times", self.fix)
+        return draft.frames([files.read(name) for name in self.names], times, **part)
+
+    def _times_at_sample_rate(self) -> list[float] | None:
+        """Return the times where only `sample_fps` gives their rate, as qwen-vl-utils has it for lists of frames."""
+        for fields in self.objects:
+            if fields.keys.kind == VIDEO.kind:
+                rate = fields.number("sample_fps")
+                if rate is not None:
+                    return self._at_rate(rate)
+        return None
 
 
-def _folder(
-    draft: SampleDraft, files: MediaFiles, path: Path, said: tuple[RecordFields, ...]
-) -> Video:
+def _folder_frames(path: Path, files: MediaFiles, objects: tuple[RecordFields, ...]) -> _Frames:
+    """Return the frames in a folder: its pictures in sorted order, or those of its times.json."""
     names = sorted(file.name for file in path.iterdir() if kind_of(file.name) == "image")
-    times = _times(said, len(names))
-    if times is None and (path / TIMES).exists():
-        names, times = _from_file(path / TIMES, names, files)
-    narrowed = _part(said, of_file=False, rate_known=times is not None)
-    times = _by_sample_rate(said, len(names)) if times is None else times
-    if times is None:
-        raise Skip(
-            "frames without times", "give t (a list of seconds), fps, or times.json in the folder"
-        )
-    return draft.frames(
-        [files.read(str(path.absolute() / name)) for name in names], times, **narrowed
-    )
-
-
-def _from_file(path: Path, names: list[str], files: MediaFiles) -> tuple[list[str], list[float]]:
-    """Frames and times by a times.json."""
-    try:
-        found = load_json(files.read(str(path.absolute()), LARGEST_TIMES), TIMES)
-    except JsonError as error:
-        raise Skip("broken times.json", f"{path}: {error}") from None
-    if isinstance(found, dict):
-        names, found = (
-            sorted(found, key=lambda name: (_seconds(found[name]), name)),
-            sorted(map(_seconds, found.values())),
-        )
-    return names, _numbers(found, len(names))
-
-
-def _times(said: tuple[RecordFields, ...], count: int) -> list[float] | None:
-    """Seconds of each frame by `t` or `fps` of the nearest object that has one; None if none does."""
-    for fields in said:
-        if (times := fields.take("t")) is not None:
-            return _numbers(times, count)
-        if (rate := fields.number("fps")) is not None:
-            return _at_rate(rate, count)
-    return None
-
-
-def _by_sample_rate(said: tuple[RecordFields, ...], count: int) -> list[float] | None:
-    """Seconds of each frame where only `sample_fps` tells their rate, as qwen-vl-utils has it for lists of frames."""
-    rates = (fields.number("sample_fps") for fields in said if fields.keys.kind == VIDEO.kind)
-    rate = next((found for found in rates if found is not None), None)
-    return None if rate is None else _at_rate(rate, count)
-
-
-def _at_rate(rate: float, count: int) -> list[float]:
-    if rate <= 0:
-        raise Skip("frames without times", f"fps {rate:g}")
-    return [index / rate for index in range(count)]
+    frames = _Frames(objects, names)
+    frames.fix = "give t (a list of seconds), fps, or times.json in the folder"
+    if frames.times is None and (path / TIMES).exists():
+        try:
+            content = files.read(str(path.absolute() / TIMES), LARGEST_TIMES)
+            times = load_json(content, TIMES)
+        except JsonError as error:
+            raise Skip("broken times.json", f"{path / TIMES}: {error}") from None
+        if isinstance(times, dict):
+            # By time, and by name where two are the same.
+            pairs = sorted((_seconds(seconds), name) for name, seconds in times.items())
+            names = [name for _, name in pairs]
+            times = [seconds for seconds, _ in pairs]
+        frames.times = _numbers(times, len(names))
+    # Absolute: relative names are those of the source's own folders.
+    frames.names = [str(path.absolute() / name) for name in names]
+    return frames
 
 
 def _numbers(value: Any, count: int) -> list[float]:
@@ -150,32 +146,37 @@ def _seconds(value: Any) -> float:
     return number(value, "time of a frame")
 
 
-def _part(said: tuple[RecordFields, ...], of_file: bool, rate_known: bool = True) -> dict[str, Any]:
-    """Fields of Video that narrow it: the nearest object's words first."""
-    found: dict[str, Any] = {}
-    for fields in said:
-        if (
-            fields.keys.kind == VIDEO.kind
-        ):  # a record has one rate and one time for all its videos: only frames take them
-            told = _told(fields, of_file, rate_known)
-            found |= {
-                name: value
-                for name, value in told.items()
-                if value is not None and name not in found
-            }
-    return found
+def _narrowed(
+    objects: tuple[RecordFields, ...], of_file: bool, rate_known: bool = True
+) -> dict[str, Any]:
+    """Return the fields of Video that narrow it: the nearest object's words first.
+
+    `of_file`: it is a video file. `rate_known`: the rate of its frames is given, so that `sample_fps` chooses among them.
+    """
+    narrowed: dict[str, Any] = {}
+    for fields in objects:
+        # A record has one rate and one time for all its videos: only frames take them.
+        if fields.keys.kind != VIDEO.kind:
+            continue
+        for name, value in _limits(fields, of_file, rate_known).items():
+            if value is not None:
+                narrowed.setdefault(name, value)
+    return narrowed
 
 
-def _told(fields: RecordFields, of_file: bool, rate_known: bool) -> dict[str, Any]:
-    in_part = fields.keys is VIDEO_PART
-    rates = ("sample_fps", "fps") if of_file and in_part else ("sample_fps",)
+def _limits(fields: RecordFields, of_file: bool, rate_known: bool) -> dict[str, Any]:
+    """Read the limits of one object; a typed part has the words of qwen-vl-utils."""
+    is_part = fields.keys is VIDEO_PART
+    rates = ("sample_fps", "fps") if of_file and is_part else ("sample_fps",)
+    counts = ("max_frames", "nframes") if is_part else ("max_frames",)
     pixels = fields.whole("total_pixels")
+    if pixels is not None and is_part:
+        # qwen-vl-utils counts pairs of frames.
+        pixels *= 2
     return {
         "start": fields.number("start", "video_start"),
         "end": fields.number("end", "video_end"),
         "sample_fps": fields.number(*rates) if rate_known else None,
-        "max_frames": fields.whole("max_frames", "nframes")
-        if in_part
-        else fields.whole("max_frames"),
-        "total_pixels": pixels * 2 if pixels is not None and in_part else pixels,
+        "max_frames": fields.whole(*counts),
+        "total_pixels": pixels,
     }

@@ -1,4 +1,4 @@
-"""One PNG that shows what is in datasets: a few samples of each, pictures above, their text below."""
+"""One PNG with a few samples of each dataset, pictures above, their text below."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -28,10 +28,8 @@ def draw_contact_sheet(datasets: Mapping[str, Dataset], path: str | Path, column
     """Draw the first `columns` samples of every dataset, one row each, as a PNG at `path`."""
     rows = []
     for name, dataset in datasets.items():
-        views = [
-            view_sample(dataset, index, MediaConfig())
-            for index in range(min(columns, len(dataset)))
-        ]
+        first = range(min(columns, len(dataset)))
+        views = [view_sample(dataset, index, MediaConfig()) for index in first]
         rows.append(_row(f"{name}: {len(dataset):,} samples", views, columns))
     _stack(rows).save(path, "PNG")
 
@@ -40,17 +38,16 @@ def draw_samples(
     views: Sequence[SampleView], title: str, path: str | Path, columns: int = 4
 ) -> None:
     """Draw samples as a PNG at `path`, `columns` in a row."""
-    rows = [
-        _row(title if not start else "", views[start : start + columns], columns)
-        for start in range(0, len(views), columns)
-    ]
+    rows = []
+    for start in range(0, len(views), columns):
+        rows.append(_row("" if start else title, views[start : start + columns], columns))
     _stack(rows).save(path, "PNG")
 
 
 def _stack(rows: Sequence[Canvas]) -> Canvas:
-    sheet = PillowImage.new(
-        "RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white"
-    )
+    width = max(row.width for row in rows)
+    height = sum(row.height for row in rows)
+    sheet = PillowImage.new("RGB", (width, height), "white")
     top = 0
     for row in rows:
         sheet.paste(row, (0, top))
@@ -60,9 +57,8 @@ def _stack(rows: Sequence[Canvas]) -> Canvas:
 
 def _row(title: str, views: Sequence[SampleView], columns: int) -> Canvas:
     cards = [_card(view) for view in views]
-    row = PillowImage.new(
-        "RGB", (columns * _CARD, max(card.height for card in cards) + 24), "white"
-    )
+    height = max(card.height for card in cards)
+    row = PillowImage.new("RGB", (columns * _CARD, height + 24), "white")
     ImageDraw.Draw(row).text((_MARGIN, 6), title, "black", ImageFont.load_default(14))
     for column, card in enumerate(cards):
         row.paste(card, (column * _CARD, 24))
@@ -70,67 +66,79 @@ def _row(title: str, views: Sequence[SampleView], columns: int) -> Canvas:
 
 
 def _card(view: SampleView) -> Canvas:
-    sample = view.sample
+    """Draw one sample: its pictures, and its text below."""
     pictures = [(_outlined(shown), shown.caption) for media in view.media for shown in media.shown]
-    lines = [
-        part for line in describe(sample) for part in textwrap.wrap(line, _LINE_CHARACTERS) or [""]
-    ]
-    lines += [
-        part
-        for media in view.media
-        if media.problem
-        for part in textwrap.wrap(media.problem, _LINE_CHARACTERS)
-    ]
-    if len(lines) > _MOST_LINES:
-        lines[_MOST_LINES:] = ["..."]
-    if sample.task:
-        lines.append(f"(task {sample.task})")
+    lines = _lines(view)
     side = _side(len(pictures))
     top = _height(len(pictures), side) + _MARGIN
-    card = PillowImage.new("RGB", (_CARD, top + _LINE * len(lines) + _MARGIN), "white")
+    height = top + _LINE * len(lines) + _MARGIN
+    card = PillowImage.new("RGB", (_CARD, height), "white")
     _paste_pictures(card, pictures, side)
+
+    draw, font = ImageDraw.Draw(card), ImageFont.load_default(11)
     for number, line in enumerate(lines):
-        ImageDraw.Draw(card).text(
-            (_MARGIN, top + number * _LINE), line, "black", ImageFont.load_default(11)
-        )
+        draw.text((_MARGIN, top + number * _LINE), line, "black", font)
     return card
 
 
+def _lines(view: SampleView) -> list[str]:
+    """Return the text of a sample in lines that fit on a card."""
+    lines: list[str] = []
+    for turn in describe(view.sample):
+        lines += textwrap.wrap(turn, _LINE_CHARACTERS) or [""]
+    for media in view.media:
+        lines += textwrap.wrap(media.problem, _LINE_CHARACTERS)
+    if len(lines) > _MOST_LINES:
+        lines[_MOST_LINES:] = ["..."]
+    if view.sample.task:
+        lines.append(f"(task {view.sample.task})")
+    return lines
+
+
 def _outlined(shown: Shown) -> Canvas:
-    """The picture with its boxes and points in red."""
+    """Return the picture with its boxes and points in red."""
     picture = shown.picture.copy()
-    draw, thick = ImageDraw.Draw(picture), max(1, max(picture.size) // 100)
+    width, height = picture.size
+    draw = ImageDraw.Draw(picture)
+    thick = max(1, max(picture.size) // 100)
     for mark in shown.marks:
-        places = [share * picture.size[axis % 2] for axis, share in enumerate(mark.place)]
-        if len(places) == 4:
-            draw.rectangle(
-                (places[0], places[1], places[2] - 1, places[3] - 1), outline="red", width=thick
-            )
+        x, y = mark.place[0] * width, mark.place[1] * height
+        if len(mark.place) == 4:
+            # The last pixel of a box is inside of it.
+            corner = (mark.place[2] * width - 1, mark.place[3] * height - 1)
+            draw.rectangle((x, y, *corner), outline="red", width=thick)
         else:
-            x, y, reach = *places, 2 * thick
-            draw.ellipse((x - reach, y - reach, x + reach, y + reach), outline="red", width=thick)
+            reach = 2 * thick
+            around = (x - reach, y - reach, x + reach, y + reach)
+            draw.ellipse(around, outline="red", width=thick)
     return picture
 
 
 def _paste_pictures(card: Canvas, pictures: list[tuple[Canvas, str]], side: int) -> None:
     """Lay the pictures out in squares of `side` pixels, captions below."""
-    across = _across(side)
+    draw, font = ImageDraw.Draw(card), ImageFont.load_default(10)
     for number, (picture, caption) in enumerate(pictures):
-        left, top = _MARGIN + number % across * (side + 4), _MARGIN + number // across * (side + 16)
+        row, column = divmod(number, _across(side))
+        left = _MARGIN + column * (side + 4)
+        top = _MARGIN + row * (side + 16)
+
         factor = side / max(picture.size)
-        size = (max(1, round(picture.width * factor)), max(1, round(picture.height * factor)))
-        resampling = (
-            PillowImage.Resampling.NEAREST if factor > 1 else PillowImage.Resampling.LANCZOS
-        )
-        card.paste(picture.resize(size, resampling), (left, top))
-        ImageDraw.Draw(card).text(
-            (left, top + size[1]), caption, "gray", ImageFont.load_default(10)
-        )
+        width = max(1, round(picture.width * factor))
+        height = max(1, round(picture.height * factor))
+        # Small pictures are to show their pixels.
+        resampling = PillowImage.Resampling.LANCZOS
+        if factor > 1:
+            resampling = PillowImage.Resampling.NEAREST
+        card.paste(picture.resize((width, height), resampling), (left, top))
+        draw.text((left, top + height), caption, "gray", font)
 
 
 def _side(count: int) -> int:
-    """The largest side with which `count` squares fit into the space for pictures."""
-    return next((side for side in range(128, 8, -4) if _height(count, side) <= _PICTURES), 8)
+    """Return the largest side, in pixels, with which `count` squares fit into the space for pictures."""
+    for side in range(128, 8, -4):
+        if _height(count, side) <= _PICTURES:
+            return side
+    return 8
 
 
 def _across(side: int) -> int:
@@ -138,5 +146,5 @@ def _across(side: int) -> int:
 
 
 def _height(count: int, side: int) -> int:
-    """Height of `count` squares with their captions, in pixels."""
+    """Return the height of `count` squares with their captions, in pixels."""
     return -(-count // _across(side)) * (side + 16)

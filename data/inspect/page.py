@@ -64,7 +64,7 @@ _POLICY: Final = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 def page(
     title: str, subtitle: str, samples: Iterable[SampleView], packs: FirstPacks | None = None
 ) -> str:
-    """The whole page as HTML."""
+    """Return the whole page as HTML."""
     body = [f"<h1>{escape(title)}</h1><div class='soft'>{escape(subtitle)}</div>"]
     if packs:
         body.append(_packs(packs))
@@ -80,35 +80,49 @@ def page(
 
 
 def _sample(view: SampleView) -> str:
-    media = "".join(map(_media, view.media))
-    several = " several" if sum(len(media.shown) == 1 for media in view.media) > 2 else ""
-    turns = "".join(_turns(view))
-    facts = [f"key {view.key}", view.shard, view.sample.kind]
-    facts += [f"task {view.sample.task}"] if view.sample.task else []
-    facts += [f"{name}: {value}" for name, value in view.sample.meta.items()]
+    """Return one sample as a card: media on the left, turns and tokens on the right."""
+    sample = view.sample
+    facts = [f"key {view.key}", view.shard, sample.kind]
+    if sample.task:
+        facts.append(f"task {sample.task}")
+    facts += [f"{name}: {value}" for name, value in sample.meta.items()]
     problem = f"<div class='bad'>{escape(view.problem)}</div>" if view.problem else ""
+
+    media = "".join(map(_media, view.media))
+    if media:
+        # Two pictures stand one below the other, more side by side.
+        alone = sum(len(one.shown) == 1 for one in view.media)
+        several = " several" if alone > 2 else ""
+        media = f"<div class='media{several}'>{media}</div>"
+    only_text = "" if media else " text"
+    text = f"<div>{_turns(view)}{_tokens(view)}</div>"
     return (
-        f"<section class='card'><h2>{view.index} \u00b7 {escape(view.sample.id)}</h2>"
+        f"<section class='card'><h2>{view.index} \u00b7 {escape(sample.id)}</h2>"
         f"<div class='soft'>{escape(' \u00b7 '.join(facts))}</div>{problem}"
-        f"<div class='sample{'' if media else ' text'}'>{f"<div class='media{several}'>{media}</div>" if media else ''}<div>{turns}{_tokens(view)}</div></div></section>"
+        f"<div class='sample{only_text}'>{media}{text}</div></section>"
     )
 
 
-def _turns(view: SampleView) -> Iterable[str]:
-    """What is said, turn by turn, before it is rendered."""
+def _turns(view: SampleView) -> str:
+    """Return the words turn by turn, before they are rendered."""
     sample = view.sample
+    turns = []
     if sample.kind == "doc":
-        yield _turn("document", text_of(sample.content), True)
+        turns.append(_turn("document", text_of(sample.content), True))
     for message in sample.messages:
         supervised = message.role == "assistant" if message.loss is None else message.loss > 0
-        yield _turn(message.role, text_of(message.content), supervised)
+        turns.append(_turn(message.role, text_of(message.content), supervised))
+    return "".join(turns)
 
 
 def _turn(role: str, text: str, supervised: bool) -> str:
-    shown = text if len(text) <= 4 * MOST_TOKENS else text[: 4 * MOST_TOKENS] + " \u2026"
+    # About four characters a token.
+    most = 4 * MOST_TOKENS
+    shown = text if len(text) <= most else text[:most] + " \u2026"
+    said = "said loss" if supervised else "said"
     return (
         f"<div class='turn'><div class='role'>{escape(role)}</div>"
-        f"<div class='said{' loss' if supervised else ''}'>{escape(shown)}</div></div>"
+        f"<div class='{said}'>{escape(shown)}</div></div>"
     )
 
 
@@ -116,49 +130,61 @@ def _turn(role: str, text: str, supervised: bool) -> str:
 
 
 def _media(media: ShownMedia) -> str:
-    caption = escape(media.title)
+    """Return a picture, or the frames of a video, with a caption; or the reason that there is none."""
+    title = escape(media.title)
     if media.problem:
-        return f"<figure><figcaption class='bad'>{caption}: {escape(media.problem)}</figcaption></figure>"
+        problem = f"{title}: {escape(media.problem)}"
+        return f"<figure><figcaption class='bad'>{problem}</figcaption></figure>"
     if len(media.shown) == 1:
-        return f"<figure>{_picture(media.shown[0])}<figcaption>{caption}</figcaption></figure>"
-    frames = "".join(
-        f"<figure>{_picture(shown)}<figcaption>{escape(shown.caption)}</figcaption></figure>"
-        for shown in media.shown
-    )
-    return f"<figcaption>{caption}; the frames that training sees</figcaption><div class='frames'>{frames}</div>"
+        return _figure(media.shown[0], title)
+    frames = "".join(_figure(shown, escape(shown.caption)) for shown in media.shown)
+    caption = f"<figcaption>{title}; the frames that training sees</figcaption>"
+    return f"{caption}<div class='frames'>{frames}</div>"
+
+
+def _figure(shown: Shown, caption: str) -> str:
+    return f"<figure>{_picture(shown)}<figcaption>{caption}</figcaption></figure>"
 
 
 def _picture(shown: Shown) -> str:
-    """A picture with its marks drawn over it, in the source's pixels."""
+    """Return a picture with its marks drawn over it, in the source's pixels."""
     width, height = shown.width, shown.height
     marks = "".join(_mark(mark, number, width, height) for number, mark in enumerate(shown.marks))
+    label = escape(shown.ref, quote=True)
+    size = f"width='{width}' height='{height}'"
     return (
-        f"<svg viewBox='0 0 {width} {height}' role='img' aria-label='{escape(shown.ref, quote=True)}'>"
-        f"<image href='{_data_url(shown.picture)}' width='{width}' height='{height}'/>{marks}</svg>"
+        f"<svg viewBox='0 0 {width} {height}' role='img' aria-label='{label}'>"
+        f"<image href='{_data_url(shown.picture)}' {size}/>{marks}</svg>"
     )
 
 
 def _mark(mark: Mark, number: int, width: int, height: int) -> str:
-    """A box or a point, with its label; lines stay as thick whatever the picture's size."""
-    colour, unit = f"hsl({_HUES[(number + 1) % len(_HUES)]} 90% 50%)", max(width, height) / 100
+    """Return a box or a point, with its label; lines stay as thick whatever the picture's size."""
+    hue = _HUES[(number + 1) % len(_HUES)]
+    colour, unit = f"hsl({hue} 90% 50%)", max(width, height) / 100
     x, y = mark.place[0] * width, mark.place[1] * height
     if len(mark.place) == 4:
-        w, h = mark.place[2] * width - x, mark.place[3] * height - y
-        shape = f"<rect x='{x:.1f}' y='{y:.1f}' width='{w:.1f}' height='{h:.1f}' fill='none'"
+        across, down = mark.place[2] * width - x, mark.place[3] * height - y
+        shape = f"<rect x='{x:.1f}' y='{y:.1f}' width='{across:.1f}' height='{down:.1f}'"
+        shape += " fill='none'"
     else:
         shape = f"<circle cx='{x:.1f}' cy='{y:.1f}' r='{unit:.1f}' fill='white'"
     shape += f" stroke='{colour}' stroke-width='2.5' vector-effect='non-scaling-stroke'/>"
-    if not mark.label:
-        return shape
-    above = y - unit if y > 5 * unit else y + 4 * unit
-    return shape + (
-        f"<text x='{x + unit / 2:.1f}' y='{above:.1f}' font-size='{3.6 * unit:.1f}' font-family='sans-serif' fill='white'"
-        f" stroke='{colour}' stroke-width='{0.9 * unit:.1f}' paint-order='stroke'>{escape(mark.label)}</text>"
+    return shape + _label(mark.label, colour, (x, y), unit) if mark.label else shape
+
+
+def _label(text: str, colour: str, place: tuple[float, float], unit: float) -> str:
+    """Return a mark's label, above it if there is room; `unit` is a hundredth of the picture's longer side."""
+    x, y = place[0] + unit / 2, place[1]
+    y += -unit if y > 5 * unit else 4 * unit
+    return (
+        f"<text x='{x:.1f}' y='{y:.1f}' font-size='{3.6 * unit:.1f}' font-family='sans-serif' fill='white'"
+        f" stroke='{colour}' stroke-width='{0.9 * unit:.1f}' paint-order='stroke'>{escape(text)}</text>"
     )
 
 
 def _data_url(picture: Pillow.Image) -> str:
-    """The picture inside the page: small ones exactly, others as JPEG."""
+    """Return the picture as part of the page: small ones exactly, others as JPEG."""
     file = io.BytesIO()
     if max(picture.size) <= 128:
         picture.save(file, "PNG")
@@ -166,76 +192,86 @@ def _data_url(picture: Pillow.Image) -> str:
     else:
         picture.save(file, "JPEG", quality=_JPEG_QUALITY)
         kind = "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+    content = base64.b64encode(file.getvalue()).decode()
+    return f"data:image/{kind};base64,{content}"
 
 
 # ---- tokens and packs
 
 
 def _tokens(view: SampleView) -> str:
-    """The rendered prompt, token by token, coloured by weight."""
-    if view.encoded is None:
+    """Return the rendered prompt, token by token, coloured by weight."""
+    encoded = view.encoded
+    if encoded is None:
         return ""
+    # Where all weights are 0, nothing is coloured.
     heaviest = max((token.weight for token in view.tokens), default=0.0) or 1.0
     shown = "".join(_token(token, heaviest) for token in view.tokens[:MOST_TOKENS])
     more = len(view.tokens) - MOST_TOKENS
     rest = f"<span class='soft'> \u2026 and {more:,} more</span>" if more > 0 else ""
+
     facts = (
-        f"{len(view.encoded.input_ids):,} tokens \u00b7 {len(view.encoded.visual_positions):,} visual"
-        f" \u00b7 {view.encoded.supervised_tokens:,} supervised \u00b7 {view.encoded.patch_count:,} patches"
+        f"{len(encoded.input_ids):,} tokens \u00b7 {len(encoded.visual_positions):,} visual"
+        f" \u00b7 {encoded.supervised_tokens:,} supervised \u00b7 {encoded.patch_count:,} patches"
     )
-    return (
-        f"<div class='tokens'><div class='soft'><span class='key' style='background: hsl(var(--loss) / 35%)'>in the loss</span>"
-        f"<span class='key s'>special</span>{facts}</div>{shown}{rest}</div>"
-    )
+    loss = "<span class='key' style='background: hsl(var(--loss) / 35%)'>in the loss</span>"
+    special = "<span class='key s'>special</span>"
+    key = f"<div class='soft'>{loss}{special}{facts}</div>"
+    return f"<div class='tokens'>{key}{shown}{rest}</div>"
 
 
 def _token(token: Token, heaviest: float) -> str:
+    """Return a token, coloured from 12 % (no weight to speak of) to 40 % (the heaviest of the sample)."""
     if token.count > 1 or (token.special and token.text.endswith("_pad|>")):
         return f"<span class='t s v'>{escape(token.text)} \u00d7 {token.count}</span>"
-    colour = (
-        f" style='background: hsl(var(--loss) / {12 + 28 * token.weight / heaviest:.0f}%)'"
-        if token.weight
-        else ""
-    )
+    colour = ""
+    if token.weight:
+        share = 12 + 28 * token.weight / heaviest
+        colour = f" style='background: hsl(var(--loss) / {share:.0f}%)'"
+    kind = "t s" if token.special else "t"
     text = escape(token.text).replace("\n", "\u23ce\n")
-    return f"<span class='t{' s' if token.special else ''}'{colour} title='weight {token.weight:g}'>{text}</span>"
+    return f"<span class='{kind}'{colour} title='weight {token.weight:g}'>{text}</span>"
 
 
-def _packs(found: FirstPacks) -> str:
-    packs = found.packs
+def _packs(first: FirstPacks) -> str:
+    """Return the first packs as bars."""
+    packs = first.packs
     fill = sum(pack.tokens for pack in packs) / sum(pack.length for pack in packs)
     bars = "".join(_bar(number, pack) for number, pack in enumerate(packs))
     return (
         f"<section class='card'><h2>First packs of {packs[0].length:,} tokens, {fill:.1%} full</h2>"
-        f"<div class='soft'>Samples in the dataset's order, without shuffling or a mixture; of the first {found.tried:,},"
-        f" {found.left_out:,} are too long or cannot be rendered and are left out. The lower part of a segment is its share"
+        f"<div class='soft'>Samples in the dataset's order, without shuffling or a mixture; of the first {first.tried:,},"
+        f" {first.left_out:,} are too long or cannot be rendered and are left out. The lower part of a segment is its share"
         f" of visual tokens.</div>{bars}</section>"
     )
 
 
 def _bar(number: int, pack: PackView) -> str:
-    segments = "".join(
-        _segment(place, segment, pack.length) for place, segment in enumerate(pack.segments)
-    )
+    """Return a pack as a bar of its segments, with its free tokens at the end."""
+    segments = ""
+    for place, segment in enumerate(pack.segments):
+        segments += _segment(place, segment, pack.length)
     gap = pack.length - pack.tokens
-    empty = (
-        f"<span class='gap' style='width: {100 * gap / pack.length:.4f}%' title='{gap:,} free'></span>"
-        if gap
-        else ""
-    )
+    if gap:
+        width = 100 * gap / pack.length
+        segments += f"<span class='gap' style='width: {width:.4f}%' title='{gap:,} free'></span>"
     return (
-        f"<div class='bar'>{segments}{empty}</div><div class='soft'>pack {number}: {len(pack.segments)} samples,"
+        f"<div class='bar'>{segments}</div><div class='soft'>pack {number}: {len(pack.segments)} samples,"
         f" {pack.tokens:,} tokens, {gap:,} free</div>"
     )
 
 
 def _segment(place: int, segment: PackedSample, length: int) -> str:
-    hue, visual = _HUES[place % len(_HUES)], 100 * segment.visual / segment.tokens
-    title = escape(
-        f"{segment.sample_id}: {segment.tokens:,} tokens, {segment.visual:,} visual, {segment.supervised:,} supervised",
-        quote=True,
+    """Return a segment as a part of its pack's bar; its lower, darker part is the share of visual tokens."""
+    hue = _HUES[place % len(_HUES)]
+    visual = 100 * segment.visual / segment.tokens
+    counts = (
+        f"{segment.tokens:,} tokens, {segment.visual:,} visual, {segment.supervised:,} supervised"
     )
-    back = f"linear-gradient(to top, hsl({hue} 60% 32%) {visual:.1f}%, hsl({hue} 55% 48%) {visual:.1f}%)"
+    title = escape(f"{segment.sample_id}: {counts}", quote=True)
+    dark = f"hsl({hue} 60% 32%) {visual:.1f}%"
+    light = f"hsl({hue} 55% 48%) {visual:.1f}%"
+    back = f"linear-gradient(to top, {dark}, {light})"
     width = 100 * segment.tokens / length
-    return f"<span style='width: {width:.4f}%; background: {back}' title='{title}'>{segment.index}</span>"
+    style = f"width: {width:.4f}%; background: {back}"
+    return f"<span style='{style}' title='{title}'>{segment.index}</span>"

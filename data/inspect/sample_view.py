@@ -1,12 +1,12 @@
-"""What there is to see in a dataset: a sample's pictures and frames with what is marked on them, its turns, its tokens, packs.
+"""The visible facts of a dataset: a sample's pictures and frames with the marks on them, its turns, its tokens, packs.
 
-The facts only: `view_page.py` makes a web page of them, `contact_sheet.py` a picture.
+`page.py` makes a web page of them, `contact_sheet.py` a picture.
 """
 
 import re
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import numpy as np
@@ -67,7 +67,7 @@ class Shown:
 
 @dataclass(frozen=True, slots=True)
 class ShownMedia:
-    """One picture or video of a sample, as it is shown, or why it can't be."""
+    """One picture or video of a sample, as it is shown, or the reason that it can't be."""
 
     title: str
     shown: tuple[Shown, ...]
@@ -76,7 +76,7 @@ class ShownMedia:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A token's text, its weight in the loss, and how many alike it stands for (visual tokens)."""
+    """A token's text, its weight in the loss, and the number of equal tokens that it stands for (visual ones)."""
 
     text: str
     weight: float
@@ -97,7 +97,7 @@ class SampleView:
     """Empty without a tokenizer."""
     encoded: EncodedSample | None = None
     problem: str = ""
-    """Why it cannot be rendered."""
+    """The reason that it cannot be rendered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +120,7 @@ class PackView:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all segments."""
+        """Return the tokens of all segments."""
         return sum(segment.tokens for segment in self.segments)
 
 
@@ -134,31 +134,31 @@ class FirstPacks:
 
 
 def find_samples(dataset: Dataset, words: Sequence[str], count: int) -> list[int]:
-    """Indices of the samples with these keys or indices; without words the first `count`.
+    """Return the indices of the samples with these keys or indices; without words the first `count`.
 
     Raises UserError for a word that is neither.
     """
     if not words:
         return list(range(min(count, len(dataset))))
-    numbers: dict[str, int] | None = None
-    found = []
+    by_key: dict[str, int] = {}
+    indices: list[int] = []
     for word in words:
         if re.fullmatch(r"\d{1,8}", word) and int(word) < len(dataset):
-            found.append(int(word))
+            indices.append(int(word))
             continue
-        numbers = numbers or {key: index for index, key in enumerate(dataset.keys)}
-        if word not in numbers:
-            raise UserError(
-                f"{dataset.path}: no sample {word!r}: give a key, or a number below {len(dataset)}"
-            )
-        found.append(numbers[word])
-    return found
+        # Keys are read only where a word may be one: that opens every index.
+        by_key = by_key or {key: index for index, key in enumerate(dataset.keys)}
+        if word not in by_key:
+            fix = f"give a key, or a number below {len(dataset)}"
+            raise UserError(f"{dataset.path}: no sample {word!r}: {fix}")
+        indices.append(by_key[word])
+    return indices
 
 
 def view_sample(
     dataset: Dataset, index: int, rules: MediaConfig, tokenizer: Tokenizer | None = None
 ) -> SampleView:
-    """Everything of one sample; media that cannot be decoded, and a sample that cannot be rendered, say why."""
+    """Return everything of one sample; media that cannot be decoded, and a sample that cannot be rendered, have a problem."""
     place, sample = dataset.location(index), dataset.sample(index)
     media = tuple(_media(dataset, index, sample, rules))
     view = SampleView(index, place.key, place.shard, sample, media)
@@ -167,32 +167,33 @@ def view_sample(
     try:
         encoded = encode(sample, tokenizer, rules, dataset.name)
     except SampleError as error:
-        return SampleView(index, place.key, place.shard, sample, media, problem=str(error))
-    return SampleView(
-        index, place.key, place.shard, sample, media, tuple(tokens_of(encoded, tokenizer)), encoded
-    )
+        return replace(view, problem=str(error))
+    return replace(view, tokens=tuple(tokens_of(encoded, tokenizer)), encoded=encoded)
 
 
 # ---- media
 
 
 def _media(dataset: Dataset, index: int, sample: Sample, rules: MediaConfig) -> list[ShownMedia]:
-    """Pictures and videos in reading order."""
-    found, pictures = list[ShownMedia](), 0
+    """Return pictures and videos in reading order."""
+    media: list[ShownMedia] = []
+    pictures = 0
     for element in sample.elements:
         if not isinstance(element, Image | Video):
             continue
         title = _title(element)
         try:
             if isinstance(element, Image):
-                shown = [_picture(dataset, index, element, _marks(sample, pictures, element))]
+                marks = _marks(sample, pictures, element)
+                shown = [_picture(dataset, index, element, marks)]
             else:
                 shown = _frames(dataset, index, sample, element, rules)
-            found.append(ShownMedia(title, tuple(shown)))
+            media.append(ShownMedia(title, tuple(shown)))
         except UserError as error:
-            found.append(ShownMedia(title, (), str(error)))
+            media.append(ShownMedia(title, (), str(error)))
+        # Marks count pictures, of those that cannot be shown too.
         pictures += isinstance(element, Image)
-    return found
+    return media
 
 
 def _title(element: Image | Video) -> str:
@@ -202,43 +203,40 @@ def _title(element: Image | Video) -> str:
     if element.ref is None:
         return f"{len(element.frames)} frames {size}"
     rate = "varying" if element.times else f"{element.fps:.4g}"
-    return (
-        f"{element.ref} {size}, {element.file_frames} frames, {rate} fps, {element.duration:.4g} s"
-    )
+    frames = f"{element.file_frames} frames, {rate} fps, {element.duration:.4g} s"
+    return f"{element.ref} {size}, {frames}"
 
 
 def _picture(dataset: Dataset, index: int, image: Image, marks: tuple[Mark, ...]) -> Shown:
-    return Shown(
-        image.ref,
-        _open(dataset.member(index, image.ref), image.ref),
-        image.width,
-        image.height,
-        marks=marks,
-    )
+    picture = _open(dataset.member(index, image.ref), image.ref)
+    return Shown(image.ref, picture, image.width, image.height, marks=marks)
 
 
 def _frames(
     dataset: Dataset, index: int, sample: Sample, video: Video, rules: MediaConfig
 ) -> list[Shown]:
-    """The frames that training sees, evenly thinned out to MOST_FRAMES, with their times."""
+    """Return the frames that training sees, evenly thinned out to MOST_FRAMES, with their times."""
     chosen = chosen_frames(video, rules)
-    chosen = chosen[
-        np.linspace(0, len(chosen) - 1, min(len(chosen), MOST_FRAMES)).round().astype(int)
-    ]
+    places = np.linspace(0, len(chosen) - 1, min(len(chosen), MOST_FRAMES))
+    chosen = chosen[places.round().astype(int)]
     times = frame_times(video, chosen)
+
     if video.ref is None:
         refs = [video.frames[frame] for frame in chosen.tolist()]
         pictures = [_open(dataset.member(index, ref), ref) for ref in refs]
     else:
+        # Imports torch, which takes seconds.
         from visionloom.data.encode.video import decode_frames
 
         refs = [f"{video.ref}#{frame}" for frame in chosen.tolist()]
-        decoded = decode_frames(dataset.member(index, video.ref), video, chosen, times, sample.id)
-        pictures = [_reduced(Pillow.fromarray(pixels)) for pixels in decoded]
-    return [
-        Shown(ref, picture, video.width, video.height, f"{time:.2f} s")
-        for ref, picture, time in zip(refs, pictures, times, strict=True)
-    ]
+        data = dataset.member(index, video.ref)
+        frames = decode_frames(data, video, chosen, times, sample.id)
+        pictures = [_reduced(Pillow.fromarray(pixels)) for pixels in frames]
+
+    shown: list[Shown] = []
+    for ref, picture, time in zip(refs, pictures, times, strict=True):
+        shown.append(Shown(ref, picture, video.width, video.height, f"{time:.2f} s"))
+    return shown
 
 
 def _open(data: bytes, name: str) -> Pillow.Image:
@@ -246,7 +244,8 @@ def _open(data: bytes, name: str) -> Pillow.Image:
         return _reduced(open_picture(data).convert("RGB"))
     except MediaError as error:
         raise UserError(f"{name} cannot be decoded: {error.detail}") from None
-    except Exception as error:  # decoders raise whatever damaged bytes lead them to
+    except Exception as error:
+        # Decoders raise any error that damaged bytes lead them to.
         raise UserError(f"{name} cannot be decoded: {type(error).__name__}: {error}") from error
 
 
@@ -256,29 +255,29 @@ def _reduced(picture: Pillow.Image) -> Pillow.Image:
 
 
 def _marks(sample: Sample, number: int, image: Image) -> tuple[Mark, ...]:
-    """Boxes and points on the sample's `number`-th picture."""
-    found = []
+    """Return the boxes and points on the sample's `number`-th picture."""
+    marks: list[Mark] = []
     for element in sample.elements:
         if isinstance(element, Box | Point) and element.image == number:
             values = element.xyxy if isinstance(element, Box) else element.xy
             sides = (image.width, image.height) if element.space == "px" else (1000, 1000)
             place = tuple(value / sides[axis % 2] for axis, value in enumerate(values))
-            found.append(Mark(place, element.label or ""))
-    return tuple(found)
+            marks.append(Mark(place, element.label or ""))
+    return tuple(marks)
 
 
 # ---- text
 
 
 def describe(sample: Sample) -> list[str]:
-    """The sample as lines of text: one a turn, media as [image] and [video]."""
+    """Return the sample as lines of text: one a turn, media as [image] and [video]."""
     if sample.kind == "doc":
         return [text_of(sample.content)]
     return [f"{message.role}: {text_of(message.content)}" for message in sample.messages]
 
 
 def text_of(elements: Sequence[Element]) -> str:
-    """Elements as text for looking at, not as the model reads them."""
+    """Return elements as text for people, not as the model reads them."""
     return "".join(map(_element_text, elements))
 
 
@@ -314,54 +313,65 @@ def _label(element: Box | Point) -> str:
 
 
 def tokens_of(encoded: EncodedSample, tokenizer: Tokenizer) -> list[Token]:
-    """Tokens in order; visual tokens that lie together are one, and so are those that share a character."""
+    """Return tokens in order; neighbouring visual tokens are one, and so are those that share a character."""
     visual = np.zeros(len(encoded.input_ids), bool)
     visual[encoded.visual_positions] = True
     ids, weights = encoded.input_ids.tolist(), encoded.target_weights.tolist()
-    found, at = list[Token](), 0
+
+    tokens: list[Token] = []
+    at = 0
     while at < len(ids):
-        end = at + 1
         if visual[at]:
+            end = at + 1
             while end < len(ids) and visual[end]:
                 end += 1
-            found.append(
-                Token(tokenizer.decode(ids[at:end][:1], keep_special=True), 0.0, True, end - at)
-            )
+            text = tokenizer.decode([ids[at]], keep_special=True)
+            tokens.append(Token(text, 0.0, True, end - at))
         else:
-            while (
-                "\ufffd" in (text := tokenizer.decode(ids[at:end], keep_special=True))
-                and end - at < _SPLIT_CHARACTER
-            ):
-                if end == len(ids):
-                    break
-                end += 1
+            end, text = _next_text(ids, at, tokenizer)
             special = end - at == 1 and not tokenizer.decode(ids[at:end])
-            found.append(Token(text, max(weights[at:end]), special))
+            tokens.append(Token(text, max(weights[at:end]), special))
         at = end
-    return found
+    return tokens
+
+
+def _next_text(ids: list[int], at: int, tokenizer: Tokenizer) -> tuple[int, str]:
+    """Return the end and the text of the shortest run of tokens from `at` that holds whole characters."""
+    end = at + 1
+    text = tokenizer.decode(ids[at:end], keep_special=True)
+    # U+FFFD stands for a part of a character, or for bytes that are none.
+    while "\ufffd" in text and end - at < _SPLIT_CHARACTER and end < len(ids):
+        end += 1
+        text = tokenizer.decode(ids[at:end], keep_special=True)
+    return end, text
 
 
 def first_packs(
     dataset: Dataset, tokenizer: Tokenizer, rules: MediaConfig, length: int, count: int
 ) -> FirstPacks:
-    """The packs that the dataset's first samples make in order, without shuffling or a mixture.
+    """Return the packs that the dataset's first samples make in order, without shuffling or a mixture.
 
     Samples that are too long or cannot be rendered are left out and counted. Raises UserError if none is left.
     """
-    patches, found = int(PATCHES_PER_TOKEN * length), list[tuple[int, EncodedSample]]()
+    patches = int(PATCHES_PER_TOKEN * length)
+    fitting: list[tuple[int, EncodedSample]] = []
     tried = min(len(dataset), WINDOW)
     for index in range(tried):
         with suppress(SampleError):
             encoded = encode(dataset.sample(index), tokenizer, rules, dataset.name)
             if len(encoded.input_ids) <= length and encoded.patch_count <= patches:
-                found.append((index, encoded))
-    if not found:
+                fitting.append((index, encoded))
+    if not fitting:
         raise UserError(f"--pack {length}: none of the first samples fits: give a longer sequence")
-    sizes = [len(encoded.input_ids) for _, encoded in found]
+
+    tokens = [len(encoded.input_ids) for _, encoded in fitting]
+    patch_counts = [encoded.patch_count for _, encoded in fitting]
     budget = PackBudget(length, patches, WINDOW)
-    packs = pack_samples(sizes, [encoded.patch_count for _, encoded in found], budget)
-    shown = [PackView(length, [_segment(*found[row]) for row in pack]) for pack in packs[:count]]
-    return FirstPacks(shown, tried, tried - len(found))
+    packs = pack_samples(tokens, patch_counts, budget)
+    shown: list[PackView] = []
+    for pack in packs[:count]:
+        shown.append(PackView(length, [_segment(*fitting[row]) for row in pack]))
+    return FirstPacks(shown, tried, tried - len(fitting))
 
 
 def _segment(index: int, encoded: EncodedSample) -> PackedSample:

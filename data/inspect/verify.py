@@ -19,9 +19,9 @@ from visionloom.data.shards.open_media import MediaError, check_work, open_video
 from visionloom.data.shards.sample import SampleError
 
 Bad = dict[str, Any]
-"""What is wrong with a member, as in quarantine.jsonl: shard, key, member, offset, error, crc32."""
+"""A fault of a member, as in quarantine.jsonl: shard, key, member, offset, error, crc32."""
 JOURNAL: Final = ".unfinished"
-"""Ending of the file that keeps the results of the shards that are done, until all are."""
+"""Ending of the file that keeps the results of finished shards until all are finished."""
 
 
 def verify_dataset(
@@ -31,108 +31,118 @@ def verify_dataset(
     workers: int = 1,
     done: Progress = lambda done, total: None,
 ) -> list[Bad]:
-    """Check all members of a dataset by `workers` processes, and write what is wrong to `out` as JSON lines.
+    """Check all members of a dataset by `workers` processes, and write their faults to `out` as JSON lines.
 
-    Interrupted, the next call goes on behind the last finished shard, unless the shard's index or `decode` changed. Raises
+    Interrupted, the next call continues after the last finished shard, unless the shard's index or `decode` changed. Raises
     UserError if the dataset cannot be opened, OSError (StoreError) if its store cannot be read.
     """
     dataset = Dataset.open(path, "verify")
-    spans = list(pairwise(accumulate((shard.samples for shard in dataset.shards), initial=0)))
+    counts = [shard.samples for shard in dataset.shards]
+    spans = list(pairwise(accumulate(counts, initial=0)))
     names = [json.dumps([shard.file, shard.sha256, decode]) for shard in dataset.shards]
+
     journal = out.with_name(out.name + JOURNAL)
-    found = _read_journal(journal, names)
-    coming = [number for number, name in enumerate(names) if name not in found]
-    counted = len(dataset) - sum(dataset.shards[number].samples for number in coming)
-    results = in_order(
-        partial(_verify_shard, path, decode), [spans[number] for number in coming], workers
-    )
+    results = _read_journal(journal, names)
+    coming = [number for number, name in enumerate(names) if name not in results]
+    counted = len(dataset) - sum(counts[number] for number in coming)
+    verify = partial(_verify_shard, path, decode)
+    verified = in_order(verify, [spans[number] for number in coming], workers)
     with open(journal, "a", encoding="utf-8") as file:
-        for number, bad in zip(coming, results, strict=True):
-            found[names[number]] = bad
+        for number, bad in zip(coming, verified, strict=True):
+            results[names[number]] = bad
             file.write(json.dumps([names[number], bad], ensure_ascii=False) + "\n")
+            # An interruption loses the shards under way, and no others.
             file.flush()
-            counted += dataset.shards[number].samples
+            counted += counts[number]
             done(counted, len(dataset))
-    everything = [bad for name in names for bad in found[name]]
+
+    everything = [fault for name in names for fault in results[name]]
     with replacing(out) as target:
-        target.writelines(
-            (json.dumps(bad, ensure_ascii=False) + "\n").encode() for bad in everything
-        )
+        for fault in everything:
+            target.write((json.dumps(fault, ensure_ascii=False) + "\n").encode())
     journal.unlink()
     return everything
 
 
 def _read_journal(path: Path, names: list[str]) -> dict[str, list[Bad]]:
+    """Return the results of finished shards by their names; others, of an older index, are left."""
     if not path.exists():
         return {}
-    complete = [
-        line
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True)
-        if line.endswith("\n")
-    ]
-    path.write_text(
-        "".join(complete), encoding="utf-8"
-    )  # a last line cut short would swallow the next one
-    found = dict[str, list[Bad]]()
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    complete = [line for line in lines if line.endswith("\n")]
+    # A last line cut short would swallow the next one.
+    path.write_text("".join(complete), encoding="utf-8")
+
+    results: dict[str, list[Bad]] = {}
     for line in complete:
-        with suppress(JsonError):  # of another program: that shard is read again
-            name, bad = checked(load_json(line, str(path)), tuple[str, list[Bad]], str(path))
-            found |= {name: bad} if name in names else {}
-    return found
+        # A line of another program: that shard is read again.
+        with suppress(JsonError):
+            document = load_json(line, str(path))
+            name, bad = checked(document, tuple[str, list[Bad]], str(path))
+            if name in names:
+                results[name] = bad
+    return results
 
 
 def _verify_shard(path: str, decode: bool, span: tuple[int, int]) -> list[Bad]:
+    """Return the faults of the samples [start, end)."""
     dataset = Dataset.open(path, "verify")
-    return [bad for index in range(*span) for bad in _verify_sample(dataset, index, decode)]
+    faults: list[Bad] = []
+    for index in range(*span):
+        faults += _verify_sample(dataset, index, decode)
+    return faults
 
 
 def _verify_sample(dataset: Dataset, index: int, decode: bool) -> Iterator[Bad]:
+    """Yield the faults of a sample's JSON and of its members."""
+    declared: dict[str, MediaFacts] = {}
     try:
         declared = dict(declared_media(dataset.sample(index)))
     except SampleError as error:
-        declared = {}
         yield _bad(dataset, index, "", error.problem)
+
     for name in dataset.media(index):
         try:
             data = dataset.member(index, name)
         except SampleError as error:
             yield _bad(dataset, index, name, error.problem)
             continue
-        if name in declared and (problem := _problem(name, data, declared[name], decode)):
+        problem = _problem(name, data, declared[name], decode) if name in declared else ""
+        if problem:
             yield _bad(dataset, index, name, problem)
 
 
 def _bad(dataset: Dataset, index: int, ref: str, problem: str) -> Bad:
     place = dataset.location(index, ref)
-    facts = {
+    return {
         "shard": place.shard,
         "key": place.key,
         "member": ref or "json",
         "offset": place.offset,
+        "error": problem,
+        "crc32": f"{place.crc32:08x}",
     }
-    return {**facts, "error": problem, "crc32": f"{place.crc32:08x}"}
 
 
 def _problem(name: str, data: bytes, declared: MediaFacts, decode: bool) -> str:
+    """Return the fault of a member's bytes, as a sentence; empty if there is none."""
     try:
-        found = probe(name, data)
+        header = probe(name, data)
     except ValueError as error:
         return str(error)
-    if found.kind != declared.kind:
-        return f"its name says {found.kind}, the sample says {declared.kind}"
-    if problem := difference(declared, found):
+    if header.kind != declared.kind:
+        return f"its name says {header.kind}, the sample says {declared.kind}"
+    problem = difference(declared, header)
+    if problem or not decode:
         return problem
-    if not decode:
-        return ""
-    return (
-        _decode_picture(name, data, declared)
-        if declared.kind == "image"
-        else _decode_video(data, declared)
-    )
+    if declared.kind == "image":
+        return _decode_picture(name, data, declared)
+    return _decode_video(data, declared)
 
 
 def _decode_picture(name: str, data: bytes, declared: MediaFacts) -> str:
-    from visionloom.data.encode.image import decode_image  # imports torch
+    # Imports torch, which takes seconds.
+    from visionloom.data.encode.image import decode_image
 
     try:
         decode_image(data, (declared.height, declared.width), "", name)
@@ -148,8 +158,6 @@ def _decode_video(data: bytes, declared: MediaFacts) -> str:
             frames = sum(not frame.is_corrupt for frame in container.decode(video=0))
     except MediaError as error:
         return f"cannot be decoded: {error.detail}"
-    return (
-        ""
-        if frames == declared.frames
-        else f"{frames} frames can be decoded, the sample says {declared.frames}"
-    )
+    if frames != declared.frames:
+        return f"{frames} frames can be decoded, the sample says {declared.frames}"
+    return ""

@@ -107,9 +107,11 @@ def known_shard(path: Path) -> ShardInfo | None:
 
     start = content[: HEADER.itemsize].ljust(HEADER.itemsize, b"\0")
     header = np.frombuffer(start, HEADER)[0]
-    if not is_current(header) or len(content) != index_size(header):
-        return None
-    if header["tar_edges"].tobytes() != tar_edges(path, int(header["tar_bytes"])):
+    if (
+        not is_current(header)
+        or len(content) != index_size(header)
+        or header["tar_edges"].tobytes() != tar_edges(path, int(header["tar_bytes"]))
+    ):
         return None
     try:
         return _info(path, content)
@@ -284,7 +286,11 @@ def _suspects(group: _Group) -> int:
     assert group.sample is not None
     # By name: a member that is shown twice counts once.
     declared = dict(declared_media(group.sample))
-    return sum(bool(difference(facts, group.members[ref][1])) for ref, facts in declared.items())
+    count = 0
+    for ref, facts in declared.items():
+        _, header = group.members[ref]
+        count += bool(difference(facts, header))
+    return count
 
 
 def declared_media(sample: Sample) -> Iterator[tuple[str, MediaFacts]]:

@@ -19,6 +19,10 @@ SCHEMES: Final = (*HTTP, *_OBJECT_STORES, *_FILE_SYSTEMS)
 """Schemes at the end of a URL, each by a package of fsspec; of this machine nothing but its memory is among them."""
 CACHES: Final = ("simplecache", "filecache", "blockcache")
 """Schemes that may precede it, each followed by ::."""
+_ACCEPTED: Final = (
+    f"give a folder, or an http(s)://, s3://, gs:// or other URL of {', '.join(SCHEMES)};"
+    f" before it, with ::, only {', '.join(CACHES)}"
+)
 _URL: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)(::|:)")
 
 
@@ -35,11 +39,7 @@ def open_store(path: str, option: str, config: StoreConfig) -> Store:
 
     refused = _refused_scheme(path)
     if refused is not None:
-        accepted = f"an http(s)://, s3://, gs:// or other URL of {', '.join(SCHEMES)}"
-        raise UserError(
-            f"{option}={shown(path)}: {refused}: is refused: give a folder, or {accepted};"
-            f" before it, with ::, only {', '.join(CACHES)}"
-        )
+        raise UserError(f"{option}={shown(path)}: {refused}: is refused: {_ACCEPTED}")
     cache = RangeCache(Path(config.cache), config.cache_bytes) if config.cache else None
     transport = _open_transport(path, match[1].lower(), option, config)
     return RemoteStore(transport, shown(path), config, cache)

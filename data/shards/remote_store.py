@@ -71,7 +71,8 @@ class RemoteStore:
         """Return the bytes of the first attempt that succeeds, of 1 + data.store.retries."""
         started, last = time.monotonic(), Transient("")
         limit = self.config.timeout_seconds + length / SLOWEST
-        for number in range(self.config.retries + 1):
+        attempts = self.config.retries + 1
+        for number in range(attempts):
             if number:
                 time.sleep(wait_before(number, last.seconds))
             try:
@@ -79,8 +80,7 @@ class RemoteStore:
             except Transient as error:
                 last = error
 
-        seconds = time.monotonic() - started
-        tried = f"{self.config.retries + 1} attempts in {seconds:.0f} s, the last: {last}"
+        tried = f"{attempts} attempts in {time.monotonic() - started:.0f} s, the last: {last}"
         raise StoreError(
             f"{self.where}/{file} cannot be read: {tried}:"
             " check the store, or raise data.store.retries or data.store.timeout_seconds"

@@ -126,6 +126,10 @@ class ShardIndex:
         _check_spans(self.members, "offset", "length", self.tar_bytes)
         _check_spans(self.samples, "first_member", "members", members)
 
+        self._check_facts()
+
+    def _check_facts(self) -> None:
+        """Raise ValueError for a kind or a number that no header has."""
         numbers = np.concatenate([self.facts["fps"], self.facts["duration"]])
         are_numbers = np.all(np.isfinite(numbers) & (numbers >= 0))
         if not are_numbers or np.any(self.facts["kind"] >= len(KINDS)):

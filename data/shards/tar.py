@@ -218,17 +218,22 @@ def is_header(block: bytes) -> bool:
 
 def _parse(header: bytes) -> tuple[bytes, str, int]:
     """Return type, name and length of a member (sizes also in GNU base-256)."""
-    name = header[:100].split(b"\0")[0].decode(errors="replace")
-    prefix = header[345:500]
+    name, prefix = _text(header[:100]), header[345:500]
+    magic = header[257:265]
     # "ustar  " is GNU's own format, which keeps other things in the place of the prefix.
-    has_prefix = header[257:262] == b"ustar" and header[257:265] != b"ustar  \0"
+    has_prefix = magic.startswith(b"ustar") and magic != b"ustar  \0"
     if has_prefix and prefix.strip(b"\0"):
-        name = prefix.split(b"\0")[0].decode(errors="replace") + "/" + name
+        name = _text(prefix) + "/" + name
 
     kind, size = header[156:157], header[124:136]
     if size[0] == 0x80:
         return kind, name, int.from_bytes(size[1:])
     return kind, name, int(size.strip(b" \0") or b"0", 8)
+
+
+def _text(field: bytes) -> str:
+    """Return a field's text up to its first zero."""
+    return field.split(b"\0")[0].decode(errors="replace")
 
 
 def _long_name(kind: bytes, data: bytes) -> str:

@@ -74,23 +74,24 @@ class HttpTransport:
         """See Transport."""
         if not length:
             return b""
-        header = {"Range": f"bytes={offset}-{offset + length - 1}"}
-        data = self._get(file, header, offset, length)
+        data = self._get(file, offset, length)
         if len(data) != length:
             raise Transient(f"{len(data)} bytes came instead of {length}")
         return data
 
     def whole(self, file: str) -> bytes:
         """See Transport."""
-        return self._get(file, {}, 0, None)
+        return self._get(file, 0, None)
 
-    def _get(self, file: str, headers: dict[str, str], offset: int, length: int | None) -> bytes:
+    def _get(self, file: str, offset: int, length: int | None) -> bytes:
+        """Return the bytes of a range, or of the whole file without a length."""
         import urllib3
 
-        path = f"{self._parts.path.rstrip('/')}/{quote(file)}"
-        url = urlunsplit((self._parts.scheme, self._parts.netloc, path, self._parts.query, ""))
+        url = self._url(file)
         # Offsets count bytes of the file, not of a packed form of it.
-        headers = {**headers, "Accept-Encoding": "identity"}
+        headers = {"Accept-Encoding": "identity"}
+        if length is not None:
+            headers["Range"] = f"bytes={offset}-{offset + length - 1}"
         most = LARGEST_ANSWER if length is None else length
         try:
             response = self._pool.request("GET", url, headers=headers, preload_content=False)
@@ -102,6 +103,12 @@ class HttpTransport:
                 response.close()
         except urllib3.exceptions.HTTPError as error:
             raise Transient(_sentence(error)) from None
+
+    def _url(self, file: str) -> str:
+        parts = self._parts
+        # A name is quoted: a ? or % in it is no part of the address.
+        path = f"{parts.path.rstrip('/')}/{quote(file)}"
+        return urlunsplit((parts.scheme, parts.netloc, path, parts.query, ""))
 
 
 def _connection_pool(url: SplitResult, seconds: float) -> Any:

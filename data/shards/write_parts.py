@@ -173,8 +173,7 @@ def _check_settings(staging: Path, settings: Mapping[str, Any]) -> None:
     if not path.exists() or not any(staging.glob("part*.json")):
         # Pictures that were looked up may be of another source.
         shutil.rmtree(staging / URLS, ignore_errors=True)
-        with replacing(path) as file:
-            file.write(json.dumps(settings).encode())
+        _write(path, json.dumps(settings).encode())
         return
 
     begun = _read(staging, path.name)
@@ -258,8 +257,7 @@ def _write_part(reader: PartReader, target: Target, numbered: tuple[int, SourceP
         "first": log.tally.first,
         "skipped": log.skipped,
     }
-    with replacing(_done_path(staging, number)) as file:
-        file.write(_json(facts))
+    _write(_done_path(staging, number), _json(facts))
 
 
 def _done_path(staging: Path, number: int) -> Path:
@@ -298,6 +296,11 @@ def _read(staging: Path, name: str) -> dict[str, Any]:
     return document
 
 
+def _write(path: Path, content: bytes) -> None:
+    with replacing(path) as file:
+        file.write(content)
+
+
 def _json(value: Any, indent: int | None = None) -> bytes:
     """Return JSON in UTF-8; a name of a file that is no valid Unicode is escaped in it, and read back as it was."""
     text = json.dumps(value, ensure_ascii=False, indent=indent)
@@ -318,8 +321,7 @@ def _put_together(target: Target, parts: int, facts: Mapping[str, Any]) -> None:
             for file in part["shards"]:
                 shards.append(_place(target, file, len(shards)))
 
-    with replacing(target.folder / FACTS) as written:
-        written.write(_json(facts, indent=1) + b"\n")
+    _write(target.folder / FACTS, _json(facts, indent=1) + b"\n")
     if not shards:
         reason = f"{SKIPPED} there says why, record by record"
         raise UserError(f"{target.folder}: no sample could be converted: {reason}")

@@ -1,9 +1,9 @@
-"""Documents of pictures or videos and what is said of them."""
+"""Documents of pictures or videos and their caption."""
 
 import re
 from collections.abc import Sequence
 
-from visionloom.data.convert.chats import trimmed
+from visionloom.data.convert.chat_content import trimmed
 from visionloom.data.convert.marks import document
 from visionloom.data.convert.skip import Skip
 from visionloom.data.convert.source import SampleDraft
@@ -15,26 +15,26 @@ def fill_caption(draft: SampleDraft, media: Sequence[Image | Video], text: str) 
 
     Raises Skip for a mark in the caption, and for placeholders that are not those of the media.
     """
-    names = [_placeholder(one) for one in media]
-    pieces = re.split(f"({'|'.join(sorted(set(names)))})", document(text).strip())
+    names = ["<image>" if isinstance(one, Image) else "<video>" for one in media]
+    # The odd pieces are placeholders.
+    placeholder = "|".join(sorted(set(names)))
+    pieces = re.split(f"({placeholder})", document(text).strip())
     if not "".join(pieces[::2]).strip():
         raise Skip("no caption", "")
+
     asked = pieces[1::2]
     if asked and asked != names:
-        raise Skip(
-            "placeholders that do not match the media",
-            f"{' '.join(asked)[:80]}, given {' '.join(names)[:80]}",
-        )
+        difference = f"{' '.join(asked)[:80]}, given {' '.join(names)[:80]}"
+        raise Skip("placeholders that do not match the media", difference)
     if not asked and len(media) > 1:
         draft.notes.append("samples with several pictures or videos, all before the caption")
+
     content: list[Element] = [] if asked else [*media]
     for place in range(len(pieces)):
         if place % 2:
             content.append(media[place // 2])
-        elif kept := trimmed(pieces, place):
+            continue
+        kept = trimmed(pieces, place)
+        if kept:
             content.append(Text(kept))
     draft.content = content
-
-
-def _placeholder(media: Image | Video) -> str:
-    return "<image>" if isinstance(media, Image) else "<video>"

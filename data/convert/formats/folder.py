@@ -1,6 +1,6 @@
-"""A folder of pictures or videos with captions: NAME.txt or NAME.caption beside each, or metadata.jsonl.
+"""A folder of pictures or videos with captions: NAME.txt or NAME.caption next to each, or metadata.jsonl.
 
-metadata.jsonl has lines {"file_name": ..., "text" or "caption": ...}, as Hugging Face's imagefolder, and lies in the folder.
+metadata.jsonl has lines {"file_name": ..., "text" or "caption": ...}, as Hugging Face's imagefolder, and is in the folder.
 """
 
 import os
@@ -44,7 +44,7 @@ class Files:
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """A media file that was found in the folder; its caption lies beside it."""
+    """A media file of the folder; its caption is next to it."""
 
     name: str
 
@@ -55,17 +55,16 @@ class Folder:
     keys: ClassVar[tuple[Keys, ...]] = (LINE,)
 
     def parts(self, path: Path, size: int, follow_links: bool = False) -> Iterator[SourcePart]:
-        """Files in sorted order, or the lines of metadata.jsonl if there is one."""
+        """Yield files in sorted order, or the lines of metadata.jsonl if there is one."""
         if not path.is_dir():
             raise UserError(f"{path}: a folder of pictures expected")
         if METADATA in os.listdir(path):
             return cut_json(located(path, METADATA, follow_links), size)
-        return (
-            SourcePart(len(names), Files(str(path), names)) for names in batched(_media(path), size)
-        )
+        groups = batched(_media(path), size)
+        return (SourcePart(len(names), Files(str(path), names)) for names in groups)
 
     def records(self, where: Files | RecordSpan) -> Iterator[SourceRecord]:
-        """Media files with their captions."""
+        """Yield media files with their captions."""
         if isinstance(where, RecordSpan):
             yield from read_json(where)
             return
@@ -73,27 +72,27 @@ class Folder:
             yield SourceRecord(name, Listed(name))
 
     def convert(self, value: Any, draft: SampleDraft, options: SourceOptions) -> None:
-        """A document of one picture or video and what is said of it."""
+        """Fill the draft with a document of one picture or video and its caption; raises Skip."""
+        files = options.files
         if isinstance(value, Listed):
-            value = {"file_name": value.name, "text": _caption(value.name, options.files)}
+            value = {"file_name": value.name, "text": _caption(value.name, files)}
         if not isinstance(value, dict):
             raise Skip("not an object", f"a JSON object expected, got {type(value).__name__}")
+
         line = draft.open(LINE, value)
         name, text = line.take("file_name"), line.take("text", "caption")
         if not isinstance(name, str) or not isinstance(text, str):
-            raise Skip(
-                "no caption",
-                f"{name}: a text beside it ({' or '.join(_CAPTIONS)}) or in {METADATA} expected",
-            )
+            places = f"a text beside it ({' or '.join(_CAPTIONS)}) or in {METADATA}"
+            raise Skip("no caption", f"{name}: {places} expected")
         draft.id = name
         if kind_of(name) == "video":
-            fill_caption(draft, [add_video(draft, options.files, name)], text)
+            fill_caption(draft, [add_video(draft, files, name)], text)
         else:
-            fill_caption(draft, [draft.image(options.files.read(name))], text)
+            fill_caption(draft, [draft.image(files.read(name))], text)
 
 
 def _media(path: Path) -> Iterator[str]:
-    """Names of media files below a folder, one folder after another."""
+    """Yield the names of media files below a folder, one folder after another."""
     for folder, folders, files in os.walk(path):
         folders.sort()
         for name in sorted(files):
@@ -102,12 +101,13 @@ def _media(path: Path) -> Iterator[str]:
 
 
 def _caption(name: str, files: MediaFiles) -> str | None:
-    """The text beside a file; one that is not UTF-8 is none. Raises Skip for one that may not be read."""
+    """Return the text next to a file; one that is not UTF-8 is none. Raises Skip for one that may not be read."""
     path = PurePath(name)
     for suffix in _CAPTIONS:
-        for beside in (path.with_suffix(suffix), path.with_name(path.name + suffix)):
+        # a.txt or a.jpg.txt for a.jpg.
+        for caption in (path.with_suffix(suffix), path.with_name(path.name + suffix)):
             try:
-                return files.read(str(beside), LARGEST_CAPTION).decode("utf-8-sig")
+                return files.read(str(caption), LARGEST_CAPTION).decode("utf-8-sig")
             except UnicodeDecodeError:
                 return None
             except Skip as skip:

@@ -1,4 +1,4 @@
-"""Documents in which pictures and texts take turns: what OBELICS, OmniCorpus and MMC4 have in common."""
+"""Documents in which pictures and texts take turns, as in OBELICS, OmniCorpus and MMC4."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -21,7 +21,12 @@ def fill_document(
     content: list[Element] = []
     for kind, value in items:
         if kind == "text":
-            _add_text(content, document(value), joint)
+            text = document(value)
+            last = content[-1] if content else None
+            if text and isinstance(last, Text):
+                content[-1] = Text(last.text + joint + text)
+            elif text:
+                content.append(Text(text))
             continue
         try:
             content.append(draft.image(files.read(value)))
@@ -32,21 +37,9 @@ def fill_document(
     draft.content = content
 
 
-def _add_text(content: list[Element], text: str, joint: str) -> None:
-    if not text:
-        return
-    if content and isinstance(content[-1], Text):
-        content[-1] = Text(content[-1].text + joint + text)
-    else:
-        content.append(Text(text))
-
-
 def keep_facts(draft: SampleDraft, facts: Mapping[str, Any], names: Mapping[str, str]) -> None:
     """Copy a document's facts into the sample's meta under other names, where they are texts or numbers."""
-    draft.meta.update(
-        {
-            ours: facts[theirs]
-            for theirs, ours in names.items()
-            if isinstance(facts.get(theirs), str | int | float)
-        }
-    )
+    for theirs, ours in names.items():
+        fact = facts.get(theirs)
+        if isinstance(fact, str | int | float):
+            draft.meta[ours] = fact

@@ -33,27 +33,15 @@ LINE: Final = Keys(
     },
 )
 """A line of plain text."""
-SAMPLE: Final = Keys(
-    "sample",
-    dict.fromkeys(
-        ("v", "id", "kind", "messages", "content", "tools", "weight", "task", "meta"),
-        "as our schema",
-    ),
-    "meta",
-)
+_AS_OURS: Final = "as our schema"
+_SAMPLE: Final = ("v", "id", "kind", "messages", "content", "tools", "weight", "task", "meta")
+SAMPLE: Final = Keys("sample", dict.fromkeys(_SAMPLE, _AS_OURS), "meta")
 """A line of our own schema; other keys are kept in the sample's meta."""
-MESSAGE: Final = Keys("turn", dict.fromkeys(("role", "content", "loss"), "as our schema"))
-_NARROWING: Final = (
-    "start",
-    "end",
-    "video_start",
-    "video_end",
-    "sample_fps",
-    "max_frames",
-    "total_pixels",
-)
+MESSAGE: Final = Keys("turn", dict.fromkeys(("role", "content", "loss"), _AS_OURS))
+_SPAN: Final = ("start", "end", "video_start", "video_end")
+_NARROWING: Final = (*_SPAN, "sample_fps", "max_frames", "total_pixels")
 _OF_FILES: Final = ("file", "ref", "files", "frames", "w", "h", "t", "fps", "duration")
-"""Keys of an element that its media member answers."""
+"""Keys of an element whose values come from its media member."""
 ELEMENTS: Final[Mapping[str, tuple[str, ...]]] = {
     "text": ("text", "loss"),
     "think": ("text", "loss"),
@@ -65,10 +53,13 @@ ELEMENTS: Final[Mapping[str, tuple[str, ...]]] = {
     "tool_call": ("name", "arguments", "loss"),
 }
 _KINDS: Final = {"image": "picture", "think": "thought", "tool_call": "call"}
-ELEMENT: Final = {
-    name: Keys(_KINDS.get(name, name), dict.fromkeys(("type", *keys), "as our schema"))
-    for name, keys in ELEMENTS.items()
-}
+
+
+def _element_keys(name: str) -> Keys:
+    return Keys(_KINDS.get(name, name), dict.fromkeys(("type", *ELEMENTS[name]), _AS_OURS))
+
+
+ELEMENT: Final = {name: _element_keys(name) for name in ELEMENTS}
 """The keys of each element of our schema."""
 
 
@@ -78,29 +69,30 @@ class JsonLines:
     keys: ClassVar[tuple[Keys, ...]] = (LINE, SAMPLE, MESSAGE, *ELEMENT.values())
 
     def parts(self, path: Path, size: int, follow_links: bool = False) -> Iterator[SourcePart]:
-        """Byte ranges of the JSON files."""
+        """Yield byte ranges of the JSON files."""
         return cut_json(path, size, follow_links)
 
     def records(self, where: RecordSpan) -> Iterator[SourceRecord]:
-        """One JSON object after another."""
+        """Yield one JSON object after another."""
         return read_json(where)
 
     def convert(self, value: Any, draft: SampleDraft, options: SourceOptions) -> None:
-        """A document of one text, or what our schema says."""
+        """Fill the draft with a document of one text, or a sample of our schema; raises Skip."""
         if not isinstance(value, dict):
             raise Skip("not an object", f"a JSON object expected, got {type(value).__name__}")
         if isinstance(value.get("messages", value.get("content")), list):
             fill_from_schema(value, draft, options)
             return
+
         line = draft.open(LINE, value)
-        text = line.take(*_TEXTS)
-        if not isinstance(text, str) or not (text := document(text)).strip():
-            raise Skip(
-                "no text",
-                f'a line like {{"text": "..."}} expected, got the keys {", ".join(list(value)[:8])}',
-            )
+        given = line.take(*_TEXTS)
+        text = document(given) if isinstance(given, str) else ""
+        if not text.strip():
+            keys = ", ".join(list(value)[:8])
+            raise Skip("no text", f'a line like {{"text": "..."}} expected, got the keys {keys}')
         draft.id = line.text(*_IDS)
-        if url := line.text("url"):
+        url = line.text("url")
+        if url:
             draft.meta["url"] = url
         weight = line.number("weight")
         draft.weight = 1.0 if weight is None else weight
@@ -110,27 +102,25 @@ class JsonLines:
 def fill_from_schema(value: Mapping[str, Any], draft: SampleDraft, options: SourceOptions) -> None:
     """Take a sample of our schema over, with its media read by `options.files`."""
     if "kind" not in value:
-        raise Skip(
-            "not our schema",
-            "key kind missing; chats of other formats are read by the kind sharegpt, tables by hf",
-        )
+        fix = "chats of other formats are read by the kind sharegpt, tables by hf"
+        raise Skip("not our schema", f"key kind missing; {fix}")
     draft.open(SAMPLE, value)
-    filler, sample = _Filler(draft, options), {"v": SCHEMA_VERSION, **value}
+    filler = _Filler(draft, options)
+    sample = {"v": SCHEMA_VERSION, **value}
     if isinstance(sample.get("messages"), list):
         sample["messages"] = [filler.message(turn) for turn in sample["messages"]]
     sample["content"] = filler.elements(sample.get("content"))
     draft.whole = parse_sample(sample)
-    if filler.other_size and any(
-        isinstance(one, Box | Point) and one.space == "px" for one in draft.whole.elements
-    ):
-        raise Skip(
-            "boxes of another size",
-            f"{filler.other_size}: boxes and sizes of the upright picture expected",
-        )
+    if not filler.other_size:
+        return
+    for element in draft.whole.elements:
+        if isinstance(element, Box | Point) and element.space == "px":
+            problem = f"{filler.other_size}: boxes and sizes of the upright picture expected"
+            raise Skip("boxes of another size", problem)
 
 
 class _Filler:
-    """Replaces what the elements say of their files by members and true sizes."""
+    """Replaces the names of files in elements by members, and their sizes by the true ones."""
 
     def __init__(self, draft: SampleDraft, options: SourceOptions) -> None:
         self.draft, self.files = draft, options.files
@@ -140,34 +130,36 @@ class _Filler:
         if not isinstance(turn, dict):
             return turn
         self.draft.open(MESSAGE, turn).take_all(*MESSAGE.read)
-        return {**turn, "content": self.elements(turn["content"])} if "content" in turn else turn
+        if "content" not in turn:
+            return turn
+        return {**turn, "content": self.elements(turn["content"])}
 
     def elements(self, content: Any) -> Any:
-        """The elements of a turn or document."""
-        return (
-            [self._element(element) for element in content]
-            if isinstance(content, list)
-            else content
-        )
+        """Fill the elements of a turn or document; anything but a list stays, for the schema's own check."""
+        if not isinstance(content, list):
+            return content
+        return [self._element(element) for element in content]
 
     def _element(self, element: Any) -> Any:
         kind = element.get("type") if isinstance(element, dict) else None
         if not isinstance(kind, str) or kind not in ELEMENT:
             return element
-        fields = self.draft.open(ELEMENT[kind], element)
-        fields.take_all(*ELEMENT[kind].read)
+        keys = ELEMENT[kind]
+        fields = self.draft.open(keys, element)
+        fields.take_all(*keys.read)
         if kind == "image":
-            return self._filled(
-                element, self.draft.image(self.files.read(fields.take("file", "ref")))
-            )
+            image = self.files.read(fields.take("file", "ref"))
+            return self._filled(element, self.draft.image(image))
         if kind == "video":
             given = fields.take("file", "ref", "files", "frames")
             return self._filled(element, add_video(self.draft, self.files, given, fields))
         return element
 
     def _filled(self, element: Mapping[str, Any], media: Image | Video) -> Mapping[str, Any]:
-        said = element.get("w", media.width), element.get("h", media.height)
-        if said != (media.width, media.height):
-            self.other_size = f"{said[0]}x{said[1]} said, {media.width}x{media.height} found"
+        """Return the element with the member and true size of its media, in place of those that it names."""
+        width, height = element.get("w", media.width), element.get("h", media.height)
+        if (width, height) != (media.width, media.height):
+            given, true = f"{width}x{height}", f"{media.width}x{media.height}"
+            self.other_size = f"{given} said, {true} found"
         kept = {name: value for name, value in element.items() if name not in _OF_FILES}
         return {**kept, **element_json(media)}

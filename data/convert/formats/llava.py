@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
-from visionloom.data.convert.chats import RECORD, Chat, chat_keys
+from visionloom.data.convert.chat_keys import RECORD, chat_keys
+from visionloom.data.convert.chats import Chat
 from visionloom.data.convert.json_parts import RecordSpan, cut_json, read_json
 from visionloom.data.convert.keys import Keys
 from visionloom.data.convert.skip import Skip
@@ -18,21 +19,21 @@ class Llava:
     keys: ClassVar[tuple[Keys, ...]] = chat_keys(RECORD)
 
     def parts(self, path: Path, size: int, follow_links: bool = False) -> Iterator[SourcePart]:
-        """Byte ranges of the JSON files."""
+        """Yield byte ranges of the JSON files."""
         return cut_json(path, size, follow_links)
 
     def records(self, where: RecordSpan) -> Iterator[SourceRecord]:
-        """One JSON object after another."""
+        """Yield one JSON object after another."""
         return read_json(where)
 
     def convert(self, value: Any, draft: SampleDraft, options: SourceOptions) -> None:
-        """A chat."""
+        """Fill the draft with a chat; raises Skip."""
         if not isinstance(value, dict):
             raise Skip("not an object", f"a JSON object expected, got {type(value).__name__}")
         record = draft.open(RECORD, value)
         draft.id = record.text("id")
-        if source := record.text("data_source", "source"):
+        source = record.text("data_source", "source")
+        if source:
             draft.meta["source"] = source
-        Chat(record, draft, options.files).fill(
-            record.take("messages", "conversations", "conversation")
-        )
+        chat = Chat(record, draft, options.files)
+        chat.fill(record.take("messages", "conversations", "conversation"))

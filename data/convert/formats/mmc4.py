@@ -31,22 +31,25 @@ class Mmc4:
     keys: ClassVar[tuple[Keys, ...]] = (DOCUMENT, PICTURE)
 
     def parts(self, path: Path, size: int, follow_links: bool = False) -> Iterator[SourcePart]:
-        """Byte ranges of the JSON files."""
+        """Yield byte ranges of the JSON files."""
         return cut_json(path, size, follow_links)
 
     def records(self, where: RecordSpan) -> Iterator[SourceRecord]:
-        """One JSON object after another."""
+        """Yield one JSON object after another."""
         return read_json(where)
 
     def convert(self, value: Any, draft: SampleDraft, options: SourceOptions) -> None:
-        """A document."""
+        """Fill the draft with a document; raises Skip."""
         if not isinstance(value, dict):
             raise Skip("not an object", f"a JSON object expected, got {type(value).__name__}")
         record = draft.open(DOCUMENT, value)
-        texts, pictures = record.take("text_list"), record.take("image_info") or []
+        texts = record.take("text_list")
+        pictures = record.take("image_info") or []
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise Skip("no text_list", f"a list of texts expected, got {type(texts).__name__}")
-        if url := record.text("url"):
+
+        url = record.text("url")
+        if url:
             draft.meta["url"] = url
         opened = [draft.open(PICTURE, picture) for picture in pictures]
         fill_document(draft, options.files, _items(texts, opened, options.files), joint=" ")
@@ -55,19 +58,22 @@ class Mmc4:
 def _items(
     texts: list[str], pictures: list[RecordFields], files: MediaFiles
 ) -> Iterator[tuple[str, str]]:
-    at: dict[int, list[str]] = {}
+    """Yield the sentences, each after the pictures that were matched with it; raises Skip."""
+    matched: list[list[str]] = [[] for _ in texts]
     for picture in pictures:
         place = picture.take("matched_text_index")
         if not isinstance(place, int) or not 0 <= place < len(texts):
             raise Skip("matched_text_index outside the text", f"{place!r} of {len(texts)}")
-        at.setdefault(place, []).append(_reference(picture, files))
-    for place, text in enumerate(texts):
-        yield from (("image", reference) for reference in at.get(place, ()))
+        matched[place].append(_reference(picture, files))
+
+    for text, references in zip(texts, matched, strict=True):
+        for reference in references:
+            yield "image", reference
         yield "text", text
 
 
 def _reference(picture: RecordFields, files: MediaFiles) -> str:
-    """The name of the picture's file if it lies in --images-dir, else its URL."""
+    """Return the name of the picture's file if it is in --images-dir, else its URL."""
     name, url = picture.take("image_name"), picture.take("raw_url")
     if isinstance(name, str) and name and "/" not in name and files.holds(name):
         return name

@@ -31,18 +31,19 @@ class Obelics:
     """Columns that hold a list, or its JSON text, with the facts of the document or of each place."""
 
     def parts(self, path: Path, size: int, follow_links: bool = False) -> Iterator[SourcePart]:
-        """Row groups of the parquet files."""
+        """Yield row groups of the parquet files."""
         return cut_tables(table_files(path, (".parquet",), follow_links), size)
 
     def records(self, where: RowRange) -> Iterator[SourceRecord]:
-        """One row after another."""
+        """Yield one row after another."""
         return read_table(where)
 
     def convert(self, value: Any, draft: SampleDraft, options: SourceOptions) -> None:
-        """A document."""
+        """Fill the draft with a document; raises Skip."""
         row = draft.open(self.keys[0], value)
         images, texts = row.take("images"), row.take("texts")
-        if not isinstance(images, list) or not isinstance(texts, list) or len(images) != len(texts):
+        are_lists = isinstance(images, list) and isinstance(texts, list)
+        if not are_lists or len(images) != len(texts):
             raise Skip("lists that differ", f"images {_length(images)}, texts {_length(texts)}")
         for name in self.facts:
             keep_facts(draft, first_object(decoded(row.take(name))), _FACTS)
@@ -50,9 +51,11 @@ class Obelics:
 
 
 def first_object(value: Any) -> Mapping[str, Any]:
-    """The facts of a document: an object, or the first one in a list."""
-    found = value if isinstance(value, list) else [value]
-    return next((one for one in found if isinstance(one, dict)), {})
+    """Return the facts of a document: an object, or the first one in a list; empty if there is none."""
+    for one in value if isinstance(value, list) else [value]:
+        if isinstance(one, dict):
+            return one
+    return {}
 
 
 def _length(value: Any) -> str:

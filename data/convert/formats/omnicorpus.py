@@ -24,7 +24,7 @@ class OmniCorpus(obelics.Obelics):
     facts: ClassVar[tuple[str, ...]] = ("general_metadata",)
 
     def convert(self, value: Any, draft: SampleDraft, options: SourceOptions) -> None:
-        """A document."""
+        """Fill the draft with a document; raises Skip."""
         facts = obelics.first_object(decoded(value.get("general_metadata")))
         if isinstance(facts.get("id"), str):
             draft.id = facts["id"]

@@ -5,7 +5,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import ClassVar, Final
 
 from visionloom.common.errors import UserError
 from visionloom.data.convert.files import MediaFiles
@@ -17,6 +17,7 @@ from visionloom.data.convert.source import SampleDraft, SourceOptions, SourceRec
 from visionloom.data.convert.source_files import files_below
 from visionloom.data.convert.videos import add_video
 from visionloom.data.shards.media_header import kind_of
+from visionloom.data.shards.sample import Image, Video
 from visionloom.data.shards.tar import LARGEST_MEMBER, Fault, entries, members
 from visionloom.data.shards.write_parts import SourcePart
 
@@ -50,102 +51,104 @@ class _Members(MediaFiles):
     members: Mapping[str, bytes] | None = None
 
     def read(self, ref: object, largest: int = LARGEST_MEMBER) -> bytes:
-        """A member's bytes; raises Skip if the sample has none of this name."""
+        """Return a member's bytes; raises Skip if the sample has none of this name."""
         data = (self.members or {}).get(ref) if isinstance(ref, str) else None
         if data is None:
             raise Skip("no such member", repr(ref)[:80])
         return data
 
     def locate(self, ref: object) -> Path:
-        """Members are no folders."""
+        """Return the name itself: members are no folders."""
         return Path(str(ref))
 
 
 class WebDataset:
-    """One key a sample; a damaged place in a tar is a record left out, and what follows it is read."""
+    """One key a sample; a damaged place in a tar is a record left out, and the rest of the tar is read."""
 
     keys: ClassVar[tuple[Keys, ...]] = (MEMBERS, DOCUMENT, SAMPLE, MESSAGE, *ELEMENT.values())
 
     def parts(self, path: Path, size: int, follow_links: bool = False) -> Iterator[SourcePart]:
-        """One tar each."""
-        return (
-            SourcePart(_count(tar), Tar(str(tar)))
-            for tar in files_below(path, (".tar",), follow_links)
-        )
+        """Yield one tar each."""
+        for tar in files_below(path, (".tar",), follow_links):
+            yield SourcePart(_count(tar), Tar(str(tar)))
 
     def records(self, where: Tar) -> Iterator[SourceRecord]:
-        """One key after another, its members in memory."""
+        """Yield one key after another, its members in memory."""
         path, faults = Path(where.path), list[Fault]()
-        for key, found in groupby(
-            entries(path, faults.append), key=lambda entry: _split(entry.name)[0]
-        ):
-            value = {_split(entry.name)[1]: entry.data for entry in found}
-            yield from (
-                SourceRecord(f"{path.name}:{fault.offset}", Skip("damaged tar", str(fault)))
-                for fault in faults
-            )
+        members = entries(path, faults.append)
+        for key, group in groupby(members, key=lambda entry: _split(entry.name)[0]):
+            value = {_split(entry.name)[1]: entry.data for entry in group}
+            # Faults up to here were met on the way to this group.
+            yield from _damaged(path, faults)
             faults.clear()
             yield SourceRecord(f"{path.name}:{key}", value)
-        yield from (
-            SourceRecord(f"{path.name}:{fault.offset}", Skip("damaged tar", str(fault)))
-            for fault in faults
-        )
+        yield from _damaged(path, faults)
 
     def convert(
         self, value: Mapping[str, bytes], draft: SampleDraft, options: SourceOptions
     ) -> None:
-        """A document of the pictures and videos and their caption, or what our schema says."""
-        document = _document(value)
+        """Fill the draft with a document of the media and their caption, or a sample of our schema; raises Skip."""
+        facts = record_json(value["json"]) if "json" in value else {}
+        facts = without_nulls(facts) if isinstance(facts, dict) else {}
         files = _Members((), members=value)
-        if "v" in document and "kind" in document:
-            fill_from_schema(document, draft, SourceOptions(files))
+        if "v" in facts and "kind" in facts:
+            fill_from_schema(facts, draft, SourceOptions(files))
             return
+
         members = draft.open(MEMBERS, {name: name for name in value})
         names = [name for name in sorted(value) if kind_of(name) != "other"]
         members.take_all("json", *names)
-        facts = draft.open(DOCUMENT, document)
-        text = _caption(value, members, facts)
+        fields = draft.open(DOCUMENT, facts)
+        text = _caption(value, members, fields)
+        there = f"members {', '.join(value)}"
         if not names:
-            raise Skip("no picture or video", f"members {', '.join(value)}")
+            raise Skip("no picture or video", there)
         if text is None:
-            raise Skip(
-                "no caption",
-                f"members {', '.join(value)}: txt, or json with one of {', '.join(_CAPTIONS)} expected",
-            )
-        draft.meta.update({name: found for name in ("url", "key") if (found := facts.text(name))})
-        media = [
-            add_video(draft, files, name) if kind_of(name) == "video" else draft.image(value[name])
-            for name in names
-        ]
-        fill_caption(draft, media, text)
+            expected = f"txt, or json with one of {', '.join(_CAPTIONS)} expected"
+            raise Skip("no caption", f"{there}: {expected}")
+
+        for name in ("url", "key"):
+            fact = fields.text(name)
+            if fact:
+                draft.meta[name] = fact
+        fill_caption(draft, [_add(draft, files, name) for name in names], text)
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Key and ending: WebDataset ends the key at the first dot behind the last slash."""
+    """Return key and ending: WebDataset ends the key at the first dot after the last slash."""
     folder, slash, file = name.rpartition("/")
     key, _, ending = file.partition(".")
-    return folder + slash + key, ending.lower() if ending.lower() in ("json", "txt") else ending
+    # These two are looked up by name.
+    if ending.lower() in ("json", "txt"):
+        ending = ending.lower()
+    return folder + slash + key, ending
 
 
 def _count(path: Path) -> int:
-    """Samples in a tar, up to the first damage: for progress and limits."""
+    """Count the samples in a tar, up to the first damage: for progress and limits."""
     count, last = 0, ""
     with suppress(UserError):
         for member, _ in members(path):
-            key = _split(member.name)[0]
-            count, last = count + (key != last), key
+            key, _ = _split(member.name)
+            count += key != last
+            last = key
     return count
 
 
-def _document(value: Mapping[str, bytes]) -> Mapping[str, Any]:
-    if "json" not in value:
-        return {}
-    found = record_json(value["json"])
-    return without_nulls(found) if isinstance(found, dict) else {}
+def _damaged(path: Path, faults: list[Fault]) -> Iterator[SourceRecord]:
+    """Yield a record to leave out for each fault of a tar."""
+    for fault in faults:
+        yield SourceRecord(f"{path.name}:{fault.offset}", Skip("damaged tar", str(fault)))
+
+
+def _add(draft: SampleDraft, files: MediaFiles, name: str) -> Image | Video:
+    if kind_of(name) == "video":
+        return add_video(draft, files, name)
+    return draft.image(files.read(name))
 
 
 def _caption(value: Mapping[str, bytes], names: RecordFields, facts: RecordFields) -> str | None:
-    """The text of the txt member, else of the json one; the same text in both is read in both."""
+    """Return the text of the txt member, else of the json one; the same text in both is read in both."""
     if not names.take("txt"):
         return facts.text(*_CAPTIONS)
     try:
@@ -154,7 +157,7 @@ def _caption(value: Mapping[str, bytes], names: RecordFields, facts: RecordField
         raise Skip("caption is no UTF-8", str(error)) from None
     if not text.strip() and facts.has(*_CAPTIONS):
         return facts.text(*_CAPTIONS)
-    facts.take_all(
-        *(name for name in _CAPTIONS if str(facts.value.get(name)).strip() == text.strip())
-    )
+    for name in _CAPTIONS:
+        if str(facts.value.get(name)).strip() == text.strip():
+            facts.take_all(name)
     return text

@@ -302,7 +302,8 @@ def test_a_long_conversation_takes_linear_time(tmp_path: Path) -> None:
     ] * 10_000
 
     def read(data: bytes) -> None:
-        from visionloom.data.convert.chats import RECORD, Chat
+        from visionloom.data.convert.chat_keys import RECORD
+        from visionloom.data.convert.chats import Chat
         from visionloom.data.convert.source import SampleDraft
 
         draft = SampleDraft()
