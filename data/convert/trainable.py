@@ -17,7 +17,8 @@ from visionloom.data.convert.skip import Skip
 from visionloom.data.encode.chat import Piece, render
 from visionloom.data.encode.encode import encode
 from visionloom.data.encode.tokenizer import END_OF_TEXT, TURN_END, Tokenizer
-from visionloom.data.plan.over_length import PackLimits, fits_some_policy
+from visionloom.data.plan.over_length import fits_some_policy
+from visionloom.data.plan.stretches import PackLimits
 from visionloom.data.shards.sample import (
     Box,
     Element,

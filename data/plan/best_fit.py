@@ -164,7 +164,13 @@ class _Pool:
         oldest, middle = self._oldest(), self.waiting[len(self.waiting) // 2] >> _SHIFT
         return self.tokens[oldest] + begun * middle <= tokens and self.patches[oldest] <= patches
 
-    def _exchange(self, pack: list[int], tokens: int, patches: int, left: int) -> bool:
+    def _exchange(
+        self,
+        pack: list[int],
+        tokens: int,
+        patches: int,
+        left: int,
+    ) -> bool:
         """Trade one sample (not the opener) for the waiting one that fills the rest best, if no more than `left` is left."""
         gain, change = max(0, tokens - left - 1), (-1, -1)
         if not self.waiting or gain >= self.waiting[-1] >> _SHIFT:

@@ -7,7 +7,7 @@ was made from.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -52,24 +52,21 @@ class Origin:
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> "Origin":
-        """The origin of the plan that a state was made by."""
+        """Return the origin of the plan that a state was made by."""
         return cls(int(state["origin"]["step"]), dict(state["origin"]["draws"]))
 
     @classmethod
     def after(cls, state: Mapping[str, Any], step: int) -> "Origin":
-        """Continue behind all that a state has drawn, at a step of the phase.
+        """Continue after all that a state has drawn, at a step of the phase.
 
         What was drawn before the last sample trained on, but still waited for a pack, is passed over for this epoch: of each
         dataset at most a window and a 40th of its epoch (`Plan.limits`). So nothing that was seen comes again.
         """
         contents = {name: facts[0] for name, facts in state["plan"]["datasets"].items()}
-        return cls(
-            step,
-            {
-                **state["origin"]["draws"],
-                **{contents[name]: n for name, n in state["draws"].items()},
-            },
-        )
+        draws = dict(state["origin"]["draws"])
+        for name, count in state["draws"].items():
+            draws[contents[name]] = count
+        return cls(step, draws)
 
 
 @dataclass(frozen=True)
@@ -103,33 +100,33 @@ def check_state(state: Mapping[str, Any]) -> Mapping[str, Any]:
 
     Raises UserError for a state of another version of this program, or of another form.
     """
-    if (
-        state.get("version") == 2 and "segment" in state
-    ):  # until 2026-11-26; the same state with another word in it
-        state = {"block" if name == "segment" else name: value for name, value in state.items()} | {
-            "version": STATE_VERSION
-        }
+    # until 2026-11-26; the same state with another word in it
+    if state.get("version") == 2 and "segment" in state:
+        state = {**state, "block": state["segment"], "version": STATE_VERSION}
+        state.pop("segment")
     if state.get("version") != STATE_VERSION:
         raise UserError(
             f"the checkpoint's data state has version {str(state.get('version'))[:20]}, this program reads version {STATE_VERSION}:"
             " continue with the program that wrote it, or begin a new run with its weights (init.checkpoint=FOLDER, run.name=NEW)"
         )
+    _check_form(state)
+    return _with_todays_names(state)
+
+
+def _check_form(state: Mapping[str, Any]) -> None:
+    """Refuse a state that plans could not be made from; it is as untrusted as the rest of its checkpoint."""
     where = "state.json of a checkpoint"
+    facts_form = dict[str, tuple[str, float, str]]
     try:
         checked(dict(state), _State, where, "data")
-        datasets = checked(
-            state["plan"].get("datasets"),
-            dict[str, tuple[str, float, str]],
-            where,
-            "data.plan.datasets",
-        )
+        facts = state["plan"].get("datasets")
+        datasets = checked(facts, facts_form, where, "data.plan.datasets")
     except JsonError as error:
         raise UserError(f"{error}: take a checkpoint of this version") from error
     if unknown := sorted(state["draws"].keys() - datasets.keys()):
         raise UserError(
             f"{where}: data.draws counts {unknown[0][:80]!r}, which is none of its datasets: take a checkpoint of this version"
         )
-    return _with_todays_names(state)
 
 
 def _with_todays_names(state: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -140,22 +137,34 @@ def _with_todays_names(state: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**state, "plan": facts, "plan_hash": plan_hash(facts, Origin.of(state))}
 
 
-def changes(before: Mapping[str, Any], now: Mapping[str, Any], phase: str) -> list[str]:
-    """What differs between the facts of two plans, one phrase each, naming the option."""
-    found = [
-        f"{OPTIONS.get(name, f'phases.{phase}.{name}')} was {before.get(name)}, now {value}"
-        for name, value in now.items()
-        if name not in ("datasets", "draws_per_block") and before.get(name) != value
-    ]
+def changes(
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    phase: str,
+) -> list[str]:
+    """Say what differs between the facts of two plans, one phrase each, naming the option."""
+    changed = []
+    for name, value in now.items():
+        # the draws of a block follow from the rest
+        if name not in ("datasets", "draws_per_block") and before.get(name) != value:
+            option = OPTIONS.get(name, f"phases.{phase}.{name}")
+            changed.append(f"{option} was {before.get(name)}, now {value}")
     for name in sorted({*before["datasets"], *now["datasets"]}):
-        old, new = before["datasets"].get(name), now["datasets"].get(name)
-        if old is None or new is None:
-            found.append(f"dataset {name} was {'added' if old is None else 'removed'}")
-            continue
-        meaning = ("content", "weight", "over_length")
-        found += [
-            f"{text} of dataset {name} was {one}, now {other}"
-            for text, one, other in zip(meaning, old, new, strict=True)
-            if one != other
-        ]
-    return found or ["the order of the datasets changed"]
+        changed += _dataset_changes(name, before["datasets"].get(name), now["datasets"].get(name))
+    return changed or ["the order of the datasets changed"]
+
+
+def _dataset_changes(
+    name: str, before: Sequence[object] | None, now: Sequence[object] | None
+) -> list[str]:
+    """Say what differs between the facts of a dataset; None: the plan is without it."""
+    if before is None:
+        return [f"dataset {name} was added"]
+    if now is None:
+        return [f"dataset {name} was removed"]
+    meaning = ("content", "weight", "over_length")
+    return [
+        f"{text} of dataset {name} was {old}, now {new}"
+        for text, old, new in zip(meaning, before, now, strict=True)
+        if old != new
+    ]

@@ -12,9 +12,10 @@ from visionloom.data.config import DataConfig, DatasetConfig, MediaConfig
 from visionloom.data.encode import chat, geometry
 from visionloom.data.encode.tokenizer import Tokenizer
 from visionloom.data.plan.lengths import Lengths, lengths_hash, load_lengths
-from visionloom.data.plan.over_length import PackLimits, PartsCache, make_parts
+from visionloom.data.plan.over_length import PartsCache, make_parts
 from visionloom.data.plan.parts import Parts
 from visionloom.data.plan.resumable import NO_HELP, CountingHelp
+from visionloom.data.plan.stretches import PackLimits
 from visionloom.data.shards.dataset import Dataset
 
 

@@ -62,7 +62,11 @@ def deal(
     return [_balance(mine, len(mine) // micro_batch, 0) for mine in ranks]
 
 
-def _balance(packs: list[PlannedPack], groups: int, swaps: int) -> list[list[PlannedPack]]:
+def _balance(
+    packs: list[PlannedPack],
+    groups: int,
+    swaps: int,
+) -> list[list[PlannedPack]]:
     """Make groups of equal size, costliest group first."""
     room = len(packs) // groups
     dealt: list[list[PlannedPack]] = [[] for _ in range(groups)]

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,10 @@ from visionloom.data.encode.geometry import MERGE_SIZE
 from visionloom.data.plan.deal import deal
 from visionloom.data.plan.plan import Plan
 from visionloom.data.plan.plan_blocks import PlanBlock
+
+
+def _none() -> NDArray[np.int64]:
+    return np.zeros(0, np.int64)
 
 
 @dataclass
@@ -27,10 +32,12 @@ class PlanFacts:
     """Time spent planning, or reading plans that were made before."""
     planned: int = 0
     """Samples of all blocks that the steps touch."""
-    tokens: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
-    """Of each dataset."""
-    visual_tokens: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
-    samples: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    tokens: NDArray[np.int64] = field(default_factory=_none)
+    """int64 [datasets]: tokens of each dataset in the packs."""
+    visual_tokens: NDArray[np.int64] = field(default_factory=_none)
+    """int64 [datasets]"""
+    samples: NDArray[np.int64] = field(default_factory=_none)
+    """int64 [datasets]; one in parts counts with its first."""
     mean_cost: float = 0.0
     """Sum over steps of the mean work of a rank."""
     largest_cost: float = 0.0
@@ -40,54 +47,51 @@ class PlanFacts:
 
     @property
     def fill(self) -> float:
-        """Share of the packs' tokens that is not padding."""
+        """Return the share of the packs' tokens that is not padding."""
         return float(self.tokens.sum() / max(1, self.packs * self.sequence_length))
 
     @property
     def patch_fill(self) -> float:
-        """Share of the packs' patch budget that is used."""
-        return float(
-            MERGE_SIZE**2 * self.visual_tokens.sum() / max(1, self.packs * self.patch_budget)
-        )
+        """Return the share of the packs' patch budget that is used."""
+        patches = MERGE_SIZE**2 * self.visual_tokens.sum()
+        return float(patches / max(1, self.packs * self.patch_budget))
 
     @property
     def useful(self) -> float:
-        """Share of all ranks' time that is work: the rest waits for the rank with the most."""
+        """Return the share of all ranks' time that is work: the rest waits for the rank with the most."""
         return self.mean_cost / self.largest_cost if self.largest_cost else 1.0
 
     @property
     def seconds_per_sample(self) -> float:
-        """Planning time of a sample."""
+        """Return the planning time of a sample, in seconds."""
         return self.seconds / max(1, self.planned)
 
 
 def facts_of(plan: Plan, steps: int, ranks: int, micro_batch: int) -> PlanFacts:
     """Plan the first steps and add them up. Raises UserError if packs cannot be dealt evenly to the ranks."""
     settings = plan.settings
-    found = PlanFacts(
-        settings.sequence_length,
-        settings.patch_budget,
-        [entry.name for entry in plan.entries],
-        ranks,
-    )
+    names = [entry.name for entry in plan.entries]
+    facts = PlanFacts(settings.sequence_length, settings.patch_budget, names, ranks)
     started = time.perf_counter()
     for block, packs in _blocks(plan, steps * settings.global_batch):
-        _add(found, block, packs)
-    found.seconds = time.perf_counter() - started
-    for step in range(plan.origin.step, plan.origin.step + steps):
-        costs = [
-            sum(pack.cost for micro in rank for pack in micro)
-            for rank in deal(plan.step(step), ranks, micro_batch)
-        ]
-        found.steps += 1
-        found.mean_cost += sum(costs) / ranks
-        found.largest_cost += max(costs)
-        found.worst = max(found.worst, max(costs) * ranks / max(sum(costs), 1e-9))
-    return found
+        _add(facts, block, packs)
+    facts.seconds = time.perf_counter() - started
+
+    first = plan.origin.step
+    for step in range(first, first + steps):
+        costs = []
+        for rank in deal(plan.step(step), ranks, micro_batch):
+            costs.append(sum(pack.cost for micro in rank for pack in micro))
+        facts.steps += 1
+        facts.mean_cost += sum(costs) / ranks
+        # a step takes as long as its slowest rank
+        facts.largest_cost += max(costs)
+        facts.worst = max(facts.worst, max(costs) * ranks / max(sum(costs), 1e-9))
+    return facts
 
 
 def _blocks(plan: Plan, packs: int) -> Iterator[tuple[PlanBlock, int]]:
-    """Blocks from the first on, and how many of each one's packs belong to the first `packs`."""
+    """Yield blocks from the first on, and how many of each one's packs belong to the first `packs`."""
     number = 0
     while packs > 0:
         block = plan.block(number)
@@ -96,17 +100,21 @@ def _blocks(plan: Plan, packs: int) -> Iterator[tuple[PlanBlock, int]]:
         packs, number = packs - taken, number + 1
 
 
-def _add(found: PlanFacts, block: PlanBlock, packs: int) -> None:
+def _add(facts: PlanFacts, block: PlanBlock, packs: int) -> None:
+    """Count the samples of a block's first packs."""
     here = slice(0, block.borders[packs])
-    entries, count = block.entries[here], len(found.names)
-    visual = block.patches[here] // MERGE_SIZE**2
-    sums = [
-        np.bincount(entries, weights, count).astype(np.int64)
-        for weights in (block.tokens[here], visual, block.part_numbers[here] == 0)
-    ]
-    old = [found.tokens, found.visual_tokens, found.samples]
-    found.tokens, found.visual_tokens, found.samples = (
-        new + before if len(before) else new for new, before in zip(sums, old, strict=True)
-    )
-    found.packs += packs
-    found.planned += len(block.tokens)
+    entries, count = block.entries[here], len(facts.names)
+
+    def by_dataset(
+        weights: NDArray[Any],
+        before: NDArray[np.int64],
+    ) -> NDArray[np.int64]:
+        sums = np.bincount(entries, weights, count).astype(np.int64)
+        return sums + before if len(before) else sums
+
+    facts.tokens = by_dataset(block.tokens[here], facts.tokens)
+    visual_tokens = block.patches[here] // MERGE_SIZE**2
+    facts.visual_tokens = by_dataset(visual_tokens, facts.visual_tokens)
+    facts.samples = by_dataset(block.part_numbers[here] == 0, facts.samples)
+    facts.packs += packs
+    facts.planned += len(block.tokens)

@@ -39,7 +39,7 @@ Lengths = NDArray[Any]
 
 
 def lengths_hash(fingerprint: str, tokenizer: Tokenizer, rules: MediaConfig) -> str:
-    """Name of the table of a dataset under these rules: 32 hexadecimal digits."""
+    """Return the name of the table of a dataset under these rules: 32 hexadecimal digits."""
     facts = [
         TABLE_VERSION,
         chat.TEMPLATE_VERSION,
@@ -78,32 +78,43 @@ class Counting:
     rules: MediaConfig
 
     def __call__(self, start: int, stop: int) -> Lengths:
-        """Rows of the samples start .. stop: counted by encoding them, so that no length can differ from the encoded one."""
+        """Return the rows of the samples start .. stop (dtype LENGTHS).
+
+        They are counted by encoding, so that no length can differ from the encoded one.
+        """
         table = np.zeros(stop - start, LENGTHS)
         for first in range(start, stop, _BATCH):
             batch = range(first, min(first + _BATCH, stop))
             read = zip(batch, self.dataset.samples(batch), strict=True)
             # of an unreadable one the row stays 0; the stream writes down why when it opens the dataset
             samples = {index: sample for index, sample in read if isinstance(sample, Sample)}
-            for index, row in zip(samples, self._rows(list(samples.values())), strict=True):
+            rows = self._rows(list(samples.values()))
+            for index, row in zip(samples, rows, strict=True):
                 table[index - start] = row
         return table
 
-    def _rows(self, samples: list[Sample]) -> list[tuple[int, int, int, int]]:
+    def _rows(
+        self,
+        samples: list[Sample],
+    ) -> list[tuple[int, int, int, int]]:
+        """Return the rows of samples; one that cannot be encoded has zeros."""
         names = [self.dataset.name] * len(samples)
+        encoded = encode_each(samples, self.tokenizer, self.rules, names)
         try:
-            return [
-                row_of(encoded)
-                for encoded in encode_each(samples, self.tokenizer, self.rules, names)
-            ]
+            return [row_of(sample) for sample in encoded]
         except SampleError:
             if len(samples) == 1:
                 return [(0, 0, 0, 0)]
-            return [row for sample in samples for row in self._rows([sample])]
+        # which of them it is, the error of a batch does not say: one at a time
+        rows = []
+        for sample in samples:
+            rows += self._rows([sample])
+        return rows
 
 
 def row_of(sample: EncodedSample) -> tuple[int, int, int, int]:
-    """Tokens, patches, supervised tokens and patch squares of a sample: its row in a table."""
-    grids = sample.grids.astype(np.int64)
-    squares = int((grids[:, 0] * (grids[:, 1] * grids[:, 2]) ** 2).sum())
-    return len(sample.input_ids), sample.patch_count, sample.supervised_tokens, squares
+    """Return tokens, patches, supervised tokens and pairs of patches of a sample: its row in a table."""
+    time, height, width = sample.grids.astype(np.int64).T
+    # the frames of a video do not attend to each other
+    pairs = int((time * (height * width) ** 2).sum())
+    return len(sample.input_ids), sample.patch_count, sample.supervised_tokens, pairs

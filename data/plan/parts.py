@@ -5,7 +5,7 @@ A draw is always a whole sample, so a document's parts are drawn together and an
 of a pack. Nothing here imports torch.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -77,16 +77,14 @@ class Part:
 
     @classmethod
     def of(cls, row: Any) -> "Part":
-        """The part of a row of dtype PART."""
+        """Return the part of a row of dtype PART."""
         return cls(*row.tolist())
 
     @property
     def is_whole(self) -> bool:
-        """Whether it is the sample as it was written."""
-        return (
-            not (self.first or self.first_char or self.stop_char or self.pixels)
-            and self.stop == WHOLE
-        )
+        """Return whether it is the sample as it was written."""
+        is_cut = self.first or self.first_char or self.stop_char or self.stop != WHOLE
+        return not is_cut and not self.pixels
 
 
 class Parts:
@@ -95,98 +93,111 @@ class Parts:
     Nearly all samples are their own only part, so only the others are held: memory does not grow with the dataset.
     """
 
-    def __init__(self, lengths: Lengths, over: NDArray[np.int64], special: Rows) -> None:
+    def __init__(
+        self,
+        lengths: Lengths,
+        over: NDArray[np.int64],
+        special: Rows,
+    ) -> None:
         """`over`: the samples that are not used whole, ascending; `special`: their parts (dtype PART), sample by sample."""
         self.lengths, self.over, self.special = lengths, over, special
-        self._first = np.searchsorted(special["sample"].astype(np.int64), over)
-        self._count = (
-            np.searchsorted(special["sample"].astype(np.int64), over, side="right") - self._first
-        )
+        samples = special["sample"].astype(np.int64)
+        self._first = np.searchsorted(samples, over)
+        self._count = np.searchsorted(samples, over, side="right") - self._first
 
     def __len__(self) -> int:
         return len(self.lengths) - len(self.over) + len(self.special)
 
     @property
     def dropped(self) -> int:
-        """Samples without a part."""
+        """Count the samples without a part."""
         return int(np.count_nonzero(self._count == 0))
 
     def total(self, field: str) -> int:
-        """Sum over all parts of `tokens`, `patches`, `supervised` or `patch_pairs`."""
-        whole = int(self.lengths[field].sum(dtype=np.int64)) - int(
-            self.lengths[field][self.over].sum(dtype=np.int64)
-        )
+        """Sum up over all parts `tokens`, `patches`, `supervised` or `patch_pairs`."""
+        values = self.lengths[field]
+        # all but the special ones: they are few, so no copy of the table is made
+        whole = int(values.sum(dtype=np.int64)) - int(values[self.over].sum(dtype=np.int64))
         return whole + int(self.special[field].sum(dtype=np.int64))
 
     @property
     def unsupervised(self) -> int:
-        """Samples that are drawn although no part of them has a supervised token."""
+        """Count the samples that are drawn although no part of them has a supervised token."""
         whole = (self.lengths["supervised"] == 0) & (self.lengths["tokens"] > 0)
         whole[self.over] = False
-        taught = self.special["sample"][self.special["supervised"] > 0]
-        return int(np.count_nonzero(whole)) + len(np.setdiff1d(self.special["sample"], taught))
+        samples = self.special["sample"]
+        silent = np.setdiff1d(samples, samples[self.special["supervised"] > 0])
+        return int(np.count_nonzero(whole)) + len(silent)
 
     @property
     def lost_tokens(self) -> int:
-        """Tokens of samples and of parts of samples that no part holds; what shrinking saves is not lost."""
+        """Count the tokens of samples and of parts of samples that no part holds; what shrinking saves is not lost."""
         shrunk = (self.special["flags"] & SHRUNK) != 0
         counted = np.setdiff1d(self.over, self.special["sample"][shrunk])
+        before = int(self.lengths["tokens"][counted].sum(dtype=np.int64))
         kept = int(self.special["tokens"][~shrunk].sum(dtype=np.int64))
-        return max(0, int(self.lengths["tokens"][counted].sum(dtype=np.int64)) - kept)
+        # parts of a chat repeat its system message, so they may hold more than the sample
+        return max(0, before - kept)
 
-    def of(self, samples: NDArray[np.int64]) -> tuple[Rows, NDArray[np.int64]]:
-        """The parts of drawn samples in order, dtype PART, and for each the number of the draw that it belongs to."""
+    def of(
+        self,
+        samples: NDArray[np.int64],
+    ) -> tuple[Rows, NDArray[np.int64]]:
+        """Return the parts of drawn samples (int64 [d]) in order.
+
+        Returns:
+            rows of dtype PART [n], and int64 [n]: the number of the draw that each belongs to.
+        """
         place, is_over = self._find(samples)
         counts = np.ones(len(samples), np.int64)
         counts[is_over] = self._count[place[is_over]]
         draws = np.repeat(np.arange(len(samples)), counts)
         within = np.arange(len(draws)) - (np.cumsum(counts) - counts)[draws]
+
         rows = np.empty(len(draws), PART)
-        special = is_over[draws]
-        rows[special] = self.special[self._first[place[draws[special]]] + within[special]]
-        _fill_whole(rows, ~special, samples[draws[~special]], self.lengths)
+        is_special = is_over[draws]
+        first = self._first[place[draws[is_special]]]
+        rows[is_special] = self.special[first + within[is_special]]
+        rows[~is_special] = _whole(samples[draws[~is_special]], self.lengths)
         return rows, draws
 
     def part(self, sample: int, part_number: int) -> Part:
-        """One part."""
+        """Return one part of a sample."""
         at = int(self.over.searchsorted(sample))
         if at < len(self.over) and self.over[at] == sample:
             return Part.of(self.special[self._first[at] + part_number])
-        tokens, patches, supervised, squares = self.lengths[sample].item()
+        tokens, patches, supervised, pairs = self.lengths[sample].item()
         return Part(
             sample,
             part_number,
-            0,
-            0,
-            0,
-            WHOLE,
-            0,
-            0,
-            tokens,
-            patches,
-            supervised,
-            supervised,
-            squares,
+            tokens=tokens,
+            patches=patches,
+            supervised=supervised,
+            sample_supervised=supervised,
+            patch_pairs=pairs,
         )
 
-    def _find(self, samples: NDArray[np.int64]) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
-        """Where each sample lies among the special ones, and whether it does."""
+    def _find(
+        self,
+        samples: NDArray[np.int64],
+    ) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
+        """Return where each sample (int64 [d]) lies among the special ones, and whether it does."""
         if not len(self.over):
             return np.zeros(len(samples), np.intp), np.zeros(len(samples), bool)
-        place = np.minimum(np.searchsorted(self.over, samples), len(self.over) - 1)
+        place = np.searchsorted(self.over, samples)
+        place = np.minimum(place, len(self.over) - 1)
         return place, self.over[place] == samples
 
 
-def _fill_whole(
-    rows: Rows, where: NDArray[np.bool_], samples: NDArray[np.int64], lengths: Lengths
-) -> None:
-    found = lengths[samples]
+def _whole(samples: NDArray[np.int64], lengths: Lengths) -> Rows:
+    """Return the parts of samples (int64 [n]) that are their own only one, dtype PART [n]."""
+    known = lengths[samples]
     whole = np.zeros(len(samples), PART)
     whole["sample"], whole["stop"] = samples, WHOLE
     for field in ("tokens", "patches", "supervised", "patch_pairs"):
-        whole[field] = found[field]
-    whole["sample_supervised"] = found["supervised"]
-    rows[where] = whole
+        whole[field] = known[field]
+    whole["sample_supervised"] = known["supervised"]
+    return whole
 
 
 # ---- from a part to what is encoded
@@ -201,15 +212,15 @@ def encode_parts(
 ) -> list[EncodedSample]:
     """Encode the parts of samples, each with as many tokens and patches as it says; see `encode_all`."""
     shown = [apply_part(sample, part, rules) for sample, part in zip(samples, parts, strict=True)]
+    finished = []
     encoded = encode_all(shown, tokenizer, rules, names)
-    return [
-        _finish(found, sample.kind, part, tokenizer)
-        for found, sample, part in zip(encoded, samples, parts, strict=True)
-    ]
+    for one, sample, part in zip(encoded, samples, parts, strict=True):
+        finished.append(_finish(one, sample.kind, part, tokenizer))
+    return finished
 
 
 def apply_part(sample: Sample, part: Part, rules: MediaConfig) -> Sample:
-    """The sample that is encoded: the part's elements under the sample's id, its pictures bounded.
+    """Return the sample that is encoded: the part's elements under the sample's id, its pictures bounded.
 
     A chat's part keeps the system message. Boxes and points keep to their picture, which lies in the same part.
     """
@@ -223,33 +234,49 @@ def apply_part(sample: Sample, part: Part, rules: MediaConfig) -> Sample:
 
 
 def between(sample: Sample, start: Border, stop: Border) -> Sample:
-    """The elements from `start` up to `stop`; messages without any are left out, but for the first system message."""
+    """Keep the elements from `start` up to `stop`; messages without any are left out, but for the first system message."""
     if sample.kind == "doc":
         cut = replace(sample, content=_cut(sample.content, 0, start, stop))
     else:
         cut = replace(sample, messages=_cut_messages(sample.messages, start, stop))
-    pictures = [
-        number for number, element in enumerate(sample.elements) if isinstance(element, Image)
-    ]
-    leading = (
-        sample.messages[0].content
-        if sample.messages and sample.messages[0].role == "system"
-        else ()
-    )
-    shown = [n for n in pictures if start[0] <= n < stop[0] or n < len(leading)]
-    numbers = {pictures.index(picture): new for new, picture in enumerate(shown)}
-    if len(numbers) == len(pictures):
+    numbers = _picture_numbers(sample, start, stop)
+    if len(numbers) == len(sample.images):
         return cut
-    return _with_elements(cut, lambda element: _renumbered(element, numbers))
+
+    def renumbered(element: Element) -> Element:
+        if isinstance(element, Box | Point):
+            return replace(element, image=numbers[element.image])
+        return element
+
+    return _with_elements(cut, renumbered)
+
+
+def _picture_numbers(sample: Sample, start: Border, stop: Border) -> dict[int, int]:
+    """Return the new number of each picture that stays: boxes and points name pictures by number."""
+    # the system message is repeated in each part, with its pictures
+    leading = 0
+    if sample.messages and sample.messages[0].role == "system":
+        leading = len(sample.messages[0].content)
+    numbers: dict[int, int] = {}
+    picture = 0
+    for place, element in enumerate(sample.elements):
+        if isinstance(element, Image):
+            if start[0] <= place < stop[0] or place < leading:
+                numbers[picture] = len(numbers)
+            picture += 1
+    return numbers
 
 
 def _cut_messages(messages: Sequence[Message], start: Border, stop: Border) -> tuple[Message, ...]:
+    """Keep what of each message lies between two borders."""
     kept, offset = list[Message](), 0
     elements = sum(len(message.content) for message in messages)
     for number, message in enumerate(messages):
+        # a message without elements at the very end belongs to what ends there
+        begins_inside = start[0] <= offset and ((offset, 0) < stop or offset == elements)
         if number == 0 and message.role == "system":
             kept.append(message)
-        elif start[0] <= offset and ((offset, 0) < stop or offset == elements):
+        elif begins_inside:
             kept.append(replace(message, content=_cut(message.content, offset, start, stop)))
         offset += len(message.content)
     return tuple(kept)
@@ -258,29 +285,21 @@ def _cut_messages(messages: Sequence[Message], start: Border, stop: Border) -> t
 def _cut(
     elements: Sequence[Element], offset: int, start: Border, stop: Border
 ) -> tuple[Element, ...]:
+    """Keep the elements, the first of which has the number `offset`, between two borders; texts may be cut inside."""
     kept = list[Element]()
     for number, element in enumerate(elements, start=offset):
         if number < start[0] or (number, 0) >= stop:
             continue
         if isinstance(element, Text):
+            first = start[1] if number == start[0] else 0
             end = stop[1] if number == stop[0] else None
-            element = replace(
-                element, text=element.text[start[1] if number == start[0] else 0 : end]
-            )
+            element = replace(element, text=element.text[first:end])
         kept.append(element)
     return tuple(kept)
 
 
-def _renumbered(element: Element, numbers: Mapping[int, int]) -> Element:
-    return (
-        replace(element, image=numbers[element.image])
-        if isinstance(element, Box | Point)
-        else element
-    )
-
-
 def bounded(element: Element, pixels: int, rules: MediaConfig) -> Element:
-    """An image, or a video's frames, with an area of at most `pixels`; anything else as it is."""
+    """Return an image, or a video's frames, with an area of at most `pixels`; anything else as it is."""
     if isinstance(element, Image):
         return replace(element, max_pixels=min(element.max_pixels or pixels, pixels))
     if isinstance(element, Video):
@@ -289,11 +308,13 @@ def bounded(element: Element, pixels: int, rules: MediaConfig) -> Element:
     return element
 
 
-def _with_elements(sample: Sample, change: Any) -> Sample:
-    messages = tuple(
-        replace(message, content=tuple(map(change, message.content))) for message in sample.messages
-    )
-    return replace(sample, messages=messages, content=tuple(map(change, sample.content)))
+def _with_elements(sample: Sample, change: Callable[[Element], Element]) -> Sample:
+    """Return a sample with each of its elements changed."""
+    messages = []
+    for message in sample.messages:
+        messages.append(replace(message, content=tuple(map(change, message.content))))
+    content = tuple(map(change, sample.content))
+    return replace(sample, messages=tuple(messages), content=content)
 
 
 def _finish(encoded: EncodedSample, kind: str, part: Part, tokenizer: Tokenizer) -> EncodedSample:

@@ -176,7 +176,12 @@ class Plan:
             "plan": self.facts,
         }
 
-    def _counters(self, number: int, block: PlanBlock, packs: int) -> dict[str, int]:
+    def _counters(
+        self,
+        number: int,
+        block: PlanBlock,
+        packs: int,
+    ) -> dict[str, int]:
         """Draws of each content up to the last one that the first packs of a block hold."""
         here = slice(0, block.borders[packs])
         start = number * self.draws_per_block
@@ -254,7 +259,10 @@ class Plan:
             work=pack_work(rows, borders),
         )
 
-    def _rows(self, number: int) -> tuple[Rows, NDArray[np.int32], NDArray[np.int64]]:
+    def _rows(
+        self,
+        number: int,
+    ) -> tuple[Rows, NDArray[np.int32], NDArray[np.int64]]:
         """Return the parts of a block's draws in order (dtype PART), the entry of each, and the number of its draw."""
         drawn = self.mixture.draws(number * self.draws_per_block, self.draws_per_block)
         rows: list[Rows] = []

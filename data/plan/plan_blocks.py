@@ -59,7 +59,11 @@ class PlanBlock:
 class PlanBlockStore:
     """Blocks by number: held, being made, on disk, or made now. Which of these never changes what is in them."""
 
-    def __init__(self, make: Callable[[int], PlanBlock], folder: Path | None) -> None:
+    def __init__(
+        self,
+        make: Callable[[int], PlanBlock],
+        folder: Path | None,
+    ) -> None:
         """`folder` keeps one file a block; None or one that cannot be written: only this process has them."""
         self._make, self._folder = make, folder
         self._held: dict[int, Future[PlanBlock]] = {}

@@ -75,25 +75,32 @@ def in_blocks(
     return blocks.alone(helpers.progress)
 
 
-def load_rows(path: Path, dtype: np.dtype[Any] | None = None) -> Rows | None:
-    """The array in a file, mapped into memory; None if there is none, it was cut short, or it is no list of such rows.
+def load_rows(
+    path: Path,
+    dtype: np.dtype[Any] | None = None,
+) -> Rows | None:
+    """Map the array in a file into memory; None if there is none, it was cut short, or it is no list of such rows.
 
     Tables lie beside datasets, which strangers made: counts below 0, which no table has, make it none of ours.
     """
-    with suppress(
-        Exception
-    ):  # numpy takes the header for Python, and raises whatever a damaged one leads it to
-        rows: Rows = np.load(locate(path.parent, path.name), mmap_mode="r", allow_pickle=False)
-        if rows.ndim == 1 and (
-            dtype is None
-            or (rows.dtype == dtype and all(_counts(rows[name]) for name in dtype.names or ()))
-        ):
+    # numpy takes the header for Python, and raises whatever a damaged one leads it to
+    with suppress(Exception):
+        file = locate(path.parent, path.name)
+        rows: Rows = np.load(file, mmap_mode="r", allow_pickle=False)
+        if rows.ndim == 1 and (dtype is None or _has_counts(rows, dtype)):
             return rows
     return None
 
 
-def _counts(values: Rows) -> bool:
-    return values.dtype.kind == "u" or len(values) == 0 or int(values.min()) >= 0
+def _has_counts(rows: Rows, dtype: np.dtype[Any]) -> bool:
+    """Return whether rows have the columns of a table, without a value below 0."""
+    if rows.dtype != dtype:
+        return False
+    for name in dtype.names or ():
+        values = rows[name]
+        if values.dtype.kind != "u" and len(values) and int(values.min()) < 0:
+            return False
+    return True
 
 
 def save_rows(path: Path, rows: Rows) -> bool:
@@ -108,8 +115,15 @@ def save_rows(path: Path, rows: Rows) -> bool:
 
 
 class _Blocks:
+    """The blocks of a count: in files of a folder, or held here."""
+
     def __init__(
-        self, path: Path, items: int, block: int, work: BlockWork, dtype: np.dtype[Any] | None
+        self,
+        path: Path,
+        items: int,
+        block: int,
+        work: BlockWork,
+        dtype: np.dtype[Any] | None,
     ) -> None:
         self.path, self.items, self.block, self.work, self.dtype = path, items, block, work, dtype
         self.folder = path.with_name(path.name + ".parts")
@@ -118,28 +132,35 @@ class _Blocks:
 
     @property
     def missing(self) -> list[int]:
-        """First items of the blocks that no file holds yet."""
-        return [
-            start for start in range(0, self.items, self.block) if not self._part(start).exists()
-        ]
+        """Return the first items of the blocks that no file holds yet."""
+        return [start for start in self.starts if not self._part(start).exists()]
+
+    @property
+    def starts(self) -> range:
+        """Return the first items of all blocks."""
+        return range(0, self.items, self.block)
+
+    def _made(self, start: int) -> Rows:
+        return self.work(start, min(start + self.block, self.items))
 
     def alone(self, progress: Progress | None) -> Rows:
-        """Ranks that count the same array go through its blocks in random orders and take each other's."""
-        starts = list(range(0, self.items, self.block))
-        for done, start in enumerate(random.Random().sample(starts, len(starts)), start=1):
-            if len(starts) > 1 and load_rows(self.path, self.dtype) is not None:
+        """Work out the blocks one after the other, and take those that another rank has made."""
+        # In random order: ranks that count the same array at once then seldom make the same block.
+        order = random.Random().sample(self.starts, len(self.starts))
+        for done, start in enumerate(order, start=1):
+            if len(order) > 1 and load_rows(self.path, self.dtype) is not None:
                 break
             if load_rows(self._part(start), self.dtype) is None:
-                self._take(start, self.work(start, min(start + self.block, self.items)))
+                self._take(start, self._made(start))
             if progress is not None:
                 progress(min(done * self.block, self.items), self.items)
         return self._join()
 
     def by_processes(self, processes: int, progress: Progress | None) -> Rows:
+        """Work out the blocks that are missing by several processes."""
         missing = self.missing
         done = self.items - len(missing) * self.block
         work = functools.partial(_rows_of_block, self.work, self.block, self.items)
-
         for start, rows in as_finished(work, missing, processes):
             self._take(start, rows)
             done = min(done + self.block, self.items)
@@ -151,28 +172,33 @@ class _Blocks:
         return self.folder / f"{start:012d}.npy"
 
     def _take(self, start: int, rows: Rows) -> None:
+        # a single block is put into the final file at once
         if self.items <= self.block or not save_rows(self._part(start), rows):
             self.own[start] = rows
 
     def _join(self) -> Rows:
-        parts = {start: self._rows(start) for start in range(0, self.items, self.block)}
+        """Put all blocks together, keep the whole and remove them."""
+        parts = {start: self._rows(start) for start in self.starts}
         lacking = [start for start, rows in parts.items() if rows is None]
-        if (
-            lacking and (joined := load_rows(self.path, self.dtype)) is not None
-        ):  # another rank was first, and removed the blocks
+        joined = load_rows(self.path, self.dtype) if lacking else None
+        if joined is not None:  # another rank was first, and removed the blocks
             shutil.rmtree(self.folder, ignore_errors=True)
             return joined
         for start in lacking:  # damaged
-            parts[start] = self.work(start, min(start + self.block, self.items))
-        rows = np.concatenate([found for found in parts.values() if found is not None])
-        if save_rows(self.path, rows):
-            shutil.rmtree(self.folder, ignore_errors=True)
-            return rows if (kept := load_rows(self.path, self.dtype)) is None else kept
-        return rows
+            parts[start] = self._made(start)
+
+        rows = np.concatenate([part for part in parts.values() if part is not None])
+        if not save_rows(self.path, rows):
+            return rows
+        shutil.rmtree(self.folder, ignore_errors=True)
+        # from the file, so that processes of a machine share its memory
+        kept = load_rows(self.path, self.dtype)
+        return rows if kept is None else kept
 
     def _rows(self, start: int) -> Rows | None:
         return self.own[start] if start in self.own else load_rows(self._part(start), self.dtype)
 
 
 def _rows_of_block(work: BlockWork, block: int, items: int, start: int) -> Rows:
+    """Work out a block by its first item: at module level, so that other processes can be sent it."""
     return work(start, min(start + block, items))

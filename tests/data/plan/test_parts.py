@@ -16,7 +16,7 @@ from visionloom.data.config import OVER_LENGTH, DataConfig
 from visionloom.data.encode.encode import EncodedSample, encode
 from visionloom.data.encode.tokenizer import END_OF_TEXT, TURN_END, Tokenizer
 from visionloom.data.plan.lengths import LENGTHS, Counting, load_lengths, row_of
-from visionloom.data.plan.over_length import Cutting, PackLimits, PartsCache, make_parts
+from visionloom.data.plan.over_length import Cutting, PartsCache, make_parts
 from visionloom.data.plan.parts import (
     PART,
     SHRUNK,
@@ -26,6 +26,7 @@ from visionloom.data.plan.parts import (
     apply_part,
     encode_parts,
 )
+from visionloom.data.plan.stretches import PackLimits
 from visionloom.data.shards.dataset import Dataset
 from visionloom.data.shards.sample import (
     Box,
