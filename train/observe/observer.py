@@ -1,4 +1,4 @@
-"""What the outside sees of a run: log, screen, trackers and status.json, behind five hooks."""
+"""One object for all that the outside sees of a run: log, screen, trackers and status.json have five hooks."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +17,10 @@ SLOW_SECONDS: Final = 1.0
 
 
 class Observer:
-    """Hears of a run: phase_start, step, saved, validation, phase_end. All ranks have one; the main rank's alone writes and shows."""
+    """Passes a run's events on: phase_start, step, saved, validation, phase_end.
+
+    All ranks have one; the main rank's alone writes and shows.
+    """
 
     def __init__(
         self,
@@ -32,7 +35,7 @@ class Observer:
         Args:
             folder: of the run.
             logging: which trackers, and how often a line is shown.
-            is_main: whether this is the main rank.
+            is_main: this is the main rank.
             name: of the run.
             settings: all of the run, for the trackers.
         """
@@ -57,7 +60,7 @@ class Observer:
         self.screen.say(text)
 
     def phase_start(self, trainer: PhaseTrainer) -> None:
-        """A phase is built, and begins or continues."""
+        """Report a phase that is built, and begins or continues."""
         self.event(
             "phase_start",
             phase=trainer.phase_name,
@@ -67,7 +70,7 @@ class Observer:
         )
 
     def step(self, line: dict[str, Any]) -> None:
-        """An optimizer step is done, with this line of metrics.jsonl."""
+        """Report an optimizer step by its line of metrics.jsonl."""
         if self.log is not None:
             self.log.metric(line)
         status.current.at(line["step"])
@@ -75,7 +78,7 @@ class Observer:
         self.trackers.step(line)
 
     def saved(self, event: str, **fields: Any) -> None:
-        """A checkpoint is written, or could not be: `checkpoint` or `checkpoint_failed`, with the fields of saving.py."""
+        """Report a checkpoint: `checkpoint` or `checkpoint_failed`, with the fields of checkpoint/write.py."""
         self.event(event, **fields)
         waited = fields.get("waited_seconds", 0.0)
         if waited > SLOW_SECONDS:
@@ -87,18 +90,18 @@ class Observer:
             self.say(f"warning: {fields['folder']} could not be saved: {fields['cause']}; going on")
 
     def validation(self, trainer: PhaseTrainer, losses: dict[str, float]) -> None:
-        """Held-out losses, by dataset, are measured."""
+        """Report held-out losses by dataset."""
         self.held_out_losses = losses
         self.event("validation", phase=trainer.phase_name, step=trainer.step, loss=losses)
         self.trackers.evaluation({"step": trainer.step, "loss": losses})
 
     def phase_end(self, trainer: PhaseTrainer) -> None:
-        """A phase is trained and saved."""
+        """Report a phase that is trained and saved."""
         self.event("phase_end", phase=trainer.phase_name, step=trainer.step)
 
     @contextmanager
     def live(self, trainer: PhaseTrainer) -> Iterator[None]:
-        """Show how far the phase is while it trains."""
+        """Show the phase's progress while it trains."""
         self.screen.begin(trainer.phase_name, trainer.phase_step, trainer.phase.total_steps)
         try:
             yield
