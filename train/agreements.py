@@ -1,6 +1,6 @@
-"""What must agree before anything is trained or converted: model, tokenizer, the files of a Hugging Face folder, a checkpoint.
+"""Check that model, tokenizer, Hugging Face folder and checkpoint agree, before anything is trained or converted.
 
-Each agreement is a function that yields a line for each fault, naming both sides and the fix; AGREEMENTS is the whole page.
+Each agreement is a function that yields a line for each fault, naming both sides and the fix; AGREEMENTS lists them all.
 Nothing here imports torch.
 """
 
@@ -24,7 +24,7 @@ from visionloom.model.huggingface.config import (
 )
 from visionloom.model.huggingface.peft_config import read_adapter_config
 from visionloom.train.checkpoint.state_file import STATE, model_of, read_run_state
-from visionloom.train.config import RunConfig
+from visionloom.train.config import InitConfig, RunConfig
 from visionloom.train.exchange.companions import (
     GENERATION,
     PREPROCESSOR,
@@ -41,11 +41,14 @@ ROWS: Final = 128
 """Rows of a vocabulary are best a multiple of this: it divides by any number of tensor ranks."""
 LATEST: Final = "checkpoints/latest"
 LONGEST_POINTER: Final = 4096
+"""Bytes of `latest`, which holds a path."""
+NEARLY: Final = 1e-4
+"""Relative difference of two equal settings: files round 1/255 in different ways."""
 
 
 @dataclass(frozen=True)
 class Sides:
-    """What is compared; what is None is not there to be compared."""
+    """The sides that are compared; one that is None is not compared."""
 
     model: ModelConfig
     vocabulary: str
@@ -59,26 +62,25 @@ class Sides:
     checkpoint: Path | None = None
     """A checkpoint whose weights are used."""
     resuming: bool = False
-    """Whether `checkpoint` is of this run and has continued with another tokenizer only if data.on_change allows it."""
+    """`checkpoint` is of this run, and data.on_change lets it continue with another tokenizer."""
     recipe: bool = True
-    """Whether `model` is a recipe's, which the weights must have been made for."""
+    """`model` is a recipe's, which the weights must have been made for."""
     adapters: bool = False
-    """Whether only adapters train."""
+    """Only adapters train."""
 
     def where(self, name: str) -> str:
-        """How a message calls a file of the folder."""
+        """Return how a message calls a file of the folder."""
         return f"{self.folder}/{name}"
 
     def read(self, name: str) -> dict[str, Any]:
-        """The content of a JSON file of the folder; empty if it is not there."""
-        there = self.folder is not None and (self.folder / name).is_file()
-        return (
-            read_json(self.folder / name, self.option) if there and self.folder is not None else {}
-        )
+        """Read a JSON file of the folder; empty if it is not there."""
+        if self.folder is None or not (self.folder / name).is_file():
+            return {}
+        return read_json(self.folder / name, self.option)
 
     @property
     def text(self) -> dict[str, Any]:
-        """text_config of the folder's config.json."""
+        """Return text_config of the folder's config.json."""
         return _section(self.read(CONFIG), "text_config")
 
 
@@ -92,202 +94,229 @@ def check_run(config: RunConfig, checkpoint: str = "") -> None:
     Raises:
         UserError: one line for each disagreement.
     """
-    init, tokens = config.init, TokenTable.read(Path(config.data.tokenizer), "data.tokenizer")
+    tokens = TokenTable.read(Path(config.data.tokenizer), "data.tokenizer")
     newest = None if checkpoint else _newest(Path(config.run.folder))
-    own = Path(checkpoint) if checkpoint else newest
-    base = Sides(
-        config.model, f"model.text.vocab_size={config.model.text.vocab_size}", tokens, adapters=config.lora.rank > 0,
-        resuming=newest is not None and config.data.on_change == "new_phase",
-    )  # fmt: skip
     if config.lora.adapter:
         read_adapter_config(Path(config.lora.adapter), config.lora)
-    lines: list[str] = []
-    if init.huggingface:
-        lines += faults(_with(base, "init.huggingface", Path(init.huggingface)))
-    elif init.checkpoint:
-        lines += faults(_with(base, "init.checkpoint", Path(init.checkpoint)))
-    else:
-        lines += faults(base)
-    if own is not None:
-        option = "checkpoint" if checkpoint else "run.folder"
-        lines += [line for line in faults(_with(base, option, own)) if line not in lines]
+    base = Sides(
+        config.model,
+        f"model.text.vocab_size={config.model.text.vocab_size}",
+        tokens,
+        adapters=config.lora.rank > 0,
+        resuming=newest is not None and config.data.on_change == "new_phase",
+    )
+    lines = faults(_with_first_weights(base, config.init))
+    if checkpoint:
+        lines += faults(_with(base, "checkpoint", Path(checkpoint)))
+    elif newest is not None:
+        lines += faults(_with(base, "run.folder", newest))
     if lines:
-        raise UserError(*lines)
+        # Once each: both may disagree with the same tokenizer.
+        raise UserError(*dict.fromkeys(lines))
 
 
 def check_folder(folder: Path, option: str) -> None:
-    """Refuse a Hugging Face folder whose files do not agree with each other; UserError with one line for each disagreement."""
+    """Refuse a Hugging Face folder whose files do not agree with each other.
+
+    Raises:
+        UserError: one line for each disagreement.
+    """
     tokens = TokenTable.read(folder, option) if (folder / TOKENIZER).is_file() else None
     model = read_config(folder, option)
-    sides = Sides(
-        model,
-        f"{folder}/{CONFIG} with vocab_size {model.text.vocab_size}",
-        tokens,
-        option,
-        folder,
-        recipe=False,
-    )
+    vocabulary = f"{folder}/{CONFIG} with vocab_size {model.text.vocab_size}"
+    sides = Sides(model, vocabulary, tokens, option, folder, recipe=False)
     if lines := faults(sides):
         raise UserError(*lines)
 
 
 def check_export(checkpoint: Path, source: Path | None, option: str) -> None:
-    """Refuse to put files into an export that do not agree with its checkpoint; UserError with one line for each disagreement.
+    """Refuse to put files into an export that do not agree with its checkpoint.
 
     Args:
         checkpoint: to export.
         source: folder or checkpoint that files are taken from; None: the checkpoint's own run.
         option: that names `source`.
+
+    Raises:
+        UserError: one line for each disagreement.
     """
     run_state = read_run_state(checkpoint)
     model = model_of(run_state)
     vocabulary = f"{checkpoint} with model.text.vocab_size={model.text.vocab_size}"
-    folder = next(iter(companions_of(source)), None) if source is not None else None
-    place = (
-        folder
-        if folder is not None and (folder / TOKENIZER).is_file()
-        else tokenizer_of(checkpoint, run_state)
-    )
-    tokens = (
-        TokenTable.read(place, option if place == folder else "tokenizer")
-        if place is not None
-        else None
-    )
-    if lines := faults(Sides(model, vocabulary, tokens, option, folder, checkpoint, recipe=False)):
+    folders = companions_of(source) if source is not None else []
+    folder = folders[0] if folders else None
+
+    tokens = None
+    if folder is not None and (folder / TOKENIZER).is_file():
+        tokens = TokenTable.read(folder, option)
+    elif (trained := tokenizer_of(checkpoint, run_state)) is not None:
+        tokens = TokenTable.read(trained, option if trained == folder else "tokenizer")
+    sides = Sides(model, vocabulary, tokens, option, folder, checkpoint, recipe=False)
+    if lines := faults(sides):
         raise UserError(*lines)
 
 
 def faults(sides: Sides) -> list[str]:
-    """All disagreements, a line each."""
-    return list(dict.fromkeys(line for agreement in AGREEMENTS for line in agreement(sides)))
+    """Return all disagreements, a line each."""
+    lines: list[str] = []
+    for agreement in AGREEMENTS:
+        lines += agreement(sides)
+    return list(dict.fromkeys(lines))  # two files may say the same
 
 
 # ---- the agreements
 
 
 def every_token_has_a_row(sides: Sides) -> Iterator[str]:
-    """The highest id of the tokenizer lies below the rows of the embedding.
+    """Compare the highest id of the tokenizer with the rows of the embedding.
 
-    Without this a rank would read past its table, or, where tensor ranks share it, take zeros for tokens that none of them has.
+    Beyond its rows a rank would read past its table, or, where tensor ranks share it, take zeros for tokens that none of them has.
     """
     if sides.tokens is None:
         return
-    (token, last), rows = sides.tokens.last, sides.model.text.vocab_size
-    if last >= rows:
-        fix = "give the tokenizer of these weights"
-        if sides.recipe and sides.checkpoint is None:
-            held = sides.text.get("vocab_size")
-            enough = max(-(-(last + 1) // ROWS) * ROWS, held if isinstance(held, int) else 0)
-            fix = f"set model.text.vocab_size={enough}, or give the tokenizer that the model was made for"
-        yield f"{sides.tokens.name} has ids up to {last} ({token}), but {sides.vocabulary} has rows for 0 to {rows - 1} only: {fix}"
+    token, last = sides.tokens.last
+    rows = sides.model.text.vocab_size
+    if last < rows:
+        return
+    fix = "give the tokenizer of these weights"
+    if sides.recipe and sides.checkpoint is None:
+        # Enough for the tokenizer, rounded up, and for the rows that the folder has.
+        enough = -(-(last + 1) // ROWS) * ROWS
+        held = sides.text.get("vocab_size")
+        if isinstance(held, int):
+            enough = max(enough, held)
+        fix = (
+            f"set model.text.vocab_size={enough}, or give the tokenizer that the model was made for"
+        )
+    yield (
+        f"{sides.tokens.name} has ids up to {last} ({token}),"
+        f" but {sides.vocabulary} has rows for 0 to {rows - 1} only: {fix}"
+    )
 
 
 def adapted_tokens_have_trained_rows(sides: Sides) -> Iterator[str]:
-    """Rows that the folder lacks are zeros, which adapters never train."""
+    """Compare the tokenizer with the folder's rows: those it lacks are zeros, which adapters never train."""
     if sides.tokens is None or not sides.adapters or sides.option != "init.huggingface":
         return
-    (token, last), rows = sides.tokens.last, sides.text.get("vocab_size")
+    token, last = sides.tokens.last
+    rows = sides.text.get("vocab_size")
     if isinstance(rows, int) and rows <= last < sides.model.text.vocab_size:
         yield (
-            f"{sides.tokens.name} has ids up to {last} ({token}), but {sides.where(CONFIG)} has {rows} rows, and lora.rank trains none:"
+            f"{sides.tokens.name} has ids up to {last} ({token}),"
+            f" but {sides.where(CONFIG)} has {rows} rows, and lora.rank trains none:"
             " give the folder's own tokenizer, or train all weights with lora.rank=0"
         )
 
 
 def special_tokens_are_there(sides: Sides) -> Iterator[str]:
-    """The tokenizer of a run has the tokens that prompts are made of."""
-    missing = [
-        token for token in REQUIRED if sides.tokens is not None and token not in sides.tokens.ids
-    ]
-    if sides.tokens is not None and sides.recipe and missing:
+    """Look for the tokens that prompts are made of in the tokenizer of a run."""
+    if sides.tokens is None or not sides.recipe:
+        return
+    missing = [token for token in REQUIRED if token not in sides.tokens.ids]
+    if missing:
         yield f"{sides.tokens.name} lacks special tokens of Qwen3-VL: {' '.join(missing)}"
 
 
 def a_tokenizer_says_one_thing(sides: Sides) -> Iterator[str]:
-    """tokenizer_config.json and added_tokens.json name the tokens that tokenizer.json has, which alone is read here."""
+    """Compare tokenizer_config.json and added_tokens.json with tokenizer.json, the only one that is read here."""
     if sides.tokens is None:
         return
-    table, said = sides.tokens, dict[str, int]()
+    table = sides.tokens
+    said: dict[str, Any] = {}
     for key, added in _section(table.settings, "added_tokens_decoder").items():
-        if isinstance(added, dict) and key.isascii() and key.isdigit() and len(key) < 10:
+        # Digits of an id: nothing that int() reads in other scripts, or for long.
+        is_id = key.isascii() and key.isdigit() and len(key) < 10
+        if is_id and isinstance(added, dict):
             said[str(added.get("content"))] = int(key)
     path = table.folder / "added_tokens.json"
-    said |= read_json(path, table.name.partition("=")[0]) if path.is_file() else {}
+    if path.is_file():
+        option, _, _ = table.name.partition("=")
+        said |= read_json(path, option)
     for token, number in said.items():
         if table.ids.get(token) != number:
             has = f"has it as {table.ids[token]}" if token in table.ids else "lacks it"
-            yield f"{table.name}: {SETTINGS} or added_tokens.json says {token} is {number}, but {TOKENIZER} {has}: save the tokenizer anew"
+            yield (
+                f"{table.name}: {SETTINGS} or added_tokens.json says {token} is {number},"
+                f" but {TOKENIZER} {has}: save the tokenizer anew"
+            )
             return
 
 
 def answers_end_alike(sides: Sides) -> Iterator[str]:
-    """The tokens that end answers, in generation and in the tokenizer's settings, are those that end them in training."""
+    """Compare the tokens that end answers in training with those in generation and in the tokenizer's settings."""
     if sides.tokens is None:
         return
     added = sides.tokens.added
     stops = {added[stop]: stop for stop in STOPS if stop in added}
+    if not stops:
+        return
     known = " or ".join(f"{number} ({stop})" for number, stop in stops.items())
     # Trainers write these ids beside text_config, where transformers looks too if there is no generation_config.json.
-    for name, said in (
+    for name, settings in (
         (GENERATION, sides.read(GENERATION)),
         (CONFIG, sides.text),
         (CONFIG, sides.read(CONFIG)),
     ):
-        ends = said.get("eos_token_id")
-        if (
-            stops
-            and ends is not None
-            and any(end not in list(stops) for end in (ends if isinstance(ends, list) else [ends]))
-        ):
+        ends = settings.get("eos_token_id")
+        each_end = ends if isinstance(ends, list) else [ends]
+        # A list, not the dict: what a file says may not be hashable.
+        if ends is not None and any(end not in list(stops) for end in each_end):
             yield (
-                f"{sides.where(name)} has eos_token_id {ends}, but with {sides.tokens.name} answers end with {known}:"
+                f"{sides.where(name)} has eos_token_id {ends},"
+                f" but with {sides.tokens.name} answers end with {known}:"
                 " correct the file, or give the tokenizer of these weights"
             )
-        pad = said.get("pad_token_id")
-        if stops and pad is not None and pad not in added.values():
+        pad = settings.get("pad_token_id")
+        if pad is not None and pad not in added.values():
             yield (
-                f"{sides.where(name)} has pad_token_id {pad}, but {sides.tokens.name} pads with {added.get(END_OF_TEXT)} and has no special token"
-                f" {pad}: correct the file, or give the tokenizer of these weights"
+                f"{sides.where(name)} has pad_token_id {pad},"
+                f" but {sides.tokens.name} pads with {added.get(END_OF_TEXT)}"
+                f" and has no special token {pad}:"
+                " correct the file, or give the tokenizer of these weights"
             )
     end = sides.tokens.settings.get("eos_token")
     end = end.get("content") if isinstance(end, dict) else end
-    if stops and end is not None and end not in stops.values():
-        yield f"{sides.tokens.name}: {SETTINGS} has eos_token {end}, but answers end with {known}: correct the file"
+    if end is not None and end not in stops.values():
+        yield (
+            f"{sides.tokens.name}: {SETTINGS} has eos_token {end},"
+            f" but answers end with {known}: correct the file"
+        )
 
 
 def vision_tokens_are_alike(sides: Sides) -> Iterator[str]:
-    """config.json and the tokenizer mean the same tokens by pictures, videos, and the beginning and end of both."""
-    raw = sides.read(CONFIG)
+    """Compare the ids of pictures, videos, and the beginning and end of both in config.json and the tokenizer."""
     if sides.tokens is None or sides.resuming:
         return
+    config = sides.read(CONFIG)
     for key, spelling in TOKENS.items():
-        said, has = raw.get(key), sides.tokens.ids.get(spelling)
+        said, has = config.get(key), sides.tokens.ids.get(spelling)
         if said is not None and has is not None and said != has:
             yield (
-                f"{sides.where(CONFIG)} has {key} {said}, but {sides.tokens.name} has {spelling} as {has}:"
+                f"{sides.where(CONFIG)} has {key} {said},"
+                f" but {sides.tokens.name} has {spelling} as {has}:"
                 " give the tokenizer of these weights, or correct config.json"
             )
 
 
 def the_tokenizer_is_that_of_the_weights(sides: Sides) -> Iterator[str]:
-    """The tokenizer beside the weights gives the same ids."""
-    if (
-        sides.tokens is None
-        or sides.folder is None
-        or not (sides.folder / TOKENIZER).is_file()
-        or _is_trained(sides)
-    ):
+    """Compare the tokenizer with the one in the weights' folder."""
+    if sides.tokens is None or sides.folder is None:
+        return
+    if not (sides.folder / TOKENIZER).is_file():
+        return
+    # A checkpoint that names its tokenizer is compared with that one, below.
+    if sides.checkpoint is not None and tokenizer_hash(read_run_state(sides.checkpoint)):
         return
     theirs = TokenTable.read(sides.folder, sides.option)
-    for difference in sides.tokens.differences(theirs) if not sides.resuming else ():
+    for difference in () if sides.resuming else sides.tokens.differences(theirs):
         yield (
-            f"{sides.tokens.name} is not the tokenizer beside the weights, {sides.where(TOKENIZER)}: {difference}:"
-            f" give that folder as the tokenizer"
+            f"{sides.tokens.name} is not the tokenizer beside the weights, {sides.where(TOKENIZER)}:"
+            f" {difference}: give that folder as the tokenizer"
         )
 
 
 def the_tokenizer_is_that_of_training(sides: Sides) -> Iterator[str]:
-    """The tokenizer gives the ids that a checkpoint was trained with."""
+    """Compare the tokenizer with the one that a checkpoint was trained with."""
     if sides.tokens is None or sides.checkpoint is None or sides.resuming:
         return
     run_state = read_run_state(sides.checkpoint)
@@ -295,53 +324,66 @@ def the_tokenizer_is_that_of_training(sides: Sides) -> Iterator[str]:
     if not known or sides.tokens.hash.startswith(known):
         return
     place = tokenizer_of(sides.checkpoint, run_state)
-    if place is None and sides.option == "hf":  # named because the one of training is gone
-        return
-    if place is None:
-        differs = f"its tokenizer.json had the SHA-256 {known[:8]}, this one has {sides.tokens.hash[:8]}, and the one of then is gone"
+    if place is not None:
+        trained = TokenTable.read(place, sides.option)
+        differs = next(sides.tokens.differences(trained), "")
+        fix = f"give {place}"
+    elif sides.option == "hf":
+        return  # the user names one because that of training is gone
     else:
-        differs = next(sides.tokens.differences(TokenTable.read(place, sides.option)), "")
+        differs = (
+            f"its tokenizer.json had the SHA-256 {known[:8]}, this one has {sides.tokens.hash[:8]},"
+            " and the one of then is gone"
+        )
+        fix = "put it back"
     if differs:
-        fix = f"give {place}" if place is not None else "put it back"
-        yield f"{sides.tokens.name} is not what {sides.checkpoint} was trained with: {differs}: {fix}"
+        yield (
+            f"{sides.tokens.name} is not what {sides.checkpoint} was trained with: {differs}: {fix}"
+        )
 
 
 def the_model_is_that_of_the_weights(sides: Sides) -> Iterator[str]:
-    """A recipe describes the model that a folder or a checkpoint holds."""
+    """Compare a recipe's model with the one that a folder or a checkpoint holds."""
     if not sides.recipe:
         return
     if sides.option == "init.huggingface" and sides.folder is not None:
         yield from differences(sides.model, read_config(sides.folder, sides.option), sides.folder)
     if sides.checkpoint is None:
         return
-    held = asdict(model_of(read_run_state(sides.checkpoint)))
+    fix = "set it alike"
+    if sides.option == "run.folder":
+        fix = "set run.name to start a new run"
+    ours = asdict(sides.model)
+    theirs = asdict(model_of(read_run_state(sides.checkpoint)))
     for part in ("text", "vision"):
-        for key, value in asdict(sides.model)[part].items():
-            if held[part][key] != value and key not in NOT_THE_MODEL:
-                fix = (
-                    "set run.name to start a new run"
-                    if sides.option == "run.folder"
-                    else "set it alike"
+        for key, value in ours[part].items():
+            held = theirs[part][key]
+            if held != value and key not in NOT_THE_MODEL:
+                yield (
+                    f"model.{part}.{key}={value}, but {sides.checkpoint} holds another model,"
+                    f" with {held}: {fix}"
                 )
-                yield f"model.{part}.{key}={value}, but {sides.checkpoint} holds another model, with {held[part][key]}: {fix}"
 
 
 def pixels_are_those_of_the_data(sides: Sides) -> Iterator[str]:
-    """The folder's preprocessors cut, scale and normalise pixels as is done here; their bounds may be others (see serving.py)."""
+    """Compare how the folder's preprocessors cut, scale and normalise pixels with how it is done here.
+
+    Their bounds may be others (see serving.py).
+    """
     nested = sides.read(PROCESSOR)
-    said: dict[str, Mapping[str, Any]] = {
-        name: sides.read(name) for name in (PREPROCESSOR, VIDEO_PREPROCESSOR)
+    files: dict[str, Mapping[str, Any]] = {
+        PREPROCESSOR: sides.read(PREPROCESSOR),
+        VIDEO_PREPROCESSOR: sides.read(VIDEO_PREPROCESSOR),
     }
-    said |= {
-        f"{PROCESSOR} ({part})": _section(nested, part)
-        for part in ("image_processor", "video_processor")
-    }
-    for name, content in said.items():
+    for part in ("image_processor", "video_processor"):
+        files[f"{PROCESSOR} ({part})"] = _section(nested, part)
+    for name, content in files.items():
         for key, value in PIXELS.items():
-            if content.get(key) is not None and not _same(content[key], value):
+            said = content.get(key)
+            if said is not None and not _same(said, value):
                 yield (
-                    f"{sides.where(name)} has {key} {content[key]}, but pictures are prepared with {value}, as for every Qwen3-VL"
-                    " model: put back the file that the weights came with"
+                    f"{sides.where(name)} has {key} {said}, but pictures are prepared with {value},"
+                    " as for every Qwen3-VL model: put back the file that the weights came with"
                 )
 
 
@@ -360,50 +402,49 @@ AGREEMENTS: Final[tuple[Callable[[Sides], Iterator[str]], ...]] = (
 
 
 def _with(base: Sides, option: str, place: Path) -> Sides:
-    """The same sides with a Hugging Face folder or a checkpoint as the weights' one."""
-    stored = (place / STATE).is_file()
-    folder = next(iter(companions_of(place)), None) if stored else place
-    return replace(base, option=option, folder=folder, checkpoint=place if stored else None)
+    """Return the same sides with a Hugging Face folder or a checkpoint as that of the weights."""
+    if not (place / STATE).is_file():
+        return replace(base, option=option, folder=place, checkpoint=None)
+    folders = companions_of(place)
+    folder = folders[0] if folders else None
+    return replace(base, option=option, folder=folder, checkpoint=place)
 
 
-def _is_trained(sides: Sides) -> bool:
-    """Whether the checkpoint itself says which tokenizer it was trained with, so that it need not be asked what lies beside it."""
-    return sides.checkpoint is not None and bool(tokenizer_hash(read_run_state(sides.checkpoint)))
+def _with_first_weights(base: Sides, init: InitConfig) -> Sides:
+    """Return the same sides with the weights that a run begins with."""
+    if init.huggingface:
+        return _with(base, "init.huggingface", Path(init.huggingface))
+    if init.checkpoint:
+        return _with(base, "init.checkpoint", Path(init.checkpoint))
+    return base
 
 
 def _newest(run_folder: Path) -> Path | None:
-    """The checkpoint that a run's `latest` names, if it is there and says where the run stands; damage is reported later."""
+    """Return the checkpoint that a run's `latest` names; None if it is not there or damaged, which is reported later."""
     pointer = run_folder / LATEST
     try:
-        newest = locate(
-            pointer.parent,
-            read_located(pointer.parent, pointer.name, LONGEST_POINTER).decode().strip(),
-            "folder",
-        )
+        name = read_located(pointer.parent, pointer.name, LONGEST_POINTER).decode().strip()
+        newest = locate(pointer.parent, name, "folder")
         read_run_state(newest)
-    except (
-        PlaceError,
-        OSError,
-        UnicodeDecodeError,
-        UserError,
-    ):  # checkpoints can be read without it
+    # Whichever it is: the run looks for its checkpoints without this file.
+    except (PlaceError, OSError, UnicodeDecodeError, UserError):
         return None
     return newest
 
 
 def _section(content: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A part of a JSON object that is an object itself; empty if it is not there."""
+    """Return a part of a JSON object that is an object itself; empty if it is not there."""
     part = content.get(name)
     return part if isinstance(part, dict) else {}
 
 
 def _same(said: Any, value: Any) -> bool:
-    """Whether two settings are equal, numbers nearly; one number stands for three alike."""
+    """Return whether two settings are equal, numbers nearly; one number stands for three alike."""
     if isinstance(value, list):
         items = said if isinstance(said, list) else [said] * len(value)
-        return len(items) == len(value) and all(
-            _same(one, other) for one, other in zip(items, value, strict=True)
-        )
+        if len(items) != len(value):
+            return False
+        return all(_same(one, other) for one, other in zip(items, value, strict=True))
     if isinstance(value, bool) or not isinstance(said, int | float):
         return bool(said == value)
-    return abs(said) < 1e300 and isclose(said, value, rel_tol=1e-4)
+    return abs(said) < 1e300 and isclose(said, value, rel_tol=NEARLY)

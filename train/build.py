@@ -1,4 +1,4 @@
-"""The built things of a phase, in order: stream, model with its weights, trainer. Here and in run.py the configuration is whole."""
+"""Build a phase in order: stream, model with its weights, trainer. Here and in run.py the configuration is whole."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +9,7 @@ import torch
 from visionloom.common.errors import UserError
 from visionloom.data.plan.cursor import Origin, check_state
 from visionloom.data.stream.train_stream import PackStream
+from visionloom.model.config import ModelConfig
 from visionloom.model.lora import apply_lora
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.model.sharding import draw_weights
@@ -87,7 +88,13 @@ def model_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def build_model(config: RunConfig, topology: Topology, drawn: bool) -> list[Qwen3VL]:
-    """Build the model's parts on this rank's device: with random weights from run.seed, or not `drawn`, to be loaded into."""
+    """Build the model's parts on this rank's device.
+
+    Args:
+        config: of the run.
+        topology: of the model.
+        drawn: draw random weights from run.seed; else they are undefined, to be loaded into.
+    """
     dtype = model_dtype(config.run.precision, topology.device)
     numbers = range(topology.config.chunks) if topology.config.chunks > 1 else [None]
     parts = [Qwen3VL(config.model, topology, dtype, number) for number in numbers]
@@ -106,30 +113,41 @@ def first_weights(config: RunConfig, topology: Topology) -> list[Qwen3VL]:
     Raises:
         UserError: if init.checkpoint is damaged, of another model, or holds adapters only.
     """
-    init = config.init
+    init, lora = config.init, config.lora
     parts = build_model(config, topology, drawn=not (init.huggingface or init.checkpoint))
     if init.huggingface:
         load_huggingface(Path(init.huggingface), parts, config.model, topology)
     if init.checkpoint:
-        source = checkpoint.whole(Path(init.checkpoint), "init.checkpoint", topology)
-        check_same_model(source, config.model)
-        if source.run_state.lora:
-            raise UserError(
-                f"init.checkpoint={source.folder} holds adapters only: name the checkpoint that they were trained on,"
-                " and export them for lora.adapter"
-            )
-        checkpoint.load_weights(source, parts, topology)
-    if config.lora.rank:
-        apply_lora(parts, config.lora, topology, config.run.seed)
-        if config.lora.adapter:
-            load_adapter(Path(config.lora.adapter), parts, topology)
+        first = whole_weights(Path(init.checkpoint), config.model, topology)
+        checkpoint.load_weights(first, parts, topology)
+    # After the weights, which have the names of a model without adapters.
+    if lora.rank:
+        apply_lora(parts, lora, topology, config.run.seed)
+    if lora.rank and lora.adapter:
+        load_adapter(Path(lora.adapter), parts, topology)
     return parts
+
+
+def whole_weights(folder: Path, model: ModelConfig, topology: Topology) -> Checkpoint:
+    """Return the checkpoint that init.checkpoint names.
+
+    Raises:
+        UserError: if it is damaged, of another model, or holds adapters only.
+    """
+    first = checkpoint.whole(folder, "init.checkpoint", topology)
+    check_same_model(first, model)
+    if first.run_state.lora:
+        raise UserError(
+            f"init.checkpoint={first.folder} holds adapters only: name the checkpoint that they were trained on,"
+            " and export them for lora.adapter"
+        )
+    return first
 
 
 def model_to_load(config: RunConfig, topology: Topology) -> list[Qwen3VL]:
     """Build a model for a checkpoint of the run to be loaded into.
 
-    A checkpoint of adapters holds nothing but them: the weights below them are the run's first.
+    A checkpoint of adapters has nothing else: the weights under them are the run's first.
     """
     if config.lora.rank:
         return first_weights(config, topology)
@@ -151,11 +169,13 @@ def draw_fresh_groups(
     parts: list[Qwen3VL], config: RunConfig, name: str, topology: Topology
 ) -> None:
     """Draw the phase's `fresh` groups anew, with a seed of the phase's own."""
-    number = list(config.phases).index(name)
     groups = set(config.phases[name].fresh)
-    if groups:
-        for part in parts:
-            draw_weights(part, config.model, config.run.seed + 1 + number, topology, groups)
+    if not groups:
+        return
+    # run.seed itself has drawn the first weights.
+    seed = config.run.seed + 1 + list(config.phases).index(name)
+    for part in parts:
+        draw_weights(part, config.model, seed, topology, groups)
 
 
 # ---- trainer
@@ -171,6 +191,7 @@ def build_trainer(
     wrapped = wrap_data_parallel(parts, topology)
     bf16 = next(parts[0].parameters()).dtype == torch.bfloat16
     optimizer = build_optimizer(wrapped, config.optim, phase, bf16)
+    weights = config.init.huggingface or config.init.checkpoint
     return PhaseTrainer(
         phase_name=name,
         phase=phase,
@@ -180,10 +201,6 @@ def build_trainer(
         optimizer=optimizer,
         scheduler=build_scheduler(optimizer, config.optim, phase),
         stream=stream,
-        inputs=Inputs.of(
-            config.data,
-            stream.tokenizer.fingerprint,
-            config.init.huggingface or config.init.checkpoint,
-        ),
+        inputs=Inputs.of(config.data, stream.tokenizer.fingerprint, weights),
         settings=settings_of(config, name),
     )

@@ -1,8 +1,8 @@
-"""Settings that changed since a checkpoint was made: free ones pass, those that change the run are told or refused.
+"""Settings that changed since a checkpoint was made: free ones pass, those that change the run are reported or refused.
 
-What a change of an option means stands in the schema (common/settings.py). Options of a phase count while that phase is in
-progress: what a finished phase had is done, and what a phase to come has is no change. What is read is compared by its content
-in data/plan/cursor.py and is under data.on_change.
+The schema says what a change of each option means (common/settings.py). Options of a phase count while that phase is in
+progress: a finished phase is done, and a phase to come has no checkpoint. data/plan/cursor.py compares datasets by their content,
+which data.on_change governs.
 """
 
 from collections.abc import Iterator, Mapping
@@ -26,7 +26,7 @@ SHOWN = 80
 
 @dataclass(frozen=True)
 class Changed:
-    """An option that has another value than in a checkpoint."""
+    """An option whose value is not that of a checkpoint."""
 
     option: str
     was: Any
@@ -34,116 +34,134 @@ class Changed:
     change: Change
 
     def __str__(self) -> str:
-        return f"{self.option} was {one_line(str(self.was)[:SHOWN])}, now {self.now}"
+        was = one_line(str(self.was)[:SHOWN])
+        return f"{self.option} was {was}, now {self.now}"
 
 
-def settings_of(config: RunConfig, phase: str) -> dict[str, Any]:
-    """What a checkpoint of a phase remembers: the settings that count for going on with it, by their option."""
-    return {each.name: each.value for each in _counting(config, phase)}
+def settings_of(config: RunConfig, phase_name: str) -> dict[str, Any]:
+    """Return the settings that count for continuing a phase, by their option, which its checkpoints keep."""
+    return {each.name: each.value for each in _counting(config, phase_name)}
 
 
 def changes(config: RunConfig, run_state: RunState, where: str) -> list[Changed]:
-    """What is to be told of a run that goes on from a checkpoint, where run.on_change lets it.
+    """Return the changed settings of a run that continues from a checkpoint, if run.on_change allows them.
 
     Args:
         config: of the run as it is started now.
-        progress: the checkpoint's state; of versions that did not keep settings it knows model, adapters and steps.
+        run_state: the checkpoint's; of versions that kept no settings it has model, adapters and steps.
         where: the checkpoint's folder, for messages.
 
     Raises:
-        UserError: naming each change that cannot be, or that run.on_change=error does not let pass.
+        UserError: naming each change that is impossible, or that run.on_change=error forbids.
     """
     if run_state.phase not in config.phases:
         raise UserError(
             f"{where} is of phase {run_state.phase}, which this recipe lacks: {_fresh_start(config)}"
         )
-    found = list(_changed(config, run_state))
-    if never := [each for each in found if each.change == "never"]:
+    changed = list(_changed(config, run_state))
+    never = [each for each in changed if each.change == "never"]
+    if never:
         raise UserError(
-            f"{where} does not fit: {_listed(never)}: {'set it back' if len(never) == 1 else 'set them back'},"
-            f" or {_fresh_start(config)}"
+            f"{where} does not fit: {_listed(never)}: {_set_back(never)}, or {_fresh_start(config)}"
         )
-    if found and config.run.on_change == "error":
+    if changed and config.run.on_change == "error":
         raise UserError(
-            f"{where} was trained with other settings: {_listed(found)}: {'set it back' if len(found) == 1 else 'set them back'},"
+            f"{where} was trained with other settings: {_listed(changed)}: {_set_back(changed)},"
             f" go on with what is new by run.on_change=continue, or {_fresh_start(config)}"
         )
-    return found
+    return changed
 
 
 def _changed(config: RunConfig, run_state: RunState) -> Iterator[Changed]:
-    """Options of the checkpoint whose value is another one here, as far as something is left that they count for."""
+    """Yield the checkpoint's options whose value is another one here, as far as they still count for something."""
     before = todays_settings(run_state.settings) or _older(run_state)
+    phase_name = run_state.phase
     finished = (
-        run_state.phase_done and config.phases[run_state.phase].total_steps <= run_state.phase_step
+        run_state.phase_done and config.phases[phase_name].total_steps <= run_state.phase_step
     )
-    over = finished and run_state.phase == list(config.phases)[-1]
+    is_last = phase_name == list(config.phases)[-1]
     adapters = config.lora.rank or before.get("lora.rank")
-    for each in _counting(config, run_state.phase):
+    for each in _counting(config, phase_name):
         if each.name not in before or before[each.name] == each.value:
             continue
-        if (
-            each.name in WEIGHTS
-            and each.value
-            and absolute(each.value) == run_state.inputs.get("weights")
+        was = before[each.name]
+        # The same folder, written in another way or from another working folder.
+        if each.name in WEIGHTS and each.value:
+            if absolute(each.value) == run_state.inputs.get("weights"):
+                continue
+        elif (
+            (each.name == PHASES and not _reordered(config, phase_name, was))
+            or (each.name.startswith("phases.") and finished)
+            or (each.name.startswith("lora.") and not adapters)
         ):
             continue
-        if each.name == PHASES and not _reordered(config, run_state.phase, before[PHASES]):
+        if finished and is_last and each.rules.change == "run":
             continue
-        if each.name.startswith("phases.") and finished:
-            continue
-        if each.name.startswith("lora.") and not adapters:
-            continue
-        if over and each.rules.change == "run":
-            continue
-        was = before[each.name]
-        more = each.name.endswith(".trainable") and not set(each.value) <= set(
-            map(str, was if isinstance(was, list) else ())
-        )
-        yield Changed(each.name, was, each.value, "never" if more else each.rules.change)
+        change = each.rules.change
+        if each.name.endswith(".trainable") and _trains_more(each.value, was):
+            # A group that was frozen has no moments in the checkpoint.
+            change = "never"
+        yield Changed(each.name, was, each.value, change)
 
 
-def _reordered(config: RunConfig, phase: str, before: Any) -> bool:
-    """Whether a phase counts as done that the run has not had, or one to come is done; those left out were, and stay so."""
-    names, done = list(config.phases), set(map(str, before if isinstance(before, list) else ()))
-    at = names.index(phase)
-    return not set(names[:at]) <= done or bool(set(names[at + 1 :]) & done)
+def _trains_more(groups: Any, before: Any) -> bool:
+    """Return whether a phase trains groups that it did not train before, as a checkpoint says."""
+    known = set(map(str, before)) if isinstance(before, list) else set()
+    return not set(groups) <= known
 
 
-def _counting(config: RunConfig, phase: str) -> Iterator[Option]:
-    """The options that count for a phase: `tokens` as the `steps` that they make."""
+def _reordered(config: RunConfig, phase_name: str, before: Any) -> bool:
+    """Return whether the phases before the one in progress are not those that the run has had.
+
+    Phases that are left out now were done all the same.
+    """
     names = list(config.phases)
-    yield Option(PHASES, names[: names.index(phase)], Rules("run"))
-    settings = config.phases[phase]
-    settings = replace(settings, steps=settings.total_steps)
-    for each in options(replace(config, phases={phase: settings})):
-        if each.rules.change in ("run", "never") and each.name != f"phases.{phase}.tokens":
+    done = set(map(str, before)) if isinstance(before, list) else set()
+    place = names.index(phase_name)
+    is_missing = not set(names[:place]) <= done
+    is_repeated = bool(set(names[place + 1 :]) & done)
+    return is_missing or is_repeated
+
+
+def _counting(config: RunConfig, phase_name: str) -> Iterator[Option]:
+    """Yield the options that count for a phase: `tokens` as the `steps` that they make."""
+    names = list(config.phases)
+    yield Option(PHASES, names[: names.index(phase_name)], Rules("run"))
+    phase = config.phases[phase_name]
+    phase = replace(phase, steps=phase.total_steps)
+    for each in options(replace(config, phases={phase_name: phase})):
+        counts = each.rules.change in ("run", "never")
+        if counts and each.name != f"phases.{phase_name}.tokens":
             yield each
 
 
 def _older(run_state: RunState) -> dict[str, Any]:
-    """The settings that a checkpoint without `settings` knows all the same."""
+    """Return the settings of a checkpoint without `settings`: its model, adapters and steps."""
+    settings: dict[str, Any] = {}
     model = asdict(model_of(run_state))
-    parts = {"model.text": model["text"], "model.vision": model["vision"]}
-    found = {
-        f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()
-    }
+    for part in ("text", "vision"):
+        for name, value in model[part].items():
+            settings[f"model.{part}.{name}"] = value
     adapters: Mapping[str, Any] = run_state.lora or {"rank": 0}
-    found |= {
-        f"lora.{name}": adapters[name] for name in ("rank", "targets", "groups") if name in adapters
-    }
-    return found | {f"phases.{run_state.phase}.steps": run_state.phase_steps}
+    for name in ("rank", "targets", "groups"):
+        if name in adapters:
+            settings[f"lora.{name}"] = adapters[name]
+    settings[f"phases.{run_state.phase}.steps"] = run_state.phase_steps
+    return settings
 
 
 def _listed(changed: list[Changed]) -> str:
     return "; ".join(map(str, changed))
 
 
+def _set_back(changed: list[Changed]) -> str:
+    return "set it back" if len(changed) == 1 else "set them back"
+
+
 def _fresh_start(config: RunConfig) -> str:
+    """Return the way out that always works, for the end of a message."""
     folder = config.run.folder
-    other = (
-        ""
-        if folder in ("", f"runs/{config.run.name}")
-        else f" (and run.folder, which is set to {folder})"
-    )
+    # A folder that is set by itself would stay the old run's under any name.
+    is_own = folder in ("", f"runs/{config.run.name}")
+    other = "" if is_own else f" (and run.folder, which is set to {folder})"
     return f"set run.name to start a new run{other}"

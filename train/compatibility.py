@@ -1,4 +1,4 @@
-"""Checks that a checkpoint fits what it is loaded for; what a resumed run may change is in changes.py."""
+"""Refuse a checkpoint that does not fit a model or an evaluation; changes.py has what a resumed run may change."""
 
 from dataclasses import asdict
 

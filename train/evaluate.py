@@ -1,7 +1,8 @@
-"""Held-out loss by source, and answers by greedy generation compared with the right ones."""
+"""Measure held-out loss by source, and compare greedy answers with the right ones."""
 
 import functools
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -57,7 +58,7 @@ def held_out_losses(
 ) -> dict[str, float]:
     """Measure the loss of at most `samples` samples of each validation dataset.
 
-    A dataset without a supervised token has no loss and is left out, which is said.
+    A dataset without a supervised token has no loss: it is left out, with a warning.
     """
     losses: dict[str, float] = {}
     length = held_out.pack_length(topology.config)
@@ -88,7 +89,9 @@ def held_out_losses(
 
 def _whole_rounds(batches: list[PackedBatch], topology: Topology) -> list[PackedBatch]:
     """Add copies without weight until interleaved stages can share the batches evenly."""
-    missing = -len(batches) % topology.config.pipeline if topology.config.chunks > 1 else 0
+    if topology.config.chunks == 1:
+        return batches
+    missing = -len(batches) % topology.config.pipeline
     silent = torch.zeros_like(batches[0].loss_weights)
     return batches + [replace(batches[0], loss_weights=silent)] * missing
 
@@ -131,29 +134,29 @@ def evaluate_model(
     losses = held_out_losses(held_out, model_parts, topology, held_out.evaluation.samples, screen)
     datasets = held_out.data.validation
     shown_of_each = -(-held_out.evaluation.report_samples // max(1, len(datasets)))
-    counts: dict[str, list[int]] = {}
+    asked: Counter[str] = Counter()
+    right: Counter[str] = Counter()
     shown: list[Prediction] = []
     for name in datasets:
         answers = list(predictions(held_out, model_parts, topology, name))
-        for part in topology.gather_over_data(
-            [(answer.sample.task, answer.correct) for answer in answers]
-        ):
+        marks = [(answer.sample.task, answer.correct) for answer in answers]
+        for part in topology.gather_over_data(marks):
             for task, correct in part:
-                right_and_all = counts.setdefault(task, [0, 0])
-                right_and_all[0] += correct
-                right_and_all[1] += 1
+                asked[task] += 1
+                right[task] += correct
         shown += answers[:shown_of_each]
 
     tasks = {}
-    for task, (right, asked) in sorted(counts.items()):
-        tasks[task] = {"accuracy": right / asked, "n": asked}
+    for task, count in sorted(asked.items()):
+        tasks[task] = {"accuracy": right[task] / count, "n": count}
     results = {"step": step, "loss": losses, "tasks": tasks}
     if topology.is_main:
         with replacing(folder / RESULTS) as file:
             file.write((json.dumps(results, indent=1) + "\n").encode())
+        # After eval.json, which the report reads.
         write_report(folder, shown)
         if datasets:
-            _print(results, screen)
+            print_results(results, screen)
         else:
             screen.say(
                 "nothing is held out to evaluate on: name a dataset with +data.validation.NAME.path=DIR"
@@ -162,14 +165,15 @@ def evaluate_model(
     return results
 
 
-def _print(results: dict[str, Any], screen: Screen) -> None:
-    """Print the results as two tables, of which an empty one is left out; without tasks a line says how to name one."""
+def print_results(results: dict[str, Any], screen: Screen) -> None:
+    """Print the results as two tables; an empty one is left out, and a line says how to name a task."""
     tasks = Table("task", "accuracy", "samples", title="held-out answers (greedy, exact match)")
     for task, result in results["tasks"].items():
         tasks.add_row(task, f"{result['accuracy']:.1%}", str(result["n"]))
     losses = Table("source", "loss", title="held-out loss")
     for source, loss in results["loss"].items():
         losses.add_row(source, f"{loss:.4f}")
-    screen.console.print(*(table for table in (tasks, losses) if table.rows), end="")
+    tables = [table for table in (tasks, losses) if table.rows]
+    screen.console.print(*tables, end="")
     if not results["tasks"]:
         screen.say(NO_TASKS)

@@ -123,7 +123,10 @@ class GreedyDecoder:
         tokenizer: Tokenizer,
         max_new_tokens: int,
     ) -> None:
-        self.model_parts, self.topology, self.tokenizer = model_parts, topology, tokenizer
+        """Decode with the parts of this rank, at most `max_new_tokens` tokens an answer."""
+        self.model_parts = model_parts
+        self.topology = topology
+        self.tokenizer = tokenizer
         self.limit = max_new_tokens
         self.stop = set(tokenizer.stop_ids)
 
@@ -132,22 +135,26 @@ class GreedyDecoder:
         with evaluating(self.model_parts):
             written = self._follow_drafts(samples)
             prompts = [prompt_of(sample) for sample in samples]
-            while unfinished := [
-                i for i, tokens in enumerate(written) if not self._finished(tokens)
-            ]:
-                batch = [extend(prompts[i], written[i]) for i in unfinished]
+            # Without a cache of keys: few tokens are left once the drafts were followed.
+            while unfinished := self._unfinished(written):
+                batch = [extend(prompts[place], written[place]) for place in unfinished]
                 following = self._next_tokens(batch, [[-1]] * len(batch))
-                for i, tokens in zip(unfinished, following, strict=True):
-                    written[i] += tokens
+                for place, tokens in zip(unfinished, following, strict=True):
+                    written[place] += tokens
         texts = []
         for tokens in written:
-            texts.append(
-                self.tokenizer.decode([token for token in tokens if token not in self.stop])
-            )
+            kept = [token for token in tokens if token not in self.stop]
+            texts.append(self.tokenizer.decode(kept))
         return texts
 
-    def _finished(self, tokens: list[int]) -> bool:
-        return bool(tokens) and (tokens[-1] in self.stop or len(tokens) >= self.limit)
+    def _unfinished(self, written: list[list[int]]) -> list[int]:
+        """Return the places of answers that have neither ended nor reached the limit."""
+        places = []
+        for place, tokens in enumerate(written):
+            has_ended = bool(tokens) and tokens[-1] in self.stop
+            if not has_ended and (not tokens or len(tokens) < self.limit):
+                places.append(place)
+        return places
 
     def _follow_drafts(self, samples: Sequence[EncodedSample]) -> list[list[int]]:
         """Return the tokens of each draft that greedy decoding would write too, and the first one where it would not."""

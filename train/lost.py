@@ -1,4 +1,4 @@
-"""A run whose checkpoints are all gone: that it had some is known from its events, and what is left of it is kept."""
+"""A run whose checkpoints are all gone: its events say that it had some, and its files are kept."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from visionloom.train.observe.metrics import ASIDE, EVENTS, METRICS, aside, read
 
 
 def lost_checkpoints(folder: Path, damaged: list[str]) -> str:
-    """Why a run's folder without a whole checkpoint is not that of a new run; empty if it is.
+    """Return why a run's folder without a whole checkpoint is not that of a new run; empty if it is.
 
     Args:
         folder: of the run.
@@ -24,9 +24,8 @@ def lost_checkpoints(folder: Path, damaged: list[str]) -> str:
 
 def move_aside(folder: Path) -> Path:
     """Move a run's checkpoints and metrics where no start looks for them; returns the folder of the checkpoints."""
-    checkpoints = (
-        folder / CHECKPOINTS
-    )  # may be a link to another disk, so what is in it is moved within it
+    # May be a link to another disk, so its content is moved within it.
+    checkpoints = folder / CHECKPOINTS
     if checkpoints.is_symlink() and not checkpoints.exists():
         raise UserError(
             f"{checkpoints} is a link to {checkpoints.readlink()}, which is not there: put it back, or remove the link"
@@ -44,8 +43,9 @@ def move_aside(folder: Path) -> Path:
 
 
 def _last_saved(folder: Path) -> int | None:
-    """The step of the last checkpoint that the events tell of since the run last began; None if there was none."""
-    path, last = folder / EVENTS, None
+    """Return the step of the last checkpoint in the events since the run last began; None without."""
+    path = folder / EVENTS
+    last = None
     if not path.exists():
         return None
     for event in read_lines(path.read_text(errors="replace"), EVENTS):

@@ -31,7 +31,9 @@ def old_option(path: str) -> str | None:
     if path in RENAMED:
         return f"{path} has a new name: write {RENAMED[path]}"
     option = _of_the_run(path)
-    return f"{path} is gone: leave it out, {GONE[option]}" if option in GONE else None
+    if option not in GONE:
+        return None
+    return f"{path} is gone: leave it out, {GONE[option]}"
 
 
 def todays_settings(settings: Mapping[str, Any], path: str = "") -> dict[str, Any]:

@@ -50,25 +50,33 @@ class GroupStepAdamW(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient."""
         for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
+            parameters, gradients, first, second = [], [], [], []
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    mean, mean_of_squares = self._moments(parameter)
+                    parameters.append(parameter)
+                    gradients.append(parameter.grad)
+                    first.append(mean)
+                    second.append(mean_of_squares)
             if not parameters:
                 continue
-            group["step"] = int(group.get("step") or 0) + 1
-            first, second = zip(*(self._moments(p) for p in parameters), strict=True)
+
+            done = int(group.get("step") or 0)
+            group["step"] = done + 1
             # One element each of one tensor: torch's kernel advances the counts in place.
-            done = float(group["step"] - 1)
-            counts = torch.full((len(parameters),), done, device=parameters[0].device).unbind()
+            counts = torch.full((len(parameters),), float(done), device=parameters[0].device)
+            beta1, beta2 = group["betas"]
             adamw(
                 parameters,
-                [p.grad for p in parameters],
-                list(first),
-                list(second),
+                gradients,
+                first,
+                second,
                 [],
-                list(counts),
+                list(counts.unbind()),
                 fused=True,
                 amsgrad=False,
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
+                beta1=beta1,
+                beta2=beta2,
                 lr=group["lr"],
                 weight_decay=group["weight_decay"],
                 eps=group["eps"],
@@ -82,16 +90,18 @@ class GroupStepAdamW(torch.optim.Optimizer):
                 self._moments(parameter)
 
     def _moments(self, parameter: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the means of a parameter's gradients and of their squares, of its shape and dtype."""
         state = self.state[parameter]
         if not state:
-            state.update(
-                exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter)
-            )
+            # Megatron-core reads both under torch's names.
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
         return state["exp_avg"], state["exp_avg_sq"]
 
 
 def install_adamw() -> None:
     """Let Megatron-core build GroupStepAdamW and treat it as it treats FusedAdam."""
+    # Both have imported the name; the flags below say where a class's step count is.
     for module in (megatron_optimizer, distrib_optimizer):
         module.Adam = GroupStepAdamW
     megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
@@ -106,7 +116,10 @@ def norm_on_device(
     tensor_lists: list[list[Tensor]],
     *_: Any,
 ) -> tuple[Tensor, None]:
-    """Return the norm of all tensors, fp32 [1] on their device, with the arguments of Apex's multi_tensor_l2norm."""
+    """Return the norm of all tensors, fp32 [1] on their device.
+
+    The arguments are those of Apex's multi_tensor_l2norm.
+    """
     norms = [torch.norm(tensor) for tensors in tensor_lists for tensor in tensors]
     return torch.norm(torch.stack(norms)).reshape(1), None
 
@@ -120,16 +133,29 @@ def install_norm() -> None:
 def wrap_data_parallel(
     parts: list[Any], topology: Topology, sharded: bool = True
 ) -> list[DistributedDataParallel]:
-    """Wrap each part of the model in Megatron's DDP, parameters frozen before; `sharded`: for the distributed optimizer (ZeRO-1)."""
+    """Wrap each part of the model in Megatron's DDP.
+
+    Args:
+        parts: whose parameters are frozen or not already.
+        topology: of the model.
+        sharded: for the distributed optimizer (ZeRO-1).
+    """
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=sharded, overlap_grad_reduce=False
     )
-    return [
-        DistributedDataParallel(
-            part.config, settings, part, pg_collection=topology.groups, disable_bucketing=number > 0
+    wrapped = []
+    for number, part in enumerate(parts):
+        # As Megatron-core's own training: only the first part of a virtual pipeline has buckets.
+        wrapped.append(
+            DistributedDataParallel(
+                part.config,
+                settings,
+                part,
+                pg_collection=topology.groups,
+                disable_bucketing=number > 0,
+            )
         )
-        for number, part in enumerate(parts)
-    ]
+    return wrapped
 
 
 def build_optimizer(
@@ -141,15 +167,16 @@ def build_optimizer(
         wrapped: the parts of the model in Megatron's DDP.
         optim: betas, weight decay, clipping.
         phase: peak learning rate of each trainable group.
-        bf16: whether the parameters are bf16 and fp32 copies are kept.
+        bf16: the parameters are bf16, and fp32 copies are kept.
     """
     install_adamw()
     install_norm()
     peaks = phase.peak_learning_rates()
+    highest = max(peaks.values())
     config = OptimizerConfig(
         optimizer="adam",
-        lr=max(peaks.values()),
-        min_lr=max(peaks.values()) * phase.lr_min_ratio,
+        lr=highest,
+        min_lr=highest * phase.lr_min_ratio,
         weight_decay=optim.weight_decay,
         adam_beta1=optim.beta1,
         adam_beta2=optim.beta2,
@@ -158,9 +185,7 @@ def build_optimizer(
         bf16=bf16,
         use_distributed_optimizer=True,
     )
-    overrides: dict[Any, dict[str, float]] = {}
-    for group, peak in peaks.items():
-        overrides[ParamKey(with_name_predicate=_in_group(group))] = rates_of(peak, phase)
+    overrides = rate_overrides(peaks, phase)
     undecayed = ParamWithNamePredicate(
         name="undecayed", fn=lambda parameter, name: parameter.dim() == 1
     )
@@ -168,15 +193,26 @@ def build_optimizer(
     return get_megatron_optimizer(config, wrapped, config_overrides=overrides)
 
 
+def rate_overrides(peaks: dict[str, float], phase: PhaseConfig) -> dict[Any, dict[str, float]]:
+    """Return Megatron's settings of the parameters of each trainable group: their learning rates."""
+    overrides: dict[Any, dict[str, float]] = {}
+    for group, peak in peaks.items():
+        overrides[ParamKey(with_name_predicate=in_group(group))] = rates_of(peak, phase)
+    return overrides
+
+
 def rates_of(peak: float, phase: PhaseConfig) -> dict[str, float]:
     """Return the highest and the last learning rate of a group in Megatron's terms."""
     return {"max_lr": peak, "min_lr": peak * phase.lr_min_ratio}
 
 
-def _in_group(group: str) -> ParamWithNamePredicate:
-    return ParamWithNamePredicate(
-        name=group, fn=lambda parameter, name: group_of(name.removeprefix("module.")) == group
-    )
+def in_group(group: str) -> ParamWithNamePredicate:
+    """Return Megatron's test of whether a parameter is in a group."""
+
+    def matches(parameter: Tensor, name: str) -> bool:
+        return group_of(name.removeprefix("module.")) == group  # DDP's prefix
+
+    return ParamWithNamePredicate(name=group, fn=matches)
 
 
 def build_scheduler(
@@ -214,7 +250,7 @@ def state_tensors(
     optimizer: Any,
     weights: dict[str, Any],
     loading: bool,
-    content: dict[str, Any],
+    metadata: dict[str, Any],
 ) -> dict[str, Any]:
     """Return master weights and moments as full tensors under names that no layout changes, for Megatron-core's checkpoints.
 
@@ -225,17 +261,16 @@ def state_tensors(
     Args:
         optimizer: of `build_optimizer`.
         weights: the model's sharded state, which names the parameters.
-        loading: whether the tensors are to be read into.
-        content: how Megatron-core lays them out.
+        loading: the tensors will be read into.
+        metadata: how Megatron-core lays them out (checkpoint/read.py `layout_metadata`).
     """
     tensors = {}
     for number, inner in enumerate(optimizer.chained_optimizers):
         if getattr(inner, "is_stub_optimizer", False) or not inner.optimizer.param_groups:
             continue  # a stage without trainable parameters
         inner.optimizer.make_moments()
-        tensors[str(number)] = inner.sharded_param_state_fully_reshardable(
-            weights, loading, content
-        )
+        state = inner.sharded_param_state_fully_reshardable(weights, loading, metadata)
+        tensors[str(number)] = state
     return tensors
 
 

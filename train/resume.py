@@ -1,4 +1,4 @@
-"""Find where a run stands when it is started: its newest whole checkpoint, and report what is unusual about it."""
+"""Find where a run stands when it is started: its newest whole checkpoint, and how the last start ended."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -42,23 +42,28 @@ def resume(
         step = 0
     else:
         step = newest.run_state.step
-        changed = changes(config, newest.run_state, str(newest.folder))
-        observer.event("resume", step=step, folder=str(newest.folder))
-        observer.say(f"resuming after step {step} from {newest.folder}")
-        for each in changed:
-            observer.event(
-                "settings_changed", step=step, option=each.option, was=each.was, now=each.now
-            )
-            observer.say(f"goes on with other settings: {each}")
+        report_resume(config, newest, observer)
+
     status.current.at(step)
-    if (
-        observer.log is not None
-    ):  # only now: a start that is refused leaves what describes the run as it is
+    # Only now: a start that is refused leaves the files of the run as they are.
+    if observer.log is not None:
         with replacing(folder / SETTINGS_OF_RUN) as file:
             file.write(yaml.safe_dump(asdict(config), sort_keys=False).encode())
-        observer.log.take_waiting(folder / CHECKPOINTS)
+        observer.log.load_waiting(folder / CHECKPOINTS)
         observer.log.rewind(step)
     return newest
+
+
+def report_resume(config: RunConfig, newest: Checkpoint, observer: Observer) -> None:
+    """Say where a run resumes and with which other settings; UserError if these are not allowed."""
+    step = newest.run_state.step
+    changed = changes(config, newest.run_state, str(newest.folder))
+    observer.event("resume", step=step, folder=str(newest.folder))
+    observer.say(f"resuming after step {step} from {newest.folder}")
+    for each in changed:
+        fields = {"option": each.option, "was": each.was, "now": each.now}
+        observer.event("settings_changed", step=step, **fields)
+        observer.say(f"goes on with other settings: {each}")
 
 
 def _report_last_end(observer: Observer) -> None:
@@ -75,7 +80,11 @@ def _report_last_end(observer: Observer) -> None:
 def _begin_anew(
     folder: Path, damaged: list[str], allowed: bool, topology: Topology, observer: Observer
 ) -> None:
-    """Begin at step 0; a run that has had checkpoints does so only if run.start_anew allows it, and keeps what is left of it."""
+    """Begin at step 0, and keep the files of a run that has had checkpoints.
+
+    Raises:
+        UserError: on all ranks, if it has had some and run.start_anew does not allow it.
+    """
     fault = first_fault(lost_checkpoints(folder, damaged) if topology.is_main else "")
     if not fault:
         return

@@ -8,7 +8,7 @@ from typing import Any
 from visionloom.common.errors import UserError
 from visionloom.data.config import DataConfig
 from visionloom.data.encode.tokenizer import Tokenizer
-from visionloom.data.plan.open import dataset_weights, open_datasets
+from visionloom.data.plan.open import dataset_weights
 from visionloom.data.stream.train_stream import PackStream
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.parallel import topology as topologies
@@ -39,8 +39,13 @@ from visionloom.train.resume import resume
 
 
 def pretrain(config: RunConfig) -> None:
-    """Run all phases of a recipe, from where an earlier start left off; raises UserError for what the user can mend."""
-    started, folder = time.perf_counter(), run_folder(config)
+    """Run all phases of a recipe, from where an earlier start left off.
+
+    Raises:
+        UserError: for anything that the user can mend.
+    """
+    started = time.perf_counter()
+    folder = run_folder(config)
     topology = open_topology(config)
     observer = Observer(folder, config.logging, topology.is_main, config.run.name, asdict(config))
     newest = resume(config, folder, topology, observer)
@@ -66,16 +71,15 @@ def pretrain(config: RunConfig) -> None:
 def train_phase(
     config: RunConfig, name: str, topology: Topology, newest: Checkpoint | None, observer: Observer
 ) -> Checkpoint:
-    """Train one phase, or what is left of it; returns the checkpoint of its end."""
+    """Train one phase, or the rest of it; returns the checkpoint of its end."""
     folder = run_folder(config)
     stream = open_stream(config, name, topology, newest, observer)
     parts = phase_model(config, name, topology, newest)
     trainer = build_trainer(config, name, topology, parts, stream)
     restore(trainer, newest)
     report_left_out(trainer, config.data, observer)
-    if (
-        topology.is_main
-    ):  # only now: a start that is refused must not replace the files of checkpoints that are there
+    # Only now: a start that is refused must not replace the files of checkpoints that are there.
+    if topology.is_main:
         carry_into_run(config.init, config.data.tokenizer, folder)
     check_room(folder, trainer)
 
@@ -91,22 +95,23 @@ def train_phase(
     return checkpoint.read(checkpoint.folder_of(folder, name, trainer.step))
 
 
-def evaluate(config: RunConfig, source: str = "") -> dict[str, Any]:
+def evaluate(config: RunConfig, checkpoint_folder: str = "") -> dict[str, Any]:
     """Evaluate a checkpoint on data.validation and write eval.json and the report into the run's folder.
 
     Args:
         config: of the run; its layout may differ from the one that trained.
-        source: the checkpoint's folder; empty: the newest whole one of the run.
+        checkpoint_folder: of the one to evaluate; empty: the newest whole one of the run.
 
     Returns:
-        what `evaluate_model` returns.
+        the results, as of `evaluate_model`.
 
     Raises:
         UserError: if there is no whole checkpoint, or it does not fit the configuration.
     """
-    topology, folder = open_topology(config), run_folder(config)
+    topology = open_topology(config)
+    folder = run_folder(config)
     screen = Screen(topology.is_main, config.logging.every_steps)
-    trained = trained_checkpoint(config, source, topology, screen)
+    trained = trained_checkpoint(config, checkpoint_folder, topology, screen)
     parts = newest_weights(config, topology, trained)
     if topology.is_main:
         folder.mkdir(parents=True, exist_ok=True)
@@ -122,11 +127,12 @@ def evaluate(config: RunConfig, source: str = "") -> dict[str, Any]:
 
 
 def steps_done(config: RunConfig, name: str, newest: Checkpoint | None) -> int:
-    """Count the optimizer steps of a phase that are in the newest checkpoint; those of a phase before its own are all."""
+    """Count the optimizer steps of a phase that the newest checkpoint has: all, of a phase before its own."""
     if newest is None:
         return 0
     order = list(config.phases)
-    here, there = order.index(name), order.index(newest.run_state.phase)
+    here = order.index(name)
+    there = order.index(newest.run_state.phase)
     if here == there:
         return newest.run_state.phase_step
     return config.phases[name].total_steps if here < there else 0
@@ -134,25 +140,26 @@ def steps_done(config: RunConfig, name: str, newest: Checkpoint | None) -> int:
 
 def phases_left(config: RunConfig, newest: Checkpoint | None) -> list[str]:
     """Name the phases that are not trained to their end."""
-    return [
-        name
-        for name, phase in config.phases.items()
-        if steps_done(config, name, newest) < phase.total_steps
-    ]
+    names = []
+    for name, phase in config.phases.items():
+        if steps_done(config, name, newest) < phase.total_steps:
+            names.append(name)
+    return names
 
 
 def check_data(config: RunConfig, newest: Checkpoint | None) -> None:
     """Open the datasets of all phases that are left: one that cannot be trained on is an error before the first step."""
     names: dict[str, None] = {}
-    for phase in phases_left(config, newest):
-        names |= dict.fromkeys(dataset_weights(config.data, config.phases[phase].mixture))
+    for name in phases_left(config, newest):
+        weights = dataset_weights(config.data, config.phases[name].mixture)
+        names |= dict.fromkeys(weights)
     open_datasets(config.data, list(names), Tokenizer(config.data.tokenizer))
 
 
 def open_stream(
     config: RunConfig, name: str, topology: Topology, newest: Checkpoint | None, observer: Observer
 ) -> PackStream:
-    """Open a phase's data where the newest checkpoint has left it, or at its beginning, behind the phase before."""
+    """Open a phase's data at the newest checkpoint's state, or at its beginning, after the phase before."""
     folder = run_folder(config)
     if newest is not None and steps_done(config, name, newest):
         stream = build_stream(config, name, folder, topology)
@@ -190,27 +197,30 @@ def restore(trainer: PhaseTrainer, newest: Checkpoint | None) -> None:
 
 
 def report_left_out(trainer: PhaseTrainer, data: DataConfig, observer: Observer) -> None:
-    """Say what of a phase's data is not trained on, and what is without a loss."""
+    """Report the samples of a phase that are not trained on, and those without a loss."""
     name, stream = trainer.phase_name, trainer.stream
     for dataset, (samples, tokens) in stream.dropped.items():
-        if samples or tokens:
-            observer.event("dropped", phase=name, dataset=dataset, samples=samples, tokens=tokens)
-            policy = data.datasets[dataset].over_length
-            observer.say(
-                f"{name}: {samples} samples and in all {tokens} tokens of {dataset} are left out"
-                f" (unreadable, or longer than a pack with over_length={policy})"
-            )
+        if not samples and not tokens:
+            continue
+        observer.event("dropped", phase=name, dataset=dataset, samples=samples, tokens=tokens)
+        policy = data.datasets[dataset].over_length
+        observer.say(
+            f"{name}: {samples} samples and in all {tokens} tokens of {dataset} are left out"
+            f" (unreadable, or longer than a pack with over_length={policy})"
+        )
     for dataset, (samples, size) in stream.unsupervised.items():
-        if samples:
-            observer.event("unsupervised", phase=name, dataset=dataset, samples=samples)
-            observer.say(
-                f"warning: {name}: {samples} of the {size} samples of {dataset} have no supervised token (every loss or the"
-                " weight is 0): they cost time and teach nothing; leave them out of the dataset"
-            )
+        if not samples:
+            continue
+        observer.event("unsupervised", phase=name, dataset=dataset, samples=samples)
+        observer.say(
+            f"warning: {name}: {samples} of the {size} samples of {dataset} have no supervised token"
+            " (every loss or the weight is 0): they cost time and teach nothing;"
+            " leave them out of the dataset"
+        )
 
 
 def held_out(config: RunConfig) -> HeldOut:
-    """Return the held-out data of the run, packed as long as any phase's and weighted as in the last."""
+    """Return the held-out data of the run, packed to the longest phase's length and weighted as in the last."""
     phases = list(config.phases.values())
     longest = max(phase.sequence_length for phase in phases)
     return HeldOut(config.data, config.evaluation, longest, phases[-1].loss)
@@ -219,43 +229,47 @@ def held_out(config: RunConfig) -> HeldOut:
 def validate(
     config: RunConfig, trainer: PhaseTrainer, observer: Observer, unchanged: bool = False
 ) -> None:
-    """Measure held-out losses as the phase stands; `unchanged` weights have those of the last phase's end."""
+    """Measure held-out losses; `unchanged` weights still have those of the last phase's end."""
     samples = config.evaluation.phase_samples
     if not (samples and config.data.validation):
         return
     losses = observer.held_out_losses
     if not (unchanged and losses):
-        losses = held_out_losses(
-            held_out(config), trainer.model_parts, trainer.topology, samples, observer.screen
-        )
+        data, parts = held_out(config), trainer.model_parts
+        losses = held_out_losses(data, parts, trainer.topology, samples, observer.screen)
     observer.validation(trainer, losses)
 
 
 def trained_checkpoint(
-    config: RunConfig, source: str, topology: Topology, screen: Screen
+    config: RunConfig, folder: str, topology: Topology, screen: Screen
 ) -> Checkpoint:
-    """Return the checkpoint to evaluate: of the folder `source`, or the newest whole one of the run if it is empty.
+    """Return the checkpoint to evaluate: that of `folder`, or the newest whole one of the run if it is empty.
 
     Raises:
         UserError: if there is none, or it does not fit the configuration.
     """
-    if source:
-        trained = checkpoint.whole(Path(source), "checkpoint", topology)
+    if folder:
+        trained = checkpoint.whole(Path(folder), "checkpoint", topology)
     else:
-        folder = run_folder(config)
-        newest, damaged = checkpoint.newest(folder, topology)
-        if newest is None:
-            content = f"only damaged checkpoints, {damaged[0]}" if damaged else "no checkpoint"
-            raise UserError(
-                f"{folder} holds {content}: train the run first, or name one with checkpoint=FOLDER"
-            )
-        trained = newest
+        trained = newest_checkpoint(run_folder(config), topology)
     check_same_model(trained, config.model)
     check_same_adapters(trained, config.lora.rank)
     status.current.at(trained.run_state.step)
     screen.say(f"evaluating {trained.folder}")
+    # Allowed, since smaller pictures may be what is evaluated, but never silent.
     if differences := media_differences(trained, config.data.media):
         screen.say(
             f"pictures are prepared otherwise than in training: data.media has {', '.join(differences)}"
         )
     return trained
+
+
+def newest_checkpoint(folder: Path, topology: Topology) -> Checkpoint:
+    """Return the newest whole checkpoint of a run's folder; UserError if there is none."""
+    newest, damaged = checkpoint.newest(folder, topology)
+    if newest is None:
+        content = f"only damaged checkpoints, {damaged[0]}" if damaged else "no checkpoint"
+        raise UserError(
+            f"{folder} holds {content}: train the run first, or name one with checkpoint=FOLDER"
+        )
+    return newest

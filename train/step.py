@@ -40,7 +40,7 @@ class StepResult:
     grad_norm: float
     """Before clipping."""
     skipped: bool
-    """Whether the gradient was not finite, and nothing was changed."""
+    """The gradient was not finite, and nothing was changed."""
 
     @property
     def loss(self) -> float:
@@ -93,6 +93,7 @@ def agree_on_unreadable(batches: list[PackedBatch], topology: Topology) -> list[
         for tensor in (batch.input_ids, batch.grid_thw):
             content = zlib.crc32(tensor.numpy().tobytes(), content)
     unreadable = torch.cat([batch.unreadable for batch in batches])
+    # With its negative, one maximum shows the largest content and the smallest.
     agreed = torch.cat([torch.tensor([content, -content]), unreadable.long()])
     dist.all_reduce(agreed, op=dist.ReduceOp.MAX, group=topology.pack_hosts)
     if int(agreed[0]) != -int(agreed[1]):
@@ -102,8 +103,9 @@ def agree_on_unreadable(batches: list[PackedBatch], topology: Topology) -> list[
         )
     if not agreed[2:].any():
         return batches
-    parts = agreed[2:].bool().split([len(batch.unreadable) for batch in batches])
-    return [batch.without(part) for batch, part in zip(batches, parts, strict=True)]
+    sizes = [len(batch.unreadable) for batch in batches]
+    masks = agreed[2:].bool().split(sizes)
+    return [batch.without(mask) for batch, mask in zip(batches, masks, strict=True)]
 
 
 def compute_gradients(trainer: PhaseTrainer, batches: list[PackedBatch], sums: StepSums) -> None:
@@ -188,16 +190,18 @@ def forward_losses(
 
 
 def _balance_scale(batches: list[PackedBatch], topology: Topology) -> Tensor:
-    """Return the weight of the global batch over its tokens: gradients are divided by the weight, the balance is a mean over tokens."""
+    """Return the weight of the global batch over its tokens, fp32 [1] on the device.
+
+    Gradients are divided by the weight, but the balance of experts is a mean over tokens.
+    """
     own = torch.zeros(len(batches), 2, dtype=torch.float64)
     for row, batch in zip(own, batches, strict=True):
         row[0] = batch.loss_weights.sum(dtype=torch.float64)
         row[1] = batch.real_tokens
     on_device = own.sum(0).to(topology.device, non_blocking=True)
     weight, tokens = topology.sum_over_data(on_device)
-    return (
-        (weight / tokens.clamp_min(1.0)).float().reshape(1)
-    )  # Megatron-core keeps one for the process, of this shape
+    # Megatron-core keeps one for the process, of this shape.
+    return (weight / tokens.clamp_min(1.0)).float().reshape(1)
 
 
 def gradient_norm(optimizer: Any) -> float:

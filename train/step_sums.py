@@ -42,7 +42,8 @@ class StepCounts:
         tokens = sum(batch.real_tokens for batch in batches)
         token_pairs = patch_pairs = 0
         for batch in batches:
-            real, starts = ~batch.padding_mask.numpy(), batch.cu_seqlens.numpy()[:-1]
+            real = ~batch.padding_mask.numpy()
+            starts = batch.cu_seqlens.numpy()[:-1]
             lengths = np.add.reduceat(real, starts, dtype=np.int64)
             token_pairs += int((lengths**2).sum())
 
@@ -70,7 +71,7 @@ class StepCounts:
 
 @dataclass(frozen=True)
 class Signals:
-    """What one rank has to say to all: it travels with the sums of its next step, so that nobody waits for it."""
+    """Flags of one rank for all: they travel with the sums of its next step, so that nobody waits for them."""
 
     log_failed: bool = False
     """The run's log could not be written."""
@@ -114,6 +115,7 @@ class LossSums:
             tokens: its supervised tokens of this rank, int64 [R] on the host.
             losses: of these tokens, fp32 [R] on the device.
         """
+        # One more for padding, which has no source and no weight.
         places = torch.tensor([self.sources.index(name) for name in batch.dataset_names] + [0])
         segments = torch.searchsorted(batch.cu_seqlens, tokens, right=True) - 1
         # non_blocking: a plain copy would let the host wait for all that the device has yet to do.
@@ -140,9 +142,9 @@ def means_of(
     total = sum(weights)
     loss = sum(losses) / total if total else 0.0
     by_source = {}
-    for name, one, weight in zip(sources, losses, weights, strict=True):
+    for name, weighted_loss, weight in zip(sources, losses, weights, strict=True):
         if weight:
-            by_source[name] = one / weight
+            by_source[name] = weighted_loss / weight
     return loss, by_source
 
 

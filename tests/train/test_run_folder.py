@@ -51,7 +51,7 @@ def test_lines_that_waited_go_into_the_logs_of_the_run(victim: Path, tmp_path: P
         + "\n"
     )
     (folder / WAITING).write_text(good)
-    RunLog(run).take_waiting(folder)
+    RunLog(run).load_waiting(folder)
     assert (run / METRICS).read_text() == '{"step": 1, "loss": NaN}\n' and not (
         folder / WAITING
     ).exists()
@@ -66,7 +66,7 @@ def test_lines_that_waited_go_into_the_logs_of_the_run(victim: Path, tmp_path: P
     ):
         (folder / WAITING).write_text(json.dumps(bad) + "\n")
         with pytest.raises(UserError, match=WAITING):
-            RunLog(run).take_waiting(folder)
+            RunLog(run).load_waiting(folder)
     assert victim.read_text() == "kept\n" and (run / METRICS).read_text().count("\n") == 1
 
 

@@ -1,4 +1,4 @@
-"""The files that travel with weights and hold none: which there are, and where those of a checkpoint lie. No torch here.
+"""The files that travel with weights and hold none: list them, and find those of a checkpoint. No torch here.
 
 A run copies them into `huggingface/` in its folder when it starts, so that an export needs neither the folder that the run was
 started in nor the ones that its options named.
@@ -36,7 +36,7 @@ FROM_TOKENIZER: Final = (
     TOKENIZER, SETTINGS, "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
     "chat_template.json",
 )  # fmt: skip
-"""Files that data.tokenizer's folder is asked for first."""
+"""Files that come from data.tokenizer's folder if it has them."""
 GENERATION: Final = "generation_config.json"
 PREPROCESSOR: Final = "preprocessor_config.json"
 VIDEO_PREPROCESSOR: Final = "video_preprocessor_config.json"
@@ -52,10 +52,10 @@ HASH: Final = re.compile("[0-9a-f]{8}|[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Companions:
-    """What goes along with the weights of a checkpoint."""
+    """The files that go along with a checkpoint's weights, by the folders that hold them."""
 
     tokenizer: Path | None = None
-    """Folder of the tokenizer that it was trained with."""
+    """Folder of the tokenizer that the checkpoint was trained with."""
     others: list[Path] = field(default_factory=list)
     """Folders with the other files; the first that has one gives it."""
     media: MediaConfig | None = None
@@ -63,13 +63,17 @@ class Companions:
     weights: str = ""
     """The Hugging Face folder that the run began with; empty: none."""
     missing: list[str] = field(default_factory=list)
-    """What should go along and is nowhere: a line each."""
+    """A line for each thing that should go along and is nowhere."""
     named: bool = False
-    """Whether only the checkpoint names the tokenizer's folder: tokenizer.json, which the hash proves, is taken and nothing else."""
+    """Only the checkpoint names the tokenizer's folder: of it tokenizer.json alone is used, which the hash proves."""
 
 
 def carry(source: Path, target: Path, names: Sequence[str] = CARRIED) -> None:
-    """Copy those of the files that are there; UserError for one that leads elsewhere, or is no regular file of usual size."""
+    """Copy those of the files that `source` has.
+
+    Raises:
+        UserError: for one that leads elsewhere, or is no regular file of usual size.
+    """
     for name in names:
         try:
             path = locate(source, name)
@@ -83,48 +87,46 @@ def carry(source: Path, target: Path, names: Sequence[str] = CARRIED) -> None:
             )
         if path.resolve() != (target / name).resolve():
             target.mkdir(parents=True, exist_ok=True)
-            with (
-                path.open("rb") as source_file,
-                replacing(target / name) as file,
-            ):  # which does not write through a link
-                shutil.copyfileobj(source_file, file)
+            # Replaced, not opened: a link at the target would be written through.
+            with path.open("rb") as original, replacing(target / name) as copy:
+                shutil.copyfileobj(original, copy)
 
 
 def carry_into_run(init: InitConfig, tokenizer: str, run_folder: Path) -> None:
-    """Keep what an export will need in the run's folder: the files of `tokenizer`, its folder, and what came with `init`."""
+    """Copy the files that an export will need into the run's folder: those of `tokenizer` and those of `init`."""
     if (run_folder / COMPANIONS).is_symlink():
         raise UserError(
             f"{run_folder / COMPANIONS} is a link: put the folder itself there, or remove it"
         )
     sources = [Path(init.huggingface)] if init.huggingface else []
     sources += companions_of(Path(init.checkpoint)) if init.checkpoint else []
+    # The first has the last word, and the tokenizer above all.
     for source in reversed(sources):
         carry(source, run_folder / COMPANIONS)
     carry(Path(tokenizer), run_folder / COMPANIONS, FROM_TOKENIZER)
 
 
 def companions_of(folder: Path) -> list[Path]:
-    """Folders with the files of a Hugging Face folder (itself), or of a checkpoint: its own, or its run's."""
+    """Return the folders with the files of a Hugging Face folder (itself) or a checkpoint (its own, then its run's)."""
     if not (folder / STATE).is_file():
         return [folder] if folder.is_dir() else []
     run = run_of(folder)
-    found = []
-    for place in [folder, *([run] if run is not None else [])]:
+    places = [folder] if run is None else [folder, run]
+    folders = []
+    for place in places:
         try:
-            found.append(locate(place, COMPANIONS, "folder"))
+            folders.append(locate(place, COMPANIONS, "folder"))
         except FileNotFoundError:
             continue
         except PlaceError as error:
             raise UserError(f"{place / COMPANIONS} {error}: put the folder itself there") from None
-    return found
+    return folders
 
 
 def run_of(checkpoint: Path) -> Path | None:
-    """The folder of the run that a checkpoint lies in; None if it was moved elsewhere, whose other files are not its own."""
-    for place in (
-        checkpoint.absolute(),
-        checkpoint.resolve(),
-    ):  # checkpoints/ may be a link to another disk, or lead here
+    """Return the folder of a checkpoint's run; None if it was moved out, to where other files are not its own."""
+    # Both: checkpoints/ may be a link to another disk, or a link may lead to it.
+    for place in (checkpoint.absolute(), checkpoint.resolve()):
         if len(place.parents) > 2 and place.parents[1].name == CHECKPOINTS:
             return place.parents[2]
     return None
@@ -133,67 +135,73 @@ def run_of(checkpoint: Path) -> Path | None:
 def companions(
     checkpoint: Path, run_state: RunState, source: Path | None = None, weights: Path | None = None
 ) -> Companions:
-    """What goes along with a checkpoint's weights.
+    """Find the files that go along with a checkpoint's weights.
 
-    Files lie beside it, in its run's folder, or where `source` says. A folder that only its state names, which a stranger may have
-    written, is asked for the tokenizer.json of the very hash that the state has, and for nothing else.
+    They are in its own folder, in its run's, or in `source`. A folder that only its state names, which a stranger may have
+    written, gives the tokenizer.json of the very hash in the state, and nothing else.
 
     Args:
         checkpoint: its folder.
-        progress: its state.
-        source: what everything but the media rules is taken from, by name; None: its run, and what that began with.
+        run_state: its state.
+        source: folder of everything but the media rules; None: its run, and the folder that the run began with.
         weights: Hugging Face folder or checkpoint under its adapters, whose own files go first, but for the tokenizer.
     """
     inputs = inputs_of(checkpoint, run_state)
     media = MediaConfig(**inputs.media) if inputs is not None else None  # checked by inputs_of
+    own = companions_of(checkpoint)
+    tokenizer = tokenizer_of(checkpoint, run_state)
     if source is not None:
-        place = source if (source / TOKENIZER).is_file() else tokenizer_of(checkpoint, run_state)
-        return Companions(
-            place, [source], media, named=place not in (None, source, *companions_of(checkpoint))
-        )
-    others = [*(companions_of(weights) if weights else []), *companions_of(checkpoint)]
-    found = tokenizer_of(checkpoint, run_state)
+        if (source / TOKENIZER).is_file():
+            tokenizer = source
+        named = tokenizer not in (None, source, *own)
+        return Companions(tokenizer, [source], media, named=named)
+
+    others = companions_of(weights) + own if weights else own
+    begun = inputs.weights if inputs is not None else ""
     missing = []
-    if found is None and (inputs is not None or tokenizer_hash(run_state)):
-        named = (
-            f"data.tokenizer={inputs.tokenizer}, which" if inputs is not None else "the one that"
-        )
+    if tokenizer is None and (inputs is not None or tokenizer_hash(run_state)):
+        missing.append(lost_tokenizer(checkpoint, inputs))
+    if begun and not others:
         missing.append(
-            f"no tokenizer goes along: {named} {checkpoint} was trained with is gone or another one now: put it back, or name a"
-            " folder that has it with hf=DIR"
-        )
-    if inputs is not None and inputs.weights and not others:
-        missing.append(
-            f"no chat template and generation settings of {inputs.weights}, which the run began with, go along: its run's"
+            f"no chat template and generation settings of {begun}, which the run began with, go along: its run's"
             f" {COMPANIONS}/ is gone: name a folder that has them with hf=DIR"
         )
-    begun = (
-        inputs.weights
-        if inputs is not None and not (Path(inputs.weights) / STATE).is_file()
-        else ""
-    )
     return Companions(
-        found,
+        tokenizer,
         others,
         media,
-        begun,
-        missing,
-        found is not None and found not in companions_of(checkpoint),
+        weights="" if (Path(begun) / STATE).is_file() else begun,
+        missing=missing,
+        named=tokenizer is not None and tokenizer not in own,
+    )
+
+
+def lost_tokenizer(checkpoint: Path, inputs: Inputs | None) -> str:
+    """Return the line for a checkpoint whose tokenizer is nowhere."""
+    option = f"data.tokenizer={inputs.tokenizer}, which" if inputs is not None else "the one that"
+    return (
+        f"no tokenizer goes along: {option} {checkpoint} was trained with is gone or another one now:"
+        " put it back, or name a folder that has it with hf=DIR"
     )
 
 
 def tokenizer_of(checkpoint: Path, run_state: RunState) -> Path | None:
-    """The folder with the tokenizer that a checkpoint was trained with, or that came with it; None if it is nowhere."""
-    inputs, known = inputs_of(checkpoint, run_state), tokenizer_hash(run_state)
-    places = companions_of(checkpoint) + (
-        [Path(inputs.tokenizer)] if known and inputs and inputs.tokenizer else []
-    )
-    found = ((place, _tokenizer_hash_in(place)) for place in places)
-    return next((place for place, digest in found if digest and digest.startswith(known)), None)
+    """Find the folder with the tokenizer that a checkpoint was trained with, or came with; None if it is nowhere."""
+    inputs = inputs_of(checkpoint, run_state)
+    known = tokenizer_hash(run_state)
+    places = companions_of(checkpoint)
+    if known and inputs and inputs.tokenizer:
+        places.append(Path(inputs.tokenizer))
+    for place in places:
+        digest = _tokenizer_hash_in(place)
+        # Without a known hash any tokenizer of the checkpoint's own will do.
+        if digest and digest.startswith(known):
+            return place
+    return None
 
 
 def _tokenizer_hash_in(folder: Path) -> str:
-    """SHA-256 of a folder's tokenizer.json; empty if it has none."""
+    """Return the SHA-256 of a folder's tokenizer.json; empty if it has none."""
     try:
         return hashlib.sha256(read_located(folder, TOKENIZER, LARGEST)).hexdigest()
     except (PlaceError, OSError):
@@ -201,54 +209,70 @@ def _tokenizer_hash_in(folder: Path) -> str:
 
 
 def tokenizer_hash(run_state: RunState) -> str:
-    """SHA-256, or its first digits, of the tokenizer.json that a checkpoint was trained with; empty if unknown."""
+    """Return the SHA-256, or its first digits, of the tokenizer.json of a checkpoint's training; empty if unknown."""
+    stored = run_state.inputs.get("tokenizer_hash")
     plan = run_state.data.get("plan")
-    found = run_state.inputs.get("tokenizer_hash") or (
-        plan.get("tokenizer") if isinstance(plan, dict) else None
-    )
-    return found if isinstance(found, str) and HASH.fullmatch(found) else ""
+    # Versions that kept no inputs had the first digits in the plan.
+    if not stored and isinstance(plan, dict):
+        stored = plan.get("tokenizer")
+    return stored if isinstance(stored, str) and HASH.fullmatch(stored) else ""
 
 
 def inputs_of(checkpoint: Path, run_state: RunState) -> Inputs | None:
-    """What a checkpoint was trained with: from its state, or, of older versions, its run's config.yaml; None if nothing says."""
-    if (found := stored_inputs(run_state)) is not None:
-        return found
+    """Return the inputs of a checkpoint's training; None if nothing says.
+
+    They are in its state, or, of older versions, in its run's config.yaml.
+
+    Raises:
+        UserError: if config.yaml is damaged.
+    """
+    if (inputs := stored_inputs(run_state)) is not None:
+        return inputs
     run = run_of(checkpoint)
     if run is None or not (run / SETTINGS_OF_RUN).is_file():
         return None
     try:
-        raw = {"run": {}, "data": {}, "init": {}} | read_yaml(run, SETTINGS_OF_RUN)
-        where = str(run / SETTINGS_OF_RUN)
-        parts = {
-            name: checked(raw[name], dict[str, Any], where, name)
-            for name in ("run", "data", "init")
-        }
-        folders = {
-            option: checked(parts[part].get(option) or "", str, where, f"{part}.{option}")
-            for part, option in (
-                ("run", "folder"),
-                ("data", "tokenizer"),
-                ("init", "huggingface"),
-                ("init", "checkpoint"),
-            )
-        }
-        media = asdict(checked(parts["data"].get("media", {}), MediaConfig, where, "data.media"))
+        options, media = _inputs_in_settings(run)
     except (JsonError, OSError) as error:
         raise UserError(
             f"{error}: put back the file of the run, or name a folder with hf=DIR"
         ) from None
-    start = _start_folder(run, folders["folder"])
-    weights = folders["huggingface"] or folders["checkpoint"]
-    tokenizer, begun = (
-        absolute(str(start / folder)) if folder else ""
-        for folder in (folders["tokenizer"], weights)
+
+    start = _start_folder(run, options["run.folder"])
+    weights = options["init.huggingface"] or options["init.checkpoint"]
+    tokenizer = options["data.tokenizer"]
+    return Inputs(
+        tokenizer=absolute(str(start / tokenizer)) if tokenizer else "",
+        tokenizer_hash=tokenizer_hash(run_state),
+        media=asdict(media),
+        weights=absolute(str(start / weights)) if weights else "",
     )
-    return Inputs(tokenizer, tokenizer_hash(run_state), media, begun)
 
 
-def _start_folder(run_folder: Path, said: str) -> Path:
-    """The folder that a run was started in, as its own relative folder tells; else this process's."""
-    steps = Path(said).parts
-    if not said or Path(said).is_absolute() or run_folder.parts[-len(steps) :] != steps:
+def _inputs_in_settings(run_folder: Path) -> tuple[dict[str, str], MediaConfig]:
+    """Read the folders that a run's config.yaml names, by option, and its media rules.
+
+    Raises:
+        JsonError: if a value is of another type.
+        OSError: if the file cannot be read.
+    """
+    where = str(run_folder / SETTINGS_OF_RUN)
+    settings = read_yaml(run_folder, SETTINGS_OF_RUN)
+    sections = {}
+    for name in ("run", "data", "init"):
+        sections[name] = checked(settings.get(name, {}), dict[str, Any], where, name)
+    options = {}
+    for option in ("run.folder", "data.tokenizer", "init.huggingface", "init.checkpoint"):
+        section, _, key = option.partition(".")
+        options[option] = checked(sections[section].get(key) or "", str, where, option)
+    media = checked(sections["data"].get("media", {}), MediaConfig, where, "data.media")
+    return options, media
+
+
+def _start_folder(run_folder: Path, written: str) -> Path:
+    """Return the folder that a run was started in, as `written`, its relative folder, shows; else this process's."""
+    steps = Path(written).parts
+    is_relative = bool(written) and not Path(written).is_absolute()
+    if not is_relative or run_folder.parts[-len(steps) :] != steps:
         return Path()
     return run_folder.parents[len(steps) - 1]

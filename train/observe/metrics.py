@@ -19,10 +19,11 @@ from visionloom.common.places import PlaceError, read_located
 
 METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
 WAITING = "unwritten.jsonl"
-"""Lines that a run could not write, left beside its checkpoints."""
+"""Lines that a run could not write, left in the folder of its checkpoints."""
 LARGEST_WAITING: Final = 1 << 26
+"""Bytes: 64 MiB, some 70,000 lines."""
 ASIDE = "before-"
-"""What names of things moved aside begin with."""
+"""Beginning of the names of files and folders that were moved aside."""
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}
 """Dense bf16 peak by the vendor's data sheet; MFU is null on any other device."""
@@ -57,50 +58,51 @@ class RunLog:
             return
         if path.is_symlink() or not path.is_file():
             raise UserError(f"{path} is no file, or a link: put the file itself there")
-        kept = [
-            line
-            for line in path.read_text(errors="replace").splitlines()
-            if 0 < _step_of(line) <= step
-        ]
-        if (
-            not kept and path.stat().st_size
-        ):  # begun anew after an early end: nothing is thrown away
+        kept = []
+        for line in path.read_text(errors="replace").splitlines():
+            if 0 < _step_of(line) <= step:
+                kept.append(line)
+        # Begun anew after an early end: nothing is thrown away.
+        if not kept and path.stat().st_size:
             path.rename(aside(path))
             return
         with replacing(path) as file:
             file.write("".join(line + "\n" for line in kept).encode())
 
     def leave_waiting(self, folder: Path) -> None:
-        """Keep the lines that wait in another folder, where a checkpoint could be written; the next start takes them from there."""
+        """Write the waiting lines into another folder, where a checkpoint could be written, for the next start."""
         if self._waiting:
+            lines = "".join(json.dumps(line) + "\n" for line in self._waiting)
             with replacing(folder / WAITING) as file:
-                file.write("".join(json.dumps(line) + "\n" for line in self._waiting).encode())
+                file.write(lines.encode())
 
-    def take_waiting(self, folder: Path) -> None:
-        """Write the lines that an earlier start has left."""
+    def load_waiting(self, folder: Path) -> None:
+        """Write the lines that an earlier start has left; UserError if the file is none of a run's."""
+        path = folder / WAITING
         try:
             content = read_located(folder, WAITING, LARGEST_WAITING)
         except FileNotFoundError:
             return
         except PlaceError as error:
-            raise UserError(f"{folder / WAITING} {error}: remove it") from None
+            raise UserError(f"{path} {error}: remove it") from None
         for text in content.splitlines():
             try:
                 name, line = parse_json(
                     text,
                     tuple[Literal["metrics.jsonl", "events.jsonl"], str],
-                    str(folder / WAITING),
+                    str(path),
                 )
-                self._append(name, dict(load_json(line, str(folder / WAITING), finite=False)))
+                self._append(name, dict(load_json(line, str(path), finite=False)))
             except (JsonError, TypeError, ValueError) as error:
                 raise UserError(
-                    f"{folder / WAITING} holds what no run has left there ({error}): remove it"
+                    f"{path} holds what no run has left there ({error}): remove it"
                 ) from None
+        # Kept while lines still wait, in case this start ends too.
         if not self.fault:
-            (folder / WAITING).unlink()
+            path.unlink()
 
     def _end_last_event(self) -> None:
-        """A line that a crash cut off stays by itself."""
+        """End a line that a crash cut off, so that it stays by itself."""
         path = self.folder / EVENTS
         if path.is_file() and not path.is_symlink() and path.stat().st_size:
             with path.open("rb") as file:
@@ -110,6 +112,7 @@ class RunLog:
                 self._write(EVENTS, "\n")
 
     def _append(self, name: str, line: Mapping[str, Any]) -> None:
+        """Write a line after those that wait, in order; those that fail wait on."""
         self._waiting.append((name, json.dumps(line) + "\n"))
         self.fault = ""
         while self._waiting and not self.fault:
@@ -118,17 +121,17 @@ class RunLog:
                 self._waiting.pop(0)
 
     def _write(self, name: str, line: str) -> str:
-        """Append a whole line or nothing; returns what is wrong."""
+        """Append a whole line or nothing; returns why it could not be written, empty if it was."""
         path = self.folder / name
+        content = line.encode()
         try:
-            if path.is_symlink() or (
-                path.exists() and not path.is_file()
-            ):  # a pipe would let the run wait for a reader
+            # A pipe would let the run wait for a reader.
+            if path.is_symlink() or (path.exists() and not path.is_file()):
                 return f"{path} is no file, or a link: put the file itself there"
             with path.open("ab", buffering=0) as file:
                 end = file.tell()
                 try:
-                    complete = file.write(line.encode()) == len(line.encode())
+                    complete = file.write(content) == len(content)
                 except OSError:
                     file.truncate(end)
                     raise
@@ -141,7 +144,7 @@ class RunLog:
 
 
 def read_lines(text: str, name: str) -> Iterator[dict[str, Any]]:
-    """The objects of a file of JSON lines; what was cut off by a crash, or is none, is passed over."""
+    """Yield the objects of a file of JSON lines; lines that a crash cut off, or that are none, are skipped."""
     for line in text.splitlines():
         with contextlib.suppress(JsonError):
             value = load_json(line, name, finite=False)  # a loss may be NaN
@@ -150,31 +153,35 @@ def read_lines(text: str, name: str) -> Iterator[dict[str, Any]]:
 
 
 def aside(path: Path) -> Path:
-    """A name beside a file or folder that is free, and that no start looks at."""
+    """Return a free name in the same folder that no start looks at."""
     stamp = f"{ASIDE}{time.strftime('%Y%m%d-%H%M%S')}"
-    names = (
-        path.with_name(f"{stamp}{number}.{path.name}")
-        for number in ("", *(f"-{count}" for count in range(2, 1000)))
-    )
-    return next(name for name in names if not name.exists())
+    name = path.with_name(f"{stamp}.{path.name}")
+    count = 1
+    while name.exists():  # two starts in the same second
+        count += 1
+        name = path.with_name(f"{stamp}-{count}.{path.name}")
+    return name
 
 
 def _step_of(line: str) -> int:
-    """The step of a line; 0 for a line that was cut off by a crash."""
+    """Return the step of a line; 0 for a line that was cut off by a crash."""
     step = next(read_lines(line, METRICS), {}).get("step")
     return step if isinstance(step, int) else 0
 
 
 def memory_gib(device: torch.device) -> float:
-    """Most memory this rank has used: allocated on the GPU, or resident on a CPU, in GiB."""
+    """Return the most memory that this rank has used, in GiB: allocated on a GPU, or resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Peak of the device in bf16 FLOP/s, or None where it is not known."""
+    """Return the peak of the device in bf16 FLOP/s, None if it is not known."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+    for key, peak in PEAK_FLOPS.items():
+        if key in name:
+            return peak
+    return None

@@ -1,4 +1,4 @@
-"""Show and record a run on log, screen, trackers and status.json, by five hooks."""
+"""One object for all that the outside sees of a run: log, screen, trackers and status.json have five hooks."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,9 +17,9 @@ SLOW_SECONDS: Final = 1.0
 
 
 class Observer:
-    """The hooks of a run: phase_start, step, saved, validation, phase_end.
+    """Passes a run's events on: phase_start, step, saved, validation, phase_end.
 
-    All ranks call them; only the main rank's observer writes and shows.
+    All ranks have one; the main rank's alone writes and shows.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Observer:
         Args:
             folder: of the run.
             logging: which trackers, and how often a line is shown.
-            is_main: whether this is the main rank.
+            is_main: this is the main rank.
             name: of the run.
             settings: all of the run, for the trackers.
         """
@@ -60,7 +60,7 @@ class Observer:
         self.screen.say(text)
 
     def phase_start(self, trainer: PhaseTrainer) -> None:
-        """Record that a phase is built, and begins or continues."""
+        """Report a phase that is built, and begins or continues."""
         self.event(
             "phase_start",
             phase=trainer.phase_name,
@@ -70,7 +70,7 @@ class Observer:
         )
 
     def step(self, line: dict[str, Any]) -> None:
-        """Record and show an optimizer step by its line of metrics.jsonl."""
+        """Report an optimizer step by its line of metrics.jsonl."""
         if self.log is not None:
             self.log.metric(line)
         status.current.at(line["step"])
@@ -78,7 +78,7 @@ class Observer:
         self.trackers.step(line)
 
     def saved(self, event: str, **fields: Any) -> None:
-        """Record `checkpoint`, or `checkpoint_failed`, with its fields of saving.py; show one that failed or held up training."""
+        """Report a checkpoint: `checkpoint` or `checkpoint_failed`, with the fields of checkpoint/write.py."""
         self.event(event, **fields)
         waited = fields.get("waited_seconds", 0.0)
         if waited > SLOW_SECONDS:
@@ -90,18 +90,18 @@ class Observer:
             self.say(f"warning: {fields['folder']} could not be saved: {fields['cause']}; going on")
 
     def validation(self, trainer: PhaseTrainer, losses: dict[str, float]) -> None:
-        """Record held-out losses, by dataset."""
+        """Report held-out losses by dataset."""
         self.held_out_losses = losses
         self.event("validation", phase=trainer.phase_name, step=trainer.step, loss=losses)
         self.trackers.evaluation({"step": trainer.step, "loss": losses})
 
     def phase_end(self, trainer: PhaseTrainer) -> None:
-        """Record that a phase is trained and saved."""
+        """Report a phase that is trained and saved."""
         self.event("phase_end", phase=trainer.phase_name, step=trainer.step)
 
     @contextmanager
     def live(self, trainer: PhaseTrainer) -> Iterator[None]:
-        """Show how far the phase is while it trains."""
+        """Show the phase's progress while it trains."""
         self.screen.begin(trainer.phase_name, trainer.phase_step, trainer.phase.total_steps)
         try:
             yield

@@ -1,4 +1,4 @@
-"""What a user sees while a run goes on: a live line on a terminal, plain lines anywhere else."""
+"""The screen of a run: a live line on a terminal, plain lines anywhere else."""
 
 import contextlib
 import errno
@@ -14,7 +14,7 @@ from visionloom.common.text import one_line, warn
 
 
 class _Console(PlainConsole):
-    """Where rich would end the program since nobody reads on."""
+    """A console whose closed pipe is an error of its own; rich would end the program."""
 
     def on_broken_pipe(self) -> None:
         """Show no more."""
@@ -26,18 +26,24 @@ class Screen:
 
     def __init__(self, shown: bool, every_steps: int) -> None:
         self.console = _Console(file=sys.stdout, soft_wrap=True)
-        self.shown, self.every_steps = shown, max(1, every_steps)
+        """Show nothing unless `shown`; without a terminal a line every `every_steps` steps."""
+        self.shown = shown
+        self.every_steps = max(1, every_steps)
         self.live: Progress | None = None
-        self.total, self.started, self.first = 0, 0.0, 0
+        self.total = 0
+        self.started = 0.0
+        self.first = 0
 
     def say(self, text: str) -> None:
-        """One line of news."""
+        """Show a line of news."""
         if self.shown:
             self._print(text)
 
     def begin(self, phase: str, done: int, total: int) -> None:
-        """A phase starts, or goes on after `done` of its `total` steps."""
-        self.total, self.started, self.first = total, time.perf_counter(), done
+        """Begin a phase, of whose `total` steps `done` are done."""
+        self.total = total
+        self.started = time.perf_counter()
+        self.first = done
         if self.shown and self.console.is_terminal:
             columns = (
                 TextColumn("{task.description}", markup=False),
@@ -51,20 +57,18 @@ class Screen:
             self.live.start()
 
     def step(self, line: dict[str, Any]) -> None:
-        """One optimizer step is done."""
+        """Show the metrics of an optimizer step."""
         if not self.shown:
             return
+        done = line["phase_step"]
         if self.live is not None:
-            self.live.update(
-                self.live.task_ids[0], completed=line["phase_step"], news=summary(line)
-            )
-        elif line["phase_step"] % self.every_steps == 0 or line["phase_step"] == self.total:
-            self._print(
-                f"{line['phase']:<12} {line['phase_step']:>6}/{self.total}  {summary(line)}  {self._left(line)}"
-            )
+            self.live.update(self.live.task_ids[0], completed=done, news=summary(line))
+        elif done % self.every_steps == 0 or done == self.total:
+            progress = f"{line['phase']:<12} {done:>6}/{self.total}"
+            self._print(f"{progress}  {summary(line)}  {self._left(done)}")
 
     def end(self) -> None:
-        """The phase is over."""
+        """End the phase."""
         if self.live is not None:
             self.live.stop()
             self.live = None
@@ -75,21 +79,26 @@ class Screen:
             (self.live.console if self.live else self.console).print(text)
         except OSError as error:
             self.shown = False
-            with contextlib.suppress(
-                OSError, ValueError
-            ):  # what is left in the stream would be an error when Python ends
+            # Bytes left in the stream would be an error when Python ends: they go to /dev/null.
+            with contextlib.suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self.console.file.fileno())
             warn(
                 f"warning: standard output: {error.strerror}: nothing more is shown there, training goes on"
             )
 
-    def _left(self, line: dict[str, Any]) -> str:
-        pace = (time.perf_counter() - self.started) / max(1, line["phase_step"] - self.first)
-        return f"{pace * (self.total - line['phase_step']):.0f} s left"
+    def _left(self, done: int) -> str:
+        """Estimate the time left by the mean pace of this start."""
+        seconds = time.perf_counter() - self.started
+        pace = seconds / max(1, done - self.first)
+        return f"{pace * (self.total - done):.0f} s left"
 
 
 def summary(line: dict[str, Any]) -> str:
-    """A metrics line in a few words."""
+    """Return a metrics line in a few words."""
     skipped = "  SKIPPED: gradient not finite" if line["skipped"] else ""
     rate = max(line["lr"].values())
-    return f"loss {line['loss']:.4f}  lr {rate:.2e}  {line['tokens_per_second']:,.0f} tokens/s  padding {line['padding_fraction']:.1%}{skipped}"
+    return (
+        f"loss {line['loss']:.4f}  lr {rate:.2e}"
+        f"  {line['tokens_per_second']:,.0f} tokens/s"
+        f"  padding {line['padding_fraction']:.1%}{skipped}"
+    )

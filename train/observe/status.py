@@ -1,7 +1,7 @@
 """status.json of a run's folder: that it runs and how far it is, or how it ended and why.
 
 torchrun turns every exit code into 1, and the lines on the screen are gone with it. The file is written as `running` when a start
-begins, so a run that is killed never shows how an earlier start ended; whether it still runs is told by the folder's lock.
+begins, so a run that is killed never shows how an earlier start ended; the folder's lock shows whether it still runs.
 """
 
 import json
@@ -27,7 +27,7 @@ State = Literal["running", "done", "failed"]
 
 @dataclass
 class Status:
-    """What status.json holds."""
+    """The content of status.json."""
 
     state: State
     code: int | None
@@ -37,80 +37,70 @@ class Status:
     rank: int
     """The rank that failed."""
     step: int | None
-    """Optimizer steps done in the run, as far as is known: a start that has not yet read its checkpoint knows what the one before
-    it has left; None before training has begun."""
+    """Optimizer steps done in the run, as far as is known: a start that has not yet read its checkpoint has the step of the one
+    before it; None before training has begun."""
     hint: str
-    """What to do next."""
+    """Tells the user the next thing to do."""
     restarts: int = 0
     """How often torchrun has started the ranks anew (`--max-restarts`)."""
     start: str = field(default_factory=lambda: _start())
-    """What the ranks of one start on one machine have alike, and no other start there has."""
+    """The same for all ranks of one start on one machine, and for no other start there."""
     host: str = field(default_factory=socket.gethostname)
     pid: int = field(default_factory=os.getpid)
     time: str = field(default_factory=lambda: time.strftime("%Y-%m-%d %H:%M:%S"))
 
 
 class RunStatus:
-    """Keeps status.json true for this process; without a folder it only remembers the step."""
+    """Keeps status.json up to date for this process; without a folder it only remembers the step."""
 
     def __init__(self) -> None:
         self.step: int | None = None
         self.before: Status | None = None
-        """How the start before this one was left."""
+        """Status of the start before this one."""
         self._folder: Path | None = None
         self._resumed = False
-        """Whether the step is of this start."""
+        """The step is of this start."""
         self._written = 0.0
 
     def begin(self, folder: Path) -> None:
-        """A start begins in its folder: the main rank writes that it runs, the others only know where."""
+        """Begin a start in its folder: the main rank writes that it runs, the others only remember where."""
         self._folder, self.step, self._resumed = folder, None, False
         if _rank() == 0:
             self.before = read_status(folder)
             self.step = self.before.step if self.before is not None else None
-            early = (
-                self.before is not None
-                and self.before.state == "failed"
-                and _is_of_this_start(self.before)
-            )
-            if early and AGENT in os.environ:
-                return  # another rank was quicker, and has failed already
+            if self.before is not None and AGENT in os.environ:
+                has_failed = self.before.state == "failed"
+                if has_failed and _is_of_this_start(self.before):
+                    return  # another rank was quicker, and has failed already
             self._write(Status("running", None, "", 0, self.step, "", _restarts()))
 
     def at(self, step: int) -> None:
-        """So many optimizer steps of the run are done."""
+        """Record that `step` optimizer steps of the run are done."""
+        # Not every step: a file on a network disk takes milliseconds.
         due = not self._resumed or time.monotonic() - self._written > REFRESH_SECONDS
         self.step, self._resumed = step, True
         if self._folder is not None and _rank() == 0 and due:
             self._write(Status("running", None, "", 0, step, "", _restarts()))
 
     def done(self) -> None:
-        """The run has ended as it should."""
+        """Record that the run has ended as it should."""
         if _rank() == 0:
             self._write(Status("done", 0, "done", 0, self.step, "", _restarts()))
 
     def failed(self, code: int, cause: str, hint: str, rank: int | None = None) -> None:
-        """The run has ended with this cause, unless another one was written before: what fails later fails because of it."""
+        """Record why the run has ended, unless another cause is there: later ranks fail because of the first."""
         if self._folder is None:
             return
-        found = read_status(self._folder)
-        if (
-            found is None
-            or found.state == "running"
-            or (found.host == socket.gethostname() and not _is_of_this_start(found))
-        ):
-            step = self.step if self.step is not None or found is None else found.step
-            self._write(
-                Status(
-                    "failed",
-                    code,
-                    cause,
-                    _rank() if rank is None else rank,
-                    step,
-                    hint,
-                    _restarts(),
-                )
-            )
+        written = read_status(self._folder)
+        step = self.step
+        if written is not None:
+            # A start on another machine may be this one: only its host can tell.
+            is_older = written.host == socket.gethostname() and not _is_of_this_start(written)
+            if written.state != "running" and not is_older:
+                return
+            step = written.step if step is None else step
+        failed_rank = _rank() if rank is None else rank
+        self._write(Status("failed", code, cause, failed_rank, step, hint, _restarts()))
 
     def _write(self, status: Status) -> None:
         if self._folder is not None:
@@ -123,17 +113,15 @@ current: Final = RunStatus()
 
 
 def refused(folder: Path, code: int, cause: str, hint: str) -> None:
-    """A start has ended before it began; nothing is written if there is no such folder, or a run at work in it."""
+    """Record a start that ended before it began; nothing is written without the folder, or if a run works in it."""
     if folder.is_dir() and not is_held(folder):
-        found = read_status(folder)
-        write_status(
-            folder,
-            Status("failed", code, cause, _rank(), found.step if found is not None else None, hint),
-        )
+        before = read_status(folder)
+        step = before.step if before is not None else None
+        write_status(folder, Status("failed", code, cause, _rank(), step, hint))
 
 
 def read_status(folder: Path) -> Status | None:
-    """What the file says; None if there is none, or not of this version."""
+    """Read the file; None if there is none, or not of this version."""
     try:
         return read_json(folder, STATUS, Status, 1 << 20)
     except (JsonError, OSError):
@@ -141,7 +129,7 @@ def read_status(folder: Path) -> Status | None:
 
 
 def write_status(folder: Path, status: Status) -> None:
-    """Replace the file; one that cannot be written is no second error, since the cause is printed too."""
+    """Replace the file; if it cannot be written that is a warning, since the cause is printed too."""
     document: dict[str, Any] = asdict(status)
     target = folder / STATUS
     try:
@@ -152,12 +140,11 @@ def write_status(folder: Path, status: Status) -> None:
 
 
 def _start() -> str:
-    """The attempt of torchrun's agent, or this process where there is none."""
-    return (
-        f"{os.environ[AGENT]}/{os.getppid()}/{_restarts()}"
-        if AGENT in os.environ
-        else str(os.getpid())
-    )
+    """Name the attempt of torchrun's agent, or this process where there is none."""
+    if AGENT not in os.environ:
+        return str(os.getpid())
+    # The agent is the parent of its ranks; the id alone may be the user's, and the same each time.
+    return f"{os.environ[AGENT]}/{os.getppid()}/{_restarts()}"
 
 
 def _is_of_this_start(status: Status) -> bool:

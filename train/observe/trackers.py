@@ -1,4 +1,4 @@
-"""Weights & Biases and TensorBoard beside metrics.jsonl, for those who want them; training never depends on them."""
+"""Weights & Biases and TensorBoard as well as metrics.jsonl; training never depends on them."""
 
 import importlib.util
 import json
@@ -22,11 +22,11 @@ PROJECT: Final = "visionloom"
 """The wandb project, unless WANDB_PROJECT names another."""
 RUN_ID: Final = re.compile("[A-Za-z0-9_-]{1,64}")
 LAST_SECONDS: Final = 15.0
-"""Longest wait at the end for what wandb's process still has to do."""
+"""Longest wait at the end for wandb's process to send its last lines."""
 
 
 class Trackers:
-    """Hands each metrics line and each evaluation to the trackers that `logging` names; with none it does nothing."""
+    """Passes each metrics line and each evaluation to the trackers that `logging` names; without any it does nothing."""
 
     def __init__(
         self, config: LoggingConfig, folder: Path, resolved_config: Mapping[str, Any], name: str
@@ -50,12 +50,14 @@ class Trackers:
 
     def evaluation(self, results: Mapping[str, Any]) -> None:
         """Record `{"step", "loss": {source: x}, "tasks": {name: {"accuracy": x, "n": n}}}`; tasks may be absent."""
-        accuracies = {name: task["accuracy"] for name, task in results.get("tasks", {}).items()}
-        found = {"evaluation": {"loss": results["loss"], "accuracy": accuracies}}
-        self._record(dict(_numbers(found)), int(results["step"]))
+        accuracies = {}
+        for name, task in results.get("tasks", {}).items():
+            accuracies[name] = task["accuracy"]
+        values = {"evaluation": {"loss": results["loss"], "accuracy": accuracies}}
+        self._record(dict(_numbers(values)), int(results["step"]))
 
     def close(self) -> None:
-        """Write out what is pending."""
+        """Write the values that are pending."""
         if self._board is not None:
             try:
                 self._board.close()
@@ -65,26 +67,28 @@ class Trackers:
             self._wandb.finish()
 
     def _record(self, values: dict[str, float], step: int) -> None:
+        """Pass values on to the trackers that are on."""
         if self._board_wanted:
             try:
                 self._board = self._board or self._start_board(step)
                 for name, value in values.items():
                     self._board.add_scalar(name, value, step)
-            except (
-                OSError
-            ) as error:  # of the writer's thread, which raises it here with the next value
+            # Of the writer's thread, which raises it here with the next value.
+            except OSError as error:
                 self._without_board(error)
         if self._wandb is not None:
             self._wandb.send({**values, "step": step})
 
     def _start_board(self, step: int) -> Any:
-        """A writer that hides what an earlier start of the run recorded from `step` on."""
+        """Open a writer that hides values from `step` on that an earlier start of the run recorded."""
         from torch.utils.tensorboard import SummaryWriter
 
         return SummaryWriter(str(self._folder / "tensorboard"), purge_step=step)
 
     def _without_board(self, error: OSError) -> None:
-        self._board, self._board_wanted = None, False
+        """Turn TensorBoard off, and say why."""
+        self._board = None
+        self._board_wanted = False
         warn(
             f"warning: TensorBoard is off from here on, training goes on: {self._folder / 'tensorboard'}: {error.strerror or error}"
         )
@@ -94,7 +98,12 @@ class WandbProcess:
     """Sends lines to the process that speaks with wandb; no call waits for it but `finish`, for a time."""
 
     def __init__(self, folder: Path, start: Mapping[str, Any]) -> None:
-        """Start the process; it goes on by itself, with what it was sent, if this one is killed."""
+        """Start the process, which ends by itself with the lines that it was sent if this one is killed.
+
+        Args:
+            folder: of the run.
+            start: the first line: arguments of wandb.init.
+        """
         command = [sys.executable, "-m", "visionloom.train.observe.wandb_process"]
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
@@ -105,7 +114,7 @@ class WandbProcess:
             stdin=subprocess.PIPE,
             text=True,
             env=environment,
-            start_new_session=True,
+            start_new_session=True,  # so that Ctrl+C does not reach it, and its children can be ended
             stdout=subprocess.DEVNULL,
         )
         self._folder = folder
@@ -115,11 +124,11 @@ class WandbProcess:
         self.send(start)
 
     def send(self, values: Mapping[str, Any]) -> None:
-        """Leave a line for it."""
+        """Queue a line for the process."""
         self._lines.put(json.dumps(values, default=str) + "\n")
 
     def finish(self) -> None:
-        """Let it upload what is left, for so long."""
+        """Wait at most LAST_SECONDS for the process to upload its lines."""
         self._lines.put(None)
         try:
             self._process.wait(LAST_SECONDS)
@@ -143,11 +152,10 @@ class WandbProcess:
 
 
 def _start_wandb(folder: Path, config: Mapping[str, Any], name: str) -> WandbProcess | None:
-    """The process for a run; None where it cannot start."""
+    """Start the process for a run; None if it cannot start."""
     try:
-        project = os.environ.get("WANDB_PROJECT", PROJECT)
         start = {
-            "project": project,
+            "project": os.environ.get("WANDB_PROJECT", PROJECT),
             "name": name,
             "id": _run_id(folder),
             "dir": str(folder),
@@ -160,21 +168,23 @@ def _start_wandb(folder: Path, config: Mapping[str, Any], name: str) -> WandbPro
 
 
 def _run_id(folder: Path) -> str:
-    """The run's wandb id: made once, kept in the run's folder, so that a resumed run goes on in the same one."""
+    """Return the run's wandb id: made once and kept in the run's folder, so that a resumed run continues the same one."""
     path = folder / "wandb" / "run_id"
     known = path.read_text(errors="replace").strip() if path.is_file() else ""
     if RUN_ID.fullmatch(known):
         return known
+    made = uuid.uuid4().hex[:12]
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
-        file.write((made := uuid.uuid4().hex[:12]).encode())
+        file.write(made.encode())
     return made
 
 
 def _numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers of a nested mapping, with names joined by "/"; `step` is left to the axis, text and null are left out."""
+    """Yield the numbers of a nested mapping, with names joined by "/"; text and null are left out."""
     for name, value in values.items():
+        path = f"{prefix}{name}"
         if isinstance(value, Mapping):
-            yield from _numbers(value, f"{prefix}{name}/")
-        elif isinstance(value, int | float) and f"{prefix}{name}" != "step":
-            yield f"{prefix}{name}", float(value)
+            yield from _numbers(value, f"{path}/")
+        elif isinstance(value, int | float) and path != "step":  # the axis of all others
+            yield path, float(value)

@@ -1,7 +1,7 @@
 """The process that speaks with wandb, so that training never waits for it: `python -m visionloom.train.observe.wandb_process`.
 
-It reads JSON lines from standard input: first what to begin the run with, then values to log, until the end of the input. What goes
-wrong is one line on standard error, and the process reads on: nobody waits for what is not read.
+It reads JSON lines from standard input: first the arguments of wandb.init, then values to log, until the end of the input. An error
+is one line on standard error, and the process reads on, so that its writer never waits.
 """
 
 import json
@@ -15,11 +15,11 @@ from visionloom.common.text import first_line, warn
 INIT_SECONDS: Final = 10
 """Longest wait for wandb's server before values are kept on disk only."""
 FINISH_SECONDS: Final = 10
-"""Longest wait for what is still to be uploaded at the end."""
+"""Longest wait for the last upload at the end."""
 
 
 def main() -> None:
-    """Begin the run, log each line, finish; go on without wandb where that fails."""
+    """Begin the run, log each line, finish; read on without wandb if that fails."""
     start = json.loads(sys.stdin.readline())
     run = begin(start)
     for line in sys.stdin:
@@ -30,13 +30,15 @@ def main() -> None:
 
 
 def begin(start: Mapping[str, Any]) -> Any:
-    """A wandb run, online if the user is logged in and the server answers, else offline; None if it cannot begin."""
+    """Begin a wandb run, online if the user is logged in and the server answers, else offline; None if it cannot begin."""
     try:
         import wandb
 
-        mode = os.environ.get("WANDB_MODE") or (
-            "online" if wandb.login(prompt=False, verify=False) else "offline"
-        )
+        mode = os.environ.get("WANDB_MODE")
+        if not mode:
+            # Unverified: asking the server would be a second wait.
+            is_logged_in = wandb.login(prompt=False, verify=False)
+            mode = "online" if is_logged_in else "offline"
         try:
             run = _init(wandb, start, mode)
         except Exception as error:
@@ -46,9 +48,8 @@ def begin(start: Mapping[str, Any]) -> Any:
                 f"warning: wandb does not answer, values are kept for `wandb sync` in {start['dir']}/wandb: {first_line(error)}"
             )
             # Under another id: wandb's own process still tries to begin this one.
-            run = _init(
-                wandb, dict(start) | {"id": f"{start['id']}-offline-{os.getpid()}"}, "offline"
-            )
+            other = {"id": f"{start['id']}-offline-{os.getpid()}"}
+            run = _init(wandb, dict(start) | other, "offline")
         # Steps come as values: wandb's own counter would refuse those that a resumed run takes again.
         run.define_metric("*", step_metric="step")
     except Exception as error:  # whatever it is, training matters more
@@ -58,6 +59,7 @@ def begin(start: Mapping[str, Any]) -> Any:
 
 
 def _init(wandb: Any, start: Mapping[str, Any], mode: str) -> Any:
+    """Begin a run in a mode of wandb, without anything on the screen."""
     return wandb.init(
         **start,
         mode=mode,
@@ -73,6 +75,7 @@ def _init(wandb: Any, start: Mapping[str, Any], mode: str) -> Any:
 
 
 def _try(action: Callable[..., object], *arguments: object) -> bool:
+    """Call wandb; returns whether it worked, and says if not."""
     try:
         action(*arguments)
     except Exception as error:  # whatever it is, training matters more

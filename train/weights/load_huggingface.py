@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from visionloom.common.errors import UserError
 from visionloom.model.config import ModelConfig
@@ -18,9 +18,9 @@ from visionloom.train.checkpoint.finite import require_finite
 
 
 def load_huggingface(
-    folder: Path, chunks: list[Qwen3VL], config: ModelConfig, topology: Topology
+    folder: Path, parts: list[Qwen3VL], config: ModelConfig, topology: Topology
 ) -> None:
-    """Give this rank's chunks their parts of a Hugging Face folder's weights, in the chunks' own types.
+    """Load a Hugging Face folder's weights into this rank's parts of the model, in the parts' own types.
 
     Each rank reads only what it holds. Call it before the model is wrapped and its optimizer built.
 
@@ -28,27 +28,26 @@ def load_huggingface(
         UserError: if the folder is no whole model, another one than `config` (each field named), or has weights that are no numbers.
     """
     source = HuggingFaceFolder(folder, "init.huggingface")
-    if found := differences(config, source.config, folder):
-        raise UserError("; ".join(found))
+    if faults := list(differences(config, source.config, folder)):
+        raise UserError("; ".join(faults))
     known = parameter_shapes(config)
+    held: list[tuple[str, nn.Parameter]] = []
+    for part in parts:
+        for name, parameter in canonical_parameters(part):
+            if name in known:
+                # The parameter and not a detached tensor: its attributes say how it is cut.
+                held.append((name, parameter))
     with torch.no_grad():
-        for chunk in chunks:
-            for name, parameter in canonical_parameters(chunk):
-                if name in known:
-                    copy_parameter(name, parameter, source, topology)
-    held = (
-        (name, parameter.detach())
-        for chunk in chunks
-        for name, parameter in canonical_parameters(chunk)
-        if name in known
-    )
-    require_finite(held, f"init.huggingface={folder}", topology)
+        for name, parameter in held:
+            copy_parameter(name, parameter, source, topology)
+    weights = [(name, parameter.detach()) for name, parameter in held]
+    require_finite(weights, f"init.huggingface={folder}", topology)
 
 
 def copy_parameter(
     name: str, parameter: Tensor, source: HuggingFaceFolder, topology: Topology
 ) -> None:
-    """Fill this rank's part of a parameter."""
+    """Fill this rank's part of a parameter; call it without gradients."""
     dim, begin = 0, 0
     for region in held_regions(name, parameter, topology):
         part = source.parameter(name, region)
@@ -57,11 +56,12 @@ def copy_parameter(
 
 
 def held_regions(name: str, parameter: Tensor, topology: Topology) -> Iterator[list[slice]]:
-    """Regions of the full parameter that this rank holds, one above the other: gate and up projection are two."""
+    """Yield the regions of the full parameter that this rank holds, in order: gate and up projection are two."""
     region = [slice(0, size) for size in parameter.shape]
     for cut in cuts(name, parameter, topology):
         size = parameter.shape[cut.dim]
         if cut.halves:
+            # Rows of gate and up projection are stacked: a rank has its share of each.
             half = size // 2
             for begin in (cut.rank * half, (cut.size + cut.rank) * half):
                 yield [slice(begin, begin + half), *region[1:]]

@@ -418,7 +418,7 @@ def crash(layout: Layout, packs: list[TestPack], folder: Path, moment: str) -> N
     saver = Saver(folder, CheckpointConfig(), events_of([]))
     saver.save(stage, 1, 1, last=True)
     try:
-        with patch.object(Path, moment, side_effect=Crash):
+        with patch(moment, side_effect=Crash):
             saver.save(stage, 2, 2, last=True)
     except Crash:
         return
@@ -426,7 +426,7 @@ def crash(layout: Layout, packs: list[TestPack], folder: Path, moment: str) -> N
 
 @pytest.mark.parametrize(
     ("moment", "resumed_at"),
-    [("rename", 1), ("replace", 2)],
+    [("pathlib.Path.rename", 1), ("os.replace", 2)],
     ids=["before rename", "before latest"],
 )
 def test_a_commit_cut_short(

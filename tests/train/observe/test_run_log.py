@@ -166,7 +166,7 @@ def test_waiting_lines_go_into_the_logs_alone(pair: object, tmp_path: Path) -> N
     with pytest.raises(
         UserError, match=r"unwritten\.jsonl holds what no run has left there .*: remove it"
     ):
-        RunLog(run).take_waiting(kept)
+        RunLog(run).load_waiting(kept)
     assert not [
         path for path in tmp_path.rglob("*") if path.name not in ("kept", "run", "unwritten.jsonl")
     ]
