@@ -187,15 +187,17 @@ def compose(argv: Sequence[str], world_size: int | None = None) -> RunConfig | N
     config = _compose(words, options.config_dir)
     try:
         _check_folders(config, read)
+        _apply_all(config, late)
         if options.help or options.show:
-            _show(config, late, options)
+            _show(config, options)
             return None
-        run = _typed(config, late)
+        run = _typed(config)
     except (UserError, OSError):
         raise
     except Exception as error:
         # As in _compose: the references of a recipe are followed only here.
         raise UserError(explain(error, options.config_dir)) from error
+
     run.run.folder = run.run.folder or f"runs/{run.run.name}"
     if problems := run.all_problems(world_size or environment.world_size()):
         raise UserError(*problems)
@@ -253,6 +255,7 @@ def check_memory(config: RunConfig) -> None:
         return
 
     layout, parameters = config.parallel, parameter_count(config.model)
+    # Weights alone: gradients and the optimizer take several times as much, but may be sharded.
     shares = layout.tensor * layout.pipeline * layout.expert * (layout.expert_tensor or 1)
     bytes_each = 2 if config.run.precision == "bf16" else 4
     needed = parameters * bytes_each // shares * environment.ranks_here()
@@ -340,9 +343,8 @@ def _check_folders(config: DictConfig, words: Sequence[str]) -> None:
             )
 
 
-def _show(config: DictConfig, late: Sequence[str], options: CommandLine) -> None:
-    """Print what would run, as `--cfg job` of Hydra does, but with the words that are applied late; with --help how to use it."""
-    _apply_all(config, late)
+def _show(config: DictConfig, options: CommandLine) -> None:
+    """Print what would run, as `--cfg job` of Hydra does; with --help also how to use it."""
     shown: Any = config
     if options.package:
         shown = OmegaConf.select(config, options.package, throw_on_missing=True)
@@ -352,15 +354,20 @@ def _show(config: DictConfig, late: Sequence[str], options: CommandLine) -> None
     if OmegaConf.is_config(shown):
         text = OmegaConf.to_yaml(shown, resolve=options.resolve)
     if options.help:
-        lines = ["usage: [options] +recipe=NAME [key=value ...]", "", HELP]
-        lines.append("groups, one of whose names a word chooses:")
-        for group in sorted(groups()):
-            lines.append(f"  {group}: {', '.join(available(group, options.config_dir))}")
-        text = "\n".join([*lines, "", text])
+        text = f"{_usage(options.config_dir)}\n\n{text}"
     try:
         say(text.removesuffix("\n"))
     except BrokenPipeError:
         _read_no_more()
+
+
+def _usage(config_dir: str) -> str:
+    """Return the options of a command and the groups of recipes with their names."""
+    lines = ["usage: [options] +recipe=NAME [key=value ...]", "", HELP]
+    lines.append("groups, one of whose names a word chooses:")
+    for group in sorted(groups()):
+        lines.append(f"  {group}: {', '.join(available(group, config_dir))}")
+    return "\n".join(lines)
 
 
 def _read_no_more() -> None:
@@ -368,13 +375,12 @@ def _read_no_more() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _typed(config: DictConfig, late: Sequence[str]) -> RunConfig:
+def _typed(config: DictConfig) -> RunConfig:
     """Return the dataclasses of a composed configuration.
 
     Raises:
         UserError: for keys that are not in the schema, and for required values that are missing.
     """
-    _apply_all(config, late)
     if not config.phases:
         raise UserError(
             f"no recipe: choose one with +recipe=NAME, NAME one of {', '.join(available('recipe'))}"
@@ -404,10 +410,7 @@ def _apply(config: DictConfig, override: Override) -> None:
     mapping = OmegaConf.select(config, ".".join(parts[:depth]))
     name, fields = parts[depth], parts[depth + 1 :]
     if override.is_delete():
-        if name not in mapping:
-            raise UserError(nothing_to_remove(override.key_or_group, list(map(str, mapping))))
-        with open_dict(mapping):
-            del mapping[name]
+        _remove(mapping, name, override.key_or_group)
         return
 
     adds = override.is_add() or override.is_force_add()
@@ -417,4 +420,14 @@ def _apply(config: DictConfig, override: Override) -> None:
     entry: Any = mapping[name]
     if fields[:1] == ["parallel"] and entry.parallel is None:
         entry.parallel = ParallelConfig()
-    OmegaConf.update(config, override.key_or_group, override.value(), force_add="mixture" in fields)
+    # The datasets of a mixture are free names, which OmegaConf adds only when forced.
+    is_new = "mixture" in fields
+    OmegaConf.update(config, override.key_or_group, override.value(), force_add=is_new)
+
+
+def _remove(mapping: DictConfig, name: str, path: str) -> None:
+    """Take an entry out of a mapping; UserError if there is none of that name."""
+    if name not in mapping:
+        raise UserError(nothing_to_remove(path, list(map(str, mapping))))
+    with open_dict(mapping):
+        del mapping[name]

@@ -70,6 +70,25 @@ class Command:
         lines += [f"  {option + '=':<24} {text}" for option, text in known.items()]
         return "\n".join(lines)
 
+    def options(self, name: str, words: Sequence[str]) -> dict[str, str]:
+        """Read the options of a command line; UserError for what the command does not know or needs."""
+        known, given = [*self.required, *self.optional], dict[str, str]()
+        for word in words:
+            option, equals, value = word.partition("=")
+            if not equals or not value:
+                raise UserError(f"command line: cannot read '{word}': write option=value")
+            is_layout = self.parallel and option.startswith(PARALLEL)
+            if option not in known and not is_layout:
+                close = did_you_mean(option, known)
+                raise UserError(f"{name} has no option {option}{close}: use {', '.join(known)}")
+            check_home(option, value)
+            given[option] = value
+
+        missing = [f"{option}=..." for option in self.required if option not in given]
+        if missing:
+            raise UserError(f"{name} needs {' and '.join(missing)}")
+        return given
+
 
 def import_folder(options: dict[str, str]) -> None:
     """Make a checkpoint of a Hugging Face folder; types are kept."""
@@ -177,14 +196,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_environment()
     except UserError as error:
         exit_with(error)
+
+    name, *others = words
     try:
-        command = _command(words[0])
-        if {"-h", "--help"} & set(words[1:]):
-            say(command.help(words[0]))
+        if name not in COMMANDS:
+            close = did_you_mean(name, COMMANDS)
+            raise UserError(f"no such command: {name}{close}: use one of {', '.join(COMMANDS)}")
+        command = COMMANDS[name]
+        if {"-h", "--help"} & set(others):
+            say(command.help(name))
             return 0
-        options = _options(words[0], command, words[1:])
+        options = command.options(name, others)
     except UserError as error:
+        # All ranks have the same words: one of them speaks.
         exit_with(error, everywhere=True)
+    return _run(command, options)
+
+
+def _run(command: Command, options: dict[str, str]) -> int:
     quiet_libraries()
     try:
         command.run(options)
@@ -194,33 +223,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warn(f"error: {one_line(str(error))}")
         return 1
     return 0
-
-
-def _command(name: str) -> Command:
-    if name not in COMMANDS:
-        raise UserError(
-            f"no such command: {name}{did_you_mean(name, list(COMMANDS))}: use one of {', '.join(COMMANDS)}"
-        )
-    return COMMANDS[name]
-
-
-def _options(name: str, command: Command, words: Sequence[str]) -> dict[str, str]:
-    """Return the options of a command line; UserError for what the command does not know or needs."""
-    known, given = [*command.required, *command.optional], dict[str, str]()
-    for word in words:
-        option, equals, value = word.partition("=")
-        if not equals or not value:
-            raise UserError(f"command line: cannot read '{word}': write option=value")
-        is_layout = command.parallel and option.startswith(PARALLEL)
-        if option not in known and not is_layout:
-            raise UserError(
-                f"{name} has no option {option}{did_you_mean(option, known)}: use {', '.join(known)}"
-            )
-        check_home(option, value)
-        given[option] = value
-    if missing := [f"{option}=..." for option in command.required if option not in given]:
-        raise UserError(f"{name} needs {' and '.join(missing)}")
-    return given
 
 
 def _check_folders(**paths: str) -> None:

@@ -37,6 +37,16 @@ class CommandLine:
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self) -> None:
+        # No abbreviations: a new option would change what an old command line means.
+        super().__init__(add_help=False, allow_abbrev=False)
+        self.add_argument("words", nargs="*")
+        self.add_argument("--config-dir", "-cd", default="")
+        self.add_argument("--cfg", "-c", choices=["job"])
+        self.add_argument("--resolve", action="store_true")
+        self.add_argument("--package", "-p", default="")
+        self.add_argument("--help", "-h", action="store_true")
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"command line: {message}")
 
@@ -47,14 +57,7 @@ def read_options(argv: Sequence[str]) -> CommandLine:
         raise UserError(
             "--multirun is refused: every rank would sweep by itself; start one run for each value"
         )
-    parser = _Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("words", nargs="*")
-    parser.add_argument("--config-dir", "-cd", default="")
-    parser.add_argument("--cfg", "-c", choices=["job"])
-    parser.add_argument("--resolve", action="store_true")
-    parser.add_argument("--package", "-p", default="")
-    parser.add_argument("--help", "-h", action="store_true")
-    given = parser.parse_intermixed_args(list(argv))
+    given = _Parser().parse_intermixed_args(list(argv))
     check_home("--config-dir", given.config_dir)
     if (given.resolve or given.package) and not given.cfg:
         raise UserError(

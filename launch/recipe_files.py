@@ -130,6 +130,7 @@ class RecipeSource(ConfigSource):
             raise UserError(f"{path}: not UTF-8") from None
         except ValueError as error:
             raise UserError(f"{path}: {error}") from None
+        # `# @package hydra.run` would put the file's values into Hydra's own settings.
         if HYDRA.search(header.get("package") or ""):
             raise UserError(
                 f"{path}: package {header['package']} is refused: a recipe cannot configure Hydra"
@@ -240,24 +241,30 @@ class _Check:
         if isinstance(node, yaml.ScalarNode):
             self.scalar(node)
             return 1, 0
-        below = [1]
+        values = 1
         deepest = 0
         for child in _children(node):
-            size, height = self.node(child, depth + 1)
-            below.append(size)
+            below, height = self.node(child, depth + 1)
+            values += below
             deepest = max(deepest, height)
-        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+        if isinstance(node, yaml.MappingNode):
+            self.keys(node)
+        return values, deepest + 1
+
+    def keys(self, node: yaml.MappingNode) -> None:
+        """Refuse keys that are no names, or name something to call."""
+        for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 self.refuse(key, "a key must be a name")
             if CODE.fullmatch(key.value):
-                self.refuse(
-                    key,
-                    f"{key.value} is refused: a recipe holds values, it cannot name code to call",
-                )
-        return sum(below), deepest + 1
+                why = f"{key.value} is refused: a recipe holds values, it cannot name code to call"
+                self.refuse(key, why)
 
     def scalar(self, node: yaml.ScalarNode) -> None:
-        """Read 15e12 as the whole number it is; refuse endless numbers, and references to anything but other values and variables named VISIONLOOM_*."""
+        """Read 15e12 as the whole number it is; refuse endless numbers, and references to other things than values.
+
+        Variables of the environment named VISIONLOOM_* may be referred to as well.
+        """
         if not node.tag.endswith(":str") and len(node.value) > NUMBER:
             self.refuse(node, f"a number of {len(node.value)} characters")
         if node.tag == FLOAT and (number := whole(node.value)) is not None:

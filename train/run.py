@@ -8,7 +8,7 @@ from typing import Any
 from visionloom.common.errors import UserError
 from visionloom.data.config import DataConfig
 from visionloom.data.encode.tokenizer import Tokenizer
-from visionloom.data.plan.open import dataset_weights
+from visionloom.data.plan.open import dataset_weights, open_datasets
 from visionloom.data.stream.train_stream import PackStream
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.parallel import topology as topologies
