@@ -7,7 +7,6 @@ its dotted path.
 
 import dataclasses
 import math
-import operator
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -47,6 +46,37 @@ class Rules:
     entries: int = ENTRIES
     """Most entries of a list or mapping."""
 
+    def problems(self, name: str, value: Any) -> Iterator[str]:
+        """Yield a line for a plain value that is not allowed; `name` is the option's."""
+        if isinstance(value, str) and self.choices and value not in self.choices:
+            yield unknown(name, value, self.choices)
+        # A bool is an int for Python, but no number that a bound is about.
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return
+        if isinstance(value, float) and not math.isfinite(value):
+            yield f"{name}={value:g} must be a finite number"
+        elif not self._holds(value):
+            yield f"{name}={_shown(value)} must be {self._range()}"
+
+    def _holds(self, value: float) -> bool:
+        return (
+            (self.least is None or value >= self.least)
+            and (self.above is None or value > self.above)
+            and (self.most is None or value <= self.most)
+            and (self.below is None or value < self.below)
+        )
+
+    def _range(self) -> str:
+        """Return all bounds, also where only one does not hold: the user sees the whole range."""
+        bounds = {
+            "at least": self.least,
+            "above": self.above,
+            "at most": self.most,
+            "below": self.below,
+        }
+        given = [f"{word} {_bound(bound)}" for word, bound in bounds.items() if bound is not None]
+        return " and ".join(given)
+
 
 @dataclass(frozen=True)
 class Option:
@@ -56,6 +86,30 @@ class Option:
     """Dotted path from the root that was walked."""
     value: Any
     rules: Rules
+
+    def problems(self) -> Iterator[str]:
+        """Yield a line for each value that the rules do not allow."""
+        if not isinstance(self.value, list | dict):
+            yield from self.rules.problems(self.name, self.value)
+            return
+        most = self.rules.entries
+        if len(self.value) > most:
+            yield f"{self.name} has {len(self.value)} entries, at most {most} are possible"
+            return
+
+        for path, entry in self._entries():
+            if entry is None or isinstance(entry, list | dict):
+                yield f"{path} holds {one_line(str(entry))[:SHOWN]}: its entries are plain values"
+            yield from self.rules.problems(path, entry)
+
+    def _entries(self) -> Iterator[tuple[str, Any]]:
+        """Yield the entries of a list or mapping with their paths; those of a list have the option's own."""
+        if isinstance(self.value, dict):
+            for key, entry in self.value.items():
+                yield _path(self.name, str(key)), entry
+        else:
+            for entry in self.value:
+                yield self.name, entry
 
 
 class RuleWords(TypedDict, total=False):
@@ -145,8 +199,13 @@ class Problems:
 
     @property
     def lines(self) -> list[str]:
-        """All of them, bounds first."""
+        """Return all of them, bounds first."""
         return self.bounds + self.sections
+
+    def add(self, others: "Problems") -> None:
+        """Add those of a part."""
+        self.bounds += others.bounds
+        self.sections += others.sections
 
 
 def check(section: Any, here: str = "") -> Problems:
@@ -162,15 +221,12 @@ def check(section: Any, here: str = "") -> Problems:
     for item in dataclasses.fields(section):
         value, path = getattr(section, item.name), _path(here, item.name)
         if _RULES in item.metadata:
-            problems.bounds += _option_problems(Option(path, value, item.metadata[_RULES]))
+            problems.bounds += Option(path, value, item.metadata[_RULES]).problems()
             continue
-        inner = Problems()
         if dataclasses.is_dataclass(value):
-            inner = check(value, path)
+            problems.add(check(value, path))
         elif isinstance(value, dict):
-            inner = _check_entries(value, path)
-        problems.bounds += inner.bounds
-        problems.sections += inner.sections
+            problems.add(_check_entries(value, path))
 
     if not problems.bounds and isinstance(section, ChecksItself):
         problems.sections += section.problems(here)
@@ -212,51 +268,6 @@ def likewise(path: str, problems: Mapping[str, list[str]]) -> list[str]:
 
 def _path(here: str, name: str) -> str:
     return f"{here}.{name}" if here else name
-
-
-def _option_problems(one: Option) -> Iterator[str]:
-    """Yield a line for each value of an option that its rules do not allow."""
-    name, value, rules = one.name, one.value, one.rules
-    if not isinstance(value, list | dict):
-        yield from _value_problems(name, value, rules)
-        return
-    if len(value) > rules.entries:
-        yield f"{name} has {len(value)} entries, at most {rules.entries} are possible"
-        return
-
-    if isinstance(value, dict):
-        entries = [(_path(name, str(key)), entry) for key, entry in value.items()]
-    else:
-        entries = [(name, entry) for entry in value]
-    for path, entry in entries:
-        if entry is None or isinstance(entry, list | dict):
-            yield f"{path} holds {one_line(str(entry))[:SHOWN]}: its entries are plain values"
-        yield from _value_problems(path, entry, rules)
-
-
-def _value_problems(name: str, value: Any, rules: Rules) -> Iterator[str]:
-    if isinstance(value, str) and rules.choices and value not in rules.choices:
-        yield unknown(name, value, rules.choices)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return
-    if isinstance(value, float) and not math.isfinite(value):
-        yield f"{name}={value:g} must be a finite number"
-        return
-
-    bounds = {
-        "at least": (rules.least, operator.ge),
-        "above": (rules.above, operator.gt),
-        "at most": (rules.most, operator.le),
-        "below": (rules.below, operator.lt),
-    }
-    # All bounds are named where one does not hold: the user sees the whole range.
-    possible, wanted = True, []
-    for words, (bound, holds) in bounds.items():
-        if bound is not None:
-            possible = possible and holds(value, bound)
-            wanted.append(f"{words} {_bound(bound)}")
-    if not possible:
-        yield f"{name}={_shown(value)} must be {' and '.join(wanted)}"
 
 
 def _bound(bound: float) -> str:
