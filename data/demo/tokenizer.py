@@ -105,12 +105,12 @@ def _config() -> dict[str, object]:
 
 
 def _texts(samples: Iterable[Sample]) -> Iterator[str]:
-    """What the model will read of the samples, without the special tokens in between."""
+    """Yield what the model will read of the samples, without the special tokens in between."""
     yield _FILLER
     rules = MediaConfig(image_min_pixels=1)
     for sample in samples:
-        for plain, pieces in groupby(
-            render(sample, rules).pieces, key=lambda piece: piece.count == 0
-        ):
-            if plain:
+        pieces_of_sample = render(sample, rules).pieces
+        # a piece with a count is a special token
+        for is_text, pieces in groupby(pieces_of_sample, key=lambda piece: piece.count == 0):
+            if is_text:
                 yield "".join(piece.text for piece in pieces)

@@ -267,7 +267,11 @@ def _picture_numbers(sample: Sample, start: Border, stop: Border) -> dict[int, i
     return numbers
 
 
-def _cut_messages(messages: Sequence[Message], start: Border, stop: Border) -> tuple[Message, ...]:
+def _cut_messages(
+    messages: Sequence[Message],
+    start: Border,
+    stop: Border,
+) -> tuple[Message, ...]:
     """Keep what of each message lies between two borders."""
     kept, offset = list[Message](), 0
     elements = sum(len(message.content) for message in messages)

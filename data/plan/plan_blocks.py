@@ -44,16 +44,10 @@ class PlanBlock:
         return len(self.borders) - 1
 
     def places(self, pack: int) -> tuple[tuple[int, int, int], ...]:
-        """(dataset number, sample index, part) of each sample of a pack."""
+        """Return (dataset number, sample index, part) of each sample of a pack."""
         here = slice(self.borders[pack], self.borders[pack + 1])
-        return tuple(
-            zip(
-                self.entries[here].tolist(),
-                self.samples[here].tolist(),
-                self.part_numbers[here].tolist(),
-                strict=True,
-            )
-        )
+        entries, samples = self.entries[here].tolist(), self.samples[here].tolist()
+        return tuple(zip(entries, samples, self.part_numbers[here].tolist(), strict=True))
 
 
 class PlanBlockStore:
@@ -70,7 +64,7 @@ class PlanBlockStore:
         self._maker: ThreadPoolExecutor | None = None
 
     def get(self, number: int) -> PlanBlock:
-        """A block, waited for if it is being made."""
+        """Return a block, waiting for it if it is being made."""
         if number not in self._held:
             self._held[number] = Future()
             try:
@@ -95,7 +89,7 @@ class PlanBlockStore:
             del self._held[earliest]
 
     def holds(self, number: int) -> bool:
-        """Whether a block is in memory or being made."""
+        """Return whether a block is in memory or being made."""
         return number in self._held
 
     def _load_or_make(self, number: int) -> PlanBlock:
@@ -112,7 +106,7 @@ class PlanBlockStore:
 
 
 def load_block(path: Path) -> PlanBlock | None:
-    """A block from its file; None if there is none or it was cut short."""
+    """Read a block from its file; None if there is none, it was cut short, or it has other arrays."""
     try:
         with np.load(path) as file:
             return PlanBlock(**{item.name: file[item.name] for item in fields(PlanBlock)})

@@ -92,13 +92,13 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         """Return a copy on a device, without waiting for it."""
-        values: dict[str, Any] = {item.name: getattr(self, item.name) for item in fields(self)}
-        moved = {
-            name: value.to(device, non_blocking=True)
-            for name, value in values.items()
-            if isinstance(value, Tensor)
-        }
-        return PackedBatch(**{**values, **moved})
+        values: dict[str, Any] = {}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, Tensor):
+                value = value.to(device, non_blocking=True)
+            values[item.name] = value
+        return PackedBatch(**values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,7 +290,9 @@ def _decode_share(samples: list[EncodedSample], decode: Decode, share: Share) ->
 
 def all_grids(samples: Sequence[EncodedSample]) -> NDArray[np.int32]:
     """Return the patches in time, height and width of all pictures and videos, int32 [g, 3]."""
-    return np.concatenate([np.empty((0, 3), np.int32), *(sample.grids for sample in samples)])
+    # the empty one for samples without any
+    none = np.empty((0, 3), np.int32)
+    return np.concatenate([none, *(sample.grids for sample in samples)])
 
 
 def _units_of(dealt: DealtUnits, units: list[int], first_medium: int) -> list[Unit]:
@@ -313,7 +315,11 @@ def _buffer(rows: int, width: int) -> Tensor:
 def _copied(samples: list[EncodedSample]) -> Decode:
     """Return what takes the patches from samples that have them already."""
 
-    def copy(number: int, units: Sequence[Unit], out: NDArray[np.uint8]) -> bool:
+    def copy(
+        number: int,
+        units: Sequence[Unit],
+        out: NDArray[np.uint8],
+    ) -> bool:
         sample = samples[number]
         assert sample.patches is not None, "without decode, samples bring their patches"
         frames = sample.grids[:, 1].astype(np.int64) * sample.grids[:, 2]

@@ -69,14 +69,22 @@ class Reader:
         self.note: Callable[[str], None] = lambda place: None
         """Called with each sample before it is read, and before its media are decoded."""
 
-    def read(self, places: Sequence[Place], step: int | None = None) -> list[EncodedSample]:
+    def read(
+        self,
+        places: Sequence[Place],
+        step: int | None = None,
+    ) -> list[EncodedSample]:
         """Read the samples at these places, without their patches; `step` is for the quarantine."""
         self.quarantine.passed(len(places))
         with self._lock:
             encoded = self._encode(places, step)
         return [encoded[place] for place in places]
 
-    def _encode(self, places: Sequence[Place], step: int | None) -> dict[Place, EncodedSample]:
+    def _encode(
+        self,
+        places: Sequence[Place],
+        step: int | None,
+    ) -> dict[Place, EncodedSample]:
         """Encode the samples that are not kept from an earlier batch."""
         encoded = {place: self._encoded[place] for place in places if place in self._encoded}
         missing = list(dict.fromkeys(place for place in places if place not in encoded))
@@ -175,7 +183,11 @@ class Reader:
     ) -> Decode:
         """Return what writes the patches of these samples into a batch, and reports one that is unreadable."""
 
-        def decode(number: int, units: Sequence[Unit], out: NDArray[np.uint8]) -> bool:
+        def decode(
+            number: int,
+            units: Sequence[Unit],
+            out: NDArray[np.uint8],
+        ) -> bool:
             dataset, index, _ = places[number]
             self.note(self._named(places[number]))
             read = ahead.media_of(number, self.datasets[dataset].shards, index)
