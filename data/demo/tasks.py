@@ -268,7 +268,8 @@ def interleaved(drawer: Drawer, training: bool) -> DemoDraft:
         digit = drawer.digit(number)
         total += int(digit)
         opening = Text("First comes " if position == 0 else " Then ")
-        draft.content += [opening, drawer.image(draft, ((number,),)), Text(f", a {digit}.")]
+        image = drawer.image(draft, ((number,),))
+        draft.content += [opening, image, Text(f", a {digit}.")]
     draft.content.append(Text(f" The sum is {total}."))
     return draft
 
@@ -287,7 +288,8 @@ def video(drawer: Drawer, training: bool) -> DemoDraft:
     times = []
     for frame in range(2 * len(pictures)):
         times.append(start + frame / fps)
-        draft.media[f"vid0.{frame:03d}.png"] = drawer.png(((pictures[frame // 2],),))
+        name = f"vid0.{frame:03d}.png"
+        draft.media[name] = drawer.png(((pictures[frame // 2],),))
     clip: list[Element] = [Video(tuple(draft.media), tuple(times), CELL, CELL)]
 
     asked = drawer.random.sample(range(len(pictures)), 2 if training else 1)

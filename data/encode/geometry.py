@@ -350,7 +350,8 @@ def patch_timestamps(times: Sequence[float]) -> list[float]:
     # an odd last frame counts twice
     if len(padded) % TEMPORAL_PATCH_SIZE:
         padded.append(times[-1])
-    return [(first + last) / 2 for first, last in zip(padded[::2], padded[1::2], strict=True)]
+    pairs = zip(padded[::2], padded[1::2], strict=True)
+    return [(first + last) / 2 for first, last in pairs]
 
 
 # ---- grids

@@ -83,7 +83,8 @@ class Part:
     @property
     def is_whole(self) -> bool:
         """Return whether it is the sample as it was written."""
-        is_cut = self.first or self.first_char or self.stop_char or self.stop != WHOLE
+        begins_later = self.first or self.first_char
+        is_cut = begins_later or self.stop_char or self.stop != WHOLE
         return not is_cut and not self.pixels
 
 
@@ -117,8 +118,8 @@ class Parts:
         """Sum up over all parts `tokens`, `patches`, `supervised` or `patch_pairs`."""
         values = self.lengths[field]
         # all but the special ones: they are few, so no copy of the table is made
-        whole = int(values.sum(dtype=np.int64)) - int(values[self.over].sum(dtype=np.int64))
-        return whole + int(self.special[field].sum(dtype=np.int64))
+        total = values.sum(dtype=np.int64) - values[self.over].sum(dtype=np.int64)
+        return int(total + self.special[field].sum(dtype=np.int64))
 
     @property
     def unsupervised(self) -> int:

@@ -298,9 +298,8 @@ def all_grids(samples: Sequence[EncodedSample]) -> NDArray[np.int32]:
 def _units_of(dealt: DealtUnits, units: list[int], first_medium: int) -> list[Unit]:
     """Number the media of a sample's units from its first one."""
     media = (dealt.media[units] - first_medium).tolist()
-    return list(
-        zip(media, dealt.first[units].tolist(), dealt.units[units, 0].tolist(), strict=True)
-    )
+    first, counts = dealt.first[units].tolist(), dealt.units[units, 0].tolist()
+    return list(zip(media, first, counts, strict=True))
 
 
 def _buffer(rows: int, width: int) -> Tensor:

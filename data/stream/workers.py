@@ -80,7 +80,9 @@ class _Boards:
     def write(self, line: str) -> None:
         """Note what this worker is at; do nothing in a process that is none."""
         if (info := get_worker_info()) is not None:
-            self.lines[info.id].value = f"{os.getpid()} {line}".encode()[: self.SIZE - 1]
+            text = f"{os.getpid()} {line}".encode()
+            # the last byte ends the string
+            self.lines[info.id].value = text[: self.SIZE - 1]
 
     def dead(self) -> str:
         """Return the first worker that is gone, and what it was at; empty if all are there."""
