@@ -71,6 +71,7 @@ def train_tokenizer(folder: Path, samples: Iterable[Sample]) -> None:
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
+            # as Qwen3-VL's own tokenizer splits
             pre_tokenizers.Split(Regex(QWEN_PATTERN), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
@@ -80,6 +81,7 @@ def train_tokenizer(folder: Path, samples: Iterable[Sample]) -> None:
     added += [AddedToken(token, normalized=False, special=False) for token in PLAIN_TOKENS]
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY - len(added),
+        # the texts are few, and each pair may come once
         min_frequency=1,
         show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),

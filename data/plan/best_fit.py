@@ -59,6 +59,7 @@ def pack_samples(
     """
     multiple = budget.sample_multiple
     if multiple > 1:
+        # the padding of a sample takes up room in its pack
         tokens = [-(-size // multiple) * multiple for size in tokens]
     pool = _Pool(tokens, patches, budget.window, orders, most_passed_over)
     packs = []
@@ -143,6 +144,7 @@ class _Pool:
             # the last place of a pack with a limit is for what fits best
             has_room = len(pack) < max(1, most - 1)
             in_order = in_order and has_room and self._follows(bool(pack), tokens, patches)
+            # once the oldest did not fit, the rest of the pack is for what fits best
             number = self._oldest() if in_order else self._best(tokens, patches)
             if number < 0:
                 break
@@ -185,6 +187,7 @@ class _Pool:
                 more = (key >> _SHIFT) - self.tokens[number]
                 if more > gain:
                     gain, change = more, (place, self._number(key))
+            # nothing fills a pack better than to the last token
             if gain == tokens:
                 break
         place, candidate = change
@@ -203,6 +206,7 @@ class _Pool:
         place = self._largest(tokens, patches)
         if place < 0:
             return -1
+        # about as long: within a 32nd
         least = (self.waiting[place] >> _SHIFT) * 31 // 32
         best = self._number(self.waiting[place])
         for candidate in range(place - 1, max(-1, place - _ALIKE), -1):
@@ -221,6 +225,7 @@ class _Pool:
 
     def _largest(self, tokens: int, patches: int) -> int:
         """Return the place of the largest sample that fits; -1: none of the _LOOKS tried."""
+        # a key holds the length in its upper bits, so this is the last one not longer
         place = bisect_right(self.waiting, (tokens + 1) << _SHIFT) - 1
         for candidate in range(place, max(-1, place - _LOOKS), -1):
             if self.patches[self._number(self.waiting[candidate])] <= patches:
@@ -234,6 +239,7 @@ class _Pool:
                 order.held.append(self.entered)
                 self._offer(order)
             else:
+                # orders without a limit of their own keep no one back
                 insort(self.waiting, self.keys[self.entered])
             self.entered += 1
 

@@ -72,10 +72,12 @@ def _balance(
     room = len(packs) // groups
     dealt: list[list[PlannedPack]] = [[] for _ in range(groups)]
     lightest = [(0.0, group) for group in range(groups)]
+    # costliest first leaves the small ones to level the loads
     for pack in sorted(packs, key=lambda pack: -pack.cost):
         load, group = heapq.heappop(lightest)
         dealt[group].append(pack)
         if len(dealt[group]) < room:
+            # a full group takes no more
             heapq.heappush(lightest, (load + pack.cost, group))
 
     loads = [sum(pack.cost for pack in group) for group in dealt]
@@ -146,6 +148,7 @@ def deal_units(grids: NDArray[np.int32], ranks: int) -> DealtUnits:
     media = np.repeat(np.arange(len(grids), dtype=np.int32), runs)
     within = np.arange(len(media)) - (np.cumsum(runs) - runs)[media]
     time, height, width = grids[media].T
+    # runs differ by at most one temporal patch
     first = within * time // runs[media]
     frames = (within + 1) * time // runs[media] - first
     units = np.stack([frames, height, width], axis=1).astype(np.int32)
@@ -157,6 +160,7 @@ def _owners(sizes: NDArray[np.int64], ranks: int) -> NDArray[np.int32]:
     """Deal units of these patch counts (int64 [n]) to ranks: int32 [n], the rank of each."""
     owners = np.zeros(len(sizes), np.int32)
     loads = [0] * ranks
+    # stable, so that ranks agree on equal sizes
     for unit in np.argsort(-sizes, kind="stable").tolist():
         lightest = loads.index(min(loads))
         owners[unit] = lightest

@@ -326,6 +326,7 @@ def _finish(encoded: EncodedSample, kind: str, part: Part, tokenizer: Tokenizer)
     """Take away the end mark of what does not end there, and weigh the loss by the whole sample."""
     if part.flags & UNFINISHED:
         mark = tokenizer.special(END_OF_TEXT if kind == "doc" else TURN_END)
+        # the last mark is the one that the rendering has added
         length = int(np.flatnonzero(encoded.input_ids == mark)[-1])
         encoded = replace(
             encoded,
@@ -334,4 +335,5 @@ def _finish(encoded: EncodedSample, kind: str, part: Part, tokenizer: Tokenizer)
             position_ids=encoded.position_ids[:, :length],
             prompt_length=min(encoded.prompt_length, length),
         )
+    # n_s of the whole, so that the parts of a sample weigh together what it would
     return encoded if part.is_whole else replace(encoded, loss_tokens=part.sample_supervised)

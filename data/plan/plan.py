@@ -99,6 +99,7 @@ class Plan:
         self.cost = cost or CostModel()
         weights = _draw_weights(entries, settings.weights_in)
         self.draws_per_block = _draws_per_block(entries, weights, settings)
+        # phases of one run must not draw the same samples first
         self._seed = int(key_of(settings.seed, f"phase {settings.phase}"))
         self.mixture = Mixture(
             [entry.content for entry in entries],
@@ -113,6 +114,7 @@ class Plan:
             for content in self.mixture.contents
         ]
         """Of each content, how many samples a pack may at most pass over."""
+        # grows with each block that was met: how many packs a block has is known only once it is made
         self._first_packs = {0: 0}
         self._blocks = PlanBlockStore(
             self._make_block, cache / "plan" / self.hash if cache else None
@@ -214,6 +216,7 @@ class Plan:
             raise ValueError(
                 f"step {step} lies before this plan, which begins at step {self.origin.step}"
             )
+        # a plan that continues another one begins with block 0 at its own first step
         return (step - self.origin.step) * self.settings.global_batch
 
     def _block_of(self, pack: int) -> int:

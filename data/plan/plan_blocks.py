@@ -69,6 +69,7 @@ class PlanBlockStore:
             self._held[number] = Future()
             try:
                 self._held[number].set_result(self._load_or_make(number))
+            # a block that failed is tried again, it must not be waited for
             except BaseException:
                 del self._held[number]
                 raise
@@ -80,11 +81,13 @@ class PlanBlockStore:
         if number in self._held:
             return
         if self._maker is None:
+            # one: blocks are needed in order
             self._maker = ThreadPoolExecutor(1, "visionloom-plan")
         self._held[number] = self._maker.submit(self._load_or_make, number)
         self._trim()
 
     def _trim(self) -> None:
+        # the first that was asked for goes: steps only go forward
         for earliest in list(self._held)[:-_KEPT]:
             del self._held[earliest]
 
@@ -99,6 +102,7 @@ class PlanBlockStore:
         block = load_block(path)
         if block is None:
             block = self._make(number)
+            # a folder that cannot be written is no fault: the block is then only not kept
             with suppress(OSError):
                 save_block(path, block)
                 (self._folder / f"{number - _ON_DISK:06d}.npz").unlink(missing_ok=True)

@@ -80,6 +80,7 @@ class PackedBatch:
 
         Encoder ranks that share a batch see only their own pictures: each must leave out what any of them found unreadable.
         """
+        # the lengths of segments add up to all tokens
         silent = torch.repeat_interleave(segments, self.cu_seqlens.diff())
         labels = self.labels.masked_fill(silent, IGNORED)
         weights = self.loss_weights.masked_fill(silent, 0.0)
@@ -135,6 +136,7 @@ def pack(
             keeps its place without a loss.
     """
     samples = [sample for one in packs for sample in one]
+    # pictures first: a sample whose pictures cannot be read has no labels
     visual = _decode_share(samples, decode or _copied(samples), share)
     text = _laid_out(packs, layout, visual.unreadable)
     borders = np.array(text.borders, np.int32)
@@ -220,6 +222,7 @@ class _TextBuffers:
         self.position_ids[:, here] = sample.position_ids
         self.padding_mask[here] = False
         self.visual_rows.append(sample.visual_positions + here.start)
+        # its own padding belongs to the segment, so that segments begin at multiples
         filling = -len(sample.input_ids) % self.multiple
         self._end_segment(here.stop + filling, dataset, unreadable)
 
@@ -266,10 +269,12 @@ class _DecodedUnits:
 
 def _decode_share(samples: list[EncodedSample], decode: Decode, share: Share) -> _DecodedUnits:
     """Deal the pictures, and have this rank's written straight into the one buffer that the batch holds."""
+    # every rank works out the same deal, so none has to be told
     dealt = deal_units(all_grids(samples), share.encoder_ranks)
     mine = np.flatnonzero(dealt.owners == share.encoder_rank)
     sizes = dealt.units.prod(1, dtype=np.int64)
     media = [medium for sample in samples for medium in sample.media]
+    # rows of images alone are half as wide
     width = row_width([media[dealt.media[unit]] for unit in mine])
     patches = _buffer(int(sizes[mine].sum()), width)
 

@@ -53,6 +53,7 @@ class Quarantine:
         known = {} if step is None else {"step": step}
         facts = {"member": error.where, "error": error.problem, "sample": error.sample_id}
         self._write({**known, "dataset": dataset, **place, **facts})
+        # after it was written down, so that the last one is in the file too
         if self.unreadable > self.max_bad_fraction * max(self.read, MIN_SAMPLES):
             raise RuntimeError(
                 f"{self.unreadable} of {self.read} samples could not be read (more than data.max_bad_fraction ="
@@ -67,6 +68,7 @@ class Quarantine:
         with open(self.path, "ab+") as file:
             # of several processes that meet the same sample, one writes it
             fcntl.flock(file, fcntl.LOCK_EX)
+            # only what other processes have added since
             file.seek(self._seen_bytes)
             complete, newline, broken_off = file.read().rpartition(b"\n")
             self._known.update(filter(None, map(_name_in, complete.splitlines())))

@@ -117,6 +117,7 @@ class AheadReader:
             return dataset.member(index, ref)
         flying, answer = self._at_hand.pop(ref)
         flying.left -= 1
+        # the bytes of a read are held until its last member is taken
         if not flying.left:
             self._budget.release(flying.wanted.run.length)
             self._fill()
