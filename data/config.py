@@ -60,8 +60,12 @@ class MediaConfig:
     def problems(self, here: str) -> Iterator[str]:
         """Yield a line for each lower bound that is above its upper one."""
         for kind in ("image", "video", "frame"):
-            low, high = (getattr(self, f"{kind}_{end}_pixels") for end in ("min", "max"))
-            if low is not None and high is not None and low > high:
+            low = getattr(self, f"{kind}_min_pixels")
+            high = getattr(self, f"{kind}_max_pixels")
+            # a null one takes the value of the rule
+            if low is None or high is None:
+                continue
+            if low > high:
                 yield f"{here}.{kind}_min_pixels={low} is above {here}.{kind}_max_pixels={high}"
         fewest, most = self.video_min_frames, self.video_max_frames
         if fewest > most:

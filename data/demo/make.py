@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image as PillowImage
 
 from visionloom.common.errors import UserError
@@ -37,18 +38,20 @@ _GENERATOR_VERSION: Final = 3
 
 
 def make_demo(
-    folder: str | Path, seed: int = 0, scale: float = 1.0, progress: PartProgress | None = None
+    folder: str | Path,
+    seed: int = 0,
+    scale: float = 1.0,
+    progress: PartProgress | None = None,
 ) -> bool:
-    """Make DIR/tokenizer, DIR/train/<dataset>, DIR/test/<dataset> and DIR/contact_sheet.png; False if already made.
+    """Make DIR/tokenizer, DIR/train/<dataset>, DIR/test/<dataset> and DIR/contact_sheet.png; return False if already made.
 
     `scale` multiplies the numbers of samples. The same seed and scale give the same bytes; train and test never share
     a handwriting picture. An unfinished folder is made again. Raises UserError if scikit-learn is not installed or the
     folder holds something else.
     """
-    folder, settings = (
-        Path(folder),
-        {"version": _GENERATOR_VERSION, "index": INDEX_VERSION, "seed": seed, "scale": scale},
-    )
+    folder = Path(folder)
+    versions = {"version": _GENERATOR_VERSION, "index": INDEX_VERSION}
+    settings = {**versions, "seed": seed, "scale": scale}
     if _settings(folder) == settings and all((folder / part).exists() for part in _PARTS):
         return False
     _check_folder(folder)
@@ -56,19 +59,21 @@ def make_demo(
     making = folder / _MAKING
     shutil.rmtree(making, ignore_errors=True)
     making.mkdir(parents=True)
+
     for split, chosen in splits.items():
         for name in RECIPES:
             drawer = Drawer(cells, digits, chosen, f"{seed}/{split}/{name}")
-            _write_dataset(making, split, name, drawer, scale, progress)
+            drafts = _drafts(split, name, drawer, scale, progress)
+            write_shards(making / split / name, name, drafts)
     train_tokenizer(making / "tokenizer", _train_samples(making))
-    draw_contact_sheet(
-        {name: Dataset.open(making / "train" / name, name) for name in RECIPES}, making / _PARTS[-1]
-    )
+    datasets = {name: Dataset.open(making / "train" / name, name) for name in RECIPES}
+    draw_contact_sheet(datasets, making / _PARTS[-1])
     _move_into_place(folder, settings)
     return True
 
 
 def _settings(folder: Path) -> object:
+    """Return with which settings the folder was made; None if it is not finished."""
     try:
         return load_json(read_located(folder, DONE, 1 << 20), DONE)
     except (OSError, JsonError, PlaceError):
@@ -77,17 +82,21 @@ def _settings(folder: Path) -> object:
 
 def _check_folder(folder: Path) -> None:
     """Refuse a folder with files that are not the demo's, since making it replaces the demo's parts."""
-    if folder.exists() and not folder.is_dir():
+    if not folder.exists():
+        return
+    if not folder.is_dir():
         raise UserError(f"{folder} is a file: choose a folder for the demo")
-    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    names = {path.name for path in folder.iterdir()}
     if names and not names & {DONE, _MAKING}:
         raise UserError(
             f"{folder} holds other files ({min(names)}): choose a new folder for the demo"
         )
 
 
-def load_pictures(seed: int) -> tuple[list[Pixels], list[int], dict[str, list[int]]]:
-    """All handwriting pictures, each uint8[32,32], their digits, and the numbers of those of each split.
+def load_pictures(
+    seed: int,
+) -> tuple[list[Pixels], list[int], dict[str, list[int]]]:
+    """Return all handwriting pictures, each uint8 [32, 32], their digits, and the numbers of those of each split.
 
     Raises UserError if scikit-learn is not installed.
     """
@@ -96,49 +105,50 @@ def load_pictures(seed: int) -> tuple[list[Pixels], list[int], dict[str, list[in
     except ImportError:
         raise UserError("the demo needs scikit-learn: pip install visionloom[demo]") from None
     data = load_digits()
-    cells, digits = (
-        [_enlarge(image) for image in data.images],
-        [int(digit) for digit in data.target],
-    )
-    numbers = random.Random(f"{seed}/split").sample(range(len(digits)), len(digits))
-    return (
-        cells,
-        digits,
-        {"train": sorted(numbers[:TRAIN_PICTURES]), "test": sorted(numbers[TRAIN_PICTURES:])},
-    )
+    cells = [_enlarge(image) for image in data.images]
+    digits = [int(digit) for digit in data.target]
+    order = random.Random(f"{seed}/split").sample(range(len(digits)), len(digits))
+    train, test = sorted(order[:TRAIN_PICTURES]), sorted(order[TRAIN_PICTURES:])
+    return cells, digits, {"train": train, "test": test}
 
 
-def _enlarge(image: np.ndarray[tuple[int, int], np.dtype[np.float64]]) -> Pixels:
-    """An 8 x 8 picture with values 0 to 16 as a cell with values 0 to 255, bicubic."""
-    picture = PillowImage.fromarray((image * (255 / 16)).astype(np.float32)).resize(
-        (CELL, CELL), PillowImage.Resampling.BICUBIC
-    )
+def _enlarge(image: NDArray[np.float64]) -> Pixels:
+    """Return a picture float64 [8, 8] of values 0 to 16 as a cell uint8 [32, 32], bicubic."""
+    grey = PillowImage.fromarray((image * (255 / 16)).astype(np.float32))
+    picture = grey.resize((CELL, CELL), PillowImage.Resampling.BICUBIC)
+    # bicubic overshoots at edges
     return np.asarray(picture).clip(0, 255).round().astype(np.uint8)
 
 
-def _write_dataset(
-    making: Path, split: str, name: str, drawer: Drawer, scale: float, progress: PartProgress | None
-) -> None:
+def _drafts(
+    split: str,
+    name: str,
+    drawer: Drawer,
+    scale: float,
+    progress: PartProgress | None,
+) -> Iterator[tuple[Sample, dict[str, bytes]]]:
+    """Yield the samples of a dataset's split with their media."""
     recipe = RECIPES[name]
-    count = max(8, round((recipe.train if split == "train" else recipe.test) * scale))
-
-    def drafts() -> Iterator[tuple[Sample, dict[str, bytes]]]:
-        for number in range(count):
-            draft = recipe.make(drawer, split == "train")
-            yield draft.sample(f"{name}:{split}:{number}"), draft.media
-            if progress and (number + 1 == count or number % 100 == 99):
-                progress(f"{split}/{name}", number + 1, count)
-
-    write_shards(making / split / name, name, drafts())
+    full = recipe.train if split == "train" else recipe.test
+    count = max(8, round(full * scale))
+    for number in range(count):
+        draft = recipe.make(drawer, split == "train")
+        yield draft.sample(f"{name}:{split}:{number}"), draft.media
+        if progress and (number + 1 == count or number % 100 == 99):
+            progress(f"{split}/{name}", number + 1, count)
 
 
 def _train_samples(making: Path) -> Iterator[Sample]:
+    """Yield the first samples of each training dataset, at most 1000: the vocabulary has few merges to learn."""
     for name in RECIPES:
         dataset = Dataset.open(making / "train" / name, name)
-        yield from (dataset.sample(index) for index in range(min(len(dataset), 1000)))
+        for index in range(min(len(dataset), 1000)):
+            yield dataset.sample(index)
 
 
 def _move_into_place(folder: Path, settings: object) -> None:
+    """Replace the parts of the demo by those that were made."""
+    # gone first and back last: a folder that is cut short here is not taken for finished
     (folder / DONE).unlink(missing_ok=True)
     for part in _PARTS:
         old = folder / part

@@ -11,7 +11,7 @@ from typing import Final
 from visionloom.common.errors import UserError
 from visionloom.common.progress import PartProgress
 from visionloom.data.demo.make import load_pictures
-from visionloom.data.demo.tasks import GRIDS, NAMES, PLACES, DemoDraft, Drawer
+from visionloom.data.demo.tasks import GRIDS, NAMES, PLACES, DemoDraft, Drawer, grid_of
 from visionloom.data.shards.sample import Message, Sample, Text
 from visionloom.data.shards.write import write_shards
 
@@ -22,25 +22,23 @@ SAMPLES: Final = {"train": 4000, "test": 256}
 def make_task(
     folder: Path, seed: int = 0, scale: float = 1.0, progress: PartProgress | None = None
 ) -> bool:
-    """Make DIR/train/words and DIR/test/words in the demo's splits of the handwriting; False if already made.
+    """Make DIR/train/words and DIR/test/words in the demo's splits of the handwriting; return False if already made.
 
     `scale` multiplies the numbers of samples; the same seed and scale give the same bytes. The tokenizer is the demo's.
     Raises UserError if scikit-learn is not installed or the folder holds something else.
     """
     if all((folder / split / NAME).is_dir() for split in SAMPLES):
         return False
-    making = folder.with_name(folder.name + ".making")
     if folder.exists():
         raise UserError(f"{folder} holds something else: choose a new folder for the task")
     cells, digits, splits = load_pictures(seed)
+    # whole or not at all: it is renamed when all of it is there
+    making = folder.with_name(folder.name + ".making")
     shutil.rmtree(making, ignore_errors=True)
     for split, chosen in splits.items():
         drawer = Drawer(cells, digits, chosen, f"{seed}/{split}/{NAME}")
-        write_shards(
-            making / split / NAME,
-            NAME,
-            _drafts(drawer, split, max(8, round(SAMPLES[split] * scale)), progress),
-        )
+        count = max(8, round(SAMPLES[split] * scale))
+        write_shards(making / split / NAME, NAME, _drafts(drawer, split, count, progress))
     making.rename(folder)
     return True
 
@@ -56,17 +54,15 @@ def _drafts(
 
 
 def words(drawer: Drawer) -> DemoDraft:
-    """A picture of 1, 1 x 2 or 2 x 2 digits, and the name of the one at a place."""
-    rows, columns = drawer.random.choices(GRIDS, weights=(3, 3, 4))[0]
+    """Draw a picture of 1, 1 x 2 or 2 x 2 digits, and ask for the name of the one at a place."""
+    ((rows, columns),) = drawer.random.choices(GRIDS, weights=(3, 3, 4))
     pictures = drawer.pictures(rows * columns)
     asked = drawer.random.randrange(len(pictures))
-    place = (
-        f"the digit at the {PLACES[rows, columns][asked]}" if len(pictures) > 1 else "this digit"
-    )
+    place = "this digit"
+    if len(pictures) > 1:
+        place = f"the digit at the {PLACES[rows, columns][asked]}"
     draft = DemoDraft(task=NAME, meta={"pictures": pictures, "columns": columns, "asked": asked})
-    image = drawer.image(
-        draft, tuple(tuple(pictures[columns * row : columns * (row + 1)]) for row in range(rows))
-    )
+    image = drawer.image(draft, grid_of(pictures, columns))
     answer = NAMES[int(drawer.digit(pictures[asked]))]
     draft.messages = [
         Message("user", (image, Text(f"Write {place} as a word."))),

@@ -51,7 +51,7 @@ class DemoDraft:
     meta: dict[str, Any] = field(default_factory=dict)
 
     def sample(self, sample_id: str) -> Sample:
-        """The finished sample: a chat if there are messages, else a document."""
+        """Return the finished sample: a chat if there are messages, else a document."""
         kind = "chat" if self.messages else "doc"
         return Sample(
             sample_id,
@@ -67,23 +67,27 @@ class Drawer:
     """Seeded draws from one split of the handwriting pictures, and their composition to PNG files."""
 
     def __init__(
-        self, cells: Sequence[Pixels], digits: Sequence[int], numbers: Sequence[int], seed: str
+        self,
+        cells: Sequence[Pixels],
+        digits: Sequence[int],
+        numbers: Sequence[int],
+        seed: str,
     ) -> None:
         """`cells` uint8[32,32] and `digits` are of all pictures; `numbers` are those of this split."""
         self.random = random.Random(seed)
         self.cells, self.digits = cells, digits
-        self._by_digit = [
-            [number for number in numbers if digits[number] == digit] for digit in range(10)
-        ]
+        self._by_digit: list[list[int]] = [[] for _ in range(10)]
+        for number in numbers:
+            self._by_digit[digits[number]].append(number)
         self._files: dict[DigitGrid, bytes] = {}
 
     def pictures(self, count: int, distinct: bool = False) -> list[int]:
-        """Numbers of `count` pictures, their digits uniform and, on request, distinct."""
-        values = (
-            self.random.sample(range(10), count)
-            if distinct
-            else self.random.choices(range(10), k=count)
-        )
+        """Draw the numbers of `count` pictures, their digits uniform and, on request, distinct."""
+        digits = range(10)
+        if distinct:
+            values = self.random.sample(digits, count)
+        else:
+            values = self.random.choices(digits, k=count)
         return [self.random.choice(self._by_digit[value]) for value in values]
 
     def image(self, draft: DemoDraft, grid: DigitGrid) -> Image:
@@ -93,144 +97,147 @@ class Drawer:
         return Image(ref, CELL * len(grid[0]), CELL * len(grid))
 
     def png(self, grid: DigitGrid) -> bytes:
-        """The grid as a grey PNG file; single cells, which come often, are encoded once."""
+        """Return the grid as a grey PNG file; single cells, which come often, are encoded once."""
         if grid in self._files:
             return self._files[grid]
-        rows = [np.concatenate([self._cell(number) for number in row], axis=1) for row in grid]
+        rows = []
+        for row in grid:
+            rows.append(np.concatenate([self._cell(number) for number in row], axis=1))
+        picture = PillowImage.fromarray(np.concatenate(rows))
         buffer = io.BytesIO()
         # Run lengths alone take half the time of full compression, and 3 % more bytes.
-        PillowImage.fromarray(np.concatenate(rows)).save(
-            buffer, "PNG", compress_level=1, compress_type=zlib.Z_RLE
-        )
+        picture.save(buffer, "PNG", compress_level=1, compress_type=zlib.Z_RLE)
         if len(grid) == len(grid[0]) == 1:
             self._files[grid] = buffer.getvalue()
         return buffer.getvalue()
 
     def digit(self, number: int) -> str:
-        """The digit that a picture shows."""
+        """Return the digit that a picture shows."""
         return str(self.digits[number])
 
     def _cell(self, number: int | None) -> Pixels:
         return np.zeros((CELL, CELL), np.uint8) if number is None else self.cells[number]
 
 
-def _grid(pictures: Sequence[int], columns: int) -> DigitGrid:
-    return tuple(
-        tuple(pictures[first : first + columns]) for first in range(0, len(pictures), columns)
-    )
+def grid_of(pictures: Sequence[int | None], columns: int) -> DigitGrid:
+    """Lay pictures out row by row."""
+    starts = range(0, len(pictures), columns)
+    return tuple(tuple(pictures[start : start + columns]) for start in starts)
 
 
 def _turn(question: Sequence[Element], answer: Sequence[Element]) -> list[Message]:
+    """Return a question and its answer."""
     return [Message("user", tuple(question)), Message("assistant", tuple(answer))]
 
 
 def captions(drawer: Drawer, training: bool) -> DemoDraft:
-    """A picture of 1, 1 x 2 or 2 x 2 digits and what it shows."""
+    """Draw a picture of 1, 1 x 2 or 2 x 2 digits and say what it shows."""
     rows, columns = drawer.random.choice(GRIDS)
     pictures = drawer.pictures(rows * columns)
-    grid, draft = (
-        _grid(pictures, columns),
-        DemoDraft(meta={"pictures": pictures, "columns": columns}),
-    )
-    words = " / ".join(
-        " ".join(drawer.digit(number) for number in row if number is not None) for row in grid
-    )
-    draft.content = [drawer.image(draft, grid), Text(f"\nThe image shows: {words}")]
+    draft = DemoDraft(meta={"pictures": pictures, "columns": columns})
+    lines = []
+    for start in range(0, len(pictures), columns):
+        lines.append(" ".join(map(drawer.digit, pictures[start : start + columns])))
+    image = drawer.image(draft, grid_of(pictures, columns))
+    draft.content = [image, Text(f"\nThe image shows: {' / '.join(lines)}")]
     return draft
 
 
 def text(drawer: Drawer, training: bool) -> DemoDraft:
-    """Text only: sums, sequences, names of digits, and, most often, looking up a page or a moment.
-
-    Looking up prepares for long documents and videos, which ask the same of pictures.
-    """
+    """Write text only: sums, sequences, names of digits, and, most often, looking up a page or a moment."""
     makers = (_text_sum, _text_sequence, _text_names, _text_pages, _text_moments)
-    return drawer.random.choices(makers, weights=(2, 1, 1, 3, 3))[0](drawer)
+    # Looking up prepares for long documents and videos, which ask the same of pictures.
+    (make,) = drawer.random.choices(makers, weights=(2, 1, 1, 3, 3))
+    return make(drawer)
 
 
 def _text_sum(drawer: Drawer) -> DemoDraft:
-    values = drawer.random.choices(range(10), k=drawer.random.choice((2, 3)))
+    count = drawer.random.choice((2, 3))
+    values = drawer.random.choices(range(10), k=count)
     steps, total = sum_steps(values)
-    return DemoDraft(
-        messages=_turn(
-            [Text(f"What is {' + '.join(map(str, values))}?")], [Think(steps), Text(str(total))]
-        )
-    )
+    question = f"What is {' + '.join(map(str, values))}?"
+    return DemoDraft(messages=_turn([Text(question)], [Think(steps), Text(str(total))]))
 
 
 def _text_sequence(drawer: Drawer) -> DemoDraft:
     first, step = drawer.random.randrange(5), drawer.random.choice((1, 2, 3))
-    return DemoDraft(
-        content=[Text("Sequence: " + " ".join(str(first + step * i) for i in range(6)))]
-    )
+    numbers = range(first, first + 6 * step, step)
+    return DemoDraft(content=[Text("Sequence: " + " ".join(map(str, numbers)))])
 
 
 def _text_names(drawer: Drawer) -> DemoDraft:
     values = drawer.random.sample(range(10), 4)
-    return DemoDraft(content=[Text(". ".join(f"{NAMES[value]} is {value}" for value in values))])
+    names = [f"{NAMES[value]} is {value}" for value in values]
+    return DemoDraft(content=[Text(". ".join(names))])
 
 
 def _text_pages(drawer: Drawer) -> DemoDraft:
     first = drawer.random.randrange(1, 20)
-    pages = [
-        [Text(f"Page {number}")] for number in range(first, first + drawer.random.randrange(3, 7))
-    ]
-    return _lookup(drawer, pages, lambda page: [Text(f"Which digit is on page {first + page}?")])
+    numbers = range(first, first + drawer.random.randrange(3, 7))
+    pages = [[Text(f"Page {number}")] for number in numbers]
+
+    def question(page: int) -> list[Element]:
+        return [Text(f"Which digit is on page {first + page}?")]
+
+    return _lookup(drawer, pages, question)
 
 
 def _text_moments(drawer: Drawer) -> DemoDraft:
     first = drawer.random.randrange(4) + 0.5
-    moments = [
-        Time(first + i * drawer.random.choice((1, 2))) for i in range(drawer.random.randrange(2, 6))
-    ]
-    moments = sorted(set(moments), key=lambda moment: moment.seconds)
-    return _lookup(
-        drawer,
-        [[moment] for moment in moments],
-        lambda i: [Text("Which digit is shown at "), moments[i], Text("?")],
-    )
+    seconds = set[float]()
+    for place in range(drawer.random.randrange(2, 6)):
+        # two of them may fall together: then there is one less
+        seconds.add(first + place * drawer.random.choice((1, 2)))
+    moments = [Time(moment) for moment in sorted(seconds)]
+
+    def question(place: int) -> list[Element]:
+        return [Text("Which digit is shown at "), moments[place], Text("?")]
+
+    return _lookup(drawer, [[moment] for moment in moments], question)
 
 
 def _lookup(
-    drawer: Drawer, names: Sequence[Sequence[Element]], question: Callable[[int], list[Element]]
+    drawer: Drawer,
+    names: Sequence[Sequence[Element]],
+    question: Callable[[int], list[Element]],
 ) -> DemoDraft:
-    """A list of names with a digit each, and questions for some of the digits."""
+    """Write a list of names with a digit each, and questions for some of the digits."""
     values = drawer.random.choices(range(10), k=len(names))
     opening: list[Element] = []
     for name, value in zip(names, values, strict=True):
         opening += [*name, Text(f": {value} ")]
     opening.append(Text("\n"))
+
     draft = DemoDraft()
-    for asked in drawer.random.sample(range(len(names)), min(3, len(names))):
-        draft.messages += _turn(
-            [*opening, *question(asked)], [*names[asked], Text(f": {values[asked]}")]
-        )
+    count = min(3, len(names))
+    for asked in drawer.random.sample(range(len(names)), count):
+        answer = [*names[asked], Text(f": {values[asked]}")]
+        draft.messages += _turn([*opening, *question(asked)], answer)
+        # the list stands before the first question only
         opening = []
     return draft
 
 
 def vqa(drawer: Drawer, training: bool) -> DemoDraft:
-    """Read one digit, or the digit at a place of a 1 x 2 or 2 x 2 grid."""
-    rows, columns = drawer.random.choices(GRIDS, weights=(3, 3, 4))[0]
+    """Ask for one digit, or for the digit at a place of a 1 x 2 or 2 x 2 grid."""
+    ((rows, columns),) = drawer.random.choices(GRIDS, weights=(3, 3, 4))
     pictures = drawer.pictures(rows * columns)
     draft = DemoDraft(meta={"pictures": pictures, "columns": columns})
-    image = drawer.image(draft, _grid(pictures, columns))
+    image = drawer.image(draft, grid_of(pictures, columns))
     if len(pictures) == 1:
-        draft.task = "read"
-        draft.messages = _turn(
-            [image, Text("Which digit is this?")], [Text(drawer.digit(pictures[0]))]
-        )
-        return draft
-    draft.task, draft.meta["asked"] = "position", drawer.random.randrange(len(pictures))
-    question = f"Which digit is at the {PLACES[rows, columns][draft.meta['asked']]}?"
-    draft.messages = _turn(
-        [image, Text(question)], [Text(drawer.digit(pictures[draft.meta["asked"]]))]
-    )
+        draft.task, asked = "read", 0
+        question = "Which digit is this?"
+    else:
+        draft.task, asked = "position", drawer.random.randrange(len(pictures))
+        draft.meta["asked"] = asked
+        question = f"Which digit is at the {PLACES[rows, columns][asked]}?"
+    answer = drawer.digit(pictures[asked])
+    draft.messages = _turn([image, Text(question)], [Text(answer)])
     return draft
 
 
 def grounding(drawer: Drawer, training: bool) -> DemoDraft:
-    """Where one of several distinct digits lies on a canvas of 64 or 96 pixels; two of them in training."""
+    """Ask where one of several distinct digits lies on a canvas of 64 or 96 pixels; for two of them in training."""
     side = drawer.random.choice((2, 3))
     pictures = drawer.pictures(drawer.random.randrange(2, side + 2), distinct=True)
     cells = drawer.random.sample(range(side * side), len(pictures))
@@ -238,101 +245,96 @@ def grounding(drawer: Drawer, training: bool) -> DemoDraft:
     for cell, number in zip(cells, pictures, strict=True):
         placed[cell] = number
     asked = drawer.random.sample(range(len(pictures)), 2 if training else 1)
-    draft = DemoDraft(
-        task="grounding",
-        meta={"pictures": pictures, "cells": cells, "columns": side, "asked": asked},
-    )
-    opening: list[Element] = [
-        drawer.image(draft, tuple(tuple(placed[side * r : side * (r + 1)]) for r in range(side)))
-    ]
+
+    meta = {"pictures": pictures, "cells": cells, "columns": side, "asked": asked}
+    draft = DemoDraft(task="grounding", meta=meta)
+    opening: list[Element] = [drawer.image(draft, grid_of(placed, side))]
     for index in asked:
-        row, column = divmod(cells[index], side)
         digit = drawer.digit(pictures[index])
-        box = Box(
-            0, (column * CELL, row * CELL, (column + 1) * CELL, (row + 1) * CELL), "px", digit
-        )
+        row, column = divmod(cells[index], side)
+        left, top = column * CELL, row * CELL
+        box = Box(0, (left, top, left + CELL, top + CELL), "px", digit)
         draft.messages += _turn([*opening, Text(f"Where is the {digit}?")], [box])
         opening = []
     return draft
 
 
 def interleaved(drawer: Drawer, training: bool) -> DemoDraft:
-    """A document of two or three pictures and text in turn, ending with the sum."""
+    """Write a document of two or three pictures and text in turn, ending with the sum."""
     pictures = drawer.pictures(drawer.random.choice((2, 3)))
     draft = DemoDraft(meta={"pictures": pictures})
+    total = 0
     for position, number in enumerate(pictures):
-        draft.content += [
-            Text("First comes " if position == 0 else " Then "),
-            drawer.image(draft, ((number,),)),
-        ]
-        draft.content.append(Text(f", a {drawer.digit(number)}."))
-    draft.content.append(
-        Text(f" The sum is {sum(int(drawer.digit(number)) for number in pictures)}.")
-    )
+        digit = drawer.digit(number)
+        total += int(digit)
+        opening = Text("First comes " if position == 0 else " Then ")
+        image = drawer.image(draft, ((number,),))
+        draft.content += [opening, image, Text(f", a {digit}.")]
+    draft.content.append(Text(f" The sum is {total}."))
     return draft
 
 
 def video(drawer: Drawer, training: bool) -> DemoDraft:
-    """A clip of 4, 6 or 8 frames at 1 or 2 frames a second, and what is shown at a moment.
+    """Make a clip of 4, 6 or 8 frames at 1 or 2 frames a second, and ask what is shown at a moment.
 
     The digit changes with every pair of frames, which is one temporal patch. The moments asked for are the middles of
-    pairs: clips at 2 frames a second start a quarter second late, so that all middles have one exact decimal (x.5).
+    pairs.
     """
-    frames_per_second = drawer.random.choice((1, 2))
+    fps = drawer.random.choice((1, 2))
     pictures = drawer.pictures(drawer.random.choice((2, 3, 4)), distinct=True)
-    start = drawer.random.randrange(3) + (0.25 if frames_per_second == 2 else 0.0)
-    times = [start + i / frames_per_second for i in range(2 * len(pictures))]
-    draft = DemoDraft(task="video", meta={"pictures": pictures, "fps": frames_per_second})
-    for i in range(len(times)):
-        draft.media[f"vid0.{i:03d}.png"] = drawer.png(((pictures[i // 2],),))
+    # A quarter second late at 2 frames a second, so that all middles have one exact decimal (x.5).
+    start = drawer.random.randrange(3) + (0.25 if fps == 2 else 0.0)
+    draft = DemoDraft(task="video", meta={"pictures": pictures, "fps": fps})
+    times = []
+    for frame in range(2 * len(pictures)):
+        times.append(start + frame / fps)
+        name = f"vid0.{frame:03d}.png"
+        draft.media[name] = drawer.png(((pictures[frame // 2],),))
+    clip: list[Element] = [Video(tuple(draft.media), tuple(times), CELL, CELL)]
+
     asked = drawer.random.sample(range(len(pictures)), 2 if training else 1)
     draft.meta["asked"] = asked
-    clip: list[Element] = [Video(tuple(draft.media), tuple(times), CELL, CELL)]
     for pair in asked:
         moment = Time((times[2 * pair] + times[2 * pair + 1]) / 2)
         question: list[Element] = [Text("Which digit is shown at "), moment, Text("?")]
-        draft.messages += _turn(
-            [*clip, *question], [moment, Text(f": {drawer.digit(pictures[pair])}")]
-        )
+        answer: list[Element] = [moment, Text(f": {drawer.digit(pictures[pair])}")]
+        draft.messages += _turn([*clip, *question], answer)
         clip = []
     return draft
 
 
 def documents(drawer: Drawer, training: bool) -> DemoDraft:
-    """A long document of 8 to 24 pages, and which digit is on one page."""
+    """Make a long document of 8 to 24 pages, and ask which digit is on one page."""
     pictures = drawer.pictures(drawer.random.randrange(8, 25))
     asked = drawer.random.sample(range(len(pictures)), 4 if training else 1)
     draft = DemoDraft(task="needle", meta={"pictures": pictures, "asked": asked})
     pages: list[Element] = []
     for page, number in enumerate(pictures, start=1):
-        pages += [
-            Text(f"{'\n' if page > 1 else ''}Page {page}:"),
-            drawer.image(draft, ((number,),)),
-        ]
+        heading = f"Page {page}:" if page == 1 else f"\nPage {page}:"
+        pages += [Text(heading), drawer.image(draft, ((number,),))]
     pages.append(Text("\n"))
+
     for index in asked:
         question = Text(f"Which digit is on page {index + 1}?")
-        draft.messages += _turn(
-            [*pages, question], [Text(f"Page {index + 1}: {drawer.digit(pictures[index])}")]
-        )
+        answer = Text(f"Page {index + 1}: {drawer.digit(pictures[index])}")
+        draft.messages += _turn([*pages, question], [answer])
         pages = []
     return draft
 
 
 def sums(drawer: Drawer, training: bool) -> DemoDraft:
-    """A picture of two or three digits, their sum step by step, and the answer."""
+    """Draw a picture of two or three digits, and write their sum step by step, and the answer."""
     pictures = drawer.pictures(drawer.random.choice((2, 3)))
     steps, total = sum_steps([int(drawer.digit(number)) for number in pictures])
     draft = DemoDraft(task="reasoning", meta={"pictures": pictures})
     image = drawer.image(draft, (tuple(pictures),))
-    draft.messages = _turn(
-        [image, Text("What is the sum of the digits?")], [Think(steps), Text(str(total))]
-    )
+    question: list[Element] = [image, Text("What is the sum of the digits?")]
+    draft.messages = _turn(question, [Think(steps), Text(str(total))])
     return draft
 
 
 def sum_steps(values: Sequence[int]) -> tuple[str, int]:
-    """The additions from left to right, as one sentence each, and the total."""
+    """Write the additions from left to right, as one sentence each, and the total."""
     steps, total = list[str](), values[0]
     for value in values[1:]:
         steps.append(f"{total} + {value} = {total + value}.")

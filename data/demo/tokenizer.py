@@ -71,6 +71,7 @@ def train_tokenizer(folder: Path, samples: Iterable[Sample]) -> None:
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
+            # as Qwen3-VL's own tokenizer splits
             pre_tokenizers.Split(Regex(QWEN_PATTERN), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
@@ -80,6 +81,7 @@ def train_tokenizer(folder: Path, samples: Iterable[Sample]) -> None:
     added += [AddedToken(token, normalized=False, special=False) for token in PLAIN_TOKENS]
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY - len(added),
+        # the texts are few, and each pair may come once
         min_frequency=1,
         show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
@@ -105,12 +107,12 @@ def _config() -> dict[str, object]:
 
 
 def _texts(samples: Iterable[Sample]) -> Iterator[str]:
-    """What the model will read of the samples, without the special tokens in between."""
+    """Yield what the model will read of the samples, without the special tokens in between."""
     yield _FILLER
     rules = MediaConfig(image_min_pixels=1)
     for sample in samples:
-        for plain, pieces in groupby(
-            render(sample, rules).pieces, key=lambda piece: piece.count == 0
-        ):
-            if plain:
+        pieces_of_sample = render(sample, rules).pieces
+        # a piece with a count is a special token
+        for is_text, pieces in groupby(pieces_of_sample, key=lambda piece: piece.count == 0):
+            if is_text:
                 yield "".join(piece.text for piece in pieces)

@@ -122,185 +122,191 @@ def render(sample: Sample, rules: MediaConfig) -> Rendering:
     size, and for a box outside the sample's pictures.
     """
     try:
-        return _rendered(sample, rules)
+        return _Renderer(sample, rules).whole()
     except RecursionError:
         raise SampleError(sample.id, "", "its tools or calls are nested too deeply") from None
 
 
-def _rendered(sample: Sample, rules: MediaConfig) -> Rendering:
-    rendering, messages = Rendering(images=sample.images), sample.messages
-    if sample.tools:
-        # the sample's own system message goes into the turn that lists the tools
-        system = messages[:1] if messages and messages[0].role == "system" else ()
-        _render_tools(rendering, sample, system, rules)
-        messages = messages[len(system) :]
+class _Renderer:
+    """Adds the parts of one sample to its rendering, in reading order."""
 
-    spoken = [place for place, message in enumerate(messages) if message.role == "assistant"]
-    answer = max(spoken, default=-1)
-    # one more on each side, so that every message has neighbours
-    roles = [None, *(message.role for message in messages), None]
-    for place, message in enumerate(messages):
-        if message.role == "tool":
-            ends = roles[place] != "tool", roles[place + 2] != "tool"
-            _render_result(rendering, sample, message, rules, ends)
-        else:
-            _render_message(rendering, sample, message, rules, is_answer=place == answer)
+    def __init__(self, sample: Sample, rules: MediaConfig) -> None:
+        self.sample, self.rules = sample, rules
+        self.out = Rendering(images=sample.images)
 
-    for element in sample.content:
-        _render_element(rendering, sample, element, element_loss(element) * sample.weight, rules)
-    if sample.kind == "doc":
-        rendering.add(END_OF_TEXT, sample.weight, count=1)
-    return rendering
+    def whole(self) -> Rendering:
+        """Render the sample from its first to its last piece."""
+        sample, messages = self.sample, self.sample.messages
+        if sample.tools:
+            # the sample's own system message goes into the turn that lists the tools
+            system = messages[:1] if messages and messages[0].role == "system" else ()
+            self.tools(system)
+            messages = messages[len(system) :]
 
+        spoken = [place for place, message in enumerate(messages) if message.role == "assistant"]
+        answer = max(spoken, default=-1)
+        # one more on each side, so that every message has neighbours
+        roles = [None, *(message.role for message in messages), None]
+        for place, message in enumerate(messages):
+            if message.role == "tool":
+                self.result(message, roles[place] != "tool", roles[place + 2] != "tool")
+            else:
+                self.message(message, is_answer=place == answer)
 
-def _render_tools(
-    rendering: Rendering, sample: Sample, system: tuple[Message, ...], rules: MediaConfig
-) -> None:
-    """Render the system turn that lists the tools, after what the sample's own system message says."""
-    rendering.add(TURN_START, count=1)
-    rendering.add("system\n")
-    for message in system:
-        _render_elements(rendering, sample, message, rules)
-        rendering.add("\n\n")
-    rendering.add(_TOOLS_BEGIN)
-    for tool in sample.tools:
-        rendering.add("\n" + json.dumps(tool, ensure_ascii=False))
-    rendering.add(_TOOLS_END)
+        for element in sample.content:
+            self.element(element, element_loss(element) * sample.weight)
+        if sample.kind == "doc":
+            self.out.add(END_OF_TEXT, sample.weight, count=1)
+        return self.out
 
-    # the marks are special tokens also where the text only speaks of them, as in the published template
-    rendering.add(CALL_START, count=1)
-    rendering.add(CALL_END, count=1)
-    rendering.add(" XML tags:\n")
-    rendering.add(CALL_START, count=1)
-    rendering.add(_CALL_FORM)
-    rendering.add(CALL_END, count=1)
-    rendering.add(TURN_END, count=1)
-    rendering.add("\n")
+    def tools(self, system: tuple[Message, ...]) -> None:
+        """Render the system turn that lists the tools, after what the sample's own system message says."""
+        add = self.out.add
+        add(TURN_START, count=1)
+        add("system\n")
+        for message in system:
+            self.elements(message)
+            add("\n\n")
+        add(_TOOLS_BEGIN)
+        for tool in self.sample.tools:
+            add("\n" + json.dumps(tool, ensure_ascii=False))
+        add(_TOOLS_END)
 
+        # the marks are special tokens also where the text only speaks of them, as in the published template
+        add(CALL_START, count=1)
+        add(CALL_END, count=1)
+        add(" XML tags:\n")
+        add(CALL_START, count=1)
+        add(_CALL_FORM)
+        add(CALL_END, count=1)
+        add(TURN_END, count=1)
+        add("\n")
 
-def _render_elements(
-    rendering: Rendering, sample: Sample, message: Message, rules: MediaConfig
-) -> None:
-    """Render the elements of a message, each with its own loss times the sample's weight."""
-    for element in message.content:
-        weight = element_loss(element, message) * sample.weight
-        _render_element(rendering, sample, element, weight, rules)
+    def result(self, message: Message, first: bool, last: bool) -> None:
+        """Render what a tool returned; results that follow each other, the first to the last, share one user turn."""
+        add = self.out.add
+        if first:
+            add(TURN_START, count=1)
+            add("user")
+        add("\n")
+        add(RESPONSE_START, count=1)
+        add("\n")
+        self.elements(message)
+        add("\n")
+        add(RESPONSE_END, count=1)
+        if last:
+            add(TURN_END, self.end_weight(message), count=1)
+            add("\n")
 
+    def message(self, message: Message, is_answer: bool) -> None:
+        """Render a turn; `is_answer`: it is the last of the assistant."""
+        out = self.out
+        out.add(TURN_START, count=1)
+        out.add(f"{message.role}\n")
+        start = len(out.pieces)
+        if message.role == "assistant":
+            out.end_prompt()
+        spoken = False
+        for element in message.content:
+            weight = element_loss(element, message) * self.sample.weight
+            # a call begins a line of its own, but for one that begins the turn
+            if isinstance(element, ToolCall) and spoken:
+                out.add("\n", weight)
+            spoken = spoken or not isinstance(element, Think)
+            self.element(element, weight)
+        if is_answer:
+            out.prompt_pieces = start
+            out.answer = _text_of(out.pieces[start:])
+        out.add(TURN_END, self.end_weight(message), count=1)
+        out.add("\n")
 
-def _render_result(
-    rendering: Rendering,
-    sample: Sample,
-    message: Message,
-    rules: MediaConfig,
-    ends: tuple[bool, bool],
-) -> None:
-    """Render what a tool returned; results that follow each other share one user turn.
+    def end_weight(self, message: Message) -> float:
+        """Return the weight of the mark that ends a turn: of the message's own loss, or 1 for the assistant's."""
+        default = 1.0 if message.role == "assistant" else 0.0
+        loss = default if message.loss is None else message.loss
+        return loss * self.sample.weight
 
-    `ends`: whether it is the first and the last one of its turn.
-    """
-    first, last = ends
-    if first:
-        rendering.add(TURN_START, count=1)
-        rendering.add("user")
-    rendering.add("\n")
-    rendering.add(RESPONSE_START, count=1)
-    rendering.add("\n")
-    _render_elements(rendering, sample, message, rules)
-    rendering.add("\n")
-    rendering.add(RESPONSE_END, count=1)
-    if last:
-        rendering.add(TURN_END, _end_weight(message) * sample.weight, count=1)
-        rendering.add("\n")
+    def elements(self, message: Message) -> None:
+        """Render the elements of a message, each with its own loss times the sample's weight."""
+        for element in message.content:
+            self.element(element, element_loss(element, message) * self.sample.weight)
 
+    def element(self, element: Element, weight: float) -> None:
+        """Render an element with a weight that its kind may use."""
+        add = self.out.add
+        match element:
+            case Text():
+                add(element.text, weight)
+            case Image() | Video():
+                self.media(element)
+            case Think():
+                add(THINK_START, weight, count=1)
+                add(f"\n{element.text}\n", weight)
+                add(THINK_END, weight, count=1)
+                add("\n\n", weight)
+            case ToolCall():
+                arguments = json.dumps(element.arguments, ensure_ascii=False)
+                add(CALL_START, weight, count=1)
+                add(f'\n{{"name": "{element.name}", "arguments": {arguments}}}\n', weight)
+                add(CALL_END, weight, count=1)
+            case Box():
+                add(self.grounding(element, "bbox_2d", element.xyxy), weight)
+            case Point():
+                add(self.grounding(element, "point_2d", element.xy), weight)
+            case Time():
+                write = timestamp if element.format == "seconds" else clock
+                add(write(element.seconds), weight)
 
-def _render_message(
-    rendering: Rendering, sample: Sample, message: Message, rules: MediaConfig, is_answer: bool
-) -> None:
-    """Render a turn; `is_answer`: it is the last of the assistant."""
-    rendering.add(TURN_START, count=1)
-    rendering.add(f"{message.role}\n")
-    start = len(rendering.pieces)
-    if message.role == "assistant":
-        rendering.end_prompt()
-    spoken = False
-    for element in message.content:
-        weight = element_loss(element, message) * sample.weight
-        # a call begins a line of its own, but for one that begins the turn
-        if isinstance(element, ToolCall) and spoken:
-            rendering.add("\n", weight)
-        spoken = spoken or not isinstance(element, Think)
-        _render_element(rendering, sample, element, weight, rules)
+    def media(self, media: Image | Video) -> None:
+        """Add a block of placeholders for a picture, or one for each temporal patch of a video after its time."""
+        try:
+            if isinstance(media, Image):
+                grid, moments = image_grid(media, self.rules), list[float]()
+            else:
+                grid, moments = video_layout(media, self.rules)
+        except UserError as error:
+            name = media.ref if isinstance(media, Image) else media.refs[0]
+            raise SampleError(self.sample.id, name, str(error)) from None
 
-    if is_answer:
-        rendering.prompt_pieces = start
-        rendering.answer = _text_of(rendering.pieces[start:])
-    rendering.add(TURN_END, _end_weight(message) * sample.weight, count=1)
-    rendering.add("\n")
-
-
-def _end_weight(message: Message) -> float:
-    default = 1.0 if message.role == "assistant" else 0.0
-    return default if message.loss is None else message.loss
-
-
-def _render_element(
-    rendering: Rendering, sample: Sample, element: Element, weight: float, rules: MediaConfig
-) -> None:
-    match element:
-        case Text():
-            rendering.add(element.text, weight)
-        case Image() | Video():
-            _render_media(rendering, sample, element, rules)
-        case Think():
-            rendering.add(THINK_START, weight, count=1)
-            rendering.add(f"\n{element.text}\n", weight)
-            rendering.add(THINK_END, weight, count=1)
-            rendering.add("\n\n", weight)
-        case ToolCall():
-            arguments = json.dumps(element.arguments, ensure_ascii=False)
-            rendering.add(CALL_START, weight, count=1)
-            rendering.add(f'\n{{"name": "{element.name}", "arguments": {arguments}}}\n', weight)
-            rendering.add(CALL_END, weight, count=1)
-        case Box():
-            rendering.add(_grounding(rendering, sample, element, "bbox_2d", element.xyxy), weight)
-        case Point():
-            rendering.add(_grounding(rendering, sample, element, "point_2d", element.xy), weight)
-        case Time():
-            write = timestamp if element.format == "seconds" else clock
-            rendering.add(write(element.seconds), weight)
-
-
-def _render_media(
-    rendering: Rendering, sample: Sample, media: Image | Video, rules: MediaConfig
-) -> None:
-    """Add a block of placeholders for a picture, or one for each temporal patch of a video after its time."""
-    try:
+        tokens = tokens_per_frame(grid)
+        self.out.visual_tokens += grid[0] * tokens
+        # before any string of that length is made
+        if self.out.visual_tokens > MOST_VISUAL_TOKENS:
+            problem = f"more than {MOST_VISUAL_TOKENS} visual tokens"
+            raise SampleError(self.sample.id, "", problem)
+        self.out.media.append(media)
+        self.out.grids.append(grid)
         if isinstance(media, Image):
-            grid, moments = image_grid(media, rules), list[float]()
-        else:
-            grid, moments = video_layout(media, rules)
-    except UserError as error:
-        name = media.ref if isinstance(media, Image) else media.refs[0]
-        raise SampleError(sample.id, name, str(error)) from None
+            self.vision_block(IMAGE, tokens)
+        for seconds in moments:
+            self.out.add(timestamp(seconds))
+            self.vision_block(VIDEO, tokens)
 
-    tokens = tokens_per_frame(grid)
-    rendering.visual_tokens += grid[0] * tokens
-    # before any string of that length is made
-    if rendering.visual_tokens > MOST_VISUAL_TOKENS:
-        raise SampleError(sample.id, "", f"more than {MOST_VISUAL_TOKENS} visual tokens")
-    rendering.media.append(media)
-    rendering.grids.append(grid)
-    if isinstance(media, Image):
-        _add_vision_block(rendering, IMAGE, tokens)
-    for seconds in moments:
-        rendering.add(timestamp(seconds))
-        _add_vision_block(rendering, VIDEO, tokens)
+    def vision_block(self, token: str, count: int) -> None:
+        """Add placeholders between their marks."""
+        self.out.add(VISION_START, count=1)
+        self.out.add(token, count=count)
+        self.out.add(VISION_END, count=1)
 
-
-def _add_vision_block(rendering: Rendering, token: str, count: int) -> None:
-    rendering.add(VISION_START, count=1)
-    rendering.add(token, count=count)
-    rendering.add(VISION_END, count=1)
+    def grounding(
+        self,
+        element: Box | Point,
+        key: str,
+        values: tuple[float, ...],
+    ) -> str:
+        """Write a box or point as the JSON of Qwen3-VL, its coordinates in thousandths of its picture's sides."""
+        images = self.out.images
+        if element.image >= len(images):
+            problem = f"image {element.image} expected, the sample has {len(images)}"
+            raise SampleError(self.sample.id, key, problem)
+        image = images[element.image]
+        # x and y in turn: two values of a point, four of a box
+        sides = (image.width, image.height) * 2
+        numbers = []
+        for value, side in zip(values, sides, strict=False):
+            numbers.append(scale_coordinate(value, side, element.space))
+        label = {} if element.label is None else {"label": element.label}
+        return json.dumps({key: numbers, **label}, ensure_ascii=False)
 
 
 def timestamp(seconds: float) -> str:
@@ -314,25 +320,3 @@ def clock(seconds: float) -> str:
     minutes, tenths = divmod(round(seconds * 10), 600)
     hours, minutes = divmod(minutes, 60)
     return f"<{hours}:{minutes:02d}:{tenths // 10:02d}.{tenths % 10}>"
-
-
-def _grounding(
-    rendering: Rendering,
-    sample: Sample,
-    element: Box | Point,
-    key: str,
-    values: tuple[float, ...],
-) -> str:
-    """Write a box or point as the JSON of Qwen3-VL, its coordinates in thousandths of its picture's sides."""
-    images = rendering.images
-    if element.image >= len(images):
-        problem = f"image {element.image} expected, the sample has {len(images)}"
-        raise SampleError(sample.id, key, problem)
-    image = images[element.image]
-    # x and y in turn: two values of a point, four of a box
-    sides = (image.width, image.height) * 2
-    numbers = []
-    for value, side in zip(values, sides, strict=False):
-        numbers.append(scale_coordinate(value, side, element.space))
-    label = {} if element.label is None else {"label": element.label}
-    return json.dumps({key: numbers, **label}, ensure_ascii=False)

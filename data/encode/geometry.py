@@ -211,6 +211,7 @@ def _inside(
     height, width = size
     compared, true = volumes
     if compared > limits[1]:
+        # both sides by the same factor keep the shape
         beta = math.sqrt(true / limits[1])
         return _floor(height / beta), _floor(width / beta)
     if compared < limits[0]:
@@ -350,7 +351,8 @@ def patch_timestamps(times: Sequence[float]) -> list[float]:
     # an odd last frame counts twice
     if len(padded) % TEMPORAL_PATCH_SIZE:
         padded.append(times[-1])
-    return [(first + last) / 2 for first, last in zip(padded[::2], padded[1::2], strict=True)]
+    pairs = zip(padded[::2], padded[1::2], strict=True)
+    return [(first + last) / 2 for first, last in pairs]
 
 
 # ---- grids
@@ -360,6 +362,7 @@ def image_grid(image: Image, rules: MediaConfig) -> Grid:
     """Return the patches (1, height, width) of an image; its own pixel limits can only narrow the configured ones."""
     limits = limits_of(rules).image
     most = min(limits[1], _or(image.max_pixels, limits[1]))
+    # own limits of an image may contradict each other: the upper one counts
     least = min(most, max(limits[0], _or(image.min_pixels, limits[0])))
     size = qwen_utils_size if rules.rule == "qwen_utils" else image_size
     height, width = size(image.height, image.width, least, most)

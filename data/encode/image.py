@@ -76,10 +76,12 @@ def _decode_jpeg(data: bytes, size: tuple[int, int]) -> Pixels | None:
     """
     if simplejpeg is None or data[:2] != b"\xff\xd8":
         return None
+    # before any pixel: a small file may claim a picture of gigabytes
     check_pixels(size[1], size[0], len(data))
     check_scans(data, size[1], size[0])
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        # CMYK and others: Pillow knows what their colours mean
         if (height, width) != size or colours not in ("YCbCr", "Gray"):
             return None
         pixels: Pixels = simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False)

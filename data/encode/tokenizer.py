@@ -63,6 +63,7 @@ class Tokenizer:
         try:
             self._whole = Backend.from_str(raw.decode())
             document = load_json(raw, FILE)
+            # without them <|im_end|> in a text is spelled out in ordinary tokens
             words = [token for token in document.get("added_tokens", []) if _is_word(token)]
             plain = {**document, "added_tokens": words, "post_processor": None}
             self._plain = Backend.from_str(json.dumps(plain))

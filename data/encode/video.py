@@ -127,6 +127,7 @@ def _check_duration(seconds: float, video: Video, sample_id: str) -> None:
 
 def _nearest(ascending: list[int], value: float) -> int:
     place = bisect_left(ascending, value)
+    # the nearest one is just below or just above
     around = ascending[max(place - 1, 0) : place + 1]
     return min(around, key=lambda stamp: abs(stamp - value))
 
@@ -172,8 +173,10 @@ class _Converter:
         self._reformatter = VideoReformatter()
 
     def rgb(self, frame: Any) -> Pixels:
+        # one thread: the loader's workers are the parallelism
         plane = self._reformatter.reformat(frame, format="rgb24", threads=1).planes[0]
         lines = np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)
+        # lines are padded to a multiple of the processor's vectors
         return lines[:, : 3 * plane.width].reshape(plane.height, plane.width, 3)
 
 
@@ -231,6 +234,7 @@ def _groups(packets: list[_Packet], wanted: set[int]) -> list[_Group]:
         group.size += 1
         if packet.stamp in wanted:
             group.wanted = group.size
+            # shown before its own keyframe, so it leans on the group before
             group.leading = group.leading or packet.stamp < group.key
     return groups
 

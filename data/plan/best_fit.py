@@ -59,6 +59,7 @@ def pack_samples(
     """
     multiple = budget.sample_multiple
     if multiple > 1:
+        # the padding of a sample takes up room in its pack
         tokens = [-(-size // multiple) * multiple for size in tokens]
     pool = _Pool(tokens, patches, budget.window, orders, most_passed_over)
     packs = []
@@ -91,7 +92,7 @@ class _Order:
         self.base, self.moved = self.taken, inside
 
     def offer(self) -> list[int]:
-        """Those held back that may be taken now."""
+        """Release and return those held back that may be taken now."""
         if self.held and self.taken == self.offered:
             self.move(inside=True)
         count = min(len(self.held), self.base + self.limit + 1 - self.offered)
@@ -111,22 +112,22 @@ class _Pool:
         limits: Sequence[int],
     ) -> None:
         self.tokens, self.patches, self.window = tokens, patches, window
-        self.keys = [
-            (size << _SHIFT) | (len(tokens) - number) for number, size in enumerate(tokens)
-        ]
+        # one whole number each, so that sorting compares no tuples
+        count = len(tokens)
+        self.keys = [(size << _SHIFT) | (count - number) for number, size in enumerate(tokens)]
         # a limit that the window keeps anyway needs no counting
         self.limited = {
             number: _Order(limit) for number, limit in enumerate(limits) if limit < window
         }
-        self.orders = (
-            [self.limited.get(order) for order in orders] if self.limited else [None] * len(tokens)
-        )
+        self.orders: list[_Order | None] = [None] * len(tokens)
+        if self.limited:
+            self.orders = [self.limited.get(order) for order in orders]
         self.waiting: list[int] = []
         self.taken = bytearray(len(tokens))
         self.entered = self.gone = self.oldest = 0
 
     def begin_pack(self) -> bool:
-        """Let the orders move on and fill up the window; False when nothing is left."""
+        """Let the orders move on and fill up the window; return False when nothing is left."""
         for order in self.limited.values():
             order.move(inside=False)
             self._offer(order)
@@ -134,18 +135,16 @@ class _Pool:
         return bool(self.waiting)
 
     def take_pack(self, tokens: int, patches: int, most: int) -> list[int]:
-        """The samples of a pack with these budgets."""
+        """Take the samples of a pack with these budgets, `most` at most."""
         budget, pack, in_order = tokens, list[int](), True
+        nearly_full = budget // _NEARLY_FULL
         while len(pack) < most and self.waiting:
-            if tokens * _NEARLY_FULL <= budget and self._exchange(
-                pack, tokens, patches, budget // _FULL
-            ):
+            if tokens <= nearly_full and self._exchange(pack, tokens, patches, budget // _FULL):
                 return pack
-            in_order = (
-                in_order
-                and len(pack) < max(1, most - 1)
-                and self._follows(bool(pack), tokens, patches)
-            )
+            # the last place of a pack with a limit is for what fits best
+            has_room = len(pack) < max(1, most - 1)
+            in_order = in_order and has_room and self._follows(bool(pack), tokens, patches)
+            # once the oldest did not fit, the rest of the pack is for what fits best
             number = self._oldest() if in_order else self._best(tokens, patches)
             if number < 0:
                 break
@@ -157,7 +156,7 @@ class _Pool:
         return pack
 
     def _follows(self, begun: bool, tokens: int, patches: int) -> bool:
-        """Whether the oldest goes into a pack with this room: if it is begun, only with room for one of middle size more.
+        """Return whether the oldest goes into a pack with this room: if it is begun, only with room for one of middle size more.
 
         The rest is for what fits best: where many samples are as long as half a pack, they must be paired.
         """
@@ -171,19 +170,24 @@ class _Pool:
         patches: int,
         left: int,
     ) -> bool:
-        """Trade one sample (not the opener) for the waiting one that fills the rest best, if no more than `left` is left."""
+        """Trade one sample (not the opener) for the waiting one that fills the rest best.
+
+        Return False if none leaves at most `left` of the free `tokens`.
+        """
         gain, change = max(0, tokens - left - 1), (-1, -1)
         if not self.waiting or gain >= self.waiting[-1] >> _SHIFT:
             return False
         for place, number in enumerate(pack[1:], start=1):
+            # what its order has moved past must not go back
             if (order := self.orders[number]) and order.moved:
                 continue
             candidate = self._largest(self.tokens[number] + tokens, self.patches[number] + patches)
-            if (
-                candidate >= 0
-                and (more := (self.waiting[candidate] >> _SHIFT) - self.tokens[number]) > gain
-            ):
-                gain, change = more, (place, self._number(self.waiting[candidate]))
+            if candidate >= 0:
+                key = self.waiting[candidate]
+                more = (key >> _SHIFT) - self.tokens[number]
+                if more > gain:
+                    gain, change = more, (place, self._number(key))
+            # nothing fills a pack better than to the last token
             if gain == tokens:
                 break
         place, candidate = change
@@ -195,13 +199,14 @@ class _Pool:
         return True
 
     def _best(self, tokens: int, patches: int) -> int:
-        """The largest sample that fits; of those about as long the one with most patches that fits.
+        """Return the largest sample that fits; of those about as long the one with most patches that fits; -1: none.
 
         Samples without pictures are what packs with many pictures need to get full.
         """
         place = self._largest(tokens, patches)
         if place < 0:
             return -1
+        # about as long: within a 32nd
         least = (self.waiting[place] >> _SHIFT) * 31 // 32
         best = self._number(self.waiting[place])
         for candidate in range(place - 1, max(-1, place - _ALIKE), -1):
@@ -213,13 +218,14 @@ class _Pool:
         return best
 
     def _oldest(self) -> int:
-        """The first sample that was not taken: of its order it is the first too, so it may be taken."""
+        """Return the first sample that was not taken: of its order it is the first too, so it may be taken."""
         while self.taken[self.oldest]:
             self.oldest += 1
         return self.oldest
 
     def _largest(self, tokens: int, patches: int) -> int:
-        """Place of the largest sample that fits; -1: none of the _LOOKS tried."""
+        """Return the place of the largest sample that fits; -1: none of the _LOOKS tried."""
+        # a key holds the length in its upper bits, so this is the last one not longer
         place = bisect_right(self.waiting, (tokens + 1) << _SHIFT) - 1
         for candidate in range(place, max(-1, place - _LOOKS), -1):
             if self.patches[self._number(self.waiting[candidate])] <= patches:
@@ -233,6 +239,7 @@ class _Pool:
                 order.held.append(self.entered)
                 self._offer(order)
             else:
+                # orders without a limit of their own keep no one back
                 insort(self.waiting, self.keys[self.entered])
             self.entered += 1
 

@@ -63,6 +63,7 @@ class Origin:
         dataset at most a window and a 40th of its epoch (`Plan.limits`). So nothing that was seen comes again.
         """
         contents = {name: facts[0] for name, facts in state["plan"]["datasets"].items()}
+        # datasets that the plan no longer draws from keep their counts
         draws = dict(state["origin"]["draws"])
         for name, count in state["draws"].items():
             draws[contents[name]] = count
@@ -91,6 +92,7 @@ class _State:
 
 def plan_hash(facts: Mapping[str, Any], origin: Origin) -> str:
     """Return 32 hexadecimal digits over all that decides what the steps of a plan contain."""
+    # names of facts are in it too: a renamed option makes another hash, see _with_todays_names
     parts = [facts, origin.step, sorted(origin.draws.items())]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 

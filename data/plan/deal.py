@@ -29,8 +29,9 @@ class CostModel:
     """For each pair of patches of an image or frame: the sum of squared patch counts."""
 
     def of(self, work: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Cost of each row of int64 [..., 4]: tokens, token pairs, patches, patch pairs."""
-        return work @ np.array([self.token, self.token_pair, self.patch, self.patch_pair])
+        """Return the cost of each row of int64 [..., 4]: tokens, token pairs, patches, patch pairs."""
+        factors = np.array([self.token, self.token_pair, self.patch, self.patch_pair])
+        return work @ factors
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +72,12 @@ def _balance(
     room = len(packs) // groups
     dealt: list[list[PlannedPack]] = [[] for _ in range(groups)]
     lightest = [(0.0, group) for group in range(groups)]
+    # costliest first leaves the small ones to level the loads
     for pack in sorted(packs, key=lambda pack: -pack.cost):
         load, group = heapq.heappop(lightest)
         dealt[group].append(pack)
         if len(dealt[group]) < room:
+            # a full group takes no more
             heapq.heappush(lightest, (load + pack.cost, group))
 
     loads = [sum(pack.cost for pack in group) for group in dealt]
@@ -94,7 +97,8 @@ def _exchange(dealt: list[list[PlannedPack]], loads: list[float]) -> bool:
     costs = np.array([[pack.cost for pack in group] for group in dealt])
     # [pack of the heaviest, other group, its pack]: what the trade moves, and the larger load after it
     gain = costs[heaviest][:, None, None] - costs[None]
-    after = np.maximum(loads[heaviest] - gain, np.array(loads)[None, :, None] + gain)
+    others = np.array(loads)[None, :, None]
+    after = np.maximum(loads[heaviest] - gain, others + gain)
     after[:, heaviest] = np.inf
     best = np.unravel_index(int(np.argmin(after)), after.shape)
     mine, other, theirs = (int(index) for index in best)
@@ -138,12 +142,13 @@ def deal_units(grids: NDArray[np.int32], ranks: int) -> DealtUnits:
     sizes = grids.prod(1, dtype=np.int64)
     fair = max(1.0, sizes.sum() / ranks)
     # runs of at most half a fair share, so that the last ones can still level the loads
-    wanted = np.ceil(2 * sizes / fair)
-    runs = np.minimum(np.minimum(ranks, grids[:, 0]), wanted).astype(np.int64)
+    most = np.minimum(ranks, grids[:, 0])
+    runs = np.minimum(most, np.ceil(2 * sizes / fair)).astype(np.int64)
 
     media = np.repeat(np.arange(len(grids), dtype=np.int32), runs)
     within = np.arange(len(media)) - (np.cumsum(runs) - runs)[media]
     time, height, width = grids[media].T
+    # runs differ by at most one temporal patch
     first = within * time // runs[media]
     frames = (within + 1) * time // runs[media] - first
     units = np.stack([frames, height, width], axis=1).astype(np.int32)
@@ -155,6 +160,7 @@ def _owners(sizes: NDArray[np.int64], ranks: int) -> NDArray[np.int32]:
     """Deal units of these patch counts (int64 [n]) to ranks: int32 [n], the rank of each."""
     owners = np.zeros(len(sizes), np.int32)
     loads = [0] * ranks
+    # stable, so that ranks agree on equal sizes
     for unit in np.argsort(-sizes, kind="stable").tolist():
         lightest = loads.index(min(loads))
         owners[unit] = lightest

@@ -115,6 +115,7 @@ def _add(facts: PlanFacts, block: PlanBlock, packs: int) -> None:
     facts.tokens = by_dataset(block.tokens[here], facts.tokens)
     visual_tokens = block.patches[here] // MERGE_SIZE**2
     facts.visual_tokens = by_dataset(visual_tokens, facts.visual_tokens)
+    # a sample in parts counts once
     facts.samples = by_dataset(block.part_numbers[here] == 0, facts.samples)
     facts.packs += packs
     facts.planned += len(block.tokens)

@@ -62,6 +62,7 @@ def load_lengths(
     Several ranks that count at once share the work through the folder; one that cannot be written is no fault.
     """
     path = cache / f"lengths-{lengths_hash(dataset.fingerprint, tokenizer, rules)}.npy"
+    # also a table whose columns had other names is none of ours
     table = load_rows(path, LENGTHS)
     if table is not None and len(table) == len(dataset):
         return table
@@ -82,6 +83,7 @@ class Counting:
 
         They are counted by encoding, so that no length can differ from the encoded one.
         """
+        # 0 tokens: the row of a sample that cannot be used
         table = np.zeros(stop - start, LENGTHS)
         for first in range(start, stop, _BATCH):
             batch = range(first, min(first + _BATCH, stop))

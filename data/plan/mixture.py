@@ -124,10 +124,12 @@ def quotas(weights: Sequence[float], total: int) -> NDArray[np.int64]:
     shares = np.asarray(weights, np.float64) / np.sum(weights) * total
     numbers = np.floor(shares).astype(np.int64)
     order = np.argsort(-(shares - numbers), kind="stable")
+    # what rounding down left over
     left = total - int(numbers.sum())
     numbers[order[:left]] += 1
     for index in np.flatnonzero((numbers == 0) & (shares > 0)):
         numbers[index] += 1
+        # the largest misses it least
         numbers[int(np.argmax(numbers))] -= 1
     return numbers
 
@@ -136,6 +138,7 @@ def samples_of(
     ordinals: NDArray[np.int64], size: int, key: np.uint64, block: int = 1
 ) -> NDArray[np.int64]:
     """Return the sample indices (int64 [n]) of the k-th draws (int64 [n], from 0) of a dataset of `size` samples."""
+    # each epoch has an order of its own
     epochs, places = np.divmod(ordinals, size)
     keys = mix(epochs.astype(np.uint64), key)
     if block <= 1:
@@ -184,6 +187,7 @@ def permutation(
     # two bits at least: each half needs one
     bits = max(2, (size - 1).bit_length())
     values = _feistel(places.astype(np.uint64), bits, keys)
+    # at most half of the power of two is outside, so two rounds are usual
     outside = np.flatnonzero(values >= size)
     while len(outside):
         values[outside] = _feistel(values[outside], bits, keys[outside])
@@ -230,5 +234,6 @@ def _scramble(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 def key_of(seed: int, name: str) -> np.uint64:
     """Make a 64-bit key from a seed and a name, the same on every machine."""
+    # Python's own hash differs from process to process
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return np.uint64(int.from_bytes(digest[:8], "little"))

@@ -64,6 +64,7 @@ def dataset_weights(data: DataConfig, mixture: Mapping[str, float]) -> dict[str,
             raise UserError(
                 f"mixture names {name}, which is not in data.datasets: {', '.join(data.datasets) or 'empty'}"
             )
+    # a mixture stands for all weights, it does not change some of them
     weights = dict(mixture) or {name: config.weight for name, config in data.datasets.items()}
     positive = {name: float(weight) for name, weight in weights.items() if weight > 0}
     if not positive:
@@ -114,6 +115,7 @@ def open_plan(
     for dataset in datasets:
         parts = dataset.parts(options.longest_sample, options.patch_budget, length_option)
         _check_supervised_parts(dataset, parts, options.phase_name)
+        # 64 bits tell datasets apart, and 20 of them fit a state of 4 KB
         content = dataset.shards.fingerprint[:16]
         over_length = dataset.config.over_length
         entries.append(

@@ -119,8 +119,9 @@ def _refusal(dataset: Dataset, lengths: Lengths, limits: PackLimits) -> str:
     sizes = lengths[kind]
     worst = int(np.argmax(sizes))
     count = int((sizes > most).sum())
+    name = f"dataset {dataset.name}: sample {dataset.sample(worst).id}"
     return (
-        f"dataset {dataset.name}: sample {dataset.sample(worst).id} has {sizes[worst]} {kind}, a pack holds {most}"
+        f"{name} has {sizes[worst]} {kind}, a pack holds {most}"
         f" ({count} such samples): {fix}, or set {limits.policy_option}=drop (or split, shrink, truncate_tail)"
     )
 

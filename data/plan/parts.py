@@ -83,7 +83,8 @@ class Part:
     @property
     def is_whole(self) -> bool:
         """Return whether it is the sample as it was written."""
-        is_cut = self.first or self.first_char or self.stop_char or self.stop != WHOLE
+        begins_later = self.first or self.first_char
+        is_cut = begins_later or self.stop_char or self.stop != WHOLE
         return not is_cut and not self.pixels
 
 
@@ -117,8 +118,8 @@ class Parts:
         """Sum up over all parts `tokens`, `patches`, `supervised` or `patch_pairs`."""
         values = self.lengths[field]
         # all but the special ones: they are few, so no copy of the table is made
-        whole = int(values.sum(dtype=np.int64)) - int(values[self.over].sum(dtype=np.int64))
-        return whole + int(self.special[field].sum(dtype=np.int64))
+        total = values.sum(dtype=np.int64) - values[self.over].sum(dtype=np.int64)
+        return int(total + self.special[field].sum(dtype=np.int64))
 
     @property
     def unsupervised(self) -> int:
@@ -267,7 +268,11 @@ def _picture_numbers(sample: Sample, start: Border, stop: Border) -> dict[int, i
     return numbers
 
 
-def _cut_messages(messages: Sequence[Message], start: Border, stop: Border) -> tuple[Message, ...]:
+def _cut_messages(
+    messages: Sequence[Message],
+    start: Border,
+    stop: Border,
+) -> tuple[Message, ...]:
     """Keep what of each message lies between two borders."""
     kept, offset = list[Message](), 0
     elements = sum(len(message.content) for message in messages)
@@ -321,6 +326,7 @@ def _finish(encoded: EncodedSample, kind: str, part: Part, tokenizer: Tokenizer)
     """Take away the end mark of what does not end there, and weigh the loss by the whole sample."""
     if part.flags & UNFINISHED:
         mark = tokenizer.special(END_OF_TEXT if kind == "doc" else TURN_END)
+        # the last mark is the one that the rendering has added
         length = int(np.flatnonzero(encoded.input_ids == mark)[-1])
         encoded = replace(
             encoded,
@@ -329,4 +335,5 @@ def _finish(encoded: EncodedSample, kind: str, part: Part, tokenizer: Tokenizer)
             position_ids=encoded.position_ids[:, :length],
             prompt_length=min(encoded.prompt_length, length),
         )
+    # n_s of the whole, so that the parts of a sample weigh together what it would
     return encoded if part.is_whole else replace(encoded, loss_tokens=part.sample_supervised)

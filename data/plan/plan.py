@@ -45,16 +45,16 @@ class MixtureEntry:
 
     @property
     def size(self) -> int:
-        """Samples of the dataset, those without a part included."""
+        """Count the samples of the dataset, those without a part included."""
         return len(self.parts.lengths)
 
     def per_draw(self, field: str) -> float:
-        """Mean tokens or patches that a draw brings."""
+        """Return the mean `tokens` or `patches` that a draw brings."""
         return self.parts.total(field) / self.size
 
     @property
     def usable(self) -> float:
-        """Share of the samples that have a part."""
+        """Return the share of the samples that have a part."""
         return 1 - self.parts.dropped / self.size
 
 
@@ -99,6 +99,7 @@ class Plan:
         self.cost = cost or CostModel()
         weights = _draw_weights(entries, settings.weights_in)
         self.draws_per_block = _draws_per_block(entries, weights, settings)
+        # phases of one run must not draw the same samples first
         self._seed = int(key_of(settings.seed, f"phase {settings.phase}"))
         self.mixture = Mixture(
             [entry.content for entry in entries],
@@ -113,6 +114,7 @@ class Plan:
             for content in self.mixture.contents
         ]
         """Of each content, how many samples a pack may at most pass over."""
+        # grows with each block that was met: how many packs a block has is known only once it is made
         self._first_packs = {0: 0}
         self._blocks = PlanBlockStore(
             self._make_block, cache / "plan" / self.hash if cache else None
@@ -134,29 +136,29 @@ class Plan:
 
     @property
     def hash(self) -> str:
-        """32 hexadecimal digits over everything that decides what a step contains."""
+        """Return 32 hexadecimal digits over everything that decides what a step contains."""
         return plan_hash(self.facts, self.origin)
 
     def step(self, step: int) -> list[PlannedPack]:
-        """The packs of an optimizer step, counted from 0 in the phase: `global_batch` of them."""
-        first = self._first_pack_of(step)
+        """Return the packs of an optimizer step, counted from 0 in the phase: `global_batch` of them."""
+        first, wanted = self._first_pack_of(step), self.settings.global_batch
         packs: list[PlannedPack] = []
         with self._lock:
             number = self._block_of(first)
-            while len(packs) < self.settings.global_batch:
+            while len(packs) < wanted:
                 block = self._block(number)
                 start = first + len(packs) - self._first_packs[number]
-                stop = min(len(block), start + self.settings.global_batch - len(packs))
+                stop = min(len(block), start + wanted - len(packs))
                 costs = self.cost.of(block.work[start:stop]).tolist()
-                packs += [
-                    PlannedPack(block.places(start + at), cost) for at, cost in enumerate(costs)
-                ]
+                for place, cost in enumerate(costs, start=start):
+                    packs.append(PlannedPack(block.places(place), cost))
                 number += 1
+            # the next block is made while the steps of this one train
             self._blocks.ahead(number)
         return packs
 
     def state(self, step: int) -> dict[str, Any]:
-        """Where the stream stands before a step: JSON, the same on every rank, whatever the layout; see cursor.py."""
+        """Return where the stream stands before a step: JSON, the same on every rank, whatever the layout; see cursor.py."""
         first = self._first_pack_of(step)
         with self._lock:
             number = self._block_of(first)
@@ -182,29 +184,30 @@ class Plan:
         block: PlanBlock,
         packs: int,
     ) -> dict[str, int]:
-        """Draws of each content up to the last one that the first packs of a block hold."""
+        """Count the draws of each content up to the last one that the first packs of a block hold."""
         here = slice(0, block.borders[packs])
         start = number * self.draws_per_block
         counters = self.mixture.counters(start)
         contents = np.array([entry.content for entry in self.entries])[block.entries[here]]
         for content in set(contents.tolist()):
             last = int(block.draws[here][contents == content].max())
-            counters[content] = self.mixture.counters(start + last + 1)[content]
+            after = self.mixture.counters(start + last + 1)
+            counters[content] = after[content]
         return counters
 
     def jump(self, block: int, first_pack: int) -> None:
-        """Take from a checkpoint how many packs lie before a block, so that those before it need not be planned."""
+        """Note how many packs lie before a block, as a checkpoint knows, so that those before it need not be planned."""
         with self._lock:
             self._first_packs[block] = first_pack
 
     @property
     def known_starts(self) -> dict[int, int]:
-        """Number of packs before each block that was met so far."""
+        """Return the number of packs before each block that was met so far."""
         with self._lock:
             return dict(self._first_packs)
 
     def block(self, number: int) -> PlanBlock:
-        """A block by its number."""
+        """Return a block by its number."""
         with self._lock:
             return self._blocks.get(number)
 
@@ -213,17 +216,20 @@ class Plan:
             raise ValueError(
                 f"step {step} lies before this plan, which begins at step {self.origin.step}"
             )
+        # a plan that continues another one begins with block 0 at its own first step
         return (step - self.origin.step) * self.settings.global_batch
 
     def _block_of(self, pack: int) -> int:
+        """Return the block that holds a pack of the phase: from the last known block before it, one after the other."""
         known = sorted(self._first_packs.items())
-        number = known[bisect_right([first for _, first in known], pack) - 1][0]
+        place = bisect_right([first for _, first in known], pack) - 1
+        number, _ = known[place]
         while self._first_packs[number] + len(self._block(number)) <= pack:
             number += 1
         return number
 
     def _block(self, number: int) -> PlanBlock:
-        """A block whose number of packs before it is known."""
+        """Return a block whose number of packs before it is known, and note how many lie before the next."""
         block = self._blocks.get(number)
         self._first_packs[number + 1] = self._first_packs[number] + len(block)
         return block
@@ -281,31 +287,43 @@ class Plan:
 
 
 def pack_work(rows: Rows, borders: NDArray[np.int64]) -> NDArray[np.int64]:
-    """PlanBlock.work [p, 4] of the packs between borders [p + 1] of rows of dtype PART."""
-    tokens = rows["tokens"].astype(np.int64)
-    each = np.stack(
-        [tokens, tokens**2, rows["patches"].astype(np.int64), rows["patch_pairs"]], axis=1
-    )
-    return np.add.reduceat(each, borders[:-1], axis=0) if len(each) else np.zeros((0, 4), np.int64)
+    """Return PlanBlock.work [p, 4] of the packs between borders [p + 1] of rows of dtype PART."""
+    # reduceat cannot take an empty array
+    if not len(rows):
+        return np.zeros((0, 4), np.int64)
+    tokens, patches = rows["tokens"].astype(np.int64), rows["patches"].astype(np.int64)
+    each = np.stack([tokens, tokens**2, patches, rows["patch_pairs"]], axis=1)
+    return np.add.reduceat(each, borders[:-1], axis=0)
 
 
 def _limit(entries: list[MixtureEntry], content: str, window: int) -> int:
-    """Samples of a content that a pack may pass over: at most the window and a 40th of its usable ones."""
-    usable = min(entry.size - entry.parts.dropped for entry in entries if entry.content == content)
-    return min(window, usable // _EPOCH_PER_PASSED)
+    """Return how many samples of a content a pack may pass over: at most the window and a 40th of its usable ones."""
+    usable = []
+    for entry in entries:
+        if entry.content == content:
+            usable.append(entry.size - entry.parts.dropped)
+    return min(window, min(usable) // _EPOCH_PER_PASSED)
 
 
 def _draw_weights(entries: list[MixtureEntry], weights_in: str) -> list[float]:
-    """How often each entry is drawn: draws without a part do not count, and tokens are turned into draws by their mean."""
+    """Return how often each entry is drawn.
+
+    Draws without a part do not count, and tokens are turned into draws by their mean.
+    """
     if weights_in == "tokens":
         return [entry.weight / entry.per_draw("tokens") for entry in entries]
     return [entry.weight / entry.usable for entry in entries]
 
 
 def _draws_per_block(entries: list[MixtureEntry], weights: list[float], settings: Settings) -> int:
-    """A power of two up to the mixture's period that makes about _PACKS_PER_BLOCK packs."""
-    means = [[entry.per_draw(name) for entry in entries] for name in ("tokens", "patches")]
-    tokens, patches = (float(np.dot(weights, mean) / np.sum(weights)) for mean in means)
+    """Return a power of two up to the mixture's period that makes about _PACKS_PER_BLOCK packs."""
+
+    def mean(field: str) -> float:
+        values = [entry.per_draw(field) for entry in entries]
+        return float(np.dot(weights, values) / np.sum(weights))
+
+    tokens, patches = mean("tokens"), mean("patches")
     packs_per_draw = max(tokens / settings.sequence_length, patches / settings.patch_budget)
     draws = int(_PACKS_PER_BLOCK / packs_per_draw)
-    return min(PERIOD, max(_SMALLEST_BLOCK, 1 << (draws - 1).bit_length()))
+    power = 1 << (draws - 1).bit_length()
+    return min(PERIOD, max(_SMALLEST_BLOCK, power))

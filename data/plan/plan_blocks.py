@@ -44,16 +44,10 @@ class PlanBlock:
         return len(self.borders) - 1
 
     def places(self, pack: int) -> tuple[tuple[int, int, int], ...]:
-        """(dataset number, sample index, part) of each sample of a pack."""
+        """Return (dataset number, sample index, part) of each sample of a pack."""
         here = slice(self.borders[pack], self.borders[pack + 1])
-        return tuple(
-            zip(
-                self.entries[here].tolist(),
-                self.samples[here].tolist(),
-                self.part_numbers[here].tolist(),
-                strict=True,
-            )
-        )
+        entries, samples = self.entries[here].tolist(), self.samples[here].tolist()
+        return tuple(zip(entries, samples, self.part_numbers[here].tolist(), strict=True))
 
 
 class PlanBlockStore:
@@ -70,11 +64,12 @@ class PlanBlockStore:
         self._maker: ThreadPoolExecutor | None = None
 
     def get(self, number: int) -> PlanBlock:
-        """A block, waited for if it is being made."""
+        """Return a block, waiting for it if it is being made."""
         if number not in self._held:
             self._held[number] = Future()
             try:
                 self._held[number].set_result(self._load_or_make(number))
+            # a block that failed is tried again, it must not be waited for
             except BaseException:
                 del self._held[number]
                 raise
@@ -86,16 +81,18 @@ class PlanBlockStore:
         if number in self._held:
             return
         if self._maker is None:
+            # one: blocks are needed in order
             self._maker = ThreadPoolExecutor(1, "visionloom-plan")
         self._held[number] = self._maker.submit(self._load_or_make, number)
         self._trim()
 
     def _trim(self) -> None:
+        # the first that was asked for goes: steps only go forward
         for earliest in list(self._held)[:-_KEPT]:
             del self._held[earliest]
 
     def holds(self, number: int) -> bool:
-        """Whether a block is in memory or being made."""
+        """Return whether a block is in memory or being made."""
         return number in self._held
 
     def _load_or_make(self, number: int) -> PlanBlock:
@@ -105,6 +102,7 @@ class PlanBlockStore:
         block = load_block(path)
         if block is None:
             block = self._make(number)
+            # a folder that cannot be written is no fault: the block is then only not kept
             with suppress(OSError):
                 save_block(path, block)
                 (self._folder / f"{number - _ON_DISK:06d}.npz").unlink(missing_ok=True)
@@ -112,7 +110,7 @@ class PlanBlockStore:
 
 
 def load_block(path: Path) -> PlanBlock | None:
-    """A block from its file; None if there is none or it was cut short."""
+    """Read a block from its file; None if there is none, it was cut short, or it has other arrays."""
     try:
         with np.load(path) as file:
             return PlanBlock(**{item.name: file[item.name] for item in fields(PlanBlock)})

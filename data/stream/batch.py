@@ -80,6 +80,7 @@ class PackedBatch:
 
         Encoder ranks that share a batch see only their own pictures: each must leave out what any of them found unreadable.
         """
+        # the lengths of segments add up to all tokens
         silent = torch.repeat_interleave(segments, self.cu_seqlens.diff())
         labels = self.labels.masked_fill(silent, IGNORED)
         weights = self.loss_weights.masked_fill(silent, 0.0)
@@ -92,13 +93,13 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         """Return a copy on a device, without waiting for it."""
-        values: dict[str, Any] = {item.name: getattr(self, item.name) for item in fields(self)}
-        moved = {
-            name: value.to(device, non_blocking=True)
-            for name, value in values.items()
-            if isinstance(value, Tensor)
-        }
-        return PackedBatch(**{**values, **moved})
+        values: dict[str, Any] = {}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, Tensor):
+                value = value.to(device, non_blocking=True)
+            values[item.name] = value
+        return PackedBatch(**values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +136,7 @@ def pack(
             keeps its place without a loss.
     """
     samples = [sample for one in packs for sample in one]
+    # pictures first: a sample whose pictures cannot be read has no labels
     visual = _decode_share(samples, decode or _copied(samples), share)
     text = _laid_out(packs, layout, visual.unreadable)
     borders = np.array(text.borders, np.int32)
@@ -220,6 +222,7 @@ class _TextBuffers:
         self.position_ids[:, here] = sample.position_ids
         self.padding_mask[here] = False
         self.visual_rows.append(sample.visual_positions + here.start)
+        # its own padding belongs to the segment, so that segments begin at multiples
         filling = -len(sample.input_ids) % self.multiple
         self._end_segment(here.stop + filling, dataset, unreadable)
 
@@ -266,10 +269,12 @@ class _DecodedUnits:
 
 def _decode_share(samples: list[EncodedSample], decode: Decode, share: Share) -> _DecodedUnits:
     """Deal the pictures, and have this rank's written straight into the one buffer that the batch holds."""
+    # every rank works out the same deal, so none has to be told
     dealt = deal_units(all_grids(samples), share.encoder_ranks)
     mine = np.flatnonzero(dealt.owners == share.encoder_rank)
     sizes = dealt.units.prod(1, dtype=np.int64)
     media = [medium for sample in samples for medium in sample.media]
+    # rows of images alone are half as wide
     width = row_width([media[dealt.media[unit]] for unit in mine])
     patches = _buffer(int(sizes[mine].sum()), width)
 
@@ -290,15 +295,16 @@ def _decode_share(samples: list[EncodedSample], decode: Decode, share: Share) ->
 
 def all_grids(samples: Sequence[EncodedSample]) -> NDArray[np.int32]:
     """Return the patches in time, height and width of all pictures and videos, int32 [g, 3]."""
-    return np.concatenate([np.empty((0, 3), np.int32), *(sample.grids for sample in samples)])
+    # the empty one for samples without any
+    none = np.empty((0, 3), np.int32)
+    return np.concatenate([none, *(sample.grids for sample in samples)])
 
 
 def _units_of(dealt: DealtUnits, units: list[int], first_medium: int) -> list[Unit]:
     """Number the media of a sample's units from its first one."""
     media = (dealt.media[units] - first_medium).tolist()
-    return list(
-        zip(media, dealt.first[units].tolist(), dealt.units[units, 0].tolist(), strict=True)
-    )
+    first, counts = dealt.first[units].tolist(), dealt.units[units, 0].tolist()
+    return list(zip(media, first, counts, strict=True))
 
 
 def _buffer(rows: int, width: int) -> Tensor:
@@ -313,7 +319,11 @@ def _buffer(rows: int, width: int) -> Tensor:
 def _copied(samples: list[EncodedSample]) -> Decode:
     """Return what takes the patches from samples that have them already."""
 
-    def copy(number: int, units: Sequence[Unit], out: NDArray[np.uint8]) -> bool:
+    def copy(
+        number: int,
+        units: Sequence[Unit],
+        out: NDArray[np.uint8],
+    ) -> bool:
         sample = samples[number]
         assert sample.patches is not None, "without decode, samples bring their patches"
         frames = sample.grids[:, 1].astype(np.int64) * sample.grids[:, 2]

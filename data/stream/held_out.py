@@ -57,6 +57,7 @@ class EvaluationSet:
         Raises:
             UserError: for samples longer than the pack, unless the dataset's policy is to drop them.
         """
+        # what is only of training, the batch and the seed, plays no part here
         options = StreamOptions(self.data, "", sequence_length, 0, {}, loss, 0)
         parts = self.dataset.parts(
             options.longest_sample, options.patch_budget, "the sequence length"
@@ -86,6 +87,7 @@ class EvaluationSet:
                 )
                 if sample.answer is not None:
                     yield reader.decoded((0, index, 0), sample)
+            # an evaluation goes on without it, on the same samples every time
             except SampleError:
                 continue
 

@@ -39,7 +39,11 @@ class Quarantine:
         self.read += samples
 
     def report(
-        self, dataset: str, place: dict[str, Any], error: SampleError, step: int | None = None
+        self,
+        dataset: str,
+        place: dict[str, Any],
+        error: SampleError,
+        step: int | None = None,
     ) -> None:
         """Write down an unreadable sample; `place` says where it lies (shard, key, offset and crc32 of the member).
 
@@ -49,6 +53,7 @@ class Quarantine:
         known = {} if step is None else {"step": step}
         facts = {"member": error.where, "error": error.problem, "sample": error.sample_id}
         self._write({**known, "dataset": dataset, **place, **facts})
+        # after it was written down, so that the last one is in the file too
         if self.unreadable > self.max_bad_fraction * max(self.read, MIN_SAMPLES):
             raise RuntimeError(
                 f"{self.unreadable} of {self.read} samples could not be read (more than data.max_bad_fraction ="
@@ -61,38 +66,41 @@ class Quarantine:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "ab+") as file:
-            fcntl.flock(
-                file, fcntl.LOCK_EX
-            )  # of several processes that meet the same sample, one writes it
+            # of several processes that meet the same sample, one writes it
+            fcntl.flock(file, fcntl.LOCK_EX)
+            # only what other processes have added since
             file.seek(self._seen_bytes)
             complete, newline, broken_off = file.read().rpartition(b"\n")
             self._known.update(filter(None, map(_name_in, complete.splitlines())))
             self._seen_bytes += len(complete) + len(newline)
             if _name(record) not in self._known:
                 line = json.dumps(record, ensure_ascii=False) + "\n"
+                # a line that a crash cut short must not swallow this one
                 file.write((b"\n" if broken_off else b"") + line.encode())
 
 
 def _name_in(line: bytes) -> tuple[str, str, str] | None:
-    """None for a line that a crash cut short."""
+    """Return the name of a line's sample; None for a line that a crash cut short."""
     with suppress(ValueError, KeyError):
         return _name(json.loads(line))
     return None
 
 
 def _name(record: dict[str, Any]) -> tuple[str, str, str]:
+    """Return what tells the sample of a record from others."""
     return str(record["dataset"]), str(record.get("shard")), str(record.get("key"))
 
 
 def stand_in(sample_id: str, dataset: str, tokens: int, pad_id: int) -> EncodedSample:
-    """What takes the place of a sample whose JSON cannot be read: as many pad tokens, without loss."""
+    """Make what takes the place of a sample whose JSON cannot be read: pad tokens without loss."""
+    positions = np.arange(tokens, dtype=np.int32)
     return EncodedSample(
         sample_id=sample_id,
         dataset=dataset,
         task=None,
         input_ids=np.full(tokens, pad_id, np.int32),
         target_weights=np.zeros(tokens, np.float32),
-        position_ids=np.broadcast_to(np.arange(tokens, dtype=np.int32), (3, tokens)),
+        position_ids=np.broadcast_to(positions, (3, tokens)),
         visual_positions=np.empty(0, np.int64),
         grids=np.empty((0, 3), np.int32),
         media=(),

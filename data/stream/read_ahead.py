@@ -96,8 +96,13 @@ class AheadReader:
             flying.future.cancel()
             self._budget.release(flying.wanted.run.length)
 
-    def media_of(self, number: int, dataset: Dataset, index: int) -> Callable[[str], bytes]:
-        """What reads the members of the sample of this number; it raises SampleError and StoreError.
+    def media_of(
+        self,
+        number: int,
+        dataset: Dataset,
+        index: int,
+    ) -> Callable[[str], bytes]:
+        """Return what reads the members of the sample of this number; it raises SampleError and StoreError.
 
         Members of earlier samples that were not taken are given back.
         """
@@ -110,35 +115,40 @@ class AheadReader:
             pass
         if ref not in self._at_hand:  # not foreseen, or taken before
             return dataset.member(index, ref)
-        flying, found = self._at_hand.pop(ref)
+        flying, answer = self._at_hand.pop(ref)
         flying.left -= 1
+        # the bytes of a read are held until its last member is taken
         if not flying.left:
             self._budget.release(flying.wanted.run.length)
             self._fill()
-        if isinstance(found, SampleError):
-            raise found
-        return found
+        if isinstance(answer, SampleError):
+            raise answer
+        return answer
 
     def _bring(self) -> bool:
-        """Wait for the next read of this sample; False if there is none."""
+        """Wait for the next read of this sample; return False if there is none."""
         if not self._flying and self._coming and self._coming[0].number <= self._number:
+            length = self._coming[0].run.length
             if self._at_hand:  # waiting for room would be waiting for oneself
-                self._budget.force(self._coming[0].run.length)
+                self._budget.force(length)
             else:
-                self._budget.acquire(self._coming[0].run.length)
+                self._budget.acquire(length)
             self._begin(self._coming.popleft())
         if not self._flying or self._flying[0].wanted.number > self._number:
             return False
         flying = self._flying.popleft()
-        for name, found in flying.future.result().items():
-            self._at_hand[name] = flying, found
+        for name, answer in flying.future.result().items():
+            self._at_hand[name] = flying, answer
+        # of an earlier sample: nobody takes it any more
         if flying.wanted.number < self._number:
             self._leave()
         return True
 
     def _leave(self) -> None:
         """Give back what is at hand."""
-        for flying in {id(flying): flying for flying, _ in self._at_hand.values()}.values():
+        # several members may have come by one read, which holds its bytes once
+        reads = {id(flying): flying for flying, _ in self._at_hand.values()}
+        for flying in reads.values():
             self._budget.release(flying.wanted.run.length)
         self._at_hand.clear()
         self._fill()

@@ -69,22 +69,32 @@ class Reader:
         self.note: Callable[[str], None] = lambda place: None
         """Called with each sample before it is read, and before its media are decoded."""
 
-    def read(self, places: Sequence[Place], step: int | None = None) -> list[EncodedSample]:
+    def read(
+        self,
+        places: Sequence[Place],
+        step: int | None = None,
+    ) -> list[EncodedSample]:
         """Read the samples at these places, without their patches; `step` is for the quarantine."""
         self.quarantine.passed(len(places))
         with self._lock:
             encoded = self._encode(places, step)
         return [encoded[place] for place in places]
 
-    def _encode(self, places: Sequence[Place], step: int | None) -> dict[Place, EncodedSample]:
+    def _encode(
+        self,
+        places: Sequence[Place],
+        step: int | None,
+    ) -> dict[Place, EncodedSample]:
         """Encode the samples that are not kept from an earlier batch."""
         encoded = {place: self._encoded[place] for place in places if place in self._encoded}
+        # once each: a batch may hold a sample twice, at the border of epochs
         missing = list(dict.fromkeys(place for place in places if place not in encoded))
         samples: dict[Place, Sample] = {}
         for place, answer in zip(missing, self._samples(missing), strict=True):
             if isinstance(answer, Sample):
                 samples[place] = answer
             else:
+                # its pack was planned, so something must take its place
                 self._report(place, answer, step)
                 encoded[place] = self._stand_in(place, answer)
 
@@ -110,6 +120,7 @@ class Reader:
         """Read the samples at these places, those of one dataset together."""
         for place in places[:1]:
             self.note(f"{self._named(place)} and {len(places) - 1} more")
+        # one call a dataset: a remote one then reads neighbours together
         answers: dict[Place, Sample | SampleError] = {}
         for number in {place[0] for place in places}:
             mine = [place for place in places if place[0] == number]
@@ -132,6 +143,7 @@ class Reader:
         self._encoded.update(fresh)
         self._cached_tokens += sum(len(sample.input_ids) for sample in fresh.values())
         while self._cached_tokens > CACHED_TOKENS:
+            # dicts keep the order of insertion
             oldest = self._encoded.pop(next(iter(self._encoded)))
             self._cached_tokens -= len(oldest.input_ids)
 
@@ -175,13 +187,18 @@ class Reader:
     ) -> Decode:
         """Return what writes the patches of these samples into a batch, and reports one that is unreadable."""
 
-        def decode(number: int, units: Sequence[Unit], out: NDArray[np.uint8]) -> bool:
+        def decode(
+            number: int,
+            units: Sequence[Unit],
+            out: NDArray[np.uint8],
+        ) -> bool:
             dataset, index, _ = places[number]
             self.note(self._named(places[number]))
             read = ahead.media_of(number, self.datasets[dataset].shards, index)
             try:
                 decode_into(out, samples[number], units, read, self.rules)
             except SampleError as error:
+                # decoders do not know whose picture they decode
                 known = SampleError(samples[number].sample_id, error.where, error.problem)
                 self._report(places[number], known, step)
                 return False

@@ -36,6 +36,7 @@ class PackStream:
         self.options, self._quarantine = options, quarantine
         data = options.data
         self.tokenizer = Tokenizer(data.tokenizer)
+        # the order of the mixture: numbers of datasets in a plan are places in it
         names = list(dataset_weights(data, options.mixture))
         self.datasets = open_datasets(data, names, self.tokenizer)
         self.plan = open_plan(options, self.datasets, origin)
@@ -118,9 +119,11 @@ class PackStream:
         if origin != self.plan.origin:
             self.plan = open_plan(self.options, self.datasets, origin)
         if state["plan_hash"] == self.plan.hash:
+            # so that the blocks before the step need not be planned again
             self.plan.jump(int(state["block"]), int(state["first_pack"]))
             return []
 
+        # the hash says that something differs, the facts say what
         changed = changes(state["plan"], self.plan.facts, self.options.phase_name)
         if self.options.data.on_change == "error":
             raise UserError(

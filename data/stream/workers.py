@@ -53,6 +53,7 @@ class _StepsAhead:
         step = self.steps[index]
         place = f"step {step}"
 
+        # a worker may die inside a library, so what it is at is noted before
         def note(sample: str) -> None:
             nonlocal place
             place = f"step {step}, {sample}"
@@ -80,7 +81,9 @@ class _Boards:
     def write(self, line: str) -> None:
         """Note what this worker is at; do nothing in a process that is none."""
         if (info := get_worker_info()) is not None:
-            self.lines[info.id].value = f"{os.getpid()} {line}".encode()[: self.SIZE - 1]
+            text = f"{os.getpid()} {line}".encode()
+            # the last byte ends the string
+            self.lines[info.id].value = text[: self.SIZE - 1]
 
     def dead(self) -> str:
         """Return the first worker that is gone, and what it was at; empty if all are there."""
@@ -105,6 +108,7 @@ def _unchanged(built: list[PackedBatch] | Exception) -> list[PackedBatch] | Exce
 
 
 def _from_processes(ahead: _StepsAhead, workers: int) -> Generator[list[PackedBatch] | Exception]:
+    # before the workers are sent the stream
     ahead.boards = _Boards(workers)
     loader: DataLoader[list[PackedBatch] | Exception] = DataLoader(
         ahead,  # type: ignore[arg-type]  # any object with __len__ and __getitem__ serves
@@ -120,6 +124,7 @@ def _from_processes(ahead: _StepsAhead, workers: int) -> Generator[list[PackedBa
         yield from loader
     # torch's own word for a lost worker, or a pipe that nobody holds any more
     except (RuntimeError, OSError, EOFError) as error:
+        # a process that just ended may still be listed
         time.sleep(_UNTIL_REAPED)
         death = ahead.boards.dead()
         if not death and "exited unexpectedly" in str(error):
@@ -157,6 +162,7 @@ def _from_thread(ahead: _StepsAhead) -> Generator[list[PackedBatch] | Exception]
             if stopped.is_set():
                 return
 
+    # a daemon: a run that ends with an error must not wait for it
     thread = threading.Thread(target=work, name="visionloom-data", daemon=True)
     thread.start()
     try:
