@@ -105,7 +105,7 @@ def check_run(config: RunConfig, checkpoint: str = "") -> None:
         adapters=config.lora.rank > 0,
         resuming=newest is not None and config.data.on_change == "new_phase",
     )
-    lines = faults(_with_first_weights(base, config.init))
+    lines = faults(with_first_weights(base, config.init))
     if checkpoint:
         lines += faults(_with(base, "checkpoint", Path(checkpoint)))
     elif newest is not None:
@@ -410,7 +410,7 @@ def _with(base: Sides, option: str, place: Path) -> Sides:
     return replace(base, option=option, folder=folder, checkpoint=place)
 
 
-def _with_first_weights(base: Sides, init: InitConfig) -> Sides:
+def with_first_weights(base: Sides, init: InitConfig) -> Sides:
     """Return the same sides with the weights that a run begins with."""
     if init.huggingface:
         return _with(base, "init.huggingface", Path(init.huggingface))

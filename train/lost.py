@@ -17,7 +17,7 @@ def lost_checkpoints(folder: Path, damaged: list[str]) -> str:
     if damaged:
         more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
         return f"{folder} holds only damaged checkpoints, {damaged[0]}{more}"
-    if (step := _last_saved(folder)) is not None:
+    if (step := last_saved(folder)) is not None:
         return f"{folder} holds no checkpoint, but {EVENTS} tells of one after step {step}"
     return ""
 
@@ -42,7 +42,7 @@ def move_aside(folder: Path) -> Path:
     return kept
 
 
-def _last_saved(folder: Path) -> int | None:
+def last_saved(folder: Path) -> int | None:
     """Return the step of the last checkpoint in the events since the run last began; None without."""
     path = folder / EVENTS
     last = None

@@ -30,7 +30,7 @@ def resume(
     """
     if topology.is_main:
         sweep(folder)
-    _report_last_end(observer)
+    report_last_end(observer)
     topology.barrier()
     newest, damaged = checkpoint.newest(folder, topology)
     for line in damaged:
@@ -38,7 +38,7 @@ def resume(
         observer.say(f"passing over a damaged checkpoint: {line}")
 
     if newest is None:
-        _begin_anew(folder, damaged, config.run.start_anew, topology, observer)
+        begin_anew(folder, damaged, config.run.start_anew, topology, observer)
         step = 0
     else:
         step = newest.run_state.step
@@ -66,7 +66,7 @@ def report_resume(config: RunConfig, newest: Checkpoint, observer: Observer) -> 
         observer.say(f"goes on with other settings: {each}")
 
 
-def _report_last_end(observer: Observer) -> None:
+def report_last_end(observer: Observer) -> None:
     """Say how the start before this one ended, if not as it should."""
     before = status.current.before
     if before is None or before.state == "done":
@@ -77,7 +77,7 @@ def _report_last_end(observer: Observer) -> None:
     observer.say(f"the start before this one ended{after}: {cause.splitlines()[0]}")
 
 
-def _begin_anew(
+def begin_anew(
     folder: Path, damaged: list[str], allowed: bool, topology: Topology, observer: Observer
 ) -> None:
     """Begin at step 0, and keep the files of a run that has had checkpoints.

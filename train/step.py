@@ -119,10 +119,10 @@ def agree_on_unreadable(batches: list[PackedBatch], topology: Topology) -> list[
 def compute_gradients(trainer: PhaseTrainer, batches: list[PackedBatch], sums: StepSums) -> None:
     """Fill the gradients of the loss over the global batch, alike on all copies of the model, and reduce `sums`."""
     topology, experts = trainer.topology, trainer.model_config.text.experts
-    balance_scale = _balance_scale(batches, topology) if experts else None
+    balance_scale = balance_scale_of(batches, topology) if experts else None
     for part, wrapped in zip(trainer.model_parts, trainer.wrapped_parts, strict=True):
         wrapped.zero_grad_buffer()
-        part.config.finalize_model_grads_func = _reduce_gradients
+        part.config.finalize_model_grads_func = reduce_gradients
         if balance_scale is not None:
             part.config.moe_grad_scale_func = balance_scale.clone
     forward = functools.partial(forward_losses, sums=sums.losses)
@@ -137,7 +137,7 @@ def compute_gradients(trainer: PhaseTrainer, batches: list[PackedBatch], sums: S
         part.scale_gradients(scale)
 
 
-def _reduce_gradients(parts: list[Any], num_tokens: Any, **options: Any) -> None:
+def reduce_gradients(parts: list[Any], num_tokens: Any, **options: Any) -> None:
     """Add up gradients over the ranks and leave the division to us: Megatron-core counts tokens, the loss has weights."""
     finalize_model_grads(parts, None, **options)
 
@@ -197,7 +197,7 @@ def forward_losses(
     return output, lambda total: (total, no_tokens, {})
 
 
-def _balance_scale(batches: list[PackedBatch], topology: Topology) -> Tensor:
+def balance_scale_of(batches: list[PackedBatch], topology: Topology) -> Tensor:
     """Return the weight of the global batch over its tokens, fp32 [1] on the device.
 
     Gradients are divided by the weight, but the balance of experts is a mean over tokens.

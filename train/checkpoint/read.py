@@ -238,9 +238,9 @@ def fault_in_share(folder: Path, rank: int, ranks: int) -> str | None:
     try:
         files = read_manifest(folder)
         for name in sorted(files)[rank::ranks]:
-            if fault := _file_fault(folder, name, files[name]):
+            if fault := file_fault(folder, name, files[name]):
                 return fault
-        return _content_fault(folder, files.keys()) if rank == 0 else None
+        return content_fault(folder, files.keys()) if rank == 0 else None
     except (JsonError, OSError) as error:
         return f"no readable {MANIFEST} ({one_line(str(error))})"
 
@@ -256,7 +256,7 @@ def write_manifest(folder: Path, files: dict[str, FileEntry]) -> None:
     (folder / MANIFEST).write_text(json.dumps(content, indent=1, sort_keys=True))
 
 
-def _file_fault(folder: Path, name: str, expected: FileEntry) -> str | None:
+def file_fault(folder: Path, name: str, expected: FileEntry) -> str | None:
     """Return why a file is not the one that was written; None if it is."""
     shown = one_line(name)
     try:
@@ -274,7 +274,7 @@ def _file_fault(folder: Path, name: str, expected: FileEntry) -> str | None:
         return f"{shown} cannot be read ({error.strerror})"
 
 
-def _content_fault(folder: Path, listed: Iterable[str]) -> str | None:
+def content_fault(folder: Path, listed: Iterable[str]) -> str | None:
     """Return the first file that folder, manifest and index do not all have; None if they agree."""
     expected = set(listed)
     for name in sorted(WITHOUT_TENSORS - expected):

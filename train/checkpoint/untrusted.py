@@ -51,7 +51,7 @@ def harmless_reading(folder: Path) -> Iterator[None]:
         return indices[folder].metadata()
 
     def load_plain_data(file: Any, *args: Any, **options: Any) -> Any:
-        _check_entry(file)
+        check_entry(file)
         return plain(file, *args, **{**options, "weights_only": True})
 
     try:
@@ -70,7 +70,7 @@ def harmless_reading(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _check_entry(file: Any) -> None:
+def check_entry(file: Any) -> None:
     """Refuse an entry that is packed, so that it might be of any size, or whose pickle is large.
 
     Args:

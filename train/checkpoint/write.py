@@ -133,7 +133,7 @@ class Saver:
         background = self.settings.asynchronous and not last
         final = folder_of(self.run_folder, trainer.phase_name, step)
         partial = final.with_name(final.name + ".tmp")
-        if fault := first_fault(_make_partial(partial) if trainer.topology.is_main else ""):
+        if fault := first_fault(make_partial(partial) if trainer.topology.is_main else ""):
             self._failed(final, fault, last)
             return
 
@@ -223,8 +223,8 @@ class Saver:
         fault = next((each for _, _, each in parts if each), "")
         if not fault and topology.is_main:
             try:
-                _commit(save, results, hashes)
-                _retain(save.final, self.settings)
+                commit(save, results, hashes)
+                remove_old(save.final, self.settings)
             except (OSError, ValueError) as error:
                 fault = _in_words(error, save.partial)
         if fault := first_fault(fault):
@@ -264,7 +264,7 @@ class Saver:
             )
 
 
-def _make_partial(partial: Path) -> str:
+def make_partial(partial: Path) -> str:
     """Make the folder of a save in place of what killed ones have left; returns why it cannot be made."""
     try:
         for leftover in partial.parent.glob("step-*.tmp"):
@@ -325,7 +325,7 @@ def first_fault(fault: str) -> str:
     return next((each for each in faults if each), "")
 
 
-def _commit(save: Save, results: list[Any], hashes: dict[str, FileEntry]) -> None:
+def commit(save: Save, results: list[Any], hashes: dict[str, FileEntry]) -> None:
     """Make what all ranks have written the newest checkpoint.
 
     Raises:
@@ -354,7 +354,7 @@ def _commit(save: Save, results: list[Any], hashes: dict[str, FileEntry]) -> Non
         file.write(f"{save.final.relative_to(pointer.parent)}\n".encode())
 
 
-def _retain(final: Path, settings: CheckpointConfig) -> None:
+def remove_old(final: Path, settings: CheckpointConfig) -> None:
     """Remove old checkpoints of the phase: all but the newest `keep`, and one for each `keep_every_steps`.
 
     Those of later steps than `final` are damaged ones that the run has passed over: they neither count nor are removed. Anything

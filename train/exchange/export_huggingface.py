@@ -132,8 +132,8 @@ def write_huggingface(
 
     if topology.is_main:
         if len(shards) > 1:
-            _write_index(partial / INDEX, dict(zip(names, shards, strict=True)))
-        for line in _write_companions(partial, weights, shards):
+            write_index(partial / INDEX, dict(zip(names, shards, strict=True)))
+        for line in write_companions(partial, weights, shards):
             say(f"note: {line}")
         partial.rename(out)
     topology.barrier()
@@ -162,7 +162,9 @@ def expert_layout(config: ModelConfig, wanted: str) -> str:
     return "hub" if text.experts and not square else "transformers"
 
 
-def _check_whole(weights: Parameters, config: ModelConfig) -> dict[str, tuple[Shape, torch.dtype]]:
+def check_parameters(
+    weights: Parameters, config: ModelConfig
+) -> dict[str, tuple[Shape, torch.dtype]]:
     """Return shape and type of each parameter of a model.
 
     Raises:
@@ -193,7 +195,7 @@ def _check_whole(weights: Parameters, config: ModelConfig) -> dict[str, tuple[Sh
 def plan_shards(weights: Parameters, config: ModelConfig, options: ExportOptions) -> list[Shard]:
     """Deal the parameters to files in the model's order; UserError naming what the weights lack."""
     shards = [Shard()]
-    for name, (shape, stored_dtype) in _check_whole(weights, config).items():
+    for name, (shape, stored_dtype) in check_parameters(weights, config).items():
         dtype = DTYPES[options.dtype] if options.dtype else stored_dtype
         # On the meta device, so that the plan needs neither memory nor reading.
         whole = torch.empty(shape, device="meta")
@@ -248,7 +250,7 @@ def file_name(number: int, count: int) -> str:
     return f"model-{number + 1:05d}-of-{count:05d}.safetensors"
 
 
-def _write_index(path: Path, shards: Mapping[str, Shard]) -> None:
+def write_index(path: Path, shards: Mapping[str, Shard]) -> None:
     """Write which file holds which tensor, as transformers does."""
     total = sum(shard.bytes for shard in shards.values())
     files = {tensor: name for name, shard in shards.items() for tensor in shard.tensors}
@@ -256,7 +258,7 @@ def _write_index(path: Path, shards: Mapping[str, Shard]) -> None:
     write_json(path, content)
 
 
-def _write_companions(partial: Path, weights: DescribedWeights, shards: list[Shard]) -> list[str]:
+def write_companions(partial: Path, weights: DescribedWeights, shards: list[Shard]) -> list[str]:
     """Write config.json and the files that go along; returns a line for each thing to know of them."""
     tokens = carry_companions(weights.companions, partial)
     kept = read_json(partial / CONFIG, "hf") if (partial / CONFIG).is_file() else None

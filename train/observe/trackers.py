@@ -42,7 +42,7 @@ class Trackers:
         self._folder = folder
         self._board_wanted = config.tensorboard
         self._board: Any = None
-        self._wandb = _start_wandb(folder, resolved_config, name) if config.wandb else None
+        self._wandb = start_wandb(folder, resolved_config, name) if config.wandb else None
 
     def step(self, line: Mapping[str, Any]) -> None:
         """Record a line of metrics.jsonl."""
@@ -151,13 +151,13 @@ class WandbProcess:
             return
 
 
-def _start_wandb(folder: Path, config: Mapping[str, Any], name: str) -> WandbProcess | None:
+def start_wandb(folder: Path, config: Mapping[str, Any], name: str) -> WandbProcess | None:
     """Start the process for a run; None if it cannot start."""
     try:
         start = {
             "project": os.environ.get("WANDB_PROJECT", PROJECT),
             "name": name,
-            "id": _run_id(folder),
+            "id": run_id(folder),
             "dir": str(folder),
             "config": dict(config),
         }
@@ -167,7 +167,7 @@ def _start_wandb(folder: Path, config: Mapping[str, Any], name: str) -> WandbPro
         return None
 
 
-def _run_id(folder: Path) -> str:
+def run_id(folder: Path) -> str:
     """Return the run's wandb id: made once and kept in the run's folder, so that a resumed run continues the same one."""
     path = folder / "wandb" / "run_id"
     known = path.read_text(errors="replace").strip() if path.is_file() else ""

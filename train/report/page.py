@@ -23,7 +23,7 @@ def write_report(folder: Path, shown: Sequence[Prediction]) -> Path:
 
     Sections whose files are missing are left out. Texts of samples are escaped; the same run gives the same file.
     """
-    _write_predictions(folder / PREDICTIONS, shown)
+    write_predictions(folder / PREDICTIONS, shown)
     history = History.read(folder)
     parts = [
         sections.header(history),
@@ -50,7 +50,7 @@ def write_report(folder: Path, shown: Sequence[Prediction]) -> Path:
     return path
 
 
-def _write_predictions(path: Path, shown: Sequence[Prediction]) -> None:
+def write_predictions(path: Path, shown: Sequence[Prediction]) -> None:
     """Write each prediction as a line of JSON, for scripts."""
     with replacing(path) as file:
         for prediction in shown:
