@@ -371,7 +371,7 @@ def pixels_are_those_of_the_data(sides: Sides) -> Iterator[str]:
     Their bounds may be others (see serving.py).
     """
     nested = sides.read(PROCESSOR)
-    files: dict[str, Mapping[str, Any]] = {
+    files = {
         PREPROCESSOR: sides.read(PREPROCESSOR),
         VIDEO_PREPROCESSOR: sides.read(VIDEO_PREPROCESSOR),
     }

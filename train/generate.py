@@ -141,11 +141,12 @@ class GreedyDecoder:
                 following = self._next_tokens(batch, [[-1]] * len(batch))
                 for place, tokens in zip(unfinished, following, strict=True):
                     written[place] += tokens
-        texts = []
-        for tokens in written:
-            kept = [token for token in tokens if token not in self.stop]
-            texts.append(self.tokenizer.decode(kept))
-        return texts
+        return [self._text(tokens) for tokens in written]
+
+    def _text(self, tokens: list[int]) -> str:
+        """Return the text of an answer, without the token that ended it."""
+        kept = [token for token in tokens if token not in self.stop]
+        return self.tokenizer.decode(kept)
 
     def _unfinished(self, written: list[list[int]]) -> list[int]:
         """Return the places of answers that have neither ended nor reached the limit."""
@@ -167,10 +168,8 @@ class GreedyDecoder:
 
         written = []
         for draft, chosen in zip(drafts, self._next_tokens(begun, places), strict=True):
-            agreed = 0
-            while agreed < len(draft) and draft[agreed] == chosen[agreed]:
-                agreed += 1
-            written.append(chosen[: agreed + 1])
+            # One more than they share: the first token that greedy decoding writes differently.
+            written.append(chosen[: shared_length(draft, chosen) + 1])
         return written
 
     def _draft(self, sample: EncodedSample) -> list[int]:
@@ -200,6 +199,14 @@ class GreedyDecoder:
             rows += [start + place % len(sample.input_ids) for place in own]
         chosen = iter(next_tokens(self.model_parts, batch, np.array(rows), self.topology).tolist())
         return [[next(chosen) for _ in own] for own in places]
+
+
+def shared_length(draft: list[int], chosen: list[int]) -> int:
+    """Count the tokens that a draft and the chosen ones, at least as many, begin with alike."""
+    length = 0
+    while length < len(draft) and draft[length] == chosen[length]:
+        length += 1
+    return length
 
 
 def next_tokens(

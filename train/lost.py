@@ -32,13 +32,15 @@ def move_aside(folder: Path) -> Path:
         )
     if checkpoints.exists() and not checkpoints.is_dir():
         checkpoints.rename(aside(checkpoints))
+    # Inside, so that it is on the same disk: a rename takes no room.
     kept = aside(checkpoints / CHECKPOINTS)
     kept.mkdir(parents=True, exist_ok=True)
     for entry in list(checkpoints.iterdir()):
         if not entry.name.startswith(ASIDE):
             entry.rename(kept / entry.name)
-    if (folder / METRICS).exists():
-        (folder / METRICS).rename(aside(folder / METRICS))
+    metrics = folder / METRICS
+    if metrics.exists():
+        metrics.rename(aside(metrics))
     return kept
 
 

@@ -47,11 +47,17 @@ def resume(
     status.current.at(step)
     # Only now: a start that is refused leaves the files of the run as they are.
     if observer.log is not None:
-        with replacing(folder / SETTINGS_OF_RUN) as file:
-            file.write(yaml.safe_dump(asdict(config), sort_keys=False).encode())
+        keep_settings(config, folder)
         observer.log.load_waiting(folder / CHECKPOINTS)
         observer.log.rewind(step)
     return newest
+
+
+def keep_settings(config: RunConfig, folder: Path) -> None:
+    """Write the resolved configuration into the run's folder, for exports, reports and people."""
+    text = yaml.safe_dump(asdict(config), sort_keys=False)
+    with replacing(folder / SETTINGS_OF_RUN) as file:
+        file.write(text.encode())
 
 
 def report_resume(config: RunConfig, newest: Checkpoint, observer: Observer) -> None:

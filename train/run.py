@@ -198,6 +198,12 @@ def restore(trainer: PhaseTrainer, newest: Checkpoint | None) -> None:
 
 def report_left_out(trainer: PhaseTrainer, data: DataConfig, observer: Observer) -> None:
     """Report the samples of a phase that are not trained on, and those without a loss."""
+    report_dropped(trainer, data, observer)
+    report_unsupervised(trainer, observer)
+
+
+def report_dropped(trainer: PhaseTrainer, data: DataConfig, observer: Observer) -> None:
+    """Report unreadable samples, and those that over_length leaves out."""
     name, stream = trainer.phase_name, trainer.stream
     for dataset, (samples, tokens) in stream.dropped.items():
         if not samples and not tokens:
@@ -208,7 +214,12 @@ def report_left_out(trainer: PhaseTrainer, data: DataConfig, observer: Observer)
             f"{name}: {samples} samples and in all {tokens} tokens of {dataset} are left out"
             f" (unreadable, or longer than a pack with over_length={policy})"
         )
-    for dataset, (samples, size) in stream.unsupervised.items():
+
+
+def report_unsupervised(trainer: PhaseTrainer, observer: Observer) -> None:
+    """Warn of samples that are trained on without a supervised token."""
+    name = trainer.phase_name
+    for dataset, (samples, size) in trainer.stream.unsupervised.items():
         if not samples:
             continue
         observer.event("unsupervised", phase=name, dataset=dataset, samples=samples)

@@ -233,6 +233,16 @@ def verify(folder: Path, topology: Topology) -> str | None:
     return next((each for each in faults if each), None)
 
 
+def gather_by_name[T](own: dict[str, T]) -> dict[str, T]:
+    """Join the dicts of all ranks, which call it together; a name of several ranks has one value."""
+    gathered: list[dict[str, T]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, own)
+    joined: dict[str, T] = {}
+    for part in gathered:
+        joined |= part
+    return joined
+
+
 def fault_in_share(folder: Path, rank: int, ranks: int) -> str | None:
     """Return the first fault in the files that `verify` gives to one of `ranks` ranks; None without."""
     try:

@@ -38,6 +38,7 @@ from visionloom.train.checkpoint.read import (
     LATEST,
     FileEntry,
     folder_of,
+    gather_by_name,
     layout_metadata,
     run_state_of,
     trainer_state,
@@ -446,9 +447,4 @@ def estimated_bytes(trainer: PhaseTrainer) -> int:
             own[name] = count * bytes_each + OVERHEAD_BYTES * tensors
 
     # By name: ranks that share a layer all have its parameters.
-    shares: list[dict[str, int]] = [{}] * trainer.topology.world_size
-    dist.all_gather_object(shares, own)
-    total: dict[str, int] = {}
-    for share in shares:
-        total |= share
-    return sum(total.values())
+    return sum(gather_by_name(own).values())

@@ -39,6 +39,7 @@ from visionloom.parallel.topology import Topology
 from visionloom.train.checkpoint.finite import is_finite, not_finite
 from visionloom.train.checkpoint.read import (
     FileEntry,
+    gather_by_name,
     layout_metadata,
     weights_state,
     write_manifest,
@@ -224,10 +225,6 @@ def _write_manifest(folder: Path, topology: Topology) -> None:
             if path.is_file() and not path.name.startswith("__")  # data: each rank's own
         ]
     entries = {str(path.relative_to(folder)): FileEntry.of(path) for path in paths}
-    gathered: list[dict[str, FileEntry]] = [{}] * topology.world_size
-    dist.all_gather_object(gathered, entries)
+    files = gather_by_name(entries)
     if topology.is_main:
-        files: dict[str, FileEntry] = {}
-        for part in gathered:
-            files |= part
         write_manifest(folder, files)

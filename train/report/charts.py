@@ -137,6 +137,19 @@ class Chart:
         if self.named:
             axes.set_xlabel("step", color=_MARKERS["muted"])
 
+    def name_curves(self, axes: Any) -> None:
+        """Add a legend if a curve has a label."""
+        if not any(drawn.label for drawn in self.curves):
+            return
+        # Above the axes: inside it would cover curves of some run or other.
+        axes.legend(
+            loc="lower left",
+            bbox_to_anchor=(0, 1.0),
+            ncols=4,
+            borderaxespad=0.2,
+            handlelength=1.6,
+        )
+
     def _top(self, values: Values) -> float:
         """Return the upper end of an axis from zero; outliers may be cut off, but no percentage is."""
         if not len(values):
@@ -175,16 +188,7 @@ def draw(chart: Chart) -> str:
         for drawn in chart.curves:
             drawn.plot(axes)
         chart.scale(axes)
-        if any(drawn.label for drawn in chart.curves):
-            # Above the axes: below them it would cover curves of some run or other.
-            axes.legend(
-                loc="lower left",
-                bbox_to_anchor=(0, 1.0),
-                ncols=4,
-                borderaxespad=0.2,
-                handlelength=1.6,
-            )
-
+        chart.name_curves(axes)
         file = StringIO()
         # Without these four, the date of drawing among them, the same run gives the same file.
         metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
