@@ -237,6 +237,7 @@ def _forward_tokens(
     inputs = part.prepare(batch)
     if not part.post_process:
         return part(inputs), None
+    # Of the pack's rows each context rank holds some: it answers for its own, and the others add zeros.
     tokens = RankShare.of(batch, topology).tokens
     places = np.minimum(np.searchsorted(tokens, rows), len(tokens) - 1)
     mine = torch.from_numpy(np.flatnonzero(tokens[places] == rows)).to(topology.device)
@@ -251,6 +252,7 @@ def most_likely(logits: Tensor, topology: Topology) -> Tensor:
     """Return the ids int64 [R] of the largest logits [R, V / tensor] over all vocabulary parts."""
     value, index = logits.float().max(dim=1)
     group = topology.groups.tp
+    # fp64 holds any id and any fp32 logit exactly, so that one gather carries both.
     index_in_all = index + group.rank() * logits.shape[1]
     own = torch.stack([value.double(), index_in_all.double()])
     parts = [torch.empty_like(own) for _ in range(group.size())]

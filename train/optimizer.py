@@ -238,7 +238,7 @@ def build_scheduler(
         end_wd=optim.weight_decay,
         wd_incr_steps=steps,
         wd_incr_style="constant",
-        wsd_decay_steps=phase.decay_steps or max(1, steps // 10),
+        wsd_decay_steps=phase.decay_steps or max(1, steps // 10),  # unused by other styles
         lr_wsd_decay_style="linear",
     )
 
@@ -273,7 +273,7 @@ def state_tensors(
     for number, inner in enumerate(optimizer.chained_optimizers):
         if getattr(inner, "is_stub_optimizer", False) or not inner.optimizer.param_groups:
             continue  # a stage without trainable parameters
-        inner.optimizer.make_moments()
+        inner.optimizer.make_moments()  # a fresh one has none to read into or to save
         state = inner.sharded_param_state_fully_reshardable(weights, loading, metadata)
         tensors[str(number)] = state
     return tensors
@@ -284,6 +284,7 @@ def load_state(optimizer: Any, tensors: dict[str, Any], updates_done: int) -> No
     for number, inner in enumerate(optimizer.chained_optimizers):
         if str(number) in tensors:
             inner.load_parameter_state_from_fully_reshardable(tensors[str(number)])
+            # AdamW corrects its moments by this count.
             for group in inner.optimizer.param_groups:
                 group["step"] = updates_done
 

@@ -48,6 +48,7 @@ class PhaseTrainer:
 
     def flops(self, work: StepWork) -> float:
         """Count the operations of forward and backward that the phase's trainable groups need."""
+        # Adapters train in place of the weights, whose gradients are not computed then.
         lora = self.model_parts[0].lora
         parts = step_flops(self.model_config, work, set(self.phase.trainable), lora)
         return sum(parts.values())

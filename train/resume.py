@@ -31,6 +31,7 @@ def resume(
     if topology.is_main:
         sweep(folder)
     report_last_end(observer)
+    # After the sweep: a rank that is ahead must not see a folder that is being removed.
     topology.barrier()
     newest, damaged = checkpoint.newest(folder, topology)
     for line in damaged:

@@ -51,6 +51,7 @@ def pretrain(config: RunConfig) -> None:
     newest = resume(config, folder, topology, observer)
     check_data(config, newest)
 
+    # Each begins from the last one's checkpoint, as a resumed run does: there is one path.
     for name in phases_left(config, newest):
         topology = phase_topology(config, name, topology)
         newest = train_phase(config, name, topology, newest, observer)
@@ -63,6 +64,7 @@ def pretrain(config: RunConfig) -> None:
         results = evaluate_model(held_out(config), parts, topology, folder, step, observer.screen)
         observer.trackers.evaluation(results)
     observer.trackers.close()
+    # The run is whole, but its log lacks lines: exit code 2, so that nobody misses it.
     if fault := first_fault(observer.log_fault):
         raise log_error(fault, step)
     topologies.stop()
@@ -84,6 +86,7 @@ def train_phase(
     check_room(folder, trainer)
 
     observer.phase_start(trainer)
+    # Not when resumed: the loss at the phase's beginning is in the log already.
     if not trainer.phase_step:
         validate(config, trainer, observer, unchanged=not trainer.phase.fresh)
     saver = Saver(folder, config.checkpoint, observer.saved)

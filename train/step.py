@@ -127,11 +127,13 @@ def compute_gradients(trainer: PhaseTrainer, batches: list[PackedBatch], sums: S
             part.config.moe_grad_scale_func = balance_scale.clone
     forward = functools.partial(forward_losses, sums=sums.losses)
     run_schedule(forward, trainer.wrapped_parts, batches, topology, forward_only=False)
+    # A dense model has no collective here, which would be a wait.
     if experts:
         sums.set_routers(update_router_loads(trainer.model_parts, topology))
 
     sums.reduce()
     weight = sums.losses.values[1].sum()
+    # Chosen on the device: asking for the weight on the host would be a wait.
     scale = torch.where(weight > 0, 1.0 / weight, torch.zeros_like(weight)).float()
     for part in trainer.wrapped_parts:
         part.scale_gradients(scale)
@@ -221,7 +223,7 @@ def gradient_norm(optimizer: Any) -> float:
 def update(optimizer: Any, norm: float) -> None:
     """Clip the gradients, whose norm is given, and apply them."""
     for inner in optimizer.chained_optimizers:
-        clip = inner.config.clip_grad
+        clip = inner.config.clip_grad  # 0 turns it off
         if clip > 0.0 and inner.get_parameters():
             clip_grad_by_total_norm_fp32(inner.get_parameters(), max_norm=clip, total_norm=norm)
     optimizer.step_with_ready_grads()

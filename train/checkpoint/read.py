@@ -106,8 +106,10 @@ def load_trainer(checkpoint: Checkpoint, trainer: PhaseTrainer) -> None:
     """Load weights, optimizer and schedule, so that a phase continues exactly, in any layout."""
     loaded = _read(checkpoint.folder, trainer_state(trainer, loading=True), trainer.topology)
     _load_parts(loaded, trainer.model_parts)
+    # Moments too: they would make the weights so at the next step.
     require_finite(_tensors(loaded), f"{checkpoint.folder}", trainer.topology)
     load_state(trainer.optimizer, loaded["optimizer"], checkpoint.run_state.updates)
+    # Steps and not updates: a skipped step advances the schedule too.
     trainer.scheduler.step(checkpoint.run_state.phase_step - trainer.scheduler.num_steps)
 
 
@@ -247,6 +249,7 @@ def fault_in_share(folder: Path, rank: int, ranks: int) -> str | None:
     """Return the first fault in the files that `verify` gives to one of `ranks` ranks; None without."""
     try:
         files = read_manifest(folder)
+        # In turn, since files of one rank are next to each other and alike in size.
         for name in sorted(files)[rank::ranks]:
             if fault := file_fault(folder, name, files[name]):
                 return fault
@@ -271,6 +274,7 @@ def file_fault(folder: Path, name: str, expected: FileEntry) -> str | None:
     shown = one_line(name)
     try:
         path = locate(folder, name)
+        # The size first: it costs nothing, and most damage is a file cut short.
         if path.stat().st_size != expected.bytes:
             return f"{shown} has {path.stat().st_size} bytes instead of {expected.bytes}"
         if hash_file(path) != expected.xxh3_128:

@@ -129,10 +129,12 @@ class Saver:
         Raises:
             UserError: if the save fails and the run must stop without it (see `checkpoint.on_error`).
         """
+        # One save at a time: two would need the memory of two copies.
         self.finish(trainer.topology)
         started = time.perf_counter()
         background = self.settings.asynchronous and not last
         final = folder_of(self.run_folder, trainer.phase_name, step)
+        # No name of a checkpoint: a start that finds it removes it.
         partial = final.with_name(final.name + ".tmp")
         if fault := first_fault(make_partial(partial) if trainer.topology.is_main else ""):
             self._failed(final, fault, last)
@@ -149,6 +151,7 @@ class Saver:
             save.thread.start()
         else:
             _write(save)
+        # Not its writing in the background, which training does not wait for.
         save.stalled = time.perf_counter() - started
         self.pending = save
         if not background:
@@ -166,6 +169,7 @@ class Saver:
             topology: of the run.
             any_writing: whether `is_writing` was true on any rank before the step.
         """
+        # Flags of before the step, the same on all ranks: so all complete it after the same step.
         if self.pending is not None and not any_writing:
             self._complete(topology, last=False)
 
@@ -336,6 +340,7 @@ def commit(save: Save, results: list[Any], hashes: dict[str, FileEntry]) -> None
     save.plan.writer.finish(save.plan.metadata, results)
     save_config(CheckpointingConfig("torch_dist", 1), str(save.partial))
     (save.partial / STATE).write_text(json.dumps(asdict(save.run_state)))
+    # The ranks have hashed their own; what remains is the index, the state and the format.
     for path in save.partial.iterdir():
         if path.name not in hashes:
             hashes[path.name] = FileEntry.of(path)
@@ -345,11 +350,13 @@ def commit(save: Save, results: list[Any], hashes: dict[str, FileEntry]) -> None
     # On disk before it has its name: else a power cut could leave a whole folder of empty files.
     for path in [*save.partial.iterdir(), save.partial]:
         _flush(path)
+    # A damaged one that the run has passed over.
     if save.final.exists():
         shutil.rmtree(save.final)
     save.partial.rename(save.final)
     _flush(save.final.parent)
 
+    # Last: for people and scripts; a run itself looks for the newest folder that is whole.
     pointer = save.final.parents[1] / LATEST
     with replacing(pointer) as file:
         file.write(f"{save.final.relative_to(pointer.parent)}\n".encode())
@@ -387,6 +394,7 @@ def _flush(path: Path) -> None:
 
 def sweep(run_folder: Path) -> None:
     """Remove what a save that was killed has left; the main rank calls it when a run starts."""
+    # Errors are ignored: the next save in the same phase reports them.
     for leftover in (run_folder / CHECKPOINTS).glob("*/step-*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
 

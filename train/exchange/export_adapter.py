@@ -138,6 +138,7 @@ def export_merged(
     """
     model, lora = describe(checkpoint, topology)
     stored = (weights / STATE).is_file()
+    # A Hugging Face folder has no manifest to compare with.
     if stored:
         checkpoints.whole(weights, "weights", topology)
     base: Parameters = StoredWeights(weights) if stored else FolderWeights(weights, model)

@@ -124,11 +124,12 @@ def write_huggingface(
     partial = start_folder(out, topology)
 
     wrong: list[str] = []
+    # No two ranks write one file, and a checkpoint can be read by any of them.
     for number in range(topology.rank, len(shards), topology.world_size):
         name, shard = names[number], shards[number]
         wrong += write_shard(partial / name, shard, weights, options.layout)
         say(f"{name} written, {shard.bytes / 2**30:.2f} GiB")
-    refuse_named(wrong, weights.name, topology)
+    refuse_named(wrong, weights.name, topology)  # also waits for all ranks' files
 
     if topology.is_main:
         if len(shards) > 1:
@@ -202,6 +203,7 @@ def plan_shards(weights: Parameters, config: ModelConfig, options: ExportOptions
         parts = convert_parameter(name, whole, config, options.layout)
         size = sum(part.numel() for part in parts.values()) * dtype.itemsize
 
+        # A parameter stays in one file, so that a rank reads it once.
         shard = shards[-1]
         if shard.parameters and shard.bytes + size > options.shard_bytes:
             shard = Shard()

@@ -82,6 +82,7 @@ def import_huggingface(
     if topology.is_main:
         run_state = RunState(PHASE, 0, 0, 0, {}, asdict(source.config), 0)
         (partial / STATE).write_text(json.dumps(asdict(run_state)))
+        # So that a run from this checkpoint needs the folder no more.
         carry(folder, partial / COMPANIONS)
     _write_manifest(partial, topology)
     if topology.is_main:
@@ -140,6 +141,7 @@ def empty_model(source: HuggingFaceFolder, topology: Topology) -> list[Qwen3VL]:
     shapes = parameter_shapes(source.config)
     [(most, _)] = Counter(map(source.dtype, source.names)).most_common(1)
     numbers = range(topology.config.chunks) if topology.config.chunks > 1 else [None]
+    # In the type of most; building it in another for each parameter is not possible.
     with torch.device("meta"):
         parts = [Qwen3VL(source.config, topology, most, number) for number in numbers]
     for part in parts:

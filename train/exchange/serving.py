@@ -82,6 +82,7 @@ def write_serving_files(
     if with_model:
         write_generation(out, tokens.added if tokens else {})
     else:
+        # Of the model under the adapters, which has its own.
         for name in (CONFIG, GENERATION):
             (out / name).unlink(missing_ok=True)
     if tokens is not None:

@@ -133,6 +133,7 @@ def write_status(folder: Path, status: Status) -> None:
     document: dict[str, Any] = asdict(status)
     target = folder / STATUS
     try:
+        # Not flushed to disk: after a power cut its age does not matter.
         with replacing(target, durable=False) as file:
             file.write((json.dumps(document, indent=1) + "\n").encode())
     except OSError as fault:

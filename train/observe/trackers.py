@@ -70,6 +70,7 @@ class Trackers:
         """Pass values on to the trackers that are on."""
         if self._board_wanted:
             try:
+                # With the first value, whose step is where an earlier start is cut off.
                 self._board = self._board or self._start_board(step)
                 for name, value in values.items():
                     self._board.add_scalar(name, value, step)
@@ -118,6 +119,7 @@ class WandbProcess:
             stdout=subprocess.DEVNULL,
         )
         self._folder = folder
+        # Unbounded: a line has 1 kB, and training must never wait for it.
         self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._sender = threading.Thread(target=self._send, name="visionloom-wandb", daemon=True)
         self._sender.start()
@@ -133,7 +135,7 @@ class WandbProcess:
         try:
             self._process.wait(LAST_SECONDS)
         except subprocess.TimeoutExpired:
-            os.killpg(self._process.pid, 9)
+            os.killpg(self._process.pid, 9)  # with wandb's own service, which would upload on
             self._process.wait()
             warn(
                 f"warning: wandb has not taken all values: upload them later with wandb sync {self._folder}/wandb/*run-*"

@@ -208,6 +208,7 @@ def read_lines(folder: Path, name: str) -> list[Line]:
     except (PlaceError, OSError):
         return lines
     with file:
+        # By pieces: a line of a damaged file may have any length.
         while text := file.readline(LONGEST_LINE):
             try:
                 line = load_json(text, name, finite=False)  # a loss may have been none
