@@ -251,7 +251,7 @@ def answers_end_alike(sides: Sides) -> Iterator[str]:
     if not stops:
         return
     known = " or ".join(f"{number} ({stop})" for number, stop in stops.items())
-    # Trainers write these ids beside text_config, where transformers looks too if there is no generation_config.json.
+    # Trainers write these ids next to text_config, where transformers looks too if there is no generation_config.json.
     for name, settings in (
         (GENERATION, sides.read(GENERATION)),
         (CONFIG, sides.text),

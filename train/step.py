@@ -33,7 +33,7 @@ SILENT = Signals()
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step did."""
+    """Sums, gradient norm and outcome of one optimizer step."""
 
     totals: StepTotals
     """Over the global batch."""

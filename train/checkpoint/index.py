@@ -34,7 +34,7 @@ SHARE: Final = 8
 MOST_BYTES: Final = 1 << 28
 """And never more than 256 MiB: the largest model, with 72,000 parts and their moments, is estimated to take 32."""
 MOST_DIMS: Final = 16
-"""Of a tensor; weights have at most three."""
+"""Most dims of a tensor."""
 LARGEST_DIM: Final = 1 << 48
 LONGEST_NAME: Final = 1000
 MOST_IRREGULAR: Final = 1000

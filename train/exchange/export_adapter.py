@@ -57,7 +57,7 @@ def export_adapter(
 
     Args:
         checkpoint: folder of a run with lora.
-        out: new folder; tokenizer, chat template and preprocessors of the run are put beside the adapters.
+        out: new folder; tokenizer, chat template and preprocessors of the run go along with the adapters.
         base: name or folder of the model that the adapters are for, kept in adapter_config.json; empty: what the run began with,
             if that is a Hugging Face folder.
         topology: of any layout.

@@ -64,7 +64,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """How an exported folder is made."""
+    """Options of an exported folder."""
 
     source: Path | None = None
     """Folder whose config.json, tokenizer, chat template and preprocessor files go along; None: what the weights came with."""

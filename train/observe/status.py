@@ -19,7 +19,7 @@ from visionloom.common.text import warn
 
 STATUS: Final = "status.json"
 REFRESH_SECONDS: Final = 2.0
-"""How often the step is written while a run goes on."""
+"""Least time between two writes of the step while a run trains."""
 AGENT: Final = "TORCHELASTIC_RUN_ID"
 """Variable that torchrun's agent sets for its ranks."""
 State = Literal["running", "done", "failed"]

@@ -21,7 +21,7 @@ _MARKERS: Final = {
 WIDE: Final = (9.6, 3.4)
 HALF: Final = (4.8, 2.3)
 SMALL: Final = (3.2, 2.1)
-"""Widths and heights in inches, for one, two and three charts beside each other."""
+"""Widths and heights in inches, for one, two and three charts in a row."""
 
 LONGEST_NAME: Final = 40
 """Characters of a phase's name above a chart."""
