@@ -105,7 +105,7 @@ def check_run(config: RunConfig, checkpoint: str = "") -> None:
         adapters=config.lora.rank > 0,
         resuming=newest is not None and config.data.on_change == "new_phase",
     )
-    lines = faults(_with_first_weights(base, config.init))
+    lines = faults(with_first_weights(base, config.init))
     if checkpoint:
         lines += faults(_with(base, "checkpoint", Path(checkpoint)))
     elif newest is not None:
@@ -251,7 +251,7 @@ def answers_end_alike(sides: Sides) -> Iterator[str]:
     if not stops:
         return
     known = " or ".join(f"{number} ({stop})" for number, stop in stops.items())
-    # Trainers write these ids beside text_config, where transformers looks too if there is no generation_config.json.
+    # Trainers write these ids next to text_config, where transformers looks too if there is no generation_config.json.
     for name, settings in (
         (GENERATION, sides.read(GENERATION)),
         (CONFIG, sides.text),
@@ -371,7 +371,7 @@ def pixels_are_those_of_the_data(sides: Sides) -> Iterator[str]:
     Their bounds may be others (see serving.py).
     """
     nested = sides.read(PROCESSOR)
-    files: dict[str, Mapping[str, Any]] = {
+    files = {
         PREPROCESSOR: sides.read(PREPROCESSOR),
         VIDEO_PREPROCESSOR: sides.read(VIDEO_PREPROCESSOR),
     }
@@ -410,7 +410,7 @@ def _with(base: Sides, option: str, place: Path) -> Sides:
     return replace(base, option=option, folder=folder, checkpoint=place)
 
 
-def _with_first_weights(base: Sides, init: InitConfig) -> Sides:
+def with_first_weights(base: Sides, init: InitConfig) -> Sides:
     """Return the same sides with the weights that a run begins with."""
     if init.huggingface:
         return _with(base, "init.huggingface", Path(init.huggingface))

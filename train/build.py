@@ -185,6 +185,7 @@ def build_trainer(
     config: RunConfig, name: str, topology: Topology, parts: list[Qwen3VL], stream: PackStream
 ) -> PhaseTrainer:
     """Freeze, wrap and give the model an optimizer for one phase."""
+    # Before the wrapping: DDP has buffers of gradients only for parameters that need them.
     phase = config.phases[name]
     for part in parts:
         set_trainable(part, phase.trainable, adapters_only=part.lora is not None)

@@ -35,6 +35,7 @@ def check_same_adapters(source: Checkpoint, rank: int) -> None:
 def media_differences(source: Checkpoint, media: MediaConfig) -> list[str]:
     """Name the fields of data.media that pictures were prepared with otherwise when the checkpoint was trained, sorted."""
     inputs = stored_inputs(source.run_state)
+    # Checkpoints of older versions, and imported ones, do not say: nothing is known to differ.
     trained = inputs.media if inputs is not None else {}
     differences = []
     for field, value in asdict(media).items():

@@ -22,7 +22,7 @@ PRECISIONS = ("auto", "fp32", "bf16")
 LOSSES = ("sqrt", "token", "sample")
 SCHEDULES = ("cosine", "wsd", "linear", "constant")
 LATEST = "latest"
-"""File beside the phases' folders of checkpoints that names the newest one."""
+"""File next to the phases' folders of checkpoints that names the newest one."""
 STEPS = 10**7
 """Most optimizer steps of a phase; the folders of checkpoints have eight digits."""
 
@@ -133,17 +133,19 @@ class PhaseConfig:
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the phase."""
+        """Return the optimizer steps of the phase; those of `tokens` are rounded up."""
         if self.steps is not None:
             return self.steps
         return -(-(self.tokens or 0) // (self.sequence_length * self.global_batch))
 
     def peak_learning_rates(self) -> dict[str, float]:
-        """Peak learning rate of each trainable parameter group."""
+        """Return the peak learning rate of each trainable parameter group."""
         own = {"vision": self.lr_vision, "merger": self.lr_merger, "language": None}
-        return {
-            group: rate if (rate := own[group]) is not None else self.lr for group in self.trainable
-        }
+        peaks = {}
+        for group in self.trainable:
+            rate = own[group]
+            peaks[group] = self.lr if rate is None else rate
+        return peaks
 
     def problems(self, here: str) -> Iterator[str]:
         """Yield a line for each fault of the lengths, the groups and the weights of datasets."""
@@ -203,13 +205,13 @@ class CheckpointConfig:
     asynchronous: bool = option(True, "free")
     """Write while training goes on; the end of a phase is always waited for."""
     on_error: str = option("continue", "free", choices=("continue", "stop"))
-    """What to do when a checkpoint cannot be written: `continue` without it (three failures in a row, or one at the end of a
+    """Response to a checkpoint that cannot be written: `continue` without it (three failures in a row, or one at the end of a
     phase, stop the run), or `stop` at once. Checkpoints before it stay whole either way."""
 
 
 @dataclass
 class LoggingConfig:
-    """What is written beside metrics.jsonl, and how often a line is shown."""
+    """Logs other than metrics.jsonl, and how often a line is shown."""
 
     every_steps: int = option(10, "free", least=1, most=STEPS)
     """Optimizer steps between two lines on the screen; metrics.jsonl has a line for every step."""
@@ -258,7 +260,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """When to save and what to keep."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
-    """What is written beside metrics.jsonl."""
+    """Logs other than metrics.jsonl."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """Held-out loss and greedy answers."""
 
@@ -314,11 +316,12 @@ class RunConfig:
         return lines
 
     def _layouts(self) -> dict[str, ParallelConfig]:
-        """The run's own layout, in which it is evaluated, and those of its phases, by their dotted paths."""
-        own = {f"phases.{name}.parallel": phase.parallel for name, phase in self.phases.items()}
-        return {"parallel": self.parallel} | {
-            path: layout for path, layout in own.items() if layout is not None
-        }
+        """Return the run's own layout, in which it is evaluated, and those of its phases, by dotted path."""
+        layouts = {"parallel": self.parallel}
+        for name, phase in self.phases.items():
+            if phase.parallel is not None:
+                layouts[f"phases.{name}.parallel"] = phase.parallel
+        return layouts
 
     def _kernel_problems(self) -> list[str]:
         """Return what the kernels of the run's precision cannot multiply in any layout of the run."""

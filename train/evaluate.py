@@ -103,7 +103,8 @@ def predictions(
     settings = held_out.evaluation
     dataset = EvaluationSet(held_out.data, name, settings.samples)
     decoder = GreedyDecoder(model_parts, topology, dataset.tokenizer, settings.max_new_tokens)
-    questions = dataset.questions(topology.share)
+    questions = dataset.questions(topology.data_rank, topology.data_size)
+    # Without a task there is no right answer to compare with.
     asked = (question for question in questions if question.task)
     for batch in in_batches(asked, settings.pack_tokens):
         for sample, text in zip(batch, decoder.answers(batch), strict=True):
@@ -133,6 +134,7 @@ def evaluate_model(
     """
     losses = held_out_losses(held_out, model_parts, topology, held_out.evaluation.samples, screen)
     datasets = held_out.data.validation
+    # Rounded up, so that each dataset shows at least one.
     shown_of_each = -(-held_out.evaluation.report_samples // max(1, len(datasets)))
     asked: Counter[str] = Counter()
     right: Counter[str] = Counter()

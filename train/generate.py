@@ -141,11 +141,12 @@ class GreedyDecoder:
                 following = self._next_tokens(batch, [[-1]] * len(batch))
                 for place, tokens in zip(unfinished, following, strict=True):
                     written[place] += tokens
-        texts = []
-        for tokens in written:
-            kept = [token for token in tokens if token not in self.stop]
-            texts.append(self.tokenizer.decode(kept))
-        return texts
+        return [self._text(tokens) for tokens in written]
+
+    def _text(self, tokens: list[int]) -> str:
+        """Return the text of an answer, without the token that ended it."""
+        kept = [token for token in tokens if token not in self.stop]
+        return self.tokenizer.decode(kept)
 
     def _unfinished(self, written: list[list[int]]) -> list[int]:
         """Return the places of answers that have neither ended nor reached the limit."""
@@ -167,10 +168,8 @@ class GreedyDecoder:
 
         written = []
         for draft, chosen in zip(drafts, self._next_tokens(begun, places), strict=True):
-            agreed = 0
-            while agreed < len(draft) and draft[agreed] == chosen[agreed]:
-                agreed += 1
-            written.append(chosen[: agreed + 1])
+            # One more than they share: the first token that greedy decoding writes differently.
+            written.append(chosen[: shared_length(draft, chosen) + 1])
         return written
 
     def _draft(self, sample: EncodedSample) -> list[int]:
@@ -202,6 +201,14 @@ class GreedyDecoder:
         return [[next(chosen) for _ in own] for own in places]
 
 
+def shared_length(draft: list[int], chosen: list[int]) -> int:
+    """Count the tokens that a draft and the chosen ones, at least as many, begin with alike."""
+    length = 0
+    while length < len(draft) and draft[length] == chosen[length]:
+        length += 1
+    return length
+
+
 def next_tokens(
     model_parts: list[Qwen3VL],
     batch: PackedBatch,
@@ -230,6 +237,7 @@ def _forward_tokens(
     inputs = part.prepare(batch)
     if not part.post_process:
         return part(inputs), None
+    # Of the pack's rows each context rank holds some: it answers for its own, and the others add zeros.
     tokens = RankShare.of(batch, topology).tokens
     places = np.minimum(np.searchsorted(tokens, rows), len(tokens) - 1)
     mine = torch.from_numpy(np.flatnonzero(tokens[places] == rows)).to(topology.device)
@@ -244,6 +252,7 @@ def most_likely(logits: Tensor, topology: Topology) -> Tensor:
     """Return the ids int64 [R] of the largest logits [R, V / tensor] over all vocabulary parts."""
     value, index = logits.float().max(dim=1)
     group = topology.groups.tp
+    # fp64 holds any id and any fp32 logit exactly, so that one gather carries both.
     index_in_all = index + group.rank() * logits.shape[1]
     own = torch.stack([value.double(), index_in_all.double()])
     parts = [torch.empty_like(own) for _ in range(group.size())]

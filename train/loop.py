@@ -102,6 +102,7 @@ def metrics_line(
     topology, totals = trainer.topology, result.totals
     counts = totals.counts
     flops = trainer.flops(counts.work)
+    # Of this rank's clock; all ranks end a step together, at its reductions.
     flops_per_device = flops / seconds / topology.world_size
     peak = peak_flops(topology.device)
     line = {

@@ -17,7 +17,7 @@ def lost_checkpoints(folder: Path, damaged: list[str]) -> str:
     if damaged:
         more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
         return f"{folder} holds only damaged checkpoints, {damaged[0]}{more}"
-    if (step := _last_saved(folder)) is not None:
+    if (step := last_saved(folder)) is not None:
         return f"{folder} holds no checkpoint, but {EVENTS} tells of one after step {step}"
     return ""
 
@@ -32,17 +32,19 @@ def move_aside(folder: Path) -> Path:
         )
     if checkpoints.exists() and not checkpoints.is_dir():
         checkpoints.rename(aside(checkpoints))
+    # Inside, so that it is on the same disk: a rename takes no room.
     kept = aside(checkpoints / CHECKPOINTS)
     kept.mkdir(parents=True, exist_ok=True)
     for entry in list(checkpoints.iterdir()):
         if not entry.name.startswith(ASIDE):
             entry.rename(kept / entry.name)
-    if (folder / METRICS).exists():
-        (folder / METRICS).rename(aside(folder / METRICS))
+    metrics = folder / METRICS
+    if metrics.exists():
+        metrics.rename(aside(metrics))
     return kept
 
 
-def _last_saved(folder: Path) -> int | None:
+def last_saved(folder: Path) -> int | None:
     """Return the step of the last checkpoint in the events since the run last began; None without."""
     path = folder / EVENTS
     last = None

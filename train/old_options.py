@@ -47,6 +47,7 @@ def todays_settings(settings: Mapping[str, Any], path: str = "") -> dict[str, An
     today = {}
     for name, value in settings.items():
         option = f"{prefix}{name}"
+        # It had one value that worked, so nothing is lost.
         if _of_the_run(option) in GONE:
             continue
         new = RENAMED.get(option, option).removeprefix(prefix)

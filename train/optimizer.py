@@ -171,9 +171,20 @@ def build_optimizer(
     """
     install_adamw()
     install_norm()
-    peaks = phase.peak_learning_rates()
-    highest = max(peaks.values())
-    config = OptimizerConfig(
+    overrides = rate_overrides(phase)
+    undecayed = ParamWithNamePredicate(
+        name="undecayed", fn=lambda parameter, name: parameter.dim() == 1
+    )
+    overrides[ParamKey(with_name_predicate=undecayed)] = {"wd_mult": 0.0}
+    settings = megatron_settings(optim, phase, bf16)
+    return get_megatron_optimizer(settings, wrapped, config_overrides=overrides)
+
+
+def megatron_settings(optim: OptimConfig, phase: PhaseConfig, bf16: bool) -> OptimizerConfig:
+    """Return Megatron's settings of the optimizer; `bf16`: of the parameters."""
+    # Those of the group with the highest peak; each group has its own in `rate_overrides`.
+    highest = max(phase.peak_learning_rates().values())
+    return OptimizerConfig(
         optimizer="adam",
         lr=highest,
         min_lr=highest * phase.lr_min_ratio,
@@ -185,18 +196,12 @@ def build_optimizer(
         bf16=bf16,
         use_distributed_optimizer=True,
     )
-    overrides = rate_overrides(peaks, phase)
-    undecayed = ParamWithNamePredicate(
-        name="undecayed", fn=lambda parameter, name: parameter.dim() == 1
-    )
-    overrides[ParamKey(with_name_predicate=undecayed)] = {"wd_mult": 0.0}
-    return get_megatron_optimizer(config, wrapped, config_overrides=overrides)
 
 
-def rate_overrides(peaks: dict[str, float], phase: PhaseConfig) -> dict[Any, dict[str, float]]:
+def rate_overrides(phase: PhaseConfig) -> dict[Any, dict[str, float]]:
     """Return Megatron's settings of the parameters of each trainable group: their learning rates."""
     overrides: dict[Any, dict[str, float]] = {}
-    for group, peak in peaks.items():
+    for group, peak in phase.peak_learning_rates().items():
         overrides[ParamKey(with_name_predicate=in_group(group))] = rates_of(peak, phase)
     return overrides
 
@@ -233,7 +238,7 @@ def build_scheduler(
         end_wd=optim.weight_decay,
         wd_incr_steps=steps,
         wd_incr_style="constant",
-        wsd_decay_steps=phase.decay_steps or max(1, steps // 10),
+        wsd_decay_steps=phase.decay_steps or max(1, steps // 10),  # unused by other styles
         lr_wsd_decay_style="linear",
     )
 
@@ -268,7 +273,7 @@ def state_tensors(
     for number, inner in enumerate(optimizer.chained_optimizers):
         if getattr(inner, "is_stub_optimizer", False) or not inner.optimizer.param_groups:
             continue  # a stage without trainable parameters
-        inner.optimizer.make_moments()
+        inner.optimizer.make_moments()  # a fresh one has none to read into or to save
         state = inner.sharded_param_state_fully_reshardable(weights, loading, metadata)
         tensors[str(number)] = state
     return tensors
@@ -279,6 +284,7 @@ def load_state(optimizer: Any, tensors: dict[str, Any], updates_done: int) -> No
     for number, inner in enumerate(optimizer.chained_optimizers):
         if str(number) in tensors:
             inner.load_parameter_state_from_fully_reshardable(tensors[str(number)])
+            # AdamW corrects its moments by this count.
             for group in inner.optimizer.param_groups:
                 group["step"] = updates_done
 

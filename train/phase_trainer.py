@@ -1,4 +1,4 @@
-"""What trains in one phase, built and ready."""
+"""Everything that trains in one phase, built and ready."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,7 +27,7 @@ class PhaseTrainer:
     scheduler: Any
     stream: PackStream
     inputs: Inputs | None = None
-    """Where its checkpoints say that data and first weights came from."""
+    """Origin of data and first weights, which its checkpoints keep."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Options that its checkpoints keep, to name what changes before a resume."""
     step: int = 0
@@ -48,6 +48,7 @@ class PhaseTrainer:
 
     def flops(self, work: StepWork) -> float:
         """Count the operations of forward and backward that the phase's trainable groups need."""
+        # Adapters train in place of the weights, whose gradients are not computed then.
         lora = self.model_parts[0].lora
         parts = step_flops(self.model_config, work, set(self.phase.trainable), lora)
         return sum(parts.values())

@@ -30,7 +30,8 @@ def resume(
     """
     if topology.is_main:
         sweep(folder)
-    _report_last_end(observer)
+    report_last_end(observer)
+    # After the sweep: a rank that is ahead must not see a folder that is being removed.
     topology.barrier()
     newest, damaged = checkpoint.newest(folder, topology)
     for line in damaged:
@@ -38,7 +39,7 @@ def resume(
         observer.say(f"passing over a damaged checkpoint: {line}")
 
     if newest is None:
-        _begin_anew(folder, damaged, config.run.start_anew, topology, observer)
+        begin_anew(folder, damaged, config.run.start_anew, topology, observer)
         step = 0
     else:
         step = newest.run_state.step
@@ -47,11 +48,17 @@ def resume(
     status.current.at(step)
     # Only now: a start that is refused leaves the files of the run as they are.
     if observer.log is not None:
-        with replacing(folder / SETTINGS_OF_RUN) as file:
-            file.write(yaml.safe_dump(asdict(config), sort_keys=False).encode())
+        keep_settings(config, folder)
         observer.log.load_waiting(folder / CHECKPOINTS)
         observer.log.rewind(step)
     return newest
+
+
+def keep_settings(config: RunConfig, folder: Path) -> None:
+    """Write the resolved configuration into the run's folder, for exports, reports and people."""
+    text = yaml.safe_dump(asdict(config), sort_keys=False)
+    with replacing(folder / SETTINGS_OF_RUN) as file:
+        file.write(text.encode())
 
 
 def report_resume(config: RunConfig, newest: Checkpoint, observer: Observer) -> None:
@@ -66,7 +73,7 @@ def report_resume(config: RunConfig, newest: Checkpoint, observer: Observer) -> 
         observer.say(f"goes on with other settings: {each}")
 
 
-def _report_last_end(observer: Observer) -> None:
+def report_last_end(observer: Observer) -> None:
     """Say how the start before this one ended, if not as it should."""
     before = status.current.before
     if before is None or before.state == "done":
@@ -77,7 +84,7 @@ def _report_last_end(observer: Observer) -> None:
     observer.say(f"the start before this one ended{after}: {cause.splitlines()[0]}")
 
 
-def _begin_anew(
+def begin_anew(
     folder: Path, damaged: list[str], allowed: bool, topology: Topology, observer: Observer
 ) -> None:
     """Begin at step 0, and keep the files of a run that has had checkpoints.

@@ -51,6 +51,7 @@ def pretrain(config: RunConfig) -> None:
     newest = resume(config, folder, topology, observer)
     check_data(config, newest)
 
+    # Each begins from the last one's checkpoint, as a resumed run does: there is one path.
     for name in phases_left(config, newest):
         topology = phase_topology(config, name, topology)
         newest = train_phase(config, name, topology, newest, observer)
@@ -63,6 +64,7 @@ def pretrain(config: RunConfig) -> None:
         results = evaluate_model(held_out(config), parts, topology, folder, step, observer.screen)
         observer.trackers.evaluation(results)
     observer.trackers.close()
+    # The run is whole, but its log lacks lines: exit code 2, so that nobody misses it.
     if fault := first_fault(observer.log_fault):
         raise log_error(fault, step)
     topologies.stop()
@@ -84,6 +86,7 @@ def train_phase(
     check_room(folder, trainer)
 
     observer.phase_start(trainer)
+    # Not when resumed: the loss at the phase's beginning is in the log already.
     if not trainer.phase_step:
         validate(config, trainer, observer, unchanged=not trainer.phase.fresh)
     saver = Saver(folder, config.checkpoint, observer.saved)
@@ -198,6 +201,12 @@ def restore(trainer: PhaseTrainer, newest: Checkpoint | None) -> None:
 
 def report_left_out(trainer: PhaseTrainer, data: DataConfig, observer: Observer) -> None:
     """Report the samples of a phase that are not trained on, and those without a loss."""
+    report_dropped(trainer, data, observer)
+    report_unsupervised(trainer, observer)
+
+
+def report_dropped(trainer: PhaseTrainer, data: DataConfig, observer: Observer) -> None:
+    """Report unreadable samples, and those that over_length leaves out."""
     name, stream = trainer.phase_name, trainer.stream
     for dataset, (samples, tokens) in stream.dropped.items():
         if not samples and not tokens:
@@ -208,7 +217,12 @@ def report_left_out(trainer: PhaseTrainer, data: DataConfig, observer: Observer)
             f"{name}: {samples} samples and in all {tokens} tokens of {dataset} are left out"
             f" (unreadable, or longer than a pack with over_length={policy})"
         )
-    for dataset, (samples, size) in stream.unsupervised.items():
+
+
+def report_unsupervised(trainer: PhaseTrainer, observer: Observer) -> None:
+    """Warn of samples that are trained on without a supervised token."""
+    name = trainer.phase_name
+    for dataset, (samples, size) in trainer.stream.unsupervised.items():
         if not samples:
             continue
         observer.event("unsupervised", phase=name, dataset=dataset, samples=samples)

@@ -33,7 +33,7 @@ SILENT = Signals()
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step did."""
+    """Sums, gradient norm and outcome of one optimizer step."""
 
     totals: StepTotals
     """Over the global batch."""
@@ -111,25 +111,27 @@ def agree_on_unreadable(batches: list[PackedBatch], topology: Topology) -> list[
 def compute_gradients(trainer: PhaseTrainer, batches: list[PackedBatch], sums: StepSums) -> None:
     """Fill the gradients of the loss over the global batch, alike on all copies of the model, and reduce `sums`."""
     topology, experts = trainer.topology, trainer.model_config.text.experts
-    balance_scale = _balance_scale(batches, topology) if experts else None
+    balance_scale = balance_scale_of(batches, topology) if experts else None
     for part, wrapped in zip(trainer.model_parts, trainer.wrapped_parts, strict=True):
         wrapped.zero_grad_buffer()
-        part.config.finalize_model_grads_func = _reduce_gradients
+        part.config.finalize_model_grads_func = reduce_gradients
         if balance_scale is not None:
             part.config.moe_grad_scale_func = balance_scale.clone
     forward = functools.partial(forward_losses, sums=sums.losses)
     run_schedule(forward, trainer.wrapped_parts, batches, topology, forward_only=False)
+    # A dense model has no collective here, which would be a wait.
     if experts:
         sums.set_routers(update_router_loads(trainer.model_parts, topology))
 
     sums.reduce()
     weight = sums.losses.values[1].sum()
+    # Chosen on the device: asking for the weight on the host would be a wait.
     scale = torch.where(weight > 0, 1.0 / weight, torch.zeros_like(weight)).float()
     for part in trainer.wrapped_parts:
         part.scale_gradients(scale)
 
 
-def _reduce_gradients(parts: list[Any], num_tokens: Any, **options: Any) -> None:
+def reduce_gradients(parts: list[Any], num_tokens: Any, **options: Any) -> None:
     """Add up gradients over the ranks and leave the division to us: Megatron-core counts tokens, the loss has weights."""
     finalize_model_grads(parts, None, **options)
 
@@ -189,7 +191,7 @@ def forward_losses(
     return output, lambda total: (total, no_tokens, {})
 
 
-def _balance_scale(batches: list[PackedBatch], topology: Topology) -> Tensor:
+def balance_scale_of(batches: list[PackedBatch], topology: Topology) -> Tensor:
     """Return the weight of the global batch over its tokens, fp32 [1] on the device.
 
     Gradients are divided by the weight, but the balance of experts is a mean over tokens.
@@ -213,7 +215,7 @@ def gradient_norm(optimizer: Any) -> float:
 def update(optimizer: Any, norm: float) -> None:
     """Clip the gradients, whose norm is given, and apply them."""
     for inner in optimizer.chained_optimizers:
-        clip = inner.config.clip_grad
+        clip = inner.config.clip_grad  # 0 turns it off
         if clip > 0.0 and inner.get_parameters():
             clip_grad_by_total_norm_fp32(inner.get_parameters(), max_norm=clip, total_norm=norm)
     optimizer.step_with_ready_grads()

@@ -34,7 +34,7 @@ SHARE: Final = 8
 MOST_BYTES: Final = 1 << 28
 """And never more than 256 MiB: the largest model, with 72,000 parts and their moments, is estimated to take 32."""
 MOST_DIMS: Final = 16
-"""Of a tensor; weights have at most three."""
+"""Most dims of a tensor."""
 LARGEST_DIM: Final = 1 << 48
 LONGEST_NAME: Final = 1000
 MOST_IRREGULAR: Final = 1000
@@ -141,8 +141,8 @@ def _index(raw: Any, sizes: dict[str, int], most: int) -> Index:
         index = _place_key(key)
         _require(index not in places, f"{index.fqn} is there twice")
         places[index] = _place(index.fqn, value, sizes)
-    _check_complete(tensors, places)
-    _check_apart(places)
+    check_complete(tensors, places)
+    check_apart(places)
     return Index(tensors, places, {info.relative_path for info in places.values()})
 
 
@@ -231,7 +231,7 @@ def _place(name: str, value: Any, sizes: dict[str, int]) -> _StorageInfo:
     return _StorageInfo(path, offset, length)
 
 
-def _check_complete(tensors: dict[str, Any], places: dict[MetadataIndex, _StorageInfo]) -> None:
+def check_complete(tensors: dict[str, Any], places: dict[MetadataIndex, _StorageInfo]) -> None:
     """Refuse a part without a place that can hold it, and a place without a part."""
     left: dict[Key, _StorageInfo] = {}
     for index, info in places.items():
@@ -253,7 +253,7 @@ def _check_complete(tensors: dict[str, Any], places: dict[MetadataIndex, _Storag
     _require(not left, f"{unknown} has a place and is no part of a tensor")
 
 
-def _check_apart(places: dict[MetadataIndex, _StorageInfo]) -> None:
+def check_apart(places: dict[MetadataIndex, _StorageInfo]) -> None:
     """Refuse entries that share bytes: a small file would stand for large tensors."""
     spans = []
     for index, info in places.items():

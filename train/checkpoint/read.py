@@ -106,8 +106,10 @@ def load_trainer(checkpoint: Checkpoint, trainer: PhaseTrainer) -> None:
     """Load weights, optimizer and schedule, so that a phase continues exactly, in any layout."""
     loaded = _read(checkpoint.folder, trainer_state(trainer, loading=True), trainer.topology)
     _load_parts(loaded, trainer.model_parts)
+    # Moments too: they would make the weights so at the next step.
     require_finite(_tensors(loaded), f"{checkpoint.folder}", trainer.topology)
     load_state(trainer.optimizer, loaded["optimizer"], checkpoint.run_state.updates)
+    # Steps and not updates: a skipped step advances the schedule too.
     trainer.scheduler.step(checkpoint.run_state.phase_step - trainer.scheduler.num_steps)
 
 
@@ -233,14 +235,25 @@ def verify(folder: Path, topology: Topology) -> str | None:
     return next((each for each in faults if each), None)
 
 
+def gather_by_name[T](own: dict[str, T]) -> dict[str, T]:
+    """Join the dicts of all ranks, which call it together; a name of several ranks has one value."""
+    gathered: list[dict[str, T]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, own)
+    joined: dict[str, T] = {}
+    for part in gathered:
+        joined |= part
+    return joined
+
+
 def fault_in_share(folder: Path, rank: int, ranks: int) -> str | None:
     """Return the first fault in the files that `verify` gives to one of `ranks` ranks; None without."""
     try:
         files = read_manifest(folder)
+        # In turn, since files of one rank are next to each other and alike in size.
         for name in sorted(files)[rank::ranks]:
-            if fault := _file_fault(folder, name, files[name]):
+            if fault := file_fault(folder, name, files[name]):
                 return fault
-        return _content_fault(folder, files.keys()) if rank == 0 else None
+        return content_fault(folder, files.keys()) if rank == 0 else None
     except (JsonError, OSError) as error:
         return f"no readable {MANIFEST} ({one_line(str(error))})"
 
@@ -256,11 +269,12 @@ def write_manifest(folder: Path, files: dict[str, FileEntry]) -> None:
     (folder / MANIFEST).write_text(json.dumps(content, indent=1, sort_keys=True))
 
 
-def _file_fault(folder: Path, name: str, expected: FileEntry) -> str | None:
+def file_fault(folder: Path, name: str, expected: FileEntry) -> str | None:
     """Return why a file is not the one that was written; None if it is."""
     shown = one_line(name)
     try:
         path = locate(folder, name)
+        # The size first: it costs nothing, and most damage is a file cut short.
         if path.stat().st_size != expected.bytes:
             return f"{shown} has {path.stat().st_size} bytes instead of {expected.bytes}"
         if hash_file(path) != expected.xxh3_128:
@@ -274,7 +288,7 @@ def _file_fault(folder: Path, name: str, expected: FileEntry) -> str | None:
         return f"{shown} cannot be read ({error.strerror})"
 
 
-def _content_fault(folder: Path, listed: Iterable[str]) -> str | None:
+def content_fault(folder: Path, listed: Iterable[str]) -> str | None:
     """Return the first file that folder, manifest and index do not all have; None if they agree."""
     expected = set(listed)
     for name in sorted(WITHOUT_TENSORS - expected):

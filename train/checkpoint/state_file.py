@@ -120,6 +120,7 @@ def read_run_state(folder: Path) -> RunState:
         raise UserError(
             f"{folder} is not a checkpoint of this version ({error}): name a folder such as checkpoints/<phase>/step-00000100"
         ) from error
+    # Here once, so that later uses of the parts cannot fail.
     for part in (model_of, lora_of, stored_inputs):
         part(run_state, str(folder / STATE))
     return run_state

@@ -94,6 +94,7 @@ class StoredWeights:
         sizes = list(entry.size)
         if layer is not None:
             offsets[0], sizes[0] = layer, 1
+        # One layer of the stacked tensor: torch reads only the parts that overlap it.
         whole = torch.empty(sizes, dtype=entry.properties.dtype)
         chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
         plan = LoadPlan(create_read_items_for_chunk_list(key, entry, [chunk]))

@@ -46,12 +46,14 @@ def harmless_reading(folder: Path) -> Iterator[None]:
     indices: dict[Path, Any] = {}
     plain = torch.load
 
+    # In the place of pickle.load in torch's reader; read once for all its calls.
     def load_index(_: object) -> Any:
         indices[folder] = indices.get(folder) or read_index(folder)
         return indices[folder].metadata()
 
+    # torch asks for weights_only=False, which would run any code in the file.
     def load_plain_data(file: Any, *args: Any, **options: Any) -> Any:
-        _check_entry(file)
+        check_entry(file)
         return plain(file, *args, **{**options, "weights_only": True})
 
     try:
@@ -70,7 +72,7 @@ def harmless_reading(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _check_entry(file: Any) -> None:
+def check_entry(file: Any) -> None:
     """Refuse an entry that is packed, so that it might be of any size, or whose pickle is large.
 
     Args:
@@ -84,7 +86,7 @@ def _check_entry(file: Any) -> None:
     except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
         raise IndexFault(f"an entry is no archive of torch.save ({error})") from error
     finally:
-        if hasattr(file, "seek"):
+        if hasattr(file, "seek"):  # torch.load reads it next, from its start
             file.seek(0)
     for member in members:
         if member.compress_type != zipfile.ZIP_STORED:

@@ -38,6 +38,7 @@ from visionloom.train.checkpoint.read import (
     LATEST,
     FileEntry,
     folder_of,
+    gather_by_name,
     layout_metadata,
     run_state_of,
     trainer_state,
@@ -128,12 +129,14 @@ class Saver:
         Raises:
             UserError: if the save fails and the run must stop without it (see `checkpoint.on_error`).
         """
+        # One save at a time: two would need the memory of two copies.
         self.finish(trainer.topology)
         started = time.perf_counter()
         background = self.settings.asynchronous and not last
         final = folder_of(self.run_folder, trainer.phase_name, step)
+        # No name of a checkpoint: a start that finds it removes it.
         partial = final.with_name(final.name + ".tmp")
-        if fault := first_fault(_make_partial(partial) if trainer.topology.is_main else ""):
+        if fault := first_fault(make_partial(partial) if trainer.topology.is_main else ""):
             self._failed(final, fault, last)
             return
 
@@ -148,6 +151,7 @@ class Saver:
             save.thread.start()
         else:
             _write(save)
+        # Not its writing in the background, which training does not wait for.
         save.stalled = time.perf_counter() - started
         self.pending = save
         if not background:
@@ -165,6 +169,7 @@ class Saver:
             topology: of the run.
             any_writing: whether `is_writing` was true on any rank before the step.
         """
+        # Flags of before the step, the same on all ranks: so all complete it after the same step.
         if self.pending is not None and not any_writing:
             self._complete(topology, last=False)
 
@@ -223,8 +228,8 @@ class Saver:
         fault = next((each for _, _, each in parts if each), "")
         if not fault and topology.is_main:
             try:
-                _commit(save, results, hashes)
-                _retain(save.final, self.settings)
+                commit(save, results, hashes)
+                remove_old(save.final, self.settings)
             except (OSError, ValueError) as error:
                 fault = _in_words(error, save.partial)
         if fault := first_fault(fault):
@@ -264,7 +269,7 @@ class Saver:
             )
 
 
-def _make_partial(partial: Path) -> str:
+def make_partial(partial: Path) -> str:
     """Make the folder of a save in place of what killed ones have left; returns why it cannot be made."""
     try:
         for leftover in partial.parent.glob("step-*.tmp"):
@@ -325,7 +330,7 @@ def first_fault(fault: str) -> str:
     return next((each for each in faults if each), "")
 
 
-def _commit(save: Save, results: list[Any], hashes: dict[str, FileEntry]) -> None:
+def commit(save: Save, results: list[Any], hashes: dict[str, FileEntry]) -> None:
     """Make what all ranks have written the newest checkpoint.
 
     Raises:
@@ -335,6 +340,7 @@ def _commit(save: Save, results: list[Any], hashes: dict[str, FileEntry]) -> Non
     save.plan.writer.finish(save.plan.metadata, results)
     save_config(CheckpointingConfig("torch_dist", 1), str(save.partial))
     (save.partial / STATE).write_text(json.dumps(asdict(save.run_state)))
+    # The ranks have hashed their own; what remains is the index, the state and the format.
     for path in save.partial.iterdir():
         if path.name not in hashes:
             hashes[path.name] = FileEntry.of(path)
@@ -344,17 +350,19 @@ def _commit(save: Save, results: list[Any], hashes: dict[str, FileEntry]) -> Non
     # On disk before it has its name: else a power cut could leave a whole folder of empty files.
     for path in [*save.partial.iterdir(), save.partial]:
         _flush(path)
+    # A damaged one that the run has passed over.
     if save.final.exists():
         shutil.rmtree(save.final)
     save.partial.rename(save.final)
     _flush(save.final.parent)
 
+    # Last: for people and scripts; a run itself looks for the newest folder that is whole.
     pointer = save.final.parents[1] / LATEST
     with replacing(pointer) as file:
         file.write(f"{save.final.relative_to(pointer.parent)}\n".encode())
 
 
-def _retain(final: Path, settings: CheckpointConfig) -> None:
+def remove_old(final: Path, settings: CheckpointConfig) -> None:
     """Remove old checkpoints of the phase: all but the newest `keep`, and one for each `keep_every_steps`.
 
     Those of later steps than `final` are damaged ones that the run has passed over: they neither count nor are removed. Anything
@@ -386,6 +394,7 @@ def _flush(path: Path) -> None:
 
 def sweep(run_folder: Path) -> None:
     """Remove what a save that was killed has left; the main rank calls it when a run starts."""
+    # Errors are ignored: the next save in the same phase reports them.
     for leftover in (run_folder / CHECKPOINTS).glob("*/step-*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
 
@@ -446,9 +455,4 @@ def estimated_bytes(trainer: PhaseTrainer) -> int:
             own[name] = count * bytes_each + OVERHEAD_BYTES * tensors
 
     # By name: ranks that share a layer all have its parameters.
-    shares: list[dict[str, int]] = [{}] * trainer.topology.world_size
-    dist.all_gather_object(shares, own)
-    total: dict[str, int] = {}
-    for share in shares:
-        total |= share
-    return sum(total.values())
+    return sum(gather_by_name(own).values())

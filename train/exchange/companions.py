@@ -81,10 +81,12 @@ def carry(source: Path, target: Path, names: Sequence[str] = CARRIED) -> None:
             continue
         except PlaceError as error:
             raise UserError(f"{source / name} {error}: put the file itself there") from None
-        if path.stat().st_size > LARGEST:
+        size = path.stat().st_size
+        if size > LARGEST:
             raise UserError(
-                f"{path} has {path.stat().st_size} bytes, a file that goes along with weights at most {LARGEST}"
+                f"{path} has {size} bytes, a file that goes along with weights at most {LARGEST}"
             )
+        # A run may be started again from its own companions.
         if path.resolve() != (target / name).resolve():
             target.mkdir(parents=True, exist_ok=True)
             # Replaced, not opened: a link at the target would be written through.

@@ -57,7 +57,7 @@ def export_adapter(
 
     Args:
         checkpoint: folder of a run with lora.
-        out: new folder; tokenizer, chat template and preprocessors of the run are put beside the adapters.
+        out: new folder; tokenizer, chat template and preprocessors of the run go along with the adapters.
         base: name or folder of the model that the adapters are for, kept in adapter_config.json; empty: what the run began with,
             if that is a Hugging Face folder.
         topology: of any layout.
@@ -138,6 +138,7 @@ def export_merged(
     """
     model, lora = describe(checkpoint, topology)
     stored = (weights / STATE).is_file()
+    # A Hugging Face folder has no manifest to compare with.
     if stored:
         checkpoints.whole(weights, "weights", topology)
     base: Parameters = StoredWeights(weights) if stored else FolderWeights(weights, model)

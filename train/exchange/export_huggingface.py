@@ -64,7 +64,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """How an exported folder is made."""
+    """Options of an exported folder."""
 
     source: Path | None = None
     """Folder whose config.json, tokenizer, chat template and preprocessor files go along; None: what the weights came with."""
@@ -124,16 +124,17 @@ def write_huggingface(
     partial = start_folder(out, topology)
 
     wrong: list[str] = []
+    # No two ranks write one file, and a checkpoint can be read by any of them.
     for number in range(topology.rank, len(shards), topology.world_size):
         name, shard = names[number], shards[number]
         wrong += write_shard(partial / name, shard, weights, options.layout)
         say(f"{name} written, {shard.bytes / 2**30:.2f} GiB")
-    refuse_named(wrong, weights.name, topology)
+    refuse_named(wrong, weights.name, topology)  # also waits for all ranks' files
 
     if topology.is_main:
         if len(shards) > 1:
-            _write_index(partial / INDEX, dict(zip(names, shards, strict=True)))
-        for line in _write_companions(partial, weights, shards):
+            write_index(partial / INDEX, dict(zip(names, shards, strict=True)))
+        for line in write_companions(partial, weights, shards):
             say(f"note: {line}")
         partial.rename(out)
     topology.barrier()
@@ -162,7 +163,9 @@ def expert_layout(config: ModelConfig, wanted: str) -> str:
     return "hub" if text.experts and not square else "transformers"
 
 
-def _check_whole(weights: Parameters, config: ModelConfig) -> dict[str, tuple[Shape, torch.dtype]]:
+def check_parameters(
+    weights: Parameters, config: ModelConfig
+) -> dict[str, tuple[Shape, torch.dtype]]:
     """Return shape and type of each parameter of a model.
 
     Raises:
@@ -193,13 +196,14 @@ def _check_whole(weights: Parameters, config: ModelConfig) -> dict[str, tuple[Sh
 def plan_shards(weights: Parameters, config: ModelConfig, options: ExportOptions) -> list[Shard]:
     """Deal the parameters to files in the model's order; UserError naming what the weights lack."""
     shards = [Shard()]
-    for name, (shape, stored_dtype) in _check_whole(weights, config).items():
+    for name, (shape, stored_dtype) in check_parameters(weights, config).items():
         dtype = DTYPES[options.dtype] if options.dtype else stored_dtype
         # On the meta device, so that the plan needs neither memory nor reading.
         whole = torch.empty(shape, device="meta")
         parts = convert_parameter(name, whole, config, options.layout)
         size = sum(part.numel() for part in parts.values()) * dtype.itemsize
 
+        # A parameter stays in one file, so that a rank reads it once.
         shard = shards[-1]
         if shard.parameters and shard.bytes + size > options.shard_bytes:
             shard = Shard()
@@ -248,7 +252,7 @@ def file_name(number: int, count: int) -> str:
     return f"model-{number + 1:05d}-of-{count:05d}.safetensors"
 
 
-def _write_index(path: Path, shards: Mapping[str, Shard]) -> None:
+def write_index(path: Path, shards: Mapping[str, Shard]) -> None:
     """Write which file holds which tensor, as transformers does."""
     total = sum(shard.bytes for shard in shards.values())
     files = {tensor: name for name, shard in shards.items() for tensor in shard.tensors}
@@ -256,7 +260,7 @@ def _write_index(path: Path, shards: Mapping[str, Shard]) -> None:
     write_json(path, content)
 
 
-def _write_companions(partial: Path, weights: DescribedWeights, shards: list[Shard]) -> list[str]:
+def write_companions(partial: Path, weights: DescribedWeights, shards: list[Shard]) -> list[str]:
     """Write config.json and the files that go along; returns a line for each thing to know of them."""
     tokens = carry_companions(weights.companions, partial)
     kept = read_json(partial / CONFIG, "hf") if (partial / CONFIG).is_file() else None

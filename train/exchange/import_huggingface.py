@@ -39,6 +39,7 @@ from visionloom.parallel.topology import Topology
 from visionloom.train.checkpoint.finite import is_finite, not_finite
 from visionloom.train.checkpoint.read import (
     FileEntry,
+    gather_by_name,
     layout_metadata,
     weights_state,
     write_manifest,
@@ -81,6 +82,7 @@ def import_huggingface(
     if topology.is_main:
         run_state = RunState(PHASE, 0, 0, 0, {}, asdict(source.config), 0)
         (partial / STATE).write_text(json.dumps(asdict(run_state)))
+        # So that a run from this checkpoint needs the folder no more.
         carry(folder, partial / COMPANIONS)
     _write_manifest(partial, topology)
     if topology.is_main:
@@ -139,6 +141,7 @@ def empty_model(source: HuggingFaceFolder, topology: Topology) -> list[Qwen3VL]:
     shapes = parameter_shapes(source.config)
     [(most, _)] = Counter(map(source.dtype, source.names)).most_common(1)
     numbers = range(topology.config.chunks) if topology.config.chunks > 1 else [None]
+    # In the type of most; building it in another for each parameter is not possible.
     with torch.device("meta"):
         parts = [Qwen3VL(source.config, topology, most, number) for number in numbers]
     for part in parts:
@@ -224,10 +227,6 @@ def _write_manifest(folder: Path, topology: Topology) -> None:
             if path.is_file() and not path.name.startswith("__")  # data: each rank's own
         ]
     entries = {str(path.relative_to(folder)): FileEntry.of(path) for path in paths}
-    gathered: list[dict[str, FileEntry]] = [{}] * topology.world_size
-    dist.all_gather_object(gathered, entries)
+    files = gather_by_name(entries)
     if topology.is_main:
-        files: dict[str, FileEntry] = {}
-        for part in gathered:
-            files |= part
         write_manifest(folder, files)

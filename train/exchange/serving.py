@@ -80,19 +80,20 @@ def write_serving_files(
     """
     notes = list(companions.missing)
     if with_model:
-        _write_generation(out, tokens.added if tokens else {})
+        write_generation(out, tokens.added if tokens else {})
     else:
+        # Of the model under the adapters, which has its own.
         for name in (CONFIG, GENERATION):
             (out / name).unlink(missing_ok=True)
     if tokens is not None:
-        _write_tokenizer_settings(out, tokens)
-        notes += _write_template(out, tokens)
+        write_tokenizer_settings(out, tokens)
+        notes += write_template(out, tokens)
     if companions.media is not None:
-        notes += _write_processors(out, companions.media)
+        notes += write_processors(out, companions.media)
     return notes
 
 
-def _write_generation(out: Path, added: Mapping[str, int]) -> None:
+def write_generation(out: Path, added: Mapping[str, int]) -> None:
     """Write generation_config.json with the tokens that end an answer; its settings of sampling are kept."""
     content = _read(out / GENERATION)
     stops = [added[stop] for stop in STOPS if stop in added]
@@ -105,14 +106,14 @@ def _write_generation(out: Path, added: Mapping[str, int]) -> None:
     write_json(out / GENERATION, content)
 
 
-def _write_tokenizer_settings(out: Path, tokens: TokenTable) -> None:
+def write_tokenizer_settings(out: Path, tokens: TokenTable) -> None:
     """Write tokenizer_config.json where none came along."""
     if not tokens.settings:
         made = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         write_json(out / SETTINGS, made | {"eos_token": TURN_END, "pad_token": END_OF_TEXT})
 
 
-def _write_template(out: Path, tokens: TokenTable) -> Iterator[str]:
+def write_template(out: Path, tokens: TokenTable) -> Iterator[str]:
     """Write a chat template where none came along, and yield a line if one does not suit.
 
     It is the tokenizer's own, or the one of training.
@@ -135,7 +136,7 @@ def _write_template(out: Path, tokens: TokenTable) -> Iterator[str]:
         )
 
 
-def _write_processors(out: Path, media: MediaConfig) -> Iterator[str]:
+def write_processors(out: Path, media: MediaConfig) -> Iterator[str]:
     """Write the preprocessors' files with the run's rules.
 
     Yields a line where these differ from the files that came along, and for each rule that the files cannot say.
@@ -146,7 +147,7 @@ def _write_processors(out: Path, media: MediaConfig) -> Iterator[str]:
     video = {"video_processor_type": "Qwen3VLVideoProcessor", "do_sample_frames": True}
     for name, kind, (least, most) in (
         (PREPROCESSOR, image, limits.image),
-        (VIDEO_PREPROCESSOR, video | _frame_rules(media), limits.video),
+        (VIDEO_PREPROCESSOR, video | frame_rules(media), limits.video),
     ):
         came = _read(out / name) or nested[name]
         before = bounds(came)
@@ -160,10 +161,10 @@ def _write_processors(out: Path, media: MediaConfig) -> Iterator[str]:
                 f"{name} has size {least} to {most} pixels, as the run's data.media;"
                 f" what came with the weights said {before[0]} to {before[1]}"
             )
-    yield from _beyond_processors(media)
+    yield from beyond_processors(media)
 
 
-def _frame_rules(media: MediaConfig) -> dict[str, Any]:
+def frame_rules(media: MediaConfig) -> dict[str, Any]:
     """Return how transformers' video processor chooses and bounds frames."""
     # As a whole number if it is one: 4.57 computes indices with it.
     whole = int(media.video_fps)
@@ -181,7 +182,7 @@ def _frame_rules(media: MediaConfig) -> dict[str, Any]:
     return rules
 
 
-def _beyond_processors(media: MediaConfig) -> Iterator[str]:
+def beyond_processors(media: MediaConfig) -> Iterator[str]:
     """Yield a line for each of the run's rules that the processors' files cannot say."""
     if media.rule == "qwen_utils":
         yield (

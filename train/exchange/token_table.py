@@ -38,6 +38,7 @@ PROBE: Final = (
 
 def _growing(normalizer: Any) -> str:
     """Return the type of the first of a normalizer's steps that may make text longer; empty if there is none."""
+    # A list and no recursion: a stranger decides how deep the steps are nested.
     left = [normalizer]
     while left:
         step = left.pop()

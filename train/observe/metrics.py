@@ -79,6 +79,7 @@ class RunLog:
     def load_waiting(self, folder: Path) -> None:
         """Write the lines that an earlier start has left; UserError if the file is none of a run's."""
         path = folder / WAITING
+        where = str(path)
         try:
             content = read_located(folder, WAITING, LARGEST_WAITING)
         except FileNotFoundError:
@@ -90,9 +91,9 @@ class RunLog:
                 name, line = parse_json(
                     text,
                     tuple[Literal["metrics.jsonl", "events.jsonl"], str],
-                    str(path),
+                    where,
                 )
-                self._append(name, dict(load_json(line, str(path), finite=False)))
+                self._append(name, dict(load_json(line, where, finite=False)))
             except (JsonError, TypeError, ValueError) as error:
                 raise UserError(
                     f"{path} holds what no run has left there ({error}): remove it"
@@ -123,24 +124,30 @@ class RunLog:
     def _write(self, name: str, line: str) -> str:
         """Append a whole line or nothing; returns why it could not be written, empty if it was."""
         path = self.folder / name
-        content = line.encode()
         try:
             # A pipe would let the run wait for a reader.
             if path.is_symlink() or (path.exists() and not path.is_file()):
                 return f"{path} is no file, or a link: put the file itself there"
-            with path.open("ab", buffering=0) as file:
-                end = file.tell()
-                try:
-                    complete = file.write(content) == len(content)
-                except OSError:
-                    file.truncate(end)
-                    raise
-                if not complete:  # a disk that was filled by the first half
-                    file.truncate(end)
-                    return f"{path}: {os.strerror(errno.ENOSPC)}"
+            if not append_whole(path, line.encode()):
+                return f"{path}: {os.strerror(errno.ENOSPC)}"
         except OSError as error:
             return f"{path}: {error.strerror}"
         return ""
+
+
+def append_whole(path: Path, content: bytes) -> bool:
+    """Append all bytes or none; returns whether there was room, OSError for any other fault."""
+    # Unbuffered, so that a write that fits in part is seen here and not when the file is closed.
+    with path.open("ab", buffering=0) as file:
+        end = file.tell()
+        try:
+            complete = file.write(content) == len(content)
+        except OSError:
+            file.truncate(end)
+            raise
+        if not complete:  # a disk that was filled by the first half
+            file.truncate(end)
+    return complete
 
 
 def read_lines(text: str, name: str) -> Iterator[dict[str, Any]]:

@@ -73,7 +73,7 @@ class Observer:
         """Report an optimizer step by its line of metrics.jsonl."""
         if self.log is not None:
             self.log.metric(line)
-        status.current.at(line["step"])
+        status.current.at(line["step"])  # on all ranks: any of them may fail
         self.screen.step(line)
         self.trackers.step(line)
 

@@ -44,6 +44,7 @@ class Screen:
         self.total = total
         self.started = time.perf_counter()
         self.first = done
+        # In a file or a pipe a bar would be one line for each of its updates.
         if self.shown and self.console.is_terminal:
             columns = (
                 TextColumn("{task.description}", markup=False),
@@ -96,7 +97,7 @@ class Screen:
 def summary(line: dict[str, Any]) -> str:
     """Return a metrics line in a few words."""
     skipped = "  SKIPPED: gradient not finite" if line["skipped"] else ""
-    rate = max(line["lr"].values())
+    rate = max(line["lr"].values())  # groups may differ: the largest is the one to watch
     return (
         f"loss {line['loss']:.4f}  lr {rate:.2e}"
         f"  {line['tokens_per_second']:,.0f} tokens/s"

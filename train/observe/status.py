@@ -19,7 +19,7 @@ from visionloom.common.text import warn
 
 STATUS: Final = "status.json"
 REFRESH_SECONDS: Final = 2.0
-"""How often the step is written while a run goes on."""
+"""Least time between two writes of the step while a run trains."""
 AGENT: Final = "TORCHELASTIC_RUN_ID"
 """Variable that torchrun's agent sets for its ranks."""
 State = Literal["running", "done", "failed"]
@@ -133,6 +133,7 @@ def write_status(folder: Path, status: Status) -> None:
     document: dict[str, Any] = asdict(status)
     target = folder / STATUS
     try:
+        # Not flushed to disk: after a power cut its age does not matter.
         with replacing(target, durable=False) as file:
             file.write((json.dumps(document, indent=1) + "\n").encode())
     except OSError as fault:

@@ -42,7 +42,7 @@ class Trackers:
         self._folder = folder
         self._board_wanted = config.tensorboard
         self._board: Any = None
-        self._wandb = _start_wandb(folder, resolved_config, name) if config.wandb else None
+        self._wandb = start_wandb(folder, resolved_config, name) if config.wandb else None
 
     def step(self, line: Mapping[str, Any]) -> None:
         """Record a line of metrics.jsonl."""
@@ -70,6 +70,7 @@ class Trackers:
         """Pass values on to the trackers that are on."""
         if self._board_wanted:
             try:
+                # With the first value, whose step is where an earlier start is cut off.
                 self._board = self._board or self._start_board(step)
                 for name, value in values.items():
                     self._board.add_scalar(name, value, step)
@@ -118,6 +119,7 @@ class WandbProcess:
             stdout=subprocess.DEVNULL,
         )
         self._folder = folder
+        # Unbounded: a line has 1 kB, and training must never wait for it.
         self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._sender = threading.Thread(target=self._send, name="visionloom-wandb", daemon=True)
         self._sender.start()
@@ -133,7 +135,7 @@ class WandbProcess:
         try:
             self._process.wait(LAST_SECONDS)
         except subprocess.TimeoutExpired:
-            os.killpg(self._process.pid, 9)
+            os.killpg(self._process.pid, 9)  # with wandb's own service, which would upload on
             self._process.wait()
             warn(
                 f"warning: wandb has not taken all values: upload them later with wandb sync {self._folder}/wandb/*run-*"
@@ -151,13 +153,13 @@ class WandbProcess:
             return
 
 
-def _start_wandb(folder: Path, config: Mapping[str, Any], name: str) -> WandbProcess | None:
+def start_wandb(folder: Path, config: Mapping[str, Any], name: str) -> WandbProcess | None:
     """Start the process for a run; None if it cannot start."""
     try:
         start = {
             "project": os.environ.get("WANDB_PROJECT", PROJECT),
             "name": name,
-            "id": _run_id(folder),
+            "id": run_id(folder),
             "dir": str(folder),
             "config": dict(config),
         }
@@ -167,7 +169,7 @@ def _start_wandb(folder: Path, config: Mapping[str, Any], name: str) -> WandbPro
         return None
 
 
-def _run_id(folder: Path) -> str:
+def run_id(folder: Path) -> str:
     """Return the run's wandb id: made once and kept in the run's folder, so that a resumed run continues the same one."""
     path = folder / "wandb" / "run_id"
     known = path.read_text(errors="replace").strip() if path.is_file() else ""

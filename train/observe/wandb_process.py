@@ -34,11 +34,7 @@ def begin(start: Mapping[str, Any]) -> Any:
     try:
         import wandb
 
-        mode = os.environ.get("WANDB_MODE")
-        if not mode:
-            # Unverified: asking the server would be a second wait.
-            is_logged_in = wandb.login(prompt=False, verify=False)
-            mode = "online" if is_logged_in else "offline"
+        mode = mode_of(wandb)
         try:
             run = _init(wandb, start, mode)
         except Exception as error:
@@ -56,6 +52,15 @@ def begin(start: Mapping[str, Any]) -> Any:
         _give_up(error)
         return None
     return run
+
+
+def mode_of(wandb: Any) -> str:
+    """Return WANDB_MODE, or else `online` if the user is logged in and `offline` if not."""
+    if mode := os.environ.get("WANDB_MODE"):
+        return mode
+    # Unverified: asking the server would be a second wait.
+    is_logged_in = wandb.login(prompt=False, verify=False)
+    return "online" if is_logged_in else "offline"
 
 
 def _init(wandb: Any, start: Mapping[str, Any], mode: str) -> Any:

@@ -21,7 +21,7 @@ _MARKERS: Final = {
 WIDE: Final = (9.6, 3.4)
 HALF: Final = (4.8, 2.3)
 SMALL: Final = (3.2, 2.1)
-"""Widths and heights in inches, for one, two and three charts beside each other."""
+"""Widths and heights in inches, for one, two and three charts in a row."""
 
 LONGEST_NAME: Final = 40
 """Characters of a phase's name above a chart."""
@@ -137,6 +137,19 @@ class Chart:
         if self.named:
             axes.set_xlabel("step", color=_MARKERS["muted"])
 
+    def name_curves(self, axes: Any) -> None:
+        """Add a legend if a curve has a label."""
+        if not any(drawn.label for drawn in self.curves):
+            return
+        # Above the axes: inside it would cover curves of some run or other.
+        axes.legend(
+            loc="lower left",
+            bbox_to_anchor=(0, 1.0),
+            ncols=4,
+            borderaxespad=0.2,
+            handlelength=1.6,
+        )
+
     def _top(self, values: Values) -> float:
         """Return the upper end of an axis from zero; outliers may be cut off, but no percentage is."""
         if not len(values):
@@ -175,16 +188,7 @@ def draw(chart: Chart) -> str:
         for drawn in chart.curves:
             drawn.plot(axes)
         chart.scale(axes)
-        if any(drawn.label for drawn in chart.curves):
-            # Above the axes: below them it would cover curves of some run or other.
-            axes.legend(
-                loc="lower left",
-                bbox_to_anchor=(0, 1.0),
-                ncols=4,
-                borderaxespad=0.2,
-                handlelength=1.6,
-            )
-
+        chart.name_curves(axes)
         file = StringIO()
         # Without these four, the date of drawing among them, the same run gives the same file.
         metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))

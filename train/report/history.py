@@ -44,7 +44,7 @@ Values = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class PhaseHistory:
-    """What happened in one phase."""
+    """Metrics, settings and held-out losses of one phase."""
 
     name: str
     lines: list[Line]
@@ -162,7 +162,7 @@ class History:
         """Return all datasets that were trained on or measured, in order of appearance."""
         names: dict[str, None] = {}
         for line in [*self.lines, *self.of("validation"), self.results]:
-            # Metrics have losses by source beside the loss of all, events and results them alone.
+            # Metrics have the loss of all as well as those by source, events and results these alone.
             losses = line.get("loss_by_source", line.get("loss"))
             if isinstance(losses, Mapping) and len(names) < SOURCES_KNOWN:
                 names |= dict.fromkeys(losses)
@@ -208,6 +208,7 @@ def read_lines(folder: Path, name: str) -> list[Line]:
     except (PlaceError, OSError):
         return lines
     with file:
+        # By pieces: a line of a damaged file may have any length.
         while text := file.readline(LONGEST_LINE):
             try:
                 line = load_json(text, name, finite=False)  # a loss may have been none

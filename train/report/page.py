@@ -23,8 +23,16 @@ def write_report(folder: Path, shown: Sequence[Prediction]) -> Path:
 
     Sections whose files are missing are left out. Texts of samples are escaped; the same run gives the same file.
     """
-    _write_predictions(folder / PREDICTIONS, shown)
-    history = History.read(folder)
+    write_predictions(folder / PREDICTIONS, shown)
+    page = page_of(History.read(folder), shown)
+    path = folder / REPORT
+    with replacing(path) as file:
+        file.write(printable(page).encode())
+    return path
+
+
+def page_of(history: History, shown: Sequence[Prediction]) -> str:
+    """Return the page as HTML."""
     parts = [
         sections.header(history),
         sections.results(history),
@@ -36,7 +44,7 @@ def write_report(folder: Path, shown: Sequence[Prediction]) -> Path:
         sections.notes(history),
     ]
     body = "\n".join(part for part in parts if part)
-    page = (
+    return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
         f"<title>{escape(history.name)} · visionloom</title>\n"
@@ -44,13 +52,9 @@ def write_report(folder: Path, shown: Sequence[Prediction]) -> Path:
         f"<style>{STYLE}</style></head>\n<body><main>\n"
         f"{body}\n</main></body></html>\n"
     )
-    path = folder / REPORT
-    with replacing(path) as file:
-        file.write(printable(page).encode())
-    return path
 
 
-def _write_predictions(path: Path, shown: Sequence[Prediction]) -> None:
+def write_predictions(path: Path, shown: Sequence[Prediction]) -> None:
     """Write each prediction as a line of JSON, for scripts."""
     with replacing(path) as file:
         for prediction in shown:

@@ -104,13 +104,13 @@ def phases(history: History) -> str:
         return ""
     rows = []
     for place, phase in enumerate(history.phases, 1):
-        rows.append(_phase_row(place, phase))
-    tables = table(PHASE_COLUMNS, rows) + _held_out_by_phase(history)
+        rows.append(phase_row(place, phase))
+    tables = table(PHASE_COLUMNS, rows) + held_out_by_phase(history)
     note = f"First and last loss: training loss, mean of {EDGE_STEPS} steps."
     return section("Phases", tables, note)
 
 
-def _phase_row(place: int, phase: PhaseHistory) -> list[str]:
+def phase_row(place: int, phase: PhaseHistory) -> list[str]:
     """Return the cells of PHASE_COLUMNS."""
     # Without config.yaml the metrics still say which groups have a learning rate.
     with_rate = list(mapping(phase.lines[0].get("lr")))
@@ -136,12 +136,12 @@ def _phase_row(place: int, phase: PhaseHistory) -> list[str]:
     ]
 
 
-def _held_out_by_phase(history: History) -> str:
+def held_out_by_phase(history: History) -> str:
     """Return a table of each dataset's held-out loss at both ends of each phase."""
     phases = [phase for phase in history.phases if phase.before or phase.after]
     rows = []
     for source in history.sources:
-        losses = [_change(phase, source) for phase in phases]
+        losses = [held_out_change(phase, source) for phase in phases]
         if any(losses):
             rows.append([escape(source), *losses])
     if not rows:
@@ -151,7 +151,7 @@ def _held_out_by_phase(history: History) -> str:
     return table(head, rows, note, "numbers")
 
 
-def _change(phase: PhaseHistory, source: str) -> str:
+def held_out_change(phase: PhaseHistory, source: str) -> str:
     """Return a dataset's held-out loss at both ends of a phase, marked where it moved by a tenth."""
     start = number(phase.before.get(source))
     end = number(phase.after.get(source))
@@ -185,14 +185,14 @@ def sources(history: History) -> str:
         return ""
     charts = []
     for place, name in enumerate(history.sources[:SOURCES_SHOWN]):
-        charts.append(figure(_source_chart(history, name, place), name))
+        charts.append(figure(source_chart(history, name, place), name))
     note = "Blue: training loss. Orange: held-out loss at the start and the end of each phase. Numbers: phases."
     if (more := len(history.sources) - SOURCES_SHOWN) > 0:
         note += f" {more} more datasets are not shown."
     return section("Loss by dataset", f'<div class="three">{"".join(charts)}</div>', note)
 
 
-def _source_chart(history: History, name: str, place: int) -> str:
+def source_chart(history: History, name: str, place: int) -> str:
     """Draw a dataset's training loss, and its held-out losses as dots."""
 
     def loss_of(line: Line) -> Any:
@@ -236,7 +236,7 @@ def pace(history: History) -> str:
             percent=True,
         ),
     ]
-    figures = [_rates(phases)]
+    figures = [learning_rates_chart(phases)]
     for chart in charts:
         if any(len(drawn.y) for drawn in chart.curves):
             figures.append(figure(draw(chart), chart.name))
@@ -255,12 +255,12 @@ def _plain(
     return measured(phases, scaled, SMALL_POINTS, "one", label)
 
 
-def _rate_of(group: str, line: Line) -> Any:
+def rate_of(group: str, line: Line) -> Any:
     """Return a group's learning rate, of any type that a log may hold."""
     return mapping(line.get("lr")).get(group)
 
 
-def _rates(phases: list[PhaseHistory]) -> str:
+def learning_rates_chart(phases: list[PhaseHistory]) -> str:
     """Return the chart of learning rates; the widths differ so that equal ones can be told apart."""
     curves = []
     for group, colour, width in (
@@ -268,7 +268,7 @@ def _rates(phases: list[PhaseHistory]) -> str:
         ("merger", "two", 2.6),
         ("language", "one", 1.2),
     ):
-        steps, rates = curve(phases, functools.partial(_rate_of, group), SMALL_POINTS)
+        steps, rates = curve(phases, functools.partial(rate_of, group), SMALL_POINTS)
         if len(rates):
             curves.append(Drawn(steps, rates, colour, group, width))
     return figure(draw(Chart("learning rate", curves, phases)), "Learning rate")

@@ -127,10 +127,10 @@ def test_an_id_that_cannot_be_is_made_anew(tmp_path: Path, held: bytes) -> None:
     path = tmp_path / "wandb" / "run_id"
     path.parent.mkdir()
     path.write_bytes(held)
-    made = trackers_module._run_id(tmp_path)
+    made = trackers_module.run_id(tmp_path)
     assert (
         re.fullmatch("[0-9a-f]{12}", made)
-        and trackers_module._run_id(tmp_path) == made == path.read_text()
+        and trackers_module.run_id(tmp_path) == made == path.read_text()
     )
 
 
