@@ -28,7 +28,12 @@ class JsonError(ValueError):
     """A document that cannot be used: the message names the file, the field, what is there and what is expected."""
 
 
-def read_json[T](folder: Path, name: str, schema: type[T], largest: int = LARGEST) -> T:
+def read_json[T](
+    folder: Path,
+    name: str,
+    schema: type[T],
+    largest: int = LARGEST,
+) -> T:
     """Read a file of a folder as a value of `schema`: a dataclass, or a type such as dict[str, int].
 
     Raises:
@@ -44,7 +49,11 @@ def read_json[T](folder: Path, name: str, schema: type[T], largest: int = LARGES
     return parse_json(content, schema, where)
 
 
-def parse_json[T](content: bytes | str, schema: type[T], where: str) -> T:
+def parse_json[T](
+    content: bytes | str,
+    schema: type[T],
+    where: str,
+) -> T:
     """Parse a document as a value of `schema`; `where` names its file in errors. Raises JsonError.
 
     Types are strict: "3", 3.0 and true are no int; a key that a dataclass lacks is an error.
@@ -52,7 +61,12 @@ def parse_json[T](content: bytes | str, schema: type[T], where: str) -> T:
     return checked(load_json(content, where), schema, where)
 
 
-def checked[T](value: Any, schema: type[T], where: str, part: str = "") -> T:
+def checked[T](
+    value: Any,
+    schema: type[T],
+    where: str,
+    part: str = "",
+) -> T:
     """What `load_json` returned as a value of `schema`, as `parse_json`; `part` names it if it is a field of the document."""
     try:
         return cast(

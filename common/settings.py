@@ -191,7 +191,10 @@ def _check_entries(entries: Mapping[str, Any], path: str) -> Problems:
     return Problems(names + likewise(path, bounds), likewise(path, sections))
 
 
-def likewise(path: str, problems: Mapping[str, list[str]]) -> list[str]:
+def likewise(
+    path: str,
+    problems: Mapping[str, list[str]],
+) -> list[str]:
     """Return the problems of a mapping's entries, with one line for those that have the same.
 
     Args:

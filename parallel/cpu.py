@@ -119,7 +119,11 @@ def _random_state(
     return torch.get_rng_state()
 
 
-def _set_random_state(state: torch.Tensor, device: object = -1, graph_safe: bool = False) -> None:
+def _set_random_state(
+    state: torch.Tensor,
+    device: object = -1,
+    graph_safe: bool = False,
+) -> None:
     torch.set_rng_state(state)
 
 
@@ -190,7 +194,10 @@ def _replace_unequal_collectives() -> None:
 
     @functools.wraps(all_gather)
     def gather_unequal(
-        outputs: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, async_op: bool = False
+        outputs: list[torch.Tensor],
+        tensor: torch.Tensor,
+        group: Any = None,
+        async_op: bool = False,
     ) -> Any:
         if len({part.shape for part in outputs}) == 1:
             return all_gather(outputs, tensor, group=group, async_op=async_op)

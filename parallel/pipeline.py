@@ -51,7 +51,12 @@ def pipeline_problems(parallel: ParallelConfig, layers: int, here: str = "parall
     ]
 
 
-def _layout_problems(parallel: ParallelConfig, layers: int, product: str, here: str) -> list[str]:
+def _layout_problems(
+    parallel: ParallelConfig,
+    layers: int,
+    product: str,
+    here: str,
+) -> list[str]:
     """Return what is wrong with a layout that the user gave; `product` names the degrees it must fit."""
     chunks = parallel.pipeline * parallel.chunks
     even = suggestion(layers, chunks)
