@@ -1,4 +1,4 @@
-"""JSON that somebody else wrote: parsed within bounds, and checked against the type that the program works with.
+"""Read JSON that somebody else wrote: parse it within bounds, and check it against the type that the program works with.
 
 `read_json` and `parse_json` say in one line which file, which field and what was expected there. pydantic does the checking.
 """
@@ -67,14 +67,12 @@ def checked[T](
     where: str,
     part: str = "",
 ) -> T:
-    """What `load_json` returned as a value of `schema`, as `parse_json`; `part` names it if it is a field of the document."""
+    """Return a value that `load_json` returned as one of `schema`, as `parse_json`; `part`: the field that it is of the document."""
+    # By way of JSON: strict types of Python objects would refuse a list where a tuple is meant.
+    text = json.dumps(value)
     try:
-        return cast(
-            T,
-            _adapter(cast(Any, schema)).validate_json(
-                json.dumps(value), strict=True, extra="forbid"
-            ),
-        )
+        typed = _adapter(cast(Any, schema)).validate_json(text, strict=True, extra="forbid")
+        return cast(T, typed)
     except ValidationError as error:
         raise JsonError(f"{where}: {_fault(error, value, part)}") from None
 
@@ -95,7 +93,8 @@ def load_json(content: bytes | str, where: str, finite: bool = True) -> Any:
         raise JsonError(f"{where}: nested too deeply") from None
     except UnicodeDecodeError:
         raise JsonError(f"{where}: not UTF-8") from None
-    except ValueError as error:  # JSONDecodeError, and numbers of more than 4,300 digits
+    except ValueError as error:
+        # JSONDecodeError, and numbers of more than 4,300 digits.
         raise JsonError(f"{where}: not JSON: {error}") from None
     if _is_deep(value):
         raise JsonError(f"{where}: nested more than {DEEPEST} deep")
@@ -121,6 +120,7 @@ def _is_deep(value: Any) -> bool:
 
 @functools.cache
 def _adapter(schema: Any) -> TypeAdapter[Any]:
+    """Return pydantic's check of a type; kept, because making one is slow."""
     return TypeAdapter(schema)
 
 
@@ -137,7 +137,8 @@ def _fault(error: ValidationError, value: Any, part: str) -> str:
         return f"{field} is unknown"
     expected = first["msg"].removeprefix("Input ").removeprefix("Value error, ")
     shown = _shown(_at(value, first["loc"]))
-    return f"{field or 'the document'} {expected[:1].lower()}{expected[1:]}, got {shown}"
+    place = field or "the document"
+    return f"{place} {expected[:1].lower()}{expected[1:]}, got {shown}"
 
 
 def _at(value: Any, place: tuple[int | str, ...]) -> Any:
@@ -165,6 +166,7 @@ def _refuse_constant(name: str) -> float:
 
 
 def _finite(digits: str) -> float:
+    """Refuse numbers that are infinite as a float, such as 1e999."""
     number = float(digits)
     if not math.isfinite(number):
         raise ValueError(f"{digits[:SHOWN]} is too large")

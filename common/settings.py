@@ -145,7 +145,7 @@ class Problems:
 
     @property
     def lines(self) -> list[str]:
-        """All of them, bounds first."""
+        """Return all of them, bounds first."""
         return self.bounds + self.sections
 
 
@@ -182,7 +182,9 @@ def _check_entries(entries: Mapping[str, Any], path: str) -> Problems:
     if len(entries) > ENTRIES:
         return Problems([f"{path} has {len(entries)} entries, at most {ENTRIES} are possible"])
 
-    names, bounds, sections = list[str](), dict[str, list[str]](), dict[str, list[str]]()
+    names: list[str] = []
+    bounds: dict[str, list[str]] = {}
+    sections: dict[str, list[str]] = {}
     for name, entry in entries.items():
         if fault := name_fault(name):
             names.append(f"{path}.{one_line(name)}: {fault}")
@@ -209,7 +211,8 @@ def likewise(
     merged = []
     for line, (first, *others) in names.items():
         more = f" (likewise {', '.join(others)})" if others else ""
-        merged.append(line.replace(f"{path}.{ANY}", f"{path}.{first}") + more)
+        named = line.replace(f"{path}.{ANY}", f"{path}.{first}")
+        merged.append(named + more)
     return merged
 
 
