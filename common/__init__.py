@@ -1,1 +1,1 @@
-"""What every folder stands on: errors, files, names from elsewhere, text on the screen. Nothing here imports torch."""
+"""Ground floor of all folders: errors, files, names from elsewhere, text on the screen. Nothing here imports torch."""

@@ -30,7 +30,7 @@ class UserError(ValueError):
 
 
 class MachineError(RuntimeError):
-    """The machine failed, and not what the user gave: one line that says where, exit code 1; the same command may go on."""
+    """The machine failed, and not what the user gave: one line that says where, exit code 1; the same command may work later."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""JSON that somebody else wrote: parsed within bounds, and checked against the type that the program works with.
+"""Read JSON that somebody else wrote: parse it within bounds, and check it against the type that the program works with.
 
 `read_json` and `parse_json` say in one line which file, which field and what was expected there. pydantic does the checking.
 """
@@ -28,7 +28,12 @@ class JsonError(ValueError):
     """A document that cannot be used: the message names the file, the field, what is there and what is expected."""
 
 
-def read_json[T](folder: Path, name: str, schema: type[T], largest: int = LARGEST) -> T:
+def read_json[T](
+    folder: Path,
+    name: str,
+    schema: type[T],
+    largest: int = LARGEST,
+) -> T:
     """Read a file of a folder as a value of `schema`: a dataclass, or a type such as dict[str, int].
 
     Raises:
@@ -44,7 +49,11 @@ def read_json[T](folder: Path, name: str, schema: type[T], largest: int = LARGES
     return parse_json(content, schema, where)
 
 
-def parse_json[T](content: bytes | str, schema: type[T], where: str) -> T:
+def parse_json[T](
+    content: bytes | str,
+    schema: type[T],
+    where: str,
+) -> T:
     """Parse a document as a value of `schema`; `where` names its file in errors. Raises JsonError.
 
     Types are strict: "3", 3.0 and true are no int; a key that a dataclass lacks is an error.
@@ -52,15 +61,18 @@ def parse_json[T](content: bytes | str, schema: type[T], where: str) -> T:
     return checked(load_json(content, where), schema, where)
 
 
-def checked[T](value: Any, schema: type[T], where: str, part: str = "") -> T:
-    """What `load_json` returned as a value of `schema`, as `parse_json`; `part` names it if it is a field of the document."""
+def checked[T](
+    value: Any,
+    schema: type[T],
+    where: str,
+    part: str = "",
+) -> T:
+    """Return a value that `load_json` returned as one of `schema`, as `parse_json`; `part`: the field that it is of the document."""
+    # By way of JSON: strict types of Python objects would refuse a list where a tuple is meant.
+    text = json.dumps(value)
     try:
-        return cast(
-            T,
-            _adapter(cast(Any, schema)).validate_json(
-                json.dumps(value), strict=True, extra="forbid"
-            ),
-        )
+        typed = _adapter(cast(Any, schema)).validate_json(text, strict=True, extra="forbid")
+        return cast(T, typed)
     except ValidationError as error:
         raise JsonError(f"{where}: {_fault(error, value, part)}") from None
 
@@ -81,7 +93,8 @@ def load_json(content: bytes | str, where: str, finite: bool = True) -> Any:
         raise JsonError(f"{where}: nested too deeply") from None
     except UnicodeDecodeError:
         raise JsonError(f"{where}: not UTF-8") from None
-    except ValueError as error:  # JSONDecodeError, and numbers of more than 4,300 digits
+    except ValueError as error:
+        # JSONDecodeError, and numbers of more than 4,300 digits.
         raise JsonError(f"{where}: not JSON: {error}") from None
     if _is_deep(value):
         raise JsonError(f"{where}: nested more than {DEEPEST} deep")
@@ -107,6 +120,7 @@ def _is_deep(value: Any) -> bool:
 
 @functools.cache
 def _adapter(schema: Any) -> TypeAdapter[Any]:
+    """Return pydantic's check of a type; kept, because making one is slow."""
     return TypeAdapter(schema)
 
 
@@ -123,7 +137,8 @@ def _fault(error: ValidationError, value: Any, part: str) -> str:
         return f"{field} is unknown"
     expected = first["msg"].removeprefix("Input ").removeprefix("Value error, ")
     shown = _shown(_at(value, first["loc"]))
-    return f"{field or 'the document'} {expected[:1].lower()}{expected[1:]}, got {shown}"
+    place = field or "the document"
+    return f"{place} {expected[:1].lower()}{expected[1:]}, got {shown}"
 
 
 def _at(value: Any, place: tuple[int | str, ...]) -> Any:
@@ -151,6 +166,7 @@ def _refuse_constant(name: str) -> float:
 
 
 def _finite(digits: str) -> float:
+    """Refuse numbers that are infinite as a float, such as 1e999."""
     number = float(digits)
     if not math.isfinite(number):
         raise ValueError(f"{digits[:SHOWN]} is too large")

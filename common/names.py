@@ -9,7 +9,7 @@ _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 
 
 def name_fault(name: object) -> str | None:
-    """What is wrong with a name, as the end of a line that begins with it; None if nothing is."""
+    """Return what is wrong with a name, as the end of a line that begins with it; None if nothing is."""
     if not isinstance(name, str) or _NAME.fullmatch(name) is None or len(name) > LONGEST:
         return (
             f"names have letters (a-z), digits, _ and -, at most {LONGEST}, and do not begin with -"

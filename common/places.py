@@ -13,7 +13,7 @@ from typing import Final, Literal
 
 PlaceKind = Literal["file", "folder", "either"]
 HUB_FOLDERS: Final = ("models--", "datasets--", "spaces--")
-"""How the Hugging Face hub's cache names repositories; their snapshots are links to the blobs beside them."""
+"""Prefixes of repositories in the Hugging Face hub's cache; their snapshots are links to the blobs next to them."""
 
 
 LONGEST: Final = 3000
@@ -21,7 +21,7 @@ LONGEST: Final = 3000
 DOTS: Final = "leads out of its folder with .."
 OUTSIDE: Final = "leads out of its folder"
 LINK: Final = "is a link out of its folder"
-"""What PlaceError says of names that lead outside."""
+"""Text of PlaceError for names that lead outside."""
 
 
 class PlaceError(ValueError):
@@ -38,11 +38,11 @@ def locate(
     """Return the file or folder that a name in the files of `folder` means.
 
     Args:
-        folder: what the name is relative to and may not lead out of; may itself be reached by links.
+        folder: the folder that the name is relative to and may not lead out of; may itself be reached by links.
         reference: the name, as it stands in the file.
-        kind: what must be there.
-        follow_links: whether links may lead outside, which only the user may say.
-        others: folders that links may lead to besides.
+        kind: file, folder, or either.
+        follow_links: links may lead outside, which only the user may allow.
+        others: more folders that links may lead to.
 
     Returns:
         the path below `folder`, links in it not replaced.
@@ -114,6 +114,7 @@ def roots(folder: Path) -> tuple[Path, ...]:
 
 
 def _check_name(reference: object) -> None:
+    """Refuse names that no file can have or that lead upwards; a file may hold any value as a name."""
     if not isinstance(reference, str) or not reference:
         raise PlaceError("is not a file name")
     if "\0" in reference:

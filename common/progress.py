@@ -1,4 +1,4 @@
-"""How work that takes long reports how far it is."""
+"""Type of the callback by which long work reports its progress."""
 
 from collections.abc import Callable
 

@@ -238,7 +238,9 @@ def _check_entries(entries: Mapping[str, Any], path: str) -> Problems:
     if len(entries) > ENTRIES:
         return Problems([f"{path} has {len(entries)} entries, at most {ENTRIES} are possible"])
 
-    names, bounds, sections = list[str](), dict[str, list[str]](), dict[str, list[str]]()
+    names: list[str] = []
+    bounds: dict[str, list[str]] = {}
+    sections: dict[str, list[str]] = {}
     for name, entry in entries.items():
         if fault := name_fault(name):
             names.append(f"{path}.{one_line(name)}: {fault}")
@@ -247,7 +249,10 @@ def _check_entries(entries: Mapping[str, Any], path: str) -> Problems:
     return Problems(names + likewise(path, bounds), likewise(path, sections))
 
 
-def likewise(path: str, problems: Mapping[str, list[str]]) -> list[str]:
+def likewise(
+    path: str,
+    problems: Mapping[str, list[str]],
+) -> list[str]:
     """Return the problems of a mapping's entries, with one line for those that have the same.
 
     Args:
@@ -262,7 +267,8 @@ def likewise(path: str, problems: Mapping[str, list[str]]) -> list[str]:
     merged = []
     for line, (first, *others) in names.items():
         more = f" (likewise {', '.join(others)})" if others else ""
-        merged.append(line.replace(f"{path}.{ANY}", f"{path}.{first}") + more)
+        named = line.replace(f"{path}.{ANY}", f"{path}.{first}")
+        merged.append(named + more)
     return merged
 
 

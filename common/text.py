@@ -13,7 +13,7 @@ _ORDERS: Final = re.compile(
 
 def printable(text: str) -> str:
     """The text with what a terminal would obey, or cannot show, written as an escape (`\\x1b`); newlines and tabs stay."""
-    return _ORDERS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return _ORDERS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def one_line(text: str) -> str:
@@ -27,7 +27,7 @@ def encodable(text: str, encoding: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line; its type if it says nothing."""
+    """Return the text of an error in one line; its type if it has none."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
 

@@ -30,7 +30,7 @@ from visionloom.common.text import one_line, say, warn
 from visionloom.launch.environment import check_environment, check_home, world_size
 from visionloom.launch.exit import exit_with
 from visionloom.launch.quiet import quiet_libraries
-from visionloom.model.huggingface.config import read_config
+from visionloom.model.huggingface.config import EXPORT_DTYPES, read_config
 from visionloom.parallel.config import ParallelConfig
 from visionloom.train.old_options import old_option
 
@@ -43,7 +43,6 @@ PARALLEL = "parallel."
 SIZE = re.compile(r"(\d+(?:\.\d+)?)(MB|GB)")
 TRUTHS = {"true": True, "false": False}
 UNITS = {"MB": 10**6, "GB": 10**9}
-DTYPES = ("bf16", "fp16", "fp32")
 EXPERT_LAYOUTS = ("transformers", "hub")
 
 
@@ -108,9 +107,12 @@ def import_folder(options: dict[str, str]) -> None:
 def export_folder(options: dict[str, str]) -> None:
     """Make a folder that transformers loads of a checkpoint; several processes share its files."""
     folder, source = Path(options["checkpoint"]), options.get("hf", "")
-    for option, known in (("dtype", DTYPES), ("layout", EXPERT_LAYOUTS)):
-        if option in options and options[option] not in known:
-            raise UserError(unknown(option, options[option], known))
+    for option, value, known in (
+        ("dtype", options.get("dtype", "bf16"), tuple(EXPORT_DTYPES)),
+        ("layout", options.get("layout", "transformers"), EXPERT_LAYOUTS),
+    ):
+        if value not in known:
+            raise UserError(unknown(option, value, known))
     shard_bytes = _bytes("shard", options.get("shard", "5GB"))
     _check_folders(checkpoint=options["checkpoint"], hf=source or ".")
     companions = Path(source) if source else None
@@ -167,7 +169,7 @@ COMMANDS = {
         },
         {
             "hf": "folder that tokenizer, chat template, preprocessor and config.json go along from; else the weights' own",
-            "dtype": f"{', '.join(DTYPES)}; else as in the checkpoint",
+            "dtype": f"{', '.join(EXPORT_DTYPES)}; else as in the checkpoint",
             "layout": "of experts: hub, as published, which transformers 4.57 and 5 read, or transformers; else hub where possible",
             "shard": "most bytes of one file: 5GB",
         },

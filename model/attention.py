@@ -1,7 +1,7 @@
-"""Attention over packed sequences: no token sees another segment, on one rank or over context-parallel ranks.
+"""Attend over packed sequences: no token sees another segment, on one rank or over context-parallel ranks.
 
 Shapes: T tokens of a pack, t of them on this context rank, H query heads, G key/value heads, D head dim, L length of a segment,
-n segments of the same length, c = L / 2C rows of a chunk with C context ranks.
+n segments of the same length, c = L / 2C rows of a piece with C context ranks.
 """
 
 from dataclasses import dataclass
@@ -24,17 +24,19 @@ class SegmentGroup:
 
     length: int
     rows: Tensor | None
-    """int64 [n x length], rows of the segments one after the other; None where they already lie so in the pack."""
+    """int64 [n x length], rows of the segments one after the other; None where they already are so in the pack."""
     first: int
+    """First row of the group, which begins a slice where `rows` is None."""
     count: int
+    """Segments of the group, n."""
 
     def take(self, x: Tensor) -> Tensor:
-        """[T, heads, D] -> [n, heads, L, D]."""
-        picked = (
-            x[self.first : self.first + self.count * self.length]
-            if self.rows is None
-            else x[self.rows]
-        )
+        """Take the group's rows of [T, heads, D] as [n, heads, L, D]."""
+        # A slice is a view; an index copies the rows, and its backward pass scatters them.
+        if self.rows is None:
+            picked = x[self.first : self.first + self.count * self.length]
+        else:
+            picked = x[self.rows]
         return picked.unflatten(0, (self.count, self.length)).transpose(1, 2)
 
 
@@ -44,7 +46,7 @@ class Segments:
 
     groups: tuple[SegmentGroup, ...]
     inverse: Tensor | None
-    """int64 [T], where each row of the pack lies in the concatenated groups; None if in place."""
+    """int64 [T], the place of each row of the pack in the concatenated groups; None if in place."""
 
     @classmethod
     def build(
@@ -52,29 +54,40 @@ class Segments:
     ) -> "Segments":
         """Group the segments between `cu_seqlens` (int [S + 1], on the host, ends at T).
 
-        `places` (int64 [T]) says where each row of the pack lies in the tensors to be attended; None: in order.
+        `places` (int64 [T]): the place of each row of the pack in the tensors to be attended; None: in order.
         """
-        groups, order = [], []
-        for length, own in _by_length(cu_seqlens):
-            rows = (own[:, None] + np.arange(length)).reshape(-1)
-            rows = rows if places is None else places[rows]
+        groups, order = [], [np.zeros(0, np.int64)]
+        for length, starts in _by_length(cu_seqlens):
+            rows = _rows_of(starts, 0, length)
+            if places is not None:
+                rows = places[rows]
             contiguous = bool((np.diff(rows) == 1).all())
-            index = None if contiguous else torch.from_numpy(rows).to(device, non_blocking=True)
-            groups.append(SegmentGroup(length, index, int(rows[0]), own.size))
+            index = None if contiguous else _index(rows, device)
+            groups.append(SegmentGroup(length, index, int(rows[0]), starts.size))
             order.append(rows)
-        placed = np.concatenate(order) if order else np.zeros(0, np.int64)
+
+        placed = np.concatenate(order)
         in_place = bool((placed == np.arange(placed.size)).all())
-        inverse = (
-            None if in_place else torch.from_numpy(np.argsort(placed)).to(device, non_blocking=True)
-        )
+        inverse = None if in_place else _index(np.argsort(placed), device)
         return cls(tuple(groups), inverse)
 
 
 def _by_length(cu_seqlens: Tensor) -> list[tuple[int, TokenRows]]:
-    """Each length that occurs, with the first rows of its segments."""
+    """Return each length that occurs, increasing, with the first rows of its segments; empty segments are left out."""
     bounds = cu_seqlens.numpy().astype(np.int64)
     starts, lengths = bounds[:-1], np.diff(bounds)
-    return [(int(length), starts[lengths == length]) for length in np.unique(lengths[lengths > 0])]
+    occurring = np.unique(lengths[lengths > 0])
+    return [(int(length), starts[lengths == length]) for length in occurring]
+
+
+def _rows_of(starts: TokenRows, begin: int, end: int) -> TokenRows:
+    """Return rows begin..end of each of the segments that begin at `starts`, one after the other."""
+    return (starts[:, None] + np.arange(begin, end)).reshape(-1)
+
+
+def _index(rows: TokenRows, device: torch.device) -> Tensor:
+    """Return rows as int64 on the device, without waiting for it."""
+    return torch.from_numpy(rows).to(device, non_blocking=True)
 
 
 def attend(
@@ -86,12 +99,12 @@ def attend(
     causal: bool,
     scale: float | None = None,
 ) -> Tensor:
-    """Scaled dot-product attention inside each segment.
+    """Return scaled dot-product attention inside each segment.
 
     Args:
         query: [T, H, D]; key, value: [T, G, D] with H a multiple of G.
         segments: of the T rows.
-        causal: whether a token sees only earlier tokens of its segment.
+        causal: a token sees only itself and earlier tokens of its segment.
         scale: of the scores; None: D^-1/2.
 
     Returns:
@@ -114,72 +127,83 @@ def attend(
 
 
 @dataclass(frozen=True)
-class Chunks:
-    """One of this rank's two chunks of all segments of one length."""
+class SegmentPieces:
+    """One of this rank's two pieces of all segments of one length."""
 
     count: int
-    length: int
+    """Segments, n."""
     queries: Tensor
     """int64 [n x c]: rows among this rank's t."""
     keys: Tensor
-    """int64 [n x (start + c)]: rows of the segment up to the chunk's end, among all ranks' rows one after the other."""
+    """int64 [n x (start + c)]: rows of the segment up to the piece's end, among all ranks' rows one after the other."""
     mask: Tensor
-    """bool [c, start + c]: what each row of the chunk may see."""
+    """bool [c, start + c]: True where a row of the piece may see a key."""
 
 
 @dataclass(frozen=True)
 class GatheredContext:
     """Causal attention with the keys and values of all context ranks gathered; for any degree."""
 
-    chunks: tuple[Chunks, ...]
+    pieces: tuple[SegmentPieces, ...]
     inverse: Tensor
-    """int64 [t], where each of this rank's rows lies in the concatenated chunks."""
+    """int64 [t], the place of each of this rank's rows in the concatenated pieces."""
     group: Any
 
     @classmethod
     def build(
         cls, cu_seqlens: Tensor, split: Split, group: Any, device: torch.device
     ) -> "GatheredContext":
-        """Index the chunks of this rank of a pack that is split over `group`."""
+        """Index the pieces of this rank of a pack that is split over `group`."""
         rank, size, places = group.rank(), group.size(), split.places
+        # Every rank has as many rows, so this rank's begin at a multiple of them.
         local = places - rank * len(split.ranks[rank])
-        chunks, order = [], []
+        pieces, order = [], []
         for length, starts in _by_length(cu_seqlens):
             rows = length // (2 * size)
             for number in (rank, 2 * size - 1 - rank):
-                end = (number + 1) * rows
-                queries = local[(starts[:, None] + np.arange(end - rows, end)).reshape(-1)]
-                keys = places[(starts[:, None] + np.arange(end)).reshape(-1)]
-                mask = torch.ones(rows, end, dtype=torch.bool, device=device).tril(end - rows)
-                index = [
-                    torch.from_numpy(each).to(device, non_blocking=True) for each in (queries, keys)
-                ]
-                chunks.append(Chunks(starts.size, rows, index[0], index[1], mask))
+                begin, end = number * rows, (number + 1) * rows
+                queries = local[_rows_of(starts, begin, end)]
+                keys = places[_rows_of(starts, 0, end)]
+                mask = torch.ones(rows, end, dtype=torch.bool, device=device).tril(begin)
+                pieces.append(
+                    SegmentPieces(starts.size, _index(queries, device), _index(keys, device), mask)
+                )
                 order.append(queries)
-        return cls(
-            tuple(chunks), torch.from_numpy(np.argsort(np.concatenate(order))).to(device), group
-        )
+        inverse = torch.from_numpy(np.argsort(np.concatenate(order))).to(device)
+        return cls(tuple(pieces), inverse, group)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        """[t, H, D] and twice [t, G, D] -> [t, H, D]."""
-        # Backward: every rank's gradient of a row goes to the rank that has it, and is summed there.
-        key, value = (
-            gather_from_sequence_parallel_region(
-                x, tensor_parallel_output_grad=True, group=self.group
-            )
-            for x in (key, value)
-        )
-        grouped, outputs = query.shape[1] != key.shape[1], []
-        for chunk in self.chunks:
-            q, k, v = (
-                x[rows].unflatten(0, (chunk.count, -1)).transpose(1, 2)
-                for x, rows in ((query, chunk.queries), (key, chunk.keys), (value, chunk.keys))
-            )
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float | None,
+    ) -> Tensor:
+        """Attend from queries [t, H, D] to keys and values [t, G, D] of every rank; return [t, H, D]."""
+        key, value = self._gathered(key), self._gathered(value)
+        grouped = query.shape[1] != key.shape[1]
+        outputs = []
+        for piece in self.pieces:
+            shape = (piece.count, -1)
             attended = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=chunk.mask, scale=scale, enable_gqa=grouped
+                query[piece.queries].unflatten(0, shape).transpose(1, 2),
+                key[piece.keys].unflatten(0, shape).transpose(1, 2),
+                value[piece.keys].unflatten(0, shape).transpose(1, 2),
+                # Not is_causal: that aligns the first query with the first key, here it is the last with the last.
+                attn_mask=piece.mask,
+                scale=scale,
+                enable_gqa=grouped,
             )
             outputs.append(attended.transpose(1, 2).flatten(0, 1))
         return torch.cat(outputs)[self.inverse]
+
+    def _gathered(self, x: Tensor) -> Tensor:
+        """Gather [t, G, D] of each rank to [T, G, D]."""
+        # Backward: every rank's gradient of a row goes to the rank that has it, and is summed there.
+        gathered: Tensor = gather_from_sequence_parallel_region(
+            x, tensor_parallel_output_grad=True, group=self.group
+        )
+        return gathered
 
 
 @dataclass(frozen=True)
@@ -196,22 +220,30 @@ class ExchangedContext:
         """Index whole segments in the order in which the ranks' rows arrive."""
         return cls(Segments.build(cu_seqlens, device, split.places), group)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        """[t, H, D] and twice [t, G, D] -> [t, H, D]; the group's size must divide G."""
-        query, key, value = (self._tokens_for_heads(x) for x in (query, key, value))
-        return self._heads_for_tokens(
-            attend(query, key, value, self.segments, causal=True, scale=scale)
-        )
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float | None,
+    ) -> Tensor:
+        """Attend as above, from [t, H, D] and twice [t, G, D] to [t, H, D]; the group's size must divide G."""
+        query = self._tokens_for_heads(query)
+        key = self._tokens_for_heads(key)
+        value = self._tokens_for_heads(value)
+        attended = attend(query, key, value, self.segments, causal=True, scale=scale)
+        return self._heads_for_tokens(attended)
 
     def _tokens_for_heads(self, x: Tensor) -> Tensor:
-        """[t, heads, D] -> [T, heads / C, D]."""
-        parts = x.unflatten(1, (self.group.size(), -1)).transpose(0, 1).flatten(0, 1)
-        return all_to_all(self.group, parts.contiguous())
+        """Exchange all heads of own tokens [t, heads, D] for own heads of all tokens [T, heads / C, D]."""
+        by_rank = x.unflatten(1, (self.group.size(), -1)).transpose(0, 1)
+        return all_to_all(self.group, by_rank.flatten(0, 1).contiguous())
 
     def _heads_for_tokens(self, x: Tensor) -> Tensor:
-        """[T, heads / C, D] -> [t, heads, D]."""
+        """Exchange own heads of all tokens [T, heads / C, D] for all heads of own tokens [t, heads, D]."""
         parts: Tensor = all_to_all(self.group, x.contiguous())
-        return parts.unflatten(0, (self.group.size(), -1)).transpose(0, 1).flatten(1, 2)
+        by_rank = parts.unflatten(0, (self.group.size(), -1))
+        return by_rank.transpose(0, 1).flatten(1, 2)
 
 
 @dataclass(frozen=True)
@@ -220,8 +252,14 @@ class LocalContext:
 
     segments: Segments
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        """[T, H, D] and twice [T, G, D] -> [T, H, D]."""
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float | None,
+    ) -> Tensor:
+        """Attend from [T, H, D] and twice [T, G, D] to [T, H, D]."""
         return attend(query, key, value, self.segments, causal=True, scale=scale)
 
 
@@ -231,7 +269,7 @@ Context = LocalContext | GatheredContext | ExchangedContext
 def build_context(
     cu_seqlens: Tensor, split: Split, group: Any, exchange: str, device: torch.device
 ) -> Context:
-    """How the tokens of a pack (its segments int [S + 1], on the host) see each other in this layout."""
+    """Return the attention of a pack (its segments int [S + 1], on the host) in this layout."""
     if group.size() == 1:
         return LocalContext(Segments.build(cu_seqlens, device))
     kind = ExchangedContext if exchange == "ulysses" else GatheredContext
@@ -251,10 +289,10 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
         layer_number: int,
         attn_mask_type: AttnMaskType,
         attention_type: str,
-        cp_comm_type: str | None = None,
         softmax_scale: float | None = None,
-        pg_collection: Any = None,
+        **others: Any,
     ) -> None:
+        """Take what Megatron-core gives every core_attention; `others` are for its own context parallelism."""
         super().__init__(config)
         self.scale = softmax_scale
 
@@ -265,10 +303,11 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
         value: Tensor,
         attention_mask: Tensor | None = None,
         *,
-        attn_mask_type: AttnMaskType | None = None,
-        attention_bias: Tensor | None = None,
         packed_seq_params: Any = None,
+        **others: Any,
     ) -> Tensor:
-        """[t, 1, heads, D] each -> [t, 1, H * D]."""
-        attended = packed_seq_params.context.attend(query[:, 0], key[:, 0], value[:, 0], self.scale)
+        """Attend from [t, 1, heads, D] each to [t, 1, H * D]; masks (in `others` too) are the context's own."""
+        context = packed_seq_params.context
+        query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        attended = context.attend(query, key, value, self.scale)
         return attended.flatten(1).unsqueeze(1)

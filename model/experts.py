@@ -1,4 +1,4 @@
-"""Mixture of experts: which experts a token takes, their grouped matrices, and the load-balancing loss.
+"""Mixture of experts: the router's choice of experts, their grouped matrices, and the load-balancing loss.
 
 Source: Qwen3 technical report (arXiv 2505.09388) section 2, global-batch load balancing (arXiv 2501.11873); reference
 implementation: transformers' Qwen3VLMoeTextSparseMoeBlock. Dispatch over expert-parallel ranks is Megatron-core's.
@@ -47,37 +47,50 @@ class Router(TopKRouter):  # type: ignore[misc]
             "tally", torch.zeros(config.num_moe_experts + 2, dtype=torch.float64), persistent=False
         )
 
-    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Weights [n, E], zero where not chosen, and the choice bool [n, E], from logits [t, 1, E] and padding bool [t, 1]."""
+    def routing(
+        self,
+        logits: Tensor,
+        padding_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return weights [n, E], zero where not chosen, and the choice, bool [n, E].
+
+        Args:
+            logits: [t, 1, E].
+            padding_mask: bool [t, 1], True in padding; None: all tokens are real.
+        """
         logits = logits.view(-1, self.config.num_moe_experts)
         weights, chosen = topk_routing_with_score_function(logits, self.topk, use_pre_softmax=False)
         # Recomputation runs the forward pass twice, the first time without gradient; evaluation has none at all.
         if self.training and torch.is_grad_enabled():
-            real = (
-                torch.ones_like(logits[:, 0])
-                if padding_mask is None
-                else (~padding_mask.reshape(-1)).to(logits.dtype)
-            )
+            if padding_mask is None:
+                real = torch.ones_like(logits[:, 0])
+            else:
+                real = (~padding_mask.reshape(-1)).to(logits.dtype)
             probabilities = logits.softmax(dim=-1, dtype=torch.float32)
             self._count(probabilities.detach(), chosen, real)
             if self.coefficient:
-                loss = (
-                    self.coefficient
-                    * self.config.num_moe_experts
-                    * (real @ probabilities * self.load).sum()
-                )
+                scale = self.coefficient * self.config.num_moe_experts
+                loss = scale * (real @ probabilities * self.load).sum()
                 weights = MoEAuxLossAutoScaler.apply(weights, loss)
         return weights, chosen
 
     def _count(self, probabilities: Tensor, chosen: Tensor, real: Tensor) -> None:
-        entropy = torch.special.entr(probabilities).sum(dim=1) @ real.to(probabilities.dtype)
-        assigned = real.double() @ chosen.double()
-        self.tally += torch.cat([assigned, torch.stack([entropy.double(), real.double().sum()])])
+        """Add a micro-batch to the tally: probabilities [n, E], choice bool [n, E], 1 for real tokens [n]."""
+        entropies = torch.special.entr(probabilities).sum(dim=1)
+        entropy = entropies @ real.to(probabilities.dtype)
+        # fp64: fp32 stops counting at 16.8 million tokens.
+        tokens = real.double()
+        assigned = tokens @ chosen.double()
+        totals = torch.stack([entropy.double(), tokens.sum()])
+        self.tally += torch.cat([assigned, totals])
 
 
 def routers_of(chunks: Iterable[nn.Module]) -> list[Router]:
-    """The routers of a model's chunks on this rank, in order of layers."""
-    return [module for chunk in chunks for module in chunk.modules() if isinstance(module, Router)]
+    """Return the routers of a model's chunks on this rank, in order of layers."""
+    routers = []
+    for chunk in chunks:
+        routers += [module for module in chunk.modules() if isinstance(module, Router)]
+    return routers
 
 
 def update_router_loads(chunks: Iterable[nn.Module], topology: Topology) -> Tensor:
@@ -110,18 +123,20 @@ class Stack(nn.Module):
 
     def __init__(self, shape: tuple[int, ...], config: TransformerConfig) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(shape, dtype=config.params_dtype))
-        told: Any = self.weight
-        told.partition_dim, told.partition_stride = 2, 1
-        told.tensor_model_parallel = True  # every rank's experts count in the gradient norm
+        parameter: Any = nn.Parameter(torch.empty(shape, dtype=config.params_dtype))
+        self.weight = parameter
+        parameter.partition_dim = 2
+        parameter.partition_stride = 1
+        # Every rank's experts count in the gradient norm.
+        parameter.tensor_model_parallel = True
         # False: reduced over the expert-data-parallel ranks, not over all that hold the dense parameters.
-        told.allreduce = (
+        parameter.allreduce = (
             config.expert_model_parallel_size == 1
             and config.expert_tensor_parallel_size == config.tensor_model_parallel_size
         )
 
     def forward(self, tokens: Tensor, ends: Tensor) -> Tensor:
-        """[m, in] sorted by expert, which end at `ends` int32 [e] -> [m, out]."""
+        """Map tokens [m, in] sorted by expert, which end at `ends` int32 [e], to [m, out]."""
         return grouped_linear(tokens, self.weight.flatten(1, -2), ends)
 
 
@@ -149,9 +164,10 @@ class GroupedExperts(MegatronModule):  # type: ignore[misc]
     def forward(
         self, tokens: Tensor, tokens_per_expert: Tensor, weights: Tensor
     ) -> tuple[Tensor, None]:
-        """Tokens [m, H] sorted by expert, their numbers [e] and their router weights [m] -> [m, H]."""
+        """Map tokens [m, H] sorted by expert, with `tokens_per_expert` [e] and router weights [m], to [m, H]."""
         ends = tokens_per_expert.to(tokens.device).cumsum(0).to(torch.int32)
         gate, up = self.linear_fc1(tokens, ends).chunk(2, dim=-1)
+        # The weights go in before the second product: the sum over a token's experts is then plain.
         inner = F.silu(gate) * up * weights.unsqueeze(-1).to(tokens.dtype)
         return self.linear_fc2(inner, ends), None
 
@@ -161,21 +177,22 @@ class GroupedExperts(MegatronModule):  # type: ignore[misc]
         sharded_offsets: tuple[Any, ...] = (),
         metadata: dict[str, Any] | None = None,
     ) -> ShardedStateDict:
-        """Experts as one tensor [E, ...] a matrix, cut over expert and expert-tensor ranks."""
-        groups, state = self.groups, {}
+        """Return the experts as one tensor [E, ...] a matrix, cut over expert and expert-tensor ranks."""
+        experts, tensor = self.groups.ep, self.groups.expt_tp
         before = len(sharded_offsets)
+        state = {}
         for key, weight in self.state_dict(keep_vars=True).items():
-            part = (before + weight.partition_dim, groups.expt_tp.rank(), groups.expt_tp.size())
-            whole = (
-                weight.partition_dim < 0
-            )  # one factor of an adapter: on every expert-tensor rank
+            offsets = [*sharded_offsets, (before, experts.rank(), experts.size())]
+            replica = tensor.rank()
+            # One factor of an adapter has no such dim (-1): every expert-tensor rank holds a replica.
+            if weight.partition_dim >= 0:
+                offsets.append((before + weight.partition_dim, tensor.rank(), tensor.size()))
+                replica = 0
             state[prefix + key] = ShardedTensor.from_rank_offsets(
                 prefix + key,
                 weight,
-                *sharded_offsets,
-                (before, groups.ep.rank(), groups.ep.size()),
-                *(() if whole else (part,)),
-                replica_id=(0, groups.expt_tp.rank() if whole else 0, groups.expt_dp.rank()),
+                *offsets,
+                replica_id=(0, replica, self.groups.expt_dp.rank()),
                 prepend_axis_num=before,
             )
         return state

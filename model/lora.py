@@ -1,4 +1,4 @@
-"""LoRA: low-rank adapters beside the frozen linear layers, in any layout.
+"""LoRA: low-rank adapters next to the frozen linear layers, in any layout.
 
 A layer keeps its class's name and weights and becomes a subclass that adds `adapter` to its output, so no name of the model
 changes. Queries, keys and values, gate and up projection have adapters of their own, as in PEFT on transformers' model.
@@ -14,7 +14,6 @@ Shapes: r rank, t tokens of this rank, e experts of this rank.
 """
 
 import math
-import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -34,7 +33,13 @@ from torch import Tensor, nn
 
 from visionloom.model.experts import Stack, grouped_linear
 from visionloom.model.lora_config import LinearLayer, LoraConfig, adapted_layers
-from visionloom.model.sharding import canonical_name, canonical_parameters, cut, full_shape
+from visionloom.model.sharding import (
+    canonical_name,
+    canonical_parameters,
+    cut,
+    full_shape,
+    generator_of,
+)
 from visionloom.model.trainable import is_adapter
 from visionloom.parallel.topology import Topology
 
@@ -50,54 +55,72 @@ class Adapter(nn.Module):
         inputs: int,
         like: Tensor,
     ):
-        """`shape` and `inputs`: what this rank holds of B (without the rank's dim) and A."""
+        """Allocate the factors of this rank, not drawn.
+
+        Args:
+            layer: of the whole model.
+            lora: rank, scaling and dropout.
+            shape: rows of B that this rank holds, by part.
+            inputs: columns of A that this rank holds.
+            like: the layer's weight: dtype, device, experts.
+        """
         super().__init__()
         experts = tuple(like.shape[:1]) if layer.experts else ()
         # ParameterDict would sort a dict by its keys: queries come before keys.
-        self.lora_A = nn.ParameterDict(
-            [(part, _empty(like, *experts, lora.rank, inputs)) for part in shape]
-        )
-        self.lora_B = nn.ParameterDict(
-            [(part, _empty(like, *experts, *rows, lora.rank)) for part, rows in shape.items()]
-        )
+        a, b = [], []
+        for part, rows in shape.items():
+            a.append((part, _empty(like, *experts, lora.rank, inputs)))
+            b.append((part, _empty(like, *experts, *rows, lora.rank)))
+        self.lora_A = nn.ParameterDict(a)
+        self.lora_B = nn.ParameterDict(b)
         self.scaling, self.dropout = lora.scaling, lora.dropout
 
     def down(self, x: Tensor, own_mask: bool) -> Tensor:
-        """A x of all parts, [..., in] -> [..., parts * r]; `own_mask`: ranks that share the layer see different inputs."""
+        """Return A x of all parts, [..., in] -> [..., parts * r].
+
+        `own_mask`: ranks that share the layer see different inputs, so each draws a dropout mask of its own.
+        """
         if self.dropout and self.training:
             with get_cuda_rng_tracker().fork() if own_mask else nullcontext():
                 x = F.dropout(x, self.dropout)
         return F.linear(x, torch.cat(list(self.lora_A.values())))
 
     def up(self, inner: Tensor, heads: int = 1) -> Tensor:
-        """B of each part times its r columns, [..., parts * r] -> [..., out]; the parts alternate `heads` times."""
-        parts = zip(inner.chunk(len(self.lora_B), dim=-1), self.lora_B.values(), strict=True)
-        outputs = [F.linear(x, b) for x, b in parts]
-        if len(outputs) > 1:
-            outputs = [
-                torch.cat([y.unflatten(-1, (heads, -1)) for y in outputs], dim=-1).flatten(-2)
-            ]
-        return outputs[0] * self.scaling
+        """Return B of each part times its r columns, [..., parts * r] -> [..., out]; the parts alternate `heads` times."""
+        columns = inner.chunk(len(self.lora_B), dim=-1)
+        outputs = [F.linear(x, b) for x, b in zip(columns, self.lora_B.values(), strict=True)]
+        if len(outputs) == 1:
+            return outputs[0] * self.scaling
+        by_head = [y.unflatten(-1, (heads, -1)) for y in outputs]
+        return torch.cat(by_head, dim=-1).flatten(-2) * self.scaling
 
     def delta(self, heads: int = 1) -> Tensor:
-        """What the adapter adds to this rank's weight, fp32 in the weight's own order of rows."""
-        return (
-            low_rank_product(list(self.lora_A.values()), list(self.lora_B.values()), heads)
-            * self.scaling
-        )
+        """Return the adapter's addition to this rank's weight, fp32 in the weight's own order of rows."""
+        a, b = list(self.lora_A.values()), list(self.lora_B.values())
+        return low_rank_product(a, b, heads) * self.scaling
 
 
 def _empty(like: Tensor, *shape: int) -> nn.Parameter:
+    """Return a parameter of this shape that is not drawn yet."""
     return nn.Parameter(torch.empty(shape, dtype=like.dtype, device=like.device))
 
 
 def low_rank_product(a: list[Tensor], b: list[Tensor], heads: int) -> Tensor:
-    """B A of all parts, fp32 [out, in] or [experts, out, in], the rows of the parts alternating `heads` times."""
-    rows = [y.flatten(1, -2) if y.dim() > 2 else y for y in b]
-    parts = [y.float() @ x.float() for y, x in zip(rows, a, strict=True)]
+    """Return B A of all parts, fp32 [out, in] or [experts, out, in], their rows alternating `heads` times.
+
+    Args:
+        a: [r, in] or [experts, r, in] of each part.
+        b: [out of the part, r], [experts, out, r] or [experts, 2, F, r] of each part.
+        heads: blocks of rows that each part has in the layer's weight.
+    """
+    parts = []
+    for x, y in zip(a, b, strict=True):
+        rows = y.flatten(1, -2) if y.dim() > 2 else y
+        parts.append(rows.float() @ x.float())
     if len(parts) == 1:
         return parts[0]
-    return torch.cat([part.unflatten(0, (heads, -1)) for part in parts], dim=1).flatten(0, 1)
+    by_head = [part.unflatten(0, (heads, -1)) for part in parts]
+    return torch.cat(by_head, dim=1).flatten(0, 1)
 
 
 class AdaptedLinear(nn.Linear):
@@ -106,8 +129,9 @@ class AdaptedLinear(nn.Linear):
     adapter: Adapter
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., out]."""
-        return super().forward(x) + self.adapter.up(self.adapter.down(x, own_mask=False))
+        """Map [..., in] to [..., out]."""
+        inner = self.adapter.down(x, own_mask=False)
+        return super().forward(x) + self.adapter.up(inner)
 
 
 class AdaptedColumn(ColumnParallelLinear):  # type: ignore[misc]
@@ -115,10 +139,10 @@ class AdaptedColumn(ColumnParallelLinear):  # type: ignore[misc]
 
     adapter: Adapter
     heads: int
-    """How often the parts alternate in this rank's rows: key/value heads of linear_qkv."""
+    """Times that the parts alternate in this rank's rows: key/value heads of linear_qkv."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """[t, 1, in] -> [t * tensor under sequence parallelism, 1, out / tensor], and no bias."""
+        """Map [t, 1, in] to [t * tensor under sequence parallelism, 1, out / tensor], and no bias."""
         output, bias = super().forward(x, *args, **kwargs)
         inner = self.adapter.down(x, own_mask=self.sequence_parallel)
         if self.sequence_parallel:
@@ -143,7 +167,10 @@ class AdaptedRow(RowParallelLinear):  # type: ignore[misc]
     adapter: Adapter
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """[t, 1, in / tensor] -> [t, 1, out] summed over the ranks (a share of the tokens of sequence parallelism), and no bias."""
+        """Map [t, 1, in / tensor] to [t, 1, out], summed over the ranks, and no bias.
+
+        Under sequence parallelism the output is a share of the tokens.
+        """
         output, bias = super().forward(x)
         inner = self.adapter.down(x, own_mask=True)
         if self.sequence_parallel:
@@ -167,14 +194,18 @@ class AdaptedStack(Stack):
     expert_tensor_group: Any
 
     def forward(self, tokens: Tensor, ends: Tensor) -> Tensor:
-        """[m, in] sorted by expert -> [m, out]."""
+        """Map tokens [m, in] sorted by expert, which end at `ends` int32 [e], to [m, out]."""
         (a,), (b,) = self.adapter.lora_A.values(), self.adapter.lora_B.values()
-        a, b = (self._summed(factor) for factor in (a, b))
-        added = grouped_linear(grouped_linear(tokens, a, ends), b.flatten(1, -2), ends)
+        a, b = self._summed(a), self._summed(b)
+        inner = grouped_linear(tokens, a, ends)
+        added = grouped_linear(inner, b.flatten(1, -2), ends)
         return super().forward(tokens, ends) + added * self.adapter.scaling
 
     def _summed(self, factor: Any) -> Tensor:
-        """The factor that is not cut has a part of its gradient on every expert-tensor rank; Megatron-core would not sum it."""
+        """Return a factor whose gradient is summed over the expert-tensor ranks if it is not cut.
+
+        Each of them has a part of that gradient; Megatron-core would not sum it.
+        """
         if factor.partition_dim >= 0:
             return factor
         copied: Tensor = copy_to_tensor_model_parallel_region(
@@ -192,27 +223,42 @@ ADAPTED: dict[type, type] = {
 """The class that a layer becomes, by the class that it has."""
 
 
-def _sharded_adapter(module: Any, prefix: str, offsets: Any, metadata: Any) -> dict[str, Any]:
+def _sharded_adapter(
+    module: Any,
+    prefix: str,
+    offsets: Any,
+    metadata: Any,
+) -> dict[str, Any]:
+    """Return an adapter's factors as sharded tensors, cut where they are cut over the tensor ranks."""
     state = module.adapter.state_dict(prefix="adapter.", keep_vars=True)
-    axes = {
+    dims = {
         name: weight.partition_dim
         for name, weight in state.items()
         if getattr(weight, "tensor_model_parallel", False)
     }
-    groups = dict(tp_group=module.tp_group, dp_cp_group=metadata["dp_cp_group"])
-    found: dict[str, Any] = make_sharded_tensors_for_checkpoint(
-        state, prefix, axes, offsets, **groups
+    sharded: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+        state,
+        prefix,
+        dims,
+        offsets,
+        tp_group=module.tp_group,
+        dp_cp_group=metadata["dp_cp_group"],
     )
-    return found
+    return sharded
 
 
-def apply_lora(chunks: Iterable[Any], lora: LoraConfig, topology: Topology, seed: int) -> None:
+def apply_lora(
+    chunks: Iterable[Any],
+    lora: LoraConfig,
+    topology: Topology,
+    seed: int,
+) -> None:
     """Give the layers that `lora` chooses adapters that change nothing yet; weights are there, wrapping comes after.
 
     Args:
         chunks: the Qwen3VL chunks of this rank.
         lora: rank above 0.
-        topology: says which part of each is this rank's.
+        topology: the layout, which decides this rank's part of each.
         seed: of the run; A is drawn by canonical name, the same in every layout, uniform as in peft; B is zero.
     """
     for chunk in chunks:
@@ -222,79 +268,89 @@ def apply_lora(chunks: Iterable[Any], lora: LoraConfig, topology: Topology, seed
             if layer := layers.get(canonical_name(name, chunk)):
                 _adapt(module, layer, lora, chunk, topology)
         draw_adapters(chunk, seed, topology)
-        if topology.config.recompute != "none" or topology.config.pipeline > 1:
-            _keep_graph(chunk)
+
+        # Megatron-core's recomputation and stages pass no gradient on to layers whose input has none.
+        needs_graph = topology.config.recompute != "none" or topology.config.pipeline > 1
+        if needs_graph and chunk.pre_process:
+            chunk.language_model.embedding.register_forward_hook(_require_gradient)
 
 
 def _adapt(
-    module: Any, layer: LinearLayer, lora: LoraConfig, chunk: Any, topology: Topology
+    module: Any,
+    layer: LinearLayer,
+    lora: LoraConfig,
+    chunk: Any,
+    topology: Topology,
 ) -> None:
+    """Give one layer an adapter of this rank's size and make it an object of the adapted class."""
     tensor = topology.config.tensor
     weight = module.weight
-    cut_out, cut_in = (
-        isinstance(module, ColumnParallelLinear),
-        isinstance(module, RowParallelLinear),
-    )
-    shape: dict[str, tuple[int, ...]]
-    if isinstance(module, Stack):
-        shape = {part: tuple(weight.shape[1:-1]) for part in layer.parts}
-    else:
-        shape = {
-            part: (width // (tensor if cut_out else 1),) for part, width in layer.parts.items()
-        }
+    shape: dict[str, tuple[int, ...]] = {}
+    for part, width in layer.parts.items():
+        if isinstance(module, Stack):
+            shape[part] = tuple(weight.shape[1:-1])
+        elif isinstance(module, ColumnParallelLinear):
+            shape[part] = (width // tensor,)
+        else:
+            shape[part] = (width,)
     module.adapter = Adapter(layer, lora, shape, weight.shape[-1], weight)
     module.__class__ = ADAPTED[type(module)]
+
+    a, b = module.adapter.lora_A.values(), module.adapter.lora_B.values()
     if isinstance(module, AdaptedStack):
         module.expert_tensor_group = topology.groups.expt_tp
         _mark_experts(module, topology)
-        return
-    if isinstance(module, AdaptedColumn):
-        module.heads = chunk.model_config.text.kv_heads // tensor if "q_proj" in layer.parts else 1
-    for factors, is_cut, dim in (
-        (module.adapter.lora_A, cut_in, 1),
-        (module.adapter.lora_B, cut_out, 0),
-    ):
-        for parameter in factors.values():
-            if is_cut:
-                (
-                    parameter.tensor_model_parallel,
-                    parameter.partition_dim,
-                    parameter.partition_stride,
-                ) = True, dim, 1
-            else:
-                parameter.sequence_parallel = topology.config.sequence_parallel
+    elif isinstance(module, AdaptedColumn):
+        is_joint = "q_proj" in layer.parts
+        module.heads = chunk.model_config.text.kv_heads // tensor if is_joint else 1
+        _mark_whole(a, topology)
+        _mark_cut(b, dim=0)
+    elif isinstance(module, AdaptedRow):
+        _mark_cut(a, dim=1)
+        _mark_whole(b, topology)
+    else:
+        _mark_whole(a, topology)
+        _mark_whole(b, topology)
+
+
+def _mark_cut(factors: Iterable[Any], dim: int) -> None:
+    """Set Megatron-core's attributes of parameters that are cut over the tensor ranks along `dim`."""
+    for parameter in factors:
+        parameter.tensor_model_parallel = True
+        parameter.partition_dim = dim
+        parameter.partition_stride = 1
+
+
+def _mark_whole(factors: Iterable[Any], topology: Topology) -> None:
+    """Let Megatron-core sum the gradients of whole factors where each rank sees a share of the tokens."""
+    for parameter in factors:
+        parameter.sequence_parallel = topology.config.sequence_parallel
 
 
 def _mark_experts(module: AdaptedStack, topology: Topology) -> None:
-    """The rules of model/experts.py Stack; what is cut along F is the factor that touches it, along dim 2 in both."""
-    base: Any = module.weight
+    """Set the attributes as model/experts.py Stack does; the factor that touches F is cut along it, dim 2 in both."""
+    weight: Any = module.weight
     (a,), (b,) = module.adapter.lora_A.values(), module.adapter.lora_B.values()
-    first = b.dim() == 4  # [e, 2, F, r]: gate and up
-    for parameter, is_cut in ((a, not first), (b, first)):
-        told: Any = parameter
-        told.partition_dim, told.partition_stride, told.tensor_model_parallel = (
-            2 if is_cut else -1,
-            1,
-            True,
-        )
-        told.allreduce = base.allreduce
+    # [e, 2, F, r]: B of gate and up; of the down projection A [e, r, F] touches F.
+    first = b.dim() == 4
+    for factor, is_cut in ((a, not first), (b, first)):
+        parameter: Any = factor
+        parameter.partition_dim = 2 if is_cut else -1
+        parameter.partition_stride = 1
+        parameter.tensor_model_parallel = True
+        parameter.allreduce = weight.allreduce
         # Counted once in the gradient norm though every expert-tensor rank holds it.
-        told.shared = not is_cut and topology.groups.expt_tp.rank() > 0
-
-
-def _keep_graph(chunk: Any) -> None:
-    """Let the embeddings have a gradient: Megatron-core's recomputation and stages pass none on to layers without such input."""
-    if chunk.pre_process:
-        chunk.language_model.embedding.register_forward_hook(_require_gradient)
+        parameter.shared = not is_cut and topology.groups.expt_tp.rank() > 0
 
 
 def _require_gradient(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    """Let a frozen embedding's output have a gradient; a forward hook."""
     return output.requires_grad_() if torch.is_grad_enabled() and output.is_leaf else output
 
 
 @torch.no_grad()
 def draw_adapters(chunk: Any, seed: int, topology: Topology) -> None:
-    """New adapters: A uniform in +-1 / sqrt(in), B zero; see `apply_lora`."""
+    """Draw new adapters: A uniform in +-1 / sqrt(in), B zero; see `apply_lora`."""
     for name, parameter in canonical_parameters(chunk):
         if not is_adapter(name):
             continue
@@ -302,15 +358,13 @@ def draw_adapters(chunk: Any, seed: int, topology: Topology) -> None:
             parameter.zero_()
             continue
         shape = full_shape(name, parameter, topology)
-        generator = torch.Generator().manual_seed(
-            (seed * 1_000_003 + zlib.crc32(name.encode())) % 2**63
-        )
-        full = (torch.rand(shape, generator=generator) * 2 - 1) / math.sqrt(shape[-1])
+        uniform = torch.rand(shape, generator=generator_of(name, seed))
+        full = (uniform * 2 - 1) / math.sqrt(shape[-1])
         parameter.copy_(cut(name, full, parameter, topology))
 
 
 def adapted_modules(chunks: Iterable[Any]) -> Iterator[tuple[str, Any]]:
-    """The layers of this rank that have an adapter, by canonical name."""
+    """Yield the layers of this rank that have an adapter, by canonical name."""
     for chunk in chunks:
         for name, module in chunk.named_modules():
             if type(module) in ADAPTED.values():
@@ -320,9 +374,11 @@ def adapted_modules(chunks: Iterable[Any]) -> Iterator[tuple[str, Any]]:
 @torch.no_grad()
 def merge(chunks: Iterable[Any]) -> None:
     """Add every adapter to its layer's weight, shard by shard, and take it away; sums in fp32."""
+    # A list: classes change on the way.
     for _, module in list(adapted_modules(chunks)):
-        delta = module.adapter.delta(getattr(module, "heads", 1))
         weight = module.weight
-        weight.copy_((weight.float() + delta.view(weight.shape)).to(weight.dtype))
+        delta = module.adapter.delta(getattr(module, "heads", 1))
+        merged = weight.float() + delta.view(weight.shape)
+        weight.copy_(merged.to(weight.dtype))
         del module.adapter
         module.__class__ = type(module).__bases__[0]

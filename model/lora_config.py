@@ -1,4 +1,4 @@
-"""LoRA as numbers, and the linear layers that can have an adapter: names here and in transformers, and sizes.
+"""List the linear layers that can have a LoRA adapter, by names here and in transformers, with the options of LoRA.
 
 Source: LoRA (arXiv 2106.09685). The router, the patch embedding, the embeddings and the output layer have none.
 Nothing here imports torch.
@@ -27,7 +27,7 @@ class LoraConfig:
     dropout: float = option(0.0, "run", least=0, below=1)
     """Share of an adapter's input values that are zeroed in training."""
     targets: list[str] = option(["*"], "never", entries=64)
-    """Which linear layers get an adapter: patterns for whole names (`language_model.decoder.layers.*.self_attention.*`) or last
+    """Linear layers that get an adapter: patterns for whole names (`language_model.decoder.layers.*.self_attention.*`) or last
     names (`linear_qkv`, `linear_proj`, `linear_fc1`, `linear_fc2`; in the vision tower also `qkv` and `proj`)."""
     groups: list[str] = option(["language"], "never", choices=GROUPS)
     """Parameter groups whose layers get adapters: vision, merger, language. A phase trains those that its `trainable` names."""
@@ -36,7 +36,7 @@ class LoraConfig:
 
     @property
     def scaling(self) -> float:
-        """What an adapter's output is multiplied by."""
+        """Return the factor of an adapter's output."""
         return self.alpha / self.rank
 
     def problems(self, here: str) -> Iterator[str]:
@@ -46,14 +46,15 @@ class LoraConfig:
 
     def layer_problems(self, model: ModelConfig) -> list[str]:
         """Return why these adapters cannot be put on a model's layers: a line a problem; the rank is above 0."""
-        names = [
-            layer.name for layer in linear_layers(model) if group_of(layer.name) in self.groups
-        ]
-        lines = [
-            f"lora.targets={pattern} matches no linear layer of lora.groups={self.groups}: use names such as linear_qkv or *.mlp.*"
-            for pattern in self.targets
-            if not any(_matches(name, pattern) for name in names)
-        ]
+        layers = [layer for layer in linear_layers(model) if group_of(layer.name) in self.groups]
+        lines = []
+        for pattern in self.targets:
+            if not any(_matches(layer.name, pattern) for layer in layers):
+                lines.append(
+                    f"lora.targets={pattern} matches no linear layer of lora.groups={self.groups}:"
+                    " use names such as linear_qkv or *.mlp.*"
+                )
+
         chosen = adapted_layers(model, self)
         if not lines and not chosen:
             lines.append(
@@ -75,7 +76,10 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class LinearLayer:
-    """One linear layer that can have an adapter; what transformers keeps apart (q, k, v) is a part with an adapter of its own."""
+    """One linear layer that can have an adapter.
+
+    Matrices that transformers keeps apart (q, k, v) are parts with adapters of their own.
+    """
 
     name: str
     """Canonical name of the module."""
@@ -84,17 +88,18 @@ class LinearLayer:
     parts: dict[str, int]
     """Output width of each part, by its name in transformers."""
     inputs: int
+    """Width of its input."""
     experts: int = 0
     """Matrices of this size, one an expert; 0: it is no expert layer."""
 
     @property
     def outputs(self) -> int:
-        """Width of all parts together."""
+        """Return the width of all parts together."""
         return sum(self.parts.values())
 
 
 def linear_layers(model: ModelConfig) -> Iterator[LinearLayer]:
-    """All layers that can have an adapter, in the order in which data passes them: tower, mergers, language model."""
+    """Yield all layers that can have an adapter, in the order in which data passes them: tower, mergers, language model."""
     vision = model.vision
     for block in range(vision.depth):
         name, width = f"visual.blocks.{block}", vision.hidden_size
@@ -102,66 +107,56 @@ def linear_layers(model: ModelConfig) -> Iterator[LinearLayer]:
         yield _plain(f"{name}.attn", "proj", width, width)
         yield _plain(f"{name}.mlp", "linear_fc1", width, vision.ffn_hidden_size)
         yield _plain(f"{name}.mlp", "linear_fc2", vision.ffn_hidden_size, width)
+
     merged = vision.hidden_size * vision.spatial_merge_size**2
-    for name in (
-        "visual.merger",
-        *(f"visual.deepstack_merger_list.{i}" for i in range(len(vision.deepstack_layers))),
-    ):
+    levels = range(len(vision.deepstack_layers))
+    mergers = ["visual.merger"] + [f"visual.deepstack_merger_list.{level}" for level in levels]
+    for name in mergers:
         yield _plain(name, "linear_fc1", merged, merged)
         yield _plain(name, "linear_fc2", merged, model.text.hidden_size)
+
     for layer in range(model.text.layers):
         yield from _decoder_layer(model, layer)
 
 
 def _plain(parent: str, leaf: str, inputs: int, outputs: int) -> LinearLayer:
+    """Return a layer that has one part and one name here and there."""
     return LinearLayer(f"{parent}.{leaf}", f"model.{parent}", {leaf: outputs}, inputs)
 
 
 def _decoder_layer(model: ModelConfig, layer: int) -> Iterator[LinearLayer]:
-    text = model.text
-    here, there = f"language_model.decoder.layers.{layer}", f"model.language_model.layers.{layer}"
-    queries, keys, hidden = (
-        text.heads * text.head_dim,
-        text.kv_heads * text.head_dim,
-        text.hidden_size,
-    )
-    attention = f"{there}.self_attn"
-    yield LinearLayer(
-        f"{here}.self_attention.linear_qkv",
-        attention,
-        {"q_proj": queries, "k_proj": keys, "v_proj": keys},
-        hidden,
-    )
-    yield LinearLayer(f"{here}.self_attention.linear_proj", attention, {"o_proj": hidden}, queries)
+    """Yield the layers of a decoder layer that can have an adapter."""
+    text, hidden = model.text, model.text.hidden_size
+    here = f"language_model.decoder.layers.{layer}"
+    there = f"model.language_model.layers.{layer}"
+
+    name, theirs = f"{here}.self_attention.linear", f"{there}.self_attn"
+    queries = text.heads * text.head_dim
+    keys = text.kv_heads * text.head_dim
+    joint = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
+    yield LinearLayer(f"{name}_qkv", theirs, joint, hidden)
+    yield LinearLayer(f"{name}_proj", theirs, {"o_proj": hidden}, queries)
+
     if text.experts:
-        width, experts = text.expert_ffn_hidden_size, f"{there}.mlp.experts"
-        yield LinearLayer(
-            f"{here}.mlp.experts.linear_fc1",
-            experts,
-            {"gate_up_proj": 2 * width},
-            hidden,
-            text.experts,
-        )
-        yield LinearLayer(
-            f"{here}.mlp.experts.linear_fc2", experts, {"down_proj": hidden}, width, text.experts
-        )
+        name, theirs = f"{here}.mlp.experts.linear", f"{there}.mlp.experts"
+        width = text.expert_ffn_hidden_size
+        gated = {"gate_up_proj": 2 * width}
     else:
+        name, theirs = f"{here}.mlp.linear", f"{there}.mlp"
         width = text.ffn_hidden_size
-        yield LinearLayer(
-            f"{here}.mlp.linear_fc1", f"{there}.mlp", {"gate_proj": width, "up_proj": width}, hidden
-        )
-        yield LinearLayer(f"{here}.mlp.linear_fc2", f"{there}.mlp", {"down_proj": hidden}, width)
+        gated = {"gate_proj": width, "up_proj": width}
+    yield LinearLayer(f"{name}_fc1", theirs, gated, hidden, text.experts)
+    yield LinearLayer(f"{name}_fc2", theirs, {"down_proj": hidden}, width, text.experts)
 
 
 def adapted_layers(model: ModelConfig, lora: LoraConfig) -> list[LinearLayer]:
-    """The layers that `lora` gives an adapter, in order."""
+    """Return the layers that `lora` gives an adapter, in order."""
+    layers = [layer for layer in linear_layers(model) if group_of(layer.name) in lora.groups]
     return [
-        layer
-        for layer in linear_layers(model)
-        if group_of(layer.name) in lora.groups
-        and any(_matches(layer.name, pattern) for pattern in lora.targets)
+        layer for layer in layers if any(_matches(layer.name, pattern) for pattern in lora.targets)
     ]
 
 
 def _matches(name: str, pattern: str) -> bool:
+    """Return whether a pattern fits a layer's whole name or its last one."""
     return fnmatchcase(name, pattern) or fnmatchcase(name.rpartition(".")[2], pattern)

@@ -1,4 +1,4 @@
-"""Cross-entropy of the next token without the full matrix of logits.
+"""Compute the cross-entropy of the next token without the full matrix of logits.
 
 Shapes: R supervised tokens, H hidden size, V vocabulary (v of it on this rank).
 """
@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-CHUNK_TOKENS = 1024
+BLOCK_ROWS = 1024
 """Rows of logits alive at once: 1,024 x 151,936 in fp32 are 0.6 GiB, whatever the sequence length."""
 
 
@@ -19,11 +19,11 @@ def linear_cross_entropy(
     targets: Tensor,
     token_weights: Tensor,
     group: Any,
-    chunk: int = CHUNK_TOKENS,
+    block: int = BLOCK_ROWS,
 ) -> tuple[Tensor, Tensor]:
-    """Weighted sum of the cross-entropies of `hidden @ weight.T`, in fp32 and in chunks of rows.
+    """Return the weighted sum of the cross-entropies of `hidden @ weight.T`, in fp32 and in blocks of rows.
 
-    The gradients are made together with the loss, so each chunk of logits is computed once and dropped. The vocabulary
+    The gradients are made together with the loss, so each block of logits is computed once and dropped. The vocabulary
     may be split over the ranks of `group`; the gradient of `hidden` is then this rank's part of a sum over the group.
     Source: Megatron-core's vocab_parallel_cross_entropy for the split, torch's cross_entropy as reference.
 
@@ -33,16 +33,15 @@ def linear_cross_entropy(
         targets: token ids in 0..V, int64 [R].
         token_weights: fp32 [R].
         group: process group that the vocabulary is split over.
-        chunk: rows at a time.
+        block: rows of logits at a time.
 
     Returns:
         the sum, an fp32 scalar, and the unweighted loss of each token, fp32 [R] without gradient.
     """
-    if (
-        not torch.is_grad_enabled()
-    ):  # ctx.needs_input_grad stays true under no_grad: evaluation would make gradients too
+    # ctx.needs_input_grad stays true under no_grad: evaluation would make gradients too.
+    if not torch.is_grad_enabled():
         hidden, weight = hidden.detach(), weight.detach()
-    total, losses = _LinearCrossEntropy.apply(hidden, weight, targets, token_weights, group, chunk)
+    total, losses = _LinearCrossEntropy.apply(hidden, weight, targets, token_weights, group, block)
     return total, losses
 
 
@@ -55,7 +54,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         token_weights: Tensor,
         group: Any,
-        chunk: int,
+        block: int,
     ) -> tuple[Tensor, Tensor]:
         local = targets - weight.shape[0] * group.rank()
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
@@ -63,24 +62,33 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight_grad = (
             torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         )
-        for start in range(0, len(hidden), chunk):
-            rows = slice(start, start + chunk)
-            losses[rows], probabilities = _chunk_loss(hidden[rows], weight, local[rows], group)
+        for start in range(0, len(hidden), block):
+            rows = slice(start, start + block)
+            losses[rows], probabilities = _block_loss(hidden[rows], weight, local[rows], group)
             if hidden_grad is None and weight_grad is None:
                 continue
+
+            # In place: a block of probabilities in fp32 has 0.6 GiB.
             logit_grad = probabilities.mul_(token_weights[rows].unsqueeze(1)).to(hidden.dtype)
             if hidden_grad is not None:
                 torch.mm(logit_grad, weight, out=hidden_grad[rows])
             if weight_grad is not None:
+                # Summed in fp32 over the blocks, in the weight's dtype only at the end.
                 weight_grad += logit_grad.t() @ hidden[rows]
+
         ctx.hidden_grad = hidden_grad
         ctx.weight_grad = None if weight_grad is None else weight_grad.to(weight.dtype)
         ctx.mark_non_differentiable(losses)
         return (losses * token_weights).sum(), losses
 
     @staticmethod
-    def backward(ctx: Any, total_grad: Tensor, _losses_grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any,
+        total_grad: Tensor,
+        _losses_grad: Tensor,
+    ) -> tuple[Tensor | None, ...]:
         hidden_grad, weight_grad = ctx.hidden_grad, ctx.weight_grad
+        # Released at once: autograd keeps ctx until the whole graph is gone.
         ctx.hidden_grad = ctx.weight_grad = None
         for gradient in (hidden_grad, weight_grad):
             if gradient is not None:
@@ -88,18 +96,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return hidden_grad, weight_grad, None, None, None, None
 
 
-def _chunk_loss(
+def _block_loss(
     hidden: Tensor, weight: Tensor, local_targets: Tensor, group: Any
 ) -> tuple[Tensor, Tensor]:
-    """Losses fp32 [r] of a chunk, and softmax minus one-hot fp32 [r, v]: the gradient of their sum by the logits."""
+    """Return the losses fp32 [r] of a block, and softmax minus one-hot fp32 [r, v]: the gradient of their sum by the logits."""
     logits = (hidden @ weight.t()).float()
+    # The largest logit of the whole vocabulary, or the exponentials of the ranks would not add up.
     largest = logits.amax(dim=1)
     if group.size() > 1:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
     logits -= largest.unsqueeze(1)
+
+    # Targets of other ranks' rows take any column and count zero.
     mine = (local_targets >= 0) & (local_targets < weight.shape[0])
     columns = torch.where(mine, local_targets, 0).unsqueeze(1)
     target_logit = logits.gather(1, columns).squeeze(1) * mine
+
     exponentials = logits.exp_()
     sums = torch.stack([exponentials.sum(dim=1), target_logit])
     if group.size() > 1:

@@ -28,8 +28,8 @@ from visionloom.model.language import LanguageModel, transformer_config
 from visionloom.model.lora_config import LoraConfig
 from visionloom.model.loss import linear_cross_entropy
 from visionloom.model.offload import in_host_memory
+from visionloom.model.rank_share import FeatureExchange, PackTensors, RankShare
 from visionloom.model.rope import inverse_frequencies, mrope_angles
-from visionloom.model.view import FeatureExchange, PackTensors, RankShare
 from visionloom.model.vision import VisionInput, VisionTower
 from visionloom.parallel.topology import Topology
 

@@ -22,7 +22,7 @@ from visionloom.model.rope import rotate, vision_rotation
 
 @dataclass(frozen=True)
 class VisionInput:
-    """What the tower needs to know of a batch's patches, worked out on the host."""
+    """A batch's patches with their positions and segments, computed on the host."""
 
     patches: Tensor
     """uint8 [N, 768 or 1536]: one frame, to be shown twice, or the two frames of a temporal patch."""
@@ -39,59 +39,79 @@ class VisionInput:
     def build(
         cls, patches: Tensor, grid_thw: Tensor, config: VisionConfig, device: torch.device
     ) -> "VisionInput":
-        """Positions and segments for grids of (temporal, height, width) patches, int [n, 3] on the host."""
-        grids = grid_thw.tolist()
-        places = [
-            frame_places(h, w, config.position_table, config.spatial_merge_size)
-            for _, h, w in grids
-        ]
-        repeats = [t for t, _, _ in grids]
-        tiled = [
-            np.concatenate(
-                [np.tile(p[i], (1, t)) for p, t in zip(places, repeats, strict=True)], axis=1
-            )
-            for i in range(3)
-        ]
-        lengths = np.concatenate([np.full(t, h * w) for t, h, w in grids])
-        bounds = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]))
-        rows_columns, table_rows, table_weights = (
-            torch.from_numpy(x).to(device, non_blocking=True) for x in tiled
+        """Compute positions and segments for grids of (temporal, height, width) patches, int [n, 3] on the host."""
+        places: list[FramePlaces] = []
+        lengths: list[int] = []
+        for frames, height, width in grid_thw.tolist():
+            one = frame_places(height, width, config.position_table, config.spatial_merge_size)
+            # All frames of a video have the same places: time is not part of the tower's positions.
+            places += [one] * frames
+            lengths += [height * width] * frames
+        bounds = torch.from_numpy(np.cumsum([0, *lengths]))
+
+        def on_device(parts: list[np.ndarray]) -> Tensor:
+            return torch.from_numpy(np.concatenate(parts, axis=1)).to(device, non_blocking=True)
+
+        return cls(
+            patches=patches.to(device, non_blocking=True),
+            rows_columns=on_device([each.rows_columns for each in places]).T,
+            table_rows=on_device([each.table_rows for each in places]),
+            table_weights=on_device([each.table_weights for each in places]),
+            segments=Segments.build(bounds, device),
         )
-        moved = patches.to(device, non_blocking=True)
-        return cls(moved, rows_columns.T, table_rows, table_weights, Segments.build(bounds, device))
 
 
+@dataclass(frozen=True)
+class FramePlaces:
+    """Places of the h w patches of one frame; see VisionInput."""
+
+    rows_columns: np.ndarray
+    """int64 [2, h w]."""
+    table_rows: np.ndarray
+    """int64 [4, h w]."""
+    table_weights: np.ndarray
+    """fp32 [4, h w]."""
+
+
+# Frames of one size share their arrays, over batches too.
 @lru_cache(maxsize=4096)
-def frame_places(
-    height: int, width: int, side: int, merge: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where the patches of one height x width frame lie, in merge-block order (block row, block column, row, column).
+def frame_places(height: int, width: int, side: int, merge: int) -> FramePlaces:
+    """Return the places of one frame's patches, in merge-block order (block row, block column, row, column).
 
-    Returns:
-        rows and columns int64 [2, h w]; the four nearest rows of the side x side position table int64 [4, h w] and their
-        bilinear weights fp32 [4, h w], corners aligned (as F.interpolate with align_corners=True).
+    Args:
+        height: of the frame in patches.
+        width: of the frame in patches.
+        side: of the position table, whose corners are the frame's (as F.interpolate with align_corners=True).
+        merge: side in patches of the square that becomes one visual token.
     """
-    places = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
-    block = (height // merge, merge, width // merge, merge)
-    row, column = (x.reshape(block).transpose(0, 2, 1, 3).reshape(-1) for x in places)
-    down, right = (
-        np.linspace(0, side - 1, n, dtype=np.float32)[x]
-        for n, x in ((height, row), (width, column))
-    )
+    rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
+    blocks = (height // merge, merge, width // merge, merge)
+    row = rows.reshape(blocks).transpose(0, 2, 1, 3).reshape(-1)
+    column = columns.reshape(blocks).transpose(0, 2, 1, 3).reshape(-1)
+
+    # Each patch is at a fraction between two rows and two columns of the table.
+    down = np.linspace(0, side - 1, height, dtype=np.float32)[row]
+    right = np.linspace(0, side - 1, width, dtype=np.float32)[column]
     top, left = down.astype(np.int64), right.astype(np.int64)
-    bottom, end = np.minimum(top + 1, side - 1), np.minimum(left + 1, side - 1)
+    bottom = np.minimum(top + 1, side - 1)
+    end = np.minimum(left + 1, side - 1)
+    neighbours = [
+        top * side + left,
+        top * side + end,
+        bottom * side + left,
+        bottom * side + end,
+    ]
+
     down, right = down - top, right - left
-    neighbours = np.stack(
-        [top * side + left, top * side + end, bottom * side + left, bottom * side + end]
+    up, before = 1 - down, 1 - right
+    weights = [up * before, up * right, down * before, down * right]
+    return FramePlaces(
+        np.stack([row, column]), np.stack(neighbours), np.stack(weights).astype(np.float32)
     )
-    weights = np.stack(
-        [(1 - down) * (1 - right), (1 - down) * right, down * (1 - right), down * right]
-    )
-    return np.stack([row, column]), neighbours, weights.astype(np.float32)
 
 
 class PatchEmbedding(nn.Module):
-    """A patch's pixels to the tower's width: a Linear, which a convolution with stride = kernel is."""
+    """Maps a patch's pixels to the tower's width: a Linear, which a convolution with stride = kernel is."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -99,13 +119,13 @@ class PatchEmbedding(nn.Module):
         self.proj = nn.Linear(config.patch_width, config.hidden_size)
 
     def forward(self, patches: Tensor) -> Tensor:
-        """uint8 [N, 768 or 1536] -> [N, C]; pixels become x / 127.5 - 1 in fp32 first."""
+        """Embed uint8 [N, 768 or 1536] to [N, C]; pixels become x / 127.5 - 1 in fp32 first."""
         pixels = patches.to(torch.float32) / 127.5 - 1.0
         if pixels.shape[1] != self.proj.in_features:
+            # One frame came over: it is shown as often as a patch has frames.
+            frames = self.proj.in_features // pixels.shape[1]
             pixels = pixels.view(len(pixels), self.channels, 1, -1)
-            pixels = pixels.expand(
-                -1, -1, self.proj.in_features // (self.channels * pixels.shape[-1]), -1
-            ).flatten(1)
+            pixels = pixels.expand(-1, -1, frames, -1).flatten(1)
         return self.proj(pixels.to(self.proj.weight.dtype))
 
 
@@ -118,12 +138,16 @@ class VisionAttention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], segments: Segments) -> Tensor:
-        """[N, C] -> [N, C]."""
+    def forward(
+        self,
+        x: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        segments: Segments,
+    ) -> Tensor:
+        """Attend from [N, C] to [N, C]; `rotation`: cosine and sine of each patch, fp32 [N, 1, head dim]."""
         query, key, value = self.qkv(x).unflatten(1, (3, self.heads, -1)).unbind(1)
-        attended = attend(
-            rotate(query, *rotation), rotate(key, *rotation), value, segments, causal=False
-        )
+        query, key = rotate(query, *rotation), rotate(key, *rotation)
+        attended = attend(query, key, value, segments, causal=False)
         return self.proj(attended.flatten(1))
 
 
@@ -136,7 +160,7 @@ class VisionMLP(nn.Module):
         self.linear_fc2 = nn.Linear(config.ffn_hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, C] -> [N, C]."""
+        """Map [N, C] to [N, C]."""
         return self.linear_fc2(F.gelu(self.linear_fc1(x), approximate="tanh"))
 
 
@@ -150,14 +174,19 @@ class VisionBlock(nn.Module):
         self.attn = VisionAttention(config)
         self.mlp = VisionMLP(config)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], segments: Segments) -> Tensor:
-        """[N, C] -> [N, C]."""
+    def forward(
+        self,
+        x: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        segments: Segments,
+    ) -> Tensor:
+        """Map [N, C] to [N, C]; `rotation`: cosine and sine of each patch, fp32 [N, 1, head dim]."""
         x = x + self.attn(self.norm1(x), rotation, segments)
         return x + self.mlp(self.norm2(x))
 
 
 class Merger(nn.Module):
-    """Four neighbouring patches to one visual token of the language model's width.
+    """Makes one visual token of the language model's width of four neighbouring patches.
 
     The main merger normalises each patch, a DeepStack merger the four of them together; both use the exact (erf) GELU,
     not the tower's tanh approximation.
@@ -167,27 +196,26 @@ class Merger(nn.Module):
         super().__init__()
         self.width = config.hidden_size * config.spatial_merge_size**2
         self.norm_after_merge = norm_after_merge
-        self.norm = nn.LayerNorm(
-            self.width if norm_after_merge else config.hidden_size, eps=config.norm_epsilon
-        )
+        normalised = self.width if norm_after_merge else config.hidden_size
+        self.norm = nn.LayerNorm(normalised, eps=config.norm_epsilon)
         self.linear_fc1 = nn.Linear(self.width, self.width)
         self.linear_fc2 = nn.Linear(self.width, output_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, C] -> [M, O]."""
-        merged = (
-            self.norm(x.view(-1, self.width))
-            if self.norm_after_merge
-            else self.norm(x).view(-1, self.width)
-        )
+        """Merge [N, C] to [M, O]."""
+        # The four patches of a token are neighbours in merge-block order.
+        if self.norm_after_merge:
+            merged = self.norm(x.view(-1, self.width))
+        else:
+            merged = self.norm(x).view(-1, self.width)
         return self.linear_fc2(F.gelu(self.linear_fc1(merged)))
 
 
 class VisionTower(nn.Module):
-    """Patches to features: the main merger's and, side by side, those of the DeepStack mergers."""
+    """Makes features of patches: the main merger's and, side by side, those of the DeepStack mergers."""
 
     def __init__(self, config: VisionConfig, output_size: int, recompute: bool = False) -> None:
-        """`recompute`: make the blocks' activations again in the backward pass instead of keeping them."""
+        """Build a tower with features of `output_size`; `recompute`: keep no activations of the blocks, make them again."""
         super().__init__()
         self.config = config
         self.recompute = recompute
@@ -200,15 +228,15 @@ class VisionTower(nn.Module):
         )
 
     def forward(self, vision: VisionInput) -> Tensor:
-        """Features [M, (1 + K) * O]: for the embeddings, then for the DeepStack levels in order of language layers."""
+        """Return features [M, (1 + K) * O]: for the embeddings, then for the DeepStack levels in order of language layers."""
         x = self.patch_embed(vision.patches)
-        positions = self.pos_embed.weight[
-            vision.table_rows
-        ].float() * vision.table_weights.unsqueeze(-1)
+        # The weighted sum is in fp32, whatever the table's dtype.
+        neighbours = self.pos_embed.weight[vision.table_rows].float()
+        positions = neighbours * vision.table_weights.unsqueeze(-1)
         x = x + positions.sum(0).to(x.dtype)
-        rotation = vision_rotation(
-            vision.rows_columns, self.config.hidden_size // self.config.heads
-        )
+
+        head_dim = self.config.hidden_size // self.config.heads
+        rotation = vision_rotation(vision.rows_columns, head_dim)
         levels: dict[int, Tensor] = {}
         for index, block in enumerate(self.blocks):
             if self.recompute and torch.is_grad_enabled():
@@ -218,4 +246,6 @@ class VisionTower(nn.Module):
             if index in self.config.deepstack_layers:
                 level = self.config.deepstack_layers.index(index)
                 levels[level] = self.deepstack_merger_list[level](x)
-        return torch.cat([self.merger(x), *(levels[k] for k in sorted(levels))], dim=1)
+
+        in_order = [levels[level] for level in sorted(levels)]
+        return torch.cat([self.merger(x), *in_order], dim=1)

@@ -26,7 +26,7 @@ class ParallelConfig:
     context: int = option(1, "free", least=1, most=65_536)
     """Ranks that share the tokens of one sequence."""
     context_exchange: str = option("gather", "free", choices=EXCHANGES)
-    """How attention sees the tokens of other context ranks: `gather` all keys and values (any degree), or `ulysses` (heads for
+    """Way in which attention sees the tokens of other context ranks: `gather` all keys and values (any degree), or `ulysses` (heads for
     tokens; tensor x context must divide the key/value heads)."""
     expert: int = option(1, "free", least=1, most=65_536)
     """Ranks that share the experts of a mixture-of-experts layer."""
@@ -43,32 +43,35 @@ class ParallelConfig:
 
     @property
     def sequence_parallel(self) -> bool:
-        """Whether activations between the tensor-parallel regions are split over the tokens."""
+        """Return whether activations between the tensor-parallel regions are split over the tokens."""
         return self.tensor > 1 if self.sequence is None else self.sequence
 
     @property
     def model_parallel_size(self) -> int:
-        """Ranks that hold one copy of the model between them."""
+        """Return the number of ranks that hold one copy of the model between them."""
         return self.tensor * self.pipeline * self.context
 
     @property
     def chunks(self) -> int:
-        """Chunks of layers on each stage."""
+        """Return the number of chunks of layers on each stage."""
         return self.virtual_pipeline or 1
 
     @property
     def encoder_ranks(self) -> int:
-        """Ranks that share the pictures of a pack: those of its first pipeline stage that see different tokens of it."""
+        """Return the number of ranks that share the pictures of a pack.
+
+        They are those of its first pipeline stage that see different tokens of it.
+        """
         return self.context * (self.tensor if self.sequence_parallel else 1)
 
     @property
     def sample_token_multiple(self) -> int:
-        """Divisor of the tokens that each sample takes up: two chunks for every context rank."""
+        """Return the divisor of the tokens that each sample takes up: two pieces for every context rank."""
         return 2 * self.context if self.context > 1 else 1
 
     @property
     def pack_token_multiple(self) -> int:
-        """Divisor of the tokens of a pack: every rank holds as many."""
+        """Return the divisor of the tokens of a pack: every rank holds as many."""
         tokens = self.tensor if self.sequence_parallel else 1
         return math.lcm(self.sample_token_multiple, self.context * tokens)
 
@@ -87,7 +90,7 @@ class ParallelConfig:
             )
 
     def world_problems(self, world_size: int, here: str = "parallel") -> list[str]:
-        """Return what `world_size` ranks cannot hold of a layout with values in their bounds; empty if it fits."""
+        """Return a line for each degree that `world_size` ranks cannot hold; values are in their bounds, empty if all fits."""
         if world_size % self.model_parallel_size:
             return [
                 f"{world_size} ranks cannot hold tensor {self.tensor} x pipeline {self.pipeline} x context {self.context}"

@@ -1,7 +1,7 @@
-"""How the tokens of a pack are split over the context-parallel ranks, and back.
+"""Split the tokens of a pack over the context-parallel ranks, and back.
 
 Each segment is cut into 2 x size pieces of equal length, and rank r takes pieces r and 2 x size - 1 - r of every segment: with
-causal attention all ranks then have as much to do, and no token's neighbours matter to who has it.
+causal attention all ranks then have as much to do, and a token's rank depends on its place in its own segment alone.
 Shapes: T tokens of a pack in S segments, C context ranks.
 """
 
@@ -15,14 +15,14 @@ TokenRows = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Split:
-    """Which rows of a pack each context rank holds, in its order."""
+    """The rows of a pack that each context rank holds, in its order."""
 
     ranks: tuple[TokenRows, ...]
     """int64 [T / C] each."""
 
     @property
     def places(self) -> TokenRows:
-        """int64 [T]: where each row of the pack lies when the ranks' rows are put one after the other."""
+        """Return int64 [T]: the place of each row of the pack when the ranks' rows are put one after the other."""
         return np.argsort(np.concatenate(self.ranks))
 
 

@@ -81,7 +81,7 @@ def install() -> None:
 
 
 def _replace_streams_and_devices() -> None:
-    """Buffers are allocated on `current_device()`; DDP, pipeline and dispatcher wait on streams and synchronize."""
+    """Replace streams and devices: buffers are allocated on `current_device()`; DDP, pipeline and dispatcher wait on streams."""
     cuda: Any = torch.cuda
     cuda.current_device = lambda: CPU
     cuda.set_device = lambda device: None
@@ -99,7 +99,7 @@ def _replace_streams_and_devices() -> None:
 
 
 def _replace_random_state() -> None:
-    """tensor_parallel.random keeps per-axis states of the GPU's generator (seeding, recompute): here the CPU's."""
+    """Replace random states: tensor_parallel.random keeps those of the GPU's generator by axis (seeding, recompute)."""
     cuda: Any = torch.cuda
     cuda.get_rng_state = lambda device="cuda": torch.get_rng_state()
     cuda.set_rng_state = lambda state, device="cuda": torch.set_rng_state(state)
@@ -119,7 +119,11 @@ def _random_state(
     return torch.get_rng_state()
 
 
-def _set_random_state(state: torch.Tensor, device: object = -1, graph_safe: bool = False) -> None:
+def _set_random_state(
+    state: torch.Tensor,
+    device: object = -1,
+    graph_safe: bool = False,
+) -> None:
     torch.set_rng_state(state)
 
 
@@ -147,21 +151,22 @@ def _replace_factories() -> None:
 
 
 def _replace_type_names() -> None:
-    """DistributedOptimizer and clip_grads sort tensors by names such as 'torch.cuda.FloatTensor'."""
+    """Replace names of types: DistributedOptimizer and clip_grads sort tensors by 'torch.cuda.FloatTensor' and the like."""
     own_type = torch.Tensor.type
 
     def type_name(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         name = own_type(self, *args, **kwargs)
         if isinstance(name, str) and not name.startswith("torch.cuda."):
             return name.replace("torch.", "torch.cuda.")
-        return name  # a tensor, where a type was asked for
+        # A tensor, where a type was asked for.
+        return name
 
     any_tensor: Any = torch.Tensor
     any_tensor.type = type_name
 
 
 def _replace_all_to_all() -> None:
-    """The alltoall dispatcher turns split sizes into lists only when they are on a GPU; gloo wants lists."""
+    """Give gloo lists: the alltoall dispatcher turns split sizes into lists only when they are on a GPU."""
     distributed: Any = torch.distributed
     all_to_all_single = distributed.all_to_all_single
 
@@ -184,13 +189,16 @@ def _as_list(sizes: Any) -> Any:
 
 
 def _replace_unequal_collectives() -> None:
-    """Expert tensor parallelism gathers and reduces parts of unequal length, which gloo cannot."""
+    """Gather and reduce parts of unequal length, as expert tensor parallelism does and gloo cannot."""
     distributed: Any = torch.distributed
     all_gather, reduce_scatter = distributed.all_gather, distributed.reduce_scatter
 
     @functools.wraps(all_gather)
     def gather_unequal(
-        outputs: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, async_op: bool = False
+        outputs: list[torch.Tensor],
+        tensor: torch.Tensor,
+        group: Any = None,
+        async_op: bool = False,
     ) -> Any:
         if len({part.shape for part in outputs}) == 1:
             return all_gather(outputs, tensor, group=group, async_op=async_op)

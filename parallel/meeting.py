@@ -1,4 +1,4 @@
-"""The store in which the ranks of one start meet: fresh, though torchrun keeps its store when it starts the ranks anew.
+"""Give the ranks of one start a fresh store to meet in, though torchrun keeps its store when it starts the ranks anew.
 
 torchrun's agent shares one store over all attempts (`--max-restarts`). gloo leaves its addresses there, and the ranks of the next
 attempt would call those of the dead ones. The agents' counts of restarts differ between machines, so no number tells the attempts
@@ -19,40 +19,44 @@ from visionloom.common.errors import UserError
 from visionloom.common.text import first_line
 
 PAUSE_SECONDS: Final = 0.01
-"""Between two looks of rank 0 at who has come."""
+"""Between two looks of rank 0 at the ranks that have come."""
 PREFIX: Final = "visionloom"
 
 
 def meet(timeout: timedelta) -> tuple[Store, int, int]:
-    """The store of this start, this rank and the number of ranks, by torchrun's environment.
+    """Return the store of this start, this rank and the number of ranks, by torchrun's environment.
 
     Raises:
         UserError: if the store cannot be reached or opened in time, naming its address.
     """
-    place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    port = os.environ.get("MASTER_PORT")
+    place = f"{os.environ.get('MASTER_ADDR')}:{port}"
     try:
         store, rank, size = next(rendezvous("env://", timeout=timeout))
         store.set_timeout(timeout)
         return agree(store, rank, size, timeout), rank, size
     except dist.DistNetworkError as error:
         text = str(error)
+        # The two servers that torch has for the store word it differently.
         if "EADDRINUSE" in text or "address already in use" in text.lower():
             raise UserError(
-                f"MASTER_PORT={os.environ.get('MASTER_PORT')} is in use by another program: give this run a port of its own"
+                f"MASTER_PORT={port} is in use by another program: give this run a port of its own"
                 " (torchrun --standalone chooses one)"
             ) from error
         raise UserError(
             f"the ranks cannot meet at {place}: {first_line(error)}: check MASTER_ADDR and MASTER_PORT"
         ) from error
     except dist.DistStoreError as error:
+        ranks = os.environ.get("WORLD_SIZE")
+        seconds = f"{timeout.total_seconds():.0f} s"
         raise UserError(
-            f"not all of the {os.environ.get('WORLD_SIZE')} ranks came to {place} within {timeout.total_seconds():.0f} s:"
-            f" {first_line(error)}: see whether all machines have started"
+            f"not all of the {ranks} ranks came to {place} within {seconds}: {first_line(error)}:"
+            " see whether all machines have started"
         ) from error
 
 
 def agree(store: Store, rank: int, size: int, timeout: timedelta) -> Store:
-    """The part of a store that only the ranks of this start use.
+    """Return the part of a store that only the ranks of this start use.
 
     Each rank leaves a word that nobody else has. Rank 0 answers each with the prefix that it has chosen, until all have taken it:
     words of dead ranks are answered too, and their places are read again.

@@ -1,6 +1,6 @@
-"""Which decoder layers live on which pipeline stage: the layout string, its checks, and a layout where none is given.
+"""Divide decoder layers over pipeline stages: the layout string, its checks, and a layout where none is given.
 
-A layout names what each stage holds, in order: `E` the vision tower and the embedding, `t` a decoder layer, `L` the final norm
+A layout names the parts of each stage, in order: `E` the vision tower and the embedding, `t` a decoder layer, `L` the final norm
 and the loss; `|` begins the next stage and `t*3` is `ttt`. With virtual stages (interleaved 1F1B) it names pipeline x
 virtual_pipeline chunks, the first `pipeline` of them on the stages in turn, then the second, and so on. Nothing here imports
 torch.
@@ -14,18 +14,21 @@ REPEATED = re.compile(r"([EtL])\*(\d+)")
 
 
 def layers_per_chunk(parallel: ParallelConfig, layers: int) -> list[int]:
-    """Decoder layers of each chunk, in the order that a token passes them; `pipeline_problems` must be empty."""
+    """Return the number of decoder layers of each chunk, in the order that a token passes them.
+
+    `pipeline_problems` must be empty.
+    """
     return [chunk.count("t") for chunk in layout_of(parallel, layers).split("|")]
 
 
 def layout_of(parallel: ParallelConfig, layers: int) -> str:
-    """The layout as it is used: the given one without abbreviations, or an even one."""
+    """Return the layout as it is used: the given one without abbreviations, or an even one."""
     if parallel.pipeline_layout is not None:
         short = parallel.pipeline_layout.replace(" ", "")
         return REPEATED.sub(lambda match: match[1] * int(match[2]), short)
     chunks = parallel.pipeline * parallel.chunks
-    each = layers // chunks
-    return f"E{'|'.join(['t' * each] * chunks)}L"
+    each = "t" * (layers // chunks)
+    return f"E{'|'.join([each] * chunks)}L"
 
 
 def pipeline_problems(parallel: ParallelConfig, layers: int, here: str = "parallel") -> list[str]:
@@ -51,7 +54,12 @@ def pipeline_problems(parallel: ParallelConfig, layers: int, here: str = "parall
     ]
 
 
-def _layout_problems(parallel: ParallelConfig, layers: int, product: str, here: str) -> list[str]:
+def _layout_problems(
+    parallel: ParallelConfig,
+    layers: int,
+    product: str,
+    here: str,
+) -> list[str]:
     """Return what is wrong with a layout that the user gave; `product` names the degrees it must fit."""
     chunks = parallel.pipeline * parallel.chunks
     even = suggestion(layers, chunks)
@@ -59,11 +67,14 @@ def _layout_problems(parallel: ParallelConfig, layers: int, product: str, here: 
     given = f"{here}.pipeline_layout={parallel.pipeline_layout}"
     if not re.fullmatch(r"[EtL|]+", layout):
         return [f"{given} may hold E, t, L, | and t*3 only, for example '{even}'"]
+
     lines = []
-    if layout.count("|") + 1 != chunks:
-        lines.append(f"{given} names {layout.count('|') + 1} chunks, {product} needs {chunks}")
-    if layout.count("t") != layers:
-        lines.append(f"{given} holds {layout.count('t')} layers, the model has {layers}")
+    named = layout.count("|") + 1
+    if named != chunks:
+        lines.append(f"{given} names {named} chunks, {product} needs {chunks}")
+    held = layout.count("t")
+    if held != layers:
+        lines.append(f"{given} holds {held} layers, the model has {layers}")
     ends = layout.replace("t", "").replace("|", "")
     if ends != "EL" or not layout.startswith("E") or not layout.endswith("L"):
         lines.append(f"{given} must begin with its only E and end with its only L")
@@ -71,7 +82,7 @@ def _layout_problems(parallel: ParallelConfig, layers: int, product: str, here: 
 
 
 def suggestion(layers: int, chunks: int) -> str:
-    """A layout that gives the first chunk (vision tower) and the last (loss) the fewest layers."""
+    """Return a layout that gives the first chunk (vision tower) and the last (loss) the fewest layers."""
     each, more = divmod(layers, chunks)
     # Layers left over go to the middle first, then to the last chunk, then to the first.
     order = [*range(1, chunks - 1), chunks - 1, 0] if chunks > 1 else [0]

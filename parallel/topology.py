@@ -1,4 +1,4 @@
-"""Who shares what: process groups of every parallel axis as one object, on NCCL or gloo.
+"""Hold the process groups of every parallel axis in one object, on NCCL or gloo.
 
 `start` is the only place that opens a process group. Modules get their groups from `Topology.groups` by argument.
 """
@@ -29,53 +29,53 @@ class Topology:
     groups: Any
     """Megatron-core's ProcessGroupCollection."""
     seed: int = 0
-    """Of Megatron-core's random states."""
+    """Seed of Megatron-core's random states."""
     pack_hosts: Any = None
-    """Gloo group of the ranks that share a pack, for what their hosts agree on without the device; None: no rank shares any."""
+    """Gloo group of the ranks that share a pack: their hosts agree on it without the device; None: no rank shares any."""
 
     @property
     def tensor_rank(self) -> int:
-        """Place of this rank among those that share a matrix."""
+        """Return the place of this rank among those that share a matrix."""
         return int(self.groups.tp.rank())
 
     @property
     def pipeline_rank(self) -> int:
-        """Which stage this rank is on."""
+        """Return the pipeline stage of this rank."""
         return int(self.groups.pp.rank())
 
     @property
     def context_rank(self) -> int:
-        """Place of this rank among those that share the tokens of a sequence."""
+        """Return the place of this rank among those that share the tokens of a sequence."""
         return int(self.groups.cp.rank())
 
     @property
     def context_size(self) -> int:
-        """Ranks that share the tokens of a sequence."""
+        """Return the number of ranks that share the tokens of a sequence."""
         return int(self.groups.cp.size())
 
     @property
     def encoder_rank(self) -> int | None:
-        """Place of this rank among those that share a pack's pictures; None behind the first pipeline stage."""
+        """Return the place of this rank among those that share a pack's pictures; None after the first pipeline stage."""
         return None if self.pipeline_rank else int(self.encoder_group.rank())
 
     @property
     def encoder_group(self) -> Any:
-        """The ranks that share a pack's pictures: those of a stage that see different tokens of it."""
+        """Return the ranks that share a pack's pictures: those of a stage that see different tokens of it."""
         return self.groups.tp_cp if self.config.sequence_parallel else self.groups.cp
 
     @property
     def is_last_stage(self) -> bool:
-        """Whether this rank computes losses."""
+        """Return whether this rank computes losses."""
         return self.pipeline_rank == self.config.pipeline - 1
 
     @property
     def data_rank(self) -> int:
-        """Which copy of the model this rank belongs to."""
+        """Return the number of the copy of the model that this rank holds a part of."""
         return int(self.groups.dp.rank())
 
     @property
     def data_size(self) -> int:
-        """Copies of the model."""
+        """Return the number of copies of the model."""
         return int(self.groups.dp.size())
 
     @property
@@ -86,16 +86,16 @@ class Topology:
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank writes logs and prints."""
+        """Return whether this rank writes logs and prints."""
         return self.rank == 0
 
     @property
     def is_data_leader(self) -> bool:
-        """Whether this rank speaks for its copy of the model, when results of the copies are gathered."""
+        """Return whether this rank gives the results of its copy of the model, when those of all are gathered."""
         return self.tensor_rank == self.context_rank == self.pipeline_rank == 0
 
     def reseed(self, step: int) -> None:
-        """Draw what is random in a step from the seed and the step alone, so that a resumed run draws the same."""
+        """Seed the random states of a step by the seed and the step alone, so that a resumed run draws the same."""
         from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
         seed = (self.seed * 1_000_003 + step) % 2**31
@@ -107,12 +107,12 @@ class Topology:
         dist.barrier()
 
     def sum_over_data(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum of `values` over the copies of the model, in place."""
+        """Sum `values` (any shape, on this rank's device) over the copies of the model, in place."""
         dist.all_reduce(values, group=self.groups.dp)
         return values
 
     def any_rank(self, flag: bool) -> bool:
-        """Whether `flag` is set on any rank; all ranks call it."""
+        """Return whether `flag` is set on any rank; all ranks call it, and wait for the device."""
         if self.world_size == 1:
             return flag
         highest = torch.tensor(int(flag), dtype=torch.int32, device=self.device)
@@ -120,34 +120,33 @@ class Topology:
         return bool(highest)
 
     def sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum `values` over all ranks, in place."""
+        """Sum `values` (any shape, on this rank's device) over all ranks, in place."""
         dist.all_reduce(values)
         return values
 
     def sum_over_tokens(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum of `values` over the copies of the model and the ranks that share a sequence, in place."""
+        """Sum `values` (any shape) over the copies of the model and the ranks that share a sequence, in place."""
         dist.all_reduce(values, group=self.groups.dp_cp)
         return values
 
     def from_last_stage(self, values: torch.Tensor) -> torch.Tensor:
-        """`values` as the last pipeline stage has them, in place."""
+        """Replace `values` (any shape) by those of the last pipeline stage, in place."""
         if self.config.pipeline > 1:
-            dist.broadcast(
-                values,
-                src=dist.get_global_rank(self.groups.pp, self.config.pipeline - 1),
-                group=self.groups.pp,
-            )
+            group = self.groups.pp
+            # broadcast counts ranks over the whole world, not in the group.
+            last = dist.get_global_rank(group, self.config.pipeline - 1)
+            dist.broadcast(values, src=last, group=group)
         return values
 
     def gather_over_data(self, item: object) -> list[Any]:
-        """What each copy of the model has for `item`, in the order of the copies, on all ranks."""
+        """Return the `item` of each copy of the model, in the order of the copies, on all ranks; it is pickled."""
         gathered: list[Any] = [None] * self.data_size
         dist.all_gather_object(gathered, item, group=self.groups.dp)
         return gathered
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of this rank for `run.device`: `cpu`, `cuda`, or `auto` (cuda where a GPU is visible).
+    """Return the device of this rank for `run.device`: `cpu`, `cuda`, or `auto` (cuda where a GPU is visible).
 
     Raises UserError if a GPU is asked for and none is there.
     """
@@ -159,22 +158,27 @@ def choose_device(name: str) -> torch.device:
     if name == "cpu" or not available:
         return torch.device("cpu")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if local_rank >= torch.cuda.device_count():
+    visible = torch.cuda.device_count()
+    if local_rank >= visible:
         raise UserError(
-            f"{torch.cuda.device_count()} GPUs are visible, but rank {local_rank} of this machine needs its own: lower --nproc-per-node"
+            f"{visible} GPUs are visible, but rank {local_rank} of this machine needs its own:"
+            " lower --nproc-per-node"
         )
     return torch.device("cuda", local_rank)
 
 
 def set_threads(threads: int) -> None:
-    """CPU threads of this rank: `threads`, or for 0 the cores divided by the ranks of this machine."""
+    """Set the CPU threads of this rank: `threads`, or for 0 the cores divided by the ranks of this machine."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // ranks))
+    # Not os.cpu_count: a container or a scheduler may give fewer.
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads or max(1, cores // ranks))
 
 
 def be_deterministic() -> None:
     """Let torch use only kernels whose sums have a fixed order: the same run twice gives the same bits."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # asked for by cuBLAS
+    # cuBLAS keeps an order only with workspaces of a fixed size: 8 of 4 MiB.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
 
@@ -202,7 +206,7 @@ def start(
 
 
 def imagine(config: ParallelConfig, world_size: int, rank: int) -> Topology:
-    """The layout as rank `rank` of a job of `world_size` ranks would see it, with nobody else there: for tests and planning.
+    """Return the layout as rank `rank` of a job of `world_size` ranks would see it, without the others: for tests and planning.
 
     Collectives do nothing. One process can imagine one world at a time; `stop` ends it.
     """
@@ -216,11 +220,14 @@ def imagine(config: ParallelConfig, world_size: int, rank: int) -> Topology:
 
 
 def change(topology: Topology, config: ParallelConfig, seed: int) -> Topology:
-    """Another layout on the same ranks, as a new phase may ask for; nothing built on the old one may be used after."""
-    return topology if config == topology.config else _open_layout(config, topology.device, seed)
+    """Return another layout on the same ranks, as a new phase may ask for; nothing built on the old one may be used after."""
+    if config == topology.config:
+        return topology
+    return _open_layout(config, topology.device, seed)
 
 
 def _open_world(device: torch.device, timeout: timedelta) -> None:
+    """Open the process group of all ranks; one process without torchrun needs no port for it."""
     backend = "gloo" if device.type == "cpu" else "nccl"
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         store, rank, size = meet(timeout)
@@ -230,6 +237,7 @@ def _open_world(device: torch.device, timeout: timedelta) -> None:
 
 
 def _open_layout(config: ParallelConfig, device: torch.device, seed: int) -> Topology:
+    """Open the groups of a layout on the open world; Megatron-core keeps them as globals too, those before are closed."""
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -250,9 +258,8 @@ def _open_layout(config: ParallelConfig, device: torch.device, seed: int) -> Top
     )
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    return Topology(
-        config, device, dist.get_rank(), world_size, groups, seed, _pack_hosts(config, groups)
-    )
+    hosts = _pack_hosts(config, groups)
+    return Topology(config, device, dist.get_rank(), world_size, groups, seed, hosts)
 
 
 def _pack_hosts(config: ParallelConfig, groups: Any) -> Any:

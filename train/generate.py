@@ -16,6 +16,7 @@ from torch import Tensor
 from visionloom.data.encode.encode import EncodedSample, extend, prompt_of
 from visionloom.data.encode.tokenizer import (
     IMAGE,
+    THINK_END,
     TURN_START,
     VIDEO,
     VISION_END,
@@ -24,11 +25,10 @@ from visionloom.data.encode.tokenizer import (
 )
 from visionloom.data.stream.batch import PackedBatch, pack_prompts
 from visionloom.model.qwen3vl import Qwen3VL
-from visionloom.model.view import RankShare
+from visionloom.model.rank_share import RankShare
 from visionloom.parallel.topology import Topology
 from visionloom.train.step import run_schedule
 
-THINK_END: Final = "</think>"
 PICTURE: Final = "\ufffc"
 """Stands for a picture, or for the two frames of a video's temporal patch, in the text of a question."""
 

@@ -34,6 +34,8 @@ LARGEST: Final = 1 << 22
 """Bytes of a JSON file of a folder: 4 MiB. Usual ones have a few KiB; in memory, lists take twenty times as much."""
 LARGEST_TABLE: Final = 24 << 20
 """Bytes of the two long files: the index of the largest model, with experts apart, has 10 MB, Qwen's tokenizer.json 11."""
+EXPORT_DTYPES: Final = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+"""Types that an exported model's tensors may have: our short name, and the name in torch and config.json."""
 NOT_THE_MODEL: Final = ("balance_coefficient", "initializer_range", "max_positions")
 """Fields that a recipe may set as it likes: they change training, not what the weights mean."""
 TOKENS: Final = {
@@ -57,7 +59,11 @@ QWEN_TOKENS: Final = {
 }
 
 
-def read_json(path: Path, option: str, largest: int = LARGEST) -> dict[str, Any]:
+def read_json(
+    path: Path,
+    option: str,
+    largest: int = LARGEST,
+) -> dict[str, Any]:
     """Return the object in a JSON file of at most `largest` bytes; UserError naming `option` and the file if there is none."""
     return parse_object(read_file(path, option, largest), path, option)
 
@@ -93,7 +99,13 @@ def load_object(content: bytes, path: Path, option: str) -> Any:
         raise UserError(f"{option}={path.parent}: {error}") from None
 
 
-def as_type[T](value: Any, schema: type[T], path: Path, option: str, part: str = "") -> T:
+def as_type[T](
+    value: Any,
+    schema: type[T],
+    path: Path,
+    option: str,
+    part: str = "",
+) -> T:
     """Check a value of a JSON file and return it; UserError naming `option`, the file, the field and its type."""
     try:
         return checked(value, schema, path.name, part)
@@ -169,7 +181,10 @@ def differences(ours: ModelConfig, theirs: ModelConfig, folder: Path) -> list[st
 
 
 def write_config(
-    config: ModelConfig, dtype: str, tokens: Mapping[str, int], source: Mapping[str, Any] | None
+    config: ModelConfig,
+    dtype: str,
+    tokens: Mapping[str, int],
+    source: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """Return the content of a config.json for transformers 4.57 and 5.
 

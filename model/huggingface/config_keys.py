@@ -168,7 +168,11 @@ class ConfigKeys:
             second = f"text_config.hidden_size={shown(hidden)}"
             self.problems.append(f"{first} is not {second}")
 
-    def take_all(self, section: str, keys: Mapping[str, str]) -> dict[str, Any]:
+    def take_all(
+        self,
+        section: str,
+        keys: Mapping[str, str],
+    ) -> dict[str, Any]:
         """Return the values of a section by our names of its keys, without those that are absent."""
         values = {ours: self.take(section, key, ours) for ours, key in keys.items()}
         return {ours: value for ours, value in values.items() if value is not None}

@@ -24,12 +24,12 @@ from visionloom.model.huggingface.names import (
     huggingface_shapes,
     read_parameter,
 )
+from visionloom.model.huggingface.safetensors_writer import DTYPES
 from visionloom.model.huggingface.shapes import Shape
 from visionloom.model.sharding import EMBEDDING
 
 WHOLE: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
-DTYPES: Final = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 PICKLES: Final = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 LARGEST_HEADER: Final = 1 << 25
 """Bytes: 32 MiB; the 36,000 tensors of the largest model, with experts apart and in one file, would take 6."""

@@ -1,4 +1,4 @@
-"""Names and layouts of transformers' Qwen3-VL checkpoints, both ways: any part of any parameter, read as it is needed.
+"""Convert names and layouts of transformers' Qwen3-VL checkpoints, both ways, any part of any parameter at a time.
 
 A parameter of ours is a region of one or a few tensors there, and the other way round. Experts come in three layouts:
 `transformers`, stacked as here, [experts, 2 x width, hidden] with gate before up, and [experts, hidden, width]; `hub`, the
@@ -8,7 +8,7 @@ attention layout (per key/value group: its queries, its key, its value), transfo
 Qwen3VLMoeForConditionalGeneration and their conversion_mapping.py.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from visionloom.model.config import ModelConfig, TextConfig
 from visionloom.model.huggingface.shapes import Shape, parameter_shapes
+from visionloom.model.sharding import EMBEDDING, GATED, LAYERS, OUTPUT
 
 LAYOUTS: Final = ("transformers", "hub", "separate")
 LAYER_NAMES: Final = {
@@ -30,18 +31,16 @@ LAYER_NAMES: Final = {
 }
 """Tensors of a layer that are alike here and there."""
 QKV: Final = "self_attention.linear_qkv.weight"
-GATED: Final = "mlp.linear_fc1.weight"
 GATED_EXPERTS: Final = "mlp.experts.linear_fc1.weight"
 DOWN_EXPERTS: Final = "mlp.experts.linear_fc2.weight"
-EMBEDDING: Final = "language_model.embedding.word_embeddings.weight"
 OUTER_NAMES: Final = {
     EMBEDDING: "model.language_model.embed_tokens.weight",
     "language_model.decoder.final_layernorm.weight": "model.language_model.norm.weight",
-    "language_model.output_layer.weight": "lm_head.weight",
+    OUTPUT: "lm_head.weight",
 }
 HEAD: Final = "lm_head.weight"
 PATCH_EMBEDDING: Final = "visual.patch_embed.proj.weight"
-LAYERS_HERE, LAYERS_THERE = "language_model.decoder.layers.", "model.language_model.layers."
+LAYERS_THERE: Final = "model.language_model.layers."
 
 
 class TensorSource(Protocol):
@@ -52,52 +51,53 @@ class TensorSource(Protocol):
         """One of LAYOUTS."""
 
     def shape(self, name: str) -> Shape:
-        """Full shape of a tensor."""
+        """Return the full shape of a tensor."""
 
     def read(self, name: str, region: Sequence[slice]) -> Tensor:
-        """Part of a tensor; dims behind the region are whole."""
+        """Read a part of a tensor; dims after those of the region are whole."""
 
 
 @dataclass(frozen=True)
 class StateSource:
-    """A state dict of transformers' model in memory as a Source."""
+    """A state dict of transformers' model in memory as a TensorSource."""
 
     state: Mapping[str, Tensor]
     expert_layout: str = "transformers"
 
     def shape(self, name: str) -> Shape:
-        """Full shape of a tensor."""
+        """Return the full shape of a tensor."""
         return tuple(self.state[name].shape)
 
     def read(self, name: str, region: Sequence[slice]) -> Tensor:
-        """A view of a part."""
+        """Return a view of a part."""
         return self.state[name][tuple(region)]
 
 
 def from_huggingface(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Full tensors by this project's names, from a transformers state dict."""
+    """Return full tensors by this project's names, from a transformers state dict."""
     source = StateSource(state)
-    return {
-        name: read_parameter(name, [slice(0, size) for size in shape], source, config)
-        for name, shape in parameter_shapes(config).items()
-    }
+    ours = {}
+    for name, shape in parameter_shapes(config).items():
+        whole = [slice(0, size) for size in shape]
+        ours[name] = read_parameter(name, whole, source, config)
+    return ours
 
 
 def to_huggingface(ours: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """A transformers state dict from full tensors by this project's names: the inverse of `from_huggingface`."""
+    """Return a transformers state dict from full tensors by this project's names: the inverse of `from_huggingface`."""
     names = parameter_shapes(config)
-    return {
-        k: v
-        for name, full in ours.items()
-        if name in names
-        for k, v in convert_parameter(name, full, config).items()
-    }
+    state: dict[str, Tensor] = {}
+    for name, full in ours.items():
+        # Others are buffers of training, such as the routers' loads.
+        if name in names:
+            state |= convert_parameter(name, full, config)
+    return state
 
 
 def read_parameter(
     name: str, region: Sequence[slice], source: TensorSource, config: ModelConfig
 ) -> Tensor:
-    """A region of one of our full parameters, by its canonical name.
+    """Read a region of one of our full parameters, by its canonical name.
 
     Args:
         name: canonical name.
@@ -111,98 +111,127 @@ def read_parameter(
     if name in OUTER_NAMES:
         return _rows(OUTER_NAMES[name], region, source)
     if name == PATCH_EMBEDDING:
+        # A Conv3d there: [width, channels, frames, height, width of a patch].
         return source.read(f"model.{name}", region[:1]).flatten(1)[:, region[1]]
     if name.startswith("visual."):
         return source.read(f"model.{name}", region)
-    layer, _, rest = name.removeprefix(LAYERS_HERE).partition(".")
-    there = f"{LAYERS_THERE}{layer}."
+
+    layer, _, rest = name.removeprefix(LAYERS).partition(".")
+    reader = _LayerReader(f"{LAYERS_THERE}{layer}.", source, config.text)
     if rest == QKV:
-        return _read_qkv(there, region, source, config.text)
+        return reader.qkv(region)
     if rest == GATED:
-        return _read_gated(there, region, source, config.text.ffn_hidden_size)
-    if rest in (GATED_EXPERTS, DOWN_EXPERTS):
-        return _read_experts(
-            f"{there}mlp.experts.", rest == GATED_EXPERTS, region, source, config.text
-        )
-    return source.read(there + LAYER_NAMES[rest], region)
+        return reader.gated(region)
+    if rest == GATED_EXPERTS:
+        return reader.gated_experts(region)
+    if rest == DOWN_EXPERTS:
+        return reader.down_experts(region)
+    return source.read(reader.prefix + LAYER_NAMES[rest], region)
 
 
 def _rows(theirs: str, region: Sequence[slice], source: TensorSource) -> Tensor:
-    """Rows of a matrix of the vocabulary, zeros behind its end."""
+    """Read rows of a matrix of the vocabulary, zeros after its end."""
     end = source.shape(theirs)[0]
     begin, stop = region[0].start, region[0].stop
-    held = source.read(theirs, [slice(min(begin, end), min(stop, end)), *region[1:]])
+    rows = slice(min(begin, end), min(stop, end))
+    held = source.read(theirs, [rows, *region[1:]])
     missing = stop - begin - len(held)
-    return torch.cat([held, held.new_zeros(missing, *held.shape[1:])]) if missing else held
+    if not missing:
+        return held
+    return torch.cat([held, held.new_zeros(missing, *held.shape[1:])])
 
 
-def _read_qkv(
-    there: str, region: Sequence[slice], source: TensorSource, text: TextConfig
-) -> Tensor:
-    queries = text.heads // text.kv_heads * text.head_dim
-    group = queries + 2 * text.head_dim
-    first, last = region[0].start // group, region[0].stop // group
-    parts = [
-        source.read(
-            f"{there}self_attn.{x}_proj.weight", [slice(first * rows, last * rows), region[1]]
-        )
-        for x, rows in zip("qkv", (queries, text.head_dim, text.head_dim), strict=True)
-    ]
-    return torch.cat([part.unflatten(0, (last - first, -1)) for part in parts], dim=1).flatten(0, 1)
+@dataclass(frozen=True)
+class _LayerReader:
+    """Reads the parameters of one decoder layer that are laid out in another way there."""
+
+    prefix: str
+    """Of the layer's names there, with a dot at its end."""
+    source: TensorSource
+    text: TextConfig
+
+    def qkv(self, region: Sequence[slice]) -> Tensor:
+        """Return rows of joint queries, keys and values, group by group as Megatron-core has them."""
+        text = self.text
+        queries = text.heads // text.kv_heads * text.head_dim
+        group = queries + 2 * text.head_dim
+        first = region[0].start // group
+        last = region[0].stop // group
+
+        parts = []
+        heights = {"q": queries, "k": text.head_dim, "v": text.head_dim}
+        for letter, height in heights.items():
+            rows = slice(first * height, last * height)
+            name = f"{self.prefix}self_attn.{letter}_proj.weight"
+            part = self.source.read(name, [rows, region[1]])
+            parts.append(part.unflatten(0, (last - first, -1)))
+        return torch.cat(parts, dim=1).flatten(0, 1)
+
+    def gated(self, region: Sequence[slice]) -> Tensor:
+        """Return rows of gate and up projection, one above the other."""
+        begin, stop = region[0].start, region[0].stop
+        width = self.text.ffn_hidden_size
+        parts = []
+        for offset, half in ((0, "gate"), (width, "up")):
+            first, end = max(begin - offset, 0), min(stop - offset, width)
+            if first < end:
+                name = f"{self.prefix}mlp.{half}_proj.weight"
+                parts.append(self.source.read(name, [slice(first, end), region[1]]))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def gated_experts(self, region: Sequence[slice]) -> Tensor:
+        """Return gate and up projection of experts, of a region [experts, halves, rows, columns]."""
+        experts, halves, rows, columns = region
+
+        def both(expert: int) -> Tensor:
+            chosen = range(halves.start, halves.stop)
+            matrices = [self._expert(expert, half, rows, columns) for half in chosen]
+            return torch.stack(matrices)
+
+        return _stacked(both, experts)
+
+    def down_experts(self, region: Sequence[slice]) -> Tensor:
+        """Return the down projection of experts, of a region [experts, rows, columns]."""
+        experts, rows, columns = region
+        return _stacked(lambda expert: self._expert(expert, None, rows, columns), experts)
+
+    def _expert(
+        self,
+        expert: int,
+        half: int | None,
+        rows: slice,
+        columns: slice,
+    ) -> Tensor:
+        """Return a region of one matrix of one expert: gate (half 0), up (1), or down projection (None)."""
+        prefix = f"{self.prefix}mlp.experts."
+        if self.source.expert_layout == "separate":
+            matrix = "down" if half is None else ("gate", "up")[half]
+            return self.source.read(f"{prefix}{expert}.{matrix}_proj.weight", [rows, columns])
+
+        # Gate and up are one matrix there, gate above up.
+        shift = (half or 0) * self.text.expert_ffn_hidden_size
+        rows = slice(rows.start + shift, rows.stop + shift)
+        name = prefix + ("down_proj" if half is None else "gate_up_proj")
+        one = slice(expert, expert + 1)
+        if self.source.expert_layout == "hub":
+            return self.source.read(name, [one, columns, rows])[0].T
+        return self.source.read(name, [one, rows, columns])[0]
 
 
-def _read_gated(there: str, region: Sequence[slice], source: TensorSource, width: int) -> Tensor:
-    """Rows of gate and up projection, one above the other."""
-    begin, stop, parts = region[0].start, region[0].stop, []
-    for offset, x in ((0, "gate"), (width, "up")):
-        rows = slice(max(begin - offset, 0), min(stop - offset, width))
-        if rows.start < rows.stop:
-            parts.append(source.read(f"{there}mlp.{x}_proj.weight", [rows, region[1]]))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _read_experts(
-    there: str, gated: bool, region: Sequence[slice], source: TensorSource, text: TextConfig
-) -> Tensor:
-    """Experts one by one, so that no more than one is held twice."""
-    halves = range(region[1].start, region[1].stop) if gated else [None]
-    first, last, out = region[0].start, region[0].stop, None
-    for expert in range(first, last):
-        parts = [
-            _read_expert(there, expert, half, region[-2], region[-1], source, text)
-            for half in halves
-        ]
-        out = parts[0].new_empty(last - first, len(parts), *parts[0].shape) if out is None else out
-        out[expert - first] = torch.stack(parts)
-    assert out is not None
-    return out if gated else out.squeeze(1)
-
-
-def _read_expert(
-    there: str,
-    expert: int,
-    half: int | None,
-    rows: slice,
-    columns: slice,
-    source: TensorSource,
-    text: TextConfig,
-) -> Tensor:
-    """A region of one matrix of one expert as it lies here: gate (half 0), up (1), or down projection (None)."""
-    if source.expert_layout == "separate":
-        x = "down" if half is None else ("gate", "up")[half]
-        return source.read(f"{there}{expert}.{x}_proj.weight", [rows, columns])
-    shift = (half or 0) * text.expert_ffn_hidden_size
-    rows = slice(rows.start + shift, rows.stop + shift)
-    name, one = there + ("down_proj" if half is None else "gate_up_proj"), slice(expert, expert + 1)
-    if source.expert_layout == "hub":
-        return source.read(name, [one, columns, rows])[0].T
-    return source.read(name, [one, rows, columns])[0]
+def _stacked(read: Callable[[int], Tensor], experts: slice) -> Tensor:
+    """Return the experts that `read` gives one by one, so that no more than one is held twice."""
+    first = read(experts.start)
+    stack = first.new_empty(experts.stop - experts.start, *first.shape)
+    stack[0] = first
+    for expert in range(experts.start + 1, experts.stop):
+        stack[expert - experts.start] = read(expert)
+    return stack
 
 
 def convert_parameter(
     name: str, full: Tensor, config: ModelConfig, layout: str = "transformers"
 ) -> dict[str, Tensor]:
-    """One of our full parameters as transformers' tensors; views of it where the layout allows.
+    """Return one of our full parameters as transformers' tensors; views of it where the layout allows.
 
     Args:
         name: canonical name.
@@ -210,53 +239,68 @@ def convert_parameter(
         config: the model.
         layout: of the experts, one of LAYOUTS.
     """
-    text, vision = config.text, config.vision
     if name in OUTER_NAMES:
         return {OUTER_NAMES[name]: full}
-    if name.startswith("visual."):
+    if name == PATCH_EMBEDDING:
+        vision = config.vision
         frames = (vision.channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size)
-        return {f"model.{name}": full.unflatten(1, frames) if name == PATCH_EMBEDDING else full}
-    layer, _, rest = name.removeprefix(LAYERS_HERE).partition(".")
+        return {f"model.{name}": full.unflatten(1, frames)}
+    if name.startswith("visual."):
+        return {f"model.{name}": full}
+
+    layer, _, rest = name.removeprefix(LAYERS).partition(".")
     there = f"{LAYERS_THERE}{layer}."
     if rest == QKV:
+        query, key, value = split_qkv(full, config.text)
+        attention = f"{there}self_attn."
         return {
-            f"{there}self_attn.{x}_proj.weight": part
-            for x, part in zip("qkv", split_qkv(full, text), strict=True)
+            f"{attention}q_proj.weight": query,
+            f"{attention}k_proj.weight": key,
+            f"{attention}v_proj.weight": value,
         }
     if rest == GATED:
-        return {
-            f"{there}mlp.{x}_proj.weight": part
-            for x, part in zip(("gate", "up"), full.chunk(2), strict=True)
-        }
+        gate, up = full.chunk(2)
+        return {f"{there}mlp.gate_proj.weight": gate, f"{there}mlp.up_proj.weight": up}
     if rest in (GATED_EXPERTS, DOWN_EXPERTS):
         return _convert_experts(f"{there}mlp.experts.", rest == GATED_EXPERTS, full, layout)
     return {there + LAYER_NAMES[rest]: full}
 
 
-def _convert_experts(there: str, gated: bool, full: Tensor, layout: str) -> dict[str, Tensor]:
+def _convert_experts(
+    there: str,
+    gated: bool,
+    full: Tensor,
+    layout: str,
+) -> dict[str, Tensor]:
+    """Return gate and up projection of all experts, or their down projection, in a layout."""
     if layout == "separate":
-        matrices = {"gate": full[:, 0], "up": full[:, 1]} if gated else {"down": full}
-        return {
-            f"{there}{e}.{x}_proj.weight": each
-            for x, stack in matrices.items()
-            for e, each in enumerate(stack)
-        }
+        matrices = {"down": full}
+        if gated:
+            matrices = {"gate": full[:, 0], "up": full[:, 1]}
+        state = {}
+        for matrix, stack in matrices.items():
+            for expert, weight in enumerate(stack):
+                state[f"{there}{expert}.{matrix}_proj.weight"] = weight
+        return state
+
     stack = full.flatten(1, 2) if gated else full
     name = there + ("gate_up_proj" if gated else "down_proj")
     return {name: stack.transpose(1, 2) if layout == "hub" else stack}
 
 
 def huggingface_shapes(config: ModelConfig, layout: str = "transformers") -> dict[str, Shape]:
-    """Shape of every tensor of a transformers checkpoint of this model."""
+    """Return the shape of every tensor of a transformers checkpoint of this model."""
     shapes: dict[str, Shape] = {}
     for name, shape in parameter_shapes(config).items():
-        made = convert_parameter(name, torch.empty(shape, device="meta"), config, layout)
+        # The meta device: shapes without memory.
+        full = torch.empty(shape, device="meta")
+        made = convert_parameter(name, full, config, layout)
         shapes |= {theirs: tuple(tensor.shape) for theirs, tensor in made.items()}
     return shapes
 
 
 def split_qkv(joined: Tensor, text: TextConfig) -> list[Tensor]:
-    """Megatron-core's joint matrix to query, key and value."""
+    """Split Megatron-core's joint matrix into those of query, key and value."""
     queries = text.heads // text.kv_heads * text.head_dim
     parts = joined.unflatten(0, (text.kv_heads, -1)).split(
         [queries, text.head_dim, text.head_dim], dim=1

@@ -1,11 +1,11 @@
-"""Names and layouts of PEFT's LoRA adapters on transformers' Qwen3-VL, both ways, on full (uncut) tensors.
+"""Convert names and layouts of PEFT's LoRA adapters on transformers' Qwen3-VL, both ways, on full (uncut) tensors.
 
 A part (q_proj, gate_proj, ...) is a module there. Experts are PEFT's `target_parameters`: all experts' factors in one matrix
 each, A as [experts x r, in] and B as [out, r x experts] with the expert running fastest. Reference: peft's ParamWrapper.
 Nothing of peft is imported.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -20,42 +20,52 @@ NAMED = 4
 
 
 def adapter_names(layer: LinearLayer) -> dict[str, tuple[str, str]]:
-    """Canonical names of a layer's A and B, by part."""
-    return {
-        part: (f"{layer.name}{ADAPTER}lora_A.{part}", f"{layer.name}{ADAPTER}lora_B.{part}")
-        for part in layer.parts
-    }
+    """Return the canonical names of a layer's A and B, by part."""
+    a, b = f"{layer.name}{ADAPTER}lora_A", f"{layer.name}{ADAPTER}lora_B"
+    return {part: (f"{a}.{part}", f"{b}.{part}") for part in layer.parts}
 
 
 def peft_names(layer: LinearLayer, part: str, both: bool) -> tuple[str, str]:
-    """PEFT's names of a part's A and B; `both`: whether both matrices of the experts have adapters, one wrapped in the other."""
-    inner = (
-        f"{'.base_layer' if both and part == 'gate_up_proj' else ''}"
-        if layer.experts
-        else f".{part}"
-    )
-    return (
-        f"{PREFIX}{layer.theirs}{inner}.lora_A.weight",
-        f"{PREFIX}{layer.theirs}{inner}.lora_B.weight",
-    )
+    """Return PEFT's names of a part's A and B.
+
+    Args:
+        layer: the layer.
+        part: one of its parts.
+        both: whether both matrices of the experts have adapters; the first is then wrapped in the second's.
+    """
+    module = f"{PREFIX}{layer.theirs}"
+    if not layer.experts:
+        module += f".{part}"
+    elif both and part == "gate_up_proj":
+        module += ".base_layer"
+    return f"{module}.lora_A.weight", f"{module}.lora_B.weight"
 
 
-def to_peft(ours: Mapping[str, Tensor], model: ModelConfig, lora: LoraConfig) -> dict[str, Tensor]:
-    """PEFT's state dict of an adapter from full tensors by canonical names."""
+def to_peft(
+    ours: Mapping[str, Tensor],
+    model: ModelConfig,
+    lora: LoraConfig,
+) -> dict[str, Tensor]:
+    """Return PEFT's state dict of an adapter from full tensors by canonical names."""
     state: dict[str, Tensor] = {}
     layers = adapted_layers(model, lora)
+    expert_modules = [layer.theirs for layer in layers if layer.experts]
     for layer in layers:
+        wrapped = expert_modules.count(layer.theirs) > 1
         for part, names in adapter_names(layer).items():
             a, b = (ours[name] for name in names)
             if layer.experts:
-                a, b = a.flatten(0, 1), b.flatten(1, -2).permute(1, 2, 0).flatten(1)
-            there = peft_names(layer, part, _is_wrapped(layer, layers))
-            state |= {there[0]: a.contiguous(), there[1]: b.contiguous()}
+                a = a.flatten(0, 1)
+                # [experts, out, r] -> [out, r x experts], the expert running fastest.
+                b = b.flatten(1, -2).permute(1, 2, 0).flatten(1)
+            name_a, name_b = peft_names(layer, part, wrapped)
+            state[name_a] = a.contiguous()
+            state[name_b] = b.contiguous()
     return state
 
 
 def from_peft(state: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
-    """Full tensors by canonical names from PEFT's state dict; the inverse of `to_peft`.
+    """Return full tensors by canonical names from PEFT's state dict; the inverse of `to_peft`.
 
     Raises:
         ValueError: naming tensors that belong to no layer of the model, or have the wrong shape.
@@ -63,78 +73,91 @@ def from_peft(state: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tens
     ours: dict[str, Tensor] = {}
     left = dict(state)
     for layer in linear_layers(model):
-        wrapped = any(
-            ".base_layer." in name and name.startswith(PREFIX + layer.theirs + ".")
-            for name in state
-        )
+        wrapped = _has_wrapped(layer, state)
         for part, names in adapter_names(layer).items():
-            there = peft_names(layer, part, wrapped)
-            if (
-                layer.experts
-                and not wrapped
-                and not _fits(layer, *(state.get(name) for name in there))
-            ):
-                continue  # the other matrix of the experts, whose adapter has this name too
-            if there[0] in left and there[1] in left:
-                a, b = left.pop(there[0]), left.pop(there[1])
-                ours |= dict(zip(names, _ours(layer, part, a, b), strict=True))
+            theirs = peft_names(layer, part, wrapped)
+            # Where one matrix of the experts has an adapter, only sizes say which of the two it is.
+            if layer.experts and not wrapped:
+                factors = [state.get(name) for name in theirs]
+                if not _fits(layer, *factors):
+                    continue
+            if theirs[0] in left and theirs[1] in left:
+                a, b = (left.pop(name) for name in theirs)
+                _check_factors(layer, part, a, b)
+                a, b = _expert_factors(layer, part, a, b) if layer.experts else (a, b)
+                ours |= {names[0]: a, names[1]: b}
     if left:
-        named = ", ".join(sorted(left)[:NAMED]) + (
-            f" and {len(left) - NAMED} more" if len(left) > NAMED else ""
-        )
+        named = ", ".join(sorted(left)[:NAMED])
+        more = f" and {len(left) - NAMED} more" if len(left) > NAMED else ""
         raise ValueError(
-            f"tensors that belong to no adapter of a linear layer of this model: {named}"
+            f"tensors that belong to no adapter of a linear layer of this model: {named}{more}"
         )
     return ours
 
 
-def _ours(layer: LinearLayer, part: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    width, many = layer.parts[part], layer.experts or 1
-    if (
-        a.dim() != 2
-        or b.dim() != 2
-        or a.shape[0] % many
-        or tuple(b.shape) != (width, len(a))
-        or a.shape[1] != layer.inputs
-    ):
-        raise ValueError(
-            f"{layer.theirs}.{part} has factors {list(a.shape)} and {list(b.shape)} for {layer.inputs} -> {width}"
-        )
-    if not layer.experts:
-        return a, b
-    b = b.unflatten(1, (-1, layer.experts)).permute(2, 0, 1).contiguous()
-    return a.unflatten(0, (layer.experts, -1)), b.unflatten(
-        1, (2, -1)
-    ) if part == "gate_up_proj" else b
+def _has_wrapped(layer: LinearLayer, names: Iterable[str]) -> bool:
+    """Return whether PEFT has wrapped one adapter of the layer's module in another."""
+    module = f"{PREFIX}{layer.theirs}."
+    return any(".base_layer." in name and name.startswith(module) for name in names)
 
 
 def _fits(layer: LinearLayer, a: Tensor | None, b: Tensor | None) -> bool:
-    return (
-        a is not None and b is not None and (a.shape[-1], len(b)) == (layer.inputs, layer.outputs)
+    """Return whether a pair of factors has the layer's width of inputs and of outputs."""
+    if a is None or b is None:
+        return False
+    return (a.shape[-1], len(b)) == (layer.inputs, layer.outputs)
+
+
+def _check_factors(layer: LinearLayer, part: str, a: Tensor, b: Tensor) -> None:
+    """Raise ValueError unless A is [r, in] and B [out, r], or r times the experts in both."""
+    width = layer.parts[part]
+    fit = (
+        a.dim() == b.dim() == 2
+        and len(a) % (layer.experts or 1) == 0
+        and tuple(b.shape) == (width, len(a))
+        and a.shape[1] == layer.inputs
     )
+    if not fit:
+        shapes = f"{list(a.shape)} and {list(b.shape)}"
+        sizes = f"{layer.inputs} -> {width}"
+        raise ValueError(f"{layer.theirs}.{part} has factors {shapes} for {sizes}")
 
 
-def _is_wrapped(layer: LinearLayer, layers: list[LinearLayer]) -> bool:
-    return sum(other.theirs == layer.theirs for other in layers if other.experts) > 1
+def _expert_factors(
+    layer: LinearLayer,
+    part: str,
+    a: Tensor,
+    b: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Return the factors of all experts as model/lora.py has them: A [experts, r, in], B [experts, out, r]."""
+    a = a.unflatten(0, (layer.experts, -1))
+    b = b.unflatten(1, (-1, layer.experts)).permute(2, 0, 1).contiguous()
+    # Gate and up have a dim of their own.
+    return a, b.unflatten(1, (2, -1)) if part == "gate_up_proj" else b
 
 
 def peft_config(model: ModelConfig, lora: LoraConfig, base: str) -> dict[str, Any]:
-    """The content of adapter_config.json; modules and parameters by their whole names, so that no other is meant."""
-    layers = adapted_layers(model, lora)
-    names = {
-        bool(e): [f"{x.theirs}.{p}" for x in layers for p in x.parts if bool(x.experts) == bool(e)]
-        for e in (0, 1)
-    }
+    """Return the content of adapter_config.json.
+
+    Modules and parameters are named by their whole names, so that no other is meant.
+    """
+    modules: list[str] = []
+    parameters: list[str] = []
+    for layer in adapted_layers(model, lora):
+        names = parameters if layer.experts else modules
+        names += [f"{layer.theirs}.{part}" for part in layer.parts]
+    # An int in peft's LoraConfig, though any number works there.
+    alpha = int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha
     return {
         "peft_type": "LORA",
         "task_type": None,
         "base_model_name_or_path": base or None,
         "inference_mode": True,
         "r": lora.rank,
-        "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
+        "lora_alpha": alpha,
         "lora_dropout": lora.dropout,
-        "target_modules": sorted(names[False]),
-        "target_parameters": names[True] or None,
+        "target_modules": sorted(modules),
+        "target_parameters": parameters or None,
         "bias": "none",
         "fan_in_fan_out": False,
         "use_rslora": False,

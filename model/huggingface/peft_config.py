@@ -1,4 +1,4 @@
-"""adapter_config.json of a PEFT folder: what of it is understood. Nothing here imports torch or peft.
+"""Check the adapter_config.json of a PEFT folder. Nothing here imports torch or peft.
 
 Source: peft's LoraConfig (0.21), of which every field is in the table, and its check_target_module_exists.
 """
@@ -24,7 +24,10 @@ LONGEST: Final = 10_000
 
 
 def _is_pattern(value: Any) -> bool:
-    """Names of modules, or one regular expression that is matched in linear time: no look-around, no references back."""
+    """Return whether a value is a list of names of modules, or one regular expression that is matched in linear time.
+
+    Such an expression has no look-around and no references back.
+    """
     if isinstance(value, str):
         return len(value) <= LONGEST and _expression(value) is not None
     return value is None or _is_list(value, str)
@@ -32,11 +35,12 @@ def _is_pattern(value: Any) -> bool:
 
 @functools.cache
 def _expression(pattern: str) -> TypeAdapter[str] | None:
-    """Takes the texts that match a pattern as a whole; None if it cannot be used.
+    """Return a check for texts that match a pattern as a whole; None if it cannot be used.
 
     Python's `re` may take for ever with a stranger's pattern; pydantic has the engine of Rust.
     """
     try:
+        # First alone: a pattern such as `a)|(b` is valid only inside the brackets.
         TypeAdapter(Annotated[str, Field(pattern=pattern)])
         return TypeAdapter(Annotated[str, Field(pattern=rf"\A(?:{pattern})\z")])
     except SchemaError:
@@ -44,14 +48,15 @@ def _expression(pattern: str) -> TypeAdapter[str] | None:
 
 
 def _is_part(value: Any) -> bool:
-    """Names of lists of layers: peft puts them into an expression of its own."""
+    """Return whether a value is names of lists of layers; plain ones, as peft puts them into an expression of its own."""
+    if value is None:
+        return True
     names = [value] if isinstance(value, str) else value
-    return value is None or (
-        _is_list(names, str) and all(re.fullmatch(r"[\w.]*", name) for name in names)
-    )
+    return _is_list(names, str) and all(re.fullmatch(r"[\w.]*", name) for name in names)
 
 
 def _is_list(value: Any, kind: type) -> bool:
+    """Return whether a value is a list whose entries are of one type; true and false are no whole numbers."""
     return isinstance(value, list) and all(type(one) is kind for one in value)
 
 
@@ -105,29 +110,30 @@ FIELDS: Final = UnderstoodFields(
 
 
 def read_adapter_config(folder: Path, lora: LoraConfig) -> dict[str, Any]:
-    """The adapter_config.json of a plain LoRA adapter of `lora`'s rank and alpha.
+    """Return the adapter_config.json of a plain LoRA adapter of `lora`'s rank and alpha.
 
     Raises:
         UserError: naming lora.adapter and every field that is not understood or differs.
     """
     config = read_json(folder / CONFIG, "lora.adapter")
-    found = FIELDS.refusals({"peft_type": None} | config)
+    # A file without peft_type may be of any method: it is refused like one of another.
+    problems = FIELDS.refusals({"peft_type": None} | config)
     for option, key in (("rank", "r"), ("alpha", "lora_alpha")):
-        if config.get(key) != getattr(lora, option):
-            found.append(
-                f"{key} is {shown(config.get(key))}, but lora.{option}={getattr(lora, option):g}: set it alike"
-            )
-    if found:
-        raise UserError(
-            f"lora.adapter={folder}: {CONFIG} is not of a plain LoRA adapter as lora says: {one_line('; '.join(found))}"
-        )
+        wanted = getattr(lora, option)
+        if config.get(key) != wanted:
+            given = f"{key} is {shown(config.get(key))}"
+            problems.append(f"{given}, but lora.{option}={wanted:g}: set it alike")
+    if problems:
+        here = f"lora.adapter={folder}: {CONFIG}"
+        clauses = one_line("; ".join(problems))
+        raise UserError(f"{here} is not of a plain LoRA adapter as lora says: {clauses}")
     return config
 
 
 def targets(config: Mapping[str, Any], name: str, is_parameter: bool) -> bool:
-    """Whether peft, loading this configuration, gives a module (or, of experts, a parameter) of the base model an adapter.
+    """Return whether peft, loading this configuration, gives a module of the base model an adapter.
 
-    A tensor for any other one is dropped there with a warning.
+    `is_parameter`: the name is of a parameter, as experts have. A tensor for any other one is dropped there with a warning.
     """
     if is_parameter:
         return _is_named(config.get("target_parameters"), name)
@@ -142,13 +148,12 @@ def targets(config: Mapping[str, Any], name: str, is_parameter: bool) -> bool:
 
 
 def _is_named(pattern: str | list[str] | None, name: str) -> bool:
-    if isinstance(pattern, str):
-        expression = _expression(pattern)
-        return bool(pattern) and expression is not None and _takes(expression, name)
-    return any(name == end or name.endswith(f".{end}") for end in pattern or [])
-
-
-def _takes(expression: TypeAdapter[str], name: str) -> bool:
+    """Return whether an expression matches a name as a whole, or one of a list of names is its end."""
+    if not isinstance(pattern, str):
+        return any(name == end or name.endswith(f".{end}") for end in pattern or [])
+    expression = _expression(pattern)
+    if not pattern or expression is None:
+        return False
     try:
         return expression.validate_python(name) == name
     except ValidationError:
@@ -156,10 +161,17 @@ def _takes(expression: TypeAdapter[str], name: str) -> bool:
 
 
 def _is_in_chosen_layers(config: Mapping[str, Any], module: str) -> bool:
-    chosen, patterns = config.get("layers_to_transform"), config.get("layers_pattern") or []
+    """Return whether a module is in one of `layers_to_transform`, which peft counts in the lists of `layers_pattern`."""
+    chosen = config.get("layers_to_transform")
     if chosen in (None, []):
         return True
+    numbers = chosen if isinstance(chosen, list) else [chosen]
+
+    patterns = config.get("layers_pattern") or []
     lists = [patterns] if isinstance(patterns, str) else patterns
+    # The expressions of peft's check_target_module_exists; without a pattern any list counts.
     before = [rf"(?:^|.*?\.){each}\." for each in lists] or [r".*?\.[^.]*\."]
-    found = [match for each in before if (match := re.match(rf"{each}(\d+)\.", module))]
-    return bool(found) and int(found[0][1]) in (chosen if isinstance(chosen, list) else [chosen])
+    for each in before:
+        if match := re.match(rf"{each}(\d+)\.", module):
+            return int(match[1]) in numbers
+    return False

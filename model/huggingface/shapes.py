@@ -1,4 +1,4 @@
-"""Names and full shapes of all parameters of a model, from its configuration alone.
+"""Compute names and full shapes of all parameters of a model, from its configuration alone.
 
 Names are the canonical ones of sharding.py. Shapes of linear layers are [out, in].
 """
@@ -11,17 +11,20 @@ Shape = tuple[int, ...]
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
-    """Full shape of every parameter by its canonical name; a tied output matrix is the embedding."""
-    text = config.text
-    shapes = {
-        f"visual.{name}": shape for name, shape in _vision(config.vision, text.hidden_size).items()
-    }
+    """Return the full shape of every parameter by its canonical name; a tied output matrix is the embedding."""
+    text, vision = config.text, config.vision
+    shapes = _linear("visual.patch_embed.proj", vision.hidden_size, vision.patch_width)
+    shapes["visual.pos_embed.weight"] = (vision.position_table**2, vision.hidden_size)
+    for block in range(vision.depth):
+        shapes |= _vision_block(f"visual.blocks.{block}.", vision)
+    shapes |= _merger("visual.merger.", config, norm_after_merge=False)
+    for level in range(len(vision.deepstack_layers)):
+        prefix = f"visual.deepstack_merger_list.{level}."
+        shapes |= _merger(prefix, config, norm_after_merge=True)
+
     shapes["language_model.embedding.word_embeddings.weight"] = (text.vocab_size, text.hidden_size)
     for layer in range(text.layers):
-        shapes |= {
-            f"language_model.decoder.layers.{layer}.{name}": shape
-            for name, shape in _layer(text).items()
-        }
+        shapes |= _decoder_layer(f"language_model.decoder.layers.{layer}.", text)
     shapes["language_model.decoder.final_layernorm.weight"] = (text.hidden_size,)
     if not text.tie_embeddings:
         shapes["language_model.output_layer.weight"] = (text.vocab_size, text.hidden_size)
@@ -29,12 +32,13 @@ def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
 
 
 def parameter_count(config: ModelConfig) -> int:
-    """Parameters of the whole model."""
+    """Return the number of parameters of the whole model."""
     return sum(math.prod(shape) for shape in parameter_shapes(config).values())
 
 
-def _layer(text: TextConfig) -> dict[str, Shape]:
-    hidden, head, inner = text.hidden_size, text.head_dim, text.expert_ffn_hidden_size
+def _decoder_layer(prefix: str, text: TextConfig) -> dict[str, Shape]:
+    """Return the shapes of a decoder layer; `prefix` goes before each name."""
+    hidden, head = text.hidden_size, text.head_dim
     shapes: dict[str, Shape] = {
         "input_layernorm.weight": (hidden,),
         "self_attention.linear_qkv.weight": ((text.heads + 2 * text.kv_heads) * head, hidden),
@@ -44,40 +48,34 @@ def _layer(text: TextConfig) -> dict[str, Shape]:
         "pre_mlp_layernorm.weight": (hidden,),
     }
     if text.experts:
-        return shapes | {
-            "mlp.router.weight": (text.experts, hidden),
-            "mlp.experts.linear_fc1.weight": (text.experts, 2, inner, hidden),
-            "mlp.experts.linear_fc2.weight": (text.experts, hidden, inner),
-        }
-    return shapes | {
-        "mlp.linear_fc1.weight": (2 * text.ffn_hidden_size, hidden),
-        "mlp.linear_fc2.weight": (hidden, text.ffn_hidden_size),
-    }
+        inner = text.expert_ffn_hidden_size
+        shapes["mlp.router.weight"] = (text.experts, hidden)
+        shapes["mlp.experts.linear_fc1.weight"] = (text.experts, 2, inner, hidden)
+        shapes["mlp.experts.linear_fc2.weight"] = (text.experts, hidden, inner)
+    else:
+        inner = text.ffn_hidden_size
+        shapes["mlp.linear_fc1.weight"] = (2 * inner, hidden)
+        shapes["mlp.linear_fc2.weight"] = (hidden, inner)
+    return {prefix + name: shape for name, shape in shapes.items()}
 
 
-def _vision(vision: VisionConfig, output: int) -> dict[str, Shape]:
-    width = vision.hidden_size
-    shapes = _linear("patch_embed.proj", width, vision.patch_width) | {
-        "pos_embed.weight": (vision.position_table**2, width)
-    }
-    for block in range(vision.depth):
-        at = f"blocks.{block}."
-        shapes |= _norm(f"{at}norm1", width) | _norm(f"{at}norm2", width)
-        shapes |= _linear(f"{at}attn.qkv", 3 * width, width) | _linear(
-            f"{at}attn.proj", width, width
-        )
-        shapes |= _linear(f"{at}mlp.linear_fc1", vision.ffn_hidden_size, width)
-        shapes |= _linear(f"{at}mlp.linear_fc2", width, vision.ffn_hidden_size)
-    merged = width * vision.spatial_merge_size**2
-    mergers = {"merger": width} | {
-        f"deepstack_merger_list.{level}": merged for level in range(len(vision.deepstack_layers))
-    }
-    for merger, normalised in mergers.items():
-        shapes |= _norm(f"{merger}.norm", normalised) | _linear(
-            f"{merger}.linear_fc1", merged, merged
-        )
-        shapes |= _linear(f"{merger}.linear_fc2", output, merged)
-    return shapes
+def _vision_block(prefix: str, vision: VisionConfig) -> dict[str, Shape]:
+    """Return the shapes of a block of the tower; `prefix` goes before each name."""
+    width, inner = vision.hidden_size, vision.ffn_hidden_size
+    shapes = _norm(f"{prefix}norm1", width) | _norm(f"{prefix}norm2", width)
+    shapes |= _linear(f"{prefix}attn.qkv", 3 * width, width)
+    shapes |= _linear(f"{prefix}attn.proj", width, width)
+    shapes |= _linear(f"{prefix}mlp.linear_fc1", inner, width)
+    return shapes | _linear(f"{prefix}mlp.linear_fc2", width, inner)
+
+
+def _merger(prefix: str, config: ModelConfig, norm_after_merge: bool) -> dict[str, Shape]:
+    """Return the shapes of a merger; `prefix` goes before each name."""
+    width = config.vision.hidden_size
+    merged = width * config.vision.spatial_merge_size**2
+    shapes = _norm(f"{prefix}norm", merged if norm_after_merge else width)
+    shapes |= _linear(f"{prefix}linear_fc1", merged, merged)
+    return shapes | _linear(f"{prefix}linear_fc2", config.text.hidden_size, merged)
 
 
 def _linear(name: str, outputs: int, inputs: int) -> dict[str, Shape]:

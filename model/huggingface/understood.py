@@ -32,7 +32,11 @@ class UnderstoodFields:
         """All names that were looked at."""
         return self.read | self.without_effect | self.only.keys()
 
-    def refusals(self, given: Mapping[str, Any], where: str = "") -> list[str]:
+    def refusals(
+        self,
+        given: Mapping[str, Any],
+        where: str = "",
+    ) -> list[str]:
         """Return a clause for each name of `given` that is not understood; `where` goes before each name."""
         clauses = []
         for name, value in given.items():
@@ -46,7 +50,11 @@ class UnderstoodFields:
                 clauses.append(f"{where}{name} is {shown(value)}, {problem}")
         return clauses
 
-    def _problem(self, value: Any, allowed: tuple[Any, ...] | Check) -> str | None:
+    def _problem(
+        self,
+        value: Any,
+        allowed: tuple[Any, ...] | Check,
+    ) -> str | None:
         """Return what is wrong with the value of a name in `only`; None if it is allowed."""
         if callable(allowed):
             return None if allowed(value) else "which is not understood"

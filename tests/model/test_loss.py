@@ -1,4 +1,4 @@
-"""The loss: equal to the plain formula in value and gradient, whatever the chunk and however the vocabulary is cut.
+"""The loss: equal to the plain formula in value and gradient, whatever the block and however the vocabulary is cut.
 
 References: torch.nn.functional.cross_entropy on the whole matrix of logits; the weighting formula
 sum_s n_s^-alpha sum_t w_t l_t / sum_s n_s^-alpha sum_t w_t, written out by hand.
@@ -23,7 +23,7 @@ from visionloom.parallel.topology import Topology
 from visionloom.tests.ranks import RankPool
 
 ROWS, HIDDEN, VOCABULARY = 37, 24, 50
-CHUNKS = (1, 5, 16, 36, 37, 1024)
+BLOCKS = (1, 5, 16, 36, 37, 1024)
 
 
 def problem(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -45,20 +45,20 @@ def reference() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return total.detach(), losses.detach(), hidden_grad, weight_grad
 
 
-def on_part(chunk: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def on_part(block: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The same by linear_cross_entropy with this rank's rows of the output matrix; runs on every rank of the pool."""
     hidden, weight, targets, weights = problem()
     part = weight.detach().chunk(dist.get_world_size())[dist.get_rank()].clone().requires_grad_()
-    total, losses = linear_cross_entropy(hidden, part, targets, weights, dist.group.WORLD, chunk)
+    total, losses = linear_cross_entropy(hidden, part, targets, weights, dist.group.WORLD, block)
     hidden_grad, weight_grad = torch.autograd.grad(3 * total, (hidden, part))
     dist.all_reduce(hidden_grad)
     return total.detach(), losses, hidden_grad, weight_grad
 
 
-@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_loss_and_gradients(ranks: int, chunk: int, pool: RankPool) -> None:
-    found = pool.run(ranks, on_part, chunk)
+def test_loss_and_gradients(ranks: int, block: int, pool: RankPool) -> None:
+    found = pool.run(ranks, on_part, block)
     expected = reference()
     for ours in found:
         for mine, right in zip(ours[:3], expected[:3], strict=True):
@@ -97,13 +97,13 @@ class LargestLogits(TorchDispatchMode):
         return made
 
 
-@pytest.mark.parametrize("chunk", [1, 5, 16])
-def test_never_more_logits_than_a_chunk(chunk: int, topology: Topology) -> None:
+@pytest.mark.parametrize("block", [1, 5, 16])
+def test_never_more_logits_than_a_block(block: int, topology: Topology) -> None:
     hidden, weight, targets, weights = problem()
     with LargestLogits() as watched:
-        total, _ = linear_cross_entropy(hidden, weight, targets, weights, topology.groups.tp, chunk)
+        total, _ = linear_cross_entropy(hidden, weight, targets, weights, topology.groups.tp, block)
         total.backward()
-    assert watched.rows == chunk
+    assert watched.rows == block
     with LargestLogits() as control:
         F.cross_entropy(hidden @ weight.t(), targets)
     assert control.rows == ROWS

@@ -6,17 +6,17 @@ The ranks share the files between them: no layout is needed, since a checkpoint 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from visionloom.common.errors import UserError
 from visionloom.model.config import ModelConfig
-from visionloom.model.huggingface.config import CONFIG, read_json, write_config
+from visionloom.model.huggingface.config import CONFIG, EXPORT_DTYPES, read_json, write_config
 from visionloom.model.huggingface.folder import INDEX
 from visionloom.model.huggingface.names import convert_parameter
-from visionloom.model.huggingface.safetensors_writer import write_safetensors
+from visionloom.model.huggingface.safetensors_writer import DTYPES, write_safetensors
 from visionloom.model.huggingface.shapes import Shape, parameter_shapes
 from visionloom.parallel.topology import Topology
 from visionloom.train.checkpoint import read as checkpoint
@@ -26,8 +26,6 @@ from visionloom.train.checkpoint.stored import StoredWeights
 from visionloom.train.exchange.companions import Companions, companions
 from visionloom.train.exchange.import_huggingface import start_folder
 from visionloom.train.exchange.serving import carry_companions, write_json, write_serving_files
-
-DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Parameters(Protocol):
@@ -69,7 +67,7 @@ class ExportOptions:
     source: Path | None = None
     """Folder whose config.json, tokenizer, chat template and preprocessor files go along; None: what the weights came with."""
     dtype: str = ""
-    """One of DTYPES; empty: as in the checkpoint."""
+    """One of EXPORT_DTYPES; empty: as in the checkpoint."""
     layout: str = ""
     """Of experts: `transformers`, or `hub` as the published models have them; empty: see `expert_layout`."""
     shard_bytes: int = 5_000_000_000
@@ -196,22 +194,19 @@ def check_parameters(
 def plan_shards(weights: Parameters, config: ModelConfig, options: ExportOptions) -> list[Shard]:
     """Deal the parameters to files in the model's order; UserError naming what the weights lack."""
     shards = [Shard()]
-    for name, (shape, stored_dtype) in check_parameters(weights, config).items():
-        dtype = DTYPES[options.dtype] if options.dtype else stored_dtype
-        # On the meta device, so that the plan needs neither memory nor reading.
-        whole = torch.empty(shape, device="meta")
-        parts = convert_parameter(name, whole, config, options.layout)
-        size = sum(part.numel() for part in parts.values()) * dtype.itemsize
-
-        # A parameter stays in one file, so that a rank reads it once.
-        shard = shards[-1]
-        if shard.parameters and shard.bytes + size > options.shard_bytes:
-            shard = Shard()
-            shards.append(shard)
-        shard.parameters.append(name)
-        shard.bytes += size
-        for theirs, part in parts.items():
-            shard.tensors[theirs] = (tuple(part.shape), dtype)
+    for name, shape in parameter_shapes(config).items():
+        entry = weights.entry(name)
+        assert entry is not None
+        dtype = getattr(torch, EXPORT_DTYPES[options.dtype]) if options.dtype else entry[1]
+        made = convert_parameter(name, torch.empty(shape, device="meta"), config, options.layout)
+        size = sum(tensor.numel() for tensor in made.values()) * dtype.itemsize
+        if shards[-1].parameters and shards[-1].bytes + size > options.shard_bytes:
+            shards.append(Shard())
+        shards[-1].parameters.append(name)
+        shards[-1].tensors |= {
+            theirs: (tuple(tensor.shape), dtype) for theirs, tensor in made.items()
+        }
+        shards[-1].bytes += size
     return shards
 
 

@@ -1,4 +1,4 @@
-"""What of a pack one rank works on: its tokens, its visual tokens, its pictures, and where features go between ranks.
+"""Divide a pack over ranks: the tokens, visual tokens and pictures of one rank, and the ways of features between ranks.
 
 Every rank works this out from the pack's text alone, so nothing but features and hidden states is ever sent.
 Shapes: T tokens of a pack, t of them on this rank, M visual tokens, m of them on this rank, n pictures, E encoder ranks.
@@ -18,7 +18,7 @@ from visionloom.parallel.topology import Topology
 
 
 class PackTensors(Protocol):
-    """What the model reads of a packed micro-batch; all tensors on the host (see data/stream/batch.py PackedBatch)."""
+    """The fields of a packed micro-batch that the model reads, on the host (see data/stream/batch.py PackedBatch)."""
 
     @property
     def input_ids(self) -> Tensor:
@@ -73,15 +73,15 @@ class RankShare:
     tokens: TokenRows
     """int64 [T / C]: rows of this context rank, in its order."""
     hidden: slice
-    """Which of them have their hidden states on this rank (all, or its share under sequence parallelism)."""
+    """Those of them with their hidden states on this rank (all, or its share under sequence parallelism)."""
     visual_rows: TokenRows
     """int64 [m]: rows among this rank's t hidden states that receive a feature."""
     visual_features: TokenRows
-    """int64 [m]: which of the M features they receive."""
+    """int64 [m]: the features among the M that they receive."""
 
     @classmethod
     def of(cls, pack: PackTensors, topology: Topology) -> "RankShare":
-        """This rank's view of a pack."""
+        """Return this rank's share of a pack."""
         split = split_pack(pack.cu_seqlens.numpy(), topology.context_size)
         shares = topology.config.tensor if topology.config.sequence_parallel else 1
         share = topology.tensor_rank if shares > 1 else 0
@@ -91,17 +91,26 @@ class RankShare:
     def at(
         cls, visual: TokenRows, split: Split, context_rank: int, share: int, shares: int
     ) -> "RankShare":
-        """The view of a context rank and a share of its tokens; `visual` int64 [M] are the pack's visual rows."""
+        """Return the share of a context rank's tokens.
+
+        Args:
+            visual: the pack's visual rows, int64 [M], increasing.
+            split: of the pack over the context ranks.
+            context_rank: whose tokens.
+            share: number of the share, below `shares`.
+            shares: equal parts that the context rank's tokens are cut into.
+        """
         tokens = split.ranks[context_rank]
         count = len(tokens) // shares
         hidden = slice(share * count, (share + 1) * count)
-        places = np.searchsorted(visual, tokens[hidden])
-        found = (
-            (visual[np.minimum(places, len(visual) - 1)] == tokens[hidden])
-            if len(visual)
-            else np.zeros(count, bool)
-        )
-        return cls(split, tokens, hidden, np.flatnonzero(found), places[found])
+
+        own = tokens[hidden]
+        places = np.searchsorted(visual, own)
+        is_visual = np.zeros(count, bool)
+        if len(visual):
+            # A token after the last visual one has the place M, which is none.
+            is_visual = visual[np.minimum(places, len(visual) - 1)] == own
+        return cls(split, tokens, hidden, np.flatnonzero(is_visual), places[is_visual])
 
 
 @dataclass(frozen=True)
@@ -117,35 +126,37 @@ class FeatureExchange:
     send_counts: list[int]
     receive_counts: list[int]
     order: Tensor
-    """int64 [m]: where each feature of this rank's visual tokens is among the received rows."""
+    """int64 [m]: the received row of each feature of this rank's visual tokens."""
 
     @classmethod
     def build(
-        cls, pack: PackTensors, view: RankShare, topology: Topology, merge: int
+        cls, pack: PackTensors, own: RankShare, topology: Topology, merge: int
     ) -> "FeatureExchange":
-        """Work out who sends what to whom; `merge` x `merge` patches make one feature."""
-        visual, parallel = pack.visual_rows.numpy(), topology.config
+        """Compute the rows that each rank sends to each other; `merge` x `merge` patches make one feature."""
+        visual, ranks = pack.visual_rows.numpy(), topology.config.encoder_ranks
         owner, place = owners(pack.grid_thw.numpy(), pack.encoder_ranks.numpy(), merge)
-        shares = parallel.encoder_ranks // parallel.context
+        shares = ranks // topology.config.context
         send = []
-        for rank in range(parallel.encoder_ranks):
-            needed = RankShare.at(
-                visual, view.split, rank // shares, rank % shares, shares
-            ).visual_features
+        for rank in range(ranks):
+            context_rank, share = divmod(rank, shares)
+            other = RankShare.at(visual, own.split, context_rank, share, shares)
+            needed = other.visual_features
             send.append(place[needed[owner[needed] == topology.encoder_rank]])
-        mine = view.visual_features
-        order = np.argsort(np.argsort(owner[mine], kind="stable"), kind="stable")
+
+        mine = owner[own.visual_features]
+        # Rows arrive by sender, and from each in order of the tokens: the rank of each in a stable sort.
+        order = np.argsort(np.argsort(mine, kind="stable"), kind="stable")
         device = topology.device
         return cls(
             topology.encoder_group,
-            torch.from_numpy(np.concatenate(send)).to(device, non_blocking=True),
-            [len(rows) for rows in send],
-            np.bincount(owner[mine], minlength=parallel.encoder_ranks).tolist(),
-            torch.from_numpy(order).to(device, non_blocking=True),
+            send=torch.from_numpy(np.concatenate(send)).to(device, non_blocking=True),
+            send_counts=[len(rows) for rows in send],
+            receive_counts=np.bincount(mine, minlength=ranks).tolist(),
+            order=torch.from_numpy(order).to(device, non_blocking=True),
         )
 
     def __call__(self, features: Tensor) -> Tensor:
-        """This rank's encoded features [own, W] -> the features of its visual tokens [m, W]."""
+        """Exchange this rank's encoded features [own, W] for those of its visual tokens [m, W]."""
         received: Tensor = all_to_all(
             self.group, features[self.send], self.receive_counts, self.send_counts
         )
@@ -155,7 +166,7 @@ class FeatureExchange:
 def owners(
     grids: NDArray[np.int32], ranks: NDArray[np.int32], merge: int
 ) -> tuple[TokenRows, TokenRows]:
-    """For each of the M features: the encoder rank that makes it, and its row among that rank's features; int64 [M] each."""
+    """Return the encoder rank of each of the M features, and its row among that rank's features; int64 [M] each."""
     counts = grids.astype(np.int64).prod(1) // merge**2
     owner = np.repeat(ranks.astype(np.int64), counts)
     place = np.empty(len(owner), np.int64)
