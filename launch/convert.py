@@ -107,12 +107,9 @@ def import_folder(options: dict[str, str]) -> None:
 def export_folder(options: dict[str, str]) -> None:
     """Make a folder that transformers loads of a checkpoint; several processes share its files."""
     folder, source = Path(options["checkpoint"]), options.get("hf", "")
-    for option, value, known in (
-        ("dtype", options.get("dtype", "bf16"), tuple(EXPORT_DTYPES)),
-        ("layout", options.get("layout", "transformers"), EXPERT_LAYOUTS),
-    ):
-        if value not in known:
-            raise UserError(unknown(option, value, known))
+    for option, known in (("dtype", tuple(EXPORT_DTYPES)), ("layout", EXPERT_LAYOUTS)):
+        if option in options and options[option] not in known:
+            raise UserError(unknown(option, options[option], known))
     shard_bytes = _bytes("shard", options.get("shard", "5GB"))
     _check_folders(checkpoint=options["checkpoint"], hf=source or ".")
     companions = Path(source) if source else None

@@ -103,7 +103,7 @@ def predictions(
     settings = held_out.evaluation
     dataset = EvaluationSet(held_out.data, name, settings.samples)
     decoder = GreedyDecoder(model_parts, topology, dataset.tokenizer, settings.max_new_tokens)
-    questions = dataset.questions(topology.data_rank, topology.data_size)
+    questions = dataset.questions(topology.share)
     # Without a task there is no right answer to compare with.
     asked = (question for question in questions if question.task)
     for batch in in_batches(asked, settings.pack_tokens):
