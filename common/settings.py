@@ -74,7 +74,10 @@ class Rules:
             "at most": self.most,
             "below": self.below,
         }
-        given = [f"{word} {_bound(bound)}" for word, bound in bounds.items() if bound is not None]
+        given = []
+        for word, bound in bounds.items():
+            if bound is not None:
+                given.append(f"{word} {_bound(bound)}")
         return " and ".join(given)
 
 

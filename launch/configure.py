@@ -157,7 +157,10 @@ def _cause_of(error: Exception) -> str:
     return cause
 
 
-def split_options(argv: Sequence[str], names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+def split_options(
+    argv: Sequence[str],
+    names: Sequence[str],
+) -> tuple[dict[str, str], list[str]]:
     """Take a command's own `name=value` words from the command line: (their values, the words left for Hydra)."""
     own, others = dict[str, str](), list[str]()
     for word in argv:

@@ -230,7 +230,8 @@ def print_summary(folder: Path, tally: "Tally") -> None:
     mebibytes = sum(shard.bytes for shard in dataset.shards) / 2**20
     say(f"{folder}: {samples:,} samples in {shards} shards, {mebibytes:,.1f} MiB")
     # The commonest first; equal counts by name, so that two runs print alike.
-    counts = dict(sorted(tally.counts.items(), key=lambda item: (-item[1], item[0])))
+    names = sorted(tally.counts, key=lambda name: (-tally.counts[name], name))
+    counts = {name: tally.counts[name] for name in names}
     records, left_out = counts.get("records", 0), counts.get("left out", 0)
     if left_out:
         share, listed = left_out / records, folder / "skipped.jsonl"
@@ -243,7 +244,12 @@ def print_summary(folder: Path, tally: "Tally") -> None:
     say(f"  look at them: python launch/data.py view {folder}")
 
 
-def _print_section(title: str, heading: str, counts: dict[str, int], first: dict[str, str]) -> None:
+def _print_section(
+    title: str,
+    heading: str,
+    counts: dict[str, int],
+    first: dict[str, str],
+) -> None:
     """Print the counts whose names begin with a title, and the first record that each was met in."""
     own = {name: count for name, count in counts.items() if name.startswith(f"{title}: ")}
     if own and heading:

@@ -159,4 +159,5 @@ def _cells(dataset: "DatasetWithLengths", seconds: float) -> list[str]:
 
     counts = [f"{number:,.0f}" for number in (len(lengths), total, mean, high, most)]
     shares = [f"{part / max(total, 1):.0%}" for part in (visual, supervised)]
-    return [dataset.name, *counts, *shares, f"{len(dataset.unreadable):,}", f"{seconds:.1f}"]
+    unusable = f"{len(dataset.unreadable):,}"
+    return [dataset.name, *counts, *shares, unusable, f"{seconds:.1f}"]

@@ -264,7 +264,7 @@ def check_apart(places: dict[MetadataIndex, _StorageInfo]) -> None:
         _require(is_apart, f"{name} and {next_name} lie in the same place of {path}")
 
 
-Box = tuple[tuple[int, ...], tuple[int, ...]]
+Rectangle = tuple[tuple[int, ...], tuple[int, ...]]
 """A part of a tensor: where it begins in each dim, and its sizes."""
 
 
@@ -272,7 +272,7 @@ def _check_tiles(name: str, size: Sequence[int], chunks: list[ChunkStorageMetada
     """Refuse parts that overlap or leave something of the tensor open."""
     if not math.prod(size):
         return
-    boxes: list[Box] = []
+    boxes: list[Rectangle] = []
     for chunk in chunks:
         if math.prod(chunk.sizes):
             boxes.append((tuple(chunk.offsets), tuple(chunk.sizes)))
@@ -293,13 +293,13 @@ def _check_tiles(name: str, size: Sequence[int], chunks: list[ChunkStorageMetada
             _require(not _overlap(box, other), overlaps)
 
 
-def _is_cut(boxes: list[Box], dim: int) -> bool:
+def _is_cut(boxes: list[Rectangle], dim: int) -> bool:
     """Return whether all parts are cut at the same places of a dim, so that those that differ there are apart."""
     spans = sorted({(offsets[dim], offsets[dim] + sizes[dim]) for offsets, sizes in boxes})
     return all(end <= begin for (_, end), (begin, _) in pairwise(spans))
 
 
-def _overlap(one: Box, other: Box) -> bool:
+def _overlap(one: Rectangle, other: Rectangle) -> bool:
     """Return whether two parts share numbers: their spans do so in every dim."""
     for begin, size, other_begin, other_size in zip(*one, *other, strict=True):
         if begin + size <= other_begin or other_begin + other_size <= begin:
