@@ -20,7 +20,7 @@ from visionloom.data.shards.write_parts import SourcePart
 ENDINGS: Final = (".json", ".jsonl", ".ndjson")
 _CHUNK: Final = 1 << 20
 _LARGEST_ELEMENT: Final = 1 << 28
-"""Bytes: an element of an array that does not end after so many is taken for a broken one."""
+"""Bytes after which an element of an array that has not ended is taken for a broken one."""
 _MARK: Final = b"\xef\xbb\xbf"
 _BRACKETS: Final = re.compile(r'"(?:[^"\\]|\\.)*+"|[\[\]{}]', re.DOTALL)
 _SPACE: Final = " \t\r\n"

@@ -1,4 +1,4 @@
-"""Pictures and videos as they go into shards: the original bytes, unless a picture lies on its side or is transparent.
+"""Pictures and videos as they go into shards: the original bytes, unless a picture is stored on its side or is transparent.
 
 Loaders apply neither EXIF orientation nor transparency in every epoch: it happens once, here, and is noted in the sample's
 meta. Every picture is decoded once, so that a broken one is left out now and not in the middle of a training run.

@@ -71,7 +71,7 @@ class ReadRange:
 
 
 class _Opened:
-    """What one process has open of a dataset: its store, and the indexes that it met.
+    """The open parts of a dataset in one process: its store, and the indexes that it has read.
 
     Those of a folder are mapped and all stay; those of a remote store are in memory, at most REMOTE_INDEX_BYTES of them.
     """

@@ -1,7 +1,7 @@
 """Metadata that lets megatron-energon read the same shards: nothing of the shards themselves is changed or copied.
 
 Written by its published on-disk format (Megatron-Energon 7, "Dataset Format on Disk"): `.nv-meta/` with `.info.json`,
-`dataset.yaml`, `split.yaml`, and a `.tar.idx` beside each shard with the byte offset of each sample and of the end.
+`dataset.yaml`, `split.yaml`, and a `.tar.idx` next to each shard with the byte offset of each sample and of the end.
 """
 
 import json

@@ -94,7 +94,7 @@ class PartReader(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where and how a dataset is written."""
+    """The folder, name and limits of a dataset that is written, and the processes that write it."""
 
     folder: Path
     name: str
