@@ -58,7 +58,7 @@ class ChatContent:
             part = {"type": "text", "text": part}
         kind = _kind_of(part)
         if kind in _KNOWN:
-            _check_one_kind(part, number)
+            self._check_one_kind(part, number)
         if kind in TEXTS and isinstance(part.get("text"), str):
             return self._text_part(part, role, first)
         if kind in PICTURES:
@@ -68,6 +68,16 @@ class ChatContent:
         if kind in THOUGHTS and role == "assistant":
             return [self._thought_part(part)]
         raise Skip("unknown part of a turn", f"turn {number}: {str(part)[:80]}")
+
+    @staticmethod
+    def _check_one_kind(part: Any, number: int) -> None:
+        """Raise Skip for a part of turn `number` that holds, say, a text and a picture: one would be lost."""
+        kinds: list[str] = []
+        for kind, names in _CONTENTS.items():
+            if any(part.get(name) for name in names):
+                kinds.append(kind)
+        if len(kinds) > 1:
+            raise Skip("part of several kinds", f"turn {number}: {' and '.join(kinds)}")
 
     def _text_part(self, part: Any, role: str, first: bool) -> list[Element]:
         fields = self.draft.open(TEXT, part)
@@ -92,6 +102,7 @@ class ChatContent:
                 else:
                     yield element
             return
+        # A user's marks stay words, which the summary counts.
         self.draft.notes += [f"marks kept as words: {mark} of a {role}" for mark in marks_in(text)]
         yield from self.placed(text)
 
@@ -167,6 +178,7 @@ def is_part(value: Any) -> bool:
         return False
     kind = value.get("type")
     if not isinstance(kind, str):
+        # {"text": ...} may be either: with one key it is taken for a part.
         return len(value) == 1 and _kind_of(value) is not None
     return kind in _KNOWN or bool(refusal("part", kind, True))
 
@@ -182,16 +194,6 @@ def _kind_of(part: Any) -> str | None:
         if name in part:
             return name
     return None
-
-
-def _check_one_kind(part: Any, number: int) -> None:
-    """Raise Skip for a part of turn `number` that holds, say, a text and a picture: one would be lost."""
-    kinds: list[str] = []
-    for kind, names in _CONTENTS.items():
-        if any(part.get(name) for name in names):
-            kinds.append(kind)
-    if len(kinds) > 1:
-        raise Skip("part of several kinds", f"turn {number}: {' and '.join(kinds)}")
 
 
 def trimmed(pieces: list[str], place: int) -> str:

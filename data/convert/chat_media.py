@@ -110,10 +110,7 @@ class ChatMedia:
 
         media = [self.next(queue) for queue in self.queues for _ in queue.refs]
         if self.in_parts:
-            # The same files under other names are no more media.
-            there = {media_refs(part) for _, part in self.in_parts}
-            if any(media_refs(one) not in there for one in media):
-                raise Skip("media beside typed parts", f"{len(refs)} given that no part names")
+            self._refuse_others(media)
             return messages
         return self._before_first_question(messages, media)
 
@@ -125,12 +122,29 @@ class ChatMedia:
         if not places:
             raise Skip("media without a user turn", f"{len(media)} given")
         for message in messages:
-            _refuse_strange(message)
+            self._refuse_strange(message)
 
         first = places[0]
         question = messages[first]
         question = replace(question, content=(*media, *question.content))
         return [*messages[:first], question, *messages[first + 1 :]]
+
+    @staticmethod
+    def _refuse_strange(message: Message) -> None:
+        """Raise Skip for a text that may ask for media in the words of another format."""
+        # An assistant may speak of placeholders.
+        if message.role == "assistant":
+            return
+        for element in message.content:
+            strange = _LIKE_PLACEHOLDER.search(element.text) if isinstance(element, Text) else None
+            if strange:
+                raise Skip("unknown placeholder", f"{strange[0]}: <image> or <video> expected")
+
+    def _refuse_others(self, media: list[Image | Video]) -> None:
+        """Raise Skip for media besides those that typed parts name; the same files under other names are none."""
+        there = {media_refs(part) for _, part in self.in_parts}
+        if any(media_refs(one) not in there for one in media):
+            raise Skip("media beside typed parts", f"{len(media)} given that no part names")
 
     def _are_in_parts(self, refs: list[Any]) -> bool:
         """Return whether typed parts name all of these too."""
@@ -138,22 +152,12 @@ class ChatMedia:
         return all(reference(ref) in there for ref in refs)
 
 
-def _refuse_strange(message: Message) -> None:
-    """Raise Skip for a text that may ask for media in the words of another format."""
-    # An assistant may speak of placeholders.
-    if message.role == "assistant":
-        return
-    for element in message.content:
-        strange = _LIKE_PLACEHOLDER.search(element.text) if isinstance(element, Text) else None
-        if strange:
-            raise Skip("unknown placeholder", f"{strange[0]}: <image> or <video> expected")
-
-
 def picture(draft: SampleDraft, files: MediaFiles, ref: Any) -> Image:
     """Add a picture by its reference, or by an object with it and its own limits. Raises Skip."""
     if not isinstance(ref, Mapping):
         return draft.image(files.read(ref))
     fields = draft.open(PICTURE, ref)
+    # The bytes decide what it is.
     fields.take_all("type", "media_type")
     inner = named(fields, "bytes", *REFERENCES)
     # As in {"image_url": {"url": ...}}.
@@ -178,6 +182,7 @@ def media_of(fields: RecordFields, *names: str) -> list[Any]:
         return []
 
     first = [reference(ref) for ref in given[0]]
+    # `image` and `images` may both be there, and mean the same.
     for refs in given[1:]:
         if [reference(ref) for ref in refs] != first:
             keys = f"{fields.keys.kind} keys {' and '.join(names)}"

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from visionloom.data.convert.chat_content import ChatContent, is_part, weighed
 from visionloom.data.convert.chat_keys import TURN
-from visionloom.data.convert.chat_media import ChatMedia, media_of
+from visionloom.data.convert.chat_media import ChatMedia, MediaQueue, media_of
 from visionloom.data.convert.files import MediaFiles
 from visionloom.data.convert.keys import RecordFields, decoded, listed, loss_of
 from visionloom.data.convert.marks import (
@@ -81,24 +81,30 @@ class Chat:
 
     def fill(self, turns: Any) -> None:
         """Turn the record's turns into the draft's messages; raises Skip where media and placeholders differ."""
+        # Tables often hold the turns as JSON text.
         given, turns = turns, decoded(turns)
         if not isinstance(turns, list) or not turns:
             got = "a text that is no JSON" if isinstance(given, str) else type(given).__name__
             raise Skip("no conversation", f"a list of turns or its JSON text expected, got {got}")
 
-        messages: list[Message] = []
-        for number, turn in enumerate(self._with_system(turns)):
-            turn_messages = self._turn(number, turn)
-            for message in turn_messages:
-                if any(isinstance(element, ToolCall) for element in message.content):
-                    self.called = True
-            messages += turn_messages
-
+        messages = self._messages(self._with_system(turns))
         self.draft.messages = joined(self.media.placed(messages))
+        # A chat without an answer has nothing to learn.
         if not any(message.role == "assistant" for message in messages):
             raise Skip("no answer", "no turn of an assistant")
         self.draft.tools = list(tools_of(self.record.take("tools")))
         self._finish()
+
+    def _messages(self, turns: list[Any]) -> list[Message]:
+        messages: list[Message] = []
+        for number, turn in enumerate(turns):
+            turn_messages = self._turn(number, turn)
+            # Later turns may hold the results.
+            for message in turn_messages:
+                if any(isinstance(element, ToolCall) for element in message.content):
+                    self.called = True
+            messages += turn_messages
+        return messages
 
     def fill_document(self, text: str) -> None:
         """Make the draft a document: the record's media where a text has their placeholders, else before it."""
@@ -142,6 +148,7 @@ class Chat:
             raise Skip("broken turn", f"turn {number}: an object expected, got {got}")
         fields = self.draft.open(TURN, value)
         turn = self._speaker(number, fields)
+        # The template has one place for it.
         if turn.role == "system" and number:
             raise Skip("system turn in the middle", f"turn {number}")
         said, loss = fields.agreed("value", "content"), loss_of(fields, turn.role)
@@ -189,17 +196,21 @@ class Chat:
         """Return a turn's content, after media of its own that no placeholder asks for; some but not all is a fault."""
         images, videos = media_of(fields, *IMAGES), media_of(fields, *FILMS)
         own = ((self.media.images, images), (self.media.videos, videos))
+        # A turn's own media come before those of the record that are still waiting.
         used_before = [queue.put_next(refs) for queue, refs in own]
         content = self._said(value, turn)
 
         unasked: list[Element] = []
         for (queue, refs), before in zip(own, used_before, strict=True):
             used = queue.used - before
-            if 0 < used < len(refs):
-                raise Skip("fewer placeholders than media", f"turn {turn.number}")
-            if not used:
-                unasked += [self.media.next(queue) for _ in refs]
+            unasked += self._unasked(queue, len(refs), used, turn)
         return [*unasked, *content]
+
+    def _unasked(self, queue: MediaQueue, given: int, used: int, turn: _Turn) -> list[Element]:
+        """Return a turn's own media where no placeholder took any; raises Skip where placeholders took some."""
+        if 0 < used < given:
+            raise Skip("fewer placeholders than media", f"turn {turn.number}")
+        return [] if used else [self.media.next(queue) for _ in range(given)]
 
     def _said(self, value: Any, turn: _Turn) -> list[Element]:
         """Return the elements of a turn's text or typed parts."""
@@ -260,6 +271,7 @@ def joined(messages: list[Message]) -> list[Message]:
         continues = bool(turns) and turns[-1].role == message.role == "assistant"
         if continues and message.content and are_calls:
             before = turns.pop()
+            # One message has one weight; elements can have their own.
             if before.loss != message.loss:
                 before, message = _with_own_loss(before), _with_own_loss(message)
             message = replace(message, content=(*before.content, *message.content))

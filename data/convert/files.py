@@ -73,6 +73,7 @@ class MediaFiles:
 
     def locate(self, ref: object) -> Path:
         """Return the path of the file or folder that a reference means; raises Skip if there is none or it leads outside."""
+        # A zero would end the name for the system.
         if not isinstance(ref, str) or not ref or "\0" in ref:
             raise Skip("not a file name", repr(ref)[:80])
         scheme = _SCHEME.match(ref)
@@ -142,6 +143,7 @@ def _names_of(url: str) -> Iterator[str]:
     """Yield the names that a fetched URL's file may have: the SHA-256 of the URL with any ending, then the name in its path."""
     digest = hashlib.sha256(url.encode()).hexdigest()
     yield from (digest + suffix for suffix in _PICTURE_SUFFIXES)
+    # A URL's last name may not be unique: the hash comes first.
     name = PurePosixPath(unquote(urlsplit(url).path)).name
     if name and "\0" not in name and name != "..":
         yield name

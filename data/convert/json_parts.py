@@ -20,7 +20,7 @@ from visionloom.data.shards.write_parts import SourcePart
 ENDINGS: Final = (".json", ".jsonl", ".ndjson")
 _CHUNK: Final = 1 << 20
 _LARGEST_ELEMENT: Final = 1 << 28
-"""Bytes: an element of an array that does not end after so many is taken for a broken one."""
+"""Bytes after which an element of an array that has not ended is taken for a broken one."""
 _MARK: Final = b"\xef\xbb\xbf"
 _BRACKETS: Final = re.compile(r'"(?:[^"\\]|\\.)*+"|[\[\]{}]', re.DOTALL)
 _SPACE: Final = " \t\r\n"
@@ -60,6 +60,7 @@ def read_json(span: RecordSpan) -> Iterator[SourceRecord]:
     spans = _line_spans(path, span) if span.lines else _element_spans(path, span)
     with open(path, "rb") as file:
         for number, (begin, end) in enumerate(spans, start=span.first):
+            # Spans leave out blanks and commas between records.
             file.seek(begin)
             yield SourceRecord(f"{path.name}:{number}", _value(file.read(end - begin)))
 
@@ -115,6 +116,7 @@ class _Scanner:
         file.seek(self.base)
         # Only the end of an element counts, not its numbers.
         self.decode = json.JSONDecoder(parse_int=str, parse_float=str).raw_decode
+        # A later part begins at an element, the first one before the bracket.
         if start is None:
             self._more(_CHUNK)
             self.at = self.text.index("[") + 1
@@ -146,7 +148,7 @@ class _Scanner:
             _, end = self.decode(self.text, self.at)
         except RecursionError:
             # The record will be left out, but those after it are read.
-            return _end_of_nested(self.text, self.at), "nested too deeply"
+            return self._end_of_nested(), "nested too deeply"
         except ValueError as error:
             # The error itself would keep the text, through its frame, even after this call.
             return None, str(error)
@@ -172,16 +174,15 @@ class _Scanner:
         self.at = 0
         return bool(data)
 
-
-def _end_of_nested(text: str, at: int) -> int | None:
-    """Return the end of a list or object that begins at `at`, by its brackets alone; None if the text ends before."""
-    depth = 0
-    for match in _BRACKETS.finditer(text, at):
-        # Texts match too, so that their brackets do not.
-        if match[0] in "[{":
-            depth += 1
-        elif match[0] in "]}":
-            depth -= 1
-        if depth == 0:
-            return match.end()
-    return None
+    def _end_of_nested(self) -> int | None:
+        """Return the end of a list or object that begins here, by its brackets alone; None if the text ends before."""
+        depth = 0
+        for match in _BRACKETS.finditer(self.text, self.at):
+            # Texts match too, so that their brackets do not.
+            if match[0] in "[{":
+                depth += 1
+            elif match[0] in "]}":
+                depth -= 1
+            if depth == 0:
+                return match.end()
+        return None

@@ -87,6 +87,7 @@ class RecordFields:
         for name in names:
             value = self.value.get(name)
             if value is not None:
+                # The others stay unread, and so are counted.
                 self._taken.add(name)
                 return value
         return None
@@ -147,6 +148,7 @@ class RecordFields:
 
 def refusal(kind: str, name: str, value: object) -> str:
     """Return the reason for which a key of an object of this kind leaves its record out; empty if it does not."""
+    # Patterns take their time on long texts, and a long key is no word.
     if len(name) > LONGEST_KEY:
         return ""
     lower = name.lower()

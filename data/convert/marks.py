@@ -125,19 +125,25 @@ def tool_calls(value: Any, open_fields: Opener) -> list[ToolCall]:
         for one in given:
             calls += tool_calls(one, open_fields)
         return calls
-    if not isinstance(given, dict):
+    call = _tool_call(given, open_fields) if isinstance(given, dict) else None
+    if call is None:
         raise Skip("broken tool call", str(value)[:200])
+    return [call]
 
+
+def _tool_call(given: dict[str, Any], open_fields: Opener) -> ToolCall | None:
+    """Read one call; None if it lacks a name, or its arguments are no object."""
     call = open_fields(CALL, given)
     call.take_all("type", "id")
+    # OpenAI's form has the call itself below `function`.
     inner = call.take("function")
     if isinstance(inner, dict):
         call = open_fields(CALL, inner)
     name = call.take("name")
     arguments = parsed(call.take("arguments", "parameters") or {})
     if not isinstance(name, str) or not isinstance(arguments, dict):
-        raise Skip("broken tool call", str(value)[:200])
-    return [ToolCall(name, arguments)]
+        return None
+    return ToolCall(name, arguments)
 
 
 def results(text: str) -> list[str] | None:

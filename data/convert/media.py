@@ -1,4 +1,4 @@
-"""Pictures and videos as they go into shards: the original bytes, unless a picture lies on its side or is transparent.
+"""Pictures and videos as they go into shards: the original bytes, unless a picture is stored on its side or is transparent.
 
 Loaders apply neither EXIF orientation nor transparency in every epoch: it happens once, here, and is noted in the sample's
 meta. Every picture is decoded once, so that a broken one is left out now and not in the middle of a training run.
@@ -125,6 +125,7 @@ def eight_bits(picture: Pillow.Image) -> Pillow.Image:
         return picture
     values = np.asarray(picture)
     factor = _factor(picture.mode, float(values.min()), float(values.max()))
+    # In bands: doubles of a whole picture would take eight times its size.
     narrow = np.empty(values.shape, np.uint8)
     for row in range(0, len(values), _BAND):
         band = values[row : row + _BAND] * np.float64(factor)
@@ -149,6 +150,7 @@ def _factor(mode: str, least: float, most: float) -> float:
 def on_white(picture: Pillow.Image) -> Pillow.Image:
     """Return the picture without transparency, on a white ground."""
     colours = picture.convert("RGBA")
+    # Blended in full precision, not cut at half.
     white = Pillow.new("RGBA", colours.size, (255, 255, 255, 255))
     return Pillow.alpha_composite(white, colours).convert("RGB")
 
@@ -187,6 +189,7 @@ def prepare_video(data: bytes) -> Film:
         with open_video(data) as container:
             suffix = VIDEO_SUFFIXES[container.format.name]
             times = _packet_times(container)
+            # Reading the packets went to the end.
             container.seek(0)
             turn = next(container.decode(video=0)).rotation % 360
         if turn:

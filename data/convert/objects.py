@@ -61,6 +61,7 @@ class Objects:
         values, factor = self.places[number], _SPACES.get(self.system)
         if factor is None or not isinstance(values, list) or len(values) not in (2, 4):
             raise Skip("broken box", f"{self.system}: {str(values)[:80]}")
+        # Pixels stay as they are; norm1 becomes thousandths.
         numbers = [float(value) * factor for value in values]
         space: Space = "px" if self.system == "real" else "relative1000"
 

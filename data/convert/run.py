@@ -73,6 +73,28 @@ class Request:
     trainable: Trainable = field(default_factory=Trainable)
     """Checks of a sample that is to be trained on."""
 
+    def check(self, target: Path) -> None:
+        """Raise UserError for a request that cannot be met."""
+        path, images = self.path, self.images_dir
+        if self.kind not in SOURCES:
+            raise UserError(unknown("source kind", self.kind, list(SOURCES)))
+        if not path.exists():
+            raise UserError(f"no file or folder {path}")
+        # Else the next run would read what this one writes.
+        if path.is_dir() and target.resolve().is_relative_to(path.resolve()):
+            raise UserError(f"{target} lies inside the source {path}: choose a folder beside it")
+        if images is not None and not images.is_dir():
+            raise UserError(f"--images-dir: no folder {images}")
+        self._check_columns()
+
+    def _check_columns(self) -> None:
+        columns = self.columns or {}
+        if columns and self.kind != "hf":
+            raise UserError(f"--columns is for the kind hf, not {self.kind}")
+        for role in sorted(columns):
+            if role not in COLUMNS:
+                raise UserError(f"--columns {role}=...: one of {', '.join(COLUMNS)} expected")
+
 
 @dataclass(frozen=True, slots=True)
 class Converter:
@@ -128,6 +150,7 @@ class Converter:
             raise record.value
         try:
             source.convert(record.value, draft, self.options)
+            # A record's own task wins.
             draft.task = draft.task or self.request.task
             sample = draft.sample(f"{self.name}:{draft.id or record.place}")
             members = members_of(sample, draft.media)
@@ -152,6 +175,7 @@ class Converter:
             raise UserError(f"{record.place}: {skip} (--on-error skip leaves it out and goes on)")
         log.tally.counts["left out"] += 1
         log.tally.note(f"left out: {skip.reason}", record.place)
+        # Details may hold whole texts of a record.
         detail = skip.detail[:500]
         log.skipped.append({"record": record.place, "reason": skip.reason, "detail": detail})
 
@@ -171,6 +195,7 @@ def _gathered(parts: Iterator[SourcePart], size: int) -> Iterator[SourcePart]:
     """Join small parts, of many small files, to parts of at most `size` records; `where` becomes a tuple."""
     places, records = list[Any](), 0
     for part in parts:
+        # A part alone may be larger: it is not cut.
         if places and records + part.records > size:
             yield SourcePart(records, tuple(places))
             places, records = [], 0
@@ -185,7 +210,7 @@ def convert(request: Request, target: Target, progress: Progress) -> Tally:
 
     Nothing is fetched from a network. Raises UserError for a source that is not there or of another format.
     """
-    _check(request, target.folder)
+    request.check(target.folder)
     images = request.images_dir
     folder = request.path if request.path.is_dir() else request.path.parent
     roots = (folder,) if images is None else (images, folder)
@@ -198,25 +223,6 @@ def convert(request: Request, target: Target, progress: Progress) -> Tally:
     records = target.limits.samples
     converter = Converter(request, target.name, options, records, request.trainable)
     return write_parts(converter, target, _settings(request), progress)
-
-
-def _check(request: Request, target: Path) -> None:
-    """Raise UserError for a request that cannot be met."""
-    path, images, columns = request.path, request.images_dir, request.columns or {}
-    if request.kind not in SOURCES:
-        raise UserError(unknown("source kind", request.kind, list(SOURCES)))
-    if not path.exists():
-        raise UserError(f"no file or folder {path}")
-    # Else the next run would read what this one writes.
-    if path.is_dir() and target.resolve().is_relative_to(path.resolve()):
-        raise UserError(f"{target} lies inside the source {path}: choose a folder beside it")
-    if images is not None and not images.is_dir():
-        raise UserError(f"--images-dir: no folder {images}")
-    if columns and request.kind != "hf":
-        raise UserError(f"--columns is for the kind hf, not {request.kind}")
-    for role in sorted(columns):
-        if role not in COLUMNS:
-            raise UserError(f"--columns {role}=...: one of {', '.join(COLUMNS)} expected")
 
 
 def _settings(request: Request) -> dict[str, Any]:

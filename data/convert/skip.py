@@ -9,4 +9,5 @@ class Skip(Exception):
         self.reason, self.detail = reason, detail
 
     def __reduce__(self) -> tuple[type["Skip"], tuple[str, str]]:
+        # Exceptions are pickled by their message alone otherwise.
         return Skip, (self.reason, self.detail)

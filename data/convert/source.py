@@ -91,6 +91,7 @@ class SampleDraft:
 
     def image(self, data: bytes) -> Image:
         """Add a picture: upright, opaque, else byte for byte; the same bytes again are one member. Raises Skip."""
+        # Conversations repeat their pictures.
         digest = hashlib.sha256(data).digest()
         if digest not in self._known:
             number = len(self._known)
@@ -147,6 +148,7 @@ class SampleDraft:
         ref = f"{stem}.{picture.suffix}"
         self.media[ref] = picture.data
         if picture.change:
+            # A reader of the shards can tell that these are not the original bytes.
             self.meta.setdefault("changed", {})[ref] = picture.change
         return Image(ref, picture.width, picture.height)
 

@@ -16,6 +16,7 @@ def files_below(path: Path, endings: tuple[str, ...], follow_links: bool = False
         return [path]
     files: list[Path] = []
     for file in sorted(path.rglob("*")):
+        # A folder may have the name of a file, as Zarr and others have it.
         if file.suffix in endings and not file.is_dir():
             files.append(located(path, str(file.relative_to(path)), follow_links))
     if not files:

@@ -80,6 +80,7 @@ def cut_tables(files: Sequence[Path], size: int) -> Iterator[SourcePart]:
         first = row = records = 0
         for number, rows in enumerate(_sizes(path)):
             records += rows
+            # A row group is read whole, so that it is never cut.
             if records >= size:
                 yield SourcePart(records, RowRange(str(path), first, number + 1, row))
                 first, row, records = number + 1, row + records, 0
@@ -170,6 +171,7 @@ def _sizes(path: Path) -> Iterator[int]:
     """
     left = path.stat().st_size
     for rows in _read_sizes(path):
+        # Counts come from the file: a false one would make millions of records.
         if not 0 <= rows <= left:
             fix = "write it again, or give another file"
             raise UserError(f"{path} says that it has more rows than bytes: {fix}")

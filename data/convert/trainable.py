@@ -68,6 +68,7 @@ class Trainable:
         encoded = encode(sample, self._tokenizer, self.media)
         patches = int(DataConfig().max_patches_per_token * self.sequence_length)
         limits = PackLimits(self.sequence_length, patches, "--sequence-length", "", "over_length")
+        # Nearly all fit: policies are tried for the rest only.
         if limits.fit(len(encoded.input_ids), encoded.patch_count):
             return
         if not fits_some_policy(sample, encoded, limits, self._tokenizer, self.media):

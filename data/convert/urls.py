@@ -70,6 +70,7 @@ def build_index(images: Path, folder: Path, follow_links: bool = False) -> UrlIn
     """
     done = folder / "rows.bin"
     if not done.exists():
+        # Rows are appended: an interrupted index would be there twice.
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         writer = _Writer(folder)
@@ -93,6 +94,7 @@ _Pictures = Iterator[tuple[str, int, int]]
 def _sources(images: Path, follow_links: bool) -> Iterator[tuple[str, _Pictures]]:
     """Yield every file that holds pictures, below `images` in sorted order, and the pictures in it."""
     for folder, folders, files in os.walk(images):
+        # os.walk goes into them in the order that they have now.
         folders.sort()
         for file in sorted(files):
             name = str((Path(folder) / file).relative_to(images))
@@ -175,6 +177,7 @@ class _Writer:
 
     def _spill(self) -> None:
         rows = np.array(self.waiting, _ROW)
+        # By the first bits, so that sorted buckets one after another are sorted.
         buckets = (rows["high"] // np.uint64(2**64 // _BUCKETS)).astype(int)
         for bucket in np.unique(buckets):
             self._append(f"bucket{bucket:02d}", rows[buckets == bucket].tobytes())

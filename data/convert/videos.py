@@ -65,6 +65,7 @@ def add_video(draft: SampleDraft, files: MediaFiles, value: Any, *objects: Recor
         return _Frames(objects, value).added(draft, files)
 
     ref = reference(value)
+    # Only a name can be that of a folder.
     if isinstance(ref, str) and not ref.startswith(("data:", "http://", "https://")):
         path = files.locate(ref)
         if path.is_dir():
@@ -98,6 +99,7 @@ class _Frames:
 
     def added(self, draft: SampleDraft, files: MediaFiles) -> Video:
         """Add the frames to the draft; raises Skip where nothing gives their times."""
+        # Before sample_fps is taken for the rate itself.
         part = _narrowed(self.objects, of_file=False, rate_known=self.times is not None)
         times = self._times_at_sample_rate() if self.times is None else self.times
         if times is None:

@@ -88,6 +88,7 @@ def _lines(view: SampleView) -> list[str]:
         lines += textwrap.wrap(turn, _LINE_CHARACTERS) or [""]
     for media in view.media:
         lines += textwrap.wrap(media.problem, _LINE_CHARACTERS)
+    # A long document would make its whole row as high.
     if len(lines) > _MOST_LINES:
         lines[_MOST_LINES:] = ["..."]
     if view.sample.task:
@@ -135,6 +136,7 @@ def _paste_pictures(card: Canvas, pictures: list[tuple[Canvas, str]], side: int)
 
 def _side(count: int) -> int:
     """Return the largest side, in pixels, with which `count` squares fit into the space for pictures."""
+    # 128 pixels still show something; below 12 nothing is to be seen anyway.
     for side in range(128, 8, -4):
         if _height(count, side) <= _PICTURES:
             return side

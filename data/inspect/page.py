@@ -106,6 +106,7 @@ def _sample(view: SampleView) -> str:
 def _turns(view: SampleView) -> str:
     """Return the words turn by turn, before they are rendered."""
     sample = view.sample
+    # As they are stored, so that a wrong template can be seen.
     turns = []
     if sample.kind == "doc":
         turns.append(_turn("document", text_of(sample.content), True))
@@ -186,6 +187,7 @@ def _label(text: str, colour: str, place: tuple[float, float], unit: float) -> s
 def _data_url(picture: Pillow.Image) -> str:
     """Return the picture as part of the page: small ones exactly, others as JPEG."""
     file = io.BytesIO()
+    # JPEG would blur the few pixels of a small one.
     if max(picture.size) <= 128:
         picture.save(file, "PNG")
         kind = "png"

@@ -143,6 +143,7 @@ def find_samples(dataset: Dataset, words: Sequence[str], count: int) -> list[int
     by_key: dict[str, int] = {}
     indices: list[int] = []
     for word in words:
+        # Eight digits: more would be a key of digits.
         if re.fullmatch(r"\d{1,8}", word) and int(word) < len(dataset):
             indices.append(int(word))
             continue
@@ -216,6 +217,7 @@ def _frames(
     dataset: Dataset, index: int, sample: Sample, video: Video, rules: MediaConfig
 ) -> list[Shown]:
     """Return the frames that training sees, evenly thinned out to MOST_FRAMES, with their times."""
+    # By the same rules as in training.
     chosen = chosen_frames(video, rules)
     places = np.linspace(0, len(chosen) - 1, min(len(chosen), MOST_FRAMES))
     chosen = chosen[places.round().astype(int)]
@@ -250,6 +252,7 @@ def _open(data: bytes, name: str) -> Pillow.Image:
 
 
 def _reduced(picture: Pillow.Image) -> Pillow.Image:
+    # Never larger than it was.
     picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
     return picture
 
@@ -359,6 +362,7 @@ def first_packs(
     for index in range(tried):
         with suppress(SampleError):
             encoded = encode(dataset.sample(index), tokenizer, rules, dataset.name)
+            # As the default policy: longer samples are not cut here.
             if len(encoded.input_ids) <= length and encoded.patch_count <= patches:
                 fitting.append((index, encoded))
     if not fitting:

@@ -41,47 +41,53 @@ def verify_dataset(
     spans = list(pairwise(accumulate(counts, initial=0)))
     names = [json.dumps([shard.file, shard.sha256, decode]) for shard in dataset.shards]
 
-    journal = out.with_name(out.name + JOURNAL)
-    results = _read_journal(journal, names)
-    coming = [number for number, name in enumerate(names) if name not in results]
+    journal = _Journal(out.with_name(out.name + JOURNAL), names)
+    coming = [number for number, name in enumerate(names) if name not in journal.results]
     counted = len(dataset) - sum(counts[number] for number in coming)
     verify = partial(_verify_shard, path, decode)
     verified = in_order(verify, [spans[number] for number in coming], workers)
-    with open(journal, "a", encoding="utf-8") as file:
-        for number, bad in zip(coming, verified, strict=True):
-            results[names[number]] = bad
-            file.write(json.dumps([names[number], bad], ensure_ascii=False) + "\n")
-            # An interruption loses the shards under way, and no others.
-            file.flush()
-            counted += counts[number]
-            done(counted, len(dataset))
+    for number, bad in zip(coming, verified, strict=True):
+        journal.add(names[number], bad)
+        counted += counts[number]
+        done(counted, len(dataset))
 
-    everything = [fault for name in names for fault in results[name]]
+    everything = [fault for name in names for fault in journal.results[name]]
     with replacing(out) as target:
         for fault in everything:
             target.write((json.dumps(fault, ensure_ascii=False) + "\n").encode())
-    journal.unlink()
+    journal.path.unlink()
     return everything
 
 
-def _read_journal(path: Path, names: list[str]) -> dict[str, list[Bad]]:
-    """Return the results of finished shards by their names; others, of an older index, are left."""
-    if not path.exists():
-        return {}
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    complete = [line for line in lines if line.endswith("\n")]
-    # A last line cut short would swallow the next one.
-    path.write_text("".join(complete), encoding="utf-8")
+class _Journal:
+    """Results of the shards that are finished, kept in a file by their names until all are."""
 
-    results: dict[str, list[Bad]] = {}
-    for line in complete:
-        # A line of another program: that shard is read again.
-        with suppress(JsonError):
-            document = load_json(line, str(path))
-            name, bad = checked(document, tuple[str, list[Bad]], str(path))
-            if name in names:
-                results[name] = bad
-    return results
+    def __init__(self, path: Path, names: list[str]) -> None:
+        """Read the results of an interrupted run; those of other names, of an older index, are left."""
+        self.path = path
+        # Where nothing can be written, nothing need be read.
+        path.touch()
+        self.results: dict[str, list[Bad]] = {}
+        for line in self._complete_lines():
+            # A line of another program: that shard is read again.
+            with suppress(JsonError):
+                document = load_json(line, str(path))
+                name, bad = checked(document, tuple[str, list[Bad]], str(path))
+                if name in names:
+                    self.results[name] = bad
+
+    def _complete_lines(self) -> list[str]:
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        complete = [line for line in lines if line.endswith("\n")]
+        # A last line cut short would swallow the next one.
+        self.path.write_text("".join(complete), encoding="utf-8")
+        return complete
+
+    def add(self, name: str, bad: list[Bad]) -> None:
+        """Keep the result of a shard: an interruption loses the shards under way, and no others."""
+        self.results[name] = bad
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps([name, bad], ensure_ascii=False) + "\n")
 
 
 def _verify_shard(path: str, decode: bool, span: tuple[int, int]) -> list[Bad]:
@@ -130,6 +136,7 @@ def _problem(name: str, data: bytes, declared: MediaFacts, decode: bool) -> str:
         header = probe(name, data)
     except ValueError as error:
         return str(error)
+    # Kinds follow from the endings of names.
     if header.kind != declared.kind:
         return f"its name says {header.kind}, the sample says {declared.kind}"
     problem = difference(declared, header)
@@ -154,6 +161,7 @@ def _decode_picture(name: str, data: bytes, declared: MediaFacts) -> str:
 def _decode_video(data: bytes, declared: MediaFacts) -> str:
     try:
         with open_video(data) as container:
+            # Before decoding: a small file may claim days of it.
             check_work(declared.frames, declared.width, declared.height, len(data))
             frames = sum(not frame.is_corrupt for frame in container.decode(video=0))
     except MediaError as error:

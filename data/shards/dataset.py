@@ -61,9 +61,17 @@ class ReadRange:
     length: int
     members: tuple[tuple[str, ByteSpan], ...]
 
+    def widened(self, ref: str, span: ByteSpan) -> "ReadRange | None":
+        """Return the range with one more member, or None where that is too far away or makes it too long."""
+        gap = span.offset - self.offset - self.length
+        length = span.offset + span.length - self.offset
+        if not 0 <= gap <= LARGEST_GAP or length > LONGEST_RUN:
+            return None
+        return ReadRange(self.index, self.offset, length, (*self.members, (ref, span)))
+
 
 class _Opened:
-    """What one process has open of a dataset: its store, and the indexes that it met.
+    """The open parts of a dataset in one process: its store, and the indexes that it has read.
 
     Those of a folder are mapped and all stay; those of a remote store are in memory, at most REMOTE_INDEX_BYTES of them.
     """
@@ -128,16 +136,14 @@ class Dataset:
             raise UserError(f"{option}: no folder {where}")
         store = open_store(where, option, config)
         where = shown(where) if store.remote else where
-        content = _read_manifest(store, where, option)
-        shards = parse_manifest(content, f"{where}/{MANIFEST}", option)
-        if not store.remote:
-            _check_shards(store, option, shards)
+        shards = _read_shards(store, where, option)
         return cls(str(path), name, shards, store, config)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     def __getstate__(self) -> dict[str, Any]:
+        # Descriptors, maps and threads belong to one process.
         return {**self.__dict__, "_opened": None}
 
     @property
@@ -209,9 +215,10 @@ class Dataset:
         shard_index = self.index(shard)
         numbers = shard_index.names(row)
         runs: list[ReadRange] = []
+        # A member that is shown twice is read once.
         for ref in dict.fromkeys(ref for ref in refs if ref in numbers):
             span = shard_index.span(numbers[ref])
-            widened = _widened(runs[-1], ref, span) if runs else None
+            widened = runs[-1].widened(ref, span) if runs else None
             if widened is not None:
                 runs[-1] = widened
             else:
@@ -233,6 +240,7 @@ class Dataset:
             start = span.offset - run.offset
             member = bytes(data[start : start + span.length])
             try:
+                # Read alone once more, past the cache: one bad member does not cost its neighbours.
                 if zlib.crc32(member) != span.crc32:
                     member = self._read(shard, span, origin, ref, fresh=True)
                 members[ref] = member
@@ -247,8 +255,10 @@ class Dataset:
         self._store.will_read(self.shards[shard].file, start, end - start)
 
     def _find(self, index: int) -> tuple[int, int]:
+        # A negative index would silently be another sample.
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
+        # Starts are the first sample of each shard, and the number of all.
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
         return shard, index - int(self._starts[shard])
 
@@ -294,10 +304,18 @@ class Dataset:
 
         # A remote tar is not looked at here: that would cost a round trip for each shard.
         store = self._store
-        if isinstance(store, LocalStore) and not _is_indexed_tar(store, info.file, index):
+        if isinstance(store, LocalStore) and not self._is_indexed_tar(store, info.file, index):
             problem = "its header at byte 0, or its end, is not that of the indexed tar"
             raise UserError(f"{where}/{info.file}: {problem}: {fix}")
         return index
+
+    @staticmethod
+    def _is_indexed_tar(store: LocalStore, file: str, index: ShardIndex) -> bool:
+        """Return False if the tar was replaced or its first header damaged; reads notice if it is gone or cut short."""
+        try:
+            return tar_edges(store.place(file), index.tar_bytes) in (index.tar_edges, b"")
+        except FileNotFoundError:
+            return True
 
     def _checked_index_bytes(self, info: ShardInfo, name: str, fix: str) -> Any:
         """Return the bytes, uint8 [n], of the index that dataset.json means."""
@@ -338,16 +356,21 @@ class Dataset:
         if not fresh:
             # What came through a network or out of a cache may be right the second time.
             return self._read(shard, span, origin, what, fresh=True)
+        raise SampleError(origin, what, self._changed(crc32, span))
+
+    def _changed(self, crc32: int, span: ByteSpan) -> str:
         where = shown(self.path) if self.remote else self.path
         sums = f"CRC-32 {crc32:08x}, {span.crc32:08x} was indexed"
-        problem = f"the bytes changed since {where} was indexed ({sums})"
-        raise SampleError(origin, what, problem)
+        return f"the bytes changed since {where} was indexed ({sums})"
 
 
-def _read_manifest(store: Store, where: str, option: str) -> bytes:
-    """Read dataset.json; raises UserError where there is none, StoreError where a remote store does not answer."""
+def _read_shards(store: Store, where: str, option: str) -> tuple[ShardInfo, ...]:
+    """Read dataset.json, and check the shards of a local folder against it.
+
+    Raises UserError where there is none or a shard differs, StoreError where a remote store does not answer.
+    """
     try:
-        return store.whole(MANIFEST)
+        content = store.whole(MANIFEST)
     except StoreError as error:
         if store.remote:
             raise
@@ -357,19 +380,15 @@ def _read_manifest(store: Store, where: str, option: str) -> bytes:
         fix = "" if store.remote else f": run python launch/data.py index {where}"
         raise UserError(f"{option}: {where} has no {MANIFEST}{fix}") from None
 
-
-def _widened(run: ReadRange, ref: str, span: ByteSpan) -> ReadRange | None:
-    """Return the run with one more member, or None where that is too far away or makes it too long."""
-    gap = span.offset - run.offset - run.length
-    length = span.offset + span.length - run.offset
-    if not 0 <= gap <= LARGEST_GAP or length > LONGEST_RUN:
-        return None
-    return ReadRange(run.index, run.offset, length, (*run.members, (ref, span)))
+    shards = parse_manifest(content, f"{where}/{MANIFEST}", option)
+    # Those of a URL are checked when they are first read: a round trip for each would take minutes.
+    if isinstance(store, LocalStore):
+        _check_shards(store, option, shards)
+    return shards
 
 
-def _check_shards(store: Store, option: str, shards: tuple[ShardInfo, ...]) -> None:
+def _check_shards(store: LocalStore, option: str, shards: tuple[ShardInfo, ...]) -> None:
     """Compare the size of each shard of a local folder with what was indexed; raises UserError."""
-    assert isinstance(store, LocalStore)
     fix = f"restore it or run python launch/data.py index {store.folder}"
     for shard in shards:
         path = store.folder / shard.file
@@ -382,11 +401,3 @@ def _check_shards(store: Store, option: str, shards: tuple[ShardInfo, ...]) -> N
         if size != shard.bytes:
             sizes = f"{size} bytes, {shard.bytes} were indexed"
             raise UserError(f"{option}: {path} has {sizes}: {fix}")
-
-
-def _is_indexed_tar(store: LocalStore, file: str, index: ShardIndex) -> bool:
-    """Return False if the tar was replaced or its first header damaged; reads notice if it is gone or cut short."""
-    try:
-        return tar_edges(store.place(file), index.tar_bytes) in (index.tar_edges, b"")
-    except FileNotFoundError:
-        return True

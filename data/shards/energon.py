@@ -1,7 +1,7 @@
 """Metadata that lets megatron-energon read the same shards: nothing of the shards themselves is changed or copied.
 
 Written by its published on-disk format (Megatron-Energon 7, "Dataset Format on Disk"): `.nv-meta/` with `.info.json`,
-`dataset.yaml`, `split.yaml`, and a `.tar.idx` beside each shard with the byte offset of each sample and of the end.
+`dataset.yaml`, `split.yaml`, and a `.tar.idx` next to each shard with the byte offset of each sample and of the end.
 """
 
 import json
@@ -39,11 +39,13 @@ def export_energon(
     `splits` maps names to shares of the shards, in order (default: all to `train`). Raises UserError if the folder is no
     dataset, a split would be empty, or samples were left out of the index, which energon would read all the same.
     """
+    # Opening checks the shards' sizes against dataset.json.
     dataset = Dataset.open(folder, "export-energon")
     shards = dataset.shards
     for number, shard in enumerate(shards):
         _write_offsets(folder / shard.file, dataset.index(number))
         done(number + 1, len(shards))
+    # energon wants all three names, if only to find two of them empty.
     splits = splits or {"train": 1.0, "val": 0.0, "test": 0.0}
     parts = _split([shard.file for shard in shards], splits)
 

@@ -54,6 +54,32 @@ class _Group:
     sample: Sample | None = None
     problem: str = ""
 
+    @classmethod
+    def begin(cls, key: str, offset: int, seen: set[str]) -> "_Group":
+        """Begin the group of a key, which is at fault if the tar had one of this key before."""
+        problem = _SCATTERED.format(key) if key in seen else ""
+        seen.add(key)
+        return cls(key, offset, problem=problem)
+
+    def suspects(self) -> int:
+        """Count the members whose headers differ from what the sample says."""
+        assert self.sample is not None
+        # By name: a member that is shown twice counts once.
+        declared = dict(declared_media(self.sample))
+        count = 0
+        for ref, facts in declared.items():
+            _, header = self.members[ref]
+            count += bool(difference(facts, header))
+        return count
+
+    def missing(self) -> str:
+        """Return, as a sentence, the first media member that the sample lacks; empty if all are there."""
+        assert self.sample is not None
+        for ref in self.sample.refs:
+            if ref not in self.members:
+                return f"sample {self.sample.id}: media member {ref!r} is missing"
+        return ""
+
 
 def index_path(tar: Path) -> Path:
     """Return the path of a shard's index."""
@@ -73,9 +99,10 @@ def index_shard(path: Path, skip_bad: bool = False) -> ShardInfo:
         raise NoSamples(f"{path} holds no samples: remove it or make it again", faults)
 
     statistics = Statistics.of(group.sample for group in groups)
-    statistics.suspect_media = sum(_suspects(group) for group in groups)
+    statistics.suspect_media = sum(group.suspects() for group in groups)
     statistics.left_out = [(fault.offset, fault.key, fault.error) for fault in faults]
     content = _index_bytes(groups, statistics, path)
+    # Last: an index that is there is complete.
     with replacing(index_path(path)) as file:
         file.write(content)
     return _info(path, content)
@@ -99,6 +126,7 @@ def known_shard(path: Path) -> ShardInfo | None:
     """
     index = index_path(path)
     try:
+        # Equal times count as known: copies keep or round them.
         if index.stat().st_mtime_ns < path.stat().st_mtime_ns:
             return None
         content = read_located(index.parent, index.name, LARGEST_INDEX)
@@ -126,6 +154,7 @@ def tar_edges(path: Path, size: int) -> bytes:
         if os.fstat(file.fileno()).st_size != size:
             return b""
         start = file.read(BLOCK)
+        # The two ends change with any rewriting, and cost two reads of 512 bytes.
         file.seek(max(0, size - BLOCK))
         return hashlib.sha256(start + file.read(BLOCK)).digest()
 
@@ -144,6 +173,7 @@ def _index_bytes(groups: list[_Group], statistics: Statistics, path: Path) -> by
     for group in groups:
         tables.add(group)
     names = bytes(tables.names)
+    # As JSON: a new count does not change the layout.
     tail = json.dumps(dataclasses.asdict(statistics), ensure_ascii=False).encode()
 
     size = path.stat().st_size
@@ -173,7 +203,9 @@ class _Tables:
         key = self._put(group.key)
         span = (document.offset, document.length, document.crc32)
         self.samples.append((*span, first, count, *key))
+        self._add_members(group)
 
+    def _add_members(self, group: _Group) -> None:
         for name, (entry, media) in group.members.items():
             place = self._put(name)
             self.members.append((entry.offset, entry.length, entry.crc32, *place))
@@ -203,10 +235,7 @@ def _groups(path: Path, report: FaultHandler) -> Iterator[_Group]:
 
         if key != group.key:
             yield from _complete(path, group, report)
-            group = _Group(key, entry.offset)
-            if key in seen:
-                group.problem = _SCATTERED.format(key)
-            seen.add(key)
+            group = _Group.begin(key, entry.offset, seen)
         _add(group, name, entry)
     yield from _complete(path, group, report)
 
@@ -242,6 +271,7 @@ def _facts(name: str, data: bytes) -> MediaFacts:
     """Return the facts of a header; one that cannot be read has no numbers and counts as suspect: a training run judges it."""
     try:
         return probe(name, data)
+    # A strange picture is no reason to lose a sample.
     except ValueError:
         return MediaFacts(kind_of(name))
 
@@ -275,22 +305,7 @@ def _parse(path: Path, group: _Group) -> str:
 
     # The bytes are not needed again; a shard may hold gigabytes of them.
     group.document = dataclasses.replace(group.document, data=b"")
-    for ref in group.sample.refs:
-        if ref not in group.members:
-            return f"sample {group.sample.id}: media member {ref!r} is missing"
-    return ""
-
-
-def _suspects(group: _Group) -> int:
-    """Count the members whose headers differ from what the sample says."""
-    assert group.sample is not None
-    # By name: a member that is shown twice counts once.
-    declared = dict(declared_media(group.sample))
-    count = 0
-    for ref, facts in declared.items():
-        _, header = group.members[ref]
-        count += bool(difference(facts, header))
-    return count
+    return group.missing()
 
 
 def declared_media(sample: Sample) -> Iterator[tuple[str, MediaFacts]]:

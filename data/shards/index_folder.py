@@ -33,6 +33,7 @@ def index_folder(
     """
     if not folder.is_dir():
         raise UserError(f"no folder {folder}")
+    # All names are checked before hours of reading begin.
     paths = [_located(folder, path.name) for path in sorted(folder.glob("*.tar"))]
     if not paths:
         raise UserError(f"{folder} has no .tar files to index")
@@ -45,6 +46,7 @@ def index_folder(
             rows.append(row)
         faults += shard_faults
         done(number, len(paths))
+    # The first fault stands for all: they are often of one kind.
     if not rows:
         raise UserError(f"{folder}: no sample of its {len(paths)} shards can be used: {faults[0]}")
     _write_left_out(folder, faults)

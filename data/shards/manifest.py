@@ -59,11 +59,14 @@ class Statistics:
                 self.images += 1
                 self.pixels += element.width * element.height
             elif isinstance(element, Video):
-                self.videos += 1
-                self.frames += element.frame_count
-                self.pixels += element.frame_count * element.width * element.height
-                # Frames without a file have no duration of their own.
-                self.duration += element.duration or element.times[-1] - element.times[0]
+                self._count_video(element)
+
+    def _count_video(self, video: Video) -> None:
+        self.videos += 1
+        self.frames += video.frame_count
+        self.pixels += video.frame_count * video.width * video.height
+        # Frames without a file have no duration of their own.
+        self.duration += video.duration or video.times[-1] - video.times[0]
 
     def __add__(self, other: "Statistics") -> "Statistics":
         sums: dict[str, Any] = {}
@@ -114,6 +117,7 @@ def _row(shard: ShardInfo) -> dict[str, Any]:
 
 
 def _counts(statistics: Statistics) -> dict[str, Any]:
+    # The list itself is in the index: it may be long.
     return dataclasses.asdict(statistics) | {"left_out": len(statistics.left_out)}
 
 
@@ -154,6 +158,7 @@ def parse_manifest(content: bytes, where: str, option: str) -> tuple[ShardInfo, 
         if not is_shard_name(row.file):
             problem = "names a shard that is no file of its folder or has a control character"
             raise UserError(f"{option}: {where} {problem}: {row.file!r:.100}")
+    # Samples of a shard named twice would be drawn twice.
     if len({row.file for row in rows}) < len(rows):
         raise UserError(f"{option}: {where} names a shard twice: {fix}")
     if not sum(row.samples for row in rows):
@@ -209,6 +214,7 @@ class _Shard:
     def info(self) -> ShardInfo:
         """Return the row as the rest of the program knows it; what was left out stands in the index."""
         statistics = _statistics(self.statistics)
+        # dataset.json has only their number.
         statistics.left_out = []
         file = (self.file, self.samples, self.bytes)
         return ShardInfo(*file, self.sha256, self.content, statistics)

@@ -63,6 +63,7 @@ def _video_facts(container: Any) -> MediaFacts:
     """Read the facts of the first video stream of a container of PyAV's."""
     stream = container.streams.video[0]
     frames = stream.frames or sum(1 for _ in packets_of(container))
+    # Some containers have only a guess of FFmpeg's, and some none.
     fps = float(stream.average_rate or stream.guessed_rate or 0)
 
     if stream.duration:

@@ -128,6 +128,7 @@ def open_picture(data: bytes) -> "Pillow.Image":
         # Decoders raise any error that damaged bytes lead them to.
         raise MediaError("broken picture", f"{type(error).__name__}: {error}") from error
 
+    # From the header alone: nothing is decoded, so that a bomb costs nothing.
     check_pixels(picture.width, picture.height, len(data))
     _check_tiles(picture)
     exif = picture.info.get("exif")
@@ -341,6 +342,7 @@ def _refuse_file(url: str, flags: int, options: object) -> Any:
 
 def _check_tables(data: bytes) -> None:
     """Raise MediaError for an MP4 whose tables count more frames than it has bytes: FFmpeg makes an entry of 40 bytes of each."""
+    # stsz, stz2 and trun all count samples; the others rows of their own.
     counts = dict.fromkeys((b"samples", b"stts", b"ctts", b"elst"), 0)
     for kind, box in _tables(data):
         if kind == b"cmov":
@@ -385,6 +387,7 @@ def _without_media(data: bytes) -> Iterator[tuple[int, int]]:
             size = int.from_bytes(data[place + 8 : place + 16])
         elif not size:
             size = len(data) - place
+        # A box that leads outside is none: the rest counts as one stretch.
         if size < 8 or place + size > len(data):
             break
         if kind == b"mdat":

@@ -40,6 +40,7 @@ def open_store(path: str, option: str, config: StoreConfig) -> Store:
     refused = _refused_scheme(path)
     if refused is not None:
         raise UserError(f"{option}={shown(path)}: {refused}: is refused: {_ACCEPTED}")
+    # Before the transport: a cache that cannot be used is said first.
     cache = RangeCache(Path(config.cache), config.cache_bytes) if config.cache else None
     transport = _open_transport(path, match[1].lower(), option, config)
     return RemoteStore(transport, shown(path), config, cache)
@@ -68,6 +69,7 @@ def _refused_scheme(url: str) -> str | None:
             # fsspec takes a link without a scheme for a local folder.
             return name or "a link of the chain without a scheme"
 
+    # Only what comes last is read from; `file:` there would open this machine.
     match = _URL.match(last)
     scheme = last[:20]
     if match and last[match.end() :].startswith("//"):

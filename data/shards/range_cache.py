@@ -43,6 +43,7 @@ class RangeCache:
         path = self._path(name)
         try:
             data = path.read_bytes()
+            # Its time says when it was used last.
             os.utime(path)
         except FileNotFoundError:
             return None
@@ -53,11 +54,13 @@ class RangeCache:
 
     def put(self, name: str, data: bytes) -> None:
         """Keep a part. A folder that is full or cannot be written costs speed only: it is logged once."""
+        # It would push out everything else, and go next.
         if len(data) > self.limit * KEPT:
             return
         path = self._path(name)
         try:
             path.parent.mkdir(exist_ok=True)
+            # A cache may be lost in a power cut: no waiting for the disk.
             with replacing(path, durable=False, placing=self._counting(path, len(data))) as file:
                 file.write(data)
         except OSError as error:

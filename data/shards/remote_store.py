@@ -33,10 +33,9 @@ class RemoteStore:
     def read(self, file: str, offset: int, length: int, fresh: bool = False) -> bytes:
         """See Store; raises StoreError naming the file if it is missing or after the last retry."""
         name = f"{self.where}/{file} {offset}+{length}"
-        if self.cache is not None and not fresh:
-            cached = self.cache.get(name, length)
-            if cached is not None:
-                return cached
+        cached = None if fresh else self._cached(name, length)
+        if cached is not None:
+            return cached
 
         def attempt() -> bytes:
             return self.transport.range(file, offset, length)
@@ -47,19 +46,21 @@ class RemoteStore:
             shard = f"{self.where}/{file}"
             fix = "restore it or index what is left"
             raise StoreError(f"shard {shard} is missing: {fix}") from None
-        if self.cache is not None:
-            self.cache.put(name, data)
-        return data
+        return self._kept(name, data)
 
     def whole(self, file: str, fresh: bool = True) -> bytes:
         """See Store."""
         name = f"{self.where}/{file}"
-        if self.cache is not None and not fresh:
-            cached = self.cache.get(name)
-            if cached is not None:
-                return cached
-
+        cached = None if fresh else self._cached(name)
+        if cached is not None:
+            return cached
         data = self._retry(file, lambda: self.transport.whole(file), 0)
+        return self._kept(name, data)
+
+    def _cached(self, name: str, length: int | None = None) -> bytes | None:
+        return None if self.cache is None else self.cache.get(name, length)
+
+    def _kept(self, name: str, data: bytes) -> bytes:
         if self.cache is not None:
             self.cache.put(name, data)
         return data
@@ -74,6 +75,7 @@ class RemoteStore:
         attempts = self.config.retries + 1
         for number in range(attempts):
             if number:
+                # Not before the first attempt.
                 time.sleep(wait_before(number, last.seconds))
             try:
                 return self._hedge(attempt, limit)
@@ -100,9 +102,11 @@ class RemoteStore:
         problem: Transient | None = None
         while running:
             done, running = wait(running, max(0.0, end - time.monotonic()), FIRST_COMPLETED)
+            # Both hang: their threads end with the process.
             if not done:
                 raise Transient(f"no answer within {limit:.3g} s")
             for future in done:
+                # One failed attempt does not spoil the other, which may still come.
                 try:
                     return future.result()
                 except Transient as error:

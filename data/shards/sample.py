@@ -183,6 +183,7 @@ class Sample:
     def refs(self) -> tuple[str, ...]:
         """Return the names of all media members in reading order, each once."""
         names = (name for element in self.elements for name in media_refs(element))
+        # A dictionary keeps the order of reading; a set would not.
         return tuple(dict.fromkeys(names))
 
 
@@ -191,6 +192,7 @@ def element_loss(element: Element, message: Message | None = None) -> float:
 
     `message` is None inside a document. Pictures and videos weigh 0: visual tokens are never predicted.
     """
+    # Visual tokens are inputs only.
     if isinstance(element, Image | Video):
         return 0.0
     if element.loss is not None:

@@ -126,6 +126,7 @@ class SampleFields:
     def integer(self, name: str, low: int, high: int) -> int:
         """Return an integer from `low` to `high`."""
         value = self.get(name)
+        # bool is an int for isinstance.
         if type(value) is not int or value < low:
             self.fail(name, f"an integer of at least {low} expected, got {value!r:.80}")
         if value > high:
@@ -173,6 +174,7 @@ class SampleFields:
     def ref(self, name: str, value: Any) -> str:
         """Return `value` if it is the name of a media member."""
         is_name = isinstance(value, str) and len(value) <= LONGEST_REF
+        # The length first: the pattern need not see a long text.
         if not is_name or REF.fullmatch(value) is None:
             self.fail(name, f"a plain member name like img0.png expected, got {value!r:.100}")
         return cast(str, value)

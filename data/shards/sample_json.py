@@ -18,7 +18,6 @@ from visionloom.data.shards.sample import (
     Message,
     Point,
     Sample,
-    SampleError,
     Space,
     Text,
     Think,
@@ -64,6 +63,7 @@ def parse_sample(raw: RawSample, origin: str = "") -> Sample:
     top = _TopFields(sample_id, "", values)
 
     version = top.values.get("v")
+    # True is an int for isinstance, and equals version 1.
     if type(version) is not int or version != SCHEMA_VERSION:
         top.fail("v", f"schema version {SCHEMA_VERSION} expected, got {version!r}")
 
@@ -78,7 +78,7 @@ def parse_sample(raw: RawSample, origin: str = "") -> Sample:
         task=top.optional_text("task"),
         meta=top.meta(),
     )
-    _check_image_indices(sample)
+    top.check_image_indices(sample)
     return sample
 
 
@@ -103,6 +103,7 @@ def to_json(sample: Sample) -> str:
     if sample.meta:
         document["meta"] = dict(sample.meta)
 
+    # NaN and infinity are no JSON: other readers would refuse the whole sample.
     compact = (",", ":")
     return json.dumps(document, ensure_ascii=False, allow_nan=False, separators=compact)
 
@@ -143,8 +144,20 @@ class _TopFields(SampleFields):
             tools.append(fields.values)
         return tuple(tools)
 
+    def check_image_indices(self, sample: Sample) -> None:
+        """Fail for a box or point on a picture that the sample does not have."""
+        placed = [element for element in sample.elements if isinstance(element, Box | Point)]
+        count = len(sample.images) if placed else 0
+        for element in placed:
+            if element.image >= count:
+                kind = type(element).__name__.lower()
+                self.fail(
+                    f"{kind}.image", f"picture {element.image} of {count} (they count from 0)"
+                )
+
     def meta(self) -> Mapping[str, Any]:
         """Return the sample's `meta`, with the unknown top-level keys."""
+        # Facts that a source has of its own are kept.
         unknown = {name: value for name, value in self.values.items() if name not in _TOP_KEYS}
         meta = self.values.get("meta")
         if meta is None:
@@ -166,20 +179,11 @@ def _content(fields: SampleFields, role: str | None) -> tuple[Element, ...]:
     if not elements and role is None:
         fields.fail("content", "at least one element expected")
 
+    # The template writes calls last; another order could not be rendered.
     for element, following in pairwise(elements):
         if isinstance(element, ToolCall) and not isinstance(following, ToolCall):
             fields.fail("content", "tool calls come last in a message")
     return tuple(elements)
-
-
-def _check_image_indices(sample: Sample) -> None:
-    placed = [element for element in sample.elements if isinstance(element, Box | Point)]
-    count = len(sample.images) if placed else 0
-    for element in placed:
-        if element.image >= count:
-            where = f"{type(element).__name__.lower()}.image"
-            problem = f"picture {element.image} of {count} (they count from 0)"
-            raise SampleError(sample.id, where, problem)
 
 
 # ---- reading elements
@@ -211,6 +215,7 @@ class _ElementFields(SampleFields):
         )
 
     def video(self) -> Video:
+        # Sizes first: all tokens of a video follow from them, without opening it.
         width = self.integer("w", 1, LARGEST_SIDE)
         height = self.integer("h", 1, LARGEST_SIDE)
         if "ref" in self.values:
@@ -265,6 +270,7 @@ class _ElementFields(SampleFields):
 
     def box(self) -> Box:
         x1, y1, x2, y2 = xyxy = self._coordinates("xyxy", 4)
+        # A box of no width is allowed: it may be one of a line.
         if x2 < x1 or y2 < y1:
             self.fail("xyxy", f"x1 <= x2 and y1 <= y2 expected, got {list(xyxy)}")
         return Box(
@@ -303,6 +309,7 @@ class _ElementFields(SampleFields):
 
     def tool_call(self) -> ToolCall:
         arguments = SampleFields(self.sample_id, self.at("arguments"), self.get("arguments"))
+        # Their own contents are the tool's affair.
         return ToolCall(self.text("name"), arguments.values, self.loss())
 
 
@@ -334,6 +341,7 @@ def element_json(element: Element) -> dict[str, Any]:
     values = _type_json(element)
     values["label"] = getattr(element, "label", None)
     values["loss"] = getattr(element, "loss", None)
+    # An option that is not given would take bytes in each of millions of samples.
     return {name: value for name, value in values.items() if value is not None}
 
 

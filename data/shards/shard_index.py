@@ -144,6 +144,7 @@ class ShardIndex:
     @property
     def content(self) -> str:
         """Return the SHA-256 over places, CRC-32s and names: the same with or without PyAV, unlike the file's own."""
+        # Without the header and the facts of media: PyAV may be missing here.
         places = self._data[HEADER.itemsize : self._members_end].tobytes()
         return hashlib.sha256(places + self._names.tobytes()).hexdigest()
 
@@ -159,6 +160,7 @@ class ShardIndex:
 
     def extent(self, row: int) -> tuple[int, int]:
         """Return the first byte of the row-th sample's JSON and members, and the first after the last of them."""
+        # One call for the whole row: seven single ones cost several times as much.
         start, length, _, first, count, _, _ = self.samples[row].item()
         if not count:
             return start, start + length
@@ -169,6 +171,7 @@ class ShardIndex:
     @property
     def ends(self) -> npt.NDArray[np.int64]:
         """Return, int64 [samples], the first byte after each sample's JSON and members."""
+        # Members follow their JSON in the tar, but for foreign tars with the JSON last.
         ends = (self.samples["json_offset"] + self.samples["json_length"]).astype(np.int64)
         last = self.samples["first_member"].astype(np.int64) + self.samples["members"] - 1
         some = self.samples["members"] > 0
@@ -203,6 +206,7 @@ class ShardIndex:
         return MediaFacts(KINDS[kind], *numbers)
 
     def _name(self, offset: int, length: int) -> str:
+        # Damaged names are found by their CRC elsewhere; here they only must not fail.
         return self._names[offset : offset + length].tobytes().decode(errors="replace")
 
 

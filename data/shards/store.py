@@ -82,10 +82,7 @@ class LocalStore:
         try:
             data = os.pread(self._open(file).descriptor, length, offset)
         except FileNotFoundError:
-            if self.folder.is_dir():
-                raise MissingBytes(f"{file} is gone") from None
-            problem = "the file system was unmounted, or the folder was removed"
-            raise StoreError(f"{self.folder} is gone: {problem}") from None
+            raise self._gone(file) from None
         except OSError as error:
             # A bad spot of the disk, or a handle of a network file system that went stale: opening
             # the file again, once, tells which.
@@ -99,6 +96,13 @@ class LocalStore:
             place = f"{len(data)} of {length} bytes at byte {offset}"
             raise MissingBytes(f"{file} was cut short: {place}")
         return data
+
+    def _gone(self, file: str) -> StoreError | MissingBytes:
+        """Return the error for a file that is not there: without its folder, nothing can be read."""
+        if self.folder.is_dir():
+            return MissingBytes(f"{file} is gone")
+        problem = "the file system was unmounted, or the folder was removed"
+        return StoreError(f"{self.folder} is gone: {problem}")
 
     def whole(self, file: str, fresh: bool = True) -> bytes:
         """See Store."""
@@ -128,9 +132,11 @@ class LocalStore:
 
     def _open(self, name: str) -> _File:
         with self._lock:
+            # A lock costs less than opening a file twice.
             file = self._files.get(name)
             if file is None:
                 file = self._files[name] = _File(self.place(name))
+                # The oldest is closed once no read holds it any more.
                 if len(self._files) > OPEN_FILES:
                     self._files.popitem(last=False)
             self._files.move_to_end(name)

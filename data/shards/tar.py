@@ -81,6 +81,7 @@ def entries(path: Path, report: FaultHandler = refuse) -> Iterator[Entry]:
     """
     with open(path, "rb") as file:
         for member in _members(path, file, report):
+            # One read each; a member of 2 GiB is in memory once.
             file.seek(member.offset)
             data = file.read(member.length)
             yield Entry(member.name, member.offset, member.length, zlib.crc32(data), data)
@@ -117,6 +118,7 @@ class _Hop:
             self.file.seek(offset)
             header = self.file.read(BLOCK)
             self.place += BLOCK
+            # Two zero blocks are the end; one alone is damage.
             if header == bytes(BLOCK):
                 if self._ends(offset):
                     return None
@@ -195,6 +197,7 @@ class _Hop:
             self.file.seek(offset)
             blocks = self.file.read(_SCANNED)
             for start in range(0, len(blocks) - BLOCK + 1, BLOCK):
+                # Headers begin at whole blocks only.
                 if is_header(blocks[start : start + BLOCK]):
                     self.place = offset + start
                     return True

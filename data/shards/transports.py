@@ -72,6 +72,7 @@ class HttpTransport:
 
     def range(self, file: str, offset: int, length: int) -> bytes:
         """See Transport."""
+        # HTTP has no range of no bytes.
         if not length:
             return b""
         data = self._get(file, offset, length)
@@ -92,17 +93,33 @@ class HttpTransport:
         headers = {"Accept-Encoding": "identity"}
         if length is not None:
             headers["Range"] = f"bytes={offset}-{offset + length - 1}"
+        # A server may send more than it was asked for, without an end.
         most = LARGEST_ANSWER if length is None else length
         try:
             response = self._pool.request("GET", url, headers=headers, preload_content=False)
             try:
                 _check_answer(response, shown(url), offset, length)
-                return _body(response, most, self._seconds)
+                return self._body(response, most)
             finally:
                 # A connection whose answer was read to its end is back in the pool by now.
                 response.close()
         except urllib3.exceptions.HTTPError as error:
             raise Transient(_sentence(error)) from None
+
+    def _body(self, response: Any, most: int) -> bytes:
+        """Read an answer's bytes as they came, not unpacked; raises Transient where there are more than `most`.
+
+        It ends after the timeout and a second for each SLOWEST bytes: an answer without an end would keep its thread forever.
+        """
+        end = time.monotonic() + self._seconds + most / SLOWEST
+        body = io.BytesIO()
+        for piece in response.stream(_PIECE, decode_content=False):
+            body.write(piece)
+            if body.tell() > most:
+                raise Transient(f"more than {most} bytes came")
+            if time.monotonic() > end:
+                raise Transient("the answer has no end")
+        return body.getvalue()
 
     def _url(self, file: str) -> str:
         parts = self._parts
@@ -137,6 +154,7 @@ def _check_answer(response: Any, url: str, offset: int, length: int | None) -> N
     if length is None and status == 200:
         return
     coming = headers.get("Content-Length", str(length))
+    # A server without ranges sends the whole file: a shard of a gigabyte for each sample.
     if status == 200 and headers.get("Content-Length") != str(length):
         problem = "the server ignores range requests (HTTP 200 instead of 206)"
         raise StoreError(f"{url}: {problem}: use one that serves ranges")
@@ -165,22 +183,6 @@ def _check_status(response: Any, url: str) -> None:
     if status in (408, 425, 429) or status >= 500:
         asked = response.headers.get("Retry-After", "")
         raise Transient(f"HTTP {status}", float(asked) if asked.isdecimal() else 0.0)
-
-
-def _body(response: Any, most: int, seconds: float) -> bytes:
-    """Read an answer's bytes as they came, not unpacked; raises Transient where there are more than `most`.
-
-    It ends after `seconds` and a second for each SLOWEST bytes: an answer without an end would keep its thread forever.
-    """
-    end = time.monotonic() + seconds + most / SLOWEST
-    body = io.BytesIO()
-    for piece in response.stream(_PIECE, decode_content=False):
-        body.write(piece)
-        if body.tell() > most:
-            raise Transient(f"more than {most} bytes came")
-        if time.monotonic() > end:
-            raise Transient("the answer has no end")
-    return body.getvalue()
 
 
 def _sentence(error: Exception) -> str:
@@ -222,6 +224,7 @@ class FsspecTransport:
         path = f"{self._root.rstrip('/')}/{file}"
         try:
             return bytes(self._system.cat_file(path, **part))
+        # It is an OSError too, but no other attempt will help.
         except FileNotFoundError:
             raise
         except PermissionError as error:

@@ -70,6 +70,7 @@ def write_shards(
     limits = ShardLimits(samples_per_shard, shard_bytes)
     path = partial(shard_path, folder, name)
     shards = list(cut_shards(ready(), path, lambda row: f"{row:09d}", limits))
+    # dataset.json is written last, and not for nothing.
     if not shards:
         raise UserError(f"{folder}: no samples to write")
     write_manifest(folder, shards)
@@ -149,6 +150,7 @@ def cut_shards(
                     break
                 _put(tar, key(row), members)
                 waiting = next(stream, None)
+        # Read back from the disk: what was written is what is checked.
         yield index_shard(path(shard))
 
 
@@ -171,17 +173,15 @@ class _Room:
 
     def takes(self, key: str, members: SampleMembers) -> bool:
         """Count the sample and return whether it still fits into the shard; the first one always does."""
+        # Counted before it is known to fit: a sample that does not fit ends the shard anyway.
         self.samples -= 1
-        self.bytes -= sum(_tar_bytes(f"{key}.{name}", data) for name, data in members)
+        for name, data in members:
+            headers = 3 if len(f"{key}.{name}") > _LONG_NAME else 1
+            # Data fill whole blocks.
+            self.bytes -= _BLOCK * (headers + -(-len(data) // _BLOCK))
         fits = self.empty or (self.samples >= 0 and self.bytes >= 0)
         self.empty = False
         return fits
-
-
-def _tar_bytes(name: str, data: bytes) -> int:
-    """Return the bytes of a member in the tar: its headers, and its data in whole blocks."""
-    headers = 3 if len(name) > _LONG_NAME else 1
-    return _BLOCK * (headers + -(-len(data) // _BLOCK))
 
 
 def _put(tar: _Tar, key: str, members: SampleMembers) -> None:

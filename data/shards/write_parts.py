@@ -67,6 +67,7 @@ class Tally:
     def add(self, other: "Tally") -> None:
         """Add what was counted in later records."""
         self.counts.update(other.counts)
+        # The earlier record wins.
         self.first = {**other.first, **self.first}
 
 
@@ -93,7 +94,7 @@ class PartReader(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where and how a dataset is written."""
+    """The folder, name and limits of a dataset that is written, and the processes that write it."""
 
     folder: Path
     name: str
@@ -115,13 +116,13 @@ def write_parts(
     UserError for that, for a folder that holds another dataset or is being written now, and if no sample is left.
     """
     begun = {**settings, "name": target.name, "limits": asdict(target.limits)}
-    facts = _facts(target.folder)
-    is_complete = bool(facts) and (target.folder / MANIFEST).exists()
-    if is_complete and facts.get("settings") == begun:
-        # Interrupted after dataset.json, before the folder of the parts was removed.
+    complete = _complete(target.folder, begun)
+    if complete is not None:
+        # It may have been interrupted just before the folder of the parts was removed.
         shutil.rmtree(target.staging, ignore_errors=True)
-        return Tally(Counter(facts["counts"]), facts["first"])
+        return complete
 
+    # Refused before anything is written into it.
     check_target(target.folder, target.name)
     target.staging.mkdir(parents=True, exist_ok=True)
     with _only_writer(target.staging):
@@ -137,13 +138,20 @@ def write_parts(
     return tally
 
 
-def _facts(folder: Path) -> dict[str, Any]:
-    """Return the object in convert.json, if it is what `write_parts` writes; else an empty one."""
+def _complete(folder: Path, settings: Mapping[str, Any]) -> Tally | None:
+    """Return the counts of a dataset that is complete and was made with these settings; None for any other."""
+    if not (folder / MANIFEST).exists():
+        return None
     try:
         facts = load_json(read_located(folder, FACTS, LARGEST), FACTS)
     except (OSError, JsonError, PlaceError):
-        return {}
-    return facts if isinstance(facts, dict) and _are_counts(facts) else {}
+        return None
+    # A file of this name may be anybody's.
+    if not isinstance(facts, dict) or not _are_counts(facts):
+        return None
+    if facts.get("settings") != settings:
+        return None
+    return Tally(Counter(facts["counts"]), facts["first"])
 
 
 def _are_counts(document: Mapping[str, Any]) -> bool:
@@ -158,6 +166,7 @@ def _are_counts(document: Mapping[str, Any]) -> bool:
 @contextmanager
 def _only_writer(staging: Path) -> Iterator[None]:
     with open(staging / "lock", "w") as file:
+        # The lock goes with the process, however that ends.
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -177,6 +186,7 @@ def _check_settings(staging: Path, settings: Mapping[str, Any]) -> None:
         return
 
     begun = _read(staging, path.name)
+    # Also names that only the older version had.
     for name in [*settings, *begun]:
         then, now = begun.get(name), settings.get(name)
         if then != now:
@@ -231,6 +241,7 @@ def _write_part(reader: PartReader, target: Target, numbered: tuple[int, SourceP
     """Write one part's shards and then its facts, unless they are there."""
     number, part = numbered
     staging = target.staging
+    # Parts are plain values: the same part of the same source has the same digest.
     digest = hashlib.sha256(repr(part).encode()).hexdigest()
     if _done_path(staging, number).exists():
         if _done(staging, number).get("digest") != digest:

@@ -20,6 +20,7 @@ def fill_caption(draft: SampleDraft, media: Sequence[Image | Video], text: str) 
     placeholder = "|".join(sorted(set(names)))
     pieces = re.split(f"({placeholder})", document(text).strip())
     if not "".join(pieces[::2]).strip():
+        # Placeholders alone say nothing.
         raise Skip("no caption", "")
 
     asked = pieces[1::2]

@@ -84,6 +84,7 @@ class Folder:
         if not isinstance(name, str) or not isinstance(text, str):
             places = f"a text beside it ({' or '.join(_CAPTIONS)}) or in {METADATA}"
             raise Skip("no caption", f"{name}: {places} expected")
+        # Names are unique below the folder.
         draft.id = name
         if kind_of(name) == "video":
             fill_caption(draft, [add_video(draft, files, name)], text)

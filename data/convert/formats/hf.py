@@ -87,6 +87,7 @@ class HuggingFace:
         if row.has(*COLUMNS["messages"]):
             chat.fill(row.take(*COLUMNS["messages"]))
             return
+        # Messages say more than a question, a question more than a text.
         question, answer, text = (_text(row, role) for role in ("question", "answer", "text"))
         if question is not None and answer is not None:
             _take(row, "question", "answer")
@@ -144,6 +145,7 @@ def _files(path: Path, follow_links: bool) -> list[Path]:
         one = path / (splits or ["train"])[0]
         problem = f"{path} holds the splits {', '.join(splits)}"
         raise UserError(f"{problem}: give the folder of one, like {one}")
+    # The order of the files is that of state.json, not of their names.
     if not path.is_dir() or "state.json" not in os.listdir(path):
         return table_files(path, (".parquet", ".arrow"), follow_links)
 

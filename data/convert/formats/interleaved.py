@@ -31,6 +31,7 @@ def fill_document(
         try:
             content.append(draft.image(files.read(value)))
         except Skip as skip:
+            # Of billions of URLs many are gone: the rest of the document is still good.
             draft.left_out.append(skip.reason)
     if not content:
         raise Skip("empty document", f"{len(draft.left_out)} pictures left out, no text")

@@ -15,7 +15,7 @@ from visionloom.data.convert.marks import document
 from visionloom.data.convert.skip import Skip
 from visionloom.data.convert.source import SampleDraft, SourceOptions, SourceRecord
 from visionloom.data.convert.videos import add_video
-from visionloom.data.shards.sample import SCHEMA_VERSION, Box, Image, Point, Text, Video
+from visionloom.data.shards.sample import SCHEMA_VERSION, Box, Image, Point, Sample, Text, Video
 from visionloom.data.shards.sample_json import element_json, parse_sample
 from visionloom.data.shards.write_parts import SourcePart
 
@@ -111,12 +111,7 @@ def fill_from_schema(value: Mapping[str, Any], draft: SampleDraft, options: Sour
         sample["messages"] = [filler.message(turn) for turn in sample["messages"]]
     sample["content"] = filler.elements(sample.get("content"))
     draft.whole = parse_sample(sample)
-    if not filler.other_size:
-        return
-    for element in draft.whole.elements:
-        if isinstance(element, Box | Point) and element.space == "px":
-            problem = f"{filler.other_size}: boxes and sizes of the upright picture expected"
-            raise Skip("boxes of another size", problem)
+    filler.check_boxes(draft.whole)
 
 
 class _Filler:
@@ -126,9 +121,20 @@ class _Filler:
         self.draft, self.files = draft, options.files
         self.other_size = ""
 
+    def check_boxes(self, sample: Sample) -> None:
+        """Raise Skip for boxes in pixels where a picture has another size than its element says."""
+        if not self.other_size:
+            return
+        for element in sample.elements:
+            if isinstance(element, Box | Point) and element.space == "px":
+                problem = f"{self.other_size}: boxes and sizes of the upright picture expected"
+                raise Skip("boxes of another size", problem)
+
     def message(self, turn: Any) -> Any:
+        """Fill the elements of a turn; a turn that is no object stays, for the schema's own check."""
         if not isinstance(turn, dict):
             return turn
+        # Read here only to count the keys that our schema does not have.
         self.draft.open(MESSAGE, turn).take_all(*MESSAGE.read)
         if "content" not in turn:
             return turn
@@ -148,11 +154,12 @@ class _Filler:
         fields = self.draft.open(keys, element)
         fields.take_all(*keys.read)
         if kind == "image":
-            image = self.files.read(fields.take("file", "ref"))
-            return self._filled(element, self.draft.image(image))
+            data = self.files.read(fields.take("file", "ref"))
+            return self._filled(element, self.draft.image(data))
         if kind == "video":
             given = fields.take("file", "ref", "files", "frames")
-            return self._filled(element, add_video(self.draft, self.files, given, fields))
+            video = add_video(self.draft, self.files, given, fields)
+            return self._filled(element, video)
         return element
 
     def _filled(self, element: Mapping[str, Any], media: Image | Video) -> Mapping[str, Any]:

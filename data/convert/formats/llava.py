@@ -31,6 +31,7 @@ class Llava:
         if not isinstance(value, dict):
             raise Skip("not an object", f"a JSON object expected, got {type(value).__name__}")
         record = draft.open(RECORD, value)
+        # Ids are numbers in some sets, texts in others.
         draft.id = record.text("id")
         source = record.text("data_source", "source")
         if source:

@@ -75,6 +75,7 @@ def _items(
 def _reference(picture: RecordFields, files: MediaFiles) -> str:
     """Return the name of the picture's file if it is in --images-dir, else its URL."""
     name, url = picture.take("image_name"), picture.take("raw_url")
+    # MMC4's own names have no folder; one that has is not its own.
     if isinstance(name, str) and name and "/" not in name and files.holds(name):
         return name
     return str(url or name)

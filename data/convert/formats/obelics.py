@@ -43,6 +43,7 @@ class Obelics:
         row = draft.open(self.keys[0], value)
         images, texts = row.take("images"), row.take("texts")
         are_lists = isinstance(images, list) and isinstance(texts, list)
+        # Places in both lists are the same places of the document.
         if not are_lists or len(images) != len(texts):
             raise Skip("lists that differ", f"images {_length(images)}, texts {_length(texts)}")
         for name in self.facts:

@@ -26,6 +26,7 @@ class OmniCorpus(obelics.Obelics):
     def convert(self, value: Any, draft: SampleDraft, options: SourceOptions) -> None:
         """Fill the draft with a document; raises Skip."""
         facts = obelics.first_object(decoded(value.get("general_metadata")))
+        # Taken before the rest, which reads the same column.
         if isinstance(facts.get("id"), str):
             draft.id = facts["id"]
         keep_facts(draft, facts, {"fluency_prob": "fluency"})

@@ -97,6 +97,7 @@ class WebDataset:
 
         members = draft.open(MEMBERS, {name: name for name in value})
         names = [name for name in sorted(value) if kind_of(name) != "other"]
+        # Media are read whatever they are called.
         members.take_all("json", *names)
         fields = draft.open(DOCUMENT, facts)
         text = _caption(value, members, fields)
@@ -155,6 +156,7 @@ def _caption(value: Mapping[str, bytes], names: RecordFields, facts: RecordField
         text = value["txt"].decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise Skip("caption is no UTF-8", str(error)) from None
+    # An empty txt often stands next to a json with the caption.
     if not text.strip() and facts.has(*_CAPTIONS):
         return facts.text(*_CAPTIONS)
     for name in _CAPTIONS:

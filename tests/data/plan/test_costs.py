@@ -224,27 +224,27 @@ def test_names_of_pax_headers_are_read() -> None:
 
 @pytest.mark.parametrize("field", ["samples", "members", "names", "statistics", "tar_bytes"])
 def test_counts_of_an_index_that_lie(field: str, tmp_path: Path) -> None:
-    from visionloom.data.shards.index import _HEADER
+    from visionloom.data.shards.shard_index import HEADER
 
     write_shards(tmp_path / "set", "set", [picture_question(1)], samples_per_shard=1)
     path = tmp_path / "set" / "set-000000.tar"
     content = np.fromfile(index_path(path), np.uint8)
     for value in (0, 1, 2**31, 2**32 - 1):
         lying = content.copy()
-        lying[: _HEADER.itemsize].view(_HEADER)[field] = value
+        lying[: HEADER.itemsize].view(HEADER)[field] = value
         if (field != "tar_bytes" or value < 2**31) and lying.tobytes() != content.tobytes():
             with pytest.raises(ValueError, match=r"bytes expected|leads out|no document|facts"):
                 ShardIndex(lying).statistics  # noqa: B018
 
 
 def test_rows_of_an_index_that_lead_outside(tmp_path: Path) -> None:
-    from visionloom.data.shards.index import _SAMPLE
+    from visionloom.data.shards.shard_index import HEADER, SAMPLE_ROW
 
     write_shards(tmp_path / "set", "set", [picture_question(1)], samples_per_shard=1)
     path = tmp_path / "set" / "set-000000.tar"
     content = np.fromfile(index_path(path), np.uint8)
-    good = ShardIndex(content)
-    start = good._located[0]
+    ShardIndex(content)
+    start = HEADER.itemsize
     for field in (
         "json_offset",
         "json_length",
@@ -254,7 +254,7 @@ def test_rows_of_an_index_that_lead_outside(tmp_path: Path) -> None:
         "key_length",
     ):
         lying = content.copy()
-        lying[start : start + _SAMPLE.itemsize].view(_SAMPLE)[field] = 2**32 - 1
+        lying[start : start + SAMPLE_ROW.itemsize].view(SAMPLE_ROW)[field] = 2**32 - 1
         with pytest.raises(ValueError, match="leads out"):
             ShardIndex(lying)
     index_path(path).write_bytes(lying.tobytes())
