@@ -1,7 +1,7 @@
 """Settings that changed since a checkpoint was made: free ones pass, those that change the run are reported or refused.
 
 The schema says what a change of each option means (common/settings.py). Options of a phase count while that phase is in
-progress: a finished phase is done, and a phase to come has no checkpoint. data/plan/cursor.py compares datasets by their content,
+progress: a finished phase is done, and a phase to come has not begun. data/plan/cursor.py compares datasets by their content,
 which data.on_change governs.
 """
 

@@ -80,9 +80,9 @@ class Checkpoint:
     run_state: RunState
 
 
-def folder_of(run_folder: Path, phase: str, step: int) -> Path:
+def folder_of(run_folder: Path, phase_name: str, step: int) -> Path:
     """Return the folder of the checkpoint after the run's step `step`."""
-    return run_folder / CHECKPOINTS / phase / f"step-{step:08d}"
+    return run_folder / CHECKPOINTS / phase_name / f"step-{step:08d}"
 
 
 def run_state_of(trainer: PhaseTrainer, step: int, phase_step: int) -> RunState:

@@ -39,7 +39,7 @@ class Screen:
         if self.shown:
             self._print(text)
 
-    def begin(self, phase: str, done: int, total: int) -> None:
+    def begin(self, phase_name: str, done: int, total: int) -> None:
         """Begin a phase, of whose `total` steps `done` are done."""
         self.total = total
         self.started = time.perf_counter()
@@ -54,7 +54,7 @@ class Screen:
                 TimeRemainingColumn(),
             )
             self.live = Progress(*columns, console=self.console)
-            self.live.add_task(one_line(phase), total=total, completed=done, news="")
+            self.live.add_task(one_line(phase_name), total=total, completed=done, news="")
             self.live.start()
 
     def step(self, line: dict[str, Any]) -> None:
