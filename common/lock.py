@@ -19,7 +19,7 @@ TRIES: Final = 20
 """Attempts, a tenth of a second apart, before a folder counts as taken: a run that was just ended
 may need that long to exit."""
 UNSUPPORTED: Final = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
-"""What file systems without locks answer."""
+"""Errors by which file systems without locks answer."""
 
 
 class FolderLock:

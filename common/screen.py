@@ -20,6 +20,6 @@ class PlainConsole(Console):
         super().__init__(**(options | plain))
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """What rich makes of any string: of a line, a table's cell, or its title."""
+        """Return any string as rich shows it: a line, a table's cell, or its title."""
         shown = encodable(printable(text), self.encoding)
         return super().render_str(shown, **(options | {"markup": False, "emoji": False}))

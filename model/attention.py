@@ -39,6 +39,20 @@ class SegmentGroup:
             picked = x[self.rows]
         return picked.unflatten(0, (self.count, self.length)).transpose(1, 2)
 
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scale: float | None
+    ) -> Tensor:
+        """Attend inside each segment of the group; see `attend`. Return its rows, [n x length, H, D]."""
+        attended = F.scaled_dot_product_attention(
+            self.take(query),
+            self.take(key),
+            self.take(value),
+            is_causal=causal,
+            scale=scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        return attended.transpose(1, 2).flatten(0, 1)
+
 
 @dataclass(frozen=True)
 class Segments:
@@ -110,18 +124,10 @@ def attend(
     Returns:
         [T, H, D].
     """
-    grouped = query.shape[1] != key.shape[1]
-    outputs = []
-    for group in segments.groups:
-        attended = F.scaled_dot_product_attention(
-            group.take(query),
-            group.take(key),
-            group.take(value),
-            is_causal=causal,
-            scale=scale,
-            enable_gqa=grouped,
-        )
-        outputs.append(attended.transpose(1, 2).flatten(0, 1))
+    outputs = [
+        group.attend(query, key, value, causal=causal, scale=scale) for group in segments.groups
+    ]
+    # Usual for one long sample or equal pictures: no copy.
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return joined if segments.inverse is None else joined[segments.inverse]
 
@@ -138,6 +144,20 @@ class SegmentPieces:
     """int64 [n x (start + c)]: rows of the segment up to the piece's end, among all ranks' rows one after the other."""
     mask: Tensor
     """bool [c, start + c]: True where a row of the piece may see a key."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        """Attend from this rank's queries to all ranks' keys and values; return the piece's rows, [n x c, H, D]."""
+        shape = (self.count, -1)
+        attended = F.scaled_dot_product_attention(
+            query[self.queries].unflatten(0, shape).transpose(1, 2),
+            key[self.keys].unflatten(0, shape).transpose(1, 2),
+            value[self.keys].unflatten(0, shape).transpose(1, 2),
+            # Not is_causal: that aligns the first query with the first key, here it is the last with the last.
+            attn_mask=self.mask,
+            scale=scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        return attended.transpose(1, 2).flatten(0, 1)
 
 
 @dataclass(frozen=True)
@@ -181,20 +201,7 @@ class GatheredContext:
     ) -> Tensor:
         """Attend from queries [t, H, D] to keys and values [t, G, D] of every rank; return [t, H, D]."""
         key, value = self._gathered(key), self._gathered(value)
-        grouped = query.shape[1] != key.shape[1]
-        outputs = []
-        for piece in self.pieces:
-            shape = (piece.count, -1)
-            attended = F.scaled_dot_product_attention(
-                query[piece.queries].unflatten(0, shape).transpose(1, 2),
-                key[piece.keys].unflatten(0, shape).transpose(1, 2),
-                value[piece.keys].unflatten(0, shape).transpose(1, 2),
-                # Not is_causal: that aligns the first query with the first key, here it is the last with the last.
-                attn_mask=piece.mask,
-                scale=scale,
-                enable_gqa=grouped,
-            )
-            outputs.append(attended.transpose(1, 2).flatten(0, 1))
+        outputs = [piece.attend(query, key, value, scale) for piece in self.pieces]
         return torch.cat(outputs)[self.inverse]
 
     def _gathered(self, x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ PICTURES: Final = {
     "spatial_merge_size": 2,
     "channels": 3,
 }
-"""How data/ cuts pictures, the same for all Qwen3-VL models: a model with other numbers would find nothing to read."""
+"""The cutting of pictures in data/, the same for all Qwen3-VL models: data does not fit a model with other numbers."""
 ROW_BYTES: Final = 16
 """Rows of experts' matrices are multiples of this, or torch's grouped_mm refuses them."""
 
@@ -69,7 +69,10 @@ class TextConfig:
         """Yield a line for each fault of the heads, the rotary slots and the experts."""
         if self.heads % self.kv_heads:
             yield f"{here}.heads={self.heads} must be a multiple of kv_heads={self.kv_heads}"
+        yield from self._rotary_problems(here)
+        yield from self._expert_problems(here)
 
+    def _rotary_problems(self, here: str) -> Iterator[str]:
         section = f"{here}.mrope_section={self.mrope_section}"
         slots = self.head_dim // 2
         if len(self.mrope_section) != 3 or min(self.mrope_section) < 0:
@@ -77,8 +80,10 @@ class TextConfig:
         elif sum(self.mrope_section) * 2 != self.head_dim:
             yield f"{section} must sum to head_dim / 2 = {self.head_dim / 2:g}"
         elif 3 * max(self.mrope_section[1:]) > slots:
+            # Their slots are every third one, beginning with the second and the third.
             yield f"{section}: height and width need 3 x section <= head_dim / 2"
 
+    def _expert_problems(self, here: str) -> Iterator[str]:
         if self.experts and not 1 <= self.experts_per_token <= self.experts:
             yield f"{here}.experts_per_token={self.experts_per_token} must lie in 1..{self.experts} (experts)"
         if self.experts and self.expert_ffn_hidden_size < 1:
@@ -116,11 +121,12 @@ class VisionConfig:
 
     @property
     def patch_width(self) -> int:
-        """Values of one patch: channels x frames x height x width."""
+        """Return the number of values of one patch: channels x frames x height x width."""
         return self.channels * self.temporal_patch_size * self.patch_size**2
 
     def problems(self, here: str) -> Iterator[str]:
         """Yield a line for each fault of the heads, the cutting of pictures and the DeepStack levels."""
+        # Half of a head's width turns by rows and half by columns, each value with a partner.
         if self.hidden_size % (4 * self.heads):
             yield (
                 f"{here}.hidden_size={self.hidden_size} must be a multiple of 4 x heads={4 * self.heads}:"
@@ -129,7 +135,9 @@ class VisionConfig:
         for name, value in PICTURES.items():
             if getattr(self, name) != value:
                 yield f"{here}.{name}={getattr(self, name)} must be {value}, as the data has it"
+        yield from self._level_problems(here)
 
+    def _level_problems(self, here: str) -> Iterator[str]:
         levels = self.deepstack_layers
         if any(not 0 <= layer < self.depth for layer in levels):
             yield f"{here}.deepstack_layers={levels} must lie in 0..{self.depth - 1}"
@@ -174,6 +182,7 @@ class ModelConfig:
 
         multiple = ROW_BYTES // element_bytes
         lines = []
+        # Each of the two sizes is the row of one of an expert's matrices.
         if text.hidden_size % multiple:
             lines.append(
                 f"model.text.hidden_size={text.hidden_size} must be a multiple of {multiple} in a mixture"
@@ -194,8 +203,14 @@ class ModelConfig:
             parallel: a layout whose values are within their bounds.
             here: its dotted path.
         """
+        lines = [*self._tensor_problems(parallel, here)]
+        lines += self._expert_layout_problems(parallel, here)
+        return lines + pipeline_problems(parallel, self.text.layers, here)
+
+    def _tensor_problems(self, parallel: ParallelConfig, here: str) -> Iterator[str]:
         text, tensor = self.text, parallel.tensor
         names = ["heads", "kv_heads", "vocab_size"]
+        # The tensor ranks share a dense MLP; experts are cut by expert_tensor.
         if not text.experts:
             names.append("ffn_hidden_size")
         uneven = [
@@ -203,19 +218,13 @@ class ModelConfig:
             for name in names
             if getattr(text, name) % tensor
         ]
-
-        lines = []
         if uneven:
-            lines.append(
-                f"{here}.tensor={tensor} does not divide {', '.join(uneven)}: choose a divisor"
-            )
+            yield f"{here}.tensor={tensor} does not divide {', '.join(uneven)}: choose a divisor"
         elif parallel.context_exchange == "ulysses" and text.kv_heads % (tensor * parallel.context):
-            lines.append(
+            yield (
                 f"{here}.context_exchange=ulysses needs tensor {tensor} x context {parallel.context} ="
                 f" {tensor * parallel.context} to divide model.text.kv_heads={text.kv_heads}: use gather"
             )
-        lines += self._expert_layout_problems(parallel, here)
-        return lines + pipeline_problems(parallel, text.layers, here)
 
     def _expert_layout_problems(self, parallel: ParallelConfig, here: str) -> Iterator[str]:
         text, expert, expert_tensor = self.text, parallel.expert, parallel.expert_tensor or 1
@@ -230,5 +239,6 @@ class ModelConfig:
         if text.expert_ffn_hidden_size % expert_tensor:
             width = f"model.text.expert_ffn_hidden_size={text.expert_ffn_hidden_size}"
             yield f"{here}.expert_tensor={expert_tensor} does not divide {width}: choose a divisor"
+        # Megatron-core refuses to train such a mixture.
         if parallel.tensor > 1 and not parallel.sequence_parallel:
             yield f"a mixture of experts with {here}.tensor above 1 needs {here}.sequence=true: leave it out"

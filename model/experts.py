@@ -69,10 +69,14 @@ class Router(TopKRouter):  # type: ignore[misc]
             probabilities = logits.softmax(dim=-1, dtype=torch.float32)
             self._count(probabilities.detach(), chosen, real)
             if self.coefficient:
-                scale = self.coefficient * self.config.num_moe_experts
-                loss = scale * (real @ probabilities * self.load).sum()
-                weights = MoEAuxLossAutoScaler.apply(weights, loss)
+                weights = self._with_balance_loss(weights, probabilities, real)
         return weights, chosen
+
+    def _with_balance_loss(self, weights: Tensor, probabilities: Tensor, real: Tensor) -> Tensor:
+        """Return the weights [n, E] as they are, with the gradient of the load-balancing loss in their backward pass."""
+        scale = self.coefficient * self.config.num_moe_experts
+        loss = scale * (real @ probabilities * self.load).sum()
+        return MoEAuxLossAutoScaler.apply(weights, loss)
 
     def _count(self, probabilities: Tensor, chosen: Tensor, real: Tensor) -> None:
         """Add a micro-batch to the tally: probabilities [n, E], choice bool [n, E], 1 for real tokens [n]."""
@@ -106,7 +110,8 @@ def update_router_loads(chunks: Iterable[nn.Module], topology: Topology) -> Tens
         return torch.zeros(4, dtype=torch.float64, device=topology.device)
     tallies = torch.stack([router.tally for router in routers])
     dist.all_reduce(tallies, group=topology.groups.tp_dp_cp)
-    assigned, entropy, tokens = tallies[:, :-2], tallies[:, -2], tallies[:, -1]
+    assigned = tallies[:, :-2]
+    entropy, tokens = tallies[:, -2], tallies[:, -1]
     shares = assigned / assigned.sum(1, keepdim=True).clamp_min(1.0)
     for router, share in zip(routers, shares, strict=True):
         router.load.copy_(share)

@@ -38,7 +38,9 @@ def language_flops(text: TextConfig, work: StepWork) -> float:
         # The router.
         projections += text.hidden_size * text.experts
         width = text.experts_per_token * text.expert_ffn_hidden_size
+    # The MLP has three matrices: gate, up, down.
     per_token = 2 * text.layers * (projections + 3 * text.hidden_size * width)
+    # Two products of two operations, for half of the pairs.
     attention = 2 * text.layers * text.heads * text.head_dim * work.token_pairs
     return float(per_token * work.tokens + attention)
 
@@ -50,7 +52,9 @@ def output_flops(text: TextConfig, work: StepWork) -> float:
 
 def vision_flops(vision: VisionConfig, work: StepWork) -> float:
     """Return forward operations of the vision tower without its mergers."""
+    # Query, key, value and output; two matrices of the MLP, which has no gate.
     block = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.ffn_hidden_size
+    # All patches of a frame see each other.
     attention = 4 * vision.depth * vision.hidden_size * work.patch_pairs
     return patch_embedding_flops(vision, work) + 2 * vision.depth * block * work.patches + attention
 
@@ -118,7 +122,7 @@ def adapted_flops(
 
 @dataclass
 class _AdapterWalk:
-    """Counts layer by layer, in the order in which data passes them."""
+    """A count layer by layer, in the order in which data passes them."""
 
     config: ModelConfig
     work: StepWork
@@ -143,15 +147,23 @@ class _AdapterWalk:
         has_adapter = layer.name in self.adapted
         own = group in self.trainable and has_adapter
 
-        self.flops[group] += 2.0 * rows * layer.inputs * layer.outputs * (1 + self.reached)
+        product = 2.0 * rows * layer.inputs * layer.outputs
+        self.flops[group] += product * (1 + self.reached)
         if has_adapter:
-            # Forward, gradient of the factor, gradient of its input: B passes one on wherever A needs one.
-            width = self.lora.rank * len(layer.parts)
-            down = width * layer.inputs * (1 + own + self.reached)
-            up = self.lora.rank * layer.outputs * (1 + own + (own or self.reached))
-            self.flops[group] += 2.0 * rows * (down + up)
-
+            self.flops[group] += 2.0 * rows * self._adapter(layer, own)
         self.reached = self.reached or own
+        self._end(group, leaf)
+
+    def _adapter(self, layer: LinearLayer, own: bool) -> int:
+        """Return the multiplications of an adapter in all passes, a row; `own`: it trains."""
+        # Forward, gradient of the factor, gradient of its input: B passes one on wherever A needs one.
+        width = self.lora.rank * len(layer.parts)
+        down = width * layer.inputs * (1 + own + self.reached)
+        up_passes = 1 + own + (own or self.reached)
+        return down + self.lora.rank * layer.outputs * up_passes
+
+    def _end(self, group: str, leaf: str) -> None:
+        """Add what follows a layer and has no adapter: scores, router; note the end of a block."""
         if leaf in ("qkv", "linear_qkv"):
             self.flops[group] += self._attention(group) * (1 + 2.0 * self.reached)
         text = self.config.text
@@ -168,7 +180,8 @@ class _AdapterWalk:
             # The main merger sees the last block, the others each a block of theirs.
             level = layer.name.removeprefix("visual.deepstack_merger_list.").partition(".")[0]
             levels = self.config.vision.deepstack_layers
-            self.reached = self.at_block[levels[int(level)] if level.isdigit() else -1]
+            block = levels[int(level)] if level.isdigit() else -1
+            self.reached = self.at_block[block]
         elif group == "language" and layer.name.endswith("layers.0.self_attention.linear_qkv"):
             # Features come from all mergers.
             before = self.trainable - {"language"}

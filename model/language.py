@@ -34,7 +34,7 @@ from visionloom.parallel.pipeline import layers_per_chunk, layout_of
 def transformer_config(
     model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype
 ) -> TransformerConfig:
-    """Megatron-core's configuration of the language model in this layout; weights are drawn elsewhere, by name."""
+    """Return Megatron-core's configuration of the language model in this layout; weights are drawn elsewhere, by name."""
     text = model.text
     config = TransformerConfig(
         num_layers=text.layers,
@@ -76,7 +76,7 @@ def transformer_config(
 
 
 def _layout_settings(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
-    """Megatron-core's words for the degrees of the axes."""
+    """Return the degrees of the axes in Megatron-core's words."""
     settings: dict[str, Any] = {
         "tensor_model_parallel_size": parallel.tensor,
         "pipeline_model_parallel_size": parallel.pipeline,
@@ -91,7 +91,7 @@ def _layout_settings(model: ModelConfig, parallel: ParallelConfig) -> dict[str, 
     levels = len(model.vision.deepstack_layers)
     return settings | {
         "pipeline_model_parallel_layout": layout_of(parallel, model.text.layers),
-        # DeepStack levels that the first chunk has no layer for travel behind the hidden states: lengths differ by pack.
+        # DeepStack levels that the first chunk has no layer for travel after the hidden states: lengths differ by pack.
         "variable_seq_lengths": layers[0] < levels,
         # Interleaved stages send and receive one by one: with two stages, batched messages of gloo would not match.
         "batch_p2p_comm": False,
@@ -101,7 +101,7 @@ def _layout_settings(model: ModelConfig, parallel: ParallelConfig) -> dict[str, 
 
 
 def _expert_settings(text: TextConfig) -> dict[str, Any]:
-    """Megatron-core's words for a mixture of experts; routing and balance are experts.py's own."""
+    """Return a mixture of experts in Megatron-core's words; routing and balance are experts.py's own."""
     if not text.experts:
         return {}
     return {
@@ -111,12 +111,13 @@ def _expert_settings(text: TextConfig) -> dict[str, Any]:
         "moe_router_pre_softmax": text.experts_per_token == 1,
         "moe_ffn_hidden_size": text.expert_ffn_hidden_size,
         "moe_router_dtype": "fp32",
+        # The balance loss too is experts.py's own.
         "moe_router_load_balancing_type": "none",
     }
 
 
 def _recompute_settings(mode: str, experts: int) -> dict[str, Any]:
-    """Megatron-core's words for parallel.recompute."""
+    """Return parallel.recompute in Megatron-core's words."""
     if mode == "full":
         return {
             "recompute_granularity": "full",
@@ -146,7 +147,7 @@ class RMSNorm(nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., hidden_size] -> the same shape."""
+        """Normalise [..., hidden_size] over its last dim, in the input's dtype."""
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
@@ -158,18 +159,22 @@ class DeepstackLayer(TransformerLayer):  # type: ignore[misc]
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """Hidden states [t, 1, H] after this layer, and the levels that later layers still need."""
+        """Return hidden states [t, 1, H] after this layer, and the levels that later layers still need.
+
+        Arguments are Megatron-core's; it passes `context` of one layer's result on to the next.
+        """
         features = kwargs.get("context")
         hidden, _ = super().forward(*args, **kwargs)
         if features is None:
             return hidden, None
         own, rest = features.tensor_split([hidden.shape[-1]], dim=1)
-        hidden = hidden.index_add(0, kwargs["context_mask"], own.unsqueeze(1).to(hidden.dtype))
+        added = own.unsqueeze(1).to(hidden.dtype)
+        hidden = hidden.index_add(0, kwargs["context_mask"], added)
         return hidden, rest if rest.shape[1] else None
 
 
 def layer_spec(experts: int) -> Any:
-    """The spec of one decoder layer with torch kernels."""
+    """Return Megatron-core's spec of one decoder layer with torch kernels; `experts` 0: a dense one."""
     spec = get_gpt_layer_local_spec(
         num_experts=experts or None, qk_layernorm=True, normalization="RMSNorm"
     )
@@ -180,6 +185,7 @@ def layer_spec(experts: int) -> Any:
     attention.q_layernorm = attention.k_layernorm = RMSNorm
     attention.core_attention = PackedAttention
     if experts:
+        # A partial function: its submodules are among its keywords.
         mixture = layer.mlp.keywords["submodules"]
         mixture.experts, mixture.router = GroupedExperts, Router
     return spec
@@ -197,7 +203,16 @@ class LanguageModel(LanguageModule):  # type: ignore[misc]
         last: bool,
         chunk: int | None,
     ) -> None:
-        """`first` and `last`: whether the chunk begins or ends the model; `chunk`: its number on this stage if there are more."""
+        """Build one chunk; weights are not drawn.
+
+        Args:
+            config: of `transformer_config`.
+            model: the whole model.
+            groups: Megatron-core's ProcessGroupCollection.
+            first: the chunk begins the model and has the embedding.
+            last: the chunk ends the model and has the output layer.
+            chunk: its number on this stage; None where a stage has one.
+        """
         super().__init__(config, groups)
         text = model.text
         self.model_type = ModelType.encoder_or_decoder
@@ -233,6 +248,7 @@ class LanguageModel(LanguageModule):  # type: ignore[misc]
                 bias=False,
                 skip_bias_add=False,
                 gather_output=False,
+                # The embedding's own matrix if it is here; else a copy, which the setup below keeps equal.
                 skip_weight_param_allocation=first and text.tie_embeddings,
                 tp_group=groups.tp,
             )
@@ -241,17 +257,17 @@ class LanguageModel(LanguageModule):  # type: ignore[misc]
 
     @property
     def output_weight(self) -> Tensor:
-        """This rank's rows of the output matrix [V / tensor, H]: its own or the embedding's."""
-        weight: Tensor = (
-            self.shared_embedding_or_output_weight()
-            if self.share_embeddings_and_output_weights
-            else self.output_layer.weight
-        )
+        """Return this rank's rows of the output matrix [V / tensor, H]: its own or the embedding's."""
+        weight: Tensor
+        if self.share_embeddings_and_output_weights:
+            weight = self.shared_embedding_or_output_weight()
+        else:
+            weight = self.output_layer.weight
         return weight
 
     @property
     def layers(self) -> int:
-        """Decoder layers of this chunk."""
+        """Return the number of decoder layers of this chunk."""
         return len(self.decoder.layers)
 
     def forward(
@@ -263,16 +279,17 @@ class LanguageModel(LanguageModule):  # type: ignore[misc]
         rows: Tensor | None,
         padding_mask: Tensor | None,
     ) -> Tensor:
-        """Embeddings or an earlier chunk's hidden states [t, 1, H] to hidden states [t, 1, H], final ones in the last chunk.
+        """Return hidden states [t, 1, H] after this chunk's layers, final ones in the last chunk.
 
         Args:
-            hidden: token and visual embeddings, or what the chunk before has made.
+            hidden: token and visual embeddings, or the hidden states of the chunk before, [t, 1, H].
             angles: rotary angles of this context rank's tokens, fp32 [T / C, 1, 1, D].
             packed: PackedSeqParams with `context`.
             features: DeepStack levels of this rank's visual tokens [m, K * H], the first layer's first.
             rows: their rows among the t tokens, int64 [m].
             padding_mask: bool [1, t], True in padding; only a mixture of experts needs it.
         """
+        # After the first chunk TransformerBlock ignores its argument and takes this one.
         if not self.pre_process:
             self.decoder.set_input_tensor(hidden)
         output: Tensor = self.decoder(

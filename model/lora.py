@@ -45,7 +45,7 @@ from visionloom.parallel.topology import Topology
 
 
 class Adapter(nn.Module):
-    """Adds scaling * B A x to a layer's output, part by part."""
+    """Low-rank factors whose scaling * B A x is added to a layer's output, part by part."""
 
     def __init__(
         self,
@@ -81,6 +81,7 @@ class Adapter(nn.Module):
         `own_mask`: ranks that share the layer see different inputs, so each draws a dropout mask of its own.
         """
         if self.dropout and self.training:
+            # The tracker's state differs over the tensor ranks, the default one is the same on all.
             with get_cuda_rng_tracker().fork() if own_mask else nullcontext():
                 x = F.dropout(x, self.dropout)
         return F.linear(x, torch.cat(list(self.lora_A.values())))
@@ -88,7 +89,8 @@ class Adapter(nn.Module):
     def up(self, inner: Tensor, heads: int = 1) -> Tensor:
         """Return B of each part times its r columns, [..., parts * r] -> [..., out]; the parts alternate `heads` times."""
         columns = inner.chunk(len(self.lora_B), dim=-1)
-        outputs = [F.linear(x, b) for x, b in zip(columns, self.lora_B.values(), strict=True)]
+        pairs = zip(columns, self.lora_B.values(), strict=True)
+        outputs = [F.linear(x, b) for x, b in pairs]
         if len(outputs) == 1:
             return outputs[0] * self.scaling
         by_head = [y.unflatten(-1, (heads, -1)) for y in outputs]
@@ -144,6 +146,7 @@ class AdaptedColumn(ColumnParallelLinear):  # type: ignore[misc]
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Map [t, 1, in] to [t * tensor under sequence parallelism, 1, out / tensor], and no bias."""
         output, bias = super().forward(x, *args, **kwargs)
+        # Only r values a token travel, the rank's width.
         inner = self.adapter.down(x, own_mask=self.sequence_parallel)
         if self.sequence_parallel:
             inner = gather_from_sequence_parallel_region(
@@ -156,7 +159,7 @@ class AdaptedColumn(ColumnParallelLinear):  # type: ignore[misc]
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
     ) -> dict[str, Any]:
-        """The layer's own tensors and the adapter's."""
+        """Return the layer's own sharded tensors and the adapter's."""
         own: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         return own | _sharded_adapter(self, prefix, sharded_offsets, metadata)
 
@@ -182,7 +185,7 @@ class AdaptedRow(RowParallelLinear):  # type: ignore[misc]
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
     ) -> dict[str, Any]:
-        """The layer's own tensors and the adapter's."""
+        """Return the layer's own sharded tensors and the adapter's."""
         own: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         return own | _sharded_adapter(self, prefix, sharded_offsets, metadata)
 
@@ -294,6 +297,7 @@ def _adapt(
         else:
             shape[part] = (width,)
     module.adapter = Adapter(layer, lora, shape, weight.shape[-1], weight)
+    # The object stays, so its name and weights are those that checkpoints and the optimizer know.
     module.__class__ = ADAPTED[type(module)]
 
     a, b = module.adapter.lora_A.values(), module.adapter.lora_B.values()
@@ -345,6 +349,7 @@ def _mark_experts(module: AdaptedStack, topology: Topology) -> None:
 
 def _require_gradient(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
     """Let a frozen embedding's output have a gradient; a forward hook."""
+    # A leaf only while the embedding is frozen and nothing was added to it.
     return output.requires_grad_() if torch.is_grad_enabled() and output.is_leaf else output
 
 
@@ -354,6 +359,7 @@ def draw_adapters(chunk: Any, seed: int, topology: Topology) -> None:
     for name, parameter in canonical_parameters(chunk):
         if not is_adapter(name):
             continue
+        # B zero: a new adapter changes nothing.
         if ".lora_B." in name:
             parameter.zero_()
             continue

@@ -36,7 +36,7 @@ from visionloom.parallel.topology import Topology
 
 @dataclass(frozen=True)
 class ModelInput:
-    """A micro-batch on the device, with everything that can be worked out on the host already worked out."""
+    """A micro-batch on the device, with everything that can be computed on the host already computed."""
 
     input_ids: Tensor
     """int64 [1, T / C]."""
@@ -47,9 +47,9 @@ class ModelInput:
     padding_mask: Tensor
     """bool [1, t], True in padding."""
     vision: VisionInput | None
-    """What this rank encodes; None behind the first chunk."""
+    """Pictures that this rank encodes; None after the first chunk."""
     exchange: FeatureExchange | None
-    """How features reach their tokens; None where the pack has no pictures, or behind the first chunk."""
+    """The way of features to their tokens; None where the pack has no pictures, or after the first chunk."""
     visual_rows: Tensor
     """int64 [m]: rows of this rank's t tokens that receive a feature."""
     loss_tokens: Tensor
@@ -72,93 +72,118 @@ class Qwen3VL(MegatronModule):  # type: ignore[misc]
         dtype: torch.dtype = torch.float32,
         chunk: int | None = None,
     ) -> None:
-        """`chunk`: which of this stage's chunks, where a stage has more than one."""
+        """Build the chunk of this rank with weights that are not drawn.
+
+        Args:
+            config: the model.
+            topology: the layout.
+            dtype: of the weights and activations.
+            chunk: its number among this stage's chunks; None where a stage has one.
+        """
         super().__init__(transformer_config(config, topology.config, dtype))
         self.model_config = config
         self.topology = topology
         self.model_type = ModelType.encoder_or_decoder
+        # Names that Megatron-core's schedules and optimizers look for.
         self.vp_stage = chunk
         self.pre_process = topology.pipeline_rank == 0 and not chunk
-        self.post_process = topology.is_last_stage and (chunk or 0) == topology.config.chunks - 1
+        is_last_chunk = (chunk or 0) == topology.config.chunks - 1
+        self.post_process = topology.is_last_stage and is_last_chunk
         self.share_embeddings_and_output_weights = config.text.tie_embeddings
         if self.pre_process:
-            recompute = topology.config.recompute == "full"
-            self.visual = VisionTower(config.vision, config.text.hidden_size, recompute).to(dtype)
-            for parameter in self.visual.parameters():
-                # Each rank encodes its own pictures under sequence parallelism: gradients are partial.
-                parameter.sequence_parallel = topology.config.sequence_parallel  # type: ignore[attr-defined]
+            self.visual = self._build_tower(dtype)
         self.language_model = LanguageModel(
             self.config, config, topology.groups, self.pre_process, self.post_process, chunk
         )
         self.received: Tensor | None = None
         self.lora: LoraConfig | None = None
-        """Of the adapters, which then train alone; None: there are none."""
+        """Options of the adapters, which then train alone; None: there are none."""
+
+    def _build_tower(self, dtype: torch.dtype) -> VisionTower:
+        config, parallel = self.model_config, self.topology.config
+        recompute = parallel.recompute == "full"
+        tower = VisionTower(config.vision, config.text.hidden_size, recompute).to(dtype)
+        for parameter in tower.parameters():
+            # Each rank encodes its own pictures under sequence parallelism: gradients are partial.
+            parameter.sequence_parallel = parallel.sequence_parallel  # type: ignore[attr-defined]
+        return tower
 
     def set_input_tensor(self, tensor: Any) -> None:
-        """Receive what an earlier chunk has sent."""
+        """Receive the hidden states of an earlier chunk; Megatron-core's schedules call it, some with a list of one."""
         self.received = tensor[0] if isinstance(tensor, list) else tensor
 
     def shared_embedding_or_output_weight(self) -> Tensor:
-        """The tied matrix, for Megatron-core's reduction over pipeline stages."""
+        """Return the tied matrix, for Megatron-core's reduction over pipeline stages."""
         weight: Tensor = self.language_model.shared_embedding_or_output_weight()
         return weight
 
     def prepare(self, pack: PackTensors) -> ModelInput:
-        """Move this rank's part of a micro-batch to the device, with rows, segments and angles worked out first."""
-        device, topology, text = self.topology.device, self.topology, self.model_config.text
-        view = RankShare.of(pack, topology)
-        tokens = torch.from_numpy(view.tokens)
+        """Move this rank's part of a micro-batch to the device, with rows, segments and angles computed first."""
+        device, text = self.topology.device, self.model_config.text
+        share = RankShare.of(pack, self.topology)
+        tokens = torch.from_numpy(share.tokens)
+        loss_rows = (pack.loss_weights[tokens] > 0).nonzero()[:, 0]
+        loss_tokens = tokens[loss_rows]
+        vision, exchange = self._pictures(pack, share) if self.pre_process else (None, None)
+
+        def on_device(x: Tensor) -> Tensor:
+            return x.to(device, non_blocking=True)
+
+        frequencies = on_device(inverse_frequencies(text.head_dim, text.rope_theta))
+        positions = on_device(pack.position_ids[:, tokens])
+        return ModelInput(
+            input_ids=on_device(pack.input_ids[tokens]).unsqueeze(0),
+            angles=mrope_angles(positions, frequencies, text.mrope_section),
+            packed=self._packed(pack, share),
+            padding_mask=on_device(pack.padding_mask[tokens][share.hidden]).unsqueeze(0),
+            vision=vision,
+            exchange=exchange,
+            visual_rows=on_device(torch.from_numpy(share.visual_rows)),
+            loss_tokens=loss_tokens,
+            loss_rows=on_device(loss_rows),
+            targets=on_device(pack.labels[loss_tokens]),
+            target_weights=on_device(pack.loss_weights[loss_tokens]),
+        )
+
+    def _packed(self, pack: PackTensors, share: RankShare) -> PackedSeqParams:
+        """Return the segments of a pack as Megatron-core passes them to attention, with our context added."""
         packed = PackedSeqParams(
+            # Not "thd": Megatron-core's rotary embedding for it waits for the device.
             qkv_format="sbhd",
             cu_seqlens_q=pack.cu_seqlens,
             cu_seqlens_kv=pack.cu_seqlens,
             max_seqlen_q=pack.max_seqlen,
             max_seqlen_kv=pack.max_seqlen,
         )
+        topology = self.topology
         packed.context = build_context(
             pack.cu_seqlens,
-            view.split,
+            share.split,
             topology.groups.cp,
             topology.config.context_exchange,
-            device,
+            topology.device,
         )
-        loss_rows = (pack.loss_weights[tokens] > 0).nonzero()[:, 0]
-        loss_tokens = tokens[loss_rows]
-        vision, exchange = self._pictures(pack, view) if self.pre_process else (None, None)
-        positions = pack.position_ids[:, tokens].to(device, non_blocking=True)
-        frequencies = inverse_frequencies(text.head_dim, text.rope_theta).to(
-            device, non_blocking=True
-        )
-        return ModelInput(
-            input_ids=pack.input_ids[tokens].to(device, non_blocking=True).unsqueeze(0),
-            angles=mrope_angles(positions, frequencies, text.mrope_section),
-            packed=packed,
-            padding_mask=pack.padding_mask[tokens][view.hidden]
-            .to(device, non_blocking=True)
-            .unsqueeze(0),
-            vision=vision,
-            exchange=exchange,
-            visual_rows=torch.from_numpy(view.visual_rows).to(device, non_blocking=True),
-            loss_tokens=loss_tokens,
-            loss_rows=loss_rows.to(device, non_blocking=True),
-            targets=pack.labels[loss_tokens].to(device, non_blocking=True),
-            target_weights=pack.loss_weights[loss_tokens].to(device, non_blocking=True),
-        )
+        return packed
 
     def _pictures(
-        self, pack: PackTensors, view: RankShare
+        self, pack: PackTensors, share: RankShare
     ) -> tuple[VisionInput, FeatureExchange | None]:
-        """What this rank encodes, and how all encoder ranks exchange features; no exchange for a pack of text."""
+        """Return this rank's pictures, and the exchange of features with the other encoder ranks; none for a pack of text."""
         config = self.model_config.vision
         mine = pack.grid_thw[pack.encoder_ranks == self.topology.encoder_rank]
         patches, grids = (pack.patches, mine) if len(mine) else no_images(self.model_config)
         vision = VisionInput.build(patches, grids, config, self.topology.device)
         if not len(pack.grid_thw):
             return vision, None
-        return vision, FeatureExchange.build(pack, view, self.topology, config.spatial_merge_size)
+        return vision, FeatureExchange.build(pack, share, self.topology, config.spatial_merge_size)
 
     def forward(self, inputs: ModelInput) -> Tensor | tuple[Tensor, Tensor]:
-        """What goes to the next chunk; or, in the last, the weighted sum of the losses and the loss of each, fp32 [R]."""
+        """Run this chunk on a micro-batch.
+
+        Returns:
+            in the last chunk the weighted sum of the losses, an fp32 scalar, and the loss of each supervised token, fp32 [R];
+            in others the rows for the next chunk, [t or more, 1, H].
+        """
         hidden = self._decode(inputs)
         if not self.post_process:
             return hidden
@@ -172,20 +197,21 @@ class Qwen3VL(MegatronModule):  # type: ignore[misc]
         )
 
     def logits(self, inputs: ModelInput, rows: Tensor | None = None) -> Tensor:
-        """Logits of this context rank's tokens, in the last chunk.
+        """Return logits of this context rank's tokens, in the last chunk.
 
         Args:
             inputs: of `prepare`.
-            rows: which of the T / C tokens, int64 [R]; None: all.
+            rows: the tokens among its T / C, int64 [R]; None: all.
 
         Returns:
             this rank's vocabulary columns [R, V / tensor].
         """
         hidden = self._whole(self._decode(inputs))[:, 0]
-        return F.linear(hidden if rows is None else hidden[rows], self.language_model.output_weight)
+        chosen = hidden if rows is None else hidden[rows]
+        return F.linear(chosen, self.language_model.output_weight)
 
     def _decode(self, inputs: ModelInput) -> Tensor:
-        """Hidden states [t, 1, H]; in a chunk before the last, followed by the DeepStack levels that later layers need."""
+        """Return hidden states [t, 1, H]; in a chunk before the last, followed by the DeepStack levels that later layers need."""
         hidden, levels = self._embed(inputs) if self.pre_process else self._unpack(inputs)
         with in_host_memory(self.topology.config.offload_activations):
             output: Tensor = self.language_model(
@@ -199,7 +225,7 @@ class Qwen3VL(MegatronModule):  # type: ignore[misc]
         return output if self.post_process else self._repack(output, levels)
 
     def _embed(self, inputs: ModelInput) -> tuple[Tensor, Tensor | None]:
-        """Embeddings [t, 1, H] with the visual features in place, and the DeepStack levels [m, K * H]; None for text."""
+        """Return embeddings [t, 1, H] with the visual features in place, and the DeepStack levels [m, K * H]; None for text."""
         assert inputs.vision is not None
         hidden: Tensor = self.language_model.embedding(inputs.input_ids, None)
         features: Tensor = self.visual(inputs.vision)
@@ -212,7 +238,7 @@ class Qwen3VL(MegatronModule):  # type: ignore[misc]
         return hidden, levels if levels.shape[1] else None
 
     def _unpack(self, inputs: ModelInput) -> tuple[Tensor, Tensor | None]:
-        """What the chunk before has sent, as hidden states [t, 1, H] and DeepStack levels [m, K * H]."""
+        """Return the rows from the chunk before as hidden states [t, 1, H] and DeepStack levels [m, K * H]."""
         assert self.received is not None
         hidden, rest = self.received.tensor_split([inputs.padding_mask.shape[1]])
         if not len(rest):
@@ -220,21 +246,17 @@ class Qwen3VL(MegatronModule):  # type: ignore[misc]
         return hidden.contiguous(), rest.reshape(len(inputs.visual_rows), -1)
 
     def _repack(self, hidden: Tensor, levels: Tensor | None) -> Tensor:
-        """Hidden states [t, 1, H] with the levels that this chunk's layers have not used as extra rows behind them."""
+        """Return hidden states [t, 1, H] and after them, as extra rows, the levels that this chunk's layers have not used."""
         size = hidden.shape[-1]
-        if levels is None or levels.shape[1] <= self.language_model.layers * size:
+        used = self.language_model.layers * size
+        if levels is None or levels.shape[1] <= used:
             return hidden
-        return torch.cat(
-            [
-                hidden,
-                levels[:, self.language_model.layers * size :]
-                .reshape(-1, 1, size)
-                .to(hidden.dtype),
-            ]
-        )
+        # One tensor, because Megatron-core's schedules send one to the next stage.
+        extra = levels[:, used:].reshape(-1, 1, size).to(hidden.dtype)
+        return torch.cat([hidden, extra])
 
     def _whole(self, hidden: Tensor) -> Tensor:
-        """All T / C rows of the final hidden states, with the gradient summed over the vocabulary's parts."""
+        """Return all T / C rows of the final hidden states, with the gradient summed over the vocabulary's parts."""
         group = self.topology.groups.tp
         if self.topology.config.sequence_parallel:
             gathered: Tensor = gather_from_sequence_parallel_region(
@@ -246,7 +268,7 @@ class Qwen3VL(MegatronModule):  # type: ignore[misc]
 
 
 def no_images(config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """Patches and grid of one blank image, the smallest there is: every rank takes part in every collective."""
+    """Return patches and grid of one blank image, the smallest there is: every rank takes part in every collective."""
     merge = config.vision.spatial_merge_size
     patches = torch.zeros(merge * merge, config.vision.patch_width, dtype=torch.uint8)
     return patches, torch.tensor([[1, merge, merge]])

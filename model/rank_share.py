@@ -169,6 +169,7 @@ def owners(
     """Return the encoder rank of each of the M features, and its row among that rank's features; int64 [M] each."""
     counts = grids.astype(np.int64).prod(1) // merge**2
     owner = np.repeat(ranks.astype(np.int64), counts)
+    # A rank's features are in the order of its pictures in the pack.
     place = np.empty(len(owner), np.int64)
     for rank in np.unique(owner):
         mine = owner == rank

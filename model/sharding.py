@@ -121,6 +121,7 @@ def draw_weights(
     for name, parameter in canonical_parameters(model):
         if groups is not None and group_of(name) not in groups:
             continue
+        # Norms and biases.
         if parameter.dim() < 2:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
             continue

@@ -1,4 +1,4 @@
-"""The three parameter groups of the report's phases (vision tower, mergers, language model), and adapters among them."""
+"""Sort parameters into the three groups of the report's phases: vision tower, mergers, language model; adapters among them."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -11,7 +11,7 @@ ADAPTER = ".adapter."
 
 
 def group_of(name: str) -> str:
-    """The parameter group of a parameter by its name in the model.
+    """Return the parameter group of a parameter by its name in the model: vision, merger or language.
 
     The mergers are the main one and the DeepStack ones: the report trains "the MLP merger" in its alignment phase, and the
     DeepStack mergers are as new as the main one at that point.
@@ -22,7 +22,7 @@ def group_of(name: str) -> str:
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a parameter (by its name in the model) belongs to an adapter of model/lora.py."""
+    """Return whether a parameter (by its name in the model) belongs to an adapter of model/lora.py."""
     return ADAPTER in name
 
 
@@ -30,6 +30,5 @@ def set_trainable(model: "nn.Module", groups: Iterable[str], adapters_only: bool
     """Let only the parameters of `groups` receive gradients, or only their adapters; call it before the model is wrapped."""
     chosen = set(groups)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad = group_of(name) in chosen and (
-            is_adapter(name) or not adapters_only
-        )
+        may_train = is_adapter(name) or not adapters_only
+        parameter.requires_grad = group_of(name) in chosen and may_train

@@ -106,12 +106,14 @@ def frame_places(height: int, width: int, side: int, merge: int) -> FramePlaces:
     up, before = 1 - down, 1 - right
     weights = [up * before, up * right, down * before, down * right]
     return FramePlaces(
-        np.stack([row, column]), np.stack(neighbours), np.stack(weights).astype(np.float32)
+        rows_columns=np.stack([row, column]),
+        table_rows=np.stack(neighbours),
+        table_weights=np.stack(weights).astype(np.float32),
     )
 
 
 class PatchEmbedding(nn.Module):
-    """Maps a patch's pixels to the tower's width: a Linear, which a convolution with stride = kernel is."""
+    """The map from a patch's pixels to the tower's width: a Linear, which a convolution with stride = kernel is."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -145,7 +147,8 @@ class VisionAttention(nn.Module):
         segments: Segments,
     ) -> Tensor:
         """Attend from [N, C] to [N, C]; `rotation`: cosine and sine of each patch, fp32 [N, 1, head dim]."""
-        query, key, value = self.qkv(x).unflatten(1, (3, self.heads, -1)).unbind(1)
+        joined = self.qkv(x).unflatten(1, (3, self.heads, -1))
+        query, key, value = joined.unbind(1)
         query, key = rotate(query, *rotation), rotate(key, *rotation)
         attended = attend(query, key, value, segments, causal=False)
         return self.proj(attended.flatten(1))
@@ -186,7 +189,7 @@ class VisionBlock(nn.Module):
 
 
 class Merger(nn.Module):
-    """Makes one visual token of the language model's width of four neighbouring patches.
+    """The map from four neighbouring patches to one visual token of the language model's width.
 
     The main merger normalises each patch, a DeepStack merger the four of them together; both use the exact (erf) GELU,
     not the tower's tanh approximation.
@@ -212,7 +215,7 @@ class Merger(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """Makes features of patches: the main merger's and, side by side, those of the DeepStack mergers."""
+    """The tower from patches to features: the main merger's and, side by side, those of the DeepStack mergers."""
 
     def __init__(self, config: VisionConfig, output_size: int, recompute: bool = False) -> None:
         """Build a tower with features of `output_size`; `recompute`: keep no activations of the blocks, make them again."""

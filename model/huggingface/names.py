@@ -48,7 +48,7 @@ class TensorSource(Protocol):
 
     @property
     def expert_layout(self) -> str:
-        """One of LAYOUTS."""
+        """Return one of LAYOUTS."""
 
     def shape(self, name: str) -> Shape:
         """Return the full shape of a tensor."""
@@ -112,7 +112,8 @@ def read_parameter(
         return _rows(OUTER_NAMES[name], region, source)
     if name == PATCH_EMBEDDING:
         # A Conv3d there: [width, channels, frames, height, width of a patch].
-        return source.read(f"model.{name}", region[:1]).flatten(1)[:, region[1]]
+        rows = source.read(f"model.{name}", region[:1])
+        return rows.flatten(1)[:, region[1]]
     if name.startswith("visual."):
         return source.read(f"model.{name}", region)
 
@@ -138,12 +139,14 @@ def _rows(theirs: str, region: Sequence[slice], source: TensorSource) -> Tensor:
     missing = stop - begin - len(held)
     if not missing:
         return held
-    return torch.cat([held, held.new_zeros(missing, *held.shape[1:])])
+    # Zeros: a recipe may have a larger vocabulary, which its tensor ranks divide.
+    zeros = held.new_zeros(missing, *held.shape[1:])
+    return torch.cat([held, zeros])
 
 
 @dataclass(frozen=True)
 class _LayerReader:
-    """Reads the parameters of one decoder layer that are laid out in another way there."""
+    """A reader of the parameters of one decoder layer that are laid out in another way there."""
 
     prefix: str
     """Of the layer's names there, with a dot at its end."""
@@ -203,15 +206,19 @@ class _LayerReader:
         columns: slice,
     ) -> Tensor:
         """Return a region of one matrix of one expert: gate (half 0), up (1), or down projection (None)."""
-        prefix = f"{self.prefix}mlp.experts."
         if self.source.expert_layout == "separate":
             matrix = "down" if half is None else ("gate", "up")[half]
-            return self.source.read(f"{prefix}{expert}.{matrix}_proj.weight", [rows, columns])
+            name = f"{self.prefix}mlp.experts.{expert}.{matrix}_proj.weight"
+            return self.source.read(name, [rows, columns])
+        return self._stacked_expert(expert, half, rows, columns)
 
+    def _stacked_expert(self, expert: int, half: int | None, rows: slice, columns: slice) -> Tensor:
+        """Return the same of a checkpoint with all experts in one tensor."""
         # Gate and up are one matrix there, gate above up.
         shift = (half or 0) * self.text.expert_ffn_hidden_size
         rows = slice(rows.start + shift, rows.stop + shift)
-        name = prefix + ("down_proj" if half is None else "gate_up_proj")
+        matrix = "down_proj" if half is None else "gate_up_proj"
+        name = f"{self.prefix}mlp.experts.{matrix}"
         one = slice(expert, expert + 1)
         if self.source.expert_layout == "hub":
             return self.source.read(name, [one, columns, rows])[0].T

@@ -48,6 +48,7 @@ def _decoder_layer(prefix: str, text: TextConfig) -> dict[str, Shape]:
         "pre_mlp_layernorm.weight": (hidden,),
     }
     if text.experts:
+        # Gate and up in a dim of their own, see model/experts.py.
         inner = text.expert_ffn_hidden_size
         shapes["mlp.router.weight"] = (text.experts, hidden)
         shapes["mlp.experts.linear_fc1.weight"] = (text.experts, 2, inner, hidden)
