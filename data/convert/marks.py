@@ -171,7 +171,9 @@ def refuse_marks(text: str) -> None:
 
 def tools_of(value: Any) -> list[dict[str, Any]]:
     """Read the tools that may be called: a list of objects, or its JSON text; raises Skip."""
-    tools = without_nulls(parsed(value)) if value else []
+    # Nothing and an empty text say that there are none; 0 and false say nothing that can be read.
+    is_none = value is None or value == ""
+    tools = [] if is_none else without_nulls(parsed(value))
     if isinstance(tools, dict):
         tools = [tools]
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
