@@ -109,7 +109,7 @@ def is_a(value: Any, kind: Any) -> bool:
 
 @dataclass
 class ConfigKeys:
-    """Takes values out of a config.json and collects what is wrong with it."""
+    """A reader of a config.json's values that collects the problems on its way."""
 
     raw: Mapping[str, Any]
     problems: list[str] = field(default_factory=list)
@@ -137,7 +137,8 @@ class ConfigKeys:
             self.problems += known.refusals(part, f"{name}." if name else "")
 
         self._check_form(text)
-        self._check_agreement(text)
+        self._check_renamed(text)
+        self._check_width(text)
 
     def _check_form(self, text: Mapping[str, Any]) -> None:
         """Refuse quantized weights, and dense layers among mixtures of experts."""
@@ -154,13 +155,15 @@ class ConfigKeys:
                 " here all layers of a model are of one kind"
             )
 
-    def _check_agreement(self, text: Mapping[str, Any]) -> None:
-        """Refuse one value that stands there twice and differs."""
+    def _check_renamed(self, text: Mapping[str, Any]) -> None:
+        """Refuse different values under both names of a key."""
         for key, other in OTHER_NAMES.items():
             if key in text and other in text and text[key] != text[other]:
                 first, second = shown(text[key]), shown(text[other])
                 self.problems.append(f"text_config.{key} is {first}, but {other} is {second}")
 
+    def _check_width(self, text: Mapping[str, Any]) -> None:
+        """Refuse a tower whose features are not as wide as the language model's tokens."""
         wide = self.section("vision_config").get("out_hidden_size")
         hidden = text.get("hidden_size")
         if wide is not None and wide != hidden:
@@ -253,7 +256,7 @@ class ConfigKeys:
         """
         outer = self.section("").get("tie_word_embeddings")
         inner = self.section("text_config").get("tie_word_embeddings")
-        if not all(each is None or isinstance(each, bool) for each in (outer, inner)):
+        if not isinstance(outer, bool | None) or not isinstance(inner, bool | None):
             both = f"{shown(outer)} and, in text_config, {shown(inner)}"
             self.problems.append(f"tie_word_embeddings is {both}: not true or false")
         is_unset = kind == MIXTURE and inner is True and outer is not None

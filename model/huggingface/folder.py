@@ -51,6 +51,7 @@ class HuggingFaceFolder:
         """
         self.folder, self.option = folder, option
         self.config = read_config(folder, option)
+        # Sorted, so that every rank names the same file in an error.
         self._files = {name: self._open(name) for name in sorted(self._file_names())}
         self._owner: dict[str, Any] = {}
         for file in self._files.values():
@@ -80,16 +81,22 @@ class HuggingFaceFolder:
         """
         part = read_parameter(name, region, self, self.config)
         if name == EMBEDDING and self.config.text.tie_embeddings and HEAD in self._owner:
-            # Rows of our vocabulary that the folder lacks are zeros in `part` and not in the file.
-            end = self.shape(HEAD)[0]
-            first, stop = min(region[0].start, end), min(region[0].stop, end)
-            head = self.read(HEAD, [slice(first, stop), region[1]])
-            if not torch.equal(head, part[: stop - first]):
-                raise UserError(
-                    f"{self.option}={self.folder}: {HEAD} is not {OUTER_NAMES[EMBEDDING]}, but config.json has"
-                    " tie_word_embeddings true: set it to false"
-                )
+            self._check_head(part, region)
         return part
+
+    def _check_head(self, embedding: Tensor, region: Sequence[slice]) -> None:
+        """Compare a region of the embedding with that of the output matrix, which transformers would drop unread."""
+        # Rows of our vocabulary that the folder lacks are zeros in `embedding` and not in the file.
+        end = self.shape(HEAD)[0]
+        first = min(region[0].start, end)
+        stop = min(region[0].stop, end)
+        head = self.read(HEAD, [slice(first, stop), region[1]])
+        if not torch.equal(head, embedding[: stop - first]):
+            theirs = OUTER_NAMES[EMBEDDING]
+            raise UserError(
+                f"{self.option}={self.folder}: {HEAD} is not {theirs}, but config.json has"
+                " tie_word_embeddings true: set it to false"
+            )
 
     @property
     def names(self) -> list[str]:
@@ -124,11 +131,15 @@ class HuggingFaceFolder:
             raise self._fault(
                 f"{len(files)} safetensors files and no {INDEX} to say what is in them"
             )
+        raise self._nothing_to_read()
+
+    def _nothing_to_read(self) -> UserError:
+        """Return the error of a folder without safetensors; it names the files of pickles that are there instead."""
         pickles = sorted(path.name for path in self.folder.iterdir() if path.suffix in PICKLES)
         also = ""
         if pickles:
             also = f", only {', '.join(pickles[:3])}: pickles can run code and are not read"
-        raise self._fault(
+        return self._fault(
             f"no safetensors files{also}: save the model with safe_serialization=True"
         )
 
@@ -198,23 +209,26 @@ class HuggingFaceFolder:
         if self.config.text.tie_embeddings:
             left.discard(HEAD)
 
-        unread = []
-        for name, file in self._owner.items():
-            kind = file.get_slice(name).get_dtype()
-            if kind not in DTYPES:
-                unread.append(f"{name} {kind}")
-
         faults = [
             _named("missing", expected.keys() - present),
             _named("left over", left),
             _named("of another shape", self._misshapen(expected)),
-            _named("of a type that is not read", unread),
+            _named("of a type that is not read", self._unread()),
             _named("in the index, but in no file", self._listed() - present - expected.keys()),
         ]
         if any(faults):
             raise self._fault(
                 f"its tensors are not those of its config.json: {'; '.join(filter(None, faults))}"
             )
+
+    def _unread(self) -> list[str]:
+        """Return the names and types of tensors whose types are not read, such as those of quantized weights."""
+        clauses = []
+        for name, file in self._owner.items():
+            kind = file.get_slice(name).get_dtype()
+            if kind not in DTYPES:
+                clauses.append(f"{name} {kind}")
+        return clauses
 
     def _misshapen(self, expected: Mapping[str, Shape]) -> list[str]:
         """Return a clause for each tensor of another shape; matrices of the vocabulary may have fewer rows."""

@@ -5,7 +5,7 @@ each, A as [experts x r, in] and B as [out, r x experts] with the expert running
 Nothing of peft is imported.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -21,8 +21,11 @@ NAMED = 4
 
 def adapter_names(layer: LinearLayer) -> dict[str, tuple[str, str]]:
     """Return the canonical names of a layer's A and B, by part."""
-    a, b = f"{layer.name}{ADAPTER}lora_A", f"{layer.name}{ADAPTER}lora_B"
-    return {part: (f"{a}.{part}", f"{b}.{part}") for part in layer.parts}
+    adapter = layer.name + ADAPTER
+    names = {}
+    for part in layer.parts:
+        names[part] = (f"{adapter}lora_A.{part}", f"{adapter}lora_B.{part}")
+    return names
 
 
 def peft_names(layer: LinearLayer, part: str, both: bool) -> tuple[str, str]:
@@ -73,19 +76,20 @@ def from_peft(state: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tens
     ours: dict[str, Tensor] = {}
     left = dict(state)
     for layer in linear_layers(model):
-        wrapped = _has_wrapped(layer, state)
+        module = f"{PREFIX}{layer.theirs}."
+        wrapped = any(name.startswith(module) and ".base_layer." in name for name in state)
         for part, names in adapter_names(layer).items():
             theirs = peft_names(layer, part, wrapped)
             # Where one matrix of the experts has an adapter, only sizes say which of the two it is.
             if layer.experts and not wrapped:
-                factors = [state.get(name) for name in theirs]
-                if not _fits(layer, *factors):
+                a, b = (state.get(name) for name in theirs)
+                if a is None or b is None:
+                    continue
+                if (a.shape[-1], len(b)) != (layer.inputs, layer.outputs):
                     continue
             if theirs[0] in left and theirs[1] in left:
-                a, b = (left.pop(name) for name in theirs)
-                _check_factors(layer, part, a, b)
-                a, b = _expert_factors(layer, part, a, b) if layer.experts else (a, b)
-                ours |= {names[0]: a, names[1]: b}
+                pair = _checked_factors(layer, part, left.pop(theirs[0]), left.pop(theirs[1]))
+                ours |= dict(zip(names, pair, strict=True))
     if left:
         named = ", ".join(sorted(left)[:NAMED])
         more = f" and {len(left) - NAMED} more" if len(left) > NAMED else ""
@@ -95,43 +99,32 @@ def from_peft(state: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tens
     return ours
 
 
-def _has_wrapped(layer: LinearLayer, names: Iterable[str]) -> bool:
-    """Return whether PEFT has wrapped one adapter of the layer's module in another."""
-    module = f"{PREFIX}{layer.theirs}."
-    return any(".base_layer." in name and name.startswith(module) for name in names)
-
-
-def _fits(layer: LinearLayer, a: Tensor | None, b: Tensor | None) -> bool:
-    """Return whether a pair of factors has the layer's width of inputs and of outputs."""
-    if a is None or b is None:
-        return False
-    return (a.shape[-1], len(b)) == (layer.inputs, layer.outputs)
-
-
-def _check_factors(layer: LinearLayer, part: str, a: Tensor, b: Tensor) -> None:
-    """Raise ValueError unless A is [r, in] and B [out, r], or r times the experts in both."""
-    width = layer.parts[part]
-    fit = (
-        a.dim() == b.dim() == 2
-        and len(a) % (layer.experts or 1) == 0
-        and tuple(b.shape) == (width, len(a))
-        and a.shape[1] == layer.inputs
-    )
-    if not fit:
-        shapes = f"{list(a.shape)} and {list(b.shape)}"
-        sizes = f"{layer.inputs} -> {width}"
-        raise ValueError(f"{layer.theirs}.{part} has factors {shapes} for {sizes}")
-
-
-def _expert_factors(
+def _checked_factors(
     layer: LinearLayer,
     part: str,
     a: Tensor,
     b: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Return the factors of all experts as model/lora.py has them: A [experts, r, in], B [experts, out, r]."""
-    a = a.unflatten(0, (layer.experts, -1))
-    b = b.unflatten(1, (-1, layer.experts)).permute(2, 0, 1).contiguous()
+    """Return PEFT's factors as model/lora.py has them, of experts A [experts, r, in] and B [experts, out, r].
+
+    Raises ValueError unless A is [r, in] and B [out, r], or r times the experts in both.
+    """
+    width, experts = layer.parts[part], layer.experts
+    fit = (
+        a.dim() == b.dim() == 2
+        and len(a) % (experts or 1) == 0
+        and tuple(b.shape) == (width, len(a))
+        and a.shape[1] == layer.inputs
+    )
+    if not fit:
+        shapes = f"{list(a.shape)} and {list(b.shape)}"
+        module = f"{layer.theirs}.{part}"
+        raise ValueError(f"{module} has factors {shapes} for {layer.inputs} -> {width}")
+    if not experts:
+        return a, b
+
+    a = a.unflatten(0, (experts, -1))
+    b = b.unflatten(1, (-1, experts)).permute(2, 0, 1).contiguous()
     # Gate and up have a dim of their own.
     return a, b.unflatten(1, (2, -1)) if part == "gate_up_proj" else b
 
