@@ -183,24 +183,28 @@ class GroupedExperts(MegatronModule):  # type: ignore[misc]
         metadata: dict[str, Any] | None = None,
     ) -> ShardedStateDict:
         """Return the experts as one tensor [E, ...] a matrix, cut over expert and expert-tensor ranks."""
-        experts, tensor = self.groups.ep, self.groups.expt_tp
-        before = len(sharded_offsets)
         state = {}
         for key, weight in self.state_dict(keep_vars=True).items():
-            offsets = [*sharded_offsets, (before, experts.rank(), experts.size())]
-            replica = tensor.rank()
-            # One factor of an adapter has no such dim (-1): every expert-tensor rank holds a replica.
-            if weight.partition_dim >= 0:
-                offsets.append((before + weight.partition_dim, tensor.rank(), tensor.size()))
-                replica = 0
-            state[prefix + key] = ShardedTensor.from_rank_offsets(
-                prefix + key,
-                weight,
-                *offsets,
-                replica_id=(0, replica, self.groups.expt_dp.rank()),
-                prepend_axis_num=before,
-            )
+            state[prefix + key] = self._sharded(prefix + key, weight, sharded_offsets)
         return state
+
+    def _sharded(self, name: str, weight: Any, outer: tuple[Any, ...]) -> ShardedTensor:
+        """Return this rank's part of a stacked matrix; `outer` are the offsets of the layers around it."""
+        experts, tensor = self.groups.ep, self.groups.expt_tp
+        before = len(outer)
+        offsets = [*outer, (before, experts.rank(), experts.size())]
+        replica = tensor.rank()
+        # One factor of an adapter has no such dim (-1): every expert-tensor rank holds a replica.
+        if weight.partition_dim >= 0:
+            offsets.append((before + weight.partition_dim, tensor.rank(), tensor.size()))
+            replica = 0
+        return ShardedTensor.from_rank_offsets(
+            name,
+            weight,
+            *offsets,
+            replica_id=(0, replica, self.groups.expt_dp.rank()),
+            prepend_axis_num=before,
+        )
 
 
 def grouped_linear(tokens: Tensor, weights: Tensor, ends: Tensor) -> Tensor:

@@ -288,15 +288,8 @@ def _adapt(
     """Give one layer an adapter of this rank's size and make it an object of the adapted class."""
     tensor = topology.config.tensor
     weight = module.weight
-    shape: dict[str, tuple[int, ...]] = {}
-    for part, width in layer.parts.items():
-        if isinstance(module, Stack):
-            shape[part] = tuple(weight.shape[1:-1])
-        elif isinstance(module, ColumnParallelLinear):
-            shape[part] = (width // tensor,)
-        else:
-            shape[part] = (width,)
-    module.adapter = Adapter(layer, lora, shape, weight.shape[-1], weight)
+    shapes = _part_shapes(module, layer, tensor)
+    module.adapter = Adapter(layer, lora, shapes, weight.shape[-1], weight)
     # The object stays, so its name and weights are those that checkpoints and the optimizer know.
     module.__class__ = ADAPTED[type(module)]
 
@@ -315,6 +308,19 @@ def _adapt(
     else:
         _mark_whole(a, topology)
         _mark_whole(b, topology)
+
+
+def _part_shapes(module: Any, layer: LinearLayer, tensor: int) -> dict[str, tuple[int, ...]]:
+    """Return the output dims of each part on this rank, one of `tensor` that share a cut layer."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for part, width in layer.parts.items():
+        if isinstance(module, Stack):
+            shapes[part] = tuple(module.weight.shape[1:-1])
+        elif isinstance(module, ColumnParallelLinear):
+            shapes[part] = (width // tensor,)
+        else:
+            shapes[part] = (width,)
+    return shapes
 
 
 def _mark_cut(factors: Iterable[Any], dim: int) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from visionloom.common.settings import option
-from visionloom.model.config import GROUPS, ModelConfig
+from visionloom.model.config import GROUPS, ModelConfig, TextConfig, VisionConfig
 from visionloom.model.trainable import group_of
 
 EXPERT_RANKS = 8
@@ -102,11 +102,7 @@ def linear_layers(model: ModelConfig) -> Iterator[LinearLayer]:
     """Yield all layers that can have an adapter, in the order in which data passes them: tower, mergers, language model."""
     vision = model.vision
     for block in range(vision.depth):
-        name, width = f"visual.blocks.{block}", vision.hidden_size
-        yield _plain(f"{name}.attn", "qkv", width, 3 * width)
-        yield _plain(f"{name}.attn", "proj", width, width)
-        yield _plain(f"{name}.mlp", "linear_fc1", width, vision.ffn_hidden_size)
-        yield _plain(f"{name}.mlp", "linear_fc2", vision.ffn_hidden_size, width)
+        yield from _vision_block(vision, f"visual.blocks.{block}")
 
     merged = vision.hidden_size * vision.spatial_merge_size**2
     levels = range(len(vision.deepstack_layers))
@@ -117,6 +113,15 @@ def linear_layers(model: ModelConfig) -> Iterator[LinearLayer]:
 
     for layer in range(model.text.layers):
         yield from _decoder_layer(model, layer)
+
+
+def _vision_block(vision: VisionConfig, name: str) -> Iterator[LinearLayer]:
+    """Yield the layers of a block of the vision tower."""
+    width, inner = vision.hidden_size, vision.ffn_hidden_size
+    yield _plain(f"{name}.attn", "qkv", width, 3 * width)
+    yield _plain(f"{name}.attn", "proj", width, width)
+    yield _plain(f"{name}.mlp", "linear_fc1", width, inner)
+    yield _plain(f"{name}.mlp", "linear_fc2", inner, width)
 
 
 def _plain(parent: str, leaf: str, inputs: int, outputs: int) -> LinearLayer:
@@ -137,16 +142,19 @@ def _decoder_layer(model: ModelConfig, layer: int) -> Iterator[LinearLayer]:
     yield LinearLayer(f"{name}_qkv", theirs, joint, hidden)
     yield LinearLayer(f"{name}_proj", theirs, {"o_proj": hidden}, queries)
 
+    yield from _feed_forward(text, f"{here}.mlp", f"{there}.mlp")
+
+
+def _feed_forward(text: TextConfig, here: str, there: str) -> Iterator[LinearLayer]:
+    """Yield the two matrices of a decoder layer's MLP, or those of all its experts."""
+    hidden, width = text.hidden_size, text.ffn_hidden_size
+    gated = {"gate_proj": width, "up_proj": width}
     if text.experts:
-        name, theirs = f"{here}.mlp.experts.linear", f"{there}.mlp.experts"
+        here, there = f"{here}.experts", f"{there}.experts"
         width = text.expert_ffn_hidden_size
         gated = {"gate_up_proj": 2 * width}
-    else:
-        name, theirs = f"{here}.mlp.linear", f"{there}.mlp"
-        width = text.ffn_hidden_size
-        gated = {"gate_proj": width, "up_proj": width}
-    yield LinearLayer(f"{name}_fc1", theirs, gated, hidden, text.experts)
-    yield LinearLayer(f"{name}_fc2", theirs, {"down_proj": hidden}, width, text.experts)
+    yield LinearLayer(f"{here}.linear_fc1", there, gated, hidden, text.experts)
+    yield LinearLayer(f"{here}.linear_fc2", there, {"down_proj": hidden}, width, text.experts)
 
 
 def adapted_layers(model: ModelConfig, lora: LoraConfig) -> list[LinearLayer]:

@@ -3,6 +3,7 @@
 Shapes: R supervised tokens, H hidden size, V vocabulary (v of it on this rank).
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -41,8 +42,19 @@ def linear_cross_entropy(
     # ctx.needs_input_grad stays true under no_grad: evaluation would make gradients too.
     if not torch.is_grad_enabled():
         hidden, weight = hidden.detach(), weight.detach()
-    total, losses = _LinearCrossEntropy.apply(hidden, weight, targets, token_weights, group, block)
+    blocks = _Blocks(group, block)
+    total, losses = _LinearCrossEntropy.apply(hidden, weight, targets, token_weights, blocks)
     return total, losses
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """How the logits are cut."""
+
+    group: Any
+    """Process group that the vocabulary is split over."""
+    rows: int
+    """Rows at a time."""
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -53,17 +65,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         targets: Tensor,
         token_weights: Tensor,
-        group: Any,
-        block: int,
+        blocks: _Blocks,
     ) -> tuple[Tensor, Tensor]:
+        group = blocks.group
         local = targets - weight.shape[0] * group.rank()
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         hidden_grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         weight_grad = (
             torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         )
-        for start in range(0, len(hidden), block):
-            rows = slice(start, start + block)
+        for start in range(0, len(hidden), blocks.rows):
+            rows = slice(start, start + blocks.rows)
             losses[rows], probabilities = _block_loss(hidden[rows], weight, local[rows], group)
             if hidden_grad is None and weight_grad is None:
                 continue
@@ -93,19 +105,25 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for gradient in (hidden_grad, weight_grad):
             if gradient is not None:
                 gradient.mul_(total_grad)
-        return hidden_grad, weight_grad, None, None, None, None
+        return hidden_grad, weight_grad, None, None, None
 
 
-def _block_loss(
-    hidden: Tensor, weight: Tensor, local_targets: Tensor, group: Any
-) -> tuple[Tensor, Tensor]:
-    """Return the losses fp32 [r] of a block, and softmax minus one-hot fp32 [r, v]: the gradient of their sum by the logits."""
+def _shifted_logits(hidden: Tensor, weight: Tensor, group: Any) -> Tensor:
+    """Return the logits fp32 [r, v] of a block less the largest of each row, so that no exponential overflows."""
     logits = (hidden @ weight.t()).float()
     # The largest logit of the whole vocabulary, or the exponentials of the ranks would not add up.
     largest = logits.amax(dim=1)
     if group.size() > 1:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
     logits -= largest.unsqueeze(1)
+    return logits
+
+
+def _block_loss(
+    hidden: Tensor, weight: Tensor, local_targets: Tensor, group: Any
+) -> tuple[Tensor, Tensor]:
+    """Return the losses fp32 [r] of a block, and softmax minus one-hot fp32 [r, v]: the gradient of their sum by the logits."""
+    logits = _shifted_logits(hidden, weight, group)
 
     # Targets of other ranks' rows take any column and count zero.
     mine = (local_targets >= 0) & (local_targets < weight.shape[0])

@@ -134,14 +134,7 @@ def config_of(raw: Mapping[str, Any], folder: Path, option: str) -> ModelConfig:
         )
 
     keys = ConfigKeys(raw)
-    keys.check_understood(kind)
-    text = keys.take_all("text_config", TEXT_KEYS)
-    if kind == MIXTURE:
-        text |= keys.take_all("text_config", EXPERT_KEYS)
-    vision = keys.take_all("vision_config", VISION_KEYS)
-    vision["position_table"] = keys.table_side()
-    text |= keys.rope()
-    text["tie_embeddings"] = keys.is_tied(kind)
+    text, vision = _fields_of(keys, kind)
     if keys.problems:
         raise UserError(f"{here} is not of a Qwen3-VL model: {'; '.join(keys.problems)}")
 
@@ -154,6 +147,19 @@ def config_of(raw: Mapping[str, Any], folder: Path, option: str) -> ModelConfig:
     return config
 
 
+def _fields_of(keys: ConfigKeys, kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the fields of TextConfig and VisionConfig; `keys` collects what is missing or wrong."""
+    keys.check_understood(kind)
+    text = keys.take_all("text_config", TEXT_KEYS)
+    if kind == MIXTURE:
+        text |= keys.take_all("text_config", EXPERT_KEYS)
+    vision = keys.take_all("vision_config", VISION_KEYS)
+    vision["position_table"] = keys.table_side()
+    text |= keys.rope()
+    text["tie_embeddings"] = keys.is_tied(kind)
+    return text, vision
+
+
 def differences(ours: ModelConfig, theirs: ModelConfig, folder: Path) -> list[str]:
     """Return the fields in which a recipe's model is another than the folder's; empty if its weights fit.
 
@@ -162,13 +168,7 @@ def differences(ours: ModelConfig, theirs: ModelConfig, folder: Path) -> list[st
     Returns:
         one line a field, with the option to set.
     """
-    free = {f"{part}.{name}" for part in ("text", "vision") for name in NOT_THE_MODEL}
-    if ours.text.vocab_size >= theirs.text.vocab_size:
-        free.add("text.vocab_size")
-    # Mixtures have no dense MLP, and their published files keep a width for it that nothing uses.
-    if ours.text.experts and theirs.text.experts:
-        free.add("text.ffn_hidden_size")
-
+    free = _may_differ(ours, theirs)
     lines = []
     for part in ("text", "vision"):
         here, there = asdict(getattr(ours, part)), asdict(getattr(theirs, part))
@@ -178,6 +178,17 @@ def differences(ours: ModelConfig, theirs: ModelConfig, folder: Path) -> list[st
                 stored = f"{folder}/{CONFIG} says {there[key]}"
                 lines.append(f"model.{name}={value}, but {stored}: set it alike")
     return lines
+
+
+def _may_differ(ours: ModelConfig, theirs: ModelConfig) -> set[str]:
+    """Return the fields in which two models may differ and have the same weights."""
+    free = {f"{part}.{name}" for part in ("text", "vision") for name in NOT_THE_MODEL}
+    if ours.text.vocab_size >= theirs.text.vocab_size:
+        free.add("text.vocab_size")
+    # Mixtures have no dense MLP, and their published files keep a width for it that nothing uses.
+    if ours.text.experts and theirs.text.experts:
+        free.add("text.ffn_hidden_size")
+    return free
 
 
 def write_config(
@@ -214,30 +225,34 @@ def write_config(
 
 
 def _write_text(section: dict[str, Any], text: TextConfig, kind: str) -> None:
-    """Put the language model into a text_config, the rotation in the words of transformers 4 and 5."""
+    """Put the language model into a text_config."""
     for stale in ("torch_dtype", "dtype", *OTHER_NAMES.values()):
         section.pop(stale, None)
     for ours, key in TEXT_KEYS.items():
         section[key] = getattr(text, ours)
 
-    rope = {
-        "rope_type": "default",
-        "mrope_section": list(text.mrope_section),
-        "mrope_interleaved": True,
-    }
     section.update(
         model_type=f"{kind}_text",
         hidden_act="silu",
         attention_bias=False,
         tie_word_embeddings=text.tie_embeddings,
-        rope_theta=text.rope_theta,
-        rope_scaling=rope,
-        rope_parameters=rope | {"rope_theta": text.rope_theta},
+        **_rotation(text),
     )
     if text.experts:
         for ours, key in EXPERT_KEYS.items():
             section[key] = getattr(text, ours)
         section.update(decoder_sparse_step=1, mlp_only_layers=[], norm_topk_prob=True)
+
+
+def _rotation(text: TextConfig) -> dict[str, Any]:
+    """Return the keys of the rotation in the words of transformers 4 (rope_theta, rope_scaling) and 5."""
+    rope = {
+        "rope_type": "default",
+        "mrope_section": list(text.mrope_section),
+        "mrope_interleaved": True,
+    }
+    parameters = rope | {"rope_theta": text.rope_theta}
+    return {"rope_theta": text.rope_theta, "rope_scaling": rope, "rope_parameters": parameters}
 
 
 def _write_vision(section: dict[str, Any], config: ModelConfig, kind: str) -> None:

@@ -257,20 +257,20 @@ def convert_parameter(
 
     layer, _, rest = name.removeprefix(LAYERS).partition(".")
     there = f"{LAYERS_THERE}{layer}."
-    if rest == QKV:
-        query, key, value = split_qkv(full, config.text)
-        attention = f"{there}self_attn."
-        return {
-            f"{attention}q_proj.weight": query,
-            f"{attention}k_proj.weight": key,
-            f"{attention}v_proj.weight": value,
-        }
-    if rest == GATED:
-        gate, up = full.chunk(2)
-        return {f"{there}mlp.gate_proj.weight": gate, f"{there}mlp.up_proj.weight": up}
     if rest in (GATED_EXPERTS, DOWN_EXPERTS):
         return _convert_experts(f"{there}mlp.experts.", rest == GATED_EXPERTS, full, layout)
-    return {there + LAYER_NAMES[rest]: full}
+
+    parts: Sequence[str]
+    tensors: Sequence[Tensor]
+    if rest == QKV:
+        parts = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+        tensors = split_qkv(full, config.text)
+    elif rest == GATED:
+        parts = ("mlp.gate_proj", "mlp.up_proj")
+        tensors = full.chunk(2)
+    else:
+        return {there + LAYER_NAMES[rest]: full}
+    return {f"{there}{part}.weight": t for part, t in zip(parts, tensors, strict=True)}
 
 
 def _convert_experts(

@@ -81,22 +81,32 @@ def from_peft(state: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tens
         for part, names in adapter_names(layer).items():
             theirs = peft_names(layer, part, wrapped)
             # Where one matrix of the experts has an adapter, only sizes say which of the two it is.
-            if layer.experts and not wrapped:
-                a, b = (state.get(name) for name in theirs)
-                if a is None or b is None:
-                    continue
-                if (a.shape[-1], len(b)) != (layer.inputs, layer.outputs):
-                    continue
+            if layer.experts and not wrapped and not _has_sizes(state, theirs, layer):
+                continue
             if theirs[0] in left and theirs[1] in left:
                 pair = _checked_factors(layer, part, left.pop(theirs[0]), left.pop(theirs[1]))
                 ours |= dict(zip(names, pair, strict=True))
-    if left:
-        named = ", ".join(sorted(left)[:NAMED])
-        more = f" and {len(left) - NAMED} more" if len(left) > NAMED else ""
-        raise ValueError(
-            f"tensors that belong to no adapter of a linear layer of this model: {named}{more}"
-        )
+    _refuse_others(left)
     return ours
+
+
+def _has_sizes(state: Mapping[str, Tensor], names: tuple[str, str], layer: LinearLayer) -> bool:
+    """Return whether two factors are there and have the widths of a layer."""
+    a, b = (state.get(name) for name in names)
+    if a is None or b is None:
+        return False
+    return (a.shape[-1], len(b)) == (layer.inputs, layer.outputs)
+
+
+def _refuse_others(left: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that no layer has taken, naming some."""
+    if not left:
+        return
+    named = ", ".join(sorted(left)[:NAMED])
+    more = f" and {len(left) - NAMED} more" if len(left) > NAMED else ""
+    raise ValueError(
+        f"tensors that belong to no adapter of a linear layer of this model: {named}{more}"
+    )
 
 
 def _checked_factors(

@@ -33,7 +33,7 @@ from visionloom.tests.ranks import RankPool, torchrun_environment
 from visionloom.tests.train.runs import DATASETS, run_config, run_words
 from visionloom.train.build import newest_weights, open_topology
 from visionloom.train.config import RunConfig
-from visionloom.train.evaluate import _print, predictions
+from visionloom.train.evaluate import predictions, print_results
 from visionloom.train.generate import GreedyDecoder
 from visionloom.train.observe.screen import Screen
 from visionloom.train.report.history import NO_TASKS
@@ -305,7 +305,7 @@ def test_an_empty_table_is_not_shown(capsys: pytest.CaptureFixture[str]) -> None
         {"loss": losses, "tasks": tasks},
         {"loss": {}, "tasks": {}},
     ):
-        _print(results, Screen(True, 1))
+        print_results(results, Screen(True, 1))
         shown.append(capsys.readouterr().out)
     assert (
         "pictures [a]" in shown[0]

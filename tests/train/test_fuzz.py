@@ -55,6 +55,7 @@ from visionloom.train.exchange.companions import (
 from visionloom.train.exchange.serving import carry_companions, write_serving_files
 from visionloom.train.exchange.token_table import SETTINGS, TOKENIZER, TokenTable
 from visionloom.train.report import page as report
+from visionloom.train.report import sections
 from visionloom.train.report.history import History
 
 SHARD = "__0_0.distcp"
@@ -315,7 +316,7 @@ def test_reports(times: int, tmp_path: Path) -> None:
 
     def read() -> None:
         history = History.read(tmp_path)
-        for part in (report._header, report._results, report._phases, report._notes):
+        for part in (sections.header, sections.results, sections.phases, sections.notes):
             part(history)
         _ = (history.sources, history.name, history.last_step)
 
