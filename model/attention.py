@@ -183,11 +183,9 @@ class GatheredContext:
             for number in (rank, 2 * size - 1 - rank):
                 begin, end = number * rows, (number + 1) * rows
                 queries = local[_rows_of(starts, begin, end)]
-                keys = places[_rows_of(starts, 0, end)]
+                keys = _index(places[_rows_of(starts, 0, end)], device)
                 mask = torch.ones(rows, end, dtype=torch.bool, device=device).tril(begin)
-                pieces.append(
-                    SegmentPieces(starts.size, _index(queries, device), _index(keys, device), mask)
-                )
+                pieces.append(SegmentPieces(starts.size, _index(queries, device), keys, mask))
                 order.append(queries)
         inverse = torch.from_numpy(np.argsort(np.concatenate(order))).to(device)
         return cls(tuple(pieces), inverse, group)

@@ -111,15 +111,19 @@ def update_router_loads(chunks: Iterable[nn.Module], topology: Topology) -> Tens
     tallies = torch.stack([router.tally for router in routers])
     dist.all_reduce(tallies, group=topology.groups.tp_dp_cp)
     assigned = tallies[:, :-2]
-    entropy, tokens = tallies[:, -2], tallies[:, -1]
     shares = assigned / assigned.sum(1, keepdim=True).clamp_min(1.0)
     for router, share in zip(routers, shares, strict=True):
         router.load.copy_(share)
         router.tally.zero_()
+    return router_health(shares, tallies)
 
-    largest = shares.amax(1) * assigned.shape[1]
+
+def router_health(shares: Tensor, tallies: Tensor) -> Tensor:
+    """Return what `update_router_loads` does, from the shares [layers, E] and the tallies [layers, E + 2]."""
+    entropy, tokens = tallies[:, -2], tallies[:, -1]
+    largest = shares.amax(1) * shares.shape[1]
     entropies = (entropy / tokens.clamp_min(1.0)).sum()
-    layers = torch.full_like(entropies, len(routers))
+    layers = torch.full_like(entropies, len(shares))
     return torch.stack([largest.sum(), entropies, layers, largest.amax()])
 
 

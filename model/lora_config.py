@@ -102,7 +102,7 @@ def linear_layers(model: ModelConfig) -> Iterator[LinearLayer]:
     """Yield all layers that can have an adapter, in the order in which data passes them: tower, mergers, language model."""
     vision = model.vision
     for block in range(vision.depth):
-        yield from _vision_block(vision, f"visual.blocks.{block}")
+        yield from vision_block_layers(vision, f"visual.blocks.{block}")
 
     merged = vision.hidden_size * vision.spatial_merge_size**2
     levels = range(len(vision.deepstack_layers))
@@ -112,10 +112,10 @@ def linear_layers(model: ModelConfig) -> Iterator[LinearLayer]:
         yield _plain(name, "linear_fc2", merged, model.text.hidden_size)
 
     for layer in range(model.text.layers):
-        yield from _decoder_layer(model, layer)
+        yield from decoder_layers(model, layer)
 
 
-def _vision_block(vision: VisionConfig, name: str) -> Iterator[LinearLayer]:
+def vision_block_layers(vision: VisionConfig, name: str) -> Iterator[LinearLayer]:
     """Yield the layers of a block of the vision tower."""
     width, inner = vision.hidden_size, vision.ffn_hidden_size
     yield _plain(f"{name}.attn", "qkv", width, 3 * width)
@@ -129,7 +129,7 @@ def _plain(parent: str, leaf: str, inputs: int, outputs: int) -> LinearLayer:
     return LinearLayer(f"{parent}.{leaf}", f"model.{parent}", {leaf: outputs}, inputs)
 
 
-def _decoder_layer(model: ModelConfig, layer: int) -> Iterator[LinearLayer]:
+def decoder_layers(model: ModelConfig, layer: int) -> Iterator[LinearLayer]:
     """Yield the layers of a decoder layer that can have an adapter."""
     text, hidden = model.text, model.text.hidden_size
     here = f"language_model.decoder.layers.{layer}"
@@ -142,10 +142,10 @@ def _decoder_layer(model: ModelConfig, layer: int) -> Iterator[LinearLayer]:
     yield LinearLayer(f"{name}_qkv", theirs, joint, hidden)
     yield LinearLayer(f"{name}_proj", theirs, {"o_proj": hidden}, queries)
 
-    yield from _feed_forward(text, f"{here}.mlp", f"{there}.mlp")
+    yield from feed_forward_layers(text, f"{here}.mlp", f"{there}.mlp")
 
 
-def _feed_forward(text: TextConfig, here: str, there: str) -> Iterator[LinearLayer]:
+def feed_forward_layers(text: TextConfig, here: str, there: str) -> Iterator[LinearLayer]:
     """Yield the two matrices of a decoder layer's MLP, or those of all its experts."""
     hidden, width = text.hidden_size, text.ffn_hidden_size
     gated = {"gate_proj": width, "up_proj": width}

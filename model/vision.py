@@ -232,12 +232,7 @@ class VisionTower(nn.Module):
 
     def forward(self, vision: VisionInput) -> Tensor:
         """Return features [M, (1 + K) * O]: for the embeddings, then for the DeepStack levels in order of language layers."""
-        x = self.patch_embed(vision.patches)
-        # The weighted sum is in fp32, whatever the table's dtype.
-        neighbours = self.pos_embed.weight[vision.table_rows].float()
-        positions = neighbours * vision.table_weights.unsqueeze(-1)
-        x = x + positions.sum(0).to(x.dtype)
-
+        x = self._embed(vision)
         head_dim = self.config.hidden_size // self.config.heads
         rotation = vision_rotation(vision.rows_columns, head_dim)
         levels: dict[int, Tensor] = {}
@@ -252,3 +247,11 @@ class VisionTower(nn.Module):
 
         in_order = [levels[level] for level in sorted(levels)]
         return torch.cat([self.merger(x), *in_order], dim=1)
+
+    def _embed(self, vision: VisionInput) -> Tensor:
+        """Return patches [N, C] with their positions, interpolated from the table."""
+        x = self.patch_embed(vision.patches)
+        # The weighted sum is in fp32, whatever the table's dtype.
+        neighbours = self.pos_embed.weight[vision.table_rows].float()
+        positions = neighbours * vision.table_weights.unsqueeze(-1)
+        return x + positions.sum(0).to(x.dtype)

@@ -168,7 +168,7 @@ def differences(ours: ModelConfig, theirs: ModelConfig, folder: Path) -> list[st
     Returns:
         one line a field, with the option to set.
     """
-    free = _may_differ(ours, theirs)
+    free = may_differ(ours, theirs)
     lines = []
     for part in ("text", "vision"):
         here, there = asdict(getattr(ours, part)), asdict(getattr(theirs, part))
@@ -180,7 +180,7 @@ def differences(ours: ModelConfig, theirs: ModelConfig, folder: Path) -> list[st
     return lines
 
 
-def _may_differ(ours: ModelConfig, theirs: ModelConfig) -> set[str]:
+def may_differ(ours: ModelConfig, theirs: ModelConfig) -> set[str]:
     """Return the fields in which two models may differ and have the same weights."""
     free = {f"{part}.{name}" for part in ("text", "vision") for name in NOT_THE_MODEL}
     if ours.text.vocab_size >= theirs.text.vocab_size:
@@ -236,7 +236,7 @@ def _write_text(section: dict[str, Any], text: TextConfig, kind: str) -> None:
         hidden_act="silu",
         attention_bias=False,
         tie_word_embeddings=text.tie_embeddings,
-        **_rotation(text),
+        **rotation_keys(text),
     )
     if text.experts:
         for ours, key in EXPERT_KEYS.items():
@@ -244,7 +244,7 @@ def _write_text(section: dict[str, Any], text: TextConfig, kind: str) -> None:
         section.update(decoder_sparse_step=1, mlp_only_layers=[], norm_topk_prob=True)
 
 
-def _rotation(text: TextConfig) -> dict[str, Any]:
+def rotation_keys(text: TextConfig) -> dict[str, Any]:
     """Return the keys of the rotation in the words of transformers 4 (rope_theta, rope_scaling) and 5."""
     rope = {
         "rope_type": "default",

@@ -7,7 +7,7 @@ Source: the safetensors format, version 0.5 and later.
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -47,13 +47,19 @@ def write_safetensors(
                 came = f"{name} {list(tensor.shape)}"
                 raise ValueError(f"{came} came where {expected} {list(shape)} was planned")
 
-            # A stack of experts that is transposed becomes contiguous one expert at a time: no copy of the whole.
-            for part in tensor if tensor.dim() == 3 else (tensor,):
-                values = part.to(dtype).contiguous().flatten()
-                # Bytes, because numpy has no bf16.
-                file.write(memoryview(values.view(torch.uint8).numpy()))
+            for part in bytes_of(tensor, dtype):
+                file.write(part)
     if (left := next(waiting, None)) is not None:
         raise ValueError(f"{left[0]} was planned and never came")
+
+
+def bytes_of(tensor: Tensor, dtype: torch.dtype) -> Iterator[memoryview]:
+    """Yield the bytes of a tensor in a type, in the order of the file."""
+    # A stack of experts that is transposed becomes contiguous one expert at a time: no copy of the whole.
+    for part in tensor if tensor.dim() == 3 else (tensor,):
+        values = part.to(dtype).contiguous().flatten()
+        # Bytes, because numpy has no bf16.
+        yield memoryview(values.view(torch.uint8).numpy())
 
 
 def header_of(planned: Mapping[str, tuple[Shape, torch.dtype]]) -> bytes:

@@ -47,17 +47,24 @@ def _decoder_layer(prefix: str, text: TextConfig) -> dict[str, Shape]:
         "self_attention.linear_proj.weight": (hidden, text.heads * head),
         "pre_mlp_layernorm.weight": (hidden,),
     }
-    if text.experts:
-        # Gate and up in a dim of their own, see model/experts.py.
-        inner = text.expert_ffn_hidden_size
-        shapes["mlp.router.weight"] = (text.experts, hidden)
-        shapes["mlp.experts.linear_fc1.weight"] = (text.experts, 2, inner, hidden)
-        shapes["mlp.experts.linear_fc2.weight"] = (text.experts, hidden, inner)
-    else:
-        inner = text.ffn_hidden_size
-        shapes["mlp.linear_fc1.weight"] = (2 * inner, hidden)
-        shapes["mlp.linear_fc2.weight"] = (hidden, inner)
+    for name, shape in feed_forward_shapes(text).items():
+        shapes[f"mlp.{name}.weight"] = shape
     return {prefix + name: shape for name, shape in shapes.items()}
+
+
+def feed_forward_shapes(text: TextConfig) -> dict[str, Shape]:
+    """Return the shapes of a decoder layer's MLP, or of its router and experts."""
+    hidden, inner = text.hidden_size, text.ffn_hidden_size
+    if not text.experts:
+        return {"linear_fc1": (2 * inner, hidden), "linear_fc2": (hidden, inner)}
+
+    inner = text.expert_ffn_hidden_size
+    return {
+        "router": (text.experts, hidden),
+        # Gate and up in a dim of their own, see model/experts.py.
+        "experts.linear_fc1": (text.experts, 2, inner, hidden),
+        "experts.linear_fc2": (text.experts, hidden, inner),
+    }
 
 
 def _vision_block(prefix: str, vision: VisionConfig) -> dict[str, Shape]:
