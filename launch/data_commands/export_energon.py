@@ -42,7 +42,7 @@ def _share(text: str) -> tuple[str, float]:
     try:
         value = float(share)
     except ValueError:
-        value = -1.0
+        value = -1.0  # refused below, as other shares that cannot be
     if not name.isidentifier() or value <= 0:
         raise UserError(f"--split {text}: NAME=SHARE expected, like train=0.9")
     return name, value

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from visionloom.common.errors import UserError
 from visionloom.common.text import say
+from visionloom.launch.data_commands.arguments import add_media
 from visionloom.launch.data_commands.lengths import media_config
 
 
@@ -23,13 +24,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     parser.add_argument(
         "--tokenizer", metavar="FOLDER", help="show tokens, coloured by their weight in the loss"
     )
-    parser.add_argument(
-        "--media",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="as data.media.NAME of the run",
-    )
+    add_media(parser)
     parser.add_argument(
         "--pack", type=int, metavar="LENGTH", help="show the first packs of so many tokens as bars"
     )
