@@ -8,18 +8,9 @@ the schema. Hydra alone would print a stack of messages once a rank and let wron
 import faulthandler
 import sys
 from collections.abc import Callable, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import cast
 
-from hydra import compose as hydra_compose
-from hydra import version
-from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
-from hydra._internal.hydra import Hydra
-from hydra._internal.sources_registry import SourcesRegistry
-from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.plugins import Plugins
 from omegaconf import DictConfig, OmegaConf
 
 from visionloom.common.errors import MachineError, UserError
@@ -31,6 +22,7 @@ from visionloom.launch.causes import (
     of_the_machine,
 )
 from visionloom.launch.claim import claim
+from visionloom.launch.composing import compose_words
 from visionloom.launch.exit import (
     FAILURE,
     end_with_parent,
@@ -48,7 +40,6 @@ from visionloom.launch.explain import (
 from visionloom.launch.late_words import LATE, apply_late
 from visionloom.launch.options import read_options
 from visionloom.launch.quiet import quiet_libraries
-from visionloom.launch.recipe_files import RecipeSource
 from visionloom.launch.show import show
 from visionloom.launch.watch import watch_ranks
 from visionloom.launch.words import check_words, readable
@@ -96,7 +87,7 @@ def _start(
         return
     quiet_libraries()
     end_with_parent()
-    # Cheap checks first: the folders in milliseconds, the agreements after tokenizers are read.
+    # Cheap checks first: agreements read tokenizers, which takes most of a second.
     try:
         check_paths(config)
         check_memory(config)
@@ -161,7 +152,7 @@ def compose(argv: Sequence[str], world_size: int | None = None) -> RunConfig | N
     check_words(options.words)
     read = readable(options.words)
     words = [word for word in read if not LATE.match(word)]
-    config = _compose(words, options.config_dir)
+    config = compose_words(words, options.config_dir)
     try:
         _check_folders(config, read)
         apply_late(config, [word for word in read if LATE.match(word)])
@@ -172,7 +163,7 @@ def compose(argv: Sequence[str], world_size: int | None = None) -> RunConfig | N
     except (UserError, OSError):
         raise
     except Exception as error:
-        # As in _compose: the references of a recipe are followed only here.
+        # As in compose_words: the references of a recipe are followed only here.
         raise UserError(explain(error, options.config_dir)) from error
 
     # Here and not in the schema: the default is made of another option.
@@ -232,12 +223,8 @@ def check_memory(config: RunConfig) -> None:
     if config.run.device == "cuda" or (config.run.device == "auto" and has_gpu):
         return
 
-    layout = config.parallel
     parameters = parameter_count(config.model)
-    # Weights alone: gradients and the optimizer take several times as much, but may be sharded.
-    shares = layout.tensor * layout.pipeline * layout.expert * (layout.expert_tensor or 1)
-    bytes_each = 2 if config.run.precision == "bf16" else 4
-    needed = parameters * bytes_each // shares * environment.ranks_here()
+    needed = bytes_of_weights(config, parameters)
     there = environment.memory_bytes()
     if needed > there:
         takes, has = f"{needed / 2**30:,.0f} GiB", f"{there / 2**30:,.0f} GiB"
@@ -247,52 +234,21 @@ def check_memory(config: RunConfig) -> None:
         )
 
 
+def bytes_of_weights(config: RunConfig, parameters: int) -> int:
+    """Return the bytes that the weights take on this machine, at least."""
+    layout = config.parallel
+    # Weights alone: gradients and the optimizer take several times as much, but may be sharded.
+    shares = layout.tensor * layout.pipeline * layout.expert * (layout.expert_tensor or 1)
+    bytes_each = 2 if config.run.precision == "bf16" else 4
+    return parameters * bytes_each // shares * environment.ranks_here()
+
+
 def check_agreements(config: RunConfig, checkpoint: str = "") -> None:
     """Refuse a run whose parts do not agree; see train/agreements.py."""
     # Imported only now, since it reads tokenizers, which takes most of a second.
     from visionloom.train.agreements import check_run
 
     check_run(config, checkpoint)
-
-
-def _compose(words: Sequence[str], config_dir: str) -> DictConfig:
-    """Let Hydra read the recipes and the command line.
-
-    Only its compose API is used: nothing in a configuration makes it call, write or set anything.
-    """
-    RecipeSource.begin()
-    GlobalHydra.instance().clear()
-    Hydra.create_main_hydra2("visionloom", _search_path(config_dir))
-    try:
-        return hydra_compose("config", list(words))
-    except UserError:
-        raise
-    except Exception as error:
-        # Hydra only reads the user's input here, and fails on odd input with errors of any type.
-        raise UserError(explain(error, config_dir)) from error
-    finally:
-        GlobalHydra.instance().clear()
-
-
-def _search_path(config_dir: str) -> ConfigSearchPathImpl:
-    """Tell Hydra where recipes and schema are; UserError if the user's folder of recipes is not there."""
-    # Hydra's behaviour of that release, whichever is installed.
-    version.setbase("1.3")
-    ConfigStore.instance().store(name="schema", node=RunConfig)
-    Plugins.instance()
-    SourcesRegistry.instance().register(RecipeSource)
-    path = ConfigSearchPathImpl()
-    path.append("hydra", "pkg://hydra.conf")
-    path.append("main", f"recipes://{files('visionloom.recipes')}")
-    if config_dir:
-        if not Path(config_dir).is_dir():
-            raise UserError(
-                f"--config-dir {config_dir} is not found: name a folder with recipe/NAME.yaml in it"
-            )
-        path.append("command line", f"recipes://{Path(config_dir).absolute()}")
-    # Last, as Hydra's own command line has it.
-    path.append("schema", "structured://")
-    return path
 
 
 def _check_folders(config: DictConfig, words: Sequence[str]) -> None:

@@ -120,16 +120,7 @@ class RecipeSource(ConfigSource):
         """Read a recipe; raises UserError, naming the file and the line, for what no recipe may hold."""
         name = self._normalize_file_name(config_path)
         path = f"{self.path}/{name}"
-        try:
-            # utf-8-sig: editors of Windows put a mark first.
-            text = read_located(Path(self.path), name, LARGEST).decode("utf-8-sig")
-            header = self._get_header_dict(text[:512])
-        except PlaceError as error:
-            raise UserError(f"{path} {error}") from None
-        except UnicodeDecodeError:
-            raise UserError(f"{path}: not UTF-8") from None
-        except ValueError as error:
-            raise UserError(f"{path}: {error}") from None
+        text, header = self._text(name)
         # `# @package hydra.run` would put the file's values into Hydra's own settings.
         if HYDRA.search(header.get("package") or ""):
             raise UserError(
@@ -142,6 +133,21 @@ class RecipeSource(ConfigSource):
             raise UserError(f"{path}: {str(error).splitlines()[0]}") from None
         recipe.nodes, recipe.budget = nodes, self.budget
         return recipe
+
+    def _text(self, name: str) -> tuple[str, dict[str, str | None]]:
+        """Return the text of a file and what its first comments say to Hydra; UserError if it cannot be read."""
+        path = f"{self.path}/{name}"
+        try:
+            # utf-8-sig: editors of Windows put a mark first.
+            text = read_located(Path(self.path), name, LARGEST).decode("utf-8-sig")
+            # The header is the first line or two; Hydra reads no more of it either.
+            return text, self._get_header_dict(text[:512])
+        except PlaceError as error:
+            raise UserError(f"{path} {error}") from None
+        except UnicodeDecodeError:
+            raise UserError(f"{path}: not UTF-8") from None
+        except ValueError as error:
+            raise UserError(f"{path}: {error}") from None
 
     def _is(self, kind: Any, name: str) -> bool:
         # Before looking: a file of that name would stand in for Hydra's own.

@@ -20,9 +20,7 @@ def show(config: DictConfig, options: CommandLine) -> None:
     """
     shown: Any = config
     if options.package:
-        shown = OmegaConf.select(config, options.package, throw_on_missing=True)
-    if shown is None:
-        raise UserError(f"--package {options.package}: {no_such_key(options.package)}")
+        shown = section(config, options.package)
     text = f"{shown}\n"  # a plain value, which --package has named
     if OmegaConf.is_config(shown):
         text = OmegaConf.to_yaml(shown, resolve=options.resolve)
@@ -33,6 +31,14 @@ def show(config: DictConfig, options: CommandLine) -> None:
     except BrokenPipeError:
         # Avoid Python's message about a broken pipe at exit, as in `--cfg job | head`.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def section(config: DictConfig, package: str) -> Any:
+    """Return the section, or the plain value, that --package names; UserError if there is none."""
+    shown = OmegaConf.select(config, package, throw_on_missing=True)
+    if shown is None:
+        raise UserError(f"--package {package}: {no_such_key(package)}")
+    return shown
 
 
 def usage(config_dir: str) -> str:

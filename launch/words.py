@@ -117,11 +117,15 @@ class Setting:
         override = _parse(self.word)
         if override is None:
             raise UserError(self._cure())
+        self._refuse_changed(override)
+        return self.word
+
+    def _refuse_changed(self, override: Override) -> None:
+        """Refuse a list or section with a text that Hydra has taken for something else."""
         for path, text in _changed_texts(self.type, override.value(), self.key, self.value):
             raise UserError(
                 f"command line: {path} in '{self.word}' would be read as {text}: {self._quoting()}"
             )
-        return self.word
 
     def _quoted(self) -> str:
         """Return a word whose value is a text, quoted unless Hydra reads one string as it stands."""

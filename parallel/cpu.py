@@ -227,6 +227,7 @@ def replace_unequal_scatter() -> None:
             # A copy: reduce works in place, and the parts are the caller's.
             summed = part.clone()
             distributed.reduce(summed, op=op, group=group, group_dst=rank)
+            # Only the rank that reduced to itself holds the sum.
             if rank == distributed.get_rank(group):
                 output.copy_(summed)
         return None

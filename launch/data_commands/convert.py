@@ -50,6 +50,17 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     )
     parser.add_argument("source", type=Path, metavar="SRC", help="file or folder")
     parser.add_argument("folder", type=Path, metavar="DST", help="new folder for the dataset")
+    add_target(parser)
+    add_reading(parser)
+    add_rendering(parser)
+    parser.add_argument(
+        "--follow-links", action="store_true", help="allow links out of the source's folders"
+    )
+    parser.set_defaults(run=run)
+
+
+def add_target(parser: argparse.ArgumentParser) -> None:
+    """Declare the words on the shards that are written."""
     parser.add_argument("--name", help="name in shard files and sample ids (default: DST's name)")
     parser.add_argument(
         "--shard-size", default="1GiB", help="most bytes of a shard, like 500MiB (default 1GiB)"
@@ -61,12 +72,6 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         help="most samples of a shard (default 10000)",
     )
     add_workers(parser)
-    add_reading(parser)
-    add_rendering(parser)
-    parser.add_argument(
-        "--follow-links", action="store_true", help="allow links out of the source's folders"
-    )
-    parser.set_defaults(run=run)
 
 
 def add_reading(parser: argparse.ArgumentParser) -> None:

@@ -28,7 +28,7 @@ def run(options: argparse.Namespace) -> None:
     """Write the metadata from the shards' indexes."""
     from visionloom.data.shards.energon import export_energon
 
-    splits = dict(_share(text) for text in options.split)
+    splits = dict(split_of(text) for text in options.split)
     with bars("shards") as progress:
         parts = export_energon(
             options.folder, splits, lambda done, total: progress(str(options.folder), done, total)
@@ -37,7 +37,8 @@ def run(options: argparse.Namespace) -> None:
     say(f"{options.folder}: {', '.join(counts)}")
 
 
-def _share(text: str) -> tuple[str, float]:
+def split_of(text: str) -> tuple[str, float]:
+    """Parse NAME=SHARE; shares may be in any unit, only their proportions count."""
     name, _, share = text.partition("=")
     try:
         value = float(share)

@@ -79,10 +79,10 @@ def run(options: argparse.Namespace) -> None:
     config = compose(options.words, world)
     if config is None:
         return
-    # Before any counting: a folder that is missing is said in a second, not after hours.
+    # Before any dataset is counted, which may take long.
     check_paths(config)
     tables = PlanTables.empty()
-    for name in _phases(config, options.phase):
+    for name in chosen_phases(config, options.phase):
         phase = config.phases[name]
         layout = phase.parallel or config.parallel
         ranks = options.data_parallel or layout.data_parallel_size(world)
@@ -111,7 +111,8 @@ def plan_phase(config: "RunConfig", name: str, processes: int = 0) -> "Plan":
         return open_plan(options, datasets)
 
 
-def _phases(config: "RunConfig", wanted: str | None) -> list[str]:
+def chosen_phases(config: "RunConfig", wanted: str | None) -> list[str]:
+    """Return the phases to plan: all, or the one of --phase; UserError if the recipe lacks it."""
     if wanted is None:
         return list(config.phases)
     if wanted not in config.phases:
