@@ -25,6 +25,7 @@ def replacing(
             such wait.
         placing: entered around the move, for example a lock.
     """
+    # In the same folder: a move between file systems is no single step.
     unfinished = path.with_name(f".{path.name}.{uuid4().hex}{UNFINISHED}")
     try:
         with open(unfinished, "wb") as file:
@@ -35,6 +36,7 @@ def replacing(
 
         with placing or nullcontext():
             os.replace(unfinished, path)
+    # Ctrl-C too must leave no unfinished file.
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise

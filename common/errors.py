@@ -21,7 +21,7 @@ class UserError(ValueError):
 
     @property
     def lines(self) -> list[str]:
-        """One for each fault."""
+        """Return one line for each fault."""
         lines = [one_line(str(fault)) for fault in self.args]
         return lines or [type(self).__name__]
 

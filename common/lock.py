@@ -48,6 +48,7 @@ class FolderLock:
             "pid": os.getpid(),
             "since": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
+        # Truncated only with the lock: what was there names the holder to others.
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, json.dumps(holder).encode() + b"\n", 0)
 
@@ -75,6 +76,7 @@ class FolderLock:
 def is_held(folder: Path) -> bool:
     """Return whether another process holds the folder."""
     with contextlib.suppress(OSError), open(folder / LOCK, "rb+") as file:
+        # Taken for a moment: POSIX locks can be asked about only by this or by a C structure.
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -57,10 +57,12 @@ def locate(
         # In the folder itself and no link: the short way, since a dataset has ten thousand shards.
         return folder / reference
 
+    # By the text first, so that nothing outside is looked at, not even for being there.
     path = Path(os.path.normpath(folder / reference))
     if not path.is_relative_to(os.path.normpath(folder)):
         raise PlaceError(OUTSIDE)
     real = _real(path)
+    # Of links only the real place counts, also of links to links.
     if not follow_links:
         allowed = [root for place in (folder, *others) for root in roots(place)]
         if not any(real.is_relative_to(root) for root in allowed):

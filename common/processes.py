@@ -40,6 +40,7 @@ def end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
 
+    # A thread, since the worker may be anywhere, and os._exit, since it must not wait for its locks.
     def watch() -> None:
         parent.join()
         os._exit(1)
@@ -91,6 +92,7 @@ def as_finished[Item, Result](
             if not pending:
                 return
 
+            # As they are finished: one slow item does not keep the others' results waiting.
             finished, _ = wait(pending, return_when=FIRST_COMPLETED)
             for future in finished:
                 yield pending.pop(future), future.result()
@@ -116,9 +118,8 @@ def _pool(
 def _start_worker(work: Callable[[Any], Any]) -> None:
     global _work
     _work = work
-    signal.signal(
-        signal.SIGINT, signal.SIG_DFL
-    )  # Ctrl-C ends a worker without a traceback of its own
+    # Ctrl-C ends a worker without a traceback of its own.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     end_with_parent()
 
 

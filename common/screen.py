@@ -15,11 +15,12 @@ class PlainConsole(Console):
     """A console on which every string is data: no markup, no emoji codes, nothing that a terminal obeys."""
 
     def __init__(self, **options: Any) -> None:
-        """As rich's Console, without its own readings of strings."""
+        """Take the options of rich's Console, but for its own readings of strings."""
         plain = {"markup": False, "emoji": False, "highlight": False}
         super().__init__(**(options | plain))
 
     def render_str(self, text: str, **options: Any) -> Text:
         """Return any string as rich shows it: a line, a table's cell, or its title."""
+        # rich writes through the stream's encoding, and fails where that lacks a character.
         shown = encodable(printable(text), self.encoding)
         return super().render_str(shown, **(options | {"markup": False, "emoji": False}))

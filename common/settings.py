@@ -135,6 +135,7 @@ def option[T](default: T, change: Change, **rules: Unpack[RuleWords]) -> T:
         rules: see Rules.
     """
     metadata = {_RULES: Rules(change, **rules)}
+    # dataclasses refuse a default that instances would share.
     if isinstance(default, list | dict):
         copied: Any = dataclasses.field(
             default_factory=lambda: deepcopy(default), metadata=metadata
@@ -267,6 +268,7 @@ def likewise(
         for line in lines:
             names.setdefault(line, []).append(name)
 
+    # A fault of all phases of a recipe is one line, and not one for each.
     merged = []
     for line, (first, *others) in names.items():
         more = f" (likewise {', '.join(others)})" if others else ""

@@ -12,17 +12,17 @@ _ORDERS: Final = re.compile(
 
 
 def printable(text: str) -> str:
-    """The text with what a terminal would obey, or cannot show, written as an escape (`\\x1b`); newlines and tabs stay."""
+    """Return the text with what a terminal would obey, or cannot show, written as an escape (`\\x1b`); newlines and tabs stay."""
     return _ORDERS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def one_line(text: str) -> str:
-    """A name from data as part of a line: as `printable`, and newlines and tabs are escaped too."""
+    """Return a name from data as part of a line: as `printable`, and newlines and tabs are escaped too."""
     return printable(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
 def encodable(text: str, encoding: str) -> str:
-    """The text with what an encoding lacks written as an escape."""
+    """Return the text with what an encoding lacks written as an escape."""
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
@@ -39,8 +39,10 @@ def say(*lines: object, file: TextIO | None = None) -> None:
         lines: one or more, printed one below the other.
         file: None: standard output as it is now.
     """
+    # Looked up now: tests and notebooks put another stream in its place.
     stream = file or sys.stdout
     text = printable("\n".join(map(str, lines)))
+    # Flushed: a rank that is killed would take lines that are not written yet with it.
     print(encodable(text, stream.encoding or "utf-8"), file=stream, flush=True)
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import time
 from pathlib import Path
 from typing import Final
 
@@ -54,6 +55,18 @@ def is_lost_connection(error: Exception) -> bool:
 def is_out_of_memory(error: Exception) -> bool:
     """Return whether there was no memory left, on the host or on a GPU."""
     return isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY)
+
+
+def cause_of(error: Exception) -> str:
+    """Return what status.json says of an error that nobody expected."""
+    cause = f"{type(error).__name__}: {error}".rstrip(": ")
+    if is_out_of_memory(error):
+        cause = f"out of memory: {cause}"
+    if is_lost_connection(error):
+        # The rank that watches the lost one writes its cause; on another machine nobody sees it.
+        time.sleep(SECONDS_FOR_THE_CAUSE)
+        cause = f"the connection to another rank was lost, which ended first: {cause}"
+    return cause
 
 
 def hint_for(error: Exception) -> str:

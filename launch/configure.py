@@ -6,39 +6,23 @@ the schema. Hydra alone would print a stack of messages once a rank and let wron
 """
 
 import faulthandler
-import os
-import re
 import sys
-import time
 from collections.abc import Callable, Sequence
-from importlib.resources import files
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
-from hydra import compose as hydra_compose
-from hydra import version
-from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
-from hydra._internal.hydra import Hydra
-from hydra._internal.sources_registry import SourcesRegistry
-from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
-from hydra.core.plugins import Plugins
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 
 from visionloom.common.errors import MachineError, UserError
-from visionloom.common.text import one_line, say, warn
-from visionloom.data.config import DatasetConfig
+from visionloom.common.text import one_line, warn
 from visionloom.launch import environment
 from visionloom.launch.causes import (
-    SECONDS_FOR_THE_CAUSE,
+    cause_of,
     hint_for,
-    is_lost_connection,
-    is_out_of_memory,
     of_the_machine,
 )
 from visionloom.launch.claim import claim
+from visionloom.launch.composing import compose_words
 from visionloom.launch.exit import (
     FAILURE,
     end_with_parent,
@@ -50,30 +34,22 @@ from visionloom.launch.exit import (
 from visionloom.launch.explain import (
     available,
     explain,
-    groups,
     no_such_key,
-    nothing_to_remove,
     unknown_keys,
 )
-from visionloom.launch.options import HELP, CommandLine, read_options
+from visionloom.launch.late_words import LATE, apply_late
+from visionloom.launch.options import read_options
 from visionloom.launch.quiet import quiet_libraries
-from visionloom.launch.recipe_files import RecipeSource
+from visionloom.launch.show import show
 from visionloom.launch.watch import watch_ranks
-from visionloom.launch.words import readable
+from visionloom.launch.words import check_words, readable
 from visionloom.model.huggingface.shapes import parameter_count
-from visionloom.parallel.config import ParallelConfig
-from visionloom.train.config import PhaseConfig, RunConfig
+from visionloom.train.config import RunConfig
 from visionloom.train.observe import status
-from visionloom.train.old_options import old_option
 
 MISSING_PATHS_SHOWN = 3
 WRITTEN = ("run.folder", "data.cache", "data.store.cache")
 """Options that name folders which a run writes to."""
-# Words that Hydra cannot apply: OmegaConf refuses to override inside an optional section that is None (a phase's layout), and
-# to add an entry to a mapping of dataclasses; of entries to remove it does not say which there are. They are applied after composing.
-LATE = re.compile(
-    r"~(?:phases|data\.datasets|data\.validation)\.[^.=]+$|\+{0,2}phases\.[^.=]+\.parallel[.=]|\+{1,2}(?:phases|data\.datasets|data\.validation)\.[^.=]+[.=]"
-)
 
 
 def start(
@@ -111,10 +87,12 @@ def _start(
         return
     quiet_libraries()
     end_with_parent()
+    # Cheap checks first: agreements read tokenizers, which takes most of a second.
     try:
         check_paths(config)
         check_memory(config)
         check_agreements(config, checkpoint)
+        # Last: the folder is made only for a run that can start.
         if trains:
             claim(Path(config.run.folder))
     except UserError as error:
@@ -135,7 +113,7 @@ def work(command: Callable[[RunConfig], None], config: RunConfig) -> None:
         machine_error = of_the_machine(error, Path(config.run.folder))
         if machine_error is not None:
             exit_with(machine_error)
-        status.current.failed(FAILURE, _cause_of(error), hint_for(error))
+        status.current.failed(FAILURE, cause_of(error), hint_for(error))
         record_for_torchrun(error)
         keep_code(FAILURE)
         if isinstance(error, MachineError):
@@ -143,18 +121,6 @@ def work(command: Callable[[RunConfig], None], config: RunConfig) -> None:
             sys.exit(FAILURE)
         raise
     status.current.done()
-
-
-def _cause_of(error: Exception) -> str:
-    """Return what status.json says of an error that nobody expected."""
-    cause = f"{type(error).__name__}: {error}".rstrip(": ")
-    if is_out_of_memory(error):
-        cause = f"out of memory: {cause}"
-    if is_lost_connection(error):
-        # The rank that watches the lost one writes its cause; on another machine nobody sees it.
-        time.sleep(SECONDS_FOR_THE_CAUSE)
-        cause = f"the connection to another rank was lost, which ended first: {cause}"
-    return cause
 
 
 def split_options(
@@ -183,24 +149,24 @@ def compose(argv: Sequence[str], world_size: int | None = None) -> RunConfig | N
         UserError: one line a fault, each naming the option, with a suggestion for a mistyped name.
     """
     options = read_options(argv)
-    _check_words(options.words)
+    check_words(options.words)
     read = readable(options.words)
     words = [word for word in read if not LATE.match(word)]
-    late = [word for word in read if LATE.match(word)]
-    config = _compose(words, options.config_dir)
+    config = compose_words(words, options.config_dir)
     try:
         _check_folders(config, read)
-        _apply_all(config, late)
+        apply_late(config, [word for word in read if LATE.match(word)])
         if options.help or options.show:
-            _show(config, options)
+            show(config, options)
             return None
         run = _typed(config)
     except (UserError, OSError):
         raise
     except Exception as error:
-        # As in _compose: the references of a recipe are followed only here.
+        # As in compose_words: the references of a recipe are followed only here.
         raise UserError(explain(error, options.config_dir)) from error
 
+    # Here and not in the schema: the default is made of another option.
     run.run.folder = run.run.folder or f"runs/{run.run.name}"
     if problems := run.all_problems(world_size or environment.world_size()):
         raise UserError(*problems)
@@ -257,17 +223,24 @@ def check_memory(config: RunConfig) -> None:
     if config.run.device == "cuda" or (config.run.device == "auto" and has_gpu):
         return
 
-    layout, parameters = config.parallel, parameter_count(config.model)
+    parameters = parameter_count(config.model)
+    needed = bytes_of_weights(config, parameters)
+    there = environment.memory_bytes()
+    if needed > there:
+        takes, has = f"{needed / 2**30:,.0f} GiB", f"{there / 2**30:,.0f} GiB"
+        raise UserError(
+            f"model={config.model.name} has {parameters:,} parameters: their weights take {takes} on this machine,"
+            f" which has {has}: choose a smaller model, more machines, or run.device=cuda"
+        )
+
+
+def bytes_of_weights(config: RunConfig, parameters: int) -> int:
+    """Return the bytes that the weights take on this machine, at least."""
+    layout = config.parallel
     # Weights alone: gradients and the optimizer take several times as much, but may be sharded.
     shares = layout.tensor * layout.pipeline * layout.expert * (layout.expert_tensor or 1)
     bytes_each = 2 if config.run.precision == "bf16" else 4
-    needed = parameters * bytes_each // shares * environment.ranks_here()
-    there = environment.memory_bytes()
-    if needed > there:
-        raise UserError(
-            f"model={config.model.name} has {parameters:,} parameters: their weights take {needed / 2**30:,.0f} GiB on this machine,"
-            f" which has {there / 2**30:,.0f} GiB: choose a smaller model, more machines, or run.device=cuda"
-        )
+    return parameters * bytes_each // shares * environment.ranks_here()
 
 
 def check_agreements(config: RunConfig, checkpoint: str = "") -> None:
@@ -276,63 +249,6 @@ def check_agreements(config: RunConfig, checkpoint: str = "") -> None:
     from visionloom.train.agreements import check_run
 
     check_run(config, checkpoint)
-
-
-def _check_words(words: Sequence[str]) -> None:
-    """Refuse, with their cure, the words that Hydra would answer with advice that does not help here."""
-    keys = [word.lstrip("+~").partition("=")[0] for word in words]
-    if lines := [
-        line for key in keys if (line := old_option(key))
-    ]:  # together: Hydra stops at the first
-        raise UserError(*lines)
-
-    for word in words:
-        if re.match(r"[+~]*=", word):
-            raise UserError(f"command line: '{word}' has no key: write key=value")
-        if word.startswith("recipe="):
-            raise UserError(f"a recipe is added, not overridden: write +{word}")
-        if re.match(r"[+~]*(?:[^=]*@)?hydra(?:$|[./@=:])", word):
-            raise UserError(
-                f"command line: '{word}' is refused: words set options of the run, not of Hydra"
-            )
-
-
-def _compose(words: Sequence[str], config_dir: str) -> DictConfig:
-    """Let Hydra read the recipes and the command line.
-
-    Only its compose API is used: nothing in a configuration makes it call, write or set anything.
-    """
-    RecipeSource.begin()
-    GlobalHydra.instance().clear()
-    Hydra.create_main_hydra2("visionloom", _search_path(config_dir))
-    try:
-        return hydra_compose("config", list(words))
-    except UserError:
-        raise
-    except Exception as error:
-        # Hydra only reads the user's input here, and fails on odd input with errors of any type.
-        raise UserError(explain(error, config_dir)) from error
-    finally:
-        GlobalHydra.instance().clear()
-
-
-def _search_path(config_dir: str) -> ConfigSearchPathImpl:
-    """Tell Hydra where recipes and schema are; UserError if the user's folder of recipes is not there."""
-    version.setbase("1.3")
-    ConfigStore.instance().store(name="schema", node=RunConfig)
-    Plugins.instance()
-    SourcesRegistry.instance().register(RecipeSource)
-    path = ConfigSearchPathImpl()
-    path.append("hydra", "pkg://hydra.conf")
-    path.append("main", f"recipes://{files('visionloom.recipes')}")
-    if config_dir:
-        if not Path(config_dir).is_dir():
-            raise UserError(
-                f"--config-dir {config_dir} is not found: name a folder with recipe/NAME.yaml in it"
-            )
-        path.append("command line", f"recipes://{Path(config_dir).absolute()}")
-    path.append("schema", "structured://")
-    return path
 
 
 def _check_folders(config: DictConfig, words: Sequence[str]) -> None:
@@ -344,38 +260,6 @@ def _check_folders(config: DictConfig, words: Sequence[str]) -> None:
             raise UserError(
                 f"{option}={value} in a recipe is refused: a run writes there, so it is said on the command line only, {option}=DIR"
             )
-
-
-def _show(config: DictConfig, options: CommandLine) -> None:
-    """Print what would run, as `--cfg job` of Hydra does; with --help also how to use it."""
-    shown: Any = config
-    if options.package:
-        shown = OmegaConf.select(config, options.package, throw_on_missing=True)
-    if shown is None:
-        raise UserError(f"--package {options.package}: {no_such_key(options.package)}")
-    text = f"{shown}\n"  # a plain value, which --package has named
-    if OmegaConf.is_config(shown):
-        text = OmegaConf.to_yaml(shown, resolve=options.resolve)
-    if options.help:
-        text = f"{_usage(options.config_dir)}\n\n{text}"
-    try:
-        say(text.removesuffix("\n"))
-    except BrokenPipeError:
-        _read_no_more()
-
-
-def _usage(config_dir: str) -> str:
-    """Return the options of a command and the groups of recipes with their names."""
-    lines = ["usage: [options] +recipe=NAME [key=value ...]", "", HELP]
-    lines.append("groups, one of whose names a word chooses:")
-    for group in sorted(groups()):
-        lines.append(f"  {group}: {', '.join(available(group, config_dir))}")
-    return "\n".join(lines)
-
-
-def _read_no_more() -> None:
-    """Avoid Python's message about a broken pipe at exit, as in `--cfg job | head`."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _typed(config: DictConfig) -> RunConfig:
@@ -399,38 +283,3 @@ def _typed(config: DictConfig) -> RunConfig:
     values = OmegaConf.to_container(config, resolve=True)
     typed = OmegaConf.merge(OmegaConf.structured(RunConfig), values)
     return cast(RunConfig, OmegaConf.to_object(typed))
-
-
-def _apply_all(config: DictConfig, late: Sequence[str]) -> None:
-    for override in OverridesParser.create().parse_overrides(list(late)):
-        _apply(config, override)
-
-
-def _apply(config: DictConfig, override: Override) -> None:
-    """Apply a word that matches LATE; a new phase must be given whole, so that a mistyped name is not taken for one."""
-    parts = override.key_or_group.split(".")
-    depth = 1 if parts[0] == "phases" else 2
-    mapping = OmegaConf.select(config, ".".join(parts[:depth]))
-    name, fields = parts[depth], parts[depth + 1 :]
-    if override.is_delete():
-        _remove(mapping, name, override.key_or_group)
-        return
-
-    adds = override.is_add() or override.is_force_add()
-    if name not in mapping and adds and (not fields or parts[0] == "data"):
-        with open_dict(mapping):
-            mapping[name] = PhaseConfig() if parts[0] == "phases" else DatasetConfig()
-    entry: Any = mapping[name]
-    if fields[:1] == ["parallel"] and entry.parallel is None:
-        entry.parallel = ParallelConfig()
-    # The datasets of a mixture are free names, which OmegaConf adds only when forced.
-    is_new = "mixture" in fields
-    OmegaConf.update(config, override.key_or_group, override.value(), force_add=is_new)
-
-
-def _remove(mapping: DictConfig, name: str, path: str) -> None:
-    """Take an entry out of a mapping; UserError if there is none of that name."""
-    if name not in mapping:
-        raise UserError(nothing_to_remove(path, list(map(str, mapping))))
-    with open_dict(mapping):
-        del mapping[name]

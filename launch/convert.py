@@ -58,7 +58,7 @@ class Command:
     """Whether it takes parallel.* options."""
 
     def help(self, name: str) -> str:
-        """The text for `convert.py NAME --help`."""
+        """Return the text for `convert.py NAME --help`."""
         known = self.required | {f"[{option}]": text for option, text in self.optional.items()}
         if self.parallel:
             layout = "layout that shares the work; what is written has none"
@@ -71,15 +71,12 @@ class Command:
 
     def options(self, name: str, words: Sequence[str]) -> dict[str, str]:
         """Read the options of a command line; UserError for what the command does not know or needs."""
-        known, given = [*self.required, *self.optional], dict[str, str]()
+        given = dict[str, str]()
         for word in words:
             option, equals, value = word.partition("=")
             if not equals or not value:
                 raise UserError(f"command line: cannot read '{word}': write option=value")
-            is_layout = self.parallel and option.startswith(PARALLEL)
-            if option not in known and not is_layout:
-                close = did_you_mean(option, known)
-                raise UserError(f"{name} has no option {option}{close}: use {', '.join(known)}")
+            self.check_option(name, option)
             check_home(option, value)
             given[option] = value
 
@@ -87,6 +84,14 @@ class Command:
         if missing:
             raise UserError(f"{name} needs {' and '.join(missing)}")
         return given
+
+    def check_option(self, name: str, option: str) -> None:
+        """Refuse an option that the command does not know; those of a layout are checked with their values."""
+        known = [*self.required, *self.optional]
+        is_layout = self.parallel and option.startswith(PARALLEL)
+        if option not in known and not is_layout:
+            close = did_you_mean(option, known)
+            raise UserError(f"{name} has no option {option}{close}: use {', '.join(known)}")
 
 
 def import_folder(options: dict[str, str]) -> None:
@@ -107,9 +112,7 @@ def import_folder(options: dict[str, str]) -> None:
 def export_folder(options: dict[str, str]) -> None:
     """Make a folder that transformers loads of a checkpoint; several processes share its files."""
     folder, source = Path(options["checkpoint"]), options.get("hf", "")
-    for option, known in (("dtype", tuple(EXPORT_DTYPES)), ("layout", EXPERT_LAYOUTS)):
-        if option in options and options[option] not in known:
-            raise UserError(unknown(option, options[option], known))
+    _check_choices(options, {"dtype": tuple(EXPORT_DTYPES), "layout": EXPERT_LAYOUTS})
     shard_bytes = _bytes("shard", options.get("shard", "5GB"))
     _check_folders(checkpoint=options["checkpoint"], hf=source or ".")
     companions = Path(source) if source else None
@@ -224,6 +227,13 @@ def _run(command: Command, options: dict[str, str]) -> int:
     return 0
 
 
+def _check_choices(options: dict[str, str], choices: dict[str, tuple[str, ...]]) -> None:
+    """Refuse options whose values are not among their choices."""
+    for option, known in choices.items():
+        if option in options and options[option] not in known:
+            raise UserError(unknown(option, options[option], known))
+
+
 def _check_folders(**paths: str) -> None:
     """Refuse options that should name a folder and do not."""
     for option, path in paths.items():
@@ -259,6 +269,7 @@ def _typed(option: str, value: str, hint: Any) -> Any:
         if value not in TRUTHS:
             raise UserError(f"{option}={value} must be true or false")
         return TRUTHS[value]
+    # 18 digits fit 64 bits; the bounds of the option come after.
     if not re.fullmatch(r"[+-]?\d{1,18}", value):
         raise UserError(f"{option}={value} must be a whole number")
     return int(value)
@@ -271,6 +282,7 @@ def _world(parallel: ParallelConfig) -> "Iterator[tuple[Topology, Any]]":
 
     from visionloom.parallel import topology as topologies
 
+    # 0: the cores divided by the ranks here, or each rank would take all of them.
     topologies.set_threads(0)
     topology = topologies.start(parallel, torch.device("cpu"))
 
@@ -278,6 +290,7 @@ def _world(parallel: ParallelConfig) -> "Iterator[tuple[Topology, Any]]":
         if topology.is_main or not once:
             say(text if once or topology.world_size == 1 else f"rank {topology.rank}: {text}")
 
+    # Not closed after an error: other ranks may be in a collective, and torchrun ends them.
     yield topology, tell
     topologies.stop()
 

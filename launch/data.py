@@ -50,7 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     That is 0, what the subcommand returns, or 1 if the machine is at fault; a user's error exits with 2 (one line each).
     """
     escape_messages()
-    parser = _parser()
+    parser = make_parser()
+    # Words that no subcommand declares belong to a run: only `plan` takes them.
     options, words = parser.parse_known_args(arguments)
     if words and "words" not in options:
         parser.error(f"unrecognized arguments: {' '.join(words)}")
@@ -64,7 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of all subcommands; neither numpy nor torch is imported for it."""
     parser = Parser(prog="data.py", description="Make, index, check, plan and view shards.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:

@@ -23,6 +23,7 @@ def check_environment() -> None:
     Raises:
         UserError: one line with the variables, their values and the `unset` that removes them.
     """
+    # OpenMP takes a list too, a number for each level of nesting; torch fails on other texts far from here.
     threads = os.environ.get(THREADS, "")
     if not re.fullmatch(r"\s*([1-9]\d*\s*(,\s*[1-9]\d*\s*)*)?", threads):
         raise UserError(
@@ -30,6 +31,7 @@ def check_environment() -> None:
         )
 
     given = {name: os.environ[name] for name in ALONE if name in os.environ}
+    # One process runs by these values also where nobody has set them.
     if given.items() <= ALONE.items():
         return
     if TORCHRUN in os.environ and _is_a_rank(given):
@@ -65,22 +67,23 @@ def _is_a_rank(given: dict[str, str]) -> bool:
     numbers = [int(value) for value in given.values() if re.fullmatch(r"\d+", value)]
     if len(numbers) < len(ALONE):
         return False
+    # In the order of ALONE, which `given` keeps.
     rank, world_size, *_ = numbers
     return rank < world_size and set(RENDEZVOUS) <= set(os.environ)
 
 
 def memory_bytes() -> int:
-    """The memory of this machine, not of its GPUs."""
+    """Return the memory in bytes of this machine, not of its GPUs."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def ranks_here() -> int:
-    """Ranks that share this machine: LOCAL_WORLD_SIZE, or 1."""
+    """Return the ranks that share this machine: LOCAL_WORLD_SIZE, or 1."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def world_size() -> int:
-    """The ranks of the whole run: WORLD_SIZE, or 1. Raises UserError if it is not a number."""
+    """Return the ranks of the whole run: WORLD_SIZE, or 1. Raises UserError if it is not a number."""
     value = os.environ.get("WORLD_SIZE", "1")
     if not re.fullmatch(r"[1-9]\d*", value):
         raise UserError(

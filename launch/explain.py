@@ -36,27 +36,87 @@ def explain(error: Exception, config_dir: str = "") -> str:
         error: a HydraException, an OmegaConfBaseException, or what Hydra fails with on odd input.
         config_dir: the user's own recipes, for the list of what exists.
     """
-    line = one_line(_explained(error, config_dir))
+    line = one_line(ComposingError(error, config_dir).line())
     return line if len(line) <= LONGEST else f"{line[:LONGEST]}..."
 
 
-def _explained(error: Exception, config_dir: str) -> str:
-    if isinstance(error, MissingConfigException):
-        return _missing_file(error, config_dir)
-    if isinstance(error, RecursionError):
-        return "the recipe is nested too deeply, or its values refer to each other in a circle"
-    if isinstance(error, OverrideParseException):
-        return f"command line: cannot read '{error.override}': write key=value, and quote a value that has special characters"
-    # The defaults of a file have `override /model: ???`.
-    if unchosen := re.match(r"You must specify '(\w+)'", str(error)):
-        group = unchosen[1]
-        return f"no {group} is chosen: pass {group}=NAME, NAME one of {', '.join(available(group, config_dir))}"
-    file = re.match(r"In '([^']+)'", str(error))
-    return (f"{file[1]}.yaml: " if file else "") + _fault(error)
+@dataclasses.dataclass(frozen=True)
+class ComposingError:
+    """What Hydra or OmegaConf raised, in the user's terms."""
+
+    error: Exception
+    config_dir: str
+
+    def line(self) -> str:
+        """Return what is wrong, with the file in which it is."""
+        text = str(self.error)
+        if isinstance(self.error, MissingConfigException):
+            return self.missing_file(self.error)
+        if isinstance(self.error, RecursionError):
+            return "the recipe is nested too deeply, or its values refer to each other in a circle"
+        if isinstance(self.error, OverrideParseException):
+            word = self.error.override
+            return f"command line: cannot read '{word}': write key=value, and quote a value that has special characters"
+        # The defaults of a file have `override /model: ???`.
+        if unchosen := re.match(r"You must specify '(\w+)'", text):
+            group = unchosen[1]
+            names = ", ".join(available(group, self.config_dir))
+            return f"no {group} is chosen: pass {group}=NAME, NAME one of {names}"
+        file = re.match(r"In '([^']+)'", text)
+        return (f"{file[1]}.yaml: " if file else "") + self.fault()
+
+    def missing_file(self, error: MissingConfigException) -> str:
+        """Return the line for a recipe or an option of a group that does not exist."""
+        match = re.search(r"Could not (?:find|load) '([^']*)'", str(error))
+        missing = match[1] if match else error.missing_cfg_file or ""
+        group, _, name = missing.partition("/")
+        names = available(group, self.config_dir)
+        if not names:
+            return f"no such group: {group}{did_you_mean(group, groups())}"
+        return unknown(group, name or "(nothing)", names)
+
+    def fault(self) -> str:
+        """Return what is wrong by the first cause that knows its key, or else by Hydra's own text."""
+        cause = self.cause_with_key()
+        if isinstance(cause, InterpolationResolutionError):
+            # OmegaConf writes the type of the exception before what it says.
+            _, _, reason = first_line(cause).rpartition("resolving interpolation: ")
+            return f"{cause.full_key}: {reason}"
+        if isinstance(cause, ConfigKeyError | ConfigAttributeError):
+            return _missing_key(cause)
+        if cause is None:
+            return self.fault_of_hydra()
+        if "is not a ListConfig" in str(cause):
+            return f"{cause.full_key}: the value must be a list: [a, b]"
+        return f"{cause.full_key}: {first_line(cause)}"
+
+    def cause_with_key(self) -> OmegaConfBaseException | None:
+        """Return the first error on the way to the cause that knows its key: Hydra's own know none."""
+        error: BaseException | None = self.error
+        while error is not None:
+            if isinstance(error, OmegaConfBaseException) and error.full_key:
+                return error
+            error = error.__cause__ or error.__context__
+        return None
+
+    def fault_of_hydra(self) -> str:
+        """Return what is wrong, from the text of an error that knows no key."""
+        text = str(self.error)
+        if group := re.match(r"(?:In '[^']+': )?Could not override '([^']+)'", text):
+            return f"no such group: {group[1]}{did_you_mean(group[1], groups())}"
+        if removed := re.match(r"Could not delete from config\. '([^']+)' does not exist", text):
+            names = [path.rpartition(".")[2] for path in suggestions(removed[1])]
+            return nothing_to_remove(removed[1], names)
+        twice = r"Multiple values for (\w+)\. To override a value use 'override \1: (.*)'"
+        if again := re.match(twice, text):
+            return f"{again[1]} is chosen, not added: write {again[1]}={again[2]}"
+        if "An item is already at" in text:
+            return f"{first_line(self.error)} Write it without the plus"
+        return first_line(self.error)
 
 
 def unknown_keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
-    """Dotted paths in a composed configuration that its schema does not have.
+    """Yield dotted paths in a composed configuration that its schema does not have.
 
     Hydra accepts any key behind `+` and `++`, and OmegaConf drops it in silence when it builds the dataclasses.
     """
@@ -67,6 +127,7 @@ def unknown_keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
     for key in map(str, config):
         if known is not None and key not in known:
             yield f"{prefix}{key}"
+        # Neither may be read: the one has no value, the other may lead anywhere.
         elif OmegaConf.is_missing(config, key) or OmegaConf.is_interpolation(config, key):
             continue
         elif isinstance(config[key], DictConfig):
@@ -158,62 +219,13 @@ def _fill_names(paths: list[str], parts: list[str]) -> list[str]:
     return filled
 
 
-def _missing_file(error: MissingConfigException, config_dir: str) -> str:
-    """Return the line for a recipe or an option of a group that does not exist."""
-    match = re.search(r"Could not (?:find|load) '([^']*)'", str(error))
-    missing = match[1] if match else error.missing_cfg_file or ""
-    group, _, name = missing.partition("/")
-    names = available(group, config_dir)
-    if not names:
-        return f"no such group: {group}{did_you_mean(group, groups())}"
-    return unknown(group, name or "(nothing)", names)
-
-
 def groups() -> list[str]:
-    """The groups of recipes/, one of whose names a word chooses: `model=tiny`."""
+    """Return the groups of recipes/, one of whose names a word chooses: `model=tiny`."""
     return [
         entry.name
         for entry in files("visionloom.recipes").iterdir()
         if entry.is_dir() and not entry.name.startswith("_")
     ]
-
-
-def _fault(error: Exception) -> str:
-    """Return what is wrong by the first cause that knows its key, or else by Hydra's own text."""
-    cause = _cause_with_key(error)
-    if isinstance(cause, InterpolationResolutionError):
-        _, _, reason = first_line(cause).rpartition("resolving interpolation: ")
-        return f"{cause.full_key}: {reason}"
-    if isinstance(cause, ConfigKeyError | ConfigAttributeError):
-        return _missing_key(cause)
-    if cause is None:
-        return _fault_of_hydra(error)
-    if "is not a ListConfig" in str(cause):
-        return f"{cause.full_key}: the value must be a list: [a, b]"
-    return f"{cause.full_key}: {first_line(cause)}"
-
-
-def _fault_of_hydra(error: Exception) -> str:
-    """Return what is wrong, from the text of an error that knows no key."""
-    if group := re.match(r"(?:In '[^']+': )?Could not override '([^']+)'", str(error)):
-        return f"no such group: {group[1]}{did_you_mean(group[1], groups())}"
-    if removed := re.match(r"Could not delete from config\. '([^']+)' does not exist", str(error)):
-        names = [path.rpartition(".")[2] for path in suggestions(removed[1])]
-        return nothing_to_remove(removed[1], names)
-    twice = r"Multiple values for (\w+)\. To override a value use 'override \1: (.*)'"
-    if again := re.match(twice, str(error)):
-        return f"{again[1]} is chosen, not added: write {again[1]}={again[2]}"
-    if "An item is already at" in str(error):
-        return f"{first_line(error)} Write it without the plus"
-    return first_line(error)
-
-
-def _cause_with_key(error: BaseException | None) -> OmegaConfBaseException | None:
-    while error is not None:
-        if isinstance(error, OmegaConfBaseException) and error.full_key:
-            return error
-        error = error.__cause__ or error.__context__
-    return None
 
 
 def _missing_key(cause: OmegaConfBaseException) -> str:
@@ -227,6 +239,7 @@ def _missing_key(cause: OmegaConfBaseException) -> str:
         return f"{path} cannot be removed: name what is in it, as in ~{path}.{ANY}"
     if not isinstance(parent, DictConfig) or dataclasses.is_dataclass(OmegaConf.get_type(parent)):
         return no_such_key(path)
+    # A mapping: its names are free, so a new one is not wrong as such.
     names = list(map(str, parent))
     there_are = f", there are {', '.join(names)}" if names else ""
     value = "{...}" if dataclasses.is_dataclass(parent._metadata.element_type) else "VALUE"

@@ -35,6 +35,7 @@ def quiet_libraries() -> None:
 
 def escape_messages() -> None:
     """Show messages of any logger, warnings and tracebacks with escapes for what a terminal would obey."""
+    # The record and not a handler: whoever formats it gets the escaped text.
     logging.setLogRecordFactory(_Record)
     warnings.showwarning = _show_warning
     sys.excepthook = _show_exception
@@ -58,7 +59,7 @@ class _Record(logging.LogRecord):
             self.exc_text = printable(logging.Formatter().formatException(self.exc_info))
 
     def getMessage(self) -> str:
-        """The message with its arguments."""
+        """Return the message with its arguments."""
         return printable(super().getMessage())
 
 

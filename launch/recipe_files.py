@@ -97,45 +97,36 @@ class RecipeSource(ConfigSource):
 
     @staticmethod
     def scheme() -> str:
-        """What the search path names this source by."""
+        """Return what the search path names this source by."""
         return "recipes"
 
     def available(self) -> bool:
-        """Whether the folder is there."""
+        """Return whether the folder is there."""
         return Path(self.path).is_dir()
 
     def is_group(self, config_path: str) -> bool:
-        """Whether there is a folder of this name."""
+        """Return whether there is a folder of this name."""
         return self._is("folder", config_path or ".")
 
     def is_config(self, config_path: str) -> bool:
-        """Whether there is a recipe of this name."""
+        """Return whether there is a recipe of this name."""
         return self._is("file", self._normalize_file_name(config_path))
 
     def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
-        """Names in a group, for what Hydra says about wrong ones; explain.py says it instead."""
+        """List names in a group, for what Hydra says about wrong ones; explain.py says it instead."""
         return []
 
     def load_config(self, config_path: str) -> ConfigResult:
         """Read a recipe; raises UserError, naming the file and the line, for what no recipe may hold."""
         name = self._normalize_file_name(config_path)
         path = f"{self.path}/{name}"
-        try:
-            # utf-8-sig: editors of Windows put a mark first.
-            text = read_located(Path(self.path), name, LARGEST).decode("utf-8-sig")
-            header = self._get_header_dict(text[:512])
-        except PlaceError as error:
-            raise UserError(f"{path} {error}") from None
-        except UnicodeDecodeError:
-            raise UserError(f"{path}: not UTF-8") from None
-        except ValueError as error:
-            raise UserError(f"{path}: {error}") from None
+        text, header = self._text(name)
         # `# @package hydra.run` would put the file's values into Hydra's own settings.
         if HYDRA.search(header.get("package") or ""):
             raise UserError(
                 f"{path}: package {header['package']} is refused: a recipe cannot configure Hydra"
             )
-        nodes, values = _values(text, path, self.budget)
+        nodes, values = _Check(path, self.budget).read(text)
         try:
             recipe = _Recipe(self.provider, path, OmegaConf.create(values), header)
         except OmegaConfBaseException as error:
@@ -143,7 +134,23 @@ class RecipeSource(ConfigSource):
         recipe.nodes, recipe.budget = nodes, self.budget
         return recipe
 
+    def _text(self, name: str) -> tuple[str, dict[str, str | None]]:
+        """Return the text of a file and what its first comments say to Hydra; UserError if it cannot be read."""
+        path = f"{self.path}/{name}"
+        try:
+            # utf-8-sig: editors of Windows put a mark first.
+            text = read_located(Path(self.path), name, LARGEST).decode("utf-8-sig")
+            # The header is the first line or two; Hydra reads no more of it either.
+            return text, self._get_header_dict(text[:512])
+        except PlaceError as error:
+            raise UserError(f"{path} {error}") from None
+        except UnicodeDecodeError:
+            raise UserError(f"{path}: not UTF-8") from None
+        except ValueError as error:
+            raise UserError(f"{path}: {error}") from None
+
     def _is(self, kind: Any, name: str) -> bool:
+        # Before looking: a file of that name would stand in for Hydra's own.
         if Path(name).parts[:1] in RESERVED:
             return False
         try:
@@ -155,26 +162,6 @@ class RecipeSource(ConfigSource):
         return True
 
 
-def _values(text: str, path: str, budget: RecipeBudget) -> tuple[int, Any]:
-    """The number of values in a file's YAML, and they themselves, once the rules below let them pass."""
-    try:
-        # OmegaConf's own loader: what counts as a number differs from yaml.SafeLoader's.
-        loader = get_yaml_loader()(text)
-        root = loader.get_single_node()
-        if root is None:
-            return 0, {}
-        return _Check(path, budget).file(root), loader.construct_document(root)
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise UserError(f"{path}, line {line}: not valid YAML: {error.problem}") from None
-    except RecursionError:
-        raise UserError(f"{path}: nested too deeply") from None
-    except UserError:
-        raise
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
-
-
 @dataclass
 class _Check:
     """The rules for one file."""
@@ -182,12 +169,31 @@ class _Check:
     path: str
     budget: RecipeBudget
     sizes: dict[int, tuple[int, int]] = field(default_factory=dict)
-    """Values below a node, aliases counted each time, and the sections inside sections."""
+    """Values below a node by its id, aliases counted each time, and the sections inside sections."""
     entered: set[int] = field(default_factory=set)
     """Nodes that are being looked at: an alias to one of them leads in a circle."""
 
+    def read(self, text: str) -> tuple[int, Any]:
+        """Return the number of values in a file's YAML, and they themselves, once the rules let them pass."""
+        try:
+            # OmegaConf's own loader: what counts as a number differs from yaml.SafeLoader's.
+            loader = get_yaml_loader()(text)
+            root = loader.get_single_node()
+            if root is None:
+                return 0, {}
+            return self.file(root), loader.construct_document(root)
+        except yaml.MarkedYAMLError as error:
+            line = error.problem_mark.line + 1 if error.problem_mark else 1
+            raise UserError(f"{self.path}, line {line}: not valid YAML: {error.problem}") from None
+        except RecursionError:
+            raise UserError(f"{self.path}: nested too deeply") from None
+        except UserError:
+            raise  # it is a ValueError, which the next line would take for YAML's
+        except (yaml.YAMLError, ValueError) as error:
+            raise UserError(f"{self.path}: not valid YAML: {str(error).splitlines()[0]}") from None
+
     def file(self, root: yaml.Node) -> int:
-        """The number of values in a file that holds nothing but values."""
+        """Return the number of values in a file that holds nothing but values."""
         if not isinstance(root, yaml.MappingNode):
             self.refuse(root, "a recipe is a section of `key: value` lines")
         for key, _ in root.value:
@@ -221,12 +227,13 @@ class _Check:
                 )
 
     def node(self, node: yaml.Node, depth: int = 1) -> tuple[int, int]:
-        """Values in and below a node, and its sections inside sections."""
+        """Count the values in and below a node, and its sections inside sections."""
         known = self.sizes.get(id(node))
         if id(node) in self.entered or depth + (known[1] if known else 0) > DEEPEST:
             self.refuse(node, f"more than {DEEPEST} sections inside each other")
         if known is None:
             self.entered.add(id(node))
+            # Kept by node: an alias costs nothing to count, however often it stands there.
             known = self.sizes[id(node)] = self.measure(node, depth)
             self.entered.discard(id(node))
         if known[0] > NODES:
@@ -234,7 +241,7 @@ class _Check:
         return known
 
     def measure(self, node: yaml.Node, depth: int) -> tuple[int, int]:
-        """As `node`, of one that was not looked at before."""
+        """Do as `node`, of one that was not looked at before."""
         if node.tag not in PLAIN:
             tag = node.tag.replace("tag:yaml.org,2002:", "!!")
             self.refuse(node, f"{tag} is refused: a recipe holds plain values only")
@@ -261,17 +268,18 @@ class _Check:
                 self.refuse(key, why)
 
     def scalar(self, node: yaml.ScalarNode) -> None:
-        """Read 15e12 as the whole number it is; refuse endless numbers, and references to other things than values.
-
-        Variables of the environment named VISIONLOOM_* may be referred to as well.
-        """
+        """Read 15e12 as the whole number it is; refuse endless numbers, and references that lead elsewhere."""
         if not node.tag.endswith(":str") and len(node.value) > NUMBER:
             self.refuse(node, f"a number of {len(node.value)} characters")
         if node.tag == FLOAT and (number := whole(node.value)) is not None:
             node.tag, node.value = WHOLE, str(number)  # which fits an option of either kind
-        if "${" not in node.value:
-            return
+        if "${" in node.value:
+            self.references(node)
+
+    def references(self, node: yaml.ScalarNode) -> None:
+        """Refuse references to other things than values, and more of them than a run may have."""
         rest, _ = VARIABLE.subn("", node.value)
+        # One reference a text: with two, each text that refers to another would double its length.
         rest, references = REFERENCE.subn("", rest)
         self.budget.references -= references
         if "${" in rest or references > 1:
@@ -289,12 +297,13 @@ class _Check:
 
 
 def _children(node: yaml.Node) -> Iterator[yaml.Node]:
+    # The value of a mapping is a list of pairs, that of a sequence a list of nodes.
     for child in node.value:
         yield from child if isinstance(child, tuple) else (child,)
 
 
 def _scalars(node: yaml.Node, depth: int) -> Iterator[yaml.ScalarNode]:
-    """The texts of a defaults list, keys included; deeper ones are refused with the whole file."""
+    """Yield the texts of a defaults list, keys included; deeper ones are refused with the whole file."""
     if isinstance(node, yaml.ScalarNode):
         yield node
     elif depth:

@@ -36,6 +36,13 @@ class Sibling:
     resident: int = 0
     """Bytes of memory that it had when last looked at."""
 
+    def look(self) -> None:
+        """Note the memory that it has; one that has just ended has none left, and the last number stays."""
+        # The second number of statm is the resident pages.
+        words = _read(Path(f"/proc/{self.pid}/statm")).split()
+        pages = int(words[1]) if len(words) > 1 else 0
+        self.resident = pages * os.sysconf("SC_PAGE_SIZE") or self.resident
+
 
 @dataclass
 class Watch:
@@ -58,13 +65,14 @@ class Watch:
                 poll.unregister(descriptor)
                 self._ended(siblings.pop(descriptor))
             for sibling in siblings.values():
-                sibling.resident = _resident(sibling.pid) or sibling.resident
+                sibling.look()
 
     def _meet(self) -> dict[int, Sibling]:
         siblings: dict[int, Sibling] = {}
         missing = set(range(self.count)) - {self.own}
         while missing:
             for local in sorted(missing):
+                # No words: that rank has not come so far, and is looked for again.
                 words = _read(self.folder / f"visionloom.rank{local}").split()
                 if len(words) == 2:
                     missing.remove(local)
@@ -73,6 +81,7 @@ class Watch:
                     except ProcessLookupError:
                         continue  # it has ended since, and torchrun has seen it
                     siblings[descriptor] = Sibling(int(words[0]), int(words[1]), descriptor)
+            # Long enough that waiting takes no core, short beside a rank's start.
             time.sleep(0.05)
         return siblings
 
@@ -114,6 +123,7 @@ def watch_ranks() -> None:
     folder = attempt_folder()
     if folder is None or count == 1:
         return
+    # The threads of the others wait for this file.
     with replacing(folder / f"visionloom.rank{own}", durable=False) as file:
         file.write(f"{os.environ.get('RANK', '0')} {os.getpid()}".encode())
     threading.Thread(
@@ -137,11 +147,6 @@ def out_of_memory_kills() -> int:
         if line.startswith("oom_kill "):
             return int(line.split()[1])
     return 0
-
-
-def _resident(pid: int) -> int:
-    words = _read(Path(f"/proc/{pid}/statm")).split()
-    return int(words[1]) * os.sysconf("SC_PAGE_SIZE") if len(words) > 1 else 0
 
 
 def _read(path: Path) -> str:

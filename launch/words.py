@@ -22,6 +22,7 @@ from visionloom.common.errors import UserError
 from visionloom.launch.environment import check_home
 from visionloom.launch.explain import groups, no_such_key
 from visionloom.train.config import RunConfig
+from visionloom.train.old_options import old_option
 
 LONGEST = 8192
 """Characters of a word: twice a path's."""
@@ -29,6 +30,25 @@ LONGEST_NUMBER = 40
 OVERRIDE = re.compile(r"(\+{0,2})([^=+~][^=]*)=(.*)", re.DOTALL)
 EXPONENT = re.compile(r"[+-]?[0-9]+(?:\.[0-9]*)?[eE][+]?[0-9]{1,3}")
 NUMBERS = {int: "a whole number", float: "a number", bool: "true or false"}
+
+
+def check_words(words: Sequence[str]) -> None:
+    """Refuse, with their cure, the words that Hydra would answer with advice that does not help here."""
+    keys = [word.lstrip("+~").partition("=")[0] for word in words]
+    # All of them together: Hydra stops at the first.
+    lines = [line for key in keys if (line := old_option(key))]
+    if lines:
+        raise UserError(*lines)
+
+    for word in words:
+        if re.match(r"[+~]*=", word):
+            raise UserError(f"command line: '{word}' has no key: write key=value")
+        if word.startswith("recipe="):
+            raise UserError(f"a recipe is added, not overridden: write +{word}")
+        if re.match(r"[+~]*(?:[^=]*@)?hydra(?:$|[./@=:])", word):
+            raise UserError(
+                f"command line: '{word}' is refused: words set options of the run, not of Hydra"
+            )
 
 
 def readable(words: Sequence[str]) -> list[str]:
@@ -40,6 +60,7 @@ def readable(words: Sequence[str]) -> list[str]:
         UserError: one line, with how to write the first word that cannot be read.
     """
     read = []
+    # With the word before it: a space in a value that the shell was not to split is its likely cause.
     for before, word in zip(["", *words], words, strict=False):
         if len(word) > LONGEST:
             raise UserError(
@@ -88,6 +109,7 @@ class Setting:
         if self.type is str or (self.names_group and not self.value.startswith(("[", "{"))):
             return self._quoted()
 
+        # Python refuses more than 4,300 digits, in words that name no option.
         if self.type in NUMBERS and len(self.value) > LONGEST_NUMBER:
             raise UserError(
                 f"command line: {self.key} takes {NUMBERS[self.type]}, not {len(self.value)} characters"
@@ -95,11 +117,15 @@ class Setting:
         override = _parse(self.word)
         if override is None:
             raise UserError(self._cure())
+        self._refuse_changed(override)
+        return self.word
+
+    def _refuse_changed(self, override: Override) -> None:
+        """Refuse a list or section with a text that Hydra has taken for something else."""
         for path, text in _changed_texts(self.type, override.value(), self.key, self.value):
             raise UserError(
                 f"command line: {path} in '{self.word}' would be read as {text}: {self._quoting()}"
             )
-        return self.word
 
     def _quoted(self) -> str:
         """Return a word whose value is a text, quoted unless Hydra reads one string as it stands."""
@@ -116,6 +142,7 @@ class Setting:
     def _cure(self) -> str:
         """Return the line for a word that Hydra cannot read, or reads as several values."""
         key, value = self.key, self.value
+        # With a value that is beyond doubt, only the name can be at fault.
         if _parse(f"{key}=1") is None:
             return (
                 f"command line: cannot read the name '{key}': names have letters, digits, - and _; recipes with other names are"
@@ -168,6 +195,7 @@ def whole(text: str) -> int | None:
     """Return the whole number that a text with an exponent stands for (`15e12`); None for any other text."""
     if len(text) > LONGEST_NUMBER or EXPONENT.fullmatch(text) is None:
         return None
+    # Three digits of exponent reach past 1e308, where a float is infinite.
     number = float(text)
     if not math.isfinite(number) or not number.is_integer():
         return None

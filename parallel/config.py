@@ -96,6 +96,7 @@ class ParallelConfig:
                 f"{world_size} ranks cannot hold tensor {self.tensor} x pipeline {self.pipeline} x context {self.context}"
                 f" = {self.model_parallel_size}: start a multiple of {self.model_parallel_size} ranks or change {here}.*"
             ]
+        # Experts are dealt over the ranks of one stage, data-parallel ones included.
         expert_tensor = self.expert_tensor or 1
         experts = self.expert * expert_tensor
         stage = world_size // self.pipeline
@@ -108,5 +109,6 @@ class ParallelConfig:
 
     def all_problems(self, world_size: int, here: str = "parallel") -> list[str]:
         """Return all that makes this layout impossible on `world_size` ranks: a line a problem, naming the option."""
+        # Beyond their bounds the degrees may be 0, by which nothing can be divided.
         own = check(self, here)
         return own.lines if own.bounds else own.lines + self.world_problems(world_size, here)

@@ -32,11 +32,13 @@ def split_pack(cu_seqlens: TokenRows, size: int) -> Split:
     Raises ValueError if a segment's length is not a multiple of 2 x size.
     """
     bounds = np.asarray(cu_seqlens, np.int64)
+    # One rank holds all rows as they are, also of segments that could not be cut.
     if size == 1:
         return Split((np.arange(bounds[-1]),))
     lengths = np.diff(bounds)
-    if (lengths % (2 * size)).any():
-        worst = int(lengths[lengths % (2 * size) > 0][0])
+    remainders = lengths % (2 * size)
+    if remainders.any():
+        worst = int(lengths[remainders > 0][0])
         raise ValueError(
             f"a segment of {worst} tokens cannot be split over {size} context ranks: its length must be a multiple of"
             f" {2 * size} (data.sample_token_multiple)"

@@ -71,16 +71,17 @@ def install() -> None:
         return
     if torch.cuda.is_initialized():
         raise RuntimeError("the CPU stand-in must be installed before CUDA is used in this process")
-    _replace_streams_and_devices()
-    _replace_random_state()
-    _replace_factories()
-    _replace_type_names()
-    _replace_all_to_all()
-    _replace_unequal_collectives()
+    replace_streams_and_devices()
+    replace_random_state()
+    replace_factories()
+    replace_type_names()
+    replace_all_to_all()
+    replace_unequal_gather()
+    replace_unequal_scatter()
     torch.cuda.visionloom_stand_in = True  # type: ignore[attr-defined]
 
 
-def _replace_streams_and_devices() -> None:
+def replace_streams_and_devices() -> None:
     """Replace streams and devices: buffers are allocated on `current_device()`; DDP, pipeline and dispatcher wait on streams."""
     cuda: Any = torch.cuda
     cuda.current_device = lambda: CPU
@@ -98,7 +99,7 @@ def _replace_streams_and_devices() -> None:
     any_module.cuda = lambda self, device=None: self
 
 
-def _replace_random_state() -> None:
+def replace_random_state() -> None:
     """Replace random states: tensor_parallel.random keeps those of the GPU's generator by axis (seeding, recompute)."""
     cuda: Any = torch.cuda
     cuda.get_rng_state = lambda device="cuda": torch.get_rng_state()
@@ -107,24 +108,18 @@ def _replace_random_state() -> None:
 
     import megatron.core.tensor_parallel.random as tensor_parallel_random
 
+    def get_state(
+        device: object = "cuda", clone: bool = False, graph_safe: bool = False
+    ) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_state(state: torch.Tensor, device: object = -1, graph_safe: bool = False) -> None:
+        torch.set_rng_state(state)
+
     # These two reach into torch.cuda.default_generators and torch._C; recompute restores the state through them.
     module: Any = tensor_parallel_random
-    module._get_cuda_rng_state = _random_state
-    module._set_cuda_rng_state = _set_random_state
-
-
-def _random_state(
-    device: object = "cuda", clone: bool = False, graph_safe: bool = False
-) -> torch.Tensor:
-    return torch.get_rng_state()
-
-
-def _set_random_state(
-    state: torch.Tensor,
-    device: object = -1,
-    graph_safe: bool = False,
-) -> None:
-    torch.set_rng_state(state)
+    module._get_cuda_rng_state = get_state
+    module._set_cuda_rng_state = set_state
 
 
 def _is_cuda(device: object) -> bool:
@@ -143,14 +138,15 @@ def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
     return create
 
 
-def _replace_factories() -> None:
+def replace_factories() -> None:
+    """Replace factories: those of FACTORIES make their tensors on the CPU where a GPU is named."""
     # `with torch.device(...)` knows the factories by identity and remembers them at first use: let it be the real ones.
     _device_constructors()
     for name in FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
 
 
-def _replace_type_names() -> None:
+def replace_type_names() -> None:
     """Replace names of types: DistributedOptimizer and clip_grads sort tensors by 'torch.cuda.FloatTensor' and the like."""
     own_type = torch.Tensor.type
 
@@ -165,7 +161,7 @@ def _replace_type_names() -> None:
     any_tensor.type = type_name
 
 
-def _replace_all_to_all() -> None:
+def replace_all_to_all() -> None:
     """Give gloo lists: the alltoall dispatcher turns split sizes into lists only when they are on a GPU."""
     distributed: Any = torch.distributed
     all_to_all_single = distributed.all_to_all_single
@@ -188,10 +184,10 @@ def _as_list(sizes: Any) -> Any:
     return sizes.tolist() if isinstance(sizes, torch.Tensor) else sizes
 
 
-def _replace_unequal_collectives() -> None:
-    """Gather and reduce parts of unequal length, as expert tensor parallelism does and gloo cannot."""
+def replace_unequal_gather() -> None:
+    """Gather parts of unequal length, as expert tensor parallelism does and gloo cannot."""
     distributed: Any = torch.distributed
-    all_gather, reduce_scatter = distributed.all_gather, distributed.reduce_scatter
+    all_gather = distributed.all_gather
 
     @functools.wraps(all_gather)
     def gather_unequal(
@@ -202,11 +198,20 @@ def _replace_unequal_collectives() -> None:
     ) -> Any:
         if len({part.shape for part in outputs}) == 1:
             return all_gather(outputs, tensor, group=group, async_op=async_op)
+        # Each rank sends its part to all: slower, and right for any lengths.
         for rank, part in enumerate(outputs):
             if rank == distributed.get_rank(group):
                 part.copy_(tensor)
             distributed.broadcast(part, group=group, group_src=rank)
         return None
+
+    distributed.all_gather = gather_unequal
+
+
+def replace_unequal_scatter() -> None:
+    """Reduce parts of unequal length, as expert tensor parallelism does and gloo cannot."""
+    distributed: Any = torch.distributed
+    reduce_scatter = distributed.reduce_scatter
 
     @functools.wraps(reduce_scatter)
     def scatter_unequal(
@@ -219,10 +224,12 @@ def _replace_unequal_collectives() -> None:
         if len({part.shape for part in parts}) == 1:
             return reduce_scatter(output, parts, op=op, group=group, async_op=async_op)
         for rank, part in enumerate(parts):
+            # A copy: reduce works in place, and the parts are the caller's.
             summed = part.clone()
             distributed.reduce(summed, op=op, group=group, group_dst=rank)
+            # Only the rank that reduced to itself holds the sum.
             if rank == distributed.get_rank(group):
                 output.copy_(summed)
         return None
 
-    distributed.all_gather, distributed.reduce_scatter = gather_unequal, scatter_unequal
+    distributed.reduce_scatter = scatter_unequal

@@ -64,34 +64,47 @@ def agree(store: Store, rank: int, size: int, timeout: timedelta) -> Store:
     own = uuid.uuid4().hex
     if rank:
         store.set(f"{PREFIX}/rank{rank}", own)
+        # Waits for rank 0, at most the store's timeout.
         prefix = store.get(f"{PREFIX}/answer/{own}").decode()
         store.set(f"{PREFIX}/taken/{prefix}/{rank}", "")
     else:
         prefix = own
-        _gather(store, prefix, size, timeout)
+        Gathering(store, prefix, size).run(timeout)
     return PrefixStore(prefix, store)
 
 
-def _gather(store: Store, prefix: str, size: int, timeout: timedelta) -> None:
-    """Answer the words of all other ranks until each has taken the prefix; raises DistStoreError if they do not come."""
-    until = time.monotonic() + timeout.total_seconds()
-    missing = set(range(1, size))
-    answered: dict[int, bytes] = {}
-    while missing:
-        for rank in sorted(missing):
-            place = f"{PREFIX}/rank{rank}"
-            if not store.check([place]):
-                continue
+class Gathering:
+    """Rank 0's part of the agreement: it hands its prefix to all other ranks."""
 
-            # Read again each time: the word there may be a dead rank's, and its successor's comes later.
-            word = store.get(place)
-            if answered.get(rank) != word:
-                store.set(f"{PREFIX}/answer/{word.decode()}", prefix)
-                answered[rank] = word
+    def __init__(self, store: Store, prefix: str, size: int) -> None:
+        """Begin with all other ranks missing."""
+        self.store = store
+        self.prefix = prefix
+        self.missing = set(range(1, size))
+        self.answered: dict[int, bytes] = {}
+        """The last word of each rank that was answered."""
 
-        for rank in sorted(missing):
-            if store.check([f"{PREFIX}/taken/{prefix}/{rank}"]):
-                missing.discard(rank)
-        if missing and time.monotonic() > until:
-            raise dist.DistStoreError(f"rank {min(missing)} is missing")
-        time.sleep(PAUSE_SECONDS if missing else 0)
+    def run(self, timeout: timedelta) -> None:
+        """Answer the words of all ranks until each has taken the prefix; raises DistStoreError if they do not come."""
+        until = time.monotonic() + timeout.total_seconds()
+        while self.missing:
+            for rank in sorted(self.missing):
+                self.answer(rank)
+            for rank in sorted(self.missing):
+                if self.store.check([f"{PREFIX}/taken/{self.prefix}/{rank}"]):
+                    self.missing.discard(rank)
+            if self.missing and time.monotonic() > until:
+                raise dist.DistStoreError(f"rank {min(self.missing)} is missing")
+            time.sleep(PAUSE_SECONDS if self.missing else 0)
+
+    def answer(self, rank: int) -> None:
+        """Answer a rank's word, if there is one that was not answered yet."""
+        place = f"{PREFIX}/rank{rank}"
+        if not self.store.check([place]):
+            return
+
+        # Read again each time: the word there may be a dead rank's, and its successor's comes later.
+        word = self.store.get(place)
+        if self.answered.get(rank) != word:
+            self.store.set(f"{PREFIX}/answer/{word.decode()}", self.prefix)
+            self.answered[rank] = word

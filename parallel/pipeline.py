@@ -26,6 +26,7 @@ def layout_of(parallel: ParallelConfig, layers: int) -> str:
     if parallel.pipeline_layout is not None:
         short = parallel.pipeline_layout.replace(" ", "")
         return REPEATED.sub(lambda match: match[1] * int(match[2]), short)
+    # Only whole layers can be dealt; pipeline_problems has refused what does not divide.
     chunks = parallel.pipeline * parallel.chunks
     each = "t" * (layers // chunks)
     return f"E{'|'.join([each] * chunks)}L"
@@ -69,6 +70,7 @@ def _layout_problems(
         return [f"{given} may hold E, t, L, | and t*3 only, for example '{even}'"]
 
     lines = []
+    # All faults at once, so that one correction is enough.
     named = layout.count("|") + 1
     if named != chunks:
         lines.append(f"{given} names {named} chunks, {product} needs {chunks}")

@@ -98,6 +98,7 @@ class Topology:
         """Seed the random states of a step by the seed and the step alone, so that a resumed run draws the same."""
         from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+        # A million apart: neighbouring seeds share no state before that many steps.
         seed = (self.seed * 1_000_003 + step) % 2**31
         torch.manual_seed(seed)
         model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
@@ -245,6 +246,7 @@ def _open_layout(config: ParallelConfig, device: torch.device, seed: int) -> Top
     world_size = dist.get_world_size()
     if problems := config.all_problems(world_size):
         raise UserError("; ".join(problems))
+    # A phase may change the layout; Megatron-core refuses to open groups twice.
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor,
@@ -266,6 +268,7 @@ def _pack_hosts(config: ParallelConfig, groups: Any) -> Any:
     """Open the gloo groups of the ranks with the same packs, one for each copy of the model; return this rank's."""
     if config.model_parallel_size == 1 or dist.get_backend() == "fake":
         return None
+    # Every rank must open every group, in one order: so all learn who holds which copy.
     copies = [0] * dist.get_world_size()
     dist.all_gather_object(copies, groups.dp.rank())
     members: dict[int, list[int]] = {}

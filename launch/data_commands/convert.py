@@ -1,18 +1,20 @@
 """`data.py convert KIND SRC DST`: other formats become shards; nothing is fetched from a network."""
 
 import argparse
-import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from visionloom.common.errors import UserError
 from visionloom.common.text import one_line, say, warn
+from visionloom.launch.data_commands.arguments import add_media, add_workers
 from visionloom.launch.data_commands.progress import bars
 
 if TYPE_CHECKING:
+    from visionloom.data.convert.run import Request
     from visionloom.data.convert.trainable import Trainable
-    from visionloom.data.shards.write_parts import Tally
+    from visionloom.data.shards.write_parts import Tally, Target
 
 KINDS = (
     "llava",
@@ -48,6 +50,17 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     )
     parser.add_argument("source", type=Path, metavar="SRC", help="file or folder")
     parser.add_argument("folder", type=Path, metavar="DST", help="new folder for the dataset")
+    add_target(parser)
+    add_reading(parser)
+    add_rendering(parser)
+    parser.add_argument(
+        "--follow-links", action="store_true", help="allow links out of the source's folders"
+    )
+    parser.set_defaults(run=run)
+
+
+def add_target(parser: argparse.ArgumentParser) -> None:
+    """Declare the words on the shards that are written."""
     parser.add_argument("--name", help="name in shard files and sample ids (default: DST's name)")
     parser.add_argument(
         "--shard-size", default="1GiB", help="most bytes of a shard, like 500MiB (default 1GiB)"
@@ -58,18 +71,11 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         default=10_000,
         help="most samples of a shard (default 10000)",
     )
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=os.cpu_count() or 1,
-        help="processes (default: one for each core)",
-    )
-    _add_reading(parser)
-    parser.set_defaults(run=run)
+    add_workers(parser)
 
 
-def _add_reading(parser: argparse.ArgumentParser) -> None:
-    """Declare the words on how the source is read, and which of its samples are kept."""
+def add_reading(parser: argparse.ArgumentParser) -> None:
+    """Declare the words on how the source is read."""
     parser.add_argument(
         "--images-dir",
         type=Path,
@@ -99,6 +105,10 @@ def _add_reading(parser: argparse.ArgumentParser) -> None:
         "--task",
         help="evaluation task of the samples' last answers, where a record names none (key task)",
     )
+
+
+def add_rendering(parser: argparse.ArgumentParser) -> None:
+    """Declare the words on which samples a run could train on: others are left out."""
     parser.add_argument(
         "--tokenizer",
         default="",
@@ -110,31 +120,39 @@ def _add_reading(parser: argparse.ArgumentParser) -> None:
         type=int,
         help="tokens of the longest pack, with --tokenizer (default 262144)",
     )
-    parser.add_argument(
-        "--media",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="as data.media.NAME of the run",
-    )
-    parser.add_argument(
-        "--follow-links", action="store_true", help="allow links out of the source's folders"
-    )
+    add_media(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Convert, and say what was left out and what was not read; 1 if more records than allowed were left out."""
-    from visionloom.data.convert.run import Request, convert
-    from visionloom.data.shards.write import ShardLimits
-    from visionloom.data.shards.write_parts import Target
+    from visionloom.data.convert.run import convert
 
+    refuse_below_one(options)
+    most = share_of(options.max_left_out)
+    request, target = request_of(options), target_of(options)
+    try:
+        with bars("records") as progress:
+            tally = convert(request, target, lambda done, total: progress(target.name, done, total))
+    except KeyboardInterrupt:
+        warn("", f"stopped: the same command continues {options.folder}")
+        return STOPPED
+    Summary(options.folder, tally).show()
+    return exit_code(options, tally, most)
+
+
+def refuse_below_one(options: argparse.Namespace) -> None:
+    """Refuse numbers that nothing can be made with."""
     for name in ("samples_per_shard", "workers", "limit", "sequence_length"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: at least 1 expected")
 
-    most = share_of(options.max_left_out)
-    request = Request(
+
+def request_of(options: argparse.Namespace) -> "Request":
+    """Return what is read, and how; UserError for columns or a tokenizer that cannot be read."""
+    from visionloom.data.convert.run import Request
+
+    return Request(
         options.kind,
         options.source,
         options.images_dir,
@@ -145,21 +163,21 @@ def run(options: argparse.Namespace) -> int:
         options.task,
         trainable_by(options),
     )
+
+
+def target_of(options: argparse.Namespace) -> "Target":
+    """Return where shards are written, and how large; UserError for a size that cannot be read."""
+    from visionloom.data.shards.write import ShardLimits
+    from visionloom.data.shards.write_parts import Target
+
     limits = ShardLimits(options.samples_per_shard, bytes_of(options.shard_size))
+    # Resolved, so that `.` has a name too.
     name = options.name or options.folder.resolve().name
-    target = Target(options.folder, name, limits, options.workers)
-    try:
-        with bars("records") as progress:
-            tally = convert(request, target, lambda done, total: progress(name, done, total))
-    except KeyboardInterrupt:
-        warn("", f"stopped: the same command continues {options.folder}")
-        return STOPPED
-    print_summary(options.folder, tally)
-    return _judge(options, tally, most)
+    return Target(options.folder, name, limits, options.workers)
 
 
-def _judge(options: argparse.Namespace, tally: "Tally", most: float) -> int:
-    """Return the exit code: 1, with a line, if a larger share of the records than `most` was left out."""
+def exit_code(options: argparse.Namespace, tally: "Tally", most: float) -> int:
+    """Return 1, with a line, if a larger share of the records than `most` was left out; else 0."""
     records, left_out = tally.counts["records"], tally.counts["left out"]
     if left_out <= most * records:
         return 0
@@ -195,7 +213,7 @@ def share_of(text: str) -> float:
     try:
         share = float(number) / (100 if percent else 1)
     except ValueError:
-        share = -1.0
+        share = -1.0  # refused below, as other shares that cannot be
     if not 0 <= share <= 1:
         raise UserError(f"--max-left-out {text}: a share like 5% or 0.05 expected")
     return share
@@ -221,40 +239,54 @@ def columns_of(words: list[str]) -> dict[str, str]:
     return columns
 
 
-def print_summary(folder: Path, tally: "Tally") -> None:
-    """Print what was made, what was left out and why, and which keys were not read."""
-    from visionloom.data.shards.dataset import Dataset
+@dataclass(frozen=True)
+class Summary:
+    """The text that the command ends with."""
 
-    dataset = Dataset.open(folder, folder.name)
-    samples, shards = len(dataset), len(dataset.shards)
-    mebibytes = sum(shard.bytes for shard in dataset.shards) / 2**20
-    say(f"{folder}: {samples:,} samples in {shards} shards, {mebibytes:,.1f} MiB")
-    # The commonest first; equal counts by name, so that two runs print alike.
-    names = sorted(tally.counts, key=lambda name: (-tally.counts[name], name))
-    counts = {name: tally.counts[name] for name in names}
-    records, left_out = counts.get("records", 0), counts.get("left out", 0)
-    if left_out:
-        share, listed = left_out / records, folder / "skipped.jsonl"
-        say(f"  {left_out:,} of {records:,} records left out ({share:.1%}), each in {listed}:")
-    for title, heading in SECTIONS:
-        _print_section(title, heading, counts, tally.first)
-    for name, count in counts.items():
-        if ": " not in name and name not in ("records", "samples", "left out"):
-            say(one_line(f"  {count:,} {name} (first: {tally.first[name]})"))
-    say(f"  look at them: python launch/data.py view {folder}")
+    folder: Path
+    tally: "Tally"
 
+    def show(self) -> None:
+        """Print what was made, what was left out and why, and which keys were not read."""
+        self.show_size()
+        # The commonest first; equal counts by name, so that two runs print alike.
+        totals = self.tally.counts
+        names = sorted(totals, key=lambda name: (-totals[name], name))
+        counts = {name: totals[name] for name in names}
+        self.show_left_out()
+        for title, heading in SECTIONS:
+            self.show_section(title, heading, counts)
+        for name, count in counts.items():
+            # Names with a colon stand in a section, these three in the lines above.
+            if ": " not in name and name not in ("records", "samples", "left out"):
+                say(one_line(f"  {count:,} {name} (first: {self.tally.first[name]})"))
+        say(f"  look at them: python launch/data.py view {self.folder}")
 
-def _print_section(
-    title: str,
-    heading: str,
-    counts: dict[str, int],
-    first: dict[str, str],
-) -> None:
-    """Print the counts whose names begin with a title, and the first record that each was met in."""
-    own = {name: count for name, count in counts.items() if name.startswith(f"{title}: ")}
-    if own and heading:
-        say(heading)
-    for name, count in own.items():
-        where = f" (first: {first[name]})" if name in first else ""
-        reason = name.removeprefix(f"{title}: ")
-        say(one_line(f"    {count:,} {reason}{where}"))
+    def show_size(self) -> None:
+        """Print how much was made."""
+        from visionloom.data.shards.dataset import Dataset
+
+        # As a reader opens it: what cannot be read again is found here, not in a run.
+        dataset = Dataset.open(self.folder, self.folder.name)
+        samples, shards = len(dataset), len(dataset.shards)
+        mebibytes = sum(shard.bytes for shard in dataset.shards) / 2**20
+        say(f"{self.folder}: {samples:,} samples in {shards} shards, {mebibytes:,.1f} MiB")
+
+    def show_left_out(self) -> None:
+        """Print how many records were left out, if any."""
+        records = self.tally.counts.get("records", 0)
+        left_out = self.tally.counts.get("left out", 0)
+        if left_out:
+            share, listed = left_out / records, self.folder / "skipped.jsonl"
+            say(f"  {left_out:,} of {records:,} records left out ({share:.1%}), each in {listed}:")
+
+    def show_section(self, title: str, heading: str, counts: dict[str, int]) -> None:
+        """Print the counts whose names begin with a title, each with its first record."""
+        start = f"{title}: "
+        own = {name: count for name, count in counts.items() if name.startswith(start)}
+        if own and heading:
+            say(heading)
+        first = self.tally.first
+        for name, count in own.items():
+            where = f" (first: {first[name]})" if name in first else ""
+            say(one_line(f"    {count:,} {name.removeprefix(start)}{where}"))

@@ -28,7 +28,7 @@ def run(options: argparse.Namespace) -> None:
     """Write the metadata from the shards' indexes."""
     from visionloom.data.shards.energon import export_energon
 
-    splits = dict(_share(text) for text in options.split)
+    splits = dict(split_of(text) for text in options.split)
     with bars("shards") as progress:
         parts = export_energon(
             options.folder, splits, lambda done, total: progress(str(options.folder), done, total)
@@ -37,12 +37,13 @@ def run(options: argparse.Namespace) -> None:
     say(f"{options.folder}: {', '.join(counts)}")
 
 
-def _share(text: str) -> tuple[str, float]:
+def split_of(text: str) -> tuple[str, float]:
+    """Parse NAME=SHARE; shares may be in any unit, only their proportions count."""
     name, _, share = text.partition("=")
     try:
         value = float(share)
     except ValueError:
-        value = -1.0
+        value = -1.0  # refused below, as other shares that cannot be
     if not name.isidentifier() or value <= 0:
         raise UserError(f"--split {text}: NAME=SHARE expected, like train=0.9")
     return name, value

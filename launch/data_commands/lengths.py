@@ -2,7 +2,6 @@
 
 import argparse
 import functools
-import os
 import sys
 import time
 from dataclasses import fields
@@ -13,6 +12,11 @@ from visionloom.common.errors import UserError
 from visionloom.common.progress import PartProgress
 from visionloom.common.screen import PlainConsole
 from visionloom.common.settings import check
+from visionloom.launch.data_commands.arguments import (
+    add_media,
+    add_processes,
+    counting_processes,
+)
 from visionloom.launch.data_commands.progress import bars
 
 if TYPE_CHECKING:
@@ -48,25 +52,14 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         metavar="FOLDER",
         help="of a Hugging Face tokenizer (data.tokenizer)",
     )
-    parser.add_argument(
-        "--media",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="as data.media.NAME of the run",
-    )
+    add_media(parser)
     parser.add_argument(
         "--cache",
         default="",
         metavar="DIR",
         help="folder for the tables (data.cache; default: DIR/cache)",
     )
-    parser.add_argument(
-        "--processes",
-        type=int,
-        default=os.cpu_count() or 1,
-        help="that count at once (default: all cores)",
-    )
+    add_processes(parser, "that count at once")
     parser.set_defaults(run=run)
 
 
@@ -85,7 +78,8 @@ def run(options: argparse.Namespace) -> None:
     tokenizer = Tokenizer(data.tokenizer)
     table = Table(*COLUMNS)
     with bars() as progress:
-        helpers = CountingHelp(_helpers(options.processes), report_to(progress))
+        # The clock is for each dataset: counting is what takes the time, and once.
+        helpers = CountingHelp(counting_processes(options), report_to(progress))
         for folder, name in datasets_below(options.folders).items():
             started = time.perf_counter()
             config = DatasetConfig(path=str(folder))
@@ -130,25 +124,24 @@ def media_config(words: list[str]) -> "MediaConfig":
         if name not in known:
             raise UserError(f"--media {word}: unknown, use one of {', '.join(sorted(known))}")
         try:
+            # All rules but these two are whole numbers.
             as_type = {"rule": str, "video_fps": float}.get(name, int)
             setattr(config, name, as_type(value))
         except ValueError:
             raise UserError(f"--media {word}: a number expected") from None
+    # The bounds are those of a run's own options, so that both refuse the same.
     if problems := check(config, "data.media").lines:
         raise UserError(*problems)
     return config
-
-
-def _helpers(processes: int) -> int:
-    """Return how many processes count beside this one: none where one is enough."""
-    return processes if processes > 1 else 0
 
 
 def _cells(dataset: "DatasetWithLengths", seconds: float) -> list[str]:
     import numpy as np
 
     lengths = dataset.lengths
+    # A sample that cannot be rendered has no tokens; it is no part of the means.
     tokens = lengths["tokens"][lengths["tokens"] > 0]
+    # Columns of 32 bits: their sum would overflow at two milliard tokens.
     total = int(tokens.sum(dtype=np.int64))
     # Four patches become one token.
     visual = int(lengths["patches"].sum(dtype=np.int64)) // 4

@@ -1,21 +1,45 @@
 """`data.py plan WORDS`: what the phases of a run will train on, from lengths alone: fill, losses, tokens, balance, time."""
 
 import argparse
-import os
 import sys
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from visionloom.common.errors import UserError
 from visionloom.common.screen import PlainConsole
+from visionloom.launch.data_commands.arguments import add_processes, counting_processes
 from visionloom.launch.data_commands.progress import bars
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from visionloom.data.plan.facts import PlanFacts
-    from visionloom.data.plan.plan import Plan
+    from visionloom.data.plan.plan import MixtureEntry, Plan
     from visionloom.train.config import RunConfig
 
+PHASE_COLUMNS = (
+    "phase",
+    "length",
+    "steps",
+    "packs",
+    "fill",
+    "patches",
+    "ranks",
+    "max/mean",
+    "useful",
+    "µs/sample",
+)
+DATASET_COLUMNS = (
+    "phase",
+    "dataset",
+    "over_length",
+    "samples",
+    "tokens",
+    "share",
+    "visual",
+    "left out",
+    "tokens left out",
+)
 STEPS = 200
 """Steps of a phase that are planned unless --steps says otherwise."""
 
@@ -41,12 +65,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         metavar="N",
         help="deal packs to so many (default: as --ranks and layout say)",
     )
-    parser.add_argument(
-        "--processes",
-        type=int,
-        default=os.cpu_count() or 1,
-        help="that count lengths (default: all cores)",
-    )
+    add_processes(parser, "that count lengths")
     parser.set_defaults(run=run, words=[])  # what is not declared here are words of the run
 
 
@@ -60,21 +79,19 @@ def run(options: argparse.Namespace) -> None:
     config = compose(options.words, world)
     if config is None:
         return
+    # Before any dataset is counted, which may take long.
     check_paths(config)
-    phases, datasets = _tables()
-    for name in _phases(config, options.phase):
+    tables = PlanTables.empty()
+    for name in chosen_phases(config, options.phase):
         phase = config.phases[name]
         layout = phase.parallel or config.parallel
         ranks = options.data_parallel or layout.data_parallel_size(world)
-        # One process needs no other beside it.
-        plan = plan_phase(config, name, options.processes if options.processes > 1 else 0)
+        plan = plan_phase(config, name, counting_processes(options))
         steps = min(options.steps, phase.total_steps)
         facts = facts_of(plan, steps, ranks, phase.micro_batch)
-        phases.add_row(*_phase_cells(name, facts))
-        _add_datasets(datasets, name, plan, facts)
-    console = PlainConsole(width=None if sys.stdout.isatty() else 140)
-    console.print(phases)
-    console.print(datasets)
+        tables.add_phase(name, facts)
+        tables.add_datasets(name, plan, facts)
+    tables.show()
 
 
 def plan_phase(config: "RunConfig", name: str, processes: int = 0) -> "Plan":
@@ -94,7 +111,8 @@ def plan_phase(config: "RunConfig", name: str, processes: int = 0) -> "Plan":
         return open_plan(options, datasets)
 
 
-def _phases(config: "RunConfig", wanted: str | None) -> list[str]:
+def chosen_phases(config: "RunConfig", wanted: str | None) -> list[str]:
+    """Return the phases to plan: all, or the one of --phase; UserError if the recipe lacks it."""
     if wanted is None:
         return list(config.phases)
     if wanted not in config.phases:
@@ -104,65 +122,68 @@ def _phases(config: "RunConfig", wanted: str | None) -> list[str]:
     return [wanted]
 
 
-def _tables() -> "tuple[Table, Table]":
-    from rich.table import Table
+@dataclass(frozen=True)
+class PlanTables:
+    """The two tables that the command prints."""
 
-    phases = Table(
-        "phase",
-        "length",
-        "steps",
-        "packs",
-        "fill",
-        "patches",
-        "ranks",
-        "max/mean",
-        "useful",
-        "µs/sample",
-    )
-    datasets = Table(
-        "phase",
-        "dataset",
-        "over_length",
-        "samples",
-        "tokens",
-        "share",
-        "visual",
-        "left out",
-        "tokens left out",
-    )
-    return phases, datasets
+    phases: "Table"
+    datasets: "Table"
 
+    @classmethod
+    def empty(cls) -> "PlanTables":
+        """Return tables without rows."""
+        # rich takes a tenth of a second to import, which help need not wait for.
+        from rich.table import Table
 
-def _phase_cells(name: str, facts: "PlanFacts") -> list[str]:
-    return [
-        name,
-        f"{facts.sequence_length:,}",
-        f"{facts.steps:,}",
-        f"{facts.packs:,}",
-        f"{facts.fill:.2%}",
-        f"{facts.patch_fill:.1%}",
-        f"{facts.ranks:,}",
-        f"{facts.worst:.3f}",
-        f"{facts.useful:.1%}",
-        f"{facts.seconds_per_sample * 1e6:.1f}",
-    ]
+        return cls(Table(*PHASE_COLUMNS), Table(*DATASET_COLUMNS))
 
-
-def _add_datasets(table: "Table", name: str, plan: "Plan", facts: "PlanFacts") -> None:
-    all_tokens = max(1, int(facts.tokens.sum()))
-    for number, entry in enumerate(plan.entries):
-        tokens = int(facts.tokens[number])
-        visual = facts.visual_tokens[number] / max(1, tokens)
-        # Of the whole dataset, while the other columns are about the planned steps.
-        lost, whole = entry.parts.lost_tokens, int(entry.parts.lengths["tokens"].sum())
-        table.add_row(
+    def add_phase(self, name: str, facts: "PlanFacts") -> None:
+        """Add the row of a phase."""
+        self.phases.add_row(
             name,
-            entry.name,
-            entry.over_length,
-            f"{facts.samples[number]:,}",
-            f"{tokens:,}",
-            f"{tokens / all_tokens:.1%}",
-            f"{visual:.0%}",
-            f"{entry.parts.dropped:,} of {entry.size:,}",
-            f"{lost:,} ({lost / max(1, whole):.1%})",
+            f"{facts.sequence_length:,}",
+            f"{facts.steps:,}",
+            f"{facts.packs:,}",
+            f"{facts.fill:.2%}",
+            f"{facts.patch_fill:.1%}",
+            f"{facts.ranks:,}",
+            f"{facts.worst:.3f}",
+            f"{facts.useful:.1%}",
+            f"{facts.seconds_per_sample * 1e6:.1f}",
         )
+
+    def add_datasets(self, phase: str, plan: "Plan", facts: "PlanFacts") -> None:
+        """Add a row for each dataset of a phase."""
+        # At least 1: a plan of empty datasets still has a table.
+        all_tokens = max(1, int(facts.tokens.sum()))
+        for number, entry in enumerate(plan.entries):
+            tokens = int(facts.tokens[number])
+            visual = facts.visual_tokens[number] / max(1, tokens)
+            self.datasets.add_row(
+                phase,
+                entry.name,
+                entry.over_length,
+                f"{facts.samples[number]:,}",
+                f"{tokens:,}",
+                f"{tokens / all_tokens:.1%}",
+                f"{visual:.0%}",
+                *left_out_cells(entry),
+            )
+
+    def show(self) -> None:
+        """Print both."""
+        # A pipe has no width; 140 columns hold the tables without breaking their cells.
+        console = PlainConsole(width=None if sys.stdout.isatty() else 140)
+        console.print(self.phases)
+        console.print(self.datasets)
+
+
+def left_out_cells(entry: "MixtureEntry") -> tuple[str, str]:
+    """Return the samples and tokens that no policy can fit.
+
+    They are of the whole dataset, while the other columns are about the planned steps.
+    """
+    lost = entry.parts.lost_tokens
+    whole = int(entry.parts.lengths["tokens"].sum())
+    samples = f"{entry.parts.dropped:,} of {entry.size:,}"
+    return samples, f"{lost:,} ({lost / max(1, whole):.1%})"

@@ -41,6 +41,7 @@ def run(options: argparse.Namespace) -> None:
 
     from visionloom.data.shards.manifest import MANIFEST, read_manifest
 
+    # The manifests hold the counts: no shard is opened, so any size takes a moment.
     manifests = sorted(options.folder.rglob(MANIFEST))
     if not manifests:
         raise UserError(
@@ -54,6 +55,7 @@ def run(options: argparse.Namespace) -> None:
             else path.parent.name
         )
         table.add_row(name, *_cells(read_manifest(path.parent, "stats")))
+    # A pipe has no width; 160 columns hold the table without breaking its cells.
     PlainConsole(width=None if sys.stdout.isatty() else 160).print(table)
 
 

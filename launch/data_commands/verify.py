@@ -1,10 +1,10 @@
 """`data.py verify DIR`: check every byte of a dataset."""
 
 import argparse
-import os
 from pathlib import Path
 
 from visionloom.common.text import say
+from visionloom.launch.data_commands.arguments import add_workers
 from visionloom.launch.data_commands.progress import bars
 
 
@@ -15,12 +15,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     )
     parser.add_argument("folder", metavar="DIR", help="folder or URL of a dataset")
     parser.add_argument("--decode", action="store_true", help="decode every picture and video too")
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=os.cpu_count() or 1,
-        help="processes (default: one for each core)",
-    )
+    add_workers(parser)
     parser.add_argument(
         "--out",
         type=Path,

@@ -1,11 +1,17 @@
 """`data.py view DIR [KEY|INDEX ...]`: samples as one web page or PNG: pictures, boxes, frames, tokens, packs."""
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from visionloom.common.errors import UserError
 from visionloom.common.text import say
+from visionloom.launch.data_commands.arguments import add_media
 from visionloom.launch.data_commands.lengths import media_config
+
+if TYPE_CHECKING:
+    from visionloom.data.inspect.sample_view import FirstPacks, SampleView
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -23,13 +29,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     parser.add_argument(
         "--tokenizer", metavar="FOLDER", help="show tokens, coloured by their weight in the loss"
     )
-    parser.add_argument(
-        "--media",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="as data.media.NAME of the run",
-    )
+    add_media(parser)
     parser.add_argument(
         "--pack", type=int, metavar="LENGTH", help="show the first packs of so many tokens as bars"
     )
@@ -46,7 +46,6 @@ def run(options: argparse.Namespace) -> None:
     """Write the page or the picture."""
     from visionloom.data.encode.tokenizer import Tokenizer
     from visionloom.data.inspect.contact_sheet import draw_samples
-    from visionloom.data.inspect.page import page
     from visionloom.data.inspect.sample_view import find_samples, first_packs, view_sample
     from visionloom.data.shards.dataset import Dataset
 
@@ -61,18 +60,11 @@ def run(options: argparse.Namespace) -> None:
     samples = (view_sample(dataset, index, rules, shown_with) for index in indices)
     if is_picture:
         draw_samples(list(samples), title, options.out)
-        say(f"{options.out}: {title}")
-        return
-
-    packs = None
-    if options.pack and tokenizer:
-        packs = first_packs(dataset, tokenizer, rules, options.pack, options.count)
-    # Sample by sample: a page of thousands does not hold their pictures at once.
-    options.out.write_text(page(title, str(options.folder), samples, packs))
-    if packs:
-        say(
-            f"packs: {packs.left_out:,} of the first {packs.tried:,} samples are too long or cannot be rendered"
-        )
+    else:
+        packs = None
+        if options.pack and tokenizer:
+            packs = first_packs(dataset, tokenizer, rules, options.pack, options.count)
+        write_page(options, title, samples, packs)
     say(f"{options.out}: {title}")
 
 
@@ -89,4 +81,21 @@ def _check(options: argparse.Namespace) -> None:
     if options.pack < 1 or not options.tokenizer or is_picture:
         raise UserError(
             "--pack LENGTH: a number of tokens, with --tokenizer FOLDER and a page (.html), expected"
+        )
+
+
+def write_page(
+    options: argparse.Namespace,
+    title: str,
+    samples: "Iterable[SampleView]",
+    packs: "FirstPacks | None",
+) -> None:
+    """Write the page, and say which samples its packs lack."""
+    from visionloom.data.inspect.page import page
+
+    # Sample by sample: a page of thousands does not hold their pictures at once.
+    options.out.write_text(page(title, str(options.folder), samples, packs))
+    if packs:
+        say(
+            f"packs: {packs.left_out:,} of the first {packs.tried:,} samples are too long or cannot be rendered"
         )

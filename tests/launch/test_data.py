@@ -132,5 +132,5 @@ def test_the_demo_is_made_once(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_the_command_line_does_not_wait_for_torch() -> None:
-    script = "import sys, visionloom.launch.data as d; d._parser(); sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    script = "import sys, visionloom.launch.data as d; d.make_parser(); sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

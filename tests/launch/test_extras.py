@@ -27,11 +27,11 @@ def tensorboard(folder: Path) -> None:
 
 
 def parquet(folder: Path) -> None:
-    from visionloom.launch.data import _parser
+    from visionloom.launch.data import make_parser
 
     (folder / "in").mkdir()
     (folder / "in" / "a.parquet").write_bytes(b"PAR1")
-    options = _parser().parse_args(["convert", "hf", str(folder / "in"), str(folder / "out")])
+    options = make_parser().parse_args(["convert", "hf", str(folder / "in"), str(folder / "out")])
     options.run(options)
 
 

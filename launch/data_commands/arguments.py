@@ -1,0 +1,42 @@
+"""Arguments that several subcommands take, each declared once."""
+
+import argparse
+import os
+
+
+def add_media(parser: argparse.ArgumentParser) -> None:
+    """Declare --media, the rules of pictures and videos."""
+    parser.add_argument(
+        "--media",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="as data.media.NAME of the run",
+    )
+
+
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    """Declare --workers, the processes that read or write shards."""
+    parser.add_argument(
+        "--workers",
+        type=int,
+        # None where the system does not say how many cores there are.
+        default=os.cpu_count() or 1,
+        help="processes (default: one for each core)",
+    )
+
+
+def add_processes(parser: argparse.ArgumentParser, purpose: str) -> None:
+    """Declare --processes, those that count lengths; `purpose` begins its help."""
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=os.cpu_count() or 1,
+        help=f"{purpose} (default: all cores)",
+    )
+
+
+def counting_processes(options: argparse.Namespace) -> int:
+    """Return how many processes count beside this one."""
+    # One process needs no other beside it: it counts itself, and none has to start.
+    return options.processes if options.processes > 1 else 0

@@ -1,0 +1,82 @@
+"""Words of the command line that Hydra cannot apply: they are applied to what it has composed.
+
+OmegaConf refuses to override inside an optional section that is None (a phase's layout), and to add an entry to a mapping of
+dataclasses; of entries to remove it does not say which there are.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any, Final
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from visionloom.common.errors import UserError
+from visionloom.data.config import DatasetConfig
+from visionloom.launch.explain import nothing_to_remove
+from visionloom.parallel.config import ParallelConfig
+from visionloom.train.config import PhaseConfig
+
+_MAPPINGS: Final = r"(?:phases|data\.datasets|data\.validation)"
+_REMOVED: Final = rf"~{_MAPPINGS}\.[^.=]+$"
+_ADDED: Final = rf"\+{{1,2}}{_MAPPINGS}\.[^.=]+[.=]"
+_LAYOUT: Final = r"\+{0,2}phases\.[^.=]+\.parallel[.=]"
+LATE: Final = re.compile(f"{_REMOVED}|{_LAYOUT}|{_ADDED}")
+"""Beginnings of such words."""
+
+
+def apply_late(config: DictConfig, words: Sequence[str]) -> None:
+    """Apply words that match LATE, in their order, to a composed configuration.
+
+    Raises:
+        UserError: for an entry that cannot be removed, since there is none of that name.
+    """
+    for override in OverridesParser.create().parse_overrides(list(words)):
+        EntryOverride(config, override).apply()
+
+
+class EntryOverride:
+    """A word about an entry of a mapping: `phases.<name>...` or `data.datasets.<name>...`."""
+
+    def __init__(self, config: DictConfig, override: Override) -> None:
+        """Find the mapping and the name of the entry."""
+        self.config = config
+        self.override = override
+        self.path: str = override.key_or_group
+        parts = self.path.split(".")
+        self.is_phase = parts[0] == "phases"
+        depth = 1 if self.is_phase else 2
+        self.mapping: DictConfig = OmegaConf.select(config, ".".join(parts[:depth]))
+        self.name = parts[depth]
+        self.fields = parts[depth + 1 :]
+
+    def apply(self) -> None:
+        """Remove the entry, or set the value in it."""
+        if self.override.is_delete():
+            self.remove()
+            return
+
+        self.add_missing()
+        entry: Any = self.mapping[self.name]
+        if self.fields[:1] == ["parallel"] and entry.parallel is None:
+            entry.parallel = ParallelConfig()
+        # The datasets of a mixture are free names, which OmegaConf adds only when forced.
+        is_new = "mixture" in self.fields
+        OmegaConf.update(self.config, self.path, self.override.value(), force_add=is_new)
+
+    def add_missing(self) -> None:
+        """Add the entry with its defaults, where a word with a plus may do so."""
+        adds = self.override.is_add() or self.override.is_force_add()
+        # A new phase must be given whole, so that a mistyped name is not taken for one.
+        may_be_new = not self.fields or not self.is_phase
+        if self.name not in self.mapping and adds and may_be_new:
+            with open_dict(self.mapping):
+                self.mapping[self.name] = PhaseConfig() if self.is_phase else DatasetConfig()
+
+    def remove(self) -> None:
+        """Take the entry out of the mapping; UserError if there is none of that name."""
+        if self.name not in self.mapping:
+            raise UserError(nothing_to_remove(self.path, list(map(str, self.mapping))))
+        with open_dict(self.mapping):
+            del self.mapping[self.name]
