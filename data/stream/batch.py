@@ -14,6 +14,7 @@ from torch.utils.data import get_worker_info
 from visionloom.data.encode.encode import EncodedSample
 from visionloom.data.encode.patches import Unit, row_width, widen
 from visionloom.data.plan.deal import DealtUnits, deal_units
+from visionloom.data.plan.open import StreamOptions
 from visionloom.parallel.share import ALONE, Share
 
 EXPONENTS: Final = {"token": 0.0, "sqrt": 0.5, "sample": 1.0}
@@ -116,6 +117,12 @@ class PackLayout:
     sample_token_multiple: int = 1
     """Each sample is filled up with padding to a multiple of this many tokens, for context parallelism."""
 
+    @classmethod
+    def of(cls, options: StreamOptions, names: tuple[str, ...], pad_id: int) -> "PackLayout":
+        """Return the layout of a stream over datasets of these names."""
+        multiple = options.data.sample_token_multiple
+        return cls(options.sequence_length, options.loss, names, pad_id, multiple)
+
 
 def pack(
     packs: Sequence[Sequence[EncodedSample]],
@@ -137,7 +144,7 @@ def pack(
     """
     samples = [sample for one in packs for sample in one]
     # pictures first: a sample whose pictures cannot be read has no labels
-    visual = _decode_share(samples, decode or _copied(samples), share)
+    visual = _decode_share(samples, decode or _PatchCopier(samples), share)
     text = _laid_out(packs, layout, visual.unreadable)
     borders = np.array(text.borders, np.int32)
     visual_rows = np.concatenate([np.empty(0, np.int64), *text.visual_rows])
@@ -179,7 +186,8 @@ def pack_prompts(
     """
     lengths = np.array([len(prompt.input_ids) for prompt in prompts], np.int64)
     rounded = -(-lengths // sample_multiple) * sample_multiple
-    total = -(-int(rounded.sum()) // pack_multiple) * pack_multiple
+    total = int(rounded.sum())
+    total += -total % pack_multiple
     names = tuple(sorted({prompt.dataset for prompt in prompts}))
     layout = PackLayout(total, "token", names, pad_id, sample_multiple)
     return pack([prompts], layout, share=share), np.cumsum(rounded) - rounded
@@ -316,15 +324,20 @@ def _buffer(rows: int, width: int) -> Tensor:
     return patches.share_memory_() if rows and get_worker_info() is not None else patches
 
 
-def _copied(samples: list[EncodedSample]) -> Decode:
-    """Return what takes the patches from samples that have them already."""
+@dataclass(frozen=True, slots=True)
+class _PatchCopier:
+    """Takes the patches from samples that have them already, in place of decoding."""
 
-    def copy(
+    samples: list[EncodedSample]
+
+    def __call__(
+        self,
         number: int,
         units: Sequence[Unit],
         out: NDArray[np.uint8],
     ) -> bool:
-        sample = samples[number]
+        """Copy the patches of these units of a sample; return True, as nothing is unreadable."""
+        sample = self.samples[number]
         assert sample.patches is not None, "without decode, samples bring their patches"
         frames = sample.grids[:, 1].astype(np.int64) * sample.grids[:, 2]
         sizes = sample.grids[:, 0] * frames
@@ -337,5 +350,3 @@ def _copied(samples: list[EncodedSample]) -> Decode:
             rows.append(widen(sample.patches[start:stop], out.shape[1]))
         np.concatenate(rows, out=out)
         return True
-
-    return copy

@@ -47,13 +47,7 @@ class PackStream:
             self.tokenizer,
             Quarantine(quarantine, data.max_bad_fraction),
         )
-        self._layout = PackLayout(
-            options.sequence_length,
-            options.loss,
-            tuple(names),
-            self.tokenizer.pad_id,
-            data.sample_token_multiple,
-        )
+        self._layout = PackLayout.of(options, tuple(names), self.tokenizer.pad_id)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle what the stream is made from: a worker opens the datasets anew and maps the same tables."""
@@ -123,6 +117,13 @@ class PackStream:
             self.plan.jump(int(state["block"]), int(state["first_pack"]))
             return []
 
+        changed = self._changes_since(state)
+        after = Origin.after(state, int(state["step"]))
+        self.plan = open_plan(self.options, self.datasets, after)
+        return changed
+
+    def _changes_since(self, state: Mapping[str, Any]) -> list[str]:
+        """Return what changed since a state; raises UserError unless data.on_change=new_phase allows it."""
         # the hash says that something differs, the facts say what
         changed = changes(state["plan"], self.plan.facts, self.options.phase_name)
         if self.options.data.on_change == "error":
@@ -130,8 +131,6 @@ class PackStream:
                 f"the training data is not what the checkpoint was made with: {'; '.join(changed)}: restore it, go on with"
                 f" data.on_change=new_phase, or set run.name to start a new run"
             )
-        after = Origin.after(state, int(state["step"]))
-        self.plan = open_plan(self.options, self.datasets, after)
         return changed
 
 

@@ -68,6 +68,24 @@ class _StepsAhead:
             error.add_note(f"{reader} at {place}")
             return error
 
+    def fill(
+        self,
+        built: queue.Queue[list[PackedBatch] | Exception],
+        stopped: threading.Event,
+    ) -> None:
+        """Build the steps into a queue, until it is stopped."""
+        for index in range(len(self)):
+            item = self[index]
+            # a full queue that nobody reads any more must not hold the thread
+            while not stopped.is_set():
+                try:
+                    built.put(item, timeout=0.1)
+                    break
+                except queue.Full:
+                    continue
+            if stopped.is_set():
+                return
+
 
 class _Boards:
     """What each worker is at, in memory that all processes share: it outlives a worker that is killed."""
@@ -148,22 +166,10 @@ def _start_worker(_: int) -> None:
 def _from_thread(ahead: _StepsAhead) -> Generator[list[PackedBatch] | Exception]:
     built: queue.Queue[list[PackedBatch] | Exception] = queue.Queue(PREFETCH)
     stopped = threading.Event()
-
-    def work() -> None:
-        for index in range(len(ahead)):
-            item = ahead[index]
-            # a full queue that nobody reads any more must not hold the thread
-            while not stopped.is_set():
-                try:
-                    built.put(item, timeout=0.1)
-                    break
-                except queue.Full:
-                    continue
-            if stopped.is_set():
-                return
-
     # a daemon: a run that ends with an error must not wait for it
-    thread = threading.Thread(target=work, name="visionloom-data", daemon=True)
+    thread = threading.Thread(
+        target=ahead.fill, args=(built, stopped), name="visionloom-data", daemon=True
+    )
     thread.start()
     try:
         for _ in range(len(ahead)):
