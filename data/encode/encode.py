@@ -79,7 +79,7 @@ def encode_each(
 ) -> Iterator[EncodedSample]:
     """Encode like `encode_all`, with one of them in memory at a time."""
     renderings = [render(sample, rules) for sample in samples]
-    runs = [_runs(rendering.pieces) for rendering in renderings]
+    runs = [_KnownTexts.runs_of(rendering.pieces) for rendering in renderings]
     texts = {texts for sample_runs in runs for _, texts in sample_runs if texts}
     # one call for all samples: the tokenizer works on a batch in parallel, and texts that repeat are done once
     known = _KnownTexts(texts, tokenizer)
@@ -157,19 +157,6 @@ Tokens = tuple[NDArray[np.int32], NDArray[np.int64]]
 """Ids, and for each the number of the text that its last character lies in."""
 
 
-def _runs(pieces: list[Piece]) -> list[Run]:
-    """Join neighbouring texts: only so are the tokens those of the whole string."""
-    runs: list[tuple[int, list[str]]] = []
-    for index, piece in enumerate(pieces):
-        if piece.count:
-            runs.append((index, []))
-        elif runs and runs[-1][1] and not piece.apart:
-            runs[-1][1].append(piece.text)
-        else:
-            runs.append((index, [piece.text]))
-    return [(first, tuple(texts)) for first, texts in runs]
-
-
 class _KnownTexts:
     """The tokens of runs: the texts of each tokenised as one string."""
 
@@ -179,6 +166,19 @@ class _KnownTexts:
         # ends of tokens cost a slower call, and only runs of several texts need them
         self._add_single([texts for texts in runs if len(texts) == 1])
         self._add_joined([texts for texts in runs if len(texts) > 1])
+
+    @staticmethod
+    def runs_of(pieces: list[Piece]) -> list[Run]:
+        """Join neighbouring texts: only so are the tokens those of the whole string."""
+        runs: list[tuple[int, list[str]]] = []
+        for index, piece in enumerate(pieces):
+            if piece.count:
+                runs.append((index, []))
+            elif runs and runs[-1][1] and not piece.apart:
+                runs[-1][1].append(piece.text)
+            else:
+                runs.append((index, [piece.text]))
+        return [(first, tuple(texts)) for first, texts in runs]
 
     def _add_single(self, single: list[Texts]) -> None:
         encoded = self.tokenizer.encode([texts[0] for texts in single])

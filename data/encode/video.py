@@ -158,12 +158,15 @@ class _SaidFacts:
             seconds = frame.pts * track.base
             if not waiting or frame.pts != waiting.popleft():
                 raise self.error(f"frames before the one at {seconds:g} s cannot be decoded")
-            if frame.is_corrupt:
-                raise self.error(f"the frame at {seconds:g} s is damaged")
-            self.check_size(frame.height, frame.width)
+            self._check_frame(frame, seconds)
             yield picture.rgb(frame)
         if waiting:
             raise self.error(f"the last {len(waiting)} of its wanted frames cannot be decoded")
+
+    def _check_frame(self, frame: Any, seconds: float) -> None:
+        if frame.is_corrupt:
+            raise self.error(f"the frame at {seconds:g} s is damaged")
+        self.check_size(frame.height, frame.width)
 
     def _bound(self, context: Any) -> None:
         """Bound the threads and the memory of a decoder."""

@@ -151,6 +151,12 @@ class DealtUnits:
     owners: NDArray[np.int32]
     """[n] encoder rank."""
 
+    def runs_of(self, units: list[int], first_medium: int) -> list[tuple[int, int, int]]:
+        """Return of some units the number of their picture or video counted from `first_medium`, first temporal patch and count."""
+        media = (self.media[units] - first_medium).tolist()
+        first, counts = self.first[units].tolist(), self.units[units, 0].tolist()
+        return list(zip(media, first, counts, strict=True))
+
 
 def deal_units(grids: NDArray[np.int32], ranks: int) -> DealtUnits:
     """Cut videos into runs of frames and deal images and runs to the ranks that encode them, by patch count.

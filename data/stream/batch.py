@@ -145,7 +145,8 @@ def pack(
     samples = [sample for one in packs for sample in one]
     # pictures first: a sample whose pictures cannot be read has no labels
     visual = _decode_share(samples, decode or _PatchCopier(samples), share)
-    text = _laid_out(packs, layout, visual.unreadable)
+    text = _TextBuffers(len(packs), layout)
+    text.lay_out(packs, visual.unreadable)
     borders = np.array(text.borders, np.int32)
     visual_rows = np.concatenate([np.empty(0, np.int64), *text.visual_rows])
 
@@ -201,6 +202,7 @@ class _TextBuffers:
 
     def __init__(self, packs: int, layout: PackLayout) -> None:
         length = packs * layout.sequence_length
+        self.layout = layout
         self.multiple, self.alpha = layout.sample_token_multiple, EXPONENTS[layout.loss]
         self.input_ids = np.full(length, layout.pad_id, np.int64)
         self.labels = np.full(length, IGNORED, np.int64)
@@ -212,6 +214,19 @@ class _TextBuffers:
         self.datasets: list[int] = []
         self.unreadable: list[bool] = []
         self.cursor = 0
+
+    def lay_out(
+        self,
+        packs: Sequence[Sequence[EncodedSample]],
+        unreadable: NDArray[np.bool_],
+    ) -> None:
+        """Write all samples of the packs; `unreadable`: bool [samples]."""
+        numbers = iter(range(len(unreadable)))
+        for place, samples in enumerate(packs, start=1):
+            for sample in samples:
+                dataset = self.layout.dataset_names.index(sample.dataset)
+                self.append(sample, dataset, bool(unreadable[next(numbers)]))
+            self.close(place * self.layout.sequence_length)
 
     def append(self, sample: EncodedSample, dataset: int, unreadable: bool) -> None:
         """Write a sample at the cursor."""
@@ -247,20 +262,6 @@ class _TextBuffers:
         self.cursor = end
 
 
-def _laid_out(
-    packs: Sequence[Sequence[EncodedSample]], layout: PackLayout, unreadable: NDArray[np.bool_]
-) -> _TextBuffers:
-    """Write all samples of the packs; `unreadable`: bool [samples]."""
-    text = _TextBuffers(len(packs), layout)
-    numbers = iter(range(len(unreadable)))
-    for place, samples in enumerate(packs, start=1):
-        for sample in samples:
-            dataset = layout.dataset_names.index(sample.dataset)
-            text.append(sample, dataset, bool(unreadable[next(numbers)]))
-        text.close(place * layout.sequence_length)
-    return text
-
-
 # ---- pictures
 
 
@@ -294,7 +295,7 @@ def _decode_share(samples: list[EncodedSample], decode: Decode, share: Share) ->
         units = list(group)
         here = rows[start : start + int(sizes[units].sum())]
         start += len(here)
-        if not decode(number, _units_of(dealt, units, int(first_medium[number])), here):
+        if not decode(number, dealt.runs_of(units, int(first_medium[number])), here):
             # the buffer is uninitialised memory
             here[:] = 0
             unreadable[number] = True
@@ -306,13 +307,6 @@ def all_grids(samples: Sequence[EncodedSample]) -> NDArray[np.int32]:
     # the empty one for samples without any
     none = np.empty((0, 3), np.int32)
     return np.concatenate([none, *(sample.grids for sample in samples)])
-
-
-def _units_of(dealt: DealtUnits, units: list[int], first_medium: int) -> list[Unit]:
-    """Number the media of a sample's units from its first one."""
-    media = (dealt.media[units] - first_medium).tolist()
-    first, counts = dealt.first[units].tolist(), dealt.units[units, 0].tolist()
-    return list(zip(media, first, counts, strict=True))
 
 
 def _buffer(rows: int, width: int) -> Tensor:

@@ -79,10 +79,20 @@ class EvaluationSet:
         )
         packs = []
         for numbers in pack_samples(rows["tokens"].tolist(), rows["patches"].tolist(), budget):
-            packs.append(_planned_pack(rows[numbers]))
+            packs.append(self._planned_pack(rows[numbers]))
         # every rank must take part in as many steps
         lacking = -len(packs) % multiple
         return packs + [PlannedPack((), 0.0)] * lacking
+
+    @staticmethod
+    def _planned_pack(rows: Rows) -> PlannedPack:
+        """Return the pack of these parts (dtype PART) of the only dataset, whose number is 0."""
+        samples, part_numbers = rows["sample"].tolist(), rows["part_number"].tolist()
+        places = []
+        for sample, part_number in zip(samples, part_numbers, strict=True):
+            places.append((0, sample, part_number))
+        work = pack_work(rows, np.array([0, len(rows)]))
+        return PlannedPack(tuple(places), float(CostModel().of(work)[0]))
 
     def questions(self, share: Share = ALONE) -> Iterator[EncodedSample]:
         """Yield a rank's share of the samples that have an answer, with their patches; unreadable ones are left out.
@@ -100,16 +110,6 @@ class EvaluationSet:
             # an evaluation goes on without it, on the same samples every time
             except SampleError:
                 continue
-
-
-def _planned_pack(rows: Rows) -> PlannedPack:
-    """Return the pack of these parts (dtype PART) of the only dataset, whose number is 0."""
-    samples, part_numbers = rows["sample"].tolist(), rows["part_number"].tolist()
-    places = []
-    for sample, part_number in zip(samples, part_numbers, strict=True):
-        places.append((0, sample, part_number))
-    work = pack_work(rows, np.array([0, len(rows)]))
-    return PlannedPack(tuple(places), float(CostModel().of(work)[0]))
 
 
 def _spread(size: int, limit: int, name: str) -> NDArray[np.int64]:

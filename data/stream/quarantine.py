@@ -81,16 +81,12 @@ class Quarantine:
         """Note the samples that other processes have added; return whether the last line was cut short."""
         file.seek(self._seen_bytes)
         complete, newline, broken_off = file.read().rpartition(b"\n")
-        self._known.update(filter(None, map(_name_in, complete.splitlines())))
+        for line in complete.splitlines():
+            # a line that a crash cut short names none
+            with suppress(ValueError, KeyError):
+                self._known.add(_name(json.loads(line)))
         self._seen_bytes += len(complete) + len(newline)
         return bool(broken_off)
-
-
-def _name_in(line: bytes) -> tuple[str, str, str] | None:
-    """Return the name of a line's sample; None for a line that a crash cut short."""
-    with suppress(ValueError, KeyError):
-        return _name(json.loads(line))
-    return None
 
 
 def _name(record: dict[str, Any]) -> tuple[str, str, str]:

@@ -95,8 +95,7 @@ class Reader:
                 samples[place] = answer
             else:
                 # its pack was planned, so something must take its place
-                self._report(place, answer, step)
-                encoded[place] = self._stand_in(place, answer)
+                encoded[place] = self._stand_in(place, answer, step)
         fresh = self._encode_parts(samples)
         self._keep(fresh)
         return encoded | fresh
@@ -114,8 +113,9 @@ class Reader:
         number, index, part_number = place
         return self.parts[number].part(index, part_number)
 
-    def _stand_in(self, place: Place, error: SampleError) -> EncodedSample:
-        """Return padding of the length that the plan counts on."""
+    def _stand_in(self, place: Place, error: SampleError, step: int | None) -> EncodedSample:
+        """Report an unreadable sample, and return padding of the length that the plan counts on."""
+        self._report(place, error, step)
         name, tokens = self.datasets[place[0]].name, self._part(place).tokens
         return stand_in(error.sample_id, name, tokens, self.tokenizer.pad_id)
 

@@ -51,7 +51,26 @@ class PackStream:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle what the stream is made from: a worker opens the datasets anew and maps the same tables."""
-        return _restore, (self.options, self._quarantine, self.plan.origin, self.plan.known_starts)
+        return PackStream._restore, (
+            self.options,
+            self._quarantine,
+            self.plan.origin,
+            self.plan.known_starts,
+        )
+
+    @classmethod
+    def _restore(
+        cls,
+        options: StreamOptions,
+        quarantine: Path | None,
+        origin: Origin,
+        starts: Mapping[int, int],
+    ) -> "PackStream":
+        """Open a pickled stream, with the starts of blocks that its plan had met."""
+        stream = cls(options, quarantine, origin)
+        for block, first_pack in starts.items():
+            stream.plan.jump(block, first_pack)
+        return stream
 
     @property
     def dropped(self) -> dict[str, tuple[int, int]]:
@@ -132,13 +151,3 @@ class PackStream:
                 f" data.on_change=new_phase, or set run.name to start a new run"
             )
         return changed
-
-
-def _restore(
-    options: StreamOptions, quarantine: Path | None, origin: Origin, starts: Mapping[int, int]
-) -> PackStream:
-    """Open a pickled stream, with the starts of blocks that its plan had met."""
-    stream = PackStream(options, quarantine, origin)
-    for block, first_pack in starts.items():
-        stream.plan.jump(block, first_pack)
-    return stream
