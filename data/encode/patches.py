@@ -114,7 +114,10 @@ class _MediaSource:
         patches: NDArray[np.int64],
         size: tuple[int, int],
     ) -> None:
-        """Write a picture, or temporal patches (int64 [t]) of a video, into rows uint8 [t, patches of one, width]."""
+        """Write a picture, or temporal patches of a video (int64 [t]).
+
+        Into rows uint8 [t, patches of one, 768 or 1536].
+        """
         if isinstance(media, Image):
             put(rows[0], self.picture(media, size))
         else:
@@ -149,7 +152,7 @@ class _MediaSource:
 
     @staticmethod
     def _frames_of_patches(patches: NDArray[np.int64], shown: int) -> NDArray[np.int64]:
-        """Return the numbers of the two frames of each temporal patch among those shown, int64 [t, 2]."""
+        """Return the two frames of each temporal patch among those shown, int64 [t, 2]."""
         places = patches[:, None] * TEMPORAL_PATCH_SIZE + np.arange(TEMPORAL_PATCH_SIZE)
         # an odd last frame counts twice
         return np.minimum(places, shown - 1)

@@ -84,7 +84,7 @@ class Tokenizer:
         return [token["content"] for token in words]
 
     def _special_ids(self) -> dict[str, int]:
-        """Return the ids of the special tokens that the file has; raises UserError if one of REQUIRED is missing."""
+        """Return the ids of the special tokens of the file; raises UserError if it lacks one."""
         ids: dict[str, int] = {}
         for token in (*REQUIRED, *FOR_TOOLS):
             number = self._whole.token_to_id(token)

@@ -90,7 +90,7 @@ class _SaidFacts:
         check_size((height, width), said, self.sample_id, self.video.ref or "")
 
     def check_track(self, container: Any) -> _Track:
-        """Read every packet without decoding one, and check what the sample says of size and frames."""
+        """Read every packet without decoding one, and check the size and number of frames."""
         stream = container.streams.video[0]
         self.check_size(stream.codec_context.height, stream.codec_context.width)
         packets = []
@@ -112,7 +112,7 @@ class _SaidFacts:
         frames: NDArray[np.int64],
         times: Sequence[float],
     ) -> list[int]:
-        """Return the stamps of the wanted frames: those nearest to the times that the sample says."""
+        """Return the stamps of the wanted frames: those nearest to their times."""
         shown = track.shown()
         self._check_duration((shown[-1] - shown[0]) * track.base)
         # a file may begin at any stamp, and a sample's times at any second: both count from the first frame
@@ -139,7 +139,7 @@ class _SaidFacts:
             raise self.error(f"{seconds:g} s from first to last frame, the sample says {said:g}")
 
     def _nearest(self, shown: list[int], since: float, base: float) -> int | None:
-        """Return the stamp nearest to a time since the first one, in seconds; None: it is too far from it."""
+        """Return the stamp nearest to a time since the first one, in seconds; None: too far."""
         value = shown[0] + since / base
         place = bisect_left(shown, value)
         # the nearest one is just below or just above

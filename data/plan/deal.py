@@ -101,9 +101,10 @@ class _PackGroups:
             swaps -= 1
 
     def _exchange(self) -> bool:
-        """Trade one pack of the heaviest group for a lighter one elsewhere so that the heavier of the two gets lightest.
+        """Trade one pack of the heaviest group for a lighter one elsewhere.
 
-        Return False if no trade makes it lighter.
+        Of all trades the one after which the heavier of the two is lightest; return False if no
+        trade makes it lighter.
         """
         loads = self.loads
         heaviest = max(range(len(loads)), key=loads.__getitem__)
@@ -130,7 +131,7 @@ class _PackGroups:
         return gain, after
 
     def _trade(self, ours: tuple[int, int], theirs: tuple[int, int], moved: float) -> None:
-        """Swap two packs, each named by (group, place in it), which moves a load from the first group to the second."""
+        """Swap two packs, each named by (group, place in it); a load moves to the second group."""
         (heavy, taken), (light, given) = ours, theirs
         first, second = self.groups[heavy], self.groups[light]
         first[taken], second[given] = second[given], first[taken]
@@ -152,7 +153,10 @@ class DealtUnits:
     """[n] encoder rank."""
 
     def runs_of(self, units: list[int], first_medium: int) -> list[tuple[int, int, int]]:
-        """Return of some units the number of their picture or video counted from `first_medium`, first temporal patch and count."""
+        """Return the picture or video of each of these units, first temporal patch and count.
+
+        Pictures and videos are numbered from `first_medium`.
+        """
         media = (self.media[units] - first_medium).tolist()
         first, counts = self.first[units].tolist(), self.units[units, 0].tolist()
         return list(zip(media, first, counts, strict=True))

@@ -161,14 +161,14 @@ class Cutting:
         """Return the parts of the over-long samples start .. stop, in order of (sample, part), dtype PART."""
         made: list[Part] = []
         for index in range(start, stop):
-            # kept as they come: a later part may be the one that cannot be made
+            # the shard was damaged since it was counted: nothing more of the sample is drawn
             with suppress(SampleError):
                 for part in self._parts_of(index):
                     made.append(part)
         return np.array([astuple(part) for part in made], PART)
 
     def _parts_of(self, index: int) -> Iterator[Part]:
-        """Yield the parts of one over-long sample; raises SampleError if its shard was damaged since it was counted."""
+        """Yield the parts of an over-long sample; raises SampleError if its shard was damaged."""
         number = int(self.samples[index])
         whole = whole_part(number, self.lengths[index].tolist())
         sample = self.dataset.sample(number)

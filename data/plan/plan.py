@@ -139,7 +139,7 @@ class Plan:
         return [entry.weight / entry.usable for entry in self.entries]
 
     def _draws_per_block(self, weights: list[float]) -> int:
-        """Return a power of two up to the mixture's period that makes about _PACKS_PER_BLOCK packs."""
+        """Return a power of two up to PERIOD that makes about _PACKS_PER_BLOCK packs."""
 
         def mean(field: str) -> float:
             values = [entry.per_draw(field) for entry in self.entries]
@@ -153,7 +153,10 @@ class Plan:
         return min(PERIOD, max(_SMALLEST_BLOCK, power))
 
     def _limit(self, content: str) -> int:
-        """Return how many samples of a content a pack may pass over: at most the window and a 40th of its usable ones."""
+        """Return how many samples of a content a pack may pass over.
+
+        At most the window and a 40th of its usable ones.
+        """
         usable = []
         for entry in self.entries:
             if entry.content == content:
@@ -224,7 +227,7 @@ class Plan:
 
     @property
     def _names(self) -> dict[str, str]:
-        """Return the name of the first entry of each content, which speaks for those that share it."""
+        """Return the name of each content: the first of its entries speaks for the others."""
         return {entry.content: entry.name for entry in reversed(self.entries)}
 
     def _counters(

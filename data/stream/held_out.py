@@ -70,7 +70,7 @@ class EvaluationSet:
             yield reader.batch([one.places for one in micro], layout, share)
 
     def _packs(self, rows: Rows, options: StreamOptions, multiple: int) -> list[PlannedPack]:
-        """Pack parts (rows of dtype PART), and add packs of padding up to a multiple of their number."""
+        """Pack parts (dtype PART), and add packs of padding: as many as make up a multiple."""
         budget = PackBudget(
             options.sequence_length,
             options.patch_budget,

@@ -78,7 +78,7 @@ class Quarantine:
                 file.write((b"\n" if broken_off else b"") + line.encode())
 
     def _read_new_lines(self, file: BinaryIO) -> bool:
-        """Note the samples that other processes have added; return whether the last line was cut short."""
+        """Note what other processes have added; return whether the last line was cut short."""
         file.seek(self._seen_bytes)
         complete, newline, broken_off = file.read().rpartition(b"\n")
         for line in complete.splitlines():

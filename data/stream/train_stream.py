@@ -142,7 +142,7 @@ class PackStream:
         return changed
 
     def _changes_since(self, state: Mapping[str, Any]) -> list[str]:
-        """Return what changed since a state; raises UserError unless data.on_change=new_phase allows it."""
+        """Return what changed since a state; raises UserError where data.on_change=error."""
         # the hash says that something differs, the facts say what
         changed = changes(state["plan"], self.plan.facts, self.options.phase_name)
         if self.options.data.on_change == "error":
