@@ -142,7 +142,16 @@ class _Renderer:
             system = messages[:1] if messages and messages[0].role == "system" else ()
             self.tools(system)
             messages = messages[len(system) :]
+        self.turns(messages)
 
+        for element in sample.content:
+            self.element(element, element_loss(element) * sample.weight)
+        if sample.kind == "doc":
+            self.out.add(END_OF_TEXT, sample.weight, count=1)
+        return self.out
+
+    def turns(self, messages: Sequence[Message]) -> None:
+        """Render a conversation; results of tools that follow each other share a turn."""
         spoken = [place for place, message in enumerate(messages) if message.role == "assistant"]
         answer = max(spoken, default=-1)
         # one more on each side, so that every message has neighbours
@@ -152,12 +161,6 @@ class _Renderer:
                 self.result(message, roles[place] != "tool", roles[place + 2] != "tool")
             else:
                 self.message(message, is_answer=place == answer)
-
-        for element in sample.content:
-            self.element(element, element_loss(element) * sample.weight)
-        if sample.kind == "doc":
-            self.out.add(END_OF_TEXT, sample.weight, count=1)
-        return self.out
 
     def tools(self, system: tuple[Message, ...]) -> None:
         """Render the system turn that lists the tools, after what the sample's own system message says."""
@@ -206,19 +209,23 @@ class _Renderer:
         start = len(out.pieces)
         if message.role == "assistant":
             out.end_prompt()
-        spoken = False
-        for element in message.content:
-            weight = element_loss(element, message) * self.sample.weight
-            # a call begins a line of its own, but for one that begins the turn
-            if isinstance(element, ToolCall) and spoken:
-                out.add("\n", weight)
-            spoken = spoken or not isinstance(element, Think)
-            self.element(element, weight)
+        self.speech(message)
         if is_answer:
             out.prompt_pieces = start
             out.answer = _text_of(out.pieces[start:])
         out.add(TURN_END, self.end_weight(message), count=1)
         out.add("\n")
+
+    def speech(self, message: Message) -> None:
+        """Render the elements of a turn, in which every call begins a line of its own."""
+        spoken = False
+        for element in message.content:
+            weight = element_loss(element, message) * self.sample.weight
+            # but for a call that begins the turn
+            if isinstance(element, ToolCall) and spoken:
+                self.out.add("\n", weight)
+            spoken = spoken or not isinstance(element, Think)
+            self.element(element, weight)
 
     def end_weight(self, message: Message) -> float:
         """Return the weight of the mark that ends a turn: of the message's own loss, or 1 for the assistant's."""
@@ -235,39 +242,40 @@ class _Renderer:
         """Render an element with a weight that its kind may use."""
         add = self.out.add
         match element:
-            case Text():
-                add(element.text, weight)
             case Image() | Video():
                 self.media(element)
             case Think():
-                add(THINK_START, weight, count=1)
-                add(f"\n{element.text}\n", weight)
-                add(THINK_END, weight, count=1)
+                self.marked(THINK_START, element.text, THINK_END, weight)
                 add("\n\n", weight)
             case ToolCall():
                 arguments = json.dumps(element.arguments, ensure_ascii=False)
-                add(CALL_START, weight, count=1)
-                add(f'\n{{"name": "{element.name}", "arguments": {arguments}}}\n', weight)
-                add(CALL_END, weight, count=1)
+                call = f'{{"name": "{element.name}", "arguments": {arguments}}}'
+                self.marked(CALL_START, call, CALL_END, weight)
+            case _:
+                add(self.plain_text(element), weight)
+
+    def marked(self, begin: str, text: str, end: str, weight: float) -> None:
+        """Add text on lines of its own between two special tokens."""
+        self.out.add(begin, weight, count=1)
+        self.out.add(f"\n{text}\n", weight)
+        self.out.add(end, weight, count=1)
+
+    def plain_text(self, element: Text | Box | Point | Time) -> str:
+        """Return how an element without special tokens is spelled."""
+        match element:
+            case Text():
+                return element.text
             case Box():
-                add(self.grounding(element, "bbox_2d", element.xyxy), weight)
+                return self.grounding(element, "bbox_2d", element.xyxy)
             case Point():
-                add(self.grounding(element, "point_2d", element.xy), weight)
+                return self.grounding(element, "point_2d", element.xy)
             case Time():
                 write = timestamp if element.format == "seconds" else clock
-                add(write(element.seconds), weight)
+                return write(element.seconds)
 
     def media(self, media: Image | Video) -> None:
         """Add a block of placeholders for a picture, or one for each temporal patch of a video after its time."""
-        try:
-            if isinstance(media, Image):
-                grid, moments = image_grid(media, self.rules), list[float]()
-            else:
-                grid, moments = video_layout(media, self.rules)
-        except UserError as error:
-            name = media.ref if isinstance(media, Image) else media.refs[0]
-            raise SampleError(self.sample.id, name, str(error)) from None
-
+        grid, moments = self.layout_of(media)
         tokens = tokens_per_frame(grid)
         self.out.visual_tokens += grid[0] * tokens
         # before any string of that length is made
@@ -282,6 +290,16 @@ class _Renderer:
             self.out.add(timestamp(seconds))
             self.vision_block(VIDEO, tokens)
 
+    def layout_of(self, media: Image | Video) -> tuple[Grid, list[float]]:
+        """Return the grid of a picture or video, and the seconds of a video's temporal patches."""
+        try:
+            if isinstance(media, Image):
+                return image_grid(media, self.rules), []
+            return video_layout(media, self.rules)
+        except UserError as error:
+            name = media.ref if isinstance(media, Image) else media.refs[0]
+            raise SampleError(self.sample.id, name, str(error)) from None
+
     def vision_block(self, token: str, count: int) -> None:
         """Add placeholders between their marks."""
         self.out.add(VISION_START, count=1)
@@ -295,11 +313,7 @@ class _Renderer:
         values: tuple[float, ...],
     ) -> str:
         """Write a box or point as the JSON of Qwen3-VL, its coordinates in thousandths of its picture's sides."""
-        images = self.out.images
-        if element.image >= len(images):
-            problem = f"image {element.image} expected, the sample has {len(images)}"
-            raise SampleError(self.sample.id, key, problem)
-        image = images[element.image]
+        image = self.image_of(element, key)
         # x and y in turn: two values of a point, four of a box
         sides = (image.width, image.height) * 2
         numbers = []
@@ -307,6 +321,14 @@ class _Renderer:
             numbers.append(scale_coordinate(value, side, element.space))
         label = {} if element.label is None else {"label": element.label}
         return json.dumps({key: numbers, **label}, ensure_ascii=False)
+
+    def image_of(self, element: Box | Point, key: str) -> Image:
+        """Return the picture that a box or point is on; raises SampleError if there is none."""
+        images = self.out.images
+        if element.image >= len(images):
+            problem = f"image {element.image} expected, the sample has {len(images)}"
+            raise SampleError(self.sample.id, key, problem)
+        return images[element.image]
 
 
 def timestamp(seconds: float) -> str:

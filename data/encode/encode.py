@@ -79,13 +79,13 @@ def encode_each(
 ) -> Iterator[EncodedSample]:
     """Encode like `encode_all`, with one of them in memory at a time."""
     renderings = [render(sample, rules) for sample in samples]
-    runs = [_runs(rendering.pieces) for rendering in renderings]
+    runs = [_KnownTexts.runs_of(rendering.pieces) for rendering in renderings]
     texts = {texts for sample_runs in runs for _, texts in sample_runs if texts}
     # one call for all samples: the tokenizer works on a batch in parallel, and texts that repeat are done once
-    known = _tokenise(texts, tokenizer)
+    known = _KnownTexts(texts, tokenizer)
     for sample, rendering, own, dataset in zip(samples, renderings, runs, datasets, strict=True):
-        tokens = _tokens_of(rendering.pieces, own, known, tokenizer)
-        yield _assemble(sample, rendering, tokens, dataset)
+        tokens = known.tokens_of(rendering.pieces, own)
+        yield _TokenisedRendering(rendering, *tokens).assemble(sample, dataset)
 
 
 def positions(length: int, blocks: Sequence[Block]) -> NDArray[np.int32]:
@@ -157,83 +157,106 @@ Tokens = tuple[NDArray[np.int32], NDArray[np.int64]]
 """Ids, and for each the number of the text that its last character lies in."""
 
 
-def _runs(pieces: list[Piece]) -> list[Run]:
-    """Join neighbouring texts: only so are the tokens those of the whole string."""
-    runs: list[tuple[int, list[str]]] = []
-    for index, piece in enumerate(pieces):
-        if piece.count:
-            runs.append((index, []))
-        elif runs and runs[-1][1] and not piece.apart:
-            runs[-1][1].append(piece.text)
-        else:
-            runs.append((index, [piece.text]))
-    return [(first, tuple(texts)) for first, texts in runs]
+class _KnownTexts:
+    """The tokens of runs: the texts of each tokenised as one string."""
+
+    def __init__(self, runs: set[Texts], tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.known: dict[Texts, Tokens] = {}
+        # ends of tokens cost a slower call, and only runs of several texts need them
+        self._add_single([texts for texts in runs if len(texts) == 1])
+        self._add_joined([texts for texts in runs if len(texts) > 1])
+
+    @staticmethod
+    def runs_of(pieces: list[Piece]) -> list[Run]:
+        """Join neighbouring texts: only so are the tokens those of the whole string."""
+        runs: list[tuple[int, list[str]]] = []
+        for index, piece in enumerate(pieces):
+            if piece.count:
+                runs.append((index, []))
+            elif runs and runs[-1][1] and not piece.apart:
+                runs[-1][1].append(piece.text)
+            else:
+                runs.append((index, [piece.text]))
+        return [(first, tuple(texts)) for first, texts in runs]
+
+    def _add_single(self, single: list[Texts]) -> None:
+        encoded = self.tokenizer.encode([texts[0] for texts in single])
+        for texts, ids in zip(single, encoded, strict=True):
+            self.known[texts] = ids, np.zeros(len(ids), np.int64)
+
+    def _add_joined(self, joined: list[Texts]) -> None:
+        with_ends = self.tokenizer.encode_with_ends(["".join(texts) for texts in joined])
+        for texts, (ids, ends) in zip(joined, with_ends, strict=True):
+            borders = np.cumsum([len(text) for text in texts])
+            self.known[texts] = ids, np.searchsorted(borders, ends, side="right")
+
+    def tokens_of(self, pieces: list[Piece], runs: list[Run]) -> Tokens:
+        """Return the ids of all pieces, int32 [n], and the number of each id's piece, int64 [n]."""
+        ids, numbers = [], []
+        for first, texts in runs:
+            if texts:
+                text_ids, text_numbers = self.known[texts]
+                ids.append(text_ids)
+                numbers.append(text_numbers + first)
+            else:
+                count, special = pieces[first].count, self.tokenizer.special(pieces[first].text)
+                ids.append(np.full(count, special, np.int32))
+                numbers.append(np.full(count, first, np.int64))
+        return np.concatenate(ids), np.concatenate(numbers)
 
 
-def _tokenise(runs: set[Texts], tokenizer: Tokenizer) -> dict[Texts, Tokens]:
-    """Tokenise the texts of each run as one string."""
-    known: dict[Texts, Tokens] = {}
-    # ends of tokens cost a slower call, and only runs of several texts need them
-    single: list[Texts] = [texts for texts in runs if len(texts) == 1]
-    encoded = tokenizer.encode([texts[0] for texts in single])
-    for texts, ids in zip(single, encoded, strict=True):
-        known[texts] = ids, np.zeros(len(ids), np.int64)
+@dataclass(frozen=True, slots=True)
+class _TokenisedRendering:
+    """A rendering, its ids (int32 [n]) and the number of each id's piece (int64 [n])."""
 
-    joined: list[Texts] = [texts for texts in runs if len(texts) > 1]
-    with_ends = tokenizer.encode_with_ends(["".join(texts) for texts in joined])
-    for texts, (ids, ends) in zip(joined, with_ends, strict=True):
-        borders = np.cumsum([len(text) for text in texts])
-        known[texts] = ids, np.searchsorted(borders, ends, side="right")
-    return known
+    rendering: Rendering
+    ids: NDArray[np.int32]
+    numbers: NDArray[np.int64]
 
+    def assemble(self, sample: Sample, dataset: str) -> EncodedSample:
+        """Make the encoded sample."""
+        rendering, visual = self.rendering, self._visual_pieces()
+        return EncodedSample(
+            sample_id=sample.id,
+            dataset=dataset,
+            task=sample.task,
+            input_ids=self.ids,
+            target_weights=self._target_weights(),
+            position_ids=self._positions(visual),
+            visual_positions=np.flatnonzero(visual[self.numbers]),
+            grids=np.array(rendering.grids, np.int32).reshape(-1, 3),
+            media=tuple(rendering.media),
+            answer=rendering.answer,
+            prompt_length=self._prompt_length(),
+        )
 
-def _assemble(sample: Sample, rendering: Rendering, tokens: Tokens, dataset: str) -> EncodedSample:
-    """Make the sample of its rendering; `tokens` are those of all pieces, with the number of each one's piece."""
-    ids, numbers = tokens
-    pieces = rendering.pieces
-    weights = np.array([piece.weight for piece in pieces], np.float32)[numbers]
-    # nothing predicts the first token
-    weights[:1] = 0
-    # a text may spell a placeholder; only a piece with a count is one
-    is_visual = [piece.text in (IMAGE, VIDEO) and piece.count > 0 for piece in pieces]
-    visual = np.array(is_visual, bool)
-    starts = np.searchsorted(numbers, np.flatnonzero(visual))
-    prompt_length = len(ids)
-    if rendering.prompt_pieces:
-        prompt_length = int(np.searchsorted(numbers, rendering.prompt_pieces))
-    return EncodedSample(
-        sample_id=sample.id,
-        dataset=dataset,
-        task=sample.task,
-        input_ids=ids,
-        target_weights=weights,
-        position_ids=positions(len(ids), _blocks(starts, rendering.grids)),
-        visual_positions=np.flatnonzero(visual[numbers]),
-        grids=np.array(rendering.grids, np.int32).reshape(-1, 3),
-        media=tuple(rendering.media),
-        answer=rendering.answer,
-        prompt_length=prompt_length,
-    )
+    def _target_weights(self) -> NDArray[np.float32]:
+        """Return the weight of each token, float32 [n]."""
+        of_pieces = np.array([piece.weight for piece in self.rendering.pieces], np.float32)
+        weights = of_pieces[self.numbers]
+        # nothing predicts the first token
+        weights[:1] = 0
+        return weights
 
+    def _visual_pieces(self) -> NDArray[np.bool_]:
+        """Return which pieces are placeholders, bool [pieces]."""
+        is_visual = []
+        for piece in self.rendering.pieces:
+            # a text may spell a placeholder; only a piece with a count is one
+            is_visual.append(piece.text in (IMAGE, VIDEO) and piece.count > 0)
+        return np.array(is_visual, bool)
 
-def _tokens_of(
-    pieces: list[Piece],
-    runs: list[Run],
-    known: dict[Texts, Tokens],
-    tokenizer: Tokenizer,
-) -> Tokens:
-    """Return the ids of all pieces, int32 [n], and the number of each id's piece, int64 [n]."""
-    ids, numbers = [], []
-    for first, texts in runs:
-        if texts:
-            text_ids, text_numbers = known[texts]
-            ids.append(text_ids)
-            numbers.append(text_numbers + first)
-        else:
-            count, special = pieces[first].count, tokenizer.special(pieces[first].text)
-            ids.append(np.full(count, special, np.int32))
-            numbers.append(np.full(count, first, np.int64))
-    return np.concatenate(ids), np.concatenate(numbers)
+    def _positions(self, visual: NDArray[np.bool_]) -> NDArray[np.int32]:
+        """Return the positions int32 [3, n]; `visual`: bool [pieces]."""
+        starts = np.searchsorted(self.numbers, np.flatnonzero(visual))
+        return positions(len(self.ids), _blocks(starts, self.rendering.grids))
+
+    def _prompt_length(self) -> int:
+        """Count the tokens before the last answer; without one, all."""
+        if not self.rendering.prompt_pieces:
+            return len(self.ids)
+        return int(np.searchsorted(self.numbers, self.rendering.prompt_pieces))
 
 
 def _blocks(

@@ -83,20 +83,20 @@ def decode_into(
     """
     source = _MediaSource(sample.sample_id, read, rules)
     start = 0
-    # all runs of one video together: it is decoded once
-    for number, group in groupby(units, key=lambda unit: unit[0]):
-        patches = np.concatenate([np.arange(first, first + count) for _, first, count in group])
+    for number, patches in _by_medium(units):
         _, height, width = sample.grids[number].tolist()
         stop = start + len(patches) * height * width
         rows = out[start:stop].reshape(len(patches), height * width, -1)
         start = stop
-
         size = (height * PATCH_SIZE, width * PATCH_SIZE)
-        media = sample.media[number]
-        if isinstance(media, Image):
-            put(rows[0], source.picture(media, size))
-        else:
-            source.fill_video(rows, media, patches, size)
+        source.fill(rows, sample.media[number], patches, size)
+
+
+def _by_medium(units: Sequence[Unit]) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    """Yield the number of each picture or video, and its wanted temporal patches: int64 [t]."""
+    # all runs of one video together: it is decoded once
+    for number, group in groupby(units, key=lambda unit: unit[0]):
+        yield number, np.concatenate([np.arange(first, first + count) for _, first, count in group])
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +106,22 @@ class _MediaSource:
     sample_id: str
     read: Read
     rules: MediaConfig
+
+    def fill(
+        self,
+        rows: Pixels,
+        media: Image | Video,
+        patches: NDArray[np.int64],
+        size: tuple[int, int],
+    ) -> None:
+        """Write a picture, or temporal patches of a video (int64 [t]).
+
+        Into rows uint8 [t, patches of one, 768 or 1536].
+        """
+        if isinstance(media, Image):
+            put(rows[0], self.picture(media, size))
+        else:
+            self.fill_video(rows, media, patches, size)
 
     def picture(self, image: Image, size: tuple[int, int]) -> Pixels:
         """Return a picture as planes uint8 [3, height, width] of this size."""
@@ -124,9 +140,7 @@ class _MediaSource:
     ) -> None:
         """Write temporal patches (int64 [t]) into rows uint8 [t, patches of one, 1536], two frames each."""
         shown = chosen_frames(video, self.rules)
-        places = patches[:, None] * TEMPORAL_PATCH_SIZE + np.arange(TEMPORAL_PATCH_SIZE)
-        # an odd last frame counts twice
-        slots = np.minimum(places, len(shown) - 1)
+        slots = self._frames_of_patches(patches, len(shown))
         numbers = np.unique(slots)
         scaled = resize_in_float if self.rules.rule == "qwen_utils" else resize
         # resized as they are decoded, so that no more than one frame is held at its full size
@@ -135,6 +149,13 @@ class _MediaSource:
             picture = scaled(pixels, *size)
             for place, slot in np.argwhere(slots == number).tolist():
                 put(rows[place], picture, slot)
+
+    @staticmethod
+    def _frames_of_patches(patches: NDArray[np.int64], shown: int) -> NDArray[np.int64]:
+        """Return the two frames of each temporal patch among those shown, int64 [t, 2]."""
+        places = patches[:, None] * TEMPORAL_PATCH_SIZE + np.arange(TEMPORAL_PATCH_SIZE)
+        # an odd last frame counts twice
+        return np.minimum(places, shown - 1)
 
     def _frames(self, video: Video, frames: NDArray[np.int64]) -> Iterator[Pixels]:
         """Yield the frames of these indices, uint8 [height, width, 3]."""
@@ -157,10 +178,12 @@ def put(rows: Pixels, picture: Pixels, frame: int | None = None) -> None:
     """
     height, width = (side // (MERGE_SIZE * PATCH_SIZE) for side in picture.shape[1:])
     # The 16 pixels of a patch's line are copied as one 16-byte value: nine times as fast as byte by byte.
-    lines, target = picture.view(np.complex128), rows.view(np.complex128)
+    lines = picture.view(np.complex128)
     lines = lines.reshape(3, height, MERGE_SIZE, PATCH_SIZE, width, MERGE_SIZE)
     blocks = lines.transpose(1, 4, 2, 5, 0, 3)
-    target = target.reshape(height, width, MERGE_SIZE, MERGE_SIZE, 3, -1, PATCH_SIZE)
+    target = rows.view(np.complex128).reshape(
+        height, width, MERGE_SIZE, MERGE_SIZE, 3, -1, PATCH_SIZE
+    )
     if frame is None:
         target[...] = blocks[..., None, :]
     else:

@@ -60,6 +60,12 @@ class Tokenizer:
         self.folder = folder
         raw = _read(folder)
         self.fingerprint = hashlib.sha256(raw).hexdigest()
+        words = self._load(raw)
+        self._ids = self._ids_of_words(words)
+        self._special = self._special_ids()
+
+    def _load(self, raw: bytes) -> list[str]:
+        """Make the two tokenizers of the file, and return the added tokens that are plain words."""
         try:
             self._whole = Backend.from_str(raw.decode())
             document = load_json(raw, FILE)
@@ -69,22 +75,26 @@ class Tokenizer:
             self._plain = Backend.from_str(json.dumps(plain))
         except Exception as error:  # the library raises bare Exception
             raise UserError(
-                f"data.tokenizer={folder}: tokenizer.json cannot be read: {error}"
+                f"data.tokenizer={self.folder}: tokenizer.json cannot be read: {error}"
             ) from None
         # a file may ask for padding and truncation, which plans know nothing of
         for backend in (self._whole, self._plain):
             backend.no_padding()
             backend.no_truncation()
-        self._ids = self._ids_of_words([token["content"] for token in words])
-        self._special: dict[str, int] = {}
+        return [token["content"] for token in words]
+
+    def _special_ids(self) -> dict[str, int]:
+        """Return the ids of the special tokens of the file; raises UserError if it lacks one."""
+        ids: dict[str, int] = {}
         for token in (*REQUIRED, *FOR_TOOLS):
             number = self._whole.token_to_id(token)
             if number is not None:
-                self._special[token] = number
-        if missing := [token for token in REQUIRED if token not in self._special]:
+                ids[token] = number
+        if missing := [token for token in REQUIRED if token not in ids]:
             raise UserError(
-                f"data.tokenizer={folder} lacks special tokens of Qwen3-VL: {' '.join(missing)}"
+                f"data.tokenizer={self.folder} lacks special tokens of Qwen3-VL: {' '.join(missing)}"
             )
+        return ids
 
     def __reduce__(self) -> tuple[type["Tokenizer"], tuple[str]]:
         return Tokenizer, (self.folder,)

@@ -40,16 +40,17 @@ def decode_frames(
         UserError: without PyAV.
     """
     assert video.ref is not None, "extracted frames are pictures"
+    facts = _SaidFacts(video, sample_id)
     try:
         with open_video(data) as container:
-            track = _look_through(container, video, sample_id)
+            track = facts.check_track(container)
         check_work(len(track.packets), video.width, video.height, len(data))
-        wanted = _stamps(track, video, frames, times, sample_id)
+        wanted = facts.stamps_of(track, frames, times)
         # from its start again: seeking is not exact in every container
         with open_video(data) as container:
-            yield from _decode(container, video, track, wanted, sample_id)
+            yield from facts.decode(container, track, wanted)
     except MediaError as error:
-        raise SampleError(sample_id, video.ref, f"cannot be decoded: {error.detail}") from error
+        raise facts.error(f"cannot be decoded: {error.detail}") from error
 
 
 class _Packet(NamedTuple):
@@ -67,101 +68,113 @@ class _Track:
     packets: list[_Packet]
     base: float
 
-
-def _look_through(container: Any, video: Video, sample_id: str) -> _Track:
-    """Read every packet without decoding one, and check the facts that the sample says of the video."""
-    name = video.ref or ""
-    stream = container.streams.video[0]
-    size = (stream.codec_context.height, stream.codec_context.width)
-    check_size(size, (video.height, video.width), sample_id, name)
-    packets = []
-    for packet in packets_of(container):
-        packets.append(_Packet(packet.pts, packet.is_keyframe, not packet.is_discard))
-    # as in a raw stream or an old AVI
-    if any(packet.stamp is None for packet in packets):
-        problem = "does not say when its frames are shown: convert it to MP4 or Matroska"
-        raise SampleError(sample_id, name, problem)
-    count = sum(packet.is_shown for packet in packets)
-    if count != video.file_frames:
-        raise SampleError(sample_id, name, f"{count} frames, the sample says {video.file_frames}")
-    return _Track(packets, float(stream.time_base))
+    def shown(self) -> list[int]:
+        """Return the stamps of the frames that are shown, ascending."""
+        return sorted(packet.stamp for packet in self.packets if packet.is_shown)
 
 
-def _stamps(
-    track: _Track,
-    video: Video,
-    frames: NDArray[np.int64],
-    times: Sequence[float],
-    sample_id: str,
-) -> list[int]:
-    """Return the stamps of the wanted frames: those nearest to the times that the sample says."""
-    shown = sorted(packet.stamp for packet in track.packets if packet.is_shown)
-    _check_duration((shown[-1] - shown[0]) * track.base, video, sample_id)
-    # a file may begin at any stamp, and a sample's times at any second: both count from the first frame
-    begin = video.times[0] if video.times else 0.0
-    stamps: list[int] = []
-    for index, seconds in zip(frames.tolist(), times, strict=True):
-        since = seconds - begin
-        stamp = _nearest(shown, shown[0] + since / track.base)
-        is_off = abs((stamp - shown[0]) * track.base - since) > TOLERANCE / video.fps
-        is_twice = stamps and stamp <= stamps[-1]
-        if is_off or is_twice:
-            problem = f"shows no frame {index} at {seconds:g} s: its times are others"
-            raise SampleError(sample_id, video.ref or "", problem)
-        stamps.append(stamp)
-    return stamps
+@dataclass(frozen=True, slots=True)
+class _SaidFacts:
+    """The facts that a sample says of a video file, which the file is checked by."""
 
+    video: Video
+    sample_id: str
 
-def _check_duration(seconds: float, video: Video, sample_id: str) -> None:
-    """Compare the time from first to last frame with what the sample says."""
-    if video.times:
-        said = video.times[-1] - video.times[0]
-    else:
-        said = (video.file_frames - 1) / video.fps
-    slack = TOLERANCE / video.fps
-    # each end may be off by the slack
-    if abs(seconds - said) > max(2 * slack, DRIFT * said):
-        problem = f"{seconds:g} s from first to last frame, the sample says {said:g}"
-        raise SampleError(sample_id, video.ref or "", problem)
+    def error(self, problem: str) -> SampleError:
+        """Return the error that names the file."""
+        return SampleError(self.sample_id, self.video.ref or "", problem)
 
+    def check_size(self, height: int, width: int) -> None:
+        """Refuse frames of another size."""
+        said = (self.video.height, self.video.width)
+        check_size((height, width), said, self.sample_id, self.video.ref or "")
 
-def _nearest(ascending: list[int], value: float) -> int:
-    place = bisect_left(ascending, value)
-    # the nearest one is just below or just above
-    around = ascending[max(place - 1, 0) : place + 1]
-    return min(around, key=lambda stamp: abs(stamp - value))
+    def check_track(self, container: Any) -> _Track:
+        """Read every packet without decoding one, and check the size and number of frames."""
+        stream = container.streams.video[0]
+        self.check_size(stream.codec_context.height, stream.codec_context.width)
+        packets = []
+        for packet in packets_of(container):
+            packets.append(_Packet(packet.pts, packet.is_keyframe, not packet.is_discard))
+        # as in a raw stream or an old AVI
+        if any(packet.stamp is None for packet in packets):
+            raise self.error(
+                "does not say when its frames are shown: convert it to MP4 or Matroska"
+            )
+        count = sum(packet.is_shown for packet in packets)
+        if count != self.video.file_frames:
+            raise self.error(f"{count} frames, the sample says {self.video.file_frames}")
+        return _Track(packets, float(stream.time_base))
 
+    def stamps_of(
+        self,
+        track: _Track,
+        frames: NDArray[np.int64],
+        times: Sequence[float],
+    ) -> list[int]:
+        """Return the stamps of the wanted frames: those nearest to their times."""
+        shown = track.shown()
+        self._check_duration((shown[-1] - shown[0]) * track.base)
+        # a file may begin at any stamp, and a sample's times at any second: both count from the first frame
+        begin = self.video.times[0] if self.video.times else 0.0
+        stamps: list[int] = []
+        for index, seconds in zip(frames.tolist(), times, strict=True):
+            stamp = self._nearest(shown, seconds - begin, track.base)
+            is_twice = stamps and stamp is not None and stamp <= stamps[-1]
+            if stamp is None or is_twice:
+                raise self.error(f"shows no frame {index} at {seconds:g} s: its times are others")
+            stamps.append(stamp)
+        return stamps
 
-def _decode(
-    container: Any,
-    video: Video,
-    track: _Track,
-    wanted: list[int],
-    sample_id: str,
-) -> Iterator[Pixels]:
-    """Yield the frames of these stamps, in the order in which they are shown."""
-    stream = container.streams.video[0]
-    context = stream.codec_context
-    # the loader's workers are the parallelism; and frames come out without delay
-    context.thread_count = 1
-    # Whatever size a later packet claims, no more is allocated than for the frames that were announced.
-    most = (video.height + _CODED_MARGIN) * (video.width + _CODED_MARGIN)
-    context.options = {"max_pixels": str(most)}
+    def _check_duration(self, seconds: float) -> None:
+        """Compare the time from first to last frame with what the sample says."""
+        video = self.video
+        if video.times:
+            said = video.times[-1] - video.times[0]
+        else:
+            said = (video.file_frames - 1) / video.fps
+        slack = TOLERANCE / video.fps
+        # each end may be off by the slack
+        if abs(seconds - said) > max(2 * slack, DRIFT * said):
+            raise self.error(f"{seconds:g} s from first to last frame, the sample says {said:g}")
 
-    waiting, picture, name = deque(wanted), _Converter(), video.ref or ""
-    said = (video.height, video.width)
-    for frame in _wanted_frames(container.demux(stream), context, track.packets, set(wanted)):
-        seconds = frame.pts * track.base
-        if not waiting or frame.pts != waiting.popleft():
-            problem = f"frames before the one at {seconds:g} s cannot be decoded"
-            raise SampleError(sample_id, name, problem)
+    def _nearest(self, shown: list[int], since: float, base: float) -> int | None:
+        """Return the stamp nearest to a time since the first one, in seconds; None: too far."""
+        value = shown[0] + since / base
+        place = bisect_left(shown, value)
+        # the nearest one is just below or just above
+        around = shown[max(place - 1, 0) : place + 1]
+        nearest = min(around, key=lambda stamp: abs(stamp - value))
+        distance = abs((nearest - shown[0]) * base - since)
+        return None if distance > TOLERANCE / self.video.fps else nearest
+
+    def decode(self, container: Any, track: _Track, wanted: list[int]) -> Iterator[Pixels]:
+        """Yield the frames of these stamps, in the order in which they are shown."""
+        stream = container.streams.video[0]
+        context = stream.codec_context
+        self._bound(context)
+        waiting, picture = deque(wanted), _Converter()
+        for frame in _wanted_frames(container.demux(stream), context, track.packets, set(wanted)):
+            seconds = frame.pts * track.base
+            if not waiting or frame.pts != waiting.popleft():
+                raise self.error(f"frames before the one at {seconds:g} s cannot be decoded")
+            self._check_frame(frame, seconds)
+            yield picture.rgb(frame)
+        if waiting:
+            raise self.error(f"the last {len(waiting)} of its wanted frames cannot be decoded")
+
+    def _check_frame(self, frame: Any, seconds: float) -> None:
         if frame.is_corrupt:
-            raise SampleError(sample_id, name, f"the frame at {seconds:g} s is damaged")
-        check_size((frame.height, frame.width), said, sample_id, name)
-        yield picture.rgb(frame)
-    if waiting:
-        problem = f"the last {len(waiting)} of its wanted frames cannot be decoded"
-        raise SampleError(sample_id, name, problem)
+            raise self.error(f"the frame at {seconds:g} s is damaged")
+        self.check_size(frame.height, frame.width)
+
+    def _bound(self, context: Any) -> None:
+        """Bound the threads and the memory of a decoder."""
+        # the loader's workers are the parallelism; and frames come out without delay
+        context.thread_count = 1
+        # Whatever size a later packet claims, no more is allocated than for the frames that were announced.
+        most = (self.video.height + _CODED_MARGIN) * (self.video.width + _CODED_MARGIN)
+        context.options = {"max_pixels": str(most)}
 
 
 class _Converter:
@@ -206,14 +219,7 @@ def _wanted_frames(
     """
     present = (packet for packet in demuxed if packet.size)
     groups = _groups(packets, wanted)
-    # frames shown before a keyframe need the whole group before it
-    stops = []
-    for group, after in pairwise([*groups, _Group(0)]):
-        stops.append(group.size if after.leading else group.wanted)
-    # the file is not read on after the last wanted frame
-    while stops and not stops[-1]:
-        stops.pop()
-
+    stops = _stops(groups)
     for group, stop, following in zip(groups, stops, [*stops[1:], 0], strict=False):
         for place, packet in enumerate(islice(present, group.size)):
             if place < stop:
@@ -237,6 +243,18 @@ def _groups(packets: list[_Packet], wanted: set[int]) -> list[_Group]:
             # shown before its own keyframe, so it leans on the group before
             group.leading = group.leading or packet.stamp < group.key
     return groups
+
+
+def _stops(groups: list[_Group]) -> list[int]:
+    """Count the packets of each group that are decoded, up to the last group with any."""
+    # frames shown before a keyframe need the whole group before it
+    stops = []
+    for group, after in pairwise([*groups, _Group(0)]):
+        stops.append(group.size if after.leading else group.wanted)
+    # the file is not read on after the last wanted frame
+    while stops and not stops[-1]:
+        stops.pop()
+    return stops
 
 
 def _only(frames: list[Any], wanted: set[int]) -> Iterator[Any]:

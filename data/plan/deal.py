@@ -59,59 +59,84 @@ def deal(
             f"global_batch={len(packs)} packs cannot be dealt to {data_size} data-parallel ranks x micro_batch {micro_batch}:"
             f" make it a multiple of {data_size * micro_batch}"
         )
-    ranks = _balance(packs, data_size, _SWAPS if data_size > 1 else 0)
-    return [_balance(mine, len(mine) // micro_batch, 0) for mine in ranks]
+    ranks = _PackGroups(packs, data_size)
+    if data_size > 1:
+        ranks.level()
+    dealt = []
+    for mine in ranks.costliest_first():
+        dealt.append(_PackGroups(mine, len(mine) // micro_batch).costliest_first())
+    return dealt
 
 
-def _balance(
-    packs: list[PlannedPack],
-    groups: int,
-    swaps: int,
-) -> list[list[PlannedPack]]:
-    """Make groups of equal size, costliest group first."""
-    room = len(packs) // groups
-    dealt: list[list[PlannedPack]] = [[] for _ in range(groups)]
-    lightest = [(0.0, group) for group in range(groups)]
-    # costliest first leaves the small ones to level the loads
-    for pack in sorted(packs, key=lambda pack: -pack.cost):
-        load, group = heapq.heappop(lightest)
-        dealt[group].append(pack)
-        if len(dealt[group]) < room:
-            # a full group takes no more
-            heapq.heappush(lightest, (load + pack.cost, group))
+class _PackGroups:
+    """Groups of equally many packs, and the load of each."""
 
-    loads = [sum(pack.cost for pack in group) for group in dealt]
-    # with one pack in a group an exchange only renames the groups
-    while swaps and room > 1 and _exchange(dealt, loads):
-        swaps -= 1
-    costliest_first = sorted(range(groups), key=lambda group: -loads[group])
-    return [dealt[group] for group in costliest_first]
+    def __init__(self, packs: list[PlannedPack], count: int) -> None:
+        self.room = len(packs) // count
+        self.groups: list[list[PlannedPack]] = [[] for _ in range(count)]
+        self._fill(packs)
+        self.loads = [sum(pack.cost for pack in group) for group in self.groups]
 
+    def _fill(self, packs: list[PlannedPack]) -> None:
+        """Deal the packs, costliest first to the lightest group that has room."""
+        lightest = [(0.0, number) for number in range(len(self.groups))]
+        # costliest first leaves the small ones to level the loads
+        for pack in sorted(packs, key=lambda pack: -pack.cost):
+            load, number = heapq.heappop(lightest)
+            self.groups[number].append(pack)
+            if len(self.groups[number]) < self.room:
+                # a full group takes no more
+                heapq.heappush(lightest, (load + pack.cost, number))
 
-def _exchange(dealt: list[list[PlannedPack]], loads: list[float]) -> bool:
-    """Trade one pack of the heaviest group for a lighter one elsewhere so that the heavier of the two gets lightest.
+    def costliest_first(self) -> list[list[PlannedPack]]:
+        """Return the groups, the one with the highest load first."""
+        order = sorted(range(len(self.groups)), key=lambda number: -self.loads[number])
+        return [self.groups[number] for number in order]
 
-    Return False if no trade makes it lighter.
-    """
-    heaviest = max(range(len(loads)), key=loads.__getitem__)
-    costs = np.array([[pack.cost for pack in group] for group in dealt])
-    # [pack of the heaviest, other group, its pack]: what the trade moves, and the larger load after it
-    gain = costs[heaviest][:, None, None] - costs[None]
-    others = np.array(loads)[None, :, None]
-    after = np.maximum(loads[heaviest] - gain, others + gain)
-    after[:, heaviest] = np.inf
-    best = np.unravel_index(int(np.argmin(after)), after.shape)
-    mine, other, theirs = (int(index) for index in best)
-    # what rounding errors alone gain is no gain
-    if after[mine, other, theirs] >= loads[heaviest] * (1 - 1e-9):
-        return False
+    def level(self) -> None:
+        """Exchange packs of the heaviest group while that makes it lighter."""
+        swaps = _SWAPS
+        # with one pack in a group an exchange only renames the groups
+        while swaps and self.room > 1 and self._exchange():
+            swaps -= 1
 
-    moved = float(gain[mine, other, theirs])
-    taken, given = dealt[heaviest], dealt[other]
-    taken[mine], given[theirs] = given[theirs], taken[mine]
-    loads[heaviest] -= moved
-    loads[other] += moved
-    return True
+    def _exchange(self) -> bool:
+        """Trade one pack of the heaviest group for a lighter one elsewhere.
+
+        Of all trades the one after which the heavier of the two is lightest; return False if no
+        trade makes it lighter.
+        """
+        loads = self.loads
+        heaviest = max(range(len(loads)), key=loads.__getitem__)
+        gain, after = self._trades_of(heaviest)
+        best = np.unravel_index(int(np.argmin(after)), after.shape)
+        # what rounding errors alone gain is no gain
+        if after[best] >= loads[heaviest] * (1 - 1e-9):
+            return False
+        mine, other, theirs = (int(index) for index in best)
+        self._trade((heaviest, mine), (other, theirs), float(gain[best]))
+        return True
+
+    def _trades_of(self, group: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return what each trade moves out of a group, and the larger of the two loads after it.
+
+        Both float64 [pack of the group, other group, its pack].
+        """
+        costs = np.array([[pack.cost for pack in packs] for packs in self.groups])
+        gain = costs[group][:, None, None] - costs[None]
+        others = np.array(self.loads)[None, :, None]
+        after = np.maximum(self.loads[group] - gain, others + gain)
+        # a group does not trade with itself
+        after[:, group] = np.inf
+        return gain, after
+
+    def _trade(self, ours: tuple[int, int], theirs: tuple[int, int], moved: float) -> None:
+        """Swap two packs, each named by (group, place in it); a load moves to the second group."""
+        (heavy, taken), (light, given) = ours, theirs
+        first, second = self.groups[heavy], self.groups[light]
+        first[taken], second[given] = second[given], first[taken]
+        self.loads[heavy] -= moved
+        self.loads[light] += moved
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +151,15 @@ class DealtUnits:
     """[n] temporal patch of it at which the unit begins."""
     owners: NDArray[np.int32]
     """[n] encoder rank."""
+
+    def runs_of(self, units: list[int], first_medium: int) -> list[tuple[int, int, int]]:
+        """Return the picture or video of each of these units, first temporal patch and count.
+
+        Pictures and videos are numbered from `first_medium`.
+        """
+        media = (self.media[units] - first_medium).tolist()
+        first, counts = self.first[units].tolist(), self.units[units, 0].tolist()
+        return list(zip(media, first, counts, strict=True))
 
 
 def deal_units(grids: NDArray[np.int32], ranks: int) -> DealtUnits:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from visionloom.data.encode.geometry import MERGE_SIZE
-from visionloom.data.plan.deal import deal
+from visionloom.data.plan.deal import PlannedPack, deal
 from visionloom.data.plan.plan import Plan
 from visionloom.data.plan.plan_blocks import PlanBlock
 
@@ -66,6 +66,40 @@ class PlanFacts:
         """Return the planning time of a sample, in seconds."""
         return self.seconds / max(1, self.planned)
 
+    def add_step(self, dealt: list[list[list[PlannedPack]]]) -> None:
+        """Count the work of a step whose packs are dealt to the ranks."""
+        costs = []
+        for rank in dealt:
+            costs.append(sum(pack.cost for micro in rank for pack in micro))
+        self.steps += 1
+        self.mean_cost += sum(costs) / self.ranks
+        # a step takes as long as its slowest rank
+        self.largest_cost += max(costs)
+        self.worst = max(self.worst, max(costs) * self.ranks / max(sum(costs), 1e-9))
+
+    def add_block(self, block: PlanBlock, packs: int) -> None:
+        """Count the samples of a block's first packs."""
+        here = slice(0, block.borders[packs])
+        entries = block.entries[here]
+        self.tokens = self._added(self.tokens, entries, block.tokens[here])
+        visual_tokens = block.patches[here] // MERGE_SIZE**2
+        self.visual_tokens = self._added(self.visual_tokens, entries, visual_tokens)
+        # a sample in parts counts once
+        is_first = block.part_numbers[here] == 0
+        self.samples = self._added(self.samples, entries, is_first)
+        self.packs += packs
+        self.planned += len(block.tokens)
+
+    def _added(
+        self,
+        before: NDArray[np.int64],
+        entries: NDArray[np.int16],
+        counts: NDArray[Any],
+    ) -> NDArray[np.int64]:
+        """Add the counts of samples to the sums of their datasets, int64 [datasets]."""
+        sums = np.bincount(entries, counts, len(self.names)).astype(np.int64)
+        return sums + before if len(before) else sums
+
 
 def facts_of(plan: Plan, steps: int, ranks: int, micro_batch: int) -> PlanFacts:
     """Plan the first steps and add them up. Raises UserError if packs cannot be dealt evenly to the ranks."""
@@ -74,19 +108,12 @@ def facts_of(plan: Plan, steps: int, ranks: int, micro_batch: int) -> PlanFacts:
     facts = PlanFacts(settings.sequence_length, settings.patch_budget, names, ranks)
     started = time.perf_counter()
     for block, packs in _blocks(plan, steps * settings.global_batch):
-        _add(facts, block, packs)
+        facts.add_block(block, packs)
     facts.seconds = time.perf_counter() - started
 
     first = plan.origin.step
     for step in range(first, first + steps):
-        costs = []
-        for rank in deal(plan.step(step), ranks, micro_batch):
-            costs.append(sum(pack.cost for micro in rank for pack in micro))
-        facts.steps += 1
-        facts.mean_cost += sum(costs) / ranks
-        # a step takes as long as its slowest rank
-        facts.largest_cost += max(costs)
-        facts.worst = max(facts.worst, max(costs) * ranks / max(sum(costs), 1e-9))
+        facts.add_step(deal(plan.step(step), ranks, micro_batch))
     return facts
 
 
@@ -98,24 +125,3 @@ def _blocks(plan: Plan, packs: int) -> Iterator[tuple[PlanBlock, int]]:
         taken = min(packs, len(block))
         yield block, taken
         packs, number = packs - taken, number + 1
-
-
-def _add(facts: PlanFacts, block: PlanBlock, packs: int) -> None:
-    """Count the samples of a block's first packs."""
-    here = slice(0, block.borders[packs])
-    entries, count = block.entries[here], len(facts.names)
-
-    def by_dataset(
-        weights: NDArray[Any],
-        before: NDArray[np.int64],
-    ) -> NDArray[np.int64]:
-        sums = np.bincount(entries, weights, count).astype(np.int64)
-        return sums + before if len(before) else sums
-
-    facts.tokens = by_dataset(block.tokens[here], facts.tokens)
-    visual_tokens = block.patches[here] // MERGE_SIZE**2
-    facts.visual_tokens = by_dataset(visual_tokens, facts.visual_tokens)
-    # a sample in parts counts once
-    facts.samples = by_dataset(block.part_numbers[here] == 0, facts.samples)
-    facts.packs += packs
-    facts.planned += len(block.tokens)

@@ -98,6 +98,16 @@ class Mixture:
         period: int,
     ) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """Return the entry of each position (int32 [PERIOD]), and which draw of its content it is (int64 [PERIOD])."""
+        datasets = self._spread_entries(period)
+        ordinals = np.empty(PERIOD, np.int64)
+        groups = self.groups[datasets]
+        for group, quota in enumerate(self._group_quotas):
+            first = period * quota + self._before[group]
+            ordinals[groups == group] = np.arange(quota) + first
+        return datasets, ordinals
+
+    def _spread_entries(self, period: int) -> NDArray[np.int32]:
+        """Return the entry of each position of a period, int32 [PERIOD]."""
         entries = np.arange(len(self.sizes), dtype=np.int32)
         datasets = np.repeat(entries, self.quotas)
         # the draws of an entry are evenly spread, each at random within its stretch
@@ -106,14 +116,7 @@ class Mixture:
         # 52 bits: all that a float64 between 0 and 1 can hold
         jitter = mix(positions, key_of(self.seed, f"period {period}")) >> np.uint64(12)
         place = (within + jitter / 2.0**52) / self.quotas[datasets]
-        datasets = datasets[np.argsort(place, kind="stable")]
-
-        ordinals = np.empty(PERIOD, np.int64)
-        groups = self.groups[datasets]
-        for group, quota in enumerate(self._group_quotas):
-            first = period * quota + self._before[group]
-            ordinals[groups == group] = np.arange(quota) + first
-        return datasets, ordinals
+        return datasets[np.argsort(place, kind="stable")]
 
 
 def quotas(weights: Sequence[float], total: int) -> NDArray[np.int64]:

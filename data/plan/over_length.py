@@ -15,6 +15,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -159,18 +160,22 @@ class Cutting:
     def __call__(self, start: int, stop: int) -> Rows:
         """Return the parts of the over-long samples start .. stop, in order of (sample, part), dtype PART."""
         made: list[Part] = []
-        policy = POLICIES[self.limits.policy]
         for index in range(start, stop):
-            number = int(self.samples[index])
-            whole = whole_part(number, self.lengths[index].tolist())
-            try:
-                sample = self.dataset.sample(number)
-                sizes = SampleSizes(sample, whole, self.limits, self.tokenizer, self.rules)
-                for part_number, part in enumerate(policy(sizes)):
-                    made.append(replace(part, part_number=part_number))
-            except SampleError:
-                continue  # the shard was damaged since it was counted: nothing of the sample is drawn
+            # the shard was damaged since it was counted: nothing more of the sample is drawn
+            with suppress(SampleError):
+                for part in self._parts_of(index):
+                    made.append(part)
         return np.array([astuple(part) for part in made], PART)
+
+    def _parts_of(self, index: int) -> Iterator[Part]:
+        """Yield the parts of an over-long sample; raises SampleError if its shard was damaged."""
+        number = int(self.samples[index])
+        whole = whole_part(number, self.lengths[index].tolist())
+        sample = self.dataset.sample(number)
+        sizes = SampleSizes(sample, whole, self.limits, self.tokenizer, self.rules)
+        policy = POLICIES[self.limits.policy]
+        for part_number, part in enumerate(policy(sizes)):
+            yield replace(part, part_number=part_number)
 
 
 # ---- split
@@ -249,14 +254,10 @@ def _truncate_tail(sizes: SampleSizes) -> Iterator[Part]:
             borders.add((number, 0))
         if number not in inside:
             borders.update(sizes.token_ends(number))
-    turn_ends, offset = set[Border](), 0
-    for message in sizes.sample.messages:
-        turn_ends.add((offset, 0))
-        offset += len(message.content)
 
     def flags(stop: Border) -> int:
         # at the end of a turn its end mark stays
-        return TRUNCATED if stop in turn_ends else TRUNCATED | UNFINISHED
+        return TRUNCATED if sizes.begins_turn(stop) else TRUNCATED | UNFINISHED
 
     part = sizes.longest((0, 0), sorted(borders), flags)
     if part is not None and (part.supervised or not sizes.whole.supervised):
@@ -271,29 +272,40 @@ def _shrink(sizes: SampleSizes) -> Iterator[Part]:
 
     The bound is a multiple of 1024 pixels, one visual token.
     """
-    media = [element for element in sizes.elements if isinstance(element, Image | Video)]
-    visual = [_size(element, sizes.rules)[0] for element in media]
-    text = sizes.whole.tokens - sum(visual)
-
-    def fits(area: int) -> bool:
-        tokens, patches = text, 0
-        for element in media:
-            small = bounded(element, area * _MERGED_AREA, sizes.rules)
-            assert isinstance(small, Image | Video)
-            more_tokens, more_patches = _size(small, sizes.rules)
-            tokens, patches = tokens + more_tokens, patches + more_patches
-        return sizes.limits.fit(tokens, patches)
-
-    # the largest area that fits, by halves: sizes only grow with it
-    low, high = 0, max(visual, default=0)
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    if not low:
+    area = _AreaSearch(sizes).largest()
+    if not area:
         return
-    part = sizes.measured(replace(sizes.whole, pixels=low * _MERGED_AREA, flags=SHRUNK))
+    part = sizes.measured(replace(sizes.whole, pixels=area * _MERGED_AREA, flags=SHRUNK))
     if sizes.limits.fit(part.tokens, part.patches):
         yield part
+
+
+class _AreaSearch:
+    """Search for a bound on the area of a sample's pictures and frames, in units of 1024 pixels."""
+
+    def __init__(self, sizes: SampleSizes) -> None:
+        self.limits, self.rules = sizes.limits, sizes.rules
+        self.media = [element for element in sizes.elements if isinstance(element, Image | Video)]
+        self.visual = [_size(element, self.rules)[0] for element in self.media]
+        self.text = sizes.whole.tokens - sum(self.visual)
+
+    def largest(self) -> int:
+        """Return the largest area with which the sample fits, 0 if none."""
+        # by halves: sizes only grow with it
+        low, high = 0, max(self.visual, default=0)
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self._fits(middle) else (low, middle - 1)
+        return low
+
+    def _fits(self, area: int) -> bool:
+        tokens, patches = self.text, 0
+        for element in self.media:
+            small = bounded(element, area * _MERGED_AREA, self.rules)
+            assert isinstance(small, Image | Video)
+            more_tokens, more_patches = _size(small, self.rules)
+            tokens, patches = tokens + more_tokens, patches + more_patches
+        return self.limits.fit(tokens, patches)
 
 
 def _size(element: Image | Video, rules: MediaConfig) -> tuple[int, int]:

@@ -82,6 +82,17 @@ class Settings:
     media: str = ""
     """Hash of the pixel and frame rules and of the chat template."""
 
+    @property
+    def pack_budget(self) -> PackBudget:
+        """Return what the packs hold, and what they are chosen from."""
+        return PackBudget(
+            self.sequence_length,
+            self.patch_budget,
+            self.packing_window_samples,
+            self.sample_token_multiple,
+            self.max_samples_per_pack,
+        )
+
 
 class Plan:
     """Plans steps on demand. Safe in threads; the next block is made while one is used."""
@@ -97,8 +108,8 @@ class Plan:
         """`cache`: a folder for blocks, shared by the processes of a machine."""
         self.entries, self.settings, self.origin = entries, settings, origin or Origin()
         self.cost = cost or CostModel()
-        weights = _draw_weights(entries, settings.weights_in)
-        self.draws_per_block = _draws_per_block(entries, weights, settings)
+        weights = self._draw_weights()
+        self.draws_per_block = self._draws_per_block(weights)
         # phases of one run must not draw the same samples first
         self._seed = int(key_of(settings.seed, f"phase {settings.phase}"))
         self.mixture = Mixture(
@@ -109,10 +120,7 @@ class Plan:
             settings.shuffle_block_samples,
             self.origin.draws,
         )
-        self.limits = [
-            _limit(entries, content, settings.packing_window_samples)
-            for content in self.mixture.contents
-        ]
+        self.limits = [self._limit(content) for content in self.mixture.contents]
         """Of each content, how many samples a pack may at most pass over."""
         # grows with each block that was met: how many packs a block has is known only once it is made
         self._first_packs = {0: 0}
@@ -120,6 +128,40 @@ class Plan:
             self._make_block, cache / "plan" / self.hash if cache else None
         )
         self._lock = threading.Lock()
+
+    def _draw_weights(self) -> list[float]:
+        """Return how often each entry is drawn.
+
+        Draws without a part do not count, and tokens are turned into draws by their mean.
+        """
+        if self.settings.weights_in == "tokens":
+            return [entry.weight / entry.per_draw("tokens") for entry in self.entries]
+        return [entry.weight / entry.usable for entry in self.entries]
+
+    def _draws_per_block(self, weights: list[float]) -> int:
+        """Return a power of two up to PERIOD that makes about _PACKS_PER_BLOCK packs."""
+
+        def mean(field: str) -> float:
+            values = [entry.per_draw(field) for entry in self.entries]
+            return float(np.dot(weights, values) / np.sum(weights))
+
+        tokens = mean("tokens") / self.settings.sequence_length
+        patches = mean("patches") / self.settings.patch_budget
+        # of whichever fills a pack first
+        draws = int(_PACKS_PER_BLOCK / max(tokens, patches))
+        power = 1 << (draws - 1).bit_length()
+        return min(PERIOD, max(_SMALLEST_BLOCK, power))
+
+    def _limit(self, content: str) -> int:
+        """Return how many samples of a content a pack may pass over.
+
+        At most the window and a 40th of its usable ones.
+        """
+        usable = []
+        for entry in self.entries:
+            if entry.content == content:
+                usable.append(entry.size - entry.parts.dropped)
+        return min(self.settings.packing_window_samples, min(usable) // _EPOCH_PER_PASSED)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -149,12 +191,18 @@ class Plan:
                 block = self._block(number)
                 start = first + len(packs) - self._first_packs[number]
                 stop = min(len(block), start + wanted - len(packs))
-                costs = self.cost.of(block.work[start:stop]).tolist()
-                for place, cost in enumerate(costs, start=start):
-                    packs.append(PlannedPack(block.places(place), cost))
+                packs += self._packs(block, start, stop)
                 number += 1
             # the next block is made while the steps of this one train
             self._blocks.ahead(number)
+        return packs
+
+    def _packs(self, block: PlanBlock, start: int, stop: int) -> list[PlannedPack]:
+        """Return some of the packs of a block with their costs."""
+        costs = self.cost.of(block.work[start:stop]).tolist()
+        packs = []
+        for place, cost in enumerate(costs, start=start):
+            packs.append(PlannedPack(block.places(place), cost))
         return packs
 
     def state(self, step: int) -> dict[str, Any]:
@@ -164,9 +212,8 @@ class Plan:
             number = self._block_of(first)
             before = self._first_packs[number]
             block = self._block(number)
-        # of entries that share a content the first one speaks for it
-        names = {entry.content: entry.name for entry in reversed(self.entries)}
         counters = self._counters(number, block, first - before)
+        names = self._names
         return {
             "version": STATE_VERSION,
             "plan_hash": self.hash,
@@ -177,6 +224,11 @@ class Plan:
             "origin": {"step": self.origin.step, "draws": dict(self.origin.draws)},
             "plan": self.facts,
         }
+
+    @property
+    def _names(self) -> dict[str, str]:
+        """Return the name of each content: the first of its entries speaks for the others."""
+        return {entry.content: entry.name for entry in reversed(self.entries)}
 
     def _counters(
         self,
@@ -235,19 +287,12 @@ class Plan:
         return block
 
     def _make_block(self, number: int) -> PlanBlock:
+        """Draw, cut and pack the samples of a block."""
         rows, entries, draws = self._rows(number)
-        settings = self.settings
-        budget = PackBudget(
-            settings.sequence_length,
-            settings.patch_budget,
-            settings.packing_window_samples,
-            settings.sample_token_multiple,
-            settings.max_samples_per_pack,
-        )
         packs = pack_samples(
             rows["tokens"].tolist(),
             rows["patches"].tolist(),
-            budget,
+            self.settings.pack_budget,
             self.mixture.groups[entries].tolist(),
             self.limits,
         )
@@ -294,36 +339,3 @@ def pack_work(rows: Rows, borders: NDArray[np.int64]) -> NDArray[np.int64]:
     tokens, patches = rows["tokens"].astype(np.int64), rows["patches"].astype(np.int64)
     each = np.stack([tokens, tokens**2, patches, rows["patch_pairs"]], axis=1)
     return np.add.reduceat(each, borders[:-1], axis=0)
-
-
-def _limit(entries: list[MixtureEntry], content: str, window: int) -> int:
-    """Return how many samples of a content a pack may pass over: at most the window and a 40th of its usable ones."""
-    usable = []
-    for entry in entries:
-        if entry.content == content:
-            usable.append(entry.size - entry.parts.dropped)
-    return min(window, min(usable) // _EPOCH_PER_PASSED)
-
-
-def _draw_weights(entries: list[MixtureEntry], weights_in: str) -> list[float]:
-    """Return how often each entry is drawn.
-
-    Draws without a part do not count, and tokens are turned into draws by their mean.
-    """
-    if weights_in == "tokens":
-        return [entry.weight / entry.per_draw("tokens") for entry in entries]
-    return [entry.weight / entry.usable for entry in entries]
-
-
-def _draws_per_block(entries: list[MixtureEntry], weights: list[float], settings: Settings) -> int:
-    """Return a power of two up to the mixture's period that makes about _PACKS_PER_BLOCK packs."""
-
-    def mean(field: str) -> float:
-        values = [entry.per_draw(field) for entry in entries]
-        return float(np.dot(weights, values) / np.sum(weights))
-
-    tokens, patches = mean("tokens"), mean("patches")
-    packs_per_draw = max(tokens / settings.sequence_length, patches / settings.patch_budget)
-    draws = int(_PACKS_PER_BLOCK / packs_per_draw)
-    power = 1 << (draws - 1).bit_length()
-    return min(PERIOD, max(_SMALLEST_BLOCK, power))

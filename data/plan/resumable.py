@@ -177,7 +177,7 @@ class _Blocks:
             self.own[start] = rows
 
     def _join(self) -> Rows:
-        """Put all blocks together, keep the whole and remove them."""
+        """Put all blocks together."""
         parts = {start: self._rows(start) for start in self.starts}
         lacking = [start for start, rows in parts.items() if rows is None]
         joined = load_rows(self.path, self.dtype) if lacking else None
@@ -187,7 +187,10 @@ class _Blocks:
         for start in lacking:  # damaged
             parts[start] = self._made(start)
 
-        rows = np.concatenate([part for part in parts.values() if part is not None])
+        return self._keep(np.concatenate([part for part in parts.values() if part is not None]))
+
+    def _keep(self, rows: Rows) -> Rows:
+        """Keep the whole array in place of its blocks, and return it."""
         if not save_rows(self.path, rows):
             return rows
         shutil.rmtree(self.folder, ignore_errors=True)

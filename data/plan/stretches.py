@@ -167,18 +167,27 @@ class SampleSizes:
         return ends_of
 
     @cached_property
+    def turn_starts(self) -> set[int]:
+        """Return the numbers of the elements that begin a turn."""
+        starts, offset = set[int](), 0
+        for message in self.sample.messages:
+            starts.add(offset)
+            offset += len(message.content)
+        return starts
+
+    def begins_turn(self, border: Border) -> bool:
+        """Return whether a turn begins at a border."""
+        number, chars = border
+        return number in self.turn_starts and not chars
+
+    @cached_property
     def _cumulative(self) -> list[tuple[int, int]]:
         """Return about how many tokens and patches lie before each element, and before the end."""
-        turns, offset = set[int](), 0
-        for message in self.sample.messages:
-            turns.add(offset)
-            offset += len(message.content)
-
         before: list[tuple[int, int]] = []
         tokens = patches = 0
         for number, element in enumerate(self.elements):
             # the marks of a turn lie before its first element
-            tokens += _TURN_TOKENS if number in turns else 0
+            tokens += _TURN_TOKENS if number in self.turn_starts else 0
             before.append((tokens, patches))
             more_tokens, more_patches = self._size_of(number, element)
             tokens, patches = tokens + more_tokens, patches + more_patches

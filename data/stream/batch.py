@@ -14,6 +14,7 @@ from torch.utils.data import get_worker_info
 from visionloom.data.encode.encode import EncodedSample
 from visionloom.data.encode.patches import Unit, row_width, widen
 from visionloom.data.plan.deal import DealtUnits, deal_units
+from visionloom.data.plan.open import StreamOptions
 from visionloom.parallel.share import ALONE, Share
 
 EXPONENTS: Final = {"token": 0.0, "sqrt": 0.5, "sample": 1.0}
@@ -116,6 +117,12 @@ class PackLayout:
     sample_token_multiple: int = 1
     """Each sample is filled up with padding to a multiple of this many tokens, for context parallelism."""
 
+    @classmethod
+    def of(cls, options: StreamOptions, names: tuple[str, ...], pad_id: int) -> "PackLayout":
+        """Return the layout of a stream over datasets of these names."""
+        multiple = options.data.sample_token_multiple
+        return cls(options.sequence_length, options.loss, names, pad_id, multiple)
+
 
 def pack(
     packs: Sequence[Sequence[EncodedSample]],
@@ -137,8 +144,9 @@ def pack(
     """
     samples = [sample for one in packs for sample in one]
     # pictures first: a sample whose pictures cannot be read has no labels
-    visual = _decode_share(samples, decode or _copied(samples), share)
-    text = _laid_out(packs, layout, visual.unreadable)
+    visual = _decode_share(samples, decode or _PatchCopier(samples), share)
+    text = _TextBuffers(len(packs), layout)
+    text.lay_out(packs, visual.unreadable)
     borders = np.array(text.borders, np.int32)
     visual_rows = np.concatenate([np.empty(0, np.int64), *text.visual_rows])
 
@@ -179,7 +187,8 @@ def pack_prompts(
     """
     lengths = np.array([len(prompt.input_ids) for prompt in prompts], np.int64)
     rounded = -(-lengths // sample_multiple) * sample_multiple
-    total = -(-int(rounded.sum()) // pack_multiple) * pack_multiple
+    total = int(rounded.sum())
+    total += -total % pack_multiple
     names = tuple(sorted({prompt.dataset for prompt in prompts}))
     layout = PackLayout(total, "token", names, pad_id, sample_multiple)
     return pack([prompts], layout, share=share), np.cumsum(rounded) - rounded
@@ -193,6 +202,7 @@ class _TextBuffers:
 
     def __init__(self, packs: int, layout: PackLayout) -> None:
         length = packs * layout.sequence_length
+        self.layout = layout
         self.multiple, self.alpha = layout.sample_token_multiple, EXPONENTS[layout.loss]
         self.input_ids = np.full(length, layout.pad_id, np.int64)
         self.labels = np.full(length, IGNORED, np.int64)
@@ -204,6 +214,19 @@ class _TextBuffers:
         self.datasets: list[int] = []
         self.unreadable: list[bool] = []
         self.cursor = 0
+
+    def lay_out(
+        self,
+        packs: Sequence[Sequence[EncodedSample]],
+        unreadable: NDArray[np.bool_],
+    ) -> None:
+        """Write all samples of the packs; `unreadable`: bool [samples]."""
+        numbers = iter(range(len(unreadable)))
+        for place, samples in enumerate(packs, start=1):
+            for sample in samples:
+                dataset = self.layout.dataset_names.index(sample.dataset)
+                self.append(sample, dataset, bool(unreadable[next(numbers)]))
+            self.close(place * self.layout.sequence_length)
 
     def append(self, sample: EncodedSample, dataset: int, unreadable: bool) -> None:
         """Write a sample at the cursor."""
@@ -239,20 +262,6 @@ class _TextBuffers:
         self.cursor = end
 
 
-def _laid_out(
-    packs: Sequence[Sequence[EncodedSample]], layout: PackLayout, unreadable: NDArray[np.bool_]
-) -> _TextBuffers:
-    """Write all samples of the packs; `unreadable`: bool [samples]."""
-    text = _TextBuffers(len(packs), layout)
-    numbers = iter(range(len(unreadable)))
-    for place, samples in enumerate(packs, start=1):
-        for sample in samples:
-            dataset = layout.dataset_names.index(sample.dataset)
-            text.append(sample, dataset, bool(unreadable[next(numbers)]))
-        text.close(place * layout.sequence_length)
-    return text
-
-
 # ---- pictures
 
 
@@ -286,7 +295,7 @@ def _decode_share(samples: list[EncodedSample], decode: Decode, share: Share) ->
         units = list(group)
         here = rows[start : start + int(sizes[units].sum())]
         start += len(here)
-        if not decode(number, _units_of(dealt, units, int(first_medium[number])), here):
+        if not decode(number, dealt.runs_of(units, int(first_medium[number])), here):
             # the buffer is uninitialised memory
             here[:] = 0
             unreadable[number] = True
@@ -300,13 +309,6 @@ def all_grids(samples: Sequence[EncodedSample]) -> NDArray[np.int32]:
     return np.concatenate([none, *(sample.grids for sample in samples)])
 
 
-def _units_of(dealt: DealtUnits, units: list[int], first_medium: int) -> list[Unit]:
-    """Number the media of a sample's units from its first one."""
-    media = (dealt.media[units] - first_medium).tolist()
-    first, counts = dealt.first[units].tolist(), dealt.units[units, 0].tolist()
-    return list(zip(media, first, counts, strict=True))
-
-
 def _buffer(rows: int, width: int) -> Tensor:
     """Return an uninitialised uint8 tensor [rows, width].
 
@@ -316,15 +318,20 @@ def _buffer(rows: int, width: int) -> Tensor:
     return patches.share_memory_() if rows and get_worker_info() is not None else patches
 
 
-def _copied(samples: list[EncodedSample]) -> Decode:
-    """Return what takes the patches from samples that have them already."""
+@dataclass(frozen=True, slots=True)
+class _PatchCopier:
+    """Takes the patches from samples that have them already, in place of decoding."""
 
-    def copy(
+    samples: list[EncodedSample]
+
+    def __call__(
+        self,
         number: int,
         units: Sequence[Unit],
         out: NDArray[np.uint8],
     ) -> bool:
-        sample = samples[number]
+        """Copy the patches of these units of a sample; return True, as nothing is unreadable."""
+        sample = self.samples[number]
         assert sample.patches is not None, "without decode, samples bring their patches"
         frames = sample.grids[:, 1].astype(np.int64) * sample.grids[:, 2]
         sizes = sample.grids[:, 0] * frames
@@ -337,5 +344,3 @@ def _copied(samples: list[EncodedSample]) -> Decode:
             rows.append(widen(sample.patches[start:stop], out.shape[1]))
         np.concatenate(rows, out=out)
         return True
-
-    return copy

@@ -63,16 +63,36 @@ class EvaluationSet:
             options.longest_sample, options.patch_budget, "the sequence length"
         )
         rows, _ = parts.of(self.indices)
-        packs = _planned(rows, options)
-        # every rank must take part in as many steps
-        lacking = -len(packs) % (share.data_size * micro_batch)
-        packs += [PlannedPack((), 0.0)] * lacking
-
+        packs = self._packs(rows, options, share.data_size * micro_batch)
         reader = Reader([self.dataset], [parts], self.data, self.tokenizer, Quarantine())
-        pad_id, multiple = self.tokenizer.pad_id, self.data.sample_token_multiple
-        layout = PackLayout(sequence_length, loss, (self.name,), pad_id, multiple)
+        layout = PackLayout.of(options, (self.name,), self.tokenizer.pad_id)
         for micro in deal(packs, share.data_size, micro_batch)[share.data_rank]:
             yield reader.batch([one.places for one in micro], layout, share)
+
+    def _packs(self, rows: Rows, options: StreamOptions, multiple: int) -> list[PlannedPack]:
+        """Pack parts (dtype PART), and add packs of padding: as many as make up a multiple."""
+        budget = PackBudget(
+            options.sequence_length,
+            options.patch_budget,
+            self.data.packing_window_samples,
+            self.data.sample_token_multiple,
+        )
+        packs = []
+        for numbers in pack_samples(rows["tokens"].tolist(), rows["patches"].tolist(), budget):
+            packs.append(self._planned_pack(rows[numbers]))
+        # every rank must take part in as many steps
+        lacking = -len(packs) % multiple
+        return packs + [PlannedPack((), 0.0)] * lacking
+
+    @staticmethod
+    def _planned_pack(rows: Rows) -> PlannedPack:
+        """Return the pack of these parts (dtype PART) of the only dataset, whose number is 0."""
+        samples, part_numbers = rows["sample"].tolist(), rows["part_number"].tolist()
+        places = []
+        for sample, part_number in zip(samples, part_numbers, strict=True):
+            places.append((0, sample, part_number))
+        work = pack_work(rows, np.array([0, len(rows)]))
+        return PlannedPack(tuple(places), float(CostModel().of(work)[0]))
 
     def questions(self, share: Share = ALONE) -> Iterator[EncodedSample]:
         """Yield a rank's share of the samples that have an answer, with their patches; unreadable ones are left out.
@@ -90,30 +110,6 @@ class EvaluationSet:
             # an evaluation goes on without it, on the same samples every time
             except SampleError:
                 continue
-
-
-def _planned(rows: Rows, options: StreamOptions) -> list[PlannedPack]:
-    """Pack the parts of a dataset (rows of dtype PART), whose number among the datasets is 0."""
-    packed = pack_samples(
-        rows["tokens"].tolist(),
-        rows["patches"].tolist(),
-        PackBudget(
-            options.sequence_length,
-            options.patch_budget,
-            options.data.packing_window_samples,
-            options.data.sample_token_multiple,
-        ),
-    )
-    packs = []
-    for numbers in packed:
-        mine = rows[numbers]
-        samples, part_numbers = mine["sample"].tolist(), mine["part_number"].tolist()
-        places = tuple(
-            (0, sample, part) for sample, part in zip(samples, part_numbers, strict=True)
-        )
-        work = pack_work(mine, np.array([0, len(mine)]))
-        packs.append(PlannedPack(places, float(CostModel().of(work)[0])))
-    return packs
 
 
 def _spread(size: int, limit: int, name: str) -> NDArray[np.int64]:

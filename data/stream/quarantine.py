@@ -5,7 +5,7 @@ import json
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 import numpy as np
 
@@ -54,10 +54,13 @@ class Quarantine:
         facts = {"member": error.where, "error": error.problem, "sample": error.sample_id}
         self._write({**known, "dataset": dataset, **place, **facts})
         # after it was written down, so that the last one is in the file too
+        self._check_share(dataset, error)
+
+    def _check_share(self, dataset: str, last: SampleError) -> None:
         if self.unreadable > self.max_bad_fraction * max(self.read, MIN_SAMPLES):
             raise RuntimeError(
                 f"{self.unreadable} of {self.read} samples could not be read (more than data.max_bad_fraction ="
-                f" {self.max_bad_fraction:g}), the last in dataset {dataset}: {error}; see {self.path or 'the log'} and check"
+                f" {self.max_bad_fraction:g}), the last in dataset {dataset}: {last}; see {self.path or 'the log'} and check"
                 " the storage or run python launch/data.py verify"
             )
 
@@ -68,22 +71,22 @@ class Quarantine:
         with open(self.path, "ab+") as file:
             # of several processes that meet the same sample, one writes it
             fcntl.flock(file, fcntl.LOCK_EX)
-            # only what other processes have added since
-            file.seek(self._seen_bytes)
-            complete, newline, broken_off = file.read().rpartition(b"\n")
-            self._known.update(filter(None, map(_name_in, complete.splitlines())))
-            self._seen_bytes += len(complete) + len(newline)
+            broken_off = self._read_new_lines(file)
             if _name(record) not in self._known:
                 line = json.dumps(record, ensure_ascii=False) + "\n"
                 # a line that a crash cut short must not swallow this one
                 file.write((b"\n" if broken_off else b"") + line.encode())
 
-
-def _name_in(line: bytes) -> tuple[str, str, str] | None:
-    """Return the name of a line's sample; None for a line that a crash cut short."""
-    with suppress(ValueError, KeyError):
-        return _name(json.loads(line))
-    return None
+    def _read_new_lines(self, file: BinaryIO) -> bool:
+        """Note what other processes have added; return whether the last line was cut short."""
+        file.seek(self._seen_bytes)
+        complete, newline, broken_off = file.read().rpartition(b"\n")
+        for line in complete.splitlines():
+            # a line that a crash cut short names none
+            with suppress(ValueError, KeyError):
+                self._known.add(_name(json.loads(line)))
+        self._seen_bytes += len(complete) + len(newline)
+        return bool(broken_off)
 
 
 def _name(record: dict[str, Any]) -> tuple[str, str, str]:

@@ -128,12 +128,7 @@ class AheadReader:
     def _bring(self) -> bool:
         """Wait for the next read of this sample; return False if there is none."""
         if not self._flying and self._coming and self._coming[0].number <= self._number:
-            length = self._coming[0].run.length
-            if self._at_hand:  # waiting for room would be waiting for oneself
-                self._budget.force(length)
-            else:
-                self._budget.acquire(length)
-            self._begin(self._coming.popleft())
+            self._begin_next()
         if not self._flying or self._flying[0].wanted.number > self._number:
             return False
         flying = self._flying.popleft()
@@ -143,6 +138,15 @@ class AheadReader:
         if flying.wanted.number < self._number:
             self._leave()
         return True
+
+    def _begin_next(self) -> None:
+        """Begin the next read, if need be when there is room for it."""
+        length = self._coming[0].run.length
+        if self._at_hand:  # waiting for room would be waiting for oneself
+            self._budget.force(length)
+        else:
+            self._budget.acquire(length)
+        self._begin(self._coming.popleft())
 
     def _leave(self) -> None:
         """Give back what is at hand."""

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from visionloom.common.errors import UserError
-from visionloom.data.config import DataConfig, MediaConfig
+from visionloom.data.config import DataConfig
 from visionloom.data.encode.encode import EncodedSample, encode
 from visionloom.data.encode.geometry import chosen_frames
 from visionloom.data.encode.patches import Unit, decode_into, decode_patches
@@ -20,7 +20,7 @@ from visionloom.data.plan.dataset_with_lengths import DatasetWithLengths
 from visionloom.data.plan.deal import deal_units
 from visionloom.data.plan.parts import Part, Parts, encode_parts
 from visionloom.data.shards.dataset import REQUESTS
-from visionloom.data.shards.sample import Image, Sample, SampleError, Video
+from visionloom.data.shards.sample import Sample, SampleError, Video
 from visionloom.data.stream.batch import (
     Decode,
     PackedBatch,
@@ -95,24 +95,27 @@ class Reader:
                 samples[place] = answer
             else:
                 # its pack was planned, so something must take its place
-                self._report(place, answer, step)
-                encoded[place] = self._stand_in(place, answer)
+                encoded[place] = self._stand_in(place, answer, step)
+        fresh = self._encode_parts(samples)
+        self._keep(fresh)
+        return encoded | fresh
 
+    def _encode_parts(self, samples: Mapping[Place, Sample]) -> dict[Place, EncodedSample]:
+        """Encode what the plan uses of these samples; each must be as long as it was planned."""
         parts = [self._part(place) for place in samples]
         names = [self.datasets[number].name for number, _, _ in samples]
         made = encode_parts(list(samples.values()), parts, self.tokenizer, self.rules, names)
         for sample, part in zip(made, parts, strict=True):
             _check_length(sample, part)
-        fresh = dict(zip(samples, made, strict=True))
-        self._keep(fresh)
-        return encoded | fresh
+        return dict(zip(samples, made, strict=True))
 
     def _part(self, place: Place) -> Part:
         number, index, part_number = place
         return self.parts[number].part(index, part_number)
 
-    def _stand_in(self, place: Place, error: SampleError) -> EncodedSample:
-        """Return padding of the length that the plan counts on."""
+    def _stand_in(self, place: Place, error: SampleError, step: int | None) -> EncodedSample:
+        """Report an unreadable sample, and return padding of the length that the plan counts on."""
+        self._report(place, error, step)
         name, tokens = self.datasets[place[0]].name, self._part(place).tokens
         return stand_in(error.sample_id, name, tokens, self.tokenizer.pad_id)
 
@@ -124,8 +127,7 @@ class Reader:
         answers: dict[Place, Sample | SampleError] = {}
         for number in {place[0] for place in places}:
             mine = [place for place in places if place[0] == number]
-            shards = self.datasets[number].shards
-            read = shards.samples([index for _, index, _ in mine])
+            read = self.datasets[number].shards.samples([index for _, index, _ in mine])
             answers.update(zip(mine, read, strict=True))
         return [answers[place] for place in places]
 
@@ -168,8 +170,7 @@ class Reader:
         places = [place for one in packs for place in one]
         # of pictures that ranks share, each wants only some: reading the whole stretch ahead would be waste
         if share.encoder_ranks == 1:
-            for number, index, _ in places:
-                self.datasets[number].shards.will_read(index)
+            self._will_read(places)
         samples = self.read(places, step)
         ready = iter(samples)
         laid_out = [[next(ready) for _ in one] for one in packs]
@@ -177,6 +178,10 @@ class Reader:
         with AheadReader(wanted, self.budget, self._threads) as ahead:
             decode = self._decoder(places, samples, ahead, step)
             return pack(laid_out, layout, decode, share)
+
+    def _will_read(self, places: Sequence[Place]) -> None:
+        for number, index, _ in places:
+            self.datasets[number].shards.will_read(index)
 
     def _decoder(
         self,
@@ -192,15 +197,13 @@ class Reader:
             units: Sequence[Unit],
             out: NDArray[np.uint8],
         ) -> bool:
-            dataset, index, _ = places[number]
-            self.note(self._named(places[number]))
+            dataset, index, _ = place = places[number]
+            self.note(self._named(place))
             read = ahead.media_of(number, self.datasets[dataset].shards, index)
             try:
                 decode_into(out, samples[number], units, read, self.rules)
             except SampleError as error:
-                # decoders do not know whose picture they decode
-                known = SampleError(samples[number].sample_id, error.where, error.problem)
-                self._report(places[number], known, step)
+                self._report_media(place, samples[number], error, step)
                 return False
             return True
 
@@ -217,11 +220,22 @@ class Reader:
             shards = self.datasets[dataset].shards
             if not shards.remote or not samples[number].media:
                 continue
-            refs: list[str] = []
-            for medium in owned[number]:
-                refs += _refs(samples[number].media[medium], self.rules)
+            refs = self._refs(samples[number], owned[number])
             for run in shards.runs(index, refs):
                 yield Wanted(number, shards, run)
+
+    def _refs(self, sample: EncodedSample, owned: list[int]) -> list[str]:
+        """Return the members that are read for the pictures and videos of these numbers."""
+        refs: list[str] = []
+        for number in owned:
+            media = sample.media[number]
+            if isinstance(media, Video) and media.ref is None:
+                shown = chosen_frames(media, self.rules).tolist()
+                refs += [media.frames[frame] for frame in shown]
+            else:
+                assert media.ref is not None
+                refs.append(media.ref)
+        return refs
 
     def decoded(self, place: Place, sample: EncodedSample) -> EncodedSample:
         """Return the sample with its patches; raises SampleError."""
@@ -233,6 +247,16 @@ class Reader:
         dataset = self.datasets[place[0]]
         location = dataset.shards.location(place[1])
         return f"dataset {dataset.name}, shard {location.shard}, sample {location.key}"
+
+    def _report_media(
+        self,
+        place: Place,
+        sample: EncodedSample,
+        error: SampleError,
+        step: int | None,
+    ) -> None:
+        """Report a picture or video: decoders do not know which sample it belongs to."""
+        self._report(place, SampleError(sample.sample_id, error.where, error.problem), step)
 
     def _report(self, place: Place, error: SampleError, step: int | None = None) -> None:
         dataset = self.datasets[place[0]]
@@ -258,14 +282,6 @@ def _owned_media(samples: Sequence[EncodedSample], share: Share) -> list[list[in
         owned.append([number for number in range(len(sample.grids)) if start + number in mine])
         start += len(sample.grids)
     return owned
-
-
-def _refs(media: Image | Video, rules: MediaConfig) -> list[str]:
-    """Return the members that are read for a picture or a video."""
-    if media.ref is not None:
-        return [media.ref]
-    assert isinstance(media, Video)
-    return [media.frames[frame] for frame in chosen_frames(media, rules).tolist()]
 
 
 def _check_length(sample: EncodedSample, part: Part) -> None:

@@ -47,17 +47,30 @@ class PackStream:
             self.tokenizer,
             Quarantine(quarantine, data.max_bad_fraction),
         )
-        self._layout = PackLayout(
-            options.sequence_length,
-            options.loss,
-            tuple(names),
-            self.tokenizer.pad_id,
-            data.sample_token_multiple,
-        )
+        self._layout = PackLayout.of(options, tuple(names), self.tokenizer.pad_id)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle what the stream is made from: a worker opens the datasets anew and maps the same tables."""
-        return _restore, (self.options, self._quarantine, self.plan.origin, self.plan.known_starts)
+        return PackStream._restore, (
+            self.options,
+            self._quarantine,
+            self.plan.origin,
+            self.plan.known_starts,
+        )
+
+    @classmethod
+    def _restore(
+        cls,
+        options: StreamOptions,
+        quarantine: Path | None,
+        origin: Origin,
+        starts: Mapping[int, int],
+    ) -> "PackStream":
+        """Open a pickled stream, with the starts of blocks that its plan had met."""
+        stream = cls(options, quarantine, origin)
+        for block, first_pack in starts.items():
+            stream.plan.jump(block, first_pack)
+        return stream
 
     @property
     def dropped(self) -> dict[str, tuple[int, int]]:
@@ -123,6 +136,13 @@ class PackStream:
             self.plan.jump(int(state["block"]), int(state["first_pack"]))
             return []
 
+        changed = self._changes_since(state)
+        after = Origin.after(state, int(state["step"]))
+        self.plan = open_plan(self.options, self.datasets, after)
+        return changed
+
+    def _changes_since(self, state: Mapping[str, Any]) -> list[str]:
+        """Return what changed since a state; raises UserError where data.on_change=error."""
         # the hash says that something differs, the facts say what
         changed = changes(state["plan"], self.plan.facts, self.options.phase_name)
         if self.options.data.on_change == "error":
@@ -130,16 +150,4 @@ class PackStream:
                 f"the training data is not what the checkpoint was made with: {'; '.join(changed)}: restore it, go on with"
                 f" data.on_change=new_phase, or set run.name to start a new run"
             )
-        after = Origin.after(state, int(state["step"]))
-        self.plan = open_plan(self.options, self.datasets, after)
         return changed
-
-
-def _restore(
-    options: StreamOptions, quarantine: Path | None, origin: Origin, starts: Mapping[int, int]
-) -> PackStream:
-    """Open a pickled stream, with the starts of blocks that its plan had met."""
-    stream = PackStream(options, quarantine, origin)
-    for block, first_pack in starts.items():
-        stream.plan.jump(block, first_pack)
-    return stream

@@ -30,7 +30,7 @@ def iterate(
     What is read does not depend on `workers`. Errors of building a step are raised where the step would have come.
     """
     ahead = _StepsAhead(stream, steps, share, micro_batch)
-    source = _from_processes(ahead, workers) if workers else _from_thread(ahead)
+    source = ahead.by_processes(workers) if workers else ahead.by_thread()
     with closing(source):
         for built in source:
             if isinstance(built, Exception):
@@ -68,6 +68,70 @@ class _StepsAhead:
             error.add_note(f"{reader} at {place}")
             return error
 
+    def fill(
+        self,
+        built: queue.Queue[list[PackedBatch] | Exception],
+        stopped: threading.Event,
+    ) -> None:
+        """Build the steps into a queue, until it is stopped."""
+        for index in range(len(self)):
+            item = self[index]
+            # a full queue that nobody reads any more must not hold the thread
+            while not stopped.is_set():
+                try:
+                    built.put(item, timeout=0.1)
+                    break
+                except queue.Full:
+                    continue
+            if stopped.is_set():
+                return
+
+    def by_thread(self) -> Generator[list[PackedBatch] | Exception]:
+        """Yield the steps, built by one thread."""
+        built: queue.Queue[list[PackedBatch] | Exception] = queue.Queue(PREFETCH)
+        stopped = threading.Event()
+        # a daemon: a run that ends with an error must not wait for it
+        thread = threading.Thread(
+            target=self.fill, args=(built, stopped), name="visionloom-data", daemon=True
+        )
+        thread.start()
+        try:
+            for _ in range(len(self)):
+                yield built.get()
+        finally:
+            stopped.set()
+            thread.join()
+
+    def by_processes(self, workers: int) -> Generator[list[PackedBatch] | Exception]:
+        """Yield the steps, built by processes."""
+        # before the workers are sent the stream
+        self.boards = _Boards(workers)
+        loader: DataLoader[list[PackedBatch] | Exception] = DataLoader(
+            self,  # type: ignore[arg-type]  # any object with __len__ and __getitem__ serves
+            batch_size=None,
+            shuffle=False,
+            num_workers=workers,
+            prefetch_factor=PREFETCH,
+            collate_fn=_unchanged,
+            multiprocessing_context=fork_server(__name__),
+            worker_init_fn=_start_worker,
+        )
+        try:
+            yield from loader
+        # torch's own word for a lost worker, or a pipe that nobody holds any more
+        except (RuntimeError, OSError, EOFError) as error:
+            # a process that just ended may still be listed
+            time.sleep(_UNTIL_REAPED)
+            death = self.boards.dead()
+            if not death and "exited unexpectedly" in str(error):
+                death = "a data worker died before its first sample"
+            if not death:
+                raise
+            raise MachineError(
+                f"{death}: killed from outside, most likely for want of memory (see dmesg): give it fewer data.workers or smaller"
+                " data.store.bytes_in_flight, or leave that shard out; the same command goes on from the last checkpoint"
+            ) from None
+
 
 class _Boards:
     """What each worker is at, in memory that all processes share: it outlives a worker that is killed."""
@@ -89,52 +153,22 @@ class _Boards:
         """Return the first worker that is gone, and what it was at; empty if all are there."""
         for worker, line in enumerate(self.lines):
             process, _, place = line.value.decode(errors="replace").partition(" ")
-            if process and not _is_alive(int(process)):
+            if process and not self._is_alive(int(process)):
                 return f"data worker {worker} (process {process}) died at {place}"
         return ""
 
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    return True
+    @staticmethod
+    def _is_alive(process: int) -> bool:
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            return False
+        return True
 
 
 def _unchanged(built: list[PackedBatch] | Exception) -> list[PackedBatch] | Exception:
     """Keep a step as it is: the loader pickles its collate function, so it cannot be a lambda."""
     return built
-
-
-def _from_processes(ahead: _StepsAhead, workers: int) -> Generator[list[PackedBatch] | Exception]:
-    # before the workers are sent the stream
-    ahead.boards = _Boards(workers)
-    loader: DataLoader[list[PackedBatch] | Exception] = DataLoader(
-        ahead,  # type: ignore[arg-type]  # any object with __len__ and __getitem__ serves
-        batch_size=None,
-        shuffle=False,
-        num_workers=workers,
-        prefetch_factor=PREFETCH,
-        collate_fn=_unchanged,
-        multiprocessing_context=fork_server(__name__),
-        worker_init_fn=_start_worker,
-    )
-    try:
-        yield from loader
-    # torch's own word for a lost worker, or a pipe that nobody holds any more
-    except (RuntimeError, OSError, EOFError) as error:
-        # a process that just ended may still be listed
-        time.sleep(_UNTIL_REAPED)
-        death = ahead.boards.dead()
-        if not death and "exited unexpectedly" in str(error):
-            death = "a data worker died before its first sample"
-        if not death:
-            raise
-        raise MachineError(
-            f"{death}: killed from outside, most likely for want of memory (see dmesg): give it fewer data.workers or smaller"
-            " data.store.bytes_in_flight, or leave that shard out; the same command goes on from the last checkpoint"
-        ) from None
 
 
 def _start_worker(_: int) -> None:
@@ -143,31 +177,3 @@ def _start_worker(_: int) -> None:
     Torch's own watch is over the process that forked the worker, which lives on as long as a worker does.
     """
     end_with_parent()
-
-
-def _from_thread(ahead: _StepsAhead) -> Generator[list[PackedBatch] | Exception]:
-    built: queue.Queue[list[PackedBatch] | Exception] = queue.Queue(PREFETCH)
-    stopped = threading.Event()
-
-    def work() -> None:
-        for index in range(len(ahead)):
-            item = ahead[index]
-            # a full queue that nobody reads any more must not hold the thread
-            while not stopped.is_set():
-                try:
-                    built.put(item, timeout=0.1)
-                    break
-                except queue.Full:
-                    continue
-            if stopped.is_set():
-                return
-
-    # a daemon: a run that ends with an error must not wait for it
-    thread = threading.Thread(target=work, name="visionloom-data", daemon=True)
-    thread.start()
-    try:
-        for _ in range(len(ahead)):
-            yield built.get()
-    finally:
-        stopped.set()
-        thread.join()
