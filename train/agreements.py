@@ -68,6 +68,32 @@ class Sides:
     adapters: bool = False
     """Only adapters train."""
 
+    @classmethod
+    def of_run(cls, config: RunConfig, resuming: bool) -> "Sides":
+        """Return the model and the tokenizer of a run, without weights."""
+        return cls(
+            config.model,
+            f"model.text.vocab_size={config.model.text.vocab_size}",
+            TokenTable.read(Path(config.data.tokenizer), "data.tokenizer"),
+            adapters=config.lora.rank > 0,
+            resuming=resuming,
+        )
+
+    @classmethod
+    def of_export(cls, checkpoint: Path, source: Path | None, option: str) -> "Sides":
+        """Return the sides of an export; the arguments are those of `check_export`."""
+        run_state = read_run_state(checkpoint)
+        model = model_of(run_state)
+        vocabulary = f"{checkpoint} with model.text.vocab_size={model.text.vocab_size}"
+        folder = _companions_folder(source) if source is not None else None
+
+        tokens = None
+        if folder is not None and (folder / TOKENIZER).is_file():
+            tokens = TokenTable.read(folder, option)
+        elif (trained := tokenizer_of(checkpoint, run_state)) is not None:
+            tokens = TokenTable.read(trained, option if trained == folder else "tokenizer")
+        return cls(model, vocabulary, tokens, option, folder, checkpoint, recipe=False)
+
     def where(self, name: str) -> str:
         """Return how a message calls a file of the folder."""
         return f"{self.folder}/{name}"
@@ -94,17 +120,11 @@ def check_run(config: RunConfig, checkpoint: str = "") -> None:
     Raises:
         UserError: one line for each disagreement.
     """
-    tokens = TokenTable.read(Path(config.data.tokenizer), "data.tokenizer")
     newest = None if checkpoint else _newest(Path(config.run.folder))
+    resuming = newest is not None and config.data.on_change == "new_phase"
+    base = Sides.of_run(config, resuming)
     if config.lora.adapter:
         read_adapter_config(Path(config.lora.adapter), config.lora)
-    base = Sides(
-        config.model,
-        f"model.text.vocab_size={config.model.text.vocab_size}",
-        tokens,
-        adapters=config.lora.rank > 0,
-        resuming=newest is not None and config.data.on_change == "new_phase",
-    )
     lines = faults(with_first_weights(base, config.init))
     if checkpoint:
         lines += faults(_with(base, "checkpoint", Path(checkpoint)))
@@ -140,19 +160,7 @@ def check_export(checkpoint: Path, source: Path | None, option: str) -> None:
     Raises:
         UserError: one line for each disagreement.
     """
-    run_state = read_run_state(checkpoint)
-    model = model_of(run_state)
-    vocabulary = f"{checkpoint} with model.text.vocab_size={model.text.vocab_size}"
-    folders = companions_of(source) if source is not None else []
-    folder = folders[0] if folders else None
-
-    tokens = None
-    if folder is not None and (folder / TOKENIZER).is_file():
-        tokens = TokenTable.read(folder, option)
-    elif (trained := tokenizer_of(checkpoint, run_state)) is not None:
-        tokens = TokenTable.read(trained, option if trained == folder else "tokenizer")
-    sides = Sides(model, vocabulary, tokens, option, folder, checkpoint, recipe=False)
-    if lines := faults(sides):
+    if lines := faults(Sides.of_export(checkpoint, source, option)):
         raise UserError(*lines)
 
 
@@ -222,17 +230,7 @@ def a_tokenizer_says_one_thing(sides: Sides) -> Iterator[str]:
     if sides.tokens is None:
         return
     table = sides.tokens
-    said: dict[str, Any] = {}
-    for key, added in _section(table.settings, "added_tokens_decoder").items():
-        # Digits of an id: nothing that int() reads in other scripts, or for long.
-        is_id = key.isascii() and key.isdigit() and len(key) < 10
-        if is_id and isinstance(added, dict):
-            said[str(added.get("content"))] = int(key)
-    path = table.folder / "added_tokens.json"
-    if path.is_file():
-        option, _, _ = table.name.partition("=")
-        said |= read_json(path, option)
-    for token, number in said.items():
+    for token, number in _ids_beside(table).items():
         if table.ids.get(token) != number:
             has = f"has it as {table.ids[token]}" if token in table.ids else "lacks it"
             yield (
@@ -242,45 +240,88 @@ def a_tokenizer_says_one_thing(sides: Sides) -> Iterator[str]:
             return
 
 
+def _ids_beside(table: TokenTable) -> dict[str, Any]:
+    """Return the ids of added tokens in the files beside a tokenizer.json."""
+    ids: dict[str, Any] = {}
+    for key, added in _section(table.settings, "added_tokens_decoder").items():
+        # Digits of an id: nothing that int() reads in other scripts, or for long.
+        is_id = key.isascii() and key.isdigit() and len(key) < 10
+        if is_id and isinstance(added, dict):
+            ids[str(added.get("content"))] = int(key)
+    path = table.folder / "added_tokens.json"
+    if path.is_file():
+        option, _, _ = table.name.partition("=")
+        ids |= read_json(path, option)
+    return ids
+
+
+@dataclass(frozen=True)
+class AnswerEnds:
+    """The tokens that end answers in training, which other files must name too."""
+
+    tokens: TokenTable
+    stops: dict[int, str]
+    """Those of STOPS that the tokenizer has, by id."""
+
+    @classmethod
+    def of(cls, tokens: TokenTable) -> "AnswerEnds":
+        """Return those of a tokenizer."""
+        added = tokens.added
+        return cls(tokens, {added[stop]: stop for stop in STOPS if stop in added})
+
+    def __str__(self) -> str:
+        return " or ".join(f"{number} ({stop})" for number, stop in self.stops.items())
+
+    def end_faults(self, where: str, settings: Mapping[str, Any]) -> Iterator[str]:
+        """Yield a line if a model's settings, from the file `where`, end answers with other ids."""
+        ends = settings.get("eos_token_id")
+        each_end = ends if isinstance(ends, list) else [ends]
+        # A list, not the dict: what a file says may not be hashable.
+        if ends is not None and any(end not in list(self.stops) for end in each_end):
+            yield (
+                f"{where} has eos_token_id {ends},"
+                f" but with {self.tokens.name} answers end with {self}:"
+                " correct the file, or give the tokenizer of these weights"
+            )
+
+    def pad_faults(self, where: str, settings: Mapping[str, Any]) -> Iterator[str]:
+        """Yield a line if a model's settings, from the file `where`, pad with no special token."""
+        pad, added = settings.get("pad_token_id"), self.tokens.added
+        if pad is not None and pad not in added.values():
+            yield (
+                f"{where} has pad_token_id {pad},"
+                f" but {self.tokens.name} pads with {added.get(END_OF_TEXT)}"
+                f" and has no special token {pad}:"
+                " correct the file, or give the tokenizer of these weights"
+            )
+
+    def tokenizer_faults(self) -> Iterator[str]:
+        """Yield a line if the tokenizer's own settings end answers with another token."""
+        end = self.tokens.settings.get("eos_token")
+        end = end.get("content") if isinstance(end, dict) else end
+        if end is not None and end not in self.stops.values():
+            yield (
+                f"{self.tokens.name}: {SETTINGS} has eos_token {end},"
+                f" but answers end with {self}: correct the file"
+            )
+
+
 def answers_end_alike(sides: Sides) -> Iterator[str]:
     """Compare the tokens that end answers in training with those in generation and in the tokenizer's settings."""
     if sides.tokens is None:
         return
-    added = sides.tokens.added
-    stops = {added[stop]: stop for stop in STOPS if stop in added}
-    if not stops:
+    ends = AnswerEnds.of(sides.tokens)
+    if not ends.stops:
         return
-    known = " or ".join(f"{number} ({stop})" for number, stop in stops.items())
     # Trainers write these ids next to text_config, where transformers looks too if there is no generation_config.json.
     for name, settings in (
         (GENERATION, sides.read(GENERATION)),
         (CONFIG, sides.text),
         (CONFIG, sides.read(CONFIG)),
     ):
-        ends = settings.get("eos_token_id")
-        each_end = ends if isinstance(ends, list) else [ends]
-        # A list, not the dict: what a file says may not be hashable.
-        if ends is not None and any(end not in list(stops) for end in each_end):
-            yield (
-                f"{sides.where(name)} has eos_token_id {ends},"
-                f" but with {sides.tokens.name} answers end with {known}:"
-                " correct the file, or give the tokenizer of these weights"
-            )
-        pad = settings.get("pad_token_id")
-        if pad is not None and pad not in added.values():
-            yield (
-                f"{sides.where(name)} has pad_token_id {pad},"
-                f" but {sides.tokens.name} pads with {added.get(END_OF_TEXT)}"
-                f" and has no special token {pad}:"
-                " correct the file, or give the tokenizer of these weights"
-            )
-    end = sides.tokens.settings.get("eos_token")
-    end = end.get("content") if isinstance(end, dict) else end
-    if end is not None and end not in stops.values():
-        yield (
-            f"{sides.tokens.name}: {SETTINGS} has eos_token {end},"
-            f" but answers end with {known}: correct the file"
-        )
+        yield from ends.end_faults(sides.where(name), settings)
+        yield from ends.pad_faults(sides.where(name), settings)
+    yield from ends.tokenizer_faults()
 
 
 def vision_tokens_are_alike(sides: Sides) -> Iterator[str]:
@@ -342,13 +383,15 @@ def the_tokenizer_is_that_of_training(sides: Sides) -> Iterator[str]:
         )
 
 
-def the_model_is_that_of_the_weights(sides: Sides) -> Iterator[str]:
-    """Compare a recipe's model with the one that a folder or a checkpoint holds."""
-    if not sides.recipe:
-        return
-    if sides.option == "init.huggingface" and sides.folder is not None:
+def the_model_is_that_of_the_folder(sides: Sides) -> Iterator[str]:
+    """Compare a recipe's model with the one of the Hugging Face folder that it begins with."""
+    if sides.recipe and sides.option == "init.huggingface" and sides.folder is not None:
         yield from differences(sides.model, read_config(sides.folder, sides.option), sides.folder)
-    if sides.checkpoint is None:
+
+
+def the_model_is_that_of_the_checkpoint(sides: Sides) -> Iterator[str]:
+    """Compare a recipe's model with the one that a checkpoint holds."""
+    if not sides.recipe or sides.checkpoint is None:
         return
     fix = "set it alike"
     if sides.option == "run.folder":
@@ -388,7 +431,8 @@ def pixels_are_those_of_the_data(sides: Sides) -> Iterator[str]:
 
 
 AGREEMENTS: Final[tuple[Callable[[Sides], Iterator[str]], ...]] = (
-    the_model_is_that_of_the_weights,
+    the_model_is_that_of_the_folder,
+    the_model_is_that_of_the_checkpoint,
     every_token_has_a_row,
     adapted_tokens_have_trained_rows,
     special_tokens_are_there,
@@ -405,9 +449,12 @@ def _with(base: Sides, option: str, place: Path) -> Sides:
     """Return the same sides with a Hugging Face folder or a checkpoint as that of the weights."""
     if not (place / STATE).is_file():
         return replace(base, option=option, folder=place, checkpoint=None)
-    folders = companions_of(place)
-    folder = folders[0] if folders else None
-    return replace(base, option=option, folder=folder, checkpoint=place)
+    return replace(base, option=option, folder=_companions_folder(place), checkpoint=place)
+
+
+def _companions_folder(place: Path) -> Path | None:
+    """Return the first folder with the companions of a folder or checkpoint; None if there is none."""
+    return next(iter(companions_of(place)), None)
 
 
 def with_first_weights(base: Sides, init: InitConfig) -> Sides:

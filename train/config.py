@@ -149,6 +149,14 @@ class PhaseConfig:
 
     def problems(self, here: str) -> Iterator[str]:
         """Yield a line for each fault of the lengths, the groups and the weights of datasets."""
+        yield from self._step_problems(here)
+        if not self.trainable:
+            yield f"{here}.trainable is empty: name at least one of {', '.join(GROUPS)}"
+        if self.mixture and sum(self.mixture.values()) <= 0:
+            yield f"{here}.mixture: one weight must be above 0"
+
+    def _step_problems(self, here: str) -> Iterator[str]:
+        """Yield a line for each fault of the phase's length, its warm-up and its decay."""
         if (self.steps is None) == (self.tokens is None):
             yield f"{here}: give exactly one of steps and tokens"
         elif self.total_steps > STEPS:
@@ -157,10 +165,6 @@ class PhaseConfig:
             yield f"{here}.warmup_steps={self.warmup_steps} must be below the phase's {self.total_steps} steps"
         if self.decay_steps is not None and self.decay_steps > self.total_steps - self.warmup_steps:
             yield f"{here}.decay_steps={self.decay_steps} must fit behind the warm-up"
-        if not self.trainable:
-            yield f"{here}.trainable is empty: name at least one of {', '.join(GROUPS)}"
-        if self.mixture and sum(self.mixture.values()) <= 0:
-            yield f"{here}.mixture: one weight must be above 0"
 
     def dealing_problems(self, here: str, world_size: int, layout: ParallelConfig) -> Iterator[str]:
         """Yield why the packs of a step, or the tokens of a pack, cannot be dealt to ranks.
@@ -184,12 +188,23 @@ class PhaseConfig:
                 f"{batch} gives {micro_batches} micro-batches, which interleaved stages need in multiples of"
                 f" parallel.pipeline={layout.pipeline}: make it a multiple of {packs * layout.pipeline}"
             )
+        yield from self._length_problems(here, layout)
+
+    def _length_problems(self, here: str, layout: ParallelConfig) -> Iterator[str]:
+        """Yield why the tokens of a pack cannot be dealt to the ranks that share it."""
         multiple = layout.pack_token_multiple
         if self.sequence_length % multiple:
             yield (
                 f"{here}.sequence_length={self.sequence_length} must be a multiple of {multiple}"
                 f" (tensor {layout.tensor} x context {layout.context}, two chunks a context rank)"
             )
+
+    def adapter_problems(self, here: str, groups: list[str]) -> Iterator[str]:
+        """Yield why this phase cannot train adapters, which only `groups` have."""
+        if self.fresh:
+            yield f"{here}.fresh={self.fresh} would stay as drawn: with lora.rank above 0 only adapters train"
+        if not set(self.trainable) & set(groups):
+            yield f"{here}.trainable={self.trainable} has no adapters: lora.groups={groups}"
 
 
 @dataclass
@@ -346,14 +361,7 @@ class RunConfig:
                 f"lora.rank={self.lora.rank} needs weights to adapt: set init.huggingface or init.checkpoint"
             )
         for name, phase in self.phases.items():
-            if phase.fresh:
-                lines.append(
-                    f"phases.{name}.fresh={phase.fresh} would stay as drawn: with lora.rank above 0 only adapters train"
-                )
-            if not set(phase.trainable) & set(self.lora.groups):
-                lines.append(
-                    f"phases.{name}.trainable={phase.trainable} has no adapters: lora.groups={self.lora.groups}"
-                )
+            lines += phase.adapter_problems(f"phases.{name}", self.lora.groups)
         return lines
 
     def _multiple_problems(self) -> list[str]:

@@ -126,6 +126,17 @@ def _index(raw: Any, sizes: dict[str, int], most: int) -> Index:
     named = _of(state.get("state_dict_metadata"), dict, "state_dict_metadata")
     stored = _of(state.get("storage_data"), dict, "storage_data")
 
+    tensors = _tensors(named, most)
+    places = _places(stored, sizes)
+    check_complete(tensors, places)
+    check_apart(places)
+    return Index(tensors, places, {info.relative_path for info in places.values()})
+
+
+def _tensors(
+    named: dict[Any, Any], most: int
+) -> dict[str, TensorStorageMetadata | BytesStorageMetadata]:
+    """Return the tensors and the other entries by name, of at most `most` parts together."""
     tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
     for name, entry in named.items():
         _require(_is_name(name), "a name of a tensor is no name")
@@ -135,15 +146,17 @@ def _index(raw: Any, sizes: dict[str, int], most: int) -> Index:
         else:
             tensors[name] = tensor = _tensor(name, entry, most)
             most -= len(tensor.chunks)
+    return tensors
 
-    places = {}
+
+def _places(stored: dict[Any, Any], sizes: dict[str, int]) -> dict[MetadataIndex, _StorageInfo]:
+    """Return the places of all parts, each within a file of the folder."""
+    places: dict[MetadataIndex, _StorageInfo] = {}
     for key, value in stored.items():
         index = _place_key(key)
         _require(index not in places, f"{index.fqn} is there twice")
         places[index] = _place(index.fqn, value, sizes)
-    check_complete(tensors, places)
-    check_apart(places)
-    return Index(tensors, places, {info.relative_path for info in places.values()})
+    return places
 
 
 def _is_name(value: Any) -> bool:
@@ -159,7 +172,8 @@ def _tensor(name: str, entry: Any, most: int) -> TensorStorageMetadata:
     # Before any part is looked at: the tiles are compared in pairs.
     _require(len(parts) <= most, f"{name} has more parts than the file can hold")
     chunks = [_chunk(part, name, size) for part in parts]
-    _check_tiles(name, size, chunks)
+    if math.prod(size):
+        Tiles.of(name, chunks).check(size)
     return TensorStorageMetadata(TensorProperties(dtype=dtype), size, chunks)
 
 
@@ -241,16 +255,21 @@ def check_complete(tensors: dict[str, Any], places: dict[MetadataIndex, _Storage
             written = left.pop((name, None), None)
             _require(written is not None, f"{name} was planned but not written")
             continue
-        for chunk in entry.chunks:
-            offsets = tuple(chunk.offsets)
-            where = f"{name} at {offsets}"
-            place = left.pop((name, offsets), None)
-            if place is None:
-                raise IndexFault(f"{where} was planned but not written")
-            needed = math.prod(chunk.sizes) * entry.properties.dtype.itemsize
-            _require(place.length >= needed, f"{where} is larger than its place")
-    unknown, _ = next(iter(left), ("", None))
-    _require(not left, f"{unknown} has a place and is no part of a tensor")
+        _take_places(name, entry, left)
+    for unknown, _ in left:
+        raise IndexFault(f"{unknown} has a place and is no part of a tensor")
+
+
+def _take_places(name: str, tensor: TensorStorageMetadata, left: dict[Key, _StorageInfo]) -> None:
+    """Take the places of a tensor's parts out of `left`; IndexFault if one has none that can hold it."""
+    for chunk in tensor.chunks:
+        offsets = tuple(chunk.offsets)
+        where = f"{name} at {offsets}"
+        place = left.pop((name, offsets), None)
+        if place is None:
+            raise IndexFault(f"{where} was planned but not written")
+        needed = math.prod(chunk.sizes) * tensor.properties.dtype.itemsize
+        _require(place.length >= needed, f"{where} is larger than its place")
 
 
 def check_apart(places: dict[MetadataIndex, _StorageInfo]) -> None:
@@ -268,35 +287,50 @@ Rectangle = tuple[tuple[int, ...], tuple[int, ...]]
 """A part of a tensor: where it begins in each dim, and its sizes."""
 
 
-def _check_tiles(name: str, size: Sequence[int], chunks: list[ChunkStorageMetadata]) -> None:
-    """Refuse parts that overlap or leave something of the tensor open."""
-    if not math.prod(size):
-        return
-    boxes: list[Rectangle] = []
-    for chunk in chunks:
-        if math.prod(chunk.sizes):
-            boxes.append((tuple(chunk.offsets), tuple(chunk.sizes)))
-    covered = sum(math.prod(sizes) for _, sizes in boxes)
-    _require(covered == math.prod(size), f"the parts of {name} do not make it up")
-    overlaps = f"parts of {name} overlap"
-    _require(len({offsets for offsets, _ in boxes}) == len(boxes), overlaps)
-    if all(_is_cut(boxes, dim) for dim in range(len(size))):
-        return  # a grid, as every layout makes; apart since no two begin at the same place
+@dataclass(frozen=True)
+class Tiles:
+    """The parts of a tensor that hold numbers."""
 
-    # Pairs: only few parts, since their number is a stranger's.
-    _require(
-        len(boxes) <= MOST_IRREGULAR,
-        f"{name} has more than {MOST_IRREGULAR} parts that form no grid",
-    )
-    for place, box in enumerate(boxes):
-        for other in boxes[:place]:
-            _require(not _overlap(box, other), overlaps)
+    name: str
+    """Of the tensor."""
+    boxes: list[Rectangle]
 
+    @classmethod
+    def of(cls, name: str, chunks: list[ChunkStorageMetadata]) -> "Tiles":
+        """Return the tiles among the parts of a tensor: an empty part covers nothing."""
+        boxes: list[Rectangle] = []
+        for chunk in chunks:
+            if math.prod(chunk.sizes):
+                boxes.append((tuple(chunk.offsets), tuple(chunk.sizes)))
+        return cls(name, boxes)
 
-def _is_cut(boxes: list[Rectangle], dim: int) -> bool:
-    """Return whether all parts are cut at the same places of a dim, so that those that differ there are apart."""
-    spans = sorted({(offsets[dim], offsets[dim] + sizes[dim]) for offsets, sizes in boxes})
-    return all(end <= begin for (_, end), (begin, _) in pairwise(spans))
+    def check(self, size: Sequence[int]) -> None:
+        """Refuse parts that overlap or leave something of a tensor of this size open."""
+        covered = sum(math.prod(sizes) for _, sizes in self.boxes)
+        _require(covered == math.prod(size), f"the parts of {self.name} do not make it up")
+        beginnings = {offsets for offsets, _ in self.boxes}
+        _require(len(beginnings) == len(self.boxes), f"parts of {self.name} overlap")
+        # A grid, as every layout makes, is apart since no two begin at the same place.
+        if not all(self._is_cut(dim) for dim in range(len(size))):
+            self._check_pairs()
+
+    def _is_cut(self, dim: int) -> bool:
+        """Return whether all parts are cut at the same places of a dim, so that those that differ there are apart."""
+        spans = set()
+        for offsets, sizes in self.boxes:
+            spans.add((offsets[dim], offsets[dim] + sizes[dim]))
+        return all(end <= begin for (_, end), (begin, _) in pairwise(sorted(spans)))
+
+    def _check_pairs(self) -> None:
+        """Refuse parts that overlap, where they form no grid."""
+        # Pairs: only few parts, since their number is a stranger's.
+        _require(
+            len(self.boxes) <= MOST_IRREGULAR,
+            f"{self.name} has more than {MOST_IRREGULAR} parts that form no grid",
+        )
+        for place, box in enumerate(self.boxes):
+            for other in self.boxes[:place]:
+                _require(not _overlap(box, other), f"parts of {self.name} overlap")
 
 
 def _overlap(one: Rectangle, other: Rectangle) -> bool:

@@ -105,6 +105,44 @@ class Save:
         """Return whether this rank has written its files, or failed to."""
         return self.thread is None or not self.thread.is_alive()
 
+    def begin(self, background: bool) -> None:
+        """Write this rank's files, or have them written by a thread."""
+        if not background:
+            _write(self)
+            return
+        # A daemon: a run that ends by an error does not wait for its disk.
+        self.thread = threading.Thread(
+            target=_write, args=(self,), name="visionloom-save", daemon=True
+        )
+        self.thread.start()
+
+    def gathered(self, topology: Topology) -> tuple[list[Any], dict[str, FileEntry], str]:
+        """Return the results, the hashed files and the first fault of all ranks."""
+        parts: list[Any] = [None] * topology.world_size
+        dist.all_gather_object(parts, (self.results, self.hashes, self.fault))
+        results = [written for written, _, _ in parts]
+        hashes: dict[str, FileEntry] = {}
+        for _, entries, _ in parts:
+            hashes |= entries
+        fault = next((each for _, _, each in parts if each), "")
+        return results, hashes, fault
+
+    def publish(self) -> None:
+        """Give the folder its name and point `latest` to it; OSError if the disk fails."""
+        # On disk before it has its name: else a power cut could leave a whole folder of empty files.
+        for path in [*self.partial.iterdir(), self.partial]:
+            _flush(path)
+        # A damaged one that the run has passed over.
+        if self.final.exists():
+            shutil.rmtree(self.final)
+        self.partial.rename(self.final)
+        _flush(self.final.parent)
+
+        # Last: for people and scripts; a run itself looks for the newest folder that is whole.
+        pointer = self.final.parents[1] / LATEST
+        with replacing(pointer) as file:
+            file.write(f"{self.final.relative_to(pointer.parent)}\n".encode())
+
 
 class Saver:
     """Saves the checkpoints of a run; all ranks call its methods together."""
@@ -143,14 +181,7 @@ class Saver:
         plan, buckets = self._stage(trainer, partial)
         run_state = run_state_of(trainer, step, phase_step)
         save = Save(partial, final, run_state, plan, buckets, started)
-        if background:
-            # A daemon: a run that ends by an error does not wait for its disk.
-            save.thread = threading.Thread(
-                target=_write, args=(save,), name="visionloom-save", daemon=True
-            )
-            save.thread.start()
-        else:
-            _write(save)
+        save.begin(background)
         # Not its writing in the background, which training does not wait for.
         save.stalled = time.perf_counter() - started
         self.pending = save
@@ -203,35 +234,17 @@ class Saver:
             content_metadata=layout_metadata(None),
         )
         staged = FileSystemWriterAsync.preload_tensors(plan.writer.write_buckets or [], True)
-        if not self.settings.asynchronous:
-            return plan, staged
-
-        buckets = []
-        for path, key, (data, tensors) in staged:
-            # What is on the CPU was not copied: training would change it while it is written.
-            copies = [(item, tensor.clone()) for item, tensor in tensors]
-            buckets.append((path, key, (data, copies)))
-        return plan, buckets
+        return plan, with_copies(staged) if self.settings.asynchronous else staged
 
     def _complete(self, topology: Topology, last: bool) -> None:
         """Let the main rank commit what all ranks have written, or report why there is no checkpoint."""
         save, self.pending = self.pending, None
         assert save is not None
-        parts: list[Any] = [None] * topology.world_size
-        dist.all_gather_object(parts, (save.results, save.hashes, save.fault))
-        results = [written for written, _, _ in parts]
-        hashes: dict[str, FileEntry] = {}
-        for _, entries, _ in parts:
-            hashes |= entries
+        results, hashes, fault = save.gathered(topology)
+        # Before the main rank adds what it writes itself.
         size = sum(file.bytes for file in hashes.values())
-
-        fault = next((each for _, _, each in parts if each), "")
         if not fault and topology.is_main:
-            try:
-                commit(save, results, hashes)
-                remove_old(save.final, self.settings)
-            except (OSError, ValueError) as error:
-                fault = _in_words(error, save.partial)
+            fault = self._commit(save, results, hashes)
         if fault := first_fault(fault):
             if topology.is_main:
                 shutil.rmtree(save.partial, ignore_errors=True)
@@ -239,6 +252,15 @@ class Saver:
             return
         self.failures = 0
         self._report_saved(save, size)
+
+    def _commit(self, save: Save, results: list[Any], hashes: dict[str, FileEntry]) -> str:
+        """Make a save a checkpoint and remove old ones; returns why that is not possible, empty if it is."""
+        try:
+            commit(save, results, hashes)
+            remove_old(save.final, self.settings)
+        except (OSError, ValueError) as error:
+            return _in_words(error, save.partial)
+        return ""
 
     def _report_saved(self, save: Save, size: int) -> None:
         """Report a checkpoint of `size` bytes of tensors, and what it has cost."""
@@ -267,6 +289,16 @@ class Saver:
                 f"{folder} could not be saved: {fault}; the checkpoints before it are whole: make room or correct run.folder,"
                 " and start the same command again"
             )
+
+
+def with_copies(staged: list[Any]) -> list[Any]:
+    """Return staged tensors that share no memory with the model's."""
+    buckets = []
+    for path, key, (data, tensors) in staged:
+        # What is on the CPU was not copied: training would change it while it is written.
+        copies = [(item, tensor.clone()) for item, tensor in tensors]
+        buckets.append((path, key, (data, copies)))
+    return buckets
 
 
 def make_partial(partial: Path) -> str:
@@ -346,20 +378,7 @@ def commit(save: Save, results: list[Any], hashes: dict[str, FileEntry]) -> None
             hashes[path.name] = FileEntry.of(path)
     read_index(save.partial)  # torch has been seen to report success with parts missing
     write_manifest(save.partial, hashes)
-
-    # On disk before it has its name: else a power cut could leave a whole folder of empty files.
-    for path in [*save.partial.iterdir(), save.partial]:
-        _flush(path)
-    # A damaged one that the run has passed over.
-    if save.final.exists():
-        shutil.rmtree(save.final)
-    save.partial.rename(save.final)
-    _flush(save.final.parent)
-
-    # Last: for people and scripts; a run itself looks for the newest folder that is whole.
-    pointer = save.final.parents[1] / LATEST
-    with replacing(pointer) as file:
-        file.write(f"{save.final.relative_to(pointer.parent)}\n".encode())
+    save.publish()
 
 
 def remove_old(final: Path, settings: CheckpointConfig) -> None:

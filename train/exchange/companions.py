@@ -15,7 +15,7 @@ from typing import Any, Final
 from visionloom.common.atomic import replacing
 from visionloom.common.errors import UserError
 from visionloom.common.jsonfile import JsonError, checked
-from visionloom.common.places import PlaceError, locate, read_located
+from visionloom.common.places import PlaceError, PlaceKind, locate, read_located
 from visionloom.common.yamlfile import read_yaml
 from visionloom.data.config import MediaConfig
 from visionloom.model.huggingface.config import CONFIG
@@ -46,6 +46,8 @@ LARGEST: Final = 1 << 28
 CARRIED: Final = (CONFIG, GENERATION, *FROM_TOKENIZER, PREPROCESSOR, VIDEO_PREPROCESSOR, PROCESSOR)
 """Files that an exported folder takes along; never code."""
 SETTINGS_OF_RUN: Final = "config.yaml"
+FOLDER_OPTIONS: Final = ("run.folder", "data.tokenizer", "init.huggingface", "init.checkpoint")
+"""Options whose folders are read from a run's config.yaml."""
 HASH: Final = re.compile("[0-9a-f]{8}|[0-9a-f]{64}")
 """A SHA-256, or its first digits, which data's state has."""
 
@@ -75,12 +77,9 @@ def carry(source: Path, target: Path, names: Sequence[str] = CARRIED) -> None:
         UserError: for one that leads elsewhere, or is no regular file of usual size.
     """
     for name in names:
-        try:
-            path = locate(source, name)
-        except FileNotFoundError:
+        path = _located(source, name, "file")
+        if path is None:
             continue
-        except PlaceError as error:
-            raise UserError(f"{source / name} {error}: put the file itself there") from None
         size = path.stat().st_size
         if size > LARGEST:
             raise UserError(
@@ -116,13 +115,19 @@ def companions_of(folder: Path) -> list[Path]:
     places = [folder] if run is None else [folder, run]
     folders = []
     for place in places:
-        try:
-            folders.append(locate(place, COMPANIONS, "folder"))
-        except FileNotFoundError:
-            continue
-        except PlaceError as error:
-            raise UserError(f"{place / COMPANIONS} {error}: put the folder itself there") from None
+        if (own := _located(place, COMPANIONS, "folder")) is not None:
+            folders.append(own)
     return folders
+
+
+def _located(folder: Path, name: str, kind: PlaceKind) -> Path | None:
+    """Return a file or folder of `folder`; None if it is not there, UserError if it leads elsewhere."""
+    try:
+        return locate(folder, name, kind)
+    except FileNotFoundError:
+        return None
+    except PlaceError as error:
+        raise UserError(f"{folder / name} {error}: put the {kind} itself there") from None
 
 
 def run_of(checkpoint: Path) -> Path | None:
@@ -234,47 +239,58 @@ def inputs_of(checkpoint: Path, run_state: RunState) -> Inputs | None:
     if run is None or not (run / SETTINGS_OF_RUN).is_file():
         return None
     try:
-        options, media = _inputs_in_settings(run)
+        settings = RunSettings.read(run)
     except (JsonError, OSError) as error:
         raise UserError(
             f"{error}: put back the file of the run, or name a folder with hf=DIR"
         ) from None
-
-    start = _start_folder(run, options["run.folder"])
-    weights = options["init.huggingface"] or options["init.checkpoint"]
-    tokenizer = options["data.tokenizer"]
     return Inputs(
-        tokenizer=absolute(str(start / tokenizer)) if tokenizer else "",
+        tokenizer=settings.folder_of("data.tokenizer"),
         tokenizer_hash=tokenizer_hash(run_state),
-        media=asdict(media),
-        weights=absolute(str(start / weights)) if weights else "",
+        media=asdict(settings.media),
+        weights=settings.folder_of("init.huggingface") or settings.folder_of("init.checkpoint"),
     )
 
 
-def _inputs_in_settings(run_folder: Path) -> tuple[dict[str, str], MediaConfig]:
-    """Read the folders that a run's config.yaml names, by option, and its media rules.
+@dataclass(frozen=True)
+class RunSettings:
+    """What a run's config.yaml says of the inputs of its training."""
 
-    Raises:
-        JsonError: if a value is of another type.
-        OSError: if the file cannot be read.
-    """
-    where = str(run_folder / SETTINGS_OF_RUN)
-    settings = read_yaml(run_folder, SETTINGS_OF_RUN)
-    sections = {}
-    for name in ("run", "data", "init"):
-        sections[name] = checked(settings.get(name, {}), dict[str, Any], where, name)
-    options = {}
-    for option in ("run.folder", "data.tokenizer", "init.huggingface", "init.checkpoint"):
-        section, _, key = option.partition(".")
-        options[option] = checked(sections[section].get(key) or "", str, where, option)
-    media = checked(sections["data"].get("media", {}), MediaConfig, where, "data.media")
-    return options, media
+    run_folder: Path
+    options: dict[str, str]
+    """Folders as they are written there, by option."""
+    media: MediaConfig
 
+    @classmethod
+    def read(cls, run_folder: Path) -> "RunSettings":
+        """Read a run's config.yaml.
 
-def _start_folder(run_folder: Path, written: str) -> Path:
-    """Return the folder that a run was started in, as `written`, its relative folder, shows; else this process's."""
-    steps = Path(written).parts
-    is_relative = bool(written) and not Path(written).is_absolute()
-    if not is_relative or run_folder.parts[-len(steps) :] != steps:
-        return Path()
-    return run_folder.parents[len(steps) - 1]
+        Raises:
+            JsonError: if a value is of another type.
+            OSError: if the file cannot be read.
+        """
+        where = str(run_folder / SETTINGS_OF_RUN)
+        content = read_yaml(run_folder, SETTINGS_OF_RUN)
+        sections = {}
+        for name in ("run", "data", "init"):
+            sections[name] = checked(content.get(name, {}), dict[str, Any], where, name)
+        options = {}
+        for option in FOLDER_OPTIONS:
+            section, _, key = option.partition(".")
+            options[option] = checked(sections[section].get(key) or "", str, where, option)
+        media = checked(sections["data"].get("media", {}), MediaConfig, where, "data.media")
+        return cls(run_folder, options, media)
+
+    def folder_of(self, option: str) -> str:
+        """Return the absolute folder that an option names; empty if it names none."""
+        written = self.options[option]
+        return absolute(str(self._start_folder() / written)) if written else ""
+
+    def _start_folder(self) -> Path:
+        """Return the folder that the run was started in, as its own relative folder shows; else this process's."""
+        written = Path(self.options["run.folder"])
+        steps = written.parts
+        is_relative = bool(steps) and not written.is_absolute()
+        if not is_relative or self.run_folder.parts[-len(steps) :] != steps:
+            return Path()
+        return self.run_folder.parents[len(steps) - 1]

@@ -59,6 +59,13 @@ class Shard:
     """Shape and type of each part."""
     bytes: int = 0
 
+    def add(self, name: str, made: Mapping[str, Tensor], dtype: torch.dtype, size: int) -> None:
+        """Add a parameter of `size` bytes, of which the tensors `made` are written."""
+        self.parameters.append(name)
+        for theirs, tensor in made.items():
+            self.tensors[theirs] = (tuple(tensor.shape), dtype)
+        self.bytes += size
+
 
 @dataclass(frozen=True)
 class ExportOptions:
@@ -202,11 +209,7 @@ def plan_shards(weights: Parameters, config: ModelConfig, options: ExportOptions
         size = sum(tensor.numel() for tensor in made.values()) * dtype.itemsize
         if shards[-1].parameters and shards[-1].bytes + size > options.shard_bytes:
             shards.append(Shard())
-        shards[-1].parameters.append(name)
-        shards[-1].tensors |= {
-            theirs: (tuple(tensor.shape), dtype) for theirs, tensor in made.items()
-        }
-        shards[-1].bytes += size
+        shards[-1].add(name, made, dtype, size)
     return shards
 
 

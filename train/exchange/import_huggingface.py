@@ -95,13 +95,7 @@ def check_layers_alike(source: HuggingFaceFolder) -> None:
 
     A checkpoint stacks a parameter of all layers into one tensor, which has one type.
     """
-    types: dict[str, dict[torch.dtype, str]] = {}
-    for name, shape in parameter_shapes(source.config).items():
-        if name.startswith(LAYERS):
-            _, _, kind = name.removeprefix(LAYERS).partition(".")
-            dtype = source.parameter_dtype(name, shape)
-            types.setdefault(kind, {}).setdefault(dtype, name)
-    for examples in types.values():
+    for examples in types_of_layers(source).values():
         if len(examples) > 1:
             named = []
             for dtype, name in examples.items():
@@ -110,6 +104,17 @@ def check_layers_alike(source: HuggingFaceFolder) -> None:
                 f"hf={source.folder}: layers differ in type, {' and '.join(named)}, which a checkpoint cannot hold: save the model in one type,"
                 " or train from the folder itself (init.huggingface)"
             )
+
+
+def types_of_layers(source: HuggingFaceFolder) -> dict[str, dict[torch.dtype, str]]:
+    """Return for each parameter that layers have its types, each with the name of one in a layer."""
+    types: dict[str, dict[torch.dtype, str]] = {}
+    for name, shape in parameter_shapes(source.config).items():
+        if name.startswith(LAYERS):
+            _, _, kind = name.removeprefix(LAYERS).partition(".")
+            dtype = source.parameter_dtype(name, shape)
+            types.setdefault(kind, {}).setdefault(dtype, name)
+    return types
 
 
 def start_folder(out: Path, topology: Topology) -> Path:
@@ -201,14 +206,21 @@ class StreamedPlanner(MCoreSavePlanner):  # type: ignore[misc]
         if name.endswith("mlp.router.load"):
             part = torch.zeros(sizes, dtype=dtype)
         else:
-            stored = self.source.parameter(name, region)
-            part = stored.reshape(sizes).to(dtype).contiguous()
-            if not is_finite(part):
-                raise UserError(not_finite(f"hf={self.source.folder}", [name]))
+            part = self._read_finite(name, region, sizes, dtype)
         # A part may be a view of the mapped file, whose memory is not ours to let go.
         self.last = part if part.untyped_storage().resizable() else part.clone()
         self._report(part.nbytes)
         return self.last
+
+    def _read_finite(
+        self, name: str, region: list[slice], sizes: tuple[int, ...], dtype: torch.dtype
+    ) -> Tensor:
+        """Read a region of a parameter in the form of the checkpoint; UserError if a number is not finite."""
+        stored = self.source.parameter(name, region)
+        part = stored.reshape(sizes).to(dtype).contiguous()
+        if not is_finite(part):
+            raise UserError(not_finite(f"hf={self.source.folder}", [name]))
+        return part
 
     def _report(self, size: int) -> None:
         before = self.bytes

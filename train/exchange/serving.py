@@ -123,17 +123,22 @@ def write_template(out: Path, tokens: TokenTable) -> Iterator[str]:
         text = own if isinstance(own, str) else TEMPLATE
         (out / TEMPLATES[0]).write_bytes(text.encode("utf-8", "backslashreplace"))
     template = next(out / name for name in TEMPLATES if (out / name).is_file())
-    try:
-        text = read_file(template, "out").decode()
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{template.name}, which came with the weights, is no text: {error}: put back the file"
-        ) from None
+    text = read_template(template)
     if WRAPPED_VIDEO in text and "wrap_videos" not in text:
         yield (
             f"{template.name} came with the weights and puts {VISION_START} and {VISION_END} around videos: transformers from 5.10"
             f" on keeps these two tokens, training has none: give it {VIDEO} alone there"
         )
+
+
+def read_template(path: Path) -> str:
+    """Read a chat template; UserError if it is no text."""
+    try:
+        return read_file(path, "out").decode()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path.name}, which came with the weights, is no text: {error}: put back the file"
+        ) from None
 
 
 def write_processors(out: Path, media: MediaConfig) -> Iterator[str]:

@@ -105,12 +105,23 @@ class WandbProcess:
             folder: of the run.
             start: the first line: arguments of wandb.init.
         """
+        self._process = self._start_process()
+        self._folder = folder
+        # Unbounded: a line has 1 kB, and training must never wait for it.
+        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._sender = threading.Thread(target=self._send, name="visionloom-wandb", daemon=True)
+        self._sender.start()
+        self.send(start)
+
+    @staticmethod
+    def _start_process() -> subprocess.Popen[str]:
+        """Start a process with this one's modules that reads lines."""
         command = [sys.executable, "-m", "visionloom.train.observe.wandb_process"]
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
             "WANDB_SILENT": "true",
         }
-        self._process = subprocess.Popen(
+        return subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             text=True,
@@ -118,12 +129,6 @@ class WandbProcess:
             start_new_session=True,  # so that Ctrl+C does not reach it, and its children can be ended
             stdout=subprocess.DEVNULL,
         )
-        self._folder = folder
-        # Unbounded: a line has 1 kB, and training must never wait for it.
-        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        self._sender = threading.Thread(target=self._send, name="visionloom-wandb", daemon=True)
-        self._sender.start()
-        self.send(start)
 
     def send(self, values: Mapping[str, Any]) -> None:
         """Queue a line for the process."""

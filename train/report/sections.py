@@ -1,7 +1,7 @@
 """The sections of a report, each from a run's history; empty where the history lacks what it shows."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from html import escape
 from typing import Any, Final
@@ -44,30 +44,38 @@ PHASE_COLUMNS: Final = (
 
 def header(history: History) -> str:
     """Return the run's name and its facts."""
-    tokens = sum(phase.total("tokens") for phase in history.phases)
-    seconds = sum(phase.total("step_seconds") for phase in history.phases)
-    model = history.part("model").get("name")
-    when = history.seconds_since_1970
-
-    facts = {"step": f"{history.last_step:,}"}
-    if model:
-        facts["model"] = escape(str(model))
-    if tokens:
-        facts["tokens without padding"] = compact(tokens)
-    if seconds:
-        facts["time in steps"] = duration(seconds)
-        facts["tokens per second"] = compact(tokens / seconds)
-    if when is not None:
-        # UTC, so that the same run gives the same page on any machine.
-        facts["last event"] = f"{datetime.fromtimestamp(when, UTC):%Y-%m-%d %H:%M} UTC"
-
     items = []
-    for name, value in facts.items():
+    for name, value in facts(history).items():
         items.append(f"<div><dt>{name}</dt><dd>{value}</dd></div>")
     return (
         f'<header class="top"><p>visionloom run</p><h1>{escape(history.name)}</h1>'
         f"<dl>{''.join(items)}</dl></header>"
     )
+
+
+def facts(history: History) -> dict[str, str]:
+    """Return what the head of the page says of a run, by name, HTML; what is unknown is left out."""
+    tokens = sum(phase.total("tokens") for phase in history.phases)
+    seconds = sum(phase.total("step_seconds") for phase in history.phases)
+    model = history.part("model").get("name")
+    when = history.seconds_since_1970
+
+    values = {"step": f"{history.last_step:,}"}
+    if model:
+        values["model"] = escape(str(model))
+    if tokens:
+        values["tokens without padding"] = compact(tokens)
+    if seconds:
+        values["time in steps"] = duration(seconds)
+        values["tokens per second"] = compact(tokens / seconds)
+    if when is not None:
+        values["last event"] = utc(when)
+    return values
+
+
+def utc(seconds_since_1970: float) -> str:
+    """Return a moment in UTC, so that the same run gives the same page on any machine."""
+    return f"{datetime.fromtimestamp(seconds_since_1970, UTC):%Y-%m-%d %H:%M} UTC"
 
 
 def results(history: History) -> str:
@@ -77,25 +85,28 @@ def results(history: History) -> str:
     if not tasks and not losses:
         return ""
 
-    answers = []
-    for task, each in tasks.items():
-        result = mapping(each)
-        accuracy = number(result.get("accuracy")) or 0.0
-        samples = number(result.get("n")) or 0
-        answers.append([escape(task), bar(accuracy), f"{samples:,.0f}"])
     rows = [[escape(source), loss_text(number(loss))] for source, loss in losses.items()]
 
     tables = ""
     note = f"Model after step {history.results.get('step')}."
-    if answers:
-        tables += table(
-            TASK_COLUMNS, answers, "Greedy answers that equal the right one word for word"
-        )
+    if tasks:
+        tables += answers_table(tasks)
     else:
         note += f" {NO_TASKS}"
     if rows:
         tables += table(LOSS_COLUMNS, rows, "Held-out loss, weighted as in the last phase")
     return section("Results on held-out samples", f'<div class="two">{tables}</div>', escape(note))
+
+
+def answers_table(tasks: Mapping[str, Any]) -> str:
+    """Return the table of the answers by task."""
+    rows = []
+    for task, each in tasks.items():
+        result = mapping(each)
+        accuracy = number(result.get("accuracy")) or 0.0
+        samples = number(result.get("n")) or 0
+        rows.append([escape(task), bar(accuracy), f"{samples:,.0f}"])
+    return table(TASK_COLUMNS, rows, "Greedy answers that equal the right one word for word")
 
 
 def phases(history: History) -> str:
@@ -112,21 +123,12 @@ def phases(history: History) -> str:
 
 def phase_row(place: int, phase: PhaseHistory) -> list[str]:
     """Return the cells of PHASE_COLUMNS."""
-    # Without config.yaml the metrics still say which groups have a learning rate.
-    with_rate = list(mapping(phase.lines[0].get("lr")))
-    groups = phase.settings.get("trainable", with_rate)
-    trains = ", ".join(map(str, groups)) if isinstance(groups, list) else ""
     length = number(phase.settings.get("sequence_length"))
-
-    _, losses = phase.series(lambda line: line.get("loss"))
-    first = last = None
-    if len(losses):
-        first = float(losses[:EDGE_STEPS].mean())
-        last = float(losses[-EDGE_STEPS:].mean())
+    first, last = edge_losses(phase)
     return [
         f"{place}",
         escape(phase.name),
-        escape(trains),
+        escape(trained_groups(phase)),
         f"{len(phase.lines):,}",
         f"{int(length):,}" if length else "",
         compact(phase.total("tokens")),
@@ -134,6 +136,22 @@ def phase_row(place: int, phase: PhaseHistory) -> list[str]:
         loss_text(first),
         loss_text(last),
     ]
+
+
+def trained_groups(phase: PhaseHistory) -> str:
+    """Return the names of the groups that a phase trains; empty if they are unknown."""
+    # Without config.yaml the metrics still say which groups have a learning rate.
+    with_rate = list(mapping(phase.lines[0].get("lr")))
+    groups = phase.settings.get("trainable", with_rate)
+    return ", ".join(map(str, groups)) if isinstance(groups, list) else ""
+
+
+def edge_losses(phase: PhaseHistory) -> tuple[float | None, float | None]:
+    """Return the first and the last training loss of a phase, each a mean of EDGE_STEPS; None without any."""
+    _, losses = phase.series(lambda line: line.get("loss"))
+    if not len(losses):
+        return None, None
+    return float(losses[:EDGE_STEPS].mean()), float(losses[-EDGE_STEPS:].mean())
 
 
 def held_out_by_phase(history: History) -> str:
@@ -210,15 +228,16 @@ def pace(history: History) -> str:
     phases = history.phases
     if not phases:
         return ""
-    seconds = _plain(phases, "step_seconds", "whole step")
-    seconds += measured(
-        phases,
-        lambda line: line.get("data_wait_seconds"),
-        SMALL_POINTS,
-        "two",
-        "waiting for data",
-    )
-    charts = [
+    figures = [learning_rates_chart(phases)]
+    for chart in pace_charts(phases):
+        if any(len(drawn.y) for drawn in chart.curves):
+            figures.append(figure(draw(chart), chart.name))
+    return section("Optimisation and speed", f'<div class="two">{"".join(figures)}</div>')
+
+
+def pace_charts(phases: list[PhaseHistory]) -> list[Chart]:
+    """Return the charts of gradients, time, padding and memory, empty ones among them."""
+    return [
         Chart(
             "Gradient norm before clipping",
             _plain(phases, "grad_norm"),
@@ -226,7 +245,7 @@ def pace(history: History) -> str:
             logarithmic=True,  # one spike would press all other steps onto the axis
         ),
         Chart("Tokens per second, padding left out", _plain(phases, "tokens_per_second"), phases),
-        Chart("Seconds of a step", seconds, phases),
+        Chart("Seconds of a step", seconds_of_steps(phases), phases),
         Chart("Padding", _plain(phases, "padding_fraction", scale=100.0), phases, percent=True),
         Chart("Most memory used by a rank, GiB", _plain(phases, "memory_gib"), phases),
         Chart(
@@ -236,11 +255,18 @@ def pace(history: History) -> str:
             percent=True,
         ),
     ]
-    figures = [learning_rates_chart(phases)]
-    for chart in charts:
-        if any(len(drawn.y) for drawn in chart.curves):
-            figures.append(figure(draw(chart), chart.name))
-    return section("Optimisation and speed", f'<div class="two">{"".join(figures)}</div>')
+
+
+def seconds_of_steps(phases: list[PhaseHistory]) -> list[Drawn]:
+    """Return the curves of the time of a step and of its part that waits for data."""
+    whole = _plain(phases, "step_seconds", "whole step")
+    return whole + measured(
+        phases,
+        lambda line: line.get("data_wait_seconds"),
+        SMALL_POINTS,
+        "two",
+        "waiting for data",
+    )
 
 
 def _plain(
@@ -286,17 +312,27 @@ def gallery(shown: Sequence[Prediction]) -> str:
 
 def notes(history: History) -> str:
     """Return a list of what explains odd numbers: resumed, skipped, left out, damaged."""
-    notes = [f"Resumed after step {event.get('step')}." for event in history.of("resume")]
-    if skipped := sum(bool(line.get("skipped")) for line in history.lines):
-        notes.append(f"{skipped:,} steps were skipped because their gradient was not finite.")
-    for event in history.of("dropped"):
-        samples = number(event.get("samples")) or 0
-        notes.append(
-            f"Phase {event.get('phase')} leaves out {samples:,.0f} samples"
-            f" of {event.get('dataset')}: they are longer than a pack."
-        )
-    for event in history.of("damaged_checkpoint"):
-        notes.append(f"Damaged checkpoint passed over: {event.get('detail')}")
     # Each start of a run writes its notes again.
-    items = "".join(f"<li>{escape(note)}</li>" for note in dict.fromkeys(notes))
+    different = dict.fromkeys(every_note(history))
+    items = "".join(f"<li>{escape(note)}</li>" for note in different)
     return section("Notes", f"<ul>{items}</ul>") if items else ""
+
+
+def every_note(history: History) -> Iterator[str]:
+    """Yield a sentence for each event that explains odd numbers."""
+    for event in history.of("resume"):
+        yield f"Resumed after step {event.get('step')}."
+    if skipped := sum(bool(line.get("skipped")) for line in history.lines):
+        yield f"{skipped:,} steps were skipped because their gradient was not finite."
+    yield from map(dropped_note, history.of("dropped"))
+    for event in history.of("damaged_checkpoint"):
+        yield f"Damaged checkpoint passed over: {event.get('detail')}"
+
+
+def dropped_note(event: Line) -> str:
+    """Return the note for samples that a phase leaves out."""
+    samples = number(event.get("samples")) or 0
+    return (
+        f"Phase {event.get('phase')} leaves out {samples:,.0f} samples"
+        f" of {event.get('dataset')}: they are longer than a pack."
+    )

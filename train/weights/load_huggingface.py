@@ -30,18 +30,24 @@ def load_huggingface(
     source = HuggingFaceFolder(folder, "init.huggingface")
     if faults := list(differences(config, source.config, folder)):
         raise UserError("; ".join(faults))
-    known = parameter_shapes(config)
-    held: list[tuple[str, nn.Parameter]] = []
-    for part in parts:
-        for name, parameter in canonical_parameters(part):
-            if name in known:
-                # The parameter and not a detached tensor: its attributes say how it is cut.
-                held.append((name, parameter))
+    held = list(held_parameters(parts, config))
     with torch.no_grad():
         for name, parameter in held:
             copy_parameter(name, parameter, source, topology)
     weights = [(name, parameter.detach()) for name, parameter in held]
     require_finite(weights, f"init.huggingface={folder}", topology)
+
+
+def held_parameters(
+    parts: list[Qwen3VL], config: ModelConfig
+) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield this rank's parameters that a Hugging Face folder has, by canonical name."""
+    known = parameter_shapes(config)
+    for part in parts:
+        for name, parameter in canonical_parameters(part):
+            if name in known:
+                # The parameter and not a detached tensor: its attributes say how it is cut.
+                yield name, parameter
 
 
 def copy_parameter(

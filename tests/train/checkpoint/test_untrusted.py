@@ -204,7 +204,7 @@ def test_an_index_agrees_with_the_files_and_with_itself(name: str, folder: Path)
 
 def test_parts_of_a_tensor_may_form_no_grid(tmp_path: Path) -> None:
     """Five boxes around a centre, as no grid cuts them."""
-    from visionloom.train.checkpoint.index import _check_tiles
+    from visionloom.train.checkpoint.index import Tiles
 
     boxes = [
         ((0, 0), (1, 2)),
@@ -214,13 +214,10 @@ def test_parts_of_a_tensor_may_form_no_grid(tmp_path: Path) -> None:
         ((1, 1), (1, 1)),
     ]
     chunks = [ChunkStorageMetadata(torch.Size(at), torch.Size(size)) for at, size in boxes]
-    _check_tiles("a", [3, 3], chunks)
+    Tiles.of("a", chunks).check([3, 3])
+    elsewhere = ChunkStorageMetadata(torch.Size([0, 1]), torch.Size([1, 1]))
     with pytest.raises(IndexFault, match="overlap"):
-        _check_tiles(
-            "a",
-            [3, 3],
-            [*chunks[:-1], ChunkStorageMetadata(torch.Size([0, 1]), torch.Size([1, 1]))],
-        )
+        Tiles.of("a", [*chunks[:-1], elsewhere]).check([3, 3])
 
 
 def test_an_index_is_small_beside_what_it_describes(folder: Path) -> None:
