@@ -41,7 +41,7 @@ class FolderLock:
         if not self._take(folder):
             os.close(self._descriptor)
             raise UserError(
-                f"{option}={folder} is in use by {_holder(folder)}: end that run first, or set run.name to start another one"
+                f"{option}={folder} is in use by {holder_of(folder)}: end that run first, or set run.name to start another one"
             )
         holder = {
             "host": socket.gethostname(),
@@ -84,7 +84,7 @@ def is_held(folder: Path) -> bool:
     return False
 
 
-def _holder(folder: Path) -> str:
+def holder_of(folder: Path) -> str:
     """Name the process that holds a folder."""
     try:
         holder = read_json(folder, LOCK, dict[str, Any], 1 << 16)

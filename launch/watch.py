@@ -125,7 +125,8 @@ def watch_ranks() -> None:
         return
     # The threads of the others wait for this file.
     with replacing(folder / f"visionloom.rank{own}", durable=False) as file:
-        file.write(f"{os.environ.get('RANK', '0')} {os.getpid()}".encode())
+        rank = os.environ.get("RANK", "0")
+        file.write(f"{rank} {os.getpid()}".encode())
     threading.Thread(
         target=Watch(folder, own, count).run, name="visionloom-watch", daemon=True
     ).start()

@@ -59,7 +59,13 @@ class Shard:
     """Shape and type of each part."""
     bytes: int = 0
 
-    def add(self, name: str, made: Mapping[str, Tensor], dtype: torch.dtype, size: int) -> None:
+    def add(
+        self,
+        name: str,
+        made: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        size: int,
+    ) -> None:
         """Add a parameter of `size` bytes, of which the tensors `made` are written."""
         self.parameters.append(name)
         for theirs, tensor in made.items():
