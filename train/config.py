@@ -196,7 +196,7 @@ class PhaseConfig:
         if self.sequence_length % multiple:
             yield (
                 f"{here}.sequence_length={self.sequence_length} must be a multiple of {multiple}"
-                f" (tensor {layout.tensor} x context {layout.context}, two chunks a context rank)"
+                f" (tensor {layout.tensor} x context {layout.context}, two pieces a context rank)"
             )
 
     def adapter_problems(self, here: str, groups: list[str]) -> Iterator[str]:
