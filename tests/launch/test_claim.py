@@ -75,6 +75,8 @@ from visionloom.train.observe import status
 configure.check_paths = configure.check_agreements = lambda *_: None
 def command(config):
     status.current.at(7)
+    # A shell starts what it runs in the background with SIGINT ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.kill(os.getpid(), signal.SIGINT)
 configure.start(command, ["+recipe=demo", f"run.folder={sys.argv[1]}"])
 """
