@@ -1,6 +1,7 @@
 """Text on the screen: one way out, so that names from data cannot give orders to a terminal."""
 
 import contextlib
+import os
 import re
 import sys
 from typing import Final, TextIO
@@ -35,6 +36,8 @@ def first_line(error: BaseException) -> str:
 def say(*lines: object, file: TextIO | None = None) -> None:
     """Print lines at once; what the stream's encoding lacks is escaped too.
 
+    Where nobody reads standard output any more, as in `--help | head`, nothing more is shown there.
+
     Args:
         lines: one or more, printed one below the other.
         file: None: standard output as it is now.
@@ -43,7 +46,13 @@ def say(*lines: object, file: TextIO | None = None) -> None:
     stream = file or sys.stdout
     text = printable("\n".join(map(str, lines)))
     # Flushed: a rank that is killed would take lines that are not written yet with it.
-    print(encodable(text, stream.encoding or "utf-8"), file=stream, flush=True)
+    try:
+        print(encodable(text, stream.encoding or "utf-8"), file=stream, flush=True)
+    except BrokenPipeError:
+        if stream is not sys.stdout:
+            raise
+        # The stream keeps what it could not write, and Python would try again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def warn(*lines: object) -> None:

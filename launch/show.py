@@ -1,7 +1,5 @@
 """Show a composed run instead of starting it: `--cfg job`, and `--help` with the choices that there are."""
 
-import os
-import sys
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -26,11 +24,7 @@ def show(config: DictConfig, options: CommandLine) -> None:
         text = OmegaConf.to_yaml(shown, resolve=options.resolve)
     if options.help:
         text = f"{usage(options.config_dir)}\n\n{text}"
-    try:
-        say(text.removesuffix("\n"))
-    except BrokenPipeError:
-        # Avoid Python's message about a broken pipe at exit, as in `--cfg job | head`.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    say(text.removesuffix("\n"))
 
 
 def section(config: DictConfig, package: str) -> Any:

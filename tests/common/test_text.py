@@ -1,11 +1,17 @@
 """Nothing from data gives orders to a terminal."""
 
 import io
+import os
+import subprocess
+import sys
 import unicodedata
+from pathlib import Path
 
 import pytest
 
 from visionloom.common.text import one_line, printable, say
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_orders_become_escapes() -> None:
@@ -30,3 +36,22 @@ def test_a_stream_that_lacks_letters() -> None:
     say("é", "b", file=stream)
     stream.seek(0)
     assert stream.read() == "\\xe9\nb\n"
+
+
+def test_a_reader_that_leaves_ends_nothing() -> None:
+    """`command --help | head`: no traceback, not at exit either. Reference: a pipe of the kernel without a reader."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "from visionloom.common.text import say; say('one'); say('two')",
+        ],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(ROOT / ".link")},
+        check=False,
+    )
+    os.close(writer)
+    assert (process.returncode, process.stderr) == (0, b"")
