@@ -7,9 +7,9 @@ import functools
 import json
 import math
 from pathlib import Path
-from typing import Annotated, Any, Final, cast
+from typing import Any, Final, cast
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from visionloom.common.places import PlaceError, read_located
 
@@ -19,9 +19,6 @@ DEEPEST: Final = 100
 """Levels of lists and objects; a tokenizer.json has six."""
 SHOWN: Final = 60
 """Characters of a wrong value that a message quotes."""
-
-Count = Annotated[int, Field(ge=0, le=2**62)]
-"""A number of things in a document: sums of two stay within 64 bits."""
 
 
 class JsonError(ValueError):

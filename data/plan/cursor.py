@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from visionloom.common.count import Count
 from visionloom.common.errors import UserError
-from visionloom.common.jsonfile import Count, JsonError, checked
+from visionloom.common.jsonfile import JsonError, checked
 
 STATE_VERSION: Final = 3
 STATE_BYTES: Final = 4096

@@ -11,8 +11,9 @@ from typing import Annotated, Any, Final
 from pydantic import Field
 
 from visionloom.common.atomic import replacing
+from visionloom.common.count import Count
 from visionloom.common.errors import UserError
-from visionloom.common.jsonfile import LARGEST, Count, JsonError, checked, load_json, parse_json
+from visionloom.common.jsonfile import LARGEST, JsonError, checked, load_json, parse_json
 from visionloom.common.places import PlaceError, read_located
 from visionloom.data.shards.sample import SCHEMA_VERSION, Image, Sample, Text, Think, Video
 

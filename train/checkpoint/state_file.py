@@ -4,8 +4,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from visionloom.common.count import Count
 from visionloom.common.errors import UserError
-from visionloom.common.jsonfile import Count, JsonError, checked, read_json
+from visionloom.common.jsonfile import JsonError, checked, read_json
 from visionloom.common.settings import check
 from visionloom.common.text import one_line
 from visionloom.data.config import DataConfig, MediaConfig
