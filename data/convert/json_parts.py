@@ -37,6 +37,18 @@ class RecordSpan:
     lines: bool
 
 
+class JsonSource:
+    """What formats of JSON files share: how a source is cut and read; `convert` is their own."""
+
+    def parts(self, path: Path, size: int, follow_links: bool = False) -> Iterator[SourcePart]:
+        """Yield byte ranges of the JSON files."""
+        return cut_json(path, size, follow_links)
+
+    def records(self, where: RecordSpan) -> Iterator[SourceRecord]:
+        """Yield one JSON object after another."""
+        return read_json(where)
+
+
 def cut_json(path: Path, size: int, follow_links: bool = False) -> Iterator[SourcePart]:
     """Yield parts of `size` records of all JSON files at `path`; raises UserError if there is no file."""
     for file in files_below(path, ENDINGS, follow_links):

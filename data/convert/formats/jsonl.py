@@ -5,19 +5,17 @@ In samples of our schema a picture or video may name a file in place of its memb
 those of the upright picture.
 """
 
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, ClassVar, Final
 
-from visionloom.data.convert.json_parts import RecordSpan, cut_json, read_json
+from visionloom.data.convert.json_parts import JsonSource
 from visionloom.data.convert.keys import Keys
 from visionloom.data.convert.marks import document
 from visionloom.data.convert.skip import Skip
-from visionloom.data.convert.source import SampleDraft, SourceOptions, SourceRecord
+from visionloom.data.convert.source import SampleDraft, SourceOptions
 from visionloom.data.convert.videos import add_video
 from visionloom.data.shards.sample import SCHEMA_VERSION, Box, Image, Point, Sample, Text, Video
 from visionloom.data.shards.sample_json import element_json, parse_sample
-from visionloom.data.shards.write_parts import SourcePart
 
 _TEXTS: Final = ("text", "content")
 _IDS: Final = ("id", "doc_id", "url")
@@ -63,18 +61,10 @@ ELEMENT: Final = {name: _element_keys(name) for name in ELEMENTS}
 """The keys of each element of our schema."""
 
 
-class JsonLines:
+class JsonLines(JsonSource):
     """One line a document, or one sample of our schema."""
 
     keys: ClassVar[tuple[Keys, ...]] = (LINE, SAMPLE, MESSAGE, *ELEMENT.values())
-
-    def parts(self, path: Path, size: int, follow_links: bool = False) -> Iterator[SourcePart]:
-        """Yield byte ranges of the JSON files."""
-        return cut_json(path, size, follow_links)
-
-    def records(self, where: RecordSpan) -> Iterator[SourceRecord]:
-        """Yield one JSON object after another."""
-        return read_json(where)
 
     def convert(self, value: Any, draft: SampleDraft, options: SourceOptions) -> None:
         """Fill the draft with a document of one text, or a sample of our schema; raises Skip."""

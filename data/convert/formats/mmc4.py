@@ -1,16 +1,14 @@
 """MMC4: JSON lines of {"url", "text_list", "image_info": [{"raw_url", "image_name", "matched_text_index"}]}."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, ClassVar, Final
 
 from visionloom.data.convert.files import MediaFiles
 from visionloom.data.convert.formats.interleaved import fill_document
-from visionloom.data.convert.json_parts import RecordSpan, cut_json, read_json
+from visionloom.data.convert.json_parts import JsonSource
 from visionloom.data.convert.keys import Keys, RecordFields
 from visionloom.data.convert.skip import Skip
-from visionloom.data.convert.source import SampleDraft, SourceOptions, SourceRecord
-from visionloom.data.shards.write_parts import SourcePart
+from visionloom.data.convert.source import SampleDraft, SourceOptions
 
 DOCUMENT: Final = Keys(
     "record", {"text_list": "sentences", "image_info": "pictures", "url": "meta.url"}
@@ -25,18 +23,10 @@ PICTURE: Final = Keys(
 )
 
 
-class Mmc4:
+class Mmc4(JsonSource):
     """One line a document: each picture stands before the sentence that it was matched with."""
 
     keys: ClassVar[tuple[Keys, ...]] = (DOCUMENT, PICTURE)
-
-    def parts(self, path: Path, size: int, follow_links: bool = False) -> Iterator[SourcePart]:
-        """Yield byte ranges of the JSON files."""
-        return cut_json(path, size, follow_links)
-
-    def records(self, where: RecordSpan) -> Iterator[SourceRecord]:
-        """Yield one JSON object after another."""
-        return read_json(where)
 
     def convert(self, value: Any, draft: SampleDraft, options: SourceOptions) -> None:
         """Fill the draft with a document; raises Skip."""
