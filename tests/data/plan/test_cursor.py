@@ -20,6 +20,7 @@ from visionloom.data.plan.plan import MixtureEntry, Plan, Settings
 from visionloom.data.stream.batch import PackedBatch
 from visionloom.data.stream.train_stream import PackStream
 from visionloom.parallel.share import ALONE, Share
+from visionloom.tests.data.batches import digest
 from visionloom.tests.data.samples import essay, film, picture_question
 
 LENGTH = 256
@@ -52,27 +53,10 @@ def stream(data: DataConfig, **changes: object) -> PackStream:
     return PackStream(StreamOptions(data, **{**values, **changes}))  # type: ignore[arg-type]
 
 
-def digest(batch: PackedBatch) -> str:
-    found = hashlib.sha256()
-    for name in (
-        "input_ids",
-        "labels",
-        "loss_weights",
-        "position_ids",
-        "cu_seqlens",
-        "patches",
-        "grid_thw",
-        "visual_rows",
-    ):
-        found.update(getattr(batch, name).numpy().tobytes())
-    found.update(repr(batch.sample_ids).encode())
-    return found.hexdigest()
-
-
 def step_of(made: PackStream, step: int, ranks: int) -> list[str]:
     """The packs of a step, put together from all ranks."""
     return sorted(
-        digest(batch)
+        digest([batch])
         for rank in range(ranks)
         for batch in made.micro_batches(step, Share(rank, ranks), 1)
     )

@@ -3,7 +3,6 @@
 Faults that are there when a dataset is indexed are in test_index.py; these come to light when a sample is trained on.
 """
 
-import hashlib
 import io
 import json
 import random
@@ -27,6 +26,7 @@ from visionloom.data.stream.batch import PackedBatch
 from visionloom.data.stream.train_stream import PackStream
 from visionloom.data.stream.workers import iterate
 from visionloom.parallel.share import ALONE, Share
+from visionloom.tests.data.batches import digest
 from visionloom.tests.data.faulty_server import serving
 from visionloom.tests.data.samples import RULES, Pair, film, picture_question, png
 from visionloom.tests.data.shards.test_media_header import video
@@ -150,22 +150,6 @@ def keys(path: Path) -> list[int]:
     return sorted(int(str(row["key"])) for row in lines(path))
 
 
-def digest(batch: PackedBatch) -> str:
-    found = hashlib.sha256(repr(batch.sample_ids).encode())
-    for name in (
-        "input_ids",
-        "labels",
-        "loss_weights",
-        "position_ids",
-        "cu_seqlens",
-        "patches",
-        "grid_thw",
-        "visual_rows",
-    ):
-        found.update(getattr(batch, name).numpy().tobytes())
-    return found.hexdigest()
-
-
 def run(made: PackStream, workers: int = 0) -> list[PackedBatch]:
     return [batch for step in iterate(made, range(STEPS), ALONE, 1, workers) for batch in step]
 
@@ -221,8 +205,8 @@ def test_exactly_the_planted_faults_are_written_down(
         number for number, batch in enumerate(expected) if not names & set(batch.sample_ids)
     ]
     assert STEPS / 4 <= len(untouched) < STEPS
-    assert [digest(found[number]) for number in untouched] == [
-        digest(expected[number]) for number in untouched
+    assert [digest([found[number]]) for number in untouched] == [
+        digest([expected[number]]) for number in untouched
     ]
     assert {f"s:{n}" for n in range(SAMPLES) if n not in CHANGED_LATER} <= {
         name for one in found for name in one.sample_ids
@@ -232,8 +216,8 @@ def test_exactly_the_planted_faults_are_written_down(
 def test_processes_write_the_same_set(
     damaged: tuple[Path, Path], stream: Callable[..., PackStream], tmp_path: Path
 ) -> None:
-    expected = [digest(batch) for batch in run(stream(damaged[1], "alone.jsonl"))]
-    assert [digest(batch) for batch in run(stream(damaged[1]), workers=2)] == expected
+    expected = [digest([batch]) for batch in run(stream(damaged[1], "alone.jsonl"))]
+    assert [digest([batch]) for batch in run(stream(damaged[1]), workers=2)] == expected
     assert (
         keys(tmp_path / "quarantine.jsonl")
         == keys(tmp_path / "alone.jsonl")
@@ -335,7 +319,7 @@ def test_a_shard_that_goes_while_training_costs_its_samples_only(
     assert keys(tmp_path / "quarantine.jsonl") == sorted(lost | {15})
     names = {f"s:{number}" for number in lost}
     same = [
-        digest(one) == digest(two)
+        digest([one]) == digest([two])
         for one, two in zip(expected, found, strict=True)
         if not names & set(one.sample_ids)
     ]
@@ -351,7 +335,7 @@ def test_a_stream_from_a_faulty_server_is_the_same_and_bounded(
 ) -> None:
     """Every third range request fails; packs equal those from the folder, and bytes in flight keep their limit."""
     monkeypatch.setattr("visionloom.data.shards.remote_store.FIRST_WAIT", 0.001)
-    expected = [digest(batch) for batch in run(stream(folders[0], "good.jsonl"))]
+    expected = [digest([batch]) for batch in run(stream(folders[0], "good.jsonl"))]
     with serving(folders[0]) as server:
         limit = 4 * len(VIDEO)
         made = stream(
@@ -373,7 +357,7 @@ def test_a_stream_from_a_faulty_server_is_the_same_and_bounded(
             "",
             "",
         ] * 9 + ["stall"]
-        assert [digest(batch) for batch in run(made)] == expected
+        assert [digest([batch]) for batch in run(made)] == expected
         assert server.connections < len(server.ranges) / 2
     budget = made._reader.budget
     assert len(VIDEO) <= budget.peak <= limit
@@ -393,7 +377,7 @@ def test_ranks_that_share_pictures_read_their_own_only(
             made = stream(server.url, f"{rank}.jsonl")
             server.ranges.clear()
             found = made.micro_batches(step, Share(0, 1, rank, 3), 1)[0]
-            assert digest(found) == digest(expected[rank])
+            assert digest([found]) == digest([expected[rank]])
             asked.append(set(server.ranges))
     documents = set.intersection(*asked)
     assert len(documents) == members, "all ranks read the text"

@@ -1,6 +1,5 @@
 """The stream end to end, from shards on disk: exactly once, the same for every layout, worker count and restart."""
 
-import hashlib
 import json
 import pickle
 import re
@@ -25,6 +24,7 @@ from visionloom.data.stream.held_out import EvaluationSet
 from visionloom.data.stream.train_stream import PackStream
 from visionloom.data.stream.workers import iterate
 from visionloom.parallel.share import ALONE, Share
+from visionloom.tests.data.batches import digest
 from visionloom.tests.data.samples import essay, film, picture_question
 
 LENGTH = 256
@@ -54,24 +54,6 @@ def stream(data: DataConfig, **changes: object) -> PackStream:
     quarantine = changes.pop("quarantine", None)
     options = StreamOptions(data, **{**values, **changes})  # type: ignore[arg-type]
     return PackStream(options, quarantine)  # type: ignore[arg-type]
-
-
-def digest(batches: list[PackedBatch]) -> str:
-    found = hashlib.sha256()
-    for batch in batches:
-        for name in (
-            "input_ids",
-            "labels",
-            "loss_weights",
-            "position_ids",
-            "cu_seqlens",
-            "patches",
-            "grid_thw",
-            "visual_rows",
-        ):
-            found.update(getattr(batch, name).numpy().tobytes())
-        found.update(repr(batch.sample_ids).encode())
-    return found.hexdigest()
 
 
 def packs_of(batch: PackedBatch) -> list[tuple[str, ...]]:
