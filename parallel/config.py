@@ -57,6 +57,11 @@ class ParallelConfig:
         return self.virtual_pipeline or 1
 
     @property
+    def chunk_numbers(self) -> list[int | None]:
+        """Return the numbers by which Megatron-core knows a stage's chunks; a single one has none."""
+        return [*range(self.chunks)] if self.chunks > 1 else [None]
+
+    @property
     def encoder_ranks(self) -> int:
         """Return the number of ranks that share the pictures of a pack.
 

@@ -96,7 +96,7 @@ def build_model(config: RunConfig, topology: Topology, drawn: bool) -> list[Qwen
         drawn: draw random weights from run.seed; else they are undefined, to be loaded into.
     """
     dtype = model_dtype(config.run.precision, topology.device)
-    numbers = range(topology.config.chunks) if topology.config.chunks > 1 else [None]
+    numbers = topology.config.chunk_numbers
     parts = [Qwen3VL(config.model, topology, dtype, number) for number in numbers]
     for part in parts:
         part.to(topology.device)

@@ -2,6 +2,9 @@
 
 import argparse
 import os
+from pathlib import Path
+
+from visionloom.common.errors import UserError
 
 
 def add_media(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +37,23 @@ def add_processes(parser: argparse.ArgumentParser, purpose: str) -> None:
         default=os.cpu_count() or 1,
         help=f"{purpose} (default: all cores)",
     )
+
+
+def add_demo(parser: argparse.ArgumentParser, seed: str) -> None:
+    """Declare what the commands that make the demo's data take; `seed` is the help of --seed."""
+    parser.add_argument(
+        "folder", type=Path, metavar="DIR", help="new folder, or one that this command made"
+    )
+    parser.add_argument("--seed", type=int, default=0, help=f"{seed} (default 0)")
+    parser.add_argument(
+        "--scale", type=float, default=1.0, help="factor on the numbers of samples (default 1)"
+    )
+
+
+def check_scale(options: argparse.Namespace) -> None:
+    """Refuse a factor by which there would be no samples."""
+    if options.scale <= 0:
+        raise UserError(f"--scale {options.scale:g}: a number above 0 expected")
 
 
 def counting_processes(options: argparse.Namespace) -> int:

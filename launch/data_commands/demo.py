@@ -1,10 +1,9 @@
 """`data.py demo DIR`: the demo's datasets and tokenizer, from handwritten digits."""
 
 import argparse
-from pathlib import Path
 
-from visionloom.common.errors import UserError
 from visionloom.common.text import say
+from visionloom.launch.data_commands.arguments import add_demo, check_scale
 from visionloom.launch.data_commands.progress import bars
 
 
@@ -13,15 +12,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     parser = commands.add_parser(
         "demo", help="make the demo's datasets and tokenizer from handwritten digits"
     )
-    parser.add_argument(
-        "folder", type=Path, metavar="DIR", help="new folder, or one that this command made"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="the same seed gives the same bytes (default 0)"
-    )
-    parser.add_argument(
-        "--scale", type=float, default=1.0, help="factor on the numbers of samples (default 1)"
-    )
+    add_demo(parser, "the same seed gives the same bytes")
     parser.set_defaults(run=run)
 
 
@@ -29,8 +20,7 @@ def run(options: argparse.Namespace) -> None:
     """Make the data, unless this command has made it already."""
     from visionloom.data.demo.make import make_demo
 
-    if options.scale <= 0:
-        raise UserError(f"--scale {options.scale:g}: a number above 0 expected")
+    check_scale(options)
     with bars() as progress:
         made = make_demo(options.folder, options.seed, options.scale, progress)
     say(

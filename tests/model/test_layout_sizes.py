@@ -53,7 +53,7 @@ def part(size: str, world_size: int, layout: dict[str, Any], rank: int) -> tuple
 
     topology = topologies.imagine(ParallelConfig(**layout), world_size, rank)
     try:
-        numbers = range(topology.config.chunks) if topology.config.chunks > 1 else [None]
+        numbers = topology.config.chunk_numbers
         with torch.device("meta"):
             chunks = [
                 Qwen3VL(published(size), topology, torch.bfloat16, number) for number in numbers

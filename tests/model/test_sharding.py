@@ -82,7 +82,7 @@ def test_query_groups_stay_whole(whole: dict[str, Tensor], halves: list[dict[str
 def pieces(layout: dict[str, int]) -> dict[str, Tensor]:
     """This rank's weights of a mixture in a layout, by canonical name; runs on every rank of the pool."""
     topology = topologies.start(ParallelConfig(**layout), torch.device("cpu"))
-    numbers = range(topology.config.chunks) if topology.config.chunks > 1 else [None]
+    numbers = topology.config.chunk_numbers
     config = Case(experts=4, tied=True).model
     found = {}
     for number in numbers:

@@ -193,7 +193,7 @@ def build(layout: Layout, sharded: bool) -> Any:
 
     offload.LEAST_BYTES = 0  # a tiny model's activations are all small
     topology = topologies.start(layout.config, torch.device("cpu"))
-    numbers = range(layout.config.chunks) if layout.config.chunks > 1 else [None]
+    numbers = layout.config.chunk_numbers
     chunks = [Qwen3VL(layout.case.model, topology, torch.float32, number) for number in numbers]
     if layout.case.lora:
         lora = LoraConfig(rank=8, alpha=16.0, groups=list(layout.case.trainable))

@@ -178,7 +178,7 @@ def step(drawn: Draw) -> tuple[float, float, bool]:
     config = drawn.config()
     phase, device = config.phases["p"], torch.device("cpu")
     topology = topologies.start(config.parallel, device)
-    numbers = range(config.parallel.chunks) if config.parallel.chunks > 1 else [None]
+    numbers = config.parallel.chunk_numbers
     chunks = [
         Qwen3VL(config.model, topology, model_dtype(config.run.precision, device), number)
         for number in numbers

@@ -145,7 +145,7 @@ def empty_model(source: HuggingFaceFolder, topology: Topology) -> list[Qwen3VL]:
     """Build this rank's parts on the meta device, each parameter in the type that it has in the folder."""
     shapes = parameter_shapes(source.config)
     [(most, _)] = Counter(map(source.dtype, source.names)).most_common(1)
-    numbers = range(topology.config.chunks) if topology.config.chunks > 1 else [None]
+    numbers = topology.config.chunk_numbers
     # In the type of most; building it in another for each parameter is not possible.
     with torch.device("meta"):
         parts = [Qwen3VL(source.config, topology, most, number) for number in numbers]

@@ -183,7 +183,7 @@ def test_the_published_layout_goes_there_and_back(
 def held(folder: Path, config: ModelConfig, layout: dict[str, Any]) -> tuple[int, int, list[str]]:
     """Bytes this rank read and bytes it holds, and parameters that are not transformers' own; runs on every rank."""
     topology = topologies.start(ParallelConfig(**layout), torch.device("cpu"))
-    numbers = range(topology.config.chunks) if topology.config.chunks > 1 else [None]
+    numbers = topology.config.chunk_numbers
     chunks = [Qwen3VL(config, topology, torch.bfloat16, number) for number in numbers]
     taken, read = [0], HuggingFaceFolder.read
 
