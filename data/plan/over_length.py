@@ -51,7 +51,7 @@ from visionloom.data.shards.sample import (
     Video,
 )
 
-VIEWS_VERSION: Final = 1
+PARTS_VERSION: Final = 1
 BLOCK: Final = 64
 """Over-long samples of a file while their parts are made: seconds of work."""
 _MERGED_AREA: Final = 1024
@@ -107,7 +107,7 @@ def make_parts(
 
 def parts_hash(identity: str, limits: PackLimits) -> str:
     """Return the name of the parts of a table under a policy; with `error` and `drop` nothing but the table is stored."""
-    facts = [VIEWS_VERSION, identity, limits.policy, limits.tokens, limits.patches]
+    facts = [PARTS_VERSION, identity, limits.policy, limits.tokens, limits.patches]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
 

@@ -32,6 +32,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from visionloom.common.atomic import replacing
 from visionloom.common.errors import UserError
 from visionloom.common.text import warn
+from visionloom.model.sharding import canonical_parameters, full_shape
 from visionloom.parallel.topology import Topology
 from visionloom.train.checkpoint.index import read_index
 from visionloom.train.checkpoint.read import (
@@ -52,7 +53,9 @@ EventWriter = Callable[..., None]
 """Called with an event's name and its fields."""
 NUMBERED: Final = re.compile(r"step-[0-9]{8,18}")
 """Names of checkpoints; anything else there is not ours to remove."""
-MOST_FAILURES = 3
+OVERHEAD_BYTES: Final = 2_000
+"""Bytes that a tensor takes beyond its numbers: 1,565 of its archive and some 400 in the index (the demo's checkpoints)."""
+MOST_FAILURES: Final = 3
 """Failed saves in a row after which a run that tolerates them stops all the same."""
 
 
@@ -452,17 +455,11 @@ def room_fault(folder: Path, needed: int) -> str:
     )
 
 
-OVERHEAD_BYTES: Final = 2_000
-"""Bytes that a tensor takes beyond its numbers: 1,565 of its archive and some 400 in the index (the demo's checkpoints)."""
-
-
 def estimated_bytes(trainer: PhaseTrainer) -> int:
     """Estimate the bytes of a checkpoint's tensors; all ranks call it.
 
     Weights count once, and trainable ones with a master copy and two moments in fp32: 12 bytes more.
     """
-    from visionloom.model.sharding import canonical_parameters, full_shape
-
     own: dict[str, int] = {}
     for part in trainer.model_parts:
         for name, parameter in canonical_parameters(part):
