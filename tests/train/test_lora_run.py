@@ -85,7 +85,13 @@ def test_a_checkpoint_holds_adapters_alone(whole: tuple[Path, Path]) -> None:
 
 
 @pytest.mark.parametrize(
-    "axis", ["", "tensor", pytest.param("pipeline", marks=pytest.mark.long), "expert"]
+    "axis",
+    [
+        "",
+        pytest.param("tensor", marks=pytest.mark.long),
+        pytest.param("pipeline", marks=pytest.mark.long),
+        "expert",
+    ],
 )
 def test_it_resumes_in_another_layout(
     axis: str, whole: tuple[Path, Path], pool: RankPool, demo_data: Path, tmp_path: Path

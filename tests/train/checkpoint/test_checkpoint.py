@@ -268,7 +268,13 @@ def test_without_the_optimizers_state_it_is_found(
     )
 
 
-@pytest.mark.parametrize("background", [False, True], ids=["waited for", "in the background"])
+@pytest.mark.parametrize(
+    "background",
+    [
+        pytest.param(False, id="waited for", marks=pytest.mark.long),
+        pytest.param(True, id="in the background"),
+    ],
+)
 @pytest.mark.parametrize(
     ("case", "name"), [(DENSE, "tensor 2"), (MIXTURE, "expert 2")], ids=["dense", "mixture"]
 )
