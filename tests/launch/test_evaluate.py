@@ -58,6 +58,8 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     ),
     "context2": (2, ["parallel.context=2", "data.sample_token_multiple=4"]),
 }
+LONGER = ("data2", "pipeline2 virtual2")
+"""A minute together: proofs."""
 Answers = dict[str, str]
 
 
@@ -209,7 +211,10 @@ def test_answers_are_those_of_transformers(
     assert {name: alone[1][name] for name in expected} == expected
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(name, marks=pytest.mark.long if name in LONGER else ()) for name in LAYOUTS],
+)
 def test_a_layout_does_not_change_the_results(
     layout: str, alone: tuple[dict[str, Any], Answers], pool: RankPool, trained: tuple[Path, Path]
 ) -> None:

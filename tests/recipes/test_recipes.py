@@ -209,6 +209,7 @@ def stage_bytes(model: str, ranks: int, layout: ParallelConfig, trains: bool, st
         topologies.stop()
 
 
+@pytest.mark.long
 def test_headers_state_the_memory_of_the_fullest_rank(pool: RankPool) -> None:
     recipes = [f"{kind}/{model}" for kind, model in product(KINDS, COUNTS)]
     cases = []

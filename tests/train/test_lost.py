@@ -95,7 +95,7 @@ def test_a_run_whose_checkpoints_are_all_damaged(
     )
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_a_log_that_cannot_be_written_ends_the_run_saved(
     ranks: int, pool: RankPool, demo_data: Path, tmp_path: Path
 ) -> None:

@@ -36,7 +36,7 @@ def outcome(pool: RankPool, drawn: Draw) -> str:
     return "trained"
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_random_configurations(ranks: int, pool: RankPool) -> None:
     told = [outcome(pool, draw(seed, ranks)) for seed in range(SEEDS)]
     assert {"refused", "trained"} == set(told)
