@@ -2,7 +2,7 @@
 
 from setuptools import find_packages, setup
 
-FOLDERS = ["common", "parallel", "model", "data", "train", "recipes", "launch"]
+FOLDERS = ["common", "parallel", "model", "data", "train", "recipes", "forecast", "launch"]
 
 # Lower bounds are what the code needs, upper bounds the newest series tested; constraints.txt has the exact versions.
 CORE = [

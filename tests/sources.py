@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("common", "parallel", "model", "data", "train", "launch")
+FOLDERS = ("common", "parallel", "model", "data", "train", "forecast", "launch")
 
 
 @dataclass(frozen=True)

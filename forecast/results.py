@@ -1,0 +1,104 @@
+"""What is known of a run before it starts: memory and time of each kind of rank, of a step, of each phase and of the run."""
+
+from dataclasses import dataclass
+
+from visionloom.forecast.trace.events import AliveTensors, Category, Mixed, SlotKind, Wait
+
+
+@dataclass(frozen=True)
+class RankForecast:
+    """One kind of rank, on one GPU."""
+
+    stage: int
+    rank: int
+    """The rank that was traced, the first of its kind."""
+    ranks: int
+    """Ranks of its kind."""
+    description: str
+    """What sets it apart, for example `layers 0-11, all pictures`."""
+    memory: dict[Category, int]
+    """Bytes at the fullest moment of a step with all its micro-batches."""
+    peak_bytes: int
+    alive: tuple[AliveTensors, ...]
+    forward_seconds: float
+    """Of one micro-batch, communication inside it included."""
+    backward_seconds: float
+    """Of one micro-batch, recomputation included."""
+    launches: int
+    """In a step."""
+    flops: float
+    """In a step, without recomputation."""
+    waits: tuple[Wait, ...]
+    mixed: tuple[Mixed, ...]
+
+
+@dataclass(frozen=True)
+class Span:
+    """A pass of one micro-batch through a chunk in the pipeline's timeline; seconds from the begin of the step."""
+
+    stage: int
+    chunk: int
+    micro_batch: int
+    kind: SlotKind
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class PhaseForecast:
+    """A phase on one layout."""
+
+    phase: str
+    layout: str
+    """Degrees in words, for example `tensor 4, pipeline 8, expert 32, data 4`."""
+    sequence_length: int
+    packs: str
+    """Which packs were assumed, in words."""
+    steps: int
+    step_seconds: float
+    tokens: float
+    """Real tokens of a step."""
+    tokens_per_second: float
+    mfu: float
+    """Of the peak of all ranks: operations that the model needs, real tokens only, without recomputation."""
+    bubble: float
+    """Share of the step in which the slowest stage waits for others."""
+    exposed_communication: float
+    """Seconds of a step in which ranks only communicate."""
+    seconds: dict[str, float]
+    """Where the time of a step goes on the slowest stage, by part; their sum is step_seconds."""
+    ranks: tuple[RankForecast, ...]
+    timeline: tuple[Span, ...]
+    faults: tuple[str, ...]
+    """What is wrong with the layout, a line each: what does not fit, what waits, what is mixed."""
+
+    @property
+    def days(self) -> float:
+        """Return the days that the phase takes, without saves and evaluations."""
+        return self.steps * self.step_seconds / 86_400
+
+
+@dataclass(frozen=True)
+class RunForecast:
+    """A run on a number of GPUs."""
+
+    name: str
+    world_size: int
+    gpu: str
+    gpu_bytes: int
+    phases: tuple[PhaseForecast, ...]
+
+    @property
+    def days(self) -> float:
+        """Return the days of all phases."""
+        return sum(phase.days for phase in self.phases)
+
+    @property
+    def gpu_hours(self) -> float:
+        """Return the hours of all GPUs together."""
+        return self.days * 24 * self.world_size
+
+    @property
+    def faults(self) -> list[str]:
+        """Return what is wrong, of all phases."""
+        return [fault for phase in self.phases for fault in phase.faults]
