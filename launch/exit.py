@@ -76,15 +76,13 @@ def _end(code: int) -> NoReturn:
     os._exit(code)
 
 
-def exit_interrupted() -> NoReturn:
-    """End on Ctrl-C as a shell counts it, with one line and no traceback; status.json says so."""
+def exit_interrupted(hint: str = "start the same command again to resume") -> NoReturn:
+    """End on Ctrl-C as a shell counts it, with one line that ends in a hint and no traceback; status.json says so."""
     # Whoever presses it twice does not want to see where it fell.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    status.current.failed(
-        INTERRUPTED, "interrupted (Ctrl-C)", "start the same command again to resume"
-    )
+    status.current.failed(INTERRUPTED, "interrupted (Ctrl-C)", hint)
     if _may_speak(everywhere=False):
-        warn("interrupted; start the same command again to resume")
+        warn(f"interrupted; {hint}")
     # Threads that write or wait are not waited for.
     _end(INTERRUPTED)
 

@@ -1,0 +1,84 @@
+"""The words of launch/plan.py itself, apart from those of the run that it plans."""
+
+import dataclasses
+import math
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from visionloom.common.errors import SHOWN, UserError
+from visionloom.common.settings import check, option
+from visionloom.common.text import one_line
+from visionloom.launch.configure import split_options
+from visionloom.launch.environment import check_home
+from visionloom.launch.words import NUMBERS
+
+MOST_GPUS: Final = 1 << 20
+
+
+@dataclass
+class PlanWords:
+    """The GPUs to plan for, and what is planned on them."""
+
+    world: int = option(0, "free", least=1, most=MOST_GPUS)
+    """GPUs of the run, a rank on each."""
+    gpu: str = option("h100", "free")
+    """File of recipes/gpu."""
+    memory: float | None = option(None, "free", above=0, most=4096)
+    """GiB of each card; None: as the file says."""
+    imbalance: float = option(1.0, "free", least=1, most=1024)
+    """Tokens of a mixture's busiest rank of experts, as a multiple of the mean."""
+    phase: str = option("", "free")
+    """Only this phase; empty: all."""
+    out: str = option("", "free")
+    """Folder of plan.json and plan.html; empty: plan/ in the run's folder."""
+
+
+NAMES: Final = tuple(field.name for field in dataclasses.fields(PlanWords))
+
+
+def read_plan_words(argv: Sequence[str]) -> tuple[PlanWords, list[str]]:
+    """Take the command's own words from the command line; return them, and the words of the run.
+
+    Raises:
+        UserError: one line for each word that is missing or wrong.
+    """
+    given, others = split_options(argv, NAMES)
+    hints = typing.get_type_hints(PlanWords)
+    values: dict[str, Any] = {}
+    faults = []
+    if "world" not in given:
+        faults.append("world is missing: say how many GPUs the run has, world=N")
+    for name, text in given.items():
+        try:
+            values[name] = _value(hints[name], name, text)
+        except UserError as error:
+            faults += error.lines
+
+    own = PlanWords(**values)
+    # A word that is missing or unreadable has its line already.
+    for problem in check(own).lines:
+        if problem.partition("=")[0] in values:
+            faults.append(problem)
+    if faults:
+        raise UserError(*faults)
+    return own, others
+
+
+def _value(hint: Any, name: str, text: str) -> Any:
+    """Return a word's value in its type; UserError if the text is none."""
+    kind = next(kind for kind in (int, float, str) if kind in (hint, *typing.get_args(hint)))
+    if kind is str:
+        check_home(name, text)
+        if not text:
+            raise UserError(f"{name}= is empty: give it a value or leave the word out")
+        return text
+    try:
+        # Python reads a number of thousands of digits only as an error.
+        value = kind(text) if len(text) <= SHOWN else math.nan
+    except ValueError:
+        value = math.nan
+    if math.isnan(value):
+        raise UserError(f"{name}={one_line(text[:SHOWN])} is not {NUMBERS[kind]}: write {name}=N")
+    return value
