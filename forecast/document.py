@@ -4,6 +4,9 @@ from typing import Any, Final
 
 from visionloom.forecast.results import PhaseForecast, RankForecast, RunForecast, Span
 
+JSON: Final = "plan.json"
+PAGE: Final = "plan.html"
+"""Made by page.py."""
 VERSION: Final = 1
 NOTICE: Final = "predicted: no GPU has confirmed these numbers"
 

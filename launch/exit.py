@@ -20,6 +20,8 @@ from visionloom.common.text import one_line, printable, warn
 from visionloom.train.observe import status
 
 FAILURE = 1
+CANNOT_RUN = 1
+"""Of a plan that was made and says that the run does not fit; USER_ERROR is that none could be made."""
 USER_ERROR = 2
 INTERRUPTED = 128 + signal.SIGINT
 PR_SET_PDEATHSIG = 1

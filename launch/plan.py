@@ -25,12 +25,13 @@ from visionloom.common.atomic import replacing
 from visionloom.common.errors import UserError, unknown
 from visionloom.common.screen import PlainConsole
 from visionloom.common.text import one_line, say, warn
+from visionloom.forecast.document import JSON, PAGE, document
 from visionloom.forecast.machine import machine, machine_names
 from visionloom.forecast.request import PlanRequest
 from visionloom.launch.claim import check_writable
 from visionloom.launch.configure import compose
 from visionloom.launch.data_commands.progress import bars
-from visionloom.launch.exit import FAILURE, exit_interrupted, exit_with
+from visionloom.launch.exit import CANNOT_RUN, FAILURE, exit_interrupted, exit_with
 from visionloom.launch.plan_words import PlanWords, read_plan_words
 from visionloom.launch.quiet import quiet_libraries
 
@@ -38,10 +39,6 @@ if TYPE_CHECKING:
     from visionloom.forecast.results import RunForecast
     from visionloom.train.config import RunConfig
 
-CANNOT_RUN: Final = 1
-"""Exit code of a plan that was made and says that the run does not fit; 2 is that none could be made."""
-JSON: Final = "plan.json"
-PAGE: Final = "plan.html"
 HELP: Final = """usage: plan.py [search] +recipe=NAME world=N [gpu=NAME] [word=value ...] [key=value ...]
        plan.py table FILE
 
@@ -135,12 +132,12 @@ def show(forecast: "RunForecast") -> None:
     console = PlainConsole(width=None if sys.stdout.isatty() else 160)
     for table in tables_of(forecast):
         console.print(table)
-    warn(*(f"wrong: {one_line(fault)}" for fault in forecast.faults))
+    for fault in forecast.faults:
+        warn(f"wrong: {one_line(fault)}")
 
 
 def write(forecast: "RunForecast", folder: Path) -> None:
     """Write plan.json and plan.html; those that are there are replaced."""
-    from visionloom.forecast.document import document
     from visionloom.forecast.page import page_of
 
     text = json.dumps(document(forecast), indent=1, ensure_ascii=False)

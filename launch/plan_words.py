@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from visionloom.common.errors import SHOWN, UserError
+from visionloom.common.errors import SHOWN, UserError, unknown
 from visionloom.common.settings import check, option
 from visionloom.common.text import one_line
+from visionloom.forecast.machine import machine_names
 from visionloom.launch.configure import split_options
 from visionloom.launch.environment import check_home
 from visionloom.launch.words import NUMBERS
@@ -42,7 +43,7 @@ def read_plan_words(argv: Sequence[str]) -> tuple[PlanWords, list[str]]:
     """Take the command's own words from the command line; return them, and the words of the run.
 
     Raises:
-        UserError: one line for each word that is missing or wrong.
+        UserError: one line for each word that is missing or wrong; a phase is checked only with the run.
     """
     given, others = split_options(argv, NAMES)
     hints = typing.get_type_hints(PlanWords)
@@ -61,6 +62,8 @@ def read_plan_words(argv: Sequence[str]) -> tuple[PlanWords, list[str]]:
     for problem in check(own).lines:
         if problem.partition("=")[0] in values:
             faults.append(problem)
+    if own.gpu not in machine_names():
+        faults.append(unknown("gpu", own.gpu, machine_names()))
     if faults:
         raise UserError(*faults)
     return own, others
@@ -68,15 +71,16 @@ def read_plan_words(argv: Sequence[str]) -> tuple[PlanWords, list[str]]:
 
 def _value(hint: Any, name: str, text: str) -> Any:
     """Return a word's value in its type; UserError if the text is none."""
-    kind = next(kind for kind in (int, float, str) if kind in (hint, *typing.get_args(hint)))
-    if kind is str:
+    if hint is str:
         check_home(name, text)
         if not text:
             raise UserError(f"{name}= is empty: give it a value or leave the word out")
         return text
+
+    kind: type[int] | type[float] = int if hint is int else float
     try:
-        # Python reads a number of thousands of digits only as an error.
-        value = kind(text) if len(text) <= SHOWN else math.nan
+        # Of thousands of digits Python makes no number.
+        value: float = kind(text) if len(text) <= SHOWN else math.nan
     except ValueError:
         value = math.nan
     if math.isnan(value):

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,15 @@ from visionloom.forecast import run as runs
 from visionloom.forecast.machine import machine
 from visionloom.forecast.request import PlanRequest
 from visionloom.forecast.results import RunForecast
+from visionloom.launch import plan_table
+from visionloom.launch.configure import compose
+from visionloom.launch.explain import available
 from visionloom.launch.plan import main
+from visionloom.launch.plan_table import stated_ranks
 from visionloom.tests.forecast.made import good_forecast, run_forecast
 from visionloom.tests.launch.test_exit import run_command
 
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 RECIPE = "+recipe=full/qwen3vl_8b"
 
 
@@ -25,7 +31,8 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[PlanRequest]:
 
     def answer(request: PlanRequest, _: Any) -> RunForecast:
         requests.append(request)
-        return good_forecast() if request.world_size == 16 else run_forecast()
+        forecast = good_forecast() if request.world_size == 16 else run_forecast()
+        return replace(forecast, world_size=request.world_size)
 
     monkeypatch.setattr(runs, "forecast_run", answer)
     monkeypatch.chdir(tmp_path)
@@ -60,7 +67,10 @@ def test_a_run_that_does_not_fit(
     asked: list[PlanRequest], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([RECIPE, "world=8", "out=here/below"]) == 1
-    assert capsys.readouterr().err == "wrong: stage 0 takes 136.0 GiB of 79.6: parallel.recompute=full\n"
+    assert (
+        capsys.readouterr().err
+        == "wrong: stage 0 takes 136.0 GiB of 79.6: parallel.recompute=full\n"
+    )
     assert sorted(path.name for path in Path("here/below").iterdir()) == ["plan.html", "plan.json"]
     assert not Path("runs").exists()
 
@@ -75,7 +85,10 @@ def test_a_run_that_does_not_fit(
         ([RECIPE, "world="], "world= is not a whole number"),
         ([RECIPE, "world=8.5"], "world=8.5 is not a whole number"),
         ([RECIPE, "world=1e99"], "world=1e99 is not a whole number"),
-        ([RECIPE, "world=8", "gpu=h10"], "gpu=h10 is unknown (did you mean h100?): use one of a100"),
+        (
+            [RECIPE, "world=8", "gpu=h10"],
+            "gpu=h10 is unknown (did you mean h100?): use one of a100",
+        ),
         ([RECIPE, "world=8", "gpu="], "gpu= is empty: give it a value or leave the word out"),
         ([RECIPE, "world=8", "memory=-3"], "memory=-3 must be above 0 and at most 4,096"),
         ([RECIPE, "world=8", "memory=big"], "memory=big is not a number: write memory=N"),
@@ -101,10 +114,10 @@ def test_a_wrong_word_is_one_line(
 def test_all_that_is_wrong_is_said_at_once(
     asked: list[PlanRequest], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert len(refused(capsys, RECIPE, "world=0", "memory=x", "imbalance=0")) == 3
-    layout = ["parallel.tensor=3", "phases.finetune.sequence_length=8191", "run.device=tpu"]
-    lines = refused(capsys, RECIPE, "world=8", *layout)
-    assert len(lines) >= 2
+    own = ["world=0", "memory=x", "imbalance=0", "gpu=tpu"]
+    assert len(refused(capsys, RECIPE, *own)) == len(own)
+    run = ["parallel.tensor=0", "phases.finetune.global_batch=0", "run.device=tpu"]
+    assert len(refused(capsys, RECIPE, "world=8", *run)) == len(run)
 
 
 def test_a_folder_that_cannot_be_written_is_known_before_the_work(
@@ -155,3 +168,66 @@ def test_ctrl_c_is_one_line(
         main([RECIPE, "world=8"])
     assert stop.value.code == 130
     assert capsys.readouterr().err == "interrupted; start the same command again\n"
+
+
+def test_the_table_has_every_recipe_at_its_stated_ranks(
+    asked: list[PlanRequest], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["table", "docs/plans.md"]) == 1
+    requests = {request.config.run.name: request.world_size for request in asked}
+    assert len(requests) == len(available("recipe"))
+    assert requests["full-qwen3vl-235b-a22b"] == 128 and requests["demo"] == 2
+    rows = rows_of(Path("docs/plans.md"))
+    # A recipe on 16 GPUs gets two phases that fit, all others one that does not.
+    assert rows["full/qwen3vl_30b_a3b", "long"][-1] == "fits"
+    row = rows["full/qwen3vl_8b", "finetune"]
+    assert row[2:6] == ["8", "tensor 2, pipeline 4, data 2", "136.0", "4.000"]
+    assert row[-1] == "does not fit"
+    wrong = capsys.readouterr().err.splitlines()
+    assert len(wrong) == len(requests) - 1
+    assert "wrong: full/qwen3vl_8b: stage 0 takes 136.0 GiB of 79.6" in wrong[-2] + wrong[2]
+
+
+def test_a_recipe_that_cannot_be_built_does_not_stop_the_others(
+    asked: list[PlanRequest], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(plan_table, "stated_ranks", lambda recipe: 7 if recipe == "demo" else 16)
+    assert main(["table", "plans.md"]) == 1
+    wrong = capsys.readouterr().err.splitlines()
+    assert any(line.startswith("wrong: demo: phases.towers.global_batch=4") for line in wrong)
+    assert len(asked) > 5
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["table"], "plan.py table takes one word"),
+        (["table", "a", "b"], "plan.py table takes one word"),
+        (["table", "~/plans.md"], "table=~/plans.md: the shell has not replaced ~"),
+    ],
+)
+def test_wrong_words_of_the_table(
+    asked: list[PlanRequest], capsys: pytest.CaptureFixture[str], words: list[str], line: str
+) -> None:
+    (shown,) = refused(capsys, *words)
+    assert shown.startswith(f"error: {line}") and asked == []
+
+
+def rows_of(table: Path) -> dict[tuple[str, str], list[str]]:
+    """The cells of a table of Markdown by recipe and phase."""
+    lines = [line for line in table.read_text().splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    return {(row[0], row[1]): row for row in rows}
+
+
+def test_the_table_of_the_documentation_is_of_todays_recipes() -> None:
+    """Its numbers change with `make plans`; which recipes stand in it, and on how many GPUs, is compared here."""
+    rows = rows_of(DOCS / "plans.md")
+    shipped = {}
+    for recipe in available("recipe"):
+        ranks = stated_ranks(recipe)
+        config = compose([f"+recipe={recipe}"], ranks)
+        assert config is not None
+        shipped |= {(recipe, phase): f"{ranks}" for phase in config.phases}
+    assert {place: row[2] for place, row in rows.items()} == shipped
+    assert {row[-1] for row in rows.values()} == {"fits"}
