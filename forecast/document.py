@@ -3,6 +3,7 @@
 from typing import Any, Final
 
 from visionloom.forecast.results import PhaseForecast, RankForecast, RunForecast, Span
+from visionloom.forecast.trace.events import AliveTensors, Mixed, Wait
 
 JSON: Final = "plan.json"
 PAGE: Final = "plan.html"
@@ -57,34 +58,37 @@ def _rank(rank: RankForecast) -> dict[str, Any]:
         "description": rank.description,
         "peak_bytes": rank.peak_bytes,
         "bytes_by_category": {str(name): held for name, held in rank.memory.items()},
-        "alive_at_peak": [
-            {
-                "category": str(alive.category),
-                "part": alive.part,
-                "operation": alive.name,
-                "bytes": alive.bytes,
-                "count": alive.count,
-            }
-            for alive in rank.alive
-        ],
+        "alive_at_peak": [_alive(alive) for alive in rank.alive],
         "micro_batch_forward_seconds": rank.forward_seconds,
         "micro_batch_backward_seconds": rank.backward_seconds,
         "step_launches": rank.launches,
         "step_flops": rank.flops,
-        "waits": [
-            {
-                "kind": wait.kind,
-                "place": wait.place,
-                "count_in_step": wait.count,
-                "in_each_micro_batch": wait.per_micro_batch,
-            }
-            for wait in rank.waits
-        ],
-        "mixed": [
-            {"operation": mixed.name, "place": mixed.place, "count_in_step": mixed.count}
-            for mixed in rank.mixed
-        ],
+        "waits": [_wait(wait) for wait in rank.waits],
+        "mixed": [_mixed(mixed) for mixed in rank.mixed],
     }
+
+
+def _alive(alive: AliveTensors) -> dict[str, Any]:
+    return {
+        "category": str(alive.category),
+        "part": alive.part,
+        "operation": alive.name,
+        "bytes": alive.bytes,
+        "count": alive.count,
+    }
+
+
+def _wait(wait: Wait) -> dict[str, Any]:
+    return {
+        "kind": wait.kind,
+        "place": wait.place,
+        "count_in_step": wait.count,
+        "in_each_micro_batch": wait.per_micro_batch,
+    }
+
+
+def _mixed(mixed: Mixed) -> dict[str, Any]:
+    return {"operation": mixed.name, "place": mixed.place, "count_in_step": mixed.count}
 
 
 def _span(span: Span) -> dict[str, Any]:

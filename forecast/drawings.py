@@ -11,6 +11,8 @@ from visionloom.forecast.trace.events import SlotKind
 WIDTH: Final = 1000
 LABELS: Final = 230
 """Width left of the bars, for what they are about."""
+STAGE_LABELS: Final = 70
+"""The same of a timeline."""
 NUMBERS: Final = 100
 """Width to their right, for their sum."""
 ROW: Final = 26
@@ -44,7 +46,8 @@ def stacked_bars(names: Sequence[str], bars: Sequence[StackedBar], limit: float 
         bars: from top to bottom.
         limit: drawn as a line that no bar should pass; 0: none.
     """
-    longest = max([limit, *(sum(bar.pieces) for bar in bars)])
+    lengths = [sum(bar.pieces) for bar in bars]
+    longest = max([limit, *lengths])
     scale = (WIDTH - LABELS - NUMBERS) / (longest or 1.0)
     shapes = []
     for place, bar in enumerate(bars):
@@ -58,24 +61,22 @@ def stacked_bars(names: Sequence[str], bars: Sequence[StackedBar], limit: float 
 
 def _bar(names: Sequence[str], bar: StackedBar, top: int, scale: float) -> str:
     """Return the shapes of one bar."""
-    middle = top + ROW / 2
-    label = bar.label
-    if len(label) > LABEL_CHARACTERS:
-        label = f"{label[: LABEL_CHARACTERS - 1]}…"
-    title = f"<title>{escape(bar.label)}</title>"
-    shapes = [f'<text x="0" y="{middle:.1f}">{title}{escape(label)}</text>']
+    shapes = [_text(0, top, shortened(bar.label), title=bar.label)]
     x = float(LABELS)
     for number, (name, piece) in enumerate(zip(names, bar.pieces, strict=True)):
-        width = piece * scale
+        box = Rectangle(x, top + (ROW - BAR) / 2, piece * scale, BAR)
         if piece > 0:
-            box = _box(x, top + (ROW - BAR) / 2, width, BAR)
-            shapes.append(
-                f'<rect class="piece-{number % COLOURS}" {box}><title>{escape(name)}</title></rect>'
-            )
-        x += width
-    kind = ' class="over"' if bar.too_long else ""
-    shapes.append(f'<text{kind} x="{x + 8:.1f}" y="{middle:.1f}">{escape(bar.total)}</text>')
+            shapes.append(box.svg(f"piece-{number % COLOURS}", name))
+        x += box.width
+    shapes.append(_text(x + 8, top, bar.total, "over" if bar.too_long else ""))
     return "".join(shapes)
+
+
+def shortened(label: str) -> str:
+    """Return a label that fits left of a bar."""
+    if len(label) <= LABEL_CHARACTERS:
+        return label
+    return f"{label[: LABEL_CHARACTERS - 1]}…"
 
 
 def legend(names: Sequence[str]) -> str:
@@ -95,35 +96,52 @@ def timeline(spans: Sequence[Span], step_seconds: float) -> str:
     end = step_seconds
     if len(shown) < len(spans):
         end = max(span.end for span in shown)
-    left = 70
-    scale = (WIDTH - left) / (end or 1.0)
+    scale = (WIDTH - STAGE_LABELS) / (end or 1.0)
     stages = max((span.stage for span in shown), default=-1) + 1
-    shapes = []
-    for stage in range(stages):
-        middle = ROW * stage + ROW / 2
-        shapes.append(f'<text x="0" y="{middle:.1f}">stage {stage}</text>')
-    for span in shown:
-        shapes.append(_pass(span, left + span.start * scale, scale))
+    shapes = [_text(0, ROW * stage, f"stage {stage}") for stage in range(stages)]
+    shapes += [_pass(span, scale) for span in shown]
     return _drawing(ROW * stages, shapes)
 
 
-def _pass(span: Span, x: float, scale: float) -> str:
+def _pass(span: Span, scale: float) -> str:
     """Return the shapes of one pass; later chunks of a stage are paler."""
-    width = (span.end - span.start) * scale
+    seconds = span.end - span.start
+    top = ROW * span.stage
+    box = Rectangle(STAGE_LABELS + span.start * scale, top + 2, seconds * scale, ROW - 4)
     kind = "forward" if span.kind is SlotKind.FORWARD else "backward"
-    box = _box(x, ROW * span.stage + 2, width, ROW - 4)
-    paler = f' fill-opacity="{max(0.4, 1 - 0.2 * span.chunk):.1f}"' if span.chunk > 0 else ""
-    words = f"{kind} {span.micro_batch}, chunk {span.chunk}: {span.end - span.start:.4f} s"
-    shape = f'<rect class="{kind}" {box}{paler}><title>{words}</title></rect>'
+    title = f"{kind} {span.micro_batch}, chunk {span.chunk}: {seconds:.4f} s"
+    opacity = max(0.4, 1 - 0.2 * max(0, span.chunk))
+    shape = box.svg(kind, title, opacity)
     # A number of up to three digits takes 20 units.
-    if width >= 20:
-        at = f'x="{x + width / 2:.1f}" y="{ROW * span.stage + ROW / 2:.1f}"'
-        shape += f'<text class="inside" {at}>{span.micro_batch}</text>'
+    if box.width >= 20:
+        shape += _text(box.x + box.width / 2, top, f"{span.micro_batch}", "inside")
     return shape
 
 
-def _box(x: float, y: float, width: float, height: float) -> str:
-    return f'x="{x:.1f}" y="{y:.1f}" width="{width:.2f}" height="{height:.1f}"'
+@dataclass(frozen=True)
+class Rectangle:
+    """A filled rectangle; the pointer shows its title."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+
+    def svg(self, kind: str, title: str, opacity: float = 1.0) -> str:
+        """Return it with a class of the style sheet."""
+        place = f'x="{self.x:.1f}" y="{self.y:.1f}"'
+        size = f'width="{self.width:.2f}" height="{self.height:.1f}"'
+        paler = f' fill-opacity="{opacity:.1f}"' if opacity < 1 else ""
+        words = f"<title>{escape(title)}</title>"
+        return f'<rect class="{kind}" {place} {size}{paler}>{words}</rect>'
+
+
+def _text(x: float, top: float, words: str, kind: str = "", title: str = "") -> str:
+    """Return words in the middle of a row; the pointer shows their title."""
+    named = f' class="{kind}"' if kind else ""
+    pointed = f"<title>{escape(title)}</title>" if title else ""
+    y = top + ROW / 2
+    return f'<text{named} x="{x:.1f}" y="{y:.1f}">{pointed}{escape(words)}</text>'
 
 
 def _drawing(height: int, shapes: Sequence[str]) -> str:

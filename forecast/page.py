@@ -112,16 +112,20 @@ def memory(phase: PhaseForecast, gpu_bytes: int) -> str:
     names = [str(category) for category in Category]
     bars = []
     for rank in phase.ranks:
-        pieces = [float(rank.memory.get(category, 0)) for category in Category]
-        too_long = rank.peak_bytes > gpu_bytes
-        total = f"{gibibytes(rank.peak_bytes)} GiB"
-        bars.append(StackedBar(kind_of_rank(rank), pieces, total, too_long))
+        bars.append(memory_bar(rank, gpu_bytes))
     caption = f"Memory of a rank at its fullest moment; the dashed line is the card, {gibibytes(gpu_bytes)} GiB"
     drawn = figure(stacked_bars(names, bars, gpu_bytes), caption)
     note = (
         f"{escape(phase.layout)}; packs of {phase.sequence_length:,} tokens: {escape(phase.packs)}"
     )
     return section(f"{escape(phase.phase)}: memory", legend(names) + drawn, note)
+
+
+def memory_bar(rank: RankForecast, gpu_bytes: int) -> StackedBar:
+    """Return the bar of a kind of rank, a piece for each category of memory."""
+    pieces = [float(rank.memory.get(category, 0)) for category in Category]
+    total = f"{gibibytes(rank.peak_bytes)} GiB"
+    return StackedBar(kind_of_rank(rank), pieces, total, rank.peak_bytes > gpu_bytes)
 
 
 def work(phase: PhaseForecast) -> str:

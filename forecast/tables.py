@@ -99,12 +99,20 @@ def phase_table(forecast: RunForecast) -> Table:
         table.add_row(*phase_cells(phase, forecast.world_size))
     if len(forecast.phases) > 1:
         table.add_section()
-        steps = sum(phase.steps for phase in forecast.phases)
-        blank = [""] * (len(PHASE_COLUMNS) - 5)
-        peak = gibibytes(max(peak_bytes(phase) for phase in forecast.phases))
-        cost = [f"{forecast.days:,.2f}", f"{forecast.gpu_hours:,.0f}"]
-        table.add_row("all", "", f"{steps:,}", *blank[:-1], peak, *cost)
+        table.add_row(*run_cells(forecast))
     return table
+
+
+def run_cells(forecast: RunForecast) -> list[str]:
+    """Return the cells of PHASE_COLUMNS for all phases together."""
+    together = {
+        "phase": "all",
+        "steps": f"{sum(phase.steps for phase in forecast.phases):,}",
+        "peak, GiB": gibibytes(max(map(peak_bytes, forecast.phases))),
+        "days": f"{forecast.days:,.2f}",
+        "GPU-hours": f"{forecast.gpu_hours:,.0f}",
+    }
+    return [together.get(column, "") for column in PHASE_COLUMNS]
 
 
 def phase_cells(phase: PhaseForecast, world_size: int) -> list[str]:

@@ -39,7 +39,7 @@ from visionloom.launch.explain import (
 )
 from visionloom.launch.late_words import LATE, apply_late
 from visionloom.launch.options import read_options
-from visionloom.launch.plan_first import check_plan
+from visionloom.launch.plan_commands.first import check_plan
 from visionloom.launch.quiet import quiet_libraries
 from visionloom.launch.show import show
 from visionloom.launch.watch import watch_ranks

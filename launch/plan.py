@@ -32,7 +32,7 @@ from visionloom.launch.claim import check_writable
 from visionloom.launch.configure import compose
 from visionloom.launch.data_commands.progress import bars
 from visionloom.launch.exit import CANNOT_RUN, FAILURE, exit_interrupted, exit_with
-from visionloom.launch.plan_words import PlanWords, read_plan_words
+from visionloom.launch.plan_commands.words import PlanWords, read_plan_words
 from visionloom.launch.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def run(argv: list[str]) -> int:
         return 0
 
     if argv[0] == "table":
-        from visionloom.launch.plan_table import write_table
+        from visionloom.launch.plan_commands.table import write_table
 
         return write_table(argv[1:])
     if argv[0] == "search":

@@ -13,7 +13,7 @@ from visionloom.forecast.machine import machine, machine_names
 from visionloom.forecast.results import RunForecast
 from visionloom.launch import environment
 from visionloom.launch.configure import compose, start
-from visionloom.launch.plan_first import check_plan, is_of, words_of_card, words_of_memory
+from visionloom.launch.plan_commands.first import check_plan, is_of, words_of_card, words_of_memory
 from visionloom.tests.forecast.made import good_forecast, run_forecast
 from visionloom.train.config import RunConfig
 

@@ -1,6 +1,5 @@
 """The words of launch/plan.py itself, apart from those of the run that it plans."""
 
-import dataclasses
 import math
 import typing
 from collections.abc import Sequence
@@ -22,8 +21,8 @@ MOST_GPUS: Final = 1 << 20
 class PlanWords:
     """The GPUs to plan for, and what is planned on them."""
 
-    world: int = option(0, "free", least=1, most=MOST_GPUS)
-    """GPUs of the run, a rank on each."""
+    world: int = option(1, "free", least=1, most=MOST_GPUS)
+    """GPUs of the run, a rank on each; it must be given."""
     gpu: str = option("h100", "free")
     """File of recipes/gpu."""
     memory: float | None = option(None, "free", above=0, most=4096)
@@ -36,7 +35,7 @@ class PlanWords:
     """Folder of plan.json and plan.html; empty: plan/ in the run's folder."""
 
 
-NAMES: Final = tuple(field.name for field in dataclasses.fields(PlanWords))
+_HINTS: Final = typing.get_type_hints(PlanWords)
 
 
 def read_plan_words(argv: Sequence[str]) -> tuple[PlanWords, list[str]]:
@@ -45,23 +44,17 @@ def read_plan_words(argv: Sequence[str]) -> tuple[PlanWords, list[str]]:
     Raises:
         UserError: one line for each word that is missing or wrong; a phase is checked only with the run.
     """
-    given, others = split_options(argv, NAMES)
-    hints = typing.get_type_hints(PlanWords)
-    values: dict[str, Any] = {}
+    given, others = split_options(argv, list(_HINTS))
+    own = PlanWords()
     faults = []
     if "world" not in given:
         faults.append("world is missing: say how many GPUs the run has, world=N")
     for name, text in given.items():
         try:
-            values[name] = _value(hints[name], name, text)
+            setattr(own, name, _value(_HINTS[name], name, text))
         except UserError as error:
             faults += error.lines
-
-    own = PlanWords(**values)
-    # A word that is missing or unreadable has its line already.
-    for problem in check(own).lines:
-        if problem.partition("=")[0] in values:
-            faults.append(problem)
+    faults += check(own).lines
     if own.gpu not in machine_names():
         faults.append(unknown("gpu", own.gpu, machine_names()))
     if faults:
@@ -84,5 +77,6 @@ def _value(hint: Any, name: str, text: str) -> Any:
     except ValueError:
         value = math.nan
     if math.isnan(value):
-        raise UserError(f"{name}={one_line(text[:SHOWN])} is not {NUMBERS[kind]}: write {name}=N")
+        shown = one_line(text[:SHOWN])
+        raise UserError(f"{name}={shown} is not {NUMBERS[kind]}: write {name}=N")
     return value

@@ -24,7 +24,7 @@ from visionloom.train.config import RunConfig
 GIB: Final = 2**30
 ON_CPUS: Final = "h100"
 """Machine of a plan for a run on CPUs: its memory is replaced, and of its times nothing is shown."""
-PLANNER: Final = Path(__file__).with_name("plan.py")
+PLANNER: Final = Path(__file__).parents[1] / "plan.py"
 QUERY: Final = ("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits")
 
 
@@ -46,13 +46,18 @@ def check_plan(config: RunConfig, argv: Sequence[str]) -> None:
     if not plan["can_run"]:
         faults = "; ".join(plan["faults"])
         raise UserError(f"run.plan=true: {faults}; or start without a plan, run.plan=false")
-
     for phase in plan["phases"]:
-        peak = max(rank["peak_bytes"] for rank in phase["ranks"])
-        line = f"plan of {phase['phase']}: {peak / GIB:.1f} of {plan['gpu_bytes'] / GIB:.1f} GiB"
-        if on_gpus:
-            line += f", {phase['step_seconds']:.2f} s a step, {phase['tokens_per_second']:,.0f} tokens/s"
-        say(f"{line} ({plan['notice']})")
+        say(f"{prediction(plan, phase, on_gpus)} ({plan['notice']})")
+
+
+def prediction(plan: dict[str, Any], phase: dict[str, Any], timed: bool) -> str:
+    """Return what a plan says about a phase, in one line; `timed`: with its times."""
+    peak = max(rank["peak_bytes"] for rank in phase["ranks"]) / GIB
+    line = f"plan of {phase['phase']}: {peak:.1f} of {plan['gpu_bytes'] / GIB:.1f} GiB"
+    if not timed:
+        return line
+    speed = phase["tokens_per_second"]
+    return f"{line}, {phase['step_seconds']:.2f} s a step, {speed:,.0f} tokens/s"
 
 
 def words_of_card(chosen: str) -> list[str]:
@@ -67,23 +72,27 @@ def words_of_card(chosen: str) -> list[str]:
     names = machine_names()
     if chosen and chosen not in names:
         raise UserError(unknown("run.gpu", chosen, names))
-    try:
-        answer = subprocess.run(QUERY, capture_output=True, text=True, timeout=60, check=True)
-        name, _, mebibytes = answer.stdout.partition("\n")[0].rpartition(",")
-        memory = [f"memory={int(mebibytes) / 1024:.2f}"]
-    except (OSError, subprocess.SubprocessError, ValueError):
-        # Without the driver's tool its memory is as the file says.
-        name, memory = "a card whose name nvidia-smi does not tell", []
-    if chosen:
-        return [f"gpu={chosen}", *memory]
-
-    fitting = [known for known in names if is_of(known, name)]
+    card, memory = card_here()
+    fitting = [chosen] if chosen else [name for name in names if is_of(name, card)]
     if len(fitting) != 1:
         raise UserError(
-            f"run.plan=true: no file of recipes/gpu is about {name}: say which comes near, run.gpu=NAME, NAME one of"
+            f"run.plan=true: no file of recipes/gpu is about {card}: say which comes near, run.gpu=NAME, NAME one of"
             f" {', '.join(names)}, or start without a plan, run.plan=false"
         )
     return [f"gpu={fitting[0]}", *memory]
+
+
+def card_here() -> tuple[str, list[str]]:
+    """Return the name of this machine's first GPU, and the word that says its memory.
+
+    Without the driver's tool there is no such word: its memory is as the file says.
+    """
+    try:
+        answer = subprocess.run(QUERY, capture_output=True, text=True, timeout=60, check=True)
+        name, _, mebibytes = answer.stdout.partition("\n")[0].rpartition(",")
+        return name, [f"memory={int(mebibytes) / 1024:.2f}"]
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return "a card whose name nvidia-smi does not tell", []
 
 
 def is_of(known: str, card: str) -> bool:
@@ -104,26 +113,26 @@ def words_of_memory(precision: str) -> list[str]:
 def plan_of(words: Sequence[str]) -> dict[str, Any]:
     """Run the planner and return its plan.json; UserError with its last line if it made none."""
     variables = {name: value for name, value in os.environ.items() if is_for_planner(name)}
+    # It takes no GPU that the run is about to use.
+    variables["CUDA_VISIBLE_DEVICES"] = ""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(PLANNER), *words, f"out={folder}"]
         done = subprocess.run(
-            command,
-            # It takes no GPU that the run is about to use.
-            env=variables | {"CUDA_VISIBLE_DEVICES": ""},
+            [sys.executable, str(PLANNER), *words, f"out={folder}"],
+            env=variables,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",
         )
         file = Path(folder) / JSON
-        if done.returncode not in (0, CANNOT_RUN) or not file.is_file():
-            lines = done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"]
-            raise UserError(
-                f"run.plan=true: no plan could be made: {lines[-1].removeprefix('error: ')}:"
-                " correct that, or start without a plan, run.plan=false"
-            )
-        plan: dict[str, Any] = json.loads(file.read_text())
-        return plan
+        if done.returncode in (0, CANNOT_RUN) and file.is_file():
+            plan: dict[str, Any] = json.loads(file.read_text())
+            return plan
+    lines = done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"]
+    raise UserError(
+        f"run.plan=true: no plan could be made: {lines[-1].removeprefix('error: ')}:"
+        " correct that, or start without a plan, run.plan=false"
+    )
 
 
 def is_for_planner(variable: str) -> bool:

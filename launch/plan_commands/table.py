@@ -37,6 +37,7 @@ COLUMNS: Final = (
     "GPU-hours",
     "",
 )
+type Row = tuple[str, ...]
 HEAD: Final = """# Every shipped recipe, planned
 
 Made by `make plans`: each recipe on as many {gpu} (recipes/gpu/{gpu}.yaml) as its header states, of which tensors can have
@@ -60,7 +61,19 @@ def write_table(words: Sequence[str]) -> int:
     # Before minutes of work: a folder that cannot be written is known at once.
     check_writable(file.parent, "table")
 
-    rows, faults = [], []
+    rows, faults = plan_recipes()
+    with replacing(file, durable=False) as written:
+        written.write(page_of(rows).encode())
+    say(f"plans: {file}")
+    for fault in faults:
+        warn(f"wrong: {one_line(fault)}")
+    return CANNOT_RUN if faults else 0
+
+
+def plan_recipes() -> tuple[list[Row], list[str]]:
+    """Return the rows of all shipped recipes, and a line for whatever is wrong with one."""
+    rows = list[Row]()
+    faults = list[str]()
     for recipe in available("recipe"):
         try:
             forecast = forecast_recipe(recipe)
@@ -70,16 +83,17 @@ def write_table(words: Sequence[str]) -> int:
         rows += [row_of(recipe, forecast, phase) for phase in forecast.phases]
         if not forecast.can_run:
             faults += [f"{recipe}: {line}" for line in forecast.faults]
+    return rows, faults
 
+
+def page_of(rows: Sequence[Row]) -> str:
+    """Return the page with the table."""
     head = HEAD.format(gpu=GPU, gib=machine(GPU).usable_bytes / 2**30, notice=NOTICE)
-    lines = [COLUMNS, tuple("---" for _ in COLUMNS), *rows]
-    body = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-    with replacing(file, durable=False) as written:
-        written.write(f"{head}{body}".encode())
-    say(f"plans: {file}")
-    for fault in faults:
-        warn(f"wrong: {one_line(fault)}")
-    return CANNOT_RUN if faults else 0
+    rule = ("---",) * len(COLUMNS)
+    lines = []
+    for cells in (COLUMNS, rule, *rows):
+        lines.append(f"| {' | '.join(cells)} |\n")
+    return head + "".join(lines)
 
 
 def forecast_recipe(recipe: str) -> RunForecast:
@@ -104,7 +118,7 @@ def stated_ranks(recipe: str) -> int:
     return int(stated[1])
 
 
-def row_of(recipe: str, forecast: RunForecast, phase: PhaseForecast) -> tuple[str, ...]:
+def row_of(recipe: str, forecast: RunForecast, phase: PhaseForecast) -> Row:
     """Return the cells of COLUMNS."""
     peak = peak_bytes(phase)
     return (
