@@ -28,6 +28,7 @@ from visionloom.model.attention import PackedAttention
 from visionloom.model.config import ModelConfig, TextConfig
 from visionloom.model.experts import GroupedExperts, Router
 from visionloom.parallel.config import ParallelConfig
+from visionloom.parallel.parts import LANGUAGE, in_part
 from visionloom.parallel.pipeline import layers_per_chunk, layout_of
 
 
@@ -270,6 +271,7 @@ class LanguageModel(LanguageModule):  # type: ignore[misc]
         """Return the number of decoder layers of this chunk."""
         return len(self.decoder.layers)
 
+    @in_part(LANGUAGE)
     def forward(
         self,
         hidden: Tensor,

@@ -31,6 +31,7 @@ from visionloom.model.offload import in_host_memory
 from visionloom.model.rank_share import FeatureExchange, PackTensors, RankShare
 from visionloom.model.rope import inverse_frequencies, mrope_angles
 from visionloom.model.vision import VisionInput, VisionTower
+from visionloom.parallel.parts import INPUT, LANGUAGE, LOSS, in_part
 from visionloom.parallel.topology import Topology
 
 
@@ -117,6 +118,7 @@ class Qwen3VL(MegatronModule):  # type: ignore[misc]
         weight: Tensor = self.language_model.shared_embedding_or_output_weight()
         return weight
 
+    @in_part(INPUT)
     def prepare(self, pack: PackTensors) -> ModelInput:
         """Move this rank's part of a micro-batch to the device, with rows, segments and angles computed first."""
         device, text = self.topology.device, self.model_config.text
@@ -187,14 +189,15 @@ class Qwen3VL(MegatronModule):  # type: ignore[misc]
         hidden = self._decode(inputs)
         if not self.post_process:
             return hidden
-        rows = self._whole(hidden)[inputs.loss_rows, 0]
-        return linear_cross_entropy(
-            rows,
-            self.language_model.output_weight,
-            inputs.targets,
-            inputs.target_weights,
-            self.topology.groups.tp,
-        )
+        with in_part(LOSS):
+            rows = self._whole(hidden)[inputs.loss_rows, 0]
+            return linear_cross_entropy(
+                rows,
+                self.language_model.output_weight,
+                inputs.targets,
+                inputs.target_weights,
+                self.topology.groups.tp,
+            )
 
     def logits(self, inputs: ModelInput, rows: Tensor | None = None) -> Tensor:
         """Return logits of this context rank's tokens, in the last chunk.
@@ -227,7 +230,8 @@ class Qwen3VL(MegatronModule):  # type: ignore[misc]
     def _embed(self, inputs: ModelInput) -> tuple[Tensor, Tensor | None]:
         """Return embeddings [t, 1, H] with the visual features in place, and the DeepStack levels [m, K * H]; None for text."""
         assert inputs.vision is not None
-        hidden: Tensor = self.language_model.embedding(inputs.input_ids, None)
+        with in_part(LANGUAGE):
+            hidden: Tensor = self.language_model.embedding(inputs.input_ids, None)
         features: Tensor = self.visual(inputs.vision)
         if inputs.exchange is None:
             # Keeps the tower in the graph: its gradients are zeros in a pack of text, not missing.

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from visionloom.parallel.context import Split, TokenRows, split_pack
+from visionloom.parallel.parts import VISION, in_part
 from visionloom.parallel.topology import Topology
 
 
@@ -155,6 +156,7 @@ class FeatureExchange:
             order=torch.from_numpy(order).to(device, non_blocking=True),
         )
 
+    @in_part(VISION)
     def __call__(self, features: Tensor) -> Tensor:
         """Exchange this rank's encoded features [own, W] for those of its visual tokens [m, W]."""
         received: Tensor = all_to_all(

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from visionloom.model.attention import Segments, attend
 from visionloom.model.config import VisionConfig
 from visionloom.model.rope import rotate, vision_rotation
+from visionloom.parallel.parts import MERGER, VISION, in_part
 
 
 @dataclass(frozen=True)
@@ -204,6 +205,7 @@ class Merger(nn.Module):
         self.linear_fc1 = nn.Linear(self.width, self.width)
         self.linear_fc2 = nn.Linear(self.width, output_size)
 
+    @in_part(MERGER)
     def forward(self, x: Tensor) -> Tensor:
         """Merge [N, C] to [M, O]."""
         # The four patches of a token are neighbours in merge-block order.
@@ -230,6 +232,7 @@ class VisionTower(nn.Module):
             Merger(config, output_size, norm_after_merge=True) for _ in config.deepstack_layers
         )
 
+    @in_part(VISION)
     def forward(self, vision: VisionInput) -> Tensor:
         """Return features [M, (1 + K) * O]: for the embeddings, then for the DeepStack levels in order of language layers."""
         x = self._embed(vision)

@@ -196,9 +196,9 @@ def start(
         timeout_minutes: longest wait in a collective.
     """
     if device.type == "cpu":
-        from visionloom.parallel import cpu
+        from visionloom.parallel import stand_in
 
-        cpu.install()
+        stand_in.install(device)
     else:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
@@ -206,18 +206,27 @@ def start(
     return _open_layout(config, device, seed)
 
 
-def imagine(config: ParallelConfig, world_size: int, rank: int) -> Topology:
-    """Return the layout as rank `rank` of a job of `world_size` ranks would see it, without the others: for tests and planning.
+def imagine(
+    config: ParallelConfig, world_size: int, rank: int, device: torch.device | None = None
+) -> Topology:
+    """Return the layout as one rank of a job would see it, without the others: for tests and forecasts.
 
     Collectives do nothing. One process can imagine one world at a time; `stop` ends it.
+
+    Args:
+        config: degrees of the axes.
+        world_size: ranks of the job.
+        rank: which of them.
+        device: of the rank: the CPU (None), or `meta`, where tensors take no memory.
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from visionloom.parallel import cpu
+    from visionloom.parallel import stand_in
 
-    cpu.install()
+    device = device or torch.device("cpu")
+    stand_in.install(device)
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
-    return _open_layout(config, torch.device("cpu"), 0)
+    return _open_layout(config, device, 0)
 
 
 def change(topology: Topology, config: ParallelConfig, seed: int) -> Topology:
@@ -256,7 +265,8 @@ def _open_layout(config: ParallelConfig, device: torch.device, seed: int) -> Top
         context_parallel_size=config.context,
         expert_model_parallel_size=config.expert,
         expert_tensor_parallel_size=config.expert_tensor or 1,
-        create_gloo_process_groups=dist.get_backend() != "fake",
+        # They would be three full meshes of sockets, and nothing here uses them.
+        create_gloo_process_groups=False,
     )
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     groups = ProcessGroupCollection.use_mpu_process_groups()

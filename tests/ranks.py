@@ -97,10 +97,10 @@ def serve(connection: Connection) -> None:
     import torch
     import torch.distributed as dist
 
-    from visionloom.parallel import cpu
+    from visionloom.parallel import stand_in
 
     torch.set_num_threads(1)
-    cpu.install()
+    stand_in.install()
     gc.freeze()  # what is imported need not be looked through after each world
     while True:
         try:

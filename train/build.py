@@ -83,7 +83,7 @@ def build_stream(
 def model_dtype(precision: str, device: torch.device) -> torch.dtype:
     """Return the arithmetic of the model for `run.precision`."""
     if precision == "auto":
-        precision = "bf16" if device.type == "cuda" else "fp32"
+        precision = "fp32" if device.type == "cpu" else "bf16"
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
@@ -97,10 +97,11 @@ def build_model(config: RunConfig, topology: Topology, drawn: bool) -> list[Qwen
     """
     dtype = model_dtype(config.run.precision, topology.device)
     numbers = topology.config.chunk_numbers
-    parts = [Qwen3VL(config.model, topology, dtype, number) for number in numbers]
-    for part in parts:
-        part.to(topology.device)
-        if drawn:
+    # Made where they stay: a host need not hold them first.
+    with topology.device:
+        parts = [Qwen3VL(config.model, topology, dtype, number) for number in numbers]
+    if drawn:
+        for part in parts:
             draw_weights(part, config.model, config.run.seed, topology)
     return parts
 

@@ -177,7 +177,9 @@ def build_optimizer(
     )
     overrides[ParamKey(with_name_predicate=undecayed)] = {"wd_mult": 0.0}
     settings = megatron_settings(optim, phase, bf16)
-    return get_megatron_optimizer(settings, wrapped, config_overrides=overrides)
+    return get_megatron_optimizer(
+        settings, wrapped, config_overrides=overrides, use_gloo_process_groups=False
+    )
 
 
 def megatron_settings(optim: OptimConfig, phase: PhaseConfig, bf16: bool) -> OptimizerConfig:

@@ -24,6 +24,7 @@ from torch import Tensor
 from visionloom.data.stream.batch import PackedBatch
 from visionloom.model.experts import update_router_loads
 from visionloom.model.qwen3vl import Qwen3VL
+from visionloom.parallel.parts import OPTIMIZER, REDUCTION, in_part
 from visionloom.parallel.topology import Topology
 from visionloom.train.phase_trainer import PhaseTrainer
 from visionloom.train.step_sums import LossSums, Signals, StepCounts, StepSums, StepTotals
@@ -131,6 +132,7 @@ def compute_gradients(trainer: PhaseTrainer, batches: list[PackedBatch], sums: S
         part.scale_gradients(scale)
 
 
+@in_part(REDUCTION)
 def reduce_gradients(parts: list[Any], num_tokens: Any, **options: Any) -> None:
     """Add up gradients over the ranks and leave the division to us: Megatron-core counts tokens, the loss has weights."""
     finalize_model_grads(parts, None, **options)
@@ -206,12 +208,14 @@ def balance_scale_of(batches: list[PackedBatch], topology: Topology) -> Tensor:
     return (weight / tokens.clamp_min(1.0)).float().reshape(1)
 
 
+@in_part(OPTIMIZER)
 def gradient_norm(optimizer: Any) -> float:
     """Return the global norm of the gradients; the host waits for the device."""
     optimizer.prepare_grads()
     return float(optimizer.get_grad_norm())
 
 
+@in_part(OPTIMIZER)
 def update(optimizer: Any, norm: float) -> None:
     """Clip the gradients, whose norm is given, and apply them."""
     for inner in optimizer.chained_optimizers:

@@ -113,9 +113,9 @@ def main() -> None:
     work, seed, kills, words = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]
     os.environ["FORKED_LOG"] = str(work / "log.txt")
     import visionloom.train.run  # noqa: F401  # everything that an attempt would import
-    from visionloom.parallel import cpu
+    from visionloom.parallel import stand_in
 
-    cpu.install()
+    stand_in.install()
     chance, done, number = random.Random(seed), 0, 0
     folder = work / "reference"
     first = attempt([*words, f"run.folder={folder}"], chance, None)

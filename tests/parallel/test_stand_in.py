@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from visionloom.parallel import cpu
+from visionloom.parallel import stand_in
 from visionloom.tests.ranks import RankPool
 
 LAYOUTS: dict[str, dict[str, int]] = {
@@ -137,7 +137,7 @@ def names() -> dict[str, int]:
 def behaviour() -> dict[str, bool]:
     """What holds in a process with the stand-in; runs on a rank of the pool."""
     before = names()
-    cpu.install()
+    stand_in.install()
     torch.manual_seed(5)
     state = torch.cuda.get_rng_state()
     first = torch.rand(3)
@@ -166,11 +166,11 @@ def behaviour() -> dict[str, bool]:
         },
     }
     return {
-        "installed": cpu.installed(),
+        "installed": stand_in.installed(),
         "no GPU": not torch.cuda.is_available() and not torch.cuda.is_initialized(),
         "installing twice changes nothing": names() == before,
         "current device": torch.cuda.current_device() == torch.device("cpu"),
-        "factories": made.keys() == set(cpu.FACTORIES)
+        "factories": made.keys() == set(stand_in.FACTORIES)
         and all(x.device.type == "cpu" for x in made.values()),
         "other devices": torch.zeros(1, device="meta").is_meta and built.weight.is_meta,
         "moving": example.cuda() is example

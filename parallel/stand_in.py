@@ -1,20 +1,22 @@
-"""A stand-in for torch.cuda, so that Megatron-core's own modules train on a CPU over gloo.
+"""A stand-in for torch.cuda, so that Megatron-core's own modules train on a CPU over gloo, or on no device at all.
 
 Megatron-core 0.19 asks torch.cuda for devices, streams and random states also where no GPU is used. `install` replaces
-just those names, once, and only when the run's device is the CPU; on a GPU this file is never imported. Each replacement
-below says which part of Megatron-core needs it. `torch.cuda.is_available()` stays False, so libraries that ask first
-(transformers among them) are not affected.
+just those names, and only when the run's device is the CPU or torch's `meta`, on which tensors have shapes and no content;
+on a GPU this file is never imported. Each replacement below says which part of Megatron-core needs it.
+`torch.cuda.is_available()` stays False, so libraries that ask first (transformers among them) are not affected.
 """
 
 import contextlib
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils._device import _device_constructors
 
 CPU = torch.device("cpu")
+META = torch.device("meta")
 
 # Factories that Megatron-core calls with device="cuda": schedules (token counters), optimizer and clip_grads (flags and
 # norms), rerun state machine, token dispatcher, checkpoint exchange.
@@ -33,25 +35,28 @@ FACTORIES = (
 )
 
 
-class _Stream:
+class StandInStream:
     """A stream or event that has always finished: DDP's buckets and the dispatcher order their copies with them."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         pass
 
-    def __enter__(self) -> "_Stream":
+    def __enter__(self) -> "StandInStream":
         return self
 
     def __exit__(self, *args: object) -> None:
         pass
 
-    def record_event(self, event: object = None) -> "_Stream":
-        return _Stream()
+    def record_event(self, event: object = None) -> "StandInStream":
+        """Return an event that has happened."""
+        return StandInStream()
 
     def query(self) -> bool:
+        """Return that all work is done."""
         return True
 
     def elapsed_time(self, end: object) -> float:
+        """Return no time, in milliseconds."""
         return 0.0
 
     def _nothing(self, *args: object, **kwargs: object) -> None:
@@ -60,13 +65,28 @@ class _Stream:
     wait_stream = wait_event = synchronize = record = wait = _nothing
 
 
+@dataclass
+class _Choice:
+    """The device for which torch.cuda stands."""
+
+    device: torch.device = CPU
+
+
+_chosen = _Choice()
+
+
 def installed() -> bool:
     """Return whether the stand-in is in place in this process."""
     return getattr(torch.cuda, "visionloom_stand_in", False)
 
 
-def install() -> None:
-    """Put the stand-in in place of the parts of torch.cuda that Megatron-core uses; a second call changes nothing."""
+def install(device: torch.device = CPU) -> None:
+    """Put the stand-in in place of the parts of torch.cuda that Megatron-core uses; a second call only changes the device.
+
+    Args:
+        device: the CPU or `meta`.
+    """
+    _chosen.device = device
     if installed():
         return
     if torch.cuda.is_initialized():
@@ -84,19 +104,26 @@ def install() -> None:
 def replace_streams_and_devices() -> None:
     """Replace streams and devices: buffers are allocated on `current_device()`; DDP, pipeline and dispatcher wait on streams."""
     cuda: Any = torch.cuda
-    cuda.current_device = lambda: CPU
+    cuda.current_device = lambda: _chosen.device
     cuda.set_device = lambda device: None
     cuda.synchronize = lambda device=None: None
     cuda.empty_cache = lambda: None
     cuda.memory_allocated = cuda.max_memory_allocated = lambda device=None: 0
-    cuda.Stream = cuda.Event = _Stream
-    cuda.current_stream = cuda.default_stream = lambda device=None: _Stream()
+    cuda.Stream = cuda.Event = StandInStream
+    cuda.current_stream = cuda.default_stream = lambda device=None: StandInStream()
     cuda.stream = lambda stream: contextlib.nullcontext()
     any_tensor: Any = torch.Tensor
     # Checkpoint exchange and grad-norm code move tensors with .cuda().
-    any_tensor.cuda = lambda self, *args, **kwargs: self
+    any_tensor.cuda = lambda self, *args, **kwargs: self.to(_chosen.device)
+    # The token dispatcher brings counts to the host, and activations are offloaded, only from tensors that are on a GPU.
+    is_cuda: Any = torch.Tensor.is_cuda
+    any_tensor.is_cuda = property(
+        lambda self: (self.is_meta and _chosen.device == META) or is_cuda.__get__(self)
+    )
+    # Memory that a side stream reads is not given away; here there are no streams.
+    any_tensor.record_stream = lambda self, stream: None
     any_module: Any = torch.nn.Module
-    any_module.cuda = lambda self, device=None: self
+    any_module.cuda = lambda self, device=None: self.to(_chosen.device)
 
 
 def replace_random_state() -> None:
@@ -128,22 +155,22 @@ def _is_cuda(device: object) -> bool:
     return isinstance(device, str) and device.startswith("cuda")
 
 
-def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
+def _on_chosen(factory: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(factory)
     def create(*args: Any, **kwargs: Any) -> Any:
         if _is_cuda(kwargs.get("device")):
-            kwargs["device"] = CPU
+            kwargs["device"] = _chosen.device
         return factory(*args, **kwargs)
 
     return create
 
 
 def replace_factories() -> None:
-    """Replace factories: those of FACTORIES make their tensors on the CPU where a GPU is named."""
+    """Replace factories: those of FACTORIES make their tensors on the chosen device where a GPU is named."""
     # `with torch.device(...)` knows the factories by identity and remembers them at first use: let it be the real ones.
     _device_constructors()
     for name in FACTORIES:
-        setattr(torch, name, _on_cpu(getattr(torch, name)))
+        setattr(torch, name, _on_chosen(getattr(torch, name)))
 
 
 def replace_type_names() -> None:
@@ -153,7 +180,7 @@ def replace_type_names() -> None:
     def type_name(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         name = own_type(self, *args, **kwargs)
         if isinstance(name, str) and not name.startswith("torch.cuda."):
-            return name.replace("torch.", "torch.cuda.")
+            return name.replace("torch.meta.", "torch.").replace("torch.", "torch.cuda.")
         # A tensor, where a type was asked for.
         return name
 

@@ -1,0 +1,70 @@
+"""Imagine a rank of a run: its model, optimizer and one real step, on no device."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from visionloom.data.stream.batch import PackedBatch
+from visionloom.forecast.trace.events import RankTrace
+from visionloom.forecast.trace.step import recording, trace_step
+from visionloom.model.lora import apply_lora
+from visionloom.parallel import topology as topologies
+from visionloom.train.build import build_model, build_trainer
+from visionloom.train.config import RunConfig
+
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class _Named:
+    """Something with a name, as a stream's datasets are."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class _NoTokenizer:
+    """A tokenizer that is not needed: packs are there."""
+
+    fingerprint: str = ""
+
+
+class ImaginedStream:
+    """What a trainer asks of its stream: the names of datasets."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.datasets = [_Named(name) for name in names]
+        self.tokenizer = _NoTokenizer()
+
+
+def trace_rank(
+    config: RunConfig,
+    phase_name: str,
+    world_size: int,
+    rank: int,
+    batches: list[PackedBatch],
+    imbalance: float = 1.0,
+) -> RankTrace:
+    """Return the trace of one optimizer step of a rank of a run, imagined in this process.
+
+    Args:
+        config: of the run; a phase may have a layout of its own.
+        phase_name: which phase.
+        world_size: ranks of the run.
+        rank: which of them.
+        batches: its micro-batches, on the host.
+        imbalance: load of the most loaded experts over the mean, 1: even.
+    """
+    layout = config.phases[phase_name].parallel or config.parallel
+    topology = topologies.imagine(layout, world_size, rank, META)
+    try:
+        with recording(META, imbalance) as recorder:
+            parts = build_model(config, topology, drawn=False)
+            if config.lora.rank:
+                apply_lora(parts, config.lora, topology, config.run.seed)
+            stream: Any = ImaginedStream(batches[0].dataset_names)
+            trainer = build_trainer(config, phase_name, topology, parts, stream)
+            return trace_step(recorder, trainer, batches)
+    finally:
+        topologies.stop()

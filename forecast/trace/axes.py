@@ -1,0 +1,98 @@
+"""Name the axes of process groups, and read what a collective moves from its arguments."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from visionloom.parallel.topology import Topology
+
+WORLD = "world"
+GROUPS = {
+    "tp": "tensor",
+    "cp": "context",
+    "pp": "pipeline",
+    "dp": "data",
+    "dp_cp": "data x context",
+    "tp_cp": "tensor x context",
+    "all ranks": WORLD,
+    "ep": "expert",
+    "expt_tp": "expert tensor",
+    "tp_ep": "expert tensor x expert",
+    "expt_dp": "expert data",
+    "tp_dp_cp": "stage",
+    "embd": "embedding",
+}
+"""Names of Megatron-core's groups; of two groups of the same ranks the first gives the name."""
+NAMES = {
+    "allreduce_": "all_reduce",
+    "_allgather_base_": "all_gather",
+    "allgather_": "all_gather",
+    "allgather_into_tensor_coalesced_": "all_gather",
+    "_reduce_scatter_base_": "reduce_scatter",
+    "reduce_scatter_": "reduce_scatter",
+    "reduce_scatter_tensor_coalesced_": "reduce_scatter",
+    "alltoall_base_": "all_to_all",
+    "alltoall_": "all_to_all",
+    "broadcast_": "broadcast",
+    "reduce_": "reduce",
+    "send": "send",
+    "recv_": "receive",
+    "barrier": "barrier",
+}
+"""Names of collectives by those of torch's operators."""
+
+
+class Axes:
+    """The groups of one rank by their ranks."""
+
+    def __init__(self, topology: Topology) -> None:
+        self.ranks: dict[str, tuple[int, ...]] = {}
+        self._names: dict[tuple[int, ...], str] = {}
+        for attribute, name in GROUPS.items():
+            group = getattr(topology.groups, attribute, None)
+            if group is not None:
+                ranks = tuple(sorted(dist.get_process_group_ranks(group)))
+                self._names.setdefault(ranks, name)
+            elif name == WORLD:
+                self._names.setdefault(tuple(range(topology.world_size)), name)
+
+    def name(self, group: Any) -> str:
+        """Return the axis of a process group, and remember its ranks."""
+        ranks = tuple(sorted(dist.get_process_group_ranks(group)))
+        name = self._names.get(ranks, f"ranks {', '.join(map(str, ranks))}")
+        self.ranks[name] = ranks
+        return name
+
+
+def group_in(args: Sequence[Any]) -> Any:
+    """Return the process group among the arguments of a c10d operator."""
+    for value in args:
+        if "ProcessGroup" in str(getattr(value, "_type", lambda: "")()):
+            return dist.ProcessGroup.unbox(value)
+    raise AssertionError("every collective has a group")
+
+
+def moved_bytes(name: str, args: Sequence[Any]) -> int:
+    """Return the bytes of a collective: the whole that is gathered, scattered or exchanged, or what is sent or reduced."""
+    sides = [_bytes(value) for value in args if isinstance(value, Tensor | list | tuple)]
+    sides = [side for side in sides if side]
+    return max(sides, default=0)
+
+
+def _bytes(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, list | tuple):
+        return sum(map(_bytes, value))
+    return 0
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Return the tensors of an argument of a collective, however deep."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, list | tuple):
+        return [tensor for item in value for tensor in tensors_in(item)]
+    return []

@@ -1,0 +1,218 @@
+"""Kernels that a GPU runs as one launch, as operations that a trace sees as one.
+
+On a CPU and on torch's meta device attention and RMSNorm fall into small operations, with temporary tensors that no GPU makes.
+`gpu_kernels` replaces them, so a trace has the launches, the saved tensors and the memory of the GPU's own kernels. On a CPU
+they compute, too: by plain formulas, for the comparison of an imagined rank with a real one.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LIBRARY = torch.library.Library("visionloom", "DEF")
+LIBRARY.define(
+    "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, bool causal, float scale) -> (Tensor, Tensor)"
+)
+LIBRARY.define(
+    "attention_backward(Tensor gradient, Tensor query, Tensor key, Tensor value, Tensor output, Tensor logsumexp,"
+    " Tensor? mask, bool causal, float scale) -> (Tensor, Tensor, Tensor)"
+)
+
+LIBRARY.define("rms_norm(Tensor x, Tensor weight, float epsilon) -> (Tensor, Tensor)")
+LIBRARY.define("rms_norm_backward(Tensor gradient, Tensor x, Tensor deviation, Tensor weight) -> (Tensor, Tensor)")
+
+
+# ---- attention
+
+
+def _scores(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
+    """Return scaled scores [n, H, L, S], minus infinity where a query sees no key."""
+    scores = query @ key.transpose(-1, -2) * scale
+    if causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    return scores if mask is None else scores.masked_fill(~mask, float("-inf"))
+
+
+def _repeated(x: Tensor, heads: int) -> Tensor:
+    """Repeat key or value heads [n, G, S, D] for grouped queries."""
+    return x.repeat_interleave(heads // x.shape[1], 1)
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    heads = query.shape[1]
+    scores = _scores(query, _repeated(key, heads), mask, causal, scale)
+    output = scores.softmax(-1) @ _repeated(value, heads)
+    made, logsumexp = _attention_shapes(query, key, value, mask, causal, scale)
+    return made.copy_(output), logsumexp.copy_(scores.logsumexp(-1))
+
+
+def _attention_shapes(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return what a flash kernel leaves: the output with the tokens before the heads in memory, and a sum a row in fp32."""
+    count, heads, length, _ = query.shape
+    output = query.new_empty(count, length, heads, value.shape[-1]).transpose(1, 2)
+    return output, query.new_empty(count, heads, length, dtype=torch.float32)
+
+
+def _backward(
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    logsumexp: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    heads, groups = query.shape[1], key.shape[1]
+    keys, values = _repeated(key, heads), _repeated(value, heads)
+    scores = _scores(query, keys, mask, causal, scale)
+    probabilities = (scores - logsumexp.unsqueeze(-1)).exp()
+    value_gradient = probabilities.transpose(-1, -2) @ gradient
+    delta = (gradient * output).sum(-1, keepdim=True)
+    score_gradient = probabilities * (gradient @ values.transpose(-1, -2) - delta) * scale
+    key_gradient = score_gradient.transpose(-1, -2) @ query
+
+    def summed(x: Tensor) -> Tensor:
+        return x.unflatten(1, (groups, heads // groups)).sum(2)
+
+    made = _backward_shapes(
+        gradient, query, key, value, output, logsumexp, mask, causal, scale
+    )
+    results = (score_gradient @ keys, summed(key_gradient), summed(value_gradient))
+    for target, result in zip(made, results, strict=True):
+        target.copy_(result)
+    return made
+
+
+def _backward_shapes(
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    logsumexp: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    def like(x: Tensor) -> Tensor:
+        return x.new_empty(x.transpose(1, 2).shape).transpose(1, 2)
+
+    return like(query), like(key), like(value)
+
+
+LIBRARY.impl("attention", _attention, "CPU")
+LIBRARY.impl("attention", _attention_shapes, "Meta")
+LIBRARY.impl("attention_backward", _backward, "CPU")
+LIBRARY.impl("attention_backward", _backward_shapes, "Meta")
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
+        mask, causal, scale = options
+        output, logsumexp = torch.ops.visionloom.attention(query, key, value, *options)
+        ctx.save_for_backward(query, key, value, output, logsumexp, mask)
+        ctx.causal, ctx.scale = causal, scale
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, output, logsumexp, mask = ctx.saved_tensors
+        made = torch.ops.visionloom.attention_backward(
+            *gradients, query, key, value, output, logsumexp, mask, ctx.causal, ctx.scale
+        )
+        return (*made, None, None, None)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Return what F.scaled_dot_product_attention does, by one kernel; arguments are its own, a mask is boolean."""
+    if scale is None:
+        scale = query.shape[-1] ** -0.5
+    return _Attention.apply(query, key, value, attn_mask, is_causal, scale)
+
+
+# ---- RMSNorm
+
+
+def _rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    wide = x.float()
+    deviation = (wide.square().mean(-1, keepdim=True) + epsilon).rsqrt()
+    return (wide * deviation).to(x.dtype) * weight, deviation
+
+
+def _rms_norm_shapes(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Return what the kernel leaves: the output and a reciprocal deviation a row in fp32."""
+    return torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+
+
+def _rms_norm_backward(
+    gradient: Tensor, x: Tensor, deviation: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    wide, scaled = x.float() * deviation, (gradient * weight).float()
+    along = (scaled * wide).mean(-1, keepdim=True)
+    weight_gradient = (gradient.float() * wide).flatten(0, -2).sum(0)
+    return ((scaled - wide * along) * deviation).to(x.dtype), weight_gradient.to(weight.dtype)
+
+
+def _rms_norm_backward_shapes(
+    gradient: Tensor, x: Tensor, deviation: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(weight)
+
+
+LIBRARY.impl("rms_norm", _rms_norm, "CPU")
+LIBRARY.impl("rms_norm", _rms_norm_shapes, "Meta")
+LIBRARY.impl("rms_norm_backward", _rms_norm_backward, "CPU")
+LIBRARY.impl("rms_norm_backward", _rms_norm_backward_shapes, "Meta")
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        output, deviation = torch.ops.visionloom.rms_norm(x, weight, epsilon)
+        ctx.save_for_backward(x, deviation, weight)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        made = torch.ops.visionloom.rms_norm_backward(*gradients, *ctx.saved_tensors)
+        return (*made, None)
+
+
+def rms_norm(
+    x: Tensor, normalized_shape: tuple[int, ...], weight: Tensor, eps: float
+) -> Tensor:
+    """Return what F.rms_norm does over the last dim, by the one kernel that it has on a GPU."""
+    assert len(normalized_shape) == 1, "the model normalises its last dim"
+    return _RmsNorm.apply(x, weight, eps)
+
+
+@contextlib.contextmanager
+def gpu_kernels() -> Iterator[None]:
+    """Let torch.nn.functional's attention and RMSNorm be single operations, as on a GPU."""
+    functional: Any = F
+    before = functional.scaled_dot_product_attention, functional.rms_norm
+    functional.scaled_dot_product_attention, functional.rms_norm = attention, rms_norm
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention, functional.rms_norm = before

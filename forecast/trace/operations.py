@@ -1,0 +1,169 @@
+"""What an operation costs: its launches, floating-point operations and bytes, from its name and the shapes of its tensors."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import flop_registry
+
+from visionloom.forecast.trace.events import Kernel
+
+DTYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.int64: "int64",
+    torch.int32: "int32",
+    torch.uint8: "uint8",
+    torch.int8: "int8",
+    torch.bool: "bool",
+}
+VIEWS = {"aten::_unsafe_view", "aten::_reshape_alias", "aten::lift_fresh", "aten::set_", "aten::alias"}
+"""Operations that launch nothing, though their schemas do not say that their result is their input's memory."""
+SILENT = {
+    "aten::empty",
+    "aten::empty_like",
+    "aten::empty_strided",
+    "aten::new_empty",
+    "aten::new_empty_strided",
+    "aten::record_stream",
+    "aten::_local_scalar_dense",
+    "aten::resize_",
+}
+"""Operations that launch nothing: memory is taken, or the host waits."""
+READS_ROWS = {"aten::embedding", "aten::index", "aten::index_select", "aten::gather"}
+"""Operations that read of their first input only what they return."""
+ADDS_ROWS = {"aten::index_add_", "aten::scatter_add_", "aten::index_put_", "aten::_index_put_impl_", "aten::index_copy_"}
+"""Operations that read and write of their first input only the rows that others are added to."""
+OVERWRITES = {"aten::zero_", "aten::fill_", "aten::copy_"}
+"""Operations that write their first input without reading it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Of one launch; see events.Operation."""
+
+    kernel: Kernel
+    flops: float
+    work: float
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What is known of an operation by its schema alone."""
+
+    name: str
+    launches: bool
+    writes: bool
+    """It changes an input in place."""
+    product: Callable[..., Any] | None
+    """torch's count of a matrix product's operations."""
+
+
+@lru_cache(maxsize=None)
+def kind_of(func: Any) -> Kind:
+    """Return what the schema of an operation says."""
+    schema = func._schema
+    aliases = [value.alias_info for value in schema.returns if value.alias_info is not None]
+    is_view = any(not alias.is_write for alias in aliases)
+    name = schema.name
+    launches = not is_view and name not in VIEWS | SILENT and not name.startswith("profiler::")
+    return Kind(name, launches, schema.is_mutable, flop_registry.get(func.overloadpacket))
+
+
+def cost_of(func: Any, args: Sequence[Any], kwargs: dict[str, Any], inputs: list[Tensor], outputs: list[Tensor]) -> Cost:
+    """Return what one launch costs.
+
+    Args:
+        func: the operation.
+        args: its arguments.
+        kwargs: its named arguments.
+        inputs: tensors of the device among them.
+        outputs: tensors that it returned.
+    """
+    kind = kind_of(func)
+    moved = bytes_of(kind, inputs, outputs)
+    if kind.name in ATTENTION:
+        return Cost(Kernel.ATTENTION, *ATTENTION[kind.name](args), moved)
+    if kind.name == "aten::_grouped_mm":
+        flops = grouped_product(inputs[0], inputs[1])
+        return Cost(Kernel.PRODUCT, flops, flops, moved)
+    if kind.product is not None:
+        result = outputs[0] if len(outputs) == 1 else tuple(outputs)
+        flops = float(kind.product(*args, **kwargs, out_val=result))
+        return Cost(Kernel.PRODUCT, flops, flops, moved)
+    return Cost(Kernel.OTHER, 0.0, 0.0, moved)
+
+
+def bytes_of(kind: Kind, inputs: list[Tensor], outputs: list[Tensor]) -> int:
+    """Return the bytes that a launch reads and writes."""
+    written = sum(map(size_of, outputs))
+    if kind.name in READS_ROWS:
+        return written * 2 + sum(map(size_of, inputs[1:]))
+    if kind.name in ADDS_ROWS:
+        # The rows that are added are read; those below them are read and written.
+        return sum(map(size_of, inputs[1:])) + 2 * size_of(inputs[-1])
+    if kind.name in OVERWRITES:
+        inputs = inputs[1:]
+    read = sum(map(size_of, inputs))
+    # Of operations in place the output is the first input, which is read and written.
+    return read + written
+
+
+def size_of(tensor: Tensor) -> int:
+    """Return the bytes of a tensor; those of an expanded one count once."""
+    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
+
+
+def grouped_product(first: Tensor, second: Tensor) -> float:
+    """Return operations of torch's grouped product of rows [m, A] by [e, A, B], or of columns [A, m] by [m, B]."""
+    rows, columns = first.shape[-2:]
+    return 2.0 * rows * columns * second.shape[-1]
+
+
+def dtype_of(inputs: list[Tensor], outputs: list[Tensor]) -> str:
+    """Return the dtype of the largest input, or of the output where there is none."""
+    tensors = inputs or outputs
+    largest = max(tensors, key=lambda tensor: tensor.numel())
+    return DTYPES.get(largest.dtype, str(largest.dtype).removeprefix("torch."))
+
+
+# ---- attention
+
+
+def forward_attention(args: Sequence[Any]) -> tuple[float, float]:
+    """Return operations that scaled dot-product attention needs and that its kernel executes.
+
+    A causal score matrix counts half, of which a kernel leaves out the rest. A mask is that of the last rows of a causal
+    segment: [c, end] holds c / 2 pairs a row less; a kernel with a mask leaves nothing out.
+    """
+    query, key, value, mask, causal, _ = args
+    count, heads, length, dim = query.shape
+    keys = key.shape[2]
+    pairs = float(length * keys)
+    needed = pairs / 2 if causal else pairs
+    if mask is not None:
+        needed = length * (keys - length / 2)
+    executed = pairs if mask is not None else needed
+    # Two products of two operations for each pair.
+    each = 2.0 * count * heads * (dim + value.shape[-1])
+    return each * needed, each * executed
+
+
+def backward_attention(args: Sequence[Any]) -> tuple[float, float]:
+    """Return operations of the backward pass: twice the forward's, and once more the scores, which are not kept."""
+    _, query, key, value, _, _, mask, causal, scale = args
+    needed, executed = forward_attention((query, key, value, mask, causal, scale))
+    return 2 * needed, 2.5 * executed
+
+
+ATTENTION: dict[str, Callable[[Sequence[Any]], tuple[float, float]]] = {
+    "visionloom::attention": forward_attention,
+    "visionloom::attention_backward": backward_attention,
+}

@@ -1,0 +1,398 @@
+"""Record every operation of a step on the device: launches, memory, collectives, waits of the host.
+
+The same recorder watches an imagined rank, whose tensors are on torch's meta device, and a real one on a CPU, whose device
+tensors are marked. On an imagined rank nothing is computed or sent, and what the host asks of the device is answered with
+stated values.
+"""
+
+import traceback
+from bisect import bisect_right
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from visionloom.forecast.trace.axes import NAMES, Axes, group_in, moved_bytes, tensors_in
+from visionloom.forecast.trace.devices import Device, HostCopies
+from visionloom.forecast.trace.events import (
+    Category,
+    Collective,
+    Direction,
+    Mixed,
+    Operation,
+    Slot,
+    SlotKind,
+    SlotMemory,
+    Wait,
+)
+from visionloom.forecast.trace.memory import Ledger
+from visionloom.forecast.trace.operations import cost_of, dtype_of, kind_of
+from visionloom.forecast.trace.values import StatedValues
+from visionloom.parallel.parts import OTHER, PREFIX
+
+COPIES = {"aten::_to_copy", "aten::copy_", "aten::clone"}
+SHAPED_BY_CONTENT = {"aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::unique_dim", "aten::repeat_interleave"}
+"""Operations whose result has a size that only the device knows: the host waits for it."""
+FILLS = {"all_gather", "reduce_scatter", "all_to_all", "receive"}
+"""Collectives that fill a tensor of their own."""
+CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[2]
+QUIET = ("/parallel/stand_in.py", "/forecast/trace/")
+"""Files that are never the reason of a wait."""
+
+
+@dataclass
+class _OpenSlot:
+    """A slot that is being recorded."""
+
+    kind: SlotKind
+    chunk: int
+    micro_batch: int
+    before: int
+    operations: Counter[Operation] = field(default_factory=Counter)
+    collectives: Counter[Collective] = field(default_factory=Counter)
+
+
+class Recorder(TorchDispatchMode):
+    """Sees each operation of this process; `start` begins a step, `slot` a stretch of it, `finish` ends it."""
+
+    def __init__(self, device: Device, values: StatedValues | None = None, copies: HostCopies | None = None) -> None:
+        """Record operations on a device.
+
+        Args:
+            device: which tensors are on it.
+            values: those of an imagined rank, and the choice of experts, which a real rank is given too where it is stated.
+            copies: of a real rank: tells what goes to the device and comes from it.
+        """
+        super().__init__()
+        self.device, self.values, self.copies = device, values, copies
+        self.axes: Axes | None = None
+        self.ledger = Ledger()
+        self.slots: list[Slot] = []
+        self.waits: Counter[tuple[str, str, bool]] = Counter()
+        self.mixed: Counter[tuple[str, str]] = Counter()
+        self.recomputing = 0
+        """Calls of modules that a backward pass has begun and that have not ended."""
+        self._open: _OpenSlot | None = None
+        self._ranges: list[tuple[str, bool]] = []
+        """Ranges that are open: the part of the step, and whether a backward pass has opened it."""
+        self._starts: list[int] = [0]
+        self._parts: list[str] = [OTHER]
+        """From which sequence number of autograd's nodes on they belong to which part."""
+
+    # ---- the stretches of a step
+
+    def start(self) -> dict[Category, int]:
+        """Begin a step; return the bytes at rest."""
+        self.slots.clear()
+        self.waits.clear()
+        self.mixed.clear()
+        at_rest = self.ledger.begin()
+        self.ledger.slot = 0
+        self._open = _OpenSlot(SlotKind.BEGIN, -1, -1, self.ledger.bytes)
+        return at_rest
+
+    def slot(self, kind: SlotKind, chunk: int = -1, micro_batch: int = -1) -> None:
+        """Begin the next stretch of the step."""
+        self._close()
+        self._open = _OpenSlot(kind, chunk, micro_batch, self.ledger.bytes)
+
+    def finish(self) -> None:
+        """End the step."""
+        self._close()
+        self._open = None
+
+    def _close(self) -> None:
+        opened = self._open
+        assert opened is not None, "a step has begun"
+        highest = self.ledger.next_slot(len(self.slots) + 1)
+        memory = SlotMemory(opened.before, highest, self.ledger.bytes)
+        # Between two passes without messages nothing happens.
+        self.slots.append(
+            Slot(
+                opened.kind,
+                opened.chunk,
+                opened.micro_batch,
+                tuple(opened.operations.items()),
+                tuple(opened.collectives.items()),
+                memory,
+            )
+        )
+
+    # ---- where an operation belongs
+
+    def _place(self) -> tuple[str, Direction]:
+        """Return the part of the step and the direction of what runs now."""
+        node = torch._C._current_autograd_node()
+        if node is None:
+            return (self._ranges[-1][0] if self._ranges else OTHER), Direction.FORWARD
+        part = self._parts[bisect_right(self._starts, node._sequence_nr()) - 1]
+        if not self.recomputing:
+            return part, Direction.BACKWARD
+        # What is recomputed may mark a part by itself.
+        if self._ranges and self._ranges[-1][1]:
+            part = self._ranges[-1][0]
+        self._remember(part, torch._C._autograd._get_sequence_nr() - 1)
+        return part, Direction.RECOMPUTE
+
+    def _remember(self, part: str, sequence: int) -> None:
+        """Take note that autograd's nodes from a sequence number on belong to a part."""
+        if self._parts[-1] != part:
+            self._starts.append(sequence)
+            self._parts.append(part)
+
+    def _enter(self, name: str) -> None:
+        """Begin a range of torch's profiler, which may be a part of the step."""
+        inside = torch._C._current_autograd_node() is not None
+        if name.startswith(PREFIX):
+            self._ranges.append((name.removeprefix(PREFIX), inside))
+        else:
+            self._ranges.append(self._ranges[-1] if self._ranges else (OTHER, inside))
+        self._remember(self._ranges[-1][0], torch._C._autograd._get_sequence_nr())
+
+    def _exit(self) -> None:
+        """End the range that was begun last."""
+        self._ranges.pop()
+        outer = self._ranges[-1][0] if self._ranges else OTHER
+        self._remember(outer, torch._C._autograd._get_sequence_nr())
+
+    # ---- operations
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run an operation, or answer it, and record it."""
+        kwargs = kwargs or {}
+        kind = kind_of(func)
+        if func.namespace == "profiler":
+            return self._range(kind.name, func, args, kwargs)
+        if func.namespace == "c10d":
+            return self._collective(func, args, kwargs)
+
+        tensors = _tensors(args, kwargs)
+        inputs = [tensor for tensor in tensors if self.device.holds(tensor)]
+        if inputs and self._asks(kind.name, args, kwargs, inputs):
+            return self._answer(func, kind.name, args, kwargs)
+        result = self._run(func, kind.name, args, kwargs)
+        outputs = _tensors((result,), {})
+        if not self._stays(kind.name, tensors, inputs, outputs):
+            return result
+
+        self.device.made(outputs, True)
+        if self.device.imagined and self.values is not None:
+            self.values.follow(func, args, kwargs, outputs)
+        self._record(func, args, kwargs, inputs, outputs)
+        self._check_hosts(kind.name, args, kwargs, tensors, inputs, outputs)
+        return result
+
+    def _range(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
+        """Follow the ranges that torch's profiler is told of."""
+        if name == "profiler::_record_function_exit":
+            self._exit()
+        else:
+            self._enter(str(args[0]))
+        return func(*args, **kwargs)
+
+    def _stays(self, name: str, tensors: list[Tensor], inputs: list[Tensor], outputs: list[Tensor]) -> bool:
+        """Return whether an operation ran on the device."""
+        if self.device.imagined:
+            return bool(inputs) or any(map(self.device.holds, outputs))
+        assert self.copies is not None
+        if self.copies.copies_down:
+            return False
+        if not tensors:
+            return self.copies.makes_on_device
+        return bool(inputs) or self.copies.copies_up
+
+    def _asks(self, name: str, args: Any, kwargs: Any, inputs: list[Tensor]) -> bool:
+        """Return whether the host asks for content of a tensor that has none."""
+        if not self.device.imagined:
+            return False
+        if name == "aten::_local_scalar_dense" or name in SHAPED_BY_CONTENT:
+            return True
+        if name == "aten::index":
+            return any(index is not None and index.dtype == torch.bool for index in args[1])
+        if name == "aten::copy_":
+            return not args[0].is_meta
+        return name in COPIES and kwargs.get("device") == CPU
+
+    def _answer(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+        """Give the host the stated value of a tensor, and record that it waits."""
+        assert self.values is not None
+        tensor = args[1] if name == "aten::copy_" else args[0]
+        waits = not (kwargs.get("non_blocking") or (name == "aten::copy_" and len(args) > 2 and args[2]))
+        value = self.values.of(tensor)
+        if name in SHAPED_BY_CONTENT or name == "aten::index":
+            return self._shaped(func, name, args, kwargs)
+        if waits:
+            self._wait("item" if name == "aten::_local_scalar_dense" else "copy to the host")
+        if value is None:
+            # What a step reads of its sums: finite, and above zero.
+            value = torch.ones((), dtype=tensor.dtype).expand(tensor.shape)
+        if name == "aten::_local_scalar_dense":
+            return value.item()
+        if name == "aten::copy_":
+            return func(args[0], value)
+        return value.to(kwargs.get("dtype") or tensor.dtype, copy=True).contiguous()
+
+    def _shaped(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+        """Return a tensor whose size depends on content, from stated values."""
+        assert self.values is not None
+        self._wait("shape that depends on content")
+        if name == "aten::index":
+            raise NotImplementedError("imagined ranks cannot index by a mask: " + place())
+        asked = args[-1] if name == "aten::masked_select" else args[0]
+        stated = self.values.of(asked)
+        if stated is None:
+            raise NotImplementedError(f"{name} asks for a value that is not stated: {place()}")
+        if name == "aten::masked_select":
+            stated = stated.expand(torch.broadcast_shapes(args[0].shape, stated.shape))
+            whole = self.values.of(args[0])
+            result = args[0].new_empty(int(stated.sum()))
+            self.values.state(result, None if whole is None else whole.masked_select(stated))
+        else:
+            host = func(stated, *args[1:], **kwargs)
+            result = torch.empty_like(host, device=args[0].device)
+            self.values.state(result, host)
+        self._record(func, args, kwargs, _tensors(args, kwargs), [result])
+        return result
+
+    def _run(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+        """Run an operation, with the experts that are stated."""
+        if self.values is None or name != "aten::topk" or args[0].dim() != 2:
+            return func(*args, **kwargs)
+        scores, each = args[0], args[1]
+        largest, indices = func(*args, **kwargs)
+        choice = self.values.choose(scores, each)
+        if not self.device.imagined:
+            return scores.gather(1, choice), choice.clone()
+        self.values.state(indices, choice)
+        return largest, indices
+
+    def _record(self, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        """Add an operation to the slot, and its tensors to the memory."""
+        kind = kind_of(func)
+        part, direction = self._place()
+        for tensor in outputs:
+            self.ledger.see(tensor, part, direction, kind.name)
+        if self._open is None or not kind.launches:
+            return
+        cost = cost_of(func, args, kwargs, inputs, outputs)
+        operation = Operation(
+            kind.name,
+            part,
+            direction,
+            cost.kernel,
+            dtype_of(inputs, outputs),
+            cost.flops,
+            cost.work,
+            cost.bytes,
+        )
+        self._open.operations[operation] += 1
+
+    def _check_hosts(
+        self, name: str, args: Any, kwargs: Any, tensors: list[Tensor], inputs: list[Tensor], outputs: list[Tensor]
+    ) -> None:
+        """Record waits for the device, and operations with tensors of both sides."""
+        if not self.device.imagined and name == "aten::_local_scalar_dense":
+            self._wait("item")
+        elif not self.device.imagined and name in SHAPED_BY_CONTENT:
+            self._wait("shape that depends on content")
+        others = [tensor for tensor in tensors if tensor.dim() and not any(tensor is x for x in inputs)]
+        if not others:
+            return
+        if name in COPIES:
+            blocking = not (kwargs.get("non_blocking") or (name == "aten::copy_" and len(args) > 2 and args[2]))
+            if blocking and self.device.imagined:
+                self._wait("copy to the device")
+        elif inputs:
+            self.mixed[name, place()] += 1
+
+    def _wait(self, kind: str) -> None:
+        if self._open is not None:
+            inside = self._open.kind in (SlotKind.FORWARD, SlotKind.BACKWARD)
+            self.waits[kind, place(), inside] += 1
+
+    def synchronized(self) -> None:
+        """Record that the host waits for a stream or an event."""
+        self._wait("synchronize")
+
+    def take_waits(self) -> tuple[Wait, ...]:
+        """Return the waits of the step, the most frequent first."""
+        return tuple(
+            Wait(kind, where, count, inside)
+            for (kind, where, inside), count in self.waits.most_common()
+        )
+
+    def take_mixed(self) -> tuple[Mixed, ...]:
+        """Return the operations with tensors of both sides."""
+        return tuple(Mixed(name, where, count) for (name, where), count in self.mixed.most_common())
+
+    # ---- collectives
+
+    def _collective(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Send what a collective sends, or on an imagined rank nothing, and record it."""
+        values = (*args, *kwargs.values())
+        tensors = [tensor for value in values for tensor in tensors_in(value)]
+        if not any(map(self.device.holds, tensors)):
+            return func(*args, **kwargs)
+        operator = func._schema.name.removeprefix("c10d::")
+        name = NAMES.get(operator, operator)
+        part, direction = self._place()
+        if self._open is not None and self.axes is not None:
+            axis = self.axes.name(group_in(values))
+            moved = moved_bytes(name, values)
+            self._open.collectives[Collective(name, axis, part, direction, moved)] += 1
+        if name in FILLS:
+            self.ledger.own(tensors_in(args[0]), Category.COMMUNICATION)
+        if not self.device.imagined:
+            return func(*args, **kwargs)
+        self._exchange_values(name, args)
+        return finished(func, args)
+
+    def _exchange_values(self, name: str, args: Any) -> None:
+        """State what is received, where what is sent has a value: the other ranks route as this one does."""
+        if self.values is None or name != "all_gather":
+            return
+        (output, *_), (own, *_) = tensors_in(args[0]), tensors_in(args[1])
+        value = self.values.of(own)
+        if value is not None and output.numel() % own.numel() == 0:
+            repeated = value.reshape(-1).repeat(output.numel() // own.numel())
+            self.values.state(output, repeated.view(output.shape))
+
+
+def finished(func: Any, args: Any) -> Any:
+    """Return what a collective returns that is done at once, its tensors unchanged."""
+    from torch._C._distributed_c10d import FakeWork
+
+    results = []
+    for value in func._schema.returns:
+        tensors = next(arg for arg in args if isinstance(arg, list | tuple | Tensor))
+        results.append(FakeWork().boxed() if "Work" in str(value.type) else tensors)
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """Return the tensors among arguments or results, and in lists among them."""
+    found = []
+    for value in (*args, *kwargs.values()) if kwargs else args:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += [item for item in value if isinstance(item, Tensor)]
+    return found
+
+
+def place() -> str:
+    """Return the line of ours, or of Megatron-core, that runs now, as `file:line function`."""
+    for frame in reversed(traceback.extract_stack()):
+        name = frame.filename
+        ours = name.startswith(str(ROOT)) and "/.venv/" not in name
+        if ("/megatron/" in name or ours) and not any(quiet in name for quiet in QUIET):
+            short = name.split("site-packages/")[-1].removeprefix(f"{ROOT}/")
+            return f"{short.removeprefix('.link/visionloom/')}:{frame.lineno} {frame.name}"
+    return "elsewhere"

@@ -1,0 +1,234 @@
+"""Trace one optimizer step of a rank: Megatron-core's schedule is cut into slots, and what a message would bring is stated."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import torch
+from megatron.core.pipeline_parallel import schedules
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from torch.nn.modules import module
+
+from visionloom.data.stream.batch import PackedBatch
+from visionloom.forecast.trace.axes import Axes
+from visionloom.forecast.trace.devices import HostCopies, MarkedDevice, MetaDevice
+from visionloom.forecast.trace.events import Category, RankTrace, SlotKind
+from visionloom.forecast.trace.kernels import gpu_kernels
+from visionloom.forecast.trace.memory import storage_resizes
+from visionloom.forecast.trace.recorder import Recorder
+from visionloom.forecast.trace.values import StatedValues
+from visionloom.model.rank_share import RankShare
+from visionloom.parallel import stand_in
+from visionloom.parallel.pipeline import layers_per_chunk
+from visionloom.parallel.topology import Topology
+from visionloom.train.phase_trainer import PhaseTrainer
+from visionloom.train.step import train_step
+
+
+@contextlib.contextmanager
+def recording(topology_device: torch.device, imbalance: float = 1.0, stated_experts: bool = True) -> Iterator[Recorder]:
+    """Record what runs inside: on an imagined device, or on a real CPU, whose device tensors are then marked.
+
+    Args:
+        topology_device: of the rank: `meta` or the CPU.
+        imbalance: of the experts' loads, see values.py.
+        stated_experts: a real rank routes as stated, too.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(gpu_kernels())
+        if topology_device.type == "meta":
+            recorder = Recorder(MetaDevice(), StatedValues(imbalance))
+        else:
+            device = MarkedDevice()
+            copies = stack.enter_context(HostCopies(device))
+            values = StatedValues(imbalance) if stated_experts else None
+            recorder = Recorder(device, values, copies)
+        stack.enter_context(_heard_recomputation(recorder))
+        stack.enter_context(storage_resizes(recorder.ledger))
+        stack.enter_context(_heard_synchronization(recorder))
+        stack.enter_context(recorder)
+        yield recorder
+
+
+@contextlib.contextmanager
+def _heard_synchronization(recorder: Recorder) -> Iterator[None]:
+    """Let the recorder hear of the host's waits for streams and events, which the stand-in for torch.cuda does not have."""
+
+    def wait(*_: object) -> None:
+        recorder.synchronized()
+
+    stream = stand_in.StandInStream
+    with mock.patch.object(stream, "synchronize", wait), mock.patch.object(torch.cuda, "synchronize", wait):
+        yield
+
+
+@contextlib.contextmanager
+def _heard_recomputation(recorder: Recorder) -> Iterator[None]:
+    """Let the recorder know when a module is called from inside a backward pass: only recomputation does that."""
+    begun: list[bool] = []
+
+    def before(*_: object) -> None:
+        begun.append(torch._C._current_autograd_node() is not None)
+        recorder.recomputing += begun[-1]
+
+    def after(*_: object) -> None:
+        recorder.recomputing -= begun.pop()
+
+    first = module.register_module_forward_pre_hook(before)
+    # Recomputation that has all it needs stops by an exception.
+    last = module.register_module_forward_hook(after, always_call=True)
+    try:
+        yield
+    finally:
+        first.remove()
+        last.remove()
+
+
+def trace_step(recorder: Recorder, trainer: PhaseTrainer, batches: list[PackedBatch]) -> RankTrace:
+    """Run one step of a trainer that was built while `recorder` recorded, and return its trace.
+
+    Args:
+        recorder: of `recording`, whose context is still open.
+        trainer: model, wrapper and optimizer.
+        batches: this rank's micro-batches, on the host.
+    """
+    topology, ledger = trainer.topology, recorder.ledger
+    # The first update would make them: between steps they are there.
+    for inner in trainer.optimizer.chained_optimizers:
+        if getattr(inner.optimizer, "make_moments", None):
+            inner.optimizer.make_moments()
+    for tensors, category in owned(trainer):
+        ledger.own(tensors, category)
+    recorder.axes = Axes(topology)
+
+    at_rest = recorder.start()
+    with _slots(recorder, trainer, len(batches)), _stated_shapes(trainer, batches):
+        train_step(trainer, batches)
+    recorder.finish()
+    return RankTrace(
+        rank=topology.rank,
+        world_size=topology.world_size,
+        stage=topology.pipeline_rank,
+        micro_batches=len(batches),
+        groups=dict(recorder.axes.ranks),
+        slots=tuple(recorder.slots),
+        waits=recorder.take_waits(),
+        mixed=recorder.take_mixed(),
+        at_rest=at_rest,
+        peak=ledger.peak(),
+    )
+
+
+def owned(trainer: PhaseTrainer) -> Iterator[tuple[list[Any], Category]]:
+    """Yield the tensors that live between steps, with what they are for."""
+    for part in trainer.model_parts:
+        yield [*part.parameters(), *part.buffers()], Category.WEIGHTS
+    for wrapped in trainer.wrapped_parts:
+        buffers = [*wrapped.buffers, *wrapped.expert_parallel_buffers]
+        yield [buffer.grad_data for buffer in buffers], Category.GRADIENTS
+        yield [b.param_data for b in buffers if b.param_data is not None], Category.WEIGHTS
+    for inner in trainer.optimizer.chained_optimizers:
+        if getattr(inner.optimizer, "param_groups", None):
+            groups = inner.optimizer.param_groups
+            yield [x for group in groups for x in group["params"]], Category.OPTIMIZER
+            states = inner.optimizer.state.values()
+            yield [x for state in states for x in state.values() if torch.is_tensor(x)], Category.OPTIMIZER
+
+
+# ---- the schedule
+
+
+@contextlib.contextmanager
+def _slots(recorder: Recorder, trainer: PhaseTrainer, micro_batches: int) -> Iterator[None]:
+    """Let the recorder begin a slot with each forward and backward pass of Megatron-core's schedule."""
+    forward_step, backward_step = schedules.forward_step, schedules.backward_step
+    numbers = {id(part): number for number, part in enumerate(trainer.wrapped_parts)}
+    passed = [0] * len(numbers)
+    made: dict[int, tuple[int, int]] = {}
+    left = len(numbers) * micro_batches
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        model = kwargs["model"] if "model" in kwargs else args[2]
+        chunk = numbers[id(model)]
+        micro_batch = passed[chunk]
+        passed[chunk] += 1
+        recorder.slot(SlotKind.FORWARD, chunk, micro_batch)
+        result = forward_step(*args, **kwargs)
+        made[id(_first(result[0]))] = chunk, micro_batch
+        recorder.slot(SlotKind.BETWEEN)
+        return result
+
+    def backward(input_tensor: Any, output_tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal left
+        chunk, micro_batch = made[id(_first(output_tensor))]
+        left -= 1
+        recorder.slot(SlotKind.BACKWARD, chunk, micro_batch)
+        result = backward_step(input_tensor, output_tensor, *args, **kwargs)
+        recorder.slot(SlotKind.BETWEEN if left else SlotKind.END)
+        return result
+
+    with mock.patch.object(schedules, "forward_step", forward), mock.patch.object(schedules, "backward_step", backward):
+        yield
+
+
+def _first(tensor: Any) -> Any:
+    return tensor[0] if isinstance(tensor, list) else tensor
+
+
+@contextlib.contextmanager
+def _stated_shapes(trainer: PhaseTrainer, batches: Sequence[PackedBatch]) -> Iterator[None]:
+    """State the shapes that neighbouring stages would send: hidden states, and DeepStack levels that travel with them."""
+    topology = trainer.topology
+    if topology.config.pipeline == 1 or topology.device.type != "meta":
+        yield
+        return
+    forward, backward = received_shapes(trainer, batches)
+    ask = P2PCommunicator._communicate_shapes
+
+    def answer(
+        communicator: Any, send_next: Any, send_previous: Any, previous: bool, following: bool
+    ) -> Any:
+        ask(communicator, send_next, send_previous, previous, following)
+        nothing = [0, 0, 0]
+        return next(forward) if previous else nothing, next(backward) if following else nothing
+
+    with mock.patch.object(P2PCommunicator, "_communicate_shapes", answer):
+        yield
+
+
+def received_shapes(
+    trainer: PhaseTrainer, batches: Sequence[PackedBatch]
+) -> tuple[Iterator[list[int]], Iterator[list[int]]]:
+    """Return the shapes of hidden states and of gradients that this stage receives, in the order of the schedule."""
+    topology = trainer.topology
+    stages, chunks = topology.config.pipeline, topology.config.chunks
+    order = [
+        (micro_batch, chunk)
+        for micro_batch, chunk in schedules.get_schedule_table(len(batches), chunks, stages)
+    ]
+    sizes = [boundary_sizes(trainer, batch) for batch in batches]
+    own = topology.pipeline_rank
+    forward, backward = [], []
+    for micro_batch, chunk in order:
+        place = chunk * stages + own
+        if place:
+            forward.append(sizes[micro_batch][place - 1])
+        place = (chunks - 1 - chunk) * stages + own
+        if place < stages * chunks - 1:
+            backward.append(sizes[micro_batch][place])
+    return iter(forward), iter(backward)
+
+
+def boundary_sizes(trainer: PhaseTrainer, batch: PackedBatch) -> list[list[int]]:
+    """Return the shape of what leaves each chunk of the pipeline but the last, for one micro-batch on this rank."""
+    topology, config = trainer.topology, trainer.model_config
+    share = RankShare.of(batch, topology)
+    rows = share.hidden.stop - share.hidden.start
+    visual = len(share.visual_rows) if len(batch.grid_thw) else 0
+    levels = len(config.vision.deepstack_layers)
+    shapes = []
+    for layers in layers_per_chunk(topology.config, config.text.layers):
+        levels = max(0, levels - layers)
+        shapes.append([rows + visual * levels, 1, config.text.hidden_size])
+    return shapes[:-1]

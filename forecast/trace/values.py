@@ -1,0 +1,178 @@
+"""State the values that an imagined rank asks for: which experts tokens choose, and whatever follows from that.
+
+A tensor on the meta device has no content. The choice of experts is stated where the router takes the largest scores; what is
+computed from it, and from tensors of zeros, ones and counts, is computed for real beside the meta tensors. So split sizes and
+lengths that depend on the routing have the right values without a branch in the model. Equal layers compute equal values:
+each is computed once.
+"""
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LARGEST = 1 << 26
+"""Elements of the largest tensor with a value; the choice of 262,144 tokens among 128 experts is half of it."""
+CONSTANTS = {
+    "aten::zeros": 0.0,
+    "aten::zeros_like": 0.0,
+    "aten::new_zeros": 0.0,
+    "aten::ones": 1.0,
+    "aten::ones_like": 1.0,
+    "aten::new_ones": 1.0,
+}
+
+
+def balanced_choice(tokens: int, experts: int, each: int, imbalance: float) -> Tensor:
+    """Return the experts of each token, int64 [tokens, each].
+
+    Args:
+        tokens: of this rank.
+        experts: in all.
+        each: experts that a token takes.
+        imbalance: load of the most loaded expert over the mean; the first experts have it, so that they fill the first
+            expert-parallel rank, and the others share the rest evenly. 1: all have the same.
+    """
+    total = tokens * each
+    mean = total / experts
+    # No token takes an expert twice, so no expert has more than all tokens.
+    most = min(round(mean * imbalance), tokens)
+    heavy = max(1, experts // 8) if imbalance > 1 else 0
+    counts = torch.full((experts,), total // experts)
+    if heavy:
+        heavy = min(heavy, total // max(1, most))
+        left = total - heavy * most
+        counts[:heavy] = most
+        counts[heavy:] = left // (experts - heavy)
+    rest = total - int(counts.sum())
+    counts[heavy : heavy + rest % (experts - heavy)] += 1
+    counts[heavy:] += rest // (experts - heavy)
+    # Column by column: an expert's tokens are neighbours, so that none has it twice.
+    chosen = torch.repeat_interleave(torch.arange(experts), counts)
+    return chosen.view(each, tokens).t().contiguous()
+
+
+class StatedValues:
+    """The values of meta tensors that have one."""
+
+    def __init__(self, imbalance: float = 1.0) -> None:
+        self.imbalance = imbalance
+        self._computed: dict[Any, Any] = {}
+        self._stated: dict[int, dict[Any, Tensor]] = {}
+        """By storage, then by the place of the tensor in it."""
+        self._guards: dict[int, Any] = {}
+
+    def of(self, tensor: Tensor) -> Tensor | None:
+        """Return a tensor's value on the CPU, or None."""
+        values = self._stated.get(tensor.untyped_storage()._cdata)
+        return None if values is None else values.get(_view(tensor))
+
+    def state(self, tensor: Tensor, value: Tensor) -> None:
+        """Give a tensor a value."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._guards:
+            self._guards[key] = weakref.ref(storage, lambda _: self._forget(key))
+        self._stated.setdefault(key, {})[_view(tensor)] = value
+
+    def _forget(self, key: int) -> None:
+        self._guards.pop(key, None)
+        self._stated.pop(key, None)
+
+    def choose(self, scores: Tensor, each: int) -> Tensor:
+        """Return the stated choice of the `each` largest of scores [tokens, experts], int64 [tokens, each]."""
+        tokens, experts = scores.shape
+        key = ("choice", tokens, experts, each)
+        if key not in self._computed:
+            self._computed[key] = balanced_choice(tokens, experts, each, self.imbalance)
+        choice: Tensor = self._computed[key]
+        return choice
+
+    def follow(
+        self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], outputs: Sequence[Tensor]
+    ) -> None:
+        """Give the outputs of an operation their values, if those of its inputs are known."""
+        name = func._schema.name
+        if name in CONSTANTS:
+            for tensor in outputs:
+                constant = torch.tensor(CONSTANTS[name]).to(tensor.dtype)
+                self.state(tensor, constant.expand(tensor.shape))
+            return
+        if name == "aten::arange":
+            host = {**kwargs, "device": torch.device("cpu")}
+            self.state(outputs[0], self._compute(func, args, host)[0])
+            return
+        inputs = [value for value in _flat((args, *kwargs.values())) if isinstance(value, Tensor)]
+        if name == "aten::_to_copy" and not inputs[0].is_meta:
+            # What the host sends to the device is known; lengths and rows are asked for, pixels are not.
+            if not inputs[0].is_floating_point():
+                self.state(outputs[0], inputs[0].to(outputs[0].dtype))
+            return
+        # Nothing follows from numbers with a fraction: a choice, a count or a mask must be there.
+        follows = any(not tensor.is_floating_point() for tensor in (*inputs, *outputs))
+        small = all(tensor.numel() <= LARGEST for tensor in outputs)
+        known = follows and small and all(map(self._knows, inputs))
+        values = self._compute(func, self._valued(args), self._valued(kwargs)) if known else []
+        if func._schema.is_mutable:
+            self._drop(outputs)
+        for tensor, value in zip(outputs, values, strict=False):
+            self.state(tensor, value)
+
+    def _knows(self, tensor: Tensor) -> bool:
+        return not tensor.is_meta or self.of(tensor) is not None
+
+    def _drop(self, tensors: Sequence[Tensor]) -> None:
+        """Forget the values of tensors that have been changed, and of all views of them."""
+        for tensor in tensors:
+            self._stated.pop(tensor.untyped_storage()._cdata, None)
+
+    def _valued(self, value: Any) -> Any:
+        """Replace meta tensors by their values, however deep."""
+        if isinstance(value, Tensor):
+            stated = self.of(value) if value.is_meta else None
+            return value if stated is None else stated
+        if isinstance(value, list | tuple):
+            return type(value)(self._valued(item) for item in value)
+        if isinstance(value, dict):
+            return {key: self._valued(item) for key, item in value.items()}
+        return value
+
+    def _compute(self, func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+        key = (func, _key(args), _key(tuple(sorted(kwargs.items()))))
+        if key not in self._computed:
+            if func._schema.is_mutable:
+                args = tuple(_cloned(value) for value in args)
+            result = func(*args, **{name: _host(value) for name, value in kwargs.items()})
+            # The arguments are kept too, since their addresses are the key.
+            self._computed[key] = ([v for v in _flat((result,)) if isinstance(v, Tensor)], args, kwargs)
+        values: list[Tensor] = self._computed[key][0]
+        return values
+
+
+def _view(tensor: Tensor) -> Any:
+    """Return the place of a tensor in its storage."""
+    return tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _host(value: Any) -> Any:
+    return torch.device("cpu") if isinstance(value, torch.device) else value
+
+
+def _cloned(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _key(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return id(value)
+    if isinstance(value, list | tuple):
+        return tuple(_key(item) for item in value)
+    return (type(value).__name__, str(value))
+
+
+def _flat(value: Any) -> list[Any]:
+    if isinstance(value, list | tuple):
+        return [each for item in value for each in _flat(item)]
+    return [value]
