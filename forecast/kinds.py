@@ -42,10 +42,43 @@ class _Chunk:
     stop: int
     is_last: bool
 
-    def holds(self, levels: int) -> tuple[bool, int, bool, int, int]:
-        """Return what decides its work: tower, layers, loss, and the DeepStack levels that come in and go on."""
-        before, after = max(0, levels - self.first), max(0, levels - self.stop)
+    def holds(self, levels: int) -> tuple[int, ...]:
+        """Return what decides its work: tower, layers, loss, and the DeepStack levels that come in and that go on."""
+        before = max(0, levels - self.first)
+        after = max(0, levels - self.stop)
         return self.number == 0, self.stop - self.first, self.is_last, before, after
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """The chunks of a pipeline stage."""
+
+    number: int
+    chunks: tuple[_Chunk, ...]
+
+    @classmethod
+    def all(cls, parallel: ParallelConfig, model: ModelConfig) -> "list[_Stage]":
+        """Return the stages of a layout."""
+        counts = layers_per_chunk(parallel, model.text.layers)
+        chunks, first = [], 0
+        for number, count in enumerate(counts):
+            chunks.append(_Chunk(number, first, first + count, number == len(counts) - 1))
+            first += count
+        # The first `pipeline` chunks go to the stages in turn, then the second ones.
+        size = parallel.pipeline
+        return [cls(stage, tuple(chunks[stage::size])) for stage in range(size)]
+
+    @property
+    def description(self) -> str:
+        """Say what it holds."""
+        ranges = []
+        for chunk in self.chunks:
+            if chunk.stop > chunk.first:
+                ranges.append(f"{chunk.first}-{chunk.stop - 1}")
+        words = f"layers {' and '.join(ranges)}" if ranges else "no layers"
+        tower = "" if self.number else "vision tower, "
+        loss = ", loss" if self.chunks[-1].is_last else ""
+        return tower + words + loss
 
 
 def rank_number(
@@ -72,73 +105,44 @@ def rank_kinds(
         model: whose layers are cut.
         encoder_patches: patches of a pack that each encoder rank gets.
     """
-    stages = _stage_chunks(parallel, model)
     levels = len(model.vision.deepstack_layers)
-    alike: dict[tuple[tuple[bool, int, bool, int, int], ...], list[int]] = {}
-    for stage, chunks in enumerate(stages):
-        held = tuple(chunk.holds(levels) for chunk in chunks)
+    alike: dict[tuple[tuple[int, ...], ...], list[_Stage]] = {}
+    for stage in _Stage.all(parallel, model):
+        held = tuple(chunk.holds(levels) for chunk in stage.chunks)
         alike.setdefault(held, []).append(stage)
 
-    per_stage = world_size // parallel.pipeline
-    kinds = []
-    for numbers in alike.values():
-        first = numbers[0]
-        description = _description(stages[first], numbers)
-        if first == 0:
-            kinds += _encoder_kinds(parallel, world_size, encoder_patches, description)
-            continue
-        rank = rank_number(parallel, world_size, first)
-        kinds.append(RankKind(rank, per_stage * len(numbers), tuple(numbers), description))
+    first, *others = alike.values()
+    kinds = _ranks_with_tower(parallel, world_size, first[0].description, encoder_patches)
+    for stages in others:
+        numbers = tuple(stage.number for stage in stages)
+        rank = rank_number(parallel, world_size, numbers[0])
+        ranks = world_size // parallel.pipeline * len(stages)
+        description = stages[0].description
+        if len(stages) > 1:
+            description += f", as many on stages {', '.join(map(str, numbers[1:]))}"
+        kinds.append(RankKind(rank, ranks, numbers, description))
     return kinds
 
 
-def _encoder_kinds(
+def _ranks_with_tower(
     parallel: ParallelConfig,
     world_size: int,
-    encoder_patches: Sequence[int],
     description: str,
+    encoder_patches: Sequence[int],
 ) -> list[RankKind]:
     """Return the kinds of the first stage: ranks with most pictures, and those with fewest where they have clearly less."""
     per_stage = world_size // parallel.pipeline
     most, fewest = max(encoder_patches), min(encoder_patches)
+    busiest = rank_number(parallel, world_size, 0, encoder_patches.index(most))
     if fewest >= ALIKE * most:
-        rank = rank_number(parallel, world_size, 0, encoder_patches.index(most))
-        return [RankKind(rank, per_stage, (0,), description)]
+        return [RankKind(busiest, per_stage, (0,), description)]
 
     # Ranks between the two count with the nearer one.
-    busy = sum(2 * patches >= most + fewest for patches in encoder_patches)
-    ranks_each = per_stage // len(encoder_patches)
-    counts = {most: busy, fewest: len(encoder_patches) - busy}
-    kinds = []
-    for patches, name in ((most, "most pictures"), (fewest, "fewest pictures")):
-        rank = rank_number(parallel, world_size, 0, encoder_patches.index(patches))
-        ranks = counts[patches] * ranks_each
-        kinds.append(RankKind(rank, ranks, (0,), f"{description}, {name}"))
-    return kinds
-
-
-def _stage_chunks(parallel: ParallelConfig, model: ModelConfig) -> list[list[_Chunk]]:
-    """Return the chunks of each stage."""
-    counts = layers_per_chunk(parallel, model.text.layers)
-    stages: list[list[_Chunk]] = [[] for _ in range(parallel.pipeline)]
-    first = 0
-    for number, count in enumerate(counts):
-        chunk = _Chunk(number, first, first + count, number == len(counts) - 1)
-        # The first `pipeline` chunks go to the stages in turn, then the second ones.
-        stages[number % parallel.pipeline].append(chunk)
-        first += count
-    return stages
-
-
-def _description(chunks: list[_Chunk], stages: list[int]) -> str:
-    """Say what a stage holds, and which other stages hold as much."""
-    ranges = [f"{chunk.first}-{chunk.stop - 1}" for chunk in chunks if chunk.stop > chunk.first]
-    words = [f"layers {' and '.join(ranges)}" if ranges else "no layers"]
-    if chunks[0].number == 0:
-        words.insert(0, "vision tower")
-    if chunks[-1].is_last:
-        words.append("loss")
-    if len(stages) > 1:
-        others = ", ".join(map(str, stages[1:]))
-        words.append(f"alike stage {others}" if len(stages) == 2 else f"alike stages {others}")
-    return ", ".join(words)
+    middle = (most + fewest) / 2
+    busy = sum(patches >= middle for patches in encoder_patches)
+    busy *= per_stage // len(encoder_patches)
+    idlest = rank_number(parallel, world_size, 0, encoder_patches.index(fewest))
+    return [
+        RankKind(busiest, busy, (0,), f"{description}, most pictures"),
+        RankKind(idlest, per_stage - busy, (0,), f"{description}, fewest pictures"),
+    ]

@@ -14,7 +14,7 @@ import yaml
 from numpy.typing import NDArray
 
 from visionloom.data.encode.encode import EncodedSample
-from visionloom.data.encode.geometry import FACTOR, MERGE_SIZE
+from visionloom.data.encode.geometry import MERGE_SIZE
 from visionloom.data.plan.lengths import LENGTHS, Lengths
 from visionloom.data.shards.sample import Image, Video
 
@@ -22,6 +22,9 @@ DATASET: Final = "mixture"
 """Name of the dataset that a mixture stands for."""
 MERGED: Final = MERGE_SIZE**2
 """Patches of a visual token."""
+IMAGE: Final = Image("", 0, 0)
+VIDEO: Final = Video((), (), 0, 0)
+"""A batch asks a medium for its kind only: rows of videos are twice as wide."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,40 @@ class MixtureShapes:
     picture_side: int
     frame_tokens: int
 
+    @property
+    def picture_tokens(self) -> int:
+        """Return the visual tokens of the largest picture."""
+        return self.picture_side**2
+
+    def rectangles(
+        self,
+        shown: NDArray[np.int64],
+        is_video: NDArray[np.bool_],
+    ) -> NDArray[np.int64]:
+        """Give visual tokens (int64 [n]) the shapes of pictures, about square ones: int64 [n, 4], see DrawnSamples."""
+        pictures = np.where(is_video, 0, shown // self.picture_tokens)
+        frames = np.maximum(1, -(-shown // self.frame_tokens))
+        time = np.where(is_video, frames, 1)
+        # A rectangle has whole rows: what is left of the last one is lost, 2 % of all on average.
+        each = (shown - pictures * self.picture_tokens) // time
+        rows = np.sqrt(each).astype(np.int64)
+        columns = each // np.maximum(1, rows)
+        return np.stack([pictures, time, rows, columns], axis=1)
+
+    def lengths(self, text: NDArray[np.int64], rectangles: NDArray[np.int64]) -> Lengths:
+        """Return the table of samples with this text (int64 [n]) and these pictures: [n] of dtype LENGTHS."""
+        pictures, time, rows, columns = rectangles.T
+        largest = MERGED * self.picture_tokens
+        area = MERGED * rows * columns
+        patches = pictures * largest + time * area
+
+        table = np.zeros(len(text), LENGTHS)
+        table["tokens"] = text + patches // MERGED
+        table["patches"] = patches
+        table["supervised"] = text // 2
+        table["patch_pairs"] = pictures * largest**2 + time * area**2
+        return table
+
 
 @dataclass(frozen=True)
 class DrawnSamples:
@@ -50,12 +87,11 @@ class DrawnSamples:
 
     lengths: Lengths
     """[n] of dtype LENGTHS."""
-    grids: NDArray[np.int64]
+    rectangles: NDArray[np.int64]
     """[n, 4] largest pictures, then temporal patches, rows and columns, in visual tokens, of one more picture or of a video."""
     is_video: NDArray[np.bool_]
     """[n]"""
-    picture_side: int
-    """Visual tokens of a largest picture's side."""
+    shapes: MixtureShapes
 
     def encoded(self, number: int) -> EncodedSample:
         """Return a sample as the stream would encode it, its ids and positions all 0.
@@ -63,17 +99,9 @@ class DrawnSamples:
         Visual tokens come first, supervised ones last.
         """
         tokens, patches, supervised, _ = self.lengths[number].item()
-        pictures, time, rows, columns = self.grids[number].tolist()
-        largest = self.picture_side * MERGE_SIZE
-        grids = [(1, largest, largest)] * pictures
-        if rows:
-            grids.append((time, rows * MERGE_SIZE, columns * MERGE_SIZE))
         weights = np.zeros(tokens, np.float32)
         weights[tokens - supervised :] = 1.0
-
-        # A batch asks a medium for its kind only: rows of videos are twice as wide.
-        height, width = rows * FACTOR, columns * FACTOR
-        medium = Video((), (), width, height) if self.is_video[number] else Image("", width, height)
+        grids = self._grids(number)
         return EncodedSample(
             sample_id=f"{DATASET}/{number}",
             dataset=DATASET,
@@ -82,11 +110,21 @@ class DrawnSamples:
             target_weights=weights,
             position_ids=np.zeros((3, tokens), np.int32),
             visual_positions=np.arange(patches // MERGED, dtype=np.int64),
-            grids=np.array(grids, np.int32).reshape(-1, 3),
-            media=(medium,) * len(grids),
+            grids=grids,
+            media=(VIDEO if self.is_video[number] else IMAGE,) * len(grids),
             answer=None,
             prompt_length=tokens - supervised,
         )
+
+    def _grids(self, number: int) -> NDArray[np.int32]:
+        """Return the patches in time, height and width of a sample's pictures or of its video, int32 [g, 3]."""
+        pictures, time, rows, columns = self.rectangles[number].tolist()
+        side = self.shapes.picture_side
+        shown = [(1, side, side)] * pictures
+        if rows:
+            shown.append((time, rows, columns))
+        merged = np.array(shown, np.int32).reshape(-1, 3)
+        return merged * np.array([1, MERGE_SIZE, MERGE_SIZE], np.int32)
 
 
 @dataclass(frozen=True)
@@ -104,53 +142,31 @@ class LengthMixture:
         """Draw samples, those longer than a pack included."""
         rng = np.random.default_rng(seed)
         shares = np.array([*self.shares.values()])
-        kinds = [self.kinds[name] for name in self.shares]
-        drawn = rng.choice(len(kinds), count, p=shares / shares.sum())
-        text = self._lognormal(rng, [(kind.text, kind.text_spread) for kind in kinds], drawn)
-        visual = [(kind.visual, kind.visual_spread) for kind in kinds]
-        shown = self._lognormal(rng, visual, drawn)
-        is_video = np.array([kind.is_video for kind in kinds])[drawn]
-        return self._samples(text + self.shapes.fixed_tokens, shown, is_video)
+        drawn = rng.choice(len(shares), count, p=shares / shares.sum())
+        text = self._lognormal(rng, drawn, "text") + self.shapes.fixed_tokens
+        shown = self._lognormal(rng, drawn, "visual")
+        is_video = self._column("is_video")[drawn]
+
+        rectangles = self.shapes.rectangles(shown, is_video)
+        lengths = self.shapes.lengths(text, rectangles)
+        return DrawnSamples(lengths, rectangles, is_video, self.shapes)
+
+    def _column(self, name: str) -> NDArray[Any]:
+        """Return a field of the kinds, in the order of the shares."""
+        return np.array([getattr(self.kinds[kind], name) for kind in self.shares])
 
     def _lognormal(
         self,
         rng: np.random.Generator,
-        parameters: list[tuple[float, float]],
         drawn: NDArray[np.int64],
+        name: str,
     ) -> NDArray[np.int64]:
-        """Return a length for each drawn kind, int64 [n], by the (median, spread) of the kinds; 0 where the median is."""
-        medians, spreads = np.array(parameters)[drawn].T
-        medians = medians * self.scale
-        # The logarithm of a median of 0 is none; a spread of 0 gives 1, which is then left out.
+        """Return a length for each drawn kind, int64 [n]; 0 where the median `name` of a kind is."""
+        medians = self._column(name)[drawn] * self.scale
+        spreads = self._column(f"{name}_spread")[drawn]
+        # The logarithm of 0 is none: 1 takes its place, and is left out afterwards.
         lengths = np.exp(rng.normal(np.log(np.maximum(medians, 1.0)), spreads))
         return np.where(medians > 0, lengths, 0.0).astype(np.int64)
-
-    def _samples(
-        self,
-        text: NDArray[np.int64],
-        shown: NDArray[np.int64],
-        is_video: NDArray[np.bool_],
-    ) -> DrawnSamples:
-        """Give visual tokens the shapes of pictures, about square ones, and count tokens and patches by them."""
-        side = self.shapes.picture_side
-        pictures = np.where(is_video, 0, shown // side**2)
-        frames = -(-shown // self.shapes.frame_tokens)
-        time = np.where(is_video, np.maximum(1, frames), 1)
-        # A grid is a rectangle: up to a side's tokens are lost, 2 % on average.
-        each = (shown - pictures * side**2) // time
-        rows = np.sqrt(each).astype(np.int64)
-        columns = each // np.maximum(1, rows)
-
-        area = MERGED * rows * columns
-        largest = MERGED * side**2
-        patches = pictures * largest + time * area
-        lengths = np.zeros(len(text), LENGTHS)
-        lengths["tokens"] = text + patches // MERGED
-        lengths["patches"] = patches
-        lengths["supervised"] = text // 2
-        lengths["patch_pairs"] = pictures * largest**2 + time * area**2
-        grids = np.stack([pictures, time, rows, columns], axis=1)
-        return DrawnSamples(lengths, grids, is_video, side)
 
 
 @functools.cache
@@ -161,9 +177,10 @@ def mixtures() -> dict[int, LengthMixture]:
     kinds = {name: SampleKind(**kind) for name, kind in values.pop("kinds").items()}
     by_length = values.pop("mixtures")
     shapes = MixtureShapes(**values)
-    return {
-        length: LengthMixture(length, shares, kinds, shapes) for length, shares in by_length.items()
-    }
+    read = {}
+    for length, shares in by_length.items():
+        read[length] = LengthMixture(length, shares, kinds, shapes)
+    return read
 
 
 def mixture_for(sequence_length: int) -> LengthMixture:

@@ -83,7 +83,12 @@ class ImaginedPacks:
 
     def batch(self, share: Share) -> PackedBatch:
         """Return them as a rank of this share reads them; patches are uninitialised memory of the right shape."""
-        return pack(self.packs, self.layout, _decode_nothing, share)
+        return pack(self.packs, self.layout, self._decode_nothing, share)
+
+    @staticmethod
+    def _decode_nothing(number: int, units: Sequence[Unit], out: NDArray[np.uint8]) -> bool:
+        """Leave the patches as they are; return True, as nothing is unreadable."""
+        return True
 
     @property
     def counts(self) -> StepCounts:
@@ -101,6 +106,41 @@ class ImaginedPacks:
         return counts
 
 
+class MicroBatches:
+    """The micro-batches of the first steps of a plan, of all data-parallel ranks."""
+
+    def __init__(self, plan: Plan, steps: int, ranks: int, micro_batch: int) -> None:
+        self._plan = plan
+        self.all: list[list[PlannedPack]] = []
+        for step in range(steps):
+            for mine in deal(plan.step(step), ranks, micro_batch):
+                self.all += mine
+
+    def choose(self, choice: PackChoice) -> list[PlannedPack]:
+        """Return one of them; the mean one is nearest the mean in each count that a cost is made of."""
+        counts = np.array([self._counts(packs) for packs in self.all])
+        costs = self._plan.cost.by_count(counts[:, :4])
+        # Of equal cost are packs of text and packs of pictures: only all four counts together make a usual one.
+        distances = np.abs(costs - costs.mean(0)).sum(1)
+        scores = {
+            PackChoice.MEAN: -distances,
+            PackChoice.WORST: costs.sum(1),
+            PackChoice.PATCHES: counts[:, 2],
+            PackChoice.SUPERVISED: counts[:, 4],
+        }
+        return self.all[int(scores[choice].argmax())]
+
+    def _counts(self, packs: list[PlannedPack]) -> NDArray[np.int64]:
+        """Count a micro-batch: int64 [5] tokens, token pairs, patches, patch pairs, supervised tokens."""
+        counts = np.zeros(5, np.int64)
+        for one in packs:
+            for number, sample, part_number in one.places:
+                part = self._plan.entries[number].parts.part(sample, part_number)
+                pairs = part.tokens**2
+                counts += (part.tokens, pairs, part.patches, part.patch_pairs, part.supervised)
+        return counts
+
+
 def packs_for(config: RunConfig, phase: str, world_size: int, choice: PackChoice) -> ImaginedPacks:
     """Choose the micro-batch that stands for all those of a phase.
 
@@ -109,24 +149,21 @@ def packs_for(config: RunConfig, phase: str, world_size: int, choice: PackChoice
     """
     settings = config.phases[phase]
     layout = settings.parallel or config.parallel
-    options = stream_options(config, phase)
-    source: PackSource
-    if lacking := missing_lengths(options):
-        source = MixtureStream(options)
-        name = f"a stated mixture ({lacking})"
-    else:
-        source = PackStream(options)
-        name = "the phase's own plan"
-
-    ranks = layout.data_parallel_size(world_size)
+    source, name = open_source(stream_options(config, phase))
     steps = min(settings.total_steps, max(1, PACKS // settings.global_batch))
-    micro_batches = []
-    for step in range(steps):
-        for rank in deal(source.plan.step(step), ranks, settings.micro_batch):
-            micro_batches += rank
-    chosen = _choose(source.plan, micro_batches, choice)
-    origin = f"the {choice} of the first {len(micro_batches):,} micro-batches of {name}"
-    return ImaginedPacks.of(source.samples_of(chosen), source.layout, origin)
+    ranks = layout.data_parallel_size(world_size)
+    micro_batches = MicroBatches(source.plan, steps, ranks, settings.micro_batch)
+
+    samples = source.samples_of(micro_batches.choose(choice))
+    origin = f"the {choice} of the first {len(micro_batches.all):,} micro-batches of {name}"
+    return ImaginedPacks.of(samples, source.layout, origin)
+
+
+def open_source(options: StreamOptions) -> tuple[PackSource, str]:
+    """Return the stream of a phase, of a mixture where its own lengths are not there, and its name."""
+    if lacking := missing_lengths(options):
+        return MixtureStream(options), f"a stated mixture ({lacking})"
+    return PackStream(options), "the phase's own plan"
 
 
 def missing_lengths(options: StreamOptions) -> str:
@@ -141,12 +178,12 @@ def missing_lengths(options: StreamOptions) -> str:
         return f"no folder data.tokenizer={data.tokenizer}"
     tokenizer = Tokenizer(data.tokenizer)
     for name in dataset_weights(data, options.mixture):
-        if lacking := _missing_lengths_of(data, name, tokenizer):
+        if lacking := dataset_lacks(data, name, tokenizer):
             return lacking
     return ""
 
 
-def _missing_lengths_of(data: DataConfig, name: str, tokenizer: Tokenizer) -> str:
+def dataset_lacks(data: DataConfig, name: str, tokenizer: Tokenizer) -> str:
     """Return what one dataset lacks, in words."""
     path = data.datasets[name].path
     option = f"data.datasets.{name}.path={path}"
@@ -158,37 +195,3 @@ def _missing_lengths_of(data: DataConfig, name: str, tokenizer: Tokenizer) -> st
     if kept_lengths(dataset, tokenizer, data.media, cache_folder(data, path)) is None:
         return f"{option} has no lengths yet: run data.py lengths"
     return ""
-
-
-def _choose(
-    plan: Plan, micro_batches: list[list[PlannedPack]], choice: PackChoice
-) -> list[PlannedPack]:
-    """Return one of the micro-batches; the mean one is nearest the mean in each count that a cost is made of."""
-    counts = np.array([_counts(plan, packs) for packs in micro_batches])
-    patches, supervised = counts[:, 2], counts[:, 4]
-    costs = plan.cost.by_count(counts[:, :4])
-    # Of equal cost are packs of text and packs of pictures: only all four counts together make a usual one.
-    distances = np.abs(costs - costs.mean(0)).sum(1)
-    scores = {
-        PackChoice.MEAN: -distances,
-        PackChoice.WORST: costs.sum(1),
-        PackChoice.PATCHES: patches,
-        PackChoice.SUPERVISED: supervised,
-    }
-    return micro_batches[int(scores[choice].argmax())]
-
-
-def _counts(plan: Plan, packs: list[PlannedPack]) -> NDArray[np.int64]:
-    """Count a micro-batch: int64 [5] tokens, token pairs, patches, patch pairs, supervised tokens."""
-    counts = np.zeros(5, np.int64)
-    for one in packs:
-        for number, sample, part_number in one.places:
-            part = plan.entries[number].parts.part(sample, part_number)
-            pairs = part.tokens**2
-            counts += (part.tokens, pairs, part.patches, part.patch_pairs, part.supervised)
-    return counts
-
-
-def _decode_nothing(number: int, units: Sequence[Unit], out: NDArray[np.uint8]) -> bool:
-    """Leave the patches as they are; return True, as nothing is unreadable."""
-    return True

@@ -75,7 +75,7 @@ def test_every_rank_is_of_one_kind(size: str) -> None:
 def test_stages_in_the_middle_are_one_kind() -> None:
     first, middle, last = kinds_of("qwen3vl_8b", 64, [100] * 2, pipeline=4, tensor=2)
     assert first == RankKind(0, 16, (0,), "vision tower, layers 0-8")
-    assert middle == RankKind(16, 32, (1, 2), "layers 9-17, alike stage 2")
+    assert middle == RankKind(16, 32, (1, 2), "layers 9-17, as many on stages 2")
     assert last == RankKind(48, 16, (3,), "layers 27-35, loss")
 
 
@@ -89,7 +89,7 @@ def test_virtual_stages_hold_several_runs_of_layers() -> None:
     kinds = kinds_of("qwen3vl_32b", 32, [100], pipeline=4, virtual_pipeline=2)
     assert [kind.description for kind in kinds] == [
         "vision tower, layers 0-7 and 32-39",
-        "layers 8-15 and 40-47, alike stage 2",
+        "layers 8-15 and 40-47, as many on stages 2",
         "layers 24-31 and 56-63, loss",
     ]
 
