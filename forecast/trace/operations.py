@@ -23,7 +23,13 @@ DTYPES = {
     torch.int8: "int8",
     torch.bool: "bool",
 }
-VIEWS = {"aten::_unsafe_view", "aten::_reshape_alias", "aten::lift_fresh", "aten::set_", "aten::alias"}
+VIEWS = {
+    "aten::_unsafe_view",
+    "aten::_reshape_alias",
+    "aten::lift_fresh",
+    "aten::set_",
+    "aten::alias",
+}
 """Operations that launch nothing, though their schemas do not say that their result is their input's memory."""
 SILENT = {
     "aten::empty",
@@ -38,7 +44,13 @@ SILENT = {
 """Operations that launch nothing: memory is taken, or the host waits."""
 READS_ROWS = {"aten::embedding", "aten::index", "aten::index_select", "aten::gather"}
 """Operations that read of their first input only what they return."""
-ADDS_ROWS = {"aten::index_add_", "aten::scatter_add_", "aten::index_put_", "aten::_index_put_impl_", "aten::index_copy_"}
+ADDS_ROWS = {
+    "aten::index_add_",
+    "aten::scatter_add_",
+    "aten::index_put_",
+    "aten::_index_put_impl_",
+    "aten::index_copy_",
+}
 """Operations that read and write of their first input only the rows that others are added to."""
 OVERWRITES = {"aten::zero_", "aten::fill_", "aten::copy_"}
 """Operations that write their first input without reading it."""
@@ -77,7 +89,13 @@ def kind_of(func: Any) -> Kind:
     return Kind(name, launches, schema.is_mutable, flop_registry.get(func.overloadpacket))
 
 
-def cost_of(func: Any, args: Sequence[Any], kwargs: dict[str, Any], inputs: list[Tensor], outputs: list[Tensor]) -> Cost:
+def cost_of(
+    func: Any,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    inputs: list[Tensor],
+    outputs: list[Tensor],
+) -> Cost:
     """Return what one launch costs.
 
     Args:

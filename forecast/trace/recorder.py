@@ -35,7 +35,13 @@ from visionloom.forecast.trace.values import StatedValues
 from visionloom.parallel.parts import OTHER, PREFIX
 
 COPIES = {"aten::_to_copy", "aten::copy_", "aten::clone"}
-SHAPED_BY_CONTENT = {"aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::unique_dim", "aten::repeat_interleave"}
+SHAPED_BY_CONTENT = {
+    "aten::nonzero",
+    "aten::masked_select",
+    "aten::_unique2",
+    "aten::unique_dim",
+    "aten::repeat_interleave",
+}
 """Operations whose result has a size that only the device knows: the host waits for it."""
 FILLS = {"all_gather", "reduce_scatter", "all_to_all", "receive"}
 """Collectives that fill a tensor of their own."""
@@ -60,7 +66,9 @@ class _OpenSlot:
 class Recorder(TorchDispatchMode):
     """Sees each operation of this process; `start` begins a step, `slot` a stretch of it, `finish` ends it."""
 
-    def __init__(self, device: Device, values: StatedValues | None = None, copies: HostCopies | None = None) -> None:
+    def __init__(
+        self, device: Device, values: StatedValues | None = None, copies: HostCopies | None = None
+    ) -> None:
         """Record operations on a device.
 
         Args:
@@ -197,7 +205,9 @@ class Recorder(TorchDispatchMode):
             self._enter(str(args[0]))
         return func(*args, **kwargs)
 
-    def _stays(self, name: str, tensors: list[Tensor], inputs: list[Tensor], outputs: list[Tensor]) -> bool:
+    def _stays(
+        self, name: str, tensors: list[Tensor], inputs: list[Tensor], outputs: list[Tensor]
+    ) -> bool:
         """Return whether an operation ran on the device."""
         if self.device.imagined:
             return bool(inputs) or any(map(self.device.holds, outputs))
@@ -224,7 +234,9 @@ class Recorder(TorchDispatchMode):
         """Give the host the stated value of a tensor, and record that it waits."""
         assert self.values is not None
         tensor = args[1] if name == "aten::copy_" else args[0]
-        waits = not (kwargs.get("non_blocking") or (name == "aten::copy_" and len(args) > 2 and args[2]))
+        waits = not (
+            kwargs.get("non_blocking") or (name == "aten::copy_" and len(args) > 2 and args[2])
+        )
         value = self.values.of(tensor)
         if name in SHAPED_BY_CONTENT or name == "aten::index":
             return self._shaped(func, name, args, kwargs)
@@ -273,7 +285,9 @@ class Recorder(TorchDispatchMode):
         self.values.state(indices, choice)
         return largest, indices
 
-    def _record(self, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+    def _record(
+        self, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], outputs: list[Tensor]
+    ) -> None:
         """Add an operation to the slot, and its tensors to the memory."""
         kind = kind_of(func)
         part, direction = self._place()
@@ -295,18 +309,28 @@ class Recorder(TorchDispatchMode):
         self._open.operations[operation] += 1
 
     def _check_hosts(
-        self, name: str, args: Any, kwargs: Any, tensors: list[Tensor], inputs: list[Tensor], outputs: list[Tensor]
+        self,
+        name: str,
+        args: Any,
+        kwargs: Any,
+        tensors: list[Tensor],
+        inputs: list[Tensor],
+        outputs: list[Tensor],
     ) -> None:
         """Record waits for the device, and operations with tensors of both sides."""
         if not self.device.imagined and name == "aten::_local_scalar_dense":
             self._wait("item")
         elif not self.device.imagined and name in SHAPED_BY_CONTENT:
             self._wait("shape that depends on content")
-        others = [tensor for tensor in tensors if tensor.dim() and not any(tensor is x for x in inputs)]
+        others = [
+            tensor for tensor in tensors if tensor.dim() and not any(tensor is x for x in inputs)
+        ]
         if not others:
             return
         if name in COPIES:
-            blocking = not (kwargs.get("non_blocking") or (name == "aten::copy_" and len(args) > 2 and args[2]))
+            blocking = not (
+                kwargs.get("non_blocking") or (name == "aten::copy_" and len(args) > 2 and args[2])
+            )
             if blocking and self.device.imagined:
                 self._wait("copy to the device")
         elif inputs:

@@ -27,7 +27,9 @@ from visionloom.train.step import train_step
 
 
 @contextlib.contextmanager
-def recording(topology_device: torch.device, imbalance: float = 1.0, stated_experts: bool = True) -> Iterator[Recorder]:
+def recording(
+    topology_device: torch.device, imbalance: float = 1.0, stated_experts: bool = True
+) -> Iterator[Recorder]:
     """Record what runs inside: on an imagined device, or on a real CPU, whose device tensors are then marked.
 
     Args:
@@ -59,7 +61,10 @@ def _heard_synchronization(recorder: Recorder) -> Iterator[None]:
         recorder.synchronized()
 
     stream = stand_in.StandInStream
-    with mock.patch.object(stream, "synchronize", wait), mock.patch.object(torch.cuda, "synchronize", wait):
+    with (
+        mock.patch.object(stream, "synchronize", wait),
+        mock.patch.object(torch.cuda, "synchronize", wait),
+    ):
         yield
 
 
@@ -133,7 +138,10 @@ def owned(trainer: PhaseTrainer) -> Iterator[tuple[list[Any], Category]]:
             groups = inner.optimizer.param_groups
             yield [x for group in groups for x in group["params"]], Category.OPTIMIZER
             states = inner.optimizer.state.values()
-            yield [x for state in states for x in state.values() if torch.is_tensor(x)], Category.OPTIMIZER
+            yield (
+                [x for state in states for x in state.values() if torch.is_tensor(x)],
+                Category.OPTIMIZER,
+            )
 
 
 # ---- the schedule
@@ -168,7 +176,10 @@ def _slots(recorder: Recorder, trainer: PhaseTrainer, micro_batches: int) -> Ite
         recorder.slot(SlotKind.BETWEEN if left else SlotKind.END)
         return result
 
-    with mock.patch.object(schedules, "forward_step", forward), mock.patch.object(schedules, "backward_step", backward):
+    with (
+        mock.patch.object(schedules, "forward_step", forward),
+        mock.patch.object(schedules, "backward_step", backward),
+    ):
         yield
 
 
