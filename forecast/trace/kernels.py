@@ -23,7 +23,9 @@ LIBRARY.define(
 )
 
 LIBRARY.define("rms_norm(Tensor x, Tensor weight, float epsilon) -> (Tensor, Tensor)")
-LIBRARY.define("rms_norm_backward(Tensor gradient, Tensor x, Tensor deviation, Tensor weight) -> (Tensor, Tensor)")
+LIBRARY.define(
+    "rms_norm_backward(Tensor gradient, Tensor x, Tensor deviation, Tensor weight) -> (Tensor, Tensor)"
+)
 
 
 # ---- attention
@@ -84,9 +86,7 @@ def _backward(
     def summed(x: Tensor) -> Tensor:
         return x.unflatten(1, (groups, heads // groups)).sum(2)
 
-    made = _backward_shapes(
-        gradient, query, key, value, output, logsumexp, mask, causal, scale
-    )
+    made = _backward_shapes(gradient, query, key, value, output, logsumexp, mask, causal, scale)
     results = (score_gradient @ keys, summed(key_gradient), summed(value_gradient))
     for target, result in zip(made, results, strict=True):
         target.copy_(result)
@@ -198,9 +198,7 @@ class _RmsNorm(torch.autograd.Function):
         return (*made, None)
 
 
-def rms_norm(
-    x: Tensor, normalized_shape: tuple[int, ...], weight: Tensor, eps: float
-) -> Tensor:
+def rms_norm(x: Tensor, normalized_shape: tuple[int, ...], weight: Tensor, eps: float) -> Tensor:
     """Return what F.rms_norm does over the last dim, by the one kernel that it has on a GPU."""
     assert len(normalized_shape) == 1, "the model normalises its last dim"
     return _RmsNorm.apply(x, weight, eps)

@@ -15,19 +15,20 @@ from visionloom.forecast.trace.axes import Axes
 from visionloom.forecast.trace.devices import HostCopies, MarkedDevice, MetaDevice
 from visionloom.forecast.trace.events import Category, RankTrace, SlotKind
 from visionloom.forecast.trace.kernels import gpu_kernels
-from visionloom.forecast.trace.memory import storage_resizes
+from visionloom.forecast.trace.memory import heard_resizes
 from visionloom.forecast.trace.recorder import Recorder
 from visionloom.forecast.trace.values import StatedValues
 from visionloom.model.rank_share import RankShare
 from visionloom.parallel import stand_in
 from visionloom.parallel.pipeline import layers_per_chunk
-from visionloom.parallel.topology import Topology
 from visionloom.train.phase_trainer import PhaseTrainer
 from visionloom.train.step import train_step
 
 
 @contextlib.contextmanager
-def recording(topology_device: torch.device, imbalance: float = 1.0, stated_experts: bool = True) -> Iterator[Recorder]:
+def recording(
+    topology_device: torch.device, imbalance: float = 1.0, stated_experts: bool = True
+) -> Iterator[Recorder]:
     """Record what runs inside: on an imagined device, or on a real CPU, whose device tensors are then marked.
 
     Args:
@@ -45,7 +46,7 @@ def recording(topology_device: torch.device, imbalance: float = 1.0, stated_expe
             values = StatedValues(imbalance) if stated_experts else None
             recorder = Recorder(device, values, copies)
         stack.enter_context(_heard_recomputation(recorder))
-        stack.enter_context(storage_resizes(recorder.ledger))
+        stack.enter_context(heard_resizes(recorder.ledger))
         stack.enter_context(_heard_synchronization(recorder))
         stack.enter_context(recorder)
         yield recorder
@@ -59,7 +60,10 @@ def _heard_synchronization(recorder: Recorder) -> Iterator[None]:
         recorder.synchronized()
 
     stream = stand_in.StandInStream
-    with mock.patch.object(stream, "synchronize", wait), mock.patch.object(torch.cuda, "synchronize", wait):
+    with (
+        mock.patch.object(stream, "synchronize", wait),
+        mock.patch.object(torch.cuda, "synchronize", wait),
+    ):
         yield
 
 
@@ -133,7 +137,10 @@ def owned(trainer: PhaseTrainer) -> Iterator[tuple[list[Any], Category]]:
             groups = inner.optimizer.param_groups
             yield [x for group in groups for x in group["params"]], Category.OPTIMIZER
             states = inner.optimizer.state.values()
-            yield [x for state in states for x in state.values() if torch.is_tensor(x)], Category.OPTIMIZER
+            yield (
+                [x for state in states for x in state.values() if torch.is_tensor(x)],
+                Category.OPTIMIZER,
+            )
 
 
 # ---- the schedule
@@ -168,7 +175,10 @@ def _slots(recorder: Recorder, trainer: PhaseTrainer, micro_batches: int) -> Ite
         recorder.slot(SlotKind.BETWEEN if left else SlotKind.END)
         return result
 
-    with mock.patch.object(schedules, "forward_step", forward), mock.patch.object(schedules, "backward_step", backward):
+    with (
+        mock.patch.object(schedules, "forward_step", forward),
+        mock.patch.object(schedules, "backward_step", backward),
+    ):
         yield
 
 

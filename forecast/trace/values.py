@@ -146,7 +146,11 @@ class StatedValues:
                 args = tuple(_cloned(value) for value in args)
             result = func(*args, **{name: _host(value) for name, value in kwargs.items()})
             # The arguments are kept too, since their addresses are the key.
-            self._computed[key] = ([v for v in _flat((result,)) if isinstance(v, Tensor)], args, kwargs)
+            self._computed[key] = (
+                [v for v in _flat((result,)) if isinstance(v, Tensor)],
+                args,
+                kwargs,
+            )
         values: list[Tensor] = self._computed[key][0]
         return values
 
