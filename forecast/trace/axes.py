@@ -16,7 +16,6 @@ GROUPS = {
     "dp": "data",
     "dp_cp": "data x context",
     "tp_cp": "tensor x context",
-    "all ranks": WORLD,
     "ep": "expert",
     "expt_tp": "expert tensor",
     "tp_ep": "expert tensor x expert",
@@ -45,25 +44,31 @@ NAMES = {
 
 
 class Axes:
-    """The groups of one rank by their ranks."""
+    """The groups of one rank, by their own names and by their ranks."""
 
     def __init__(self, topology: Topology) -> None:
         self.ranks: dict[str, tuple[int, ...]] = {}
-        self._names: dict[tuple[int, ...], str] = {}
+        self._by_group: dict[str, str] = {}
+        self._by_ranks = {tuple(range(topology.world_size)): WORLD}
         for attribute, name in GROUPS.items():
             group = getattr(topology.groups, attribute, None)
             if group is not None:
-                ranks = tuple(sorted(dist.get_process_group_ranks(group)))
-                self._names.setdefault(ranks, name)
-            elif name == WORLD:
-                self._names.setdefault(tuple(range(topology.world_size)), name)
+                self._by_group.setdefault(group.group_name, name)
+                self._by_ranks.setdefault(ranks_of(group), name)
 
     def name(self, group: Any) -> str:
         """Return the axis of a process group, and remember its ranks."""
-        ranks = tuple(sorted(dist.get_process_group_ranks(group)))
-        name = self._names.get(ranks, f"ranks {', '.join(map(str, ranks))}")
+        ranks = ranks_of(group)
+        name = self._by_group.get(group.group_name) or self._by_ranks.get(ranks)
+        # Groups that Megatron-core keeps for itself.
+        name = name or f"ranks {', '.join(map(str, ranks))}"
         self.ranks[name] = ranks
         return name
+
+
+def ranks_of(group: Any) -> tuple[int, ...]:
+    """Return the ranks of a process group, among all of the run."""
+    return tuple(sorted(dist.get_process_group_ranks(group)))
 
 
 def group_in(args: Sequence[Any]) -> Any:
@@ -74,7 +79,7 @@ def group_in(args: Sequence[Any]) -> Any:
     raise AssertionError("every collective has a group")
 
 
-def moved_bytes(name: str, args: Sequence[Any]) -> int:
+def moved_bytes(args: Sequence[Any]) -> int:
     """Return the bytes of a collective: the whole that is gathered, scattered or exchanged, or what is sent or reduced."""
     sides = [_bytes(value) for value in args if isinstance(value, Tensor | list | tuple)]
     sides = [side for side in sides if side]

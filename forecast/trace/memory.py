@@ -1,8 +1,9 @@
 """Account for the device's memory: which storages live when, and which of them at the fullest moment of a step."""
 
+import contextlib
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -153,27 +154,19 @@ def _rounded(size: int) -> int:
     return -(-size // BLOCK) * BLOCK
 
 
-def storage_resizes(ledger: Ledger) -> Any:
-    """Return a context manager in which the ledger hears of storages that change their size."""
-    return _Resizes(ledger)
+@contextlib.contextmanager
+def heard_resizes(ledger: Ledger) -> Iterator[None]:
+    """Let a ledger hear of storages that change their size, which no dispatch mode sees."""
+    storage: Any = torch.UntypedStorage
+    resize = storage.resize_
 
+    def heard(resized: Any, size: int) -> Any:
+        result = resize(resized, size)
+        ledger.resized(resized)
+        return result
 
-class _Resizes:
-    """Replaces UntypedStorage.resize_, which no dispatch mode sees."""
-
-    def __init__(self, ledger: Ledger) -> None:
-        self.ledger = ledger
-        self.real: Any = torch.UntypedStorage.resize_
-
-    def __enter__(self) -> None:
-        ledger, real = self.ledger, self.real
-
-        def resize(storage: Any, size: int) -> Any:
-            result = real(storage, size)
-            ledger.resized(storage)
-            return result
-
-        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
-
-    def __exit__(self, *_: object) -> None:
-        torch.UntypedStorage.resize_ = self.real  # type: ignore[method-assign]
+    storage.resize_ = heard
+    try:
+        yield
+    finally:
+        storage.resize_ = resize

@@ -1,9 +1,8 @@
 """What an operation costs: its launches, floating-point operations and bytes, from its name and the shapes of its tensors."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -78,7 +77,7 @@ class Kind:
     """torch's count of a matrix product's operations."""
 
 
-@lru_cache(maxsize=None)
+@cache
 def kind_of(func: Any) -> Kind:
     """Return what the schema of an operation says."""
     schema = func._schema
@@ -89,32 +88,43 @@ def kind_of(func: Any) -> Kind:
     return Kind(name, launches, schema.is_mutable, flop_registry.get(func.overloadpacket))
 
 
-def cost_of(
-    func: Any,
-    args: Sequence[Any],
-    kwargs: dict[str, Any],
-    inputs: list[Tensor],
-    outputs: list[Tensor],
-) -> Cost:
-    """Return what one launch costs.
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of an operation, as torch's dispatcher makes it."""
 
-    Args:
-        func: the operation.
-        args: its arguments.
-        kwargs: its named arguments.
-        inputs: tensors of the device among them.
-        outputs: tensors that it returned.
-    """
-    kind = kind_of(func)
+    kind: Kind
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Return the operation's name without its overload, such as `aten::mm`."""
+        return self.kind.name
+
+    @property
+    def blocks(self) -> bool:
+        """Return whether the host waits for a copy: it is not asked to go on."""
+        in_place = self.name == "aten::copy_" and len(self.args) > 2 and self.args[2]
+        return not (self.kwargs.get("non_blocking") or in_place)
+
+    def run(self) -> Any:
+        """Run it."""
+        return self.func(*self.args, **self.kwargs)
+
+
+def cost_of(call: Call, inputs: list[Tensor], outputs: list[Tensor]) -> Cost:
+    """Return what one launch costs, with the tensors of the device that it takes and returns."""
+    kind = call.kind
     moved = bytes_of(kind, inputs, outputs)
     if kind.name in ATTENTION:
-        return Cost(Kernel.ATTENTION, *ATTENTION[kind.name](args), moved)
+        return Cost(Kernel.ATTENTION, *ATTENTION[kind.name](call.args), moved)
     if kind.name == "aten::_grouped_mm":
         flops = grouped_product(inputs[0], inputs[1])
         return Cost(Kernel.PRODUCT, flops, flops, moved)
     if kind.product is not None:
         result = outputs[0] if len(outputs) == 1 else tuple(outputs)
-        flops = float(kind.product(*args, **kwargs, out_val=result))
+        flops = float(kind.product(*call.args, **call.kwargs, out_val=result))
         return Cost(Kernel.PRODUCT, flops, flops, moved)
     return Cost(Kernel.OTHER, 0.0, 0.0, moved)
 

@@ -8,6 +8,7 @@ stated values.
 import traceback
 from bisect import bisect_right
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,12 @@ from visionloom.forecast.trace.events import (
     Wait,
 )
 from visionloom.forecast.trace.memory import Ledger
-from visionloom.forecast.trace.operations import cost_of, dtype_of, kind_of
+from visionloom.forecast.trace.operations import Call, cost_of, dtype_of, kind_of
 from visionloom.forecast.trace.values import StatedValues
 from visionloom.parallel.parts import OTHER, PREFIX
 
+ITEM = "aten::_local_scalar_dense"
+SHAPE = "shape that depends on content"
 COPIES = {"aten::_to_copy", "aten::copy_", "aten::clone"}
 SHAPED_BY_CONTENT = {
     "aten::nonzero",
@@ -76,7 +79,7 @@ class Recorder(TorchDispatchMode):
             values: those of an imagined rank, and the choice of experts, which a real rank is given too where it is stated.
             copies: of a real rank: tells what goes to the device and comes from it.
         """
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.device, self.values, self.copies = device, values, copies
         self.axes: Axes | None = None
         self.ledger = Ledger()
@@ -174,130 +177,127 @@ class Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Run an operation, or answer it, and record it."""
-        kwargs = kwargs or {}
-        kind = kind_of(func)
+        call = Call(kind_of(func), func, args, kwargs or {})
         if func.namespace == "profiler":
-            return self._range(kind.name, func, args, kwargs)
+            return self._range(call)
         if func.namespace == "c10d":
-            return self._collective(func, args, kwargs)
+            return self._collective(call)
 
-        tensors = _tensors(args, kwargs)
-        inputs = [tensor for tensor in tensors if self.device.holds(tensor)]
-        if inputs and self._asks(kind.name, args, kwargs, inputs):
-            return self._answer(func, kind.name, args, kwargs)
-        result = self._run(func, kind.name, args, kwargs)
-        outputs = _tensors((result,), {})
-        if not self._stays(kind.name, tensors, inputs, outputs):
+        tensors = tensors_of((*args, *call.kwargs.values()))
+        inputs, others = [], []
+        for tensor in tensors:
+            (inputs if self.device.holds(tensor) else others).append(tensor)
+        if inputs and self.device.imagined and asks(call):
+            return self._answer(call)
+        result = self._run(call)
+        outputs = tensors_of((result,))
+        if not self._stays(bool(tensors), bool(inputs), outputs):
             return result
 
         self.device.made(outputs, True)
         if self.device.imagined and self.values is not None:
-            self.values.follow(func, args, kwargs, outputs)
-        self._record(func, args, kwargs, inputs, outputs)
-        self._check_hosts(kind.name, args, kwargs, tensors, inputs, outputs)
+            self.values.follow(func, args, call.kwargs, outputs)
+        self._record(call, inputs, outputs)
+        if not self.device.imagined and (call.name == ITEM or call.name in SHAPED_BY_CONTENT):
+            self._wait("item" if call.name == ITEM else SHAPE)
+        # A number on the host is an argument of the launch.
+        if any(tensor.dim() for tensor in others):
+            self._check_hosts(call, bool(inputs))
         return result
 
-    def _range(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
+    def _range(self, call: Call) -> Any:
         """Follow the ranges that torch's profiler is told of."""
-        if name == "profiler::_record_function_exit":
+        if call.name == "profiler::_record_function_exit":
             self._exit()
         else:
-            self._enter(str(args[0]))
-        return func(*args, **kwargs)
+            self._enter(str(call.args[0]))
+        return call.run()
 
-    def _stays(
-        self, name: str, tensors: list[Tensor], inputs: list[Tensor], outputs: list[Tensor]
-    ) -> bool:
-        """Return whether an operation ran on the device."""
+    def _stays(self, takes: bool, takes_device: bool, outputs: list[Tensor]) -> bool:
+        """Return whether an operation ran on the device.
+
+        Args:
+            takes: it has tensors among its arguments.
+            takes_device: some of them are on the device.
+            outputs: what it returned.
+        """
         if self.device.imagined:
-            return bool(inputs) or any(map(self.device.holds, outputs))
+            return takes_device or any(map(self.device.holds, outputs))
         assert self.copies is not None
         if self.copies.copies_down:
             return False
-        if not tensors:
+        if not takes:
             return self.copies.makes_on_device
-        return bool(inputs) or self.copies.copies_up
+        return takes_device or self.copies.copies_up
 
-    def _asks(self, name: str, args: Any, kwargs: Any, inputs: list[Tensor]) -> bool:
-        """Return whether the host asks for content of a tensor that has none."""
-        if not self.device.imagined:
-            return False
-        if name == "aten::_local_scalar_dense" or name in SHAPED_BY_CONTENT:
-            return True
-        if name == "aten::index":
-            return any(index is not None and index.dtype == torch.bool for index in args[1])
-        if name == "aten::copy_":
-            return not args[0].is_meta
-        return name in COPIES and kwargs.get("device") == CPU
-
-    def _answer(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+    def _answer(self, call: Call) -> Any:
         """Give the host the stated value of a tensor, and record that it waits."""
         assert self.values is not None
-        tensor = args[1] if name == "aten::copy_" else args[0]
-        waits = not (
-            kwargs.get("non_blocking") or (name == "aten::copy_" and len(args) > 2 and args[2])
-        )
+        if call.name in SHAPED_BY_CONTENT or call.name == "aten::index":
+            return self._shaped(call)
+        tensor = call.args[1] if call.name == "aten::copy_" else call.args[0]
+        if call.blocks:
+            self._wait("item" if call.name == ITEM else "copy to the host")
         value = self.values.of(tensor)
-        if name in SHAPED_BY_CONTENT or name == "aten::index":
-            return self._shaped(func, name, args, kwargs)
-        if waits:
-            self._wait("item" if name == "aten::_local_scalar_dense" else "copy to the host")
         if value is None:
             # What a step reads of its sums: finite, and above zero.
             value = torch.ones((), dtype=tensor.dtype).expand(tensor.shape)
-        if name == "aten::_local_scalar_dense":
+        if call.name == ITEM:
             return value.item()
-        if name == "aten::copy_":
-            return func(args[0], value)
-        return value.to(kwargs.get("dtype") or tensor.dtype, copy=True).contiguous()
+        if call.name == "aten::copy_":
+            return call.func(call.args[0], value)
+        dtype = call.kwargs.get("dtype") or tensor.dtype
+        return value.to(dtype, copy=True).contiguous()
 
-    def _shaped(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
-        """Return a tensor whose size depends on content, from stated values."""
+    def _shaped(self, call: Call) -> Any:
+        """Return a tensor whose size depends on content, from stated values.
+
+        Raises:
+            NotImplementedError: if nothing is stated.
+        """
         assert self.values is not None
-        self._wait("shape that depends on content")
-        if name == "aten::index":
-            raise NotImplementedError("imagined ranks cannot index by a mask: " + place())
-        asked = args[-1] if name == "aten::masked_select" else args[0]
-        stated = self.values.of(asked)
-        if stated is None:
-            raise NotImplementedError(f"{name} asks for a value that is not stated: {place()}")
-        if name == "aten::masked_select":
-            stated = stated.expand(torch.broadcast_shapes(args[0].shape, stated.shape))
-            whole = self.values.of(args[0])
-            result = args[0].new_empty(int(stated.sum()))
-            self.values.state(result, None if whole is None else whole.masked_select(stated))
+        self._wait(SHAPE)
+        selects = call.name == "aten::masked_select"
+        stated = self.values.of(call.args[1] if selects else call.args[0])
+        if stated is None or call.name == "aten::index":
+            raise NotImplementedError(
+                f"{call.name} asks for a value that is not stated, at {place()}"
+            )
+        if selects:
+            whole = self.values.of(call.args[0])
+            mask = stated.expand(torch.broadcast_shapes(call.args[0].shape, stated.shape))
+            result: Tensor = call.args[0].new_empty(int(mask.sum()))
+            value = None if whole is None else whole.masked_select(mask)
         else:
-            host = func(stated, *args[1:], **kwargs)
-            result = torch.empty_like(host, device=args[0].device)
-            self.values.state(result, host)
-        self._record(func, args, kwargs, _tensors(args, kwargs), [result])
+            value = call.func(stated, *call.args[1:], **call.kwargs)
+            result = torch.empty_like(value, device=call.args[0].device)
+        if value is not None:
+            self.values.state(result, value)
+        self._record(call, tensors_of(call.args), [result])
         return result
 
-    def _run(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+    def _run(self, call: Call) -> Any:
         """Run an operation, with the experts that are stated."""
-        if self.values is None or name != "aten::topk" or args[0].dim() != 2:
-            return func(*args, **kwargs)
-        scores, each = args[0], args[1]
-        largest, indices = func(*args, **kwargs)
+        if self.values is None or call.name != "aten::topk" or call.args[0].dim() != 2:
+            return call.run()
+        scores, each = call.args[:2]
         choice = self.values.choose(scores, each)
         if not self.device.imagined:
             return scores.gather(1, choice), choice.clone()
+        largest, indices = call.run()
         self.values.state(indices, choice)
         return largest, indices
 
-    def _record(
-        self, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], outputs: list[Tensor]
-    ) -> None:
+    def _record(self, call: Call, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         """Add an operation to the slot, and its tensors to the memory."""
-        kind = kind_of(func)
         part, direction = self._place()
         for tensor in outputs:
-            self.ledger.see(tensor, part, direction, kind.name)
-        if self._open is None or not kind.launches:
+            self.ledger.see(tensor, part, direction, call.name)
+        if self._open is None or not call.kind.launches:
             return
-        cost = cost_of(func, args, kwargs, inputs, outputs)
+        cost = cost_of(call, inputs, outputs)
         operation = Operation(
-            kind.name,
+            call.name,
             part,
             direction,
             cost.kernel,
@@ -308,33 +308,13 @@ class Recorder(TorchDispatchMode):
         )
         self._open.operations[operation] += 1
 
-    def _check_hosts(
-        self,
-        name: str,
-        args: Any,
-        kwargs: Any,
-        tensors: list[Tensor],
-        inputs: list[Tensor],
-        outputs: list[Tensor],
-    ) -> None:
-        """Record waits for the device, and operations with tensors of both sides."""
-        if not self.device.imagined and name == "aten::_local_scalar_dense":
-            self._wait("item")
-        elif not self.device.imagined and name in SHAPED_BY_CONTENT:
-            self._wait("shape that depends on content")
-        others = [
-            tensor for tensor in tensors if tensor.dim() and not any(tensor is x for x in inputs)
-        ]
-        if not others:
-            return
-        if name in COPIES:
-            blocking = not (
-                kwargs.get("non_blocking") or (name == "aten::copy_" and len(args) > 2 and args[2])
-            )
-            if blocking and self.device.imagined:
-                self._wait("copy to the device")
-        elif inputs:
-            self.mixed[name, place()] += 1
+    def _check_hosts(self, call: Call, takes_device: bool) -> None:
+        """Record a copy from the host that is waited for, or an operation with tensors of both sides."""
+        if call.name not in COPIES:
+            if takes_device:
+                self.mixed[call.name, place()] += 1
+        elif call.blocks and self.device.imagined:
+            self._wait("copy to the device")
 
     def _wait(self, kind: str) -> None:
         if self._open is not None:
@@ -358,25 +338,25 @@ class Recorder(TorchDispatchMode):
 
     # ---- collectives
 
-    def _collective(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def _collective(self, call: Call) -> Any:
         """Send what a collective sends, or on an imagined rank nothing, and record it."""
-        values = (*args, *kwargs.values())
-        tensors = [tensor for value in values for tensor in tensors_in(value)]
+        values = (*call.args, *call.kwargs.values())
+        tensors = tensors_in(values)
         if not any(map(self.device.holds, tensors)):
-            return func(*args, **kwargs)
-        operator = func._schema.name.removeprefix("c10d::")
+            return call.run()
+        operator = call.name.removeprefix("c10d::")
         name = NAMES.get(operator, operator)
         part, direction = self._place()
         if self._open is not None and self.axes is not None:
             axis = self.axes.name(group_in(values))
-            moved = moved_bytes(name, values)
+            moved = moved_bytes(values)
             self._open.collectives[Collective(name, axis, part, direction, moved)] += 1
         if name in FILLS:
-            self.ledger.own(tensors_in(args[0]), Category.COMMUNICATION)
+            self.ledger.own(tensors_in(call.args[0]), Category.COMMUNICATION)
         if not self.device.imagined:
-            return func(*args, **kwargs)
-        self._exchange_values(name, args)
-        return finished(func, args)
+            return call.run()
+        self._exchange_values(name, call.args)
+        return finished(call.func, call.args)
 
     def _exchange_values(self, name: str, args: Any) -> None:
         """State what is received, where what is sent has a value: the other ranks route as this one does."""
@@ -400,15 +380,26 @@ def finished(func: Any, args: Any) -> Any:
     return results[0] if len(results) == 1 else tuple(results)
 
 
-def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+def tensors_of(values: Sequence[Any]) -> list[Tensor]:
     """Return the tensors among arguments or results, and in lists among them."""
-    found = []
-    for value in (*args, *kwargs.values()) if kwargs else args:
+    tensors = []
+    for value in values:
         if isinstance(value, Tensor):
-            found.append(value)
+            tensors.append(value)
         elif isinstance(value, list | tuple):
-            found += [item for item in value if isinstance(item, Tensor)]
-    return found
+            tensors += [item for item in value if isinstance(item, Tensor)]
+    return tensors
+
+
+def asks(call: Call) -> bool:
+    """Return whether the host asks for the content of a tensor on the device."""
+    if call.name == ITEM or call.name in SHAPED_BY_CONTENT:
+        return True
+    if call.name == "aten::index":
+        return any(index is not None and index.dtype == torch.bool for index in call.args[1])
+    if call.name == "aten::copy_":
+        return not call.args[0].is_meta
+    return call.name in COPIES and call.kwargs.get("device") == CPU
 
 
 def place() -> str:

@@ -15,13 +15,12 @@ from visionloom.forecast.trace.axes import Axes
 from visionloom.forecast.trace.devices import HostCopies, MarkedDevice, MetaDevice
 from visionloom.forecast.trace.events import Category, RankTrace, SlotKind
 from visionloom.forecast.trace.kernels import gpu_kernels
-from visionloom.forecast.trace.memory import storage_resizes
+from visionloom.forecast.trace.memory import heard_resizes
 from visionloom.forecast.trace.recorder import Recorder
 from visionloom.forecast.trace.values import StatedValues
 from visionloom.model.rank_share import RankShare
 from visionloom.parallel import stand_in
 from visionloom.parallel.pipeline import layers_per_chunk
-from visionloom.parallel.topology import Topology
 from visionloom.train.phase_trainer import PhaseTrainer
 from visionloom.train.step import train_step
 
@@ -47,7 +46,7 @@ def recording(
             values = StatedValues(imbalance) if stated_experts else None
             recorder = Recorder(device, values, copies)
         stack.enter_context(_heard_recomputation(recorder))
-        stack.enter_context(storage_resizes(recorder.ledger))
+        stack.enter_context(heard_resizes(recorder.ledger))
         stack.enter_context(_heard_synchronization(recorder))
         stack.enter_context(recorder)
         yield recorder
