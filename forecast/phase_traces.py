@@ -7,7 +7,7 @@ from visionloom.parallel.config import ParallelConfig
 
 
 @dataclass(frozen=True)
-class RankKind:
+class TracedKind:
     """Ranks that do the same."""
 
     trace: RankTrace
@@ -37,7 +37,7 @@ class PhaseTraces:
     sequence_length: int
     packs: str
     """Which packs were traced, in words."""
-    kinds: tuple[RankKind, ...]
+    kinds: tuple[TracedKind, ...]
     """At least one of each stage."""
     micro_batches: int
     """Of a data rank in a step."""

@@ -13,7 +13,7 @@ from visionloom.forecast.costs import (
     work_seconds,
 )
 from visionloom.forecast.machine import Machine
-from visionloom.forecast.phase_traces import Overlap, RankKind
+from visionloom.forecast.phase_traces import Overlap, TracedKind
 from visionloom.forecast.results import COMMUNICATION, HOST
 from visionloom.forecast.schedule import Pass, Pipeline
 from visionloom.forecast.trace.events import (
@@ -39,7 +39,7 @@ class _Stretch:
 class RankStep:
     """One step of a kind of rank on a machine."""
 
-    kind: RankKind
+    kind: TracedKind
     pipeline: Pipeline
     machine: Machine
     overlap: Overlap

@@ -124,5 +124,10 @@ class RunForecast:
 
     @property
     def faults(self) -> list[str]:
-        """Return what is wrong, of all phases."""
-        return [fault for phase in self.phases for fault in phase.faults]
+        """Return what is wrong, of all phases, each line with the name of its phase."""
+        return [f"{phase.phase}: {fault}" for phase in self.phases for fault in phase.faults]
+
+    @property
+    def notes(self) -> list[str]:
+        """Return what slows the run, of all phases; phases mostly have the same."""
+        return list(dict.fromkeys(note for phase in self.phases for note in phase.notes))

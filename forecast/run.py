@@ -21,7 +21,7 @@ from visionloom.parallel.config import ParallelConfig
 from visionloom.parallel.share import Share
 from visionloom.train.config import PhaseConfig, RunConfig
 
-PRELOAD: Final = ("visionloom.forecast.imagine",)
+PRELOAD: Final = ("visionloom.forecast.worker",)
 """Imports torch and megatron-core, once for all workers."""
 CHOICES: Final = (PackChoice.MEAN, PackChoice.PATCHES, PackChoice.SUPERVISED)
 """For times, for the memory of the first stage, and for that of the last."""

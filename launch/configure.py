@@ -14,6 +14,7 @@ from typing import cast
 from omegaconf import DictConfig, OmegaConf
 
 from visionloom.common.errors import MachineError, UserError
+from visionloom.common.quiet import quiet_libraries
 from visionloom.common.text import one_line, warn
 from visionloom.launch import environment
 from visionloom.launch.causes import (
@@ -40,7 +41,6 @@ from visionloom.launch.explain import (
 from visionloom.launch.late_words import LATE, apply_late
 from visionloom.launch.options import read_options
 from visionloom.launch.plan_commands.first import check_plan
-from visionloom.launch.quiet import quiet_libraries
 from visionloom.launch.show import show
 from visionloom.launch.watch import watch_ranks
 from visionloom.launch.words import check_words, readable

@@ -23,17 +23,17 @@ if not __package__:
 
 from visionloom.common.atomic import replacing
 from visionloom.common.errors import UserError, unknown
+from visionloom.common.quiet import quiet_libraries
 from visionloom.common.screen import PlainConsole
 from visionloom.common.text import one_line, say, warn
-from visionloom.forecast.document import JSON, PAGE, document
 from visionloom.forecast.machine import machine, machine_names
 from visionloom.forecast.request import PlanRequest
+from visionloom.forecast.show.document import JSON, PAGE, document
 from visionloom.launch.claim import check_writable
 from visionloom.launch.configure import compose
 from visionloom.launch.data_commands.progress import bars
 from visionloom.launch.exit import CANNOT_RUN, FAILURE, exit_interrupted, exit_with
 from visionloom.launch.plan_commands.words import PlanWords, read_plan_words
-from visionloom.launch.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from visionloom.forecast.results import RunForecast
@@ -126,19 +126,21 @@ def request_of(own: PlanWords, config: "RunConfig") -> PlanRequest:
 
 def show(forecast: "RunForecast") -> None:
     """Print the tables, and what is wrong on standard error."""
-    from visionloom.forecast.tables import tables_of
+    from visionloom.forecast.show.tables import tables_of
 
     # A pipe has no width; 160 columns hold the tables without breaking most of their cells.
     console = PlainConsole(width=None if sys.stdout.isatty() else 160)
     for table in tables_of(forecast):
         console.print(table)
+    for note in forecast.notes:
+        say(f"note: {one_line(note)}")
     for fault in forecast.faults:
         warn(f"wrong: {one_line(fault)}")
 
 
 def write(forecast: "RunForecast", folder: Path) -> None:
     """Write plan.json and plan.html; those that are there are replaced."""
-    from visionloom.forecast.page import page_of
+    from visionloom.forecast.show.page import page_of
 
     text = json.dumps(document(forecast), indent=1, ensure_ascii=False)
     for name, content in ((JSON, f"{text}\n"), (PAGE, page_of(forecast))):

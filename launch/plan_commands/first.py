@@ -15,8 +15,8 @@ from typing import Any, Final
 
 from visionloom.common.errors import UserError, unknown
 from visionloom.common.text import say
-from visionloom.forecast.document import JSON
 from visionloom.forecast.machine import machine, machine_names
+from visionloom.forecast.show.document import JSON
 from visionloom.launch import environment
 from visionloom.launch.exit import CANNOT_RUN
 from visionloom.train.config import RunConfig

@@ -9,11 +9,11 @@ from typing import Final
 from visionloom.common.atomic import replacing
 from visionloom.common.errors import UserError
 from visionloom.common.text import one_line, say, warn
-from visionloom.forecast.document import NOTICE
 from visionloom.forecast.machine import machine
 from visionloom.forecast.request import PlanRequest
 from visionloom.forecast.results import PhaseForecast, RunForecast
-from visionloom.forecast.tables import gibibytes, peak_bytes
+from visionloom.forecast.show.document import NOTICE
+from visionloom.forecast.show.tables import gibibytes, peak_bytes
 from visionloom.launch.claim import check_writable
 from visionloom.launch.configure import compose
 from visionloom.launch.data_commands.progress import bars

@@ -82,6 +82,7 @@ def phase_forecast(name: str = "finetune") -> PhaseForecast:
         ranks=(rank_forecast(0, 90 * GIB), *ranks),
         timeline=timeline(),
         faults=("stage 0 takes 136.0 GiB of 79.6: parallel.recompute=full",),
+        notes=("the host waits for the device in each micro-batch: item at a.py:3 f",),
     )
 
 
@@ -113,5 +114,6 @@ def hostile_forecast(text: str) -> RunForecast:
         seconds={text: 4.0},
         ranks=(rank,),
         faults=(text,),
+        notes=(text,),
     )
     return RunForecast(text, 16, text, 80 * GIB, (phase,))

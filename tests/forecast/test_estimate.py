@@ -8,7 +8,7 @@ from visionloom.common.errors import UserError
 from visionloom.forecast.costs import collective_seconds, message_seconds
 from visionloom.forecast.estimate import estimate
 from visionloom.forecast.machine import GIB, machine
-from visionloom.forecast.phase_traces import Overlap
+from visionloom.forecast.phase_traces import Overlap, PhaseTraces
 from visionloom.forecast.results import BUBBLE, HOST, MESSAGES, PhaseForecast
 from visionloom.forecast.schedule import Pipeline
 from visionloom.forecast.trace.events import (
@@ -32,6 +32,11 @@ from visionloom.tests.forecast.traces import (
 )
 
 
+def forecast_of(traces: PhaseTraces, gpu: str) -> PhaseForecast:
+    """The forecast on a machine as its file says."""
+    return estimate(traces, gpu, machine(gpu))
+
+
 def stages_of(pipeline: Pipeline) -> list[RankTrace]:
     return [one_step(pipeline, stage) for stage in range(pipeline.stages)]
 
@@ -42,7 +47,7 @@ def layout_of(pipeline: Pipeline) -> ParallelConfig:
 
 
 def test_one_rank_takes_the_sum_of_its_passes() -> None:
-    forecast = estimate(phase(one_step(Pipeline(1, 1, 2)), micro_batches=10), "h100")
+    forecast = forecast_of(phase(one_step(Pipeline(1, 1, 2)), micro_batches=10), "h100")
     assert forecast.step_seconds == pytest.approx(0.25 + 10 * 3.0 + 0.5)
     assert forecast.seconds == pytest.approx(
         {LANGUAGE: 30.25, OPTIMIZER: 0.5, HOST: 0, MESSAGES: 0, BUBBLE: 0}
@@ -66,7 +71,7 @@ def test_a_short_trace_stands_for_the_whole_step(pipeline: Pipeline) -> None:
     few = replace(pipeline, micro_batches=pipeline.stages if pipeline.chunks > 1 else 2)
     layout = layout_of(pipeline)
     forecasts = [
-        estimate(
+        forecast_of(
             phase(*stages_of(traced), micro_batches=pipeline.micro_batches, layout=layout),
             "h100",
         )
@@ -86,7 +91,7 @@ def test_a_short_trace_stands_for_the_whole_step(pipeline: Pipeline) -> None:
 
 def test_earlier_stages_hold_more_micro_batches() -> None:
     """Stage s of p has p - s of them in flight (1F1B)."""
-    forecast = estimate(phase(*stages_of(Pipeline(4, 1, 1)), micro_batches=12), "h100")
+    forecast = forecast_of(phase(*stages_of(Pipeline(4, 1, 1)), micro_batches=12), "h100")
     held = [rank.peak_bytes for rank in forecast.ranks]
     assert held == [HELD + (4 - stage) * SAVED + INSIDE for stage in range(4)]
     first = forecast.ranks[0].alive
@@ -98,7 +103,7 @@ def test_earlier_stages_hold_more_micro_batches() -> None:
 
 
 def test_the_bubble_is_a_share_of_the_step() -> None:
-    forecast = estimate(phase(*stages_of(Pipeline(4, 1, 1)), micro_batches=12), "h100")
+    forecast = forecast_of(phase(*stages_of(Pipeline(4, 1, 1)), micro_batches=12), "h100")
     assert forecast.step_seconds == pytest.approx(0.25 + (12 + 3) * 3.0 + 0.5)
     assert forecast.bubble == pytest.approx(3 * 3.0 / forecast.step_seconds)
     assert sum(forecast.seconds.values()) == pytest.approx(forecast.step_seconds)
@@ -108,7 +113,7 @@ def test_the_bubble_is_a_share_of_the_step() -> None:
 def test_the_slowest_rank_sets_the_pace_of_its_stage() -> None:
     pipeline = Pipeline(1, 1, 1)
     kinds = phase(one_step(pipeline), one_step(pipeline, forward=4.0), micro_batches=2)
-    forecast = estimate(replace(kinds, layout=ParallelConfig()), "h100")
+    forecast = forecast_of(replace(kinds, layout=ParallelConfig()), "h100")
     assert forecast.step_seconds == pytest.approx(0.25 + 2 * 6.0 + 0.5)
     assert forecast.seconds[LANGUAGE] == pytest.approx(12.25)
 
@@ -116,7 +121,7 @@ def test_the_slowest_rank_sets_the_pace_of_its_stage() -> None:
 def test_messages_cost_what_is_missing_without_them() -> None:
     size = 1 << 30
     traces = [with_messages(trace, size) for trace in stages_of(Pipeline(2, 1, 1))]
-    forecast = estimate(phase(*traces, micro_batches=1), "h100")
+    forecast = forecast_of(phase(*traces, micro_batches=1), "h100")
     # Two stages of a node: one message forward, one backward, and nothing to do meanwhile.
     message = message_seconds(size, 0, 1, machine("h100"))
     assert forecast.seconds[MESSAGES] == pytest.approx(2 * message)
@@ -126,7 +131,7 @@ def test_messages_cost_what_is_missing_without_them() -> None:
 
 def reduced(overlap: Overlap, size: int) -> PhaseForecast:
     trace = one_step(Pipeline(1, 1, 1), end=reduction(size), ranks=8)
-    return estimate(phase(trace, micro_batches=4, overlap=overlap), "h100")
+    return forecast_of(phase(trace, micro_batches=4, overlap=overlap), "h100")
 
 
 def test_collectives_hide_only_where_the_configuration_lets_them() -> None:
@@ -164,13 +169,16 @@ def test_what_does_not_fit_says_how_it_could() -> None:
     rest = trace.peak.by_category | {Category.LOGITS: more}
     peak = replace(trace.peak, bytes=trace.peak.bytes + more, by_category=rest)
     full = replace(trace, slots=slots, peak=peak)
-    (fault,) = estimate(phase(full, one_step(Pipeline(2, 1, 1), 1), micro_batches=1), "h100").faults
+    (fault,) = forecast_of(
+        phase(full, one_step(Pipeline(2, 1, 1), 1), micro_batches=1), "h100"
+    ).faults
     assert fault == (
         "stage 0 (1 rank, rank 0) needs 81.1 GiB, h100 has 77.0 usable: logits 80.0, weights 1.0, activations 0.1 GiB;"
         " try parallel.recompute=full, parallel.offload_activations=true, parallel.tensor=2, parallel.context=2"
     )
     assert (
-        estimate(phase(full, one_step(Pipeline(2, 1, 1), 1), micro_batches=1), "h200").faults == ()
+        forecast_of(phase(full, one_step(Pipeline(2, 1, 1), 1), micro_batches=1), "h200").faults
+        == ()
     )
 
 
@@ -183,7 +191,7 @@ def test_mixed_operations_are_faults_and_waits_are_notes() -> None:
     first, second = (
         replace(trace, waits=waits, mixed=mixed) for trace in stages_of(Pipeline(2, 1, 1))
     )
-    forecast = estimate(phase(first, second, micro_batches=1), "h100")
+    forecast = forecast_of(phase(first, second, micro_batches=1), "h100")
     assert forecast.faults == (
         "aten::add mixes tensors of the host and of the device at model/loss.py:3 losses: it fails on a GPU",
     )
@@ -196,14 +204,14 @@ def test_mixed_operations_are_faults_and_waits_are_notes() -> None:
 def test_a_layout_in_words() -> None:
     layout = ParallelConfig(pipeline=2, virtual_pipeline=2, recompute="full")
     traces = phase(*stages_of(Pipeline(2, 2, 2)), micro_batches=4, layout=layout)
-    assert estimate(replace(traces, world_size=16), "h100").layout == (
+    assert forecast_of(replace(traces, world_size=16), "h100").layout == (
         "pipeline 2, chunks 2, data 8, recompute full"
     )
 
 
 def test_an_unknown_gpu_is_refused() -> None:
     with pytest.raises(UserError, match=r"gpu=h10 is unknown \(did you mean h100\?\)"):
-        estimate(phase(one_step(Pipeline(1, 1, 1)), micro_batches=1), "h10")
+        forecast_of(phase(one_step(Pipeline(1, 1, 1)), micro_batches=1), "h10")
 
 
 def test_the_first_and_the_last_micro_batch_stand_for_themselves() -> None:
@@ -216,5 +224,5 @@ def test_the_first_and_the_last_micro_batch_stand_for_themselves() -> None:
         else slot
         for slot in trace.slots
     )
-    forecast = estimate(phase(replace(trace, slots=slots), micro_batches=7), "h100")
+    forecast = forecast_of(phase(replace(trace, slots=slots), micro_batches=7), "h100")
     assert forecast.step_seconds == pytest.approx(0.75 + 7 * 2.0 + 1 + 5 * 2 + 4)

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from visionloom.forecast.machine import Machine, machine
-from visionloom.forecast.phase_traces import Overlap, PhaseTraces, RankKind
+from visionloom.forecast.phase_traces import Overlap, PhaseTraces, TracedKind
 from visionloom.forecast.schedule import Pass, Pipeline
 from visionloom.forecast.trace.events import (
     AliveTensors,
@@ -116,7 +116,7 @@ def phase(
     overlap: Overlap | None = None,
 ) -> PhaseTraces:
     """A phase of these kinds of rank, one rank each."""
-    kinds = tuple(RankKind(trace, 1, f"rank {trace.rank}") for trace in traces)
+    kinds = tuple(TracedKind(trace, 1, f"rank {trace.rank}") for trace in traces)
     return PhaseTraces(
         phase="align",
         layout=layout or ParallelConfig(pipeline=len(traces)),

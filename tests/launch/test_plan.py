@@ -56,7 +56,8 @@ def test_a_run_that_fits(asked: list[PlanRequest], capsys: pytest.CaptureFixture
     assert request.machine.memory_gbps == machine("h200").memory_gbps
     assert request.phases == ("finetune",) and request.config.run.seed == 3
     shown = capsys.readouterr()
-    assert "128,000" in shown.out and shown.err == ""
+    assert "128,000" in shown.out and "note: the host waits" in shown.out
+    assert shown.err == ""
     folder = Path("runs/full-qwen3vl-8b/plan")
     assert json.loads((folder / "plan.json").read_text())["can_run"]
     assert (folder / "plan.html").read_text().startswith("<!doctype html>")
@@ -69,7 +70,7 @@ def test_a_run_that_does_not_fit(
     assert main([RECIPE, "world=8", "out=here/below"]) == 1
     assert (
         capsys.readouterr().err
-        == "wrong: stage 0 takes 136.0 GiB of 79.6: parallel.recompute=full\n"
+        == "wrong: finetune: stage 0 takes 136.0 GiB of 79.6: parallel.recompute=full\n"
     )
     assert sorted(path.name for path in Path("here/below").iterdir()) == ["plan.html", "plan.json"]
     assert not Path("runs").exists()
@@ -185,7 +186,7 @@ def test_the_table_has_every_recipe_at_its_stated_ranks(
     assert row[-1] == "does not fit"
     wrong = capsys.readouterr().err.splitlines()
     assert len(wrong) == len(requests) - 1
-    assert wrong[0].startswith("wrong: demo: stage 0 takes 136.0 GiB of 79.6")
+    assert wrong[0].startswith("wrong: demo: finetune: stage 0 takes 136.0 GiB of 79.6")
 
 
 def test_a_recipe_that_cannot_be_built_does_not_stop_the_others(

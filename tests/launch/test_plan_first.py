@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from visionloom.common.errors import UserError
-from visionloom.forecast.document import document
 from visionloom.forecast.machine import machine, machine_names
 from visionloom.forecast.results import RunForecast
+from visionloom.forecast.show.document import document
 from visionloom.launch import environment
 from visionloom.launch.configure import compose, start
 from visionloom.launch.plan_commands.first import check_plan, is_of, words_of_card, words_of_memory
@@ -150,7 +150,9 @@ def test_a_refused_start_begins_nothing(
     with pytest.raises(SystemExit, match="2"):
         start(started.append, words)
     assert started == [] and not folder.exists()
-    assert capsys.readouterr().err.startswith("error: run.plan=true: stage 0 takes 136.0 GiB")
+    assert capsys.readouterr().err.startswith(
+        "error: run.plan=true: finetune: stage 0 takes 136.0 GiB"
+    )
     # An evaluation holds no gradients and no optimizer: the plan is none of it.
     start(started.append, words, trains=False)
     assert len(started) == 1

@@ -25,6 +25,7 @@ def document(forecast: RunForecast) -> dict[str, Any]:
         "days": forecast.days,
         "gpu_hours": forecast.gpu_hours,
         "faults": forecast.faults,
+        "notes": forecast.notes,
         "phases": [_phase(phase) for phase in forecast.phases],
     }
 
@@ -45,6 +46,7 @@ def _phase(phase: PhaseForecast) -> dict[str, Any]:
         "seconds_by_part": phase.seconds,
         "days": phase.days,
         "faults": list(phase.faults),
+        "notes": list(phase.notes),
         "ranks": [_rank(rank) for rank in phase.ranks],
         "timeline": [_span(span) for span in phase.timeline],
     }

@@ -2,11 +2,13 @@
 
 from rich.table import Table
 
-from visionloom.forecast.document import NOTICE
 from visionloom.forecast.results import PhaseForecast, RankForecast, RunForecast
+from visionloom.forecast.show.document import NOTICE
 from visionloom.forecast.trace.events import Category
 
 GIB = 2**30
+LEAST_SECONDS = 5e-4
+"""Of a part that has a row: less would be shown as 0.000."""
 WORK_COLUMNS = (
     "stage",
     "ranks",
@@ -32,20 +34,21 @@ PHASE_COLUMNS = (
 )
 
 
-def tables_of(forecast: RunForecast) -> list[Table]:
-    """Return all tables of a forecast, in the order in which they are shown."""
-    tables = []
+def tables_of(forecast: RunForecast) -> list[Table | str]:
+    """Return all tables of a forecast and the lines between them, in the order in which they are shown."""
+    shown: list[Table | str] = []
     for phase in forecast.phases:
-        tables.append(memory_table(phase, forecast.gpu_bytes))
-        tables.append(work_table(phase))
-    tables.append(time_table(forecast))
-    tables.append(phase_table(forecast))
-    return tables
+        shown.append(f"{phase.phase}: {phase.layout}; packs: {phase.packs}")
+        shown.append(memory_table(phase, forecast.gpu_bytes))
+        shown.append(work_table(phase))
+    shown.append(time_table(forecast))
+    shown.append(phase_table(forecast))
+    return shown
 
 
 def memory_table(phase: PhaseForecast, gpu_bytes: int) -> Table:
     """Return a row for each kind of rank: what its memory holds at the fullest moment, beside that of the card."""
-    title = f"{phase.phase}: memory of a rank in GiB at its fullest moment, {phase.layout}"
+    title = f"{phase.phase}: memory of a rank in GiB at its fullest moment"
     categories = [str(category) for category in Category]
     share = f"of {gpu_bytes / GIB:.1f}"
     table = _table(title, "stage", "ranks", "holds", *categories, "peak", share)
@@ -62,7 +65,9 @@ def memory_table(phase: PhaseForecast, gpu_bytes: int) -> Table:
 
 def work_table(phase: PhaseForecast) -> Table:
     """Return a row for each kind of rank: times of a micro-batch, launches and waits of a step."""
-    table = _table(f"{phase.phase}: a micro-batch of {phase.packs}", *WORK_COLUMNS)
+    table = _table(
+        f"{phase.phase}: work of a rank; forward and backward of a micro-batch", *WORK_COLUMNS
+    )
     for rank in phase.ranks:
         table.add_row(*work_cells(rank))
     return table
@@ -82,12 +87,14 @@ def work_cells(rank: RankForecast) -> list[str]:
 
 
 def time_table(forecast: RunForecast) -> Table:
-    """Return a row for each phase: seconds of a step by part, on the slowest stage."""
-    parts = parts_of(forecast)
-    table = _table("seconds of a step on the slowest stage, by part", "phase", *parts, "step")
-    for phase in forecast.phases:
-        cells = [f"{phase.seconds.get(part, 0.0):.3f}" for part in parts]
-        table.add_row(phase.phase, *cells, f"{phase.step_seconds:.3f}")
+    """Return a column for each phase: seconds of a step by part, on the slowest stage."""
+    names = [phase.phase for phase in forecast.phases]
+    table = _table("seconds of a step on the slowest stage, by part", "", *names)
+    for part in parts_of(forecast):
+        seconds = [phase.seconds.get(part, 0.0) for phase in forecast.phases]
+        table.add_row(part, *(f"{each:.3f}" for each in seconds))
+    table.add_section()
+    table.add_row("step", *(f"{phase.step_seconds:.3f}" for phase in forecast.phases))
     return table
 
 
@@ -133,9 +140,12 @@ def phase_cells(phase: PhaseForecast, world_size: int) -> list[str]:
 
 
 def parts_of(forecast: RunForecast) -> list[str]:
-    """Return the parts that take time in any phase, in their order."""
-    parts = dict.fromkeys(part for phase in forecast.phases for part in phase.seconds)
-    return list(parts)
+    """Return the parts that take at least LEAST_SECONDS in any phase, in their order."""
+    parts: dict[str, float] = {}
+    for phase in forecast.phases:
+        for part, seconds in phase.seconds.items():
+            parts[part] = max(parts.get(part, 0.0), seconds)
+    return [part for part, seconds in parts.items() if seconds >= LEAST_SECONDS]
 
 
 def peak_bytes(phase: PhaseForecast) -> int:

@@ -4,7 +4,7 @@ from io import StringIO
 
 from visionloom.common.screen import PlainConsole
 from visionloom.forecast.results import RunForecast
-from visionloom.forecast.tables import tables_of
+from visionloom.forecast.show.tables import tables_of
 from visionloom.tests.forecast.made import good_forecast, hostile_forecast, run_forecast
 
 
@@ -32,8 +32,9 @@ def test_memory_and_work_of_a_kind_of_rank() -> None:
 
 def test_a_phase_and_the_run() -> None:
     shown = lines(good_forecast())
-    time, totals = cells(shown, "short")
-    assert time == ["short", "2.500", "0.300", "0.200", "1.000", "4.000"]
+    (totals,) = cells(shown, "short")
+    assert cells(shown, "language") == [["language", "2.500", "2.500"]]
+    assert cells(shown, "step") == [["step", "4.000", "4.000"]]
     assert totals[1:6] == ["8,192", "1,000", "4.000", "128,000", "31.0%"]
     assert totals[6:] == ["27.0%", "0.200", "68.0", "0.05", "18"]
     (together,) = cells(shown, "all")
@@ -42,8 +43,9 @@ def test_a_phase_and_the_run() -> None:
 
 
 def test_every_table_says_that_it_is_predicted() -> None:
-    shown = " ".join(lines(good_forecast()))
-    assert shown.count("no GPU has confirmed") == len(tables_of(good_forecast()))
+    tables = [each for each in tables_of(good_forecast()) if not isinstance(each, str)]
+    assert len(tables) == 6
+    assert all("no GPU has confirmed" in str(table.title) for table in tables)
 
 
 def test_a_name_gives_no_orders_to_a_terminal() -> None:

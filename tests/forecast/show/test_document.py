@@ -7,10 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from visionloom.forecast.document import document
+from visionloom.forecast.show.document import document
 from visionloom.tests.forecast.made import good_forecast, run_forecast
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+DOCS = Path(__file__).resolve().parents[3] / "docs"
 
 
 def leaves(value: Any) -> Iterator[Any]:

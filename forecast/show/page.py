@@ -5,10 +5,10 @@ from html import escape
 from typing import Final
 
 from visionloom.common.text import printable
-from visionloom.forecast.document import NOTICE
-from visionloom.forecast.drawings import StackedBar, legend, stacked_bars, timeline
 from visionloom.forecast.results import PhaseForecast, RankForecast, RunForecast
-from visionloom.forecast.tables import (
+from visionloom.forecast.show.document import NOTICE
+from visionloom.forecast.show.drawings import StackedBar, legend, stacked_bars, timeline
+from visionloom.forecast.show.tables import (
     PHASE_COLUMNS,
     WORK_COLUMNS,
     gibibytes,
@@ -78,13 +78,16 @@ def header(forecast: RunForecast) -> str:
 
 
 def faults(forecast: RunForecast) -> str:
-    """Return what is wrong, of all phases."""
-    if not forecast.faults:
-        return ""
-    items = []
-    for fault in forecast.faults:
-        items.append(f"<li>{escape(fault)}</li>")
-    return section("What is wrong", f'<ul class="faults">{"".join(items)}</ul>')
+    """Return what is wrong and what slows the run, of all phases."""
+    parts = ""
+    for title, kind, lines in (
+        ("What is wrong", "faults", forecast.faults),
+        ("What slows it", "notes", forecast.notes),
+    ):
+        items = "".join(f"<li>{escape(line)}</li>" for line in lines)
+        if items:
+            parts += section(title, f'<ul class="{kind}">{items}</ul>')
+    return parts
 
 
 def costs(forecast: RunForecast) -> str:
