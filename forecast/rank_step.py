@@ -126,9 +126,12 @@ class RankStep:
         end = self._stretches[SlotKind.END]
         for collective, count in (each for slot in end.slots for each in slot.collectives):
             key = collective.part, collective.name
+            # The last message of a pipeline is here too, and hides under nothing.
+            if key not in shelters:
+                continue
             ranks = self.kind.trace.groups[collective.axis]
             seconds = count * collective_seconds(collective, ranks, self.machine)
-            if covered := min(seconds, shelters.get(key, 0.0)):
+            if covered := min(seconds, shelters[key]):
                 shelters[key] -= covered
                 hidden[collective.axis] += covered
         return hidden

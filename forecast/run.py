@@ -25,8 +25,6 @@ PRELOAD: Final = ("visionloom.forecast.worker",)
 """Imports torch and megatron-core, once for all workers."""
 CHOICES: Final = (PackChoice.MEAN, PackChoice.PATCHES, PackChoice.SUPERVISED)
 """For times, for the memory of the first stage, and for that of the last."""
-TRACED: Final = 2
-"""Micro-batches that are traced: those after the second repeat it."""
 
 
 @dataclass(frozen=True)
@@ -138,8 +136,6 @@ class ImaginedPhase:
 
     def orders(self) -> Iterator[TraceOrder]:
         """Yield what is to be traced: each kind of rank on mean packs, and the first and last stage on their fullest."""
-        # Interleaved stages take micro-batches only in multiples of their number.
-        least = self.layout.pipeline if self.layout.chunks > 1 else TRACED
         request = self.request
         for kind in self.kinds:
             for choice in self.choices_of(kind):
@@ -151,9 +147,16 @@ class ImaginedPhase:
                     choice=choice,
                     packs=self.packs[choice],
                     share=self.share_of(kind),
-                    micro_batches=min(least, self.micro_batches),
+                    micro_batches=self.traced_micro_batches(choice),
                     imbalance=request.imbalance,
                 )
+
+    def traced_micro_batches(self, choice: PackChoice) -> int:
+        """Return how many micro-batches are traced: those after the second repeat it, and memory is known from one."""
+        # Interleaved stages take micro-batches only in multiples of their number.
+        if self.layout.chunks > 1:
+            return self.layout.pipeline
+        return min(2 if choice is PackChoice.MEAN else 1, self.micro_batches)
 
     def choices_of(self, kind: RankKind) -> list[PackChoice]:
         """Return on which packs a kind is traced: the memory of stages between the first and the last depends on none."""
@@ -222,8 +225,8 @@ class ImaginedPhase:
 def stages_of(kind: RankKind, trace: RankTrace) -> Iterator[TracedKind]:
     """Yield a kind of rank once for each of its stages, which do the same but keep other numbers of micro-batches."""
     ranks = kind.ranks // len(kind.stages)
-    for stage in kind.stages:
-        yield TracedKind(replace(trace, stage=stage), ranks, kind.description)
+    for stage, description in zip(kind.stages, kind.descriptions, strict=True):
+        yield TracedKind(replace(trace, stage=stage), ranks, description)
 
 
 def fullest(ranks: Sequence[RankForecast]) -> RankForecast:
