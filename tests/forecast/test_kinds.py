@@ -74,9 +74,9 @@ def test_every_rank_is_of_one_kind(size: str) -> None:
 
 def test_stages_in_the_middle_are_one_kind() -> None:
     first, middle, last = kinds_of("qwen3vl_8b", 64, [100] * 2, pipeline=4, tensor=2)
-    assert first == RankKind(0, 16, (0,), "vision tower, layers 0-8")
-    assert middle == RankKind(16, 32, (1, 2), "layers 9-17, as many on stages 2")
-    assert last == RankKind(48, 16, (3,), "layers 27-35, loss")
+    assert first == RankKind(0, 16, (0,), ("vision tower, layers 0-8",))
+    assert middle == RankKind(16, 32, (1, 2), ("layers 9-17", "layers 18-26"))
+    assert last == RankKind(48, 16, (3,), ("layers 27-35, loss",))
 
 
 def test_uneven_stages_are_kinds_of_their_own() -> None:
