@@ -1,9 +1,9 @@
-"""What a layout needs at least, and about how long a step takes in it: arithmetic, to choose which layouts are traced. No torch.
+"""What a layout needs at least: weights, gradients and optimizer of the fullest rank, by arithmetic. Imports no torch.
 
-Memory at rest is a lower bound: what a rank holds of weights, gradients and optimizer. Times and activations are rough, and
-only put layouts in an order: what is true of a layout its trace says.
+What activations take on top of it a trace says.
 """
 
+import functools
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -21,19 +21,30 @@ FIRST, LAYER, LAST = "first", "layer", "last"
 """Where a parameter is: on the first stage, in each decoder layer, on the last stage."""
 WHOLE, TENSOR, EXPERTS = "whole", "tensor", "experts"
 """What it is cut over: nothing, the tensor ranks, the ranks that share experts."""
-Part = tuple[str, str, str]
+ParameterKind = tuple[str, str, str]
 """Place, cut and parameter group."""
 
 
-def stage_layers(layout: ParallelConfig, layers: int) -> list[int]:
+def stage_layers(layout: ParallelConfig, layers: int) -> tuple[int, ...]:
     """Return the decoder layers of each pipeline stage."""
+    return _stage_layers(layout.pipeline, layout.virtual_pipeline, layout.pipeline_layout, layers)
+
+
+@functools.cache
+def _stage_layers(
+    pipeline: int, virtual_pipeline: int | None, pipeline_layout: str | None, layers: int
+) -> tuple[int, ...]:
+    """Return them, once for the thousands of layouts that a search has of each pipeline."""
+    layout = ParallelConfig(
+        pipeline=pipeline, virtual_pipeline=virtual_pipeline, pipeline_layout=pipeline_layout
+    )
     chunks = layers_per_chunk(layout, layers)
-    return [sum(chunks[stage :: layout.pipeline]) for stage in range(layout.pipeline)]
+    return tuple(sum(chunks[stage::pipeline]) for stage in range(pipeline))
 
 
-def parameter_counts(model: ModelConfig) -> dict[Part, int]:
+def parameter_counts(model: ModelConfig) -> dict[ParameterKind, int]:
     """Count the parameters by place, cut and group; of all equal decoder layers one is counted."""
-    counts: Counter[Part] = Counter()
+    counts: Counter[ParameterKind] = Counter()
     for name, shape in parameter_shapes(model).items():
         place = FIRST
         if name.startswith(f"{LAYERS}0."):
@@ -56,7 +67,7 @@ def parameter_counts(model: ModelConfig) -> dict[Part, int]:
 class RestBounds:
     """Least memory between two steps in any layout of a run."""
 
-    counts: dict[Part, int]
+    counts: dict[ParameterKind, int]
     layers: int
     tied: int
     """Parameters of the embedding that the last of several stages holds too; 0 where it is not tied."""
