@@ -12,7 +12,6 @@ confirmed the times. No data, model folder or tokenizer is needed. docs/planning
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -22,22 +21,20 @@ if not __package__:
     sys.path[0] = str(root / ".link")
 
 from visionloom.common.atomic import replacing
-from visionloom.common.errors import UserError, unknown
+from visionloom.common.errors import UserError
 from visionloom.common.quiet import quiet_libraries
 from visionloom.common.screen import PlainConsole
 from visionloom.common.text import one_line, say, warn
-from visionloom.forecast.machine import machine, machine_names
-from visionloom.forecast.request import PlanRequest
+from visionloom.forecast.machine import machine_names
 from visionloom.forecast.show.document import JSON, PAGE, document
 from visionloom.launch.claim import check_writable
 from visionloom.launch.configure import compose
 from visionloom.launch.data_commands.progress import bars
 from visionloom.launch.exit import CANNOT_RUN, FAILURE, exit_interrupted, exit_with
-from visionloom.launch.plan_commands.words import PlanWords, read_plan_words
+from visionloom.launch.plan_commands.words import read_plan_words
 
 if TYPE_CHECKING:
     from visionloom.forecast.results import RunForecast
-    from visionloom.train.config import RunConfig
 
 HELP: Final = """usage: plan.py [search] +recipe=NAME world=N [gpu=NAME] [word=value ...] [key=value ...]
        plan.py table FILE
@@ -85,7 +82,9 @@ def run(argv: list[str]) -> int:
 
         return write_table(argv[1:])
     if argv[0] == "search":
-        raise UserError("search is being made")
+        from visionloom.launch.plan_commands.search import search_layouts
+
+        return search_layouts(argv[1:])
     return plan(argv)
 
 
@@ -95,7 +94,7 @@ def plan(argv: Sequence[str]) -> int:
     config = compose(words, own.world)
     if config is None:
         return 0
-    request = request_of(own, config)
+    request = own.request(config)
     # Before a minute of work: a folder that cannot be written is known at once.
     folder = Path(own.out or f"{config.run.folder}/plan")
     check_writable(folder, "out")
@@ -109,19 +108,6 @@ def plan(argv: Sequence[str]) -> int:
     write(forecast, folder)
     say(f"plan: {folder / PAGE}, {folder / JSON}")
     return 0 if forecast.can_run else CANNOT_RUN
-
-
-def request_of(own: PlanWords, config: "RunConfig") -> PlanRequest:
-    """Return what is to be planned; UserError for a GPU or a phase that does not exist."""
-    card = machine(own.gpu)
-    if own.memory is not None:
-        card = replace(card, memory_gib=own.memory)
-    phases = tuple(config.phases)
-    if own.phase and own.phase not in phases:
-        raise UserError(unknown("phase", own.phase, phases))
-    if own.phase:
-        phases = (own.phase,)
-    return PlanRequest(config, own.world, own.gpu, card, own.imbalance, phases)
 
 
 def show(forecast: "RunForecast") -> None:

@@ -64,7 +64,7 @@ def _bar(names: Sequence[str], bar: StackedBar, top: int, scale: float) -> str:
     shapes = [_text(0, top, shortened(bar.label), title=bar.label)]
     x = float(LABELS)
     for number, (name, piece) in enumerate(zip(names, bar.pieces, strict=True)):
-        box = Rectangle(x, top + (ROW - BAR) / 2, piece * scale, BAR)
+        box = FilledBox(x, top + (ROW - BAR) / 2, piece * scale, BAR)
         if piece > 0:
             shapes.append(box.svg(f"piece-{number % COLOURS}", name))
         x += box.width
@@ -107,7 +107,7 @@ def _pass(span: Span, scale: float) -> str:
     """Return the shapes of one pass; later chunks of a stage are paler."""
     seconds = span.end - span.start
     top = ROW * span.stage
-    box = Rectangle(STAGE_LABELS + span.start * scale, top + 2, seconds * scale, ROW - 4)
+    box = FilledBox(STAGE_LABELS + span.start * scale, top + 2, seconds * scale, ROW - 4)
     kind = "forward" if span.kind is SlotKind.FORWARD else "backward"
     title = f"{kind} {span.micro_batch}, chunk {span.chunk}: {seconds:.4f} s"
     opacity = max(0.4, 1 - 0.2 * max(0, span.chunk))
@@ -119,7 +119,7 @@ def _pass(span: Span, scale: float) -> str:
 
 
 @dataclass(frozen=True)
-class Rectangle:
+class FilledBox:
     """A filled rectangle; the pointer shows its title."""
 
     x: float

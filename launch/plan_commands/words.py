@@ -3,16 +3,18 @@
 import math
 import typing
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from visionloom.common.errors import SHOWN, UserError, unknown
 from visionloom.common.settings import check, option
 from visionloom.common.text import one_line
-from visionloom.forecast.machine import machine_names
+from visionloom.forecast.machine import machine, machine_names
+from visionloom.forecast.request import PlanRequest
 from visionloom.launch.configure import split_options
 from visionloom.launch.environment import check_home
 from visionloom.launch.words import NUMBERS
+from visionloom.train.config import RunConfig
 
 MOST_GPUS: Final = 1 << 20
 
@@ -33,6 +35,18 @@ class PlanWords:
     """Only this phase; empty: all."""
     out: str = option("", "free")
     """Folder of plan.json and plan.html; empty: plan/ in the run's folder."""
+
+    def request(self, config: RunConfig) -> PlanRequest:
+        """Return what is to be planned of a run; UserError for a phase that it lacks."""
+        card = machine(self.gpu)
+        if self.memory is not None:
+            card = replace(card, memory_gib=self.memory)
+        phases = tuple(config.phases)
+        if self.phase and self.phase not in phases:
+            raise UserError(unknown("phase", self.phase, phases))
+        if self.phase:
+            phases = (self.phase,)
+        return PlanRequest(config, self.world, self.gpu, card, self.imbalance, phases)
 
 
 _HINTS: Final = typing.get_type_hints(PlanWords)

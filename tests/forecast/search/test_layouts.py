@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from visionloom.common.settings import check
-from visionloom.forecast.layouts import LegalLayouts, cut_evenly, with_layout, yaml_of
+from visionloom.forecast.search.layouts import LegalLayouts, cut_evenly, with_layout, yaml_of
 from visionloom.launch.configure import compose
 from visionloom.parallel.config import ParallelConfig
 from visionloom.tests.model.test_sizes import published

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from visionloom.forecast.bounds import RestBounds
+from visionloom.forecast.search.bounds import RestBounds
 from visionloom.model.lora_config import LoraConfig
 from visionloom.parallel.config import ParallelConfig
 from visionloom.tests.model.test_layout_sizes import WORLDS
