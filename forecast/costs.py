@@ -8,7 +8,7 @@ is left out. Imports no torch.
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -72,47 +72,46 @@ class Links:
             return adapter
         return min(inside, self.per_node * adapter)
 
-    def ring_latency(self, machine: Machine) -> float:
-        """Return the seconds of the steps of one round of a ring."""
+    def ring_seconds(self, name: str, size: int, machine: Machine) -> float:
+        """Return the seconds of a collective by rings."""
         steps, far = self.ranks - 1, self.nodes - 1
-        return (steps - far) * machine.inside_hop + far * machine.between_hop
+        latency = (steps - far) * machine.inside_hop + far * machine.between_hop
+        # A broadcast sends all bytes through each link, the others all but a rank's own.
+        share = 1.0 if name == "broadcast" else steps / self.ranks
+        return RING_ROUNDS[name] * (latency + size * share / self.bus_bandwidth(machine))
 
-    def tree_latency(self, machine: Machine) -> float:
-        """Return the seconds from the leaves of NCCL's tree to its root: a chain in each node, a binary tree of nodes."""
+    def tree_seconds(self, size: int, machine: Machine) -> float:
+        """Return the seconds of an all_reduce by NCCL's trees: a chain in each node, a binary tree of nodes."""
         chain = math.ceil(self.ranks / self.nodes) - 1
-        return chain * machine.inside_hop + math.log2(self.nodes) * machine.between_hop
+        latency = chain * machine.inside_hop + math.log2(self.nodes) * machine.between_hop
+        # To the root and back.
+        return 2 * (latency + size / (self.bus_bandwidth(machine) * TREE_SHARE))
+
+    def exchange_seconds(self, size: int, machine: Machine) -> float:
+        """Return the seconds in which every rank sends each other one its part of `size` bytes."""
+        per_node = self.ranks / self.nodes
+        near = size * (per_node - 1) / self.ranks / (machine.inside_gbps * 1e9)
+        far = size * (self.ranks - per_node) / self.ranks / (machine.between_gbps * 1e9)
+        near_peers = math.ceil(per_node) - 1
+        far_peers = self.ranks - 1 - near_peers
+        latency = near_peers * machine.inside_hop + far_peers * machine.between_hop
+        # NVLink and the adapter work at the same time.
+        return latency + max(near, far)
 
 
 def collective_seconds(collective: Collective, ranks: Sequence[int], machine: Machine) -> float:
     """Return the seconds of one call among `ranks`; 0 where there is only one."""
     if len(ranks) == 1:
         return 0.0
+    name, size = collective.name, collective.bytes
     links = Links.between(ranks, machine)
-    if collective.name == "all_to_all":
-        return machine.collective_start + _exchange_seconds(collective.bytes, links, machine)
-
-    rounds = RING_ROUNDS[collective.name]
-    bandwidth = links.bus_bandwidth(machine)
-    # A broadcast sends all bytes through each link, the others all but a rank's own.
-    share = 1.0 if collective.name == "broadcast" else (links.ranks - 1) / links.ranks
-    moved = collective.bytes * rounds * share / bandwidth
-    seconds = rounds * links.ring_latency(machine) + moved
-    if collective.name == "all_reduce":
-        moved = 2 * collective.bytes / (bandwidth * TREE_SHARE)
-        seconds = min(seconds, 2 * links.tree_latency(machine) + moved)
+    if name == "all_to_all":
+        seconds = links.exchange_seconds(size, machine)
+    else:
+        seconds = links.ring_seconds(name, size, machine)
+    if name == "all_reduce":
+        seconds = min(seconds, links.tree_seconds(size, machine))
     return machine.collective_start + seconds
-
-
-def _exchange_seconds(size: int, links: Links, machine: Machine) -> float:
-    """Return the seconds in which every rank sends each other one its part of `size` bytes."""
-    per_node = links.ranks / links.nodes
-    near = size * (per_node - 1) / links.ranks / (machine.inside_gbps * 1e9)
-    far = size * (links.ranks - per_node) / links.ranks / (machine.between_gbps * 1e9)
-    near_peers = math.ceil(per_node) - 1
-    far_peers = links.ranks - 1 - near_peers
-    latency = near_peers * machine.inside_hop + far_peers * machine.between_hop
-    # NVLink and the adapter work at the same time.
-    return latency + max(near, far)
 
 
 def message_seconds(size: int, sender: int, receiver: int, machine: Machine) -> float:
@@ -144,23 +143,22 @@ class WorkSeconds:
 
 
 def work_seconds(
-    slots: Iterable[Slot], groups: Mapping[str, Sequence[int]], machine: Machine
+    slots: Sequence[Slot], groups: Mapping[str, Sequence[int]], machine: Machine
 ) -> WorkSeconds:
     """Return where the time of slots that follow each other goes; `groups`: ranks by axis, as in RankTrace."""
     parts: dict[str, float] = defaultdict(float)
     communication: dict[str, float] = defaultdict(float)
-    launches = 0
-    for slot in slots:
-        for operation, count in slot.operations:
-            parts[operation.part] += count * operation_seconds(operation, machine)
-            launches += count
-        for collective, count in slot.collectives:
-            launches += count
-            if collective.name not in MESSAGES:
-                seconds = collective_seconds(collective, groups[collective.axis], machine)
-                communication[collective.axis] += count * seconds
+    operations = [each for slot in slots for each in slot.operations]
+    collectives = [each for slot in slots for each in slot.collectives]
+    for operation, count in operations:
+        parts[operation.part] += count * operation_seconds(operation, machine)
+    for collective, count in collectives:
+        if collective.name not in MESSAGES:
+            seconds = collective_seconds(collective, groups[collective.axis], machine)
+            communication[collective.axis] += count * seconds
 
     # The host runs ahead of the device, so that only all launches together can be too slow.
+    launches = sum(count for _, count in (*operations, *collectives))
     device = sum(parts.values()) + sum(communication.values())
     waits = max(0.0, launches * machine.launch - device)
     return WorkSeconds(dict(parts), dict(communication), waits, launches)

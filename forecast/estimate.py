@@ -1,6 +1,5 @@
 """From the traces of a phase to its forecast on a machine: memory and time of each kind of rank, of the step and of the phase."""
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -100,13 +99,11 @@ class StepTime:
     @classmethod
     def of(cls, pipeline: Pipeline, steps: Sequence[RankStep]) -> "StepTime":
         """Play a step; `steps`: of each kind of rank, at least one of each stage."""
-        by_stage: dict[int, list[RankStep]] = defaultdict(list)
-        for step in steps:
-            by_stage[step.stage].append(step)
-        stages = [by_stage[stage] for stage in range(pipeline.stages)]
-        ends = [max(step.end_seconds for step in ranks) for ranks in stages]
-
+        stages = [
+            [step for step in steps if step.stage == stage] for stage in range(pipeline.stages)
+        ]
         times = [stage_times(ranks) for ranks in stages]
+        ends = [max(step.end_seconds for step in ranks) for ranks in stages]
         timeline = play(pipeline, times)
         seconds = _last_end(timeline, ends)
         # Played again without them: what is then missing they have cost.
@@ -115,16 +112,19 @@ class StepTime:
 
         slowest = max(steps, key=lambda step: sum(step.shares.values()))
         work = sum(slowest.shares.values())
-        waiting = {MESSAGES: messages, BUBBLE: seconds - work - messages}
-        return cls(seconds, slowest.shares | waiting, timeline)
+        # Rounding may leave less than nothing.
+        bubble = max(0.0, seconds - work - messages)
+        shares = slowest.shares | {MESSAGES: messages, BUBBLE: bubble}
+        return cls(seconds, shares, timeline)
 
     @property
     def communication(self) -> float:
         """Return the seconds in which ranks only communicate."""
-        collectives = [
-            seconds for name, seconds in self.shares.items() if name.endswith(COMMUNICATION)
-        ]
-        return self.shares[MESSAGES] + sum(collectives)
+        alone = self.shares[MESSAGES]
+        for name, seconds in self.shares.items():
+            if name.endswith(COMMUNICATION):
+                alone += seconds
+        return alone
 
 
 def stage_times(ranks: Sequence[RankStep]) -> StageTimes:

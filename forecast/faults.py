@@ -7,7 +7,6 @@ from visionloom.forecast.machine import GIB, Machine
 from visionloom.forecast.phase_traces import PhaseTraces
 from visionloom.forecast.results import RankForecast
 from visionloom.forecast.trace.events import Category
-from visionloom.parallel.config import ParallelConfig
 
 SHOWN: Final = 3
 """Categories that a line about memory names."""
@@ -22,39 +21,42 @@ def memory_faults(
     for rank in ranks:
         if rank.peak_bytes <= machine.usable_bytes:
             continue
-        largest = sorted(rank.memory.items(), key=lambda item: -item[1])
-        shares = [f"{category} {size / GIB:.1f}" for category, size in largest[:SHOWN]]
-        cures = ", ".join(cures_of(largest[0][0], traces))
         alike = "1 rank" if rank.ranks == 1 else f"{rank.ranks} ranks"
-        yield (
-            f"stage {rank.stage} ({alike}, {rank.description}) needs {rank.peak_bytes / GIB:.1f} GiB, {gpu} has"
-            f" {machine.usable_bytes / GIB:.1f} usable: {', '.join(shares)} GiB; try {cures}"
-        )
+        largest = sorted(rank.memory, key=lambda category: -rank.memory[category])
+        shares = []
+        for category in largest[:SHOWN]:
+            shares.append(f"{category} {_gib(rank.memory[category])}")
+
+        who = f"stage {rank.stage} ({alike}, {rank.description})"
+        needed, usable = _gib(rank.peak_bytes), _gib(machine.usable_bytes)
+        where = f"{', '.join(shares)} GiB"
+        cures = ", ".join(cures_of(largest[0], traces))
+        yield f"{who} needs {needed} GiB, {gpu} has {usable} usable: {where}; try {cures}"
 
 
-def cures_of(category: Category, traces: PhaseTraces) -> list[str]:
-    """Return the settings that make a category of memory smaller, the cheapest first."""
+def _gib(size: int) -> str:
+    return f"{size / GIB:.1f}"
+
+
+def cures_of(category: Category, traces: PhaseTraces) -> Iterator[str]:
+    """Yield the settings that make a category of memory smaller, those that ask for no more ranks first."""
     layout = traces.layout
-    cures = [] if category in HELD else list(_cures_of_activations(layout, traces.micro_batch))
-    cures.append(f"parallel.tensor={2 * layout.tensor}")
-    if category is Category.OPTIMIZER:
-        cures.append("more GPUs: the data ranks share the optimizer")
-    # More stages hold less each, but as many activations as before.
-    if category in HELD:
-        cures.append(f"parallel.pipeline={2 * layout.pipeline}")
-    else:
-        cures.append(f"parallel.context={2 * layout.context}")
-    return cures
-
-
-def _cures_of_activations(layout: ParallelConfig, micro_batch: int) -> Iterator[str]:
-    """Yield what makes activations fewer without more ranks."""
-    if layout.recompute != "full":
+    held = category in HELD
+    if not held and layout.recompute != "full":
         yield "parallel.recompute=full"
-    if micro_batch > 1:
-        yield "micro_batch=1"
-    if not layout.offload_activations:
+    if not held and traces.micro_batch > 1:
+        yield f"phases.{traces.phase}.micro_batch=1"
+    if not held and not layout.offload_activations:
         yield "parallel.offload_activations=true"
+
+    yield f"parallel.tensor={2 * layout.tensor}"
+    if category is Category.OPTIMIZER:
+        yield "more GPUs, whose data ranks share the optimizer"
+    # More stages hold fewer layers each, but as many activations as before.
+    if held:
+        yield f"parallel.pipeline={2 * layout.pipeline}"
+    else:
+        yield f"parallel.context={2 * layout.context}"
 
 
 def mixed_faults(ranks: Iterable[RankForecast]) -> list[str]:

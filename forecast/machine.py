@@ -1,6 +1,5 @@
 """What is assumed of a GPU and of the nodes that it stands in: a file of recipes/gpu holds the numbers. Imports no torch."""
 
-import dataclasses
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from typing import Final
@@ -24,7 +23,7 @@ class Machine:
 
     memory_gib: float = option(0.0, "free", above=0, most=4096)
     """Memory that the driver reports, GiB."""
-    reserved_gib: float = option(0.0, "free", least=0, most=64)
+    reserved_gib: float = option(0.0, "free", above=0, most=64)
     """What torch's allocator never gets of it: CUDA's context, workspaces of cuBLAS, buffers of NCCL; GiB."""
     bf16_tflops: float = option(0.0, "free", above=0, most=1e6)
     """Peak of dense matrix products, 10^12 operations a second; MFU is a share of it."""
@@ -32,7 +31,7 @@ class Machine:
     """The same in fp32 without TF32, which torch leaves off: products of the router."""
     product_share: float = option(0.0, "free", above=0, most=1)
     """Share of the peak that large matrix products reach."""
-    product_start: float = option(0.0, "free", least=0, most=1e-3)
+    product_start: float = option(0.0, "free", above=0, most=1e-3)
     """Seconds that a product takes longer than its operations: tiles fill, and the last wave of them is not full."""
     attention_forward_share: float = option(0.0, "free", above=0, most=1)
     """Share of the peak of bf16 that attention reaches in its forward pass."""
@@ -42,21 +41,21 @@ class Machine:
     """Peak bandwidth of the memory, GB/s."""
     memory_share: float = option(0.0, "free", above=0, most=1)
     """Share of it that large elementwise kernels reach."""
-    kernel_start: float = option(0.0, "free", least=0, most=1e-3)
+    kernel_start: float = option(0.0, "free", above=0, most=1e-3)
     """Seconds that the smallest kernel takes on the device."""
-    launch: float = option(0.0, "free", least=0, most=1e-3)
+    launch: float = option(0.0, "free", above=0, most=1e-3)
     """Seconds of the host for each kernel: a step is never faster than its host."""
     node_ranks: int = option(0, "free", least=1, most=1024)
     """GPUs of a node, between which the fast links are."""
     inside_gbps: float = option(0.0, "free", above=0, most=1e5)
     """Measured bandwidth of a GPU to others of its node, GB/s."""
-    inside_hop: float = option(0.0, "free", least=0, most=1e-2)
+    inside_hop: float = option(0.0, "free", above=0, most=1e-2)
     """Seconds of a step of a ring inside a node."""
     between_gbps: float = option(0.0, "free", above=0, most=1e5)
     """Measured bandwidth of a GPU's own share of the network, GB/s."""
-    between_hop: float = option(0.0, "free", least=0, most=1e-2)
+    between_hop: float = option(0.0, "free", above=0, most=1e-2)
     """Seconds of a step of a ring from node to node."""
-    collective_start: float = option(0.0, "free", least=0, most=1e-2)
+    collective_start: float = option(0.0, "free", above=0, most=1e-2)
     """Seconds of any collective before its first byte moves."""
 
     @property
@@ -92,11 +91,7 @@ def machine(name: str) -> Machine:
         read = checked(values, Machine, where)
     except JsonError as error:
         raise UserError(str(error)) from None
-
-    # A number that is left out would be 0: what is computed with it would look fine.
-    missing = [item.name for item in dataclasses.fields(Machine) if item.name not in values]
-    if missing:
-        raise UserError(f"{where} lacks {', '.join(missing)}")
+    # A number that is left out would be 0, which no bound allows where it matters.
     if problems := check(read).lines:
         raise UserError(*(f"{where}: {problem}" for problem in problems))
     return read

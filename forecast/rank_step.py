@@ -108,26 +108,29 @@ class RankStep:
         chunks = range(self.pipeline.chunks)
         return sum(self.seconds(Pass(kind, chunk, number)).total for chunk in chunks)
 
+    def _shelters(self) -> dict[tuple[str, str], float]:
+        """Return the seconds of passes under which collectives after the last pass hide, by their part and name."""
+        shelters = {}
+        first, last = self.order[1], self.order[-2]
+        if self.overlap.gradient_reduction:
+            shelters[REDUCTION, "reduce_scatter"] = self.seconds(last).total
+        if self.overlap.parameter_gather:
+            shelters[OPTIMIZER, "all_gather"] = self.seconds(first).total
+        return shelters
+
     @cached_property
     def _hidden(self) -> dict[str, float]:
         """Return the seconds of collectives after the last pass that overlap with passes, by axis."""
-        shelters = {}
-        if self.overlap.gradient_reduction:
-            last = self.order[-2]
-            shelters[REDUCTION, "reduce_scatter"] = self.seconds(last).total
-        if self.overlap.parameter_gather:
-            shelters[OPTIMIZER, "all_gather"] = self.seconds(self.order[1]).total
-
+        shelters = self._shelters()
         hidden: dict[str, float] = defaultdict(float)
-        groups = self.kind.trace.groups
-        for slot in self._stretches[SlotKind.END].slots:
-            for collective, count in slot.collectives:
-                key = collective.part, collective.name
-                seconds = collective_seconds(collective, groups[collective.axis], self.machine)
-                covered = min(count * seconds, shelters.get(key, 0.0))
-                if covered:
-                    shelters[key] -= covered
-                    hidden[collective.axis] += covered
+        end = self._stretches[SlotKind.END]
+        for collective, count in (each for slot in end.slots for each in slot.collectives):
+            key = collective.part, collective.name
+            ranks = self.kind.trace.groups[collective.axis]
+            seconds = count * collective_seconds(collective, ranks, self.machine)
+            if covered := min(seconds, shelters.get(key, 0.0)):
+                shelters[key] -= covered
+                hidden[collective.axis] += covered
         return hidden
 
     @property

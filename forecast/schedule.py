@@ -61,10 +61,8 @@ class Pipeline:
     def actions(self, stage: int) -> list[Action]:
         """Return what a stage does in a step, in order."""
         program = _Program()
-        if self.chunks == 1:
-            _run_one_chunk(program, self, stage)
-        else:
-            _Interleaved(program, self, stage).run()
+        kind = _OneChunk if self.chunks == 1 else _Interleaved
+        kind(program, self, stage).run()
         return program.actions
 
     def passes(self, stage: int) -> list[Pass]:
@@ -102,37 +100,52 @@ class _Program:
                 self.actions.append(Await(transfer, self.pending[transfer].pop()))
 
 
-def _run_one_chunk(program: _Program, pipeline: Pipeline, stage: int) -> None:
-    """Write down 1F1B (`forward_backward_pipelining_without_interleaving`).
+@dataclass
+class _OneChunk:
+    """1F1B (`forward_backward_pipelining_without_interleaving`).
 
     With one stage it is the order of `forward_backward_no_pipelining`.
     """
-    first, last = stage == 0, stage == pipeline.stages - 1
-    send_next = None if last else Transfer.SEND_NEXT
-    receive_next = None if last else Transfer.RECEIVE_NEXT
-    send_previous = None if first else Transfer.SEND_PREVIOUS
-    receive_previous = None if first else Transfer.RECEIVE_PREVIOUS
 
-    warmup = min(pipeline.stages - stage - 1, pipeline.micro_batches)
-    steady = pipeline.micro_batches - warmup
-    for number in range(warmup):
-        program.exchange(receive_previous)
-        program.actions.append(Pass(SlotKind.FORWARD, 0, number))
-        program.exchange(send_next)
+    program: _Program
+    pipeline: Pipeline
+    stage: int
 
-    if steady:
-        program.exchange(receive_previous)
-    for number in range(steady):
-        program.actions.append(Pass(SlotKind.FORWARD, 0, warmup + number))
-        program.exchange(send_next, receive_next)
-        program.actions.append(Pass(SlotKind.BACKWARD, 0, number))
-        another = number < steady - 1
-        program.exchange(receive_previous if another else None, send_previous)
+    def __post_init__(self) -> None:
+        first, last = self.stage == 0, self.stage == self.pipeline.stages - 1
+        self.send_next = None if last else Transfer.SEND_NEXT
+        self.receive_next = None if last else Transfer.RECEIVE_NEXT
+        self.send_previous = None if first else Transfer.SEND_PREVIOUS
+        self.receive_previous = None if first else Transfer.RECEIVE_PREVIOUS
 
-    for number in range(steady, pipeline.micro_batches):
-        program.exchange(receive_next)
-        program.actions.append(Pass(SlotKind.BACKWARD, 0, number))
-        program.exchange(send_previous)
+    def run_pass(self, kind: SlotKind, micro_batch: int) -> None:
+        """Write down a pass."""
+        self.program.actions.append(Pass(kind, 0, micro_batch))
+
+    def run(self) -> None:
+        """Write down what the stage does."""
+        micro_batches = self.pipeline.micro_batches
+        warmup = min(self.pipeline.stages - self.stage - 1, micro_batches)
+        steady = micro_batches - warmup
+        for number in range(warmup):
+            self.program.exchange(self.receive_previous)
+            self.run_pass(SlotKind.FORWARD, number)
+            self.program.exchange(self.send_next)
+
+        if steady:
+            self.program.exchange(self.receive_previous)
+        for number in range(steady):
+            self.run_pass(SlotKind.FORWARD, warmup + number)
+            self.program.exchange(self.send_next, self.receive_next)
+            self.run_pass(SlotKind.BACKWARD, number)
+            another = number < steady - 1
+            receive = self.receive_previous if another else None
+            self.program.exchange(receive, self.send_previous)
+
+        for number in range(steady, micro_batches):
+            self.program.exchange(self.receive_next)
+            self.run_pass(SlotKind.BACKWARD, number)
+            self.program.exchange(self.send_previous)
 
 
 @dataclass

@@ -2,15 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 from visionloom.forecast.results import Span
 from visionloom.forecast.schedule import Action, Await, Pass, Pipeline, Start, Transfer
 
-SENT_AS = {
-    Transfer.SEND_NEXT: Transfer.RECEIVE_PREVIOUS,
-    Transfer.SEND_PREVIOUS: Transfer.RECEIVE_NEXT,
-}
-"""A message as its receiver sees it."""
+SENT: Final = (Transfer.SEND_NEXT, Transfer.SEND_PREVIOUS)
 
 
 @dataclass(frozen=True)
@@ -86,7 +83,7 @@ class _Player:
             kind, chunk, number = action
             self.spans.append(Span(self.stage, chunk, number, kind, start, self.clock))
         elif isinstance(action, Start):
-            self.messages[action.transfer].start(action.transfer in SENT_AS, self.clock)
+            self.messages[action.transfer].start(action.transfer in SENT, self.clock)
         elif isinstance(action, Await):
             ends = self.messages[action.transfer].ends
             if action.number >= len(ends):
@@ -100,25 +97,27 @@ def play(pipeline: Pipeline, times: Sequence[StageTimes]) -> Timeline:
 
     A message runs when sender and receiver have both come to it, as NCCL's do, and a stage stands still while it waits.
     """
-    stages = range(pipeline.stages)
-    messages: list[dict[Transfer, _Messages]] = [{} for _ in stages]
-    for stage in stages:
-        seconds = {
-            Transfer.SEND_NEXT: times[stage].send_next,
-            Transfer.SEND_PREVIOUS: times[stage].send_previous,
-        }
-        for transfer, receiver in ((Transfer.SEND_NEXT, 1), (Transfer.SEND_PREVIOUS, -1)):
-            sent = _Messages(seconds[transfer])
-            messages[stage][transfer] = sent
-            messages[(stage + receiver) % pipeline.stages][SENT_AS[transfer]] = sent
+    messages = _messages_of(times)
+    players = []
+    for stage, own in enumerate(times):
+        actions = pipeline.actions(stage)
+        players.append(_Player(stage, actions, own, messages[stage], own.begin))
 
-    players = [
-        _Player(stage, pipeline.actions(stage), times[stage], messages[stage], times[stage].begin)
-        for stage in stages
-    ]
-    # A list and not a generator: each stage acts in each round.
     while any(player.run() for player in players):
         pass
     assert all(player.next == len(player.actions) for player in players)
     spans = tuple(span for player in players for span in player.spans)
     return Timeline(spans, tuple(player.clock for player in players))
+
+
+def _messages_of(times: Sequence[StageTimes]) -> list[dict[Transfer, _Messages]]:
+    """Return the messages that each stage sends and receives; one object for both ends."""
+    stages = len(times)
+    messages: list[dict[Transfer, _Messages]] = [{} for _ in times]
+    for stage, own in enumerate(times):
+        following, previous = messages[(stage + 1) % stages], messages[stage - 1]
+        sent = messages[stage][Transfer.SEND_NEXT] = _Messages(own.send_next)
+        following[Transfer.RECEIVE_PREVIOUS] = sent
+        sent = messages[stage][Transfer.SEND_PREVIOUS] = _Messages(own.send_previous)
+        previous[Transfer.RECEIVE_NEXT] = sent
+    return messages

@@ -70,7 +70,7 @@ def test_an_unknown_machine_is_one_line() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     [
-        (r"launch: .*\n", "", r"^recipes/gpu/h100\.yaml lacks launch$"),
+        (r"launch: .*\n", "", r"^recipes/gpu/h100\.yaml: launch=0 must be above 0"),
         (
             r"node_ranks: 8",
             "node_ranks: 0",
