@@ -1,8 +1,18 @@
 """What is known of a run before it starts: memory and time of each kind of rank, of a step, of each phase and of the run."""
 
 from dataclasses import dataclass
+from typing import Final
 
 from visionloom.forecast.trace.events import AliveTensors, Category, Mixed, SlotKind, Wait
+
+COMMUNICATION: Final = " communication"
+"""After the name of an axis: time of its collectives that hide under nothing."""
+HOST: Final = "host launches"
+"""Time in which the device waits because the host launches too slowly."""
+MESSAGES: Final = "pipeline messages"
+"""Time in which a stage waits for messages on their way."""
+BUBBLE: Final = "bubble"
+"""Time in which a stage waits for the work of others."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +76,16 @@ class PhaseForecast:
     exposed_communication: float
     """Seconds of a step in which ranks only communicate."""
     seconds: dict[str, float]
-    """Where the time of a step goes on the slowest stage, by part; their sum is step_seconds."""
+    """Where the time of a step goes on the slowest stage; their sum is step_seconds.
+
+    By part of the step what the device works, by axis its COMMUNICATION, then HOST, MESSAGES and BUBBLE.
+    """
     ranks: tuple[RankForecast, ...]
     timeline: tuple[Span, ...]
     faults: tuple[str, ...]
-    """What is wrong with the layout, a line each: what does not fit, what waits, what is mixed."""
+    """What is wrong with the layout, a line each: what does not fit, what is mixed."""
+    notes: tuple[str, ...] = ()
+    """What slows it without being wrong, a line each: what lets the host wait in each micro-batch."""
 
     @property
     def days(self) -> float:

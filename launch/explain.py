@@ -22,6 +22,7 @@ from omegaconf.errors import (
 from visionloom.common.errors import did_you_mean, unknown
 from visionloom.common.settings import ANY
 from visionloom.common.text import first_line, one_line
+from visionloom.forecast.machine import FOLDER as GPUS
 from visionloom.train.config import RunConfig
 from visionloom.train.old_options import old_option
 
@@ -221,10 +222,11 @@ def _fill_names(paths: list[str], parts: list[str]) -> list[str]:
 
 def groups() -> list[str]:
     """Return the groups of recipes/, one of whose names a word chooses: `model=tiny`."""
+    # The numbers of a GPU are no part of a run.
     return [
         entry.name
         for entry in files("visionloom.recipes").iterdir()
-        if entry.is_dir() and not entry.name.startswith("_")
+        if entry.is_dir() and not entry.name.startswith("_") and entry.name != GPUS
     ]
 
 

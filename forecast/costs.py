@@ -1,0 +1,164 @@
+"""Seconds of operations, collectives and messages on a machine.
+
+An operation takes the longest of its arithmetic, its bytes and a kernel's start. Collectives follow NCCL's own model
+(src/graph/tuning.cc): a start, the steps of a ring or a tree, and bytes by the bus bandwidth, with the factors of nccl-tests
+(doc/PERFORMANCE.md). Reduction inside a switch (NVLink SHARP), which only all_reduce on more than four ranks of a node has,
+is left out. Imports no torch.
+"""
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from visionloom.forecast.machine import Machine
+from visionloom.forecast.trace.events import (
+    Collective,
+    Direction,
+    Kernel,
+    Operation,
+    Slot,
+)
+
+MESSAGES: Final = ("send", "receive")
+"""Collectives from one stage to the next: the schedule says when they take time."""
+RING_ROUNDS: Final = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "broadcast": 1}
+"""Times that the steps of a ring pass all its ranks."""
+TREE_SHARE: Final = 0.9
+"""Bus bandwidth of a tree next to a ring's, in NCCL's own model."""
+
+
+def operation_seconds(operation: Operation, machine: Machine) -> float:
+    """Return the seconds of one launch on the device."""
+    peak = machine.bf16_tflops if operation.dtype == "bf16" else machine.fp32_tflops
+    arithmetic = 0.0
+    if operation.kernel is Kernel.PRODUCT:
+        rate = peak * 1e12 * machine.product_share
+        arithmetic = operation.work / rate + machine.product_start
+    elif operation.kernel is Kernel.ATTENTION:
+        backward = operation.direction is Direction.BACKWARD
+        forward_share, share = machine.attention_forward_share, machine.attention_backward_share
+        arithmetic = operation.work / (peak * 1e12 * (share if backward else forward_share))
+
+    moved = operation.bytes / (machine.memory_gbps * 1e9 * machine.memory_share)
+    return max(arithmetic, moved, machine.kernel_start)
+
+
+@dataclass(frozen=True)
+class Links:
+    """The links between the ranks of a group."""
+
+    ranks: int
+    nodes: int
+    per_node: int
+    """Ranks on the node that has the fewest, which has the fewest adapters as well."""
+
+    @classmethod
+    def between(cls, ranks: Sequence[int], machine: Machine) -> "Links":
+        """Return those of a group."""
+        nodes = Counter(machine.node(rank) for rank in ranks)
+        return cls(len(ranks), len(nodes), min(nodes.values()))
+
+    def bus_bandwidth(self, machine: Machine) -> float:
+        """Return the bytes a second of the slowest link of the rings through all ranks.
+
+        A ring leaves a node by one adapter. With several ranks on it there are as many rings, each by another adapter.
+        """
+        inside, adapter = machine.inside_gbps * 1e9, machine.between_gbps * 1e9
+        if self.nodes == 1:
+            return inside
+        if self.per_node == 1:
+            return adapter
+        return min(inside, self.per_node * adapter)
+
+    def ring_seconds(self, name: str, size: int, machine: Machine) -> float:
+        """Return the seconds of a collective by rings."""
+        steps, far = self.ranks - 1, self.nodes - 1
+        latency = (steps - far) * machine.inside_hop + far * machine.between_hop
+        # A broadcast sends all bytes through each link, the others all but a rank's own.
+        share = 1.0 if name == "broadcast" else steps / self.ranks
+        return RING_ROUNDS[name] * (latency + size * share / self.bus_bandwidth(machine))
+
+    def tree_seconds(self, size: int, machine: Machine) -> float:
+        """Return the seconds of an all_reduce by NCCL's trees: a chain in each node, a binary tree of nodes."""
+        chain = math.ceil(self.ranks / self.nodes) - 1
+        latency = chain * machine.inside_hop + math.log2(self.nodes) * machine.between_hop
+        # To the root and back.
+        return 2 * (latency + size / (self.bus_bandwidth(machine) * TREE_SHARE))
+
+    def exchange_seconds(self, size: int, machine: Machine) -> float:
+        """Return the seconds in which every rank sends each other one its part of `size` bytes."""
+        per_node = self.ranks / self.nodes
+        near = size * (per_node - 1) / self.ranks / (machine.inside_gbps * 1e9)
+        far = size * (self.ranks - per_node) / self.ranks / (machine.between_gbps * 1e9)
+        near_peers = math.ceil(per_node) - 1
+        far_peers = self.ranks - 1 - near_peers
+        latency = near_peers * machine.inside_hop + far_peers * machine.between_hop
+        # NVLink and the adapter work at the same time.
+        return latency + max(near, far)
+
+
+def collective_seconds(collective: Collective, ranks: Sequence[int], machine: Machine) -> float:
+    """Return the seconds of one call among `ranks`; 0 where there is only one."""
+    if len(ranks) == 1:
+        return 0.0
+    name, size = collective.name, collective.bytes
+    links = Links.between(ranks, machine)
+    if name == "all_to_all":
+        seconds = links.exchange_seconds(size, machine)
+    else:
+        seconds = links.ring_seconds(name, size, machine)
+    if name == "all_reduce":
+        seconds = min(seconds, links.tree_seconds(size, machine))
+    return machine.collective_start + seconds
+
+
+def message_seconds(size: int, sender: int, receiver: int, machine: Machine) -> float:
+    """Return the seconds of `size` bytes from one rank to another."""
+    if machine.node(sender) == machine.node(receiver):
+        bandwidth, hop = machine.inside_gbps, machine.inside_hop
+    else:
+        bandwidth, hop = machine.between_gbps, machine.between_hop
+    return machine.collective_start + hop + size / (bandwidth * 1e9)
+
+
+@dataclass(frozen=True)
+class WorkSeconds:
+    """Where the time of a stretch of a step goes; messages of the pipeline are not in it."""
+
+    parts: dict[str, float]
+    """Operations on the device, by part of the step."""
+    communication: dict[str, float]
+    """Collectives, by axis."""
+    waits_for_host: float
+    """Seconds by which the host is slower with its launches than the device with its work."""
+    launches: int
+
+    @property
+    def total(self) -> float:
+        """Return all of it."""
+        work = sum(self.parts.values()) + sum(self.communication.values())
+        return work + self.waits_for_host
+
+
+def work_seconds(
+    slots: Sequence[Slot], groups: Mapping[str, Sequence[int]], machine: Machine
+) -> WorkSeconds:
+    """Return where the time of slots that follow each other goes; `groups`: ranks by axis, as in RankTrace."""
+    parts: dict[str, float] = defaultdict(float)
+    communication: dict[str, float] = defaultdict(float)
+    operations = [each for slot in slots for each in slot.operations]
+    collectives = [each for slot in slots for each in slot.collectives]
+    for operation, count in operations:
+        parts[operation.part] += count * operation_seconds(operation, machine)
+    for collective, count in collectives:
+        if collective.name not in MESSAGES:
+            seconds = collective_seconds(collective, groups[collective.axis], machine)
+            communication[collective.axis] += count * seconds
+
+    # The host runs ahead of the device, so that only all launches together can be too slow.
+    launches = sum(count for _, count in (*operations, *collectives))
+    device = sum(parts.values()) + sum(communication.values())
+    waits = max(0.0, launches * machine.launch - device)
+    return WorkSeconds(dict(parts), dict(communication), waits, launches)

@@ -1,0 +1,141 @@
+"""From the traces of a phase to its forecast on a machine: memory and time of each kind of rank, of the step and of the phase."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from visionloom.forecast.faults import memory_faults, mixed_faults, wait_notes
+from visionloom.forecast.machine import machine
+from visionloom.forecast.phase_traces import PhaseTraces
+from visionloom.forecast.rank_step import RankStep
+from visionloom.forecast.results import (
+    BUBBLE,
+    COMMUNICATION,
+    MESSAGES,
+    PhaseForecast,
+    RankForecast,
+)
+from visionloom.forecast.schedule import Pipeline
+from visionloom.forecast.timeline import StageTimes, Timeline, play
+from visionloom.forecast.trace.events import SlotKind
+from visionloom.parallel.config import ParallelConfig
+
+
+def estimate(traces: PhaseTraces, gpu: str) -> PhaseForecast:
+    """Return the forecast of a phase on a GPU, by its name; UserError if there is none of that name."""
+    on = machine(gpu)
+    layout = traces.layout
+    pipeline = Pipeline(layout.pipeline, layout.chunks, traces.micro_batches)
+    steps = [RankStep(kind, pipeline, on, traces.overlap) for kind in traces.kinds]
+    step = StepTime.of(pipeline, steps)
+
+    ranks = tuple(rank_forecast(each) for each in steps)
+    peak = on.peak * traces.world_size
+    return PhaseForecast(
+        phase=traces.phase,
+        layout=layout_words(layout, traces.world_size),
+        sequence_length=traces.sequence_length,
+        packs=traces.packs,
+        steps=traces.steps,
+        step_seconds=step.seconds,
+        tokens=traces.tokens,
+        tokens_per_second=traces.tokens / step.seconds,
+        mfu=traces.flops / (step.seconds * peak),
+        bubble=step.shares[BUBBLE] / step.seconds,
+        exposed_communication=step.communication,
+        seconds=step.shares,
+        ranks=ranks,
+        timeline=step.timeline.spans,
+        faults=(*memory_faults(ranks, traces, gpu, on), *mixed_faults(ranks)),
+        notes=tuple(wait_notes(ranks)),
+    )
+
+
+def layout_words(layout: ParallelConfig, world_size: int) -> str:
+    """Return the degrees of a layout, for example `tensor 4, pipeline 8, expert 32, data 4`; those of 1 are left out."""
+    degrees = {
+        "tensor": layout.tensor,
+        "pipeline": layout.pipeline,
+        "chunks": layout.chunks,
+        "context": layout.context,
+        "expert": layout.expert,
+        "expert tensor": layout.expert_tensor or 1,
+    }
+    words = [f"{axis} {degree}" for axis, degree in degrees.items() if degree > 1]
+    words.append(f"data {layout.data_parallel_size(world_size)}")
+    if layout.recompute != "none":
+        words.append(f"recompute {layout.recompute}")
+    return ", ".join(words)
+
+
+def rank_forecast(step: RankStep) -> RankForecast:
+    """Return what is known of a kind of rank."""
+    kind, memory = step.kind, step.memory
+    return RankForecast(
+        stage=step.stage,
+        rank=kind.trace.rank,
+        ranks=kind.ranks,
+        description=kind.description,
+        memory=memory.by_category,
+        peak_bytes=memory.bytes,
+        alive=memory.alive,
+        forward_seconds=step.micro_batch_seconds(SlotKind.FORWARD),
+        backward_seconds=step.micro_batch_seconds(SlotKind.BACKWARD),
+        launches=step.launches,
+        flops=step.flops,
+        waits=kind.trace.waits,
+        mixed=kind.trace.mixed,
+    )
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """The time of a step: every stage goes at the pace of its slowest rank, and the step ends with the last stage."""
+
+    seconds: float
+    shares: dict[str, float]
+    """Where it goes on the slowest rank, as PhaseForecast.seconds."""
+    timeline: Timeline
+
+    @classmethod
+    def of(cls, pipeline: Pipeline, steps: Sequence[RankStep]) -> "StepTime":
+        """Play a step; `steps`: of each kind of rank, at least one of each stage."""
+        stages = [
+            [step for step in steps if step.stage == stage] for stage in range(pipeline.stages)
+        ]
+        times = [stage_times(ranks) for ranks in stages]
+        ends = [max(step.end_seconds for step in ranks) for ranks in stages]
+        timeline = play(pipeline, times)
+        seconds = _last_end(timeline, ends)
+        # Played again without them: what is then missing they have cost.
+        silent = [replace(each, send_next=0.0, send_previous=0.0) for each in times]
+        messages = seconds - _last_end(play(pipeline, silent), ends)
+
+        slowest = max(steps, key=lambda step: sum(step.shares.values()))
+        work = sum(slowest.shares.values())
+        # Rounding may leave less than nothing.
+        bubble = max(0.0, seconds - work - messages)
+        shares = slowest.shares | {MESSAGES: messages, BUBBLE: bubble}
+        return cls(seconds, shares, timeline)
+
+    @property
+    def communication(self) -> float:
+        """Return the seconds in which ranks only communicate."""
+        alone = self.shares[MESSAGES]
+        for name, seconds in self.shares.items():
+            if name.endswith(COMMUNICATION):
+                alone += seconds
+        return alone
+
+
+def stage_times(ranks: Sequence[RankStep]) -> StageTimes:
+    """Return the times of a stage, which are those of its slowest ranks."""
+    passes = ranks[0].pipeline.passes(ranks[0].stage)
+    seconds = {each: max(step.seconds(each).total for step in ranks) for each in passes}
+    begin = max(step.seconds(SlotKind.BEGIN).total for step in ranks)
+    message = max(step.message() for step in ranks)
+    return StageTimes(seconds, begin, send_next=message, send_previous=message)
+
+
+def _last_end(timeline: Timeline, ends: Sequence[float]) -> float:
+    """Return when the last stage is done; `ends`: seconds of each stage after its last pass."""
+    return max(passes + after for passes, after in zip(timeline.ends, ends, strict=True))

@@ -1,0 +1,80 @@
+"""What is wrong with a layout and what slows it, a line each, with the option that cures it."""
+
+from collections.abc import Iterable, Iterator
+from typing import Final
+
+from visionloom.forecast.machine import GIB, Machine
+from visionloom.forecast.phase_traces import PhaseTraces
+from visionloom.forecast.results import RankForecast
+from visionloom.forecast.trace.events import Category
+
+SHOWN: Final = 3
+"""Categories that a line about memory names."""
+HELD: Final = (Category.WEIGHTS, Category.GRADIENTS, Category.OPTIMIZER)
+"""Categories that stay between steps: fewer tokens do not help."""
+
+
+def memory_faults(
+    ranks: Iterable[RankForecast], traces: PhaseTraces, gpu: str, machine: Machine
+) -> Iterator[str]:
+    """Yield a line for each kind of rank that does not fit; `gpu`: name of the machine."""
+    for rank in ranks:
+        if rank.peak_bytes <= machine.usable_bytes:
+            continue
+        alike = "1 rank" if rank.ranks == 1 else f"{rank.ranks} ranks"
+        largest = sorted(rank.memory, key=lambda category: -rank.memory[category])
+        shares = []
+        for category in largest[:SHOWN]:
+            shares.append(f"{category} {_gib(rank.memory[category])}")
+
+        who = f"stage {rank.stage} ({alike}, {rank.description})"
+        needed, usable = _gib(rank.peak_bytes), _gib(machine.usable_bytes)
+        where = f"{', '.join(shares)} GiB"
+        cures = ", ".join(cures_of(largest[0], traces))
+        yield f"{who} needs {needed} GiB, {gpu} has {usable} usable: {where}; try {cures}"
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.1f}"
+
+
+def cures_of(category: Category, traces: PhaseTraces) -> Iterator[str]:
+    """Yield the settings that make a category of memory smaller, those that ask for no more ranks first."""
+    layout = traces.layout
+    held = category in HELD
+    if not held and layout.recompute != "full":
+        yield "parallel.recompute=full"
+    if not held and traces.micro_batch > 1:
+        yield f"phases.{traces.phase}.micro_batch=1"
+    if not held and not layout.offload_activations:
+        yield "parallel.offload_activations=true"
+
+    yield f"parallel.tensor={2 * layout.tensor}"
+    if category is Category.OPTIMIZER:
+        yield "more GPUs, whose data ranks share the optimizer"
+    # More stages hold fewer layers each, but as many activations as before.
+    if held:
+        yield f"parallel.pipeline={2 * layout.pipeline}"
+    else:
+        yield f"parallel.context={2 * layout.context}"
+
+
+def mixed_faults(ranks: Iterable[RankForecast]) -> list[str]:
+    """Return a line for each operation that mixes tensors of the host and of the device."""
+    lines = [
+        f"{mixed.name} mixes tensors of the host and of the device at {mixed.place}: it fails on a GPU"
+        for rank in ranks
+        for mixed in rank.mixed
+    ]
+    return list(dict.fromkeys(lines))
+
+
+def wait_notes(ranks: Iterable[RankForecast]) -> list[str]:
+    """Return a line for each place at which the host waits for the device in every micro-batch."""
+    lines = [
+        f"the host waits for the device in each micro-batch: {wait.kind} at {wait.place}"
+        for rank in ranks
+        for wait in rank.waits
+        if wait.per_micro_batch
+    ]
+    return list(dict.fromkeys(lines))

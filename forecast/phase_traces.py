@@ -1,0 +1,51 @@
+"""What a forecast is made from: the traces of a phase, one of each kind of rank, and what of the phase is not in them."""
+
+from dataclasses import dataclass
+
+from visionloom.forecast.trace.events import RankTrace
+from visionloom.parallel.config import ParallelConfig
+
+
+@dataclass(frozen=True)
+class RankKind:
+    """Ranks that do the same."""
+
+    trace: RankTrace
+    """Of one of them; its micro-batches may be fewer than those of a step."""
+    ranks: int
+    description: str
+    """What sets them apart, for example `layers 0-11, all pictures`."""
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """What the configuration lets collectives after the last pass hide under."""
+
+    gradient_reduction: bool = False
+    """Scatters of gradients run during the last backward pass (`overlap_grad_reduce`)."""
+    parameter_gather: bool = False
+    """Gathers of updated weights run during the first forward pass (`overlap_param_gather`)."""
+
+
+@dataclass(frozen=True)
+class PhaseTraces:
+    """A phase on one layout."""
+
+    phase: str
+    layout: ParallelConfig
+    world_size: int
+    sequence_length: int
+    packs: str
+    """Which packs were traced, in words."""
+    kinds: tuple[RankKind, ...]
+    """At least one of each stage."""
+    micro_batches: int
+    """Of a data rank in a step."""
+    micro_batch: int
+    """Packs of a micro-batch."""
+    steps: int
+    flops: float
+    """Operations that the model needs for a step of all ranks: real tokens, no recomputation (model/flops.py)."""
+    tokens: float
+    """Real tokens of a step of all ranks."""
+    overlap: Overlap = Overlap()

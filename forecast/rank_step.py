@@ -1,0 +1,222 @@
+"""A rank's step with all its micro-batches, from a trace with a few of them: the later ones repeat those that were traced."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from visionloom.forecast.costs import (
+    MESSAGES,
+    WorkSeconds,
+    collective_seconds,
+    message_seconds,
+    work_seconds,
+)
+from visionloom.forecast.machine import Machine
+from visionloom.forecast.phase_traces import Overlap, RankKind
+from visionloom.forecast.results import COMMUNICATION, HOST
+from visionloom.forecast.schedule import Pass, Pipeline
+from visionloom.forecast.trace.events import (
+    AliveTensors,
+    Category,
+    Direction,
+    Slot,
+    SlotKind,
+)
+from visionloom.parallel.parts import LANGUAGE, OPTIMIZER, REDUCTION
+
+
+@dataclass(frozen=True)
+class _Stretch:
+    """A traced pass with what comes between it and the one before, or what is before or after all passes."""
+
+    slots: tuple[Slot, ...]
+    changes: tuple[tuple[int, int], ...]
+    """Of each slot: bytes that it rises above its begin, and bytes that it leaves behind."""
+
+
+@dataclass(frozen=True)
+class RankStep:
+    """One step of a kind of rank on a machine."""
+
+    kind: RankKind
+    pipeline: Pipeline
+    machine: Machine
+    overlap: Overlap
+
+    @property
+    def stage(self) -> int:
+        """Return its pipeline stage."""
+        return self.kind.trace.stage
+
+    @cached_property
+    def _stretches(self) -> dict[Pass | SlotKind, _Stretch]:
+        """Return what was traced, by pass; BEGIN and END by their kind."""
+        stretches: dict[Pass | SlotKind, _Stretch] = {}
+        slots: list[Slot] = []
+        changes: list[tuple[int, int]] = []
+        level = self.kind.trace.slots[0].memory.before
+        for slot in self.kind.trace.slots:
+            slots.append(slot)
+            changes.append((slot.memory.peak - level, slot.memory.after - level))
+            level = slot.memory.after
+            if slot.kind is not SlotKind.BETWEEN:
+                is_pass = slot.kind in (SlotKind.FORWARD, SlotKind.BACKWARD)
+                one = Pass(slot.kind, slot.chunk, slot.micro_batch) if is_pass else slot.kind
+                stretches[one] = _Stretch(tuple(slots), tuple(changes))
+                slots, changes = [], []
+        assert not slots  # a step ends with its optimizer
+        return stretches
+
+    def traced(self, one_pass: Pass) -> Pass:
+        """Return the traced pass that a pass of the step is like."""
+        traced, number = self.kind.trace.micro_batches, one_pass.micro_batch
+        if number == self.pipeline.micro_batches - 1:
+            number = traced - 1
+        else:
+            # The first may warm something up, and the last may reduce gradients: those between are alike.
+            middle = max(traced - 2, min(1, traced - 1))
+            number = min(number, middle)
+        return one_pass._replace(micro_batch=number)
+
+    @cached_property
+    def _seconds(self) -> dict[Pass | SlotKind, WorkSeconds]:
+        """Return the time of what was traced."""
+        groups = self.kind.trace.groups
+        return {
+            one: work_seconds(stretch.slots, groups, self.machine)
+            for one, stretch in self._stretches.items()
+        }
+
+    def seconds(self, one: Pass | SlotKind) -> WorkSeconds:
+        """Return the time of a pass, or before or after all of them."""
+        return self._seconds[self.traced(one) if isinstance(one, Pass) else one]
+
+    @cached_property
+    def order(self) -> list[Pass | SlotKind]:
+        """Return all that the rank does in a step, in order."""
+        return [SlotKind.BEGIN, *self.pipeline.passes(self.stage), SlotKind.END]
+
+    def stretches(self) -> Iterator[_Stretch]:
+        """Yield the stretches of the step in order."""
+        for one in self.order:
+            yield self._stretches[self.traced(one) if isinstance(one, Pass) else one]
+
+    def micro_batch_seconds(self, kind: SlotKind) -> float:
+        """Return the seconds of one micro-batch's forward or backward passes through all chunks."""
+        number = min(1, self.pipeline.micro_batches - 1)
+        chunks = range(self.pipeline.chunks)
+        return sum(self.seconds(Pass(kind, chunk, number)).total for chunk in chunks)
+
+    def _shelters(self) -> dict[tuple[str, str], float]:
+        """Return the seconds of passes under which collectives after the last pass hide, by their part and name."""
+        shelters = {}
+        first, last = self.order[1], self.order[-2]
+        if self.overlap.gradient_reduction:
+            shelters[REDUCTION, "reduce_scatter"] = self.seconds(last).total
+        if self.overlap.parameter_gather:
+            shelters[OPTIMIZER, "all_gather"] = self.seconds(first).total
+        return shelters
+
+    @cached_property
+    def _hidden(self) -> dict[str, float]:
+        """Return the seconds of collectives after the last pass that overlap with passes, by axis."""
+        shelters = self._shelters()
+        hidden: dict[str, float] = defaultdict(float)
+        end = self._stretches[SlotKind.END]
+        for collective, count in (each for slot in end.slots for each in slot.collectives):
+            key = collective.part, collective.name
+            ranks = self.kind.trace.groups[collective.axis]
+            seconds = count * collective_seconds(collective, ranks, self.machine)
+            if covered := min(seconds, shelters.get(key, 0.0)):
+                shelters[key] -= covered
+                hidden[collective.axis] += covered
+        return hidden
+
+    @property
+    def end_seconds(self) -> float:
+        """Return the seconds after the last pass."""
+        return self.seconds(SlotKind.END).total - sum(self._hidden.values())
+
+    @cached_property
+    def shares(self) -> dict[str, float]:
+        """Return where the time goes in which the rank neither waits for other stages nor sends them messages."""
+        shares: dict[str, float] = defaultdict(float)
+        for one in self.order:
+            work = self.seconds(one)
+            for part, seconds in work.parts.items():
+                shares[part] += seconds
+            for axis, seconds in work.communication.items():
+                shares[axis + COMMUNICATION] += seconds
+            shares[HOST] += work.waits_for_host
+        for axis, seconds in self._hidden.items():
+            shares[axis + COMMUNICATION] -= seconds
+        return dict(shares)
+
+    def message(self) -> float:
+        """Return the seconds of a message to another stage; the largest that is sent counts for all."""
+        trace = self.kind.trace
+        messages = [
+            collective
+            for slot in trace.slots
+            for collective, _ in slot.collectives
+            if collective.name in MESSAGES
+        ]
+        size = max((each.bytes for each in messages if each.name == "send"), default=0)
+        if not size:
+            return 0.0
+
+        # With two stages Megatron-core sends one way over the group of all ranks: the smaller is the pipeline's.
+        ranks = min((trace.groups[each.axis] for each in messages), key=len)
+        own = ranks.index(trace.rank)
+        neighbours = {ranks[own - 1], ranks[(own + 1) % len(ranks)]}
+        return max(message_seconds(size, trace.rank, each, self.machine) for each in neighbours)
+
+    @cached_property
+    def memory(self) -> "StepMemory":
+        """Return the fullest moment of the step, with all micro-batches that are in flight."""
+        trace = self.kind.trace
+        level = trace.slots[0].memory.before
+        peak = trace.peak.bytes
+        for stretch in self.stretches():
+            for rises, leaves in stretch.changes:
+                peak = max(peak, level + rises)
+                level += leaves
+
+        # More micro-batches in flight than were traced have saved more activations.
+        by_category = dict(trace.peak.by_category)
+        alive = list(trace.peak.alive)
+        if more := peak - trace.peak.bytes:
+            saved = by_category.get(Category.ACTIVATIONS, 0)
+            by_category[Category.ACTIVATIONS] = saved + more
+            name = "of more micro-batches in flight"
+            alive.append(AliveTensors(Category.ACTIVATIONS, LANGUAGE, name, more, 1))
+            alive.sort(key=lambda each: -each.bytes)
+        return StepMemory(peak, by_category, tuple(alive))
+
+    @property
+    def launches(self) -> int:
+        """Return the launches of the step."""
+        return sum(self.seconds(one).launches for one in self.order)
+
+    @property
+    def flops(self) -> float:
+        """Return the operations of the step without those that are made again."""
+        return sum(
+            count * operation.flops
+            for stretch in self.stretches()
+            for slot in stretch.slots
+            for operation, count in slot.operations
+            if operation.direction is not Direction.RECOMPUTE
+        )
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """The fullest moment of a step."""
+
+    bytes: int
+    by_category: dict[Category, int]
+    """Their sum is `bytes`."""
+    alive: tuple[AliveTensors, ...]
+    """The largest first."""

@@ -1,0 +1,123 @@
+"""When the passes of a pipeline run: its schedule, played with the times of passes and messages. Imports no torch."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from visionloom.forecast.results import Span
+from visionloom.forecast.schedule import Action, Await, Pass, Pipeline, Start, Transfer
+
+SENT: Final = (Transfer.SEND_NEXT, Transfer.SEND_PREVIOUS)
+
+
+@dataclass(frozen=True)
+class StageTimes:
+    """Seconds on one stage."""
+
+    passes: Mapping[Pass, float]
+    """All passes of the step."""
+    begin: float = 0.0
+    """Before the stage's first action."""
+    send_next: float = 0.0
+    """A message to the next stage."""
+    send_previous: float = 0.0
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """A step's passes; seconds from its begin."""
+
+    spans: tuple[Span, ...]
+    """Of each stage in order."""
+    ends: tuple[float, ...]
+    """When each stage has done its last action."""
+
+
+@dataclass
+class _Messages:
+    """All messages of one kind from one stage: the first that is sent is the first that is received."""
+
+    seconds: float
+    sent: list[float] = field(default_factory=list)
+    """When the sender came to them."""
+    received: list[float] = field(default_factory=list)
+    """When the receiver came to them."""
+    ends: list[float] = field(default_factory=list)
+
+    def start(self, sends: bool, clock: float) -> None:
+        """Note that a stage has come to its next message; the message runs once both have."""
+        (self.sent if sends else self.received).append(clock)
+        number = len(self.ends)
+        if min(len(self.sent), len(self.received)) > number:
+            begin = max(self.sent[number], self.received[number])
+            # One after the other: they share a link.
+            before = self.ends[-1] if self.ends else 0.0
+            self.ends.append(max(begin, before) + self.seconds)
+
+
+@dataclass
+class _Player:
+    """One stage while it is played."""
+
+    stage: int
+    actions: list[Action]
+    times: StageTimes
+    messages: dict[Transfer, _Messages]
+    """Those that it sends and receives."""
+    clock: float
+    next: int = 0
+    spans: list[Span] = field(default_factory=list)
+
+    def run(self) -> bool:
+        """Act until a message that is awaited has not been sent yet; return whether anything was done."""
+        before = self.next
+        while self.next < len(self.actions) and self.act(self.actions[self.next]):
+            self.next += 1
+        return self.next > before
+
+    def act(self, action: Action) -> bool:
+        """Do the next action; return whether it can be done by now."""
+        if isinstance(action, Pass):
+            start = self.clock
+            self.clock += self.times.passes[action]
+            kind, chunk, number = action
+            self.spans.append(Span(self.stage, chunk, number, kind, start, self.clock))
+        elif isinstance(action, Start):
+            self.messages[action.transfer].start(action.transfer in SENT, self.clock)
+        elif isinstance(action, Await):
+            ends = self.messages[action.transfer].ends
+            if action.number >= len(ends):
+                return False
+            self.clock = max(self.clock, ends[action.number])
+        return True
+
+
+def play(pipeline: Pipeline, times: Sequence[StageTimes]) -> Timeline:
+    """Play a step; `times`: of each stage.
+
+    A message runs when sender and receiver have both come to it, as NCCL's do, and a stage stands still while it waits.
+    """
+    messages = _messages_of(times)
+    players = []
+    for stage, own in enumerate(times):
+        actions = pipeline.actions(stage)
+        players.append(_Player(stage, actions, own, messages[stage], own.begin))
+
+    while any(player.run() for player in players):
+        pass
+    assert all(player.next == len(player.actions) for player in players)
+    spans = tuple(span for player in players for span in player.spans)
+    return Timeline(spans, tuple(player.clock for player in players))
+
+
+def _messages_of(times: Sequence[StageTimes]) -> list[dict[Transfer, _Messages]]:
+    """Return the messages that each stage sends and receives; one object for both ends."""
+    stages = len(times)
+    messages: list[dict[Transfer, _Messages]] = [{} for _ in times]
+    for stage, own in enumerate(times):
+        following, previous = messages[(stage + 1) % stages], messages[stage - 1]
+        sent = messages[stage][Transfer.SEND_NEXT] = _Messages(own.send_next)
+        following[Transfer.RECEIVE_PREVIOUS] = sent
+        sent = messages[stage][Transfer.SEND_PREVIOUS] = _Messages(own.send_previous)
+        previous[Transfer.RECEIVE_NEXT] = sent
+    return messages

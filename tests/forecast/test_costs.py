@@ -1,0 +1,207 @@
+"""Seconds of operations and collectives. References: measured speeds that others have published, nccl-tests' factors of the bus
+bandwidth (doc/PERFORMANCE.md), NCCL's latencies (src/graph/tuning.cc)."""
+
+import math
+
+import pytest
+
+from visionloom.forecast.costs import (
+    collective_seconds,
+    message_seconds,
+    operation_seconds,
+    work_seconds,
+)
+from visionloom.forecast.machine import Machine, machine
+from visionloom.forecast.trace.events import (
+    Collective,
+    Direction,
+    Kernel,
+    Operation,
+    Slot,
+    SlotKind,
+    SlotMemory,
+)
+from visionloom.parallel.parts import LANGUAGE
+
+H100, H200, B200 = machine("h100"), machine("h200"), machine("b200")
+LARGE = 1 << 34
+"""Bytes at which latency does not count."""
+
+
+def operation(
+    kernel: Kernel,
+    work: float,
+    size: int = 0,
+    dtype: str = "bf16",
+    direction: Direction = Direction.FORWARD,
+) -> Operation:
+    return Operation("aten::x", LANGUAGE, direction, kernel, dtype, work, work, size)
+
+
+@pytest.mark.parametrize(
+    ("batch", "rows", "columns", "inner", "tflops"),
+    [
+        # openxla/xla, xla/service/gpu/model/matmul_interpolator_data.h, sm_90, bf16.
+        (1, 256, 256, 1024, 19.46),
+        (2, 256, 1024, 256, 43.02),
+        (1, 512, 512, 1024, 71.24),
+        (1, 1024, 1024, 256, 82.04),
+        (1, 256, 2048, 2048, 215.8),
+        (1, 1024, 1024, 4096, 470.1),
+        (1, 2048, 2048, 1024, 493.9),
+        (1, 1024, 4096, 2048, 634.2),
+        (1, 4096, 4096, 1024, 677.4),
+        (4, 4096, 4096, 2048, 764.6),
+        (4, 4096, 2048, 4096, 808.7),
+    ],
+)
+def test_products_are_as_fast_as_measured(
+    batch: int, rows: int, columns: int, inner: int, tflops: float
+) -> None:
+    work = 2.0 * batch * rows * columns * inner
+    size = 2 * batch * (rows * inner + inner * columns + rows * columns)
+    seconds = operation_seconds(operation(Kernel.PRODUCT, work, size), H100)
+    assert seconds == pytest.approx(work / tflops / 1e12, rel=0.15)
+
+
+def test_an_operation_takes_the_longest_of_its_bounds() -> None:
+    assert operation_seconds(operation(Kernel.OTHER, 0.0, 8), H100) == H100.kernel_start
+    moved = operation_seconds(operation(Kernel.OTHER, 0.0, 3_015_000_000), H100)
+    assert moved == pytest.approx(1e-3)
+    # One row by a large matrix: its weights are read once.
+    narrow = operation_seconds(operation(Kernel.PRODUCT, 2 * 8192**2, 2 * 8192**2), H100)
+    assert narrow == pytest.approx(2 * 8192**2 / 3.015e12)
+
+
+def test_fp32_products_have_no_tensor_cores() -> None:
+    work = 1e13
+    half, whole = (
+        operation_seconds(operation(Kernel.PRODUCT, work, dtype=dtype), H100)
+        for dtype in ("bf16", "fp32")
+    )
+    assert whole / half == pytest.approx(989 / 67, rel=1e-3)
+
+
+def test_attention_runs_backward_at_another_speed() -> None:
+    """torch's flash kernel, H100, head dim 128: pytorch/benchmark, pull request 2296, and arXiv 2407.08608."""
+    for direction, tflops in [
+        (Direction.FORWARD, 293),
+        (Direction.RECOMPUTE, 293),
+        (Direction.BACKWARD, 275),
+    ]:
+        attention = operation(Kernel.ATTENTION, 1e12, direction=direction)
+        assert 1 / operation_seconds(attention, H100) == pytest.approx(tflops, rel=0.05)
+
+
+def seconds(name: str, size: int, ranks: range, gpu: Machine) -> float:
+    collective = Collective(name, "data", LANGUAGE, Direction.FORWARD, size)
+    return collective_seconds(collective, ranks, gpu)
+
+
+FACTORS = {
+    # nccl-tests: bus bandwidth over bytes a second, for n ranks.
+    "all_reduce": lambda n: 2 * (n - 1) / n,
+    "all_gather": lambda n: (n - 1) / n,
+    "reduce_scatter": lambda n: (n - 1) / n,
+    "all_to_all": lambda n: (n - 1) / n,
+    "broadcast": lambda n: 1.0,
+}
+
+
+def bus_bandwidth(name: str, size: int, ranks: range, gpu: Machine) -> float:
+    return size / seconds(name, size, ranks, gpu) * FACTORS[name](len(ranks)) / 1e9
+
+
+@pytest.mark.parametrize("name", FACTORS)
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_the_bus_bandwidth_inside_a_node_is_that_of_its_links(name: str, ranks: int) -> None:
+    assert bus_bandwidth(name, LARGE, range(ranks), H100) == pytest.approx(363, rel=0.01)
+
+
+@pytest.mark.parametrize("name", FACTORS)
+def test_one_rank_of_each_node_has_one_adapter(name: str) -> None:
+    assert bus_bandwidth(name, LARGE, range(0, 64, 8), H100) == pytest.approx(45.6, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["all_reduce", "all_gather", "reduce_scatter"])
+def test_rings_leave_a_node_by_all_adapters_of_the_group(name: str) -> None:
+    # Two of a node's ranks: 0, 4, 8, 12, ...
+    assert bus_bandwidth(name, LARGE, range(0, 32, 4), H100) == pytest.approx(2 * 45.6, rel=0.01)
+    # Eight adapters of a node are as fast as its NVLink.
+    assert bus_bandwidth(name, LARGE, range(64), H100) == pytest.approx(363, rel=0.02)
+
+
+def test_all_to_all_between_nodes_is_bound_by_each_rank_s_adapter() -> None:
+    """Of 32 parts 24 leave the node."""
+    expected = LARGE * 24 / 32 / 45.6e9
+    assert seconds("all_to_all", LARGE, range(32), H100) == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "ranks", "size", "measured"),
+    [
+        # stas00/ml-engineering, network: bus bandwidth of all_reduce in GB/s by MiB; H200 on one node, B200 on four.
+        (H200, 8, 1, 39.93),
+        (H200, 8, 16, 219.89),
+        (H200, 8, 64, 346.51),
+        (B200, 32, 1024, 361.99),
+        (B200, 32, 16384, 381.80),
+    ],
+)
+def test_all_reduce_is_as_fast_as_measured(
+    gpu: Machine, ranks: int, size: int, measured: float
+) -> None:
+    assert bus_bandwidth("all_reduce", size << 20, range(ranks), gpu) == pytest.approx(
+        measured, rel=0.25
+    )
+
+
+def test_small_sums_go_by_a_tree_and_large_ones_by_a_ring() -> None:
+    """1,024 ranks on 128 nodes: the ring has 2,046 steps, the tree 7 in a node and log2(128) between nodes, both up and down."""
+    tree = 8.4e-6 + 2 * (7 * 1.9e-6 + 7 * 4.0e-6)
+    assert seconds("all_reduce", 8, range(1024), H100) == pytest.approx(tree, rel=1e-3)
+    # A gather has no tree: 896 steps inside nodes, 127 between them.
+    ring = 8.4e-6 + 896 * 1.9e-6 + 127 * 4.0e-6
+    assert seconds("all_gather", 8, range(1024), H100) == pytest.approx(ring, rel=1e-3)
+    large = LARGE * 2 * 7 / 8 / 363e9
+    assert seconds("all_reduce", LARGE, range(8), H100) == pytest.approx(large, rel=1e-2)
+
+
+@pytest.mark.parametrize("name", FACTORS)
+def test_a_single_rank_costs_nothing_and_more_bytes_cost_more(name: str) -> None:
+    assert seconds(name, LARGE, range(1), H100) == 0.0
+    times = [seconds(name, 1 << power, range(16), H100) for power in range(0, 36, 3)]
+    assert times == sorted(times) and math.isfinite(times[-1])
+
+
+def test_a_message_takes_the_link_between_its_ranks() -> None:
+    near, far = message_seconds(LARGE, 0, 7, H100), message_seconds(LARGE, 7, 8, H100)
+    assert near == pytest.approx(LARGE / 363e9, rel=1e-3)
+    assert far == pytest.approx(LARGE / 45.6e9, rel=1e-3)
+
+
+def slot(*counts: tuple[Operation, int], size: int = 0) -> Slot:
+    messages = ((Collective("send", "pipeline", LANGUAGE, Direction.FORWARD, LARGE), 1),)
+    gathers = ((Collective("all_gather", "tensor", LANGUAGE, Direction.FORWARD, size), 2),)
+    memory = SlotMemory(0, 0, 0)
+    return Slot(SlotKind.FORWARD, 0, 0, counts, gathers if size else messages, memory)
+
+
+def test_work_is_added_up_by_part_and_axis() -> None:
+    copy = operation(Kernel.OTHER, 0.0, 3_015_000_000)
+    groups = {"tensor": range(8), "pipeline": (0, 8)}
+    work = work_seconds([slot((copy, 3)), slot(size=LARGE)], groups, H100)
+    gather = seconds("all_gather", LARGE, range(8), H100)
+    assert work.parts == pytest.approx({LANGUAGE: 3e-3})
+    assert work.communication == pytest.approx({"tensor": 2 * gather})
+    # Messages are launched here, and take their time in the schedule.
+    assert work.launches == 3 + 1 + 2
+    assert work.waits_for_host == 0
+    assert work.total == pytest.approx(3e-3 + 2 * gather)
+
+
+def test_many_small_kernels_wait_for_the_host() -> None:
+    tiny = operation(Kernel.OTHER, 0.0, 8)
+    work = work_seconds([slot((tiny, 999))], {"pipeline": (0, 8)}, H100)
+    assert work.total == pytest.approx(1000 * H100.launch)
+    assert work.parts[LANGUAGE] == pytest.approx(999 * H100.kernel_start)

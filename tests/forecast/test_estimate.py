@@ -1,0 +1,262 @@
+"""From traces to a forecast. References: sums in the head, and a trace of the whole step where a short one stands for it."""
+
+from dataclasses import replace
+
+import pytest
+
+from visionloom.common.errors import UserError
+from visionloom.forecast.costs import collective_seconds, message_seconds
+from visionloom.forecast.estimate import estimate
+from visionloom.forecast.machine import GIB, machine
+from visionloom.forecast.phase_traces import Overlap, RankKind
+from visionloom.forecast.rank_step import RankStep
+from visionloom.forecast.results import BUBBLE, HOST, MESSAGES, PhaseForecast
+from visionloom.forecast.schedule import Pipeline
+from visionloom.forecast.trace.events import (
+    AliveTensors,
+    Category,
+    Direction,
+    Mixed,
+    RankTrace,
+    SlotKind,
+    Wait,
+)
+from visionloom.parallel.config import ParallelConfig
+from visionloom.parallel.parts import LANGUAGE, OPTIMIZER
+from visionloom.tests.forecast.traces import (
+    HELD,
+    INSIDE,
+    SAVED,
+    collective,
+    one_step,
+    phase,
+    product,
+    reduction,
+    with_messages,
+)
+
+
+def stages_of(pipeline: Pipeline) -> list[RankTrace]:
+    return [one_step(pipeline, stage) for stage in range(pipeline.stages)]
+
+
+def layout_of(pipeline: Pipeline) -> ParallelConfig:
+    chunks = pipeline.chunks if pipeline.chunks > 1 else None
+    return ParallelConfig(pipeline=pipeline.stages, virtual_pipeline=chunks)
+
+
+def test_one_rank_takes_the_sum_of_its_passes() -> None:
+    forecast = estimate(phase(one_step(Pipeline(1, 1, 2)), micro_batches=10), "h100")
+    assert forecast.step_seconds == pytest.approx(0.25 + 10 * 3.0 + 0.5)
+    assert forecast.seconds == pytest.approx(
+        {LANGUAGE: 30.25, OPTIMIZER: 0.5, HOST: 0, MESSAGES: 0, BUBBLE: 0}
+    )
+    assert forecast.tokens_per_second == pytest.approx(8000 / 30.75)
+    assert forecast.mfu == pytest.approx(1e15 / 30.75 / 989e12)
+    assert forecast.days == pytest.approx(100 * 30.75 / 86_400)
+
+    (rank,) = forecast.ranks
+    assert (rank.forward_seconds, rank.backward_seconds) == pytest.approx((1.0, 2.0))
+    assert rank.launches == 22
+    assert rank.peak_bytes == HELD + SAVED + INSIDE == sum(rank.memory.values())
+
+
+PIPELINES = [Pipeline(2, 1, 6), Pipeline(4, 1, 9), Pipeline(4, 1, 3), Pipeline(2, 2, 8)]
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_a_short_trace_stands_for_the_whole_step(pipeline: Pipeline) -> None:
+    """A trace of all micro-batches says its own peak, and so does one of few."""
+    few = replace(pipeline, micro_batches=pipeline.stages if pipeline.chunks > 1 else 2)
+    layout = layout_of(pipeline)
+    forecasts = [
+        estimate(
+            phase(*stages_of(traced), micro_batches=pipeline.micro_batches, layout=layout),
+            "h100",
+        )
+        for traced in (pipeline, few)
+    ]
+    whole, short = forecasts
+    assert short.step_seconds == pytest.approx(whole.step_seconds)
+    assert short.seconds == pytest.approx(whole.seconds)
+    for stage, (one, other) in enumerate(zip(whole.ranks, short.ranks, strict=True)):
+        own = one_step(pipeline, stage).peak.bytes
+        assert one.peak_bytes == other.peak_bytes == own
+        assert one.memory == other.memory
+        assert sum(other.memory.values()) == own
+        assert one.launches == other.launches
+    assert other.flops == one.flops
+
+
+def test_earlier_stages_hold_more_micro_batches() -> None:
+    """Stage s of p has p - s of them in flight (1F1B)."""
+    forecast = estimate(phase(*stages_of(Pipeline(4, 1, 1)), micro_batches=12), "h100")
+    held = [rank.peak_bytes for rank in forecast.ranks]
+    assert held == [HELD + (4 - stage) * SAVED + INSIDE for stage in range(4)]
+    first = forecast.ranks[0].alive
+    more = AliveTensors(
+        Category.ACTIVATIONS, LANGUAGE, "of more micro-batches in flight", 3 * SAVED, 1
+    )
+    assert more in first
+    assert list(first) == sorted(first, key=lambda each: -each.bytes)
+
+
+def test_the_bubble_is_a_share_of_the_step() -> None:
+    forecast = estimate(phase(*stages_of(Pipeline(4, 1, 1)), micro_batches=12), "h100")
+    assert forecast.step_seconds == pytest.approx(0.25 + (12 + 3) * 3.0 + 0.5)
+    assert forecast.bubble == pytest.approx(3 * 3.0 / forecast.step_seconds)
+    assert sum(forecast.seconds.values()) == pytest.approx(forecast.step_seconds)
+    assert len(forecast.timeline) == 4 * 12 * 2
+
+
+def test_the_slowest_rank_sets_the_pace_of_its_stage() -> None:
+    pipeline = Pipeline(1, 1, 1)
+    kinds = phase(one_step(pipeline), one_step(pipeline, forward=4.0), micro_batches=2)
+    forecast = estimate(replace(kinds, layout=ParallelConfig()), "h100")
+    assert forecast.step_seconds == pytest.approx(0.25 + 2 * 6.0 + 0.5)
+    assert forecast.seconds[LANGUAGE] == pytest.approx(12.25)
+
+
+def test_a_stage_begins_and_ends_with_its_slowest_rank() -> None:
+    pipeline = Pipeline(1, 1, 1)
+    quick, slow = one_step(pipeline), one_step(pipeline)
+    begin, *passes, end = slow.slots
+    begin, end = (replace(slot, operations=((slot.operations[0][0], 4),)) for slot in (begin, end))
+    slow = replace(slow, slots=(begin, *passes, end))
+    for kinds in ((quick, slow), (slow, quick)):
+        traces = replace(phase(*kinds, micro_batches=2), layout=ParallelConfig())
+        assert estimate(traces, "h100").step_seconds == pytest.approx(1.0 + 2 * 3.0 + 2.0)
+
+
+def test_operations_that_are_made_again_are_no_work() -> None:
+    trace = one_step(Pipeline(1, 1, 1))
+    counts = {Direction.FORWARD: 1, Direction.RECOMPUTE: 10, Direction.BACKWARD: 100}
+    products = tuple((product(1e12, direction), count) for direction, count in counts.items())
+    slots = tuple(
+        replace(slot, operations=products) if slot.kind is SlotKind.BACKWARD else slot
+        for slot in trace.slots
+    )
+    forecast = estimate(phase(replace(trace, slots=slots), micro_batches=3), "h100")
+    assert forecast.ranks[0].flops == 3 * 101e12
+
+
+def test_a_message_goes_to_the_pipeline_s_neighbours() -> None:
+    """With two stages one way goes over the group of all ranks, where a rank has others beside it."""
+    size = 1 << 30
+    trace = with_messages(one_step(Pipeline(2, 1, 1), 1), size)
+    received = (collective("receive", "pipeline", 1), collective("send", "all", size))
+    slots = tuple(
+        replace(slot, collectives=received) if slot.kind is SlotKind.BETWEEN else slot
+        for slot in trace.slots
+    )
+    groups = trace.groups | {"pipeline": (4, 12), "all": tuple(range(16))}
+    trace = replace(trace, rank=12, slots=slots, groups=groups)
+    step = RankStep(RankKind(trace, 8, "last"), Pipeline(2, 1, 1), machine("h100"), Overlap())
+    assert step.message() == message_seconds(size, 12, 4, machine("h100"))
+
+
+def test_messages_cost_what_is_missing_without_them() -> None:
+    size = 1 << 30
+    traces = [with_messages(trace, size) for trace in stages_of(Pipeline(2, 1, 1))]
+    forecast = estimate(phase(*traces, micro_batches=1), "h100")
+    # Two stages of a node: one message forward, one backward, and nothing to do meanwhile.
+    message = message_seconds(size, 0, 1, machine("h100"))
+    assert forecast.seconds[MESSAGES] == pytest.approx(2 * message)
+    assert forecast.exposed_communication == pytest.approx(2 * message)
+    assert forecast.step_seconds == pytest.approx(0.25 + 6 + 0.5 + 2 * message)
+
+
+def reduced(overlap: Overlap, size: int, buckets: int = 1) -> PhaseForecast:
+    trace = one_step(Pipeline(1, 1, 1), end=reduction(size) * buckets, ranks=8)
+    return estimate(phase(trace, micro_batches=4, overlap=overlap), "h100")
+
+
+def test_collectives_hide_only_where_the_configuration_lets_them() -> None:
+    size = 100 << 30
+    scatter, gather = [
+        collective_seconds(call, range(8), machine("h100")) for call, _ in reduction(size)
+    ]
+    assert scatter < 2.0 and gather < 1.0
+    without = reduced(Overlap(), size)
+    assert without.seconds["data communication"] == pytest.approx(scatter + gather)
+    assert without.exposed_communication == pytest.approx(scatter + gather)
+
+    for overlap, hidden in [
+        (Overlap(gradient_reduction=True), scatter),
+        (Overlap(parameter_gather=True), gather),
+        (Overlap(True, True), scatter + gather),
+    ]:
+        forecast = reduced(overlap, size)
+        assert forecast.step_seconds == pytest.approx(without.step_seconds - hidden)
+        assert sum(forecast.seconds.values()) == pytest.approx(forecast.step_seconds)
+    # Of what takes longer than a pass, only as much hides as the pass takes: 2 s backward.
+    whole = reduced(Overlap(), 2 * size, 2)
+    long = reduced(Overlap(gradient_reduction=True), 2 * size, 2)
+    assert 1.0 < 2 * scatter < 2.0
+    assert long.step_seconds == pytest.approx(whole.step_seconds - 2.0)
+
+
+def test_what_does_not_fit_says_how_it_could() -> None:
+    trace = one_step(Pipeline(2, 1, 1))
+    more = 80 * GIB
+    slots = tuple(
+        replace(slot, memory=replace(slot.memory, peak=slot.memory.peak + more))
+        for slot in trace.slots
+    )
+    rest = trace.peak.by_category | {Category.LOGITS: more}
+    peak = replace(trace.peak, bytes=trace.peak.bytes + more, by_category=rest)
+    full = replace(trace, slots=slots, peak=peak)
+    (fault,) = estimate(phase(full, one_step(Pipeline(2, 1, 1), 1), micro_batches=1), "h100").faults
+    assert fault == (
+        "stage 0 (1 rank, rank 0) needs 81.1 GiB, h100 has 77.0 usable: logits 80.0, weights 1.0, activations 0.1 GiB;"
+        " try parallel.recompute=full, parallel.offload_activations=true, parallel.tensor=2, parallel.context=2"
+    )
+    assert (
+        estimate(phase(full, one_step(Pipeline(2, 1, 1), 1), micro_batches=1), "h200").faults == ()
+    )
+
+
+def test_mixed_operations_are_faults_and_waits_are_notes() -> None:
+    waits = (
+        Wait("item", "train/step.py:12 forward_losses", 4, True),
+        Wait("item", "train/step.py:99 gradient_norm", 1, False),
+    )
+    mixed = (Mixed("aten::add", "model/loss.py:3 losses", 1),)
+    first, second = (
+        replace(trace, waits=waits, mixed=mixed) for trace in stages_of(Pipeline(2, 1, 1))
+    )
+    forecast = estimate(phase(first, second, micro_batches=1), "h100")
+    assert forecast.faults == (
+        "aten::add mixes tensors of the host and of the device at model/loss.py:3 losses: it fails on a GPU",
+    )
+    assert forecast.notes == (
+        "the host waits for the device in each micro-batch: item at train/step.py:12 forward_losses",
+    )
+    assert forecast.ranks[0].waits == waits
+
+
+def test_a_layout_in_words() -> None:
+    layout = ParallelConfig(pipeline=2, virtual_pipeline=2, recompute="full")
+    traces = phase(*stages_of(Pipeline(2, 2, 2)), micro_batches=4, layout=layout)
+    assert estimate(replace(traces, world_size=16), "h100").layout == (
+        "pipeline 2, chunks 2, data 8, recompute full"
+    )
+
+
+def test_an_unknown_gpu_is_refused() -> None:
+    with pytest.raises(UserError, match=r"gpu=h10 is unknown \(did you mean h100\?\)"):
+        estimate(phase(one_step(Pipeline(1, 1, 1)), micro_batches=1), "h10")
+
+
+def test_the_first_and_the_last_micro_batch_stand_for_themselves() -> None:
+    """Three traced passes of 1, 2 and 4 s: the middle one is repeated."""
+    trace = one_step(Pipeline(1, 1, 3))
+    lengths = iter([1.0, 2.0, 4.0])
+    slots = tuple(
+        replace(slot, operations=((slot.operations[0][0], int(next(lengths))),))
+        if slot.kind is SlotKind.FORWARD
+        else slot
+        for slot in trace.slots
+    )
+    forecast = estimate(phase(replace(trace, slots=slots), micro_batches=7), "h100")
+    assert forecast.step_seconds == pytest.approx(0.75 + 7 * 2.0 + 1 + 5 * 2 + 4)
