@@ -65,7 +65,11 @@ setup(
         for folder in FOLDERS
         for name in [folder, *(f"{folder}.{sub}" for sub in find_packages(folder))]
     ],
-    package_data={"visionloom.recipes": ["**/*.yaml"], "visionloom.data.shards": ["schema/*.json"]},
+    package_data={
+        "visionloom.recipes": ["**/*.yaml"],
+        "visionloom.data.shards": ["schema/*.json"],
+        "visionloom.forecast": ["*.yaml"],
+    },
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["visionloom-pretrain = visionloom.launch.pretrain:main"]},

@@ -293,21 +293,27 @@ class RunConfig:
         if own.bounds:
             return lines
 
-        layout = self._layout_problems(self.parallel, "parallel", world_size)
-        lines += layout
-        lines += self._multiple_problems()
+        lines += self.layout_problems(world_size)
+        if not self._problems_of(self.parallel, "parallel", world_size):
+            lines += self._lora_problems()
+        return lines
+
+    def layout_problems(self, world_size: int) -> list[str]:
+        """Return what the layouts of the run and of its phases cannot do on `world_size` ranks; all values are in their bounds.
+
+        It takes a tenth of the time of `all_problems`: a search looks at thousands of layouts.
+        """
+        layout = self._problems_of(self.parallel, "parallel", world_size)
+        lines = layout + self._multiple_problems()
         if not self.phases:
             lines.append("phases is empty: choose a run with +recipe=NAME")
         by_phase = {
             name: self._phase_problems(phase, world_size) for name, phase in self.phases.items()
         }
         lines += likewise("phases", by_phase)
-        if not layout:
-            lines += self._kernel_problems()
-            lines += self._lora_problems()
-        return lines
+        return lines if layout else lines + self._kernel_problems()
 
-    def _layout_problems(self, layout: ParallelConfig, here: str, world_size: int) -> list[str]:
+    def _problems_of(self, layout: ParallelConfig, here: str, world_size: int) -> list[str]:
         """Return what the ranks cannot hold of a layout, and what it does not divide of the model."""
         return layout.world_problems(world_size, here) + self.model.layout_problems(layout, here)
 
@@ -323,7 +329,7 @@ class RunConfig:
             phase.parallel or self.parallel,
             f"{here}.parallel" if phase.parallel else "parallel",
         )
-        faults = self._layout_problems(layout, where, world_size)
+        faults = self._problems_of(layout, where, world_size)
         if phase.parallel:  # those of the run's layout have lines of their own
             lines += faults
         if not faults:

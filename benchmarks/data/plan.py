@@ -24,7 +24,7 @@ if not __package__:
 import numpy as np
 
 from visionloom.benchmarks.data import synthetic
-from visionloom.benchmarks.data.mixtures import MIXTURES, LengthMixture
+from visionloom.benchmarks.data.mixtures import MIXTURES, fitting
 from visionloom.benchmarks.data.table import Row, show
 from visionloom.data.config import DataConfig, DatasetConfig, MediaConfig
 from visionloom.data.encode.tokenizer import Tokenizer
@@ -38,6 +38,7 @@ from visionloom.data.shards.dataset import Dataset
 from visionloom.data.shards.index import index_shard
 from visionloom.data.shards.write import write_shards
 from visionloom.data.stream.train_stream import PackStream
+from visionloom.forecast.mixture import LengthMixture
 from visionloom.parallel.share import Share
 
 WINDOW = 1024
@@ -62,12 +63,18 @@ def plan_of(
     patches_per_token: float = 3.2,
 ) -> Plan:
     """A plan of one dataset with the lengths of a mixture; what is longer than a pack is dropped."""
-    table = mixture.table(samples, seed)
-    budget = int(patches_per_token * mixture.tokens)
-    over = np.flatnonzero((table["tokens"] > mixture.tokens) | (table["patches"] > budget))
+    table = mixture.draw(samples, seed).lengths
+    budget = int(patches_per_token * mixture.sequence_length)
+    over = np.flatnonzero((table["tokens"] > mixture.sequence_length) | (table["patches"] > budget))
     source = MixtureEntry("mixture", 1.0, Parts(table, over, np.empty(0, PART)), "mixture", "drop")
     settings = Settings(
-        seed, "bench", mixture.tokens, global_batch, budget, WINDOW, shuffle_block_samples=64
+        seed,
+        "bench",
+        mixture.sequence_length,
+        global_batch,
+        budget,
+        WINDOW,
+        shuffle_block_samples=64,
     )
     return Plan([source], settings, QWEN3VL_8B)
 
@@ -128,11 +135,11 @@ def measured(
     packing: Packing, mixture: LengthMixture, samples: int, budget: int
 ) -> tuple[float, float, list[list[int]]]:
     """Fill, microseconds a sample, and the packs."""
-    tokens, patches = (column.tolist() for column in mixture.samples(samples))
+    tokens, patches = (column.tolist() for column in fitting(mixture, samples))
     started = time.process_time()
-    packs = packing(tokens, patches, mixture.tokens, budget)
+    packs = packing(tokens, patches, mixture.sequence_length, budget)
     seconds = time.process_time() - started
-    return sum(tokens) / mixture.tokens / len(packs), seconds / len(tokens) * 1e6, packs
+    return sum(tokens) / mixture.sequence_length / len(packs), seconds / len(tokens) * 1e6, packs
 
 
 # ---- goals
@@ -151,7 +158,11 @@ def fill(name: str, samples: int) -> list[Row]:
     ):
         plan = plan_of(mixture, samples, 8, patches_per_token=patches_per_token)
         blocks = [plan.block(number) for number in range(max(1, samples // plan.draws_per_block))]
-        share = sum(int(s.tokens.sum()) for s in blocks) / mixture.tokens / sum(map(len, blocks))
+        share = (
+            sum(int(s.tokens.sum()) for s in blocks)
+            / mixture.sequence_length
+            / sum(map(len, blocks))
+        )
         alone = patches_per_token == PATCHES_PER_TOKEN
         target = "" if alone else f">= {FILL[name]:.1%}"
         met = None if alone else share >= FILL[name]
@@ -217,10 +228,10 @@ def useful(name: str, samples: int) -> Row:
 
 def in_order(packs: list[list[int]], mixture: LengthMixture, samples: int, ranks: int) -> float:
     """The useful share if packs go to ranks as they come."""
-    table = mixture.table(samples)
+    table = mixture.draw(samples).lengths
     table = table[
-        (table["tokens"] <= mixture.tokens)
-        & (table["patches"] <= int(PATCHES_PER_TOKEN * mixture.tokens))
+        (table["tokens"] <= mixture.sequence_length)
+        & (table["patches"] <= int(PATCHES_PER_TOKEN * mixture.sequence_length))
     ]
     tokens = table["tokens"].astype(np.int64)
     work = np.stack(
@@ -349,7 +360,9 @@ def state_size(peer: Peer | None = None) -> Row:
         name = f"quite_a_long_name_{number}"
         content = hashlib.sha256(name.encode()).hexdigest()[:16]
         before[content] = 10**9 + number
-        parts = Parts(MIXTURES["8k"].table(2000, number), np.empty(0, np.int64), np.empty(0, PART))
+        parts = Parts(
+            MIXTURES["8k"].draw(2000, number).lengths, np.empty(0, np.int64), np.empty(0, PART)
+        )
         sources.append(MixtureEntry(name, 0.1 + number, parts, content, "truncate_tail"))
     settings = Settings(
         1234,

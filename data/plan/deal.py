@@ -30,8 +30,11 @@ class CostModel:
 
     def of(self, work: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return the cost of each row of int64 [..., 4]: tokens, token pairs, patches, patch pairs."""
-        factors = np.array([self.token, self.token_pair, self.patch, self.patch_pair])
-        return work @ factors
+        return self.by_count(work).sum(-1)
+
+    def by_count(self, work: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return how much of the cost each of the four counts of `of` brings, float64 [..., 4]."""
+        return work * np.array([self.token, self.token_pair, self.patch, self.patch_pair])
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,13 +61,25 @@ def load_lengths(
 
     Several ranks that count at once share the work through the folder; one that cannot be written is no fault.
     """
-    path = cache / f"lengths-{lengths_hash(dataset.fingerprint, tokenizer, rules)}.npy"
-    # also a table whose columns had other names is none of ours
-    table = load_rows(path, LENGTHS)
-    if table is not None and len(table) == len(dataset):
+    table = kept_lengths(dataset, tokenizer, rules, cache)
+    if table is not None:
         return table
     work = Counting(dataset, tokenizer, rules)
+    path = _table_path(dataset, tokenizer, rules, cache)
     return in_blocks(path, len(dataset), BLOCK, work, LENGTHS, helpers)
+
+
+def kept_lengths(
+    dataset: Dataset, tokenizer: Tokenizer, rules: MediaConfig, cache: Path
+) -> Lengths | None:
+    """Return the table of a dataset (dtype LENGTHS, a row a sample) that is in `cache`; None if there is none."""
+    # also a table whose columns had other names is none of ours
+    table = load_rows(_table_path(dataset, tokenizer, rules, cache), LENGTHS)
+    return table if table is not None and len(table) == len(dataset) else None
+
+
+def _table_path(dataset: Dataset, tokenizer: Tokenizer, rules: MediaConfig, cache: Path) -> Path:
+    return cache / f"lengths-{lengths_hash(dataset.fingerprint, tokenizer, rules)}.npy"
 
 
 @dataclass(frozen=True)

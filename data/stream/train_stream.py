@@ -1,13 +1,14 @@
 """The training stream: the plan of a phase, turned into PackedBatches step by step."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from visionloom.common.errors import UserError
+from visionloom.data.encode.encode import EncodedSample
 from visionloom.data.encode.tokenizer import Tokenizer
 from visionloom.data.plan.cursor import Origin, changes, check_state
-from visionloom.data.plan.deal import deal
+from visionloom.data.plan.deal import PlannedPack, deal
 from visionloom.data.plan.open import StreamOptions, dataset_weights, open_datasets, open_plan
 from visionloom.data.stream.batch import PackedBatch, PackLayout
 from visionloom.data.stream.quarantine import Quarantine
@@ -47,7 +48,7 @@ class PackStream:
             self.tokenizer,
             Quarantine(quarantine, data.max_bad_fraction),
         )
-        self._layout = PackLayout.of(options, tuple(names), self.tokenizer.pad_id)
+        self.layout = PackLayout.of(options, tuple(names), self.tokenizer.pad_id)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle what the stream is made from: a worker opens the datasets anew and maps the same tables."""
@@ -110,8 +111,12 @@ class PackStream:
         batches = []
         for packs in dealt[share.data_rank]:
             places = [pack.places for pack in packs]
-            batches.append(self._reader.batch(places, self._layout, share, step))
+            batches.append(self._reader.batch(places, self.layout, share, step))
         return batches
+
+    def samples_of(self, packs: Sequence[PlannedPack]) -> list[list[EncodedSample]]:
+        """Read the samples of packs of the plan, without their pictures."""
+        return [self._reader.read(pack.places) for pack in packs]
 
     def state(self, step: int) -> dict[str, Any]:
         """Return the cursor before a step, for the checkpoint: JSON, the same on every rank and for every layout."""

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from visionloom.benchmarks.data.mixtures import MIXTURES
+from visionloom.benchmarks.data.mixtures import MIXTURES, fitting
 from visionloom.data.plan.best_fit import PackBudget, pack_samples
 
 SAMPLES = st.lists(st.tuples(st.integers(1, 100), st.integers(0, 60)), max_size=200)
@@ -58,7 +58,7 @@ def test_orders_are_kept_up_to_their_limits(
 
 
 def test_packs_are_alike_from_the_first_to_the_last() -> None:
-    tokens, patches = MIXTURES["8k"].samples(8000)
+    tokens, patches = fitting(MIXTURES["8k"], 8000)
     packs = pack_samples(tokens.tolist(), patches.tolist(), PackBudget(8192, 26_214, window=1024))
     tenths = np.array(
         [
@@ -163,12 +163,15 @@ def test_padded_samples_and_their_number_are_bounded(
 )
 def test_fill_of_mixtures(name: str, patches_per_token: float, least: float) -> None:
     mixture = MIXTURES[name]
-    tokens, patches = mixture.samples(10_000)
-    budget = int(patches_per_token * mixture.tokens)
+    tokens, patches = fitting(mixture, 10_000)
+    budget = int(patches_per_token * mixture.sequence_length)
     packs = pack_samples(
-        tokens.tolist(), patches.tolist(), PackBudget(mixture.tokens, budget, 1024)
+        tokens.tolist(), patches.tolist(), PackBudget(mixture.sequence_length, budget, 1024)
     )
     full = packs[:-4]  # an endless stream has no last packs
     assert (
-        sum(tokens[number] for pack in full for number in pack) / mixture.tokens / len(full) > least
+        sum(tokens[number] for pack in full for number in pack)
+        / mixture.sequence_length
+        / len(full)
+        > least
     )

@@ -1,0 +1,177 @@
+"""About how long a step takes in a layout, and about how much its activations take: to order layouts before any is traced.
+
+What is true of a layout its trace says. No torch.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Final, Protocol
+
+from visionloom.forecast.bounds import expert_ranks, stage_layers
+from visionloom.model.flops import StepWork, language_flops, step_flops, vision_flops
+from visionloom.parallel.config import ParallelConfig
+from visionloom.train.config import RunConfig
+
+LAUNCHES: Final = 170
+"""Kernels of a block or layer, forward and backward: 9,259 for the 24 blocks and 28 layers of 2B (traced)."""
+BF16, FP32 = 2, 4
+"""Bytes of an activation, and of a value of the loss."""
+
+
+class SearchMachine(Protocol):
+    """The numbers of a GPU that estimates need; see forecast/machine.py."""
+
+    node_ranks: int
+    product_share: float
+    launch: float
+    inside_gbps: float
+    between_gbps: float
+
+    @property
+    def usable_bytes(self) -> int:
+        """Return the bytes that tensors can have."""
+
+    @property
+    def peak(self) -> float:
+        """Return the operations a second of bf16 products."""
+
+
+@dataclass(frozen=True)
+class Estimates:
+    """Of all layouts of a phase."""
+
+    config: RunConfig
+    phase: str
+    world_size: int
+    machine: SearchMachine
+    work: StepWork
+    """Of the mean micro-batch."""
+
+    def step_seconds(self, layout: ParallelConfig, rest_bytes: float) -> float:
+        """Return the time of a step: its micro-batches through the slowest stage, the bubble, the reduction of gradients."""
+        phase = self.config.phases[self.phase]
+        copies = layout.data_parallel_size(self.world_size)
+        micro_batches = phase.global_batch / (copies * phase.micro_batch)
+        bubble = (layout.pipeline - 1) / layout.chunks
+        passes = (micro_batches + bubble) * max(self._stage_seconds(layout))
+
+        # Gradients in fp32 and weights in bf16, about a third of what is at rest, move while nothing else runs.
+        stage = self.world_size // layout.pipeline
+        reduced = rest_bytes / 3 * (1 - layout.tensor / stage)
+        return passes + self._transfer(reduced, stage)
+
+    def activation_bytes(self, layout: ParallelConfig) -> float:
+        """Return what the fuller of the first and the last stage keeps for its backward passes."""
+        text = self.config.model.text
+        held = stage_layers(layout, text.layers)
+        shared = layout.tensor * layout.context
+        layer = self._tokens / shared * self._layer_width(layout) * BF16
+        if layout.offload_activations:
+            layer = 0.0
+        patch = self._tower_width(layout) * BF16
+        tower = self.work.patches / layout.encoder_ranks * patch
+        logits = self.work.supervised_tokens / layout.context * text.vocab_size / layout.tensor
+        # The first stage keeps a micro-batch for each stage; interleaved, one round of chunks more.
+        more = (layout.pipeline - 1) / layout.chunks if layout.chunks > 1 else 0.0
+        first = (layout.pipeline + more) * (layer * held[0] + tower)
+        return max(first, layer * held[-1] + logits * (BF16 + FP32))
+
+    @cached_property
+    def flops(self) -> dict[str, float]:
+        """Return the operations of a micro-batch by part, forward and backward."""
+        config = self.config
+        trainable = set(config.phases[self.phase].trainable)
+        lora = config.lora if config.lora.rank else None
+        return step_flops(config.model, self.work, trainable, lora)
+
+    @property
+    def _tokens(self) -> int:
+        """Return the tokens of a micro-batch, padding included."""
+        phase = self.config.phases[self.phase]
+        return phase.sequence_length * phase.micro_batch
+
+    def _layer_width(self, layout: ParallelConfig) -> float:
+        """Return the values of a token that a decoder layer keeps."""
+        text = self.config.model.text
+        if layout.recompute == "full":
+            return text.hidden_size
+        # Inputs of norms and products; queries, keys and values before and after their norms.
+        queries, keys = text.heads * text.head_dim, text.kv_heads * text.head_dim
+        attention = 4 * text.hidden_size + 3 * queries + 4 * keys
+        if not text.experts:
+            return attention + 4 * text.ffn_hidden_size
+        if layout.recompute == "selective":
+            return attention
+        copies = 2 * text.hidden_size + 4 * text.expert_ffn_hidden_size
+        return attention + text.experts_per_token * copies
+
+    def _tower_width(self, layout: ParallelConfig) -> float:
+        """Return the values of a patch that the whole tower keeps."""
+        vision = self.config.model.vision
+        block = vision.hidden_size
+        if layout.recompute != "full":
+            block = 9 * vision.hidden_size + 2 * vision.ffn_hidden_size
+        return float(vision.depth * block)
+
+    def _stage_seconds(self, layout: ParallelConfig) -> list[float]:
+        """Return the time of a micro-batch on each stage, forward and backward."""
+        model, flops = self.config.model, self.flops
+        speed = self.machine.peak * self.machine.product_share
+        shared = layout.tensor * layout.context
+        again_language, again_vision = self._recomputed(layout)
+        language = (flops["language"] + again_language) / shared / model.text.layers / speed
+        tower = flops["vision"] + flops["merger"] + again_vision
+        tower_seconds = tower / layout.encoder_ranks / speed
+
+        # However small its products are, each kernel must be launched.
+        launches = LAUNCHES * self.machine.launch
+        layer = max(language, launches) + self._layer_transfers(layout)
+        stages = [layers * layer for layers in stage_layers(layout, model.text.layers)]
+        stages[0] += max(tower_seconds, model.vision.depth * launches)
+        stages[-1] += flops["output"] / shared / speed
+        return [seconds + self._stage_transfers(layout) for seconds in stages]
+
+    def _recomputed(self, layout: ParallelConfig) -> tuple[float, float]:
+        """Return the operations that are done again in the backward pass, of the language model and of the tower."""
+        model = self.config.model
+        if layout.recompute == "none":
+            return 0.0, 0.0
+        if layout.recompute == "full":
+            return language_flops(model.text, self.work), vision_flops(model.vision, self.work)
+        # Selective: attention, and in a mixture the experts, which are nearly all of a layer's products.
+        again = self.work if model.text.experts else replace(self.work, tokens=0)
+        return language_flops(model.text, again), 0.0
+
+    def _layer_transfers(self, layout: ParallelConfig) -> float:
+        """Return the time of a layer's messages in a micro-batch, in which nothing else runs."""
+        text = self.config.model.text
+        tensor, context = layout.tensor, layout.context
+        tokens = self._tokens / context * BF16
+        # All tokens of a context rank are gathered and scattered twice, for attention and for the MLP.
+        gathered = 4 * tokens * text.hidden_size * (1 - 1 / tensor)
+        keys = 2 * text.kv_heads * text.head_dim
+        exchanged = tokens * context * keys
+        if layout.context_exchange == "ulysses":
+            exchanged = tokens * (keys + 2 * text.heads * text.head_dim)
+        exchanged *= (1 - 1 / context) / tensor
+        # To the experts and back; ranks that share one expert gather what each of them gets.
+        others = 1 - 1 / layout.expert + (layout.expert_tensor or 1) - 1
+        sent = 2 * tokens / tensor * text.experts_per_token * text.hidden_size * others
+
+        passes = 3 if layout.recompute == "full" else 2
+        once = self._transfer(gathered, tensor) + self._transfer(exchanged, tensor * context)
+        return passes * (once + self._transfer(sent, expert_ranks(layout)))
+
+    def _stage_transfers(self, layout: ParallelConfig) -> float:
+        """Return the time of a stage's messages to the next one, a forward and a backward one for each chunk."""
+        if layout.pipeline == 1:
+            return 0.0
+        shared = layout.tensor * layout.context
+        hidden = self._tokens / shared * self.config.model.text.hidden_size * BF16
+        return 2 * layout.chunks * self._transfer(hidden, self.world_size)
+
+    def _transfer(self, volume: float, ranks: int) -> float:
+        """Return the seconds in which a rank moves bytes among neighbouring ranks."""
+        inside = ranks <= self.machine.node_ranks
+        speed = self.machine.inside_gbps if inside else self.machine.between_gbps
+        return volume / (speed * 1e9)

@@ -1,0 +1,197 @@
+"""The packs of an imagined step: of the phase's own plan where its shards and length tables are there, else of a mixture.
+
+A micro-batch is chosen among those of the first steps, dealt as a run deals them: one of mean work, or the costliest. Its
+samples are laid out, and its pictures dealt to encoder ranks, by the stream's own `pack`; only nothing is decoded.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Final, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from visionloom.data.config import DataConfig
+from visionloom.data.encode.encode import EncodedSample
+from visionloom.data.encode.patches import Unit
+from visionloom.data.encode.tokenizer import Tokenizer
+from visionloom.data.plan.dataset_with_lengths import cache_folder
+from visionloom.data.plan.deal import PlannedPack, deal, deal_units
+from visionloom.data.plan.lengths import kept_lengths
+from visionloom.data.plan.open import StreamOptions, dataset_weights
+from visionloom.data.plan.plan import Plan
+from visionloom.data.shards.dataset import Dataset
+from visionloom.data.shards.open_store import is_url
+from visionloom.data.stream.batch import PackedBatch, PackLayout, all_grids, pack
+from visionloom.data.stream.train_stream import PackStream
+from visionloom.forecast.mixture_stream import MixtureStream
+from visionloom.parallel.share import Share
+from visionloom.train.config import RunConfig
+from visionloom.train.step_sums import StepCounts
+from visionloom.train.stream_options import stream_options
+
+PACKS: Final = 512
+"""Packs, of whole steps, among which one is chosen: about a block of a plan, which takes some 30 ms to make."""
+
+
+class PackChoice(StrEnum):
+    """Which micro-batch of the first steps stands for all."""
+
+    MEAN = "mean"
+    """That whose work is nearest the mean: for the time of a step."""
+    WORST = "costliest"
+    """For the longest step."""
+    PATCHES = "one with most patches"
+    """For the memory of the first stage."""
+    SUPERVISED = "one with most supervised tokens"
+    """For the memory of the last stage, which holds their logits."""
+
+
+class PackSource(Protocol):
+    """A plan, and the samples of its packs."""
+
+    plan: Plan
+    layout: PackLayout
+
+    def samples_of(self, packs: Sequence[PlannedPack]) -> list[list[EncodedSample]]:
+        """Return the samples of packs of the plan, without their pictures."""
+
+
+@dataclass(frozen=True)
+class ImaginedPacks:
+    """The packs of one micro-batch, before pictures are dealt to encoder ranks."""
+
+    packs: list[list[EncodedSample]]
+    layout: PackLayout
+    assumed: str
+    """Where they come from and what they hold, in words."""
+
+    @classmethod
+    def of(
+        cls, packs: list[list[EncodedSample]], layout: PackLayout, origin: str
+    ) -> "ImaginedPacks":
+        """Return them with what they hold added to the words about their origin."""
+        counts = cls(packs, layout, origin).counts
+        held = (
+            f"{counts.tokens:,} real tokens in {counts.packs} x {layout.sequence_length:,},"
+            f" {counts.visual_tokens / max(1, counts.tokens):.0%} visual,"
+            f" {counts.supervised_tokens:,} supervised, {counts.samples} samples"
+        )
+        return cls(packs, layout, f"{origin}: {held}")
+
+    def batch(self, share: Share) -> PackedBatch:
+        """Return them as a rank of this share reads them; patches are uninitialised memory of the right shape."""
+        return pack(self.packs, self.layout, self._decode_nothing, share)
+
+    @staticmethod
+    def _decode_nothing(number: int, units: Sequence[Unit], out: NDArray[np.uint8]) -> bool:
+        """Leave the patches as they are; return True, as nothing is unreadable."""
+        return True
+
+    @property
+    def counts(self) -> StepCounts:
+        """Return how much a micro-batch trains on, as a step counts it."""
+        # No encoder rank has the number -1, so that no buffer for pictures is made.
+        unseen = self.batch(Share(encoder_rank=-1))
+        return StepCounts.of([unseen], len(self.packs))
+
+    def encoder_patches(self, ranks: int) -> list[int]:
+        """Return the patches that each of a number of encoder ranks gets."""
+        samples = [sample for one in self.packs for sample in one]
+        dealt = deal_units(all_grids(samples), ranks)
+        patches = dealt.units.prod(1, dtype=np.int64)
+        counts: list[int] = np.bincount(dealt.owners, patches, ranks).astype(int).tolist()
+        return counts
+
+
+class MicroBatches:
+    """The micro-batches of the first steps of a plan, of all data-parallel ranks."""
+
+    def __init__(self, plan: Plan, steps: int, ranks: int, micro_batch: int) -> None:
+        self._plan = plan
+        self.all: list[list[PlannedPack]] = []
+        for step in range(steps):
+            for mine in deal(plan.step(step), ranks, micro_batch):
+                self.all += mine
+
+    def choose(self, choice: PackChoice) -> list[PlannedPack]:
+        """Return one of them; the mean one is nearest the mean in each count that a cost is made of."""
+        counts = np.array([self._counts(packs) for packs in self.all])
+        costs = self._plan.cost.by_count(counts[:, :4])
+        # Of equal cost are packs of text and packs of pictures: only all four counts together make a usual one.
+        distances = np.abs(costs - costs.mean(0)).sum(1)
+        scores = {
+            PackChoice.MEAN: -distances,
+            PackChoice.WORST: costs.sum(1),
+            PackChoice.PATCHES: counts[:, 2],
+            PackChoice.SUPERVISED: counts[:, 4],
+        }
+        return self.all[int(scores[choice].argmax())]
+
+    def _counts(self, packs: list[PlannedPack]) -> NDArray[np.int64]:
+        """Count a micro-batch: int64 [5] tokens, token pairs, patches, patch pairs, supervised tokens."""
+        counts = np.zeros(5, np.int64)
+        for one in packs:
+            for number, sample, part_number in one.places:
+                part = self._plan.entries[number].parts.part(sample, part_number)
+                pairs = part.tokens**2
+                counts += (part.tokens, pairs, part.patches, part.patch_pairs, part.supervised)
+        return counts
+
+
+def packs_for(config: RunConfig, phase: str, world_size: int, choice: PackChoice) -> ImaginedPacks:
+    """Choose the micro-batch that stands for all those of a phase.
+
+    Raises:
+        UserError: for what its datasets would be refused for, and for packs too short for any sample of a mixture.
+    """
+    settings = config.phases[phase]
+    layout = settings.parallel or config.parallel
+    source, name = open_source(stream_options(config, phase))
+    steps = min(settings.total_steps, max(1, PACKS // settings.global_batch))
+    ranks = layout.data_parallel_size(world_size)
+    micro_batches = MicroBatches(source.plan, steps, ranks, settings.micro_batch)
+
+    samples = source.samples_of(micro_batches.choose(choice))
+    origin = f"the {choice} of the first {len(micro_batches.all):,} micro-batches of {name}"
+    return ImaginedPacks.of(samples, source.layout, origin)
+
+
+def open_source(options: StreamOptions) -> tuple[PackSource, str]:
+    """Return the stream of a phase, of a mixture where its own lengths are not there, and its name."""
+    if lacking := missing_lengths(options):
+        return MixtureStream(options), f"a stated mixture ({lacking})"
+    return PackStream(options), "the phase's own plan"
+
+
+def missing_lengths(options: StreamOptions) -> str:
+    """Return what a plan from the phase's own data lacks, in words; empty if its lengths are all there.
+
+    Nothing is counted or fetched for a forecast: that may take hours.
+    """
+    data = options.data
+    if not data.datasets:
+        return "data.datasets is empty"
+    if not Path(data.tokenizer).is_dir():
+        return f"no folder data.tokenizer={data.tokenizer}"
+    tokenizer = Tokenizer(data.tokenizer)
+    for name in dataset_weights(data, options.mixture):
+        if lacking := dataset_lacks(data, name, tokenizer):
+            return lacking
+    return ""
+
+
+def dataset_lacks(data: DataConfig, name: str, tokenizer: Tokenizer) -> str:
+    """Return what one dataset lacks, in words."""
+    path = data.datasets[name].path
+    option = f"data.datasets.{name}.path={path}"
+    if is_url(path):
+        return f"{option} is remote"
+    if not Path(path).is_dir():
+        return f"no folder {option}"
+    dataset = Dataset.open(path, name, "data.datasets", data.store)
+    if kept_lengths(dataset, tokenizer, data.media, cache_folder(data, path)) is None:
+        return f"{option} has no lengths yet: run data.py lengths"
+    return ""

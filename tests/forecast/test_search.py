@@ -1,0 +1,203 @@
+"""The best layouts are found with few traces. Reference: a stated time and memory of each layout in place of a trace."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import pytest
+
+from visionloom.common.errors import UserError
+from visionloom.forecast.bounds import RestBounds
+from visionloom.forecast.estimates import Estimates
+from visionloom.forecast.results import PhaseForecast, RankForecast
+from visionloom.forecast.search import SearchGoal, SearchResult, search
+from visionloom.model.flops import StepWork
+from visionloom.parallel.config import ParallelConfig
+from visionloom.tests.model.test_sizes import published
+from visionloom.train.config import PhaseConfig, RunConfig, RunSection
+
+GIB = 1 << 30
+WORLD = 16
+TOKENS = 32 * 8192
+
+
+@dataclass
+class Gpu:
+    """Numbers like those of an H100."""
+
+    usable_bytes: int = 77 * GIB
+    peak: float = 989e12
+    product_share: float = 0.77
+    launch: float = 6e-6
+    node_ranks: int = 8
+    inside_gbps: float = 363.0
+    between_gbps: float = 45.6
+
+
+def run_of(model: str = "qwen3vl_8b", global_batch: int = 32) -> RunConfig:
+    phase = PhaseConfig(steps=10, global_batch=global_batch)
+    return RunConfig(RunSection(name="x"), published(model), phases={"p": phase})
+
+
+def stated(
+    seconds: Callable[[ParallelConfig], float],
+    gib: Callable[[ParallelConfig], float],
+    seen: list[RunConfig],
+) -> Callable[[RunConfig], PhaseForecast]:
+    """A forecast that says what it is told of a layout, and notes the runs."""
+
+    def forecast(config: RunConfig) -> PhaseForecast:
+        seen.append(config)
+        layout = config.parallel
+        step, peak = seconds(layout), round(gib(layout) * GIB)
+        rank = RankForecast(0, 0, WORLD, "layers 0-35", {}, peak, (), 0, 0, 0, 0, (), ())
+        bubble = (layout.pipeline - 1) / (31 + layout.pipeline)
+        facts = ("p", "words", 8192, "packs", 10, step, TOKENS, TOKENS / step, 0.4, bubble)
+        return PhaseForecast(*facts, 0.1 * layout.tensor, {}, (rank,), (), ())
+
+    return forecast
+
+
+def searched(
+    seconds: Callable[[ParallelConfig], float],
+    gib: Callable[[ParallelConfig], float],
+    tries: int = 20,
+) -> tuple[SearchResult, list[RunConfig]]:
+    seen: list[RunConfig] = []
+    goal = SearchGoal(run_of(), "p", WORLD, Gpu(), tries)
+    return search(goal, stated(seconds, gib, seen)), seen
+
+
+def layouts(runs: list[RunConfig]) -> list[ParallelConfig]:
+    return [run.parallel for run in runs]
+
+
+def test_the_fastest_that_fits_comes_first() -> None:
+    result, seen = searched(
+        lambda layout: 10 + 3 * abs(layout.tensor - 4) + layout.pipeline + layout.context / 10,
+        lambda layout: 90 if layout.pipeline == 1 else 60,
+    )
+    best = result.tried[0]
+    assert best.fits and best.config.parallel.pipeline > 1
+    fitting = [row for row in result.tried if row.fits]
+    speeds = [row.forecast.tokens_per_second for row in fitting]
+    assert speeds == sorted(speeds, reverse=True)
+    assert [row.fits for row in result.tried] == [True] * len(fitting) + [False] * (
+        20 - len(fitting)
+    )
+    assert len(seen) == 20
+    for run in seen:
+        assert run.all_problems(WORLD) == []
+    shapes = [repr(layout) for layout in layouts(seen)]
+    assert len(set(shapes)) == 20, "no layout is traced twice"
+
+
+def test_the_first_to_be_tried_differ() -> None:
+    _, seen = searched(lambda _: 1.0, lambda _: 50)
+    shapes = {(one.tensor, one.pipeline, one.context) for one in layouts(seen)}
+    assert len(shapes) >= 8
+
+
+def test_reasons_name_what_grew() -> None:
+    result, _ = searched(lambda one: 5 + one.tensor, lambda one: 100 if one.pipeline > 1 else 60)
+    reasons = {row.config.parallel.tensor: result.reason(row) for row in result.tried if row.fits}
+    assert result.reason(result.tried[0]) == "the fastest that fits, 17.0 GiB to spare"
+    best = result.tried[0].config.parallel.tensor
+    slow = max(reasons)
+    assert slow > best
+    slower = (5 + slow) / (5 + best) - 1
+    assert reasons[slow].startswith(f"{slower:.0%} slower: it computes ")
+    (large, *_) = [row for row in result.tried if not row.fits]
+    assert result.reason(large) == "does not fit: needs 100.0 of 77.0 GiB (layers 0-35)"
+
+
+def test_recomputation_is_raised_until_it_fits() -> None:
+    memory = {"none": 200, "selective": 120, "full": 60}
+    result, seen = searched(lambda _: 1.0, lambda one: memory[one.recompute])
+    assert result.tried[0].config.parallel.recompute == "full"
+    first = [one for one in layouts(seen) if one.recompute != "full"]
+    # The first traces say how wrong the estimates of activations are: the others begin with what fits.
+    assert 1 <= len(first) <= 8
+    assert not any(one.offload_activations for one in layouts(seen))
+
+
+def test_offloading_is_the_last_cure() -> None:
+    result, seen = searched(lambda _: 1.0, lambda one: 70 if one.offload_activations else 95)
+    assert result.tried[0].config.parallel.offload_activations
+    offloaded = [one.offload_activations for one in layouts(seen)]
+    assert offloaded == [False] * 20 + [True] * 5
+
+
+def test_what_can_never_fit_is_not_traced() -> None:
+    """32B on 16 GPUs: alone on each of them it would take 228 GB at least."""
+    seen: list[RunConfig] = []
+    run = run_of("qwen3vl_32b")
+    goal = SearchGoal(run, "p", WORLD, Gpu())
+    result = search(goal, stated(lambda _: 1.0, lambda _: 70, seen))
+    assert 0 < result.too_large < result.legal
+    bounds = RestBounds.of(run, "p", WORLD)
+    assert all(bounds.of_fullest_rank(one) <= 77 * GIB for one in layouts(seen))
+
+
+def test_a_model_that_no_layout_holds_is_refused() -> None:
+    goal = SearchGoal(run_of("qwen3vl_235b_a22b"), "p", WORLD, Gpu())
+    with pytest.raises(
+        UserError, match=r"^world=16 GPUs cannot hold qwen3vl_235b_a22b .* 77\.0 GiB"
+    ):
+        search(goal, stated(lambda _: 1.0, lambda _: 70, []))
+
+
+def test_packs_that_cannot_be_dealt_are_refused() -> None:
+    goal = SearchGoal(run_of(global_batch=1), "p", 77, Gpu())
+    with pytest.raises(
+        UserError, match=r"^no layout is possible on world=77 ranks.*global_batch=1"
+    ):
+        search(goal, stated(lambda _: 1.0, lambda _: 70, []))
+
+
+# ---- estimates
+
+
+WORK = StepWork(8192, 2000, 20_000_000, 18_000, 50_000_000)
+
+
+def estimates(model: str = "qwen3vl_8b", world_size: int = 64, global_batch: int = 64) -> Estimates:
+    return Estimates(run_of(model, global_batch), "p", world_size, Gpu(), WORK)
+
+
+def seconds(estimate: Estimates, **layout: object) -> float:
+    return estimate.step_seconds(ParallelConfig(**layout), 0.0)  # type: ignore[arg-type]
+
+
+def test_estimated_times_follow_the_layout() -> None:
+    of = estimates()
+    assert seconds(of, recompute="full") > seconds(of, recompute="selective") > seconds(of)
+    assert seconds(of, pipeline=4) > seconds(of, pipeline=4, virtual_pipeline=3)
+    # Sixteen tensor ranks are on two nodes, eight on one.
+    one_node = Estimates(of.config, "p", 64, Gpu(node_ranks=16), WORK)
+    assert seconds(of, tensor=16) > 1.5 * seconds(one_node, tensor=16)
+    experts = estimates("qwen3vl_30b_a3b")
+    assert seconds(experts, expert=16) > seconds(experts, expert=8) > seconds(experts)
+    assert seconds(experts, expert_tensor=8) > seconds(experts, expert=8)
+
+
+def test_estimated_time_of_one_gpu_is_its_operations() -> None:
+    """8B with one pack of 8,192 tokens: some 50 TFLOP each forward, three times that in all, at 762 TFLOP/s."""
+    one = estimates(world_size=1, global_batch=1)
+    flops = sum(one.flops.values())
+    assert seconds(one) == pytest.approx(flops / (989e12 * 0.77), rel=0.02)
+
+
+def test_estimated_activations_follow_the_layout() -> None:
+    of = estimates()
+
+    def held(**layout: object) -> float:
+        return of.activation_bytes(ParallelConfig(**layout))  # type: ignore[arg-type]
+
+    assert held() > 5 * held(recompute="full")
+    assert held(tensor=2) == pytest.approx(held() / 2)
+    # The first of four stages keeps four micro-batches of a quarter of the layers.
+    assert held(pipeline=4) > 0.9 * held()
+    assert held(offload_activations=True) < 0.5 * held()
+    mixture = replace(of, config=run_of("qwen3vl_30b_a3b"))
+    experts, attention = ParallelConfig(), ParallelConfig(recompute="selective")
+    assert mixture.activation_bytes(experts) > 2 * mixture.activation_bytes(attention)
