@@ -160,6 +160,9 @@ def _on_chosen(factory: Callable[..., Any]) -> Callable[..., Any]:
     def create(*args: Any, **kwargs: Any) -> Any:
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = _chosen.device
+        if _chosen.device == META:
+            # Pinned for a GPU that is not there.
+            kwargs.pop("pin_memory", None)
         return factory(*args, **kwargs)
 
     return create

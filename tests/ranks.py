@@ -111,6 +111,7 @@ def serve(connection: Connection) -> None:
             connection.send((False, f"a rank cannot read its work:\n{traceback.format_exc()}"))
             continue
         try:
+            stand_in.install()  # the work before may have imagined a rank on another device
             dist.init_process_group(
                 "gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size
             )

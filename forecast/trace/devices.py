@@ -90,7 +90,10 @@ class HostCopies(TorchFunctionMode):
             copy = self._copy(args[0], "copies_down")
             return copy if name == "cpu" else func(copy)
         if isinstance(kwargs.get("device"), torch.device):
-            return self._with("makes_on_device", func, args, kwargs)
+            made = self._with("makes_on_device", func, args, kwargs)
+            # torch.tensor makes a tensor of the host first.
+            self.device.made([made] if isinstance(made, Tensor) else [], on_device=True)
+            return made
         return func(*args, **kwargs)
 
     def _copy(self, tensor: Tensor, way: str) -> Any:

@@ -35,6 +35,8 @@ class Kernel(StrEnum):
     PRODUCT = "product"
     """A matrix product."""
     ATTENTION = "attention"
+    TRANSFER = "transfer"
+    """A copy between host and device."""
     OTHER = "other"
     """Elementwise operations, copies, reductions: moves bytes."""
 
@@ -170,6 +172,8 @@ class RankTrace:
     slots: tuple[Slot, ...]
     waits: tuple[Wait, ...]
     mixed: tuple[Mixed, ...]
+    allocated: int
+    """Bytes that were taken in the step, all allocations together."""
     at_rest: dict[Category, int]
     """Bytes alive between steps: weights, gradients, optimizer."""
     peak: PeakMemory

@@ -105,6 +105,10 @@ class Ledger:
         self.slot = slot
         return highest
 
+    def allocated(self) -> int:
+        """Return the bytes that were taken since the step began."""
+        return sum(change for _, change in self.changes if change > 0)
+
     def peak(self) -> PeakMemory:
         """Return the fullest moment of the step that has ended, and what was alive then."""
         now = highest = sum(size for _, size in self._before)

@@ -23,6 +23,7 @@ from visionloom.forecast.trace.events import (
     Category,
     Collective,
     Direction,
+    Kernel,
     Mixed,
     Operation,
     Slot,
@@ -184,12 +185,17 @@ class Recorder(TorchDispatchMode):
             return self._collective(call)
 
         tensors = tensors_of((*args, *call.kwargs.values()))
-        inputs, others = [], []
+        inputs: list[Tensor] = []
+        others: list[Tensor] = []
         for tensor in tensors:
             (inputs if self.device.holds(tensor) else others).append(tensor)
         if inputs and self.device.imagined and asks(call):
             return self._answer(call)
         result = self._run(call)
+        if self.copies is not None and self.copies.copies_down:
+            self._record(call, inputs, [], crosses=True)
+            self._wait("copy to the host")
+            return result
         outputs = tensors_of((result,))
         if not self._stays(bool(tensors), bool(inputs), outputs):
             return result
@@ -197,7 +203,8 @@ class Recorder(TorchDispatchMode):
         self.device.made(outputs, True)
         if self.device.imagined and self.values is not None:
             self.values.follow(func, args, call.kwargs, outputs)
-        self._record(call, inputs, outputs)
+        up = self.copies is not None and self.copies.copies_up
+        self._record(call, inputs, outputs, crosses=up or (call.name in COPIES and bool(others)))
         if not self.device.imagined and (call.name == ITEM or call.name in SHAPED_BY_CONTENT):
             self._wait("item" if call.name == ITEM else SHAPE)
         # A number on the host is an argument of the launch.
@@ -224,10 +231,9 @@ class Recorder(TorchDispatchMode):
         if self.device.imagined:
             return takes_device or any(map(self.device.holds, outputs))
         assert self.copies is not None
-        if self.copies.copies_down:
-            return False
         if not takes:
-            return self.copies.makes_on_device
+            # Autograd knows no host: what it makes in a backward pass is a gradient.
+            return self.copies.makes_on_device or torch._C._current_autograd_node() is not None
         return takes_device or self.copies.copies_up
 
     def _answer(self, call: Call) -> Any:
@@ -239,6 +245,11 @@ class Recorder(TorchDispatchMode):
         if call.blocks:
             self._wait("item" if call.name == ITEM else "copy to the host")
         value = self.values.of(tensor)
+        if call.name in COPIES:
+            self._record(call, [tensor], [], crosses=True)
+        if value is None and call.name == "aten::copy_":
+            # Nobody reads it: offloaded activations come back as they are.
+            return call.args[0]
         if value is None:
             # What a step reads of its sums: finite, and above zero.
             value = torch.ones((), dtype=tensor.dtype).expand(tensor.shape)
@@ -288,19 +299,23 @@ class Recorder(TorchDispatchMode):
         self.values.state(indices, choice)
         return largest, indices
 
-    def _record(self, call: Call, inputs: list[Tensor], outputs: list[Tensor]) -> None:
-        """Add an operation to the slot, and its tensors to the memory."""
+    def _record(
+        self, call: Call, inputs: list[Tensor], outputs: list[Tensor], crosses: bool = False
+    ) -> None:
+        """Add an operation to the slot, and its tensors to the memory; `crosses`: between host and device."""
         part, direction = self._place()
+        # A CPU copies by clone what goes to a device by `to`.
+        name = "aten::_to_copy" if crosses and call.name == "aten::clone" else call.name
         for tensor in outputs:
-            self.ledger.see(tensor, part, direction, call.name)
+            self.ledger.see(tensor, part, direction, name)
         if self._open is None or not call.kind.launches:
             return
         cost = cost_of(call, inputs, outputs)
         operation = Operation(
-            call.name,
+            name,
             part,
             direction,
-            cost.kernel,
+            Kernel.TRANSFER if crosses else cost.kernel,
             dtype_of(inputs, outputs),
             cost.flops,
             cost.work,

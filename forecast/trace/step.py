@@ -119,6 +119,7 @@ def trace_step(recorder: Recorder, trainer: PhaseTrainer, batches: list[PackedBa
         slots=tuple(recorder.slots),
         waits=recorder.take_waits(),
         mixed=recorder.take_mixed(),
+        allocated=ledger.allocated(),
         at_rest=at_rest,
         peak=ledger.peak(),
     )
@@ -194,7 +195,7 @@ def _stated_shapes(trainer: PhaseTrainer, batches: Sequence[PackedBatch]) -> Ite
         yield
         return
     forward, backward = received_shapes(trainer, batches)
-    ask = P2PCommunicator._communicate_shapes
+    ask, distributed = P2PCommunicator._communicate_shapes, torch.distributed
 
     def answer(
         communicator: Any, send_next: Any, send_previous: Any, previous: bool, following: bool
@@ -203,7 +204,12 @@ def _stated_shapes(trainer: PhaseTrainer, batches: Sequence[PackedBatch]) -> Ite
         nothing = [0, 0, 0]
         return next(forward) if previous else nothing, next(backward) if following else nothing
 
-    with mock.patch.object(P2PCommunicator, "_communicate_shapes", answer):
+    def one_by_one(messages: list[Any]) -> list[Any]:
+        return [each.op(each.tensor, each.peer, each.group, each.tag) for each in messages]
+
+    # Messages are batched by a backend, which torch's meta device has none of.
+    batched = mock.patch.object(distributed, "batch_isend_irecv", one_by_one)
+    with batched, mock.patch.object(P2PCommunicator, "_communicate_shapes", answer):
         yield
 
 

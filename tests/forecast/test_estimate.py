@@ -8,12 +8,14 @@ from visionloom.common.errors import UserError
 from visionloom.forecast.costs import collective_seconds, message_seconds
 from visionloom.forecast.estimate import estimate
 from visionloom.forecast.machine import GIB, machine
-from visionloom.forecast.phase_traces import Overlap, PhaseTraces
+from visionloom.forecast.phase_traces import Overlap, PhaseTraces, TracedKind
+from visionloom.forecast.rank_step import RankStep
 from visionloom.forecast.results import BUBBLE, HOST, MESSAGES, PhaseForecast
 from visionloom.forecast.schedule import Pipeline
 from visionloom.forecast.trace.events import (
     AliveTensors,
     Category,
+    Direction,
     Mixed,
     RankTrace,
     SlotKind,
@@ -25,8 +27,10 @@ from visionloom.tests.forecast.traces import (
     HELD,
     INSIDE,
     SAVED,
+    collective,
     one_step,
     phase,
+    product,
     reduction,
     with_messages,
 )
@@ -118,6 +122,44 @@ def test_the_slowest_rank_sets_the_pace_of_its_stage() -> None:
     assert forecast.seconds[LANGUAGE] == pytest.approx(12.25)
 
 
+def test_a_stage_begins_and_ends_with_its_slowest_rank() -> None:
+    pipeline = Pipeline(1, 1, 1)
+    quick, slow = one_step(pipeline), one_step(pipeline)
+    begin, *passes, end = slow.slots
+    begin, end = (replace(slot, operations=((slot.operations[0][0], 4),)) for slot in (begin, end))
+    slow = replace(slow, slots=(begin, *passes, end))
+    for kinds in ((quick, slow), (slow, quick)):
+        traces = replace(phase(*kinds, micro_batches=2), layout=ParallelConfig())
+        assert forecast_of(traces, "h100").step_seconds == pytest.approx(1.0 + 2 * 3.0 + 2.0)
+
+
+def test_operations_that_are_made_again_are_no_work() -> None:
+    trace = one_step(Pipeline(1, 1, 1))
+    counts = {Direction.FORWARD: 1, Direction.RECOMPUTE: 10, Direction.BACKWARD: 100}
+    products = tuple((product(1e12, direction), count) for direction, count in counts.items())
+    slots = tuple(
+        replace(slot, operations=products) if slot.kind is SlotKind.BACKWARD else slot
+        for slot in trace.slots
+    )
+    forecast = forecast_of(phase(replace(trace, slots=slots), micro_batches=3), "h100")
+    assert forecast.ranks[0].flops == 3 * 101e12
+
+
+def test_a_message_goes_to_the_pipeline_s_neighbours() -> None:
+    """With two stages one way goes over the group of all ranks, where a rank has others beside it."""
+    size = 1 << 30
+    trace = with_messages(one_step(Pipeline(2, 1, 1), 1), size)
+    received = (collective("receive", "pipeline", 1), collective("send", "all", size))
+    slots = tuple(
+        replace(slot, collectives=received) if slot.kind is SlotKind.BETWEEN else slot
+        for slot in trace.slots
+    )
+    groups = trace.groups | {"pipeline": (4, 12), "all": tuple(range(16))}
+    trace = replace(trace, rank=12, slots=slots, groups=groups)
+    step = RankStep(TracedKind(trace, 8, "last"), Pipeline(2, 1, 1), machine("h100"), Overlap())
+    assert step.message() == message_seconds(size, 12, 4, machine("h100"))
+
+
 def test_messages_cost_what_is_missing_without_them() -> None:
     size = 1 << 30
     traces = [with_messages(trace, size) for trace in stages_of(Pipeline(2, 1, 1))]
@@ -129,16 +171,15 @@ def test_messages_cost_what_is_missing_without_them() -> None:
     assert forecast.step_seconds == pytest.approx(0.25 + 6 + 0.5 + 2 * message)
 
 
-def reduced(overlap: Overlap, size: int) -> PhaseForecast:
-    trace = one_step(Pipeline(1, 1, 1), end=reduction(size), ranks=8)
+def reduced(overlap: Overlap, size: int, buckets: int = 1) -> PhaseForecast:
+    trace = one_step(Pipeline(1, 1, 1), end=reduction(size) * buckets, ranks=8)
     return forecast_of(phase(trace, micro_batches=4, overlap=overlap), "h100")
 
 
 def test_collectives_hide_only_where_the_configuration_lets_them() -> None:
     size = 100 << 30
     scatter, gather = [
-        collective_seconds(collective, range(8), machine("h100"))
-        for collective, _ in reduction(size)
+        collective_seconds(call, range(8), machine("h100")) for call, _ in reduction(size)
     ]
     assert scatter < 2.0 and gather < 1.0
     without = reduced(Overlap(), size)
@@ -153,9 +194,10 @@ def test_collectives_hide_only_where_the_configuration_lets_them() -> None:
         forecast = reduced(overlap, size)
         assert forecast.step_seconds == pytest.approx(without.step_seconds - hidden)
         assert sum(forecast.seconds.values()) == pytest.approx(forecast.step_seconds)
-    # Of what is longer than a pass, only as much as the pass takes hides: 2 s backward.
-    long = reduced(Overlap(gradient_reduction=True), 10 * size)
-    whole = reduced(Overlap(), 10 * size)
+    # Of what takes longer than a pass, only as much hides as the pass takes: 2 s backward.
+    whole = reduced(Overlap(), 2 * size, 2)
+    long = reduced(Overlap(gradient_reduction=True), 2 * size, 2)
+    assert 1.0 < 2 * scatter < 2.0
     assert long.step_seconds == pytest.approx(whole.step_seconds - 2.0)
 
 

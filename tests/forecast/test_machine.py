@@ -48,6 +48,11 @@ def test_every_number_has_its_source(name: str) -> None:
     assert [line for line in values if not re.search(r"  # .{10,}", line)] == []
 
 
+def test_tensors_have_what_is_not_reserved() -> None:
+    gpu = Machine(memory_gib=80.0, reserved_gib=2.5)
+    assert gpu.usable_bytes == 77.5 * GIB
+
+
 def test_every_number_has_bounds() -> None:
     assert list(without_rules(Machine)) == []
     assert len(list(options(Machine()))) == len(fields(Machine))

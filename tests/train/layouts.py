@@ -180,8 +180,16 @@ MISTAKES: dict[str, Callable[[list[Any], list[TestPack]], list[TestPack]]] = {
 }
 
 
-def build(layout: Layout, sharded: bool) -> Any:
-    """A trainer of the case in the layout, wrapped for data parallelism; an optimizer too if `sharded`."""
+def build(
+    layout: Layout,
+    sharded: bool,
+    topology: Topology | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Any:
+    """A trainer of the case in the layout, wrapped for data parallelism; an optimizer too if `sharded`.
+
+    `topology` is that of an imagined rank, None: this process is a real one.
+    """
     from visionloom.model import offload
     from visionloom.model.lora import apply_lora
     from visionloom.model.lora_config import LoraConfig
@@ -192,9 +200,10 @@ def build(layout: Layout, sharded: bool) -> Any:
     from visionloom.train.phase_trainer import PhaseTrainer
 
     offload.LEAST_BYTES = 0  # a tiny model's activations are all small
-    topology = topologies.start(layout.config, torch.device("cpu"))
+    topology = topology or topologies.start(layout.config, torch.device("cpu"))
     numbers = layout.config.chunk_numbers
-    chunks = [Qwen3VL(layout.case.model, topology, torch.float32, number) for number in numbers]
+    with topology.device:
+        chunks = [Qwen3VL(layout.case.model, topology, dtype, number) for number in numbers]
     if layout.case.lora:
         lora = LoraConfig(rank=8, alpha=16.0, groups=list(layout.case.trainable))
         apply_lora(chunks, lora, topology, 0)
@@ -205,7 +214,8 @@ def build(layout: Layout, sharded: bool) -> Any:
         MISTAKES[layout.mistake](chunks, [])
     phase = PhaseConfig(steps=STEPS, lr=1e-3, trainable=list(layout.case.trainable))
     wrapped = wrap_data_parallel(chunks, topology, sharded)
-    optimizer = build_optimizer(wrapped, OptimConfig(), phase, False) if sharded else None
+    bf16 = dtype == torch.bfloat16
+    optimizer = build_optimizer(wrapped, OptimConfig(), phase, bf16) if sharded else None
     scheduler = build_scheduler(optimizer, OptimConfig(), phase) if sharded else None
     stream: Any = type("Stream", (), {"datasets": [type("Dataset", (), {"name": "test"})]})
     return PhaseTrainer("test", phase, topology, chunks, wrapped, optimizer, scheduler, stream)

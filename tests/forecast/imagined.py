@@ -1,0 +1,79 @@
+"""The same step traced on a real rank and on an imagined one. Runs on the ranks of the pool."""
+
+from collections import Counter
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from visionloom.forecast.trace.events import RankTrace
+from visionloom.forecast.trace.step import recording, trace_step
+from visionloom.parallel import topology as topologies
+from visionloom.tests.model.reference import TestPack
+from visionloom.tests.train.layouts import Layout, build, deal
+
+META = torch.device("meta")
+
+
+def forget_scale() -> None:
+    """Megatron-core keeps a tensor for the process, of the device before."""
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None
+
+
+def real(layout: Layout, packs: list[TestPack]) -> RankTrace:
+    """A step of this rank, with real tensors and messages."""
+    forget_scale()
+    with recording(torch.device("cpu")) as recorder:
+        trainer = build(layout, sharded=True)
+        mine: Any = deal(packs, trainer.topology, layout.one_encoder)
+        return trace_step(recorder, trainer, mine)
+
+
+def imagined(layout: Layout, packs: list[TestPack], ranks: list[int]) -> list[RankTrace]:
+    """A step of each of these ranks, on no device; this process leaves its own world for it."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return [_imagined(layout, packs, rank) for rank in ranks]
+
+
+def _imagined(layout: Layout, packs: list[TestPack], rank: int) -> RankTrace:
+    forget_scale()
+    topology = topologies.imagine(layout.config, layout.ranks, rank, META)
+    try:
+        with recording(META) as recorder:
+            trainer = build(layout, sharded=True, topology=topology)
+            mine: Any = deal(packs, topology, layout.one_encoder)
+            return trace_step(recorder, trainer, mine)
+    finally:
+        topologies.stop()
+
+
+def flops(trace: RankTrace) -> Counter[Any]:
+    """Operations by kind of slot, part and direction."""
+    counts: Counter[Any] = Counter()
+    for slot in trace.slots:
+        for operation, launches in slot.operations:
+            counts[slot.kind, operation.part, operation.direction] += operation.flops * launches  # type: ignore[assignment]
+    return +counts
+
+
+def collectives(trace: RankTrace) -> Counter[Any]:
+    """Collectives by kind of slot."""
+    counts: Counter[Any] = Counter()
+    for slot in trace.slots:
+        for collective, calls in slot.collectives:
+            counts[
+                slot.kind, collective.name, collective.axis, collective.part, collective.bytes
+            ] += calls
+    return counts
+
+
+def launches(trace: RankTrace) -> Counter[Any]:
+    """Launches by kind of slot, name, part and direction."""
+    counts: Counter[Any] = Counter()
+    for slot in trace.slots:
+        for operation, number in slot.operations:
+            counts[slot.kind, operation.name, operation.part, operation.direction] += number
+    return counts
