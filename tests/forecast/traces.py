@@ -86,6 +86,7 @@ class TraceWriter:
             slots=tuple(self.slots),
             waits=(),
             mixed=(),
+            allocated=0,
             at_rest={Category.WEIGHTS: HELD},
             peak=PeakMemory(self.peak, rest, (alive,), 0),
         )
