@@ -51,7 +51,7 @@ def forecast_run(request: PlanRequest, progress: PartProgress) -> RunForecast:
 
     Args:
         request: which run on which GPUs; its layouts are possible there.
-        progress: called with a phase, the ranks traced of it, and those to trace.
+        progress: called with a phase, its traces that are done, and all of them.
 
     Raises:
         UserError: for what its data would be refused for, and for packs too short for any sample of a mixture.

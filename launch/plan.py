@@ -102,7 +102,7 @@ def plan(argv: Sequence[str]) -> int:
     # torch and megatron-core are imported only now, when the words are known to be good.
     from visionloom.forecast.run import forecast_run
 
-    with bars("kinds of rank") as progress:
+    with bars("traces") as progress:
         forecast = forecast_run(request, progress)
     show(forecast)
     write(forecast, folder)

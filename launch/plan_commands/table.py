@@ -105,7 +105,7 @@ def forecast_recipe(recipe: str) -> RunForecast:
     config = compose([f"+recipe={recipe}"], gpus)
     assert config is not None
     request = PlanRequest(config, gpus, GPU, machine(GPU), 1.0, tuple(config.phases))
-    with bars(f"kinds of rank of {recipe}") as progress:
+    with bars(f"traces of {recipe}") as progress:
         return forecast_run(request, progress)
 
 

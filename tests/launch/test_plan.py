@@ -15,6 +15,7 @@ from visionloom.forecast.results import RunForecast
 from visionloom.launch.configure import compose
 from visionloom.launch.explain import available
 from visionloom.launch.plan import main
+from visionloom.launch.plan_commands import search
 from visionloom.launch.plan_commands import table as plan_table
 from visionloom.launch.plan_commands.table import stated_ranks
 from visionloom.tests.forecast.made import good_forecast, run_forecast
@@ -232,3 +233,45 @@ def test_the_table_of_the_documentation_is_of_todays_recipes() -> None:
         shipped |= {(recipe, phase): f"{ranks}" for phase in config.phases}
     assert {place: row[2] for place, row in rows.items()} == shipped
     assert {row[-1] for row in rows.values()} == {"fits"}
+
+
+def test_a_search_shows_the_layouts_and_the_text_to_paste(
+    asked: list[PlanRequest], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(search, "TRIES", 5)
+    # Not a number of GPUs that the recipe's own layout would take.
+    assert main(["search", "+recipe=full/qwen3vl_8b", "world=16", "gpu=h200"]) == 0
+    assert len(asked) == 5
+    assert {request.phases for request in asked} == {("finetune",)}
+    assert len({str(request.config.parallel) for request in asked}) == 5
+    shown = capsys.readouterr().out
+    assert "the fastest that fits" in shown and "5 were traced" in shown
+    # What is to be pasted is a layout that a run takes.
+    _, *pasted = shown.split("# layout ")
+    assert len(pasted) == 3
+    for text in pasted:
+        assert text[2:].startswith("# @package _global_\nparallel:")
+
+
+def test_a_search_in_which_nothing_fits(
+    asked: list[PlanRequest], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(search, "TRIES", 2)
+    assert main(["search", "+recipe=full/qwen3vl_8b", "world=8"]) == 1
+    shown = capsys.readouterr().out
+    assert "does not fit: needs 136.0 of" in shown and "# layout" not in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ([RECIPE], "world is missing"),
+        ([RECIPE, "world=8", "phase=x"], "phase=x is unknown"),
+        (["+recipe=full/qwen3vl_235b_a22b", "world=2"], "world=2 GPUs cannot hold qwen3vl"),
+    ],
+)
+def test_wrong_words_of_a_search(
+    asked: list[PlanRequest], capsys: pytest.CaptureFixture[str], words: list[str], line: str
+) -> None:
+    (shown,) = refused(capsys, "search", *words)
+    assert shown.startswith(f"error: {line}") and asked == []
