@@ -42,6 +42,7 @@ def check_plan(config: RunConfig, argv: Sequence[str]) -> None:
         return
     on_gpus = environment.trains_on_gpus(config.run.device)
     words = words_of_card(config.run.gpu) if on_gpus else words_of_memory(config.run.precision)
+    say("planning the run before it starts (run.plan=true)")
     plan = plan_of([*argv, *words, f"world={environment.world_size()}"])
     if not plan["can_run"]:
         faults = "; ".join(plan["faults"])

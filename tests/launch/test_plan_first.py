@@ -13,7 +13,13 @@ from visionloom.forecast.results import RunForecast
 from visionloom.forecast.show.document import document
 from visionloom.launch import environment
 from visionloom.launch.configure import compose, start
-from visionloom.launch.plan_commands.first import check_plan, is_of, words_of_card, words_of_memory
+from visionloom.launch.plan_commands.first import (
+    check_plan,
+    is_of,
+    plan_of,
+    words_of_card,
+    words_of_memory,
+)
 from visionloom.tests.forecast.made import good_forecast, run_forecast
 from visionloom.train.config import RunConfig
 
@@ -101,7 +107,7 @@ def test_a_run_that_fits_says_what_it_takes(
     for name, value in {"WORLD_SIZE": "2", "RANK": "0", "TORCHELASTIC_RUN_ID": "x"}.items():
         monkeypatch.setenv(name, value)
     check_plan(config_of(), WORDS)
-    first, second = capsys.readouterr().out.splitlines()
+    _, first, second = capsys.readouterr().out.splitlines()
     assert first.startswith("plan of short: 68.0 of 80.0 GiB (predicted")
     assert second.startswith("plan of long")
     (command,) = commands
@@ -156,3 +162,9 @@ def test_a_refused_start_begins_nothing(
     # An evaluation holds no gradients and no optimizer: the plan is none of it.
     start(started.append, words, trains=False)
     assert len(started) == 1
+
+
+def test_the_planner_itself_is_asked() -> None:
+    """By its real command, which cannot build what only it is told to."""
+    with pytest.raises(UserError, match=r"^run.plan=true: no plan could be made: .* 3 data-par"):
+        plan_of(["+recipe=demo", "gpu=h100", "world=3"])
