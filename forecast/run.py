@@ -180,15 +180,13 @@ class ImaginedPhase:
     def forecast(self, traces: Traces) -> PhaseForecast:
         """Return the forecast: times on mean packs, memory on the fullest that were traced."""
         gpu, machine = self.request.gpu, self.request.machine
-        by_choice = {}
-        for choice in CHOICES:
-            inputs = self.inputs(choice, traces)
-            by_choice[choice] = estimate(inputs, gpu, machine)
-        mean = by_choice[PackChoice.MEAN]
-        ranks = tuple(map(fullest, zip(*(each.ranks for each in by_choice.values()), strict=True)))
-        inputs = self.inputs(PackChoice.MEAN, traces)
-        faults = (*memory_faults(ranks, inputs, gpu, machine), *mixed_faults(ranks))
-        return replace(mean, ranks=ranks, faults=faults)
+        inputs = [self.inputs(choice, traces) for choice in CHOICES]
+        mean, *others = (estimate(each, gpu, machine) for each in inputs)
+        ranks = []
+        for number, rank in enumerate(mean.ranks):
+            ranks.append(fullest([rank, *(other.ranks[number] for other in others)]))
+        faults = (*memory_faults(ranks, inputs[0], gpu, machine), *mixed_faults(ranks))
+        return replace(mean, ranks=tuple(ranks), faults=faults)
 
     def inputs(self, choice: PackChoice, traces: Traces) -> PhaseTraces:
         """Return what a forecast is made from; kinds that were not traced on these packs stand as on mean ones."""
@@ -196,30 +194,30 @@ class ImaginedPhase:
         for kind in self.kinds:
             trace = traces.get((kind.rank, choice)) or traces[kind.rank, PackChoice.MEAN]
             kinds += stages_of(kind, trace)
-        phase, world_size = self.settings, self.request.world_size
-        counts = self.packs[PackChoice.MEAN].counts
-        lora = self.request.config.lora
-        parts = step_flops(
-            self.request.config.model,
-            counts.work,
-            set(phase.trainable),
-            lora if lora.rank else None,
-        )
+        phase, mean = self.settings, self.packs[PackChoice.MEAN]
         # Of one micro-batch, while the forecast is about a step of all ranks.
         times = phase.global_batch // phase.micro_batch
         return PhaseTraces(
             phase=self.name,
             layout=self.layout,
-            world_size=world_size,
+            world_size=self.request.world_size,
             sequence_length=phase.sequence_length,
-            packs=self.packs[PackChoice.MEAN].assumed,
+            packs=mean.assumed,
             kinds=tuple(kinds),
             micro_batches=self.micro_batches,
             micro_batch=phase.micro_batch,
             steps=phase.total_steps,
-            flops=times * sum(parts.values()),
-            tokens=float(times * counts.tokens),
+            flops=times * self.flops,
+            tokens=float(times * mean.counts.tokens),
         )
+
+    @property
+    def flops(self) -> float:
+        """Return the operations that the model needs for a mean micro-batch, on all ranks that share it."""
+        config, work = self.request.config, self.packs[PackChoice.MEAN].counts.work
+        lora = config.lora if config.lora.rank else None
+        parts = step_flops(config.model, work, set(self.settings.trainable), lora)
+        return sum(parts.values())
 
 
 def stages_of(kind: RankKind, trace: RankTrace) -> Iterator[TracedKind]:

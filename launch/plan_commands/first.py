@@ -117,22 +117,18 @@ def plan_of(words: Sequence[str]) -> dict[str, Any]:
     # It takes no GPU that the run is about to use.
     variables["CUDA_VISIBLE_DEVICES"] = ""
     with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(PLANNER), *words, f"out={folder}"]
         done = subprocess.run(
-            [sys.executable, str(PLANNER), *words, f"out={folder}"],
-            env=variables,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
+            command, env=variables, capture_output=True, text=True, errors="replace"
         )
         file = Path(folder) / JSON
         if done.returncode in (0, CANNOT_RUN) and file.is_file():
             plan: dict[str, Any] = json.loads(file.read_text())
             return plan
     lines = done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"]
+    cause = lines[-1].removeprefix("error: ")
     raise UserError(
-        f"run.plan=true: no plan could be made: {lines[-1].removeprefix('error: ')}:"
-        " correct that, or start without a plan, run.plan=false"
+        f"run.plan=true: no plan could be made: {cause}: correct that, or start without a plan, run.plan=false"
     )
 
 

@@ -19,6 +19,8 @@ from visionloom.launch.plan_commands.words import read_plan_words
 from visionloom.train.config import RunConfig
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from visionloom.forecast.search.search import SearchResult, TriedLayout
 
 TRIES: Final = 20
@@ -62,22 +64,29 @@ def search_layouts(argv: Sequence[str]) -> int:
 
 def show(request: PlanRequest, result: "SearchResult") -> None:
     """Print the layouts as a table, and the best as text to paste."""
-    from rich.table import Table
-
-    title = f"{request.config.run.name}, {request.phases[0]}, on {request.world_size:,} x {request.gpu} ({NOTICE})"
-    table = Table(*COLUMNS, title=title, title_justify="left")
-    for number, row in enumerate(result.tried, 1):
-        table.add_row(*cells(number, row), result.reason(row))
     # A pipe has no width; 160 columns hold the table without breaking most of its cells.
     console = PlainConsole(width=None if sys.stdout.isatty() else 160)
-    console.print(table)
+    console.print(table_of(request, result))
     say(
         f"{result.legal:,} layouts are possible, {result.too_large:,} of them are too large without any activation,"
         f" {len(result.tried)} were traced"
     )
-    fitting = [row for row in result.tried if row.fits]
-    for number, row in enumerate(fitting[:PASTED], 1):
-        say("", f"# layout {number}", row.yaml.rstrip())
+    for number, row in enumerate(result.tried[:PASTED], 1):
+        if row.fits:
+            say("", f"# layout {number}", row.yaml.rstrip())
+
+
+def table_of(request: PlanRequest, result: "SearchResult") -> "Table":
+    """Return a row for each layout that was traced."""
+    # rich takes a tenth of a second to import, which help need not wait for.
+    from rich.table import Table
+
+    phase, gpus = request.phases[0], f"{request.world_size:,} x {request.gpu}"
+    title = f"{request.config.run.name}, {phase}, on {gpus} ({NOTICE})"
+    table = Table(*COLUMNS, title=title, title_justify="left")
+    for number, row in enumerate(result.tried, 1):
+        table.add_row(*cells(number, row), result.reason(row))
+    return table
 
 
 def cells(number: int, row: "TriedLayout") -> list[str]:
