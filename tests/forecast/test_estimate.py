@@ -19,6 +19,7 @@ from visionloom.forecast.trace.events import (
     Mixed,
     RankTrace,
     SlotKind,
+    SlotMemory,
     Wait,
 )
 from visionloom.parallel.config import ParallelConfig
@@ -196,24 +197,49 @@ def test_collectives_hide_only_where_the_configuration_lets_them() -> None:
     assert long.step_seconds == pytest.approx(whole.step_seconds - 2.0)
 
 
-def test_what_does_not_fit_says_how_it_could() -> None:
-    trace = one_step(Pipeline(2, 1, 1))
-    more = 80 * GIB
-    slots = tuple(
-        replace(slot, memory=replace(slot.memory, peak=slot.memory.peak + more))
-        for slot in trace.slots
+def fuller(trace: RankTrace, category: Category, more: int) -> RankTrace:
+    """The same step with so many bytes more at each moment."""
+    slots = []
+    for slot in trace.slots:
+        memory = slot.memory
+        raised = [size + more for size in (memory.before, memory.peak, memory.after)]
+        slots.append(replace(slot, memory=SlotMemory(*raised)))
+    by_category = trace.peak.by_category | {category: more}
+    peak = replace(trace.peak, bytes=trace.peak.bytes + more, by_category=by_category)
+    return replace(trace, slots=tuple(slots), peak=peak)
+
+
+ACTIVATION_CURES = "parallel.recompute=full, parallel.offload_activations=true, parallel.tensor=2"
+HELD_CURES = (
+    "parallel.tensor=2, parallel.pipeline=4, more GPUs, whose data ranks share the optimizer"
+)
+
+
+@pytest.mark.parametrize(
+    ("category", "gib", "shares", "cures"),
+    [
+        (Category.LOGITS, 80, "logits 80.0, weights 1.0, activations 0.1", f"{ACTIVATION_CURES}, parallel.context=2"),
+        (Category.OPTIMIZER, 80, "optimizer 80.0, weights 1.0, activations 0.1", HELD_CURES),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_says_how_it_could(
+    category: Category, gib: int, shares: str, cures: str
+) -> None:
+    first, last = stages_of(Pipeline(2, 1, 1))
+    traces = phase(fuller(first, category, gib * GIB), last, micro_batches=1)
+    assert estimate(traces, "h100").faults == (
+        f"stage 0 (1 rank, rank 0) needs 81.1 GiB, h100 has 77.0 usable: {shares} GiB; try {cures}",
     )
-    rest = trace.peak.by_category | {Category.LOGITS: more}
-    peak = replace(trace.peak, bytes=trace.peak.bytes + more, by_category=rest)
-    full = replace(trace, slots=slots, peak=peak)
-    (fault,) = estimate(phase(full, one_step(Pipeline(2, 1, 1), 1), micro_batches=1), "h100").faults
-    assert fault == (
-        "stage 0 (1 rank, rank 0) needs 81.1 GiB, h100 has 77.0 usable: logits 80.0, weights 1.0, activations 0.1 GiB;"
-        " try parallel.recompute=full, parallel.offload_activations=true, parallel.tensor=2, parallel.context=2"
-    )
-    assert (
-        estimate(phase(full, one_step(Pipeline(2, 1, 1), 1), micro_batches=1), "h200").faults == ()
-    )
+    assert estimate(traces, "h200").faults == ()
+
+
+def test_cures_that_are_there_already_are_not_named() -> None:
+    layout = ParallelConfig(pipeline=2, recompute="full", offload_activations=True)
+    first, last = stages_of(Pipeline(2, 1, 1))
+    full = fuller(first, Category.ACTIVATIONS, 80 * GIB)
+    traces = replace(phase(full, last, micro_batches=1, layout=layout), micro_batch=2)
+    (fault,) = estimate(traces, "h100").faults
+    assert fault.endswith("; try phases.align.micro_batch=1, parallel.tensor=2, parallel.context=2")
 
 
 def test_mixed_operations_are_faults_and_waits_are_notes() -> None:
