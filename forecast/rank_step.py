@@ -126,9 +126,10 @@ class RankStep:
         end = self._stretches[SlotKind.END]
         for collective, count in (each for slot in end.slots for each in slot.collectives):
             key = collective.part, collective.name
-            ranks = self.kind.trace.groups[collective.axis]
-            seconds = count * collective_seconds(collective, ranks, self.machine)
-            if covered := min(seconds, shelters.get(key, 0.0)):
+            if key in shelters:
+                ranks = self.kind.trace.groups[collective.axis]
+                seconds = count * collective_seconds(collective, ranks, self.machine)
+                covered = min(seconds, shelters[key])
                 shelters[key] -= covered
                 hidden[collective.axis] += covered
         return hidden

@@ -158,8 +158,11 @@ def test_a_message_goes_to_the_pipeline_s_neighbours() -> None:
 
 def test_messages_cost_what_is_missing_without_them() -> None:
     size = 1 << 30
-    traces = [with_messages(trace, size) for trace in stages_of(Pipeline(2, 1, 1))]
-    forecast = estimate(phase(*traces, micro_batches=1), "h100")
+    # The last message follows the last pass.
+    end = (collective("send", "pipeline", size),)
+    steps = [one_step(Pipeline(2, 1, 1), stage, end=end) for stage in (0, 1)]
+    traces = [with_messages(trace, size) for trace in steps]
+    forecast = estimate(phase(*traces, micro_batches=1, overlap=Overlap(True, True)), "h100")
     # Two stages of a node: one message forward, one backward, and nothing to do meanwhile.
     message = message_seconds(size, 0, 1, machine("h100"))
     assert forecast.seconds[MESSAGES] == pytest.approx(2 * message)
