@@ -34,6 +34,11 @@ class _Stretch:
     changes: tuple[tuple[int, int], ...]
     """Of each slot: bytes that it rises above its begin, and bytes that it leaves behind."""
 
+    @property
+    def leaves(self) -> int:
+        """Return the bytes that all slots leave behind."""
+        return sum(leaves for _, leaves in self.changes)
+
 
 @dataclass(frozen=True)
 class RankStep:
@@ -173,16 +178,31 @@ class RankStep:
         neighbours = {ranks[own - 1], ranks[(own + 1) % len(ranks)]}
         return max(message_seconds(size, trace.rank, each, self.machine) for each in neighbours)
 
+    def released_later(self, one: Pass | SlotKind) -> int:
+        """Return the bytes that a micro-batch which is not in the trace leaves after a backward pass.
+
+        In a step they are released before the next pass: where the traced one was the last, that is not seen.
+        """
+        if not isinstance(one, Pass) or one.kind is not SlotKind.BACKWARD:
+            return 0
+        last_traced = self.kind.trace.micro_batches - 1
+        if not last_traced <= one.micro_batch < self.pipeline.micro_batches - 1:
+            return 0
+        backward = self.traced(one)
+        forward = backward._replace(kind=SlotKind.FORWARD)
+        return self._stretches[forward].leaves + self._stretches[backward].leaves
+
     @cached_property
     def memory(self) -> "StepMemory":
         """Return the fullest moment of the step, with all micro-batches that are in flight."""
         trace = self.kind.trace
         level = trace.slots[0].memory.before
         peak = trace.peak.bytes
-        for stretch in self.stretches():
+        for one, stretch in zip(self.order, self.stretches(), strict=True):
             for rises, leaves in stretch.changes:
                 peak = max(peak, level + rises)
                 level += leaves
+            level -= self.released_later(one)
 
         # More micro-batches in flight than were traced have saved more activations.
         by_category = dict(trace.peak.by_category)

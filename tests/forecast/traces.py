@@ -67,6 +67,13 @@ class TraceWriter:
         operations = ((moving(seconds, self.gpu, part), 1),)
         self.slots.append(Slot(kind, chunk, number, operations, collectives, memory))
 
+    def change(self, kept: int) -> None:
+        """Add a slot between passes that takes or releases memory."""
+        memory = SlotMemory(self.level, max(self.level, self.level + kept), self.level + kept)
+        self.level = memory.after
+        self.peak = max(self.peak, memory.peak)
+        self.slots.append(Slot(SlotKind.BETWEEN, -1, -1, (), (), memory))
+
     def trace(self, ranks: int = 1) -> RankTrace:
         """The step that was written, of the first rank of the stage; `ranks`: of a stage."""
         rank = self.stage * ranks
@@ -107,6 +114,20 @@ def one_step(
         writer.add(each, seconds[each.kind])
     writer.add(SlotKind.END, 0.5, end, OPTIMIZER)
     return writer.trace(ranks)
+
+
+def receiving_step(pipeline: Pipeline, stage: int, received: int) -> RankTrace:
+    """A step that takes this many bytes before each pass, and releases both after a backward pass, before the next one."""
+    writer = TraceWriter(pipeline, stage)
+    writer.add(SlotKind.BEGIN, 0.25)
+    late = 0
+    for each in pipeline.passes(stage):
+        writer.change(received - late)
+        writer.add(each, 1.0)
+        late = 2 * received if each.kind is SlotKind.BACKWARD else 0
+    writer.change(-late)
+    writer.add(SlotKind.END, 0.5)
+    return writer.trace()
 
 
 def phase(
