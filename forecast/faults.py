@@ -1,5 +1,6 @@
 """What is wrong with a layout and what slows it, a line each, with the option that cures it."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Final
 
@@ -18,19 +19,23 @@ def memory_faults(
     ranks: Iterable[RankForecast], traces: PhaseTraces, gpu: str, machine: Machine
 ) -> Iterator[str]:
     """Yield a line for each kind of rank that does not fit; `gpu`: name of the machine."""
+    alike: dict[str, list[RankForecast]] = defaultdict(list)
     for rank in ranks:
-        if rank.peak_bytes <= machine.usable_bytes:
-            continue
-        alike = "1 rank" if rank.ranks == 1 else f"{rank.ranks} ranks"
-        largest = sorted(rank.memory, key=lambda category: -rank.memory[category])
-        shares = []
-        for category in largest[:SHOWN]:
-            shares.append(f"{category} {_gib(rank.memory[category])}")
+        if rank.peak_bytes > machine.usable_bytes:
+            alike[rank.description].append(rank)
 
-        who = f"stage {rank.stage} ({alike}, {rank.description})"
-        needed, usable = _gib(rank.peak_bytes), _gib(machine.usable_bytes)
+    # Stages that hold as much are one line, with the memory of the one that keeps most micro-batches.
+    for description, stages in alike.items():
+        fullest = max(stages, key=lambda rank: rank.peak_bytes)
+        numbers = ", ".join(str(rank.stage) for rank in stages)
+        shares = []
+        for category in sorted(fullest.memory, key=lambda each: -fullest.memory[each])[:SHOWN]:
+            shares.append(f"{category} {_gib(fullest.memory[category])}")
+
+        needed, usable = _gib(fullest.peak_bytes), _gib(machine.usable_bytes)
         where = f"{', '.join(shares)} GiB"
-        cures = ", ".join(cures_of(rank, traces, machine))
+        cures = ", ".join(cures_of(fullest, traces, machine))
+        who = f"stage {numbers} ({description})"
         yield f"{who} needs {needed} GiB, {gpu} has {usable} usable: {where}; try {cures}"
 
 

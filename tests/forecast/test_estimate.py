@@ -8,7 +8,7 @@ from visionloom.common.errors import UserError
 from visionloom.forecast.costs import collective_seconds, message_seconds
 from visionloom.forecast.estimate import estimate
 from visionloom.forecast.machine import GIB, machine
-from visionloom.forecast.phase_traces import Overlap, RankKind
+from visionloom.forecast.phase_traces import Overlap
 from visionloom.forecast.rank_step import RankStep
 from visionloom.forecast.results import BUBBLE, HOST, MESSAGES, PhaseForecast
 from visionloom.forecast.schedule import Pipeline
@@ -35,6 +35,7 @@ from visionloom.tests.forecast.traces import (
     product,
     receiving_step,
     reduction,
+    traced_kind,
     with_messages,
 )
 
@@ -104,6 +105,30 @@ def test_earlier_stages_hold_more_micro_batches() -> None:
     assert list(first) == sorted(first, key=lambda each: -each.bytes)
 
 
+def test_stages_that_hold_as_much_share_a_trace() -> None:
+    """Stage 1's trace stands for stage 2 as well, which keeps one micro-batch less."""
+    first, second, third, last = stages_of(Pipeline(4, 1, 6))
+    apart = phase(first, second, third, last, micro_batches=12)
+    shared = traced_kind(second, (1, 2))
+    together = replace(apart, kinds=(traced_kind(last), shared, traced_kind(first)))
+    one, other = estimate(apart, "h100"), estimate(together, "h100")
+    assert other.step_seconds == pytest.approx(one.step_seconds)
+    assert other.timeline == one.timeline
+    for alone, sharing in zip(one.ranks, other.ranks, strict=True):
+        assert (sharing.stage, sharing.rank, sharing.ranks) == (alone.stage, alone.rank, 1)
+        assert sharing.peak_bytes == alone.peak_bytes == sum(sharing.memory.values())
+        assert sharing.memory == alone.memory
+
+
+def test_stages_that_are_too_full_are_one_line() -> None:
+    first, second, _, last = stages_of(Pipeline(4, 1, 6))
+    full = traced_kind(fuller(second, Category.LOGITS, 80 * GIB), (1, 2))
+    traces = phase(first, last, micro_batches=12, layout=ParallelConfig(pipeline=4))
+    traces = replace(traces, kinds=(*traces.kinds, full))
+    (fault,) = estimate(traces, "h100").faults
+    assert fault.startswith("stage 1, 2 (rank 1) needs 81.3 GiB, h100 has 77.0 usable: logits 80")
+
+
 @pytest.mark.parametrize("traced", [1, 2, 3, 4])
 @pytest.mark.parametrize("stage", range(4))
 def test_what_is_released_late_does_not_pile_up(stage: int, traced: int) -> None:
@@ -112,7 +137,8 @@ def test_what_is_released_late_does_not_pile_up(stage: int, traced: int) -> None
     few = replace(pipeline, micro_batches=traced)
     steps = [
         RankStep(
-            RankKind(receiving_step(own, stage, received), 1, ""),
+            traced_kind(receiving_step(own, stage, received)),
+            stage,
             pipeline,
             machine("h100"),
             Overlap(),
@@ -173,7 +199,7 @@ def test_a_message_goes_to_the_pipeline_s_neighbours() -> None:
     )
     groups = trace.groups | {"pipeline": (4, 12), "all": tuple(range(16))}
     trace = replace(trace, rank=12, slots=slots, groups=groups)
-    step = RankStep(RankKind(trace, 8, "last"), Pipeline(2, 1, 1), machine("h100"), Overlap())
+    step = RankStep(traced_kind(trace), 1, Pipeline(2, 1, 1), machine("h100"), Overlap())
     assert step.message() == message_seconds(size, 12, 4, machine("h100"))
 
 
@@ -252,7 +278,7 @@ def test_what_does_not_fit_says_how_it_could(
     first, last = stages_of(Pipeline(2, 1, 1))
     traces = phase(fuller(first, category, gib * GIB), last, micro_batches=1)
     assert estimate(traces, "h100").faults == (
-        f"stage 0 (1 rank, rank 0) needs 81.1 GiB, h100 has 77.0 usable: {shares} GiB; try {cures}",
+        f"stage 0 (rank 0) needs 81.1 GiB, h100 has 77.0 usable: {shares} GiB; try {cures}",
     )
     assert estimate(traces, "h200").faults == ()
 

@@ -2,8 +2,9 @@
 
 from dataclasses import replace
 
+from visionloom.forecast.kinds import RankKind
 from visionloom.forecast.machine import Machine, machine
-from visionloom.forecast.phase_traces import Overlap, PhaseTraces, RankKind
+from visionloom.forecast.phase_traces import Overlap, PhaseTraces, TracedKind
 from visionloom.forecast.schedule import Pass, Pipeline
 from visionloom.forecast.trace.events import (
     AliveTensors,
@@ -93,6 +94,7 @@ class TraceWriter:
             slots=tuple(self.slots),
             waits=(),
             mixed=(),
+            allocated=0,
             at_rest={Category.WEIGHTS: HELD},
             peak=PeakMemory(self.peak, rest, (alive,), 0),
         )
@@ -130,6 +132,13 @@ def receiving_step(pipeline: Pipeline, stage: int, received: int) -> RankTrace:
     return writer.trace()
 
 
+def traced_kind(trace: RankTrace, stages: tuple[int, ...] = ()) -> TracedKind:
+    """A kind of one rank on each of its stages; by default that of the trace."""
+    stages = stages or (trace.stage,)
+    kind = RankKind(trace.rank, len(stages), stages, f"rank {trace.rank}")
+    return TracedKind(kind, trace)
+
+
 def phase(
     *traces: RankTrace,
     micro_batches: int,
@@ -137,7 +146,7 @@ def phase(
     overlap: Overlap | None = None,
 ) -> PhaseTraces:
     """A phase of these kinds of rank, one rank each."""
-    kinds = tuple(RankKind(trace, 1, f"rank {trace.rank}") for trace in traces)
+    kinds = tuple(traced_kind(trace) for trace in traces)
     return PhaseTraces(
         phase="align",
         layout=layout or ParallelConfig(pipeline=len(traces)),
