@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 
 from visionloom.common.errors import UserError
-from visionloom.forecast.bounds import RestBounds
-from visionloom.forecast.estimates import Estimates
 from visionloom.forecast.machine import machine
 from visionloom.forecast.results import PhaseForecast, RankForecast
-from visionloom.forecast.search import SearchGoal, SearchResult, search
+from visionloom.forecast.search.bounds import RestBounds
+from visionloom.forecast.search.estimates import Estimates
+from visionloom.forecast.search.search import SearchGoal, SearchResult, search
 from visionloom.model.flops import StepWork
 from visionloom.parallel.config import ParallelConfig
 from visionloom.tests.model.test_sizes import published

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Final
 
-from visionloom.forecast.bounds import expert_ranks, stage_layers
 from visionloom.forecast.machine import Machine
+from visionloom.forecast.search.bounds import expert_ranks, stage_layers
 from visionloom.model.flops import StepWork, language_flops, step_flops, vision_flops
 from visionloom.parallel.config import ParallelConfig
 from visionloom.train.config import RunConfig

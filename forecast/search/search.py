@@ -13,12 +13,12 @@ from itertools import count
 from typing import Final, NoReturn
 
 from visionloom.common.errors import UserError
-from visionloom.forecast.bounds import RestBounds, expert_ranks
-from visionloom.forecast.estimates import Estimates
-from visionloom.forecast.layouts import LegalLayouts, with_layout, yaml_of
 from visionloom.forecast.machine import Machine
 from visionloom.forecast.packs import PackChoice, packs_for
 from visionloom.forecast.results import PhaseForecast
+from visionloom.forecast.search.bounds import RestBounds, expert_ranks
+from visionloom.forecast.search.estimates import Estimates
+from visionloom.forecast.search.layouts import LegalLayouts, with_layout, yaml_of
 from visionloom.parallel.config import RECOMPUTATIONS, ParallelConfig
 from visionloom.train.config import RunConfig
 
