@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from visionloom.forecast.bounds import RestBounds
+from visionloom.forecast.search.bounds import RestBounds
 from visionloom.model.lora_config import LoraConfig
 from visionloom.parallel.config import ParallelConfig
 from visionloom.tests.model.test_layout_sizes import WORLDS
@@ -50,7 +50,7 @@ def rank_bytes(
     from visionloom.model.trainable import group_of
     from visionloom.parallel import topology as topologies
 
-    topology = topologies.imagine(ParallelConfig(**layout), world, rank)
+    topology = topologies.imagine(ParallelConfig(**layout), world, rank, torch.device("meta"))
     try:
         numbers = topology.config.chunk_numbers
         with torch.device("meta"):
