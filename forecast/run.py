@@ -193,7 +193,7 @@ class ImaginedPhase:
         kinds = list[TracedKind]()
         for kind in self.kinds:
             trace = traces.get((kind.rank, choice)) or traces[kind.rank, PackChoice.MEAN]
-            kinds += stages_of(kind, trace)
+            kinds.append(TracedKind(kind, trace))
         phase, mean = self.settings, self.packs[PackChoice.MEAN]
         # Of one micro-batch, while the forecast is about a step of all ranks.
         times = phase.global_batch // phase.micro_batch
@@ -218,13 +218,6 @@ class ImaginedPhase:
         lora = config.lora if config.lora.rank else None
         parts = step_flops(config.model, work, set(self.settings.trainable), lora)
         return sum(parts.values())
-
-
-def stages_of(kind: RankKind, trace: RankTrace) -> Iterator[TracedKind]:
-    """Yield a kind of rank once for each of its stages, which do the same but keep other numbers of micro-batches."""
-    ranks = kind.ranks // len(kind.stages)
-    for stage, description in zip(kind.stages, kind.descriptions, strict=True):
-        yield TracedKind(replace(trace, stage=stage), ranks, description)
 
 
 def fullest(ranks: Sequence[RankForecast]) -> RankForecast:

@@ -6,6 +6,7 @@ virtual_pipeline chunks, the first `pipeline` of them on the stages in turn, the
 torch.
 """
 
+import functools
 import re
 
 from visionloom.parallel.config import ParallelConfig
@@ -24,12 +25,18 @@ def layers_per_chunk(parallel: ParallelConfig, layers: int) -> list[int]:
 def layout_of(parallel: ParallelConfig, layers: int) -> str:
     """Return the layout as it is used: the given one without abbreviations, or an even one."""
     if parallel.pipeline_layout is not None:
-        short = parallel.pipeline_layout.replace(" ", "")
-        return REPEATED.sub(lambda match: match[1] * int(match[2]), short)
+        return _spelled_out(parallel.pipeline_layout)
     # Only whole layers can be dealt; pipeline_problems has refused what does not divide.
     chunks = parallel.pipeline * parallel.chunks
     each = "t" * (layers // chunks)
     return f"E{'|'.join([each] * chunks)}L"
+
+
+@functools.cache  # a search asks thousands of times for the same few
+def _spelled_out(layout: str) -> str:
+    """Return a given layout without spaces and abbreviations."""
+    short = layout.replace(" ", "")
+    return REPEATED.sub(lambda match: match[1] * int(match[2]), short)
 
 
 def pipeline_problems(parallel: ParallelConfig, layers: int, here: str = "parallel") -> list[str]:
@@ -83,6 +90,7 @@ def _layout_problems(
     return lines
 
 
+@functools.cache
 def suggestion(layers: int, chunks: int) -> str:
     """Return a layout that gives the first chunk (vision tower) and the last (loss) the fewest layers."""
     each, more = divmod(layers, chunks)

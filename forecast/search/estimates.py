@@ -5,8 +5,9 @@ What is true of a layout its trace says. No torch.
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Final, Protocol
+from typing import Final
 
+from visionloom.forecast.machine import Machine
 from visionloom.forecast.search.bounds import expert_ranks, stage_layers
 from visionloom.model.flops import StepWork, language_flops, step_flops, vision_flops
 from visionloom.parallel.config import ParallelConfig
@@ -18,24 +19,6 @@ BF16, FP32 = 2, 4
 """Bytes of an activation, and of a value of the loss."""
 
 
-class SearchMachine(Protocol):
-    """The numbers of a GPU that estimates need; see forecast/machine.py."""
-
-    node_ranks: int
-    product_share: float
-    launch: float
-    inside_gbps: float
-    between_gbps: float
-
-    @property
-    def usable_bytes(self) -> int:
-        """Return the bytes that tensors can have."""
-
-    @property
-    def peak(self) -> float:
-        """Return the operations a second of bf16 products."""
-
-
 @dataclass(frozen=True)
 class Estimates:
     """Of all layouts of a phase."""
@@ -43,7 +26,7 @@ class Estimates:
     config: RunConfig
     phase: str
     world_size: int
-    machine: SearchMachine
+    machine: Machine
     work: StepWork
     """Of the mean micro-batch."""
 

@@ -13,10 +13,11 @@ from itertools import count
 from typing import Final, NoReturn
 
 from visionloom.common.errors import UserError
+from visionloom.forecast.machine import Machine
 from visionloom.forecast.packs import PackChoice, packs_for
 from visionloom.forecast.results import PhaseForecast
 from visionloom.forecast.search.bounds import RestBounds, expert_ranks
-from visionloom.forecast.search.estimates import Estimates, SearchMachine
+from visionloom.forecast.search.estimates import Estimates
 from visionloom.forecast.search.layouts import LegalLayouts, with_layout, yaml_of
 from visionloom.parallel.config import RECOMPUTATIONS, ParallelConfig
 from visionloom.train.config import RunConfig
@@ -38,7 +39,7 @@ class SearchGoal:
     config: RunConfig
     phase: str
     world_size: int
-    machine: SearchMachine
+    machine: Machine
     tries: int = 20
     """Layouts that are traced."""
 

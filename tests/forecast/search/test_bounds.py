@@ -50,7 +50,7 @@ def rank_bytes(
     from visionloom.model.trainable import group_of
     from visionloom.parallel import topology as topologies
 
-    topology = topologies.imagine(ParallelConfig(**layout), world, rank)
+    topology = topologies.imagine(ParallelConfig(**layout), world, rank, torch.device("meta"))
     try:
         numbers = topology.config.chunk_numbers
         with torch.device("meta"):

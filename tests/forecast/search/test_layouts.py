@@ -132,7 +132,8 @@ def chunk_layers(size: str, world_size: int, layout: dict[str, Any]) -> list[lis
     config = ParallelConfig(**layout)
     stages = []
     for stage in range(config.pipeline):
-        topology = topologies.imagine(config, world_size, stage * world_size // config.pipeline)
+        rank = stage * world_size // config.pipeline
+        topology = topologies.imagine(config, world_size, rank, torch.device("meta"))
         with torch.device("meta"):
             for number in config.chunk_numbers[:2]:
                 chunk = Qwen3VL(published(size), topology, torch.bfloat16, number)

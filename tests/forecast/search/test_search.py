@@ -1,11 +1,12 @@
 """The best layouts are found with few traces. Reference: a stated time and memory of each layout in place of a trace."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 
 from visionloom.common.errors import UserError
+from visionloom.forecast.machine import machine
 from visionloom.forecast.results import PhaseForecast, RankForecast
 from visionloom.forecast.search.bounds import RestBounds
 from visionloom.forecast.search.estimates import Estimates
@@ -20,17 +21,8 @@ WORLD = 16
 TOKENS = 32 * 8192
 
 
-@dataclass
-class Gpu:
-    """Numbers like those of an H100."""
-
-    usable_bytes: int = 77 * GIB
-    peak: float = 989e12
-    product_share: float = 0.77
-    launch: float = 6e-6
-    node_ranks: int = 8
-    inside_gbps: float = 363.0
-    between_gbps: float = 45.6
+GPU = machine("h100")
+ROOM = GPU.usable_bytes / GIB
 
 
 def run_of(model: str = "qwen3vl_8b", global_batch: int = 32) -> RunConfig:
@@ -63,7 +55,7 @@ def searched(
     tries: int = 20,
 ) -> tuple[SearchResult, list[RunConfig]]:
     seen: list[RunConfig] = []
-    goal = SearchGoal(run_of(), "p", WORLD, Gpu(), tries)
+    goal = SearchGoal(run_of(), "p", WORLD, GPU, tries)
     return search(goal, stated(seconds, gib, seen)), seen
 
 
@@ -131,7 +123,7 @@ def test_what_can_never_fit_is_not_traced() -> None:
     """32B on 16 GPUs: alone on each of them it would take 228 GB at least."""
     seen: list[RunConfig] = []
     run = run_of("qwen3vl_32b")
-    goal = SearchGoal(run, "p", WORLD, Gpu())
+    goal = SearchGoal(run, "p", WORLD, GPU)
     result = search(goal, stated(lambda _: 1.0, lambda _: 70, seen))
     assert 0 < result.too_large < result.legal
     bounds = RestBounds.of(run, "p", WORLD)
@@ -139,7 +131,7 @@ def test_what_can_never_fit_is_not_traced() -> None:
 
 
 def test_a_model_that_no_layout_holds_is_refused() -> None:
-    goal = SearchGoal(run_of("qwen3vl_235b_a22b"), "p", WORLD, Gpu())
+    goal = SearchGoal(run_of("qwen3vl_235b_a22b"), "p", WORLD, GPU)
     with pytest.raises(
         UserError, match=r"^world=16 GPUs cannot hold qwen3vl_235b_a22b .* 77\.0 GiB"
     ):
@@ -147,7 +139,7 @@ def test_a_model_that_no_layout_holds_is_refused() -> None:
 
 
 def test_packs_that_cannot_be_dealt_are_refused() -> None:
-    goal = SearchGoal(run_of(global_batch=1), "p", 77, Gpu())
+    goal = SearchGoal(run_of(global_batch=1), "p", 77, GPU)
     with pytest.raises(
         UserError, match=r"^no layout is possible on world=77 ranks.*global_batch=1"
     ):
@@ -161,7 +153,7 @@ WORK = StepWork(8192, 2000, 20_000_000, 18_000, 50_000_000)
 
 
 def estimates(model: str = "qwen3vl_8b", world_size: int = 64, global_batch: int = 64) -> Estimates:
-    return Estimates(run_of(model, global_batch), "p", world_size, Gpu(), WORK)
+    return Estimates(run_of(model, global_batch), "p", world_size, GPU, WORK)
 
 
 def seconds(estimate: Estimates, **layout: object) -> float:
@@ -173,7 +165,7 @@ def test_estimated_times_follow_the_layout() -> None:
     assert seconds(of, recompute="full") > seconds(of, recompute="selective") > seconds(of)
     assert seconds(of, pipeline=4) > seconds(of, pipeline=4, virtual_pipeline=3)
     # Sixteen tensor ranks are on two nodes, eight on one.
-    one_node = Estimates(of.config, "p", 64, Gpu(node_ranks=16), WORK)
+    one_node = Estimates(of.config, "p", 64, replace(GPU, node_ranks=16), WORK)
     assert seconds(of, tensor=16) > 1.5 * seconds(one_node, tensor=16)
     experts = estimates("qwen3vl_30b_a3b")
     assert seconds(experts, expert=16) > seconds(experts, expert=8) > seconds(experts)
