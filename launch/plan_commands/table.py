@@ -12,7 +12,6 @@ from visionloom.common.text import one_line, say, warn
 from visionloom.forecast.machine import machine
 from visionloom.forecast.request import PlanRequest
 from visionloom.forecast.results import PhaseForecast, RunForecast
-from visionloom.forecast.show.document import NOTICE
 from visionloom.forecast.show.tables import gibibytes, peak_bytes
 from visionloom.launch.claim import check_writable
 from visionloom.launch.configure import compose
@@ -41,7 +40,7 @@ type Row = tuple[str, ...]
 HEAD: Final = """# Every shipped recipe, planned
 
 Made by `make plans`: each recipe on as many {gpu} (recipes/gpu/{gpu}.yaml) as its header states, of which tensors can have
-{gib:.1f} GiB each. Every number is {notice}. [planning.md](planning.md) says what is assumed.
+{gib:.1f} GiB each. Every number is predicted, and no GPU has confirmed it. [planning.md](planning.md) says what is assumed.
 
 """
 
@@ -88,7 +87,7 @@ def plan_recipes() -> tuple[list[Row], list[str]]:
 
 def page_of(rows: Sequence[Row]) -> str:
     """Return the page with the table."""
-    head = HEAD.format(gpu=GPU, gib=machine(GPU).usable_bytes / 2**30, notice=NOTICE)
+    head = HEAD.format(gpu=GPU, gib=machine(GPU).usable_bytes / 2**30)
     rule = ("---",) * len(COLUMNS)
     lines = []
     for cells in (COLUMNS, rule, *rows):
