@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from visionloom.forecast.trace.axes import NAMES, Axes, group_in, moved_bytes, tensors_in
-from visionloom.forecast.trace.devices import Device, HostCopies
+from visionloom.forecast.trace.devices import META, Device, HostCopies
 from visionloom.forecast.trace.events import (
     Category,
     Collective,
@@ -191,7 +191,10 @@ class Recorder(TorchDispatchMode):
             (inputs if self.device.holds(tensor) else others).append(tensor)
         if inputs and self.device.imagined and asks(call):
             return self._answer(call)
-        result = self._run(call)
+        mixes = bool(inputs) and any(tensor.dim() for tensor in others)
+        # A GPU would refuse it here; the trace goes on, so as to name all that is wrong.
+        sent = mixes and self.device.imagined and call.name not in COPIES
+        result = self._run(on_device(call) if sent else call)
         if self.copies is not None and self.copies.copies_down:
             self._record(call, inputs, [], crosses=True)
             self._wait("copy to the host")
@@ -404,6 +407,20 @@ def tensors_of(values: Sequence[Any]) -> list[Tensor]:
         elif isinstance(value, list | tuple):
             tensors += [item for item in value if isinstance(item, Tensor)]
     return tensors
+
+
+def on_device(call: Call) -> Call:
+    """Return a call with all its tensors on the imagined device."""
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(META)
+        if isinstance(value, list | tuple):
+            return type(value)(map(moved, value))
+        return value
+
+    kwargs = {name: moved(value) for name, value in call.kwargs.items()}
+    return Call(call.kind, call.func, moved(call.args), kwargs)
 
 
 def asks(call: Call) -> bool:
