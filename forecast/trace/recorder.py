@@ -33,6 +33,7 @@ from visionloom.forecast.trace.events import (
 )
 from visionloom.forecast.trace.memory import Ledger
 from visionloom.forecast.trace.operations import Call, cost_of, dtype_of, kind_of
+from visionloom.forecast.trace.shapes import ShapeRules
 from visionloom.forecast.trace.values import StatedValues
 from visionloom.parallel.parts import OTHER, PREFIX
 
@@ -89,6 +90,7 @@ class Recorder(TorchDispatchMode):
         self.mixed: Counter[tuple[str, str]] = Counter()
         self.recomputing = 0
         """Calls of modules that a backward pass has begun and that have not ended."""
+        self._shapes = ShapeRules()
         self._open: _OpenSlot | None = None
         self._ranges: list[tuple[str, bool]] = []
         """Ranges that are open: the part of the step, and whether a backward pass has opened it."""
@@ -293,7 +295,7 @@ class Recorder(TorchDispatchMode):
     def _run(self, call: Call) -> Any:
         """Run an operation, with the experts that are stated."""
         if self.values is None or call.name != "aten::topk" or call.args[0].dim() != 2:
-            return call.run()
+            return self._shapes.run(call) if self.device.imagined else call.run()
         scores, each = call.args[:2]
         choice = self.values.choose(scores, each)
         if not self.device.imagined:
@@ -309,8 +311,9 @@ class Recorder(TorchDispatchMode):
         part, direction = self._place()
         # A CPU copies by clone what goes to a device by `to`.
         name = "aten::_to_copy" if crosses and call.name == "aten::clone" else call.name
-        for tensor in outputs:
-            self.ledger.see(tensor, part, direction, name)
+        if not call.kind.is_view:
+            for tensor in outputs:
+                self.ledger.see(tensor, part, direction, name)
         if self._open is None or not call.kind.launches:
             return
         cost = cost_of(call, inputs, outputs)

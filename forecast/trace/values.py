@@ -105,15 +105,18 @@ class StatedValues:
             self.state(outputs[0], self._compute(func, args, host)[0])
             return
         inputs = [value for value in _flat((args, *kwargs.values())) if isinstance(value, Tensor)]
+        if outputs and all(tensor.is_floating_point() for tensor in outputs):
+            # Nobody asks for numbers with a fraction, but for the constants above that a choice is put into.
+            if func._schema.is_mutable:
+                self._drop(outputs)
+            return
         if name == "aten::_to_copy" and not inputs[0].is_meta:
             # What the host sends to the device is known; lengths and rows are asked for, pixels are not.
             if not inputs[0].is_floating_point():
                 self.state(outputs[0], inputs[0].to(outputs[0].dtype))
             return
-        # Nothing follows from numbers with a fraction: a choice, a count or a mask must be there.
-        follows = any(not tensor.is_floating_point() for tensor in (*inputs, *outputs))
         small = all(tensor.numel() <= LARGEST for tensor in outputs)
-        known = follows and small and all(map(self._knows, inputs))
+        known = small and all(map(self._knows, inputs))
         values = self._compute(func, self._valued(args), self._valued(kwargs)) if known else []
         if func._schema.is_mutable:
             self._drop(outputs)
