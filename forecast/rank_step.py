@@ -46,7 +46,7 @@ class _Stretch:
 
     @property
     def leaves(self) -> int:
-        """Return the bytes that it leaves behind."""
+        """Return the bytes that stay after it."""
         return self.slots[-1].memory.after - self.before
 
 
