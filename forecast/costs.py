@@ -23,8 +23,17 @@ from visionloom.forecast.trace.events import (
 
 MESSAGES: Final = ("send", "receive")
 """Collectives from one stage to the next: the schedule says when they take time."""
-RING_ROUNDS: Final = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "broadcast": 1}
+RING_ROUNDS: Final = {
+    "all_reduce": 2,
+    "barrier": 2,
+    "all_gather": 1,
+    "reduce_scatter": 1,
+    "broadcast": 1,
+    "reduce": 1,
+}
 """Times that the steps of a ring pass all its ranks."""
+TO_OR_FROM_ONE: Final = ("broadcast", "reduce")
+"""Collectives that move all bytes through each link; the others move all but a rank's own."""
 TREE_SHARE: Final = 0.9
 """Bus bandwidth of a tree next to a ring's, in NCCL's own model."""
 
@@ -76,8 +85,7 @@ class Links:
         """Return the seconds of a collective by rings."""
         steps, far = self.ranks - 1, self.nodes - 1
         latency = (steps - far) * machine.inside_hop + far * machine.between_hop
-        # A broadcast sends all bytes through each link, the others all but a rank's own.
-        share = 1.0 if name == "broadcast" else steps / self.ranks
+        share = 1.0 if name in TO_OR_FROM_ONE else steps / self.ranks
         return RING_ROUNDS[name] * (latency + size * share / self.bus_bandwidth(machine))
 
     def tree_seconds(self, size: int, machine: Machine) -> float:
@@ -153,8 +161,9 @@ def work_seconds(
     for operation, count in operations:
         parts[operation.part] += count * operation_seconds(operation, machine)
     for collective, count in collectives:
-        if collective.name not in MESSAGES:
-            seconds = collective_seconds(collective, groups[collective.axis], machine)
+        ranks = groups[collective.axis]
+        if collective.name not in MESSAGES and len(ranks) > 1:
+            seconds = collective_seconds(collective, ranks, machine)
             communication[collective.axis] += count * seconds
 
     # The host runs ahead of the device, so that only all launches together can be too slow.

@@ -25,7 +25,12 @@ def estimate(traces: PhaseTraces, gpu: str) -> PhaseForecast:
     on = machine(gpu)
     layout = traces.layout
     pipeline = Pipeline(layout.pipeline, layout.chunks, traces.micro_batches)
-    steps = [RankStep(kind, pipeline, on, traces.overlap) for kind in traces.kinds]
+    steps = [
+        RankStep(traced, stage, pipeline, on, traces.overlap)
+        for traced in traces.kinds
+        for stage in traced.kind.stages
+    ]
+    steps.sort(key=lambda step: step.stage)
     step = StepTime.of(pipeline, steps)
 
     ranks = tuple(rank_forecast(each) for each in steps)
@@ -69,11 +74,13 @@ def layout_words(layout: ParallelConfig, world_size: int) -> str:
 
 def rank_forecast(step: RankStep) -> RankForecast:
     """Return what is known of a kind of rank."""
-    kind, memory = step.kind, step.memory
+    kind, trace, memory = step.traced.kind, step.trace, step.memory
+    ranks = kind.ranks // len(kind.stages)
+    per_stage = trace.world_size // step.pipeline.stages
     return RankForecast(
         stage=step.stage,
-        rank=kind.trace.rank,
-        ranks=kind.ranks,
+        rank=trace.rank + (step.stage - trace.stage) * per_stage,
+        ranks=ranks,
         description=kind.description,
         memory=memory.by_category,
         peak_bytes=memory.bytes,
@@ -82,8 +89,8 @@ def rank_forecast(step: RankStep) -> RankForecast:
         backward_seconds=step.micro_batch_seconds(SlotKind.BACKWARD),
         launches=step.launches,
         flops=step.flops,
-        waits=kind.trace.waits,
-        mixed=kind.trace.mixed,
+        waits=trace.waits,
+        mixed=trace.mixed,
     )
 
 

@@ -1,5 +1,6 @@
 """What is wrong with a layout and what slows it, a line each, with the option that cures it."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Final
 
@@ -18,19 +19,23 @@ def memory_faults(
     ranks: Iterable[RankForecast], traces: PhaseTraces, gpu: str, machine: Machine
 ) -> Iterator[str]:
     """Yield a line for each kind of rank that does not fit; `gpu`: name of the machine."""
+    alike: dict[str, list[RankForecast]] = defaultdict(list)
     for rank in ranks:
-        if rank.peak_bytes <= machine.usable_bytes:
-            continue
-        alike = "1 rank" if rank.ranks == 1 else f"{rank.ranks} ranks"
-        largest = sorted(rank.memory, key=lambda category: -rank.memory[category])
-        shares = []
-        for category in largest[:SHOWN]:
-            shares.append(f"{category} {_gib(rank.memory[category])}")
+        if rank.peak_bytes > machine.usable_bytes:
+            alike[rank.description].append(rank)
 
-        who = f"stage {rank.stage} ({alike}, {rank.description})"
-        needed, usable = _gib(rank.peak_bytes), _gib(machine.usable_bytes)
+    # Stages that hold as much are one line, with the memory of the one that keeps most micro-batches.
+    for description, stages in alike.items():
+        fullest = max(stages, key=lambda rank: rank.peak_bytes)
+        numbers = ", ".join(str(rank.stage) for rank in stages)
+        shares = []
+        for category in sorted(fullest.memory, key=lambda each: -fullest.memory[each])[:SHOWN]:
+            shares.append(f"{category} {_gib(fullest.memory[category])}")
+
+        needed, usable = _gib(fullest.peak_bytes), _gib(machine.usable_bytes)
         where = f"{', '.join(shares)} GiB"
-        cures = ", ".join(cures_of(largest[0], traces))
+        cures = ", ".join(cures_of(fullest, traces, machine))
+        who = f"stage {numbers} ({description})"
         yield f"{who} needs {needed} GiB, {gpu} has {usable} usable: {where}; try {cures}"
 
 
@@ -38,23 +43,24 @@ def _gib(size: int) -> str:
     return f"{size / GIB:.1f}"
 
 
-def cures_of(category: Category, traces: PhaseTraces) -> Iterator[str]:
-    """Yield the settings that make a category of memory smaller, those that ask for no more ranks first."""
+def cures_of(rank: RankForecast, traces: PhaseTraces, machine: Machine) -> Iterator[str]:
+    """Yield the settings that make a rank's memory smaller, those that ask for no more ranks first."""
     layout = traces.layout
-    held = category in HELD
-    if not held and layout.recompute != "full":
-        yield "parallel.recompute=full"
-    if not held and traces.micro_batch > 1:
-        yield f"phases.{traces.phase}.micro_batch=1"
-    if not held and not layout.offload_activations:
-        yield "parallel.offload_activations=true"
+    held = sum(size for category, size in rank.memory.items() if category in HELD)
+    # Where even a step without activations would not fit, fewer of them are no cure.
+    if held < machine.usable_bytes:
+        if layout.recompute != "full":
+            yield "parallel.recompute=full"
+        if traces.micro_batch > 1:
+            yield f"phases.{traces.phase}.micro_batch=1"
+        if not layout.offload_activations:
+            yield "parallel.offload_activations=true"
 
     yield f"parallel.tensor={2 * layout.tensor}"
-    if category is Category.OPTIMIZER:
-        yield "more GPUs, whose data ranks share the optimizer"
     # More stages hold fewer layers each, but as many activations as before.
-    if held:
+    if 2 * held > rank.peak_bytes:
         yield f"parallel.pipeline={2 * layout.pipeline}"
+        yield "more GPUs, whose data ranks share the optimizer"
     else:
         yield f"parallel.context={2 * layout.context}"
 

@@ -2,19 +2,18 @@
 
 from dataclasses import dataclass
 
+from visionloom.forecast.kinds import RankKind
 from visionloom.forecast.trace.events import RankTrace
 from visionloom.parallel.config import ParallelConfig
 
 
 @dataclass(frozen=True)
-class RankKind:
-    """Ranks that do the same."""
+class TracedKind:
+    """A kind of rank with the trace of its first rank."""
 
+    kind: RankKind
     trace: RankTrace
-    """Of one of them; its micro-batches may be fewer than those of a step."""
-    ranks: int
-    description: str
-    """What sets them apart, for example `layers 0-11, all pictures`."""
+    """Its micro-batches may be fewer than those of a step."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class PhaseTraces:
     sequence_length: int
     packs: str
     """Which packs were traced, in words."""
-    kinds: tuple[RankKind, ...]
+    kinds: tuple[TracedKind, ...]
     """At least one of each stage."""
     micro_batches: int
     """Of a data rank in a step."""

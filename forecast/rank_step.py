@@ -13,13 +13,14 @@ from visionloom.forecast.costs import (
     work_seconds,
 )
 from visionloom.forecast.machine import Machine
-from visionloom.forecast.phase_traces import Overlap, RankKind
+from visionloom.forecast.phase_traces import Overlap, TracedKind
 from visionloom.forecast.results import COMMUNICATION, HOST
 from visionloom.forecast.schedule import Pass, Pipeline
 from visionloom.forecast.trace.events import (
     AliveTensors,
     Category,
     Direction,
+    RankTrace,
     Slot,
     SlotKind,
 )
@@ -34,20 +35,27 @@ class _Stretch:
     changes: tuple[tuple[int, int], ...]
     """Of each slot: bytes that it rises above its begin, and bytes that it leaves behind."""
 
+    @property
+    def leaves(self) -> int:
+        """Return the bytes that all slots leave behind."""
+        return sum(leaves for _, leaves in self.changes)
+
 
 @dataclass(frozen=True)
 class RankStep:
-    """One step of a kind of rank on a machine."""
+    """One step of a kind of rank, on one of its stages, on a machine."""
 
-    kind: RankKind
+    traced: TracedKind
+    stage: int
+    """Stages that hold as much share a trace; how many micro-batches each keeps follows from its number."""
     pipeline: Pipeline
     machine: Machine
     overlap: Overlap
 
     @property
-    def stage(self) -> int:
-        """Return its pipeline stage."""
-        return self.kind.trace.stage
+    def trace(self) -> RankTrace:
+        """Return the trace, perhaps of a rank of another stage."""
+        return self.traced.trace
 
     @cached_property
     def _stretches(self) -> dict[Pass | SlotKind, _Stretch]:
@@ -55,8 +63,8 @@ class RankStep:
         stretches: dict[Pass | SlotKind, _Stretch] = {}
         slots: list[Slot] = []
         changes: list[tuple[int, int]] = []
-        level = self.kind.trace.slots[0].memory.before
-        for slot in self.kind.trace.slots:
+        level = self.trace.slots[0].memory.before
+        for slot in self.trace.slots:
             slots.append(slot)
             changes.append((slot.memory.peak - level, slot.memory.after - level))
             level = slot.memory.after
@@ -68,9 +76,9 @@ class RankStep:
         assert not slots  # a step ends with its optimizer
         return stretches
 
-    def traced(self, one_pass: Pass) -> Pass:
+    def traced_pass(self, one_pass: Pass) -> Pass:
         """Return the traced pass that a pass of the step is like."""
-        traced, number = self.kind.trace.micro_batches, one_pass.micro_batch
+        traced, number = self.trace.micro_batches, one_pass.micro_batch
         if number == self.pipeline.micro_batches - 1:
             number = traced - 1
         else:
@@ -82,7 +90,7 @@ class RankStep:
     @cached_property
     def _seconds(self) -> dict[Pass | SlotKind, WorkSeconds]:
         """Return the time of what was traced."""
-        groups = self.kind.trace.groups
+        groups = self.trace.groups
         return {
             one: work_seconds(stretch.slots, groups, self.machine)
             for one, stretch in self._stretches.items()
@@ -90,7 +98,7 @@ class RankStep:
 
     def seconds(self, one: Pass | SlotKind) -> WorkSeconds:
         """Return the time of a pass, or before or after all of them."""
-        return self._seconds[self.traced(one) if isinstance(one, Pass) else one]
+        return self._seconds[self.traced_pass(one) if isinstance(one, Pass) else one]
 
     @cached_property
     def order(self) -> list[Pass | SlotKind]:
@@ -100,7 +108,7 @@ class RankStep:
     def stretches(self) -> Iterator[_Stretch]:
         """Yield the stretches of the step in order."""
         for one in self.order:
-            yield self._stretches[self.traced(one) if isinstance(one, Pass) else one]
+            yield self._stretches[self.traced_pass(one) if isinstance(one, Pass) else one]
 
     def micro_batch_seconds(self, kind: SlotKind) -> float:
         """Return the seconds of one micro-batch's forward or backward passes through all chunks."""
@@ -126,9 +134,10 @@ class RankStep:
         end = self._stretches[SlotKind.END]
         for collective, count in (each for slot in end.slots for each in slot.collectives):
             key = collective.part, collective.name
-            ranks = self.kind.trace.groups[collective.axis]
-            seconds = count * collective_seconds(collective, ranks, self.machine)
-            if covered := min(seconds, shelters.get(key, 0.0)):
+            if key in shelters:
+                ranks = self.trace.groups[collective.axis]
+                seconds = count * collective_seconds(collective, ranks, self.machine)
+                covered = min(seconds, shelters[key])
                 shelters[key] -= covered
                 hidden[collective.axis] += covered
         return hidden
@@ -155,7 +164,7 @@ class RankStep:
 
     def message(self) -> float:
         """Return the seconds of a message to another stage; the largest that is sent counts for all."""
-        trace = self.kind.trace
+        trace = self.trace
         messages = [
             collective
             for slot in trace.slots
@@ -168,27 +177,42 @@ class RankStep:
 
         # With two stages Megatron-core sends one way over the group of all ranks: the smaller is the pipeline's.
         ranks = min((trace.groups[each.axis] for each in messages), key=len)
-        own = ranks.index(trace.rank)
-        neighbours = {ranks[own - 1], ranks[(own + 1) % len(ranks)]}
-        return max(message_seconds(size, trace.rank, each, self.machine) for each in neighbours)
+        own = ranks[self.stage]
+        neighbours = {ranks[self.stage - 1], ranks[(self.stage + 1) % len(ranks)]}
+        return max(message_seconds(size, own, each, self.machine) for each in neighbours)
+
+    def released_later(self, one: Pass | SlotKind) -> int:
+        """Return the bytes that a micro-batch which is not in the trace leaves after a backward pass.
+
+        In a step they are released before the next pass: where the traced one was the last, that is not seen.
+        """
+        if not isinstance(one, Pass) or one.kind is not SlotKind.BACKWARD:
+            return 0
+        last_traced = self.trace.micro_batches - 1
+        if not last_traced <= one.micro_batch < self.pipeline.micro_batches - 1:
+            return 0
+        backward = self.traced_pass(one)
+        forward = backward._replace(kind=SlotKind.FORWARD)
+        return self._stretches[forward].leaves + self._stretches[backward].leaves
 
     @cached_property
     def memory(self) -> "StepMemory":
         """Return the fullest moment of the step, with all micro-batches that are in flight."""
-        trace = self.kind.trace
+        trace = self.trace
         level = trace.slots[0].memory.before
-        peak = trace.peak.bytes
-        for stretch in self.stretches():
+        peak = 0
+        for one, stretch in zip(self.order, self.stretches(), strict=True):
             for rises, leaves in stretch.changes:
                 peak = max(peak, level + rises)
                 level += leaves
+            level -= self.released_later(one)
 
-        # More micro-batches in flight than were traced have saved more activations.
+        # More micro-batches in flight than in the trace have saved more activations; at a later stage they are fewer.
+        more = peak - trace.peak.bytes
         by_category = dict(trace.peak.by_category)
+        by_category[Category.ACTIVATIONS] = by_category.get(Category.ACTIVATIONS, 0) + more
         alive = list(trace.peak.alive)
-        if more := peak - trace.peak.bytes:
-            saved = by_category.get(Category.ACTIVATIONS, 0)
-            by_category[Category.ACTIVATIONS] = saved + more
+        if more > 0:
             name = "of more micro-batches in flight"
             alive.append(AliveTensors(Category.ACTIVATIONS, LANGUAGE, name, more, 1))
             alive.sort(key=lambda each: -each.bytes)

@@ -21,7 +21,7 @@ class RankForecast:
 
     stage: int
     rank: int
-    """The rank that was traced, the first of its kind."""
+    """The first of its kind on this stage."""
     ranks: int
     """Ranks of its kind."""
     description: str

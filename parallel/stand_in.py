@@ -8,7 +8,7 @@ on a GPU this file is never imported. Each replacement below says which part of 
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,9 +70,27 @@ class _Choice:
     """The device for which torch.cuda stands."""
 
     device: torch.device = CPU
+    holds: Callable[[torch.Tensor], bool] | None = None
+    """Which tensors pass for those of a GPU; None: those on `meta`, if that is the device."""
 
 
 _chosen = _Choice()
+
+
+@contextlib.contextmanager
+def passing_for_cuda(holds: Callable[[torch.Tensor], bool]) -> Iterator[None]:
+    """Let the tensors for which `holds` is true pass for those of a GPU, so that Megatron-core goes a GPU's ways with them."""
+    before, _chosen.holds = _chosen.holds, holds
+    try:
+        yield
+    finally:
+        _chosen.holds = before
+
+
+def _passes_for_cuda(tensor: torch.Tensor) -> bool:
+    if _chosen.holds is not None:
+        return _chosen.holds(tensor)
+    return tensor.is_meta and _chosen.device == META
 
 
 def installed() -> bool:
@@ -117,9 +135,7 @@ def replace_streams_and_devices() -> None:
     any_tensor.cuda = lambda self, *args, **kwargs: self.to(_chosen.device)
     # The token dispatcher brings counts to the host, and activations are offloaded, only from tensors that are on a GPU.
     is_cuda: Any = torch.Tensor.is_cuda
-    any_tensor.is_cuda = property(
-        lambda self: (self.is_meta and _chosen.device == META) or is_cuda.__get__(self)
-    )
+    any_tensor.is_cuda = property(lambda self: _passes_for_cuda(self) or is_cuda.__get__(self))
     # Memory that a side stream reads is not given away; here there are no streams.
     any_tensor.record_stream = lambda self, stream: None
     any_module: Any = torch.nn.Module
@@ -160,9 +176,8 @@ def _on_chosen(factory: Callable[..., Any]) -> Callable[..., Any]:
     def create(*args: Any, **kwargs: Any) -> Any:
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = _chosen.device
-        if _chosen.device == META:
-            # Pinned for a GPU that is not there.
-            kwargs.pop("pin_memory", None)
+        # For a GPU that is not there.
+        kwargs.pop("pin_memory", None)
         return factory(*args, **kwargs)
 
     return create

@@ -68,7 +68,10 @@ class MarkedDevice:
 
 
 class HostCopies(TorchFunctionMode):
-    """Make the copies between host and device that a CPU would leave out, where both are the same memory."""
+    """Make the copies between host and device that a CPU would leave out, where both are the same memory.
+
+    torch calls its backward pass without function modes: copies that recomputation makes there are left out.
+    """
 
     def __init__(self, device: MarkedDevice) -> None:
         super().__init__()
@@ -84,8 +87,12 @@ class HostCopies(TorchFunctionMode):
         """Run a function, with the copies that a device of its own would need."""
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if name == "to" and _target(args, kwargs) is not None and not self.device.holds(args[0]):
-            return self._copy(args[0], "copies_up")
+        if name == "to" and _target(args, kwargs) is not None:
+            if not self.device.holds(args[0]):
+                return self._copy(args[0], "copies_up")
+            # Device and host have one name: what is there already and is sent without a wait goes to the host.
+            if kwargs.get("non_blocking"):
+                return self._copy(args[0], "copies_down")
         if name in ("cpu", "tolist", "numpy") and self.device.holds(args[0]):
             copy = self._copy(args[0], "copies_down")
             return copy if name == "cpu" else func(copy)

@@ -43,6 +43,7 @@ def recording(
         else:
             device = MarkedDevice()
             copies = stack.enter_context(HostCopies(device))
+            stack.enter_context(stand_in.passing_for_cuda(device.holds))
             values = StatedValues(imbalance) if stated_experts else None
             recorder = Recorder(device, values, copies)
         stack.enter_context(_heard_recomputation(recorder))

@@ -105,6 +105,7 @@ FACTORS = {
     "reduce_scatter": lambda n: (n - 1) / n,
     "all_to_all": lambda n: (n - 1) / n,
     "broadcast": lambda n: 1.0,
+    "reduce": lambda n: 1.0,
 }
 
 
@@ -163,6 +164,7 @@ def test_small_sums_go_by_a_tree_and_large_ones_by_a_ring() -> None:
     # A gather has no tree: 896 steps inside nodes, 127 between them.
     ring = 8.4e-6 + 896 * 1.9e-6 + 127 * 4.0e-6
     assert seconds("all_gather", 8, range(1024), H100) == pytest.approx(ring, rel=1e-3)
+    assert seconds("barrier", 0, range(8), H100) == pytest.approx(8.4e-6 + 14 * 1.9e-6)
     large = LARGE * 2 * 7 / 8 / 363e9
     assert seconds("all_reduce", LARGE, range(8), H100) == pytest.approx(large, rel=1e-2)
 
@@ -190,6 +192,8 @@ def slot(*counts: tuple[Operation, int], size: int = 0) -> Slot:
 def test_work_is_added_up_by_part_and_axis() -> None:
     copy = operation(Kernel.OTHER, 0.0, 3_015_000_000)
     groups = {"tensor": range(8), "pipeline": (0, 8)}
+    alone = work_seconds([slot(size=LARGE)], {"tensor": (3,)}, H100)
+    assert alone.communication == {}
     work = work_seconds([slot((copy, 3)), slot(size=LARGE)], groups, H100)
     gather = seconds("all_gather", LARGE, range(8), H100)
     assert work.parts == pytest.approx({LANGUAGE: 3e-3})

@@ -8,7 +8,7 @@ from visionloom.common.errors import UserError
 from visionloom.forecast.costs import collective_seconds, message_seconds
 from visionloom.forecast.estimate import estimate
 from visionloom.forecast.machine import GIB, machine
-from visionloom.forecast.phase_traces import Overlap, RankKind
+from visionloom.forecast.phase_traces import Overlap
 from visionloom.forecast.rank_step import RankStep
 from visionloom.forecast.results import BUBBLE, HOST, MESSAGES, PhaseForecast
 from visionloom.forecast.schedule import Pipeline
@@ -19,6 +19,7 @@ from visionloom.forecast.trace.events import (
     Mixed,
     RankTrace,
     SlotKind,
+    SlotMemory,
     Wait,
 )
 from visionloom.parallel.config import ParallelConfig
@@ -26,12 +27,15 @@ from visionloom.parallel.parts import LANGUAGE, OPTIMIZER
 from visionloom.tests.forecast.traces import (
     HELD,
     INSIDE,
+    MIB,
     SAVED,
     collective,
     one_step,
     phase,
     product,
+    receiving_step,
     reduction,
+    traced_kind,
     with_messages,
 )
 
@@ -101,6 +105,50 @@ def test_earlier_stages_hold_more_micro_batches() -> None:
     assert list(first) == sorted(first, key=lambda each: -each.bytes)
 
 
+def test_stages_that_hold_as_much_share_a_trace() -> None:
+    """Stage 1's trace stands for stage 2 as well, which keeps one micro-batch less."""
+    first, second, third, last = stages_of(Pipeline(4, 1, 6))
+    apart = phase(first, second, third, last, micro_batches=12)
+    shared = traced_kind(second, (1, 2))
+    together = replace(apart, kinds=(traced_kind(last), shared, traced_kind(first)))
+    one, other = estimate(apart, "h100"), estimate(together, "h100")
+    assert other.step_seconds == pytest.approx(one.step_seconds)
+    assert other.timeline == one.timeline
+    for alone, sharing in zip(one.ranks, other.ranks, strict=True):
+        assert (sharing.stage, sharing.rank, sharing.ranks) == (alone.stage, alone.rank, 1)
+        assert sharing.peak_bytes == alone.peak_bytes == sum(sharing.memory.values())
+        assert sharing.memory == alone.memory
+
+
+def test_stages_that_are_too_full_are_one_line() -> None:
+    first, second, _, last = stages_of(Pipeline(4, 1, 6))
+    full = traced_kind(fuller(second, Category.LOGITS, 80 * GIB), (1, 2))
+    traces = phase(first, last, micro_batches=12, layout=ParallelConfig(pipeline=4))
+    traces = replace(traces, kinds=(*traces.kinds, full))
+    (fault,) = estimate(traces, "h100").faults
+    assert fault.startswith("stage 1, 2 (rank 1) needs 81.3 GiB, h100 has 77.0 usable: logits 80")
+
+
+@pytest.mark.parametrize("traced", [1, 2, 3, 4])
+@pytest.mark.parametrize("stage", range(4))
+def test_what_is_released_late_does_not_pile_up(stage: int, traced: int) -> None:
+    """The trace of a few micro-batches ends before all that was received is released: four messages at most are left."""
+    pipeline, received = Pipeline(4, 1, 100), 16 * MIB
+    few = replace(pipeline, micro_batches=traced)
+    steps = [
+        RankStep(
+            traced_kind(receiving_step(own, stage, received)),
+            stage,
+            pipeline,
+            machine("h100"),
+            Overlap(),
+        )
+        for own in (pipeline, few)
+    ]
+    whole, short = (step.memory.bytes for step in steps)
+    assert abs(whole - short) <= 4 * received
+
+
 def test_the_bubble_is_a_share_of_the_step() -> None:
     forecast = estimate(phase(*stages_of(Pipeline(4, 1, 1)), micro_batches=12), "h100")
     assert forecast.step_seconds == pytest.approx(0.25 + (12 + 3) * 3.0 + 0.5)
@@ -151,14 +199,17 @@ def test_a_message_goes_to_the_pipeline_s_neighbours() -> None:
     )
     groups = trace.groups | {"pipeline": (4, 12), "all": tuple(range(16))}
     trace = replace(trace, rank=12, slots=slots, groups=groups)
-    step = RankStep(RankKind(trace, 8, "last"), Pipeline(2, 1, 1), machine("h100"), Overlap())
+    step = RankStep(traced_kind(trace), 1, Pipeline(2, 1, 1), machine("h100"), Overlap())
     assert step.message() == message_seconds(size, 12, 4, machine("h100"))
 
 
 def test_messages_cost_what_is_missing_without_them() -> None:
     size = 1 << 30
-    traces = [with_messages(trace, size) for trace in stages_of(Pipeline(2, 1, 1))]
-    forecast = estimate(phase(*traces, micro_batches=1), "h100")
+    # The last message follows the last pass.
+    end = (collective("send", "pipeline", size),)
+    steps = [one_step(Pipeline(2, 1, 1), stage, end=end) for stage in (0, 1)]
+    traces = [with_messages(trace, size) for trace in steps]
+    forecast = estimate(phase(*traces, micro_batches=1, overlap=Overlap(True, True)), "h100")
     # Two stages of a node: one message forward, one backward, and nothing to do meanwhile.
     message = message_seconds(size, 0, 1, machine("h100"))
     assert forecast.seconds[MESSAGES] == pytest.approx(2 * message)
@@ -196,24 +247,49 @@ def test_collectives_hide_only_where_the_configuration_lets_them() -> None:
     assert long.step_seconds == pytest.approx(whole.step_seconds - 2.0)
 
 
-def test_what_does_not_fit_says_how_it_could() -> None:
-    trace = one_step(Pipeline(2, 1, 1))
-    more = 80 * GIB
-    slots = tuple(
-        replace(slot, memory=replace(slot.memory, peak=slot.memory.peak + more))
-        for slot in trace.slots
+def fuller(trace: RankTrace, category: Category, more: int) -> RankTrace:
+    """The same step with so many bytes more at each moment."""
+    slots = []
+    for slot in trace.slots:
+        memory = slot.memory
+        raised = [size + more for size in (memory.before, memory.peak, memory.after)]
+        slots.append(replace(slot, memory=SlotMemory(*raised)))
+    by_category = trace.peak.by_category | {category: more}
+    peak = replace(trace.peak, bytes=trace.peak.bytes + more, by_category=by_category)
+    return replace(trace, slots=tuple(slots), peak=peak)
+
+
+ACTIVATION_CURES = "parallel.recompute=full, parallel.offload_activations=true, parallel.tensor=2"
+HELD_CURES = (
+    "parallel.tensor=2, parallel.pipeline=4, more GPUs, whose data ranks share the optimizer"
+)
+
+
+@pytest.mark.parametrize(
+    ("category", "gib", "shares", "cures"),
+    [
+        (Category.LOGITS, 80, "logits 80.0, weights 1.0, activations 0.1", f"{ACTIVATION_CURES}, parallel.context=2"),
+        (Category.OPTIMIZER, 80, "optimizer 80.0, weights 1.0, activations 0.1", HELD_CURES),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_says_how_it_could(
+    category: Category, gib: int, shares: str, cures: str
+) -> None:
+    first, last = stages_of(Pipeline(2, 1, 1))
+    traces = phase(fuller(first, category, gib * GIB), last, micro_batches=1)
+    assert estimate(traces, "h100").faults == (
+        f"stage 0 (rank 0) needs 81.1 GiB, h100 has 77.0 usable: {shares} GiB; try {cures}",
     )
-    rest = trace.peak.by_category | {Category.LOGITS: more}
-    peak = replace(trace.peak, bytes=trace.peak.bytes + more, by_category=rest)
-    full = replace(trace, slots=slots, peak=peak)
-    (fault,) = estimate(phase(full, one_step(Pipeline(2, 1, 1), 1), micro_batches=1), "h100").faults
-    assert fault == (
-        "stage 0 (1 rank, rank 0) needs 81.1 GiB, h100 has 77.0 usable: logits 80.0, weights 1.0, activations 0.1 GiB;"
-        " try parallel.recompute=full, parallel.offload_activations=true, parallel.tensor=2, parallel.context=2"
-    )
-    assert (
-        estimate(phase(full, one_step(Pipeline(2, 1, 1), 1), micro_batches=1), "h200").faults == ()
-    )
+    assert estimate(traces, "h200").faults == ()
+
+
+def test_cures_that_are_there_already_are_not_named() -> None:
+    layout = ParallelConfig(pipeline=2, recompute="full", offload_activations=True)
+    first, last = stages_of(Pipeline(2, 1, 1))
+    full = fuller(first, Category.ACTIVATIONS, 80 * GIB)
+    traces = replace(phase(full, last, micro_batches=1, layout=layout), micro_batch=2)
+    (fault,) = estimate(traces, "h100").faults
+    assert fault.endswith("; try phases.align.micro_batch=1, parallel.tensor=2, parallel.context=2")
 
 
 def test_mixed_operations_are_faults_and_waits_are_notes() -> None:

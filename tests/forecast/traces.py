@@ -2,8 +2,9 @@
 
 from dataclasses import replace
 
+from visionloom.forecast.kinds import RankKind
 from visionloom.forecast.machine import Machine, machine
-from visionloom.forecast.phase_traces import Overlap, PhaseTraces, RankKind
+from visionloom.forecast.phase_traces import Overlap, PhaseTraces, TracedKind
 from visionloom.forecast.schedule import Pass, Pipeline
 from visionloom.forecast.trace.events import (
     AliveTensors,
@@ -67,6 +68,13 @@ class TraceWriter:
         operations = ((moving(seconds, self.gpu, part), 1),)
         self.slots.append(Slot(kind, chunk, number, operations, collectives, memory))
 
+    def change(self, kept: int) -> None:
+        """Add a slot between passes that takes or releases memory."""
+        memory = SlotMemory(self.level, max(self.level, self.level + kept), self.level + kept)
+        self.level = memory.after
+        self.peak = max(self.peak, memory.peak)
+        self.slots.append(Slot(SlotKind.BETWEEN, -1, -1, (), (), memory))
+
     def trace(self, ranks: int = 1) -> RankTrace:
         """The step that was written, of the first rank of the stage; `ranks`: of a stage."""
         rank = self.stage * ranks
@@ -86,6 +94,7 @@ class TraceWriter:
             slots=tuple(self.slots),
             waits=(),
             mixed=(),
+            allocated=0,
             at_rest={Category.WEIGHTS: HELD},
             peak=PeakMemory(self.peak, rest, (alive,), 0),
         )
@@ -109,6 +118,27 @@ def one_step(
     return writer.trace(ranks)
 
 
+def receiving_step(pipeline: Pipeline, stage: int, received: int) -> RankTrace:
+    """A step that takes this many bytes before each pass, and releases both after a backward pass, before the next one."""
+    writer = TraceWriter(pipeline, stage)
+    writer.add(SlotKind.BEGIN, 0.25)
+    late = 0
+    for each in pipeline.passes(stage):
+        writer.change(received - late)
+        writer.add(each, 1.0)
+        late = 2 * received if each.kind is SlotKind.BACKWARD else 0
+    writer.change(-late)
+    writer.add(SlotKind.END, 0.5)
+    return writer.trace()
+
+
+def traced_kind(trace: RankTrace, stages: tuple[int, ...] = ()) -> TracedKind:
+    """A kind of one rank on each of its stages; by default that of the trace."""
+    stages = stages or (trace.stage,)
+    kind = RankKind(trace.rank, len(stages), stages, f"rank {trace.rank}")
+    return TracedKind(kind, trace)
+
+
 def phase(
     *traces: RankTrace,
     micro_batches: int,
@@ -116,7 +146,7 @@ def phase(
     overlap: Overlap | None = None,
 ) -> PhaseTraces:
     """A phase of these kinds of rank, one rank each."""
-    kinds = tuple(RankKind(trace, 1, f"rank {trace.rank}") for trace in traces)
+    kinds = tuple(traced_kind(trace) for trace in traces)
     return PhaseTraces(
         phase="align",
         layout=layout or ParallelConfig(pipeline=len(traces)),

@@ -1,0 +1,106 @@
+"""An imagined rank does what a real one does: operations, collectives and memory of a step, layout by layout.
+
+Reference: the same recorder on the real ranks of gloo processes, with real tensors and messages; experts are chosen as stated
+in both.
+"""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from visionloom.forecast.trace.events import Category, Direction, RankTrace, SlotKind
+from visionloom.parallel.parts import LOSS
+from visionloom.tests.forecast.imagined import collectives, flops, imagined, launches, real
+from visionloom.tests.model.reference import TestPack
+from visionloom.tests.ranks import RankPool
+from visionloom.tests.train.layouts import packs_of
+from visionloom.tests.train.test_parity import LAYOUTS
+
+QUICK = ("tensor 2", "pipeline 2, virtual 2, levels travel", "tensor 2 x expert 2")
+# On a CPU host and device are one memory: what is brought to the host there has not left the device.
+LEFT_OUT = ("activations in host memory",)
+COMPARED = [name for name in LAYOUTS if name not in LEFT_OUT]
+CLOSE = 0.02
+"""Largest relative difference of bytes."""
+
+
+def explained(difference: Counter[Any], real_has_more: bool) -> Counter[Any]:
+    """A difference of launches without what docs/decisions.md explains."""
+    rest: Counter[Any] = Counter()
+    for key, count in difference.items():
+        _, name, part, direction = key
+        # gloo scatters sums by adding up everything, and copies a rank's part out of it.
+        from_gloo = real_has_more and name == "aten::copy_"
+        # What counts an expert's tokens is copied to the host, but not on a CPU in a backward pass (see HostCopies).
+        copy = "aten::clone" if real_has_more else "aten::_to_copy"
+        to_host = name == copy and direction == Direction.RECOMPUTE
+        # torch makes a tensor of the device of a number that it chooses by a mask, where there is no content.
+        from_meta = not real_has_more and name == "aten::scalar_tensor" and part == LOSS
+        if not (from_gloo or to_host or (from_meta and direction == Direction.FORWARD)):
+            rest[key] = count
+    return rest
+
+
+_packs: dict[str, list[TestPack]] = {}
+
+
+def packs_for(content: str) -> list[TestPack]:
+    """Micro-batches with positions from transformers, made once."""
+    if content not in _packs:
+        _packs[content] = packs_of(content)
+    return _packs[content]
+
+
+def marked(name: str) -> object:
+    return pytest.param(name, marks=() if name in QUICK else pytest.mark.long)
+
+
+@pytest.mark.parametrize("name", [marked(name) for name in COMPARED])
+def test_an_imagined_rank_does_what_a_real_one_does(name: str, pool: RankPool) -> None:
+    layout = LAYOUTS[name]
+    packs = packs_for(layout.case.content)
+    there = pool.run(layout.ranks, real, layout, packs)
+    (imaginary,) = pool.run(1, imagined, layout, packs, list(range(layout.ranks)))
+    for own, other in zip(there, imaginary, strict=True):
+        compare(own, other)
+
+
+def compare(own: RankTrace, other: RankTrace) -> None:
+    """Fail where the trace of a real rank and that of the imagined one differ."""
+    assert flops(own) == flops(other)
+    assert collectives(own) == collectives(other)
+    assert explained(launches(own) - launches(other), True) == Counter()
+    assert explained(launches(other) - launches(own), False) == Counter()
+    assert other.peak.bytes == pytest.approx(own.peak.bytes, rel=CLOSE)
+    assert other.allocated == pytest.approx(own.allocated, rel=CLOSE)
+    # Numbers that a module keeps for itself are the host's on a CPU, if it names no device for them.
+    kept = {name: size for name, size in other.at_rest.items() if name != Category.TEMPORARY}
+    assert kept == own.at_rest
+    assert own.mixed == other.mixed == ()
+
+
+def test_slots_follow_the_schedule(pool: RankPool) -> None:
+    """Every micro-batch passes each chunk of a stage forward and backward; the optimizer comes last."""
+    layout = LAYOUTS["pipeline 2, virtual 2, levels travel"]
+    packs = packs_for(layout.case.content)
+    (traces,) = pool.run(1, imagined, layout, packs, [0, 1])
+    for trace in traces:
+        passes = Counter(
+            (slot.kind, slot.chunk, slot.micro_batch)
+            for slot in trace.slots
+            if slot.kind in (SlotKind.FORWARD, SlotKind.BACKWARD)
+        )
+        expected = [
+            (kind, chunk, number)
+            for kind in (SlotKind.FORWARD, SlotKind.BACKWARD)
+            for chunk in range(2)
+            for number in range(len(packs))
+        ]
+        assert passes == Counter(expected)
+        assert trace.slots[0].kind == SlotKind.BEGIN
+        assert trace.slots[-1].kind == SlotKind.END
+        before = [slot.memory.before for slot in trace.slots]
+        after = [slot.memory.after for slot in trace.slots]
+        assert before[1:] == after[:-1]
+        assert max(slot.memory.peak for slot in trace.slots) == trace.peak.bytes
