@@ -24,12 +24,7 @@ def estimate(traces: PhaseTraces, gpu: str, on: Machine) -> PhaseForecast:
     """Return the forecast of a phase on a machine; `gpu`: its name."""
     layout = traces.layout
     pipeline = Pipeline(layout.pipeline, layout.chunks, traces.micro_batches)
-    steps = [
-        RankStep(traced, stage, pipeline, on, traces.overlap)
-        for traced in traces.kinds
-        for stage in traced.kind.stages
-    ]
-    steps.sort(key=lambda step: step.stage)
+    steps = rank_steps(traces, pipeline, on)
     step = StepTime.of(pipeline, steps)
 
     ranks = tuple(rank_forecast(each) for each in steps)
@@ -54,6 +49,15 @@ def estimate(traces: PhaseTraces, gpu: str, on: Machine) -> PhaseForecast:
     )
 
 
+def rank_steps(traces: PhaseTraces, pipeline: Pipeline, on: Machine) -> list[RankStep]:
+    """Return the step of each kind of rank on each of its stages, in the order of stages."""
+    steps = []
+    for traced in traces.kinds:
+        for stage in traced.kind.stages:
+            steps.append(RankStep(traced, stage, pipeline, on, traces.overlap))
+    return sorted(steps, key=lambda step: step.stage)
+
+
 def layout_words(layout: ParallelConfig, world_size: int) -> str:
     """Return the degrees of a layout, for example `tensor 4, pipeline 8, expert 32, data 4`; those of 1 are left out."""
     degrees = {
@@ -74,12 +78,10 @@ def layout_words(layout: ParallelConfig, world_size: int) -> str:
 def rank_forecast(step: RankStep) -> RankForecast:
     """Return what is known of a kind of rank."""
     kind, trace, memory = step.traced.kind, step.trace, step.memory
-    ranks = kind.ranks // len(kind.stages)
-    per_stage = trace.world_size // step.pipeline.stages
     return RankForecast(
         stage=step.stage,
-        rank=trace.rank + (step.stage - trace.stage) * per_stage,
-        ranks=ranks,
+        rank=step.rank,
+        ranks=kind.ranks // len(kind.stages),
         description=kind.description,
         memory=memory.by_category,
         peak_bytes=memory.bytes,

@@ -1,20 +1,21 @@
 """About how long a step takes in a layout, and about how much its activations take: to order layouts before any is traced.
 
-What is true of a layout its trace says. No torch.
+What is true of a layout its trace says.
 """
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Final
 
 from visionloom.forecast.machine import Machine
 from visionloom.forecast.search.bounds import expert_ranks, stage_layers
 from visionloom.model.flops import StepWork, language_flops, step_flops, vision_flops
+from visionloom.model.loss import BLOCK_ROWS
 from visionloom.parallel.config import ParallelConfig
 from visionloom.train.config import RunConfig
 
-LAUNCHES: Final = 170
-"""Kernels of a block or layer, forward and backward: 9,259 for the 24 blocks and 28 layers of 2B (traced)."""
+DENSE_LAUNCHES, MIXTURE_LAUNCHES, BLOCK_LAUNCHES = 168, 250, 94
+"""Kernels of a decoder layer, forward and backward, and of a block of the tower: 6,052 for the 36 layers of 8B, 11,999 for
+the 48 of 30B, and 2,528 more for the 27 blocks (traced)."""
 BF16, FP32 = 2, 4
 """Bytes of an activation, and of a value of the loss."""
 
@@ -44,20 +45,25 @@ class Estimates:
         return passes + self._transfer(reduced, stage)
 
     def activation_bytes(self, layout: ParallelConfig) -> float:
-        """Return what the fuller of the first and the last stage keeps for its backward passes."""
-        text = self.config.model.text
-        held = stage_layers(layout, text.layers)
-        shared = layout.tensor * layout.context
-        layer = self._tokens / shared * self._layer_width(layout) * BF16
+        """Return what the fuller of the first and the last stage keeps for its backward passes, and needs for the loss."""
+        held = stage_layers(layout, self.config.model.text.layers)
+        tokens = self._tokens / (layout.tensor * layout.context)
+        layer = tokens * self._layer_width(layout) * BF16
         if layout.offload_activations:
             layer = 0.0
-        patch = self._tower_width(layout) * BF16
-        tower = self.work.patches / layout.encoder_ranks * patch
-        logits = self.work.supervised_tokens / layout.context * text.vocab_size / layout.tensor
+        tower = self.work.patches / layout.encoder_ranks * self._tower_width(layout) * BF16
+
         # The first stage keeps a micro-batch for each stage; interleaved, one round of chunks more.
         more = (layout.pipeline - 1) / layout.chunks if layout.chunks > 1 else 0.0
         first = (layout.pipeline + more) * (layer * held[0] + tower)
-        return max(first, layer * held[-1] + logits * (BF16 + FP32))
+        last = first if layout.pipeline == 1 else layer * held[-1]
+        return max(first, last + self._loss_bytes(layout))
+
+    def _loss_bytes(self, layout: ParallelConfig) -> float:
+        """Return what the output layer needs: the gradient of its matrix, and a block of logits, both in bf16 and fp32."""
+        text = self.config.model.text
+        rows = text.hidden_size + min(BLOCK_ROWS, self.work.supervised_tokens / layout.context)
+        return rows * text.vocab_size / layout.tensor * (BF16 + FP32)
 
     @cached_property
     def flops(self) -> dict[str, float]:
@@ -74,26 +80,26 @@ class Estimates:
         return phase.sequence_length * phase.micro_batch
 
     def _layer_width(self, layout: ParallelConfig) -> float:
-        """Return the values of a token that a decoder layer keeps."""
+        """Return the values of a token that a decoder layer keeps, within 6 % of traces of 8B and 30B."""
         text = self.config.model.text
         if layout.recompute == "full":
             return text.hidden_size
-        # Inputs of norms and products; queries, keys and values before and after their norms.
+        # Inputs of norms (in fp32 too) and of products; queries, keys and values before and after their norms.
         queries, keys = text.heads * text.head_dim, text.kv_heads * text.head_dim
-        attention = 4 * text.hidden_size + 3 * queries + 4 * keys
+        attention = 9 * text.hidden_size + 3 * queries + 4 * keys
         if not text.experts:
             return attention + 4 * text.ffn_hidden_size
         if layout.recompute == "selective":
             return attention
-        copies = 2 * text.hidden_size + 4 * text.expert_ffn_hidden_size
+        copies = 2 * text.hidden_size + 3 * text.expert_ffn_hidden_size
         return attention + text.experts_per_token * copies
 
     def _tower_width(self, layout: ParallelConfig) -> float:
-        """Return the values of a patch that the whole tower keeps."""
+        """Return the values of a patch that the whole tower keeps, within 2 % of a trace of 8B."""
         vision = self.config.model.vision
         block = vision.hidden_size
         if layout.recompute != "full":
-            block = 9 * vision.hidden_size + 2 * vision.ffn_hidden_size
+            block = 12 * vision.hidden_size + 2 * vision.ffn_hidden_size
         return float(vision.depth * block)
 
     def _stage_seconds(self, layout: ParallelConfig) -> list[float]:
@@ -107,10 +113,12 @@ class Estimates:
         tower_seconds = tower / layout.encoder_ranks / speed
 
         # However small its products are, each kernel must be launched.
-        launches = LAUNCHES * self.machine.launch
-        layer = max(language, launches) + self._layer_transfers(layout)
+        passes = 1.5 if layout.recompute == "full" else 1.0
+        launch = self.machine.launch * passes
+        launches = MIXTURE_LAUNCHES if model.text.experts else DENSE_LAUNCHES
+        layer = max(language, launches * launch) + self._layer_transfers(layout)
         stages = [layers * layer for layers in stage_layers(layout, model.text.layers)]
-        stages[0] += max(tower_seconds, model.vision.depth * launches)
+        stages[0] += max(tower_seconds, model.vision.depth * BLOCK_LAUNCHES * launch)
         stages[-1] += flops["output"] / shared / speed
         return [seconds + self._stage_transfers(layout) for seconds in stages]
 

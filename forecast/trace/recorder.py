@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from visionloom.forecast.trace.axes import NAMES, Axes, group_in, moved_bytes, tensors_in
-from visionloom.forecast.trace.devices import Device, HostCopies
+from visionloom.forecast.trace.devices import META, Device, HostCopies
 from visionloom.forecast.trace.events import (
     Category,
     Collective,
@@ -33,6 +33,7 @@ from visionloom.forecast.trace.events import (
 )
 from visionloom.forecast.trace.memory import Ledger
 from visionloom.forecast.trace.operations import Call, cost_of, dtype_of, kind_of
+from visionloom.forecast.trace.shapes import ShapeRules
 from visionloom.forecast.trace.values import StatedValues
 from visionloom.parallel.parts import OTHER, PREFIX
 
@@ -89,6 +90,7 @@ class Recorder(TorchDispatchMode):
         self.mixed: Counter[tuple[str, str]] = Counter()
         self.recomputing = 0
         """Calls of modules that a backward pass has begun and that have not ended."""
+        self._shapes = ShapeRules()
         self._open: _OpenSlot | None = None
         self._ranges: list[tuple[str, bool]] = []
         """Ranges that are open: the part of the step, and whether a backward pass has opened it."""
@@ -191,7 +193,10 @@ class Recorder(TorchDispatchMode):
             (inputs if self.device.holds(tensor) else others).append(tensor)
         if inputs and self.device.imagined and asks(call):
             return self._answer(call)
-        result = self._run(call)
+        mixes = bool(inputs) and any(tensor.dim() for tensor in others)
+        # A GPU would refuse it here; the trace goes on, so as to name all that is wrong.
+        sent = mixes and self.device.imagined and call.name not in COPIES
+        result = self._run(on_device(call) if sent else call)
         if self.copies is not None and self.copies.copies_down:
             self._record(call, inputs, [], crosses=True)
             self._wait("copy to the host")
@@ -290,7 +295,7 @@ class Recorder(TorchDispatchMode):
     def _run(self, call: Call) -> Any:
         """Run an operation, with the experts that are stated."""
         if self.values is None or call.name != "aten::topk" or call.args[0].dim() != 2:
-            return call.run()
+            return self._shapes.run(call) if self.device.imagined else call.run()
         scores, each = call.args[:2]
         choice = self.values.choose(scores, each)
         if not self.device.imagined:
@@ -306,8 +311,9 @@ class Recorder(TorchDispatchMode):
         part, direction = self._place()
         # A CPU copies by clone what goes to a device by `to`.
         name = "aten::_to_copy" if crosses and call.name == "aten::clone" else call.name
-        for tensor in outputs:
-            self.ledger.see(tensor, part, direction, name)
+        if not call.kind.is_view:
+            for tensor in outputs:
+                self.ledger.see(tensor, part, direction, name)
         if self._open is None or not call.kind.launches:
             return
         cost = cost_of(call, inputs, outputs)
@@ -404,6 +410,20 @@ def tensors_of(values: Sequence[Any]) -> list[Tensor]:
         elif isinstance(value, list | tuple):
             tensors += [item for item in value if isinstance(item, Tensor)]
     return tensors
+
+
+def on_device(call: Call) -> Call:
+    """Return a call with all its tensors on the imagined device."""
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(META)
+        if isinstance(value, list | tuple):
+            return type(value)(map(moved, value))
+        return value
+
+    kwargs = {name: moved(value) for name, value in call.kwargs.items()}
+    return Call(call.kind, call.func, moved(call.args), kwargs)
 
 
 def asks(call: Call) -> bool:

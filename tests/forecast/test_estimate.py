@@ -99,15 +99,15 @@ def test_a_short_trace_stands_for_the_whole_step(pipeline: Pipeline) -> None:
 
 def test_earlier_stages_hold_more_micro_batches() -> None:
     """Stage s of p has p - s of them in flight (1F1B)."""
-    forecast = forecast_of(phase(*stages_of(Pipeline(4, 1, 1)), micro_batches=12), "h100")
+    forecast = forecast_of(phase(*stages_of(Pipeline(12, 1, 1)), micro_batches=24), "h100")
     held = [rank.peak_bytes for rank in forecast.ranks]
-    assert held == [HELD + (4 - stage) * SAVED + INSIDE for stage in range(4)]
-    first = forecast.ranks[0].alive
-    more = AliveTensors(
-        Category.ACTIVATIONS, LANGUAGE, "of more micro-batches in flight", 3 * SAVED, 1
-    )
-    assert more in first
-    assert list(first) == sorted(first, key=lambda each: -each.bytes)
+    assert held == [HELD + (12 - stage) * SAVED + INSIDE for stage in range(12)]
+    # Those of eleven more are now the largest.
+    name = "of more micro-batches in flight"
+    more = AliveTensors(Category.ACTIVATIONS, LANGUAGE, name, 11 * SAVED, 1)
+    assert 11 * SAVED > HELD
+    assert [each.bytes for each in forecast.ranks[0].alive] == [11 * SAVED, HELD]
+    assert forecast.ranks[0].alive[0] == more
 
 
 def test_stages_that_hold_as_much_share_a_trace() -> None:
@@ -206,6 +206,16 @@ def test_a_message_goes_to_the_pipeline_s_neighbours() -> None:
     trace = replace(trace, rank=12, slots=slots, groups=groups)
     step = RankStep(traced_kind(trace), 1, Pipeline(2, 1, 1), machine("h100"), Overlap())
     assert step.message() == message_seconds(size, 12, 4, machine("h100"))
+
+
+@pytest.mark.parametrize(("ranks", "slowest"), [((0, 7, 8), 8), ((0, 8, 9), 0), ((0, 1, 2), 2)])
+def test_the_slower_link_of_a_stage_counts(ranks: tuple[int, int, int], slowest: int) -> None:
+    """Nodes of eight ranks: between 7 and 8 is a network."""
+    size = 1 << 30
+    trace = with_messages(one_step(Pipeline(3, 1, 1), 1), size)
+    trace = replace(trace, groups={"pipeline": ranks})
+    step = RankStep(traced_kind(trace), 1, Pipeline(3, 1, 1), machine("h100"), Overlap())
+    assert step.message() == message_seconds(size, ranks[1], slowest, machine("h100"))
 
 
 def test_messages_cost_what_is_missing_without_them() -> None:

@@ -192,4 +192,26 @@ def test_estimated_activations_follow_the_layout() -> None:
     assert held(offload_activations=True) < 0.5 * held()
     mixture = replace(of, config=run_of("qwen3vl_30b_a3b"))
     experts, attention = ParallelConfig(), ParallelConfig(recompute="selective")
-    assert mixture.activation_bytes(experts) > 2 * mixture.activation_bytes(attention)
+    assert mixture.activation_bytes(experts) > 1.5 * mixture.activation_bytes(attention)
+
+
+@pytest.mark.parametrize(
+    ("model", "supervised", "patches", "layout", "traced"),
+    [
+        ("qwen3vl_8b", 1861, 17864, {}, 80.42),
+        ("qwen3vl_8b", 1861, 17864, {"recompute": "full"}, 8.50),
+        ("qwen3vl_8b", 1861, 17864, {"tensor": 2}, 40.67),
+        ("qwen3vl_8b", 4095, 0, {}, 60.59),
+        ("qwen3vl_8b", 4095, 0, {"recompute": "full"}, 6.79),
+        ("qwen3vl_30b_a3b", 4095, 0, {"expert": 16}, 60.97),
+        ("qwen3vl_30b_a3b", 1861, 17864, {"expert": 16, "recompute": "selective"}, 42.43),
+    ],
+)
+def test_estimated_activations_are_near_traced_ones(
+    model: str, supervised: int, patches: int, layout: dict[str, object], traced: float
+) -> None:
+    """What a traced step of 8,192 tokens needed on top of its memory at rest, in GiB."""
+    work = StepWork(8192, supervised, 0, patches, 0)
+    of = Estimates(run_of(model), "p", WORLD, GPU, work)
+    estimated = of.activation_bytes(ParallelConfig(**layout)) / GIB  # type: ignore[arg-type]
+    assert estimated == pytest.approx(traced, rel=0.15)
