@@ -49,7 +49,15 @@ def shares(cases: list[tuple[ParallelConfig, int, int]]) -> list[Share]:
 
 LAYOUTS = {
     "tensor 2": (["parallel.tensor=2"], 8),
-    "no sequence": (["parallel.tensor=2", "parallel.sequence=false"], 8),
+    "no sequence": (
+        [
+            "parallel.tensor=2",
+            "parallel.sequence=false",
+            "parallel.context=4",
+            "data.sample_token_multiple=8",
+        ],
+        16,
+    ),
     "context 2": (["parallel.context=2", "data.sample_token_multiple=4"], 16),
     "pipeline 4": (["parallel.pipeline=4", "parallel.tensor=2"], 16),
     "virtual": (["parallel.pipeline=2", "parallel.virtual_pipeline=3"], 4),
@@ -76,6 +84,8 @@ def test_ranks_encode_what_their_topology_says(
         for layout, order in zip(layouts, orders, strict=True)
     ]
     (expected,) = pool.run(1, shares, cases)
+    # A rank in the middle of its encoder ranks is among them.
+    assert any(0 < share.encoder_rank for share in expected)
     for order, share in zip(orders, expected, strict=True):
         assert order.share.encoder_ranks == share.encoder_ranks
         assert order.share.encoder_rank == share.encoder_rank

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from visionloom.forecast.show.document import document
-from visionloom.tests.forecast.made import good_forecast, run_forecast
+from visionloom.tests.forecast.made import good_forecast, hostile_forecast, run_forecast
 
 DOCS = Path(__file__).resolve().parents[3] / "docs"
 
@@ -53,6 +53,10 @@ def test_the_verdict_and_the_sums_are_of_all_phases() -> None:
     assert written["days"] == 2 * 1000 * 4.0 / 86_400
     assert written["gpu_hours"] == 16 * 2 * 1000 * 4.0 / 3600
     assert not document(run_forecast())["can_run"]
+    # An operation that mixes tensors fails on a GPU, however much room there is.
+    mixed = hostile_forecast("x")
+    assert max(rank.peak_bytes for rank in mixed.phases[0].ranks) < mixed.gpu_bytes
+    assert not document(mixed)["can_run"]
 
 
 def test_the_documentation_names_every_key() -> None:
