@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visionloom.forecast.trace.devices import META
 from visionloom.forecast.trace.operations import Call
+
+META = torch.device("meta")
 
 RESHAPES_ITSELF = {
     "aten::set_",

@@ -1,40 +1,22 @@
-"""Tell tensors of the device from those of the host: by torch's `meta` device, or on a CPU, where both look alike, by marks."""
+"""The recorder of a real rank on a CPU: tensors of its device are marked, since host and device are one memory."""
 
 import weakref
-from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-META = torch.device("meta")
-
-
-class Device(Protocol):
-    """What a recorder asks about the device whose operations it records."""
-
-    imagined: bool
-    """Tensors have no content: nothing is computed and nothing is sent."""
-
-    def holds(self, tensor: Tensor) -> bool:
-        """Return whether a tensor is on the device."""
-
-    def made(self, outputs: Iterable[Tensor], on_device: bool) -> None:
-        """Take note of new tensors."""
-
-
-class MetaDevice:
-    """The device of an imagined rank: torch's meta device."""
-
-    imagined = True
-
-    def holds(self, tensor: Tensor) -> bool:
-        """Return whether a tensor is on the meta device."""
-        return tensor.is_meta
-
-    def made(self, outputs: Iterable[Tensor], on_device: bool) -> None:
-        """Do nothing: a tensor knows its device."""
+from visionloom.forecast.trace.operations import Call
+from visionloom.forecast.trace.recorder import (
+    COPIES,
+    ITEM,
+    SHAPE,
+    SHAPED_BY_CONTENT,
+    Recorder,
+    tensors_of,
+)
+from visionloom.forecast.trace.values import StatedValues
 
 
 class MarkedDevice:
@@ -44,8 +26,6 @@ class MarkedDevice:
     `.to(device)` returns (see `HostCopies`).
     """
 
-    imagined = False
-
     def __init__(self) -> None:
         self.marked: dict[int, Any] = {}
 
@@ -53,18 +33,70 @@ class MarkedDevice:
         """Return whether a tensor's storage is marked."""
         return tensor.untyped_storage()._cdata in self.marked
 
-    def made(self, outputs: Iterable[Tensor], on_device: bool) -> None:
-        """Mark tensors of the device."""
-        if on_device:
-            for tensor in outputs:
-                self.mark(tensor)
-
     def mark(self, tensor: Tensor) -> None:
         """Mark a tensor's storage for as long as it lives."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self.marked:
             self.marked[key] = weakref.ref(storage, lambda _: self.marked.pop(key, None))
+
+
+class RealRecorder(Recorder):
+    """Records a rank that computes and sends."""
+
+    def __init__(self, device: MarkedDevice, copies: "HostCopies", values: StatedValues) -> None:
+        """Record.
+
+        Args:
+            device: knows which tensors are on it.
+            copies: knows what goes to the device and comes from it.
+            values: say which experts tokens choose, as on an imagined rank.
+        """
+        super().__init__()
+        self.device, self.copies, self.values = device, copies, values
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Return whether a tensor is marked."""
+        return self.device.holds(tensor)
+
+    def operation(self, call: Call, inputs: list[Tensor], hosts: list[Tensor]) -> Any:
+        """Run an operation, and record it if it ran on the device."""
+        result = self._run(call)
+        if self.copies.copies_down:
+            self.record(call, inputs, [], crosses=True)
+            self.wait("copy to the host")
+            return result
+        if not self._ran_there(bool(inputs), bool(hosts)):
+            return result
+
+        outputs = tensors_of((result,))
+        for tensor in outputs:
+            self.device.mark(tensor)
+        self.record(call, inputs, outputs, crosses=self.copies.copies_up)
+        if call.name == ITEM or call.name in SHAPED_BY_CONTENT:
+            self.wait("item" if call.name == ITEM else SHAPE)
+        if inputs and call.name not in COPIES and any(tensor.dim() for tensor in hosts):
+            self.mixes(call.name)
+        return result
+
+    def _ran_there(self, takes_device: bool, takes_hosts: bool) -> bool:
+        """Return whether an operation ran on the device, by the tensors that it took."""
+        if takes_device or takes_hosts:
+            return takes_device or self.copies.copies_up
+        # Autograd knows no host: what it makes in a backward pass is a gradient.
+        return self.copies.makes_on_device or torch._C._current_autograd_node() is not None
+
+    def _run(self, call: Call) -> Any:
+        """Run an operation; the experts of tokens are stated."""
+        if call.name != "aten::topk" or call.args[0].dim() != 2:
+            return call.run()
+        scores, each = call.args[:2]
+        choice = self.values.choose(scores, each)
+        return scores.gather(1, choice), choice.clone()
+
+    def send(self, name: str, call: Call) -> Any:
+        """Send what a collective sends."""
+        return call.run()
 
 
 class HostCopies(TorchFunctionMode):
@@ -99,7 +131,8 @@ class HostCopies(TorchFunctionMode):
         if isinstance(kwargs.get("device"), torch.device):
             made = self._with("makes_on_device", func, args, kwargs)
             # torch.tensor makes a tensor of the host first.
-            self.device.made([made] if isinstance(made, Tensor) else [], on_device=True)
+            if isinstance(made, Tensor):
+                self.device.mark(made)
             return made
         return func(*args, **kwargs)
 
