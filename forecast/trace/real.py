@@ -1,6 +1,8 @@
 """The recorder of a real rank on a CPU: tensors of its device are marked, since host and device are one memory."""
 
+import contextlib
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -129,21 +131,26 @@ class HostCopies(TorchFunctionMode):
             copy = self._copy(args[0], "copies_down")
             return copy if name == "cpu" else func(copy)
         if isinstance(kwargs.get("device"), torch.device):
-            made = self._with("makes_on_device", func, args, kwargs)
+            with self._set("makes_on_device"):
+                made = func(*args, **kwargs)
             # torch.tensor makes a tensor of the host first.
             if isinstance(made, Tensor):
                 self.device.mark(made)
             return made
         return func(*args, **kwargs)
 
-    def _copy(self, tensor: Tensor, way: str) -> Any:
-        return self._with(way, torch.clone, (tensor.detach(),), {})
+    def _copy(self, tensor: Tensor, way: str) -> Tensor:
+        """Copy a tensor to the device or from it."""
+        with self._set(way):
+            return torch.clone(tensor.detach())
 
-    def _with(self, flag: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    @contextlib.contextmanager
+    def _set(self, flag: str) -> Iterator[None]:
+        """Set one of the flags above for what runs inside."""
         before = getattr(self, flag)
         setattr(self, flag, True)
         try:
-            return func(*args, **kwargs)
+            yield
         finally:
             setattr(self, flag, before)
 
