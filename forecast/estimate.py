@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from visionloom.forecast.faults import memory_faults, mixed_faults, wait_notes
-from visionloom.forecast.machine import Machine, machine
+from visionloom.forecast.machine import Machine
 from visionloom.forecast.phase_traces import PhaseTraces
 from visionloom.forecast.rank_step import RankStep
 from visionloom.forecast.results import (
@@ -20,9 +20,8 @@ from visionloom.forecast.trace.events import SlotKind
 from visionloom.parallel.config import ParallelConfig
 
 
-def estimate(traces: PhaseTraces, gpu: str) -> PhaseForecast:
-    """Return the forecast of a phase on a GPU, by its name; UserError if there is none of that name."""
-    on = machine(gpu)
+def estimate(traces: PhaseTraces, gpu: str, on: Machine) -> PhaseForecast:
+    """Return the forecast of a phase on a machine; `gpu`: its name."""
     layout = traces.layout
     pipeline = Pipeline(layout.pipeline, layout.chunks, traces.micro_batches)
     steps = rank_steps(traces, pipeline, on)
