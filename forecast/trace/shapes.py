@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visionloom.forecast.trace.devices import META
 from visionloom.forecast.trace.operations import Call
+
+META = torch.device("meta")
 
 RESHAPES_ITSELF = {
     "aten::set_",
@@ -24,7 +25,7 @@ RESHAPES_ITSELF = {
 }
 """Operations in place that change the tensor itself, and not its content."""
 
-Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]
+TensorLayout = tuple[torch.Size, tuple[int, ...], torch.dtype]
 """Shape, strides and dtype of a new tensor."""
 
 
@@ -32,7 +33,7 @@ class ShapeRules:
     """The results of operations by the shapes of what they take."""
 
     def __init__(self) -> None:
-        self._results: dict[Any, tuple[Layout, ...] | None] = {}
+        self._results: dict[Any, tuple[TensorLayout, ...] | None] = {}
         """Layouts of the tensors that an operation makes; None where it returns its first input."""
 
     def run(self, call: Call) -> Any:
@@ -40,7 +41,8 @@ class ShapeRules:
         kind = call.kind
         if kind.is_view or call.func.namespace != "aten" or kind.name in RESHAPES_ITSELF:
             return call.run()
-        key = (call.func, described(call.args), described(tuple(sorted(call.kwargs.items()))))
+        named = tuple(sorted(call.kwargs.items()))
+        key = (call.func, described(call.args), described(named))
         try:
             known = key in self._results
         except TypeError:
@@ -52,7 +54,7 @@ class ShapeRules:
         self._learn(key, call, result)
         return result
 
-    def _repeat(self, call: Call, layouts: tuple[Layout, ...] | None) -> Any:
+    def _repeat(self, call: Call, layouts: tuple[TensorLayout, ...] | None) -> Any:
         if layouts is None:
             return call.args[0]
         made = [
