@@ -56,22 +56,26 @@ def forecast_run(request: PlanRequest, progress: PartProgress) -> RunForecast:
     Raises:
         UserError: for what its data would be refused for, and for packs too short for any sample of a mixture.
     """
-    config = request.config
-    if config.run.precision == "auto":
-        # A plan is for GPUs, where it is this.
-        config = replace(config, run=replace(config.run, precision="bf16"))
-    request = replace(request, config=config)
-
+    request = on_gpus(request)
     phases = {name: ImaginedPhase.of(request, name) for name in request.phases}
     orders = [order for phase in phases.values() for order in phase.orders()]
     traces = trace_all(orders, progress)
     return RunForecast(
-        name=config.run.name,
+        name=request.config.run.name,
         world_size=request.world_size,
         gpu=request.gpu,
         gpu_bytes=request.machine.usable_bytes,
         phases=tuple(phase.forecast(traces[name]) for name, phase in phases.items()),
     )
+
+
+def on_gpus(request: PlanRequest) -> PlanRequest:
+    """Return the request with the precision that `auto` is on a GPU."""
+    run = request.config.run
+    if run.precision != "auto":
+        return request
+    config = replace(request.config, run=replace(run, precision="bf16"))
+    return replace(request, config=config)
 
 
 def trace_all(orders: Sequence[TraceOrder], progress: PartProgress) -> dict[str, Traces]:

@@ -6,7 +6,6 @@ from html import escape
 from typing import Final
 
 from visionloom.forecast.results import Span
-from visionloom.forecast.trace.events import SlotKind
 
 WIDTH: Final = 1000
 LABELS: Final = 230
@@ -61,15 +60,22 @@ def stacked_bars(names: Sequence[str], bars: Sequence[StackedBar], limit: float 
 
 def _bar(names: Sequence[str], bar: StackedBar, top: int, scale: float) -> str:
     """Return the shapes of one bar."""
-    shapes = [_text(0, top, shortened(bar.label), title=bar.label)]
+    end = LABELS + sum(bar.pieces) * scale
+    label = _text(0, top, shortened(bar.label), title=bar.label)
+    total = _text(end + 8, top, bar.total, "over" if bar.too_long else "")
+    return label + _pieces(names, bar.pieces, top, scale) + total
+
+
+def _pieces(names: Sequence[str], pieces: Sequence[float], top: int, scale: float) -> str:
+    """Return the pieces of a bar end to end."""
+    shapes = ""
     x = float(LABELS)
-    for number, (name, piece) in enumerate(zip(names, bar.pieces, strict=True)):
+    for number, (name, piece) in enumerate(zip(names, pieces, strict=True)):
         box = FilledBox(x, top + (ROW - BAR) / 2, piece * scale, BAR)
         if piece > 0:
-            shapes.append(box.svg(f"piece-{number % COLOURS}", name))
+            shapes += box.svg(f"piece-{number % COLOURS}", name)
         x += box.width
-    shapes.append(_text(x + 8, top, bar.total, "over" if bar.too_long else ""))
-    return "".join(shapes)
+    return shapes
 
 
 def shortened(label: str) -> str:
@@ -108,10 +114,9 @@ def _pass(span: Span, scale: float) -> str:
     seconds = span.end - span.start
     top = ROW * span.stage
     box = FilledBox(STAGE_LABELS + span.start * scale, top + 2, seconds * scale, ROW - 4)
-    kind = "forward" if span.kind is SlotKind.FORWARD else "backward"
-    title = f"{kind} {span.micro_batch}, chunk {span.chunk}: {seconds:.4f} s"
+    title = f"{span.kind} {span.micro_batch}, chunk {span.chunk}: {seconds:.4f} s"
     opacity = max(0.4, 1 - 0.2 * max(0, span.chunk))
-    shape = box.svg(kind, title, opacity)
+    shape = box.svg(str(span.kind), title, opacity)
     # A number of up to three digits takes 20 units.
     if box.width >= 20:
         shape += _text(box.x + box.width / 2, top, f"{span.micro_batch}", "inside")

@@ -161,17 +161,23 @@ def alive(phase: PhaseForecast) -> str:
     """Return the tensors that are alive at the fullest moment of each kind of rank, the largest first."""
     tables = []
     for rank in phase.ranks:
-        rows = []
-        for tensors in rank.alive[:ALIVE_SHOWN]:
-            names = (str(tensors.category), tensors.part, tensors.name)
-            row = [escape(name) for name in names]
-            rows.append([*row, f"{tensors.count:,}", gibibytes(tensors.bytes)])
-        if rows:
-            tables.append(table(ALIVE_COLUMNS, rows, escape(kind_of_rank(rank)), "numbers"))
+        if rows := alive_rows(rank):
+            name = escape(kind_of_rank(rank))
+            tables.append(table(ALIVE_COLUMNS, rows, name, "numbers"))
     if not tables:
         return ""
     body = f'<div class="two">{"".join(tables)}</div>'
     return section(f"{escape(phase.phase)}: alive at the fullest moment", body, NOTICE)
+
+
+def alive_rows(rank: RankForecast) -> list[list[str]]:
+    """Return the cells of ALIVE_COLUMNS, the largest tensors first."""
+    rows = []
+    for tensors in rank.alive[:ALIVE_SHOWN]:
+        names = (str(tensors.category), tensors.part, tensors.name)
+        row = [escape(name) for name in names]
+        rows.append([*row, f"{tensors.count:,}", gibibytes(tensors.bytes)])
+    return rows
 
 
 def host(phase: PhaseForecast) -> str:

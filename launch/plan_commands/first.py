@@ -19,7 +19,7 @@ from visionloom.forecast.machine import machine, machine_names
 from visionloom.forecast.show.document import JSON
 from visionloom.launch import environment
 from visionloom.launch.exit import CANNOT_RUN
-from visionloom.train.config import RunConfig
+from visionloom.train.config import RunConfig, RunSection
 
 GIB: Final = 2**30
 ON_CPUS: Final = "h100"
@@ -40,10 +40,9 @@ def check_plan(config: RunConfig, argv: Sequence[str]) -> None:
     """
     if not config.run.plan or os.environ.get("RANK", "0") != "0":
         return
-    on_gpus = environment.trains_on_gpus(config.run.device)
-    words = words_of_card(config.run.gpu) if on_gpus else words_of_memory(config.run.precision)
     say("planning the run before it starts (run.plan=true)")
-    plan = plan_of([*argv, *words, f"world={environment.world_size()}"])
+    on_gpus = environment.trains_on_gpus(config.run.device)
+    plan = plan_of([*argv, *words_of_machine(config.run)])
     if not plan["can_run"]:
         faults = "; ".join(plan["faults"])
         raise UserError(f"run.plan=true: {faults}; or start without a plan, run.plan=false")
@@ -59,6 +58,13 @@ def prediction(plan: dict[str, Any], phase: dict[str, Any], timed: bool) -> str:
         return line
     speed = phase["tokens_per_second"]
     return f"{line}, {phase['step_seconds']:.2f} s a step, {speed:,.0f} tokens/s"
+
+
+def words_of_machine(run: RunSection) -> list[str]:
+    """Return the words that tell the planner of the ranks, and of what each has."""
+    on_gpus = environment.trains_on_gpus(run.device)
+    words = words_of_card(run.gpu) if on_gpus else words_of_memory(run.precision)
+    return [*words, f"world={environment.world_size()}"]
 
 
 def words_of_card(chosen: str) -> list[str]:
