@@ -5,6 +5,7 @@
 # make parity every layout of the parallel axes against one process, as a table
 # make faults ranks killed at random moments, broken disks and files
 # make bench-data  the data system's goals in one table, beside the peers (QUICK=1: rough figures)
+# make plans  every shipped recipe planned on the GPUs that its header states, into docs/plans.md; fails where one does not fit
 # make lint   only the checks that run no test
 # Each makes .venv and installs on its first run.
 
@@ -13,7 +14,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PYTHONPATH := $(CURDIR)/.link$(if $(PYTHONPATH),:$(PYTHONPATH))
 DEMO_DATA := runs/demo-data
 
-.PHONY: demo test proofs parity faults bench-data lint format install
+.PHONY: demo test proofs parity faults plans bench-data lint format install
 .DEFAULT_GOAL := test
 
 install: .venv/installed
@@ -42,6 +43,9 @@ parity: .venv/installed
 
 faults: .venv/installed
 	pytest -m faults
+
+plans: .venv/installed
+	@OMP_NUM_THREADS=1 python launch/plan.py table docs/plans.md
 
 .venv/bench: .venv/installed
 	@python -m uv pip install --quiet --python .venv/bin/python -e '.[dev,demo,bench]' -c constraints.txt || \

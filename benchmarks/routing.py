@@ -173,8 +173,8 @@ def choose_as(scores: str) -> None:
 
 def run_rank(folder: Path, scores: str, seed: int, steps: int, layout: str) -> None:
     """Train on this rank and write losses, choices and margins."""
+    from visionloom.common.quiet import quiet_libraries
     from visionloom.launch.configure import compose
-    from visionloom.launch.quiet import quiet_libraries
 
     quiet_libraries()
     import torch

@@ -8,7 +8,7 @@ is left out. Imports no torch.
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -155,19 +155,31 @@ def work_seconds(
 ) -> WorkSeconds:
     """Return where the time of slots that follow each other goes; `groups`: ranks by axis, as in RankTrace."""
     parts: dict[str, float] = defaultdict(float)
-    communication: dict[str, float] = defaultdict(float)
-    operations = [each for slot in slots for each in slot.operations]
-    collectives = [each for slot in slots for each in slot.collectives]
-    for operation, count in operations:
+    launches = 0
+    for operation, count in operations_of(slots):
         parts[operation.part] += count * operation_seconds(operation, machine)
-    for collective, count in collectives:
+        launches += count
+    communication: dict[str, float] = defaultdict(float)
+    for collective, count in collectives_of(slots):
+        launches += count
         ranks = groups[collective.axis]
         if collective.name not in MESSAGES and len(ranks) > 1:
             seconds = collective_seconds(collective, ranks, machine)
             communication[collective.axis] += count * seconds
 
     # The host runs ahead of the device, so that only all launches together can be too slow.
-    launches = sum(count for _, count in (*operations, *collectives))
     device = sum(parts.values()) + sum(communication.values())
     waits = max(0.0, launches * machine.launch - device)
     return WorkSeconds(dict(parts), dict(communication), waits, launches)
+
+
+def operations_of(slots: Iterable[Slot]) -> Iterator[tuple[Operation, int]]:
+    """Yield the operations of slots with their counts."""
+    for slot in slots:
+        yield from slot.operations
+
+
+def collectives_of(slots: Iterable[Slot]) -> Iterator[tuple[Collective, int]]:
+    """Yield the collectives and messages of slots with their counts."""
+    for slot in slots:
+        yield from slot.collectives

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from visionloom.forecast.faults import memory_faults, mixed_faults, wait_notes
-from visionloom.forecast.machine import machine
+from visionloom.forecast.machine import Machine
 from visionloom.forecast.phase_traces import PhaseTraces
 from visionloom.forecast.rank_step import RankStep
 from visionloom.forecast.results import (
@@ -20,17 +20,11 @@ from visionloom.forecast.trace.events import SlotKind
 from visionloom.parallel.config import ParallelConfig
 
 
-def estimate(traces: PhaseTraces, gpu: str) -> PhaseForecast:
-    """Return the forecast of a phase on a GPU, by its name; UserError if there is none of that name."""
-    on = machine(gpu)
+def estimate(traces: PhaseTraces, gpu: str, on: Machine) -> PhaseForecast:
+    """Return the forecast of a phase on a machine; `gpu`: its name."""
     layout = traces.layout
     pipeline = Pipeline(layout.pipeline, layout.chunks, traces.micro_batches)
-    steps = [
-        RankStep(traced, stage, pipeline, on, traces.overlap)
-        for traced in traces.kinds
-        for stage in traced.kind.stages
-    ]
-    steps.sort(key=lambda step: step.stage)
+    steps = rank_steps(traces, pipeline, on)
     step = StepTime.of(pipeline, steps)
 
     ranks = tuple(rank_forecast(each) for each in steps)
@@ -55,6 +49,15 @@ def estimate(traces: PhaseTraces, gpu: str) -> PhaseForecast:
     )
 
 
+def rank_steps(traces: PhaseTraces, pipeline: Pipeline, on: Machine) -> list[RankStep]:
+    """Return the step of each kind of rank on each of its stages, in the order of stages."""
+    steps = []
+    for traced in traces.kinds:
+        for stage in traced.kind.stages:
+            steps.append(RankStep(traced, stage, pipeline, on, traces.overlap))
+    return sorted(steps, key=lambda step: step.stage)
+
+
 def layout_words(layout: ParallelConfig, world_size: int) -> str:
     """Return the degrees of a layout, for example `tensor 4, pipeline 8, expert 32, data 4`; those of 1 are left out."""
     degrees = {
@@ -75,12 +78,10 @@ def layout_words(layout: ParallelConfig, world_size: int) -> str:
 def rank_forecast(step: RankStep) -> RankForecast:
     """Return what is known of a kind of rank."""
     kind, trace, memory = step.traced.kind, step.trace, step.memory
-    ranks = kind.ranks // len(kind.stages)
-    per_stage = trace.world_size // step.pipeline.stages
     return RankForecast(
         stage=step.stage,
-        rank=trace.rank + (step.stage - trace.stage) * per_stage,
-        ranks=ranks,
+        rank=step.rank,
+        ranks=kind.ranks // len(kind.stages),
         description=kind.description,
         memory=memory.by_category,
         peak_bytes=memory.bytes,

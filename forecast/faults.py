@@ -28,15 +28,18 @@ def memory_faults(
     for description, stages in alike.items():
         fullest = max(stages, key=lambda rank: rank.peak_bytes)
         numbers = ", ".join(str(rank.stage) for rank in stages)
-        shares = []
-        for category in sorted(fullest.memory, key=lambda each: -fullest.memory[each])[:SHOWN]:
-            shares.append(f"{category} {_gib(fullest.memory[category])}")
-
         needed, usable = _gib(fullest.peak_bytes), _gib(machine.usable_bytes)
-        where = f"{', '.join(shares)} GiB"
         cures = ", ".join(cures_of(fullest, traces, machine))
-        who = f"stage {numbers} ({description})"
-        yield f"{who} needs {needed} GiB, {gpu} has {usable} usable: {where}; try {cures}"
+        yield (
+            f"stage {numbers} ({description}) needs {needed} GiB, {gpu} has {usable} usable:"
+            f" {largest_of(fullest)} GiB; try {cures}"
+        )
+
+
+def largest_of(rank: RankForecast) -> str:
+    """Return the largest categories of a rank's memory with their GiB: `logits 80.0, weights 1.0`."""
+    largest = sorted(rank.memory.items(), key=lambda item: -item[1])
+    return ", ".join(f"{category} {_gib(size)}" for category, size in largest[:SHOWN])
 
 
 def _gib(size: int) -> str:

@@ -9,7 +9,9 @@ from visionloom.forecast.costs import (
     MESSAGES,
     WorkSeconds,
     collective_seconds,
+    collectives_of,
     message_seconds,
+    operations_of,
     work_seconds,
 )
 from visionloom.forecast.machine import Machine
@@ -19,7 +21,9 @@ from visionloom.forecast.schedule import Pass, Pipeline
 from visionloom.forecast.trace.events import (
     AliveTensors,
     Category,
+    Collective,
     Direction,
+    PeakMemory,
     RankTrace,
     Slot,
     SlotKind,
@@ -32,13 +36,18 @@ class _Stretch:
     """A traced pass with what comes between it and the one before, or what is before or after all passes."""
 
     slots: tuple[Slot, ...]
-    changes: tuple[tuple[int, int], ...]
-    """Of each slot: bytes that it rises above its begin, and bytes that it leaves behind."""
+    before: int
+    """Bytes alive at its begin."""
+
+    @property
+    def rises(self) -> int:
+        """Return the bytes by which its fullest moment is above its begin."""
+        return max(slot.memory.peak for slot in self.slots) - self.before
 
     @property
     def leaves(self) -> int:
-        """Return the bytes that all slots leave behind."""
-        return sum(leaves for _, leaves in self.changes)
+        """Return the bytes that stay after it."""
+        return self.slots[-1].memory.after - self.before
 
 
 @dataclass(frozen=True)
@@ -53,6 +62,12 @@ class RankStep:
     overlap: Overlap
 
     @property
+    def rank(self) -> int:
+        """Return the first rank of the kind on the stage."""
+        per_stage = self.trace.world_size // self.pipeline.stages
+        return self.trace.rank + (self.stage - self.trace.stage) * per_stage
+
+    @property
     def trace(self) -> RankTrace:
         """Return the trace, perhaps of a rank of another stage."""
         return self.traced.trace
@@ -62,17 +77,15 @@ class RankStep:
         """Return what was traced, by pass; BEGIN and END by their kind."""
         stretches: dict[Pass | SlotKind, _Stretch] = {}
         slots: list[Slot] = []
-        changes: list[tuple[int, int]] = []
         level = self.trace.slots[0].memory.before
         for slot in self.trace.slots:
             slots.append(slot)
-            changes.append((slot.memory.peak - level, slot.memory.after - level))
+            if slot.kind is SlotKind.BETWEEN:
+                continue
+            one = Pass(slot.kind, slot.chunk, slot.micro_batch) if slot.chunk >= 0 else slot.kind
+            stretches[one] = _Stretch(tuple(slots), level)
             level = slot.memory.after
-            if slot.kind is not SlotKind.BETWEEN:
-                is_pass = slot.kind in (SlotKind.FORWARD, SlotKind.BACKWARD)
-                one = Pass(slot.kind, slot.chunk, slot.micro_batch) if is_pass else slot.kind
-                stretches[one] = _Stretch(tuple(slots), tuple(changes))
-                slots, changes = [], []
+            slots = []
         assert not slots  # a step ends with its optimizer
         return stretches
 
@@ -131,8 +144,7 @@ class RankStep:
         """Return the seconds of collectives after the last pass that overlap with passes, by axis."""
         shelters = self._shelters()
         hidden: dict[str, float] = defaultdict(float)
-        end = self._stretches[SlotKind.END]
-        for collective, count in (each for slot in end.slots for each in slot.collectives):
+        for collective, count in collectives_of(self._stretches[SlotKind.END].slots):
             key = collective.part, collective.name
             if key in shelters:
                 ranks = self.trace.groups[collective.axis]
@@ -164,22 +176,22 @@ class RankStep:
 
     def message(self) -> float:
         """Return the seconds of a message to another stage; the largest that is sent counts for all."""
-        trace = self.trace
-        messages = [
-            collective
-            for slot in trace.slots
-            for collective, _ in slot.collectives
-            if collective.name in MESSAGES
-        ]
+        messages = self.messages
         size = max((each.bytes for each in messages if each.name == "send"), default=0)
         if not size:
             return 0.0
-
         # With two stages Megatron-core sends one way over the group of all ranks: the smaller is the pipeline's.
-        ranks = min((trace.groups[each.axis] for each in messages), key=len)
-        own = ranks[self.stage]
-        neighbours = {ranks[self.stage - 1], ranks[(self.stage + 1) % len(ranks)]}
-        return max(message_seconds(size, own, each, self.machine) for each in neighbours)
+        ranks = min((self.trace.groups[each.axis] for each in messages), key=len)
+        following = ranks[(self.stage + 1) % len(ranks)]
+        own, previous = ranks[self.stage], ranks[self.stage - 1]
+        times = [message_seconds(size, own, each, self.machine) for each in (following, previous)]
+        return max(times)
+
+    @property
+    def messages(self) -> list[Collective]:
+        """Return the kinds of messages that are sent and received."""
+        calls = [collective for collective, _ in collectives_of(self.trace.slots)]
+        return [each for each in calls if each.name in MESSAGES]
 
     def released_later(self, one: Pass | SlotKind) -> int:
         """Return the bytes that a micro-batch which is not in the trace leaves after a backward pass.
@@ -198,25 +210,12 @@ class RankStep:
     @cached_property
     def memory(self) -> "StepMemory":
         """Return the fullest moment of the step, with all micro-batches that are in flight."""
-        trace = self.trace
-        level = trace.slots[0].memory.before
+        level = self.trace.slots[0].memory.before
         peak = 0
         for one, stretch in zip(self.order, self.stretches(), strict=True):
-            for rises, leaves in stretch.changes:
-                peak = max(peak, level + rises)
-                level += leaves
-            level -= self.released_later(one)
-
-        # More micro-batches in flight than in the trace have saved more activations; at a later stage they are fewer.
-        more = peak - trace.peak.bytes
-        by_category = dict(trace.peak.by_category)
-        by_category[Category.ACTIVATIONS] = by_category.get(Category.ACTIVATIONS, 0) + more
-        alive = list(trace.peak.alive)
-        if more > 0:
-            name = "of more micro-batches in flight"
-            alive.append(AliveTensors(Category.ACTIVATIONS, LANGUAGE, name, more, 1))
-            alive.sort(key=lambda each: -each.bytes)
-        return StepMemory(peak, by_category, tuple(alive))
+            peak = max(peak, level + stretch.rises)
+            level += stretch.leaves - self.released_later(one)
+        return StepMemory.like(self.trace.peak, peak)
 
     @property
     def launches(self) -> int:
@@ -226,13 +225,12 @@ class RankStep:
     @property
     def flops(self) -> float:
         """Return the operations of the step without those that are made again."""
-        return sum(
-            count * operation.flops
-            for stretch in self.stretches()
-            for slot in stretch.slots
-            for operation, count in slot.operations
-            if operation.direction is not Direction.RECOMPUTE
-        )
+        flops = 0.0
+        for stretch in self.stretches():
+            for operation, count in operations_of(stretch.slots):
+                if operation.direction is not Direction.RECOMPUTE:
+                    flops += count * operation.flops
+        return flops
 
 
 @dataclass(frozen=True)
@@ -244,3 +242,16 @@ class StepMemory:
     """Their sum is `bytes`."""
     alive: tuple[AliveTensors, ...]
     """The largest first."""
+
+    @classmethod
+    def like(cls, traced: PeakMemory, size: int) -> "StepMemory":
+        """Return a peak of `size` bytes that has more or fewer micro-batches in flight than a traced one: their activations."""
+        more = size - traced.bytes
+        by_category = dict(traced.by_category)
+        by_category[Category.ACTIVATIONS] = by_category.get(Category.ACTIVATIONS, 0) + more
+        alive = list(traced.alive)
+        if more > 0:
+            name = "of more micro-batches in flight"
+            alive.append(AliveTensors(Category.ACTIVATIONS, LANGUAGE, name, more, 1))
+            alive.sort(key=lambda each: -each.bytes)
+        return cls(size, by_category, tuple(alive))

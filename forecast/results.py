@@ -114,6 +114,20 @@ class RunForecast:
         return self.days * 24 * self.world_size
 
     @property
+    def can_run(self) -> bool:
+        """Return whether every kind of rank fits on its card, and no operation mixes the host's and the device's tensors."""
+        for phase in self.phases:
+            for rank in phase.ranks:
+                if rank.peak_bytes > self.gpu_bytes or rank.mixed:
+                    return False
+        return True
+
+    @property
     def faults(self) -> list[str]:
-        """Return what is wrong, of all phases."""
-        return [fault for phase in self.phases for fault in phase.faults]
+        """Return what is wrong, of all phases, each line with the name of its phase."""
+        return [f"{phase.phase}: {fault}" for phase in self.phases for fault in phase.faults]
+
+    @property
+    def notes(self) -> list[str]:
+        """Return what slows the run, of all phases; phases mostly have the same."""
+        return list(dict.fromkeys(note for phase in self.phases for note in phase.notes))

@@ -24,17 +24,32 @@ def claim(folder: Path) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             _held.append(FolderLock(folder, "run.folder"))
-            # Permissions do not tell: quotas and read-only mounts show only when something is written.
-            probe = folder / ".writable"
-            probe.write_bytes(bytes(4096))
-            probe.unlink()
         except OSError as error:
-            raise UserError(
-                f"run.folder={folder} cannot be written: {error.strerror}: correct run.folder or its permissions, or make room"
-            ) from error
-        free = shutil.disk_usage(folder).free
-        if free < FREE_BYTES:
-            raise UserError(
-                f"run.folder={folder} has {free} bytes free: make room or move run.folder"
-            )
+            raise _unwritable(folder, "run.folder", error) from error
+        # With the lock: the run that has the folder may be writing its own probe.
+        check_writable(folder, "run.folder")
     status.current.begin(folder)
+
+
+def check_writable(folder: Path, option: str) -> None:
+    """Make a folder and write to it, since permissions do not tell: quotas and read-only mounts show only then.
+
+    Raises:
+        UserError: naming the option, if that fails or there is no room.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.write_bytes(bytes(4096))
+        probe.unlink()
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise _unwritable(folder, option, error) from error
+    if free < FREE_BYTES:
+        raise UserError(f"{option}={folder} has {free} bytes free: make room or move {option}")
+
+
+def _unwritable(folder: Path, option: str, error: OSError) -> UserError:
+    return UserError(
+        f"{option}={folder} cannot be written: {error.strerror}: correct {option} or its permissions, or make room"
+    )

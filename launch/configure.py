@@ -14,6 +14,7 @@ from typing import cast
 from omegaconf import DictConfig, OmegaConf
 
 from visionloom.common.errors import MachineError, UserError
+from visionloom.common.quiet import quiet_libraries
 from visionloom.common.text import one_line, warn
 from visionloom.launch import environment
 from visionloom.launch.causes import (
@@ -39,7 +40,7 @@ from visionloom.launch.explain import (
 )
 from visionloom.launch.late_words import LATE, apply_late
 from visionloom.launch.options import read_options
-from visionloom.launch.quiet import quiet_libraries
+from visionloom.launch.plan_commands.first import check_plan
 from visionloom.launch.show import show
 from visionloom.launch.watch import watch_ranks
 from visionloom.launch.words import check_words, readable
@@ -92,6 +93,8 @@ def _start(
         check_paths(config)
         check_memory(config)
         check_agreements(config, checkpoint)
+        if trains:
+            check_plan(config, argv)
         # Last: the folder is made only for a run that can start.
         if trains:
             claim(Path(config.run.folder))
@@ -219,8 +222,7 @@ def check_memory(config: RunConfig) -> None:
     Raises:
         UserError: naming the model, its parameters and both sizes.
     """
-    has_gpu = any(Path("/dev").glob("nvidia[0-9]*"))
-    if config.run.device == "cuda" or (config.run.device == "auto" and has_gpu):
+    if environment.trains_on_gpus(config.run.device):
         return
 
     parameters = parameter_count(config.model)

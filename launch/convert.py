@@ -26,10 +26,10 @@ if not __package__:
     sys.path[0] = str(root / ".link")
 
 from visionloom.common.errors import UserError, did_you_mean, unknown
+from visionloom.common.quiet import quiet_libraries
 from visionloom.common.text import one_line, say, warn
 from visionloom.launch.environment import check_environment, check_home, world_size
 from visionloom.launch.exit import exit_with
-from visionloom.launch.quiet import quiet_libraries
 from visionloom.model.huggingface.config import EXPORT_DTYPES, read_config
 from visionloom.parallel.config import ParallelConfig
 from visionloom.train.old_options import old_option

@@ -25,6 +25,7 @@ if not __package__:
     sys.path[0] = str(root / ".link")
 
 from visionloom.common.errors import UserError
+from visionloom.common.quiet import Parser, escape_messages
 from visionloom.common.text import one_line, warn
 from visionloom.launch.data_commands import (
     convert,
@@ -39,7 +40,6 @@ from visionloom.launch.data_commands import (
     view,
 )
 from visionloom.launch.exit import exit_with
-from visionloom.launch.quiet import Parser, escape_messages
 
 COMMANDS = (demo, demo_task, convert, index, lengths, plan, stats, verify, view, export_energon)
 

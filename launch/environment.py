@@ -5,6 +5,7 @@ torch waits in silence, for half an hour, for the ranks of a WORLD_SIZE that nob
 
 import os
 import re
+from pathlib import Path
 
 from visionloom.common.errors import UserError
 
@@ -90,3 +91,9 @@ def world_size() -> int:
             f"WORLD_SIZE={value} in the environment is not a number of ranks: unset WORLD_SIZE"
         )
     return int(value)
+
+
+def trains_on_gpus(device: str) -> bool:
+    """Return whether a run with this run.device trains on GPUs: `auto` does so where this machine has one."""
+    has_gpu = any(Path("/dev").glob("nvidia[0-9]*"))
+    return device == "cuda" or (device == "auto" and has_gpu)

@@ -20,6 +20,8 @@ from visionloom.common.text import one_line, printable, warn
 from visionloom.train.observe import status
 
 FAILURE = 1
+CANNOT_RUN = 1
+"""Of a plan that was made and says that the run does not fit; USER_ERROR is that none could be made."""
 USER_ERROR = 2
 INTERRUPTED = 128 + signal.SIGINT
 PR_SET_PDEATHSIG = 1
@@ -76,15 +78,13 @@ def _end(code: int) -> NoReturn:
     os._exit(code)
 
 
-def exit_interrupted() -> NoReturn:
-    """End on Ctrl-C as a shell counts it, with one line and no traceback; status.json says so."""
+def exit_interrupted(hint: str = "start the same command again to resume") -> NoReturn:
+    """End on Ctrl-C as a shell counts it, with one line that ends in a hint and no traceback; status.json says so."""
     # Whoever presses it twice does not want to see where it fell.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    status.current.failed(
-        INTERRUPTED, "interrupted (Ctrl-C)", "start the same command again to resume"
-    )
+    status.current.failed(INTERRUPTED, "interrupted (Ctrl-C)", hint)
     if _may_speak(everywhere=False):
-        warn("interrupted; start the same command again to resume")
+        warn(f"interrupted; {hint}")
     # Threads that write or wait are not waited for.
     _end(INTERRUPTED)
 

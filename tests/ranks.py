@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from visionloom.launch.quiet import quiet_libraries
+from visionloom.common.quiet import quiet_libraries
 
 TIMEOUT_SECONDS = 300
 MOST_THREADS = 500

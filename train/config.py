@@ -45,6 +45,10 @@ class RunSection:
     """CPU threads of each rank; 0: the cores divided by the ranks of this machine."""
     deterministic: bool = option(False, "free")
     """Only kernels whose sums have a fixed order: the same run twice gives the same bits; slower on a GPU."""
+    plan: bool = option(False, "free")
+    """Plan the run before it starts, in up to a minute, and refuse what will not fit into memory; see docs/planning.md."""
+    gpu: str = option("", "free")
+    """File of recipes/gpu for that plan; empty: the one about the card that is there."""
     evaluate_at_end: bool = option(False, "free")
     """Evaluate on data.validation when the last phase is done."""
     start_anew: bool = option(False, "free")

@@ -7,6 +7,7 @@ they compute, too: by plain formulas, for the comparison of an imagined rank wit
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,12 +32,22 @@ LIBRARY.define(
 # ---- attention
 
 
-def _scores(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
-    """Return scaled scores [n, H, L, S], minus infinity where a query sees no key."""
-    scores = query @ key.transpose(-1, -2) * scale
-    if causal:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    return scores if mask is None else scores.masked_fill(~mask, float("-inf"))
+@dataclass(frozen=True)
+class _Pattern:
+    """Which keys a query sees, and the scale of the scores."""
+
+    mask: Tensor | None
+    causal: bool
+    scale: float
+
+    def scores(self, query: Tensor, key: Tensor) -> Tensor:
+        """Return scaled scores [n, H, L, S], minus infinity where a query sees no key."""
+        scores = query @ key.transpose(-1, -2) * self.scale
+        mask = self.mask
+        if self.causal:
+            whole = scores.new_ones(scores.shape[-2:], dtype=torch.bool)
+            mask = whole.tril()
+        return scores if mask is None else scores.masked_fill(~mask, float("-inf"))
 
 
 def _repeated(x: Tensor, heads: int) -> Tensor:
@@ -44,18 +55,16 @@ def _repeated(x: Tensor, heads: int) -> Tensor:
     return x.repeat_interleave(heads // x.shape[1], 1)
 
 
-def _attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
+def _attention(query: Tensor, key: Tensor, value: Tensor, *pattern: Any) -> tuple[Tensor, Tensor]:
     heads = query.shape[1]
-    scores = _scores(query, _repeated(key, heads), mask, causal, scale)
-    output = scores.softmax(-1) @ _repeated(value, heads)
-    made, logsumexp = _attention_shapes(query, key, value, mask, causal, scale)
-    return made.copy_(output), logsumexp.copy_(scores.logsumexp(-1))
+    scores = _Pattern(*pattern).scores(query, _repeated(key, heads))
+    attended = scores.softmax(-1) @ _repeated(value, heads)
+    output, logsumexp = _attention_shapes(query, key, value, *pattern)
+    return output.copy_(attended), logsumexp.copy_(scores.logsumexp(-1))
 
 
 def _attention_shapes(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
+    query: Tensor, key: Tensor, value: Tensor, *pattern: Any
 ) -> tuple[Tensor, Tensor]:
     """Return what a flash kernel leaves: the output with the tokens before the heads in memory, and a sum a row in fp32."""
     count, heads, length, _ = query.shape
@@ -64,46 +73,31 @@ def _attention_shapes(
 
 
 def _backward(
-    gradient: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    logsumexp: Tensor,
-    mask: Tensor | None,
-    causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *others: Any
+) -> tuple[Tensor, ...]:
+    output, logsumexp, *pattern = others
     heads, groups = query.shape[1], key.shape[1]
     keys, values = _repeated(key, heads), _repeated(value, heads)
-    scores = _scores(query, keys, mask, causal, scale)
-    probabilities = (scores - logsumexp.unsqueeze(-1)).exp()
+    seen = _Pattern(*pattern)
+    # The scores are not kept: they are made again from the sums of their rows.
+    probabilities = (seen.scores(query, keys) - logsumexp.unsqueeze(-1)).exp()
     value_gradient = probabilities.transpose(-1, -2) @ gradient
     delta = (gradient * output).sum(-1, keepdim=True)
-    score_gradient = probabilities * (gradient @ values.transpose(-1, -2) - delta) * scale
+    by_score = gradient @ values.transpose(-1, -2) - delta
+    score_gradient = probabilities * by_score * seen.scale
     key_gradient = score_gradient.transpose(-1, -2) @ query
 
     def summed(x: Tensor) -> Tensor:
         return x.unflatten(1, (groups, heads // groups)).sum(2)
 
-    made = _backward_shapes(gradient, query, key, value, output, logsumexp, mask, causal, scale)
     results = (score_gradient @ keys, summed(key_gradient), summed(value_gradient))
-    for target, result in zip(made, results, strict=True):
-        target.copy_(result)
-    return made
+    made = _backward_shapes(gradient, query, key, value, *others)
+    return tuple(target.copy_(result) for target, result in zip(made, results, strict=True))
 
 
 def _backward_shapes(
-    gradient: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    logsumexp: Tensor,
-    mask: Tensor | None,
-    causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *others: Any
+) -> tuple[Tensor, ...]:
     def like(x: Tensor) -> Tensor:
         return x.new_empty(x.transpose(1, 2).shape).transpose(1, 2)
 
@@ -134,20 +128,13 @@ class _Attention(torch.autograd.Function):
         return (*made, None, None, None)
 
 
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """Return what F.scaled_dot_product_attention does, by one kernel; arguments are its own, a mask is boolean."""
+def attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    """Return what F.scaled_dot_product_attention does, by one kernel; options are its own, a mask is boolean."""
+    scale = options.get("scale")
     if scale is None:
         scale = query.shape[-1] ** -0.5
-    return _Attention.apply(query, key, value, attn_mask, is_causal, scale)
+    mask, causal = options.get("attn_mask"), options.get("is_causal", False)
+    return _Attention.apply(query, key, value, mask, causal, scale)
 
 
 # ---- RMSNorm
@@ -156,12 +143,14 @@ def attention(
 def _rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     wide = x.float()
     deviation = (wide.square().mean(-1, keepdim=True) + epsilon).rsqrt()
-    return (wide * deviation).to(x.dtype) * weight, deviation
+    normalised = (wide * deviation).to(x.dtype)
+    return normalised * weight, deviation
 
 
 def _rms_norm_shapes(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """Return what the kernel leaves: the output and a reciprocal deviation a row in fp32."""
-    return torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+    rows = (*x.shape[:-1], 1)
+    return torch.empty_like(x), x.new_empty(rows, dtype=torch.float32)
 
 
 def _rms_norm_backward(

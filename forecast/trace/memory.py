@@ -19,7 +19,7 @@ ORIGINS_SHOWN = 12
 
 
 @dataclass(slots=True)
-class Block:
+class LiveStorage:
     """One storage on the device."""
 
     bytes: int
@@ -40,15 +40,15 @@ class Block:
 class Ledger:
     """The storages that are alive, and how that changed during a step."""
 
-    alive: dict[int, Block] = field(default_factory=dict)
+    alive: dict[int, LiveStorage] = field(default_factory=dict)
     """By the address of torch's storage object."""
     bytes: int = 0
     highest: int = 0
     """Most bytes alive since the slot began."""
-    changes: list[tuple[Block, int]] = field(default_factory=list)
-    """Block and bytes, negative for a release, in order of time."""
+    changes: list[tuple[LiveStorage, int]] = field(default_factory=list)
+    """LiveStorage and bytes, negative for a release, in order of time."""
     slot: int = -1
-    _before: list[tuple[Block, int]] = field(default_factory=list)
+    _before: list[tuple[LiveStorage, int]] = field(default_factory=list)
 
     def see(self, tensor: Tensor, part: str, direction: Direction, name: str) -> None:
         """Take note of a tensor on the device that an operation returned."""
@@ -56,7 +56,7 @@ class Ledger:
         key = storage._cdata
         if key in self.alive:
             return
-        block = Block(_rounded(storage.nbytes()), part, direction, name, self.slot)
+        block = LiveStorage(_rounded(storage.nbytes()), part, direction, name, self.slot)
         block.reference = weakref.ref(storage, lambda _: self.release(key))
         self.alive[key] = block
         self._change(block, block.bytes)
@@ -77,7 +77,7 @@ class Ledger:
             block.bytes = size
             self._change(block, change)
 
-    def _change(self, block: Block, change: int) -> None:
+    def _change(self, block: LiveStorage, change: int) -> None:
         self.bytes += change
         self.highest = max(self.highest, self.bytes)
         self.changes.append((block, change))
@@ -128,7 +128,7 @@ class Ledger:
         return _described(highest, alive, slot)
 
 
-def _described(bytes_: int, alive: list[tuple[Block, int]], slot: int) -> PeakMemory:
+def _described(bytes_: int, alive: list[tuple[LiveStorage, int]], slot: int) -> PeakMemory:
     by_category: Counter[Category] = Counter()
     origins: dict[tuple[Category, str, str], list[int]] = defaultdict(list)
     for block, size in alive:
@@ -143,7 +143,7 @@ def _described(bytes_: int, alive: list[tuple[Block, int]], slot: int) -> PeakMe
     return PeakMemory(bytes_, dict(by_category), tensors, slot)
 
 
-def category_of(block: Block) -> Category:
+def category_of(block: LiveStorage) -> Category:
     """Return what a block was for, told from its life where it has no owner."""
     if block.category is not None:
         return block.category

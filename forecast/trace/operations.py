@@ -71,6 +71,8 @@ class Kind:
 
     name: str
     launches: bool
+    is_view: bool
+    """Its result is its input's memory."""
     writes: bool
     """It changes an input in place."""
     product: Callable[..., Any] | None
@@ -82,10 +84,10 @@ def kind_of(func: Any) -> Kind:
     """Return what the schema of an operation says."""
     schema = func._schema
     aliases = [value.alias_info for value in schema.returns if value.alias_info is not None]
-    is_view = any(not alias.is_write for alias in aliases)
     name = schema.name
-    launches = not is_view and name not in VIEWS | SILENT and not name.startswith("profiler::")
-    return Kind(name, launches, schema.is_mutable, flop_registry.get(func.overloadpacket))
+    is_view = name in VIEWS or any(not alias.is_write for alias in aliases)
+    launches = not is_view and name not in SILENT and not name.startswith("profiler::")
+    return Kind(name, launches, is_view, schema.is_mutable, flop_registry.get(func.overloadpacket))
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +148,9 @@ def bytes_of(kind: Kind, inputs: list[Tensor], outputs: list[Tensor]) -> int:
 
 def size_of(tensor: Tensor) -> int:
     """Return the bytes of a tensor; those of an expanded one count once."""
-    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
+    if 0 in tensor.stride():
+        return min(tensor.nbytes, tensor.untyped_storage().nbytes())
+    return tensor.nbytes
 
 
 def grouped_product(first: Tensor, second: Tensor) -> float:

@@ -1,8 +1,7 @@
 """Record every operation of a step on the device: launches, memory, collectives, waits of the host.
 
-The same recorder watches an imagined rank, whose tensors are on torch's meta device, and a real one on a CPU, whose device
-tensors are marked. On an imagined rank nothing is computed or sent, and what the host asks of the device is answered with
-stated values.
+What is the device, and what an operation does there, imagined.py and real.py say: the same records are made of an imagined
+rank and of a real one.
 """
 
 import traceback
@@ -11,14 +10,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from visionloom.forecast.trace.axes import NAMES, Axes, group_in, moved_bytes, tensors_in
-from visionloom.forecast.trace.devices import Device, HostCopies
 from visionloom.forecast.trace.events import (
     Category,
     Collective,
@@ -33,13 +31,11 @@ from visionloom.forecast.trace.events import (
 )
 from visionloom.forecast.trace.memory import Ledger
 from visionloom.forecast.trace.operations import Call, cost_of, dtype_of, kind_of
-from visionloom.forecast.trace.values import StatedValues
 from visionloom.parallel.parts import OTHER, PREFIX
 
-ITEM = "aten::_local_scalar_dense"
-SHAPE = "shape that depends on content"
-COPIES = {"aten::_to_copy", "aten::copy_", "aten::clone"}
-SHAPED_BY_CONTENT = {
+ITEM: Final = "aten::_local_scalar_dense"
+COPIES: Final = {"aten::_to_copy", "aten::copy_", "aten::clone"}
+SHAPED_BY_CONTENT: Final = {
     "aten::nonzero",
     "aten::masked_select",
     "aten::_unique2",
@@ -47,11 +43,11 @@ SHAPED_BY_CONTENT = {
     "aten::repeat_interleave",
 }
 """Operations whose result has a size that only the device knows: the host waits for it."""
-FILLS = {"all_gather", "reduce_scatter", "all_to_all", "receive"}
+SHAPE: Final = "shape that depends on content"
+FILLS: Final = {"all_gather", "reduce_scatter", "all_to_all", "receive"}
 """Collectives that fill a tensor of their own."""
-CPU = torch.device("cpu")
-ROOT = Path(__file__).resolve().parents[2]
-QUIET = ("/parallel/stand_in.py", "/forecast/trace/")
+ROOT: Final = Path(__file__).resolve().parents[2]
+QUIET: Final = ("/parallel/stand_in.py", "/forecast/trace/")
 """Files that are never the reason of a wait."""
 
 
@@ -70,18 +66,8 @@ class _OpenSlot:
 class Recorder(TorchDispatchMode):
     """Sees each operation of this process; `start` begins a step, `slot` a stretch of it, `finish` ends it."""
 
-    def __init__(
-        self, device: Device, values: StatedValues | None = None, copies: HostCopies | None = None
-    ) -> None:
-        """Record operations on a device.
-
-        Args:
-            device: which tensors are on it.
-            values: those of an imagined rank, and the choice of experts, which a real rank is given too where it is stated.
-            copies: of a real rank: tells what goes to the device and comes from it.
-        """
+    def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.device, self.values, self.copies = device, values, copies
         self.axes: Axes | None = None
         self.ledger = Ledger()
         self.slots: list[Slot] = []
@@ -95,6 +81,20 @@ class Recorder(TorchDispatchMode):
         self._starts: list[int] = [0]
         self._parts: list[str] = [OTHER]
         """From which sequence number of autograd's nodes on they belong to which part."""
+
+    # ---- what a device is
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Return whether a tensor is on the device."""
+        raise NotImplementedError
+
+    def operation(self, call: Call, inputs: list[Tensor], hosts: list[Tensor]) -> Any:
+        """Run an operation and record it; `inputs`: its tensors on the device, `hosts`: others."""
+        raise NotImplementedError
+
+    def send(self, name: str, call: Call) -> Any:
+        """Run a collective that has been recorded."""
+        raise NotImplementedError
 
     # ---- the stretches of a step
 
@@ -184,33 +184,11 @@ class Recorder(TorchDispatchMode):
         if func.namespace == "c10d":
             return self._collective(call)
 
-        tensors = tensors_of((*args, *call.kwargs.values()))
         inputs: list[Tensor] = []
-        others: list[Tensor] = []
-        for tensor in tensors:
-            (inputs if self.device.holds(tensor) else others).append(tensor)
-        if inputs and self.device.imagined and asks(call):
-            return self._answer(call)
-        result = self._run(call)
-        if self.copies is not None and self.copies.copies_down:
-            self._record(call, inputs, [], crosses=True)
-            self._wait("copy to the host")
-            return result
-        outputs = tensors_of((result,))
-        if not self._stays(bool(tensors), bool(inputs), outputs):
-            return result
-
-        self.device.made(outputs, True)
-        if self.device.imagined and self.values is not None:
-            self.values.follow(func, args, call.kwargs, outputs)
-        up = self.copies is not None and self.copies.copies_up
-        self._record(call, inputs, outputs, crosses=up or (call.name in COPIES and bool(others)))
-        if not self.device.imagined and (call.name == ITEM or call.name in SHAPED_BY_CONTENT):
-            self._wait("item" if call.name == ITEM else SHAPE)
-        # A number on the host is an argument of the launch.
-        if any(tensor.dim() for tensor in others):
-            self._check_hosts(call, bool(inputs))
-        return result
+        hosts: list[Tensor] = []
+        for tensor in tensors_of((*args, *call.kwargs.values())):
+            (inputs if self.holds(tensor) else hosts).append(tensor)
+        return self.operation(call, inputs, hosts)
 
     def _range(self, call: Call) -> Any:
         """Follow the ranges that torch's profiler is told of."""
@@ -220,94 +198,16 @@ class Recorder(TorchDispatchMode):
             self._enter(str(call.args[0]))
         return call.run()
 
-    def _stays(self, takes: bool, takes_device: bool, outputs: list[Tensor]) -> bool:
-        """Return whether an operation ran on the device.
-
-        Args:
-            takes: it has tensors among its arguments.
-            takes_device: some of them are on the device.
-            outputs: what it returned.
-        """
-        if self.device.imagined:
-            return takes_device or any(map(self.device.holds, outputs))
-        assert self.copies is not None
-        if not takes:
-            # Autograd knows no host: what it makes in a backward pass is a gradient.
-            return self.copies.makes_on_device or torch._C._current_autograd_node() is not None
-        return takes_device or self.copies.copies_up
-
-    def _answer(self, call: Call) -> Any:
-        """Give the host the stated value of a tensor, and record that it waits."""
-        assert self.values is not None
-        if call.name in SHAPED_BY_CONTENT or call.name == "aten::index":
-            return self._shaped(call)
-        tensor = call.args[1] if call.name == "aten::copy_" else call.args[0]
-        if call.blocks:
-            self._wait("item" if call.name == ITEM else "copy to the host")
-        value = self.values.of(tensor)
-        if call.name in COPIES:
-            self._record(call, [tensor], [], crosses=True)
-        if value is None and call.name == "aten::copy_":
-            # Nobody reads it: offloaded activations come back as they are.
-            return call.args[0]
-        if value is None:
-            # What a step reads of its sums: finite, and above zero.
-            value = torch.ones((), dtype=tensor.dtype).expand(tensor.shape)
-        if call.name == ITEM:
-            return value.item()
-        if call.name == "aten::copy_":
-            return call.func(call.args[0], value)
-        dtype = call.kwargs.get("dtype") or tensor.dtype
-        return value.to(dtype, copy=True).contiguous()
-
-    def _shaped(self, call: Call) -> Any:
-        """Return a tensor whose size depends on content, from stated values.
-
-        Raises:
-            NotImplementedError: if nothing is stated.
-        """
-        assert self.values is not None
-        self._wait(SHAPE)
-        selects = call.name == "aten::masked_select"
-        stated = self.values.of(call.args[1] if selects else call.args[0])
-        if stated is None or call.name == "aten::index":
-            raise NotImplementedError(
-                f"{call.name} asks for a value that is not stated, at {place()}"
-            )
-        if selects:
-            whole = self.values.of(call.args[0])
-            mask = stated.expand(torch.broadcast_shapes(call.args[0].shape, stated.shape))
-            result: Tensor = call.args[0].new_empty(int(mask.sum()))
-            value = None if whole is None else whole.masked_select(mask)
-        else:
-            value = call.func(stated, *call.args[1:], **call.kwargs)
-            result = torch.empty_like(value, device=call.args[0].device)
-        if value is not None:
-            self.values.state(result, value)
-        self._record(call, tensors_of(call.args), [result])
-        return result
-
-    def _run(self, call: Call) -> Any:
-        """Run an operation, with the experts that are stated."""
-        if self.values is None or call.name != "aten::topk" or call.args[0].dim() != 2:
-            return call.run()
-        scores, each = call.args[:2]
-        choice = self.values.choose(scores, each)
-        if not self.device.imagined:
-            return scores.gather(1, choice), choice.clone()
-        largest, indices = call.run()
-        self.values.state(indices, choice)
-        return largest, indices
-
-    def _record(
+    def record(
         self, call: Call, inputs: list[Tensor], outputs: list[Tensor], crosses: bool = False
     ) -> None:
         """Add an operation to the slot, and its tensors to the memory; `crosses`: between host and device."""
         part, direction = self._place()
         # A CPU copies by clone what goes to a device by `to`.
         name = "aten::_to_copy" if crosses and call.name == "aten::clone" else call.name
-        for tensor in outputs:
-            self.ledger.see(tensor, part, direction, name)
+        if not call.kind.is_view:
+            for tensor in outputs:
+                self.ledger.see(tensor, part, direction, name)
         if self._open is None or not call.kind.launches:
             return
         cost = cost_of(call, inputs, outputs)
@@ -323,22 +223,19 @@ class Recorder(TorchDispatchMode):
         )
         self._open.operations[operation] += 1
 
-    def _check_hosts(self, call: Call, takes_device: bool) -> None:
-        """Record a copy from the host that is waited for, or an operation with tensors of both sides."""
-        if call.name not in COPIES:
-            if takes_device:
-                self.mixed[call.name, place()] += 1
-        elif call.blocks and self.device.imagined:
-            self._wait("copy to the device")
-
-    def _wait(self, kind: str) -> None:
+    def wait(self, kind: str) -> None:
+        """Record that the host waits for the device."""
         if self._open is not None:
             inside = self._open.kind in (SlotKind.FORWARD, SlotKind.BACKWARD)
             self.waits[kind, place(), inside] += 1
 
+    def mixes(self, name: str) -> None:
+        """Record an operation with tensors of both sides."""
+        self.mixed[name, place()] += 1
+
     def synchronized(self) -> None:
         """Record that the host waits for a stream or an event."""
-        self._wait("synchronize")
+        self.wait("synchronize")
 
     def take_waits(self) -> tuple[Wait, ...]:
         """Return the waits of the step, the most frequent first."""
@@ -354,10 +251,9 @@ class Recorder(TorchDispatchMode):
     # ---- collectives
 
     def _collective(self, call: Call) -> Any:
-        """Send what a collective sends, or on an imagined rank nothing, and record it."""
+        """Record a collective of tensors on the device."""
         values = (*call.args, *call.kwargs.values())
-        tensors = tensors_in(values)
-        if not any(map(self.device.holds, tensors)):
+        if not any(map(self.holds, tensors_in(values))):
             return call.run()
         operator = call.name.removeprefix("c10d::")
         name = NAMES.get(operator, operator)
@@ -368,31 +264,7 @@ class Recorder(TorchDispatchMode):
             self._open.collectives[Collective(name, axis, part, direction, moved)] += 1
         if name in FILLS:
             self.ledger.own(tensors_in(call.args[0]), Category.COMMUNICATION)
-        if not self.device.imagined:
-            return call.run()
-        self._exchange_values(name, call.args)
-        return finished(call.func, call.args)
-
-    def _exchange_values(self, name: str, args: Any) -> None:
-        """State what is received, where what is sent has a value: the other ranks route as this one does."""
-        if self.values is None or name != "all_gather":
-            return
-        (output, *_), (own, *_) = tensors_in(args[0]), tensors_in(args[1])
-        value = self.values.of(own)
-        if value is not None and output.numel() % own.numel() == 0:
-            repeated = value.reshape(-1).repeat(output.numel() // own.numel())
-            self.values.state(output, repeated.view(output.shape))
-
-
-def finished(func: Any, args: Any) -> Any:
-    """Return what a collective returns that is done at once, its tensors unchanged."""
-    from torch._C._distributed_c10d import FakeWork
-
-    results = []
-    for value in func._schema.returns:
-        tensors = next(arg for arg in args if isinstance(arg, list | tuple | Tensor))
-        results.append(FakeWork().boxed() if "Work" in str(value.type) else tensors)
-    return results[0] if len(results) == 1 else tuple(results)
+        return self.send(name, call)
 
 
 def tensors_of(values: Sequence[Any]) -> list[Tensor]:
@@ -404,17 +276,6 @@ def tensors_of(values: Sequence[Any]) -> list[Tensor]:
         elif isinstance(value, list | tuple):
             tensors += [item for item in value if isinstance(item, Tensor)]
     return tensors
-
-
-def asks(call: Call) -> bool:
-    """Return whether the host asks for the content of a tensor on the device."""
-    if call.name == ITEM or call.name in SHAPED_BY_CONTENT:
-        return True
-    if call.name == "aten::index":
-        return any(index is not None and index.dtype == torch.bool for index in call.args[1])
-    if call.name == "aten::copy_":
-        return not call.args[0].is_meta
-    return call.name in COPIES and call.kwargs.get("device") == CPU
 
 
 def place() -> str:

@@ -12,10 +12,11 @@ from torch.nn.modules import module
 
 from visionloom.data.stream.batch import PackedBatch
 from visionloom.forecast.trace.axes import Axes
-from visionloom.forecast.trace.devices import HostCopies, MarkedDevice, MetaDevice
 from visionloom.forecast.trace.events import Category, RankTrace, SlotKind
+from visionloom.forecast.trace.imagined import ImaginedRecorder
 from visionloom.forecast.trace.kernels import gpu_kernels
 from visionloom.forecast.trace.memory import heard_resizes
+from visionloom.forecast.trace.real import HostCopies, MarkedDevice, RealRecorder
 from visionloom.forecast.trace.recorder import Recorder
 from visionloom.forecast.trace.values import StatedValues
 from visionloom.model.rank_share import RankShare
@@ -26,26 +27,23 @@ from visionloom.train.step import train_step
 
 
 @contextlib.contextmanager
-def recording(
-    topology_device: torch.device, imbalance: float = 1.0, stated_experts: bool = True
-) -> Iterator[Recorder]:
+def recording(device: torch.device, imbalance: float = 1.0) -> Iterator[Recorder]:
     """Record what runs inside: on an imagined device, or on a real CPU, whose device tensors are then marked.
 
     Args:
-        topology_device: of the rank: `meta` or the CPU.
-        imbalance: of the experts' loads, see values.py.
-        stated_experts: a real rank routes as stated, too.
+        device: of the rank: `meta` or the CPU.
+        imbalance: of the experts' loads, see values.py; a real rank routes as stated, too.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(gpu_kernels())
-        if topology_device.type == "meta":
-            recorder = Recorder(MetaDevice(), StatedValues(imbalance))
+        recorder: Recorder
+        if device.type == "meta":
+            recorder = ImaginedRecorder(StatedValues(imbalance))
         else:
-            device = MarkedDevice()
-            copies = stack.enter_context(HostCopies(device))
-            stack.enter_context(stand_in.passing_for_cuda(device.holds))
-            values = StatedValues(imbalance) if stated_experts else None
-            recorder = Recorder(device, values, copies)
+            marked = MarkedDevice()
+            copies = stack.enter_context(HostCopies(marked))
+            stack.enter_context(stand_in.passing_for_cuda(marked.holds))
+            recorder = RealRecorder(marked, copies, StatedValues(imbalance))
         stack.enter_context(_heard_recomputation(recorder))
         stack.enter_context(heard_resizes(recorder.ledger))
         stack.enter_context(_heard_synchronization(recorder))

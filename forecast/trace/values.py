@@ -97,12 +97,16 @@ class StatedValues:
         name = func._schema.name
         if name in CONSTANTS:
             for tensor in outputs:
-                constant = torch.tensor(CONSTANTS[name]).to(tensor.dtype)
-                self.state(tensor, constant.expand(tensor.shape))
+                self.state(tensor, self._constant(CONSTANTS[name], tensor))
             return
         if name == "aten::arange":
             host = {**kwargs, "device": torch.device("cpu")}
             self.state(outputs[0], self._compute(func, args, host)[0])
+            return
+        if outputs and all(tensor.is_floating_point() for tensor in outputs):
+            # Nobody asks for numbers with a fraction, but for the constants above that a choice is put into.
+            if func._schema.is_mutable:
+                self._drop(outputs)
             return
         inputs = [value for value in _flat((args, *kwargs.values())) if isinstance(value, Tensor)]
         if name == "aten::_to_copy" and not inputs[0].is_meta:
@@ -110,15 +114,21 @@ class StatedValues:
             if not inputs[0].is_floating_point():
                 self.state(outputs[0], inputs[0].to(outputs[0].dtype))
             return
-        # Nothing follows from numbers with a fraction: a choice, a count or a mask must be there.
-        follows = any(not tensor.is_floating_point() for tensor in (*inputs, *outputs))
         small = all(tensor.numel() <= LARGEST for tensor in outputs)
-        known = follows and small and all(map(self._knows, inputs))
+        known = small and all(map(self._knows, inputs))
         values = self._compute(func, self._valued(args), self._valued(kwargs)) if known else []
         if func._schema.is_mutable:
             self._drop(outputs)
         for tensor, value in zip(outputs, values, strict=False):
             self.state(tensor, value)
+
+    def _constant(self, number: float, like: Tensor) -> Tensor:
+        """Return a tensor of one number, the same object each time: what follows from it is then computed once."""
+        key = ("constant", number, like.shape, like.dtype)
+        if key not in self._computed:
+            self._computed[key] = torch.tensor(number).to(like.dtype).expand(like.shape)
+        constant: Tensor = self._computed[key]
+        return constant
 
     def _knows(self, tensor: Tensor) -> bool:
         return not tensor.is_meta or self.of(tensor) is not None

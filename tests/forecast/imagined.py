@@ -1,13 +1,17 @@
 """The same step traced on a real rank and on an imagined one. Runs on the ranks of the pool."""
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from visionloom.forecast.trace.events import RankTrace
 from visionloom.forecast.trace.step import recording, trace_step
+from visionloom.model.language import LanguageModel
 from visionloom.parallel import topology as topologies
 from visionloom.tests.model.reference import TestPack
 from visionloom.tests.train.layouts import Layout, build, deal
@@ -31,11 +35,41 @@ def real(layout: Layout, packs: list[TestPack]) -> RankTrace:
         return trace_step(recorder, trainer, mine)
 
 
-def imagined(layout: Layout, packs: list[TestPack], ranks: list[int]) -> list[RankTrace]:
-    """A step of each of these ranks, on no device; this process leaves its own world for it."""
+def extra_copy(hidden: Tensor) -> Tensor:
+    """A copy that nobody needs."""
+    return hidden.clone()
+
+
+def host_wait(hidden: Tensor) -> Tensor:
+    """A look at a value, as a print does it."""
+    hidden.detach().sum().item()
+    return hidden
+
+
+def mask_on_the_host(hidden: Tensor) -> Tensor:
+    """A mask that was forgotten on the host."""
+    return hidden * torch.ones(len(hidden), 1, 1)
+
+
+def imagined(
+    layout: Layout,
+    packs: list[TestPack],
+    ranks: list[int],
+    mistake: Callable[[Tensor], Tensor] | None = None,
+) -> list[RankTrace]:
+    """A step of each of these ranks, on no device; this process leaves its own world for it.
+
+    A mistake is made with the hidden states before the decoder layers.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
-    return [_imagined(layout, packs, rank) for rank in ranks]
+    forward: Any = LanguageModel.forward
+
+    def mistaken(model: Any, hidden: Tensor, *others: Any) -> Any:
+        return forward(model, hidden if mistake is None else mistake(hidden), *others)
+
+    with mock.patch.object(LanguageModel, "forward", mistaken):
+        return [_imagined(layout, packs, rank) for rank in ranks]
 
 
 def _imagined(layout: Layout, packs: list[TestPack], rank: int) -> RankTrace:

@@ -8,7 +8,7 @@ from visionloom.common.errors import UserError
 from visionloom.forecast.costs import collective_seconds, message_seconds
 from visionloom.forecast.estimate import estimate
 from visionloom.forecast.machine import GIB, machine
-from visionloom.forecast.phase_traces import Overlap
+from visionloom.forecast.phase_traces import Overlap, PhaseTraces
 from visionloom.forecast.rank_step import RankStep
 from visionloom.forecast.results import BUBBLE, HOST, MESSAGES, PhaseForecast
 from visionloom.forecast.schedule import Pipeline
@@ -40,6 +40,11 @@ from visionloom.tests.forecast.traces import (
 )
 
 
+def forecast_of(traces: PhaseTraces, gpu: str) -> PhaseForecast:
+    """The forecast on a machine as its file says."""
+    return estimate(traces, gpu, machine(gpu))
+
+
 def stages_of(pipeline: Pipeline) -> list[RankTrace]:
     return [one_step(pipeline, stage) for stage in range(pipeline.stages)]
 
@@ -50,7 +55,7 @@ def layout_of(pipeline: Pipeline) -> ParallelConfig:
 
 
 def test_one_rank_takes_the_sum_of_its_passes() -> None:
-    forecast = estimate(phase(one_step(Pipeline(1, 1, 2)), micro_batches=10), "h100")
+    forecast = forecast_of(phase(one_step(Pipeline(1, 1, 2)), micro_batches=10), "h100")
     assert forecast.step_seconds == pytest.approx(0.25 + 10 * 3.0 + 0.5)
     assert forecast.seconds == pytest.approx(
         {LANGUAGE: 30.25, OPTIMIZER: 0.5, HOST: 0, MESSAGES: 0, BUBBLE: 0}
@@ -74,7 +79,7 @@ def test_a_short_trace_stands_for_the_whole_step(pipeline: Pipeline) -> None:
     few = replace(pipeline, micro_batches=pipeline.stages if pipeline.chunks > 1 else 2)
     layout = layout_of(pipeline)
     forecasts = [
-        estimate(
+        forecast_of(
             phase(*stages_of(traced), micro_batches=pipeline.micro_batches, layout=layout),
             "h100",
         )
@@ -94,15 +99,15 @@ def test_a_short_trace_stands_for_the_whole_step(pipeline: Pipeline) -> None:
 
 def test_earlier_stages_hold_more_micro_batches() -> None:
     """Stage s of p has p - s of them in flight (1F1B)."""
-    forecast = estimate(phase(*stages_of(Pipeline(4, 1, 1)), micro_batches=12), "h100")
+    forecast = forecast_of(phase(*stages_of(Pipeline(12, 1, 1)), micro_batches=24), "h100")
     held = [rank.peak_bytes for rank in forecast.ranks]
-    assert held == [HELD + (4 - stage) * SAVED + INSIDE for stage in range(4)]
-    first = forecast.ranks[0].alive
-    more = AliveTensors(
-        Category.ACTIVATIONS, LANGUAGE, "of more micro-batches in flight", 3 * SAVED, 1
-    )
-    assert more in first
-    assert list(first) == sorted(first, key=lambda each: -each.bytes)
+    assert held == [HELD + (12 - stage) * SAVED + INSIDE for stage in range(12)]
+    # Those of eleven more are now the largest.
+    name = "of more micro-batches in flight"
+    more = AliveTensors(Category.ACTIVATIONS, LANGUAGE, name, 11 * SAVED, 1)
+    assert 11 * SAVED > HELD
+    assert [each.bytes for each in forecast.ranks[0].alive] == [11 * SAVED, HELD]
+    assert forecast.ranks[0].alive[0] == more
 
 
 def test_stages_that_hold_as_much_share_a_trace() -> None:
@@ -111,7 +116,7 @@ def test_stages_that_hold_as_much_share_a_trace() -> None:
     apart = phase(first, second, third, last, micro_batches=12)
     shared = traced_kind(second, (1, 2))
     together = replace(apart, kinds=(traced_kind(last), shared, traced_kind(first)))
-    one, other = estimate(apart, "h100"), estimate(together, "h100")
+    one, other = forecast_of(apart, "h100"), forecast_of(together, "h100")
     assert other.step_seconds == pytest.approx(one.step_seconds)
     assert other.timeline == one.timeline
     for alone, sharing in zip(one.ranks, other.ranks, strict=True):
@@ -125,7 +130,7 @@ def test_stages_that_are_too_full_are_one_line() -> None:
     full = traced_kind(fuller(second, Category.LOGITS, 80 * GIB), (1, 2))
     traces = phase(first, last, micro_batches=12, layout=ParallelConfig(pipeline=4))
     traces = replace(traces, kinds=(*traces.kinds, full))
-    (fault,) = estimate(traces, "h100").faults
+    (fault,) = forecast_of(traces, "h100").faults
     assert fault.startswith("stage 1, 2 (rank 1) needs 81.3 GiB, h100 has 77.0 usable: logits 80")
 
 
@@ -150,7 +155,7 @@ def test_what_is_released_late_does_not_pile_up(stage: int, traced: int) -> None
 
 
 def test_the_bubble_is_a_share_of_the_step() -> None:
-    forecast = estimate(phase(*stages_of(Pipeline(4, 1, 1)), micro_batches=12), "h100")
+    forecast = forecast_of(phase(*stages_of(Pipeline(4, 1, 1)), micro_batches=12), "h100")
     assert forecast.step_seconds == pytest.approx(0.25 + (12 + 3) * 3.0 + 0.5)
     assert forecast.bubble == pytest.approx(3 * 3.0 / forecast.step_seconds)
     assert sum(forecast.seconds.values()) == pytest.approx(forecast.step_seconds)
@@ -160,7 +165,7 @@ def test_the_bubble_is_a_share_of_the_step() -> None:
 def test_the_slowest_rank_sets_the_pace_of_its_stage() -> None:
     pipeline = Pipeline(1, 1, 1)
     kinds = phase(one_step(pipeline), one_step(pipeline, forward=4.0), micro_batches=2)
-    forecast = estimate(replace(kinds, layout=ParallelConfig()), "h100")
+    forecast = forecast_of(replace(kinds, layout=ParallelConfig()), "h100")
     assert forecast.step_seconds == pytest.approx(0.25 + 2 * 6.0 + 0.5)
     assert forecast.seconds[LANGUAGE] == pytest.approx(12.25)
 
@@ -173,7 +178,7 @@ def test_a_stage_begins_and_ends_with_its_slowest_rank() -> None:
     slow = replace(slow, slots=(begin, *passes, end))
     for kinds in ((quick, slow), (slow, quick)):
         traces = replace(phase(*kinds, micro_batches=2), layout=ParallelConfig())
-        assert estimate(traces, "h100").step_seconds == pytest.approx(1.0 + 2 * 3.0 + 2.0)
+        assert forecast_of(traces, "h100").step_seconds == pytest.approx(1.0 + 2 * 3.0 + 2.0)
 
 
 def test_operations_that_are_made_again_are_no_work() -> None:
@@ -184,7 +189,7 @@ def test_operations_that_are_made_again_are_no_work() -> None:
         replace(slot, operations=products) if slot.kind is SlotKind.BACKWARD else slot
         for slot in trace.slots
     )
-    forecast = estimate(phase(replace(trace, slots=slots), micro_batches=3), "h100")
+    forecast = forecast_of(phase(replace(trace, slots=slots), micro_batches=3), "h100")
     assert forecast.ranks[0].flops == 3 * 101e12
 
 
@@ -203,13 +208,23 @@ def test_a_message_goes_to_the_pipeline_s_neighbours() -> None:
     assert step.message() == message_seconds(size, 12, 4, machine("h100"))
 
 
+@pytest.mark.parametrize(("ranks", "slowest"), [((0, 7, 8), 8), ((0, 8, 9), 0), ((0, 1, 2), 2)])
+def test_the_slower_link_of_a_stage_counts(ranks: tuple[int, int, int], slowest: int) -> None:
+    """Nodes of eight ranks: between 7 and 8 is a network."""
+    size = 1 << 30
+    trace = with_messages(one_step(Pipeline(3, 1, 1), 1), size)
+    trace = replace(trace, groups={"pipeline": ranks})
+    step = RankStep(traced_kind(trace), 1, Pipeline(3, 1, 1), machine("h100"), Overlap())
+    assert step.message() == message_seconds(size, ranks[1], slowest, machine("h100"))
+
+
 def test_messages_cost_what_is_missing_without_them() -> None:
     size = 1 << 30
     # The last message follows the last pass.
     end = (collective("send", "pipeline", size),)
     steps = [one_step(Pipeline(2, 1, 1), stage, end=end) for stage in (0, 1)]
     traces = [with_messages(trace, size) for trace in steps]
-    forecast = estimate(phase(*traces, micro_batches=1, overlap=Overlap(True, True)), "h100")
+    forecast = forecast_of(phase(*traces, micro_batches=1, overlap=Overlap(True, True)), "h100")
     # Two stages of a node: one message forward, one backward, and nothing to do meanwhile.
     message = message_seconds(size, 0, 1, machine("h100"))
     assert forecast.seconds[MESSAGES] == pytest.approx(2 * message)
@@ -219,7 +234,7 @@ def test_messages_cost_what_is_missing_without_them() -> None:
 
 def reduced(overlap: Overlap, size: int, buckets: int = 1) -> PhaseForecast:
     trace = one_step(Pipeline(1, 1, 1), end=reduction(size) * buckets, ranks=8)
-    return estimate(phase(trace, micro_batches=4, overlap=overlap), "h100")
+    return forecast_of(phase(trace, micro_batches=4, overlap=overlap), "h100")
 
 
 def test_collectives_hide_only_where_the_configuration_lets_them() -> None:
@@ -277,10 +292,10 @@ def test_what_does_not_fit_says_how_it_could(
 ) -> None:
     first, last = stages_of(Pipeline(2, 1, 1))
     traces = phase(fuller(first, category, gib * GIB), last, micro_batches=1)
-    assert estimate(traces, "h100").faults == (
+    assert forecast_of(traces, "h100").faults == (
         f"stage 0 (rank 0) needs 81.1 GiB, h100 has 77.0 usable: {shares} GiB; try {cures}",
     )
-    assert estimate(traces, "h200").faults == ()
+    assert forecast_of(traces, "h200").faults == ()
 
 
 def test_cures_that_are_there_already_are_not_named() -> None:
@@ -288,7 +303,7 @@ def test_cures_that_are_there_already_are_not_named() -> None:
     first, last = stages_of(Pipeline(2, 1, 1))
     full = fuller(first, Category.ACTIVATIONS, 80 * GIB)
     traces = replace(phase(full, last, micro_batches=1, layout=layout), micro_batch=2)
-    (fault,) = estimate(traces, "h100").faults
+    (fault,) = forecast_of(traces, "h100").faults
     assert fault.endswith("; try phases.align.micro_batch=1, parallel.tensor=2, parallel.context=2")
 
 
@@ -301,7 +316,7 @@ def test_mixed_operations_are_faults_and_waits_are_notes() -> None:
     first, second = (
         replace(trace, waits=waits, mixed=mixed) for trace in stages_of(Pipeline(2, 1, 1))
     )
-    forecast = estimate(phase(first, second, micro_batches=1), "h100")
+    forecast = forecast_of(phase(first, second, micro_batches=1), "h100")
     assert forecast.faults == (
         "aten::add mixes tensors of the host and of the device at model/loss.py:3 losses: it fails on a GPU",
     )
@@ -314,14 +329,14 @@ def test_mixed_operations_are_faults_and_waits_are_notes() -> None:
 def test_a_layout_in_words() -> None:
     layout = ParallelConfig(pipeline=2, virtual_pipeline=2, recompute="full")
     traces = phase(*stages_of(Pipeline(2, 2, 2)), micro_batches=4, layout=layout)
-    assert estimate(replace(traces, world_size=16), "h100").layout == (
+    assert forecast_of(replace(traces, world_size=16), "h100").layout == (
         "pipeline 2, chunks 2, data 8, recompute full"
     )
 
 
 def test_an_unknown_gpu_is_refused() -> None:
     with pytest.raises(UserError, match=r"gpu=h10 is unknown \(did you mean h100\?\)"):
-        estimate(phase(one_step(Pipeline(1, 1, 1)), micro_batches=1), "h10")
+        forecast_of(phase(one_step(Pipeline(1, 1, 1)), micro_batches=1), "h10")
 
 
 def test_the_first_and_the_last_micro_batch_stand_for_themselves() -> None:
@@ -334,5 +349,5 @@ def test_the_first_and_the_last_micro_batch_stand_for_themselves() -> None:
         else slot
         for slot in trace.slots
     )
-    forecast = estimate(phase(replace(trace, slots=slots), micro_batches=7), "h100")
+    forecast = forecast_of(phase(replace(trace, slots=slots), micro_batches=7), "h100")
     assert forecast.step_seconds == pytest.approx(0.75 + 7 * 2.0 + 1 + 5 * 2 + 4)

@@ -5,13 +5,31 @@ in both.
 """
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+from torch import Tensor
 
-from visionloom.forecast.trace.events import Category, Direction, RankTrace, SlotKind
+from visionloom.forecast.trace.events import (
+    Category,
+    Direction,
+    Mixed,
+    RankTrace,
+    SlotKind,
+    Wait,
+)
 from visionloom.parallel.parts import LOSS
-from visionloom.tests.forecast.imagined import collectives, flops, imagined, launches, real
+from visionloom.tests.forecast.imagined import (
+    collectives,
+    extra_copy,
+    flops,
+    host_wait,
+    imagined,
+    launches,
+    mask_on_the_host,
+    real,
+)
 from visionloom.tests.model.reference import TestPack
 from visionloom.tests.ranks import RankPool
 from visionloom.tests.train.layouts import packs_of
@@ -66,6 +84,11 @@ def test_an_imagined_rank_does_what_a_real_one_does(name: str, pool: RankPool) -
         compare(own, other)
 
 
+def waits(trace: RankTrace) -> set[str]:
+    """Lines that wait for a value of the device; which copies block, only a device of its own shows."""
+    return {wait.place for wait in trace.waits if wait.kind in ("item", "copy to the host")}
+
+
 def compare(own: RankTrace, other: RankTrace) -> None:
     """Fail where the trace of a real rank and that of the imagined one differ."""
     assert flops(own) == flops(other)
@@ -78,6 +101,28 @@ def compare(own: RankTrace, other: RankTrace) -> None:
     kept = {name: size for name, size in other.at_rest.items() if name != Category.TEMPORARY}
     assert kept == own.at_rest
     assert own.mixed == other.mixed == ()
+    assert waits(own) == waits(other)
+
+
+@pytest.mark.parametrize("mistake", [extra_copy, host_wait, mask_on_the_host])
+def test_a_mistake_turns_the_comparison_red(
+    mistake: Callable[[Tensor], Tensor], pool: RankPool
+) -> None:
+    """Controls: each is found, and the last two are named by their line."""
+    layout = LAYOUTS["tensor 2"]
+    packs = packs_for(layout.case.content)
+    ((right,), (wrong,)) = (
+        pool.run(1, imagined, layout, packs, [0], each)[0] for each in (None, mistake)
+    )
+    with pytest.raises(AssertionError):
+        compare(right, wrong)
+    # Both waits of a step that is right are in the optimizer and at its end.
+    inside = [wait for wait in wrong.waits if wait.per_micro_batch]
+    named = f"tests/forecast/imagined.py:{mistake.__code__.co_firstlineno + 2} {mistake.__name__}"
+    if mistake is host_wait:
+        assert inside == [Wait("item", named, len(packs), True)]
+    if mistake is mask_on_the_host:
+        assert Mixed("aten::mul", named, len(packs)) in wrong.mixed
 
 
 def test_slots_follow_the_schedule(pool: RankPool) -> None:

@@ -2,7 +2,29 @@
 
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import Any
+from typing import Any, Final
+
+POLICY: Final = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+"""Lets a browser show the page's own styles and pictures, and nothing else: no script, nothing loaded."""
+
+
+def whole_page(name: str, style: str, parts: Sequence[str]) -> str:
+    """Return a page of its parts, which are HTML; empty ones are left out.
+
+    Args:
+        name: of the run, text.
+        style: the style sheet.
+        parts: in their order.
+    """
+    body = "\n".join(part for part in parts if part)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
+        f"<title>{escape(name)} · visionloom</title>\n"
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<style>{style}</style></head>\n<body><main>\n"
+        f"{body}\n</main></body></html>\n"
+    )
 
 
 def section(title: str, body: str, note: str = "") -> str:

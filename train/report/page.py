@@ -2,20 +2,17 @@
 
 import json
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
-from typing import Final
 
 from visionloom.common.atomic import replacing
 from visionloom.common.text import printable
 from visionloom.train.generate import PICTURE, Prediction
 from visionloom.train.report import sections
 from visionloom.train.report.history import History
+from visionloom.train.report.html import whole_page
 from visionloom.train.report.style import STYLE
 
 REPORT, PREDICTIONS = "report.html", "predictions.jsonl"
-POLICY: Final = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-"""Lets a browser show the page's own styles and pictures, and nothing else: no script, nothing loaded."""
 
 
 def write_report(folder: Path, shown: Sequence[Prediction]) -> Path:
@@ -43,15 +40,7 @@ def page_of(history: History, shown: Sequence[Prediction]) -> str:
         sections.gallery(shown),
         sections.notes(history),
     ]
-    body = "\n".join(part for part in parts if part)
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
-        f"<title>{escape(history.name)} · visionloom</title>\n"
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<style>{STYLE}</style></head>\n<body><main>\n"
-        f"{body}\n</main></body></html>\n"
-    )
+    return whole_page(history.name, STYLE, parts)
 
 
 def write_predictions(path: Path, shown: Sequence[Prediction]) -> None:

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
 import logging, warnings
-from visionloom.launch.quiet import quiet_libraries
+from visionloom.common.quiet import quiet_libraries
 quiet_libraries()
 for module in ("megatron.core.x", "/lib/site-packages/megatron/core/x", "transformers", "visionloom.data.x"):
     warnings.warn_explicit(f"by {module}", UserWarning, "x.py", 1, module=module, registry={})
@@ -45,7 +45,7 @@ def test_what_reaches_the_screen(options: list[str], expected: list[str]) -> Non
 
 NAMES = """
 import logging, sys, threading, warnings
-from visionloom.launch.quiet import Parser, quiet_libraries
+from visionloom.common.quiet import Parser, quiet_libraries
 quiet_libraries()
 name = "\\x1b[2J\\u00e9"
 logging.getLogger("visionloom.x").warning("log of %s", name)

@@ -1,0 +1,21 @@
+"""The question of a plan: which run, on which GPUs. Imports no torch."""
+
+from dataclasses import dataclass
+
+from visionloom.forecast.machine import Machine
+from visionloom.train.config import RunConfig
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """A run, and the GPUs to plan it for."""
+
+    config: RunConfig
+    world_size: int
+    gpu: str
+    """Name of the machine."""
+    machine: Machine
+    imbalance: float
+    """Tokens of a mixture's busiest rank of experts, as a multiple of the mean."""
+    phases: tuple[str, ...]
+    """Those to plan, in their order."""

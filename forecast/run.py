@@ -1,0 +1,226 @@
+"""From the question of a plan to its answer: packs, kinds of ranks, their traces by worker processes, estimates."""
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from visionloom.common.processes import as_finished
+from visionloom.common.progress import PartProgress
+from visionloom.forecast.estimate import estimate
+from visionloom.forecast.faults import memory_faults, mixed_faults
+from visionloom.forecast.kinds import RankKind, rank_kinds
+from visionloom.forecast.packs import ImaginedPacks, PackChoice, packs_for
+from visionloom.forecast.phase_traces import PhaseTraces, TracedKind
+from visionloom.forecast.request import PlanRequest
+from visionloom.forecast.results import PhaseForecast, RankForecast, RunForecast
+from visionloom.forecast.trace.events import RankTrace
+from visionloom.model.flops import step_flops
+from visionloom.parallel.config import ParallelConfig
+from visionloom.parallel.share import Share
+from visionloom.train.config import PhaseConfig, RunConfig
+
+PRELOAD: Final = ("visionloom.forecast.worker",)
+"""Imports torch and megatron-core, once for all workers."""
+CHOICES: Final = (PackChoice.MEAN, PackChoice.PATCHES, PackChoice.SUPERVISED)
+"""For times, for the memory of the first stage, and for that of the last."""
+
+
+@dataclass(frozen=True)
+class TraceOrder:
+    """What a worker is given: a rank, and the packs that it trains on."""
+
+    config: RunConfig
+    phase: str
+    world_size: int
+    rank: int
+    choice: PackChoice
+    packs: ImaginedPacks
+    share: Share
+    micro_batches: int
+    imbalance: float
+
+
+type Traces = dict[tuple[int, PackChoice], RankTrace]
+"""By rank and choice of packs."""
+
+
+def forecast_run(request: PlanRequest, progress: PartProgress) -> RunForecast:
+    """Forecast the phases of a run.
+
+    Args:
+        request: which run on which GPUs; its layouts are possible there.
+        progress: called with a phase, its traces that are done, and all of them.
+
+    Raises:
+        UserError: for what its data would be refused for, and for packs too short for any sample of a mixture.
+    """
+    config = request.config
+    if config.run.precision == "auto":
+        # A plan is for GPUs, where it is this.
+        config = replace(config, run=replace(config.run, precision="bf16"))
+    request = replace(request, config=config)
+
+    phases = {name: ImaginedPhase.of(request, name) for name in request.phases}
+    orders = [order for phase in phases.values() for order in phase.orders()]
+    traces = trace_all(orders, progress)
+    return RunForecast(
+        name=config.run.name,
+        world_size=request.world_size,
+        gpu=request.gpu,
+        gpu_bytes=request.machine.usable_bytes,
+        phases=tuple(phase.forecast(traces[name]) for name, phase in phases.items()),
+    )
+
+
+def trace_all(orders: Sequence[TraceOrder], progress: PartProgress) -> dict[str, Traces]:
+    """Trace ranks by worker processes; return the traces of each phase."""
+    waiting = Counter(order.phase for order in orders)
+    for phase, count in waiting.items():
+        progress(phase, 0, count)
+
+    traces: dict[str, Traces] = {phase: {} for phase in waiting}
+    workers = min(len(orders), len(os.sched_getaffinity(0)))
+    for order, trace in as_finished(trace_one, orders, workers, PRELOAD):
+        ready = traces[order.phase]
+        ready[order.rank, order.choice] = trace
+        progress(order.phase, len(ready), waiting[order.phase])
+    return traces
+
+
+def trace_one(order: TraceOrder) -> RankTrace:
+    """Return the trace of a rank; runs in a worker, since it replaces parts of torch."""
+    from visionloom.forecast.imagine import trace_rank
+
+    batches = [order.packs.batch(order.share)] * order.micro_batches
+    return trace_rank(
+        order.config, order.phase, order.world_size, order.rank, batches, order.imbalance
+    )
+
+
+@dataclass(frozen=True)
+class ImaginedPhase:
+    """A phase on its layout: its packs, and the kinds of its ranks."""
+
+    request: PlanRequest
+    name: str
+    packs: dict[PackChoice, ImaginedPacks]
+    kinds: list[RankKind]
+
+    @classmethod
+    def of(cls, request: PlanRequest, name: str) -> "ImaginedPhase":
+        """Choose the packs of a phase and find the kinds of its ranks."""
+        config, world_size = request.config, request.world_size
+        layout = config.phases[name].parallel or config.parallel
+        packs = {choice: packs_for(config, name, world_size, choice) for choice in CHOICES}
+        patches = packs[PackChoice.MEAN].encoder_patches(layout.encoder_ranks)
+        kinds = rank_kinds(layout, world_size, config.model, patches)
+        return cls(request, name, packs, kinds)
+
+    @property
+    def settings(self) -> PhaseConfig:
+        """Return the phase's own configuration."""
+        return self.request.config.phases[self.name]
+
+    @property
+    def layout(self) -> ParallelConfig:
+        """Return its own layout, or the run's."""
+        return self.settings.parallel or self.request.config.parallel
+
+    @property
+    def micro_batches(self) -> int:
+        """Return the micro-batches of a data rank in a step."""
+        ranks = self.layout.data_parallel_size(self.request.world_size)
+        return self.settings.global_batch // (ranks * self.settings.micro_batch)
+
+    def orders(self) -> Iterator[TraceOrder]:
+        """Yield what is to be traced: each kind of rank on mean packs, and the first and last stage on their fullest."""
+        request = self.request
+        for kind in self.kinds:
+            for choice in self.choices_of(kind):
+                yield TraceOrder(
+                    config=request.config,
+                    phase=self.name,
+                    world_size=request.world_size,
+                    rank=kind.rank,
+                    choice=choice,
+                    packs=self.packs[choice],
+                    share=self.share_of(kind),
+                    micro_batches=self.traced_micro_batches(choice),
+                    imbalance=request.imbalance,
+                )
+
+    def traced_micro_batches(self, choice: PackChoice) -> int:
+        """Return how many micro-batches are traced: those after the second repeat it, and memory is known from one."""
+        # Interleaved stages take micro-batches only in multiples of their number.
+        if self.layout.chunks > 1:
+            return self.layout.pipeline
+        return min(2 if choice is PackChoice.MEAN else 1, self.micro_batches)
+
+    def choices_of(self, kind: RankKind) -> list[PackChoice]:
+        """Return on which packs a kind is traced: the memory of stages between the first and the last depends on none."""
+        choices = [PackChoice.MEAN]
+        if 0 in kind.stages:
+            choices.append(PackChoice.PATCHES)
+        if self.layout.pipeline - 1 in kind.stages:
+            choices.append(PackChoice.SUPERVISED)
+        return choices
+
+    def share_of(self, kind: RankKind) -> Share:
+        """Return which pictures a kind of rank encodes."""
+        ranks = self.layout.encoder_ranks
+        if 0 not in kind.stages:
+            return Share(encoder_rank=-1, encoder_ranks=ranks)
+        # Tensor ranks are counted first; without sequence parallelism all of them encode the same.
+        alike = self.layout.tensor * self.layout.context // ranks
+        place = kind.rank % (self.layout.tensor * self.layout.context)
+        return Share(encoder_rank=place // alike, encoder_ranks=ranks)
+
+    def forecast(self, traces: Traces) -> PhaseForecast:
+        """Return the forecast: times on mean packs, memory on the fullest that were traced."""
+        gpu, machine = self.request.gpu, self.request.machine
+        inputs = [self.inputs(choice, traces) for choice in CHOICES]
+        mean, *others = (estimate(each, gpu, machine) for each in inputs)
+        ranks = []
+        for number, rank in enumerate(mean.ranks):
+            ranks.append(fullest([rank, *(other.ranks[number] for other in others)]))
+        faults = (*memory_faults(ranks, inputs[0], gpu, machine), *mixed_faults(ranks))
+        return replace(mean, ranks=tuple(ranks), faults=faults)
+
+    def inputs(self, choice: PackChoice, traces: Traces) -> PhaseTraces:
+        """Return what a forecast is made from; kinds that were not traced on these packs stand as on mean ones."""
+        kinds = list[TracedKind]()
+        for kind in self.kinds:
+            trace = traces.get((kind.rank, choice)) or traces[kind.rank, PackChoice.MEAN]
+            kinds.append(TracedKind(kind, trace))
+        phase, mean = self.settings, self.packs[PackChoice.MEAN]
+        # Of one micro-batch, while the forecast is about a step of all ranks.
+        times = phase.global_batch // phase.micro_batch
+        return PhaseTraces(
+            phase=self.name,
+            layout=self.layout,
+            world_size=self.request.world_size,
+            sequence_length=phase.sequence_length,
+            packs=mean.assumed,
+            kinds=tuple(kinds),
+            micro_batches=self.micro_batches,
+            micro_batch=phase.micro_batch,
+            steps=phase.total_steps,
+            flops=times * self.flops,
+            tokens=float(times * mean.counts.tokens),
+        )
+
+    @property
+    def flops(self) -> float:
+        """Return the operations that the model needs for a mean micro-batch, on all ranks that share it."""
+        config, work = self.request.config, self.packs[PackChoice.MEAN].counts.work
+        lora = config.lora if config.lora.rank else None
+        parts = step_flops(config.model, work, set(self.settings.trainable), lora)
+        return sum(parts.values())
+
+
+def fullest(ranks: Sequence[RankForecast]) -> RankForecast:
+    """Return the first of several forecasts of a rank with the memory of the one that takes most."""
+    most = max(ranks, key=lambda rank: rank.peak_bytes)
+    return replace(ranks[0], memory=most.memory, peak_bytes=most.peak_bytes, alive=most.alive)

@@ -1,0 +1,1 @@
+"""What a forecast looks like: tables on the screen, plan.json, plan.html."""

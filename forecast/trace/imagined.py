@@ -1,0 +1,168 @@
+"""The recorder of an imagined rank: its device is torch's meta device.
+
+Nothing is computed or sent, and what the host asks of the device is answered with stated values.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from visionloom.forecast.trace.axes import tensors_in
+from visionloom.forecast.trace.operations import Call
+from visionloom.forecast.trace.recorder import (
+    COPIES,
+    ITEM,
+    SHAPE,
+    SHAPED_BY_CONTENT,
+    Recorder,
+    place,
+    tensors_of,
+)
+from visionloom.forecast.trace.shapes import META, ShapeRules
+from visionloom.forecast.trace.values import StatedValues
+
+CPU = torch.device("cpu")
+
+
+class ImaginedRecorder(Recorder):
+    """Records a rank on no device."""
+
+    def __init__(self, values: StatedValues) -> None:
+        """Record; `values` are what the host gets where it asks."""
+        super().__init__()
+        self.values = values
+        self._shapes = ShapeRules()
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Return whether a tensor is on the meta device."""
+        return tensor.is_meta
+
+    def operation(self, call: Call, inputs: list[Tensor], hosts: list[Tensor]) -> Any:
+        """Work out the shapes of an operation, or answer what the host asks by it."""
+        if inputs and asks(call):
+            return self._answer(call)
+        # A number on the host is an argument of the launch.
+        takes_hosts = any(tensor.dim() for tensor in hosts)
+        copies = call.name in COPIES
+        if takes_hosts and inputs and not copies:
+            # A GPU would refuse it; the trace goes on, so as to name all that is wrong.
+            self.mixes(call.name)
+            result = self._run(on_device(call))
+        else:
+            result = self._run(call)
+
+        outputs = tensors_of((result,))
+        if inputs or any(tensor.is_meta for tensor in outputs):
+            self.values.follow(call.func, call.args, call.kwargs, outputs)
+            if takes_hosts and copies and call.blocks:
+                self.wait("copy to the device")
+            self.record(call, inputs, outputs, crosses=copies and bool(hosts))
+        return result
+
+    def _answer(self, call: Call) -> Any:
+        """Give the host the stated value of a tensor, and record that it waits."""
+        if call.name in SHAPED_BY_CONTENT or call.name == "aten::index":
+            return self._shaped(call)
+        tensor = call.args[1] if call.name == "aten::copy_" else call.args[0]
+        if call.blocks:
+            self.wait("item" if call.name == ITEM else "copy to the host")
+        value = self.values.of(tensor)
+        if call.name in COPIES:
+            self.record(call, [tensor], [], crosses=True)
+        if value is None and call.name == "aten::copy_":
+            # Nobody reads it: offloaded activations come back as they are.
+            return call.args[0]
+        if value is None:
+            # What a step reads of its sums: finite, and above zero.
+            value = torch.ones((), dtype=tensor.dtype).expand(tensor.shape)
+        if call.name == ITEM:
+            return value.item()
+        if call.name == "aten::copy_":
+            return call.func(call.args[0], value)
+        dtype = call.kwargs.get("dtype") or tensor.dtype
+        return value.to(dtype, copy=True).contiguous()
+
+    def _shaped(self, call: Call) -> Any:
+        """Return a tensor whose size depends on content, from stated values.
+
+        Raises:
+            NotImplementedError: if nothing is stated.
+        """
+        self.wait(SHAPE)
+        selects = call.name == "aten::masked_select"
+        stated = self.values.of(call.args[1] if selects else call.args[0])
+        if stated is None or call.name == "aten::index":
+            raise NotImplementedError(
+                f"{call.name} asks for a value that is not stated, at {place()}"
+            )
+        if selects:
+            whole = self.values.of(call.args[0])
+            mask = stated.expand(torch.broadcast_shapes(call.args[0].shape, stated.shape))
+            result: Tensor = call.args[0].new_empty(int(mask.sum()))
+            value = None if whole is None else whole.masked_select(mask)
+        else:
+            value = call.func(stated, *call.args[1:], **call.kwargs)
+            result = torch.empty_like(value, device=call.args[0].device)
+        if value is not None:
+            self.values.state(result, value)
+        self.record(call, tensors_of(call.args), [result])
+        return result
+
+    def _run(self, call: Call) -> Any:
+        """Work out the shapes of a result; the experts of tokens are stated."""
+        result = self._shapes.run(call)
+        if call.name == "aten::topk" and call.args[0].dim() == 2:
+            self.values.state(result[1], self.values.choose(*call.args[:2]))
+        return result
+
+    def send(self, name: str, call: Call) -> Any:
+        """Send nothing; what is received has a value where what is sent has one."""
+        self._exchange_values(name, call.args)
+        return finished(call.func, call.args)
+
+    def _exchange_values(self, name: str, args: Any) -> None:
+        """State what is received, where what is sent has a value: the other ranks route as this one does."""
+        if name != "all_gather":
+            return
+        (output, *_), (own, *_) = tensors_in(args[0]), tensors_in(args[1])
+        value = self.values.of(own)
+        if value is not None and output.numel() % own.numel() == 0:
+            repeated = value.reshape(-1).repeat(output.numel() // own.numel())
+            self.values.state(output, repeated.view(output.shape))
+
+
+def finished(func: Any, args: Any) -> Any:
+    """Return what a collective returns that is done at once, its tensors unchanged."""
+    from torch._C._distributed_c10d import FakeWork
+
+    results = []
+    for value in func._schema.returns:
+        tensors = next(arg for arg in args if isinstance(arg, list | tuple | Tensor))
+        results.append(FakeWork().boxed() if "Work" in str(value.type) else tensors)
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+def on_device(call: Call) -> Call:
+    """Return a call with all its tensors on the imagined device."""
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(META)
+        if isinstance(value, list | tuple):
+            return type(value)(map(moved, value))
+        return value
+
+    kwargs = {name: moved(value) for name, value in call.kwargs.items()}
+    return Call(call.kind, call.func, moved(call.args), kwargs)
+
+
+def asks(call: Call) -> bool:
+    """Return whether the host asks for the content of a tensor on the device."""
+    if call.name == ITEM or call.name in SHAPED_BY_CONTENT:
+        return True
+    if call.name == "aten::index":
+        return any(index is not None and index.dtype == torch.bool for index in call.args[1])
+    if call.name == "aten::copy_":
+        return not call.args[0].is_meta
+    return call.name in COPIES and call.kwargs.get("device") == CPU

@@ -1,0 +1,1 @@
+"""What launch/plan.py is made of: its words, its other commands, and the plan before a run."""

@@ -1,0 +1,102 @@
+"""`plan.py search`: the layouts that are possible, the fastest first."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import count
+from typing import TYPE_CHECKING, Final
+
+from visionloom.common.screen import PlainConsole
+from visionloom.common.text import say
+from visionloom.forecast.request import PlanRequest
+from visionloom.forecast.results import PhaseForecast
+from visionloom.forecast.show.document import NOTICE
+from visionloom.forecast.show.tables import gibibytes
+from visionloom.launch.configure import compose
+from visionloom.launch.data_commands.progress import bars
+from visionloom.launch.exit import CANNOT_RUN
+from visionloom.launch.plan_commands.words import read_plan_words
+from visionloom.train.config import RunConfig
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from visionloom.forecast.search.search import SearchResult, TriedLayout
+
+TRIES: Final = 20
+"""Layouts that are traced."""
+PASTED: Final = 3
+"""Layouts whose YAML is shown."""
+COLUMNS: Final = ("", "layout", "tokens/s", "step, s", "MFU", "peak, GiB", "reason")
+ANY_LAYOUT: Final = "parallel=single"
+"""Word that takes the place of the recipe's layout, which these GPUs may not hold."""
+
+
+def search_layouts(argv: Sequence[str]) -> int:
+    """Print the layouts of a phase of the command line's run, the fastest first, and return the exit code."""
+    own, words = read_plan_words(argv)
+    # On one rank each layout is possible that says nothing; what N can hold the search finds out.
+    config = compose([*words, ANY_LAYOUT], 1)
+    if config is None:
+        return 0
+    request = own.request(config)
+
+    # torch is imported only now, when the words are known to be good.
+    from visionloom.forecast.run import forecast_run
+    from visionloom.forecast.search.search import SearchGoal, search
+
+    phase = request.phases[0]
+    goal = SearchGoal(config, phase, own.world, request.machine, TRIES)
+    with bars("layouts") as progress:
+        numbers = count(1)
+
+        def forecast(tried: RunConfig) -> PhaseForecast:
+            # The layouts have a bar, and not the ranks of each.
+            question = replace(request, config=tried, phases=(phase,))
+            answer = forecast_run(question, lambda *_: None)
+            progress("traced", min(next(numbers), TRIES), TRIES)
+            return answer.phases[0]
+
+        result = search(goal, forecast)
+    show(request, result)
+    return 0 if result.tried[0].fits else CANNOT_RUN
+
+
+def show(request: PlanRequest, result: "SearchResult") -> None:
+    """Print the layouts as a table, and the best as text to paste."""
+    # A pipe has no width; 160 columns hold the table without breaking most of its cells.
+    console = PlainConsole(width=None if sys.stdout.isatty() else 160)
+    console.print(table_of(request, result))
+    say(
+        f"{result.legal:,} layouts are possible, {result.too_large:,} of them are too large without any activation,"
+        f" {len(result.tried)} were traced"
+    )
+    for number, row in enumerate(result.tried[:PASTED], 1):
+        if row.fits:
+            say("", f"# layout {number}", row.yaml.rstrip())
+
+
+def table_of(request: PlanRequest, result: "SearchResult") -> "Table":
+    """Return a row for each layout that was traced."""
+    # rich takes a tenth of a second to import, which help need not wait for.
+    from rich.table import Table
+
+    phase, gpus = request.phases[0], f"{request.world_size:,} x {request.gpu}"
+    title = f"{request.config.run.name}, {phase}, on {gpus} ({NOTICE})"
+    table = Table(*COLUMNS, title=title, title_justify="left")
+    for number, row in enumerate(result.tried, 1):
+        table.add_row(*cells(number, row), result.reason(row))
+    return table
+
+
+def cells(number: int, row: "TriedLayout") -> list[str]:
+    """Return the cells of COLUMNS but for the reason."""
+    forecast = row.forecast
+    return [
+        f"{number}",
+        forecast.layout,
+        f"{forecast.tokens_per_second:,.0f}",
+        f"{forecast.step_seconds:.3f}",
+        f"{forecast.mfu:.1%}",
+        gibibytes(row.peak_bytes),
+    ]

@@ -1,0 +1,136 @@
+"""`plan.py table FILE`: every shipped recipe on the GPUs that its header states, as a table of Markdown."""
+
+import re
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Final
+
+from visionloom.common.atomic import replacing
+from visionloom.common.errors import UserError
+from visionloom.common.text import one_line, say, warn
+from visionloom.forecast.machine import machine
+from visionloom.forecast.request import PlanRequest
+from visionloom.forecast.results import PhaseForecast, RunForecast
+from visionloom.forecast.show.tables import gibibytes, peak_bytes
+from visionloom.launch.claim import check_writable
+from visionloom.launch.configure import compose
+from visionloom.launch.data_commands.progress import bars
+from visionloom.launch.environment import check_home
+from visionloom.launch.exit import CANNOT_RUN
+from visionloom.launch.explain import available
+
+GPU: Final = "h100"
+RANKS: Final = re.compile(r"^# Ranks: (\d+)", re.MULTILINE)
+COLUMNS: Final = (
+    "recipe",
+    "phase",
+    "GPUs",
+    "layout",
+    "peak, GiB",
+    "step, s",
+    "tokens/s",
+    "MFU",
+    "bubble",
+    "days",
+    "GPU-hours",
+    "",
+)
+type Row = tuple[str, ...]
+HEAD: Final = """# Every shipped recipe, planned
+
+Made by `make plans`: each recipe on as many {gpu} (recipes/gpu/{gpu}.yaml) as its header states, of which tensors can have
+{gib:.1f} GiB each. Every number is predicted, and no GPU has confirmed it. [planning.md](planning.md) says what is assumed.
+
+"""
+
+
+def write_table(words: Sequence[str]) -> int:
+    """Plan all recipes, write the table into the file that the words name, and return the exit code.
+
+    A recipe that cannot be built, or does not fit, is named; the others are planned all the same.
+    """
+    if len(words) != 1:
+        raise UserError(
+            "plan.py table takes one word, the file to write: plan.py table docs/plans.md"
+        )
+    (name,) = words
+    check_home("table", name)
+    file = Path(name)
+    # Before minutes of work: a folder that cannot be written is known at once.
+    check_writable(file.parent, "table")
+
+    rows, faults = plan_recipes()
+    with replacing(file, durable=False) as written:
+        written.write(page_of(rows).encode())
+    say(f"plans: {file}")
+    for fault in faults:
+        warn(f"wrong: {one_line(fault)}")
+    return CANNOT_RUN if faults else 0
+
+
+def plan_recipes() -> tuple[list[Row], list[str]]:
+    """Return the rows of all shipped recipes, and a line for whatever is wrong with one."""
+    rows = list[Row]()
+    faults = list[str]()
+    for recipe in available("recipe"):
+        try:
+            forecast = forecast_recipe(recipe)
+        except UserError as error:
+            faults += [f"{recipe}: {line}" for line in error.lines]
+            continue
+        rows += [row_of(recipe, forecast, phase) for phase in forecast.phases]
+        if not forecast.can_run:
+            faults += [f"{recipe}: {line}" for line in forecast.faults]
+    return rows, faults
+
+
+def page_of(rows: Sequence[Row]) -> str:
+    """Return the page with the table."""
+    head = HEAD.format(gpu=GPU, gib=machine(GPU).usable_bytes / 2**30)
+    rule = ("---",) * len(COLUMNS)
+    lines = []
+    for cells in (COLUMNS, rule, *rows):
+        lines.append(f"| {' | '.join(cells)} |\n")
+    return head + "".join(lines)
+
+
+def forecast_recipe(recipe: str) -> RunForecast:
+    """Return the forecast of a shipped recipe; UserError if it cannot be built on the GPUs that its header states."""
+    # torch is imported only here, when the file is known to be writable.
+    from visionloom.forecast.run import forecast_run
+
+    gpus = stated_ranks(recipe)
+    config = compose([f"+recipe={recipe}"], gpus)
+    assert config is not None
+    request = PlanRequest(config, gpus, GPU, machine(GPU), 1.0, tuple(config.phases))
+    with bars(f"traces of {recipe}") as progress:
+        return forecast_run(request, progress)
+
+
+def stated_ranks(recipe: str) -> int:
+    """Return the number of ranks that the header of a shipped recipe states; UserError if it states none."""
+    text = files("visionloom.recipes").joinpath(f"recipe/{recipe}.yaml").read_text()
+    stated = RANKS.search(text)
+    if stated is None:
+        raise UserError("its header has no line `# Ranks: N`")
+    return int(stated[1])
+
+
+def row_of(recipe: str, forecast: RunForecast, phase: PhaseForecast) -> Row:
+    """Return the cells of COLUMNS."""
+    peak = peak_bytes(phase)
+    return (
+        recipe,
+        phase.phase,
+        f"{forecast.world_size:,}",
+        phase.layout,
+        gibibytes(peak),
+        f"{phase.step_seconds:.3f}",
+        f"{phase.tokens_per_second:,.0f}",
+        f"{phase.mfu:.1%}",
+        f"{phase.bubble:.1%}",
+        f"{phase.days:,.2f}",
+        f"{phase.days * 24 * forecast.world_size:,.0f}",
+        "fits" if peak <= forecast.gpu_bytes else "does not fit",
+    )
