@@ -50,7 +50,12 @@ def operation_seconds(operation: Operation, machine: Machine) -> float:
         forward_share, share = machine.attention_forward_share, machine.attention_backward_share
         arithmetic = operation.work / (peak * 1e12 * (share if backward else forward_share))
 
-    moved = operation.bytes / (machine.memory_gbps * 1e9 * machine.memory_share)
+    if operation.kernel is Kernel.TRANSFER:
+        moved = (
+            operation.bytes / 2 / (machine.host_gbps * 1e9)
+        )  # read on one side, written on the other
+    else:
+        moved = operation.bytes / (machine.memory_gbps * 1e9 * machine.memory_share)
     return max(arithmetic, moved, machine.kernel_start)
 
 

@@ -69,6 +69,8 @@ def layout_words(layout: ParallelConfig, world_size: int) -> str:
         "expert tensor": layout.expert_tensor or 1,
     }
     words = [f"{axis} {degree}" for axis, degree in degrees.items() if degree > 1]
+    if layout.context > 1:
+        words.append(f"exchange {layout.context_exchange}")
     words.append(f"data {layout.data_parallel_size(world_size)}")
     if layout.recompute != "none":
         words.append(f"recompute {layout.recompute}")

@@ -41,6 +41,8 @@ class Machine:
     """Peak bandwidth of the memory, GB/s."""
     memory_share: float = option(0.0, "free", above=0, most=1)
     """Share of it that large elementwise kernels reach."""
+    host_gbps: float = option(0.0, "free", above=0, most=1e5)
+    """Measured bandwidth between the memory of the host and that of the GPU, pinned, GB/s."""
     kernel_start: float = option(0.0, "free", above=0, most=1e-3)
     """Seconds that the smallest kernel takes on the device."""
     launch: float = option(0.0, "free", above=0, most=1e-3)

@@ -92,12 +92,3 @@ def _bytes(value: Any) -> int:
     if isinstance(value, list | tuple):
         return sum(map(_bytes, value))
     return 0
-
-
-def tensors_in(value: Any) -> list[Tensor]:
-    """Return the tensors of an argument of a collective, however deep."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, list | tuple):
-        return [tensor for item in value for tensor in tensors_in(item)]
-    return []

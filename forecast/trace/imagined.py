@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visionloom.forecast.trace.axes import tensors_in
-from visionloom.forecast.trace.operations import Call
+from visionloom.forecast.trace.operations import Call, tensors_in
 from visionloom.forecast.trace.recorder import (
     COPIES,
     ITEM,
@@ -17,7 +16,6 @@ from visionloom.forecast.trace.recorder import (
     SHAPED_BY_CONTENT,
     Recorder,
     place,
-    tensors_of,
 )
 from visionloom.forecast.trace.shapes import META, ShapeRules
 from visionloom.forecast.trace.values import StatedValues
@@ -52,9 +50,9 @@ class ImaginedRecorder(Recorder):
         else:
             result = self._run(call)
 
-        outputs = tensors_of((result,))
+        outputs = tensors_in((result,))
         if inputs or any(tensor.is_meta for tensor in outputs):
-            self.values.follow(call.func, call.args, call.kwargs, outputs)
+            self.values.follow(call, outputs)
             if takes_hosts and copies and call.blocks:
                 self.wait("copy to the device")
             self.record(call, inputs, outputs, crosses=copies and bool(hosts))
@@ -106,7 +104,7 @@ class ImaginedRecorder(Recorder):
             result = torch.empty_like(value, device=call.args[0].device)
         if value is not None:
             self.values.state(result, value)
-        self.record(call, tensors_of(call.args), [result])
+        self.record(call, tensors_in(call.args), [result])
         return result
 
     def _run(self, call: Call) -> Any:

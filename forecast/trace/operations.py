@@ -166,6 +166,15 @@ def dtype_of(inputs: list[Tensor], outputs: list[Tensor]) -> str:
     return DTYPES.get(largest.dtype, str(largest.dtype).removeprefix("torch."))
 
 
+def tensors_in(value: Any) -> list[Tensor]:
+    """Return the tensors among arguments or results, however deep."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, list | tuple):
+        return [tensor for item in value for tensor in tensors_in(item)]
+    return []
+
+
 # ---- attention
 
 

@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from visionloom.forecast.trace.operations import Call
+from visionloom.forecast.trace.operations import Call, tensors_in
 from visionloom.forecast.trace.recorder import (
     COPIES,
     ITEM,
     SHAPE,
     SHAPED_BY_CONTENT,
     Recorder,
-    tensors_of,
 )
 from visionloom.forecast.trace.values import StatedValues
 
@@ -71,7 +70,7 @@ class RealRecorder(Recorder):
         if not self._ran_there(bool(inputs), bool(hosts)):
             return result
 
-        outputs = tensors_of((result,))
+        outputs = tensors_in((result,))
         for tensor in outputs:
             self.device.mark(tensor)
         self.record(call, inputs, outputs, crosses=self.copies.copies_up)

@@ -7,7 +7,6 @@ rank and of a real one.
 import traceback
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from visionloom.forecast.trace.axes import NAMES, Axes, group_in, moved_bytes, tensors_in
+from visionloom.forecast.trace.axes import NAMES, Axes, group_in, moved_bytes
 from visionloom.forecast.trace.events import (
     Category,
     Collective,
@@ -30,7 +29,7 @@ from visionloom.forecast.trace.events import (
     Wait,
 )
 from visionloom.forecast.trace.memory import Ledger
-from visionloom.forecast.trace.operations import Call, cost_of, dtype_of, kind_of
+from visionloom.forecast.trace.operations import Call, cost_of, dtype_of, kind_of, tensors_in
 from visionloom.parallel.parts import OTHER, PREFIX
 
 ITEM: Final = "aten::_local_scalar_dense"
@@ -186,7 +185,7 @@ class Recorder(TorchDispatchMode):
 
         inputs: list[Tensor] = []
         hosts: list[Tensor] = []
-        for tensor in tensors_of((*args, *call.kwargs.values())):
+        for tensor in tensors_in((*args, *call.kwargs.values())):
             (inputs if self.holds(tensor) else hosts).append(tensor)
         return self.operation(call, inputs, hosts)
 
@@ -265,17 +264,6 @@ class Recorder(TorchDispatchMode):
         if name in FILLS:
             self.ledger.own(tensors_in(call.args[0]), Category.COMMUNICATION)
         return self.send(name, call)
-
-
-def tensors_of(values: Sequence[Any]) -> list[Tensor]:
-    """Return the tensors among arguments or results, and in lists among them."""
-    tensors = []
-    for value in values:
-        if isinstance(value, Tensor):
-            tensors.append(value)
-        elif isinstance(value, list | tuple):
-            tensors += [item for item in value if isinstance(item, Tensor)]
-    return tensors
 
 
 def place() -> str:

@@ -106,7 +106,8 @@ def trace_step(recorder: Recorder, trainer: PhaseTrainer, batches: list[PackedBa
     recorder.axes = Axes(topology)
 
     at_rest = recorder.start()
-    with _slots(recorder, trainer, len(batches)), _stated_shapes(trainer, batches):
+    passes = _Passes(recorder, trainer, len(batches))
+    with passes.watched(), _stated_shapes(trainer, batches):
         train_step(trainer, batches)
     recorder.finish()
     return RankTrace(
@@ -146,40 +147,47 @@ def owned(trainer: PhaseTrainer) -> Iterator[tuple[list[Any], Category]]:
 # ---- the schedule
 
 
-@contextlib.contextmanager
-def _slots(recorder: Recorder, trainer: PhaseTrainer, micro_batches: int) -> Iterator[None]:
-    """Let the recorder begin a slot with each forward and backward pass of Megatron-core's schedule."""
-    forward_step, backward_step = schedules.forward_step, schedules.backward_step
-    numbers = {id(part): number for number, part in enumerate(trainer.wrapped_parts)}
-    passed = [0] * len(numbers)
-    made: dict[int, tuple[int, int]] = {}
-    left = len(numbers) * micro_batches
+class _Passes:
+    """Begins a slot with each forward and backward pass of Megatron-core's schedule."""
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    def __init__(self, recorder: Recorder, trainer: PhaseTrainer, micro_batches: int) -> None:
+        self.recorder = recorder
+        self.forward_step, self.backward_step = schedules.forward_step, schedules.backward_step
+        self.numbers = {id(part): number for number, part in enumerate(trainer.wrapped_parts)}
+        self.passed = [0] * len(self.numbers)
+        """Micro-batches that have passed each part of the model forward."""
+        self.made: dict[int, tuple[int, int]] = {}
+        """Chunk and micro-batch of an output that waits for its backward pass."""
+        self.left = len(self.numbers) * micro_batches
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run schedules.forward_step in a slot of its own."""
         model = kwargs["model"] if "model" in kwargs else args[2]
-        chunk = numbers[id(model)]
-        micro_batch = passed[chunk]
-        passed[chunk] += 1
-        recorder.slot(SlotKind.FORWARD, chunk, micro_batch)
-        result = forward_step(*args, **kwargs)
-        made[id(_first(result[0]))] = chunk, micro_batch
-        recorder.slot(SlotKind.BETWEEN)
+        chunk = self.numbers[id(model)]
+        micro_batch = self.passed[chunk]
+        self.passed[chunk] += 1
+        self.recorder.slot(SlotKind.FORWARD, chunk, micro_batch)
+        result = self.forward_step(*args, **kwargs)
+        self.made[id(_first(result[0]))] = chunk, micro_batch
+        self.recorder.slot(SlotKind.BETWEEN)
         return result
 
-    def backward(input_tensor: Any, output_tensor: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal left
-        chunk, micro_batch = made[id(_first(output_tensor))]
-        left -= 1
-        recorder.slot(SlotKind.BACKWARD, chunk, micro_batch)
-        result = backward_step(input_tensor, output_tensor, *args, **kwargs)
-        recorder.slot(SlotKind.BETWEEN if left else SlotKind.END)
+    def backward(self, input_tensor: Any, output_tensor: Any, *others: Any) -> Any:
+        """Run schedules.backward_step in a slot of its own."""
+        chunk, micro_batch = self.made[id(_first(output_tensor))]
+        self.left -= 1
+        self.recorder.slot(SlotKind.BACKWARD, chunk, micro_batch)
+        result = self.backward_step(input_tensor, output_tensor, *others)
+        self.recorder.slot(SlotKind.BETWEEN if self.left else SlotKind.END)
         return result
 
-    with (
-        mock.patch.object(schedules, "forward_step", forward),
-        mock.patch.object(schedules, "backward_step", backward),
-    ):
-        yield
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Put both in the place of Megatron-core's."""
+        forward = mock.patch.object(schedules, "forward_step", self.forward)
+        backward = mock.patch.object(schedules, "backward_step", self.backward)
+        with forward, backward:
+            yield
 
 
 def _first(tensor: Any) -> Any:

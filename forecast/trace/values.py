@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from visionloom.forecast.trace.operations import Call, tensors_in
+
 LARGEST = 1 << 26
 """Elements of the largest tensor with a value; the choice of 262,144 tokens among 128 experts is half of it."""
 CONSTANTS = {
@@ -90,37 +92,31 @@ class StatedValues:
         choice: Tensor = self._computed[key]
         return choice
 
-    def follow(
-        self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], outputs: Sequence[Tensor]
-    ) -> None:
+    def follow(self, call: Call, outputs: Sequence[Tensor]) -> None:
         """Give the outputs of an operation their values, if those of its inputs are known."""
-        name = func._schema.name
-        if name in CONSTANTS:
+        for tensor in outputs if call.kind.writes else ():
+            # It has been changed, and all views of it.
+            self._stated.pop(tensor.untyped_storage()._cdata, None)
+        if call.name in CONSTANTS:
             for tensor in outputs:
-                self.state(tensor, self._constant(CONSTANTS[name], tensor))
-            return
-        if name == "aten::arange":
-            host = {**kwargs, "device": torch.device("cpu")}
-            self.state(outputs[0], self._compute(func, args, host)[0])
-            return
-        if outputs and all(tensor.is_floating_point() for tensor in outputs):
-            # Nobody asks for numbers with a fraction, but for the constants above that a choice is put into.
-            if func._schema.is_mutable:
-                self._drop(outputs)
-            return
-        inputs = [value for value in _flat((args, *kwargs.values())) if isinstance(value, Tensor)]
-        if name == "aten::_to_copy" and not inputs[0].is_meta:
-            # What the host sends to the device is known; lengths and rows are asked for, pixels are not.
-            if not inputs[0].is_floating_point():
-                self.state(outputs[0], inputs[0].to(outputs[0].dtype))
-            return
+                self.state(tensor, self._constant(CONSTANTS[call.name], tensor))
+        # Nobody asks for numbers with a fraction, but for the constants that a choice is put into.
+        elif not all(tensor.is_floating_point() for tensor in outputs):
+            for tensor, value in zip(outputs, self._values(call, outputs), strict=False):
+                self.state(tensor, value)
+
+    def _values(self, call: Call, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return the values of an operation's outputs; nothing if they are not known."""
+        inputs = tensors_in((call.args, *call.kwargs.values()))
+        if call.name == "aten::_to_copy" and not inputs[0].is_meta:
+            # What the host sends to the device is known.
+            return [inputs[0].to(outputs[0].dtype)]
+        if not inputs and call.name != "aten::arange":
+            return []
         small = all(tensor.numel() <= LARGEST for tensor in outputs)
-        known = small and all(map(self._knows, inputs))
-        values = self._compute(func, self._valued(args), self._valued(kwargs)) if known else []
-        if func._schema.is_mutable:
-            self._drop(outputs)
-        for tensor, value in zip(outputs, values, strict=False):
-            self.state(tensor, value)
+        if not small or not all(map(self._knows, inputs)):
+            return []
+        return self._compute(call.func, self._valued(call.args), self._valued(call.kwargs))
 
     def _constant(self, number: float, like: Tensor) -> Tensor:
         """Return a tensor of one number, the same object each time: what follows from it is then computed once."""
@@ -132,11 +128,6 @@ class StatedValues:
 
     def _knows(self, tensor: Tensor) -> bool:
         return not tensor.is_meta or self.of(tensor) is not None
-
-    def _drop(self, tensors: Sequence[Tensor]) -> None:
-        """Forget the values of tensors that have been changed, and of all views of them."""
-        for tensor in tensors:
-            self._stated.pop(tensor.untyped_storage()._cdata, None)
 
     def _valued(self, value: Any) -> Any:
         """Replace meta tensors by their values, however deep."""
@@ -150,17 +141,14 @@ class StatedValues:
         return value
 
     def _compute(self, func: Any, args: Any, kwargs: Any) -> list[Tensor]:
-        key = (func, _key(args), _key(tuple(sorted(kwargs.items()))))
+        named = tuple(sorted(kwargs.items()))
+        key = (func, _key(args), _key(named))
         if key not in self._computed:
-            if func._schema.is_mutable:
-                args = tuple(_cloned(value) for value in args)
-            result = func(*args, **{name: _host(value) for name, value in kwargs.items()})
-            # The arguments are kept too, since their addresses are the key.
-            self._computed[key] = (
-                [v for v in _flat((result,)) if isinstance(v, Tensor)],
-                args,
-                kwargs,
-            )
+            # In place it would change a value that others have.
+            own = tuple(map(_cloned, args)) if func._schema.is_mutable else args
+            result = func(*own, **{name: _host(value) for name, value in named})
+            # The arguments are kept too, since their addresses are in the key.
+            self._computed[key] = tensors_in((result,)), args, kwargs
         values: list[Tensor] = self._computed[key][0]
         return values
 
@@ -184,9 +172,3 @@ def _key(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return tuple(_key(item) for item in value)
     return (type(value).__name__, str(value))
-
-
-def _flat(value: Any) -> list[Any]:
-    if isinstance(value, list | tuple):
-        return [each for item in value for each in _flat(item)]
-    return [value]

@@ -12,7 +12,7 @@ from visionloom.forecast.search.bounds import RestBounds
 from visionloom.forecast.search.estimates import Estimates
 from visionloom.forecast.search.search import SearchGoal, SearchResult, search
 from visionloom.model.flops import StepWork
-from visionloom.parallel.config import ParallelConfig
+from visionloom.parallel.config import EXCHANGES, ParallelConfig
 from visionloom.tests.model.test_sizes import published
 from visionloom.train.config import PhaseConfig, RunConfig, RunSection
 
@@ -167,6 +167,8 @@ def test_estimated_times_follow_the_layout() -> None:
     # Sixteen tensor ranks are on two nodes, eight on one.
     one_node = Estimates(of.config, "p", 64, replace(GPU, node_ranks=16), WORK)
     assert seconds(of, tensor=16) > 1.5 * seconds(one_node, tensor=16)
+    exchanges = {name: seconds(of, context=2, context_exchange=name) for name in EXCHANGES}
+    assert exchanges["gather"] > 1.5 * exchanges["ulysses"], "scores go through the memory"
     experts = estimates("qwen3vl_30b_a3b")
     assert seconds(experts, expert=16) > seconds(experts, expert=8) > seconds(experts)
     assert seconds(experts, expert_tensor=8) > seconds(experts, expert=8)
