@@ -89,13 +89,26 @@ def waits(trace: RankTrace) -> set[str]:
     return {wait.place for wait in trace.waits if wait.kind in ("item", "copy to the host")}
 
 
+def largest_message(trace: RankTrace) -> int:
+    """Bytes of the largest message to another stage; 0 without."""
+    sizes = [
+        collective.bytes
+        for slot in trace.slots
+        for collective, _ in slot.collectives
+        if collective.name in ("send", "receive")
+    ]
+    return max(sizes, default=0)
+
+
 def compare(own: RankTrace, other: RankTrace) -> None:
     """Fail where the trace of a real rank and that of the imagined one differ."""
     assert flops(own) == flops(other)
     assert collectives(own) == collectives(other)
     assert explained(launches(own) - launches(other), True) == Counter()
     assert explained(launches(other) - launches(own), False) == Counter()
-    assert other.peak.bytes == pytest.approx(own.peak.bytes, rel=CLOSE)
+    # A thread of gloo lets go of a message when it has sent it, a little earlier or later.
+    close = max(CLOSE * own.peak.bytes, 2 * largest_message(own))
+    assert other.peak.bytes == pytest.approx(own.peak.bytes, abs=close)
     assert other.allocated == pytest.approx(own.allocated, rel=CLOSE)
     # Numbers that a module keeps for itself are the host's on a CPU, if it names no device for them.
     for category in (Category.WEIGHTS, Category.GRADIENTS, Category.OPTIMIZER):
