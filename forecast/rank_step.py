@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from visionloom.forecast.costs import (
@@ -27,6 +27,7 @@ from visionloom.forecast.trace.events import (
     RankTrace,
     Slot,
     SlotKind,
+    Wait,
 )
 from visionloom.parallel.parts import LANGUAGE, OPTIMIZER, REDUCTION
 
@@ -221,6 +222,16 @@ class RankStep:
     def launches(self) -> int:
         """Return the launches of the step."""
         return sum(self.seconds(one).launches for one in self.order)
+
+    @property
+    def waits(self) -> tuple[Wait, ...]:
+        """Return the host's waits of the step: those in micro-batches happen in each of them, and not only in the traced ones."""
+        more = self.pipeline.micro_batches / self.trace.micro_batches
+        waits = []
+        for wait in self.trace.waits:
+            count = round(wait.count * more) if wait.per_micro_batch else wait.count
+            waits.append(replace(wait, count=count))
+        return tuple(waits)
 
     @property
     def flops(self) -> float:
