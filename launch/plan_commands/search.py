@@ -6,6 +6,7 @@ from dataclasses import replace
 from itertools import count
 from typing import TYPE_CHECKING, Final
 
+from visionloom.common.errors import UserError
 from visionloom.common.screen import PlainConsole
 from visionloom.common.text import say
 from visionloom.forecast.request import PlanRequest
@@ -35,6 +36,10 @@ ANY_LAYOUT: Final = "parallel=single"
 def search_layouts(argv: Sequence[str]) -> int:
     """Print the layouts of a phase of the command line's run, the fastest first, and return the exit code."""
     own, words = read_plan_words(argv)
+    if own.out:
+        raise UserError(
+            "out= is for a plan: a search writes no files, it prints; leave the word out"
+        )
     # On one rank each layout is possible that says nothing; what N can hold the search finds out.
     config = compose([*words, ANY_LAYOUT], 1)
     if config is None:
