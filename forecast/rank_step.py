@@ -29,7 +29,7 @@ from visionloom.forecast.trace.events import (
     SlotKind,
     Wait,
 )
-from visionloom.parallel.parts import LANGUAGE, OPTIMIZER, REDUCTION
+from visionloom.parallel.parts import OPTIMIZER, REDUCTION
 
 
 @dataclass(frozen=True)
@@ -263,6 +263,6 @@ class StepMemory:
         alive = list(traced.alive)
         if more > 0:
             name = "of more micro-batches in flight"
-            alive.append(AliveTensors(Category.ACTIVATIONS, LANGUAGE, name, more, 1))
+            alive.append(AliveTensors(Category.ACTIVATIONS, "all", name, more, 1))
             alive.sort(key=lambda each: -each.bytes)
         return cls(size, by_category, tuple(alive))

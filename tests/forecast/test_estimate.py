@@ -104,7 +104,7 @@ def test_earlier_stages_hold_more_micro_batches() -> None:
     assert held == [HELD + (12 - stage) * SAVED + INSIDE for stage in range(12)]
     # Those of eleven more are now the largest.
     name = "of more micro-batches in flight"
-    more = AliveTensors(Category.ACTIVATIONS, LANGUAGE, name, 11 * SAVED, 1)
+    more = AliveTensors(Category.ACTIVATIONS, "all", name, 11 * SAVED, 1)
     assert 11 * SAVED > HELD
     assert [each.bytes for each in forecast.ranks[0].alive] == [11 * SAVED, HELD]
     assert forecast.ranks[0].alive[0] == more
