@@ -104,7 +104,7 @@ def plan(argv: Sequence[str]) -> int:
     request = own.request(config)
     # Before a minute of work: a folder that cannot be written is known at once.
     folder = Path(own.out or f"{config.run.folder}/plan")
-    check_writable(folder, "out")
+    check_writable(folder, "out" if own.out else "run.folder")
 
     # torch and megatron-core are imported only now, when the words are known to be good.
     from visionloom.forecast.run import forecast_run

@@ -133,6 +133,9 @@ def test_a_folder_that_cannot_be_written_is_known_before_the_work(
     Path("file").write_text("")
     (line,) = refused(capsys, RECIPE, "world=8", "out=file/plan")
     assert line.startswith("error: out=file/plan cannot be written: Not a directory")
+    # Without out= it is the run's own folder.
+    (line,) = refused(capsys, RECIPE, "world=8", "run.folder=file/run")
+    assert line.startswith("error: run.folder=file/run/plan cannot be written: Not a directory")
     assert asked == []
 
 
