@@ -275,6 +275,8 @@ def test_a_search_in_which_nothing_fits(
     [
         ([RECIPE], "world is missing"),
         ([RECIPE, "world=8", "phase=x"], "phase=x is unknown"),
+        ([RECIPE, "world=8", "parallel.tensor=2"], "parallel.tensor: a search chooses layouts"),
+        ([RECIPE, "world=8", "parallel=single"], "parallel: a search chooses layouts itself"),
         (["+recipe=full/qwen3vl_235b_a22b", "world=2"], "world=2 GPUs cannot hold qwen3vl"),
     ],
 )
