@@ -116,6 +116,9 @@ class ImaginedRecorder(Recorder):
 
     def send(self, name: str, call: Call) -> Any:
         """Send nothing; what is received has a value where what is sent has one."""
+        if name != "send":
+            for tensor in tensors_in(call.args[0]):
+                self.values.forget(tensor)
         self._exchange_values(name, call.args)
         return finished(call.func, call.args)
 

@@ -65,7 +65,8 @@ class RealRecorder(Recorder):
         result = self._run(call)
         if self.copies.copies_down:
             self.record(call, inputs, [], crosses=True)
-            self.wait("copy to the host")
+            if not self.copies.goes_on:
+                self.wait("copy to the host")
             return result
         if not self._ran_there(bool(inputs), bool(hosts)):
             return result
@@ -113,6 +114,8 @@ class HostCopies(TorchFunctionMode):
         """The factory that runs now was given a device."""
         self.copies_up = self.copies_down = False
         """The copy that runs now goes to the device, or from it to the host."""
+        self.goes_on = False
+        """The host does not wait for it."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -125,7 +128,8 @@ class HostCopies(TorchFunctionMode):
                 return self._copy(args[0], "copies_up")
             # Device and host have one name: what is there already and is sent without a wait goes to the host.
             if kwargs.get("non_blocking"):
-                return self._copy(args[0], "copies_down")
+                with self._set("goes_on"):
+                    return self._copy(args[0], "copies_down")
         if name in ("cpu", "tolist", "numpy") and self.device.holds(args[0]):
             copy = self._copy(args[0], "copies_down")
             return copy if name == "cpu" else func(copy)

@@ -43,6 +43,7 @@ SHAPED_BY_CONTENT: Final = {
 }
 """Operations whose result has a size that only the device knows: the host waits for it."""
 SHAPE: Final = "shape that depends on content"
+CHECKPOINT: Final = "CheckpointFunctionBackward"
 FILLS: Final = {"all_gather", "reduce_scatter", "all_to_all", "receive"}
 """Collectives that fill a tensor of their own."""
 ROOT: Final = Path(__file__).resolve().parents[2]
@@ -142,7 +143,8 @@ class Recorder(TorchDispatchMode):
         if node is None:
             return (self._ranges[-1][0] if self._ranges else OTHER), Direction.FORWARD
         part = self._parts[bisect_right(self._starts, node._sequence_nr()) - 1]
-        if not self.recomputing:
+        # torch's and Megatron-core's checkpoints run the forward pass again inside a node of their own.
+        if not self.recomputing and node.name() != CHECKPOINT:
             return part, Direction.BACKWARD
         # What is recomputed may mark a part by itself.
         if self._ranges and self._ranges[-1][1]:

@@ -83,6 +83,10 @@ class StatedValues:
         self._guards.pop(key, None)
         self._stated.pop(key, None)
 
+    def forget(self, tensor: Tensor) -> None:
+        """Forget the value of a tensor that has been changed, and those of all views of it."""
+        self._stated.pop(tensor.untyped_storage()._cdata, None)
+
     def choose(self, scores: Tensor, each: int) -> Tensor:
         """Return the stated choice of the `each` largest of scores [tokens, experts], int64 [tokens, each]."""
         tokens, experts = scores.shape
@@ -95,8 +99,7 @@ class StatedValues:
     def follow(self, call: Call, outputs: Sequence[Tensor]) -> None:
         """Give the outputs of an operation their values, if those of its inputs are known."""
         for tensor in outputs if call.kind.writes else ():
-            # It has been changed, and all views of it.
-            self._stated.pop(tensor.untyped_storage()._cdata, None)
+            self.forget(tensor)
         if call.name in CONSTANTS:
             for tensor in outputs:
                 self.state(tensor, self._constant(CONSTANTS[call.name], tensor))

@@ -17,6 +17,8 @@ from visionloom.tests.model.reference import TestPack
 from visionloom.tests.train.layouts import Layout, build, deal
 
 META = torch.device("meta")
+CLIP = 1e-6
+"""Largest norm of a gradient: below any real one, so that both kinds of rank clip."""
 
 
 def forget_scale() -> None:
@@ -30,7 +32,7 @@ def real(layout: Layout, packs: list[TestPack]) -> RankTrace:
     """A step of this rank, with real tensors and messages."""
     forget_scale()
     with recording(torch.device("cpu")) as recorder:
-        trainer = build(layout, sharded=True)
+        trainer = build(layout, sharded=True, clip=CLIP)
         mine: Any = deal(packs, trainer.topology, layout.one_encoder)
         return trace_step(recorder, trainer, mine)
 
@@ -77,7 +79,7 @@ def _imagined(layout: Layout, packs: list[TestPack], rank: int) -> RankTrace:
     topology = topologies.imagine(layout.config, layout.ranks, rank, META)
     try:
         with recording(META) as recorder:
-            trainer = build(layout, sharded=True, topology=topology)
+            trainer = build(layout, sharded=True, topology=topology, clip=CLIP)
             mine: Any = deal(packs, topology, layout.one_encoder)
             return trace_step(recorder, trainer, mine)
     finally:

@@ -185,6 +185,7 @@ def build(
     sharded: bool,
     topology: Topology | None = None,
     dtype: torch.dtype = torch.float32,
+    clip: float = 1.0,
 ) -> Any:
     """A trainer of the case in the layout, wrapped for data parallelism; an optimizer too if `sharded`.
 
@@ -214,9 +215,9 @@ def build(
         MISTAKES[layout.mistake](chunks, [])
     phase = PhaseConfig(steps=STEPS, lr=1e-3, trainable=list(layout.case.trainable))
     wrapped = wrap_data_parallel(chunks, topology, sharded)
-    bf16 = dtype == torch.bfloat16
-    optimizer = build_optimizer(wrapped, OptimConfig(), phase, bf16) if sharded else None
-    scheduler = build_scheduler(optimizer, OptimConfig(), phase) if sharded else None
+    bf16, optim = dtype == torch.bfloat16, OptimConfig(clip_grad=clip)
+    optimizer = build_optimizer(wrapped, optim, phase, bf16) if sharded else None
+    scheduler = build_scheduler(optimizer, optim, phase) if sharded else None
     stream: Any = type("Stream", (), {"datasets": [type("Dataset", (), {"name": "test"})]})
     return PhaseTrainer("test", phase, topology, chunks, wrapped, optimizer, scheduler, stream)
 
