@@ -35,7 +35,10 @@ class MachineError(RuntimeError):
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return the end of a line about an unknown name: the nearest known one in brackets, or nothing if none is near."""
-    close = difflib.get_close_matches(name, list(known), n=1)
+    names = list(known)
+    # A shortened name is meant as one, though another may have more letters in common: a100 is no h100.
+    longer = [each for each in names if name and each.startswith(name)]
+    close = longer or difflib.get_close_matches(name, names, n=1)
     return f" (did you mean {close[0]}?)" if close else ""
 
 

@@ -84,7 +84,7 @@ def rank_forecast(step: RankStep) -> RankForecast:
         stage=step.stage,
         rank=step.rank,
         ranks=kind.ranks // len(kind.stages),
-        description=kind.description,
+        description=kind.descriptions[kind.stages.index(step.stage)],
         memory=memory.by_category,
         peak_bytes=memory.bytes,
         alive=memory.alive,
@@ -92,7 +92,7 @@ def rank_forecast(step: RankStep) -> RankForecast:
         backward_seconds=step.micro_batch_seconds(SlotKind.BACKWARD),
         launches=step.launches,
         flops=step.flops,
-        waits=trace.waits,
+        waits=step.waits,
         mixed=trace.mixed,
     )
 

@@ -1,7 +1,7 @@
 """What is wrong with a layout and what slows it, a line each, with the option that cures it."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 from visionloom.forecast.machine import GIB, Machine
@@ -19,21 +19,32 @@ def memory_faults(
     ranks: Iterable[RankForecast], traces: PhaseTraces, gpu: str, machine: Machine
 ) -> Iterator[str]:
     """Yield a line for each kind of rank that does not fit; `gpu`: name of the machine."""
-    alike: dict[str, list[RankForecast]] = defaultdict(list)
+    kinds: dict[str, int] = {}
+    for number, traced in enumerate(traces.kinds):
+        kinds |= dict.fromkeys(traced.kind.descriptions, number)
+
+    alike: dict[int, list[RankForecast]] = defaultdict(list)
     for rank in ranks:
         if rank.peak_bytes > machine.usable_bytes:
-            alike[rank.description].append(rank)
+            alike[kinds[rank.description]].append(rank)
 
-    # Stages that hold as much are one line, with the memory of the one that keeps most micro-batches.
-    for description, stages in alike.items():
+    # Stages of one kind are one line, with the memory of the one that keeps most micro-batches.
+    for stages in alike.values():
         fullest = max(stages, key=lambda rank: rank.peak_bytes)
-        numbers = ", ".join(str(rank.stage) for rank in stages)
         needed, usable = _gib(fullest.peak_bytes), _gib(machine.usable_bytes)
         cures = ", ".join(cures_of(fullest, traces, machine))
         yield (
-            f"stage {numbers} ({description}) needs {needed} GiB, {gpu} has {usable} usable:"
+            f"{_named(stages, fullest)} {needed} GiB, {gpu} has {usable} usable:"
             f" {largest_of(fullest)} GiB; try {cures}"
         )
+
+
+def _named(stages: Sequence[RankForecast], fullest: RankForecast) -> str:
+    """Return the begin of a line about stages of one kind: which they are, and what the fullest holds."""
+    if len(stages) == 1:
+        return f"stage {fullest.stage} ({fullest.description}) needs"
+    numbers = ", ".join(str(rank.stage) for rank in stages)
+    return f"stages {numbers} (stage {fullest.stage}: {fullest.description}) need up to"
 
 
 def largest_of(rank: RankForecast) -> str:

@@ -28,8 +28,8 @@ class RankKind:
     """How many there are."""
     stages: tuple[int, ...]
     """Pipeline stages that they are on."""
-    description: str
-    """What sets them apart, for example `vision tower, layers 0-11, most pictures`."""
+    descriptions: tuple[str, ...]
+    """Of each stage, what it holds, for example `vision tower, layers 0-11, most pictures`."""
 
 
 @dataclass(frozen=True)
@@ -117,10 +117,8 @@ def rank_kinds(
         numbers = tuple(stage.number for stage in stages)
         rank = rank_number(parallel, world_size, numbers[0])
         ranks = world_size // parallel.pipeline * len(stages)
-        description = stages[0].description
-        if len(stages) > 1:
-            description += f", as many on stages {', '.join(map(str, numbers[1:]))}"
-        kinds.append(RankKind(rank, ranks, numbers, description))
+        descriptions = tuple(stage.description for stage in stages)
+        kinds.append(RankKind(rank, ranks, numbers, descriptions))
     return kinds
 
 
@@ -135,7 +133,7 @@ def _ranks_with_tower(
     most, fewest = max(encoder_patches), min(encoder_patches)
     busiest = rank_number(parallel, world_size, 0, encoder_patches.index(most))
     if fewest >= ALIKE * most:
-        return [RankKind(busiest, per_stage, (0,), description)]
+        return [RankKind(busiest, per_stage, (0,), (description,))]
 
     # Ranks between the two count with the nearer one.
     middle = (most + fewest) / 2
@@ -143,6 +141,6 @@ def _ranks_with_tower(
     busy *= per_stage // len(encoder_patches)
     idlest = rank_number(parallel, world_size, 0, encoder_patches.index(fewest))
     return [
-        RankKind(busiest, busy, (0,), f"{description}, most pictures"),
-        RankKind(idlest, per_stage - busy, (0,), f"{description}, fewest pictures"),
+        RankKind(busiest, busy, (0,), (f"{description}, most pictures",)),
+        RankKind(idlest, per_stage - busy, (0,), (f"{description}, fewest pictures",)),
     ]

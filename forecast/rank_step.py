@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from visionloom.forecast.costs import (
@@ -27,8 +27,9 @@ from visionloom.forecast.trace.events import (
     RankTrace,
     Slot,
     SlotKind,
+    Wait,
 )
-from visionloom.parallel.parts import LANGUAGE, OPTIMIZER, REDUCTION
+from visionloom.parallel.parts import OPTIMIZER, REDUCTION
 
 
 @dataclass(frozen=True)
@@ -223,6 +224,16 @@ class RankStep:
         return sum(self.seconds(one).launches for one in self.order)
 
     @property
+    def waits(self) -> tuple[Wait, ...]:
+        """Return the host's waits of the step: those in micro-batches happen in each of them, and not only in the traced ones."""
+        more = self.pipeline.micro_batches / self.trace.micro_batches
+        waits = []
+        for wait in self.trace.waits:
+            count = round(wait.count * more) if wait.per_micro_batch else wait.count
+            waits.append(replace(wait, count=count))
+        return tuple(waits)
+
+    @property
     def flops(self) -> float:
         """Return the operations of the step without those that are made again."""
         flops = 0.0
@@ -252,6 +263,6 @@ class StepMemory:
         alive = list(traced.alive)
         if more > 0:
             name = "of more micro-batches in flight"
-            alive.append(AliveTensors(Category.ACTIVATIONS, LANGUAGE, name, more, 1))
+            alive.append(AliveTensors(Category.ACTIVATIONS, "all", name, more, 1))
             alive.sort(key=lambda each: -each.bytes)
         return cls(size, by_category, tuple(alive))

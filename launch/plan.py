@@ -21,7 +21,7 @@ if not __package__:
     sys.path[0] = str(root / ".link")
 
 from visionloom.common.atomic import replacing
-from visionloom.common.errors import UserError
+from visionloom.common.errors import UserError, did_you_mean
 from visionloom.common.quiet import quiet_libraries
 from visionloom.common.screen import PlainConsole
 from visionloom.common.text import one_line, say, warn
@@ -36,6 +36,7 @@ from visionloom.launch.plan_commands.words import read_plan_words
 if TYPE_CHECKING:
     from visionloom.forecast.results import RunForecast
 
+COMMANDS: Final = ("search", "table")
 HELP: Final = """usage: plan.py [search] +recipe=NAME world=N [gpu=NAME] [word=value ...] [key=value ...]
        plan.py table FILE
 
@@ -85,6 +86,12 @@ def run(argv: list[str]) -> int:
         from visionloom.launch.plan_commands.search import search_layouts
 
         return search_layouts(argv[1:])
+    # Words of a run have one of these; Hydra would say of a mistyped command that it lacks `=value`.
+    if argv[0][0:1] not in ("+", "-", "~") and "=" not in argv[0]:
+        close = did_you_mean(argv[0], COMMANDS)
+        raise UserError(
+            f"{one_line(argv[0])} is no command of plan.py{close}: there are {' and '.join(COMMANDS)}, and none plans"
+        )
     return plan(argv)
 
 
@@ -97,7 +104,7 @@ def plan(argv: Sequence[str]) -> int:
     request = own.request(config)
     # Before a minute of work: a folder that cannot be written is known at once.
     folder = Path(own.out or f"{config.run.folder}/plan")
-    check_writable(folder, "out")
+    check_writable(folder, "out" if own.out else "run.folder")
 
     # torch and megatron-core are imported only now, when the words are known to be good.
     from visionloom.forecast.run import forecast_run

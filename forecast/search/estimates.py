@@ -16,9 +16,6 @@ from visionloom.train.config import RunConfig
 DENSE_LAUNCHES, MIXTURE_LAUNCHES, BLOCK_LAUNCHES = 168, 250, 94
 """Kernels of a decoder layer, forward and backward, and of a block of the tower: 6,052 for the 36 layers of 8B, 11,999 for
 the 48 of 30B, and 2,528 more for the 27 blocks (traced)."""
-SCORE_BYTES = 230
-"""Read and written for each score of attention over gathered keys, forward and backward: a mask with grouped heads has no
-kernel that keeps scores on the chip. 8B on 16 GPUs: 212 with tensor 2 and context 2, 298 with context 4 (traced)."""
 BF16, FP32 = 2, 4
 """Bytes of an activation, and of a value of the loss."""
 
@@ -120,21 +117,10 @@ class Estimates:
         launch = self.machine.launch * passes
         launches = MIXTURE_LAUNCHES if model.text.experts else DENSE_LAUNCHES
         layer = max(language, launches * launch) + self._layer_transfers(layout)
-        layer += passes * self._score_seconds(layout)
         stages = [layers * layer for layers in stage_layers(layout, model.text.layers)]
         stages[0] += max(tower_seconds, model.vision.depth * BLOCK_LAUNCHES * launch)
         stages[-1] += flops["output"] / shared / speed
         return [seconds + self._stage_transfers(layout) for seconds in stages]
-
-    def _score_seconds(self, layout: ParallelConfig) -> float:
-        """Return the time in which a layer's scores pass the memory, where keys are gathered over context ranks."""
-        if layout.context == 1 or layout.context_exchange != "gather":
-            return 0.0
-        # Each rank has an early and a late piece of a segment, together half of its pairs.
-        pairs = self.work.token_pairs / (2 * layout.context)
-        scores = pairs * self.config.model.text.heads / layout.tensor
-        speed = self.machine.memory_gbps * 1e9 * self.machine.memory_share
-        return scores * SCORE_BYTES / speed
 
     def _recomputed(self, layout: ParallelConfig) -> tuple[float, float]:
         """Return the operations that are done again in the backward pass, of the language model and of the tower."""

@@ -136,9 +136,7 @@ def work(phase: PhaseForecast) -> str:
     rows = []
     for rank in phase.ranks:
         rows.append([escape(cell) for cell in work_cells(rank)])
-    note = (
-        f"Forward and backward: one micro-batch, its communication included. {NOTICE.capitalize()}."
-    )
+    note = f"Forward and backward: one micro-batch, its communication included. {NOTICE[0].upper()}{NOTICE[1:]}."
     return section(f"{escape(phase.phase)}: work", table(WORK_COLUMNS, rows), note)
 
 

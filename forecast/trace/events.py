@@ -120,7 +120,7 @@ class Wait:
     place: str
     """file:line function."""
     count: int
-    """In a step."""
+    """In a step, of which a trace has only its own micro-batches."""
     per_micro_batch: bool
     """The line is passed in each micro-batch."""
 

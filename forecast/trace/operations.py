@@ -160,8 +160,10 @@ def grouped_product(first: Tensor, second: Tensor) -> float:
 
 
 def dtype_of(inputs: list[Tensor], outputs: list[Tensor]) -> str:
-    """Return the dtype of the largest input, or of the output where there is none."""
+    """Return the dtype of the largest input that is computed with, or of the output where there is none."""
     tensors = inputs or outputs
+    # A mask [rows, keys] is larger than the queries, but no kernel computes in its dtype.
+    tensors = [tensor for tensor in tensors if tensor.is_floating_point()] or tensors
     largest = max(tensors, key=lambda tensor: tensor.numel())
     return DTYPES.get(largest.dtype, str(largest.dtype).removeprefix("torch."))
 

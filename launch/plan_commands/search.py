@@ -6,8 +6,9 @@ from dataclasses import replace
 from itertools import count
 from typing import TYPE_CHECKING, Final
 
+from visionloom.common.errors import UserError
 from visionloom.common.screen import PlainConsole
-from visionloom.common.text import say
+from visionloom.common.text import one_line, say
 from visionloom.forecast.request import PlanRequest
 from visionloom.forecast.results import PhaseForecast
 from visionloom.forecast.show.document import NOTICE
@@ -15,7 +16,7 @@ from visionloom.forecast.show.tables import gibibytes
 from visionloom.launch.configure import compose
 from visionloom.launch.data_commands.progress import bars
 from visionloom.launch.exit import CANNOT_RUN
-from visionloom.launch.plan_commands.words import read_plan_words
+from visionloom.launch.plan_commands.words import PlanWords, read_plan_words
 from visionloom.train.config import RunConfig
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ ANY_LAYOUT: Final = "parallel=single"
 def search_layouts(argv: Sequence[str]) -> int:
     """Print the layouts of a phase of the command line's run, the fastest first, and return the exit code."""
     own, words = read_plan_words(argv)
+    if faults := without_effect(own, words):
+        raise UserError(*faults)
     # On one rank each layout is possible that says nothing; what N can hold the search finds out.
     config = compose([*words, ANY_LAYOUT], 1)
     if config is None:
@@ -60,6 +63,18 @@ def search_layouts(argv: Sequence[str]) -> int:
         result = search(goal, forecast)
     show(request, result)
     return 0 if result.tried[0].fits else CANNOT_RUN
+
+
+def without_effect(own: PlanWords, words: Sequence[str]) -> list[str]:
+    """Return a line for each word that a search would not heed: a folder, since it writes nothing, and layouts, which it chooses."""
+    faults = []
+    if own.out:
+        faults.append("out= is for a plan: a search writes no files, it prints; leave the word out")
+    for word in words:
+        name = word.lstrip("+~").partition("=")[0]
+        if name.partition(".")[0] == "parallel":
+            faults.append(f"{one_line(name)}: a search chooses layouts itself; leave the word out")
+    return faults
 
 
 def show(request: PlanRequest, result: "SearchResult") -> None:

@@ -3,10 +3,10 @@
 import math
 import typing
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Final
 
-from visionloom.common.errors import SHOWN, UserError, unknown
+from visionloom.common.errors import SHOWN, UserError, did_you_mean, unknown
 from visionloom.common.settings import check, option
 from visionloom.common.text import one_line
 from visionloom.forecast.machine import machine, machine_names
@@ -50,6 +50,8 @@ class PlanWords:
 
 
 _HINTS: Final = typing.get_type_hints(PlanWords)
+_OF_RUN: Final = frozenset(field.name for field in fields(RunConfig)) | {"recipe"}
+"""First names of a run's own options."""
 
 
 def read_plan_words(argv: Sequence[str]) -> tuple[PlanWords, list[str]]:
@@ -71,9 +73,25 @@ def read_plan_words(argv: Sequence[str]) -> tuple[PlanWords, list[str]]:
     faults += check(own).lines
     if own.gpu not in machine_names():
         faults.append(unknown("gpu", own.gpu, machine_names()))
+    faults += _mistyped(others)
     if faults:
         raise UserError(*faults)
     return own, others
+
+
+def _mistyped(words: Sequence[str]) -> list[str]:
+    """Return a line for each word of the run that the run does not know and that is near one of this command."""
+    lines = []
+    for word in words:
+        name, equals, value = word.partition("=")
+        bare = name.lstrip("+")
+        if not equals or "." in bare or bare in _OF_RUN:
+            continue
+        if bare in _HINTS:
+            lines.append(f"{one_line(name)} has no plus: write {bare}={one_line(value[:SHOWN])}")
+        elif close := did_you_mean(bare, _HINTS):
+            lines.append(f"no such key: {one_line(bare)}{close}")
+    return lines
 
 
 def _value(hint: Any, name: str, text: str) -> Any:

@@ -11,6 +11,9 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_the_nearest_name_is_suggested() -> None:
     assert did_you_mean("algin", ["align", "long"]) == " (did you mean align?)"
     assert did_you_mean("x", ["align", "long"]) == ""
+    # What is shortened is meant, and not what has more letters in common.
+    assert did_you_mean("a100", ["h100", "a100_80"]) == " (did you mean a100_80?)"
+    assert did_you_mean("", ["align"]) == ""
     assert (
         unknown("phase", "algin", ["align", "long"])
         == "phase=algin is unknown (did you mean align?): use one of align, long"

@@ -209,3 +209,16 @@ def test_many_small_kernels_wait_for_the_host() -> None:
     work = work_seconds([slot((tiny, 999))], {"pipeline": (0, 8)}, H100)
     assert work.total == pytest.approx(1000 * H100.launch)
     assert work.parts[LANGUAGE] == pytest.approx(999 * H100.kernel_start)
+
+
+def test_a_mask_does_not_say_in_which_dtype_a_kernel_computes() -> None:
+    """A mask [rows, keys] of a long pack is larger than the queries, and bf16 attention stays bf16."""
+    import torch
+
+    from visionloom.forecast.trace.operations import dtype_of
+
+    query = torch.empty(1, 2, 8, 4, dtype=torch.bfloat16, device="meta")
+    mask = torch.empty(8, 4096, dtype=torch.bool, device="meta")
+    assert dtype_of([query, query, query, mask], [query]) == "bf16"
+    # What has no numbers to compute with is named as it is.
+    assert dtype_of([mask], [mask]) == "bool"

@@ -104,7 +104,7 @@ def test_earlier_stages_hold_more_micro_batches() -> None:
     assert held == [HELD + (12 - stage) * SAVED + INSIDE for stage in range(12)]
     # Those of eleven more are now the largest.
     name = "of more micro-batches in flight"
-    more = AliveTensors(Category.ACTIVATIONS, LANGUAGE, name, 11 * SAVED, 1)
+    more = AliveTensors(Category.ACTIVATIONS, "all", name, 11 * SAVED, 1)
     assert 11 * SAVED > HELD
     assert [each.bytes for each in forecast.ranks[0].alive] == [11 * SAVED, HELD]
     assert forecast.ranks[0].alive[0] == more
@@ -123,6 +123,7 @@ def test_stages_that_hold_as_much_share_a_trace() -> None:
         assert (sharing.stage, sharing.rank, sharing.ranks) == (alone.stage, alone.rank, 1)
         assert sharing.peak_bytes == alone.peak_bytes == sum(sharing.memory.values())
         assert sharing.memory == alone.memory
+        assert sharing.description == alone.description
 
 
 def test_stages_that_are_too_full_are_one_line() -> None:
@@ -131,7 +132,9 @@ def test_stages_that_are_too_full_are_one_line() -> None:
     traces = phase(first, last, micro_batches=12, layout=ParallelConfig(pipeline=4))
     traces = replace(traces, kinds=(*traces.kinds, full))
     (fault,) = forecast_of(traces, "h100").faults
-    assert fault.startswith("stage 1, 2 (rank 1) needs 81.3 GiB, h100 has 77.0 usable: logits 80")
+    assert fault.startswith(
+        "stages 1, 2 (stage 1: rank 1) need up to 81.3 GiB, h100 has 77.0 usable: logits 80"
+    )
 
 
 @pytest.mark.parametrize("traced", [1, 2, 3, 4])
@@ -324,6 +327,13 @@ def test_mixed_operations_are_faults_and_waits_are_notes() -> None:
         "the host waits for the device in each micro-batch: item at train/step.py:12 forward_losses",
     )
     assert forecast.ranks[0].waits == waits
+
+
+def test_waits_in_micro_batches_are_those_of_the_whole_step() -> None:
+    waits = (Wait("item", "model/loss.py:3 losses", 4, True), Wait("item", "a.py:9 norm", 3, False))
+    trace = replace(one_step(Pipeline(1, 1, 2)), waits=waits)
+    (rank,) = forecast_of(phase(trace, micro_batches=64), "h100").ranks
+    assert [wait.count for wait in rank.waits] == [4 * 32, 3]
 
 
 def test_a_layout_in_words() -> None:

@@ -65,7 +65,7 @@ def test_every_rank_is_of_one_kind(size: str) -> None:
     patches += [700] * (parallel.encoder_ranks - len(patches))
     kinds = kinds_of(size, world_size, patches, **layout)
     for kind in kinds:
-        print(f"{size}: rank {kind.rank} of {kind.ranks}, {kind.description}")
+        print(f"{size}: rank {kind.rank} of {kind.ranks}, {kind.descriptions}")
     assert sum(kind.ranks for kind in kinds) == world_size
     stages = [stage for kind in kinds for stage in kind.stages if stage]
     assert sorted(stages) == list(range(1, parallel.pipeline))
@@ -74,9 +74,9 @@ def test_every_rank_is_of_one_kind(size: str) -> None:
 
 def test_stages_in_the_middle_are_one_kind() -> None:
     first, middle, last = kinds_of("qwen3vl_8b", 64, [100] * 2, pipeline=4, tensor=2)
-    assert first == RankKind(0, 16, (0,), "vision tower, layers 0-8")
-    assert middle == RankKind(16, 32, (1, 2), "layers 9-17, as many on stages 2")
-    assert last == RankKind(48, 16, (3,), "layers 27-35, loss")
+    assert first == RankKind(0, 16, (0,), ("vision tower, layers 0-8",))
+    assert middle == RankKind(16, 32, (1, 2), ("layers 9-17", "layers 18-26"))
+    assert last == RankKind(48, 16, (3,), ("layers 27-35, loss",))
 
 
 def test_uneven_stages_are_kinds_of_their_own() -> None:
@@ -87,10 +87,10 @@ def test_uneven_stages_are_kinds_of_their_own() -> None:
 
 def test_virtual_stages_hold_several_runs_of_layers() -> None:
     kinds = kinds_of("qwen3vl_32b", 32, [100], pipeline=4, virtual_pipeline=2)
-    assert [kind.description for kind in kinds] == [
-        "vision tower, layers 0-7 and 32-39",
-        "layers 8-15 and 40-47, as many on stages 2",
-        "layers 24-31 and 56-63, loss",
+    assert [kind.descriptions for kind in kinds] == [
+        ("vision tower, layers 0-7 and 32-39",),
+        ("layers 8-15 and 40-47", "layers 16-23 and 48-55"),
+        ("layers 24-31 and 56-63, loss",),
     ]
 
 
@@ -103,7 +103,7 @@ def test_stages_that_pass_pictures_on_differ() -> None:
 
 def test_one_stage_holds_all() -> None:
     (kind,) = kinds_of("qwen3vl_2b", 64, [50])
-    assert kind == RankKind(0, 64, (0,), "vision tower, layers 0-27, loss")
+    assert kind == RankKind(0, 64, (0,), ("vision tower, layers 0-27, loss",))
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_the_ranks_with_most_and_fewest_pictures(
     patches = [500, 500, 10, 900, 900, 900, 1000, 300]
     kinds = kinds_of("qwen3vl_4b", 32, patches, **layout)
     assert [(kind.rank, kind.ranks) for kind in kinds] == [(most, 16), (fewest, 16)]
-    assert kinds[0].description == "vision tower, layers 0-35, loss, most pictures"
+    assert kinds[0].descriptions == ("vision tower, layers 0-35, loss, most pictures",)
     # What one would not tell apart is one kind, and the busiest is traced.
     (kind,) = kinds_of("qwen3vl_4b", 32, [99] * 6 + [100, 95], **layout)
     assert (kind.rank, kind.ranks) == (most, 32)

@@ -135,7 +135,8 @@ def receiving_step(pipeline: Pipeline, stage: int, received: int) -> RankTrace:
 def traced_kind(trace: RankTrace, stages: tuple[int, ...] = ()) -> TracedKind:
     """A kind of one rank on each of its stages; by default that of the trace."""
     stages = stages or (trace.stage,)
-    kind = RankKind(trace.rank, len(stages), stages, f"rank {trace.rank}")
+    descriptions = tuple(f"rank {trace.rank + stage - trace.stage}" for stage in stages)
+    kind = RankKind(trace.rank, len(stages), stages, descriptions)
     return TracedKind(kind, trace)
 
 

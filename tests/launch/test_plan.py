@@ -98,7 +98,12 @@ def test_a_run_that_does_not_fit(
         ([RECIPE, "world=8", "imbalance=0.5"], "imbalance=0.5 must be at least 1"),
         ([RECIPE, "world=8", "imbalance=inf"], "imbalance=inf must be a finite number"),
         ([RECIPE, "world=8", "phase=finetun"], "phase=finetun is unknown (did you mean finetune?)"),
-        ([RECIPE, "world=8", "wrold=8"], "no such key: wrold"),
+        ([RECIPE, "world=8", "wrold=8"], "no such key: wrold (did you mean world?)"),
+        ([RECIPE, "world=8", "gpus=h200"], "no such key: gpus (did you mean gpu?)"),
+        ([RECIPE, "world=8", "+gpu=h200"], "+gpu has no plus: write gpu=h200"),
+        ([RECIPE, "world=8", "gpu=a100"], "gpu=a100 is unknown (did you mean a100_80?): use"),
+        (["serach", RECIPE, "world=8"], "serach is no command of plan.py (did you mean search?)"),
+        (["search", RECIPE, "world=8", "out=x"], "out= is for a plan: a search writes no files"),
         ([RECIPE, "world=8", "out=~/x"], "out=~/x: the shell has not replaced ~"),
         (["world=8"], "no recipe: choose one with +recipe=NAME"),
         ([RECIPE, "world=7"], "7 ranks cannot hold tensor 2"),
@@ -128,6 +133,9 @@ def test_a_folder_that_cannot_be_written_is_known_before_the_work(
     Path("file").write_text("")
     (line,) = refused(capsys, RECIPE, "world=8", "out=file/plan")
     assert line.startswith("error: out=file/plan cannot be written: Not a directory")
+    # Without out= it is the run's own folder.
+    (line,) = refused(capsys, RECIPE, "world=8", "run.folder=file/run")
+    assert line.startswith("error: run.folder=file/run/plan cannot be written: Not a directory")
     assert asked == []
 
 
@@ -267,6 +275,8 @@ def test_a_search_in_which_nothing_fits(
     [
         ([RECIPE], "world is missing"),
         ([RECIPE, "world=8", "phase=x"], "phase=x is unknown"),
+        ([RECIPE, "world=8", "parallel.tensor=2"], "parallel.tensor: a search chooses layouts"),
+        ([RECIPE, "world=8", "parallel=single"], "parallel: a search chooses layouts itself"),
         (["+recipe=full/qwen3vl_235b_a22b", "world=2"], "world=2 GPUs cannot hold qwen3vl"),
     ],
 )

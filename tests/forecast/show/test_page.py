@@ -65,6 +65,7 @@ def test_the_page_shows_everything() -> None:
         "128,000",
     ):
         assert word in text
+    assert "no gpu" not in text
     assert "can run\n" in read(good_forecast()).text
 
 
