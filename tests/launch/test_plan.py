@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from visionloom.forecast import run as runs
 from visionloom.forecast.machine import machine
 from visionloom.forecast.request import PlanRequest
-from visionloom.forecast.results import RunForecast
+from visionloom.forecast.results import PhaseForecast, RunForecast
 from visionloom.launch.configure import compose
 from visionloom.launch.explain import available
 from visionloom.launch.plan import main
@@ -35,7 +36,16 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[PlanRequest]:
         forecast = good_forecast() if request.world_size == 16 else run_forecast()
         return replace(forecast, world_size=request.world_size)
 
+    def answer_all(several: list[PlanRequest], finished: Callable[[], None]) -> list[PhaseForecast]:
+        # Each is done before the list is: the bar must not wait for all.
+        forecasts = []
+        for request in several:
+            forecasts.append(answer(request, None).phases[0])
+            finished()
+        return forecasts
+
     monkeypatch.setattr(runs, "forecast_run", answer)
+    monkeypatch.setattr(runs, "forecast_layouts", answer_all)
     monkeypatch.chdir(tmp_path)
     return requests
 

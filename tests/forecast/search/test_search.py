@@ -1,7 +1,7 @@
 """The best layouts are found with few traces. Reference: a stated time and memory of each layout in place of a trace."""
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -30,23 +30,31 @@ def run_of(model: str = "qwen3vl_8b", global_batch: int = 32) -> RunConfig:
     return RunConfig(RunSection(name="x"), published(model), phases={"p": phase})
 
 
-def stated(
-    seconds: Callable[[ParallelConfig], float],
-    gib: Callable[[ParallelConfig], float],
-    seen: list[RunConfig],
-) -> Callable[[RunConfig], PhaseForecast]:
-    """A forecast that says what it is told of a layout, and notes the runs."""
+@dataclass
+class Stated:
+    """Forecasts that say what is stated of a layout, the same of mean and of fullest packs, and note the runs."""
 
-    def forecast(config: RunConfig) -> PhaseForecast:
-        seen.append(config)
-        layout = config.parallel
-        step, peak = seconds(layout), round(gib(layout) * GIB)
+    seconds: Callable[[ParallelConfig], float]
+    gib: Callable[[ParallelConfig], float]
+    more_gib: float = 0.0
+    """Of the fullest packs."""
+    seen: list[RunConfig] = field(default_factory=list)
+    full_seen: list[RunConfig] = field(default_factory=list)
+
+    def ranking(self, runs: Sequence[RunConfig]) -> list[PhaseForecast]:
+        self.seen += runs
+        return [self.forecast(run.parallel) for run in runs]
+
+    def full(self, run: RunConfig) -> PhaseForecast:
+        self.full_seen.append(run)
+        return self.forecast(run.parallel, self.more_gib)
+
+    def forecast(self, layout: ParallelConfig, more: float = 0.0) -> PhaseForecast:
+        step, peak = self.seconds(layout), round((self.gib(layout) + more) * GIB)
         rank = RankForecast(0, 0, WORLD, "layers 0-35", {}, peak, (), 0, 0, 0, 0, (), ())
         bubble = (layout.pipeline - 1) / (31 + layout.pipeline)
         facts = ("p", "words", 8192, "packs", 10, step, TOKENS, TOKENS / step, 0.4, bubble)
         return PhaseForecast(*facts, 0.1 * layout.tensor, {}, (rank,), (), ())
-
-    return forecast
 
 
 def searched(
@@ -54,9 +62,8 @@ def searched(
     gib: Callable[[ParallelConfig], float],
     tries: int = 20,
 ) -> tuple[SearchResult, list[RunConfig]]:
-    seen: list[RunConfig] = []
-    goal = SearchGoal(run_of(), "p", WORLD, GPU, tries)
-    return search(goal, stated(seconds, gib, seen)), seen
+    answers = Stated(seconds, gib)
+    return search(SearchGoal(run_of(), "p", WORLD, GPU, tries), answers), answers.seen
 
 
 def layouts(runs: list[RunConfig]) -> list[ParallelConfig]:
@@ -121,13 +128,13 @@ def test_offloading_is_the_last_cure() -> None:
 
 def test_what_can_never_fit_is_not_traced() -> None:
     """32B on 16 GPUs: alone on each of them it would take 228 GB at least."""
-    seen: list[RunConfig] = []
     run = run_of("qwen3vl_32b")
     goal = SearchGoal(run, "p", WORLD, GPU)
-    result = search(goal, stated(lambda _: 1.0, lambda _: 70, seen))
+    answers = Stated(lambda _: 1.0, lambda _: 70)
+    result = search(goal, answers)
     assert 0 < result.too_large < result.legal
     bounds = RestBounds.of(run, "p", WORLD)
-    assert all(bounds.of_fullest_rank(one) <= 77 * GIB for one in layouts(seen))
+    assert all(bounds.of_fullest_rank(one) <= 77 * GIB for one in layouts(answers.seen))
 
 
 def test_a_model_that_no_layout_holds_is_refused() -> None:
@@ -135,7 +142,7 @@ def test_a_model_that_no_layout_holds_is_refused() -> None:
     with pytest.raises(
         UserError, match=r"^world=16 GPUs cannot hold qwen3vl_235b_a22b .* 77\.0 GiB"
     ):
-        search(goal, stated(lambda _: 1.0, lambda _: 70, []))
+        search(goal, Stated(lambda _: 1.0, lambda _: 70))
 
 
 def test_packs_that_cannot_be_dealt_are_refused() -> None:
@@ -143,7 +150,7 @@ def test_packs_that_cannot_be_dealt_are_refused() -> None:
     with pytest.raises(
         UserError, match=r"^no layout is possible on world=77 ranks.*global_batch=1"
     ):
-        search(goal, stated(lambda _: 1.0, lambda _: 70, []))
+        search(goal, Stated(lambda _: 1.0, lambda _: 70))
 
 
 # ---- estimates
