@@ -90,7 +90,7 @@ def forecast_layouts(
 def forecast_layout(numbered: tuple[int, PlanRequest]) -> PhaseForecast:
     """Forecast the first phase of a request on mean packs; runs in a worker, as `trace_one`."""
     request = on_gpus(numbered[1])
-    phase = ImaginedPhase.of(request, request.phases[0], [PackChoice.MEAN])
+    phase = ImaginedPhase.of(request, request.phases[0], [PackChoice.MEAN]).for_ranking
     traces = {(order.rank, order.choice): trace_one(order) for order in phase.orders()}
     return phase.forecast(traces)
 
@@ -137,6 +137,8 @@ class ImaginedPhase:
     name: str
     packs: dict[PackChoice, ImaginedPacks]
     kinds: list[RankKind]
+    most_traced: int = 2
+    """Micro-batches of mean packs that are traced: those after the second repeat it."""
 
     @classmethod
     def of(
@@ -149,6 +151,19 @@ class ImaginedPhase:
         patches = packs[PackChoice.MEAN].encoder_patches(layout.encoder_ranks)
         kinds = rank_kinds(layout, world_size, config.model, patches)
         return cls(request, name, packs, kinds)
+
+    @property
+    def for_ranking(self) -> "ImaginedPhase":
+        """Return the phase with what compares layouts: one micro-batch of one kind of each stage.
+
+        Other kinds of a stage are neither slower nor fuller. Of four layouts of 8B on 16 ranks neither the time of a step
+        nor the memory changes in four digits (traced), in less than half the time.
+        """
+        kinds = dict[tuple[int, ...], RankKind]()
+        for kind in self.kinds:
+            # Those with most pictures come first.
+            kinds.setdefault(kind.stages, kind)
+        return replace(self, kinds=list(kinds.values()), most_traced=1)
 
     @property
     def settings(self) -> PhaseConfig:
@@ -184,11 +199,12 @@ class ImaginedPhase:
                 )
 
     def traced_micro_batches(self, choice: PackChoice) -> int:
-        """Return how many micro-batches are traced: those after the second repeat it, and memory is known from one."""
+        """Return how many micro-batches are traced; memory is known from one."""
         # Interleaved stages take micro-batches only in multiples of their number.
         if self.layout.chunks > 1:
             return self.layout.pipeline
-        return min(2 if choice is PackChoice.MEAN else 1, self.micro_batches)
+        most = self.most_traced if choice is PackChoice.MEAN else 1
+        return min(most, self.micro_batches)
 
     def choices_of(self, kind: RankKind) -> list[PackChoice]:
         """Return on which packs a kind is traced: the memory of stages between the first and the last depends on none."""
