@@ -10,7 +10,7 @@ traced too.
 import heapq
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Final, NoReturn, Protocol
