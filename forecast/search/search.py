@@ -2,20 +2,24 @@
 
 Recomputation is a cure: a layout is tried with as little as its estimate allows, and with more where it does not fit.
 Offloading is the last one, for where nothing else fits.
+
+Layouts are traced on mean packs, some at a time. What the fullest packs take on top of them is estimated, and only of the best
+traced too.
 """
 
 import heapq
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
-from typing import Final, NoReturn
+from typing import Final, NoReturn, Protocol
 
 from visionloom.common.errors import UserError
 from visionloom.forecast.machine import Machine
-from visionloom.forecast.packs import PackChoice, packs_for
+from visionloom.forecast.packs import packs_for
 from visionloom.forecast.results import PhaseForecast
+from visionloom.forecast.run import CHOICES
 from visionloom.forecast.search.bounds import RestBounds, expert_ranks
 from visionloom.forecast.search.estimates import Estimates
 from visionloom.forecast.search.layouts import LegalLayouts, with_layout, yaml_of
@@ -28,8 +32,20 @@ SIBLING: Final = 1.1
 a tenth slower than its elder."""
 OFFLOADED: Final = 5
 """Layouts that are tried with offloading, where none fits without."""
-Forecast = Callable[[RunConfig], PhaseForecast]
-"""Trace the one phase of a run in the run's layout."""
+BATCH: Final = 4
+"""Layouts that are traced at a time. The same on any machine, so that what is learnt from them, and the result, is too."""
+CONFIRMED: Final = 3
+"""Layouts that are traced on their fullest packs."""
+
+
+class Forecasts(Protocol):
+    """Traces the one phase of a run in the run's layout."""
+
+    def ranking(self, runs: Sequence[RunConfig]) -> Sequence[PhaseForecast]:
+        """Return the forecasts of several on mean packs."""
+
+    def full(self, run: RunConfig) -> PhaseForecast:
+        """Return the forecast of one with the memory of its fullest packs."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +67,10 @@ class TriedLayout:
     config: RunConfig
     """The run in this layout."""
     forecast: PhaseForecast
-    estimated_seconds: float
-    """Of a step, by which it was chosen."""
     usable_bytes: int
     """Of the GPU."""
+    more_bytes: int | None
+    """Estimate of what its fullest packs take on top of the forecast's mean ones; None: the forecast is of the fullest."""
 
     @property
     def fits(self) -> bool:
@@ -64,7 +80,7 @@ class TriedLayout:
     @property
     def peak_bytes(self) -> int:
         """Return what the fullest rank needs."""
-        return max(rank.peak_bytes for rank in self.forecast.ranks)
+        return max(rank.peak_bytes for rank in self.forecast.ranks) + (self.more_bytes or 0)
 
     @property
     def yaml(self) -> str:
@@ -110,13 +126,13 @@ class SearchResult:
         return f"{slower:.0%} slower: it {most} {seconds}"
 
 
-def search(goal: SearchGoal, forecast: Forecast) -> SearchResult:
+def search(goal: SearchGoal, forecasts: Forecasts) -> SearchResult:
     """Trace the most promising layouts and return them, the best first.
 
     Raises:
         UserError: if no layout is possible, or none can hold the model.
     """
-    return _Search(goal, forecast).run()
+    return _Search(goal, forecasts).run()
 
 
 @dataclass(frozen=True, order=True)
@@ -137,15 +153,21 @@ class _Waiting:
 class _Search:
     """A search while it runs."""
 
-    def __init__(self, goal: SearchGoal, forecast: Forecast) -> None:
-        self.goal, self.forecast = goal, forecast
+    def __init__(self, goal: SearchGoal, forecasts: Forecasts) -> None:
+        self.goal, self.forecasts = goal, forecasts
         config, phase, machine = goal.config, goal.phase, goal.machine
         self.usable = machine.usable_bytes
         self.bounds = RestBounds.of(config, phase, goal.world_size)
         # A micro-batch is about the same in any layout: one rank gets them all here.
         alone = with_layout(config, phase, ParallelConfig())
-        work = packs_for(alone, phase, 1, PackChoice.MEAN).counts.work
-        self.estimates = Estimates(config, phase, goal.world_size, machine, work)
+        mean, patches, supervised = (
+            packs_for(alone, phase, 1, choice).counts.work for choice in CHOICES
+        )
+        fullest = replace(
+            mean, patches=patches.patches, supervised_tokens=supervised.supervised_tokens
+        )
+        self.estimates = Estimates(config, phase, goal.world_size, machine, mean)
+        self.on_fullest = replace(self.estimates, work=fullest)
         self.waiting: list[_Waiting] = []
         self.tried: list[TriedLayout] = []
         self.numbers = count()
@@ -168,6 +190,7 @@ class _Search:
         self._trace(goal.tries)
         if not any(row.fits for row in self.tried):
             self._offload()
+        self._confirm()
         rows = sorted(self.tried, key=self._order)
         return SearchResult(tuple(rows), len(legal), len(legal) - len(held))
 
@@ -177,7 +200,7 @@ class _Search:
         for recompute in levels:
             layout = replace(layout, recompute=recompute)
             error = statistics.median(self.errors[recompute] or [1.0])
-            activations = error * self.estimates.activation_bytes(layout)
+            activations = error * self.on_fullest.activation_bytes(layout)
             too_large = rest_bytes + activations > self.usable
             if not too_large:
                 break
@@ -196,38 +219,74 @@ class _Search:
             heapq.heappush(self.waiting, replace(one, turn=turn))
 
     def _trace(self, tries: int) -> None:
-        """Trace layouts in their order; what is learnt of memory makes others wait again, with more recomputation."""
-        while self.waiting and tries > 0:
+        """Trace layouts in their order, a batch at a time; those that do not fit wait again, with more recomputation."""
+        while tries > 0 and (batch := self._next(min(BATCH, tries))):
+            tries -= len(batch)
+            runs = [self._run_in(one.layout) for one in batch]
+            forecasts = self.forecasts.ranking(runs)
+            for one, run, forecast in zip(batch, runs, forecasts, strict=True):
+                self._learn(one, run, forecast)
+
+    def _next(self, most: int) -> list[_Waiting]:
+        """Take the next layouts; those that seem too large by what was learnt wait again, with more recomputation."""
+        batch = list[_Waiting]()
+        while self.waiting and len(batch) < most:
             one = heapq.heappop(self.waiting)
             lighter = self._lightest(one.layout, one.rest_bytes)
             if lighter.layout != one.layout or lighter.seems_too_large > one.seems_too_large:
                 heapq.heappush(self.waiting, lighter)
-                continue
-            row = self._tried(one)
-            tries -= 1
-            more = RECOMPUTATIONS.index(one.layout.recompute) + 1
-            if not row.fits and more < len(RECOMPUTATIONS):
-                layout = replace(one.layout, recompute=RECOMPUTATIONS[more])
-                heapq.heappush(self.waiting, self._lightest(layout, one.rest_bytes))
+            else:
+                batch.append(one)
+        return batch
 
-    def _tried(self, one: _Waiting) -> TriedLayout:
-        """Trace a layout, and learn from it how much its activations take."""
-        config = with_layout(self.goal.config, self.goal.phase, one.layout)
-        row = TriedLayout(config, self.forecast(config), one.seconds, self.usable)
-        self.tried.append(row)
+    def _run_in(self, layout: ParallelConfig) -> RunConfig:
+        return with_layout(self.goal.config, self.goal.phase, layout)
+
+    def _learn(self, one: _Waiting, run: RunConfig, forecast: PhaseForecast) -> None:
+        """Note a traced layout, and how much its activations take."""
         activations = self.estimates.activation_bytes(one.layout)
+        more = max(0.0, self.on_fullest.activation_bytes(one.layout) - activations)
+        row = TriedLayout(run, forecast, self.usable, round(more))
+        self.tried.append(row)
         if activations:
-            error = (row.peak_bytes - one.rest_bytes) / activations
+            error = (row.peak_bytes - more - one.rest_bytes) / activations
             self.errors[one.layout.recompute].append(error)
-        return row
+        if not row.fits:
+            self._recompute_more(row)
+
+    def _recompute_more(self, row: TriedLayout) -> None:
+        """Let a layout that does not fit wait again with more recomputation, where there is more."""
+        layout = row.config.parallel
+        more = RECOMPUTATIONS.index(layout.recompute) + 1
+        if more < len(RECOMPUTATIONS):
+            self._wait(replace(layout, recompute=RECOMPUTATIONS[more]))
+
+    def _wait(self, layout: ParallelConfig) -> None:
+        rest = self.bounds.of_fullest_rank(layout)
+        heapq.heappush(self.waiting, self._lightest(layout, rest))
+
+    def _confirm(self) -> None:
+        """Trace the best on their fullest packs; in place of one that does not fit there, it is tried with more recomputation."""
+        self.waiting = []
+        # Where estimates of what they take are always too low, there is an end too.
+        for _ in range(2 * CONFIRMED):
+            best = sorted(self.tried, key=self._order)[:CONFIRMED]
+            open_rows = [row for row in best if row.fits and row.more_bytes is not None]
+            if not open_rows:
+                return
+            row = open_rows[0]
+            forecast = self.forecasts.full(row.config)
+            confirmed = replace(row, forecast=forecast, more_bytes=None)
+            self.tried[self.tried.index(row)] = confirmed
+            if not confirmed.fits:
+                self._recompute_more(confirmed)
+                self._trace(1)
 
     def _offload(self) -> None:
         """Trace those that came nearest with activations in host memory."""
         self.waiting = []
         for row in sorted(self.tried, key=lambda row: row.peak_bytes)[:OFFLOADED]:
-            layout = replace(row.config.parallel, offload_activations=True)
-            rest = self.bounds.of_fullest_rank(layout)
-            heapq.heappush(self.waiting, self._lightest(layout, rest))
+            self._wait(replace(row.config.parallel, offload_activations=True))
         self._trace(OFFLOADED)
 
     def _order(self, row: TriedLayout) -> tuple[bool, float]:

@@ -1,12 +1,13 @@
 """`plan.py search`: the layouts that are possible, the fastest first."""
 
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import count
 from typing import TYPE_CHECKING, Final
 
 from visionloom.common.errors import UserError
+from visionloom.common.progress import PartProgress
 from visionloom.common.screen import PlainConsole
 from visionloom.common.text import one_line, say
 from visionloom.forecast.request import PlanRequest
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
 
 TRIES: Final = 20
 """Layouts that are traced."""
+TRACED, FULL = "traced", "traced on their fullest packs"
+"""Bars."""
+ESTIMATED: Final = "~"
+"""Before a peak of which not all is traced."""
 PASTED: Final = 3
 """Layouts whose YAML is shown."""
 COLUMNS: Final = ("", "layout", "tokens/s", "step, s", "MFU", "peak, GiB", "reason")
@@ -44,23 +49,13 @@ def search_layouts(argv: Sequence[str]) -> int:
         return 0
     request = own.request(config)
 
-    # torch is imported only now, when the words are known to be good.
-    from visionloom.forecast.run import forecast_run
+    # Only now, when the words are known to be good: it takes a moment.
     from visionloom.forecast.search.search import SearchGoal, search
 
-    phase = request.phases[0]
-    goal = SearchGoal(config, phase, own.world, request.machine, TRIES)
+    request = replace(request, phases=request.phases[:1])
+    goal = SearchGoal(config, request.phases[0], own.world, request.machine, TRIES)
     with bars("layouts") as progress:
-        numbers = count(1)
-
-        def forecast(tried: RunConfig) -> PhaseForecast:
-            # The layouts have a bar, and not the ranks of each.
-            question = replace(request, config=tried, phases=(phase,))
-            answer = forecast_run(question, lambda *_: None)
-            progress("traced", min(next(numbers), TRIES), TRIES)
-            return answer.phases[0]
-
-        result = search(goal, forecast)
+        result = search(goal, TracedLayouts(request, progress))
     show(request, result)
     return 0 if result.tried[0].fits else CANNOT_RUN
 
@@ -77,6 +72,37 @@ def without_effect(own: PlanWords, words: Sequence[str]) -> list[str]:
     return faults
 
 
+class TracedLayouts:
+    """Traces layouts for a search, and shows how many are done."""
+
+    def __init__(self, request: PlanRequest, progress: PartProgress) -> None:
+        self.request, self.progress = request, progress
+        self.done = Counter[str]()
+        progress(TRACED, 0, TRIES)
+
+    def ranking(self, runs: Sequence[RunConfig]) -> list[PhaseForecast]:
+        """Return the forecasts of several layouts on mean packs."""
+        from visionloom.forecast.run import forecast_layouts
+
+        requests = [replace(self.request, config=run) for run in runs]
+        return forecast_layouts(requests, lambda: self._finished(TRACED, TRIES))
+
+    def full(self, run: RunConfig) -> PhaseForecast:
+        """Return the forecast of a layout with the memory of its fullest packs."""
+        from visionloom.forecast.run import forecast_run
+
+        # The layouts have a bar, and not the ranks of each.
+        answer = forecast_run(replace(self.request, config=run), lambda *_: None)
+        self._finished(FULL, PASTED)
+        return answer.phases[0]
+
+    def _finished(self, part: str, most: int) -> None:
+        self.done[part] += 1
+        # Cures of layouts that do not fit come on top of those that were asked for.
+        if self.done[part] <= most:
+            self.progress(part, self.done[part], most)
+
+
 def show(request: PlanRequest, result: "SearchResult") -> None:
     """Print the layouts as a table, and the best as text to paste."""
     # A pipe has no width; 160 columns hold the table without breaking most of its cells.
@@ -84,7 +110,8 @@ def show(request: PlanRequest, result: "SearchResult") -> None:
     console.print(table_of(request, result))
     say(
         f"{result.legal:,} layouts are possible, {result.too_large:,} of them are too large without any activation,"
-        f" {len(result.tried)} were traced"
+        f" {len(result.tried)} were traced",
+        f"{ESTIMATED} what the fullest packs take on top of the mean ones is estimated, not traced",
     )
     for number, row in enumerate(result.tried[:PASTED], 1):
         if row.fits:
@@ -107,11 +134,12 @@ def table_of(request: PlanRequest, result: "SearchResult") -> "Table":
 def cells(number: int, row: "TriedLayout") -> list[str]:
     """Return the cells of COLUMNS but for the reason."""
     forecast = row.forecast
+    mark = "" if row.more_bytes is None else ESTIMATED
     return [
         f"{number}",
         forecast.layout,
         f"{forecast.tokens_per_second:,.0f}",
         f"{forecast.step_seconds:.3f}",
         f"{forecast.mfu:.1%}",
-        gibibytes(row.peak_bytes),
+        mark + gibibytes(row.peak_bytes),
     ]

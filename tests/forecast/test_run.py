@@ -13,7 +13,7 @@ from visionloom.forecast.machine import machine
 from visionloom.forecast.packs import PackChoice
 from visionloom.forecast.request import PlanRequest
 from visionloom.forecast.results import RunForecast
-from visionloom.forecast.run import ImaginedPhase, forecast_run, fullest
+from visionloom.forecast.run import ImaginedPhase, forecast_layouts, forecast_run, fullest
 from visionloom.forecast.trace.events import Category
 from visionloom.launch.configure import compose
 from visionloom.model.flops import step_flops
@@ -112,6 +112,33 @@ def test_few_micro_batches_are_traced(imagined: dict[str, ImaginedPhase]) -> Non
     # Interleaved stages take them only in multiples of their number.
     assert {order.micro_batches for order in imagined["virtual"].orders()} == {2}
     assert imagined["virtual"].micro_batches == 32 / 2
+
+
+def test_layouts_are_ranked_by_one_micro_batch_of_one_kind_of_each_stage(
+    imagined: dict[str, ImaginedPhase],
+) -> None:
+    for name in ("pipeline 4", "context 2", "virtual"):
+        whole, ranking = imagined[name], imagined[name].for_ranking
+        stages = [kind.stages for kind in ranking.kinds]
+        assert len(set(stages)) == len(stages)
+        assert set(stages) == {kind.stages for kind in whole.kinds}
+        # The busiest of the first stage is the one that stays.
+        assert ranking.kinds[0] == whole.kinds[0]
+        least = whole.layout.pipeline if whole.layout.chunks > 1 else 1
+        assert {order.micro_batches for order in ranking.orders()} == {least}
+
+
+def test_forecasts_of_layouts_come_in_the_order_of_the_layouts() -> None:
+    requests = [request_of(ranks, "+recipe=full/qwen3vl_8b", "parallel=single") for ranks in (1, 2)]
+    done = []
+
+    def last_first(work: Any, items: Iterable[Any], *_: Any) -> Iterator[tuple[Any, Any]]:
+        for item in reversed(list(items)):
+            yield item, item[1].world_size
+
+    with mock.patch.object(runs, "as_finished", last_first):
+        forecasts: list[Any] = forecast_layouts(requests, lambda: done.append(1))
+    assert forecasts == [1, 2] and len(done) == 2
 
 
 def test_memory_is_that_of_the_fullest_packs_and_time_that_of_the_mean() -> None:
