@@ -269,7 +269,7 @@ class _Search:
         """Trace the best on their fullest packs; in place of one that does not fit there, it is tried with more recomputation."""
         self.waiting = []
         # Where estimates of what they take are always too low, there is an end too.
-        for _ in range(2 * CONFIRMED):
+        for _ in range(self.goal.tries):
             best = sorted(self.tried, key=self._order)[:CONFIRMED]
             open_rows = [row for row in best if row.fits and row.more_bytes is not None]
             if not open_rows:
