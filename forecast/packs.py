@@ -1,6 +1,6 @@
 """The packs of an imagined step: of the phase's own plan where its shards and length tables are there, else of a mixture.
 
-A micro-batch is chosen among those of the first steps, dealt as a run deals them: one of mean work, or the costliest. Its
+A micro-batch is chosen among those of the first steps, dealt as a run deals them: one of mean work for times, the fullest for memory. Its
 samples are laid out, and its pictures dealt to encoder ranks, by the stream's own `pack`; only nothing is decoded.
 """
 
@@ -41,8 +41,6 @@ class PackChoice(StrEnum):
 
     MEAN = "mean"
     """That whose work is nearest the mean: for the time of a step."""
-    WORST = "costliest"
-    """For the longest step."""
     PATCHES = "one with most patches"
     """For the memory of the first stage."""
     SUPERVISED = "one with most supervised tokens"
@@ -116,19 +114,25 @@ class MicroBatches:
             for mine in deal(plan.step(step), ranks, micro_batch):
                 self.all += mine
 
+        self._counted = np.array([self._counts(packs) for packs in self.all])
+        self._costs = plan.cost.by_count(self._counted[:, :4])
+
     def choose(self, choice: PackChoice) -> list[PlannedPack]:
         """Return one of them; the mean one is nearest the mean in each count that a cost is made of."""
-        counts = np.array([self._counts(packs) for packs in self.all])
-        costs = self._plan.cost.by_count(counts[:, :4])
         # Of equal cost are packs of text and packs of pictures: only all four counts together make a usual one.
-        distances = np.abs(costs - costs.mean(0)).sum(1)
+        distances = np.abs(self._costs - self._costs.mean(0)).sum(1)
         scores = {
             PackChoice.MEAN: -distances,
-            PackChoice.WORST: costs.sum(1),
-            PackChoice.PATCHES: counts[:, 2],
-            PackChoice.SUPERVISED: counts[:, 4],
+            PackChoice.PATCHES: self._counted[:, 2],
+            PackChoice.SUPERVISED: self._counted[:, 4],
         }
         return self.all[int(scores[choice].argmax())]
+
+    @property
+    def worst(self) -> float:
+        """Return the work of the costliest one over the mean."""
+        costs = self._costs.sum(1)
+        return float(costs.max() / costs.mean())
 
     def _counts(self, packs: list[PlannedPack]) -> NDArray[np.int64]:
         """Count a micro-batch: int64 [5] tokens, token pairs, patches, patch pairs, supervised tokens."""
@@ -155,7 +159,11 @@ def packs_for(config: RunConfig, phase: str, world_size: int, choice: PackChoice
     micro_batches = MicroBatches(source.plan, steps, ranks, settings.micro_batch)
 
     samples = source.samples_of(micro_batches.choose(choice))
-    origin = f"the {choice} of the first {len(micro_batches.all):,} micro-batches of {name}"
+    number, worst = len(micro_batches.all), micro_batches.worst
+    origin = (
+        f"the {choice} of the first {number:,} micro-batches of {name},"
+        f" the costliest of which has {worst:.2f} times the mean work"
+    )
     return ImaginedPacks.of(samples, source.layout, origin)
 
 
