@@ -51,9 +51,7 @@ def operation_seconds(operation: Operation, machine: Machine) -> float:
         arithmetic = operation.work / (peak * 1e12 * (share if backward else forward_share))
 
     if operation.kernel is Kernel.TRANSFER:
-        moved = (
-            operation.bytes / 2 / (machine.host_gbps * 1e9)
-        )  # read on one side, written on the other
+        moved = operation.bytes / (machine.host_gbps * 1e9)
     else:
         moved = operation.bytes / (machine.memory_gbps * 1e9 * machine.memory_share)
     return max(arithmetic, moved, machine.kernel_start)

@@ -70,7 +70,7 @@ class Operation:
     work: float
     """Of one launch, as the kernel executes them: attention's backward pass makes the scores again."""
     bytes: int
-    """Of one launch: read and written."""
+    """Of one launch: read and written, or sent between host and device."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,15 @@ from visionloom.forecast.trace.events import (
     Wait,
 )
 from visionloom.forecast.trace.memory import Ledger
-from visionloom.forecast.trace.operations import Call, cost_of, dtype_of, kind_of, tensors_in
+from visionloom.forecast.trace.operations import (
+    Call,
+    Cost,
+    cost_of,
+    dtype_of,
+    kind_of,
+    size_of,
+    tensors_in,
+)
 from visionloom.parallel.parts import OTHER, PREFIX
 
 ITEM: Final = "aten::_local_scalar_dense"
@@ -211,12 +219,16 @@ class Recorder(TorchDispatchMode):
                 self.ledger.see(tensor, part, direction, name)
         if self._open is None or not call.kind.launches:
             return
-        cost = cost_of(call, inputs, outputs)
+        if crosses:
+            # On the device it is only read or only written.
+            cost = Cost(Kernel.TRANSFER, 0.0, 0.0, sum(map(size_of, outputs or inputs)))
+        else:
+            cost = cost_of(call, inputs, outputs)
         operation = Operation(
             name,
             part,
             direction,
-            Kernel.TRANSFER if crosses else cost.kernel,
+            cost.kernel,
             dtype_of(inputs, outputs),
             cost.flops,
             cost.work,

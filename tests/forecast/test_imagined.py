@@ -14,12 +14,13 @@ from torch import Tensor
 from visionloom.forecast.trace.events import (
     Category,
     Direction,
+    Kernel,
     Mixed,
     RankTrace,
     SlotKind,
     Wait,
 )
-from visionloom.parallel.parts import LOSS
+from visionloom.parallel.parts import LANGUAGE, LOSS
 from visionloom.tests.forecast.imagined import (
     collectives,
     extra_copy,
@@ -136,6 +137,23 @@ def test_a_mistake_turns_the_comparison_red(
         assert inside == [Wait("item", named, len(packs), True)]
     if mistake is mask_on_the_host:
         assert Mixed("aten::mul", named, len(packs)) in wrong.mixed
+
+
+def test_activations_in_host_memory_cross_the_bus_and_leave_the_device(pool: RankPool) -> None:
+    """What goes to the host comes back, byte for byte, and at the peak it is not there."""
+    names = ("tensor 2", "activations in host memory")
+    packs = packs_for(LAYOUTS[names[0]].case.content)
+    ((kept,), (offloaded,)) = (
+        pool.run(1, imagined, LAYOUTS[name], packs, [0])[0] for name in names
+    )
+    assert offloaded.peak.bytes < kept.peak.bytes
+    moved: Counter[tuple[str, SlotKind]] = Counter()
+    for slot in offloaded.slots:
+        for operation, number in slot.operations:
+            if operation.kernel == Kernel.TRANSFER and operation.part == LANGUAGE:
+                moved[operation.name, slot.kind] += operation.bytes * number
+    assert moved["aten::copy_", SlotKind.FORWARD] > 0
+    assert moved["aten::_to_copy", SlotKind.BACKWARD] == moved["aten::copy_", SlotKind.FORWARD]
 
 
 def test_slots_follow_the_schedule(pool: RankPool) -> None:
