@@ -132,14 +132,15 @@ def replace_streams_and_devices() -> None:
     cuda.stream = lambda stream: contextlib.nullcontext()
     any_tensor: Any = torch.Tensor
     # Checkpoint exchange and grad-norm code move tensors with .cuda().
-    any_tensor.cuda = lambda self, *args, **kwargs: self.to(_chosen.device)
+    any_tensor.cuda = _on_device
     # The token dispatcher brings counts to the host, and activations are offloaded, only from tensors that are on a GPU.
     is_cuda: Any = torch.Tensor.is_cuda
     any_tensor.is_cuda = property(lambda self: _passes_for_cuda(self) or is_cuda.__get__(self))
     # Memory that a side stream reads is not given away; here there are no streams.
     any_tensor.record_stream = lambda self, stream: None
     any_module: Any = torch.nn.Module
-    any_module.cuda = lambda self, device=None: self.to(_chosen.device)
+    # A model is made where it stays.
+    any_module.cuda = lambda self, device=None: self
 
 
 def replace_random_state() -> None:
@@ -163,6 +164,11 @@ def replace_random_state() -> None:
     module: Any = tensor_parallel_random
     module._get_cuda_rng_state = get_state
     module._set_cuda_rng_state = set_state
+
+
+def _on_device(tensor: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+    """Return a tensor on the chosen device; one without content stays what it is, as in a model that is only looked at."""
+    return tensor if tensor.is_meta else tensor.to(_chosen.device)
 
 
 def _is_cuda(device: object) -> bool:

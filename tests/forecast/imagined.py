@@ -21,16 +21,8 @@ CLIP = 1e-6
 """Largest norm of a gradient: below any real one, so that both kinds of rank clip."""
 
 
-def forget_scale() -> None:
-    """Megatron-core keeps a tensor for the process, of the device before."""
-    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-
-    MoEAuxLossAutoScaler.main_loss_backward_scale = None
-
-
 def real(layout: Layout, packs: list[TestPack]) -> RankTrace:
     """A step of this rank, with real tensors and messages."""
-    forget_scale()
     with recording(torch.device("cpu")) as recorder:
         trainer = build(layout, sharded=True, clip=CLIP)
         mine: Any = deal(packs, trainer.topology, layout.one_encoder)
@@ -75,7 +67,6 @@ def imagined(
 
 
 def _imagined(layout: Layout, packs: list[TestPack], rank: int) -> RankTrace:
-    forget_scale()
     topology = topologies.imagine(layout.config, layout.ranks, rank, META)
     try:
         with recording(META) as recorder:

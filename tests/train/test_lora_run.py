@@ -90,7 +90,7 @@ def test_a_checkpoint_holds_adapters_alone(whole: tuple[Path, Path]) -> None:
         "",
         pytest.param("tensor", marks=pytest.mark.long),
         pytest.param("pipeline", marks=pytest.mark.long),
-        "expert",
+        pytest.param("expert", marks=pytest.mark.long),
     ],
 )
 def test_it_resumes_in_another_layout(

@@ -62,6 +62,7 @@ def events(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.long
 def test_a_run_whose_checkpoints_are_all_damaged(
     pool: RankPool, demo_data: Path, tmp_path: Path
 ) -> None:
@@ -114,6 +115,7 @@ def test_a_log_that_cannot_be_written_ends_the_run_saved(
     )
 
 
+@pytest.mark.long
 def test_a_log_that_fails_after_the_last_step_is_told(
     pool: RankPool, demo_data: Path, tmp_path: Path
 ) -> None:

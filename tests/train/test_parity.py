@@ -44,7 +44,6 @@ QUICK = (
     "pipeline 2, virtual 2, levels travel",
     "context 2",
     "tensor 2 x expert 2",
-    "adapters, tensor 2 x expert 2",
 )
 
 

@@ -64,13 +64,14 @@ def test_random_configurations(ranks: int, pool: RankPool) -> None:
             },
         ),
         (2, {"parallel.pipeline": 2, "parallel.virtual_pipeline": 1}),
-        (
+        pytest.param(
             2,
             {
                 "model.text.experts": 4,
                 "model.text.expert_ffn_hidden_size": 8,
                 "parallel.expert_tensor": 2,
             },
+            marks=pytest.mark.long,
         ),
     ],
 )

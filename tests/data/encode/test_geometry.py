@@ -284,7 +284,8 @@ def test_values_left_out_are_the_rules_own() -> None:
     assert limits_of(UTILS).image == (4 * 32**2, 16_384 * 32**2)
     assert limits_of(UTILS).video[1] == 2 * vision_process.MODEL_SEQ_LEN * 32 * 32 * 0.9
     with pytest.raises(
-        UserError, match=r"data\.media\.rule=qwen is unknown: use one of hf, hf_capped, qwen_utils"
+        UserError,
+        match=r"data\.media\.rule=qwen is unknown \(did you mean qwen_utils\?\): use one of hf, hf_capped, qwen_utils",
     ):
         image_grid(Image("a.png", 10, 10), MediaConfig(rule="qwen"))
 

@@ -68,6 +68,7 @@ def rank_bytes(
         topologies.stop()
 
 
+@pytest.mark.long
 def test_memory_at_rest_is_that_of_the_built_model(pool: RankPool) -> None:
     (held,) = pool.run(1, built_bytes, CASES)
     for (size, world_size, layout, trainable), built in zip(CASES, held, strict=True):

@@ -320,7 +320,10 @@ def save_until_full(
     return events, ""
 
 
-@pytest.mark.parametrize(("on_error", "failures"), [("stop", 1), ("continue", 3)])
+@pytest.mark.parametrize(
+    ("on_error", "failures"),
+    [pytest.param("stop", 1, marks=pytest.mark.long), ("continue", 3)],
+)
 def test_a_full_disk_leaves_what_was_saved(
     on_error: str,
     failures: int,
