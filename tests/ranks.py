@@ -123,7 +123,4 @@ def serve(connection: Connection) -> None:
                 dist.destroy_process_group()
             if core := sys.modules.get("megatron.core.parallel_state"):
                 core.destroy_model_parallel()
-            if moe := sys.modules.get("megatron.core.transformer.moe.moe_utils"):
-                # A tensor that it keeps for the process, of the device of an imagined rank maybe.
-                moe.MoEAuxLossAutoScaler.main_loss_backward_scale = None
             gc.collect()  # models are full of cycles, and hold their groups

@@ -8,6 +8,7 @@ from unittest import mock
 import torch
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch.nn.modules import module
 
 from visionloom.data.stream.batch import PackedBatch
@@ -36,6 +37,9 @@ def recording(device: torch.device, imbalance: float = 1.0) -> Iterator[Recorder
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(gpu_kernels())
+        # Megatron-core keeps this tensor for the process: each rank begins with none, and leaves none of its device.
+        scale = mock.patch.object(MoEAuxLossAutoScaler, "main_loss_backward_scale", None)
+        stack.enter_context(scale)
         recorder: Recorder
         if device.type == "meta":
             recorder = ImaginedRecorder(StatedValues(imbalance))
