@@ -3,17 +3,14 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from visionloom.data.stream.batch import PackedBatch
 from visionloom.forecast.trace.events import RankTrace
 from visionloom.forecast.trace.step import recording, trace_step
 from visionloom.model.lora import apply_lora
 from visionloom.parallel import topology as topologies
+from visionloom.parallel.stand_in import META
 from visionloom.train.build import build_model, build_trainer
 from visionloom.train.config import RunConfig
-
-META = torch.device("meta")
 
 
 @dataclass(frozen=True)

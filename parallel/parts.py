@@ -21,7 +21,6 @@ REDUCTION: Final = "gradient reduction"
 OPTIMIZER: Final = "optimizer"
 OTHER: Final = "other"
 """What is in none of them."""
-PARTS: Final = (INPUT, VISION, MERGER, LANGUAGE, LOSS, REDUCTION, OPTIMIZER, OTHER)
 
 
 def in_part(name: str) -> record_function:

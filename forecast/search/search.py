@@ -16,7 +16,7 @@ from itertools import count
 from typing import Final, NoReturn, Protocol
 
 from visionloom.common.errors import UserError
-from visionloom.forecast.machine import Machine
+from visionloom.forecast.machine import GIB, Machine
 from visionloom.forecast.packs import packs_for
 from visionloom.forecast.results import PhaseForecast
 from visionloom.forecast.run import CHOICES
@@ -26,7 +26,6 @@ from visionloom.forecast.search.layouts import LegalLayouts, with_layout, yaml_o
 from visionloom.parallel.config import RECOMPUTATIONS, ParallelConfig
 from visionloom.train.config import RunConfig
 
-GIB: Final = 1 << 30
 SIBLING: Final = 1.1
 """Layouts with the same degrees, but for virtual stages and exchanges, differ by little: each further one waits as if it were
 a tenth slower than its elder."""

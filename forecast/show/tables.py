@@ -2,11 +2,11 @@
 
 from rich.table import Table
 
+from visionloom.forecast.machine import GIB
 from visionloom.forecast.results import PhaseForecast, RankForecast, RunForecast
 from visionloom.forecast.show.document import NOTICE
 from visionloom.forecast.trace.events import Category
 
-GIB = 2**30
 LEAST_SECONDS = 5e-4
 """Of a part that has a row: less would be shown as 0.000."""
 WORK_COLUMNS = (

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor
 
+from visionloom.forecast.trace.operations import tensors_in
 from visionloom.parallel.topology import Topology
 
 WORLD = "world"
@@ -81,14 +81,5 @@ def group_in(args: Sequence[Any]) -> Any:
 
 def moved_bytes(args: Sequence[Any]) -> int:
     """Return the bytes of a collective: the whole that is gathered, scattered or exchanged, or what is sent or reduced."""
-    sides = [_bytes(value) for value in args if isinstance(value, Tensor | list | tuple)]
-    sides = [side for side in sides if side]
+    sides = [sum(tensor.nbytes for tensor in tensors_in(value)) for value in args]
     return max(sides, default=0)
-
-
-def _bytes(value: Any) -> int:
-    if isinstance(value, Tensor):
-        return value.numel() * value.element_size()
-    if isinstance(value, list | tuple):
-        return sum(map(_bytes, value))
-    return 0

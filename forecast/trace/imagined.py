@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._distributed_c10d import FakeWork
+from torch.utils._pytree import tree_map_only
 
 from visionloom.forecast.trace.operations import Call, tensors_in
 from visionloom.forecast.trace.recorder import (
@@ -17,10 +19,9 @@ from visionloom.forecast.trace.recorder import (
     Recorder,
     place,
 )
-from visionloom.forecast.trace.shapes import META, ShapeRules
+from visionloom.forecast.trace.shapes import ShapeRules
 from visionloom.forecast.trace.values import StatedValues
-
-CPU = torch.device("cpu")
+from visionloom.parallel.stand_in import CPU, META
 
 
 class ImaginedRecorder(Recorder):
@@ -135,8 +136,6 @@ class ImaginedRecorder(Recorder):
 
 def finished(func: Any, args: Any) -> Any:
     """Return what a collective returns that is done at once, its tensors unchanged."""
-    from torch._C._distributed_c10d import FakeWork
-
     results = []
     for value in func._schema.returns:
         tensors = next(arg for arg in args if isinstance(arg, list | tuple | Tensor))
@@ -146,16 +145,8 @@ def finished(func: Any, args: Any) -> Any:
 
 def on_device(call: Call) -> Call:
     """Return a call with all its tensors on the imagined device."""
-
-    def moved(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.to(META)
-        if isinstance(value, list | tuple):
-            return type(value)(map(moved, value))
-        return value
-
-    kwargs = {name: moved(value) for name, value in call.kwargs.items()}
-    return Call(call.kind, call.func, moved(call.args), kwargs)
+    args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to(META), (call.args, call.kwargs))
+    return Call(call.kind, call.func, args, kwargs)
 
 
 def asks(call: Call) -> bool:

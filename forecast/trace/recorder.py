@@ -131,7 +131,6 @@ class Recorder(TorchDispatchMode):
         assert opened is not None, "a step has begun"
         highest = self.ledger.next_slot(len(self.slots) + 1)
         memory = SlotMemory(opened.before, highest, self.ledger.bytes)
-        # Between two passes without messages nothing happens.
         self.slots.append(
             Slot(
                 opened.kind,

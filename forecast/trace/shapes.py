@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from visionloom.forecast.trace.operations import Call
-
-META = torch.device("meta")
+from visionloom.parallel.stand_in import META
 
 RESHAPES_ITSELF = {
     "aten::set_",

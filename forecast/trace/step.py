@@ -230,14 +230,10 @@ def received_shapes(
     """Return the shapes of hidden states and of gradients that this stage receives, in the order of the schedule."""
     topology = trainer.topology
     stages, chunks = topology.config.pipeline, topology.config.chunks
-    order = [
-        (micro_batch, chunk)
-        for micro_batch, chunk in schedules.get_schedule_table(len(batches), chunks, stages)
-    ]
     sizes = [boundary_sizes(trainer, batch) for batch in batches]
     own = topology.pipeline_rank
     forward, backward = [], []
-    for micro_batch, chunk in order:
+    for micro_batch, chunk in schedules.get_schedule_table(len(batches), chunks, stages):
         place = chunk * stages + own
         if place:
             forward.append(sizes[micro_batch][place - 1])

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from visionloom.forecast.trace.operations import Call, tensors_in
 
@@ -119,7 +120,9 @@ class StatedValues:
         small = all(tensor.numel() <= LARGEST for tensor in outputs)
         if not small or not all(map(self._knows, inputs)):
             return []
-        return self._compute(call.func, self._valued(call.args), self._valued(call.kwargs))
+        # Each is known: a tensor of the host is its own value.
+        args, kwargs = tree_map_only(Tensor, self._valued, (call.args, call.kwargs))
+        return self._compute(call.func, args, kwargs)
 
     def _constant(self, number: float, like: Tensor) -> Tensor:
         """Return a tensor of one number, the same object each time: what follows from it is then computed once."""
@@ -130,18 +133,10 @@ class StatedValues:
         return constant
 
     def _knows(self, tensor: Tensor) -> bool:
-        return not tensor.is_meta or self.of(tensor) is not None
+        return self._valued(tensor) is not None
 
-    def _valued(self, value: Any) -> Any:
-        """Replace meta tensors by their values, however deep."""
-        if isinstance(value, Tensor):
-            stated = self.of(value) if value.is_meta else None
-            return value if stated is None else stated
-        if isinstance(value, list | tuple):
-            return type(value)(self._valued(item) for item in value)
-        if isinstance(value, dict):
-            return {key: self._valued(item) for key, item in value.items()}
-        return value
+    def _valued(self, tensor: Tensor) -> Tensor | None:
+        return self.of(tensor) if tensor.is_meta else tensor
 
     def _compute(self, func: Any, args: Any, kwargs: Any) -> list[Tensor]:
         named = tuple(sorted(kwargs.items()))

@@ -15,13 +15,12 @@ from typing import Any, Final
 
 from visionloom.common.errors import UserError, unknown
 from visionloom.common.text import say
-from visionloom.forecast.machine import machine, machine_names
+from visionloom.forecast.machine import GIB, machine, machine_names
 from visionloom.forecast.show.document import JSON
 from visionloom.launch import environment
 from visionloom.launch.exit import CANNOT_RUN
 from visionloom.train.config import RunConfig, RunSection
 
-GIB: Final = 2**30
 ON_CPUS: Final = "h100"
 """Machine of a plan for a run on CPUs: its memory is replaced, and of its times nothing is shown."""
 PLANNER: Final = Path(__file__).parents[1] / "plan.py"

@@ -9,7 +9,7 @@ from typing import Final
 from visionloom.common.atomic import replacing
 from visionloom.common.errors import UserError
 from visionloom.common.text import one_line, say, warn
-from visionloom.forecast.machine import machine
+from visionloom.forecast.machine import GIB, machine
 from visionloom.forecast.request import PlanRequest
 from visionloom.forecast.results import PhaseForecast, RunForecast
 from visionloom.forecast.show.tables import gibibytes, peak_bytes
@@ -87,7 +87,7 @@ def plan_recipes() -> tuple[list[Row], list[str]]:
 
 def page_of(rows: Sequence[Row]) -> str:
     """Return the page with the table."""
-    head = HEAD.format(gpu=GPU, gib=machine(GPU).usable_bytes / 2**30)
+    head = HEAD.format(gpu=GPU, gib=machine(GPU).usable_bytes / GIB)
     rule = ("---",) * len(COLUMNS)
     lines = []
     for cells in (COLUMNS, rule, *rows):
