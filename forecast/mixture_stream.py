@@ -8,9 +8,9 @@ import numpy as np
 from visionloom.common.errors import UserError
 from visionloom.data.encode.encode import EncodedSample
 from visionloom.data.plan.deal import PlannedPack
-from visionloom.data.plan.open import StreamOptions
+from visionloom.data.plan.open import StreamOptions, settings_without_data
 from visionloom.data.plan.parts import PART, Parts
-from visionloom.data.plan.plan import MixtureEntry, Plan, Settings
+from visionloom.data.plan.plan import MixtureEntry, Plan
 from visionloom.data.stream.batch import PackLayout
 from visionloom.forecast.mixture import DATASET, mixture_for
 
@@ -28,7 +28,7 @@ class MixtureStream:
     def __init__(self, options: StreamOptions) -> None:
         self._samples = mixture_for(options.sequence_length).draw(SAMPLES, options.seed)
         entry = MixtureEntry(DATASET, 1.0, self._parts(options), DATASET, "drop")
-        self.plan = Plan([entry], self._settings(options), options.cost)
+        self.plan = Plan([entry], settings_without_data(options), options.cost)
         self.layout = PackLayout.of(options, (DATASET,), pad_id=0)
 
     def _parts(self, options: StreamOptions) -> Parts:
@@ -40,20 +40,6 @@ class MixtureStream:
             option = f"phases.{options.phase_name}.sequence_length={options.sequence_length}"
             raise UserError(f"{option} is too short for any sample of a mixture: raise it")
         return Parts(lengths, over, np.empty(0, PART))
-
-    def _settings(self, options: StreamOptions) -> Settings:
-        """Return what decides the packs; nothing is read, so neighbours need not stay together."""
-        data = options.data
-        return Settings(
-            seed=options.seed,
-            phase=options.phase_name,
-            sequence_length=options.sequence_length,
-            global_batch=options.global_batch,
-            patch_budget=options.patch_budget,
-            packing_window_samples=data.packing_window_samples,
-            sample_token_multiple=data.sample_token_multiple,
-            max_samples_per_pack=data.max_samples_per_pack,
-        )
 
     def samples_of(self, packs: Sequence[PlannedPack]) -> list[list[EncodedSample]]:
         """Return the samples of packs of the plan."""

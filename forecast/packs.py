@@ -145,8 +145,10 @@ class MicroBatches:
         return counts
 
 
-def packs_for(config: RunConfig, phase: str, world_size: int, choice: PackChoice) -> ImaginedPacks:
-    """Choose the micro-batch that stands for all those of a phase.
+def packs_for(
+    config: RunConfig, phase: str, world_size: int, choices: Sequence[PackChoice]
+) -> dict[PackChoice, ImaginedPacks]:
+    """Choose the micro-batches that stand for all those of a phase.
 
     Raises:
         UserError: for what its datasets would be refused for, and for packs too short for any sample of a mixture.
@@ -158,13 +160,16 @@ def packs_for(config: RunConfig, phase: str, world_size: int, choice: PackChoice
     ranks = layout.data_parallel_size(world_size)
     micro_batches = MicroBatches(source.plan, steps, ranks, settings.micro_batch)
 
-    samples = source.samples_of(micro_batches.choose(choice))
     number, worst = len(micro_batches.all), micro_batches.worst
-    origin = (
-        f"the {choice} of the first {number:,} micro-batches of {name},"
-        f" the costliest of which has {worst:.2f} times the mean work"
-    )
-    return ImaginedPacks.of(samples, source.layout, origin)
+    chosen = {}
+    for choice in choices:
+        samples = source.samples_of(micro_batches.choose(choice))
+        origin = (
+            f"the {choice} of the first {number:,} micro-batches of {name},"
+            f" the costliest of which has {worst:.2f} times the mean work"
+        )
+        chosen[choice] = ImaginedPacks.of(samples, source.layout, origin)
+    return chosen
 
 
 def open_source(options: StreamOptions) -> tuple[PackSource, str]:

@@ -147,7 +147,7 @@ class ImaginedPhase:
         """Choose the packs of a phase, the mean ones first, and find the kinds of its ranks."""
         config, world_size = request.config, request.world_size
         layout = config.phases[name].parallel or config.parallel
-        packs = {choice: packs_for(config, name, world_size, choice) for choice in choices}
+        packs = packs_for(config, name, world_size, choices)
         patches = packs[PackChoice.MEAN].encoder_patches(layout.encoder_ranks)
         kinds = rank_kinds(layout, world_size, config.model, patches)
         return cls(request, name, packs, kinds)

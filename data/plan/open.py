@@ -1,7 +1,7 @@
 """From a run's options to the plan of a phase: opens the datasets and weighs them. Imports no torch."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from visionloom.common.errors import UserError
 from visionloom.data.config import DataConfig
@@ -127,18 +127,27 @@ def open_plan(
     return Plan(entries, settings, options.cost, origin, cache)
 
 
-def _settings(options: StreamOptions, tokenizer: Tokenizer) -> Settings:
-    """Return what decides the packs, without what only says how they are trained on."""
+def settings_without_data(options: StreamOptions) -> Settings:
+    """Return what decides the packs of samples that are only lengths: nothing is read, so neighbours need not stay together."""
     data = options.data
     return Settings(
         seed=options.seed,
-        phase="" if data.continue_draws else options.phase_name,
+        phase=options.phase_name,
         sequence_length=options.sequence_length,
         global_batch=options.global_batch,
         patch_budget=options.patch_budget,
         packing_window_samples=data.packing_window_samples,
         sample_token_multiple=data.sample_token_multiple,
         max_samples_per_pack=data.max_samples_per_pack,
+    )
+
+
+def _settings(options: StreamOptions, tokenizer: Tokenizer) -> Settings:
+    """Return what decides the packs, without what only says how they are trained on."""
+    data = options.data
+    return replace(
+        settings_without_data(options),
+        phase="" if data.continue_draws else options.phase_name,
         shuffle_block_samples=data.shuffle_block_samples,
         weights_in=data.weights_in,
         tokenizer=tokenizer.fingerprint[:8],

@@ -159,9 +159,8 @@ class _Search:
         self.bounds = RestBounds.of(config, phase, goal.world_size)
         # A micro-batch is about the same in any layout: one rank gets them all here.
         alone = with_layout(config, phase, ParallelConfig())
-        mean, patches, supervised = (
-            packs_for(alone, phase, 1, choice).counts.work for choice in CHOICES
-        )
+        packs = packs_for(alone, phase, 1, CHOICES)
+        mean, patches, supervised = (packs[choice].counts.work for choice in CHOICES)
         fullest = replace(
             mean, patches=patches.patches, supervised_tokens=supervised.supervised_tokens
         )

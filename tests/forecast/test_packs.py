@@ -68,7 +68,7 @@ def test_packs_are_those_of_the_stream(
     config: RunConfig, stream: PackStream, encoder_rank: int
 ) -> None:
     share = Share(encoder_rank=encoder_rank, encoder_ranks=3)
-    imagined = packs_for(config, "long", RANKS, PackChoice.MEAN)
+    imagined = packs_for(config, "long", RANKS, [PackChoice.MEAN])[PackChoice.MEAN]
     assert "of the first 200 micro-batches of the phase's own plan" in imagined.assumed
     batch = imagined.batch(share)
     assert any(equal(batch, real) for real in all_batches(stream, share))
@@ -78,7 +78,7 @@ def test_the_chosen_ones_are_mean_and_worst(config: RunConfig, stream: PackStrea
     """By the cost of the run's own plan, and by counts of the run's own batches."""
     cost = stream.plan.cost
     real = list(all_batches(stream, Share(encoder_rank=-1, encoder_ranks=1)))
-    chosen = {choice: packs_for(config, "long", RANKS, choice) for choice in PackChoice}
+    chosen = packs_for(config, "long", RANKS, list(PackChoice))
     counts = {choice: packs.counts for choice, packs in chosen.items()}
     work = {
         choice: torch.tensor([c.tokens, c.token_pairs, c.patches, c.patch_pairs]).numpy()
@@ -101,7 +101,7 @@ def test_the_chosen_ones_are_mean_and_worst(config: RunConfig, stream: PackStrea
 
 def test_nothing_is_counted_for_a_forecast(config: RunConfig, tmp_path: Path) -> None:
     config.data.cache = str(tmp_path)
-    packs = packs_for(config, "long", RANKS, PackChoice.MEAN)
+    packs = packs_for(config, "long", RANKS, [PackChoice.MEAN])[PackChoice.MEAN]
     assert packs.assumed.startswith("the mean of the first 200 micro-batches of a stated mixture")
     assert "has no lengths yet: run data.py lengths" in packs.assumed
     assert list(tmp_path.iterdir()) == []
@@ -123,7 +123,7 @@ def test_what_is_not_there_is_named(stream: PackStream, words: list[str], expect
 def test_encoder_ranks_share_the_pictures_of_a_long_pack() -> None:
     """262,144 tokens, dealt to 8 encoder ranks: each batch has the patches that the deal gives its rank."""
     words = ["+recipe=full/qwen3vl_8b", "phases.finetune.sequence_length=262144"]
-    packs = packs_for(composed(*words, ranks=8), "finetune", 8, PackChoice.MEAN)
+    packs = packs_for(composed(*words, ranks=8), "finetune", 8, [PackChoice.MEAN])[PackChoice.MEAN]
     dealt = packs.encoder_patches(8)
     counts = packs.counts
     assert sum(dealt) == counts.patches == 4 * counts.visual_tokens
