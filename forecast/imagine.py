@@ -6,6 +6,7 @@ from typing import Any
 from visionloom.data.stream.batch import PackedBatch
 from visionloom.forecast.trace.events import RankTrace
 from visionloom.forecast.trace.step import recording, trace_step
+from visionloom.forecast.trace.values import Routing
 from visionloom.model.lora import apply_lora
 from visionloom.parallel import topology as topologies
 from visionloom.parallel.stand_in import META
@@ -51,12 +52,14 @@ def trace_rank(
         world_size: ranks of the run.
         rank: which of them.
         batches: its micro-batches, on the host.
-        imbalance: load of the most loaded experts over the mean, 1: even.
+        imbalance: tokens of the busiest rank of experts over the mean, 1: even.
     """
     layout = config.phases[phase_name].parallel or config.parallel
     topology = topologies.imagine(layout, world_size, rank, META)
     try:
-        with recording(META, imbalance) as recorder:
+        # Each traced rank is the busiest: what it takes is the most that one of its kind may take.
+        routing = Routing(imbalance, layout.expert, topology.groups.ep.rank())
+        with recording(META, routing) as recorder:
             parts = build_model(config, topology, drawn=False)
             if config.lora.rank:
                 apply_lora(parts, config.lora, topology, config.run.seed)

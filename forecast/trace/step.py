@@ -19,7 +19,7 @@ from visionloom.forecast.trace.kernels import gpu_kernels
 from visionloom.forecast.trace.memory import heard_resizes
 from visionloom.forecast.trace.real import HostCopies, MarkedDevice, RealRecorder
 from visionloom.forecast.trace.recorder import Recorder
-from visionloom.forecast.trace.values import StatedValues
+from visionloom.forecast.trace.values import Routing, StatedValues
 from visionloom.model.rank_share import RankShare
 from visionloom.parallel import stand_in
 from visionloom.parallel.pipeline import layers_per_chunk
@@ -28,13 +28,14 @@ from visionloom.train.step import train_step
 
 
 @contextlib.contextmanager
-def recording(device: torch.device, imbalance: float = 1.0) -> Iterator[Recorder]:
+def recording(device: torch.device, routing: Routing | None = None) -> Iterator[Recorder]:
     """Record what runs inside: on an imagined device, or on a real CPU, whose device tensors are then marked.
 
     Args:
         device: of the rank: `meta` or the CPU.
-        imbalance: of the experts' loads, see values.py; a real rank routes as stated, too.
+        routing: of a mixture's tokens, None: even; a real rank routes as stated, too.
     """
+    values = StatedValues(routing or Routing())
     with contextlib.ExitStack() as stack:
         stack.enter_context(gpu_kernels())
         # Megatron-core keeps this tensor for the process: each rank begins with none, and leaves none of its device.
@@ -42,12 +43,12 @@ def recording(device: torch.device, imbalance: float = 1.0) -> Iterator[Recorder
         stack.enter_context(scale)
         recorder: Recorder
         if device.type == "meta":
-            recorder = ImaginedRecorder(StatedValues(imbalance))
+            recorder = ImaginedRecorder(values)
         else:
             marked = MarkedDevice()
             copies = stack.enter_context(HostCopies(marked))
             stack.enter_context(stand_in.passing_for_cuda(marked.holds))
-            recorder = RealRecorder(marked, copies, StatedValues(imbalance))
+            recorder = RealRecorder(marked, copies, values)
         stack.enter_context(_heard_recomputation(recorder))
         stack.enter_context(heard_resizes(recorder.ledger))
         stack.enter_context(_heard_synchronization(recorder))

@@ -8,6 +8,7 @@ each is computed once.
 
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,40 +29,46 @@ CONSTANTS = {
 }
 
 
-def balanced_choice(tokens: int, experts: int, each: int, imbalance: float) -> Tensor:
-    """Return the experts of each token, int64 [tokens, each].
+@dataclass(frozen=True)
+class Routing:
+    """How many tokens the experts of a mixture get."""
 
-    Args:
-        tokens: of this rank.
-        experts: in all.
-        each: experts that a token takes.
-        imbalance: load of the most loaded expert over the mean; the first experts have it, so that they fill the first
-            expert-parallel rank, and the others share the rest evenly. 1: all have the same.
-    """
-    total = tokens * each
-    mean = total / experts
-    # No token takes an expert twice, so no expert has more than all tokens.
-    most = min(round(mean * imbalance), tokens)
-    heavy = max(1, experts // 8) if imbalance > 1 else 0
-    counts = torch.full((experts,), total // experts)
-    if heavy:
-        heavy = min(heavy, total // max(1, most))
-        left = total - heavy * most
-        counts[:heavy] = most
-        counts[heavy:] = left // (experts - heavy)
-    rest = total - int(counts.sum())
-    counts[heavy : heavy + rest % (experts - heavy)] += 1
-    counts[heavy:] += rest // (experts - heavy)
-    # Column by column: an expert's tokens are neighbours, so that none has it twice.
-    chosen = torch.repeat_interleave(torch.arange(experts), counts)
-    return chosen.view(each, tokens).t().contiguous()
+    imbalance: float = 1.0
+    """Tokens of the busiest expert-parallel rank over the mean of all; 1: all have the same."""
+    expert_ranks: int = 1
+    """Ranks that share the experts: of one rank alone none is busier than another."""
+    busiest: int = 0
+    """Which of them that is."""
+
+    def choose(self, tokens: int, experts: int, each: int) -> Tensor:
+        """Return the experts of each token, int64 [tokens, each].
+
+        Args:
+            tokens: of this rank.
+            experts: in all.
+            each: experts that a token takes.
+        """
+        total = tokens * each
+        uneven = self.expert_ranks > 1 and self.imbalance > 1
+        busy = experts // self.expert_ranks if uneven else 0
+        # No token takes an expert twice, and there are no more than all.
+        most = min(round(total / experts * self.imbalance), tokens, total // max(1, busy))
+        evenly, more = divmod(total - busy * most, experts - busy)
+        counts = torch.full((experts - busy,), evenly)
+        counts[:more] += 1
+
+        first = self.busiest * busy
+        counts = torch.cat([counts[:first], torch.full((busy,), most), counts[first:]])
+        # Column by column: an expert's tokens are neighbours, so that none has it twice.
+        chosen = torch.repeat_interleave(torch.arange(experts), counts)
+        return chosen.view(each, tokens).t().contiguous()
 
 
 class StatedValues:
     """The values of meta tensors that have one."""
 
-    def __init__(self, imbalance: float = 1.0) -> None:
-        self.imbalance = imbalance
+    def __init__(self, routing: Routing) -> None:
+        self.routing = routing
         self._computed: dict[Any, Any] = {}
         self._stated: dict[int, dict[Any, Tensor]] = {}
         """By storage, then by the place of the tensor in it."""
@@ -93,7 +100,7 @@ class StatedValues:
         tokens, experts = scores.shape
         key = ("choice", tokens, experts, each)
         if key not in self._computed:
-            self._computed[key] = balanced_choice(tokens, experts, each, self.imbalance)
+            self._computed[key] = self.routing.choose(tokens, experts, each)
         choice: Tensor = self._computed[key]
         return choice
 
