@@ -51,8 +51,9 @@ class Routing:
         total = tokens * each
         uneven = self.expert_ranks > 1 and self.imbalance > 1
         busy = experts // self.expert_ranks if uneven else 0
+        wanted = round(total / experts * self.imbalance)
         # No token takes an expert twice, and there are no more than all.
-        most = min(round(total / experts * self.imbalance), tokens, total // max(1, busy))
+        most = min(wanted, tokens, total // max(1, busy))
         evenly, more = divmod(total - busy * most, experts - busy)
         counts = torch.full((experts - busy,), evenly)
         counts[:more] += 1
