@@ -59,7 +59,8 @@ class Routing:
         counts[:more] += 1
 
         first = self.busiest * busy
-        counts = torch.cat([counts[:first], torch.full((busy,), most), counts[first:]])
+        own = torch.full((busy,), most)
+        counts = torch.cat([counts[:first], own, counts[first:]])
         # Column by column: an expert's tokens are neighbours, so that none has it twice.
         chosen = torch.repeat_interleave(torch.arange(experts), counts)
         return chosen.view(each, tokens).t().contiguous()
