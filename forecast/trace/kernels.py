@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LIBRARY = torch.library.Library("visionloom", "DEF")
+LIBRARY = torch.library.Library("visionloom", "FRAGMENT")
 LIBRARY.define(
     "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, bool causal, float scale) -> (Tensor, Tensor)"
 )
