@@ -29,6 +29,11 @@ class _Chosen:
     name: str = "torch"
 
 
+def chosen() -> str:
+    """Return the name of the kernels of this process."""
+    return _chosen.name
+
+
 _chosen = _Chosen()
 
 
