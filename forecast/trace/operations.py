@@ -125,6 +125,10 @@ def cost_of(call: Call, inputs: list[Tensor], outputs: list[Tensor]) -> Cost:
     if kind.name == "aten::_grouped_mm":
         flops = grouped_product(inputs[0], inputs[1])
         return Cost(Kernel.PRODUCT, flops, flops, moved)
+    if kind.name == "visionloom::add_product_":
+        total, rows, _columns = inputs
+        flops = 2.0 * total.numel() * len(rows)
+        return Cost(Kernel.PRODUCT, flops, flops, moved)
     if kind.product is not None:
         result = outputs[0] if len(outputs) == 1 else tuple(outputs)
         flops = float(kind.product(*call.args, **call.kwargs, out_val=result))
