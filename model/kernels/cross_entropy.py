@@ -68,19 +68,7 @@ def _here(targets: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(mine, targets, 0).unsqueeze(1), mine
 
 
-# ---- on a GPU, and shapes
-
-
-def _row_sums_cuda(logits: Tensor, targets: Tensor) -> Tensor:
-    from visionloom.model.kernels import cross_entropy_triton
-
-    return cross_entropy_triton.row_sums(logits, targets)
-
-
-def _to_gradient_cuda(logits: Tensor, *others: Any) -> Tensor:
-    from visionloom.model.kernels import cross_entropy_triton
-
-    return cross_entropy_triton.to_gradient_(logits, *others)
+# ---- shapes
 
 
 def _row_sums_meta(logits: Tensor, targets: Tensor) -> Tensor:
@@ -94,13 +82,13 @@ def _to_gradient_meta(logits: Tensor, *others: Any) -> Tensor:
 _ROW_SUMS = library.define(
     "cross_entropy_sums(Tensor logits, Tensor targets) -> Tensor",
     cpu=_row_sums_cpu,
-    cuda=_row_sums_cuda,
+    cuda=library.in_triton("cross_entropy_triton", "row_sums"),
     meta=_row_sums_meta,
 )
 _TO_GRADIENT = library.define(
     "cross_entropy_gradient_(Tensor(a!) logits, Tensor targets, Tensor largest, Tensor total, Tensor weights)"
     " -> Tensor(a!)",
     cpu=_to_gradient_cpu,
-    cuda=_to_gradient_cuda,
+    cuda=library.in_triton("cross_entropy_triton", "to_gradient_"),
     meta=_to_gradient_meta,
 )

@@ -1,6 +1,4 @@
-"""Triton kernels of cross_entropy.py; imported on a GPU alone."""
-
-from typing import Any
+"""Triton kernels of cross_entropy.py. Importing this file needs Triton."""
 
 import torch
 import triton
@@ -14,14 +12,14 @@ WARPS = 8
 
 @triton.jit
 def sums_kernel(
-    logits: Any,
-    targets: Any,
-    sums: Any,
-    rows: Any,
-    columns: Any,
-    stride: Any,
+    logits: tl.tensor,
+    targets: tl.tensor,
+    sums: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    stride: tl.tensor,
     BLOCK: tl.constexpr,
-):
+) -> None:
     """One program a row: the largest logit and the sum of exponentials in one pass, rescaled where a larger one comes."""
     row = tl.program_id(0).to(tl.int64)
     begin = logits + row * stride
@@ -50,15 +48,15 @@ def sums_kernel(
 
 @triton.jit
 def gradient_kernel(
-    logits: Any,
-    targets: Any,
-    largest: Any,
-    total: Any,
-    weights: Any,
-    columns: Any,
-    stride: Any,
+    logits: tl.tensor,
+    targets: tl.tensor,
+    largest: tl.tensor,
+    total: tl.tensor,
+    weights: tl.tensor,
+    columns: tl.tensor,
+    stride: tl.tensor,
     BLOCK: tl.constexpr,
-):
+) -> None:
     """One program a block of a row."""
     row = tl.program_id(0).to(tl.int64)
     places = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
