@@ -13,6 +13,28 @@ import torch
 from torch import Tensor
 
 from visionloom.model.kernels.library import define, in_triton
+from visionloom.model.kernels.recipes import remember
+
+
+class _BothAgain:
+    """Makes rotated queries and keys again: both at once, as the kernel does, though each is asked for by itself."""
+
+    def __init__(self, keys: int, epsilon: float) -> None:
+        self.keys, self.epsilon = keys, epsilon
+        self._key: Tensor | None = None
+
+    def query(self, *tensors: Tensor | None) -> Tensor:
+        """Return the queries; attention asks for them before the keys."""
+        query, self._key, _ = _rotate_heads(*tensors, self.keys, self.epsilon)
+        return query
+
+    def key(self, *tensors: Tensor | None) -> Tensor:
+        """Return the keys."""
+        if self._key is None:
+            self.query(*tensors)
+        key, self._key = self._key, None
+        assert key is not None
+        return key
 
 
 @dataclass(frozen=True)
@@ -211,4 +233,9 @@ def rotate_heads(
         query, key, value = _NormRotatedHeads.apply(
             joined, rotation, keys, norm.epsilon, norm.query_weight, norm.key_weight
         )
+    again = _BothAgain(keys, 0.0 if norm is None else norm.epsilon)
+    weights = (None, None) if norm is None else (norm.query_weight, norm.key_weight)
+    heads, _ = _split(joined, keys)
+    remember(query, again.query, heads, rotation, *weights)
+    remember(key, again.key, heads, rotation, *weights)
     return query, key, value
