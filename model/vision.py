@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from visionloom.model.attention import Segments, attend
 from visionloom.model.config import VisionConfig
+from visionloom.model.kernels.attention import Segments, attend
 from visionloom.model.kernels.rotary import rotate_heads
 from visionloom.model.rope import vision_rotation
 from visionloom.parallel.parts import MERGER, VISION, in_part
