@@ -159,7 +159,7 @@ class VisionAttention(nn.Module):
     ) -> Tensor:
         """Attend from [N, C] to [N, C]; `rotation`: of each patch, fp32 [N, head dim]."""
         joined = self.qkv(x).unflatten(1, (1, 3 * self.heads, -1))
-        query, key, value = rotate_heads(joined, rotation, keys=self.heads)
+        query, key, value = rotate_heads(joined, rotation, keys=self.heads, weights=(), epsilon=0.0)
         attended = attend(query, key, value, segments, causal=False)
         return self.proj(attended.flatten(1))
 

@@ -17,7 +17,7 @@ from visionloom.model import kept as kept_module
 from visionloom.model.kept import Keeper, Made, Moved, kept
 from visionloom.model.kernels.activation import swiglu
 from visionloom.model.kernels.norm import add_rms_norm, layer_norm, rms_norm
-from visionloom.model.kernels.rotary import HeadNorm, rotate_heads
+from visionloom.model.kernels.rotary import rotate_heads
 
 WAYS = {
     "cheap again": {"cheap_again": True, "in_host_memory": False},
@@ -42,8 +42,7 @@ class Layers(nn.Module):
         """Map [T, 64] to [T, 64]."""
         joined = self.joined(rms_norm(x, self.weights[0], 1e-6)).view(-1, 2, 4, 32)
         rotation = torch.linspace(0, 3, len(x) * 32).view(len(x), 32)
-        norm = HeadNorm(self.heads[0], self.heads[1], 1e-6)
-        query, key, value = rotate_heads(joined, rotation, 1, norm)
+        query, key, value = rotate_heads(joined, rotation, 1, tuple(self.heads), 1e-6)
         # The product keeps the keys; their repetition alone would not.
         key = (key * self.heads[1]).repeat_interleave(2, 1)
         scores = torch.einsum("thd,shd->hts", query, key)
