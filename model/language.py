@@ -6,6 +6,7 @@ A pipeline stage (or a virtual part of one) is a chunk of the same class with th
 Shapes: t tokens of this rank, m visual tokens among them, H hidden size, K DeepStack levels that layers from here on still need.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from megatron.core.models.common.language_module.language_module import Language
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.transformer_block import (
     TransformerBlock,
     TransformerBlockSubmodules,
@@ -26,7 +28,7 @@ from torch import Tensor, nn
 
 from visionloom.model.attention import PackedAttention
 from visionloom.model.config import ModelConfig, TextConfig
-from visionloom.model.experts import GroupedExperts, Router
+from visionloom.model.experts import GroupedExperts, MixtureLayer, Router
 from visionloom.parallel.config import ParallelConfig
 from visionloom.parallel.parts import LANGUAGE, in_part
 from visionloom.parallel.pipeline import layers_per_chunk, layout_of
@@ -186,9 +188,8 @@ def layer_spec(experts: int) -> Any:
     attention.q_layernorm = attention.k_layernorm = RMSNorm
     attention.core_attention = PackedAttention
     if experts:
-        # A partial function: its submodules are among its keywords.
-        mixture = layer.mlp.keywords["submodules"]
-        mixture.experts, mixture.router = GroupedExperts, Router
+        submodules = MoESubmodules(experts=GroupedExperts, router=Router)
+        layer.mlp = partial(MixtureLayer, submodules=submodules)
     return spec
 
 

@@ -6,10 +6,13 @@ nothing of what it is made of, so launches, bytes and saved tensors of a trace a
 business of the torch.autograd.Function that calls an operation and the operation of its backward pass.
 """
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from visionloom.common.errors import UserError
 
 _LIBRARY = torch.library.Library("visionloom", "DEF")
 
@@ -30,3 +33,25 @@ def define(
     for key, function in (("CPU", cpu), ("CUDA", cuda), ("Meta", meta)):
         _LIBRARY.impl(name, function, key)
     return getattr(torch.ops.visionloom, name).default
+
+
+def in_triton(module: str, function: str) -> Callable[..., Any]:
+    """Return a function of a module of this folder that imports Triton, which is imported with the first call.
+
+    Raises, when called:
+        UserError: if Triton is not installed.
+    """
+
+    def call(*args: Any) -> Any:
+        try:
+            loaded = importlib.import_module(f"visionloom.model.kernels.{module}")
+        except ModuleNotFoundError as error:
+            if error.name != "triton":
+                raise
+            raise UserError(
+                "training on a GPU needs Triton, which torch for CUDA brings:"
+                f" install it by `pip install triton` for torch {torch.__version__}"
+            ) from error
+        return getattr(loaded, function)(*args)
+
+    return call
