@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import (
-    all_to_all,
     gather_from_sequence_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
@@ -27,6 +26,8 @@ from visionloom.model.kernels.permute import (
     sort_chunks,
     sort_rows,
 )
+
+HOST = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class Dispatch:
         counts = gathered.view(ranks, tensor, groups.experts)
         self._counts = counts
         # torch gives a copy that does not block a page-locked place on the host.
-        self._on_host = counts.to("cpu", non_blocking=True)
+        self._on_host = counts.to(HOST, non_blocking=True)
         self._copied = torch.cuda.Event()
         self._copied.record()
 
@@ -136,26 +137,61 @@ class Dispatch:
 
     def _to_experts(self, rows: Tensor, exchange: Exchange) -> Tensor:
         """Send rows [n * k, ...] and return those that have come, sorted by expert [m, ...]."""
-        rows = all_to_all(self.groups.ranks, rows, exchange.received, exchange.sent)
+        rows = exchanged(rows, self.groups.ranks, exchange.sent, exchange.received)
         rows = gather_from_sequence_parallel_region(
             rows, group=self.groups.tensor, output_split_sizes=exchange.gathered
         )
         return permute_rows(rows, exchange.order, exchange.places)
 
-    def from_experts(self, rows: Tensor) -> Tensor:
-        """Bring the experts' results [m, H], sorted by expert, back and add those of each token: [n, H]."""
-        if not self.alone:
-            rows = self._from_experts(rows, self.exchange)
-        return combine_rows(rows, self.order, self.places)
+    def from_experts(self, rows: Tensor, read: bool = True) -> Tensor:
+        """Bring the experts' results [m, H], sorted by expert, back and add those of each token: [n, H].
 
-    def _from_experts(self, rows: Tensor, exchange: Exchange) -> Tensor:
+        Without `read` they have no content, and neither has the sum: only gradients pass.
+        """
+        if not self.alone:
+            rows = self._from_experts(rows, self.exchange, read)
+        return combine_rows(rows, self.order, self.places, read)
+
+    def _from_experts(self, rows: Tensor, exchange: Exchange, read: bool) -> Tensor:
         """Send results [m, H] back to the ranks of their tokens: [n * k, H], sorted by expert of all."""
-        rows = combine_rows(rows, exchange.order, exchange.places)
+        rows = combine_rows(rows, exchange.order, exchange.places, read)
         if self.groups.tensor.size() > 1:
             # Parts of a sum over the tensor ranks, added in fp32.
             summed = reduce_scatter_to_sequence_parallel_region(
                 rows.float(), group=self.groups.tensor, input_split_sizes=exchange.gathered
             )
             rows = summed.to(rows.dtype)
-        sent: Tensor = all_to_all(self.groups.ranks, rows, exchange.sent, exchange.received)
-        return sent
+        return exchanged(rows, self.groups.ranks, exchange.received, exchange.sent, read)
+
+
+class _Exchanged(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, group: Any, *sizes: Any) -> Tensor:
+        sent, received, read = sizes
+        ctx.group, ctx.sent, ctx.received = group, sent, received
+        arrived = rows.new_empty((sum(received), *rows.shape[1:]))
+        if read:
+            dist.all_to_all_single(arrived, rows, received, sent, group=group)
+        return arrived
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        returned = gradient.new_empty((sum(ctx.sent), *gradient.shape[1:]))
+        dist.all_to_all_single(
+            returned, gradient.contiguous(), ctx.sent, ctx.received, group=ctx.group
+        )
+        return returned, None, None, None, None
+
+
+def exchanged(
+    rows: Tensor, group: Any, sent: list[int], received: list[int], read: bool = True
+) -> Tensor:
+    """Send stretches of rows [sum of sent, ...] to the ranks of a group, and return theirs [sum of received, ...].
+
+    Without `read` nothing is sent, and the result has no content: only gradients pass.
+    """
+    if group.size() == 1:
+        return rows
+    arrived: Tensor = _Exchanged.apply(rows.contiguous(), group, sent, received, read)
+    return arrived

@@ -120,7 +120,9 @@ class MixtureLayer(MoELayer):  # type: ignore[misc]
             if is_checkpointing():
                 self._kept.append(dispatch)
         rows, weights, ends = dispatch.to_experts(hidden.flatten(0, 1), weights)
-        return dispatch.from_experts(self.experts(rows, weights, ends)).view_as(hidden)
+        # Nothing in a layer after its experts needs their result to pass gradients back.
+        results = self.experts(rows, weights, ends, read=not again)
+        return dispatch.from_experts(results, read=not again).view_as(hidden)
 
 
 def routers_of(chunks: Iterable[nn.Module]) -> list[Router]:
@@ -179,9 +181,16 @@ class Stack(nn.Module):
             and config.expert_tensor_parallel_size == config.tensor_model_parallel_size
         )
 
-    def forward(self, tokens: Tensor, ends: Tensor) -> Tensor:
-        """Map tokens [m, in] sorted by expert, which end at `ends` int32 [e], to [m, out]."""
-        return grouped_linear(tokens, self.weight.flatten(1, -2), ends)
+    def forward(self, tokens: Tensor, ends: Tensor, read: bool = True) -> Tensor:
+        """Map tokens [m, in] sorted by expert, which end at `ends` int32 [e], to [m, out].
+
+        Without `read` the result has no content: only gradients pass.
+        """
+        weights = self.weight.flatten(1, -2)
+        if read:
+            return grouped_linear(tokens, weights, ends)
+        unread: Tensor = _UnreadLinear.apply(tokens, weights, ends)
+        return unread
 
 
 class GroupedExperts(MegatronModule):  # type: ignore[misc]
@@ -205,12 +214,19 @@ class GroupedExperts(MegatronModule):  # type: ignore[misc]
         self.linear_fc1 = Stack((experts, 2, width, config.hidden_size), config)
         self.linear_fc2 = Stack((experts, config.hidden_size, width), config)
 
-    def forward(self, rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-        """Map rows [m, H] sorted by expert, which end at `ends` int32 [e], with router weights [m], to [m, H]."""
+    def forward(self, rows: Tensor, weights: Tensor, ends: Tensor, read: bool = True) -> Tensor:
+        """Map rows [m, H] sorted by expert to [m, H].
+
+        Args:
+            rows: of the tokens of each expert.
+            weights: the router's, fp32 [m].
+            ends: where each expert's rows end, int32 [e].
+            read: the result has content; else only gradients pass.
+        """
         gate, up = self.linear_fc1(rows, ends).chunk(2, dim=-1)
         # The weights go in before the second product: the sum over a token's experts is then plain.
         inner = F.silu(gate) * up * weights.unsqueeze(-1).to(rows.dtype)
-        output: Tensor = self.linear_fc2(inner, ends)
+        output: Tensor = self.linear_fc2(inner, ends, read)
         return output
 
     def sharded_state_dict(
@@ -253,3 +269,22 @@ def grouped_linear(tokens: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
         ends: int32 [e], where each group ends.
     """
     return F.grouped_mm(tokens, weights.transpose(1, 2), offs=ends)
+
+
+class _UnreadLinear(torch.autograd.Function):
+    """`grouped_linear` whose result nobody reads: it is not computed, its gradients are."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens, weights, ends)
+        return tokens.new_empty((len(tokens), weights.shape[1]))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,), (tokens, weights, ends) = gradients, ctx.saved_tensors
+        by_tokens = by_weights = None
+        if ctx.needs_input_grad[0]:
+            by_tokens = F.grouped_mm(gradient, weights, offs=ends)
+        if ctx.needs_input_grad[1]:
+            by_weights = F.grouped_mm(gradient.t(), tokens, offs=ends)
+        return by_tokens, by_weights, None

@@ -158,16 +158,16 @@ class _PermuteRows(torch.autograd.Function):
 
 class _CombineRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rows: Tensor, places: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, rows: Tensor, places: Tensor, read: bool) -> Tensor:
         ctx.save_for_backward(rows)
         ctx.each = places.shape[1]
-        combined: Tensor = _combine_rows(x, places)
+        combined: Tensor = (_combine_rows if read else _combine_shapes)(x, places)
         return combined
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,), (rows,) = gradients, ctx.saved_tensors
-        return _permute_rows(gradient.contiguous(), rows, ctx.each), None, None
+        return _permute_rows(gradient.contiguous(), rows, ctx.each), None, None, None
 
 
 def permute_rows(x: Tensor, rows: Tensor, places: Tensor) -> Tensor:
@@ -182,10 +182,11 @@ def permute_rows(x: Tensor, rows: Tensor, places: Tensor) -> Tensor:
     return permuted
 
 
-def combine_rows(x: Tensor, rows: Tensor, places: Tensor) -> Tensor:
+def combine_rows(x: Tensor, rows: Tensor, places: Tensor, read: bool = True) -> Tensor:
     """Return the sum of each token's rows, added one after the other in fp32: [m, H] to [n, H].
 
-    Arguments are those of `permute_rows`, of which this is the way back and the backward pass.
+    Arguments are those of `permute_rows`, of which this is the way back and the backward pass. Without `read` the result has
+    no content: only gradients pass.
     """
-    combined: Tensor = _CombineRows.apply(x.contiguous(), rows, places)
+    combined: Tensor = _CombineRows.apply(x.contiguous(), rows, places, read)
     return combined
