@@ -31,8 +31,33 @@ def _count(
     for start in range(0, BLOCK, CHUNK):
         numbers = block * BLOCK + start + tl.arange(0, CHUNK)
         expert = tl.load(experts + numbers, mask=numbers < rows, other=-1)
-        total += tl.sum((expert[:, None] == columns[None, :]).to(tl.int32), axis=0)
+        hits = expert[:, None] == columns[None, :]
+        total += tl.sum(hits.to(tl.int32), axis=0)
     tl.store(counts + block * COUNT + columns, total, mask=columns < COUNT)
+
+
+@triton.jit
+def _added(
+    counts: tl.tensor,
+    blocks: tl.tensor,
+    block: tl.tensor,
+    COUNT: tl.constexpr,
+    CHUNK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> Any:
+    """Return the rows of each expert in all blocks, and in those before one of them."""
+    columns = tl.arange(0, COLUMNS)
+    total = tl.zeros([COLUMNS], dtype=tl.int32)
+    before = tl.zeros([COLUMNS], dtype=tl.int32)
+    for first in range(0, blocks, CHUNK):
+        others = first + tl.arange(0, CHUNK)
+        inside = (others[:, None] < blocks) & (columns[None, :] < COUNT)
+        places = others[:, None] * COUNT + columns[None, :]
+        tile = tl.load(counts + places, mask=inside, other=0)
+        total += tl.sum(tile, axis=0)
+        earlier = tl.where(others[:, None] < block, tile, 0)
+        before += tl.sum(earlier, axis=0)
+    return total, before
 
 
 @triton.jit
@@ -52,14 +77,7 @@ def _sort(
 ) -> None:
     columns = tl.arange(0, COLUMNS)
     block = tl.program_id(0)
-    total = tl.zeros([COLUMNS], dtype=tl.int32)
-    before = tl.zeros([COLUMNS], dtype=tl.int32)
-    for first in range(0, blocks, CHUNK):
-        others = first + tl.arange(0, CHUNK)
-        inside = (others[:, None] < blocks) & (columns[None, :] < COUNT)
-        tile = tl.load(counts + others[:, None] * COUNT + columns[None, :], mask=inside, other=0)
-        total += tl.sum(tile, axis=0)
-        before += tl.sum(tl.where(others[:, None] < block, tile, 0), axis=0)
+    total, before = _added(counts, blocks, block, COUNT, CHUNK, COLUMNS)
     end = tl.cumsum(total, axis=0)
     if block == 0:
         tl.store(totals + columns, total, mask=columns < COUNT)
@@ -79,6 +97,14 @@ def _sort(
 
 
 @triton.jit
+def _sum_before(lengths: tl.tensor, chunk: tl.tensor, CHUNKS: tl.constexpr) -> Any:
+    """Return the sum of the lengths before each of some chunks."""
+    chunks = tl.arange(0, CHUNKS)
+    counted = tl.where(chunks[None, :] < chunk[:, None], lengths[None, :], 0)
+    return tl.sum(counted, axis=1)
+
+
+@triton.jit
 def _sort_chunks(
     counts: tl.tensor,
     order: tl.tensor,
@@ -95,23 +121,24 @@ def _sort_chunks(
 ) -> None:
     chunks = tl.arange(0, CHUNKS)
     inside = chunks < SOURCES * EXPERTS
-    # By expert, then by source: how the rows will be; by source, then by expert: how they came.
+    # How the rows will be: by expert, then by source. How they came: by source, then by expert.
     source, expert = chunks % SOURCES, chunks // SOURCES
-    address = counts + source // RANKS * by_tensor + source % RANKS * by_rank + expert
-    after = tl.load(address, mask=inside, other=0)
-    came_from, of_expert = chunks // EXPERTS, chunks % EXPERTS
-    address = counts + came_from // RANKS * by_tensor + came_from % RANKS * by_rank + of_expert
-    came = tl.load(address, mask=inside, other=0)
+    address = counts + source // RANKS * by_tensor + source % RANKS * by_rank
+    after = tl.load(address + expert, mask=inside, other=0)
+    source_before, expert_before = chunks // EXPERTS, chunks % EXPERTS
+    address = counts + source_before // RANKS * by_tensor + source_before % RANKS * by_rank
+    came = tl.load(address + expert_before, mask=inside, other=0)
 
     end = tl.cumsum(after, axis=0)
     if tl.program_id(0) == 0:
         tl.store(ends + expert, end, mask=inside & (source == SOURCES - 1))
     numbers = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    chunk = tl.sum(((end[None, :] <= numbers[:, None]) & inside[None, :]).to(tl.int32), axis=1)
-    start = tl.sum(tl.where(chunks[None, :] < chunk[:, None], after[None, :], 0), axis=1)
-    arrival = chunk % SOURCES * EXPERTS + chunk // SOURCES
-    arrived = tl.sum(tl.where(chunks[None, :] < arrival[:, None], came[None, :], 0), axis=1)
-    row = arrived + numbers - start
+    # Beside the chunks all is zero, so that their ends are the last one.
+    passed = end[None, :] <= numbers[:, None]
+    chunk = tl.sum(passed.to(tl.int32), axis=1)
+    start = _sum_before(after, chunk, CHUNKS)
+    start_before = _sum_before(came, chunk % SOURCES * EXPERTS + chunk // SOURCES, CHUNKS)
+    row = start_before + numbers - start
     tl.store(order + numbers, row, mask=numbers < rows)
     tl.store(places + row, numbers, mask=numbers < rows)
 
@@ -132,8 +159,10 @@ def _permute(
     inside = (numbers[:, None] < rows) & (columns[None, :] < width)
     token = tl.load(order + numbers, mask=numbers < rows, other=0) // EACH
     # 262,144 tokens with eight rows of 4,096 numbers each are more than int32 can count.
-    values = tl.load(x + token[:, None].to(tl.int64) * width + columns[None, :], mask=inside)
-    tl.store(result + numbers[:, None].to(tl.int64) * width + columns[None, :], values, mask=inside)
+    sources = token[:, None].to(tl.int64) * width + columns[None, :]
+    targets = numbers[:, None].to(tl.int64) * width + columns[None, :]
+    values = tl.load(x + sources, mask=inside)
+    tl.store(result + targets, values, mask=inside)
 
 
 @triton.jit
@@ -153,10 +182,10 @@ def _combine(
     total = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
     for slot in tl.static_range(EACH):
         place = tl.load(places + numbers * EACH + slot, mask=numbers < tokens, other=0)
-        address = x + place[:, None].to(tl.int64) * width + columns[None, :]
-        total += tl.load(address, mask=inside, other=0.0).to(tl.float32)
-    address = result + numbers[:, None].to(tl.int64) * width + columns[None, :]
-    tl.store(address, total.to(result.dtype.element_ty), mask=inside)
+        sources = place[:, None].to(tl.int64) * width + columns[None, :]
+        total += tl.load(x + sources, mask=inside, other=0.0).to(tl.float32)
+    targets = numbers[:, None].to(tl.int64) * width + columns[None, :]
+    tl.store(result + targets, total.to(result.dtype.element_ty), mask=inside)
 
 
 def _chunk(columns: int) -> int:

@@ -3,6 +3,8 @@
 What is no number counts as the smallest logit, so that the choice of a diverged model stays among the experts.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -36,6 +38,62 @@ def _choose(
 
 
 @triton.jit
+def _real(padding: tl.tensor, rows: tl.tensor, tokens: tl.tensor, PADDED: tl.constexpr) -> Any:
+    """Return which rows are tokens that are no padding."""
+    real = rows < tokens
+    if PADDED:
+        real = real & (tl.load(padding + rows, mask=real, other=1) == 0)
+    return real
+
+
+@triton.jit
+def _probabilities(
+    logits: tl.tensor,
+    rows: tl.tensor,
+    tokens: tl.tensor,
+    COUNT: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> Any:
+    """Return the softmax over all experts and its logarithms, each zero beside the experts."""
+    columns = tl.arange(0, COLUMNS)
+    inside = (rows[:, None] < tokens) & (columns[None, :] < COUNT)
+    places = rows[:, None] * COUNT + columns[None, :]
+    scores = tl.load(logits + places, mask=inside, other=-float("inf"))
+    # A row beyond the last has no score: zero and one keep its exponents numbers.
+    top = tl.where(rows < tokens, tl.max(scores, axis=1), 0.0)
+    scores -= top[:, None]
+    exponents = tl.exp(scores)
+    total = tl.where(rows < tokens, tl.sum(exponents, axis=1), 1.0)
+    logarithms = scores - tl.log(total)[:, None]
+    return exponents / total[:, None], tl.where(inside, logarithms, 0.0)
+
+
+@triton.jit
+def _add_to_tally(
+    tally: tl.tensor,
+    experts: tl.tensor,
+    rows: tl.tensor,
+    real: tl.tensor,
+    entropies: tl.tensor,
+    COUNT: tl.constexpr,
+    EACH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
+    """Add the real rows: atomic sums of integers do not depend on their order."""
+    units = tl.where(real, entropies, 0.0) * 4294967296.0
+    tl.atomic_add(tally + COUNT, tl.sum(units.to(tl.int64), axis=0))
+    tl.atomic_add(tally + COUNT + 1, tl.sum(real.to(tl.int64), axis=0))
+
+    columns = tl.arange(0, COLUMNS)
+    counts = tl.zeros([COLUMNS], dtype=tl.int32)
+    for slot in tl.static_range(EACH):
+        expert = tl.load(experts + rows * EACH + slot, mask=real, other=-1)
+        hits = expert[:, None] == columns[None, :]
+        counts += tl.sum(hits.to(tl.int32), axis=0)
+    tl.atomic_add(tally + columns, counts.to(tl.int64), mask=counts > 0)
+
+
+@triton.jit
 def _weigh(
     logits: tl.tensor,
     experts: tl.tensor,
@@ -54,38 +112,31 @@ def _weigh(
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     slots = tl.arange(0, SLOTS)
     own = (rows[:, None] < tokens) & (slots[None, :] < EACH)
-    chosen = tl.load(experts + rows[:, None] * EACH + slots[None, :], mask=own, other=0)
+    places = rows[:, None] * EACH + slots[None, :]
+    chosen = tl.load(experts + places, mask=own, other=0)
+    # A slot beyond the last has no weight.
     picked = tl.load(logits + rows[:, None] * COUNT + chosen, mask=own, other=-float("inf"))
-    # A row beyond the last has no score: zero keeps its exponents numbers.
     largest = tl.where(rows < tokens, tl.max(picked, axis=1), 0.0)
     exponents = tl.exp(picked - largest[:, None])
-    sums = tl.where(rows < tokens, tl.sum(exponents, axis=1), 1.0)
-    shares = exponents / sums[:, None]
-    tl.store(weights + rows[:, None] * EACH + slots[None, :], shares, mask=own)
+    total = tl.where(rows < tokens, tl.sum(exponents, axis=1), 1.0)
+    tl.store(weights + places, exponents / total[:, None], mask=own)
 
     if TALLIED:
-        real = rows < tokens
-        if PADDED:
-            real = real & (tl.load(padding + rows, mask=real, other=1) == 0)
-        columns = tl.arange(0, COLUMNS)
-        inside = real[:, None] & (columns[None, :] < COUNT)
-        places = rows[:, None] * COUNT + columns[None, :]
-        scores = tl.load(logits + places, mask=inside, other=-float("inf"))
-        top = tl.where(real, tl.max(scores, axis=1), 0.0)
-        exponents = tl.exp(scores - top[:, None])
-        total = tl.where(real, tl.sum(exponents, axis=1), 1.0)
-        logarithms = tl.where(inside, scores - top[:, None] - tl.log(total)[:, None], 0.0)
-        entropies = -tl.sum(exponents / total[:, None] * logarithms, axis=1)
-        # Whole units: atomic sums of integers do not depend on their order.
-        units = (tl.where(real, entropies, 0.0) * 4294967296.0).to(tl.int64)
-        tl.atomic_add(tally + COUNT, tl.sum(units, axis=0))
-        tl.atomic_add(tally + COUNT + 1, tl.sum(real.to(tl.int64), axis=0))
+        real = _real(padding, rows, tokens, PADDED)
+        probabilities, logarithms = _probabilities(logits, rows, tokens, COUNT, COLUMNS)
+        entropies = -tl.sum(probabilities * logarithms, axis=1)
+        _add_to_tally(tally, experts, rows, real, entropies, COUNT, EACH, COLUMNS)
 
-        counts = tl.zeros([COLUMNS], dtype=tl.int32)
-        for slot in tl.static_range(EACH):
-            expert = tl.load(experts + rows * EACH + slot, mask=real, other=-1)
-            counts += tl.sum((expert[:, None] == columns[None, :]).to(tl.int32), axis=0)
-        tl.atomic_add(tally + columns, counts.to(tl.int64), mask=counts > 0)
+
+@triton.jit
+def _balance(
+    probabilities: tl.tensor, load: tl.tensor, COUNT: tl.constexpr, COLUMNS: tl.constexpr
+) -> Any:
+    """Return the gradient by each logit of the sum of probability * load."""
+    columns = tl.arange(0, COLUMNS)
+    loads = tl.load(load + columns, mask=columns < COUNT, other=0.0)
+    mean = tl.sum(probabilities * loads[None, :], axis=1)
+    return probabilities * (loads[None, :] - mean[:, None])
 
 
 @triton.jit
@@ -109,35 +160,27 @@ def _weigh_backward(
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
     own = rows < tokens
-    along = tl.zeros([ROWS], dtype=tl.float32)
-    for slot in tl.static_range(EACH):
-        weight = tl.load(weights + rows * EACH + slot, mask=own, other=0.0)
-        along += weight * tl.load(gradient + rows * EACH + slot, mask=own, other=0.0)
-
-    inside = own[:, None] & (columns[None, :] < COUNT)
-    places = rows[:, None] * COUNT + columns[None, :]
     sums = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
     if BALANCED:
-        real = own
-        if PADDED:
-            real = own & (tl.load(padding + rows, mask=own, other=1) == 0)
-        scores = tl.load(logits + places, mask=inside, other=-float("inf"))
-        top = tl.where(own, tl.max(scores, axis=1), 0.0)
-        exponents = tl.exp(scores - top[:, None])
-        total = tl.where(own, tl.sum(exponents, axis=1), 1.0)
-        probabilities = exponents / total[:, None]
-        loads = tl.load(load + columns, mask=columns < COUNT, other=0.0)
-        mean = tl.sum(probabilities * loads[None, :], axis=1)
+        probabilities, _ = _probabilities(logits, rows, tokens, COUNT, COLUMNS)
+        real = _real(padding, rows, tokens, PADDED)
         factor = tl.where(real, tl.load(scale), 0.0)
-        sums = probabilities * (loads[None, :] - mean[:, None]) * factor[:, None]
+        sums = _balance(probabilities, load, COUNT, COLUMNS) * factor[:, None]
 
-    for slot in tl.static_range(EACH):
-        weight = tl.load(weights + rows * EACH + slot, mask=own, other=0.0)
-        by_weight = tl.load(gradient + rows * EACH + slot, mask=own, other=0.0)
-        expert = tl.load(experts + rows * EACH + slot, mask=own, other=-1)
+    along = tl.zeros([ROWS], dtype=tl.float32)
+    for slot in range(EACH):
+        place = rows * EACH + slot
+        weight = tl.load(weights + place, mask=own, other=0.0)
+        along += weight * tl.load(gradient + place, mask=own, other=0.0)
+    for slot in range(EACH):
+        place = rows * EACH + slot
+        weight = tl.load(weights + place, mask=own, other=0.0)
+        by_weight = tl.load(gradient + place, mask=own, other=0.0)
+        hits = tl.load(experts + place, mask=own, other=-1)[:, None] == columns[None, :]
         by_score = weight * (by_weight - along)
-        sums += tl.where(expert[:, None] == columns[None, :], by_score[:, None], 0.0)
-    tl.store(result + places, sums, mask=inside)
+        sums += tl.where(hits, by_score[:, None], 0.0)
+    inside = own[:, None] & (columns[None, :] < COUNT)
+    tl.store(result + rows[:, None] * COUNT + columns[None, :], sums, mask=inside)
 
 
 def _tile(count: int) -> tuple[int, int]:
