@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from visionloom.model.dispatch import Dispatch, ExpertGroups
+from visionloom.model.kernels.activation import swiglu
 from visionloom.model.kernels.routing import ENTROPY_UNIT, choose_experts, weigh_experts
 from visionloom.parallel.topology import Topology
 
@@ -223,9 +224,8 @@ class GroupedExperts(MegatronModule):  # type: ignore[misc]
             ends: where each expert's rows end, int32 [e].
             read: the result has content; else only gradients pass.
         """
-        gate, up = self.linear_fc1(rows, ends).chunk(2, dim=-1)
         # The weights go in before the second product: the sum over a token's experts is then plain.
-        inner = F.silu(gate) * up * weights.unsqueeze(-1).to(rows.dtype)
+        inner = swiglu(self.linear_fc1(rows, ends), weights)
         output: Tensor = self.linear_fc2(inner, ends, read)
         return output
 

@@ -15,7 +15,9 @@ from megatron.core.models.common.embeddings.language_model_embedding import Lang
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.transformer_block import (
     TransformerBlock,
@@ -29,6 +31,9 @@ from torch import Tensor, nn
 from visionloom.model.attention import PackedAttention
 from visionloom.model.config import ModelConfig, TextConfig
 from visionloom.model.experts import GroupedExperts, MixtureLayer, Router
+from visionloom.model.kernels.activation import swiglu
+from visionloom.model.kernels.norm import branch_rms_norm, rms_norm
+from visionloom.model.kernels.rotary import HeadNorm, rotate_heads
 from visionloom.parallel.config import ParallelConfig
 from visionloom.parallel.parts import LANGUAGE, in_part
 from visionloom.parallel.pipeline import layers_per_chunk, layout_of
@@ -65,7 +70,7 @@ def transformer_config(
         calculate_per_token_loss=True,
         # Megatron-core's default refuses packs of varying length, also in dense models.
         moe_token_dispatcher_type="alltoall",
-        # These fusions need Apex, TransformerEngine or torch.compile.
+        # These fusions need Apex, TransformerEngine or torch.compile; model/kernels/ has our own.
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
@@ -151,7 +156,69 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise [..., hidden_size] over its last dim, in the input's dtype."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
+
+
+class BranchRMSNorm(RMSNorm):
+    """RMSNorm that also hands back its input, Megatron-core's form for a norm that adds up both gradients of the residual."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Return the normalised [..., hidden_size], and the input, with which the residual goes on."""
+        return branch_rms_norm(x, self.weight, self.eps)
+
+
+class HeadRMSNorm(RMSNorm):
+    """The weight of a norm that `RotaryAttention` computes together with the rotation."""
+
+    def forward(self) -> Tensor:  # type: ignore[override]
+        """Return the weight [D]; a call of this module is what parameter gathering waits for."""
+        return self.weight
+
+
+class RotaryAttention(SelfAttention):  # type: ignore[misc]
+    """Megatron-core's self-attention with one kernel between its first linear layer and attention.
+
+    Megatron-core's own way copies the queries out of the joined tensor, normalises queries and keys, and turns both by some ten
+    small kernels; the rest of its forward pass serves inference.
+    """
+
+    def forward(
+        self, hidden: Tensor, attention_mask: Tensor | None, **arguments: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Map [t, 1, H] to [t, 1, H]; `rotary_pos_emb` is the rotation of rope.py, fp32 [t, D]."""
+        joined, _ = self.linear_qkv(hidden)
+        heads_and_width = (
+            self.num_query_groups_per_partition,
+            -1,
+            self.hidden_size_per_attention_head,
+        )
+        norm = HeadNorm(self.q_layernorm(), self.k_layernorm(), self.config.layernorm_epsilon)
+        parts = rotate_heads(
+            joined.squeeze(1).unflatten(-1, heads_and_width),
+            arguments["rotary_pos_emb"],
+            keys=1,
+            norm=norm,
+        )
+        query, key, value = (part.unsqueeze(1) for part in parts)
+
+        attend = self.core_attention
+        if self.checkpoint_core_attention and self.training:
+            attend = self._checkpointed_attention_forward
+        attended = attend(
+            query, key, value, attention_mask, packed_seq_params=arguments["packed_seq_params"]
+        )
+        output: tuple[Tensor, Tensor | None] = self.linear_proj(attended)
+        return output
+
+
+class SwiGLU(MLP):  # type: ignore[misc]
+    """Megatron-core's dense MLP with its activation in one kernel."""
+
+    def forward(self, hidden: Tensor, **_: Any) -> tuple[Tensor, Tensor | None]:
+        """Map [t, 1, H] to [t, 1, H], and no bias."""
+        gate_up, _ = self.linear_fc1(hidden)
+        output: tuple[Tensor, Tensor | None] = self.linear_fc2(swiglu(gate_up))
+        return output
 
 
 class DeepstackLayer(TransformerLayer):  # type: ignore[misc]
@@ -177,19 +244,22 @@ class DeepstackLayer(TransformerLayer):  # type: ignore[misc]
 
 
 def layer_spec(experts: int) -> Any:
-    """Return Megatron-core's spec of one decoder layer with torch kernels; `experts` 0: a dense one."""
+    """Return Megatron-core's spec of one decoder layer with our kernels; `experts` 0: a dense one."""
     spec = get_gpt_layer_local_spec(
         num_experts=experts or None, qk_layernorm=True, normalization="RMSNorm"
     )
     spec.module = DeepstackLayer
     layer = spec.submodules
-    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    layer.input_layernorm = layer.pre_mlp_layernorm = BranchRMSNorm
+    layer.self_attention.module = RotaryAttention
     attention = layer.self_attention.submodules
-    attention.q_layernorm = attention.k_layernorm = RMSNorm
+    attention.q_layernorm = attention.k_layernorm = HeadRMSNorm
     attention.core_attention = PackedAttention
     if experts:
         submodules = MoESubmodules(experts=GroupedExperts, router=Router)
         layer.mlp = partial(MixtureLayer, submodules=submodules)
+    else:
+        layer.mlp = partial(SwiGLU.as_mlp_submodule, **layer.mlp.keywords)
     return spec
 
 
@@ -276,7 +346,7 @@ class LanguageModel(LanguageModule):  # type: ignore[misc]
     def forward(
         self,
         hidden: Tensor,
-        angles: Tensor,
+        rotation: Tensor,
         packed: Any,
         features: Tensor | None,
         rows: Tensor | None,
@@ -286,7 +356,7 @@ class LanguageModel(LanguageModule):  # type: ignore[misc]
 
         Args:
             hidden: token and visual embeddings, or the hidden states of the chunk before, [t, 1, H].
-            angles: rotary angles of this context rank's tokens, fp32 [T / C, 1, 1, D].
+            rotation: of this context rank's tokens, fp32 [T / C, D].
             packed: PackedSeqParams with `context`.
             features: DeepStack levels of this rank's visual tokens [m, K * H], the first layer's first.
             rows: their rows among the t tokens, int64 [m].
@@ -298,7 +368,7 @@ class LanguageModel(LanguageModule):  # type: ignore[misc]
         output: Tensor = self.decoder(
             hidden_states=hidden,
             attention_mask=None,
-            rotary_pos_emb=angles,
+            rotary_pos_emb=rotation,
             packed_seq_params=packed,
             context=features,
             context_mask=rows,

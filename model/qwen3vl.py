@@ -29,7 +29,7 @@ from visionloom.model.lora_config import LoraConfig
 from visionloom.model.loss import linear_cross_entropy
 from visionloom.model.offload import in_host_memory
 from visionloom.model.rank_share import FeatureExchange, PackTensors, RankShare
-from visionloom.model.rope import inverse_frequencies, mrope_angles
+from visionloom.model.rope import inverse_frequencies, mrope_rotation
 from visionloom.model.vision import VisionInput, VisionTower
 from visionloom.parallel.parts import INPUT, LANGUAGE, LOSS, in_part
 from visionloom.parallel.topology import Topology
@@ -41,8 +41,8 @@ class ModelInput:
 
     input_ids: Tensor
     """int64 [1, T / C]."""
-    angles: Tensor
-    """Rotary angles fp32 [T / C, 1, 1, D]."""
+    rotation: Tensor
+    """Of the tokens' queries and keys, fp32 [T / C, D]; see rope.py."""
     packed: Any
     """PackedSeqParams with `context`."""
     padding_mask: Tensor
@@ -120,7 +120,7 @@ class Qwen3VL(MegatronModule):  # type: ignore[misc]
 
     @in_part(INPUT)
     def prepare(self, pack: PackTensors) -> ModelInput:
-        """Move this rank's part of a micro-batch to the device, with rows, segments and angles computed first."""
+        """Move this rank's part of a micro-batch to the device, with rows, segments and rotation computed first."""
         device, text = self.topology.device, self.model_config.text
         share = RankShare.of(pack, self.topology)
         tokens = torch.from_numpy(share.tokens)
@@ -135,7 +135,7 @@ class Qwen3VL(MegatronModule):  # type: ignore[misc]
         positions = on_device(pack.position_ids[:, tokens])
         return ModelInput(
             input_ids=on_device(pack.input_ids[tokens]).unsqueeze(0),
-            angles=mrope_angles(positions, frequencies, text.mrope_section),
+            rotation=mrope_rotation(positions, frequencies, text.mrope_section),
             packed=self._packed(pack, share),
             padding_mask=on_device(pack.padding_mask[tokens][share.hidden]).unsqueeze(0),
             vision=vision,
@@ -219,7 +219,7 @@ class Qwen3VL(MegatronModule):  # type: ignore[misc]
         with in_host_memory(self.topology.config.offload_activations):
             output: Tensor = self.language_model(
                 hidden,
-                inputs.angles,
+                inputs.rotation,
                 inputs.packed,
                 levels,
                 inputs.visual_rows,

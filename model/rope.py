@@ -1,6 +1,7 @@
 """Compute rotary position embeddings: interleaved MRoPE of three positions for the language model, of two for the tower.
 
 Angles are made in fp32 whatever the model's dtype: at position 262,144 a bf16 product is off by more than a full turn.
+A rotation is fp32 [tokens or patches, D]: cosines of D / 2 angles, then their sines. It is made once a micro-batch.
 Shapes: T tokens, N patches, D head dim.
 """
 
@@ -14,11 +15,16 @@ def inverse_frequencies(dim: int, theta: float) -> Tensor:
     return 1.0 / theta**exponents
 
 
-def mrope_angles(position_ids: Tensor, frequencies: Tensor, section: list[int]) -> Tensor:
-    """Return angles of interleaved MRoPE for Megatron-core's rotary_pos_emb, fp32 [T, 1, 1, D].
+def _rotation(angles: Tensor) -> Tensor:
+    """Return cosines and sines [..., D] of angles [..., D / 2]."""
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+def mrope_rotation(position_ids: Tensor, frequencies: Tensor, section: list[int]) -> Tensor:
+    """Return the rotation of interleaved MRoPE, fp32 [T, D].
 
     Frequency slot i turns with the height position where i % 3 == 1 and i < 3 * section[1], with the width position where
-    i % 3 == 2 and i < 3 * section[2], else with the time position; the D / 2 slots are repeated for the rotate-half form.
+    i % 3 == 2 and i < 3 * section[2], else with the time position.
     Source: Qwen3-VL report section 2.2; reference implementation: transformers' Qwen3VLTextRotaryEmbedding.
 
     Args:
@@ -32,11 +38,11 @@ def mrope_angles(position_ids: Tensor, frequencies: Tensor, section: list[int]) 
     for which in (1, 2):
         slots = slice(which, 3 * section[which], 3)
         mixed[:, slots] = angles[which, :, slots]
-    return torch.cat((mixed, mixed), dim=-1)[:, None, None, :]
+    return _rotation(mixed)
 
 
-def vision_rotation(rows_columns: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Return cosine and sine of the vision tower's rotary embedding by row and column, fp32 [N, 1, D] each.
+def vision_rotation(rows_columns: Tensor, head_dim: int) -> Tensor:
+    """Return the rotation of the vision tower by row and column, fp32 [N, D].
 
     Reference implementation: transformers' Qwen3VLVisionRotaryEmbedding (theta 10,000, half of the slots for rows).
 
@@ -48,14 +54,4 @@ def vision_rotation(rows_columns: Tensor, head_dim: int) -> tuple[Tensor, Tensor
     frequencies = frequencies.to(rows_columns.device, non_blocking=True)
     by_position = rows_columns.to(torch.float32).unsqueeze(-1) * frequencies
     # [N, D / 2], rows first.
-    angles = by_position.flatten(1)
-    angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Rotate [N, heads, D] in fp32 by [N, 1, D] in the rotate-half form and return it in its own dtype."""
-    wide = x.float()
-    first, second = wide.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return (wide * cosine + turned * sine).to(x.dtype)
+    return _rotation(by_position.flatten(1))

@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from visionloom.model.attention import Segments, attend
 from visionloom.model.config import VisionConfig
-from visionloom.model.rope import rotate, vision_rotation
+from visionloom.model.kernels.rotary import rotate_heads
+from visionloom.model.rope import vision_rotation
 from visionloom.parallel.parts import MERGER, VISION, in_part
 
 
@@ -144,13 +145,12 @@ class VisionAttention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rotation: tuple[Tensor, Tensor],
+        rotation: Tensor,
         segments: Segments,
     ) -> Tensor:
-        """Attend from [N, C] to [N, C]; `rotation`: cosine and sine of each patch, fp32 [N, 1, head dim]."""
-        joined = self.qkv(x).unflatten(1, (3, self.heads, -1))
-        query, key, value = joined.unbind(1)
-        query, key = rotate(query, *rotation), rotate(key, *rotation)
+        """Attend from [N, C] to [N, C]; `rotation`: of each patch, fp32 [N, head dim]."""
+        joined = self.qkv(x).unflatten(1, (1, 3 * self.heads, -1))
+        query, key, value = rotate_heads(joined, rotation, keys=self.heads)
         attended = attend(query, key, value, segments, causal=False)
         return self.proj(attended.flatten(1))
 
@@ -181,10 +181,10 @@ class VisionBlock(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rotation: tuple[Tensor, Tensor],
+        rotation: Tensor,
         segments: Segments,
     ) -> Tensor:
-        """Map [N, C] to [N, C]; `rotation`: cosine and sine of each patch, fp32 [N, 1, head dim]."""
+        """Map [N, C] to [N, C]; `rotation`: of each patch, fp32 [N, head dim]."""
         x = x + self.attn(self.norm1(x), rotation, segments)
         return x + self.mlp(self.norm2(x))
 

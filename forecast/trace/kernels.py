@@ -1,8 +1,9 @@
 """Kernels that a GPU runs as one launch, as operations that a trace sees as one.
 
-On a CPU and on torch's meta device attention and RMSNorm fall into small operations, with temporary tensors that no GPU makes.
-`gpu_kernels` replaces them, so a trace has the launches, the saved tensors and the memory of the GPU's own kernels. On a CPU
-they compute, too: by plain formulas, for the comparison of an imagined rank with a real one.
+On a CPU and on torch's meta device attention falls into small operations, with temporary tensors that no GPU makes.
+`gpu_kernels` replaces it, so a trace has the launches, the saved tensors and the memory of the GPU's own kernel. On a CPU
+it computes, too: by plain formulas, for the comparison of an imagined rank with a real one. The model's other operations of
+this kind are in model/kernels/.
 """
 
 import contextlib
@@ -21,11 +22,6 @@ LIBRARY.define(
 LIBRARY.define(
     "attention_backward(Tensor gradient, Tensor query, Tensor key, Tensor value, Tensor output, Tensor logsumexp,"
     " Tensor? mask, bool causal, float scale) -> (Tensor, Tensor, Tensor)"
-)
-
-LIBRARY.define("rms_norm(Tensor x, Tensor weight, float epsilon) -> (Tensor, Tensor)")
-LIBRARY.define(
-    "rms_norm_backward(Tensor gradient, Tensor x, Tensor deviation, Tensor weight) -> (Tensor, Tensor)"
 )
 
 
@@ -137,69 +133,13 @@ def attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tens
     return _Attention.apply(query, key, value, mask, causal, scale)
 
 
-# ---- RMSNorm
-
-
-def _rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    wide = x.float()
-    deviation = (wide.square().mean(-1, keepdim=True) + epsilon).rsqrt()
-    normalised = (wide * deviation).to(x.dtype)
-    return normalised * weight, deviation
-
-
-def _rms_norm_shapes(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """Return what the kernel leaves: the output and a reciprocal deviation a row in fp32."""
-    rows = (*x.shape[:-1], 1)
-    return torch.empty_like(x), x.new_empty(rows, dtype=torch.float32)
-
-
-def _rms_norm_backward(
-    gradient: Tensor, x: Tensor, deviation: Tensor, weight: Tensor
-) -> tuple[Tensor, Tensor]:
-    wide, scaled = x.float() * deviation, (gradient * weight).float()
-    along = (scaled * wide).mean(-1, keepdim=True)
-    weight_gradient = (gradient.float() * wide).flatten(0, -2).sum(0)
-    return ((scaled - wide * along) * deviation).to(x.dtype), weight_gradient.to(weight.dtype)
-
-
-def _rms_norm_backward_shapes(
-    gradient: Tensor, x: Tensor, deviation: Tensor, weight: Tensor
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(weight)
-
-
-LIBRARY.impl("rms_norm", _rms_norm, "CPU")
-LIBRARY.impl("rms_norm", _rms_norm_shapes, "Meta")
-LIBRARY.impl("rms_norm_backward", _rms_norm_backward, "CPU")
-LIBRARY.impl("rms_norm_backward", _rms_norm_backward_shapes, "Meta")
-
-
-class _RmsNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        output, deviation = torch.ops.visionloom.rms_norm(x, weight, epsilon)
-        ctx.save_for_backward(x, deviation, weight)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        made = torch.ops.visionloom.rms_norm_backward(*gradients, *ctx.saved_tensors)
-        return (*made, None)
-
-
-def rms_norm(x: Tensor, normalized_shape: tuple[int, ...], weight: Tensor, eps: float) -> Tensor:
-    """Return what F.rms_norm does over the last dim, by the one kernel that it has on a GPU."""
-    assert len(normalized_shape) == 1, "the model normalises its last dim"
-    return _RmsNorm.apply(x, weight, eps)
-
-
 @contextlib.contextmanager
 def gpu_kernels() -> Iterator[None]:
-    """Let torch.nn.functional's attention and RMSNorm be single operations, as on a GPU."""
+    """Let torch.nn.functional's attention be a single operation, as on a GPU."""
     functional: Any = F
-    before = functional.scaled_dot_product_attention, functional.rms_norm
-    functional.scaled_dot_product_attention, functional.rms_norm = attention, rms_norm
+    before = functional.scaled_dot_product_attention
+    functional.scaled_dot_product_attention = attention
     try:
         yield
     finally:
-        functional.scaled_dot_product_attention, functional.rms_norm = before
+        functional.scaled_dot_product_attention = before

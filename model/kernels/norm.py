@@ -1,0 +1,140 @@
+"""RMSNorm over the last dim, forward and backward in one kernel each, alone or with the residual stream that it branches off.
+
+Reference: torch's F.rms_norm: everything is computed in fp32 and rounded once.
+Shapes: [..., H], with a weight [H]; a reciprocal deviation fp32 [..., 1] is kept for the backward pass.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from visionloom.model.kernels.library import define, in_triton
+
+
+def _forward(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    wide = x.float()
+    deviation = (wide.square().mean(-1, keepdim=True) + epsilon).rsqrt()
+    output = (wide * deviation).mul_(weight)
+    return output.to(x.dtype), deviation
+
+
+def _forward_shapes(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    deviation = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+    return x.new_empty(x.shape), deviation
+
+
+def _add_forward(
+    x: Tensor, residual: Tensor, weight: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    total = x + residual
+    return total, *_forward(total, weight, epsilon)
+
+
+def _add_forward_shapes(
+    x: Tensor, residual: Tensor, weight: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), *_forward_shapes(x, weight, epsilon)
+
+
+def _backward(
+    gradient: Tensor, x: Tensor, deviation: Tensor, weight: Tensor, passing: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    normalised = x.float() * deviation
+    wide = gradient.float()
+    weight_gradient = (wide * normalised).flatten(0, -2).sum(0)
+
+    scaled = wide * weight
+    along = (scaled * normalised).mean(-1, keepdim=True)
+    x_gradient = scaled.sub_(normalised.mul_(along)).mul_(deviation)
+    if passing is not None:
+        x_gradient += passing
+    return x_gradient.to(x.dtype), weight_gradient.to(weight.dtype)
+
+
+def _backward_shapes(
+    gradient: Tensor, x: Tensor, deviation: Tensor, weight: Tensor, passing: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+_rms_norm = define(
+    "rms_norm(Tensor x, Tensor weight, float epsilon) -> (Tensor, Tensor)",
+    cpu=_forward,
+    cuda=in_triton("norm_triton", "rms_norm"),
+    meta=_forward_shapes,
+)
+_add_rms_norm = define(
+    "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float epsilon) -> (Tensor, Tensor, Tensor)",
+    cpu=_add_forward,
+    cuda=in_triton("norm_triton", "add_rms_norm"),
+    meta=_add_forward_shapes,
+)
+_rms_norm_backward = define(
+    "rms_norm_backward(Tensor gradient, Tensor x, Tensor deviation, Tensor weight, Tensor? passing)"
+    " -> (Tensor, Tensor)",
+    cpu=_backward,
+    cuda=in_triton("norm_triton", "rms_norm_backward"),
+    meta=_backward_shapes,
+)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        output, deviation = _rms_norm(x, weight, epsilon)
+        ctx.save_for_backward(x, deviation, weight)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return (*_rms_norm_backward(*gradients, *ctx.saved_tensors, None), None)
+
+
+class _BranchRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+        output, deviation = _rms_norm(x, weight, epsilon)
+        ctx.save_for_backward(x, deviation, weight)
+        return output, x
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        gradient, passing = gradients
+        return (*_rms_norm_backward(gradient, *ctx.saved_tensors, passing), None)
+
+
+class _AddRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, epsilon: float
+    ) -> tuple[Tensor, Tensor]:
+        total, output, deviation = _add_rms_norm(x, residual, weight, epsilon)
+        ctx.save_for_backward(total, deviation, weight)
+        return output, total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        gradient, passing = gradients
+        both, by_weight = _rms_norm_backward(gradient, *ctx.saved_tensors, passing)
+        return both, both, by_weight, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """Return [..., H] divided by the root of its mean square over the last dim, times weight [H], in its own dtype."""
+    output: Tensor = _RMSNorm.apply(x, weight, epsilon)
+    return output
+
+
+def branch_rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Return `rms_norm` and x itself, which goes on as the residual: the kernel of the backward pass adds both gradients."""
+    output, residual = _BranchRMSNorm.apply(x, weight, epsilon)
+    return output, residual
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    """Return `rms_norm` of x + residual, and that sum rounded to their dtype, all [..., H]."""
+    output, total = _AddRMSNorm.apply(x, residual, weight, epsilon)
+    return output, total

@@ -1,0 +1,190 @@
+"""Triton kernels of norm.py. Importing this file needs Triton.
+
+Sizes of a program follow from the shapes alone, without trying out: results are the same in every run.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TILE = 2048
+"""Elements of a program's rows, if a row is shorter."""
+MULTIPROCESSORS = 132
+"""Of an H100. A number of the device in use would make sums depend on it."""
+
+
+@triton.jit
+def forward_kernel(
+    x: tl.tensor,
+    residual: tl.tensor,
+    weight: tl.tensor,
+    total: tl.tensor,
+    output: tl.tensor,
+    deviation: tl.tensor,
+    rows: tl.tensor,
+    row_stride: tl.tensor,
+    epsilon: tl.tensor,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    ADD: tl.constexpr,
+) -> None:
+    """Normalise ROWS rows; with ADD the sum of two, which is written too."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    is_row = row < rows
+    mask = is_row[:, None] & (column < SIZE)[None, :]
+    packed = row[:, None] * SIZE + column[None, :]
+
+    if ADD:
+        wide = tl.load(x + packed, mask, other=0.0).to(tl.float32)
+        wide += tl.load(residual + packed, mask, other=0.0).to(tl.float32)
+        rounded = wide.to(total.dtype.element_ty)
+        tl.store(total + packed, rounded, mask)
+        # The backward pass sees the rounded sum.
+        wide = rounded.to(tl.float32)
+    else:
+        place = row[:, None] * row_stride + column[None, :]
+        wide = tl.load(x + place, mask, other=0.0).to(tl.float32)
+
+    scale = tl.rsqrt(tl.sum(wide * wide, 1) / SIZE + epsilon)
+    tl.store(deviation + row, scale, is_row)
+    weights = tl.load(weight + column, column < SIZE, other=0.0).to(tl.float32)
+    result = wide * scale[:, None] * weights[None, :]
+    tl.store(output + packed, result.to(output.dtype.element_ty), mask)
+
+
+@triton.jit
+def backward_kernel(
+    gradient: tl.tensor,
+    x: tl.tensor,
+    deviation: tl.tensor,
+    weight: tl.tensor,
+    passing: tl.tensor,
+    x_gradient: tl.tensor,
+    partial: tl.tensor,
+    rows: tl.tensor,
+    row_stride: tl.tensor,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    PASSES: tl.constexpr,
+) -> None:
+    """Write the gradient of every ROWS-th block of rows, and the sum over them of the weight's gradient, fp32."""
+    column = tl.arange(0, BLOCK)
+    in_row = column < SIZE
+    weights = tl.load(weight + column, in_row, other=0.0).to(tl.float32)
+    by_weight = tl.zeros((ROWS, BLOCK), tl.float32)
+    step = tl.num_programs(0) * ROWS
+
+    for first in range(tl.program_id(0) * ROWS, rows, step):
+        row = first + tl.arange(0, ROWS).to(tl.int64)
+        is_row = row < rows
+        mask = is_row[:, None] & in_row[None, :]
+        packed = row[:, None] * SIZE + column[None, :]
+        place = row[:, None] * row_stride + column[None, :]
+
+        scale = tl.load(deviation + row, is_row, other=0.0)[:, None]
+        normalised = tl.load(x + place, mask, other=0.0).to(tl.float32) * scale
+        above = tl.load(gradient + packed, mask, other=0.0).to(tl.float32)
+        by_weight += above * normalised
+
+        scaled = above * weights[None, :]
+        along = tl.sum(scaled * normalised, 1)[:, None] / SIZE
+        below = (scaled - normalised * along) * scale
+        if PASSES:
+            below += tl.load(passing + packed, mask, other=0.0).to(tl.float32)
+        tl.store(x_gradient + packed, below.to(x_gradient.dtype.element_ty), mask)
+
+    own = partial + tl.program_id(0) * SIZE + column
+    tl.store(own, tl.sum(by_weight, 0), in_row)
+
+
+def sizes(size: int) -> tuple[int, int, int]:
+    """Return columns and rows of a program, and its warps, for rows of this many elements."""
+    block = triton.next_power_of_2(size)
+    rows = max(1, TILE // block)
+    # At most 32 elements of a row a thread.
+    warps = min(max(block * rows // 512, 4), 16)
+    return block, rows, warps
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """Return [..., H] as [rows, H] whose rows are contiguous: a view where strides allow it."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def _launch(
+    x: Tensor, residual: Tensor | None, weight: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the sum (or x), its norm, and the reciprocal deviations."""
+    size = x.shape[-1]
+    flat = rows_of(x) if residual is None else x.contiguous().view(-1, size)
+    output = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    deviation = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
+    total = x if residual is None else torch.empty_like(output)
+    block, rows, warps = sizes(size)
+    if len(flat):
+        forward_kernel[(triton.cdiv(len(flat), rows),)](
+            flat,
+            x if residual is None else residual.contiguous(),
+            weight,
+            total,
+            output,
+            deviation,
+            len(flat),
+            flat.stride(0),
+            epsilon,
+            SIZE=size,
+            BLOCK=block,
+            ROWS=rows,
+            ADD=residual is not None,
+            num_warps=warps,
+        )
+    return total, output, deviation
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Return what norm.py's twin does."""
+    _, output, deviation = _launch(x, None, weight, epsilon)
+    return output, deviation
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what norm.py's twin does."""
+    return _launch(x, residual, weight, epsilon)
+
+
+def rms_norm_backward(
+    gradient: Tensor, x: Tensor, deviation: Tensor, weight: Tensor, passing: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return what norm.py's twin does: one kernel, then the sum of its programs' shares of the weight's gradient."""
+    size, flat = x.shape[-1], rows_of(x)
+    x_gradient = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    block, rows, warps = sizes(size)
+    # Each has rows of its own: two of 4,096 elements a multiprocessor, or four of 2,048, are there at a time.
+    most = MULTIPROCESSORS * max(2, 4 * TILE // (block * rows))
+    programs = min(triton.cdiv(len(flat), rows), most)
+    partial = torch.empty(programs, size, dtype=torch.float32, device=x.device)
+    if programs:
+        backward_kernel[(programs,)](
+            gradient.contiguous(),
+            flat,
+            deviation,
+            weight,
+            x if passing is None else passing.contiguous(),
+            x_gradient,
+            partial,
+            len(flat),
+            flat.stride(0),
+            SIZE=size,
+            BLOCK=block,
+            ROWS=rows,
+            PASSES=passing is not None,
+            num_warps=warps,
+        )
+    return x_gradient, partial.sum(0).to(weight.dtype)
