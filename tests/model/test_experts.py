@@ -189,7 +189,7 @@ def bits(layout: Layout, packs: list[TestPack]) -> tuple[dict[str, Tensor], int]
     return gradients, dispatch.call_count
 
 
-@pytest.mark.parametrize("mode", ["full", "selective"])
+@pytest.mark.parametrize("mode", ["full", "mlp"])
 def test_recomputation_keeps_the_routing_and_gives_the_same_bits(mode: str, pool: RankPool) -> None:
     """Two micro-batches a rank: each takes its own plan again."""
     packs = packs_of("text")
