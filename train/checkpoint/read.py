@@ -31,11 +31,11 @@ from visionloom.model.trainable import is_adapter
 from visionloom.parallel.topology import Topology
 from visionloom.train.checkpoint.finite import require_finite
 from visionloom.train.checkpoint.index import INDEX, IndexFault, read_index
+from visionloom.train.checkpoint.optimizer_state import set_updates, state_tensors, updates
 from visionloom.train.checkpoint.state_file import CHECKPOINTS, STATE, RunState, read_run_state
 from visionloom.train.checkpoint.state_file import LARGEST as LARGEST_STATE
 from visionloom.train.checkpoint.untrusted import harmless_reading
 from visionloom.train.exchange.companions import COMPANIONS
-from visionloom.train.optimizer import load_state, state_tensors, updates
 from visionloom.train.phase_trainer import PhaseTrainer
 
 MANIFEST, LATEST = "manifest.json", "latest"
@@ -104,11 +104,15 @@ def run_state_of(trainer: PhaseTrainer, step: int, phase_step: int) -> RunState:
 
 def load_trainer(checkpoint: Checkpoint, trainer: PhaseTrainer) -> None:
     """Load weights, optimizer and schedule, so that a phase continues exactly, in any layout."""
-    loaded = _read(checkpoint.folder, trainer_state(trainer, loading=True), trainer.topology)
+    folder, topology = checkpoint.folder, trainer.topology
+    weights = weights_state(trainer.model_parts, topology)
+    slices = state_tensors(trainer.optimizer, weights)
+    loaded = _read(folder, weights, topology)
     _load_parts(loaded, trainer.model_parts)
+    loaded["optimizer"] = _read_own(folder, slices)
     # Moments too: they would make the weights so at the next step.
-    require_finite(_tensors(loaded), f"{checkpoint.folder}", trainer.topology)
-    load_state(trainer.optimizer, loaded["optimizer"], checkpoint.run_state.updates)
+    require_finite(_tensors(loaded), f"{folder}", topology)
+    set_updates(trainer.optimizer, checkpoint.run_state.updates)
     # Steps and not updates: a skipped step advances the schedule too.
     trainer.scheduler.step(checkpoint.run_state.phase_step - trainer.scheduler.num_steps)
 
@@ -145,13 +149,32 @@ def _tensors(loaded: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def _read(folder: Path, state: dict[str, Any], topology: Topology) -> dict[str, Any]:
-    """Fill a sharded state from a checkpoint; nothing in its files can run code."""
+    """Fill a sharded state from a checkpoint; nothing in its files can run code.
+
+    Each of the ranks that need the same tensors reads a share of them, and they exchange these.
+    """
     strategy = FullyParallelLoadStrategyWrapper(
         TorchDistLoadShardedStrategy(), topology.groups.dp_cp
     )
-    # Megatron-core leaves out what is empty: a stage whose optimizer has nothing to read.
     with harmless_reading(folder):
-        return {"optimizer": {}} | dict(dist_checkpointing.load(state, str(folder), strategy))
+        return dict(dist_checkpointing.load(state, str(folder), strategy))
+
+
+def _read_own(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
+    """Fill tensors that no other rank needs, in place and without the others; nothing in the files can run code."""
+    # A stage may train nothing.
+    if not state:
+        return {}
+    # What ranks read is apart, or the same for tensor ranks: there is nothing to check together.
+    with harmless_reading(folder):
+        return dict(
+            dist_checkpointing.load(
+                state,
+                str(folder),
+                TorchDistLoadShardedStrategy(),
+                validate_access_integrity=False,
+            )
+        )
 
 
 def _named(parts: list[Qwen3VL]) -> dict[str, Qwen3VL]:
@@ -179,12 +202,10 @@ def weights_state(parts: list[Qwen3VL], topology: Topology) -> dict[str, Any]:
     return states
 
 
-def trainer_state(trainer: PhaseTrainer, loading: bool) -> dict[str, Any]:
+def trainer_state(trainer: PhaseTrainer) -> dict[str, Any]:
     """Return weights and optimizer of a phase for Megatron-core's checkpoints."""
     weights = weights_state(trainer.model_parts, trainer.topology)
-    metadata = layout_metadata(trainer.topology)
-    optimizer = state_tensors(trainer.optimizer, weights, loading, metadata)
-    return {**weights, "optimizer": optimizer}
+    return {**weights, "optimizer": state_tensors(trainer.optimizer, weights)}
 
 
 def newest(run_folder: Path, topology: Topology) -> tuple[Checkpoint | None, list[str]]:

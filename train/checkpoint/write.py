@@ -229,7 +229,7 @@ class Saver:
         groups = trainer.topology.groups
         strategy = FullyParallelSaveStrategyWrapper(PlanningStrategy(), groups.dp_cp)
         plan: Any = dist_checkpointing.save(
-            trainer_state(trainer, loading=False),
+            trainer_state(trainer),
             str(partial),
             strategy,
             async_sharded_save=True,
