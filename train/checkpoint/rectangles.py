@@ -86,10 +86,7 @@ def _pairs_are_apart(boxes: list[Rectangle]) -> bool:
     # Only few: their number is a stranger's.
     if len(boxes) > MOST_IRREGULAR:
         raise ValueError(f"more than {MOST_IRREGULAR} parts that no cuts make")
-    for place, box in enumerate(boxes):
-        if not _is_apart(box, boxes[:place]):
-            return False
-    return True
+    return all(_is_apart(box, boxes[:place]) for place, box in enumerate(boxes))
 
 
 def _is_apart(box: Rectangle, others: Iterable[Rectangle]) -> bool:
