@@ -11,7 +11,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedTensor,
+    ShardedTensorFactory,
+    is_main_replica,
+)
 from torch import Tensor
 
 from visionloom.train.checkpoint.rectangles import Rectangle, rectangles
@@ -55,6 +59,17 @@ def state_tensors(optimizer: Any, weights: dict[str, Any]) -> dict[str, ShardedT
                 for part in _slices(pieces[parameter], kind, values.detach(), begin):
                     tensors[f"{part.key} at {part.global_offset}"] = part
     return tensors
+
+
+def written_parts(optimizer: Any, weights: dict[str, Any]) -> Iterator[ShardedTensor]:
+    """Yield the parts of tensors that this rank could write to a checkpoint: others may have the same weights."""
+    own = state_tensors(optimizer, weights).values()
+    of_weights = [
+        piece.sharded for pieces in pieces_by_parameter(weights).values() for piece in pieces
+    ]
+    for part in (*own, *of_weights):
+        if is_main_replica((*part.replica_id[:2], 0)):
+            yield part
 
 
 def set_updates(optimizer: Any, done: int) -> None:

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Final
 import torch.distributed as dist
 import xxhash
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, merge
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
 )
@@ -27,6 +28,7 @@ from visionloom.common.jsonfile import JsonError, read_json
 from visionloom.common.places import PlaceError, locate
 from visionloom.common.text import one_line
 from visionloom.model.qwen3vl import Qwen3VL
+from visionloom.model.sharding import EXPERTS
 from visionloom.model.trainable import is_adapter
 from visionloom.parallel.topology import Topology
 from visionloom.train.checkpoint.finite import require_finite
@@ -153,11 +155,18 @@ def _read(folder: Path, state: dict[str, Any], topology: Topology) -> dict[str, 
 
     Each of the ranks that need the same tensors reads a share of them, and they exchange these.
     """
-    strategy = FullyParallelLoadStrategyWrapper(
-        TorchDistLoadShardedStrategy(), topology.groups.dp_cp
-    )
-    with harmless_reading(folder):
-        return dict(dist_checkpointing.load(state, str(folder), strategy))
+    shared = [(state, topology.groups.dp_cp)]
+    if topology.groups.ep.size() > 1:
+        # Experts apart, else each rank would be sent those of all the others.
+        experts, others = extract_matching_values(state, lambda each: EXPERTS in each.key)
+        shared = [(others, topology.groups.dp_cp), (experts, topology.groups.expt_dp)]
+
+    loaded: dict[str, Any] = {}
+    for part, group in shared:
+        strategy = FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), group)
+        with harmless_reading(folder):
+            merge(loaded, dist_checkpointing.load(part, str(folder), strategy))
+    return loaded
 
 
 def _read_own(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
