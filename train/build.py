@@ -40,7 +40,8 @@ def open_topology(config: RunConfig) -> Topology:
     topologies.set_threads(config.run.threads)
     if config.run.deterministic:
         topologies.be_deterministic()
-    return topologies.start(config.parallel, device, config.run.seed)
+    run = config.run
+    return topologies.start(config.parallel, device, run.seed, run.timeout_minutes)
 
 
 def phase_topology(config: RunConfig, name: str, topology: Topology) -> Topology:
