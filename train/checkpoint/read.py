@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -111,9 +112,10 @@ def load_trainer(checkpoint: Checkpoint, trainer: PhaseTrainer) -> None:
     slices = state_tensors(trainer.optimizer, weights)
     loaded = _read(folder, weights, topology)
     _load_parts(loaded, trainer.model_parts)
-    loaded["optimizer"] = _read_own(folder, slices)
+    _read_own(folder, slices)
     # Moments too: they would make the weights so at the next step.
-    require_finite(_tensors(loaded), f"{folder}", topology)
+    moments = ((name, part.data) for name, part in slices.items())
+    require_finite(chain(_tensors(loaded), moments), f"{folder}", topology)
     set_updates(trainer.optimizer, checkpoint.run_state.updates)
     # Steps and not updates: a skipped step advances the schedule too.
     trainer.scheduler.step(checkpoint.run_state.phase_step - trainer.scheduler.num_steps)
@@ -165,25 +167,21 @@ def _read(folder: Path, state: dict[str, Any], topology: Topology) -> dict[str, 
     for part, group in shared:
         strategy = FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), group)
         with harmless_reading(folder):
-            merge(loaded, dist_checkpointing.load(part, str(folder), strategy))
+            read_part = dist_checkpointing.load(part, str(folder), strategy)
+        # It has plain values of the file beside the tensors.
+        merge(loaded, {key: value for key, value in read_part.items() if key in part})
     return loaded
 
 
-def _read_own(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
+def _read_own(folder: Path, slices: dict[str, Any]) -> None:
     """Fill tensors that no other rank needs, in place and without the others; nothing in the files can run code."""
     # A stage may train nothing.
-    if not state:
-        return {}
-    # What ranks read is apart, or the same for tensor ranks: there is nothing to check together.
+    if not slices:
+        return
+    strategy = TorchDistLoadShardedStrategy()
     with harmless_reading(folder):
-        return dict(
-            dist_checkpointing.load(
-                state,
-                str(folder),
-                TorchDistLoadShardedStrategy(),
-                validate_access_integrity=False,
-            )
-        )
+        # What ranks read is apart, or the same for tensor ranks: there is nothing to compare with each other.
+        dist_checkpointing.load(slices, str(folder), strategy, validate_access_integrity=False)
 
 
 def _named(parts: list[Qwen3VL]) -> dict[str, Qwen3VL]:

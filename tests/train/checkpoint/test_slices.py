@@ -207,7 +207,7 @@ def test_a_save_takes_no_more_memory_than_the_ranks_own_state(
     pool.run(2, peak_of_a_save, layout, tmp_path / "warm", False)  # imports, pools of threads
     for peak, own in pool.run(2, peak_of_a_save, layout, tmp_path / "slices", False):
         assert own > 40 << 20
-        assert 0.8 * own < peak < 1.2 * own, (peak, own)
+        assert 0.6 * own < peak < 1.2 * own, (peak, own)
     for peak, own in pool.run(2, peak_of_a_save, layout, tmp_path / "before", True):
         assert peak > 2 * own, (peak, own)
 
@@ -224,9 +224,10 @@ def gathered(sizes: list[int]) -> Iterator[None]:
         sizes.append(len(pickle.dumps(each)))
         whole(objects, each, *rest, **named)
 
-    def note_one(each: Any, *rest: Any, **named: Any) -> None:
-        sizes.append(len(pickle.dumps(each)))
-        to_one(each, *rest, **named)
+    # torch itself calls it by name.
+    def note_one(*rest: Any, **named: Any) -> None:
+        sizes.append(len(pickle.dumps(named["obj"] if "obj" in named else rest[0])))
+        to_one(*rest, **named)
 
     with (
         patch.object(dist, "all_gather_object", note_all),
