@@ -7,7 +7,7 @@ from typing import Final
 Rectangle = tuple[tuple[int, ...], tuple[int, ...]]
 """A part of a tensor: where it begins in each dim, and its sizes."""
 MOST_ROUNDS: Final = 64
-"""Times that rectangles are divided into groups before they count as no cut of a tensor; a layout of the largest model needs 9."""
+"""Times that rectangles are divided into groups before they count as no cut of a tensor; slices of the largest model take 5."""
 MOST_IRREGULAR: Final = 1000
 """Rectangles that are compared pair by pair where no cut divides them."""
 
