@@ -46,8 +46,8 @@ FORMAT: Final = "metadata.json"
 """Names Megatron-core's file format and its version."""
 WITHOUT_TENSORS: Final = {INDEX, FORMAT, STATE}
 """Files of a checkpoint that hold no tensors."""
-HASH_BLOCK_BYTES = 1 << 24
-"""Bytes hashed at once: 16 MiB."""
+HASH_BLOCK_BYTES = 1 << 22
+"""Bytes hashed at once: 4 MiB, which every rank holds beside what it saves."""
 LARGEST_MANIFEST: Final = 1 << 22
 """Bytes: 4 MiB, some 30,000 files."""
 

@@ -129,12 +129,12 @@ def test_checkpoints_of_full_tensors_are_read(
 
 @dataclass(frozen=True)
 class LargerCase(Case):
-    """With an embedding of 5 million numbers, so that a rank's state is far above the noise of its memory."""
+    """With 12.6 million weights more, so that a rank's state is far above the noise of its memory."""
 
     @property
     def model(self) -> ModelConfig:
         config = super().model
-        return replace(config, text=replace(config.text, vocab_size=80_000))
+        return replace(config, text=replace(config.text, ffn_hidden_size=16_384))
 
 
 def staged_bytes(layout: Layout, folder: Path) -> tuple[int, int]:
@@ -178,9 +178,9 @@ def peak_of_a_save(layout: Layout, folder: Path, as_before: bool) -> tuple[int, 
     own = 0
     for inner in stage.optimizer.chained_optimizers:
         inner.optimizer.make_moments()
-        for values in inner.optimizer.state.values():
-            for moment in values.values():
-                moment.fill_(1.0)  # zeros that nobody has written take no memory
+        moments = [each for values in inner.optimizer.state.values() for each in values.values()]
+        for moment in moments:
+            moment.fill_(1.0)  # zeros that nobody has written take no memory
         for group in inner.optimizer.param_groups:
             own += sum(3 * parameter.nbytes for parameter in group["params"])
     for part in stage.model_parts:
@@ -207,8 +207,8 @@ def test_a_save_takes_no_more_memory_than_the_ranks_own_state(
     layout = Layout(2, {}, LargerCase())
     pool.run(2, peak_of_a_save, layout, tmp_path / "warm", False)  # imports, pools of threads
     for peak, own in pool.run(2, peak_of_a_save, layout, tmp_path / "slices", False):
-        assert own > 40 << 20
-        assert 0.6 * own < peak < 1.2 * own, (peak, own)
+        assert own > 90 << 20
+        assert 0.8 * own < peak < 1.2 * own, (peak, own)
     for peak, own in pool.run(2, peak_of_a_save, layout, tmp_path / "before", True):
         assert peak > 2 * own, (peak, own)
 
