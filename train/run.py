@@ -99,6 +99,7 @@ def train_phase(
         saver.save(trainer, trainer.step, trainer.phase_step, last=True)
     validate(config, trainer, observer)
     observer.phase_end(trainer)
+    trainer.drop_graphs()
     return checkpoint.read(checkpoint.folder_of(folder, name, trainer.step))
 
 

@@ -76,4 +76,4 @@ def test_nothing_of_a_phase_is_left_when_the_next_begins(
         for at_start, between, at_end in pool.run(2, left_of_phases, config, freed):
             assert at_start == []
             assert (between == at_end == []) == freed
-            assert freed or "weight" in between
+            assert freed or "weight" in between, "the control"
