@@ -88,6 +88,9 @@ def _start(
         return
     quiet_libraries()
     end_with_parent()
+    # Before anything imports torch, which reads its variables once.
+    if environment.trains_on_gpus(config.run.device):
+        environment.record_collectives(config.run.folder)
     # Cheap checks first: agreements read tokenizers, which takes most of a second.
     try:
         check_paths(config)

@@ -45,6 +45,18 @@ def check_environment() -> None:
     )
 
 
+def record_collectives(folder: str) -> None:
+    """Let torch keep the last collectives of each rank, and write them into a run's folder if one waits too long.
+
+    Their comparison tells which rank called what. What the user has exported stays.
+    """
+    # 20,000 are some ten micro-batches of a deep model with tensor parallelism; torch's own 2,000 may be less than one.
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "20000")
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    # A file a rank; torch would write them below the home folder, which containers throw away.
+    os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", f"{folder}/collectives-")
+
+
 def check_home(option: str, value: str) -> None:
     """Refuse a ~ or a $HOME that the shell has left in an option's value: what is written would go to a folder of that name.
 

@@ -30,6 +30,8 @@ class Topology:
     """Megatron-core's ProcessGroupCollection."""
     seed: int = 0
     """Seed of Megatron-core's random states."""
+    timeout: timedelta = timedelta(minutes=30)
+    """Longest wait in a collective."""
     pack_hosts: Any = None
     """Gloo group of the ranks that share a pack: their hosts agree on it without the device; None: no rank shares any."""
 
@@ -185,7 +187,7 @@ def be_deterministic() -> None:
 
 
 def start(
-    config: ParallelConfig, device: torch.device, seed: int = 1234, timeout_minutes: float = 30.0
+    config: ParallelConfig, device: torch.device, seed: int = 1234, timeout_minutes: int = 30
 ) -> Topology:
     """Open the process groups of a layout; the world comes from torchrun's environment, or is one process without it.
 
@@ -201,9 +203,10 @@ def start(
         stand_in.install(device)
     else:
         torch.cuda.set_device(device)
+    timeout = timedelta(minutes=timeout_minutes)
     if not dist.is_initialized():
-        _open_world(device, timedelta(minutes=timeout_minutes))
-    return _open_layout(config, device, seed)
+        _open_world(device, timeout)
+    return _open_layout(config, device, seed, timeout)
 
 
 def imagine(
@@ -226,27 +229,47 @@ def imagine(
     device = device or torch.device("cpu")
     stand_in.install(device)
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
-    return _open_layout(config, device, 0)
+    return _open_layout(config, device, 0, Topology.timeout)
 
 
 def change(topology: Topology, config: ParallelConfig, seed: int) -> Topology:
     """Return another layout on the same ranks, as a new phase may ask for; nothing built on the old one may be used after."""
     if config == topology.config:
         return topology
-    return _open_layout(config, topology.device, seed)
+    _close_layout(topology)
+    return _open_layout(config, topology.device, seed, topology.timeout)
+
+
+def _close_layout(topology: Topology) -> None:
+    """Close the process groups of a layout: NCCL's hold memory of the device until then."""
+    from megatron.core import parallel_state
+
+    opened: dict[str, Any] = {}
+    # Megatron-core has all of them as globals, several of some, in an order that is the same on all ranks.
+    for value in [*vars(parallel_state).values(), topology.pack_hosts]:
+        for group in value if isinstance(value, list) else [value]:
+            if isinstance(group, dist.ProcessGroup) and group is not dist.group.WORLD:
+                opened[group.group_name] = group
+    for group in opened.values():
+        dist.destroy_process_group(group)
 
 
 def _open_world(device: torch.device, timeout: timedelta) -> None:
     """Open the process group of all ranks; one process without torchrun needs no port for it."""
     backend = "gloo" if device.type == "cpu" else "nccl"
+    # Named, so that NCCL connects now and not at the first collective, and never guesses the device.
+    bound = device if device.type == "cuda" else None
+    options: dict[str, Any] = {"timeout": timeout, "device_id": bound}
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         store, rank, size = meet(timeout)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, **options)
     else:
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, **options)
 
 
-def _open_layout(config: ParallelConfig, device: torch.device, seed: int) -> Topology:
+def _open_layout(
+    config: ParallelConfig, device: torch.device, seed: int, timeout: timedelta
+) -> Topology:
     """Open the groups of a layout on the open world; Megatron-core keeps them as globals too, those before are closed."""
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -267,14 +290,15 @@ def _open_layout(config: ParallelConfig, device: torch.device, seed: int) -> Top
         expert_tensor_parallel_size=config.expert_tensor or 1,
         # They would be three full meshes of sockets, and nothing here uses them.
         create_gloo_process_groups=False,
+        distributed_timeout_minutes=timeout / timedelta(minutes=1),
     )
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    hosts = _pack_hosts(config, groups)
-    return Topology(config, device, dist.get_rank(), world_size, groups, seed, hosts)
+    hosts = _pack_hosts(config, groups, timeout)
+    return Topology(config, device, dist.get_rank(), world_size, groups, seed, timeout, hosts)
 
 
-def _pack_hosts(config: ParallelConfig, groups: Any) -> Any:
+def _pack_hosts(config: ParallelConfig, groups: Any, timeout: timedelta) -> Any:
     """Open the gloo groups of the ranks with the same packs, one for each copy of the model; return this rank's."""
     if config.model_parallel_size == 1 or dist.get_backend() == "fake":
         return None
@@ -284,7 +308,9 @@ def _pack_hosts(config: ParallelConfig, groups: Any) -> Any:
     members: dict[int, list[int]] = {}
     for rank, copy in enumerate(copies):
         members.setdefault(copy, []).append(rank)
-    group, _ = dist.new_subgroups_by_enumeration(list(members.values()), backend="gloo")
+    group, _ = dist.new_subgroups_by_enumeration(
+        list(members.values()), timeout=timeout, backend="gloo"
+    )
     return group
 
 

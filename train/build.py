@@ -42,7 +42,8 @@ def open_topology(config: RunConfig) -> Topology:
     if config.run.deterministic:
         topologies.be_deterministic()
     choose_attention(config.model.attention, device)
-    return topologies.start(config.parallel, device, config.run.seed)
+    run = config.run
+    return topologies.start(config.parallel, device, run.seed, run.timeout_minutes)
 
 
 def phase_topology(config: RunConfig, name: str, topology: Topology) -> Topology:

@@ -43,6 +43,9 @@ class RunSection:
     """Arithmetic of the model: `fp32`, `bf16`, or `auto`: bf16 on a GPU, fp32 on a CPU."""
     threads: int = option(0, "free", least=0, most=1024)
     """CPU threads of each rank; 0: the cores divided by the ranks of this machine."""
+    timeout_minutes: int = option(30, "free", least=1, most=10_000)
+    """Longest wait of a rank for the others in a collective, after which the run ends; above what reading weights or writing a
+    checkpoint may take."""
     deterministic: bool = option(False, "free")
     """Only kernels whose sums have a fixed order: the same run twice gives the same bits; slower on a GPU."""
     plan: bool = option(False, "free")

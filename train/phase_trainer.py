@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from visionloom.data.stream.train_stream import PackStream
 from visionloom.model.config import ModelConfig
 from visionloom.model.flops import StepWork, step_flops
@@ -45,6 +47,19 @@ class PhaseTrainer:
     def model_config(self) -> ModelConfig:
         """Return the architecture."""
         return self.model_parts[0].model_config
+
+    def drop_graphs(self) -> None:
+        """Drop autograd's graphs of the last step: Megatron-core's dispatchers of experts keep theirs, to read the routing from.
+
+        They lead back to the model where Python's collector does not see it, and a mixture would stay in memory for good.
+        """
+        for part in self.model_parts:
+            for module in part.modules():
+                dispatcher = getattr(module, "token_dispatcher", None)
+                kept = vars(dispatcher) if dispatcher is not None else {}
+                for name, value in kept.items():
+                    if isinstance(value, Tensor) and value.grad_fn is not None:
+                        kept[name] = None
 
     def flops(self, work: StepWork) -> float:
         """Count the operations of forward and backward that the phase's trainable groups need."""

@@ -1,9 +1,12 @@
 """A run: its phases in order, each built, restored or started, trained and saved."""
 
+import gc
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from visionloom.common.errors import UserError
 from visionloom.data.config import DataConfig
@@ -58,6 +61,7 @@ def pretrain(config: RunConfig) -> None:
     for name in phases_left(config, newest):
         topology = phase_topology(config, name, topology)
         newest = train_phase(config, name, topology, newest, observer)
+        free_memory(topology.device)
 
     step = newest.run_state.step if newest is not None else 0
     observer.event("done", step=step)
@@ -98,7 +102,18 @@ def train_phase(
         saver.save(trainer, trainer.step, trainer.phase_step, last=True)
     validate(config, trainer, observer)
     observer.phase_end(trainer)
+    trainer.drop_graphs()
     return checkpoint.read(checkpoint.folder_of(folder, name, trainer.step))
+
+
+def free_memory(device: torch.device) -> None:
+    """Free what a phase has left: its model, wrapper and optimizer refer to each other, and would wait for Python's collector.
+
+    For 8B without tensor parallelism that is 49 GiB (estimated) beside the next phase's model.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def evaluate(config: RunConfig, checkpoint_folder: str = "") -> dict[str, Any]:

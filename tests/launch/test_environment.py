@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -17,6 +18,7 @@ from visionloom.launch.environment import (
     THREADS,
     TORCHRUN,
     check_environment,
+    record_collectives,
     world_size,
 )
 
@@ -117,3 +119,14 @@ def test_a_plan_needs_a_number_of_ranks(value: str, shell: pytest.MonkeyPatch) -
         match=f"WORLD_SIZE={value} in the environment is not a number of ranks: unset WORLD_SIZE",
     ):
         world_size()
+
+
+def test_collectives_are_recorded_into_the_runs_folder() -> None:
+    """What the user has exported stays."""
+    with patch.dict(os.environ, {"TORCH_FR_BUFFER_SIZE": "7"}, clear=True):
+        record_collectives("runs/mine")
+        assert dict(os.environ) == {
+            "TORCH_FR_BUFFER_SIZE": "7",
+            "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+            "TORCH_FR_DUMP_TEMP_FILE": "runs/mine/collectives-",
+        }

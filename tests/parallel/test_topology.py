@@ -4,11 +4,13 @@ Reference: Megatron-core's order of axes, in which neighbouring ranks share tens
 """
 
 import os
+from datetime import timedelta
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from visionloom.common.errors import UserError
 from visionloom.parallel import topology as topologies
@@ -87,3 +89,63 @@ def test_threads_are_shared_by_the_ranks_of_a_machine() -> None:
             with patch.dict(os.environ, LOCAL_WORLD_SIZE=ranks):
                 topologies.set_threads(asked)
     assert [call.args for call in threads.call_args_list] == [(2,), (1,), (3,)]
+
+
+def open_groups() -> int:
+    """Process groups of this rank that are open, that of all ranks too."""
+    return len(dist.distributed_c10d._world.pg_map)
+
+
+def changed(layouts: list[ParallelConfig]) -> list[tuple[int, float]]:
+    """Open groups, and the sum of the ranks over the copies of the model, in each layout in turn; on every rank of the pool."""
+    found = []
+    topology = topologies.start(layouts[0], torch.device("cpu"))
+    for layout in layouts:
+        topology = topologies.change(topology, layout, 0)
+        total = topology.sum_over_data(torch.tensor([float(topology.rank)]))
+        found.append((open_groups(), float(total)))
+    return found
+
+
+def test_a_change_of_layout_closes_the_groups_before(pool: RankPool) -> None:
+    """NCCL's would keep their memory on the device; without closing them a third layout has three times as many."""
+    tensor, data = ParallelConfig(tensor=2), ParallelConfig()
+    for rank, found in enumerate(pool.run(2, changed, [tensor, data, tensor, data, tensor])):
+        groups, sums = zip(*found, strict=True)
+        assert groups[0] == groups[2] == groups[4] > 5
+        assert groups[1] == groups[3] > 5
+        assert sums == (rank, 1, rank, 1, rank)
+
+
+def timeouts(minutes: int) -> set[timedelta]:
+    """The longest waits of all groups of a process that opens its world itself; runs on a rank of the pool."""
+    dist.destroy_process_group()
+    first = topologies.start(ParallelConfig(), torch.device("cpu"), timeout_minutes=minutes)
+    assert first.timeout == timedelta(minutes=minutes)
+    groups = list(dist.distributed_c10d._world.pg_map)
+    assert len(groups) > 5
+    return {group._get_backend(first.device).options._timeout for group in groups}
+
+
+def timeouts_of_shared_packs(minutes: int) -> set[timedelta]:
+    """Those of the groups of a layout whose ranks share packs, after a change to it; runs on every rank of the pool."""
+    world = dist.group.WORLD
+    start = topologies.start(ParallelConfig(), torch.device("cpu"), timeout_minutes=minutes)
+    later = topologies.change(start, ParallelConfig(tensor=2), 0)
+    assert later.pack_hosts is not None
+    groups = [group for group in dist.distributed_c10d._world.pg_map if group is not world]
+    return {group._get_backend(later.device).options._timeout for group in groups}
+
+
+def test_every_group_waits_as_long_as_the_run_says(pool: RankPool) -> None:
+    assert pool.run(1, timeouts, 7) == [{timedelta(minutes=7)}]
+    assert pool.run(2, timeouts_of_shared_packs, 9) == [{timedelta(minutes=9)}] * 2
+
+
+def test_nccl_is_given_its_device() -> None:
+    with patch.object(dist, "init_process_group") as opened:
+        for device in (torch.device("cuda", 0), torch.device("cpu")):
+            topologies._open_world(device, timedelta(minutes=1))
+    gpu, cpu = opened.call_args_list
+    assert gpu.args == ("nccl",) and gpu.kwargs["device_id"] == torch.device("cuda", 0)
+    assert cpu.args == ("gloo",) and cpu.kwargs["device_id"] is None

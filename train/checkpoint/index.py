@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from visionloom.common.places import PlaceError, read_located, regular_files
 from visionloom.train.checkpoint.pickled import Name, PickledObject, read_pickle
+from visionloom.train.checkpoint.rectangles import Rectangle, are_apart
 
 INDEX: Final = ".metadata"
 LEAST_LIMIT: Final = 1 << 23
@@ -37,8 +38,6 @@ MOST_DIMS: Final = 16
 """Most dims of a tensor."""
 LARGEST_DIM: Final = 1 << 48
 LONGEST_NAME: Final = 1000
-MOST_IRREGULAR: Final = 1000
-"""Parts of a tensor that are compared pair by pair where they form no grid."""
 TYPES: Final = {
     Name(f"torch.{name}"): getattr(torch, name)
     for name in (
@@ -283,10 +282,6 @@ def check_apart(places: dict[MetadataIndex, _StorageInfo]) -> None:
         _require(is_apart, f"{name} and {next_name} lie in the same place of {path}")
 
 
-Rectangle = tuple[tuple[int, ...], tuple[int, ...]]
-"""A part of a tensor: where it begins in each dim, and its sizes."""
-
-
 @dataclass(frozen=True)
 class Tiles:
     """The parts of a tensor that hold numbers."""
@@ -308,37 +303,10 @@ class Tiles:
         """Refuse parts that overlap or leave something of a tensor of this size open."""
         covered = sum(math.prod(sizes) for _, sizes in self.boxes)
         _require(covered == math.prod(size), f"the parts of {self.name} do not make it up")
-        beginnings = {offsets for offsets, _ in self.boxes}
-        _require(len(beginnings) == len(self.boxes), f"parts of {self.name} overlap")
-        # A grid, as every layout makes, is apart since no two begin at the same place.
-        if not all(self._is_cut(dim) for dim in range(len(size))):
-            self._check_pairs()
-
-    def _is_cut(self, dim: int) -> bool:
-        """Return whether all parts are cut at the same places of a dim, so that those that differ there are apart."""
-        spans = set()
-        for offsets, sizes in self.boxes:
-            spans.add((offsets[dim], offsets[dim] + sizes[dim]))
-        return all(end <= begin for (_, end), (begin, _) in pairwise(sorted(spans)))
-
-    def _check_pairs(self) -> None:
-        """Refuse parts that overlap, where they form no grid."""
-        # Pairs: only few parts, since their number is a stranger's.
-        _require(
-            len(self.boxes) <= MOST_IRREGULAR,
-            f"{self.name} has more than {MOST_IRREGULAR} parts that form no grid",
-        )
-        for place, box in enumerate(self.boxes):
-            for other in self.boxes[:place]:
-                _require(not _overlap(box, other), f"parts of {self.name} overlap")
-
-
-def _overlap(one: Rectangle, other: Rectangle) -> bool:
-    """Return whether two parts share numbers: their spans do so in every dim."""
-    for begin, size, other_begin, other_size in zip(*one, *other, strict=True):
-        if begin + size <= other_begin or other_begin + other_size <= begin:
-            return False
-    return True
+        try:
+            _require(are_apart(self.boxes), f"parts of {self.name} overlap")
+        except ValueError as error:
+            raise IndexFault(f"{self.name} has {error}") from None
 
 
 def _state(value: Any, names: set[str], where: str) -> Any:

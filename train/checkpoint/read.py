@@ -9,12 +9,14 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Final
 
 import torch.distributed as dist
 import xxhash
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, merge
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
 )
@@ -27,15 +29,16 @@ from visionloom.common.jsonfile import JsonError, read_json
 from visionloom.common.places import PlaceError, locate
 from visionloom.common.text import one_line
 from visionloom.model.qwen3vl import Qwen3VL
+from visionloom.model.sharding import EXPERTS
 from visionloom.model.trainable import is_adapter
 from visionloom.parallel.topology import Topology
 from visionloom.train.checkpoint.finite import require_finite
 from visionloom.train.checkpoint.index import INDEX, IndexFault, read_index
+from visionloom.train.checkpoint.optimizer_state import set_updates, state_tensors, updates
 from visionloom.train.checkpoint.state_file import CHECKPOINTS, STATE, RunState, read_run_state
 from visionloom.train.checkpoint.state_file import LARGEST as LARGEST_STATE
 from visionloom.train.checkpoint.untrusted import harmless_reading
 from visionloom.train.exchange.companions import COMPANIONS
-from visionloom.train.optimizer import load_state, state_tensors, updates
 from visionloom.train.phase_trainer import PhaseTrainer
 
 MANIFEST, LATEST = "manifest.json", "latest"
@@ -43,8 +46,8 @@ FORMAT: Final = "metadata.json"
 """Names Megatron-core's file format and its version."""
 WITHOUT_TENSORS: Final = {INDEX, FORMAT, STATE}
 """Files of a checkpoint that hold no tensors."""
-HASH_BLOCK_BYTES = 1 << 24
-"""Bytes hashed at once: 16 MiB."""
+HASH_BLOCK_BYTES = 1 << 22
+"""Bytes hashed at once: 4 MiB, which every rank holds beside what it saves."""
 LARGEST_MANIFEST: Final = 1 << 22
 """Bytes: 4 MiB, some 30,000 files."""
 
@@ -104,11 +107,16 @@ def run_state_of(trainer: PhaseTrainer, step: int, phase_step: int) -> RunState:
 
 def load_trainer(checkpoint: Checkpoint, trainer: PhaseTrainer) -> None:
     """Load weights, optimizer and schedule, so that a phase continues exactly, in any layout."""
-    loaded = _read(checkpoint.folder, trainer_state(trainer, loading=True), trainer.topology)
+    folder, topology = checkpoint.folder, trainer.topology
+    weights = weights_state(trainer.model_parts, topology)
+    slices = state_tensors(trainer.optimizer, weights)
+    loaded = _read(folder, weights, topology)
     _load_parts(loaded, trainer.model_parts)
+    _read_own(folder, slices)
     # Moments too: they would make the weights so at the next step.
-    require_finite(_tensors(loaded), f"{checkpoint.folder}", trainer.topology)
-    load_state(trainer.optimizer, loaded["optimizer"], checkpoint.run_state.updates)
+    moments = ((name, part.data) for name, part in slices.items())
+    require_finite(chain(_tensors(loaded), moments), f"{folder}", topology)
+    set_updates(trainer.optimizer, checkpoint.run_state.updates)
     # Steps and not updates: a skipped step advances the schedule too.
     trainer.scheduler.step(checkpoint.run_state.phase_step - trainer.scheduler.num_steps)
 
@@ -145,13 +153,35 @@ def _tensors(loaded: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def _read(folder: Path, state: dict[str, Any], topology: Topology) -> dict[str, Any]:
-    """Fill a sharded state from a checkpoint; nothing in its files can run code."""
-    strategy = FullyParallelLoadStrategyWrapper(
-        TorchDistLoadShardedStrategy(), topology.groups.dp_cp
-    )
-    # Megatron-core leaves out what is empty: a stage whose optimizer has nothing to read.
+    """Fill a sharded state from a checkpoint; nothing in its files can run code.
+
+    Each of the ranks that need the same tensors reads a share of them, and they exchange these.
+    """
+    shared = [(state, topology.groups.dp_cp)]
+    if topology.groups.ep.size() > 1:
+        # Experts apart, else each rank would be sent those of all the others.
+        experts, others = extract_matching_values(state, lambda each: EXPERTS in each.key)
+        shared = [(others, topology.groups.dp_cp), (experts, topology.groups.expt_dp)]
+
+    loaded: dict[str, Any] = {}
+    for part, group in shared:
+        strategy = FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), group)
+        with harmless_reading(folder):
+            read_part = dist_checkpointing.load(part, str(folder), strategy)
+        # It has plain values of the file beside the tensors.
+        merge(loaded, {key: value for key, value in read_part.items() if key in part})
+    return loaded
+
+
+def _read_own(folder: Path, slices: dict[str, Any]) -> None:
+    """Fill tensors that no other rank needs, in place and without the others; nothing in the files can run code."""
+    # A stage may train nothing.
+    if not slices:
+        return
+    strategy = TorchDistLoadShardedStrategy()
     with harmless_reading(folder):
-        return {"optimizer": {}} | dict(dist_checkpointing.load(state, str(folder), strategy))
+        # What ranks read is apart, or the same for tensor ranks: there is nothing to compare with each other.
+        dist_checkpointing.load(slices, str(folder), strategy, validate_access_integrity=False)
 
 
 def _named(parts: list[Qwen3VL]) -> dict[str, Qwen3VL]:
@@ -179,12 +209,10 @@ def weights_state(parts: list[Qwen3VL], topology: Topology) -> dict[str, Any]:
     return states
 
 
-def trainer_state(trainer: PhaseTrainer, loading: bool) -> dict[str, Any]:
+def trainer_state(trainer: PhaseTrainer) -> dict[str, Any]:
     """Return weights and optimizer of a phase for Megatron-core's checkpoints."""
     weights = weights_state(trainer.model_parts, trainer.topology)
-    metadata = layout_metadata(trainer.topology)
-    optimizer = state_tensors(trainer.optimizer, weights, loading, metadata)
-    return {**weights, "optimizer": optimizer}
+    return {**weights, "optimizer": state_tensors(trainer.optimizer, weights)}
 
 
 def newest(run_folder: Path, topology: Topology) -> tuple[Checkpoint | None, list[str]]:

@@ -18,31 +18,27 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-from megatron.core.dist_checkpointing.strategies.fully_parallel import (
-    FullyParallelSaveStrategyWrapper,
-)
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from visionloom.common.atomic import replacing
 from visionloom.common.errors import UserError
 from visionloom.common.text import warn
-from visionloom.model.sharding import canonical_parameters, full_shape
 from visionloom.parallel.topology import Topology
 from visionloom.train.checkpoint.index import read_index
+from visionloom.train.checkpoint.optimizer_state import written_parts
+from visionloom.train.checkpoint.planning import PhasePlanner, WritePlan
 from visionloom.train.checkpoint.read import (
     LATEST,
+    MANIFEST,
+    WITHOUT_TENSORS,
     FileEntry,
     folder_of,
     gather_by_name,
-    layout_metadata,
     run_state_of,
-    trainer_state,
+    weights_state,
     write_manifest,
 )
 from visionloom.train.checkpoint.state_file import CHECKPOINTS, STATE, RunState
@@ -60,26 +56,15 @@ MOST_FAILURES: Final = 3
 
 
 @dataclass
-class WritePlan:
-    """The plan of a save by Megatron-core and torch: who writes what."""
+class Written:
+    """What a rank has written for a save."""
 
-    writer: FileSystemWriterAsync
-    metadata: Any
-    """Index of all tensors, on the main rank."""
-    transforms: list[Any]
-    finalize_fns: list[Any] = field(default_factory=list)
-    """Megatron-core appends to these; the writing down here replaces them."""
-
-
-class PlanningStrategy(TorchDistSaveShardedStrategy):  # type: ignore[misc]
-    """Megatron-core's strategy up to the point where files are written."""
-
-    def _get_save_and_finalize_callbacks(
-        self, writer: Any, planned: Any, async_strategy: str
-    ) -> WritePlan:
-        """Return the plan, where Megatron-core would return the call that writes."""
-        transforms = [writer.transforms] if hasattr(writer, "transforms") else []
-        return WritePlan(writer, planned[1], transforms)
+    places: list[Any] = field(default_factory=list)
+    """Of its tensors, as torch's writer returns them."""
+    files: dict[str, FileEntry] = field(default_factory=dict)
+    """Its files by name."""
+    fault: str = ""
+    """Why it could not write; empty if it could."""
 
 
 @dataclass
@@ -97,14 +82,11 @@ class Save:
     """Seconds that training has waited for it."""
     waited: float = 0.0
     """Of these, seconds in which it was still being written though the next one was due."""
-    results: list[Any] = field(default_factory=list)
-    hashes: dict[str, FileEntry] = field(default_factory=dict)
-    fault: str = ""
-    """Why this rank could not write; empty if it could."""
+    written: Written = field(default_factory=Written)
     thread: threading.Thread | None = None
 
     @property
-    def written(self) -> bool:
+    def is_done(self) -> bool:
         """Return whether this rank has written its files, or failed to."""
         return self.thread is None or not self.thread.is_alive()
 
@@ -119,22 +101,13 @@ class Save:
         )
         self.thread.start()
 
-    def gathered(self, topology: Topology) -> tuple[list[Any], dict[str, FileEntry], str]:
-        """Return the results, the hashed files and the first fault of all ranks."""
-        parts: list[Any] = [None] * topology.world_size
-        dist.all_gather_object(parts, (self.results, self.hashes, self.fault))
-        results = [written for written, _, _ in parts]
-        hashes: dict[str, FileEntry] = {}
-        for _, entries, _ in parts:
-            hashes |= entries
-        fault = next((each for _, _, each in parts if each), "")
-        return results, hashes, fault
-
     def publish(self) -> None:
         """Give the folder its name and point `latest` to it; OSError if the disk fails."""
         # On disk before it has its name: else a power cut could leave a whole folder of empty files.
-        for path in [*self.partial.iterdir(), self.partial]:
-            _flush(path)
+        # Files of tensors are there already: each rank has waited for its own.
+        for name in (*WITHOUT_TENSORS, MANIFEST):
+            _flush(self.partial / name)
+        _flush(self.partial)
         # A damaged one that the run has passed over.
         if self.final.exists():
             shutil.rmtree(self.final)
@@ -155,6 +128,7 @@ class Saver:
         self.run_folder = run_folder
         self.settings = settings
         self.report = report
+        self.planner: PhasePlanner | None = None
         self.pending: Save | None = None
         self.failures = 0
         """Saves that have failed in a row."""
@@ -181,7 +155,9 @@ class Saver:
             self._failed(final, fault, last)
             return
 
-        plan, buckets = self._stage(trainer, partial)
+        # Megatron-core's own queue lives in a process that it starts: 600 MiB a rank, left behind when a rank is killed.
+        filesystem_async._results_queue = filesystem_async._results_queue or queue.Queue()
+        plan, buckets = self._planner_of(trainer).plan(partial, copied=background)
         run_state = run_state_of(trainer, step, phase_step)
         save = Save(partial, final, run_state, plan, buckets, started)
         save.begin(background)
@@ -194,7 +170,7 @@ class Saver:
     @property
     def is_writing(self) -> bool:
         """Return whether this rank is still writing in the background."""
-        return self.pending is not None and not self.pending.written
+        return self.pending is not None and not self.pending.is_done
 
     def poll(self, topology: Topology, any_writing: bool) -> None:
         """Make a save in the background a checkpoint once no rank is writing; call it after each step.
@@ -218,52 +194,43 @@ class Saver:
             self.pending.stalled += self.pending.waited
         self._complete(topology, last)
 
-    def _stage(self, trainer: PhaseTrainer, partial: Path) -> tuple[WritePlan, list[Any]]:
-        """Plan a save and copy this rank's tensors to the host; training may change them afterwards.
-
-        Returns:
-            the plan, and the tensors by file.
-        """
-        # Megatron-core's own queue lives in a process that it starts: 600 MiB a rank, left behind when a rank is killed.
-        filesystem_async._results_queue = filesystem_async._results_queue or queue.Queue()
-        groups = trainer.topology.groups
-        strategy = FullyParallelSaveStrategyWrapper(PlanningStrategy(), groups.dp_cp)
-        plan: Any = dist_checkpointing.save(
-            trainer_state(trainer, loading=False),
-            str(partial),
-            strategy,
-            async_sharded_save=True,
-            async_strategy="mcore",
-            content_metadata=layout_metadata(None),
-        )
-        staged = FileSystemWriterAsync.preload_tensors(plan.writer.write_buckets or [], True)
-        return plan, with_copies(staged) if self.settings.asynchronous else staged
+    def _planner_of(self, trainer: PhaseTrainer) -> PhasePlanner:
+        """Return the planner of a trainer's saves; that of another trainer is dropped."""
+        if self.planner is None or self.planner.trainer is not trainer:
+            self.planner = PhasePlanner(trainer)
+        return self.planner
 
     def _complete(self, topology: Topology, last: bool) -> None:
         """Let the main rank commit what all ranks have written, or report why there is no checkpoint."""
         save, self.pending = self.pending, None
         assert save is not None
-        results, hashes, fault = save.gathered(topology)
-        # Before the main rank adds what it writes itself.
-        size = sum(file.bytes for file in hashes.values())
-        if not fault and topology.is_main:
-            fault = self._commit(save, results, hashes)
-        if fault := first_fault(fault):
-            if topology.is_main:
-                shutil.rmtree(save.partial, ignore_errors=True)
+        parts: list[Written] = [save.written for _ in range(topology.world_size)]
+        dist.gather_object(save.written, parts if topology.is_main else None)
+        outcome: list[Any] = ["", 0]
+        if topology.is_main:
+            size = sum(file.bytes for part in parts for file in part.files.values())
+            outcome = [self._commit(save, parts), size]
+        dist.broadcast_object_list(outcome)
+
+        fault, size = outcome
+        if fault:
             self._failed(save.final, fault, last)
             return
         self.failures = 0
         self._report_saved(save, size)
 
-    def _commit(self, save: Save, results: list[Any], hashes: dict[str, FileEntry]) -> str:
+    def _commit(self, save: Save, parts: list[Written]) -> str:
         """Make a save a checkpoint and remove old ones; returns why that is not possible, empty if it is."""
-        try:
-            commit(save, results, hashes)
-            remove_old(save.final, self.settings)
-        except (OSError, ValueError) as error:
-            return _in_words(error, save.partial)
-        return ""
+        fault = next((part.fault for part in parts if part.fault), "")
+        if not fault:
+            try:
+                commit(save, parts)
+                remove_old(save.final, self.settings)
+                return ""
+            except (OSError, ValueError) as error:
+                fault = _in_words(error, save.partial)
+        shutil.rmtree(save.partial, ignore_errors=True)
+        return fault
 
     def _report_saved(self, save: Save, size: int) -> None:
         """Report a checkpoint of `size` bytes of tensors, and what it has cost."""
@@ -294,16 +261,6 @@ class Saver:
             )
 
 
-def with_copies(staged: list[Any]) -> list[Any]:
-    """Return staged tensors that share no memory with the model's."""
-    buckets = []
-    for path, key, (data, tensors) in staged:
-        # What is on the CPU was not copied: training would change it while it is written.
-        copies = [(item, tensor.clone()) for item, tensor in tensors]
-        buckets.append((path, key, (data, copies)))
-    return buckets
-
-
 def make_partial(partial: Path) -> str:
     """Make the folder of a save in place of what killed ones have left; returns why it cannot be made."""
     try:
@@ -316,7 +273,8 @@ def make_partial(partial: Path) -> str:
 
 
 def _write(save: Save) -> None:
-    """Write and hash this rank's files; a failure goes to `save.fault`."""
+    """Write and hash this rank's files; a failure goes to `save.written.fault`."""
+    written = save.written
     try:
         for number, bucket in enumerate(save.buckets):
             # Without queue and count of workers it returns its result; the last argument: fsync.
@@ -325,12 +283,12 @@ def _write(save: Save) -> None:
             )
             if isinstance(result, Exception):
                 raise result
-            save.results += result
+            written.places += result
             path = Path(bucket[0])
-            save.hashes[path.name] = FileEntry.of(path)
+            written.files[path.name] = FileEntry.of(path)
         save.buckets = []  # the copies' memory
     except Exception as error:  # torch's serialiser raises RuntimeError for a full disk
-        save.fault = _in_words(error, save.partial)
+        written.fault = _in_words(error, save.partial)
 
 
 def _in_words(error: BaseException, folder: Path) -> str:
@@ -365,22 +323,25 @@ def first_fault(fault: str) -> str:
     return next((each for each in faults if each), "")
 
 
-def commit(save: Save, results: list[Any], hashes: dict[str, FileEntry]) -> None:
+def commit(save: Save, parts: list[Written]) -> None:
     """Make what all ranks have written the newest checkpoint.
 
     Raises:
         ValueError: if a planned tensor is missing.
         OSError: if the disk fails.
     """
-    save.plan.writer.finish(save.plan.metadata, results)
+    save.plan.writer.finish(save.plan.metadata, [part.places for part in parts])
     save_config(CheckpointingConfig("torch_dist", 1), str(save.partial))
     (save.partial / STATE).write_text(json.dumps(asdict(save.run_state)))
+
+    files: dict[str, FileEntry] = {}
+    for part in parts:
+        files |= part.files
     # The ranks have hashed their own; what remains is the index, the state and the format.
-    for path in save.partial.iterdir():
-        if path.name not in hashes:
-            hashes[path.name] = FileEntry.of(path)
+    for name in WITHOUT_TENSORS:
+        files[name] = FileEntry.of(save.partial / name)
     read_index(save.partial)  # torch has been seen to report success with parts missing
-    write_manifest(save.partial, hashes)
+    write_manifest(save.partial, files)
     save.publish()
 
 
@@ -456,19 +417,10 @@ def room_fault(folder: Path, needed: int) -> str:
 
 
 def estimated_bytes(trainer: PhaseTrainer) -> int:
-    """Estimate the bytes of a checkpoint's tensors; all ranks call it.
-
-    Weights count once, and trainable ones with a master copy and two moments in fp32: 12 bytes more.
-    """
-    own: dict[str, int] = {}
-    for part in trainer.model_parts:
-        for name, parameter in canonical_parameters(part):
-            count = torch.Size(full_shape(name, parameter, trainer.topology)).numel()
-            bytes_each, tensors = parameter.element_size(), 1
-            if parameter.requires_grad:
-                bytes_each += 12
-                tensors += 3
-            own[name] = count * bytes_each + OVERHEAD_BYTES * tensors
-
-    # By name: ranks that share a layer all have its parameters.
-    return sum(gather_by_name(own).values())
+    """Estimate the bytes of a checkpoint's tensors; all ranks call it."""
+    weights = weights_state(trainer.model_parts, trainer.topology)
+    sizes: dict[str, int] = {}
+    for tensor in written_parts(trainer.optimizer, weights):
+        # By name and place: data-parallel ranks all have the same weights.
+        sizes[f"{tensor.key} at {tensor.global_offset}"] = tensor.data.nbytes + OVERHEAD_BYTES
+    return sum(gather_by_name(sizes).values())
