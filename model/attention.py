@@ -1,7 +1,7 @@
 """Attend over packed sequences: no token sees another segment, on one rank or over context-parallel ranks.
 
 Shapes: T tokens of a pack, t of them on this context rank, H query heads, G key/value heads, D head dim, L length of a segment,
-n segments of the same length, c = L / 2C rows of a piece with C context ranks.
+C context ranks, c = L / 2C rows of a piece.
 """
 
 from dataclasses import dataclass
@@ -9,186 +9,48 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from megatron.core.tensor_parallel.mappings import all_to_all, gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from visionloom.model.kernels.attention import Segments, attend
 from visionloom.parallel.context import Split, TokenRows
 
 
-@dataclass(frozen=True)
-class SegmentGroup:
-    """All segments of one length: they are attended in one batched call."""
-
-    length: int
-    rows: Tensor | None
-    """int64 [n x length], rows of the segments one after the other; None where they already are so in the pack."""
-    first: int
-    """First row of the group, which begins a slice where `rows` is None."""
-    count: int
-    """Segments of the group, n."""
-
-    def take(self, x: Tensor) -> Tensor:
-        """Take the group's rows of [T, heads, D] as [n, heads, L, D]."""
-        # A slice is a view; an index copies the rows, and its backward pass scatters them.
-        if self.rows is None:
-            picked = x[self.first : self.first + self.count * self.length]
-        else:
-            picked = x[self.rows]
-        return picked.unflatten(0, (self.count, self.length)).transpose(1, 2)
-
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scale: float | None
-    ) -> Tensor:
-        """Attend inside each segment of the group; see `attend`. Return its rows, [n x length, H, D]."""
-        attended = F.scaled_dot_product_attention(
-            self.take(query),
-            self.take(key),
-            self.take(value),
-            is_causal=causal,
-            scale=scale,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-        return attended.transpose(1, 2).flatten(0, 1)
-
-
-@dataclass(frozen=True)
-class Segments:
-    """The segments of a pack, grouped by length; made on the host, so attention never waits for the device."""
-
-    groups: tuple[SegmentGroup, ...]
-    inverse: Tensor | None
-    """int64 [T], the place of each row of the pack in the concatenated groups; None if in place."""
-
-    @classmethod
-    def build(
-        cls, cu_seqlens: Tensor, device: torch.device, places: TokenRows | None = None
-    ) -> "Segments":
-        """Group the segments between `cu_seqlens` (int [S + 1], on the host, ends at T).
-
-        `places` (int64 [T]): the place of each row of the pack in the tensors to be attended; None: in order.
-        """
-        groups, order = [], [np.zeros(0, np.int64)]
-        for length, starts in _by_length(cu_seqlens):
-            rows = _rows_of(starts, 0, length)
-            if places is not None:
-                rows = places[rows]
-            contiguous = bool((np.diff(rows) == 1).all())
-            index = None if contiguous else _index(rows, device)
-            groups.append(SegmentGroup(length, index, int(rows[0]), starts.size))
-            order.append(rows)
-
-        placed = np.concatenate(order)
-        in_place = bool((placed == np.arange(placed.size)).all())
-        inverse = None if in_place else _index(np.argsort(placed), device)
-        return cls(tuple(groups), inverse)
-
-
-def _by_length(cu_seqlens: Tensor) -> list[tuple[int, TokenRows]]:
-    """Return each length that occurs, increasing, with the first rows of its segments; empty segments are left out."""
-    bounds = cu_seqlens.numpy().astype(np.int64)
-    starts, lengths = bounds[:-1], np.diff(bounds)
-    occurring = np.unique(lengths[lengths > 0])
-    return [(int(length), starts[lengths == length]) for length in occurring]
-
-
-def _rows_of(starts: TokenRows, begin: int, end: int) -> TokenRows:
-    """Return rows begin..end of each of the segments that begin at `starts`, one after the other."""
-    return (starts[:, None] + np.arange(begin, end)).reshape(-1)
-
-
-def _index(rows: TokenRows, device: torch.device) -> Tensor:
+def _on_device(rows: TokenRows, device: torch.device) -> Tensor:
     """Return rows as int64 on the device, without waiting for it."""
     return torch.from_numpy(rows).to(device, non_blocking=True)
-
-
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    segments: Segments,
-    *,
-    causal: bool,
-    scale: float | None = None,
-) -> Tensor:
-    """Return scaled dot-product attention inside each segment.
-
-    Args:
-        query: [T, H, D]; key, value: [T, G, D] with H a multiple of G.
-        segments: of the T rows.
-        causal: a token sees only itself and earlier tokens of its segment.
-        scale: of the scores; None: D^-1/2.
-
-    Returns:
-        [T, H, D].
-    """
-    outputs = [
-        group.attend(query, key, value, causal=causal, scale=scale) for group in segments.groups
-    ]
-    # Usual for one long sample or equal pictures: no copy.
-    joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return joined if segments.inverse is None else joined[segments.inverse]
-
-
-@dataclass(frozen=True)
-class SegmentPieces:
-    """One of this rank's two pieces of all segments of one length."""
-
-    count: int
-    """Segments, n."""
-    queries: Tensor
-    """int64 [n x c]: rows among this rank's t."""
-    keys: Tensor
-    """int64 [n x (start + c)]: rows of the segment up to the piece's end, among all ranks' rows one after the other."""
-    mask: Tensor
-    """bool [c, start + c]: True where a row of the piece may see a key."""
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        """Attend from this rank's queries to all ranks' keys and values; return the piece's rows, [n x c, H, D]."""
-        shape = (self.count, -1)
-        attended = F.scaled_dot_product_attention(
-            query[self.queries].unflatten(0, shape).transpose(1, 2),
-            key[self.keys].unflatten(0, shape).transpose(1, 2),
-            value[self.keys].unflatten(0, shape).transpose(1, 2),
-            # Not is_causal: that aligns the first query with the first key, here it is the last with the last.
-            attn_mask=self.mask,
-            scale=scale,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-        return attended.transpose(1, 2).flatten(0, 1)
 
 
 @dataclass(frozen=True)
 class GatheredContext:
     """Causal attention with the keys and values of all context ranks gathered; for any degree."""
 
-    pieces: tuple[SegmentPieces, ...]
-    inverse: Tensor
-    """int64 [t], the place of each of this rank's rows in the concatenated pieces."""
+    segments: Segments
+    """The pieces of this rank, two of each segment, and the keys that each sees."""
+    keys: Tensor
+    """int64 [U]: for each piece the rows of its segment up to its end, among all ranks' rows one after the other."""
     group: Any
 
     @classmethod
     def build(
         cls, cu_seqlens: Tensor, split: Split, group: Any, device: torch.device
     ) -> "GatheredContext":
-        """Index the pieces of this rank of a pack that is split over `group`."""
-        rank, size, places = group.rank(), group.size(), split.places
-        # Every rank has as many rows, so this rank's begin at a multiple of them.
-        local = places - rank * len(split.ranks[rank])
-        pieces, order = [], []
-        for length, starts in _by_length(cu_seqlens):
-            rows = length // (2 * size)
-            for number in (rank, 2 * size - 1 - rank):
-                begin, end = number * rows, (number + 1) * rows
-                queries = local[_rows_of(starts, begin, end)]
-                keys = _index(places[_rows_of(starts, 0, end)], device)
-                mask = torch.ones(rows, end, dtype=torch.bool, device=device).tril(begin)
-                pieces.append(SegmentPieces(starts.size, _index(queries, device), keys, mask))
-                order.append(queries)
-        inverse = torch.from_numpy(np.argsort(np.concatenate(order))).to(device)
-        return cls(tuple(pieces), inverse, group)
+        """Find the pieces of this rank of a pack that is split over `group`."""
+        bounds = np.unique(cu_seqlens.numpy().astype(np.int64))
+        starts = bounds[:-1].repeat(2)
+        rows = np.diff(bounds).repeat(2) // (2 * group.size())
+        number = np.tile([group.rank(), 2 * group.size() - 1 - group.rank()], len(bounds) - 1)
+        # A piece sees its segment up to its own last row: the last query all keys, as the kernel has it.
+        seen = (number + 1) * rows
+        cu_seqlens_q = torch.from_numpy(np.concatenate([[0], rows.cumsum()]))
+        cu_seqlens_k = torch.from_numpy(np.concatenate([[0], seen.cumsum()]))
+
+        each = [np.arange(start, start + count) for start, count in zip(starts, seen, strict=True)]
+        keys = split.places[np.concatenate(each)]
+        segments = Segments.build(cu_seqlens_q, device, cu_seqlens_k)
+        return cls(segments, _on_device(keys, device), group)
 
     def attend(
         self,
@@ -198,9 +60,10 @@ class GatheredContext:
         scale: float | None,
     ) -> Tensor:
         """Attend from queries [t, H, D] to keys and values [t, G, D] of every rank; return [t, H, D]."""
-        key, value = self._gathered(key), self._gathered(value)
-        outputs = [piece.attend(query, key, value, scale) for piece in self.pieces]
-        return torch.cat(outputs)[self.inverse]
+        # Two pieces of a segment see its beginning: the backward pass adds two gradients a row, in any order the same.
+        key = self._gathered(key).index_select(0, self.keys)
+        value = self._gathered(value).index_select(0, self.keys)
+        return attend(query, key, value, self.segments, causal=True, scale=scale)
 
     def _gathered(self, x: Tensor) -> Tensor:
         """Gather [t, G, D] of each rank to [T, G, D]."""
@@ -216,14 +79,24 @@ class ExchangedContext:
     """Causal attention with heads exchanged for tokens (Ulysses): each rank attends whole segments for its share of the heads."""
 
     segments: Segments
+    places: Tensor
+    """int64 [T]: the place of each row of the pack when the ranks' rows are one after the other."""
+    order: Tensor
+    """int64 [T]: the inverse, rows of the pack in the order of the ranks."""
     group: Any
 
     @classmethod
     def build(
         cls, cu_seqlens: Tensor, split: Split, group: Any, device: torch.device
     ) -> "ExchangedContext":
-        """Index whole segments in the order in which the ranks' rows arrive."""
-        return cls(Segments.build(cu_seqlens, device, split.places), group)
+        """Find whole segments among the rows as they arrive."""
+        places, order = split.places, np.concatenate(split.ranks)
+        return cls(
+            Segments.build(cu_seqlens, device),
+            _on_device(places, device),
+            _on_device(order, device),
+            group,
+        )
 
     def attend(
         self,
@@ -242,13 +115,28 @@ class ExchangedContext:
     def _tokens_for_heads(self, x: Tensor) -> Tensor:
         """Exchange all heads of own tokens [t, heads, D] for own heads of all tokens [T, heads / C, D]."""
         by_rank = x.unflatten(1, (self.group.size(), -1)).transpose(0, 1)
-        return all_to_all(self.group, by_rank.flatten(0, 1).contiguous())
+        rows = all_to_all(self.group, by_rank.flatten(0, 1).contiguous())
+        return _Permuted.apply(rows, self.places, self.order)
 
     def _heads_for_tokens(self, x: Tensor) -> Tensor:
         """Exchange own heads of all tokens [T, heads / C, D] for all heads of own tokens [t, heads, D]."""
-        parts: Tensor = all_to_all(self.group, x.contiguous())
+        parts: Tensor = all_to_all(self.group, _Permuted.apply(x, self.order, self.places))
         by_rank = parts.unflatten(0, (self.group.size(), -1))
         return by_rank.transpose(0, 1).flatten(1, 2)
+
+
+class _Permuted(torch.autograd.Function):
+    """Take rows in another order; the backward pass takes them back, where an index alone would add them to zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return gradient.index_select(0, inverse), None, None
 
 
 @dataclass(frozen=True)
@@ -282,7 +170,7 @@ def build_context(
 
 
 class PackedAttention(MegatronModule):  # type: ignore[misc]
-    """Megatron-core's core_attention for packed sequences, with torch's own kernels.
+    """Megatron-core's core_attention for packed sequences.
 
     The pack's Context rides on `packed_seq_params.context`. With qkv_format "sbhd" SelfAttention hands over [t, 1, heads, D] and
     applies the rotary embedding without a host synchronisation.

@@ -33,7 +33,7 @@ from visionloom.model.config import ModelConfig, TextConfig
 from visionloom.model.experts import GroupedExperts, MixtureLayer, Router
 from visionloom.model.kernels.activation import swiglu
 from visionloom.model.kernels.norm import branch_rms_norm, rms_norm
-from visionloom.model.kernels.rotary import HeadNorm, rotate_heads
+from visionloom.model.kernels.rotary import rotate_heads
 from visionloom.parallel.config import ParallelConfig
 from visionloom.parallel.parts import LANGUAGE, in_part
 from visionloom.parallel.pipeline import layers_per_chunk, layout_of
@@ -187,17 +187,14 @@ class RotaryAttention(SelfAttention):  # type: ignore[misc]
     ) -> tuple[Tensor, Tensor | None]:
         """Map [t, 1, H] to [t, 1, H]; `rotary_pos_emb` is the rotation of rope.py, fp32 [t, D]."""
         joined, _ = self.linear_qkv(hidden)
-        heads_and_width = (
-            self.num_query_groups_per_partition,
-            -1,
-            self.hidden_size_per_attention_head,
-        )
-        norm = HeadNorm(self.q_layernorm(), self.k_layernorm(), self.config.layernorm_epsilon)
+        # A tensor degree that does not divide the key/value heads is refused before (model/config.py).
+        shape = (self.num_query_groups_per_partition, -1, self.hidden_size_per_attention_head)
         parts = rotate_heads(
-            joined.squeeze(1).unflatten(-1, heads_and_width),
+            joined.squeeze(1).unflatten(-1, shape),
             arguments["rotary_pos_emb"],
             keys=1,
-            norm=norm,
+            weights=(self.q_layernorm(), self.k_layernorm()),
+            epsilon=self.config.layernorm_epsilon,
         )
         query, key, value = (part.unsqueeze(1) for part in parts)
 

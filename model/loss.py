@@ -4,14 +4,18 @@ Shapes: R supervised tokens, H hidden size, V vocabulary (v of it on this rank).
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-BLOCK_ROWS = 1024
-"""Rows of logits alive at once: 1,024 x 151,936 in fp32 are 0.6 GiB, whatever the sequence length."""
+from visionloom.model.kernels.cross_entropy import row_sums, to_gradient_
+from visionloom.model.kernels.product import add_product_
+
+BLOCK_BYTES = 5 << 28
+"""Memory of the logits that are alive at once, 1.25 GiB: 4,416 rows of 151,936 in bf16, whatever the sequence length."""
 
 
 def linear_cross_entropy(
@@ -20,7 +24,7 @@ def linear_cross_entropy(
     targets: Tensor,
     token_weights: Tensor,
     group: Any,
-    block: int = BLOCK_ROWS,
+    block_bytes: int = BLOCK_BYTES,
 ) -> tuple[Tensor, Tensor]:
     """Return the weighted sum of the cross-entropies of `hidden @ weight.T`, in fp32 and in blocks of rows.
 
@@ -34,7 +38,7 @@ def linear_cross_entropy(
         targets: token ids in 0..V, int64 [R].
         token_weights: fp32 [R].
         group: process group that the vocabulary is split over.
-        block: rows of logits at a time.
+        block_bytes: memory of the logits that are alive at once.
 
     Returns:
         the sum, an fp32 scalar, and the unweighted loss of each token, fp32 [R] without gradient.
@@ -42,7 +46,7 @@ def linear_cross_entropy(
     # ctx.needs_input_grad stays true under no_grad: evaluation would make gradients too.
     if not torch.is_grad_enabled():
         hidden, weight = hidden.detach(), weight.detach()
-    blocks = _Blocks(group, block)
+    blocks = _Blocks(group, block_bytes)
     total, losses = _LinearCrossEntropy.apply(hidden, weight, targets, token_weights, blocks)
     return total, losses
 
@@ -53,8 +57,16 @@ class _Blocks:
 
     group: Any
     """Process group that the vocabulary is split over."""
-    rows: int
-    """Rows at a time."""
+    bytes: int
+    """Memory of a block."""
+
+    def cut(self, hidden: Tensor, weight: Tensor) -> list[slice]:
+        """Return the rows of the blocks, of nearly the same number each."""
+        row_bytes = weight.shape[0] * hidden.element_size()
+        rows = max(1, self.bytes // row_bytes)
+        count = -(-len(hidden) // rows)
+        bounds = [number * len(hidden) // count for number in range(count + 1)] if count else []
+        return [slice(start, end) for start, end in pairwise(bounds)]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -74,22 +86,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight_grad = (
             torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         )
-        for start in range(0, len(hidden), blocks.rows):
-            rows = slice(start, start + blocks.rows)
-            losses[rows], probabilities = _block_loss(hidden[rows], weight, local[rows], group)
+        for rows in blocks.cut(hidden, weight):
+            logits = hidden[rows] @ weight.t()
+            losses[rows], largest, total = _losses(logits, local[rows], group)
             if hidden_grad is None and weight_grad is None:
                 continue
 
-            # In place: a block of probabilities in fp32 has 0.6 GiB.
-            logit_grad = probabilities.mul_(token_weights[rows].unsqueeze(1)).to(hidden.dtype)
+            # In place: a second block would be as large.
+            to_gradient_(logits, local[rows], largest, total, token_weights[rows])
             if hidden_grad is not None:
-                torch.mm(logit_grad, weight, out=hidden_grad[rows])
+                torch.mm(logits, weight, out=hidden_grad[rows])
             if weight_grad is not None:
                 # Summed in fp32 over the blocks, in the weight's dtype only at the end.
-                weight_grad += logit_grad.t() @ hidden[rows]
+                add_product_(weight_grad, logits, hidden[rows])
 
-        ctx.hidden_grad = hidden_grad
-        ctx.weight_grad = None if weight_grad is None else weight_grad.to(weight.dtype)
+        ctx.hidden_grad, ctx.weight_grad, ctx.dtype = hidden_grad, weight_grad, weight.dtype
         ctx.mark_non_differentiable(losses)
         return (losses * token_weights).sum(), losses
 
@@ -102,38 +113,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_grad, weight_grad = ctx.hidden_grad, ctx.weight_grad
         # Released at once: autograd keeps ctx until the whole graph is gone.
         ctx.hidden_grad = ctx.weight_grad = None
-        for gradient in (hidden_grad, weight_grad):
-            if gradient is not None:
-                gradient.mul_(total_grad)
+        if hidden_grad is not None:
+            hidden_grad.mul_(total_grad)
+        if weight_grad is not None:
+            # Scaled and rounded in one kernel.
+            scaled = torch.empty_like(weight_grad, dtype=ctx.dtype)
+            weight_grad = torch.mul(weight_grad, total_grad, out=scaled)
         return hidden_grad, weight_grad, None, None, None
 
 
-def _shifted_logits(hidden: Tensor, weight: Tensor, group: Any) -> Tensor:
-    """Return the logits fp32 [r, v] of a block less the largest of each row, so that no exponential overflows."""
-    logits = (hidden @ weight.t()).float()
-    # The largest logit of the whole vocabulary, or the exponentials of the ranks would not add up.
-    largest = logits.amax(dim=1)
+def _losses(logits: Tensor, local_targets: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the losses of a block of logits [r, v], the largest logit of each row and the sum of exp(logit - largest), fp32 [r]."""
+    largest, total, target = row_sums(logits, local_targets).unbind()
     if group.size() > 1:
+        # The largest of the whole vocabulary, or the exponentials of the ranks would not add up.
+        own = largest.clone()
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
-    logits -= largest.unsqueeze(1)
-    return logits
-
-
-def _block_loss(
-    hidden: Tensor, weight: Tensor, local_targets: Tensor, group: Any
-) -> tuple[Tensor, Tensor]:
-    """Return the losses fp32 [r] of a block, and softmax minus one-hot fp32 [r, v]: the gradient of their sum by the logits."""
-    logits = _shifted_logits(hidden, weight, group)
-
-    # Targets of other ranks' rows take any column and count zero.
-    mine = (local_targets >= 0) & (local_targets < weight.shape[0])
-    columns = torch.where(mine, local_targets, 0).unsqueeze(1)
-    target_logit = logits.gather(1, columns).squeeze(1) * mine
-
-    exponentials = logits.exp_()
-    sums = torch.stack([exponentials.sum(dim=1), target_logit])
-    if group.size() > 1:
+        sums = torch.stack([total * (own - largest).exp(), target])
         dist.all_reduce(sums, group=group)
-    probabilities = exponentials.div_(sums[0].unsqueeze(1))
-    probabilities.scatter_add_(1, columns, -mine.to(probabilities.dtype).unsqueeze(1))
-    return sums[0].log() - sums[1], probabilities
+        total, target = sums.unbind()
+    return total.log() + largest - target, largest, total

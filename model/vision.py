@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from visionloom.model.attention import Segments, attend
 from visionloom.model.config import VisionConfig
+from visionloom.model.kernels.attention import Segments, attend
 from visionloom.model.kernels.rotary import rotate_heads
 from visionloom.model.rope import vision_rotation
 from visionloom.parallel.parts import MERGER, VISION, in_part
@@ -150,7 +150,7 @@ class VisionAttention(nn.Module):
     ) -> Tensor:
         """Attend from [N, C] to [N, C]; `rotation`: of each patch, fp32 [N, head dim]."""
         joined = self.qkv(x).unflatten(1, (1, 3 * self.heads, -1))
-        query, key, value = rotate_heads(joined, rotation, keys=self.heads)
+        query, key, value = rotate_heads(joined, rotation, keys=self.heads, weights=(), epsilon=0.0)
         attended = attend(query, key, value, segments, causal=False)
         return self.proj(attended.flatten(1))
 

@@ -10,6 +10,7 @@ from visionloom.common.errors import UserError
 from visionloom.data.plan.cursor import Origin, check_state
 from visionloom.data.stream.train_stream import PackStream
 from visionloom.model.config import ModelConfig
+from visionloom.model.kernels.flash import choose as choose_attention
 from visionloom.model.lora import apply_lora
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.model.sharding import draw_weights
@@ -40,6 +41,7 @@ def open_topology(config: RunConfig) -> Topology:
     topologies.set_threads(config.run.threads)
     if config.run.deterministic:
         topologies.be_deterministic()
+    choose_attention(config.model.attention, device)
     return topologies.start(config.parallel, device, config.run.seed)
 
 

@@ -18,6 +18,7 @@ from megatron.core.utils import local_multi_tensor_l2_norm
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from visionloom.model.kernels.product import accumulate_in_products
 from visionloom.model.trainable import group_of
 from visionloom.parallel.topology import Topology
 from visionloom.train.config import OptimConfig, PhaseConfig
@@ -155,6 +156,7 @@ def wrap_data_parallel(
                 disable_bucketing=number > 0,
             )
         )
+        accumulate_in_products(part)
     return wrapped
 
 

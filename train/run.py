@@ -10,6 +10,7 @@ from visionloom.data.config import DataConfig
 from visionloom.data.encode.tokenizer import Tokenizer
 from visionloom.data.plan.open import dataset_weights, open_datasets
 from visionloom.data.stream.train_stream import PackStream
+from visionloom.model.kernels import flash
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.parallel import topology as topologies
 from visionloom.parallel.topology import Topology
@@ -48,6 +49,8 @@ def pretrain(config: RunConfig) -> None:
     folder = run_folder(config)
     topology = open_topology(config)
     observer = Observer(folder, config.logging, topology.is_main, config.run.name, asdict(config))
+    if topology.device.type == "cuda":
+        observer.say(f"attention by the kernels of {flash.chosen()}")
     newest = resume(config, folder, topology, observer)
     check_data(config, newest)
 

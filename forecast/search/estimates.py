@@ -9,7 +9,7 @@ from functools import cached_property
 from visionloom.forecast.machine import Machine
 from visionloom.forecast.search.bounds import expert_ranks, stage_layers
 from visionloom.model.flops import StepWork, language_flops, step_flops, vision_flops
-from visionloom.model.loss import BLOCK_ROWS
+from visionloom.model.loss import BLOCK_BYTES
 from visionloom.parallel.config import ParallelConfig
 from visionloom.train.config import RunConfig
 
@@ -60,10 +60,11 @@ class Estimates:
         return max(first, last + self._loss_bytes(layout))
 
     def _loss_bytes(self, layout: ParallelConfig) -> float:
-        """Return what the output layer needs: the gradient of its matrix, and a block of logits, both in bf16 and fp32."""
+        """Return what the output layer needs: the gradient of its matrix in fp32 and bf16, and a block of logits."""
         text = self.config.model.text
-        rows = text.hidden_size + min(BLOCK_ROWS, self.work.supervised_tokens / layout.context)
-        return rows * text.vocab_size / layout.tensor * (BF16 + FP32)
+        columns = text.vocab_size / layout.tensor
+        logits = self.work.supervised_tokens / layout.context * columns * BF16
+        return text.hidden_size * columns * (BF16 + FP32) + min(BLOCK_BYTES, logits)
 
     @cached_property
     def flops(self) -> dict[str, float]:

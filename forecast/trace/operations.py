@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
@@ -124,6 +125,10 @@ def cost_of(call: Call, inputs: list[Tensor], outputs: list[Tensor]) -> Cost:
     if kind.name == "aten::_grouped_mm":
         flops = grouped_product(inputs[0], inputs[1])
         return Cost(Kernel.PRODUCT, flops, flops, moved)
+    if kind.name == "visionloom::add_product_":
+        total, rows, _columns = inputs
+        flops = 2.0 * total.numel() * len(rows)
+        return Cost(Kernel.PRODUCT, flops, flops, moved)
     if kind.product is not None:
         result = outputs[0] if len(outputs) == 1 else tuple(outputs)
         flops = float(kind.product(*call.args, **call.kwargs, out_val=result))
@@ -181,28 +186,22 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 
 def forward_attention(args: Sequence[Any]) -> tuple[float, float]:
-    """Return operations that scaled dot-product attention needs and that its kernel executes.
+    """Return operations that attention inside segments needs and that its kernel executes.
 
-    A causal score matrix counts half, of which a kernel leaves out the rest. A mask is that of the last rows of a causal
-    segment: [c, end] holds c / 2 pairs a row less; a kernel with a mask leaves nothing out.
+    Of a causal segment the last query sees all keys, and each one before it a key less: half of a square counts.
     """
-    query, key, value, mask, causal, _ = args
-    count, heads, length, dim = query.shape
-    keys = key.shape[2]
-    pairs = float(length * keys)
-    needed = pairs / 2 if causal else pairs
-    if mask is not None:
-        needed = length * (keys - length / 2)
-    executed = pairs if mask is not None else needed
+    query, _key, value, *_, bounds_q, bounds_k, _max_q, _max_k, causal, _scale = args
+    queries, keys = np.diff(bounds_q), np.diff(bounds_k)
+    pairs = float((queries * (keys - queries / 2 if causal else keys)).sum())
     # Two products of two operations for each pair.
-    each = 2.0 * count * heads * (dim + value.shape[-1])
-    return each * needed, each * executed
+    operations = 2.0 * query.shape[1] * (query.shape[2] + value.shape[2]) * pairs
+    return operations, operations
 
 
 def backward_attention(args: Sequence[Any]) -> tuple[float, float]:
     """Return operations of the backward pass: twice the forward's, and once more the scores, which are not kept."""
-    _, query, key, value, _, _, mask, causal, scale = args
-    needed, executed = forward_attention((query, key, value, mask, causal, scale))
+    _gradient, query, key, value, _output, _logsumexp, *options = args
+    needed, executed = forward_attention((query, key, value, *options))
     return 2 * needed, 2.5 * executed
 
 

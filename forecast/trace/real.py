@@ -142,8 +142,10 @@ class HostCopies(TorchFunctionMode):
 
     def _copy(self, tensor: Tensor, way: str) -> Tensor:
         """Copy a tensor to the device or from it."""
+        # Outside: what a copy makes is marked, and a view has the memory of what it is made of.
+        source = tensor.detach()
         with self._set(way):
-            return torch.clone(tensor.detach())
+            return torch.clone(source)
 
     @contextlib.contextmanager
     def _set(self, flag: str) -> Iterator[None]:

@@ -15,7 +15,6 @@ from visionloom.data.stream.batch import PackedBatch
 from visionloom.forecast.trace.axes import Axes
 from visionloom.forecast.trace.events import Category, RankTrace, SlotKind
 from visionloom.forecast.trace.imagined import ImaginedRecorder
-from visionloom.forecast.trace.kernels import gpu_kernels
 from visionloom.forecast.trace.memory import heard_resizes
 from visionloom.forecast.trace.real import HostCopies, MarkedDevice, RealRecorder
 from visionloom.forecast.trace.recorder import Recorder
@@ -37,7 +36,6 @@ def recording(device: torch.device, routing: Routing | None = None) -> Iterator[
     """
     values = StatedValues(routing or Routing())
     with contextlib.ExitStack() as stack:
-        stack.enter_context(gpu_kernels())
         # Megatron-core keeps this tensor for the process: each rank begins with none, and leaves none of its device.
         scale = mock.patch.object(MoEAuxLossAutoScaler, "main_loss_backward_scale", None)
         stack.enter_context(scale)

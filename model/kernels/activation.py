@@ -22,7 +22,8 @@ def _swiglu(gate_up: Tensor, row_weights: Tensor | None) -> Tensor:
     return output.to(gate_up.dtype)
 
 
-def _swiglu_shapes(gate_up: Tensor, row_weights: Tensor | None) -> Tensor:
+def swiglu_result(gate_up: Tensor, row_weights: Tensor | None) -> Tensor:
+    """Return an empty result."""
     return gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
 
 
@@ -37,6 +38,7 @@ def _swiglu_backward(
         by_weight = (wide * active).mul_(up).sum(-1).to(row_weights.dtype)
         wide = wide * row_weights.unsqueeze(-1)
 
+    # Written in place: a gradient a half would be joined by another pass.
     both = torch.empty(gate_up.shape, dtype=torch.float32)
     by_gate, by_up = both.chunk(2, dim=-1)
     torch.ops.aten.silu_backward.grad_input(wide * up, gate, grad_input=by_gate)
@@ -44,9 +46,10 @@ def _swiglu_backward(
     return both.to(gate_up.dtype), by_weight
 
 
-def _swiglu_backward_shapes(
+def swiglu_gradients(
     gradient: Tensor, gate_up: Tensor, row_weights: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    """Return empty gradients of gates and ups, and of the weights of rows; of none an empty tensor."""
     if row_weights is None:
         by_weight = gate_up.new_empty(0)
     else:
@@ -58,13 +61,13 @@ _swiglu_forward = define(
     "swiglu(Tensor gate_up, Tensor? row_weights) -> Tensor",
     cpu=_swiglu,
     cuda=in_triton("activation_triton", "swiglu"),
-    meta=_swiglu_shapes,
+    meta=swiglu_result,
 )
 _swiglu_gradients = define(
     "swiglu_backward(Tensor gradient, Tensor gate_up, Tensor? row_weights) -> (Tensor, Tensor)",
     cpu=_swiglu_backward,
     cuda=in_triton("activation_triton", "swiglu_backward"),
-    meta=_swiglu_backward_shapes,
+    meta=swiglu_gradients,
 )
 
 

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from visionloom.model.kernels.activation import swiglu_gradients, swiglu_result
 from visionloom.model.kernels.norm_triton import rows_of
 
 BLOCK = 1024
@@ -51,6 +52,7 @@ def swiglu_backward_kernel(
     if WEIGHTED:
         weight = tl.load(row_weights + row).to(tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
+    # A whole row a program: the gradient of its weight is a sum over all of it.
     for first in range(0, WIDTH, BLOCK):
         column = first + tl.arange(0, BLOCK)
         mask = column < WIDTH
@@ -59,6 +61,7 @@ def swiglu_backward_kernel(
         up = tl.load(source + WIDTH, mask, other=0.0).to(tl.float32)
         above = tl.load(gradient + row * WIDTH + column, mask, other=0.0).to(tl.float32)
 
+        # Made again from the inputs, which is cheaper than to keep it: 2 bytes an element.
         share = tl.sigmoid(gate)
         active = gate * share
         if WEIGHTED:
@@ -75,7 +78,7 @@ def swiglu_backward_kernel(
 def swiglu(gate_up: Tensor, row_weights: Tensor | None) -> Tensor:
     """Return what activation.py's twin does."""
     rows, width = rows_of(gate_up), gate_up.shape[-1] // 2
-    output = gate_up.new_empty((*gate_up.shape[:-1], width))
+    output = swiglu_result(gate_up, row_weights)
     block = min(BLOCK, triton.next_power_of_2(width))
     if len(rows):
         swiglu_kernel[(len(rows), triton.cdiv(width, block))](
@@ -95,11 +98,7 @@ def swiglu_backward(
 ) -> tuple[Tensor, Tensor]:
     """Return what activation.py's twin does."""
     rows, width = rows_of(gate_up), gate_up.shape[-1] // 2
-    both = gate_up.new_empty(gate_up.shape)
-    if row_weights is None:
-        by_weight = gate_up.new_empty(0)
-    else:
-        by_weight = row_weights.new_empty(row_weights.shape)
+    both, by_weight = swiglu_gradients(gradient, gate_up, row_weights)
     if len(rows):
         swiglu_backward_kernel[(len(rows),)](
             gradient.contiguous(),

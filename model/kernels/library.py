@@ -18,7 +18,11 @@ _LIBRARY = torch.library.Library("visionloom", "DEF")
 
 
 def define(
-    schema: str, *, cpu: Callable[..., Any], cuda: Callable[..., Any], meta: Callable[..., Any]
+    schema: str,
+    *,
+    cpu: Callable[..., Any],
+    cuda: Callable[..., Any],
+    meta: Callable[..., Any],
 ) -> Any:
     """Define an operation and return it, to be called with positional arguments.
 

@@ -19,7 +19,8 @@ def _forward(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]
     return output.to(x.dtype), deviation
 
 
-def _forward_shapes(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+def rms_norm_results(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Return an empty output and empty deviations."""
     deviation = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
     return x.new_empty(x.shape), deviation
 
@@ -31,15 +32,17 @@ def _add_forward(
     return total, *_forward(total, weight, epsilon)
 
 
-def _add_forward_shapes(
+def add_rms_norm_results(
     x: Tensor, residual: Tensor, weight: Tensor, epsilon: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), *_forward_shapes(x, weight, epsilon)
+    """Return an empty sum, and the others as above."""
+    return x.new_empty(x.shape), *rms_norm_results(x, weight, epsilon)
 
 
-def _backward(
+def norm_gradients(
     gradient: Tensor, x: Tensor, deviation: Tensor, weight: Tensor, passing: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    """Return the gradients of x and of the weight by plain torch; `passing`: of x itself, where it is the residual too."""
     normalised = x.float() * deviation
     wide = gradient.float()
     weight_gradient = (wide * normalised).flatten(0, -2).sum(0)
@@ -52,9 +55,10 @@ def _backward(
     return x_gradient.to(x.dtype), weight_gradient.to(weight.dtype)
 
 
-def _backward_shapes(
+def rms_norm_gradients(
     gradient: Tensor, x: Tensor, deviation: Tensor, weight: Tensor, passing: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    """Return empty gradients of x and of the weight."""
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
@@ -62,20 +66,20 @@ _rms_norm = define(
     "rms_norm(Tensor x, Tensor weight, float epsilon) -> (Tensor, Tensor)",
     cpu=_forward,
     cuda=in_triton("norm_triton", "rms_norm"),
-    meta=_forward_shapes,
+    meta=rms_norm_results,
 )
 _add_rms_norm = define(
     "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float epsilon) -> (Tensor, Tensor, Tensor)",
     cpu=_add_forward,
     cuda=in_triton("norm_triton", "add_rms_norm"),
-    meta=_add_forward_shapes,
+    meta=add_rms_norm_results,
 )
 _rms_norm_backward = define(
     "rms_norm_backward(Tensor gradient, Tensor x, Tensor deviation, Tensor weight, Tensor? passing)"
     " -> (Tensor, Tensor)",
-    cpu=_backward,
+    cpu=norm_gradients,
     cuda=in_triton("norm_triton", "rms_norm_backward"),
-    meta=_backward_shapes,
+    meta=rms_norm_gradients,
 )
 
 
@@ -116,6 +120,7 @@ class _AddRMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         gradient, passing = gradients
+        # A sum hands the same gradient to both of its terms.
         both, by_weight = _rms_norm_backward(gradient, *ctx.saved_tensors, passing)
         return both, both, by_weight, None
 

@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from visionloom.model.kernels.norm import rms_norm_gradients, rms_norm_results
+
 TILE = 2048
 """Elements of a program's rows, if a row is shorter."""
 MULTIPROCESSORS = 132
@@ -31,6 +33,7 @@ def forward_kernel(
     ADD: tl.constexpr,
 ) -> None:
     """Normalise ROWS rows; with ADD the sum of two, which is written too."""
+    # 262,144 rows of 12,288 are 3.2e9 elements: more than int32 counts.
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     is_row = row < rows
@@ -121,10 +124,10 @@ def _launch(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the sum (or x), its norm, and the reciprocal deviations."""
     size = x.shape[-1]
-    flat = rows_of(x) if residual is None else x.contiguous().view(-1, size)
-    output = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    deviation = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
-    total = x if residual is None else torch.empty_like(output)
+    # The kernel that adds reads both as they are written: row after row.
+    flat = rows_of(x if residual is None else x.contiguous())
+    output, deviation = rms_norm_results(x, weight, epsilon)
+    total = output if residual is None else torch.empty_like(output)
     block, rows, warps = sizes(size)
     if len(flat):
         forward_kernel[(triton.cdiv(len(flat), rows),)](
@@ -164,12 +167,13 @@ def rms_norm_backward(
 ) -> tuple[Tensor, Tensor]:
     """Return what norm.py's twin does: one kernel, then the sum of its programs' shares of the weight's gradient."""
     size, flat = x.shape[-1], rows_of(x)
-    x_gradient = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    x_gradient, _ = rms_norm_gradients(gradient, x, deviation, weight, passing)
     block, rows, warps = sizes(size)
     # Each has rows of its own: two of 4,096 elements a multiprocessor, or four of 2,048, are there at a time.
     most = MULTIPROCESSORS * max(2, 4 * TILE // (block * rows))
     programs = min(triton.cdiv(len(flat), rows), most)
-    partial = torch.empty(programs, size, dtype=torch.float32, device=x.device)
+    # Sums of programs, not atomic additions: their order is the same in every run.
+    partial = x.new_empty(programs, size, dtype=torch.float32)
     if programs:
         backward_kernel[(programs,)](
             gradient.contiguous(),

@@ -6,196 +6,140 @@ Shapes: T tokens, G groups of n query, m key and m value heads, which alternate 
 m = 1, the vision tower G = 1 and m = n. `rotation` fp32 [T, D]: cosines of D / 2 angles, then their sines.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from visionloom.model.kernels.library import define, in_triton
+from visionloom.model.kernels.norm import norm_gradients
 
 
-@dataclass(frozen=True)
-class HeadNorm:
-    """RMSNorm of the query and key heads."""
-
-    query_weight: Tensor
-    """[D]."""
-    key_weight: Tensor
-    """[D]."""
-    epsilon: float
-
-
-def _rotated(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Rotate fp32 [T, G, heads, D] by [T, 1, 1, D / 2]."""
+def _rotated(x: Tensor, rotation: Tensor, direction: int) -> Tensor:
+    """Rotate fp32 [T, G, heads, D] by [T, D], in direction 1 or backwards, -1."""
+    cosine, sine = rotation[:, None, None].chunk(2, dim=-1)
     first, second = x.chunk(2, dim=-1)
+    # Written half by half into place, which torch.cat would copy once more.
     turned = torch.empty(x.shape, dtype=x.dtype)
-    torch.mul(first, cosine, out=turned[..., : first.shape[-1]]).addcmul_(second, sine, value=-1)
-    torch.mul(second, cosine, out=turned[..., first.shape[-1] :]).addcmul_(first, sine)
+    to_first, to_second = turned.chunk(2, dim=-1)
+    torch.mul(first, cosine, out=to_first).addcmul_(second, sine, value=-direction)
+    torch.mul(second, cosine, out=to_second).addcmul_(first, sine, value=direction)
     return turned
 
 
-def _weights(query_weight: Tensor, key_weight: Tensor, heads: int, keys: int) -> Tensor:
+def _weight_rows(weights: list[Tensor], queries: int, keys: int) -> Tensor:
     """Return the weight of each of a group's query and key heads, fp32 [n + m, D]."""
-    queries = query_weight.float().expand(heads - keys, -1)
-    return torch.cat((queries, key_weight.float().expand(keys, -1)))
+    by_query, by_key = (weight.float() for weight in weights)
+    return torch.cat((by_query.expand(queries, -1), by_key.expand(keys, -1)))
 
 
 def _forward(
-    heads: Tensor,
-    rotation: Tensor,
-    query_weight: Tensor | None,
-    key_weight: Tensor | None,
-    keys: int,
-    epsilon: float,
+    heads: Tensor, rotation: Tensor, weights: list[Tensor], keys: int, epsilon: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries, keys and, with weights, reciprocal deviations fp32 [T, G, n + m]; heads: [T, G, n + m, D]."""
     wide = heads.float()
+    queries = heads.shape[2] - keys
     deviation = heads.new_empty(0, dtype=torch.float32)
-    if query_weight is not None and key_weight is not None:
+    if weights:
         deviation = (wide.square().mean(-1) + epsilon).rsqrt()
         wide = wide * deviation.unsqueeze(-1)
-        wide *= _weights(query_weight, key_weight, heads.shape[2], keys)
-    cosine, sine = rotation[:, None, None].chunk(2, dim=-1)
-    turned = _rotated(wide, cosine, sine).to(heads.dtype)
-    query, key = turned.tensor_split([heads.shape[2] - keys], dim=2)
+        wide *= _weight_rows(weights, queries, keys)
+
+    turned = _rotated(wide, rotation, 1).to(heads.dtype)
+    query, key = turned.tensor_split([queries], dim=2)
+    # One group is a view still, and a result may not share memory with another.
     return query.flatten(1, 2).contiguous(), key.flatten(1, 2).contiguous(), deviation
 
 
-def _forward_shapes(
-    heads: Tensor,
-    rotation: Tensor,
-    query_weight: Tensor | None,
-    key_weight: Tensor | None,
-    keys: int,
-    epsilon: float,
+def rotated_heads(
+    heads: Tensor, rotation: Tensor, weights: list[Tensor], keys: int, epsilon: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Return empty queries, keys and deviations."""
     tokens, groups, each, dim = heads.shape
     query = heads.new_empty(tokens, groups * (each - keys), dim)
     key = heads.new_empty(tokens, groups * keys, dim)
-    kept = 0 if query_weight is None else (tokens, groups, each)
+    kept = (tokens, groups, each) if weights else 0
     return query, key, heads.new_empty(kept, dtype=torch.float32)
 
 
-def _joined(query: Tensor, key: Tensor, groups: int) -> Tensor:
-    """Return [T, G n, D] and [T, G m, D] as fp32 [T, G, n + m, D]."""
-    parts = [x.unflatten(1, (groups, -1)) for x in (query, key)]
-    return torch.cat(parts, dim=2).float()
-
-
-def _backward(query: Tensor, key: Tensor, value: Tensor, rotation: Tensor, groups: int) -> Tensor:
-    cosine, sine = rotation[:, None, None].chunk(2, dim=-1)
-    turned = _rotated(_joined(query, key, groups), cosine, -sine)
-    return torch.cat((turned.to(value.dtype), value.unflatten(1, (groups, -1))), dim=2)
-
-
-def _backward_shapes(
-    query: Tensor, key: Tensor, value: Tensor, rotation: Tensor, groups: int
-) -> Tensor:
-    tokens, values, dim = value.shape
-    heads = (query.shape[1] + key.shape[1] + values) // groups
-    return value.new_empty(tokens, groups, heads, dim)
-
-
-def _norm_backward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rotation: Tensor,
-    heads: Tensor,
-    deviation: Tensor,
-    query_weight: Tensor,
-    key_weight: Tensor,
+def _backward(
+    gradients: list[Tensor], rotation: Tensor, norm: list[Tensor], groups: int
 ) -> tuple[Tensor, Tensor]:
-    groups, each = heads.shape[1:3]
-    cosine, sine = rotation[:, None, None].chunk(2, dim=-1)
-    turned = _rotated(_joined(query, key, groups), cosine, -sine)
-    normalised = heads.float() * deviation.unsqueeze(-1)
+    """Return the gradient of the joined tensor and, with a norm, that of both weights [2, D].
 
-    by_head = (turned * normalised).sum((0, 1))
-    keys = key.shape[1] // groups
-    by_weight = torch.stack((by_head[: each - keys].sum(0), by_head[each - keys :].sum(0)))
+    Args:
+        gradients: of queries, keys and values.
+        rotation: fp32 [T, D].
+        norm: the forward pass's heads, reciprocal deviations and both weights; empty: there was none.
+        groups: G.
+    """
+    query, key, value = (gradient.unflatten(1, (groups, -1)) for gradient in gradients)
+    above = _rotated(torch.cat((query, key), dim=2).float(), rotation, -1)
+    by_weight = value.new_empty(0)
+    if norm:
+        above, by_weight = _norm_backward(above, norm, key.shape[2])
+    return torch.cat((above.to(value.dtype), value), dim=2), by_weight
 
-    scaled = turned.mul_(_weights(query_weight, key_weight, each, keys))
-    along = (scaled * normalised).mean(-1, keepdim=True)
-    below = scaled.sub_(normalised.mul_(along)).mul_(deviation.unsqueeze(-1))
-    joined = torch.cat((below.to(value.dtype), value.unflatten(1, (groups, -1))), dim=2)
-    return joined, by_weight.to(query_weight.dtype)
+
+def _norm_backward(above: Tensor, norm: list[Tensor], keys: int) -> tuple[Tensor, Tensor]:
+    """Return the gradient before the norm [T, G, n + m, D], from that after it, and the weights' [2, D]."""
+    heads, deviation, *weights = norm
+    sizes = (heads.shape[2] - keys, keys)
+    rows = (x.split(sizes, dim=2) for x in (above, heads, deviation.unsqueeze(-1)))
+    pairs = map(norm_gradients, *rows, weights, (None, None))
+    below, by_weight = zip(*pairs, strict=True)
+    return torch.cat(below, dim=2), torch.stack(by_weight)
 
 
-def _norm_backward_shapes(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rotation: Tensor,
-    heads: Tensor,
-    deviation: Tensor,
-    query_weight: Tensor,
-    key_weight: Tensor,
+def rotated_gradients(
+    gradients: list[Tensor], rotation: Tensor, norm: list[Tensor], groups: int
 ) -> tuple[Tensor, Tensor]:
-    joined = _backward_shapes(query, key, value, rotation, heads.shape[1])
-    return joined, query_weight.new_empty(2, *query_weight.shape)
+    """Return empty gradients of the joined tensor and of the weights."""
+    value = gradients[2]
+    each = sum(gradient.shape[1] for gradient in gradients) // groups
+    joined = value.new_empty(len(value), groups, each, value.shape[2])
+    by_weight = norm[2].new_empty(2, value.shape[2]) if norm else value.new_empty(0)
+    return joined, by_weight
 
 
 _rotate_heads = define(
-    "rotate_heads(Tensor heads, Tensor rotation, Tensor? query_weight, Tensor? key_weight, int keys, float epsilon)"
+    "rotate_heads(Tensor heads, Tensor rotation, Tensor[] weights, int keys, float epsilon)"
     " -> (Tensor, Tensor, Tensor)",
     cpu=_forward,
     cuda=in_triton("rotary_triton", "rotate_heads"),
-    meta=_forward_shapes,
+    meta=rotated_heads,
 )
 _rotate_heads_backward = define(
-    "rotate_heads_backward(Tensor query, Tensor key, Tensor value, Tensor rotation, int groups) -> Tensor",
+    "rotate_heads_backward(Tensor[] gradients, Tensor rotation, Tensor[] norm, int groups)"
+    " -> (Tensor, Tensor)",
     cpu=_backward,
     cuda=in_triton("rotary_triton", "rotate_heads_backward"),
-    meta=_backward_shapes,
+    meta=rotated_gradients,
 )
-_norm_rotate_heads_backward = define(
-    "norm_rotate_heads_backward(Tensor query, Tensor key, Tensor value, Tensor rotation, Tensor heads, Tensor deviation,"
-    " Tensor query_weight, Tensor key_weight) -> (Tensor, Tensor)",
-    cpu=_norm_backward,
-    cuda=in_triton("rotary_triton", "norm_rotate_heads_backward"),
-    meta=_norm_backward_shapes,
-)
-
-
-def _split(joined: Tensor, keys: int) -> tuple[Tensor, Tensor]:
-    """Return the query and key heads [T, G, n + m, D], which the kernels read, and the value heads [T, G m, D]: views."""
-    heads, value = joined.tensor_split([joined.shape[2] - keys], dim=2)
-    return heads, value.flatten(1, 2)
 
 
 class _RotatedHeads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, joined: Tensor, rotation: Tensor, keys: int) -> tuple[Tensor, ...]:
-        heads, value = _split(joined, keys)
-        query, key, _ = _rotate_heads(heads, rotation, None, None, keys, 0.0)
-        ctx.save_for_backward(rotation)
-        ctx.groups = joined.shape[1]
-        return query, key, value
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return _rotate_heads_backward(*gradients, *ctx.saved_tensors, ctx.groups), None, None
-
-
-class _NormRotatedHeads(torch.autograd.Function):
-    @staticmethod
     def forward(
         ctx: Any, joined: Tensor, rotation: Tensor, keys: int, epsilon: float, *weights: Tensor
     ) -> tuple[Tensor, ...]:
-        heads, value = _split(joined, keys)
-        query, key, deviation = _rotate_heads(heads, rotation, *weights, keys, epsilon)
-        ctx.save_for_backward(rotation, heads, deviation, *weights)
-        return query, key, value
+        # Views: the kernel reads no values, which stay where they are.
+        heads, value = joined.tensor_split([joined.shape[2] - keys], dim=2)
+        query, key, deviation = _rotate_heads(heads, rotation, weights, keys, epsilon)
+        norm = (heads, deviation, *weights) if weights else ()
+        ctx.save_for_backward(rotation, *norm)
+        ctx.groups = joined.shape[1]
+        return query, key, value.flatten(1, 2)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        joined, by_weight = _norm_rotate_heads_backward(*gradients, *ctx.saved_tensors)
+        rotation, *norm = ctx.saved_tensors
+        joined, by_weight = _rotate_heads_backward(gradients, rotation, norm, ctx.groups)
         return joined, None, None, None, *by_weight.unbind()
 
 
 def rotate_heads(
-    joined: Tensor, rotation: Tensor, keys: int, norm: HeadNorm | None = None
+    joined: Tensor, rotation: Tensor, keys: int, weights: tuple[Tensor, ...], epsilon: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return queries [T, G n, D] and keys [T, G m, D], rotated, and values [T, G m, D] as they are.
 
@@ -203,12 +147,8 @@ def rotate_heads(
         joined: [T, G, n + 2 m, D].
         rotation: fp32 [T, D].
         keys: m.
-        norm: of the queries and keys before the rotation; None: none.
+        weights: [D] of the norm of queries and of that of keys; empty: there is none.
+        epsilon: of the norm.
     """
-    if norm is None:
-        query, key, value = _RotatedHeads.apply(joined, rotation, keys)
-    else:
-        query, key, value = _NormRotatedHeads.apply(
-            joined, rotation, keys, norm.epsilon, norm.query_weight, norm.key_weight
-        )
+    query, key, value = _RotatedHeads.apply(joined, rotation, keys, epsilon, *weights)
     return query, key, value

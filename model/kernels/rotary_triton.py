@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from visionloom.model.kernels.rotary import rotated_gradients, rotated_heads
+
 HEADS = 16
 """Heads of a token in a program: 4 KiB of 128 bf16 each."""
 PROGRAMS = 512
@@ -38,6 +40,33 @@ def store_halves(
 
 
 @triton.jit
+def load_row(
+    row: tl.tensor, column: tl.tensor, in_half: tl.tensor, HALF: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """Return both halves of one row, fp32 [1, BLOCK] each."""
+    first = tl.load(row + column, in_half, other=0.0).to(tl.float32)
+    second = tl.load(row + HALF + column, in_half, other=0.0).to(tl.float32)
+    return first[None, :], second[None, :]
+
+
+@triton.jit
+def load_weights(
+    query_weight: tl.tensor,
+    key_weight: tl.tensor,
+    is_query: tl.tensor,
+    column: tl.tensor,
+    in_half: tl.tensor,
+    HALF: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """Return both halves of the norm's weight of each head, fp32 [HEADS, BLOCK]."""
+    query_first, query_second = load_row(query_weight, column, in_half, HALF)
+    key_first, key_second = load_row(key_weight, column, in_half, HALF)
+    first = tl.where(is_query, query_first, key_first)
+    second = tl.where(is_query, query_second, key_second)
+    return first, second
+
+
+@triton.jit
 def forward_kernel(
     heads: tl.tensor,
     rotation: tl.tensor,
@@ -58,41 +87,98 @@ def forward_kernel(
     NORM: tl.constexpr,
 ) -> None:
     """Rotate HEADS of the query and key heads of one token; with NORM normalise them before."""
+    # 262,144 tokens of 72 heads of 128 are 2.4e9 elements: more than int32 counts.
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     group, place = head // (QUERIES + KEYS), head % (QUERIES + KEYS)
     is_head = head < GROUPS * (QUERIES + KEYS)
     is_query = (place < QUERIES)[:, None]
-    is_key = (place >= QUERIES)[:, None]
-
     column = tl.arange(0, BLOCK)
     in_half = column < HALF
     mask = is_head[:, None] & in_half[None, :]
+
     source = heads + token * token_stride + group * group_stride + place * 2 * HALF
     first, second = load_halves(source, column, mask, HALF)
-
     if NORM:
         squares = tl.sum(first * first + second * second, 1)
         scale = tl.rsqrt(squares / (2 * HALF) + epsilon)
         tl.store(deviation + token * GROUPS * (QUERIES + KEYS) + head, scale, is_head)
-        query_first = tl.load(query_weight + column, in_half, other=0.0).to(tl.float32)
-        query_second = tl.load(query_weight + HALF + column, in_half, other=0.0).to(tl.float32)
-        key_first = tl.load(key_weight + column, in_half, other=0.0).to(tl.float32)
-        key_second = tl.load(key_weight + HALF + column, in_half, other=0.0).to(tl.float32)
-        first *= scale[:, None] * tl.where(is_query, query_first, key_first)
-        second *= scale[:, None] * tl.where(is_query, query_second, key_second)
+        weight_first, weight_second = load_weights(
+            query_weight, key_weight, is_query, column, in_half, HALF
+        )
+        first *= scale[:, None] * weight_first
+        second *= scale[:, None] * weight_second
 
-    angles = rotation + token * 2 * HALF + column
-    cosine = tl.load(angles, in_half, other=0.0)[None, :]
-    sine = tl.load(angles + HALF, in_half, other=0.0)[None, :]
+    cosine, sine = load_row(rotation + token * 2 * HALF, column, in_half, HALF)
     turned_first = first * cosine - second * sine
     turned_second = second * cosine + first * sine
 
-    # Addresses chosen by tl.where would be stored two bytes at a time.
-    to_query = query + ((token * GROUPS + group) * QUERIES + place) * 2 * HALF
-    to_key = key + ((token * GROUPS + group) * KEYS + place - QUERIES) * 2 * HALF
+    # Two masked stores: one to addresses that tl.where chooses would write two bytes at a time.
+    group += token * GROUPS
+    to_query = query + (group * QUERIES + place) * 2 * HALF
+    to_key = key + (group * KEYS + place - QUERIES) * 2 * HALF
     store_halves(to_query, column, turned_first, turned_second, mask & is_query, HALF)
-    store_halves(to_key, column, turned_first, turned_second, mask & is_key, HALF)
+    store_halves(to_key, column, turned_first, turned_second, mask & ~is_query, HALF)
+
+
+@triton.jit
+def load_gradients(
+    query: tl.tensor,
+    key: tl.tensor,
+    value: tl.tensor,
+    group: tl.tensor,
+    place: tl.tensor,
+    column: tl.tensor,
+    mask: tl.tensor,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    HALF: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """Return both halves of the gradients of a token's heads, each from its own tensor; `group` counts over tokens."""
+    from_query = query + (group * QUERIES + place) * 2 * HALF
+    from_key = key + (group * KEYS + place - QUERIES) * 2 * HALF
+    from_value = value + (group * KEYS + place - QUERIES - KEYS) * 2 * HALF
+    is_query = (place < QUERIES)[:, None]
+    is_value = (place >= QUERIES + KEYS)[:, None]
+
+    # Two of three are masked: nothing is read for them.
+    first, second = load_halves(from_query, column, mask & is_query, HALF)
+    key_first, key_second = load_halves(from_key, column, mask & ~is_query & ~is_value, HALF)
+    value_first, value_second = load_halves(from_value, column, mask & is_value, HALF)
+    return first + key_first + value_first, second + key_second + value_second
+
+
+@triton.jit
+def before_norm(
+    above_first: tl.tensor,
+    above_second: tl.tensor,
+    first: tl.tensor,
+    second: tl.tensor,
+    scale: tl.tensor,
+    HALF: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """Return the gradient before the norm of both halves, from the weighted one after it and the normalised halves."""
+    products = above_first * first + above_second * second
+    along = tl.sum(products, 1)[:, None] / (2 * HALF)
+    below_first = (above_first - first * along) * scale
+    below_second = (above_second - second * along) * scale
+    return below_first, below_second
+
+
+@triton.jit
+def store_sums(
+    row: tl.tensor,
+    column: tl.tensor,
+    sum_first: tl.tensor,
+    sum_second: tl.tensor,
+    chosen: tl.tensor,
+    HALF: tl.constexpr,
+) -> None:
+    """Write both halves of the sum over the chosen heads."""
+    first = tl.sum(tl.where(chosen, sum_first, 0.0), 0)
+    second = tl.sum(tl.where(chosen, sum_second, 0.0), 0)
+    tl.store(row + column, first, column < HALF)
+    tl.store(row + HALF + column, second, column < HALF)
 
 
 @triton.jit
@@ -123,83 +209,61 @@ def backward_kernel(
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     group, place = head // each, head % each
     is_head = head < GROUPS * each
-    is_query = place < QUERIES
-    is_key = (place >= QUERIES) & (place < QUERIES + KEYS)
-    is_value = place >= QUERIES + KEYS
-    is_turned = (is_query | is_key)[:, None]
-
+    is_query = (place < QUERIES)[:, None]
+    is_value = (place >= QUERIES + KEYS)[:, None]
     column = tl.arange(0, BLOCK)
     in_half = column < HALF
     mask = is_head[:, None] & in_half[None, :]
-    sum_first = tl.zeros((HEADS, BLOCK), tl.float32)
-    sum_second = tl.zeros((HEADS, BLOCK), tl.float32)
     if NORM:
-        query_first = tl.load(query_weight + column, in_half, other=0.0).to(tl.float32)
-        query_second = tl.load(query_weight + HALF + column, in_half, other=0.0).to(tl.float32)
-        key_first = tl.load(key_weight + column, in_half, other=0.0).to(tl.float32)
-        key_second = tl.load(key_weight + HALF + column, in_half, other=0.0).to(tl.float32)
-        weight_first = tl.where(is_query[:, None], query_first, key_first)
-        weight_second = tl.where(is_query[:, None], query_second, key_second)
+        sum_first = tl.zeros((HEADS, BLOCK), tl.float32)
+        sum_second = tl.zeros((HEADS, BLOCK), tl.float32)
+        weight_first, weight_second = load_weights(
+            query_weight, key_weight, is_query, column, in_half, HALF
+        )
 
     for number in range(tl.program_id(0), tokens, tl.num_programs(0)):
         token = tl.cast(number, tl.int64)
-        from_query = query + ((token * GROUPS + group) * QUERIES + place) * 2 * HALF
-        from_key = key + ((token * GROUPS + group) * KEYS + place - QUERIES) * 2 * HALF
-        from_value = value + ((token * GROUPS + group) * KEYS + place - QUERIES - KEYS) * 2 * HALF
-        first, second = load_halves(from_query, column, mask & is_query[:, None], HALF)
-        key_halves = load_halves(from_key, column, mask & is_key[:, None], HALF)
-        value_halves = load_halves(from_value, column, mask & is_value[:, None], HALF)
-        first += key_halves[0] + value_halves[0]
-        second += key_halves[1] + value_halves[1]
-
-        # Backwards: the same rotation by the negative angle. Values are not turned.
-        angles = rotation + token * 2 * HALF + column
-        cosine = tl.load(angles, in_half, other=0.0)[None, :]
-        sine = tl.load(angles + HALF, in_half, other=0.0)[None, :]
-        turned_first = tl.where(is_turned, first * cosine + second * sine, first)
-        turned_second = tl.where(is_turned, second * cosine - first * sine, second)
+        own_group = token * GROUPS + group
+        above_first, above_second = load_gradients(
+            query, key, value, own_group, place, column, mask, QUERIES, KEYS, HALF
+        )
+        # Backwards: the same rotation by the negative angle.
+        cosine, sine = load_row(rotation + token * 2 * HALF, column, in_half, HALF)
+        first = above_first * cosine + above_second * sine
+        second = above_second * cosine - above_first * sine
 
         if NORM:
-            turned = mask & is_turned
-            row = token * GROUPS * (QUERIES + KEYS) + group * (QUERIES + KEYS) + place
-            scale = tl.load(deviation + row, is_head & (is_query | is_key), other=0.0)[:, None]
-            origin = heads + token * token_stride + group * group_stride + place * 2 * HALF
-            first, second = load_halves(origin, column, turned, HALF)
-            first, second = first * scale, second * scale
-            sum_first += turned_first * first
-            sum_second += turned_second * second
+            row = deviation + own_group * (QUERIES + KEYS) + place
+            scale = tl.load(row, is_head & (place < QUERIES + KEYS), other=0.0)[:, None]
+            source = heads + token * token_stride + group * group_stride + place * 2 * HALF
+            x_first, x_second = load_halves(source, column, mask & ~is_value, HALF)
+            x_first, x_second = x_first * scale, x_second * scale
+            sum_first += first * x_first
+            sum_second += second * x_second
+            first, second = first * weight_first, second * weight_second
+            first, second = before_norm(first, second, x_first, x_second, scale, HALF)
 
-            scaled_first = turned_first * weight_first
-            scaled_second = turned_second * weight_second
-            products = scaled_first * first + scaled_second * second
-            along = tl.sum(products, 1)[:, None] / (2 * HALF)
-            below_first = (scaled_first - first * along) * scale
-            below_second = (scaled_second - second * along) * scale
-            turned_first = tl.where(is_turned, below_first, turned_first)
-            turned_second = tl.where(is_turned, below_second, turned_second)
-
+        # Values are neither turned nor normalised.
+        first = tl.where(is_value, above_first, first)
+        second = tl.where(is_value, above_second, second)
         target = joined + (token * GROUPS * each + head) * 2 * HALF
-        store_halves(target, column, turned_first, turned_second, mask, HALF)
+        store_halves(target, column, first, second, mask, HALF)
 
     if NORM:
-        own = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-        own = partial + own * 4 * HALF + column
-        is_query, is_key = is_query[:, None], is_key[:, None]
-        tl.store(own, tl.sum(tl.where(is_query, sum_first, 0.0), 0), in_half)
-        tl.store(own + HALF, tl.sum(tl.where(is_query, sum_second, 0.0), 0), in_half)
-        tl.store(own + 2 * HALF, tl.sum(tl.where(is_key, sum_first, 0.0), 0), in_half)
-        tl.store(own + 3 * HALF, tl.sum(tl.where(is_key, sum_second, 0.0), 0), in_half)
+        program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+        sums = partial + program * 4 * HALF
+        store_sums(sums, column, sum_first, sum_second, is_query, HALF)
+        store_sums(sums + 2 * HALF, column, sum_first, sum_second, ~is_query & ~is_value, HALF)
 
 
-def _shape(groups: int, queries: int, keys: int, dim: int) -> dict[str, int]:
-    """Return the sizes by which a kernel is compiled."""
-    block = triton.next_power_of_2(dim // 2)
+def sizes(groups: int, queries: int, keys: int, dim: int) -> dict[str, int]:
+    """Return the sizes for which a kernel is compiled."""
     return {
         "GROUPS": groups,
         "QUERIES": queries,
         "KEYS": keys,
         "HALF": dim // 2,
-        "BLOCK": block,
+        "BLOCK": triton.next_power_of_2(dim // 2),
         "HEADS": HEADS,
     }
 
@@ -211,73 +275,40 @@ def _with_whole_heads(heads: Tensor) -> Tensor:
 
 
 def rotate_heads(
-    heads: Tensor,
-    rotation: Tensor,
-    query_weight: Tensor | None,
-    key_weight: Tensor | None,
-    keys: int,
-    epsilon: float,
+    heads: Tensor, rotation: Tensor, weights: list[Tensor], keys: int, epsilon: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return what rotary.py's twin does."""
     heads = _with_whole_heads(heads)
     tokens, groups, each, dim = heads.shape
-    query = heads.new_empty(tokens, groups * (each - keys), dim)
-    key = heads.new_empty(tokens, groups * keys, dim)
-    kept = 0 if query_weight is None else (tokens, groups, each)
-    deviation = heads.new_empty(kept, dtype=torch.float32)
+    results = rotated_heads(heads, rotation, weights, keys, epsilon)
+    # No launch of zero programs: CUDA refuses it.
     if tokens:
         forward_kernel[(tokens, triton.cdiv(groups * each, HEADS))](
             heads,
             rotation.contiguous(),
-            rotation if query_weight is None else query_weight,
-            rotation if key_weight is None else key_weight,
-            query,
-            key,
-            deviation,
+            # Without a norm the kernel reads no weights.
+            *(weights or (rotation, rotation)),
+            *results,
             *heads.stride()[:2],
             epsilon,
-            **_shape(groups, each - keys, keys, dim),
-            NORM=query_weight is not None,
+            **sizes(groups, each - keys, keys, dim),
+            NORM=bool(weights),
         )
-    return query, key, deviation
+    return results
 
 
 def rotate_heads_backward(
-    query: Tensor, key: Tensor, value: Tensor, rotation: Tensor, groups: int
-) -> Tensor:
-    """Return what rotary.py's twin does."""
-    joined, _ = _launch_backward((query, key, value), rotation, groups, None)
-    return joined
-
-
-def norm_rotate_heads_backward(
-    query: Tensor, key: Tensor, value: Tensor, rotation: Tensor, heads: Tensor, *norm: Tensor
+    gradients: list[Tensor], rotation: Tensor, norm: list[Tensor], groups: int
 ) -> tuple[Tensor, Tensor]:
     """Return what rotary.py's twin does: one kernel, then the sum of its programs' shares of the weights' gradients."""
-    gradients = (query, key, value)
-    joined, partial = _launch_backward(gradients, rotation, heads.shape[1], (heads, *norm))
-    by_weight = partial.sum((0, 1)).view(2, -1)
-    return joined, by_weight.to(norm[-1].dtype)
-
-
-def _launch_backward(
-    gradients: tuple[Tensor, ...],
-    rotation: Tensor,
-    groups: int,
-    norm: tuple[Tensor, ...] | None,
-) -> tuple[Tensor, Tensor]:
-    """Return the joined gradient and the programs' shares; `norm`: heads, deviations and both weights."""
+    # What attention returns is contiguous; a sum's gradient is expanded.
     query, key, value = (gradient.contiguous() for gradient in gradients)
-    tokens, keys, dim = key.shape
-    keys //= groups
+    tokens, keys, dim = len(key), key.shape[1] // groups, key.shape[2]
     queries = query.shape[1] // groups
     each = queries + 2 * keys
-    joined = value.new_empty(tokens, groups, each, dim)
-    blocks = triton.cdiv(groups * each, HEADS)
-    programs = min(tokens, PROGRAMS)
-    size = 0 if norm is None else 2 * dim
-    partial = value.new_empty(programs, blocks, size, dtype=torch.float32)
-    # Without a norm the kernel reads none of these.
+    joined, by_weight = rotated_gradients([query, key, value], rotation, norm, groups)
+    blocks, programs = triton.cdiv(groups * each, HEADS), min(tokens, PROGRAMS)
+    partial = value.new_empty((programs, blocks, *by_weight.shape), dtype=torch.float32)
     heads, *others = norm or (joined, rotation, rotation, rotation)
     heads = _with_whole_heads(heads)
     if programs:
@@ -292,7 +323,7 @@ def _launch_backward(
             partial,
             tokens,
             *heads.stride()[:2],
-            **_shape(groups, queries, keys, dim),
-            NORM=norm is not None,
+            **sizes(groups, queries, keys, dim),
+            NORM=bool(norm),
         )
-    return joined, partial
+    return joined, partial.sum((0, 1)).to(by_weight.dtype)

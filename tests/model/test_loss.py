@@ -23,6 +23,7 @@ from visionloom.parallel.topology import Topology
 from visionloom.tests.ranks import RankPool
 
 ROWS, HIDDEN, VOCABULARY = 37, 24, 50
+ROW_BYTES = VOCABULARY * 4
 BLOCKS = (1, 5, 16, 36, 37, 1024)
 
 
@@ -49,7 +50,8 @@ def on_part(block: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The same by linear_cross_entropy with this rank's rows of the output matrix; runs on every rank of the pool."""
     hidden, weight, targets, weights = problem()
     part = weight.detach().chunk(dist.get_world_size())[dist.get_rank()].clone().requires_grad_()
-    total, losses = linear_cross_entropy(hidden, part, targets, weights, dist.group.WORLD, block)
+    size = block * len(part) * 4
+    total, losses = linear_cross_entropy(hidden, part, targets, weights, dist.group.WORLD, size)
     hidden_grad, weight_grad = torch.autograd.grad(3 * total, (hidden, part))
     dist.all_reduce(hidden_grad)
     return total.detach(), losses, hidden_grad, weight_grad
@@ -71,7 +73,7 @@ def test_loss_and_gradients(ranks: int, block: int, pool: RankPool) -> None:
 def test_large_logits_stay_finite(topology: Topology) -> None:
     hidden, weight, targets, weights = problem()
     total, losses = linear_cross_entropy(
-        hidden * 1e4, weight, targets, weights, topology.groups.tp, 8
+        hidden * 1e4, weight, targets, weights, topology.groups.tp, 8 * ROW_BYTES
     )
     expected = F.cross_entropy(hidden * 1e4 @ weight.t(), targets, reduction="none")
     assert torch.isfinite(total)
@@ -101,9 +103,11 @@ class LargestLogits(TorchDispatchMode):
 def test_never_more_logits_than_a_block(block: int, topology: Topology) -> None:
     hidden, weight, targets, weights = problem()
     with LargestLogits() as watched:
-        total, _ = linear_cross_entropy(hidden, weight, targets, weights, topology.groups.tp, block)
+        size = block * ROW_BYTES
+        total, _ = linear_cross_entropy(hidden, weight, targets, weights, topology.groups.tp, size)
         total.backward()
-    assert watched.rows == block
+    # 37 rows in blocks of nearly the same size: three of 12 or 13, not of 16 and 5.
+    assert watched.rows == -(-ROWS // -(-ROWS // block))
     with LargestLogits() as control:
         F.cross_entropy(hidden @ weight.t(), targets)
     assert control.rows == ROWS
@@ -113,12 +117,12 @@ def test_frozen_parts_get_no_gradient(topology: Topology) -> None:
     """With a frozen output matrix only the hidden states have a gradient, and without gradients none is made."""
     hidden, weight, targets, weights = problem()
     total, _ = linear_cross_entropy(
-        hidden, weight.detach(), targets, weights, topology.groups.tp, 8
+        hidden, weight.detach(), targets, weights, topology.groups.tp, 8 * ROW_BYTES
     )
     total.backward()
     torch.testing.assert_close(hidden.grad, reference()[2] / 3, rtol=1e-5, atol=1e-5)
     with torch.no_grad(), patch.object(losses_module.torch, "mm") as product:
-        linear_cross_entropy(hidden, weight, targets, weights, topology.groups.tp, 8)
+        linear_cross_entropy(hidden, weight, targets, weights, topology.groups.tp, 8 * ROW_BYTES)
     assert product.call_count == 0
 
 
@@ -150,7 +154,12 @@ def test_weights_are_those_of_the_formula(kind: str, alpha: float, topology: Top
     rows = (batch.loss_weights > 0).nonzero()[:, 0]
     hidden = table[batch.input_ids[rows]]
     total, _ = linear_cross_entropy(
-        hidden, weight, batch.labels[rows], batch.loss_weights[rows], topology.groups.tp, 4
+        hidden,
+        weight,
+        batch.labels[rows],
+        batch.loss_weights[rows],
+        topology.groups.tp,
+        4 * ROW_BYTES,
     )
 
     numerator = denominator = 0.0

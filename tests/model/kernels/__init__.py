@@ -1,0 +1,1 @@
+"""Operations that are one kernel on a GPU."""

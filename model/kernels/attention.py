@@ -1,0 +1,263 @@
+"""Attend inside the segments of packed sequences, without a loop over lengths, padding or masks.
+
+On a GPU one kernel does it (flash.py); on a CPU segments of equal lengths are attended together.
+Shapes: T query rows, U key rows, S segments, H query heads, G key/value heads, D head dim, L and M rows of one segment.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from visionloom.model.kernels import library
+
+_ARGUMENTS = (
+    "Tensor cu_seqlens_q, Tensor cu_seqlens_k, int[] bounds_q, int[] bounds_k, int max_q, int max_k,"
+    " bool causal, float scale"
+)
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Segments of query rows and the segments of key rows that they see, on the device and on the host."""
+
+    cu_seqlens_q: Tensor
+    """int32 [S + 1] on the device: where the segments of the T query rows begin; the last is T."""
+    cu_seqlens_k: Tensor
+    """int32 [S + 1] on the device: the same for the U key rows."""
+    bounds_q: list[int]
+    """cu_seqlens_q on the host: neither a trace nor the CPU waits for the device."""
+    bounds_k: list[int]
+    """cu_seqlens_k on the host."""
+
+    @classmethod
+    def build(
+        cls, cu_seqlens_q: Tensor, device: torch.device, cu_seqlens_k: Tensor | None = None
+    ) -> "Segments":
+        """Prepare segments, int [S + 1] on the host each; a segment sees itself where `cu_seqlens_k` is None."""
+        queries = cu_seqlens_q.to(device, torch.int32, non_blocking=True)
+        bounds = cu_seqlens_q.tolist()
+        if cu_seqlens_k is None:
+            return cls(queries, queries, bounds, bounds)
+        keys = cu_seqlens_k.to(device, torch.int32, non_blocking=True)
+        return cls(queries, keys, bounds, cu_seqlens_k.tolist())
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """Return what the operations take of it, in their order."""
+        longest = _longest(self.bounds_q), _longest(self.bounds_k)
+        return self.cu_seqlens_q, self.cu_seqlens_k, self.bounds_q, self.bounds_k, *longest
+
+
+def _longest(bounds: list[int]) -> int:
+    return max(after - before for before, after in pairwise(bounds))
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    *,
+    causal: bool,
+    scale: float | None = None,
+) -> Tensor:
+    """Return scaled dot-product attention inside each segment.
+
+    Args:
+        query: [T, H, D]; key, value: [U, G, D] with H a multiple of G.
+        segments: of the T and the U rows.
+        causal: the last query of a segment sees all its keys, each query before it one key less.
+        scale: of the scores; None: D^-1/2.
+
+    Returns:
+        [T, H, D].
+    """
+    if scale is None:
+        scale = query.shape[-1] ** -0.5
+    attended: Tensor = _Attention.apply(query, key, value, segments, causal, scale)
+    return attended
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        segments: Segments,
+        causal: bool,
+        scale: float,
+    ) -> Tensor:
+        ctx.options = *segments.arguments, causal, scale
+        output, logsumexp = FORWARD(query, key, value, *ctx.options)
+        ctx.save_for_backward(query, key, value, output, logsumexp)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        made = BACKWARD(gradient, *ctx.saved_tensors, *ctx.options)
+        return (*made, None, None, None)
+
+
+# ---- the shapes of the results
+
+
+def _forward_meta(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    rows, heads, _dim = query.shape
+    return _packed_like(query), query.new_empty(heads, rows, dtype=torch.float32)
+
+
+def _backward_meta(
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _packed_like(query), _packed_like(key), _packed_like(value)
+
+
+def _packed_like(x: Tensor) -> Tensor:
+    """Return an empty contiguous tensor; x may be a part of the joined query, key and value."""
+    return x.new_empty(x.shape)
+
+
+# ---- on a CPU
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Segments of equal lengths, which one call attends."""
+
+    queries: "_Rows"
+    keys: "_Rows"
+    causal: bool
+    scale: float
+
+    def options(self, query: Tensor) -> dict[str, Any]:
+        """Return the options of torch's CPU kernel, whose own causal mask aligns the first query with the first key."""
+        square = self.queries.length == self.keys.length
+        mask = None
+        if self.causal and not square:
+            seen = torch.ones(self.queries.length, self.keys.length, dtype=torch.bool)
+            hidden = seen.tril(self.keys.length - self.queries.length).logical_not()
+            mask = torch.zeros(hidden.shape, dtype=query.dtype).masked_fill(hidden, float("-inf"))
+        causal = self.causal and square
+        return {"is_causal": causal, "attn_mask": mask, "scale": self.scale}
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of segments of one length."""
+
+    starts: NDArray[np.int64]
+    length: int
+
+    @property
+    def where(self) -> slice | Tensor:
+        """Return the rows, as a slice where the segments follow one another."""
+        if (np.diff(self.starts) == self.length).all():
+            first = int(self.starts[0])
+            return slice(first, first + self.length * len(self.starts))
+        return torch.from_numpy((self.starts[:, None] + np.arange(self.length)).reshape(-1))
+
+    def take(self, x: Tensor) -> Tensor:
+        """Take the rows of [T, heads, D] as [n, heads, L, D]."""
+        return x[self.where].unflatten(0, (len(self.starts), self.length)).transpose(1, 2)
+
+    def take_sums(self, x: Tensor) -> Tensor:
+        """Take the columns of [heads, T] as [n, heads, L]."""
+        return x[:, self.where].unflatten(1, (len(self.starts), self.length)).transpose(0, 1)
+
+    def put(self, target: Tensor, values: Tensor) -> None:
+        """Write values [n, heads, L, D] into the rows of [T, heads, D]."""
+        target[self.where] = values.transpose(1, 2).flatten(0, 1)
+
+    def put_sums(self, target: Tensor, values: Tensor) -> None:
+        """Write values [n, heads, L] into the columns of [heads, T]."""
+        target[:, self.where] = values.transpose(0, 1).flatten(1)
+
+
+def _groups(options: Sequence[Any]) -> Iterator[_Group]:
+    """Yield the groups of the segments that an operation was given."""
+    *_tensors, bounds_q, bounds_k, _max_q, _max_k, causal, scale = options
+    starts_q, starts_k = np.array(bounds_q), np.array(bounds_k)
+    lengths = np.stack([np.diff(starts_q), np.diff(starts_k)], 1)
+    for pair in np.unique(lengths[lengths[:, 0] > 0], axis=0):
+        mine = np.flatnonzero((lengths == pair).all(1))
+        queries, keys = _Rows(starts_q[mine], int(pair[0])), _Rows(starts_k[mine], int(pair[1]))
+        yield _Group(queries, keys, causal, scale)
+
+
+def _forward_cpu(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    output = torch.empty_like(query, memory_format=torch.contiguous_format)
+    sums = torch.promote_types(query.dtype, torch.float32)
+    logsumexp = query.new_empty(query.shape[1], query.shape[0], dtype=sums)
+    for group in _groups(options):
+        attended, row_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            group.queries.take(query),
+            group.keys.take(key),
+            group.keys.take(value),
+            **group.options(query),
+        )
+        group.queries.put(output, attended)
+        group.queries.put_sums(logsumexp, row_sums)
+    return output, logsumexp
+
+
+def _backward_cpu(
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    logsumexp: Tensor,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    # Keys that no query sees have no gradient.
+    by_query, by_key, by_value = _packed_like(query), torch.zeros_like(key), torch.zeros_like(value)
+    for group in _groups(options):
+        gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            group.queries.take(gradient),
+            group.queries.take(query),
+            group.keys.take(key),
+            group.keys.take(value),
+            group.queries.take(output),
+            group.queries.take_sums(logsumexp),
+            0.0,
+            **group.options(query),
+        )
+        group.queries.put(by_query, gradients[0])
+        group.keys.put(by_key, gradients[1])
+        group.keys.put(by_value, gradients[2])
+    return by_query, by_key, by_value
+
+
+def _forward_cuda(*arguments: Any) -> tuple[Tensor, Tensor]:
+    from visionloom.model.kernels import flash
+
+    return flash.forward(*arguments)
+
+
+def _backward_cuda(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from visionloom.model.kernels import flash
+
+    return flash.backward(*arguments)
+
+
+FORWARD = library.define(
+    f"attention(Tensor query, Tensor key, Tensor value, {_ARGUMENTS}) -> (Tensor output, Tensor logsumexp)",
+    cpu=_forward_cpu,
+    cuda=_forward_cuda,
+    meta=_forward_meta,
+)
+BACKWARD = library.define(
+    "attention_backward(Tensor gradient, Tensor query, Tensor key, Tensor value, Tensor output, Tensor logsumexp,"
+    f" {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
+    cpu=_backward_cpu,
+    cuda=_backward_cuda,
+    meta=_backward_meta,
+)

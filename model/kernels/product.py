@@ -1,0 +1,64 @@
+"""Add matrix products to fp32 sums in the products' own kernel: no product is written and read again.
+
+Gradients of weights are summed over micro-batches in fp32 (`main_grad` of Megatron-core's DDP).
+Shapes: t tokens, O and I widths of output and input.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import layers
+from torch import Tensor, nn
+
+from visionloom.model.kernels import library
+
+
+def _on_cpu(total: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    if total.dtype == rows.dtype:
+        return total.addmm_(rows.t(), columns)
+    return total.add_(rows.t() @ columns)
+
+
+def _on_cuda(total: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    if total.dtype == rows.dtype:
+        return total.addmm_(rows.t(), columns)
+    return torch.addmm(total, rows.t(), columns, out_dtype=total.dtype, out=total)
+
+
+def _on_meta(total: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    return total
+
+
+_ADD_PRODUCT = library.define(
+    "add_product_(Tensor(a!) total, Tensor rows, Tensor columns) -> Tensor(a!)",
+    cpu=_on_cpu,
+    cuda=_on_cuda,
+    meta=_on_meta,
+)
+
+
+def add_product_(total: Tensor, rows: Tensor, columns: Tensor) -> None:
+    """Add rows^T columns to `total` [O, I], fp32 or of their dtype; rows [t, O], columns [t, I]."""
+    _ADD_PRODUCT(total, rows, columns)
+
+
+class _InPlaceOfApex:
+    """Megatron-core's name for the kernel, which Apex would bring."""
+
+    @staticmethod
+    def wgrad_gemm_accum_fp32(columns: Tensor, rows: Tensor, total: Tensor) -> None:
+        """Add the gradient of a weight to its fp32 sum."""
+        add_product_(total, rows, columns)
+
+
+def accumulate_in_products(model: nn.Module) -> None:
+    """Let Megatron-core's linear layers add the gradients of their weights to `main_grad` in the product itself.
+
+    The model is in Megatron-core's DDP, which gives every weight that trains its `main_grad`.
+    """
+    module: Any = layers
+    module.fused_weight_gradient_mlp_cuda = _InPlaceOfApex
+    layer: Any
+    for layer in model.modules():
+        if hasattr(layer, "gradient_accumulation_fusion"):
+            layer.gradient_accumulation_fusion = hasattr(layer.weight, "main_grad")
