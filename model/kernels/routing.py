@@ -67,20 +67,19 @@ def _weigh_backward(
     experts: Tensor,
     weights: Tensor,
     padding: Tensor | None,
-    load: Tensor | None,
-    scale: Tensor | None,
+    *balance: Tensor | None,
 ) -> Tensor:
+    load, scale = balance
     along = (gradient * weights).sum(1, keepdim=True)
     by_score = weights * (gradient - along)
     result = torch.zeros_like(logits).scatter_(1, experts.long(), by_score)
-    if load is not None:
-        assert scale is not None, "a load has a scale"
+    if load is not None and scale is not None:
         probabilities = logits.softmax(1)
         mean = (probabilities * load).sum(1, keepdim=True)
-        balance = probabilities * (load - mean) * scale
+        by_balance = probabilities * (load - mean) * scale
         if padding is not None:
-            balance.masked_fill_(padding.unsqueeze(1), 0.0)
-        result += balance
+            by_balance.masked_fill_(padding.unsqueeze(1), 0.0)
+        result += by_balance
     return result
 
 
