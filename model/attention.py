@@ -16,11 +16,12 @@ from torch import Tensor
 
 from visionloom.model.kernels.attention import Segments, attend
 from visionloom.parallel.context import Split, TokenRows
+from visionloom.parallel.device import to_device
 
 
 def _on_device(rows: TokenRows, device: torch.device) -> Tensor:
     """Return rows as int64 on the device, without waiting for it."""
-    return torch.from_numpy(rows).to(device, non_blocking=True)
+    return to_device(torch.from_numpy(rows), device)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from visionloom.model.loss import linear_cross_entropy
 from visionloom.model.rank_share import FeatureExchange, PackTensors, RankShare
 from visionloom.model.rope import inverse_frequencies, mrope_rotation
 from visionloom.model.vision import VisionInput, VisionTower
+from visionloom.parallel.device import to_device
 from visionloom.parallel.parts import INPUT, LANGUAGE, LOSS, in_part
 from visionloom.parallel.topology import Topology
 
@@ -128,7 +129,7 @@ class Qwen3VL(MegatronModule):  # type: ignore[misc]
         vision, exchange = self._pictures(pack, share) if self.pre_process else (None, None)
 
         def on_device(x: Tensor) -> Tensor:
-            return x.to(device, non_blocking=True)
+            return to_device(x, device)
 
         frequencies = on_device(inverse_frequencies(text.head_dim, text.rope_theta))
         positions = on_device(pack.position_ids[:, tokens])

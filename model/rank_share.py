@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from visionloom.parallel.context import Split, TokenRows, split_pack
+from visionloom.parallel.device import to_device
 from visionloom.parallel.parts import VISION, in_part
 from visionloom.parallel.topology import Topology
 
@@ -150,10 +151,10 @@ class FeatureExchange:
         device = topology.device
         return cls(
             topology.encoder_group,
-            send=torch.from_numpy(np.concatenate(send)).to(device, non_blocking=True),
+            send=to_device(torch.from_numpy(np.concatenate(send)), device),
             send_counts=[len(rows) for rows in send],
             receive_counts=np.bincount(mine, minlength=ranks).tolist(),
-            order=torch.from_numpy(order).to(device, non_blocking=True),
+            order=to_device(torch.from_numpy(order), device),
         )
 
     @in_part(VISION)

@@ -8,6 +8,8 @@ Shapes: T tokens, N patches, D head dim.
 import torch
 from torch import Tensor
 
+from visionloom.parallel.device import to_device
+
 
 def inverse_frequencies(dim: int, theta: float) -> Tensor:
     """Return rotary frequencies theta^(-2i/dim), fp32 [dim / 2]."""
@@ -51,7 +53,7 @@ def vision_rotation(rows_columns: Tensor, head_dim: int) -> Tensor:
         head_dim: D.
     """
     frequencies = inverse_frequencies(head_dim // 2, 10_000.0)
-    frequencies = frequencies.to(rows_columns.device, non_blocking=True)
+    frequencies = to_device(frequencies, rows_columns.device)
     by_position = rows_columns.to(torch.float32).unsqueeze(-1) * frequencies
     # [N, D / 2], rows first.
     return _rotation(by_position.flatten(1))

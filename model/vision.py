@@ -20,6 +20,7 @@ from visionloom.model.kernels.attention import Segments, attend
 from visionloom.model.kernels.norm import layer_norm
 from visionloom.model.kernels.rotary import rotate_heads
 from visionloom.model.rope import vision_rotation
+from visionloom.parallel.device import to_device
 from visionloom.parallel.parts import MERGER, VISION, in_part
 
 
@@ -53,10 +54,10 @@ class VisionInput:
         bounds = torch.from_numpy(np.cumsum([0, *lengths]))
 
         def on_device(parts: list[np.ndarray]) -> Tensor:
-            return torch.from_numpy(np.concatenate(parts, axis=1)).to(device, non_blocking=True)
+            return to_device(torch.from_numpy(np.concatenate(parts, axis=1)), device)
 
         return cls(
-            patches=patches.to(device, non_blocking=True),
+            patches=to_device(patches, device),
             rows_columns=on_device([each.rows_columns for each in places]).T,
             table_rows=on_device([each.table_rows for each in places]),
             table_weights=on_device([each.table_weights for each in places]),

@@ -24,6 +24,7 @@ from torch import Tensor
 from visionloom.data.stream.batch import PackedBatch
 from visionloom.model.experts import update_router_loads
 from visionloom.model.qwen3vl import Qwen3VL
+from visionloom.parallel.device import to_device
 from visionloom.parallel.parts import OPTIMIZER, REDUCTION, in_part
 from visionloom.parallel.topology import Topology
 from visionloom.train.phase_trainer import PhaseTrainer
@@ -202,7 +203,7 @@ def balance_scale_of(batches: list[PackedBatch], topology: Topology) -> Tensor:
     for row, batch in zip(own, batches, strict=True):
         row[0] = batch.loss_weights.sum(dtype=torch.float64)
         row[1] = batch.real_tokens
-    on_device = own.sum(0).to(topology.device, non_blocking=True)
+    on_device = to_device(own.sum(0), topology.device)
     weight, tokens = topology.sum_over_data(on_device)
     # Megatron-core keeps one for the process, of this shape.
     return (weight / tokens.clamp_min(1.0)).float().reshape(1)

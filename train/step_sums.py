@@ -14,6 +14,7 @@ from torch import Tensor
 
 from visionloom.data.stream.batch import PackedBatch
 from visionloom.model.flops import StepWork
+from visionloom.parallel.device import to_device
 from visionloom.parallel.topology import Topology
 
 ROUTER_SUMS = 3
@@ -119,8 +120,8 @@ class LossSums:
         places = torch.tensor([self.sources.index(name) for name in batch.dataset_names] + [0])
         segments = torch.searchsorted(batch.cu_seqlens, tokens, right=True) - 1
         # non_blocking: a plain copy would let the host wait for all that the device has yet to do.
-        sources = places[batch.segment_datasets[segments]].to(losses.device, non_blocking=True)
-        weights = batch.loss_weights[tokens].double().to(losses.device, non_blocking=True)
+        sources = to_device(places[batch.segment_datasets[segments]], losses.device)
+        weights = to_device(batch.loss_weights[tokens].double(), losses.device)
         self.values[0].index_add_(0, sources, weights * losses.double())
         self.values[1].index_add_(0, sources, weights)
 
@@ -186,7 +187,7 @@ class StepSums:
             own_counts.copy_(torch.tensor(astuple(counts), dtype=torch.float64))
             own_flops[topology.data_rank] = flops
 
-        self.vector = host.to(topology.device, non_blocking=True)
+        self.vector = to_device(host, topology.device)
         losses, _, _, _, self._router_sums, self._router_largest = self.vector.split(self.sizes)
         self.losses = LossSums(self.sources, losses.view(2, -1))
 

@@ -48,7 +48,14 @@ def backward_flops(*arguments: Any, **_: Any) -> int:
     return count
 
 
+def product_flops(total: Any, rows: Any, columns: Any, **_: Any) -> int:
+    """torch's count of a product that is added to a sum."""
+    count: int = flop_counter.mm_flop(rows.t().shape, columns.shape)
+    return count
+
+
 COUNTS = {
+    torch.ops.visionloom.add_product_: product_flops,
     torch.ops.visionloom.attention: forward_flops,
     torch.ops.visionloom.attention_backward: backward_flops,
 }
