@@ -32,6 +32,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
 from visionloom.model.experts import Stack, grouped_linear
+from visionloom.model.kernels.linear import Linear
 from visionloom.model.lora_config import LinearLayer, LoraConfig, adapted_layers
 from visionloom.model.sharding import (
     canonical_name,
@@ -125,7 +126,7 @@ def low_rank_product(a: list[Tensor], b: list[Tensor], heads: int) -> Tensor:
     return torch.cat(by_head, dim=1).flatten(0, 1)
 
 
-class AdaptedLinear(nn.Linear):
+class AdaptedLinear(Linear):
     """A linear layer that every rank holds whole, with an adapter."""
 
     adapter: Adapter
@@ -218,7 +219,7 @@ class AdaptedStack(Stack):
 
 
 ADAPTED: dict[type, type] = {
-    nn.Linear: AdaptedLinear,
+    Linear: AdaptedLinear,
     ColumnParallelLinear: AdaptedColumn,
     RowParallelLinear: AdaptedRow,
     Stack: AdaptedStack,

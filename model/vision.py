@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from visionloom.model.config import VisionConfig
 from visionloom.model.kernels.attention import Segments, attend
+from visionloom.model.kernels.linear import Linear
 from visionloom.model.kernels.norm import layer_norm
 from visionloom.model.kernels.rotary import rotate_heads
 from visionloom.model.rope import vision_rotation
@@ -122,7 +123,7 @@ class PatchEmbedding(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.channels = config.channels
-        self.proj = nn.Linear(config.patch_width, config.hidden_size)
+        self.proj = Linear(config.patch_width, config.hidden_size)
 
     def forward(self, patches: Tensor) -> Tensor:
         """Embed uint8 [N, 768 or 1536] to [N, C]; pixels become x / 127.5 - 1 in fp32 first."""
@@ -149,8 +150,8 @@ class VisionAttention(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.heads = config.heads
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size)
+        self.proj = Linear(config.hidden_size, config.hidden_size)
 
     def forward(
         self,
@@ -170,8 +171,8 @@ class VisionMLP(nn.Module):
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.linear_fc1 = nn.Linear(config.hidden_size, config.ffn_hidden_size)
-        self.linear_fc2 = nn.Linear(config.ffn_hidden_size, config.hidden_size)
+        self.linear_fc1 = Linear(config.hidden_size, config.ffn_hidden_size)
+        self.linear_fc2 = Linear(config.ffn_hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [N, C] to [N, C]."""
@@ -217,8 +218,8 @@ class Merger(nn.Module):
         self.norm_after_merge = norm_after_merge
         normalised = self.width if norm_after_merge else config.hidden_size
         self.norm = LayerNorm(normalised, eps=config.norm_epsilon)
-        self.linear_fc1 = nn.Linear(self.width, self.width)
-        self.linear_fc2 = nn.Linear(self.width, output_size)
+        self.linear_fc1 = Linear(self.width, self.width)
+        self.linear_fc2 = Linear(self.width, output_size)
 
     @in_part(MERGER)
     def forward(self, x: Tensor) -> Tensor:

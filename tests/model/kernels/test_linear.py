@@ -1,0 +1,55 @@
+"""Linear layers whose gradients are added in the product. References: torch's nn.Linear, and autograd's own gradients."""
+
+import torch
+from torch import Tensor, nn
+
+from visionloom.model.kernels.linear import Linear, column_sums
+
+
+def pair(device: torch.device) -> tuple[Linear, nn.Linear, Tensor]:
+    """Ours, torch's with the same weights, and an input."""
+    torch.manual_seed(0)
+    ours, theirs = Linear(24, 40, device=device), nn.Linear(24, 40, device=device)
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs, torch.randn(37, 24, device=device)
+
+
+def test_gradients_are_torchs(device: torch.device) -> None:
+    ours, theirs, x = pair(device)
+    results = []
+    for layer in (ours, theirs):
+        own = x.clone().requires_grad_()
+        output = layer(own)
+        output.square().sum().backward()
+        results.append([output, own.grad, layer.weight.grad, layer.bias.grad])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_weight_gradients_of_micro_batches_are_added_in_main_grad(device: torch.device) -> None:
+    """As in Megatron-core's DDP: the flag says that its hook has nothing to add."""
+    ours, theirs, x = pair(device)
+    main_grad = torch.zeros(40, 24, device=device)
+    ours.weight.main_grad = main_grad  # type: ignore[assignment]
+    for scale in (1.0, 2.0):
+        ours(x * scale).square().sum().backward()
+        theirs(x * scale).square().sum().backward()
+    assert ours.weight.grad_added_to_main_grad
+    torch.testing.assert_close(main_grad, theirs.weight.grad)
+    torch.testing.assert_close(ours.bias.grad, theirs.bias.grad)
+
+
+def test_frozen_parts_have_no_gradient(device: torch.device) -> None:
+    ours, _, x = pair(device)
+    ours.requires_grad_(False)
+    x.requires_grad_()
+    ours(x).sum().backward()
+    assert ours.weight.grad is None and ours.bias.grad is None
+    torch.testing.assert_close(x.grad, ours.weight.sum(0).expand(37, 24))
+
+
+def test_sums_of_columns(device: torch.device) -> None:
+    """Odd sizes, a view with gaps between rows, and no row at all."""
+    for rows, columns in ((1, 1), (37, 72), (1000, 4304), (0, 5)):
+        x = torch.randn(rows, columns + 3, device=device)[:, 1:-2]
+        torch.testing.assert_close(column_sums(x), x.sum(0), rtol=1e-5, atol=1e-4)
