@@ -3,12 +3,14 @@
 On a GPU (`--device cuda`) the kernels are FlashAttention in bf16, and torch's efficient one in fp32.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
 
+from visionloom.model.kernels import flash
 from visionloom.model.kernels.attention import Segments, attend
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1.5e-2}
@@ -33,6 +35,7 @@ CASES = {
     "equal": Case((16, 16, 16)),
     "unequal": Case((5, 1, 64, 5, 23)),
     "empty ones": Case((0, 5, 0, 7)),
+    "a pack": Case((300, 84, 128), heads=8, groups=2, dim=128),
     "everything visible": Case((9, 130, 9), causal=False),
     "grouped queries": Case((33, 8), heads=8, groups=2, dim=128),
     "vision of 4B": Case((24, 96), dim=64, causal=False),
@@ -78,9 +81,21 @@ def error(ours: Tensor, theirs: Tensor) -> float:
     return float((ours.double() - theirs).abs().max() / theirs.abs().max().clamp_min(1e-30))
 
 
+@pytest.fixture(params=["torch", "cudnn"])
+def kernels(request: pytest.FixtureRequest, device: torch.device) -> Iterator[str]:
+    """The kernels of a GPU that need no package; a CPU has one of its own."""
+    name: str = request.param
+    if device.type == "cpu" and name != "torch":
+        pytest.skip("needs a GPU")
+    yield flash.choose(name, device)
+    flash.choose("torch", device)
+
+
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("name", CASES)
-def test_attention_is_the_formula(device: torch.device, name: str, dtype: torch.dtype) -> None:
+def test_attention_is_the_formula(
+    device: torch.device, name: str, dtype: torch.dtype, kernels: str
+) -> None:
     case = CASES[name]
     if device.type == "cuda" and dtype == torch.float64:
         pytest.skip("no kernel of a GPU computes attention in fp64")

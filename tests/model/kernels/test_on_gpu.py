@@ -84,8 +84,8 @@ def test_rows_of_a_mixture(device: torch.device, tokens: int) -> None:
     logits, x = draw(tokens, experts), draw(tokens, width).bfloat16()
     results = []
     for place in (HOST, device):
-        own_logits = logits.to(place).requires_grad_()
-        own = x.to(place).requires_grad_()
+        own_logits = logits.to(place).detach().clone().requires_grad_()
+        own = x.to(place).detach().clone().requires_grad_()
         chosen = choose_experts(own_logits.detach(), each)
         tally = torch.zeros(experts + 2, dtype=torch.int64, device=place)
         weights = weigh_experts(own_logits, chosen, None, tally)
