@@ -21,7 +21,7 @@ PICTURES: Final = {
     "channels": 3,
 }
 """The cutting of pictures in data/, the same for all Qwen3-VL models: data does not fit a model with other numbers."""
-ATTENTIONS: Final = ("auto", "torch", "cudnn", "flash2", "flash3", "flash4")
+ATTENTIONS: Final = ("auto", "torch", "flash2", "flash3", "flash4")
 """Kernels of attention on a GPU."""
 ROW_BYTES: Final = 16
 """Rows of experts' matrices are multiples of this, or torch's grouped_mm refuses them."""
@@ -156,9 +156,8 @@ class ModelConfig:
     name: str = option("qwen3vl", "free")
     """Name of the size, for messages and exports."""
     attention: str = option("auto", "free", choices=ATTENTIONS)
-    """Kernels of attention on a GPU: `torch` (FlashAttention-2, in torch itself), `cudnn` (cuDNN's for the language model, for the
-    rest torch's), `flash2`, `flash3` or `flash4` (packages), or `auto`: on a Hopper flash3 if it is installed, else cudnn; on
-    other GPUs torch. A CPU has one of its own."""
+    """Kernels of attention on a GPU: `torch` (FlashAttention-2, in torch itself), `flash2`, `flash3` or `flash4` (packages), or
+    `auto`: flash3 where it is installed and the GPU is a Hopper, else torch. A CPU has one of its own."""
     text: TextConfig = field(default_factory=TextConfig)
     """The language model."""
     vision: VisionConfig = field(default_factory=VisionConfig)

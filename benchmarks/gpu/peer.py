@@ -62,6 +62,7 @@ class Flash(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
+        """Attend; options are boundaries, the longest segment, whether it is causal, and the scale."""
         bounds, longest, causal, scale = options
         flash = torch.ops.aten._flash_attention_forward
         made = flash(
@@ -74,6 +75,7 @@ class Flash(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of query, key and value."""
         *saved, first, second = ctx.saved_tensors
         bounds, longest, causal, scale = ctx.options
         made = torch.ops.aten._flash_attention_backward(

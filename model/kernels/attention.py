@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -29,7 +28,7 @@ class Segments:
     """Segments of query rows and the segments of key rows that they see, on the device and on the host."""
 
     cu_seqlens_q: Tensor
-    """int32 [S + 1] on the device: where the segments of the T query rows begin; the last is T. Empty ones fill S up."""
+    """int32 [S + 1] on the device: where the segments of the T query rows begin; the last is T."""
     cu_seqlens_k: Tensor
     """int32 [S + 1] on the device: the same for the U key rows."""
     bounds_q: list[int]
@@ -42,12 +41,10 @@ class Segments:
         cls, cu_seqlens_q: Tensor, device: torch.device, cu_seqlens_k: Tensor | None = None
     ) -> "Segments":
         """Prepare segments, int [S + 1] on the host each; a segment sees itself where `cu_seqlens_k` is None."""
-        cu_seqlens_q = _rounded_up(cu_seqlens_q)
         queries = to_device(cu_seqlens_q.int(), device)
         bounds = cu_seqlens_q.tolist()
         if cu_seqlens_k is None:
             return cls(queries, queries, bounds, bounds)
-        cu_seqlens_k = _rounded_up(cu_seqlens_k)
         keys = to_device(cu_seqlens_k.int(), device)
         return cls(queries, keys, bounds, cu_seqlens_k.tolist())
 
@@ -58,21 +55,8 @@ class Segments:
         return self.cu_seqlens_q, self.cu_seqlens_k, self.bounds_q, self.bounds_k, *longest
 
 
-def _rounded_up(bounds: Tensor) -> Tensor:
-    """Return the bounds with empty segments at the end, to a power of two of them, 16 or more."""
-    segments = len(bounds) - 1
-    count = max(16, 1 << (segments - 1).bit_length())
-    return F.pad(bounds, (0, count - segments), value=int(bounds[-1]))
-
-
 def _longest(bounds: list[int]) -> int:
-    """Return a bound of the longest segment, of which there are eight between a number and its double.
-
-    A kernel starts programs for as many rows in every segment, an eighth more at most.
-    """
-    longest = max(after - before for before, after in pairwise(bounds))
-    step = 1 << max(0, longest.bit_length() - 4)
-    return -(-longest // step) * step
+    return max(after - before for before, after in pairwise(bounds))
 
 
 def attend(

@@ -1,8 +1,7 @@
-"""Choose the GPU's kernel of attention and call it: FlashAttention of torch or of a package, cuDNN's, or in fp32 torch's efficient one.
+"""Choose the GPU's kernel of attention and call it: FlashAttention of torch or of a package, or in fp32 torch's efficient one.
 
-cuDNN builds a plan, some 50 ms, for each new number of rows and of segments and each new longest one. In the language model
-all packs have as many rows, and `Segments` rounds the other two up; pictures have other rows in every pack, and are left to
-FlashAttention.
+cuDNN's kernels are never chosen: for each new number and length of segments they build a plan, some 50 ms, and every pack has
+others. A step of 2B with its kernels over variable lengths did not end in 45 s on an H100 (torch 2.11, measured).
 """
 
 import importlib.util
@@ -19,8 +18,6 @@ PACKAGES = {"flash2": "flash_attn", "flash3": "flash_attn_interface", "flash4": 
 """Where each package's kernels are."""
 REGISTERED = {"flash3": "FA3", "flash4": "FA4"}
 """Their names in torch's registry, which puts them in the place of its own."""
-CUDNN_ROWS = 128
-"""Packs have a multiple of so many rows; a sequence that is being generated has other rows at each step."""
 CAUSAL_FROM_LAST = 2
 """Mask of torch's efficient kernel: the last query sees all keys."""
 
@@ -43,7 +40,7 @@ _chosen = _Chosen()
 def choose(wanted: str, device: torch.device) -> str:
     """Choose the kernels of this process for `model.attention` and return their name.
 
-    `auto` takes what is fastest of what is there.
+    `auto` takes torch's own, which need no package: FlashAttention-3 where it is installed and the GPU is a Hopper.
 
     Raises:
         UserError: if the package of the kernels that are asked for is not installed, or cannot run on this GPU.
@@ -54,7 +51,7 @@ def choose(wanted: str, device: torch.device) -> str:
     name = wanted
     if wanted == "auto":
         hopper = torch.cuda.get_device_capability(device)[0] == 9
-        name = ("flash3" if _installed("flash3") else "cudnn") if hopper else "torch"
+        name = "flash3" if hopper and _installed("flash3") else "torch"
     if name == _chosen.name:
         return name
     if name in PACKAGES and not _installed(name):
@@ -102,8 +99,6 @@ def forward(
         return _efficient_forward(query, key, value, cu_seqlens_q, cu_seqlens_k, *others)
     if _chosen.name == "flash2":
         return _package_forward(query, key, value, cu_seqlens_q, cu_seqlens_k, *others)
-    if _suits_cudnn(query, cu_seqlens_q, cu_seqlens_k, causal):
-        return _cudnn_forward(query, key, value, cu_seqlens_q, max_q, scale)
     output, logsumexp, *_ = torch.ops.aten._flash_attention_forward(
         query,
         key,
@@ -136,8 +131,6 @@ def backward(
         return _efficient_backward(inputs, cu_seqlens_q, cu_seqlens_k, max_q, max_k, causal, scale)
     if _chosen.name == "flash2":
         return _package_backward(inputs, cu_seqlens_q, cu_seqlens_k, max_q, max_k, causal, scale)
-    if _suits_cudnn(query, cu_seqlens_q, cu_seqlens_k, causal):
-        return _cudnn_backward(inputs, cu_seqlens_q, max_q, scale)
     # Random states of a dropout that there is not.
     unused = torch.empty(2, dtype=torch.uint64, device=query.device)
     by_query, by_key, by_value = torch.ops.aten._flash_attention_backward(
@@ -150,59 +143,6 @@ def backward(
         causal,
         unused,
         unused,
-        scale=scale,
-    )
-    return by_query, by_key, by_value
-
-
-# ---- cuDNN
-
-
-def _suits_cudnn(query: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, causal: bool) -> bool:
-    """Return whether cuDNN attends: rows of a pack to themselves.
-
-    Its causal mask begins at the first key of a segment, FlashAttention's ends at the last: they are one where both are the same rows.
-    """
-    own = cu_seqlens_q.data_ptr() == cu_seqlens_k.data_ptr()
-    return _chosen.name == "cudnn" and causal and own and len(query) % CUDNN_ROWS == 0
-
-
-def _cudnn_forward(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    output, logsumexp, *_ = torch.ops.aten._cudnn_attention_forward(
-        query,
-        key,
-        value,
-        None,
-        cu_seqlens,
-        cu_seqlens,
-        longest,
-        longest,
-        True,
-        0.0,
-        True,
-        False,
-        scale=scale,
-    )
-    return output, logsumexp
-
-
-def _cudnn_backward(
-    inputs: tuple[Tensor, ...], cu_seqlens: Tensor, longest: int, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    unused = torch.empty(2, dtype=torch.uint64, device=cu_seqlens.device)
-    by_query, by_key, by_value = torch.ops.aten._cudnn_attention_backward(
-        *inputs,
-        unused,
-        unused,
-        None,
-        cu_seqlens,
-        cu_seqlens,
-        longest,
-        longest,
-        0.0,
-        True,
         scale=scale,
     )
     return by_query, by_key, by_value

@@ -3,14 +3,12 @@
 On a GPU (`--device cuda`) the kernels are FlashAttention in bf16, and torch's efficient one in fp32.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
 
-from visionloom.model.kernels import flash
 from visionloom.model.kernels.attention import Segments, attend
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1.5e-2}
@@ -81,21 +79,9 @@ def error(ours: Tensor, theirs: Tensor) -> float:
     return float((ours.double() - theirs).abs().max() / theirs.abs().max().clamp_min(1e-30))
 
 
-@pytest.fixture(params=["torch", "cudnn"])
-def kernels(request: pytest.FixtureRequest, device: torch.device) -> Iterator[str]:
-    """The kernels of a GPU that need no package; a CPU has one of its own."""
-    name: str = request.param
-    if device.type == "cpu" and name != "torch":
-        pytest.skip("needs a GPU")
-    yield flash.choose(name, device)
-    flash.choose("torch", device)
-
-
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("name", CASES)
-def test_attention_is_the_formula(
-    device: torch.device, name: str, dtype: torch.dtype, kernels: str
-) -> None:
+def test_attention_is_the_formula(device: torch.device, name: str, dtype: torch.dtype) -> None:
     case = CASES[name]
     if device.type == "cuda" and dtype == torch.float64:
         pytest.skip("no kernel of a GPU computes attention in fp64")
