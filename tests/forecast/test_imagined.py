@@ -180,7 +180,7 @@ def test_slots_follow_the_schedule(pool: RankPool) -> None:
 
 
 @pytest.mark.parametrize(("parallel", "each"), [({}, 0), ({"expert": 2}, 1)])
-@pytest.mark.parametrize("recompute", ["none", "full", "selective"])
+@pytest.mark.parametrize("recompute", ["none", "full", "mlp"])
 def test_a_mixture_waits_once_a_layer(
     parallel: dict[str, Any], each: int, recompute: str, pool: RankPool
 ) -> None:

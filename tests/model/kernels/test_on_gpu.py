@@ -84,8 +84,9 @@ def test_rows_of_a_mixture(device: torch.device, tokens: int) -> None:
     logits, x = draw(tokens, experts), draw(tokens, width).bfloat16()
     results = []
     for place in (HOST, device):
-        own_logits = logits.to(place).requires_grad_()
-        own = x.to(place).requires_grad_()
+        # Copies: what is marked on the host would be marked for the GPU's copy too, which then is no leaf.
+        own_logits = logits.to(place, copy=True).requires_grad_()
+        own = x.to(place, copy=True).requires_grad_()
         chosen = choose_experts(own_logits.detach(), each)
         tally = torch.zeros(experts + 2, dtype=torch.int64, device=place)
         weights = weigh_experts(own_logits, chosen, None, tally)
