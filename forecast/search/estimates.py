@@ -81,27 +81,45 @@ class Estimates:
         return phase.sequence_length * phase.micro_batch
 
     def _layer_width(self, layout: ParallelConfig) -> float:
-        """Return the values of a token that a decoder layer keeps, within 6 % of traces of 8B and 30B."""
+        """Return the values of a token that a decoder layer keeps, within 2 % of traces of 8B and 30B."""
         text = self.config.model.text
         if layout.recompute == "full":
             return text.hidden_size
-        # Inputs of norms (in fp32 too) and of products; queries, keys and values before and after their norms.
+
+        # The residual streams before both norms; queries, keys and values joined; and what attention returns.
         queries, keys = text.heads * text.head_dim, text.kv_heads * text.head_dim
-        attention = 9 * text.hidden_size + 3 * queries + 4 * keys
-        if not text.experts:
-            return attention + 4 * text.ffn_hidden_size
-        if layout.recompute == "selective":
-            return attention
-        copies = 2 * text.hidden_size + 3 * text.expert_ffn_hidden_size
-        return attention + text.experts_per_token * copies
+        width = 2 * text.hidden_size + 2 * queries + 2 * keys
+        if layout.recompute == "mlp":
+            return width
+        # Gate and up, of each expert of a token, whose rows are copies.
+        each, copied = 1, 0
+        inner = text.ffn_hidden_size
+        if text.experts:
+            each, copied = text.experts_per_token, text.hidden_size
+            inner = text.expert_ffn_hidden_size
+        width += each * (copied + 2 * inner)
+        if layout.recompute != "none":
+            return width
+        # Results of both norms; queries and keys rotated; and of SwiGLU.
+        return width + 2 * text.hidden_size + queries + keys + each * inner
 
     def _tower_width(self, layout: ParallelConfig) -> float:
-        """Return the values of a patch that the whole tower keeps, within 2 % of a trace of 8B."""
+        """Return the values of a patch that the tower and its mergers keep, within 5 % of traces of 8B."""
         vision = self.config.model.vision
-        block = vision.hidden_size
+        size = vision.hidden_size
+        # A merger's norm, first product and GELU, and the next one's input: four patches share four times the width.
+        mergers = 4 * size * (1 + len(vision.deepstack_layers))
+        # The input alone; or the residual streams, queries, keys and values joined, and what attention returns.
+        block = size
         if layout.recompute != "full":
-            block = 12 * vision.hidden_size + 2 * vision.ffn_hidden_size
-        return float(vision.depth * block)
+            block = 6 * size
+        if layout.recompute not in ("full", "mlp"):
+            # The GELU is torch's: its input and its result.
+            block += 2 * vision.ffn_hidden_size
+        if layout.recompute == "none":
+            # Results of both norms; queries and keys rotated.
+            block += 4 * size
+        return float(vision.depth * block + mergers)
 
     def _stage_seconds(self, layout: ParallelConfig) -> list[float]:
         """Return the time of a micro-batch on each stage, forward and backward."""
@@ -125,14 +143,16 @@ class Estimates:
 
     def _recomputed(self, layout: ParallelConfig) -> tuple[float, float]:
         """Return the operations that are done again in the backward pass, of the language model and of the tower."""
-        model = self.config.model
-        if layout.recompute == "none":
+        text, vision = self.config.model.text, self.config.model.vision
+        # Norms and activations take no products.
+        if layout.recompute not in ("mlp", "full"):
             return 0.0, 0.0
-        if layout.recompute == "full":
-            return language_flops(model.text, self.work), vision_flops(model.vision, self.work)
-        # Selective: attention, and in a mixture the experts, which are nearly all of a layer's products.
-        again = self.work if model.text.experts else replace(self.work, tokens=0)
-        return language_flops(model.text, again), 0.0
+        language, tower = language_flops(text, self.work), vision_flops(vision, self.work)
+        if layout.recompute == "mlp":
+            attention = replace(text, ffn_hidden_size=0, expert_ffn_hidden_size=0)
+            language -= language_flops(attention, self.work)
+            tower -= vision_flops(replace(vision, ffn_hidden_size=0), self.work)
+        return language, tower
 
     def _layer_transfers(self, layout: ParallelConfig) -> float:
         """Return the time of a layer's messages in a micro-batch, in which nothing else runs."""

@@ -271,13 +271,19 @@ def test_estimated_activations_follow_the_layout() -> None:
 @pytest.mark.parametrize(
     ("model", "supervised", "patches", "layout", "traced"),
     [
-        ("qwen3vl_8b", 1861, 17864, {}, 80.42),
-        ("qwen3vl_8b", 1861, 17864, {"recompute": "full"}, 8.50),
-        ("qwen3vl_8b", 1861, 17864, {"tensor": 2}, 40.67),
-        ("qwen3vl_8b", 4095, 0, {}, 60.59),
-        ("qwen3vl_8b", 4095, 0, {"recompute": "full"}, 6.79),
-        ("qwen3vl_30b_a3b", 4095, 0, {"expert": 16}, 60.97),
-        ("qwen3vl_30b_a3b", 1861, 17864, {"expert": 16, "recompute": "mlp"}, 42.43),
+        ("qwen3vl_8b", 1709, 19092, {}, 61.43),
+        ("qwen3vl_8b", 1709, 19092, {"recompute": "norms_and_activations"}, 42.78),
+        ("qwen3vl_8b", 1709, 19092, {"recompute": "mlp"}, 21.01),
+        ("qwen3vl_8b", 1709, 19092, {"recompute": "full"}, 7.49),
+        ("qwen3vl_8b", 1709, 19092, {"tensor": 2}, 30.66),
+        ("qwen3vl_8b", 2048, 0, {}, 41.33),
+        ("qwen3vl_8b", 2048, 0, {"recompute": "norms_and_activations"}, 27.27),
+        ("qwen3vl_8b", 2048, 0, {"recompute": "mlp"}, 13.77),
+        ("qwen3vl_8b", 2048, 0, {"recompute": "full"}, 5.81),
+        ("qwen3vl_30b_a3b", 2048, 0, {"expert": 16}, 43.82),
+        ("qwen3vl_30b_a3b", 2048, 0, {"expert": 16, "recompute": "norms_and_activations"}, 32.95),
+        ("qwen3vl_30b_a3b", 1709, 19092, {"expert": 16, "recompute": "mlp"}, 18.87),
+        ("qwen3vl_30b_a3b", 2048, 0, {"expert": 16, "recompute": "full"}, 3.38),
     ],
 )
 def test_estimated_activations_are_near_traced_ones(

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from visionloom.model.kernels import activation, norm, rotary  # noqa: F401  they define their operations
 from visionloom.model.kernels.cross_entropy import row_sums, to_gradient_
 from visionloom.model.kernels.permute import combine_rows, count_rows, permute_rows, sort_rows
 from visionloom.model.kernels.product import add_product_

@@ -26,7 +26,6 @@ def kernels_equal_their_twins() -> None:
     wrong = {}
     for name, module, operation, arguments in calls():
         kernels = importlib.import_module(f"visionloom.model.kernels.{module}_triton")
-        importlib.import_module(f"visionloom.model.kernels.{module}")
         twin = getattr(torch.ops.visionloom, operation)
         worst = error(getattr(kernels, operation)(*arguments), twin(*arguments))
         if worst > TOLERANCES[name.split()[-2]]:
