@@ -60,11 +60,12 @@ class Estimates:
         return max(first, last + self._loss_bytes(layout))
 
     def _loss_bytes(self, layout: ParallelConfig) -> float:
-        """Return what the output layer needs: the gradient of its matrix in fp32 and bf16, and a block of logits."""
+        """Return what the output layer needs: its matrix's gradient in fp32, and first a block of logits, then it in bf16."""
         text = self.config.model.text
         columns = text.vocab_size / layout.tensor
         logits = self.work.supervised_tokens / layout.context * columns * BF16
-        return text.hidden_size * columns * (BF16 + FP32) + min(BLOCK_BYTES, logits)
+        weights = text.hidden_size * columns
+        return weights * FP32 + max(weights * BF16, min(BLOCK_BYTES, logits))
 
     @cached_property
     def flops(self) -> dict[str, float]:

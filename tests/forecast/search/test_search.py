@@ -152,13 +152,15 @@ def test_a_batch_does_not_change_what_is_tried(monkeypatch: pytest.MonkeyPatch) 
 def test_a_batch_finds_the_same_best_where_memory_is_learnt(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    memory = {"none": 200, "norms_and_activations": 160, "mlp": 120, "full": 60}
     of = estimates(world_size=WORLD, global_batch=32)
+    rest = RestBounds.of(of.config, "p", WORLD)
+
+    def gib(layout: ParallelConfig) -> float:
+        """Memory whose activations are two and a half times what is estimated."""
+        return (rest.of_fullest_rank(layout) + 2.5 * of.activation_bytes(layout)) / GIB
 
     def best() -> str:
-        answer, _ = searched(
-            lambda one: of.step_seconds(one, 0.0), lambda one: memory[one.recompute]
-        )
+        answer, _ = searched(lambda one: of.step_seconds(one, 0.0), gib)
         assert answer.tried[0].fits
         return answer.tried[0].yaml
 
@@ -293,4 +295,4 @@ def test_estimated_activations_are_near_traced_ones(
     work = StepWork(8192, supervised, 0, patches, 0)
     of = Estimates(run_of(model), "p", WORLD, GPU, work)
     estimated = of.activation_bytes(ParallelConfig(**layout)) / GIB  # type: ignore[arg-type]
-    assert estimated == pytest.approx(traced, rel=0.15)
+    assert estimated == pytest.approx(traced, rel=0.05)
