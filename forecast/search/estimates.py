@@ -13,9 +13,9 @@ from visionloom.model.loss import BLOCK_BYTES
 from visionloom.parallel.config import ParallelConfig
 from visionloom.train.config import RunConfig
 
-DENSE_LAUNCHES, MIXTURE_LAUNCHES, BLOCK_LAUNCHES = 168, 250, 94
-"""Kernels of a decoder layer, forward and backward, and of a block of the tower: 6,052 for the 36 layers of 8B, 11,999 for
-the 48 of 30B, and 2,528 more for the 27 blocks (traced)."""
+DENSE_LAUNCHES, MIXTURE_LAUNCHES, BLOCK_LAUNCHES = 24, 55, 31
+"""Kernels of a decoder layer, forward and backward, and of a block of the tower: 881 for the 36 layers of 8B, 2,657 for
+the 48 of 30B on expert ranks, and 842 for the 27 blocks (traced)."""
 BF16, FP32 = 2, 4
 """Bytes of an activation, and of a value of the loss."""
 
