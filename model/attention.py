@@ -42,7 +42,10 @@ class GatheredContext:
         bounds = np.unique(cu_seqlens.numpy().astype(np.int64))
         starts = bounds[:-1].repeat(2)
         rows = np.diff(bounds).repeat(2) // (2 * group.size())
-        number = np.tile([group.rank(), 2 * group.size() - 1 - group.rank()], len(bounds) - 1)
+        # A rank has the n-th piece from either end of a segment: all ranks attend to equally many keys.
+        first = group.rank()
+        last = 2 * group.size() - 1 - first
+        number = np.tile([first, last], len(bounds) - 1)
         # A piece sees its segment up to its own last row: the last query all keys, as the kernel has it.
         seen = (number + 1) * rows
         cu_seqlens_q = torch.from_numpy(np.concatenate([[0], rows.cumsum()]))

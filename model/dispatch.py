@@ -103,10 +103,12 @@ class Dispatch:
         ranks, _, experts = self.groups.shape
         own, tensor_rank = self.groups.ranks.rank(), self.groups.tensor.rank()
         by_rank = self._on_host.unflatten(2, (ranks, experts)).sum(3)
+        # All ranks see all counts, so that none has to ask another.
         received = by_rank[:, :, own]
         gathered = received.sum(0).tolist()
         here = self._counts[:, :, own * experts : (own + 1) * experts].transpose(0, 1)
         order, places, ends = sort_chunks(here, sum(gathered))
+        # A plan lives as long as its backward pass is to come.
         del self._counts, self._on_host
         return Exchange(
             by_rank[own, tensor_rank].tolist(),
@@ -170,6 +172,7 @@ class _Exchanged(torch.autograd.Function):
         sent, received, read = sizes
         ctx.group, ctx.sent, ctx.received = group, sent, received
         arrived = rows.new_empty((sum(received), *rows.shape[1:]))
+        # Nobody reads the second forward pass of what is recomputed: its message can be saved.
         if read:
             dist.all_to_all_single(arrived, rows, received, sent, group=group)
         return arrived

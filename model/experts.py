@@ -88,7 +88,7 @@ class Router(TopKRouter):  # type: ignore[misc]
 class MixtureLayer(MoELayer):  # type: ignore[misc]
     """Router, dispatch and experts in place of a dense layer's feed-forward part.
 
-    Where Megatron-core recomputes it (recompute full, or selective), the second pass takes the experts and the plan of the
+    Where Megatron-core recomputes it (recompute full, block or mlp), the second pass takes the experts and the plan of the
     first: it chooses, sorts, counts and waits for nothing.
     """
 
@@ -114,7 +114,7 @@ class MixtureLayer(MoELayer):  # type: ignore[misc]
     def _mix(self, hidden: Tensor, padding: Tensor | None) -> Tensor:
         again = is_checkpointing() and torch.is_grad_enabled()
         dispatch = self._kept.popleft() if again else None
-        experts = None if dispatch is None else dispatch.experts
+        experts = dispatch.experts if dispatch else None
         weights, experts = self.router(hidden, padding, experts=experts)
         if dispatch is None:
             dispatch = Dispatch(experts, self.groups)

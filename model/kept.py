@@ -1,4 +1,4 @@
-"""What autograd keeps between the forward and the backward pass: as it is, as the recipe of what is cheap, or in host memory.
+"""What autograd keeps between the forward and the backward pass: as it is, as the remaking of what is cheap, or in host memory.
 
 Copies to the host and back have a stream of their own beside the computing one, and what the backward pass will need next is
 fetched while it works on the layer after.
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visionloom.model.kernels.recipes import Recipe, recipe_of, remembered
+from visionloom.model.kernels.remaking import Remaking, remaking_of, remembered
 
 LEAST_BYTES = 1 << 16
 """Smaller tensors stay where they are: a copy would cost more than the memory is worth."""
@@ -40,11 +40,11 @@ def kept(*, cheap_again: bool, in_host_memory: bool) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Made:
-    """A tensor that is made again: a view of what a recipe makes."""
+    """A tensor that is made again: a view of what a remaking makes."""
 
-    recipe: Recipe
+    remaking: Remaking
     inputs: tuple[Any, ...]
-    """The recipe's, packed themselves."""
+    """The remaking's, packed themselves."""
     shape: torch.Size
     strides: tuple[int, ...]
     offset: int
@@ -128,11 +128,13 @@ class Keeper:
 
     def pack(self, tensor: Tensor) -> Packed:
         """Return a tensor as it is kept."""
-        if recipe := recipe_of(tensor):
+        if remaking := remaking_of(tensor):
             inputs = tuple(
-                self.pack(each) if isinstance(each, Tensor) else each for each in recipe.inputs
+                self.pack(each) if isinstance(each, Tensor) else each for each in remaking.inputs
             )
-            return Made(recipe, inputs, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
+            return Made(
+                remaking, inputs, tensor.shape, tensor.stride(), int(tensor.storage_offset())
+            )
         if not self.in_host_memory or stays(tensor):
             return tensor
         return self._move(tensor)
@@ -161,7 +163,7 @@ class Keeper:
                 for each in packed.inputs
             ]
             with torch.no_grad():
-                whole = packed.recipe.make(*inputs)
+                whole = packed.remaking.make(*inputs)
             return whole.as_strided(packed.shape, packed.strides, packed.offset)
         return packed
 

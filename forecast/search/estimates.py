@@ -13,9 +13,9 @@ from visionloom.model.loss import BLOCK_BYTES
 from visionloom.parallel.config import ParallelConfig
 from visionloom.train.config import RunConfig
 
-DENSE_LAUNCHES, MIXTURE_LAUNCHES, BLOCK_LAUNCHES = 168, 250, 94
-"""Kernels of a decoder layer, forward and backward, and of a block of the tower: 6,052 for the 36 layers of 8B, 11,999 for
-the 48 of 30B, and 2,528 more for the 27 blocks (traced)."""
+DENSE_LAUNCHES, MIXTURE_LAUNCHES, BLOCK_LAUNCHES = 24, 55, 31
+"""Kernels of a decoder layer, forward and backward, and of a block of the tower: 881 for the 36 layers of 8B, 2,657 for
+the 48 of 30B on expert ranks, and 842 for the 27 blocks (traced)."""
 BF16, FP32 = 2, 4
 """Bytes of an activation, and of a value of the loss."""
 
@@ -60,11 +60,12 @@ class Estimates:
         return max(first, last + self._loss_bytes(layout))
 
     def _loss_bytes(self, layout: ParallelConfig) -> float:
-        """Return what the output layer needs: the gradient of its matrix in fp32 and bf16, and a block of logits."""
+        """Return what the output layer needs: its matrix's gradient in fp32, and first a block of logits, then it in bf16."""
         text = self.config.model.text
         columns = text.vocab_size / layout.tensor
         logits = self.work.supervised_tokens / layout.context * columns * BF16
-        return text.hidden_size * columns * (BF16 + FP32) + min(BLOCK_BYTES, logits)
+        weights = text.hidden_size * columns
+        return weights * FP32 + max(weights * BF16, min(BLOCK_BYTES, logits))
 
     @cached_property
     def flops(self) -> dict[str, float]:
@@ -81,27 +82,45 @@ class Estimates:
         return phase.sequence_length * phase.micro_batch
 
     def _layer_width(self, layout: ParallelConfig) -> float:
-        """Return the values of a token that a decoder layer keeps, within 6 % of traces of 8B and 30B."""
+        """Return the values of a token that a decoder layer keeps, within 2 % of traces of 8B and 30B."""
         text = self.config.model.text
         if layout.recompute == "full":
             return text.hidden_size
-        # Inputs of norms (in fp32 too) and of products; queries, keys and values before and after their norms.
+
+        # The residual streams before both norms; queries, keys and values joined; and what attention returns.
         queries, keys = text.heads * text.head_dim, text.kv_heads * text.head_dim
-        attention = 9 * text.hidden_size + 3 * queries + 4 * keys
-        if not text.experts:
-            return attention + 4 * text.ffn_hidden_size
-        if layout.recompute == "selective":
-            return attention
-        copies = 2 * text.hidden_size + 3 * text.expert_ffn_hidden_size
-        return attention + text.experts_per_token * copies
+        width = 2 * text.hidden_size + 2 * queries + 2 * keys
+        if layout.recompute == "mlp":
+            return width
+        # Gate and up, of each expert of a token, whose rows are copies.
+        each, copied = 1, 0
+        inner = text.ffn_hidden_size
+        if text.experts:
+            each, copied = text.experts_per_token, text.hidden_size
+            inner = text.expert_ffn_hidden_size
+        width += each * (copied + 2 * inner)
+        if layout.recompute != "none":
+            return width
+        # Results of both norms; queries and keys rotated; and of SwiGLU.
+        return width + 2 * text.hidden_size + queries + keys + each * inner
 
     def _tower_width(self, layout: ParallelConfig) -> float:
-        """Return the values of a patch that the whole tower keeps, within 2 % of a trace of 8B."""
+        """Return the values of a patch that the tower and its mergers keep, within 5 % of traces of 8B."""
         vision = self.config.model.vision
-        block = vision.hidden_size
+        size = vision.hidden_size
+        # A merger's norm, first product and GELU, and the next one's input: four patches share four times the width.
+        mergers = 4 * size * (1 + len(vision.deepstack_layers))
+        # The input alone; or the residual streams, queries, keys and values joined, and what attention returns.
+        block = size
         if layout.recompute != "full":
-            block = 12 * vision.hidden_size + 2 * vision.ffn_hidden_size
-        return float(vision.depth * block)
+            block = 6 * size
+        if layout.recompute not in ("full", "mlp"):
+            # The GELU is torch's: its input and its result.
+            block += 2 * vision.ffn_hidden_size
+        if layout.recompute == "none":
+            # Results of both norms; queries and keys rotated.
+            block += 4 * size
+        return float(vision.depth * block + mergers)
 
     def _stage_seconds(self, layout: ParallelConfig) -> list[float]:
         """Return the time of a micro-batch on each stage, forward and backward."""
@@ -125,14 +144,16 @@ class Estimates:
 
     def _recomputed(self, layout: ParallelConfig) -> tuple[float, float]:
         """Return the operations that are done again in the backward pass, of the language model and of the tower."""
-        model = self.config.model
-        if layout.recompute == "none":
+        text, vision = self.config.model.text, self.config.model.vision
+        # Norms and activations take no products.
+        if layout.recompute not in ("mlp", "full"):
             return 0.0, 0.0
-        if layout.recompute == "full":
-            return language_flops(model.text, self.work), vision_flops(model.vision, self.work)
-        # Selective: attention, and in a mixture the experts, which are nearly all of a layer's products.
-        again = self.work if model.text.experts else replace(self.work, tokens=0)
-        return language_flops(model.text, again), 0.0
+        language, tower = language_flops(text, self.work), vision_flops(vision, self.work)
+        if layout.recompute == "mlp":
+            attention = replace(text, ffn_hidden_size=0, expert_ffn_hidden_size=0)
+            language -= language_flops(attention, self.work)
+            tower -= vision_flops(replace(vision, ffn_hidden_size=0), self.work)
+        return language, tower
 
     def _layer_transfers(self, layout: ParallelConfig) -> float:
         """Return the time of a layer's messages in a micro-batch, in which nothing else runs."""

@@ -196,10 +196,14 @@ class _Search:
 
     def _lightest(self, layout: ParallelConfig, rest_bytes: float) -> _Waiting:
         """Return a layout with as little more recomputation as seems to fit, or with all."""
-        levels = LEVELS[LEVELS.index(layout.recompute) :]
-        for recompute in levels:
+        error = 1.0
+        for recompute in LEVELS:
+            # Estimates of what was never traced are as wrong as those of the next less, or each level would cost traces.
+            if errors := self.errors[recompute]:
+                error = statistics.median(errors)
+            if LEVELS.index(recompute) < LEVELS.index(layout.recompute):
+                continue
             layout = replace(layout, recompute=recompute)
-            error = statistics.median(self.errors[recompute] or [1.0])
             activations = error * self.on_fullest.activation_bytes(layout)
             too_large = rest_bytes + activations > self.usable
             if not too_large:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visionloom.model.kernels.library import define, in_triton
-from visionloom.model.kernels.recipes import remember
+from visionloom.model.kernels.remaking import remember
 
 
 def _swiglu(gate_up: Tensor, row_weights: Tensor | None) -> Tensor:

@@ -81,30 +81,26 @@ def attend(
     """
     if scale is None:
         scale = query.shape[-1] ** -0.5
-    attended: Tensor = _Attention.apply(query, key, value, segments, causal, scale)
+    options = *segments.arguments, causal, scale
+    attended: Tensor = _Attention.apply(query, key, value, options)
     return attended
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        segments: Segments,
-        causal: bool,
-        scale: float,
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, options: tuple[Any, ...]
     ) -> Tensor:
-        ctx.options = *segments.arguments, causal, scale
-        output, logsumexp = FORWARD(query, key, value, *ctx.options)
+        output, logsumexp = FORWARD(query, key, value, *options)
+        # One number a row and head is kept of the scores: the backward pass computes them again, tile by tile.
         ctx.save_for_backward(query, key, value, output, logsumexp)
+        ctx.options = options
         return output
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         made = BACKWARD(gradient, *ctx.saved_tensors, *ctx.options)
-        return (*made, None, None, None)
+        return (*made, None)
 
 
 # ---- the shapes of the results
@@ -138,10 +134,15 @@ class _Group:
     causal: bool
     scale: float
 
+    def take(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Take the rows of the group, [n, heads, L or M, D] each."""
+        return self.queries.take(query), self.keys.take(key), self.keys.take(value)
+
     def options(self, query: Tensor) -> dict[str, Any]:
         """Return the options of torch's CPU kernel, whose own causal mask aligns the first query with the first key."""
         square = self.queries.length == self.keys.length
         mask = None
+        # The kernel's own mask skips half of the work; one of numbers is for context ranks, whose pieces see more keys.
         if self.causal and not square:
             seen = torch.ones(self.queries.length, self.keys.length, dtype=torch.bool)
             hidden = seen.tril(self.keys.length - self.queries.length).logical_not()
@@ -160,18 +161,26 @@ class _Rows:
     @property
     def where(self) -> slice | Tensor:
         """Return the rows, as a slice where the segments follow one another."""
+        # Nearly always so: then nothing is copied.
         if (np.diff(self.starts) == self.length).all():
             first = int(self.starts[0])
             return slice(first, first + self.length * len(self.starts))
-        return torch.from_numpy((self.starts[:, None] + np.arange(self.length)).reshape(-1))
+        rows = self.starts[:, None] + np.arange(self.length)
+        return torch.from_numpy(rows.reshape(-1))
 
     def take(self, x: Tensor) -> Tensor:
         """Take the rows of [T, heads, D] as [n, heads, L, D]."""
-        return x[self.where].unflatten(0, (len(self.starts), self.length)).transpose(1, 2)
+        rows = x[self.where].unflatten(0, self._shape)
+        return rows.transpose(1, 2)
 
     def take_sums(self, x: Tensor) -> Tensor:
         """Take the columns of [heads, T] as [n, heads, L]."""
-        return x[:, self.where].unflatten(1, (len(self.starts), self.length)).transpose(0, 1)
+        columns = x[:, self.where].unflatten(1, self._shape)
+        return columns.transpose(0, 1)
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        return len(self.starts), self.length
 
     def put(self, target: Tensor, values: Tensor) -> None:
         """Write values [n, heads, L, D] into the rows of [T, heads, D]."""
@@ -185,24 +194,24 @@ class _Rows:
 def _groups(options: Sequence[Any]) -> Iterator[_Group]:
     """Yield the groups of the segments that an operation was given."""
     *_tensors, bounds_q, bounds_k, _max_q, _max_k, causal, scale = options
-    starts_q, starts_k = np.array(bounds_q), np.array(bounds_k)
-    lengths = np.stack([np.diff(starts_q), np.diff(starts_k)], 1)
+    bounds = np.array([bounds_q, bounds_k])
+    lengths = np.diff(bounds).T
+    # Pictures of a pack often have equal sizes; torch's CPU kernel takes no list of lengths.
     for pair in np.unique(lengths[lengths[:, 0] > 0], axis=0):
         mine = np.flatnonzero((lengths == pair).all(1))
-        queries, keys = _Rows(starts_q[mine], int(pair[0])), _Rows(starts_k[mine], int(pair[1]))
+        queries = _Rows(bounds[0, mine], int(pair[0]))
+        keys = _Rows(bounds[1, mine], int(pair[1]))
         yield _Group(queries, keys, causal, scale)
 
 
 def _forward_cpu(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     output = torch.empty_like(query, memory_format=torch.contiguous_format)
+    # Proofs run in fp64, whose sums fp32 would round.
     sums = torch.promote_types(query.dtype, torch.float32)
     logsumexp = query.new_empty(query.shape[1], query.shape[0], dtype=sums)
     for group in _groups(options):
         attended, row_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            group.queries.take(query),
-            group.keys.take(key),
-            group.keys.take(value),
-            **group.options(query),
+            *group.take(query, key, value), **group.options(query)
         )
         group.queries.put(output, attended)
         group.queries.put_sums(logsumexp, row_sums)
@@ -223,9 +232,7 @@ def _backward_cpu(
     for group in _groups(options):
         gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             group.queries.take(gradient),
-            group.queries.take(query),
-            group.keys.take(key),
-            group.keys.take(value),
+            *group.take(query, key, value),
             group.queries.take(output),
             group.queries.take_sums(logsumexp),
             0.0,

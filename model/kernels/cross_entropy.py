@@ -45,6 +45,7 @@ def to_gradient_(
 
 def _row_sums_cpu(logits: Tensor, targets: Tensor) -> Tensor:
     wide = logits.float()
+    # Less the largest, no exponential is beyond fp32.
     largest = wide.amax(1)
     total = (wide - largest.unsqueeze(1)).exp_().sum(1)
     columns, mine = _here(targets, logits)
@@ -55,6 +56,7 @@ def _row_sums_cpu(logits: Tensor, targets: Tensor) -> Tensor:
 def _to_gradient_cpu(
     logits: Tensor, targets: Tensor, largest: Tensor, total: Tensor, weights: Tensor
 ) -> Tensor:
+    # A second exponential instead of a kept one: [r, v] in fp32 would be twice the logits.
     probabilities = (logits.float() - largest.unsqueeze(1)).exp_()
     probabilities.mul_((weights / total).unsqueeze(1))
     columns, mine = _here(targets, logits)
@@ -64,6 +66,7 @@ def _to_gradient_cpu(
 
 def _here(targets: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     """Return the targets as columns [r, 1], any column for other ranks', and which are this rank's."""
+    # Another rank's target adds zero to a column, any, of this one: rows are not picked out, which would make shapes depend on data.
     mine = (targets >= 0) & (targets < logits.shape[1])
     return torch.where(mine, targets, 0).unsqueeze(1), mine
 

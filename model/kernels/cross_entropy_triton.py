@@ -21,6 +21,7 @@ def sums_kernel(
     BLOCK: tl.constexpr,
 ) -> None:
     """One program a row: the largest logit and the sum of exponentials in one pass, rescaled where a larger one comes."""
+    # 16,384 rows of 151,936 columns are more than int32 can count.
     row = tl.program_id(0).to(tl.int64)
     begin = logits + row * stride
     largest = tl.full([BLOCK], float("-inf"), tl.float32)
@@ -34,10 +35,12 @@ def sums_kernel(
         rescaled = tl.where(largest > float("-inf"), total * tl.exp(largest - larger), 0.0)
         total = tl.where(known, rescaled + tl.exp(x - larger), 0.0)
         largest = larger
+    # Each lane has a largest of its own so far: one reduction over lanes at the end, none in the loop.
     row_largest = tl.max(largest, 0)
     lanes = tl.where(largest > float("-inf"), total * tl.exp(largest - row_largest), 0.0)
     row_total = tl.sum(lanes, 0)
 
+    # In ranks' own columns: other ranks' targets are outside.
     target = tl.load(targets + row)
     mine = (target >= 0) & (target < columns)
     target_logit = tl.load(begin + target, mask=mine, other=0.0).to(tl.float32)
@@ -66,6 +69,7 @@ def gradient_kernel(
     weight = tl.load(weights + row)
     probability = tl.exp(x - tl.load(largest + row)) / tl.load(total + row)
     one_hot = tl.where(places == tl.load(targets + row), 1.0, 0.0)
+    # Nobody else reads or writes these columns: the gradient takes the place of the logits.
     tl.store(begin, (probability - one_hot) * weight, mask=inside)
 
 

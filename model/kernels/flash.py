@@ -50,6 +50,7 @@ def choose(wanted: str, device: torch.device) -> str:
         return "torch"
     name = wanted
     if wanted == "auto":
+        # FlashAttention-3's kernels are written for Hopper's instructions and run nowhere else.
         hopper = torch.cuda.get_device_capability(device)[0] == 9
         name = "flash3" if hopper and _installed("flash3") else "torch"
     if name == _chosen.name:
@@ -66,6 +67,7 @@ def choose(wanted: str, device: torch.device) -> str:
 
 def _installed(name: str) -> bool:
     """Return whether the package of some kernels is there, without importing it."""
+    # A submodule cannot be looked up before its package is known to be there.
     package, _, inside = PACKAGES[name].partition(".")
     if importlib.util.find_spec(package) is None:
         return False
@@ -76,6 +78,7 @@ def _activate(name: str) -> None:
     """Put kernels of torch's registry in the place of its own, or take them back."""
     from torch.nn import attention
 
+    # torch replaces its kernels for the whole process: the former go first.
     if _chosen.name in REGISTERED:
         attention.restore_flash_attention_impl()
     if name in REGISTERED:
@@ -95,10 +98,12 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Return output and logsumexp of attention; arguments are the operation's."""
     _bounds_q, _bounds_k, max_q, max_k, causal, scale = others
+    # FlashAttention has half precision only.
     if query.dtype == torch.float32:
         return _efficient_forward(query, key, value, cu_seqlens_q, cu_seqlens_k, *others)
     if _chosen.name == "flash2":
         return _package_forward(query, key, value, cu_seqlens_q, cu_seqlens_k, *others)
+    # torch's public function reaches this kernel through nested tensors alone.
     output, logsumexp, *_ = torch.ops.aten._flash_attention_forward(
         query,
         key,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visionloom.model.kernels.library import define, in_triton
-from visionloom.model.kernels.recipes import remember
+from visionloom.model.kernels.remaking import remember
 
 
 def _forward(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
@@ -47,8 +47,10 @@ def norm_gradients(
     """Return the gradients of x and of the weight by plain torch; `passing`: of x itself, where it is the residual too."""
     normalised = x.float() * deviation
     wide = gradient.float()
+    # Summed in fp32 over all rows, rounded once.
     weight_gradient = (wide * normalised).flatten(0, -2).sum(0)
 
+    # The gradient through the deviation: what of it lies along x is taken off.
     scaled = wide * weight
     along = (scaled * normalised).mean(-1, keepdim=True)
     x_gradient = scaled.sub_(normalised.mul_(along)).mul_(deviation)
@@ -102,6 +104,7 @@ class _BranchRMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
         output, deviation = _rms_norm(x, weight, epsilon)
         ctx.save_for_backward(x, deviation, weight)
+        # As a result of this function too, or autograd would add the two gradients in a kernel of its own.
         return output, x
 
     @staticmethod

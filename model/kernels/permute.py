@@ -36,6 +36,7 @@ def _count(experts: Tensor, count: int) -> Tensor:
 def _count_shapes(experts: Tensor, count: int) -> Tensor:
     rows = experts.numel()
     block = block_of(rows)
+    # A block at least, which writes the zeros of a rank without tokens.
     blocks = max(1, (rows + block - 1) // block)
     return experts.new_empty((blocks, count))
 
@@ -50,6 +51,7 @@ count_rows = define(
 
 
 def _sort(experts: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    # Stable: rows of an expert keep their order, so that its sums over rows are the same bits each time.
     order = experts.flatten().argsort(stable=True)
     places = torch.empty_like(order)
     places[order] = torch.arange(len(order), device=order.device)
@@ -125,6 +127,7 @@ _permute_rows = define(
 
 def _combine(x: Tensor, places: Tensor) -> Tensor:
     first, *others = places.unbind(1)
+    # One after the other, as the kernel adds them: the results are the same bits.
     total = x.index_select(0, first).float()
     for place in others:
         total += x.index_select(0, place)
@@ -146,6 +149,7 @@ _combine_rows = define(
 class _PermuteRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: Tensor, places: Tensor) -> Tensor:
+        # The order of sums is the tokens' own: no atomic addition, whose order would differ from run to run.
         ctx.save_for_backward(places)
         permuted: Tensor = _permute_rows(x, rows, places.shape[1])
         return permuted

@@ -33,6 +33,7 @@ def _count(
         expert = tl.load(experts + numbers, mask=numbers < rows, other=-1)
         hits = expert[:, None] == columns[None, :]
         total += tl.sum(hits.to(tl.int32), axis=0)
+    # Each block has a row of its own: no atomic additions, and nothing to set to zero before.
     tl.store(counts + block * COUNT + columns, total, mask=columns < COUNT)
 
 
@@ -77,12 +78,14 @@ def _sort(
 ) -> None:
     columns = tl.arange(0, COLUMNS)
     block = tl.program_id(0)
+    # Each program adds up the counts of all blocks for itself, at most 512 of E numbers out of the cache: one launch less.
     total, before = _added(counts, blocks, block, COUNT, CHUNK, COLUMNS)
     end = tl.cumsum(total, axis=0)
     if block == 0:
         tl.store(totals + columns, total, mask=columns < COUNT)
         tl.store(ends + columns, end, mask=columns < COUNT)
 
+    # Where the rows of each expert in this block begin.
     next_place = end - total + before
     for start in range(0, BLOCK, CHUNK):
         numbers = block * BLOCK + start + tl.arange(0, CHUNK)

@@ -16,12 +16,14 @@ from visionloom.model.kernels import library
 def _on_cpu(total: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     if total.dtype == rows.dtype:
         return total.addmm_(rows.t(), columns)
+    # torch's CPU product has one dtype: here the product is rounded to bf16 before it is added.
     return total.add_(rows.t() @ columns)
 
 
 def _on_cuda(total: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     if total.dtype == rows.dtype:
         return total.addmm_(rows.t(), columns)
+    # cuBLAS sums in fp32 anyhow: it reads the total, adds and writes it, and rounds nothing to bf16.
     return torch.addmm(total, rows.t(), columns, out_dtype=total.dtype, out=total)
 
 
@@ -56,9 +58,11 @@ def accumulate_in_products(model: nn.Module) -> None:
 
     The model is in Megatron-core's DDP, which gives every weight that trains its `main_grad`.
     """
+    # Megatron-core looks for it as a global of its module when a backward pass runs.
     module: Any = layers
     module.fused_weight_gradient_mlp_cuda = _InPlaceOfApex
     layer: Any
     for layer in model.modules():
+        # Frozen layers have no sum to add to.
         if hasattr(layer, "gradient_accumulation_fusion"):
             layer.gradient_accumulation_fusion = hasattr(layer.weight, "main_grad")

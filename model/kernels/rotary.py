@@ -13,7 +13,7 @@ from torch import Tensor
 
 from visionloom.model.kernels.library import define, in_triton
 from visionloom.model.kernels.norm import norm_gradients
-from visionloom.model.kernels.recipes import remember
+from visionloom.model.kernels.remaking import remember
 
 
 def _rotated(x: Tensor, rotation: Tensor, direction: int) -> Tensor:

@@ -31,6 +31,7 @@ def _choose(
     scores = tl.load(logits + places, mask=inside, other=-float("inf"))
     scores = tl.where(scores == scores, scores, -float("inf"))
 
+    # Eight passes over numbers in registers cost less than a sort, and of equal scores the first expert wins, as in the twin.
     for slot in tl.static_range(EACH):
         best = tl.argmax(scores, axis=1)
         tl.store(experts + rows * EACH + slot, best, mask=rows < tokens)
@@ -80,6 +81,7 @@ def _add_to_tally(
     COLUMNS: tl.constexpr,
 ) -> None:
     """Add the real rows: atomic sums of integers do not depend on their order."""
+    # A nat in units of routing.ENTROPY_UNIT, which a kernel cannot read: of globals Triton knows constexpr alone.
     units = tl.where(real, entropies, 0.0) * 4294967296.0
     tl.atomic_add(tally + COUNT, tl.sum(units.to(tl.int64), axis=0))
     tl.atomic_add(tally + COUNT + 1, tl.sum(real.to(tl.int64), axis=0))
@@ -115,7 +117,9 @@ def _weigh(
     places = rows[:, None] * EACH + slots[None, :]
     chosen = tl.load(experts + places, mask=own, other=0)
     # A slot beyond the last has no weight.
-    picked = tl.load(logits + rows[:, None] * COUNT + chosen, mask=own, other=-float("inf"))
+    address = logits + rows[:, None] * COUNT + chosen
+    picked = tl.load(address, mask=own, other=-float("inf"))
+    # A row beyond the last: zero and one keep its exponents numbers.
     largest = tl.where(rows < tokens, tl.max(picked, axis=1), 0.0)
     exponents = tl.exp(picked - largest[:, None])
     total = tl.where(rows < tokens, tl.sum(exponents, axis=1), 1.0)
@@ -167,6 +171,7 @@ def _weigh_backward(
         factor = tl.where(real, tl.load(scale), 0.0)
         sums = _balance(probabilities, load, COUNT, COLUMNS) * factor[:, None]
 
+    # The softmax over a token's experts: their weights sum to one, so that a common shift of scores changes nothing.
     along = tl.zeros([ROWS], dtype=tl.float32)
     for slot in range(EACH):
         place = rows * EACH + slot
@@ -176,7 +181,8 @@ def _weigh_backward(
         place = rows * EACH + slot
         weight = tl.load(weights + place, mask=own, other=0.0)
         by_weight = tl.load(gradient + place, mask=own, other=0.0)
-        hits = tl.load(experts + place, mask=own, other=-1)[:, None] == columns[None, :]
+        expert = tl.load(experts + place, mask=own, other=-1)
+        hits = expert[:, None] == columns[None, :]
         by_score = weight * (by_weight - along)
         sums += tl.where(hits, by_score[:, None], 0.0)
     inside = own[:, None] & (columns[None, :] < COUNT)

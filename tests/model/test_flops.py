@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils import flop_counter
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -48,8 +49,8 @@ def backward_flops(*arguments: Any, **_: Any) -> int:
     return count
 
 
-def product_flops(total: Any, rows: Any, columns: Any, **_: Any) -> int:
-    """torch's count of a product that is added to a sum."""
+def product_flops(total: Tensor, rows: Tensor, columns: Tensor, **_: Any) -> int:
+    """torch's count of the product that is added to a sum."""
     count: int = flop_counter.mm_flop(rows.t().shape, columns.shape)
     return count
 

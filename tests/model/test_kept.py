@@ -1,4 +1,4 @@
-"""What autograd keeps: recipes of norms, rotations and activations, and tensors in host memory; gradients are the same bits.
+"""What autograd keeps: ways to make norms, rotations and activations again, and tensors in host memory; gradients are the same bits.
 
 Reference: the same computation with everything kept.
 """
@@ -27,7 +27,7 @@ WAYS = {
 
 
 class Layers(nn.Module):
-    """Every operation that leaves a recipe, each before something that keeps its result."""
+    """Every operation that leaves a remaking, each before something that keeps its result."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,8 +83,8 @@ def test_gradients_are_the_same_bits(way: str) -> None:
 
 
 @pytest.mark.parametrize("cheap_again", [False, True])
-def test_what_has_a_recipe_is_let_go(cheap_again: bool) -> None:
-    """The memory of a result goes as soon as its user has run; without recipes autograd keeps it."""
+def test_what_has_a_remaking_is_let_go(cheap_again: bool) -> None:
+    """The memory of a result goes as soon as its user has run; without remakings autograd keeps it."""
     weight, linear = nn.Parameter(torch.ones(64)), nn.Linear(64, 64)
     x = torch.randn(8, 64, requires_grad=True)
     with kept(cheap_again=cheap_again, in_host_memory=False):

@@ -22,7 +22,7 @@ from visionloom.train.checkpoint.rectangles import Rectangle, rectangles
 
 
 @dataclass(frozen=True)
-class Piece:
+class ParameterPiece:
     """A part of a parameter on this rank that is one rectangle of the full tensor."""
 
     sharded: ShardedTensor
@@ -88,16 +88,16 @@ def updates(optimizer: Any) -> int:
     return most
 
 
-def pieces_by_parameter(weights: dict[str, Any]) -> dict[Any, list[Piece]]:
+def pieces_by_parameter(weights: dict[str, Any]) -> dict[Any, list[ParameterPiece]]:
     """Return the rectangles of full tensors that each parameter is made of, in the parameter's order."""
-    pieces: dict[Any, list[Piece]] = {}
+    pieces: dict[Any, list[ParameterPiece]] = {}
     for each in nested_values(weights):
         if isinstance(each, ShardedTensor | ShardedTensorFactory):
             pieces[each.data] = _pieces_of(each)
     return pieces
 
 
-def _pieces_of(sharded: ShardedTensor | ShardedTensorFactory) -> list[Piece]:
+def _pieces_of(sharded: ShardedTensor | ShardedTensorFactory) -> list[ParameterPiece]:
     """Return the pieces of one parameter: one, or two where gate and up are in one matrix."""
     parameter = sharded.data
     boxes = [sharded]
@@ -109,7 +109,7 @@ def _pieces_of(sharded: ShardedTensor | ShardedTensorFactory) -> list[Piece]:
         # Pieces are views in the parameter's order: a flat range of one is a flat range of the other.
         begin = box.data.storage_offset() - parameter.storage_offset()
         assert begin == end and box.data.is_contiguous(), box.key
-        pieces.append(Piece(box, begin))
+        pieces.append(ParameterPiece(box, begin))
         end = pieces[-1].end
     assert end == parameter.numel(), sharded.key
     return pieces
@@ -132,7 +132,9 @@ def _owned(inner: Any) -> Iterator[tuple[Any, int]]:
                     yield parameter, ranges["param"].start
 
 
-def _slices(pieces: list[Piece], kind: str, values: Tensor, begin: int) -> Iterator[ShardedTensor]:
+def _slices(
+    pieces: list[ParameterPiece], kind: str, values: Tensor, begin: int
+) -> Iterator[ShardedTensor]:
     """Yield a part of a flattened parameter as rectangles of full tensors.
 
     Args:

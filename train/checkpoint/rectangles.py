@@ -59,7 +59,9 @@ def are_apart(boxes: list[Rectangle]) -> bool:
             divided += _divided(group)
         # One rectangle alone is apart from all others.
         left = [group for group in divided if len(group) > 1]
-        if len(left) == len(groups) and sum(map(len, left)) == sum(map(len, groups)):
+        # Rounds that leave as many groups with as many rectangles have divided nothing.
+        before, after = sum(map(len, groups)), sum(map(len, left))
+        if len(left) == len(groups) and after == before:
             break
         groups = left
     return all(_pairs_are_apart(group) for group in groups)

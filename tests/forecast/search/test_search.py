@@ -152,13 +152,15 @@ def test_a_batch_does_not_change_what_is_tried(monkeypatch: pytest.MonkeyPatch) 
 def test_a_batch_finds_the_same_best_where_memory_is_learnt(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    memory = {"none": 200, "norms_and_activations": 160, "mlp": 120, "full": 60}
     of = estimates(world_size=WORLD, global_batch=32)
+    rest = RestBounds.of(of.config, "p", WORLD)
+
+    def gib(layout: ParallelConfig) -> float:
+        """Memory whose activations are two and a half times what is estimated."""
+        return (rest.of_fullest_rank(layout) + 2.5 * of.activation_bytes(layout)) / GIB
 
     def best() -> str:
-        answer, _ = searched(
-            lambda one: of.step_seconds(one, 0.0), lambda one: memory[one.recompute]
-        )
+        answer, _ = searched(lambda one: of.step_seconds(one, 0.0), gib)
         assert answer.tried[0].fits
         return answer.tried[0].yaml
 
@@ -271,13 +273,19 @@ def test_estimated_activations_follow_the_layout() -> None:
 @pytest.mark.parametrize(
     ("model", "supervised", "patches", "layout", "traced"),
     [
-        ("qwen3vl_8b", 1861, 17864, {}, 80.42),
-        ("qwen3vl_8b", 1861, 17864, {"recompute": "full"}, 8.50),
-        ("qwen3vl_8b", 1861, 17864, {"tensor": 2}, 40.67),
-        ("qwen3vl_8b", 4095, 0, {}, 60.59),
-        ("qwen3vl_8b", 4095, 0, {"recompute": "full"}, 6.79),
-        ("qwen3vl_30b_a3b", 4095, 0, {"expert": 16}, 60.97),
-        ("qwen3vl_30b_a3b", 1861, 17864, {"expert": 16, "recompute": "mlp"}, 42.43),
+        ("qwen3vl_8b", 1709, 19092, {}, 61.43),
+        ("qwen3vl_8b", 1709, 19092, {"recompute": "norms_and_activations"}, 42.78),
+        ("qwen3vl_8b", 1709, 19092, {"recompute": "mlp"}, 21.01),
+        ("qwen3vl_8b", 1709, 19092, {"recompute": "full"}, 7.49),
+        ("qwen3vl_8b", 1709, 19092, {"tensor": 2}, 30.66),
+        ("qwen3vl_8b", 2048, 0, {}, 41.33),
+        ("qwen3vl_8b", 2048, 0, {"recompute": "norms_and_activations"}, 27.27),
+        ("qwen3vl_8b", 2048, 0, {"recompute": "mlp"}, 13.77),
+        ("qwen3vl_8b", 2048, 0, {"recompute": "full"}, 5.81),
+        ("qwen3vl_30b_a3b", 2048, 0, {"expert": 16}, 43.82),
+        ("qwen3vl_30b_a3b", 2048, 0, {"expert": 16, "recompute": "norms_and_activations"}, 32.95),
+        ("qwen3vl_30b_a3b", 1709, 19092, {"expert": 16, "recompute": "mlp"}, 18.87),
+        ("qwen3vl_30b_a3b", 2048, 0, {"expert": 16, "recompute": "full"}, 3.38),
     ],
 )
 def test_estimated_activations_are_near_traced_ones(
@@ -287,4 +295,4 @@ def test_estimated_activations_are_near_traced_ones(
     work = StepWork(8192, supervised, 0, patches, 0)
     of = Estimates(run_of(model), "p", WORLD, GPU, work)
     estimated = of.activation_bytes(ParallelConfig(**layout)) / GIB  # type: ignore[arg-type]
-    assert estimated == pytest.approx(traced, rel=0.15)
+    assert estimated == pytest.approx(traced, rel=0.05)

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from visionloom.model.kernels import activation, norm, rotary  # noqa: F401  they define their operations
+
 ROWS = (0, 1, 7)
 MANY_ROWS = 1000
 """Of the narrowest norm, whose programs take several rows at a time."""
@@ -59,8 +61,8 @@ def rotary_calls(draw: Draw, rows: int) -> Iterator[tuple[str, str, list[Any]]]:
         deviation = draw.wide(rows, groups, queries + keys).abs()
         gradients = [draw(rows, groups * queries, dim), draw(rows, groups * keys, dim)]
         gradients.append(value.flatten(1, 2))
-        norm = [heads, deviation, *weights]
-        yield f"{name} norm", "rotate_heads_backward", [gradients, rotation, norm, groups]
+        saved = [heads, deviation, *weights]
+        yield f"{name} norm", "rotate_heads_backward", [gradients, rotation, saved, groups]
         yield name, "rotate_heads_backward", [gradients, rotation, [], groups]
 
 

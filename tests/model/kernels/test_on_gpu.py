@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from visionloom.model.kernels import activation, norm, rotary  # noqa: F401  they define their operations
 from visionloom.model.kernels.cross_entropy import row_sums, to_gradient_
 from visionloom.model.kernels.permute import combine_rows, count_rows, permute_rows, sort_rows
 from visionloom.model.kernels.product import add_product_
@@ -84,8 +83,9 @@ def test_rows_of_a_mixture(device: torch.device, tokens: int) -> None:
     logits, x = draw(tokens, experts), draw(tokens, width).bfloat16()
     results = []
     for place in (HOST, device):
-        own_logits = logits.to(place).detach().clone().requires_grad_()
-        own = x.to(place).detach().clone().requires_grad_()
+        # Copies: what is marked on the host would be marked for the GPU's copy too, which then is no leaf.
+        own_logits = logits.to(place, copy=True).requires_grad_()
+        own = x.to(place, copy=True).requires_grad_()
         chosen = choose_experts(own_logits.detach(), each)
         tally = torch.zeros(experts + 2, dtype=torch.int64, device=place)
         weights = weigh_experts(own_logits, chosen, None, tally)

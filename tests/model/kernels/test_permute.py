@@ -13,7 +13,7 @@ from visionloom.model.kernels.permute import (
     sort_chunks,
     sort_rows,
 )
-from visionloom.tests.model.kernels.triton_process import compiling, interpreted, stack_bytes
+from visionloom.tests.model.kernels.triton_process import compiled, compiling, interpreted
 
 EXPERTS = 7
 CHOICES = {
@@ -127,11 +127,11 @@ def kernels_fit_into_registers() -> None:
     chunks = {"RANKS": 8, "SOURCES": 8, "EXPERTS": 16, "ROWS": chunk, "CHUNKS": 128}
     moves = {"EACH": 8, "ROWS": 1, "COLUMNS": 2048}
     for gpu in (80, 90, 100):
-        assert stack_bytes(kernels._count, types, sorts, gpu) == 0
-        assert stack_bytes(kernels._sort, types, sorts, gpu) == 0
-        assert stack_bytes(kernels._sort_chunks, types, chunks, gpu) == 0
-        assert stack_bytes(kernels._permute, types, moves, gpu) == 0
-        assert stack_bytes(kernels._combine, types, moves, gpu) == 0
+        assert compiled(kernels._count, types, sorts, gpu).spilled == 0
+        assert compiled(kernels._sort, types, sorts, gpu).spilled == 0
+        assert compiled(kernels._sort_chunks, types, chunks, gpu).spilled == 0
+        assert compiled(kernels._permute, types, moves, gpu).spilled == 0
+        assert compiled(kernels._combine, types, moves, gpu).spilled == 0
 
 
 def test_kernels_fit_into_registers() -> None:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from visionloom.model.kernels import routing
 from visionloom.model.kernels.routing import ENTROPY_UNIT, choose_experts, weigh_experts
-from visionloom.tests.model.kernels.triton_process import compiling, interpreted, stack_bytes
+from visionloom.tests.model.kernels.triton_process import compiled, compiling, interpreted
 
 SIZES = [(37, 8, 2), (5, 7, 3), (70, 128, 8), (1, 16, 1)]
 """Tokens, experts, experts of a token."""
@@ -96,9 +96,9 @@ def kernels_fit_into_registers() -> None:
     weighs = sizes | {"SLOTS": 8, "PADDED": True, "TALLIED": True}
     balances = sizes | {"PADDED": True, "BALANCED": True}
     for gpu in (80, 90, 100):
-        assert stack_bytes(routing_triton._choose, types, sizes, gpu) == 0
-        assert stack_bytes(routing_triton._weigh, types, weighs, gpu) == 0
-        assert stack_bytes(routing_triton._weigh_backward, types, balances, gpu) == 0
+        assert compiled(routing_triton._choose, types, sizes, gpu).spilled == 0
+        assert compiled(routing_triton._weigh, types, weighs, gpu).spilled == 0
+        assert compiled(routing_triton._weigh_backward, types, balances, gpu).spilled == 0
 
 
 def test_kernels_fit_into_registers() -> None:

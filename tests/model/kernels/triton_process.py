@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ def _run(check: Callable[[], None], **variables: str) -> None:
     line = f"from {check.__module__} import {check.__name__} as check; check()"
     done = subprocess.run(
         [sys.executable, "-c", line],
-        env=os.environ | variables,
+        # The process has the package of this one, wherever it was found.
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | variables,
         capture_output=True,
         text=True,
         check=False,
@@ -35,22 +37,41 @@ def _run(check: Callable[[], None], **variables: str) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-def stack_bytes(kernel: Any, types: dict[str, str], constants: dict[str, Any], gpu: int) -> int:
-    """Return the bytes of a thread that do not fit into registers, of a kernel compiled for sm_`gpu`."""
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel compiled for a GPU."""
+
+    registers: int
+    """Of a thread."""
+    spilled: int
+    """Bytes of a thread that do not fit into registers."""
+    ptx: str
+
+
+def compiled(
+    kernel: Any, types: dict[str, str], constants: dict[str, Any], gpu: int, warps: int = 4
+) -> Compiled:
+    """Compile a kernel for sm_`gpu`, with addresses and strides aligned as torch's are; resources are cuobjdump's."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    names = kernel.arg_names
-    signature = {name: types.get(name, "constexpr") for name in names}
-    values = {(names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(kernel, signature, values)
-    compiled = triton.compile(source, target=GPUTarget("cuda", gpu, 32))
+    signature, values, aligned = {}, {}, {}
+    for number, name in enumerate(kernel.arg_names):
+        kind = signature[name] = "constexpr" if name in constants else types[name]
+        if name in constants:
+            values[(number,)] = constants[name]
+        if kind.startswith("*") or name.endswith("stride"):
+            aligned[(number,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, values, aligned)
+    target = GPUTarget("cuda", gpu, 32)
+    result = triton.compile(source, target=target, options={"num_warps": warps})
+
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(result.asm["cubin"])
         file.flush()
         command = [str(tool), "--dump-resource-usage", file.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    (size,) = re.findall(r"STACK:(\d+)", usage)
-    return int(size)
+    counts = {name: int(count) for name, count in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    return Compiled(counts["REG"], counts["STACK"] + counts["LOCAL"], result.asm["ptx"])

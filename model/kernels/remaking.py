@@ -1,7 +1,7 @@
 """Remember how results of cheap operations are made, so that they can be made again instead of kept.
 
 A linear layer keeps its input for the backward pass: the result of a norm or an activation, whose own input is kept as well.
-Within `remembered` such operations leave a recipe; model/kept.py keeps that in the place of the tensor.
+Within `remembered` such operations leave a remaking; model/kept.py keeps that in the place of the tensor.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Remaking:
     """A function that makes a tensor, bit for bit, and what it takes."""
 
     make: Callable[..., Tensor]
@@ -24,10 +24,10 @@ class Recipe:
 
 @dataclass
 class _Book:
-    """The recipes of tensors that are alive, by their storage."""
+    """The remakings of tensors that are alive, by their storage."""
 
     is_open: bool = False
-    recipes: dict[int, Recipe] = field(default_factory=dict)
+    remakings: dict[int, Remaking] = field(default_factory=dict)
 
 
 _book = _Book()
@@ -35,7 +35,7 @@ _book = _Book()
 
 @contextlib.contextmanager
 def remembered(wanted: bool) -> Iterator[None]:
-    """Let cheap operations leave their recipes inside, if wanted."""
+    """Let cheap operations leave their remakings inside, if wanted."""
     before, _book.is_open = _book.is_open, wanted
     try:
         yield
@@ -44,16 +44,19 @@ def remembered(wanted: bool) -> Iterator[None]:
 
 
 def remember(result: Tensor, make: Callable[..., Tensor], *inputs: Any) -> None:
-    """Leave the recipe of a whole contiguous result, for as long as its memory lives."""
+    """Leave the remaking of a whole contiguous result, for as long as its memory lives."""
     if not _book.is_open:
         return
+    # Autograd saves views of a result as other tensors: their memory is what they share.
     storage = result.untyped_storage()
     key = storage._cdata
+    # With their graph, the graph that keeps this remaking would keep itself alive.
     bare = tuple(each.detach() if isinstance(each, Tensor) else each for each in inputs)
-    _book.recipes[key] = Recipe(make, bare)
-    weakref.finalize(storage, _book.recipes.pop, key, None)
+    _book.remakings[key] = Remaking(make, bare)
+    # Another result may have the same address next.
+    weakref.finalize(storage, _book.remakings.pop, key, None)
 
 
-def recipe_of(tensor: Tensor) -> Recipe | None:
-    """Return the recipe of the memory that a tensor is a view of, None if there is none."""
-    return _book.recipes.get(tensor.untyped_storage()._cdata)
+def remaking_of(tensor: Tensor) -> Remaking | None:
+    """Return the remaking of the memory that a tensor is a view of, None if there is none."""
+    return _book.remakings.get(tensor.untyped_storage()._cdata)
