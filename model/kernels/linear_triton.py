@@ -28,10 +28,12 @@ def sums_kernel(
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(0, share, ROWS):
         row = first + start + tl.arange(0, ROWS)
-        inside = (row < tl.minimum(rows, first + share))[:, None] & (column < columns)[None, :]
-        total += tl.load(x + row[:, None] * stride + column[None, :], inside, other=0.0)
-    places = sums + tl.program_id(1) * columns + column
-    tl.store(places, tl.sum(total, 0), column < columns)
+        is_row = row < tl.minimum(rows, first + share)
+        inside = is_row[:, None] & (column < columns)[None, :]
+        places = row[:, None] * stride + column[None, :]
+        total += tl.load(x + places, inside, other=0.0)
+    own = sums + tl.program_id(1) * columns + column
+    tl.store(own, tl.sum(total, 0), column < columns)
 
 
 def column_sums(x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from visionloom.model.kernels.linear import Linear, column_sums
+from visionloom.tests.model.kernels.triton_process import compiled, compiling, interpreted
 
 
 def pair(device: torch.device) -> tuple[Linear, nn.Linear, Tensor]:
@@ -53,3 +54,35 @@ def test_sums_of_columns(device: torch.device) -> None:
     for rows, columns in ((1, 1), (37, 72), (1000, 4304), (0, 5)):
         x = torch.randn(rows, columns + 3, device=device)[:, 1:-2]
         torch.testing.assert_close(column_sums(x), x.sum(0), rtol=1e-5, atol=1e-4)
+
+
+def kernel_is_its_twin() -> None:
+    """In a process where Triton is interpreted; few programs, so that each has several rows."""
+    from visionloom.model.kernels import linear_triton
+
+    linear_triton.PROGRAMS = 4
+    for rows, columns in ((1, 1), (37, 72), (300, 130), (0, 5)):
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.randn(rows, columns + 3).to(dtype)[:, 1:-2]
+            made, expected = linear_triton.column_sums(x), column_sums(x.float())
+            tolerance = 1e-4 if dtype == torch.float32 else 0.2
+            torch.testing.assert_close(made.float(), expected, rtol=1e-2, atol=tolerance)
+
+
+def test_kernel_is_its_twin() -> None:
+    interpreted(kernel_is_its_twin)
+
+
+def kernel_does_not_spill() -> None:
+    """In a process where Triton compiles."""
+    from visionloom.model.kernels.linear_triton import COLUMNS, ROWS, sums_kernel
+
+    numbers = dict.fromkeys(("rows", "columns", "stride", "share"), "i32")
+    types = {"x": "*bf16", "sums": "*fp32"} | numbers
+    for gpu in (80, 90, 100):
+        made = compiled(sums_kernel, types, {"ROWS": ROWS, "COLUMNS": COLUMNS}, gpu)
+        assert made.spilled == 0 and 0 < made.registers <= 128, (gpu, made.registers)
+
+
+def test_kernel_compiles_without_spilling() -> None:
+    compiling(kernel_does_not_spill)
