@@ -83,11 +83,11 @@ def test_fp32_products_have_no_tensor_cores() -> None:
 
 
 def test_attention_runs_backward_at_another_speed() -> None:
-    """torch's flash kernel, H100, head dim 128, 8,192 tokens: measured for recipes/gpu/h100.yaml."""
+    """torch's flash kernel, H100, in train steps of 2B and 8B: measured for recipes/gpu/h100.yaml."""
     for direction, tflops in [
-        (Direction.FORWARD, 321),
-        (Direction.RECOMPUTE, 321),
-        (Direction.BACKWARD, 284),
+        (Direction.FORWARD, 272),
+        (Direction.RECOMPUTE, 272),
+        (Direction.BACKWARD, 232),
     ]:
         attention = operation(Kernel.ATTENTION, 1e12, direction=direction)
         assert 1 / operation_seconds(attention, H100) == pytest.approx(tflops, rel=0.05)
