@@ -208,7 +208,8 @@ def test_a_save_takes_no_more_memory_than_the_ranks_own_state(
     pool.run(2, peak_of_a_save, layout, tmp_path / "warm", False)  # imports, pools of threads
     for peak, own in pool.run(2, peak_of_a_save, layout, tmp_path / "slices", False):
         assert own > 90 << 20
-        assert 0.8 * own < peak < 1.2 * own, (peak, own)
+        # Memory that the pool has freed before is taken again, which the peak does not show.
+        assert 0.6 * own < peak < 1.2 * own, (peak, own)
     for peak, own in pool.run(2, peak_of_a_save, layout, tmp_path / "before", True):
         assert peak > 2 * own, (peak, own)
 
