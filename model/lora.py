@@ -220,6 +220,7 @@ class AdaptedStack(Stack):
 
 ADAPTED: dict[type, type] = {
     Linear: AdaptedLinear,
+    nn.Linear: AdaptedLinear,
     ColumnParallelLinear: AdaptedColumn,
     RowParallelLinear: AdaptedRow,
     Stack: AdaptedStack,

@@ -169,10 +169,13 @@ class VisionAttention(nn.Module):
 class VisionMLP(nn.Module):
     """Two layers with tanh-approximated GELU between."""
 
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, config: VisionConfig, made_again: bool) -> None:
+        """Build an MLP; `made_again`: it runs again in the backward pass."""
         super().__init__()
         self.linear_fc1 = Linear(config.hidden_size, config.ffn_hidden_size)
-        self.linear_fc2 = Linear(config.ffn_hidden_size, config.hidden_size)
+        # Recomputation stops where all is there that was kept: before the last product of torch's layer, after that of ours.
+        last = nn.Linear if made_again else Linear
+        self.linear_fc2 = last(config.ffn_hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [N, C] to [N, C]."""
@@ -182,14 +185,14 @@ class VisionMLP(nn.Module):
 class VisionBlock(nn.Module):
     """Pre-norm attention and MLP."""
 
-    def __init__(self, config: VisionConfig, mlp_again: bool) -> None:
-        """Build a block; `mlp_again`: the MLP keeps nothing but its input, and runs again in the backward pass."""
+    def __init__(self, config: VisionConfig, recompute: str) -> None:
+        """Build a block; `recompute` as parallel.recompute."""
         super().__init__()
-        self.mlp_again = mlp_again
+        self.recompute = recompute
         self.norm1 = LayerNorm(config.hidden_size, eps=config.norm_epsilon)
         self.norm2 = LayerNorm(config.hidden_size, eps=config.norm_epsilon)
         self.attn = VisionAttention(config)
-        self.mlp = VisionMLP(config)
+        self.mlp = VisionMLP(config, made_again=recompute in ("mlp", "full"))
 
     def forward(
         self,
@@ -200,7 +203,7 @@ class VisionBlock(nn.Module):
         """Map [N, C] to [N, C]; `rotation`: of each patch, fp32 [N, head dim]."""
         x = x + self.attn(self.norm1(x), rotation, segments)
         normalised = self.norm2(x)
-        if self.mlp_again and torch.is_grad_enabled():
+        if self.recompute == "mlp" and torch.is_grad_enabled():
             return x + checkpoint(self.mlp, normalised, use_reentrant=False)
         return x + self.mlp(normalised)
 
@@ -242,8 +245,7 @@ class VisionTower(nn.Module):
         self.recompute = recompute
         self.patch_embed = PatchEmbedding(config)
         self.pos_embed = nn.Embedding(config.position_table**2, config.hidden_size)
-        again = recompute == "mlp"
-        self.blocks = nn.ModuleList(VisionBlock(config, again) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(VisionBlock(config, recompute) for _ in range(config.depth))
         self.merger = Merger(config, output_size, norm_after_merge=False)
         self.deepstack_merger_list = nn.ModuleList(
             Merger(config, output_size, norm_after_merge=True) for _ in config.deepstack_layers

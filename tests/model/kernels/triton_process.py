@@ -1,40 +1,48 @@
-"""Triton's kernels without a GPU: interpreted by numpy, or compiled for a GPU that is not there, each in a process of its own.
+"""Triton's kernels without a GPU: interpreted by numpy, or compiled for a GPU that is not there, in one process each.
 
 Triton reads TRITON_INTERPRET when it is imported, so both cannot be in one process.
 """
 
+import importlib
+import multiprocessing
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
+
+_PROCESSES: dict[str, ProcessPoolExecutor] = {}
+"""By the value of TRITON_INTERPRET; each imports the model once for all tests."""
 
 
 def interpreted(check: Callable[[], None]) -> None:
     """Run a function of a test module where Triton's kernels are interpreted."""
-    _run(check, TRITON_INTERPRET="1")
+    _process("1").submit(_call, check.__module__, check.__name__).result()
 
 
 def compiling(check: Callable[[], None]) -> None:
     """Run a function of a test module where Triton's kernels are compiled."""
-    _run(check, TRITON_INTERPRET="0")
+    _process("0").submit(_call, check.__module__, check.__name__).result()
 
 
-def _run(check: Callable[[], None], **variables: str) -> None:
-    line = f"from {check.__module__} import {check.__name__} as check; check()"
-    done = subprocess.run(
-        [sys.executable, "-c", line],
-        # The process has the package of this one, wherever it was found.
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | variables,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+def _call(module: str, function: str) -> None:
+    # Pytest knows test modules by names that begin at the repository's root.
+    name = "visionloom." + module.removeprefix("visionloom.")
+    getattr(importlib.import_module(name), function)()
+
+
+def _process(interpret: str) -> ProcessPoolExecutor:
+    if interpret not in _PROCESSES:
+        one = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+        with patch.dict(os.environ, TRITON_INTERPRET=interpret):
+            one.submit(os.getpid).result()  # begins the process, which takes over the environment
+        _PROCESSES[interpret] = one
+    return _PROCESSES[interpret]
 
 
 @dataclass(frozen=True)
