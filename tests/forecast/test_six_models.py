@@ -157,19 +157,16 @@ LONG = {
 @pytest.mark.long
 @pytest.mark.parametrize("name", LONG)
 def test_one_sample_of_262144_tokens(name: str, pool: RankPool) -> None:
-    """Gathered keys need masks of both pieces of a rank; where heads are exchanged, a rank has whole segments and needs none."""
+    """Whichever way context ranks exchange, no mask is made: of gathered keys it had 4.25 GiB on each rank."""
     world = LONG[name]
     parallel = world.parallel
     assert [*parallel.all_problems(world.ranks), *world.model.layout_problems(parallel)] == []
     ((trace,),) = pool.run(1, traced, world, [0])
     print(f"{name}: peak {trace.peak.bytes / GIB:.1f} GiB")
 
-    masks = sum(each.bytes for each in trace.peak.alive if each.name == "aten::tril")
-    # The first rank has the first and the last of sixteen pieces: a byte for each row and each key up to its end.
-    rows = TOKENS // (2 * parallel.context)
-    gathered = rows * (rows + TOKENS) if parallel.context_exchange == "gather" else 0
-    assert masks == gathered
-    assert trace.peak.bytes > sum(trace.at_rest.values()) + masks
+    made = {operation.name for slot in trace.slots for operation, _ in slot.operations}
+    assert "visionloom::attention" in made and not made & {"aten::tril", "aten::masked_fill"}
+    assert trace.peak.bytes > sum(trace.at_rest.values())
     assert trace.mixed == ()
 
 
