@@ -165,7 +165,7 @@ def test_one_sample_of_262144_tokens(name: str, pool: RankPool) -> None:
     print(f"{name}: peak {trace.peak.bytes / GIB:.1f} GiB")
 
     made = {operation.name for slot in trace.slots for operation, _ in slot.operations}
-    assert "visionloom::attention" in made and not made & {"aten::tril", "aten::masked_fill"}
+    assert "visionloom::attention" in made and "aten::tril" not in made
     assert trace.peak.bytes > sum(trace.at_rest.values())
     assert trace.mixed == ()
 
