@@ -76,7 +76,7 @@ def transformer_config(
         bias_dropout_fusion=False,
         **_layout_settings(model, parallel),
         **_expert_settings(text),
-        **_recompute_settings(parallel.recompute, text.experts),
+        **_recompute_settings(parallel, text.experts),
     )
     config.balance_coefficient = text.balance_coefficient
     return config
@@ -123,18 +123,24 @@ def _expert_settings(text: TextConfig) -> dict[str, Any]:
     }
 
 
-def _recompute_settings(mode: str, experts: int) -> dict[str, Any]:
-    """Return parallel.recompute in Megatron-core's words."""
-    if mode == "full":
+def _recompute_settings(parallel: ParallelConfig, experts: int) -> dict[str, Any]:
+    """Return parallel.recompute in Megatron-core's words; norms and activations are kept.py's business."""
+    if parallel.recompute == "full":
         return {
             "recompute_granularity": "full",
             "recompute_method": "uniform",
             "recompute_num_layers": 1,
         }
-    if mode == "selective":
+    if parallel.recompute == "block":
+        return {
+            "recompute_granularity": "full",
+            "recompute_method": "block",
+            "recompute_num_layers": parallel.recompute_layers,
+        }
+    if parallel.recompute == "mlp":
         return {
             "recompute_granularity": "selective",
-            "recompute_modules": ["core_attn", "moe"] if experts else ["core_attn"],
+            "recompute_modules": ["moe" if experts else "mlp"],
         }
     return {}
 

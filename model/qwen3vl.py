@@ -24,10 +24,10 @@ from torch import Tensor
 
 from visionloom.model.attention import build_context
 from visionloom.model.config import ModelConfig
+from visionloom.model.kept import kept
 from visionloom.model.language import LanguageModel, transformer_config
 from visionloom.model.lora_config import LoraConfig
 from visionloom.model.loss import linear_cross_entropy
-from visionloom.model.offload import in_host_memory
 from visionloom.model.rank_share import FeatureExchange, PackTensors, RankShare
 from visionloom.model.rope import inverse_frequencies, mrope_rotation
 from visionloom.model.vision import VisionInput, VisionTower
@@ -102,8 +102,7 @@ class Qwen3VL(MegatronModule):  # type: ignore[misc]
 
     def _build_tower(self, dtype: torch.dtype) -> VisionTower:
         config, parallel = self.model_config, self.topology.config
-        recompute = parallel.recompute == "full"
-        tower = VisionTower(config.vision, config.text.hidden_size, recompute).to(dtype)
+        tower = VisionTower(config.vision, config.text.hidden_size, parallel.recompute).to(dtype)
         for parameter in tower.parameters():
             # Each rank encodes its own pictures under sequence parallelism: gradients are partial.
             parameter.sequence_parallel = parallel.sequence_parallel  # type: ignore[attr-defined]
@@ -216,7 +215,10 @@ class Qwen3VL(MegatronModule):  # type: ignore[misc]
     def _decode(self, inputs: ModelInput) -> Tensor:
         """Return hidden states [t, 1, H]; in a chunk before the last, followed by the DeepStack levels that later layers need."""
         hidden, levels = self._embed(inputs) if self.pre_process else self._unpack(inputs)
-        with in_host_memory(self.topology.config.offload_activations):
+        parallel = self.topology.config
+        with kept(
+            cheap_again=parallel.recompute != "none", in_host_memory=parallel.offload_activations
+        ):
             output: Tensor = self.language_model(
                 hidden,
                 inputs.rotation,
@@ -232,7 +234,8 @@ class Qwen3VL(MegatronModule):  # type: ignore[misc]
         assert inputs.vision is not None
         with in_part(LANGUAGE):
             hidden: Tensor = self.language_model.embedding(inputs.input_ids, None)
-        features: Tensor = self.visual(inputs.vision)
+        with kept(cheap_again=self.topology.config.recompute != "none", in_host_memory=False):
+            features: Tensor = self.visual(inputs.vision)
         if inputs.exchange is None:
             # Keeps the tower in the graph: its gradients are zeros in a pack of text, not missing.
             return hidden + features.sum() * 0.0, None

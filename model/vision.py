@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from visionloom.model.config import VisionConfig
 from visionloom.model.kernels.attention import Segments, attend
+from visionloom.model.kernels.norm import layer_norm
 from visionloom.model.kernels.rotary import rotate_heads
 from visionloom.model.rope import vision_rotation
 from visionloom.parallel.parts import MERGER, VISION, in_part
@@ -133,6 +134,14 @@ class PatchEmbedding(nn.Module):
         return self.proj(pixels.to(self.proj.weight.dtype))
 
 
+class LayerNorm(nn.LayerNorm):
+    """torch's, whose result need not be kept."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise [..., H] over its last dim."""
+        return layer_norm(x, self.weight, self.bias, self.eps)
+
+
 class VisionAttention(nn.Module):
     """Bidirectional attention inside each frame."""
 
@@ -171,10 +180,12 @@ class VisionMLP(nn.Module):
 class VisionBlock(nn.Module):
     """Pre-norm attention and MLP."""
 
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, config: VisionConfig, mlp_again: bool) -> None:
+        """Build a block; `mlp_again`: the MLP keeps nothing but its input, and runs again in the backward pass."""
         super().__init__()
-        self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.norm_epsilon)
-        self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.norm_epsilon)
+        self.mlp_again = mlp_again
+        self.norm1 = LayerNorm(config.hidden_size, eps=config.norm_epsilon)
+        self.norm2 = LayerNorm(config.hidden_size, eps=config.norm_epsilon)
         self.attn = VisionAttention(config)
         self.mlp = VisionMLP(config)
 
@@ -186,7 +197,10 @@ class VisionBlock(nn.Module):
     ) -> Tensor:
         """Map [N, C] to [N, C]; `rotation`: of each patch, fp32 [N, head dim]."""
         x = x + self.attn(self.norm1(x), rotation, segments)
-        return x + self.mlp(self.norm2(x))
+        normalised = self.norm2(x)
+        if self.mlp_again and torch.is_grad_enabled():
+            return x + checkpoint(self.mlp, normalised, use_reentrant=False)
+        return x + self.mlp(normalised)
 
 
 class Merger(nn.Module):
@@ -201,7 +215,7 @@ class Merger(nn.Module):
         self.width = config.hidden_size * config.spatial_merge_size**2
         self.norm_after_merge = norm_after_merge
         normalised = self.width if norm_after_merge else config.hidden_size
-        self.norm = nn.LayerNorm(normalised, eps=config.norm_epsilon)
+        self.norm = LayerNorm(normalised, eps=config.norm_epsilon)
         self.linear_fc1 = nn.Linear(self.width, self.width)
         self.linear_fc2 = nn.Linear(self.width, output_size)
 
@@ -219,14 +233,15 @@ class Merger(nn.Module):
 class VisionTower(nn.Module):
     """The tower from patches to features: the main merger's and, side by side, those of the DeepStack mergers."""
 
-    def __init__(self, config: VisionConfig, output_size: int, recompute: bool = False) -> None:
-        """Build a tower with features of `output_size`; `recompute`: keep no activations of the blocks, make them again."""
+    def __init__(self, config: VisionConfig, output_size: int, recompute: str = "none") -> None:
+        """Build a tower with features of `output_size`; `recompute` as parallel.recompute, of which `block` has no part here."""
         super().__init__()
         self.config = config
         self.recompute = recompute
         self.patch_embed = PatchEmbedding(config)
         self.pos_embed = nn.Embedding(config.position_table**2, config.hidden_size)
-        self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.depth))
+        again = recompute == "mlp"
+        self.blocks = nn.ModuleList(VisionBlock(config, again) for _ in range(config.depth))
         self.merger = Merger(config, output_size, norm_after_merge=False)
         self.deepstack_merger_list = nn.ModuleList(
             Merger(config, output_size, norm_after_merge=True) for _ in config.deepstack_layers
@@ -240,7 +255,7 @@ class VisionTower(nn.Module):
         rotation = vision_rotation(vision.rows_columns, head_dim)
         levels: dict[int, Tensor] = {}
         for index, block in enumerate(self.blocks):
-            if self.recompute and torch.is_grad_enabled():
+            if self.recompute == "full" and torch.is_grad_enabled():
                 x = checkpoint(block, x, rotation, vision.segments, use_reentrant=False)
             else:
                 x = block(x, rotation, vision.segments)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from visionloom.common.settings import check, option
 
-RECOMPUTATIONS = ("none", "selective", "full")
+RECOMPUTATIONS = ("none", "norms_and_activations", "mlp", "block", "full")
+"""From the least memory saved to the most."""
 EXCHANGES = ("gather", "ulysses")
 
 
@@ -37,7 +38,10 @@ class ParallelConfig:
     pipeline_layout: str | None = option(None, "free")
     """Embedding (E), decoder layers (t) and loss (L) over the stages, for example `Ettt|tttt|ttL`; None: evenly."""
     recompute: str = option("none", "free", choices=RECOMPUTATIONS)
-    """Activations made again in the backward pass: `none`, `selective` (attention and experts), or `full` (whole layers)."""
+    """What is made again in the backward pass and not kept: `none`; `norms_and_activations`, whose results cost little (the others
+    make them again too); `mlp`, the MLPs or experts too; `block`, the first recompute_layers decoder layers whole; `full`, all."""
+    recompute_layers: int = option(0, "free", least=0, most=1024)
+    """Decoder layers of each chunk of the model that recompute=block makes again whole."""
     offload_activations: bool = option(False, "free")
     """Keep what the decoder layers save for the backward pass in host memory."""
 
@@ -88,6 +92,11 @@ class ParallelConfig:
         """Yield a line for each degree that needs another one."""
         if self.sequence and self.tensor == 1:
             yield f"{here}.sequence=true needs {here}.tensor of 2 or more (now 1)"
+        if (self.recompute == "block") != bool(self.recompute_layers):
+            yield (
+                f"{here}.recompute=block and {here}.recompute_layers, the number of layers, need each other"
+                f" (now {self.recompute} and {self.recompute_layers})"
+            )
         if self.virtual_pipeline is not None and self.pipeline == 1:
             yield (
                 f"{here}.virtual_pipeline={self.virtual_pipeline} needs {here}.pipeline of 2 or more (now 1):"

@@ -33,6 +33,8 @@ OFFLOADED: Final = 5
 """Layouts that are tried with offloading, where none fits without."""
 BATCH: Final = 4
 """Layouts that are traced at a time. The same on any machine, so that what is learnt from them, and the result, is too."""
+LEVELS: Final = tuple(each for each in RECOMPUTATIONS if each != "block")
+"""Recomputation that is tried, from the least to the most: `block` needs a number of layers too."""
 CONFIRMED: Final = 3
 """Layouts that are traced on their fullest packs."""
 
@@ -194,7 +196,7 @@ class _Search:
 
     def _lightest(self, layout: ParallelConfig, rest_bytes: float) -> _Waiting:
         """Return a layout with as little more recomputation as seems to fit, or with all."""
-        levels = RECOMPUTATIONS[RECOMPUTATIONS.index(layout.recompute) :]
+        levels = LEVELS[LEVELS.index(layout.recompute) :]
         for recompute in levels:
             layout = replace(layout, recompute=recompute)
             error = statistics.median(self.errors[recompute] or [1.0])
@@ -255,9 +257,9 @@ class _Search:
     def _recompute_more(self, row: TriedLayout) -> None:
         """Let a layout that does not fit wait again with more recomputation, where there is more."""
         layout = row.config.parallel
-        more = RECOMPUTATIONS.index(layout.recompute) + 1
-        if more < len(RECOMPUTATIONS):
-            self._wait(replace(layout, recompute=RECOMPUTATIONS[more]))
+        more = LEVELS.index(layout.recompute) + 1
+        if more < len(LEVELS):
+            self._wait(replace(layout, recompute=LEVELS[more]))
 
     def _wait(self, layout: ParallelConfig) -> None:
         rest = self.bounds.of_fullest_rank(layout)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visionloom.model.kernels.library import define, in_triton
+from visionloom.model.kernels.recipes import remember
 
 
 def _swiglu(gate_up: Tensor, row_weights: Tensor | None) -> Tensor:
@@ -88,4 +89,5 @@ class _SwiGLU(torch.autograd.Function):
 def swiglu(gate_up: Tensor, row_weights: Tensor | None = None) -> Tensor:
     """Return silu(gate) * up, [..., F] of [..., 2 F], times a weight a row [...], whose gradient it has too."""
     output: Tensor = _SwiGLU.apply(gate_up, row_weights)
+    remember(output, _swiglu_forward, gate_up, row_weights)
     return output

@@ -7,9 +7,11 @@ Shapes: [..., H], with a weight [H]; a reciprocal deviation fp32 [..., 1] is kep
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from visionloom.model.kernels.library import define, in_triton
+from visionloom.model.kernels.recipes import remember
 
 
 def _forward(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
@@ -125,15 +127,31 @@ class _AddRMSNorm(torch.autograd.Function):
         return both, both, by_weight, None
 
 
+def _again(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """Return a norm's result once more."""
+    output: Tensor = _rms_norm(x, weight, epsilon)[0]
+    return output
+
+
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """Return [..., H] divided by the root of its mean square over the last dim, times weight [H], in its own dtype."""
     output: Tensor = _RMSNorm.apply(x, weight, epsilon)
+    remember(output, _again, x, weight, epsilon)
+    return output
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
+    """Return LayerNorm of x [..., H] over its last dim, by torch's own kernel."""
+    options = weight.shape, weight, bias, epsilon
+    output = F.layer_norm(x, *options)
+    remember(output, F.layer_norm, x, *options)
     return output
 
 
 def branch_rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """Return `rms_norm` and x itself, which goes on as the residual: the kernel of the backward pass adds both gradients."""
     output, residual = _BranchRMSNorm.apply(x, weight, epsilon)
+    remember(output, _again, x, weight, epsilon)
     return output, residual
 
 
@@ -142,4 +160,5 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """Return `rms_norm` of x + residual, and that sum rounded to their dtype, all [..., H]."""
     output, total = _AddRMSNorm.apply(x, residual, weight, epsilon)
+    remember(output, _again, total, weight, epsilon)
     return output, total

@@ -13,6 +13,28 @@ from torch import Tensor
 
 from visionloom.model.kernels.library import define, in_triton
 from visionloom.model.kernels.norm import norm_gradients
+from visionloom.model.kernels.recipes import remember
+
+
+class _BothAgain:
+    """Makes rotated queries and keys again: both at once, as the kernel does, though each is asked for by itself."""
+
+    def __init__(self, keys: int, epsilon: float) -> None:
+        self.keys, self.epsilon = keys, epsilon
+        self._key: Tensor | None = None
+
+    def query(self, heads: Tensor, rotation: Tensor, *weights: Tensor) -> Tensor:
+        """Return the queries; attention asks for them before the keys."""
+        query, self._key, _ = _rotate_heads(heads, rotation, weights, self.keys, self.epsilon)
+        return query
+
+    def key(self, *tensors: Tensor) -> Tensor:
+        """Return the keys."""
+        if self._key is None:
+            self.query(*tensors)
+        key, self._key = self._key, None
+        assert key is not None
+        return key
 
 
 def _rotated(x: Tensor, rotation: Tensor, direction: int) -> Tensor:
@@ -151,4 +173,8 @@ def rotate_heads(
         epsilon: of the norm.
     """
     query, key, value = _RotatedHeads.apply(joined, rotation, keys, epsilon, *weights)
+    again = _BothAgain(keys, epsilon)
+    heads = joined[:, :, : joined.shape[2] - keys]
+    remember(query, again.query, heads, rotation, *weights)
+    remember(key, again.key, heads, rotation, *weights)
     return query, key, value

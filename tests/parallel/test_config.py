@@ -33,7 +33,11 @@ from visionloom.parallel.config import ParallelConfig
             2,
             ["parallel.virtual_pipeline=2", "parallel.pipeline"],
         ),
-        (ParallelConfig(recompute="some"), 1, ["parallel.recompute=some", "none, selective, full"]),
+        (
+            ParallelConfig(recompute="some"),
+            1,
+            ["parallel.recompute=some", "none, norms_and_activations, mlp, block, full"],
+        ),
         (
             ParallelConfig(context_exchange="ring"),
             1,

@@ -191,7 +191,7 @@ def build(
 
     `topology` is that of an imagined rank, None: this process is a real one.
     """
-    from visionloom.model import offload
+    from visionloom.model import kept
     from visionloom.model.lora import apply_lora
     from visionloom.model.lora_config import LoraConfig
     from visionloom.model.qwen3vl import Qwen3VL
@@ -200,7 +200,7 @@ def build(
     from visionloom.train.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
     from visionloom.train.phase_trainer import PhaseTrainer
 
-    offload.LEAST_BYTES = 0  # a tiny model's activations are all small
+    kept.LEAST_BYTES = 0  # a tiny model's activations are all small
     topology = topology or topologies.start(layout.config, torch.device("cpu"))
     numbers = layout.config.chunk_numbers
     with topology.device:

@@ -54,7 +54,7 @@ OPTIONS: dict[str, list[Any]] = {
     "parallel.expert_tensor": [None, 0, 1, 2],
     "parallel.sequence": [None, True, False],
     "parallel.pipeline_layout": [None, "EttL", "Ett|L", "E|ttL", "Et|tL", "Et|t|L", "E|t|tL", "Et|t||L", "ttL", "E|L", "", "Et*2L", "Et*0|t*2L"],
-    "parallel.recompute": ["none", "selective", "full", "some"],
+    "parallel.recompute": ["none", "norms_and_activations", "mlp", "block", "full", "some"],
     "parallel.offload_activations": [False, True],
     "lora.rank": [-1, 0, 1, 3, 4, 8],
     "lora.alpha": [0.0, 1.0, 16.0, math.nan],
@@ -159,7 +159,7 @@ def step(drawn: Draw) -> tuple[float, float, bool]:
     """Loss and gradient norm of the run's first step, and whether all weights are finite after it. Runs on every rank."""
     import torch
 
-    from visionloom.model import offload
+    from visionloom.model import kept
     from visionloom.model.lora import apply_lora
     from visionloom.model.qwen3vl import Qwen3VL
     from visionloom.model.sharding import draw_weights
@@ -174,7 +174,7 @@ def step(drawn: Draw) -> tuple[float, float, bool]:
     from visionloom.train.build import build_trainer, model_dtype
     from visionloom.train.step import train_step
 
-    offload.LEAST_BYTES = 0  # a small model's activations are all small
+    kept.LEAST_BYTES = 0  # a small model's activations are all small
     config = drawn.config()
     phase, device = config.phases["p"], torch.device("cpu")
     topology = topologies.start(config.parallel, device)

@@ -114,7 +114,7 @@ def test_reasons_name_what_grew() -> None:
 
 
 def test_recomputation_is_raised_until_it_fits() -> None:
-    memory = {"none": 200, "selective": 120, "full": 60}
+    memory = {"none": 200, "norms_and_activations": 160, "mlp": 120, "full": 60}
     result, seen = searched(lambda _: 1.0, lambda one: memory[one.recompute])
     assert result.tried[0].config.parallel.recompute == "full"
     first = [one for one in layouts(seen) if one.recompute != "full"]
@@ -152,7 +152,7 @@ def test_a_batch_does_not_change_what_is_tried(monkeypatch: pytest.MonkeyPatch) 
 def test_a_batch_finds_the_same_best_where_memory_is_learnt(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    memory = {"none": 200, "selective": 120, "full": 60}
+    memory = {"none": 200, "norms_and_activations": 160, "mlp": 120, "full": 60}
     of = estimates(world_size=WORLD, global_batch=32)
 
     def best() -> str:
@@ -232,7 +232,7 @@ def seconds(estimate: Estimates, **layout: object) -> float:
 
 def test_estimated_times_follow_the_layout() -> None:
     of = estimates()
-    assert seconds(of, recompute="full") > seconds(of, recompute="selective") > seconds(of)
+    assert seconds(of, recompute="full") > seconds(of, recompute="mlp") > seconds(of)
     assert seconds(of, pipeline=4) > seconds(of, pipeline=4, virtual_pipeline=3)
     # Sixteen tensor ranks are on two nodes, eight on one.
     one_node = Estimates(of.config, "p", 64, replace(GPU, node_ranks=16), WORK)
@@ -264,7 +264,7 @@ def test_estimated_activations_follow_the_layout() -> None:
     assert held(pipeline=4) > 0.9 * held()
     assert held(offload_activations=True) < 0.5 * held()
     mixture = replace(of, config=run_of("qwen3vl_30b_a3b"))
-    experts, attention = ParallelConfig(), ParallelConfig(recompute="selective")
+    experts, attention = ParallelConfig(), ParallelConfig(recompute="mlp")
     assert mixture.activation_bytes(experts) > 1.5 * mixture.activation_bytes(attention)
 
 
@@ -277,7 +277,7 @@ def test_estimated_activations_follow_the_layout() -> None:
         ("qwen3vl_8b", 4095, 0, {}, 60.59),
         ("qwen3vl_8b", 4095, 0, {"recompute": "full"}, 6.79),
         ("qwen3vl_30b_a3b", 4095, 0, {"expert": 16}, 60.97),
-        ("qwen3vl_30b_a3b", 1861, 17864, {"expert": 16, "recompute": "selective"}, 42.43),
+        ("qwen3vl_30b_a3b", 1861, 17864, {"expert": 16, "recompute": "mlp"}, 42.43),
     ],
 )
 def test_estimated_activations_are_near_traced_ones(

@@ -1,0 +1,183 @@
+"""What autograd keeps between the forward and the backward pass: as it is, as the recipe of what is cheap, or in host memory.
+
+Copies to the host and back have a stream of their own beside the computing one, and what the backward pass will need next is
+fetched while it works on the layer after.
+"""
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from visionloom.model.kernels.recipes import Recipe, recipe_of, remembered
+
+LEAST_BYTES = 1 << 16
+"""Smaller tensors stay where they are: a copy would cost more than the memory is worth."""
+AHEAD_BYTES = 1 << 30
+"""Fetched before it is asked for: 20 ms of PCIe, about a layer's backward pass of 8,192 tokens of 8B."""
+
+
+@contextmanager
+def kept(*, cheap_again: bool, in_host_memory: bool) -> Iterator[None]:
+    """Choose what autograd keeps of what is computed inside.
+
+    Args:
+        cheap_again: results of norms, rotations and activations are made again from their inputs, bit for bit.
+        in_host_memory: other tensors are moved to host memory, and back when they are needed. Parameters stay.
+    """
+    if not (cheap_again or in_host_memory):
+        yield
+        return
+    keeper = Keeper(in_host_memory)
+    hooks = torch.autograd.graph.saved_tensors_hooks(keeper.pack, keeper.unpack)
+    with remembered(cheap_again), hooks:
+        yield
+
+
+@dataclass(frozen=True)
+class Made:
+    """A tensor that is made again: a view of what a recipe makes."""
+
+    recipe: Recipe
+    inputs: tuple[Any, ...]
+    """The recipe's, packed themselves."""
+    shape: torch.Size
+    strides: tuple[int, ...]
+    offset: int
+
+
+class Moved:
+    """A tensor in host memory, for one or several that have saved it."""
+
+    def __init__(self, tensor: Tensor, copies: "Copies") -> None:
+        # Pinned, or the copy would wait for the device.
+        self.host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        self.device = tensor.device
+        self.uses = 0
+        """Times that it was saved, less those that it was taken."""
+        self.fetched: Tensor | None = None
+        copies.begin(self.host, tensor)
+
+    def fetch(self, copies: "Copies") -> None:
+        """Begin to bring the tensor back."""
+        if self.fetched is None:
+            self.fetched = copies.fetch(self.host, self.device)
+
+    def take(self, copies: "Copies") -> Tensor:
+        """Return the tensor on its device."""
+        self.fetch(copies)
+        tensor = self.fetched
+        assert tensor is not None
+        self.uses -= 1
+        if not self.uses:
+            self.fetched = None
+        copies.wait(tensor)
+        return tensor
+
+
+class Copies:
+    """Copies to the host and back, on a stream of their own where there are streams."""
+
+    def __init__(self) -> None:
+        self._stream: Any = None
+
+    def begin(self, host: Tensor, tensor: Tensor) -> None:
+        """Copy a tensor to the host, after all that has been launched so far."""
+        if not tensor.is_cuda:
+            host.copy_(tensor)
+            return
+        self._stream = self._stream or torch.cuda.Stream()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            host.copy_(tensor, non_blocking=True)
+        # Its memory is nobody else's before the copy is done.
+        tensor.record_stream(self._stream)
+
+    def fetch(self, host: Tensor, device: torch.device) -> Tensor:
+        """Begin to copy a tensor back."""
+        if self._stream is None:
+            return host.to(device, non_blocking=True)
+        with torch.cuda.stream(self._stream):
+            return host.to(device, non_blocking=True)
+
+    def wait(self, tensor: Tensor) -> None:
+        """Let the computation wait for a tensor that was fetched; the host goes on."""
+        if self._stream is not None:
+            computing = torch.cuda.current_stream()
+            computing.wait_stream(self._stream)
+            tensor.record_stream(computing)
+
+
+Packed = Tensor | Made | Moved
+
+
+@dataclass
+class Keeper:
+    """Packs the tensors that autograd saves, and unpacks them."""
+
+    in_host_memory: bool
+    copies: Copies = field(default_factory=Copies)
+    moved: list[Moved] = field(default_factory=list)
+    """In the order of the forward pass; the backward pass takes them from the end."""
+    by_place: dict[tuple[Any, ...], Moved] = field(default_factory=dict)
+    """Those whose tensors are still on the device, where another operation may save them too."""
+
+    def pack(self, tensor: Tensor) -> Packed:
+        """Return a tensor as it is kept."""
+        if recipe := recipe_of(tensor):
+            inputs = tuple(
+                self.pack(each) if isinstance(each, Tensor) else each for each in recipe.inputs
+            )
+            return Made(recipe, inputs, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
+        if not self.in_host_memory or stays(tensor):
+            return tensor
+        return self._move(tensor)
+
+    def _move(self, tensor: Tensor) -> Moved:
+        """Return a tensor in host memory, to which it is copied once."""
+        storage = tensor.untyped_storage()
+        place = storage._cdata, tensor.storage_offset(), tensor.shape, tensor.stride()
+        if place not in self.by_place:
+            moved = self.by_place[place] = Moved(tensor, self.copies)
+            self.moved.append(moved)
+            # Another tensor may be there next.
+            weakref.finalize(storage, self.by_place.pop, place, None)
+        self.by_place[place].uses += 1
+        return self.by_place[place]
+
+    def unpack(self, packed: Packed) -> Tensor:
+        """Return a tensor as it was."""
+        if isinstance(packed, Moved):
+            tensor = packed.take(self.copies)
+            self._fetch_before(packed)
+            return tensor
+        if isinstance(packed, Made):
+            inputs = [
+                self.unpack(each) if isinstance(each, Tensor | Made | Moved) else each
+                for each in packed.inputs
+            ]
+            with torch.no_grad():
+                whole = packed.recipe.make(*inputs)
+            return whole.as_strided(packed.shape, packed.strides, packed.offset)
+        return packed
+
+    def _fetch_before(self, packed: Moved) -> None:
+        """Fetch what was moved before a tensor: the backward pass asks for it next."""
+        if packed in self.moved:
+            del self.moved[self.moved.index(packed) :]
+        ahead = 0
+        for each in reversed(self.moved):
+            ahead += each.host.nbytes
+            if ahead > AHEAD_BYTES:
+                break
+            each.fetch(self.copies)
+
+
+def stays(tensor: Tensor) -> bool:
+    """Return whether a tensor is not moved: parameters, views of them and small ones."""
+    is_parameter = isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)
+    return is_parameter or tensor.nbytes < LEAST_BYTES

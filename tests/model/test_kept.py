@@ -1,0 +1,142 @@
+"""What autograd keeps: recipes of norms, rotations and activations, and tensors in host memory; gradients are the same bits.
+
+Reference: the same computation with everything kept.
+"""
+
+import gc
+import weakref
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from visionloom.model import kept as kept_module
+from visionloom.model.kept import Keeper, Made, Moved, kept
+from visionloom.model.kernels.activation import swiglu
+from visionloom.model.kernels.norm import add_rms_norm, layer_norm, rms_norm
+from visionloom.model.kernels.rotary import rotate_heads
+
+WAYS = {
+    "cheap again": {"cheap_again": True, "in_host_memory": False},
+    "in host memory": {"cheap_again": False, "in_host_memory": True},
+    "both": {"cheap_again": True, "in_host_memory": True},
+}
+
+
+class Layers(nn.Module):
+    """Every operation that leaves a recipe, each before something that keeps its result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.joined = nn.Linear(64, 2 * 4 * 32)
+        self.out = nn.Linear(2 * 2 * 32, 64)
+        self.gate_up, self.down = nn.Linear(64, 256), nn.Linear(128, 64)
+        self.weights = nn.ParameterList([torch.rand(64) for _ in range(4)])
+        self.heads = nn.ParameterList([torch.rand(32) for _ in range(2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [T, 64] to [T, 64]."""
+        joined = self.joined(rms_norm(x, self.weights[0], 1e-6)).view(-1, 2, 4, 32)
+        rotation = torch.linspace(0, 3, len(x) * 32).view(len(x), 32)
+        weights = (self.heads[0], self.heads[1])
+        query, key, value = rotate_heads(joined, rotation, 1, weights, 1e-6)
+        # The product keeps the keys; their repetition alone would not.
+        key = (key * self.heads[1]).repeat_interleave(2, 1)
+        scores = torch.einsum("thd,shd->hts", query, key)
+        attended = torch.einsum("hts,shd->thd", scores.softmax(-1), value.repeat_interleave(2, 1))
+        inner, x = add_rms_norm(self.out(attended.flatten(1)), x, self.weights[1], 1e-6)
+        x = x + self.down(swiglu(self.gate_up(inner)))
+        return F.gelu(layer_norm(x, self.weights[2], self.weights[3], 1e-6)).square()
+
+
+def gradients(**way: bool) -> tuple[list[Tensor], list[Any]]:
+    """The gradients of the layers' input and weights, and what was packed."""
+    layers, packed = Layers(), []
+    tokens = torch.randn(40, 64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    pack = Keeper.pack
+
+    def noted(keeper: Keeper, tensor: Tensor) -> Any:
+        packed.append(pack(keeper, tensor))
+        return packed[-1]
+
+    with patch.object(Keeper, "pack", noted), patch.object(kept_module, "LEAST_BYTES", 0):
+        with kept(**{"cheap_again": False, "in_host_memory": False} | way):
+            output = layers(tokens)
+        output.sum().backward()
+    results = [tokens.grad, *(parameter.grad for parameter in layers.parameters())]
+    return [each for each in results if each is not None], packed
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_gradients_are_the_same_bits(way: str) -> None:
+    (plain, nothing), (ours, packed) = gradients(), gradients(**WAYS[way])
+    assert len(plain) == len(ours) > 8 and not nothing
+    assert all(torch.equal(a, b) for a, b in zip(plain, ours, strict=True))
+    made = sum(isinstance(each, Made) for each in packed)
+    moved = sum(isinstance(each, Moved) for each in packed)
+    # Two RMSNorms, queries, keys, SwiGLU and LayerNorm.
+    assert made == (6 if WAYS[way]["cheap_again"] else 0)
+    assert (moved > 5) == WAYS[way]["in_host_memory"]
+
+
+@pytest.mark.parametrize("cheap_again", [False, True])
+def test_what_has_a_recipe_is_let_go(cheap_again: bool) -> None:
+    """The memory of a result goes as soon as its user has run; without recipes autograd keeps it."""
+    weight, linear = nn.Parameter(torch.ones(64)), nn.Linear(64, 64)
+    x = torch.randn(8, 64, requires_grad=True)
+    with kept(cheap_again=cheap_again, in_host_memory=False):
+        normalised = rms_norm(x, weight, 1e-6)
+        alive = weakref.ref(normalised.untyped_storage())
+        output = linear(normalised)
+        del normalised
+    gc.collect()
+    assert (alive() is None) == cheap_again
+    output.sum().backward()
+
+
+def test_a_tensor_that_two_have_saved_is_moved_once() -> None:
+    x = torch.randn(64, 64, requires_grad=True)
+    with (
+        patch.object(kept_module, "LEAST_BYTES", 0),
+        patch.object(kept_module, "Moved", wraps=Moved) as moved,
+        kept(cheap_again=False, in_host_memory=True),
+    ):
+        hidden = x * 1.0
+        output = hidden.sin() + hidden.cos()
+    output.sum().backward()
+    assert moved.call_count == 1
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, x.detach().cos() - x.detach().sin())
+
+
+def test_what_is_needed_next_is_fetched_before() -> None:
+    """At the backward pass of a tensor, those that were saved before it are on their way, up to a limit."""
+    keeper = Keeper(in_host_memory=True)
+    with patch.object(kept_module, "LEAST_BYTES", 0):
+        packed = [keeper.pack(torch.full((4,), float(number))) for number in range(6)]
+    # Four numbers of four bytes each: two tensors are 32 bytes.
+    with patch.object(kept_module, "AHEAD_BYTES", 32):
+        assert torch.equal(keeper.unpack(packed[5]), torch.full((4,), 5.0))
+    on_their_way = [each.fetched is not None for each in packed if isinstance(each, Moved)]
+    assert on_their_way == [False, False, False, True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("tensor", "moves"),
+    [
+        (nn.Parameter(torch.zeros(512, 512)), False),
+        (nn.Parameter(torch.zeros(512, 512)).t(), False),
+        (torch.zeros(512, 512), True),
+        (torch.zeros(8), False),
+    ],
+    ids=["parameter", "view of a parameter", "activation", "small"],
+)
+def test_what_is_moved(tensor: Tensor, moves: bool) -> None:
+    keeper = Keeper(in_host_memory=True)
+    packed = keeper.pack(tensor)
+    assert isinstance(packed, Moved) is moves
+    assert torch.equal(keeper.unpack(packed), tensor)
