@@ -1,10 +1,11 @@
 """Mixture of experts: the router's choice of experts, their grouped matrices, and the load-balancing loss.
 
 Source: Qwen3 technical report (arXiv 2505.09388) section 2, global-batch load balancing (arXiv 2501.11873); reference
-implementation: transformers' Qwen3VLMoeTextSparseMoeBlock. Dispatch over expert-parallel ranks is Megatron-core's.
+implementation: transformers' Qwen3VLMoeTextSparseMoeBlock. How rows get to the experts and back is dispatch.py's.
 Shapes: n tokens of this rank, E experts (e of them on this rank), k experts a token, H hidden size, F expert width (f here).
 """
 
+from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,15 +13,17 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
+from megatron.core.tensor_parallel import checkpoint
+from megatron.core.tensor_parallel.random import is_checkpointing
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.moe.moe_utils import (
-    MoEAuxLossAutoScaler,
-    topk_routing_with_score_function,
-)
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from visionloom.model.dispatch import Dispatch, ExpertGroups
+from visionloom.model.kernels.activation import swiglu
+from visionloom.model.kernels.routing import ENTROPY_UNIT, choose_experts, weigh_experts
 from visionloom.parallel.topology import Topology
 
 
@@ -41,52 +44,86 @@ class Router(TopKRouter):  # type: ignore[misc]
         self.load: Tensor
         """fp32 [E]: share of each expert in the assignments of the last global batch."""
         self.tally: Tensor
-        """fp64 [E + 2]: assignments of each expert so far in this step, sum of the router's entropies, tokens."""
+        """int64 [E + 2]: assignments of each expert so far in this step, entropies of the router in ENTROPY_UNIT, tokens."""
         self.register_buffer("load", torch.zeros(config.num_moe_experts))
         self.register_buffer(
-            "tally", torch.zeros(config.num_moe_experts + 2, dtype=torch.float64), persistent=False
+            "tally", torch.zeros(config.num_moe_experts + 2, dtype=torch.int64), persistent=False
         )
+
+    def forward(
+        self,
+        hidden: Tensor,
+        padding_mask: Tensor | None = None,
+        experts: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return weights fp32 [n, k] and experts int32 [n, k] of each token.
+
+        Args:
+            hidden: [t, 1, H].
+            padding_mask: bool [t, 1], True in padding; None: all tokens are real.
+            experts: those of an earlier pass with the same tokens, which are then chosen again.
+        """
+        return self.routing(self.gating(hidden), padding_mask, experts)
 
     def routing(
         self,
         logits: Tensor,
         padding_mask: Tensor | None = None,
+        experts: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return weights [n, E], zero where not chosen, and the choice, bool [n, E].
-
-        Args:
-            logits: [t, 1, E].
-            padding_mask: bool [t, 1], True in padding; None: all tokens are real.
-        """
+        """Return what `forward` does, from logits fp32 [t, 1, E]."""
         logits = logits.view(-1, self.config.num_moe_experts)
-        weights, chosen = topk_routing_with_score_function(logits, self.topk, use_pre_softmax=False)
+        if experts is None:
+            experts = choose_experts(logits.detach(), self.topk)
+        padding = None if padding_mask is None else padding_mask.reshape(-1)
         # Recomputation runs the forward pass twice, the first time without gradient; evaluation has none at all.
-        if self.training and torch.is_grad_enabled():
-            if padding_mask is None:
-                real = torch.ones_like(logits[:, 0])
-            else:
-                real = (~padding_mask.reshape(-1)).to(logits.dtype)
-            probabilities = logits.softmax(dim=-1, dtype=torch.float32)
-            self._count(probabilities.detach(), chosen, real)
-            if self.coefficient:
-                weights = self._with_balance_loss(weights, probabilities, real)
-        return weights, chosen
+        if not (self.training and torch.is_grad_enabled()):
+            return weigh_experts(logits, experts, padding), experts
+        balance = None
+        if self.coefficient:
+            balance = self.load, self.coefficient * self.config.num_moe_experts
+        return weigh_experts(logits, experts, padding, self.tally, balance), experts
 
-    def _with_balance_loss(self, weights: Tensor, probabilities: Tensor, real: Tensor) -> Tensor:
-        """Return the weights [n, E] as they are, with the gradient of the load-balancing loss in their backward pass."""
-        scale = self.coefficient * self.config.num_moe_experts
-        loss = scale * (real @ probabilities * self.load).sum()
-        return MoEAuxLossAutoScaler.apply(weights, loss)
 
-    def _count(self, probabilities: Tensor, chosen: Tensor, real: Tensor) -> None:
-        """Add a micro-batch to the tally: probabilities [n, E], choice bool [n, E], 1 for real tokens [n]."""
-        entropies = torch.special.entr(probabilities).sum(dim=1)
-        entropy = entropies @ real.to(probabilities.dtype)
-        # fp64: fp32 stops counting at 16.8 million tokens.
-        tokens = real.double()
-        assigned = tokens @ chosen.double()
-        totals = torch.stack([entropy.double(), tokens.sum()])
-        self.tally += torch.cat([assigned, totals])
+class MixtureLayer(MoELayer):  # type: ignore[misc]
+    """Router, dispatch and experts in place of a dense layer's feed-forward part.
+
+    Where Megatron-core recomputes it (recompute full, or selective), the second pass takes the experts and the plan of the
+    first: it chooses, sorts, counts and waits for nothing.
+    """
+
+    def __init__(self, config: TransformerConfig, **others: Any) -> None:
+        super().__init__(config, **others)
+        groups = others["pg_collection"]
+        self.groups = ExpertGroups(config.num_moe_experts, groups.ep, groups.expt_tp, groups.tp_ep)
+        # Megatron-core's own keeps each layer's graph until its next pass.
+        self.token_dispatcher = None
+        self._kept: deque[Dispatch] = deque()
+        """Plans of micro-batches whose backward pass is to come, which has the same order."""
+
+    def forward(
+        self, hidden_states: Tensor, _: Any = None, padding_mask: Tensor | None = None
+    ) -> tuple[Tensor, None]:
+        """Map hidden states [t, 1, H] to what is added to them; `padding_mask` bool [1, t] is True in padding."""
+        if padding_mask is not None:
+            padding_mask = padding_mask.transpose(0, 1)
+        if self.moe_layer_recompute and self.training:
+            return checkpoint(self._mix, False, hidden_states, padding_mask), None
+        return self._mix(hidden_states, padding_mask), None
+
+    def _mix(self, hidden: Tensor, padding: Tensor | None) -> Tensor:
+        again = is_checkpointing() and torch.is_grad_enabled()
+        dispatch = self._kept.popleft() if again else None
+        experts = None if dispatch is None else dispatch.experts
+        weights, experts = self.router(hidden, padding, experts=experts)
+        if dispatch is None:
+            dispatch = Dispatch(experts, self.groups)
+            if is_checkpointing():
+                self._kept.append(dispatch)
+        rows, weights, ends = dispatch.to_experts(hidden.flatten(0, 1), weights)
+        # Nothing in a layer after its experts needs their result to pass gradients back.
+        results = self.experts(rows, weights, ends, read=not again)
+        return dispatch.from_experts(results, read=not again).view_as(hidden)
 
 
 def routers_of(chunks: Iterable[nn.Module]) -> list[Router]:
@@ -110,6 +147,7 @@ def update_router_loads(chunks: Iterable[nn.Module], topology: Topology) -> Tens
         return torch.zeros(4, dtype=torch.float64, device=topology.device)
     tallies = torch.stack([router.tally for router in routers])
     dist.all_reduce(tallies, group=topology.groups.tp_dp_cp)
+    tallies = tallies.double()
     assigned = tallies[:, :-2]
     shares = assigned / assigned.sum(1, keepdim=True).clamp_min(1.0)
     for router, share in zip(routers, shares, strict=True):
@@ -120,7 +158,7 @@ def update_router_loads(chunks: Iterable[nn.Module], topology: Topology) -> Tens
 
 def router_health(shares: Tensor, tallies: Tensor) -> Tensor:
     """Return what `update_router_loads` does, from the shares [layers, E] and the tallies [layers, E + 2]."""
-    entropy, tokens = tallies[:, -2], tallies[:, -1]
+    entropy, tokens = tallies[:, -2] * ENTROPY_UNIT, tallies[:, -1]
     largest = shares.amax(1) * shares.shape[1]
     entropies = (entropy / tokens.clamp_min(1.0)).sum()
     layers = torch.full_like(entropies, len(shares))
@@ -144,15 +182,22 @@ class Stack(nn.Module):
             and config.expert_tensor_parallel_size == config.tensor_model_parallel_size
         )
 
-    def forward(self, tokens: Tensor, ends: Tensor) -> Tensor:
-        """Map tokens [m, in] sorted by expert, which end at `ends` int32 [e], to [m, out]."""
-        return grouped_linear(tokens, self.weight.flatten(1, -2), ends)
+    def forward(self, tokens: Tensor, ends: Tensor, read: bool = True) -> Tensor:
+        """Map tokens [m, in] sorted by expert, which end at `ends` int32 [e], to [m, out].
+
+        Without `read` the result has no content: only gradients pass.
+        """
+        weights = self.weight.flatten(1, -2)
+        if read:
+            return grouped_linear(tokens, weights, ends)
+        unread: Tensor = _UnreadLinear.apply(tokens, weights, ends)
+        return unread
 
 
 class GroupedExperts(MegatronModule):  # type: ignore[misc]
     """All experts of this rank as two stacked matrices, multiplied group by group.
 
-    Each expert is down(silu(gate x) * up x). Expert tensor parallelism cuts F; Megatron-core's dispatcher sums the parts.
+    Each expert is down(silu(gate x) * up x). Expert tensor parallelism cuts F; the way back to the tokens sums the parts.
     """
 
     def __init__(
@@ -170,15 +215,19 @@ class GroupedExperts(MegatronModule):  # type: ignore[misc]
         self.linear_fc1 = Stack((experts, 2, width, config.hidden_size), config)
         self.linear_fc2 = Stack((experts, config.hidden_size, width), config)
 
-    def forward(
-        self, tokens: Tensor, tokens_per_expert: Tensor, weights: Tensor
-    ) -> tuple[Tensor, None]:
-        """Map tokens [m, H] sorted by expert, with `tokens_per_expert` [e] and router weights [m], to [m, H]."""
-        ends = tokens_per_expert.to(tokens.device).cumsum(0).to(torch.int32)
-        gate, up = self.linear_fc1(tokens, ends).chunk(2, dim=-1)
+    def forward(self, rows: Tensor, weights: Tensor, ends: Tensor, read: bool = True) -> Tensor:
+        """Map rows [m, H] sorted by expert to [m, H].
+
+        Args:
+            rows: of the tokens of each expert.
+            weights: the router's, fp32 [m].
+            ends: where each expert's rows end, int32 [e].
+            read: the result has content; else only gradients pass.
+        """
         # The weights go in before the second product: the sum over a token's experts is then plain.
-        inner = F.silu(gate) * up * weights.unsqueeze(-1).to(tokens.dtype)
-        return self.linear_fc2(inner, ends), None
+        inner = swiglu(self.linear_fc1(rows, ends), weights)
+        output: Tensor = self.linear_fc2(inner, ends, read)
+        return output
 
     def sharded_state_dict(
         self,
@@ -220,3 +269,22 @@ def grouped_linear(tokens: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
         ends: int32 [e], where each group ends.
     """
     return F.grouped_mm(tokens, weights.transpose(1, 2), offs=ends)
+
+
+class _UnreadLinear(torch.autograd.Function):
+    """`grouped_linear` whose result nobody reads: it is not computed, its gradients are."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens, weights, ends)
+        return tokens.new_empty((len(tokens), weights.shape[1]))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,), (tokens, weights, ends) = gradients, ctx.saved_tensors
+        by_tokens = by_weights = None
+        if ctx.needs_input_grad[0]:
+            by_tokens = F.grouped_mm(gradient, weights, offs=ends)
+        if ctx.needs_input_grad[1]:
+            by_weights = F.grouped_mm(gradient.t(), tokens, offs=ends)
+        return by_tokens, by_weights, None

@@ -18,6 +18,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.transformer_block import (
     TransformerBlock,
     TransformerBlockSubmodules,
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 
 from visionloom.model.attention import PackedAttention
 from visionloom.model.config import ModelConfig, TextConfig
-from visionloom.model.experts import GroupedExperts, Router
+from visionloom.model.experts import GroupedExperts, MixtureLayer, Router
 from visionloom.model.kernels.activation import swiglu
 from visionloom.model.kernels.norm import branch_rms_norm, rms_norm
 from visionloom.model.kernels.rotary import rotate_heads
@@ -257,12 +258,11 @@ def layer_spec(experts: int) -> Any:
     attention = layer.self_attention.submodules
     attention.q_layernorm = attention.k_layernorm = HeadRMSNorm
     attention.core_attention = PackedAttention
-    if not experts:
-        layer.mlp = partial(SwiGLU.as_mlp_submodule, **layer.mlp.keywords)
+    if experts:
+        submodules = MoESubmodules(experts=GroupedExperts, router=Router)
+        layer.mlp = partial(MixtureLayer, submodules=submodules)
     else:
-        # A partial function: its submodules are among its keywords.
-        mixture = layer.mlp.keywords["submodules"]
-        mixture.experts, mixture.router = GroupedExperts, Router
+        layer.mlp = partial(SwiGLU.as_mlp_submodule, **layer.mlp.keywords)
     return spec
 
 

@@ -196,13 +196,13 @@ class AdaptedStack(Stack):
     adapter: Adapter
     expert_tensor_group: Any
 
-    def forward(self, tokens: Tensor, ends: Tensor) -> Tensor:
-        """Map tokens [m, in] sorted by expert, which end at `ends` int32 [e], to [m, out]."""
+    def forward(self, tokens: Tensor, ends: Tensor, read: bool = True) -> Tensor:
+        """Map tokens as `Stack.forward` does."""
         (a,), (b,) = self.adapter.lora_A.values(), self.adapter.lora_B.values()
         a, b = self._summed(a), self._summed(b)
         inner = grouped_linear(tokens, a, ends)
         added = grouped_linear(inner, b.flatten(1, -2), ends)
-        return super().forward(tokens, ends) + added * self.adapter.scaling
+        return super().forward(tokens, ends, read) + added * self.adapter.scaling
 
     def _summed(self, factor: Any) -> Tensor:
         """Return a factor whose gradient is summed over the expert-tensor ranks if it is not cut.

@@ -20,7 +20,7 @@ from visionloom.forecast.trace.recorder import (
     place,
 )
 from visionloom.forecast.trace.shapes import ShapeRules
-from visionloom.forecast.trace.values import StatedValues
+from visionloom.forecast.trace.values import CHOICE, StatedValues
 from visionloom.parallel.stand_in import CPU, META
 
 
@@ -111,8 +111,8 @@ class ImaginedRecorder(Recorder):
     def _run(self, call: Call) -> Any:
         """Work out the shapes of a result; the experts of tokens are stated."""
         result = self._shapes.run(call)
-        if call.name == "aten::topk" and call.args[0].dim() == 2:
-            self.values.state(result[1], self.values.choose(*call.args[:2]))
+        if call.name == CHOICE:
+            self.values.state(result, self.values.choose(*call.args))
         return result
 
     def send(self, name: str, call: Call) -> Any:

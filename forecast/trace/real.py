@@ -17,7 +17,7 @@ from visionloom.forecast.trace.recorder import (
     SHAPED_BY_CONTENT,
     Recorder,
 )
-from visionloom.forecast.trace.values import StatedValues
+from visionloom.forecast.trace.values import CHOICE, StatedValues
 
 
 class MarkedDevice:
@@ -90,11 +90,9 @@ class RealRecorder(Recorder):
 
     def _run(self, call: Call) -> Any:
         """Run an operation; the experts of tokens are stated."""
-        if call.name != "aten::topk" or call.args[0].dim() != 2:
-            return call.run()
-        scores, each = call.args[:2]
-        choice = self.values.choose(scores, each)
-        return scores.gather(1, choice), choice.clone()
+        if call.name == CHOICE:
+            return self.values.choose(*call.args).clone()
+        return call.run()
 
     def send(self, name: str, call: Call) -> Any:
         """Send what a collective sends."""

@@ -17,6 +17,8 @@ from torch.utils._pytree import tree_map_only
 
 from visionloom.forecast.trace.operations import Call, tensors_in
 
+CHOICE = "visionloom::choose_experts"
+"""The operation by which a router chooses."""
 LARGEST = 1 << 26
 """Elements of the largest tensor with a value; the choice of 262,144 tokens among 128 experts is half of it."""
 CONSTANTS = {
@@ -98,11 +100,11 @@ class StatedValues:
         self._stated.pop(tensor.untyped_storage()._cdata, None)
 
     def choose(self, scores: Tensor, each: int) -> Tensor:
-        """Return the stated choice of the `each` largest of scores [tokens, experts], int64 [tokens, each]."""
+        """Return the stated choice of the `each` largest of scores [tokens, experts], int32 [tokens, each]."""
         tokens, experts = scores.shape
         key = ("choice", tokens, experts, each)
         if key not in self._computed:
-            self._computed[key] = self.routing.choose(tokens, experts, each)
+            self._computed[key] = self.routing.choose(tokens, experts, each).int()
         choice: Tensor = self._computed[key]
         return choice
 

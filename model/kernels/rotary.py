@@ -16,27 +16,6 @@ from visionloom.model.kernels.norm import norm_gradients
 from visionloom.model.kernels.recipes import remember
 
 
-class _BothAgain:
-    """Makes rotated queries and keys again: both at once, as the kernel does, though each is asked for by itself."""
-
-    def __init__(self, keys: int, epsilon: float) -> None:
-        self.keys, self.epsilon = keys, epsilon
-        self._key: Tensor | None = None
-
-    def query(self, heads: Tensor, rotation: Tensor, *weights: Tensor) -> Tensor:
-        """Return the queries; attention asks for them before the keys."""
-        query, self._key, _ = _rotate_heads(heads, rotation, weights, self.keys, self.epsilon)
-        return query
-
-    def key(self, *tensors: Tensor) -> Tensor:
-        """Return the keys."""
-        if self._key is None:
-            self.query(*tensors)
-        key, self._key = self._key, None
-        assert key is not None
-        return key
-
-
 def _rotated(x: Tensor, rotation: Tensor, direction: int) -> Tensor:
     """Rotate fp32 [T, G, heads, D] by [T, D], in direction 1 or backwards, -1."""
     cosine, sine = rotation[:, None, None].chunk(2, dim=-1)
@@ -160,6 +139,27 @@ class _RotatedHeads(torch.autograd.Function):
         return joined, None, None, None, *by_weight.unbind()
 
 
+class _BothAgain:
+    """Makes rotated queries and keys again: both at once, as the kernel does, though each is asked for by itself."""
+
+    def __init__(self, keys: int, epsilon: float) -> None:
+        self.keys, self.epsilon = keys, epsilon
+        self._key: Tensor | None = None
+
+    def query(self, heads: Tensor, rotation: Tensor, *weights: Tensor) -> Tensor:
+        """Return the queries; attention asks for them before the keys."""
+        query, self._key, _ = _rotate_heads(heads, rotation, weights, self.keys, self.epsilon)
+        return query
+
+    def key(self, heads: Tensor, rotation: Tensor, *weights: Tensor) -> Tensor:
+        """Return the keys."""
+        if self._key is None:
+            self.query(heads, rotation, *weights)
+        key, self._key = self._key, None
+        assert key is not None
+        return key
+
+
 def rotate_heads(
     joined: Tensor, rotation: Tensor, keys: int, weights: tuple[Tensor, ...], epsilon: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -174,7 +174,7 @@ def rotate_heads(
     """
     query, key, value = _RotatedHeads.apply(joined, rotation, keys, epsilon, *weights)
     again = _BothAgain(keys, epsilon)
-    heads = joined[:, :, : joined.shape[2] - keys]
+    heads, _ = joined.tensor_split([joined.shape[2] - keys], dim=2)
     remember(query, again.query, heads, rotation, *weights)
     remember(key, again.key, heads, rotation, *weights)
     return query, key, value

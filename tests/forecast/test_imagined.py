@@ -33,7 +33,7 @@ from visionloom.tests.forecast.imagined import (
 )
 from visionloom.tests.model.reference import TestPack
 from visionloom.tests.ranks import RankPool
-from visionloom.tests.train.layouts import packs_of
+from visionloom.tests.train.layouts import Case, Layout, packs_of
 from visionloom.tests.train.test_parity import LAYOUTS
 
 QUICK = ("tensor 2", "pipeline 2, virtual 2, levels travel", "tensor 2 x expert 2")
@@ -51,12 +51,9 @@ def explained(difference: Counter[Any], real_has_more: bool) -> Counter[Any]:
         _, name, part, direction = key
         # gloo scatters sums by adding up everything, and copies a rank's part out of it.
         from_gloo = real_has_more and name == "aten::copy_"
-        # What counts an expert's tokens is copied to the host, but not on a CPU in a backward pass (see HostCopies).
-        copy = "aten::clone" if real_has_more else "aten::_to_copy"
-        to_host = name == copy and direction == Direction.RECOMPUTE
         # torch makes a tensor of the device of a number that it chooses by a mask, where there is no content.
         from_meta = not real_has_more and name == "aten::scalar_tensor" and part == LOSS
-        if not (from_gloo or to_host or (from_meta and direction == Direction.FORWARD)):
+        if not (from_gloo or (from_meta and direction == Direction.FORWARD)):
             rest[key] = count
     return rest
 
@@ -180,3 +177,18 @@ def test_slots_follow_the_schedule(pool: RankPool) -> None:
         after = [slot.memory.after for slot in trace.slots]
         assert before[1:] == after[:-1]
         assert max(slot.memory.peak for slot in trace.slots) == trace.peak.bytes
+
+
+@pytest.mark.parametrize(("parallel", "each"), [({}, 0), ({"expert": 2}, 1)])
+@pytest.mark.parametrize("recompute", ["none", "full", "selective"])
+def test_a_mixture_waits_once_a_layer(
+    parallel: dict[str, Any], each: int, recompute: str, pool: RankPool
+) -> None:
+    """With all experts on a rank it never does, and a backward pass never does."""
+    case = Case(experts=8, content="text")
+    layout = Layout(2, parallel | {"recompute": recompute}, case)
+    ((trace,),) = pool.run(1, imagined, layout, packs_for("text"), [0])
+    inside = [wait for wait in trace.waits if wait.per_micro_batch]
+    layers = case.model.text.layers
+    assert sum(wait.count for wait in inside) == each * layers * trace.micro_batches
+    assert all(wait.place.startswith("model/dispatch.py") for wait in inside)

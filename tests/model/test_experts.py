@@ -4,13 +4,16 @@ References: a loop over the experts; transformers' load_balancing_loss_func; a b
 """
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import load_balancing_loss_func
 
+from visionloom.model import experts
 from visionloom.model.experts import Router, grouped_linear, routers_of, update_router_loads
+from visionloom.model.kernels.routing import ENTROPY_UNIT
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.parallel.topology import Topology
 from visionloom.tests.model.reference import TestPack, tiny_config
@@ -49,8 +52,8 @@ def model(topology: Topology) -> Qwen3VL:
 
 
 def routed(router: Router, logits: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
-    weights, chosen = router.routing(logits.unsqueeze(1), padding.unsqueeze(1))
-    return weights, chosen
+    """Weights and experts, [n, k] each."""
+    return router.routing(logits.unsqueeze(1), padding.unsqueeze(1))
 
 
 def test_padding_is_kept_out_of_the_statistics(model: Qwen3VL, topology: Topology) -> None:
@@ -58,15 +61,16 @@ def test_padding_is_kept_out_of_the_statistics(model: Qwen3VL, topology: Topolog
     logits = torch.randn(10, EXPERTS, generator=torch.Generator().manual_seed(1))
     padding = torch.arange(10) >= 6
     _, chosen = routed(router, logits, padding)
-    assert router.tally[:EXPERTS].tolist() == chosen[:6].sum(0).tolist()
+    counts = torch.bincount(chosen[:6].flatten(), minlength=EXPERTS)
+    assert router.tally[:EXPERTS].tolist() == counts.tolist()
     probabilities = logits[:6].softmax(1)
-    assert float(router.tally[EXPERTS]) == pytest.approx(
+    assert float(router.tally[EXPERTS]) * ENTROPY_UNIT == pytest.approx(
         float(-(probabilities * probabilities.log()).sum()), rel=1e-5
     )
     for other in routers_of([model])[1:]:
         routed(other, logits, padding)
     _, _, layers, largest = update_router_loads([model], topology).tolist()
-    share = chosen[:6].sum(0) / chosen[:6].sum()
+    share = counts / counts.sum()
     torch.testing.assert_close(router.load, share.float())
     assert layers == len(routers_of([model]))
     assert largest == pytest.approx(float(share.max()) * EXPERTS)
@@ -175,3 +179,27 @@ def test_the_scale_is_that_of_a_mean_over_all_tokens(pool: RankPool) -> None:
     for name, gradient in expected.items():
         difference = on[name] - off[name]
         assert float((difference - gradient).norm() / gradient.norm()) < 1e-3, name
+
+
+def bits(layout: Layout, packs: list[TestPack]) -> tuple[dict[str, Tensor], int]:
+    """All gradients of this rank, and how often its layers have sorted rows; runs on a rank of the pool."""
+    with mock.patch.object(experts, "Dispatch", wraps=experts.Dispatch) as dispatch:
+        stage, _ = backward(layout, packs)
+    gradients = {name: weight.main_grad.clone() for name, weight in trainable(stage).items()}
+    return gradients, dispatch.call_count
+
+
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_recomputation_keeps_the_routing_and_gives_the_same_bits(mode: str, pool: RankPool) -> None:
+    """Two micro-batches a rank: each takes its own plan again."""
+    packs = packs_of("text")
+    parallel = {"expert": 2}
+    plain, again = (
+        pool.run(2, bits, Layout(2, settings, Case(experts=EXPERTS)), packs)
+        for settings in (parallel, parallel | {"recompute": mode})
+    )
+    for (expected, sorts), (gradients, sorts_again) in zip(plain, again, strict=True):
+        assert sorts_again == sorts > 0
+        assert expected.keys() == gradients.keys()
+        for name, gradient in expected.items():
+            assert torch.equal(gradients[name], gradient), name

@@ -42,8 +42,7 @@ class Layers(nn.Module):
         """Map [T, 64] to [T, 64]."""
         joined = self.joined(rms_norm(x, self.weights[0], 1e-6)).view(-1, 2, 4, 32)
         rotation = torch.linspace(0, 3, len(x) * 32).view(len(x), 32)
-        weights = (self.heads[0], self.heads[1])
-        query, key, value = rotate_heads(joined, rotation, 1, weights, 1e-6)
+        query, key, value = rotate_heads(joined, rotation, 1, tuple(self.heads), 1e-6)
         # The product keeps the keys; their repetition alone would not.
         key = (key * self.heads[1]).repeat_interleave(2, 1)
         scores = torch.einsum("thd,shd->hts", query, key)
