@@ -53,10 +53,12 @@ class Made:
 class Moved:
     """A tensor in host memory, for one or several that have saved it."""
 
-    def __init__(self, tensor: Tensor, copies: "Copies") -> None:
+    def __init__(self, tensor: Tensor, copies: "Copies", number: int) -> None:
         # Pinned, or the copy would wait for the device.
         self.host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
         self.device = tensor.device
+        self.number = number
+        """Of tensors that were moved before."""
         self.uses = 0
         """Times that it was saved, less those that it was taken."""
         self.fetched: Tensor | None = None
@@ -144,7 +146,7 @@ class Keeper:
         storage = tensor.untyped_storage()
         place = storage._cdata, tensor.storage_offset(), tensor.shape, tensor.stride()
         if place not in self.by_place:
-            moved = self.by_place[place] = Moved(tensor, self.copies)
+            moved = self.by_place[place] = Moved(tensor, self.copies, len(self.moved))
             self.moved.append(moved)
             # Another tensor may be there next.
             weakref.finalize(storage, self.by_place.pop, place, None)
@@ -169,8 +171,7 @@ class Keeper:
 
     def _fetch_before(self, packed: Moved) -> None:
         """Fetch what was moved before a tensor: the backward pass asks for it next."""
-        if packed in self.moved:
-            del self.moved[self.moved.index(packed) :]
+        del self.moved[packed.number :]
         ahead = 0
         for each in reversed(self.moved):
             ahead += each.host.nbytes

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from visionloom.model.kernels import library
+from visionloom.model.kernels import flash, library
 from visionloom.parallel.device import to_device
 
 _ARGUMENTS = (
@@ -244,28 +244,16 @@ def _backward_cpu(
     return by_query, by_key, by_value
 
 
-def _forward_cuda(*arguments: Any) -> tuple[Tensor, Tensor]:
-    from visionloom.model.kernels import flash
-
-    return flash.forward(*arguments)
-
-
-def _backward_cuda(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    from visionloom.model.kernels import flash
-
-    return flash.backward(*arguments)
-
-
 FORWARD = library.define(
     f"attention(Tensor query, Tensor key, Tensor value, {_ARGUMENTS}) -> (Tensor output, Tensor logsumexp)",
     cpu=_forward_cpu,
-    cuda=_forward_cuda,
+    cuda=flash.forward,
     meta=_forward_meta,
 )
 BACKWARD = library.define(
     "attention_backward(Tensor gradient, Tensor query, Tensor key, Tensor value, Tensor output, Tensor logsumexp,"
     f" {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
     cpu=_backward_cpu,
-    cuda=_backward_cuda,
+    cuda=flash.backward,
     meta=_backward_meta,
 )

@@ -37,8 +37,8 @@ def chosen() -> str:
 _chosen = _Chosen()
 
 
-def choose(wanted: str, device: torch.device) -> str:
-    """Choose the kernels of this process for `model.attention` and return their name.
+def choose(wanted: str, device: torch.device) -> None:
+    """Choose the kernels of this process for `model.attention`.
 
     `auto` takes torch's own, which need no package: FlashAttention-3 where it is installed and the GPU is a Hopper.
 
@@ -47,14 +47,14 @@ def choose(wanted: str, device: torch.device) -> str:
     """
     assert wanted in ATTENTIONS
     if device.type != "cuda":
-        return "torch"
+        return
     name = wanted
     if wanted == "auto":
         # FlashAttention-3's kernels are written for Hopper's instructions and run nowhere else.
         hopper = torch.cuda.get_device_capability(device)[0] == 9
         name = "flash3" if hopper and _installed("flash3") else "torch"
     if name == _chosen.name:
-        return name
+        return
     if name in PACKAGES and not _installed(name):
         raise UserError(
             f"model.attention={name} needs the package of {PACKAGES[name]}, which is not installed:"
@@ -62,7 +62,6 @@ def choose(wanted: str, device: torch.device) -> str:
         )
     _activate(name)
     _chosen.name = name
-    return name
 
 
 def _installed(name: str) -> bool:
@@ -103,7 +102,7 @@ def forward(
         return _efficient_forward(query, key, value, cu_seqlens_q, cu_seqlens_k, *others)
     if _chosen.name == "flash2":
         return _package_forward(query, key, value, cu_seqlens_q, cu_seqlens_k, *others)
-    # torch's public function reaches this kernel through nested tensors alone.
+    # torch's public varlen_attn calls the same kernel, but prefers cuDNN's.
     output, logsumexp, *_ = torch.ops.aten._flash_attention_forward(
         query,
         key,
