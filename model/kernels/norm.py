@@ -27,20 +27,6 @@ def rms_norm_results(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor,
     return x.new_empty(x.shape), deviation
 
 
-def _add_forward(
-    x: Tensor, residual: Tensor, weight: Tensor, epsilon: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    total = x + residual
-    return total, *_forward(total, weight, epsilon)
-
-
-def add_rms_norm_results(
-    x: Tensor, residual: Tensor, weight: Tensor, epsilon: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return an empty sum, and the others as above."""
-    return x.new_empty(x.shape), *rms_norm_results(x, weight, epsilon)
-
-
 def norm_gradients(
     gradient: Tensor, x: Tensor, deviation: Tensor, weight: Tensor, passing: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -71,12 +57,6 @@ _rms_norm = define(
     cpu=_forward,
     cuda=in_triton("norm_triton", "rms_norm"),
     meta=rms_norm_results,
-)
-_add_rms_norm = define(
-    "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float epsilon) -> (Tensor, Tensor, Tensor)",
-    cpu=_add_forward,
-    cuda=in_triton("norm_triton", "add_rms_norm"),
-    meta=add_rms_norm_results,
 )
 _rms_norm_backward = define(
     "rms_norm_backward(Tensor gradient, Tensor x, Tensor deviation, Tensor weight, Tensor? passing)"
@@ -113,23 +93,6 @@ class _BranchRMSNorm(torch.autograd.Function):
         return (*_rms_norm_backward(gradient, *ctx.saved_tensors, passing), None)
 
 
-class _AddRMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, epsilon: float
-    ) -> tuple[Tensor, Tensor]:
-        total, output, deviation = _add_rms_norm(x, residual, weight, epsilon)
-        ctx.save_for_backward(total, deviation, weight)
-        return output, total
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        gradient, passing = gradients
-        # A sum hands the same gradient to both of its terms.
-        both, by_weight = _rms_norm_backward(gradient, *ctx.saved_tensors, passing)
-        return both, both, by_weight, None
-
-
 def _again(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """Return a norm's result once more."""
     output: Tensor = _rms_norm(x, weight, epsilon)[0]
@@ -156,12 +119,3 @@ def branch_rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, 
     output, residual = _BranchRMSNorm.apply(x, weight, epsilon)
     remember(output, _again, x, weight, epsilon)
     return output, residual
-
-
-def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, epsilon: float
-) -> tuple[Tensor, Tensor]:
-    """Return `rms_norm` of x + residual, and that sum rounded to their dtype, all [..., H]."""
-    output, total = _AddRMSNorm.apply(x, residual, weight, epsilon)
-    remember(output, _again, total, weight, epsilon)
-    return output, total

@@ -19,9 +19,7 @@ MULTIPROCESSORS = 132
 @triton.jit
 def forward_kernel(
     x: tl.tensor,
-    residual: tl.tensor,
     weight: tl.tensor,
-    total: tl.tensor,
     output: tl.tensor,
     deviation: tl.tensor,
     rows: tl.tensor,
@@ -30,9 +28,8 @@ def forward_kernel(
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
-    ADD: tl.constexpr,
 ) -> None:
-    """Normalise ROWS rows; with ADD the sum of two, which is written too."""
+    """Normalise ROWS rows."""
     # 262,144 rows of 12,288 are 3.2e9 elements: more than int32 counts.
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
@@ -40,17 +37,8 @@ def forward_kernel(
     mask = is_row[:, None] & (column < SIZE)[None, :]
     packed = row[:, None] * SIZE + column[None, :]
 
-    if ADD:
-        wide = tl.load(x + packed, mask, other=0.0).to(tl.float32)
-        wide += tl.load(residual + packed, mask, other=0.0).to(tl.float32)
-        rounded = wide.to(total.dtype.element_ty)
-        tl.store(total + packed, rounded, mask)
-        # The backward pass sees the rounded sum.
-        wide = rounded.to(tl.float32)
-    else:
-        place = row[:, None] * row_stride + column[None, :]
-        wide = tl.load(x + place, mask, other=0.0).to(tl.float32)
-
+    place = row[:, None] * row_stride + column[None, :]
+    wide = tl.load(x + place, mask, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, 1) / SIZE + epsilon)
     tl.store(deviation + row, scale, is_row)
     weights = tl.load(weight + column, column < SIZE, other=0.0).to(tl.float32)
@@ -119,22 +107,15 @@ def rows_of(x: Tensor) -> Tensor:
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
-def _launch(
-    x: Tensor, residual: Tensor | None, weight: Tensor, epsilon: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the sum (or x), its norm, and the reciprocal deviations."""
-    size = x.shape[-1]
-    # The kernel that adds reads both as they are written: row after row.
-    flat = rows_of(x if residual is None else x.contiguous())
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Return what norm.py's twin does."""
+    size, flat = x.shape[-1], rows_of(x)
     output, deviation = rms_norm_results(x, weight, epsilon)
-    total = output if residual is None else torch.empty_like(output)
     block, rows, warps = sizes(size)
     if len(flat):
         forward_kernel[(triton.cdiv(len(flat), rows),)](
             flat,
-            x if residual is None else residual.contiguous(),
             weight,
-            total,
             output,
             deviation,
             len(flat),
@@ -143,23 +124,9 @@ def _launch(
             SIZE=size,
             BLOCK=block,
             ROWS=rows,
-            ADD=residual is not None,
             num_warps=warps,
         )
-    return total, output, deviation
-
-
-def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """Return what norm.py's twin does."""
-    _, output, deviation = _launch(x, None, weight, epsilon)
     return output, deviation
-
-
-def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, epsilon: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what norm.py's twin does."""
-    return _launch(x, residual, weight, epsilon)
 
 
 def rms_norm_backward(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from visionloom.model import kept as kept_module
 from visionloom.model.kept import Keeper, Made, Moved, kept
 from visionloom.model.kernels.activation import swiglu
-from visionloom.model.kernels.norm import add_rms_norm, layer_norm, rms_norm
+from visionloom.model.kernels.norm import branch_rms_norm, layer_norm, rms_norm
 from visionloom.model.kernels.rotary import rotate_heads
 
 WAYS = {
@@ -47,7 +47,7 @@ class Layers(nn.Module):
         key = (key * self.heads[1]).repeat_interleave(2, 1)
         scores = torch.einsum("thd,shd->hts", query, key)
         attended = torch.einsum("hts,shd->thd", scores.softmax(-1), value.repeat_interleave(2, 1))
-        inner, x = add_rms_norm(self.out(attended.flatten(1)), x, self.weights[1], 1e-6)
+        inner, x = branch_rms_norm(x + self.out(attended.flatten(1)), self.weights[1], 1e-6)
         x = x + self.down(swiglu(self.gate_up(inner)))
         return F.gelu(layer_norm(x, self.weights[2], self.weights[3], 1e-6)).square()
 

@@ -43,7 +43,6 @@ def norm_calls(
         x = draw(rows, width + 8)[:, 4:-4] if width == 128 else draw(rows, width)
         deviation = draw.wide(rows, 1).abs()
         yield f"{width}", "rms_norm", [x, weight, 1e-6]
-        yield f"{width}", "add_rms_norm", [x, residual, weight, 1e-6]
         for name, passing in (("alone", None), ("with residual", residual)):
             arguments = [gradient, x, deviation, weight, passing]
             yield f"{width} {name}", "rms_norm_backward", arguments

@@ -67,14 +67,14 @@ COMPILED: dict[str, tuple[str, str, dict[str, Any], int, int]] = {
     "norm 4096": (
         "norm",
         "forward_kernel",
-        {"SIZE": 4096, "BLOCK": 4096, "ROWS": 1, "ADD": False},
+        {"SIZE": 4096, "BLOCK": 4096, "ROWS": 1},
         8,
         64,
     ),
-    "add norm 12288": (
+    "norm 12288": (
         "norm",
         "forward_kernel",
-        {"SIZE": 12288, "BLOCK": 16384, "ROWS": 1, "ADD": True},
+        {"SIZE": 12288, "BLOCK": 16384, "ROWS": 1},
         16,
         80,
     ),

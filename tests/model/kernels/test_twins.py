@@ -13,7 +13,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import (
 )
 
 from visionloom.model.kernels.activation import swiglu
-from visionloom.model.kernels.norm import add_rms_norm, branch_rms_norm, rms_norm
+from visionloom.model.kernels.norm import branch_rms_norm, rms_norm
 from visionloom.model.kernels.rotary import rotate_heads
 
 T = 7
@@ -53,13 +53,6 @@ def test_norms(shape: tuple[int, ...]) -> None:
     compare(
         lambda x, w: branch_rms_norm(x, w, 1e-6),
         lambda x, w: (reference_norm(x, w), x.clone()),
-        shape,
-        weight,
-    )
-    compare(
-        lambda x, y, w: add_rms_norm(x, y, w, 1e-6),
-        lambda x, y, w: (reference_norm(x + y, w), x + y),
-        shape,
         shape,
         weight,
     )
