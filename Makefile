@@ -32,8 +32,9 @@ lint: .venv/installed
 	mypy
 	lint-imports --no-logo
 
+# A file of tests stays together: its fixtures are made once. Two processes, each with a pool of ranks of its own.
 test: lint
-	pytest
+	pytest -n 2 --dist loadfile
 
 proofs: .venv/installed
 	pytest -m long

@@ -44,6 +44,7 @@ EXTRAS["test"] = [
     *EXTRAS["jpeg"],
     *EXTRAS["tensorboard"],
     "pytest>=9.0,<10",
+    "pytest-xdist>=3.8,<4",  # two halves of the tests side by side
     "hypothesis>=6.130,<7",
     "jsonschema>=4.23,<5",  # reference for data/shards/schema
     "scikit-image>=0.25,<0.27",  # pictures that lie in its package

@@ -1,4 +1,4 @@
-"""One pool of ranks for the whole test run: megatron-core is imported once a process, not once a test.
+"""One pool of ranks for each process of the test run: megatron-core is imported once a process, not once a test.
 
 A test runs `pool.run(world_size, function, *arguments)`: the function is called on `world_size` processes that share a gloo
 world, and the results come back in the order of the ranks. It must be importable (defined at the top of a test module).
