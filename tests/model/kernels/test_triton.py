@@ -60,36 +60,50 @@ BF16, FP32 = "*bf16", "*fp32"
 TEXT = {"GROUPS": 8, "QUERIES": 4, "KEYS": 1, "HALF": 64, "BLOCK": 64, "HEADS": 16, "NORM": True}
 VISION = {"GROUPS": 1, "QUERIES": 16, "KEYS": 16, "HALF": 36, "BLOCK": 64, "HEADS": 16}
 VISION["NORM"] = False
-IN_FP32 = {"deviation", "rotation", "partial", "row_weights", "by_weight"}
+IN_FP32 = {"mean", "deviation", "rotation", "partial", "row_weights", "by_weight"}
 NUMBERS = {"rows", "tokens", "row_stride", "token_stride", "group_stride"}
 
 COMPILED: dict[str, tuple[str, str, dict[str, Any], int, int]] = {
     "norm 4096": (
         "norm",
         "forward_kernel",
-        {"SIZE": 4096, "BLOCK": 4096, "ROWS": 1},
+        {"SIZE": 4096, "BLOCK": 4096, "ROWS": 1, "CENTRED": False},
         8,
         64,
     ),
     "norm 12288": (
         "norm",
         "forward_kernel",
-        {"SIZE": 12288, "BLOCK": 16384, "ROWS": 1},
+        {"SIZE": 12288, "BLOCK": 16384, "ROWS": 1, "CENTRED": False},
         16,
         80,
     ),
     "norm backward 4096": (
         "norm",
         "backward_kernel",
-        {"SIZE": 4096, "BLOCK": 4096, "ROWS": 1, "PASSES": True},
+        {"SIZE": 4096, "BLOCK": 4096, "ROWS": 1, "PASSES": True, "CENTRED": False},
         8,
         112,
     ),
     "norm backward 12288": (
         "norm",
         "backward_kernel",
-        {"SIZE": 12288, "BLOCK": 16384, "ROWS": 1, "PASSES": True},
+        {"SIZE": 12288, "BLOCK": 16384, "ROWS": 1, "PASSES": True, "CENTRED": False},
         16,
+        128,
+    ),
+    "layer norm": (
+        "norm",
+        "forward_kernel",
+        {"SIZE": 1152, "BLOCK": 2048, "ROWS": 1, "CENTRED": True},
+        4,
+        64,
+    ),
+    "layer norm backward": (
+        "norm",
+        "backward_kernel",
+        {"SIZE": 1152, "BLOCK": 2048, "ROWS": 1, "PASSES": False, "CENTRED": True},
+        4,
         128,
     ),
     "text": ("rotary", "forward_kernel", TEXT, 4, 64),

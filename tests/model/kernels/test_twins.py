@@ -1,4 +1,4 @@
-"""The plain twins with their gradients, fp32, against torch's F.rms_norm and F.silu and transformers' rotary functions."""
+"""The plain twins with their gradients, fp32, against torch's F.rms_norm, F.layer_norm and F.silu and transformers' rotary functions."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import (
 )
 
 from visionloom.model.kernels.activation import swiglu
-from visionloom.model.kernels.norm import branch_rms_norm, rms_norm
+from visionloom.model.kernels.norm import branch_rms_norm, layer_norm, rms_norm
 from visionloom.model.kernels.rotary import rotate_heads
 
 T = 7
@@ -55,6 +55,18 @@ def test_norms(shape: tuple[int, ...]) -> None:
         lambda x, w: (reference_norm(x, w), x.clone()),
         shape,
         weight,
+    )
+
+
+@pytest.mark.parametrize("shape", [(T, 72), (T, 3, 8)])
+def test_layer_norm(shape: tuple[int, ...]) -> None:
+    width = shape[-1:]
+    compare(
+        lambda x, weight, bias: layer_norm(x, weight, bias, 1e-6),
+        lambda x, weight, bias: F.layer_norm(x, width, weight, bias, 1e-6),
+        shape,
+        width,
+        width,
     )
 
 
