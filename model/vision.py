@@ -6,8 +6,10 @@ transformers' Qwen3VLVisionModel.
 Shapes: N patches, n grids, M = N / 4 visual tokens, C tower width, O language width, K DeepStack levels.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Final
 
 import numpy as np
 import torch
@@ -23,6 +25,10 @@ from visionloom.model.kernels.rotary import rotate_heads
 from visionloom.model.rope import vision_rotation
 from visionloom.parallel.device import to_device
 from visionloom.parallel.parts import MERGER, VISION, in_part
+
+PIECE_PATCHES: Final = 65_536
+"""Patches that go through the tower together when it is recomputed, or one frame of more: 524,288 of a pack of 262,144 tokens
+would need 50 GiB in the tower of 2B. A GPU is as fast with a piece as with all."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,28 @@ class VisionInput:
             table_rows=on_device([each.table_rows for each in places]),
             table_weights=on_device([each.table_weights for each in places]),
             segments=Segments.build(bounds, device),
+        )
+
+    def pieces(self) -> Iterator["VisionInput"]:
+        """Yield whole frames of at most PIECE_PATCHES patches together, or one frame of more, in their order."""
+        bounds = self.segments.bounds_q
+        first = 0
+        for last in range(1, len(bounds)):
+            is_full = last + 1 == len(bounds) or bounds[last + 1] - bounds[first] > PIECE_PATCHES
+            if is_full:
+                yield self._frames(first, last)
+                first = last
+
+    def _frames(self, first: int, last: int) -> "VisionInput":
+        """Return the frames from number `first` to before `last`: views of the tensors."""
+        bounds = torch.tensor(self.segments.bounds_q[first : last + 1])
+        start, end = int(bounds[0]), int(bounds[-1])
+        return VisionInput(
+            patches=self.patches[start:end],
+            rows_columns=self.rows_columns[start:end],
+            table_rows=self.table_rows[:, start:end],
+            table_weights=self.table_weights[:, start:end],
+            segments=Segments.build(bounds - start, self.patches.device),
         )
 
 
@@ -254,6 +282,17 @@ class VisionTower(nn.Module):
     @in_part(VISION)
     def forward(self, vision: VisionInput) -> Tensor:
         """Return features [M, (1 + K) * O]: for the embeddings, then for the DeepStack levels in order of language layers."""
+        if self.recompute != "full" or not torch.is_grad_enabled():
+            return self._encode(vision)
+        # Of each piece only the features are kept, and the backward pass encodes one at a time again.
+        pieces = list(vision.pieces())
+        if len(pieces) == 1:
+            return self._encode(vision)
+        features = [checkpoint(self._encode, piece, use_reentrant=False) for piece in pieces]
+        return torch.cat(features)
+
+    def _encode(self, vision: VisionInput) -> Tensor:
+        """Return the features of whole frames, as `forward` does."""
         x = self._embed(vision)
         head_dim = self.config.hidden_size // self.config.heads
         rotation = vision_rotation(vision.rows_columns, head_dim)

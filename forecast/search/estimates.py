@@ -10,6 +10,7 @@ from visionloom.forecast.machine import Machine
 from visionloom.forecast.search.bounds import expert_ranks, stage_layers
 from visionloom.model.flops import StepWork, language_flops, step_flops, vision_flops
 from visionloom.model.loss import BLOCK_BYTES
+from visionloom.model.vision import PIECE_PATCHES
 from visionloom.parallel.config import ParallelConfig
 from visionloom.train.config import RunConfig
 
@@ -51,7 +52,10 @@ class Estimates:
         layer = tokens * self._layer_width(layout) * BF16
         if layout.offload_activations:
             layer = 0.0
-        tower = self.work.patches / layout.encoder_ranks * self._tower_width(layout) * BF16
+        patches = self.work.patches / layout.encoder_ranks
+        if layout.recompute == "full":
+            patches = min(patches, PIECE_PATCHES)
+        tower = patches * self._tower_width(layout) * BF16
 
         # The first stage keeps a micro-batch for each stage; interleaved, one round of chunks more.
         more = (layout.pipeline - 1) / layout.chunks if layout.chunks > 1 else 0.0
@@ -115,11 +119,11 @@ class Estimates:
         if layout.recompute != "full":
             block = 6 * size
         if layout.recompute not in ("full", "mlp"):
-            # The GELU is torch's: its input and its result.
-            block += 2 * vision.ffn_hidden_size
+            # The GELU's input.
+            block += vision.ffn_hidden_size
         if layout.recompute == "none":
-            # Results of both norms; queries and keys rotated.
-            block += 4 * size
+            # Results of both norms and of the GELU; queries and keys rotated.
+            block += vision.ffn_hidden_size + 4 * size
         return float(vision.depth * block + mergers)
 
     def _stage_seconds(self, layout: ParallelConfig) -> list[float]:
