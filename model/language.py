@@ -6,6 +6,7 @@ A pipeline stage (or a virtual part of one) is a chunk of the same class with th
 Shapes: t tokens of this rank, m visual tokens among them, H hidden size, K DeepStack levels that layers from here on still need.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from megatron.core.models.common.embeddings.language_model_embedding import Lang
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.tensor_parallel.random import is_checkpointing
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.mlp import MLP
@@ -32,6 +34,7 @@ from visionloom.model.attention import PackedAttention
 from visionloom.model.config import ModelConfig, TextConfig
 from visionloom.model.experts import GroupedExperts, MixtureLayer, Router
 from visionloom.model.kernels.activation import swiglu
+from visionloom.model.kernels.attention import AttentionResults
 from visionloom.model.kernels.norm import branch_rms_norm, rms_norm
 from visionloom.model.kernels.rotary import rotate_heads
 from visionloom.parallel.config import ParallelConfig
@@ -80,6 +83,7 @@ def transformer_config(
         **_recompute_settings(parallel, text.experts),
     )
     config.balance_coefficient = text.balance_coefficient
+    config.keep_attention = parallel.recompute == "all_but_attention"
     return config
 
 
@@ -126,7 +130,7 @@ def _expert_settings(text: TextConfig) -> dict[str, Any]:
 
 def _recompute_settings(parallel: ParallelConfig, experts: int) -> dict[str, Any]:
     """Return parallel.recompute in Megatron-core's words; norms and activations are kept.py's business."""
-    if parallel.recompute == "full":
+    if parallel.recompute in ("all_but_attention", "full"):
         return {
             "recompute_granularity": "full",
             "recompute_method": "uniform",
@@ -188,6 +192,10 @@ class RotaryAttention(SelfAttention):  # type: ignore[misc]
     small kernels; the rest of its forward pass serves inference.
     """
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.results = AttentionResults()
+
     def forward(
         self, hidden: Tensor, attention_mask: Tensor | None, **arguments: Any
     ) -> tuple[Tensor, Tensor | None]:
@@ -207,11 +215,20 @@ class RotaryAttention(SelfAttention):  # type: ignore[misc]
         attend = self.core_attention
         if self.checkpoint_core_attention and self.training:
             attend = self._checkpointed_attention_forward
-        attended = attend(
-            query, key, value, attention_mask, packed_seq_params=arguments["packed_seq_params"]
-        )
+        with self._pass():
+            attended = attend(
+                query, key, value, attention_mask, packed_seq_params=arguments["packed_seq_params"]
+            )
         output: tuple[Tensor, Tensor | None] = self.linear_proj(attended)
         return output
+
+    def _pass(self) -> AbstractContextManager[None]:
+        """Return the context of this pass: of a recomputed layer the first is without gradient."""
+        if not (self.config.keep_attention and is_checkpointing()):
+            return nullcontext()
+        if torch.is_grad_enabled():
+            return self.results.second_pass()
+        return self.results.first_pass()
 
 
 class SwiGLU(MLP):  # type: ignore[misc]

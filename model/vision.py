@@ -7,6 +7,7 @@ Shapes: N patches, n grids, M = N / 4 visual tokens, C tower width, O language w
 """
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
@@ -18,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from visionloom.model.config import VisionConfig
 from visionloom.model.kernels.activation import gelu
-from visionloom.model.kernels.attention import Segments, attend
+from visionloom.model.kernels.attention import AttentionResults, Segments, attend
 from visionloom.model.kernels.linear import Linear
 from visionloom.model.kernels.norm import layer_norm
 from visionloom.model.kernels.rotary import rotate_heads
@@ -29,6 +30,8 @@ from visionloom.parallel.parts import MERGER, VISION, in_part
 PIECE_PATCHES: Final = 65_536
 """Patches that go through the tower together when it is recomputed, or one frame of more: 524,288 of a pack of 262,144 tokens
 would need 50 GiB in the tower of 2B. A GPU is as fast with a piece as with all."""
+WHOLE_BLOCKS: Final = ("all_but_attention", "full")
+"""Values of parallel.recompute with which whole blocks are made again."""
 
 
 @dataclass(frozen=True)
@@ -220,7 +223,7 @@ class VisionBlock(nn.Module):
         self.norm1 = LayerNorm(config.hidden_size, eps=config.norm_epsilon)
         self.norm2 = LayerNorm(config.hidden_size, eps=config.norm_epsilon)
         self.attn = VisionAttention(config)
-        self.mlp = VisionMLP(config, made_again=recompute in ("mlp", "full"))
+        self.mlp = VisionMLP(config, made_again=recompute in ("mlp", *WHOLE_BLOCKS))
 
     def forward(
         self,
@@ -263,6 +266,12 @@ class Merger(nn.Module):
         return self.linear_fc2(gelu(self.linear_fc1(merged)))
 
 
+def passes_of_attention() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Return the contexts of both passes of torch's checkpoint, between which attention's result is kept."""
+    results = AttentionResults()
+    return results.first_pass(), results.second_pass()
+
+
 class VisionTower(nn.Module):
     """The tower from patches to features: the main merger's and, side by side, those of the DeepStack mergers."""
 
@@ -282,26 +291,31 @@ class VisionTower(nn.Module):
     @in_part(VISION)
     def forward(self, vision: VisionInput) -> Tensor:
         """Return features [M, (1 + K) * O]: for the embeddings, then for the DeepStack levels in order of language layers."""
-        if self.recompute != "full" or not torch.is_grad_enabled():
+        if self.recompute not in WHOLE_BLOCKS or not torch.is_grad_enabled():
             return self._encode(vision)
         # Of each piece only the features are kept, and the backward pass encodes one at a time again.
         pieces = list(vision.pieces())
         if len(pieces) == 1:
             return self._encode(vision)
-        features = [checkpoint(self._encode, piece, use_reentrant=False) for piece in pieces]
+        features = [checkpoint(self._encode, piece, True, use_reentrant=False) for piece in pieces]
         return torch.cat(features)
 
-    def _encode(self, vision: VisionInput) -> Tensor:
-        """Return the features of whole frames, as `forward` does."""
+    def _encode(self, vision: VisionInput, is_again: bool = False) -> Tensor:
+        """Return the features of whole frames, as `forward` does; `is_again`: all of it is made again."""
         x = self._embed(vision)
         head_dim = self.config.hidden_size // self.config.heads
         rotation = vision_rotation(vision.rows_columns, head_dim)
         levels: dict[int, Tensor] = {}
         for index, block in enumerate(self.blocks):
-            if self.recompute == "full" and torch.is_grad_enabled():
-                x = checkpoint(block, x, rotation, vision.segments, use_reentrant=False)
+            arguments = x, rotation, vision.segments
+            if self.recompute not in WHOLE_BLOCKS or not torch.is_grad_enabled():
+                x = block(*arguments)
+            elif self.recompute == "full" or is_again:
+                x = checkpoint(block, *arguments, use_reentrant=False)
             else:
-                x = block(x, rotation, vision.segments)
+                x = checkpoint(
+                    block, *arguments, use_reentrant=False, context_fn=passes_of_attention
+                )
             if index in self.config.deepstack_layers:
                 level = self.config.deepstack_layers.index(index)
                 levels[level] = self.deepstack_merger_list[level](x)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from visionloom.common.settings import check, option
 
-RECOMPUTATIONS = ("none", "norms_and_activations", "mlp", "block", "full")
+RECOMPUTATIONS = ("none", "norms_and_activations", "mlp", "block", "all_but_attention", "full")
 """From the least memory saved to the most."""
 EXCHANGES = ("gather", "ulysses")
 
@@ -39,7 +39,8 @@ class ParallelConfig:
     """Embedding (E), decoder layers (t) and loss (L) over the stages, for example `Ettt|tttt|ttL`; None: evenly."""
     recompute: str = option("none", "free", choices=RECOMPUTATIONS)
     """What is made again in the backward pass and not kept: `none`; `norms_and_activations`, whose results cost little (the others
-    make them again too); `mlp`, the MLPs or experts too; `block`, the first recompute_layers decoder layers whole; `full`, all."""
+    make them again too); `mlp`, the MLPs or experts too; `block`, the first recompute_layers decoder layers whole;
+    `all_but_attention`, all but what attention itself returns; `full`, all."""
     recompute_layers: int = option(0, "free", least=0, most=1024)
     """Decoder layers of each chunk of the model that recompute=block makes again whole."""
     offload_activations: bool = option(False, "free")

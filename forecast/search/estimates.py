@@ -10,7 +10,7 @@ from visionloom.forecast.machine import Machine
 from visionloom.forecast.search.bounds import expert_ranks, stage_layers
 from visionloom.model.flops import StepWork, language_flops, step_flops, vision_flops
 from visionloom.model.loss import BLOCK_BYTES
-from visionloom.model.vision import PIECE_PATCHES
+from visionloom.model.vision import PIECE_PATCHES, WHOLE_BLOCKS
 from visionloom.parallel.config import ParallelConfig
 from visionloom.train.config import RunConfig
 
@@ -53,7 +53,7 @@ class Estimates:
         if layout.offload_activations:
             layer = 0.0
         patches = self.work.patches / layout.encoder_ranks
-        if layout.recompute == "full":
+        if layout.recompute in WHOLE_BLOCKS:
             patches = min(patches, PIECE_PATCHES)
         tower = patches * self._tower_width(layout) * BF16
 
@@ -90,6 +90,8 @@ class Estimates:
         text = self.config.model.text
         if layout.recompute == "full":
             return text.hidden_size
+        if layout.recompute == "all_but_attention":
+            return text.hidden_size + text.heads * text.head_dim
 
         # The residual streams before both norms; queries, keys and values joined; and what attention returns.
         queries, keys = text.heads * text.head_dim, text.kv_heads * text.head_dim
@@ -116,9 +118,11 @@ class Estimates:
         mergers = 4 * size * (1 + len(vision.deepstack_layers))
         # The input alone; or the residual streams, queries, keys and values joined, and what attention returns.
         block = size
-        if layout.recompute != "full":
+        if layout.recompute == "all_but_attention":
+            block = 2 * size
+        elif layout.recompute != "full":
             block = 6 * size
-        if layout.recompute not in ("full", "mlp"):
+        if layout.recompute not in (*WHOLE_BLOCKS, "mlp"):
             # The GELU's input.
             block += vision.ffn_hidden_size
         if layout.recompute == "none":
@@ -137,7 +141,7 @@ class Estimates:
         tower_seconds = tower / layout.encoder_ranks / speed
 
         # However small its products are, each kernel must be launched.
-        passes = 1.5 if layout.recompute == "full" else 1.0
+        passes = 1.5 if layout.recompute in WHOLE_BLOCKS else 1.0
         launch = self.machine.launch * passes
         launches = MIXTURE_LAUNCHES if model.text.experts else DENSE_LAUNCHES
         layer = max(language, launches * launch) + self._layer_transfers(layout)
@@ -150,9 +154,12 @@ class Estimates:
         """Return the operations that are done again in the backward pass, of the language model and of the tower."""
         text, vision = self.config.model.text, self.config.model.vision
         # Norms and activations take no products.
-        if layout.recompute not in ("mlp", "full"):
+        if layout.recompute not in ("mlp", *WHOLE_BLOCKS):
             return 0.0, 0.0
-        language, tower = language_flops(text, self.work), vision_flops(vision, self.work)
+        work = self.work
+        if layout.recompute == "all_but_attention":
+            work = replace(work, token_pairs=0, patch_pairs=0)
+        language, tower = language_flops(text, work), vision_flops(vision, work)
         if layout.recompute == "mlp":
             attention = replace(text, ffn_hidden_size=0, expert_ffn_hidden_size=0)
             language -= language_flops(attention, self.work)
@@ -175,7 +182,7 @@ class Estimates:
         others = 1 - 1 / layout.expert + (layout.expert_tensor or 1) - 1
         sent = 2 * tokens / tensor * text.experts_per_token * text.hidden_size * others
 
-        passes = 3 if layout.recompute == "full" else 2
+        passes = 3 if layout.recompute in WHOLE_BLOCKS else 2
         once = self._transfer(gathered, tensor) + self._transfer(exchanged, tensor * context)
         return passes * (once + self._transfer(sent, expert_ranks(layout)))
 

@@ -4,7 +4,9 @@ On a GPU one kernel does it (flash.py); on a CPU segments of equal lengths are a
 Shapes: T query rows, U key rows, S segments, H query heads, G key/value heads, D head dim, L and M rows of one segment.
 """
 
-from collections.abc import Iterator, Sequence
+import contextlib
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -59,6 +61,51 @@ def _longest(bounds: list[int]) -> int:
     return max(after - before for before, after in pairwise(bounds))
 
 
+class AttentionResults:
+    """What attention has returned in first passes of recomputed layers, which their second passes take and do not compute."""
+
+    def __init__(self) -> None:
+        self._results: deque[tuple[Tensor, Tensor]] = deque()
+        """Of micro-batches whose backward pass is to come, which has the same order."""
+
+    @contextlib.contextmanager
+    def first_pass(self) -> Iterator[None]:
+        """Let each `attend` inside leave its result here."""
+        with _calls.through(self._compute):
+            yield
+
+    @contextlib.contextmanager
+    def second_pass(self) -> Iterator[None]:
+        """Let each `attend` inside take its result from here."""
+        with _calls.through(lambda *_: self._results.popleft()):
+            yield
+
+    def _compute(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+        output, logsumexp = FORWARD(*arguments)
+        # Without the graph that the output will be part of, which keeps these results alive.
+        self._results.append((output.detach(), logsumexp))
+        return output, logsumexp
+
+
+@dataclass
+class _Calls:
+    """The function by which `attend` comes by its results; None: by computing them."""
+
+    function: Callable[..., tuple[Tensor, Tensor]] | None = None
+
+    @contextlib.contextmanager
+    def through(self, function: Callable[..., tuple[Tensor, Tensor]]) -> Iterator[None]:
+        """Let calls inside go through a function."""
+        before, self.function = self.function, function
+        try:
+            yield
+        finally:
+            self.function = before
+
+
+_calls = _Calls()
+
+
 def attend(
     query: Tensor,
     key: Tensor,
@@ -91,7 +138,8 @@ class _Attention(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, options: tuple[Any, ...]
     ) -> Tensor:
-        output, logsumexp = FORWARD(query, key, value, *options)
+        compute = _calls.function or FORWARD
+        output, logsumexp = compute(query, key, value, *options)
         # One number a row and head is kept of the scores: the backward pass computes them again, tile by tile.
         ctx.save_for_backward(query, key, value, output, logsumexp)
         ctx.options = options

@@ -10,20 +10,42 @@ from unittest.mock import patch
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visionloom.model import kept as kept_module
 from visionloom.model.kept import Keeper, Made, Moved, kept
-from visionloom.model.kernels.activation import swiglu
+from visionloom.model.kernels import attention
+from visionloom.model.kernels.activation import gelu, swiglu
 from visionloom.model.kernels.norm import branch_rms_norm, layer_norm, rms_norm
 from visionloom.model.kernels.rotary import rotate_heads
+from visionloom.tests.ranks import RankPool
+from visionloom.tests.train.layouts import Layout, backward, packs_of, trainable
 
 WAYS = {
     "cheap again": {"cheap_again": True, "in_host_memory": False},
     "in host memory": {"cheap_again": False, "in_host_memory": True},
     "both": {"cheap_again": True, "in_host_memory": True},
 }
+
+
+def bits_and_calls(recompute: str) -> tuple[dict[str, Tensor], int]:
+    """All gradients of a step of two micro-batches, and the calls of attention's kernel; on a rank of the pool."""
+    with patch.object(attention, "FORWARD", wraps=attention.FORWARD) as kernel:
+        stage, _ = backward(Layout(1, {"recompute": recompute}), packs_of("images"))
+    gradients = {name: weight.main_grad.clone() for name, weight in trainable(stage).items()}
+    return gradients, kernel.call_count
+
+
+def test_attention_is_computed_once_where_all_else_is_made_again(pool: RankPool) -> None:
+    """The same bits; the control is `full`, which calls it twice in each layer of the language model and of the tower."""
+    expected, once = pool.run(1, bits_and_calls, "none")[0]
+    gradients, calls = pool.run(1, bits_and_calls, "all_but_attention")[0]
+    _, twice = pool.run(1, bits_and_calls, "full")[0]
+    assert calls == once > 0
+    assert twice == 2 * once
+    assert gradients.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert torch.equal(gradients[name], gradient), name
 
 
 class Layers(nn.Module):
@@ -49,7 +71,7 @@ class Layers(nn.Module):
         attended = torch.einsum("hts,shd->thd", scores.softmax(-1), value.repeat_interleave(2, 1))
         inner, x = branch_rms_norm(x + self.out(attended.flatten(1)), self.weights[1], 1e-6)
         x = x + self.down(swiglu(self.gate_up(inner)))
-        return F.gelu(layer_norm(x, self.weights[2], self.weights[3], 1e-6)).square()
+        return gelu(layer_norm(x, self.weights[2], self.weights[3], 1e-6)).square()
 
 
 def gradients(**way: bool) -> tuple[list[Tensor], list[Any]]:
@@ -77,8 +99,8 @@ def test_gradients_are_the_same_bits(way: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(plain, ours, strict=True))
     made = sum(isinstance(each, Made) for each in packed)
     moved = sum(isinstance(each, Moved) for each in packed)
-    # Two RMSNorms, queries, keys, SwiGLU and LayerNorm.
-    assert made == (6 if WAYS[way]["cheap_again"] else 0)
+    # Two RMSNorms, queries, keys, SwiGLU, GELU and LayerNorm, the last one for GELU's gradient and for its remaking.
+    assert made == (8 if WAYS[way]["cheap_again"] else 0)
     assert (moved > 5) == WAYS[way]["in_host_memory"]
 
 

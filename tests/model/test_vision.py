@@ -47,9 +47,12 @@ def test_pieces_change_nothing(monkeypatch: pytest.MonkeyPatch, topology: Topolo
     whole = tower_input(topology.device)
     encoded: list[int] = []
     encode = tower._encode
-    monkeypatch.setattr(
-        tower, "_encode", lambda piece: encoded.append(len(piece.patches)) or encode(piece)
-    )
+
+    def counted(piece: VisionInput, *is_again: bool) -> torch.Tensor:
+        encoded.append(len(piece.patches))
+        return encode(piece, *is_again)
+
+    monkeypatch.setattr(tower, "_encode", counted)
 
     def features_and_gradients(most: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
         monkeypatch.setattr(vision, "PIECE_PATCHES", most)

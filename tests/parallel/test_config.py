@@ -36,7 +36,10 @@ from visionloom.parallel.config import ParallelConfig
         (
             ParallelConfig(recompute="some"),
             1,
-            ["parallel.recompute=some", "none, norms_and_activations, mlp, block, full"],
+            [
+                "parallel.recompute=some",
+                "none, norms_and_activations, mlp, block, all_but_attention, full",
+            ],
         ),
         (
             ParallelConfig(context_exchange="ring"),

@@ -73,7 +73,7 @@ LAYOUTS: dict[str, Layout] = {
         2, pipeline=2, pipeline_layout="E|ttttL", recompute="full"
     ),
     "pipeline 2, virtual 2, levels travel": dense(2, pipeline=2, virtual_pipeline=2),
-    "pipeline 4, levels travel": dense(4, pipeline=4, recompute="full"),
+    "pipeline 4, levels travel": dense(4, pipeline=4, recompute="all_but_attention"),
     "pipeline 3, levels travel": dense(3, pipeline=3, pipeline_layout="Et|t|ttL"),
     "pipeline 2 x data 2": dense(4, pipeline=2, pipeline_layout="Et|tttL"),
     "context 2": dense(2, context=2),
@@ -119,7 +119,9 @@ LAYOUTS: dict[str, Layout] = {
     "context 2 x expert 2": mixture(2, context=2, expert=2),
     "pipeline 2 x expert 2": mixture(4, pipeline=2, expert=2, pipeline_layout="Et|tttL"),
     "tensor 2 x context 2 x expert 4": mixture(4, tensor=2, context=2, expert=4),
-    "mixture, pipeline 2, virtual 2": mixture(2, pipeline=2, virtual_pipeline=2, recompute="full"),
+    "mixture, pipeline 2, virtual 2": mixture(
+        2, pipeline=2, virtual_pipeline=2, recompute="all_but_attention"
+    ),
     "mixture, text only, expert 2": replace(
         mixture(2, expert=2), case=Case(experts=8, content="text")
     ),
