@@ -91,6 +91,8 @@ def _start(
     # Before anything imports torch, which reads its variables once.
     if environment.trains_on_gpus(config.run.device):
         environment.record_collectives(config.run.folder)
+        layouts = [phase.parallel or config.parallel for phase in config.phases.values()]
+        environment.set_up_gpus(max(layout.tensor for layout in [config.parallel, *layouts]))
     # Cheap checks first: agreements read tokenizers, which takes most of a second.
     try:
         check_paths(config)

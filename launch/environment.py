@@ -57,6 +57,20 @@ def record_collectives(folder: str) -> None:
     os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", f"{folder}/collectives-")
 
 
+def set_up_gpus(tensor: int) -> None:
+    """Set what CUDA and torch read once, when they start; what the user has exported stays.
+
+    `tensor`: the largest tensor-parallel degree of the run.
+    """
+    # Each pack has other sizes: blocks of memory must be able to grow, or they cannot be used for the next one.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    # With one queue a collective that was launched before a product starts before it; else the product may take all
+    # multiprocessors first, and what Megatron-core means to overlap waits. Without tensor parallelism copies would suffer.
+    if tensor > 1:
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+
 def check_home(option: str, value: str) -> None:
     """Refuse a ~ or a $HOME that the shell has left in an option's value: what is written would go to a folder of that name.
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from visionloom.model.kernels.remaking import Remaking, remaking_of, remembered
+from visionloom.parallel.device import Arriving, CopyStream
 
 LEAST_BYTES = 1 << 16
 """Smaller tensors stay where they are: a copy would cost more than the memory is worth."""
@@ -53,7 +54,7 @@ class Made:
 class Moved:
     """A tensor in host memory, for one or several that have saved it."""
 
-    def __init__(self, tensor: Tensor, copies: "Copies", number: int) -> None:
+    def __init__(self, tensor: Tensor, copies: CopyStream, number: int) -> None:
         # Pinned, or the copy would wait for the device.
         self.host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
         self.device = tensor.device
@@ -61,57 +62,23 @@ class Moved:
         """Of tensors that were moved before."""
         self.uses = 0
         """Times that it was saved, less those that it was taken."""
-        self.fetched: Tensor | None = None
-        copies.begin(self.host, tensor)
+        self.fetched: Arriving | None = None
+        copies.to_host(tensor, self.host)
 
-    def fetch(self, copies: "Copies") -> None:
+    def fetch(self, copies: CopyStream) -> None:
         """Begin to bring the tensor back."""
         if self.fetched is None:
-            self.fetched = copies.fetch(self.host, self.device)
+            self.fetched = copies.to_device(self.host, self.device)
 
-    def take(self, copies: "Copies") -> Tensor:
+    def take(self, copies: CopyStream) -> Tensor:
         """Return the tensor on its device."""
         self.fetch(copies)
-        tensor = self.fetched
-        assert tensor is not None
+        arriving = self.fetched
+        assert arriving is not None
         self.uses -= 1
         if not self.uses:
             self.fetched = None
-        copies.wait(tensor)
-        return tensor
-
-
-class Copies:
-    """Copies to the host and back, on a stream of their own where there are streams."""
-
-    def __init__(self) -> None:
-        self._stream: Any = None
-
-    def begin(self, host: Tensor, tensor: Tensor) -> None:
-        """Copy a tensor to the host, after all that has been launched so far."""
-        if not tensor.is_cuda:
-            host.copy_(tensor)
-            return
-        self._stream = self._stream or torch.cuda.Stream()
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            host.copy_(tensor, non_blocking=True)
-        # Its memory is nobody else's before the copy is done.
-        tensor.record_stream(self._stream)
-
-    def fetch(self, host: Tensor, device: torch.device) -> Tensor:
-        """Begin to copy a tensor back."""
-        if self._stream is None:
-            return host.to(device, non_blocking=True)
-        with torch.cuda.stream(self._stream):
-            return host.to(device, non_blocking=True)
-
-    def wait(self, tensor: Tensor) -> None:
-        """Let the computation wait for a tensor that was fetched; the host goes on."""
-        if self._stream is not None:
-            computing = torch.cuda.current_stream()
-            computing.wait_stream(self._stream)
-            tensor.record_stream(computing)
+        return arriving.wait()
 
 
 Packed = Tensor | Made | Moved
@@ -122,7 +89,7 @@ class Keeper:
     """Packs the tensors that autograd saves, and unpacks them."""
 
     in_host_memory: bool
-    copies: Copies = field(default_factory=Copies)
+    copies: CopyStream = field(default_factory=CopyStream)
     moved: list[Moved] = field(default_factory=list)
     """In the order of the forward pass; the backward pass takes them from the end."""
     by_place: dict[tuple[Any, ...], Moved] = field(default_factory=dict)

@@ -19,6 +19,7 @@ from visionloom.launch.environment import (
     TORCHRUN,
     check_environment,
     record_collectives,
+    set_up_gpus,
     world_size,
 )
 
@@ -130,3 +131,25 @@ def test_collectives_are_recorded_into_the_runs_folder() -> None:
             "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
             "TORCH_FR_DUMP_TEMP_FILE": "runs/mine/collectives-",
         }
+
+
+@pytest.mark.parametrize(
+    ("exported", "tensor", "expected"),
+    [
+        ({}, 1, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+        (
+            {"PYTORCH_ALLOC_CONF": "", "CUDA_DEVICE_MAX_CONNECTIONS": "8"},
+            2,
+            {"PYTORCH_ALLOC_CONF": "", "CUDA_DEVICE_MAX_CONNECTIONS": "8"},
+        ),
+        (
+            {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"},
+            2,
+            {"PYTORCH_CUDA_ALLOC_CONF": "backend:native", "CUDA_DEVICE_MAX_CONNECTIONS": "1"},
+        ),
+    ],
+)
+def test_settings_of_gpus(exported: dict[str, str], tensor: int, expected: dict[str, str]) -> None:
+    with patch.dict(os.environ, exported, clear=True):
+        set_up_gpus(tensor)
+        assert dict(os.environ) == expected
