@@ -48,6 +48,9 @@ from visionloom.parallel.topology import Topology
 class Factors(nn.ParameterDict):
     """The matrices A or B of a layer's parts, by part."""
 
+    # torch's own has a call that only raises, instead of the one that runs hooks.
+    __call__ = nn.Module.__call__
+
     def forward(self) -> list[Tensor]:
         """Return them in order; a call of this module is what parameter gathering waits for."""
         return list(self.values())

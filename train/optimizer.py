@@ -22,7 +22,7 @@ from visionloom.model.kernels.product import accumulate_in_products
 from visionloom.model.trainable import group_of
 from visionloom.parallel.topology import Topology
 from visionloom.train.config import OptimConfig, PhaseConfig
-from visionloom.train.overlap import bucket_elements, connect_schedule, overlaps
+from visionloom.train.overlap import DataParallel, bucket_elements, connect_schedule, overlaps
 
 DECAY_STYLES = {"cosine": "cosine", "linear": "linear", "wsd": "WSD", "constant": "constant"}
 
@@ -173,7 +173,7 @@ def wrap_data_parallel(
     for number, part in enumerate(parts):
         # As Megatron-core's own training: only the first part of a virtual pipeline has buckets.
         wrapped.append(
-            DistributedDataParallel(
+            DataParallel(
                 part.config,
                 settings,
                 part,

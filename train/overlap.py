@@ -5,10 +5,11 @@ all of them. After an update each rank has its own part of the weights; the rest
 one of its parameters is called, and that of the next bucket meanwhile. So every parameter is used by a call of its module.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import torch
+from megatron.core.distributed import DistributedDataParallel
 
 from visionloom.parallel.topology import Topology
 
@@ -18,6 +19,26 @@ ELEMENTS_A_RANK: Final = 1_000_000
 """Of a bucket, for each data rank: a ring's steps grow with its ranks, and each shall stay as large (Megatron-core's default)."""
 FEWEST_BUCKETS: Final = 8
 """Of a small model, such as adapters: a single bucket has nothing to overlap with."""
+
+
+class DataParallel(DistributedDataParallel):  # type: ignore[misc]
+    """Megatron-core's DDP that also takes a gradient which autograd does not pass on.
+
+    Where activations are kept in another form (model/kept.py), a linear layer that adds its gradient to the sum by itself has no
+    way to mark the parameter, and passes on nothing. Megatron-core's own hook refuses that, as if the gradient were missing.
+    """
+
+    def _make_backward_post_hook(self, parameter: Any) -> Callable[..., None]:
+        add: Callable[..., None] = super()._make_backward_post_hook(parameter)
+
+        def hook(*arguments: Any) -> None:
+            if parameter.grad is None and self.ddp_config.overlap_grad_reduce:
+                group = self.param_to_bucket_group[parameter]
+                group.register_grad_ready(parameter, self.force_all_reduce)
+            else:
+                add(*arguments)
+
+        return hook
 
 
 def overlaps(topology: Topology) -> bool:
