@@ -218,7 +218,8 @@ def work_seconds(slots: Sequence[Slot], streams: Streams) -> WorkSeconds:
     communication: dict[str, float] = defaultdict(float)
     for slot in slots:
         for axis, seconds in streams.play(slot).items():
-            communication[axis] += seconds
+            if seconds:
+                communication[axis] += seconds
 
     # The host runs ahead of the device, so that only all launches together can be too slow.
     device = sum(parts.values()) + sum(communication.values())
