@@ -9,7 +9,7 @@ is left out. Imports no torch.
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from visionloom.forecast.machine import Machine
@@ -17,6 +17,7 @@ from visionloom.forecast.trace.events import (
     Collective,
     Direction,
     Kernel,
+    Mark,
     Operation,
     Slot,
 )
@@ -153,22 +154,72 @@ class WorkSeconds:
         return work + self.waits_for_host
 
 
-def work_seconds(
-    slots: Sequence[Slot], groups: Mapping[str, Sequence[int]], machine: Machine
-) -> WorkSeconds:
-    """Return where the time of slots that follow each other goes; `groups`: ranks by axis, as in RankTrace."""
+@dataclass
+class Streams:
+    """What runs at once on a rank while a step is played: computation, and the collectives of each axis one after the other.
+
+    Collectives of different axes run side by side, and none slows computation: a real GPU's share its memory, its links and
+    some of its multiprocessors.
+    """
+
+    groups: Mapping[str, Sequence[int]]
+    """Ranks by axis, as in RankTrace."""
+    machine: Machine
+    now: float = 0.0
+    """Seconds of computation and waits since the step's begin."""
+    _ends: dict[str, float] = field(default_factory=dict)
+    """When the last collective of an axis is done."""
+    _flights: dict[int, tuple[str, float]] = field(default_factory=dict)
+    """Axis and end of the collectives that nobody has waited for yet, by number."""
+
+    def play(self, slot: Slot) -> dict[str, float]:
+        """Let a slot pass; return the seconds in which the device only waits for collectives, by axis."""
+        waits: dict[str, float] = defaultdict(float)
+        for mark in slot.marks or (Mark(slot.operations, slot.collectives),):
+            for operation, count in mark.operations:
+                self.now += count * operation_seconds(operation, self.machine)
+            for collective, count in mark.collectives:
+                for _ in range(count):
+                    waits[collective.axis] += self._wait(self._begin(collective))
+            if mark.begins is not None:
+                self._flights[mark.flight] = mark.begins.axis, self._begin(mark.begins)
+            elif mark.flight in self._flights:
+                axis, end = self._flights.pop(mark.flight)
+                waits[axis] += self._wait(end)
+        return waits
+
+    def _begin(self, collective: Collective) -> float:
+        """Begin a collective once the one before on its axis is done; return when it ends itself."""
+        ranks = self.groups[collective.axis]
+        if collective.name in MESSAGES or len(ranks) == 1:
+            return self.now
+        begin = max(self.now, self._ends.get(collective.axis, 0.0))
+        end = begin + collective_seconds(collective, ranks, self.machine)
+        self._ends[collective.axis] = end
+        return end
+
+    def _wait(self, end: float) -> float:
+        """Wait until a collective has ended; return the seconds."""
+        waited = max(0.0, end - self.now)
+        self.now += waited
+        return waited
+
+
+def work_seconds(slots: Sequence[Slot], streams: Streams) -> WorkSeconds:
+    """Return where the time of slots that follow each other goes, after what `streams` have played before."""
+    machine = streams.machine
     parts: dict[str, float] = defaultdict(float)
     launches = 0
     for operation, count in operations_of(slots):
         parts[operation.part] += count * operation_seconds(operation, machine)
         launches += count
+    launches += sum(count for _, count in collectives_of(slots))
+
     communication: dict[str, float] = defaultdict(float)
-    for collective, count in collectives_of(slots):
-        launches += count
-        ranks = groups[collective.axis]
-        if collective.name not in MESSAGES and len(ranks) > 1:
-            seconds = collective_seconds(collective, ranks, machine)
-            communication[collective.axis] += count * seconds
+    for slot in slots:
+        for axis, seconds in streams.play(slot).items():
+            if seconds:
+                communication[axis] += seconds
 
     # The host runs ahead of the device, so that only all launches together can be too slow.
     device = sum(parts.values()) + sum(communication.values())

@@ -54,7 +54,7 @@ def rank_steps(traces: PhaseTraces, pipeline: Pipeline, on: Machine) -> list[Ran
     steps = []
     for traced in traces.kinds:
         for stage in traced.kind.stages:
-            steps.append(RankStep(traced, stage, pipeline, on, traces.overlap))
+            steps.append(RankStep(traced, stage, pipeline, on))
     return sorted(steps, key=lambda step: step.stage)
 
 

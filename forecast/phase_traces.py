@@ -17,16 +17,6 @@ class TracedKind:
 
 
 @dataclass(frozen=True)
-class Overlap:
-    """What the configuration lets collectives after the last pass hide under."""
-
-    gradient_reduction: bool = False
-    """Scatters of gradients run during the last backward pass (`overlap_grad_reduce`)."""
-    parameter_gather: bool = False
-    """Gathers of updated weights run during the first forward pass (`overlap_param_gather`)."""
-
-
-@dataclass(frozen=True)
 class PhaseTraces:
     """A phase on one layout."""
 
@@ -47,4 +37,3 @@ class PhaseTraces:
     """Operations that the model needs for a step of all ranks: real tokens, no recomputation (model/flops.py)."""
     tokens: float
     """Real tokens of a step of all ranks."""
-    overlap: Overlap = Overlap()

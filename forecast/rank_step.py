@@ -7,15 +7,15 @@ from functools import cached_property
 
 from visionloom.forecast.costs import (
     MESSAGES,
+    Streams,
     WorkSeconds,
-    collective_seconds,
     collectives_of,
     message_seconds,
     operations_of,
     work_seconds,
 )
 from visionloom.forecast.machine import Machine
-from visionloom.forecast.phase_traces import Overlap, TracedKind
+from visionloom.forecast.phase_traces import TracedKind
 from visionloom.forecast.results import COMMUNICATION, HOST
 from visionloom.forecast.schedule import Pass, Pipeline
 from visionloom.forecast.trace.events import (
@@ -29,7 +29,6 @@ from visionloom.forecast.trace.events import (
     SlotKind,
     Wait,
 )
-from visionloom.parallel.parts import OPTIMIZER, REDUCTION
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,6 @@ class RankStep:
     """Stages that hold as much share a trace; how many micro-batches each keeps follows from its number."""
     pipeline: Pipeline
     machine: Machine
-    overlap: Overlap
 
     @property
     def rank(self) -> int:
@@ -104,10 +102,10 @@ class RankStep:
     @cached_property
     def _seconds(self) -> dict[Pass | SlotKind, WorkSeconds]:
         """Return the time of what was traced."""
-        groups = self.trace.groups
+        # In the order of the trace: what one pass begins another may wait for.
+        streams = Streams(self.trace.groups, self.machine)
         return {
-            one: work_seconds(stretch.slots, groups, self.machine)
-            for one, stretch in self._stretches.items()
+            one: work_seconds(stretch.slots, streams) for one, stretch in self._stretches.items()
         }
 
     def seconds(self, one: Pass | SlotKind) -> WorkSeconds:
@@ -130,35 +128,10 @@ class RankStep:
         chunks = range(self.pipeline.chunks)
         return sum(self.seconds(Pass(kind, chunk, number)).total for chunk in chunks)
 
-    def _shelters(self) -> dict[tuple[str, str], float]:
-        """Return the seconds of passes under which collectives after the last pass hide, by their part and name."""
-        shelters = {}
-        first, last = self.order[1], self.order[-2]
-        if self.overlap.gradient_reduction:
-            shelters[REDUCTION, "reduce_scatter"] = self.seconds(last).total
-        if self.overlap.parameter_gather:
-            shelters[OPTIMIZER, "all_gather"] = self.seconds(first).total
-        return shelters
-
-    @cached_property
-    def _hidden(self) -> dict[str, float]:
-        """Return the seconds of collectives after the last pass that overlap with passes, by axis."""
-        shelters = self._shelters()
-        hidden: dict[str, float] = defaultdict(float)
-        for collective, count in collectives_of(self._stretches[SlotKind.END].slots):
-            key = collective.part, collective.name
-            if key in shelters:
-                ranks = self.trace.groups[collective.axis]
-                seconds = count * collective_seconds(collective, ranks, self.machine)
-                covered = min(seconds, shelters[key])
-                shelters[key] -= covered
-                hidden[collective.axis] += covered
-        return hidden
-
     @property
     def end_seconds(self) -> float:
         """Return the seconds after the last pass."""
-        return self.seconds(SlotKind.END).total - sum(self._hidden.values())
+        return self.seconds(SlotKind.END).total
 
     @cached_property
     def shares(self) -> dict[str, float]:
@@ -171,8 +144,6 @@ class RankStep:
             for axis, seconds in work.communication.items():
                 shares[axis + COMMUNICATION] += seconds
             shares[HOST] += work.waits_for_host
-        for axis, seconds in self._hidden.items():
-            shares[axis + COMMUNICATION] -= seconds
         return dict(shares)
 
     def message(self) -> float:

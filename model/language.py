@@ -283,6 +283,14 @@ def layer_spec(experts: int) -> Any:
     return spec
 
 
+class OutputMatrix(ColumnParallelLinear):  # type: ignore[misc]
+    """The output layer as its matrix, with which the loss makes logits in blocks of rows."""
+
+    def forward(self, shared: Tensor | None) -> Tensor:  # type: ignore[override]
+        """Return this rank's rows [V / tensor, H], `shared` or its own; a call of this module is what parameter gathering waits for."""
+        return self.weight if shared is None else shared
+
+
 class LanguageModel(LanguageModule):  # type: ignore[misc]
     """Embedding, decoder layers and output layer, or the part of them that a pipeline chunk holds."""
 
@@ -332,7 +340,7 @@ class LanguageModel(LanguageModule):  # type: ignore[misc]
             vp_stage=chunk,
         )
         if last:
-            self.output_layer = ColumnParallelLinear(
+            self.output_layer = OutputMatrix(
                 text.hidden_size,
                 text.vocab_size,
                 config=config,
@@ -347,15 +355,12 @@ class LanguageModel(LanguageModule):  # type: ignore[misc]
         if first or last:
             self.setup_embeddings_and_output_layer()
 
-    @property
-    def output_weight(self) -> Tensor:
-        """Return this rank's rows of the output matrix [V / tensor, H]: its own or the embedding's."""
-        weight: Tensor
-        if self.share_embeddings_and_output_weights:
-            weight = self.shared_embedding_or_output_weight()
-        else:
-            weight = self.output_layer.weight
-        return weight
+    def output_matrix(self) -> Tensor:
+        """Return this rank's rows of the output matrix [V / tensor, H]: its own, or the embedding's where that is here too."""
+        shares = self.share_embeddings_and_output_weights and self.pre_process
+        shared = self.embedding.word_embeddings.weight if shares else None
+        matrix: Tensor = self.output_layer(shared)
+        return matrix
 
     @property
     def layers(self) -> int:

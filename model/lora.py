@@ -45,6 +45,17 @@ from visionloom.model.trainable import is_adapter
 from visionloom.parallel.topology import Topology
 
 
+class Factors(nn.ParameterDict):
+    """The matrices A or B of a layer's parts, by part."""
+
+    # torch's own has a call that only raises, instead of the one that runs hooks.
+    __call__ = nn.Module.__call__
+
+    def forward(self) -> list[Tensor]:
+        """Return them in order; a call of this module is what parameter gathering waits for."""
+        return list(self.values())
+
+
 class Adapter(nn.Module):
     """Low-rank factors whose scaling * B A x is added to a layer's output, part by part."""
 
@@ -72,8 +83,8 @@ class Adapter(nn.Module):
         for part, rows in shape.items():
             a.append((part, _empty(like, *experts, lora.rank, inputs)))
             b.append((part, _empty(like, *experts, *rows, lora.rank)))
-        self.lora_A = nn.ParameterDict(a)
-        self.lora_B = nn.ParameterDict(b)
+        self.lora_A = Factors(a)
+        self.lora_B = Factors(b)
         self.scaling, self.dropout = lora.scaling, lora.dropout
 
     def down(self, x: Tensor, own_mask: bool) -> Tensor:
@@ -85,12 +96,12 @@ class Adapter(nn.Module):
             # The tracker's state differs over the tensor ranks, the default one is the same on all.
             with get_cuda_rng_tracker().fork() if own_mask else nullcontext():
                 x = F.dropout(x, self.dropout)
-        return F.linear(x, torch.cat(list(self.lora_A.values())))
+        return F.linear(x, torch.cat(self.lora_A()))
 
     def up(self, inner: Tensor, heads: int = 1) -> Tensor:
         """Return B of each part times its r columns, [..., parts * r] -> [..., out]; the parts alternate `heads` times."""
         columns = inner.chunk(len(self.lora_B), dim=-1)
-        pairs = zip(columns, self.lora_B.values(), strict=True)
+        pairs = zip(columns, self.lora_B(), strict=True)
         outputs = [F.linear(x, b) for x, b in pairs]
         if len(outputs) == 1:
             return outputs[0] * self.scaling
@@ -199,7 +210,7 @@ class AdaptedStack(Stack):
 
     def forward(self, tokens: Tensor, ends: Tensor, read: bool = True) -> Tensor:
         """Map tokens as `Stack.forward` does."""
-        (a,), (b,) = self.adapter.lora_A.values(), self.adapter.lora_B.values()
+        (a,), (b,) = self.adapter.lora_A(), self.adapter.lora_B()
         a, b = self._summed(a), self._summed(b)
         inner = grouped_linear(tokens, a, ends)
         added = grouped_linear(inner, b.flatten(1, -2), ends)

@@ -193,7 +193,7 @@ class Qwen3VL(MegatronModule):  # type: ignore[misc]
             rows = self._whole(hidden)[inputs.loss_rows, 0]
             return linear_cross_entropy(
                 rows,
-                self.language_model.output_weight,
+                self.language_model.output_matrix(),
                 inputs.targets,
                 inputs.target_weights,
                 self.topology.groups.tp,
@@ -211,7 +211,7 @@ class Qwen3VL(MegatronModule):  # type: ignore[misc]
         """
         hidden = self._whole(self._decode(inputs))[:, 0]
         chosen = hidden if rows is None else hidden[rows]
-        return F.linear(chosen, self.language_model.output_weight)
+        return F.linear(chosen, self.language_model.output_matrix())
 
     def _decode(self, inputs: ModelInput) -> Tensor:
         """Return hidden states [t, 1, H]; in a chunk before the last, followed by the DeepStack levels that later layers need."""
@@ -233,10 +233,11 @@ class Qwen3VL(MegatronModule):  # type: ignore[misc]
     def _embed(self, inputs: ModelInput) -> tuple[Tensor, Tensor | None]:
         """Return embeddings [t, 1, H] with the visual features in place, and the DeepStack levels [m, K * H]; None for text."""
         assert inputs.vision is not None
-        with in_part(LANGUAGE):
-            hidden: Tensor = self.language_model.embedding(inputs.input_ids, None)
+        # In the order of the parameters, which is that of the buckets in which data ranks gather and reduce them.
         with kept(cheap_again=self.topology.config.recompute != "none", in_host_memory=False):
             features: Tensor = self.visual(inputs.vision)
+        with in_part(LANGUAGE):
+            hidden: Tensor = self.language_model.embedding(inputs.input_ids, None)
         if inputs.exchange is None:
             # Keeps the tower in the graph: its gradients are zeros in a pack of text, not missing.
             return hidden + features.sum() * 0.0, None

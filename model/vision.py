@@ -167,6 +167,16 @@ class PatchEmbedding(nn.Module):
         return self.proj(pixels.to(self.proj.weight.dtype))
 
 
+class PositionTable(nn.Embedding):
+    """The tower's learned positions, of a square of places."""
+
+    def forward(self, rows: Tensor, weights: Tensor) -> Tensor:  # type: ignore[override]
+        """Return positions fp32 [N, C]: the sum of four rows each, int64 [4, N], by their weights, fp32 [4, N]."""
+        # The weighted sum is in fp32, whatever the table's dtype.
+        neighbours = self.weight[rows].float()
+        return (neighbours * weights.unsqueeze(-1)).sum(0)
+
+
 class LayerNorm(nn.LayerNorm):
     """torch's, in kernels of our own."""
 
@@ -281,7 +291,7 @@ class VisionTower(nn.Module):
         self.config = config
         self.recompute = recompute
         self.patch_embed = PatchEmbedding(config)
-        self.pos_embed = nn.Embedding(config.position_table**2, config.hidden_size)
+        self.pos_embed = PositionTable(config.position_table**2, config.hidden_size)
         self.blocks = nn.ModuleList(VisionBlock(config, recompute) for _ in range(config.depth))
         self.merger = Merger(config, output_size, norm_after_merge=False)
         self.deepstack_merger_list = nn.ModuleList(
@@ -326,7 +336,4 @@ class VisionTower(nn.Module):
     def _embed(self, vision: VisionInput) -> Tensor:
         """Return patches [N, C] with their positions, interpolated from the table."""
         x = self.patch_embed(vision.patches)
-        # The weighted sum is in fp32, whatever the table's dtype.
-        neighbours = self.pos_embed.weight[vision.table_rows].float()
-        positions = neighbours * vision.table_weights.unsqueeze(-1)
-        return x + positions.sum(0).to(x.dtype)
+        return x + self.pos_embed(vision.table_rows, vision.table_weights).to(x.dtype)

@@ -43,6 +43,8 @@ class ParallelConfig:
     `all_but_attention`, all but what attention itself returns; `full`, all."""
     recompute_layers: int = option(0, "free", least=0, most=1024)
     """Decoder layers of each chunk of the model that recompute=block makes again whole."""
+    overlap: bool = option(True, "free")
+    """Reduce gradients during the backward pass and gather updated weights during the forward pass, where data ranks share them."""
     offload_activations: bool = option(False, "free")
     """Keep what the decoder layers save for the backward pass in host memory."""
 

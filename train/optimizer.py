@@ -22,6 +22,7 @@ from visionloom.model.kernels.product import accumulate_in_products
 from visionloom.model.trainable import group_of
 from visionloom.parallel.topology import Topology
 from visionloom.train.config import OptimConfig, PhaseConfig
+from visionloom.train.overlap import DataParallel, bucket_elements, connect_schedule, overlaps
 
 DECAY_STYLES = {"cosine": "cosine", "linear": "linear", "wsd": "WSD", "constant": "constant"}
 
@@ -158,14 +159,21 @@ def wrap_data_parallel(
         topology: of the model.
         sharded: for the distributed optimizer (ZeRO-1).
     """
+    overlapped = overlaps(topology)
     settings = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=sharded, overlap_grad_reduce=False
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=sharded,
+        overlap_grad_reduce=overlapped,
+        # Without the distributed optimizer every rank updates all weights.
+        overlap_param_gather=overlapped and sharded,
+        align_param_gather=overlapped and sharded and len(parts) > 1,
+        bucket_size=bucket_elements(parts, topology) if overlapped else None,
     )
     wrapped = []
     for number, part in enumerate(parts):
         # As Megatron-core's own training: only the first part of a virtual pipeline has buckets.
         wrapped.append(
-            DistributedDataParallel(
+            DataParallel(
                 part.config,
                 settings,
                 part,
@@ -174,6 +182,8 @@ def wrap_data_parallel(
             )
         )
         accumulate_in_products(part)
+    if overlapped:
+        connect_schedule(wrapped)
     return wrapped
 
 

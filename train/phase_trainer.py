@@ -12,6 +12,7 @@ from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.parallel.topology import Topology
 from visionloom.train.checkpoint.state_file import Inputs
 from visionloom.train.config import PhaseConfig
+from visionloom.train.overlap import gather_weights
 
 
 @dataclass
@@ -47,6 +48,10 @@ class PhaseTrainer:
     def model_config(self) -> ModelConfig:
         """Return the architecture."""
         return self.model_parts[0].model_config
+
+    def gather_weights(self) -> None:
+        """Gather the weights that other ranks have updated, which the next forward pass would; all ranks call it."""
+        gather_weights(self.wrapped_parts)
 
     def drop_graphs(self) -> None:
         """Drop autograd's graphs of the last step: Megatron-core's dispatchers of experts keep theirs, to read the routing from.

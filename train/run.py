@@ -267,6 +267,7 @@ def validate(
         return
     losses = observer.held_out_losses
     if not (unchanged and losses):
+        trainer.gather_weights()
         data, parts = held_out(config), trainer.model_parts
         losses = held_out_losses(data, parts, trainer.topology, samples, observer.screen)
     observer.validation(trainer, losses)

@@ -4,7 +4,7 @@ A step is a list of slots in the order of time: what comes before the first micr
 micro-batch through one part of the model, what comes between two passes, and what comes after the last.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 
@@ -88,6 +88,20 @@ class Collective:
 
 
 @dataclass(frozen=True, slots=True)
+class Mark:
+    """A moment of a slot at which a collective begins to run beside computation, or at which the device waits for one."""
+
+    operations: tuple[tuple[Operation, int], ...]
+    """Launches since the mark before, or since the slot's begin."""
+    collectives: tuple[tuple[Collective, int], ...]
+    """Those since then that the device has waited for at once."""
+    flight: int = -1
+    """Number of the collective in the step; -1 at the end of a slot."""
+    begins: Collective | None = None
+    """The collective that begins; None: the device waits for it."""
+
+
+@dataclass(frozen=True, slots=True)
 class SlotMemory:
     """Bytes alive on the device around a slot."""
 
@@ -109,6 +123,8 @@ class Slot:
     """Kinds of launches and how often each was launched."""
     collectives: tuple[tuple[Collective, int], ...]
     memory: SlotMemory
+    marks: tuple[Mark, ...] = field(default=(), compare=False)
+    """In order, up to the end of the slot; none where no collective runs beside computation."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,11 +3,14 @@
 Nothing is computed or sent, and what the host asks of the device is answered with stated values.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
-from torch._C._distributed_c10d import FakeWork
+from torch._C._distributed_c10d import FakeWork, Work
 from torch.utils._pytree import tree_map_only
 
 from visionloom.forecast.trace.operations import Call, tensors_in
@@ -32,6 +35,8 @@ class ImaginedRecorder(Recorder):
         super().__init__()
         self.values = values
         self._shapes = ShapeRules()
+        self._works: dict[int, tuple[Any, int]] = {}
+        """Collectives that nobody has waited for, with their numbers; kept, so that torch hands out the same objects."""
 
     def holds(self, tensor: Tensor) -> bool:
         """Return whether a tensor is on the meta device."""
@@ -121,7 +126,23 @@ class ImaginedRecorder(Recorder):
             for tensor in tensors_in(call.args[0]):
                 self.values.forget(tensor)
         self._exchange_values(name, call.args)
-        return finished(call.func, call.args)
+        result, work = finished(call.func, call.args)
+        if work is not None:
+            self._works[id(work)] = work, self._flights
+        return result
+
+    def _waited(self, work: Any, *_: Any) -> bool:
+        """Record that the device waits for a collective; in place of torch's `Work.wait`."""
+        _, flight = self._works.pop(id(work), (None, None))
+        if flight is not None:
+            self.land(flight)
+        return True
+
+    @contextlib.contextmanager
+    def heard_works(self) -> Iterator[None]:
+        """Hear of the waits for collectives inside."""
+        with mock.patch.object(Work, "wait", lambda work, *others: self._waited(work, *others)):
+            yield
 
     def _exchange_values(self, name: str, args: Any) -> None:
         """State what is received, where what is sent has a value: the other ranks route as this one does."""
@@ -134,13 +155,17 @@ class ImaginedRecorder(Recorder):
             self.values.state(output, repeated.view(output.shape))
 
 
-def finished(func: Any, args: Any) -> Any:
-    """Return what a collective returns that is done at once, its tensors unchanged."""
-    results = []
+def finished(func: Any, args: Any) -> tuple[Any, Any]:
+    """Return what a collective returns that is done at once, its tensors unchanged, and its work, None if it has none."""
+    results: list[Any] = []
+    work = None
     for value in func._schema.returns:
-        tensors = next(arg for arg in args if isinstance(arg, list | tuple | Tensor))
-        results.append(FakeWork().boxed() if "Work" in str(value.type) else tensors)
-    return results[0] if len(results) == 1 else tuple(results)
+        if "Work" in str(value.type):
+            work = FakeWork()
+            results.append(work.boxed())
+        else:
+            results.append(next(arg for arg in args if isinstance(arg, list | tuple | Tensor)))
+    return (results[0] if len(results) == 1 else tuple(results)), work
 
 
 def on_device(call: Call) -> Call:

@@ -21,6 +21,7 @@ from visionloom.forecast.trace.events import (
     Collective,
     Direction,
     Kernel,
+    Mark,
     Mixed,
     Operation,
     Slot,
@@ -69,6 +70,25 @@ class _OpenSlot:
     before: int
     operations: Counter[Operation] = field(default_factory=Counter)
     collectives: Counter[Collective] = field(default_factory=Counter)
+    marks: list[Mark] = field(default_factory=list)
+    launched: Counter[Operation] = field(default_factory=Counter)
+    """Since the last mark, as the next one."""
+    awaited: Counter[Collective] = field(default_factory=Counter)
+
+    def mark(self, flight: int, begins: Collective | None = None) -> None:
+        """Note that a collective begins to run beside computation, or that the device waits for it."""
+        launched, awaited = tuple(self.launched.items()), tuple(self.awaited.items())
+        self.marks.append(Mark(launched, awaited, flight, begins))
+        self.launched.clear()
+        self.awaited.clear()
+
+    def closed(self, after: SlotMemory) -> Slot:
+        """Return the slot, which has ended."""
+        if self.marks:
+            self.mark(-1)
+        operations, collectives = tuple(self.operations.items()), tuple(self.collectives.items())
+        place = self.kind, self.chunk, self.micro_batch
+        return Slot(*place, operations, collectives, after, tuple(self.marks))
 
 
 class Recorder(TorchDispatchMode):
@@ -84,6 +104,10 @@ class Recorder(TorchDispatchMode):
         self.recomputing = 0
         """Calls of modules that a backward pass has begun and that have not ended."""
         self._open: _OpenSlot | None = None
+        self._flights = 0
+        """Collectives that have begun."""
+        self._begun: Collective | None = None
+        """The last of them, while nothing has followed it."""
         self._ranges: list[tuple[str, bool]] = []
         """Ranges that are open: the part of the step, and whether a backward pass has opened it."""
         self._starts: list[int] = [0]
@@ -129,18 +153,10 @@ class Recorder(TorchDispatchMode):
     def _close(self) -> None:
         opened = self._open
         assert opened is not None, "a step has begun"
+        self._take_off()
         highest = self.ledger.next_slot(len(self.slots) + 1)
         memory = SlotMemory(opened.before, highest, self.ledger.bytes)
-        self.slots.append(
-            Slot(
-                opened.kind,
-                opened.chunk,
-                opened.micro_batch,
-                tuple(opened.operations.items()),
-                tuple(opened.collectives.items()),
-                memory,
-            )
-        )
+        self.slots.append(opened.closed(memory))
 
     # ---- where an operation belongs
 
@@ -233,7 +249,9 @@ class Recorder(TorchDispatchMode):
             cost.work,
             cost.bytes,
         )
+        self._take_off()
         self._open.operations[operation] += 1
+        self._open.launched[operation] += 1
 
     def wait(self, kind: str) -> None:
         """Record that the host waits for the device."""
@@ -273,10 +291,30 @@ class Recorder(TorchDispatchMode):
         if self._open is not None and self.axes is not None:
             axis = self.axes.name(group_in(values))
             moved = moved_bytes(values)
-            self._open.collectives[Collective(name, axis, part, direction, moved)] += 1
+            collective = Collective(name, axis, part, direction, moved)
+            self._open.collectives[collective] += 1
+            self._take_off()
+            self._flights += 1
+            self._begun = collective
         if name in FILLS:
             self.ledger.own(tensors_in(call.args[0]), Category.COMMUNICATION)
         return self.send(name, call)
+
+    def _take_off(self) -> None:
+        """Note that the collective which began last was not waited for before anything else."""
+        if self._begun is not None and self._open is not None:
+            self._open.mark(self._flights, self._begun)
+        self._begun = None
+
+    def land(self, flight: int) -> None:
+        """Record that the device waits for a collective, by its number."""
+        if self._open is None:
+            return
+        if flight == self._flights and self._begun is not None:
+            self._open.awaited[self._begun] += 1
+            self._begun = None
+        else:
+            self._open.mark(flight)
 
 
 def place() -> str:

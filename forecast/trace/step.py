@@ -41,7 +41,8 @@ def recording(device: torch.device, routing: Routing | None = None) -> Iterator[
         stack.enter_context(scale)
         recorder: Recorder
         if device.type == "meta":
-            recorder = ImaginedRecorder(values)
+            recorder = imagined = ImaginedRecorder(values)
+            stack.enter_context(imagined.heard_works())
         else:
             marked = MarkedDevice()
             copies = stack.enter_context(HostCopies(marked))
@@ -104,6 +105,8 @@ def trace_step(recorder: Recorder, trainer: PhaseTrainer, batches: list[PackedBa
     for inner in trainer.optimizer.chained_optimizers:
         if getattr(inner.optimizer, "make_moments", None):
             inner.optimizer.make_moments()
+    for wrapped in trainer.wrapped_parts:
+        expect_gradients(wrapped)
     for tensors, category in owned(trainer):
         ledger.own(tensors, category)
     recorder.axes = Axes(topology)
@@ -126,6 +129,13 @@ def trace_step(recorder: Recorder, trainer: PhaseTrainer, batches: list[PackedBa
         at_rest=at_rest,
         peak=ledger.peak(),
     )
+
+
+def expect_gradients(wrapped: Any) -> None:
+    """Let Megatron-core's DDP reduce gradients as soon as they are there: in the first step it learns what comes."""
+    for group in (*wrapped.bucket_groups, *wrapped.expert_parallel_bucket_groups):
+        group.is_first_batch = False
+        group.golden_per_param_grad_ready_counts = dict.fromkeys(group.params, 1)
 
 
 def owned(trainer: PhaseTrainer) -> Iterator[tuple[list[Any], Category]]:

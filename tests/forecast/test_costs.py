@@ -2,10 +2,12 @@
 bandwidth (doc/PERFORMANCE.md), NCCL's latencies (src/graph/tuning.cc)."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
 from visionloom.forecast.costs import (
+    Streams,
     collective_seconds,
     message_seconds,
     operation_seconds,
@@ -16,6 +18,7 @@ from visionloom.forecast.trace.events import (
     Collective,
     Direction,
     Kernel,
+    Mark,
     Operation,
     Slot,
     SlotKind,
@@ -192,9 +195,9 @@ def slot(*counts: tuple[Operation, int], size: int = 0) -> Slot:
 def test_work_is_added_up_by_part_and_axis() -> None:
     copy = operation(Kernel.OTHER, 0.0, 2_847_500_000)
     groups = {"tensor": range(8), "pipeline": (0, 8)}
-    alone = work_seconds([slot(size=LARGE)], {"tensor": (3,)}, H100)
+    alone = work_seconds([slot(size=LARGE)], Streams({"tensor": (3,)}, H100))
     assert alone.communication == {}
-    work = work_seconds([slot((copy, 3)), slot(size=LARGE)], groups, H100)
+    work = work_seconds([slot((copy, 3)), slot(size=LARGE)], Streams(groups, H100))
     gather = seconds("all_gather", LARGE, range(8), H100)
     assert work.parts == pytest.approx({LANGUAGE: 3e-3})
     assert work.communication == pytest.approx({"tensor": 2 * gather})
@@ -204,9 +207,28 @@ def test_work_is_added_up_by_part_and_axis() -> None:
     assert work.total == pytest.approx(3e-3 + 2 * gather)
 
 
+def test_a_collective_costs_what_computation_does_not_cover() -> None:
+    """Two gathers of an axis follow each other, one of another axis runs beside them."""
+    copy = operation(Kernel.OTHER, 0.0, 2_847_500_000)  # 1 ms
+    calls = [
+        Collective("all_gather", axis, LANGUAGE, Direction.FORWARD, LARGE)
+        for axis in ("data", "data", "tensor")
+    ]
+    begins = [Mark((), (), number, call) for number, call in enumerate(calls)]
+    waits = [Mark(((copy, 1),), (), 2), Mark((), (), 0), Mark(((copy, 1),), (), 1), Mark((), ())]
+    played = replace(slot((copy, 2)), marks=(*begins, *waits))
+    streams = Streams({"data": range(8), "tensor": range(4), "pipeline": (0, 8)}, H100)
+    data, tensor = (seconds("all_gather", LARGE, range(ranks), H100) for ranks in (8, 4))
+    # All three begin at once; then 1 ms, the tensor gather, the first data gather, 1 ms, the second.
+    assert tensor < data and data > 2e-3
+    communication = work_seconds([played], streams).communication
+    assert communication["tensor"] == pytest.approx(tensor - 1e-3)
+    assert communication["data"] == pytest.approx(data - tensor + data - 1e-3)
+
+
 def test_many_small_kernels_wait_for_the_host() -> None:
     tiny = operation(Kernel.OTHER, 0.0, 8)
-    work = work_seconds([slot((tiny, 999))], {"pipeline": (0, 8)}, H100)
+    work = work_seconds([slot((tiny, 999))], Streams({"pipeline": (0, 8)}, H100))
     assert work.total == pytest.approx(1000 * H100.launch)
     assert work.parts[LANGUAGE] == pytest.approx(999 * H100.kernel_start)
 

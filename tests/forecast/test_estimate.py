@@ -8,7 +8,7 @@ from visionloom.common.errors import UserError
 from visionloom.forecast.costs import collective_seconds, message_seconds
 from visionloom.forecast.estimate import estimate
 from visionloom.forecast.machine import GIB, machine
-from visionloom.forecast.phase_traces import Overlap, PhaseTraces
+from visionloom.forecast.phase_traces import PhaseTraces
 from visionloom.forecast.rank_step import RankStep
 from visionloom.forecast.results import BUBBLE, HOST, MESSAGES, PhaseForecast
 from visionloom.forecast.schedule import Pipeline
@@ -16,6 +16,7 @@ from visionloom.forecast.trace.events import (
     AliveTensors,
     Category,
     Direction,
+    Mark,
     Mixed,
     RankTrace,
     SlotKind,
@@ -149,7 +150,6 @@ def test_what_is_released_late_does_not_pile_up(stage: int, traced: int) -> None
             stage,
             pipeline,
             machine("h100"),
-            Overlap(),
         )
         for own in (pipeline, few)
     ]
@@ -207,7 +207,7 @@ def test_a_message_goes_to_the_pipeline_s_neighbours() -> None:
     )
     groups = trace.groups | {"pipeline": (4, 12), "all": tuple(range(16))}
     trace = replace(trace, rank=12, slots=slots, groups=groups)
-    step = RankStep(traced_kind(trace), 1, Pipeline(2, 1, 1), machine("h100"), Overlap())
+    step = RankStep(traced_kind(trace), 1, Pipeline(2, 1, 1), machine("h100"))
     assert step.message() == message_seconds(size, 12, 4, machine("h100"))
 
 
@@ -217,7 +217,7 @@ def test_the_slower_link_of_a_stage_counts(ranks: tuple[int, int, int], slowest:
     size = 1 << 30
     trace = with_messages(one_step(Pipeline(3, 1, 1), 1), size)
     trace = replace(trace, groups={"pipeline": ranks})
-    step = RankStep(traced_kind(trace), 1, Pipeline(3, 1, 1), machine("h100"), Overlap())
+    step = RankStep(traced_kind(trace), 1, Pipeline(3, 1, 1), machine("h100"))
     assert step.message() == message_seconds(size, ranks[1], slowest, machine("h100"))
 
 
@@ -227,7 +227,7 @@ def test_messages_cost_what_is_missing_without_them() -> None:
     end = (collective("send", "pipeline", size),)
     steps = [one_step(Pipeline(2, 1, 1), stage, end=end) for stage in (0, 1)]
     traces = [with_messages(trace, size) for trace in steps]
-    forecast = forecast_of(phase(*traces, micro_batches=1, overlap=Overlap(True, True)), "h100")
+    forecast = forecast_of(phase(*traces, micro_batches=1), "h100")
     # Two stages of a node: one message forward, one backward, and nothing to do meanwhile.
     message = message_seconds(size, 0, 1, machine("h100"))
     assert forecast.seconds[MESSAGES] == pytest.approx(2 * message)
@@ -235,34 +235,22 @@ def test_messages_cost_what_is_missing_without_them() -> None:
     assert forecast.step_seconds == pytest.approx(0.25 + 6 + 0.5 + 2 * message)
 
 
-def reduced(overlap: Overlap, size: int, buckets: int = 1) -> PhaseForecast:
-    trace = one_step(Pipeline(1, 1, 1), end=reduction(size) * buckets, ranks=8)
-    return forecast_of(phase(trace, micro_batches=4, overlap=overlap), "h100")
+def test_a_collective_hides_under_the_passes_until_it_is_waited_for() -> None:
+    """Reduced from the backward pass on, waited for after the step's own 0.5 s of the optimizer."""
+    scatter, _ = reduction(800 << 30)[0]
+    alone = collective_seconds(scatter, range(8), machine("h100"))
+    trace = one_step(Pipeline(1, 1, 1), ranks=8)
+    begin, forward, backward, end = trace.slots
+    (work,) = backward.operations
+    marks = (Mark((work,), (), 1, scatter), Mark((work,), ()))
+    backward = replace(backward, operations=((work[0], 2),), marks=marks)
+    end = replace(end, marks=(Mark(end.operations, (), 1), Mark((), ())))
 
-
-def test_collectives_hide_only_where_the_configuration_lets_them() -> None:
-    size = 100 << 30
-    scatter, gather = [
-        collective_seconds(call, range(8), machine("h100")) for call, _ in reduction(size)
-    ]
-    assert scatter < 2.0 and gather < 1.0
-    without = reduced(Overlap(), size)
-    assert without.seconds["data communication"] == pytest.approx(scatter + gather)
-    assert without.exposed_communication == pytest.approx(scatter + gather)
-
-    for overlap, hidden in [
-        (Overlap(gradient_reduction=True), scatter),
-        (Overlap(parameter_gather=True), gather),
-        (Overlap(True, True), scatter + gather),
-    ]:
-        forecast = reduced(overlap, size)
-        assert forecast.step_seconds == pytest.approx(without.step_seconds - hidden)
-        assert sum(forecast.seconds.values()) == pytest.approx(forecast.step_seconds)
-    # Of what takes longer than a pass, only as much hides as the pass takes: 2 s backward.
-    whole = reduced(Overlap(), 2 * size, 2)
-    long = reduced(Overlap(gradient_reduction=True), 2 * size, 2)
-    assert 1.0 < 2 * scatter < 2.0
-    assert long.step_seconds == pytest.approx(whole.step_seconds - 2.0)
+    slots = (begin, forward, replace(backward, collectives=((scatter, 1),)), end)
+    forecast = forecast_of(phase(replace(trace, slots=slots), micro_batches=1), "h100")
+    assert alone > 2.5
+    assert forecast.seconds["data communication"] == pytest.approx(alone - 2.5)
+    assert forecast.step_seconds == pytest.approx(0.25 + 1 + 4 + 0.5 + alone - 2.5)
 
 
 def fuller(trace: RankTrace, category: Category, more: int) -> RankTrace:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from visionloom.forecast.kinds import RankKind
 from visionloom.forecast.machine import Machine, machine
-from visionloom.forecast.phase_traces import Overlap, PhaseTraces, TracedKind
+from visionloom.forecast.phase_traces import PhaseTraces, TracedKind
 from visionloom.forecast.schedule import Pass, Pipeline
 from visionloom.forecast.trace.events import (
     AliveTensors,
@@ -144,7 +144,6 @@ def phase(
     *traces: RankTrace,
     micro_batches: int,
     layout: ParallelConfig | None = None,
-    overlap: Overlap | None = None,
 ) -> PhaseTraces:
     """A phase of these kinds of rank, one rank each."""
     kinds = tuple(traced_kind(trace) for trace in traces)
@@ -160,7 +159,6 @@ def phase(
         steps=100,
         flops=1e15,
         tokens=8000.0,
-        overlap=overlap or Overlap(),
     )
 
 
