@@ -98,20 +98,53 @@ class Adapter(nn.Module):
                 x = F.dropout(x, self.dropout)
         return F.linear(x, torch.cat(self.lora_A()))
 
-    def up(self, inner: Tensor, heads: int = 1) -> Tensor:
-        """Return B of each part times its r columns, [..., parts * r] -> [..., out]; the parts alternate `heads` times."""
-        columns = inner.chunk(len(self.lora_B), dim=-1)
-        pairs = zip(columns, self.lora_B(), strict=True)
-        outputs = [F.linear(x, b) for x, b in pairs]
-        if len(outputs) == 1:
-            return outputs[0] * self.scaling
-        by_head = [y.unflatten(-1, (heads, -1)) for y in outputs]
-        return torch.cat(by_head, dim=-1).flatten(-2) * self.scaling
+    def add_up_(self, output: Tensor, inner: Tensor, heads: int = 1) -> Tensor:
+        """Add scaling times B of each part times its r columns [..., parts * r] to a layer's output [..., out].
+
+        The parts alternate `heads` times in the output. It is written to by one product and returned: anything done to the
+        whole of it costs as much as a norm does.
+        """
+        added: Tensor = _AddProduct.apply(
+            output, inner * self.scaling, self._joined(self.lora_B(), heads)
+        )
+        return added
+
+    def _joined(self, matrices: list[Tensor], heads: int) -> Tensor:
+        """Return the B of all parts as one matrix [out, parts * r], zero where a row is not of a column's part."""
+        if len(matrices) == 1:
+            return matrices[0]
+        blocks = []
+        for number, matrix in enumerate(matrices):
+            rank = matrix.shape[1]
+            others = number * rank, (len(matrices) - 1 - number) * rank
+            blocks.append(F.pad(matrix, others).unflatten(0, (heads, -1)))
+        return torch.cat(blocks, dim=1).flatten(0, 1)
 
     def delta(self, heads: int = 1) -> Tensor:
         """Return the adapter's addition to this rank's weight, fp32 in the weight's own order of rows."""
         a, b = list(self.lora_A.values()), list(self.lora_B.values())
         return low_rank_product(a, b, heads) * self.scaling
+
+
+class _AddProduct(torch.autograd.Function):
+    """Add x [..., r] times the transpose of a matrix [out, r] to a tensor [..., out], where it is.
+
+    The tensor is another layer's output, which nobody has kept: autograd would refuse to write to what Megatron-core's
+    functions return, and torch's own sum with a product copies it first.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, x: Tensor, matrix: Tensor) -> Tensor:
+        ctx.save_for_backward(x, matrix)
+        rows = output.flatten(0, -2)
+        torch.addmm(rows, x.flatten(0, -2), matrix.t(), out=rows)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, matrix = ctx.saved_tensors
+        by_matrix = gradient.flatten(0, -2).t() @ x.flatten(0, -2)
+        return gradient, gradient @ matrix, by_matrix
 
 
 def _empty(like: Tensor, *shape: int) -> nn.Parameter:
@@ -145,7 +178,7 @@ class AdaptedLinear(Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., in] to [..., out]."""
         inner = self.adapter.down(x, own_mask=False)
-        return super().forward(x) + self.adapter.up(inner)
+        return self.adapter.add_up_(super().forward(x), inner)
 
 
 class AdaptedColumn(ColumnParallelLinear):  # type: ignore[misc]
@@ -166,7 +199,7 @@ class AdaptedColumn(ColumnParallelLinear):  # type: ignore[misc]
             )
         else:
             inner = copy_to_tensor_model_parallel_region(inner, group=self.tp_group)
-        return output + self.adapter.up(inner, self.heads), bias
+        return self.adapter.add_up_(output, inner, self.heads), bias
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
@@ -192,7 +225,7 @@ class AdaptedRow(RowParallelLinear):  # type: ignore[misc]
             inner = reduce_scatter_to_sequence_parallel_region(inner, group=self.tp_group)
         else:
             inner = reduce_from_tensor_model_parallel_region(inner, group=self.tp_group)
-        return output + self.adapter.up(inner), bias
+        return self.adapter.add_up_(output, inner), bias
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
@@ -213,8 +246,8 @@ class AdaptedStack(Stack):
         (a,), (b,) = self.adapter.lora_A(), self.adapter.lora_B()
         a, b = self._summed(a), self._summed(b)
         inner = grouped_linear(tokens, a, ends)
-        added = grouped_linear(inner, b.flatten(1, -2), ends)
-        return super().forward(tokens, ends, read) + added * self.adapter.scaling
+        added = grouped_linear(inner * self.adapter.scaling, b.flatten(1, -2), ends)
+        return super().forward(tokens, ends, read) + added
 
     def _summed(self, factor: Any) -> Tensor:
         """Return a factor whose gradient is summed over the expert-tensor ranks if it is not cut.
