@@ -104,8 +104,9 @@ class DataConfig:
     """Sizes, frames and limits of pictures and videos."""
     store: StoreConfig = field(default_factory=StoreConfig)
     """Reading of remote datasets."""
-    workers: int = option(0, "free", least=0, most=1024)
-    """Processes that decode ahead on each rank; their number never changes what is read."""
+    workers: int | None = option(None, "free", least=0, most=1024)
+    """Processes that decode ahead on each rank; their number never changes what is read. 0: a thread of the training process
+    does; null: by the cores that this rank has of its machine, see `chosen_workers` of data/stream/workers.py."""
     max_patches_per_token: float = option(3.2, "data", above=0, most=1000)
     """Most patches of a pack, for each token of the sequence length: 0.8 x the 4 patches of a visual token."""
     packing_window_samples: int = option(1024, "data", least=1, most=65_536)

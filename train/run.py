@@ -13,6 +13,7 @@ from visionloom.data.config import DataConfig
 from visionloom.data.encode.tokenizer import Tokenizer
 from visionloom.data.plan.open import dataset_weights, open_datasets
 from visionloom.data.stream.train_stream import PackStream
+from visionloom.data.stream.workers import chosen_workers
 from visionloom.model.kernels import flash
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.parallel import topology as topologies
@@ -54,6 +55,8 @@ def pretrain(config: RunConfig) -> None:
     observer = Observer(folder, config.logging, topology.is_main, config.run.name, asdict(config))
     if topology.device.type == "cuda":
         observer.say(f"attention by the kernels of {flash.chosen()}")
+    if config.data.workers is None and (workers := chosen_workers(None)):
+        observer.say(f"data.workers={workers}, chosen by the cores of this machine")
     newest = resume(config, folder, topology, observer)
     check_data(config, newest)
 
@@ -98,7 +101,7 @@ def train_phase(
         validate(config, trainer, observer, unchanged=not trainer.phase.fresh)
     saver = Saver(folder, config.checkpoint, observer.saved)
     with observer.live(trainer):
-        fit(trainer, saver, observer, config.data.workers)
+        fit(trainer, saver, observer, chosen_workers(config.data.workers))
         saver.save(trainer, trainer.step, trainer.phase_step, last=True)
     validate(config, trainer, observer)
     observer.phase_end(trainer)

@@ -30,6 +30,13 @@ class PackBudget:
     max_samples: int = 0
     """Samples of a pack; 0: any number."""
 
+    def taken_up(self, tokens: list[int]) -> list[int]:
+        """Return the room that samples of these lengths take up in a pack: padding does too."""
+        multiple = self.sample_multiple
+        if multiple == 1:
+            return tokens
+        return [-(-size // multiple) * multiple for size in tokens]
+
 
 def pack_samples(
     tokens: list[int],
@@ -57,10 +64,7 @@ def pack_samples(
     Returns:
         the samples' numbers, pack by pack.
     """
-    multiple = budget.sample_multiple
-    if multiple > 1:
-        # the padding of a sample takes up room in its pack
-        tokens = [-(-size // multiple) * multiple for size in tokens]
+    tokens = budget.taken_up(tokens)
     pool = _Pool(tokens, patches, budget.window, orders, most_passed_over)
     packs = []
     max_samples = budget.max_samples or len(tokens)

@@ -15,8 +15,8 @@ from visionloom.common.atomic import replacing
 
 _KEPT: Final = 4
 """Blocks that a process holds."""
-_ON_DISK: Final = 64
-"""Blocks kept in the folder (some 100 KB each): what a restart from an older checkpoint lacks is made again."""
+_ON_DISK: Final = 16
+"""Blocks kept in the folder (2 MB each at most): what a restart from an older checkpoint lacks is made again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +37,8 @@ class PlanBlock:
     """[n]"""
     patches: NDArray[np.int32]
     """[n]"""
-    work: NDArray[np.int64]
-    """[p, 4] tokens, sum of squared lengths, patches, sum of squared patch counts of frames."""
+    patch_pairs: NDArray[np.int64]
+    """[n] sum of the squared patch counts of its pictures and frames."""
 
     def __len__(self) -> int:
         return len(self.borders) - 1
@@ -48,6 +48,49 @@ class PlanBlock:
         here = slice(self.borders[pack], self.borders[pack + 1])
         entries, samples = self.entries[here].tolist(), self.samples[here].tolist()
         return tuple(zip(entries, samples, self.part_numbers[here].tolist(), strict=True))
+
+    def sample_work(self) -> NDArray[np.int64]:
+        """Count the work of each sample [n, 4], as `work_of` does."""
+        return work_of(self.tokens, self.patches, self.patch_pairs)
+
+    def work(self) -> NDArray[np.int64]:
+        """Count the work of each pack [p, 4], as `work_of` does."""
+        each = self.sample_work()
+        # reduceat cannot take an empty array
+        return np.add.reduceat(each, self.borders[:-1], axis=0) if len(each) else each
+
+    def excerpt(self, start: int, stop: int) -> "PlanBlock":
+        """Return some of the packs, from one up to another."""
+        here = slice(self.borders[start], self.borders[stop])
+        arrays = {name: getattr(self, name)[here] for name in _BY_SAMPLE}
+        return PlanBlock(self.borders[start : stop + 1] - self.borders[start], **arrays)
+
+    def regrouped(self, packs: list[list[int]]) -> "PlanBlock":
+        """Return packs of these samples, each named by its place here."""
+        order = np.array([sample for pack in packs for sample in pack], np.int64)
+        borders = np.cumsum([0, *map(len, packs)]).astype(np.int32)
+        return PlanBlock(borders, **{name: getattr(self, name)[order] for name in _BY_SAMPLE})
+
+
+_BY_SAMPLE: Final = [item.name for item in fields(PlanBlock) if item.name != "borders"]
+
+
+def work_of(
+    tokens: NDArray[np.int32], patches: NDArray[np.int32], patch_pairs: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Return int64 [n, 4] of n samples: tokens, squared tokens, patches, sum of squared patch counts of frames."""
+    lengths, counts = tokens.astype(np.int64), patches.astype(np.int64)
+    return np.stack([lengths, lengths**2, counts, patch_pairs], axis=1)
+
+
+def joined(blocks: list[PlanBlock]) -> PlanBlock:
+    """Return the packs of one block after the other."""
+    sizes = np.concatenate([np.diff(block.borders) for block in blocks])
+    borders = np.cumsum([0, *sizes]).astype(np.int32)
+    arrays = {}
+    for name in _BY_SAMPLE:
+        arrays[name] = np.concatenate([getattr(block, name) for block in blocks])
+    return PlanBlock(borders, **arrays)
 
 
 class PlanBlockStore:

@@ -14,7 +14,7 @@ from visionloom.data.plan.dataset_with_lengths import DatasetWithLengths
 from visionloom.data.plan.deal import CostModel, PlannedPack, deal
 from visionloom.data.plan.mixture import key_of, permutation
 from visionloom.data.plan.open import StreamOptions
-from visionloom.data.plan.plan import pack_work
+from visionloom.data.plan.plan_blocks import work_of
 from visionloom.data.plan.resumable import Rows
 from visionloom.data.shards.sample import SampleError
 from visionloom.data.stream.batch import PackedBatch, PackLayout
@@ -91,8 +91,8 @@ class EvaluationSet:
         places = []
         for sample, part_number in zip(samples, part_numbers, strict=True):
             places.append((0, sample, part_number))
-        work = pack_work(rows, np.array([0, len(rows)]))
-        return PlannedPack(tuple(places), float(CostModel().of(work)[0]))
+        work = work_of(rows["tokens"], rows["patches"], rows["patch_pairs"]).sum(0)
+        return PlannedPack(tuple(places), float(CostModel().of(work)))
 
     def questions(self, share: Share = ALONE) -> Iterator[EncodedSample]:
         """Yield a rank's share of the samples that have an answer, with their patches; unreadable ones are left out.

@@ -18,8 +18,26 @@ from visionloom.parallel.share import Share
 
 PREFETCH: Final = 2
 """Steps built ahead by the background thread or by each worker."""
+_CORES_KEPT: Final = 2
+"""Cores of a rank for the training process itself: its own thread and the one of autograd."""
+_MOST_CHOSEN: Final = 4
+"""Workers chosen by themselves at most. A GPU at 8K takes some 330 frames or 150 pictures a second: 3.4 or 0.6 cores
+(estimated), and each worker holds PREFETCH steps in memory."""
 _UNTIL_REAPED: Final = 0.5
 """Seconds after which the system no longer lists a process that ended."""
+
+
+def chosen_workers(workers: int | None) -> int:
+    """Return the decoding processes of this rank: `workers`, or for None those that its share of the machine's cores allows.
+
+    0, which decodes in a thread, where the training process needs all of them.
+    """
+    if workers is not None:
+        return workers
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    # not os.cpu_count: a container or a scheduler may give fewer
+    cores = len(os.sched_getaffinity(0)) // ranks
+    return min(_MOST_CHOSEN, max(0, cores - _CORES_KEPT))
 
 
 def iterate(

@@ -250,16 +250,16 @@ def test_a_plan_of_an_older_program_goes_on_as_a_new_phase(
     data: DataConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(planned, "PLAN_VERSION", 2)
+        patch.setattr(planned, "PLAN_VERSION", 3)
         state = json.loads(json.dumps(stream(data).state(5)))
     with pytest.raises(
         UserError,
-        match=r"this program's way of planning was 2, now 3.*go on with data\.on_change=new_phase",
+        match=r"this program's way of planning was 3, now 4.*go on with data\.on_change=new_phase",
     ):
         stream(data).load_state(state)
     data.on_change = "new_phase"
     changed = stream(data)
-    assert changed.load_state(state) == ["this program's way of planning was 2, now 3"]
+    assert changed.load_state(state) == ["this program's way of planning was 3, now 4"]
     assert changed.plan.origin == Origin.after(state, 5)
 
 

@@ -48,9 +48,10 @@ def test_uneven_dealing_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "ranks", "least"), [("8k", 64, 0.99), ("32k", 64, 0.96), ("256k", 16, 0.97)]
+    ("name", "ranks", "least", "worst"),
+    [("8k", 64, 0.99, 1.01), ("32k", 64, 0.99, 1.01), ("256k", 16, 0.99, 1.03)],
 )
-def test_ranks_have_even_work(name: str, ranks: int, least: float) -> None:
+def test_ranks_have_even_work(name: str, ranks: int, least: float, worst: float) -> None:
     plan = plan_of(MIXTURES[name], 30_000, 4 * ranks)
     loads = np.array([rank_costs(deal(plan.step(step), ranks, 1)) for step in range(8)])
     assert loads.mean(1).sum() / loads.max(1).sum() >= least
@@ -63,8 +64,7 @@ def test_ranks_have_even_work(name: str, ranks: int, least: float) -> None:
     assert in_order.mean(1).sum() / in_order.max(1).sum() < least - 0.02, (
         "the test needs packs that are not alike"
     )
-    if name == "8k":
-        assert (loads.max(1) / loads.mean(1)).max() <= 1.05
+    assert (loads.max(1) / loads.mean(1)).max() <= worst
 
 
 grids = st.lists(st.tuples(st.integers(1, 12), st.integers(1, 20), st.integers(1, 20)), max_size=12)

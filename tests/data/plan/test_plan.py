@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from visionloom.data.plan import plan as planned
 from visionloom.data.plan import plan_blocks as blocks
 from visionloom.data.plan.deal import CostModel, PlannedPack
 from visionloom.data.plan.lengths import LENGTHS
@@ -54,7 +55,8 @@ def contents(packs: list[PlannedPack]) -> list[tuple[tuple[int, int, int], ...]]
     return [pack.places for pack in packs]
 
 
-def test_any_step_can_be_planned_first() -> None:
+def test_any_step_can_be_planned_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planned, "_PACKS_PER_BLOCK", 512)
     forward = plan()
     steps = [contents(forward.step(step)) for step in range(300)]
     state = forward.state(299)

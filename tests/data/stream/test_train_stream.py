@@ -22,7 +22,7 @@ from visionloom.data.stream import quarantine
 from visionloom.data.stream.batch import PackedBatch
 from visionloom.data.stream.held_out import EvaluationSet
 from visionloom.data.stream.train_stream import PackStream
-from visionloom.data.stream.workers import iterate
+from visionloom.data.stream.workers import chosen_workers, iterate
 from visionloom.parallel.share import ALONE, Share
 from visionloom.tests.data.batches import digest
 from visionloom.tests.data.samples import essay, film, picture_question
@@ -111,6 +111,21 @@ def test_the_stream_is_a_function_of_its_settings(data: DataConfig) -> None:
     assert digest(stream(data).micro_batches(4, Share(1, 2), 3)) == expected
     assert digest(stream(data, seed=8).micro_batches(4, Share(1, 2), 3)) != expected
     assert digest(stream(data, phase_name="q").micro_batches(4, Share(1, 2), 3)) != expected
+
+
+@pytest.mark.parametrize(
+    ("cores", "ranks", "workers"),
+    [(2, "1", 0), (2, "2", 0), (4, "1", 2), (16, "8", 0), (32, "8", 2), (112, "8", 4), (16, "", 4)],
+)
+def test_workers_are_chosen_by_the_cores_of_a_rank(
+    cores: int, ranks: str, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(cores)))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if ranks:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+    assert chosen_workers(None) == workers
+    assert [chosen_workers(given) for given in (0, 1, 7)] == [0, 1, 7]
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
