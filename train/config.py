@@ -21,6 +21,7 @@ DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "fp32", "bf16")
 LOSSES = ("sqrt", "token", "sample")
 SCHEDULES = ("cosine", "wsd", "linear", "constant")
+OPTIMIZERS = ("adamw", "muon")
 LATEST = "latest"
 """File next to the phases' folders of checkpoints that names the newest one."""
 STEPS = 10**7
@@ -85,12 +86,16 @@ class InitConfig:
 
 @dataclass
 class OptimConfig:
-    """AdamW and gradient clipping."""
+    """The optimizer and gradient clipping."""
 
+    name: str = option("adamw", "never", choices=OPTIMIZERS)
+    """`adamw`, or `muon`: Muon for the matrices of decoder layers, tower and mergers, AdamW for all other parameters."""
+    momentum: float = option(0.95, "run", least=0, below=1)
+    """Share of the mean of gradients that a step of Muon keeps."""
     beta1: float = option(0.9, "run", least=0, below=1)
-    """Share of the mean of gradients that a step keeps."""
+    """Share of the mean of gradients that a step of AdamW keeps."""
     beta2: float = option(0.95, "run", least=0, below=1)
-    """Share of the mean of squared gradients that a step keeps."""
+    """Share of the mean of squared gradients that a step of AdamW keeps."""
     epsilon: float = option(1e-8, "run", above=0, most=1)
     """Added to the root of the mean of squared gradients."""
     weight_decay: float = option(0.05, "run", least=0, most=100)
@@ -276,7 +281,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     """Datasets, and how samples become packs."""
     optim: OptimConfig = field(default_factory=OptimConfig)
-    """AdamW and gradient clipping."""
+    """The optimizer and gradient clipping."""
     phases: dict[str, PhaseConfig] = field(default_factory=dict)
     """Phases by name, in the order in which they train."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -59,6 +59,7 @@ class Case:
     """Weight of the load-balancing loss of a mixture."""
     lora: bool = False
     """Whether adapters, with both factors drawn, train alone."""
+    optimizer: str = "adamw"
 
     @property
     def model(self) -> ModelConfig:
@@ -215,7 +216,7 @@ def build(
         MISTAKES[layout.mistake](chunks, [])
     phase = PhaseConfig(steps=STEPS, lr=1e-3, trainable=list(layout.case.trainable))
     wrapped = wrap_data_parallel(chunks, topology, sharded)
-    bf16, optim = dtype == torch.bfloat16, OptimConfig(clip_grad=clip)
+    bf16, optim = dtype == torch.bfloat16, OptimConfig(layout.case.optimizer, clip_grad=clip)
     optimizer = build_optimizer(wrapped, optim, phase, bf16) if sharded else None
     scheduler = build_scheduler(optimizer, optim, phase) if sharded else None
     stream: Any = type("Stream", (), {"datasets": [type("Dataset", (), {"name": "test"})]})
