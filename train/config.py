@@ -374,6 +374,11 @@ class RunConfig:
         if lines := self.lora.layer_problems(self.model):
             return lines
 
+        if self.optim.name == "muon":
+            lines.append(
+                f"optim.name=muon is for whole matrices, and lora.rank={self.lora.rank} trains low-rank factors:"
+                " choose optim=adamw"
+            )
         if not (self.init.huggingface or self.init.checkpoint):
             lines.append(
                 f"lora.rank={self.lora.rank} needs weights to adapt: set init.huggingface or init.checkpoint"

@@ -81,7 +81,9 @@ def fusion_of(name: str, parameter: Any, model: ModelConfig) -> Fusion:
         text = model.text
         # The queries of a key/value head, its keys and its values follow each other.
         rows = (text.heads // text.kv_heads * text.head_dim, text.head_dim, text.head_dim)
-    elif name.startswith("language_model.") and (name.endswith(GATED) or "experts.linear_fc1" in name):
+    elif name.startswith("language_model.") and (
+        name.endswith(GATED) or "experts.linear_fc1" in name
+    ):
         rows = (count // 2,) * 2
 
     cut = getattr(parameter, "partition_dim", 0)

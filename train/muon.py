@@ -154,8 +154,8 @@ class Stage:
             return whole
         arrived = empty.new_empty(sum(received))
         others = [0] * self.ranks
-        counts = [(each + others)[: self.ranks] for each in (received, sent)]
-        dist.all_to_all_single(arrived, whole, *counts, group=self.group)
+        arriving, leaving = ((each + others)[: self.ranks] for each in (received, sent))
+        dist.all_to_all_single(arrived, whole, arriving, leaving, group=self.group)
         return arrived
 
 
