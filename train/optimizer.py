@@ -20,10 +20,10 @@ from torch import Tensor
 from visionloom.model.kernels.product import accumulate_in_products
 from visionloom.model.trainable import group_of
 from visionloom.parallel.topology import Topology
-from visionloom.train.adamw import GroupStepAdamW
 from visionloom.train.config import OptimConfig, PhaseConfig
-from visionloom.train.matrices import is_matrix, units_of
-from visionloom.train.muon import MuonAdamW, Stage
+from visionloom.train.optim.adamw import GroupStepAdamW
+from visionloom.train.optim.matrices import is_matrix, whole_parameters
+from visionloom.train.optim.muon import MuonAdamW, Stage
 
 DECAY_STYLES = {"cosine": "cosine", "linear": "linear", "wsd": "WSD", "constant": "constant"}
 
@@ -149,8 +149,8 @@ def join_stage(optimizer: Any, wrapped: list[DistributedDataParallel]) -> None:
     for inner in optimizer.chained_optimizers:
         # A stage may train nothing.
         if not inner.is_stub_optimizer:
-            units = units_of(inner, names, topology, model.model_config)
-            inner.optimizer.join_stage(units, stage)
+            wholes = whole_parameters(inner, names, topology, model.model_config)
+            inner.optimizer.join_stage(wholes, stage)
 
 
 def name_in_model(name: str) -> str:

@@ -1,10 +1,10 @@
 """Muon for the matrices of the layers, exact in every layout, beside AdamW for all other parameters.
 
 The update of a matrix is its momentum with all singular values brought near 1, by five steps of Newton and Schulz, which need the
-whole matrix. Momentum stays where the distributed optimizer has it, in flat stretches over the ranks. A round takes as many units
-(matrices.py) as a stage has ranks, all of about one size: their stretches go to one rank each by one exchange, that rank computes,
-and a second exchange brings every stretch of the result back. So no matrix is computed twice, whatever the layout, and a rank
-holds one whole unit at a time.
+whole matrix. Momentum stays where the distributed optimizer has it, in flat stretches over the ranks. A round takes as many whole
+parameters (matrices.py) as a stage has ranks, of about one size: the stretches of each go to one rank by one exchange, that rank
+computes, and a second exchange brings all stretches of the result back. So no matrix is computed twice, whatever the layout, and a
+rank holds one whole parameter at a time.
 
 Source: Muon (kellerjordan.github.io/posts/muon), its scale Muon is Scalable for LLM Training (arXiv 2502.16982) section 2.2;
 reference implementation: torch.optim.Muon with adjust_lr_fn="match_rms_adamw".
@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from visionloom.train.adamw import GroupStepAdamW
-from visionloom.train.matrices import Holder, Unit
+from visionloom.train.optim.adamw import GroupStepAdamW
+from visionloom.train.optim.matrices import Holder, WholeParameter
 
 COEFFICIENTS: Final = (3.4445, -4.7750, 2.0315)
 """Of the quintic polynomial whose slope at zero is steepest."""
@@ -62,12 +62,12 @@ def is_muon(group: dict[str, Any]) -> bool:
 class MuonAdamW(GroupStepAdamW):
     """Muon for the groups with a `momentum`, AdamW for the others; `join_stage` comes before the first step."""
 
-    units: Sequence[Unit] = ()
+    wholes: Sequence[WholeParameter] = ()
     stage: "Stage"
 
-    def join_stage(self, units: Sequence[Unit], stage: "Stage") -> None:
-        """Set the ranks of this rank's pipeline stage and the units of them all, alike on each."""
-        self.units, self.stage = units, stage
+    def join_stage(self, wholes: Sequence[WholeParameter], stage: "Stage") -> None:
+        """Set the ranks of this rank's pipeline stage and their whole parameters, alike on each."""
+        self.wholes, self.stage = wholes, stage
 
     def moment_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         """Return the names of moments: Muon has one, of another name than AdamW's, which cannot continue with it."""
@@ -81,8 +81,8 @@ class MuonAdamW(GroupStepAdamW):
         for group in self.param_groups:
             if is_muon(group):
                 groups |= dict.fromkeys(group["params"], group)
-        for units in batched(self.units, self.stage.ranks):
-            self._update(units, groups)
+        for wholes in batched(self.wholes, self.stage.ranks):
+            self._update(wholes, groups)
 
     def update_group(self, group: dict[str, Any]) -> None:
         """Update the parameters of a group by AdamW, or only count the update where Muon makes it."""
@@ -91,16 +91,18 @@ class MuonAdamW(GroupStepAdamW):
         else:
             super().update_group(group)
 
-    def _update(self, units: Sequence[Unit], groups: dict[Tensor, dict[str, Any]]) -> None:
+    def _update(
+        self, wholes: Sequence[WholeParameter], groups: dict[Tensor, dict[str, Any]]
+    ) -> None:
         """Update the matrices of a round."""
         momenta = {}
-        for number, unit in enumerate(units):
-            if unit.shard is not None:
-                momenta[number] = self._advanced(unit.shard, groups[unit.shard])
-        steps = directions(units, momenta, self.stage)
+        for number, whole in enumerate(wholes):
+            if whole.shard is not None:
+                momenta[number] = self._advanced(whole.shard, groups[whole.shard])
+        steps = directions(wholes, momenta, self.stage)
 
         for number, step in steps.items():
-            shard = units[number].shard
+            shard = wholes[number].shard
             assert shard is not None
             group = groups[shard]
             shard.mul_(1 - group["lr"] * group["weight_decay"])
@@ -149,29 +151,29 @@ class Stage:
             received: numbers from each of the first ranks.
         """
         empty = torch.empty(0, dtype=self.dtype, device=self.device)
-        whole = torch.cat(pieces) if pieces else empty
+        leaving_numbers = torch.cat(pieces) if pieces else empty
         if self.ranks == 1:
-            return whole
+            return leaving_numbers
         arrived = empty.new_empty(sum(received))
         others = [0] * self.ranks
         arriving, leaving = ((each + others)[: self.ranks] for each in (received, sent))
-        dist.all_to_all_single(arrived, whole, arriving, leaving, group=self.group)
+        dist.all_to_all_single(arrived, leaving_numbers, arriving, leaving, group=self.group)
         return arrived
 
 
 def directions(
-    units: Sequence[Unit], momenta: dict[int, Tensor], stage: Stage
+    wholes: Sequence[WholeParameter], momenta: dict[int, Tensor], stage: Stage
 ) -> dict[int, Tensor]:
-    """Return the steps for a learning rate of 1 of this rank's stretches [n], by the unit's number.
+    """Return the steps for a learning rate of 1 of this rank's stretches [n], by the parameter's number.
 
     Args:
-        units: of a round, at most one a rank: that of number i is computed by rank i.
-        momenta: of this rank's stretches [n], by the unit's number; of copies only one is sent.
+        wholes: of a round, at most one a rank: that of number i is computed by rank i.
+        momenta: of this rank's stretches [n], by the parameter's number; of copies only one is sent.
         stage: the ranks.
     """
     rank = stage.rank
-    own = units[rank] if rank < len(units) else None
-    sent = [sizes_by_rank(unit.senders, stage.ranks)[rank] for unit in units]
+    own = wholes[rank] if rank < len(wholes) else None
+    sent = [sizes_by_rank(whole.senders, stage.ranks)[rank] for whole in wholes]
     pieces = [momenta[number] for number, size in enumerate(sent) if size]
     arriving = sizes_by_rank(own.senders, stage.ranks) if own else []
     numbers = stage.exchange(pieces, sent, arriving)
@@ -181,24 +183,24 @@ def directions(
         parts = steps_of(own, numbers)
         results = [parts[holder.part][holder.begin : holder.end] for holder in own.holders]
     leaving = sizes_by_rank(own.holders, stage.ranks) if own else []
-    back = [sizes_by_rank(unit.holders, stage.ranks)[rank] for unit in units]
+    back = [sizes_by_rank(whole.holders, stage.ranks)[rank] for whole in wholes]
     steps = stage.exchange(results, leaving, back).split(back)
     return {number: steps[number] for number in momenta}
 
 
 def sizes_by_rank(holders: Iterable[Holder], ranks: int) -> list[int]:
-    """Return how many numbers each rank of a stage has of a unit."""
+    """Return how many numbers each rank of a stage has of a whole parameter."""
     sizes = [0] * ranks
     for holder in holders:
         sizes[holder.rank] = holder.size
     return sizes
 
 
-def steps_of(unit: Unit, numbers: Tensor) -> list[Tensor]:
-    """Return the steps of a unit's flattened parts [n], from the momenta that its senders sent, end to end."""
-    by_part: list[list[Tensor]] = [[] for _ in range(unit.parts)]
-    stretches = numbers.split([holder.size for holder in unit.senders])
-    for holder, stretch in zip(unit.senders, stretches, strict=True):
+def steps_of(whole: WholeParameter, numbers: Tensor) -> list[Tensor]:
+    """Return the steps of the flattened parts [n], from the momenta that its senders sent, end to end."""
+    by_part: list[list[Tensor]] = [[] for _ in range(whole.parts)]
+    stretches = numbers.split([holder.size for holder in whole.senders])
+    for holder, stretch in zip(whole.senders, stretches, strict=True):
         by_part[holder.part].append(stretch)
-    matrices = unit.fusion.join([torch.cat(stretches) for stretches in by_part])
-    return unit.fusion.part([direction(each) for each in matrices], unit.parts)
+    matrices = whole.fusion.join([torch.cat(stretches) for stretches in by_part])
+    return whole.fusion.part([direction(each) for each in matrices], whole.parts)

@@ -32,7 +32,7 @@ from visionloom.tests.train.checkpoint.test_checkpoint import (
     uninterrupted,
 )
 from visionloom.tests.train.layouts import Case, Layout, build, curve, packs_of
-from visionloom.train.muon import orthogonalize
+from visionloom.train.optim.muon import orthogonalize
 from visionloom.train.step import update
 
 DENSE = Case(content="images", optimizer="muon")
@@ -111,15 +111,15 @@ def errors_against_torch(case: Case, mistake: str) -> dict[str, float]:
     stage = build(Layout(1, {}, case), sharded=True, clip=0.0)
     if mistake == "joined":  # fused matrices taken for one
         for inner in stage.optimizer.chained_optimizers:
-            units = inner.optimizer.units
-            inner.optimizer.units = [
+            wholes = inner.optimizer.wholes
+            inner.optimizer.wholes = [
                 replace(
                     u,
                     fusion=replace(
                         u.fusion, repeats=1, rows=(u.fusion.repeats * sum(u.fusion.rows),)
                     ),
                 )
-                for u in units
+                for u in wholes
             ]
     (part,) = stage.model_parts
     parameters = dict(canonical_parameters(part))

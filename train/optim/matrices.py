@@ -2,7 +2,7 @@
 
 Megatron-core joins queries, keys and values in one parameter, gate and up projection in another, and all experts of a rank in a
 third. Tensor ranks cut these, and the distributed optimizer cuts the flattened parameters once more over the data ranks, anywhere.
-A unit is a parameter as all ranks of a pipeline stage hold it together: its whole matrices.
+A whole parameter is what all ranks of a pipeline stage hold of one together: its whole matrices.
 """
 
 from collections.abc import Iterator
@@ -53,7 +53,8 @@ class Fusion:
         """Return the whole matrices, [batch, rows, columns] each, from the flattened parameter [n] of each tensor rank."""
         by_rank = []
         for part in parts:
-            blocks = part.view(self.batch, self.repeats, -1, self.columns).split(self.rows, dim=2)
+            shaped = part.view(self.batch, self.repeats, -1, self.columns)
+            blocks = shaped.split(self.rows, dim=2)
             by_rank.append([block.flatten(1, 2) for block in blocks])
         if len(parts) == 1:
             return by_rank[0]
@@ -93,7 +94,7 @@ def fusion_of(name: str, parameter: Any, model: ModelConfig) -> Fusion:
 
 @dataclass(frozen=True)
 class Holder:
-    """A rank whose optimizer has a stretch of a unit."""
+    """A rank whose optimizer has a stretch of a whole parameter."""
 
     rank: int
     """Its place in the group of the stage."""
@@ -110,7 +111,7 @@ class Holder:
 
 
 @dataclass(frozen=True)
-class Unit:
+class WholeParameter:
     """A parameter as the ranks of a stage hold it together."""
 
     fusion: Fusion
@@ -129,10 +130,10 @@ class Unit:
         return sum(holder.size for holder in self.senders)
 
 
-def units_of(
+def whole_parameters(
     inner: Any, names: dict[Any, str], topology: Topology, model: ModelConfig
-) -> list[Unit]:
-    """Return the units of one of Megatron's distributed optimizers, the same on all ranks of a stage, the largest first.
+) -> list[WholeParameter]:
+    """Return the whole parameters of one of Megatron's distributed optimizers, the same on all ranks of a stage, the largest first.
 
     Args:
         inner: the optimizer.
@@ -140,7 +141,7 @@ def units_of(
         topology: of the model: the places of ranks follow from it, so they need not ask each other.
         model: says how parameters are fused.
     """
-    units: list[Unit] = []
+    wholes: list[WholeParameter] = []
     for buffer in inner.buffers:
         for parameter in buffer.param_index_map:
             name = names[parameter]
@@ -149,19 +150,21 @@ def units_of(
                 shard = shard_of(inner, parameter)
                 for holders, is_own in holders_of(buffer, parameter, name, topology):
                     own = shard if is_own else None
-                    units.append(unit_of(fusion, holders, own, len(units)))
+                    wholes.append(whole_parameter(fusion, holders, own, len(wholes)))
     # A stable order: those of one size stay as all ranks have them.
-    return sorted(units, key=lambda unit: -unit.size)
+    return sorted(wholes, key=lambda whole: -whole.size)
 
 
-def unit_of(fusion: Fusion, holders: list[Holder], shard: Tensor | None, number: int) -> Unit:
-    """Return a unit; of copies of a part, the `number` of the unit chooses which one is sent."""
+def whole_parameter(
+    fusion: Fusion, holders: list[Holder], shard: Tensor | None, number: int
+) -> WholeParameter:
+    """Return a whole parameter; of copies of a part, its `number` chooses which one is sent."""
     copies: dict[tuple[int, int], list[Holder]] = {}
     for holder in holders:
         copies.setdefault((holder.part, holder.begin), []).append(holder)
     senders = [same[number % len(same)] for same in copies.values()]
     parts = 1 + max(holder.part for holder in holders)
-    return Unit(fusion, parts, tuple(senders), tuple(holders), shard)
+    return WholeParameter(fusion, parts, tuple(senders), tuple(holders), shard)
 
 
 def holders_of(
@@ -169,7 +172,7 @@ def holders_of(
 ) -> Iterator[tuple[list[Holder], bool]]:
     """Yield the holders of a parameter in the order of their ranks, and whether they are those of this rank's experts.
 
-    A parameter of experts has other numbers on each expert rank: it is as many units.
+    A parameter of experts has other numbers on each expert rank: it is as many whole parameters.
     """
     tensor, experts, own = topology.config.tensor, 1, 0
     is_cut = getattr(parameter, "tensor_model_parallel", False)
