@@ -22,6 +22,7 @@ PRECISIONS = ("auto", "fp32", "bf16")
 LOSSES = ("sqrt", "token", "sample")
 SCHEDULES = ("cosine", "wsd", "linear", "constant")
 OPTIMIZERS = ("adamw", "muon")
+MOMENTS = ("fp32", "bf16", "bf16_stochastic")
 LATEST = "latest"
 """File next to the phases' folders of checkpoints that names the newest one."""
 STEPS = 10**7
@@ -92,6 +93,8 @@ class OptimConfig:
     """`adamw`, or `muon`: Muon for the matrices of decoder layers, tower and mergers, AdamW for all other parameters."""
     momentum: float = option(0.95, "run", least=0, below=1)
     """Share of the mean of gradients that a step of Muon keeps."""
+    moments: str = option("fp32", "run", choices=MOMENTS)
+    """Dtype in which AdamW keeps its two means: `fp32`, `bf16` rounded to the nearest, or `bf16_stochastic`, right in the mean."""
     beta1: float = option(0.9, "run", least=0, below=1)
     """Share of the mean of gradients that a step of AdamW keeps."""
     beta2: float = option(0.95, "run", least=0, below=1)
@@ -102,6 +105,14 @@ class OptimConfig:
     """Share of a weight that a step takes away, times the learning rate; biases and norms have none."""
     clip_grad: float = option(1.0, "run", least=0, most=1e9)
     """Largest global gradient norm; 0 turns clipping off."""
+
+    def problems(self, here: str) -> Iterator[str]:
+        """Yield a line if Muon would have moments in bf16."""
+        if self.name == "muon" and self.moments != "fp32":
+            yield (
+                f"{here}.moments={self.moments} is for optim=adamw: Muon keeps one moment, in fp32;"
+                f" set {here}.moments=fp32"
+            )
 
 
 @dataclass

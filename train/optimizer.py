@@ -1,5 +1,6 @@
 """Megatron's distributed optimizer around AdamW or Muon, with a learning rate for each parameter group."""
 
+import zlib
 from typing import Any
 
 import megatron.core.optimizer as megatron_optimizer
@@ -18,12 +19,14 @@ from megatron.core.utils import local_multi_tensor_l2_norm
 from torch import Tensor
 
 from visionloom.model.kernels.product import accumulate_in_products
+from visionloom.model.sharding import canonical_parameters
 from visionloom.model.trainable import group_of
 from visionloom.parallel.topology import Topology
 from visionloom.train.config import OptimConfig, PhaseConfig
 from visionloom.train.optim.adamw import GroupStepAdamW
-from visionloom.train.optim.matrices import is_matrix, whole_parameters
+from visionloom.train.optim.matrices import is_matrix, shard_of, whole_parameters
 from visionloom.train.optim.muon import MuonAdamW, Stage
+from visionloom.train.optim.rounded import RoundedAdamW, place_of
 
 DECAY_STYLES = {"cosine": "cosine", "linear": "linear", "wsd": "WSD", "constant": "constant"}
 
@@ -116,7 +119,7 @@ def build_optimizer(
         phase: peak learning rate of each trainable group.
         bf16: the parameters are bf16, and fp32 copies are kept.
     """
-    install_optimizer(MuonAdamW if optim.name == "muon" else GroupStepAdamW)
+    install_optimizer(optimizer_class(optim))
     install_clipping()
     overrides = rate_overrides(phase)
     undecayed = ParamWithNamePredicate(
@@ -134,7 +137,37 @@ def build_optimizer(
     )
     if optim.name == "muon":
         join_stage(optimizer, wrapped)
+    if optim.moments == "bf16_stochastic":
+        tell_places(optimizer, wrapped)
     return optimizer
+
+
+def optimizer_class(optim: OptimConfig) -> type[GroupStepAdamW]:
+    """Return the class of the optimizer inside Megatron's."""
+    if optim.name == "muon":
+        return MuonAdamW
+    return GroupStepAdamW if optim.moments == "fp32" else RoundedAdamW
+
+
+def tell_places(optimizer: Any, wrapped: list[DistributedDataParallel]) -> None:
+    """Let stochastic rounding know where each stretch is in its whole tensor."""
+    topology: Topology = wrapped[0].module.topology
+    names = {}
+    for part in wrapped:
+        for name, parameter in canonical_parameters(part.module):
+            names[parameter] = name
+    for inner in optimizer.chained_optimizers:
+        # A stage may train nothing.
+        if inner.is_stub_optimizer:
+            continue
+        places = {}
+        for parameter in inner.model_param_group_index_map:
+            name = names[parameter]
+            begin = inner._get_model_param_range_map(parameter)["param"].start
+            place = place_of(name, parameter, begin, topology)
+            key = zlib.crc32(f"{topology.seed} {name}".encode())
+            places[shard_of(inner, parameter)] = place, key
+        inner.optimizer.places = places
 
 
 def join_stage(optimizer: Any, wrapped: list[DistributedDataParallel]) -> None:

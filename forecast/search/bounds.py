@@ -127,9 +127,9 @@ class RestBounds:
 
 def _optimizer_bytes(optim: OptimConfig, is_fp32: bool) -> int:
     """Return the least bytes of a weight's moments, and where weights are bf16 of its copy in fp32."""
-    # Muon has one for most weights.
-    moments = 1 if optim.name == "muon" else 2
-    return 4 * moments + (0 if is_fp32 else 4)
+    # Muon has one for most weights; in bf16 the two of AdamW take as much.
+    moments = 4 if optim.name == "muon" or optim.moments != "fp32" else 8
+    return moments if is_fp32 else moments + 4
 
 
 def expert_ranks(layout: ParallelConfig) -> int:

@@ -60,6 +60,7 @@ class Case:
     lora: bool = False
     """Whether adapters, with both factors drawn, train alone."""
     optimizer: str = "adamw"
+    moments: str = "fp32"
 
     @property
     def model(self) -> ModelConfig:
@@ -216,7 +217,8 @@ def build(
         MISTAKES[layout.mistake](chunks, [])
     phase = PhaseConfig(steps=STEPS, lr=1e-3, trainable=list(layout.case.trainable))
     wrapped = wrap_data_parallel(chunks, topology, sharded)
-    bf16, optim = dtype == torch.bfloat16, OptimConfig(layout.case.optimizer, clip_grad=clip)
+    bf16, optim = dtype == torch.bfloat16, OptimConfig(clip_grad=clip)
+    optim.name, optim.moments = layout.case.optimizer, layout.case.moments
     optimizer = build_optimizer(wrapped, optim, phase, bf16) if sharded else None
     scheduler = build_scheduler(optimizer, optim, phase) if sharded else None
     stream: Any = type("Stream", (), {"datasets": [type("Dataset", (), {"name": "test"})]})

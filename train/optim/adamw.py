@@ -15,6 +15,9 @@ class GroupStepAdamW(torch.optim.Optimizer):
     save a rank without trainable parameters. All four expect a count for each parameter; this class has none.
     """
 
+    moment_dtype: torch.dtype | None = None
+    """Of the moments; None: the parameter's."""
+
     def __init__(
         self,
         params: Any,
@@ -83,9 +86,9 @@ class GroupStepAdamW(torch.optim.Optimizer):
         return "exp_avg", "exp_avg_sq"
 
     def moments_of(self, parameter: Tensor, group: dict[str, Any]) -> list[Tensor]:
-        """Return the moments of a parameter, of its shape and dtype, in the order of `moment_names`."""
+        """Return the moments of a parameter, of its shape, in the order of `moment_names`."""
         state = self.state[parameter]
         for name in self.moment_names(group):
             if name not in state:
-                state[name] = torch.zeros_like(parameter)
+                state[name] = torch.zeros_like(parameter, dtype=self.moment_dtype)
         return [state[name] for name in self.moment_names(group)]
