@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visionloom.model.kernels.moments import Place, adamw_bf16_
 from visionloom.model.sharding import cuts
 from visionloom.parallel.topology import Topology
 from visionloom.train.optim.adamw import GroupStepAdamW
+from visionloom.train.optim.moments import TensorPlace, adamw_bf16_
 
 
 class RoundedAdamW(GroupStepAdamW):
     """AdamW whose moments are rounded to bf16 after each update: to the nearest, or stochastically where places are known."""
 
     moment_dtype = torch.bfloat16
-    places: Mapping[Tensor, tuple[Place, int]] = {}
+    places: Mapping[Tensor, tuple[TensorPlace, int]] = {}
     """Where each stretch is in its whole tensor, and the tensor's key: those of stochastic rounding."""
 
     def update_group(self, group: dict[str, Any]) -> None:
@@ -44,7 +44,7 @@ class RoundedAdamW(GroupStepAdamW):
             adamw_bf16_(parameter, parameter.grad, moments, factors, place, of_step)
 
 
-def place_of(name: str, parameter: Any, begin: int, topology: Topology) -> Place:
+def place_of(name: str, parameter: Any, begin: int, topology: Topology) -> TensorPlace:
     """Return where a stretch of a parameter is in the whole tensor, which ranks cut along one dim, and experts along the first.
 
     Args:
@@ -67,4 +67,4 @@ def place_of(name: str, parameter: Any, begin: int, topology: Topology) -> Place
             run = math.prod(shape[dim:])
             distance = run * cut.size
             first += cut.rank * run
-    return Place(begin, run, distance, first)
+    return TensorPlace(begin, run, distance, first)

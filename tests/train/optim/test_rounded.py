@@ -11,7 +11,6 @@ import torch
 
 from visionloom.common.errors import UserError
 from visionloom.launch.configure import compose
-from visionloom.model.kernels.moments import Place, random_bits, rounded
 from visionloom.model.sharding import canonical_parameters, cut, full_shape
 from visionloom.tests.model.reference import TestPack
 from visionloom.tests.ranks import RankPool
@@ -24,6 +23,7 @@ from visionloom.tests.train.checkpoint.test_checkpoint import (
     uninterrupted,
 )
 from visionloom.tests.train.layouts import Case, Layout, build, curve, packs_of
+from visionloom.train.optim.moments import TensorPlace, random_bits, rounded
 from visionloom.train.optim.rounded import RoundedAdamW, place_of
 
 STOCHASTIC = Case(content="images", moments="bf16_stochastic")
@@ -96,7 +96,7 @@ def descent(kind: str) -> list[float]:
     weights = torch.zeros(32, requires_grad=True)
     optimizer = RoundedAdamW([weights], lr=0.03, betas=(0.9, 0.999))
     if kind == "bf16_stochastic":
-        optimizer.places = {weights: (Place(0, 32, 32, 0), 5)}
+        optimizer.places = {weights: (TensorPlace(0, 32, 32, 0), 5)}
     optimizer.moment_dtype = torch.float32 if kind == "fp32" else torch.bfloat16
     losses = []
     for step in range(200):

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from visionloom.model.kernels import moments  # noqa: F401  it defines the operation
 from visionloom.tests.model.kernels.triton_process import compiled, compiling, interpreted
+from visionloom.train.optim import moments  # noqa: F401  it defines the operation
 
 FACTORS = [0.9, 0.95, 1e-8, 1.0 - 1e-3 * 0.05, 1e-3 / (1 - 0.9**3), (1 - 0.95**3) ** -0.5]
 PLACES: dict[str, list[int]] = {
@@ -45,7 +45,7 @@ def test_the_twin_is_torchs_adamw() -> None:
 
 def kernel_equals_its_twin() -> None:
     """In a process where Triton is interpreted: rounded alike but where fp32 differs in its last bit."""
-    from visionloom.model.kernels import moments_triton
+    from visionloom.train.optim import moments_triton
 
     for place in PLACES.values():
         for count in (0, 1, 1500):
@@ -54,7 +54,8 @@ def kernel_equals_its_twin() -> None:
             torch.testing.assert_close(ours[0], theirs[0], rtol=1e-6, atol=1e-6)
             for own, other in zip(ours[2:], theirs[2:], strict=True):
                 torch.testing.assert_close(own, other, rtol=2**-7, atol=1e-6)
-                assert int((own != other).sum()) <= count // 100
+                # The interpreter rounds to the nearest bf16 in its own way; stochastic rounding leaves it nothing to round.
+                assert not place or int((own != other).sum()) <= count // 100
 
 
 @pytest.mark.parametrize("wrong", [False, True])
@@ -79,14 +80,15 @@ def test_on_meta_nothing_happens() -> None:
 
 def the_kernel_does_not_spill() -> None:
     """In a process where Triton compiles."""
-    from visionloom.model.kernels import moments_triton
+    from visionloom.train.optim import moments_triton
 
     kernel = moments_triton.adamw_kernel
     types = dict.fromkeys(kernel.arg_names, "fp32")
     types |= {"weights": "*fp32", "gradient": "*fp32", "mean": "*bf16", "square": "*bf16"}
-    types |= dict.fromkeys(["count", "key", "begin", "run", "distance", "first"], "i64")
+    types |= dict.fromkeys(["key", "begin", "run", "distance", "first"], "i64")
     for stochastic in (False, True):
-        sizes = {"BLOCK": moments_triton.BLOCK, "STOCHASTIC": stochastic}
+        # A count that 16 divides, as those of nearly all stretches: Triton compiles a kernel for these.
+        sizes = {"count": 1 << 20, "BLOCK": moments_triton.BLOCK, "STOCHASTIC": stochastic}
         for gpu in (80, 90, 100):
             made = compiled(kernel, types, sizes, gpu)
             assert not made.spilled and 0 < made.registers <= 128, (made.spilled, made.registers)

@@ -20,7 +20,7 @@ WORD: Final = 0xFFFFFFFF
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorPlace:
     """Where the numbers of a stretch are in the whole flattened tensor: runs of the parameter are apart there."""
 
     begin: int
@@ -30,7 +30,7 @@ class Place:
     distance: int
     """Numbers from the beginning of one run to the next, in the whole tensor."""
     first: int
-    """Place of the parameter's first number in the whole tensor."""
+    """TensorPlace of the parameter's first number in the whole tensor."""
 
 
 def hashed(values: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ _ADAMW = define(
     "adamw_bf16_(Tensor(a!) weights, Tensor gradient, Tensor(b!) mean, Tensor(c!) square,"
     " float[] factors, int[] place) -> ()",
     cpu=_adamw,
-    cuda=in_triton("moments_triton", "adamw_bf16_"),
+    cuda=in_triton("moments_triton", "adamw_bf16_", __package__),
     meta=_nothing,
 )
 
@@ -97,7 +97,7 @@ def adamw_bf16_(
     gradient: Tensor,
     moments: list[Tensor],
     factors: list[float],
-    place: Place | None,
+    place: TensorPlace | None,
     key: int,
 ) -> None:
     """Update a stretch of weights, fp32 [n], and its moments, bf16 [n].
