@@ -130,7 +130,7 @@ def test_layouts_and_fp32(case: Case, pool: RankPool, packs: list[TestPack]) -> 
 
 
 def test_checkpoints(pool: RankPool, packs: list[TestPack], tmp_path: Path) -> None:
-    """Resumed bit for bit; moments are bf16 on disk, and are read into fp32."""
+    """Resumed bit for bit; moments are bf16 on disk, and are read into fp32 and back."""
     layout = layout_of("data 2", STOCHASTIC)
     run, again = tmp_path / "run", tmp_path / "again"
     pool.run(2, save, layout, packs, run)
@@ -141,12 +141,15 @@ def test_checkpoints(pool: RankPool, packs: list[TestPack], tmp_path: Path) -> N
 
     wide = layout_of("tensor 2", replace(STOCHASTIC, moments="fp32"))
     pool.run(2, save_again, wide, run, again)
-    before, after = tensors_in(run), tensors_in(again)
+    back = tmp_path / "back"
+    pool.run(2, save_again, layout, again, back)
+    before, after, narrow = tensors_in(run), tensors_in(again), tensors_in(back)
     moments = [name for name in before if ".exp_avg" in name]
     assert len(moments) > 20
     for name in moments:
         assert before[name].dtype == torch.bfloat16 and after[name].dtype == torch.float32
         assert torch.equal(before[name].float(), after[name])
+        assert torch.equal(before[name], narrow[name])
 
 
 def test_muon_has_none() -> None:
