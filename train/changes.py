@@ -14,7 +14,7 @@ from visionloom.common.settings import Change, Option, Rules, options
 from visionloom.common.text import one_line
 from visionloom.train.checkpoint.state_file import RunState, absolute, model_of
 from visionloom.train.config import RunConfig
-from visionloom.train.old_options import todays_settings
+from visionloom.train.old_options import UNNAMED, todays_settings
 
 PHASES = "phases"
 """The names of the phases before the one in progress, as a setting: they count as done."""
@@ -74,7 +74,7 @@ def changes(config: RunConfig, run_state: RunState, where: str) -> list[Changed]
 
 def _changed(config: RunConfig, run_state: RunState) -> Iterator[Changed]:
     """Yield the checkpoint's options whose value is another one here, as far as they still count for something."""
-    before = todays_settings(run_state.settings) or _older(run_state)
+    before = UNNAMED | (todays_settings(run_state.settings) or _older(run_state))
     phase_name = run_state.phase
     finished = (
         run_state.phase_done and config.phases[phase_name].total_steps <= run_state.phase_step

@@ -21,6 +21,8 @@ DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "fp32", "bf16")
 LOSSES = ("sqrt", "token", "sample")
 SCHEDULES = ("cosine", "wsd", "linear", "constant")
+OPTIMIZERS = ("adamw", "muon")
+MOMENTS = ("fp32", "bf16", "bf16_stochastic")
 LATEST = "latest"
 """File next to the phases' folders of checkpoints that names the newest one."""
 STEPS = 10**7
@@ -85,18 +87,32 @@ class InitConfig:
 
 @dataclass
 class OptimConfig:
-    """AdamW and gradient clipping."""
+    """The optimizer and gradient clipping."""
 
+    name: str = option("adamw", "never", choices=OPTIMIZERS)
+    """`adamw`, or `muon`: Muon for the matrices of decoder layers, tower and mergers, AdamW for all other parameters."""
+    momentum: float = option(0.95, "run", least=0, below=1)
+    """Share of the mean of gradients that a step of Muon keeps."""
+    moments: str = option("fp32", "run", choices=MOMENTS)
+    """Dtype in which AdamW keeps its two means: `fp32`, `bf16` rounded to the nearest, or `bf16_stochastic`, right in the mean."""
     beta1: float = option(0.9, "run", least=0, below=1)
-    """Share of the mean of gradients that a step keeps."""
+    """Share of the mean of gradients that a step of AdamW keeps."""
     beta2: float = option(0.95, "run", least=0, below=1)
-    """Share of the mean of squared gradients that a step keeps."""
+    """Share of the mean of squared gradients that a step of AdamW keeps."""
     epsilon: float = option(1e-8, "run", above=0, most=1)
     """Added to the root of the mean of squared gradients."""
     weight_decay: float = option(0.05, "run", least=0, most=100)
     """Share of a weight that a step takes away, times the learning rate; biases and norms have none."""
     clip_grad: float = option(1.0, "run", least=0, most=1e9)
     """Largest global gradient norm; 0 turns clipping off."""
+
+    def problems(self, here: str) -> Iterator[str]:
+        """Yield a line if Muon would have moments in bf16."""
+        if self.name == "muon" and self.moments != "fp32":
+            yield (
+                f"{here}.moments={self.moments} is for optim=adamw: Muon keeps one moment, in fp32;"
+                f" set {here}.moments=fp32"
+            )
 
 
 @dataclass
@@ -276,7 +292,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     """Datasets, and how samples become packs."""
     optim: OptimConfig = field(default_factory=OptimConfig)
-    """AdamW and gradient clipping."""
+    """The optimizer and gradient clipping."""
     phases: dict[str, PhaseConfig] = field(default_factory=dict)
     """Phases by name, in the order in which they train."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -369,6 +385,11 @@ class RunConfig:
         if lines := self.lora.layer_problems(self.model):
             return lines
 
+        if self.optim.name == "muon":
+            lines.append(
+                f"optim.name=muon is for whole matrices, and lora.rank={self.lora.rank} trains low-rank factors:"
+                " choose optim=adamw"
+            )
         if not (self.init.huggingface or self.init.checkpoint):
             lines.append(
                 f"lora.rank={self.lora.rank} needs weights to adapt: set init.huggingface or init.checkpoint"

@@ -18,10 +18,11 @@ RENAMED: Final = {
 """Today's name of each old one."""
 GONE: Final = {
     "model.backend": "attention is chosen by what is installed",
-    "optim.name": "the optimizer is AdamW",
     "parallel.engine": "Megatron-core owns gradients and optimizer",
 }
 """Why an option is no longer needed; each had one value that worked."""
+UNNAMED: Final = {"optim.name": "adamw"}
+"""Values of options that older checkpoints do not name: there was one."""
 LAYOUT: Final = "parallel"
 """A section that phases may have too: phases.<name>.parallel."""
 

@@ -1,5 +1,6 @@
-"""Megatron's distributed optimizer around torch's AdamW, with a learning rate for each parameter group."""
+"""Megatron's distributed optimizer around AdamW or Muon, with a learning rate for each parameter group."""
 
+import zlib
 from typing import Any
 
 import megatron.core.optimizer as megatron_optimizer
@@ -16,96 +17,26 @@ from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import local_multi_tensor_l2_norm
 from torch import Tensor
-from torch.optim.adamw import adamw
 
 from visionloom.model.kernels.product import accumulate_in_products
+from visionloom.model.sharding import canonical_parameters
 from visionloom.model.trainable import group_of
 from visionloom.parallel.topology import Topology
 from visionloom.train.config import OptimConfig, PhaseConfig
+from visionloom.train.optim.adamw import GroupStepAdamW
+from visionloom.train.optim.matrices import is_matrix, shard_of, whole_parameters
+from visionloom.train.optim.muon import MuonAdamW, Stage
+from visionloom.train.optim.rounded import RoundedAdamW, place_of
 from visionloom.train.overlap import DataParallel, bucket_elements, connect_schedule, overlaps
 
 DECAY_STYLES = {"cosine": "cosine", "linear": "linear", "wsd": "WSD", "constant": "constant"}
 
 
-class GroupStepAdamW(torch.optim.Optimizer):
-    """torch's AdamW with the step count in the parameter group, as TransformerEngine's FusedAdam keeps it.
-
-    Megatron-core 0.19 with torch's own AdamW cannot load into a fresh process, loses `step` in layout-free checkpoints,
-    shares one step tensor between all parameters after loading (each update then counts once a parameter), and cannot
-    save a rank without trainable parameters. All four expect a count for each parameter; this class has none.
-    """
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        **_: Any,
-    ) -> None:
-        super().__init__(
-            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        )
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient."""
-        for group in self.param_groups:
-            parameters, gradients, first, second = [], [], [], []
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    mean, mean_of_squares = self._moments(parameter)
-                    parameters.append(parameter)
-                    gradients.append(parameter.grad)
-                    first.append(mean)
-                    second.append(mean_of_squares)
-            if not parameters:
-                continue
-
-            done = int(group.get("step") or 0)
-            group["step"] = done + 1
-            # One element each of one tensor: torch's kernel advances the counts in place.
-            counts = torch.full((len(parameters),), float(done), device=parameters[0].device)
-            beta1, beta2 = group["betas"]
-            adamw(
-                parameters,
-                gradients,
-                first,
-                second,
-                [],
-                list(counts.unbind()),
-                fused=True,
-                amsgrad=False,
-                beta1=beta1,
-                beta2=beta2,
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=False,
-            )
-
-    def make_moments(self) -> None:
-        """Give every parameter its moments, zero until its first update."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                self._moments(parameter)
-
-    def _moments(self, parameter: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the means of a parameter's gradients and of their squares, of its shape and dtype."""
-        state = self.state[parameter]
-        if not state:
-            # Megatron-core reads both under torch's names.
-            state["exp_avg"] = torch.zeros_like(parameter)
-            state["exp_avg_sq"] = torch.zeros_like(parameter)
-        return state["exp_avg"], state["exp_avg_sq"]
-
-
-def install_adamw() -> None:
-    """Let Megatron-core build GroupStepAdamW and treat it as it treats FusedAdam."""
+def install_optimizer(kind: type[GroupStepAdamW]) -> None:
+    """Let Megatron-core build an optimizer of ours, and treat it as it treats FusedAdam."""
     # Both have imported the name; the flags below say where a class's step count is.
     for module in (megatron_optimizer, distrib_optimizer):
-        module.Adam = GroupStepAdamW
+        module.Adam = kind
     megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
     distrib_optimizer.HAVE_APEX_OR_TE = True
     distrib_optimizer.USING_TE_OPTIMIZER = True
@@ -198,17 +129,76 @@ def build_optimizer(
         phase: peak learning rate of each trainable group.
         bf16: the parameters are bf16, and fp32 copies are kept.
     """
-    install_adamw()
+    install_optimizer(optimizer_class(optim))
     install_clipping()
     overrides = rate_overrides(phase)
     undecayed = ParamWithNamePredicate(
         name="undecayed", fn=lambda parameter, name: parameter.dim() == 1
     )
     overrides[ParamKey(with_name_predicate=undecayed)] = {"wd_mult": 0.0}
+    if optim.name == "muon":
+        matrices = ParamWithNamePredicate(
+            name="matrices", fn=lambda parameter, name: is_matrix(name_in_model(name), parameter)
+        )
+        overrides[ParamKey(with_name_predicate=matrices)] = {"momentum": optim.momentum}
     settings = megatron_settings(optim, phase, bf16)
-    return get_megatron_optimizer(
+    optimizer = get_megatron_optimizer(
         settings, wrapped, config_overrides=overrides, use_gloo_process_groups=False
     )
+    if optim.name == "muon":
+        join_stage(optimizer, wrapped)
+    if optim.moments == "bf16_stochastic":
+        tell_places(optimizer, wrapped)
+    return optimizer
+
+
+def optimizer_class(optim: OptimConfig) -> type[GroupStepAdamW]:
+    """Return the class of the optimizer inside Megatron's."""
+    if optim.name == "muon":
+        return MuonAdamW
+    return GroupStepAdamW if optim.moments == "fp32" else RoundedAdamW
+
+
+def tell_places(optimizer: Any, wrapped: list[DistributedDataParallel]) -> None:
+    """Let stochastic rounding know where each stretch is in its whole tensor."""
+    topology: Topology = wrapped[0].module.topology
+    names = {}
+    for part in wrapped:
+        for name, parameter in canonical_parameters(part.module):
+            names[parameter] = name
+    for inner in optimizer.chained_optimizers:
+        # A stage may train nothing.
+        if inner.is_stub_optimizer:
+            continue
+        places = {}
+        for parameter in inner.model_param_group_index_map:
+            name = names[parameter]
+            begin = inner._get_model_param_range_map(parameter)["param"].start
+            place = place_of(name, parameter, begin, topology)
+            key = zlib.crc32(f"{topology.seed} {name}".encode())
+            places[shard_of(inner, parameter)] = place, key
+        inner.optimizer.places = places
+
+
+def join_stage(optimizer: Any, wrapped: list[DistributedDataParallel]) -> None:
+    """Let Muon know who holds what of the matrices of this rank's pipeline stage."""
+    names = {}
+    for part in wrapped:
+        for name, parameter in part.named_parameters():
+            names[parameter] = name_in_model(name)
+    model = wrapped[0].module
+    topology: Topology = model.topology
+    stage = Stage(topology.groups.tp_dp_cp, topology.device)
+    for inner in optimizer.chained_optimizers:
+        # A stage may train nothing.
+        if not inner.is_stub_optimizer:
+            wholes = whole_parameters(inner, names, topology, model.model_config)
+            inner.optimizer.join_stage(wholes, stage)
+
+
+def name_in_model(name: str) -> str:
+    """Return the name of a parameter in the model from that in its data-parallel wrapper."""
+    return name.removeprefix("module.")
 
 
 def megatron_settings(optim: OptimConfig, phase: PhaseConfig, bf16: bool) -> OptimizerConfig:
@@ -246,7 +236,7 @@ def in_group(group: str) -> ParamWithNamePredicate:
     """Return Megatron's test of whether a parameter is in a group."""
 
     def matches(parameter: Tensor, name: str) -> bool:
-        return group_of(name.removeprefix("module.")) == group  # DDP's prefix
+        return group_of(name_in_model(name)) == group
 
     return ParamWithNamePredicate(name=group, fn=matches)
 

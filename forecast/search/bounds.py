@@ -14,7 +14,7 @@ from visionloom.model.huggingface.shapes import parameter_shapes
 from visionloom.model.trainable import group_of
 from visionloom.parallel.config import ParallelConfig
 from visionloom.parallel.pipeline import layers_per_chunk
-from visionloom.train.config import RunConfig
+from visionloom.train.config import OptimConfig, RunConfig
 
 LAYERS: Final = "language_model.decoder.layers."
 FIRST, LAYER, LAST = "first", "layer", "last"
@@ -91,8 +91,7 @@ class RestBounds:
             tied=text.vocab_size * text.hidden_size * text.tie_embeddings,
             trainable=trains,
             element_bytes=4 if is_fp32 else 2,
-            # Two moments, and where weights are bf16 a copy in fp32.
-            optimizer_bytes=8 if is_fp32 else 12,
+            optimizer_bytes=_optimizer_bytes(config.optim, is_fp32),
             world_size=world_size,
         )
 
@@ -124,6 +123,13 @@ class RestBounds:
         stage = self.world_size // layout.pipeline
         holders = stage // (expert_ranks(layout) if cut == EXPERTS else layout.tensor)
         return self.element_bytes + 4 + self.optimizer_bytes / holders
+
+
+def _optimizer_bytes(optim: OptimConfig, is_fp32: bool) -> int:
+    """Return the least bytes of a weight's moments, and where weights are bf16 of its copy in fp32."""
+    # Muon has one for most weights; in bf16 the two of AdamW take as much.
+    moments = 4 if optim.name == "muon" or optim.moments != "fp32" else 8
+    return moments if is_fp32 else moments + 4
 
 
 def expert_ranks(layout: ParallelConfig) -> int:

@@ -39,8 +39,11 @@ def define(
     return getattr(torch.ops.visionloom, name).default
 
 
-def in_triton(module: str, function: str) -> Callable[..., Any]:
-    """Return a function of a module of this folder that imports Triton, which is imported with the first call.
+KERNELS = "visionloom.model.kernels"
+
+
+def in_triton(module: str, function: str, package: str = KERNELS) -> Callable[..., Any]:
+    """Return a function of a module of `package` that imports Triton, which is imported with the first call.
 
     Raises, when called:
         UserError: if Triton is not installed.
@@ -48,7 +51,7 @@ def in_triton(module: str, function: str) -> Callable[..., Any]:
 
     def call(*args: Any) -> Any:
         try:
-            loaded = importlib.import_module(f"visionloom.model.kernels.{module}")
+            loaded = importlib.import_module(f"{package}.{module}")
         except ModuleNotFoundError as error:
             if error.name != "triton":
                 raise

@@ -59,6 +59,8 @@ class Case:
     """Weight of the load-balancing loss of a mixture."""
     lora: bool = False
     """Whether adapters, with both factors drawn, train alone."""
+    optimizer: str = "adamw"
+    moments: str = "fp32"
 
     @property
     def model(self) -> ModelConfig:
@@ -216,6 +218,7 @@ def build(
     phase = PhaseConfig(steps=STEPS, lr=1e-3, trainable=list(layout.case.trainable))
     wrapped = wrap_data_parallel(chunks, topology, sharded)
     bf16, optim = dtype == torch.bfloat16, OptimConfig(clip_grad=clip)
+    optim.name, optim.moments = layout.case.optimizer, layout.case.moments
     optimizer = build_optimizer(wrapped, optim, phase, bf16) if sharded else None
     scheduler = build_scheduler(optimizer, optim, phase) if sharded else None
     stream: Any = type("Stream", (), {"datasets": [type("Dataset", (), {"name": "test"})]})

@@ -51,7 +51,7 @@ def run_state(trained: RunConfig, phase: str = "align", done: int = 10) -> RunSt
 
 
 RUN = {
-    "optim.beta1": "0.8", "optim.beta2": "0.99", "optim.epsilon": "1e-6", "optim.weight_decay": "0.2", "optim.clip_grad": "0",
+    "optim.beta1": "0.8", "optim.momentum": "0.9", "optim.beta2": "0.99", "optim.epsilon": "1e-6", "optim.weight_decay": "0.2", "optim.clip_grad": "0",
     "run.precision": "bf16", "init.huggingface": "/hf", "init.checkpoint": "/c", "data.continue_draws": "true",
     "model.text.balance_coefficient": "0.5", "phases.align.lr": "1e-5", "phases.align.lr_vision": "1e-5",
     "phases.align.lr_merger": "1e-5", "phases.align.lr_min_ratio": "0.5", "phases.align.warmup_steps": "7",
@@ -99,6 +99,7 @@ NEVER = {
     "model.text.rope_theta": (["model.text.rope_theta=2"], "model.text.rope_theta was"),
     "a wider group": (["phases.align.trainable=[merger,language]"], "align.trainable was ['merger'], now ['merger', 'language']"),
     "another group": (["phases.align.trainable=[vision]"], "align.trainable was ['merger'], now ['vision']"),
+    "optim.name": (["optim=muon"], "optim.name was adamw, now muon"),
     "adapters": (["lora.rank=8", "init.huggingface=/x", "lora.groups=[merger]", "phases.align.fresh=[]",
         *(f"~phases.{name}" for name in ("towers", "multimodal", "long", "ultra", "sft", "reasoning"))], "lora.rank was 0, now 8"),
     "no phase": (["~phases.align"], "D is of phase align, which this recipe lacks"),

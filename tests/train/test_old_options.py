@@ -80,7 +80,7 @@ def test_settings_under_old_names() -> None:
     """By dotted path, as checkpoints keep them, and in sections, as config.yaml does."""
     flat = {
         "data.window": 5,
-        "optim.name": "adamw",
+        "model.backend": "auto",
         "phases.p.parallel.engine": "megatron",
         "phases.p.lr": 1.0,
     }
@@ -110,6 +110,12 @@ def test_a_checkpoint_with_old_names_goes_on(tmp_path: Path) -> None:
     kept = read_run_state(tmp_path)
     assert model_of(kept) == config.model
     assert changes(config, kept, "D") == []
+    # Some versions did not name the optimizer: it was AdamW.
+    del kept.settings["optim.name"]
+    assert changes(config, kept, "D") == []
+    config.optim.name = "muon"
+    with pytest.raises(UserError, match=r"optim\.name was adamw, now muon: set it back"):
+        changes(config, kept, "D")
 
     (tmp_path / STATE).write_text(
         json.dumps(asdict(old) | {"model": asdict(config.model) | {"backnd": "auto"}})

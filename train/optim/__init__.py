@@ -1,0 +1,1 @@
+"""Update rules: AdamW and Muon, as Megatron-core's distributed optimizer takes them."""
