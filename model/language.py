@@ -269,7 +269,7 @@ def layer_spec(experts: int) -> Any:
 class OutputMatrix(ColumnParallelLinear):  # type: ignore[misc]
     """The output layer as its matrix, with which the loss makes logits in blocks of rows."""
 
-    def forward(self, shared: Tensor | None) -> Tensor:  # type: ignore[override]
+    def forward(self, shared: Tensor | None) -> Tensor:
         """Return this rank's rows [V / tensor, H], `shared` or its own; a call of this module is what parameter gathering waits for."""
         return self.weight if shared is None else shared
 
