@@ -10,7 +10,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch._C._distributed_c10d import FakeWork, Work
+from torch._C._distributed_c10d import FakeWork
 from torch.utils._pytree import tree_map_only
 
 from visionloom.forecast.trace.operations import Call, tensors_in
@@ -132,16 +132,15 @@ class ImaginedRecorder(Recorder):
         return result
 
     def _waited(self, work: Any, *_: Any) -> bool:
-        """Record that the device waits for a collective; in place of torch's `Work.wait`."""
-        _, flight = self._works.pop(id(work), (None, None))
-        if flight is not None:
-            self.land(flight)
+        """Record that the device waits for a collective; in place of `FakeWork.wait`."""
+        if kept := self._works.pop(id(work), None):
+            self.land(kept[1])
         return True
 
     @contextlib.contextmanager
     def heard_works(self) -> Iterator[None]:
         """Hear of the waits for collectives inside."""
-        with mock.patch.object(Work, "wait", lambda work, *others: self._waited(work, *others)):
+        with mock.patch.object(FakeWork, "wait", lambda work, *others: self._waited(work, *others)):
             yield
 
     def _exchange_values(self, name: str, args: Any) -> None:

@@ -95,8 +95,10 @@ class RealRecorder(Recorder):
         return call.run()
 
     def send(self, name: str, call: Call) -> Any:
-        """Send what a collective sends."""
-        return call.run()
+        """Send what a collective sends; when it is waited for is not heard here, and taken to be at once."""
+        result = call.run()
+        self.land(self._flights)
+        return result
 
 
 class HostCopies(TorchFunctionMode):

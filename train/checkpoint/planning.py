@@ -107,6 +107,7 @@ class PhasePlanner:
         Returns:
             the plan, and the tensors by file.
         """
+        self.trainer.gather_weights()
         state = trainer_state(self.trainer)
         in_use: set[int] = set()
         for each in nested_values(state):

@@ -147,7 +147,6 @@ class Saver:
         # One save at a time: two would need the memory of two copies.
         self.finish(trainer.topology)
         started = time.perf_counter()
-        trainer.gather_weights()
         background = self.settings.asynchronous and not last
         final = folder_of(self.run_folder, trainer.phase_name, step)
         # No name of a checkpoint: a start that finds it removes it.
