@@ -27,12 +27,15 @@ torch's own kernel took 7.4 ms of a micro-batch of 2B on an H100, 2.8 times what
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x)
+        # Not saved as x is: where what is saved is kept in another form (model/kept.py), an alias without `main_grad` comes back.
+        ctx.weight = weight
         return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
+        (x,) = ctx.saved_tensors
+        weight = ctx.weight
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         # That of a plain sum is one number with strides of 0.
         gradient = gradient.contiguous()

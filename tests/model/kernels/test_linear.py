@@ -1,8 +1,10 @@
 """Linear layers whose gradients are added in the product. References: torch's nn.Linear, and autograd's own gradients."""
 
+import pytest
 import torch
 from torch import Tensor, nn
 
+from visionloom.model.kept import kept
 from visionloom.model.kernels.linear import Linear, column_sums
 from visionloom.tests.model.kernels.triton_process import compiled, compiling, interpreted
 
@@ -27,13 +29,18 @@ def test_gradients_are_torchs(device: torch.device) -> None:
         torch.testing.assert_close(a, b)
 
 
-def test_weight_gradients_of_micro_batches_are_added_in_main_grad(device: torch.device) -> None:
-    """As in Megatron-core's DDP: the flag says that its hook has nothing to add."""
+@pytest.mark.parametrize("made_again", [False, True])
+def test_weight_gradients_of_micro_batches_are_added_in_main_grad(
+    device: torch.device, made_again: bool
+) -> None:
+    """As in Megatron-core's DDP: the flag says that its hook has nothing to add; also where autograd keeps other tensors."""
     ours, theirs, x = pair(device)
     main_grad = torch.zeros(40, 24, device=device)
     ours.weight.main_grad = main_grad  # type: ignore[assignment]
     for scale in (1.0, 2.0):
-        ours(x * scale).square().sum().backward()
+        with kept(cheap_again=made_again, in_host_memory=False):
+            output = ours(x * scale)
+        output.square().sum().backward()
         theirs(x * scale).square().sum().backward()
     assert ours.weight.grad_added_to_main_grad
     torch.testing.assert_close(main_grad, theirs.weight.grad)
