@@ -86,6 +86,8 @@ def train(stage: Any, layout: Layout, packs: list[TestPack], steps: int) -> None
     mine = deal(packs, stage.topology, layout.one_encoder)
     for _ in range(steps):
         train_step(stage, mine)  # type: ignore[arg-type]
+    # Tests read the weights, which the next forward pass would gather.
+    stage.gather_weights()
 
 
 def events_of(found: list[dict[str, Any]]) -> Any:

@@ -103,6 +103,8 @@ def whole_state(trainer: PhaseTrainer) -> dict[str, Any]:
 
 
 def save_as_before(layout: Layout, folder: Path, out: Path) -> None:
+    # Earlier versions had one bucket; of several Megatron-core gathers other tensors.
+    layout = replace(layout, parallel=layout.parallel | {"overlap": False})
     with patch.object(planning, "trainer_state", whole_state):
         save_again(layout, folder, out)
 
@@ -189,6 +191,8 @@ def peak_of_a_save(layout: Layout, folder: Path, as_before: bool) -> tuple[int, 
         own += sum(parameter.nbytes for parameter in part.parameters()) // layout.ranks
 
     saver = Saver(folder, CheckpointConfig(asynchronous=True), events_of([]))
+    # The next forward pass would do so anyway; gloo takes memory for it that is soon free again.
+    stage.gather_weights()
     # Memory that the pool has freed before and not given back would be taken again, which no peak shows.
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
