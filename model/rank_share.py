@@ -160,6 +160,9 @@ class FeatureExchange:
     @in_part(VISION)
     def __call__(self, features: Tensor) -> Tensor:
         """Exchange this rank's encoded features [own, W] for those of its visual tokens [m, W]."""
+        # One rank has all of them, in the order of its tokens.
+        if len(self.send_counts) == 1:
+            return features
         received: Tensor = all_to_all(
             self.group, features[self.send], self.receive_counts, self.send_counts
         )

@@ -162,6 +162,9 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cpu")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     visible = torch.cuda.device_count()
+    # A SLURM task for each rank may see its own GPU alone; with torchrun as the one task of a node all ranks are number 0.
+    if visible == 1 and os.environ.get("SLURM_LOCALID") == str(local_rank):
+        return torch.device("cuda", 0)
     if local_rank >= visible:
         raise UserError(
             f"{visible} GPUs are visible, but rank {local_rank} of this machine needs its own:"

@@ -80,6 +80,21 @@ def test_each_rank_of_a_machine_gets_a_gpu_of_its_own() -> None:
             topologies.choose_device("auto")
 
 
+def test_a_task_of_slurm_may_see_its_own_gpu_alone() -> None:
+    with (
+        patch("torch.cuda.is_available", return_value=True),
+        patch("torch.cuda.device_count", return_value=1),
+    ):
+        with patch.dict(os.environ, LOCAL_RANK="3", SLURM_LOCALID="3"):
+            assert topologies.choose_device("auto") == torch.device("cuda", 0)
+        # torchrun is the one task of this machine, and has more ranks than it has GPUs.
+        with (
+            patch.dict(os.environ, LOCAL_RANK="3", SLURM_LOCALID="0"),
+            pytest.raises(UserError, match=r"1 GPUs are visible.*rank 3"),
+        ):
+            topologies.choose_device("auto")
+
+
 def test_threads_are_shared_by_the_ranks_of_a_machine() -> None:
     with (
         patch("torch.set_num_threads") as threads,
