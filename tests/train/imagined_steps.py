@@ -4,10 +4,11 @@ A process of its own, with the library of tests/forecast/trace/imagined_cuda.c.
 """
 
 import contextlib
+import functools
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
@@ -15,14 +16,13 @@ from unittest import mock
 import torch
 
 from visionloom.common.quiet import quiet_libraries
-from visionloom.forecast.imagine import trace_with
+from visionloom.forecast.imagine import trace_rank, trace_with
 from visionloom.forecast.trace.events import RankTrace
 from visionloom.forecast.trace.step import recording, trace_step
 from visionloom.launch.configure import compose
 from visionloom.model.config import ModelConfig
 from visionloom.model.language import LanguageModel
-from visionloom.parallel import device, topology as topologies
-from visionloom.parallel.device import CopyStream
+from visionloom.parallel import topology as topologies
 from visionloom.parallel.stand_in import META
 from visionloom.tests.forecast.batches import pictured_pack
 from visionloom.tests.forecast.imagined import flops, host_wait, launches, mask_on_the_host
@@ -108,17 +108,20 @@ def run(step: Step, on: torch.device) -> RankTrace:
         topologies.stop()
 
 
-def run_8b() -> RankTrace:
-    """Run a step of the whole 8B in its recipe's layout, as rank 0 of 8, on imagined CUDA."""
+def run_8b(on: torch.device) -> RankTrace:
+    """Run a step of the whole 8B in its recipe's layout, as rank 0 of 8."""
     config = compose(["+recipe=full/qwen3vl_8b"], 8)
     assert config is not None
     phase = next(iter(config.phases))
-    topology = topologies.imagine(config.parallel, 8, 0, CUDA)
     encoders = config.parallel.encoder_ranks
     pack = pictured_pack(config.phases[phase].sequence_length, 12, (32, 40), encoders)
+    packs = [pack, pack]
+    if on == META:
+        return trace_rank(config, phase, 8, 0, packs)
+    topology = topologies.imagine(config.parallel, 8, 0, on)
     try:
         with imagined_cuda() as recorder:
-            return trace_with(recorder, config, phase, topology, [pack, pack])
+            return trace_with(recorder, config, phase, topology, packs)
     finally:
         topologies.stop()
 
@@ -134,23 +137,21 @@ def waits(trace: RankTrace) -> dict[str, int]:
 
 def report(name: str) -> dict[str, Any]:
     """Return the waits of a step and what differs from its trace on `meta`; for a step that is refused, the error."""
-    if name == "8B":
-        return {"waits": waits(run_8b())}
-    step = STEPS[name]
+    step = run_8b if name == "8B" else functools.partial(run, STEPS[name])
     try:
-        trace = run(step, CUDA)
+        trace = step(CUDA)
     except RuntimeError as error:
-        import traceback; traceback.print_exc()
         return {"error": str(error)}
-    other = run(step, META)
+    other = step(META)
     differences = (launches(trace) - launches(other)) + (launches(other) - launches(trace))
     return {
         "waits": waits(trace),
         "mixed": len(trace.mixed),
-        "as forecast": waits(other),
+        "waits of the forecast": waits(other),
+        "launches": sum(launches(trace).values()),
         "launches that differ": [str(key) for key in differences],
-        "flops as forecast": flops(trace) == flops(other),
-        "peak": [trace.peak.bytes, other.peak.bytes],
+        "same flops": flops(trace) == flops(other),
+        "peaks": [trace.peak.bytes, other.peak.bytes],
     }
 
 

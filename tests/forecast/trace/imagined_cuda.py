@@ -31,6 +31,7 @@ CUDA = torch.device("cuda", 0)
 LIBRARY = "libcuda.so.1"
 SOURCE = Path(__file__).with_suffix(".c")
 MOST_DEVICES = 127
+UNPINNED = "copy to or from memory that is not pinned"
 TORCH_KERNELS = {
     "visionloom::attention",
     "visionloom::attention_backward",
@@ -65,17 +66,17 @@ class CudaRecorder(ImaginedRecorder):
         # The question for a tensor's device.
         if func.namespace == "prim":
             return func(*args, **(kwargs or {}))
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        # Values of the host are computed, and kept as they are.
+        with unset_fake_temporarily():
+            return super().__torch_dispatch__(func, types, args, kwargs)
 
     def operation(self, call: Call, inputs: list[Tensor], hosts: list[Tensor]) -> Any:
-        """Run an operation; a copy from memory that is not pinned is a wait, whatever it is asked for."""
+        """Run an operation; a copy to or from memory that is not pinned is a wait, whatever it is asked for."""
         comes = call.name in ("aten::_to_copy", "aten::copy_") and self._runs_there(call)
         unpinned = [x for x in hosts if x.untyped_storage()._cdata not in self.pinned]
         if comes and unpinned and not call.blocks:
-            self.wait("copy from memory that is not pinned")
-        # Values of the host are computed.
-        with unset_fake_temporarily():
-            return super().operation(call, inputs, hosts)
+            self.wait(UNPINNED)
+        return super().operation(call, inputs, hosts)
 
     def shaped(self, call: Call) -> Any:
         """Run an operation on the device without content, or one of the host as it is."""
@@ -104,14 +105,27 @@ class CudaRecorder(ImaginedRecorder):
         leaves = tree_leaves((call.args, call.kwargs))
         return any(isinstance(x, FakeTensor) or x == CUDA for x in leaves)
 
-    def pin(self, tensor: Tensor) -> Tensor:
-        """Return a copy of a tensor that counts as pinned."""
-        pinned = tensor.clone()
-        storage = pinned.untyped_storage()
-        key = storage._cdata
-        self.pinned.add(key)
-        weakref.finalize(storage, self.pinned.discard, key)
-        return pinned
+    @contextlib.contextmanager
+    def pinning(self) -> Iterator[None]:
+        """Remember which tensors of the host are asked to be pinned, for which a driver would be needed."""
+        empty = torch.empty
+
+        def make(*arguments: Any, **options: Any) -> Tensor:
+            made = empty(*arguments, **options)
+            return self._pin(made) if options.get("pin_memory") else made
+
+        def copy(tensor: Tensor) -> Tensor:
+            return self._pin(tensor.clone())
+
+        makes = mock.patch.object(torch, "empty", make)
+        with makes, mock.patch.object(Tensor, "pin_memory", copy):
+            yield
+
+    def _pin(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        self.pinned.add(storage._cdata)
+        weakref.finalize(storage, self.pinned.discard, storage._cdata)
+        return tensor
 
 
 class _Engine:
@@ -158,10 +172,20 @@ def imagined_cuda(routing: Routing | None = None) -> Iterator[CudaRecorder]:
     recorder = CudaRecorder(StatedValues(routing or Routing()))
     variable: Any = torch.autograd.Variable
     engine = mock.patch.object(variable, "_execution_engine", _Engine(variable._execution_engine))
-    pinning = mock.patch.object(Tensor, "pin_memory", lambda tensor: recorder.pin(tensor))
     # One thread: modes are those of the thread that runs an operation.
     threads = torch.autograd.set_multithreading_enabled(False)
     converting = mock.patch.object(nn.Module, "_apply", converted)
+    # Not even while devices are pretended.
+    absent = mock.patch.object(torch.cuda, "is_available", lambda: False)
     gathering = mock.patch.object(torch.distributed, "all_gather_object", gathered_alike)
-    with engine, pinning, converting, gathering, threads, recorder.fake, imagining(recorder):
+    with (
+        engine,
+        recorder.pinning(),
+        converting,
+        gathering,
+        absent,
+        threads,
+        recorder.fake,
+        imagining(recorder),
+    ):
         yield recorder
