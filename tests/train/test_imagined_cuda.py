@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from visionloom.tests.forecast.trace.imagined_cuda import UNPINNED, environment
-from visionloom.tests.train.test_faults import ROOT
+from visionloom.tests.sources import ROOT
 
 NORM = "item: megatron/core/optimizer/clip_grads.py get_grad_norm_fp32"
 SUMS = "copy to the host: train/step_sums.py totals"
@@ -35,7 +35,7 @@ STEPS: dict[str, dict[str, int]] = {
     "activations in host memory": CONSTANT,
     "8B": CONSTANT,
 }
-QUICK = ("dense", "dense, more", "mixture, expert 2, more", "adapters", "tensor 2")
+QUICK = ("dense", "mixture, expert 2, more", "tensor 2")
 OTHERS = [name for name in STEPS if name not in (*QUICK, "8B")]
 MISTAKES = ("a mask on the host", "a look at a value", "unpinned memory", "experts 12 wide")
 
