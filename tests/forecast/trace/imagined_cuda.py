@@ -84,7 +84,8 @@ class CudaRecorder(ImaginedRecorder):
             return call.run()
         with self.fake:
             result = call.run()
-        if call.name in TORCH_KERNELS:
+        # In fp32 attention is another kernel, whose sums are padded: for tests alone.
+        if call.name in TORCH_KERNELS and call.args[1].dtype == torch.bfloat16:
             self._check_kernel(call, result)
         return result
 
