@@ -5,11 +5,13 @@ from typing import Any
 
 from visionloom.data.stream.batch import PackedBatch
 from visionloom.forecast.trace.events import RankTrace
+from visionloom.forecast.trace.recorder import Recorder
 from visionloom.forecast.trace.step import recording, trace_step
 from visionloom.forecast.trace.values import Routing
 from visionloom.model.lora import apply_lora
 from visionloom.parallel import topology as topologies
 from visionloom.parallel.stand_in import META
+from visionloom.parallel.topology import Topology
 from visionloom.train.build import build_model, build_trainer
 from visionloom.train.config import RunConfig
 
@@ -60,11 +62,30 @@ def trace_rank(
         # Each traced rank is the busiest: what it takes is the most that one of its kind may take.
         routing = Routing(imbalance, layout.expert, topology.groups.ep.rank())
         with recording(META, routing) as recorder:
-            parts = build_model(config, topology, drawn=False)
-            if config.lora.rank:
-                apply_lora(parts, config.lora, topology, config.run.seed)
-            stream: Any = ImaginedStream(batches[0].dataset_names)
-            trainer = build_trainer(config, phase_name, topology, parts, stream)
-            return trace_step(recorder, trainer, batches)
+            return trace_with(recorder, config, phase_name, topology, batches)
     finally:
         topologies.stop()
+
+
+def trace_with(
+    recorder: Recorder,
+    config: RunConfig,
+    phase_name: str,
+    topology: Topology,
+    batches: list[PackedBatch],
+) -> RankTrace:
+    """Return the trace of one optimizer step of the rank of an imagined topology.
+
+    Args:
+        recorder: records already.
+        config: of the run.
+        phase_name: which phase.
+        topology: of the phase.
+        batches: the rank's micro-batches, on the host.
+    """
+    parts = build_model(config, topology, drawn=False)
+    if config.lora.rank:
+        apply_lora(parts, config.lora, topology, config.run.seed)
+    stream: Any = ImaginedStream(batches[0].dataset_names)
+    trainer = build_trainer(config, phase_name, topology, parts, stream)
+    return trace_step(recorder, trainer, batches)

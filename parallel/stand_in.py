@@ -1,8 +1,8 @@
 """A stand-in for torch.cuda, so that Megatron-core's own modules train on a CPU over gloo, or on no device at all.
 
 Megatron-core 0.19 asks torch.cuda for devices, streams and random states also where no GPU is used. `install` replaces
-just those names, and only when the run's device is the CPU or torch's `meta`, on which tensors have shapes and no content;
-on a GPU this file is never imported. Each replacement below says which part of Megatron-core needs it.
+just those names, and only when the run's device is the CPU or torch's `meta`, on which tensors have shapes and no content, or when
+tests imagine CUDA on a machine without it; on a GPU this file is never imported. Each replacement below says which part of Megatron-core needs it.
 `torch.cuda.is_available()` stays False, so libraries that ask first (transformers among them) are not affected.
 """
 
@@ -102,7 +102,7 @@ def install(device: torch.device = CPU) -> None:
     """Put the stand-in in place of the parts of torch.cuda that Megatron-core uses; a second call only changes the device.
 
     Args:
-        device: the CPU or `meta`.
+        device: the CPU, `meta`, or CUDA that is imagined.
     """
     _chosen.device = device
     if installed():

@@ -223,7 +223,7 @@ def imagine(
         config: degrees of the axes.
         world_size: ranks of the job.
         rank: which of them.
-        device: of the rank: the CPU (None), or `meta`, where tensors take no memory.
+        device: of the rank: the CPU (None), or `meta`, where tensors take no memory; CUDA where a test's tensors are fake.
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 

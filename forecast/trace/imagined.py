@@ -39,12 +39,12 @@ class ImaginedRecorder(Recorder):
         """Collectives that nobody has waited for, with their numbers; kept, so that torch hands out the same objects."""
 
     def holds(self, tensor: Tensor) -> bool:
-        """Return whether a tensor is on the meta device."""
+        """Return whether a tensor is on the imagined device."""
         return tensor.is_meta
 
     def operation(self, call: Call, inputs: list[Tensor], hosts: list[Tensor]) -> Any:
         """Work out the shapes of an operation, or answer what the host asks by it."""
-        if inputs and asks(call):
+        if inputs and self._asks(call):
             return self._answer(call)
         # A number on the host is an argument of the launch.
         takes_hosts = any(tensor.dim() for tensor in hosts)
@@ -52,12 +52,12 @@ class ImaginedRecorder(Recorder):
         if takes_hosts and inputs and not copies:
             # A GPU would refuse it; the trace goes on, so as to name all that is wrong.
             self.mixes(call.name)
-            result = self._run(on_device(call))
+            result = self._run(self.all_there(call))
         else:
             result = self._run(call)
 
         outputs = tensors_in((result,))
-        if inputs or any(tensor.is_meta for tensor in outputs):
+        if inputs or any(map(self.holds, outputs)):
             self.values.follow(call, outputs)
             if takes_hosts and copies and call.blocks:
                 self.wait("copy to the device")
@@ -115,10 +115,29 @@ class ImaginedRecorder(Recorder):
 
     def _run(self, call: Call) -> Any:
         """Work out the shapes of a result; the experts of tokens are stated."""
-        result = self._shapes.run(call)
+        result = self.shaped(call)
         if call.name == CHOICE:
             self.values.state(result, self.values.choose(*call.args))
         return result
+
+    def shaped(self, call: Call) -> Any:
+        """Return the result of an operation without content."""
+        return self._shapes.run(call)
+
+    def all_there(self, call: Call) -> Call:
+        """Return a call with all its tensors on the imagined device."""
+        moved = tree_map_only(Tensor, lambda tensor: tensor.to(META), (call.args, call.kwargs))
+        return Call(call.kind, call.func, *moved)
+
+    def _asks(self, call: Call) -> bool:
+        """Return whether the host asks for the content of a tensor on the device."""
+        if call.name == ITEM or call.name in SHAPED_BY_CONTENT:
+            return True
+        if call.name == "aten::index":
+            return any(index is not None and index.dtype == torch.bool for index in call.args[1])
+        if call.name == "aten::copy_":
+            return not self.holds(call.args[0])
+        return call.name in COPIES and call.kwargs.get("device") == CPU
 
     def send(self, name: str, call: Call) -> Any:
         """Send nothing; what is received has a value where what is sent has one."""
@@ -165,20 +184,3 @@ def finished(func: Any, args: Any) -> tuple[Any, Any]:
         else:
             results.append(next(arg for arg in args if isinstance(arg, list | tuple | Tensor)))
     return (results[0] if len(results) == 1 else tuple(results)), work
-
-
-def on_device(call: Call) -> Call:
-    """Return a call with all its tensors on the imagined device."""
-    args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to(META), (call.args, call.kwargs))
-    return Call(call.kind, call.func, args, kwargs)
-
-
-def asks(call: Call) -> bool:
-    """Return whether the host asks for the content of a tensor on the device."""
-    if call.name == ITEM or call.name in SHAPED_BY_CONTENT:
-        return True
-    if call.name == "aten::index":
-        return any(index is not None and index.dtype == torch.bool for index in call.args[1])
-    if call.name == "aten::copy_":
-        return not call.args[0].is_meta
-    return call.name in COPIES and call.kwargs.get("device") == CPU

@@ -35,24 +35,37 @@ def recording(device: torch.device, routing: Routing | None = None) -> Iterator[
         routing: of a mixture's tokens, None: even; a real rank routes as stated, too.
     """
     values = StatedValues(routing or Routing())
-    with contextlib.ExitStack() as stack:
-        # Megatron-core keeps this tensor for the process: each rank begins with none, and leaves none of its device.
-        scale = mock.patch.object(MoEAuxLossAutoScaler, "main_loss_backward_scale", None)
-        stack.enter_context(scale)
-        recorder: Recorder
-        if device.type == "meta":
-            recorder = imagined = ImaginedRecorder(values)
-            stack.enter_context(imagined.heard_works())
-        else:
-            marked = MarkedDevice()
-            copies = stack.enter_context(HostCopies(marked))
-            stack.enter_context(stand_in.passing_for_cuda(marked.holds))
-            recorder = RealRecorder(marked, copies, values)
-        stack.enter_context(_heard_recomputation(recorder))
-        stack.enter_context(heard_resizes(recorder.ledger))
-        stack.enter_context(_heard_synchronization(recorder))
-        stack.enter_context(recorder)
+    if device.type == "meta":
+        with imagining(ImaginedRecorder(values)) as recorder:
+            yield recorder
+        return
+    marked = MarkedDevice()
+    with HostCopies(marked) as copies, stand_in.passing_for_cuda(marked.holds):
+        real = RealRecorder(marked, copies, values)
+        with _listening(real):
+            yield real
+
+
+@contextlib.contextmanager
+def imagining(recorder: ImaginedRecorder) -> Iterator[ImaginedRecorder]:
+    """Let a recorder record an imagined rank inside."""
+    with recorder.heard_works(), _listening(recorder):
         yield recorder
+
+
+@contextlib.contextmanager
+def _listening(recorder: Recorder) -> Iterator[None]:
+    """Let a recorder see operations, and hear of all else that it records."""
+    # Megatron-core keeps this tensor for the process: each rank begins with none, and leaves none of its device.
+    scale = mock.patch.object(MoEAuxLossAutoScaler, "main_loss_backward_scale", None)
+    with (
+        scale,
+        _heard_recomputation(recorder),
+        heard_resizes(recorder.ledger),
+        _heard_synchronization(recorder),
+        recorder,
+    ):
+        yield
 
 
 @contextlib.contextmanager

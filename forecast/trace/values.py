@@ -123,7 +123,7 @@ class StatedValues:
     def _values(self, call: Call, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
         """Return the values of an operation's outputs; nothing if they are not known."""
         inputs = tensors_in((call.args, *call.kwargs.values()))
-        if call.name == "aten::_to_copy" and not inputs[0].is_meta:
+        if call.name == "aten::_to_copy" and _is_host(inputs[0]):
             # What the host sends to the device is known.
             return [inputs[0].to(outputs[0].dtype)]
         if not inputs and call.name != "aten::arange":
@@ -147,7 +147,7 @@ class StatedValues:
         return self._valued(tensor) is not None
 
     def _valued(self, tensor: Tensor) -> Tensor | None:
-        return self.of(tensor) if tensor.is_meta else tensor
+        return tensor if _is_host(tensor) else self.of(tensor)
 
     def _compute(self, func: Any, args: Any, kwargs: Any) -> list[Tensor]:
         named = tuple(sorted(kwargs.items()))
@@ -160,6 +160,10 @@ class StatedValues:
             self._computed[key] = tensors_in((result,)), args, kwargs
         values: list[Tensor] = self._computed[key][0]
         return values
+
+
+def _is_host(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
 
 
 def _view(tensor: Tensor) -> Any:

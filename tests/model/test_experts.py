@@ -46,14 +46,15 @@ def test_grouped_matrices_equal_a_loop(counts: list[int]) -> None:
 
 @pytest.fixture
 def model(topology: Topology) -> Qwen3VL:
-    found = Qwen3VL(tiny_config(experts=EXPERTS), topology)
+    found = Qwen3VL(tiny_config(experts=EXPERTS), topology).to(topology.device)
     weigh(found, topology)
     return found
 
 
 def routed(router: Router, logits: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights and experts, [n, k] each."""
-    return router.routing(logits.unsqueeze(1), padding.unsqueeze(1))
+    """Weights and experts, [n, k] each, on the router's device."""
+    device = router.weight.device
+    return router.routing(logits.to(device).unsqueeze(1), padding.to(device).unsqueeze(1))
 
 
 def test_padding_is_kept_out_of_the_statistics(model: Qwen3VL, topology: Topology) -> None:
@@ -61,7 +62,7 @@ def test_padding_is_kept_out_of_the_statistics(model: Qwen3VL, topology: Topolog
     logits = torch.randn(10, EXPERTS, generator=torch.Generator().manual_seed(1))
     padding = torch.arange(10) >= 6
     _, chosen = routed(router, logits, padding)
-    counts = torch.bincount(chosen[:6].flatten(), minlength=EXPERTS)
+    counts = torch.bincount(chosen[:6].flatten().cpu(), minlength=EXPERTS)
     assert router.tally[:EXPERTS].tolist() == counts.tolist()
     probabilities = logits[:6].softmax(1)
     assert float(router.tally[EXPERTS]) * ENTROPY_UNIT == pytest.approx(
@@ -71,7 +72,7 @@ def test_padding_is_kept_out_of_the_statistics(model: Qwen3VL, topology: Topolog
         routed(other, logits, padding)
     _, _, layers, largest = update_router_loads([model], topology).tolist()
     share = counts / counts.sum()
-    torch.testing.assert_close(router.load, share.float())
+    torch.testing.assert_close(router.load.cpu(), share.float())
     assert layers == len(routers_of([model]))
     assert largest == pytest.approx(float(share.max()) * EXPERTS)
     assert float(router.tally.abs().sum()) == 0
@@ -89,10 +90,10 @@ def test_nothing_is_counted_without_gradient(model: Qwen3VL) -> None:
 
 
 def balance_gradient(router: Router, logits: Tensor) -> Tensor:
-    """Gradient of the balance loss alone: the router's weights get no gradient."""
+    """Gradient of the balance loss alone, on the host: the router's weights get no gradient."""
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
-    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
+    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1, device=router.weight.device))
     leaf = logits.clone().requires_grad_()
     weights, _ = routed(router, leaf, torch.zeros(len(leaf), dtype=torch.bool))
     (weights * 0.0).sum().backward()

@@ -69,11 +69,18 @@ def adapted_pair(
 
 
 def factors(ours: Qwen3VL) -> dict[str, Tensor]:
+    """The adapters' factors, on the host."""
     return {
-        name: parameter.detach()
+        name: parameter.detach().cpu()
         for name, parameter in canonical_parameters(ours)
         if is_adapter(name)
     }
+
+
+@torch.no_grad()
+def logits_of(ours: Qwen3VL, pack: TestPack) -> Tensor:
+    """Logits [T, V] of a pack, on the host."""
+    return ours.logits(ours.prepare(pack)).cpu()
 
 
 def write_folder(folder: Path, ours: Qwen3VL, lora: LoraConfig) -> Path:
@@ -89,8 +96,7 @@ def write_folder(folder: Path, ours: Qwen3VL, lora: LoraConfig) -> Path:
 def test_new_adapters_change_nothing(topology: Topology, experts: int) -> None:
     _, ours, pack = adapted_pair(topology, experts, EVERYWHERE, drawn=False)
     _, plain = build_pair(topology, 0, True, experts)
-    with torch.no_grad():
-        assert torch.equal(ours.logits(ours.prepare(pack)), plain.logits(plain.prepare(pack)))
+    assert torch.equal(logits_of(ours, pack), logits_of(plain, pack))
     assert len(list(adapted_modules([ours]))) == len(list(linear_layers(ours.model_config)))
     assert {name for name, p in ours.named_parameters() if not is_adapter(name)} == dict(
         plain.named_parameters()
@@ -112,8 +118,7 @@ def test_gradients_are_pefts(topology: Topology, experts: int, tmp_path: Path) -
     expected.backward()
     total, _ = ours(ours.prepare(pack))
     total.backward()
-    with torch.no_grad():
-        found = ours.logits(ours.prepare(pack))
+    found = logits_of(ours, pack)
     assert (
         error(found, torch.cat(logits)) <= 1e-5
         and float((torch.cat(before) - found).abs().max()) > 0.1
@@ -131,7 +136,7 @@ def test_gradients_are_pefts(topology: Topology, experts: int, tmp_path: Path) -
     )
     for name, parameter in canonical_parameters(ours):
         if is_adapter(name):
-            off = error(parameter.grad, reference[name])
+            off = error(parameter.grad.cpu(), reference[name])
             assert off <= 1e-5, (name, off)
 
 
@@ -142,7 +147,7 @@ def test_merged_weights_are_pefts(topology: Topology, experts: int, tmp_path: Pa
     merged = PeftModel.from_pretrained(theirs, folder).merge_and_unload().state_dict()
     merge([ours])
     assert not any(is_adapter(name) for name, _ in ours.named_parameters())
-    exported = to_huggingface(dict(canonical_parameters(ours)), ours.model_config)
+    exported = to_huggingface(dict(canonical_parameters(ours.cpu())), ours.model_config)
     for name, tensor in exported.items():
         assert float((tensor - merged[name]).abs().max()) <= 1e-6, name
 
@@ -182,8 +187,7 @@ def test_an_adapter_made_by_peft_is_taken_over(topology: Topology, tmp_path: Pat
     logits, _ = reference_run(
         PeftModel.from_pretrained(theirs, tmp_path).get_base_model(), EXAMPLES
     )
-    with torch.no_grad():
-        assert error(ours.logits(ours.prepare(pack)), torch.cat(logits)) <= 1e-5
+    assert error(logits_of(ours, pack), torch.cat(logits).detach()) <= 1e-5
 
 
 def change_config(folder: Path, **changes: object) -> None:
@@ -281,10 +285,10 @@ def test_dropout_scales_what_it_keeps(topology: Topology) -> None:
         drawn = [ours.logits(inputs) for _ in range(2)]
         ours.eval()
         assert torch.equal(ours.logits(inputs), ours.logits(inputs)) and not torch.equal(*drawn)
-        x = torch.ones(1, 10_000)
+        x = torch.ones(1, 10_000, device=topology.device)
         adapter = next(module for _, module in adapted_modules([ours])).adapter.train()
         part = next(iter(adapter.lora_A))
-        adapter.lora_A[part] = torch.nn.Parameter(torch.ones(1, 10_000))
+        adapter.lora_A[part] = torch.nn.Parameter(torch.ones_like(x))
         assert float(adapter.down(x, own_mask=True)) == pytest.approx(10_000, rel=0.05)
 
 

@@ -24,17 +24,19 @@ from visionloom.tests.ranks import RankPool
 
 ROWS, HIDDEN, VOCABULARY = 37, 24, 50
 ROW_BYTES = VOCABULARY * 4
+HOST = torch.device("cpu")
 BLOCKS = (1, 5, 16, 36, 37, 1024)
 
 
-def problem(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def problem(device: torch.device = HOST) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Hidden states, output matrix, targets and weights, some of them zero."""
-    generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(ROWS, HIDDEN, generator=generator, requires_grad=True)
-    weight = torch.randn(VOCABULARY, HIDDEN, generator=generator, requires_grad=True)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(ROWS, HIDDEN, generator=generator)
+    weight = torch.randn(VOCABULARY, HIDDEN, generator=generator)
     targets = torch.randint(0, VOCABULARY, (ROWS,), generator=generator)
     weights = torch.rand(ROWS, generator=generator) * (torch.arange(ROWS) % 4 > 0)
-    return hidden, weight, targets, weights
+    leaves = (x.to(device).requires_grad_() for x in (hidden, weight))
+    return *leaves, targets.to(device), weights.to(device)
 
 
 def reference() -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -71,7 +73,7 @@ def test_loss_and_gradients(ranks: int, block: int, pool: RankPool) -> None:
 
 
 def test_large_logits_stay_finite(topology: Topology) -> None:
-    hidden, weight, targets, weights = problem()
+    hidden, weight, targets, weights = problem(topology.device)
     total, losses = linear_cross_entropy(
         hidden * 1e4, weight, targets, weights, topology.groups.tp, 8 * ROW_BYTES
     )
@@ -101,7 +103,7 @@ class LargestLogits(TorchDispatchMode):
 
 @pytest.mark.parametrize("block", [1, 5, 16])
 def test_never_more_logits_than_a_block(block: int, topology: Topology) -> None:
-    hidden, weight, targets, weights = problem()
+    hidden, weight, targets, weights = problem(topology.device)
     with LargestLogits() as watched:
         size = block * ROW_BYTES
         total, _ = linear_cross_entropy(hidden, weight, targets, weights, topology.groups.tp, size)
@@ -115,12 +117,13 @@ def test_never_more_logits_than_a_block(block: int, topology: Topology) -> None:
 
 def test_frozen_parts_get_no_gradient(topology: Topology) -> None:
     """With a frozen output matrix only the hidden states have a gradient, and without gradients none is made."""
-    hidden, weight, targets, weights = problem()
+    hidden, weight, targets, weights = problem(topology.device)
     total, _ = linear_cross_entropy(
         hidden, weight.detach(), targets, weights, topology.groups.tp, 8 * ROW_BYTES
     )
     total.backward()
-    torch.testing.assert_close(hidden.grad, reference()[2] / 3, rtol=1e-5, atol=1e-5)
+    assert hidden.grad is not None
+    torch.testing.assert_close(hidden.grad.cpu(), reference()[2] / 3, rtol=1e-5, atol=1e-5)
     with torch.no_grad(), patch.object(losses_module.torch, "mm") as product:
         linear_cross_entropy(hidden, weight, targets, weights, topology.groups.tp, 8 * ROW_BYTES)
     assert product.call_count == 0
@@ -153,14 +156,9 @@ def test_weights_are_those_of_the_formula(kind: str, alpha: float, topology: Top
     batch = pack([SAMPLES[:2], SAMPLES[2:]], PackLayout(16, kind, ("text",), pad_id=0))
     rows = (batch.loss_weights > 0).nonzero()[:, 0]
     hidden = table[batch.input_ids[rows]]
-    total, _ = linear_cross_entropy(
-        hidden,
-        weight,
-        batch.labels[rows],
-        batch.loss_weights[rows],
-        topology.groups.tp,
-        4 * ROW_BYTES,
-    )
+    inputs = hidden, weight, batch.labels[rows], batch.loss_weights[rows]
+    moved = [x.to(topology.device) for x in inputs]
+    total, _ = linear_cross_entropy(*moved, topology.groups.tp, 4 * ROW_BYTES)
 
     numerator = denominator = 0.0
     for one in SAMPLES:

@@ -151,7 +151,7 @@ def test_a_pissa_adapter_that_peft_has_converted_is_read(
             tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "first")
         )
         ours = loaded(tmp_path / "plain", topology)
-        assert error(ours.logits(ours.prepare(make_pack(theirs, examples))), expected) <= 1e-5
+        assert error(ours.logits(ours.prepare(make_pack(theirs, examples))).cpu(), expected) <= 1e-5
 
 
 NAMES = [
@@ -230,7 +230,7 @@ def test_settings_that_cover_all_tensors_are_fine(folder: Path, topology: Topolo
         expected = reference_run(
             PeftModel.from_pretrained(theirs, folder).get_base_model(), examples
         )[0][0]
-        assert error(ours.logits(ours.prepare(make_pack(theirs, examples))), expected) <= 1e-5
+        assert error(ours.logits(ours.prepare(make_pack(theirs, examples))).cpu(), expected) <= 1e-5
 
 
 @pytest.mark.parametrize(
