@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from step import UNCOUNTED, with_content
+from step import UNCOUNTED
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from visionloom.data.stream.batch import PackedBatch
-from visionloom.forecast.packs import PackChoice, packs_for
+from visionloom.forecast.packs import PackChoice, packs_for, with_content
 from visionloom.launch.configure import compose
 from visionloom.model.flops import step_flops
 from visionloom.parallel.share import ALONE
