@@ -5,13 +5,15 @@ samples are laid out, and its pictures dealt to encoder ranks, by the stream's o
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Final, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from visionloom.data.config import DataConfig
 from visionloom.data.encode.encode import EncodedSample
@@ -208,3 +210,15 @@ def dataset_lacks(data: DataConfig, name: str, tokenizer: Tokenizer) -> str:
     if kept_lengths(dataset, tokenizer, data.media, cache_folder(data, path)) is None:
         return f"{option} has no lengths yet: run data.py lengths"
     return ""
+
+
+def with_content(batch: PackedBatch, vocabulary: int, seed: int) -> PackedBatch:
+    """Return a batch with random tokens, labels and pixels, to be run on a device: equal tokens would be one row of the embedding."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def tokens(like: Tensor) -> Tensor:
+        return torch.randint(0, vocabulary, like.shape, generator=draw)
+
+    labels = torch.where(batch.loss_weights > 0, tokens(batch.labels), batch.labels)
+    patches = torch.randint(0, 256, batch.patches.shape, generator=draw, dtype=torch.uint8)
+    return replace(batch, input_ids=tokens(batch.input_ids), labels=labels, patches=patches)

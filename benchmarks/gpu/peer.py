@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from step import UNCOUNTED, with_content
+from step import UNCOUNTED
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from visionloom.data.stream.batch import PackedBatch
-from visionloom.forecast.packs import PackChoice, packs_for
+from visionloom.forecast.packs import PackChoice, packs_for, with_content
 from visionloom.launch.configure import compose
 from visionloom.model.flops import step_flops
 from visionloom.parallel.share import ALONE
@@ -122,9 +122,21 @@ def build(config: RunConfig, device: torch.device) -> tuple[PreTrainedModel, boo
     return model.train(), has_liger
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def progress(name: str, begun: float) -> None:
+    """Print the seconds since a beginning, on standard error at once."""
+    print(f"{name}: {time.perf_counter() - begun:.2f} s", file=sys.stderr, flush=True)
+
+
 def measure(config: RunConfig, steps: int) -> dict[str, Any]:
     """Return times, memory and utilisation of steps."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    begun = time.perf_counter()
     phase = next(iter(config.phases))
     settings = config.phases[phase]
     packs = packs_for(config, phase, 1, [PackChoice.MEAN])[PackChoice.MEAN]
@@ -134,18 +146,24 @@ def measure(config: RunConfig, steps: int) -> dict[str, Any]:
     TextSegments.bounds = batch.cu_seqlens.to(device, torch.int32)
     TextSegments.longest = max(b - a for a, b in pairwise(batch.cu_seqlens.tolist()))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    synchronize(device)
+    progress("packs and model", begun)
 
     seconds = []
-    for _ in range(UNCOUNTED + steps):
+    for number in range(UNCOUNTED + steps):
         begun = time.perf_counter()
-        for _ in range(settings.global_batch):
+        for micro_batch in range(settings.global_batch):
             model(**arguments).loss.backward()
+            # Waited for while kernels are compiled, so that a run that is cut off says how far it was.
+            if number < UNCOUNTED:
+                synchronize(device)
+                progress(f"step {number}, micro-batch {micro_batch}", begun)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(device)
         seconds.append(time.perf_counter() - begun)
+        progress(f"step {number}", begun)
     median = sorted(seconds[UNCOUNTED:])[steps // 2]
 
     counts = StepCounts.of([batch] * settings.global_batch, settings.global_batch)

@@ -12,16 +12,14 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from visionloom.data.stream.batch import PackedBatch
 from visionloom.forecast.imagine import ImaginedStream
-from visionloom.forecast.packs import PackChoice, packs_for
+from visionloom.forecast.packs import PackChoice, packs_for, with_content
 from visionloom.launch.configure import compose
 from visionloom.launch.environment import world_size
 from visionloom.model.lora import apply_lora
@@ -36,18 +34,6 @@ from visionloom.train.step_sums import StepCounts
 
 UNCOUNTED = 2
 """First steps, in which kernels are chosen and compiled and memory is taken."""
-
-
-def with_content(batch: PackedBatch, vocabulary: int, seed: int) -> PackedBatch:
-    """Return a batch with random tokens, labels and pixels: equal ones would be added up in one row of the embedding."""
-    draw = torch.Generator().manual_seed(seed)
-
-    def tokens(like: Tensor) -> Tensor:
-        return torch.randint(0, vocabulary, like.shape, generator=draw)
-
-    labels = torch.where(batch.loss_weights > 0, tokens(batch.labels), batch.labels)
-    patches = torch.randint(0, 256, batch.patches.shape, generator=draw, dtype=torch.uint8)
-    return replace(batch, input_ids=tokens(batch.input_ids), labels=labels, patches=patches)
 
 
 def trainer_of(

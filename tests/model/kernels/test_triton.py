@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from visionloom.tests.model.kernels.cases import calls, error
+from visionloom.launch.check_parts.operation_calls import calls, error
 from visionloom.tests.model.kernels.triton_process import compiled, compiling, interpreted
 
 # The interpreter rounds to bf16 in its own way: two units in the last place of the largest value.

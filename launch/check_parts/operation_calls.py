@@ -15,7 +15,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 HEADS = {"text": (2, 4, 1, 128), "vision": (1, 3, 3, 72)}
 """Groups, query and key heads of a group, head dim."""
 
-Call = tuple[str, str, str, list[Any]]
+OperationCall = tuple[str, str, str, list[Any]]
 """A name, the module without `_triton`, the operation, and its arguments."""
 
 
@@ -27,17 +27,18 @@ class Draw:
         self.generator = torch.Generator().manual_seed(0)
 
     def __call__(self, *shape: int) -> Tensor:
+        """Return normal numbers of the dtype."""
         return torch.randn(shape, generator=self.generator).to(self.dtype)
 
     def wide(self, *shape: int) -> Tensor:
-        """In fp32, whatever the dtype."""
+        """Return them in fp32, whatever the dtype."""
         return torch.randn(shape, generator=self.generator)
 
 
 def norm_calls(
     draw: Draw, rows: int, widths: tuple[int, ...] = (72, 128, 2560)
 ) -> Iterator[tuple[str, str, list[Any]]]:
-    """RMSNorm and LayerNorm of three widths, one of them a view with gaps between its rows."""
+    """Yield RMSNorm and LayerNorm of three widths, one of them a view with gaps between its rows."""
     for width in widths:
         weight, gradient, residual = draw(width), draw(rows, width), draw(rows, width)
         x = draw(rows, width + 8)[:, 4:-4] if width == 128 else draw(rows, width)
@@ -54,7 +55,7 @@ def norm_calls(
 
 
 def rotary_calls(draw: Draw, rows: int) -> Iterator[tuple[str, str, list[Any]]]:
-    """Heads out of a joined tensor, whose values are a view of it."""
+    """Yield heads out of a joined tensor, whose values are a view of it."""
     for name, (groups, queries, keys, dim) in HEADS.items():
         joined = draw(rows, groups, queries + 2 * keys, dim)
         heads, value = joined.split((queries + keys, keys), dim=2)
@@ -71,7 +72,7 @@ def rotary_calls(draw: Draw, rows: int) -> Iterator[tuple[str, str, list[Any]]]:
 
 
 def activation_calls(draw: Draw, rows: int) -> Iterator[tuple[str, str, list[Any]]]:
-    """SwiGLU of two widths, one of them more than a program takes at a time."""
+    """Yield SwiGLU of two widths, one of them more than a program takes at a time."""
     for width in (72, 1280):
         gate_up, gradient = draw(rows, 2 * width), draw(rows, width)
         for name, weights in (("plain", None), ("weighted", draw.wide(rows))):
@@ -79,8 +80,8 @@ def activation_calls(draw: Draw, rows: int) -> Iterator[tuple[str, str, list[Any
             yield f"{width} {name}", "swiglu_backward", [gradient, gate_up, weights]
 
 
-def calls() -> Iterator[Call]:
-    """All of them."""
+def calls() -> Iterator[OperationCall]:
+    """Yield all of them."""
     makers = {"norm": norm_calls, "rotary": rotary_calls, "activation": activation_calls}
     for dtype in DTYPES:
         for name, operation, arguments in norm_calls(Draw(dtype), MANY_ROWS, (72,)):
@@ -94,12 +95,12 @@ def calls() -> Iterator[Call]:
 
 
 def tensors_of(result: Any) -> tuple[Tensor, ...]:
-    """The tensors that an operation returns."""
+    """Return the tensors that an operation returns."""
     return (result,) if isinstance(result, Tensor) else tuple(result)
 
 
 def error(result: Any, expected: Any) -> float:
-    """Largest difference in any of the results, relative to its largest value; infinite where shapes or dtypes differ."""
+    """Return the largest difference in any of the results, relative to its largest value; infinite where shapes or dtypes differ."""
     worst = 0.0
     for own, other in zip(tensors_of(result), tensors_of(expected), strict=True):
         if own.shape != other.shape or own.dtype != other.dtype or own.stride() != other.stride():

@@ -1,0 +1,191 @@
+"""Check a machine once: what it is, whether it computes what a CPU computes, and how fast it is beside what plans assume.
+
+    python launch/check.py --report FILE                                    one process, on a GPU where one is there
+    torchrun --standalone --nproc-per-node N launch/check.py --report FILE  also collectives and parallel layouts, a rank a GPU
+
+FILE.json and FILE.md are what a GPU's owner sends back, so that recipes/gpu/ can be corrected; they hold no names of hosts or users.
+No data or model is needed. Less than two minutes on a GPU. Exit code 0: all checks passed, and what was not checked is said.
+1: one failed, a line each. 2: a word is wrong.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+if not __package__:
+    # Started as a file: Python put launch/ first on the path, where data.py would hide any package data.
+    root = Path(__file__).resolve().parents[1]
+    sys.path[0] = str(root / ".link")
+
+from visionloom.common.errors import UserError, unknown
+from visionloom.common.quiet import Parser, quiet_libraries
+from visionloom.common.screen import PlainConsole
+from visionloom.common.text import one_line, say, warn
+from visionloom.forecast.machine import machine, machine_names
+from visionloom.launch import environment
+from visionloom.launch.check_parts.report import tables, write
+from visionloom.launch.check_parts.results import CheckReport, guarded
+from visionloom.launch.claim import check_writable
+from visionloom.launch.exit import FAILURE, end_with_parent, exit_interrupted, exit_with
+from visionloom.launch.plan_commands.first import is_of
+
+if TYPE_CHECKING:
+    from visionloom.parallel.topology import Topology
+
+SUFFIXES: Final = (".json", ".md")
+TIMEOUT_MINUTES: Final = 3
+"""Longest wait in a collective: a rank that failed must not hold the others for half an hour."""
+DEVICES: Final = ("auto", "cpu", "cuda")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code; a user's error exits with 2, one line each."""
+    options = make_parser().parse_args(arguments)
+    quiet_libraries()
+    end_with_parent()
+    try:
+        return run(options)
+    except UserError as error:
+        exit_with(error)
+    except KeyboardInterrupt:
+        exit_interrupted("start the same command again")
+    except OSError as error:
+        warn(f"error: {one_line(str(error))}")
+        return FAILURE
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = Parser(prog="check.py", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--report", metavar="FILE", help="write FILE.json and FILE.md")
+    parser.add_argument(
+        "--gpu",
+        metavar="NAME",
+        help="file of recipes/gpu to compare with, if not by the card's name",
+    )
+    parser.add_argument("--device", default="auto", metavar="DEVICE", help=" | ".join(DEVICES))
+    return parser
+
+
+def run(options: argparse.Namespace) -> int:
+    """Check this machine as the options say; return the exit code."""
+    environment.check_environment()
+    stem = check_options(options)
+    if environment.trains_on_gpus(options.device):
+        environment.set_up_gpus(tensor=1)
+
+    # torch and megatron-core are imported only now, when the words are known to be good.
+    from visionloom.model.kernels import flash
+    from visionloom.parallel import topology as topologies
+    from visionloom.parallel.config import ParallelConfig
+
+    device = topologies.choose_device(options.device)
+    flash.choose("auto", device)
+    # Several threads add up in an order of their own, and a resume must give the same bits on a CPU.
+    topologies.set_threads(0 if device.type == "cuda" else 1)
+    topology = topologies.start(ParallelConfig(), device, timeout_minutes=TIMEOUT_MINUTES)
+    report = checked(topology, options.gpu)
+    report.machine["attention"] = flash.chosen()
+    if topology.is_main:
+        show(report, stem)
+    topologies.stop()
+    return FAILURE if report.failures else 0
+
+
+def check_options(options: argparse.Namespace) -> Path | None:
+    """Return the path of the report without suffix, None without one.
+
+    Raises:
+        UserError: for an unknown value, and for a report that cannot be written.
+    """
+    if options.device not in DEVICES:
+        raise UserError(unknown("--device", options.device, list(DEVICES)))
+    if options.gpu is not None and options.gpu not in machine_names():
+        raise UserError(unknown("--gpu", options.gpu, machine_names()))
+    if options.report is None:
+        return None
+    environment.check_home("--report", options.report)
+    path = Path(options.report)
+    stem = path.with_suffix("") if path.suffix in SUFFIXES else path
+    if not stem.name or path.is_dir():
+        raise UserError(f"--report {options.report} is a folder: name a file in it")
+    check_writable(stem.parent, "--report")
+    return stem
+
+
+def checked(topology: "Topology", gpu: str | None) -> CheckReport:
+    """Run all parts and return the report; all ranks call it, and the main one has it whole."""
+    from visionloom.launch.check_parts.machine_facts import machine_facts
+    from visionloom.launch.check_parts.operations import check_operations
+    from visionloom.launch.check_parts.ranks import check_ranks, gather_results
+    from visionloom.launch.check_parts.speeds import Speeds
+    from visionloom.launch.check_parts.training import check_training
+
+    facts = machine_facts()
+    report = CheckReport(facts, gpu or file_of(facts, topology.device.type))
+    device, several = topology.device, topology.world_size > 1
+    results = report.timed("operations", lambda: check_operations(device))
+    if several:
+        results += report.timed("ranks", lambda: [*guarded("ranks", check_ranks, topology)])
+    else:
+        results += report.timed(
+            "training", lambda: [*guarded("training", check_training, topology)]
+        )
+    report.results = gather_results(results, topology)
+
+    assumed = machine(report.gpu_file) if report.gpu_file else None
+    speeds = Speeds(topology, assumed)
+    if several:
+        report.speeds.append(report.timed("all-reduce", speeds.all_reduce))
+    if topology.is_main:
+        report.speeds += report.timed("speeds", lambda: [*speeds.measure()])
+    topology.barrier()
+    report.not_checked = not_checked(device.type, several)
+    return report
+
+
+def file_of(facts: dict[str, object], device: str) -> str:
+    """Return the name of the only file of recipes/gpu that is about this machine's card; empty if there is none."""
+    cards = facts["gpus"]
+    if device != "cuda" or not isinstance(cards, list) or not cards:
+        return ""
+    fitting = [name for name in machine_names() if is_of(name, cards[0]["name"])]
+    return fitting[0] if len(fitting) == 1 else ""
+
+
+def not_checked(device: str, several: bool) -> list[str]:
+    """Return what this call could not check, a line each."""
+    lines = []
+    if device != "cuda":
+        lines.append(
+            "GPU: kernels, speeds of a GPU, pinned copies (no GPU is visible, or --device cpu)"
+        )
+    if several:
+        lines.append("gradients against a CPU, bf16 and a resume: run it without torchrun too")
+    else:
+        lines.append(
+            "collectives and parallel layouts: torchrun --standalone --nproc-per-node N launch/check.py"
+        )
+    return lines
+
+
+def show(report: CheckReport, stem: Path | None) -> None:
+    """Print and write the report."""
+    console = PlainConsole(width=None if sys.stdout.isatty() else 120)
+    for table in tables(report):
+        console.print(table)
+    passed = len(report.results) - len(report.failures)
+    seconds = sum(report.seconds.values())
+    say(f"{passed} of {len(report.results)} checks passed in {seconds:.0f} s")
+    for line in report.not_checked:
+        say(f"not checked: {line}")
+    if stem is not None:
+        say(f"report: {', '.join(map(str, write(report, stem)))}")
+    for result in report.failures:
+        warn(f"failed: {one_line(result.line)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
