@@ -342,11 +342,15 @@ def test_waits_in_micro_batches_are_those_of_the_whole_step() -> None:
 
 def test_a_layout_in_words() -> None:
     layout = ParallelConfig(
-        pipeline=2, virtual_pipeline=2, recompute="full", offload_activations=True
+        pipeline=2,
+        virtual_pipeline=2,
+        recompute="block",
+        recompute_layers=3,
+        offload_activations=True,
     )
     traces = phase(*stages_of(Pipeline(2, 2, 2)), micro_batches=4, layout=layout)
     assert forecast_of(replace(traces, world_size=16), "h100").layout == (
-        "pipeline 2, chunks 2, data 8, recompute full, activations offloaded"
+        "pipeline 2, chunks 2, data 8, recompute block of 3 layers, activations offloaded"
     )
 
 
