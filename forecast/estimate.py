@@ -73,7 +73,10 @@ def layout_words(layout: ParallelConfig, world_size: int) -> str:
         words.append(f"exchange {layout.context_exchange}")
     words.append(f"data {layout.data_parallel_size(world_size)}")
     if layout.recompute != "none":
-        words.append(f"recompute {layout.recompute}")
+        layers = f" of {layout.recompute_layers} layers" if layout.recompute_layers else ""
+        words.append(f"recompute {layout.recompute}{layers}")
+    if layout.offload_activations:
+        words.append("activations offloaded")
     return ", ".join(words)
 
 
@@ -91,6 +94,7 @@ def rank_forecast(step: RankStep) -> RankForecast:
         forward_seconds=step.micro_batch_seconds(SlotKind.FORWARD),
         backward_seconds=step.micro_batch_seconds(SlotKind.BACKWARD),
         launches=step.launches,
+        moved_bytes=step.moved_bytes,
         flops=step.flops,
         waits=step.waits,
         mixed=trace.mixed,

@@ -23,6 +23,7 @@ from visionloom.forecast.trace.events import (
     Category,
     Collective,
     Direction,
+    Kernel,
     PeakMemory,
     RankTrace,
     Slot,
@@ -203,6 +204,16 @@ class RankStep:
             count = round(wait.count * more) if wait.per_micro_batch else wait.count
             waits.append(replace(wait, count=count))
         return tuple(waits)
+
+    @property
+    def moved_bytes(self) -> int:
+        """Return the bytes that the kernels of the step read and write; copies from and to the host are none."""
+        moved = 0
+        for stretch in self.stretches():
+            for operation, count in operations_of(stretch.slots):
+                if operation.kernel is not Kernel.TRANSFER:
+                    moved += count * operation.bytes
+        return moved
 
     @property
     def flops(self) -> float:

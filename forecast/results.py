@@ -36,6 +36,8 @@ class RankForecast:
     """Of one micro-batch, recomputation included."""
     launches: int
     """In a step."""
+    moved_bytes: int
+    """Read and written by the kernels of a step."""
     flops: float
     """In a step, without recomputation."""
     waits: tuple[Wait, ...]

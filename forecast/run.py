@@ -28,6 +28,15 @@ CHOICES: Final = (PackChoice.MEAN, PackChoice.PATCHES, PackChoice.SUPERVISED)
 
 
 @dataclass(frozen=True)
+class LayoutOrder:
+    """What a worker that traces whole layouts is given."""
+
+    number: int
+    request: PlanRequest
+    choices: Sequence[PackChoice]
+
+
+@dataclass(frozen=True)
 class TraceOrder:
     """What a worker is given: a rank, and the packs that it trains on."""
 
@@ -70,27 +79,30 @@ def forecast_run(request: PlanRequest, progress: PartProgress) -> RunForecast:
 
 
 def forecast_layouts(
-    requests: Sequence[PlanRequest], finished: Callable[[], None]
+    requests: Sequence[PlanRequest],
+    finished: Callable[[], None],
+    choices: Sequence[PackChoice] = (PackChoice.MEAN,),
 ) -> list[PhaseForecast]:
-    """Forecast the first phase of each request on mean packs alone, which is enough to rank layouts.
+    """Forecast the first phase of each request by one kind of rank of each stage.
 
     Args:
         requests: each is one worker's work: it begins no other layout before it has traced all kinds of ranks of one.
         finished: called as each is done.
+        choices: packs that are traced, the mean ones first; they alone are enough to rank layouts.
     """
     forecasts = dict[int, PhaseForecast]()
     workers = min(len(requests), len(os.sched_getaffinity(0)))
-    numbered = enumerate(requests)
-    for (number, _), forecast in as_finished(forecast_layout, numbered, workers, PRELOAD):
-        forecasts[number] = forecast
+    orders = [LayoutOrder(number, each, choices) for number, each in enumerate(requests)]
+    for order, forecast in as_finished(forecast_layout, orders, workers, PRELOAD):
+        forecasts[order.number] = forecast
         finished()
     return [forecasts[number] for number in range(len(requests))]
 
 
-def forecast_layout(numbered: tuple[int, PlanRequest]) -> PhaseForecast:
-    """Forecast the first phase of a request on mean packs; runs in a worker, as `trace_one`."""
-    request = on_gpus(numbered[1])
-    phase = ImaginedPhase.of(request, request.phases[0], [PackChoice.MEAN]).for_ranking
+def forecast_layout(order: LayoutOrder) -> PhaseForecast:
+    """Forecast the first phase of a request; runs in a worker, as `trace_one`."""
+    request = on_gpus(order.request)
+    phase = ImaginedPhase.of(request, request.phases[0], order.choices).for_ranking
     traces = {(order.rank, order.choice): trace_one(order) for order in phase.orders()}
     return phase.forecast(traces)
 
@@ -137,8 +149,6 @@ class ImaginedPhase:
     name: str
     packs: dict[PackChoice, ImaginedPacks]
     kinds: list[RankKind]
-    most_traced: int = 2
-    """Micro-batches of mean packs that are traced: those after the second repeat it."""
 
     @classmethod
     def of(
@@ -154,16 +164,12 @@ class ImaginedPhase:
 
     @property
     def for_ranking(self) -> "ImaginedPhase":
-        """Return the phase with what compares layouts: one micro-batch of one kind of each stage.
-
-        Other kinds of a stage are neither slower nor fuller. Of four layouts of 8B on 16 ranks neither the time of a step
-        nor the memory changes in four digits (traced), in less than half the time.
-        """
+        """Return the phase with what compares layouts: one kind of each stage, as others are neither slower nor fuller."""
         kinds = dict[tuple[int, ...], RankKind]()
         for kind in self.kinds:
             # Those with most pictures come first.
             kinds.setdefault(kind.stages, kind)
-        return replace(self, kinds=list(kinds.values()), most_traced=1)
+        return replace(self, kinds=list(kinds.values()))
 
     @property
     def settings(self) -> PhaseConfig:
@@ -203,7 +209,8 @@ class ImaginedPhase:
         # Interleaved stages take micro-batches only in multiples of their number.
         if self.layout.chunks > 1:
             return self.layout.pipeline
-        most = self.most_traced if choice is PackChoice.MEAN else 1
+        # Those after the second repeat it, but a first one alone would reduce gradients as the last does.
+        most = 2 if choice is PackChoice.MEAN else 1
         return min(most, self.micro_batches)
 
     def choices_of(self, kind: RankKind) -> list[PackChoice]:

@@ -64,6 +64,7 @@ def _rank(rank: RankForecast) -> dict[str, Any]:
         "micro_batch_forward_seconds": rank.forward_seconds,
         "micro_batch_backward_seconds": rank.backward_seconds,
         "step_launches": rank.launches,
+        "step_bytes": rank.moved_bytes,
         "step_flops": rank.flops,
         "waits": [_wait(wait) for wait in rank.waits],
         "mixed": [_mixed(mixed) for mixed in rank.mixed],

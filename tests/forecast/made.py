@@ -42,6 +42,7 @@ def rank_forecast(stage: int, activations: int = 20 * GIB) -> RankForecast:
         forward_seconds=FORWARD,
         backward_seconds=BACKWARD,
         launches=11_832,
+        moved_bytes=3_100_000_000_000,
         flops=5.1e15,
         waits=(Wait("item", "train/step.py:120 gradient_norm", 1, False),),
         mixed=(),

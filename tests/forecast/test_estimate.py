@@ -16,6 +16,7 @@ from visionloom.forecast.trace.events import (
     AliveTensors,
     Category,
     Direction,
+    Kernel,
     Mark,
     Mixed,
     RankTrace,
@@ -68,6 +69,8 @@ def test_one_rank_takes_the_sum_of_its_passes() -> None:
     (rank,) = forecast.ranks
     assert (rank.forward_seconds, rank.backward_seconds) == pytest.approx((1.0, 2.0))
     assert rank.launches == 22
+    on = machine("h100")
+    assert rank.moved_bytes == pytest.approx(30.75 * on.memory_gbps * 1e9 * on.memory_share)
     assert rank.peak_bytes == HELD + SAVED + INSIDE == sum(rank.memory.values())
 
 
@@ -194,6 +197,19 @@ def test_operations_that_are_made_again_are_no_work() -> None:
     )
     forecast = forecast_of(phase(replace(trace, slots=slots), micro_batches=3), "h100")
     assert forecast.ranks[0].flops == 3 * 101e12
+
+
+def test_copies_from_the_host_are_no_bytes_that_kernels_move() -> None:
+    trace = one_step(Pipeline(1, 1, 1))
+    begin, *others = trace.slots
+    ((operation, count),) = begin.operations
+    copied = replace(operation, kernel=Kernel.TRANSFER)
+    slots = (replace(begin, operations=((copied, count),)), *others)
+    moved = []
+    for one in (trace, replace(trace, slots=slots)):
+        (rank,) = forecast_of(phase(one, micro_batches=1), "h100").ranks
+        moved.append(rank.moved_bytes)
+    assert moved[0] - moved[1] == count * operation.bytes > 0
 
 
 def test_a_message_goes_to_the_pipeline_s_neighbours() -> None:
@@ -325,10 +341,16 @@ def test_waits_in_micro_batches_are_those_of_the_whole_step() -> None:
 
 
 def test_a_layout_in_words() -> None:
-    layout = ParallelConfig(pipeline=2, virtual_pipeline=2, recompute="full")
+    layout = ParallelConfig(
+        pipeline=2,
+        virtual_pipeline=2,
+        recompute="block",
+        recompute_layers=3,
+        offload_activations=True,
+    )
     traces = phase(*stages_of(Pipeline(2, 2, 2)), micro_batches=4, layout=layout)
     assert forecast_of(replace(traces, world_size=16), "h100").layout == (
-        "pipeline 2, chunks 2, data 8, recompute full"
+        "pipeline 2, chunks 2, data 8, recompute block of 3 layers, activations offloaded"
     )
 
 

@@ -52,7 +52,7 @@ class Stated:
 
     def forecast(self, layout: ParallelConfig, more: float = 0.0) -> PhaseForecast:
         step, peak = self.seconds(layout), round((self.gib(layout) + more) * GIB)
-        rank = RankForecast(0, 0, WORLD, "layers 0-35", {}, peak, (), 0, 0, 0, 0, (), ())
+        rank = RankForecast(0, 0, WORLD, "layers 0-35", {}, peak, (), 0, 0, 0, 0, 0, (), ())
         bubble = (layout.pipeline - 1) / (31 + layout.pipeline)
         facts = ("p", "words", 8192, "packs", 10, step, TOKENS, TOKENS / step, 0.4, bubble)
         return PhaseForecast(*facts, 0.1 * layout.tensor, {}, (rank,), (), ())
