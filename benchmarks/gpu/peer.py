@@ -3,7 +3,7 @@
     python benchmarks/gpu/peer.py +recipe=full/qwen3vl_2b parallel=single
 
 At its best: attention by torch's FlashAttention over variable lengths for text and pictures (transformers' own sdpa would let samples see
-each other), Liger's kernels where the package is installed (rotary, RMSNorm, SwiGLU, cross-entropy without logits), fused AdamW.
+each other), Liger's kernels where the package is installed (rotary, RMSNorm, cross-entropy without logits; 0.8.5 takes `swiglu` and ignores it), fused AdamW.
 Weights, gradients and moments are bf16 there, as people train with it; ours keeps fp32 copies, gradients and moments.
 """
 
