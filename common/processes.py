@@ -93,8 +93,7 @@ def as_finished[Item, Result](
                 return
 
             # As they are finished: one slow item does not keep the others' results waiting.
-            finished, _ = wait(pending, return_when=FIRST_COMPLETED)
-            for future in finished:
+            for future in wait(pending, return_when=FIRST_COMPLETED).done:
                 yield pending.pop(future), future.result()
 
 

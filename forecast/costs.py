@@ -16,8 +16,8 @@ from visionloom.forecast.machine import Machine
 from visionloom.forecast.trace.events import (
     Collective,
     Direction,
+    FlightMark,
     Kernel,
-    Mark,
     Operation,
     Slot,
 )
@@ -175,7 +175,7 @@ class Streams:
     def play(self, slot: Slot) -> dict[str, float]:
         """Let a slot pass; return the seconds in which the device only waits for collectives, by axis."""
         waits: dict[str, float] = defaultdict(float)
-        for mark in slot.marks or (Mark(slot.operations, slot.collectives),):
+        for mark in slot.marks or (FlightMark(slot.operations, slot.collectives),):
             for operation, count in mark.operations:
                 self.now += count * operation_seconds(operation, self.machine)
             for collective, count in mark.collectives:

@@ -133,6 +133,7 @@ class MicroBatches:
     @property
     def worst(self) -> float:
         """Return the work of the costliest one over the mean."""
+        # In units of work: the four counts are weighed already.
         costs = self._costs.sum(1)
         return float(costs.max() / costs.mean())
 

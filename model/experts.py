@@ -147,8 +147,8 @@ def update_router_loads(chunks: Iterable[nn.Module], topology: Topology) -> Tens
         return torch.zeros(4, dtype=torch.float64, device=topology.device)
     tallies = torch.stack([router.tally for router in routers])
     dist.all_reduce(tallies, group=topology.groups.tp_dp_cp)
-    tallies = tallies.double()
-    assigned = tallies[:, :-2]
+    # The last two columns are not counts of an expert.
+    assigned = tallies[:, :-2].double()
     shares = assigned / assigned.sum(1, keepdim=True).clamp_min(1.0)
     for router, share in zip(routers, shares, strict=True):
         router.load.copy_(share)
@@ -158,6 +158,7 @@ def update_router_loads(chunks: Iterable[nn.Module], topology: Topology) -> Tens
 
 def router_health(shares: Tensor, tallies: Tensor) -> Tensor:
     """Return what `update_router_loads` does, from the shares [layers, E] and the tallies [layers, E + 2]."""
+    tallies = tallies.double()
     entropy, tokens = tallies[:, -2] * ENTROPY_UNIT, tallies[:, -1]
     largest = shares.amax(1) * shares.shape[1]
     entropies = (entropy / tokens.clamp_min(1.0)).sum()

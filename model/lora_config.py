@@ -131,7 +131,7 @@ def _plain(parent: str, leaf: str, inputs: int, outputs: int) -> LinearLayer:
 
 def decoder_layers(model: ModelConfig, layer: int) -> Iterator[LinearLayer]:
     """Yield the layers of a decoder layer that can have an adapter."""
-    text, hidden = model.text, model.text.hidden_size
+    text = model.text
     here = f"language_model.decoder.layers.{layer}"
     there = f"model.language_model.layers.{layer}"
 
@@ -139,8 +139,9 @@ def decoder_layers(model: ModelConfig, layer: int) -> Iterator[LinearLayer]:
     queries = text.heads * text.head_dim
     keys = text.kv_heads * text.head_dim
     joint = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
-    yield LinearLayer(f"{name}_qkv", theirs, joint, hidden)
-    yield LinearLayer(f"{name}_proj", theirs, {"o_proj": hidden}, queries)
+    # One matrix of three parts here, three matrices there.
+    yield LinearLayer(f"{name}_qkv", theirs, joint, text.hidden_size)
+    yield LinearLayer(f"{name}_proj", theirs, {"o_proj": text.hidden_size}, queries)
 
     yield from feed_forward_layers(text, f"{here}.mlp", f"{there}.mlp")
 

@@ -195,7 +195,7 @@ class Chat:
     def _content(self, value: Any, turn: _Turn, fields: RecordFields) -> list[Element]:
         """Return a turn's content, after media of its own that no placeholder asks for; some but not all is a fault."""
         images, videos = media_of(fields, *IMAGES), media_of(fields, *FILMS)
-        own = ((self.media.images, images), (self.media.videos, videos))
+        own = (self.media.images, images), (self.media.videos, videos)
         # A turn's own media come before those of the record that are still waiting.
         used_before = [queue.put_next(refs) for queue, refs in own]
         content = self._said(value, turn)

@@ -115,11 +115,12 @@ def _pass(span: Span, scale: float) -> str:
     top = ROW * span.stage
     box = FilledBox(STAGE_LABELS + span.start * scale, top + 2, seconds * scale, ROW - 4)
     title = f"{span.kind} {span.micro_batch}, chunk {span.chunk}: {seconds:.4f} s"
-    opacity = max(0.4, 1 - 0.2 * max(0, span.chunk))
+    # A fifth paler each, but for what could no longer be seen.
+    opacity = max(0.4, 1 - 0.2 * span.chunk)
     shape = box.svg(str(span.kind), title, opacity)
     # A number of up to three digits takes 20 units.
     if box.width >= 20:
-        shape += _text(box.x + box.width / 2, top, f"{span.micro_batch}", "inside")
+        shape += _text(box.x + box.width / 2, top, str(span.micro_batch), "inside")
     return shape
 
 

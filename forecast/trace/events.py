@@ -88,7 +88,7 @@ class Collective:
 
 
 @dataclass(frozen=True, slots=True)
-class Mark:
+class FlightMark:
     """A moment of a slot at which a collective begins to run beside computation, or at which the device waits for one."""
 
     operations: tuple[tuple[Operation, int], ...]
@@ -123,7 +123,7 @@ class Slot:
     """Kinds of launches and how often each was launched."""
     collectives: tuple[tuple[Collective, int], ...]
     memory: SlotMemory
-    marks: tuple[Mark, ...] = field(default=(), compare=False)
+    marks: tuple[FlightMark, ...] = field(default=(), compare=False)
     """In order, up to the end of the slot; none where no collective runs beside computation."""
 
 

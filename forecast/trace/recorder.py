@@ -20,8 +20,8 @@ from visionloom.forecast.trace.events import (
     Category,
     Collective,
     Direction,
+    FlightMark,
     Kernel,
-    Mark,
     Mixed,
     Operation,
     Slot,
@@ -70,7 +70,7 @@ class _OpenSlot:
     before: int
     operations: Counter[Operation] = field(default_factory=Counter)
     collectives: Counter[Collective] = field(default_factory=Counter)
-    marks: list[Mark] = field(default_factory=list)
+    marks: list[FlightMark] = field(default_factory=list)
     launched: Counter[Operation] = field(default_factory=Counter)
     """Since the last mark, as the next one."""
     awaited: Counter[Collective] = field(default_factory=Counter)
@@ -78,7 +78,7 @@ class _OpenSlot:
     def mark(self, flight: int, begins: Collective | None = None) -> None:
         """Note that a collective begins to run beside computation, or that the device waits for it."""
         launched, awaited = tuple(self.launched.items()), tuple(self.awaited.items())
-        self.marks.append(Mark(launched, awaited, flight, begins))
+        self.marks.append(FlightMark(launched, awaited, flight, begins))
         self.launched.clear()
         self.awaited.clear()
 

@@ -84,13 +84,13 @@ def calls() -> Iterator[OperationCall]:
     """Yield all of them."""
     makers = {"norm": norm_calls, "rotary": rotary_calls, "activation": activation_calls}
     for dtype in DTYPES:
+        kind = str(dtype).removeprefix("torch.")
+        # Programs of the narrowest norm take several rows at a time.
         for name, operation, arguments in norm_calls(Draw(dtype), MANY_ROWS, (72,)):
-            kind = str(dtype).removeprefix("torch.")
             yield f"{operation} {name} {kind} {MANY_ROWS}", "norm", operation, arguments
         for rows in ROWS:
             for module, maker in makers.items():
                 for name, operation, arguments in maker(Draw(dtype), rows):
-                    kind = str(dtype).removeprefix("torch.")
                     yield f"{operation} {name} {kind} {rows}", module, operation, arguments
 
 

@@ -51,6 +51,7 @@ class Comparison:
         def difference() -> float:
             results = [each.cpu() for each in self.own(device)]
             expected = self.expected()
+            # A definition is computed in fp64, and says nothing of strides.
             if not self.strict:
                 results = [each.double().contiguous() for each in results]
                 expected = [each.contiguous() for each in expected]
@@ -62,6 +63,7 @@ class Comparison:
 def check_operations(device: torch.device) -> list[CheckResult]:
     """Return all comparisons; those with twins need a GPU."""
     comparisons = [*definitions()]
+    # On a CPU the operation is its twin.
     if device.type == "cuda":
         comparisons += [summed(torch.bfloat16), *twins(), *larger_twins()]
     return [comparison.result(device) for comparison in comparisons]
@@ -295,7 +297,7 @@ def there(value: Any, device: torch.device) -> Any:
 def twins() -> Iterator[Comparison]:
     """Yield each kernel with its twin on tensors of awkward sizes, in fp32 and bf16."""
     for name, _module, operation, arguments in calls():
-
+        # Defaults, or all would run the last one.
         def run(
             device: torch.device, operation: str = operation, arguments: list[Any] = arguments
         ) -> list[Tensor]:
@@ -325,6 +327,7 @@ def parted_losses(columns: int, dtype: torch.dtype) -> Callable[[torch.device], 
     """Return a run of cross-entropy of which some targets are other ranks'."""
     draw = Draw(dtype)
     logits, weights = draw(TOKENS, columns) * 4, draw.wide(TOKENS).abs()
+    # Targets outside are columns of other tensor ranks.
     low, high = -columns // 4, columns + columns // 4
     targets = torch.randint(low, high, (TOKENS,), generator=draw.generator)
 

@@ -31,13 +31,13 @@ def _live_bars() -> Iterator[PartProgress]:
 
     from visionloom.common.screen import PlainConsole
 
-    columns = (
+    with Bars(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         TaskProgressColumn(),
         TimeRemainingColumn(),
-    )
-    with Bars(*columns, console=PlainConsole()) as shown:
+        console=PlainConsole(),
+    ) as shown:
         tasks: dict[str, TaskID] = {}
 
         def show(part: str, done: int, total: int) -> None:

@@ -281,9 +281,7 @@ def _convert_experts(
 ) -> dict[str, Tensor]:
     """Return gate and up projection of all experts, or their down projection, in a layout."""
     if layout == "separate":
-        matrices = {"down": full}
-        if gated:
-            matrices = {"gate": full[:, 0], "up": full[:, 1]}
+        matrices = {"gate": full[:, 0], "up": full[:, 1]} if gated else {"down": full}
         state = {}
         for matrix, stack in matrices.items():
             for expert, weight in enumerate(stack):

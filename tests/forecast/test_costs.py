@@ -17,8 +17,8 @@ from visionloom.forecast.machine import Machine, machine
 from visionloom.forecast.trace.events import (
     Collective,
     Direction,
+    FlightMark,
     Kernel,
-    Mark,
     Operation,
     Slot,
     SlotKind,
@@ -214,8 +214,13 @@ def test_a_collective_costs_what_computation_does_not_cover() -> None:
         Collective("all_gather", axis, LANGUAGE, Direction.FORWARD, LARGE)
         for axis in ("data", "data", "tensor")
     ]
-    begins = [Mark((), (), number, call) for number, call in enumerate(calls)]
-    waits = [Mark(((copy, 1),), (), 2), Mark((), (), 0), Mark(((copy, 1),), (), 1), Mark((), ())]
+    begins = [FlightMark((), (), number, call) for number, call in enumerate(calls)]
+    waits = [
+        FlightMark(((copy, 1),), (), 2),
+        FlightMark((), (), 0),
+        FlightMark(((copy, 1),), (), 1),
+        FlightMark((), ()),
+    ]
     played = replace(slot((copy, 2)), marks=(*begins, *waits))
     streams = Streams({"data": range(8), "tensor": range(4), "pipeline": (0, 8)}, H100)
     data, tensor = (seconds("all_gather", LARGE, range(ranks), H100) for ranks in (8, 4))

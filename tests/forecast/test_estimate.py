@@ -16,8 +16,8 @@ from visionloom.forecast.trace.events import (
     AliveTensors,
     Category,
     Direction,
+    FlightMark,
     Kernel,
-    Mark,
     Mixed,
     RankTrace,
     SlotKind,
@@ -258,9 +258,9 @@ def test_a_collective_hides_under_the_passes_until_it_is_waited_for() -> None:
     trace = one_step(Pipeline(1, 1, 1), ranks=8)
     begin, forward, backward, end = trace.slots
     (work,) = backward.operations
-    marks = (Mark((work,), (), 1, scatter), Mark((work,), ()))
+    marks = (FlightMark((work,), (), 1, scatter), FlightMark((work,), ()))
     backward = replace(backward, operations=((work[0], 2),), marks=marks)
-    end = replace(end, marks=(Mark(end.operations, (), 1), Mark((), ())))
+    end = replace(end, marks=(FlightMark(end.operations, (), 1), FlightMark((), ())))
 
     slots = (begin, forward, replace(backward, collectives=((scatter, 1),)), end)
     forecast = forecast_of(phase(replace(trace, slots=slots), micro_batches=1), "h100")
