@@ -30,7 +30,7 @@ class TensorPlace:
     distance: int
     """Numbers from the beginning of one run to the next, in the whole tensor."""
     first: int
-    """TensorPlace of the parameter's first number in the whole tensor."""
+    """Place of the parameter's first number in the whole tensor."""
 
 
 def hashed(values: Tensor) -> Tensor:
