@@ -65,8 +65,8 @@ def tiny_run(precision: str, device: str, world_size: int = 1, *more: str) -> Ru
         "+recipe=demo",
         f"run.device={device}",
         f"run.precision={precision}",
-        # Whatever data is here: the packs must be the same on all machines.
-        "data.tokenizer=/nonexistent",
+        # A place that nothing can be in: whatever data is here, the packs must be the same on all machines.
+        "data.tokenizer=/dev/null/tokenizer",
         f"phases.{PHASE}.warmup_steps=1",
         f"phases.{PHASE}.sequence_length=256",
         f"phases.{PHASE}.global_batch={2 * world_size}",
