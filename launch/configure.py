@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from visionloom.common.errors import MachineError, UserError
 from visionloom.common.quiet import quiet_libraries
+from visionloom.common.ranks import ranks_here
 from visionloom.common.text import one_line, warn
 from visionloom.launch import environment
 from visionloom.launch.causes import (
@@ -247,7 +248,7 @@ def bytes_of_weights(config: RunConfig, parameters: int) -> int:
     # Weights alone: gradients and the optimizer take several times as much, but may be sharded.
     shares = layout.tensor * layout.pipeline * layout.expert * (layout.expert_tensor or 1)
     bytes_each = 2 if config.run.precision == "bf16" else 4
-    return parameters * bytes_each // shares * environment.ranks_here()
+    return parameters * bytes_each // shares * ranks_here()
 
 
 def check_agreements(config: RunConfig, checkpoint: str = "") -> None:

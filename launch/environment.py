@@ -104,11 +104,6 @@ def memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def ranks_here() -> int:
-    """Return the ranks that share this machine: LOCAL_WORLD_SIZE, or 1."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
 def world_size() -> int:
     """Return the ranks of the whole run: WORLD_SIZE, or 1. Raises UserError if it is not a number."""
     value = os.environ.get("WORLD_SIZE", "1")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from visionloom.common.atomic import replacing
+from visionloom.common.ranks import ranks_here
 from visionloom.launch.exit import FAILURE, attempt_folder
 from visionloom.train.observe import status
 
@@ -118,7 +119,7 @@ class Watch:
 
 def watch_ranks() -> None:
     """Begin to watch the other ranks of this machine, where torchrun has started them."""
-    count = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    count = ranks_here()
     own = int(os.environ.get("LOCAL_RANK", "0"))
     folder = attempt_folder()
     if folder is None or count == 1:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
 from visionloom.common.errors import UserError
+from visionloom.common.ranks import cores_of_rank
 from visionloom.parallel.config import ParallelConfig
 from visionloom.parallel.meeting import meet
 from visionloom.parallel.share import Share
@@ -175,10 +176,7 @@ def choose_device(name: str) -> torch.device:
 
 def set_threads(threads: int) -> None:
     """Set the CPU threads of this rank: `threads`, or for 0 the cores divided by the ranks of this machine."""
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    # Not os.cpu_count: a container or a scheduler may give fewer.
-    cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(threads or max(1, cores // ranks))
+    torch.set_num_threads(threads or max(1, cores_of_rank()))
 
 
 def be_deterministic() -> None:

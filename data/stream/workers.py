@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, get_worker_info
 
 from visionloom.common.errors import MachineError
 from visionloom.common.processes import end_with_parent, fork_server
+from visionloom.common.ranks import cores_of_rank
 from visionloom.data.stream.batch import PackedBatch
 from visionloom.data.stream.train_stream import PackStream
 from visionloom.parallel.share import Share
@@ -34,10 +35,7 @@ def chosen_workers(workers: int | None) -> int:
     """
     if workers is not None:
         return workers
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    # not os.cpu_count: a container or a scheduler may give fewer
-    cores = len(os.sched_getaffinity(0)) // ranks
-    return min(_MOST_CHOSEN, max(0, cores - _CORES_KEPT))
+    return min(_MOST_CHOSEN, max(0, cores_of_rank() - _CORES_KEPT))
 
 
 def iterate(

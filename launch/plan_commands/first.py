@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from visionloom.common.errors import UserError, unknown
+from visionloom.common.ranks import ranks_here
 from visionloom.common.text import say
 from visionloom.forecast.machine import GIB, machine, machine_names
 from visionloom.forecast.show.document import JSON
@@ -109,7 +110,7 @@ def is_of(known: str, card: str) -> bool:
 
 def words_of_memory(precision: str) -> list[str]:
     """Return the words that tell the planner what a rank on CPUs has, its share of the machine's memory, and its precision."""
-    share = environment.memory_bytes() / environment.ranks_here() / GIB
+    share = environment.memory_bytes() / ranks_here() / GIB
     # What a GPU's driver keeps for itself is taken off again.
     words = [f"gpu={ON_CPUS}", f"memory={share + machine(ON_CPUS).reserved_gib:.3f}"]
     # The planner takes `auto` for what it is on a GPU.

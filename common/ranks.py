@@ -1,0 +1,14 @@
+"""The ranks that share this machine, and the cores that each of them has."""
+
+import os
+
+
+def ranks_here() -> int:
+    """Return the ranks that share this machine: LOCAL_WORLD_SIZE, or 1."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def cores_of_rank() -> int:
+    """Return the cores of this machine divided by its ranks, rounded down."""
+    # Not os.cpu_count: a container or a scheduler may give fewer.
+    return len(os.sched_getaffinity(0)) // ranks_here()
