@@ -25,6 +25,7 @@ import transformers
 from torch import Tensor
 
 from visionloom.common.quiet import quiet_libraries
+from visionloom.data.encode.patches import VIDEO_ROW, widen
 from visionloom.data.stream.batch import PackedBatch
 from visionloom.launch.configure import compose
 from visionloom.parallel import topology as topologies
@@ -90,12 +91,10 @@ class TheirBatch:
 
 def visual_arguments(batch: PackedBatch) -> dict[str, Any]:
     """Return pictures as their model takes them: fp32, with two frames a patch."""
-    patches = batch.patches.float() / 127.5 - 1.0
-    if patches.shape[1] == 768:
-        patches = patches.view(-1, 3, 1, 256).expand(-1, -1, 2, -1).flatten(1)
-    if not len(patches):
+    if not len(batch.patches):
         return {}
-    return {"pixel_values": patches, "image_grid_thw": batch.grid_thw.long()}
+    patches = torch.from_numpy(widen(batch.patches.numpy(), VIDEO_ROW))
+    return {"pixel_values": patches.float() / 127.5 - 1.0, "image_grid_thw": batch.grid_thw.long()}
 
 
 def token_ids(batch: PackedBatch, image_token: int) -> Tensor:

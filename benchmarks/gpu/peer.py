@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from step import UNCOUNTED
+from step import UNCOUNTED, synchronize
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from visionloom.data.encode.patches import VIDEO_ROW, widen
 from visionloom.data.stream.batch import PackedBatch
 from visionloom.forecast.packs import PackChoice, packs_for, with_content
 from visionloom.launch.configure import compose
@@ -93,14 +94,12 @@ def arguments_of(batch: PackedBatch, image_token: int, device: torch.device) -> 
     # It shifts labels by itself.
     labels = torch.full_like(batch.labels, -100)
     labels[1:] = batch.labels[:-1]
-    patches = batch.patches.to(device).float() / 127.5 - 1.0
-    if patches.shape[1] == 768:
-        patches = patches.view(-1, 3, 1, 256).expand(-1, -1, 2, -1).flatten(1)
+    patches = torch.from_numpy(widen(batch.patches.numpy(), VIDEO_ROW)).to(device)
     return {
         "input_ids": ids[None].to(device),
         "labels": labels[None].to(device),
         "position_ids": batch.position_ids[:, None].long().to(device),
-        "pixel_values": patches.to(torch.bfloat16),
+        "pixel_values": (patches.float() / 127.5 - 1.0).to(torch.bfloat16),
         "image_grid_thw": batch.grid_thw.long().to(device),
         "use_cache": False,
     }
@@ -120,12 +119,6 @@ def build(config: RunConfig, device: torch.device) -> tuple[PreTrainedModel, boo
     for part in (model.config, model.config.text_config, model.config.vision_config):
         part._attn_implementation = NAME
     return model.train(), has_liger
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all that it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def progress(name: str, begun: float) -> None:

@@ -69,7 +69,7 @@ def measure(config: RunConfig, steps: int, profile: bool) -> dict[str, Any]:
         topology.barrier()
         begun = time.perf_counter()
         train_step(trainer, batches)
-        synchronize(topology)
+        synchronize(topology.device)
         seconds.append(time.perf_counter() - begun)
     if profile and topology.is_main:
         show_profile(trainer, batches)
@@ -95,10 +95,10 @@ def measure(config: RunConfig, steps: int, profile: bool) -> dict[str, Any]:
     }
 
 
-def synchronize(topology: Topology) -> None:
-    """Wait until this rank's device has done all that it was given."""
-    if topology.device.type == "cuda":
-        torch.cuda.synchronize(topology.device)
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def show_profile(trainer: PhaseTrainer, batches: list[PackedBatch]) -> None:
