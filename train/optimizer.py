@@ -162,10 +162,7 @@ def optimizer_class(optim: OptimConfig) -> type[GroupStepAdamW]:
 def tell_places(optimizer: Any, wrapped: list[DistributedDataParallel]) -> None:
     """Let stochastic rounding know where each stretch is in its whole tensor."""
     topology: Topology = wrapped[0].module.topology
-    names = {}
-    for part in wrapped:
-        for name, parameter in canonical_parameters(part.module):
-            names[parameter] = name
+    names = names_of(wrapped)
     for inner in optimizer.chained_optimizers:
         # A stage may train nothing.
         if inner.is_stub_optimizer:
@@ -182,10 +179,7 @@ def tell_places(optimizer: Any, wrapped: list[DistributedDataParallel]) -> None:
 
 def join_stage(optimizer: Any, wrapped: list[DistributedDataParallel]) -> None:
     """Let Muon know who holds what of the matrices of this rank's pipeline stage."""
-    names = {}
-    for part in wrapped:
-        for name, parameter in part.named_parameters():
-            names[parameter] = name_in_model(name)
+    names = names_of(wrapped)
     model = wrapped[0].module
     topology: Topology = model.topology
     stage = Stage(topology.groups.tp_dp_cp, topology.device)
@@ -194,6 +188,15 @@ def join_stage(optimizer: Any, wrapped: list[DistributedDataParallel]) -> None:
         if not inner.is_stub_optimizer:
             wholes = whole_parameters(inner, names, topology, model.model_config)
             inner.optimizer.join_stage(wholes, stage)
+
+
+def names_of(wrapped: list[DistributedDataParallel]) -> dict[Any, str]:
+    """Return the canonical names of the parameters of all parts."""
+    names = {}
+    for part in wrapped:
+        for name, parameter in canonical_parameters(part.module):
+            names[parameter] = name
+    return names
 
 
 def name_in_model(name: str) -> str:
