@@ -28,7 +28,7 @@ from visionloom.launch import environment
 from visionloom.launch.check_parts.report import tables, write
 from visionloom.launch.check_parts.results import CheckReport, guarded
 from visionloom.launch.claim import check_writable
-from visionloom.launch.exit import FAILURE, end_with_parent, exit_interrupted, exit_with
+from visionloom.launch.exit import FAILURE, code_of, end_with_parent
 from visionloom.launch.plan_commands.first import is_of
 
 if TYPE_CHECKING:
@@ -45,15 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = make_parser().parse_args(arguments)
     quiet_libraries()
     end_with_parent()
-    try:
-        return run(options)
-    except UserError as error:
-        exit_with(error)
-    except KeyboardInterrupt:
-        exit_interrupted("start the same command again")
-    except OSError as error:
-        warn(f"error: {one_line(str(error))}")
-        return FAILURE
+    return code_of(lambda: run(options))
 
 
 def make_parser() -> argparse.ArgumentParser:

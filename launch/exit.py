@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -87,6 +88,19 @@ def exit_interrupted(hint: str = "start the same command again to resume") -> No
         warn(f"interrupted; {hint}")
     # Threads that write or wait are not waited for.
     _end(INTERRUPTED)
+
+
+def code_of(run: Callable[[], int]) -> int:
+    """Run a command that has nothing to resume and return its exit code; what ends it early is said in one line."""
+    try:
+        return run()
+    except UserError as error:
+        exit_with(error)
+    except KeyboardInterrupt:
+        exit_interrupted("start the same command again")
+    except OSError as error:
+        warn(f"error: {one_line(str(error))}")
+        return FAILURE
 
 
 def end_with_parent() -> None:

@@ -30,7 +30,7 @@ from visionloom.forecast.show.document import JSON, PAGE, document
 from visionloom.launch.claim import check_writable
 from visionloom.launch.configure import compose
 from visionloom.launch.data_commands.progress import bars
-from visionloom.launch.exit import CANNOT_RUN, FAILURE, exit_interrupted, exit_with
+from visionloom.launch.exit import CANNOT_RUN, code_of
 from visionloom.launch.plan_commands.words import read_plan_words
 
 if TYPE_CHECKING:
@@ -62,15 +62,8 @@ Exit code 0: it fits. 1: it does not, or this machine failed. 2: a word is wrong
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code; a user's error exits with 2, one line each."""
     quiet_libraries()
-    try:
-        return run(list(sys.argv[1:] if arguments is None else arguments))
-    except UserError as error:
-        exit_with(error)
-    except KeyboardInterrupt:
-        exit_interrupted("start the same command again")
-    except OSError as error:
-        warn(f"error: {one_line(str(error))}")
-        return FAILURE
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    return code_of(lambda: run(words))
 
 
 def run(argv: list[str]) -> int:
