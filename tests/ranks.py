@@ -9,15 +9,17 @@ import multiprocessing
 import os
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 from visionloom.common.quiet import quiet_libraries
 
 TIMEOUT_SECONDS = 300
+SECONDS_AFTER_FAILURE = 10
 MOST_THREADS = 500
 """Threads of a rank above which new processes take over. Each gloo group has two that wake a hundred times a second; Megatron-core
 keeps a mixture's model alive, and with it its groups: after some hundred worlds the machine did little else."""
@@ -51,7 +53,7 @@ class RankPool:
                 self.connections[rank].send(
                     (rank, world_size, str(Path(folder) / "store"), function, arguments)
                 )
-            answers = [self._answer(rank) for rank in range(world_size)]
+            answers = self._answers(world_size)
         failures = [text for ok, text in answers if not ok]
         if failures:
             self.close()
@@ -77,14 +79,33 @@ class RankPool:
         self.connections.append(ours)
         self.processes.append(process)
 
-    def _answer(self, rank: int) -> tuple[bool, Any]:
-        try:
-            if self.connections[rank].poll(TIMEOUT_SECONDS):
-                answer: tuple[bool, Any] = self.connections[rank].recv()
-                return answer
-        except (EOFError, OSError):
-            return False, f"rank {rank} died"
-        return False, f"rank {rank} did not answer in {TIMEOUT_SECONDS} s"
+    def _answers(self, world_size: int) -> list[tuple[bool, Any]]:
+        """Return whether each rank succeeded, and its result or traceback; after a failure others are not waited for long."""
+        answers: dict[int, tuple[bool, Any]] = {}
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        while len(answers) < world_size:
+            waiting = {
+                self.connections[rank]: rank for rank in range(world_size) if rank not in answers
+            }
+            ready = wait(waiting, max(0.0, deadline - time.monotonic()))
+            for connection in ready:
+                answers[waiting[connection]] = received(connection, waiting[connection])
+            if not ready:
+                for rank in waiting.values():
+                    answers[rank] = False, f"rank {rank} did not answer in time"
+            # The others of a collective wait for a rank that raised for as long as gloo's time limit.
+            if not all(succeeded for succeeded, _ in answers.values()):
+                deadline = min(deadline, time.monotonic() + SECONDS_AFTER_FAILURE)
+        return [answers[rank] for rank in range(world_size)]
+
+
+def received(connection: Connection, rank: int) -> tuple[bool, Any]:
+    """Return the answer of a rank that is ready or dead."""
+    try:
+        answer: tuple[bool, Any] = connection.recv()
+    except (EOFError, OSError):
+        return False, f"rank {rank} died"
+    return answer
 
 
 def serve(connection: Connection) -> None:

@@ -1,7 +1,10 @@
 """Megatron's distributed optimizer around AdamW or Muon, with a learning rate for each parameter group."""
 
 import zlib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import megatron.core.optimizer as megatron_optimizer
 import torch
@@ -32,15 +35,20 @@ from visionloom.train.overlap import DataParallel, bucket_elements, connect_sche
 DECAY_STYLES = {"cosine": "cosine", "linear": "linear", "wsd": "WSD", "constant": "constant"}
 
 
-def install_optimizer(kind: type[GroupStepAdamW]) -> None:
-    """Let Megatron-core build an optimizer of ours, and treat it as it treats FusedAdam."""
-    # Both have imported the name; the flags below say where a class's step count is.
-    for module in (megatron_optimizer, distrib_optimizer):
-        module.Adam = kind
-    megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
-    distrib_optimizer.HAVE_APEX_OR_TE = True
-    distrib_optimizer.USING_TE_OPTIMIZER = True
-    distrib_optimizer.USING_APEX_OPTIMIZER = False
+@contextmanager
+def optimizer_as(kind: type[GroupStepAdamW]) -> Iterator[None]:
+    """Let Megatron-core build an optimizer of ours inside, and treat it as it treats FusedAdam."""
+    # Both have imported the name; the flags say where a class's step count is.
+    ours: list[tuple[Any, dict[str, Any]]] = [
+        (megatron_optimizer, {"Adam": kind, "USING_PYTORCH_OPTIMIZER": False}),
+        (distrib_optimizer, {"Adam": kind, "HAVE_APEX_OR_TE": True}),
+        (distrib_optimizer, {"USING_TE_OPTIMIZER": True, "USING_APEX_OPTIMIZER": False}),
+    ]
+    # Put back afterwards: an optimizer that someone else builds in this process is not ours.
+    with ExitStack() as stack:
+        for module, names in ours:
+            stack.enter_context(patch.multiple(module, **names))
+        yield
 
 
 def norm_on_device(
@@ -129,7 +137,6 @@ def build_optimizer(
         phase: peak learning rate of each trainable group.
         bf16: the parameters are bf16, and fp32 copies are kept.
     """
-    install_optimizer(optimizer_class(optim))
     install_clipping()
     overrides = rate_overrides(phase)
     undecayed = ParamWithNamePredicate(
@@ -142,9 +149,10 @@ def build_optimizer(
         )
         overrides[ParamKey(with_name_predicate=matrices)] = {"momentum": optim.momentum}
     settings = megatron_settings(optim, phase, bf16)
-    optimizer = get_megatron_optimizer(
-        settings, wrapped, config_overrides=overrides, use_gloo_process_groups=False
-    )
+    with optimizer_as(optimizer_class(optim)):
+        optimizer = get_megatron_optimizer(
+            settings, wrapped, config_overrides=overrides, use_gloo_process_groups=False
+        )
     if optim.name == "muon":
         join_stage(optimizer, wrapped)
     if optim.moments == "bf16_stochastic":

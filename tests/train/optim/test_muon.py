@@ -264,3 +264,24 @@ def test_adapters_are_refused() -> None:
     with pytest.raises(UserError) as caught:
         compose(words, 1)
     assert any("optim.name=muon is for whole matrices" in line for line in caught.value.lines)
+
+
+# ---- what others build in the same process
+
+
+def optimizer_of_megatron(case: Case) -> tuple[str, str]:
+    """Classes of the optimizer inside ours, and of the one that Megatron-core builds by itself afterwards; on a rank of the pool."""
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    stage = build(Layout(1, {}, case), sharded=True)
+    settings = OptimizerConfig(optimizer="adam", lr=1e-3, use_distributed_optimizer=True)
+    theirs = get_megatron_optimizer(settings, stage.wrapped_parts, use_gloo_process_groups=False)
+    inner = (optimizer.chained_optimizers[0].optimizer for optimizer in (stage.optimizer, theirs))
+    ours, plain = (type(each).__name__ for each in inner)
+    return ours, plain
+
+
+def test_another_optimizer_stays_megatrons(pool: RankPool) -> None:
+    ((ours, theirs),) = pool.run(1, optimizer_of_megatron, DENSE)
+    assert ours == "MuonAdamW"
+    assert theirs == "AdamW"
