@@ -24,7 +24,15 @@ from visionloom.launch.causes import (
     of_the_machine,
 )
 from visionloom.launch.claim import claim
-from visionloom.launch.composing import compose_words
+from visionloom.launch.composing.compose import compose_words
+from visionloom.launch.composing.explain import (
+    available,
+    explain,
+    no_such_key,
+    unknown_keys,
+)
+from visionloom.launch.composing.late_words import LATE, apply_late
+from visionloom.launch.composing.words import check_words, readable
 from visionloom.launch.exit import (
     FAILURE,
     end_with_parent,
@@ -33,18 +41,10 @@ from visionloom.launch.exit import (
     keep_code,
     record_for_torchrun,
 )
-from visionloom.launch.explain import (
-    available,
-    explain,
-    no_such_key,
-    unknown_keys,
-)
-from visionloom.launch.late_words import LATE, apply_late
 from visionloom.launch.options import read_options
 from visionloom.launch.plan_commands.first import check_plan
 from visionloom.launch.show import show
 from visionloom.launch.watch import watch_ranks
-from visionloom.launch.words import check_words, readable
 from visionloom.model.huggingface.shapes import parameter_count
 from visionloom.train.config import RunConfig
 from visionloom.train.observe import status

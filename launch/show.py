@@ -6,7 +6,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from visionloom.common.errors import UserError
 from visionloom.common.text import say
-from visionloom.launch.explain import available, groups, no_such_key
+from visionloom.launch.composing.explain import available, groups, no_such_key
 from visionloom.launch.options import HELP, CommandLine
 
 

@@ -1,6 +1,6 @@
 """Options that have another name since, or are gone: refused on the command line and in recipes, read in old checkpoints.
 
-The only place that knows old names; state_file.py and changes.py translate what a checkpoint remembers, launch/explain.py says
+The only place that knows old names; state_file.py and changes.py translate what a checkpoint remembers, launch/composing/explain.py says
 what to write now.
 """
 

@@ -11,9 +11,9 @@ from visionloom.common.settings import check, option
 from visionloom.common.text import one_line
 from visionloom.forecast.machine import machine, machine_names
 from visionloom.forecast.request import PlanRequest
+from visionloom.launch.composing.words import NUMBERS
 from visionloom.launch.configure import split_options
 from visionloom.launch.environment import check_home
-from visionloom.launch.words import NUMBERS
 from visionloom.train.config import RunConfig
 
 MOST_GPUS: Final = 1 << 20

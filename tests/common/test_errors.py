@@ -36,4 +36,4 @@ def test_there_is_one_suggestion() -> None:
                 for node in ast.walk(ast.parse(path.read_text()))
             ):
                 importers.add(str(path.relative_to(ROOT)))
-    assert importers == {"common/errors.py", "launch/explain.py"}
+    assert importers == {"common/errors.py", "launch/composing/explain.py"}

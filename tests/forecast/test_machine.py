@@ -10,7 +10,7 @@ from visionloom.common.errors import UserError
 from visionloom.common.settings import options, without_rules
 from visionloom.forecast import machine as machines
 from visionloom.forecast.machine import GIB, Machine, machine, machine_names
-from visionloom.launch.explain import groups
+from visionloom.launch.composing.explain import groups
 
 FILES = Path(__file__).resolve().parents[2] / "recipes" / "gpu"
 SHEETS = {

@@ -10,8 +10,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from visionloom.common.errors import UserError
+from visionloom.launch.composing.explain import schema_paths, suggestions
 from visionloom.launch.configure import check_paths, compose, split_options
-from visionloom.launch.explain import schema_paths, suggestions
 from visionloom.model.config import ModelConfig
 from visionloom.train.config import RunConfig
 

@@ -13,8 +13,8 @@ from visionloom.forecast import run as runs
 from visionloom.forecast.machine import machine
 from visionloom.forecast.request import PlanRequest
 from visionloom.forecast.results import PhaseForecast, RunForecast
+from visionloom.launch.composing.explain import available
 from visionloom.launch.configure import compose
-from visionloom.launch.explain import available
 from visionloom.launch.plan import main
 from visionloom.launch.plan_commands import search
 from visionloom.launch.plan_commands import table as plan_table

@@ -13,8 +13,8 @@ from typing import Final
 import pytest
 
 from visionloom.common.errors import UserError
+from visionloom.launch.composing.explain import available
 from visionloom.launch.configure import compose
-from visionloom.launch.explain import available
 from visionloom.model.lora_config import LoraConfig
 from visionloom.parallel.config import ParallelConfig
 from visionloom.tests.model.test_sizes import COUNTS, published

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from visionloom.common.errors import UserError
+from visionloom.launch.composing.explain import schema_paths
 from visionloom.launch.configure import compose
-from visionloom.launch.explain import schema_paths
 from visionloom.train.changes import changes, settings_of
 from visionloom.train.checkpoint.state_file import STATE, RunState, model_of, read_run_state
 from visionloom.train.config import RunConfig

@@ -14,11 +14,11 @@ import psutil
 import pytest
 
 from visionloom.common.errors import UserError
+from visionloom.launch.composing.recipe_files import LARGEST, NODES, REFERENCES
 from visionloom.launch.configure import compose
-from visionloom.launch.recipe_files import LARGEST, NODES, REFERENCES
 from visionloom.train.config import RunConfig
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 BASE = "# @package _global_\ndefaults: [/recipe/demo, _self_]\n"
 CALL = "{_target_: subprocess.check_call, args: [touch, marker]}"
 FLAGS: list[list[str]] = [

@@ -15,8 +15,8 @@ from hydra.core.plugins import Plugins
 from omegaconf import DictConfig
 
 from visionloom.common.errors import UserError
-from visionloom.launch.explain import explain
-from visionloom.launch.recipe_files import RecipeSource
+from visionloom.launch.composing.explain import explain
+from visionloom.launch.composing.recipe_files import RecipeSource
 from visionloom.train.config import RunConfig
 
 

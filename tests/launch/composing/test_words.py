@@ -11,10 +11,10 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from visionloom.common.errors import UserError
+from visionloom.launch.composing.words import option_type, readable
 from visionloom.launch.configure import compose
 from visionloom.launch.convert import main as convert
 from visionloom.launch.evaluate import check
-from visionloom.launch.words import option_type, readable
 from visionloom.train.config import PhaseConfig, RunConfig
 
 DEMO = "+recipe=demo"

@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from visionloom.common.errors import UserError
 from visionloom.common.places import PlaceError, locate, read_located
 from visionloom.common.text import one_line
-from visionloom.launch.words import whole
+from visionloom.launch.composing.words import whole
 
 LARGEST: Final = 1 << 17
 """Bytes of a recipe: 128 KiB, some thirty times our largest; YAML is read at about 100 KiB a second."""

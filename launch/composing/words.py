@@ -19,8 +19,8 @@ from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 
 from visionloom.common.errors import UserError
+from visionloom.launch.composing.explain import groups, no_such_key
 from visionloom.launch.environment import check_home
-from visionloom.launch.explain import groups, no_such_key
 from visionloom.train.config import RunConfig
 from visionloom.train.old_options import old_option
 

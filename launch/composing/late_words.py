@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from visionloom.common.errors import UserError
 from visionloom.data.config import DatasetConfig
-from visionloom.launch.explain import nothing_to_remove
+from visionloom.launch.composing.explain import nothing_to_remove
 from visionloom.parallel.config import ParallelConfig
 from visionloom.train.config import PhaseConfig
 
