@@ -8,6 +8,7 @@ the schema. Hydra alone would print a stack of messages once a rank and let wron
 import faulthandler
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import cast
 
@@ -209,10 +210,9 @@ def check_paths(config: RunConfig) -> None:
 def _input_folders(config: RunConfig) -> dict[str, str]:
     """Return the folders that a run reads, by their options."""
     optional = {
-        "init.huggingface": config.init.huggingface,
-        "init.checkpoint": config.init.checkpoint,
-        "lora.adapter": config.lora.adapter,
+        f"init.{each.name}": getattr(config.init, each.name) for each in fields(config.init)
     }
+    optional["lora.adapter"] = config.lora.adapter
     folders = {"data.tokenizer": config.data.tokenizer}
     folders |= {option: path for option, path in optional.items() if path}
     for name, dataset in config.data.datasets.items():

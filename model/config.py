@@ -4,6 +4,7 @@ Source: Qwen3-VL technical report (arXiv 2511.21631) section 2 and the published
 Nothing here imports torch.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final
@@ -28,6 +29,35 @@ ROW_BYTES: Final = 16
 
 
 @dataclass
+class RopeScaling:
+    """YaRN: positions beyond those of training, with slow rotations slower by a factor and fast ones as they were.
+
+    Source: YaRN (arXiv 2309.00071); the published models' model card for positions above 262,144.
+    """
+
+    factor: float = option(1.0, "run", least=1, most=64)
+    """By how much slow rotations are slower; 1: off. The model card has 3 for about a million positions."""
+    original_positions: int = option(262144, "run", least=1, most=16_777_216)
+    """Positions that the weights were trained with."""
+    beta_fast: float = option(32.0, "run", above=0, most=1e6)
+    """Turns in original_positions from which a rotation is fast: it stays as it was."""
+    beta_slow: float = option(1.0, "run", above=0, most=1e6)
+    """Turns in original_positions up to which a rotation is slow."""
+    attention_factor: float = option(0.0, "run", least=0, most=100)
+    """Factor of cosines and sines; 0: 0.1 ln(factor) + 1."""
+
+    def problems(self, here: str) -> Iterator[str]:
+        """Yield a line if no rotation could be between slow and fast."""
+        if self.beta_fast <= self.beta_slow:
+            yield f"{here}.beta_fast={self.beta_fast:g} must be above beta_slow={self.beta_slow:g}"
+
+    @property
+    def magnitude(self) -> float:
+        """Return the factor of cosines and sines."""
+        return self.attention_factor or 0.1 * math.log(self.factor) + 1
+
+
+@dataclass
 class TextConfig:
     """The language model; widths are numbers of values of a token's vector."""
 
@@ -49,6 +79,8 @@ class TextConfig:
     """Base of the rotary frequencies: the slowest turns once in about 2 pi x this many positions."""
     mrope_section: list[int] = option([24, 20, 20], "never", most=1024)
     """Rotary frequency slots for time, height and width; they sum to head_dim / 2."""
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)
+    """YaRN, for positions beyond those of training."""
     tie_embeddings: bool = option(True, "never")
     """Use the embedding as the output layer too."""
     norm_epsilon: float = option(1e-6, "never", above=0, most=1)

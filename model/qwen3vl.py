@@ -29,7 +29,7 @@ from visionloom.model.language import LanguageModel, transformer_config
 from visionloom.model.lora_config import LoraConfig
 from visionloom.model.loss import linear_cross_entropy
 from visionloom.model.rank_share import FeatureExchange, PackTensors, RankShare
-from visionloom.model.rope import inverse_frequencies, mrope_rotation
+from visionloom.model.rope import mrope_rotation, text_frequencies
 from visionloom.model.vision import VisionInput, VisionTower
 from visionloom.parallel.device import to_device
 from visionloom.parallel.parts import INPUT, LANGUAGE, LOSS, in_part
@@ -131,11 +131,13 @@ class Qwen3VL(MegatronModule):  # type: ignore[misc]
         def on_device(x: Tensor) -> Tensor:
             return to_device(x, device)
 
-        frequencies = on_device(inverse_frequencies(text.head_dim, text.rope_theta))
+        frequencies = on_device(text_frequencies(text))
         positions = on_device(pack.position_ids[:, tokens])
         return ModelInput(
             input_ids=on_device(pack.input_ids[tokens]).unsqueeze(0),
-            rotation=mrope_rotation(positions, frequencies, text.mrope_section),
+            rotation=mrope_rotation(
+                positions, frequencies, text.mrope_section, text.rope_scaling.magnitude
+            ),
             packed=self._packed(pack, share),
             padding_mask=on_device(pack.padding_mask[tokens][share.hidden]).unsqueeze(0),
             vision=vision,

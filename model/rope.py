@@ -5,16 +5,52 @@ A rotation is fp32 [tokens or patches, D]: cosines of D / 2 angles, then their s
 Shapes: T tokens, N patches, D head dim.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
+from visionloom.model.config import TextConfig
 from visionloom.parallel.device import to_device
+
+
+def wavelengths(dim: int, theta: float) -> Tensor:
+    """Return positions in which each rotation turns by one radian, theta^(2i/dim), fp32 [dim / 2]."""
+    exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
+    return theta**exponents
 
 
 def inverse_frequencies(dim: int, theta: float) -> Tensor:
     """Return rotary frequencies theta^(-2i/dim), fp32 [dim / 2]."""
-    exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
-    return 1.0 / theta**exponents
+    return 1.0 / wavelengths(dim, theta)
+
+
+def text_frequencies(text: TextConfig) -> Tensor:
+    """Return the rotary frequencies of the language model, fp32 [D / 2], by YaRN where it is on.
+
+    Slow rotations, of which `original_positions` hold up to `beta_slow` turns, are slower by `factor`; fast ones stay; those
+    between are mixed in a straight line. Reference implementation: transformers' _compute_yarn_parameters.
+    """
+    frequencies = inverse_frequencies(text.head_dim, text.rope_theta)
+    # Without it the bits are those of models that never heard of it.
+    scaling = text.rope_scaling
+    if scaling.factor == 1:
+        return frequencies
+
+    def slot(turns: float) -> float:
+        """Return the slot whose rotation makes so many turns in the positions of training."""
+        wavelength = scaling.original_positions / (turns * 2 * math.pi)
+        return text.head_dim * math.log(wavelength) / (2 * math.log(text.rope_theta))
+
+    first = max(math.floor(slot(scaling.beta_fast)), 0)
+    last = min(math.ceil(slot(scaling.beta_slow)), text.head_dim - 1)
+    # Slots that are one would divide by zero.
+    width = last - first or 0.001
+    slots = torch.arange(len(frequencies), dtype=torch.float32)
+    kept = 1 - ((slots - first) / width).clamp(0, 1)
+    # Multiplied before the division, as transformers does, for the same bits.
+    slow = 1.0 / (scaling.factor * wavelengths(text.head_dim, text.rope_theta))
+    return slow * (1 - kept) + frequencies * kept
 
 
 def _rotation(angles: Tensor) -> Tensor:
@@ -22,7 +58,9 @@ def _rotation(angles: Tensor) -> Tensor:
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
 
-def mrope_rotation(position_ids: Tensor, frequencies: Tensor, section: list[int]) -> Tensor:
+def mrope_rotation(
+    position_ids: Tensor, frequencies: Tensor, section: list[int], magnitude: float = 1.0
+) -> Tensor:
     """Return the rotation of interleaved MRoPE, fp32 [T, D].
 
     Frequency slot i turns with the height position where i % 3 == 1 and i < 3 * section[1], with the width position where
@@ -33,6 +71,7 @@ def mrope_rotation(position_ids: Tensor, frequencies: Tensor, section: list[int]
         position_ids: time, height and width positions, integer [3, T].
         frequencies: fp32 [D / 2].
         section: slots of time, height and width.
+        magnitude: factor of cosines and sines, 1 without YaRN.
     """
     # [3, T, D / 2]
     angles = position_ids.to(torch.float32).unsqueeze(-1) * frequencies
@@ -40,7 +79,9 @@ def mrope_rotation(position_ids: Tensor, frequencies: Tensor, section: list[int]
     for which in (1, 2):
         slots = slice(which, 3 * section[which], 3)
         mixed[:, slots] = angles[which, :, slots]
-    return _rotation(mixed)
+    rotation = _rotation(mixed)
+    # A kernel less where it would change nothing.
+    return rotation if magnitude == 1 else rotation * magnitude
 
 
 def vision_rotation(rows_columns: Tensor, head_dim: int) -> Tensor:

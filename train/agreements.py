@@ -5,15 +5,13 @@ Nothing here imports torch.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from math import isclose
 from pathlib import Path
 from typing import Any, Final
 
 from visionloom.common.errors import UserError
-from visionloom.common.places import PlaceError, locate, read_located
 from visionloom.data.encode.tokenizer import END_OF_TEXT, REQUIRED
-from visionloom.model.config import ModelConfig
 from visionloom.model.huggingface.config import (
     CONFIG,
     NOT_THE_MODEL,
@@ -22,15 +20,26 @@ from visionloom.model.huggingface.config import (
     read_config,
     read_json,
 )
+from visionloom.model.huggingface.part_config import (
+    part_differences,
+    read_language_config,
+    read_tower_config,
+)
 from visionloom.model.huggingface.peft_config import read_adapter_config
-from visionloom.train.checkpoint.state_file import STATE, model_of, read_run_state
-from visionloom.train.config import InitConfig, RunConfig
+from visionloom.train.agreement_sides import (
+    Sides,
+    newest_checkpoint,
+    section_of,
+    sides_with,
+    with_first_weights,
+)
+from visionloom.train.checkpoint.state_file import model_of, read_run_state
+from visionloom.train.config import RunConfig
 from visionloom.train.exchange.companions import (
     GENERATION,
     PREPROCESSOR,
     PROCESSOR,
     VIDEO_PREPROCESSOR,
-    companions_of,
     tokenizer_hash,
     tokenizer_of,
 )
@@ -39,75 +48,8 @@ from visionloom.train.exchange.token_table import SETTINGS, STOPS, TOKENIZER, To
 
 ROWS: Final = 128
 """Rows of a vocabulary are best a multiple of this: it divides by any number of tensor ranks."""
-LATEST: Final = "checkpoints/latest"
-LONGEST_POINTER: Final = 4096
-"""Bytes of `latest`, which holds a path."""
 NEARLY: Final = 1e-4
 """Relative difference of two equal settings: files round 1/255 in different ways."""
-
-
-@dataclass(frozen=True)
-class Sides:
-    """The sides that are compared; one that is None is not compared."""
-
-    model: ModelConfig
-    vocabulary: str
-    """How a message calls the model's rows: `model.text.vocab_size=512`."""
-    tokens: TokenTable | None = None
-    """The tokenizer that is used."""
-    option: str = ""
-    """The option that names `folder`, or the checkpoint that the folder belongs to."""
-    folder: Path | None = None
-    """A Hugging Face folder, or the companions of a checkpoint."""
-    checkpoint: Path | None = None
-    """A checkpoint whose weights are used."""
-    resuming: bool = False
-    """`checkpoint` is of this run, and data.on_change lets it continue with another tokenizer."""
-    recipe: bool = True
-    """`model` is a recipe's, which the weights must have been made for."""
-    adapters: bool = False
-    """Only adapters train."""
-
-    @classmethod
-    def of_run(cls, config: RunConfig, resuming: bool) -> "Sides":
-        """Return the model and the tokenizer of a run, without weights."""
-        return cls(
-            config.model,
-            f"model.text.vocab_size={config.model.text.vocab_size}",
-            TokenTable.read(Path(config.data.tokenizer), "data.tokenizer"),
-            adapters=config.lora.rank > 0,
-            resuming=resuming,
-        )
-
-    @classmethod
-    def of_export(cls, checkpoint: Path, source: Path | None, option: str) -> "Sides":
-        """Return the sides of an export; the arguments are those of `check_export`."""
-        run_state = read_run_state(checkpoint)
-        model = model_of(run_state)
-        vocabulary = f"{checkpoint} with model.text.vocab_size={model.text.vocab_size}"
-        folder = _companions_folder(source) if source is not None else None
-
-        tokens = None
-        if folder is not None and (folder / TOKENIZER).is_file():
-            tokens = TokenTable.read(folder, option)
-        elif (trained := tokenizer_of(checkpoint, run_state)) is not None:
-            tokens = TokenTable.read(trained, option if trained == folder else "tokenizer")
-        return cls(model, vocabulary, tokens, option, folder, checkpoint, recipe=False)
-
-    def where(self, name: str) -> str:
-        """Return how a message calls a file of the folder."""
-        return f"{self.folder}/{name}"
-
-    def read(self, name: str) -> dict[str, Any]:
-        """Read a JSON file of the folder; empty if it is not there."""
-        if self.folder is None or not (self.folder / name).is_file():
-            return {}
-        return read_json(self.folder / name, self.option)
-
-    @property
-    def text(self) -> dict[str, Any]:
-        """Return text_config of the folder's config.json."""
-        return _section(self.read(CONFIG), "text_config")
 
 
 def check_run(config: RunConfig, checkpoint: str = "") -> None:
@@ -120,16 +62,18 @@ def check_run(config: RunConfig, checkpoint: str = "") -> None:
     Raises:
         UserError: one line for each disagreement.
     """
-    newest = None if checkpoint else _newest(Path(config.run.folder))
+    newest = None if checkpoint else newest_checkpoint(Path(config.run.folder))
     resuming = newest is not None and config.data.on_change == "new_phase"
     base = Sides.of_run(config, resuming)
     if config.lora.adapter:
         read_adapter_config(Path(config.lora.adapter), config.lora)
-    lines = faults(with_first_weights(base, config.init))
+    lines = []
+    for sides in with_first_weights(base, config.init):
+        lines += faults(sides)
     if checkpoint:
-        lines += faults(_with(base, "checkpoint", Path(checkpoint)))
+        lines += faults(sides_with(base, "checkpoint", Path(checkpoint)))
     elif newest is not None:
-        lines += faults(_with(base, "run.folder", newest))
+        lines += faults(sides_with(base, "run.folder", newest))
     if lines:
         # Once each: both may disagree with the same tokenizer.
         raise UserError(*dict.fromkeys(lines))
@@ -243,7 +187,7 @@ def a_tokenizer_says_one_thing(sides: Sides) -> Iterator[str]:
 def _ids_beside(table: TokenTable) -> dict[str, Any]:
     """Return the ids of added tokens in the files beside a tokenizer.json."""
     ids: dict[str, Any] = {}
-    for key, added in _section(table.settings, "added_tokens_decoder").items():
+    for key, added in section_of(table.settings, "added_tokens_decoder").items():
         # Digits of an id: nothing that int() reads in other scripts, or for long.
         is_id = key.isascii() and key.isdigit() and len(key) < 10
         if is_id and isinstance(added, dict):
@@ -384,9 +328,18 @@ def the_tokenizer_is_that_of_training(sides: Sides) -> Iterator[str]:
 
 
 def the_model_is_that_of_the_folder(sides: Sides) -> Iterator[str]:
-    """Compare a recipe's model with the one of the Hugging Face folder that it begins with."""
-    if sides.recipe and sides.option == "init.huggingface" and sides.folder is not None:
-        yield from differences(sides.model, read_config(sides.folder, sides.option), sides.folder)
+    """Compare a recipe's model with the one of the Hugging Face folder that it begins with, or with the folder's part of it."""
+    ours, folder, option = sides.model, sides.folder, sides.option
+    if not sides.recipe or folder is None:
+        return
+    if option == "init.huggingface":
+        yield from differences(ours, read_config(folder, option), folder)
+    if option == "init.language":
+        theirs = read_language_config(folder, option, ours)
+        yield from part_differences(ours, theirs, "text", folder)
+    if option == "init.vision":
+        theirs = read_tower_config(folder, option, ours)
+        yield from part_differences(ours, theirs, "vision", folder)
 
 
 def the_model_is_that_of_the_checkpoint(sides: Sides) -> Iterator[str]:
@@ -419,7 +372,7 @@ def pixels_are_those_of_the_data(sides: Sides) -> Iterator[str]:
         VIDEO_PREPROCESSOR: sides.read(VIDEO_PREPROCESSOR),
     }
     for part in ("image_processor", "video_processor"):
-        files[f"{PROCESSOR} ({part})"] = _section(nested, part)
+        files[f"{PROCESSOR} ({part})"] = section_of(nested, part)
     for name, content in files.items():
         for key, value in PIXELS.items():
             said = content.get(key)
@@ -443,46 +396,6 @@ AGREEMENTS: Final[tuple[Callable[[Sides], Iterator[str]], ...]] = (
     answers_end_alike,
     pixels_are_those_of_the_data,
 )
-
-
-def _with(base: Sides, option: str, place: Path) -> Sides:
-    """Return the same sides with a Hugging Face folder or a checkpoint as that of the weights."""
-    if not (place / STATE).is_file():
-        return replace(base, option=option, folder=place, checkpoint=None)
-    return replace(base, option=option, folder=_companions_folder(place), checkpoint=place)
-
-
-def _companions_folder(place: Path) -> Path | None:
-    """Return the first folder with the companions of a folder or checkpoint; None if there is none."""
-    return next(iter(companions_of(place)), None)
-
-
-def with_first_weights(base: Sides, init: InitConfig) -> Sides:
-    """Return the same sides with the weights that a run begins with."""
-    if init.huggingface:
-        return _with(base, "init.huggingface", Path(init.huggingface))
-    if init.checkpoint:
-        return _with(base, "init.checkpoint", Path(init.checkpoint))
-    return base
-
-
-def _newest(run_folder: Path) -> Path | None:
-    """Return the checkpoint that a run's `latest` names; None if it is not there or damaged, which is reported later."""
-    pointer = run_folder / LATEST
-    try:
-        name = read_located(pointer.parent, pointer.name, LONGEST_POINTER).decode().strip()
-        newest = locate(pointer.parent, name, "folder")
-        read_run_state(newest)
-    # Whichever it is: the run looks for its checkpoints without this file.
-    except (PlaceError, OSError, UnicodeDecodeError, UserError):
-        return None
-    return newest
-
-
-def _section(content: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return a part of a JSON object that is an object itself; empty if it is not there."""
-    part = content.get(name)
-    return part if isinstance(part, dict) else {}
 
 
 def _same(said: Any, value: Any) -> bool:

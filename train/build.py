@@ -27,7 +27,11 @@ from visionloom.train.optimizer import build_optimizer, build_scheduler, wrap_da
 from visionloom.train.phase_trainer import PhaseTrainer
 from visionloom.train.stream_options import stream_options
 from visionloom.train.weights.load_adapter import load_adapter
-from visionloom.train.weights.load_huggingface import load_huggingface
+from visionloom.train.weights.load_huggingface import (
+    load_huggingface,
+    load_language,
+    load_tower,
+)
 
 
 def run_folder(config: RunConfig) -> Path:
@@ -112,7 +116,8 @@ def build_model(config: RunConfig, topology: Topology, drawn: bool) -> list[Qwen
 def first_weights(config: RunConfig, topology: Topology) -> list[Qwen3VL]:
     """Build a model with the weights that the run begins with, and adapters if it trains some.
 
-    Weights are those of init.huggingface or init.checkpoint, or random ones; adapters are those of lora.adapter, or new ones.
+    Weights are those of init.huggingface or init.checkpoint, of a tower and a language model in folders of their own, or random
+    ones; adapters are those of lora.adapter, or new ones.
 
     Raises:
         UserError: if init.checkpoint is damaged, of another model, or holds adapters only.
@@ -121,6 +126,10 @@ def first_weights(config: RunConfig, topology: Topology) -> list[Qwen3VL]:
     parts = build_model(config, topology, drawn=not (init.huggingface or init.checkpoint))
     if init.huggingface:
         load_huggingface(Path(init.huggingface), parts, config.model, topology)
+    if init.vision:
+        load_tower(Path(init.vision), parts, config.model, topology)
+    if init.language:
+        load_language(Path(init.language), parts, config.model, topology)
     if init.checkpoint:
         first = whole_weights(Path(init.checkpoint), config.model, topology)
         checkpoint.load_weights(first, parts, topology)

@@ -18,7 +18,7 @@ from visionloom.train.old_options import UNNAMED, todays_settings
 
 PHASES = "phases"
 """The names of the phases before the one in progress, as a setting: they count as done."""
-WEIGHTS = ("init.huggingface", "init.checkpoint")
+WEIGHTS = ("init.huggingface", "init.checkpoint", "init.vision", "init.language")
 """Folders, which may be written in another way, or from another working folder."""
 SHOWN = 80
 """Characters of a checkpoint's value in a message."""

@@ -72,17 +72,32 @@ class RunSection:
 
 @dataclass
 class InitConfig:
-    """Where the first phase's weights come from; both empty: random from run.seed."""
+    """Where the first phase's weights come from; all empty: random from run.seed."""
 
     huggingface: str = option("", "run")
     """Folder of a Hugging Face model."""
     checkpoint: str = option("", "run")
     """Checkpoint folder of this or another run (weights only)."""
+    vision: str = option("", "run")
+    """Hugging Face folder of a vision tower alone (Qwen3-VL's, SigLIP or SigLIP 2) or of a model that has one; mergers are drawn."""
+    language: str = option("", "run")
+    """Hugging Face folder of a language model alone (Qwen3) or of a model that has one; what no folder has is drawn."""
+
+    @property
+    def has_parts(self) -> bool:
+        """Return whether parts of the model come from folders of their own."""
+        return bool(self.vision or self.language)
 
     def problems(self, here: str) -> Iterator[str]:
         """Yield a line if the weights would come from two places."""
         if self.huggingface and self.checkpoint:
             yield f"{here}.huggingface and {here}.checkpoint are both set: weights come from one of them"
+        for whole in ("huggingface", "checkpoint"):
+            if getattr(self, whole) and self.has_parts:
+                part = "vision" if self.vision else "language"
+                yield (
+                    f"{here}.{part} and {here}.{whole} are both set: {here}.{whole} has the whole model, unset one of them"
+                )
 
 
 @dataclass

@@ -60,9 +60,8 @@ class ComposingError:
             return f"command line: cannot read '{word}': write key=value, and quote a value that has special characters"
         # The defaults of a file have `override /model: ???`.
         if unchosen := re.match(r"You must specify '(\w+)'", text):
-            group = unchosen[1]
-            names = ", ".join(available(group, self.config_dir))
-            return f"no {group} is chosen: pass {group}=NAME, NAME one of {names}"
+            names = ", ".join(available(unchosen[1], self.config_dir))
+            return f"no {unchosen[1]} is chosen: pass {unchosen[1]}=NAME, NAME one of {names}"
         file = re.match(r"In '([^']+)'", text)
         return (f"{file[1]}.yaml: " if file else "") + self.fault()
 

@@ -5,7 +5,7 @@ Keys of transformers 4 (rope_scaling, rope_theta, torch_dtype) and 5 (rope_param
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
@@ -25,6 +25,8 @@ from visionloom.model.huggingface.config_keys import (
     PARTS,
     TEXT_KEYS,
     VISION_KEYS,
+    YARN,
+    YARN_KEYS,
     ConfigKeys,
 )
 from visionloom.model.huggingface.understood import shown
@@ -36,7 +38,12 @@ LARGEST_TABLE: Final = 24 << 20
 """Bytes of the two long files: the index of the largest model, with experts apart, has 10 MB, Qwen's tokenizer.json 11."""
 EXPORT_DTYPES: Final = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 """Types that an exported model's tensors may have: our short name, and the name in torch and config.json."""
-NOT_THE_MODEL: Final = ("balance_coefficient", "initializer_range", "max_positions")
+NOT_THE_MODEL: Final = (
+    "balance_coefficient",
+    "initializer_range",
+    "max_positions",
+    "rope_scaling",
+)
 """Fields that a recipe may set as it likes: they change training, not what the weights mean."""
 TOKENS: Final = {
     "image_token_id": "<|image_pad|>",
@@ -150,33 +157,63 @@ def config_of(raw: Mapping[str, Any], folder: Path, option: str) -> ModelConfig:
 def _fields_of(keys: ConfigKeys, kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the fields of TextConfig and VisionConfig; `keys` collects what is missing or wrong."""
     keys.check_understood(kind)
-    text = keys.take_all("text_config", TEXT_KEYS)
-    if kind == MIXTURE:
-        text |= keys.take_all("text_config", EXPERT_KEYS)
-    vision = keys.take_all("vision_config", VISION_KEYS)
-    vision["position_table"] = keys.table_side()
-    text |= keys.rope()
+    text = text_fields(keys, kind)
+    vision = vision_fields(keys)
     text["tie_embeddings"] = keys.is_tied(kind)
     return text, vision
 
 
-def differences(ours: ModelConfig, theirs: ModelConfig, folder: Path) -> list[str]:
+def text_fields(keys: ConfigKeys, kind: str, section: list[int] | None = None) -> dict[str, Any]:
+    """Return the fields of TextConfig but whether embeddings are tied; `section` stands in for an absent mrope_section."""
+    text = keys.take_all("text_config", TEXT_KEYS)
+    if kind == MIXTURE:
+        text |= keys.take_all("text_config", EXPERT_KEYS)
+    return text | keys.rope(section)
+
+
+def vision_fields(keys: ConfigKeys) -> dict[str, Any]:
+    """Return the fields of VisionConfig."""
+    vision = keys.take_all("vision_config", VISION_KEYS)
+    vision["position_table"] = keys.table_side()
+    return vision
+
+
+def differences(
+    ours: ModelConfig,
+    theirs: ModelConfig,
+    folder: Path,
+    parts: Sequence[str] = ("text", "vision"),
+    free: Iterable[str] = (),
+) -> list[str]:
     """Return the fields in which a recipe's model is another than the folder's; empty if its weights fit.
 
     Our vocabulary may be larger: the rows that the folder lacks become zeros.
 
+    Args:
+        ours: the recipe's model.
+        theirs: the folder's.
+        folder: for messages.
+        parts: sections of the two that are compared.
+        free: fields that may differ besides.
+
     Returns:
         one line a field, with the option to set.
     """
-    free = may_differ(ours, theirs)
+    may = may_differ(ours, theirs) | set(free)
     lines = []
-    for part in ("text", "vision"):
+    for part in parts:
         here, there = asdict(getattr(ours, part)), asdict(getattr(theirs, part))
         for key, value in here.items():
             name = f"{part}.{key}"
-            if value != there[key] and name not in free:
+            if value != there[key] and name not in may:
                 stored = f"{folder}/{CONFIG} says {there[key]}"
                 lines.append(f"model.{name}={value}, but {stored}: set it alike")
+
+    # A recipe may turn it on for weights without; the other way would lose what they were trained with.
+    scaling = theirs.text.rope_scaling
+    if "text" in parts and scaling.factor > 1 and scaling != ours.text.rope_scaling:
+        values = ", ".join(f"{key}: {value}" for key, value in asdict(scaling).items())
+        lines.append(f"{folder}/{CONFIG} has YaRN: set 'model.text.rope_scaling={{{values}}}'")
     return lines
 
 
@@ -246,11 +283,17 @@ def _write_text(section: dict[str, Any], text: TextConfig, kind: str) -> None:
 
 def rotation_keys(text: TextConfig) -> dict[str, Any]:
     """Return the keys of the rotation in the words of transformers 4 (rope_theta, rope_scaling) and 5."""
-    rope = {
+    rope: dict[str, Any] = {
         "rope_type": "default",
         "mrope_section": list(text.mrope_section),
         "mrope_interleaved": True,
     }
+    scaling = text.rope_scaling
+    if scaling.factor > 1:
+        rope["rope_type"] = YARN
+        rope |= {key: getattr(scaling, ours) for ours, key in YARN_KEYS.items()}
+        # transformers takes the magnitude as it is, and 0 would end in zeros.
+        rope["attention_factor"] = scaling.magnitude
     parameters = rope | {"rope_theta": text.rope_theta}
     return {"rope_theta": text.rope_theta, "rope_scaling": rope, "rope_parameters": parameters}
 

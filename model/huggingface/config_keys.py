@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final
 
-from visionloom.model.config import TextConfig, VisionConfig
+from visionloom.model.config import RopeScaling, TextConfig, VisionConfig
 from visionloom.model.huggingface.fields import (
     BASE,
     EVERYWHERE,
@@ -55,6 +55,14 @@ VISION_KEYS: Final = {
     "channels": "in_channels",
     "initializer_range": "initializer_range",
 }
+YARN: Final = "yarn"
+YARN_KEYS: Final = {
+    "factor": "factor",
+    "original_positions": "original_max_position_embeddings",
+    "beta_fast": "beta_fast",
+    "beta_slow": "beta_slow",
+    "attention_factor": "attention_factor",
+}
 PARTS: Final = ("text_config", "vision_config")
 """Objects inside a config.json."""
 OTHER_NAMES: Final = {"num_experts": "num_local_experts"}
@@ -83,6 +91,11 @@ FIELDS: Final = {
 EXPERT_FIELDS: Final = frozenset(EXPERT_KEYS.values()) | frozenset(OTHER_NAMES.values())
 ROPE_FIELDS: Final = UnderstoodFields(
     frozenset({"rope_theta", "mrope_section"}), frozenset(), ROPE_ONLY
+)
+YARN_FIELDS: Final = UnderstoodFields(
+    ROPE_FIELDS.read | frozenset(YARN_KEYS.values()),
+    frozenset(),
+    ROPE_ONLY | {"rope_type": (YARN,), "type": (YARN,), "truncate": (True,)},
 )
 FIELD_TYPES: Final[dict[str, dict[str, Any]]] = {
     "text_config": {each.name: each.type for each in fields(TextConfig)},
@@ -119,8 +132,13 @@ class ConfigKeys:
         part = self.raw.get(name) if name else self.raw
         return part if isinstance(part, dict) else {}
 
-    def check_understood(self, kind: str) -> None:
-        """Refuse keys that nothing here understands, and values that contradict each other; `kind` is the model_type."""
+    def check_understood(self, kind: str, width: bool = True) -> None:
+        """Refuse keys that nothing here understands, and values that contradict each other.
+
+        Args:
+            kind: the model_type of the whole model.
+            width: the tower belongs to the language model, whose width it must have.
+        """
         text = self.section("text_config")
         for name, known in FIELDS.items():
             part = self.section(name)
@@ -138,7 +156,8 @@ class ConfigKeys:
 
         self._check_form(text)
         self._check_renamed(text)
-        self._check_width(text)
+        if width:
+            self._check_width(text)
 
     def _check_form(self, text: Mapping[str, Any]) -> None:
         """Refuse quantized weights, and dense layers among mixtures of experts."""
@@ -208,10 +227,13 @@ class ConfigKeys:
             )
         return side
 
-    def rope(self) -> dict[str, Any]:
+    def rope(self, default: list[int] | None = None) -> dict[str, Any]:
         """Return the rotation's fields of TextConfig; empty if they are not usable.
 
         They are in transformers 5's rope_parameters, or in transformers 4's rope_scaling and rope_theta.
+
+        Args:
+            default: the mrope_section of a language model alone, which names none.
         """
         text = self.section("text_config")
         names = [name for name in ("rope_parameters", "rope_scaling") if text.get(name)]
@@ -220,10 +242,10 @@ class ConfigKeys:
             self.problems.append(f"text_config.{' and '.join(names)} must be objects")
             return {}
 
+        # By their places: what stands twice must be alike.
         thetas: dict[str, Any] = {}
         sections: dict[str, Any] = {}
         for name, rope in given.items():
-            self.problems += ROPE_FIELDS.refusals(rope, f"text_config.{name}.")
             if rope.get("rope_theta") is not None:
                 thetas[f"{name}.rope_theta"] = rope["rope_theta"]
             if rope.get("mrope_section"):
@@ -232,18 +254,50 @@ class ConfigKeys:
             thetas["rope_theta"] = text["rope_theta"]
 
         theta: Any = next(iter(thetas.values()), None)
-        section: Any = next(iter(sections.values()), None)
+        section: Any = next(iter(sections.values()), default)
         is_section = is_a(section, list[int]) and len(section) == 3
         if not is_a(theta, float) or not is_section:
             self.problems.append("text_config lacks rope_theta or a mrope_section of three")
             return {}
-        self._check_alike(thetas)
-        self._check_alike(sections)
-        return {"rope_theta": float(theta), "mrope_section": section}
+        for values in (thetas, sections):
+            self._check_alike(values)
+        return {
+            "rope_theta": float(theta),
+            "mrope_section": section,
+            "rope_scaling": self._scaling(given),
+        }
+
+    def _scaling(self, given: Mapping[str, Mapping[str, Any]]) -> RopeScaling:
+        """Return YaRN of the rotation's objects by their names, or none; refuse all else that stands there."""
+        scalings: dict[str, Any] = {}
+        for name, rope in given.items():
+            is_yarn = YARN in (rope.get("rope_type"), rope.get("type"))
+            known = YARN_FIELDS if is_yarn else ROPE_FIELDS
+            self.problems += known.refusals(rope, f"text_config.{name}.")
+            scalings[name] = self._yarn(rope, f"text_config.{name}") if is_yarn else None
+        self._check_alike(scalings)
+        return next(iter(scalings.values()), None) or RopeScaling()
+
+    def _yarn(self, rope: Mapping[str, Any], where: str) -> RopeScaling | None:
+        """Return YaRN's values; None if they are not usable, which is a problem."""
+        values: dict[str, Any] = {}
+        for field_of_ours in fields(RopeScaling):
+            name = field_of_ours.name
+            key = YARN_KEYS[name]
+            value = rope.get(key)
+            # transformers has defaults for the others, which are ours too.
+            if value is None and name not in ("factor", "original_positions"):
+                continue
+            if not is_a(value, field_of_ours.type):
+                kind = KINDS[field_of_ours.type]
+                self.problems.append(f"{where}.{key} is {shown(value)}, not {kind}")
+                return None
+            values[name] = value
+        return RopeScaling(**values)
 
     def _check_alike(self, values: Mapping[str, Any]) -> None:
         """Refuse different values of one thing, by place: exports give it in the words of both releases."""
-        first = next(iter(values.values()))
+        first = next(iter(values.values()), None)
         if any(value != first for value in values.values()):
             pairs = [f"{name}={shown(value)}" for name, value in values.items()]
             self.problems.append(f"text_config says different things: {', '.join(pairs)}")

@@ -289,14 +289,26 @@ def _convert_experts(
         return state
 
     stack = full.flatten(1, 2) if gated else full
-    name = there + ("gate_up_proj" if gated else "down_proj")
-    return {name: stack.transpose(1, 2) if layout == "hub" else stack}
+    matrix = "gate_up" if gated else "down"
+    return {f"{there}{matrix}_proj": stack.mT if layout == "hub" else stack}
 
 
-def huggingface_shapes(config: ModelConfig, layout: str = "transformers") -> dict[str, Shape]:
-    """Return the shape of every tensor of a transformers checkpoint of this model."""
+def huggingface_shapes(
+    config: ModelConfig,
+    layout: str = "transformers",
+    covers: Callable[[str], bool] = lambda name: True,
+) -> dict[str, Shape]:
+    """Return the shape of every tensor of a transformers checkpoint of this model.
+
+    Args:
+        config: the model.
+        layout: of the experts, one of LAYOUTS.
+        covers: whether the checkpoint has one of our parameters, by its canonical name.
+    """
     shapes: dict[str, Shape] = {}
     for name, shape in parameter_shapes(config).items():
+        if not covers(name):
+            continue
         # The meta device: shapes without memory.
         full = torch.empty(shape, device="meta")
         made = convert_parameter(name, full, config, layout)

@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from visionloom.model.config import ModelConfig, TextConfig, VisionConfig
+from visionloom.model.huggingface.config import rotation_keys
 from visionloom.model.huggingface.names import from_huggingface
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.model.sharding import cut
@@ -62,9 +63,7 @@ def huggingface_model(config: ModelConfig, image: int = IMAGE, video: int = VIDE
             vocab_size=text.vocab_size, hidden_size=text.hidden_size, intermediate_size=text.ffn_hidden_size,
             num_hidden_layers=text.layers, num_attention_heads=text.heads, num_key_value_heads=text.kv_heads,
             head_dim=text.head_dim, max_position_embeddings=text.max_positions, rms_norm_eps=text.norm_epsilon,
-            rope_parameters=dict(
-                rope_type="default", rope_theta=text.rope_theta, mrope_section=text.mrope_section, mrope_interleaved=True
-            ),
+            rope_parameters=rotation_keys(text)["rope_parameters"],
             tie_word_embeddings=text.tie_embeddings, **(mixture if text.experts else {}),
         ),
         vision_config=dict(

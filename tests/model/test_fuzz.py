@@ -15,9 +15,10 @@ import torch
 
 from visionloom.common.errors import UserError
 from visionloom.model.huggingface.config import read_config, read_json, write_config
-from visionloom.model.huggingface.folder import INDEX, HuggingFaceFolder
+from visionloom.model.huggingface.folder import HuggingFaceFolder
 from visionloom.model.huggingface.peft_config import CONFIG, read_adapter_config, targets
 from visionloom.model.huggingface.shapes import parameter_shapes
+from visionloom.model.huggingface.tensor_files import INDEX
 from visionloom.model.lora import apply_lora
 from visionloom.model.lora_config import LoraConfig
 from visionloom.parallel.topology import Topology

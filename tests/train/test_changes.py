@@ -52,7 +52,10 @@ def run_state(trained: RunConfig, phase: str = "align", done: int = 10) -> RunSt
 
 RUN = {
     "optim.beta1": "0.8", "optim.momentum": "0.9", "optim.moments": "bf16", "optim.beta2": "0.99", "optim.epsilon": "1e-6", "optim.weight_decay": "0.2", "optim.clip_grad": "0",
-    "run.precision": "bf16", "init.huggingface": "/hf", "init.checkpoint": "/c", "data.continue_draws": "true",
+    "run.precision": "bf16", "init.huggingface": "/hf", "init.checkpoint": "/c", "init.vision": "/v", "init.language": "/l",
+    "model.text.rope_scaling.factor": "2", "model.text.rope_scaling.original_positions": "7", "model.text.rope_scaling.beta_fast": "9",
+    "model.text.rope_scaling.beta_slow": "2", "model.text.rope_scaling.attention_factor": "1.5",
+    "data.continue_draws": "true",
     "model.text.balance_coefficient": "0.5", "phases.align.lr": "1e-5", "phases.align.lr_vision": "1e-5",
     "phases.align.lr_merger": "1e-5", "phases.align.lr_min_ratio": "0.5", "phases.align.warmup_steps": "7",
     "phases.align.schedule": "wsd", "phases.align.decay_steps": "3", "phases.align.loss": "token", "phases.align.fresh": "[]",

@@ -8,7 +8,7 @@ import pytest
 
 from visionloom.common.errors import UserError
 from visionloom.train import agreements
-from visionloom.train.agreements import _newest
+from visionloom.train.agreement_sides import newest_checkpoint
 from visionloom.train.observe.metrics import EVENTS, METRICS, WAITING, RunLog
 
 
@@ -84,6 +84,6 @@ def test_the_pointer_to_the_newest_checkpoint_leads_nowhere_else(
     good.mkdir(parents=True)
     (good / "state.json").write_text("{}")
     (tmp_path / "run" / "checkpoints" / "latest").write_text(pointer)
-    assert _newest(tmp_path / "run") is None
+    assert newest_checkpoint(tmp_path / "run") is None
     (tmp_path / "run" / "checkpoints" / "latest").write_text("sft/step-1\n")
-    assert _newest(tmp_path / "run") == good
+    assert newest_checkpoint(tmp_path / "run") == good

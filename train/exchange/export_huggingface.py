@@ -14,10 +14,10 @@ from torch import Tensor
 from visionloom.common.errors import UserError
 from visionloom.model.config import ModelConfig
 from visionloom.model.huggingface.config import CONFIG, EXPORT_DTYPES, read_json, write_config
-from visionloom.model.huggingface.folder import INDEX
 from visionloom.model.huggingface.names import convert_parameter
 from visionloom.model.huggingface.safetensors_writer import DTYPES, write_safetensors
 from visionloom.model.huggingface.shapes import Shape, parameter_shapes
+from visionloom.model.huggingface.tensor_files import INDEX
 from visionloom.parallel.topology import Topology
 from visionloom.train.checkpoint import read as checkpoint
 from visionloom.train.checkpoint.finite import is_finite, refuse_named

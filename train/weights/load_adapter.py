@@ -10,10 +10,10 @@ from torch import Tensor
 from visionloom.common.errors import UserError
 from visionloom.common.text import one_line
 from visionloom.model.config import ModelConfig
-from visionloom.model.huggingface.folder import open_safetensors
 from visionloom.model.huggingface.peft import adapter_names, from_peft
 from visionloom.model.huggingface.peft_config import CONFIG, read_adapter_config, targets
 from visionloom.model.huggingface.safetensors_writer import DTYPES
+from visionloom.model.huggingface.tensor_files import open_safetensors
 from visionloom.model.lora_config import LinearLayer, LoraConfig, adapted_layers, linear_layers
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.model.sharding import canonical_parameters, cut

@@ -1,20 +1,33 @@
-"""Weights of a Hugging Face folder into a model in any layout."""
+"""Weights of Hugging Face folders into a model in any layout."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from visionloom.common.errors import UserError
 from visionloom.model.config import ModelConfig
 from visionloom.model.huggingface.config import differences
 from visionloom.model.huggingface.folder import HuggingFaceFolder
-from visionloom.model.huggingface.shapes import parameter_shapes
+from visionloom.model.huggingface.part_config import part_differences
+from visionloom.model.huggingface.part_folders import language_folder, tower_folder
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.model.sharding import canonical_parameters, cuts
+from visionloom.model.trainable import group_of
 from visionloom.parallel.topology import Topology
 from visionloom.train.checkpoint.finite import require_finite
+
+
+class ParameterSource(Protocol):
+    """Full parameters by their canonical names, of which any part can be read."""
+
+    def covers(self, name: str) -> bool:
+        """Return whether the source has a parameter."""
+
+    def parameter(self, name: str, region: Sequence[slice]) -> Tensor:
+        """Read a region of a parameter."""
 
 
 def load_huggingface(
@@ -30,28 +43,49 @@ def load_huggingface(
     source = HuggingFaceFolder(folder, "init.huggingface")
     if faults := list(differences(config, source.config, folder)):
         raise UserError("; ".join(faults))
-    held = list(held_parameters(parts, config))
+    fill(parts, source, topology, f"init.huggingface={folder}")
+
+
+def load_language(
+    folder: Path, parts: list[Qwen3VL], config: ModelConfig, topology: Topology
+) -> None:
+    """Load a folder's language model, as `load_huggingface`; vision tower and mergers stay as they are."""
+    source = language_folder(folder, "init.language", config)
+    if faults := part_differences(config, source.config, "text", folder):
+        raise UserError("; ".join(faults))
+    fill(parts, source, topology, f"init.language={folder}", "language")
+
+
+def load_tower(folder: Path, parts: list[Qwen3VL], config: ModelConfig, topology: Topology) -> None:
+    """Load a folder's vision tower, as `load_huggingface`; mergers and language model stay as they are."""
+    source = tower_folder(folder, "init.vision", config)
+    if faults := part_differences(config, source.config, "vision", folder):
+        raise UserError("; ".join(faults))
+    fill(parts, source, topology, f"init.vision={folder}", "vision")
+
+
+def fill(
+    parts: list[Qwen3VL], source: ParameterSource, topology: Topology, named: str, group: str = ""
+) -> None:
+    """Fill this rank's parameters that a source has; `group` alone, or all groups if it is empty.
+
+    Raises:
+        UserError: if there are weights that are no numbers; `named` says where they come from.
+    """
+    held = []
+    for part in parts:
+        for name, parameter in canonical_parameters(part):
+            # A folder of a whole model has the other parts too.
+            if source.covers(name) and group in ("", group_of(name)):
+                held.append((name, parameter))
     with torch.no_grad():
         for name, parameter in held:
             copy_parameter(name, parameter, source, topology)
-    weights = [(name, parameter.detach()) for name, parameter in held]
-    require_finite(weights, f"init.huggingface={folder}", topology)
-
-
-def held_parameters(
-    parts: list[Qwen3VL], config: ModelConfig
-) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield this rank's parameters that a Hugging Face folder has, by canonical name."""
-    known = parameter_shapes(config)
-    for part in parts:
-        for name, parameter in canonical_parameters(part):
-            if name in known:
-                # The parameter and not a detached tensor: its attributes say how it is cut.
-                yield name, parameter
+    require_finite([(name, each.detach()) for name, each in held], named, topology)
 
 
 def copy_parameter(
-    name: str, parameter: Tensor, source: HuggingFaceFolder, topology: Topology
+    name: str, parameter: Tensor, source: ParameterSource, topology: Topology
 ) -> None:
     """Fill this rank's part of a parameter; call it without gradients."""
     dim, begin = 0, 0

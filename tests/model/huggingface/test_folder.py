@@ -28,7 +28,7 @@ from visionloom.common.errors import UserError
 from visionloom.launch.configure import compose
 from visionloom.model.config import ModelConfig
 from visionloom.model.huggingface.config import differences, read_config, write_config
-from visionloom.model.huggingface.folder import INDEX, HuggingFaceFolder
+from visionloom.model.huggingface.folder import HuggingFaceFolder
 from visionloom.model.huggingface.names import (
     convert_parameter,
     from_huggingface,
@@ -37,6 +37,7 @@ from visionloom.model.huggingface.names import (
 )
 from visionloom.model.huggingface.safetensors_writer import write_safetensors
 from visionloom.model.huggingface.shapes import parameter_shapes
+from visionloom.model.huggingface.tensor_files import INDEX
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.parallel.topology import Topology
 from visionloom.tests.model.reference import reference_model, tiny_config
@@ -174,7 +175,7 @@ def test_config_of_transformers_4_is_read(tmp_path: Path) -> None:
                     "mrope_section": [6, 5, 5],
                 }
             },
-            "yarn",
+            "rope_parameters.factor is None, not a number",
         ),
         ("vision_config", {"num_position_embeddings": 63}, "63 is not a square"),
         ("vision_config", {"out_hidden_size": 32}, "out_hidden_size=32"),

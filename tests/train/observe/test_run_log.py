@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from visionloom.common.errors import UserError
-from visionloom.train.agreements import _newest
+from visionloom.train.agreement_sides import newest_checkpoint
 from visionloom.train.lost import lost_checkpoints, move_aside
 from visionloom.train.observe.metrics import RunLog
 
@@ -208,4 +208,4 @@ def test_a_pointer_to_nowhere_names_no_checkpoint(tmp_path: Path, latest: str) -
         os.mkfifo(checkpoints / "latest")
     else:
         (checkpoints / "latest").write_bytes(latest.encode("latin-1"))
-    assert _newest(tmp_path / "run") is None
+    assert newest_checkpoint(tmp_path / "run") is None
