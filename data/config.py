@@ -1,7 +1,7 @@
 """What is read, and by which rules samples become tokens and patches. Nothing here imports torch."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Final
 
 from visionloom.common.settings import option
@@ -70,6 +70,26 @@ class MediaConfig:
         fewest, most = self.video_min_frames, self.video_max_frames
         if fewest > most:
             yield f"{here}.video_min_frames={fewest} is above {here}.video_max_frames={most}"
+
+
+@dataclass
+class VideoSampling:
+    """How densely a phase samples videos: longer sequences have room for more frames; what is null is as data.media has it.
+
+    Source: Qwen3-VL technical report (arXiv 2511.21631) section 3.2.7.
+    """
+
+    fps: float | None = option(None, "data", above=0, most=1000)
+    """Frames sampled per second, in place of video_fps."""
+    max_frames: int | None = option(None, "data", least=1, most=100_000)
+    """Most frames of a video, in place of video_max_frames."""
+    max_pixels: int | None = option(None, "data", least=1, most=2**34)
+    """Largest frames x height x width of a video, in place of video_max_pixels."""
+
+    def applied_to(self, media: MediaConfig) -> MediaConfig:
+        """Return the rules of a run with these in place of theirs."""
+        own = {f"video_{each.name}": getattr(self, each.name) for each in fields(self)}
+        return replace(media, **{name: value for name, value in own.items() if value is not None})
 
 
 @dataclass

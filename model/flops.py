@@ -109,9 +109,9 @@ def step_flops(
 def adapted_flops(
     config: ModelConfig, work: StepWork, trainable: set[str], lora: LoraConfig
 ) -> dict[str, float]:
-    """Return operations as `step_flops` where adapters alone train.
+    """Return operations as `step_flops` where adapters train, and the weights of lora.full.
 
-    There is no gradient of weights, and none of inputs before the first adapter. An adapter's two factors cost their
+    There is no gradient of other weights, and none of inputs before the first adapter. An adapter's two factors cost their
     forward, the gradient of each, and the gradients that pass through them.
     """
     walk = _AdapterWalk(config, work, trainable, lora)
@@ -133,7 +133,8 @@ class _AdapterWalk:
         self.adapted = {layer.name for layer in adapted_layers(self.config, self.lora)}
         self.flops = dict.fromkeys(("language", "output", "merger", "vision"), 0.0)
         # Pixels have no gradient, and the patch embedding no adapter.
-        self.flops["vision"] = patch_embedding_flops(self.config.vision, self.work)
+        embedding = patch_embedding_flops(self.config.vision, self.work)
+        self.flops["vision"] = embedding * (1 + self._trains_whole("vision"))
         self.reached = False
         """A trained adapter is before the place of the walk, so gradients pass it."""
         self.at_block: list[bool] = []
@@ -146,13 +147,20 @@ class _AdapterWalk:
         rows = self._rows(layer, group)
         has_adapter = layer.name in self.adapted
         own = group in self.trainable and has_adapter
+        whole = self._trains_whole(group)
+        # Something before its product trains too: the patch embedding, or a merger's norm.
+        self.reached = self.reached or whole
 
         product = 2.0 * rows * layer.inputs * layer.outputs
-        self.flops[group] += product * (1 + self.reached)
+        self.flops[group] += product * (1 + self.reached + whole)
         if has_adapter:
             self.flops[group] += 2.0 * rows * self._adapter(layer, own)
         self.reached = self.reached or own
         self._end(group, leaf)
+
+    def _trains_whole(self, group: str) -> bool:
+        """Return whether the weights of a group train themselves."""
+        return group in self.trainable and group in self.lora.full
 
     def _adapter(self, layer: LinearLayer, own: bool) -> int:
         """Return the multiplications of an adapter in all passes, a row; `own`: it trains."""
@@ -185,7 +193,8 @@ class _AdapterWalk:
         elif group == "language" and layer.name.endswith("layers.0.self_attention.linear_qkv"):
             # Features come from all mergers.
             before = self.trainable - {"language"}
-            self.reached = any(group_of(name) in before for name in self.adapted)
+            has_adapter = any(group_of(name) in before for name in self.adapted)
+            self.reached = has_adapter or any(map(self._trains_whole, before))
 
     def _rows(self, layer: LinearLayer, group: str) -> int:
         """Return the rows that a layer multiplies: patches, visual tokens or tokens, each once for every expert it takes."""

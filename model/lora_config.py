@@ -10,15 +10,17 @@ from fnmatch import fnmatchcase
 
 from visionloom.common.settings import option
 from visionloom.model.config import GROUPS, ModelConfig, TextConfig, VisionConfig
-from visionloom.model.trainable import group_of
+from visionloom.model.trainable import group_of, is_adapter
 
+WHOLE_GROUPS = ("vision", "merger")
+"""Groups that are small beside the language model, whose adapters save most of the memory."""
 EXPERT_RANKS = 8
 """A rank is a multiple of this where experts have adapters: grouped bf16 products want rows of 16 bytes."""
 
 
 @dataclass
 class LoraConfig:
-    """Low-rank adapters, which then train alone."""
+    """Low-rank adapters, which then train alone, or together with the weights of `full`."""
 
     rank: int = option(0, "never", least=0, most=65_536)
     """Width of an adapter; 0: no adapters, the weights themselves train."""
@@ -31,6 +33,8 @@ class LoraConfig:
     names (`linear_qkv`, `linear_proj`, `linear_fc1`, `linear_fc2`; in the vision tower also `qkv` and `proj`)."""
     groups: list[str] = option(["language"], "never", choices=GROUPS)
     """Parameter groups whose layers get adapters: vision, merger, language. A phase trains those that its `trainable` names."""
+    full: list[str] = option([], "never", choices=WHOLE_GROUPS)
+    """Parameter groups whose weights train themselves beside the adapters: vision, merger; none of `groups`."""
     adapter: str = option("", "run")
     """Folder of a PEFT adapter to start from; empty: new adapters, which change nothing at first."""
 
@@ -39,10 +43,24 @@ class LoraConfig:
         """Return the factor of an adapter's output."""
         return self.alpha / self.rank
 
+    @property
+    def trained_groups(self) -> list[str]:
+        """Return the groups of which something can train: adapters or weights."""
+        return [*self.groups, *self.full]
+
+    def trains(self, name: str) -> bool:
+        """Return whether a parameter, by its name in the model, trains and is kept in checkpoints."""
+        return is_adapter(name) or group_of(name) in self.full
+
     def problems(self, here: str) -> Iterator[str]:
-        """Yield a line where an adapter is named, but no adapters train."""
+        """Yield a line where an adapter is named, but no adapters train, and for a group that would train twice."""
         if self.rank == 0 and self.adapter:
             yield f"{here}.adapter={self.adapter} needs {here}.rank: set it to the adapter's rank"
+        if self.rank == 0 and self.full:
+            yield f"{here}.full={self.full} needs {here}.rank above 0: without adapters all weights train"
+        both = [group for group in self.full if group in self.groups]
+        if self.rank and both:
+            yield f"{here}.full and {here}.groups both have {', '.join(both)}: take it out of one of them"
 
     def layer_problems(self, model: ModelConfig) -> list[str]:
         """Return why these adapters cannot be put on a model's layers: a line a problem; the rank is above 0."""

@@ -25,6 +25,12 @@ def inverse_frequencies(dim: int, theta: float) -> Tensor:
     return 1.0 / wavelengths(dim, theta)
 
 
+def slot_of_turns(turns: float, text: TextConfig) -> float:
+    """Return the place among the frequencies of the rotation with so many turns in the positions of training."""
+    wavelength = text.rope_scaling.original_positions / (turns * 2 * math.pi)
+    return text.head_dim * math.log(wavelength) / (2 * math.log(text.rope_theta))
+
+
 def text_frequencies(text: TextConfig) -> Tensor:
     """Return the rotary frequencies of the language model, fp32 [D / 2], by YaRN where it is on.
 
@@ -37,13 +43,8 @@ def text_frequencies(text: TextConfig) -> Tensor:
     if scaling.factor == 1:
         return frequencies
 
-    def slot(turns: float) -> float:
-        """Return the slot whose rotation makes so many turns in the positions of training."""
-        wavelength = scaling.original_positions / (turns * 2 * math.pi)
-        return text.head_dim * math.log(wavelength) / (2 * math.log(text.rope_theta))
-
-    first = max(math.floor(slot(scaling.beta_fast)), 0)
-    last = min(math.ceil(slot(scaling.beta_slow)), text.head_dim - 1)
+    first = max(math.floor(slot_of_turns(scaling.beta_fast, text)), 0)
+    last = min(math.ceil(slot_of_turns(scaling.beta_slow, text)), text.head_dim - 1)
     # Slots that are one would divide by zero.
     width = last - first or 0.001
     slots = torch.arange(len(frequencies), dtype=torch.float32)

@@ -1,6 +1,6 @@
 """Sort parameters into the three groups of the report's phases: vision tower, mergers, language model; adapters among them."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # names are looked at before torch is imported
@@ -26,9 +26,16 @@ def is_adapter(name: str) -> bool:
     return ADAPTER in name
 
 
-def set_trainable(model: "nn.Module", groups: Iterable[str], adapters_only: bool = False) -> None:
-    """Let only the parameters of `groups` receive gradients, or only their adapters; call it before the model is wrapped."""
+def set_trainable(
+    model: "nn.Module", groups: Iterable[str], may_train: Callable[[str], bool] = lambda name: True
+) -> None:
+    """Let only the parameters of `groups` receive gradients; call it before the model is wrapped.
+
+    Args:
+        model: to freeze the rest of.
+        groups: of the phase.
+        may_train: whether a parameter may, by its name: with adapters few others do.
+    """
     chosen = set(groups)
     for name, parameter in model.named_parameters():
-        may_train = is_adapter(name) or not adapters_only
-        parameter.requires_grad = group_of(name) in chosen and may_train
+        parameter.requires_grad = group_of(name) in chosen and may_train(name)

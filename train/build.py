@@ -201,7 +201,10 @@ def build_trainer(
     # Before the wrapping: DDP has buffers of gradients only for parameters that need them.
     phase = config.phases[name]
     for part in parts:
-        set_trainable(part, phase.trainable, adapters_only=part.lora is not None)
+        if part.lora is None:
+            set_trainable(part, phase.trainable)
+        else:
+            set_trainable(part, phase.trainable, part.lora.trains)
     wrapped = wrap_data_parallel(parts, topology)
     bf16 = next(parts[0].parameters()).dtype == torch.bfloat16
     optimizer = build_optimizer(wrapped, config.optim, phase, bf16)
@@ -215,6 +218,6 @@ def build_trainer(
         optimizer=optimizer,
         scheduler=build_scheduler(optimizer, config.optim, phase),
         stream=stream,
-        inputs=Inputs.of(config.data, stream.tokenizer.fingerprint, weights),
+        inputs=Inputs.of(config.phase_data(name), stream.tokenizer.fingerprint, weights),
         settings=settings_of(config, name),
     )

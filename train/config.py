@@ -6,13 +6,13 @@ refused in well under a second.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from visionloom.common.errors import unknown
 from visionloom.common.names import name_fault
 from visionloom.common.settings import ANY, check, likewise, option
 from visionloom.common.text import one_line
-from visionloom.data.config import DataConfig
+from visionloom.data.config import DataConfig, VideoSampling
 from visionloom.model.config import GROUPS, ModelConfig
 from visionloom.model.lora_config import LoraConfig
 from visionloom.parallel.config import ParallelConfig
@@ -166,6 +166,8 @@ class PhaseConfig:
     """`cosine` or `linear` decay over the whole phase, `wsd` (constant, then decay_steps down), `constant`."""
     decay_steps: int | None = option(None, "run", least=1, most=STEPS)
     """Steps of decay at the end of a `wsd` schedule; None: a tenth of the phase."""
+    video: VideoSampling = field(default_factory=VideoSampling)
+    """Frames of videos, where they are others than data.media's."""
     parallel: ParallelConfig | None = None
     """A layout of its own; None: the run's."""
 
@@ -237,12 +239,15 @@ class PhaseConfig:
                 f" (tensor {layout.tensor} x context {layout.context}, two pieces a context rank)"
             )
 
-    def adapter_problems(self, here: str, groups: list[str]) -> Iterator[str]:
-        """Yield why this phase cannot train adapters, which only `groups` have."""
-        if self.fresh:
-            yield f"{here}.fresh={self.fresh} would stay as drawn: with lora.rank above 0 only adapters train"
-        if not set(self.trainable) & set(groups):
-            yield f"{here}.trainable={self.trainable} has no adapters: lora.groups={groups}"
+    def adapter_problems(self, here: str, lora: LoraConfig) -> Iterator[str]:
+        """Yield why this phase cannot train what `lora` lets train."""
+        if not set(self.fresh) <= set(lora.full):
+            yield (
+                f"{here}.fresh={self.fresh} would stay as drawn: with lora.rank above 0 only adapters"
+                f" and lora.full={lora.full} train"
+            )
+        if not set(self.trainable) & set(lora.trained_groups):
+            yield f"{here}.trainable={self.trainable} has no adapters: lora.groups={lora.groups}"
 
 
 @dataclass
@@ -317,6 +322,10 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """Held-out loss and greedy answers."""
 
+    def phase_data(self, name: str) -> DataConfig:
+        """Return the input of a phase: the run's, with the phase's sampling of videos."""
+        return replace(self.data, media=self.phases[name].video.applied_to(self.data.media))
+
     def all_problems(self, world_size: int) -> list[str]:
         """Return what cannot work on `world_size` ranks: a line a problem, naming its option; empty if all can.
 
@@ -331,6 +340,11 @@ class RunConfig:
         if own.bounds:
             return lines
 
+        for name in self.phases:
+            media = self.phase_data(name).media
+            # Those of data.media itself are checked already.
+            if media != self.data.media:
+                lines += check(media, f"phases.{name}.video: data.media").lines
         lines += self.layout_problems(world_size)
         if not self._problems_of(self.parallel, "parallel", world_size):
             lines += self._lora_problems()
@@ -410,7 +424,7 @@ class RunConfig:
                 f"lora.rank={self.lora.rank} needs weights to adapt: set init.huggingface or init.checkpoint"
             )
         for name, phase in self.phases.items():
-            lines += phase.adapter_problems(f"phases.{name}", self.lora.groups)
+            lines += phase.adapter_problems(f"phases.{name}", self.lora)
         return lines
 
     def _multiple_problems(self) -> list[str]:

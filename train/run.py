@@ -173,11 +173,15 @@ def phases_left(config: RunConfig, newest: Checkpoint | None) -> list[str]:
 
 def check_data(config: RunConfig, newest: Checkpoint | None) -> None:
     """Open the datasets of all phases that are left: one that cannot be trained on is an error before the first step."""
-    names: dict[str, None] = {}
+    opened: dict[str, list[str]] = {}
     for name in phases_left(config, newest):
-        weights = dataset_weights(config.data, config.phases[name].mixture)
-        names |= dict.fromkeys(weights)
-    open_datasets(config.data, list(names), Tokenizer(config.data.tokenizer))
+        data = config.phase_data(name)
+        # Once for all phases that sample videos alike: lengths depend on it.
+        names = opened.setdefault(str(data.media), [])
+        weights = dataset_weights(data, config.phases[name].mixture)
+        new = [each for each in weights if each not in names]
+        names += new
+        open_datasets(data, new, Tokenizer(data.tokenizer))
 
 
 def open_stream(
@@ -255,10 +259,11 @@ def report_unsupervised(trainer: PhaseTrainer, observer: Observer) -> None:
 
 
 def held_out(config: RunConfig) -> HeldOut:
-    """Return the held-out data of the run, packed to the longest phase's length and weighted as in the last."""
-    phases = list(config.phases.values())
-    longest = max(phase.sequence_length for phase in phases)
-    return HeldOut(config.data, config.evaluation, longest, phases[-1].loss)
+    """Return the held-out data of the run, packed to the longest phase's length, weighted and sampled as in the last."""
+    last = list(config.phases)[-1]
+    longest = max(phase.sequence_length for phase in config.phases.values())
+    data, loss = config.phase_data(last), config.phases[last].loss
+    return HeldOut(data, config.evaluation, longest, loss)
 
 
 def validate(
@@ -293,7 +298,7 @@ def trained_checkpoint(
     status.current.at(trained.run_state.step)
     screen.say(f"evaluating {trained.folder}")
     # Allowed, since smaller pictures may be what is evaluated, but never silent.
-    if differences := media_differences(trained, config.data.media):
+    if differences := media_differences(trained, held_out(config).data.media):
         screen.say(
             f"pictures are prepared otherwise than in training: data.media has {', '.join(differences)}"
         )

@@ -10,7 +10,7 @@ def stream_options(config: RunConfig, name: str) -> StreamOptions:
     phase = config.phases[name]
     lora = config.lora if config.lora.rank else None
     return StreamOptions(
-        data=config.data,
+        data=config.phase_data(name),
         phase_name=name,
         sequence_length=phase.sequence_length,
         global_batch=phase.global_batch,

@@ -83,7 +83,9 @@ class RestBounds:
     def of(cls, config: RunConfig, phase: str, world_size: int) -> "RestBounds":
         """Return those of a phase; adapters count nothing, so that the bound stays one."""
         is_fp32 = config.run.precision == "fp32"
-        trains = frozenset[str]() if config.lora.rank else frozenset(config.phases[phase].trainable)
+        trains = frozenset(config.phases[phase].trainable)
+        if config.lora.rank:
+            trains &= frozenset(config.lora.full)
         text = config.model.text
         return cls(
             counts=parameter_counts(config.model),

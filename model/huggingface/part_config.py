@@ -134,16 +134,17 @@ def _siglip_fields(
     if section.get("hidden_act", SIGLIP_ACTIVATION) != SIGLIP_ACTIVATION:
         problems.append(f"hidden_act is {shown(section['hidden_act'])}, not {SIGLIP_ACTIVATION}")
 
+    _refuse(problems, folder, option, "a SigLIP model")
+    return vision | {"position_table": siglip_table_side(section, vision["patch_size"])}
+
+
+def siglip_table_side(section: Mapping[str, Any], patch_size: int) -> int:
+    """Return the side of a SigLIP tower's table of positions; 0 if its configuration does not say."""
     # SigLIP says pixels of a picture's side, SigLIP 2 the number of positions.
     side, patches = section.get("image_size", 0), section.get("num_patches", 0)
     if type(patches) is int and patches > 0:
-        vision["position_table"] = math.isqrt(patches)
-    elif type(side) is int and side > 0 and not problems and vision["patch_size"] > 0:
-        vision["position_table"] = side // vision["patch_size"]
-    else:
-        problems.append("image_size or num_patches is missing")
-    _refuse(problems, folder, option, "a SigLIP model")
-    return vision
+        return math.isqrt(patches)
+    return side // patch_size if type(side) is int and patch_size > 0 else 0
 
 
 def _checked(model: ModelConfig, folder: Path, option: str) -> ModelConfig:

@@ -5,14 +5,17 @@ each, A as [experts x r, in] and B as [out, r x experts] with the expert running
 Nothing of peft is imported.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from visionloom.model.config import ModelConfig
+from visionloom.model.huggingface.names import convert_parameter
+from visionloom.model.huggingface.shapes import parameter_shapes
 from visionloom.model.lora_config import LinearLayer, LoraConfig, adapted_layers, linear_layers
-from visionloom.model.trainable import ADAPTER
+from visionloom.model.trainable import ADAPTER, group_of
 
 PREFIX = "base_model.model."
 NAMED = 4
@@ -44,6 +47,24 @@ def peft_names(layer: LinearLayer, part: str, both: bool) -> tuple[str, str]:
     return f"{module}.lora_A.weight", f"{module}.lora_B.weight"
 
 
+def whole_parameters(model: ModelConfig, lora: LoraConfig) -> list[str]:
+    """Return the canonical names of the parameters that train themselves beside the adapters, of lora.full."""
+    return [name for name in parameter_shapes(model) if group_of(name) in lora.full]
+
+
+def whole_modules(model: ModelConfig, lora: LoraConfig) -> list[str]:
+    """Return peft's `modules_to_save` of lora.full: names of modules that are called as a whole, by their ends."""
+    vision = model.vision
+    by_group = {
+        "vision": ["patch_embed", "pos_embed", *(f"blocks.{n}" for n in range(vision.depth))],
+        "merger": [
+            "merger",
+            *(f"deepstack_merger_list.{n}" for n in range(len(vision.deepstack_layers))),
+        ],
+    }
+    return [f"visual.{module}" for group in lora.full for module in by_group[group]]
+
+
 def to_peft(
     ours: Mapping[str, Tensor],
     model: ModelConfig,
@@ -51,6 +72,9 @@ def to_peft(
 ) -> dict[str, Tensor]:
     """Return PEFT's state dict of an adapter from full tensors by canonical names."""
     state: dict[str, Tensor] = {}
+    for name in whole_parameters(model, lora):
+        for theirs, tensor in convert_parameter(name, ours[name], model).items():
+            state[PREFIX + theirs] = tensor.contiguous()
     layers = adapted_layers(model, lora)
     expert_modules = [layer.theirs for layer in layers if layer.experts]
     for layer in layers:
@@ -68,7 +92,7 @@ def to_peft(
 
 
 def from_peft(state: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
-    """Return full tensors by canonical names from PEFT's state dict; the inverse of `to_peft`.
+    """Return full tensors by canonical names from PEFT's state dict, adapters and whole weights; the inverse of `to_peft`.
 
     Raises:
         ValueError: naming tensors that belong to no layer of the model, or have the wrong shape.
@@ -86,7 +110,23 @@ def from_peft(state: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tens
             if theirs[0] in left and theirs[1] in left:
                 pair = _checked_factors(layer, part, left.pop(theirs[0]), left.pop(theirs[1]))
                 ours |= dict(zip(names, pair, strict=True))
+    ours |= _take_whole(left, model)
     _refuse_others(left)
+    return ours
+
+
+def _take_whole(left: dict[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
+    """Take the weights of tower and mergers out of PEFT's state, which `modules_to_save` puts there; see `from_peft`."""
+    ours: dict[str, Tensor] = {}
+    for name, shape in parameter_shapes(model).items():
+        theirs = f"{PREFIX}model.{name}"
+        if group_of(name) == "language" or theirs not in left:
+            continue
+        tensor = left.pop(theirs)
+        # The patch embedding is a convolution there: as many numbers, in the same order.
+        if tensor.numel() != math.prod(shape):
+            raise ValueError(f"{theirs} has shape {list(tensor.shape)} for {list(shape)}")
+        ours[name] = tensor.reshape(shape)
     return ours
 
 
@@ -161,6 +201,7 @@ def peft_config(model: ModelConfig, lora: LoraConfig, base: str) -> dict[str, An
         "lora_dropout": lora.dropout,
         "target_modules": sorted(modules),
         "target_parameters": parameters or None,
+        "modules_to_save": whole_modules(model, lora) or None,
         "bias": "none",
         "fan_in_fan_out": False,
         "use_rslora": False,

@@ -82,7 +82,7 @@ FIELDS: Final = UnderstoodFields(
         "fan_in_fan_out": (False,),
         "use_rslora": (False,),  # scales by alpha / sqrt(r)
         "use_dora": (False,),  # has magnitudes
-        "modules_to_save": (None, []),  # whole modules beside the adapters
+        "modules_to_save": lambda value: value is None or _is_list(value, str),
         # All else (pissa, olora, corda, loftq, lora_ga, ...) may stand for factors that belong to changed base weights. peft
         # writes true where it has converted such an adapter for the weights as they were.
         "init_lora_weights": (True, False, "gaussian"),
@@ -123,6 +123,9 @@ def read_adapter_config(folder: Path, lora: LoraConfig) -> dict[str, Any]:
         if config.get(key) != wanted:
             given = f"{key} is {shown(config.get(key))}"
             problems.append(f"{given}, but lora.{option}={wanted:g}: set it alike")
+    if config.get("modules_to_save") and not lora.full:
+        saved = shown(config["modules_to_save"])
+        problems.append(f"modules_to_save is {saved}: name their groups in lora.full")
     if problems:
         here = f"lora.adapter={folder}: {CONFIG}"
         clauses = one_line("; ".join(problems))

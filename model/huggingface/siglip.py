@@ -57,11 +57,14 @@ class SiglipFolder:
         self.files = TensorFiles(folder, option)
         has_outer = any(name.startswith(OUTER) for name in self.files.names)
         self.outer = OUTER if has_outer else ""
-        self._parameters = {
-            name: shape
-            for name, shape in parameter_shapes(self.config).items()
-            if group_of(name) == "vision"
-        }
+        self._parameters: dict[str, Shape] = {}
+        for name, shape in parameter_shapes(self.config).items():
+            if group_of(name) == "vision":
+                self._parameters[name] = shape
+        self._check()
+
+    def _check(self) -> None:
+        """Compare the tensors of the files with those that config.json describes; UserError with all that is wrong."""
         alone = (*(self.outer + name for name in LEFT_ALONE), *OTHER_PARTS)
         left_alone = [name for name in self.files.names if name.startswith(alone)]
         self.files.check(self._expected(), left_alone)

@@ -46,7 +46,15 @@ EXAMPLES = [
     for i, parts in enumerate([[5, (4, 6), 9], [21], [2, (2, 4, 4), 3, (2, 2), 11]])
 ]
 EVERYWHERE = LoraConfig(rank=8, alpha=12.0, groups=list(GROUPS))
+MIXED = LoraConfig(rank=8, alpha=12.0, groups=["language"], full=["vision", "merger"])
+"""Adapters of the language model beside a tower and mergers that train themselves: peft's modules_to_save."""
 EXPERTS = [0, 4]
+KINDS = {
+    "dense": (0, EVERYWHERE),
+    "mixture": (4, EVERYWHERE),
+    "dense, tower and mergers whole": (0, MIXED),
+    "mixture, mergers whole": (4, replace(MIXED, full=["merger"])),
+}
 
 
 def adapted_pair(
@@ -59,21 +67,24 @@ def adapted_pair(
         if experts:
             layer.mlp.router.coefficient = 0.0
     apply_lora([ours], lora, topology, 1)
-    set_trainable(ours, GROUPS, adapters_only=True)
+    set_trainable(ours, GROUPS, lora.trains)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in ours.named_parameters():
             if drawn and is_adapter(name):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+            elif drawn and lora.trains(name):
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.01)
     return theirs, ours, pack
 
 
 def factors(ours: Qwen3VL) -> dict[str, Tensor]:
-    """The adapters' factors, on the host."""
+    """The adapters' factors, and the weights that train with them, on the host."""
+    assert ours.lora is not None
     return {
         name: parameter.detach().cpu()
         for name, parameter in canonical_parameters(ours)
-        if is_adapter(name)
+        if ours.lora.trains(name)
     }
 
 
@@ -105,15 +116,14 @@ def test_new_adapters_change_nothing(topology: Topology, experts: int) -> None:
     assert all((p != 0).any() == (".lora_A." in name) for name, p in factors(ours).items())
 
 
-@pytest.mark.parametrize("experts", EXPERTS)
-def test_gradients_are_pefts(topology: Topology, experts: int, tmp_path: Path) -> None:
-    """The exported folder, loaded by peft on transformers' model: the same logits, loss and gradients of every factor."""
-    theirs, ours, pack = adapted_pair(topology, experts, EVERYWHERE)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_pefts(topology: Topology, kind: str, tmp_path: Path) -> None:
+    """The exported folder, loaded by peft on transformers' model: the same logits, loss and gradients of all that trains."""
+    experts, lora = KINDS[kind]
+    theirs, ours, pack = adapted_pair(topology, experts, lora)
     with torch.no_grad():
         before, _ = reference_run(theirs, EXAMPLES)
-    tuned = PeftModel.from_pretrained(
-        theirs, write_folder(tmp_path, ours, EVERYWHERE), is_trainable=True
-    )
+    tuned = PeftModel.from_pretrained(theirs, write_folder(tmp_path, ours, lora), is_trainable=True)
     logits, expected = reference_run(tuned.get_base_model(), EXAMPLES)
     expected.backward()
     total, _ = ours(ours.prepare(pack))
@@ -126,7 +136,7 @@ def test_gradients_are_pefts(topology: Topology, experts: int, tmp_path: Path) -
     assert float(total) == pytest.approx(float(expected), rel=1e-5)
     names = get_peft_model_state_dict(tuned)
     gradients = {
-        name.replace(".default", ""): p.grad
+        name.replace(".modules_to_save", "").replace(".default", ""): p.grad
         for name, p in tuned.named_parameters()
         if p.requires_grad
     }
@@ -135,7 +145,8 @@ def test_gradients_are_pefts(topology: Topology, experts: int, tmp_path: Path) -
         {name: grad for name, grad in gradients.items() if grad is not None}, ours.model_config
     )
     for name, parameter in canonical_parameters(ours):
-        if is_adapter(name):
+        assert (parameter.grad is not None) == lora.trains(name), name
+        if lora.trains(name):
             off = error(parameter.grad.cpu(), reference[name])
             assert off <= 1e-5, (name, off)
 
@@ -153,13 +164,14 @@ def test_merged_weights_are_pefts(topology: Topology, experts: int, tmp_path: Pa
 
 
 @pytest.mark.parametrize("experts", EXPERTS)
+@pytest.mark.parametrize("full", [[], ["merger", "vision"]])
 @pytest.mark.parametrize(
     "targets", [["*"], ["linear_qkv", "linear_fc2"], ["*.layers.1.*", "*.layers.3.mlp.*"]]
 )
 def test_a_folder_comes_back_with_the_same_bits(
-    topology: Topology, experts: int, targets: list[str], tmp_path: Path
+    topology: Topology, experts: int, targets: list[str], full: list[str], tmp_path: Path
 ) -> None:
-    lora = replace(EVERYWHERE, targets=targets, groups=["language"])
+    lora = replace(EVERYWHERE, targets=targets, groups=["language"], full=full)
     theirs, ours, _ = adapted_pair(topology, experts, lora)
     folder, expected = write_folder(tmp_path, ours, lora), factors(ours)
     loaded = PeftModel.from_pretrained(theirs, folder)
@@ -220,7 +232,7 @@ def test_a_folder_that_cannot_be_taken_is_refused(topology: Topology, tmp_path: 
         with pytest.raises(UserError, match=message):
             load_adapter(folder, [ours], topology)
     _, narrow, _ = adapted_pair(topology, 0, replace(lora, targets=["linear_proj"]))
-    with pytest.raises(UserError, match=r"adapts .*linear_qkv.*: widen lora.targets"):
+    with pytest.raises(UserError, match=r"has .*linear_qkv.*: widen lora.targets"):
         load_adapter(write_folder(folder, ours, lora), [narrow], topology)
     (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:100])
     with pytest.raises(UserError, match="cannot be read"):
@@ -245,6 +257,9 @@ def test_a_pickle_is_refused_without_being_opened(topology: Topology, tmp_path: 
         (0, replace(EVERYWHERE, groups=["language"]), GROUPS),
         (0, replace(EVERYWHERE, groups=["merger"]), GROUPS),
         (0, EVERYWHERE, ("language",)),
+        (0, MIXED, GROUPS),
+        (0, MIXED, ("language",)),
+        (0, replace(MIXED, full=["merger"]), GROUPS),
         (0, replace(EVERYWHERE, groups=["vision", "language"], targets=["*.3.*"]), GROUPS),
     ],
 )
@@ -253,7 +268,7 @@ def test_step_flops_equal_torchs_count(
 ) -> None:
     """Reference: torch's FlopCounterMode on all matrix products but attention's, which tests/model/test_flops.py explains."""
     _, model, pack = adapted_pair(topology, experts, lora)
-    set_trainable(model, trainable, adapters_only=True)
+    set_trainable(model, trainable, lora.trains)
     patches, tokens = (
         sum(t * h * w for e in EXAMPLES for t, h, w in e.grids),
         sum(len(e.ids) for e in EXAMPLES),
@@ -308,6 +323,12 @@ def test_dropout_scales_what_it_keeps(topology: Topology) -> None:
             "lora.dropout=0.1 does not work with adapters on experts",
         ),
         (LoraConfig(adapter="a"), "lora.adapter=a needs lora.rank"),
+        (LoraConfig(full=["merger"]), "lora.full=['merger'] needs lora.rank above 0"),
+        (LoraConfig(rank=8, full=["language"]), "lora.full=language is unknown"),
+        (
+            LoraConfig(rank=8, groups=["merger", "language"], full=["merger"]),
+            "lora.full and lora.groups both have merger",
+        ),
     ],
 )
 def test_a_wrong_option_is_one_line(lora: LoraConfig, expected: str) -> None:

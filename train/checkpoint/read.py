@@ -30,7 +30,6 @@ from visionloom.common.places import PlaceError, locate
 from visionloom.common.text import one_line
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.model.sharding import EXPERTS
-from visionloom.model.trainable import is_adapter
 from visionloom.parallel.topology import Topology
 from visionloom.train.checkpoint.finite import require_finite
 from visionloom.train.checkpoint.index import INDEX, IndexFault, read_index
@@ -192,18 +191,18 @@ def _named(parts: list[Qwen3VL]) -> dict[str, Qwen3VL]:
 
 
 def weights_state(parts: list[Qwen3VL], topology: Topology) -> dict[str, Any]:
-    """Return the model's weights for Megatron-core's checkpoints; of a model with adapters, these alone.
+    """Return the model's weights for Megatron-core's checkpoints; of a model with adapters, what can train alone.
 
     Adapters may be in some layers only, so theirs are not stacked over the layers as those of weights are.
     """
-    adapters_only = parts[0].lora is not None
-    metadata = layout_metadata(topology) | {"non_homogeneous_layers": adapters_only}
+    lora = parts[0].lora
+    metadata = layout_metadata(topology) | {"non_homogeneous_layers": lora is not None}
     states = {}
     for key, part in _named(parts).items():
         state = part.sharded_state_dict(metadata=metadata)
-        if adapters_only:
+        if lora is not None:
             # Routers are frozen, but still count their loads.
-            kept = [name for name in state if is_adapter(name) or name.endswith(".router.load")]
+            kept = [name for name in state if lora.trains(name) or name.endswith(".router.load")]
             state = {name: state[name] for name in kept}
         states[key] = state
     return states

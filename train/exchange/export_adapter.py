@@ -13,7 +13,13 @@ from visionloom.common.errors import UserError
 from visionloom.model.config import ModelConfig
 from visionloom.model.huggingface.config import differences
 from visionloom.model.huggingface.folder import HuggingFaceFolder
-from visionloom.model.huggingface.peft import adapter_names, from_peft, peft_config, to_peft
+from visionloom.model.huggingface.peft import (
+    adapter_names,
+    from_peft,
+    peft_config,
+    to_peft,
+    whole_parameters,
+)
 from visionloom.model.huggingface.peft_config import CONFIG
 from visionloom.model.huggingface.shapes import parameter_shapes
 from visionloom.model.lora import low_rank_product
@@ -100,7 +106,7 @@ def adapter_rank_dims(model: ModelConfig, lora: LoraConfig) -> Iterator[tuple[st
 def _check_adapters(
     checkpoint: Path, stored: StoredWeights, model: ModelConfig, lora: LoraConfig
 ) -> list[str]:
-    """Return the canonical names of the adapters that a checkpoint's state names.
+    """Return the canonical names of the adapters that a checkpoint's state names, and of the weights that train with them.
 
     Raises:
         UserError: if one is missing or of another shape.
@@ -111,6 +117,15 @@ def _check_adapters(
         if len(shape) < 2 or shape[dim] != lora.rank or not dtype.is_floating_point:
             raise UserError(
                 f"checkpoint={checkpoint} lacks an adapter that its {STATE} names: {name}"
+            )
+        described[name] = torch.empty(shape, device="meta")
+
+    for name in whole_parameters(model, lora):
+        wanted = parameter_shapes(model)[name]
+        shape, dtype = stored.entry(name) or ((), torch.float32)
+        if shape != wanted or not dtype.is_floating_point:
+            raise UserError(
+                f"checkpoint={checkpoint} lacks a weight of lora.full that its {STATE} names: {name}"
             )
         described[name] = torch.empty(shape, device="meta")
 
@@ -178,13 +193,14 @@ class FolderWeights:
 
 
 class MergedWeights:
-    """Adds the adapters of one checkpoint to the parameters of another, one at a time."""
+    """Adds the adapters of one checkpoint to the parameters of another, one at a time; weights of lora.full take their place."""
 
     def __init__(
         self, base: Parameters, adapters: Parameters, model: ModelConfig, lora: LoraConfig
     ) -> None:
         """Take `adapters` of a run with `lora` on the weights of `base`."""
         self.base, self.adapters, self.model, self.lora = base, adapters, model, lora
+        self.whole = set(whole_parameters(model, lora))
         self.layers: dict[str, LinearLayer] = {
             f"{layer.name}.weight": layer for layer in adapted_layers(self.model, self.lora)
         }
@@ -199,6 +215,8 @@ class MergedWeights:
         The sum is made in fp32: in bf16 most of a small adapter would be rounded away.
         """
         weight = self.base.parameter(name)
+        if name in self.whole:
+            return self.adapters.parameter(name).to(weight.dtype)
         layer = self.layers.get(name)
         if layer is None:
             return weight

@@ -10,14 +10,13 @@ from torch import Tensor
 from visionloom.common.errors import UserError
 from visionloom.common.text import one_line
 from visionloom.model.config import ModelConfig
-from visionloom.model.huggingface.peft import adapter_names, from_peft
+from visionloom.model.huggingface.peft import adapter_names, from_peft, whole_parameters
 from visionloom.model.huggingface.peft_config import CONFIG, read_adapter_config, targets
 from visionloom.model.huggingface.safetensors_writer import DTYPES
 from visionloom.model.huggingface.tensor_files import open_safetensors
 from visionloom.model.lora_config import LinearLayer, LoraConfig, adapted_layers, linear_layers
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.model.sharding import canonical_parameters, cut
-from visionloom.model.trainable import is_adapter
 from visionloom.parallel.topology import Topology
 from visionloom.train.checkpoint.finite import require_finite
 
@@ -25,7 +24,7 @@ WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 
 
 def load_adapter(folder: Path, parts: list[Qwen3VL], topology: Topology) -> None:
-    """Load the adapters of a PEFT folder into this rank's parts; layers that it lacks (say k_proj) begin new.
+    """Load a PEFT folder into this rank's parts; layers that it lacks (say k_proj) begin new, groups of lora.full as they are.
 
     Raises:
         UserError: if the folder is no LoRA adapter of this model, has layers that lora.targets leaves out, or another rank or
@@ -41,19 +40,20 @@ def load_adapter(folder: Path, parts: list[Qwen3VL], topology: Topology) -> None
         raise UserError(f"lora.adapter={folder}: {one_line(str(error))}") from error
     require_finite(adapters.items(), f"lora.adapter={folder}", topology)
 
-    known: set[str] = set()
+    known = set(whole_parameters(model, lora))
     for layer in adapted_layers(model, lora):
         for pair in adapter_names(layer).values():
             known.update(pair)
     if left := sorted(set(adapters) - known):
         raise UserError(
-            f"lora.adapter={folder} adapts {left[0]}: widen lora.targets and lora.groups to have it"
+            f"lora.adapter={folder} has {left[0]}: widen lora.targets and lora.groups to have it,"
+            " or lora.full where it is a weight"
         )
 
     with torch.no_grad():
         for part in parts:
             for name, parameter in canonical_parameters(part):
-                if is_adapter(name) and name in adapters:
+                if name in adapters:
                     parameter.copy_(cut(name, adapters[name], parameter, topology))
 
 
