@@ -88,6 +88,7 @@ class VideoSampling:
 
     def applied_to(self, media: MediaConfig) -> MediaConfig:
         """Return the rules of a run with these in place of theirs."""
+        # Names are those of data.media without their beginning.
         own = {f"video_{each.name}": getattr(self, each.name) for each in fields(self)}
         return replace(media, **{name: value for name, value in own.items() if value is not None})
 

@@ -5,6 +5,7 @@ Commands:
     python launch/data.py demo DIR [--seed N]    the demo's datasets and tokenizer (needs scikit-learn)
     python launch/data.py demo-task DIR          a task that the demo does not teach, for fine-tuning
     python launch/data.py convert KIND SRC DST   LLaVA, ShareGPT, OBELICS, MMC4, ... as shards
+    python launch/data.py filter SRC DST ...     keep the samples that are within bounds: length, repetition, pass rate, ...
     python launch/data.py index DIR              index WebDataset tar files made elsewhere
     python launch/data.py view DIR [KEY ...]     samples as a web page: pictures, boxes, frames, tokens, packs
     python launch/data.py lengths DIR ... --tokenizer FOLDER    tokens and patches of every sample, for plans
@@ -32,6 +33,7 @@ from visionloom.launch.data_commands import (
     demo,
     demo_task,
     export_energon,
+    filter,
     index,
     lengths,
     plan,
@@ -41,7 +43,19 @@ from visionloom.launch.data_commands import (
 )
 from visionloom.launch.exit import exit_with
 
-COMMANDS = (demo, demo_task, convert, index, lengths, plan, stats, verify, view, export_energon)
+COMMANDS = (
+    demo,
+    demo_task,
+    convert,
+    filter,
+    index,
+    lengths,
+    plan,
+    stats,
+    verify,
+    view,
+    export_energon,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

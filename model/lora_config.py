@@ -58,6 +58,7 @@ class LoraConfig:
             yield f"{here}.adapter={self.adapter} needs {here}.rank: set it to the adapter's rank"
         if self.rank == 0 and self.full:
             yield f"{here}.full={self.full} needs {here}.rank above 0: without adapters all weights train"
+        # An adapter on weights that train themselves would be a second rate for the same thing.
         both = [group for group in self.full if group in self.groups]
         if self.rank and both:
             yield f"{here}.full and {here}.groups both have {', '.join(both)}: take it out of one of them"

@@ -45,10 +45,9 @@ def text_frequencies(text: TextConfig) -> Tensor:
 
     first = max(math.floor(slot_of_turns(scaling.beta_fast, text)), 0)
     last = min(math.ceil(slot_of_turns(scaling.beta_slow, text)), text.head_dim - 1)
-    # Slots that are one would divide by zero.
-    width = last - first or 0.001
     slots = torch.arange(len(frequencies), dtype=torch.float32)
-    kept = 1 - ((slots - first) / width).clamp(0, 1)
+    # Slots that are one would divide by zero.
+    kept = 1 - ((slots - first) / (last - first or 0.001)).clamp(0, 1)
     # Multiplied before the division, as transformers does, for the same bits.
     slow = 1.0 / (scaling.factor * wavelengths(text.head_dim, text.rope_theta))
     return slow * (1 - kept) + frequencies * kept

@@ -67,9 +67,8 @@ def check_run(config: RunConfig, checkpoint: str = "") -> None:
     base = Sides.of_run(config, resuming)
     if config.lora.adapter:
         read_adapter_config(Path(config.lora.adapter), config.lora)
-    lines = []
-    for sides in with_first_weights(base, config.init):
-        lines += faults(sides)
+    # Each folder of weights by itself: a tower and a language model may come from two.
+    lines = [line for sides in with_first_weights(base, config.init) for line in faults(sides)]
     if checkpoint:
         lines += faults(sides_with(base, "checkpoint", Path(checkpoint)))
     elif newest is not None:

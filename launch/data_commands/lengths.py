@@ -109,6 +109,10 @@ def datasets_below(folders: list[Path]) -> dict[Path, str]:
     return datasets
 
 
+TYPES: dict[str, type[str] | type[float]] = {"rule": str, "video_fps": float}
+"""Of the rules that are no whole numbers."""
+
+
 def media_config(words: list[str]) -> "MediaConfig":
     """Return the rules that NAME=VALUE words describe.
 
@@ -124,9 +128,7 @@ def media_config(words: list[str]) -> "MediaConfig":
         if name not in known:
             raise UserError(f"--media {word}: unknown, use one of {', '.join(sorted(known))}")
         try:
-            # All rules but these two are whole numbers.
-            as_type = {"rule": str, "video_fps": float}.get(name, int)
-            setattr(config, name, as_type(value))
+            setattr(config, name, TYPES.get(name, int)(value))
         except ValueError:
             raise UserError(f"--media {word}: a number expected") from None
     # The bounds are those of a run's own options, so that both refuse the same.

@@ -32,6 +32,7 @@ def language_folder(folder: Path, option: str, model: ModelConfig) -> HuggingFac
 
 def tower_folder(folder: Path, option: str, model: ModelConfig) -> HuggingFaceFolder | SiglipFolder:
     """Open a folder that has a vision tower, alone or with a language model; as `language_folder`."""
+    # config.json decides: a folder's name says nothing.
     raw = read_json(folder / CONFIG, option)
     if is_siglip(raw):
         return SiglipFolder(folder, option, model)
