@@ -68,12 +68,12 @@ def check_run(config: RunConfig, checkpoint: str = "") -> None:
     if config.lora.adapter:
         read_adapter_config(Path(config.lora.adapter), config.lora)
     # Each folder of weights by itself: a tower and a language model may come from two.
-    lines = [line for sides in with_first_weights(base, config.init) for line in faults(sides)]
+    compared = with_first_weights(base, config.init)
     if checkpoint:
-        lines += faults(sides_with(base, "checkpoint", Path(checkpoint)))
+        compared.append(sides_with(base, "checkpoint", Path(checkpoint)))
     elif newest is not None:
-        lines += faults(sides_with(base, "run.folder", newest))
-    if lines:
+        compared.append(sides_with(base, "run.folder", newest))
+    if lines := [line for sides in compared for line in faults(sides)]:
         # Once each: both may disagree with the same tokenizer.
         raise UserError(*dict.fromkeys(lines))
 
