@@ -14,6 +14,7 @@ from visionloom.parallel.stand_in import META
 from visionloom.parallel.topology import Topology
 from visionloom.train.build import build_model, build_trainer
 from visionloom.train.config import RunConfig
+from visionloom.train.distillation.teacher import StoredTeacher
 
 
 @dataclass(frozen=True)
@@ -88,4 +89,8 @@ def trace_with(
         apply_lora(parts, config.lora, topology, config.run.seed)
     stream: Any = ImaginedStream(batches[0].dataset_names)
     trainer = build_trainer(config, phase_name, topology, parts, stream)
+    distillation = config.phases[phase_name].distillation
+    # A live teacher has weights, which need not be there: the forecast says that it is left out.
+    if distillation is not None and not distillation.is_live:
+        trainer.teacher = StoredTeacher(distillation, topology.device)
     return trace_step(recorder, trainer, batches)

@@ -26,11 +26,20 @@ from visionloom.data.plan.open import StreamOptions, dataset_weights
 from visionloom.data.plan.plan import Plan
 from visionloom.data.shards.dataset import Dataset
 from visionloom.data.shards.open_store import is_url
-from visionloom.data.stream.batch import PackedBatch, PackLayout, all_grids, pack
+from visionloom.data.stream.batch import (
+    PackedBatch,
+    PackLayout,
+    TeacherRows,
+    all_grids,
+    pack,
+)
+from visionloom.data.stream.teacher_store import read_facts
 from visionloom.data.stream.train_stream import PackStream
 from visionloom.forecast.mixture_stream import MixtureStream
+from visionloom.model.distillation_config import DistillationConfig
 from visionloom.parallel.share import Share
 from visionloom.train.config import RunConfig
+from visionloom.train.distillation.options import KEPT
 from visionloom.train.step_sums import StepCounts
 from visionloom.train.stream_options import stream_options
 
@@ -158,7 +167,8 @@ def packs_for(
     """
     settings = config.phases[phase]
     layout = settings.parallel or config.parallel
-    source, name = open_source(stream_options(config, phase))
+    # The store of a teacher need not be there: only the shapes of its rows count.
+    source, name = open_source(replace(stream_options(config, phase), teacher=""))
     steps = min(settings.total_steps, max(1, PACKS // settings.global_batch))
     ranks = layout.data_parallel_size(world_size)
     micro_batches = MicroBatches(source.plan, steps, ranks, settings.micro_batch)
@@ -211,6 +221,17 @@ def dataset_lacks(data: DataConfig, name: str, tokenizer: Tokenizer) -> str:
     if kept_lengths(dataset, tokenizer, data.media, cache_folder(data, path)) is None:
         return f"{option} has no lengths yet: run data.py lengths"
     return ""
+
+
+def with_stored_teacher(batch: PackedBatch, options: DistillationConfig) -> PackedBatch:
+    """Return a batch with the rows of a stored teacher, as many tokens in each as its store keeps; they have no content."""
+    store = Path(options.stored)
+    kept = read_facts(store, "distillation.stored").kept if store.is_dir() else KEPT
+    tokens = (batch.loss_weights > 0).nonzero()[:, 0]
+    count = len(tokens)
+    ids, log_probabilities = torch.zeros(count, kept, dtype=torch.int32), torch.zeros(count, kept)
+    teacher = TeacherRows(tokens, ids, log_probabilities.half(), torch.zeros(count))
+    return replace(batch, teacher=teacher)
 
 
 def with_content(batch: PackedBatch, vocabulary: int, seed: int) -> PackedBatch:

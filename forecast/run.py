@@ -11,7 +11,12 @@ from visionloom.common.progress import PartProgress
 from visionloom.forecast.estimate import estimate
 from visionloom.forecast.faults import memory_faults, mixed_faults
 from visionloom.forecast.kinds import RankKind, rank_kinds
-from visionloom.forecast.packs import ImaginedPacks, PackChoice, packs_for
+from visionloom.forecast.packs import (
+    ImaginedPacks,
+    PackChoice,
+    packs_for,
+    with_stored_teacher,
+)
 from visionloom.forecast.phase_traces import PhaseTraces, TracedKind
 from visionloom.forecast.request import PlanRequest
 from visionloom.forecast.results import PhaseForecast, RankForecast, RunForecast
@@ -135,7 +140,11 @@ def trace_one(order: TraceOrder) -> RankTrace:
     """Return the trace of a rank; runs in a worker, since it replaces parts of torch."""
     from visionloom.forecast.imagine import trace_rank
 
-    batches = [order.packs.batch(order.share)] * order.micro_batches
+    batch = order.packs.batch(order.share)
+    distillation = order.config.phases[order.phase].distillation
+    if distillation is not None and distillation.stored:
+        batch = with_stored_teacher(batch, distillation)
+    batches = [batch] * order.micro_batches
     return trace_rank(
         order.config, order.phase, order.world_size, order.rank, batches, order.imbalance
     )
@@ -257,7 +266,7 @@ class ImaginedPhase:
             layout=self.layout,
             world_size=self.request.world_size,
             sequence_length=phase.sequence_length,
-            packs=mean.assumed,
+            packs=mean.assumed + self.not_covered,
             kinds=tuple(kinds),
             micro_batches=self.micro_batches,
             micro_batch=phase.micro_batch,
@@ -265,6 +274,14 @@ class ImaginedPhase:
             flops=times * self.flops,
             tokens=float(times * mean.counts.tokens),
         )
+
+    @property
+    def not_covered(self) -> str:
+        """Return, in words, what a step of the phase has that is not traced; empty where it is all."""
+        distillation = self.settings.distillation
+        if distillation is None or not distillation.is_live:
+            return ""
+        return "; the live teacher's memory and time, and the divergence from it, are NOT in this forecast"
 
     @property
     def flops(self) -> float:

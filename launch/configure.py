@@ -213,6 +213,12 @@ def _input_folders(config: RunConfig) -> dict[str, str]:
         f"init.{each.name}": getattr(config.init, each.name) for each in fields(config.init)
     }
     optional["lora.adapter"] = config.lora.adapter
+    for name, phase in config.phases.items():
+        if (distillation := phase.distillation) is not None:
+            here, live = f"phases.{name}.distillation", distillation.teacher
+            optional[f"{here}.stored"] = distillation.stored
+            optional[f"{here}.teacher.checkpoint"] = live.checkpoint
+            optional[f"{here}.teacher.huggingface"] = live.huggingface
     folders = {"data.tokenizer": config.data.tokenizer}
     folders |= {option: path for option, path in optional.items() if path}
     for name, dataset in config.data.datasets.items():
@@ -255,8 +261,11 @@ def check_agreements(config: RunConfig, checkpoint: str = "") -> None:
     """Refuse a run whose parts do not agree; see train/agreements.py."""
     # Imported only now, since it reads tokenizers, which takes most of a second.
     from visionloom.train.agreements import check_run
+    from visionloom.train.distillation.options import check_teachers
 
     check_run(config, checkpoint)
+    if lines := list(check_teachers(config)):
+        raise UserError(*lines)
 
 
 def _check_folders(config: DictConfig, words: Sequence[str]) -> None:

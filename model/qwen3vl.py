@@ -24,10 +24,12 @@ from torch import Tensor
 
 from visionloom.model.attention import build_context
 from visionloom.model.config import ModelConfig
+from visionloom.model.distillation import DistillationLoss, RowTeacher
+from visionloom.model.distillation_config import DistillationConfig
 from visionloom.model.kept import kept
 from visionloom.model.language import LanguageModel, transformer_config
 from visionloom.model.lora_config import LoraConfig
-from visionloom.model.loss import linear_cross_entropy
+from visionloom.model.loss import CrossEntropyLoss, RowLoss, linear_loss
 from visionloom.model.rank_share import FeatureExchange, PackTensors, RankShare
 from visionloom.model.rope import mrope_rotation, text_frequencies
 from visionloom.model.vision import VisionInput, VisionTower
@@ -62,6 +64,8 @@ class ModelInput:
     """int64 [R]."""
     target_weights: Tensor
     """fp32 [R]."""
+    distillation: tuple[DistillationConfig, RowTeacher] | None = None
+    """The teacher of the R tokens, in the last chunk; None: there is none."""
 
 
 class Qwen3VL(MegatronModule):  # type: ignore[misc]
@@ -185,21 +189,27 @@ class Qwen3VL(MegatronModule):  # type: ignore[misc]
         """Run this chunk on a micro-batch.
 
         Returns:
-            in the last chunk the weighted sum of the losses, an fp32 scalar, and the loss of each supervised token, fp32 [R];
-            in others the rows for the next chunk, [t or more, 1, H].
+            in the last chunk the weighted sum of the losses, an fp32 scalar, and for each supervised token the cross-entropy and,
+            with a teacher, the divergence from it, fp32 [1 or 2, R]; in others the rows for the next chunk, [t or more, 1, H].
         """
         hidden = self._decode(inputs)
         if not self.post_process:
             return hidden
         with in_part(LOSS):
             rows = self._whole(hidden)[inputs.loss_rows, 0]
-            return linear_cross_entropy(
-                rows,
-                self.language_model.output_matrix(),
-                inputs.targets,
-                inputs.target_weights,
-                self.topology.groups.tp,
-            )
+            return linear_loss(rows, self.language_model.output_matrix(), self._row_loss(inputs))
+
+    def _row_loss(self, inputs: ModelInput) -> RowLoss:
+        group = self.topology.groups.tp
+        if inputs.distillation is None:
+            return CrossEntropyLoss(inputs.targets, inputs.target_weights, group)
+        options, teacher = inputs.distillation
+        return DistillationLoss(options, teacher, inputs.targets, inputs.target_weights, group)
+
+    def supervised_states(self, inputs: ModelInput) -> Tensor:
+        """Return the hidden states of the supervised tokens [R, H] in the last chunk, in others the rows for the next chunk."""
+        hidden = self._decode(inputs)
+        return self._whole(hidden)[inputs.loss_rows, 0] if self.post_process else hidden
 
     def logits(self, inputs: ModelInput, rows: Tensor | None = None) -> Tensor:
         """Return logits of this context rank's tokens, in the last chunk.

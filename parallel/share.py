@@ -19,6 +19,8 @@ class Share:
     """Place among the ranks that share the pictures of a pack; -1: this rank encodes none."""
     encoder_ranks: int = 1
     """Ranks that share the pictures of a pack."""
+    has_losses: bool = True
+    """Whether this rank computes losses, for which it reads what a stored teacher says."""
 
 
 ALONE: Final = Share()

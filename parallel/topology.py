@@ -85,7 +85,8 @@ class Topology:
     def share(self) -> Share:
         """Return which packs and pictures of a step this rank reads."""
         encoder_rank = -1 if self.encoder_rank is None else self.encoder_rank
-        return Share(self.data_rank, self.data_size, encoder_rank, self.config.encoder_ranks)
+        ranks = self.config.encoder_ranks
+        return Share(self.data_rank, self.data_size, encoder_rank, ranks, self.is_last_stage)
 
     @property
     def is_main(self) -> bool:

@@ -23,6 +23,8 @@ from visionloom.train.checkpoint.read import Checkpoint
 from visionloom.train.checkpoint.state_file import Inputs
 from visionloom.train.compatibility import check_same_model
 from visionloom.train.config import RunConfig
+from visionloom.train.distillation.options import model_of_teacher
+from visionloom.train.distillation.teacher import LiveTeacher, StoredTeacher, Teacher
 from visionloom.train.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
 from visionloom.train.phase_trainer import PhaseTrainer
 from visionloom.train.stream_options import stream_options
@@ -102,15 +104,50 @@ def build_model(config: RunConfig, topology: Topology, drawn: bool) -> list[Qwen
         topology: of the model.
         drawn: draw random weights from run.seed; else they are undefined, to be loaded into.
     """
-    dtype = model_dtype(config.run.precision, topology.device)
-    numbers = topology.config.chunk_numbers
-    # Made where they stay: a host need not hold them first.
-    with topology.device:
-        parts = [Qwen3VL(config.model, topology, dtype, number) for number in numbers]
+    parts = empty_parts(config.model, config.run.precision, topology)
     if drawn:
         for part in parts:
             draw_weights(part, config.model, config.run.seed, topology)
     return parts
+
+
+def empty_parts(model: ModelConfig, precision: str, topology: Topology) -> list[Qwen3VL]:
+    """Build the parts of a model, whose weights are undefined; `precision` as run.precision."""
+    dtype = model_dtype(precision, topology.device)
+    numbers = topology.config.chunk_numbers
+    # Made where they stay: a host need not hold them first.
+    with topology.device:
+        return [Qwen3VL(model, topology, dtype, number) for number in numbers]
+
+
+def load_whole(
+    model: ModelConfig, precision: str, folder: Path, option: str, topology: Topology
+) -> list[Qwen3VL]:
+    """Build a model with the weights of a checkpoint, which the option names; raises UserError as `whole_weights`."""
+    parts = empty_parts(model, precision, topology)
+    checkpoint.load_weights(whole_weights(folder, model, topology, option), parts, topology)
+    return parts
+
+
+def build_teacher(config: RunConfig, name: str, topology: Topology) -> Teacher | None:
+    """Build the teacher of a phase; None where it has none.
+
+    Raises:
+        UserError: if its weights are damaged, of another model, or adapters only.
+    """
+    options = config.phases[name].distillation
+    if options is None:
+        return None
+    if not options.is_live:
+        return StoredTeacher(options, topology.device)
+    model, option = model_of_teacher(options, f"phases.{name}.distillation")
+    if options.teacher.huggingface:
+        parts = empty_parts(model, config.run.precision, topology)
+        load_huggingface(Path(options.teacher.huggingface), parts, model, topology)
+    else:
+        folder, precision = Path(options.teacher.checkpoint), config.run.precision
+        parts = load_whole(model, precision, folder, option, topology)
+    return LiveTeacher(options, parts, topology)
 
 
 def first_weights(config: RunConfig, topology: Topology) -> list[Qwen3VL]:
@@ -141,17 +178,19 @@ def first_weights(config: RunConfig, topology: Topology) -> list[Qwen3VL]:
     return parts
 
 
-def whole_weights(folder: Path, model: ModelConfig, topology: Topology) -> Checkpoint:
-    """Return the checkpoint that init.checkpoint names.
+def whole_weights(
+    folder: Path, model: ModelConfig, topology: Topology, option: str = "init.checkpoint"
+) -> Checkpoint:
+    """Return the checkpoint that an option names.
 
     Raises:
         UserError: if it is damaged, of another model, or holds adapters only.
     """
-    first = checkpoint.whole(folder, "init.checkpoint", topology)
+    first = checkpoint.whole(folder, option, topology)
     check_same_model(first, model)
     if first.run_state.lora:
         raise UserError(
-            f"init.checkpoint={first.folder} holds adapters only: name the checkpoint that they were trained on,"
+            f"{option}={first.folder} holds adapters only: name the checkpoint that they were trained on,"
             " and export them for lora.adapter"
         )
     return first

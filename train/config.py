@@ -14,6 +14,7 @@ from visionloom.common.settings import ANY, check, likewise, option
 from visionloom.common.text import one_line
 from visionloom.data.config import DataConfig, VideoSampling
 from visionloom.model.config import GROUPS, ModelConfig
+from visionloom.model.distillation_config import DistillationConfig
 from visionloom.model.lora_config import LoraConfig
 from visionloom.parallel.config import ParallelConfig
 
@@ -170,6 +171,8 @@ class PhaseConfig:
     """Frames of videos, where they are others than data.media's."""
     parallel: ParallelConfig | None = None
     """A layout of its own; None: the run's."""
+    distillation: DistillationConfig | None = None
+    """A teacher to learn from; None: none."""
 
     @property
     def total_steps(self) -> int:

@@ -18,6 +18,7 @@ from visionloom.data.stream.batch import PackedBatch
 from visionloom.data.stream.held_out import EvaluationSet
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.parallel.config import ParallelConfig
+from visionloom.parallel.schedule import run_schedule
 from visionloom.parallel.topology import Topology
 from visionloom.train.config import EvaluationConfig
 from visionloom.train.generate import (
@@ -30,7 +31,7 @@ from visionloom.train.generate import (
 from visionloom.train.observe.screen import Screen
 from visionloom.train.report.history import NO_TASKS, RESULTS
 from visionloom.train.report.page import write_report
-from visionloom.train.step import forward_losses, run_schedule
+from visionloom.train.step import forward_losses
 from visionloom.train.step_sums import LossSums
 
 BATCHES: Final = 8

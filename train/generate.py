@@ -26,8 +26,8 @@ from visionloom.data.encode.tokenizer import (
 from visionloom.data.stream.batch import PackedBatch, pack_prompts
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.model.rank_share import RankShare
+from visionloom.parallel.schedule import run_schedule
 from visionloom.parallel.topology import Topology
-from visionloom.train.step import run_schedule
 
 PICTURE: Final = "\ufffc"
 """Stands for a picture, or for the two frames of a video's temporal patch, in the text of a question."""

@@ -132,6 +132,8 @@ def metrics_line(
         "skipped": result.skipped,
         "data_cursor": trainer.phase_step,
     }
+    if trainer.teacher is not None:
+        line["distillation_loss"] = totals.distillation_loss
     if totals.router:
         line["router"] = totals.router
     return line

@@ -12,6 +12,7 @@ from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.parallel.topology import Topology
 from visionloom.train.checkpoint.state_file import Inputs
 from visionloom.train.config import PhaseConfig
+from visionloom.train.distillation.teacher import Teacher
 from visionloom.train.overlap import gather_weights
 
 
@@ -29,6 +30,8 @@ class PhaseTrainer:
     optimizer: Any
     scheduler: Any
     stream: PackStream
+    teacher: Teacher | None = None
+    """Of a phase that distils."""
     inputs: Inputs | None = None
     """Origin of data and first weights, which its checkpoints keep."""
     settings: dict[str, Any] = field(default_factory=dict)

@@ -20,6 +20,7 @@ from visionloom.parallel import topology as topologies
 from visionloom.parallel.topology import Topology
 from visionloom.train.build import (
     build_stream,
+    build_teacher,
     build_trainer,
     draw_fresh_groups,
     model_to_load,
@@ -88,6 +89,7 @@ def train_phase(
     stream = open_stream(config, name, topology, newest, observer)
     parts = phase_model(config, name, topology, newest)
     trainer = build_trainer(config, name, topology, parts, stream)
+    trainer.teacher = build_teacher(config, name, topology)
     restore(trainer, newest)
     report_left_out(trainer, config.data, observer)
     # Only now: a start that is refused must not replace the files of checkpoints that are there.

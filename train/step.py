@@ -10,15 +10,14 @@ for the sums of the step, which are there by then. A mixture's token dispatch wa
 import functools
 import math
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor
 
 from visionloom.data.stream.batch import PackedBatch
@@ -26,7 +25,9 @@ from visionloom.model.experts import update_router_loads
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.parallel.device import to_device
 from visionloom.parallel.parts import OPTIMIZER, REDUCTION, in_part
+from visionloom.parallel.schedule import run_schedule
 from visionloom.parallel.topology import Topology
+from visionloom.train.distillation.teacher import Teacher
 from visionloom.train.phase_trainer import PhaseTrainer
 from visionloom.train.step_sums import LossSums, Signals, StepCounts, StepSums, StepTotals
 
@@ -119,14 +120,16 @@ def compute_gradients(trainer: PhaseTrainer, batches: list[PackedBatch], sums: S
         part.config.finalize_model_grads_func = reduce_gradients
         if balance_scale is not None:
             part.config.moe_grad_scale_func = balance_scale.clone
-    forward = functools.partial(forward_losses, sums=sums.losses)
+    if trainer.teacher is not None:
+        trainer.teacher.begin(batches)
+    forward = functools.partial(forward_losses, sums=sums.losses, teacher=trainer.teacher)
     run_schedule(forward, trainer.wrapped_parts, batches, topology, forward_only=False)
     # A dense model has no collective here, which would be a wait.
     if experts:
         sums.set_routers(update_router_loads(trainer.model_parts, topology))
 
     sums.reduce()
-    weight = sums.losses.values[1].sum()
+    weight = sums.losses.values[0].sum()
     # Chosen on the device: asking for the weight on the host would be a wait.
     scale = torch.where(weight > 0, 1.0 / weight, torch.zeros_like(weight)).float()
     for part in trainer.wrapped_parts:
@@ -139,39 +142,6 @@ def reduce_gradients(parts: list[Any], num_tokens: Any, **options: Any) -> None:
     finalize_model_grads(parts, None, **options)
 
 
-def run_schedule(
-    forward: Callable[..., Any],
-    parts: Sequence[Any],
-    batches: list[PackedBatch],
-    topology: Topology,
-    forward_only: bool,
-    **options: Any,
-) -> list[Any]:
-    """Run Megatron-core's schedule for this layout over all micro-batches; return what the last stage collected, empty elsewhere.
-
-    Args:
-        forward: called with an iterator over `batches` and a part of the model.
-        parts: of the model on this stage, wrapped for data parallelism or not.
-        batches: alike on all stages.
-        topology: the layout.
-        forward_only: without a backward pass.
-        options: of the schedule.
-    """
-    outputs: list[Any] = get_forward_backward_func()(
-        forward_step_func=forward,
-        data_iterator=[iter(batches) for _ in parts] if len(parts) > 1 else iter(batches),
-        model=list(parts),
-        num_microbatches=len(batches),
-        seq_length=batches[0].input_ids.numel(),
-        micro_batch_size=1,
-        forward_only=forward_only,
-        # Without pipeline stages the groups can be given; with them Megatron-core takes its own.
-        pg_collection=topology.groups if topology.config.pipeline == 1 else None,
-        **options,
-    )
-    return outputs
-
-
 def unwrapped(part: Any) -> Qwen3VL:
     """Return a part of the model without its data-parallel wrapper."""
     model: Qwen3VL = getattr(part, "module", part)
@@ -179,12 +149,14 @@ def unwrapped(part: Any) -> Qwen3VL:
 
 
 def forward_losses(
-    batches: Iterator[PackedBatch], part: Any, *, sums: LossSums
+    batches: Iterator[PackedBatch], part: Any, *, sums: LossSums, teacher: Teacher | None = None
 ) -> tuple[Tensor, Any]:
     """Run a part's forward pass of the next micro-batch, as Megatron-core's schedule calls it; `sums` gets the losses."""
     batch = next(batches)
     model = unwrapped(part)
     inputs = model.prepare(batch)
+    if model.post_process and teacher is not None:
+        inputs = replace(inputs, distillation=teacher.for_rows(batch, inputs.loss_tokens))
     output = part(inputs)
     if model.post_process:
         output, losses = output

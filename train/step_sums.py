@@ -17,6 +17,8 @@ from visionloom.model.flops import StepWork
 from visionloom.parallel.device import to_device
 from visionloom.parallel.topology import Topology
 
+LOSS_ROWS = 3
+"""Sums over the supervised tokens: weights, weighted losses, weighted divergences from a teacher."""
 ROUTER_SUMS = 3
 """Sums over the layers of a mixture: largest shares, entropies, layers."""
 
@@ -86,6 +88,8 @@ class StepTotals:
 
     loss: float
     loss_by_source: dict[str, float]
+    distillation_loss: float
+    """The divergence from the teacher, weighted as the loss; 0 without a teacher."""
     counts: StepCounts
     largest_flops: float
     """Operations of the copy of the model with the most work."""
@@ -96,17 +100,19 @@ class StepTotals:
 
 
 class LossSums:
-    """Sums of weighted losses and of weights, by source, fp64 on the device."""
+    """Sums of weights, of weighted losses and of weighted divergences from a teacher, by source, fp64 on the device."""
 
     def __init__(self, sources: Sequence[str], values: Tensor) -> None:
-        """Add to `values`, fp64 [2, sources]: losses, then weights."""
+        """Add to `values`, fp64 [LOSS_ROWS, sources]: weights, losses, divergences."""
         self.sources = tuple(sources)
         self.values = values
 
     @classmethod
     def zeros(cls, sources: Sequence[str], device: torch.device) -> "LossSums":
         """Begin with nothing added."""
-        return cls(sources, torch.zeros(2, len(sources), dtype=torch.float64, device=device))
+        return cls(
+            sources, torch.zeros(LOSS_ROWS, len(sources), dtype=torch.float64, device=device)
+        )
 
     def add(self, batch: PackedBatch, tokens: Tensor, losses: Tensor) -> None:
         """Add the losses of a micro-batch.
@@ -114,7 +120,7 @@ class LossSums:
         Args:
             batch: on the host.
             tokens: its supervised tokens of this rank, int64 [R] on the host.
-            losses: of these tokens, fp32 [R] on the device.
+            losses: of these tokens, fp32 [1 or 2, R] on the device: the cross-entropy, and the divergence from a teacher.
         """
         # One more for padding, which has no source and no weight.
         places = torch.tensor([self.sources.index(name) for name in batch.dataset_names] + [0])
@@ -122,8 +128,9 @@ class LossSums:
         # non_blocking: a plain copy would let the host wait for all that the device has yet to do.
         sources = to_device(places[batch.segment_datasets[segments]], losses.device)
         weights = to_device(batch.loss_weights[tokens].double(), losses.device)
-        self.values[0].index_add_(0, sources, weights * losses.double())
-        self.values[1].index_add_(0, sources, weights)
+        # Of divergences there is no row without a teacher.
+        rows = torch.cat([weights.unsqueeze(0), weights * losses.double()])
+        self.values[: len(rows)].index_add_(1, sources, rows)
 
     def reduce(self, topology: Topology) -> None:
         """Sum over all ranks that share the data; only the last pipeline stage has added any."""
@@ -131,7 +138,13 @@ class LossSums:
 
     def means(self) -> tuple[float, dict[str, float]]:
         """Return the loss over everything and by source; a source without weight is left out. Waits for the device."""
-        return means_of(self.sources, *self.values.tolist())
+        weights, losses, _ = self.values.tolist()
+        return means_of(self.sources, losses, weights)
+
+    def divergence(self) -> float:
+        """Return the mean divergence from a teacher over everything. Waits for the device."""
+        weights, _, divergences = self.values.sum(1).tolist()
+        return divergences / weights if weights else 0.0
 
 
 def means_of(
@@ -172,7 +185,7 @@ class StepSums:
         self.topology = topology
         self.sources = tuple(sources)
         self.sizes = (
-            2 * len(self.sources),
+            LOSS_ROWS * len(self.sources),
             len(fields(StepCounts)),
             len(fields(Signals)),
             topology.data_size,
@@ -189,7 +202,7 @@ class StepSums:
 
         self.vector = to_device(host, topology.device)
         losses, _, _, _, self._router_sums, self._router_largest = self.vector.split(self.sizes)
-        self.losses = LossSums(self.sources, losses.view(2, -1))
+        self.losses = LossSums(self.sources, losses.view(LOSS_ROWS, -1))
 
     def set_routers(self, health: Tensor) -> None:
         """Put in the health of this pipeline stage's routers, fp64 [4] of `update_router_loads`."""
@@ -210,10 +223,12 @@ class StepSums:
         losses, counts, signals, flops, router_sums, router_largest = self.vector.cpu().split(
             self.sizes
         )
-        loss, by_source = means_of(self.sources, *losses.view(2, -1).tolist())
+        read = LossSums(self.sources, losses.view(LOSS_ROWS, -1))
+        loss, by_source = read.means()
         return StepTotals(
             loss=loss,
             loss_by_source=by_source,
+            distillation_loss=read.divergence(),
             counts=StepCounts(*map(int, counts.tolist())),
             largest_flops=max(flops.tolist()),
             router=_router_means(router_sums.tolist(), router_largest.tolist()),

@@ -18,4 +18,5 @@ def stream_options(config: RunConfig, name: str) -> StreamOptions:
         loss=phase.loss,
         seed=config.run.seed,
         cost=cost_model(config.model, set(phase.trainable), lora),
+        teacher=phase.distillation.stored if phase.distillation else "",
     )

@@ -40,6 +40,8 @@ class StreamOptions:
     """Of all orders."""
     cost: CostModel = field(default_factory=CostModel)
     """Work of a pack; it balances ranks only."""
+    teacher: str = ""
+    """Folder of a stored teacher, whose rows ride in the packs; empty: none."""
 
     @property
     def patch_budget(self) -> int:

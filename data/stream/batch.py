@@ -15,6 +15,7 @@ from visionloom.data.encode.encode import EncodedSample
 from visionloom.data.encode.patches import Unit, row_width, widen
 from visionloom.data.plan.deal import DealtUnits, deal_units
 from visionloom.data.plan.open import StreamOptions
+from visionloom.data.stream.teacher_store import StoredRows
 from visionloom.parallel.share import ALONE, Share
 
 EXPONENTS: Final = {"token": 0.0, "sqrt": 0.5, "sample": 1.0}
@@ -27,6 +28,20 @@ IGNORED: Final = -100
 Decode = Callable[[int, Sequence[Unit], NDArray[np.uint8]], bool]
 """Fill the patch rows (uint8 [rows, width]) of some units of a sample, given by its number in the batch; return False
 if they cannot be read."""
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherRows:
+    """A teacher's k most probable tokens at L tokens of a batch, all that are supervised among them."""
+
+    tokens: Tensor
+    """int64 [L], increasing: rows of the batch."""
+    ids: Tensor
+    """int32 [L, k]."""
+    log_probabilities: Tensor
+    """float16 or float32 [L, k]."""
+    log_rest: Tensor
+    """float32 [L]: logarithm of the mass of all other tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +85,8 @@ class PackedBatch:
     """Tokens that are not padding."""
     unreadable: Tensor
     """bool [S]: segments whose pictures this rank could not read; here they have no loss, see `without`."""
+    teacher: TeacherRows | None = None
+    """Of a phase with a stored teacher, on ranks that compute losses."""
 
     @property
     def patch_count(self) -> int:
@@ -169,6 +186,34 @@ def pack(
         real_tokens=int(np.count_nonzero(~text.padding_mask)),
         unreadable=torch.tensor(text.unreadable, dtype=torch.bool),
     )
+
+
+def with_teacher(
+    batch: PackedBatch, samples: Sequence[EncodedSample], rows: Sequence[StoredRows | None]
+) -> PackedBatch:
+    """Return a batch with what a teacher says of its samples; None: nothing, as of one without a supervised token."""
+    # padding has a segment, and no sample
+    starts = batch.cu_seqlens[:-1][batch.segment_datasets >= 0].tolist()
+    tokens, said = list[NDArray[np.int64]](), list[StoredRows]()
+    for start, sample, own in zip(starts, samples, rows, strict=True):
+        if own is not None:
+            # the token before a supervised one predicts it
+            tokens.append(start - 1 + np.flatnonzero(sample.target_weights > 0))
+            said.append(own)
+    if not said:
+        return replace(batch, teacher=_NOTHING_SAID)
+    joined = StoredRows.joined(said)
+    arrays = np.concatenate(tokens), joined.ids, joined.log_probabilities, joined.log_rest
+    return replace(batch, teacher=TeacherRows(*map(torch.from_numpy, arrays)))
+
+
+_NOTHING_SAID: Final = TeacherRows(
+    torch.empty(0, dtype=torch.int64),
+    torch.empty(0, 1, dtype=torch.int32),
+    torch.empty(0, 1),
+    torch.empty(0),
+)
+"""Of a batch of padding."""
 
 
 def pack_prompts(

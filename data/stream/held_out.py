@@ -9,15 +9,13 @@ from visionloom.common.errors import UserError
 from visionloom.data.config import DataConfig
 from visionloom.data.encode.encode import EncodedSample, encode
 from visionloom.data.encode.tokenizer import Tokenizer
-from visionloom.data.plan.best_fit import PackBudget, pack_samples
 from visionloom.data.plan.dataset_with_lengths import DatasetWithLengths
-from visionloom.data.plan.deal import CostModel, PlannedPack, deal
+from visionloom.data.plan.deal import deal
 from visionloom.data.plan.mixture import key_of, permutation
 from visionloom.data.plan.open import StreamOptions
-from visionloom.data.plan.plan_blocks import work_of
-from visionloom.data.plan.resumable import Rows
 from visionloom.data.shards.sample import SampleError
 from visionloom.data.stream.batch import PackedBatch, PackLayout
+from visionloom.data.stream.in_order import pack_in_order
 from visionloom.data.stream.quarantine import Quarantine
 from visionloom.data.stream.reader import Reader
 from visionloom.parallel.share import ALONE, Share
@@ -63,36 +61,11 @@ class EvaluationSet:
             options.longest_sample, options.patch_budget, "the sequence length"
         )
         rows, _ = parts.of(self.indices)
-        packs = self._packs(rows, options, share.data_size * micro_batch)
+        packs = pack_in_order(rows, 0, options, share.data_size * micro_batch)
         reader = Reader([self.dataset], [parts], self.data, self.tokenizer, Quarantine())
         layout = PackLayout.of(options, (self.name,), self.tokenizer.pad_id)
         for micro in deal(packs, share.data_size, micro_batch)[share.data_rank]:
             yield reader.batch([one.places for one in micro], layout, share)
-
-    def _packs(self, rows: Rows, options: StreamOptions, multiple: int) -> list[PlannedPack]:
-        """Pack parts (dtype PART), and add packs of padding: as many as make up a multiple."""
-        budget = PackBudget(
-            options.sequence_length,
-            options.patch_budget,
-            self.data.packing_window_samples,
-            self.data.sample_token_multiple,
-        )
-        packs = []
-        for numbers in pack_samples(rows["tokens"].tolist(), rows["patches"].tolist(), budget):
-            packs.append(self._planned_pack(rows[numbers]))
-        # every rank must take part in as many steps
-        lacking = -len(packs) % multiple
-        return packs + [PlannedPack((), 0.0)] * lacking
-
-    @staticmethod
-    def _planned_pack(rows: Rows) -> PlannedPack:
-        """Return the pack of these parts (dtype PART) of the only dataset, whose number is 0."""
-        samples, part_numbers = rows["sample"].tolist(), rows["part_number"].tolist()
-        places = []
-        for sample, part_number in zip(samples, part_numbers, strict=True):
-            places.append((0, sample, part_number))
-        work = work_of(rows["tokens"], rows["patches"], rows["patch_pairs"]).sum(0)
-        return PlannedPack(tuple(places), float(CostModel().of(work)))
 
     def questions(self, share: Share = ALONE) -> Iterator[EncodedSample]:
         """Yield a rank's share of the samples that have an answer, with their patches; unreadable ones are left out.

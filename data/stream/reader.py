@@ -27,9 +27,11 @@ from visionloom.data.stream.batch import (
     PackLayout,
     all_grids,
     pack,
+    with_teacher,
 )
 from visionloom.data.stream.quarantine import Quarantine, stand_in
 from visionloom.data.stream.read_ahead import AheadReader, ByteBudget, Wanted
+from visionloom.data.stream.teacher_store import StoredRows, TeacherStore
 from visionloom.parallel.share import ALONE, Share
 
 CACHED_TOKENS: Final = 1 << 20
@@ -48,6 +50,7 @@ class Reader:
         data: the input of the run.
         tokenizer: of the run.
         quarantine: of unreadable samples.
+        teacher: whose rows its batches have; None: none.
     """
 
     def __init__(
@@ -57,8 +60,9 @@ class Reader:
         data: DataConfig,
         tokenizer: Tokenizer,
         quarantine: Quarantine,
+        teacher: TeacherStore | None = None,
     ) -> None:
-        self.datasets, self.parts = datasets, parts
+        self.datasets, self.parts, self.teacher = datasets, parts, teacher
         self.rules, self.tokenizer, self.quarantine = data.media, tokenizer, quarantine
         self.budget = ByteBudget(data.store.bytes_in_flight)
         # starts no thread before a remote dataset is read
@@ -177,7 +181,31 @@ class Reader:
         wanted = self._wanted(places, samples, share)
         with AheadReader(wanted, self.budget, self._threads) as ahead:
             decode = self._decoder(places, samples, ahead, step)
-            return pack(laid_out, layout, decode, share)
+            batch = pack(laid_out, layout, decode, share)
+        # After the media: a sample that cannot be read keeps its place, and its rows.
+        if self.teacher is None:
+            return batch
+        rows = self._teacher_rows(self.teacher, places, samples, share)
+        return with_teacher(batch, samples, rows) if share.has_losses else batch
+
+    def _teacher_rows(
+        self,
+        store: TeacherStore,
+        places: Sequence[Place],
+        samples: Sequence[EncodedSample],
+        share: Share,
+    ) -> list[StoredRows | None]:
+        """Return what a stored teacher says of each sample, nothing where this share has no losses."""
+        rows: list[StoredRows | None] = []
+        for (dataset, index, part_number), sample in zip(places, samples, strict=True):
+            if not sample.supervised_tokens:
+                rows.append(None)
+                continue
+            # On all ranks: a sample that is missing must end all of them.
+            location = self.datasets[dataset].shards.location(index)
+            entry = store.find(sample, location, part_number)
+            rows.append(store.read(entry) if share.has_losses else None)
+        return rows
 
     def _will_read(self, places: Sequence[Place]) -> None:
         for number, index, _ in places:

@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from visionloom.common.errors import UserError
 from visionloom.data.encode.encode import EncodedSample
 from visionloom.data.encode.tokenizer import Tokenizer
@@ -11,8 +13,10 @@ from visionloom.data.plan.cursor import Origin, changes, check_state
 from visionloom.data.plan.deal import PlannedPack, deal
 from visionloom.data.plan.open import StreamOptions, dataset_weights, open_datasets, open_plan
 from visionloom.data.stream.batch import PackedBatch, PackLayout
+from visionloom.data.stream.in_order import pack_in_order
 from visionloom.data.stream.quarantine import Quarantine
 from visionloom.data.stream.reader import Reader
+from visionloom.data.stream.teacher_store import TeacherStore
 from visionloom.parallel.share import Share
 
 
@@ -47,6 +51,7 @@ class PackStream:
             data,
             self.tokenizer,
             Quarantine(quarantine, data.max_bad_fraction),
+            _open_teacher(options),
         )
         self.layout = PackLayout.of(options, tuple(names), self.tokenizer.pad_id)
 
@@ -118,6 +123,21 @@ class PackStream:
         """Read the samples of packs of the plan, without their pictures."""
         return [self._reader.read(pack.places) for pack in packs]
 
+    def packs_in_order(self, number: int, samples: range, multiple: int) -> list[PlannedPack]:
+        """Pack a run of a dataset's samples, in all parts that the phase uses, each once; without those that have no loss.
+
+        Args:
+            number: of the dataset.
+            samples: the run.
+            multiple: packs of padding are added to make up one.
+        """
+        rows, _ = self.plan.entries[number].parts.of(np.arange(samples.start, samples.stop))
+        return pack_in_order(rows[rows["supervised"] > 0], number, self.options, multiple)
+
+    def batch_of(self, pack: PlannedPack, share: Share) -> PackedBatch:
+        """Read one pack as a batch of its own, with the pictures of this share."""
+        return self._reader.batch([pack.places], self.layout, share)
+
     def state(self, step: int) -> dict[str, Any]:
         """Return the cursor before a step, for the checkpoint: JSON, the same on every rank and for every layout."""
         return self.plan.state(step)
@@ -156,3 +176,11 @@ class PackStream:
                 f" data.on_change=new_phase, or set run.name to start a new run"
             )
         return changed
+
+
+def _open_teacher(options: StreamOptions) -> TeacherStore | None:
+    """Open the stored teacher of a phase, if it has one."""
+    if not options.teacher:
+        return None
+    option = f"phases.{options.phase_name}.distillation.stored"
+    return TeacherStore(Path(options.teacher), option)

@@ -1,6 +1,6 @@
 """Words of the command line that Hydra cannot apply: they are applied to what it has composed.
 
-OmegaConf refuses to override inside an optional section that is None (a phase's layout), and to add an entry to a mapping of
+OmegaConf refuses to override inside an optional section that is None (a phase's layout or teacher), and to add an entry to a mapping of
 dataclasses; of entries to remove it does not say which there are.
 """
 
@@ -15,14 +15,17 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from visionloom.common.errors import UserError
 from visionloom.data.config import DatasetConfig
 from visionloom.launch.composing.explain import nothing_to_remove
+from visionloom.model.distillation_config import DistillationConfig
 from visionloom.parallel.config import ParallelConfig
 from visionloom.train.config import PhaseConfig
 
 _MAPPINGS: Final = r"(?:phases|data\.datasets|data\.validation)"
 _REMOVED: Final = rf"~{_MAPPINGS}\.[^.=]+$"
 _ADDED: Final = rf"\+{{1,2}}{_MAPPINGS}\.[^.=]+[.=]"
-_LAYOUT: Final = r"\+{0,2}phases\.[^.=]+\.parallel[.=]"
-LATE: Final = re.compile(f"{_REMOVED}|{_LAYOUT}|{_ADDED}")
+_OPTIONAL: Final[dict[str, type]] = {"parallel": ParallelConfig, "distillation": DistillationConfig}
+"""Sections of a phase that are None unless something in them is set."""
+_IN_OPTIONAL: Final = rf"\+{{0,2}}phases\.[^.=]+\.(?:{'|'.join(_OPTIONAL)})[.=]"
+LATE: Final = re.compile(f"{_REMOVED}|{_IN_OPTIONAL}|{_ADDED}")
 """Beginnings of such words."""
 
 
@@ -59,8 +62,9 @@ class EntryOverride:
 
         self.add_missing()
         entry: Any = self.mapping[self.name]
-        if self.fields[:1] == ["parallel"] and entry.parallel is None:
-            entry.parallel = ParallelConfig()
+        section = self.fields[0] if self.is_phase and self.fields else ""
+        if section in _OPTIONAL and entry[section] is None:
+            entry[section] = _OPTIONAL[section]()
         # The datasets of a mixture are free names, which OmegaConf adds only when forced.
         is_new = "mixture" in self.fields
         OmegaConf.update(self.config, self.path, self.override.value(), force_add=is_new)

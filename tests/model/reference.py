@@ -172,6 +172,7 @@ class TestPack:
     sample_ids: tuple[str, ...] = ()
 
     lost: Tensor | None = None
+    teacher: Any = None
 
     @property
     def unreadable(self) -> Tensor:

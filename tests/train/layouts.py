@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from visionloom.data.stream.batch import TeacherRows
 from visionloom.model.config import ModelConfig
+from visionloom.model.distillation_config import DistillationConfig
 from visionloom.model.sharding import canonical_parameters, cut, full_shape
 from visionloom.parallel import topology as topologies
 from visionloom.parallel.config import ParallelConfig
@@ -61,6 +63,8 @@ class Case:
     """Whether adapters, with both factors drawn, train alone."""
     optimizer: str = "adamw"
     moments: str = "fp32"
+    teacher: str = ""
+    """`live`: a wider model beside the student; `stored`: tokens drawn for each pack; empty: none."""
 
     @property
     def model(self) -> ModelConfig:
@@ -88,11 +92,12 @@ class Layout:
 
 
 def packs_of(content: str) -> list[TestPack]:
-    """The micro-batches of the global batch, with positions from transformers."""
+    """The micro-batches of the global batch, with positions from transformers and rows of a stored teacher."""
     theirs = reference_model(tiny_config(), 0)
-    return [
+    packs = [
         make_pack(theirs, examples_of(samples), LENGTH, MULTIPLE) for samples in CONTENTS[content]
     ]
+    return with_teacher(packs)
 
 
 def packs_of_each(samples: list[list[Any]]) -> list[TestPack]:
@@ -106,11 +111,44 @@ def examples_of(samples: list[list[Any]]) -> list[Example]:
     return [make_example(parts, zlib.crc32(repr(parts).encode())) for parts in samples]
 
 
-def weigh(chunk: Any, topology: Topology) -> None:
+def with_teacher(packs: list[TestPack]) -> list[TestPack]:
+    """The packs with four tokens at each supervised one, of random masses that leave some for all others."""
+    made = []
+    for number, pack in enumerate(packs):
+        generator = torch.Generator().manual_seed(number)
+        tokens = (pack.loss_weights > 0).nonzero()[:, 0]
+        logits = torch.randn(len(tokens), 96, generator=generator) * 3
+        log_probabilities, ids = logits.log_softmax(1).topk(4)
+        rest = logits.log_softmax(1).scatter(1, ids, -torch.inf).logsumexp(1)
+        rows = TeacherRows(tokens, ids.int(), log_probabilities.half(), rest)
+        made.append(replace(pack, teacher=rows))
+    return made
+
+
+def teacher_of(case: Case, topology: Topology) -> Any:
+    """The teacher of a case, in the layout of the student; None: it has none."""
+    from visionloom.model.qwen3vl import Qwen3VL
+    from visionloom.train.distillation.teacher import LiveTeacher, StoredTeacher
+
+    options = DistillationConfig(temperature=2.0, weight=2.0, cross_entropy_weight=0.5)
+    if case.teacher == "stored":
+        options.direction = "reverse"
+        return StoredTeacher(options, topology.device)
+    if not case.teacher:
+        return None
+    text = replace(case.model.text, hidden_size=96)
+    model, numbers = replace(case.model, text=text), topology.config.chunk_numbers
+    parts = [Qwen3VL(model, topology, torch.float32, number) for number in numbers]
+    for part in parts:
+        weigh(part, topology, "teacher ")
+    return LiveTeacher(options, parts, topology)
+
+
+def weigh(chunk: Any, topology: Topology, whose: str = "") -> None:
     """Weights large enough that every part of the model matters, drawn by canonical name."""
     with torch.no_grad():
         for name, parameter in canonical_parameters(chunk):
-            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{whose}{name}".encode()))
             centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
             full = (
                 centre
@@ -222,7 +260,10 @@ def build(
     optimizer = build_optimizer(wrapped, optim, phase, bf16) if sharded else None
     scheduler = build_scheduler(optimizer, optim, phase) if sharded else None
     stream: Any = type("Stream", (), {"datasets": [type("Dataset", (), {"name": "test"})]})
-    return PhaseTrainer("test", phase, topology, chunks, wrapped, optimizer, scheduler, stream)
+    teacher = teacher_of(layout.case, topology)
+    return PhaseTrainer(
+        "test", phase, topology, chunks, wrapped, optimizer, scheduler, stream, teacher
+    )
 
 
 def backward(layout: Layout, packs: list[TestPack]) -> tuple[Any, float]:
@@ -236,7 +277,8 @@ def backward(layout: Layout, packs: list[TestPack]) -> tuple[Any, float]:
         mine: list[Any] = deal(packs, stage.topology, layout.one_encoder)
         sums = open_sums(stage, mine)
         compute_gradients(stage, mine, sums)
-    return stage, sums.totals().loss
+    totals = sums.totals()
+    return stage, totals.loss + totals.distillation_loss
 
 
 def trainable(stage: Any) -> dict[str, Any]:

@@ -39,11 +39,15 @@ GRADIENTS, CURVES = 1e-5, 1e-4
 MIXTURE = Case(experts=8)
 ADAPTERS, EXPERT_ADAPTERS = Case(lora=True), Case(experts=8, lora=True)
 LANGUAGE_ADAPTERS = Case(lora=True, trainable=("language",))
+LIVE, STORED = Case(teacher="live"), Case(teacher="stored")
+LIVE_MIXTURE = Case(experts=8, teacher="live")
 QUICK = (
     "tensor 2",
     "pipeline 2, virtual 2, levels travel",
     "context 2",
     "tensor 2 x expert 2",
+    "live teacher, tensor 2",
+    "stored teacher, context 2",
 )
 
 
@@ -154,6 +158,33 @@ LAYOUTS: dict[str, Layout] = {
     "adapters, tensor 2 x expert 2 x expert tensor 2": replace(
         mixture(4, tensor=2, expert=2, expert_tensor=2), case=EXPERT_ADAPTERS
     ),
+    "live teacher, data 2": replace(dense(2), case=LIVE),
+    "live teacher, tensor 2": replace(dense(2, tensor=2), case=LIVE),
+    "live teacher, tensor 2, recompute full": replace(
+        dense(2, tensor=2, recompute="full"), case=LIVE
+    ),
+    "live teacher, context 2": replace(dense(2, context=2), case=LIVE),
+    "live teacher, pipeline 2, levels travel": replace(
+        dense(2, pipeline=2, pipeline_layout="Et|tttL"), case=LIVE
+    ),
+    "live teacher, pipeline 2, virtual 2": replace(
+        dense(2, pipeline=2, virtual_pipeline=2), case=LIVE
+    ),
+    "live teacher, tensor 2 x context 2": replace(dense(4, tensor=2, context=2), case=LIVE),
+    "live teacher, tensor 2 x pipeline 2": replace(dense(4, tensor=2, pipeline=2), case=LIVE),
+    "live teacher, tensor 2 x expert 2": replace(mixture(2, tensor=2, expert=2), case=LIVE_MIXTURE),
+    "live teacher, language only, pipeline 2 x data 2": replace(
+        dense(4, pipeline=2), case=replace(LIVE, trainable=("language",))
+    ),
+    "live teacher, adapters, tensor 2": replace(dense(2, tensor=2), case=replace(LIVE, lora=True)),
+    "stored teacher, data 2": replace(dense(2), case=STORED),
+    "stored teacher, tensor 2": replace(dense(2, tensor=2), case=STORED),
+    "stored teacher, context 2": replace(dense(2, context=2), case=STORED),
+    "stored teacher, pipeline 2, virtual 2": replace(
+        dense(2, pipeline=2, virtual_pipeline=2), case=STORED
+    ),
+    "stored teacher, tensor 2 x context 2": replace(dense(4, tensor=2, context=2), case=STORED),
+    "stored teacher, context 2 x pipeline 2": replace(dense(4, context=2, pipeline=2), case=STORED),
 }
 
 
@@ -193,7 +224,8 @@ def references(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Refe
 
 
 def marked(name: str) -> object:
-    later = pytest.mark.long if name.startswith("adapters") else pytest.mark.parity
+    is_later = name.startswith(("adapters", "live", "stored"))
+    later = pytest.mark.long if is_later else pytest.mark.parity
     return pytest.param(name, marks=() if name in QUICK else later)
 
 

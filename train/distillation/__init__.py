@@ -1,0 +1,1 @@
+"""Teachers of a phase that distils, live and stored, and the pass that stores one."""

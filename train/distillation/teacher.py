@@ -1,0 +1,110 @@
+"""The teacher of a phase that distils: a live model on the student's ranks, or stored log-probabilities that came with the packs."""
+
+import functools
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from visionloom.common.errors import UserError
+from visionloom.data.stream.batch import PackedBatch
+from visionloom.model.distillation import HiddenTeacher, RowTeacher, TopKTeacher
+from visionloom.model.distillation_config import DistillationConfig
+from visionloom.model.qwen3vl import Qwen3VL
+from visionloom.parallel.device import to_device
+from visionloom.parallel.schedule import run_schedule
+from visionloom.parallel.topology import Topology
+
+Distillation = tuple[DistillationConfig, RowTeacher]
+"""What a model's input has of a teacher."""
+
+
+class Teacher(Protocol):
+    """What a step asks of a teacher, on every rank."""
+
+    def begin(self, batches: Sequence[PackedBatch]) -> None:
+        """Prepare for the micro-batches of a step; all ranks call it."""
+
+    def for_rows(self, batch: PackedBatch, tokens: Tensor) -> Distillation:
+        """Return the options and the teacher's distributions, on a rank of the last stage, for its micro-batches in order.
+
+        Args:
+            batch: on the host.
+            tokens: its supervised tokens of this rank, int64 [R] on the host.
+        """
+
+
+class StoredTeacher:
+    """A teacher whose most probable tokens ride in the packs."""
+
+    def __init__(self, options: DistillationConfig, device: torch.device) -> None:
+        """Hand out on `device` what the packs bring."""
+        self.options, self.device = options, device
+
+    def begin(self, batches: Sequence[PackedBatch]) -> None:
+        """Do nothing: the packs have it all."""
+
+    def for_rows(self, batch: PackedBatch, tokens: Tensor) -> Distillation:
+        """Return the rows of these tokens; see Teacher."""
+        stored = batch.teacher
+        assert stored is not None, "the stream of a phase with a store attaches its rows"
+        # The host knows both: the device is not asked, and not waited for.
+        places = torch.searchsorted(stored.tokens, tokens)
+        known = places < len(stored.tokens)
+        if not known.all() or not torch.equal(stored.tokens[places], tokens):
+            raise UserError(
+                "the teacher could not read pictures that the student can: store it again by launch/teacher.py"
+            )
+        wanted = TopKTeacher(stored.ids, stored.log_probabilities, stored.log_rest).at(places)
+        return self.options, TopKTeacher(
+            to_device(wanted.ids, self.device),
+            to_device(wanted.log_probabilities, self.device),
+            to_device(wanted.log_rest, self.device),
+        )
+
+
+class LiveTeacher:
+    """A frozen model in the student's layout, which runs over the packs of a step before the student does.
+
+    Of each micro-batch only the hidden states of its supervised tokens are kept.
+    """
+
+    def __init__(
+        self, options: DistillationConfig, parts: list[Qwen3VL], topology: Topology
+    ) -> None:
+        """Freeze the parts of the teacher on this rank's stage."""
+        self.options, self.parts, self.topology = options, parts, topology
+        self.states: deque[Tensor] = deque()
+        """[R, H] of the micro-batches that the student has not come to."""
+        for part in parts:
+            part.requires_grad_(False)
+            part.eval()
+
+    def begin(self, batches: Sequence[PackedBatch]) -> None:
+        """Run over the micro-batches; see Teacher."""
+        # Of a step that failed some may be left.
+        self.states.clear()
+        with torch.no_grad():
+            run_schedule(self._forward, self.parts, batches, self.topology, forward_only=True)
+
+    def _forward(self, batches: Iterator[PackedBatch], part: Qwen3VL) -> tuple[Tensor, Any]:
+        """Run a part of the teacher over the next micro-batch, as Megatron-core's schedule calls it."""
+        states = part.supervised_states(part.prepare(next(batches)))
+        if not part.post_process:
+            return states, None
+        self.states.append(states)
+        nothing = torch.zeros([], device=states.device)
+        no_tokens = torch.zeros([], dtype=torch.int, device=states.device)
+        return nothing, functools.partial(_counted, no_tokens)
+
+    def for_rows(self, batch: PackedBatch, tokens: Tensor) -> Distillation:
+        """Return the hidden states of the next micro-batch; see Teacher."""
+        # The last part of the last stage has it, wherever the embedding is.
+        weight = self.parts[-1].language_model.output_matrix()
+        return self.options, HiddenTeacher(self.states.popleft(), weight)
+
+
+def _counted(no_tokens: Tensor, total: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    return total, no_tokens, {}
