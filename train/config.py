@@ -290,6 +290,8 @@ class EvaluationConfig:
     """Most samples of each validation dataset."""
     phase_samples: int = option(64, "free", least=0, most=10**7)
     """Most samples of each validation dataset for the held-out loss at the start and end of a phase; 0: none."""
+    phase_answers: int = option(0, "free", least=0, most=10**7)
+    """Most samples of each validation dataset that are answered at the end of a phase, for the accuracy of tasks; 0: none."""
     pack_tokens: int = option(4096, "free", least=1, most=2**24)
     """Tokens of a pack in generation."""
     max_new_tokens: int = option(64, "free", least=1, most=2**20)

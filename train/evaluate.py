@@ -4,7 +4,7 @@ import functools
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
@@ -98,11 +98,11 @@ def _whole_rounds(batches: list[PackedBatch], topology: Topology) -> list[Packed
 
 
 def predictions(
-    held_out: HeldOut, model_parts: list[Qwen3VL], topology: Topology, name: str
+    held_out: HeldOut, model_parts: list[Qwen3VL], topology: Topology, name: str, samples: int
 ) -> Iterator[Prediction]:
-    """Yield greedy answers to this rank's share of a validation dataset's samples that have a task."""
+    """Yield greedy answers to this rank's share of those of at most `samples` samples of a dataset that have a task."""
     settings = held_out.evaluation
-    dataset = EvaluationSet(held_out.data, name, settings.samples)
+    dataset = EvaluationSet(held_out.data, name, samples)
     decoder = GreedyDecoder(model_parts, topology, dataset.tokenizer, settings.max_new_tokens)
     questions = dataset.questions(topology.share)
     # Without a task there is no right answer to compare with.
@@ -110,6 +110,40 @@ def predictions(
     for batch in in_batches(asked, settings.pack_tokens):
         for sample, text in zip(batch, decoder.answers(batch), strict=True):
             yield Prediction(sample, text, question_text(sample, dataset.tokenizer))
+
+
+@dataclass
+class Marks:
+    """Right answers by task, of all ranks."""
+
+    asked: Counter[str] = field(default_factory=Counter)
+    right: Counter[str] = field(default_factory=Counter)
+
+    def add(self, answers: list[Prediction], topology: Topology) -> None:
+        """Count the answers of all data ranks; all ranks call it together."""
+        own = [(answer.sample.task, answer.correct) for answer in answers]
+        for part in topology.gather_over_data(own):
+            for task, correct in part:
+                self.asked[task] += 1
+                self.right[task] += correct
+
+    def by_task(self) -> dict[str, dict[str, float]]:
+        """Return {task: {"accuracy": x, "n": n}}."""
+        tasks = {}
+        for task, count in sorted(self.asked.items()):
+            tasks[task] = {"accuracy": self.right[task] / count, "n": count}
+        return tasks
+
+
+def task_accuracies(
+    held_out: HeldOut, model_parts: list[Qwen3VL], topology: Topology, samples: int
+) -> dict[str, dict[str, float]]:
+    """Answer at most `samples` samples of each validation dataset; return {task: {"accuracy": x, "n": n}} on all ranks."""
+    marks = Marks()
+    for name in held_out.data.validation:
+        answers = list(predictions(held_out, model_parts, topology, name, samples))
+        marks.add(answers, topology)
+    return marks.by_task()
 
 
 def evaluate_model(
@@ -137,22 +171,14 @@ def evaluate_model(
     datasets = held_out.data.validation
     # Rounded up, so that each dataset shows at least one.
     shown_of_each = -(-held_out.evaluation.report_samples // max(1, len(datasets)))
-    asked: Counter[str] = Counter()
-    right: Counter[str] = Counter()
-    shown: list[Prediction] = []
+    marks, shown = Marks(), list[Prediction]()
     for name in datasets:
-        answers = list(predictions(held_out, model_parts, topology, name))
-        marks = [(answer.sample.task, answer.correct) for answer in answers]
-        for part in topology.gather_over_data(marks):
-            for task, correct in part:
-                asked[task] += 1
-                right[task] += correct
+        samples = held_out.evaluation.samples
+        answers = list(predictions(held_out, model_parts, topology, name, samples))
+        marks.add(answers, topology)
         shown += answers[:shown_of_each]
 
-    tasks = {}
-    for task, count in sorted(asked.items()):
-        tasks[task] = {"accuracy": right[task] / count, "n": count}
-    results = {"step": step, "loss": losses, "tasks": tasks}
+    results = {"step": step, "loss": losses, "tasks": marks.by_task()}
     if topology.is_main:
         with replacing(folder / RESULTS) as file:
             file.write((json.dumps(results, indent=1) + "\n").encode())
@@ -170,7 +196,9 @@ def evaluate_model(
 
 def print_results(results: dict[str, Any], screen: Screen) -> None:
     """Print the results as two tables; an empty one is left out, and a line says how to name a task."""
-    tasks = Table("task", "accuracy", "samples", title="held-out answers (greedy, exact match)")
+    tasks = Table(
+        "task", "accuracy", "samples", title="held-out answers (greedy; boxes at IoU 0.5)"
+    )
     for task, result in results["tasks"].items():
         tasks.add_row(task, f"{result['accuracy']:.1%}", str(result["n"]))
     losses = Table("source", "loss", title="held-out loss")

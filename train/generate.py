@@ -16,7 +16,6 @@ from torch import Tensor
 from visionloom.data.encode.encode import EncodedSample, extend, prompt_of
 from visionloom.data.encode.tokenizer import (
     IMAGE,
-    THINK_END,
     TURN_START,
     VIDEO,
     VISION_END,
@@ -28,6 +27,7 @@ from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.model.rank_share import RankShare
 from visionloom.parallel.schedule import run_schedule
 from visionloom.parallel.topology import Topology
+from visionloom.train.scores import is_right
 
 PICTURE: Final = "\ufffc"
 """Stands for a picture, or for the two frames of a video's temporal patch, in the text of a question."""
@@ -45,13 +45,8 @@ class Prediction:
 
     @property
     def correct(self) -> bool:
-        """Return whether the answer equals the reference word for word; thoughts before it are not compared."""
-        return final_answer(self.text) == final_answer(self.sample.answer or "")
-
-
-def final_answer(text: str) -> str:
-    """Return the text after the thoughts, without surrounding white space."""
-    return text.rpartition(THINK_END)[2].strip()
+        """Return whether the answer is right; see `scores.is_right`."""
+        return is_right(self.text, self.sample.answer or "")
 
 
 def question_text(sample: EncodedSample, tokenizer: Tokenizer) -> str:

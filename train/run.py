@@ -34,7 +34,7 @@ from visionloom.train.checkpoint.read import Checkpoint
 from visionloom.train.checkpoint.write import Saver, check_room, first_fault
 from visionloom.train.compatibility import check_same_adapters, check_same_model, media_differences
 from visionloom.train.config import RunConfig
-from visionloom.train.evaluate import HeldOut, evaluate_model, held_out_losses
+from visionloom.train.evaluate import HeldOut, evaluate_model, held_out_losses, task_accuracies
 from visionloom.train.exchange.companions import carry_into_run
 from visionloom.train.loop import fit, log_error
 from visionloom.train.observe import status
@@ -100,12 +100,12 @@ def train_phase(
     observer.phase_start(trainer)
     # Not when resumed: the loss at the phase's beginning is in the log already.
     if not trainer.phase_step:
-        validate(config, trainer, observer, unchanged=not trainer.phase.fresh)
+        validate_start(config, trainer, observer)
     saver = Saver(folder, config.checkpoint, observer.saved)
     with observer.live(trainer):
         fit(trainer, saver, observer, chosen_workers(config.data.workers))
         saver.save(trainer, trainer.step, trainer.phase_step, last=True)
-    validate(config, trainer, observer)
+    validate_end(config, trainer, observer)
     observer.phase_end(trainer)
     trainer.drop_graphs()
     return checkpoint.read(checkpoint.folder_of(folder, name, trainer.step))
@@ -268,19 +268,38 @@ def held_out(config: RunConfig) -> HeldOut:
     return HeldOut(data, config.evaluation, longest, loss)
 
 
-def validate(
-    config: RunConfig, trainer: PhaseTrainer, observer: Observer, unchanged: bool = False
-) -> None:
-    """Measure held-out losses; `unchanged` weights still have those of the last phase's end."""
-    samples = config.evaluation.phase_samples
-    if not (samples and config.data.validation):
+def validate_start(config: RunConfig, trainer: PhaseTrainer, observer: Observer) -> None:
+    """Measure held-out losses before a phase; weights that it does not draw anew have those of the last phase's end."""
+    if not (config.evaluation.phase_samples and config.data.validation):
         return
+    # The first phase has no last measurement, and a resumed run has lost it.
     losses = observer.held_out_losses
-    if not (unchanged and losses):
+    if trainer.phase.fresh or not losses:
+        losses = phase_losses(config, trainer, observer)
+    observer.validation(trainer, losses, {})
+
+
+def validate_end(config: RunConfig, trainer: PhaseTrainer, observer: Observer) -> None:
+    """Measure held-out losses and the accuracy of tasks after a phase, each if the settings ask for it."""
+    settings, losses, tasks = config.evaluation, dict[str, float](), dict[str, Any]()
+    if not config.data.validation:
+        return
+    if settings.phase_samples:
+        losses = phase_losses(config, trainer, observer)
+    if settings.phase_answers:
+        # Not only where losses were measured: either may be off.
         trainer.gather_weights()
         data, parts = held_out(config), trainer.model_parts
-        losses = held_out_losses(data, parts, trainer.topology, samples, observer.screen)
-    observer.validation(trainer, losses)
+        tasks = task_accuracies(data, parts, trainer.topology, settings.phase_answers)
+    if losses or tasks:
+        observer.validation(trainer, losses, tasks)
+
+
+def phase_losses(config: RunConfig, trainer: PhaseTrainer, observer: Observer) -> dict[str, float]:
+    """Measure the held-out losses of the weights as they are now."""
+    trainer.gather_weights()
+    data, samples = held_out(config), config.evaluation.phase_samples
+    return held_out_losses(data, trainer.model_parts, trainer.topology, samples, observer.screen)
 
 
 def trained_checkpoint(

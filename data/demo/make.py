@@ -19,7 +19,8 @@ from visionloom.common.errors import UserError
 from visionloom.common.jsonfile import JsonError, load_json
 from visionloom.common.places import PlaceError, read_located
 from visionloom.common.progress import PartProgress
-from visionloom.data.demo.tasks import CELL, RECIPES, Drawer
+from visionloom.data.demo.drawing import CELL, Drawer
+from visionloom.data.demo.tasks import RECIPES
 from visionloom.data.demo.tokenizer import train_tokenizer
 from visionloom.data.encode.image import Pixels
 from visionloom.data.inspect.contact_sheet import draw_contact_sheet
@@ -34,7 +35,7 @@ DONE: Final = "demo.json"
 """Written last: says with which settings the folder was made."""
 _MAKING: Final = ".making"
 _PARTS: Final = ("tokenizer", "train", "test", "contact_sheet.png")
-_GENERATOR_VERSION: Final = 3
+_GENERATOR_VERSION: Final = 4
 
 
 def make_demo(

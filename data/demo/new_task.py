@@ -10,8 +10,8 @@ from typing import Final
 
 from visionloom.common.errors import UserError
 from visionloom.common.progress import PartProgress
+from visionloom.data.demo.drawing import GRIDS, NAMES, PLACES, DemoDraft, Drawer, grid_of
 from visionloom.data.demo.make import load_pictures
-from visionloom.data.demo.tasks import GRIDS, NAMES, PLACES, DemoDraft, Drawer, grid_of
 from visionloom.data.shards.sample import Message, Sample, Text
 from visionloom.data.shards.write import write_shards
 

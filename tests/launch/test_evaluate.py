@@ -77,10 +77,11 @@ def trained_model(config: RunConfig) -> tuple[Topology, list[Qwen3VL]]:
 def evaluate_on_ranks(config: RunConfig) -> tuple[dict[str, Any], Answers]:
     """What `evaluate` returns, and all answers of this copy of the model by sample."""
     topology, chunks = trained_model(config)
+    samples = config.evaluation.samples
     found = [
         prediction
         for name in DATASETS
-        for prediction in predictions(held_out(config), chunks, topology, name)
+        for prediction in predictions(held_out(config), chunks, topology, name, samples)
     ]
     answers = {prediction.sample.sample_id: prediction.text for prediction in found}
     return evaluate(config), answers

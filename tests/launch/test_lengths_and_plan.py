@@ -98,7 +98,7 @@ def test_a_plan_is_what_training_would_see(
         shown[4] == f"{sum(part.tokens for pack in parts for part in pack) / len(packs) / 1024:.2%}"
     )
     loads = [
-        [sum(p.cost for micro in rank for p in micro) for rank in deal(plan.step(step), 2, 2)]
+        [sum(p.cost for micro in rank for p in micro) for rank in deal(plan.step(step), 2, 1)]
         for step in range(12)
     ]
     assert shown[8] == f"{sum(map(sum, loads)) / 2 / sum(map(max, loads)):.1%}"

@@ -12,6 +12,7 @@ def run_words(data: Path, folder: Path, steps: int, *more: str) -> list[str]:
     """Command-line words of a run with one phase of `steps` steps over all parameter groups."""
     return [
         "+recipe=demo",
+        "optim=adamw",
         f"run.folder={folder}",
         "run.evaluate_at_end=false",
         "evaluation.phase_samples=0",

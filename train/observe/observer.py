@@ -89,11 +89,14 @@ class Observer:
         if event == "checkpoint_failed":
             self.say(f"warning: {fields['folder']} could not be saved: {fields['cause']}; going on")
 
-    def validation(self, trainer: PhaseTrainer, losses: dict[str, float]) -> None:
-        """Report held-out losses by dataset."""
+    def validation(
+        self, trainer: PhaseTrainer, losses: dict[str, float], tasks: dict[str, Any]
+    ) -> None:
+        """Report held-out losses by dataset and, where answers were compared, `{task: {"accuracy": x, "n": n}}`."""
         self.held_out_losses = losses
-        self.event("validation", phase=trainer.phase_name, step=trainer.step, loss=losses)
-        self.trackers.evaluation({"step": trainer.step, "loss": losses})
+        results = {"step": trainer.step, "loss": losses, "tasks": tasks}
+        self.event("validation", phase=trainer.phase_name, **results)
+        self.trackers.evaluation(results)
 
     def phase_end(self, trainer: PhaseTrainer) -> None:
         """Report a phase that is trained and saved."""

@@ -34,7 +34,7 @@ SOURCES_KNOWN: Final = 1000
 """Datasets of a run; a damaged log could name any number of them."""
 NO_TASKS: Final = (
     "No answers are compared: no sample of data.validation has a task and an answer. Name one with `python launch/data.py convert"
-    " ... --task NAME` or a key `task` in a record (docs/data.md): answers of such samples are generated and compared word for word."
+    " ... --task NAME` or a key `task` in a record (docs/data.md): answers of such samples are generated and compared with it."
 )
 """Shown in the place of the table of tasks."""
 
@@ -55,6 +55,8 @@ class PhaseHistory:
     """Held-out loss of each source when it began; empty if not measured."""
     after: Mapping[str, float]
     """Held-out loss of each source when it ended."""
+    tasks: Line
+    """Accuracy and number of answers of each task when it ended; empty if not measured."""
 
     @property
     def first_step(self) -> int:
@@ -136,7 +138,8 @@ class History:
             lines = list(group)
             before, after = self._held_out_losses(name, lines[0]["step"], lines[-1]["step"])
             settings = _part(self.part("phases"), name)
-            phases.append(PhaseHistory(name, lines, settings, before, after))
+            tasks = self._tasks(name, lines[-1]["step"])
+            phases.append(PhaseHistory(name, lines, settings, before, after, tasks))
         return phases
 
     def _held_out_losses(self, phase_name: str, first: int, last: int) -> tuple[Line, Line]:
@@ -156,6 +159,14 @@ class History:
             elif step <= last:
                 after = losses
         return before, after
+
+    def _tasks(self, phase_name: str, last: int) -> Line:
+        """Return the newest results of tasks at the end of a phase, whose last step is `last`."""
+        tasks: Line = {}
+        for event in self.of("validation"):
+            if event.get("phase") == phase_name and event.get("step") == last:
+                tasks = _part(event, "tasks") or tasks
+        return tasks
 
     @property
     def sources(self) -> list[str]:

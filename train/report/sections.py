@@ -23,6 +23,7 @@ POINTS, SMALL_POINTS = 1000, 250
 """Points of a curve of the large chart and of the small ones."""
 SOURCES_SHOWN: Final = 24
 """Datasets with a chart of their own."""
+TASKS_SHOWN: Final = 100
 PICTURE_BYTES: Final = 1_000_000
 """All pictures together."""
 EDGE_STEPS: Final = 5
@@ -106,17 +107,21 @@ def answers_table(tasks: Mapping[str, Any]) -> str:
         accuracy = number(result.get("accuracy")) or 0.0
         samples = number(result.get("n")) or 0
         rows.append([escape(task), bar(accuracy), f"{samples:,.0f}"])
-    return table(TASK_COLUMNS, rows, "Greedy answers that equal the right one word for word")
+    return table(
+        TASK_COLUMNS,
+        rows,
+        "Right greedy answers: word for word, boxes from an overlap (IoU) of 0.5",
+    )
 
 
 def phases(history: History) -> str:
-    """Return a table of the phases, and one of their held-out losses."""
+    """Return a table of the phases, and those of their tasks and their held-out losses."""
     if not history.phases:
         return ""
     rows = []
     for place, phase in enumerate(history.phases, 1):
         rows.append(phase_row(place, phase))
-    tables = table(PHASE_COLUMNS, rows) + held_out_by_phase(history)
+    tables = table(PHASE_COLUMNS, rows) + tasks_by_phase(history) + held_out_by_phase(history)
     note = f"First and last loss: training loss, mean of {EDGE_STEPS} steps."
     return section("Phases", tables, note)
 
@@ -152,6 +157,41 @@ def edge_losses(phase: PhaseHistory) -> tuple[float | None, float | None]:
     if not len(losses):
         return None, None
     return float(losses[:EDGE_STEPS].mean()), float(losses[-EDGE_STEPS:].mean())
+
+
+def tasks_by_phase(history: History) -> str:
+    """Return a table of each task's accuracy after each phase that was measured."""
+    phases = [phase for phase in history.phases if phase.tasks]
+    # A phase may lack a task: its dataset may have been added on a resume.
+    names = sorted({name for phase in phases for name in phase.tasks})
+    rows = []
+    for name in names[:TASKS_SHOWN]:
+        cells, before = [escape(name)], None
+        for phase in phases:
+            accuracy = number(mapping(phase.tasks.get(name)).get("accuracy"))
+            cells.append(accuracy_change(before, accuracy))
+            before = accuracy
+        rows.append(cells)
+    if not rows:
+        return ""
+    head = ("task", *(escape(phase.name) for phase in phases))
+    note = "Right answers after each phase, so before the next: green where they are a tenth more than before it, red where fewer"
+    return table(head, rows, note, "numbers")
+
+
+def accuracy_change(before: float | None, after: float | None) -> str:
+    """Return the accuracy after a phase, marked where the phase moved it by a tenth of all answers."""
+    if after is None:
+        return ""
+    text = f"{after:.0%}"
+    if before is None:
+        return text
+    # A tenth of 32 answers is three of them; less is chance.
+    if after >= before + 0.1:
+        return f'<span class="fell">{text}</span>'
+    if after <= before - 0.1:
+        return f'<span class="rose">{text}</span>'
+    return text
 
 
 def held_out_by_phase(history: History) -> str:

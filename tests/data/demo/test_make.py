@@ -108,7 +108,9 @@ def test_pictures_are_the_ones_in_meta(demo: Path) -> None:
                 PillowImage.open(io.BytesIO(dataset.member(index, image.ref))), float
             )
             assert pixels.shape == (image.height, image.width)
-            for position, picture in enumerate(sample.meta["pictures"]):
+            pictures = sample.meta["pictures"]
+            cells = sample.meta.get("cells", range(len(pictures)))
+            for position, picture in zip(cells, pictures, strict=True):
                 row, column = divmod(position, sample.meta["columns"])
                 cell = pixels[32 * row : 32 * row + 32, 32 * column : 32 * column + 32]
                 small = cell.reshape(8, 4, 8, 4).mean((1, 3))
@@ -116,29 +118,44 @@ def test_pictures_are_the_ones_in_meta(demo: Path) -> None:
                 assert int(distances.argmin()) == picture
 
 
-def test_captions_name_every_row(demo: Path, digits: list[int]) -> None:
+def test_captions_name_every_row_or_the_place_of_each_digit(demo: Path, digits: list[int]) -> None:
+    placed = 0
     for sample in read(demo, "captions"):
-        shown = np.array([digits[picture] for picture in sample.meta["pictures"]]).reshape(
-            -1, sample.meta["columns"]
-        )
-        assert isinstance(sample.content[1], Text)
-        assert sample.content[1].text == "\nThe image shows: " + " / ".join(
-            " ".join(map(str, row)) for row in shown
-        )
+        values = [digits[picture] for picture in sample.meta["pictures"]]
+        columns = sample.meta["columns"]
+        text = "".join(part.text for part in sample.content if isinstance(part, Text))
+        if "cells" not in sample.meta:
+            rows = np.array(values).reshape(-1, columns)
+            lines = " / ".join(" ".join(map(str, row)) for row in rows)
+            assert text == f"\nThe image shows: {lines}"
+            continue
+        placed += 1
+        said = re.findall(r"The (\d) is ([a-z ]+)\. ", text)
+        assert [int(digit) for digit, _ in said] == values
+        for (_, place), cell in zip(said, sample.meta["cells"], strict=True):
+            row, column = divmod(cell, columns)
+            middle = columns // 2 if columns == 3 else None
+            words = set(place.split())
+            assert ("top" in words, "bottom" in words) == (row == 0, row == columns - 1)
+            assert ("left" in words, "right" in words) == (column == 0, column == columns - 1)
+            assert ("middle" in words) == (row == column == middle)
+    assert placed > 20
 
 
 def test_position_answers(demo: Path, digits: list[int]) -> None:
     tasks = set()
-    for sample in read(demo, "vqa"):
-        tasks.add(sample.task)
-        (question,), (answer,) = said(sample, "user"), said(sample, "assistant")
-        row = (sample.images[0].height // 32 - 1) * ("bottom" in question)
-        column = (sample.images[0].width // 32 - 1) * ("right" in question)
-        assert (
-            int(answer)
-            == digits[sample.meta["pictures"][row * (sample.images[0].width // 32) + column]]
-        )
-        assert (sample.task == "read") == (sample.images[0].width == 32)
+    for split in ("train", "test"):
+        for sample in read(demo, "vqa", split):
+            tasks.add(sample.task)
+            columns, rows = sample.images[0].width // 32, sample.images[0].height // 32
+            questions, answers = said(sample, "user"), said(sample, "assistant")
+            wanted = 2 if split == "train" and columns > 1 else 1
+            assert len(set(questions)) == len(answers) == wanted
+            for question, answer in zip(questions, answers, strict=True):
+                row = (rows - 1) * ("bottom" in question)
+                column = (columns - 1) * ("right" in question)
+                assert int(answer) == digits[sample.meta["pictures"][row * columns + column]]
+            assert (sample.task == "read") == (columns == 1)
     assert tasks == {"read", "position"}
 
 
@@ -148,10 +165,9 @@ def test_grounding_boxes_hold_the_digit_and_no_other(demo: Path, digits: list[in
     for index in range(len(dataset)):
         sample = dataset.sample(index)
         boxes = [element for element in sample.elements if isinstance(element, Box)]
-        assert (
-            said(sample, "user") == [f"Where is the {box.label}?" for box in boxes]
-            and len(boxes) == 2
-        )
+        assert said(sample, "user") == [f"Where is the {box.label}?" for box in boxes] and len(
+            {box.label for box in boxes}
+        ) == len(sample.meta["pictures"])
         pixels = np.asarray(PillowImage.open(io.BytesIO(dataset.member(index, "img0.png"))), float)
         for box in boxes:
             assert (
@@ -173,23 +189,51 @@ def test_interleaved_text_and_sum(demo: Path, digits: list[int]) -> None:
         assert text.endswith(f" The sum is {sum(shown)}.")
 
 
+def split_reading(sample: Sample) -> tuple[dict[str, int], str, str]:
+    """Return what a training sample reads of its entries, and its question with the answer."""
+    question, answer, wish, reading = ("".join(shown(turn)) for turn in sample.messages)
+    assert wish == "Read all of them in any order."
+    lines = [line.split(": ") for line in reading.split("\n")]
+    values = {name: int(digit) for name, digit in lines}
+    assert all(values[name] == int(digit) for name, digit in lines)
+    return values, question.rpartition("\n")[2], answer
+
+
+def is_silent(part: Text | Time) -> bool:
+    """Whether nothing is learned from a part of an answer."""
+    return part.loss == 0.0
+
+
+def test_readings_supervise_values_alone(demo: Path) -> None:
+    for name in ("video", "documents"):
+        for sample in read(demo, name):
+            parts = [part for part in sample.messages[3].content if isinstance(part, Text | Time)]
+            values, _, _ = split_reading(sample)
+            learned = [part for part in parts if not is_silent(part)]
+            count = len(sample.meta["pictures"])
+            assert len(values) == min(16, count) and len(learned) == min(16, max(8, count))
+            assert all(isinstance(part, Text) and part.text.isdigit() for part in learned)
+
+
 def test_video_answers_by_time(demo: Path, digits: list[int]) -> None:
     rules = MediaConfig(image_min_pixels=1024)
     for split in ("train", "test"):
         for sample in read(demo, "video", split):
             (video,) = [element for element in sample.elements if isinstance(element, Video)]
-            moments = [
-                part.seconds
-                for turn in sample.messages[::2]
-                for part in turn.content
-                if isinstance(part, Time)
-            ]
-            assert len(moments) == len(said(sample, "assistant")) == (2 if split == "train" else 1)
-            for moment, answer in zip(moments, sample.messages[1::2], strict=True):
-                frame = max(i for i, time in enumerate(video.times) if time <= moment)
-                digit = digits[sample.meta["pictures"][frame // 2]]
-                assert "".join(shown(answer)) == f"<{moment:.1f} seconds>: {digit}"
-                assert render(sample, rules).text.count(f"<{moment:.1f} seconds>") == 3
+            pictures = sample.meta["pictures"]
+            right = {}
+            for pair, picture in enumerate(pictures):
+                moment = (video.times[2 * pair] + video.times[2 * pair + 1]) / 2
+                right[f"<{moment:.1f} seconds>"] = digits[picture]
+            assert all(name in render(sample, rules).text for name in right)
+
+            if split == "train":
+                values, question, answer = split_reading(sample)
+                assert values == right
+            else:
+                question, answer = ("".join(shown(turn)) for turn in sample.messages)
+            name = question.removeprefix("Which digit is shown at ").removesuffix("?")
+            assert answer == f"{name}: {right[name]}"
 
 
 def test_video_frames_change_with_every_temporal_patch(demo: Path) -> None:
@@ -204,13 +248,20 @@ def test_video_frames_change_with_every_temporal_patch(demo: Path) -> None:
 
 
 def test_needle_answers(demo: Path, digits: list[int]) -> None:
-    for sample in read(demo, "documents", "test"):
-        (text,), (answer,) = said(sample, "user"), said(sample, "assistant")
-        pages, question = text.rsplit("\n", 1)
-        assert pages == "\n".join(f"Page {page + 1}:" for page in range(len(sample.images)))
-        page = int(question.removeprefix("Which digit is on page ").removesuffix("?"))
-        assert answer == f"Page {page}: {digits[sample.meta['pictures'][page - 1]]}"
-    assert all(len(said(sample, "assistant")) == 4 for sample in read(demo, "documents"))
+    for split in ("train", "test"):
+        for sample in read(demo, "documents", split):
+            pictures = sample.meta["pictures"]
+            right = {f"Page {page + 1}": digits[number] for page, number in enumerate(pictures)}
+            if split == "train":
+                values, question, answer = split_reading(sample)
+                assert values.items() <= right.items()
+            else:
+                (text,), (answer,) = said(sample, "user"), said(sample, "assistant")
+                pages, question = text.rsplit("\n", 1)
+                assert pages == "\n".join(f"{name}:" for name in right)
+                assert len(sample.images) == len(pictures) and 8 <= len(pictures) <= 24
+            name = "Page " + question.removeprefix("Which digit is on page ").removesuffix("?")
+            assert answer == f"{name}: {right[name]}"
 
 
 def check_steps(think: str, answer: str) -> list[int]:
@@ -245,13 +296,19 @@ def test_text_samples_are_true(demo: Path) -> None:
                 int(value) for value in asked.split(" + ")
             ]
         elif sample.kind == "chat":
-            listed, first = "".join(shown(sample.messages[0])).split("\n")
-            questions = [first, *("".join(shown(turn)) for turn in sample.messages[2::2])]
-            for question, turn in zip(questions, sample.messages[1::2], strict=True):
-                answer = "".join(shown(turn))
-                name = answer.partition(":")[0]
-                assert question.lower().endswith(f"{name.lower()}?")
-                assert f"{answer} " in listed
+            listed = "".join(shown(sample.messages[0])).split("\n")[:-1]
+            values, question, answer = split_reading(sample)
+            assert {f"{name}: {value}" for name, value in values.items()} == set(listed)
+            assert answer in listed
+            assert question.lower().endswith(f"{answer.partition(':')[0].lower()}?")
+            continue
+        text = "".join(part.text for part in sample.content if isinstance(part, Text))
+        if "=" in text:
+            for line in text.strip().split("\n"):
+                check_steps(line.strip(), line.strip().removesuffix(".").rpartition(" ")[2])
+        elif text.startswith("Digits: "):
+            first, again = text.split("\n")
+            assert first.removeprefix("Digits: ") == again.removeprefix("Again: ")
 
 
 def test_every_dataset_is_as_large_as_announced(demo: Path) -> None:

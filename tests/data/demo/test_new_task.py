@@ -9,8 +9,8 @@ import pytest
 from sklearn.datasets import load_digits
 
 from visionloom.common.errors import UserError
+from visionloom.data.demo.drawing import NAMES
 from visionloom.data.demo.new_task import NAME, make_task
-from visionloom.data.demo.tasks import NAMES
 from visionloom.data.shards.dataset import Dataset
 from visionloom.data.shards.sample import Text
 from visionloom.launch.data import main

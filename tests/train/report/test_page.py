@@ -52,6 +52,14 @@ def write_run(folder: Path, steps: int = 20) -> None:
             "phase": "align",
             "step": steps // 2,
             "loss": {"captions": 1.125},
+            "tasks": {EVIL: {"accuracy": 0.25, "n": 4}, "needle": {"accuracy": 0.8125, "n": 16}},
+        },
+        {
+            "time": 1.7e9,
+            "event": "validation",
+            "phase": "rest",
+            "step": steps,
+            "tasks": {EVIL: {"accuracy": 0.75, "n": 4}, "needle": {"accuracy": 0.0625, "n": 16}},
         },
         {"time": 1.7e9, "event": "resume", "step": 3},
     ]
@@ -145,6 +153,14 @@ def test_whole_run(tmp_path: Path) -> None:
         "id": EVIL, "source": "vqa", "task": EVIL, "question": f"[picture]{EVIL}", "answer": "7", "prediction": "7", "correct": True,
     }  # fmt: skip
     assert not found[1]["correct"]
+
+
+def test_accuracies_before_and_after_a_phase(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    text = check(write_report(tmp_path, []))
+    assert "<th>task</th><th>align</th><th>rest</th>" in text
+    assert '<td>25%</td><td><span class="fell">75%</span></td>' in text
+    assert '<td>needle</td><td>81%</td><td><span class="rose">6%</span></td>' in text
 
 
 def test_same_run_gives_the_same_file(tmp_path: Path) -> None:
@@ -347,6 +363,12 @@ def test_lines_of_another_form_are_passed_over(tmp_path: Path) -> None:
     events = [
         {"event": "validation", "phase": "align", "step": "1", "loss": {}},
         {"event": "validation", "phase": "align"},
+        {
+            "event": "validation",
+            "phase": "align",
+            "step": 1,
+            "tasks": {"t": 3, "u": {"accuracy": []}},
+        },
     ]
     events += [{"event": "dropped", "samples": "x"}, {"event": "resume", "time": 1e300}]
     (tmp_path / "events.jsonl").write_text("".join(json.dumps(each) + "\n" for each in events))

@@ -1,0 +1,78 @@
+"""Scores of answers: overlaps computed by hand, boxes in every order and form, and texts that are no boxes."""
+
+import pytest
+
+from visionloom.train.scores import boxes_match, boxes_of, iou, is_right
+
+SEVEN = '{"bbox_2d": [0, 0, 500, 500], "label": "7"}'
+THREE = '{"bbox_2d": [500, 500, 1000, 1000], "label": "3"}'
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "overlap"),
+    [
+        ((0, 0, 2, 2), (0, 0, 2, 2), 1.0),
+        ((0, 0, 2, 2), (1, 0, 3, 2), 1 / 3),
+        ((0, 0, 3, 1), (1, 0, 4, 1), 0.5),
+        ((0, 0, 4, 4), (1, 1, 3, 3), 0.25),
+        ((0, 0, 1, 1), (1, 0, 2, 1), 0.0),
+        ((0, 0, 1, 1), (5, 5, 6, 6), 0.0),
+        ((2, 2, 0, 0), (0, 0, 2, 2), 0.0),
+        ((1, 1, 1, 1), (1, 1, 1, 1), 0.0),
+    ],
+)
+def test_iou(
+    one: tuple[float, float, float, float],
+    other: tuple[float, float, float, float],
+    overlap: float,
+) -> None:
+    assert iou(one, other) == pytest.approx(overlap)
+    assert iou(other, one) == pytest.approx(overlap)
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [
+        (SEVEN, True),
+        (f"[{SEVEN}]", True),
+        ('{"label": "7", "bbox_2d": [0, 0, 500.0, 260]}', True),
+        ('{"bbox_2d": [0, 0, 500, 240], "label": "7"}', False),
+        (SEVEN.replace("7", "3"), False),
+        (f"[{SEVEN}, {SEVEN}]", False),
+        (f"{SEVEN}{SEVEN}", False),
+        (SEVEN[:-1], False),
+        ('{"bbox_2d": [0, 0, 500], "label": "7"}', False),
+        ('{"bbox_2d": [0, 0, 500, "500"], "label": "7"}', False),
+        ('{"bbox_2d": [0, 0, NaN, 500], "label": "7"}', False),
+        ("[" * 10_000, False),
+        ("", False),
+        (f"<think>\n{THREE}\n</think>\n\n{SEVEN}", True),
+    ],
+)
+def test_a_box_is_right_from_half_an_overlap(answer: str, right: bool) -> None:
+    assert is_right(answer, SEVEN) == right
+
+
+def test_every_box_needs_one_of_its_own() -> None:
+    reference = boxes_of(f"[{SEVEN}, {THREE}]")
+    assert boxes_match(boxes_of(f"[{THREE}, {SEVEN}]"), reference)
+    assert not boxes_match(boxes_of(SEVEN), reference)
+    assert not boxes_match(boxes_of(f"[{SEVEN}, {SEVEN}]"), reference)
+    # two of one label: each takes the one that overlaps it most
+    twins = boxes_of(f"[{SEVEN}, {THREE.replace('3', '7', 1)}]")
+    assert not boxes_match(twins[:1] * 2, twins)
+    assert boxes_match(twins[::-1], twins)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "right"),
+    [
+        ("7", "7", True),
+        ("<think>\n3 + 4 = 8.\n</think>\n\n7", "<think>\n3 + 4 = 7.\n</think>\n\n7", True),
+        ("8", "<think>\n3 + 4 = 7.\n</think>\n\n7", False),
+        (SEVEN, "7", False),
+        ("Page 3:7", "Page 3:7", True),
+    ],
+)
+def test_other_answers_are_compared_word_for_word(answer: str, reference: str, right: bool) -> None:
+    assert is_right(answer, reference) == right

@@ -1,0 +1,83 @@
+"""Scores of answers: pure functions of the generated text and the right one."""
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+from visionloom.common.jsonfile import JsonError, checked, load_json
+from visionloom.data.encode.tokenizer import THINK_END
+
+LEAST_IOU: Final = 0.5
+"""Overlap with which a box counts as right, as in the grounding benchmarks of the report (section 5)."""
+
+Corners = tuple[float, float, float, float]
+"""Left, top, right and bottom of a rectangle, in any unit."""
+
+
+@dataclass(frozen=True)
+class LabelledBox:
+    """A box as Qwen3-VL writes it."""
+
+    bbox_2d: Corners
+    """In thousandths of the picture's sides."""
+    label: str = ""
+
+
+def is_right(answer: str, reference: str) -> bool:
+    """Return whether an answer is right; thoughts before it are not compared.
+
+    Boxes must overlap those of the reference by LEAST_IOU, and anything else equals it word for word.
+    """
+    said, right = final_answer(answer), final_answer(reference)
+    boxes = boxes_of(right)
+    if boxes:
+        return boxes_match(boxes_of(said), boxes)
+    return said == right
+
+
+def final_answer(text: str) -> str:
+    """Return the text after the thoughts, without surrounding white space."""
+    return text.rpartition(THINK_END)[2].strip()
+
+
+def boxes_of(text: str) -> list[LabelledBox]:
+    """Read an answer that is a box or a list of boxes in JSON; empty for any other text."""
+    try:
+        content: Any = load_json(text, "answer")
+        return checked(
+            content if isinstance(content, list) else [content], list[LabelledBox], "answer"
+        )
+    except JsonError:
+        return []
+
+
+def boxes_match(
+    answer: list[LabelledBox], reference: list[LabelledBox], least: float = LEAST_IOU
+) -> bool:
+    """Return whether each box of the reference has one of the answer's to itself, of its label, that overlaps it enough.
+
+    The answer must have no others.
+    """
+    left = list(answer)
+    for wanted in reference:
+        # Each box of the answer serves once, so that one cannot stand for two.
+        rivals = [box for box in left if box.label == wanted.label]
+        best = max(rivals, key=lambda box: iou(box.bbox_2d, wanted.bbox_2d), default=None)
+        if best is None or iou(best.bbox_2d, wanted.bbox_2d) < least:
+            return False
+        left.remove(best)
+    return not left
+
+
+def iou(one: Corners, other: Corners) -> float:
+    """Return the area that two rectangles share as a part of the area that they cover together; 0 without any area."""
+    width = min(one[2], other[2]) - max(one[0], other[0])
+    height = min(one[3], other[3]) - max(one[1], other[1])
+    shared = max(0.0, width) * max(0.0, height)
+    covered = area(one) + area(other) - shared
+    return shared / covered if covered > 0 else 0.0
+
+
+def area(corners: Corners) -> float:
+    """Return the area of a rectangle; 0 if it is turned inside out."""
+    left, top, right, bottom = corners
+    return max(0.0, right - left) * max(0.0, bottom - top)
