@@ -10,17 +10,13 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
-import torch
 
 from visionloom.common.errors import UserError
-from visionloom.data.stream.held_out import EvaluationSet
 from visionloom.data.stream.teacher_store import ENTRY, INDEX, KEY, StoredRows, TeacherStore
 from visionloom.data.stream.teacher_write import StoreWriter
 from visionloom.launch.configure import check_agreements
 from visionloom.tests.ranks import RankPool
-from visionloom.tests.train.runs import DATASETS, metrics, run_config
-from visionloom.train.build import build_teacher, newest_weights, open_topology
-from visionloom.train.checkpoint import read as checkpoint
+from visionloom.tests.train.runs import metrics, run_config
 from visionloom.train.config import RunConfig
 from visionloom.train.distillation.options import StoreOptions
 from visionloom.train.distillation.store_pass import store_teacher
@@ -272,47 +268,3 @@ def test_a_sample_that_the_store_does_not_know_is_refused(
     (folder / INDEX).write_bytes(keys.tobytes() + entries.tobytes())
     with pytest.raises(AssertionError, match=message):
         workshop.losses(f"{damage}-run", 2, f"{HERE}.stored={folder}")
-
-
-# ---- what it is for
-
-
-def divergence(config: RunConfig) -> float:
-    """Mean KL(teacher || student) at the held-out tokens. Runs on a rank of the pool."""
-    topology = open_topology(config)
-    newest, _ = checkpoint.newest(Path(config.run.folder), topology)
-    (student,) = newest_weights(config, topology, newest)
-    teacher = build_teacher(config, "multimodal", topology)
-    assert teacher is not None
-    total, count = 0.0, 0
-    for name in DATASETS:
-        batches = EvaluationSet(config.data, name, 64).batches(256, 1, "token", topology.share)
-        for batch in batches:
-            teacher.begin([batch])
-            inputs = student.prepare(batch)
-            inputs = replace(inputs, distillation=teacher.for_rows(batch, inputs.loss_tokens))
-            with torch.no_grad():
-                _, losses = student(inputs)
-            total, count = total + float(losses[1].sum()), count + losses.shape[1]
-    return total / count
-
-
-@pytest.mark.long
-def test_a_small_student_comes_closer_to_its_teacher_than_by_the_data_alone(
-    workshop: Workshop,
-) -> None:
-    """On the demo's data a student of half the width, in as many steps with the same packs."""
-    steps, more = 80, ("phases.multimodal.lr=4.0e-3", "checkpoint.every_steps=0")
-    teacher = workshop.config("strong", 2 * steps, *more)
-    workshop.pool.run(1, train, teacher)
-    weights = workshop.folder / f"strong/checkpoints/multimodal/step-{2 * steps:08d}"
-    small = (*more, "model.text.hidden_size=64", "model.text.ffn_hidden_size=192")
-    word = f"{HERE}.teacher.checkpoint={weights}"
-    found = {}
-    for name, words in {"alone": [], "distilled": [word]}.items():
-        config = workshop.config(name, steps, *small, *words)
-        workshop.pool.run(1, train, config)
-        measured = workshop.config(name, steps, *small, word)
-        (found[name],) = workshop.pool.run(1, divergence, measured)
-    print(found)
-    assert found["distilled"] < 0.9 * found["alone"]
