@@ -16,6 +16,7 @@ from visionloom.data.config import DataConfig
 from visionloom.model.config import GROUPS, ModelConfig
 from visionloom.model.lora_config import LoraConfig
 from visionloom.parallel.config import ParallelConfig
+from visionloom.train.generation.config import Budget
 
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -268,11 +269,18 @@ class EvaluationConfig:
     phase_samples: int = option(64, "free", least=0, most=10**7)
     """Most samples of each validation dataset for the held-out loss at the start and end of a phase; 0: none."""
     pack_tokens: int = option(4096, "free", least=1, most=2**24)
-    """Tokens of a pack in generation."""
+    """Tokens of the prompts that enter generation together."""
+    cache_tokens: int = option(65_536, "free", least=1, most=2**32)
+    """Tokens of all answers that are generated together, with their prompts: as many have keys and values in memory."""
     max_new_tokens: int = option(64, "free", least=1, most=2**20)
     """Longest answer generated."""
     report_samples: int = option(24, "free", least=0, most=10_000)
     """Samples shown with their prediction in report.html."""
+
+    @property
+    def budget(self) -> Budget:
+        """Return the memory of generation."""
+        return Budget(self.pack_tokens, self.cache_tokens)
 
 
 @dataclass

@@ -14,19 +14,16 @@ from rich.table import Table
 
 from visionloom.common.atomic import replacing
 from visionloom.data.config import DataConfig
+from visionloom.data.encode.encode import prompt_of
 from visionloom.data.stream.batch import PackedBatch
 from visionloom.data.stream.held_out import EvaluationSet
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.parallel.config import ParallelConfig
-from visionloom.parallel.topology import Topology
+from visionloom.parallel.topology import Topology, with_whole_sequences
 from visionloom.train.config import EvaluationConfig
-from visionloom.train.generate import (
-    GreedyDecoder,
-    Prediction,
-    evaluating,
-    in_batches,
-    question_text,
-)
+from visionloom.train.generate import Prediction, answer_text, question_text
+from visionloom.train.generation.generator import Generator, evaluating
+from visionloom.train.generation.sampling import Sampling
 from visionloom.train.observe.screen import Screen
 from visionloom.train.report.history import NO_TASKS, RESULTS
 from visionloom.train.report.page import write_report
@@ -102,13 +99,17 @@ def predictions(
     """Yield greedy answers to this rank's share of a validation dataset's samples that have a task."""
     settings = held_out.evaluation
     dataset = EvaluationSet(held_out.data, name, settings.samples)
-    decoder = GreedyDecoder(model_parts, topology, dataset.tokenizer, settings.max_new_tokens)
-    questions = dataset.questions(topology.share)
+    tokenizer = dataset.tokenizer
+    generator = Generator(model_parts, topology, tokenizer.pad_id, settings.budget)
+    questions = dataset.questions(generator.topology.share)
     # Without a task there is no right answer to compare with.
-    asked = (question for question in questions if question.task)
-    for batch in in_batches(asked, settings.pack_tokens):
-        for sample, text in zip(batch, decoder.answers(batch), strict=True):
-            yield Prediction(sample, text, question_text(sample, dataset.tokenizer))
+    asked = [question for question in questions if question.task]
+
+    sampling = Sampling(settings.max_new_tokens, tokenizer.stop_ids, temperature=0)
+    answers = generator.generate(map(prompt_of, asked), sampling)
+    for sample, (answer,) in zip(asked, answers, strict=True):
+        text = answer_text(answer.token_ids, tokenizer)
+        yield Prediction(sample, text, question_text(sample, tokenizer))
 
 
 def evaluate_model(
@@ -136,13 +137,15 @@ def evaluate_model(
     datasets = held_out.data.validation
     # Rounded up, so that each dataset shows at least one.
     shown_of_each = -(-held_out.evaluation.report_samples // max(1, len(datasets)))
+    # Ranks of the context axis have answered prompts of their own.
+    answering = with_whole_sequences(topology)
     asked: Counter[str] = Counter()
     right: Counter[str] = Counter()
     shown: list[Prediction] = []
     for name in datasets:
         answers = list(predictions(held_out, model_parts, topology, name))
         marks = [(answer.sample.task, answer.correct) for answer in answers]
-        for part in topology.gather_over_data(marks):
+        for part in answering.gather_over_data(marks):
             for task, correct in part:
                 asked[task] += 1
                 right[task] += correct
