@@ -35,6 +35,10 @@ class LayerCache:
         self.keys[places, :, positions] = key
         self.values[places, :, positions] = value
 
+    def first(self, places: int, tokens: int) -> tuple[Tensor, Tensor]:
+        """Return keys and values of the first tokens of the first places, [places, G, tokens, D] each."""
+        return self.keys[:places, :, :tokens], self.values[:places, :, :tokens]
+
     def resize(self, places: int, room: int) -> None:
         """Make room for as many sequences of as many tokens; what fits of those that are there stays."""
         self.keys = _resized(self.keys, places, room)
@@ -137,8 +141,10 @@ class DecodingContext:
     """Attention of one new token of each sequence to all that its sequence has; rows after these are padding."""
 
     layers: Iterator[LayerCache]
+    places: Tensor
+    """int64 [S]: the n-th sequence has place n."""
     positions: Tensor
-    """int64 [S]: of the new tokens; the n-th sequence has place n."""
+    """int64 [S]: of the new tokens."""
     seen: Tensor
     """bool [S, 1, 1, longest]: which tokens of its place each sequence has, the new one included."""
 
@@ -152,27 +158,22 @@ class DecodingContext:
         numbers = torch.arange(longest, device=device)
         there = to_device(torch.from_numpy(positions), device)
         seen = numbers <= there[:, None]
-        return cls(layers, there, seen[:, None, None])
+        places = torch.arange(len(positions), device=device)
+        return cls(layers, places, there, seen[:, None, None])
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         """Attend from [t, H, D] and twice [t, G, D] to [t, H, D]."""
         layer = next(self.layers)
-        count, longest = self.seen.shape[0], self.seen.shape[3]
-        attended = query.new_zeros(query.shape)
+        count = len(self.seen)
         # A rank without sequences takes part for the sake of others.
         if not count:
-            return attended
+            return query.new_zeros(query.shape)
 
-        places = torch.arange(count, device=query.device)
-        layer.write(places, self.positions, key[:count], value[:count])
+        layer.write(self.places, self.positions, key[:count], value[:count])
         # The query heads that share keys are as rows of one: no key is repeated.
         grouped = query[:count].unflatten(1, (key.shape[1], -1))
-        result = F.scaled_dot_product_attention(
-            grouped,
-            layer.keys[:count, :, :longest],
-            layer.values[:count, :, :longest],
-            attn_mask=self.seen,
-            scale=scale,
-        )
-        attended[:count] = result.flatten(1, 2)
-        return attended
+        cached = layer.first(count, self.seen.shape[-1])
+        result = F.scaled_dot_product_attention(grouped, *cached, attn_mask=self.seen, scale=scale)
+        # Nobody reads the rows of padding, but they are normalised: zeros stay numbers.
+        padding = len(query) - count
+        return F.pad(result.flatten(1, 2), (0, 0, 0, 0, 0, padding))

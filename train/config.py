@@ -16,7 +16,7 @@ from visionloom.data.config import DataConfig
 from visionloom.model.config import GROUPS, ModelConfig
 from visionloom.model.lora_config import LoraConfig
 from visionloom.parallel.config import ParallelConfig
-from visionloom.train.generation.config import Budget
+from visionloom.train.generation.config import Budget, GenerationConfig
 
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -309,6 +309,8 @@ class RunConfig:
     """Logs other than metrics.jsonl."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """Held-out loss and greedy answers."""
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    """Answers that launch/generate.py draws."""
 
     def all_problems(self, world_size: int) -> list[str]:
         """Return what cannot work on `world_size` ranks: a line a problem, naming its option; empty if all can.

@@ -323,14 +323,15 @@ class _Generation:
         if not part.post_process:
             return part(inputs), None
 
-        device = self.topology.device
-        logits = part.logits(inputs, to_device(torch.tensor(rows, dtype=torch.int64), device))
-        if not rows:
-            return logits, lambda output, non_loss_data: output
-        whole = gathered_vocabulary(logits, self.topology)
-        drawn_by = to_device(torch.tensor(keys, dtype=torch.int64), device)
-        chosen = choose_tokens(whole, drawn_by, self.sampling)
-        return chosen, lambda output, non_loss_data: output
+        logits = part.logits(inputs, self._on_device(rows))
+        # Without rows no rank of this copy of the model gathers.
+        if rows:
+            whole = gathered_vocabulary(logits, self.topology)
+            logits = choose_tokens(whole, self._on_device(keys), self.sampling)
+        return logits, lambda output, non_loss_data: output
+
+    def _on_device(self, numbers: list[int]) -> Tensor:
+        return to_device(torch.tensor(numbers, dtype=torch.int64), self.topology.device)
 
     def _retire(self) -> None:
         """Take out the answers that have ended; the last sequence moves into the free place."""
