@@ -51,7 +51,7 @@ class ModelInput:
     padding_mask: Tensor
     """bool [1, t], True in padding."""
     vision: VisionInput | None
-    """Pictures that this rank encodes; None after the first chunk."""
+    """Pictures that this rank encodes; None after the first chunk, and for a pack of text without gradients."""
     exchange: FeatureExchange | None
     """The way of features to their tokens; None where the pack has no pictures, or after the first chunk."""
     visual_rows: Tensor
@@ -175,8 +175,11 @@ class Qwen3VL(MegatronModule):  # type: ignore[misc]
 
     def _pictures(
         self, pack: PackTensors, share: RankShare
-    ) -> tuple[VisionInput, FeatureExchange | None]:
+    ) -> tuple[VisionInput | None, FeatureExchange | None]:
         """Return this rank's pictures, and the exchange of features with the other encoder ranks; none for a pack of text."""
+        # The tower then has no gradients to make, not even zeros.
+        if not (len(pack.grid_thw) or torch.is_grad_enabled()):
+            return None, None
         config = self.model_config.vision
         mine = pack.grid_thw[pack.encoder_ranks == self.topology.encoder_rank]
         patches, grids = (pack.patches, mine) if len(mine) else no_images(self.model_config)
@@ -244,7 +247,8 @@ class Qwen3VL(MegatronModule):  # type: ignore[misc]
 
     def _embed(self, inputs: ModelInput) -> tuple[Tensor, Tensor | None]:
         """Return embeddings [t, 1, H] with the visual features in place, and the DeepStack levels [m, K * H]; None for text."""
-        assert inputs.vision is not None
+        if inputs.vision is None:
+            return self.language_model.embedding(inputs.input_ids, None), None
         # In the order of the parameters, which is that of the buckets in which data ranks gather and reduce them.
         with kept(cheap_again=self.topology.config.recompute != "none", in_host_memory=False):
             features: Tensor = self.visual(inputs.vision)

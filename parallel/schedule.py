@@ -31,7 +31,8 @@ def run_schedule(
         data_iterator=[iter(batches) for _ in parts] if len(parts) > 1 else iter(batches),
         model=list(parts),
         num_microbatches=len(batches),
-        seq_length=batches[0].input_ids.numel(),
+        # Megatron-core divides it by its own context axis.
+        seq_length=batches[0].input_ids.numel() * topology.separate_contexts,
         micro_batch_size=1,
         forward_only=forward_only,
         # Without pipeline stages the groups can be given; with them Megatron-core takes its own.

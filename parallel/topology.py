@@ -4,7 +4,8 @@
 """
 
 import os
-from dataclasses import dataclass
+from copy import copy as shallow_copy
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -35,6 +36,8 @@ class Topology:
     """Longest wait in a collective."""
     pack_hosts: Any = None
     """Gloo group of the ranks that share a pack: their hosts agree on it without the device; None: no rank shares any."""
+    separate_contexts: int = 1
+    """Ranks of the context axis that have packs of their own; see `with_whole_sequences`."""
 
     @property
     def tensor_rank(self) -> int:
@@ -240,6 +243,32 @@ def change(topology: Topology, config: ParallelConfig, seed: int) -> Topology:
         return topology
     _close_layout(topology)
     return _open_layout(config, topology.device, seed, topology.timeout)
+
+
+class OneRank:
+    """A process group of this rank alone, for axes that have no collective."""
+
+    def size(self) -> int:
+        """Return 1."""
+        return 1
+
+    def rank(self) -> int:
+        """Return 0."""
+        return 0
+
+
+def with_whole_sequences(topology: Topology) -> Topology:
+    """Return a layout in which the ranks of the context axis share no sequence: each is a data rank with packs of its own.
+
+    Generation has it: one new token cannot be cut, and context ranks have the same weights.
+    """
+    size = topology.context_size
+    if size == 1:
+        return topology
+    groups = shallow_copy(topology.groups)
+    groups.dp, groups.tp_cp, groups.cp = groups.dp_cp, groups.tp, OneRank()
+    config = replace(topology.config, context=1)
+    return replace(topology, config=config, groups=groups, pack_hosts=None, separate_contexts=size)
 
 
 def _close_layout(topology: Topology) -> None:

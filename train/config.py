@@ -17,6 +17,7 @@ from visionloom.model.config import GROUPS, ModelConfig
 from visionloom.model.distillation_config import DistillationConfig
 from visionloom.model.lora_config import LoraConfig
 from visionloom.parallel.config import ParallelConfig
+from visionloom.train.generation.config import Budget, GenerationConfig
 
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -293,11 +294,18 @@ class EvaluationConfig:
     phase_answers: int = option(0, "free", least=0, most=10**7)
     """Most samples of each validation dataset that are answered at the end of a phase, for the accuracy of tasks; 0: none."""
     pack_tokens: int = option(4096, "free", least=1, most=2**24)
-    """Tokens of a pack in generation."""
+    """Tokens of the prompts that enter generation together."""
+    cache_tokens: int = option(65_536, "free", least=1, most=2**32)
+    """Tokens of all answers that are generated together, with their prompts: as many have keys and values in memory."""
     max_new_tokens: int = option(64, "free", least=1, most=2**20)
     """Longest answer generated."""
     report_samples: int = option(24, "free", least=0, most=10_000)
     """Samples shown with their prediction in report.html."""
+
+    @property
+    def budget(self) -> Budget:
+        """Return the memory of generation."""
+        return Budget(self.pack_tokens, self.cache_tokens)
 
 
 @dataclass
@@ -326,6 +334,8 @@ class RunConfig:
     """Logs other than metrics.jsonl."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """Held-out loss and greedy answers."""
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    """Answers that launch/generate.py draws."""
 
     def phase_data(self, name: str) -> DataConfig:
         """Return the input of a phase: the run's, with the phase's sampling of videos."""

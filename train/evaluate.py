@@ -14,20 +14,17 @@ from rich.table import Table
 
 from visionloom.common.atomic import replacing
 from visionloom.data.config import DataConfig
+from visionloom.data.encode.encode import prompt_of
 from visionloom.data.stream.batch import PackedBatch
 from visionloom.data.stream.held_out import EvaluationSet
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.parallel.config import ParallelConfig
 from visionloom.parallel.schedule import run_schedule
-from visionloom.parallel.topology import Topology
+from visionloom.parallel.topology import Topology, with_whole_sequences
 from visionloom.train.config import EvaluationConfig
-from visionloom.train.generate import (
-    GreedyDecoder,
-    Prediction,
-    evaluating,
-    in_batches,
-    question_text,
-)
+from visionloom.train.generation.predictions import Prediction, answer_text, question_text
+from visionloom.train.generation.generator import Generator, evaluating
+from visionloom.train.generation.sampling import Sampling
 from visionloom.train.observe.screen import Screen
 from visionloom.train.report.history import NO_TASKS, RESULTS
 from visionloom.train.report.page import write_report
@@ -103,13 +100,17 @@ def predictions(
     """Yield greedy answers to this rank's share of those of at most `samples` samples of a dataset that have a task."""
     settings = held_out.evaluation
     dataset = EvaluationSet(held_out.data, name, samples)
-    decoder = GreedyDecoder(model_parts, topology, dataset.tokenizer, settings.max_new_tokens)
-    questions = dataset.questions(topology.share)
+    tokenizer = dataset.tokenizer
+    generator = Generator(model_parts, topology, tokenizer.pad_id, settings.budget)
+    questions = dataset.questions(generator.topology.share)
     # Without a task there is no right answer to compare with.
-    asked = (question for question in questions if question.task)
-    for batch in in_batches(asked, settings.pack_tokens):
-        for sample, text in zip(batch, decoder.answers(batch), strict=True):
-            yield Prediction(sample, text, question_text(sample, dataset.tokenizer))
+    asked = [question for question in questions if question.task]
+
+    sampling = Sampling(settings.max_new_tokens, tokenizer.stop_ids, temperature=0)
+    answers = generator.generate(map(prompt_of, asked), sampling)
+    for sample, (answer,) in zip(asked, answers, strict=True):
+        text = answer_text(answer.token_ids, tokenizer)
+        yield Prediction(sample, text, question_text(sample, tokenizer))
 
 
 @dataclass
@@ -122,7 +123,8 @@ class Marks:
     def add(self, answers: list[Prediction], topology: Topology) -> None:
         """Count the answers of all data ranks; all ranks call it together."""
         own = [(answer.sample.task, answer.correct) for answer in answers]
-        for part in topology.gather_over_data(own):
+        # Ranks of the context axis have answered prompts of their own.
+        for part in with_whole_sequences(topology).gather_over_data(own):
             for task, correct in part:
                 self.asked[task] += 1
                 self.right[task] += correct

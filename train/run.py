@@ -317,7 +317,7 @@ def trained_checkpoint(
     check_same_model(trained, config.model)
     check_same_adapters(trained, config.lora.rank)
     status.current.at(trained.run_state.step)
-    screen.say(f"evaluating {trained.folder}")
+    screen.say(f"checkpoint {trained.folder}")
     # Allowed, since smaller pictures may be what is evaluated, but never silent.
     if differences := media_differences(trained, held_out(config).data.media):
         screen.say(

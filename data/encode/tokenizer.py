@@ -122,6 +122,11 @@ class Tokenizer:
             )
         return self._special[token]
 
+    def id_of(self, token: str) -> int | None:
+        """Return the id of any token; None if there is none."""
+        number: int | None = self._whole.token_to_id(token)
+        return number
+
     def encode(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
         """Return the token ids of plain texts, int32 [n] each; special tokens spelled inside them stay text."""
         encodings = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)

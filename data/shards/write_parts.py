@@ -115,27 +115,55 @@ def write_parts(
     `settings` (JSON values) say what the bytes depend on: a folder that was begun with others is refused. Raises
     UserError for that, for a folder that holds another dataset or is being written now, and if no sample is left.
     """
-    begun = {**settings, "name": target.name, "limits": asdict(target.limits)}
-    complete = _complete(target.folder, begun)
+    with begin(target, settings) as complete:
+        if complete is not None:
+            return complete
+        parts = _write_all(reader, target, progress)
+        return finish(target, parts, settings)
+
+
+@contextmanager
+def begin(target: Target, settings: Mapping[str, Any]) -> Iterator[Tally | None]:
+    """Begin a dataset, or continue one, as its only writer; raises UserError as `write_parts` does.
+
+    Yields the counts of one that is complete, else None: its parts are to be written, by this process or others of its.
+    """
+    settings = _settings_of(target, settings)
+    complete = _complete(target.folder, settings)
     if complete is not None:
         # It may have been interrupted just before the folder of the parts was removed.
         shutil.rmtree(target.staging, ignore_errors=True)
-        return complete
+        yield complete
+        return
 
     # Refused before anything is written into it.
     check_target(target.folder, target.name)
     target.staging.mkdir(parents=True, exist_ok=True)
     with _only_writer(target.staging):
-        _check_settings(target.staging, begun)
-        parts = _write_all(reader, target, progress)
-        tally = Tally()
-        for number in range(parts):
-            done = _done(target.staging, number)
-            tally.add(Tally(Counter(done["counts"]), done["first"]))
-        counts = dict(sorted(tally.counts.items()))
-        _put_together(target, parts, {"settings": begun, "counts": counts, "first": tally.first})
+        _check_settings(target.staging, settings)
+        yield None
+
+
+def finish(target: Target, parts: int, settings: Mapping[str, Any]) -> Tally:
+    """Put a number of parts together, all of them written, and return what was counted; raises UserError if no sample is left."""
+    tally = Tally()
+    for number in range(parts):
+        done = _done(target.staging, number)
+        tally.add(Tally(Counter(done["counts"]), done["first"]))
+    counts = dict(sorted(tally.counts.items()))
+    facts = {"settings": _settings_of(target, settings), "counts": counts, "first": tally.first}
+    _put_together(target, parts, facts)
     shutil.rmtree(target.staging)
     return tally
+
+
+def is_written(target: Target, number: int) -> bool:
+    """Return whether a part is written."""
+    return _done_path(target.staging, number).exists()
+
+
+def _settings_of(target: Target, settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {**settings, "name": target.name, "limits": asdict(target.limits)}
 
 
 def _complete(folder: Path, settings: Mapping[str, Any]) -> Tally | None:
@@ -208,7 +236,7 @@ def _write_all(reader: PartReader, target: Target, progress: Progress) -> int:
     for number, part in enumerate(reader.parts()):
         known, parts = known + part.records, number + 1
         progress(written, known)
-        _write_part(reader, target, (number, part))
+        write_part(reader, target, (number, part))
         written += part.records
     progress(written, written)
     return parts
@@ -225,7 +253,7 @@ def _write_with_processes(reader: PartReader, target: Target, progress: Progress
             parts += 1
             yield number, part
 
-    write = functools.partial(_write_part, reader, target)
+    write = functools.partial(write_part, reader, target)
     try:
         # webdataset imports torch, which takes seconds: once, for all workers.
         finished = as_finished(write, cut(), target.workers, preload=["webdataset"])
@@ -237,7 +265,7 @@ def _write_with_processes(reader: PartReader, target: Target, progress: Progress
     return parts
 
 
-def _write_part(reader: PartReader, target: Target, numbered: tuple[int, SourcePart]) -> None:
+def write_part(reader: PartReader, target: Target, numbered: tuple[int, SourcePart]) -> None:
     """Write one part's shards and then its facts, unless they are there."""
     number, part = numbered
     staging = target.staging

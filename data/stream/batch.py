@@ -239,6 +239,35 @@ def pack_prompts(
     return pack([prompts], layout, share=share), np.cumsum(rounded) - rounded
 
 
+def pack_tokens(
+    input_ids: Sequence[int], positions: Sequence[int], pad_id: int, pack_multiple: int = 1
+) -> PackedBatch:
+    """Lay one text token of each of several sequences, with its position, into one pack: a segment each.
+
+    The pack is as long as there are tokens, at least 1, rounded up to `pack_multiple`.
+    """
+    count = len(input_ids)
+    total = max(1, count)
+    total += -total % pack_multiple
+    borders = [*range(count), count]
+    if total > count:
+        borders.append(total)
+
+    padding = pack([[]], PackLayout(total, "token", (), pad_id))
+    padding.input_ids[:count] = torch.tensor(input_ids, dtype=torch.int64)
+    padding.position_ids[:, :count] = torch.tensor(positions, dtype=torch.int32)
+    padding.padding_mask[:count] = False
+    segments = len(borders) - 1
+    return replace(
+        padding,
+        cu_seqlens=torch.tensor(borders, dtype=torch.int32),
+        max_seqlen=max(1, total - count),
+        segment_datasets=torch.full((segments,), -1, dtype=torch.int32),
+        real_tokens=count,
+        unreadable=torch.zeros(segments, dtype=torch.bool),
+    )
+
+
 # ---- tokens
 
 

@@ -14,7 +14,7 @@ from PIL import Image as Pillow
 from visionloom.data.encode.encode import EncodedSample
 from visionloom.data.encode.geometry import MERGE_SIZE, PATCH_SIZE
 from visionloom.data.encode.image import Pixels
-from visionloom.train.generate import PICTURE, Prediction
+from visionloom.train.generation.predictions import PICTURE, Prediction
 
 QUESTION_CHARACTERS, ANSWER_CHARACTERS = 1600, 1200
 """Longer texts are cut in the middle: a prompt may have a million characters."""

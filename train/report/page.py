@@ -6,7 +6,7 @@ from pathlib import Path
 
 from visionloom.common.atomic import replacing
 from visionloom.common.text import printable
-from visionloom.train.generate import PICTURE, Prediction
+from visionloom.train.generation.predictions import PICTURE, Prediction
 from visionloom.train.report import sections
 from visionloom.train.report.history import History
 from visionloom.train.report.html import whole_page

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from html import escape
 from typing import Any, Final
 
-from visionloom.train.generate import Prediction
+from visionloom.train.generation.predictions import Prediction
 from visionloom.train.report.charts import SMALL, WIDE, Chart, Drawn, compact, draw, measured
 from visionloom.train.report.gallery import PictureBudget, card
 from visionloom.train.report.history import (

@@ -13,7 +13,7 @@ import yaml
 
 from visionloom.data.encode.encode import EncodedSample
 from visionloom.data.encode.patches import put, widen
-from visionloom.train.generate import PICTURE, Prediction, question_text
+from visionloom.train.generation.predictions import PICTURE, Prediction, question_text
 from visionloom.train.report.charts import Chart, compact, draw, measured
 from visionloom.train.report.gallery import QUESTION_CHARACTERS, ShownPicture, shorten
 from visionloom.train.report.history import History, curve, smooth, thin

@@ -1,0 +1,1 @@
+"""Generation: tokens drawn from a model in its training layout."""
