@@ -69,10 +69,9 @@ def check_run(config: RunConfig, checkpoint: str = "") -> None:
         read_adapter_config(Path(config.lora.adapter), config.lora)
     # Each folder of weights by itself: a tower and a language model may come from two.
     compared = with_first_weights(base, config.init)
-    if checkpoint:
-        compared.append(sides_with(base, "checkpoint", Path(checkpoint)))
-    elif newest is not None:
-        compared.append(sides_with(base, "run.folder", newest))
+    option, folder = ("checkpoint", Path(checkpoint)) if checkpoint else ("run.folder", newest)
+    if folder is not None:
+        compared.append(sides_with(base, option, folder))
     if lines := [line for sides in compared for line in faults(sides)]:
         # Once each: both may disagree with the same tokenizer.
         raise UserError(*dict.fromkeys(lines))

@@ -22,8 +22,8 @@ from visionloom.parallel.config import ParallelConfig
 from visionloom.parallel.schedule import run_schedule
 from visionloom.parallel.topology import Topology, with_whole_sequences
 from visionloom.train.config import EvaluationConfig
-from visionloom.train.generation.predictions import Prediction, answer_text, question_text
 from visionloom.train.generation.generator import Generator, evaluating
+from visionloom.train.generation.predictions import Prediction, answer_text, question_text
 from visionloom.train.generation.sampling import Sampling
 from visionloom.train.observe.screen import Screen
 from visionloom.train.report.history import NO_TASKS, RESULTS

@@ -132,11 +132,11 @@ def _drafts(
     recipe = RECIPES[name]
     full = recipe.train if split == "train" else recipe.test
     count = max(8, round(full * scale))
-    for number in range(count):
+    for number in range(1, count + 1):
         draft = recipe.make(drawer, split == "train")
-        yield draft.sample(f"{name}:{split}:{number}"), draft.media
-        if progress and (number + 1 == count or number % 100 == 99):
-            progress(f"{split}/{name}", number + 1, count)
+        yield draft.sample(f"{name}:{split}:{number - 1}"), draft.media
+        if progress and (number == count or number % 100 == 0):
+            progress(f"{split}/{name}", number, count)
 
 
 def _train_samples(making: Path) -> Iterator[Sample]:

@@ -3,7 +3,7 @@
 Only safetensors are read, which hold numbers and nothing that could run. Files of pickles (.bin, .pt, .pth) are never opened.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, Final
 
@@ -73,7 +73,7 @@ class TensorFiles:
         self,
         expected: Mapping[str, Shape],
         left_alone: Iterable[str] = (),
-        fewer_rows: Iterable[str] = (),
+        fewer_rows: Set[str] = frozenset(),
     ) -> None:
         """Compare the tensors with those that config.json describes.
 
@@ -85,16 +85,15 @@ class TensorFiles:
         Raises:
             UserError: with all that is wrong: tensors missing, left over, of another shape or of a type that is not read.
         """
-        present = self._owner.keys()
+        present, wanted = self._owner.keys(), expected.keys()
         faults = [
-            _named("missing", expected.keys() - present),
-            _named("left over", present - expected.keys() - set(left_alone)),
-            _named("of another shape", self._misshapen(expected, set(fewer_rows))),
+            _named("missing", wanted - present),
+            _named("left over", present - wanted - set(left_alone)),
+            _named("of another shape", self._misshapen(expected, fewer_rows)),
             _named("of a type that is not read", self._unread()),
-            _named("in the index, but in no file", self._listed() - present - expected.keys()),
+            _named("in the index, but in no file", self._listed() - present - wanted),
         ]
-        listed = "; ".join(filter(None, faults))
-        if listed:
+        if listed := "; ".join(filter(None, faults)):
             raise self.fault(f"its tensors are not those of its config.json: {listed}")
 
     def _file_names(self) -> set[str]:
@@ -164,7 +163,7 @@ class TensorFiles:
                 clauses.append(f"{name} {kind}")
         return clauses
 
-    def _misshapen(self, expected: Mapping[str, Shape], fewer_rows: set[str]) -> list[str]:
+    def _misshapen(self, expected: Mapping[str, Shape], fewer_rows: Set[str]) -> list[str]:
         """Return a clause for each tensor of another shape."""
         clauses = []
         for name in expected.keys() & self._owner.keys():

@@ -318,8 +318,8 @@ class _Generation:
     ) -> tuple[Tensor, Any]:
         """Run one part of the model, as Megatron-core's schedule calls it; the last draws tokens."""
         inputs = part.prepare(next(batches))
-        layers = iter(self.caches[part].layers)
-        inputs.packed.context = context(inputs.packed.context, layers)
+        packed = inputs.packed
+        packed.context = context(packed.context, iter(self.caches[part].layers))
         if not part.post_process:
             return part(inputs), None
 

@@ -159,6 +159,12 @@ def edge_losses(phase: PhaseHistory) -> tuple[float | None, float | None]:
     return float(losses[:EDGE_STEPS].mean()), float(losses[-EDGE_STEPS:].mean())
 
 
+TASKS_NOTE = (
+    "Right answers after each phase, so before the next: green where they are a tenth more than before it,"
+    " red where fewer"
+)
+
+
 def tasks_by_phase(history: History) -> str:
     """Return a table of each task's accuracy after each phase that was measured."""
     phases = [phase for phase in history.phases if phase.tasks]
@@ -166,7 +172,8 @@ def tasks_by_phase(history: History) -> str:
     names = sorted({name for phase in phases for name in phase.tasks})
     rows = []
     for name in names[:TASKS_SHOWN]:
-        cells, before = [escape(name)], None
+        cells = [escape(name)]
+        before = None
         for phase in phases:
             accuracy = number(mapping(phase.tasks.get(name)).get("accuracy"))
             cells.append(accuracy_change(before, accuracy))
@@ -175,8 +182,7 @@ def tasks_by_phase(history: History) -> str:
     if not rows:
         return ""
     head = ("task", *(escape(phase.name) for phase in phases))
-    note = "Right answers after each phase, so before the next: green where they are a tenth more than before it, red where fewer"
-    return table(head, rows, note, "numbers")
+    return table(head, rows, TASKS_NOTE, "numbers")
 
 
 def accuracy_change(before: float | None, after: float | None) -> str:
