@@ -49,7 +49,7 @@ def unreachable(config: RunConfig) -> None:
         ),
         ([DEMO, "phases.align.trainable="], 1, ["phases.align.trainable", "list"]),
         ([DEMO, "+run.seed="], 1, ["run.seed", "without the plus"]),
-        ([DEMO, "+seed="], 1, ["no such key: seed", "run.seed?"]),
+        ([DEMO, "+seed="], 1, ["no such key: seed", "run.seed or"]),
         ([DEMO, "+phases.align.mixture.text="], 1, ["phases.align.mixture.text", "''", "Float"]),
         ([DEMO, "="], 1, ["'=' has no key"]),
         ([DEMO, "+=3"], 1, ["'+=3' has no key"]),

@@ -65,7 +65,7 @@ def composed(*words: str, world_size: int = 1) -> RunConfig:
         ),
         ([DEMO, "modle=tiny"], ["no such key: modle", "did you mean model?"]),
         ([DEMO, "run.sed=3"], ["no such key: run.sed", "did you mean run.seed?"]),
-        ([DEMO, "seed=3"], ["no such key: seed", "did you mean run.seed?"]),
+        ([DEMO, "seed=3"], ["no such key: seed", "did you mean run.seed or generation.seed?"]),
         ([DEMO, "+run.sed=3"], ["no such key: run.sed", "did you mean run.seed?"]),
         ([DEMO, "++run.sed=3"], ["no such key: run.sed", "did you mean run.seed?"]),
         ([DEMO, "+sequence_lenght=8"], ["did you mean phases.<name>.sequence_length?"]),

@@ -198,28 +198,28 @@ def test_settings_of_another_type_are_another_value(value: Any) -> None:
 
 
 def test_steps_are_compared_however_they_are_given() -> None:
-    """50 steps of 4 packs of 512 tokens."""
+    """40 steps of 4 packs of 512 tokens."""
     assert (
         changes(
-            config("phases.align.steps=null", f"phases.align.tokens={50 * 4 * 512}"),
+            config("phases.align.steps=null", f"phases.align.tokens={40 * 4 * 512}"),
             run_state(config()),
             "D",
         )
         == []
     )
-    with pytest.raises(UserError, match=r"phases\.align\.steps was 50, now 51"):
+    with pytest.raises(UserError, match=r"phases\.align\.steps was 40, now 41"):
         changes(
-            config("phases.align.steps=null", f"phases.align.tokens={50 * 4 * 512 + 1}"),
+            config("phases.align.steps=null", f"phases.align.tokens={40 * 4 * 512 + 1}"),
             run_state(config()),
             "D",
         )
 
 
 def test_a_finished_phase_is_done_with() -> None:
-    done = run_state(config(), done=50)
+    done = run_state(config(), done=40)
     assert (
         changes(
-            config("phases.align.lr=1e-5", "phases.align.loss=token", "phases.align.steps=40"),
+            config("phases.align.lr=1e-5", "phases.align.loss=token", "phases.align.steps=30"),
             done,
             "D",
         )
@@ -227,7 +227,7 @@ def test_a_finished_phase_is_done_with() -> None:
     )
     with pytest.raises(UserError, match=r"optim\.beta1"):
         changes(config("optim.beta1=0.5"), done, "D")
-    with pytest.raises(UserError, match=r"phases\.align\.steps was 50, now 80"):
+    with pytest.raises(UserError, match=r"phases\.align\.steps was 40, now 80"):
         changes(config("phases.align.steps=80"), done, "D")
     last = run_state(config(), "reasoning", config().phases["reasoning"].total_steps)
     assert changes(config("optim.beta1=0.5"), last, "D") == []
@@ -241,7 +241,7 @@ def test_checkpoints_of_older_versions_say_what_they_know() -> None:
     assert changes(config("optim.beta1=0.5", "phases.align.lr=1"), older, "D") == []
     for word, expected in {
         "model.text.layers=5": "layers was 4, now 5",
-        "phases.align.steps=60": "steps was 50, now 60",
+        "phases.align.steps=60": "steps was 40, now 60",
     }.items():
         with pytest.raises(UserError, match=expected):
             changes(config(word), older, "D")

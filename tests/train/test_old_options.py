@@ -27,7 +27,7 @@ def refusal(*words: str) -> list[str]:
 
 
 def composed() -> RunConfig:
-    config = compose(["+recipe=demo"], 1)
+    config = compose(["+recipe=demo", "optim=adamw"], 1)
     assert config is not None
     return config
 
