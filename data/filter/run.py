@@ -10,7 +10,7 @@ from typing import Final
 from visionloom.common.atomic import replacing
 from visionloom.common.errors import UserError
 from visionloom.common.progress import PartProgress
-from visionloom.data.encode.tokenizer import THINK_END
+from visionloom.data.encode.scores import is_right
 from visionloom.data.filter.measures import last_answer, text_of
 from visionloom.data.filter.rules import FilterRules
 from visionloom.data.shards.dataset import Dataset
@@ -85,7 +85,7 @@ def filter_dataset(filtering: Filtering, target: Path, progress: PartProgress) -
 def pass_rates_of(rollouts: Dataset) -> dict[str, float]:
     """Return the share of right answers to each prompt, by the id of its sample.
 
-    An answer is right that equals the one that the sample had, word for word, without thoughts and outer white space.
+    An answer is right by the one that the sample had, as in evaluation.
 
     Args:
         rollouts: a dataset that launch/generate.py wrote.
@@ -105,13 +105,6 @@ def pass_rates_of(rollouts: Dataset) -> dict[str, float]:
                 " give a dataset that launch/generate.py wrote from prompts with answers"
             )
         answers[facts["source_id"]] += 1
-        passes[facts["source_id"]] += is_right(sample, facts["reference"])
+        if message := last_answer(sample):
+            passes[facts["source_id"]] += is_right(text_of(message.content), facts["reference"])
     return {name: passes[name] / number for name, number in answers.items()}
-
-
-def is_right(sample: Sample, reference: str) -> bool:
-    """Return whether the last answer equals a reference, word for word, without thoughts and outer white space."""
-    answer = last_answer(sample)
-    # The reference is as the model reads it: after its thoughts, if it has some.
-    expected = reference.rpartition(THINK_END)[2].strip()
-    return answer is not None and text_of(answer.content).strip() == expected

@@ -6,6 +6,7 @@ from itertools import groupby
 from typing import Final
 
 from visionloom.data.encode.encode import EncodedSample
+from visionloom.data.encode.scores import is_right
 from visionloom.data.encode.tokenizer import (
     IMAGE,
     TURN_START,
@@ -14,7 +15,6 @@ from visionloom.data.encode.tokenizer import (
     VISION_START,
     Tokenizer,
 )
-from visionloom.train.scores import is_right
 
 PICTURE: Final = "\ufffc"
 """Stands for a picture, or for the two frames of a video's temporal patch, in the text of a question."""

@@ -2,7 +2,7 @@
 
 import pytest
 
-from visionloom.train.scores import boxes_match, boxes_of, iou, is_right
+from visionloom.data.encode.scores import boxes_match, boxes_of, iou, is_right
 
 SEVEN = '{"bbox_2d": [0, 0, 500, 500], "label": "7"}'
 THREE = '{"bbox_2d": [500, 500, 1000, 1000], "label": "3"}'
