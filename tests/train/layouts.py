@@ -250,7 +250,8 @@ def build(
         apply_lora(chunks, lora, topology, 0)
     for chunk in chunks:
         weigh(chunk, topology)
-        set_trainable(chunk, layout.case.trainable, adapters_only=layout.case.lora)
+        may_train = chunk.lora.trains if chunk.lora else lambda name: True
+        set_trainable(chunk, layout.case.trainable, may_train)
     if layout.mistake:
         MISTAKES[layout.mistake](chunks, [])
     phase = PhaseConfig(steps=STEPS, lr=1e-3, trainable=list(layout.case.trainable))
