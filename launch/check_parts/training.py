@@ -63,6 +63,8 @@ def tiny_run(precision: str, device: str, world_size: int = 1, *more: str) -> Ru
     others = ("towers", "align", "long", "ultra", "sft", "reasoning")
     words = [
         "+recipe=demo",
+        # Muon multiplies in bf16 on a GPU: its losses would not be those of a CPU.
+        "optim=adamw",
         f"run.device={device}",
         f"run.precision={precision}",
         # A place that nothing can be in: whatever data is here, the packs must be the same on all machines.

@@ -34,7 +34,8 @@ def composed(*words: str, ranks: int = RANKS) -> RunConfig:
 def config(demo_data: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
     """The demo on two ranks, with its data."""
     monkeypatch.setenv("VISIONLOOM_DEMO_DATA", str(demo_data))
-    return composed("+recipe=demo")
+    steps = ("phases.long.steps=100", "phases.long.global_batch=4", "phases.long.micro_batch=2")
+    return composed("+recipe=demo", *steps)
 
 
 @pytest.fixture

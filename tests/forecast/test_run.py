@@ -191,7 +191,7 @@ def test_a_tiny_run_is_forecast(pool: RankPool) -> None:
     phase = ImaginedPhase.of(request, "align")
     work = phase.packs[PackChoice.MEAN].counts.work
     flops = 4 * sum(step_flops(request.config.model, work, {"merger"}).values())
-    assert align.tokens == 4 * work.tokens and align.steps == 50
+    assert align.tokens == 4 * work.tokens and align.steps == 40
     assert align.mfu * align.step_seconds * 2 * machine("h100").peak == pytest.approx(flops)
     assert align.tokens_per_second == pytest.approx(align.tokens / align.step_seconds)
     assert len(align.timeline) == 2 * 2

@@ -48,13 +48,13 @@ def test_lengths_are_counted_once(
     assert found["text"][6] == "0%"
     assert int(found["captions"][2].replace(",", "")) > 0
     assert len(list(tmp_path.glob("lengths-*.npy"))) == len(found)
-    assert "captions: 80 samples" in first
+    assert "captions: 160 samples" in first
     assert main([*words, "--media", "image_min_pixels=1024"]) == 0
     assert len(list(tmp_path.glob("lengths-*.npy"))) == 2 * len(found), "other rules, other tables"
     capsys.readouterr()
     assert main(words) == 0
     again = capsys.readouterr().out
-    assert "captions: 80 samples" not in again, "counted although tables are there"
+    assert "captions: 160 samples" not in again, "counted although tables are there"
     assert [row[:9] for row in rows(again)] == [row[:9] for row in rows(first)]
 
 

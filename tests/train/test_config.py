@@ -60,7 +60,7 @@ def test_a_section_and_several_together_are_told_at_once() -> None:
     made.phases["align"].warmup_steps = 50
     made.parallel.tensor = 4
     starts = ["data.media.image_min_pixels=1048576 is above data.media.image_max_pixels=65536",
-        "phases.align.warmup_steps=50 must be below the phase's 50 steps", "parallel.tensor=4 does not divide"]  # fmt: skip
+        "phases.align.warmup_steps=50 must be below the phase's 40 steps", "parallel.tensor=4 does not divide"]  # fmt: skip
     lines = made.all_problems(4)
     assert len(lines) == 3
     assert all(line.startswith(start) for line, start in zip(lines, starts, strict=True))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from visionloom.common.errors import UserError
-from visionloom.train import agreements
+from visionloom.train import agreement_sides
 from visionloom.train.agreement_sides import newest_checkpoint
 from visionloom.train.observe.metrics import EVENTS, METRICS, WAITING, RunLog
 
@@ -76,7 +76,7 @@ def test_the_pointer_to_the_newest_checkpoint_leads_nowhere_else(
 ) -> None:
     """What lies where it leads counts as a state that can be read."""
     monkeypatch.setattr(
-        agreements, "read_run_state", lambda folder: (folder / "state.json").read_bytes()
+        agreement_sides, "read_run_state", lambda folder: (folder / "state.json").read_bytes()
     )
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "state.json").write_text("{}")

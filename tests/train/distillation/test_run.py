@@ -171,11 +171,11 @@ def test_a_store_does_not_depend_on_the_teacher_s_layout(
 
 
 def stopped(config: RunConfig, options: StoreOptions) -> None:
-    """A pass that ends after its second unit. Runs on a rank of the pool."""
+    """A pass that ends after its first unit. Runs on a rank of the pool."""
     done = StoreWriter.mark_done
 
     def mark(writer: StoreWriter, unit: object, copies: int) -> None:
-        if len(list(writer.staging.glob("*-*.json"))) == 2:
+        if len(list(writer.staging.glob("*-*.json"))) == 1:
             raise KeyboardInterrupt
         done(writer, unit, copies)  # type: ignore[arg-type]
 
@@ -195,7 +195,7 @@ def test_an_interrupted_pass_goes_on(workshop: Workshop, few: Rows) -> None:
         workshop.pool.run(1, store, workshop.config("interrupted-run", 2), other)
 
     workshop.pool.run(1, store, workshop.config("interrupted-run", 2), options)
-    for name in sorted(written)[:2]:
+    for name in sorted(written)[:1]:
         assert (out / name).stat().st_mtime_ns == written[name]
     found = rows_of(out)
     assert found.keys() == few.keys()

@@ -315,8 +315,7 @@ def test_a_run_begins_with_the_loss_of_transformers(
     tokenizer = Tokenizer(str(demo_data / "tokenizer"))
     folder, words = tmp_path / "hf", [f"model={name}", f"init.huggingface={tmp_path / 'hf'}"]
     words += [
-        f"phases.multimodal.mixture.{unused}=0"
-        for unused in ("grounding", "interleaved", "video", "sums")
+        f"phases.multimodal.mixture.{unused}=0" for unused in ("grounding", "interleaved", "video")
     ]
     config = run_config(demo_data, tmp_path, STEPS, 1, *words)
     torch.manual_seed(5)
