@@ -60,7 +60,9 @@ class Workshop:
     def store(self, name: str, *more: str, ranks: int = 1, kept: int = 8) -> Path:
         out = self.folder / name
         options = StoreOptions(str(out), "multimodal", str(self.checkpoint), kept, dtype="fp32")
-        config = self.config(f"{name}-run", 2, *more, ranks=ranks)
+        # As many packs as the stages or the data ranks of any layout deal with; none is trained on.
+        packs = "phases.multimodal.global_batch=4"
+        config = self.config(f"{name}-run", 2, packs, *more, ranks=ranks)
         self.pool.run(ranks, store, config, options)
         return out
 
