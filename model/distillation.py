@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from visionloom.model.distillation_config import DistillationConfig
 from visionloom.model.loss import local_targets
+from visionloom.parallel.collectives import gathered, maximum, summed
 
 TINY = torch.finfo(torch.float32).tiny
 """Least mass of the tokens that are not kept: its logarithm, and a share of it, are finite."""
@@ -263,26 +263,3 @@ def without_columns_(
     own = probabilities.gather(1, columns) * mine
     others = probabilities.scatter_add_(1, columns, -own)
     return others, summed(others.sum(1), group)
-
-
-def maximum(values: Tensor, group: Any) -> Tensor:
-    """Return the largest of all ranks' values, in place."""
-    if group.size() > 1:
-        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group)
-    return values
-
-
-def summed(values: Tensor, group: Any) -> Tensor:
-    """Return the sum of all ranks' values, in place."""
-    if group.size() > 1:
-        dist.all_reduce(values, group=group)
-    return values
-
-
-def gathered(values: Tensor, group: Any) -> Tensor:
-    """Return all ranks' columns [r, columns of all] of values [r, columns]."""
-    if group.size() == 1:
-        return values
-    parts = [torch.empty_like(values) for _ in range(group.size())]
-    dist.all_gather(parts, values.contiguous(), group=group)
-    return torch.cat(parts, dim=1)

@@ -42,9 +42,11 @@ def run_schedule(
     return outputs
 
 
-def whole_rounds[Batch](batches: Sequence[Batch], topology: Topology) -> list[Batch]:
-    """Add copies of the first until interleaved stages can share the batches evenly."""
+def whole_rounds[Batch](
+    batches: Sequence[Batch], topology: Topology, filler: Batch | None = None
+) -> list[Batch]:
+    """Add batches until interleaved stages can share them evenly: copies of `filler`, or of the first, whose results are nobody's."""
     if topology.config.chunks == 1:
         return list(batches)
-    # Their results are nobody's.
-    return [*batches, *[batches[0]] * (-len(batches) % topology.config.pipeline)]
+    missing = -len(batches) % topology.config.pipeline
+    return [*batches, *[filler or batches[0]] * missing]

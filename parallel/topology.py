@@ -4,6 +4,7 @@
 """
 
 import os
+from collections.abc import Callable
 from copy import copy as shallow_copy
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -113,6 +114,20 @@ class Topology:
     def barrier(self) -> None:
         """Wait until all ranks are here."""
         dist.barrier()
+
+    def on_main[T](self, work: Callable[[], T]) -> T:
+        """Do work on the main rank and return its result on all; its UserError is raised on all."""
+        outcome: list[Any] = [None, ()]
+        if self.is_main:
+            try:
+                outcome[0] = work()
+            except UserError as error:
+                outcome[1] = error.args
+        dist.broadcast_object_list(outcome)
+        if outcome[1]:
+            raise UserError(*outcome[1])
+        result: T = outcome[0]
+        return result
 
     def sum_over_data(self, values: torch.Tensor) -> torch.Tensor:
         """Sum `values` (any shape, on this rank's device) over the copies of the model, in place."""

@@ -19,7 +19,7 @@ from visionloom.data.stream.batch import PackedBatch
 from visionloom.data.stream.held_out import EvaluationSet
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.parallel.config import ParallelConfig
-from visionloom.parallel.schedule import run_schedule
+from visionloom.parallel.schedule import run_schedule, whole_rounds
 from visionloom.parallel.topology import Topology, with_whole_sequences
 from visionloom.train.config import EvaluationConfig
 from visionloom.train.generation.generator import Generator, evaluating
@@ -70,7 +70,7 @@ def held_out_losses(
                 run_schedule(
                     forward,
                     model_parts,
-                    _whole_rounds(batches, topology),
+                    whole_rounds(batches, topology, without_weight(batches[0])),
                     topology,
                     forward_only=True,
                 )
@@ -85,13 +85,9 @@ def held_out_losses(
     return losses
 
 
-def _whole_rounds(batches: list[PackedBatch], topology: Topology) -> list[PackedBatch]:
-    """Add copies without weight until interleaved stages can share the batches evenly."""
-    if topology.config.chunks == 1:
-        return batches
-    missing = -len(batches) % topology.config.pipeline
-    silent = torch.zeros_like(batches[0].loss_weights)
-    return batches + [replace(batches[0], loss_weights=silent)] * missing
+def without_weight(batch: PackedBatch) -> PackedBatch:
+    """Return a batch that adds nothing to a loss."""
+    return replace(batch, loss_weights=torch.zeros_like(batch.loss_weights))
 
 
 def predictions(

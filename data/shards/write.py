@@ -120,6 +120,16 @@ def _encode(sample: Sample) -> bytes:
         raise SampleError(sample.id, "", f"a number that JSON cannot hold: {error}") from None
 
 
+def tar_writer(file: Any) -> Any:
+    """Return a webdataset.TarWriter into an open file, whose bytes follow from the members alone."""
+    # It imports torch, which takes seconds; readers do without it.
+    from webdataset import TarWriter
+
+    # Nothing in a header depends on who writes, or when.
+    plain = {"user": "", "group": "", "mode": 0o644, "mtime": 0}
+    return TarWriter(file, encoder=False, compress=False, **plain)
+
+
 def cut_shards(
     samples: Iterable[SampleMembers],
     path: Callable[[int], Path],
@@ -131,19 +141,13 @@ def cut_shards(
     `path` gives the file of a shard by its number, `key` the key of a sample by its place in `samples`. One sample is in
     memory at a time. Indexing reads each shard back and so checks every sample again.
     """
-    # webdataset imports torch, which takes seconds; readers do without it.
-    from webdataset import TarWriter
-
-    # Nothing in a header depends on who writes, or when: the bytes follow from the samples.
-    plain = {"user": "", "group": "", "mode": 0o644, "mtime": 0}
-    plain |= {"encoder": False, "compress": False}
     stream = enumerate(samples)
     waiting = next(stream, None)
     for shard in count():
         if waiting is None:
             return
         room = _Room(limits)
-        with replacing(path(shard)) as file, TarWriter(file, **plain) as tar:
+        with replacing(path(shard)) as file, tar_writer(file) as tar:
             while waiting is not None:
                 row, members = waiting
                 if not room.takes(key(row), members):

@@ -21,6 +21,7 @@ from visionloom.common.jsonfile import JsonError, read_json
 from visionloom.data.encode.encode import EncodedSample
 from visionloom.data.shards.dataset import Location
 from visionloom.data.shards.tar import entries
+from visionloom.data.shards.write import tar_writer
 from visionloom.data.stream.teacher_store import (
     ENTRY,
     FACTS,
@@ -114,13 +115,8 @@ class StoreWriter:
     @contextmanager
     def shard(self, unit: StoreUnit, copy: int) -> Iterator["ShardWriter"]:
         """Open the shard of a unit that one copy of the teacher writes; it appears with its index, complete or not at all."""
-        # It imports torch, which takes seconds; readers do without it.
-        from webdataset import TarWriter
-
         name = _shard_name(unit, copy)
-        plain = {"user": "", "group": "", "mode": 0o644, "mtime": 0}
-        plain |= {"encoder": False, "compress": False}
-        with replacing(self.folder / name) as file, TarWriter(file, **plain) as tar:
+        with replacing(self.folder / name) as file, tar_writer(file) as tar:
             writer = ShardWriter(tar)
             yield writer
         with replacing(self.staging / f"{name}.index") as file:

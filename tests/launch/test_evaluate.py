@@ -19,8 +19,7 @@ import torch.distributed as dist
 from visionloom.common.errors import UserError
 from visionloom.data.encode.encode import EncodedSample, extend, prompt_of
 from visionloom.data.encode.tokenizer import IMAGE, VIDEO, Tokenizer
-from visionloom.data.shards.sample import Video
-from visionloom.data.stream.batch import pack_prompts, widen
+from visionloom.data.stream.batch import pack_prompts
 from visionloom.data.stream.held_out import EvaluationSet
 from visionloom.launch.data import main as convert
 from visionloom.launch.evaluate import main
@@ -30,6 +29,7 @@ from visionloom.parallel import topology as topologies
 from visionloom.parallel.topology import Topology
 from visionloom.tests.model.reference import huggingface_model
 from visionloom.tests.ranks import RankPool, torchrun_environment
+from visionloom.tests.train.generation.models import transformers_answer
 from visionloom.tests.train.runs import DATASETS, run_config, run_words
 from visionloom.train.build import newest_weights, open_topology
 from visionloom.train.config import RunConfig
@@ -142,25 +142,9 @@ def by_transformers(config: RunConfig) -> Answers:
 
 
 def generate(theirs: Any, prompt: EncodedSample, tokenizer: Tokenizer) -> list[int]:
-    ids = torch.from_numpy(prompt.input_ids).long()[None]
-    assert prompt.patches is not None
-    pixels = torch.from_numpy(widen(prompt.patches, 1536)).float() / 127.5 - 1
-    grids = torch.from_numpy(prompt.grids).long()
-    is_video = torch.tensor([isinstance(media, Video) for media in prompt.media], dtype=torch.bool)
-    inputs: dict[str, Any] = {}
-    for mine, pixel_name, grid_name in (
-        (~is_video, "pixel_values", "image_grid_thw"),
-        (is_video, "pixel_values_videos", "video_grid_thw"),
-    ):
-        if mine.any():
-            inputs[pixel_name] = pixels[mine.repeat_interleave(grids.prod(1))]
-            inputs[grid_name] = grids[mine]
-    kinds = (ids == tokenizer.special(IMAGE)).int() + 2 * (ids == tokenizer.special(VIDEO)).int()
-    output = theirs.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=kinds, do_sample=False,
-        max_new_tokens=MOST_TOKENS, eos_token_id=list(tokenizer.stop_ids), pad_token_id=tokenizer.pad_id, **inputs,
-    )  # fmt: skip
-    return output[0, ids.shape[1] :].tolist()
+    ends = {"eos_token_id": list(tokenizer.stop_ids), "pad_token_id": tokenizer.pad_id}
+    output = transformers_answer(theirs, prompt, MOST_TOKENS, **ends)
+    return output[0, len(prompt.input_ids) :].tolist()
 
 
 @pytest.fixture(scope="module")

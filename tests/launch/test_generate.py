@@ -4,7 +4,7 @@ References: transformers' Qwen3VLForConditionalGeneration.generate on the export
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -94,12 +94,19 @@ def prompts(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def mixed(demo_data: Path) -> Iterator[tuple[Sample, dict[str, bytes]]]:
-    for name in ("captions", "vqa", "video", "sums", "documents"):
+def first_of(
+    demo_data: Path, names: Sequence[str], count: int
+) -> Iterator[tuple[Sample, dict[str, bytes]]]:
+    """The first samples of each of the demo's datasets, with their media."""
+    for name in names:
         dataset = Dataset.open(demo_data / "train" / name, name)
-        for index in range(2):
+        for index in range(count):
             sample = dataset.sample(index)
             yield sample, {ref: dataset.member(index, ref) for ref in sample.refs}
+
+
+def mixed(demo_data: Path) -> Iterator[tuple[Sample, dict[str, bytes]]]:
+    yield from first_of(demo_data, ("captions", "vqa", "video", "sums", "documents"), 2)
     again = (Message("user", (Text("3 + 4?"),)), Message("assistant", (Text("7"),)))
     yield Sample("asked again", "chat", (*again, Message("user", (Text("Sure?"),)))), {}
     yield Sample("a text", "doc", content=(Text("Once."),)), {}
@@ -286,11 +293,7 @@ def by_transformers(exported: Path, prompts: Path, config: RunConfig) -> dict[st
 
 
 def two_hundred(demo_data: Path) -> Iterator[tuple[Sample, dict[str, bytes]]]:
-    for name in ("vqa", "video", "sums", "documents", "grounding"):
-        dataset = Dataset.open(demo_data / "train" / name, name)
-        for index in range(40):
-            sample = dataset.sample(index)
-            yield sample, {ref: dataset.member(index, ref) for ref in sample.refs}
+    yield from first_of(demo_data, ("vqa", "video", "sums", "documents", "grounding"), 40)
 
 
 @pytest.mark.long

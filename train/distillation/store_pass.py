@@ -39,6 +39,7 @@ from visionloom.train.build import (
 )
 from visionloom.train.config import RunConfig
 from visionloom.train.distillation.options import StoreOptions
+from visionloom.train.distillation.teacher import without_loss
 from visionloom.train.observe.screen import Screen
 from visionloom.train.step import agree_on_unreadable
 
@@ -63,16 +64,11 @@ def store_teacher(config: RunConfig, options: StoreOptions) -> None:
     screen = Screen(topology.is_main, config.logging.every_steps)
     stream = build_stream(config, options.phase, run_folder(config), topology)
     writer = StoreWriter(Path(options.out), facts_of(config, options, stream))
-    complete = writer.is_complete()
-    # All have looked before one begins to write.
-    topology.barrier()
-    if complete:
+    if topology.on_main(writer.is_complete):
         screen.say(f"{options.out} is complete already")
         topologies.stop()
         return
-    if topology.is_main:
-        writer.begin()
-    topology.barrier()
+    topology.on_main(writer.begin)
 
     units: list[StoreUnit] = []
     for dataset in stream.datasets:
@@ -178,8 +174,7 @@ class StoringPass:
         if not part.post_process:
             return states, None
         self.said.append((inputs.loss_tokens, self._most_probable(part, states)))
-        nothing = torch.zeros([], device=states.device)
-        return nothing, lambda total: (total, nothing.int(), {})
+        return without_loss(states)
 
     def _most_probable(self, part: Qwen3VL, states: Tensor) -> TopKTeacher:
         """Return the most probable tokens after the hidden states [R, H], on the host."""

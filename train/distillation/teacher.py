@@ -1,6 +1,5 @@
 """The teacher of a phase that distils: a live model on the student's ranks, or stored log-probabilities that came with the packs."""
 
-import functools
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
@@ -95,9 +94,7 @@ class LiveTeacher:
         if not part.post_process:
             return states, None
         self.states.append(states)
-        nothing = torch.zeros([], device=states.device)
-        no_tokens = torch.zeros([], dtype=torch.int, device=states.device)
-        return nothing, functools.partial(_counted, no_tokens)
+        return without_loss(states)
 
     def for_rows(self, batch: PackedBatch, tokens: Tensor) -> Distillation:
         """Return the hidden states of the next micro-batch; see Teacher."""
@@ -106,5 +103,7 @@ class LiveTeacher:
         return self.options, HiddenTeacher(self.states.popleft(), weight)
 
 
-def _counted(no_tokens: Tensor, total: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    return total, no_tokens, {}
+def without_loss(states: Tensor) -> tuple[Tensor, Any]:
+    """Return what Megatron-core's schedule takes of a last stage that has no loss."""
+    nothing = torch.zeros([], device=states.device)
+    return nothing, lambda total: (total, nothing.int(), {})

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelSaveStrategyWrapper,
@@ -124,20 +123,17 @@ def start_folder(out: Path, topology: Topology) -> Path:
         UserError: on all ranks, if `out` is there already or the folder cannot be made.
     """
     partial = out.with_name(out.name + ".tmp")
-    fault = ""
-    if topology.is_main:
+
+    def make() -> None:
         if out.exists():
-            fault = f"out={out} is there already: name a new folder or remove it"
-        else:
-            try:
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
-            except OSError as error:
-                fault = f"out={out} cannot be made: {error.strerror}"
-    faults = [fault]
-    dist.broadcast_object_list(faults, src=0)
-    if faults[0]:
-        raise UserError(faults[0])
+            raise UserError(f"out={out} is there already: name a new folder or remove it")
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(f"out={out} cannot be made: {error.strerror}") from None
+
+    topology.on_main(make)
     return partial
 
 

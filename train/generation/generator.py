@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from visionloom.data.encode.encode import EncodedSample
@@ -26,8 +25,9 @@ from visionloom.model.cache import (
     PromptContext,
 )
 from visionloom.model.qwen3vl import Qwen3VL
+from visionloom.parallel.collectives import gathered
 from visionloom.parallel.device import to_device
-from visionloom.parallel.schedule import run_schedule
+from visionloom.parallel.schedule import run_schedule, whole_rounds
 from visionloom.parallel.topology import Topology, with_whole_sequences
 from visionloom.train.generation.config import Budget
 from visionloom.train.generation.sampling import Sampling, answer_key, choose_tokens, token_key
@@ -295,13 +295,10 @@ class _Generation:
 
     def _run(self, forward: Callable[..., Any], batch: PackedBatch) -> list[Tensor]:
         """Run a pack through all stages; return what was drawn on the last, as often as it was run, nothing on others."""
-        config = self.topology.config
-        # Interleaved stages work on as many micro-batches as there are stages: the others are copies.
-        copies = [batch] * (config.pipeline if config.chunks > 1 else 1)
         return run_schedule(
             forward,
             self.model.model_parts,
-            copies,
+            whole_rounds([batch], self.topology),
             self.topology,
             forward_only=True,
             collect_non_loss_data=True,
@@ -326,7 +323,7 @@ class _Generation:
         logits = part.logits(inputs, self._on_device(rows))
         # Without rows no rank of this copy of the model gathers.
         if rows:
-            whole = gathered_vocabulary(logits, self.topology)
+            whole = gathered(logits, self.topology.groups.tp)
             logits = choose_tokens(whole, self._on_device(keys), self.sampling)
         return logits, lambda output, non_loss_data: output
 
@@ -351,13 +348,3 @@ class _Generation:
                 self.sequences[place] = last
                 for cache in self.caches.values():
                     cache.move(len(self.sequences), place)
-
-
-def gathered_vocabulary(logits: Tensor, topology: Topology) -> Tensor:
-    """Return logits of the whole vocabulary [R, V] from this rank's columns [R, V / tensor]."""
-    group = topology.groups.tp
-    if group.size() == 1:
-        return logits
-    parts = [torch.empty_like(logits) for _ in range(group.size())]
-    dist.all_gather(parts, logits.contiguous(), group=group)
-    return torch.cat(parts, dim=1)

@@ -1,6 +1,6 @@
 """Generate answers to a dataset of prompts and write them as a dataset: part by part, over all data ranks, resumably."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -26,7 +26,6 @@ from visionloom.data.shards.write_parts import (
     write_part,
 )
 from visionloom.parallel import topology as topologies
-from visionloom.parallel.topology import Topology
 from visionloom.train.build import newest_weights, open_topology
 from visionloom.train.config import RunConfig
 from visionloom.train.generation.answered import Prompt, Prompts
@@ -154,7 +153,7 @@ class Job:
         # Its lock is held to the end.
         with ExitStack() as stack:
             opened = stack.enter_context
-            complete = on_main(topology, lambda: opened(begin(self.target, settings)))
+            complete = topology.on_main(lambda: opened(begin(self.target, settings)))
             left = self._left(complete)
             for first in range(0, len(left), topology.data_size):
                 self._round(left[first : first + topology.data_size])
@@ -164,7 +163,7 @@ class Job:
             topology.barrier()
             if complete is None:
                 whole = partial(finish, self.target, len(self.parts), settings)
-                complete = on_main(topology, whole)
+                complete = topology.on_main(whole)
         counts = [f"{count:,} {name}" for name, count in complete.counts.items()]
         screen.say(f"{self.target.folder}: {', '.join(counts)}")
 
@@ -201,18 +200,3 @@ class Job:
             answered = AnsweredPart(self.prompts, list(zip(rows, answers, strict=True)), left_out)
             for number in mine:
                 write_part(answered, self.target, (number, self.parts[number]))
-
-
-def on_main[T](topology: Topology, work: Callable[[], T]) -> T:
-    """Do work on the main rank and return its result on all; its UserError is raised on all."""
-    outcome: list[Any] = [None, ""]
-    if topology.is_main:
-        try:
-            outcome[0] = work()
-        except UserError as error:
-            outcome[1] = str(error)
-    dist.broadcast_object_list(outcome)
-    if outcome[1]:
-        raise UserError(outcome[1])
-    result: T = outcome[0]
-    return result
