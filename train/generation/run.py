@@ -33,7 +33,7 @@ from visionloom.train.generation.config import GenerationConfig
 from visionloom.train.generation.generator import Answer, Generator
 from visionloom.train.generation.sampling import Sampling
 from visionloom.train.observe.screen import Screen
-from visionloom.train.run import trained_checkpoint
+from visionloom.train.run import held_out, trained_checkpoint
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,9 @@ def generate(config: RunConfig, checkpoint: str, prompts: str, out: str) -> None
     topology = open_topology(config)
     screen = Screen(topology.is_main, 1)
     dataset = Dataset.open(prompts, "prompts", "generate", config.data.store)
-    source = Prompts(dataset, Tokenizer(config.data.tokenizer), config.data.media)
+    # As held-out data: videos are sampled as in the last phase.
+    media = held_out(config).data.media
+    source = Prompts(dataset, Tokenizer(config.data.tokenizer), media)
     sampling = sampling_of(config.generation, source.tokenizer)
     trained = trained_checkpoint(config, checkpoint, topology, screen)
     generator = Generator(
@@ -132,7 +134,7 @@ def settings_of(config: RunConfig, source: Prompts, checkpoint: str) -> dict[str
         "checkpoint": str(Path(checkpoint).resolve()),
         "prompts": source.dataset.fingerprint,
         "tokenizer": source.tokenizer.fingerprint,
-        "media": asdict(config.data.media),
+        "media": asdict(source.rules),
         "generation": options,
     }
 
