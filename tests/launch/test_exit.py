@@ -194,7 +194,7 @@ def command(config):
     if os.environ["RANK"] == "1":
         raise RuntimeError("the cause of it all")
     import time
-    time.sleep(30)
+    time.sleep(600)
 configure.start(command, ["+recipe=demo", f"run.folder={sys.argv[1]}"])
 """
 

@@ -32,7 +32,12 @@ DATASETS = ("captions", "text", "vqa", "grounding", "interleaved", "video", "doc
 
 def run_config(data: Path, folder: Path, steps: int, world_size: int, *more: str) -> RunConfig:
     """The checked configuration of such a run."""
-    config = compose(run_words(data, folder, steps, *more), world_size)
+    return configured(run_words(data, folder, steps, *more), world_size)
+
+
+def configured(words: list[str], world_size: int) -> RunConfig:
+    """The checked configuration of these words."""
+    config = compose(words, world_size)
     assert config is not None
     return config
 

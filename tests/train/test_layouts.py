@@ -3,6 +3,7 @@
 Reference: one process.
 """
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from visionloom.tests.ranks import RankPool
-from visionloom.tests.train.runs import metrics, run_config
+from visionloom.tests.train.runs import DATASETS, configured, metrics, run_config, run_words
 from visionloom.train.config import RunConfig
 
 STEPS = 20
@@ -27,6 +28,9 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "tensor2 context2": (4, ["parallel.tensor=2", "parallel.context=2"]),
     "micro-batches of two packs": (1, ["phases.multimodal.micro_batch=2"]),
 }
+
+LATER = {"long": ("tensor", "context"), "sft": ("pipeline", "expert")}
+"""Phases after the first, and the axes of two ranks that they have."""
 
 
 def train(config: RunConfig) -> None:
@@ -109,3 +113,29 @@ def test_experts_on_ranks_of_their_own(pool: RankPool, demo_data: Path, tmp_path
     for line in lines[1]:
         assert 1.0 <= line["router"]["load_mean_max"] <= line["router"]["load_max"] <= 8.0
         assert 0.0 < line["router"]["entropy"] <= math.log(8) + 1e-6
+
+
+@pytest.mark.long
+def test_a_change_of_layout_between_phases_changes_nothing(
+    pool: RankPool, demo_data: Path, tmp_path: Path
+) -> None:
+    """A phase begins with the held-out losses that the one before ended with, both measured in their own layouts."""
+    words = run_words(demo_data, tmp_path, 4, "model=tiny_moe", "data.sample_token_multiple=4")
+    words += ["evaluation.phase_samples=8", "phases.multimodal.parallel.tensor=1"]
+    words += ["phases.multimodal.micro_batch=1"]
+    for later, layout in LATER.items():
+        pool.run(4, train, configured(words, 4))
+        words.remove(f"~phases.{later}")
+        words += [f"phases.{later}.steps=4", f"phases.{later}.warmup_steps=1"]
+        words += [f"phases.{later}.parallel.{axis}=2" for axis in layout]
+    # Each phase has a start of its own: a start measures before its first step what it has not measured itself.
+    pool.run(4, train, configured(words, 4))
+
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    losses = [event["loss"] for event in events if event["event"] == "validation"]
+    assert len(losses) == 6
+    for ended, began in ((losses[1], losses[2]), (losses[3], losses[4])):
+        assert ended.keys() == began.keys() == set(DATASETS)
+        assert began == pytest.approx(ended, rel=1e-5)
+        # Training moves them, so equal ones are no matter of course.
+        assert ended != pytest.approx(losses[0], rel=1e-3)
