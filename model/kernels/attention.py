@@ -7,7 +7,7 @@ Shapes: T query rows, U key rows, S segments, H query heads, G key/value heads, 
 import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -175,28 +175,38 @@ def _packed_like(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Group:
-    """Segments of equal lengths, which one call attends."""
+    """Segments of equal lengths, which one call attends to the rows of some or all keys that they see."""
 
     queries: "_Rows"
     keys: "_Rows"
-    causal: bool
+    is_causal: bool
+    """Of as many keys as queries: the kernel's own mask aligns the first of both, and skips half of the work."""
     scale: float
 
     def take(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Take the rows of the group, [n, heads, L or M, D] each."""
         return self.queries.take(query), self.keys.take(key), self.keys.take(value)
 
-    def options(self, query: Tensor) -> dict[str, Any]:
-        """Return the options of torch's CPU kernel, whose own causal mask aligns the first query with the first key."""
-        square = self.queries.length == self.keys.length
-        mask = None
-        # The kernel's own mask skips half of the work; one of numbers is for context ranks, whose pieces see more keys.
-        if self.causal and not square:
-            seen = torch.ones(self.queries.length, self.keys.length, dtype=torch.bool)
-            hidden = seen.tril(self.keys.length - self.queries.length).logical_not()
-            mask = torch.zeros(hidden.shape, dtype=query.dtype).masked_fill(hidden, float("-inf"))
-        causal = self.causal and square
-        return {"is_causal": causal, "attn_mask": mask, "scale": self.scale}
+    @property
+    def options(self) -> dict[str, Any]:
+        """Return the options of torch's CPU kernel."""
+        return {"is_causal": self.is_causal, "scale": self.scale}
+
+    def parts(self) -> "list[_Group]":
+        """Return the calls that attend causally: the pieces of a context rank see more keys than they have queries.
+
+        The keys before the square are seen by all queries. A mask in place of the two calls has a number for each
+        query and key: 4 GB for a piece of 16,384 queries that sees 65,536 keys.
+        """
+        more = self.keys.length - self.queries.length
+        if not self.is_causal or not more:
+            return [self]
+        if self.queries.length == 1:
+            # a token that is generated
+            return [replace(self, is_causal=False)]
+        before = replace(self, keys=_Rows(self.keys.starts, more), is_causal=False)
+        square = _Rows(self.keys.starts + more, self.queries.length)
+        return [before, replace(self, keys=square)]
 
 
 @dataclass(frozen=True)
@@ -234,6 +244,10 @@ class _Rows:
         """Write values [n, heads, L, D] into the rows of [T, heads, D]."""
         target[self.where] = values.transpose(1, 2).flatten(0, 1)
 
+    def add(self, target: Tensor, values: Tensor) -> None:
+        """Add values [n, heads, L, D] to the rows of [T, heads, D]."""
+        target[self.where] += values.transpose(1, 2).flatten(0, 1)
+
     def put_sums(self, target: Tensor, values: Tensor) -> None:
         """Write values [n, heads, L] into the columns of [heads, T]."""
         target[:, self.where] = values.transpose(0, 1).flatten(1)
@@ -258,12 +272,29 @@ def _forward_cpu(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tu
     sums = torch.promote_types(query.dtype, torch.float32)
     logsumexp = query.new_empty(query.shape[1], query.shape[0], dtype=sums)
     for group in _groups(options):
-        attended, row_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            *group.take(query, key, value), **group.options(query)
-        )
+        attended, row_sums = _attend_parts(group.parts(), query, key, value)
         group.queries.put(output, attended)
         group.queries.put_sums(logsumexp, row_sums)
     return output, logsumexp
+
+
+def _attend_parts(
+    parts: Sequence[_Group], query: Tensor, key: Tensor, value: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Attend each part, and join them: each weighs as much as its scores have of the sum over all keys."""
+    results = []
+    for part in parts:
+        result = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            *part.take(query, key, value), **part.options
+        )
+        results.append(result)
+    if len(results) == 1:
+        return results[0]
+
+    (before, before_sums), (square, square_sums) = results
+    sums = torch.logaddexp(before_sums, square_sums)
+    weighted = before * (before_sums - sums).exp()[..., None]
+    return weighted.addcmul_(square, (square_sums - sums).exp()[..., None]), sums
 
 
 def _backward_cpu(
@@ -275,20 +306,21 @@ def _backward_cpu(
     logsumexp: Tensor,
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    # Keys that no query sees have no gradient.
-    by_query, by_key, by_value = _packed_like(query), torch.zeros_like(key), torch.zeros_like(value)
+    # A query's gradient has a part from each call; keys that no query sees have none.
+    by_query, by_key, by_value = [x.new_zeros(x.shape) for x in (query, key, value)]
     for group in _groups(options):
-        gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            group.queries.take(gradient),
-            *group.take(query, key, value),
-            group.queries.take(output),
-            group.queries.take_sums(logsumexp),
-            0.0,
-            **group.options(query),
-        )
-        group.queries.put(by_query, gradients[0])
-        group.keys.put(by_key, gradients[1])
-        group.keys.put(by_value, gradients[2])
+        for part in group.parts():
+            gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                part.queries.take(gradient),
+                *part.take(query, key, value),
+                part.queries.take(output),
+                part.queries.take_sums(logsumexp),
+                0.0,
+                **part.options,
+            )
+            part.queries.add(by_query, gradients[0])
+            part.keys.add(by_key, gradients[1])
+            part.keys.add(by_value, gradients[2])
     return by_query, by_key, by_value
 
 
