@@ -10,6 +10,9 @@ RULES: Final = ("hf", "hf_capped", "qwen_utils")
 """Rules by which pictures and videos get their sizes and frames."""
 OVER_LENGTH: Final = ("error", "drop", "split", "shrink", "truncate_tail")
 """What becomes of a sample that no pack can hold; see over_length.py."""
+INSTRUCT: Final = "instruct"
+THINKING: Final = "thinking"
+CHAT_FORMATS: Final = (INSTRUCT, THINKING)
 WEIGHTS_IN: Final = ("samples", "tokens")
 
 
@@ -117,6 +120,10 @@ class DataConfig:
 
     tokenizer: str = option("", "data")
     """Folder of a Hugging Face tokenizer with Qwen3-VL's special tokens."""
+    chat_format: str = option(INSTRUCT, "data", choices=CHAT_FORMATS)
+    """How chats are written, as the templates of the two kinds of Qwen3-VL models do: `instruct` with the thoughts that a sample
+    has, `thinking` for a model that always thinks first: thoughts in answers to the last question alone, an empty one where the
+    last answer has none, and no loss on what is left of earlier answers."""
     datasets: dict[str, DatasetConfig] = field(default_factory=dict)
     """Training datasets by name."""
     validation: dict[str, DatasetConfig] = field(default_factory=dict)

@@ -36,7 +36,8 @@ class EncodedSample:
     answer: str | None
     """Text of the last assistant turn."""
     prompt_length: int
-    """Tokens up to and including the last `<|im_start|>assistant` and its newline; n if there is none."""
+    """Tokens up to where a server's prompt for the last answer ends: after the newline of `<|im_start|>assistant` or, in the
+    thinking format, of `<think>`; n if there is no answer."""
     patches: NDArray[np.uint8] | None = None
     """[patches of all grids, 768] or, with a video, [..., 1536]; None until decoded."""
     loss_tokens: int | None = None
@@ -78,7 +79,7 @@ def encode_each(
     samples: Sequence[Sample], tokenizer: Tokenizer, rules: MediaConfig, datasets: Sequence[str]
 ) -> Iterator[EncodedSample]:
     """Encode like `encode_all`, with one of them in memory at a time."""
-    renderings = [render(sample, rules) for sample in samples]
+    renderings = [render(sample, rules, tokenizer.chat_format) for sample in samples]
     runs = [_KnownTexts.runs_of(rendering.pieces) for rendering in renderings]
     texts = {texts for sample_runs in runs for _, texts in sample_runs if texts}
     # one call for all samples: the tokenizer works on a batch in parallel, and texts that repeat are done once

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from visionloom.common.jsonfile import JsonError, checked, load_json
-from visionloom.data.encode.tokenizer import THINK_END
+from visionloom.data.encode.tokenizer import THINK_END, THINK_START
 
 LEAST_IOU: Final = 0.5
 """Overlap with which a box counts as right, as in the grounding benchmarks of the report (section 5)."""
@@ -35,7 +35,9 @@ def is_right(answer: str, reference: str) -> bool:
 
 
 def final_answer(text: str) -> str:
-    """Return the text after the thoughts, without surrounding white space."""
+    """Return the text after the thoughts, without surrounding white space; empty for thoughts that did not end."""
+    if text.lstrip().startswith(THINK_START) and THINK_END not in text:
+        return ""
     return text.rpartition(THINK_END)[2].strip()
 
 

@@ -37,9 +37,9 @@ class Prediction:
 
 
 def answer_text(token_ids: Sequence[int], tokenizer: Tokenizer) -> str:
-    """Return the text of an answer, without the token that ended it."""
+    """Return the text of an answer, with what of it the prompt had already and without the token that ended it."""
     kept = [token for token in token_ids if token not in tokenizer.stop_ids]
-    return tokenizer.decode(kept)
+    return tokenizer.answer_start + tokenizer.decode(kept)
 
 
 def question_text(sample: EncodedSample, tokenizer: Tokenizer) -> str:
@@ -58,7 +58,8 @@ def question_text(sample: EncodedSample, tokenizer: Tokenizer) -> str:
         else:
             turns[-1] += tokenizer.decode(list(group)).replace(PICTURE, "")
 
-    document, *chat = turns
+    # the last turn is the header of the answer
+    document, *chat, _ = turns
     speeches = []
     for turn in chat:
         role, _, text = turn.partition("\n")

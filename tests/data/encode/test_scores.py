@@ -70,6 +70,7 @@ def test_every_box_needs_one_of_its_own() -> None:
         ("7", "7", True),
         ("<think>\n3 + 4 = 8.\n</think>\n\n7", "<think>\n3 + 4 = 7.\n</think>\n\n7", True),
         ("8", "<think>\n3 + 4 = 7.\n</think>\n\n7", False),
+        ("<think>\n7", "7", False),
         (SEVEN, "7", False),
         ("Page 3:7", "Page 3:7", True),
     ],
