@@ -13,6 +13,7 @@ OVER_LENGTH: Final = ("error", "drop", "split", "shrink", "truncate_tail")
 INSTRUCT: Final = "instruct"
 THINKING: Final = "thinking"
 CHAT_FORMATS: Final = (INSTRUCT, THINKING)
+SCORES: Final = ("default", "exact", "choice", "iou")
 WEIGHTS_IN: Final = ("samples", "tokens")
 
 
@@ -28,6 +29,15 @@ class DatasetConfig:
     """A sample longer than the phase's sequence: `error` stops and names it; `split` cuts documents at sentence ends and
     chats between turns, `shrink` makes its pictures smaller, `truncate_tail` cuts its end off, `drop` leaves it out; what
     is lost is counted and logged."""
+
+
+@dataclass
+class ValidationConfig(DatasetConfig):
+    """One held-out dataset, and how its answers are scored."""
+
+    score: str = option("default", "free", choices=SCORES)
+    """When an answer is right: `default` boxes by their overlap and anything else word for word; `exact` but for case, white
+    space, quotes and a full stop; `choice` the letter of a multiple choice in free text; `iou` boxes by their overlap alone."""
 
 
 @dataclass
@@ -126,7 +136,7 @@ class DataConfig:
     last answer has none, and no loss on what is left of earlier answers."""
     datasets: dict[str, DatasetConfig] = field(default_factory=dict)
     """Training datasets by name."""
-    validation: dict[str, DatasetConfig] = field(default_factory=dict)
+    validation: dict[str, ValidationConfig] = field(default_factory=dict)
     """Held-out datasets by name, for evaluation."""
     media: MediaConfig = field(default_factory=MediaConfig)
     """Sizes, frames and limits of pictures and videos."""

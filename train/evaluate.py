@@ -106,7 +106,8 @@ def predictions(
     answers = generator.generate(map(prompt_of, asked), sampling)
     for sample, (answer,) in zip(asked, answers, strict=True):
         text = answer_text(answer.token_ids, tokenizer)
-        yield Prediction(sample, text, question_text(sample, tokenizer))
+        question, score = question_text(sample, tokenizer), held_out.data.validation[name].score
+        yield Prediction(sample, text, question, score)
 
 
 @dataclass

@@ -210,13 +210,7 @@ class _Renderer:
         out.add(TURN_START, count=1)
         out.add(f"{message.role}\n")
         start = len(out.pieces)
-        is_opened = self.thinks and begins_with_thought(message)
-        if is_opened:
-            # a server's prompt has them: the model does not write them
-            out.add(THINK_START, count=1)
-            out.add("\n")
-        if message.role == "assistant":
-            out.end_prompt()
+        is_opened = message.role == "assistant" and self.begin_answer(message)
         self.speech(message, is_opened)
         # what a thinking model never writes is no answer of its
         if is_answer and is_opened == self.thinks:
@@ -224,6 +218,15 @@ class _Renderer:
             out.answer = _text_of(out.pieces[start:])
         out.add(TURN_END, self.end_weight(message), count=1)
         out.add("\n")
+
+    def begin_answer(self, message: Message) -> bool:
+        """Render what a server's prompt has of an answer, and end the prompt; return whether a thought has begun."""
+        is_opened = self.thinks and begins_with_thought(message)
+        if is_opened:
+            self.out.add(THINK_START, count=1)
+            self.out.add("\n")
+        self.out.end_prompt()
+        return is_opened
 
     def speech(self, message: Message, is_opened: bool) -> None:
         """Render the elements of a turn, in which every call begins a line of its own; `is_opened`: its thought has begun."""

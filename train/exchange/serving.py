@@ -125,19 +125,24 @@ def write_template(out: Path, tokens: TokenTable, chat_format: str | None) -> It
     template = next(out / name for name in TEMPLATES if (out / name).is_file())
     text = read_template(template)
     if chat_format is not None and format_of(text) != chat_format:
-        for name in TEMPLATES:
-            (out / name).unlink(missing_ok=True)
-        (out / TEMPLATES[0]).write_text(template_of(chat_format))
-        yield (
-            f"{TEMPLATES[0]} is this program's, for data.chat_format={chat_format}: what came with the weights"
-            f" writes chats in the format {format_of(text)}"
-        )
+        yield replace_template(out, chat_format, format_of(text))
         return
     if WRAPPED_VIDEO in text and "wrap_videos" not in text:
         yield (
             f"{template.name} came with the weights and puts {VISION_START} and {VISION_END} around videos: transformers from 5.10"
             f" on keeps these two tokens, training has none: give it {VIDEO} alone there"
         )
+
+
+def replace_template(out: Path, chat_format: str, other: str) -> str:
+    """Write the template of a format in place of one of another; return the line that says so."""
+    for name in TEMPLATES:
+        (out / name).unlink(missing_ok=True)
+    (out / TEMPLATES[0]).write_text(template_of(chat_format))
+    return (
+        f"{TEMPLATES[0]} is this program's, for data.chat_format={chat_format}: what came with the weights"
+        f" writes chats in the format {other}"
+    )
 
 
 def read_template(path: Path) -> str:

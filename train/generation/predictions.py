@@ -29,11 +29,13 @@ class Prediction:
     """The generated text, without its end token."""
     question: str
     """The prompt as a person reads it; see `question_text`."""
+    score: str = "default"
+    """By which the answer is right or wrong: data.validation.NAME.score."""
 
     @property
     def correct(self) -> bool:
         """Return whether the answer is right; see `scores.is_right`."""
-        return is_right(self.text, self.sample.answer or "")
+        return is_right(self.text, self.sample.answer or "", self.score)
 
 
 def answer_text(token_ids: Sequence[int], tokenizer: Tokenizer) -> str:
