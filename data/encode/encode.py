@@ -40,6 +40,8 @@ class EncodedSample:
     thinking format, of `<think>`; n if there is no answer."""
     patches: NDArray[np.uint8] | None = None
     """[patches of all grids, 768] or, with a video, [..., 1536]; None until decoded."""
+    depth: float | None = None
+    """meta.depth: how deep in the prompt what is asked for is, from 0 to 1; None: it does not say."""
     loss_tokens: int | None = None
     """n_s of the loss: supervised tokens of the whole sample where this is a part of one; None: supervised_tokens."""
 
@@ -230,6 +232,7 @@ class _TokenisedRendering:
             media=tuple(rendering.media),
             answer=rendering.answer,
             prompt_length=self._prompt_length(),
+            depth=_depth_of(sample),
         )
 
     def _target_weights(self) -> NDArray[np.float32]:
@@ -258,6 +261,14 @@ class _TokenisedRendering:
         if not self.rendering.prompt_pieces:
             return len(self.ids)
         return int(np.searchsorted(self.numbers, self.rendering.prompt_pieces))
+
+
+def _depth_of(sample: Sample) -> float | None:
+    """Return meta.depth of a sample, which anybody may have written; None unless it is a number from 0 to 1."""
+    depth = sample.meta.get("depth")
+    if isinstance(depth, bool) or not isinstance(depth, int | float):
+        return None
+    return float(depth) if 0 <= depth <= 1 else None
 
 
 def _blocks(
