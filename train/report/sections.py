@@ -113,7 +113,7 @@ def answers_table(tasks: Mapping[str, Any]) -> str:
     return table(
         TASK_COLUMNS,
         rows,
-        "Right greedy answers: word for word, boxes from an overlap (IoU) of 0.5",
+        "Right greedy answers, by the score of their dataset; boxes from an overlap (IoU) of 0.5",
     )
 
 

@@ -44,6 +44,8 @@ from visionloom.data.shards.sample import (
 )
 from visionloom.data.shards.sample_json import parse_sample
 from visionloom.tests.data.samples import RULES
+from visionloom.train.generation.answered import answer_content
+from visionloom.train.generation.predictions import answer_text
 
 PICTURE = Image("a.png", 64, 32)
 FILM = Video(("0.png", "1.png", "2.png"), (0.0, 0.5, 1.0), 32, 32)
@@ -305,6 +307,19 @@ def test_only_what_a_thinking_model_writes_has_a_loss(tokenizer_folder: Path) ->
     assert supervised(encoded, tokenizer) == ["Hm.\n</think>\n\nSo.<|im_end|>"]
     encoded = encode(chat(ask, thought, ask), tokenizer, RULES)
     assert supervised(encoded, tokenizer) == [] and encoded.answer is None
+
+
+def test_an_answer_of_a_thinking_model_reads_back(tokenizer_folder: Path) -> None:
+    """Reference: the content whose tokens training has after the prompt; without an end all is thought."""
+    tokenizer = Tokenizer(str(tokenizer_folder), "thinking")
+    content = (Think("3 and 4."), Text("7"))
+    encoded = encode(chat(("user", (Text("3 + 4?"),)), ("assistant", content)), tokenizer, RULES)
+    drawn = encoded.input_ids[encoded.prompt_length :].tolist()
+    drawn = drawn[: drawn.index(tokenizer.special("<|im_end|>")) + 1]
+    assert answer_content(drawn, tokenizer) == content
+    assert answer_text(drawn, tokenizer) == encoded.answer
+    cut = drawn[: drawn.index(tokenizer.special("</think>"))]
+    assert answer_content(cut, tokenizer) == content[:1]
 
 
 def test_calls_are_learned_and_results_are_not(
