@@ -10,6 +10,10 @@ RULES: Final = ("hf", "hf_capped", "qwen_utils")
 """Rules by which pictures and videos get their sizes and frames."""
 OVER_LENGTH: Final = ("error", "drop", "split", "shrink", "truncate_tail")
 """What becomes of a sample that no pack can hold; see over_length.py."""
+INSTRUCT: Final = "instruct"
+THINKING: Final = "thinking"
+CHAT_FORMATS: Final = (INSTRUCT, THINKING)
+SCORES: Final = ("default", "exact", "choice", "iou")
 WEIGHTS_IN: Final = ("samples", "tokens")
 
 
@@ -25,6 +29,15 @@ class DatasetConfig:
     """A sample longer than the phase's sequence: `error` stops and names it; `split` cuts documents at sentence ends and
     chats between turns, `shrink` makes its pictures smaller, `truncate_tail` cuts its end off, `drop` leaves it out; what
     is lost is counted and logged."""
+
+
+@dataclass
+class ValidationConfig(DatasetConfig):
+    """One held-out dataset, and how its answers are scored."""
+
+    score: str = option("default", "free", choices=SCORES)
+    """When an answer is right: `default` boxes by their overlap and anything else word for word; `exact` but for case, white
+    space, quotes and a full stop; `choice` the letter of a multiple choice in free text; `iou` boxes by their overlap alone."""
 
 
 @dataclass
@@ -117,9 +130,13 @@ class DataConfig:
 
     tokenizer: str = option("", "data")
     """Folder of a Hugging Face tokenizer with Qwen3-VL's special tokens."""
+    chat_format: str = option(INSTRUCT, "data", choices=CHAT_FORMATS)
+    """How chats are written, as the templates of the two kinds of Qwen3-VL models do: `instruct` with the thoughts that a sample
+    has, `thinking` for a model that always thinks first: thoughts in answers to the last question alone, an empty one where the
+    last answer has none, and no loss on what is left of earlier answers."""
     datasets: dict[str, DatasetConfig] = field(default_factory=dict)
     """Training datasets by name."""
-    validation: dict[str, DatasetConfig] = field(default_factory=dict)
+    validation: dict[str, ValidationConfig] = field(default_factory=dict)
     """Held-out datasets by name, for evaluation."""
     media: MediaConfig = field(default_factory=MediaConfig)
     """Sizes, frames and limits of pictures and videos."""

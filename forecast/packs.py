@@ -202,7 +202,7 @@ def missing_lengths(options: StreamOptions) -> str:
         return "data.datasets is empty"
     if not Path(data.tokenizer).is_dir():
         return f"no folder data.tokenizer={data.tokenizer}"
-    tokenizer = Tokenizer(data.tokenizer)
+    tokenizer = Tokenizer.of(data)
     for name in dataset_weights(data, options.mixture):
         if lacking := dataset_lacks(data, name, tokenizer):
             return lacking

@@ -3,7 +3,7 @@
 from dataclasses import asdict
 
 from visionloom.common.errors import UserError
-from visionloom.data.config import MediaConfig
+from visionloom.data.config import DataConfig
 from visionloom.model.config import ModelConfig
 from visionloom.model.huggingface.config import NOT_THE_MODEL
 from visionloom.train.checkpoint.read import Checkpoint
@@ -32,13 +32,16 @@ def check_same_adapters(source: Checkpoint, rank: int) -> None:
         raise UserError(f"{source.folder} holds {content}: evaluate it with lora.rank={stored}")
 
 
-def media_differences(source: Checkpoint, media: MediaConfig) -> list[str]:
-    """Name the fields of data.media that pictures were prepared with otherwise when the checkpoint was trained, sorted."""
+def data_differences(source: Checkpoint, data: DataConfig) -> list[str]:
+    """Name the rules by which samples were prepared otherwise when the checkpoint was trained, sorted."""
     inputs = stored_inputs(source.run_state)
     # Checkpoints of older versions, and imported ones, do not say: nothing is known to differ.
-    trained = inputs.media if inputs is not None else {}
+    if inputs is None:
+        return []
     differences = []
-    for field, value in asdict(media).items():
-        if field in trained and trained[field] != value:
-            differences.append(f"{field} {value} instead of {trained[field]}")
+    if inputs.chat_format != data.chat_format:
+        differences.append(f"data.chat_format {data.chat_format} instead of {inputs.chat_format}")
+    for field, value in asdict(data.media).items():
+        if field in inputs.media and inputs.media[field] != value:
+            differences.append(f"data.media.{field} {value} instead of {inputs.media[field]}")
     return sorted(differences)

@@ -27,6 +27,7 @@ from visionloom.train.generation.predictions import Prediction, answer_text, que
 from visionloom.train.generation.sampling import Sampling
 from visionloom.train.observe.screen import Screen
 from visionloom.train.report.history import NO_TASKS, RESULTS
+from visionloom.train.report.needles import NeedleCell, grids_of, place_of
 from visionloom.train.report.page import write_report
 from visionloom.train.step import forward_losses
 from visionloom.train.step_sums import LossSums
@@ -106,7 +107,8 @@ def predictions(
     answers = generator.generate(map(prompt_of, asked), sampling)
     for sample, (answer,) in zip(asked, answers, strict=True):
         text = answer_text(answer.token_ids, tokenizer)
-        yield Prediction(sample, text, question_text(sample, tokenizer))
+        question, score = question_text(sample, tokenizer), held_out.data.validation[name].score
+        yield Prediction(sample, text, question, score)
 
 
 @dataclass
@@ -115,15 +117,22 @@ class Marks:
 
     asked: Counter[str] = field(default_factory=Counter)
     right: Counter[str] = field(default_factory=Counter)
+    asked_at: Counter[NeedleCell | None] = field(default_factory=Counter)
+    right_at: Counter[NeedleCell | None] = field(default_factory=Counter)
+    """Of answers about one place of a long prompt; None: all others."""
 
     def add(self, answers: list[Prediction], topology: Topology) -> None:
         """Count the answers of all data ranks; all ranks call it together."""
-        own = [(answer.sample.task, answer.correct) for answer in answers]
+        own = []
+        for answer in answers:
+            own.append((answer.sample.task, place_of(answer.sample), answer.correct))
         # Ranks of the context axis have answered prompts of their own.
         for part in with_whole_sequences(topology).gather_over_data(own):
-            for task, correct in part:
+            for task, cell, correct in part:
                 self.asked[task] += 1
                 self.right[task] += correct
+                self.asked_at[cell] += 1
+                self.right_at[cell] += correct
 
     def by_task(self) -> dict[str, dict[str, float]]:
         """Return {task: {"accuracy": x, "n": n}}."""
@@ -163,7 +172,8 @@ def evaluate_model(
         screen: of this rank.
 
     Returns:
-        {"step", "loss": {source: x}, "tasks": {name: {"accuracy": x, "n": n}}}, the same on all ranks.
+        {"step", "loss": {source: x}, "tasks": {name: {"accuracy": x, "n": n}}, "needles": see `grids_of`}, the same on all
+        ranks.
     """
     losses = held_out_losses(held_out, model_parts, topology, held_out.evaluation.samples, screen)
     datasets = held_out.data.validation
@@ -177,6 +187,7 @@ def evaluate_model(
         shown += answers[:shown_of_each]
 
     results = {"step": step, "loss": losses, "tasks": marks.by_task()}
+    results["needles"] = grids_of(marks.asked_at, marks.right_at)
     if topology.is_main:
         with replacing(folder / RESULTS) as file:
             file.write((json.dumps(results, indent=1) + "\n").encode())

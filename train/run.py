@@ -32,7 +32,7 @@ from visionloom.train.build import (
 from visionloom.train.checkpoint import read as checkpoint
 from visionloom.train.checkpoint.read import Checkpoint
 from visionloom.train.checkpoint.write import Saver, check_room, first_fault
-from visionloom.train.compatibility import check_same_adapters, check_same_model, media_differences
+from visionloom.train.compatibility import check_same_adapters, check_same_model, data_differences
 from visionloom.train.config import RunConfig
 from visionloom.train.evaluate import HeldOut, evaluate_model, held_out_losses, task_accuracies
 from visionloom.train.exchange.companions import carry_into_run
@@ -183,7 +183,7 @@ def check_data(config: RunConfig, newest: Checkpoint | None) -> None:
         weights = dataset_weights(data, config.phases[name].mixture)
         new = [each for each in weights if each not in names]
         names += new
-        open_datasets(data, new, Tokenizer(data.tokenizer))
+        open_datasets(data, new, Tokenizer.of(data))
 
 
 def open_stream(
@@ -319,10 +319,8 @@ def trained_checkpoint(
     status.current.at(trained.run_state.step)
     screen.say(f"checkpoint {trained.folder}")
     # Allowed, since smaller pictures may be what is evaluated, but never silent.
-    if differences := media_differences(trained, held_out(config).data.media):
-        screen.say(
-            f"pictures are prepared otherwise than in training: data.media has {', '.join(differences)}"
-        )
+    if differences := data_differences(trained, held_out(config).data):
+        screen.say(f"samples are prepared otherwise than in training: {', '.join(differences)}")
     return trained
 
 

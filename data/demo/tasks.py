@@ -5,7 +5,7 @@ Each maker takes a `Drawer` (seeded draws and pictures) and returns a draft: the
 one picture, video or document has several questions: it is encoded once, and each answer is a supervised look at it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -22,7 +22,7 @@ from visionloom.data.demo.drawing import (
     turn_of,
 )
 from visionloom.data.demo.text_tasks import sum_steps, text
-from visionloom.data.shards.sample import Box, Element, Text, Think, Time, Video
+from visionloom.data.shards.sample import Box, Element, Message, Text, Think, Time, Video
 
 PLACED: Final = 0.5
 """Share of the captions that name places."""
@@ -152,6 +152,7 @@ def video(drawer: Drawer, training: bool) -> DemoDraft:
     digits = [drawer.digit(number) for number in pictures]
     entries = Entries([[moment] for moment in moments], digits, question)
     draft.messages = ask(drawer.random, entries, clip, training)
+    draft.meta["depth"] = asked_depth(draft.messages, entries)
     return draft
 
 
@@ -168,8 +169,16 @@ def documents(drawer: Drawer, training: bool) -> DemoDraft:
         return [Text(f"Which digit is on page {place + 1}?")]
 
     digits = [drawer.digit(number) for number in pictures]
-    draft.messages = ask(drawer.random, Entries(names, digits, question), pages, training)
+    entries = Entries(names, digits, question)
+    draft.messages = ask(drawer.random, entries, pages, training)
+    draft.meta["depth"] = asked_depth(draft.messages, entries)
     return draft
+
+
+def asked_depth(messages: Sequence[Message], entries: Entries) -> float:
+    """Return how deep the entry of the first question is, from 0 to 1."""
+    answers = [tuple(entries.answer(place)) for place in range(len(entries.values))]
+    return answers.index(messages[1].content) / max(1, len(answers) - 1)
 
 
 def sums(drawer: Drawer, training: bool) -> DemoDraft:

@@ -2,9 +2,10 @@
 
 A rendering is a list of pieces. Text pieces that touch each other are tokenised as one string, exactly as if the whole
 prompt were tokenised at once; special pieces are placed by id. Only what an assistant says is tokenised apart from the header
-before it: an answer that begins with a newline would share a token with the header's, which no server's prompt ends with. Source: the chat template that ships with the Qwen3-VL
-Instruct models (5,292 bytes, SHA-256 3636d0f0...89e4), tools included, and for videos the format of their training (a
-timestamp and its own vision block for each temporal patch, no outer wrapper).
+before it: an answer that begins with a newline would share a token with the header's, which no server's prompt ends with. Source: the
+chat template that ships with the Qwen3-VL Instruct models (5,292 bytes, SHA-256 3636d0f0...89e4), tools included, and for videos the
+format of their training (a timestamp and its own vision block for each temporal patch, no outer wrapper). The thinking format is that
+of the Thinking models' template (thinking.py); `instruct` writes thoughts where a sample has them, in every turn.
 """
 
 import json
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from visionloom.common.errors import UserError
-from visionloom.data.config import MediaConfig
+from visionloom.data.config import INSTRUCT, THINKING, MediaConfig
 from visionloom.data.encode.geometry import (
     Grid,
     image_grid,
@@ -21,6 +22,7 @@ from visionloom.data.encode.geometry import (
     tokens_per_frame,
     video_layout,
 )
+from visionloom.data.encode.thinking import begins_with_thought, thinking_turns
 from visionloom.data.encode.tokenizer import (
     CALL_END,
     CALL_START,
@@ -52,8 +54,8 @@ from visionloom.data.shards.sample import (
     element_loss,
 )
 
-TEMPLATE_VERSION: Final = 3
-"""Counts changes of what this file renders: length tables made by another version are not used."""
+TEMPLATE_VERSIONS: Final = {"instruct": 3, "thinking": 1001}
+"""Count changes of what this file renders in a format: length tables made by another version are not used."""
 MOST_VISUAL_TOKENS: Final = 1 << 22
 """Of a sample: 16 of the longest packs (262,144 tokens); sixty bytes of JSON can ask for 16,384."""
 _TOOLS_BEGIN: Final = (
@@ -86,7 +88,7 @@ class Rendering:
     prompt_end: int = -1
     """Pieces before the answer that comes next; -1: none is to come."""
     prompt_pieces: int = 0
-    """Pieces up to and including the header of the last assistant turn; 0 if there is none."""
+    """Pieces up to where a server's prompt ends that waits for the last assistant turn; 0 if there is none."""
     images: tuple[Image, ...] = ()
     """The sample's pictures, which boxes count."""
     visual_tokens: int = 0
@@ -114,15 +116,15 @@ def _text_of(pieces: Sequence[Piece]) -> str:
     return "".join(piece.text * max(1, piece.count) for piece in pieces)
 
 
-def render(sample: Sample, rules: MediaConfig) -> Rendering:
+def render(sample: Sample, rules: MediaConfig, chat_format: str = INSTRUCT) -> Rendering:
     """Render a sample; weights are those of its elements times the sample's own.
 
     Loss lies on what assistants say and on its `<|im_end|>`, or on all text of a document and its `<|endoftext|>`;
-    never on headers, tools, their results, pictures, videos or timestamps. Raises SampleError for a picture without a valid
+    never on headers, tools, their results, pictures, videos or timestamps. `chat_format`: see data.chat_format. Raises SampleError for a picture without a valid
     size, and for a box outside the sample's pictures.
     """
     try:
-        return _Renderer(sample, rules).whole()
+        return _Renderer(sample, rules, chat_format).whole()
     except RecursionError:
         raise SampleError(sample.id, "", "its tools or calls are nested too deeply") from None
 
@@ -130,8 +132,8 @@ def render(sample: Sample, rules: MediaConfig) -> Rendering:
 class _Renderer:
     """Adds the parts of one sample to its rendering, in reading order."""
 
-    def __init__(self, sample: Sample, rules: MediaConfig) -> None:
-        self.sample, self.rules = sample, rules
+    def __init__(self, sample: Sample, rules: MediaConfig, chat_format: str) -> None:
+        self.sample, self.rules, self.thinks = sample, rules, chat_format == THINKING
         self.out = Rendering(images=sample.images)
 
     def whole(self) -> Rendering:
@@ -152,6 +154,7 @@ class _Renderer:
 
     def turns(self, messages: Sequence[Message]) -> None:
         """Render a conversation; results of tools that follow each other share a turn."""
+        messages = thinking_turns(messages) if self.thinks else messages
         spoken = [place for place, message in enumerate(messages) if message.role == "assistant"]
         answer = max(spoken, default=-1)
         # one more on each side, so that every message has neighbours
@@ -207,20 +210,33 @@ class _Renderer:
         out.add(TURN_START, count=1)
         out.add(f"{message.role}\n")
         start = len(out.pieces)
-        if message.role == "assistant":
-            out.end_prompt()
-        self.speech(message)
-        if is_answer:
-            out.prompt_pieces = start
+        is_opened = message.role == "assistant" and self.begin_answer(message)
+        self.speech(message, is_opened)
+        # what a thinking model never writes is no answer of its
+        if is_answer and is_opened == self.thinks:
+            out.prompt_pieces = out.prompt_end
             out.answer = _text_of(out.pieces[start:])
         out.add(TURN_END, self.end_weight(message), count=1)
         out.add("\n")
 
-    def speech(self, message: Message) -> None:
-        """Render the elements of a turn, in which every call begins a line of its own."""
+    def begin_answer(self, message: Message) -> bool:
+        """Render what a server's prompt has of an answer, and end the prompt; return whether a thought has begun."""
+        is_opened = self.thinks and begins_with_thought(message)
+        if is_opened:
+            self.out.add(THINK_START, count=1)
+            self.out.add("\n")
+        self.out.end_prompt()
+        return is_opened
+
+    def speech(self, message: Message, is_opened: bool) -> None:
+        """Render the elements of a turn, in which every call begins a line of its own; `is_opened`: its thought has begun."""
         spoken = False
         for element in message.content:
             weight = element_loss(element, message) * self.sample.weight
+            if is_opened and isinstance(element, Think):
+                self.end_thought(f"{element.text}\n", weight)
+                is_opened = False
+                continue
             # but for a call that begins the turn
             if isinstance(element, ToolCall) and spoken:
                 self.out.add("\n", weight)
@@ -245,14 +261,20 @@ class _Renderer:
             case Image() | Video():
                 self.media(element)
             case Think():
-                self.marked(THINK_START, element.text, THINK_END, weight)
-                add("\n\n", weight)
+                add(THINK_START, weight, count=1)
+                self.end_thought(f"\n{element.text}\n", weight)
             case ToolCall():
                 arguments = json.dumps(element.arguments, ensure_ascii=False)
                 call = f'{{"name": "{element.name}", "arguments": {arguments}}}'
                 self.marked(CALL_START, call, CALL_END, weight)
             case _:
                 add(self.plain_text(element), weight)
+
+    def end_thought(self, text: str, weight: float) -> None:
+        """Add the text of a thought, its end and the newlines before what is said."""
+        self.out.add(text, weight)
+        self.out.add(THINK_END, weight, count=1)
+        self.out.add("\n\n", weight)
 
     def marked(self, begin: str, text: str, end: str, weight: float) -> None:
         """Add text on lines of its own between two special tokens."""

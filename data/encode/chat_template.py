@@ -5,9 +5,12 @@ has them, and from 5.10 on it would keep a block around them. Servers that look 
 variable `wrap_videos`.
 """
 
+import re
 from typing import Final
 
-TEMPLATE: Final = r"""
+from visionloom.data.config import INSTRUCT, THINKING
+
+_ALL: Final = r"""
 {%- macro said(content) %}
     {%- if content is string %}
         {{- content }}
@@ -34,6 +37,7 @@ TEMPLATE: Final = r"""
     {%- endfor %}
     {{- '\n</tools>\n\nFor each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:\n<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call><|im_end|>\n' }}
 {%- endif %}
+@BEFORE@
 {%- for message in messages %}
     {%- if message.role == 'tool' %}
         {%- if loop.first or loop.previtem.role != 'tool' %}
@@ -45,10 +49,8 @@ TEMPLATE: Final = r"""
         {%- endif %}
     {%- elif not (tools and loop.first and message.role == 'system') %}
         {{- '<|im_start|>' + message.role + '\n' }}
-        {%- if message.reasoning_content %}
-            {{- '<think>\n' + message.reasoning_content + '\n</think>\n\n' }}
-        {%- endif %}
         {%- set text = said(message.content) %}
+        @THOUGHT@
         {{- text }}
         {%- for tool_call in message.tool_calls or [] %}
             {%- set call = tool_call.function or tool_call %}
@@ -61,6 +63,51 @@ TEMPLATE: Final = r"""
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\n' }}
+    {{- '<|im_start|>assistant\n@PROMPT@' }}
 {%- endif %}
 """.strip()
+_INSTRUCT: Final = {
+    "@BEFORE@\n": "",
+    "@THOUGHT@": r"""
+        {%- if message.reasoning_content %}
+            {{- '<think>\n' + message.reasoning_content + '\n</think>\n\n' }}
+        {%- endif %}
+""".strip(),
+    "@PROMPT@": "",
+}
+_THINKING: Final = {
+    "@BEFORE@": r"""
+{%- set chat = namespace(question=-1) %}
+{%- for message in messages %}
+    {%- if message.role == 'user' %}
+        {%- set chat.question = loop.index0 %}
+    {%- endif %}
+{%- endfor %}
+""".strip(),
+    "@THOUGHT@": r"""
+        {%- if message.role == 'assistant' and loop.index0 > chat.question %}
+            {%- set thought = (message.reasoning_content or '').strip('\n') %}
+            {%- if loop.last or thought %}
+                {{- '<think>\n' + thought + '\n</think>\n\n' }}
+                {%- set text = text.lstrip('\n') %}
+            {%- endif %}
+        {%- endif %}
+""".strip(),
+    "@PROMPT@": r"<think>\n",
+}
+"""What stands in the places of the template that differ."""
+_THINKS: Final = re.compile(r"assistant\\+n<think>\\+n[\"']")
+"""The end of a generation prompt in a template that is a file of Jinja, or text in one of JSON."""
+
+
+def template_of(chat_format: str) -> str:
+    """Return the template of a format of chats; see data.chat_format."""
+    text = _ALL
+    for place, words in (_THINKING if chat_format == THINKING else _INSTRUCT).items():
+        text = text.replace(place, words)
+    return text
+
+
+def format_of(template: str) -> str:
+    """Return the format of chats that a template writes, as its prompts for an answer show."""
+    return THINKING if _THINKS.search(template) else INSTRUCT

@@ -36,9 +36,12 @@ class EncodedSample:
     answer: str | None
     """Text of the last assistant turn."""
     prompt_length: int
-    """Tokens up to and including the last `<|im_start|>assistant` and its newline; n if there is none."""
+    """Tokens up to where a server's prompt for the last answer ends: after the newline of `<|im_start|>assistant` or, in the
+    thinking format, of `<think>`; n if there is no answer."""
     patches: NDArray[np.uint8] | None = None
     """[patches of all grids, 768] or, with a video, [..., 1536]; None until decoded."""
+    depth: float | None = None
+    """meta.depth: how deep in the prompt what is asked for is, from 0 to 1; None: it does not say."""
     loss_tokens: int | None = None
     """n_s of the loss: supervised tokens of the whole sample where this is a part of one; None: supervised_tokens."""
 
@@ -78,7 +81,7 @@ def encode_each(
     samples: Sequence[Sample], tokenizer: Tokenizer, rules: MediaConfig, datasets: Sequence[str]
 ) -> Iterator[EncodedSample]:
     """Encode like `encode_all`, with one of them in memory at a time."""
-    renderings = [render(sample, rules) for sample in samples]
+    renderings = [render(sample, rules, tokenizer.chat_format) for sample in samples]
     runs = [_KnownTexts.runs_of(rendering.pieces) for rendering in renderings]
     texts = {texts for sample_runs in runs for _, texts in sample_runs if texts}
     # one call for all samples: the tokenizer works on a batch in parallel, and texts that repeat are done once
@@ -229,6 +232,7 @@ class _TokenisedRendering:
             media=tuple(rendering.media),
             answer=rendering.answer,
             prompt_length=self._prompt_length(),
+            depth=_depth_of(sample),
         )
 
     def _target_weights(self) -> NDArray[np.float32]:
@@ -257,6 +261,14 @@ class _TokenisedRendering:
         if not self.rendering.prompt_pieces:
             return len(self.ids)
         return int(np.searchsorted(self.numbers, self.rendering.prompt_pieces))
+
+
+def _depth_of(sample: Sample) -> float | None:
+    """Return meta.depth of a sample, which anybody may have written; None unless it is a number from 0 to 1."""
+    depth = sample.meta.get("depth")
+    if isinstance(depth, bool) or not isinstance(depth, int | float):
+        return None
+    return float(depth) if 0 <= depth <= 1 else None
 
 
 def _blocks(

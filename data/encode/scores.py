@@ -1,14 +1,31 @@
 """Scores of answers: pure functions of the generated text and the right one."""
 
+import re
+import unicodedata
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
 from visionloom.common.jsonfile import JsonError, checked, load_json
-from visionloom.data.encode.tokenizer import THINK_END
+from visionloom.data.encode.tokenizer import THINK_END, THINK_START
 
 LEAST_IOU: Final = 0.5
 """Overlap with which a box counts as right, as in the grounding benchmarks of the report (section 5)."""
 
+ANSWER_IS: Final = re.compile(
+    r"(?i:answer|choice|option)(?i:\s+is)?\s*:?\s*\**\(?([A-J](?![\w'])|[a-j](?=[\s.)*]*\Z))"
+)
+"""As in "The answer is (B)" and "Answer: B"."""
+CHOICES: Final = (
+    re.compile(r"\A[\s(\[*]*([A-Ja-j])[\s)\].:*,]*\Z"),
+    ANSWER_IS,
+    re.compile(r"\(([A-J])\)"),
+    re.compile(r"\A\s*\**([A-J])[).:]"),
+    re.compile(r"(?<![\w'])([B-HJ])(?![\w'])"),
+    re.compile(r"(?<![\w'])([AI])(?![\w']|\s+[a-z])"),
+)
+"""Forms in which a letter is chosen, the surest first; the words "A" and "I" are none. Free text is read as VLMEvalKit's
+can_infer_option and lmms-eval's parse_multi_choice_response read it, but several letters are no choice."""
 Corners = tuple[float, float, float, float]
 """Left, top, right and bottom of a rectangle, in any unit."""
 
@@ -22,20 +39,60 @@ class LabelledBox:
     label: str = ""
 
 
-def is_right(answer: str, reference: str) -> bool:
-    """Return whether an answer is right; thoughts before it are not compared.
+def is_right(answer: str, reference: str, score: str = "default") -> bool:
+    """Return whether an answer is right by a score of SCORES; thoughts before it are not compared."""
+    return SCORES[score](final_answer(answer), final_answer(reference))
 
-    Boxes must overlap those of the reference by LEAST_IOU, and anything else equals it word for word.
-    """
-    said, right = final_answer(answer), final_answer(reference)
+
+def by_default(said: str, right: str) -> bool:
+    """Return whether boxes overlap those of the reference by LEAST_IOU, or anything else equals it word for word."""
     boxes = boxes_of(right)
     if boxes:
         return boxes_match(boxes_of(said), boxes)
     return said == right
 
 
+def exact(said: str, right: str) -> bool:
+    """Return whether two texts are equal but for case, runs of white space, and quotes and a full stop around all of it."""
+    return _normalised(said) == _normalised(right)
+
+
+def _normalised(text: str) -> str:
+    words = unicodedata.normalize("NFKC", text).casefold().split()
+    return " ".join(words).strip("\"'`").removesuffix(".").strip("\"'` ")
+
+
+def choice(said: str, right: str) -> bool:
+    """Return whether an answer to a multiple-choice question names the letter of the reference, and no other."""
+    letter = chosen_letter(right)
+    return letter is not None and chosen_letter(said) == letter
+
+
+def chosen_letter(text: str) -> str | None:
+    """Return the letter that a text chooses; None if it chooses none, or several.
+
+    The first form of CHOICES that there is decides, from what only an answer looks like to a letter that stands alone. The
+    last one that it finds is taken where the text says "the answer is" more than once.
+    """
+    for form in CHOICES:
+        letters = [match.group(1) for match in form.finditer(text)]
+        if form is ANSWER_IS and letters:
+            return letters[-1].upper()
+        if letters:
+            return letters[0].upper() if len(set(letters)) == 1 else None
+    return None
+
+
+def overlap(said: str, right: str) -> bool:
+    """Return whether boxes overlap those of the reference by LEAST_IOU; a reference without boxes is never met."""
+    boxes = boxes_of(right)
+    return bool(boxes) and boxes_match(boxes_of(said), boxes)
+
+
 def final_answer(text: str) -> str:
-    """Return the text after the thoughts, without surrounding white space."""
+    """Return the text after the thoughts, without surrounding white space; empty for thoughts that did not end."""
+    if text.lstrip().startswith(THINK_START) and THINK_END not in text:
+        return ""
     return text.rpartition(THINK_END)[2].strip()
 
 
@@ -81,3 +138,12 @@ def area(corners: Corners) -> float:
     """Return the area of a rectangle; 0 if it is turned inside out."""
     left, top, right, bottom = corners
     return max(0.0, right - left) * max(0.0, bottom - top)
+
+
+SCORES: Final[dict[str, Callable[[str, str], bool]]] = {
+    "default": by_default,
+    "exact": exact,
+    "choice": choice,
+    "iou": overlap,
+}
+"""Scores by name, in the words of data.config.SCORES."""

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer as Backend
 from visionloom.common.errors import UserError
 from visionloom.common.jsonfile import load_json
 from visionloom.common.places import PlaceError, read_located
+from visionloom.data.config import INSTRUCT, THINKING, DataConfig
 
 FILE: Final = "tokenizer.json"
 LARGEST: Final = 256 << 20
@@ -52,12 +53,13 @@ class Tokenizer:
 
     Text is encoded by a copy without the tokens that structure is written with, so that `<|im_end|>` inside a user's message
     is spelled out in ordinary tokens and can neither end a turn nor stand for an image. Added tokens that are not special, such as
-    words that a user added for a task, match in text as in every server. Raises UserError if the file or one of Qwen3-VL's special
+    words that a user added for a task, match in text as in every server. `chat_format` goes along, as templates of chats do with
+    tokenizers: samples are rendered by it. Raises UserError if the file or one of Qwen3-VL's special
     tokens is missing.
     """
 
-    def __init__(self, folder: str) -> None:
-        self.folder = folder
+    def __init__(self, folder: str, chat_format: str = INSTRUCT) -> None:
+        self.folder, self.chat_format = folder, chat_format
         raw = _read(folder)
         self.fingerprint = hashlib.sha256(raw).hexdigest()
         words = self._load(raw)
@@ -96,8 +98,13 @@ class Tokenizer:
             )
         return ids
 
-    def __reduce__(self) -> tuple[type["Tokenizer"], tuple[str]]:
-        return Tokenizer, (self.folder,)
+    def __reduce__(self) -> tuple[type["Tokenizer"], tuple[str, str]]:
+        return Tokenizer, (self.folder, self.chat_format)
+
+    @classmethod
+    def of(cls, data: DataConfig) -> "Tokenizer":
+        """Read the tokenizer of a run."""
+        return cls(data.tokenizer, data.chat_format)
 
     @property
     def pad_id(self) -> int:
@@ -108,6 +115,11 @@ class Tokenizer:
     def stop_ids(self) -> tuple[int, int]:
         """Return the ids that end a generated answer: `<|im_end|>` and `<|endoftext|>`."""
         return self._special[TURN_END], self._special[END_OF_TEXT]
+
+    @property
+    def answer_start(self) -> str:
+        """Return what a prompt already has of the answer that it waits for."""
+        return f"{THINK_START}\n" if self.chat_format == THINKING else ""
 
     @cached_property
     def size(self) -> int:

@@ -28,7 +28,7 @@ OPTIONS: Final = {
     "weights_in": "data.weights_in",
     "phase": "phase",
     "tokenizer": "data.tokenizer",
-    "media": "data.media",
+    "media": "data.media or data.chat_format",
     "draws_per_block": "draws of a block",
 }
 """The option behind each fact of a plan; others are the phase's own."""

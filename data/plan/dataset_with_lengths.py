@@ -85,7 +85,8 @@ def cache_folder(data: DataConfig, path: str) -> Path:
     return Path(path) / "cache"
 
 
-def media_hash(rules: MediaConfig) -> str:
+def media_hash(rules: MediaConfig, chat_format: str) -> str:
     """Return eight hexadecimal digits over what decides how media and chats become tokens, besides the tokenizer."""
-    facts = [chat.TEMPLATE_VERSION, geometry.VERSION, sorted(dataclasses.asdict(rules).items())]
+    version = chat.TEMPLATE_VERSIONS[chat_format]
+    facts = [version, geometry.VERSION, sorted(dataclasses.asdict(rules).items())]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]

@@ -42,7 +42,7 @@ def lengths_hash(fingerprint: str, tokenizer: Tokenizer, rules: MediaConfig) -> 
     """Return the name of the table of a dataset under these rules: 32 hexadecimal digits."""
     facts = [
         TABLE_VERSION,
-        chat.TEMPLATE_VERSION,
+        chat.TEMPLATE_VERSIONS[tokenizer.chat_format],
         fingerprint,
         tokenizer.fingerprint,
         sorted(dataclasses.asdict(rules).items()),

@@ -153,7 +153,7 @@ def _settings(options: StreamOptions, tokenizer: Tokenizer) -> Settings:
         shuffle_block_samples=data.shuffle_block_samples,
         weights_in=data.weights_in,
         tokenizer=tokenizer.fingerprint[:8],
-        media=media_hash(data.media),
+        media=media_hash(data.media, data.chat_format),
     )
 
 

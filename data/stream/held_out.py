@@ -36,7 +36,7 @@ class EvaluationSet:
                 f"data.validation has no dataset {name}: {', '.join(data.validation) or 'it is empty'}"
             )
         self.data, self.name = data, name
-        self.tokenizer = Tokenizer(data.tokenizer)
+        self.tokenizer = Tokenizer.of(data)
         self.dataset = DatasetWithLengths(
             "data.validation", name, data.validation[name], data, self.tokenizer
         )

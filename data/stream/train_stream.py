@@ -40,7 +40,7 @@ class PackStream:
     ) -> None:
         self.options, self._quarantine = options, quarantine
         data = options.data
-        self.tokenizer = Tokenizer(data.tokenizer)
+        self.tokenizer = Tokenizer.of(data)
         # the order of the mixture: numbers of datasets in a plan are places in it
         names = list(dataset_weights(data, options.mixture))
         self.datasets = open_datasets(data, names, self.tokenizer)

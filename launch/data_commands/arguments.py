@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from visionloom.common.errors import UserError
+from visionloom.data.config import CHAT_FORMATS
 
 
 def add_media(parser: argparse.ArgumentParser) -> None:
@@ -15,6 +16,16 @@ def add_media(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="NAME=VALUE",
         help="as data.media.NAME of the run",
+    )
+
+
+def add_chat_format(parser: argparse.ArgumentParser) -> None:
+    """Declare --chat-format, how chats are written."""
+    parser.add_argument(
+        "--chat-format",
+        choices=CHAT_FORMATS,
+        default=CHAT_FORMATS[0],
+        help=f"as data.chat_format of the run (default {CHAT_FORMATS[0]})",
     )
 
 

@@ -13,6 +13,7 @@ from visionloom.common.progress import PartProgress
 from visionloom.common.screen import PlainConsole
 from visionloom.common.settings import check
 from visionloom.launch.data_commands.arguments import (
+    add_chat_format,
     add_media,
     add_processes,
     counting_processes,
@@ -53,6 +54,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         help="of a Hugging Face tokenizer (data.tokenizer)",
     )
     add_media(parser)
+    add_chat_format(parser)
     parser.add_argument(
         "--cache",
         default="",
@@ -73,9 +75,12 @@ def run(options: argparse.Namespace) -> None:
     from visionloom.data.plan.resumable import CountingHelp
 
     data = DataConfig(
-        tokenizer=options.tokenizer, media=media_config(options.media), cache=options.cache
+        tokenizer=options.tokenizer,
+        chat_format=options.chat_format,
+        media=media_config(options.media),
+        cache=options.cache,
     )
-    tokenizer = Tokenizer(data.tokenizer)
+    tokenizer = Tokenizer.of(data)
     table = Table(*COLUMNS)
     with bars() as progress:
         # The clock is for each dataset: counting is what takes the time, and once.

@@ -104,7 +104,7 @@ def plan_phase(config: "RunConfig", name: str, processes: int = 0) -> "Plan":
 
     options = stream_options(config, name)
     names = list(dataset_weights(options.data, options.mixture))
-    tokenizer = Tokenizer(options.data.tokenizer)
+    tokenizer = Tokenizer.of(options.data)
     with bars() as progress:
         helpers = CountingHelp(processes, report_to(progress))
         datasets = open_datasets(options.data, names, tokenizer, helpers)

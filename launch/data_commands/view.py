@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from visionloom.common.errors import UserError
 from visionloom.common.text import say
-from visionloom.launch.data_commands.arguments import add_media
+from visionloom.launch.data_commands.arguments import add_chat_format, add_media
 from visionloom.launch.data_commands.lengths import media_config
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         "--tokenizer", metavar="FOLDER", help="show tokens, coloured by their weight in the loss"
     )
     add_media(parser)
+    add_chat_format(parser)
     parser.add_argument(
         "--pack", type=int, metavar="LENGTH", help="show the first packs of so many tokens as bars"
     )
@@ -52,7 +53,9 @@ def run(options: argparse.Namespace) -> None:
     _check(options)
     name = Path(options.folder.rstrip("/")).name or "dataset"
     dataset, rules = Dataset.open(options.folder, name), media_config(options.media)
-    tokenizer = Tokenizer(options.tokenizer) if options.tokenizer else None
+    tokenizer = None
+    if options.tokenizer:
+        tokenizer = Tokenizer(options.tokenizer, options.chat_format)
     indices = find_samples(dataset, options.samples, options.count)
     title = f"{dataset.name}: {len(indices):,} of {len(dataset):,} samples"
     is_picture = options.out.suffix == ".png"

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from visionloom.common.count import Count
-from visionloom.common.errors import UserError
+from visionloom.common.errors import UserError, unknown
 from visionloom.common.jsonfile import JsonError, checked, read_json
 from visionloom.common.settings import check
 from visionloom.common.text import one_line
-from visionloom.data.config import DataConfig, MediaConfig
+from visionloom.data.config import CHAT_FORMATS, INSTRUCT, DataConfig, MediaConfig
 from visionloom.model.config import ModelConfig
 from visionloom.model.lora_config import LoraConfig
 from visionloom.train.old_options import todays_settings
@@ -33,11 +33,14 @@ class Inputs:
     """MediaConfig."""
     weights: str
     """Folder of init.huggingface or init.checkpoint; empty: none."""
+    chat_format: str = INSTRUCT
+    """data.chat_format; versions that did not keep it had this one."""
 
     @classmethod
     def of(cls, data: DataConfig, tokenizer_hash: str, weights: str) -> "Inputs":
         """Collect the inputs of a run; relative folders begin where this process runs."""
-        return cls(absolute(data.tokenizer), tokenizer_hash, asdict(data.media), absolute(weights))
+        tokenizer, media = absolute(data.tokenizer), asdict(data.media)
+        return cls(tokenizer, tokenizer_hash, media, absolute(weights), data.chat_format)
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,9 @@ def stored_inputs(run_state: RunState, where: str = STATE) -> Inputs | None:
     inputs = _part(run_state.inputs, Inputs, "inputs", where)
     media = _part(inputs.media, MediaConfig, "inputs.media", where)
     _refuse(where, "media that cannot be read", check(media, "data.media").lines)
+    if inputs.chat_format not in CHAT_FORMATS:
+        wrong = unknown("data.chat_format", inputs.chat_format, CHAT_FORMATS)
+        _refuse(where, "chats that cannot be written", [wrong])
     return inputs
 
 

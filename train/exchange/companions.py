@@ -62,6 +62,8 @@ class Companions:
     """Folders with the other files; the first that has one gives it."""
     media: MediaConfig | None = None
     """How pictures became pixels in training; None: nothing was trained."""
+    chat_format: str | None = None
+    """How chats were written in training; None: nothing was trained."""
     weights: str = ""
     """The Hugging Face folder that the run began with; empty: none."""
     missing: list[str] = field(default_factory=list)
@@ -154,14 +156,16 @@ def companions(
         weights: Hugging Face folder or checkpoint under its adapters, whose own files go first, but for the tokenizer.
     """
     inputs = inputs_of(checkpoint, run_state)
-    media = MediaConfig(**inputs.media) if inputs is not None else None  # checked by inputs_of
+    media = chat_format = None
+    if inputs is not None:
+        media, chat_format = MediaConfig(**inputs.media), inputs.chat_format  # checked by inputs_of
     own = companions_of(checkpoint)
     tokenizer = tokenizer_of(checkpoint, run_state)
     if source is not None:
         if (source / TOKENIZER).is_file():
             tokenizer = source
         named = tokenizer not in (None, source, *own)
-        return Companions(tokenizer, [source], media, named=named)
+        return Companions(tokenizer, [source], media, chat_format, named=named)
 
     others = companions_of(weights) + own if weights else own
     begun = inputs.weights if inputs is not None else ""
@@ -177,6 +181,7 @@ def companions(
         tokenizer,
         others,
         media,
+        chat_format,
         weights="" if (Path(begun) / STATE).is_file() else begun,
         missing=missing,
         named=tokenizer is not None and tokenizer not in own,

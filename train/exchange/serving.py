@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from visionloom.common.errors import UserError
-from visionloom.data.config import MediaConfig
-from visionloom.data.encode.chat_template import TEMPLATE
+from visionloom.data.config import INSTRUCT, MediaConfig
+from visionloom.data.encode.chat_template import format_of, template_of
 from visionloom.data.encode.geometry import (
     FACTOR,
     MERGE_SIZE,
@@ -87,7 +87,7 @@ def write_serving_files(
             (out / name).unlink(missing_ok=True)
     if tokens is not None:
         write_tokenizer_settings(out, tokens)
-        notes += write_template(out, tokens)
+        notes += write_template(out, tokens, companions.chat_format)
     if companions.media is not None:
         notes += write_processors(out, companions.media)
     return notes
@@ -113,22 +113,36 @@ def write_tokenizer_settings(out: Path, tokens: TokenTable) -> None:
         write_json(out / SETTINGS, made | {"eos_token": TURN_END, "pad_token": END_OF_TEXT})
 
 
-def write_template(out: Path, tokens: TokenTable) -> Iterator[str]:
+def write_template(out: Path, tokens: TokenTable, chat_format: str | None) -> Iterator[str]:
     """Write a chat template where none came along, and yield a line if one does not suit.
 
-    It is the tokenizer's own, or the one of training.
+    It is the tokenizer's own, or the one of training: the latter too in place of one of another `chat_format`.
     """
     if not any((out / name).is_file() for name in TEMPLATES):
         own = tokens.settings.get("chat_template")
-        text = own if isinstance(own, str) else TEMPLATE
+        text = own if isinstance(own, str) else template_of(chat_format or INSTRUCT)
         (out / TEMPLATES[0]).write_bytes(text.encode("utf-8", "backslashreplace"))
     template = next(out / name for name in TEMPLATES if (out / name).is_file())
     text = read_template(template)
+    if chat_format is not None and format_of(text) != chat_format:
+        yield replace_template(out, chat_format, format_of(text))
+        return
     if WRAPPED_VIDEO in text and "wrap_videos" not in text:
         yield (
             f"{template.name} came with the weights and puts {VISION_START} and {VISION_END} around videos: transformers from 5.10"
             f" on keeps these two tokens, training has none: give it {VIDEO} alone there"
         )
+
+
+def replace_template(out: Path, chat_format: str, other: str) -> str:
+    """Write the template of a format in place of one of another; return the line that says so."""
+    for name in TEMPLATES:
+        (out / name).unlink(missing_ok=True)
+    (out / TEMPLATES[0]).write_text(template_of(chat_format))
+    return (
+        f"{TEMPLATES[0]} is this program's, for data.chat_format={chat_format}: what came with the weights"
+        f" writes chats in the format {other}"
+    )
 
 
 def read_template(path: Path) -> str:

@@ -97,16 +97,22 @@ class Prompt:
 
 
 def answer_content(token_ids: Sequence[int], tokenizer: Tokenizer) -> tuple[Element, ...]:
-    """Return the content of an assistant's turn: thoughts, if it begins with some, and text."""
+    """Return the content of an assistant's turn: thoughts, if it begins with some, and text.
+
+    In the thinking format an answer that ended before its thoughts did is a thought alone.
+    """
     ids = [token for token in token_ids if token not in tokenizer.stop_ids]
     start, end = tokenizer.special(THINK_START), tokenizer.special(THINK_END)
-    if ids[:1] != [start] or end not in ids:
-        return (Text(tokenizer.decode(ids)),)
-    place = ids.index(end)
+    # Where the prompt has begun the thought, all is thought until it ends.
+    if not tokenizer.answer_start:
+        if ids[:1] != [start] or end not in ids:
+            return (Text(tokenizer.decode(ids)),)
+        del ids[0]
+    place = ids.index(end) if end in ids else len(ids)
     # Rendering adds these newlines again.
-    thought = tokenizer.decode(ids[1:place]).removeprefix("\n").removesuffix("\n")
-    speech = tokenizer.decode(ids[place + 1 :]).removeprefix("\n\n")
-    return Think(thought), Text(speech)
+    thought = Think(tokenizer.decode(ids[:place]).removeprefix("\n").removesuffix("\n"))
+    speech = Text(tokenizer.decode(ids[place + 1 :]).removeprefix("\n\n"))
+    return (thought, speech) if end in ids else (thought,)
 
 
 def facts_of(prompt: Prompt, number: int, answer: Answer) -> dict[str, Any]:

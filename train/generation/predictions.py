@@ -29,17 +29,19 @@ class Prediction:
     """The generated text, without its end token."""
     question: str
     """The prompt as a person reads it; see `question_text`."""
+    score: str = "default"
+    """By which the answer is right or wrong: data.validation.NAME.score."""
 
     @property
     def correct(self) -> bool:
         """Return whether the answer is right; see `scores.is_right`."""
-        return is_right(self.text, self.sample.answer or "")
+        return is_right(self.text, self.sample.answer or "", self.score)
 
 
 def answer_text(token_ids: Sequence[int], tokenizer: Tokenizer) -> str:
-    """Return the text of an answer, without the token that ended it."""
+    """Return the text of an answer, with what of it the prompt had already and without the token that ended it."""
     kept = [token for token in token_ids if token not in tokenizer.stop_ids]
-    return tokenizer.decode(kept)
+    return tokenizer.answer_start + tokenizer.decode(kept)
 
 
 def question_text(sample: EncodedSample, tokenizer: Tokenizer) -> str:
@@ -58,7 +60,8 @@ def question_text(sample: EncodedSample, tokenizer: Tokenizer) -> str:
         else:
             turns[-1] += tokenizer.decode(list(group)).replace(PICTURE, "")
 
-    document, *chat = turns
+    # the last turn is the header of the answer
+    document, *chat, _ = turns
     speeches = []
     for turn in chat:
         role, _, text = turn.partition("\n")

@@ -79,7 +79,7 @@ def generate(config: RunConfig, checkpoint: str, prompts: str, out: str) -> None
     dataset = Dataset.open(prompts, "prompts", "generate", config.data.store)
     # As held-out data: videos are sampled as in the last phase.
     media = held_out(config).data.media
-    source = Prompts(dataset, Tokenizer(config.data.tokenizer), media)
+    source = Prompts(dataset, Tokenizer.of(config.data), media)
     sampling = sampling_of(config.generation, source.tokenizer)
     trained = trained_checkpoint(config, checkpoint, topology, screen)
     generator = Generator(
@@ -135,6 +135,7 @@ def settings_of(config: RunConfig, source: Prompts, checkpoint: str) -> dict[str
         "prompts": source.dataset.fingerprint,
         "tokenizer": source.tokenizer.fingerprint,
         "media": asdict(source.rules),
+        "chat_format": source.tokenizer.chat_format,
         "generation": options,
     }
 

@@ -18,6 +18,7 @@ from visionloom.train.report.history import (
     number,
 )
 from visionloom.train.report.html import bar, duration, figure, loss_text, mapping, section, table
+from visionloom.train.report.needles import needle_grids
 
 POINTS, SMALL_POINTS = 1000, 250
 """Points of a curve of the large chart and of the small ones."""
@@ -96,7 +97,9 @@ def results(history: History) -> str:
         note += f" {NO_TASKS}"
     if rows:
         tables += table(LOSS_COLUMNS, rows, "Held-out loss, weighted as in the last phase")
-    return section("Results on held-out samples", f'<div class="two">{tables}</div>', escape(note))
+    grids = needle_grids(mapping(history.results.get("needles")))
+    body = f'<div class="two">{tables}</div>{grids}'
+    return section("Results on held-out samples", body, escape(note))
 
 
 def answers_table(tasks: Mapping[str, Any]) -> str:
@@ -110,7 +113,7 @@ def answers_table(tasks: Mapping[str, Any]) -> str:
     return table(
         TASK_COLUMNS,
         rows,
-        "Right greedy answers: word for word, boxes from an overlap (IoU) of 0.5",
+        "Right greedy answers, by the score of their dataset; boxes from an overlap (IoU) of 0.5",
     )
 
 

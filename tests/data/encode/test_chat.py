@@ -3,7 +3,9 @@
 References: transformers' tokenizer on the whole rendered string; Qwen3VLProcessor's own placeholders for pictures and videos
 (without the wrapper that its template has put around videos since 5.10); and, for tools, what transformers rendered of the same
 conversations with the chat template of the Qwen3-VL Instruct models (SHA-256 3636d0f0bd6bef02654cdffdc447b79cb2cef8ab02cc7
-5267345946291a489e4), kept in qwen3vl_tools.json since the template itself is not part of this project.
+5267345946291a489e4), kept in qwen3vl_tools.json since the template itself is not part of this project. In the same way
+qwen3vl_thinking.json has what transformers rendered with the template of the Qwen3-VL Thinking models, of conversations with and
+without thoughts, calls and several questions.
 """
 
 import json
@@ -42,6 +44,8 @@ from visionloom.data.shards.sample import (
 )
 from visionloom.data.shards.sample_json import parse_sample
 from visionloom.tests.data.samples import RULES
+from visionloom.train.generation.answered import answer_content
+from visionloom.train.generation.predictions import answer_text
 
 PICTURE = Image("a.png", 64, 32)
 FILM = Video(("0.png", "1.png", "2.png"), (0.0, 0.5, 1.0), 32, 32)
@@ -269,6 +273,53 @@ def test_tools_are_rendered_as_the_published_template_does(
         case["text"], add_special_tokens=False
     )["input_ids"]
     assert encode(sample, tokenizer, RULES).input_ids.tolist() == expected
+
+
+THINKING: list[dict[str, Any]] = json.loads(
+    (Path(__file__).parent / "qwen3vl_thinking.json").read_text()
+)
+
+
+@pytest.mark.parametrize("case", THINKING, ids=lambda case: case["sample"]["id"])
+def test_thinking_is_rendered_as_the_published_template_does(case: dict[str, Any]) -> None:
+    assert render(parse_sample(case["sample"]), RULES, "thinking").text == case["text"]
+    assert case["prompt"] == "<|im_start|>assistant\n<think>\n"
+
+
+def test_only_what_a_thinking_model_writes_has_a_loss(tokenizer_folder: Path) -> None:
+    """Neither answers without thoughts, nor `<think>`, which the prompt gives, nor an empty thought that was put in."""
+    tokenizer = Tokenizer(str(tokenizer_folder), "thinking")
+    ask, thought = ("user", (Text("Why?"),)), ("assistant", (Think("Hm."), Text("So.")))
+    plain = ("assistant", (Text("\nSo.", loss=1.0),))
+    encoded = encode(chat(ask, plain, ask, thought), tokenizer, RULES)
+    assert supervised(encoded, tokenizer) == ["Hm.\n</think>\n\nSo.<|im_end|>"]
+    assert encoded.answer == "<think>\nHm.\n</think>\n\nSo."
+    encoded = encode(chat(ask, thought, ask, plain), tokenizer, RULES)
+    assert supervised(encoded, tokenizer) == ["So.<|im_end|>"]
+    prompt = tokenizer.decode(encoded.input_ids[: encoded.prompt_length], keep_special=True)
+    assert prompt.endswith(
+        "So.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n<think>\n"
+    )
+    reference = AutoTokenizer.from_pretrained(tokenizer_folder)(prompt)["input_ids"]
+    assert prompt_of(encoded).input_ids.tolist() == reference
+    called = ("assistant", (ToolCall("look", {}),))
+    encoded = encode(chat(ask, called, ("tool", (Text("3"),)), thought), tokenizer, RULES)
+    assert supervised(encoded, tokenizer) == ["Hm.\n</think>\n\nSo.<|im_end|>"]
+    encoded = encode(chat(ask, thought, ask), tokenizer, RULES)
+    assert supervised(encoded, tokenizer) == [] and encoded.answer is None
+
+
+def test_an_answer_of_a_thinking_model_reads_back(tokenizer_folder: Path) -> None:
+    """Reference: the content whose tokens training has after the prompt; without an end all is thought."""
+    tokenizer = Tokenizer(str(tokenizer_folder), "thinking")
+    content = (Think("3 and 4."), Text("7"))
+    encoded = encode(chat(("user", (Text("3 + 4?"),)), ("assistant", content)), tokenizer, RULES)
+    drawn = encoded.input_ids[encoded.prompt_length :].tolist()
+    drawn = drawn[: drawn.index(tokenizer.special("<|im_end|>")) + 1]
+    assert answer_content(drawn, tokenizer) == content
+    assert answer_text(drawn, tokenizer) == encoded.answer
+    cut = drawn[: drawn.index(tokenizer.special("</think>"))]
+    assert answer_content(cut, tokenizer) == content[:1]
 
 
 def test_calls_are_learned_and_results_are_not(

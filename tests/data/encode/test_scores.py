@@ -2,7 +2,9 @@
 
 import pytest
 
-from visionloom.data.encode.scores import boxes_match, boxes_of, iou, is_right
+from visionloom.data.config import SCORES
+from visionloom.data.encode import scores
+from visionloom.data.encode.scores import boxes_match, boxes_of, chosen_letter, iou, is_right
 
 SEVEN = '{"bbox_2d": [0, 0, 500, 500], "label": "7"}'
 THREE = '{"bbox_2d": [500, 500, 1000, 1000], "label": "3"}'
@@ -70,9 +72,58 @@ def test_every_box_needs_one_of_its_own() -> None:
         ("7", "7", True),
         ("<think>\n3 + 4 = 8.\n</think>\n\n7", "<think>\n3 + 4 = 7.\n</think>\n\n7", True),
         ("8", "<think>\n3 + 4 = 7.\n</think>\n\n7", False),
+        ("<think>\n7", "7", False),
         (SEVEN, "7", False),
         ("Page 3:7", "Page 3:7", True),
     ],
 )
 def test_other_answers_are_compared_word_for_word(answer: str, reference: str, right: bool) -> None:
     assert is_right(answer, reference) == right
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [
+        # forms that VLMEvalKit's can_infer_option and lmms-eval's parse_multi_choice_response read
+        ("B", "B"),
+        ("(B)", "B"),
+        ("b", "B"),
+        ("B.", "B"),
+        ("B. a cat", "B"),
+        ("The answer is B.", "B"),
+        ("the correct option is (C)", "C"),
+        ("**Answer: C**", "C"),
+        ("Because of its colour, D", "D"),
+        ("It is A", "A"),
+        # letters of other words, and no choice
+        ("A cat sits on a mat", None),
+        ("I do not know", None),
+        ("Answer is a dog", None),
+        ("Dogs", None),
+        ("(A) or (B)", None),
+        ("Both B and C", None),
+        ("", None),
+        ("I think A cat is on it, so the answer is (C).", "C"),
+        ("The answer is A. No, the answer is B.", "B"),
+    ],
+)
+def test_letter_of_a_choice(answer: str, letter: str | None) -> None:
+    assert chosen_letter(answer) == letter
+    assert is_right(f"<think>\nIs it A?\n</think>\n\n{answer}", "C", "choice") == (letter == "C")
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "score", "right"),
+    [
+        ('"A  Cat".', "a cat", "exact", True),
+        ("a cat.", "A cat", "exact", True),
+        ("the cat", "a cat", "exact", False),
+        ("3.5", "3.5", "exact", True),
+        ("3.", "3.5", "exact", False),
+        ("7", "7", "iou", False),
+        (SEVEN, SEVEN, "iou", True),
+    ],
+)
+def test_named_scores(answer: str, reference: str, score: str, right: bool) -> None:
+    assert is_right(answer, reference, score) == right
+    assert set(scores.SCORES) == set(SCORES)

@@ -17,10 +17,10 @@ from transformers import AutoImageProcessor, AutoVideoProcessor
 from visionloom.common.errors import UserError
 from visionloom.data.config import MediaConfig
 from visionloom.data.encode.chat import render
-from visionloom.data.encode.chat_template import TEMPLATE
+from visionloom.data.encode.chat_template import format_of, template_of
 from visionloom.data.shards.sample_json import parse_sample
 from visionloom.model.config import ModelConfig
-from visionloom.tests.data.encode.test_chat import TOOLS
+from visionloom.tests.data.encode.test_chat import THINKING, TOOLS
 from visionloom.tests.data.samples import RULES
 from visionloom.tests.train.exchange.test_served import as_messages
 from visionloom.train.checkpoint.state_file import STATE, Inputs, RunState
@@ -316,12 +316,28 @@ def test_the_template_is_our_rendering() -> None:
     """Reference: what transformers rendered with the published template, which both must equal."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    for case in TOOLS:
-        sample = parse_sample(case["sample"])
-        found, _ = render_jinja_template(
-            [as_messages(sample)], tools=list(sample.tools) or None, chat_template=TEMPLATE
-        )
-        assert found == [case["text"]] == [render(sample, RULES).text]
+    for chat_format, cases in (("instruct", TOOLS), ("thinking", THINKING)):
+        template = template_of(chat_format)
+        assert format_of(template) == format_of(json.dumps(template)) == chat_format
+        for case in cases:
+            sample = parse_sample(case["sample"])
+            told, _ = render_jinja_template(
+                [as_messages(sample)], tools=list(sample.tools) or None, chat_template=template
+            )
+            assert told == [case["text"]] == [render(sample, RULES, chat_format).text]
+
+
+def test_a_template_of_the_other_format_is_replaced(demo_data: Path, tmp_path: Path) -> None:
+    """Of the format that chats were trained in, whatever the weights came with."""
+    source = tmp_path / "tokenizer"
+    shutil.copytree(demo_data / "tokenizer", source)
+    write(source / "chat_template.json", {"chat_template": template_of("instruct")})
+    (line,) = serve(tmp_path / "out", Companions(source, [], OWN, "thinking"))
+    assert "data.chat_format=thinking" in line and "format instruct" in line
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == template_of("thinking")
+    assert not (tmp_path / "out" / "chat_template.json").exists()
+    serve(tmp_path / "same", Companions(source, [], OWN, "instruct"))
+    assert (tmp_path / "same" / "chat_template.json").exists()
 
 
 @pytest.mark.parametrize(
