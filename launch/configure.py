@@ -224,22 +224,26 @@ def check_paths(config: RunConfig) -> None:
 
 def _input_folders(config: RunConfig) -> dict[str, str]:
     """Return the folders that a run reads, by their options."""
-    optional = {
-        f"init.{each.name}": getattr(config.init, each.name) for each in fields(config.init)
-    }
-    optional["lora.adapter"] = config.lora.adapter
-    for name, phase in config.phases.items():
-        if (distillation := phase.distillation) is not None:
-            here, live = f"phases.{name}.distillation", distillation.teacher
-            optional[f"{here}.stored"] = distillation.stored
-            optional[f"{here}.teacher.checkpoint"] = live.checkpoint
-            optional[f"{here}.teacher.huggingface"] = live.huggingface
+    optional = _folders_of_weights(config)
     folders = {"data.tokenizer": config.data.tokenizer}
     folders |= {option: path for option, path in optional.items() if path}
     for name in sorted(config.datasets_read & set(config.data.datasets)):
         folders[f"data.datasets.{name}.path"] = config.data.datasets[name].path
     for name, dataset in config.data.validation.items():
         folders[f"data.validation.{name}.path"] = dataset.path
+    return folders
+
+
+def _folders_of_weights(config: RunConfig) -> dict[str, str]:
+    """Return the folders of weights and teachers by their options; what is empty is not read."""
+    folders = {f"init.{each.name}": getattr(config.init, each.name) for each in fields(config.init)}
+    folders["lora.adapter"] = config.lora.adapter
+    for name, phase in config.phases.items():
+        if (distillation := phase.distillation) is not None:
+            here, live = f"phases.{name}.distillation", distillation.teacher
+            folders[f"{here}.stored"] = distillation.stored
+            folders[f"{here}.teacher.checkpoint"] = live.checkpoint
+            folders[f"{here}.teacher.huggingface"] = live.huggingface
     return folders
 
 
