@@ -236,8 +236,9 @@ def _input_folders(config: RunConfig) -> dict[str, str]:
 
 def _folders_of_weights(config: RunConfig) -> dict[str, str]:
     """Return the folders of weights and teachers by their options; what is empty is not read."""
-    folders = {f"init.{each.name}": getattr(config.init, each.name) for each in fields(config.init)}
-    folders["lora.adapter"] = config.lora.adapter
+    folders = {"lora.adapter": config.lora.adapter}
+    for each in fields(config.init):
+        folders[f"init.{each.name}"] = getattr(config.init, each.name)
     for name, phase in config.phases.items():
         if (distillation := phase.distillation) is not None:
             here, live = f"phases.{name}.distillation", distillation.teacher
