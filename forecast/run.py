@@ -60,18 +60,24 @@ type Traces = dict[tuple[int, PackChoice], RankTrace]
 """By rank and choice of packs."""
 
 
-def forecast_run(request: PlanRequest, progress: PartProgress) -> RunForecast:
+def forecast_run(
+    request: PlanRequest, progress: PartProgress, is_brief: bool = False
+) -> RunForecast:
     """Forecast the phases of a run.
 
     Args:
         request: which run on which GPUs; its layouts are possible there.
         progress: called with a phase, its traces that are done, and all of them.
+        is_brief: leave out kinds of ranks with fewer pictures than others of their stage, which neither slow a step nor
+            take more memory.
 
     Raises:
         UserError: for what its data would be refused for, and for packs too short for any sample of a mixture.
     """
     request = on_gpus(request)
     phases = {name: ImaginedPhase.of(request, name) for name in request.phases}
+    if is_brief:
+        phases = {name: phase.for_ranking for name, phase in phases.items()}
     orders = [order for phase in phases.values() for order in phase.orders()]
     traces = trace_all(orders, progress)
     return RunForecast(

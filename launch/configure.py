@@ -14,7 +14,7 @@ from typing import cast
 
 from omegaconf import DictConfig, OmegaConf
 
-from visionloom.common.errors import MachineError, UserError
+from visionloom.common.errors import MachineError, UserError, unknown
 from visionloom.common.quiet import quiet_libraries
 from visionloom.common.ranks import ranks_here
 from visionloom.common.text import one_line, warn
@@ -47,7 +47,7 @@ from visionloom.launch.plan_commands.first import check_plan
 from visionloom.launch.show import show
 from visionloom.launch.watch import watch_ranks
 from visionloom.model.huggingface.shapes import parameter_count
-from visionloom.train.config import RunConfig
+from visionloom.train.config import PhaseConfig, RunConfig
 from visionloom.train.observe import status
 
 MISSING_PATHS_SHOWN = 3
@@ -178,9 +178,24 @@ def compose(argv: Sequence[str], world_size: int | None = None) -> RunConfig | N
 
     # Here and not in the schema: the default is made of another option.
     run.run.folder = run.run.folder or f"runs/{run.run.name}"
+    run.phases = _chosen_phases(run)
     if problems := run.all_problems(world_size or environment.world_size()):
         raise UserError(*problems)
     return run
+
+
+def _chosen_phases(config: RunConfig) -> dict[str, PhaseConfig]:
+    """Return the phases that run.phases names, in the recipe's order; all if it is empty."""
+    chosen = config.run.phases
+    if lines := [
+        unknown("run.phases", name, list(config.phases))
+        for name in chosen
+        if name not in config.phases
+    ]:
+        raise UserError(*lines)
+    if not chosen:
+        return config.phases
+    return {name: phase for name, phase in config.phases.items() if name in chosen}
 
 
 def check_paths(config: RunConfig) -> None:
@@ -209,22 +224,27 @@ def check_paths(config: RunConfig) -> None:
 
 def _input_folders(config: RunConfig) -> dict[str, str]:
     """Return the folders that a run reads, by their options."""
-    optional = {
-        f"init.{each.name}": getattr(config.init, each.name) for each in fields(config.init)
-    }
-    optional["lora.adapter"] = config.lora.adapter
+    optional = _folders_of_weights(config)
+    folders = {"data.tokenizer": config.data.tokenizer}
+    folders |= {option: path for option, path in optional.items() if path}
+    for name in sorted(config.datasets_read & set(config.data.datasets)):
+        folders[f"data.datasets.{name}.path"] = config.data.datasets[name].path
+    for name, dataset in config.data.validation.items():
+        folders[f"data.validation.{name}.path"] = dataset.path
+    return folders
+
+
+def _folders_of_weights(config: RunConfig) -> dict[str, str]:
+    """Return the folders of weights and teachers by their options; what is empty is not read."""
+    folders = {"lora.adapter": config.lora.adapter}
+    for each in fields(config.init):
+        folders[f"init.{each.name}"] = getattr(config.init, each.name)
     for name, phase in config.phases.items():
         if (distillation := phase.distillation) is not None:
             here, live = f"phases.{name}.distillation", distillation.teacher
-            optional[f"{here}.stored"] = distillation.stored
-            optional[f"{here}.teacher.checkpoint"] = live.checkpoint
-            optional[f"{here}.teacher.huggingface"] = live.huggingface
-    folders = {"data.tokenizer": config.data.tokenizer}
-    folders |= {option: path for option, path in optional.items() if path}
-    for name, dataset in config.data.datasets.items():
-        folders[f"data.datasets.{name}.path"] = dataset.path
-    for name, dataset in config.data.validation.items():
-        folders[f"data.validation.{name}.path"] = dataset.path
+            folders[f"{here}.stored"] = distillation.stored
+            folders[f"{here}.teacher.checkpoint"] = live.checkpoint
+            folders[f"{here}.teacher.huggingface"] = live.huggingface
     return folders
 
 

@@ -56,6 +56,9 @@ class RunSection:
     """Plan the run before it starts, in up to a minute, and refuse what will not fit into memory; see docs/planning.md."""
     gpu: str = option("", "free")
     """File of recipes/gpu for that plan; empty: the one about the card that is there."""
+    phases: list[str] = option([], "free")
+    """Only these phases of the recipe, in the recipe's order, as if it had no others; empty: all. Samples, and their order, are those
+    of the whole recipe."""
     evaluate_at_end: bool = option(False, "free")
     """Evaluate on data.validation when the last phase is done."""
     start_anew: bool = option(False, "free")
@@ -336,6 +339,16 @@ class RunConfig:
     """Held-out loss and greedy answers."""
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     """Answers that launch/generate.py draws."""
+
+    @property
+    def datasets_read(self) -> set[str]:
+        """Return the names of the training datasets that a phase draws from."""
+        names = set[str]()
+        for phase in self.phases.values():
+            every = {name: each.weight for name, each in self.data.datasets.items()}
+            weights = phase.mixture or every
+            names |= {name for name, weight in weights.items() if weight > 0}
+        return names
 
     def phase_data(self, name: str) -> DataConfig:
         """Return the input of a phase: the run's, with the phase's sampling of videos."""

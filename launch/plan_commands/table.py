@@ -106,7 +106,7 @@ def forecast_recipe(recipe: str) -> RunForecast:
     assert config is not None
     request = PlanRequest(config, gpus, GPU, machine(GPU), 1.0, tuple(config.phases))
     with bars(f"traces of {recipe}") as progress:
-        return forecast_run(request, progress)
+        return forecast_run(request, progress, is_brief=True)
 
 
 def stated_ranks(recipe: str) -> int:
