@@ -64,6 +64,7 @@ def _normalised(text: str) -> str:
 
 def choice(said: str, right: str) -> bool:
     """Return whether an answer to a multiple-choice question names the letter of the reference, and no other."""
+    # A reference may be the letter alone, or the letter with the text of the choice.
     letter = chosen_letter(right)
     return letter is not None and chosen_letter(said) == letter
 

@@ -54,6 +54,7 @@ def _with_thought(message: Message, thought: Think) -> Message:
 
 def _without_thoughts(message: Message) -> Message:
     """Return a turn of the past: what was said, which is read and not learned."""
+    # An element's own loss goes before its message's: both have to go.
     said = [_unlearned(each) for each in message.content if not isinstance(each, Think)]
     return replace(message, content=tuple(said), loss=0.0)
 

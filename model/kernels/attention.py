@@ -291,6 +291,7 @@ def _attend_parts(
     if len(results) == 1:
         return results[0]
 
+    # The exponentials are of differences, none above 0: they do not overflow.
     (before, before_sums), (square, square_sums) = results
     sums = torch.logaddexp(before_sums, square_sums)
     weighted = before * (before_sums - sums).exp()[..., None]

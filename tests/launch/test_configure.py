@@ -242,7 +242,8 @@ def test_what_is_shown_is_what_would_run(
 
 def test_missing_folders_are_counted_with_those_added() -> None:
     words = [DEMO, "data.tokenizer=/nowhere", "+data.datasets.mine.path=/nowhere"]
-    config = composed(*words, world_size=2)
+    # A folder that no phase draws from need not be there.
+    config = composed(*words, "+phases.sft.mixture.mine=1", world_size=2)
     for dataset in (*config.data.datasets.values(), *config.data.validation.values()):
         dataset.path = "/nowhere"
     count = 1 + len(config.data.datasets) + len(config.data.validation)
