@@ -31,7 +31,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[PlanRequest]:
     """What the command asks for; the answer is a run that fits where it has 16 GPUs, and one that does not elsewhere."""
     requests = []
 
-    def answer(request: PlanRequest, _: Any) -> RunForecast:
+    def answer(request: PlanRequest, _: Any, is_brief: bool = False) -> RunForecast:
         requests.append(request)
         forecast = good_forecast() if request.world_size == 16 else run_forecast()
         return replace(forecast, world_size=request.world_size)
