@@ -124,7 +124,7 @@ def row_of(recipe: str, forecast: RunForecast, phase: PhaseForecast) -> Row:
     return (
         recipe,
         phase.phase,
-        f"{forecast.world_size:,}",
+        str(forecast.world_size),
         phase.layout,
         gibibytes(peak),
         f"{phase.step_seconds:.3f}",
