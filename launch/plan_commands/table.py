@@ -1,13 +1,18 @@
 """`plan.py table FILE`: every shipped recipe on the GPUs that its header states, as a table of Markdown."""
 
+import multiprocessing
 import re
+import signal
 from collections.abc import Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Final
 
 from visionloom.common.atomic import replacing
 from visionloom.common.errors import UserError
+from visionloom.common.quiet import quiet_libraries
 from visionloom.common.text import one_line, say, warn
 from visionloom.forecast.machine import GIB, machine
 from visionloom.forecast.request import PlanRequest
@@ -16,7 +21,6 @@ from visionloom.forecast.show.tables import gibibytes, peak_bytes
 from visionloom.launch.claim import check_writable
 from visionloom.launch.composing.explain import available
 from visionloom.launch.configure import compose
-from visionloom.launch.data_commands.progress import bars
 from visionloom.launch.environment import check_home
 from visionloom.launch.exit import CANNOT_RUN
 
@@ -70,20 +74,49 @@ def write_table(words: Sequence[str]) -> int:
     return CANNOT_RUN if faults else 0
 
 
+@dataclass
+class PlannedRecipe:
+    """What the table has of a recipe."""
+
+    rows: list[Row] = field(default_factory=list)
+    """One for each phase."""
+    faults: list[str] = field(default_factory=list)
+    """Why it cannot be built, or does not fit."""
+
+
+def processes() -> Executor:
+    """Return a process for each core: recipes have nothing in common, and a trace keeps one core busy."""
+    # Not forked, for threads of torch may hold locks.
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(mp_context=context, initializer=begin_process)
+
+
+def begin_process() -> None:
+    """Let Ctrl-C end this process without a traceback, and libraries be silent."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    quiet_libraries()
+
+
 def plan_recipes() -> tuple[list[Row], list[str]]:
     """Return the rows of all shipped recipes, and a line for whatever is wrong with one."""
-    rows = list[Row]()
-    faults = list[str]()
-    for recipe in available("recipe"):
-        try:
-            forecast = forecast_recipe(recipe)
-        except UserError as error:
-            faults += [f"{recipe}: {line}" for line in error.lines]
-            continue
-        rows += [row_of(recipe, forecast, phase) for phase in forecast.phases]
-        if not forecast.can_run:
-            faults += [f"{recipe}: {line}" for line in forecast.faults]
+    rows, faults = list[Row](), list[str]()
+    recipes = available("recipe")
+    with processes() as workers:
+        for recipe, planned in zip(recipes, workers.map(plan_recipe, recipes), strict=True):
+            say(f"{recipe}: {len(planned.rows)} phases")
+            rows += planned.rows
+            faults += [f"{recipe}: {line}" for line in planned.faults]
     return rows, faults
+
+
+def plan_recipe(recipe: str) -> PlannedRecipe:
+    """Return the rows of a recipe and what is wrong with it."""
+    try:
+        forecast = forecast_recipe(recipe)
+    except UserError as error:
+        return PlannedRecipe(faults=error.lines)
+    rows = [row_of(recipe, forecast, phase) for phase in forecast.phases]
+    return PlannedRecipe(rows, [] if forecast.can_run else list(forecast.faults))
 
 
 def page_of(rows: Sequence[Row]) -> str:
@@ -105,8 +138,8 @@ def forecast_recipe(recipe: str) -> RunForecast:
     config = compose([f"+recipe={recipe}"], gpus)
     assert config is not None
     request = PlanRequest(config, gpus, GPU, machine(GPU), 1.0, tuple(config.phases))
-    with bars(f"traces of {recipe}") as progress:
-        return forecast_run(request, progress, is_brief=True)
+    # Bars of several processes would write over each other.
+    return forecast_run(request, lambda *_: None, is_brief=True)
 
 
 def stated_ranks(recipe: str) -> int:

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,8 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[PlanRequest]:
 
     monkeypatch.setattr(runs, "forecast_run", answer)
     monkeypatch.setattr(runs, "forecast_layouts", answer_all)
+    # In this process, where the answers above are.
+    monkeypatch.setattr(plan_table, "processes", lambda: ThreadPoolExecutor(1))
     monkeypatch.chdir(tmp_path)
     return requests
 
