@@ -321,7 +321,8 @@ class EvaluationConfig:
         except ValueError as error:
             yield f"{here}.command={one_line(self.command)} cannot be split into words: {error}"
             return
-        lacking = [name for name in COMMAND_WORDS if not any(name in word for word in words[1:])]
+        arguments = " ".join(words[1:])
+        lacking = [name for name in COMMAND_WORDS if name not in arguments]
         if self.command and lacking:
             yield (
                 f"{here}.command={one_line(self.command)} lacks {' and '.join(lacking)}: write {COMMAND_WORDS[0]} where it"

@@ -169,7 +169,8 @@ def numbers_of(document: Any) -> Iterator[tuple[str, float]]:
     while left:
         name, value = left.pop()
         if isinstance(value, dict) and len(name) <= LONGEST_NAME:
-            below = [(f"{name}.{key}" if name else key, each) for key, each in value.items()]
+            prefix = f"{name}." if name else ""
+            below = [(prefix + key, each) for key, each in value.items()]
             left += reversed(below)
         # A whole number may be too large for a float; NaN is in no range.
         elif (
