@@ -324,9 +324,10 @@ class EvaluationConfig:
         arguments = " ".join(words[1:])
         lacking = [name for name in COMMAND_WORDS if name not in arguments]
         if self.command and lacking:
+            needs = " and ".join(lacking)
             yield (
-                f"{here}.command={one_line(self.command)} lacks {' and '.join(lacking)}: write {COMMAND_WORDS[0]} where it"
-                f" takes the exported model's folder, and {COMMAND_WORDS[1]} where it takes the folder for its results"
+                f"{here}.command={one_line(self.command)} lacks {needs}: write {{model}} where it takes the exported"
+                " model's folder, and {out} where it takes the folder for its results"
             )
 
 

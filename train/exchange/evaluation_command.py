@@ -170,7 +170,9 @@ def numbers_of(document: Any) -> Iterator[tuple[str, float]]:
         name, value = left.pop()
         if isinstance(value, dict) and len(name) <= LONGEST_NAME:
             prefix = f"{name}." if name else ""
-            below = [(prefix + key, each) for key, each in value.items()]
+            below = []
+            for key, each in value.items():
+                below.append((prefix + key, each))
             left += reversed(below)
         # A whole number may be too large for a float; NaN is in no range.
         elif (
