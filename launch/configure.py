@@ -6,6 +6,9 @@ the schema. Hydra alone would print a stack of messages once a rank and let wron
 """
 
 import faulthandler
+import os
+import shlex
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -53,6 +56,8 @@ from visionloom.train.observe import status
 MISSING_PATHS_SHOWN = 3
 WRITTEN = ("run.folder", "data.cache", "data.store.cache")
 """Options that name folders which a run writes to."""
+COMMAND = "evaluation.command"
+"""The option that names a program to run."""
 
 
 def start(
@@ -98,6 +103,7 @@ def _start(
     # Cheap checks first: agreements read tokenizers, which takes most of a second.
     try:
         check_paths(config)
+        check_program(config)
         check_memory(config)
         check_agreements(config, checkpoint)
         if trains:
@@ -170,6 +176,7 @@ def compose(argv: Sequence[str], world_size: int | None = None) -> RunConfig | N
             show(config, options)
             return None
         run = _typed(config)
+        _check_command(run, read)
     except (UserError, OSError):
         raise
     except Exception as error:
@@ -220,6 +227,15 @@ def check_paths(config: RunConfig) -> None:
     if "demo-data" in missing[0]:
         lines.append("the demo's data is made by: python launch/data.py demo runs/demo-data")
     raise UserError(*lines)
+
+
+def check_program(config: RunConfig) -> None:
+    """Refuse an evaluation.command whose program the main rank's machine lacks: it would be missed after the training."""
+    words = shlex.split(config.evaluation.command)
+    if words and os.environ.get("RANK", "0") == "0" and shutil.which(words[0]) is None:
+        raise UserError(
+            f"{COMMAND}: no program {words[0]} that can be run is found: install it, or write its path"
+        )
 
 
 def _input_folders(config: RunConfig) -> dict[str, str]:
@@ -297,6 +313,16 @@ def _check_folders(config: DictConfig, words: Sequence[str]) -> None:
             raise UserError(
                 f"{option}={value} in a recipe is refused: a run writes there, so it is said on the command line only, {option}=DIR"
             )
+
+
+def _check_command(config: RunConfig, words: Sequence[str]) -> None:
+    """Refuse a program to run that any recipe has had a part in: only a word of the command line names it, and names it whole."""
+    whole = [word.lstrip("+").partition("=")[0] for word in words if "${" not in word]
+    if config.evaluation.command and COMMAND not in whole:
+        raise UserError(
+            f"{COMMAND} in a recipe is refused: a program that a run starts is said on the command line only, in a word of its"
+            f" own without ${{...}}: '{COMMAND}=PROGRAM ...'"
+        )
 
 
 def _typed(config: DictConfig) -> RunConfig:

@@ -3,6 +3,7 @@
     torchrun --standalone --nproc-per-node 2 launch/evaluate.py +recipe=demo [checkpoint=FOLDER] [key=value ...]
 
 Without checkpoint=FOLDER it takes the newest whole checkpoint of the run's folder; the layout may differ from training's.
+With evaluation.command="PROGRAM ... {model} ... {out}" a program of yours evaluates an export of the checkpoint too.
 One process, on a GPU or a CPU: python launch/evaluate.py +recipe=demo
 """
 
@@ -44,7 +45,7 @@ def check(config: RunConfig, checkpoint: str | None) -> None:
     Raises:
         UserError: one line that names the option.
     """
-    if not config.data.validation:
+    if not config.data.validation and not config.evaluation.command:
         raise UserError(
             "data.validation is empty: name held-out datasets, +data.validation.NAME.path=DIR"
         )

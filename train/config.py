@@ -5,6 +5,7 @@ refused in well under a second.
 """
 
 import math
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
@@ -29,6 +30,8 @@ LATEST = "latest"
 """File next to the phases' folders of checkpoints that names the newest one."""
 STEPS = 10**7
 """Most optimizer steps of a phase; the folders of checkpoints have eight digits."""
+COMMAND_WORDS = ("{model}", "{out}")
+"""What stands in evaluation.command for the exported model's folder and for that of its results."""
 
 
 @dataclass
@@ -304,11 +307,31 @@ class EvaluationConfig:
     """Longest answer generated."""
     report_samples: int = option(24, "free", least=0, most=10_000)
     """Samples shown with their prediction in report.html."""
+    command: str = option("", "free")
+    """Program with arguments that evaluates an export too, {model} and {out} in it being folders; only a command line sets it."""
+    command_minutes: float = option(600.0, "free", above=0.0, most=100_000.0)
+    """Longest time of it."""
 
     @property
     def budget(self) -> Budget:
         """Return the memory of generation."""
         return Budget(self.pack_tokens, self.cache_tokens)
+
+    def problems(self, here: str) -> Iterator[str]:
+        """Yield a line if the command is no command line, or does not name its folders."""
+        try:
+            words = shlex.split(self.command)
+        except ValueError as error:
+            yield f"{here}.command={one_line(self.command)} cannot be split into words: {error}"
+            return
+        arguments = " ".join(words[1:])
+        lacking = [name for name in COMMAND_WORDS if name not in arguments]
+        if self.command and lacking:
+            needs = " and ".join(lacking)
+            yield (
+                f"{here}.command={one_line(self.command)} lacks {needs}: write {{model}} where it takes the exported"
+                " model's folder, and {out} where it takes the folder for its results"
+            )
 
 
 @dataclass

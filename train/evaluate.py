@@ -3,7 +3,7 @@
 import functools
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 from rich.table import Table
 
 from visionloom.common.atomic import replacing
+from visionloom.common.text import one_line
 from visionloom.data.config import DataConfig
 from visionloom.data.encode.encode import prompt_of
 from visionloom.data.stream.batch import PackedBatch
@@ -34,6 +35,7 @@ from visionloom.train.step_sums import LossSums
 
 BATCHES: Final = 8
 """Held-out packs in host memory at once."""
+NUMBERS_PRINTED: Final = 100
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,25 @@ def task_accuracies(
     return marks.by_task()
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured of a model, and where it is written."""
+
+    folder: Path
+    """Of the run."""
+    results: dict[str, Any]
+    """As of `evaluate_model`; with `command`, {name: number}, once evaluation.command has ended."""
+    shown: list[Prediction]
+    """Answers for the report."""
+
+    def write(self) -> None:
+        """Write eval.json and report.html; the main rank calls it."""
+        with replacing(self.folder / RESULTS) as file:
+            file.write((json.dumps(self.results, indent=1) + "\n").encode())
+        # After eval.json, which the report reads.
+        write_report(self.folder, self.shown)
+
+
 def evaluate_model(
     held_out: HeldOut,
     model_parts: list[Qwen3VL],
@@ -160,7 +181,7 @@ def evaluate_model(
     folder: Path,
     step: int,
     screen: Screen,
-) -> dict[str, Any]:
+) -> Evaluation:
     """Evaluate on data.validation: print tables and write eval.json and report.html.
 
     Args:
@@ -172,8 +193,8 @@ def evaluate_model(
         screen: of this rank.
 
     Returns:
-        {"step", "loss": {source: x}, "tasks": {name: {"accuracy": x, "n": n}}, "needles": see `grids_of`}, the same on all
-        ranks.
+        with the results {"step", "loss": {source: x}, "tasks": {name: {"accuracy": x, "n": n}}, "needles": see `grids_of`}, the
+        same on all ranks.
     """
     losses = held_out_losses(held_out, model_parts, topology, held_out.evaluation.samples, screen)
     datasets = held_out.data.validation
@@ -188,11 +209,9 @@ def evaluate_model(
 
     results = {"step": step, "loss": losses, "tasks": marks.by_task()}
     results["needles"] = grids_of(marks.asked_at, marks.right_at)
+    evaluation = Evaluation(folder, results, shown)
     if topology.is_main:
-        with replacing(folder / RESULTS) as file:
-            file.write((json.dumps(results, indent=1) + "\n").encode())
-        # After eval.json, which the report reads.
-        write_report(folder, shown)
+        evaluation.write()
         if datasets:
             print_results(results, screen)
         else:
@@ -200,7 +219,7 @@ def evaluate_model(
                 "nothing is held out to evaluate on: name a dataset with +data.validation.NAME.path=DIR"
             )
         screen.say(f"report: {folder / 'report.html'}")
-    return results
+    return evaluation
 
 
 def print_results(results: dict[str, Any], screen: Screen) -> None:
@@ -217,3 +236,13 @@ def print_results(results: dict[str, Any], screen: Screen) -> None:
     screen.console.print(*tables, end="")
     if not results["tasks"]:
         screen.say(NO_TASKS)
+
+
+def print_numbers(numbers: Mapping[str, float], screen: Screen) -> None:
+    """Print what evaluation.command measured as a table."""
+    table = Table("name", "number", title="evaluation.command")
+    for name, value in islice(numbers.items(), NUMBERS_PRINTED):
+        table.add_row(one_line(name), f"{value:.6g}")
+    screen.console.print(table, end="")
+    if (more := len(numbers) - NUMBERS_PRINTED) > 0:
+        screen.say(f"{more:,} more numbers are in {RESULTS}")

@@ -1,6 +1,7 @@
 """A run: its phases in order, each built, restored or started, trained and saved."""
 
 import gc
+import shlex
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -34,8 +35,20 @@ from visionloom.train.checkpoint.read import Checkpoint
 from visionloom.train.checkpoint.write import Saver, check_room, first_fault
 from visionloom.train.compatibility import check_same_adapters, check_same_model, data_differences
 from visionloom.train.config import RunConfig
-from visionloom.train.evaluate import HeldOut, evaluate_model, held_out_losses, task_accuracies
+from visionloom.train.evaluate import (
+    Evaluation,
+    HeldOut,
+    evaluate_model,
+    held_out_losses,
+    print_numbers,
+    task_accuracies,
+)
 from visionloom.train.exchange.companions import carry_into_run
+from visionloom.train.exchange.evaluation_command import (
+    OPTION,
+    EvaluationCommand,
+    export_for_command,
+)
 from visionloom.train.loop import fit, log_error
 from visionloom.train.observe import status
 from visionloom.train.observe.observer import Observer
@@ -70,15 +83,10 @@ def pretrain(config: RunConfig) -> None:
     step = newest.run_state.step if newest is not None else 0
     observer.event("done", step=step)
     observer.say(f"done in {time.perf_counter() - started:.0f} s: {folder}")
-    if config.run.evaluate_at_end:
-        parts = newest_weights(config, topology, newest)
-        results = evaluate_model(held_out(config), parts, topology, folder, step, observer.screen)
-        observer.trackers.evaluation(results)
-    observer.trackers.close()
-    # The run is whole, but its log lacks lines: exit code 2, so that nobody misses it.
-    if fault := first_fault(observer.log_fault):
-        raise log_error(fault, step)
-    topologies.stop()
+    try:
+        end_run(config, newest, topology, observer)
+    finally:
+        observer.trackers.close()
 
 
 def train_phase(
@@ -138,15 +146,11 @@ def evaluate(config: RunConfig, checkpoint_folder: str = "") -> dict[str, Any]:
     folder = run_folder(config)
     screen = Screen(topology.is_main, config.logging.every_steps)
     trained = trained_checkpoint(config, checkpoint_folder, topology, screen)
-    parts = newest_weights(config, topology, trained)
     if topology.is_main:
         folder.mkdir(parents=True, exist_ok=True)
-    results = evaluate_model(
-        held_out(config), parts, topology, folder, trained.run_state.step, screen
-    )
-    topology.barrier()
-    topologies.stop()
-    return results
+    evaluation = evaluate_weights(config, trained, topology, screen)
+    finish_evaluation(config, trained, evaluation, topology, screen)
+    return evaluation.results
 
 
 # ---- the parts of a training run
@@ -258,6 +262,63 @@ def report_unsupervised(trainer: PhaseTrainer, observer: Observer) -> None:
             " (every loss or the weight is 0): they cost time and teach nothing;"
             " leave them out of the dataset"
         )
+
+
+def end_run(
+    config: RunConfig, newest: Checkpoint | None, topology: Topology, observer: Observer
+) -> None:
+    """Evaluate the run's last checkpoint if it asks for that, and close the process groups."""
+    evaluation: Evaluation | None = None
+    if config.run.evaluate_at_end and newest is not None:
+        evaluation = evaluate_weights(config, newest, topology, observer.screen)
+        observer.trackers.evaluation(evaluation.results)
+    # The run is whole, but its log lacks lines: exit code 2, so that nobody misses it.
+    if fault := first_fault(observer.log_fault):
+        raise log_error(fault, newest.run_state.step if newest is not None else 0)
+    if evaluation is None or newest is None:
+        topologies.stop()
+        return
+    finish_evaluation(config, newest, evaluation, topology, observer.screen)
+    if numbers := evaluation.results.get("command"):
+        observer.trackers.command(numbers, newest.run_state.step)
+
+
+def evaluate_weights(
+    config: RunConfig, trained: Checkpoint, topology: Topology, screen: Screen
+) -> Evaluation:
+    """Evaluate a checkpoint's weights on the held-out data of the run; its model is freed then."""
+    parts = newest_weights(config, topology, trained)
+    folder, step = run_folder(config), trained.run_state.step
+    return evaluate_model(held_out(config), parts, topology, folder, step, screen)
+
+
+def finish_evaluation(
+    config: RunConfig,
+    trained: Checkpoint,
+    evaluation: Evaluation,
+    topology: Topology,
+    screen: Screen,
+) -> None:
+    """Close the process groups, and have evaluation.command evaluate the checkpoint too; all ranks call it.
+
+    Raises:
+        UserError: if the command fails; all that was measured before is written, and the checkpoint is as it was.
+    """
+    free_memory(topology.device)
+    command: EvaluationCommand | None = None
+    if config.evaluation.command:
+        folder = run_folder(config)
+        command = export_for_command(config, trained, folder, topology, screen.say)
+    topology.barrier()
+    # Before the command, which may take hours: the other ranks end, and leave their devices to it.
+    topologies.stop()
+    if command is None or not topology.is_main:
+        return
+    screen.say(f"running {OPTION}: {shlex.join(command.words)}; its output: {command.log}")
+    numbers = command.run(config.evaluation.command_minutes * 60)
+    evaluation.results["command"] = numbers
+    evaluation.write()
+    print_numbers(numbers, screen)
 
 
 def held_out(config: RunConfig) -> HeldOut:

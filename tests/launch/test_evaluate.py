@@ -1,12 +1,15 @@
 """The command evaluate.py: the newest checkpoint, the same results in every layout, greedy answers.
 
 References: token-by-token greedy decoding of one sample at a time by our model, and transformers'
-Qwen3VLForConditionalGeneration.generate.
+Qwen3VLForConditionalGeneration.generate. Of evaluation.command: the safetensors library, which counts the numbers of the export,
+against transformers' count of the model; a file of results in the form that lmms-eval writes.
 """
 
 import json
 import os
+import shlex
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -60,6 +63,31 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
 LONGER = ("data2", "pipeline2 virtual2")
 """A minute together: proofs."""
 Answers = dict[str, str]
+FEW = (*WORDS, "evaluation.samples=1", "evaluation.max_new_tokens=1",
+    *(f"~data.validation.{name}" for name in DATASETS if name != "text"))  # fmt: skip
+PROGRAM = """
+import json, os, sys
+from pathlib import Path
+from safetensors import safe_open
+model, out = map(Path, sys.argv[1:])
+assert json.loads((model / "config.json").read_text())["model_type"] == "qwen3_vl"
+numbers = 0
+for path in model.glob("*.safetensors"):
+    with safe_open(path, "numpy") as file:
+        for name in file.keys():
+            size = 1
+            for length in file.get_slice(name).get_shape():
+                size *= length
+            numbers += size
+metrics = {"alias": " - toy", "acc,none": 0.25, "acc_stderr,none": float("nan"), "<b>deep</b>": {"numbers": numbers}}
+metrics |= {"is_a_rank": int("WORLD_SIZE" in os.environ), "flag": True, "samples": [1, 2], "huge": 10**400}
+(out / "of model").mkdir()
+document = {"results": {"toy": metrics}, "configs": {"toy": {"shots": 5}}, "date": 1.7e9}
+(out / "of model" / "1_results.json").write_text(json.dumps(document))
+(out / "plain.json").write_text('{"score": 3}')
+(out / "broken.json").write_text('{"score": 4')
+(out / "link.json").symlink_to(model / "config.json")
+"""
 
 
 def train(config: RunConfig) -> None:
@@ -318,3 +346,61 @@ def test_a_checkpoint_that_cannot_be_taken_is_named(
     ):
         (told,) = pool.run(1, take, config, source)
         assert expected in told and "\n" not in told
+
+
+def command_of(folder: Path, program: str) -> str:
+    """Return a command line that runs a program in Python."""
+    path = folder / "my program.py"
+    path.write_text(program)
+    return shlex.join([sys.executable, str(path)]) + " {model} {out}"
+
+
+@pytest.mark.parametrize("start", ["evaluate", "pretrain"])
+def test_a_program_evaluates_an_export(
+    start: str, pool: RankPool, trained: tuple[Path, Path], tmp_path: Path
+) -> None:
+    data, folder = trained
+    run = tmp_path / "a run"
+    shutil.copytree(folder, run)
+    more = (*FEW, f"evaluation.command={command_of(tmp_path, PROGRAM)}")
+    config = run_config(data, run, STEPS, 1, *more)
+    if start == "evaluate":
+        assert pool.run(2, run_command, run_words(data, run, STEPS, *more)) == [0, 0]
+    else:
+        # All steps are done: the run goes on with what comes after them.
+        config.run.evaluate_at_end = True
+        pool.run(1, train, config)
+
+    tokenizer = Tokenizer(config.data.tokenizer)
+    theirs = huggingface_model(config.model, tokenizer.special(IMAGE), tokenizer.special(VIDEO))
+    results = json.loads((run / "eval.json").read_text())
+    assert results["command"] == {
+        "results.toy.acc,none": 0.25,
+        "results.toy.<b>deep</b>.numbers": sum(each.numel() for each in theirs.parameters()),
+        "results.toy.is_a_rank": 0,
+        "score": 3,
+    }
+    assert list(results["loss"]) == ["text"]
+    page = (run / "report.html").read_text()
+    assert "results.toy.&lt;b&gt;deep&lt;/b&gt;.numbers" in page and "<b>deep" not in page
+    left = {path.name for path in (run / "evaluation").iterdir()}
+    assert left == {f"results-step-{STEPS}", f"command-step-{STEPS}.log"}
+
+
+def test_a_command_that_fails_leaves_the_rest(
+    pool: RankPool, trained: tuple[Path, Path], tmp_path: Path
+) -> None:
+    data, folder = trained
+    run = tmp_path / "run"
+    shutil.copytree(folder, run)
+    before = {path: path.read_bytes() for path in (run / "checkpoints").rglob("*.*")}
+    (run / "eval.json").unlink(missing_ok=True)
+    program = "print('loading\\n\\x1b[31mno such task'); raise SystemExit(3)"
+    words = (*FEW, f"evaluation.command={command_of(tmp_path, program)}")
+    (line,) = pool.run(1, take, run_config(data, run, STEPS, 1, *words), "")
+    assert line.startswith("evaluation.command ended with exit code 3; its output, ")
+    assert line.endswith("ends: loading | \\x1b[31mno such task") and "\n" not in line
+    results = json.loads((run / "eval.json").read_text())
+    assert list(results["loss"]) == ["text"] and "command" not in results
+    assert (run / "report.html").exists()
+    assert {path: path.read_bytes() for path in (run / "checkpoints").rglob("*.*")} == before

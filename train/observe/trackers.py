@@ -56,6 +56,11 @@ class Trackers:
         values = {"evaluation": {"loss": results["loss"], "accuracy": accuracies}}
         self._record(dict(_numbers(values)), int(results["step"]))
 
+    def command(self, numbers: Mapping[str, float], step: int) -> None:
+        """Record the numbers of evaluation.command by name."""
+        values = {"evaluation": {"command": dict(numbers)}}
+        self._record(dict(_numbers(values)), step)
+
     def close(self) -> None:
         """Write the values that are pending."""
         if self._board is not None:

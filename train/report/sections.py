@@ -31,6 +31,9 @@ EDGE_STEPS: Final = 5
 """Steps at either end of a phase whose mean is its first and last loss."""
 TASK_COLUMNS: Final = ("task", "accuracy", "samples")
 LOSS_COLUMNS: Final = ("dataset", "loss")
+NUMBER_COLUMNS: Final = ("name", "number")
+NUMBERS_SHOWN: Final = 500
+"""Numbers of evaluation.command."""
 PHASE_COLUMNS: Final = (
     "",
     "phase",
@@ -84,8 +87,9 @@ def results(history: History) -> str:
     """Return tables of the last evaluation: answers by task, held-out loss by dataset."""
     tasks = mapping(history.results.get("tasks"))
     losses = mapping(history.results.get("loss"))
+    numbers = numbers_table(mapping(history.results.get("command")))
     if not tasks and not losses:
-        return ""
+        return section("Results", numbers) if numbers else ""
 
     rows = [[escape(source), loss_text(number(loss))] for source, loss in losses.items()]
 
@@ -98,7 +102,7 @@ def results(history: History) -> str:
     if rows:
         tables += table(LOSS_COLUMNS, rows, "Held-out loss, weighted as in the last phase")
     grids = needle_grids(mapping(history.results.get("needles")))
-    body = f'<div class="two">{tables}</div>{grids}'
+    body = f'<div class="two">{tables}</div>{grids}{numbers}'
     return section("Results on held-out samples", body, escape(note))
 
 
@@ -115,6 +119,20 @@ def answers_table(tasks: Mapping[str, Any]) -> str:
         rows,
         "Right greedy answers, by the score of their dataset; boxes from an overlap (IoU) of 0.5",
     )
+
+
+def numbers_table(numbers: Mapping[str, Any]) -> str:
+    """Return the table of what evaluation.command measured; empty without any."""
+    rows = []
+    for name, value in list(numbers.items())[:NUMBERS_SHOWN]:
+        shown = number(value)
+        rows.append([escape(name), "?" if shown is None else f"{shown:.6g}"])
+    if not rows:
+        return ""
+    note = "Numbers of evaluation.command"
+    if (more := len(numbers) - NUMBERS_SHOWN) > 0:
+        note += f"; {more:,} more are in eval.json"
+    return table(NUMBER_COLUMNS, rows, note)
 
 
 def phases(history: History) -> str:

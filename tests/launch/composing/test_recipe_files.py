@@ -56,6 +56,7 @@ ATTACKS = {
     "a folder to write": (f"{BASE}run: {{folder: marker}}\n", "run.folder=marker in a recipe is refused"),
     "a cache to write": (f"{BASE}data: {{cache: marker}}\n", "data.cache=marker in a recipe is refused"),
     "a cache to empty": (f"{BASE}data: {{store: {{cache: /home, cache_bytes: 1}}}}\n", "data.store.cache=/home in a recipe is ref"),
+    "a program to run": (f"{BASE}evaluation: {{command: touch marker}}\n", "evaluation.command in a recipe is refused"),
     "a run elsewhere": (f"{BASE}run: {{name: ../../marker}}\n", "run.name=../../marker: names have letters"),
     "a phase elsewhere": (f"{BASE}phases: {{../../../marker: {{steps: 1}}}}\n", "phases.../../../marker: names have"),
     "a dataset elsewhere": (f"{BASE}data: {{datasets: {{../marker: {{path: x}}}}}}\n", "data.datasets.../marker: names have"),

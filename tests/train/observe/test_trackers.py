@@ -49,6 +49,7 @@ def test_tensorboard_receives_numbers_and_hides_steps_taken_again(tmp_path: Path
         trackers.close()
     trackers = Trackers(LoggingConfig(tensorboard=True), tmp_path, {}, "run")
     trackers.evaluation({**RESULTS, "step": 4})
+    trackers.command({"results.mme.score": 0.5}, 4)
     trackers.close()
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -56,6 +57,7 @@ def test_tensorboard_receives_numbers_and_hides_steps_taken_again(tmp_path: Path
     reader.Reload()
     assert set(reader.Tags()["scalars"]) == {
         "loss", "loss_by_source/captions", "skipped", "evaluation/loss/captions", "evaluation/accuracy/read",
+        "evaluation/command/results.mme.score",
     }  # fmt: skip
     assert reader.Scalars("evaluation/accuracy/read")[0].value == 0.75
     assert [found.step for found in reader.Scalars("loss")] == [1, 2, 3]
