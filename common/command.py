@@ -34,6 +34,7 @@ def run_program(words: Sequence[str], log: Path, seconds: float) -> int | None:
     with open(log, "xb") as output, _exit_when_terminated():
         process = subprocess.Popen(
             words,
+            # a question would wait for an answer until the time is over
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -92,6 +92,7 @@ class EvaluationCommand:
         except (OSError, ValueError) as error:  # ValueError: a NUL character in a word
             raise UserError(f"{OPTION} cannot be started: {error}") from None
         finally:
+            # As large as a checkpoint's weights, and made again from it at any time.
             shutil.rmtree(self.model, ignore_errors=True)
         if fault := self.fault(code, seconds):
             raise UserError(
@@ -169,6 +170,7 @@ def numbers_of(document: Any) -> Iterator[tuple[str, float]]:
     while left:
         name, value = left.pop()
         if isinstance(value, dict) and len(name) <= LONGEST_NAME:
+            # A stack and not a recursion: depth is a stranger's.
             prefix = f"{name}." if name else ""
             below = []
             for key, each in value.items():
