@@ -37,7 +37,7 @@ test: lint
 	pytest -n 2 --dist loadfile
 
 proofs: .venv/installed
-	pytest -m long
+	pytest -m long -n 2 --dist loadfile
 
 parity: .venv/installed
 	pytest -m "not long" tests/train/test_parity.py

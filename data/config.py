@@ -130,10 +130,6 @@ class DataConfig:
 
     tokenizer: str = option("", "data")
     """Folder of a Hugging Face tokenizer with Qwen3-VL's special tokens."""
-    chat_format: str = option(INSTRUCT, "data", choices=CHAT_FORMATS)
-    """How chats are written, as the templates of the two kinds of Qwen3-VL models do: `instruct` with the thoughts that a sample
-    has, `thinking` for a model that always thinks first: thoughts in answers to the last question alone, an empty one where the
-    last answer has none, and no loss on what is left of earlier answers."""
     datasets: dict[str, DatasetConfig] = field(default_factory=dict)
     """Training datasets by name."""
     validation: dict[str, ValidationConfig] = field(default_factory=dict)
@@ -142,6 +138,10 @@ class DataConfig:
     """Sizes, frames and limits of pictures and videos."""
     store: StoreConfig = field(default_factory=StoreConfig)
     """Reading of remote datasets."""
+    chat_format: str = option(INSTRUCT, "data", choices=CHAT_FORMATS)
+    """How chats are written, as the templates of the two kinds of Qwen3-VL models do: `instruct` with the thoughts that a sample
+    has, `thinking` for a model that always thinks first: thoughts in answers to the last question alone, an empty one where the
+    last answer has none, and no loss on what is left of earlier answers."""
     workers: int | None = option(None, "free", least=0, most=1024)
     """Processes that decode ahead on each rank; their number never changes what is read. 0: a thread of the training process
     does; null: by the cores that this rank has of its machine, see `chosen_workers` of data/stream/workers.py."""

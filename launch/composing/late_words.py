@@ -13,13 +13,19 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from visionloom.common.errors import UserError
-from visionloom.data.config import DatasetConfig
+from visionloom.data.config import DatasetConfig, ValidationConfig
 from visionloom.launch.composing.explain import nothing_to_remove
 from visionloom.model.distillation_config import DistillationConfig
 from visionloom.parallel.config import ParallelConfig
 from visionloom.train.config import PhaseConfig
 
-_MAPPINGS: Final = r"(?:phases|data\.datasets|data\.validation)"
+_ENTRIES: Final[dict[str, type]] = {
+    "phases": PhaseConfig,
+    "data.datasets": DatasetConfig,
+    "data.validation": ValidationConfig,
+}
+"""Mappings, and what their entries are."""
+_MAPPINGS: Final = f"(?:{'|'.join(map(re.escape, _ENTRIES))})"
 _REMOVED: Final = rf"~{_MAPPINGS}\.[^.=]+$"
 _ADDED: Final = rf"\+{{1,2}}{_MAPPINGS}\.[^.=]+[.=]"
 _OPTIONAL: Final[dict[str, type]] = {"parallel": ParallelConfig, "distillation": DistillationConfig}
@@ -50,7 +56,8 @@ class EntryOverride:
         parts = self.path.split(".")
         self.is_phase = parts[0] == "phases"
         depth = 1 if self.is_phase else 2
-        self.mapping: DictConfig = OmegaConf.select(config, ".".join(parts[:depth]))
+        self.of = ".".join(parts[:depth])
+        self.mapping: DictConfig = OmegaConf.select(config, self.of)
         self.name = parts[depth]
         self.fields = parts[depth + 1 :]
 
@@ -76,7 +83,7 @@ class EntryOverride:
         may_be_new = not self.fields or not self.is_phase
         if self.name not in self.mapping and adds and may_be_new:
             with open_dict(self.mapping):
-                self.mapping[self.name] = PhaseConfig() if self.is_phase else DatasetConfig()
+                self.mapping[self.name] = _ENTRIES[self.of]()
 
     def remove(self) -> None:
         """Take the entry out of the mapping; UserError if there is none of that name."""

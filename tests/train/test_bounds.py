@@ -11,7 +11,7 @@ import pytest
 
 from visionloom.common.errors import UserError
 from visionloom.common.settings import options, without_rules
-from visionloom.data.config import DatasetConfig
+from visionloom.data.config import DatasetConfig, ValidationConfig
 from visionloom.launch.configure import check_memory, compose
 from visionloom.parallel.config import ParallelConfig
 from visionloom.train.config import PhaseConfig, RunConfig
@@ -23,7 +23,7 @@ def full() -> RunConfig:
         phases={"p": PhaseConfig(parallel=ParallelConfig(), mixture={"d": 1.0}, steps=1)}
     )
     config.run.name, config.data.datasets = "x", {"d": DatasetConfig()}
-    config.data.validation = {"v": DatasetConfig()}
+    config.data.validation = {"v": ValidationConfig()}
     return config
 
 

@@ -233,7 +233,7 @@ def test_a_state_of_another_stream_is_refused(
 def test_changed_pixel_limits_are_named(data: DataConfig) -> None:
     state = stream(data).state(2)
     data.media.image_min_pixels = 4096
-    with pytest.raises(UserError, match=r"data\.media was \w{8}, now \w{8}"):
+    with pytest.raises(UserError, match=r"data\.media or data\.chat_format was \w{8}, now \w{8}"):
         stream(data).load_state(state)
 
 

@@ -308,7 +308,7 @@ def test_one_section_and_help(folder: Path, capsys: pytest.CaptureFixture[str]) 
     assert (
         "--config-dir DIR" in shown
         and "recipe: demo, full/" in shown
-        and ", mine\n" in shown
+        and ", mine," in shown
         and "name: ???" in shown
     )
     with pytest.raises(UserError, match=r"--package phases\.algin"):
