@@ -18,6 +18,7 @@ ANSWER_IS: Final = re.compile(
 """As in "The answer is (B)" and "Answer: B"."""
 CHOICES: Final = (
     re.compile(r"\A[\s(\[*]*([A-Ja-j])[\s)\].:*,]*\Z"),
+    re.compile(r"\\boxed\{[\s(]*(?:\\text\{)?[\s(]*([A-J])(?![\w'])"),
     ANSWER_IS,
     re.compile(r"\(([A-J])\)"),
     re.compile(r"\A\s*\**([A-J])[).:]"),

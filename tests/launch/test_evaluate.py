@@ -244,6 +244,11 @@ def test_the_command_takes_the_newest_or_a_named_checkpoint(
         assert results["loss"] == pytest.approx(alone[0]["loss"], rel=1e-5)
         assert results["tasks"] == alone[0]["tasks"]
         assert (target / "report.html").exists()
+        # Each question about a place of a document or film is in a cell of its task's grid.
+        assert results["needles"] == alone[0]["needles"]
+        for task in ("needle", "video"):
+            cells = [cell for row in results["needles"][task].values() for cell in row]
+            assert sum(asked for _, asked in cells) == results["tasks"][task]["n"] > 0
 
 
 def write_user_data(folder: Path) -> None:

@@ -95,6 +95,8 @@ def test_other_answers_are_compared_word_for_word(answer: str, reference: str, r
         ("**Answer: C**", "C"),
         ("Because of its colour, D", "D"),
         ("It is A", "A"),
+        (r"A and B are smaller, so \boxed{C}.", "C"),
+        (r"$\boxed{\text{(D)}}$", "D"),
         # letters of other words, and no choice
         ("A cat sits on a mat", None),
         ("I do not know", None),

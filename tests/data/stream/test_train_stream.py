@@ -237,6 +237,13 @@ def test_changed_pixel_limits_are_named(data: DataConfig) -> None:
         stream(data).load_state(state)
 
 
+def test_a_changed_format_of_chats_is_named(data: DataConfig) -> None:
+    state = stream(data).state(2)
+    data.chat_format = "thinking"
+    with pytest.raises(UserError, match=r"data\.media or data\.chat_format was \w{8}, now \w{8}"):
+        stream(data).load_state(state)
+
+
 def test_budgets_hold(data: DataConfig) -> None:
     data.max_patches_per_token = 0.2
     made = stream(data, mixture={"pictures": 1})
