@@ -1,6 +1,6 @@
 """What is read, and by which rules samples become tokens and patches. Nothing here imports torch."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Final
 
@@ -167,3 +167,9 @@ class DataConfig:
     """Folder for length tables and plans; empty: `cache/` inside each dataset's folder, for a URL ~/.cache/visionloom."""
     max_bad_fraction: float = option(1e-3, "free", least=0, most=1)
     """Share of unreadable samples, of all that a process has read or of 10,000 at first, above which the run stops."""
+
+    def drawn_weights(self, mixture: Mapping[str, float]) -> dict[str, float]:
+        """Return the weights above 0: of a mixture, or where it is empty of the datasets."""
+        # a mixture stands for all weights, it does not change some of them
+        weights = dict(mixture) or {name: each.weight for name, each in self.datasets.items()}
+        return {name: float(weight) for name, weight in weights.items() if weight > 0}

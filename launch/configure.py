@@ -50,14 +50,12 @@ from visionloom.launch.plan_commands.first import check_plan
 from visionloom.launch.show import show
 from visionloom.launch.watch import watch_ranks
 from visionloom.model.huggingface.shapes import parameter_count
-from visionloom.train.config import PhaseConfig, RunConfig
+from visionloom.train.config import COMMAND, PhaseConfig, RunConfig
 from visionloom.train.observe import status
 
 MISSING_PATHS_SHOWN = 3
 WRITTEN = ("run.folder", "data.cache", "data.store.cache")
 """Options that name folders which a run writes to."""
-COMMAND = "evaluation.command"
-"""The option that names a program to run."""
 
 
 def start(

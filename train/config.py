@@ -30,6 +30,8 @@ LATEST = "latest"
 """File next to the phases' folders of checkpoints that names the newest one."""
 STEPS = 10**7
 """Most optimizer steps of a phase; the folders of checkpoints have eight digits."""
+COMMAND = "evaluation.command"
+"""The option that names a program to run."""
 COMMAND_WORDS = ("{model}", "{out}")
 """What stands in evaluation.command for the exported model's folder and for that of its results."""
 
@@ -368,9 +370,7 @@ class RunConfig:
         """Return the names of the training datasets that a phase draws from."""
         names = set[str]()
         for phase in self.phases.values():
-            every = {name: each.weight for name, each in self.data.datasets.items()}
-            weights = phase.mixture or every
-            names |= {name for name, weight in weights.items() if weight > 0}
+            names |= self.data.drawn_weights(phase.mixture).keys()
         return names
 
     def phase_data(self, name: str) -> DataConfig:

@@ -34,7 +34,7 @@ from visionloom.train.checkpoint import read as checkpoint
 from visionloom.train.checkpoint.read import Checkpoint
 from visionloom.train.checkpoint.write import Saver, check_room, first_fault
 from visionloom.train.compatibility import check_same_adapters, check_same_model, data_differences
-from visionloom.train.config import RunConfig
+from visionloom.train.config import COMMAND, RunConfig
 from visionloom.train.evaluate import (
     Evaluation,
     HeldOut,
@@ -44,11 +44,7 @@ from visionloom.train.evaluate import (
     task_accuracies,
 )
 from visionloom.train.exchange.companions import carry_into_run
-from visionloom.train.exchange.evaluation_command import (
-    OPTION,
-    EvaluationCommand,
-    export_for_command,
-)
+from visionloom.train.exchange.evaluation_command import EvaluationCommand, export_for_command
 from visionloom.train.loop import fit, log_error
 from visionloom.train.observe import status
 from visionloom.train.observe.observer import Observer
@@ -314,7 +310,7 @@ def finish_evaluation(
     topologies.stop()
     if command is None or not topology.is_main:
         return
-    screen.say(f"running {OPTION}: {shlex.join(command.words)}; its output: {command.log}")
+    screen.say(f"running {COMMAND}: {shlex.join(command.words)}; its output: {command.log}")
     numbers = command.run(config.evaluation.command_minutes * 60)
     evaluation.results["command"] = numbers
     evaluation.write()

@@ -54,7 +54,7 @@ from visionloom.data.shards.sample import (
     element_loss,
 )
 
-TEMPLATE_VERSIONS: Final = {"instruct": 3, "thinking": 1001}
+TEMPLATE_VERSIONS: Final = {INSTRUCT: 3, THINKING: 1001}
 """Count changes of what this file renders in a format: length tables made by another version are not used."""
 MOST_VISUAL_TOKENS: Final = 1 << 22
 """Of a sample: 16 of the longest packs (262,144 tokens); sixty bytes of JSON can ask for 16,384."""
@@ -120,8 +120,8 @@ def render(sample: Sample, rules: MediaConfig, chat_format: str = INSTRUCT) -> R
     """Render a sample; weights are those of its elements times the sample's own.
 
     Loss lies on what assistants say and on its `<|im_end|>`, or on all text of a document and its `<|endoftext|>`;
-    never on headers, tools, their results, pictures, videos or timestamps. `chat_format`: see data.chat_format. Raises SampleError for a picture without a valid
-    size, and for a box outside the sample's pictures.
+    never on headers, tools, their results, pictures, videos or timestamps. `chat_format`: see data.chat_format. Raises
+    SampleError for a picture without a valid size, and for a box outside the sample's pictures.
     """
     try:
         return _Renderer(sample, rules, chat_format).whole()

@@ -66,9 +66,7 @@ def dataset_weights(data: DataConfig, mixture: Mapping[str, float]) -> dict[str,
             raise UserError(
                 f"mixture names {name}, which is not in data.datasets: {', '.join(data.datasets) or 'empty'}"
             )
-    # a mixture stands for all weights, it does not change some of them
-    weights = dict(mixture) or {name: config.weight for name, config in data.datasets.items()}
-    positive = {name: float(weight) for name, weight in weights.items() if weight > 0}
+    positive = data.drawn_weights(mixture)
     if not positive:
         raise UserError(
             "no dataset has a weight above 0: name some in data.datasets or in the phase's mixture"

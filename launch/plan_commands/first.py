@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from visionloom.common.command import environment_alone
 from visionloom.common.errors import UserError, unknown
 from visionloom.common.ranks import ranks_here
 from visionloom.common.text import say
@@ -119,7 +120,7 @@ def words_of_memory(precision: str) -> list[str]:
 
 def plan_of(words: Sequence[str]) -> dict[str, Any]:
     """Run the planner and return its plan.json; UserError with its last line if it made none."""
-    variables = {name: value for name, value in os.environ.items() if is_for_planner(name)}
+    variables = environment_alone()
     # It takes no GPU that the run is about to use.
     variables["CUDA_VISIBLE_DEVICES"] = ""
     with tempfile.TemporaryDirectory() as folder:
@@ -136,9 +137,3 @@ def plan_of(words: Sequence[str]) -> dict[str, Any]:
     raise UserError(
         f"run.plan=true: no plan could be made: {cause}: correct that, or start without a plan, run.plan=false"
     )
-
-
-def is_for_planner(variable: str) -> bool:
-    """Return whether a variable of the environment does not tell of ranks, of which the planner is none."""
-    ranks = (*environment.ALONE, *environment.RENDEZVOUS)
-    return variable not in ranks and not variable.startswith("TORCHELASTIC_")

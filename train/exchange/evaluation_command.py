@@ -15,11 +15,10 @@ from visionloom.common.jsonfile import JsonError, load_json
 from visionloom.common.places import PlaceError, read_located
 from visionloom.parallel.topology import Topology
 from visionloom.train.checkpoint.read import Checkpoint
-from visionloom.train.config import COMMAND_WORDS, RunConfig
+from visionloom.train.config import COMMAND, COMMAND_WORDS, RunConfig
 from visionloom.train.exchange.export_adapter import export_merged
 from visionloom.train.exchange.export_huggingface import ExportOptions, export_checkpoint
 
-OPTION: Final = "evaluation.command"
 FOLDER: Final = "evaluation"
 """In a run's folder: exports, and what commands leave."""
 LARGEST: Final = 1 << 26
@@ -72,14 +71,14 @@ class EvaluationCommand:
             UserError: if the folder is a link, which would have files elsewhere removed, or cannot be made.
         """
         if self.folder.is_symlink():
-            raise UserError(f"{OPTION}: {self.folder} is a link: remove it")
+            raise UserError(f"{COMMAND}: {self.folder} is a link: remove it")
         try:
             for left in (self.model, self.results):
                 shutil.rmtree(left, ignore_errors=True)
             self.log.unlink(missing_ok=True)
             self.results.mkdir(parents=True)
         except OSError as error:
-            raise UserError(f"{OPTION}: {self.results} cannot be made: {error.strerror}") from None
+            raise UserError(f"{COMMAND}: {self.results} cannot be made: {error.strerror}") from None
 
     def run(self, seconds: float) -> dict[str, float]:
         """Run the command for at most `seconds` on the exported model, which is removed then; returns its numbers by name.
@@ -90,27 +89,27 @@ class EvaluationCommand:
         try:
             code = run_program(self.words, self.log, seconds)
         except (OSError, ValueError) as error:  # ValueError: a NUL character in a word
-            raise UserError(f"{OPTION} cannot be started: {error}") from None
+            raise UserError(f"{COMMAND} cannot be started: {error}") from None
         finally:
             # As large as a checkpoint's weights, and made again from it at any time.
             shutil.rmtree(self.model, ignore_errors=True)
-        if fault := self.fault(code, seconds):
+        numbers = numbers_in(self.results) if code == 0 else {}
+        if not numbers:
+            fault = self.fault(code, seconds)
             raise UserError(
-                f"{OPTION} {fault}; its output, {self.log}, ends: {last_lines(self.log)}"
+                f"{COMMAND} {fault}; its output, {self.log}, ends: {last_lines(self.log)}"
             )
-        return numbers_in(self.results)
+        return numbers
 
     def fault(self, code: int | None, seconds: float) -> str:
-        """Return what is wrong with the end of the command; empty if nothing is."""
+        """Return what is wrong with a command that has ended so, without numbers."""
         if code is None:
-            return f"did not end within {seconds / 60:g} min: raise {OPTION}_minutes"
+            return f"did not end within {seconds / 60:g} min: raise {COMMAND}_minutes"
         if code < 0:
             return f"was ended by signal {-code}"
         if code > 0:
             return f"ended with exit code {code}"
-        if not numbers_in(self.results):
-            return f"left no number in a JSON file below {self.results}"
-        return ""
+        return f"left no number in a JSON file below {self.results}"
 
 
 def export_for_command(
@@ -135,7 +134,7 @@ def export_for_command(
     step = trained.run_state.step
     command = EvaluationCommand(config.evaluation.command, folder / FOLDER, step)
     topology.on_main(command.clear)
-    say(f"exporting step {step} for {OPTION}")
+    say(f"exporting step {step} for {COMMAND}")
     if trained.run_state.lora:
         weights = Path(config.init.huggingface or config.init.checkpoint)
         export_merged(trained.folder, weights, command.model, topology, say)
