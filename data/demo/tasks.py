@@ -12,6 +12,7 @@ from typing import Final
 from visionloom.data.demo.drawing import (
     CELL,
     GRIDS,
+    LETTERS,
     PLACES,
     DemoDraft,
     DigitGrid,
@@ -21,11 +22,13 @@ from visionloom.data.demo.drawing import (
     grid_of,
     turn_of,
 )
-from visionloom.data.demo.text_tasks import sum_steps, text
+from visionloom.data.demo.text_tasks import lists, sum_steps, text
 from visionloom.data.shards.sample import Box, Element, Message, Text, Think, Time, Video
 
-PLACED: Final = 0.5
+PLACED: Final = 0.6
 """Share of the captions that name places."""
+ALONE: Final = 0.4
+"""Share of the canvases of training with a single digit: where it is, is learned before which of several it is."""
 
 
 def captions(drawer: Drawer, training: bool) -> DemoDraft:
@@ -45,20 +48,21 @@ def captions(drawer: Drawer, training: bool) -> DemoDraft:
 
 def _places(drawer: Drawer) -> DemoDraft:
     """Say of each digit on a canvas where it is: a look for what is shown, as a box asks for, in few tokens."""
-    side, pictures, cells = _scattered(drawer)
+    side, pictures, cells = _scattered(drawer, ALONE)
     draft = DemoDraft(meta={"pictures": pictures, "cells": cells, "columns": side})
-    draft.content = [drawer.image(draft, _canvas(side, pictures, cells)), Text("\n")]
+    draft.content = [drawer.image(draft, _canvas(side, pictures, cells))]
     for number, cell in zip(pictures, cells, strict=True):
         # Which digit comes next cannot be foreseen: only its place is learned.
-        draft.content.append(Text(f"The {drawer.digit(number)} is", loss=0.0))
-        draft.content.append(Text(f" {PLACES[side, side][cell]}. "))
+        draft.content.append(Text(f"\n{drawer.digit(number)}", loss=0.0))
+        draft.content.append(Text(f" {PLACES[side, side][cell]}"))
     return draft
 
 
-def _scattered(drawer: Drawer) -> tuple[int, list[int], list[int]]:
-    """Draw the side of a canvas, distinct digits, at least two, and the cell of each."""
+def _scattered(drawer: Drawer, alone: float) -> tuple[int, list[int], list[int]]:
+    """Draw the side of a canvas, distinct digits, and the cell of each; `alone`: the share of canvases with one digit."""
     side = drawer.random.choice((2, 3))
-    pictures = drawer.pictures(drawer.random.randrange(2, side + 2), distinct=True)
+    count = drawer.random.randrange(2, side + 2) if drawer.random.random() >= alone else 1
+    pictures = drawer.pictures(count, distinct=True)
     return side, pictures, drawer.random.sample(range(side * side), len(pictures))
 
 
@@ -94,7 +98,7 @@ def vqa(drawer: Drawer, training: bool) -> DemoDraft:
 
 def grounding(drawer: Drawer, training: bool) -> DemoDraft:
     """Ask where one of several distinct digits lies on a canvas of 64 or 96 pixels; for all of them in training."""
-    side, pictures, cells = _scattered(drawer)
+    side, pictures, cells = _scattered(drawer, ALONE if training else 0.0)
     asked = drawer.random.sample(range(len(pictures)), len(pictures) if training else 1)
     meta = {"pictures": pictures, "cells": cells, "columns": side, "asked": asked}
     draft = DemoDraft(task="grounding", meta=meta)
@@ -104,7 +108,8 @@ def grounding(drawer: Drawer, training: bool) -> DemoDraft:
         row, column = divmod(cells[index], side)
         left, top = column * CELL, row * CELL
         box = Box(0, (left, top, left + CELL, top + CELL), "px", digit)
-        draft.messages += turn_of([*opening, Text(f"Where is the {digit}?")], [box])
+        place = Text(f"{digit} {PLACES[side, side][cells[index]]}\n")
+        draft.messages += turn_of([*opening, Text(f"Where is the {digit}?")], [place, box])
         opening = []
     return draft
 
@@ -160,13 +165,15 @@ def documents(drawer: Drawer, training: bool) -> DemoDraft:
     """Make a long document of 8 to 24 pages, in training also shorter ones, and ask which digit is on one page."""
     pictures = drawer.pictures(drawer.random.randrange(4 if training else 8, 25))
     draft = DemoDraft(task="needle", meta={"pictures": pictures})
-    names = [[Text(f"Page {page + 1}")] for page in range(len(pictures))]
+    letters = LETTERS[: len(pictures)]
+    names = [[Text(f"Page {letter}")] for letter in letters]
     pages: list[Element] = []
-    for (name,), number in zip(names, pictures, strict=True):
-        pages += [name, Text(":"), drawer.image(draft, ((number,),)), Text("\n")]
+    for letter, number in zip(letters, pictures, strict=True):
+        image = drawer.image(draft, ((number,),))
+        pages += [Text(f"Page {letter}"), image, Text(f" {letter}", loss=1.0), Text("\n")]
 
     def question(place: int) -> list[Element]:
-        return [Text(f"Which digit is on page {place + 1}?")]
+        return [Text(f"Which digit is on page {letters[place]}?")]
 
     digits = [drawer.digit(number) for number in pictures]
     entries = Entries(names, digits, question)
@@ -203,7 +210,8 @@ class Recipe:
 
 RECIPES: Final[dict[str, Recipe]] = {
     "captions": Recipe(captions, 8000, 256),
-    "text": Recipe(text, 8000, 256),
+    "text": Recipe(text, 4000, 256),
+    "lists": Recipe(lists, 8000, 256),
     "vqa": Recipe(vqa, 4000, 512),
     "grounding": Recipe(grounding, 3000, 256),
     "interleaved": Recipe(interleaved, 1500, 256),

@@ -2,9 +2,10 @@
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Final
 
-from visionloom.data.demo.drawing import NAMES, DemoDraft, Drawer, Entries, ask, turn_of
+from visionloom.data.demo.drawing import LETTERS, NAMES, DemoDraft, Drawer, turn_of
 from visionloom.data.shards.sample import Element, Text, Think, Time
 
 CHAINS: Final = 5
@@ -12,10 +13,14 @@ CHAINS: Final = 5
 
 
 def text(drawer: Drawer, training: bool) -> DemoDraft:
-    """Write text only: sums, copies, names of digits, and, most often, looking up a page or a moment."""
-    makers = (_sum, _sums, _copy, _names, _pages, _moments)
-    # Looking up prepares for long documents and videos, which ask the same of pictures.
-    (make,) = drawer.random.choices(makers, weights=(1, 4, 1, 1, 6, 6))
+    """Write sums, as chains of additions or with the question for one, and names of digits."""
+    (make,) = drawer.random.choices((_sum, _sums, _names), weights=(1, 4, 1))
+    return make(drawer.random)
+
+
+def lists(drawer: Drawer, training: bool) -> DemoDraft:
+    """Write a list of pages or moments with a digit each, and again: what long documents and videos ask of pictures."""
+    (make,) = drawer.random.choices((_pages, _moments), weights=(2, 1))
     return make(drawer.random)
 
 
@@ -49,15 +54,6 @@ def _sums(draws: random.Random) -> DemoDraft:
     return DemoDraft(content=content)
 
 
-def _copy(draws: random.Random) -> DemoDraft:
-    """Write digits and the same again: the first step to looking something up."""
-    count = draws.randrange(8, 20)
-    digits = " ".join(_digits(draws, count))
-    # The first time nobody can foresee them.
-    first = Text(f"Digits: {digits}\n", loss=0.0)
-    return DemoDraft(content=[first, Text(f"Again: {digits}")])
-
-
 def _names(draws: random.Random) -> DemoDraft:
     values = draws.sample(range(10), 4)
     names = [f"{NAMES[value]} is {value}" for value in values]
@@ -65,42 +61,33 @@ def _names(draws: random.Random) -> DemoDraft:
 
 
 def _pages(draws: random.Random) -> DemoDraft:
-    count = _length(draws)
-    first = draws.randrange(1, 15)
-    numbers = range(first, first + count)
-
-    def question(place: int) -> list[Element]:
-        return [Text(f"Which digit is on page {numbers[place]}?")]
-
-    names = [[Text(f"Page {number}")] for number in numbers]
-    return _lookup(draws, Entries(names, _digits(draws, len(names)), question))
+    letters = draws.sample(LETTERS, _length(draws))
+    names = [Text(f"Page {letter}") for letter in letters]
+    # To foresee that a page is named again, its value must learn what stands before it: half of a lookup.
+    return _lookup(draws, names, [Text(f" {letter}") for letter in letters])
 
 
 def _moments(draws: random.Random) -> DemoDraft:
     start, step = draws.randrange(4) + 0.5, draws.choice((1, 2))
-    moments = [Time(start + place * step) for place in range(min(6, _length(draws)))]
-
-    def question(place: int) -> list[Element]:
-        return [Text("Which digit is shown at "), moments[place], Text("?")]
-
-    names = [[moment] for moment in moments]
-    return _lookup(draws, Entries(names, _digits(draws, len(names)), question))
+    names = [Time(start + place * step) for place in range(_length(draws))]
+    return _lookup(draws, names, [])
 
 
 def _length(draws: random.Random) -> int:
-    """Draw the length of a list, most often a short one: there looking up begins, among few names."""
-    # Most documents of the test have more pages than any list: these are for the first steps.
-    longest = draws.choices((4, 8, 12), weights=(6, 2, 1))[0]
-    return draws.randrange(2, longest + 1)
+    """Draw the length of a list: looking up is learned among few names, and is the same among many."""
+    return draws.randrange(2, 5)
 
 
-def _digits(draws: random.Random, count: int) -> list[str]:
-    return [str(value) for value in draws.choices(range(10), k=count)]
-
-
-def _lookup(draws: random.Random, entries: Entries) -> DemoDraft:
-    """Write the entries as a list, and ask for them."""
-    opening: list[Element] = []
-    for place in range(len(entries.values)):
-        opening += [*entries.answer(place), Text("\n")]
-    return DemoDraft(messages=ask(draws, entries, opening, training=True))
+def _lookup(
+    draws: random.Random, names: Sequence[Text | Time], endings: Sequence[Element]
+) -> DemoDraft:
+    """Write names with a digit each as a list, in which an ending may follow, and again in another order."""
+    digits = [Text(str(value)) for value in draws.choices(range(10), k=len(names))]
+    content: list[Element] = []
+    for place, name in enumerate(names):
+        content += [replace(name, loss=0.0), replace(digits[place], loss=0.0)]
+        content += endings[place : place + 1]
+        content.append(Text("\n", loss=0.0))
+    for place in draws.sample(range(len(names)), len(names)):
+        content += [replace(names[place], loss=0.0), digits[place], Text("\n", loss=0.0)]
+    return DemoDraft(content=content)

@@ -99,9 +99,11 @@ def final_answer(text: str) -> str:
 
 
 def boxes_of(text: str) -> list[LabelledBox]:
-    """Read an answer that is a box or a list of boxes in JSON; empty for any other text."""
+    """Read the boxes of an answer: one or a list in JSON, alone or with words or a fence around it; empty if there are none."""
+    start = min((text.find(mark) for mark in "[{" if mark in text), default=0)
+    end = max(text.rfind("]"), text.rfind("}")) + 1
     try:
-        content: Any = load_json(text, "answer")
+        content: Any = load_json(text[start:end], "answer")
         return checked(
             content if isinstance(content, list) else [content], list[LabelledBox], "answer"
         )
