@@ -15,8 +15,8 @@ from visionloom.data.shards.sample import Element, Image, Message, Sample, Text,
 
 CELL: Final = 32
 """Pixels of a digit's cell: with patches of 16 pixels merged 2 x 2, one cell is one visual token."""
-LEAST_READING, LONGEST_READING = 16, 16
-"""Entries that a reading names."""
+LONGEST_READING: Final = 16
+"""Most entries that a reading names."""
 NAMES: Final = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 LETTERS: Final = "ABCDEFGHIJKLMNOPQRSTUVWX"
 """Names of pages: one token each."""
@@ -172,8 +172,6 @@ def ask(
     if training:
         # After the question: the test asks in the first turn, and what training asks second is unknown there.
         order = draws.sample(places, len(places))
-        # short ones again and again: the list is read anyway
-        order += draws.choices(places, k=max(0, LEAST_READING - len(places)))
         reading = entries.reading(order[:LONGEST_READING])
         messages += turn_of([Text("Read all of them in any order.")], reading)
     return messages

@@ -70,7 +70,8 @@ def _pages(draws: random.Random) -> DemoDraft:
 def _moments(draws: random.Random) -> DemoDraft:
     start, step = draws.randrange(4) + 0.5, draws.choice((1, 2))
     names = [Time(start + place * step) for place in range(_length(draws))]
-    return _lookup(draws, names, [])
+    # the second again, without its half
+    return _lookup(draws, names, [Text(f" {int(name.seconds)}") for name in names])
 
 
 def _length(draws: random.Random) -> int:
