@@ -95,9 +95,10 @@ def check_teachers(config: RunConfig) -> Iterator[str]:
             continue
         model, option = model_of_teacher(options, here)
         yield from _vocabulary_faults(config, model.text.vocab_size, option)
-        # It shares the ranks of the student, and so its layout.
-        layout = phase.parallel or config.parallel
-        for fault in model.layout_problems(layout, "the student's parallel"):
+        layout, where = phase.parallel or config.parallel, "the student's parallel"
+        if options.teacher.parallel is not None:
+            layout, where = options.teacher.parallel, f"{here}.teacher.parallel"
+        for fault in model.layout_problems(layout, where):
             yield f"{option}: {fault}"
 
 
