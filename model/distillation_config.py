@@ -35,6 +35,25 @@ class StepPacks:
     sample_token_multiple: int
     """What each sample in it takes up a multiple of."""
 
+    def problems(self, layout: ParallelConfig, where: str, copies: int) -> Iterator[str]:
+        """Yield why they cannot be dealt to the copies of a teacher with a layout of its own, whose dotted path is given."""
+        if self.micro_batches % copies:
+            yield (
+                f"{where} makes {copies} copies of the teacher, to which the {self.micro_batches} micro-batches of a step"
+                f" (global_batch / micro_batch) cannot be dealt: make them a multiple of {copies} or change {where}.*"
+            )
+        if self.sequence_length % layout.pack_token_multiple:
+            yield (
+                f"{where} needs packs (sequence_length={self.sequence_length}) of a multiple of {layout.pack_token_multiple}"
+                f" tokens (tensor {layout.tensor} x context {layout.context}, two pieces a context rank)"
+            )
+        needed = layout.sample_token_multiple
+        if self.sample_token_multiple % needed:
+            yield (
+                f"data.sample_token_multiple={self.sample_token_multiple} must be a multiple of {needed}:"
+                f" {where}.context={layout.context} cuts each sample into that many chunks"
+            )
+
 
 @dataclass
 class DistillationConfig:
@@ -89,22 +108,7 @@ class DistillationConfig:
         layout, where = self.teacher.parallel, f"{here}.teacher.parallel"
         if layout is None:
             return
-        if faults := layout.world_problems(world_size, where):
-            yield from faults
-            return
-        copies = layout.data_parallel_size(world_size)
-        if packs.micro_batches % copies:
-            yield (
-                f"{where} makes {copies} copies of the teacher, to which the {packs.micro_batches} micro-batches of a step"
-                f" (global_batch / micro_batch) cannot be dealt: make them a multiple of {copies} or change {where}.*"
-            )
-        if packs.sequence_length % layout.pack_token_multiple:
-            yield (
-                f"{where} needs packs (sequence_length={packs.sequence_length}) of a multiple of {layout.pack_token_multiple}"
-                f" tokens (tensor {layout.tensor} x context {layout.context}, two pieces a context rank)"
-            )
-        if packs.sample_token_multiple % layout.sample_token_multiple:
-            yield (
-                f"data.sample_token_multiple={packs.sample_token_multiple} must be a multiple of"
-                f" {layout.sample_token_multiple}: {where}.context={layout.context} cuts each sample into that many chunks"
-            )
+        faults = layout.world_problems(world_size, where)
+        yield from faults
+        if not faults:
+            yield from packs.problems(layout, where, layout.data_parallel_size(world_size))

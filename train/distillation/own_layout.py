@@ -106,26 +106,21 @@ def output_matrix(parts: list[Qwen3VL], stages: RowExchange, student: Topology) 
 
     No rows before the student's last stage. All ranks call it.
     """
-    config = parts[0].model_config.text
+    config, teacher = parts[0].model_config.text, stages.teacher
     like = next(parts[0].parameters())
-    count = config.vocab_size // student.config.tensor if student.is_last_stage else 0
-    whole = like.new_empty(count, config.hidden_size)
-    first = student.tensor_rank * count
-    theirs = config.vocab_size // stages.teacher.tensor
-    for tensor_rank in range(stages.teacher.tensor):
-        # Every copy and context rank has the same: the first speaks, one tensor rank after the other.
-        sender = stages.teacher.ranks[0, 0, tensor_rank]
-        block = like.new_empty(theirs, config.hidden_size)
+    blocks = []
+    for tensor_rank in range(teacher.tensor):
+        block = like.new_empty(config.vocab_size // teacher.tensor, config.hidden_size)
+        # Every copy and context rank has the same: the first speaks.
+        sender = teacher.ranks[0, 0, tensor_rank]
         if dist.get_rank() == sender:
             block.copy_(parts[-1].language_model.output_matrix())
         dist.broadcast(block, sender)
-        start = tensor_rank * theirs
-        here = slice(max(first, start), min(first + count, start + theirs))
-        if here.start < here.stop:
-            whole[here.start - first : here.stop - first] = block[
-                here.start - start : here.stop - start
-            ]
-    return whole
+        blocks.append(block)
+    if not student.is_last_stage:
+        return like.new_empty(0, config.hidden_size)
+    # Copied, so that the rest can be freed.
+    return torch.cat(blocks).chunk(student.config.tensor)[student.tensor_rank].clone()
 
 
 def content(batch: PackedBatch) -> int:

@@ -5,8 +5,11 @@ number that leaves its own as remainder. With them, and the text of its own pack
 Shapes: R supervised tokens of a rank in a micro-batch, S of all ranks that share it, H hidden size, W ranks.
 """
 
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -53,10 +56,24 @@ class LastStage:
             owner[tokens] = rank
         return owner[batch.loss_weights.numpy() > 0]
 
-    def order(self, batch: PackedBatch, context_rank: int) -> Rows:
-        """Return the rows of a context rank's supervised tokens by ascending token, int64 [R]."""
+    def rows_shared_with(self, other: "LastStage", batch: PackedBatch) -> list[Rows]:
+        """Return, for each context rank of another layout, which of this rank's R rows it has too, by ascending token."""
+        assert self.place is not None
+        _, context_rank, _ = self.place
         tokens = split_pack(batch.cu_seqlens.numpy(), self.context).ranks[context_rank]
-        return np.argsort(tokens[batch.loss_weights.numpy()[tokens] > 0])
+        order = np.argsort(tokens[batch.loss_weights.numpy()[tokens] > 0])
+        others = other.owners(batch)[self.owners(batch) == context_rank]
+        return [order[others == rank] for rank in range(other.context)]
+
+
+class Place(NamedTuple):
+    """Rows that come from one rank."""
+
+    sender: int
+    number: int
+    """Of the student's micro-batch on this rank."""
+    rows: Rows
+    """Of the micro-batch's R, by ascending token."""
 
 
 @dataclass(frozen=True)
@@ -87,67 +104,58 @@ class RowExchange:
             ours: the student's.
             like: a tensor [*, H] of the states' dtype.
         """
-        sent = [list[Tensor]() for _ in range(dist.get_world_size())]
-        for receiver, number, rows in self._sent(theirs):
-            sent[receiver].append(states[number][self._on_device(rows)])
+        sent = [like.new_empty(0, like.shape[1])] * dist.get_world_size()
+        for receiver, parts in self.sent(states, theirs).items():
+            sent[receiver] = torch.cat(parts)
+        places = self.places(ours)
         received = [0] * len(sent)
-        expected = sorted(self._received(ours), key=lambda each: each[:2])
-        for sender, _, rows in expected:
-            received[sender] += len(rows)
-
-        nothing = like.new_empty(0, like.shape[1])
-        counts = [sum(map(len, rows)) for rows in sent]
+        for place in places:
+            received[place.sender] += len(place.rows)
         arrived = like.new_empty(sum(received), like.shape[1])
-        rows_sent = torch.cat([nothing, *(row for rows in sent for row in rows)])
-        dist.all_to_all_single(arrived, rows_sent, received, counts)
-        return self._sorted_in(arrived, expected, ours)
+        dist.all_to_all_single(arrived, torch.cat(sent), received, list(map(len, sent)))
+        return self.sorted_in(arrived, places, len(ours))
 
-    def _sorted_in(
-        self,
-        arrived: Tensor,
-        expected: Sequence[tuple[int, int, Rows]],
-        ours: Sequence[PackedBatch],
-    ) -> list[Tensor]:
-        """Return what has arrived, by sender and micro-batch, as the rows of each micro-batch."""
-        if self.student.place is None:
-            return []
-        _, context_rank, _ = self.student.place
-        made = []
-        for batch in ours:
-            count = len(self.student.order(batch, context_rank))
-            made.append(arrived.new_empty(count, arrived.shape[1]))
-        parts = arrived.split([len(rows) for _, _, rows in expected])
-        for (_, number, rows), part in zip(expected, parts, strict=True):
-            made[number][self._on_device(rows)] = part
-        return made
-
-    def _sent(self, theirs: Sequence[PackedBatch]) -> Iterator[tuple[int, int, Rows]]:
-        """Yield to whom this rank sends which rows of its micro-batches, ascending by micro-batch and token."""
+    def sent(
+        self, states: Sequence[Tensor], theirs: Sequence[PackedBatch]
+    ) -> dict[int, list[Tensor]]:
+        """Return what this rank sends to each other, by ascending micro-batch and token."""
+        sent = defaultdict[int, list[Tensor]](list)
         if self.teacher.place is None:
-            return
-        copy, context_rank, tensor_rank = self.teacher.place
+            return sent
+        copy, _, tensor_rank = self.teacher.place
         for number, batch in enumerate(theirs):
             data_rank = (number * self.teacher.copies + copy) % self.student.copies
-            order = self.teacher.order(batch, context_rank)
-            wanted = self.student.owners(batch)[self.teacher.owners(batch) == context_rank]
-            for context in range(self.student.context):
-                rows = order[wanted == context]
+            for context, rows in enumerate(self.teacher.rows_shared_with(self.student, batch)):
+                wanted = states[number][self._on_device(rows)]
                 # Tensor ranks have all the same rows: each serves its share of the student's.
                 for tensor in range(tensor_rank, self.student.tensor, self.teacher.tensor):
-                    yield self.student.ranks[data_rank, context, tensor], number, rows
+                    sent[self.student.ranks[data_rank, context, tensor]].append(wanted)
+        return sent
 
-    def _received(self, ours: Sequence[PackedBatch]) -> Iterator[tuple[int, int, Rows]]:
-        """Yield from whom this rank gets which rows of its micro-batches, ascending by token."""
+    def places(self, ours: Sequence[PackedBatch]) -> list[Place]:
+        """Return where this rank puts what it gets, in the order in which that arrives."""
+        places = list[Place]()
         if self.student.place is None:
-            return
-        data_rank, context_rank, tensor_rank = self.student.place
+            return places
+        data_rank, _, tensor_rank = self.student.place
         for number, batch in enumerate(ours):
             copy = (number * self.student.copies + data_rank) % self.teacher.copies
-            order = self.student.order(batch, context_rank)
-            givers = self.teacher.owners(batch)[self.student.owners(batch) == context_rank]
-            for context in range(self.teacher.context):
+            for context, rows in enumerate(self.student.rows_shared_with(self.teacher, batch)):
                 sender = self.teacher.ranks[copy, context, tensor_rank % self.teacher.tensor]
-                yield sender, number, order[givers == context]
+                places.append(Place(sender, number, rows))
+        # By rank; what one rank sends stays in order.
+        return sorted(places, key=attrgetter("sender"))
+
+    def sorted_in(self, arrived: Tensor, places: Sequence[Place], count: int) -> list[Tensor]:
+        """Return what has arrived as the rows [R, H] of each of `count` micro-batches; none before the student's last stage."""
+        sizes = [0] * (count if self.student.place else 0)
+        for place in places:
+            sizes[place.number] += len(place.rows)
+        made = [arrived.new_empty(size, arrived.shape[1]) for size in sizes]
+        parts = arrived.split([len(place.rows) for place in places])
+        for place, part in zip(places, parts, strict=True):
+            made[place.number][self._on_device(place.rows)] = part
+        return made
 
     def _on_device(self, rows: Rows) -> Tensor:
         return to_device(torch.from_numpy(rows), self.device)

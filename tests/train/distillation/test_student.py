@@ -6,8 +6,8 @@ learning rate 0 on held-out texts, whose `distillation_loss` is the mean KL(teac
 Reference: the same student without a teacher; the distributions that the texts were drawn from.
 """
 
-from dataclasses import dataclass
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +21,12 @@ from visionloom.train.config import RunConfig
 from visionloom.train.run import pretrain
 
 DIGITS, LENGTH = 10, 120
-TEXTS = {"many": 2000, os.environ.get("FEW","few"): 16, "tuning": 32, "held_out": 64}
+TEXTS = {"many": 2000, os.environ.get("FEW", "few"): 16, "tuning": 32, "held_out": 64}
 """Of the teacher, of the students, and of the measurement while steps and rates were chosen and afterwards."""
 PHASES = ("towers", "align", "multimodal", "long", "ultra", "sft", "reasoning")
 TEACHER = ["model.text.layers=3"]
 STUDENT = ["model.text.layers=3", "model.text.hidden_size=64", "model.text.ffn_hidden_size=192"]
-LESSONS, STEPS = 250, 120
+LESSONS, STEPS = 200, 100
 """Of the teacher, and of a student."""
 
 
@@ -92,7 +92,7 @@ class School:
         self.run(
             "teacher",
             "many",
-            {"steps": LESSONS, "warmup_steps": 10, "global_batch": 4, "micro_batch": 4},
+            {"lr": 3e-3, "steps": LESSONS, "warmup_steps": 10, "global_batch": 4, "micro_batch": 4},
             *TEACHER,
         )
 
@@ -104,7 +104,11 @@ class School:
 
     def student(self, name: str, seed: int, phase: dict[str, object]) -> float:
         self.run(
-            name, os.environ.get("FEW","few"), {"steps": STEPS, "warmup_steps": 5} | phase, *STUDENT, f"run.seed={seed}"
+            name,
+            os.environ.get("FEW", "few"),
+            {"steps": STEPS, "warmup_steps": 5} | phase,
+            *STUDENT,
+            f"run.seed={seed}",
         )
         return 0
 
