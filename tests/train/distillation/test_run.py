@@ -136,16 +136,56 @@ def test_a_resumed_student_goes_on_as_if_nothing_had_been(
     assert workshop.losses("resumed", 3, word) == live
 
 
-def test_a_teacher_teaches_itself_nothing(workshop: Workshop) -> None:
+@pytest.mark.parametrize(
+    ("layout", "most"),
+    [
+        ([], 0.0),
+        # Its hidden states are those of another layout, equal but for their rounding.
+        (["parallel.tensor=2", f"{HERE}.teacher.parallel.pipeline=2"], 1e-6),
+    ],
+)
+def test_a_teacher_teaches_itself_nothing(
+    layout: list[str], most: float, workshop: Workshop
+) -> None:
     words = (
         f"init.checkpoint={workshop.checkpoint}",
         f"{HERE}.teacher.checkpoint={workshop.checkpoint}",
         f"{HERE}.cross_entropy_weight=0",
         f"{HERE}.temperature=2",
     )
-    losses = workshop.losses("itself", 1, *words)
-    assert losses[1] == 0.0
-    assert metrics(workshop.folder / "itself")[0]["grad_norm"] == 0.0
+    name, ranks = f"itself-{len(layout)}", 2 if layout else 1
+    losses = workshop.losses(name, 1, *words, *layout, ranks=ranks)
+    assert abs(losses[1]) <= most
+    assert metrics(workshop.folder / name)[0]["grad_norm"] <= most
+
+
+@pytest.fixture(scope="module")
+def cut(workshop: Workshop) -> list[float]:
+    """Losses of one process whose samples take up the room that two context ranks need."""
+    word = f"{HERE}.teacher.checkpoint={workshop.checkpoint}"
+    return workshop.losses("cut", 3, word, "data.sample_token_multiple=4")
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher"),
+    [
+        ([], "tensor=2"),
+        pytest.param(["parallel.pipeline=2"], "context=2", marks=pytest.mark.long),
+        pytest.param(["parallel.context=2"], "tensor=1", marks=pytest.mark.long),
+    ],
+)
+def test_a_teacher_may_have_a_layout_of_its_own(
+    student: list[str], teacher: str, workshop: Workshop, cut: list[float]
+) -> None:
+    """Reference: one process. Pictures and videos are dealt to other ranks for the teacher than for the student."""
+    words = (
+        f"{HERE}.teacher.checkpoint={workshop.checkpoint}",
+        f"{HERE}.teacher.parallel.{teacher}",
+        "data.sample_token_multiple=4",
+        "phases.multimodal.micro_batch=1",
+    )
+    losses = workshop.losses(f"own-{teacher}", 3, *words, *student, ranks=2)
+    assert losses == pytest.approx(cut, abs=1e-5)
 
 
 @pytest.fixture(scope="module")
