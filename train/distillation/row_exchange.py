@@ -57,13 +57,12 @@ class LastStage:
         return owner[batch.loss_weights.numpy() > 0]
 
     def rows_shared_with(self, other: "LastStage", batch: PackedBatch) -> list[Rows]:
-        """Return, for each context rank of another layout, which of this rank's R rows it has too, by ascending token."""
+        """Return, for each context rank of another layout, which of this rank's R rows it has too, in order."""
         assert self.place is not None
         _, context_rank, _ = self.place
-        tokens = split_pack(batch.cu_seqlens.numpy(), self.context).ranks[context_rank]
-        order = np.argsort(tokens[batch.loss_weights.numpy()[tokens] > 0])
+        # The tokens of a rank ascend in any layout, so that these are in one order on both sides.
         others = other.owners(batch)[self.owners(batch) == context_rank]
-        return [order[others == rank] for rank in range(other.context)]
+        return [np.flatnonzero(others == rank) for rank in range(other.context)]
 
 
 class Place(NamedTuple):
@@ -73,7 +72,7 @@ class Place(NamedTuple):
     number: int
     """Of the student's micro-batch on this rank."""
     rows: Rows
-    """Of the micro-batch's R, by ascending token."""
+    """Of the micro-batch's R."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ class RowExchange:
     def sent(
         self, states: Sequence[Tensor], theirs: Sequence[PackedBatch]
     ) -> dict[int, list[Tensor]]:
-        """Return what this rank sends to each other, by ascending micro-batch and token."""
+        """Return what this rank sends to each other, by micro-batch and token."""
         sent = defaultdict[int, list[Tensor]](list)
         if self.teacher.place is None:
             return sent

@@ -80,8 +80,11 @@ def test_every_row_comes_to_the_ranks_that_need_it(student: Degrees, teacher: De
     for rank, way in enumerate(ways):
         batches = micro_batches(packs, way.student)
         places = way.places(batches)
-        parts = [part for each in sent for part in each.get(rank, [])]
-        arrived = torch.cat([torch.empty(0, 2, dtype=torch.int64), *parts])
+        nothing = torch.empty(0, 2, dtype=torch.int64)
+        parts = [torch.cat([nothing, *each.get(rank, [])]) for each in sent]
+        for sender, part in enumerate(parts):
+            assert len(part) == sum(len(place.rows) for place in places if place.sender == sender)
+        arrived = torch.cat(parts)
         made = way.sorted_in(arrived, places, len(batches))
         expected = list(held(packs, way.student))
         assert len(made) == len(expected)
