@@ -84,6 +84,17 @@ def model_of_teacher(options: DistillationConfig, here: str) -> tuple[ModelConfi
     return model_of(run_state), f"{here}.teacher.checkpoint"
 
 
+def live_teacher(config: RunConfig, phase_name: str) -> ModelConfig | None:
+    """Return the architecture of a phase's live teacher; None where it has none, or its folder is not there."""
+    options = config.phases[phase_name].distillation
+    if options is None or not options.is_live:
+        return None
+    if not Path(options.teacher.checkpoint or options.teacher.huggingface).is_dir():
+        return None
+    model, _ = model_of_teacher(options, f"phases.{phase_name}.distillation")
+    return model
+
+
 def check_teachers(config: RunConfig) -> Iterator[str]:
     """Yield a line for each phase whose teacher does not fit its student."""
     for name, phase in config.phases.items():
