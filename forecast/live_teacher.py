@@ -47,28 +47,33 @@ class HeldTeacher:
         phase, model = config.phases[phase_name], live_teacher(config, phase_name)
         if model is None or phase.distillation is None:
             return None
-        layout = phase.parallel or config.parallel
-        own = phase.distillation.teacher.parallel
+        layout, own = phase.parallel or config.parallel, phase.distillation.teacher.parallel
         ranks = [rank]
         if own is not None:
+            # One of each stage: its tensor and context ranks hold as much.
             ranks = [rank_number(own, world_size, stage) for stage in range(own.pipeline)]
-        precision = config.run.precision
-        held = [weight_bytes(model, precision, own or layout, world_size, each) for each in ranks]
+        held = most_bytes(model, config.run.precision, own or layout, world_size, ranks)
         packs = layout.data_parallel_size(world_size) * phase.micro_batch
-        return cls(phase.distillation, model, max(held), phase.global_batch // packs)
+        return cls(phase.distillation, model, held, phase.global_batch // packs)
 
 
-def weight_bytes(
-    model: ModelConfig, precision: str, layout: ParallelConfig, world_size: int, rank: int
+def most_bytes(
+    model: ModelConfig,
+    precision: str,
+    layout: ParallelConfig,
+    world_size: int,
+    ranks: Sequence[int],
 ) -> int:
-    """Return the bytes of a model's weights on one rank of an imagined world; `precision` as run.precision."""
-    topology = topologies.imagine(layout, world_size, rank, META)
-    try:
-        parts = empty_parts(model, precision, topology)
-        parameters = [parameter for part in parts for parameter in part.parameters()]
-        return sum(parameter.nbytes for parameter in parameters)
-    finally:
-        topologies.stop()
+    """Return the bytes of a model's weights on the rank of an imagined world that has most; `precision` as run.precision."""
+    held = []
+    for rank in ranks:
+        topology = topologies.imagine(layout, world_size, rank, META)
+        try:
+            parts = empty_parts(model, precision, topology)
+        finally:
+            topologies.stop()
+        held.append(sum(each.nbytes for part in parts for each in part.parameters()))
+    return max(held)
 
 
 class ImaginedTeacher(Teacher):
@@ -87,17 +92,16 @@ class ImaginedTeacher(Teacher):
         """
         self.options = held.options
         text, layout = held.model.text, topology.config
-        dtype = model_dtype(precision, META)
-        rows = tokens = 0
-        if topology.is_last_stage:
-            rows = text.vocab_size // layout.tensor
-            tokens = max(batch.supervised_tokens for batch in batches) // layout.context
-        # In the student's layout it is one of the weights.
-        self.matrix = torch.empty(rows, text.hidden_size, dtype=dtype, device=META)
+        like = torch.empty(0, dtype=model_dtype(precision, META), device=META)
+        # Stages before the last have neither.
+        is_last = int(topology.is_last_stage)
+        self.matrix = like.new_empty(is_last * text.vocab_size // layout.tensor, text.hidden_size)
+        tokens = is_last * max(batch.supervised_tokens for batch in batches) // layout.context
+        # All micro-batches of a step have theirs at once, though one or two are traced.
+        self.states = like.new_empty(tokens * held.micro_batches, text.hidden_size)
+        # In the student's layout the matrix is one of the weights.
         others = held.bytes if held.options.teacher.parallel else held.bytes - self.matrix.nbytes
-        self.weights = torch.empty(others, dtype=torch.uint8, device=META)
-        size = tokens * held.micro_batches, text.hidden_size
-        self.states = torch.empty(size, dtype=dtype, device=META)
+        self.weights = like.new_empty(others, dtype=torch.uint8)
 
     def for_rows(self, batch: PackedBatch, tokens: Tensor) -> Distillation:
         """Return rows without content; see Teacher."""

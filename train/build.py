@@ -145,6 +145,7 @@ def build_teacher(config: RunConfig, name: str, topology: Topology) -> Teacher |
     layout = options.teacher.parallel
     if layout is None or layout == topology.config:
         return LiveTeacher(options, teacher_parts(config, name, options, topology), topology)
+    # All of the teacher is made in its own layout: Megatron-core's modules look up a few things when they are built.
     own = topologies.open_beside(topology, layout)
     with own.entered():
         parts = teacher_parts(config, name, options, own)

@@ -117,6 +117,7 @@ class PackStream:
         dealt = deal(self.plan.step(step), share.data_size, micro_batch)
         batches = self._read(dealt[share.data_rank], share, step)
         if (teacher := share.teacher) is not None:
+            # first ones first, so that of ranks whose micro-batches come costliest first no copy gets all the light ones
             in_turn = list(chain.from_iterable(zip(*dealt, strict=True)))
             theirs = in_turn[teacher.data_rank :: teacher.data_size]
             batches += self._read(theirs, teacher, step)

@@ -47,8 +47,9 @@ class OwnLayoutTeacher(LiveTeacher):
         """
         super().__init__(options, parts, topology)
         self.student = student
-        self.exchange = RowExchange.between(student, topology)
-        self.weight = output_matrix(parts, self.exchange, student)
+        nothing = next(parts[0].parameters()).new_empty(0, parts[0].model_config.text.hidden_size)
+        self.exchange = RowExchange.between(student, topology, nothing)
+        self.matrix = matrix_of_student(parts, self.exchange, student)
         self.own: list[PackedBatch] = []
         """The teacher's micro-batches of the step."""
 
@@ -71,11 +72,11 @@ class OwnLayoutTeacher(LiveTeacher):
             super().begin(whole_rounds(self.own, self.topology))
         # Copies that fill up a round come last, and nobody asks for them.
         said = list(self.states)[: len(self.own)]
-        self.states = deque(self.exchange(said, self.own, batches, self.weight))
+        self.states = deque(self.exchange(said, self.own, batches))
 
     def output_matrix(self) -> Tensor:
         """Return the student's tensor rank's rows of the teacher's output matrix [v, H]."""
-        return self.weight
+        return self.matrix
 
     def close(self) -> None:
         """Close the teacher's process groups; see Teacher."""
@@ -101,16 +102,15 @@ class OwnLayoutTeacher(LiveTeacher):
             )
 
 
-def output_matrix(parts: list[Qwen3VL], stages: RowExchange, student: Topology) -> Tensor:
+def matrix_of_student(parts: list[Qwen3VL], exchange: RowExchange, student: Topology) -> Tensor:
     """Return the rows of the teacher's output matrix that the student's tensor rank has of the vocabulary, [v, H].
 
     No rows before the student's last stage. All ranks call it.
     """
-    config, teacher = parts[0].model_config.text, stages.teacher
-    like = next(parts[0].parameters())
+    teacher, vocabulary = exchange.teacher, parts[0].model_config.text.vocab_size
     blocks = []
     for tensor_rank in range(teacher.tensor):
-        block = like.new_empty(config.vocab_size // teacher.tensor, config.hidden_size)
+        block = exchange.rows(vocabulary // teacher.tensor)
         # Every copy and context rank has the same: the first speaks.
         sender = teacher.ranks[0, 0, tensor_rank]
         if dist.get_rank() == sender:
@@ -118,7 +118,7 @@ def output_matrix(parts: list[Qwen3VL], stages: RowExchange, student: Topology) 
         dist.broadcast(block, sender)
         blocks.append(block)
     if not student.is_last_stage:
-        return like.new_empty(0, config.hidden_size)
+        return exchange.nothing
     # Copied, so that the rest can be freed.
     return torch.cat(blocks).chunk(student.config.tensor)[student.tensor_rank].clone()
 

@@ -5,8 +5,7 @@ number that leaves its own as remainder. With them, and the text of its own pack
 Shapes: R supervised tokens of a rank in a micro-batch, S of all ranks that share it, H hidden size, W ranks.
 """
 
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import NamedTuple
@@ -14,15 +13,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 from torch import Tensor
 
 from visionloom.data.stream.batch import PackedBatch
-from visionloom.parallel.context import split_pack
+from visionloom.parallel.context import TokenRows, split_pack
 from visionloom.parallel.device import to_device
 from visionloom.parallel.topology import Topology
-
-Rows = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -49,14 +45,14 @@ class LastStage:
         sizes = topology.data_size, topology.context_size, topology.config.tensor
         return cls(ranks, place, *sizes)
 
-    def owners(self, batch: PackedBatch) -> Rows:
+    def owners(self, batch: PackedBatch) -> TokenRows:
         """Return which context rank has each supervised token of a micro-batch, int64 [S] by ascending token."""
         owner = np.empty(len(batch.loss_weights), np.int64)
         for rank, tokens in enumerate(split_pack(batch.cu_seqlens.numpy(), self.context).ranks):
             owner[tokens] = rank
         return owner[batch.loss_weights.numpy() > 0]
 
-    def rows_shared_with(self, other: "LastStage", batch: PackedBatch) -> list[Rows]:
+    def rows_shared_with(self, other: "LastStage", batch: PackedBatch) -> list[TokenRows]:
         """Return, for each context rank of another layout, which of this rank's R rows it has too, in order."""
         assert self.place is not None
         _, context_rank, _ = self.place
@@ -65,13 +61,13 @@ class LastStage:
         return [np.flatnonzero(others == rank) for rank in range(other.context)]
 
 
-class Place(NamedTuple):
+class Arrival(NamedTuple):
     """Rows that come from one rank."""
 
     sender: int
     number: int
     """Of the student's micro-batch on this rank."""
-    rows: Rows
+    rows: TokenRows
     """Of the micro-batch's R."""
 
 
@@ -81,19 +77,16 @@ class RowExchange:
 
     student: LastStage
     teacher: LastStage
-    device: torch.device
+    nothing: Tensor
+    """[0, H], of the hidden states' dtype and device."""
 
     @classmethod
-    def between(cls, student: Topology, teacher: Topology) -> "RowExchange":
+    def between(cls, student: Topology, teacher: Topology, nothing: Tensor) -> "RowExchange":
         """Let all ranks learn both layouts."""
-        return cls(LastStage.of(student), LastStage.of(teacher), student.device)
+        return cls(LastStage.of(student), LastStage.of(teacher), nothing)
 
     def __call__(
-        self,
-        states: Sequence[Tensor],
-        theirs: Sequence[PackedBatch],
-        ours: Sequence[PackedBatch],
-        like: Tensor,
+        self, states: Sequence[Tensor], theirs: Sequence[PackedBatch], ours: Sequence[PackedBatch]
     ) -> list[Tensor]:
         """Return the hidden states [R, H] of the student's micro-batches on this rank; all ranks call it.
 
@@ -101,26 +94,34 @@ class RowExchange:
             states: of the teacher's micro-batches on this rank, [R, H] each; none before its last stage.
             theirs: the teacher's micro-batches, on the host.
             ours: the student's.
-            like: a tensor [*, H] of the states' dtype.
         """
-        sent = [like.new_empty(0, like.shape[1])] * dist.get_world_size()
-        for receiver, parts in self.sent(states, theirs).items():
-            sent[receiver] = torch.cat(parts)
-        places = self.places(ours)
-        received = [0] * len(sent)
-        for place in places:
-            received[place.sender] += len(place.rows)
-        arrived = like.new_empty(sum(received), like.shape[1])
+        parts = [[self.nothing] for _ in range(dist.get_world_size())]
+        for receiver, wanted in self.sent(states, theirs):
+            parts[receiver].append(wanted)
+        arrivals = self.arrivals(ours)
+        # Sizes follow from texts that all have: none is sent, and the host does not wait for any.
+        received = [0] * len(parts)
+        for sender, _, rows in arrivals:
+            received[sender] += len(rows)
+        arrived = self._exchanged([torch.cat(each) for each in parts], received)
+        return self.sorted_in(arrived, arrivals, len(ours))
+
+    def rows(self, count: int) -> Tensor:
+        """Return rows to be filled, [count, H]."""
+        return self.nothing.new_empty(count, self.nothing.shape[1])
+
+    def _exchanged(self, sent: list[Tensor], received: list[int]) -> Tensor:
+        """Send rows to each rank, and return those that come from each, as many as `received` says."""
+        arrived = self.rows(sum(received))
         dist.all_to_all_single(arrived, torch.cat(sent), received, list(map(len, sent)))
-        return self.sorted_in(arrived, places, len(ours))
+        return arrived
 
     def sent(
         self, states: Sequence[Tensor], theirs: Sequence[PackedBatch]
-    ) -> dict[int, list[Tensor]]:
-        """Return what this rank sends to each other, by micro-batch and token."""
-        sent = defaultdict[int, list[Tensor]](list)
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Yield to whom this rank sends which rows, by micro-batch and token."""
         if self.teacher.place is None:
-            return sent
+            return
         copy, _, tensor_rank = self.teacher.place
         for number, batch in enumerate(theirs):
             data_rank = (number * self.teacher.copies + copy) % self.student.copies
@@ -128,33 +129,32 @@ class RowExchange:
                 wanted = states[number][self._on_device(rows)]
                 # Tensor ranks have all the same rows: each serves its share of the student's.
                 for tensor in range(tensor_rank, self.student.tensor, self.teacher.tensor):
-                    sent[self.student.ranks[data_rank, context, tensor]].append(wanted)
-        return sent
+                    yield self.student.ranks[data_rank, context, tensor], wanted
 
-    def places(self, ours: Sequence[PackedBatch]) -> list[Place]:
-        """Return where this rank puts what it gets, in the order in which that arrives."""
-        places = list[Place]()
+    def arrivals(self, ours: Sequence[PackedBatch]) -> list[Arrival]:
+        """Return what this rank gets, in the order in which it arrives."""
+        arrivals = list[Arrival]()
         if self.student.place is None:
-            return places
+            return arrivals
         data_rank, _, tensor_rank = self.student.place
         for number, batch in enumerate(ours):
             copy = (number * self.student.copies + data_rank) % self.teacher.copies
             for context, rows in enumerate(self.student.rows_shared_with(self.teacher, batch)):
                 sender = self.teacher.ranks[copy, context, tensor_rank % self.teacher.tensor]
-                places.append(Place(sender, number, rows))
+                arrivals.append(Arrival(sender, number, rows))
         # By rank; what one rank sends stays in order.
-        return sorted(places, key=attrgetter("sender"))
+        return sorted(arrivals, key=attrgetter("sender"))
 
-    def sorted_in(self, arrived: Tensor, places: Sequence[Place], count: int) -> list[Tensor]:
+    def sorted_in(self, arrived: Tensor, arrivals: Sequence[Arrival], count: int) -> list[Tensor]:
         """Return what has arrived as the rows [R, H] of each of `count` micro-batches; none before the student's last stage."""
         sizes = [0] * (count if self.student.place else 0)
-        for place in places:
-            sizes[place.number] += len(place.rows)
-        made = [arrived.new_empty(size, arrived.shape[1]) for size in sizes]
-        parts = arrived.split([len(place.rows) for place in places])
-        for place, part in zip(places, parts, strict=True):
-            made[place.number][self._on_device(place.rows)] = part
+        for _, number, rows in arrivals:
+            sizes[number] += len(rows)
+        made = [self.rows(size) for size in sizes]
+        parts = arrived.split([len(rows) for _, _, rows in arrivals])
+        for (_, number, rows), part in zip(arrivals, parts, strict=True):
+            made[number][self._on_device(rows)] = part
         return made
 
-    def _on_device(self, rows: Rows) -> Tensor:
-        return to_device(torch.from_numpy(rows), self.device)
+    def _on_device(self, rows: TokenRows) -> Tensor:
+        return to_device(torch.from_numpy(rows), self.nothing.device)

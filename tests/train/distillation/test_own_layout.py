@@ -70,22 +70,23 @@ def test_every_row_comes_to_the_ranks_that_need_it(student: Degrees, teacher: De
     """Twelve micro-batches, which two, three and four copies can share."""
     packs = packs_of("everything") + packs_of("images") + packs_of("text")
     theirs, ours = last_stages(teacher), last_stages(student)
-    device = torch.device("cpu")
-    ways = [RowExchange(*stages, device) for stages in zip(ours, theirs, strict=True)]
+    nothing = torch.empty(0, 2, dtype=torch.int64)
+    ways = [RowExchange(*stages, nothing) for stages in zip(ours, theirs, strict=True)]
     sent = []
     for way in ways:
         batches = micro_batches(packs, way.teacher)
-        sent.append(way.sent(list(held(packs, way.teacher)), batches))
+        sent.append(list(way.sent(list(held(packs, way.teacher)), batches)))
 
     for rank, way in enumerate(ways):
         batches = micro_batches(packs, way.student)
-        places = way.places(batches)
-        nothing = torch.empty(0, 2, dtype=torch.int64)
-        parts = [torch.cat([nothing, *each.get(rank, [])]) for each in sent]
-        for sender, part in enumerate(parts):
-            assert len(part) == sum(len(place.rows) for place in places if place.sender == sender)
-        arrived = torch.cat(parts)
-        made = way.sorted_in(arrived, places, len(batches))
+        arrivals = way.arrivals(batches)
+        parts = []
+        for sender, pairs in enumerate(sent):
+            rows = [part for receiver, part in pairs if receiver == rank]
+            parts.append(torch.cat([nothing, *rows]))
+            expected_rows = [each.rows for each in arrivals if each.sender == sender]
+            assert len(parts[-1]) == sum(map(len, expected_rows))
+        made = way.sorted_in(torch.cat(parts), arrivals, len(batches))
         expected = list(held(packs, way.student))
         assert len(made) == len(expected)
         assert all(torch.equal(a, b) for a, b in zip(made, expected, strict=True))
