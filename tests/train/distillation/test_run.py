@@ -35,6 +35,7 @@ LAYOUTS: dict[str, list[str]] = {
     "data 2": [],
     "pipeline 2, virtual 2": ["parallel.pipeline=2", "parallel.virtual_pipeline=2"],
 }
+LIVE = f"{HERE}.teacher.checkpoint=a"
 Rows = dict[bytes, StoredRows]
 
 
@@ -256,11 +257,44 @@ def test_an_interrupted_pass_goes_on(workshop: Workshop, few: Rows) -> None:
             "are set: a phase has one teacher",
         ),
         ([f"{HERE}.direction=both"], "direction=both"),
+        (
+            [f"{HERE}.stored=a", f"{HERE}.teacher.parallel.tensor=2"],
+            "teacher.parallel is the layout of a live teacher, and .*stored is set",
+        ),
+        (
+            [LIVE, f"{HERE}.teacher.parallel.tensor=3"],
+            r"4 ranks cannot hold tensor 3 .* or change phases.multimodal.distillation.teacher.parallel",
+        ),
+        (
+            [LIVE, f"{HERE}.teacher.parallel.tensor=2", "parallel.tensor=4"],
+            "makes 2 copies of the teacher, to which the 1 micro-batches of a step",
+        ),
+        (
+            [LIVE, f"{HERE}.teacher.parallel.context=4", "phases.multimodal.sequence_length=260"],
+            r"teacher.parallel needs packs \(sequence_length=260\) of a multiple of 8 tokens",
+        ),
+        (
+            [LIVE, f"{HERE}.teacher.parallel={{context: 4}}"],
+            "sample_token_multiple=1 must be a multiple of 8: .*teacher.parallel.context=4",
+        ),
     ],
 )
 def test_options_that_cannot_be(words: list[str], message: str, workshop: Workshop) -> None:
     with pytest.raises(UserError, match=message):
-        workshop.config("refused", 2, *words)
+        workshop.config("refused", 2, *words, ranks=4)
+
+
+def test_a_layout_that_does_not_divide_the_teacher_is_refused(workshop: Workshop) -> None:
+    """The student has a layout of four ranks that its teacher, with two key/value heads, could not have."""
+    words = (
+        f"{HERE}.teacher.checkpoint={workshop.checkpoint}",
+        f"{HERE}.teacher.parallel.tensor=4",
+        "model.text.kv_heads=4",
+        "parallel.tensor=4",
+    )
+    config = workshop.config("refused", 2, *words, ranks=4)
+    with pytest.raises(UserError, match=r"teacher.parallel.tensor=4 does not divide .*kv_heads=2"):
+        check_agreements(config)
 
 
 @pytest.mark.parametrize(
