@@ -106,7 +106,7 @@ def taught_by(teacher: Path) -> dict[str, object]:
     return {"distillation": f"{{teacher: {{checkpoint: {teacher}}}}}"}
 
 
-@pytest.mark.long  # thirteen runs, a minute and a half of one core
+@pytest.mark.long  # thirteen runs, two minutes of one core
 def test_a_student_ends_closer_to_its_teacher_than_by_the_data_alone(
     pool: RankPool, demo_data: Path, tmp_path: Path
 ) -> None:
