@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from visionloom.data.stream.batch import PackedBatch
-from visionloom.forecast.trace.events import RankTrace
+from visionloom.forecast.live_teacher import HeldTeacher, ImaginedTeacher
+from visionloom.forecast.trace.events import Category, RankTrace
 from visionloom.forecast.trace.recorder import Recorder
 from visionloom.forecast.trace.step import recording, trace_step
 from visionloom.forecast.trace.values import Routing
@@ -58,12 +59,13 @@ def trace_rank(
         imbalance: tokens of the busiest rank of experts over the mean, 1: even.
     """
     layout = config.phases[phase_name].parallel or config.parallel
+    held = HeldTeacher.of(config, phase_name, world_size, rank)
     topology = topologies.imagine(layout, world_size, rank, META)
     try:
         # Each traced rank is the busiest: what it takes is the most that one of its kind may take.
         routing = Routing(imbalance, layout.expert, topology.groups.ep.rank())
         with recording(META, routing) as recorder:
-            return trace_with(recorder, config, phase_name, topology, batches)
+            return trace_with(recorder, config, phase_name, topology, batches, held)
     finally:
         topologies.stop()
 
@@ -74,6 +76,7 @@ def trace_with(
     phase_name: str,
     topology: Topology,
     batches: list[PackedBatch],
+    held: HeldTeacher | None = None,
 ) -> RankTrace:
     """Return the trace of one optimizer step of the rank of an imagined topology.
 
@@ -83,6 +86,7 @@ def trace_with(
         phase_name: which phase.
         topology: of the phase.
         batches: the rank's micro-batches, on the host.
+        held: the live teacher of the phase; None: it has none, or the forecast says that it is left out.
     """
     parts = build_model(config, topology, drawn=False)
     if config.lora.rank:
@@ -90,7 +94,11 @@ def trace_with(
     stream: Any = ImaginedStream(batches[0].dataset_names)
     trainer = build_trainer(config, phase_name, topology, parts, stream)
     distillation = config.phases[phase_name].distillation
-    # A live teacher has weights, which need not be there: the forecast says that it is left out.
-    if distillation is not None and not distillation.is_live:
+    if held is not None:
+        teacher = ImaginedTeacher(held, config.run.precision, topology, batches)
+        recorder.ledger.own([teacher.matrix, teacher.weights], Category.WEIGHTS)
+        recorder.ledger.own([teacher.states], Category.ACTIVATIONS)
+        trainer.teacher = teacher
+    elif distillation is not None and not distillation.is_live:
         trainer.teacher = StoredTeacher(distillation, topology.device)
     return trace_step(recorder, trainer, batches)

@@ -25,6 +25,7 @@ from visionloom.model.flops import step_flops
 from visionloom.parallel.config import ParallelConfig
 from visionloom.parallel.share import Share
 from visionloom.train.config import PhaseConfig, RunConfig
+from visionloom.train.distillation.options import live_teacher
 
 PRELOAD: Final = ("visionloom.forecast.worker",)
 """Imports torch and megatron-core, once for all workers."""
@@ -287,7 +288,20 @@ class ImaginedPhase:
         distillation = self.settings.distillation
         if distillation is None or not distillation.is_live:
             return ""
-        return "; the live teacher's memory and time, and the divergence from it, are NOT in this forecast"
+        model = live_teacher(self.request.config, self.name)
+        if model is None:
+            return (
+                "; the folder of the live teacher is not here: its memory and time, and the divergence from it, are NOT in this"
+                " forecast"
+            )
+        work = self.packs[PackChoice.MEAN].counts.work
+        parts = step_flops(model, work, set())
+        # Its logits are made beside the student's, and are in the trace.
+        passes = (sum(parts.values()) - parts["output"]) / self.flops
+        return (
+            f"; the passes of the live teacher, {passes:.2f} times the student's operations, are NOT in the time of this forecast;"
+            " its weights, its hidden states and the divergence from it are"
+        )
 
     @property
     def flops(self) -> float:

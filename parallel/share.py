@@ -21,6 +21,8 @@ class Share:
     """Ranks that share the pictures of a pack."""
     has_losses: bool = True
     """Whether this rank computes losses, for which it reads what a stored teacher says."""
+    teacher: "Share | None" = None
+    """The part that it reads besides for a live teacher with a layout of its own."""
 
 
 ALONE: Final = Share()

@@ -4,11 +4,13 @@
 """
 
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import copy as shallow_copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, Final
 
 import torch
 import torch.distributed as dist
@@ -19,6 +21,9 @@ from visionloom.common.ranks import cores_of_rank
 from visionloom.parallel.config import ParallelConfig
 from visionloom.parallel.meeting import meet
 from visionloom.parallel.share import Share
+
+GLOBAL: Final = re.compile("_[A-Z_]+|_global_process_group_list")
+"""Names of Megatron-core's variables of its layout."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,21 @@ class Topology:
     """Gloo group of the ranks that share a pack: their hosts agree on it without the device; None: no rank shares any."""
     separate_contexts: int = 1
     """Ranks of the context axis that have packs of their own; see `with_whole_sequences`."""
+    megatron_globals: Mapping[str, Any] = field(default_factory=dict)
+    """What Megatron-core keeps of the layout in its module, by name; see `entered`."""
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Make this layout the one that Megatron-core has: of several on the same ranks it knows one at a time.
+
+        Models of a layout are built, loaded and run in it. The one before comes back at the end.
+        """
+        before = _megatron_globals()
+        _set_megatron_globals(self.megatron_globals)
+        try:
+            yield
+        finally:
+            _set_megatron_globals(before)
 
     @property
     def tensor_rank(self) -> int:
@@ -104,12 +124,10 @@ class Topology:
 
     def reseed(self, step: int) -> None:
         """Seed the random states of a step by the seed and the step alone, so that a resumed run draws the same."""
-        from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-
         # A million apart: neighbouring seeds share no state before that many steps.
         seed = (self.seed * 1_000_003 + step) % 2**31
         torch.manual_seed(seed)
-        model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+        _seed(seed)
 
     def barrier(self) -> None:
         """Wait until all ranks are here."""
@@ -256,8 +274,19 @@ def change(topology: Topology, config: ParallelConfig, seed: int) -> Topology:
     """Return another layout on the same ranks, as a new phase may ask for; nothing built on the old one may be used after."""
     if config == topology.config:
         return topology
-    _close_layout(topology)
+    close_layout(topology)
     return _open_layout(config, topology.device, seed, topology.timeout)
+
+
+def open_beside(topology: Topology, config: ParallelConfig) -> Topology:
+    """Open a second layout on the same ranks and leave the first as it is; work in the second by `entered`."""
+    before = _megatron_globals()
+    try:
+        return _open_layout(config, topology.device, topology.seed, topology.timeout)
+    finally:
+        _set_megatron_globals(before)
+        # Random states are one set for the process, and those of a rank of the first layout.
+        _seed(topology.seed)
 
 
 class OneRank:
@@ -286,13 +315,11 @@ def with_whole_sequences(topology: Topology) -> Topology:
     return replace(topology, config=config, groups=groups, pack_hosts=None, separate_contexts=size)
 
 
-def _close_layout(topology: Topology) -> None:
+def close_layout(topology: Topology) -> None:
     """Close the process groups of a layout: NCCL's hold memory of the device until then."""
-    from megatron.core import parallel_state
-
     opened: dict[str, Any] = {}
     # Megatron-core has all of them as globals, several of some, in an order that is the same on all ranks.
-    for value in [*vars(parallel_state).values(), topology.pack_hosts]:
+    for value in [*topology.megatron_globals.values(), topology.pack_hosts]:
         for group in value if isinstance(value, list) else [value]:
             if isinstance(group, dist.ProcessGroup) and group is not dist.group.WORLD:
                 opened[group.group_name] = group
@@ -319,7 +346,6 @@ def _open_layout(
     """Open the groups of a layout on the open world; Megatron-core keeps them as globals too, those before are closed."""
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     world_size = dist.get_world_size()
     if problems := config.all_problems(world_size):
@@ -338,10 +364,40 @@ def _open_layout(
         create_gloo_process_groups=False,
         distributed_timeout_minutes=timeout / timedelta(minutes=1),
     )
-    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    _seed(seed)
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    hosts = _pack_hosts(config, groups, timeout)
-    return Topology(config, device, dist.get_rank(), world_size, groups, seed, timeout, hosts)
+    return Topology(
+        config,
+        device,
+        dist.get_rank(),
+        world_size,
+        groups,
+        seed,
+        timeout,
+        pack_hosts=_pack_hosts(config, groups, timeout),
+        megatron_globals=_megatron_globals(),
+    )
+
+
+def _seed(seed: int) -> None:
+    """Seed Megatron-core's random states, alike or different over the ranks of its layout as each axis needs it."""
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def _megatron_globals() -> dict[str, Any]:
+    """Return the groups, ranks and sizes of Megatron-core's one layout, by their names in its module."""
+    from megatron.core import parallel_state
+
+    return {name: value for name, value in vars(parallel_state).items() if GLOBAL.fullmatch(name)}
+
+
+def _set_megatron_globals(values: Mapping[str, Any]) -> None:
+    """Put back what `_megatron_globals` has returned."""
+    from megatron.core import parallel_state
+
+    vars(parallel_state).update(values)
 
 
 def _pack_hosts(config: ParallelConfig, groups: Any, timeout: timedelta) -> Any:

@@ -10,6 +10,7 @@ from visionloom.common.errors import UserError
 from visionloom.data.plan.cursor import Origin, check_state
 from visionloom.data.stream.train_stream import PackStream
 from visionloom.model.config import ModelConfig
+from visionloom.model.distillation_config import DistillationConfig
 from visionloom.model.kernels.flash import choose as choose_attention
 from visionloom.model.lora import apply_lora
 from visionloom.model.qwen3vl import Qwen3VL
@@ -24,6 +25,7 @@ from visionloom.train.checkpoint.state_file import Inputs
 from visionloom.train.compatibility import check_same_model
 from visionloom.train.config import RunConfig
 from visionloom.train.distillation.options import model_of_teacher
+from visionloom.train.distillation.own_layout import OwnLayoutTeacher
 from visionloom.train.distillation.teacher import LiveTeacher, StoredTeacher, Teacher
 from visionloom.train.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
 from visionloom.train.phase_trainer import PhaseTrainer
@@ -140,14 +142,27 @@ def build_teacher(config: RunConfig, name: str, topology: Topology) -> Teacher |
         return None
     if not options.is_live:
         return StoredTeacher(options, topology.device)
+    layout = options.teacher.parallel
+    if layout is None or layout == topology.config:
+        return LiveTeacher(options, teacher_parts(config, name, options, topology), topology)
+    # All of the teacher is made in its own layout: Megatron-core's modules look up a few things when they are built.
+    own = topologies.open_beside(topology, layout)
+    with own.entered():
+        parts = teacher_parts(config, name, options, own)
+    return OwnLayoutTeacher(options, parts, own, topology)
+
+
+def teacher_parts(
+    config: RunConfig, name: str, options: DistillationConfig, topology: Topology
+) -> list[Qwen3VL]:
+    """Build a live teacher with its weights, in the layout of `topology`; raises UserError as `build_teacher`."""
     model, option = model_of_teacher(options, f"phases.{name}.distillation")
-    if options.teacher.huggingface:
-        parts = empty_parts(model, config.run.precision, topology)
-        load_huggingface(Path(options.teacher.huggingface), parts, model, topology)
-    else:
-        folder, precision = Path(options.teacher.checkpoint), config.run.precision
-        parts = load_whole(model, precision, folder, option, topology)
-    return LiveTeacher(options, parts, topology)
+    precision = config.run.precision
+    if not options.teacher.huggingface:
+        return load_whole(model, precision, Path(options.teacher.checkpoint), option, topology)
+    parts = empty_parts(model, precision, topology)
+    load_huggingface(Path(options.teacher.huggingface), parts, model, topology)
+    return parts
 
 
 def first_weights(config: RunConfig, topology: Topology) -> list[Qwen3VL]:

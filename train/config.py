@@ -15,7 +15,7 @@ from visionloom.common.settings import ANY, check, likewise, option
 from visionloom.common.text import one_line
 from visionloom.data.config import DataConfig, VideoSampling
 from visionloom.model.config import GROUPS, ModelConfig
-from visionloom.model.distillation_config import DistillationConfig
+from visionloom.model.distillation_config import DistillationConfig, StepPacks
 from visionloom.model.lora_config import LoraConfig
 from visionloom.parallel.config import ParallelConfig
 from visionloom.train.generation.config import Budget, GenerationConfig
@@ -437,6 +437,10 @@ class RunConfig:
             lines += faults
         if not faults:
             lines += phase.dealing_problems(here, world_size, layout)
+        if phase.distillation:
+            where, micro_batches = f"{here}.distillation", phase.global_batch // phase.micro_batch
+            packs = StepPacks(micro_batches, phase.sequence_length, self.data.sample_token_multiple)
+            lines += phase.distillation.dealing_problems(where, world_size, packs)
         return lines
 
     def _layouts(self) -> dict[str, ParallelConfig]:

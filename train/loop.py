@@ -85,6 +85,8 @@ def step_batches(trainer: PhaseTrainer, workers: int) -> Generator[list[PackedBa
     """Yield this rank's micro-batches of each step that is left, built ahead."""
     steps = range(trainer.phase_step, trainer.phase.total_steps)
     share, micro_batch = trainer.topology.share, trainer.phase.micro_batch
+    if trainer.teacher is not None:
+        share = trainer.teacher.share(share)
     return iterate(trainer.stream, steps, share, micro_batch, workers)
 
 

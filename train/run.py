@@ -112,6 +112,9 @@ def train_phase(
     validate_end(config, trainer, observer)
     observer.phase_end(trainer)
     trainer.drop_graphs()
+    if trainer.teacher is not None:
+        # The next phase may keep the student's layout, and with it what is open.
+        trainer.teacher.close()
     return checkpoint.read(checkpoint.folder_of(folder, name, trainer.step))
 
 

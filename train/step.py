@@ -56,8 +56,12 @@ def train_step(
 ) -> StepResult:
     """Run this rank's micro-batches, reduce the gradients and update the weights.
 
+    Those that a teacher with a layout of its own reads come after the student's.
     A step whose gradient is not finite changes nothing and is reported as skipped, alike on all ranks.
     """
+    if trainer.teacher is not None:
+        # First: what the ranks of a student agree on, those of its teacher may not share.
+        batches = trainer.teacher.take(batches)
     batches = agree_on_unreadable(batches, trainer.topology)
     sums = open_sums(trainer, batches, signals)
     trainer.optimizer.zero_grad()

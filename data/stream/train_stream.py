@@ -1,6 +1,7 @@
 """The training stream: the plan of a phase, turned into PackedBatches step by step."""
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -107,14 +108,27 @@ class PackStream:
         """Read what one rank trains on in a step (from 0 in the phase): its micro-batches of `micro_batch` packs.
 
         The packs of a step are the same for every `share.data_size`; of their pictures only those of `share.encoder_rank`
-        are decoded.
+        are decoded. After them come those that it reads for `share.teacher`: the micro-batches of all data ranks, first ones first,
+        are dealt in turn to the copies of the teacher.
 
         Raises:
             UserError: if the packs cannot be dealt evenly.
         """
         dealt = deal(self.plan.step(step), share.data_size, micro_batch)
+        batches = self._read(dealt[share.data_rank], share, step)
+        if (teacher := share.teacher) is not None:
+            # first ones first, so that of ranks whose micro-batches come costliest first no copy gets all the light ones
+            in_turn = list(chain.from_iterable(zip(*dealt, strict=True)))
+            theirs = in_turn[teacher.data_rank :: teacher.data_size]
+            batches += self._read(theirs, teacher, step)
+        return batches
+
+    def _read(
+        self, micro_batches: Sequence[Sequence[PlannedPack]], share: Share, step: int
+    ) -> list[PackedBatch]:
+        """Read micro-batches of a step, with the pictures of this share."""
         batches = []
-        for packs in dealt[share.data_rank]:
+        for packs in micro_batches:
             places = [pack.places for pack in packs]
             batches.append(self._reader.batch(places, self.layout, share, step))
         return batches

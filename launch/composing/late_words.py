@@ -28,9 +28,13 @@ _ENTRIES: Final[dict[str, type]] = {
 _MAPPINGS: Final = f"(?:{'|'.join(map(re.escape, _ENTRIES))})"
 _REMOVED: Final = rf"~{_MAPPINGS}\.[^.=]+$"
 _ADDED: Final = rf"\+{{1,2}}{_MAPPINGS}\.[^.=]+[.=]"
-_OPTIONAL: Final[dict[str, type]] = {"parallel": ParallelConfig, "distillation": DistillationConfig}
-"""Sections of a phase that are None unless something in them is set."""
-_IN_OPTIONAL: Final = rf"\+{{0,2}}phases\.[^.=]+\.(?:{'|'.join(_OPTIONAL)})[.=]"
+_OPTIONAL: Final[dict[str, type]] = {
+    "parallel": ParallelConfig,
+    "distillation": DistillationConfig,
+    "distillation.teacher.parallel": ParallelConfig,
+}
+"""Sections of a phase that are None unless something in them is set; outer ones first."""
+_IN_OPTIONAL: Final = r"\+{0,2}phases\.[^.=]+\.(?:parallel|distillation)[.=]"
 LATE: Final = re.compile(f"{_REMOVED}|{_IN_OPTIONAL}|{_ADDED}")
 """Beginnings of such words."""
 
@@ -69,12 +73,19 @@ class EntryOverride:
 
         self.add_missing()
         entry: Any = self.mapping[self.name]
-        section = self.fields[0] if self.is_phase and self.fields else ""
-        if section in _OPTIONAL and entry[section] is None:
-            entry[section] = _OPTIONAL[section]()
+        if self.is_phase:
+            self.add_sections(entry)
         # The datasets of a mixture are free names, which OmegaConf adds only when forced.
         is_new = "mixture" in self.fields
         OmegaConf.update(self.config, self.path, self.override.value(), force_add=is_new)
+
+    def add_sections(self, phase: DictConfig) -> None:
+        """Add the optional sections of a phase that the word is in, the outer ones first."""
+        for path, kind in _OPTIONAL.items():
+            names = path.split(".")
+            is_in = self.fields[: len(names)] == names
+            if is_in and OmegaConf.select(phase, path) is None:
+                OmegaConf.update(phase, path, kind())
 
     def add_missing(self) -> None:
         """Add the entry with its defaults, where a word with a plus may do so."""

@@ -132,6 +132,37 @@ def test_a_change_of_layout_closes_the_groups_before(pool: RankPool) -> None:
         assert sums == (rank, 1, rank, 1, rank)
 
 
+def beside() -> None:
+    """Open a second layout, work in it and close it; runs on every rank of the pool."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    first = topologies.start(ParallelConfig(tensor=2), torch.device("cpu"))
+    groups, states = open_groups(), get_cuda_rng_tracker().get_states()
+    second = topologies.open_beside(first, ParallelConfig(pipeline=2))
+    # Neither Megatron-core nor its random states know of it yet.
+    assert parallel_state.get_tensor_model_parallel_group() is first.groups.tp
+    assert all(
+        torch.equal(a, states[name]) for name, a in get_cuda_rng_tracker().get_states().items()
+    )
+    with pytest.raises(ValueError, match="inside"), second.entered():
+        assert parallel_state.get_pipeline_model_parallel_group() is second.groups.pp
+        assert parallel_state.get_tensor_model_parallel_world_size() == 1
+        raise ValueError("inside")
+    assert parallel_state.get_pipeline_model_parallel_world_size() == 1
+    assert (first.tensor_rank, first.data_size) == (second.pipeline_rank, 1) == (first.rank, 1)
+
+    topologies.close_layout(second)
+    assert open_groups() == groups
+    total = torch.tensor([float(first.rank)])
+    dist.all_reduce(total, group=first.groups.tp)
+    assert float(total) == 1.0
+
+
+def test_a_second_layout_is_beside_the_first(pool: RankPool) -> None:
+    pool.run(2, beside)
+
+
 def timeouts(minutes: int) -> set[timedelta]:
     """The longest waits of all groups of a process that opens its world itself; runs on a rank of the pool."""
     dist.destroy_process_group()

@@ -84,6 +84,8 @@ class Layout:
     """All pictures on the first encoder rank, so that the others have none."""
     mistake: str = ""
     """One of MISTAKES, to show that the comparison finds it."""
+    teacher: dict[str, Any] | None = None
+    """A layout of the live teacher's own; None: the student's."""
 
     @property
     def config(self) -> ParallelConfig:
@@ -125,23 +127,36 @@ def with_teacher(packs: list[TestPack]) -> list[TestPack]:
     return made
 
 
-def teacher_of(case: Case, topology: Topology) -> Any:
-    """The teacher of a case, in the layout of the student; None: it has none."""
-    from visionloom.model.qwen3vl import Qwen3VL
+def teacher_of(layout: Layout, topology: Topology) -> Any:
+    """The teacher of a case; None: it has none."""
+    from visionloom.train.distillation.own_layout import OwnLayoutTeacher
     from visionloom.train.distillation.teacher import LiveTeacher, StoredTeacher
 
+    case = layout.case
     options = DistillationConfig(temperature=2.0, weight=2.0, cross_entropy_weight=0.5)
     if case.teacher == "stored":
         options.direction = "reverse"
         return StoredTeacher(options, topology.device)
     if not case.teacher:
         return None
+    if layout.teacher is None:
+        return LiveTeacher(options, teacher_parts(case, topology), topology)
+    own = topologies.open_beside(topology, ParallelConfig(**layout.teacher))
+    with own.entered():
+        parts = teacher_parts(case, own)
+    return OwnLayoutTeacher(options, parts, own, topology)
+
+
+def teacher_parts(case: Case, topology: Topology) -> list[Any]:
+    """The parts of a live teacher, which is wider than its student."""
+    from visionloom.model.qwen3vl import Qwen3VL
+
     text = replace(case.model.text, hidden_size=96)
     model, numbers = replace(case.model, text=text), topology.config.chunk_numbers
     parts = [Qwen3VL(model, topology, torch.float32, number) for number in numbers]
     for part in parts:
         weigh(part, topology, "teacher ")
-    return LiveTeacher(options, parts, topology)
+    return parts
 
 
 def weigh(chunk: Any, topology: Topology, whose: str = "") -> None:
@@ -166,6 +181,14 @@ def deal(packs: list[TestPack], topology: Topology, one_encoder: bool) -> list[T
         for p in mine
     ]
     return [p.dealt(topology.encoder_rank, owner) for p, owner in zip(mine, owners, strict=True)]
+
+
+def read(stage: Any, packs: list[TestPack], layout: Layout) -> list[Any]:
+    """This rank's micro-batches, and after them those of a teacher with a layout of its own."""
+    mine = deal(packs, stage.topology, layout.one_encoder)
+    if layout.teacher is None:
+        return mine
+    return mine + deal(packs, stage.teacher.topology, layout.one_encoder)
 
 
 def features_not_reduced(chunks: list[Any], packs: list[TestPack]) -> list[TestPack]:
@@ -261,7 +284,7 @@ def build(
     optimizer = build_optimizer(wrapped, optim, phase, bf16) if sharded else None
     scheduler = build_scheduler(optimizer, optim, phase) if sharded else None
     stream: Any = type("Stream", (), {"datasets": [type("Dataset", (), {"name": "test"})]})
-    teacher = teacher_of(layout.case, topology)
+    teacher = teacher_of(layout, topology)
     return PhaseTrainer(
         "test", phase, topology, chunks, wrapped, optimizer, scheduler, stream, teacher
     )
@@ -275,7 +298,9 @@ def backward(layout: Layout, packs: list[TestPack]) -> tuple[Any, float]:
     if layout.mistake:
         packs = MISTAKES[layout.mistake](stage.model_parts, packs)
     for _ in range(2):
-        mine: list[Any] = deal(packs, stage.topology, layout.one_encoder)
+        mine = read(stage, packs, layout)
+        if stage.teacher is not None:
+            mine = stage.teacher.take(mine)
         sums = open_sums(stage, mine)
         compute_gradients(stage, mine, sums)
     totals = sums.totals()
@@ -290,7 +315,7 @@ def trainable(stage: Any) -> dict[str, Any]:
 
 def reference(layout: Layout, packs: list[TestPack], file: Path) -> float:
     """Save one process's gradients; returns its loss. Runs on a rank of the pool."""
-    stage, loss = backward(replace(layout, parallel={}, ranks=1), packs)
+    stage, loss = backward(replace(layout, parallel={}, ranks=1, teacher=None), packs)
     torch.save({name: parameter.main_grad for name, parameter in trainable(stage).items()}, file)
     return loss
 
@@ -327,5 +352,5 @@ def curve(layout: Layout, packs: list[TestPack]) -> list[float]:
     from visionloom.train.step import train_step
 
     stage = build(layout, sharded=True)
-    mine = deal(packs, stage.topology, layout.one_encoder)
-    return [train_step(stage, mine).loss for _ in range(STEPS)]  # type: ignore[arg-type]
+    mine = read(stage, packs, layout)
+    return [train_step(stage, mine).loss for _ in range(STEPS)]

@@ -47,6 +47,7 @@ QUICK = (
     "context 2",
     "tensor 2 x expert 2",
     "live teacher, tensor 2",
+    "live teacher on context 2, pipeline 2",
     "stored teacher, context 2",
 )
 
@@ -57,6 +58,11 @@ def dense(ranks: int, **parallel: object) -> Layout:
 
 def mixture(ranks: int, **parallel: object) -> Layout:
     return Layout(ranks, parallel, MIXTURE)
+
+
+def taught(student: Layout, **parallel: object) -> Layout:
+    """The layout of a student whose live teacher has another one."""
+    return replace(student, case=LIVE, teacher=parallel)
 
 
 LAYOUTS: dict[str, Layout] = {
@@ -177,6 +183,33 @@ LAYOUTS: dict[str, Layout] = {
         dense(4, pipeline=2), case=replace(LIVE, trainable=("language",))
     ),
     "live teacher, adapters, tensor 2": replace(dense(2, tensor=2), case=replace(LIVE, lora=True)),
+    "live teacher on tensor 2, data 2": taught(dense(2), tensor=2),
+    "live teacher on data 2, tensor 2": taught(dense(2, tensor=2)),
+    "live teacher on context 2, pipeline 2": taught(dense(2, pipeline=2), context=2),
+    "live teacher on pipeline 2 with virtual 2, context 2": taught(
+        dense(2, context=2), pipeline=2, virtual_pipeline=2
+    ),
+    "live teacher on pipeline 2, adapters, data 2": replace(
+        taught(dense(2), pipeline=2), case=replace(LIVE, lora=True)
+    ),
+    "live teacher on expert 2, tensor 2": replace(
+        taught(mixture(2, tensor=2), expert=2), case=LIVE_MIXTURE
+    ),
+    "live teacher on pipeline 2, expert 2": replace(
+        taught(mixture(2, expert=2), pipeline=2), case=LIVE_MIXTURE
+    ),
+    "live teacher on tensor 2 x context 2, data 4": taught(dense(4), tensor=2, context=2),
+    "live teacher on data 4, tensor 2 x pipeline 2": taught(dense(4, tensor=2, pipeline=2)),
+    "live teacher on pipeline 4, tensor 2 x context 2": taught(
+        dense(4, tensor=2, context=2), pipeline=4
+    ),
+    "live teacher on context 4, pipeline 2 x data 2": taught(dense(4, pipeline=2), context=4),
+    "live teacher on tensor 2 x pipeline 2, context 2 x data 2": taught(
+        dense(4, context=2), tensor=2, pipeline=2
+    ),
+    "live teacher on context 2 x expert 4, tensor 2 x expert 2": replace(
+        taught(mixture(4, tensor=2, expert=2), context=2, expert=4), case=LIVE_MIXTURE
+    ),
     "stored teacher, data 2": replace(dense(2), case=STORED),
     "stored teacher, tensor 2": replace(dense(2, tensor=2), case=STORED),
     "stored teacher, context 2": replace(dense(2, context=2), case=STORED),

@@ -84,6 +84,17 @@ def model_of_teacher(options: DistillationConfig, here: str) -> tuple[ModelConfi
     return model_of(run_state), f"{here}.teacher.checkpoint"
 
 
+def live_teacher(config: RunConfig, phase_name: str) -> ModelConfig | None:
+    """Return the architecture of a phase's live teacher; None where it has none, or its folder is not there."""
+    options = config.phases[phase_name].distillation
+    if options is None or not options.is_live:
+        return None
+    if not Path(options.teacher.checkpoint or options.teacher.huggingface).is_dir():
+        return None
+    model, _ = model_of_teacher(options, f"phases.{phase_name}.distillation")
+    return model
+
+
 def check_teachers(config: RunConfig) -> Iterator[str]:
     """Yield a line for each phase whose teacher does not fit its student."""
     for name, phase in config.phases.items():
@@ -95,9 +106,10 @@ def check_teachers(config: RunConfig) -> Iterator[str]:
             continue
         model, option = model_of_teacher(options, here)
         yield from _vocabulary_faults(config, model.text.vocab_size, option)
-        # It shares the ranks of the student, and so its layout.
-        layout = phase.parallel or config.parallel
-        for fault in model.layout_problems(layout, "the student's parallel"):
+        layout, where = phase.parallel or config.parallel, "the student's parallel"
+        if options.teacher.parallel is not None:
+            layout, where = options.teacher.parallel, f"{here}.teacher.parallel"
+        for fault in model.layout_problems(layout, where):
             yield f"{option}: {fault}"
 
 

@@ -1,4 +1,7 @@
-"""The teacher of a phase that distils: a live model on the student's ranks, or stored log-probabilities that came with the packs."""
+"""The teacher of a phase that distils: a live model in the student's layout, or stored log-probabilities that came with the packs.
+
+A live model in another layout is in own_layout.py.
+"""
 
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -14,6 +17,7 @@ from visionloom.model.distillation_config import DistillationConfig
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.parallel.device import to_device
 from visionloom.parallel.schedule import run_schedule
+from visionloom.parallel.share import Share
 from visionloom.parallel.topology import Topology
 
 Distillation = tuple[DistillationConfig, RowTeacher]
@@ -23,8 +27,21 @@ Distillation = tuple[DistillationConfig, RowTeacher]
 class Teacher(Protocol):
     """What a step asks of a teacher, on every rank."""
 
+    def share(self, student: Share) -> Share:
+        """Return what a rank reads for its student and its teacher."""
+        return student
+
+    def take(self, batches: list[PackedBatch]) -> list[PackedBatch]:
+        """Take what was read for the teacher from a step's micro-batches, and return those of the student."""
+        return batches
+
     def begin(self, batches: Sequence[PackedBatch]) -> None:
-        """Prepare for the micro-batches of a step; all ranks call it."""
+        """Prepare for the student's micro-batches of a step; all ranks call it."""
+        return
+
+    def close(self) -> None:
+        """Close what the teacher alone has opened, at the end of its phase."""
+        return
 
     def for_rows(self, batch: PackedBatch, tokens: Tensor) -> Distillation:
         """Return the options and the teacher's distributions, on a rank of the last stage, for its micro-batches in order.
@@ -35,15 +52,12 @@ class Teacher(Protocol):
         """
 
 
-class StoredTeacher:
+class StoredTeacher(Teacher):
     """A teacher whose most probable tokens ride in the packs."""
 
     def __init__(self, options: DistillationConfig, device: torch.device) -> None:
         """Hand out on `device` what the packs bring."""
         self.options, self.device = options, device
-
-    def begin(self, batches: Sequence[PackedBatch]) -> None:
-        """Do nothing: the packs have it all."""
 
     def for_rows(self, batch: PackedBatch, tokens: Tensor) -> Distillation:
         """Return the rows of these tokens; see Teacher."""
@@ -64,7 +78,7 @@ class StoredTeacher:
         )
 
 
-class LiveTeacher:
+class LiveTeacher(Teacher):
     """A frozen model in the student's layout, which runs over the packs of a step before the student does.
 
     Of each micro-batch only the hidden states of its supervised tokens are kept.
@@ -98,9 +112,13 @@ class LiveTeacher:
 
     def for_rows(self, batch: PackedBatch, tokens: Tensor) -> Distillation:
         """Return the hidden states of the next micro-batch; see Teacher."""
+        return self.options, HiddenTeacher(self.states.popleft(), self.output_matrix())
+
+    def output_matrix(self) -> Tensor:
+        """Return this rank's rows of the output matrix [v, H], on a rank of the student's last stage."""
         # The last part of the last stage has it, wherever the embedding is.
-        weight = self.parts[-1].language_model.output_matrix()
-        return self.options, HiddenTeacher(self.states.popleft(), weight)
+        matrix: Tensor = self.parts[-1].language_model.output_matrix()
+        return matrix
 
 
 def without_loss(states: Tensor) -> tuple[Tensor, Any]:

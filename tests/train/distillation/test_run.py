@@ -35,6 +35,7 @@ LAYOUTS: dict[str, list[str]] = {
     "data 2": [],
     "pipeline 2, virtual 2": ["parallel.pipeline=2", "parallel.virtual_pipeline=2"],
 }
+LIVE = f"{HERE}.teacher.checkpoint=a"
 Rows = dict[bytes, StoredRows]
 
 
@@ -136,16 +137,56 @@ def test_a_resumed_student_goes_on_as_if_nothing_had_been(
     assert workshop.losses("resumed", 3, word) == live
 
 
-def test_a_teacher_teaches_itself_nothing(workshop: Workshop) -> None:
+@pytest.mark.parametrize(
+    ("layout", "most"),
+    [
+        ([], 0.0),
+        # Its hidden states are those of another layout, equal but for their rounding.
+        (["parallel.tensor=2", f"{HERE}.teacher.parallel.pipeline=2"], 1e-6),
+    ],
+)
+def test_a_teacher_teaches_itself_nothing(
+    layout: list[str], most: float, workshop: Workshop
+) -> None:
     words = (
         f"init.checkpoint={workshop.checkpoint}",
         f"{HERE}.teacher.checkpoint={workshop.checkpoint}",
         f"{HERE}.cross_entropy_weight=0",
         f"{HERE}.temperature=2",
     )
-    losses = workshop.losses("itself", 1, *words)
-    assert losses[1] == 0.0
-    assert metrics(workshop.folder / "itself")[0]["grad_norm"] == 0.0
+    name, ranks = f"itself-{len(layout)}", 2 if layout else 1
+    losses = workshop.losses(name, 1, *words, *layout, ranks=ranks)
+    assert abs(losses[1]) <= most
+    assert metrics(workshop.folder / name)[0]["grad_norm"] <= most
+
+
+@pytest.fixture(scope="module")
+def cut(workshop: Workshop) -> list[float]:
+    """Losses of one process whose samples take up the room that two context ranks need."""
+    word = f"{HERE}.teacher.checkpoint={workshop.checkpoint}"
+    return workshop.losses("cut", 3, word, "data.sample_token_multiple=4")
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher"),
+    [
+        ([], "tensor=2"),
+        pytest.param(["parallel.pipeline=2"], "context=2", marks=pytest.mark.long),
+        pytest.param(["parallel.context=2"], "tensor=1", marks=pytest.mark.long),
+    ],
+)
+def test_a_teacher_may_have_a_layout_of_its_own(
+    student: list[str], teacher: str, workshop: Workshop, cut: list[float]
+) -> None:
+    """Reference: one process. Pictures and videos are dealt to other ranks for the teacher than for the student."""
+    words = (
+        f"{HERE}.teacher.checkpoint={workshop.checkpoint}",
+        f"{HERE}.teacher.parallel.{teacher}",
+        "data.sample_token_multiple=4",
+        "phases.multimodal.micro_batch=1",
+    )
+    losses = workshop.losses(f"own-{teacher}", 3, *words, *student, ranks=2)
+    assert losses == pytest.approx(cut, abs=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -216,11 +257,44 @@ def test_an_interrupted_pass_goes_on(workshop: Workshop, few: Rows) -> None:
             "are set: a phase has one teacher",
         ),
         ([f"{HERE}.direction=both"], "direction=both"),
+        (
+            [f"{HERE}.stored=a", f"{HERE}.teacher.parallel.tensor=2"],
+            "teacher.parallel is the layout of a live teacher, and .*stored is set",
+        ),
+        (
+            [LIVE, f"{HERE}.teacher.parallel.tensor=3"],
+            r"4 ranks cannot hold tensor 3 .* or change phases.multimodal.distillation.teacher.parallel",
+        ),
+        (
+            [LIVE, f"{HERE}.teacher.parallel.tensor=2", "parallel.tensor=4"],
+            "makes 2 copies of the teacher, to which the 1 micro-batches of a step",
+        ),
+        (
+            [LIVE, f"{HERE}.teacher.parallel.context=4", "phases.multimodal.sequence_length=260"],
+            r"teacher.parallel needs packs \(sequence_length=260\) of a multiple of 8 tokens",
+        ),
+        (
+            [LIVE, f"{HERE}.teacher.parallel={{context: 4}}"],
+            "sample_token_multiple=1 must be a multiple of 8: .*teacher.parallel.context=4",
+        ),
     ],
 )
 def test_options_that_cannot_be(words: list[str], message: str, workshop: Workshop) -> None:
     with pytest.raises(UserError, match=message):
-        workshop.config("refused", 2, *words)
+        workshop.config("refused", 2, *words, ranks=4)
+
+
+def test_a_layout_that_does_not_divide_the_teacher_is_refused(workshop: Workshop) -> None:
+    """The student has a layout of four ranks that its teacher, with two key/value heads, could not have."""
+    words = (
+        f"{HERE}.teacher.checkpoint={workshop.checkpoint}",
+        f"{HERE}.teacher.parallel.tensor=4",
+        "model.text.kv_heads=4",
+        "parallel.tensor=4",
+    )
+    config = workshop.config("refused", 2, *words, ranks=4)
+    with pytest.raises(UserError, match=r"teacher.parallel.tensor=4 does not divide .*kv_heads=2"):
+        check_agreements(config)
 
 
 @pytest.mark.parametrize(
