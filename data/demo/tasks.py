@@ -22,7 +22,7 @@ from visionloom.data.demo.drawing import (
     grid_of,
     turn_of,
 )
-from visionloom.data.demo.text_tasks import lists, sum_steps, text
+from visionloom.data.demo.text_tasks import lists, moments, sum_steps, text
 from visionloom.data.shards.sample import Box, Element, Message, Text, Think, Time, Video
 
 PLACED: Final = 0.6
@@ -212,10 +212,11 @@ RECIPES: Final[dict[str, Recipe]] = {
     "captions": Recipe(captions, 8000, 256),
     "text": Recipe(text, 4000, 256),
     "lists": Recipe(lists, 8000, 256),
+    "moments": Recipe(moments, 4000, 256),
     "vqa": Recipe(vqa, 4000, 512),
-    "grounding": Recipe(grounding, 3000, 256),
+    "grounding": Recipe(grounding, 4000, 256),
     "interleaved": Recipe(interleaved, 1500, 256),
-    "video": Recipe(video, 3000, 256),
+    "video": Recipe(video, 4000, 256),
     "documents": Recipe(documents, 2000, 256),
     "sums": Recipe(sums, 3000, 256),
 }

@@ -18,12 +18,6 @@ def text(drawer: Drawer, training: bool) -> DemoDraft:
     return make(drawer.random)
 
 
-def lists(drawer: Drawer, training: bool) -> DemoDraft:
-    """Write a list of pages or moments with a digit each, and again: what long documents and videos ask of pictures."""
-    (make,) = drawer.random.choices((_pages, _moments), weights=(2, 1))
-    return make(drawer.random)
-
-
 def sum_steps(values: Sequence[int]) -> tuple[str, int]:
     """Write the additions from left to right, as one sentence each, and the total."""
     steps, total = list[str](), values[0]
@@ -60,14 +54,18 @@ def _names(draws: random.Random) -> DemoDraft:
     return DemoDraft(content=[Text(". ".join(names))])
 
 
-def _pages(draws: random.Random) -> DemoDraft:
+def lists(drawer: Drawer, training: bool) -> DemoDraft:
+    """Write a list of pages with a digit each, and again: what long documents ask of pictures."""
+    draws = drawer.random
     letters = draws.sample(LETTERS, _length(draws))
     names = [Text(f"Page {letter}") for letter in letters]
     # To foresee that a page is named again, its value must learn what stands before it: half of a lookup.
     return _lookup(draws, names, [Text(f" {letter}") for letter in letters])
 
 
-def _moments(draws: random.Random) -> DemoDraft:
+def moments(drawer: Drawer, training: bool) -> DemoDraft:
+    """Write a list of moments with a digit each, and again: what videos ask of pictures."""
+    draws = drawer.random
     start, step = draws.randrange(4) + 0.5, draws.choice((1, 2))
     names = [Time(start + place * step) for place in range(_length(draws))]
     # the second again, without its half
