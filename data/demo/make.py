@@ -1,4 +1,4 @@
-"""The demo's data: scikit-learn's 1,797 handwritten digits, composed into eight small datasets with a tokenizer.
+"""The demo's data: scikit-learn's 1,797 handwritten digits, composed into ten small datasets with a tokenizer.
 
 Command: python launch/data.py demo DIR
 """
@@ -35,7 +35,7 @@ DONE: Final = "demo.json"
 """Written last: says with which settings the folder was made."""
 _MAKING: Final = ".making"
 _PARTS: Final = ("tokenizer", "train", "test", "contact_sheet.png")
-_GENERATOR_VERSION: Final = 4
+_GENERATOR_VERSION: Final = 5
 
 
 def make_demo(

@@ -1,4 +1,4 @@
-"""The samples of the demo: eight datasets composed from handwritten digits, every phase of training in miniature.
+"""The samples of the demo: ten datasets composed from handwritten digits, every phase of training in miniature.
 
 Each maker takes a `Drawer` (seeded draws and pictures) and returns a draft: the sample's parts and its media. The
 `meta` of a sample holds the numbers of its handwriting pictures, so that every answer can be checked. In training

@@ -60,9 +60,10 @@ class TinyResult:
 
 def tiny_run(precision: str, device: str, world_size: int = 1, *more: str) -> RunConfig:
     """Return the demo's run cut to one phase, on packs of a mixture; `more` words are for Hydra."""
-    others = ("towers", "align", "long", "ultra", "sft", "reasoning")
+    others = ("language", "towers", "align", "long", "ultra", "sft", "reasoning")
     words = [
         "+recipe=demo",
+        "model=tiny",
         # Muon multiplies in bf16 on a GPU: its losses would not be those of a CPU.
         "optim=adamw",
         f"run.device={device}",

@@ -171,7 +171,14 @@ def forecast_here(request: PlanRequest) -> tuple[RunForecast, list[Any]]:
 def test_a_tiny_run_is_forecast(pool: RankPool) -> None:
     # A tokenizer that is surely not there: `make demo` may have left the recipe's own in this folder.
     missing = "data.tokenizer=no-such-folder"
-    words = ["+recipe=demo", "~phases.towers", "phases.align.global_batch=8", missing]
+    words = [
+        "+recipe=demo",
+        "model=tiny",
+        "~phases.language",
+        "~phases.towers",
+        "phases.align.global_batch=8",
+        missing,
+    ]
     request = request_of(2, *words)
     request = replace(request, phases=("align", "multimodal"))
     ((forecast, shown),) = pool.run(1, forecast_here, request)

@@ -20,7 +20,7 @@ def config() -> RunConfig:
     ("words", "message"),
     [
         ({}, "out=DIR is missing"),
-        ({"out": "d"}, "phase=NAME is missing: choose one of towers, align"),
+        ({"out": "d"}, "phase=NAME is missing: choose one of language, towers, align"),
         ({"out": "d", "phase": "stf"}, "phase=stf is not in the recipe"),
         (
             {"out": "d", "phase": "sft", "kept": "513"},

@@ -12,6 +12,7 @@ def run_words(data: Path, folder: Path, steps: int, *more: str) -> list[str]:
     """Command-line words of a run with one phase of `steps` steps over all parameter groups."""
     return [
         "+recipe=demo",
+        "model=tiny",
         "optim=adamw",
         f"run.folder={folder}",
         "run.evaluate_at_end=false",
@@ -19,7 +20,10 @@ def run_words(data: Path, folder: Path, steps: int, *more: str) -> list[str]:
         *(f"data.datasets.{name}.path={data}/train/{name}" for name in DATASETS),
         *(f"data.validation.{name}.path={data}/test/{name}" for name in DATASETS),
         f"data.tokenizer={data}/tokenizer",
-        *(f"~phases.{name}" for name in ("towers", "align", "long", "ultra", "sft", "reasoning")),
+        *(
+            f"~phases.{name}"
+            for name in ("language", "towers", "align", "long", "ultra", "sft", "reasoning")
+        ),
         f"phases.multimodal.steps={steps}",
         "phases.multimodal.sequence_length=256",
         "phases.multimodal.warmup_steps=3",
@@ -27,7 +31,18 @@ def run_words(data: Path, folder: Path, steps: int, *more: str) -> list[str]:
     ]
 
 
-DATASETS = ("captions", "text", "vqa", "grounding", "interleaved", "video", "documents", "sums")
+DATASETS = (
+    "captions",
+    "text",
+    "lists",
+    "moments",
+    "vqa",
+    "grounding",
+    "interleaved",
+    "video",
+    "documents",
+    "sums",
+)
 
 
 def run_config(data: Path, folder: Path, steps: int, world_size: int, *more: str) -> RunConfig:

@@ -104,7 +104,7 @@ NEVER = {
     "another group": (["phases.align.trainable=[vision]"], "align.trainable was ['merger'], now ['vision']"),
     "optim.name": (["optim=muon"], "optim.name was adamw, now muon"),
     "adapters": (["lora.rank=8", "init.huggingface=/x", "lora.groups=[merger]", "phases.align.fresh=[]",
-        *(f"~phases.{name}" for name in ("towers", "multimodal", "long", "ultra", "sft", "reasoning"))], "lora.rank was 0, now 8"),
+        *(f"~phases.{name}" for name in ("language", "towers", "multimodal", "long", "ultra", "sft", "reasoning"))], "lora.rank was 0, now 8"),
     "no phase": (["~phases.align"], "D is of phase align, which this recipe lacks"),
 }  # fmt: skip
 

@@ -112,7 +112,7 @@ def test_a_phase_of_words_alone() -> None:
     [
         (
             "~phases.algn",
-            "~phases.algn: there is nothing of that name (did you mean align?), there are towers, align, ",
+            "~phases.algn: there is nothing of that name (did you mean align?), there are language, towers, align, ",
         ),
         (
             "~data.datasets.txt",
