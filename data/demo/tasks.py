@@ -23,7 +23,7 @@ from visionloom.data.demo.drawing import (
     turn_of,
 )
 from visionloom.data.demo.text_tasks import lists, moments, sum_steps, text
-from visionloom.data.shards.sample import Box, Element, Message, Text, Think, Time, Video
+from visionloom.data.shards.sample import Box, Element, Image, Message, Text, Think, Time, Video
 
 PLACED: Final = 0.6
 """Share of the captions that name places."""
@@ -169,8 +169,7 @@ def documents(drawer: Drawer, training: bool) -> DemoDraft:
     names = [[Text(f"Page {letter}")] for letter in letters]
     pages: list[Element] = []
     for letter, number in zip(letters, pictures, strict=True):
-        image = drawer.image(draft, ((number,),))
-        pages += [Text(f"Page {letter}"), image, Text(f" {letter}", loss=1.0), Text("\n")]
+        pages += _page(letter, drawer.image(draft, ((number,),)))
 
     def question(place: int) -> list[Element]:
         return [Text(f"Which digit is on page {letters[place]}?")]
@@ -180,6 +179,12 @@ def documents(drawer: Drawer, training: bool) -> DemoDraft:
     draft.messages = ask(drawer.random, entries, pages, training)
     draft.meta["depth"] = asked_depth(draft.messages, entries)
     return draft
+
+
+def _page(letter: str, image: Image) -> list[Element]:
+    """Return a picture between its page's names, of which the second is learned, as in a list."""
+    again = Text(f" {letter}", loss=1.0)
+    return [Text(f"Page {letter}"), image, again, Text("\n")]
 
 
 def asked_depth(messages: Sequence[Message], entries: Entries) -> float:

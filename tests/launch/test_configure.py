@@ -161,7 +161,7 @@ def test_the_world_size_comes_from_torchrun(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(
         UserError,
-        match=r"phases.towers.global_batch=4 .* 3 data-parallel ranks .* \(likewise align",
+        match=r"phases.language.global_batch=4 .* 3 data-parallel ranks .* \(likewise towers, align",
     ):
         compose([DEMO])
 
@@ -169,6 +169,7 @@ def test_the_world_size_comes_from_torchrun(monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_demo_keeps_the_order_of_its_phases() -> None:
     config = composed(DEMO, world_size=2)
     assert list(config.phases) == [
+        "language",
         "towers",
         "align",
         "multimodal",
