@@ -306,8 +306,7 @@ def finish_evaluation(
     free_memory(topology.device)
     command: EvaluationCommand | None = None
     if config.evaluation.command:
-        folder = run_folder(config)
-        command = export_for_command(config, trained, folder, topology, screen.say)
+        command = export_for_command(config, trained, run_folder(config), topology, screen.say)
     topology.barrier()
     # Before the command, which may take hours: the other ranks end, and leave their devices to it.
     topologies.stop()

@@ -25,7 +25,7 @@ from visionloom.train.config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = "+recipe=demo"
-ONLY_TWO = [f"~phases.{name}" for name in ("multimodal", "long", "ultra", "sft", "reasoning")]
+ONLY_TWO = [f"~phases.{name}" for name in ("language", "multimodal", "long", "ultra", "sft", "reasoning")]
 
 
 def unreachable(config: RunConfig) -> None:
@@ -102,12 +102,12 @@ def unreachable(config: RunConfig) -> None:
             ],
         ),
         (
-            [DEMO, "parallel.pipeline=3"],
+            [DEMO, "model=tiny", "parallel.pipeline=3"],
             3,
             ["4 layers cannot be cut evenly into pipeline 3", "parallel.pipeline_layout="],
         ),
         (
-            [DEMO, "parallel.pipeline=2", "parallel.pipeline_layout=Ettt|tttL"],
+            [DEMO, "model=tiny", "parallel.pipeline=2", "parallel.pipeline_layout=Ettt|tttL"],
             2,
             ["holds 6 layers, the model has 4"],
         ),

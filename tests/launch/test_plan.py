@@ -218,7 +218,7 @@ def test_a_recipe_that_cannot_be_built_does_not_stop_the_others(
     monkeypatch.setattr(plan_table, "stated_ranks", lambda recipe: 7 if recipe == "demo" else 16)
     assert main(["table", "plans.md"]) == 1
     wrong = capsys.readouterr().err.splitlines()
-    assert any(line.startswith("wrong: demo: phases.towers.global_batch=4") for line in wrong)
+    assert any(line.startswith("wrong: demo: phases.language.global_batch=4") for line in wrong)
     assert len(asked) > 5
 
 

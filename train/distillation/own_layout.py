@@ -107,10 +107,10 @@ def matrix_of_student(parts: list[Qwen3VL], exchange: RowExchange, student: Topo
 
     No rows before the student's last stage. All ranks call it.
     """
-    teacher, vocabulary = exchange.teacher, parts[0].model_config.text.vocab_size
+    teacher = exchange.teacher
     blocks = []
     for tensor_rank in range(teacher.tensor):
-        block = exchange.rows(vocabulary // teacher.tensor)
+        block = exchange.rows(parts[0].model_config.text.vocab_size // teacher.tensor)
         # Every copy and context rank has the same: the first speaks.
         sender = teacher.ranks[0, 0, tensor_rank]
         if dist.get_rank() == sender:
