@@ -25,7 +25,9 @@ from visionloom.train.config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = "+recipe=demo"
-ONLY_TWO = [f"~phases.{name}" for name in ("language", "multimodal", "long", "ultra", "sft", "reasoning")]
+ONLY_TWO = [
+    f"~phases.{name}" for name in ("language", "multimodal", "long", "ultra", "sft", "reasoning")
+]
 
 
 def unreachable(config: RunConfig) -> None:

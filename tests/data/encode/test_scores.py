@@ -37,6 +37,10 @@ def test_iou(
     [
         (SEVEN, True),
         (f"[{SEVEN}]", True),
+        (f"7 top left\n{SEVEN}", True),
+        (f"```json\n[{SEVEN}]\n```", True),
+        (f"7 top left\n{THREE}", False),
+        ("7 top left", False),
         ('{"label": "7", "bbox_2d": [0, 0, 500.0, 260]}', True),
         ('{"bbox_2d": [0, 0, 500, 240], "label": "7"}', False),
         (SEVEN.replace("7", "3"), False),
