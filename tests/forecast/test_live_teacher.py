@@ -20,7 +20,13 @@ from visionloom.model.huggingface.shapes import parameter_count
 from visionloom.tests.ranks import RankPool
 
 HERE = "phases.sft.distillation"
-WORDS = ["+recipe=demo", "run.precision=bf16", "run.phases=[sft]", "phases.sft.global_batch=8"]
+WORDS = [
+    "+recipe=demo",
+    "model=tiny",
+    "run.precision=bf16",
+    "run.phases=[sft]",
+    "phases.sft.global_batch=8",
+]
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from visionloom.train.config import RunConfig
 
 @functools.cache
 def config(*words: str) -> RunConfig:
-    found = compose(["+recipe=demo", "optim=adamw", *words], 2)
+    found = compose(["+recipe=demo", "model=tiny", "optim=adamw", *words], 2)
     assert found is not None
     return found
 

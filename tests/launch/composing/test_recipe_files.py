@@ -302,7 +302,7 @@ def test_one_section_and_help(folder: Path, capsys: pytest.CaptureFixture[str]) 
         is None
     )
     shown = capsys.readouterr().out
-    assert shown.startswith("sequence_length: 256\n") and "steps: 17\n" in shown
+    assert shown.startswith("sequence_length: 512\n") and "steps: 17\n" in shown
     assert compose(["--help", "--config-dir=D"], 1) is None
     shown = capsys.readouterr().out
     assert (
