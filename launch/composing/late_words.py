@@ -34,7 +34,7 @@ _OPTIONAL: Final[dict[str, type]] = {
     "distillation.teacher.parallel": ParallelConfig,
 }
 """Sections of a phase that are None unless something in them is set; outer ones first."""
-_IN_OPTIONAL: Final = r"\+{0,2}phases\.[^.=]+\.(?:parallel|distillation)[.=]"
+_IN_OPTIONAL: Final = rf"\+{{0,2}}phases\.[^.=]+\.(?:{'|'.join(map(re.escape, _OPTIONAL))})[.=]"
 LATE: Final = re.compile(f"{_REMOVED}|{_IN_OPTIONAL}|{_ADDED}")
 """Beginnings of such words."""
 
