@@ -17,7 +17,7 @@ from typing import cast
 
 from omegaconf import DictConfig, OmegaConf
 
-from visionloom.common.errors import MachineError, UserError, unknown
+from visionloom.common.errors import EarlyEnd, MachineError, UserError, unknown
 from visionloom.common.quiet import quiet_libraries
 from visionloom.common.ranks import ranks_here
 from visionloom.common.text import one_line, warn
@@ -40,6 +40,7 @@ from visionloom.launch.composing.words import check_words, readable
 from visionloom.launch.exit import (
     FAILURE,
     end_with_parent,
+    exit_early,
     exit_interrupted,
     exit_with,
     keep_code,
@@ -48,6 +49,7 @@ from visionloom.launch.exit import (
 from visionloom.launch.options import read_options
 from visionloom.launch.plan_commands.first import check_plan
 from visionloom.launch.show import show
+from visionloom.launch.signals import hear_signals
 from visionloom.launch.watch import watch_ranks
 from visionloom.model.huggingface.shapes import parameter_count
 from visionloom.train.config import COMMAND, PhaseConfig, RunConfig
@@ -112,6 +114,8 @@ def _start(
     except UserError as error:
         exit_with(error, folder=config.run.folder if trains else "")
     watch_ranks()
+    if trains:
+        hear_signals()
     work(command, config)
 
 
@@ -123,6 +127,8 @@ def work(command: Callable[[RunConfig], None], config: RunConfig) -> None:
         command(config)
     except UserError as error:
         exit_with(error)
+    except EarlyEnd as end:
+        exit_early(end)
     except Exception as error:
         machine_error = of_the_machine(error, Path(config.run.folder))
         if machine_error is not None:

@@ -26,6 +26,9 @@ EXIT_STATUS: Final = 49
 KERNEL_COUNTS: Final = Path("/proc/vmstat")
 """`oom_kill` there counts the processes that the kernel has killed for want of memory, of the machine's or of a cgroup's."""
 
+lost_a_rank: Final = threading.Event()
+"""Another rank of this machine has ended, and not as it should: no step can come to its end any more."""
+
 
 @dataclass
 class Sibling:
@@ -92,6 +95,7 @@ class Watch:
         os.close(sibling.descriptor)
         if code == 0:
             return
+        lost_a_rank.set()
         status.current.failed(
             FAILURE,
             self._cause(sibling, code),

@@ -3,13 +3,14 @@
 import time
 from collections.abc import Generator
 from contextlib import closing
-from typing import Any
+from typing import Any, NoReturn
 
-from visionloom.common.errors import UserError
+from visionloom.common.errors import EarlyEnd, UserError
 from visionloom.data.stream.batch import PackedBatch
 from visionloom.data.stream.workers import iterate
 from visionloom.train.checkpoint.state_file import CHECKPOINTS
 from visionloom.train.checkpoint.write import Saver, first_fault
+from visionloom.train.observe import status, stopping
 from visionloom.train.observe.metrics import memory_gib, peak_flops
 from visionloom.train.observe.observer import Observer
 from visionloom.train.optimizer import learning_rates
@@ -39,7 +40,9 @@ def fit(trainer: PhaseTrainer, saver: Saver, observer: Observer, workers: int) -
 
             if trainer.has_dropout:
                 topology.reseed(trainer.step)
-            signals = Signals(bool(observer.log_fault), saver.is_writing)
+            signals = Signals(
+                bool(observer.log_fault), saver.is_writing, bool(stopping.current.reason)
+            )
             result = train_step(trainer, batches, signals)
             trainer.step += 1
             trainer.phase_step += 1
@@ -48,10 +51,35 @@ def fit(trainer: PhaseTrainer, saver: Saver, observer: Observer, workers: int) -
             if result.totals.signals.log_failed:
                 stop_without_log(trainer, saver, observer)
             saver.poll(topology, result.totals.signals.saving)
+            if result.totals.signals.stop and trainer.phase_step < total:
+                stop_early(trainer, saver, observer)
             if trainer.phase_step < total and saver.is_due(trainer.phase_step):
                 saver.save(trainer, trainer.step, trainer.phase_step, last=False)
     if topology.any_rank(bool(observer.log_fault)):
         stop_without_log(trainer, saver, observer)
+
+
+def stop_early(trainer: PhaseTrainer, saver: Saver, observer: Observer) -> None:
+    """Save a run and end it, if any rank wishes so; all ranks call it.
+
+    Raises:
+        EarlyEnd: with the first rank's reason.
+    """
+    # The flag alone has travelled with the sums.
+    if reason := first_fault(stopping.current.reason):
+        saver.save(trainer, trainer.step, trainer.phase_step, last=True)
+        cause = f"{reason} after step {trainer.step}, which is saved"
+        end_together(stopping.current.end(cause), trainer, observer)
+
+
+def end_together(end: EarlyEnd, trainer: PhaseTrainer, observer: Observer) -> NoReturn:
+    """Raise `end` on all ranks, once the main rank has told of it: torchrun ends the others as soon as one is gone."""
+    observer.event("early_end", step=trainer.step, cause=str(end), code=end.code)
+    if trainer.topology.is_main:
+        status.current.ended(end.state, end.code, str(end), end.hint)
+    observer.say(f"{end}; {end.hint}")
+    trainer.topology.barrier()
+    raise end
 
 
 def stop_without_log(trainer: PhaseTrainer, saver: Saver, observer: Observer) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from visionloom.common.errors import UserError
+from visionloom.common.errors import EarlyEnd, UserError
 from visionloom.data.config import DataConfig
 from visionloom.data.encode.tokenizer import Tokenizer
 from visionloom.data.plan.open import dataset_weights, open_datasets
@@ -45,8 +45,8 @@ from visionloom.train.evaluate import (
 )
 from visionloom.train.exchange.companions import carry_into_run
 from visionloom.train.exchange.evaluation_command import EvaluationCommand, export_for_command
-from visionloom.train.loop import fit, log_error
-from visionloom.train.observe import status
+from visionloom.train.loop import fit, log_error, stop_early
+from visionloom.train.observe import status, stopping
 from visionloom.train.observe.observer import Observer
 from visionloom.train.observe.screen import Screen
 from visionloom.train.phase_trainer import PhaseTrainer
@@ -71,10 +71,15 @@ def pretrain(config: RunConfig) -> None:
     check_data(config, newest)
 
     # Each begins from the last one's checkpoint, as a resumed run does: there is one path.
-    for name in phases_left(config, newest):
-        topology = phase_topology(config, name, topology)
-        newest = train_phase(config, name, topology, newest, observer)
-        free_memory(topology.device)
+    try:
+        for name in phases_left(config, newest):
+            topology = phase_topology(config, name, topology)
+            newest = train_phase(config, name, topology, newest, observer)
+            free_memory(topology.device)
+    except EarlyEnd:
+        # With the last lines, as at a run's own end.
+        observer.trackers.close()
+        raise
 
     step = newest.run_state.step if newest is not None else 0
     observer.event("done", step=step)
@@ -106,8 +111,10 @@ def train_phase(
     if not trainer.phase_step:
         validate_start(config, trainer, observer)
     saver = Saver(folder, config.checkpoint, observer.saved)
-    with observer.live(trainer):
+    with stopping.current.at_steps(), observer.live(trainer):
         fit(trainer, saver, observer, chosen_workers(config.data.workers))
+        # What is measured after a phase may take longer than whoever sent a signal waits.
+        stop_early(trainer, saver, observer)
         saver.save(trainer, trainer.step, trainer.phase_step, last=True)
     validate_end(config, trainer, observer)
     observer.phase_end(trainer)

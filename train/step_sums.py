@@ -80,6 +80,8 @@ class Signals:
     """The run's log could not be written."""
     saving: bool = False
     """A checkpoint is still being written in the background."""
+    stop: bool = False
+    """The run is to end early."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ REFRESH_SECONDS: Final = 2.0
 """Least time between two writes of the step while a run trains."""
 AGENT: Final = "TORCHELASTIC_RUN_ID"
 """Variable that torchrun's agent sets for its ranks."""
-State = Literal["running", "done", "failed"]
+State = Literal["running", "done", "failed", "stopped"]
+"""`stopped`: as somebody wished, and saved where there was something to save."""
 
 
 @dataclass
@@ -35,7 +36,7 @@ class Status:
     cause: str
     """Why it ended."""
     rank: int
-    """The rank that failed."""
+    """The rank that ended first."""
     step: int | None
     """Optimizer steps done in the run, as far as is known: a start that has not yet read its checkpoint has the step of the one
     before it; None before training has begun."""
@@ -88,19 +89,29 @@ class RunStatus:
             self._write(Status("done", 0, "done", 0, self.step, "", _restarts()))
 
     def failed(self, code: int, cause: str, hint: str, rank: int | None = None) -> None:
-        """Record why the run has ended, unless another cause is there: later ranks fail because of the first."""
+        """Record why the run has failed, unless another cause is there."""
+        self.ended("failed", code, cause, hint, rank)
+
+    def ended(
+        self, state: State, code: int, cause: str, hint: str, rank: int | None = None
+    ) -> bool:
+        """Record how the run has ended, unless another cause is there: later ranks end because of the first.
+
+        Returns whether this was the first one, so that it is told once.
+        """
         if self._folder is None:
-            return
+            return False
         written = read_status(self._folder)
         step = self.step
         if written is not None:
             # A start on another machine may be this one: only its host can tell.
             is_older = written.host == socket.gethostname() and not _is_of_this_start(written)
             if written.state != "running" and not is_older:
-                return
+                return False
             step = written.step if step is None else step
-        failed_rank = _rank() if rank is None else rank
-        self._write(Status("failed", code, cause, failed_rank, step, hint, _restarts()))
+        ending_rank = _rank() if rank is None else rank
+        self._write(Status(state, code, cause, ending_rank, step, hint, _restarts()))
+        return True
 
     def _write(self, status: Status) -> None:
         if self._folder is not None:
