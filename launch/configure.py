@@ -113,6 +113,8 @@ def _start(
             claim(Path(config.run.folder))
     except UserError as error:
         exit_with(error, folder=config.run.folder if trains else "")
+    except EarlyEnd as end:
+        exit_early(end)
     watch_ranks()
     if trains:
         hear_signals()
@@ -133,12 +135,14 @@ def work(command: Callable[[RunConfig], None], config: RunConfig) -> None:
         machine_error = of_the_machine(error, Path(config.run.folder))
         if machine_error is not None:
             exit_with(machine_error)
-        status.current.failed(FAILURE, cause_of(error), hint_for(error))
+        code = status.current.failed(FAILURE, cause_of(error), hint_for(error)) or FAILURE
         record_for_torchrun(error)
-        keep_code(FAILURE)
+        keep_code(code)
         if isinstance(error, MachineError):
             warn(f"error: {one_line(str(error))}")
-            sys.exit(FAILURE)
+            sys.exit(code)
+        if code == status.GAVE_UP:
+            warn(f"error: {status.MOST_STARTS} starts without progress; {status.MEND}")
         raise
     status.current.done()
 

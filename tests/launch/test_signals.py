@@ -22,10 +22,11 @@ from visionloom.train.observe import status, stopping
 configure.check_paths = configure.check_agreements = lambda *_: None
 def command(config):
     status.current.at(3)
-    print("began", flush=True)
     if sys.argv[2] == "starting":
+        print("began", flush=True)
         time.sleep(60)
     with stopping.current.at_steps():
+        print("began", flush=True)
         while not stopping.current.reason:
             time.sleep(0.01)
         raise stopping.current.end(f"{stopping.current.reason} after step 4")

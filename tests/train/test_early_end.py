@@ -113,3 +113,25 @@ def test_a_real_run_stops_and_goes_on(
     assert 3 <= status["step"] < LONGER
     pool.run(2, train, run_config(demo_data, folder, LONGER, 2))
     assert exact(folder) == exact(longer)
+
+
+def faulty(kind: str, step: int, rank: str) -> tuple[str, ...]:
+    """The script of a run with a fault; see faulty.py."""
+    return "-m", "visionloom.tests.train.faulty", kind, str(step), rank
+
+
+@pytest.mark.faults
+def test_a_crash_loop_ends_after_three_starts(demo_data: Path, tmp_path: Path) -> None:
+    """Row 12: torchrun would start the ranks ten times; the third is the last that trains, and says how it stands."""
+    folder = tmp_path / "run"
+    options = "checkpoint.every_steps=2", "checkpoint.asynchronous=false"
+    words = run_words(demo_data, folder, LONGER, *options)
+    with torchrun(words, "--max-restarts=4", script=faulty("fail", 4, "1")) as agent:
+        output, _ = agent.communicate(timeout=300)
+    status = json.loads((folder / "status.json").read_text())
+    # The first start has made progress, to step 2; the fifth is refused before torch is imported.
+    assert output.count("[rank1]: ValueError: a fault on purpose\n") == 4, output
+    assert (status["state"], status["code"], status["restarts"]) == ("failed", 93, 4)
+    assert (
+        status["cause"].startswith("3 starts in a row") and "a fault on purpose" in status["cause"]
+    )

@@ -150,7 +150,9 @@ def test_restarts_say_what_was_killed(restarts: list[dict[str, Any]]) -> None:
     assert alone >= 8 and told >= alone // 2, (told, alone)
 
 
-def torchrun(words: list[str], *options: str) -> subprocess.Popen[str]:
+def torchrun(
+    words: list[str], *options: str, script: tuple[str, ...] = ("launch/pretrain.py",)
+) -> subprocess.Popen[str]:
     command = [
         sys.executable,
         "-m",
@@ -162,7 +164,7 @@ def torchrun(words: list[str], *options: str) -> subprocess.Popen[str]:
     ]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     return subprocess.Popen(
-        [*command, "launch/pretrain.py", *words], cwd=ROOT, env=ENVIRONMENT, text=True, **pipes
+        [*command, *script, *words], cwd=ROOT, env=ENVIRONMENT, text=True, **pipes
     )  # type: ignore[call-overload,no-any-return]
 
 

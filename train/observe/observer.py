@@ -80,6 +80,8 @@ class Observer:
     def saved(self, event: str, **fields: Any) -> None:
         """Report a checkpoint: `checkpoint` or `checkpoint_failed`, with the fields of checkpoint/write.py."""
         self.event(event, **fields)
+        if event == "checkpoint":
+            status.current.saves(fields["step"])
         waited = fields.get("waited_seconds", 0.0)
         if waited > SLOW_SECONDS:
             self.say(
