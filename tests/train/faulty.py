@@ -1,6 +1,6 @@
-"""A run with a fault in it: started by torchrun as `-m visionloom.tests.train.faulty KIND STEP RANK WORDS...`.
+"""A run with a fault in it: started by torchrun as `-m visionloom.tests.train.faulty KIND FIRST LAST RANK WORDS...`.
 
-KIND at the run's step STEP (1, 2, ...) on RANK (`all`: each), or at each step from there on where its name ends in `+`.
+KIND comes with the data of the steps FIRST to LAST (from 1, 0: for good) on RANK: what a phase passes over does no harm.
 """
 
 import os
@@ -8,43 +8,66 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from visionloom.launch.configure import start
 from visionloom.train.config import RunConfig
 
 
-def fail() -> None:
+def fail(batches: Any) -> None:
     raise ValueError("a fault on purpose")
 
 
-KINDS: dict[str, Callable[[], object]] = {
+def poison(batches: Any) -> None:
+    for batch in batches:
+        # Not NaN, which is no weight above 0: such tokens are left out.
+        batch.loss_weights[batch.loss_weights > 0] = float("inf")
+
+
+def halt(batches: Any) -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def sleep(batches: Any, seconds: float = 1000.0) -> None:
+    time.sleep(seconds)
+
+
+KINDS: dict[str, Callable[[Any], None]] = {
     "fail": fail,
-    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
-    "halt": lambda: os.kill(os.getpid(), signal.SIGSTOP),
-    "sleep": lambda: time.sleep(1000),
-    "slow": lambda: time.sleep(1.0),
+    "nan": poison,
+    "halt": halt,
+    "sleep": sleep,
+    "slow": partial(sleep, seconds=1.0),
 }
 
 
-def train(config: RunConfig) -> None:
-    """Train with a fault before the forward pass of a step."""
+def pretrain_with(config: RunConfig, kind: str, first: int, last: int, rank: int) -> None:
+    """Train with a fault before the forward pass of some steps on a rank."""
+    import torch.distributed as dist
+
     from visionloom.train import loop
     from visionloom.train.run import pretrain
 
-    kind, at, rank = sys.argv[1], int(sys.argv[2]), sys.argv[3]
     step_of = loop.train_step
 
-    def step(trainer: Any, *arguments: Any) -> Any:
-        here = rank in ("all", os.environ["RANK"])
-        number = trainer.step + 1
-        if here and (number == at or (kind.endswith("+") and number > at)):
-            KINDS[kind.removesuffix("+")]()
-        return step_of(trainer, *arguments)
+    def step(trainer: Any, batches: Any, *arguments: Any) -> Any:
+        number = trainer.stream.step_of_plan(trainer.phase_step) + 1
+        if dist.get_rank() == rank and first <= number <= (last or number):
+            KINDS[kind](batches)
+        return step_of(trainer, batches, *arguments)
 
     loop.train_step = step
-    pretrain(config)
+    try:
+        pretrain(config)
+    finally:
+        loop.train_step = step_of
+
+
+def train(config: RunConfig) -> None:
+    """Be a rank under torchrun."""
+    pretrain_with(config, sys.argv[1], *map(int, sys.argv[2:5]))
 
 
 if __name__ == "__main__":
-    start(train, sys.argv[4:])
+    start(train, sys.argv[5:])

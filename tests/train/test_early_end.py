@@ -1,7 +1,9 @@
 """Runs that end before their last step and go on. Reference: the same run without interruption, bit for bit."""
 
+import contextlib
 import json
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +42,12 @@ def longer(pool: RankPool, demo_data: Path, tmp_path_factory: pytest.TempPathFac
     return folder
 
 
-def stopped(config: RunConfig, ranks: list[int], step: int) -> str:
-    """Train, while some ranks are asked to stop after a step (runs in the pool)."""
+@contextlib.contextmanager
+def asked_to_stop(ranks: list[int], step: int) -> Iterator[None]:
+    """Some ranks are asked to stop after a step of the run in this process."""
     from visionloom.train.observe import stopping
     from visionloom.train.observe.observer import Observer
     from visionloom.train.observe.stopping import StopRequest
-    from visionloom.train.run import pretrain
 
     stopping.current = StopRequest()  # type: ignore[misc]  # of the process, which outlives the run
     shown = Observer.step
@@ -57,12 +59,19 @@ def stopped(config: RunConfig, ranks: list[int], step: int) -> str:
 
     Observer.step = ask  # type: ignore[method-assign]
     try:
-        pretrain(config)
-    except EarlyEnd as end:
-        return str(end)
+        yield
     finally:
         Observer.step = shown  # type: ignore[method-assign]
         stopping.current = StopRequest()  # type: ignore[misc]
+
+
+def stopped(config: RunConfig, ranks: list[int], step: int) -> str:
+    """Train, while some ranks are asked to stop after a step (runs in the pool)."""
+    try:
+        with asked_to_stop(ranks, step):
+            train(config)
+    except EarlyEnd as end:
+        return str(end)
     return "done"
 
 
@@ -115,9 +124,9 @@ def test_a_real_run_stops_and_goes_on(
     assert exact(folder) == exact(longer)
 
 
-def faulty(kind: str, step: int, rank: str) -> tuple[str, ...]:
+def faulty(kind: str, first: int, last: int, rank: int) -> tuple[str, ...]:
     """The script of a run with a fault; see faulty.py."""
-    return "-m", "visionloom.tests.train.faulty", kind, str(step), rank
+    return "-m", "visionloom.tests.train.faulty", kind, str(first), str(last), str(rank)
 
 
 @pytest.mark.faults
@@ -126,7 +135,7 @@ def test_a_crash_loop_ends_after_three_starts(demo_data: Path, tmp_path: Path) -
     folder = tmp_path / "run"
     options = "checkpoint.every_steps=2", "checkpoint.asynchronous=false"
     words = run_words(demo_data, folder, LONGER, *options)
-    with torchrun(words, "--max-restarts=4", script=faulty("fail", 4, "1")) as agent:
+    with torchrun(words, "--max-restarts=4", script=faulty("fail", 4, 4, 1)) as agent:
         output, _ = agent.communicate(timeout=300)
     status = json.loads((folder / "status.json").read_text())
     # The first start has made progress, to step 2; the fifth is refused before torch is imported.
