@@ -25,6 +25,7 @@ from visionloom.launch import environment
 from visionloom.launch.causes import (
     cause_of,
     hint_for,
+    is_lost_connection,
     of_the_machine,
 )
 from visionloom.launch.claim import claim
@@ -46,6 +47,7 @@ from visionloom.launch.exit import (
     keep_code,
     record_for_torchrun,
 )
+from visionloom.launch.hang import watch_hangs
 from visionloom.launch.options import read_options
 from visionloom.launch.plan_commands.first import check_plan
 from visionloom.launch.show import show
@@ -118,6 +120,7 @@ def _start(
     watch_ranks()
     if trains:
         hear_signals()
+        watch_hangs(Path(config.run.folder), config.watch.seconds)
     work(command, config)
 
 
@@ -135,9 +138,13 @@ def work(command: Callable[[RunConfig], None], config: RunConfig) -> None:
         machine_error = of_the_machine(error, Path(config.run.folder))
         if machine_error is not None:
             exit_with(machine_error)
-        code = status.current.failed(FAILURE, cause_of(error), hint_for(error)) or FAILURE
+        written = status.current.failed(FAILURE, cause_of(error), hint_for(error))
+        code = written or FAILURE
         record_for_torchrun(error)
         keep_code(code)
+        # What another rank has told is the cause of this: a second traceback would only hide it.
+        if written is None and is_lost_connection(error):
+            sys.exit(code)
         if isinstance(error, MachineError):
             warn(f"error: {one_line(str(error))}")
             sys.exit(code)

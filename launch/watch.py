@@ -19,6 +19,8 @@ from visionloom.common.ranks import ranks_here
 from visionloom.launch.exit import FAILURE, attempt_folder
 from visionloom.train.observe import status
 
+MEMBER: Final = "rank"
+"""Beginning of the file, in torchrun's folder, in which each rank leaves its number and its process."""
 LOOK_SECONDS: Final = 1.0
 """Between two looks at the memory of the others."""
 EXIT_STATUS: Final = 49
@@ -77,7 +79,7 @@ class Watch:
         while missing:
             for local in sorted(missing):
                 # No words: that rank has not come so far, and is looked for again.
-                words = _read(self.folder / f"visionloom.rank{local}").split()
+                words = _read(self.folder / f"visionloom.{MEMBER}{local}").split()
                 if len(words) == 2:
                     missing.remove(local)
                     try:
@@ -129,7 +131,7 @@ def watch_ranks() -> None:
     if folder is None or count == 1:
         return
     # The threads of the others wait for this file.
-    with replacing(folder / f"visionloom.rank{own}", durable=False) as file:
+    with replacing(folder / f"visionloom.{MEMBER}{own}", durable=False) as file:
         rank = os.environ.get("RANK", "0")
         file.write(f"{rank} {os.getpid()}".encode())
     threading.Thread(

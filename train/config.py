@@ -19,6 +19,7 @@ from visionloom.model.distillation_config import DistillationConfig
 from visionloom.model.lora_config import LoraConfig
 from visionloom.parallel.config import ParallelConfig
 from visionloom.train.generation.config import Budget, GenerationConfig
+from visionloom.train.observe.limits import WatchConfig
 
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -370,6 +371,8 @@ class RunConfig:
     """Held-out loss and greedy answers."""
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     """Answers that launch/generate.py draws."""
+    watch: WatchConfig = field(default_factory=WatchConfig)
+    """How long a rank may be silent."""
 
     @property
     def datasets_read(self) -> set[str]:

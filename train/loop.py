@@ -1,11 +1,13 @@
 """The training loop of one phase: next packs, one step, one line of metrics, a checkpoint now and then."""
 
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from typing import Any, NoReturn
 
+from visionloom.common import pulse
 from visionloom.common.errors import EarlyEnd, UserError
+from visionloom.common.pulse import DATA, STEP
 from visionloom.data.stream.batch import PackedBatch
 from visionloom.data.stream.workers import iterate
 from visionloom.parallel.topology import Topology
@@ -14,6 +16,7 @@ from visionloom.train.checkpoint.write import Saver, first_fault
 from visionloom.train.observe import status, stopping
 from visionloom.train.observe.metrics import memory_gib, peak_flops
 from visionloom.train.observe.observer import Observer
+from visionloom.train.observe.slow_ranks import own_seconds
 from visionloom.train.optim.bad_steps import GoBack
 from visionloom.train.optimizer import learning_rates
 from visionloom.train.phase_trainer import PhaseTrainer
@@ -37,22 +40,9 @@ def fit(trainer: PhaseTrainer, saver: Saver, observer: Observer, workers: int) -
     """
     is_due = False
     total, topology = trainer.phase.total_steps, trainer.topology
-    with closing(step_batches(trainer, workers)) as steps:
+    with pulse.current.during(STEP), closing(step_batches(trainer, workers)) as steps:
         while trainer.phase_step < total:
-            started = time.perf_counter()
-            batches = next(steps)
-            waited = time.perf_counter() - started
-
-            if trainer.has_dropout:
-                topology.reseed(trainer.step)
-            signals = Signals(
-                bool(observer.log_fault), saver.is_writing, bool(stopping.current.reason)
-            )
-            result = train_step(trainer, batches, signals)
-            trainer.step += 1
-            trainer.phase_step += 1
-            observer.step(metrics_line(trainer, result, time.perf_counter() - started, waited))
-
+            result = take_step(trainer, steps, saver, observer)
             if result.totals.signals.log_failed:
                 stop_without_log(trainer, saver, observer)
             saver.poll(topology, result.totals.signals.saving)
@@ -72,6 +62,30 @@ def fit(trainer: PhaseTrainer, saver: Saver, observer: Observer, workers: int) -
                 is_due = False
     if topology.any_rank(bool(observer.log_fault)):
         stop_without_log(trainer, saver, observer)
+
+
+def take_step(
+    trainer: PhaseTrainer, steps: Iterator[list[PackedBatch]], saver: Saver, observer: Observer
+) -> StepResult:
+    """Train the next step of a phase and report it."""
+    started = time.perf_counter()
+    # Those of the step before, which is over: they ride with the sums of this one.
+    own = own_seconds(pulse.current.next_step(trainer.step))
+    with pulse.current.at(DATA):
+        batches = next(steps)
+    waited = time.perf_counter() - started
+
+    if trainer.has_dropout:
+        trainer.topology.reseed(trainer.step)
+    is_stopped = bool(stopping.current.reason)
+    signals = Signals(bool(observer.log_fault), saver.is_writing, is_stopped, tuple(own))
+    result = train_step(trainer, batches, signals)
+    trainer.step += 1
+    trainer.phase_step += 1
+    line = metrics_line(trainer, result, time.perf_counter() - started, waited)
+    observer.step(line)
+    observer.slow(result.totals.own_seconds, line["step_seconds"])
+    return result
 
 
 def stop_early(trainer: PhaseTrainer, saver: Saver, observer: Observer) -> None:

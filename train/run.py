@@ -10,7 +10,9 @@ from typing import Any, Final
 
 import torch
 
+from visionloom.common import pulse
 from visionloom.common.errors import EarlyEnd, UserError
+from visionloom.common.pulse import EVALUATION, PROGRAM
 from visionloom.data.config import DataConfig
 from visionloom.data.encode.tokenizer import Tokenizer
 from visionloom.data.plan.open import dataset_weights, open_datasets
@@ -160,14 +162,16 @@ def train_phase(
     observer.phase_start(trainer)
     # Not when resumed: the loss at the phase's beginning is in the log already.
     if not trainer.phase_step:
-        validate_start(config, trainer, observer)
+        with pulse.current.during(EVALUATION):
+            validate_start(config, trainer, observer)
     saver = Saver(folder, config.checkpoint, observer.saved)
     with stopping.current.at_steps(), observer.live(trainer):
         fit(trainer, saver, observer, chosen_workers(config.data.workers))
         # What is measured after a phase may take longer than whoever sent a signal waits.
         stop_early(trainer, saver, observer)
         saver.save(trainer, trainer.step, trainer.phase_step, last=True)
-    validate_end(config, trainer, observer)
+    with pulse.current.during(EVALUATION):
+        validate_end(config, trainer, observer)
     observer.phase_end(trainer)
     trainer.drop_graphs()
     return checkpoint.read(checkpoint.folder_of(folder, name, trainer.step))
@@ -344,7 +348,8 @@ def evaluate_weights(
     """Evaluate a checkpoint's weights on the held-out data of the run; its model is freed then."""
     parts = newest_weights(config, topology, trained)
     folder, step = run_folder(config), trained.run_state.step
-    return evaluate_model(held_out(config), parts, topology, folder, step, screen)
+    with pulse.current.during(EVALUATION):
+        return evaluate_model(held_out(config), parts, topology, folder, step, screen)
 
 
 def finish_evaluation(
@@ -370,7 +375,8 @@ def finish_evaluation(
     if command is None or not topology.is_main:
         return
     screen.say(f"running {COMMAND}: {shlex.join(command.words)}; its output: {command.log}")
-    numbers = command.run(config.evaluation.command_minutes * 60)
+    with pulse.current.during(PROGRAM):
+        numbers = command.run(config.evaluation.command_minutes * 60)
     evaluation.results["command"] = numbers
     evaluation.write()
     print_numbers(numbers, screen)

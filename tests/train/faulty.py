@@ -38,7 +38,7 @@ KINDS: dict[str, Callable[[Any], None]] = {
     "nan": poison,
     "halt": halt,
     "sleep": sleep,
-    "slow": partial(sleep, seconds=1.0),
+    "slow": partial(sleep, seconds=0.5),
 }
 
 

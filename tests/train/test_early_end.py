@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 
 from visionloom.common.errors import EarlyEnd
 from visionloom.tests.ranks import RankPool
+from visionloom.tests.train.faulty import pretrain_with
 from visionloom.tests.train.runs import metrics, run_config, run_words
 from visionloom.tests.train.test_faults import rank_processes, torchrun, wait_for_steps
 from visionloom.tests.train.test_layouts import train
@@ -140,7 +142,36 @@ def test_a_crash_loop_ends_after_three_starts(demo_data: Path, tmp_path: Path) -
     status = json.loads((folder / "status.json").read_text())
     # The first start has made progress, to step 2; the fifth is refused before torch is imported.
     assert output.count("[rank1]: ValueError: a fault on purpose\n") == 4, output
+    assert "[rank0]:" not in output, "the others are quiet"
     assert (status["state"], status["code"], status["restarts"]) == ("failed", 93, 4)
     assert (
         status["cause"].startswith("3 starts in a row") and "a fault on purpose" in status["cause"]
     )
+
+
+@pytest.mark.faults
+def test_a_stopped_rank_is_named_with_stacks(demo_data: Path, tmp_path: Path) -> None:
+    """Row 13, and 14 in launch/test_hang.py: a real run with a limit of six seconds; torchrun need not kill the stopped rank."""
+    folder = tmp_path / "run"
+    words = run_words(demo_data, folder, LONGER, "watch.step_minutes=0.1")
+    with torchrun(words, script=faulty("halt", 4, 4, 1)) as agent:
+        wait_for_steps(agent, folder, 3)
+        output, _ = agent.communicate(timeout=6 + 5 + 15)
+    status = json.loads((folder / "status.json").read_text())
+    assert (status["state"], status["code"], status["step"]) == ("failed", 75, 3), output
+    assert re.match(
+        r"no sign of life for \d s after step 3: rank 1 on \S+, step, part other, stopped by a signal \(SIGSTOP\); stacks",
+        status["cause"],
+    )
+    stacks = [(folder / "hang" / f"rank-0000{rank}.txt").read_text() for rank in (0, 1)]
+    assert "in halt" in stacks[1] and "in halt" not in stacks[0] and "in train_step" in stacks[0]
+
+
+@pytest.mark.faults
+def test_a_slow_rank_is_named(pool: RankPool, demo_data: Path, tmp_path: Path) -> None:
+    """Row 15: half a second in each of rank 1's steps, before its forward pass."""
+    config = run_config(demo_data, tmp_path, 24, 2)
+    pool.run(2, pretrain_with, config, "slow", 2, 0, 1)
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    (event,) = (event for event in events if event["event"] == "slow_rank")
+    assert event["detail"].startswith("rank 1 is slow in computation for 20 steps: 0.")
