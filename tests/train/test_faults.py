@@ -118,7 +118,7 @@ def test_the_weights_end_as_if_nothing_had_happened(
 
 
 def test_restarts_in_place_lose_nothing(restarts: list[dict[str, Any]], pool: RankPool) -> None:
-    """Rows 1 and 2: torch's agent starts the ranks anew in the same job, three times at most, and 20 of 20 kills cost nothing."""
+    """Rows 1 and 2: torch's agent starts the ranks anew in the same job, and 20 of 20 kills cost nothing."""
     assert sum(len(run["killed"]) for run in restarts) == KILLS
     assert {victim for run in restarts for victim in run["killed"]} == {"0", "1", "0+1"}
     assert [run["ended"] for run in restarts] == ["by itself"] * len(restarts)
