@@ -8,6 +8,7 @@ next optimizer step.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -23,7 +24,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 RANKS, RESTARTS = 2, 3
 KILLS_A_RUN = 2
 """Three starts in a row without a checkpoint would end it with 93, as they should."""
-VICTIMS = (["0"], ["1"], ["0", "1"])
+TURNS = itertools.cycle((["0"], ["1"], ["0", "1"]))
+"""Whom each kill hits."""
 
 
 def rank(work: str, words: list[str]) -> None:
@@ -61,7 +63,7 @@ class Killer(threading.Thread):
             time.sleep(self.chance.uniform(0.0, 2.0))
             if self.ended:
                 return
-            victims = self.chance.choice(VICTIMS)
+            victims = next(TURNS)
             for victim in victims:
                 self._kill(victim)
             self.killed.append("+".join(victims))
