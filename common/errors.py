@@ -1,8 +1,9 @@
 """The errors that visionloom raises on purpose."""
 
 import difflib
+import os
 from collections.abc import Iterable, Sequence
-from typing import Final
+from typing import Final, Literal
 
 from visionloom.common.text import one_line
 
@@ -31,6 +32,21 @@ class UserError(ValueError):
 
 class MachineError(RuntimeError):
     """The machine failed, and not what the user gave: one line that says where, exit code 1; the same command may work later."""
+
+
+class EarlyEnd(RuntimeError):
+    """A run that ends before its last step, though neither the user nor the program made a mistake: one line says why."""
+
+    def __init__(self, cause: str, code: int, hint: str) -> None:
+        """`code`: exit code, by which a script knows whether to start the run again; `hint`: the same for a person."""
+        super().__init__(cause)
+        self.code = code
+        self.hint = hint
+
+    @property
+    def state(self) -> Literal["stopped", "failed"]:
+        """Return what status.json calls it: `stopped`, where the same command may go on, or `failed`."""
+        return "stopped" if self.code == os.EX_TEMPFAIL else "failed"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

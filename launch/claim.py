@@ -6,7 +6,7 @@ from pathlib import Path
 
 from visionloom.common.errors import UserError
 from visionloom.common.lock import FolderLock
-from visionloom.train.observe import status
+from visionloom.train.observe import status, stopping
 
 FREE_BYTES = 1 << 20
 """Least room that a run's folder must have for its logs: 1 MiB. How much a checkpoint takes is known when the model is built."""
@@ -29,6 +29,7 @@ def claim(folder: Path) -> None:
         # With the lock: the run that has the folder may be writing its own probe.
         check_writable(folder, "run.folder")
     status.current.begin(folder)
+    stopping.current.begin(folder)
 
 
 def check_writable(folder: Path, option: str) -> None:

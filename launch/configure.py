@@ -17,7 +17,7 @@ from typing import cast
 
 from omegaconf import DictConfig, OmegaConf
 
-from visionloom.common.errors import MachineError, UserError, unknown
+from visionloom.common.errors import EarlyEnd, MachineError, UserError, unknown
 from visionloom.common.quiet import quiet_libraries
 from visionloom.common.ranks import ranks_here
 from visionloom.common.text import one_line, warn
@@ -25,6 +25,7 @@ from visionloom.launch import environment
 from visionloom.launch.causes import (
     cause_of,
     hint_for,
+    is_lost_connection,
     of_the_machine,
 )
 from visionloom.launch.claim import claim
@@ -40,14 +41,17 @@ from visionloom.launch.composing.words import check_words, readable
 from visionloom.launch.exit import (
     FAILURE,
     end_with_parent,
+    exit_early,
     exit_interrupted,
     exit_with,
     keep_code,
     record_for_torchrun,
 )
+from visionloom.launch.hang import watch_hangs
 from visionloom.launch.options import read_options
 from visionloom.launch.plan_commands.first import check_plan
 from visionloom.launch.show import show
+from visionloom.launch.signals import hear_signals
 from visionloom.launch.watch import watch_ranks
 from visionloom.model.huggingface.shapes import parameter_count
 from visionloom.train.config import COMMAND, PhaseConfig, RunConfig
@@ -111,7 +115,12 @@ def _start(
             claim(Path(config.run.folder))
     except UserError as error:
         exit_with(error, folder=config.run.folder if trains else "")
+    except EarlyEnd as end:
+        exit_early(end)
     watch_ranks()
+    if trains:
+        hear_signals()
+        watch_hangs(Path(config.run.folder), config.watch.seconds)
     work(command, config)
 
 
@@ -123,16 +132,24 @@ def work(command: Callable[[RunConfig], None], config: RunConfig) -> None:
         command(config)
     except UserError as error:
         exit_with(error)
+    except EarlyEnd as end:
+        exit_early(end)
     except Exception as error:
         machine_error = of_the_machine(error, Path(config.run.folder))
         if machine_error is not None:
             exit_with(machine_error)
-        status.current.failed(FAILURE, cause_of(error), hint_for(error))
+        written = status.current.failed(FAILURE, cause_of(error), hint_for(error))
+        code = written or FAILURE
         record_for_torchrun(error)
-        keep_code(FAILURE)
+        keep_code(code)
+        # What another rank has told is the cause of this: a second traceback would only hide it.
+        if written is None and is_lost_connection(error):
+            sys.exit(code)
         if isinstance(error, MachineError):
             warn(f"error: {one_line(str(error))}")
-            sys.exit(FAILURE)
+            sys.exit(code)
+        if code == status.GAVE_UP:
+            warn(f"error: {status.MOST_STARTS} starts without progress; {status.MEND}")
         raise
     status.current.done()
 

@@ -16,11 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from visionloom.common.errors import UserError
+from visionloom.common.errors import EarlyEnd, UserError
 from visionloom.common.text import one_line, printable, warn
-from visionloom.train.observe import status
+from visionloom.train.observe import status, stopping
 
-FAILURE = 1
+FAILURE = status.FAILURE
 CANNOT_RUN = 1
 """Of a plan that was made and says that the run does not fit; USER_ERROR is that none could be made."""
 USER_ERROR = 2
@@ -68,11 +68,16 @@ def keep_code(code: int) -> None:
     Threads of gloo go on while the interpreter is taken down, and were seen to end it by SIGSEGV in place of the code.
     """
     distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        atexit.register(_end, code)
+    is_open = (
+        distributed is not None and distributed.is_available() and distributed.is_initialized()
+    )
+    # A traceback alone ends a process with 1.
+    if is_open or code == status.GAVE_UP:
+        atexit.register(end_process, code)
 
 
-def _end(code: int) -> NoReturn:
+def end_process(code: int) -> NoReturn:
+    """End this process with an exit code, what it has printed shown; threads that write or wait are not waited for."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
@@ -86,8 +91,31 @@ def exit_interrupted(hint: str = "start the same command again to resume") -> No
     status.current.failed(INTERRUPTED, "interrupted (Ctrl-C)", hint)
     if _may_speak(everywhere=False):
         warn(f"interrupted; {hint}")
-    # Threads that write or wait are not waited for.
-    _end(INTERRUPTED)
+    end_process(INTERRUPTED)
+
+
+def exit_stopped(reason: str) -> NoReturn:
+    """End a run on a signal while no phase trains: what is saved is whole, and there is no more to save."""
+    hint = stopping.RESUME
+    code = status.current.ended("stopped", status.STOPPED, reason, hint)
+    if code is not None and _may_speak(everywhere=False):
+        warn(f"{reason} between the steps of phases; {hint}")
+    end_process(code or status.STOPPED)
+
+
+def exit_early(end: EarlyEnd) -> NoReturn:
+    """End a run that ends early on all ranks: one line, and the exit code that the end asks for.
+
+    torchrun takes any code but 0 for a fault, and would begin a run that was stopped anew if it may (`--max-restarts`).
+    """
+    # Where all ranks end together, the main rank has told of it.
+    code = status.current.ended(end.state, end.code, str(end), end.hint)
+    if code is not None:
+        warn(f"{one_line(str(end))}; {end.hint}")
+    is_restarted = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    code = 0 if is_restarted and end.state == "stopped" else code or end.code
+    keep_code(code)
+    sys.exit(code)
 
 
 def code_of(run: Callable[[], int]) -> int:

@@ -19,12 +19,17 @@ from visionloom.common.ranks import ranks_here
 from visionloom.launch.exit import FAILURE, attempt_folder
 from visionloom.train.observe import status
 
+MEMBER: Final = "rank"
+"""Beginning of the file, in torchrun's folder, in which each rank leaves its number and its process."""
 LOOK_SECONDS: Final = 1.0
 """Between two looks at the memory of the others."""
 EXIT_STATUS: Final = 49
 """Place of exit_code in /proc/PID/stat behind the command's name: field 52 of proc(5)."""
 KERNEL_COUNTS: Final = Path("/proc/vmstat")
 """`oom_kill` there counts the processes that the kernel has killed for want of memory, of the machine's or of a cgroup's."""
+
+lost_a_rank: Final = threading.Event()
+"""Another rank of this machine has ended, and not as it should: no step can come to its end any more."""
 
 
 @dataclass
@@ -74,7 +79,7 @@ class Watch:
         while missing:
             for local in sorted(missing):
                 # No words: that rank has not come so far, and is looked for again.
-                words = _read(self.folder / f"visionloom.rank{local}").split()
+                words = _read(self.folder / f"visionloom.{MEMBER}{local}").split()
                 if len(words) == 2:
                     missing.remove(local)
                     try:
@@ -92,6 +97,7 @@ class Watch:
         os.close(sibling.descriptor)
         if code == 0:
             return
+        lost_a_rank.set()
         status.current.failed(
             FAILURE,
             self._cause(sibling, code),
@@ -125,7 +131,7 @@ def watch_ranks() -> None:
     if folder is None or count == 1:
         return
     # The threads of the others wait for this file.
-    with replacing(folder / f"visionloom.rank{own}", durable=False) as file:
+    with replacing(folder / f"visionloom.{MEMBER}{own}", durable=False) as file:
         rank = os.environ.get("RANK", "0")
         file.write(f"{rank} {os.getpid()}".encode())
     threading.Thread(

@@ -27,6 +27,7 @@ from visionloom.train.config import RunConfig
 from visionloom.train.distillation.options import model_of_teacher
 from visionloom.train.distillation.own_layout import OwnLayoutTeacher
 from visionloom.train.distillation.teacher import LiveTeacher, StoredTeacher, Teacher
+from visionloom.train.optim.bad_steps import StepJudge
 from visionloom.train.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
 from visionloom.train.phase_trainer import PhaseTrainer
 from visionloom.train.stream_options import stream_options
@@ -272,6 +273,7 @@ def build_trainer(
         optimizer=optimizer,
         scheduler=build_scheduler(optimizer, config.optim, phase),
         stream=stream,
+        judge=StepJudge(config.optim),
         inputs=Inputs.of(config.phase_data(name), stream.tokenizer.fingerprint, weights),
         settings=settings_of(config, name),
     )

@@ -19,6 +19,7 @@ from visionloom.model.distillation_config import DistillationConfig, StepPacks
 from visionloom.model.lora_config import LoraConfig
 from visionloom.parallel.config import ParallelConfig
 from visionloom.train.generation.config import Budget, GenerationConfig
+from visionloom.train.observe.limits import WatchConfig
 
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -130,6 +131,12 @@ class OptimConfig:
     """Share of a weight that a step takes away, times the learning rate; biases and norms have none."""
     clip_grad: float = option(1.0, "run", least=0, most=1e9)
     """Largest global gradient norm; 0 turns clipping off."""
+    skip_limit: int = option(10, "free", least=1, most=STEPS)
+    """Skipped steps in a row after which the phase goes back to its newest checkpoint, and passes over their data."""
+    spike_score: float = option(6.0, "free", least=1, most=1e9)
+    """Robust standard deviations that a loss or gradient norm lies above those of the last 128 steps where it is a spike."""
+    skip_spikes: bool = option(False, "free")
+    """Skip steps that are spikes, as those whose gradient is not finite are."""
 
     def problems(self, here: str) -> Iterator[str]:
         """Yield a line if Muon would have moments in bf16."""
@@ -364,6 +371,8 @@ class RunConfig:
     """Held-out loss and greedy answers."""
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     """Answers that launch/generate.py draws."""
+    watch: WatchConfig = field(default_factory=WatchConfig)
+    """How long a rank may be silent."""
 
     @property
     def datasets_read(self) -> set[str]:

@@ -1,17 +1,23 @@
 """The training loop of one phase: next packs, one step, one line of metrics, a checkpoint now and then."""
 
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import closing
-from typing import Any
+from typing import Any, NoReturn
 
-from visionloom.common.errors import UserError
+from visionloom.common import pulse
+from visionloom.common.errors import EarlyEnd, UserError
+from visionloom.common.pulse import DATA, STEP
 from visionloom.data.stream.batch import PackedBatch
 from visionloom.data.stream.workers import iterate
+from visionloom.parallel.topology import Topology
 from visionloom.train.checkpoint.state_file import CHECKPOINTS
 from visionloom.train.checkpoint.write import Saver, first_fault
+from visionloom.train.observe import status, stopping
 from visionloom.train.observe.metrics import memory_gib, peak_flops
 from visionloom.train.observe.observer import Observer
+from visionloom.train.observe.slow_ranks import own_seconds
+from visionloom.train.optim.bad_steps import GoBack
 from visionloom.train.optimizer import learning_rates
 from visionloom.train.phase_trainer import PhaseTrainer
 from visionloom.train.step import StepResult, train_step
@@ -29,29 +35,80 @@ def fit(trainer: PhaseTrainer, saver: Saver, observer: Observer, workers: int) -
 
     Raises:
         UserError: if a checkpoint that must be cannot be saved, or the run's log cannot be written.
+        EarlyEnd: if the run is stopped.
+        GoBack: if optim.skip_limit steps in a row were skipped.
     """
+    is_due = False
     total, topology = trainer.phase.total_steps, trainer.topology
-    with closing(step_batches(trainer, workers)) as steps:
+    with pulse.current.during(STEP), closing(step_batches(trainer, workers)) as steps:
         while trainer.phase_step < total:
-            started = time.perf_counter()
-            batches = next(steps)
-            waited = time.perf_counter() - started
-
-            if trainer.has_dropout:
-                topology.reseed(trainer.step)
-            signals = Signals(bool(observer.log_fault), saver.is_writing)
-            result = train_step(trainer, batches, signals)
-            trainer.step += 1
-            trainer.phase_step += 1
-            observer.step(metrics_line(trainer, result, time.perf_counter() - started, waited))
-
+            result = take_step(trainer, steps, saver, observer)
             if result.totals.signals.log_failed:
                 stop_without_log(trainer, saver, observer)
             saver.poll(topology, result.totals.signals.saving)
-            if trainer.phase_step < total and saver.is_due(trainer.phase_step):
+            report_bad(trainer, result, observer)
+            if trainer.judge.has_enough:
+                saver.finish(topology)
+                raise GoBack(trainer.last_steps(trainer.judge.in_a_row))
+
+            is_due = is_due or saver.is_due(trainer.phase_step)
+            # Between skipped steps nothing is saved: a run may go back to before them, resumed or not.
+            if result.verdict.skipped or trainer.phase_step == total:
+                continue
+            if result.totals.signals.stop:
+                stop_early(trainer, saver, observer)
+            if is_due:
                 saver.save(trainer, trainer.step, trainer.phase_step, last=False)
+                is_due = False
     if topology.any_rank(bool(observer.log_fault)):
         stop_without_log(trainer, saver, observer)
+
+
+def take_step(
+    trainer: PhaseTrainer, steps: Iterator[list[PackedBatch]], saver: Saver, observer: Observer
+) -> StepResult:
+    """Train the next step of a phase and report it."""
+    started = time.perf_counter()
+    # Those of the step before, which is over: they ride with the sums of this one.
+    own = own_seconds(pulse.current.next_step(trainer.step))
+    with pulse.current.at(DATA):
+        batches = next(steps)
+    waited = time.perf_counter() - started
+
+    if trainer.has_dropout:
+        trainer.topology.reseed(trainer.step)
+    is_stopped = bool(stopping.current.reason)
+    signals = Signals(bool(observer.log_fault), saver.is_writing, is_stopped, tuple(own))
+    result = train_step(trainer, batches, signals)
+    trainer.step += 1
+    trainer.phase_step += 1
+    line = metrics_line(trainer, result, time.perf_counter() - started, waited)
+    observer.step(line)
+    observer.slow(result.totals.own_seconds, line["step_seconds"])
+    return result
+
+
+def stop_early(trainer: PhaseTrainer, saver: Saver, observer: Observer) -> None:
+    """Save a run and end it, if any rank wishes so; all ranks call it.
+
+    Raises:
+        EarlyEnd: with the first rank's reason.
+    """
+    # The flag alone has travelled with the sums.
+    if reason := first_fault(stopping.current.reason):
+        saver.save(trainer, trainer.step, trainer.phase_step, last=True)
+        cause = f"{reason} after step {trainer.step}, which is saved"
+        end_together(stopping.current.end(cause), trainer.topology, observer)
+
+
+def end_together(end: EarlyEnd, topology: Topology, observer: Observer) -> NoReturn:
+    """Raise `end` on all ranks, once the main rank has told of it: torchrun ends the others as soon as one is gone."""
+    observer.event("early_end", step=status.current.step, cause=str(end), code=end.code)
+    if topology.is_main:
+        status.current.ended(end.state, end.code, str(end), end.hint)
+    observer.say(f"{end}; {end.hint}")
+    topology.barrier()
+    raise end
 
 
 def stop_without_log(trainer: PhaseTrainer, saver: Saver, observer: Observer) -> None:
@@ -79,6 +136,17 @@ def log_error(fault: str, step: int) -> UserError:
     return UserError(
         f"{fault}: the run's log cannot be written; the run is saved after step {step}: make room, and start the same command again"
     )
+
+
+def report_bad(trainer: PhaseTrainer, result: StepResult, observer: Observer) -> None:
+    """Say of a step that it was skipped, or that it stands out."""
+    verdict, step = result.verdict, trainer.step
+    if not (verdict.skipped or verdict.spikes):
+        return
+    values = {"loss": result.loss, "grad_norm": result.grad_norm}
+    facts = {**values, "spikes": dict(verdict.spikes), "skipped": verdict.skipped}
+    observer.event("bad_step", step=step, **facts)
+    observer.say(f"warning: step {step}: {verdict.describe(values)}")
 
 
 def step_batches(trainer: PhaseTrainer, workers: int) -> Generator[list[PackedBatch]]:
@@ -113,7 +181,7 @@ def metrics_line(
         "phase_step": trainer.phase_step,
         "loss": totals.loss,
         "loss_by_source": totals.loss_by_source,
-        "grad_norm": result.grad_norm if not result.skipped else None,
+        "grad_norm": result.grad_norm if not result.verdict.skipped else None,
         "lr": learning_rates(trainer.scheduler, trainer.phase),
         "tokens": counts.tokens,
         "supervised_tokens": counts.supervised_tokens,
@@ -131,8 +199,8 @@ def metrics_line(
         "load_imbalance": totals.largest_flops * topology.data_size / flops if flops else 1.0,
         "mfu": None if peak is None else flops_per_device / peak,
         "memory_gib": memory_gib(topology.device),
-        "skipped": result.skipped,
-        "data_cursor": trainer.phase_step,
+        "skipped": result.verdict.skipped,
+        "data_cursor": trainer.stream.step_of_plan(trainer.phase_step),
     }
     if trainer.teacher is not None:
         line["distillation_loss"] = totals.distillation_loss

@@ -11,6 +11,8 @@ from typing import Any, Final
 import torch
 from megatron.core.distributed import DistributedDataParallel
 
+from visionloom.common import pulse
+from visionloom.parallel.parts import GATHERING
 from visionloom.parallel.topology import Topology
 
 LEAST_ELEMENTS: Final = 40_000_000
@@ -37,6 +39,16 @@ class DataParallel(DistributedDataParallel):  # type: ignore[misc]
                 group.register_grad_ready(parameter, self.force_all_reduce)
             else:
                 add(*arguments)
+
+        return hook
+
+    def _make_forward_pre_hook(self) -> Callable[..., None]:
+        gather: Callable[..., None] = super()._make_forward_pre_hook()
+
+        def hook(module: torch.nn.Module, *arguments: Any) -> None:
+            # Of a slow rank the others wait here: it is not their own time.
+            with pulse.current.at(GATHERING):
+                gather(module, *arguments)
 
         return hook
 

@@ -11,8 +11,9 @@ from visionloom.model.flops import StepWork, step_flops
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.parallel.topology import Topology
 from visionloom.train.checkpoint.state_file import Inputs
-from visionloom.train.config import PhaseConfig
+from visionloom.train.config import OptimConfig, PhaseConfig
 from visionloom.train.distillation.teacher import Teacher
+from visionloom.train.optim.bad_steps import StepJudge
 from visionloom.train.overlap import gather_weights
 
 
@@ -32,6 +33,8 @@ class PhaseTrainer:
     stream: PackStream
     teacher: Teacher | None = None
     """Of a phase that distils."""
+    judge: StepJudge = field(default_factory=lambda: StepJudge(OptimConfig()))
+    """Says which steps are bad."""
     inputs: Inputs | None = None
     """Origin of data and first weights, which its checkpoints keep."""
     settings: dict[str, Any] = field(default_factory=dict)
@@ -51,6 +54,11 @@ class PhaseTrainer:
     def model_config(self) -> ModelConfig:
         """Return the architecture."""
         return self.model_parts[0].model_config
+
+    def last_steps(self, count: int) -> list[int]:
+        """Return the steps of the plan that were trained last."""
+        steps = range(self.phase_step - count, self.phase_step)
+        return [self.stream.step_of_plan(step) for step in steps]
 
     def gather_weights(self) -> None:
         """Gather the weights that other ranks have updated, which the next forward pass would; all ranks call it."""

@@ -45,7 +45,7 @@ def resume(
         step = newest.run_state.step
         report_resume(config, newest, observer)
 
-    status.current.at(step)
+    status.current.resumes(step)
     # Only now: a start that is refused leaves the files of the run as they are.
     if observer.log is not None:
         keep_settings(config, folder)
@@ -78,10 +78,10 @@ def report_last_end(observer: Observer) -> None:
     before = status.current.before
     if before is None or before.state == "done":
         return
-    cause = before.cause or f"killed without a word, with process {before.pid} on {before.host}"
+    cause = before.cause or before.end
     observer.event("last_end", cause=cause, rank=before.rank, step=before.step)
     after = f" after step {before.step}" if before.step else ""
-    observer.say(f"the start before this one ended{after}: {cause.splitlines()[0]}")
+    observer.say(f"the start before this one ended{after}: {before.end}")
 
 
 def begin_anew(

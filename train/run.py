@@ -3,13 +3,16 @@
 import gc
 import shlex
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
-from visionloom.common.errors import UserError
+from visionloom.common import pulse
+from visionloom.common.errors import EarlyEnd, UserError
+from visionloom.common.pulse import EVALUATION, PROGRAM
 from visionloom.data.config import DataConfig
 from visionloom.data.encode.tokenizer import Tokenizer
 from visionloom.data.plan.open import dataset_weights, open_datasets
@@ -45,12 +48,20 @@ from visionloom.train.evaluate import (
 )
 from visionloom.train.exchange.companions import carry_into_run
 from visionloom.train.exchange.evaluation_command import EvaluationCommand, export_for_command
-from visionloom.train.loop import fit, log_error
-from visionloom.train.observe import status
+from visionloom.train.loop import end_together, fit, log_error, stop_early
+from visionloom.train.observe import status, stopping
 from visionloom.train.observe.observer import Observer
 from visionloom.train.observe.screen import Screen
+from visionloom.train.optim.bad_steps import GoBack
 from visionloom.train.phase_trainer import PhaseTrainer
 from visionloom.train.resume import resume
+
+MOST_TIMES_BACK: Final = 2
+"""Times that a phase goes back to the same checkpoint."""
+BAD_STEPS: Final = (
+    "look at the bad_step lines of events.jsonl, and lower the learning rate, mend the data or raise optim.skip_limit before you"
+    " start it again"
+)
 
 
 def pretrain(config: RunConfig) -> None:
@@ -71,10 +82,15 @@ def pretrain(config: RunConfig) -> None:
     check_data(config, newest)
 
     # Each begins from the last one's checkpoint, as a resumed run does: there is one path.
-    for name in phases_left(config, newest):
-        topology = phase_topology(config, name, topology)
-        newest = train_phase(config, name, topology, newest, observer)
-        free_memory(topology.device)
+    try:
+        for name in phases_left(config, newest):
+            topology = phase_topology(config, name, topology)
+            newest = train_to_end(config, name, topology, newest, observer)
+            free_memory(topology.device)
+    except EarlyEnd:
+        # With the last lines, as at a run's own end.
+        observer.trackers.close()
+        raise
 
     step = newest.run_state.step if newest is not None else 0
     observer.event("done", step=step)
@@ -85,12 +101,54 @@ def pretrain(config: RunConfig) -> None:
         observer.trackers.close()
 
 
-def train_phase(
+def train_to_end(
     config: RunConfig, name: str, topology: Topology, newest: Checkpoint | None, observer: Observer
 ) -> Checkpoint:
-    """Train one phase, or the rest of it; returns the checkpoint of its end."""
+    """Train one phase, going back to its newest checkpoint where too many steps in a row were skipped.
+
+    Raises:
+        EarlyEnd: if they still are after going back to the same step MOST_TIMES_BACK times.
+    """
+    passed_over: list[int] = []
+    times, last = 0, -1
+    while True:
+        try:
+            return train_phase(config, name, topology, newest, observer, passed_over)
+        except GoBack as error:
+            # Not the exception, whose traceback holds the model.
+            skipped, cause = error.steps, str(error)
+        free_memory(topology.device)
+        newest, _ = checkpoint.newest(run_folder(config), topology)
+        step = newest.run_state.step if newest is not None else 0
+        times, last = (times + 1 if step == last else 1), step
+        if times > MOST_TIMES_BACK:
+            cause += f", also after going back to step {step} {MOST_TIMES_BACK} times and passing over their data"
+            end_together(EarlyEnd(cause, status.GAVE_UP, BAD_STEPS), topology, observer)
+        passed_over += skipped
+        report_back(step, cause, skipped, observer)
+
+
+def report_back(step: int, cause: str, skipped: Sequence[int], observer: Observer) -> None:
+    """Report that the run stands after `step` again, and that steps of the plan are passed over."""
+    observer.event("back", step=step, cause=cause, passed_over=list(skipped))
+    observer.say(f"warning: {cause}: going back to step {step}, and passing over their data")
+    status.current.at(step)
+    if observer.log is not None:
+        observer.log.rewind(step)
+
+
+def train_phase(
+    config: RunConfig,
+    name: str,
+    topology: Topology,
+    newest: Checkpoint | None,
+    observer: Observer,
+    passed_over: Sequence[int] = (),
+) -> Checkpoint:
+    """Train one phase, or the rest of it, without some steps of its plan; returns the checkpoint of its end."""
     folder = run_folder(config)
     stream = open_stream(config, name, topology, newest, observer)
+    stream.pass_over((step, step + 1) for step in passed_over)
     parts = phase_model(config, name, topology, newest)
     trainer = build_trainer(config, name, topology, parts, stream)
     trainer.teacher = build_teacher(config, name, topology)
@@ -104,12 +162,16 @@ def train_phase(
     observer.phase_start(trainer)
     # Not when resumed: the loss at the phase's beginning is in the log already.
     if not trainer.phase_step:
-        validate_start(config, trainer, observer)
+        with pulse.current.during(EVALUATION):
+            validate_start(config, trainer, observer)
     saver = Saver(folder, config.checkpoint, observer.saved)
-    with observer.live(trainer):
+    with stopping.current.at_steps(), observer.live(trainer):
         fit(trainer, saver, observer, chosen_workers(config.data.workers))
+        # What is measured after a phase may take longer than whoever sent a signal waits.
+        stop_early(trainer, saver, observer)
         saver.save(trainer, trainer.step, trainer.phase_step, last=True)
-    validate_end(config, trainer, observer)
+    with pulse.current.during(EVALUATION):
+        validate_end(config, trainer, observer)
     observer.phase_end(trainer)
     trainer.drop_graphs()
     if trainer.teacher is not None:
@@ -227,6 +289,7 @@ def restore(trainer: PhaseTrainer, newest: Checkpoint | None) -> None:
     if newest.run_state.phase == trainer.phase_name and newest.run_state.phase_step:
         trainer.phase_step = newest.run_state.phase_step
         checkpoint.load_trainer(newest, trainer)
+        trainer.judge.load_state(newest.run_state.recent)
 
 
 def report_left_out(trainer: PhaseTrainer, data: DataConfig, observer: Observer) -> None:
@@ -288,7 +351,8 @@ def evaluate_weights(
     """Evaluate a checkpoint's weights on the held-out data of the run; its model is freed then."""
     parts = newest_weights(config, topology, trained)
     folder, step = run_folder(config), trained.run_state.step
-    return evaluate_model(held_out(config), parts, topology, folder, step, screen)
+    with pulse.current.during(EVALUATION):
+        return evaluate_model(held_out(config), parts, topology, folder, step, screen)
 
 
 def finish_evaluation(
@@ -313,7 +377,8 @@ def finish_evaluation(
     if command is None or not topology.is_main:
         return
     screen.say(f"running {COMMAND}: {shlex.join(command.words)}; its output: {command.log}")
-    numbers = command.run(config.evaluation.command_minutes * 60)
+    with pulse.current.during(PROGRAM):
+        numbers = command.run(config.evaluation.command_minutes * 60)
     evaluation.results["command"] = numbers
     evaluation.write()
     print_numbers(numbers, screen)

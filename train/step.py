@@ -8,7 +8,6 @@ for the sums of the step, which are there by then. A mixture's token dispatch wa
 """
 
 import functools
-import math
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -28,6 +27,7 @@ from visionloom.parallel.parts import OPTIMIZER, REDUCTION, in_part
 from visionloom.parallel.schedule import run_schedule
 from visionloom.parallel.topology import Topology
 from visionloom.train.distillation.teacher import Teacher
+from visionloom.train.optim.bad_steps import Verdict
 from visionloom.train.phase_trainer import PhaseTrainer
 from visionloom.train.step_sums import LossSums, Signals, StepCounts, StepSums, StepTotals
 
@@ -42,8 +42,8 @@ class StepResult:
     """Over the global batch."""
     grad_norm: float
     """Before clipping."""
-    skipped: bool
-    """The gradient was not finite, and nothing was changed."""
+    verdict: Verdict
+    """Whether it was skipped, and nothing was changed."""
 
     @property
     def loss(self) -> float:
@@ -57,7 +57,7 @@ def train_step(
     """Run this rank's micro-batches, reduce the gradients and update the weights.
 
     Those that a teacher with a layout of its own reads come after the student's.
-    A step whose gradient is not finite changes nothing and is reported as skipped, alike on all ranks.
+    A step whose loss or gradient is not finite changes nothing and is reported as skipped, alike on all ranks.
     """
     if trainer.teacher is not None:
         # First: what the ranks of a student agree on, those of its teacher may not share.
@@ -69,10 +69,10 @@ def train_step(
     trainer.scheduler.step(1)
     grad_norm = gradient_norm(trainer.optimizer)
     totals = sums.totals()  # now and not after the update, which would have to be waited for
-    skipped = not math.isfinite(grad_norm)
-    if not skipped:
+    verdict = trainer.judge.judge(totals.loss, grad_norm)
+    if not verdict.skipped:
         update(trainer.optimizer, grad_norm)
-    return StepResult(totals, grad_norm, skipped)
+    return StepResult(totals, grad_norm, verdict)
 
 
 def open_sums(

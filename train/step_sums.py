@@ -16,9 +16,12 @@ from visionloom.data.stream.batch import PackedBatch
 from visionloom.model.flops import StepWork
 from visionloom.parallel.device import to_device
 from visionloom.parallel.topology import Topology
+from visionloom.train.observe.slow_ranks import PARTS
 
 LOSS_ROWS = 3
 """Sums over the supervised tokens: weights, weighted losses, weighted divergences from a teacher."""
+FLAGS = 3
+"""Of Signals."""
 ROUTER_SUMS = 3
 """Sums over the layers of a mixture: largest shares, entropies, layers."""
 
@@ -80,6 +83,15 @@ class Signals:
     """The run's log could not be written."""
     saving: bool = False
     """A checkpoint is still being written in the background."""
+    stop: bool = False
+    """The run is to end early."""
+    own_seconds: tuple[float, ...] = (0.0,) * len(PARTS)
+    """Of the step before, for each of PARTS; not a flag: it is not joined over the ranks."""
+
+    @property
+    def flags(self) -> tuple[bool, ...]:
+        """Return what any rank may say for all."""
+        return self.log_failed, self.saving, self.stop
 
 
 @dataclass(frozen=True)
@@ -97,6 +109,8 @@ class StepTotals:
     """Health of a mixture's routers (see model/experts.py `update_router_loads`); empty for a dense model."""
     signals: Signals
     """Which of them any rank has given."""
+    own_seconds: list[list[float]]
+    """Of each rank in the step before, for each of PARTS."""
 
 
 class LossSums:
@@ -187,21 +201,27 @@ class StepSums:
         self.sizes = (
             LOSS_ROWS * len(self.sources),
             len(fields(StepCounts)),
-            len(fields(Signals)),
+            FLAGS,
             topology.data_size,
+            len(PARTS) * topology.world_size,
             ROUTER_SUMS,
             topology.config.pipeline,
         )
         host = torch.zeros(sum(self.sizes), dtype=torch.float64)
-        _, own_counts, own_signals, own_flops, _, _ = host.split(self.sizes)
-        own_signals.copy_(torch.tensor(astuple(signals)))
+        _, own_counts, own_signals, own_flops, seconds, _, _ = host.split(self.sizes)
+        own_signals.copy_(torch.tensor(signals.flags))
+        # A slot a rank, as for the operations of each copy.
+        seconds.view(-1, len(PARTS))[topology.rank] = torch.tensor(
+            signals.own_seconds, dtype=torch.float64
+        )
         # The ranks that share a pack have counted the same: one of them speaks.
         if topology.is_data_leader:
             own_counts.copy_(torch.tensor(astuple(counts), dtype=torch.float64))
             own_flops[topology.data_rank] = flops
 
         self.vector = to_device(host, topology.device)
-        losses, _, _, _, self._router_sums, self._router_largest = self.vector.split(self.sizes)
+        parts = self.vector.split(self.sizes)
+        losses, self._router_sums, self._router_largest = parts[0], parts[-2], parts[-1]
         self.losses = LossSums(self.sources, losses.view(LOSS_ROWS, -1))
 
     def set_routers(self, health: Tensor) -> None:
@@ -220,9 +240,8 @@ class StepSums:
 
     def totals(self) -> StepTotals:
         """Read the sums: the one wait for them."""
-        losses, counts, signals, flops, router_sums, router_largest = self.vector.cpu().split(
-            self.sizes
-        )
+        parts = self.vector.cpu().split(self.sizes)
+        losses, counts, signals, flops, seconds, router_sums, router_largest = parts
         read = LossSums(self.sources, losses.view(LOSS_ROWS, -1))
         loss, by_source = read.means()
         return StepTotals(
@@ -232,7 +251,8 @@ class StepSums:
             counts=StepCounts(*map(int, counts.tolist())),
             largest_flops=max(flops.tolist()),
             router=_router_means(router_sums.tolist(), router_largest.tolist()),
-            signals=Signals(*map(bool, signals.tolist())),
+            signals=Signals(*(flag > 0 for flag in signals.tolist())),
+            own_seconds=seconds.view(-1, len(PARTS)).tolist(),
         )
 
 

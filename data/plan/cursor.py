@@ -89,6 +89,7 @@ class _State:
     draws: dict[str, Count]
     origin: _Origin
     plan: dict[str, Any]
+    passed_over: list[tuple[Count, Count]] = field(default_factory=list)
 
 
 def plan_hash(facts: Mapping[str, Any], origin: Origin) -> str:

@@ -1,6 +1,6 @@
 """The training stream: the plan of a phase, turned into PackedBatches step by step."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from visionloom.data.encode.tokenizer import Tokenizer
 from visionloom.data.plan.cursor import Origin, changes, check_state
 from visionloom.data.plan.deal import PlannedPack, deal
 from visionloom.data.plan.open import StreamOptions, dataset_weights, open_datasets, open_plan
+from visionloom.data.plan.passed_over import joined_ranges, step_of_plan
 from visionloom.data.stream.batch import PackedBatch, PackLayout
 from visionloom.data.stream.in_order import pack_in_order
 from visionloom.data.stream.quarantine import Quarantine
@@ -54,6 +55,8 @@ class PackStream:
             Quarantine(quarantine, data.max_bad_fraction),
             _open_teacher(options),
         )
+        self.passed_over: list[tuple[int, int]] = []
+        """Ranges of the plan's steps that no step trains."""
         self.layout = PackLayout.of(options, tuple(names), self.tokenizer.pad_id)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -63,6 +66,7 @@ class PackStream:
             self._quarantine,
             self.plan.origin,
             self.plan.known_starts,
+            self.passed_over,
         )
 
     @classmethod
@@ -72,11 +76,13 @@ class PackStream:
         quarantine: Path | None,
         origin: Origin,
         starts: Mapping[int, int],
+        passed_over: list[tuple[int, int]],
     ) -> "PackStream":
         """Open a pickled stream, with the starts of blocks that its plan had met."""
         stream = cls(options, quarantine, origin)
         for block, first_pack in starts.items():
             stream.plan.jump(block, first_pack)
+        stream.passed_over = passed_over
         return stream
 
     @property
@@ -104,6 +110,14 @@ class PackStream:
         """Write the samples that could not be counted to the quarantine; for one process of the run."""
         self._reader.report_unreadable()
 
+    def pass_over(self, steps: Iterable[tuple[int, int]]) -> None:
+        """Leave out more of the plan's steps: (first, behind the last); those that are left out already may be among them."""
+        self.passed_over = joined_ranges([*self.passed_over, *steps])
+
+    def step_of_plan(self, step: int) -> int:
+        """Return the plan's step that is trained as the phase's step `step`, both from 0."""
+        return step_of_plan(step, self.passed_over)
+
     def micro_batches(self, step: int, share: Share, micro_batch: int) -> list[PackedBatch]:
         """Read what one rank trains on in a step (from 0 in the phase): its micro-batches of `micro_batch` packs.
 
@@ -114,7 +128,7 @@ class PackStream:
         Raises:
             UserError: if the packs cannot be dealt evenly.
         """
-        dealt = deal(self.plan.step(step), share.data_size, micro_batch)
+        dealt = deal(self.plan.step(self.step_of_plan(step)), share.data_size, micro_batch)
         batches = self._read(dealt[share.data_rank], share, step)
         if (teacher := share.teacher) is not None:
             # first ones first, so that of ranks whose micro-batches come costliest first no copy gets all the light ones
@@ -154,7 +168,8 @@ class PackStream:
 
     def state(self, step: int) -> dict[str, Any]:
         """Return the cursor before a step, for the checkpoint: JSON, the same on every rank and for every layout."""
-        return self.plan.state(step)
+        state = self.plan.state(self.step_of_plan(step))
+        return state | ({"passed_over": self.passed_over} if self.passed_over else {})
 
     def load_state(self, state: Mapping[str, Any]) -> list[str]:
         """Continue from the cursor of a checkpoint, so that its step is planned without those before it.
@@ -167,6 +182,7 @@ class PackStream:
             UserError: naming what changed, if the stream is not the one that the checkpoint was made with.
         """
         state = check_state(state)
+        self.pass_over((first, end) for first, end in state.get("passed_over", ()))
         origin = Origin.of(state)
         if origin != self.plan.origin:
             self.plan = open_plan(self.options, self.datasets, origin)

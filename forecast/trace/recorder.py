@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from visionloom.common.pulse import OTHER
 from visionloom.forecast.trace.axes import NAMES, Axes, group_in, moved_bytes
 from visionloom.forecast.trace.events import (
     Category,
@@ -39,7 +40,7 @@ from visionloom.forecast.trace.operations import (
     size_of,
     tensors_in,
 )
-from visionloom.parallel.parts import OTHER, PREFIX
+from visionloom.parallel.parts import PREFIX
 
 ITEM: Final = "aten::_local_scalar_dense"
 COPIES: Final = {"aten::_to_copy", "aten::copy_", "aten::clone"}

@@ -283,7 +283,9 @@ def build(
     optim.name, optim.moments = layout.case.optimizer, layout.case.moments
     optimizer = build_optimizer(wrapped, optim, phase, bf16) if sharded else None
     scheduler = build_scheduler(optimizer, optim, phase) if sharded else None
-    stream: Any = type("Stream", (), {"datasets": [type("Dataset", (), {"name": "test"})]})
+    stream: Any = type(
+        "Stream", (), {"datasets": [type("Dataset", (), {"name": "test"})], "step_of_plan": int}
+    )
     teacher = teacher_of(layout, topology)
     return PhaseTrainer(
         "test", phase, topology, chunks, wrapped, optimizer, scheduler, stream, teacher

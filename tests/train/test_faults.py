@@ -118,7 +118,7 @@ def test_the_weights_end_as_if_nothing_had_happened(
 
 
 def test_restarts_in_place_lose_nothing(restarts: list[dict[str, Any]], pool: RankPool) -> None:
-    """Rows 1 and 2: torch's agent starts the ranks anew in the same job, three times at most, and 20 of 20 kills cost nothing."""
+    """Rows 1 and 2: torch's agent starts the ranks anew in the same job, and 20 of 20 kills cost nothing."""
     assert sum(len(run["killed"]) for run in restarts) == KILLS
     assert {victim for run in restarts for victim in run["killed"]} == {"0", "1", "0+1"}
     assert [run["ended"] for run in restarts] == ["by itself"] * len(restarts)
@@ -150,7 +150,9 @@ def test_restarts_say_what_was_killed(restarts: list[dict[str, Any]]) -> None:
     assert alone >= 8 and told >= alone // 2, (told, alone)
 
 
-def torchrun(words: list[str], *options: str) -> subprocess.Popen[str]:
+def torchrun(
+    words: list[str], *options: str, script: tuple[str, ...] = ("launch/pretrain.py",)
+) -> subprocess.Popen[str]:
     command = [
         sys.executable,
         "-m",
@@ -162,7 +164,7 @@ def torchrun(words: list[str], *options: str) -> subprocess.Popen[str]:
     ]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     return subprocess.Popen(
-        [*command, "launch/pretrain.py", *words], cwd=ROOT, env=ENVIRONMENT, text=True, **pipes
+        [*command, *script, *words], cwd=ROOT, env=ENVIRONMENT, text=True, **pipes
     )  # type: ignore[call-overload,no-any-return]
 
 

@@ -100,6 +100,7 @@ def run_state_of(trainer: PhaseTrainer, step: int, phase_step: int) -> RunState:
         updates=updates(trainer.optimizer),
         lora=asdict(lora) if lora is not None else {},
         inputs=asdict(inputs) if inputs is not None else {},
+        recent=trainer.judge.state(),
         settings=trainer.settings,
     )
 

@@ -16,7 +16,7 @@ from visionloom.train.old_options import todays_settings
 
 STATE: Final = "state.json"
 LARGEST: Final = 1 << 20
-"""Bytes of a state.json: 1 MiB; the tiny model's with seven datasets has 1,700."""
+"""Bytes of a state.json: 1 MiB; the tiny model's with seven datasets has 1,700, and up to 5,000 more in a long phase."""
 CHECKPOINTS: Final = "checkpoints"
 """Folder inside a run's with a folder for each phase, and in that one for each checkpoint."""
 
@@ -66,6 +66,8 @@ class RunState:
     """Inputs; empty in an imported checkpoint, and in those of versions that did not keep it."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Settings that count for continuing, by option (train/changes.py); empty as `inputs` is."""
+    recent: dict[str, list[float]] = field(default_factory=dict)
+    """StepJudge.state; empty as `inputs` is."""
 
     @property
     def phase_done(self) -> bool:

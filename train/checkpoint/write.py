@@ -23,8 +23,10 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_conf
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
+from visionloom.common import pulse
 from visionloom.common.atomic import replacing
 from visionloom.common.errors import UserError
+from visionloom.common.pulse import CHECKPOINT
 from visionloom.common.text import warn
 from visionloom.parallel.topology import Topology
 from visionloom.train.checkpoint.index import read_index
@@ -144,6 +146,10 @@ class Saver:
         Raises:
             UserError: if the save fails and the run must stop without it (see `checkpoint.on_error`).
         """
+        with pulse.current.during(CHECKPOINT):
+            self._save(trainer, step, phase_step, last)
+
+    def _save(self, trainer: PhaseTrainer, step: int, phase_step: int, last: bool) -> None:
         # One save at a time: two would need the memory of two copies.
         self.finish(trainer.topology)
         started = time.perf_counter()

@@ -1,6 +1,6 @@
 """One object for all that the outside sees of a run: log, screen, trackers and status.json have five hooks."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -9,6 +9,7 @@ from visionloom.train.config import LoggingConfig
 from visionloom.train.observe import status
 from visionloom.train.observe.metrics import RunLog
 from visionloom.train.observe.screen import Screen
+from visionloom.train.observe.slow_ranks import SlowRanks
 from visionloom.train.observe.trackers import Trackers
 from visionloom.train.phase_trainer import PhaseTrainer
 
@@ -44,6 +45,7 @@ class Observer:
         self.trackers = Trackers(logging if is_main else LoggingConfig(), folder, settings, name)
         self.held_out_losses: dict[str, float] = {}
         """Of the last validation."""
+        self._slow_ranks = SlowRanks()
 
     @property
     def log_fault(self) -> str:
@@ -77,9 +79,18 @@ class Observer:
         self.screen.step(line)
         self.trackers.step(line)
 
+    def slow(self, own_seconds: Sequence[Sequence[float]], step_seconds: float) -> None:
+        """Report a rank that has been slow for long, by the seconds that each rank needed for itself in the last step."""
+        # Alone, a rank is slow beside nobody.
+        if len(own_seconds) > 1 and (said := self._slow_ranks.look(own_seconds, step_seconds)):
+            self.event("slow_rank", detail=said)
+            self.say(f"warning: {said}")
+
     def saved(self, event: str, **fields: Any) -> None:
         """Report a checkpoint: `checkpoint` or `checkpoint_failed`, with the fields of checkpoint/write.py."""
         self.event(event, **fields)
+        if event == "checkpoint":
+            status.current.saves(fields["step"])
         waited = fields.get("waited_seconds", 0.0)
         if waited > SLOW_SECONDS:
             self.say(

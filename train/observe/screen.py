@@ -96,7 +96,7 @@ class Screen:
 
 def summary(line: dict[str, Any]) -> str:
     """Return a metrics line in a few words."""
-    skipped = "  SKIPPED: gradient not finite" if line["skipped"] else ""
+    skipped = "  SKIPPED" if line["skipped"] else ""
     rate = max(line["lr"].values())  # groups may differ: the largest is the one to watch
     return (
         f"loss {line['loss']:.4f}  lr {rate:.2e}"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from visionloom.common.atomic import replacing
+from visionloom.common.errors import EarlyEnd
 from visionloom.common.jsonfile import JsonError, read_json
 from visionloom.common.lock import is_held
 from visionloom.common.text import warn
@@ -20,9 +21,18 @@ from visionloom.common.text import warn
 STATUS: Final = "status.json"
 REFRESH_SECONDS: Final = 2.0
 """Least time between two writes of the step while a run trains."""
+FAILURE: Final = 1
+STOPPED: Final = os.EX_TEMPFAIL
+"""75: the same command goes on."""
+GAVE_UP: Final = 93
+"""The same command would end the same way; the code that nvidia-resiliency-ext has for it."""
+MOST_STARTS: Final = 3
+"""Starts in a row that may end without a new checkpoint."""
+MEND: Final = "mend the cause before you start it again"
 AGENT: Final = "TORCHELASTIC_RUN_ID"
 """Variable that torchrun's agent sets for its ranks."""
-State = Literal["running", "done", "failed"]
+State = Literal["running", "done", "failed", "stopped"]
+"""`stopped`: as somebody wished, and saved where there was something to save."""
 
 
 @dataclass
@@ -35,12 +45,18 @@ class Status:
     cause: str
     """Why it ended."""
     rank: int
-    """The rank that failed."""
+    """The rank that ended first."""
     step: int | None
     """Optimizer steps done in the run, as far as is known: a start that has not yet read its checkpoint has the step of the one
     before it; None before training has begun."""
     hint: str
     """Tells the user the next thing to do."""
+    resumed: int | None = None
+    """The step after which the start went on; None: at the run's beginning, or it has not come so far."""
+    saved: int | None = None
+    """The step of its last checkpoint; None: it has saved none."""
+    starts: int = 1
+    """Starts in a row, with this one, of which each ended without a new checkpoint."""
     restarts: int = 0
     """How often torchrun has started the ranks anew (`--max-restarts`)."""
     start: str = field(default_factory=lambda: _start())
@@ -48,6 +64,24 @@ class Status:
     host: str = field(default_factory=socket.gethostname)
     pid: int = field(default_factory=os.getpid)
     time: str = field(default_factory=lambda: time.strftime("%Y-%m-%d %H:%M:%S"))
+
+    @property
+    def has_progressed(self) -> bool:
+        """Return whether this start has brought the run further, so that the next goes on from there."""
+        return self.saved is not None and self.saved > (self.resumed or 0)
+
+    @property
+    def end(self) -> str:
+        """Return in one line how the start has ended."""
+        killed = f"killed without a word, with process {self.pid} on {self.host}"
+        return (self.cause or killed).splitlines()[0]
+
+    @property
+    def fruitless(self) -> int:
+        """Return the starts in a row, this one the last, after which the run stood where it had stood before."""
+        # A person who mends a configuration or presses Ctrl-C is no loop, and one who starts again after GAVE_UP means it.
+        is_counted = self.state == "running" or self.code in (FAILURE, STOPPED)
+        return self.starts if is_counted and not self.has_progressed else 0
 
 
 class RunStatus:
@@ -57,13 +91,22 @@ class RunStatus:
         self.step: int | None = None
         self.before: Status | None = None
         """Status of the start before this one."""
+        self.saved: int | None = None
+        """Step of the last checkpoint of this start."""
+        self.resumed: int | None = None
+        """Step after which this start went on."""
+        self._starts = 1
         self._folder: Path | None = None
         self._resumed = False
         """The step is of this start."""
         self._written = 0.0
 
     def begin(self, folder: Path) -> None:
-        """Begin a start in its folder: the main rank writes that it runs, the others only remember where."""
+        """Begin a start in its folder: the main rank writes that it runs, the others only remember where.
+
+        Raises:
+            EarlyEnd: on the main rank, if MOST_STARTS before it have ended without a new checkpoint.
+        """
         self._folder, self.step, self._resumed = folder, None, False
         if _rank() == 0:
             self.before = read_status(folder)
@@ -72,7 +115,23 @@ class RunStatus:
                 has_failed = self.before.state == "failed"
                 if has_failed and _is_of_this_start(self.before):
                     return  # another rank was quicker, and has failed already
-            self._write(Status("running", None, "", 0, self.step, "", _restarts()))
+            self._refuse_loop()
+            self._write_running()
+
+    def _refuse_loop(self) -> None:
+        """Raise EarlyEnd if the start before was one too many, or its agent starts the ranks again after it gave up."""
+        before = self.before
+        if before is None:
+            return
+        self._starts = before.fruitless + 1
+        if self._starts > MOST_STARTS:
+            raise EarlyEnd(without_progress(before.step, before.end), GAVE_UP, MEND)
+        if (
+            before.code == GAVE_UP
+            and AGENT in os.environ
+            and agent_of(before.start) == agent_of(_start())
+        ):
+            raise EarlyEnd(before.cause, GAVE_UP, before.hint)
 
     def at(self, step: int) -> None:
         """Record that `step` optimizer steps of the run are done."""
@@ -80,29 +139,64 @@ class RunStatus:
         due = not self._resumed or time.monotonic() - self._written > REFRESH_SECONDS
         self.step, self._resumed = step, True
         if self._folder is not None and _rank() == 0 and due:
-            self._write(Status("running", None, "", 0, step, "", _restarts()))
+            self._write_running()
+
+    def resumes(self, step: int) -> None:
+        """Record the step after which this start goes on, 0 at the run's beginning."""
+        self.resumed = step
+        self.at(step)
+
+    def saves(self, step: int) -> None:
+        """Record that a checkpoint after `step` is whole: the start has not been in vain."""
+        self.saved = step
+        if _rank() == 0:
+            self._write_running()
 
     def done(self) -> None:
         """Record that the run has ended as it should."""
         if _rank() == 0:
-            self._write(Status("done", 0, "done", 0, self.step, "", _restarts()))
+            self._write(Status("done", 0, "done", 0, self.step, ""))
 
-    def failed(self, code: int, cause: str, hint: str, rank: int | None = None) -> None:
-        """Record why the run has ended, unless another cause is there: later ranks fail because of the first."""
+    def failed(self, code: int, cause: str, hint: str, rank: int | None = None) -> int | None:
+        """Record why the run has failed, as `ended` does."""
+        return self.ended("failed", code, cause, hint, rank)
+
+    def ended(
+        self, state: State, code: int, cause: str, hint: str, rank: int | None = None
+    ) -> int | None:
+        """Record how the run has ended, unless another cause is there: later ranks end because of the first.
+
+        Returns:
+            the exit code that was recorded, GAVE_UP if this is one start without progress too many; None if this was not the
+            first cause, which is told once.
+        """
         if self._folder is None:
-            return
+            return None
         written = read_status(self._folder)
         step = self.step
         if written is not None:
             # A start on another machine may be this one: only its host can tell.
             is_older = written.host == socket.gethostname() and not _is_of_this_start(written)
             if written.state != "running" and not is_older:
-                return
+                return None
             step = written.step if step is None else step
-        failed_rank = _rank() if rank is None else rank
-        self._write(Status("failed", code, cause, failed_rank, step, hint, _restarts()))
+        end = Status(state, code, cause, _rank() if rank is None else rank, step, hint)
+        # Counted by the main rank, which alone has read how the starts before ended.
+        if written is not None and _is_of_this_start(written):
+            end.resumed, end.saved, end.starts = written.resumed, written.saved, written.starts
+        if end.fruitless >= MOST_STARTS:
+            end.state, end.code, end.hint = "failed", GAVE_UP, MEND
+            end.cause = without_progress(step, cause)
+        self._write(end)
+        return end.code
+
+    def _write_running(self) -> None:
+        running = Status("running", None, "", 0, self.step, "")
+        running.resumed, running.saved, running.starts = self.resumed, self.saved, self._starts
+        self._write(running)
 
     def _write(self, status: Status) -> None:
+        status.restarts = _restarts()
         if self._folder is not None:
             self._written = time.monotonic()
             write_status(self._folder, status)
@@ -138,6 +232,17 @@ def write_status(folder: Path, status: Status) -> None:
             file.write((json.dumps(document, indent=1) + "\n").encode())
     except OSError as fault:
         warn(f"warning: {target} could not be written: {fault.strerror}")
+
+
+def without_progress(step: int | None, cause: str) -> str:
+    """Return the cause of giving up: where the run stands, and how the last start ended."""
+    stands = f"after step {step}" if step else "before its first step"
+    return f"{MOST_STARTS} starts in a row have ended without a new checkpoint, the last {stands}: {cause}"
+
+
+def agent_of(start: str) -> str:
+    """Return the part of the name of a start that is the same for all attempts of torchrun's agent."""
+    return start.rpartition("/")[0]
 
 
 def _start() -> str:

@@ -390,7 +390,7 @@ def every_note(history: History) -> Iterator[str]:
     for event in history.of("resume"):
         yield f"Resumed after step {event.get('step')}."
     if skipped := sum(bool(line.get("skipped")) for line in history.lines):
-        yield f"{skipped:,} steps were skipped because their gradient was not finite."
+        yield f"{skipped:,} steps were skipped: their loss or gradient was not finite, or a spike where optim.skip_spikes is on."
     yield from map(dropped_note, history.of("dropped"))
     for event in history.of("damaged_checkpoint"):
         yield f"Damaged checkpoint passed over: {event.get('detail')}"

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from visionloom.common import lock
+from visionloom.common.errors import EarlyEnd
 from visionloom.train.observe import status
 from visionloom.train.observe.status import RunStatus, read_status, refused
 
@@ -128,6 +129,57 @@ def test_a_rank_that_fails_before_the_main_rank_begins(
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
     RunStatus().begin(tmp_path)
     assert [content(tmp_path)[key] for key in ("state", "restarts")] == ["running", 2]
+
+
+def start_that(folder: Path, end: str, saves: int = 0) -> tuple[int | None, str]:
+    """The code and the cause that a start from step 4 leaves."""
+    start = RunStatus()
+    try:
+        start.begin(folder)
+    except EarlyEnd as refused:
+        start.ended(refused.state, refused.code, str(refused), refused.hint)
+        return content(folder)["code"], content(folder)["cause"]
+    start.resumes(4)
+    start.at(6)
+    if saves:
+        start.saves(saves)
+    if end == "fails":
+        start.failed(1, "ValueError: x", "resume")
+    elif end == "stops":
+        start.ended("stopped", 75, "stopped by SIGTERM", "resume")
+    elif end == "is mended":
+        start.failed(2, "no such key", "")
+    return content(folder)["code"], content(folder)["cause"]
+
+
+IN_VAIN = "3 starts in a row have ended without a new checkpoint, the last after step"
+
+
+def test_three_starts_without_progress_are_the_last(tmp_path: Path) -> None:
+    """Row 12 of the fault matrix; 93 is what nvidia-resiliency-ext's launcher takes for "do not requeue"."""
+    assert [start_that(tmp_path, end)[0] for end in ("fails", "stops")] == [1, 75]
+    assert start_that(tmp_path, "fails") == (93, f"{IN_VAIN} 6: ValueError: x")
+    # A person who starts it once more has three again.
+    assert [start_that(tmp_path, "fails")[0] for _ in range(3)] == [1, 1, 93]
+
+
+def test_progress_and_people_are_no_loop(tmp_path: Path) -> None:
+    ends = [("fails", 0), ("fails", 5), ("fails", 4), ("fails", 0), ("is mended", 0), ("fails", 0)]
+    # Saved again at the step that it went on from, as a stop before the first step does, is no progress.
+    assert [start_that(tmp_path, *end)[0] for end in ends] == [1, 1, 1, 1, 2, 1]
+
+
+def test_killed_starts_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They say nothing themselves: the next one does. Attempts of the agent that go on after it are refused too."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    said = []
+    for attempt in range(5):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(attempt))
+        said.append(start_that(tmp_path, "killed"))
+    assert [code for code, _ in said] == [None, None, None, 93, 93]
+    assert said[3][1].startswith(f"{IN_VAIN} 4: killed without a word") and said[4] == said[3]
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another")
+    assert start_that(tmp_path, "killed") == (None, "")
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"state": "done"}', '{"state": 3}', "x" * 10])

@@ -1,0 +1,34 @@
+"""How long a run may be silent in each of its activities before it counts as hung. Nothing here imports torch."""
+
+from dataclasses import dataclass
+
+from visionloom.common.pulse import CHECKPOINT, EVALUATION, START, STEP
+from visionloom.common.settings import option
+
+
+@dataclass
+class WatchConfig:
+    """Longest times without a sign of life of a rank, after which the run ends with 75 and stacks of all ranks.
+
+    A sign is each part of a step, not the step. Collectives have run.timeout_minutes, which should be longer.
+    """
+
+    start_minutes: float = option(25.0, "free", above=0, most=100_000)
+    """While modules are imported, weights are read and a phase is built."""
+    step_minutes: float = option(10.0, "free", above=0, most=100_000)
+    """In optimizer steps, waiting for data included."""
+    checkpoint_minutes: float = option(25.0, "free", above=0, most=100_000)
+    """While training waits for a checkpoint."""
+    evaluation_minutes: float = option(25.0, "free", above=0, most=100_000)
+    """While held-out losses and answers are measured."""
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Return the limit of each activity."""
+        minutes = {
+            START: self.start_minutes,
+            STEP: self.step_minutes,
+            CHECKPOINT: self.checkpoint_minutes,
+            EVALUATION: self.evaluation_minutes,
+        }
+        return {activity: 60 * each for activity, each in minutes.items()}
