@@ -15,7 +15,7 @@ import signal
 import socket
 import threading
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -140,18 +140,18 @@ class HangWatch:
 
     def report_self(self) -> None:
         """Write this rank's report."""
-        place = self.folder / f"own-{os.getpid()}"
-        with place.open("w+") as file:
+        own = self.folder / f"own-{os.getpid()}"
+        with own.open("w+") as file:
             faulthandler.dump_traceback(file, all_threads=True)
             file.seek(0)
             stacks = file.read()
-        place.unlink()
+        own.unlink()
         sign = pulse.current.sign
         top = innermost(stacks, self._main_thread)
         waits = sign.part in WAITING or any(each in top for each in WAITING_IN)
         rank = int(os.environ.get("RANK", "0"))
-        own = Report(rank, socket.gethostname(), os.getpid(), sign.step, sign.activity, sign.part)
-        self.write(replace(own, waits=waits), stacks)
+        place = socket.gethostname(), os.getpid(), sign.step, sign.activity, sign.part
+        self.write(Report(rank, *place, waits=waits), stacks)
 
     def write(self, report: Report, stacks: str) -> None:
         """Write a report: a line of JSON, and the stacks."""
