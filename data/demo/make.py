@@ -29,13 +29,13 @@ from visionloom.data.shards.sample import Sample
 from visionloom.data.shards.shard_index import INDEX_VERSION
 from visionloom.data.shards.write import write_shards
 
-TRAIN_PICTURES: Final = 1400
-"""Of 1,797; the others are for the test split."""
+HELD_OUT_PICTURES: Final = 200
+"""Of 1,797, for the test split; as many others are for the tuning split, and the rest to train on."""
 DONE: Final = "demo.json"
 """Written last: says with which settings the folder was made."""
 _MAKING: Final = ".making"
-_PARTS: Final = ("tokenizer", "train", "test", "contact_sheet.png")
-_GENERATOR_VERSION: Final = 5
+_PARTS: Final = ("tokenizer", "train", "tuning", "test", "contact_sheet.png")
+_GENERATOR_VERSION: Final = 6
 
 
 def make_demo(
@@ -44,9 +44,9 @@ def make_demo(
     scale: float = 1.0,
     progress: PartProgress | None = None,
 ) -> bool:
-    """Make DIR/tokenizer, DIR/train/<dataset>, DIR/test/<dataset> and DIR/contact_sheet.png; return False if already made.
+    """Make DIR/tokenizer, DIR/{train,tuning,test}/<dataset> and DIR/contact_sheet.png; return False if already made.
 
-    `scale` multiplies the numbers of samples. The same seed and scale give the same bytes; train and test never share
+    `scale` multiplies the numbers of samples. The same seed and scale give the same bytes; the splits never share
     a handwriting picture. An unfinished folder is made again. Raises UserError if scikit-learn is not installed or the
     folder holds something else.
     """
@@ -109,8 +109,12 @@ def load_pictures(
     cells = [_enlarge(image) for image in data.images]
     digits = [int(digit) for digit in data.target]
     order = random.Random(f"{seed}/split").sample(range(len(digits)), len(digits))
-    train, test = sorted(order[:TRAIN_PICTURES]), sorted(order[TRAIN_PICTURES:])
-    return cells, digits, {"train": train, "test": test}
+    splits = {
+        "train": order[2 * HELD_OUT_PICTURES :],
+        "tuning": order[HELD_OUT_PICTURES : 2 * HELD_OUT_PICTURES],
+        "test": order[:HELD_OUT_PICTURES],
+    }
+    return cells, digits, {split: sorted(numbers) for split, numbers in splits.items()}
 
 
 def _enlarge(image: NDArray[np.float64]) -> Pixels:
@@ -130,7 +134,7 @@ def _drafts(
 ) -> Iterator[tuple[Sample, dict[str, bytes]]]:
     """Yield the samples of a dataset's split with their media."""
     recipe = RECIPES[name]
-    full = recipe.train if split == "train" else recipe.test
+    full = recipe.train if split == "train" else recipe.held_out
     count = max(8, round(full * scale))
     for number in range(1, count + 1):
         draft = recipe.make(drawer, split == "train")

@@ -35,9 +35,9 @@ def make_task(
     # whole or not at all: it is renamed when all of it is there
     making = folder.with_name(folder.name + ".making")
     shutil.rmtree(making, ignore_errors=True)
-    for split, chosen in splits.items():
-        drawer = Drawer(cells, digits, chosen, f"{seed}/{split}/{NAME}")
-        count = max(8, round(SAMPLES[split] * scale))
+    for split, samples in SAMPLES.items():
+        drawer = Drawer(cells, digits, splits[split], f"{seed}/{split}/{NAME}")
+        count = max(8, round(samples * scale))
         write_shards(making / split / NAME, NAME, _drafts(drawer, split, count, progress))
     making.rename(folder)
     return True

@@ -208,11 +208,11 @@ def sums(drawer: Drawer, training: bool) -> DemoDraft:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one dataset is made: its maker and the number of samples in each split."""
+    """How one dataset is made: its maker and the number of samples to train on, and in each of the other splits."""
 
     make: Callable[[Drawer, bool], DemoDraft]
     train: int
-    test: int
+    held_out: int
 
 
 RECIPES: Final[dict[str, Recipe]] = {

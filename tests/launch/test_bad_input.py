@@ -129,7 +129,7 @@ def unreachable(config: RunConfig) -> None:
             4,
             ["ulysses", "kv_heads=2"],
         ),
-        ([DEMO, "parallel.expert=2"], 2, ["parallel.expert=2", "model=tiny has no experts"]),
+        ([DEMO, "parallel.expert=2"], 2, ["parallel.expert=2", "model=demo has no experts"]),
         (
             [DEMO, "model=tiny_moe", "parallel.expert=3"],
             3,

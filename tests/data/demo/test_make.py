@@ -1,4 +1,4 @@
-"""The demo's data: the same bytes for the same seed, no handwriting in both splits, and every answer true."""
+"""The demo's data: the same bytes for the same seed, no handwriting in two splits, and every answer true."""
 
 import hashlib
 import io
@@ -81,7 +81,7 @@ def test_the_seed_decides_every_byte(tmp_path: Path) -> None:
     assert not [name for name in other if name.endswith(".tar") and other[name] == here[name]]
 
 
-def test_no_handwriting_in_both_splits(demo: Path) -> None:
+def test_no_handwriting_in_two_splits(demo: Path) -> None:
     used = {
         split: {
             picture
@@ -89,11 +89,11 @@ def test_no_handwriting_in_both_splits(demo: Path) -> None:
             for sample in read(demo, name, split)
             for picture in sample.meta.get("pictures", [])
         }
-        for split in ("train", "test")
+        for split in ("train", "tuning", "test")
     }
     assert len(used["train"]) > 500
-    assert len(used["test"]) > 150
-    assert not used["train"] & used["test"]
+    assert len(used["tuning"]) > 100 and len(used["test"]) > 100
+    assert len(set().union(*used.values())) == sum(map(len, used.values()))
 
 
 def test_pictures_are_the_ones_in_meta(demo: Path) -> None:
@@ -324,7 +324,9 @@ def test_text_samples_are_true(demo: Path) -> None:
 def test_every_dataset_is_as_large_as_announced(demo: Path) -> None:
     for name, recipe in RECIPES.items():
         assert len(Dataset.open(demo / "train" / name, name)) == max(8, round(recipe.train * SCALE))
-        assert len(Dataset.open(demo / "test" / name, name)) == max(8, round(recipe.test * SCALE))
+        for split in ("tuning", "test"):
+            held_out = Dataset.open(demo / split / name, name)
+            assert len(held_out) == max(8, round(recipe.held_out * SCALE))
 
 
 # ---- the tokenizer
