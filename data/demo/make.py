@@ -134,8 +134,7 @@ def _drafts(
 ) -> Iterator[tuple[Sample, dict[str, bytes]]]:
     """Yield the samples of a dataset's split with their media."""
     recipe = RECIPES[name]
-    full = recipe.train if split == "train" else recipe.held_out
-    count = max(8, round(full * scale))
+    count = max(8, round(recipe.samples(split) * scale))
     for number in range(1, count + 1):
         draft = recipe.make(drawer, split == "train")
         yield draft.sample(f"{name}:{split}:{number - 1}"), draft.media

@@ -214,6 +214,10 @@ class Recipe:
     train: int
     held_out: int
 
+    def samples(self, split: str) -> int:
+        """Return the number of samples of a split."""
+        return self.train if split == "train" else self.held_out
+
 
 RECIPES: Final[dict[str, Recipe]] = {
     "captions": Recipe(captions, 8000, 256),
