@@ -142,16 +142,15 @@ class HangWatch:
         """Write this rank's report."""
         own = self.folder / f"own-{os.getpid()}"
         with own.open("w+") as file:
-            faulthandler.dump_traceback(file, all_threads=True)
+            faulthandler.dump_traceback(file)
             file.seek(0)
             stacks = file.read()
         own.unlink()
         sign = pulse.current.sign
         top = innermost(stacks, self._main_thread)
         waits = sign.part in WAITING or any(each in top for each in WAITING_IN)
-        rank = int(os.environ.get("RANK", "0"))
         place = socket.gethostname(), os.getpid(), sign.step, sign.activity, sign.part
-        self.write(Report(rank, *place, waits=waits), stacks)
+        self.write(Report(int(os.environ.get("RANK", "0")), *place, waits=waits), stacks)
 
     def write(self, report: Report, stacks: str) -> None:
         """Write a report: a line of JSON, and the stacks."""

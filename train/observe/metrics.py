@@ -20,8 +20,6 @@ from visionloom.common.places import PlaceError, read_located
 METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
 WAITING = "unwritten.jsonl"
 """Lines that a run could not write, left in the folder of its checkpoints."""
-WaitingLine = tuple[Literal["metrics.jsonl", "events.jsonl"], str]
-"""Such a line: for which file it was, and its text."""
 LARGEST_WAITING: Final = 1 << 26
 """Bytes: 64 MiB, some 70,000 lines."""
 ASIDE = "before-"
@@ -90,7 +88,11 @@ class RunLog:
             raise UserError(f"{path} {error}: remove it") from None
         for text in content.splitlines():
             try:
-                name, line = parse_json(text, WaitingLine, where)
+                name, line = parse_json(
+                    text,
+                    tuple[Literal["metrics.jsonl", "events.jsonl"], str],
+                    where,
+                )
                 self._append(name, dict(load_json(line, where, finite=False)))
             except (JsonError, TypeError, ValueError) as error:
                 raise UserError(
