@@ -22,13 +22,6 @@ from visionloom.common.quiet import quiet_libraries
 from visionloom.common.ranks import ranks_here
 from visionloom.common.text import one_line, warn
 from visionloom.launch import environment
-from visionloom.launch.causes import (
-    cause_of,
-    hint_for,
-    is_lost_connection,
-    of_the_machine,
-)
-from visionloom.launch.claim import claim
 from visionloom.launch.composing.compose import compose_words
 from visionloom.launch.composing.explain import (
     available,
@@ -38,7 +31,14 @@ from visionloom.launch.composing.explain import (
 )
 from visionloom.launch.composing.late_words import LATE, apply_late
 from visionloom.launch.composing.words import check_words, readable
-from visionloom.launch.exit import (
+from visionloom.launch.guarding.causes import (
+    cause_of,
+    hint_for,
+    is_lost_connection,
+    of_the_machine,
+)
+from visionloom.launch.guarding.claim import claim
+from visionloom.launch.guarding.exit import (
     FAILURE,
     end_with_parent,
     exit_early,
@@ -47,12 +47,12 @@ from visionloom.launch.exit import (
     keep_code,
     record_for_torchrun,
 )
-from visionloom.launch.hang import watch_hangs
+from visionloom.launch.guarding.hang import watch_hangs
+from visionloom.launch.guarding.signals import hear_signals
+from visionloom.launch.guarding.watch import watch_ranks
 from visionloom.launch.options import read_options
 from visionloom.launch.plan_commands.first import check_plan
 from visionloom.launch.show import show
-from visionloom.launch.signals import hear_signals
-from visionloom.launch.watch import watch_ranks
 from visionloom.model.huggingface.shapes import parameter_count
 from visionloom.train.config import COMMAND, PhaseConfig, RunConfig
 from visionloom.train.observe import status

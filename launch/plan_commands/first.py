@@ -20,7 +20,7 @@ from visionloom.common.text import say
 from visionloom.forecast.machine import GIB, machine, machine_names
 from visionloom.forecast.show.document import JSON
 from visionloom.launch import environment
-from visionloom.launch.exit import CANNOT_RUN
+from visionloom.launch.guarding.exit import CANNOT_RUN
 from visionloom.train.config import RunConfig, RunSection
 
 ON_CPUS: Final = "h100"

@@ -19,8 +19,8 @@ import psutil
 import pytest
 import torch
 
-from visionloom.tests.launch.test_claim import begin
-from visionloom.tests.launch.test_watch import start_rank, wait_for_status
+from visionloom.tests.launch.guarding.test_claim import begin
+from visionloom.tests.launch.guarding.test_watch import start_rank, wait_for_status
 from visionloom.tests.ranks import RankPool
 from visionloom.tests.train.disks import mounted
 from visionloom.tests.train.runs import metrics, run_config, run_words

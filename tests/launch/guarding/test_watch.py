@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from visionloom.launch import watch
-from visionloom.launch.watch import Sibling, Watch, exit_status, out_of_memory_kills
+from visionloom.launch.guarding import watch
+from visionloom.launch.guarding.watch import Sibling, Watch, exit_status, out_of_memory_kills
 
 RANK = """
 import os, sys, time
 from pathlib import Path
-from visionloom.launch.watch import watch_ranks
+from visionloom.launch.guarding.watch import watch_ranks
 from visionloom.train.observe import status
 status.current.begin(Path(sys.argv[1]))
 status.current.at(17)

@@ -16,7 +16,7 @@ from typing import Final
 
 from visionloom.common.atomic import replacing
 from visionloom.common.ranks import ranks_here
-from visionloom.launch.exit import FAILURE, attempt_folder
+from visionloom.launch.guarding.exit import FAILURE, attempt_folder
 from visionloom.train.observe import status
 
 MEMBER: Final = "rank"
