@@ -201,6 +201,8 @@ def compose(argv: Sequence[str], world_size: int | None = None) -> RunConfig | N
     # Here and not in the schema: the default is made of another option.
     run.run.folder = run.run.folder or f"runs/{run.run.name}"
     run.phases = _chosen_phases(run)
+    if run.run.phase and run.run.phase not in run.phases:
+        raise UserError(unknown("run.phase", run.run.phase, list(run.phases)))
     if problems := run.all_problems(world_size or environment.world_size()):
         raise UserError(*problems)
     return run

@@ -20,13 +20,12 @@ from visionloom.model.lora_config import LoraConfig
 from visionloom.parallel.config import ParallelConfig
 from visionloom.train.generation.config import Budget, GenerationConfig
 from visionloom.train.observe.limits import WatchConfig
+from visionloom.train.optim.config import OptimConfig
 
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "fp32", "bf16")
 LOSSES = ("sqrt", "token", "sample")
 SCHEDULES = ("cosine", "wsd", "linear", "constant")
-OPTIMIZERS = ("adamw", "muon")
-MOMENTS = ("fp32", "bf16", "bf16_stochastic")
 LATEST = "latest"
 """File next to the phases' folders of checkpoints that names the newest one."""
 STEPS = 10**7
@@ -65,6 +64,8 @@ class RunSection:
     phases: list[str] = option([], "free")
     """Only these phases of the recipe, in the recipe's order, as if it had no others; empty: all. Samples, and their order, are those
     of the whole recipe."""
+    phase: str = option("", "free")
+    """Train only this one of them, and end: each phase may so have ranks of its own. Those before it must be done; empty: train all."""
     evaluate_at_end: bool = option(False, "free")
     """Evaluate on data.validation when the last phase is done."""
     start_anew: bool = option(False, "free")
@@ -109,42 +110,6 @@ class InitConfig:
                 yield (
                     f"{here}.{part} and {here}.{whole} are both set: {here}.{whole} has the whole model, unset one of them"
                 )
-
-
-@dataclass
-class OptimConfig:
-    """The optimizer and gradient clipping."""
-
-    name: str = option("adamw", "never", choices=OPTIMIZERS)
-    """`adamw`, or `muon`: Muon for the matrices of decoder layers, tower and mergers, AdamW for all other parameters."""
-    momentum: float = option(0.95, "run", least=0, below=1)
-    """Share of the mean of gradients that a step of Muon keeps."""
-    moments: str = option("fp32", "run", choices=MOMENTS)
-    """Dtype in which AdamW keeps its two means: `fp32`, `bf16` rounded to the nearest, or `bf16_stochastic`, right in the mean."""
-    beta1: float = option(0.9, "run", least=0, below=1)
-    """Share of the mean of gradients that a step of AdamW keeps."""
-    beta2: float = option(0.95, "run", least=0, below=1)
-    """Share of the mean of squared gradients that a step of AdamW keeps."""
-    epsilon: float = option(1e-8, "run", above=0, most=1)
-    """Added to the root of the mean of squared gradients."""
-    weight_decay: float = option(0.05, "run", least=0, most=100)
-    """Share of a weight that a step takes away, times the learning rate; biases and norms have none."""
-    clip_grad: float = option(1.0, "run", least=0, most=1e9)
-    """Largest global gradient norm; 0 turns clipping off."""
-    skip_limit: int = option(10, "free", least=1, most=STEPS)
-    """Skipped steps in a row after which the phase goes back to its newest checkpoint, and passes over their data."""
-    spike_score: float = option(6.0, "free", least=1, most=1e9)
-    """Robust standard deviations that a loss or gradient norm lies above those of the last 128 steps where it is a spike."""
-    skip_spikes: bool = option(False, "free")
-    """Skip steps that are spikes, as those whose gradient is not finite are."""
-
-    def problems(self, here: str) -> Iterator[str]:
-        """Yield a line if Muon would have moments in bf16."""
-        if self.name == "muon" and self.moments != "fp32":
-            yield (
-                f"{here}.moments={self.moments} is for optim=adamw: Muon keeps one moment, in fp32;"
-                f" set {here}.moments=fp32"
-            )
 
 
 @dataclass
@@ -420,7 +385,10 @@ class RunConfig:
         if not self.phases:
             lines.append("phases is empty: choose a run with +recipe=NAME")
         by_phase = {
-            name: self._phase_problems(phase, world_size) for name, phase in self.phases.items()
+            name: self._phase_problems(phase, world_size)
+            for name, phase in self.phases.items()
+            # On how many ranks another start trains the others is not known.
+            if self.run.phase in ("", name)
         }
         lines += likewise("phases", by_phase)
         return lines if layout else lines + self._kernel_problems()

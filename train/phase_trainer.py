@@ -11,9 +11,10 @@ from visionloom.model.flops import StepWork, step_flops
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.parallel.topology import Topology
 from visionloom.train.checkpoint.state_file import Inputs
-from visionloom.train.config import OptimConfig, PhaseConfig
+from visionloom.train.config import PhaseConfig
 from visionloom.train.distillation.teacher import Teacher
 from visionloom.train.optim.bad_steps import StepJudge
+from visionloom.train.optim.config import OptimConfig
 from visionloom.train.overlap import gather_weights
 
 

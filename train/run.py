@@ -83,7 +83,7 @@ def pretrain(config: RunConfig) -> None:
 
     # Each begins from the last one's checkpoint, as a resumed run does: there is one path.
     try:
-        for name in phases_left(config, newest):
+        for name in phases_to_train(config, newest):
             topology = phase_topology(config, name, topology)
             newest = train_to_end(config, name, topology, newest, observer)
             free_memory(topology.device)
@@ -238,10 +238,28 @@ def phases_left(config: RunConfig, newest: Checkpoint | None) -> list[str]:
     return names
 
 
+def phases_to_train(config: RunConfig, newest: Checkpoint | None) -> list[str]:
+    """Name the phases that this start trains: those that are left, or the one of them that run.phase names.
+
+    Raises:
+        UserError: if a phase before it is not trained to its end.
+    """
+    left, only = phases_left(config, newest), config.run.phase
+    if not only:
+        return left
+    if only not in left:
+        return []
+    if left[0] != only:
+        raise UserError(
+            f"run.phase={only}: phase {left[0]} before it is not trained to its end: train it first, run.phase={left[0]}"
+        )
+    return [only]
+
+
 def check_data(config: RunConfig, newest: Checkpoint | None) -> None:
-    """Open the datasets of all phases that are left: one that cannot be trained on is an error before the first step."""
+    """Open the datasets of all phases that this start trains: one that cannot be trained on is an error before the first step."""
     opened: dict[str, list[str]] = {}
-    for name in phases_left(config, newest):
+    for name in phases_to_train(config, newest):
         data = config.phase_data(name)
         # Once for all phases that sample videos alike: lengths depend on it.
         names = opened.setdefault(str(data.media), [])
@@ -331,7 +349,7 @@ def end_run(
 ) -> None:
     """Evaluate the run's last checkpoint if it asks for that, and close the process groups."""
     evaluation: Evaluation | None = None
-    if config.run.evaluate_at_end and newest is not None:
+    if config.run.evaluate_at_end and newest is not None and not phases_left(config, newest):
         evaluation = evaluate_weights(config, newest, topology, observer.screen)
         observer.trackers.evaluation(evaluation.results)
     # The run is whole, but its log lacks lines: exit code 2, so that nobody misses it.

@@ -14,7 +14,8 @@ from visionloom.model.huggingface.shapes import parameter_shapes
 from visionloom.model.trainable import group_of
 from visionloom.parallel.config import ParallelConfig
 from visionloom.parallel.pipeline import layers_per_chunk
-from visionloom.train.config import OptimConfig, RunConfig
+from visionloom.train.config import RunConfig
+from visionloom.train.optim.config import OptimConfig
 
 LAYERS: Final = "language_model.decoder.layers."
 FIRST, LAYER, LAST = "first", "layer", "last"

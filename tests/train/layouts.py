@@ -259,7 +259,8 @@ def build(
     from visionloom.model.lora_config import LoraConfig
     from visionloom.model.qwen3vl import Qwen3VL
     from visionloom.model.trainable import set_trainable
-    from visionloom.train.config import OptimConfig, PhaseConfig
+    from visionloom.train.config import PhaseConfig
+    from visionloom.train.optim.config import OptimConfig
     from visionloom.train.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
     from visionloom.train.phase_trainer import PhaseTrainer
 

@@ -21,8 +21,9 @@ from visionloom.tests.ranks import RankPool
 from visionloom.tests.train.faulty import pretrain_with
 from visionloom.tests.train.runs import metrics, run_config
 from visionloom.tests.train.test_resume import checkpoint_tensors
-from visionloom.train.config import OptimConfig, RunConfig
+from visionloom.train.config import RunConfig
 from visionloom.train.optim.bad_steps import StepJudge, robust_score
+from visionloom.train.optim.config import OptimConfig
 
 STEPS = 8
 OPTIONS = ("checkpoint.every_steps=3", "checkpoint.keep=9", "optim.skip_limit=2")

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from visionloom.train.config import OptimConfig
+from visionloom.train.optim.config import OptimConfig
 
 WINDOW: Final = 128
 """Steps that a step is compared with, as OLMo-core's StabilityMonitor has it."""

@@ -1,0 +1,104 @@
+"""The jobs of a submission, each composed and checked for its own number of ranks, before anything waits in a queue."""
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from visionloom.common.errors import UserError, unknown
+from visionloom.common.text import warn
+from visionloom.launch.configure import check_agreements, check_paths, compose
+from visionloom.launch.plan_commands.first import fitting_plan, prediction
+from visionloom.launch.submitting.words import Order
+from visionloom.train.config import RunConfig
+
+SEED: Final = "$SEED"
+"""The shell's variable with the seed of an array's task."""
+
+
+@dataclass
+class Job:
+    """One job of the scheduler: a run, or one phase of it."""
+
+    config: RunConfig
+    nodes: int
+    phase: str = ""
+    """Empty: all phases."""
+
+    @property
+    def name(self) -> str:
+        """Return the job's name, as queues show it."""
+        return f"{self.config.run.name}-{self.phase}" if self.phase else self.config.run.name
+
+    def command(self, order: Order) -> str:
+        """Return the program and its words for a shell; in an array with its variable SEED."""
+        program = shlex.split(order.own.program)
+        # Of this checkout, wherever the command was typed.
+        ours = Path(__file__).parents[2] / program[0]
+        if program[0].startswith("launch/") and ours.is_file():
+            program[0] = str(ours)
+        words = [*program, *order.words]
+        if self.phase:
+            words.append(f"run.phase={self.phase}")
+        line = shlex.join(words)
+        if order.seeds:
+            name = shlex.quote(f"run.name={self.config.run.name}-seed")
+            line += f' run.seed="{SEED}" {name}"{SEED}" run.folder={self.folder(order)}'
+        return line
+
+    def folder(self, order: Order) -> str:
+        """Return the run's folder for a shell."""
+        if not order.seeds:
+            return shlex.quote(self.config.run.folder)
+        return f'{shlex.quote(f"{self.config.run.folder}-seed")}"{SEED}"'
+
+
+def checked_jobs(order: Order) -> list[Job]:
+    """Compose the jobs of an order, and check all that can be checked without the ranks.
+
+    Raises:
+        UserError: one line a fault; nothing is written or submitted then.
+    """
+    if "--chain" not in order.flags:
+        jobs = [_job(order, order.own.nodes, "")]
+    else:
+        # On one rank any layout is refused that says something: which phases there are is all that is asked here.
+        phases = list(_composed(order, order.own.nodes, "").phases)
+        if lines := [
+            unknown("nodes", name, phases) for name in order.nodes_of if name not in phases
+        ]:
+            raise UserError(*lines)
+        jobs = [_job(order, order.nodes_of.get(name, order.own.nodes), name) for name in phases]
+    # Paths inside a container are not those of this machine.
+    if not order.own.container:
+        check_paths(jobs[0].config)
+        check_agreements(jobs[0].config)
+    if order.own.plan:
+        for job in jobs:
+            _plan(job, order)
+    return jobs
+
+
+def _composed(order: Order, nodes: int, phase: str) -> RunConfig:
+    words = [*order.words, f"run.phase={phase}"] if phase else order.words
+    config = compose(words, nodes * order.own.gpus_per_node)
+    if config is None:
+        raise UserError(
+            "--cfg and --help show a run and submit none: leave them out, or give them to launch/pretrain.py"
+        )
+    return config
+
+
+def _job(order: Order, nodes: int, phase: str) -> Job:
+    return Job(_composed(order, nodes, phase), nodes, phase)
+
+
+def _plan(job: Job, order: Order) -> None:
+    """Plan a job, and say what is predicted; UserError if it does not fit."""
+    own = order.own
+    words = [*order.words, f"gpu={own.gpu}", f"world={job.nodes * own.gpus_per_node}"]
+    if job.phase:
+        words += [f"phase={job.phase}", f"run.phase={job.phase}"]
+    plan = fitting_plan(words, "plan")
+    for phase in plan["phases"]:
+        warn(f"{prediction(plan, phase, timed=True)} ({plan['notice']})")
