@@ -179,6 +179,14 @@ def compose(argv: Sequence[str], world_size: int | None = None) -> RunConfig | N
     Raises:
         UserError: one line a fault, each naming the option, with a suggestion for a mistyped name.
     """
+    run = compose_unchecked(argv)
+    if run is not None and (problems := run.all_problems(world_size or environment.world_size())):
+        raise UserError(*problems)
+    return run
+
+
+def compose_unchecked(argv: Sequence[str]) -> RunConfig | None:
+    """Do as `compose`, but for the values themselves and the ranks that they need."""
     options = read_options(argv)
     check_words(options.words)
     read = readable(options.words)
@@ -203,8 +211,6 @@ def compose(argv: Sequence[str], world_size: int | None = None) -> RunConfig | N
     run.phases = _chosen_phases(run)
     if run.run.phase and run.run.phase not in run.phases:
         raise UserError(unknown("run.phase", run.run.phase, list(run.phases)))
-    if problems := run.all_problems(world_size or environment.world_size()):
-        raise UserError(*problems)
     return run
 
 

@@ -7,7 +7,7 @@ from typing import Final
 
 from visionloom.common.errors import UserError, unknown
 from visionloom.common.text import warn
-from visionloom.launch.configure import check_agreements, check_paths, compose
+from visionloom.launch.configure import check_agreements, check_paths, compose, compose_unchecked
 from visionloom.launch.plan_commands.first import fitting_plan, prediction
 from visionloom.launch.submitting.words import Order
 from visionloom.train.config import RunConfig
@@ -59,16 +59,7 @@ def checked_jobs(order: Order) -> list[Job]:
     Raises:
         UserError: one line a fault; nothing is written or submitted then.
     """
-    if "--chain" not in order.flags:
-        jobs = [_job(order, order.own.nodes, "")]
-    else:
-        # On one rank any layout is refused that says something: which phases there are is all that is asked here.
-        phases = list(_composed(order, order.own.nodes, "").phases)
-        if lines := [
-            unknown("nodes", name, phases) for name in order.nodes_of if name not in phases
-        ]:
-            raise UserError(*lines)
-        jobs = [_job(order, order.nodes_of.get(name, order.own.nodes), name) for name in phases]
+    jobs = [_job(order, phase) for phase in _phases(order)]
     # Paths inside a container are not those of this machine.
     if not order.own.container:
         check_paths(jobs[0].config)
@@ -79,18 +70,29 @@ def checked_jobs(order: Order) -> list[Job]:
     return jobs
 
 
-def _composed(order: Order, nodes: int, phase: str) -> RunConfig:
-    words = [*order.words, f"run.phase={phase}"] if phase else order.words
-    config = compose(words, nodes * order.own.gpus_per_node)
+def _phases(order: Order) -> list[str]:
+    """Return the phase of each job; one without a name has all."""
+    # Values and ranks are checked job by job.
+    config = compose_unchecked(order.words)
     if config is None:
         raise UserError(
             "--cfg and --help show a run and submit none: leave them out, or give them to launch/pretrain.py"
         )
-    return config
+    if "--chain" not in order.flags:
+        return [""]
+    phases = list(config.phases)
+    if lines := [unknown("nodes", name, phases) for name in order.nodes_of if name not in phases]:
+        raise UserError(*lines)
+    return phases
 
 
-def _job(order: Order, nodes: int, phase: str) -> Job:
-    return Job(_composed(order, nodes, phase), nodes, phase)
+def _job(order: Order, phase: str) -> Job:
+    """Compose a job, and check it for the number of its ranks."""
+    nodes = order.nodes_of.get(phase, order.own.nodes)
+    words = [*order.words, f"run.phase={phase}"] if phase else order.words
+    config = compose(words, nodes * order.own.gpus_per_node)
+    assert config is not None
+    return Job(config, nodes, phase)
 
 
 def _plan(job: Job, order: Order) -> None:

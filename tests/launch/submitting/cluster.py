@@ -1,4 +1,4 @@
-"""A whole SLURM on this machine for the tests: one controller, ten nodes with a GPU each that is a plain file, two partitions.
+"""A whole SLURM on this machine for the tests: one controller, fourteen nodes with a GPU each that is a plain file, two partitions.
 
 Jobs of `high` preempt those of `low`, which are told (preempt_send_user_signal) and requeued. Debian's packages are installed where
 that is possible; everything else is in a folder of its own, and no service of the machine is touched.
@@ -22,7 +22,7 @@ import pytest
 
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged")
-NODES = 10
+NODES = 14
 GRACE = 60
 """Seconds of a preempted job until it is killed; one that has saved ends before."""
 CONFIG = """

@@ -106,7 +106,7 @@ def test_row_11_a_node_that_is_lost(runs: Runs, undisturbed: Path) -> None:
     """First, since it takes longest: SLURM misses a node after ten seconds, and our script asks for the requeue before."""
     job = runs.jobs["node"]
     runs.wait_for_step("node")
-    first, lost = runs.cluster.nodes_of(job)
+    _, lost = runs.cluster.nodes_of(job)
     runs.cluster.kill_node(lost, job)
     wait_for(lambda: int(runs.cluster.fact(job, "Restarts")) == 1, MOST)
     wait_for(lambda: runs.cluster.fact(job, "JobState") == "RUNNING", MOST)
