@@ -107,6 +107,7 @@ def end_together(end: EarlyEnd, topology: Topology, observer: Observer) -> NoRet
     if topology.is_main:
         status.current.ended(end.state, end.code, str(end), end.hint)
     observer.say(f"{end}; {end.hint}")
+    observer.report_time()
     topology.barrier()
     raise end
 
@@ -177,6 +178,7 @@ def metrics_line(
     peak = peak_flops(topology.device)
     line = {
         "step": trainer.step,
+        "time": round(time.time(), 3),
         "phase": trainer.phase_name,
         "phase_step": trainer.phase_step,
         "loss": totals.loss,

@@ -96,7 +96,9 @@ def pretrain(config: RunConfig) -> None:
     observer.event("done", step=step)
     observer.say(f"done in {time.perf_counter() - started:.0f} s: {folder}")
     try:
-        end_run(config, newest, topology, observer)
+        with observer.evaluating():
+            end_run(config, newest, topology, observer)
+        observer.report_time()
     finally:
         observer.trackers.close()
 
@@ -133,8 +135,7 @@ def report_back(step: int, cause: str, skipped: Sequence[int], observer: Observe
     observer.event("back", step=step, cause=cause, passed_over=list(skipped))
     observer.say(f"warning: {cause}: going back to step {step}, and passing over their data")
     status.current.at(step)
-    if observer.log is not None:
-        observer.log.rewind(step)
+    observer.rewind(step)
 
 
 def train_phase(
@@ -162,7 +163,7 @@ def train_phase(
     observer.phase_start(trainer)
     # Not when resumed: the loss at the phase's beginning is in the log already.
     if not trainer.phase_step:
-        with pulse.current.during(EVALUATION):
+        with observer.evaluating():
             validate_start(config, trainer, observer)
     saver = Saver(folder, config.checkpoint, observer.saved)
     with stopping.current.at_steps(), observer.live(trainer):
@@ -170,7 +171,7 @@ def train_phase(
         # What is measured after a phase may take longer than whoever sent a signal waits.
         stop_early(trainer, saver, observer)
         saver.save(trainer, trainer.step, trainer.phase_step, last=True)
-    with pulse.current.during(EVALUATION):
+    with observer.evaluating():
         validate_end(config, trainer, observer)
     observer.phase_end(trainer)
     trainer.drop_graphs()

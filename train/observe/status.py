@@ -16,6 +16,7 @@ from visionloom.common.atomic import replacing
 from visionloom.common.errors import EarlyEnd
 from visionloom.common.jsonfile import JsonError, read_json
 from visionloom.common.lock import is_held
+from visionloom.common.processes import seconds_alive
 from visionloom.common.text import warn
 
 STATUS: Final = "status.json"
@@ -31,6 +32,7 @@ MOST_STARTS: Final = 3
 MEND: Final = "mend the cause before you start it again"
 AGENT: Final = "TORCHELASTIC_RUN_ID"
 """Variable that torchrun's agent sets for its ranks."""
+TIME: Final = "%Y-%m-%d %H:%M:%S"
 State = Literal["running", "done", "failed", "stopped"]
 """`stopped`: as somebody wished, and saved where there was something to save."""
 
@@ -63,12 +65,20 @@ class Status:
     """The same for all ranks of one start on one machine, and for no other start there."""
     host: str = field(default_factory=socket.gethostname)
     pid: int = field(default_factory=os.getpid)
-    time: str = field(default_factory=lambda: time.strftime("%Y-%m-%d %H:%M:%S"))
+    time: str = field(default_factory=lambda: time.strftime(TIME))
 
     @property
     def has_progressed(self) -> bool:
         """Return whether this start has brought the run further, so that the next goes on from there."""
         return self.saved is not None and self.saved > (self.resumed or 0)
+
+    @property
+    def seconds_since_1970(self) -> float:
+        """Return when it was written, to a second; 0 if its time is none."""
+        try:
+            return time.mktime(time.strptime(self.time, TIME))
+        except (ValueError, OverflowError):
+            return 0.0
 
     @property
     def end(self) -> str:
@@ -95,6 +105,8 @@ class RunStatus:
         """Step of the last checkpoint of this start."""
         self.resumed: int | None = None
         """Step after which this start went on."""
+        self.began: float | None = None
+        """When this process was started, in seconds since 1970; None if it is no start of a run's command."""
         self._starts = 1
         self._folder: Path | None = None
         self._resumed = False
@@ -108,6 +120,7 @@ class RunStatus:
             EarlyEnd: on the main rank, if MOST_STARTS before it have ended without a new checkpoint.
         """
         self._folder, self.step, self._resumed = folder, None, False
+        self.began = time.time() - seconds_alive()
         if _rank() == 0:
             self.before = read_status(folder)
             self.step = self.before.step if self.before is not None else None
