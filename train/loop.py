@@ -68,6 +68,7 @@ def take_step(
     trainer: PhaseTrainer, steps: Iterator[list[PackedBatch]], saver: Saver, observer: Observer
 ) -> StepResult:
     """Train the next step of a phase and report it."""
+    observer.profile.begin(trainer.step + 1)
     started = time.perf_counter()
     # Those of the step before, which is over: they ride with the sums of this one.
     own = own_seconds(pulse.current.next_step(trainer.step))

@@ -50,6 +50,7 @@ from visionloom.train.exchange.companions import carry_into_run
 from visionloom.train.exchange.evaluation_command import EvaluationCommand, export_for_command
 from visionloom.train.loop import end_together, fit, log_error, stop_early
 from visionloom.train.observe import status, stopping
+from visionloom.train.observe.memory import record_memory
 from visionloom.train.observe.observer import Observer
 from visionloom.train.observe.screen import Screen
 from visionloom.train.optim.bad_steps import GoBack
@@ -76,6 +77,8 @@ def pretrain(config: RunConfig) -> None:
     observer = Observer(folder, config.logging, topology.is_main, config.run.name, asdict(config))
     if topology.device.type == "cuda":
         observer.say(f"attention by the kernels of {flash.chosen()}")
+        if config.logging.memory_history:
+            record_memory()
     if config.data.workers is None and (workers := chosen_workers(None)):
         observer.say(f"data.workers={workers}, chosen by the cores of this machine")
     newest = resume(config, folder, topology, observer)

@@ -8,11 +8,12 @@ from typing import Any, Final
 
 from visionloom.common import pulse
 from visionloom.common.pulse import EVALUATION
-from visionloom.train.config import LoggingConfig
 from visionloom.train.observe import status
+from visionloom.train.observe.logging_config import LoggingConfig
 from visionloom.train.observe.metrics import RunLog
 from visionloom.train.observe.screen import Screen
 from visionloom.train.observe.slow_ranks import SlowRanks
+from visionloom.train.observe.step_profile import StepProfile
 from visionloom.train.observe.time_spent import time_spent_in
 from visionloom.train.observe.trackers import Trackers
 from visionloom.train.phase_trainer import PhaseTrainer
@@ -49,6 +50,7 @@ class Observer:
         self.log = RunLog(folder) if is_main else None
         self.screen = Screen(is_main, logging.every_steps)
         self.trackers = Trackers(logging if is_main else LoggingConfig(), folder, settings, name)
+        self.profile = StepProfile(folder, logging.profile_steps)
         self.held_out_losses: dict[str, float] = {}
         """Of the last validation."""
         self._slow_ranks = SlowRanks()
@@ -125,6 +127,7 @@ class Observer:
         status.current.at(line["step"])  # on all ranks: any of them may fail
         self.screen.step(line)
         self.trackers.step(line)
+        self._profiled(line["step"])
 
     def slow(self, own_seconds: Sequence[Sequence[float]], step_seconds: float) -> None:
         """Report a rank that has been slow for long, by the seconds that each rank needed for itself in the last step."""
@@ -160,11 +163,19 @@ class Observer:
         """Report a phase that is trained and saved."""
         self.event("phase_end", phase=trainer.phase_name, step=trainer.step)
 
+    def _profiled(self, step: int, is_last: bool = False) -> None:
+        """Report a trace that ends with a step."""
+        if (trace := self.profile.end(step, is_last)) is not None:
+            self.event("profile", step=step, file=str(trace))
+            self.say(f"trace of this and the other ranks: {trace}")
+
     @contextmanager
     def live(self, trainer: PhaseTrainer) -> Iterator[None]:
         """Show the phase's progress while it trains."""
         self.screen.begin(trainer.phase_name, trainer.phase_step, trainer.phase.total_steps)
         try:
             yield
+            # Not over a change of phase: building a model is no step.
+            self._profiled(trainer.step, is_last=True)
         finally:
             self.screen.end()

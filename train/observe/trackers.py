@@ -16,7 +16,7 @@ from typing import Any, Final
 from visionloom.common.atomic import replacing
 from visionloom.common.errors import UserError
 from visionloom.common.text import warn
-from visionloom.train.config import LoggingConfig
+from visionloom.train.observe.logging_config import LoggingConfig
 
 PROJECT: Final = "visionloom"
 """The wandb project, unless WANDB_PROJECT names another."""

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from visionloom.common.errors import UserError
-from visionloom.train.config import LoggingConfig
 from visionloom.train.observe import trackers as trackers_module
+from visionloom.train.observe.logging_config import LoggingConfig
 from visionloom.train.observe.trackers import Trackers
 
 RESULTS = {"step": 2, "loss": {"captions": 0.5}, "tasks": {"read": {"accuracy": 0.75, "n": 4}}}
