@@ -35,6 +35,7 @@ from visionloom.launch.guarding.causes import (
     cause_of,
     hint_for,
     is_lost_connection,
+    is_out_of_memory,
     of_the_machine,
 )
 from visionloom.launch.guarding.claim import claim
@@ -135,10 +136,15 @@ def work(command: Callable[[RunConfig], None], config: RunConfig) -> None:
     except EarlyEnd as end:
         exit_early(end)
     except Exception as error:
-        machine_error = of_the_machine(error, Path(config.run.folder))
+        folder = Path(config.run.folder)
+        machine_error = of_the_machine(error, folder)
         if machine_error is not None:
             exit_with(machine_error)
-        written = status.current.failed(FAILURE, cause_of(error), hint_for(error))
+        cause, hint = cause_of(error, folder), hint_for(error)
+        written = status.current.failed(FAILURE, cause, hint)
+        if is_out_of_memory(error) and written is not None:
+            # Before its traceback, which is long and says nothing of a cure.
+            warn(f"error: {one_line(cause)}; {hint}")
         code = written or FAILURE
         record_for_torchrun(error)
         keep_code(code)

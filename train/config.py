@@ -20,6 +20,7 @@ from visionloom.model.lora_config import LoraConfig
 from visionloom.parallel.config import ParallelConfig
 from visionloom.train.generation.config import Budget, GenerationConfig
 from visionloom.train.observe.limits import WatchConfig
+from visionloom.train.observe.logging_config import LoggingConfig
 from visionloom.train.optim.config import OptimConfig
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -249,18 +250,6 @@ class CheckpointConfig:
     on_error: str = option("continue", "free", choices=("continue", "stop"))
     """Response to a checkpoint that cannot be written: `continue` without it (three failures in a row, or one at the end of a
     phase, stop the run), or `stop` at once. Checkpoints before it stay whole either way."""
-
-
-@dataclass
-class LoggingConfig:
-    """Logs other than metrics.jsonl, and how often a line is shown."""
-
-    every_steps: int = option(10, "free", least=1, most=STEPS)
-    """Optimizer steps between two lines on the screen; metrics.jsonl has a line for every step."""
-    wandb: bool = option(False, "free")
-    """Send the metrics to Weights & Biases too."""
-    tensorboard: bool = option(False, "free")
-    """Write the metrics as TensorBoard's event files too."""
 
 
 @dataclass

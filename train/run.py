@@ -50,6 +50,7 @@ from visionloom.train.exchange.companions import carry_into_run
 from visionloom.train.exchange.evaluation_command import EvaluationCommand, export_for_command
 from visionloom.train.loop import end_together, fit, log_error, stop_early
 from visionloom.train.observe import status, stopping
+from visionloom.train.observe.memory import record_memory
 from visionloom.train.observe.observer import Observer
 from visionloom.train.observe.screen import Screen
 from visionloom.train.optim.bad_steps import GoBack
@@ -76,6 +77,8 @@ def pretrain(config: RunConfig) -> None:
     observer = Observer(folder, config.logging, topology.is_main, config.run.name, asdict(config))
     if topology.device.type == "cuda":
         observer.say(f"attention by the kernels of {flash.chosen()}")
+        if config.logging.memory_history:
+            record_memory()
     if config.data.workers is None and (workers := chosen_workers(None)):
         observer.say(f"data.workers={workers}, chosen by the cores of this machine")
     newest = resume(config, folder, topology, observer)
@@ -96,7 +99,9 @@ def pretrain(config: RunConfig) -> None:
     observer.event("done", step=step)
     observer.say(f"done in {time.perf_counter() - started:.0f} s: {folder}")
     try:
-        end_run(config, newest, topology, observer)
+        with observer.evaluating():
+            end_run(config, newest, topology, observer)
+        observer.report_time()
     finally:
         observer.trackers.close()
 
@@ -133,8 +138,7 @@ def report_back(step: int, cause: str, skipped: Sequence[int], observer: Observe
     observer.event("back", step=step, cause=cause, passed_over=list(skipped))
     observer.say(f"warning: {cause}: going back to step {step}, and passing over their data")
     status.current.at(step)
-    if observer.log is not None:
-        observer.log.rewind(step)
+    observer.rewind(step)
 
 
 def train_phase(
@@ -162,7 +166,7 @@ def train_phase(
     observer.phase_start(trainer)
     # Not when resumed: the loss at the phase's beginning is in the log already.
     if not trainer.phase_step:
-        with pulse.current.during(EVALUATION):
+        with observer.evaluating():
             validate_start(config, trainer, observer)
     saver = Saver(folder, config.checkpoint, observer.saved)
     with stopping.current.at_steps(), observer.live(trainer):
@@ -170,7 +174,7 @@ def train_phase(
         # What is measured after a phase may take longer than whoever sent a signal waits.
         stop_early(trainer, saver, observer)
         saver.save(trainer, trainer.step, trainer.phase_step, last=True)
-    with pulse.current.during(EVALUATION):
+    with observer.evaluating():
         validate_end(config, trainer, observer)
     observer.phase_end(trainer)
     trainer.drop_graphs()

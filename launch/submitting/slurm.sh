@@ -107,6 +107,10 @@ case $(field code) in
 esac
 # Stopped in time, a hang, a rank or a node that is gone. A run that makes no progress ends itself with 93.
 say "requeued"
-scontrol requeue "$JOB" && sleep 300
+if scontrol requeue "$JOB"; then
+    # SLURM ends this script.
+    sleep 300
+    exit 75
+fi
 say "SLURM did not requeue it: submit it again"
 exit 75

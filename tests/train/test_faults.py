@@ -26,7 +26,8 @@ from visionloom.tests.train.disks import mounted
 from visionloom.tests.train.runs import metrics, run_config, run_words
 from visionloom.tests.train.test_lost import outcome
 from visionloom.tests.train.test_resume import checkpoint_tensors
-from visionloom.train.config import LoggingConfig, RunConfig
+from visionloom.train.config import RunConfig
+from visionloom.train.observe.logging_config import LoggingConfig
 from visionloom.train.observe.trackers import Trackers
 
 pytestmark = pytest.mark.faults

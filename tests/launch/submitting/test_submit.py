@@ -114,7 +114,12 @@ def test_bash_reads_the_words_that_were_written(capsys: pytest.CaptureFixture[st
     begin, end = text.index("RUN="), text.index("JOB=")
     shown = f'{text[begin:end]}\nprintf "%s\\n" "$RUN" "${{TRAIN[@]}}"'
     lines = subprocess.check_output(["bash", "-c", shown], text=True).splitlines()
-    assert lines == ["runs/it's a $HOME", str(Path(jobs.__file__).parents[2] / "launch/pretrain.py"), "+recipe=demo", *odd]
+    assert lines == [
+        "runs/it's a $HOME",
+        str(Path(jobs.__file__).parents[2] / "launch/pretrain.py"),
+        "+recipe=demo",
+        *odd,
+    ]
     assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
 
 

@@ -1,7 +1,9 @@
 """status.json says what is true at every moment, the first cause and not what followed from it."""
 
+import contextlib
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +182,32 @@ def test_killed_starts_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert said[3][1].startswith(f"{IN_VAIN} 4: killed without a word") and said[4] == said[3]
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another")
     assert start_that(tmp_path, "killed") == (None, "")
+
+
+def test_agents_of_several_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each agent counts attempts for itself, so a start's ranks know each other by the time at which they write."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job/7")
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    monkeypatch.setattr(status, "seconds_alive", lambda *_: 60.0)
+    codes = []
+    for attempt in range(4):
+        agents = {"0": (os.getppid(), attempt), "1": (1, 2 * attempt + 1)}
+        starts = []
+        for rank, (agent, count) in agents.items():
+            monkeypatch.setenv("RANK", rank)
+            monkeypatch.setattr(os, "getppid", lambda agent=agent: agent)
+            monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(count))
+            starts.append(RunStatus())
+            with contextlib.suppress(EarlyEnd):
+                starts[-1].begin(tmp_path)
+            # Attempts are seconds apart, and here none.
+            starts[-1].began = time.time() if attempt == 0 else time.time() - 1
+        codes.append(content(tmp_path)["code"])
+        starts[1].failed(1, f"ValueError: {attempt}", "")
+        starts[0].failed(1, "Connection closed by peer", "")
+        codes.append(content(tmp_path)["code"])
+    assert codes == [None, 1, None, 1, None, 93, 93, 93]
+    assert "ValueError: 2" in content(tmp_path)["cause"], "and not of the rank that lost it"
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"state": "done"}', '{"state": 3}', "x" * 10])
