@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ import pytest
 
 from visionloom.launch.submit import run
 from visionloom.tests.launch.guarding.test_claim import ROOT
-from visionloom.tests.launch.submitting.cluster import Cluster, cluster_here, wait_for
+from visionloom.tests.launch.submitting.cluster import Cluster, cluster_here, free_ports, wait_for
 from visionloom.tests.ranks import RankPool
 from visionloom.tests.train.runs import configured, metrics, run_config, run_words
 from visionloom.tests.train.test_early_end import exact
@@ -27,7 +28,8 @@ from visionloom.tests.train.test_layouts import train
 from visionloom.tests.train.test_one_phase import two_phases
 
 pytestmark = pytest.mark.faults
-STEPS, WAITS = 8, 5
+STEPS, WAITS, STOPS = 8, 5, 6
+"""The wish to stop is in what a step reduces from the next one on."""
 MINUTE = 60
 MOST = 8 * MINUTE
 """Longest wait for a job; all of them share two cores."""
@@ -102,7 +104,7 @@ def undisturbed(pool: RankPool, demo_data: Path, tmp_path_factory: pytest.TempPa
     return folder
 
 
-def test_row_11_a_node_that_is_lost(runs: Runs, undisturbed: Path) -> None:
+def test_row_11_a_node_that_is_lost(runs: Runs) -> None:
     """First, since it takes longest: SLURM misses a node after ten seconds, and our script asks for the requeue before."""
     job = runs.jobs["node"]
     runs.wait_for_step("node")
@@ -142,7 +144,7 @@ def test_rows_07_and_10_who_is_cancelled_stays_so(runs: Runs) -> None:
     runs.cluster.ask("scancel", job)
     assert runs.end_of(job) == ("CANCELLED", 0)
     status = runs.status("cancelled")
-    assert (status["state"], status["code"], status["step"]) == ("stopped", 75, WAITS)
+    assert (status["state"], status["code"], status["step"]) == ("stopped", 75, STOPS)
     assert "requeued" not in runs.log("cancelled")
 
 
@@ -176,8 +178,24 @@ def test_rows_08_09_11_end_as_if_nothing_had_happened(
     """A run that was stopped goes on after the step in hand, one whose node is gone after its last checkpoint."""
     assert runs.end_of(runs.jobs[name]) == ("COMPLETED", 1), runs.log(name)
     assert runs.status(name)["state"] == "done"
-    assert runs.resumed(name) == [WAITS - 1 if row == 11 else WAITS]
+    assert runs.resumed(name) == [WAITS - 1 if row == 11 else STOPS]
     assert exact(runs.folder / name) == exact(undisturbed)
+
+
+def test_two_agents_without_slurm(
+    runs: Runs, undisturbed: Path, demo_data: Path, tmp_path: Path
+) -> None:
+    """The command that --torchrun prints, twice."""
+    said = io.StringIO()
+    (port,) = free_ports(1)
+    own = ["nodes=2", "gpus_per_node=1", "plan=false", "host=127.0.0.1", f"port={port}"]
+    with contextlib.redirect_stdout(said):
+        assert run([*run_words(demo_data, tmp_path, STEPS), *own, "--torchrun"]) == 0
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    agents = [subprocess.Popen(["bash", "-c", said.getvalue()], **pipes) for _ in range(2)]  # type: ignore[call-overload]
+    outputs = [agent.communicate(timeout=MOST)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], outputs
+    assert exact(tmp_path) == exact(undisturbed)
 
 
 def test_nobody_has_come_back(runs: Runs) -> None:
