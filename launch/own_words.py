@@ -51,7 +51,7 @@ def _mistyped(names: Iterable[str], words: Sequence[str]) -> list[str]:
         if not equals or "." in bare or bare in OF_RUN:
             continue
         if bare in names:
-            lines.append(f"{one_line(name)} has no plus: write {bare}={one_line(value[:SHOWN])}")
+            lines.append(f"{one_line(name)} has no plus: write {bare}={_shown(value)}")
         elif close := did_you_mean(bare, names):
             lines.append(f"no such key: {one_line(bare)}{close}")
     return lines
@@ -59,7 +59,6 @@ def _mistyped(names: Iterable[str], words: Sequence[str]) -> list[str]:
 
 def _value(hint: Any, name: str, text: str) -> Any:
     """Return a word's value in its type; UserError if the text is none."""
-    shown = one_line(text[:SHOWN])
     if hint is str:
         check_home(name, text)
         if not text:
@@ -67,15 +66,21 @@ def _value(hint: Any, name: str, text: str) -> Any:
         return text
     if hint is bool:
         if text not in FLAGS:
-            raise UserError(f"{name}={shown} is not {NUMBERS[bool]}: write {name}=false or =true")
+            raise UserError(f"{name}={_shown(text)} is not {NUMBERS[bool]}: write {name}=false")
         return FLAGS[text]
+    return _number(float if hint in (float, float | None) else int, name, text)
 
-    kind: type[int] | type[float] = float if hint in (float, float | None) else int
+
+def _number(kind: type[int] | type[float], name: str, text: str) -> float:
     try:
         # Of thousands of digits Python makes no number.
         value: float = kind(text) if len(text) <= SHOWN else math.nan
     except ValueError:
         value = math.nan
     if math.isnan(value):
-        raise UserError(f"{name}={shown} is not {NUMBERS[kind]}: write {name}=N")
+        raise UserError(f"{name}={_shown(text)} is not {NUMBERS[kind]}: write {name}=N")
     return value
+
+
+def _shown(text: str) -> str:
+    return one_line(text[:SHOWN])

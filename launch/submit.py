@@ -25,7 +25,7 @@ from visionloom.common.quiet import quiet_libraries
 from visionloom.common.text import one_line, say
 from visionloom.launch.guarding.exit import code_of
 from visionloom.launch.submitting import records
-from visionloom.launch.submitting.jobs import Job, checked_jobs
+from visionloom.launch.submitting.jobs import SubmittedJob, checked_jobs
 from visionloom.launch.submitting.script import script_of, torchrun_command
 from visionloom.launch.submitting.words import Order, read_order
 
@@ -77,6 +77,7 @@ def run(argv: list[str]) -> int:
         say(torchrun_command(order, jobs[0]))
         return 0
 
+    # The place is named in the scripts, and made only for those that are submitted.
     folder = records.new_folder(Path(jobs[0].config.run.folder).absolute())
     scripts = {job.name: script_of(order, job, folder / records.LOG) for job in jobs}
     if "--dry-run" in order.flags:
@@ -87,46 +88,46 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def submit(order: Order, jobs: list[Job], folder: Path) -> None:
+def submit(order: Order, jobs: list[SubmittedJob], folder: Path) -> None:
     """Hand the scripts to sbatch, each but the first to begin after the one before it, and say what to do next."""
-    before = ""
+    number = ""
+    # Of an array each task waits for the task with its seed.
+    dependency = "aftercorr" if order.seeds else "afterok"
     for job in jobs:
         script = folder / f"{job.name}.sh"
-        before = sbatch(script, before, "aftercorr" if order.seeds else "afterok")
-        say(f"job {before}: {job.name} on {job.nodes} x {order.own.gpus_per_node}, {script}")
-    place = Path(jobs[0].config.run.folder)
-    task = f"{place}-seed{order.seeds[0]}" if order.seeds else str(place)
-    say(
-        f"what it prints: {folder}/*.log; how it stands: {task}/status.json",
-        f"end it: scancel {before}; end it after the step in hand, saved: touch {task}/stop",
-    )
+        number = sbatch(script, number, dependency)
+        say(f"job {number}: {job.name} on {job.nodes} x {order.own.gpus_per_node}, {script}")
+    run_folder = jobs[0].config.run.folder
+    if order.seeds:
+        run_folder += f"-seed{order.seeds[0]}"
+    say(f"what it prints: {folder}/*.log; how it stands: {run_folder}/status.json")
+    say(f"end it: scancel {number}; end it after its step, saved: touch {run_folder}/stop")
 
 
 def sbatch(script: Path, before: str, dependency: str) -> str:
     """Submit a script, to begin when the job `before` has ended well, and return its number; UserError with SLURM's words."""
-    command = ["sbatch", "--parsable"]
+    command = ["sbatch", "--parsable", str(script)]
     if before:
         # A job that can never begin leaves the queue.
-        command += [f"--dependency={dependency}:{before}", "--kill-on-invalid-dep=yes"]
+        command[2:2] = [f"--dependency={dependency}:{before}", "--kill-on-invalid-dep=yes"]
+    done = _answer(command, script)
+    if done.returncode:
+        reason = one_line(done.stderr.strip().removeprefix("sbatch: error: "))
+        raise UserError(f"sbatch refuses {script}: {reason}")
+    # With several clusters the name of one stands behind the number.
+    return done.stdout.strip().partition(";")[0]
+
+
+def _answer(command: list[str], script: Path) -> subprocess.CompletedProcess[str]:
+    """Run sbatch; UserError if it is not there, or SLURM does not answer it."""
     try:
-        done = subprocess.run(
-            [*command, str(script)],
-            capture_output=True,
-            text=True,
-            timeout=SBATCH_SECONDS,
-            check=False,
-        )
+        return subprocess.run(command, capture_output=True, text=True, timeout=SBATCH_SECONDS)
     except FileNotFoundError:
         raise UserError(
             "sbatch is not found: submit from a machine of the cluster, or start the run without SLURM, --torchrun"
         ) from None
     except subprocess.TimeoutExpired:
         raise UserError(f"sbatch does not answer: see squeue, and submit {script} later") from None
-    if done.returncode:
-        reason = one_line(done.stderr.strip().removeprefix("sbatch: error: "))
-        raise UserError(f"sbatch refuses {script}: {reason}")
-    # With several clusters the name of one stands behind the number.
-    return done.stdout.strip().partition(";")[0]
 
 
 if __name__ == "__main__":

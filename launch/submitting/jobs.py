@@ -17,7 +17,7 @@ SEED: Final = "$SEED"
 
 
 @dataclass
-class Job:
+class SubmittedJob:
     """One job of the scheduler: a run, or one phase of it."""
 
     config: RunConfig
@@ -32,19 +32,14 @@ class Job:
 
     def command(self, order: Order) -> str:
         """Return the program and its words for a shell; in an array with its variable SEED."""
-        program = shlex.split(order.own.program)
-        # Of this checkout, wherever the command was typed.
-        ours = Path(__file__).parents[2] / program[0]
-        if program[0].startswith("launch/") and ours.is_file():
-            program[0] = str(ours)
-        words = [*program, *order.words]
+        words = [*_program(order.own.program), *order.words]
         if self.phase:
             words.append(f"run.phase={self.phase}")
         line = shlex.join(words)
-        if order.seeds:
-            name = shlex.quote(f"run.name={self.config.run.name}-seed")
-            line += f' run.seed="{SEED}" {name}"{SEED}" run.folder={self.folder(order)}'
-        return line
+        if not order.seeds:
+            return line
+        name = shlex.quote(f"run.name={self.config.run.name}-seed")
+        return f'{line} run.seed="{SEED}" {name}"{SEED}" run.folder={self.folder(order)}'
 
     def folder(self, order: Order) -> str:
         """Return the run's folder for a shell."""
@@ -53,7 +48,16 @@ class Job:
         return f'{shlex.quote(f"{self.config.run.folder}-seed")}"{SEED}"'
 
 
-def checked_jobs(order: Order) -> list[Job]:
+def _program(text: str) -> list[str]:
+    """Return a program and its first arguments, ours from this checkout wherever the command was typed."""
+    name, *arguments = shlex.split(text)
+    ours = Path(__file__).parents[2] / name
+    if name.startswith("launch/") and ours.is_file():
+        name = str(ours)
+    return [name, *arguments]
+
+
+def checked_jobs(order: Order) -> list[SubmittedJob]:
     """Compose the jobs of an order, and check all that can be checked without the ranks.
 
     Raises:
@@ -86,16 +90,16 @@ def _phases(order: Order) -> list[str]:
     return phases
 
 
-def _job(order: Order, phase: str) -> Job:
+def _job(order: Order, phase: str) -> SubmittedJob:
     """Compose a job, and check it for the number of its ranks."""
     nodes = order.nodes_of.get(phase, order.own.nodes)
     words = [*order.words, f"run.phase={phase}"] if phase else order.words
     config = compose(words, nodes * order.own.gpus_per_node)
     assert config is not None
-    return Job(config, nodes, phase)
+    return SubmittedJob(config, nodes, phase)
 
 
-def _plan(job: Job, order: Order) -> None:
+def _plan(job: SubmittedJob, order: Order) -> None:
     """Plan a job, and say what is predicted; UserError if it does not fit."""
     own = order.own
     words = [*order.words, f"gpu={own.gpu}", f"world={job.nodes * own.gpus_per_node}"]

@@ -11,7 +11,7 @@ import yaml
 
 from visionloom.common.errors import UserError
 from visionloom.launch.guarding.claim import check_writable
-from visionloom.launch.submitting.jobs import Job
+from visionloom.launch.submitting.jobs import SubmittedJob
 
 FOLDER: Final = "submit"
 LOG: Final = "%x-%j.log"
@@ -24,7 +24,7 @@ def new_folder(run_folder: Path) -> Path:
     return run_folder / FOLDER / time.strftime("%Y%m%d-%H%M%S")
 
 
-def write(folder: Path, jobs: list[Job], scripts: Mapping[str, str]) -> None:
+def write(folder: Path, jobs: list[SubmittedJob], scripts: Mapping[str, str]) -> None:
     """Write scripts by name, the configuration of each job and the state of the code into a new folder.
 
     Raises:

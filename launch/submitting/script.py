@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from visionloom.common.errors import UserError
-from visionloom.launch.submitting.jobs import Job
+from visionloom.launch.submitting.jobs import SubmittedJob
 from visionloom.launch.submitting.words import Order
 
 PLACE: Final = re.compile(r"\{\{(\w+)\}\}")
@@ -16,7 +16,7 @@ NEEDED: Final = ("run", "command")
 """Names that a template cannot do without: it would train nothing, or not know how it ended."""
 
 
-def script_of(order: Order, job: Job, log: Path) -> str:
+def script_of(order: Order, job: SubmittedJob, log: Path) -> str:
     """Return the script of a job, which writes what it prints to `log`.
 
     Raises:
@@ -26,16 +26,16 @@ def script_of(order: Order, job: Job, log: Path) -> str:
     text = _template(order.own.template)
     names = set(PLACE.findall(text))
     option = f"template={order.own.template}"
-    if wrong := sorted(names - set(values)):
-        raise UserError(
-            f"{option} has {{{{{wrong[0]}}}}}, which nothing fills in: use some of {', '.join(sorted(values))}"
-        )
-    if lacking := [name for name in NEEDED if name not in names]:
-        raise UserError(f"{option} lacks {{{{{lacking[0]}}}}}: see launch/submitting/slurm.sh")
+    for name in sorted(names - set(values)):
+        known = ", ".join(sorted(values))
+        raise UserError(f"{option} has {{{{{name}}}}}, which nothing fills in: use some of {known}")
+    for name in NEEDED:
+        if name not in names:
+            raise UserError(f"{option} lacks {{{{{name}}}}}: see launch/submitting/slurm.sh")
     return PLACE.sub(lambda match: values[match[1]], text)
 
 
-def torchrun_command(order: Order, job: Job) -> str:
+def torchrun_command(order: Order, job: SubmittedJob) -> str:
     """Return the command that starts the run without a scheduler, the same on each machine."""
     own = order.own
     options = [
@@ -49,10 +49,9 @@ def torchrun_command(order: Order, job: Job) -> str:
     return f"{_python(order)} -m torch.distributed.run {shlex.join(options)} {job.command(order)}"
 
 
-def _values(order: Order, job: Job, log: Path) -> dict[str, str]:
+def _values(order: Order, job: SubmittedJob, log: Path) -> dict[str, str]:
     """Return what takes the place of each name, written for a shell."""
-    own, seeds = order.own, order.seeds
-    in_srun, before = _container(order, job)
+    own = order.own
     return {
         "name": job.name,
         "nodes": str(job.nodes),
@@ -61,16 +60,24 @@ def _values(order: Order, job: Job, log: Path) -> dict[str, str]:
         "log": shlex.quote(str(log.absolute())),
         "warn": str(own.warn),
         "sbatch": "\n".join(f"#SBATCH {line}" for line in _sbatch_options(order)),
-        "seeds": f"SEEDS=({' '.join(map(str, seeds))})\nSEED=${{SEEDS[$SLURM_ARRAY_TASK_ID]}}"
-        if seeds
-        else "",
+        **_run_values(order, job),
+        **_container(order, job),
+    }
+
+
+def _run_values(order: Order, job: SubmittedJob) -> dict[str, str]:
+    """Return the values that say what the ranks run."""
+    own, seeds = order.own, ""
+    if order.seeds:
+        listed = " ".join(map(str, order.seeds))
+        seeds = f"SEEDS=({listed})\nSEED=${{SEEDS[$SLURM_ARRAY_TASK_ID]}}"
+    return {
+        "seeds": seeds,
         "run": job.folder(order),
         "command": job.command(order),
         "setup": _text(own.setup, "setup") if own.setup else "",
         "python": shlex.quote(_python(order)),
         "restarts": str(own.restarts),
-        "srun": in_srun,
-        "container": before,
     }
 
 
@@ -86,20 +93,23 @@ def _sbatch_options(order: Order) -> list[str]:
     return lines + [shlex.quote(word) for word in shlex.split(own.sbatch)]
 
 
-def _container(order: Order, job: Job) -> tuple[str, str]:
+def _container(order: Order, job: SubmittedJob) -> dict[str, str]:
     """Return the options of srun and the words before the agent that bring it into a container."""
     own = order.own
-    if not own.container:
-        return "", ""
+    values = {"srun": "", "container": ""}
+    here, image = str(Path.cwd()), shlex.quote(own.container)
     # A run's folder may lie elsewhere, as the words of the run may name any.
-    folders = [str(Path.cwd()), str(Path(job.config.run.folder).absolute().parent)]
-    mounts = list(dict.fromkeys([*folders, *filter(None, own.mounts.split(","))]))
-    image = shlex.quote(own.container)
+    beside = str(Path(job.config.run.folder).absolute().parent)
+    mounts = list(dict.fromkeys([here, beside, *filter(None, own.mounts.split(","))]))
     if own.container.endswith(".sif"):
-        binds = shlex.quote(",".join(mounts))
-        return "", f"apptainer exec --nv --pwd {shlex.quote(folders[0])} --bind {binds} {image}"
-    pairs = shlex.quote(",".join(each if ":" in each else f"{each}:{each}" for each in mounts))
-    return f"--container-image={image} --container-mounts={pairs}", ""
+        binds, place = shlex.quote(",".join(mounts)), shlex.quote(here)
+        values["container"] = f"apptainer exec --nv --pwd {place} --bind {binds} {image}"
+    elif own.container:
+        # Pyxis wants both sides of each.
+        pairs = [each if ":" in each else f"{each}:{each}" for each in mounts]
+        both = shlex.quote(",".join(pairs))
+        values["srun"] = f"--container-image={image} --container-mounts={both}"
+    return values
 
 
 def _python(order: Order) -> str:

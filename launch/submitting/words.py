@@ -84,35 +84,51 @@ class Order:
             lines.append("nodes is missing: say how many machines the run has, nodes=N")
         if own.gpu not in machine_names():
             lines.append(f"gpu={one_line(own.gpu)}: use one of {', '.join(machine_names())}")
-        if ("--array" in self.flags) != bool(own.seeds):
-            lines.append("an array has seeds: write both, --array seeds=0,1,2, or neither")
-        elif own.seeds and not SEEDS.fullmatch(own.seeds):
-            lines.append(f"seeds={one_line(own.seeds)}: write whole numbers, seeds=0,1,2")
         if self.nodes_of and "--chain" not in self.flags:
             lines.append("nodes.PHASE=N is for --chain, where each phase is a job of its own")
         if "--torchrun" in self.flags and {"--chain", "--array"} & self.flags:
             lines.append("--torchrun prints the command of one run: leave --chain and --array out")
-        return lines
+        return lines + self._array_problems()
+
+    def _array_problems(self) -> list[str]:
+        seeds = self.own.seeds
+        if ("--array" in self.flags) != bool(seeds):
+            return ["an array has seeds: write both, --array seeds=0,1,2, or neither"]
+        if seeds and not SEEDS.fullmatch(seeds):
+            return [f"seeds={one_line(seeds)}: write whole numbers, seeds=0,1,2"]
+        return []
 
 
 def read_order(argv: Sequence[str]) -> Order:
     """Read the command line; UserError with a line for each word that is missing or wrong."""
     order = Order(flags=set(argv) & set(FLAGS))
-    faults, left = list[str](), list[str]()
-    for word in argv:
-        if of_phase := NODES_OF.fullmatch(word):
-            phase, number = of_phase.groups()
-            if not re.fullmatch(r"[1-9]\d{0,4}", number):
-                faults.append(f"nodes.{one_line(phase)}={one_line(number)} is not a whole number")
-            else:
-                order.nodes_of[phase] = int(number)
-        elif word not in FLAGS:
-            left.append(word)
-    wrong, order.words = take_words(order.own, left)
-    for name, value in vars(order.own).items():
-        # A second line of a script would be a line of its own.
-        if isinstance(value, str) and not value.isprintable():
-            wrong.append(f"{name}={one_line(value)} has signs that are no text: write it anew")
-    if faults := faults + wrong or order.problems():
+    words = [word for word in argv if word not in FLAGS]
+    faults = _take_nodes(order, words)
+    wrong, order.words = take_words(
+        order.own, [word for word in words if not NODES_OF.fullmatch(word)]
+    )
+    if faults := faults + wrong + _unprintable(order.own) or order.problems():
         raise UserError(*faults)
     return order
+
+
+def _take_nodes(order: Order, words: Sequence[str]) -> list[str]:
+    """Take the words nodes.PHASE=N; returns a line for each that is wrong."""
+    faults = []
+    for word in words:
+        if of_phase := NODES_OF.fullmatch(word):
+            phase, number = of_phase.groups()
+            if re.fullmatch(r"[1-9]\d{0,4}", number):
+                order.nodes_of[phase] = int(number)
+            else:
+                faults.append(f"{one_line(word)} is not a whole number: write nodes.{phase}=N")
+    return faults
+
+
+def _unprintable(own: SubmitWords) -> list[str]:
+    """Return a line for each text that has another line in it: in a script that would be a line of its own."""
+    return [
+        f"{name}={one_line(value)} has signs that are no text: write it anew"
+        for name, value in vars(own).items()
+        if isinstance(value, str) and not value.isprintable()
+    ]

@@ -188,14 +188,18 @@ class RunStatus:
                 return None
             step = written.step if step is None else step
         end = Status(state, code, cause, _rank() if rank is None else rank, step, hint)
+        self._count(end, written)
+        self._write(end)
+        return end.code
+
+    def _count(self, end: Status, written: Status | None) -> None:
+        """Take from what was written how many starts were in vain, and give up where this is one too many."""
         # Counted by the main rank, which alone has read how the starts before ended.
         if written is not None and self._is_of_this_start(written):
             end.resumed, end.saved, end.starts = written.resumed, written.saved, written.starts
         if end.fruitless >= MOST_STARTS:
             end.state, end.code, end.hint = "failed", GAVE_UP, MEND
-            end.cause = without_progress(step, cause)
-        self._write(end)
-        return end.code
+            end.cause = without_progress(end.step, end.cause)
 
     def _is_of_this_start(self, status: Status) -> bool:
         """Return whether a rank of this start has written it: of this agent by its name, of others by the time.

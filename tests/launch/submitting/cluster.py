@@ -51,6 +51,7 @@ ReturnToService=2
 SwitchType=switch/none
 SchedulerParameters=sched_interval=2,batch_sched_delay=0,bf_interval=2
 KillWait=20
+MinJobAge=3600
 SlurmdTimeout=10
 JobRequeue=1
 PreemptType=preempt/partition_prio

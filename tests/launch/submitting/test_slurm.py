@@ -85,7 +85,17 @@ def submitted(words: list[str]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def runs(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+def undisturbed(pool: RankPool, demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    pool.run(2, train, run_config(demo_data, folder, STEPS, 2))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(
+    undisturbed: Path, demo_data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Runs]:
+    """After the reference, which would have to share two cores with all of them."""
     patch = pytest.MonkeyPatch()
     patch.setenv("PYTHONPATH", str(ROOT / ".link"))
     patch.setenv("OMP_NUM_THREADS", "1")
@@ -95,13 +105,6 @@ def runs(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
             yield Runs(cluster, demo_data, tmp_path_factory.mktemp("runs"))
     finally:
         patch.undo()
-
-
-@pytest.fixture(scope="module")
-def undisturbed(pool: RankPool, demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("undisturbed")
-    pool.run(2, train, run_config(demo_data, folder, STEPS, 2))
-    return folder
 
 
 def test_row_11_a_node_that_is_lost(runs: Runs) -> None:
