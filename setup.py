@@ -70,6 +70,7 @@ setup(
         "visionloom.recipes": ["**/*.yaml"],
         "visionloom.data.shards": ["schema/*.json"],
         "visionloom.forecast": ["*.yaml"],
+        "visionloom.launch.submitting": ["*.sh"],
     },
     install_requires=CORE,
     extras_require=EXTRAS,

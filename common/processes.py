@@ -8,12 +8,14 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from itertools import islice
 from multiprocessing.context import ForkServerContext
+from pathlib import Path
 from typing import Any, Final
 
 WAITING: Final = 2
@@ -30,6 +32,14 @@ def fork_server(*preload: str) -> ForkServerContext:
     if preload:
         context.set_forkserver_preload(list(preload))
     return context
+
+
+def seconds_alive(process: int | str = "self") -> float:
+    """Return for how long a process has run, this one unless said, to a hundredth of a second (proc(5), field 22)."""
+    # The name before the bracket may hold spaces and brackets of its own.
+    _, _, facts = Path(f"/proc/{process}/stat").read_text().rpartition(")")
+    ticks = int(facts.split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
 
 def end_with_parent() -> None:

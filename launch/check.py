@@ -27,8 +27,8 @@ from visionloom.forecast.machine import machine, machine_names
 from visionloom.launch import environment
 from visionloom.launch.check_parts.report import tables, write
 from visionloom.launch.check_parts.results import CheckReport, guarded
-from visionloom.launch.claim import check_writable
-from visionloom.launch.exit import FAILURE, code_of, end_with_parent
+from visionloom.launch.guarding.claim import check_writable
+from visionloom.launch.guarding.exit import FAILURE, code_of, end_with_parent
 from visionloom.launch.plan_commands.first import is_of
 
 if TYPE_CHECKING:

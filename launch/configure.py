@@ -22,13 +22,6 @@ from visionloom.common.quiet import quiet_libraries
 from visionloom.common.ranks import ranks_here
 from visionloom.common.text import one_line, warn
 from visionloom.launch import environment
-from visionloom.launch.causes import (
-    cause_of,
-    hint_for,
-    is_lost_connection,
-    of_the_machine,
-)
-from visionloom.launch.claim import claim
 from visionloom.launch.composing.compose import compose_words
 from visionloom.launch.composing.explain import (
     available,
@@ -38,7 +31,15 @@ from visionloom.launch.composing.explain import (
 )
 from visionloom.launch.composing.late_words import LATE, apply_late
 from visionloom.launch.composing.words import check_words, readable
-from visionloom.launch.exit import (
+from visionloom.launch.guarding.causes import (
+    cause_of,
+    hint_for,
+    is_lost_connection,
+    is_out_of_memory,
+    of_the_machine,
+)
+from visionloom.launch.guarding.claim import claim
+from visionloom.launch.guarding.exit import (
     FAILURE,
     end_with_parent,
     exit_early,
@@ -47,12 +48,12 @@ from visionloom.launch.exit import (
     keep_code,
     record_for_torchrun,
 )
-from visionloom.launch.hang import watch_hangs
+from visionloom.launch.guarding.hang import watch_hangs
+from visionloom.launch.guarding.signals import hear_signals
+from visionloom.launch.guarding.watch import watch_ranks
 from visionloom.launch.options import read_options
 from visionloom.launch.plan_commands.first import check_plan
 from visionloom.launch.show import show
-from visionloom.launch.signals import hear_signals
-from visionloom.launch.watch import watch_ranks
 from visionloom.model.huggingface.shapes import parameter_count
 from visionloom.train.config import COMMAND, PhaseConfig, RunConfig
 from visionloom.train.observe import status
@@ -135,10 +136,15 @@ def work(command: Callable[[RunConfig], None], config: RunConfig) -> None:
     except EarlyEnd as end:
         exit_early(end)
     except Exception as error:
-        machine_error = of_the_machine(error, Path(config.run.folder))
+        folder = Path(config.run.folder)
+        machine_error = of_the_machine(error, folder)
         if machine_error is not None:
             exit_with(machine_error)
-        written = status.current.failed(FAILURE, cause_of(error), hint_for(error))
+        cause, hint = cause_of(error, folder), hint_for(error)
+        written = status.current.failed(FAILURE, cause, hint)
+        if is_out_of_memory(error) and written is not None:
+            # Before its traceback, which is long and says nothing of a cure.
+            warn(f"error: {one_line(cause)}; {hint}")
         code = written or FAILURE
         record_for_torchrun(error)
         keep_code(code)
@@ -179,6 +185,14 @@ def compose(argv: Sequence[str], world_size: int | None = None) -> RunConfig | N
     Raises:
         UserError: one line a fault, each naming the option, with a suggestion for a mistyped name.
     """
+    run = compose_unchecked(argv)
+    if run is not None and (problems := run.all_problems(world_size or environment.world_size())):
+        raise UserError(*problems)
+    return run
+
+
+def compose_unchecked(argv: Sequence[str]) -> RunConfig | None:
+    """Do as `compose`, but for the values themselves and the ranks that they need."""
     options = read_options(argv)
     check_words(options.words)
     read = readable(options.words)
@@ -201,8 +215,8 @@ def compose(argv: Sequence[str], world_size: int | None = None) -> RunConfig | N
     # Here and not in the schema: the default is made of another option.
     run.run.folder = run.run.folder or f"runs/{run.run.name}"
     run.phases = _chosen_phases(run)
-    if problems := run.all_problems(world_size or environment.world_size()):
-        raise UserError(*problems)
+    if run.run.phase and run.run.phase not in run.phases:
+        raise UserError(unknown("run.phase", run.run.phase, list(run.phases)))
     return run
 
 

@@ -29,7 +29,7 @@ from visionloom.common.errors import UserError, did_you_mean, unknown
 from visionloom.common.quiet import quiet_libraries
 from visionloom.common.text import one_line, say, warn
 from visionloom.launch.environment import check_environment, check_home, world_size
-from visionloom.launch.exit import exit_with
+from visionloom.launch.guarding.exit import exit_with
 from visionloom.model.huggingface.config import EXPORT_DTYPES, read_config
 from visionloom.parallel.config import ParallelConfig
 from visionloom.train.old_options import old_option

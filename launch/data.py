@@ -41,7 +41,7 @@ from visionloom.launch.data_commands import (
     verify,
     view,
 )
-from visionloom.launch.exit import exit_with
+from visionloom.launch.guarding.exit import exit_with
 
 COMMANDS = (
     demo,

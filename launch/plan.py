@@ -27,10 +27,10 @@ from visionloom.common.screen import PlainConsole
 from visionloom.common.text import one_line, say, warn
 from visionloom.forecast.machine import machine_names
 from visionloom.forecast.show.document import JSON, PAGE, document
-from visionloom.launch.claim import check_writable
 from visionloom.launch.configure import compose
 from visionloom.launch.data_commands.progress import bars
-from visionloom.launch.exit import CANNOT_RUN, code_of
+from visionloom.launch.guarding.claim import check_writable
+from visionloom.launch.guarding.exit import CANNOT_RUN, code_of
 from visionloom.launch.plan_commands.words import read_plan_words
 
 if TYPE_CHECKING:

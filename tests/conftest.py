@@ -11,6 +11,7 @@ from visionloom.data.demo.make import make_demo
 from visionloom.parallel import topology as topologies
 from visionloom.parallel.config import ParallelConfig
 from visionloom.parallel.topology import Topology
+from visionloom.tests import fault_rows
 from visionloom.tests.ranks import RankPool
 
 # The same examples in each run: what fails, fails by the change at hand. `--hypothesis-profile=default` draws others.
@@ -56,7 +57,35 @@ def demo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+PLACES = pytest.StashKey[dict[str, str]]()
+"""Of each test that was collected, the command that runs it."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before those that are not asked for go
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Note where each test runs, for the table of faults."""
+    places = config.stash.setdefault(PLACES, {})
+    for item in items:
+        marks = {mark.name for mark in item.iter_markers()}
+        places.setdefault(fault_rows.name_of(item.nodeid), fault_rows.place_of(marks))
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """The tables of `make faults` and `make parity`."""
+    if config.option.markexpr == "faults":
+        outcomes: dict[str, set[str]] = {}
+        for outcome in ("passed", "failed", "error", "skipped"):
+            for report in terminalreporter.stats.get(outcome, []):
+                name = fault_rows.name_of(report.nodeid)
+                # A fixture that cannot be made is no proof either.
+                outcomes.setdefault(name, set()).add(outcome.replace("error", "failed"))
+        fault_rows.write_table(terminalreporter, outcomes, config.stash.get(PLACES, {}))
+    write_layouts(terminalreporter)
+
+
+def write_layouts(terminalreporter: pytest.TerminalReporter) -> None:
     """The table of `make parity`: each layout's errors against one process."""
     reports = [
         report

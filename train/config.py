@@ -20,6 +20,7 @@ from visionloom.model.lora_config import LoraConfig
 from visionloom.parallel.config import ParallelConfig
 from visionloom.train.generation.config import Budget, GenerationConfig
 from visionloom.train.observe.limits import WatchConfig
+from visionloom.train.observe.logging_config import LoggingConfig
 from visionloom.train.optim.config import OptimConfig
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -64,6 +65,8 @@ class RunSection:
     phases: list[str] = option([], "free")
     """Only these phases of the recipe, in the recipe's order, as if it had no others; empty: all. Samples, and their order, are those
     of the whole recipe."""
+    phase: str = option("", "free")
+    """Train only this one of them, and end: each phase may so have ranks of its own. Those before it must be done; empty: train all."""
     evaluate_at_end: bool = option(False, "free")
     """Evaluate on data.validation when the last phase is done."""
     start_anew: bool = option(False, "free")
@@ -250,18 +253,6 @@ class CheckpointConfig:
 
 
 @dataclass
-class LoggingConfig:
-    """Logs other than metrics.jsonl, and how often a line is shown."""
-
-    every_steps: int = option(10, "free", least=1, most=STEPS)
-    """Optimizer steps between two lines on the screen; metrics.jsonl has a line for every step."""
-    wandb: bool = option(False, "free")
-    """Send the metrics to Weights & Biases too."""
-    tensorboard: bool = option(False, "free")
-    """Write the metrics as TensorBoard's event files too."""
-
-
-@dataclass
 class EvaluationConfig:
     """Held-out loss and greedy answers."""
 
@@ -383,7 +374,10 @@ class RunConfig:
         if not self.phases:
             lines.append("phases is empty: choose a run with +recipe=NAME")
         by_phase = {
-            name: self._phase_problems(phase, world_size) for name, phase in self.phases.items()
+            name: self._phase_problems(phase, world_size)
+            for name, phase in self.phases.items()
+            # On how many ranks another start trains the others is not known.
+            if self.run.phase in ("", name)
         }
         lines += likewise("phases", by_phase)
         return lines if layout else lines + self._kernel_problems()

@@ -68,6 +68,7 @@ def take_step(
     trainer: PhaseTrainer, steps: Iterator[list[PackedBatch]], saver: Saver, observer: Observer
 ) -> StepResult:
     """Train the next step of a phase and report it."""
+    observer.profile.begin(trainer.step + 1)
     started = time.perf_counter()
     # Those of the step before, which is over: they ride with the sums of this one.
     own = own_seconds(pulse.current.next_step(trainer.step))
@@ -107,6 +108,7 @@ def end_together(end: EarlyEnd, topology: Topology, observer: Observer) -> NoRet
     if topology.is_main:
         status.current.ended(end.state, end.code, str(end), end.hint)
     observer.say(f"{end}; {end.hint}")
+    observer.report_time()
     topology.barrier()
     raise end
 
@@ -177,6 +179,7 @@ def metrics_line(
     peak = peak_flops(topology.device)
     line = {
         "step": trainer.step,
+        "time": round(time.time(), 3),
         "phase": trainer.phase_name,
         "phase_step": trainer.phase_step,
         "loss": totals.loss,

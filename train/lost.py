@@ -4,7 +4,7 @@ from pathlib import Path
 
 from visionloom.common.errors import UserError
 from visionloom.train.checkpoint.state_file import CHECKPOINTS
-from visionloom.train.observe.metrics import ASIDE, EVENTS, METRICS, aside, read_lines
+from visionloom.train.observe.metrics import ASIDE, EVENTS, aside, read_lines
 
 
 def lost_checkpoints(folder: Path, damaged: list[str]) -> str:
@@ -23,7 +23,7 @@ def lost_checkpoints(folder: Path, damaged: list[str]) -> str:
 
 
 def move_aside(folder: Path) -> Path:
-    """Move a run's checkpoints and metrics where no start looks for them; returns the folder of the checkpoints."""
+    """Move a run's checkpoints where no start looks for them; returns the folder of the checkpoints."""
     # May be a link to another disk, so its content is moved within it.
     checkpoints = folder / CHECKPOINTS
     if checkpoints.is_symlink() and not checkpoints.exists():
@@ -38,9 +38,6 @@ def move_aside(folder: Path) -> Path:
     for entry in list(checkpoints.iterdir()):
         if not entry.name.startswith(ASIDE):
             entry.rename(kept / entry.name)
-    metrics = folder / METRICS
-    if metrics.exists():
-        metrics.rename(aside(metrics))
     return kept
 
 

@@ -30,6 +30,7 @@ def resume(
     """
     if topology.is_main:
         sweep(folder)
+    observer.begin()
     report_last_end(observer)
     # After the sweep: a rank that is ahead must not see a folder that is being removed.
     topology.barrier()
@@ -50,7 +51,7 @@ def resume(
     if observer.log is not None:
         keep_settings(config, folder)
         observer.log.load_waiting(folder / CHECKPOINTS)
-        observer.log.rewind(step)
+        observer.rewind(step)
     return newest
 
 

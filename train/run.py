@@ -50,6 +50,7 @@ from visionloom.train.exchange.companions import carry_into_run
 from visionloom.train.exchange.evaluation_command import EvaluationCommand, export_for_command
 from visionloom.train.loop import end_together, fit, log_error, stop_early
 from visionloom.train.observe import status, stopping
+from visionloom.train.observe.memory import record_memory
 from visionloom.train.observe.observer import Observer
 from visionloom.train.observe.screen import Screen
 from visionloom.train.optim.bad_steps import GoBack
@@ -76,6 +77,8 @@ def pretrain(config: RunConfig) -> None:
     observer = Observer(folder, config.logging, topology.is_main, config.run.name, asdict(config))
     if topology.device.type == "cuda":
         observer.say(f"attention by the kernels of {flash.chosen()}")
+        if config.logging.memory_history:
+            record_memory()
     if config.data.workers is None and (workers := chosen_workers(None)):
         observer.say(f"data.workers={workers}, chosen by the cores of this machine")
     newest = resume(config, folder, topology, observer)
@@ -83,7 +86,7 @@ def pretrain(config: RunConfig) -> None:
 
     # Each begins from the last one's checkpoint, as a resumed run does: there is one path.
     try:
-        for name in phases_left(config, newest):
+        for name in phases_to_train(config, newest):
             topology = phase_topology(config, name, topology)
             newest = train_to_end(config, name, topology, newest, observer)
             free_memory(topology.device)
@@ -96,7 +99,9 @@ def pretrain(config: RunConfig) -> None:
     observer.event("done", step=step)
     observer.say(f"done in {time.perf_counter() - started:.0f} s: {folder}")
     try:
-        end_run(config, newest, topology, observer)
+        with observer.evaluating():
+            end_run(config, newest, topology, observer)
+        observer.report_time()
     finally:
         observer.trackers.close()
 
@@ -133,8 +138,7 @@ def report_back(step: int, cause: str, skipped: Sequence[int], observer: Observe
     observer.event("back", step=step, cause=cause, passed_over=list(skipped))
     observer.say(f"warning: {cause}: going back to step {step}, and passing over their data")
     status.current.at(step)
-    if observer.log is not None:
-        observer.log.rewind(step)
+    observer.rewind(step)
 
 
 def train_phase(
@@ -162,7 +166,7 @@ def train_phase(
     observer.phase_start(trainer)
     # Not when resumed: the loss at the phase's beginning is in the log already.
     if not trainer.phase_step:
-        with pulse.current.during(EVALUATION):
+        with observer.evaluating():
             validate_start(config, trainer, observer)
     saver = Saver(folder, config.checkpoint, observer.saved)
     with stopping.current.at_steps(), observer.live(trainer):
@@ -170,7 +174,7 @@ def train_phase(
         # What is measured after a phase may take longer than whoever sent a signal waits.
         stop_early(trainer, saver, observer)
         saver.save(trainer, trainer.step, trainer.phase_step, last=True)
-    with pulse.current.during(EVALUATION):
+    with observer.evaluating():
         validate_end(config, trainer, observer)
     observer.phase_end(trainer)
     trainer.drop_graphs()
@@ -238,10 +242,28 @@ def phases_left(config: RunConfig, newest: Checkpoint | None) -> list[str]:
     return names
 
 
+def phases_to_train(config: RunConfig, newest: Checkpoint | None) -> list[str]:
+    """Name the phases that this start trains: those that are left, or the one of them that run.phase names.
+
+    Raises:
+        UserError: if a phase before it is not trained to its end.
+    """
+    left, only = phases_left(config, newest), config.run.phase
+    if not only:
+        return left
+    if only not in left:
+        return []
+    if left[0] != only:
+        raise UserError(
+            f"run.phase={only}: phase {left[0]} before it is not trained to its end: train it first, run.phase={left[0]}"
+        )
+    return [only]
+
+
 def check_data(config: RunConfig, newest: Checkpoint | None) -> None:
-    """Open the datasets of all phases that are left: one that cannot be trained on is an error before the first step."""
+    """Open the datasets of all phases that this start trains: one that cannot be trained on is an error before the first step."""
     opened: dict[str, list[str]] = {}
-    for name in phases_left(config, newest):
+    for name in phases_to_train(config, newest):
         data = config.phase_data(name)
         # Once for all phases that sample videos alike: lengths depend on it.
         names = opened.setdefault(str(data.media), [])
@@ -331,7 +353,7 @@ def end_run(
 ) -> None:
     """Evaluate the run's last checkpoint if it asks for that, and close the process groups."""
     evaluation: Evaluation | None = None
-    if config.run.evaluate_at_end and newest is not None:
+    if config.run.evaluate_at_end and newest is not None and not phases_left(config, newest):
         evaluation = evaluate_weights(config, newest, topology, observer.screen)
         observer.trackers.evaluation(evaluation.results)
     # The run is whole, but its log lacks lines: exit code 2, so that nobody misses it.

@@ -20,7 +20,7 @@ from visionloom.common.text import say
 from visionloom.forecast.machine import GIB, machine, machine_names
 from visionloom.forecast.show.document import JSON
 from visionloom.launch import environment
-from visionloom.launch.exit import CANNOT_RUN
+from visionloom.launch.guarding.exit import CANNOT_RUN
 from visionloom.train.config import RunConfig, RunSection
 
 ON_CPUS: Final = "h100"
@@ -43,10 +43,7 @@ def check_plan(config: RunConfig, argv: Sequence[str]) -> None:
         return
     say("planning the run before it starts (run.plan=true)")
     on_gpus = environment.trains_on_gpus(config.run.device)
-    plan = plan_of([*argv, *words_of_machine(config.run)])
-    if not plan["can_run"]:
-        faults = "; ".join(plan["faults"])
-        raise UserError(f"run.plan=true: {faults}; or start without a plan, run.plan=false")
+    plan = fitting_plan([*argv, *words_of_machine(config.run)], "run.plan")
     for phase in plan["phases"]:
         say(f"{prediction(plan, phase, on_gpus)} ({plan['notice']})")
 
@@ -118,7 +115,19 @@ def words_of_memory(precision: str) -> list[str]:
     return [*words, "run.precision=fp32"] if precision == "auto" else words
 
 
-def plan_of(words: Sequence[str]) -> dict[str, Any]:
+def fitting_plan(words: Sequence[str], option: str) -> dict[str, Any]:
+    """Return the plan of a run that fits; UserError with what is too large and the cure, or why there is no plan.
+
+    `option`: the one that asks for the plan, and without which there is none.
+    """
+    plan = plan_of(words, option)
+    if not plan["can_run"]:
+        faults = "; ".join(plan["faults"])
+        raise UserError(f"{option}=true: {faults}; or start without a plan, {option}=false")
+    return plan
+
+
+def plan_of(words: Sequence[str], option: str = "run.plan") -> dict[str, Any]:
     """Run the planner and return its plan.json; UserError with its last line if it made none."""
     variables = environment_alone()
     # It takes no GPU that the run is about to use.
@@ -135,5 +144,5 @@ def plan_of(words: Sequence[str]) -> dict[str, Any]:
     lines = done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"]
     cause = lines[-1].removeprefix("error: ")
     raise UserError(
-        f"run.plan=true: no plan could be made: {cause}: correct that, or start without a plan, run.plan=false"
+        f"{option}=true: no plan could be made: {cause}: correct that, or start without a plan, {option}=false"
     )

@@ -16,7 +16,7 @@ from visionloom.forecast.show.document import NOTICE
 from visionloom.forecast.show.tables import gibibytes
 from visionloom.launch.configure import compose
 from visionloom.launch.data_commands.progress import bars
-from visionloom.launch.exit import CANNOT_RUN
+from visionloom.launch.guarding.exit import CANNOT_RUN
 from visionloom.launch.plan_commands.words import PlanWords, read_plan_words
 from visionloom.train.config import RunConfig
 

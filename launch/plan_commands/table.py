@@ -18,11 +18,11 @@ from visionloom.forecast.machine import GIB, machine
 from visionloom.forecast.request import PlanRequest
 from visionloom.forecast.results import PhaseForecast, RunForecast
 from visionloom.forecast.show.tables import gibibytes, peak_bytes
-from visionloom.launch.claim import check_writable
 from visionloom.launch.composing.explain import available
 from visionloom.launch.configure import compose
 from visionloom.launch.environment import check_home
-from visionloom.launch.exit import CANNOT_RUN
+from visionloom.launch.guarding.claim import check_writable
+from visionloom.launch.guarding.exit import CANNOT_RUN
 
 GPU: Final = "h100"
 RANKS: Final = re.compile(r"^# Ranks: (\d+)", re.MULTILINE)

@@ -2,7 +2,7 @@
 
 import signal
 
-from visionloom.tests.launch.test_exit import run_command
+from visionloom.tests.launch.guarding.test_exit import run_command
 
 
 def test_ctrl_c_ends_it_without_a_traceback_while_torch_is_imported() -> None:

@@ -27,7 +27,7 @@ from visionloom.model.kernels import activation
 from visionloom.parallel import topology as topologies
 from visionloom.parallel.config import ParallelConfig
 from visionloom.parallel.topology import Topology
-from visionloom.tests.launch.test_exit import run_command
+from visionloom.tests.launch.guarding.test_exit import run_command
 from visionloom.tests.ranks import RankPool
 
 

@@ -20,7 +20,7 @@ HIDE = "import sys; sys.modules.update(dict.fromkeys({names!r})); "
 
 
 def tensorboard(folder: Path) -> None:
-    from visionloom.train.config import LoggingConfig
+    from visionloom.train.observe.logging_config import LoggingConfig
     from visionloom.train.observe.trackers import Trackers
 
     Trackers(LoggingConfig(tensorboard=True), folder, {}, "run")

@@ -21,7 +21,7 @@ from visionloom.launch.plan_commands import search
 from visionloom.launch.plan_commands import table as plan_table
 from visionloom.launch.plan_commands.table import stated_ranks
 from visionloom.tests.forecast.made import good_forecast, run_forecast
-from visionloom.tests.launch.test_exit import run_command
+from visionloom.tests.launch.guarding.test_exit import run_command
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 RECIPE = "+recipe=full/qwen3vl_8b"

@@ -33,11 +33,20 @@ def sleep(batches: Any, seconds: float = 1000.0) -> None:
     time.sleep(seconds)
 
 
+def wait(batches: Any) -> None:
+    """Until the run is asked to stop, or killed; not in a job that SLURM has started again."""
+    from visionloom.train.observe import stopping
+
+    while os.environ.get("SLURM_RESTART_COUNT", "0") == "0" and not stopping.current.reason:
+        time.sleep(0.05)
+
+
 KINDS: dict[str, Callable[[Any], None]] = {
     "fail": fail,
     "nan": poison,
     "halt": halt,
     "sleep": sleep,
+    "wait": wait,
     "slow": partial(sleep, seconds=0.5),
 }
 

@@ -19,14 +19,15 @@ import psutil
 import pytest
 import torch
 
-from visionloom.tests.launch.test_claim import begin
-from visionloom.tests.launch.test_watch import start_rank, wait_for_status
+from visionloom.tests.launch.guarding.test_claim import begin
+from visionloom.tests.launch.guarding.test_watch import start_rank, wait_for_status
 from visionloom.tests.ranks import RankPool
 from visionloom.tests.train.disks import mounted
 from visionloom.tests.train.runs import metrics, run_config, run_words
 from visionloom.tests.train.test_lost import outcome
 from visionloom.tests.train.test_resume import checkpoint_tensors
-from visionloom.train.config import LoggingConfig, RunConfig
+from visionloom.train.config import RunConfig
+from visionloom.train.observe.logging_config import LoggingConfig
 from visionloom.train.observe.trackers import Trackers
 
 pytestmark = pytest.mark.faults

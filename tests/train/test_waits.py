@@ -21,7 +21,8 @@ from visionloom.tests.ranks import RankPool
 from visionloom.tests.train.layouts import Layout, build, packs_of
 from visionloom.train import loop
 from visionloom.train.checkpoint.write import Saver
-from visionloom.train.config import CheckpointConfig, LoggingConfig
+from visionloom.train.config import CheckpointConfig
+from visionloom.train.observe.logging_config import LoggingConfig
 from visionloom.train.observe.observer import Observer
 
 META = torch.device("meta")

@@ -210,6 +210,18 @@ class Saver:
         """Let the main rank commit what all ranks have written, or report why there is no checkpoint."""
         save, self.pending = self.pending, None
         assert save is not None
+        started = time.perf_counter()
+        fault, size = self._outcome(save, topology)
+        # Flushing and renaming are the main rank's, and all wait for it.
+        save.stalled += time.perf_counter() - started
+        if fault:
+            self._failed(save.final, fault, last)
+            return
+        self.failures = 0
+        self._report_saved(save, size)
+
+    def _outcome(self, save: Save, topology: Topology) -> tuple[str, int]:
+        """Commit a save on the main rank; returns on all ranks why that is not possible, and the bytes of its tensors."""
         parts: list[Written] = [save.written for _ in range(topology.world_size)]
         dist.gather_object(save.written, parts if topology.is_main else None)
         outcome: list[Any] = ["", 0]
@@ -219,11 +231,7 @@ class Saver:
         dist.broadcast_object_list(outcome)
 
         fault, size = outcome
-        if fault:
-            self._failed(save.final, fault, last)
-            return
-        self.failures = 0
-        self._report_saved(save, size)
+        return fault, size
 
     def _commit(self, save: Save, parts: list[Written]) -> str:
         """Make a save a checkpoint and remove old ones; returns why that is not possible, empty if it is."""

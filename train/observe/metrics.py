@@ -22,6 +22,10 @@ WAITING = "unwritten.jsonl"
 """Lines that a run could not write, left in the folder of its checkpoints."""
 LARGEST_WAITING: Final = 1 << 26
 """Bytes: 64 MiB, some 70,000 lines."""
+TAIL_BYTES: Final = 1 << 16
+"""Of a log, in which its last line lies whole: a line of metrics has 1 kB."""
+LARGEST_NUMBER: Final = 1e30
+"""Sums of larger ones could overflow, and matplotlib fails on axes that long."""
 ASIDE = "before-"
 """Beginning of the names of files and folders that were moved aside."""
 
@@ -51,23 +55,36 @@ class RunLog:
         """Write one event with the time in seconds since 1970."""
         self._append(EVENTS, {"time": round(time.time(), 3), "event": event, **fields})
 
-    def rewind(self, step: int) -> None:
-        """Drop the lines of steps after `step` (and a line that was cut off), so that a resumed run has no double."""
+    def rewind(self, step: int) -> list[float]:
+        """Drop the lines of steps after `step` (and a line that was cut off), so that a resumed run has no double.
+
+        Returns:
+            the seconds of each step that was dropped.
+        """
         path = self.folder / METRICS
         if not path.exists():
-            return
+            return []
         if path.is_symlink() or not path.is_file():
             raise UserError(f"{path} is no file, or a link: put the file itself there")
-        kept = []
-        for line in path.read_text(errors="replace").splitlines():
+        kept, dropped = list[str](), list[float]()
+        for text in path.read_text(errors="replace").splitlines():
+            line = next(read_lines(text, METRICS), {})
             if 0 < _step_of(line) <= step:
-                kept.append(line)
+                kept.append(text)
+            else:
+                dropped += [number(line.get("step_seconds")) or 0.0] if line else []
         # Begun anew after an early end: nothing is thrown away.
         if not kept and path.stat().st_size:
             path.rename(aside(path))
-            return
+            return dropped
         with replacing(path) as file:
-            file.write("".join(line + "\n" for line in kept).encode())
+            file.write("".join(text + "\n" for text in kept).encode())
+        return dropped
+
+    def last_time(self) -> float | None:
+        """Return when the last line of either log was written, in seconds since 1970; None if they have none."""
+        times = [_last_time(self.folder / name) for name in (METRICS, EVENTS)]
+        return max((each for each in times if each is not None), default=None)
 
     def leave_waiting(self, folder: Path) -> None:
         """Write the waiting lines into another folder, where a checkpoint could be written, for the next start."""
@@ -170,10 +187,29 @@ def aside(path: Path) -> Path:
     return name
 
 
-def _step_of(line: str) -> int:
+def number(value: Any) -> float | None:
+    """Return a number that can be drawn and added up, as a float; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    # Not `>=`, which would let NaN pass.
+    return float(value) if abs(value) < LARGEST_NUMBER else None
+
+
+def _step_of(line: Mapping[str, Any]) -> int:
     """Return the step of a line; 0 for a line that was cut off by a crash."""
-    step = next(read_lines(line, METRICS), {}).get("step")
+    step = line.get("step")
     return step if isinstance(step, int) else 0
+
+
+def _last_time(path: Path) -> float | None:
+    """Return the time of the last line of a log that has one."""
+    if path.is_symlink() or not path.is_file():
+        return None
+    with path.open("rb") as file:
+        file.seek(-min(TAIL_BYTES, path.stat().st_size), os.SEEK_END)
+        text = file.read().decode(errors="replace")
+    times = [number(line.get("time")) for line in read_lines(text, path.name)]
+    return next((each for each in reversed(times) if each is not None), None)
 
 
 def memory_gib(device: torch.device) -> float:

@@ -1,18 +1,25 @@
 """One object for all that the outside sees of a run: log, screen, trackers and status.json have five hooks."""
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from visionloom.train.config import LoggingConfig
+from visionloom.common import pulse
+from visionloom.common.pulse import EVALUATION
 from visionloom.train.observe import status
+from visionloom.train.observe.logging_config import LoggingConfig
 from visionloom.train.observe.metrics import RunLog
 from visionloom.train.observe.screen import Screen
 from visionloom.train.observe.slow_ranks import SlowRanks
+from visionloom.train.observe.step_profile import StepProfile
+from visionloom.train.observe.time_spent import time_spent_in
 from visionloom.train.observe.trackers import Trackers
 from visionloom.train.phase_trainer import PhaseTrainer
 
+ENDS: Final = ("done", "stopped")
+"""States of a run that has ended as somebody wished, of which its log tells."""
 SLOW_SECONDS: Final = 1.0
 """Training that waits longer for a save that is not written when the next one is due is worth a warning."""
 
@@ -43,6 +50,7 @@ class Observer:
         self.log = RunLog(folder) if is_main else None
         self.screen = Screen(is_main, logging.every_steps)
         self.trackers = Trackers(logging if is_main else LoggingConfig(), folder, settings, name)
+        self.profile = StepProfile(folder, logging.profile_steps)
         self.held_out_losses: dict[str, float] = {}
         """Of the last validation."""
         self._slow_ranks = SlowRanks()
@@ -51,6 +59,47 @@ class Observer:
     def log_fault(self) -> str:
         """Return why the log could not be written; empty if it could, and on ranks without one."""
         return self.log.fault if self.log is not None else ""
+
+    def begin(self) -> None:
+        """Report that a start begins, when its process did, and when the start before it gave its last sign of life."""
+        if self.log is None:
+            return
+        before, logged = status.current.before, self.log.last_time()
+        sign = logged or 0.0
+        # A start that was refused has no lines, and those that were done or stopped have one of their end.
+        if before is not None and before.resumed is not None and before.state not in ENDS:
+            sign = max(sign, before.seconds_since_1970)
+        self.event(
+            "start",
+            began=round(status.current.began or time.time(), 3),
+            last_sign=sign or None,
+            unfinished_seconds=round(sign - (logged or sign), 3),
+        )
+
+    def rewind(self, step: int) -> None:
+        """Take log and trackers back to `step`, and report the steps after it as lost."""
+        seconds = self.log.rewind(step) if self.log is not None else []
+        if seconds:
+            self.event("lost", step=step, steps=len(seconds), seconds=round(sum(seconds), 3))
+        self.trackers.rewind(step)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Measure something held out, and log for how long."""
+        started = time.perf_counter()
+        with pulse.current.during(EVALUATION):
+            yield
+        self.event("evaluation", seconds=round(time.perf_counter() - started, 3))
+
+    def report_time(self) -> None:
+        """Log and show where the time of the run has gone, over all its starts."""
+        if self.log is None:
+            return
+        spent = time_spent_in(self.log.folder)
+        seconds = {name: round(each, 3) for name, each in spent.seconds.items()}
+        share = round(spent.productive_share, 4)
+        self.event("time_spent", productive_share=share, wall_seconds=spent.wall, seconds=seconds)
+        self.say(spent.describe())
 
     def event(self, event: str, **fields: Any) -> None:
         """Write an event to the log."""
@@ -78,6 +127,7 @@ class Observer:
         status.current.at(line["step"])  # on all ranks: any of them may fail
         self.screen.step(line)
         self.trackers.step(line)
+        self._profiled(line["step"])
 
     def slow(self, own_seconds: Sequence[Sequence[float]], step_seconds: float) -> None:
         """Report a rank that has been slow for long, by the seconds that each rank needed for itself in the last step."""
@@ -113,11 +163,19 @@ class Observer:
         """Report a phase that is trained and saved."""
         self.event("phase_end", phase=trainer.phase_name, step=trainer.step)
 
+    def _profiled(self, step: int, is_last: bool = False) -> None:
+        """Report a trace that ends with a step."""
+        if (trace := self.profile.end(step, is_last)) is not None:
+            self.event("profile", step=step, file=str(trace))
+            self.say(f"trace of this and the other ranks: {trace}")
+
     @contextmanager
     def live(self, trainer: PhaseTrainer) -> Iterator[None]:
         """Show the phase's progress while it trains."""
         self.screen.begin(trainer.phase_name, trainer.phase_step, trainer.phase.total_steps)
         try:
             yield
+            # Not over a change of phase: building a model is no step.
+            self._profiled(trainer.step, is_last=True)
         finally:
             self.screen.end()

@@ -16,6 +16,7 @@ from visionloom.common.atomic import replacing
 from visionloom.common.errors import EarlyEnd
 from visionloom.common.jsonfile import JsonError, read_json
 from visionloom.common.lock import is_held
+from visionloom.common.processes import seconds_alive
 from visionloom.common.text import warn
 
 STATUS: Final = "status.json"
@@ -31,6 +32,7 @@ MOST_STARTS: Final = 3
 MEND: Final = "mend the cause before you start it again"
 AGENT: Final = "TORCHELASTIC_RUN_ID"
 """Variable that torchrun's agent sets for its ranks."""
+TIME: Final = "%Y-%m-%d %H:%M:%S"
 State = Literal["running", "done", "failed", "stopped"]
 """`stopped`: as somebody wished, and saved where there was something to save."""
 
@@ -63,12 +65,20 @@ class Status:
     """The same for all ranks of one start on one machine, and for no other start there."""
     host: str = field(default_factory=socket.gethostname)
     pid: int = field(default_factory=os.getpid)
-    time: str = field(default_factory=lambda: time.strftime("%Y-%m-%d %H:%M:%S"))
+    time: str = field(default_factory=lambda: time.strftime(TIME))
 
     @property
     def has_progressed(self) -> bool:
         """Return whether this start has brought the run further, so that the next goes on from there."""
         return self.saved is not None and self.saved > (self.resumed or 0)
+
+    @property
+    def seconds_since_1970(self) -> float:
+        """Return when it was written, to a second; 0 if its time is none."""
+        try:
+            return time.mktime(time.strptime(self.time, TIME))
+        except (ValueError, OverflowError):
+            return 0.0
 
     @property
     def end(self) -> str:
@@ -95,6 +105,8 @@ class RunStatus:
         """Step of the last checkpoint of this start."""
         self.resumed: int | None = None
         """Step after which this start went on."""
+        self.began: float | None = None
+        """When this process was started, in seconds since 1970; None if it is no start of a run's command."""
         self._starts = 1
         self._folder: Path | None = None
         self._resumed = False
@@ -108,12 +120,13 @@ class RunStatus:
             EarlyEnd: on the main rank, if MOST_STARTS before it have ended without a new checkpoint.
         """
         self._folder, self.step, self._resumed = folder, None, False
+        self.began = time.time() - seconds_alive()
         if _rank() == 0:
             self.before = read_status(folder)
             self.step = self.before.step if self.before is not None else None
             if self.before is not None and AGENT in os.environ:
                 has_failed = self.before.state == "failed"
-                if has_failed and _is_of_this_start(self.before):
+                if has_failed and self._is_of_this_start(self.before):
                     return  # another rank was quicker, and has failed already
             self._refuse_loop()
             self._write_running()
@@ -126,11 +139,7 @@ class RunStatus:
         self._starts = before.fruitless + 1
         if self._starts > MOST_STARTS:
             raise EarlyEnd(without_progress(before.step, before.end), GAVE_UP, MEND)
-        if (
-            before.code == GAVE_UP
-            and AGENT in os.environ
-            and agent_of(before.start) == agent_of(_start())
-        ):
+        if before.code == GAVE_UP and _is_of_these_agents(before):
             raise EarlyEnd(before.cause, GAVE_UP, before.hint)
 
     def at(self, step: int) -> None:
@@ -175,20 +184,32 @@ class RunStatus:
         written = read_status(self._folder)
         step = self.step
         if written is not None:
-            # A start on another machine may be this one: only its host can tell.
-            is_older = written.host == socket.gethostname() and not _is_of_this_start(written)
-            if written.state != "running" and not is_older:
+            if written.state != "running" and self._is_of_this_start(written):
                 return None
             step = written.step if step is None else step
         end = Status(state, code, cause, _rank() if rank is None else rank, step, hint)
+        self._count(end, written)
+        self._write(end)
+        return end.code
+
+    def _count(self, end: Status, written: Status | None) -> None:
+        """Take from what was written how many starts were in vain, and give up where this is one too many."""
         # Counted by the main rank, which alone has read how the starts before ended.
-        if written is not None and _is_of_this_start(written):
+        if written is not None and self._is_of_this_start(written):
             end.resumed, end.saved, end.starts = written.resumed, written.saved, written.starts
         if end.fruitless >= MOST_STARTS:
             end.state, end.code, end.hint = "failed", GAVE_UP, MEND
-            end.cause = without_progress(step, cause)
-        self._write(end)
-        return end.code
+            end.cause = without_progress(end.step, end.cause)
+
+    def _is_of_this_start(self, status: Status) -> bool:
+        """Return whether a rank of this start has written it: of this agent by its name, of others by the time.
+
+        Agents stop all their ranks before any of them starts new ones, and count attempts each for itself.
+        """
+        if status.start == _start() and status.host == socket.gethostname():
+            return True
+        began = self.began or 0.0
+        return _is_of_another_agent(status) and status.seconds_since_1970 >= int(began)
 
     def _write_running(self) -> None:
         running = Status("running", None, "", 0, self.step, "")
@@ -253,8 +274,24 @@ def _start() -> str:
     return f"{os.environ[AGENT]}/{os.getppid()}/{_restarts()}"
 
 
-def _is_of_this_start(status: Status) -> bool:
-    return status.start == _start() and status.host == socket.gethostname()
+def _is_of_these_agents(status: Status) -> bool:
+    """Return whether it was written under the agents that have started this rank and the others."""
+    if AGENT not in os.environ:
+        return False
+    if agent_of(status.start) == agent_of(_start()) and status.host == socket.gethostname():
+        return True
+    began = time.time() - seconds_alive(os.getppid())
+    return _is_of_another_agent(status) and status.seconds_since_1970 >= int(began)
+
+
+def _is_of_another_agent(status: Status) -> bool:
+    """Return whether an agent has written it that may have met with this one: they share a name, which the user may have given."""
+    # Set by torchrun; other launchers may start ranks on several machines without it.
+    if AGENT not in os.environ or os.environ.get("GROUP_WORLD_SIZE") == "1":
+        return False
+    agent = agent_of(status.start)
+    is_own = agent == agent_of(_start()) and status.host == socket.gethostname()
+    return not is_own and agent.rpartition("/")[0] == os.environ[AGENT]
 
 
 def _rank() -> int:

@@ -16,7 +16,7 @@ from typing import Any, Final
 from visionloom.common.atomic import replacing
 from visionloom.common.errors import UserError
 from visionloom.common.text import warn
-from visionloom.train.config import LoggingConfig
+from visionloom.train.observe.logging_config import LoggingConfig
 
 PROJECT: Final = "visionloom"
 """The wandb project, unless WANDB_PROJECT names another."""
@@ -42,6 +42,7 @@ class Trackers:
         self._folder = folder
         self._board_wanted = config.tensorboard
         self._board: Any = None
+        self._purge: int | None = None
         self._wandb = start_wandb(folder, resolved_config, name) if config.wandb else None
 
     def step(self, line: Mapping[str, Any]) -> None:
@@ -61,22 +62,30 @@ class Trackers:
         values = {"evaluation": {"command": dict(numbers)}}
         self._record(dict(_numbers(values)), step)
 
+    def rewind(self, step: int) -> None:
+        """Hide what was recorded after `step`, whose steps will be done again; wandb shows them twice, as it takes nothing back."""
+        self._close_board()
+        self._purge = step + 1
+
     def close(self) -> None:
         """Write the values that are pending."""
+        self._close_board()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def _close_board(self) -> None:
         if self._board is not None:
             try:
                 self._board.close()
             except OSError as error:
                 self._without_board(error)
-        if self._wandb is not None:
-            self._wandb.finish()
+            self._board = None
 
     def _record(self, values: dict[str, float], step: int) -> None:
         """Pass values on to the trackers that are on."""
         if self._board_wanted:
             try:
-                # With the first value, whose step is where an earlier start is cut off.
-                self._board = self._board or self._start_board(step)
+                self._board = self._board or self._start_board()
                 for name, value in values.items():
                     self._board.add_scalar(name, value, step)
             # Of the writer's thread, which raises it here with the next value.
@@ -85,11 +94,11 @@ class Trackers:
         if self._wandb is not None:
             self._wandb.send({**values, "step": step})
 
-    def _start_board(self, step: int) -> Any:
-        """Open a writer that hides values from `step` on that an earlier start of the run recorded."""
+    def _start_board(self) -> Any:
+        """Open a writer that hides the values of steps that will be done again."""
         from torch.utils.tensorboard import SummaryWriter
 
-        return SummaryWriter(str(self._folder / "tensorboard"), purge_step=step)
+        return SummaryWriter(str(self._folder / "tensorboard"), purge_step=self._purge)
 
     def _without_board(self, error: OSError) -> None:
         """Turn TensorBoard off, and say why."""

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from visionloom.common.jsonfile import JsonError, load_json, read_json
 from visionloom.common.places import PlaceError, locate
 from visionloom.common.yamlfile import read_yaml
-from visionloom.train.observe.metrics import EVENTS, METRICS
+from visionloom.train.observe.metrics import EVENTS, METRICS, number
+from visionloom.train.observe.time_spent import TimeSpent, time_spent
 
 RESULTS: Final = "eval.json"
 SETTINGS: Final = "config.yaml"
@@ -24,8 +25,6 @@ LARGEST: Final = 1 << 22
 """Bytes of an eval.json: 4 MiB; each dataset and task has some 60."""
 LONGEST_LINE: Final = 1 << 20
 """Bytes of a line of a log: 1 MiB; a metrics line of the demo has 900."""
-LARGEST_NUMBER: Final = 1e30
-"""Sums of larger ones could overflow, and matplotlib fails on axes that long."""
 LAST_STEP: Final = 1 << 53
 LAST_SECOND: Final = 4e9
 """Seconds since 1970: the year 2096."""
@@ -193,17 +192,16 @@ class History:
         x, y = np.array(points).T
         return x, y
 
+    @property
+    def time_spent(self) -> TimeSpent:
+        """Return where the wall time went, up to the last line of the logs."""
+        times = [number(line.get("time")) for line in (*self.events[-1:], *self.lines[-1:])]
+        until = max((each for each in times if each is not None), default=0.0)
+        return time_spent(self.events, self.lines, until)
+
     def of(self, event: str) -> list[Line]:
         """Return the events of a kind, oldest first."""
         return [line for line in self.events if line.get("event") == event]
-
-
-def number(value: Any) -> float | None:
-    """Return a number that can be drawn and added up, as a float; None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    # Not `>=`, which would let NaN pass.
-    return float(value) if abs(value) < LARGEST_NUMBER else None
 
 
 def is_step(value: Any) -> bool:

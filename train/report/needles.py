@@ -6,7 +6,7 @@ from html import escape
 from typing import Any, Final
 
 from visionloom.data.encode.encode import EncodedSample
-from visionloom.train.report.history import number
+from visionloom.train.observe.metrics import number
 from visionloom.train.report.html import figure, mapping
 
 TENTHS: Final = 10

@@ -34,6 +34,7 @@ def page_of(history: History, shown: Sequence[Prediction]) -> str:
         sections.header(history),
         sections.results(history),
         sections.phases(history),
+        sections.time_spent(history),
         sections.losses(history),
         sections.sources(history),
         sections.pace(history),

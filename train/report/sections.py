@@ -7,6 +7,8 @@ from html import escape
 from typing import Any, Final
 
 from visionloom.train.generation.predictions import Prediction
+from visionloom.train.observe.metrics import number
+from visionloom.train.observe.time_spent import WORDS
 from visionloom.train.report.charts import SMALL, WIDE, Chart, Drawn, compact, draw, measured
 from visionloom.train.report.gallery import PictureBudget, card
 from visionloom.train.report.history import (
@@ -15,7 +17,6 @@ from visionloom.train.report.history import (
     Line,
     PhaseHistory,
     curve,
-    number,
 )
 from visionloom.train.report.html import bar, duration, figure, loss_text, mapping, section, table
 from visionloom.train.report.needles import needle_grids
@@ -32,6 +33,7 @@ EDGE_STEPS: Final = 5
 TASK_COLUMNS: Final = ("task", "accuracy", "samples")
 LOSS_COLUMNS: Final = ("dataset", "loss")
 NUMBER_COLUMNS: Final = ("name", "number")
+TIME_COLUMNS: Final = ("", "share", "time")
 NUMBERS_SHOWN: Final = 500
 """Numbers of evaluation.command."""
 PHASE_COLUMNS: Final = (
@@ -250,6 +252,22 @@ def held_out_change(phase: PhaseHistory, source: str) -> str:
     if end > 1.1 * start:
         return f'<span class="rose">{text}</span>'
     return text
+
+
+def time_spent(history: History) -> str:
+    """Return a table of where the wall time went, over all starts of the run; empty if its logs hold no times."""
+    spent = history.time_spent
+    if not spent.wall:
+        return ""
+    rows = []
+    for name, seconds in spent.seconds.items():
+        share = seconds / spent.wall
+        rows.append([WORDS[name], bar(share), duration(seconds)])
+    note = (
+        f"{duration(spent.wall)} from the first start to the last line of the logs, in {spent.starts} starts; {spent.lost_steps}"
+        " steps were lost. The share of steps that count is the effective training time ratio (ETTR)."
+    )
+    return section("Where the time went", table(TIME_COLUMNS, rows), note)
 
 
 def losses(history: History) -> str:

@@ -358,7 +358,7 @@ def test_row_29_a_wrong_configuration_is_one_message(case: str, folder: Path) ->
             "TORCHELASTIC_RUN_ID": "none",
         }
         script = (
-            "import sys; from visionloom.launch import exit; exit.SECONDS_UNTIL_ENDED = 0\n"
+            "import sys; from visionloom.launch.guarding import exit; exit.SECONDS_UNTIL_ENDED = 0\n"
             "from visionloom.launch.pretrain import main; sys.argv[0] = 'pretrain.py'\n"
             "try: main()\n"
             "finally: assert not {'torch', 'megatron', 'transformers'} & set(sys.modules)"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,39 @@ def test_killed_starts_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert said[3][1].startswith(f"{IN_VAIN} 4: killed without a word") and said[4] == said[3]
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another")
     assert start_that(tmp_path, "killed") == (None, "")
+
+
+def test_agents_of_several_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each agent counts attempts for itself, so a start's ranks know each other by the time at which they write.
+
+    Attempts are an hour apart, and the agents have begun a day ago.
+    """
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job/7")
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    ages = {"self": 60.0}
+    monkeypatch.setattr(status, "seconds_alive", lambda process="self": ages.get(process, 86400.0))
+    codes = []
+    for attempt in range(4):
+        starts = []
+        for rank, agent, count in (("0", 11, attempt), ("1", 22, 2 * attempt + 1)):
+            monkeypatch.setenv("RANK", rank)
+            monkeypatch.setattr(os, "getppid", lambda agent=agent: agent)
+            monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(count))
+            starts.append(RunStatus())
+            try:
+                starts[-1].begin(tmp_path)
+            except EarlyEnd as end:
+                starts[-1].ended(end.state, end.code, str(end), end.hint)
+        codes.append(content(tmp_path)["code"])
+        starts[1].failed(1, f"ValueError: {attempt}", "")
+        starts[0].failed(1, "Connection closed by peer", "")
+        codes.append(content(tmp_path)["code"])
+        earlier = content(tmp_path)
+        earlier["time"] = time.strftime(status.TIME, time.localtime(time.time() - 3600))
+        (tmp_path / "status.json").write_text(json.dumps(earlier))
+    # The fourth is refused, and leaves what the third has said.
+    assert codes[:6] == [None, 1, None, 1, None, 93] and codes[6] == 93
+    assert "ValueError: 2" in content(tmp_path)["cause"], "and not of the rank that lost it"
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"state": "done"}', '{"state": 3}', "x" * 10])

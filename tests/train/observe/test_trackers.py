@@ -5,6 +5,7 @@ Reference: TensorBoard's own event reader; wandb offline, as it runs without an 
 
 import importlib.util
 import re
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ from typing import Any
 import pytest
 
 from visionloom.common.errors import UserError
-from visionloom.train.config import LoggingConfig
 from visionloom.train.observe import trackers as trackers_module
+from visionloom.train.observe.logging_config import LoggingConfig
 from visionloom.train.observe.trackers import Trackers
 
 RESULTS = {"step": 2, "loss": {"captions": 0.5}, "tasks": {"read": {"accuracy": 0.75, "n": 4}}}
@@ -42,15 +43,19 @@ def test_without_trackers_nothing_is_written(tmp_path: Path) -> None:
 
 
 def test_tensorboard_receives_numbers_and_hides_steps_taken_again(tmp_path: Path) -> None:
-    for first, last in ((1, 3), (3, 4)):  # the second start resumes after step 2
+    """Of a start that resumes after step 2 and goes back to step 3 once, and of one that only evaluates."""
+    for resumed, steps in ((0, [1, 2, 3]), (2, [3, 4]), (4, [])):
         trackers = Trackers(LoggingConfig(tensorboard=True), tmp_path, {}, "run")
-        for step in range(first, last + 1):
+        trackers.rewind(resumed)
+        for step in steps:
             trackers.step(line(step))
+        if resumed == 2:
+            trackers.rewind(3)
+            trackers.step({**line(4), "loss": 7.0})
+        if resumed == 4:
+            trackers.evaluation({**RESULTS, "step": 4})
+            trackers.command({"results.mme.score": 0.5}, 4)
         trackers.close()
-    trackers = Trackers(LoggingConfig(tensorboard=True), tmp_path, {}, "run")
-    trackers.evaluation({**RESULTS, "step": 4})
-    trackers.command({"results.mme.score": 0.5}, 4)
-    trackers.close()
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     reader = EventAccumulator(str(tmp_path / "tensorboard"))
@@ -60,7 +65,8 @@ def test_tensorboard_receives_numbers_and_hides_steps_taken_again(tmp_path: Path
         "evaluation/command/results.mme.score",
     }  # fmt: skip
     assert reader.Scalars("evaluation/accuracy/read")[0].value == 0.75
-    assert [found.step for found in reader.Scalars("loss")] == [1, 2, 3]
+    losses = [(each.step, round(each.value, 3)) for each in reader.Scalars("loss")]
+    assert losses == [(1, 1.0), (2, 0.5), (3, 0.333), (4, 7.0)]
 
 
 def test_missing_tensorboard_is_the_users_to_mend(
@@ -82,8 +88,35 @@ def test_wandb_offline_keeps_the_runs_id(tmp_path: Path, capfd: pytest.CaptureFi
         trackers.close()
     identity = (tmp_path / "wandb" / "run_id").read_text()
     assert capfd.readouterr().err == ""
-    files = list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
+    files = sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
     assert files and {file.name for file in files} == {f"run-{identity}.wandb"}
+    assert [record for file in files for record in recorded(file)] == [
+        (identity, 1),
+        (identity, 2),
+    ]
+
+
+def recorded(file: Path) -> list[tuple[str, int]]:
+    """Run and step of each loss in a file of wandb's: LevelDB's log format, which holds wandb's own messages."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content, place, message = file.read_bytes(), 7, b""  # a header of the file's own
+    identity, steps = "", list[tuple[str, int]]()
+    while place + 7 <= len(content):
+        _, size, kind = struct.unpack_from("<IHB", content, place)
+        left = 32768 - place % 32768
+        if left < 7 or kind == 0:  # the rest of a block
+            place += left
+            continue
+        message += content[place + 7 : place + 7 + size]
+        place += 7 + size
+        if kind in (1, 4):  # whole, or the last piece
+            record, message = Record.FromString(message), b""
+            identity = record.run.run_id or identity
+            names = {(each.key or each.nested_key[0]): each for each in record.history.item}
+            if "loss" in names:
+                steps.append((identity, int(float(names["step"].value_json))))
+    return steps
 
 
 FAKE = """

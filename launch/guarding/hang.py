@@ -25,8 +25,8 @@ from visionloom.common.jsonfile import JsonError, parse_json
 from visionloom.common.pulse import DATA
 from visionloom.common.ranks import ranks_here
 from visionloom.common.text import one_line, warn
-from visionloom.launch.exit import attempt_folder, end_process
-from visionloom.launch.watch import MEMBER
+from visionloom.launch.guarding.exit import attempt_folder, end_process
+from visionloom.launch.guarding.watch import MEMBER
 from visionloom.train.observe import status, stopping
 
 FOLDER: Final = "hang"

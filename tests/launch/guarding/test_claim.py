@@ -12,12 +12,12 @@ import pytest
 
 from visionloom.common import lock
 from visionloom.common.errors import UserError
-from visionloom.launch import claim as claims
-from visionloom.launch.causes import hint_for, is_lost_connection, of_the_machine
-from visionloom.launch.claim import claim
+from visionloom.launch.guarding import claim as claims
+from visionloom.launch.guarding.causes import hint_for, is_lost_connection, of_the_machine
+from visionloom.launch.guarding.claim import claim
 from visionloom.train.observe.status import RunStatus
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 PATHS = os.environ | {"PYTHONPATH": str(ROOT / ".link")}
 SCRIPT = """
 import sys

@@ -10,19 +10,22 @@ import select
 import signal
 import threading
 import time
+from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 from visionloom.common.atomic import replacing
 from visionloom.common.ranks import ranks_here
-from visionloom.launch.exit import FAILURE, attempt_folder
+from visionloom.launch.guarding.exit import FAILURE, attempt_folder
 from visionloom.train.observe import status
 
 MEMBER: Final = "rank"
 """Beginning of the file, in torchrun's folder, in which each rank leaves its number and its process."""
 LOOK_SECONDS: Final = 1.0
 """Between two looks at the memory of the others."""
+LOOKS_KEPT: Final = 61
+"""A minute: whether memory grew slowly, as by a leak, or at once."""
 EXIT_STATUS: Final = 49
 """Place of exit_code in /proc/PID/stat behind the command's name: field 52 of proc(5)."""
 KERNEL_COUNTS: Final = Path("/proc/vmstat")
@@ -39,15 +42,30 @@ class Sibling:
     rank: int
     pid: int
     descriptor: int
-    resident: int = 0
-    """Bytes of memory that it had when last looked at."""
+    resident: deque[int] = field(default_factory=lambda: deque(maxlen=LOOKS_KEPT))
+    """Bytes of memory that it had at each of the last looks."""
 
     def look(self) -> None:
-        """Note the memory that it has; one that has just ended has none left, and the last number stays."""
+        """Note the memory that it has; one that has just ended has none left, which is no look."""
         # The second number of statm is the resident pages.
         words = _read(Path(f"/proc/{self.pid}/statm")).split()
         pages = int(words[1]) if len(words) > 1 else 0
-        self.resident = pages * os.sysconf("SC_PAGE_SIZE") or self.resident
+        if pages:
+            self.resident.append(pages * os.sysconf("SC_PAGE_SIZE"))
+
+    def describe(self) -> str:
+        """Return the memory that it had last, and whether that had grown before."""
+        if not self.resident:
+            return "its memory"
+        last = f"{self.resident[-1] / 2**30:.1f} GiB"
+        earlier = len(self.resident) - 1
+        if not earlier:
+            return last
+        middle = self.resident[earlier // 2] / 2**30
+        return (
+            f"{last} (in the {earlier * LOOK_SECONDS:.0f} s before: {self.resident[0] / 2**30:.1f} GiB first,"
+            f" {middle:.1f} halfway)"
+        )
 
 
 @dataclass
@@ -115,9 +133,8 @@ class Watch:
         cause = f"rank {sibling.rank} was killed by signal {number} ({name})"
         # The kernel says how many it killed for want of memory, not whom: a kill at this moment is likely this one.
         if number == signal.SIGKILL and out_of_memory_kills() > self.kills_before:
-            held = f"{sibling.resident / 2**30:.1f} GiB" if sibling.resident else "its memory"
             cause += (
-                f", likely out of memory: the kernel has killed a process for want of it, and this one held {held}; lower"
+                f", likely out of memory: the kernel has killed a process for want of it, and this one held {sibling.describe()}; lower"
                 " data.workers, micro_batch or sequence_length, or give the job more memory"
             )
         return cause

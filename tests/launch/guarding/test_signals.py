@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from visionloom.launch import signals
-from visionloom.launch.watch import lost_a_rank
-from visionloom.tests.launch.test_claim import PATHS, ROOT
+from visionloom.launch.guarding import signals
+from visionloom.launch.guarding.watch import lost_a_rank
+from visionloom.tests.launch.guarding.test_claim import PATHS, ROOT
 from visionloom.train.observe.stopping import StopRequest
 
 RUN = """

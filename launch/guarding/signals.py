@@ -9,8 +9,8 @@ import socket
 import threading
 from typing import Final, NoReturn
 
-from visionloom.launch.exit import end_process, exit_stopped
-from visionloom.launch.watch import lost_a_rank
+from visionloom.launch.guarding.exit import end_process, exit_stopped
+from visionloom.launch.guarding.watch import lost_a_rank
 from visionloom.train.observe import stopping
 
 STOPPING: Final = (signal.SIGTERM, signal.SIGUSR1)

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Final
@@ -57,16 +58,27 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY)
 
 
-def cause_of(error: Exception) -> str:
-    """Return what status.json says of an error that nobody expected."""
+def cause_of(error: Exception, folder: Path) -> str:
+    """Return what status.json says of an error that nobody expected, which ended the run in `folder`."""
     cause = f"{type(error).__name__}: {error}".rstrip(": ")
     if is_out_of_memory(error):
-        cause = f"out of memory: {cause}"
+        cause = f"out of memory: {cause}{_snapshot(folder)}"
     if is_lost_connection(error):
         # The rank that watches the lost one writes its cause; on another machine nobody sees it.
         time.sleep(SECONDS_FOR_THE_CAUSE)
         cause = f"the connection to another rank was lost, which ended first: {cause}"
     return cause
+
+
+def _snapshot(folder: Path) -> str:
+    """Write what a GPU that ran out of memory held, and return where, as the end of a line; empty without a GPU."""
+    # A command that needs no torch has no GPU either.
+    if "torch" not in sys.modules:
+        return ""
+    from visionloom.train.observe.memory import snapshot
+
+    path = snapshot(folder)
+    return f"; what was allocated, for torch's memory_viz: {path}" if path is not None else ""
 
 
 def hint_for(error: Exception) -> str:

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from visionloom.launch import watch
-from visionloom.launch.watch import Sibling, Watch, exit_status, out_of_memory_kills
+from visionloom.launch.guarding import watch
+from visionloom.launch.guarding.watch import Sibling, Watch, exit_status, out_of_memory_kills
 
 RANK = """
 import os, sys, time
 from pathlib import Path
-from visionloom.launch.watch import watch_ranks
+from visionloom.launch.guarding.watch import watch_ranks
 from visionloom.train.observe import status
 status.current.begin(Path(sys.argv[1]))
 status.current.at(17)
@@ -93,9 +93,14 @@ def test_want_of_memory_is_named(
     monkeypatch.setattr(watch, "KERNEL_COUNTS", counts)
     watching = Watch(tmp_path, 0, 2)
     counts.write_text(f"nr_free_pages 1\noom_kill {4 + kills}\n")
-    cause = watching._cause(Sibling(1, 1, 0, resident=3 * 2**30), 9)
+    sibling = Sibling(1, 1, 0)
+    for gibibytes in (1, 1, 2, 2, 3):
+        sibling.resident.append(gibibytes * 2**30)
+    cause = watching._cause(sibling, 9)
     assert cause.startswith("rank 1 was killed by signal 9 (SIGKILL)")
-    assert ("likely out of memory" in cause and "held 3.0 GiB" in cause) == named
+    said = "held 3.0 GiB (in the 4 s before: 1.0 GiB first, 2.0 halfway)"
+    assert ("likely out of memory" in cause and said in cause) == named
+    assert Sibling(1, 1, 0).describe() == "its memory"
 
 
 def test_the_kernels_words() -> None:

@@ -11,10 +11,10 @@ import psutil
 import pytest
 
 from visionloom.common.errors import UserError
-from visionloom.launch import exit as exits
-from visionloom.launch.exit import exit_with, record_for_torchrun
+from visionloom.launch.guarding import exit as exits
+from visionloom.launch.guarding.exit import exit_with, record_for_torchrun
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 COMMANDS = sorted(
     file.name
     for file in (ROOT / "launch").glob("*.py")
@@ -168,7 +168,7 @@ def test_commands_keep_their_folder_off_the_path(command: str) -> None:
 def test_a_rank_ends_with_its_agent(tmp_path: Path) -> None:
     """Row 5 of the fault matrix in small. Reference: the kernel; the agent here is any parent that is killed with SIGKILL."""
     rank = (
-        "import os, time; from visionloom.launch.exit import end_with_parent; end_with_parent();"
+        "import os, time; from visionloom.launch.guarding.exit import end_with_parent; end_with_parent();"
         "print(os.getpid(), flush=True); time.sleep(60)"
     )
     agent = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {rank!r}]); time.sleep(60)"

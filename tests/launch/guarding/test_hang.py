@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from visionloom.common.pulse import Pulse, Sign, read_sign
-from visionloom.launch.hang import WAITING, Report, innermost, named
+from visionloom.launch.guarding.hang import WAITING, Report, innermost, named
 from visionloom.train.observe.slow_ranks import WAITS
 
 LIMIT, SOONEST = 2.0, 5.0
@@ -24,8 +24,8 @@ RANK = """
 import os, re, signal, sys, time
 from pathlib import Path
 from visionloom.common import pulse
-from visionloom.launch.hang import watch_hangs
-from visionloom.launch.watch import watch_ranks
+from visionloom.launch.guarding.hang import watch_hangs
+from visionloom.launch.guarding.watch import watch_ranks
 from visionloom.train.observe import status
 status.current.begin(Path(sys.argv[1]))
 watch_ranks()
@@ -109,7 +109,7 @@ def test_parts_are_signs_of_life_and_limits_are_of_a_stage(tmp_path: Path) -> No
 
 
 def test_the_parts_in_which_a_rank_waits() -> None:
-    """launch/hang.py has their names written out: it is imported before torch."""
+    """launch/guarding/hang.py has their names written out: it is imported before torch."""
     assert set(WAITING) == set(WAITS)
 
 

@@ -1,0 +1,1 @@
+"""What guards a run: who has its folder, what ends it early, which rank stands still, and what its end is called."""
