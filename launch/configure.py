@@ -40,6 +40,7 @@ from visionloom.launch.composing.late_words import LATE, apply_late
 from visionloom.launch.composing.words import check_words, readable
 from visionloom.launch.exit import (
     FAILURE,
+    attempt_folder,
     end_with_parent,
     exit_early,
     exit_interrupted,
@@ -119,6 +120,9 @@ def _start(
         exit_early(end)
     watch_ranks()
     if trains:
+        # Only now, as the folder of the attempt is there; NCCL reads it when it starts.
+        if config.watch.measures_ranks(environment.machines()):
+            environment.log_transports(attempt_folder())
         hear_signals()
         watch_hangs(Path(config.run.folder), config.watch.seconds)
     work(command, config)

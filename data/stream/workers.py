@@ -4,7 +4,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from typing import Final
 
@@ -13,8 +13,10 @@ from torch.utils.data import DataLoader, get_worker_info
 from visionloom.common.errors import MachineError
 from visionloom.common.processes import end_with_parent, fork_server
 from visionloom.common.ranks import cores_of_rank
+from visionloom.data.stream import waiting
 from visionloom.data.stream.batch import PackedBatch
 from visionloom.data.stream.train_stream import PackStream
+from visionloom.data.stream.waiting import StepReader, StepWait
 from visionloom.parallel.share import Share
 
 PREFETCH: Final = 2
@@ -24,6 +26,8 @@ _CORES_KEPT: Final = 2
 _MOST_CHOSEN: Final = 4
 """Workers chosen by themselves at most. A GPU at 8K takes some 330 frames or 150 pictures a second: 3.4 or 0.6 cores
 (estimated), and each worker holds PREFETCH steps in memory."""
+TIMED_OUT: Final = "DataLoader timed out"
+"""Beginning of torch's words for a step that has not come in time."""
 _UNTIL_REAPED: Final = 0.5
 """Seconds after which the system no longer lists a process that ended."""
 
@@ -61,19 +65,20 @@ class _StepsAhead:
         self.stream, self.steps = stream, steps
         self.share, self.micro_batch = share, micro_batch
         self.boards = _Boards(0)
+        self.place = "its beginning"
+        """What this process reads, if it does."""
 
     def __len__(self) -> int:
         return len(self.steps)
 
     def __getitem__(self, index: int) -> list[PackedBatch] | Exception:
         step = self.steps[index]
-        place = f"step {step}"
+        self.place = f"step {step}"
 
         # a worker may die inside a library, so what it is at is noted before
         def note(sample: str) -> None:
-            nonlocal place
-            place = f"step {step}, {sample}"
-            self.boards.write(place)
+            self.place = f"step {step}, {sample}"
+            self.boards.write(self.place)
 
         self.stream.watch(note)
         try:
@@ -81,7 +86,7 @@ class _StepsAhead:
         except Exception as error:  # handed over, and raised by the reading side with its type kept
             info = get_worker_info()
             reader = f"in data worker {info.id}" if info else "while reading ahead,"
-            error.add_note(f"{reader} at {place}")
+            error.add_note(f"{reader} at {self.place}")
             return error
 
     def fill(
@@ -113,10 +118,30 @@ class _StepsAhead:
         thread.start()
         try:
             for _ in range(len(self)):
-                yield built.get()
+                yield self.patiently(lambda: built.get(timeout=waiting.LOOK_SECONDS))
         finally:
             stopped.set()
             thread.join()
+
+    def patiently(
+        self, take: Callable[[], list[PackedBatch] | Exception]
+    ) -> list[PackedBatch] | Exception:
+        """Return the next step, however long it takes; `take` gives up after waiting.LOOK_SECONDS each time."""
+        wait: StepWait | None = None
+        while True:
+            try:
+                return take()
+            except queue.Empty:
+                pass
+            except RuntimeError as error:
+                if not str(error).startswith(TIMED_OUT):
+                    raise
+            wait = wait or StepWait(self.readers)
+            wait.look()
+
+    def readers(self) -> list[StepReader]:
+        """Return who reads, and at what."""
+        return self.boards.readers() or [StepReader("the reading thread", os.getpid(), self.place)]
 
     def by_processes(self, workers: int) -> Generator[list[PackedBatch] | Exception]:
         """Yield the steps, built by processes."""
@@ -131,9 +156,12 @@ class _StepsAhead:
             collate_fn=_unchanged,
             multiprocessing_context=fork_server(__name__),
             worker_init_fn=_start_worker,
+            timeout=waiting.LOOK_SECONDS,
         )
+        steps = iter(loader)
         try:
-            yield from loader
+            for _ in range(len(self)):
+                yield self.patiently(lambda: next(steps))
         # torch's own word for a lost worker, or a pipe that nobody holds any more
         except (RuntimeError, OSError, EOFError) as error:
             # a process that just ended may still be listed
@@ -167,11 +195,19 @@ class _Boards:
 
     def dead(self) -> str:
         """Return the first worker that is gone, and what it was at; empty if all are there."""
+        for reader in self.readers():
+            if not self._is_alive(reader.process):
+                return f"{reader.name} (process {reader.process}) died at {reader.place}"
+        return ""
+
+    def readers(self) -> list[StepReader]:
+        """Return the workers that have begun a step, and what each is at."""
+        readers = []
         for worker, line in enumerate(self.lines):
             process, _, place = line.value.decode(errors="replace").partition(" ")
-            if process and not self._is_alive(int(process)):
-                return f"data worker {worker} (process {process}) died at {place}"
-        return ""
+            if process:
+                readers.append(StepReader(f"data worker {worker}", int(process), place))
+        return readers
 
     @staticmethod
     def _is_alive(process: int) -> bool:

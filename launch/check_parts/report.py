@@ -26,6 +26,7 @@ def document(report: CheckReport) -> dict[str, Any]:
         "gpu_file": report.gpu_file,
         "checks": checks,
         "speeds": speeds,
+        "ranks": report.ranks,
         "not_checked": report.not_checked,
         "seconds": report.seconds,
     }
@@ -48,6 +49,7 @@ def markdown(report: CheckReport) -> str:
     lines += ["| what | measured | assumed | ratio | corrects |", "|---|---|---|---|---|"]
     for speed in report.speeds:
         lines.append(f"| {' | '.join(_speed_cells(speed))} | {speed.option} |")
+    lines += ["", "## Ranks", "", *(f"- {json.dumps(rank)}" for rank in report.ranks)]
     if report.not_checked:
         lines += ["", "## Not checked", "", *(f"- {line}" for line in report.not_checked)]
     taken = ", ".join(f"{part} {seconds} s" for part, seconds in report.seconds.items())

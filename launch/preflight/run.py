@@ -1,12 +1,11 @@
 """Measure all ranks before step 1, each by itself and then their links; a rank that does not answer is named and ends the start."""
 
-import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 import torch.distributed as dist
@@ -28,6 +27,8 @@ SECONDS: Final = 30.0
 """Longest wait for the answers of each of the two stages: a minute in all."""
 MORE_SECONDS: Final = 10.0
 """How much longer the others wait for rank 0."""
+SPEAKING_SECONDS: Final = 5.0
+"""For rank 0 to say what is at fault: torchrun ends the others as soon as it is gone, and the line stands there once."""
 OWN, LINKS = "own", "links"
 """The stages."""
 
@@ -80,8 +81,7 @@ class Preflight:
     def own_speeds(self) -> Iterator[MeasuredSpeed]:
         """Yield what this rank can do by itself."""
         self.board.begin("a matrix product")
-        with contextlib.closing(self.speeds.products()) as products:
-            yield replace(next(products), name="product")
+        yield replace(next(self.speeds.products()), name="product")
         self.board.begin("a copy in memory")
         yield replace(self.speeds.copy(), name="copy")
         if self.topology.device.type == "cuda":
@@ -116,6 +116,8 @@ class Preflight:
             raise MachineError(self.silent(0, SECONDS + MORE_SECONDS))
         decision = parse_json(text, Decision, "the decision of rank 0")
         if decision.fault:
+            if not self.topology.is_main:
+                time.sleep(SPEAKING_SECONDS)
             raise MachineError(decision.fault)
         return answers, decision
 
@@ -147,7 +149,3 @@ class Preflight:
         return f"preflight: rank {rank} has not answered within {seconds:.0f} s, {place}"
 
 
-def dictionary(facts: RankFacts) -> dict[str, Any]:
-    """Return a rank's facts as a report has them, with the ratio of each speed to what plans assume."""
-    speeds = [asdict(each) | {"ratio": each.ratio} for each in facts.speeds]
-    return asdict(facts) | {"speeds": speeds}

@@ -17,6 +17,7 @@ MOST_SECONDS: Final = 4.0
 
 def measure_storage(folder: Path, rank: int) -> Iterator[MeasuredSpeed]:
     """Yield MB/s of writing, flushed to the disk, and of reading back; OSError if the folder cannot be written to."""
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f".preflight-{rank}"
     # Not zeros, which some file systems do not write.
     chunk = os.urandom(CHUNK)

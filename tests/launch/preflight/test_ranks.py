@@ -94,6 +94,7 @@ def silent(folder: Path, where: str) -> str:
     limits = [
         patch.object(run, "SECONDS", 4.0),
         patch.object(run, "MORE_SECONDS", 2.0),
+        patch.object(run, "SPEAKING_SECONDS", 0.0),
         patch.object(speeds, "LONGEST_REDUCTION", 1.0),
         patch.object(links, "LONGEST_REDUCTION", 1.0),
         patch.object(speeds, "RUNS", 1),
