@@ -25,6 +25,10 @@ PAUSE_SECONDS: Final = 0.01
 """Between two looks of rank 0 at the ranks that have come."""
 SILENT_SECONDS: Final = 60.0
 """After which what listens at MASTER_PORT is taken for another program: torch's store answers at once."""
+SILENT: Final = (
+    "MASTER_PORT={port} of {address} is in use by another program, which takes connections and has said nothing for {seconds:.0f} s:"
+    " give this run a port of its own"
+)
 PREFIX: Final = "visionloom"
 
 
@@ -66,24 +70,24 @@ def open_store(timeout: timedelta) -> tuple[Store, int, int]:
     torch has no time limit for a program that takes its connection and says nothing, so a thread waits for it.
     """
     outcome = futures.Future[tuple[Store, int, int]]()
-
-    def wait() -> None:
-        try:
-            outcome.set_result(next(rendezvous("env://", timeout=timeout)))
-        except BaseException as error:
-            outcome.set_exception(error)
-
-    threading.Thread(target=wait, name="visionloom-store", daemon=True).start()
+    # Not an executor's, which the end of the process would wait for.
+    threading.Thread(target=fill, args=(outcome, timeout), daemon=True).start()
     address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
     while not outcome.done():
         futures.wait([outcome], SILENT_SECONDS)
         # A store that is not there yet refuses the connection; a real one has answered long ago.
         if not (outcome.done() or has_store()) and listens(address, int(port)):
-            raise UserError(
-                f"MASTER_PORT={port} of {address} is in use by another program, which takes connections and has said nothing for"
-                f" {SILENT_SECONDS:.0f} s: give this run a port of its own"
-            )
+            raise UserError(SILENT.format(port=port, address=address, seconds=SILENT_SECONDS))
     return outcome.result()
+
+
+def fill(outcome: futures.Future[tuple[Store, int, int]], timeout: timedelta) -> None:
+    """Open torch's store, which may never come to an end."""
+    try:
+        outcome.set_result(next(rendezvous("env://", timeout=timeout)))
+    # Raised where it is waited for.
+    except BaseException as error:
+        outcome.set_exception(error)
 
 
 def has_store() -> bool:

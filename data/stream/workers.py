@@ -4,7 +4,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import closing
 from typing import Final
 
@@ -13,10 +13,9 @@ from torch.utils.data import DataLoader, get_worker_info
 from visionloom.common.errors import MachineError
 from visionloom.common.processes import end_with_parent, fork_server
 from visionloom.common.ranks import cores_of_rank
-from visionloom.data.stream import waiting
 from visionloom.data.stream.batch import PackedBatch
 from visionloom.data.stream.train_stream import PackStream
-from visionloom.data.stream.waiting import StepReader, StepWait
+from visionloom.data.stream.waiting import StepReader, WaitWatch
 from visionloom.parallel.share import Share
 
 PREFETCH: Final = 2
@@ -26,8 +25,6 @@ _CORES_KEPT: Final = 2
 _MOST_CHOSEN: Final = 4
 """Workers chosen by themselves at most. A GPU at 8K takes some 330 frames or 150 pictures a second: 3.4 or 0.6 cores
 (estimated), and each worker holds PREFETCH steps in memory."""
-TIMED_OUT: Final = "DataLoader timed out"
-"""Beginning of torch's words for a step that has not come in time."""
 _UNTIL_REAPED: Final = 0.5
 """Seconds after which the system no longer lists a process that ended."""
 
@@ -50,8 +47,9 @@ def iterate(
     What is read does not depend on `workers`. Errors of building a step are raised where the step would have come.
     """
     ahead = _StepsAhead(stream, steps, share, micro_batch)
-    source = ahead.by_processes(workers) if workers else ahead.by_thread()
-    with closing(source):
+    watch = WaitWatch(ahead.readers)
+    source = ahead.by_processes(workers, watch) if workers else ahead.by_thread(watch)
+    with watch, closing(source):
         for built in source:
             if isinstance(built, Exception):
                 raise built
@@ -107,7 +105,7 @@ class _StepsAhead:
             if stopped.is_set():
                 return
 
-    def by_thread(self) -> Generator[list[PackedBatch] | Exception]:
+    def by_thread(self, watch: WaitWatch) -> Generator[list[PackedBatch] | Exception]:
         """Yield the steps, built by one thread."""
         built: queue.Queue[list[PackedBatch] | Exception] = queue.Queue(PREFETCH)
         stopped = threading.Event()
@@ -118,32 +116,18 @@ class _StepsAhead:
         thread.start()
         try:
             for _ in range(len(self)):
-                yield self.patiently(lambda: built.get(timeout=waiting.LOOK_SECONDS))
+                yield watch.take(built.get)
         finally:
             stopped.set()
             thread.join()
-
-    def patiently(
-        self, take: Callable[[], list[PackedBatch] | Exception]
-    ) -> list[PackedBatch] | Exception:
-        """Return the next step, however long it takes; `take` gives up after waiting.LOOK_SECONDS each time."""
-        wait: StepWait | None = None
-        while True:
-            try:
-                return take()
-            except queue.Empty:
-                pass
-            except RuntimeError as error:
-                if not str(error).startswith(TIMED_OUT):
-                    raise
-            wait = wait or StepWait(self.readers)
-            wait.look()
 
     def readers(self) -> list[StepReader]:
         """Return who reads, and at what."""
         return self.boards.readers() or [StepReader("the reading thread", os.getpid(), self.place)]
 
-    def by_processes(self, workers: int) -> Generator[list[PackedBatch] | Exception]:
+    def by_processes(
+        self, workers: int, watch: WaitWatch
+    ) -> Generator[list[PackedBatch] | Exception]:
         """Yield the steps, built by processes."""
         # before the workers are sent the stream
         self.boards = _Boards(workers)
@@ -156,25 +140,30 @@ class _StepsAhead:
             collate_fn=_unchanged,
             multiprocessing_context=fork_server(__name__),
             worker_init_fn=_start_worker,
-            timeout=waiting.LOOK_SECONDS,
         )
         steps = iter(loader)
         try:
             for _ in range(len(self)):
-                yield self.patiently(lambda: next(steps))
+                yield watch.take(lambda: next(steps))
         # torch's own word for a lost worker, or a pipe that nobody holds any more
         except (RuntimeError, OSError, EOFError) as error:
-            # a process that just ended may still be listed
-            time.sleep(_UNTIL_REAPED)
-            death = self.boards.dead()
-            if not death and "exited unexpectedly" in str(error):
-                death = "a data worker died before its first sample"
-            if not death:
+            if (death := self.death(error)) is None:
                 raise
-            raise MachineError(
-                f"{death}: killed from outside, most likely for want of memory (see dmesg): give it fewer data.workers or smaller"
-                " data.store.bytes_in_flight, or leave that shard out; the same command goes on from the last checkpoint"
-            ) from None
+            raise death from None
+
+    def death(self, error: Exception) -> MachineError | None:
+        """Return what a lost worker was at; None if none is lost."""
+        # a process that just ended may still be listed
+        time.sleep(_UNTIL_REAPED)
+        dead = self.boards.dead()
+        if not dead and "exited unexpectedly" in str(error):
+            dead = "a data worker died before its first sample"
+        if not dead:
+            return None
+        return MachineError(
+            f"{dead}: killed from outside, most likely for want of memory (see dmesg): give it fewer data.workers or smaller"
+            " data.store.bytes_in_flight, or leave that shard out; the same command goes on from the last checkpoint"
+        )
 
 
 class _Boards:

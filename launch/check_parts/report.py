@@ -70,12 +70,13 @@ def _cell(text: str) -> str:
 
 def _speed_cells(speed: MeasuredSpeed) -> tuple[str, str, str, str]:
     """Return the cells that both tables have: name, measured, assumed, ratio."""
-    assumed = _number(speed.assumed) if speed.assumed else ""
+    assumed = number(speed.assumed) if speed.assumed else ""
     ratio = f"{speed.ratio:.2f}" if speed.ratio else ""
-    return speed.name, f"{_number(speed.value)} {speed.unit}", assumed, ratio
+    return speed.name, f"{number(speed.value)} {speed.unit}", assumed, ratio
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
+    """Return a value in three digits or more."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 

@@ -166,29 +166,27 @@ class Speeds:
         taken = self.seconds(lambda: finish(dist.all_reduce(values, group=group, async_op=True)))
         # A ring sends each byte twice, but for a share of the ranks': nccl-tests' definition.
         speed = size / taken * 2 * (ranks - 1) / ranks / 1e9
-        card = self.machine
-        # The links of one machine are another file's key.
-        inside = card is not None and ranks <= card.node_ranks
-        option = option or ("inside_gbps" if inside else "between_gbps")
-        assumed = getattr(card, option) if card else None
+        option = option or self.links_of(ranks)
+        assumed = getattr(self.machine, option) if self.machine else None
         name = f"all-reduce of {size >> 20} MiB over {ranks} ranks"
         return MeasuredSpeed(name, speed, "GB/s", assumed, option)
+
+    def links_of(self, ranks: int) -> str:
+        """Return the key of the machine's file for the links of so many ranks: those of one machine have another."""
+        inside = self.machine is not None and ranks <= self.machine.node_ranks
+        return "inside_gbps" if inside else "between_gbps"
 
     def reducible(self, group: Any) -> int:
         """Return the bytes of an all-reduce that takes no longer than SECONDS_OF_REDUCTION, the same on all ranks."""
         probe = torch.zeros(PROBED // 4, device=self.topology.device)
-        for _ in range(2):
-            # The first one opens connections.
-            began = time.perf_counter()
-            finish(dist.all_reduce(probe, group=group, async_op=True))
-            if self.kind == "cuda":
-                torch.cuda.synchronize(self.topology.device)
-            probe.fill_(time.perf_counter() - began)
-
+        # The first ones open connections.
+        taken = self.seconds(lambda: finish(dist.all_reduce(probe, group=group, async_op=True)))
+        probe.fill_(taken)
+        # Each rank has a time of its own, and a collective one size.
         finish(dist.all_reduce(probe, op=dist.ReduceOp.MAX, group=group, async_op=True))
-        possible = PROBED * SECONDS_OF_REDUCTION / probe[0].item()
-        powers = 1 << int(possible).bit_length() - 1
-        return min(REDUCED[self.kind], max(PROBED, powers))
+        possible = int(PROBED * SECONDS_OF_REDUCTION / probe[0].item())
+        size = 1 << possible.bit_length() - 1
+        return min(REDUCED[self.kind], max(PROBED, size))
 
 
 def finish(work: Any) -> None:

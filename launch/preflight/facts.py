@@ -48,17 +48,25 @@ class RankFacts:
 def facts_of(rank: int, device: torch.device, dtype: torch.dtype) -> RankFacts:
     """Return what a rank is; nothing is measured yet. `dtype`: in which it will train."""
     here = rank, socket.gethostname()
-    software = [f"torch {torch.__version__}", f"megatron-core {version_of('megatron-core')}"]
     if device.type == "cpu":
         memory = memory_bytes() / ranks_here() / GIB
         facts = RankFacts(*here, f"cpu, {processor()}", round(memory, 1))
     else:
         card = torch.cuda.get_device_properties(device)
         facts = RankFacts(*here, card.name, round(card.total_memory / GIB, 1), driver_version())
-        software += [f"CUDA {torch.version.cuda}", f"NCCL {nccl_version()}"]
-    facts.software = ", ".join(software)
+    facts.software = ", ".join(f"{name} {version}" for name, version in versions(device).items())
     facts.kernels = kernels_of(device, dtype)
     return facts
+
+
+def versions(device: torch.device) -> dict[str, str | None]:
+    """Return the versions that ranks must have in common, by name."""
+    known = {"torch": torch.__version__, "megatron-core": version_of("megatron-core")}
+    if device.type == "cuda":
+        # NCCL as torch runs it, which need not be the package beside it.
+        nccl = ".".join(map(str, torch.cuda.nccl.version()))
+        known |= {"CUDA": torch.version.cuda, "NCCL": nccl}
+    return known
 
 
 def driver_version(path: Path = DRIVER) -> str:
@@ -68,11 +76,6 @@ def driver_version(path: Path = DRIVER) -> str:
     except OSError:
         return ""
     return version[1] if version else ""
-
-
-def nccl_version() -> str:
-    """Return the version of NCCL that torch runs."""
-    return ".".join(map(str, torch.cuda.nccl.version()))
 
 
 def kernels_of(device: torch.device, dtype: torch.dtype) -> dict[str, str]:

@@ -147,5 +147,3 @@ class Preflight:
         """Return the line about a rank that does not answer."""
         place = self.board.place(rank)
         return f"preflight: rank {rank} has not answered within {seconds:.0f} s, {place}"
-
-

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -19,28 +19,40 @@ def measure_storage(folder: Path, rank: int) -> Iterator[MeasuredSpeed]:
     """Yield MB/s of writing, flushed to the disk, and of reading back; OSError if the folder cannot be written to."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f".preflight-{rank}"
-    # Not zeros, which some file systems do not write.
-    chunk = os.urandom(CHUNK)
     try:
-        began = time.perf_counter()
-        with path.open("wb", buffering=0) as file:
-            while file.tell() < MOST_BYTES and time.perf_counter() - began < MOST_SECONDS:
-                file.write(chunk)
-            os.fsync(file.fileno())
-            size = file.tell()
-            yield speed("write", size, time.perf_counter() - began)
-            # Out of this machine's memory, or it would be that which is read.
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-        began = time.perf_counter()
-        with path.open("rb", buffering=0) as file:
-            while file.read(CHUNK) and time.perf_counter() - began < MOST_SECONDS:
-                pass
-            yield speed("read", file.tell(), time.perf_counter() - began)
+        yield speed("write", write, path)
+        yield speed("read", read, path)
     finally:
         path.unlink(missing_ok=True)
 
 
-def speed(name: str, size: int, seconds: float) -> MeasuredSpeed:
-    """Return the speed at which `size` bytes were moved."""
+def write(path: Path) -> int:
+    """Write a file for MOST_SECONDS at most, and flush it to the disk; returns its bytes."""
+    # Not zeros, which some file systems do not write.
+    chunk = os.urandom(CHUNK)
+    until = time.monotonic() + MOST_SECONDS
+    with path.open("wb", buffering=0) as file:
+        while file.tell() < MOST_BYTES and time.monotonic() < until:
+            file.write(chunk)
+        os.fsync(file.fileno())
+        # Out of this machine's memory, or it would be that which is read.
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        return file.tell()
+
+
+def read(path: Path) -> int:
+    """Read a file for MOST_SECONDS at most; returns the bytes that were read."""
+    until = time.monotonic() + MOST_SECONDS
+    with path.open("rb", buffering=0) as file:
+        # Chunk by chunk, as a whole file may not come in time.
+        while file.read(CHUNK) and time.monotonic() < until:
+            continue
+        return file.tell()
+
+
+def speed(name: str, move: Callable[[Path], int], path: Path) -> MeasuredSpeed:
+    """Return the speed of moving bytes; `move` returns how many."""
+    began = time.perf_counter()
+    size = move(path)
+    seconds = time.perf_counter() - began
     return MeasuredSpeed(name, size / 1e6 / max(seconds, 1e-6), "MB/s")

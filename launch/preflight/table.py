@@ -6,6 +6,7 @@ from typing import Final
 
 from rich.table import Table
 
+from visionloom.launch.check_parts.report import number
 from visionloom.launch.check_parts.results import MeasuredSpeed
 from visionloom.launch.preflight.facts import RankFacts
 from visionloom.launch.preflight.transports import transport_hints
@@ -21,7 +22,7 @@ MOST_SECONDS: Final = 2.0
 def slow_speeds(ranks: Sequence[RankFacts]) -> dict[int, list[str]]:
     """Return for each slow rank the names of its slow speeds."""
     slow: dict[int, list[str]] = {}
-    for name in names_of(ranks):
+    for name in units_of(ranks):
         values = {facts.rank: speed for facts in ranks if (speed := speed_of(facts, name))}
         for rank, own in values.items():
             others = [each.value for other, each in values.items() if other != rank]
@@ -30,9 +31,9 @@ def slow_speeds(ranks: Sequence[RankFacts]) -> dict[int, list[str]]:
     return slow
 
 
-def names_of(ranks: Sequence[RankFacts]) -> list[str]:
-    """Return the names of all that was measured, in order."""
-    return list(dict.fromkeys(speed.name for facts in ranks for speed in facts.speeds))
+def units_of(ranks: Sequence[RankFacts]) -> dict[str, str]:
+    """Return the names of all that was measured, in order, with their units."""
+    return {speed.name: speed.unit for facts in ranks for speed in facts.speeds}
 
 
 def speed_of(facts: RankFacts, name: str) -> MeasuredSpeed | None:
@@ -42,17 +43,16 @@ def speed_of(facts: RankFacts, name: str) -> MeasuredSpeed | None:
 
 def rank_table(ranks: Sequence[RankFacts]) -> Table:
     """Return the table: a row a rank, a column for each speed, slow ones marked."""
-    slow, names = slow_speeds(ranks), names_of(ranks)
-    # What is measured in one unit everywhere has it in the heading.
-    units = {speed.name: speed.unit for facts in ranks for speed in facts.speeds}
-    headings = [f"{name}\n{units[name]}" for name in names]
+    slow, units = slow_speeds(ranks), units_of(ranks)
+    # A unit is the same on all ranks.
+    headings = [f"{name}\n{unit}" for name, unit in units.items()]
     table = Table("rank", "host", "device", "GiB", *headings, "by", "slow", title=title(ranks))
-    shown = sorted(ranks, key=lambda facts: (facts.rank not in slow, facts.rank))[:MOST_ROWS]
+    shown = sorted(ranks, key=lambda facts: facts.rank not in slow)[:MOST_ROWS]
     for facts in sorted(shown, key=lambda facts: facts.rank):
-        cells = [speed_cell(facts, name, slow) for name in names]
+        marks = slow.get(facts.rank, [])
+        cells = [speed_cell(facts, name, name in marks) for name in units]
         place = str(facts.rank), facts.host, facts.device, f"{facts.memory_gib:.0f}"
-        marks = ", ".join(slow.get(facts.rank, []))
-        table.add_row(*place, *cells, ", ".join(facts.transports), marks)
+        table.add_row(*place, *cells, ", ".join(facts.transports), ", ".join(marks))
     return table
 
 
@@ -65,15 +65,15 @@ def title(ranks: Sequence[RankFacts]) -> str:
     return f"ranks before step 1{more}; {first.software}{driver}\n{kernels}"
 
 
-def speed_cell(facts: RankFacts, name: str, slow: dict[int, list[str]]) -> str:
+def speed_cell(facts: RankFacts, name: str, is_slow: bool) -> str:
     """Return a speed, with its ratio to what plans assume in brackets; a slow one has a mark."""
     speed = speed_of(facts, name)
     if speed is None:
         return ""
-    value = f"{speed.value:,.0f}" if speed.value >= 100 else f"{speed.value:.3g}"
+    # On a CPU nothing is assumed.
     ratio = f" ({speed.ratio:.2f})" if speed.ratio else ""
-    mark = " <" if name in slow.get(facts.rank, []) else ""
-    return f"{value}{ratio}{mark}"
+    mark = " <" if is_slow else ""
+    return f"{number(speed.value)}{ratio}{mark}"
 
 
 def warnings(ranks: Sequence[RankFacts]) -> Iterator[str]:
