@@ -11,6 +11,7 @@ No data or model is needed. Less than two minutes on a GPU. Exit code 0: all che
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -19,19 +20,20 @@ if not __package__:
     root = Path(__file__).resolve().parents[1]
     sys.path[0] = str(root / ".link")
 
-from visionloom.common.errors import UserError, unknown
+from visionloom.common.errors import MachineError, UserError, unknown
 from visionloom.common.quiet import Parser, quiet_libraries
 from visionloom.common.screen import PlainConsole
 from visionloom.common.text import one_line, say, warn
 from visionloom.forecast.machine import machine, machine_names
 from visionloom.launch import environment
 from visionloom.launch.check_parts.report import tables, write
-from visionloom.launch.check_parts.results import CheckReport, guarded
+from visionloom.launch.check_parts.results import CheckReport, CheckResult, guarded
 from visionloom.launch.guarding.claim import check_writable
-from visionloom.launch.guarding.exit import FAILURE, code_of, end_with_parent
-from visionloom.launch.plan_commands.first import is_of
+from visionloom.launch.guarding.exit import FAILURE, attempt_folder, code_of, end_with_parent
+from visionloom.launch.plan_commands.first import files_about
 
 if TYPE_CHECKING:
+    from visionloom.launch.preflight.facts import RankFacts
     from visionloom.parallel.topology import Topology
 
 SUFFIXES: Final = (".json", ".md")
@@ -57,6 +59,12 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="file of recipes/gpu to compare with, if not by the card's name",
     )
+    parser.add_argument(
+        "--folder",
+        default=".",
+        metavar="DIR",
+        help="where runs will be: each rank writes 64 MiB there, reads them, and removes them",
+    )
     parser.add_argument("--device", default="auto", metavar="DEVICE", help=" | ".join(DEVICES))
     return parser
 
@@ -67,8 +75,10 @@ def run(options: argparse.Namespace) -> int:
     stem = check_options(options)
     if environment.trains_on_gpus(options.device):
         environment.set_up_gpus(tensor=1)
+        environment.log_transports(attempt_folder())
 
     # torch and megatron-core are imported only now, when the words are known to be good.
+    from visionloom.launch.check_parts.machine_facts import machine_facts
     from visionloom.model.kernels import flash
     from visionloom.parallel import topology as topologies
     from visionloom.parallel.config import ParallelConfig
@@ -78,10 +88,14 @@ def run(options: argparse.Namespace) -> int:
     # Several threads add up in an order of their own, and a resume must give the same bits on a CPU.
     topologies.set_threads(0 if device.type == "cuda" else 1)
     topology = topologies.start(ParallelConfig(), device, timeout_minutes=TIMEOUT_MINUTES)
-    report = checked(topology, options.gpu)
-    report.machine["attention"] = flash.chosen()
+    facts = machine_facts() | {"attention": flash.chosen()}
+    report = CheckReport(facts, options.gpu or file_of(facts, device.type))
+    # First: where a rank does not answer, all that follows would wait for it.
+    ranks = measured(topology, Path(options.folder), report)
+    if not report.failures:
+        check(topology, report)
     if topology.is_main:
-        show(report, stem)
+        show(report, ranks, stem)
     topologies.stop()
     return FAILURE if report.failures else 0
 
@@ -107,16 +121,13 @@ def check_options(options: argparse.Namespace) -> Path | None:
     return stem
 
 
-def checked(topology: "Topology", gpu: str | None) -> CheckReport:
-    """Run all parts and return the report; all ranks call it, and the main one has it whole."""
-    from visionloom.launch.check_parts.machine_facts import machine_facts
+def check(topology: "Topology", report: CheckReport) -> None:
+    """Run all parts and add them to the report; all ranks call it, and the main one has it whole."""
     from visionloom.launch.check_parts.operations import check_operations
     from visionloom.launch.check_parts.ranks import check_ranks, gather_results
     from visionloom.launch.check_parts.speeds import Speeds
     from visionloom.launch.check_parts.training import check_training
 
-    facts = machine_facts()
-    report = CheckReport(facts, gpu or file_of(facts, topology.device.type))
     device, several = topology.device, topology.world_size > 1
     results = report.timed("operations", lambda: check_operations(device))
     if several:
@@ -135,7 +146,23 @@ def checked(topology: "Topology", gpu: str | None) -> CheckReport:
         report.speeds += report.timed("speeds", lambda: [*speeds.measure()])
     topology.barrier()
     report.not_checked = not_checked(device.type, several)
-    return report
+
+
+def measured(topology: "Topology", folder: Path, report: CheckReport) -> "list[RankFacts]":
+    """Measure each rank, and add that to the report; a rank that does not answer is a check that has failed."""
+    from torch import bfloat16
+
+    from visionloom.launch.preflight.run import Preflight
+
+    assumed = machine(report.gpu_file) if report.gpu_file else None
+    preflight = Preflight(topology, folder, assumed)
+    try:
+        ranks = report.timed("ranks before a run", lambda: preflight.run(bfloat16))
+    except MachineError as error:
+        report.results.append(CheckResult("ranks before a run", None, 0.0, str(error)))
+        return []
+    report.ranks = [asdict(facts) | {"host": ""} for facts in ranks]
+    return ranks
 
 
 def file_of(facts: dict[str, object], device: str) -> str:
@@ -143,7 +170,7 @@ def file_of(facts: dict[str, object], device: str) -> str:
     cards = facts["gpus"]
     if device != "cuda" or not isinstance(cards, list) or not cards:
         return ""
-    fitting = [name for name in machine_names() if is_of(name, cards[0]["name"])]
+    fitting = files_about(cards[0]["name"])
     return fitting[0] if len(fitting) == 1 else ""
 
 
@@ -163,11 +190,15 @@ def not_checked(device: str, several: bool) -> list[str]:
     return lines
 
 
-def show(report: CheckReport, stem: Path | None) -> None:
+def show(report: CheckReport, ranks: "Sequence[RankFacts]", stem: Path | None) -> None:
     """Print and write the report."""
+    from visionloom.launch.preflight.before_run import show as show_ranks
+
     console = PlainConsole(width=None if sys.stdout.isatty() else 120)
     for table in tables(report):
         console.print(table)
+    if ranks:
+        show_ranks(ranks)
     passed = len(report.results) - len(report.failures)
     seconds = sum(report.seconds.values())
     say(f"{passed} of {len(report.results)} checks passed in {seconds:.0f} s")

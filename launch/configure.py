@@ -41,6 +41,7 @@ from visionloom.launch.guarding.causes import (
 from visionloom.launch.guarding.claim import claim
 from visionloom.launch.guarding.exit import (
     FAILURE,
+    attempt_folder,
     end_with_parent,
     exit_early,
     exit_interrupted,
@@ -120,6 +121,9 @@ def _start(
         exit_early(end)
     watch_ranks()
     if trains:
+        # Only now, as the folder of the attempt is there; NCCL reads it when it starts.
+        if config.watch.measures_ranks(environment.machines()):
+            environment.log_transports(attempt_folder())
         hear_signals()
         watch_hangs(Path(config.run.folder), config.watch.seconds)
     work(command, config)

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from visionloom.common.errors import UserError
+from visionloom.common.ranks import ranks_here
 
 TORCHRUN = "TORCHELASTIC_RUN_ID"
 """Set by torchrun for every rank, and not a name that people export; another launcher that gives each rank all of the
@@ -55,6 +56,21 @@ def record_collectives(folder: str) -> None:
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     # A file a rank; torch would write them below the home folder, which containers throw away.
     os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", f"{folder}/collectives-")
+
+
+def log_transports(folder: Path | None) -> None:
+    """Let NCCL of this process write into a folder how it reaches other ranks; what the user has exported stays.
+
+    Source: NCCL's documentation of NCCL_DEBUG_FILE, in which %p is the number of the process.
+    """
+    if folder is not None and "NCCL_DEBUG" not in os.environ:
+        os.environ["NCCL_DEBUG"] = "INFO"
+        os.environ.setdefault("NCCL_DEBUG_FILE", f"{folder}/nccl-%p")
+
+
+def machines() -> int:
+    """Return the machines of the whole run, by the ranks of this one."""
+    return -(-world_size() // ranks_here())
 
 
 def set_up_gpus(tensor: int) -> None:

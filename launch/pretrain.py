@@ -14,6 +14,7 @@ if not __package__:
     root = Path(__file__).resolve().parents[1]
     sys.path[0] = str(root / ".link")
 
+from visionloom.launch import environment
 from visionloom.launch.configure import start
 from visionloom.train.config import RunConfig
 
@@ -25,9 +26,14 @@ def main() -> None:
 
 def train(config: RunConfig) -> None:
     """Train a composed run; torch and megatron-core are imported only now, when the configuration is known to be good."""
+    from visionloom.launch.preflight.before_run import measure_ranks
+    from visionloom.train.build import open_topology
     from visionloom.train.run import pretrain
 
-    pretrain(config)
+    topology = open_topology(config)
+    if config.watch.measures_ranks(environment.machines()):
+        measure_ranks(config, topology)
+    pretrain(config, topology)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,11 @@ apart; the ranks agree on a word of their own instead.
 """
 
 import os
+import socket
+import threading
 import time
 import uuid
+from concurrent import futures
 from datetime import timedelta
 from typing import Final
 
@@ -20,6 +23,12 @@ from visionloom.common.text import first_line
 
 PAUSE_SECONDS: Final = 0.01
 """Between two looks of rank 0 at the ranks that have come."""
+SILENT_SECONDS: Final = 60.0
+"""After which what listens at MASTER_PORT is taken for another program: torch's store answers at once."""
+SILENT: Final = (
+    "MASTER_PORT={port} of {address} is in use by another program, which takes connections and has said nothing for {seconds:.0f} s:"
+    " give this run a port of its own"
+)
 PREFIX: Final = "visionloom"
 
 
@@ -32,7 +41,7 @@ def meet(timeout: timedelta) -> tuple[Store, int, int]:
     port = os.environ.get("MASTER_PORT")
     place = f"{os.environ.get('MASTER_ADDR')}:{port}"
     try:
-        store, rank, size = next(rendezvous("env://", timeout=timeout))
+        store, rank, size = open_store(timeout)
         store.set_timeout(timeout)
         return agree(store, rank, size, timeout), rank, size
     except dist.DistNetworkError as error:
@@ -53,6 +62,47 @@ def meet(timeout: timedelta) -> tuple[Store, int, int]:
             f"not all of the {ranks} ranks came to {place} within {seconds}: {first_line(error)}:"
             " see whether all machines have started"
         ) from error
+
+
+def open_store(timeout: timedelta) -> tuple[Store, int, int]:
+    """Return torch's store, this rank and the number of ranks; raises as torch does, and UserError for another program's port.
+
+    torch has no time limit for a program that takes its connection and says nothing, so a thread waits for it.
+    """
+    outcome = futures.Future[tuple[Store, int, int]]()
+    # Not an executor's, which the end of the process would wait for.
+    threading.Thread(target=fill, args=(outcome, timeout), daemon=True).start()
+    address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    while not outcome.done():
+        futures.wait([outcome], SILENT_SECONDS)
+        # A store that is not there yet refuses the connection; a real one has answered long ago.
+        if not (outcome.done() or has_store()) and listens(address, int(port)):
+            raise UserError(SILENT.format(port=port, address=address, seconds=SILENT_SECONDS))
+    return outcome.result()
+
+
+def fill(outcome: futures.Future[tuple[Store, int, int]], timeout: timedelta) -> None:
+    """Open torch's store, which may never come to an end."""
+    try:
+        outcome.set_result(next(rendezvous("env://", timeout=timeout)))
+    # Raised where it is waited for.
+    except BaseException as error:
+        outcome.set_exception(error)
+
+
+def has_store() -> bool:
+    """Return whether the store is in this process, which then waits in it for the other ranks."""
+    of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return os.environ.get("RANK") == "0" and not of_agent
+
+
+def listens(address: str, port: int) -> bool:
+    """Return whether a program takes connections there."""
+    try:
+        with socket.create_connection((address, port), timeout=5):
+            return True
+    except OSError:
+        return False
 
 
 def agree(store: Store, rank: int, size: int, timeout: timedelta) -> Store:

@@ -66,15 +66,15 @@ BAD_STEPS: Final = (
 )
 
 
-def pretrain(config: RunConfig) -> None:
-    """Run all phases of a recipe, from where an earlier start left off.
+def pretrain(config: RunConfig, topology: Topology | None = None) -> None:
+    """Run all phases of a recipe, from where an earlier start left off; `topology`: of the run, if it is open already.
 
     Raises:
         UserError: for anything that the user can mend.
     """
     started = time.perf_counter()
     folder = run_folder(config)
-    topology = open_topology(config)
+    topology = topology or open_topology(config)
     observer = Observer(folder, config.logging, topology.is_main, config.run.name, asdict(config))
     if topology.device.type == "cuda":
         observer.say(f"attention by the kernels of {flash.chosen()}")

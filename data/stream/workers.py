@@ -15,6 +15,7 @@ from visionloom.common.processes import end_with_parent, fork_server
 from visionloom.common.ranks import cores_of_rank
 from visionloom.data.stream.batch import PackedBatch
 from visionloom.data.stream.train_stream import PackStream
+from visionloom.data.stream.waiting import StepReader, WaitWatch
 from visionloom.parallel.share import Share
 
 PREFETCH: Final = 2
@@ -46,8 +47,9 @@ def iterate(
     What is read does not depend on `workers`. Errors of building a step are raised where the step would have come.
     """
     ahead = _StepsAhead(stream, steps, share, micro_batch)
-    source = ahead.by_processes(workers) if workers else ahead.by_thread()
-    with closing(source):
+    watch = WaitWatch(ahead.readers)
+    source = ahead.by_processes(workers, watch) if workers else ahead.by_thread(watch)
+    with watch, closing(source):
         for built in source:
             if isinstance(built, Exception):
                 raise built
@@ -61,19 +63,20 @@ class _StepsAhead:
         self.stream, self.steps = stream, steps
         self.share, self.micro_batch = share, micro_batch
         self.boards = _Boards(0)
+        self.place = "its beginning"
+        """What this process reads, if it does."""
 
     def __len__(self) -> int:
         return len(self.steps)
 
     def __getitem__(self, index: int) -> list[PackedBatch] | Exception:
         step = self.steps[index]
-        place = f"step {step}"
+        self.place = f"step {step}"
 
         # a worker may die inside a library, so what it is at is noted before
         def note(sample: str) -> None:
-            nonlocal place
-            place = f"step {step}, {sample}"
-            self.boards.write(place)
+            self.place = f"step {step}, {sample}"
+            self.boards.write(self.place)
 
         self.stream.watch(note)
         try:
@@ -81,7 +84,7 @@ class _StepsAhead:
         except Exception as error:  # handed over, and raised by the reading side with its type kept
             info = get_worker_info()
             reader = f"in data worker {info.id}" if info else "while reading ahead,"
-            error.add_note(f"{reader} at {place}")
+            error.add_note(f"{reader} at {self.place}")
             return error
 
     def fill(
@@ -102,7 +105,7 @@ class _StepsAhead:
             if stopped.is_set():
                 return
 
-    def by_thread(self) -> Generator[list[PackedBatch] | Exception]:
+    def by_thread(self, watch: WaitWatch) -> Generator[list[PackedBatch] | Exception]:
         """Yield the steps, built by one thread."""
         built: queue.Queue[list[PackedBatch] | Exception] = queue.Queue(PREFETCH)
         stopped = threading.Event()
@@ -113,12 +116,18 @@ class _StepsAhead:
         thread.start()
         try:
             for _ in range(len(self)):
-                yield built.get()
+                yield watch.take(built.get)
         finally:
             stopped.set()
             thread.join()
 
-    def by_processes(self, workers: int) -> Generator[list[PackedBatch] | Exception]:
+    def readers(self) -> list[StepReader]:
+        """Return who reads, and at what."""
+        return self.boards.readers() or [StepReader("the reading thread", os.getpid(), self.place)]
+
+    def by_processes(
+        self, workers: int, watch: WaitWatch
+    ) -> Generator[list[PackedBatch] | Exception]:
         """Yield the steps, built by processes."""
         # before the workers are sent the stream
         self.boards = _Boards(workers)
@@ -132,21 +141,29 @@ class _StepsAhead:
             multiprocessing_context=fork_server(__name__),
             worker_init_fn=_start_worker,
         )
+        steps = iter(loader)
         try:
-            yield from loader
+            for _ in range(len(self)):
+                yield watch.take(lambda: next(steps))
         # torch's own word for a lost worker, or a pipe that nobody holds any more
         except (RuntimeError, OSError, EOFError) as error:
-            # a process that just ended may still be listed
-            time.sleep(_UNTIL_REAPED)
-            death = self.boards.dead()
-            if not death and "exited unexpectedly" in str(error):
-                death = "a data worker died before its first sample"
-            if not death:
+            if (death := self.death(error)) is None:
                 raise
-            raise MachineError(
-                f"{death}: killed from outside, most likely for want of memory (see dmesg): give it fewer data.workers or smaller"
-                " data.store.bytes_in_flight, or leave that shard out; the same command goes on from the last checkpoint"
-            ) from None
+            raise death from None
+
+    def death(self, error: Exception) -> MachineError | None:
+        """Return what a lost worker was at; None if none is lost."""
+        # a process that just ended may still be listed
+        time.sleep(_UNTIL_REAPED)
+        dead = self.boards.dead()
+        if not dead and "exited unexpectedly" in str(error):
+            dead = "a data worker died before its first sample"
+        if not dead:
+            return None
+        return MachineError(
+            f"{dead}: killed from outside, most likely for want of memory (see dmesg): give it fewer data.workers or smaller"
+            " data.store.bytes_in_flight, or leave that shard out; the same command goes on from the last checkpoint"
+        )
 
 
 class _Boards:
@@ -167,11 +184,19 @@ class _Boards:
 
     def dead(self) -> str:
         """Return the first worker that is gone, and what it was at; empty if all are there."""
+        for reader in self.readers():
+            if not self._is_alive(reader.process):
+                return f"{reader.name} (process {reader.process}) died at {reader.place}"
+        return ""
+
+    def readers(self) -> list[StepReader]:
+        """Return the workers that have begun a step, and what each is at."""
+        readers = []
         for worker, line in enumerate(self.lines):
             process, _, place = line.value.decode(errors="replace").partition(" ")
-            if process and not self._is_alive(int(process)):
-                return f"data worker {worker} (process {process}) died at {place}"
-        return ""
+            if process:
+                readers.append(StepReader(f"data worker {worker}", int(process), place))
+        return readers
 
     @staticmethod
     def _is_alive(process: int) -> bool:

@@ -26,6 +26,7 @@ def document(report: CheckReport) -> dict[str, Any]:
         "gpu_file": report.gpu_file,
         "checks": checks,
         "speeds": speeds,
+        "ranks": report.ranks,
         "not_checked": report.not_checked,
         "seconds": report.seconds,
     }
@@ -48,6 +49,7 @@ def markdown(report: CheckReport) -> str:
     lines += ["| what | measured | assumed | ratio | corrects |", "|---|---|---|---|---|"]
     for speed in report.speeds:
         lines.append(f"| {' | '.join(_speed_cells(speed))} | {speed.option} |")
+    lines += ["", "## Ranks", "", *(f"- {json.dumps(rank)}" for rank in report.ranks)]
     if report.not_checked:
         lines += ["", "## Not checked", "", *(f"- {line}" for line in report.not_checked)]
     taken = ", ".join(f"{part} {seconds} s" for part, seconds in report.seconds.items())
@@ -68,12 +70,13 @@ def _cell(text: str) -> str:
 
 def _speed_cells(speed: MeasuredSpeed) -> tuple[str, str, str, str]:
     """Return the cells that both tables have: name, measured, assumed, ratio."""
-    assumed = _number(speed.assumed) if speed.assumed else ""
+    assumed = number(speed.assumed) if speed.assumed else ""
     ratio = f"{speed.ratio:.2f}" if speed.ratio else ""
-    return speed.name, f"{_number(speed.value)} {speed.unit}", assumed, ratio
+    return speed.name, f"{number(speed.value)} {speed.unit}", assumed, ratio
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
+    """Return a value in three digits or more."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 

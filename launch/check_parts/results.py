@@ -78,6 +78,8 @@ class CheckReport:
     """The file of recipes/gpu whose numbers stand beside the speeds; empty: none is about this card."""
     results: list[CheckResult] = field(default_factory=list)
     speeds: list[MeasuredSpeed] = field(default_factory=list)
+    ranks: list[dict[str, Any]] = field(default_factory=list)
+    """What each rank is and how fast, without the names of hosts."""
     not_checked: list[str] = field(default_factory=list)
     """What this machine or this call could not check, a line each."""
     seconds: dict[str, float] = field(default_factory=dict)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,11 @@ REDUCED: Final = {"cuda": 1 << 28, "cpu": 1 << 22}
 SEGMENTS: Final = (1, 12, 30)
 """Of 8,192 tokens: one long sample, and the numbers of samples in packs of chats and of captions."""
 LAUNCHES: Final = 500
+PROBED: Final = 1 << 20
+"""Bytes of the first all-reduce, by whose time the size of the others is chosen."""
+SECONDS_OF_REDUCTION: Final = 0.25
+LONGEST_REDUCTION: Final = 15.0
+"""Seconds, after which a rank is taken not to answer."""
 
 
 @dataclass(frozen=True)
@@ -146,17 +151,50 @@ class Speeds:
             "small kernel, one after the other", microseconds, "µs", assumed, "launch"
         )
 
-    def all_reduce(self) -> MeasuredSpeed:
-        """Return the bus bandwidth of an all-reduce over all ranks, which all call."""
-        size, ranks = REDUCED[self.kind], self.topology.world_size
+    def all_reduce(self, group: Any = None, option: str = "") -> MeasuredSpeed:
+        """Return the bus bandwidth of an all-reduce over the ranks of a group, which all call.
+
+        Args:
+            group: None: all ranks.
+            option: the key of the machine's file for these links; empty: by the number of ranks.
+
+        Raises:
+            TimeoutError: if it takes longer than LONGEST_REDUCTION.
+        """
+        size, ranks = self.reducible(group), dist.get_world_size(group)
         values = torch.zeros(size // 2, dtype=torch.bfloat16, device=self.topology.device)
-        taken = self.seconds(lambda: dist.all_reduce(values))
+        taken = self.seconds(lambda: finish(dist.all_reduce(values, group=group, async_op=True)))
         # A ring sends each byte twice, but for a share of the ranks': nccl-tests' definition.
         speed = size / taken * 2 * (ranks - 1) / ranks / 1e9
-        card, option = self.machine, "between_gbps"
-        # The links of one machine are another file's key.
-        if card is not None and ranks <= card.node_ranks:
-            option = "inside_gbps"
-        assumed = getattr(card, option) if card else None
+        option = option or self.links_of(ranks)
+        assumed = getattr(self.machine, option) if self.machine else None
         name = f"all-reduce of {size >> 20} MiB over {ranks} ranks"
         return MeasuredSpeed(name, speed, "GB/s", assumed, option)
+
+    def links_of(self, ranks: int) -> str:
+        """Return the key of the machine's file for the links of so many ranks: those of one machine have another."""
+        inside = self.machine is not None and ranks <= self.machine.node_ranks
+        return "inside_gbps" if inside else "between_gbps"
+
+    def reducible(self, group: Any) -> int:
+        """Return the bytes of an all-reduce that takes no longer than SECONDS_OF_REDUCTION, the same on all ranks."""
+        probe = torch.zeros(PROBED // 4, device=self.topology.device)
+        # The first ones open connections.
+        taken = self.seconds(lambda: finish(dist.all_reduce(probe, group=group, async_op=True)))
+        probe.fill_(taken)
+        # Each rank has a time of its own, and a collective one size.
+        finish(dist.all_reduce(probe, op=dist.ReduceOp.MAX, group=group, async_op=True))
+        possible = int(PROBED * SECONDS_OF_REDUCTION / probe[0].item())
+        size = 1 << possible.bit_length() - 1
+        return min(REDUCED[self.kind], max(PROBED, size))
+
+
+def finish(work: Any) -> None:
+    """Wait for a collective that has begun; TimeoutError after LONGEST_REDUCTION."""
+    until = time.monotonic() + LONGEST_REDUCTION
+    while not work.is_completed():
+        if time.monotonic() > until:
+            raise TimeoutError(f"a collective has not ended within {LONGEST_REDUCTION:.0f} s")
+        # The pause is 4 % of the fastest one: 256 MiB at 363 GB/s take 1.3 ms.
+        time.sleep(5e-5)
+    work.wait()

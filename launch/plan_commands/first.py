@@ -78,7 +78,7 @@ def words_of_card(chosen: str) -> list[str]:
     if chosen and chosen not in names:
         raise UserError(unknown("run.gpu", chosen, names))
     card, memory = card_here()
-    fitting = [chosen] if chosen else [name for name in names if is_of(name, card)]
+    fitting = [chosen] if chosen else files_about(card)
     if len(fitting) != 1:
         raise UserError(
             f"run.plan=true: no file of recipes/gpu is about {card}: say which comes near, run.gpu=NAME, NAME one of"
@@ -98,6 +98,11 @@ def card_here() -> tuple[str, list[str]]:
         return name, [f"memory={int(mebibytes) / 1024:.2f}"]
     except (OSError, subprocess.SubprocessError, ValueError):
         return "a card whose name nvidia-smi does not tell", []
+
+
+def files_about(card: str) -> list[str]:
+    """Return the names of the files of recipes/gpu that are about a card."""
+    return [name for name in machine_names() if is_of(name, card)]
 
 
 def is_of(known: str, card: str) -> bool:

@@ -1,5 +1,6 @@
 """Ranks of one start meet in a store that still holds what earlier starts have left. Reference: torch's own stores."""
 
+import socket
 import threading
 from datetime import timedelta
 
@@ -8,6 +9,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
 from visionloom.common.errors import UserError
+from visionloom.parallel import meeting
 from visionloom.parallel.meeting import PREFIX, agree, meet
 
 TIMEOUT = timedelta(seconds=20)
@@ -55,10 +57,8 @@ def test_a_rank_that_does_not_come_is_named() -> None:
         agree(HashStore(), 0, 2, timedelta(seconds=0.1))
 
 
-def test_a_port_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_38_a_port_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """Row 38 of the fault matrix, the port: another program listens there."""
-    import socket
-
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -73,6 +73,21 @@ def test_a_port_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
         with pytest.raises(UserError, match=f"MASTER_PORT={port} is in use"):
             meet(timedelta(seconds=5))
+
+
+def test_row_38_a_program_that_is_no_store_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The port as another rank sees it. torch 2.15, given 6 s, had not come back after 600 (measured)."""
+    monkeypatch.setattr(meeting, "SILENT_SECONDS", 0.5)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": 1, "WORLD_SIZE": 2}
+        for name, value in variables.items():
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+        with pytest.raises(UserError, match=rf"MASTER_PORT={port} of 127\.0\.0\.1 is in use by"):
+            meet(TIMEOUT)
 
 
 def test_a_store_that_is_nowhere_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -168,7 +168,7 @@ def test_errors_come_out_of_the_iterator_with_their_type(data: DataConfig) -> No
 @pytest.mark.parametrize(
     ("workers", "where"), [(0, "while reading ahead, at step 0"), (1, "in data worker 0 at step 0")]
 )
-def test_errors_say_which_worker_and_what_it_was_at(
+def test_row_37_errors_say_which_worker_and_what_it_was_at(
     data: DataConfig, workers: int, where: str
 ) -> None:
     """Row 37 of the fault matrix, second half: also of errors that nobody foresaw."""
@@ -386,7 +386,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.faults
-def test_a_killed_worker_is_named_with_its_shard_and_nothing_hangs(
+def test_row_37_a_killed_worker_is_named_with_its_shard_and_nothing_hangs(
     data: DataConfig, tmp_path: Path
 ) -> None:
     """Row 37 of the fault matrix: kill -9 of a worker ends the run with one line that says what it was at."""

@@ -40,7 +40,7 @@ def begin(folder: Path) -> subprocess.Popen[str]:
     )
 
 
-def test_two_runs_in_one_folder(tmp_path: Path) -> None:
+def test_row_38_two_runs_in_one_folder(tmp_path: Path) -> None:
     """Row 38: the second is told with the holder's host and process, and leaves the first one's status alone."""
     with begin(tmp_path) as first:
         assert first.stdout is not None and first.stdout.readline() == "began\n"

@@ -54,7 +54,7 @@ def save_slowly(layout: Layout, packs: list[TestPack], folder: Path) -> Any:
     return events, spans, steps
 
 
-def test_saves_wait_for_each_other_and_training_goes_on_meanwhile(
+def test_row_36_saves_wait_for_each_other_and_training_goes_on_meanwhile(
     pool: RankPool, tmp_path: Path
 ) -> None:
     layout = layout_of("data 2", DENSE)
@@ -71,7 +71,7 @@ def test_saves_wait_for_each_other_and_training_goes_on_meanwhile(
 
 
 @pytest.mark.parametrize(("waited", "told"), [(0.2, False), (12.5, True)])
-def test_a_save_that_holds_up_training_is_told(waited: float, told: bool) -> None:
+def test_row_36_a_save_that_holds_up_training_is_told(waited: float, told: bool) -> None:
     said: list[str] = []
     watched = SimpleNamespace(event=lambda *_, **__: None, say=said.append)
     Observer.saved(
