@@ -13,8 +13,8 @@ import pytest
 
 TESTS = Path(__file__).parent
 BY_NAME = re.compile(r"test_row_(\d\d)_")
-AWAITED = frozenset({9, 10, 11})
-"""Rows whose tests (`test_row_09_...`) come with launch/submit.py. Once they are there, the row leaves this set."""
+AWAITED = frozenset[int]()
+"""Rows whose tests are still to come."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,10 @@ SAVES, READS = (
     "train/checkpoint/test_checkpoint.py::test_",
     "train/checkpoint/test_untrusted.py::test_",
 )
-WATCH, HANG = "launch/test_watch.py::test_", "launch/test_hang.py::test_"
+WATCH, HANG = "launch/guarding/test_watch.py::test_", "launch/guarding/test_hang.py::test_"
+
+SLURM = "launch/submitting/test_slurm.py::test_"
+AFTER_SLURM = f"{SLURM}rows_08_09_11_end_as_if_nothing_had_happened"
 
 ROWS = (
     Row(1, "SIGKILL of a rank that is not the first", "starts again in place, and ends with the same bits",
@@ -58,7 +61,7 @@ ROWS = (
     Row(4, "a kill between the write and the rename of a checkpoint", "the one before is used, the rest is swept",
         (f"{SAVES}a_commit_cut_short",)),
     Row(5, "SIGKILL of torchrun's agent", "no rank and no data worker outlives it",
-        (f"{RUNS}a_killed_agent_takes_everything_with_it", "launch/test_exit.py::test_a_rank_ends_with_its_agent")),
+        (f"{RUNS}a_killed_agent_takes_everything_with_it", "launch/guarding/test_exit.py::test_a_rank_ends_with_its_agent")),
     Row(6, "the whole job is killed, the same command comes again", "resumes; logs and trackers go on; the time is accounted for",
         (f"{RUNS}every_attempt_goes_on_from_the_last_whole_checkpoint",
          "train/test_honest_time.py::test_a_killed_run_counts_what_it_lost",
@@ -66,12 +69,13 @@ ROWS = (
          "train/observe/test_trackers.py::test_tensorboard_receives_numbers_and_hides_steps_taken_again")),
     Row(7, "SIGTERM to one rank or to the agent", "all save after the same step, 75",
         (f"{ENDS}a_real_run_stops_and_goes_on", f"{ENDS}one_rank_is_asked_and_all_stop_together",
-         "launch/test_signals.py::test_where_no_phase_trains_it_ends_at_once")),
+         "launch/guarding/test_signals.py::test_where_no_phase_trains_it_ends_at_once")),
     Row(8, "the scheduler warns before the time limit", "saves, ends with 75 and is queued again",
-        (f"{ENDS}a_real_run_stops_and_goes_on", "launch/test_signals.py::test_a_wish_waits_for_the_end_of_a_step")),
-    Row(9, "preempted by a job of a higher partition", "saves within the grace, is queued again and ends"),
+        (f"{ENDS}a_real_run_stops_and_goes_on", "launch/guarding/test_signals.py::test_a_wish_waits_for_the_end_of_a_step", AFTER_SLURM)),
+    Row(9, "preempted by a job of a higher partition", "saves within the grace, is queued again and ends", (AFTER_SLURM,)),
     Row(10, "cancelled by its user", "stays cancelled"),
-    Row(11, "a node is lost", "the job is queued again and goes on from the last checkpoint"),
+    Row(11, "a node is lost", "the job is queued again and goes on from the last checkpoint",
+        (AFTER_SLURM,)),
     Row(12, "a crash loop", "three starts without a new checkpoint, then 93",
         (f"{ENDS}a_crash_loop_ends_after_three_starts", "train/test_bad_steps.py::test_nan_for_good_is_given_up")),
     Row(13, "SIGSTOP of a rank", "named with the stacks of all within limit + 5 s, 75",
@@ -81,13 +85,13 @@ ROWS = (
     Row(15, "a slow rank", "named with its part after 20 steps, the run goes on",
         (f"{ENDS}a_slow_rank_is_named", "train/observe/test_slow_ranks.py::test_it_is_told_once_in_twenty_steps")),
     Row(16, "an exception in one rank", "its traceback alone, and in torchrun's summary",
-        ("launch/test_exit.py::test_torchruns_summary_shows_the_rank_that_failed_first",
+        ("launch/guarding/test_exit.py::test_torchruns_summary_shows_the_rank_that_failed_first",
          f"{WATCH}the_end_of_a_rank_is_written_by_another", f"{ENDS}a_crash_loop_ends_after_three_starts")),
     Row(17, "a segmentation fault", "named as SIGSEGV, with the place in the program",
-        ("launch/test_claim.py::test_a_segmentation_fault_leaves_its_trace", f"{WATCH}the_end_of_a_rank_is_written_by_another")),
+        ("launch/guarding/test_claim.py::test_a_segmentation_fault_leaves_its_trace", f"{WATCH}the_end_of_a_rank_is_written_by_another")),
     Row(18, "out of memory: the kernel kills a rank, a GPU has no more", "named as such, with the memory that it held before",
         (f"{RUNS}a_rank_without_memory_is_named", f"{WATCH}want_of_memory_is_named",
-         "launch/test_claim.py::test_consequences_and_memory_are_told_apart",
+         "launch/guarding/test_claim.py::test_consequences_and_memory_are_told_apart",
          "train/observe/test_step_profile.py::test_want_of_memory_leaves_a_snapshot")),
     Row(19, "the disk fills up while a checkpoint is written", "goes on or ends, old checkpoints whole, path and room told",
         (f"{RUNS}a_disk_that_fails_under_a_run", f"{SAVES}a_full_disk_leaves_what_was_saved",
@@ -95,9 +99,9 @@ ROWS = (
     Row(20, "no room for one writer only", "the save has failed, for all", (f"{SAVES}one_rank_that_fails_fails_the_save",)),
     Row(21, "a read-only folder, or one that goes away", "refused before the data and torch; later: one line",
         (f"{RUNS}a_read_only_folder_is_refused_before_anything_is_loaded", f"{RUNS}a_disk_that_fails_under_a_run",
-         "launch/test_claim.py::test_a_folder_that_cannot_be_written", f"{SAVES}a_folder_that_cannot_be_written_is_refused")),
+         "launch/guarding/test_claim.py::test_a_folder_that_cannot_be_written", f"{SAVES}a_folder_that_cannot_be_written_is_refused")),
     Row(22, "too little room for the first checkpoint", "refused before training, within 5 % of its size",
-        (f"{SAVES}too_small_a_disk_is_refused_before_training", "launch/test_claim.py::test_a_folder_without_room")),
+        (f"{SAVES}too_small_a_disk_is_refused_before_training", "launch/guarding/test_claim.py::test_a_folder_without_room")),
     Row(23, "a flipped bit in a checkpoint", "found, named and passed over",
         (f"{SAVES}damage_is_found_and_named", "train/test_resume.py::test_a_damaged_checkpoint_is_passed_over")),
     Row(24, "a short or missing file of a checkpoint", "the same; nothing is begun anew unasked",
@@ -144,7 +148,7 @@ ROWS = (
         ("data/stream/test_train_stream.py::test_a_killed_worker_is_named_with_its_shard_and_nothing_hangs",
          "data/stream/test_train_stream.py::test_errors_say_which_worker_and_what_it_was_at")),
     Row(38, "the port is in use, two runs in one folder", "refused, with the holder's host and process",
-        ("launch/test_claim.py::test_two_runs_in_one_folder", "parallel/test_meeting.py::test_a_port_in_use_is_named")),
+        ("launch/guarding/test_claim.py::test_two_runs_in_one_folder", "parallel/test_meeting.py::test_a_port_in_use_is_named")),
 )  # fmt: skip
 
 
