@@ -73,10 +73,16 @@ def run(argv: list[str]) -> int:
         return 0
     order = read_order(argv)
     jobs = checked_jobs(order)
+    # Where there is no scheduler, no job asks for a record of what it was given.
     if "--torchrun" in order.flags:
         say(torchrun_command(order, jobs[0]))
         return 0
 
+    return hand_over(order, jobs)
+
+
+def hand_over(order: Order, jobs: list[SubmittedJob]) -> int:
+    """Make the scripts; write and submit them, or only show them."""
     # The place is named in the scripts, and made only for those that are submitted.
     folder = records.new_folder(Path(jobs[0].config.run.folder).absolute())
     scripts = {job.name: script_of(order, job, folder / records.LOG) for job in jobs}
@@ -96,8 +102,12 @@ def submit(order: Order, jobs: list[SubmittedJob], folder: Path) -> None:
     for job in jobs:
         script = folder / f"{job.name}.sh"
         number = sbatch(script, number, dependency)
-        say(f"job {number}: {job.name} on {job.nodes} x {order.own.gpus_per_node}, {script}")
-    run_folder = jobs[0].config.run.folder
+        ranks = f"{job.nodes} x {order.own.gpus_per_node}"
+        say(f"job {number}: {job.name} on {ranks}, {script}")
+    _say_what_is_next(order, jobs[0].config.run.folder, folder, number)
+
+
+def _say_what_is_next(order: Order, run_folder: str, folder: Path, number: str) -> None:
     if order.seeds:
         run_folder += f"-seed{order.seeds[0]}"
     say(f"what it prints: {folder}/*.log; how it stands: {run_folder}/status.json")

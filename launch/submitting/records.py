@@ -35,6 +35,7 @@ def write(folder: Path, jobs: list[SubmittedJob], scripts: Mapping[str, str]) ->
         folder.mkdir()
     except FileExistsError:
         raise UserError(f"{folder} is there: the run was submitted a moment ago") from None
+    # As a run itself writes it, to compare the two.
     for job in jobs:
         text = yaml.safe_dump(asdict(job.config), sort_keys=False)
         (folder / f"{job.name}.yaml").write_text(text)

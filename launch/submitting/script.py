@@ -68,6 +68,7 @@ def _values(order: Order, job: SubmittedJob, log: Path) -> dict[str, str]:
 def _run_values(order: Order, job: SubmittedJob) -> dict[str, str]:
     """Return the values that say what the ranks run."""
     own, seeds = order.own, ""
+    # A task has the number of its seed's place: seeds may be larger than a cluster's numbers of tasks.
     if order.seeds:
         listed = " ".join(map(str, order.seeds))
         seeds = f"SEEDS=({listed})\nSEED=${{SEEDS[$SLURM_ARRAY_TASK_ID]}}"
@@ -95,15 +96,11 @@ def _sbatch_options(order: Order) -> list[str]:
 
 def _container(order: Order, job: SubmittedJob) -> dict[str, str]:
     """Return the options of srun and the words before the agent that bring it into a container."""
-    own = order.own
-    values = {"srun": "", "container": ""}
-    here, image = str(Path.cwd()), shlex.quote(own.container)
-    # A run's folder may lie elsewhere, as the words of the run may name any.
-    beside = str(Path(job.config.run.folder).absolute().parent)
-    mounts = list(dict.fromkeys([here, beside, *filter(None, own.mounts.split(","))]))
+    own, values = order.own, {"srun": "", "container": ""}
+    image, mounts = shlex.quote(own.container), _mounts(order, job)
     if own.container.endswith(".sif"):
-        binds, place = shlex.quote(",".join(mounts)), shlex.quote(here)
-        values["container"] = f"apptainer exec --nv --pwd {place} --bind {binds} {image}"
+        binds, here = shlex.quote(",".join(mounts)), shlex.quote(mounts[0])
+        values["container"] = f"apptainer exec --nv --pwd {here} --bind {binds} {image}"
     elif own.container:
         # Pyxis wants both sides of each.
         pairs = [each if ":" in each else f"{each}:{each}" for each in mounts]
@@ -112,8 +109,17 @@ def _container(order: Order, job: SubmittedJob) -> dict[str, str]:
     return values
 
 
+def _mounts(order: Order, job: SubmittedJob) -> list[str]:
+    """Return the folders that a container sees, the working folder first."""
+    # A run's folder may lie elsewhere, as the words of the run may name any.
+    beside = str(Path(job.config.run.folder).absolute().parent)
+    more = [each for each in order.own.mounts.split(",") if each]
+    return list(dict.fromkeys([str(Path.cwd()), beside, *more]))
+
+
 def _python(order: Order) -> str:
     own = order.own
+    # A container has none of this machine's files, and what is loaded has a Python of its own.
     return own.python or ("python" if own.container or own.setup else sys.executable)
 
 
@@ -124,6 +130,7 @@ def _template(name: str) -> str:
 
 
 def _text(name: str, option: str) -> str:
+    # The template is the whole script, what is set up a part of it.
     try:
         return Path(name).read_text().rstrip("\n") + ("\n" if option == "template" else "")
     except (OSError, UnicodeDecodeError) as error:

@@ -103,6 +103,7 @@ def read_order(argv: Sequence[str]) -> Order:
     """Read the command line; UserError with a line for each word that is missing or wrong."""
     order = Order(flags=set(argv) & set(FLAGS))
     words = [word for word in argv if word not in FLAGS]
+    # Their names are those of phases, so that no dataclass has them.
     faults = _take_nodes(order, words)
     wrong, order.words = take_words(
         order.own, [word for word in words if not NODES_OF.fullmatch(word)]

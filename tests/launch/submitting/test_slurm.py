@@ -140,8 +140,8 @@ def test_row_09_a_job_of_a_higher_partition(runs: Runs) -> None:
     wait_for(lambda: int(runs.cluster.fact(job, "Restarts")) == 1, MOST)
 
 
-def test_rows_07_and_10_who_is_cancelled_stays_so(runs: Runs) -> None:
-    """SIGTERM from scancel comes to the ranks and to the script: saved, and not requeued."""
+def test_row_10_who_is_cancelled_stays_so(runs: Runs) -> None:
+    """Row 7 too: SIGTERM from scancel comes to the ranks and to the script: saved, and not requeued."""
     job = runs.jobs["cancelled"]
     runs.wait_for_step("cancelled")
     runs.cluster.ask("scancel", job)
