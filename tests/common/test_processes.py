@@ -47,7 +47,7 @@ def test_a_killed_worker_is_an_error() -> None:
 
 def test_a_process_knows_when_it_began() -> None:
     """Reference: this process's clock before and after."""
-    said = "import time; from visionloom.common.processes import seconds_alive as alive; print(time.time() - alive())"
+    said = "import time; from visionloom.common.processes import seconds_alive as alive; print(-alive() + time.time())"
     before = time.time()
     child = subprocess.run([sys.executable, "-c", said], capture_output=True, text=True, check=True)
     # The kernel counts hundredths.
