@@ -14,12 +14,13 @@ from visionloom.tests.train.runs import metrics, run_words
 from visionloom.tests.train.test_faults import ENVIRONMENT, ROOT, torchrun
 
 pytestmark = pytest.mark.faults
-CHECK = """
+MEET = """
 import sys
-from visionloom.launch import check
+from datetime import timedelta
+from visionloom.launch.exit import code_of
 from visionloom.parallel import meeting
 meeting.SILENT_SECONDS = 2.0
-sys.exit(check.main(["--device", "cpu"]))
+sys.exit(code_of(lambda: len(meeting.meet(timedelta(seconds=60)))))
 """
 
 
@@ -32,7 +33,7 @@ def test_row_38_a_taken_port_ends_all_ranks_with_2() -> None:
         ranks = []
         for rank in (0, 1):
             variables = ENVIRONMENT | torchrun_environment(rank, 2) | {"MASTER_PORT": port}
-            command = [sys.executable, "-c", CHECK]
+            command = [sys.executable, "-c", MEET]
             pipe = subprocess.PIPE
             ranks.append(subprocess.Popen(command, env=variables, cwd=ROOT, text=True, stderr=pipe))
         said = [process.communicate(timeout=200)[1] for process in ranks]
@@ -43,7 +44,7 @@ def test_row_38_a_taken_port_ends_all_ranks_with_2() -> None:
 
 
 def test_a_run_measures_its_ranks_before_step_1(demo_data: Path, tmp_path: Path) -> None:
-    words = run_words(demo_data, tmp_path / "run", 2, "watch.preflight=always")
+    words = run_words(demo_data, tmp_path / "run", 5, "watch.preflight=always")
     with torchrun(words) as agent:
         said, _ = agent.communicate(timeout=300)
     assert agent.returncode == 0, said
@@ -52,4 +53,4 @@ def test_a_run_measures_its_ranks_before_step_1(demo_data: Path, tmp_path: Path)
     assert [(each["rank"], each["host"]) for each in ranks] == [
         (rank, os.uname().nodename) for rank in (0, 1)
     ]
-    assert len(metrics(tmp_path / "run")) == 2
+    assert len(metrics(tmp_path / "run")) == 5
