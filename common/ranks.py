@@ -1,6 +1,10 @@
 """The ranks that share this machine, and the cores that each of them has."""
 
 import os
+from typing import Final
+
+STORE_THREAD: Final = "visionloom-store"
+"""Name of the thread that opens torch's store; it may never come back from there."""
 
 
 def ranks_here() -> int:

@@ -4,6 +4,7 @@
     torchrun --standalone --nproc-per-node N launch/check.py --report FILE  also collectives and parallel layouts, a rank a GPU
 
 FILE.json and FILE.md are what a GPU's owner sends back, so that recipes/gpu/ can be corrected; they hold no names of hosts or users.
+First all ranks are measured side by side, with the storage of --folder: one table, slow ranks marked, and who does not answer is named.
 No data or model is needed. Less than two minutes on a GPU. Exit code 0: all checks passed, and what was not checked is said.
 1: one failed, a line each. 2: a word is wrong.
 """
@@ -159,7 +160,11 @@ def measured(topology: "Topology", folder: Path, report: CheckReport) -> "list[R
     try:
         ranks = report.timed("ranks before a run", lambda: preflight.run(bfloat16))
     except MachineError as error:
-        report.results.append(CheckResult("ranks before a run", None, 0.0, str(error)))
+        if topology.is_main:
+            warn(f"error: {one_line(str(error))}")
+        # Without its words, which name hosts.
+        fault = "a rank has not answered, or failed"
+        report.results.append(CheckResult("ranks before a run", None, 0.0, fault))
         return []
     report.ranks = [asdict(facts) | {"host": ""} for facts in ranks]
     return ranks

@@ -19,6 +19,7 @@ from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from visionloom.common.errors import UserError
+from visionloom.common.ranks import STORE_THREAD
 from visionloom.common.text import first_line
 
 PAUSE_SECONDS: Final = 0.01
@@ -71,7 +72,7 @@ def open_store(timeout: timedelta) -> tuple[Store, int, int]:
     """
     outcome = futures.Future[tuple[Store, int, int]]()
     # Not an executor's, which the end of the process would wait for.
-    threading.Thread(target=fill, args=(outcome, timeout), daemon=True).start()
+    threading.Thread(target=fill, args=(outcome, timeout), name=STORE_THREAD, daemon=True).start()
     address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
     while not outcome.done():
         futures.wait([outcome], SILENT_SECONDS)

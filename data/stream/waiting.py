@@ -66,14 +66,12 @@ class StepWait:
         self.first = self.first or (now, size)
         if now - self.began < self.due:
             return
-        self.due = 2 * (now - self.began)
+        waited = now - self.began
+        # Twice as long each time: a dozen lines in a day.
+        self.due = 2 * waited
         since, before = self.first
         speed = max(0, size - before) / 1e6 / max(now - since, 1e-3)
-        places = "; ".join(f"{reader.name} is at {reader.place}" for reader in readers)
-        warn(
-            f"warning: rank {os.environ.get('RANK', '0')} has waited {now - self.began:.0f} s for its data, which is read from files"
-            f" at {speed:.1f} MB/s: {places}"
-        )
+        warn(f"warning: {slow_line(readers, waited, speed)}")
 
     def let_go_on(self, reader: StepReader) -> None:
         """Continue a process that was stopped from outside, once; one that is stopped again is killed, which ends the wait."""
@@ -85,6 +83,13 @@ class StepWait:
         )
         with suppress(ProcessLookupError):
             os.kill(reader.process, signal.SIGKILL if again else signal.SIGCONT)
+
+
+def slow_line(readers: Sequence[StepReader], seconds: float, speed: float) -> str:
+    """Return what is said of a long wait; `speed`: MB/s."""
+    rank = os.environ.get("RANK", "0")
+    places = "; ".join(f"{reader.name} is at {reader.place}" for reader in readers)
+    return f"rank {rank} has waited {seconds:.0f} s for its data, which is read from files at {speed:.1f} MB/s: {places}"
 
 
 class WaitWatch:

@@ -167,9 +167,8 @@ class Speeds:
         # A ring sends each byte twice, but for a share of the ranks': nccl-tests' definition.
         speed = size / taken * 2 * (ranks - 1) / ranks / 1e9
         option = option or self.links_of(ranks)
-        assumed = getattr(self.machine, option) if self.machine else None
         name = f"all-reduce of {size >> 20} MiB over {ranks} ranks"
-        return MeasuredSpeed(name, speed, "GB/s", assumed, option)
+        return MeasuredSpeed(name, speed, "GB/s", getattr(self.machine, option, None), option)
 
     def links_of(self, ranks: int) -> str:
         """Return the key of the machine's file for the links of so many ranks: those of one machine have another."""

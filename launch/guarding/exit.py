@@ -11,12 +11,14 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
 from visionloom.common.errors import EarlyEnd, UserError
+from visionloom.common.ranks import STORE_THREAD
 from visionloom.common.text import one_line, printable, warn
 from visionloom.train.observe import status, stopping
 
@@ -71,8 +73,10 @@ def keep_code(code: int) -> None:
     is_open = (
         distributed is not None and distributed.is_available() and distributed.is_initialized()
     )
+    # One that is held in torch's store ends the interpreter by SIGABRT when its connection goes.
+    is_held = any(thread.name == STORE_THREAD for thread in threading.enumerate())
     # A traceback alone ends a process with 1.
-    if is_open or code == status.GAVE_UP:
+    if is_open or is_held or code == status.GAVE_UP:
         atexit.register(end_process, code)
 
 

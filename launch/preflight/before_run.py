@@ -19,6 +19,7 @@ from visionloom.launch.preflight.table import rank_table, warnings
 from visionloom.parallel.topology import Topology
 from visionloom.train.build import model_dtype, run_folder
 from visionloom.train.config import RunConfig
+from visionloom.train.run import free_memory
 
 PREFLIGHT: Final = "preflight.json"
 
@@ -31,6 +32,8 @@ def measure_ranks(config: RunConfig, topology: Topology) -> None:
     with pulse.at("preflight"):
         preflight = Preflight(topology, folder, assumed_of(config.run.gpu, topology))
         ranks = preflight.run(model_dtype(config.run.precision, topology.device))
+    # What was measured with, some 2 GiB.
+    free_memory(topology.device)
     if topology.is_main:
         show(ranks)
         write(ranks, folder / PREFLIGHT)

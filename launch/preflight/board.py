@@ -24,7 +24,9 @@ class Board:
 
     def begin(self, part: str) -> None:
         """Say what this rank is at from now on."""
-        self.store.set(f"{PREFIX}/at/{self.rank}", f"on {socket.gethostname()}, at {part}")
+        # With its host: a rank that is silent cannot be asked.
+        place = f"on {socket.gethostname()}, at {part}"
+        self.store.set(f"{PREFIX}/at/{self.rank}", place)
 
     def place(self, rank: int) -> str:
         """Return what a rank was at when it last said so."""
@@ -40,6 +42,7 @@ class Board:
     def answers(self, stage: str, seconds: float) -> dict[int, str]:
         """Return the answers by rank as soon as all have come, and after `seconds` those that have."""
         keys = {rank: f"{PREFIX}/{stage}/{rank}" for rank in range(self.ranks)}
+        # All at once as long as all come: a question for each of a thousand ranks takes a second.
         if not self._wait([*keys.values()], seconds):
             keys = {rank: key for rank, key in keys.items() if self.store.check([key])}
         return {rank: self.store.get(key).decode() for rank, key in keys.items()}

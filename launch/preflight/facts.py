@@ -3,6 +3,7 @@
 import os
 import re
 import socket
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -47,26 +48,26 @@ class RankFacts:
 
 def facts_of(rank: int, device: torch.device, dtype: torch.dtype) -> RankFacts:
     """Return what a rank is; nothing is measured yet. `dtype`: in which it will train."""
-    here = rank, socket.gethostname()
-    if device.type == "cpu":
-        memory = memory_bytes() / ranks_here() / GIB
-        facts = RankFacts(*here, f"cpu, {processor()}", round(memory, 1))
-    else:
+    name, memory = f"cpu, {processor()}", memory_bytes() // ranks_here()
+    if device.type == "cuda":
         card = torch.cuda.get_device_properties(device)
-        facts = RankFacts(*here, card.name, round(card.total_memory / GIB, 1), driver_version())
-    facts.software = ", ".join(f"{name} {version}" for name, version in versions(device).items())
+        name, memory = card.name, card.total_memory
+    facts = RankFacts(rank, socket.gethostname(), name, round(memory / GIB, 1))
+    # Another driver on one machine is a cause of faults that nobody looks for.
+    facts.driver = driver_version() if device.type == "cuda" else ""
+    facts.software = ", ".join(versions(device))
     facts.kernels = kernels_of(device, dtype)
     return facts
 
 
-def versions(device: torch.device) -> dict[str, str | None]:
-    """Return the versions that ranks must have in common, by name."""
-    known = {"torch": torch.__version__, "megatron-core": version_of("megatron-core")}
+def versions(device: torch.device) -> Iterator[str]:
+    """Yield what ranks must have in common, with its version."""
+    yield f"torch {torch.__version__}"
+    yield f"megatron-core {version_of('megatron-core')}"
     if device.type == "cuda":
-        # NCCL as torch runs it, which need not be the package beside it.
-        nccl = ".".join(map(str, torch.cuda.nccl.version()))
-        known |= {"CUDA": torch.version.cuda, "NCCL": nccl}
-    return known
+        yield f"CUDA {torch.version.cuda}"
+        # As torch runs it, which need not be the package beside it.
+        yield f"NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"
 
 
 def driver_version(path: Path = DRIVER) -> str:

@@ -47,13 +47,20 @@ def rank_table(ranks: Sequence[RankFacts]) -> Table:
     # A unit is the same on all ranks.
     headings = [f"{name}\n{unit}" for name, unit in units.items()]
     table = Table("rank", "host", "device", "GiB", *headings, "by", "slow", title=title(ranks))
+    # Sorting keeps the order of ranks among the slow ones, and among the others.
     shown = sorted(ranks, key=lambda facts: facts.rank not in slow)[:MOST_ROWS]
     for facts in sorted(shown, key=lambda facts: facts.rank):
-        marks = slow.get(facts.rank, [])
-        cells = [speed_cell(facts, name, name in marks) for name in units]
-        place = str(facts.rank), facts.host, facts.device, f"{facts.memory_gib:.0f}"
-        table.add_row(*place, *cells, ", ".join(facts.transports), ", ".join(marks))
+        table.add_row(*row_of(facts, list(units), slow.get(facts.rank, [])))
     return table
+
+
+def row_of(facts: RankFacts, names: Sequence[str], slow: Sequence[str]) -> Iterator[str]:
+    """Yield the cells of a rank; `names`: of all that was measured, `slow`: of what is slow on this rank."""
+    yield from (str(facts.rank), facts.host, facts.device, f"{facts.memory_gib:.0f}")
+    for name in names:
+        yield speed_cell(facts, name, name in slow)
+    yield ", ".join(facts.transports)
+    yield ", ".join(slow)
 
 
 def title(ranks: Sequence[RankFacts]) -> str:

@@ -42,6 +42,15 @@ def test_a_run_without_a_gpu(tmp_path: Path) -> None:
 
     assert report["machine"]["packages"]["torch"] == torch.__version__.partition("+")[0]
     assert all(each["value"] > 0 for each in report["speeds"])
+    # The table of ranks has the host on the screen only: the file is sent to others.
+    (rank,) = report["ranks"]
+    assert rank["host"] == "" and [each["name"] for each in rank["speeds"]] == [
+        "product",
+        "copy",
+        "write",
+        "read",
+    ]
+    assert "ranks before step 1" in done.stdout
     # It says what it did not do, on the screen and in both files.
     assert any("no GPU" in line for line in report["not_checked"])
     assert "not checked: GPU" in done.stdout

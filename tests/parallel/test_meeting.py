@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
 from visionloom.common.errors import UserError
+from visionloom.common.ranks import STORE_THREAD
 from visionloom.parallel import meeting
 from visionloom.parallel.meeting import PREFIX, agree, meet
 
@@ -87,7 +88,12 @@ def test_row_38_a_program_that_is_no_store_holds_up_nobody(monkeypatch: pytest.M
             monkeypatch.setenv(name, str(value))
         monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
         with pytest.raises(UserError, match=rf"MASTER_PORT={port} of 127\.0\.0\.1 is in use by"):
-            meet(TIMEOUT)
+            meet(timedelta(seconds=2))
+    # Without the other program it comes back.
+    for thread in threading.enumerate():
+        if thread.name == STORE_THREAD:
+            thread.join(60)
+            assert not thread.is_alive()
 
 
 def test_a_store_that_is_nowhere_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,7 +36,7 @@ from visionloom.parallel.share import ALONE
 
 if __name__ == "__main__":
     waiting.LOOK_SECONDS = 1.0
-    for _ in iterate(pickle.load(open(sys.argv[1], "rb")), range(200), ALONE, 6, 1):
+    for _ in iterate(pickle.load(open(sys.argv[1], "rb")), range(40), ALONE, 6, 1):
         print("ready", flush=True)
         sys.stdin.readline()
 """
@@ -54,8 +54,8 @@ def test_row_37_a_stopped_worker_goes_on(data: DataConfig, tmp_path: Path) -> No
         helpers = psutil.Process(process.pid).children(recursive=True)
         worker = next(one for one in helpers if any(other.pid == one.ppid() for other in helpers))
         worker.suspend()
-        steps, said = process.communicate("\n" * 200)
-    assert process.returncode == 0 and steps.count("ready") == 199
+        steps, said = process.communicate("\n" * 40)
+    assert process.returncode == 0 and steps.count("ready") == 39
     name = rf"warning: data worker 0 \(process {worker.pid}\) was stopped by a signal and is"
     assert re.fullmatch(rf"{name} told to go on; it is at {PLACE}\n", said), said
 
@@ -91,12 +91,14 @@ def test_row_36_slow_reading_is_told(
     read = LocalStore.read
 
     def slowly(self: LocalStore, *arguments: Any, **named: Any) -> bytes:
-        time.sleep(0.1)
+        time.sleep(0.03)
         return read(self, *arguments, **named)
 
     monkeypatch.setattr(LocalStore, "read", slowly)
     steps = iterate(stream(data, mixture={"texts": 1}), range(1), ALONE, 6, workers=0)
     assert len(list(steps)) == 1
-    first, *_ = capsys.readouterr().err.splitlines()
-    speed = r"rank 0 has waited 0 s for its data, which is read from files at \d+\.\d MB/s"
-    assert re.fullmatch(f"warning: {speed}: the reading thread is at {PLACE}", first), first
+    said = capsys.readouterr().err.splitlines()
+    speed = r"rank 0 has waited \d s for its data, which is read from files at \d+\.\d MB/s"
+    # The first may be before the first sample.
+    line = f"warning: {speed}: the reading thread is at {PLACE}"
+    assert any(re.fullmatch(line, each) for each in said), said
