@@ -3,7 +3,7 @@
 # make proofs longer proofs: killed ranks, four ranks, adapters in every layout, whole commands under torchrun, exports in
 #             transformers 4.57 (which the test installs into .venv/transformers-4.57)
 # make parity every layout of the parallel axes against one process, as a table
-# make faults ranks killed at random moments, broken disks and files
+# make faults ranks killed at random moments, broken disks, hangs; a table of all faults and their tests at its end
 # make bench-data  the data system's goals in one table, beside the peers (QUICK=1: rough figures)
 # make plans  every shipped recipe planned on the GPUs that its header states, into docs/plans.md; fails where one does not fit
 # make lint   only the checks that run no test

@@ -4,6 +4,7 @@ import gc
 import shlex
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
@@ -99,7 +100,7 @@ def pretrain(config: RunConfig) -> None:
     observer.event("done", step=step)
     observer.say(f"done in {time.perf_counter() - started:.0f} s: {folder}")
     try:
-        with observer.evaluating():
+        with observer.evaluating() if config.run.evaluate_at_end else nullcontext():
             end_run(config, newest, topology, observer)
         observer.report_time()
     finally:

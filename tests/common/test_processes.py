@@ -1,5 +1,8 @@
 """Work by several processes gives what `map` gives; what goes wrong in one arrives. Reference: the builtin map."""
 
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -40,3 +43,12 @@ def test_an_error_arrives_with_its_type() -> None:
 def test_a_killed_worker_is_an_error() -> None:
     with pytest.raises(ChildProcessError, match="killed"):
         list(as_finished(vanish_at_three, range(5), 2))
+
+
+def test_a_process_knows_when_it_began() -> None:
+    """Reference: this process's clock before and after."""
+    said = "import time; from visionloom.common.processes import seconds_alive as alive; print(-alive() + time.time())"
+    before = time.time()
+    child = subprocess.run([sys.executable, "-c", said], capture_output=True, text=True, check=True)
+    # The kernel counts hundredths.
+    assert before - 0.02 <= float(child.stdout) <= time.time()

@@ -66,13 +66,7 @@ class RunLog:
             return []
         if path.is_symlink() or not path.is_file():
             raise UserError(f"{path} is no file, or a link: put the file itself there")
-        kept, dropped = list[str](), list[float]()
-        for text in path.read_text(errors="replace").splitlines():
-            line = next(read_lines(text, METRICS), {})
-            if 0 < _step_of(line) <= step:
-                kept.append(text)
-            else:
-                dropped += [number(line.get("step_seconds")) or 0.0] if line else []
+        kept, dropped = _parted(path.read_text(errors="replace"), step)
         # Begun anew after an early end: nothing is thrown away.
         if not kept and path.stat().st_size:
             path.rename(aside(path))
@@ -199,6 +193,18 @@ def _step_of(line: Mapping[str, Any]) -> int:
     """Return the step of a line; 0 for a line that was cut off by a crash."""
     step = line.get("step")
     return step if isinstance(step, int) else 0
+
+
+def _parted(text: str, step: int) -> tuple[list[str], list[float]]:
+    """Return the lines of metrics up to a step, and the seconds of each later one."""
+    kept, dropped = list[str](), list[float]()
+    for row in text.splitlines():
+        for line in read_lines(row, METRICS):
+            if 0 < _step_of(line) <= step:
+                kept.append(row)
+            else:
+                dropped.append(number(line.get("step_seconds")) or 0.0)
+    return kept, dropped
 
 
 def _last_time(path: Path) -> float | None:

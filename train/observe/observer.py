@@ -97,8 +97,8 @@ class Observer:
             return
         spent = time_spent_in(self.log.folder)
         seconds = {name: round(each, 3) for name, each in spent.seconds.items()}
-        share = round(spent.productive_share, 4)
-        self.event("time_spent", productive_share=share, wall_seconds=spent.wall, seconds=seconds)
+        share, wall = round(spent.productive_share, 4), round(spent.wall, 3)
+        self.event("time_spent", productive_share=share, wall_seconds=wall, seconds=seconds)
         self.say(spent.describe())
 
     def event(self, event: str, **fields: Any) -> None:

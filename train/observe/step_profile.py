@@ -6,6 +6,7 @@ from typing import Final
 
 import torch
 import torch.distributed as dist
+from torch.autograd import profiler
 
 from visionloom.common.text import warn
 
@@ -19,15 +20,17 @@ class StepProfile:
         """Be ready for the steps of a run in `folder`: none, or the first and the last of them."""
         self.folder = folder / FOLDER
         self.steps = steps
-        self._profile: torch.profiler.profile | None = None
+        self._profile: profiler.profile | None = None
         self._first = 0
 
     def begin(self, step: int) -> None:
         """Begin the trace if `step`, which comes next, is one of its steps: a resumed run may begin within them."""
         if self._profile is None and self.steps and self.steps[0] <= step <= self.steps[-1]:
             self._first = step
-            self._profile = torch.profiler.profile()
-            self._profile.start()
+            # torch.profiler.profile is this one, and imports torch's compiler, which takes seconds.
+            device = "cuda" if torch.cuda.is_available() else None
+            self._profile = profiler.profile(use_device=device)
+            self._profile.__enter__()
 
     def end(self, step: int, is_last: bool = False) -> Path | None:
         """End the trace after the last of its steps, or of its phase, and return its file; None while there is none."""
@@ -35,12 +38,13 @@ class StepProfile:
         if profile is None or (step < self.steps[-1] and not is_last):
             return None
         self._profile = None
-        profile.stop()
+        profile.__exit__(None, None, None)
         name = f"steps-{self._first:08d}-{step:08d}-rank-{dist.get_rank():05d}.json"
+        path = self.folder / name
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            profile.export_chrome_trace(str(self.folder / name))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            profile.export_chrome_trace(str(path))
         except (OSError, RuntimeError) as error:
-            warn(f"warning: {self.folder / name} could not be written, training goes on: {error}")
+            warn(f"warning: {path} could not be written, training goes on: {error}")
             return None
-        return self.folder / name
+        return path

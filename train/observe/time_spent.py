@@ -24,6 +24,9 @@ WORDS: Final = {
     "other": "other",
 }
 """What time is spent on, and how it is called; see docs/troubleshooting.md."""
+LEAST_SHOWN: Final = 0.0005
+MEASURED: Final = {"evaluation": "seconds", "checkpoint": "stall_seconds", "lost": "seconds"}
+"""Events that tell how long something took, by the part of WORDS that they are called like, with the field."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +47,12 @@ class TimeSpent:
 
     def describe(self) -> str:
         """Return the shares in one line, the large ones first."""
-        others = {name: each for name, each in self.seconds.items() if name != PRODUCTIVE}
         shares = []
-        for name in sorted(others, key=lambda each: -others[each]):
+        for name in sorted(self.seconds, key=lambda each: -self.seconds[each]):
+            share = self.seconds[name] / max(self.wall, 1e-9)
             # What would be shown as 0.0 % says nothing.
-            if others[name] >= 0.0005 * self.wall > 0:
-                shares.append(f"{WORDS[name]} {others[name] / self.wall:.1%}")
+            if name != PRODUCTIVE and share >= LEAST_SHOWN:
+                shares.append(f"{WORDS[name]} {share:.1%}")
         count = "1 start" if self.starts == 1 else f"{self.starts} starts"
         return (
             f"time: {self.productive_share:.1%} productive (ETTR) of {self.wall:.0f} s in {count};"
@@ -85,12 +88,8 @@ class _Sums:
             self.building = when
         elif kind in ("done", "early_end"):
             self.building = None
-        elif kind == "evaluation":
-            self.seconds["evaluation"] += seconds_of(event, "seconds")
-        elif kind == "checkpoint":
-            self.seconds["checkpoint"] += seconds_of(event, "stall_seconds")
-        elif kind == "lost":
-            self.seconds["lost"] += seconds_of(event, "seconds")
+        elif kind in MEASURED:
+            self.seconds[kind] += seconds_of(event, MEASURED[kind])
             self.lost_steps += int(seconds_of(event, "steps"))
 
     def _start(self, event: Mapping[str, Any], when: float) -> None:
@@ -118,6 +117,15 @@ class _Sums:
         self.seconds["lost" if line.get("skipped") is True else PRODUCTIVE] += worked
         self.lost_steps += line.get("skipped") is True
 
+    def until(self, when: float) -> TimeSpent:
+        """Return the account at a moment; what has no name is `other`."""
+        if self.building is not None:
+            self.seconds["start"] += max(0.0, when - self.building)
+        wall = max(0.0, when - self.first) if self.first is not None else 0.0
+        seconds = {name: self.seconds[name] for name in WORDS}
+        seconds["other"] = max(0.0, wall - sum(seconds.values()))
+        return TimeSpent(wall, seconds, max(1, self.starts), self.lost_steps)
+
 
 def time_spent(
     events: Iterable[Mapping[str, Any]], lines: Iterable[Mapping[str, Any]], until: float
@@ -134,12 +142,7 @@ def time_spent(
         sums.add(event)
     for line in lines:
         sums.step(line)
-    if sums.building is not None:
-        sums.seconds["start"] += max(0.0, until - sums.building)
-    wall = max(0.0, until - sums.first) if sums.first is not None else 0.0
-    seconds = {name: sums.seconds[name] for name in WORDS}
-    seconds["other"] = max(0.0, wall - sum(seconds.values()))
-    return TimeSpent(wall, seconds, max(1, sums.starts), sums.lost_steps)
+    return sums.until(until)
 
 
 def time_spent_in(folder: Path) -> TimeSpent:

@@ -195,8 +195,9 @@ class History:
     @property
     def time_spent(self) -> TimeSpent:
         """Return where the wall time went, up to the last line of the logs."""
-        times = [number(line.get("time")) for line in (*self.events[-1:], *self.lines[-1:])]
-        until = max((each for each in times if each is not None), default=0.0)
+        until = 0.0
+        for line in (*self.events[-1:], *self.lines[-1:]):
+            until = max(until, number(line.get("time")) or 0.0)
         return time_spent(self.events, self.lines, until)
 
     def of(self, event: str) -> list[Line]:

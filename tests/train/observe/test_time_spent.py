@@ -1,10 +1,14 @@
 """Where a run's time went. Reference: hand-made moments, and the wall clock of real runs."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from visionloom.train.observe.time_spent import WORDS, TimeSpent, time_spent
+from visionloom.train.report import sections
+from visionloom.train.report.history import History
 
 
 def event(when: float, kind: str, **fields: Any) -> dict[str, Any]:
@@ -96,3 +100,18 @@ def test_logs_that_are_damaged_or_of_an_older_version(until: float) -> None:
     spent = time_spent(events, [{"step_seconds": "x"}, {"step_seconds": True}], until)
     assert set(spent.seconds) == set(WORDS) and min(spent.seconds.values()) >= 0
     assert spent.wall == max(0.0, until - 99.0) and spent.describe()
+
+
+def test_the_report_shows_it_over_all_starts() -> None:
+    lines = [{**each, "time": 100.0} for each in LINES]
+    history = History(Path("run"), lines, [*FIRST, *SECOND], {}, {})
+    page = sections.time_spent(history)
+    assert "in 2 starts; 2 steps were lost" in page
+    # Of 80 s up to the last event.
+    for words, share, seconds in (
+        ("start", "50.0%", "40.0 s"),
+        ("between starts", "24.4%", "19.5 s"),
+    ):
+        row = re.search(f"<td>{words}</td>.*?</tr>", page)
+        assert row is not None and share in row[0] and seconds in row[0], page
+    assert sections.time_spent(History(Path("run"), lines[:0], [], {}, {})) == ""
