@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from visionloom.launch.causes import cause_of
+from visionloom.launch.guarding.causes import cause_of
 from visionloom.tests.ranks import RankPool
 from visionloom.tests.train.runs import run_config
 from visionloom.tests.train.test_layouts import train
