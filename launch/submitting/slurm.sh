@@ -55,7 +55,7 @@ trap 'ended=1' TERM
 ask_to_stop() {
     # Again and again: a run that is only beginning takes away the file of a start before it.
     for ((second = 1; ; second++)); do
-        touch "$RUN/stop"
+        : >"$RUN/stop"
         # A run between two phases does not look for the file. All is saved then, and a signal ends it.
         [ "$second" = $(({{warn}} / 2)) ] && scancel --signal=TERM "$SLURM_JOB_ID.0"
         sleep 1
@@ -71,6 +71,7 @@ while wait "$step"; code=$?; kill -0 "$step" 2>/dev/null; do
 done
 if [ -n "$asking" ]; then
     kill "$asking"
+    wait "$asking" 2>/dev/null
     rm -f "$RUN/stop"
 fi
 

@@ -150,7 +150,7 @@ def test_a_crash_loop_ends_after_three_starts(demo_data: Path, tmp_path: Path) -
 
 @pytest.mark.faults
 def test_a_stopped_rank_is_named_with_stacks(demo_data: Path, tmp_path: Path) -> None:
-    """Row 13, and 14 in launch/test_hang.py: a real run with a limit of six seconds; torchrun need not kill the stopped rank."""
+    """Row 13, and 14 in launch/guarding/test_hang.py: a real run with a limit of six seconds; torchrun need not kill the stopped rank."""
     folder = tmp_path / "run"
     words = run_words(demo_data, folder, LONGER, "watch.step_minutes=0.1")
     with torchrun(words, script=faulty("halt", 4, 4, 1)) as agent:

@@ -34,7 +34,7 @@ MINUTE = 60
 MOST = 8 * MINUTE
 """Longest wait for a job; all of them share two cores."""
 JOBS = {"node": "wait", "limit": "wait", "preempted": "wait", "cancelled": "wait", "loop": "fail"}
-"""Runs by name, with the fault of their fifth step on a rank; see tests/train/faulty.py."""
+"""Runs by name, with the fault of a step on rank 0; see tests/train/faulty.py."""
 
 
 class Runs:
@@ -47,7 +47,9 @@ class Runs:
         self.chain = submitted(two_phases(data, folder / "chain", *own))
 
     def submit(self, name: str, fault: str) -> list[str]:
-        program = f"program=-m visionloom.tests.train.faulty {fault} {WAITS} {WAITS} 0"
+        # Before the first checkpoint: three starts of the loop, and not four.
+        step = 2 if fault == "fail" else WAITS
+        program = f"program=-m visionloom.tests.train.faulty {fault} {step} {step} 0"
         words = run_words(self.data, self.folder / name, STEPS, "checkpoint.every_steps=2")
         # More than what is left of the limit that the test sets.
         return submitted([*words, program, "nodes=2", "time=30", "warn=120"])
@@ -155,7 +157,6 @@ def test_row_12_a_crash_loop(runs: Runs) -> None:
     job = runs.jobs["loop"]
     assert runs.end_of(job) == ("FAILED", 0), runs.log("loop")
     status = runs.status("loop")
-    # Each start but the first goes on after step 4, the last that is saved.
     assert (status["state"], status["code"], status["starts"]) == ("failed", 93, 3), status
     assert "ValueError: a fault on purpose" in status["cause"]
     assert "not requeued: see" in runs.log("loop") and runs.cluster.fact(job, "ExitCode") == "93:0"
@@ -181,7 +182,8 @@ def test_rows_08_09_11_end_as_if_nothing_had_happened(
     """A run that was stopped goes on after the step in hand, one whose node is gone after its last checkpoint."""
     assert runs.end_of(runs.jobs[name]) == ("COMPLETED", 1), runs.log(name)
     assert runs.status(name)["state"] == "done"
-    assert runs.resumed(name) == [WAITS - 1 if row == 11 else STOPS]
+    # The checkpoint of step 4 may be in the making when the node goes.
+    assert runs.resumed(name) in ([[2], [4]] if row == 11 else [[STOPS]])
     assert exact(runs.folder / name) == exact(undisturbed)
 
 
