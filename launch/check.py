@@ -30,7 +30,13 @@ from visionloom.launch import environment
 from visionloom.launch.check_parts.report import tables, write
 from visionloom.launch.check_parts.results import CheckReport, CheckResult, guarded
 from visionloom.launch.guarding.claim import check_writable
-from visionloom.launch.guarding.exit import FAILURE, attempt_folder, code_of, end_with_parent
+from visionloom.launch.guarding.exit import (
+    FAILURE,
+    attempt_folder,
+    code_of,
+    end_process,
+    end_with_parent,
+)
 from visionloom.launch.plan_commands.first import files_about
 
 if TYPE_CHECKING:
@@ -97,6 +103,9 @@ def run(options: argparse.Namespace) -> int:
         check(topology, report)
     if topology.is_main:
         show(report, ranks, stem)
+    if not ranks:
+        # Closing the groups would wait for the rank that does not answer.
+        end_process(FAILURE)
     topologies.stop()
     return FAILURE if report.failures else 0
 

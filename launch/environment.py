@@ -5,6 +5,7 @@ torch waits in silence, for half an hour, for the ranks of a WORLD_SIZE that nob
 
 import os
 import re
+import socket
 from pathlib import Path
 
 from visionloom.common.errors import UserError
@@ -59,13 +60,33 @@ def record_collectives(folder: str) -> None:
 
 
 def log_transports(folder: Path | None) -> None:
-    """Let NCCL of this process write into a folder how it reaches other ranks; what the user has exported stays.
+    """Let NCCL of this process write into a folder how it reaches other ranks; where the user has it write elsewhere, or more, that stays.
 
     Source: NCCL's documentation of NCCL_DEBUG_FILE, in which %p is the number of the process.
     """
-    if folder is not None and "NCCL_DEBUG" not in os.environ:
+    # WARN, which scripts of clusters set, is part of INFO: `last_warning_of_nccl` reads it from the file.
+    quiet = os.environ.get("NCCL_DEBUG", "WARN") == "WARN" and "NCCL_DEBUG_FILE" not in os.environ
+    if folder is not None and quiet:
         os.environ["NCCL_DEBUG"] = "INFO"
-        os.environ.setdefault("NCCL_DEBUG_FILE", f"{folder}/nccl-%p")
+        os.environ["NCCL_DEBUG_FILE"] = f"{folder}/nccl-%p"
+
+
+def log_of_nccl() -> Path | None:
+    """Return the file that NCCL of this process writes to; None if it writes to none."""
+    pattern = os.environ.get("NCCL_DEBUG_FILE", "")
+    if not pattern:
+        return None
+    names = {"%h": socket.gethostname(), "%p": str(os.getpid())}
+    return Path(re.sub("%[hp]", lambda match: names[match[0]], pattern))
+
+
+def last_warning_of_nccl() -> str:
+    """Return the last warning that NCCL of this process has written to its file; empty without one."""
+    path = log_of_nccl()
+    if path is None or not path.is_file():
+        return ""
+    warnings = re.findall("NCCL WARN (.+)", path.read_text(errors="replace"))
+    return warnings[-1].strip() if warnings else ""
 
 
 def machines() -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from visionloom.common.errors import UserError
+from visionloom.launch.environment import last_warning_of_nccl
 
 SECONDS_FOR_THE_CAUSE: Final = 1.0
 """Time for the rank that ended first, or for who watches it, to have written the cause."""
@@ -61,6 +62,9 @@ def is_out_of_memory(error: Exception) -> bool:
 def cause_of(error: Exception, folder: Path) -> str:
     """Return what status.json says of an error that nobody expected, which ended the run in `folder`."""
     cause = f"{type(error).__name__}: {error}".rstrip(": ")
+    if warning := last_warning_of_nccl():
+        # torch's own words are often no more than "unhandled system error".
+        cause = f"{cause}; NCCL's last warning: {warning}"
     if is_out_of_memory(error):
         cause = f"out of memory: {cause}{_snapshot(folder)}"
     if is_lost_connection(error):

@@ -1,6 +1,5 @@
 """What a rank is: its device, memory and driver, and the kernels that it will train with."""
 
-import os
 import re
 import socket
 from collections.abc import Iterator
@@ -91,12 +90,3 @@ def kernels_of(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
         attention = {"torch": "torch, FlashAttention"}.get(flash.chosen(), flash.chosen())
     triton = f"Triton {version_of('triton') or 'missing'}"
     return {"attention": attention, "norms": triton, "experts": "grouped_mm", "patches": patches}
-
-
-def log_of_nccl() -> Path | None:
-    """Return the file that NCCL of this process writes to; None if it writes to none."""
-    pattern = os.environ.get("NCCL_DEBUG_FILE", "")
-    if not pattern:
-        return None
-    names = {"%h": socket.gethostname(), "%p": str(os.getpid())}
-    return Path(re.sub("%[hp]", lambda match: names[match[0]], pattern))

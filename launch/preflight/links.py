@@ -9,11 +9,15 @@ from typing import Any, Final
 import torch.distributed as dist
 
 from visionloom.launch.check_parts.results import MeasuredSpeed
-from visionloom.launch.check_parts.speeds import LONGEST_REDUCTION, Speeds
+from visionloom.launch.check_parts.speeds import Speeds
 
 INSIDE: Final = "in machine"
 BETWEEN: Final = "between"
 """Names of the two measurements."""
+
+
+WATCHDOG: Final = timedelta(minutes=5)
+"""Of NCCL, which ends the process: long after LONGEST_REDUCTION, by which this rank says what is wrong."""
 
 
 def nodes_of(hosts: Sequence[str]) -> list[list[int]]:
@@ -44,10 +48,9 @@ def measure_links(speeds: Speeds, hosts: Sequence[str]) -> Iterator[MeasuredSpee
         group = open_groups(members, speeds.topology.rank)
         if group is None:
             continue
-        try:
-            yield replace(speeds.all_reduce(group, option), name=name)
-        finally:
-            dist.destroy_process_group(group)
+        yield replace(speeds.all_reduce(group, option), name=name)
+        # Not after a TimeoutError: it would wait for the collective that hangs.
+        dist.destroy_process_group(group)
 
 
 def open_groups(members: Sequence[Sequence[int]], rank: int) -> Any:
@@ -56,7 +59,7 @@ def open_groups(members: Sequence[Sequence[int]], rank: int) -> Any:
     for ranks in members:
         if len(ranks) == 1:
             continue
-        group = dist.new_group(list(ranks), timeout=timedelta(seconds=LONGEST_REDUCTION))
+        group = dist.new_group(list(ranks), timeout=WATCHDOG)
         if rank in ranks:
             own = group
     return own

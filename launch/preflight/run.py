@@ -16,8 +16,9 @@ from visionloom.common.text import one_line
 from visionloom.forecast.machine import Machine
 from visionloom.launch.check_parts.results import MeasuredSpeed
 from visionloom.launch.check_parts.speeds import Speeds
+from visionloom.launch.environment import log_of_nccl
 from visionloom.launch.preflight.board import Board
-from visionloom.launch.preflight.facts import RankFacts, facts_of, log_of_nccl
+from visionloom.launch.preflight.facts import RankFacts, facts_of
 from visionloom.launch.preflight.links import measure_links
 from visionloom.launch.preflight.storage import measure_storage
 from visionloom.launch.preflight.transports import transports_of

@@ -34,7 +34,8 @@ def write(path: Path) -> int:
     with path.open("wb", buffering=0) as file:
         while file.tell() < MOST_BYTES and time.monotonic() < until:
             file.write(chunk)
-        os.fsync(file.fileno())
+            # Each by itself: 32 GiB of 512 ranks in the page cache would be flushed for longer than a rank may be silent.
+            os.fdatasync(file.fileno())
         # Out of this machine's memory, or it would be that which is read.
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         return file.tell()

@@ -27,9 +27,9 @@ class StepProfile:
         """Begin the trace if `step`, which comes next, is one of its steps: a resumed run may begin within them."""
         if self._profile is None and self.steps and self.steps[0] <= step <= self.steps[-1]:
             self._first = step
-            # torch.profiler.profile is this one, and imports torch's compiler, which takes seconds.
+            # torch.profiler.profile is this one, and imports torch's compiler, which takes seconds. Kineto sees kernels of a GPU.
             device = "cuda" if torch.cuda.is_available() else None
-            self._profile = profiler.profile(use_device=device)
+            self._profile = profiler.profile(use_device=device, use_kineto=True)
             self._profile.__enter__()
 
     def end(self, step: int, is_last: bool = False) -> Path | None:

@@ -13,9 +13,10 @@ import torch
 
 from visionloom.launch import environment
 from visionloom.launch.check_parts.results import MeasuredSpeed
+from visionloom.launch.guarding.causes import cause_of
 from visionloom.launch.preflight import before_run
 from visionloom.launch.preflight.board import Board
-from visionloom.launch.preflight.facts import RankFacts, driver_version, kernels_of, log_of_nccl
+from visionloom.launch.preflight.facts import RankFacts, driver_version, kernels_of
 from visionloom.launch.preflight.links import nodes_of, rails_of
 from visionloom.launch.preflight.table import rank_table, slow_speeds, warnings
 from visionloom.launch.preflight.transports import transport_hints, transports_of
@@ -67,14 +68,25 @@ def test_nccl_writes_where_it_is_read(tmp_path: Path, monkeypatch: pytest.Monkey
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     environment.log_transports(None)
-    assert log_of_nccl() is None
+    assert environment.log_of_nccl() is None
     environment.log_transports(tmp_path)
-    log = log_of_nccl()
+    log = environment.log_of_nccl()
     assert log == tmp_path / f"nccl-{os.getpid()}" and os.environ["NCCL_DEBUG"] == "INFO"
+    log.write_text(
+        "h:1:2 [0] NCCL INFO x\nh:1:2 [0] NCCL WARN Call to connect failed\nh:1:2 [0] NCCL INFO y\n"
+    )
+    error = RuntimeError("NCCL error: unhandled system error")
+    assert cause_of(error, tmp_path).endswith("; NCCL's last warning: Call to connect failed")
+
+    # A script of a cluster wants no more than warnings, which the file has too.
+    monkeypatch.delenv("NCCL_DEBUG_FILE")
+    monkeypatch.setenv("NCCL_DEBUG", "WARN")
+    environment.log_transports(tmp_path)
+    assert environment.log_of_nccl() == log and os.environ["NCCL_DEBUG"] == "INFO"
     monkeypatch.setenv("NCCL_DEBUG", "WARN")
     monkeypatch.setenv("NCCL_DEBUG_FILE", "/logs/%h.log")
     environment.log_transports(tmp_path)
-    assert log_of_nccl() == Path(f"/logs/{os.uname().nodename}.log")
+    assert environment.log_of_nccl() == Path(f"/logs/{os.uname().nodename}.log")
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.faults
 MEET = """
 import sys
 from datetime import timedelta
-from visionloom.launch.exit import code_of
+from visionloom.launch.guarding.exit import code_of
 from visionloom.parallel import meeting
 meeting.SILENT_SECONDS = 2.0
 sys.exit(code_of(lambda: len(meeting.meet(timedelta(seconds=60)))))

@@ -22,7 +22,7 @@ from visionloom.tests.train.layouts import TestPack, packs_of
 from visionloom.train.checkpoint import write as saving
 from visionloom.train.checkpoint.write import Saver
 from visionloom.train.config import CheckpointConfig
-from visionloom.train.observe import observer
+from visionloom.train.observe import observer, status
 from visionloom.train.observe.observer import Observer
 
 SECONDS = 0.6
@@ -71,11 +71,14 @@ def test_row_36_saves_wait_for_each_other_and_training_goes_on_meanwhile(
 
 
 @pytest.mark.parametrize(("waited", "told"), [(0.2, False), (12.5, True)])
-def test_row_36_a_save_that_holds_up_training_is_told(waited: float, told: bool) -> None:
+def test_row_36_a_save_that_holds_up_training_is_told(
+    waited: float, told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(status, "current", status.RunStatus())
     said: list[str] = []
     watched = SimpleNamespace(event=lambda *_, **__: None, say=said.append)
     Observer.saved(
-        watched, "checkpoint", folder="c/step-1", waited_seconds=waited, mb_per_second=3.5
+        watched, "checkpoint", step=1, folder="c/step-1", waited_seconds=waited, mb_per_second=3.5
     )  # type: ignore[arg-type]
     assert bool(said) == told == (waited > observer.SLOW_SECONDS)
     assert not said or (
