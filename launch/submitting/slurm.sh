@@ -31,6 +31,8 @@ export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 export NCCL_IB_TIMEOUT=${NCCL_IB_TIMEOUT:-22}
 # A rank that hangs inside CUDA ends this long after the collective that it hangs in was given up; torch waits for 480 s.
 export TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC=${TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC:-120}
+# torchrun of torch 2.12 and later kills ranks this long after SIGTERM; without it, and before, after 30 s, though a checkpoint is being saved.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-{{warn}}}
 # NCCL takes any interface that is up. Where nodes have some that lead nowhere, name the right one:
 # export NCCL_SOCKET_IFNAME=eth0
 
@@ -58,6 +60,8 @@ ask_to_stop() {
         : >"$RUN/stop"
         # A run between two phases does not look for the file. All is saved then, and a signal ends it.
         [ "$second" = $(({{warn}} / 2)) ] && scancel --signal=TERM "$SLURM_JOB_ID.0"
+        # What has not ended by now would be ended by SLURM at the limit, and the job not requeued. srun ends its step on TERM.
+        [ "$second" = $(({{warn}} * 5 / 6)) ] && kill "$step"
         sleep 1
     done
 }

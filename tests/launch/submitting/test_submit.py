@@ -249,6 +249,19 @@ ENDS: dict[str, tuple[Status | None, dict[str, str], int, int | None]] = {
 }
 
 
+def end_of_job(calls: Path, variables: dict[str, str], number: int) -> tuple[int, str]:
+    """Run job.sh as SLURM does, with a signal to it when its step has begun; returns its exit code and what it says."""
+    with subprocess.Popen(
+        ["bash", "job.sh"], cwd=calls, env=variables, stdout=subprocess.PIPE, text=True
+    ) as job:
+        if number:
+            while not (calls / "step").exists():
+                time.sleep(0.01)
+            job.send_signal(number)
+        said, _ = job.communicate(timeout=60)
+    return job.returncode, said
+
+
 @pytest.mark.parametrize("end", ENDS)
 def test_what_comes_after_the_run(
     end: str, calls: Path, capsys: pytest.CaptureFixture[str]
@@ -262,20 +275,43 @@ def test_what_comes_after_the_run(
         write_status(calls, after)
         variables["STATUS"] = str(calls / "status.json")
     (calls / "job.sh").write_text(dry(capsys, f"run.folder={folder}"))
-    with subprocess.Popen(
-        ["bash", "job.sh"], cwd=calls, env=variables, stdout=subprocess.PIPE, text=True
-    ) as job:
-        if number:
-            while not (calls / "step").exists():
-                time.sleep(0.01)
-            job.send_signal(number)
-        said, _ = job.communicate(timeout=60)
+    ended, said = end_of_job(calls, variables, number)
     requeued = (calls / "scontrol").exists()
-    assert (None if requeued else job.returncode) == code, said
+    assert (None if requeued else ended) == code, said
     assert not requeued or (calls / "scontrol").read_text() == "requeue 7\n"
     assert said.strip().count("\n") == 0 and "job 7: " in said
     assert not (folder / "stop").exists()
     assert (calls / "srun").read_text().splitlines()[-1] == f"run.folder={folder}"
+
+
+def test_a_save_has_nearly_all_of_the_warning(
+    calls: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What saves still after half of it is not killed by torchrun; at five sixths of it the step ends, and the job is requeued."""
+    from torch.distributed.launcher.api import LaunchConfig
+
+    write_status(calls, status("running", None))
+    programs = {
+        "sleep": "exec /bin/sleep 0.01",  # a second
+        "scancel": 'echo "$*" > "$CALLS/scancel"; ls "$RUN" > "$CALLS/asked"',
+        "srun": 'cp status.json "$RUN"; printenv TORCH_ELASTIC_SHUTDOWN_TIMEOUT > step; exec /bin/sleep 50',
+    }
+    for name, text in programs.items():
+        (calls / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
+    (calls / "bin" / "sleep").chmod(0o755)
+    (calls / "run").mkdir()
+    (calls / "job.sh").write_text(dry(capsys, f"run.folder={calls / 'run'}", "warn=60"))
+    variables = os.environ | {"SLURM_JOB_ID": "7", "RUN": str(calls / "run")}
+    _, said = end_of_job(calls, variables, signal.SIGUSR1)
+    assert (calls / "scontrol").exists(), said
+    assert "--signal=TERM 7" in (calls / "scancel").read_text()
+    assert "stop" in (calls / "asked").read_text().split()
+    seconds = (calls / "step").read_text().strip()
+    assert seconds == "60"
+    # Reference: what torchrun of the installed torch makes of the variable.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", seconds)
+        assert LaunchConfig(1, 1, 1).shutdown_timeout == 60
 
 
 def test_without_slurm_one_command_for_all_machines(capsys: pytest.CaptureFixture[str]) -> None:
@@ -292,4 +328,4 @@ def test_the_template_says_what_it_sets() -> None:
     names = [
         number for number, line in enumerate(lines) if re.match(r"export (NCCL|TORCH|OMP)_", line)
     ]
-    assert len(names) == 4 and all(lines[number - 1].startswith("# ") for number in names)
+    assert len(names) == 5 and all(lines[number - 1].startswith("# ") for number in names)
