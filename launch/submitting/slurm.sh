@@ -66,7 +66,6 @@ ask_to_stop() {
     done
 }
 
-before=$(cat "$RUN/status.json" 2>/dev/null)
 "${SRUN[@]}" {{container}} bash -c "$AGENT" agent "${TRAIN[@]}" &
 step=$!
 # A signal ends the waiting too.
@@ -82,17 +81,21 @@ fi
 # ---- What comes next
 say() { echo "$(date '+%F %T') job $JOB: $*"; }
 # torchrun turns all codes into 1: the run's folder has the one of the run. A line of status.json is one value.
-field() { sed -n "s/^ \"$1\": \"\{0,1\}\([^\",]*\).*/\1/p" "$RUN/status.json"; }
+field() { sed -n "s/^ \"$1\": \"\{0,1\}\([^\",]*\).*/\1/p" "$RUN/status.json" 2>/dev/null; }
 
 if [ -n "$ended" ]; then
     # After scancel it must not come back, and what SLURM has preempted or requeued it starts again by itself.
     say "ended by SLURM"
     exit 1
 fi
-if [ "$before" = "$(cat "$RUN/status.json" 2>/dev/null)" ]; then
+# A start has the name under which its agents meet. Another run that works in the folder writes there too.
+case $(field start) in
+"$MEETING"/*) ;;
+*)
     say "the run has not begun (srun ended with $code): the lines above say why; not requeued"
     exit 1
-fi
+    ;;
+esac
 case $(field code) in
 0)
     say "done"

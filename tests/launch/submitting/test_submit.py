@@ -224,8 +224,11 @@ STOPPED, NOBODY = "stopped by /runs/demo/stop after step 4, which is saved", ""
 State = Literal["running", "done", "failed", "stopped"]
 
 
-def status(state: State, code: int | None, cause: str = 'a cause, "quoted"') -> Status:
-    return Status(state, code, cause, 0, 4, "a hint")
+def status(
+    state: State, code: int | None, cause: str = 'a cause, "quoted"', start: str = "7-0/1234/0"
+) -> Status:
+    """By default of the first start of job 7."""
+    return Status(state, code, cause, 0, 4, "a hint", start=start)
 
 
 ENDS: dict[str, tuple[Status | None, dict[str, str], int, int | None]] = {
@@ -246,6 +249,12 @@ ENDS: dict[str, tuple[Status | None, dict[str, str], int, int | None]] = {
     "a crash": (status("failed", 1), {"RC": "1"}, 0, None),
     "row 11, killed without a word": (status("running", None), {"RC": "137"}, 0, None),
     "never begun": (None, {"RC": "127"}, 0, 1),
+    "refused, another run is in the folder": (
+        status("running", None, start="5-1/1234/0"),
+        {"RC": "1"},
+        0,
+        1,
+    ),
 }
 
 
@@ -269,7 +278,7 @@ def test_what_comes_after_the_run(
     after, how, number, code = ENDS[end]
     folder = calls / "run"
     folder.mkdir()
-    write_status(folder, status("stopped", 75, "of the start before"))
+    write_status(folder, status("stopped", 75, "of the start before", "6-0/1234/0"))
     variables = os.environ | {"SLURM_JOB_ID": "7", "RUN": str(folder), "STATUS": "", **how}
     if after is not None:
         write_status(calls, after)
