@@ -82,6 +82,7 @@ fi
 say() { echo "$(date '+%F %T') job $JOB: $*"; }
 # torchrun turns all codes into 1: the run's folder has the one of the run. A line of status.json is one value.
 field() { sed -n "s/^ \"$1\": \"\{0,1\}\([^\",]*\).*/\1/p" "$RUN/status.json" 2>/dev/null; }
+stopped_after_step() { grep -q '^ "cause": ".*, which is saved",$' "$RUN/status.json"; }
 
 if [ -n "$ended" ]; then
     # After scancel it must not come back, and what SLURM has preempted or requeued it starts again by itself.
@@ -106,8 +107,10 @@ case $(field code) in
     exit "$(field code)"
     ;;
 75)
-    # Who touches the file, or sends a signal, wants the run to end. SLURM says whether it was its own signal.
-    if [ "$(field state)" = stopped ] && [ -z "$warned" ] && scontrol show job -o "$JOB" | grep -q ' PreemptTime=None '; then
+    # Who touches the file, or sends a signal, wants the run to end. SLURM says whether it was its own signal. With a node gone srun
+    # fails and sends SIGTERM to the others, whose ranks have stopped too if no step was left to end and to save.
+    if [ "$(field state)" = stopped ] && [ -z "$warned" ] && { [ "$code" = 0 ] || stopped_after_step; } &&
+        scontrol show job -o "$JOB" | grep -q ' PreemptTime=None '; then
         say "stopped by hand: not requeued; go on with: scontrol requeue $JOB"
         exit 75
     fi

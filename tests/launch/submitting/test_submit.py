@@ -220,7 +220,7 @@ def test_an_array_has_a_run_for_each_seed(calls: Path, capsys: pytest.CaptureFix
     assert lines[-3:] == ["run.seed=5", "run.name=demo-seed5", "run.folder=runs/a b-seed5"]
 
 
-STOPPED, NOBODY = "stopped by /runs/demo/stop after step 4, which is saved", ""
+STOPPED, BETWEEN = "stopped by /runs/demo/stop after step 4, which is saved", "stopped by SIGTERM"
 State = Literal["running", "done", "failed", "stopped"]
 
 
@@ -245,6 +245,9 @@ ENDS: dict[str, tuple[Status | None, dict[str, str], int, int | None]] = {
     ),
     "row 10, scancel": (status("stopped", 75), {"WAITS": "1"}, signal.SIGTERM, 1),
     "stopped by hand": (status("stopped", 75, STOPPED), {}, 0, 75),
+    "stopped by hand, no restarts": (status("stopped", 75, STOPPED), {"RC": "1"}, 0, 75),
+    "stopped by hand between phases": (status("stopped", 75, BETWEEN), {}, 0, 75),
+    "row 11, between phases": (status("stopped", 75, BETWEEN), {"RC": "1"}, 0, None),
     "a hang": (status("failed", 75), {"RC": "1"}, 0, None),
     "a crash": (status("failed", 1), {"RC": "1"}, 0, None),
     "row 11, killed without a word": (status("running", None), {"RC": "137"}, 0, None),
