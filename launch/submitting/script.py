@@ -46,7 +46,7 @@ def torchrun_command(order: Order, job: SubmittedJob) -> str:
         f"--rdzv-id={job.config.run.name}",
         f"--rdzv-endpoint={own.host}:{own.port}",
     ]
-    return f"{_python(order)} -m torch.distributed.run {shlex.join(options)} {job.command(order)}"
+    return f"{shlex.quote(_python(order))} -m torch.distributed.run {shlex.join(options)} {job.command(order)}"
 
 
 def _values(order: Order, job: SubmittedJob, log: Path) -> dict[str, str]:

@@ -43,7 +43,7 @@ export MEET=$(hostname):$((20000 + SLURM_JOB_ID % 10000))
 export MEETING=$JOB-${SLURM_RESTART_COUNT:-0}
 # is_host: torchrun would compare host names, which may be long on one side and short on the other.
 AGENT='[ "$SLURM_NODEID" = 0 ] && first=true || first=false
-exec {{python}} -m torch.distributed.run --nnodes="$SLURM_NNODES" --nproc-per-node={{gpus_per_node}} --max-restarts={{restarts}} \
+exec "$0" -m torch.distributed.run --nnodes="$SLURM_NNODES" --nproc-per-node={{gpus_per_node}} --max-restarts={{restarts}} \
     --rdzv-backend=c10d --rdzv-id="$MEETING" --rdzv-endpoint="$MEET" --rdzv-conf="is_host=$first,join_timeout=300" "$@"'
 # kill-on-bad-exit: without an agent the others would wait for it. cpu-bind: data workers use all cores of the job.
 SRUN=(srun --kill-on-bad-exit=1 --cpu-bind=none {{srun}})
@@ -66,7 +66,7 @@ ask_to_stop() {
     done
 }
 
-"${SRUN[@]}" {{container}} bash -c "$AGENT" agent "${TRAIN[@]}" &
+"${SRUN[@]}" {{container}} bash -c "$AGENT" {{python}} "${TRAIN[@]}" &
 step=$!
 # A signal ends the waiting too.
 while wait "$step"; code=$?; kill -0 "$step" 2>/dev/null; do

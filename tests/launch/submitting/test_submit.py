@@ -135,7 +135,7 @@ def test_options_of_the_scheduler(capsys: pytest.CaptureFixture[str], tmp_path: 
     } <= lines
     assert {"#SBATCH --cpus-per-task=64", "#SBATCH --qos=long", "module load cuda"} <= lines
     assert {"#SBATCH --signal=B:USR1@120", "#SBATCH --requeue", "#SBATCH '--comment=a b'"} <= lines
-    assert "exec python -m torch.distributed.run" in text, "setup brings its own"
+    assert 'bash -c "$AGENT" python ' in text, "setup brings its own"
 
 
 def test_containers(capsys: pytest.CaptureFixture[str]) -> None:
@@ -294,6 +294,27 @@ def test_what_comes_after_the_run(
     assert said.strip().count("\n") == 0 and "job 7: " in said
     assert not (folder / "stop").exists()
     assert (calls / "srun").read_text().splitlines()[-1] == f"run.folder={folder}"
+
+
+def test_the_agent_of_a_node(calls: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A Python whose path has a space and a quote; the words of the run come to torchrun as they were written."""
+    python = calls / "it's a" / "python"
+    python.parent.mkdir()
+    python.write_text('#!/bin/bash\nprintf "%s\\n" "$@" > "$CALLS/agent"\n')
+    python.chmod(0o755)
+    (calls / "bin" / "srun").write_text(
+        '#!/bin/bash\nwhile [ "$1" != bash ]; do shift; done; exec "$@"\n'
+    )
+    own = [f"python={python}", f"run.folder={calls / 'a b'}"]
+    (calls / "job.sh").write_text(dry(capsys, *own))
+    variables = {"SLURM_JOB_ID": "7", "SLURM_NODEID": "1", "SLURM_NNODES": "2"}
+    end_of_job(calls, os.environ | variables, 0)
+    _, module, *options = (calls / "agent").read_text().splitlines()
+    assert module == "torch.distributed.run" and "--rdzv-id=7-0" in options
+    assert options[-2:] == ["+recipe=demo", own[1]]
+    assert run([*WORDS, "--torchrun", *own]) == 0
+    subprocess.run(["bash", "-c", capsys.readouterr().out], check=True)
+    assert (calls / "agent").read_text().splitlines()[-1] == own[1]
 
 
 def test_a_save_has_nearly_all_of_the_warning(
