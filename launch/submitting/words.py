@@ -1,6 +1,7 @@
 """The words of launch/submit.py itself, apart from those of the run that it submits."""
 
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -88,7 +89,7 @@ class Order:
             lines.append("nodes.PHASE=N is for --chain, where each phase is a job of its own")
         if "--torchrun" in self.flags and {"--chain", "--array"} & self.flags:
             lines.append("--torchrun prints the command of one run: leave --chain and --array out")
-        return lines + self._array_problems()
+        return lines + _unreadable(own) + self._array_problems()
 
     def _array_problems(self) -> list[str]:
         seeds = self.own.seeds
@@ -124,6 +125,22 @@ def _take_nodes(order: Order, words: Sequence[str]) -> list[str]:
             else:
                 faults.append(f"{one_line(word)} is not a whole number: write nodes.{phase}=N")
     return faults
+
+
+def _unreadable(own: SubmitWords) -> list[str]:
+    """Return a line for each text of several words that a shell could not part."""
+    lines = []
+    for name in ("program", "sbatch"):
+        text = getattr(own, name)
+        try:
+            parts = shlex.split(text)
+        except ValueError as error:
+            reason = str(error).lower()
+            lines.append(f"{name}={one_line(text)} has {reason}: close it, or write \\ before it")
+        else:
+            if name == "program" and not parts:
+                lines.append("program is empty: name a file, program=launch/pretrain.py")
+    return lines
 
 
 def _unprintable(own: SubmitWords) -> list[str]:

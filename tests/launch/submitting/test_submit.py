@@ -81,6 +81,9 @@ MISTAKES = {
     "template=nowhere.sh cannot be read": (["template=nowhere.sh"], 0),
     "--torchrun prints the command of one run": (["--torchrun", "--chain"], 0),
     "warn=1 must be at least 10": (["warn=1"], 0),
+    "program=a 'b has no closing quotation": (["program=a 'b"], 0),
+    "program is empty": (["program= "], 0),
+    "sbatch=--comment='x has no closing": (["sbatch=--comment='x"], 0),
     "plan=no is not true or false": (["plan=no"], 0),
     "run.phase=no is unknown": (["run.phase=no"], 0),
 }
