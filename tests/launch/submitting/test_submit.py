@@ -119,7 +119,7 @@ def test_bash_reads_the_words_that_were_written(capsys: pytest.CaptureFixture[st
     lines = subprocess.check_output(["bash", "-c", shown], text=True).splitlines()
     assert lines == [
         "runs/it's a $HOME",
-        str(Path(jobs.__file__).parents[2] / "launch/pretrain.py"),
+        str(ROOT.resolve() / "launch/pretrain.py"),
         "+recipe=demo",
         *odd,
     ]
@@ -145,11 +145,39 @@ def test_containers(capsys: pytest.CaptureFixture[str]) -> None:
     here = Path.cwd()
     text = dry(capsys, "container=nvcr.io#a/b:1", "mounts=/data")
     pairs = f"{here}:{here},{here}/runs:{here}/runs,/data:/data"
-    assert f"--container-image='nvcr.io#a/b:1' --container-mounts={pairs})" in text
+    assert (
+        f"--container-image='nvcr.io#a/b:1' --container-mounts={pairs} --container-workdir={here})"
+        in text
+    )
     text = dry(capsys, "container=image.sif", "mounts=/data")
     assert (
         f"apptainer exec --nv --pwd {here} --bind {here},{here}/runs,/data image.sif bash" in text
     )
+
+
+def test_a_container_sees_the_code_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = ROOT.resolve()
+    text = dry(capsys, "container=nvcr.io#a/b:1")
+    assert f",{code}:{code}" in text and f"--container-workdir={tmp_path})" in text
+    assert f"TRAIN=({code}/launch/pretrain.py " in text
+
+
+def test_a_chain_of_which_sbatch_refuses_a_job(
+    calls: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sbatch = f'#!/bin/bash\ncase "$*" in *afterok:2*) exit 1;; esac\n{SBATCH}\n'
+    (calls / "bin" / "sbatch").write_text(sbatch)
+    words = [*WORDS, "run.phases=[align,multimodal,long]", "--chain"]
+    with pytest.raises(UserError) as error:
+        run([*words, f"run.folder={calls / 'refused'}"])
+    assert error.value.lines[1:] == ["the jobs before it are in the queue; end them: scancel 1 2"]
+    (calls / "bin" / "sbatch").write_text(f"#!/bin/bash\n{SBATCH}\n")
+    capsys.readouterr()
+    assert run([*words, f"run.folder={calls / 'run'}"]) == 0
+    assert "end it: scancel 3 4 5;" in capsys.readouterr().out
 
 
 def test_what_a_submission_leaves(calls: Path, capsys: pytest.CaptureFixture[str]) -> None:
