@@ -59,7 +59,7 @@ ask_to_stop() {
     for ((second = 1; ; second++)); do
         : >"$RUN/stop"
         # A run between two phases does not look for the file. All is saved then, and a signal ends it.
-        [ "$second" = $(({{warn}} / 2)) ] && scancel --signal=TERM "$SLURM_JOB_ID.0"
+        [ "$second" = $(({{warn}} / 2)) ] && scancel --signal=TERM "$SLURM_JOB_ID"
         # What has not ended by now would be ended by SLURM at the limit, and the job not requeued. srun ends its step on TERM.
         [ "$second" = $(({{warn}} * 5 / 6)) ] && kill "$step"
         sleep 1
@@ -119,8 +119,9 @@ esac
 # Stopped in time, a hang, a rank or a node that is gone. A run that makes no progress ends itself with 93.
 say "requeued"
 if scontrol requeue "$JOB"; then
-    # SLURM ends this script.
-    sleep 300
+    # SLURM ends this script by SIGTERM, which bash sees to only while it waits.
+    sleep 300 &
+    wait $!
     exit 75
 fi
 say "SLURM did not requeue it: submit it again"
