@@ -46,7 +46,8 @@ def torchrun_command(order: Order, job: SubmittedJob) -> str:
         f"--rdzv-id={job.config.run.name}",
         f"--rdzv-endpoint={own.host}:{own.port}",
     ]
-    return f"{shlex.quote(_python(order))} -m torch.distributed.run {shlex.join(options)} {job.command(order)}"
+    agent = shlex.join([_python(order), "-m", "torch.distributed.run", *options])
+    return f"{agent} {job.command(order)}"
 
 
 def _values(order: Order, job: SubmittedJob, log: Path) -> dict[str, str]:
