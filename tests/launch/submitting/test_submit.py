@@ -84,6 +84,10 @@ MISTAKES = {
     "program=a 'b has no closing quotation": (["program=a 'b"], 0),
     "program is empty": (["program= "], 0),
     "sbatch=--comment='x has no closing": (["sbatch=--comment='x"], 0),
+    "time=5 is not above warn=300": (["time=5"], 0),
+    "time=4:59 is not above": (["time=4:59"], 0),
+    "time=0-0:05 is not above": (["time=0-0:05"], 0),
+    "time=0:05:00 is not above": (["time=0:05:00"], 0),
     "plan=no is not true or false": (["plan=no"], 0),
     "run.phase=no is unknown": (["run.phase=no"], 0),
 }
