@@ -54,7 +54,7 @@ key=value             options of the run, as launch/pretrain.py takes them
 --array seeds=0,1,2   a run for each seed, in folders of their own
 --torchrun            print the command without SLURM; host=ADDRESS of the first machine, port=N
 
-Exit code 0: submitted. 1: sbatch failed. 2: a word is wrong, or the run cannot work on these machines.
+Exit code 0: submitted. 2: a word is wrong, the run cannot work on these machines, or sbatch refuses it.
 """
 SBATCH_SECONDS: Final = 120.0
 
@@ -96,22 +96,27 @@ def hand_over(order: Order, jobs: list[SubmittedJob]) -> int:
 
 def submit(order: Order, jobs: list[SubmittedJob], folder: Path) -> None:
     """Hand the scripts to sbatch, each but the first to begin after the one before it, and say what to do next."""
-    number = ""
+    numbers = [""]
     # Of an array each task waits for the task with its seed.
     dependency = "aftercorr" if order.seeds else "afterok"
     for job in jobs:
         script = folder / f"{job.name}.sh"
-        number = sbatch(script, number, dependency)
+        try:
+            numbers.append(sbatch(script, numbers[-1], dependency))
+        except UserError as error:
+            queued = " ".join(numbers[1:])
+            more = [f"the jobs before it are in the queue; end them: scancel {queued}"]
+            raise UserError(*error.lines, *(more if queued else [])) from error
         ranks = f"{job.nodes} x {order.own.gpus_per_node}"
-        say(f"job {number}: {job.name} on {ranks}, {script}")
-    _say_what_is_next(order, jobs[0].config.run.folder, folder, number)
+        say(f"job {numbers[-1]}: {job.name} on {ranks}, {script}")
+    _say_what_is_next(order, jobs[0].config.run.folder, folder, " ".join(numbers[1:]))
 
 
-def _say_what_is_next(order: Order, run_folder: str, folder: Path, number: str) -> None:
+def _say_what_is_next(order: Order, run_folder: str, folder: Path, numbers: str) -> None:
     if order.seeds:
         run_folder += f"-seed{order.seeds[0]}"
     say(f"what it prints: {folder}/*.log; how it stands: {run_folder}/status.json")
-    say(f"end it: scancel {number}; end it after its step, saved: touch {run_folder}/stop")
+    say(f"end it: scancel {numbers}; end it after its step, saved: touch {run_folder}/stop")
 
 
 def sbatch(script: Path, before: str, dependency: str) -> str:

@@ -12,6 +12,8 @@ from visionloom.launch.plan_commands.first import fitting_plan, prediction
 from visionloom.launch.submitting.words import Order
 from visionloom.train.config import RunConfig
 
+CHECKOUT: Final = Path(__file__).resolve().parents[2]
+"""Not by the link that makes it a package: ranks in a container see the folder itself."""
 SEED: Final = "$SEED"
 """The shell's variable with the seed of an array's task."""
 
@@ -51,7 +53,7 @@ class SubmittedJob:
 def _program(text: str) -> list[str]:
     """Return a program and its first arguments, ours from this checkout wherever the command was typed."""
     name, *arguments = shlex.split(text)
-    ours = Path(__file__).parents[2] / name
+    ours = CHECKOUT / name
     if name.startswith("launch/") and ours.is_file():
         name = str(ours)
     return [name, *arguments]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from visionloom.common.errors import UserError
-from visionloom.launch.submitting.jobs import SubmittedJob
+from visionloom.launch.submitting.jobs import CHECKOUT, SubmittedJob
 from visionloom.launch.submitting.words import Order
 
 PLACE: Final = re.compile(r"\{\{(\w+)\}\}")
@@ -46,7 +46,8 @@ def torchrun_command(order: Order, job: SubmittedJob) -> str:
         f"--rdzv-id={job.config.run.name}",
         f"--rdzv-endpoint={own.host}:{own.port}",
     ]
-    return f"{_python(order)} -m torch.distributed.run {shlex.join(options)} {job.command(order)}"
+    agent = shlex.join([_python(order), "-m", "torch.distributed.run", *options])
+    return f"{agent} {job.command(order)}"
 
 
 def _values(order: Order, job: SubmittedJob, log: Path) -> dict[str, str]:
@@ -105,7 +106,9 @@ def _container(order: Order, job: SubmittedJob) -> dict[str, str]:
         # Pyxis wants both sides of each.
         pairs = [each if ":" in each else f"{each}:{each}" for each in mounts]
         both = shlex.quote(",".join(pairs))
-        values["srun"] = f"--container-image={image} --container-mounts={both}"
+        values["srun"] = (
+            f"--container-image={image} --container-mounts={both} --container-workdir={shlex.quote(mounts[0])}"
+        )
     return values
 
 
@@ -114,7 +117,7 @@ def _mounts(order: Order, job: SubmittedJob) -> list[str]:
     # A run's folder may lie elsewhere, as the words of the run may name any.
     beside = str(Path(job.config.run.folder).absolute().parent)
     more = [each for each in order.own.mounts.split(",") if each]
-    return list(dict.fromkeys([str(Path.cwd()), beside, *more]))
+    return list(dict.fromkeys([str(Path.cwd()), beside, str(CHECKOUT), *more]))
 
 
 def _python(order: Order) -> str:

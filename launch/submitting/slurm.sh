@@ -31,6 +31,8 @@ export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 export NCCL_IB_TIMEOUT=${NCCL_IB_TIMEOUT:-22}
 # A rank that hangs inside CUDA ends this long after the collective that it hangs in was given up; torch waits for 480 s.
 export TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC=${TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC:-120}
+# torchrun of torch 2.12 and later kills ranks this long after SIGTERM; without it, and before, after 30 s, though a checkpoint is being saved.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-{{warn}}}
 # NCCL takes any interface that is up. Where nodes have some that lead nowhere, name the right one:
 # export NCCL_SOCKET_IFNAME=eth0
 
@@ -41,7 +43,7 @@ export MEET=$(hostname):$((20000 + SLURM_JOB_ID % 10000))
 export MEETING=$JOB-${SLURM_RESTART_COUNT:-0}
 # is_host: torchrun would compare host names, which may be long on one side and short on the other.
 AGENT='[ "$SLURM_NODEID" = 0 ] && first=true || first=false
-exec {{python}} -m torch.distributed.run --nnodes="$SLURM_NNODES" --nproc-per-node={{gpus_per_node}} --max-restarts={{restarts}} \
+exec "$0" -m torch.distributed.run --nnodes="$SLURM_NNODES" --nproc-per-node={{gpus_per_node}} --max-restarts={{restarts}} \
     --rdzv-backend=c10d --rdzv-id="$MEETING" --rdzv-endpoint="$MEET" --rdzv-conf="is_host=$first,join_timeout=300" "$@"'
 # kill-on-bad-exit: without an agent the others would wait for it. cpu-bind: data workers use all cores of the job.
 SRUN=(srun --kill-on-bad-exit=1 --cpu-bind=none {{srun}})
@@ -57,13 +59,14 @@ ask_to_stop() {
     for ((second = 1; ; second++)); do
         : >"$RUN/stop"
         # A run between two phases does not look for the file. All is saved then, and a signal ends it.
-        [ "$second" = $(({{warn}} / 2)) ] && scancel --signal=TERM "$SLURM_JOB_ID.0"
+        [ "$second" = $(({{warn}} / 2)) ] && scancel --signal=TERM "$SLURM_JOB_ID"
+        # What has not ended by now would be ended by SLURM at the limit, and the job not requeued. srun ends its step on TERM.
+        [ "$second" = $(({{warn}} * 5 / 6)) ] && kill "$step"
         sleep 1
     done
 }
 
-before=$(cat "$RUN/status.json" 2>/dev/null)
-"${SRUN[@]}" {{container}} bash -c "$AGENT" agent "${TRAIN[@]}" &
+"${SRUN[@]}" {{container}} bash -c "$AGENT" {{python}} "${TRAIN[@]}" &
 step=$!
 # A signal ends the waiting too.
 while wait "$step"; code=$?; kill -0 "$step" 2>/dev/null; do
@@ -78,17 +81,22 @@ fi
 # ---- What comes next
 say() { echo "$(date '+%F %T') job $JOB: $*"; }
 # torchrun turns all codes into 1: the run's folder has the one of the run. A line of status.json is one value.
-field() { sed -n "s/^ \"$1\": \"\{0,1\}\([^\",]*\).*/\1/p" "$RUN/status.json"; }
+field() { sed -n "s/^ \"$1\": \"\{0,1\}\([^\",]*\).*/\1/p" "$RUN/status.json" 2>/dev/null; }
+stopped_after_step() { grep -q '^ "cause": ".*, which is saved",$' "$RUN/status.json"; }
 
 if [ -n "$ended" ]; then
     # After scancel it must not come back, and what SLURM has preempted or requeued it starts again by itself.
     say "ended by SLURM"
     exit 1
 fi
-if [ "$before" = "$(cat "$RUN/status.json" 2>/dev/null)" ]; then
+# A start has the name under which its agents meet. Another run that works in the folder writes there too.
+case $(field start) in
+"$MEETING"/*) ;;
+*)
     say "the run has not begun (srun ended with $code): the lines above say why; not requeued"
     exit 1
-fi
+    ;;
+esac
 case $(field code) in
 0)
     say "done"
@@ -99,8 +107,10 @@ case $(field code) in
     exit "$(field code)"
     ;;
 75)
-    # Who touches the file, or sends a signal, wants the run to end. SLURM says whether it was its own signal.
-    if [ "$(field state)" = stopped ] && [ -z "$warned" ] && scontrol show job -o "$JOB" | grep -q ' PreemptTime=None '; then
+    # Who touches the file, or sends a signal, wants the run to end. SLURM says whether it was its own signal. With a node gone srun
+    # fails and sends SIGTERM to the others, whose ranks have stopped too if no step was left to end and to save.
+    if [ "$(field state)" = stopped ] && [ -z "$warned" ] && { [ "$code" = 0 ] || stopped_after_step; } &&
+        scontrol show job -o "$JOB" | grep -q ' PreemptTime=None '; then
         say "stopped by hand: not requeued; go on with: scontrol requeue $JOB"
         exit 75
     fi
@@ -109,8 +119,9 @@ esac
 # Stopped in time, a hang, a rank or a node that is gone. A run that makes no progress ends itself with 93.
 say "requeued"
 if scontrol requeue "$JOB"; then
-    # SLURM ends this script.
-    sleep 300
+    # SLURM ends this script by SIGTERM, which bash sees to only while it waits.
+    sleep 300 &
+    wait $!
     exit 75
 fi
 say "SLURM did not requeue it: submit it again"

@@ -1,6 +1,7 @@
 """The words of launch/submit.py itself, apart from those of the run that it submits."""
 
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -14,6 +15,7 @@ from visionloom.launch.own_words import take_words
 FLAGS: Final = ("--dry-run", "--chain", "--array", "--torchrun")
 NODES_OF: Final = re.compile(r"nodes\.([^=]+)=(.*)", re.DOTALL)
 MOST_NODES: Final = 1 << 16
+TIME: Final = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 SEEDS: Final = re.compile(r"\d{1,18}(,\d{1,18})*")
 
 
@@ -88,7 +90,12 @@ class Order:
             lines.append("nodes.PHASE=N is for --chain, where each phase is a job of its own")
         if "--torchrun" in self.flags and {"--chain", "--array"} & self.flags:
             lines.append("--torchrun prints the command of one run: leave --chain and --array out")
-        return lines + self._array_problems()
+        if 0 < _seconds(own.time) <= own.warn:
+            said = f"time={own.time} is not above warn={own.warn} seconds"
+            lines.append(
+                f"{said}: the run would be stopped as it begins; set more time or less warn"
+            )
+        return lines + _unreadable(own) + self._array_problems()
 
     def _array_problems(self) -> list[str]:
         seeds = self.own.seeds
@@ -124,6 +131,34 @@ def _take_nodes(order: Order, words: Sequence[str]) -> list[str]:
             else:
                 faults.append(f"{one_line(word)} is not a whole number: write nodes.{phase}=N")
     return faults
+
+
+def _seconds(time: str) -> int:
+    """Return the seconds of a time limit: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S; 0 if there is none, or it is written in another way."""
+    parts = TIME.fullmatch(time)
+    if parts is None:
+        return 0
+    days, *rest = (int(part or 0) for part in parts.groups())
+    # Minutes come first where there are neither days nor three numbers.
+    is_short = parts[1] is None and parts[4] is None
+    hours, minutes, seconds = (0, *rest[:2]) if is_short else rest
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def _unreadable(own: SubmitWords) -> list[str]:
+    """Return a line for each text of several words that a shell could not part."""
+    lines = []
+    for name in ("program", "sbatch"):
+        text = getattr(own, name)
+        try:
+            parts = shlex.split(text)
+        except ValueError as error:
+            reason = str(error).lower()
+            lines.append(f"{name}={one_line(text)} has {reason}: close it, or write \\ before it")
+        else:
+            if name == "program" and not parts:
+                lines.append("program is empty: name a file, program=launch/pretrain.py")
+    return lines
 
 
 def _unprintable(own: SubmitWords) -> list[str]:

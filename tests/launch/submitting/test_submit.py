@@ -81,6 +81,13 @@ MISTAKES = {
     "template=nowhere.sh cannot be read": (["template=nowhere.sh"], 0),
     "--torchrun prints the command of one run": (["--torchrun", "--chain"], 0),
     "warn=1 must be at least 10": (["warn=1"], 0),
+    "program=a 'b has no closing quotation": (["program=a 'b"], 0),
+    "program is empty": (["program= "], 0),
+    "sbatch=--comment='x has no closing": (["sbatch=--comment='x"], 0),
+    "time=5 is not above warn=300": (["time=5"], 0),
+    "time=4:59 is not above": (["time=4:59"], 0),
+    "time=0-0:05 is not above": (["time=0-0:05"], 0),
+    "time=0:05:00 is not above": (["time=0:05:00"], 0),
     "plan=no is not true or false": (["plan=no"], 0),
     "run.phase=no is unknown": (["run.phase=no"], 0),
 }
@@ -116,7 +123,7 @@ def test_bash_reads_the_words_that_were_written(capsys: pytest.CaptureFixture[st
     lines = subprocess.check_output(["bash", "-c", shown], text=True).splitlines()
     assert lines == [
         "runs/it's a $HOME",
-        str(Path(jobs.__file__).parents[2] / "launch/pretrain.py"),
+        str(ROOT.resolve() / "launch/pretrain.py"),
         "+recipe=demo",
         *odd,
     ]
@@ -135,18 +142,46 @@ def test_options_of_the_scheduler(capsys: pytest.CaptureFixture[str], tmp_path: 
     } <= lines
     assert {"#SBATCH --cpus-per-task=64", "#SBATCH --qos=long", "module load cuda"} <= lines
     assert {"#SBATCH --signal=B:USR1@120", "#SBATCH --requeue", "#SBATCH '--comment=a b'"} <= lines
-    assert "exec python -m torch.distributed.run" in text, "setup brings its own"
+    assert 'bash -c "$AGENT" python ' in text, "setup brings its own"
 
 
 def test_containers(capsys: pytest.CaptureFixture[str]) -> None:
     here = Path.cwd()
     text = dry(capsys, "container=nvcr.io#a/b:1", "mounts=/data")
     pairs = f"{here}:{here},{here}/runs:{here}/runs,/data:/data"
-    assert f"--container-image='nvcr.io#a/b:1' --container-mounts={pairs})" in text
+    assert (
+        f"--container-image='nvcr.io#a/b:1' --container-mounts={pairs} --container-workdir={here})"
+        in text
+    )
     text = dry(capsys, "container=image.sif", "mounts=/data")
     assert (
         f"apptainer exec --nv --pwd {here} --bind {here},{here}/runs,/data image.sif bash" in text
     )
+
+
+def test_a_container_sees_the_code_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = ROOT.resolve()
+    text = dry(capsys, "container=nvcr.io#a/b:1")
+    assert f",{code}:{code}" in text and f"--container-workdir={tmp_path})" in text
+    assert f"TRAIN=({code}/launch/pretrain.py " in text
+
+
+def test_a_chain_of_which_sbatch_refuses_a_job(
+    calls: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sbatch = f'#!/bin/bash\ncase "$*" in *afterok:2*) exit 1;; esac\n{SBATCH}\n'
+    (calls / "bin" / "sbatch").write_text(sbatch)
+    words = [*WORDS, "run.phases=[align,multimodal,long]", "--chain"]
+    with pytest.raises(UserError) as error:
+        run([*words, f"run.folder={calls / 'refused'}"])
+    assert error.value.lines[1:] == ["the jobs before it are in the queue; end them: scancel 1 2"]
+    (calls / "bin" / "sbatch").write_text(f"#!/bin/bash\n{SBATCH}\n")
+    capsys.readouterr()
+    assert run([*words, f"run.folder={calls / 'run'}"]) == 0
+    assert "end it: scancel 3 4 5;" in capsys.readouterr().out
 
 
 def test_what_a_submission_leaves(calls: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -220,12 +255,15 @@ def test_an_array_has_a_run_for_each_seed(calls: Path, capsys: pytest.CaptureFix
     assert lines[-3:] == ["run.seed=5", "run.name=demo-seed5", "run.folder=runs/a b-seed5"]
 
 
-STOPPED, NOBODY = "stopped by /runs/demo/stop after step 4, which is saved", ""
+STOPPED, BETWEEN = "stopped by /runs/demo/stop after step 4, which is saved", "stopped by SIGTERM"
 State = Literal["running", "done", "failed", "stopped"]
 
 
-def status(state: State, code: int | None, cause: str = 'a cause, "quoted"') -> Status:
-    return Status(state, code, cause, 0, 4, "a hint")
+def status(
+    state: State, code: int | None, cause: str = 'a cause, "quoted"', start: str = "7-0/1234/0"
+) -> Status:
+    """By default of the first start of job 7."""
+    return Status(state, code, cause, 0, 4, "a hint", start=start)
 
 
 ENDS: dict[str, tuple[Status | None, dict[str, str], int, int | None]] = {
@@ -242,11 +280,33 @@ ENDS: dict[str, tuple[Status | None, dict[str, str], int, int | None]] = {
     ),
     "row 10, scancel": (status("stopped", 75), {"WAITS": "1"}, signal.SIGTERM, 1),
     "stopped by hand": (status("stopped", 75, STOPPED), {}, 0, 75),
+    "stopped by hand, no restarts": (status("stopped", 75, STOPPED), {"RC": "1"}, 0, 75),
+    "stopped by hand between phases": (status("stopped", 75, BETWEEN), {}, 0, 75),
+    "row 11, between phases": (status("stopped", 75, BETWEEN), {"RC": "1"}, 0, None),
     "a hang": (status("failed", 75), {"RC": "1"}, 0, None),
     "a crash": (status("failed", 1), {"RC": "1"}, 0, None),
     "row 11, killed without a word": (status("running", None), {"RC": "137"}, 0, None),
     "never begun": (None, {"RC": "127"}, 0, 1),
+    "refused, another run is in the folder": (
+        status("running", None, start="5-1/1234/0"),
+        {"RC": "1"},
+        0,
+        1,
+    ),
 }
+
+
+def end_of_job(calls: Path, variables: dict[str, str], number: int) -> tuple[int, str]:
+    """Run job.sh as SLURM does, with a signal to it when its step has begun; returns its exit code and what it says."""
+    with subprocess.Popen(
+        ["bash", "job.sh"], cwd=calls, env=variables, stdout=subprocess.PIPE, text=True
+    ) as job:
+        if number:
+            while not (calls / "step").exists():
+                time.sleep(0.01)
+            job.send_signal(number)
+        said, _ = job.communicate(timeout=60)
+    return job.returncode, said
 
 
 @pytest.mark.parametrize("end", ENDS)
@@ -256,26 +316,70 @@ def test_what_comes_after_the_run(
     after, how, number, code = ENDS[end]
     folder = calls / "run"
     folder.mkdir()
-    write_status(folder, status("stopped", 75, "of the start before"))
+    write_status(folder, status("stopped", 75, "of the start before", "6-0/1234/0"))
     variables = os.environ | {"SLURM_JOB_ID": "7", "RUN": str(folder), "STATUS": "", **how}
     if after is not None:
         write_status(calls, after)
         variables["STATUS"] = str(calls / "status.json")
     (calls / "job.sh").write_text(dry(capsys, f"run.folder={folder}"))
-    with subprocess.Popen(
-        ["bash", "job.sh"], cwd=calls, env=variables, stdout=subprocess.PIPE, text=True
-    ) as job:
-        if number:
-            while not (calls / "step").exists():
-                time.sleep(0.01)
-            job.send_signal(number)
-        said, _ = job.communicate(timeout=60)
+    ended, said = end_of_job(calls, variables, number)
     requeued = (calls / "scontrol").exists()
-    assert (None if requeued else job.returncode) == code, said
+    assert (None if requeued else ended) == code, said
     assert not requeued or (calls / "scontrol").read_text() == "requeue 7\n"
     assert said.strip().count("\n") == 0 and "job 7: " in said
     assert not (folder / "stop").exists()
     assert (calls / "srun").read_text().splitlines()[-1] == f"run.folder={folder}"
+
+
+def test_the_agent_of_a_node(calls: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A Python whose path has a space and a quote; the words of the run come to torchrun as they were written."""
+    python = calls / "it's a" / "python"
+    python.parent.mkdir()
+    python.write_text('#!/bin/bash\nprintf "%s\\n" "$@" > "$CALLS/agent"\n')
+    python.chmod(0o755)
+    (calls / "bin" / "srun").write_text(
+        '#!/bin/bash\nwhile [ "$1" != bash ]; do shift; done; exec "$@"\n'
+    )
+    own = [f"python={python}", f"run.folder={calls / 'a b'}"]
+    (calls / "job.sh").write_text(dry(capsys, *own))
+    variables = {"SLURM_JOB_ID": "7", "SLURM_NODEID": "1", "SLURM_NNODES": "2"}
+    end_of_job(calls, os.environ | variables, 0)
+    _, module, *options = (calls / "agent").read_text().splitlines()
+    assert module == "torch.distributed.run" and "--rdzv-id=7-0" in options
+    assert options[-2:] == ["+recipe=demo", own[1]]
+    assert run([*WORDS, "--torchrun", *own]) == 0
+    subprocess.run(["bash", "-c", capsys.readouterr().out], check=True)
+    assert (calls / "agent").read_text().splitlines()[-1] == own[1]
+
+
+def test_a_save_has_nearly_all_of_the_warning(
+    calls: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What saves still after half of it is not killed by torchrun; at five sixths of it the step ends, and the job is requeued."""
+    from torch.distributed.launcher.api import LaunchConfig
+
+    write_status(calls, status("running", None))
+    programs = {
+        "sleep": "exec /bin/sleep 0.01",  # a second
+        "scancel": 'echo "$*" > "$CALLS/scancel"; ls "$RUN" > "$CALLS/asked"',
+        "srun": 'cp status.json "$RUN"; printenv TORCH_ELASTIC_SHUTDOWN_TIMEOUT > step; exec /bin/sleep 50',
+    }
+    for name, text in programs.items():
+        (calls / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
+    (calls / "bin" / "sleep").chmod(0o755)
+    (calls / "run").mkdir()
+    (calls / "job.sh").write_text(dry(capsys, f"run.folder={calls / 'run'}", "warn=60"))
+    variables = os.environ | {"SLURM_JOB_ID": "7", "RUN": str(calls / "run")}
+    _, said = end_of_job(calls, variables, signal.SIGUSR1)
+    assert (calls / "scontrol").exists(), said
+    assert "--signal=TERM 7" in (calls / "scancel").read_text()
+    assert "stop" in (calls / "asked").read_text().split()
+    seconds = (calls / "step").read_text().strip()
+    assert seconds == "60"
+    # Reference: what torchrun of the installed torch makes of the variable.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", seconds)
+        assert LaunchConfig(1, 1, 1).shutdown_timeout == 60
 
 
 def test_without_slurm_one_command_for_all_machines(capsys: pytest.CaptureFixture[str]) -> None:
@@ -292,4 +396,4 @@ def test_the_template_says_what_it_sets() -> None:
     names = [
         number for number, line in enumerate(lines) if re.match(r"export (NCCL|TORCH|OMP)_", line)
     ]
-    assert len(names) == 4 and all(lines[number - 1].startswith("# ") for number in names)
+    assert len(names) == 5 and all(lines[number - 1].startswith("# ") for number in names)
