@@ -53,11 +53,13 @@ HANGS = {
 }
 
 
-def begun(rank: int, ranks: int, attempt: Path, folder: Path, does: str) -> subprocess.Popen[str]:
+def begun(
+    rank: int, ranks: int, attempt: Path, folder: Path, does: str, limit: float = LIMIT
+) -> subprocess.Popen[str]:
     variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
     variables["TORCHELASTIC_ERROR_FILE"] = attempt / str(rank) / "error.json"
     environment = os.environ | {name: str(value) for name, value in variables.items()}
-    command = [sys.executable, "-c", RANK, str(folder), str(LIMIT), does]
+    command = [sys.executable, "-c", RANK, str(folder), str(limit), does]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen(command, env=environment, text=True, **pipes)  # type: ignore[call-overload]
     assert process.stdout.readline() == "begun\n"
@@ -86,6 +88,31 @@ def test_the_rank_that_others_wait_for_is_named(hang: str, tmp_path: Path) -> No
     assert shown == f"error: {found['cause']}; start the same command again to resume\n"
     first, second = ((tmp_path / "hang" / f"rank-0000{rank}.txt").read_text() for rank in (0, 1))
     assert "in wait_for_another" in first and "in stands_still" in second
+
+
+GOES_ON = """
+hung = Path(sys.argv[1], "hung")
+while not hung.exists() or time.time() - hung.stat().st_mtime < 2.4:
+    pulse.current.enter("forward")
+    time.sleep(0.05)
+with pulse.current.during("checkpoint"):
+    wait_for_another()
+"""
+
+
+def test_a_rank_that_went_on_for_some_seconds_is_not_blamed(tmp_path: Path) -> None:
+    """The one that hangs is the first to see it; the others speak for themselves, though their own time is not over."""
+    (tmp_path / "attempt_0").mkdir()
+    waiting = begun(0, 2, tmp_path / "attempt_0", tmp_path, GOES_ON, 5.0)
+    does = "Path(sys.argv[1], 'hung').touch(); pulse.current.enter('data'); time.sleep(1000)"
+    with waiting, begun(1, 2, tmp_path / "attempt_0", tmp_path, does, 5.0) as guilty:
+        guilty.communicate(timeout=5.0 + SOONEST)
+        waiting.send_signal(signal.SIGTERM)  # as torchrun does
+        waiting.communicate(timeout=SOONEST)
+    assert (guilty.returncode, waiting.returncode) == (75, -signal.SIGTERM)
+    cause = status(tmp_path)["cause"]
+    assert "after step 7: rank 1 on " in cause and "rank 0" not in cause
+    assert "in wait_for_another" in (tmp_path / "hang" / "rank-00000.txt").read_text()
 
 
 def test_one_process_alone(tmp_path: Path) -> None:
