@@ -192,6 +192,11 @@ class RunStatus:
         self._write(end)
         return end.code
 
+    def has_failed(self) -> bool:
+        """Return whether a rank of this start, on any machine, has written why the run failed."""
+        written = read_status(self._folder) if self._folder is not None else None
+        return written is not None and written.state == "failed" and self._is_of_this_start(written)
+
     def _count(self, end: Status, written: Status | None) -> None:
         """Take from what was written how many starts were in vain, and give up where this is one too many."""
         # Counted by the main rank, which alone has read how the starts before ended.
