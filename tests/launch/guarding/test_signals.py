@@ -121,8 +121,8 @@ def test_a_rank_that_another_machine_has_left_alone_ends_at_once(
 
 
 def test_a_wish_that_nobody_saw_to_is_not_lost() -> None:
-    """After the last step of a phase, and before what comes next."""
+    """After the last step of a phase, and before what comes next; train/test_early_end.py has what all ranks make of it."""
     request = StopRequest()
-    with pytest.raises(Exception, match="stopped by SIGTERM"), request.at_steps():
+    with request.at_steps():
         assert request.ask("stopped by SIGTERM")
     assert not request.ask("stopped by SIGUSR1") and request.reason == "stopped by SIGTERM"
