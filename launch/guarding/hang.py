@@ -122,6 +122,18 @@ class HangWatch:
         return silent > min(self.limits.values()) / 2 and self.folder.is_dir()
 
     def end(self, seconds: float) -> None:
+        """Report and end this process, also where there can be no report: a hung run must not stand for ever."""
+        try:
+            self.speak(seconds)
+        except Exception as error:  # a full disk above all, and what comes of missing reports
+            cause = f"no sign of life for {seconds:.0f} s; who hangs is not known: {error}"
+            code = status.current.failed(status.STOPPED, cause, stopping.RESUME)
+            if code is not None:
+                warn(f"error: {one_line(cause)}; {stopping.RESUME}")
+        finally:
+            end_process(status.STOPPED)
+
+    def speak(self, seconds: float) -> None:
         """Report, see to the others of this machine if nobody else does, and end this process."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.report_self()

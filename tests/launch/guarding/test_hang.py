@@ -15,8 +15,10 @@ from typing import Any
 import pytest
 
 from visionloom.common.pulse import Pulse, Sign, read_sign
-from visionloom.launch.guarding.hang import WAITING, Report, innermost, named
+from visionloom.launch.guarding import hang
+from visionloom.launch.guarding.hang import WAITING, HangWatch, Report, innermost, named
 from visionloom.train.observe.slow_ranks import WAITS
+from visionloom.train.observe.status import RunStatus
 
 LIMIT, SOONEST = 2.0, 5.0
 """Seconds: of silence, and until the run has to be ended after that."""
@@ -133,6 +135,21 @@ def test_parts_are_signs_of_life_and_limits_are_of_a_stage(tmp_path: Path) -> No
     assert (
         subprocess.run(command, timeout=60, stdout=subprocess.DEVNULL, check=False).returncode == 0
     )
+
+
+def test_a_disk_that_takes_no_report_does_not_keep_a_hung_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(hang, "end_process", sys.exit)
+    monkeypatch.setattr(hang.status, "current", RunStatus())
+    hang.status.current.begin(tmp_path)
+    # As a folder that cannot be made: its name is taken.
+    (tmp_path / "hang").touch()
+    with pytest.raises(SystemExit, match="75"):
+        HangWatch(tmp_path, {"step": 1.0}).end(9.0)
+    told = capsys.readouterr().err
+    assert told.startswith("error: no sign of life for 9 s; who hangs is not known: ")
+    assert "File exists" in status(tmp_path)["cause"] and status(tmp_path)["code"] == 75
 
 
 def test_the_parts_in_which_a_rank_waits() -> None:
