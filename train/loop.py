@@ -90,14 +90,23 @@ def take_step(
 
 
 def stop_early(trainer: PhaseTrainer, saver: Saver, observer: Observer) -> None:
-    """Save a run and end it, if any rank wishes so; all ranks call it.
+    """Save a run and end it, as a rank wishes; all ranks call it.
+
+    Raises:
+        EarlyEnd: with the first rank's reason.
+    """
+    saver.save(trainer, trainer.step, trainer.phase_step, last=True)
+    stop_saved(trainer, observer)
+
+
+def stop_saved(trainer: PhaseTrainer, observer: Observer) -> None:
+    """End a run that is saved, if any rank wishes so; all ranks call it.
 
     Raises:
         EarlyEnd: with the first rank's reason.
     """
     # The flag alone has travelled with the sums.
     if reason := first_fault(stopping.current.reason):
-        saver.save(trainer, trainer.step, trainer.phase_step, last=True)
         cause = f"{reason} after step {trainer.step}, which is saved"
         end_together(stopping.current.end(cause), trainer.topology, observer)
 

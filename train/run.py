@@ -49,7 +49,7 @@ from visionloom.train.evaluate import (
 )
 from visionloom.train.exchange.companions import carry_into_run
 from visionloom.train.exchange.evaluation_command import EvaluationCommand, export_for_command
-from visionloom.train.loop import end_together, fit, log_error, stop_early
+from visionloom.train.loop import end_together, fit, log_error, stop_saved
 from visionloom.train.observe import status, stopping
 from visionloom.train.observe.memory import record_memory
 from visionloom.train.observe.observer import Observer
@@ -172,9 +172,10 @@ def train_phase(
     saver = Saver(folder, config.checkpoint, observer.saved)
     with stopping.current.at_steps(), observer.live(trainer):
         fit(trainer, saver, observer, chosen_workers(config.data.workers))
-        # What is measured after a phase may take longer than whoever sent a signal waits.
-        stop_early(trainer, saver, observer)
         saver.save(trainer, trainer.step, trainer.phase_step, last=True)
+    # What is measured after a phase may take longer than whoever sent a signal waits. Only now: one that came while this was
+    # being saved was told to wait.
+    stop_saved(trainer, observer)
     with observer.evaluating():
         validate_end(config, trainer, observer)
     observer.phase_end(trainer)

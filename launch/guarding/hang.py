@@ -1,8 +1,8 @@
 """A run that stands still is ended, and told by which rank: each looks at its own signs of life (common/pulse.py).
 
 In a collective all ranks wait for one. When a rank has been silent for longer than its activity may be, it writes what it is at, with
-the Python stacks of all its threads, into `hang/` of the run's folder; so do all others, since they wait too. One rank of each machine
-sees to those that cannot answer: a process that is stopped, or whose thread holds Python's lock, leaves its stacks from a signal
+the Python stacks of all its threads, into `hang/` of the run's folder; so do all others, since they wait too, though their last sign may
+have come a little later. One rank of each machine sees to those that cannot answer: a process that is stopped, or whose thread holds Python's lock, leaves its stacks from a signal
 handler in C (faulthandler), after SIGUSR2 and SIGCONT. Then the first to have all reports names who did not wait for anybody.
 """
 
@@ -111,10 +111,29 @@ class HangWatch:
             # A job that a scheduler has suspended as a whole was not silent in that time.
             silent = silent + min(now - looked, 2 * LOOK_SECONDS) if since == seen else 0.0
             seen, looked = since, now
-            if silent > self.limits.get(pulse.current.sign.activity, float("inf")):
+            limit = self.limits.get(pulse.current.sign.activity, float("inf"))
+            if silent > limit or self.is_called(silent):
                 self.end(silent)
 
+    def is_called(self, silent: float) -> bool:
+        """Return whether another rank has seen a hang, of which this one's silence is a part: without its report it would be blamed."""
+        # The limit of its own activity may be longer than that of the rank that it waits for. Half of the shortest: a rank goes
+        # on for some seconds before it has to wait, and one that begins may see the folder of an earlier start.
+        return silent > min(self.limits.values()) / 2 and self.folder.is_dir()
+
     def end(self, seconds: float) -> None:
+        """Report and end this process, also where there can be no report: a hung run must not stand for ever."""
+        try:
+            self.speak(seconds)
+        except Exception as error:  # a full disk above all, and what comes of missing reports
+            cause = f"no sign of life for {seconds:.0f} s; who hangs is not known: {error}"
+            code = status.current.failed(status.STOPPED, cause, stopping.RESUME)
+            if code is not None:
+                warn(f"error: {one_line(cause)}; {stopping.RESUME}")
+        finally:
+            end_process(status.STOPPED)
+
+    def speak(self, seconds: float) -> None:
         """Report, see to the others of this machine if nobody else does, and end this process."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.report_self()

@@ -11,7 +11,7 @@ from typing import Final, NoReturn
 
 from visionloom.launch.guarding.exit import end_process, exit_stopped
 from visionloom.launch.guarding.watch import lost_a_rank
-from visionloom.train.observe import stopping
+from visionloom.train.observe import status, stopping
 
 STOPPING: Final = (signal.SIGTERM, signal.SIGUSR1)
 _kept: Final[list[socket.socket]] = []
@@ -43,7 +43,8 @@ def _listen(heard: socket.socket) -> NoReturn:
 def act(number: signal.Signals) -> None:
     """End at a step's end, or at once where none will come: torchrun's agent ends the ranks that are left when one is gone."""
     # A collective with it would be waited for until the agent's SIGKILL, 30 s later.
-    if lost_a_rank.is_set():
+    # One of another machine is only seen by what it has written; a run that was stopped still comes to its end together.
+    if lost_a_rank.is_set() or status.current.has_failed():
         end_process(128 + number)
     reason = f"stopped by {number.name}"
     if not stopping.current.ask(reason):

@@ -45,32 +45,33 @@ def longer(pool: RankPool, demo_data: Path, tmp_path_factory: pytest.TempPathFac
 
 
 @contextlib.contextmanager
-def asked_to_stop(ranks: list[int], step: int) -> Iterator[None]:
-    """Some ranks are asked to stop after a step of the run in this process."""
+def asked_to_stop(ranks: list[int], step: int, saved: bool = False) -> Iterator[None]:
+    """Some ranks are asked to stop after a step of the run in this process, or once that is `saved`."""
     from visionloom.train.observe import stopping
     from visionloom.train.observe.observer import Observer
     from visionloom.train.observe.stopping import StopRequest
 
     stopping.current = StopRequest()  # type: ignore[misc]  # of the process, which outlives the run
-    shown = Observer.step
+    name = "saved" if saved else "step"
+    report = getattr(Observer, name)
 
-    def ask(self: Observer, line: dict[str, Any]) -> None:
-        shown(self, line)
-        if line["step"] == step and torch.distributed.get_rank() in ranks:
+    def ask(self: Observer, *words: Any, **fields: Any) -> None:
+        report(self, *words, **fields)
+        if (fields or words[0])["step"] == step and torch.distributed.get_rank() in ranks:
             stopping.current.ask("stopped by SIGTERM")
 
-    Observer.step = ask  # type: ignore[method-assign]
+    setattr(Observer, name, ask)
     try:
         yield
     finally:
-        Observer.step = shown  # type: ignore[method-assign]
+        setattr(Observer, name, report)
         stopping.current = StopRequest()  # type: ignore[misc]
 
 
-def stopped(config: RunConfig, ranks: list[int], step: int) -> str:
-    """Train, while some ranks are asked to stop after a step (runs in the pool)."""
+def stopped(config: RunConfig, ranks: list[int], step: int, saved: bool = False) -> str:
+    """Train, while some ranks are asked to stop after a step, or once it is saved (runs in the pool)."""
     try:
-        with asked_to_stop(ranks, step):
+        with asked_to_stop(ranks, step, saved):
             train(config)
     except EarlyEnd as end:
         return str(end)
@@ -86,9 +87,9 @@ def test_one_rank_is_asked_and_all_stop_together(
     assert said == ["stopped by SIGTERM after step 4, which is saved"] * 2
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert [event["step"] for event in events if event["event"] == "checkpoint"] == [3, 4]
-    # In the phase's last step: what is to be saved is its end.
+    # While the phase's last step is saved, one rank alone, and none is left.
     assert (
-        pool.run(2, stopped, config, [0, 1], STEPS)
+        pool.run(2, stopped, config, [1], STEPS, True)
         == [f"stopped by SIGTERM after step {STEPS}, which is saved"] * 2
     )
     assert exact(tmp_path) == exact(undisturbed)

@@ -187,18 +187,21 @@ class Saver:
         """
         # Flags of before the step, the same on all ranks: so all complete it after the same step.
         if self.pending is not None and not any_writing:
-            self._complete(topology, last=False)
+            # Flushing to a slow disk may take longer than a step may.
+            with pulse.current.during(CHECKPOINT):
+                self._complete(topology, last=False)
 
     def finish(self, topology: Topology, last: bool = False) -> None:
         """Wait for a save under way and make it a checkpoint."""
         if self.pending is None:
             return
         started = time.perf_counter()
-        if self.pending.thread is not None:
-            self.pending.thread.join()
-            self.pending.waited = time.perf_counter() - started
-            self.pending.stalled += self.pending.waited
-        self._complete(topology, last)
+        with pulse.current.during(CHECKPOINT):
+            if self.pending.thread is not None:
+                self.pending.thread.join()
+                self.pending.waited = time.perf_counter() - started
+                self.pending.stalled += self.pending.waited
+            self._complete(topology, last)
 
     def _planner_of(self, trainer: PhaseTrainer) -> PhasePlanner:
         """Return the planner of a trainer's saves; that of another trainer is dropped."""

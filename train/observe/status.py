@@ -117,12 +117,16 @@ class RunStatus:
         """Begin a start in its folder: the main rank writes that it runs, the others only remember where.
 
         Raises:
-            EarlyEnd: on the main rank, if MOST_STARTS before it have ended without a new checkpoint.
+            EarlyEnd: on all ranks, if one of an earlier attempt of their agents was asked to end; on the main rank, if
+                MOST_STARTS before it have ended without a new checkpoint.
         """
         self._folder, self.step, self._resumed = folder, None, False
         self.began = time.time() - seconds_alive()
+        before = read_status(folder)
+        if before is not None and _was_stopped(before):
+            raise EarlyEnd(before.cause, STOPPED, before.hint)
         if _rank() == 0:
-            self.before = read_status(folder)
+            self.before = before
             self.step = self.before.step if self.before is not None else None
             if self.before is not None and AGENT in os.environ:
                 has_failed = self.before.state == "failed"
@@ -184,13 +188,19 @@ class RunStatus:
         written = read_status(self._folder)
         step = self.step
         if written is not None:
-            if written.state != "running" and self._is_of_this_start(written):
+            is_of_this_start = self._is_of_this_start(written)
+            if _was_stopped(written) or (written.state != "running" and is_of_this_start):
                 return None
             step = written.step if step is None else step
         end = Status(state, code, cause, _rank() if rank is None else rank, step, hint)
         self._count(end, written)
         self._write(end)
         return end.code
+
+    def has_failed(self) -> bool:
+        """Return whether a rank of this start, on any machine, has written why the run failed."""
+        written = read_status(self._folder) if self._folder is not None else None
+        return written is not None and written.state == "failed" and self._is_of_this_start(written)
 
     def _count(self, end: Status, written: Status | None) -> None:
         """Take from what was written how many starts were in vain, and give up where this is one too many."""
@@ -282,6 +292,11 @@ def _is_of_these_agents(status: Status) -> bool:
         return True
     began = time.time() - seconds_alive(os.getppid())
     return _is_of_another_agent(status) and status.seconds_since_1970 >= int(began)
+
+
+def _was_stopped(status: Status) -> bool:
+    """Return whether the run was asked to end under these agents, which take an exit code other than 0 for a fault and start anew."""
+    return status.state == "stopped" and _is_of_these_agents(status)
 
 
 def _is_of_another_agent(status: Status) -> bool:

@@ -58,7 +58,7 @@ class StopRequest:
 
     @contextmanager
     def at_steps(self) -> Iterator[None]:
-        """Let the wish wait for the end of a step while a phase trains; an EarlyEnd if none was left to see to it."""
+        """Let the wish wait for the end of a step while a phase trains; what is left at its end all ranks see to together."""
         with self._lock:
             self._at_steps = True
         try:
@@ -66,8 +66,6 @@ class StopRequest:
         finally:
             with self._lock:
                 self._at_steps = False
-        if self._reason:
-            raise self.end(self._reason)
 
     def end(self, reason: str) -> EarlyEnd:
         """Return what ends a run that is saved; the file has done its work."""

@@ -15,8 +15,10 @@ from typing import Any
 import pytest
 
 from visionloom.common.pulse import Pulse, Sign, read_sign
-from visionloom.launch.guarding.hang import WAITING, Report, innermost, named
+from visionloom.launch.guarding import hang
+from visionloom.launch.guarding.hang import WAITING, HangWatch, Report, innermost, named
 from visionloom.train.observe.slow_ranks import WAITS
+from visionloom.train.observe.status import RunStatus
 
 LIMIT, SOONEST = 2.0, 5.0
 """Seconds: of silence, and until the run has to be ended after that."""
@@ -53,11 +55,13 @@ HANGS = {
 }
 
 
-def begun(rank: int, ranks: int, attempt: Path, folder: Path, does: str) -> subprocess.Popen[str]:
+def begun(
+    rank: int, ranks: int, attempt: Path, folder: Path, does: str, limit: float = LIMIT
+) -> subprocess.Popen[str]:
     variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
     variables["TORCHELASTIC_ERROR_FILE"] = attempt / str(rank) / "error.json"
     environment = os.environ | {name: str(value) for name, value in variables.items()}
-    command = [sys.executable, "-c", RANK, str(folder), str(LIMIT), does]
+    command = [sys.executable, "-c", RANK, str(folder), str(limit), does]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen(command, env=environment, text=True, **pipes)  # type: ignore[call-overload]
     assert process.stdout.readline() == "begun\n"
@@ -88,6 +92,31 @@ def test_the_rank_that_others_wait_for_is_named(hang: str, tmp_path: Path) -> No
     assert "in wait_for_another" in first and "in stands_still" in second
 
 
+GOES_ON = """
+hung = Path(sys.argv[1], "hung")
+while not hung.exists() or time.time() - hung.stat().st_mtime < 2.4:
+    pulse.current.enter("forward")
+    time.sleep(0.05)
+with pulse.current.during("checkpoint"):
+    wait_for_another()
+"""
+
+
+def test_a_rank_that_went_on_for_some_seconds_is_not_blamed(tmp_path: Path) -> None:
+    """The one that hangs is the first to see it; the others speak for themselves, though their own time is not over."""
+    (tmp_path / "attempt_0").mkdir()
+    waiting = begun(0, 2, tmp_path / "attempt_0", tmp_path, GOES_ON, 5.0)
+    does = "Path(sys.argv[1], 'hung').touch(); pulse.current.enter('data'); time.sleep(1000)"
+    with waiting, begun(1, 2, tmp_path / "attempt_0", tmp_path, does, 5.0) as guilty:
+        guilty.communicate(timeout=5.0 + SOONEST)
+        waiting.send_signal(signal.SIGTERM)  # as torchrun does
+        waiting.communicate(timeout=SOONEST)
+    assert (guilty.returncode, waiting.returncode) == (75, -signal.SIGTERM)
+    cause = status(tmp_path)["cause"]
+    assert "after step 7: rank 1 on " in cause and "rank 0" not in cause
+    assert "in wait_for_another" in (tmp_path / "hang" / "rank-00000.txt").read_text()
+
+
 def test_one_process_alone(tmp_path: Path) -> None:
     environment = os.environ | {"TORCHELASTIC_ERROR_FILE": ""}
     command = [sys.executable, "-c", RANK, str(tmp_path), str(LIMIT), "time.sleep(1000)"]
@@ -106,6 +135,21 @@ def test_parts_are_signs_of_life_and_limits_are_of_a_stage(tmp_path: Path) -> No
     assert (
         subprocess.run(command, timeout=60, stdout=subprocess.DEVNULL, check=False).returncode == 0
     )
+
+
+def test_a_disk_that_takes_no_report_does_not_keep_a_hung_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(hang, "end_process", sys.exit)
+    monkeypatch.setattr(hang.status, "current", RunStatus())
+    hang.status.current.begin(tmp_path)
+    # As a folder that cannot be made: its name is taken.
+    (tmp_path / "hang").touch()
+    with pytest.raises(SystemExit, match="75"):
+        HangWatch(tmp_path, {"step": 1.0}).end(9.0)
+    told = capsys.readouterr().err
+    assert told.startswith("error: no sign of life for 9 s; who hangs is not known: ")
+    assert "File exists" in status(tmp_path)["cause"] and status(tmp_path)["code"] == 75
 
 
 def test_the_parts_in_which_a_rank_waits() -> None:

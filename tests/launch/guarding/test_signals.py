@@ -13,6 +13,8 @@ import pytest
 from visionloom.launch.guarding import signals
 from visionloom.launch.guarding.watch import lost_a_rank
 from visionloom.tests.launch.guarding.test_claim import PATHS, ROOT
+from visionloom.train.observe import status
+from visionloom.train.observe.status import RunStatus, Status, write_status
 from visionloom.train.observe.stopping import StopRequest
 
 RUN = """
@@ -93,9 +95,34 @@ def test_a_rank_that_is_left_alone_ends_at_once(monkeypatch: pytest.MonkeyPatch)
         lost_a_rank.clear()
 
 
+def test_a_rank_that_another_machine_has_left_alone_ends_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The agent here sends SIGTERM because a rank there has failed, which only status.json says; before that a wish is a wish."""
+    asked: list[str] = []
+    monkeypatch.setattr(signals, "end_process", sys.exit)
+    monkeypatch.setattr(StopRequest, "ask", lambda _, reason: not asked.append(reason))
+    monkeypatch.setattr(signals.status, "current", RunStatus())
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    signals.status.current.begin(tmp_path)
+    signals.act(signal.SIGTERM)
+    agent = os.getppid()
+    monkeypatch.setattr(os, "getppid", lambda: agent + 1)
+    write_status(tmp_path, Status("failed", 1, "ValueError: x", 1, 4, "resume"))
+    monkeypatch.setattr(os, "getppid", lambda: agent)
+    with pytest.raises(SystemExit, match="143"):
+        signals.act(signal.SIGTERM)
+    # What a start an hour before has left says nothing of this one.
+    hour_ago = time.strftime(status.TIME, time.localtime(time.time() - 3600))
+    write_status(tmp_path, Status("failed", 1, "x", 1, 4, "", start="job/1/0", time=hour_ago))
+    signals.act(signal.SIGTERM)
+    assert asked == ["stopped by SIGTERM"] * 2
+
+
 def test_a_wish_that_nobody_saw_to_is_not_lost() -> None:
-    """After the last step of a phase, and before what comes next."""
+    """After the last step of a phase, and before what comes next; train/test_early_end.py has what all ranks make of it."""
     request = StopRequest()
-    with pytest.raises(Exception, match="stopped by SIGTERM"), request.at_steps():
+    with request.at_steps():
         assert request.ask("stopped by SIGTERM")
     assert not request.ask("stopped by SIGUSR1") and request.reason == "stopped by SIGTERM"

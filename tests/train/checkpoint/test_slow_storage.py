@@ -5,10 +5,11 @@ from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import MagicMock, patch
 
 import pytest
 
+from visionloom.common import pulse
 from visionloom.tests.ranks import RankPool
 from visionloom.tests.train.checkpoint.test_checkpoint import (
     DENSE,
@@ -86,3 +87,28 @@ def test_row_36_a_save_that_holds_up_training_is_told(
         and "3.5 MB/s" in said[0]
         and "checkpoint.every_steps" in said[0]
     )
+
+
+@pytest.mark.parametrize("call", ["poll", "finish"])
+def test_what_training_waits_for_between_steps_may_take_as_long_as_a_checkpoint(
+    call: str, tmp_path: Path
+) -> None:
+    """Else a disk that flushes slowly would be a hang after watch.step_minutes; a poll with nothing to complete is no wait."""
+    seen: list[str] = []
+
+    def look(*_: Any) -> tuple[str, int]:
+        seen.append(pulse.current.sign.activity)
+        return "", 0
+
+    saver = Saver(tmp_path, CheckpointConfig(), events_of([]))
+    saver.pending = MagicMock(stalled=0.0, waited=0.0, started=0.0)
+    saver.pending.thread.join = look
+    with patch.object(Saver, "_outcome", look), pulse.current.during(pulse.STEP):
+        saver.poll(MagicMock(), any_writing=True)
+        assert not seen
+        if call == "poll":
+            saver.poll(MagicMock(), any_writing=False)
+        else:
+            saver.finish(MagicMock())
+        assert pulse.current.sign.activity == pulse.STEP
+    assert seen == [pulse.CHECKPOINT] * (1 if call == "poll" else 2)

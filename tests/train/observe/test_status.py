@@ -183,6 +183,25 @@ def test_killed_starts_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert start_that(tmp_path, "killed") == (None, "")
 
 
+def test_what_was_stopped_is_not_begun_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal between phases ends a rank with 75, after which torchrun starts all ranks again: each of them ends itself."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    for attempt, end in enumerate(("fails", "stops", "", "")):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(attempt))
+        assert start_that(tmp_path, end)[0] == (75 if attempt else 1)
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(EarlyEnd, match="stopped by SIGTERM") as refused:
+        RunStatus().begin(tmp_path)
+    assert (refused.value.state, refused.value.hint) == ("stopped", "resume")
+    # It stays as the one that was stopped has left it: the second start in vain, in attempt 1.
+    assert [content(tmp_path)[key] for key in ("starts", "restarts")] == [2, 1]
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another")
+    assert start_that(tmp_path, "fails")[0] == 93, "whoever starts it again means it"
+
+
 def test_agents_of_several_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each agent counts attempts for itself, so a start's ranks know each other by the time at which they write.
 
