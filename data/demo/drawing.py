@@ -33,8 +33,16 @@ PLACES: Final = {
 }
 """Names of the cells of a grid, row by row."""
 
+SHIFTS: Final = (
+    *((0, 0), (0, 2), (0, -2)),
+    *((2, 0), (-2, 0)),
+)
+"""Pixels by which a training picture is moved down and right: 1,397 are few, and alike in where they stand."""
+
 DigitGrid = tuple[tuple[int | None, ...], ...]
 """Numbers of handwriting pictures by row and column; None is an empty cell."""
+PlacedCell = tuple[int, tuple[int, int]] | None
+"""A handwriting picture, and by how much it is moved."""
 
 
 @dataclass
@@ -69,14 +77,15 @@ class Drawer:
         digits: Sequence[int],
         numbers: Sequence[int],
         seed: str,
+        shifts: Sequence[tuple[int, int]] = SHIFTS[:1],
     ) -> None:
         """`cells` uint8[32,32] and `digits` are of all pictures; `numbers` are those of this split."""
-        self.random = random.Random(seed)
+        self.random, self._shifts = random.Random(seed), shifts
         self.cells, self.digits = cells, digits
         self._by_digit: list[list[int]] = [[] for _ in range(10)]
         for number in numbers:
             self._by_digit[digits[number]].append(number)
-        self._files: dict[DigitGrid, bytes] = {}
+        self._files: dict[PlacedCell, bytes] = {}
 
     def pictures(self, count: int, distinct: bool = False) -> list[int]:
         """Draw the numbers of `count` pictures, their digits uniform and, on request, distinct."""
@@ -95,25 +104,37 @@ class Drawer:
 
     def png(self, grid: DigitGrid) -> bytes:
         """Return the grid as a grey PNG file; single cells, which come often, are encoded once."""
-        if grid in self._files:
-            return self._files[grid]
-        rows = []
-        for row in grid:
-            rows.append(np.concatenate([self._cell(number) for number in row], axis=1))
-        picture = PillowImage.fromarray(np.concatenate(rows))
-        buffer = io.BytesIO()
-        # Run lengths alone take half the time of full compression, and 3 % more bytes.
-        picture.save(buffer, "PNG", compress_level=1, compress_type=zlib.Z_RLE)
-        if len(grid) == len(grid[0]) == 1:
-            self._files[grid] = buffer.getvalue()
-        return buffer.getvalue()
+        placed = [[self._placed(number) for number in row] for row in grid]
+        if grid != (grid[0][:1],):
+            return self._encode(placed)
+        ((single,),) = placed
+        if single not in self._files:
+            self._files[single] = self._encode(placed)
+        return self._files[single]
 
     def digit(self, number: int) -> str:
         """Return the digit that a picture shows."""
         return str(self.digits[number])
 
-    def _cell(self, number: int | None) -> Pixels:
-        return np.zeros((CELL, CELL), np.uint8) if number is None else self.cells[number]
+    def _placed(self, number: int | None) -> PlacedCell:
+        return None if number is None else (number, self.random.choice(self._shifts))
+
+    def _encode(self, grid: Sequence[Sequence[PlacedCell]]) -> bytes:
+        rows = [np.concatenate([*map(self._cell, row)], axis=1) for row in grid]
+        picture = PillowImage.fromarray(np.concatenate(rows))
+        buffer = io.BytesIO()
+        # Run lengths alone take half the time of full compression, and 3 % more bytes.
+        picture.save(buffer, "PNG", compress_level=1, compress_type=zlib.Z_RLE)
+        return buffer.getvalue()
+
+    def _cell(self, placed: PlacedCell) -> Pixels:
+        """Return a cell, black where nothing is and where a moved picture has left."""
+        if placed is None:
+            return np.zeros((CELL, CELL), np.uint8)
+        number, (down, right) = placed
+        edges = [(max(by, 0), max(-by, 0)) for by in (down, right)]
+        rows, columns = (slice(after, after + CELL) for _, after in edges)
+        return np.pad(self.cells[number], edges)[rows, columns]
 
 
 def grid_of(pictures: Sequence[int | None], columns: int) -> DigitGrid:

@@ -19,7 +19,7 @@ from visionloom.common.errors import UserError
 from visionloom.common.jsonfile import JsonError, load_json
 from visionloom.common.places import PlaceError, read_located
 from visionloom.common.progress import PartProgress
-from visionloom.data.demo.drawing import CELL, Drawer
+from visionloom.data.demo.drawing import CELL, SHIFTS, Drawer
 from visionloom.data.demo.tasks import RECIPES
 from visionloom.data.demo.tokenizer import train_tokenizer
 from visionloom.data.encode.image import Pixels
@@ -35,7 +35,7 @@ DONE: Final = "demo.json"
 """Written last: says with which settings the folder was made."""
 _MAKING: Final = ".making"
 _PARTS: Final = ("tokenizer", "train", "tuning", "test", "contact_sheet.png")
-_GENERATOR_VERSION: Final = 6
+_GENERATOR_VERSION: Final = 7
 
 
 def make_demo(
@@ -63,7 +63,8 @@ def make_demo(
 
     for split, chosen in splits.items():
         for name in RECIPES:
-            drawer = Drawer(cells, digits, chosen, f"{seed}/{split}/{name}")
+            shifts = SHIFTS if split == "train" else SHIFTS[:1]
+            drawer = Drawer(cells, digits, chosen, f"{seed}/{split}/{name}", shifts)
             drafts = _drafts(split, name, drawer, scale, progress)
             write_shards(making / split / name, name, drafts)
     train_tokenizer(making / "tokenizer", _train_samples(making))
@@ -134,8 +135,7 @@ def _drafts(
 ) -> Iterator[tuple[Sample, dict[str, bytes]]]:
     """Yield the samples of a dataset's split with their media."""
     recipe = RECIPES[name]
-    full = recipe.train if split == "train" else recipe.held_out
-    count = max(8, round(full * scale))
+    count = max(8, round(recipe.samples(split) * scale))
     for number in range(1, count + 1):
         draft = recipe.make(drawer, split == "train")
         yield draft.sample(f"{name}:{split}:{number - 1}"), draft.media

@@ -33,14 +33,16 @@ ALONE: Final = 0.4
 
 def captions(drawer: Drawer, training: bool) -> DemoDraft:
     """Draw digits and say what the picture shows: all of a grid in rows, or the place of each on a canvas."""
-    if drawer.random.random() < PLACED:
-        return _places(drawer)
+    return _places(drawer) if drawer.random.random() < PLACED else _rows(drawer)
+
+
+def _rows(drawer: Drawer) -> DemoDraft:
+    """Say which digits a grid has, row by row."""
     rows, columns = drawer.random.choice((*GRIDS, (1, 3)))
     pictures = drawer.pictures(rows * columns)
     draft = DemoDraft(meta={"pictures": pictures, "columns": columns})
-    lines = []
-    for start in range(0, len(pictures), columns):
-        lines.append(" ".join(map(drawer.digit, pictures[start : start + columns])))
+    digits = [*map(drawer.digit, pictures)]
+    lines = [" ".join(digits[row * columns :][:columns]) for row in range(rows)]
     image = drawer.image(draft, grid_of(pictures, columns))
     draft.content = [image, Text(f"\nThe image shows: {' / '.join(lines)}")]
     return draft
@@ -211,6 +213,10 @@ class Recipe:
     make: Callable[[Drawer, bool], DemoDraft]
     train: int
     held_out: int
+
+    def samples(self, split: str) -> int:
+        """Return the number of samples of a split."""
+        return self.train if split == "train" else self.held_out
 
 
 RECIPES: Final[dict[str, Recipe]] = {

@@ -129,7 +129,7 @@ def test_a_wrong_word_is_one_line(words: list[str], expected: list[str]) -> None
         ("wrong_group", "recipe/wrong_group.yaml: no such group: modle (did you mean model?)"),
         (
             "mien",
-            "recipe=mien is unknown (did you mean mine?): use one of broken, deep/nested, demo, full/",
+            "recipe=mien is unknown (did you mean mine?): use one of broken, deep/nested, demo, distillation/demo, full/",
         ),
     ],
 )

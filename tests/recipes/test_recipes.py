@@ -119,7 +119,10 @@ def test_a_layout_may_set_what_its_ranks_ask_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["training=lora"], r"no model is chosen: pass model=NAME, NAME one of demo, qwen3vl_"),
+        (
+            ["training=lora"],
+            r"no model is chosen: pass model=NAME, NAME one of demo, demo_student, qwen3vl_",
+        ),
         (["training=lora", "model=tiny"], r"run\.name is required"),
         (["+training=lora", "model=tiny"], r"training is chosen, not added: write training=lora$"),
         (["training=loar", "model=tiny"], r"training=loar is unknown \(did you mean lora\?\)"),

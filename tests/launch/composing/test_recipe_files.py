@@ -307,7 +307,7 @@ def test_one_section_and_help(folder: Path, capsys: pytest.CaptureFixture[str]) 
     shown = capsys.readouterr().out
     assert (
         "--config-dir DIR" in shown
-        and "recipe: demo, full/" in shown
+        and "recipe: demo, distillation/demo, full/" in shown
         and ", mine," in shown
         and "name: ???" in shown
     )
