@@ -117,14 +117,14 @@ class RunStatus:
         """Begin a start in its folder: the main rank writes that it runs, the others only remember where.
 
         Raises:
-            EarlyEnd: on all ranks, if one of an earlier attempt of their agents was asked to end; on the main rank, if
-                MOST_STARTS before it have ended without a new checkpoint.
+            EarlyEnd: on all ranks, if one of an earlier attempt of their agents was asked to end or gave up; on the main rank,
+                if MOST_STARTS before it have ended without a new checkpoint.
         """
         self._folder, self.step, self._resumed = folder, None, False
         self.began = time.time() - seconds_alive()
         before = read_status(folder)
-        if before is not None and _was_stopped(before):
-            raise EarlyEnd(before.cause, STOPPED, before.hint)
+        if before is not None and before.code is not None and _is_final(before):
+            raise EarlyEnd(before.cause, before.code, before.hint)
         if _rank() == 0:
             self.before = before
             self.step = self.before.step if self.before is not None else None
@@ -136,15 +136,13 @@ class RunStatus:
             self._write_running()
 
     def _refuse_loop(self) -> None:
-        """Raise EarlyEnd if the start before was one too many, or its agent starts the ranks again after it gave up."""
+        """Raise EarlyEnd if the start before was one too many."""
         before = self.before
         if before is None:
             return
         self._starts = before.fruitless + 1
         if self._starts > MOST_STARTS:
             raise EarlyEnd(without_progress(before.step, before.end), GAVE_UP, MEND)
-        if before.code == GAVE_UP and _is_of_these_agents(before):
-            raise EarlyEnd(before.cause, GAVE_UP, before.hint)
 
     def at(self, step: int) -> None:
         """Record that `step` optimizer steps of the run are done."""
@@ -189,7 +187,7 @@ class RunStatus:
         step = self.step
         if written is not None:
             is_of_this_start = self._is_of_this_start(written)
-            if _was_stopped(written) or (written.state != "running" and is_of_this_start):
+            if _is_final(written) or (written.state != "running" and is_of_this_start):
                 return None
             step = written.step if step is None else step
         end = Status(state, code, cause, _rank() if rank is None else rank, step, hint)
@@ -294,9 +292,10 @@ def _is_of_these_agents(status: Status) -> bool:
     return _is_of_another_agent(status) and status.seconds_since_1970 >= int(began)
 
 
-def _was_stopped(status: Status) -> bool:
-    """Return whether the run was asked to end under these agents, which take an exit code other than 0 for a fault and start anew."""
-    return status.state == "stopped" and _is_of_these_agents(status)
+def _is_final(status: Status) -> bool:
+    """Return whether the run was asked to end, or gave up, under these agents, which take its exit code for a fault and start anew."""
+    ended = status.state == "stopped" or status.code == GAVE_UP
+    return ended and _is_of_these_agents(status)
 
 
 def _is_of_another_agent(status: Status) -> bool:

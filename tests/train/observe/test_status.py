@@ -202,6 +202,19 @@ def test_what_was_stopped_is_not_begun_anew(
     assert start_that(tmp_path, "fails")[0] == 93, "whoever starts it again means it"
 
 
+def test_what_gave_up_is_not_begun_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun starts the ranks a fourth time, if it may; the file stays as the third has left it."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    for attempt in range(5):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(attempt))
+        assert start_that(tmp_path, "fails")[0] == (1 if attempt < 2 else 93)
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(EarlyEnd, match=IN_VAIN) as refused:
+        RunStatus().begin(tmp_path)
+    assert (refused.value.state, refused.value.code) == ("failed", 93)
+    assert [content(tmp_path)[key] for key in ("starts", "restarts")] == [3, 2]
+
+
 def test_agents_of_several_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each agent counts attempts for itself, so a start's ranks know each other by the time at which they write.
 
