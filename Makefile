@@ -43,7 +43,7 @@ parity: .venv/installed
 	pytest -m "not long" tests/train/test_parity.py
 
 faults: .venv/installed
-	pytest -m faults
+	pytest -m faults -n 2 --dist loadfile
 
 plans: .venv/installed
 	@OMP_NUM_THREADS=1 python launch/plan.py table docs/plans.md

@@ -7,6 +7,7 @@ handler in C (faulthandler), after SIGUSR2 and SIGCONT. Then the first to have a
 """
 
 import contextlib
+import ctypes
 import faulthandler
 import json
 import os
@@ -216,11 +217,14 @@ class HangWatch:
         """Let another process leave its stacks, from where it stands."""
         path = self._place("stacks", local)
         with contextlib.suppress(OSError):
-            for number in (signal.SIGUSR2, signal.SIGCONT):
-                os.kill(pid, number)
-            until = time.monotonic() + STACK_SECONDS
-            while not path.stat().st_size and time.monotonic() < until:
-                time.sleep(0.001)
+            # To its main thread: another one may take a signal to the process, while the main thread goes on.
+            ctypes.CDLL(None).tgkill(pid, pid, signal.SIGUSR2)
+            os.kill(pid, signal.SIGCONT)
+            until, before, size = time.monotonic() + STACK_SECONDS, -1, 0
+            # They are whole once no more come.
+            while (not size or size != before) and time.monotonic() < until:
+                time.sleep(0.01)
+                before, size = size, path.stat().st_size
             # Lest it goes on, and the others with it.
             os.kill(pid, signal.SIGSTOP)
             return path.read_text(errors="replace")

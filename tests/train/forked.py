@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-RANKS = 2
+RANKS, GAVE_UP = 2, 93
 EXTRA_SECONDS = 0.4
 """Kills are spread over as long as an undisturbed attempt lasts, and a little: some come while the last checkpoint is written."""
 
@@ -51,10 +51,8 @@ def run_rank(rank: int, port: int, words: list[str]) -> None:
         "LOCAL_WORLD_SIZE": RANKS,
         "MASTER_ADDR": "127.0.0.1",
     }
-    world |= {
-        "MASTER_PORT": port,
-        "TORCHELASTIC_RUN_ID": "forked",
-    }  # the last one says that a launcher set the others
+    # The last one says that a launcher set the others. Each attempt is a job of its own.
+    world |= {"MASTER_PORT": port, "TORCHELASTIC_RUN_ID": f"forked-{port}"}
     os.environ |= {name: str(value) for name, value in world.items()}
     log = os.open(os.environ["FORKED_LOG"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.dup2(log, 1)
@@ -103,7 +101,7 @@ def attempt(words: list[str], chance: random.Random, longest: float | None) -> d
                 os.kill(ids[victim], signal.SIGKILL)
         if None in codes and len(victims) == 1:  # what torchrun does when a rank has failed
             time.sleep(chance.uniform(0.0, 0.1))
-    killed = None in codes
+    killed = None in codes and GAVE_UP not in codes
     end(ids, codes)
     return {"killed": killed, "codes": codes, "seconds": time.monotonic() - started}
 
@@ -129,7 +127,7 @@ def main() -> None:
                 [*words, f"run.folder={folder}"], chance, None if last else float(first["seconds"])
             )
             done += bool(told["killed"])
-            finished = not told["killed"]
+            finished = not told["killed"] and GAVE_UP not in told["codes"]
             print(json.dumps({"folder": str(folder), **told}), flush=True)
 
 
