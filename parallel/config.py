@@ -5,19 +5,55 @@ Nothing here imports torch: a layout that cannot be built is refused before any 
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from visionloom.common.settings import check, option
 
 RECOMPUTATIONS = ("none", "norms_and_activations", "mlp", "block", "all_but_attention", "full")
 """From the least memory saved to the most."""
 EXCHANGES = ("gather", "ulysses")
+ENGINES = ("megatron", "deepspeed")
+OFFLOADS = ("none", "cpu", "nvme")
+
+
+@dataclass
+class ZeroConfig:
+    """What DeepSpeed's ZeRO divides among the data-parallel ranks, and what it keeps outside of the device."""
+
+    stage: int = option(3, "free", least=1, most=3)
+    """Divided among the ranks: 1, the optimizer; 2, gradients too; 3, weights too."""
+    offload_optimizer: str = option("none", "free", choices=OFFLOADS)
+    """Where master weights and moments are kept, and the update computed: `none` (on the device), `cpu` or `nvme` (stage 3)."""
+    offload_parameters: str = option("none", "free", choices=OFFLOADS)
+    """Where the weights are kept until a layer needs them, in stage 3: `none` (on the device), `cpu` or `nvme`."""
+    nvme_path: str | None = option(None, "free")
+    """Folder on a fast disk of each machine, for `nvme`."""
+    bucket_bytes: int = option(1 << 28, "free", least=1 << 10, most=1 << 34)
+    """Of gradients that are reduced, and of weights that are gathered, at once."""
+
+    def problems(self, here: str) -> Iterator[str]:
+        """Yield a line for each option that needs another one."""
+        disk = [
+            name
+            for name in ("offload_optimizer", "offload_parameters")
+            if getattr(self, name) == "nvme"
+        ]
+        if disk and not self.nvme_path:
+            yield f"{here}.{disk[0]}=nvme needs {here}.nvme_path, a folder on a fast disk of each machine"
+        if self.stage < 3 and self.offload_parameters != "none":
+            yield f"{here}.offload_parameters={self.offload_parameters} needs {here}.stage=3 (now {self.stage}): others keep the weights whole"
+        if self.stage < 3 and self.offload_optimizer == "nvme":
+            yield f"{here}.offload_optimizer=nvme needs {here}.stage=3 (now {self.stage}), or cpu"
 
 
 @dataclass
 class ParallelConfig:
     """Degrees of parallelism; data parallelism is what remains of the world size."""
 
+    engine: str = option("megatron", "free", choices=ENGINES)
+    """What divides and updates the weights: `megatron` for every layout, or `deepspeed` (ZeRO) with data and tensor parallelism."""
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    """Options of engine=deepspeed."""
     tensor: int = option(1, "free", least=1, most=65_536)
     """Ranks that share every matrix of a language layer."""
     pipeline: int = option(1, "free", least=1, most=65_536)
@@ -34,7 +70,7 @@ class ParallelConfig:
     expert_tensor: int | None = option(None, "free", least=1, most=65_536)
     """Ranks that share the matrices of one expert; None: 1."""
     sequence: bool | None = option(None, "free")
-    """Sequence parallelism in the tensor-parallel group; None: on where tensor > 1."""
+    """Sequence parallelism in the tensor-parallel group; None: on where tensor > 1, with engine=megatron."""
     pipeline_layout: str | None = option(None, "free")
     """Embedding (E), decoder layers (t) and loss (L) over the stages, for example `Ettt|tttt|ttL`; None: evenly."""
     recompute: str = option("none", "free", choices=RECOMPUTATIONS)
@@ -51,7 +87,9 @@ class ParallelConfig:
     @property
     def sequence_parallel(self) -> bool:
         """Return whether activations between the tensor-parallel regions are split over the tokens."""
-        return self.tensor > 1 if self.sequence is None else self.sequence
+        # DeepSpeed adds up gradients over the data ranks alone: the tensor ranks must have all of those of norms.
+        by_default = self.tensor > 1 and self.engine == "megatron"
+        return by_default if self.sequence is None else self.sequence
 
     @property
     def model_parallel_size(self) -> int:
@@ -93,6 +131,8 @@ class ParallelConfig:
 
     def problems(self, here: str) -> Iterator[str]:
         """Yield a line for each degree that needs another one."""
+        if self.engine == "deepspeed":
+            yield from self._engine_problems(here)
         if self.sequence and self.tensor == 1:
             yield f"{here}.sequence=true needs {here}.tensor of 2 or more (now 1)"
         if (self.recompute == "block") != bool(self.recompute_layers):
@@ -105,6 +145,17 @@ class ParallelConfig:
                 f"{here}.virtual_pipeline={self.virtual_pipeline} needs {here}.pipeline of 2 or more (now 1):"
                 f" leave it out or raise {here}.pipeline"
             )
+
+    def _engine_problems(self, here: str) -> Iterator[str]:
+        """Yield a line for each axis that DeepSpeed does not divide the model by."""
+        degrees = {"pipeline": self.pipeline, "context": self.context, "expert": self.expert}
+        degrees |= {"expert_tensor": self.expert_tensor or 1, "sequence": 1 + bool(self.sequence)}
+        for axis, degree in degrees.items():
+            if degree > 1:
+                yield (
+                    f"{here}.engine=deepspeed has data and tensor parallelism only: leave out {here}.{axis}, or choose"
+                    f" {here}.engine=megatron"
+                )
 
     def world_problems(self, world_size: int, here: str = "parallel") -> list[str]:
         """Return a line for each degree that `world_size` ranks cannot hold; values are in their bounds, empty if all fits."""

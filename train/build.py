@@ -23,11 +23,14 @@ from visionloom.train.checkpoint import read as checkpoint
 from visionloom.train.checkpoint.read import Checkpoint
 from visionloom.train.checkpoint.state_file import Inputs
 from visionloom.train.compatibility import check_same_model
-from visionloom.train.config import RunConfig
+from visionloom.train.config import PhaseConfig, RunConfig
 from visionloom.train.distillation.options import model_of_teacher
 from visionloom.train.distillation.own_layout import OwnLayoutTeacher
 from visionloom.train.distillation.teacher import LiveTeacher, StoredTeacher, Teacher
+from visionloom.train.engines.engine import Engine
+from visionloom.train.engines.megatron import MegatronEngine
 from visionloom.train.optim.bad_steps import StepJudge
+from visionloom.train.optim.config import OptimConfig
 from visionloom.train.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
 from visionloom.train.phase_trainer import PhaseTrainer
 from visionloom.train.stream_options import stream_options
@@ -260,20 +263,32 @@ def build_trainer(
             set_trainable(part, phase.trainable)
         else:
             set_trainable(part, phase.trainable, part.lora.trains)
-    wrapped = wrap_data_parallel(parts, topology)
-    bf16 = next(parts[0].parameters()).dtype == torch.bfloat16
-    optimizer = build_optimizer(wrapped, config.optim, phase, bf16)
+    engine = build_engine(parts, topology, config.optim, phase)
     weights = config.init.huggingface or config.init.checkpoint
     return PhaseTrainer(
         phase_name=name,
         phase=phase,
         topology=topology,
         model_parts=parts,
-        wrapped_parts=wrapped,
-        optimizer=optimizer,
-        scheduler=build_scheduler(optimizer, config.optim, phase),
+        engine=engine,
+        scheduler=build_scheduler(engine.optimizer, config.optim, phase),
         stream=stream,
         judge=StepJudge(config.optim),
         inputs=Inputs.of(config.phase_data(name), stream.tokenizer.fingerprint, weights),
         settings=settings_of(config, name),
     )
+
+
+def build_engine(
+    parts: list[Qwen3VL], topology: Topology, optim: OptimConfig, phase: PhaseConfig
+) -> Engine:
+    """Wrap a model whose frozen parameters are marked, and give it an optimizer, as `parallel.engine` says."""
+    bf16 = next(parts[0].parameters()).dtype == torch.bfloat16
+    if topology.config.engine == "deepspeed":
+        # Imported here: DeepSpeed is an extra.
+        from visionloom.train.engines.zero import ZeroEngine
+
+        return ZeroEngine(parts, topology, optim, phase)
+    wrapped = wrap_data_parallel(parts, topology)
+    optimizer = build_optimizer(wrapped, optim, phase, bf16)
+    return MegatronEngine(parts, wrapped, optimizer, topology)

@@ -18,7 +18,6 @@ RENAMED: Final = {
 """Today's name of each old one."""
 GONE: Final = {
     "model.backend": "attention is chosen by what is installed",
-    "parallel.engine": "Megatron-core owns gradients and optimizer",
 }
 """Why an option is no longer needed; each had one value that worked."""
 UNNAMED: Final = {"optim.name": "adamw"}

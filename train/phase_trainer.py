@@ -13,9 +13,9 @@ from visionloom.parallel.topology import Topology
 from visionloom.train.checkpoint.state_file import Inputs
 from visionloom.train.config import PhaseConfig
 from visionloom.train.distillation.teacher import Teacher
+from visionloom.train.engines.engine import Engine
 from visionloom.train.optim.bad_steps import StepJudge
 from visionloom.train.optim.config import OptimConfig
-from visionloom.train.overlap import gather_weights
 
 
 @dataclass
@@ -27,9 +27,8 @@ class PhaseTrainer:
     topology: Topology
     model_parts: list[Qwen3VL]
     """The parts of the model on this pipeline stage: one, or several of a virtual pipeline."""
-    wrapped_parts: list[Any]
-    """The same parts in Megatron's DDP."""
-    optimizer: Any
+    engine: Engine
+    """Wraps the same parts, and holds gradients and optimizer."""
     scheduler: Any
     stream: PackStream
     teacher: Teacher | None = None
@@ -63,7 +62,7 @@ class PhaseTrainer:
 
     def gather_weights(self) -> None:
         """Gather the weights that other ranks have updated, which the next forward pass would; all ranks call it."""
-        gather_weights(self.wrapped_parts)
+        self.engine.gather_weights()
 
     def drop_graphs(self) -> None:
         """Drop autograd's graphs of the last step: Megatron-core's dispatchers of experts keep theirs, to read the routing from.

@@ -179,6 +179,7 @@ def train_phase(
     with observer.evaluating():
         validate_end(config, trainer, observer)
     observer.phase_end(trainer)
+    trainer.engine.close()
     trainer.drop_graphs()
     if trainer.teacher is not None:
         # The next phase may keep the student's layout, and with it what is open.
@@ -436,18 +437,20 @@ def validate_end(config: RunConfig, trainer: PhaseTrainer, observer: Observer) -
         losses = phase_losses(config, trainer, observer)
     if settings.phase_answers:
         # Not only where losses were measured: either may be off.
-        trainer.gather_weights()
         data, parts = held_out(config), trainer.model_parts
-        tasks = task_accuracies(data, parts, trainer.topology, settings.phase_answers)
+        with trainer.engine.whole_weights():
+            tasks = task_accuracies(data, parts, trainer.topology, settings.phase_answers)
     if losses or tasks:
         observer.validation(trainer, losses, tasks)
 
 
 def phase_losses(config: RunConfig, trainer: PhaseTrainer, observer: Observer) -> dict[str, float]:
     """Measure the held-out losses of the weights as they are now."""
-    trainer.gather_weights()
     data, samples = held_out(config), config.evaluation.phase_samples
-    return held_out_losses(data, trainer.model_parts, trainer.topology, samples, observer.screen)
+    with trainer.engine.whole_weights():
+        return held_out_losses(
+            data, trainer.model_parts, trainer.topology, samples, observer.screen
+        )
 
 
 def trained_checkpoint(

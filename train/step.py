@@ -15,16 +15,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import finalize_model_grads
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor
 
 from visionloom.data.stream.batch import PackedBatch
 from visionloom.model.experts import update_router_loads
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.parallel.device import to_device
-from visionloom.parallel.parts import OPTIMIZER, REDUCTION, in_part
-from visionloom.parallel.schedule import run_schedule
 from visionloom.parallel.topology import Topology
 from visionloom.train.distillation.teacher import Teacher
 from visionloom.train.optim.bad_steps import Verdict
@@ -64,14 +60,15 @@ def train_step(
         batches = trainer.teacher.take(batches)
     batches = agree_on_unreadable(batches, trainer.topology)
     sums = open_sums(trainer, batches, signals)
-    trainer.optimizer.zero_grad()
     compute_gradients(trainer, batches, sums)
     trainer.scheduler.step(1)
-    grad_norm = gradient_norm(trainer.optimizer)
+    grad_norm = trainer.engine.gradient_norm()
     totals = sums.totals()  # now and not after the update, which would have to be waited for
     verdict = trainer.judge.judge(totals.loss, grad_norm)
-    if not verdict.skipped:
-        update(trainer.optimizer, grad_norm)
+    if verdict.skipped:
+        trainer.engine.drop()
+    else:
+        trainer.engine.update(grad_norm)
     return StepResult(totals, grad_norm, verdict)
 
 
@@ -118,16 +115,15 @@ def agree_on_unreadable(batches: list[PackedBatch], topology: Topology) -> list[
 def compute_gradients(trainer: PhaseTrainer, batches: list[PackedBatch], sums: StepSums) -> None:
     """Fill the gradients of the loss over the global batch, alike on all copies of the model, and reduce `sums`."""
     topology, experts = trainer.topology, trainer.model_config.text.experts
-    balance_scale = balance_scale_of(batches, topology) if experts else None
-    for part, wrapped in zip(trainer.model_parts, trainer.wrapped_parts, strict=True):
-        wrapped.zero_grad_buffer()
-        part.config.finalize_model_grads_func = reduce_gradients
-        if balance_scale is not None:
+    trainer.engine.clear()
+    if experts:
+        balance_scale = balance_scale_of(batches, topology)
+        for part in trainer.model_parts:
             part.config.moe_grad_scale_func = balance_scale.clone
     if trainer.teacher is not None:
         trainer.teacher.begin(batches)
     forward = functools.partial(forward_losses, sums=sums.losses, teacher=trainer.teacher)
-    run_schedule(forward, trainer.wrapped_parts, batches, topology, forward_only=False)
+    trainer.engine.accumulate(forward, batches)
     # A dense model has no collective here, which would be a wait.
     if experts:
         sums.set_routers(update_router_loads(trainer.model_parts, topology))
@@ -136,14 +132,7 @@ def compute_gradients(trainer: PhaseTrainer, batches: list[PackedBatch], sums: S
     weight = sums.losses.values[0].sum()
     # Chosen on the device: asking for the weight on the host would be a wait.
     scale = torch.where(weight > 0, 1.0 / weight, torch.zeros_like(weight)).float()
-    for part in trainer.wrapped_parts:
-        part.scale_gradients(scale)
-
-
-@in_part(REDUCTION)
-def reduce_gradients(parts: list[Any], num_tokens: Any, **options: Any) -> None:
-    """Add up gradients over the ranks and leave the division to us: Megatron-core counts tokens, the loss has weights."""
-    finalize_model_grads(parts, None, **options)
+    trainer.engine.scale(scale)
 
 
 def unwrapped(part: Any) -> Qwen3VL:
@@ -183,20 +172,3 @@ def balance_scale_of(batches: list[PackedBatch], topology: Topology) -> Tensor:
     weight, tokens = topology.sum_over_data(on_device)
     # Megatron-core keeps one for the process, of this shape.
     return (weight / tokens.clamp_min(1.0)).float().reshape(1)
-
-
-@in_part(OPTIMIZER)
-def gradient_norm(optimizer: Any) -> float:
-    """Return the global norm of the gradients; the host waits for the device."""
-    optimizer.prepare_grads()
-    return float(optimizer.get_grad_norm())
-
-
-@in_part(OPTIMIZER)
-def update(optimizer: Any, norm: float) -> None:
-    """Clip the gradients, whose norm is given, and apply them."""
-    for inner in optimizer.chained_optimizers:
-        clip = inner.config.clip_grad  # 0 turns it off
-        if clip > 0.0 and inner.get_parameters():
-            clip_grad_by_total_norm_fp32(inner.get_parameters(), max_norm=clip, total_norm=norm)
-    optimizer.step_with_ready_grads()

@@ -115,10 +115,10 @@ def trace_step(recorder: Recorder, trainer: PhaseTrainer, batches: list[PackedBa
     """
     topology, ledger = trainer.topology, recorder.ledger
     # The first update would make them: between steps they are there.
-    for inner in trainer.optimizer.chained_optimizers:
+    for inner in trainer.engine.optimizer.chained_optimizers:
         if getattr(inner.optimizer, "make_moments", None):
             inner.optimizer.make_moments()
-    for wrapped in trainer.wrapped_parts:
+    for wrapped in trainer.engine.parts:
         expect_gradients(wrapped)
     for tensors, category in owned(trainer):
         ledger.own(tensors, category)
@@ -155,11 +155,11 @@ def owned(trainer: PhaseTrainer) -> Iterator[tuple[list[Any], Category]]:
     """Yield the tensors that live between steps, with what they are for."""
     for part in trainer.model_parts:
         yield [*part.parameters(), *part.buffers()], Category.WEIGHTS
-    for wrapped in trainer.wrapped_parts:
+    for wrapped in trainer.engine.parts:
         buffers = [*wrapped.buffers, *wrapped.expert_parallel_buffers]
         yield [buffer.grad_data for buffer in buffers], Category.GRADIENTS
         yield [b.param_data for b in buffers if b.param_data is not None], Category.WEIGHTS
-    for inner in trainer.optimizer.chained_optimizers:
+    for inner in trainer.engine.optimizer.chained_optimizers:
         if getattr(inner.optimizer, "param_groups", None):
             groups = inner.optimizer.param_groups
             yield [x for group in groups for x in group["params"]], Category.OPTIMIZER
@@ -179,7 +179,7 @@ class _Passes:
     def __init__(self, recorder: Recorder, trainer: PhaseTrainer, micro_batches: int) -> None:
         self.recorder = recorder
         self.forward_step, self.backward_step = schedules.forward_step, schedules.backward_step
-        self.numbers = {id(part): number for number, part in enumerate(trainer.wrapped_parts)}
+        self.numbers = {id(part): number for number, part in enumerate(trainer.engine.parts)}
         self.passed = [0] * len(self.numbers)
         """Micro-batches that have passed each part of the model forward."""
         self.made: dict[int, tuple[int, int]] = {}

@@ -260,6 +260,7 @@ def build(
     from visionloom.model.qwen3vl import Qwen3VL
     from visionloom.model.trainable import set_trainable
     from visionloom.train.config import PhaseConfig
+    from visionloom.train.engines.megatron import MegatronEngine
     from visionloom.train.optim.config import OptimConfig
     from visionloom.train.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
     from visionloom.train.phase_trainer import PhaseTrainer
@@ -288,9 +289,8 @@ def build(
         "Stream", (), {"datasets": [type("Dataset", (), {"name": "test"})], "step_of_plan": int}
     )
     teacher = teacher_of(layout, topology)
-    return PhaseTrainer(
-        "test", phase, topology, chunks, wrapped, optimizer, scheduler, stream, teacher
-    )
+    engine = MegatronEngine(chunks, wrapped, optimizer, topology)
+    return PhaseTrainer("test", phase, topology, chunks, engine, scheduler, stream, teacher)
 
 
 def backward(layout: Layout, packs: list[TestPack]) -> tuple[Any, float]:

@@ -53,7 +53,7 @@ def trained(
     mine: list[Any] = deal(packs, stage.topology, layout.one_encoder)
     losses = [train_step(stage, mine).loss for _ in range(3)]
     stage.gather_weights()
-    buckets = [len(buffer.buckets) for buffer in stage.wrapped_parts[0].buffers]
+    buckets = [len(buffer.buckets) for buffer in stage.engine.parts[0].buffers]
     assert (min(buckets) > 3) == overlap
     weights = [each.detach().clone() for part in stage.model_parts for each in part.parameters()]
     return losses, weights
@@ -78,7 +78,7 @@ def first_step(layout: Layout, packs: list[TestPack], by_weight: bool) -> tuple[
     """Loss and gradient norm of a step in which a weight is there only once a call of its module has asked for it."""
     with EACH_ALONE:
         stage = build(layout, sharded=True)
-    (wrapped,) = stage.wrapped_parts
+    (wrapped,) = stage.engine.parts
     for group in (*wrapped.bucket_groups, *wrapped.expert_parallel_bucket_groups):
         group.next_param_gather_bucket_group = None
         ranks = group.intra_distributed_optimizer_instance_size

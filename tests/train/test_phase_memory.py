@@ -29,10 +29,10 @@ def left_of_phases(config: RunConfig, freed: bool) -> list[list[str]]:
         trainer = build_trainer(*arguments)
         named = {
             "trainer": trainer,
-            "optimizer": trainer.optimizer,
+            "optimizer": trainer.engine.optimizer,
             "model": trainer.model_parts[0],
         }
-        named["wrapper"] = trainer.wrapped_parts[0]
+        named["wrapper"] = trainer.engine.parts[0]
         named["weight"] = next(trainer.model_parts[0].parameters())
         built.extend((name, weakref.ref(each)) for name, each in named.items())
         return trainer

@@ -1,135 +1,48 @@
-"""Master weights and moments in checkpoints: each rank writes and reads the slices that it updates, and nothing else.
+"""What each rank alone holds in checkpoints, above all master weights and moments: it writes and reads these slices and nothing else.
 
-Megatron-core's distributed optimizer flattens the parameters into buffers and gives each data-parallel rank a stretch of them,
-which ends anywhere in a parameter. Here what a rank has of a parameter is a few rectangles of the full tensor, so that files
-have no layout, no rank needs another's numbers, and its memory falls with the number of ranks.
+Engines flatten the parameters into buffers and give each data-parallel rank a stretch of them, which ends anywhere in a
+parameter. Here what a rank has of a parameter is a few rectangles of the full tensor, so that files have no layout, no rank
+needs another's numbers, and its memory falls with the number of ranks.
 """
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import (
-    ShardedTensor,
-    ShardedTensorFactory,
-    is_main_replica,
-)
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
 from torch import Tensor
 
 from visionloom.train.checkpoint.rectangles import Rectangle, rectangles
+from visionloom.train.checkpoint.weights_state import ParameterPiece, Weights, pieces_by_parameter
+from visionloom.train.engines.engine import WEIGHT, Engine
 
 
-@dataclass(frozen=True)
-class ParameterPiece:
-    """A part of a parameter on this rank that is one rectangle of the full tensor."""
+def own_tensors(engine: Engine, weights: Weights) -> dict[str, ShardedTensor]:
+    """Return what this rank alone holds as rectangles of full tensors, by names that no layout changes.
 
-    sharded: ShardedTensor
-    begin: int
-    """Its first number, in the flattened parameter."""
-
-    @property
-    def end(self) -> int:
-        """Return the place after its last number in the flattened parameter."""
-        return self.begin + int(self.sharded.data.numel())
-
-
-def state_tensors(optimizer: Any, weights: dict[str, Any]) -> dict[str, ShardedTensor]:
-    """Return this rank's master weights and moments as rectangles of full tensors, by names that no layout changes.
-
-    Their data are views of the optimizer's own numbers: a save copies from them, a load writes into them.
-
-    Megatron-core's own state of an optimizer also holds its parameter groups, which differ with the layout: without experts
-    on ranks of their own there is one optimizer, with them there are two. All that a group knows is derived here: the
-    learning rate from the schedule, and the number of updates from `updates`.
+    Their data are views of the engine's own numbers: a save copies from them, a load writes into them.
 
     Args:
-        optimizer: of `build_optimizer`.
-        weights: the model's sharded state, which names the parameters.
+        engine: of the trainer.
+        weights: the engine's.
     """
-    pieces = pieces_by_parameter(weights)
     tensors: dict[str, ShardedTensor] = {}
-    for inner in _sharded_optimizers(optimizer):
-        inner.optimizer.make_moments()  # a fresh one has none to read into or to save
-        for parameter, begin in _owned(inner):
-            # The master copy is `param`; the moments have torch's names.
-            own = inner._get_main_param_and_optimizer_states(parameter)
-            for kind, values in own.items():
-                for part in _slices(pieces[parameter], kind, values.detach(), begin):
-                    tensors[f"{part.key} at {part.global_offset}"] = part
+    for owned in engine.owned():
+        pieces = weights.pieces[owned.parameter]
+        for kind, values in owned.values.items():
+            for part in _slices(pieces, kind, values, owned.begin):
+                tensors[f"{part.key} at {part.global_offset}"] = part
     return tensors
 
 
-def written_parts(optimizer: Any, weights: dict[str, Any]) -> Iterator[ShardedTensor]:
+def written_parts(engine: Engine) -> Iterator[ShardedTensor]:
     """Yield the parts of tensors that this rank could write to a checkpoint: others may have the same weights."""
-    own = state_tensors(optimizer, weights).values()
-    of_weights = [
-        piece.sharded for pieces in pieces_by_parameter(weights).values() for piece in pieces
-    ]
-    for part in (*own, *of_weights):
+    weights = engine.weights()
+    own = own_tensors(engine, weights).values()
+    shared = pieces_by_parameter(weights.shared).values()
+    for part in (*own, *(piece.sharded for pieces in shared for piece in pieces)):
         if is_main_replica((*part.replica_id[:2], 0)):
             yield part
-
-
-def set_updates(optimizer: Any, done: int) -> None:
-    """Set the count of updates, by which AdamW corrects its moments."""
-    for inner in _sharded_optimizers(optimizer):
-        for group in inner.optimizer.param_groups:
-            group["step"] = done
-
-
-def updates(optimizer: Any) -> int:
-    """Count the updates that the optimizer has made: steps that were not skipped."""
-    most = 0
-    for inner in _sharded_optimizers(optimizer):
-        for group in inner.optimizer.param_groups:
-            most = max(most, int(group.get("step") or 0))
-    return most
-
-
-def pieces_by_parameter(weights: dict[str, Any]) -> dict[Any, list[ParameterPiece]]:
-    """Return the rectangles of full tensors that each parameter is made of, in the parameter's order."""
-    pieces: dict[Any, list[ParameterPiece]] = {}
-    for each in nested_values(weights):
-        if isinstance(each, ShardedTensor | ShardedTensorFactory):
-            pieces[each.data] = _pieces_of(each)
-    return pieces
-
-
-def _pieces_of(sharded: ShardedTensor | ShardedTensorFactory) -> list[ParameterPiece]:
-    """Return the pieces of one parameter: one, or two where gate and up are in one matrix."""
-    parameter = sharded.data
-    boxes = [sharded]
-    if isinstance(sharded, ShardedTensorFactory):
-        boxes = list(nested_values({"boxes": sharded.build()}))
-    pieces = []
-    end = 0
-    for box in boxes:
-        # Pieces are views in the parameter's order: a flat range of one is a flat range of the other.
-        begin = box.data.storage_offset() - parameter.storage_offset()
-        assert begin == end and box.data.is_contiguous(), box.key
-        pieces.append(ParameterPiece(box, begin))
-        end = pieces[-1].end
-    assert end == parameter.numel(), sharded.key
-    return pieces
-
-
-def _sharded_optimizers(optimizer: Any) -> Iterator[Any]:
-    """Yield Megatron's distributed optimizers that have parameters: a stage may train none."""
-    for inner in optimizer.chained_optimizers:
-        is_stub = getattr(inner, "is_stub_optimizer", False)
-        if not is_stub and inner.optimizer.param_groups:
-            yield inner
-
-
-def _owned(inner: Any) -> Iterator[tuple[Any, int]]:
-    """Yield the parameters that this rank updates a part of, and where the part begins in the flattened parameter."""
-    for buffer in inner.gbuf_ranges:
-        for buckets in buffer.values():
-            for bucket in buckets:
-                for parameter, ranges in bucket["param_map"].items():
-                    yield parameter, ranges["param"].start
 
 
 def _slices(
@@ -165,7 +78,7 @@ def _slice(
     places = zip(sharded.global_offset, offsets, strict=True)
     return replace(
         sharded,
-        key=f"optimizer.state.{kind}.{sharded.key}",
+        key=sharded.key if kind == WEIGHT else f"optimizer.state.{kind}.{sharded.key}",
         data=values.view(sizes),
         dtype=values.dtype,
         local_shape=sizes,

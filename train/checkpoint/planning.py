@@ -26,7 +26,8 @@ from torch.distributed.checkpoint.default_planner import create_default_global_s
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan
 
-from visionloom.train.checkpoint.read import layout_metadata, trainer_state
+from visionloom.train.checkpoint.read import trainer_state
+from visionloom.train.checkpoint.weights_state import layout_metadata
 from visionloom.train.phase_trainer import PhaseTrainer
 
 

@@ -33,10 +33,11 @@ from visionloom.model.sharding import EXPERTS
 from visionloom.parallel.topology import Topology
 from visionloom.train.checkpoint.finite import require_finite
 from visionloom.train.checkpoint.index import INDEX, IndexFault, read_index
-from visionloom.train.checkpoint.optimizer_state import set_updates, state_tensors, updates
+from visionloom.train.checkpoint.optimizer_state import own_tensors
 from visionloom.train.checkpoint.state_file import CHECKPOINTS, STATE, RunState, read_run_state
 from visionloom.train.checkpoint.state_file import LARGEST as LARGEST_STATE
 from visionloom.train.checkpoint.untrusted import harmless_reading
+from visionloom.train.checkpoint.weights_state import named_parts, weights_state
 from visionloom.train.exchange.companions import COMPANIONS
 from visionloom.train.phase_trainer import PhaseTrainer
 
@@ -97,7 +98,7 @@ def run_state_of(trainer: PhaseTrainer, step: int, phase_step: int) -> RunState:
         phase_steps=trainer.phase.total_steps,
         data=trainer.stream.state(phase_step),
         model=asdict(trainer.model_config),
-        updates=updates(trainer.optimizer),
+        updates=trainer.engine.updates,
         lora=asdict(lora) if lora is not None else {},
         inputs=asdict(inputs) if inputs is not None else {},
         recent=trainer.judge.state(),
@@ -108,15 +109,15 @@ def run_state_of(trainer: PhaseTrainer, step: int, phase_step: int) -> RunState:
 def load_trainer(checkpoint: Checkpoint, trainer: PhaseTrainer) -> None:
     """Load weights, optimizer and schedule, so that a phase continues exactly, in any layout."""
     folder, topology = checkpoint.folder, trainer.topology
-    weights = weights_state(trainer.model_parts, topology)
-    slices = state_tensors(trainer.optimizer, weights)
-    loaded = _read(folder, weights, topology)
-    _load_parts(loaded, trainer.model_parts)
+    weights = trainer.engine.weights()
+    slices = own_tensors(trainer.engine, weights)
+    loaded = _read(folder, weights.shared, topology)
+    _load_parts(loaded, trainer.model_parts, strict=trainer.engine.has_whole_weights)
     _read_own(folder, slices)
     # Moments too: they would make the weights so at the next step.
     moments = ((name, part.data) for name, part in slices.items())
     require_finite(chain(_tensors(loaded), moments), f"{folder}", topology)
-    set_updates(trainer.optimizer, checkpoint.run_state.updates)
+    trainer.engine.loaded(checkpoint.run_state.updates)
     # Steps and not updates: a skipped step advances the schedule too.
     trainer.scheduler.step(checkpoint.run_state.phase_step - trainer.scheduler.num_steps)
 
@@ -131,11 +132,11 @@ def load_weights(checkpoint: Checkpoint, parts: list[Qwen3VL], topology: Topolog
     require_finite(_tensors(loaded), f"{checkpoint.folder}", topology)
 
 
-def _load_parts(loaded: dict[str, Any], parts: list[Qwen3VL]) -> None:
-    """Load each part of the model from a state that was read."""
-    for key, part in _named(parts).items():
+def _load_parts(loaded: dict[str, Any], parts: list[Qwen3VL], strict: bool = True) -> None:
+    """Load each part of the model from a state that was read, which has all of its weights if `strict`."""
+    for key, part in named_parts(parts).items():
         # Megatron-core leaves out what is empty: a part without adapters.
-        part.load_state_dict(loaded.get(key, {}), strict=part.lora is None)
+        part.load_state_dict(loaded.get(key, {}), strict=strict and part.lora is None)
 
 
 def _tensors(loaded: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -184,35 +185,10 @@ def _read_own(folder: Path, slices: dict[str, Any]) -> None:
         dist_checkpointing.load(slices, str(folder), strategy, validate_access_integrity=False)
 
 
-def _named(parts: list[Qwen3VL]) -> dict[str, Qwen3VL]:
-    """Return the parts by the key of their weights in this rank's state; names on disk lack it."""
-    if len(parts) == 1:
-        return {"model": parts[0]}
-    return {f"model{number}": part for number, part in enumerate(parts)}
-
-
-def weights_state(parts: list[Qwen3VL], topology: Topology) -> dict[str, Any]:
-    """Return the model's weights for Megatron-core's checkpoints; of a model with adapters, what can train alone.
-
-    Adapters may be in some layers only, so theirs are not stacked over the layers as those of weights are.
-    """
-    lora = parts[0].lora
-    metadata = layout_metadata(topology) | {"non_homogeneous_layers": lora is not None}
-    states = {}
-    for key, part in _named(parts).items():
-        state = part.sharded_state_dict(metadata=metadata)
-        if lora is not None:
-            # Routers are frozen, but still count their loads.
-            kept = [name for name in state if lora.trains(name) or name.endswith(".router.load")]
-            state = {name: state[name] for name in kept}
-        states[key] = state
-    return states
-
-
 def trainer_state(trainer: PhaseTrainer) -> dict[str, Any]:
     """Return weights and optimizer of a phase for Megatron-core's checkpoints."""
-    weights = weights_state(trainer.model_parts, trainer.topology)
-    return {**weights, "optimizer": state_tensors(trainer.optimizer, weights)}
+    weights = trainer.engine.weights()
+    return {**weights.shared, "optimizer": own_tensors(trainer.engine, weights)}
 
 
 def newest(run_folder: Path, topology: Topology) -> tuple[Checkpoint | None, list[str]]:
@@ -357,21 +333,6 @@ def _candidates(run_folder: Path) -> list[Path]:
         if folder.suffix != ".tmp":  # a save that was killed
             folders.append(folder)
     return sorted(folders, key=lambda folder: folder.name, reverse=True)
-
-
-def layout_metadata(topology: Topology | None) -> dict[str, Any]:
-    """Return Megatron-core's description of an optimizer's layout: one full tensor a parameter, which any layout can read.
-
-    Args:
-        topology: whose ranks read or write; None: for the file, which names no ranks.
-    """
-    metadata: dict[str, Any] = {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "singleton_local_shards": False,
-    }
-    if topology is not None:
-        metadata["dp_cp_group"] = topology.groups.dp_cp
-    return metadata
 
 
 def hash_file(path: Path) -> str:

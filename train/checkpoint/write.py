@@ -40,7 +40,6 @@ from visionloom.train.checkpoint.read import (
     folder_of,
     gather_by_name,
     run_state_of,
-    weights_state,
     write_manifest,
 )
 from visionloom.train.checkpoint.state_file import CHECKPOINTS, STATE, RunState
@@ -435,9 +434,8 @@ def room_fault(folder: Path, needed: int) -> str:
 
 def estimated_bytes(trainer: PhaseTrainer) -> int:
     """Estimate the bytes of a checkpoint's tensors; all ranks call it."""
-    weights = weights_state(trainer.model_parts, trainer.topology)
     sizes: dict[str, int] = {}
-    for tensor in written_parts(trainer.optimizer, weights):
+    for tensor in written_parts(trainer.engine):
         # By name and place: data-parallel ranks all have the same weights.
         sizes[f"{tensor.key} at {tensor.global_offset}"] = tensor.data.nbytes + OVERHEAD_BYTES
     return sum(gather_by_name(sizes).values())

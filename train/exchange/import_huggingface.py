@@ -39,12 +39,11 @@ from visionloom.train.checkpoint.finite import is_finite, not_finite
 from visionloom.train.checkpoint.read import (
     FileEntry,
     gather_by_name,
-    layout_metadata,
-    weights_state,
     write_manifest,
 )
 from visionloom.train.checkpoint.state_file import STATE, RunState
 from visionloom.train.checkpoint.stored import canonical_region
+from visionloom.train.checkpoint.weights_state import layout_metadata, weights_state
 from visionloom.train.exchange.companions import COMPANIONS, carry
 
 PHASE = "import"

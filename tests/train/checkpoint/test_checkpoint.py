@@ -76,7 +76,7 @@ class Stream:
 
 def stage_of(layout: Layout) -> Any:
     stage = build(layout, sharded=True)
-    for inner in stage.optimizer.chained_optimizers:
+    for inner in stage.engine.optimizer.chained_optimizers:
         for group in inner.optimizer.param_groups:
             group["eps"] = 1e-3  # or noise in the last bits of tiny gradients would be a whole step
     return replace(stage, stream=Stream())
@@ -133,7 +133,7 @@ def resumed(layout: Layout, packs: list[TestPack], folder: Path, optimizer: bool
         checkpoint.load_trainer(newest, stage)
     else:
         checkpoint.load_weights(newest, stage.model_parts, stage.topology)
-        stage.optimizer.reload_model_params()
+        stage.engine.optimizer.reload_model_params()
         stage.scheduler.step(2)
     train(stage, layout, packs, 1)
     return stage

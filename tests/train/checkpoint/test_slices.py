@@ -34,7 +34,7 @@ from visionloom.tests.train.checkpoint.test_checkpoint import (
 from visionloom.tests.train.layouts import Case, Layout, TestPack, packs_of
 from visionloom.train.checkpoint import planning
 from visionloom.train.checkpoint.planning import PhasePlanner
-from visionloom.train.checkpoint.read import layout_metadata, weights_state
+from visionloom.train.checkpoint.weights_state import layout_metadata, weights_state
 from visionloom.train.checkpoint.write import Saver
 from visionloom.train.config import CheckpointConfig
 from visionloom.train.phase_trainer import PhaseTrainer
@@ -95,7 +95,7 @@ def whole_state(trainer: PhaseTrainer) -> dict[str, Any]:
     """The state as earlier versions saved it: Megatron-core gathers full tensors of the optimizer on every rank."""
     weights = weights_state(trainer.model_parts, trainer.topology)
     tensors = {}
-    for number, inner in enumerate(trainer.optimizer.chained_optimizers):
+    for number, inner in enumerate(trainer.engine.optimizer.chained_optimizers):
         inner.optimizer.make_moments()
         metadata = layout_metadata(trainer.topology)
         tensors[str(number)] = inner.sharded_param_state_fully_reshardable(weights, False, metadata)
@@ -180,7 +180,7 @@ def peak_of_a_save(layout: Layout, folder: Path, as_before: bool) -> tuple[int, 
     """Bytes of host memory that a save takes at its peak, and of this rank's own state; runs on every rank of the pool."""
     stage = stage_of(layout)
     own = 0
-    for inner in stage.optimizer.chained_optimizers:
+    for inner in stage.engine.optimizer.chained_optimizers:
         inner.optimizer.make_moments()
         moments = [each for values in inner.optimizer.state.values() for each in values.values()]
         for moment in moments:

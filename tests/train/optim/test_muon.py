@@ -33,7 +33,6 @@ from visionloom.tests.train.checkpoint.test_checkpoint import (
 )
 from visionloom.tests.train.layouts import Case, Layout, build, curve, packs_of
 from visionloom.train.optim.muon import orthogonalize
-from visionloom.train.step import update
 
 DENSE = Case(content="images", optimizer="muon")
 MIXTURE = replace(DENSE, experts=8)
@@ -110,7 +109,7 @@ def errors_against_torch(case: Case, mistake: str) -> dict[str, float]:
     """Relative errors of the changes of transformers' matrices after three updates by drawn gradients; on a rank of the pool."""
     stage = build(Layout(1, {}, case), sharded=True, clip=0.0)
     if mistake == "joined":  # fused matrices taken for one
-        for inner in stage.optimizer.chained_optimizers:
+        for inner in stage.engine.optimizer.chained_optimizers:
             wholes = inner.optimizer.wholes
             inner.optimizer.wholes = [
                 replace(
@@ -134,14 +133,14 @@ def errors_against_torch(case: Case, mistake: str) -> dict[str, float]:
     reference = Reference(before, lr=1e-3, decay=0.05)
     generator = torch.Generator().manual_seed(1)
     for _ in range(STEPS):
-        for group in (g for o in stage.optimizer.chained_optimizers for g in o.param_groups):
+        for group in (g for o in stage.engine.optimizer.chained_optimizers for g in o.param_groups):
             group["lr"], group["weight_decay"] = 1e-3, 0.05 * group["wd_mult"]
         gradients = {}
         for name, parameter in parameters.items():
             gradients[name] = torch.randn(parameter.shape, generator=generator)
             parameter.main_grad.copy_(gradients[name])  # type: ignore[attr-defined]
-        stage.optimizer.prepare_grads()
-        update(stage.optimizer, 1.0)
+        stage.engine.optimizer.prepare_grads()
+        stage.engine.update(1.0)
         with fp32_products():
             reference.step(parted(gradients))
     after = parted({name: parameter.detach() for name, parameter in parameters.items()})
@@ -275,8 +274,10 @@ def optimizer_of_megatron(case: Case) -> tuple[str, str]:
 
     stage = build(Layout(1, {}, case), sharded=True)
     settings = OptimizerConfig(optimizer="adam", lr=1e-3, use_distributed_optimizer=True)
-    theirs = get_megatron_optimizer(settings, stage.wrapped_parts, use_gloo_process_groups=False)
-    inner = (optimizer.chained_optimizers[0].optimizer for optimizer in (stage.optimizer, theirs))
+    theirs = get_megatron_optimizer(settings, stage.engine.parts, use_gloo_process_groups=False)
+    inner = (
+        optimizer.chained_optimizers[0].optimizer for optimizer in (stage.engine.optimizer, theirs)
+    )
     ours, plain = (type(each).__name__ for each in inner)
     return ours, plain
 

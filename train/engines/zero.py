@@ -1,0 +1,382 @@
+"""DeepSpeed's ZeRO: optimizer, gradients and weights divided among the data-parallel ranks, in memory of the device, host or disk.
+
+DeepSpeed flattens the parameters and gives each rank a stretch: at stage 3 of every parameter, at stages 1 and 2 of all that are
+updated alike. It divides gradients by the number of data ranks, clips by a norm of its own and skips no step; all three are
+undone or done here, so that a step is the same as Megatron-core's.
+"""
+
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from visionloom.common.errors import UserError
+from visionloom.data.stream.batch import PackedBatch
+from visionloom.model.qwen3vl import Qwen3VL
+from visionloom.model.trainable import group_of
+from visionloom.parallel.config import ZeroConfig
+from visionloom.parallel.parts import OPTIMIZER, in_part
+from visionloom.parallel.schedule import run_schedule
+from visionloom.parallel.topology import Topology
+from visionloom.train.checkpoint.weights_state import ParameterPiece, Weights, weights_state
+from visionloom.train.config import PhaseConfig
+from visionloom.train.engines.engine import WEIGHT, Owned
+from visionloom.train.optim.config import OptimConfig
+from visionloom.train.optimizer import rates_of
+
+MOMENTS = "exp_avg", "exp_avg_sq"
+EVALUATION = -1
+"""Stands among the modules that need a weight, which DeepSpeed numbers from 0."""
+INITIAL_MICRO_STEP_ID = -1
+"""DeepSpeed's number of a micro-batch before the first of a step, at stages 1 and 2."""
+
+
+class ZeroEngine:
+    """DeepSpeed's engine around the model, with torch's AdamW inside."""
+
+    def __init__(
+        self, model_parts: list[Qwen3VL], topology: Topology, optim: OptimConfig, phase: PhaseConfig
+    ) -> None:
+        """Divide a model, whose frozen parameters are marked, among the ranks.
+
+        Raises:
+            UserError: if DeepSpeed is not installed.
+        """
+        deepspeed = import_deepspeed(topology.device)
+        (self.model,) = model_parts
+        self.topology = topology
+        self.stage = topology.config.zero.stage
+        self.has_whole_weights = self.stage < 3
+        # Named while they are whole.
+        self._named = Weights.of(weights_state(model_parts, topology))
+        groups = parameter_groups(self.model, optim, phase)
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=self.model,
+            optimizer=optimizer_of(groups, optim),
+            config=settings_of(topology, optim, groups[0]["params"][0].dtype),
+            mpu=Groups(topology),
+        )
+        if not self.has_whole_weights:
+            self._named = divided(self._named)
+        self.parts = [Called(self.engine)]
+        self.updates = 0
+        self._factor = 1.0
+        """By which the gradients are still to be multiplied."""
+
+    def clear(self) -> None:
+        """Do nothing: an update, or a step that is dropped, leaves no gradients; see Engine."""
+
+    def accumulate(self, forward: Callable[..., Any], batches: Sequence[PackedBatch]) -> None:
+        """Run one micro-batch after the other; the last one's backward pass ends the reduction; see Engine."""
+        self.model.config.finalize_model_grads_func = nothing_to_reduce
+        for number, batch in enumerate(batches, 1):
+            self.engine.set_gradient_accumulation_boundary(number == len(batches))
+            run_schedule(forward, self.parts, [batch], self.topology, forward_only=False)
+
+    def scale(self, factor: Tensor) -> None:
+        """Keep the number until the host reads it with the norm; see Engine."""
+        self._factor_on_device = factor
+
+    @in_part(OPTIMIZER)
+    def gradient_norm(self) -> float:
+        """Return the global norm of the gradients; see Engine."""
+        # DeepSpeed has divided the sum over the data ranks by their number.
+        factor = float(self._factor_on_device) * self.topology.data_size
+        # Without a weight there is no gradient either.
+        self._factor = factor or 1.0
+        optimizer = self.optimizer
+        if self.stage < 3:
+            norm = optimizer.scaled_global_norm()
+        else:
+            from deepspeed.runtime.utils import combine_grad_norm_groups
+
+            norm = combine_grad_norm_groups(optimizer._get_norm_groups())
+        norm = float(norm)
+        # A norm below 0 is DeepSpeed's mark of one that is not finite.
+        return norm * self._factor if norm >= 0 else math.inf
+
+    @in_part(OPTIMIZER)
+    def update(self, norm: float) -> None:
+        """Let DeepSpeed clip and apply the gradients; see Engine."""
+        # It divides by the scale of the loss before it clips; only here, or it would multiply the loss by it too.
+        self.optimizer.custom_loss_scaler, self.optimizer.external_loss_scale = (
+            True,
+            1 / self._factor,
+        )
+        self.optimizer.step()
+        self.optimizer.custom_loss_scaler = False
+        self.optimizer.zero_grad()
+        self.updates += 1
+
+    @in_part(OPTIMIZER)
+    def drop(self) -> None:
+        """Forget the gradients, as DeepSpeed does where they overflow; see Engine."""
+        optimizer = self.optimizer
+        optimizer.zero_grad(set_to_none=True)
+        if self.stage == 3:
+            optimizer._pre_step()
+            optimizer.averaged_gradients = {}
+        else:
+            optimizer.micro_step_id = INITIAL_MICRO_STEP_ID
+            optimizer._release_preflattened_grad_buffers()
+            for group in optimizer.averaged_gradients:
+                optimizer.averaged_gradients[group] = optimizer.all_grad_tensors[group] = None
+        if self.topology.config.zero.offload_optimizer != "none":
+            optimizer.reset_cpu_buffers()
+
+    def gather_weights(self) -> None:
+        """Do nothing: an update gathers the weights, or at stage 3 each rank keeps its own; see Engine."""
+
+    @contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        """Have at stage 3 all weights on each rank: data ranks evaluate samples of their own, and meet in no layer; see Engine."""
+        if self.stage < 3:
+            yield
+            return
+        parameters = list(self.model.parameters())
+        parameters[0].all_gather(parameters)
+        for parameter in parameters:
+            parameter.ds_active_sub_modules.add(EVALUATION)
+        try:
+            yield
+        finally:
+            for parameter in parameters:
+                parameter.ds_active_sub_modules.discard(EVALUATION)
+            parameters[0].partition(parameters)
+            self._gather_small()
+
+    def weights(self) -> Weights:
+        """Return the weights; at stage 3 what remains shared is no parameter; see Engine."""
+        return self._named
+
+    def owned(self) -> Iterator[Owned]:
+        """Yield DeepSpeed's stretches of the flattened parameters; see Engine."""
+        self._make_moments()
+        return self._stretches() if self.stage == 3 else self._fragments()
+
+    def _fragments(self) -> Iterator[Owned]:
+        """Yield the stretches of stages 1 and 2, of parameters that are updated."""
+        for parameter in self.model.parameters():
+            fragment = getattr(parameter, "_hp_mapping", None)
+            if fragment is None:
+                continue
+            flat = self.optimizer.single_partition_of_fp32_groups[fragment.param_group_index]
+            place = fragment.hp_fragment_address
+            begin = fragment.lp_fragment_address.start
+            yield Owned(parameter, begin, self._values(flat, place.start, place.numel))
+
+    def _stretches(self) -> Iterator[Owned]:
+        """Yield the stretches of stage 3: of each parameter, this rank's of as many equal ones as there are ranks."""
+        for parameter in self.model.parameters():
+            size = parameter.partition_numel()
+            begin = size * self.topology.data_rank
+            # The last ones may end beyond the parameter.
+            count = min(size, parameter.ds_numel - begin)
+            if count <= 0:
+                continue
+            values = {WEIGHT: parameter.ds_tensor[:count]}
+            if parameter.requires_grad:
+                group, offset, _ = self.optimizer.grad_position[
+                    self.optimizer.get_param_id(parameter)
+                ]
+                values |= self._values(
+                    self.optimizer.fp32_partitioned_groups_flat[group], offset, count
+                )
+            yield Owned(parameter, begin, values)
+
+    def _values(self, flat: Tensor, begin: int, count: int) -> dict[str, Tensor]:
+        """Return master weights and moments of a stretch of a flat buffer."""
+        state = self.optimizer.optimizer.state[flat]
+        whole = {"param": flat, **{name: state[name] for name in MOMENTS}}
+        return {kind: values.detach()[begin : begin + count] for kind, values in whole.items()}
+
+    def _make_moments(self) -> None:
+        """Give each flat buffer the state that torch's AdamW would give it at its first update."""
+        for flat in self._buffers():
+            state = self.optimizer.optimizer.state[flat]
+            if not state:
+                state["step"] = torch.tensor(float(self.updates))
+                for name in MOMENTS:
+                    state[name] = torch.zeros_like(flat)
+
+    def _buffers(self) -> list[Tensor]:
+        """Return the flat buffers of master weights."""
+        if self.stage == 3:
+            return list(self.optimizer.fp32_partitioned_groups_flat)
+        return list(self.optimizer.single_partition_of_fp32_groups)
+
+    def loaded(self, updates: int) -> None:
+        """Take over the count of updates, and gather at stage 3 the small weights that each rank has whole; see Engine."""
+        self.updates = updates
+        for flat in self._buffers():
+            self.optimizer.optimizer.state[flat]["step"].fill_(float(updates))
+        if self.stage == 3:
+            self._gather_small()
+
+    def _gather_small(self) -> None:
+        """Gather anew the small weights that each rank has whole all the time."""
+        if small := self.optimizer.persistent_parameters:
+            small[0].partition(small)
+            small[0].all_gather(small)
+
+    def close(self) -> None:
+        """Take DeepSpeed's hooks from the model, and what it keeps of it in its modules; see Engine."""
+        from deepspeed.runtime.zero import parameter_offload
+        from deepspeed.utils import groups
+
+        self.engine.destroy()
+        parameter_offload.FWD_MODULE_STACK.clear()
+        groups.mpu = None
+
+
+class Called:
+    """DeepSpeed's engine as Megatron-core's schedule calls it, which looks for the settings of the model in what it calls."""
+
+    def __init__(self, engine: Any) -> None:
+        """Take the engine; `module` is the model."""
+        self.engine, self.module = engine, engine.module
+
+    def __call__(self, inputs: Any) -> Any:
+        """Run the forward pass."""
+        return self.engine(inputs)
+
+
+class Groups:
+    """The ranks of a layout by the names of Megatron-LM's mpu, which DeepSpeed asks; its own would outlive the layout."""
+
+    def __init__(self, topology: Topology) -> None:
+        """Answer for a layout."""
+        self.groups = topology.groups
+
+    def get_model_parallel_group(self) -> Any:
+        """Return the ranks that share each matrix."""
+        return self.groups.tp
+
+    def get_model_parallel_rank(self) -> int:
+        """Return the place of this rank among them."""
+        return int(self.groups.tp.rank())
+
+    def get_model_parallel_world_size(self) -> int:
+        """Return their number."""
+        return int(self.groups.tp.size())
+
+    def get_data_parallel_group(self) -> Any:
+        """Return the ranks with the same part of the model."""
+        return self.groups.dp
+
+    def get_data_parallel_rank(self) -> int:
+        """Return the place of this rank among them."""
+        return int(self.groups.dp.rank())
+
+    def get_data_parallel_world_size(self) -> int:
+        """Return their number."""
+        return int(self.groups.dp.size())
+
+
+def import_deepspeed(device: torch.device) -> Any:
+    """Import DeepSpeed for a device; UserError if it is not installed."""
+    # Else it would take the stand-in for torch.cuda for a GPU.
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    # It asks for the number of the device in each step; launchers other than torchrun may not set it.
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise UserError(
+            "parallel.engine=deepspeed needs DeepSpeed: pip install 'visionloom[deepspeed]', or choose parallel.engine=megatron"
+        ) from error
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    return deepspeed
+
+
+def parameter_groups(
+    model: Qwen3VL, optim: OptimConfig, phase: PhaseConfig
+) -> list[dict[str, Any]]:
+    """Return the parameters that train by learning rate and decay, with what Megatron-core's schedule reads of a group."""
+    groups: dict[tuple[str, bool], dict[str, Any]] = {}
+    peaks = phase.peak_learning_rates()
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        group, is_decayed = group_of(name), parameter.dim() > 1
+        settings = rates_of(peaks[group], phase) | {"wd_mult": float(is_decayed), "lr": 0.0}
+        groups.setdefault((group, is_decayed), {"params": [], **settings})["params"].append(
+            parameter
+        )
+    return list(groups.values())
+
+
+def optimizer_of(groups: list[dict[str, Any]], optim: OptimConfig) -> Any:
+    """Return AdamW over groups of parameters."""
+    return torch.optim.AdamW(
+        groups,
+        betas=(optim.beta1, optim.beta2),
+        eps=optim.epsilon,
+        weight_decay=optim.weight_decay,
+        fused=True,
+    )
+
+
+def settings_of(topology: Topology, optim: OptimConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """Return DeepSpeed's configuration."""
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": optim.clip_grad,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        # As Megatron-core's: added up and sent in fp32.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": zero_settings(topology.config.zero),
+    }
+
+
+def zero_settings(zero: ZeroConfig) -> dict[str, Any]:
+    """Return the part of DeepSpeed's configuration that is about ZeRO."""
+    # DeepSpeed counts elements: gradients are fp32, weights at most.
+    elements = zero.bucket_bytes // 4
+    settings: dict[str, Any] = {
+        "stage": zero.stage,
+        "reduce_bucket_size": elements,
+        "allgather_bucket_size": elements,
+        "stage3_prefetch_bucket_size": elements,
+        # It would replace torch's linear function for the whole process.
+        "memory_efficient_linear": False,
+        # A layer at a time, and not as many as fit into a number.
+        "stage3_max_live_parameters": elements,
+    }
+    for name, place in (
+        ("offload_optimizer", zero.offload_optimizer),
+        ("offload_param", zero.offload_parameters),
+    ):
+        if place != "none":
+            settings[name] = {"device": place, "pin_memory": torch.cuda.is_available()}
+            settings[name] |= {"nvme_path": zero.nvme_path} if place == "nvme" else {}
+    return settings
+
+
+def divided(named: Weights) -> Weights:
+    """Return the weights of a model that was whole, and is not any more: what is no parameter, and where the pieces are."""
+    shared: dict[str, Any] = {}
+    for part, state in named.shared.items():
+        shared[part] = {name: each for name, each in state.items() if each.data not in named.pieces}
+    pieces: dict[Any, list[ParameterPiece]] = {}
+    for parameter, each in named.pieces.items():
+        if isinstance(parameter, torch.nn.Parameter):
+            # Their views would keep the memory.
+            pieces[parameter] = [
+                replace(piece, sharded=replace(piece.sharded, data=None)) for piece in each
+            ]
+    return Weights(shared, pieces)
+
+
+def nothing_to_reduce(*_: Any, **__: Any) -> None:
+    """Stand in for Megatron-core's reduction: DeepSpeed has its own."""
