@@ -33,7 +33,7 @@ class Runs(NamedTuple):
     """In bf16, resumed half-way."""
 
 
-@pytest.fixture(scope="module", params=["tiny", "tiny_moe"])
+@pytest.fixture(scope="module", params=["tiny", pytest.param("tiny_moe", marks=pytest.mark.long)])
 def runs(
     request: pytest.FixtureRequest,
     pool: RankPool,

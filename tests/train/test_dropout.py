@@ -5,6 +5,8 @@ Reference: the same run without interruption.
 
 from pathlib import Path
 
+import pytest
+
 from visionloom.tests.ranks import RankPool
 from visionloom.tests.train.runs import metrics, run_config
 from visionloom.tests.train.test_layouts import train
@@ -17,6 +19,7 @@ def losses(pool: RankPool, data: Path, folder: Path, *more: str) -> list[float]:
     return [line["loss"] for line in metrics(folder)]
 
 
+@pytest.mark.long
 def test_an_interrupted_run_draws_the_same(pool: RankPool, demo_data: Path, tmp_path: Path) -> None:
     losses(pool, demo_data, tmp_path / "base")
     lora = (*LORA, f"init.checkpoint={tmp_path}/base/checkpoints/multimodal/step-00000006")

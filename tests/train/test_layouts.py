@@ -33,6 +33,9 @@ LATER = {"long": ("tensor", "context"), "sft": ("pipeline", "expert")}
 """Phases after the first, and the axes of two ranks that they have."""
 
 
+QUICK = ("data2", "tensor2")
+
+
 def train(config: RunConfig) -> None:
     """Runs on every rank of the pool."""
     from visionloom.train.run import pretrain
@@ -61,10 +64,7 @@ def alone(
 
 @pytest.mark.parametrize(
     "layout",
-    [
-        pytest.param(name, marks=pytest.mark.long if ranks > 2 else ())
-        for name, (ranks, _) in LAYOUTS.items()
-    ],
+    [pytest.param(name, marks=() if name in QUICK else pytest.mark.long) for name in LAYOUTS],
 )
 def test_a_layout_does_not_change_training(
     layout: str, alone: list[dict[str, Any]], pool: RankPool, demo_data: Path, tmp_path: Path
@@ -102,6 +102,7 @@ def test_a_phase_may_have_a_layout_of_its_own(
     )
 
 
+@pytest.mark.long
 def test_experts_on_ranks_of_their_own(pool: RankPool, demo_data: Path, tmp_path: Path) -> None:
     lines = [
         run(pool, demo_data, tmp_path / str(n), n, ["model=tiny_moe", f"parallel.expert={n}"])

@@ -22,6 +22,7 @@ def two_phases(data: Path, folder: Path, *more: str) -> list[str]:
     return [*words, *align, "phases.multimodal.warmup_steps=1", *more]
 
 
+@pytest.mark.long
 def test_phases_with_starts_of_their_own(pool: RankPool, demo_data: Path, tmp_path: Path) -> None:
     whole, parted = tmp_path / "whole", tmp_path / "parted"
     pool.run(2, train, configured(two_phases(demo_data, whole), 2))

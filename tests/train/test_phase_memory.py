@@ -60,9 +60,8 @@ def left_of_phases(config: RunConfig, freed: bool) -> list[list[str]]:
     return left
 
 
-@pytest.mark.parametrize(
-    "model", ["tiny", pytest.param("tiny_moe", marks=pytest.mark.long)], ids=["dense", "mixture"]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("model", ["tiny", "tiny_moe"], ids=["dense", "mixture"])
 def test_nothing_of_a_phase_is_left_when_the_next_begins(
     model: str, pool: RankPool, demo_data: Path, tmp_path: Path
 ) -> None:

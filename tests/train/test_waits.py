@@ -65,6 +65,8 @@ def measured(ranks: int, with_mistake: bool) -> tuple[dict[str, int], dict[str, 
         with (
             mock.patch.object(loop, "step_batches", steps),
             mock.patch.object(loop, "train_step", step),
+            # What is read of no device is ones, the wish to stop among them.
+            mock.patch.object(loop, "stop_early"),
         ):
             loop.fit(trainer, saver, observer, 0)
     topologies.stop()

@@ -96,7 +96,6 @@ def silent(folder: Path, where: str) -> str:
         patch.object(run, "MORE_SECONDS", 2.0),
         patch.object(run, "SPEAKING_SECONDS", 0.0),
         patch.object(speeds, "LONGEST_REDUCTION", 1.0),
-        patch.object(links, "LONGEST_REDUCTION", 1.0),
         patch.object(speeds, "RUNS", 1),
     ]
     if preflight.topology.rank == 1:
