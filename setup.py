@@ -26,7 +26,6 @@ CORE = [
 EXTRAS = {
     "video": ["av>=14.0,<20"],
     "jpeg": ["simplejpeg>=1.7,<2"],  # same pixels as Pillow, a fifth faster
-    # Nothing imports these two yet.
     "deepspeed": ["deepspeed>=0.19.3,<0.20"],
     "flash": ["flash-attn-4>=4.0.0b36,<5", "liger-kernel>=0.8,<0.9"],
     "s3": ["s3fs>=2026.1,<2028", "fsspec>=2026.1,<2028"],
@@ -43,6 +42,7 @@ EXTRAS["test"] = [
     *EXTRAS["convert"],
     *EXTRAS["jpeg"],
     *EXTRAS["tensorboard"],
+    *EXTRAS["deepspeed"],
     "pytest>=9.0,<10",
     "pytest-xdist>=3.8,<4",  # two halves of the tests side by side
     "hypothesis>=6.130,<7",

@@ -360,6 +360,7 @@ class RunConfig:
             if media != self.data.media:
                 lines += check(media, f"phases.{name}.video: data.media").lines
         lines += self.layout_problems(world_size)
+        lines += self._engine_problems()
         if not self._problems_of(self.parallel, "parallel", world_size):
             lines += self._lora_problems()
         return lines
@@ -427,6 +428,24 @@ class RunConfig:
         for path, layout in self._layouts().items():
             lines += self.model.kernel_problems(4 if is_fp32 else 2, layout, path)
         return list(dict.fromkeys(lines))
+
+    def _engine_problems(self) -> list[str]:
+        """Return what DeepSpeed does not do that the run asks for."""
+        lines = []
+        for path, layout in self._layouts().items():
+            if layout.engine != "deepspeed":
+                continue
+            here = f"{path}.engine=deepspeed"
+            if self.optim.name != "adamw" or self.optim.moments != "fp32":
+                lines.append(
+                    f"{here} has AdamW with moments in fp32: choose optim=adamw and optim.moments=fp32, or {path}.engine=megatron"
+                )
+            if layout.tensor > 1 and self.model.text.experts:
+                lines.append(
+                    f"{here} does not cut a mixture of experts: leave out {path}.tensor={layout.tensor}, or choose"
+                    f" {path}.engine=megatron"
+                )
+        return lines
 
     def _lora_problems(self) -> list[str]:
         """Return what adapters cannot do with this model and in these phases."""

@@ -41,6 +41,12 @@ class PlanWords:
             raise UserError(unknown("phase", self.phase, phases))
         if self.phase:
             phases = (self.phase,)
+        for name in phases:
+            if (config.phases[name].parallel or config.parallel).engine != "megatron":
+                raise UserError(
+                    f"phase {name} is of parallel.engine=deepspeed, whose steps are not planned: plan it with parallel.engine=megatron,"
+                    " and see docs/finetune.md for DeepSpeed's memory"
+                )
         return PlanRequest(config, self.world, self.gpu, card, self.imbalance, phases)
 
 
