@@ -281,7 +281,11 @@ def test_a_whole_run_says_nothing_but_its_own(demo_data: Path, tmp_path: Path) -
     )
     result = run_command("launch/pretrain.py", *words)
     assert (result.returncode, result.stderr) == (0, "")
-    assert [line.split()[0] for line in result.stdout.splitlines()] == ["multimodal", "done"]
+    assert [line.split()[0] for line in result.stdout.splitlines()] == [
+        "multimodal",
+        "done",
+        "time:",
+    ]
 
 
 @pytest.mark.long

@@ -127,7 +127,8 @@ def test_a_log_that_fails_after_the_last_step_is_told(
         " make room, and start the same command again"
     }
     assert pool.run(2, outcome, config) == ["done"] * 2
-    assert events(folder)[-1]["event"] == "done" and events(folder)[-1]["step"] == 4
+    done, spent = events(folder)[-2:]
+    assert (done["event"], done["step"], spent["event"]) == ("done", 4, "time_spent")
 
 
 def test_a_run_that_ended_before_its_first_checkpoint(
