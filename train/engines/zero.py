@@ -367,7 +367,11 @@ def divided(named: Weights) -> Weights:
     """Return the weights of a model that was whole, and is not any more: what is no parameter, and where the pieces are."""
     shared: dict[str, Any] = {}
     for part, state in named.shared.items():
-        shared[part] = {name: each for name, each in state.items() if each.data not in named.pieces}
+        shared[part] = {
+            name: each
+            for name, each in state.items()
+            if not isinstance(each.data, torch.nn.Parameter)
+        }
     pieces: dict[Any, list[ParameterPiece]] = {}
     for parameter, each in named.pieces.items():
         if isinstance(parameter, torch.nn.Parameter):
