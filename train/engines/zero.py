@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from visionloom.common.errors import UserError
@@ -30,6 +31,7 @@ from visionloom.train.engines.engine import WEIGHT, Owned
 from visionloom.train.optim.config import OptimConfig
 from visionloom.train.optimizer import rates_of
 
+HEAD_NORMS = "q_layernorm.weight", "k_layernorm.weight"
 MOMENTS = "exp_avg", "exp_avg_sq"
 EVALUATION = -1
 """Stands among the modules that need a weight, which DeepSpeed numbers from 0."""
@@ -55,6 +57,8 @@ class ZeroEngine:
         self.has_whole_weights = self.stage < 3
         # Named while they are whole.
         self._named = Weights.of(weights_state(model_parts, topology))
+        if topology.config.tensor > 1:
+            add_up_head_norms(self.model, topology)
         groups = parameter_groups(self.model, optim, phase)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=self.model,
@@ -311,6 +315,22 @@ def parameter_groups(
             parameter
         )
     return list(groups.values())
+
+
+def add_up_head_norms(model: Qwen3VL, topology: Topology) -> None:
+    """Add up the gradients of the norms of queries and keys over the tensor ranks, each of which has some of the heads.
+
+    Megatron-core does so at the end of a step, with all else that DeepSpeed's reduction takes the place of.
+    """
+
+    def add_up(gradient: Tensor) -> Tensor:
+        total = gradient.clone()
+        dist.all_reduce(total, group=topology.groups.tp)
+        return total
+
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and name.endswith(HEAD_NORMS):
+            parameter.register_hook(add_up)
 
 
 def optimizer_of(groups: list[dict[str, Any]], optim: OptimConfig) -> Any:

@@ -61,6 +61,16 @@ def weights_agree(pool: RankPool, ours: Path, theirs: Path, tolerance: float = 1
         assert error <= tolerance, (name, float(error))
 
 
+def stopped_anew(config: RunConfig, ranks: list[int], step: int) -> str:
+    """As `stopped`, with DeepSpeed's numbers from 0: some ranks of the pool have had models before, and others none."""
+    from deepspeed import zero
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+
+    (count,) = DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__
+    count[0] = zero.Init.param_id = 0
+    return stopped(config, ranks, step)
+
+
 @pytest.fixture(scope="module")
 def run_as(pool: RankPool, demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> RunAs:
     known: dict[tuple[Any, ...], Path] = {}
@@ -68,7 +78,8 @@ def run_as(pool: RankPool, demo_data: Path, tmp_path_factory: pytest.TempPathFac
     def once(ranks: int, *words: str) -> Path:
         if (ranks, *words) not in known:
             folder = tmp_path_factory.mktemp("run")
-            pool.run(ranks, train, run_config(demo_data, folder, STEPS, ranks, *words))
+            config = run_config(demo_data, folder, STEPS, ranks, *words)
+            assert pool.run(ranks, stopped_anew, config, [], 0) == ["done"] * ranks
             known[(ranks, *words)] = folder
         return known[(ranks, *words)]
 
@@ -116,16 +127,6 @@ def test_an_interrupted_run_goes_on_exactly(
     assert pool.run(2, stopped, config, [1], 5)[0].startswith("stopped by SIGTERM after step 6")
     pool.run(2, train, config)
     assert exact(tmp_path) == exact(run_as(2, *words))
-
-
-def stopped_anew(config: RunConfig, ranks: list[int], step: int) -> str:
-    """As `stopped`, with DeepSpeed's numbers from 0: some ranks of the pool have had models before, and others none."""
-    from deepspeed import zero
-    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
-
-    (count,) = DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__
-    count[0] = zero.Init.param_id = 0
-    return stopped(config, ranks, step)
 
 
 @pytest.mark.parametrize("stage", stages("3"))
