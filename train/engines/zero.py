@@ -177,7 +177,8 @@ class ZeroEngine:
 
     def _stretches(self) -> Iterator[Owned]:
         """Yield the stretches of stage 3: of each parameter, this rank's of as many equal ones as there are ranks."""
-        for parameter in self.model.parameters():
+        # Weights under adapters are in no checkpoint.
+        for parameter in self._named.pieces:
             size = parameter.partition_numel()
             begin = size * self.topology.data_rank
             # The last ones may end beyond the parameter.

@@ -109,6 +109,21 @@ def test_frozen_groups_and_recomputation(stage: str, run_as: RunAs, pool: RankPo
     weights_agree(pool, ours, theirs)
 
 
+@pytest.mark.parametrize("stage", stages("3"))
+def test_adapters(stage: str, run_as: RunAs, pool: RankPool) -> None:
+    """With mergers that train whole; the weights under the adapters are in no checkpoint."""
+    (base,) = (run_as(2) / "checkpoints" / "multimodal").iterdir()
+    words = [
+        f"init.checkpoint={base}",
+        "lora.rank=4",
+        "lora.groups=[language]",
+        "lora.full=[merger]",
+    ]
+    ours, theirs = run_as(2, *words, *words_of(stage)), run_as(2, *words)
+    agree(ours, theirs)
+    weights_agree(pool, ours, theirs)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("stage", stages())
 def test_tensor_ranks(stage: str, run_as: RunAs, pool: RankPool) -> None:
