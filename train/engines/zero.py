@@ -10,8 +10,10 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -55,17 +57,24 @@ class ZeroEngine:
         self.topology = topology
         self.stage = topology.config.zero.stage
         self.has_whole_weights = self.stage < 3
-        # Named while they are whole.
+        # Of stage 3, named while they are whole.
         self._named = Weights.of(weights_state(model_parts, topology))
         if topology.config.tensor > 1:
             add_up_head_norms(self.model, topology)
         groups = parameter_groups(self.model, optim, phase)
-        self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=self.model,
-            optimizer=optimizer_of(groups, optim),
-            config=settings_of(topology, optim, groups[0]["params"][0].dtype),
-            mpu=Groups(topology),
+        # At stage 1 DeepSpeed has another optimizer for bf16, which is not divided as that of stage 2 is.
+        alike = patch.object(
+            deepspeed.DeepSpeedEngine,
+            "_do_optimizer_sanity_check",
+            lambda engine, optimizer: deepspeed.runtime.engine.ZERO_OPTIMIZATION,
         )
+        with alike:
+            self.engine, self.optimizer, _, _ = deepspeed.initialize(
+                model=self.model,
+                optimizer=optimizer_of(groups, optim),
+                config=settings_of(topology, optim, groups[0]["params"][0].dtype),
+                mpu=Groups(topology),
+            )
         if not self.has_whole_weights:
             self._named = divided(self._named)
         self.parts = [Called(self.engine)]
@@ -157,7 +166,14 @@ class ZeroEngine:
 
     def weights(self) -> Weights:
         """Return the weights; at stage 3 what remains shared is no parameter; see Engine."""
-        return self._named
+        if self.stage < 3:
+            return Weights.of(weights_state([self.model], self.topology))
+        # Copies: a save notes in them who writes what.
+        shared = {
+            part: {name: copy(each) for name, each in state.items()}
+            for part, state in self._named.shared.items()
+        }
+        return Weights(shared, self._named.pieces)
 
     def owned(self) -> Iterator[Owned]:
         """Yield DeepSpeed's stretches of the flattened parameters; see Engine."""

@@ -124,6 +124,17 @@ def test_adapters(stage: str, run_as: RunAs, pool: RankPool) -> None:
     weights_agree(pool, ours, theirs)
 
 
+@pytest.mark.parametrize("stage", stages("3"))
+def test_bf16(stage: str, run_as: RunAs, pool: RankPool, demo_data: Path, tmp_path: Path) -> None:
+    """As near to Megatron-core's as two runs in bf16 are, see tests/train/test_bf16.py, and resumed bit for bit."""
+    words = ["run.precision=bf16", *words_of(stage)]
+    agree(run_as(2, *words), run_as(2, "run.precision=bf16"), 0.01)
+    config = run_config(demo_data, tmp_path, STEPS, 2, *words)
+    pool.run(2, stopped_anew, config, [1], 5)
+    pool.run(2, train, config)
+    assert exact(tmp_path) == exact(run_as(2, *words))
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("stage", stages())
 def test_tensor_ranks(stage: str, run_as: RunAs, pool: RankPool) -> None:
