@@ -45,6 +45,8 @@ class Runs:
         self.jobs = {name: self.submit(name, fault)[0] for name, fault in JOBS.items()}
         own = ["--chain", "nodes=2", "nodes.align=1"]
         self.chain = submitted(two_phases(data, folder / "chain", *own))
+        seeds = run_words(data, folder / "array", STEPS)
+        (self.array,) = submitted([*seeds, "nodes=1", "--array", "seeds=3,5"])
 
     def submit(self, name: str, fault: str) -> list[str]:
         # Before the first checkpoint: three starts of the loop, and not four.
@@ -173,6 +175,16 @@ def test_phases_as_jobs_with_nodes_of_their_own(
         words = two_phases(demo_data, tmp_path, f"run.phase={phase}")
         pool.run(ranks, train, configured(words, ranks))
     assert exact(runs.folder / "chain") == exact(tmp_path)
+
+
+def test_an_array_of_seeds(runs: Runs, pool: RankPool, demo_data: Path, tmp_path: Path) -> None:
+    """A job array of one node each; the runs have folders and seeds of their own."""
+    for task, seed in enumerate((3, 5)):
+        folder = runs.folder / f"array-seed{seed}"
+        assert runs.end_of(f"{runs.array}_{task}") == ("COMPLETED", 0), runs.log(folder.name)
+        config = run_config(demo_data, tmp_path / str(seed), STEPS, 1, f"run.seed={seed}")
+        pool.run(1, train, config)
+        assert exact(folder) == exact(tmp_path / str(seed))
 
 
 @pytest.mark.parametrize(("row", "name"), [(8, "limit"), (9, "preempted"), (11, "node")])
