@@ -60,6 +60,8 @@ def begun(
 ) -> subprocess.Popen[str]:
     variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
     variables["TORCHELASTIC_ERROR_FILE"] = attempt / str(rank) / "error.json"
+    # Of one start: else the one that hangs would write that the other is gone, in place of the cause.
+    variables["TORCHELASTIC_RUN_ID"] = "hang"
     environment = os.environ | {name: str(value) for name, value in variables.items()}
     command = [sys.executable, "-c", RANK, str(folder), str(limit), does]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}

@@ -70,10 +70,13 @@ def install() -> None:
     """Install SLURM where it is missing, or fail the test with one line."""
     if all(map(shutil.which, PROGRAMS)):
         return
-    commands = (["apt-get", "update", "-qq"], ["apt-get", "install", "-y", "-qq", *PACKAGES])
+    options = ("-y", "-qq", "--no-install-recommends")
+    quiet = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
     try:
-        for command in commands:
-            subprocess.run(command, check=True, capture_output=True, timeout=300)
+        for command in (["update", "-qq"], ["install", *options, *PACKAGES]):
+            subprocess.run(
+                ["apt-get", *command], check=True, capture_output=True, timeout=300, env=quiet
+            )
     except (OSError, subprocess.SubprocessError):
         pytest.fail(f"these tests need SLURM: apt-get install {' '.join(PACKAGES)}", pytrace=False)
 
