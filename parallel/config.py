@@ -26,7 +26,7 @@ class ZeroConfig:
     """Where master weights and moments are kept, and the update computed: `none` (on the device), `cpu` or `nvme` (stage 3)."""
     offload_parameters: str = option("none", "free", choices=OFFLOADS)
     """Where the weights are kept until a layer needs them, in stage 3: `none` (on the device), `cpu` or `nvme`."""
-    nvme_path: str | None = option(None, "free")
+    nvme_path: str = option("", "free")
     """Folder on a fast disk of each machine, for `nvme`."""
     bucket_bytes: int = option(1 << 28, "free", least=1 << 10, most=1 << 34)
     """Of gradients that are reduced, and of weights that are gathered, at once."""
@@ -50,10 +50,6 @@ class ZeroConfig:
 class ParallelConfig:
     """Degrees of parallelism; data parallelism is what remains of the world size."""
 
-    engine: str = option("megatron", "free", choices=ENGINES)
-    """What divides and updates the weights: `megatron` for every layout, or `deepspeed` (ZeRO) with data and tensor parallelism."""
-    zero: ZeroConfig = field(default_factory=ZeroConfig)
-    """Options of engine=deepspeed."""
     tensor: int = option(1, "free", least=1, most=65_536)
     """Ranks that share every matrix of a language layer."""
     pipeline: int = option(1, "free", least=1, most=65_536)
@@ -83,6 +79,10 @@ class ParallelConfig:
     """Reduce gradients during the backward pass and gather updated weights during the forward pass, where data ranks share them."""
     offload_activations: bool = option(False, "free")
     """Keep what the decoder layers save for the backward pass in host memory."""
+    engine: str = option("megatron", "free", choices=ENGINES)
+    """What divides and updates the weights: `megatron` for every layout, or `deepspeed` (ZeRO) with data and tensor parallelism."""
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    """Options of engine=deepspeed."""
 
     @property
     def sequence_parallel(self) -> bool:

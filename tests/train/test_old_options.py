@@ -61,14 +61,6 @@ def test_old_names_are_refused_together() -> None:
     ]
 
 
-def test_a_layout_of_a_phase_has_old_names_too() -> None:
-    (line,) = refusal("phases.align.parallel.engine=megatron")
-    assert (
-        line
-        == "phases.align.parallel.engine is gone: leave it out, Megatron-core owns gradients and optimizer"
-    )
-
-
 def test_old_names_are_none_of_the_schema() -> None:
     paths = set(schema_paths())
     assert paths >= set(RENAMED.values())
@@ -81,13 +73,12 @@ def test_settings_under_old_names() -> None:
     flat = {
         "data.window": 5,
         "model.backend": "auto",
-        "phases.p.parallel.engine": "megatron",
         "phases.p.lr": 1.0,
     }
     assert todays_settings(flat) == {"data.packing_window_samples": 5, "phases.p.lr": 1.0}
     nested = {
         "data": {"window": 5, "media": {"rule": "hf"}},
-        "parallel": {"engine": "megatron", "tensor": 2},
+        "parallel": {"tensor": 2},
         "phases": 3,
     }
     today = {
