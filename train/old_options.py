@@ -22,18 +22,15 @@ GONE: Final = {
 """Why an option is no longer needed; each had one value that worked."""
 UNNAMED: Final = {"optim.name": "adamw"}
 """Values of options that older checkpoints do not name: there was one."""
-LAYOUT: Final = "parallel"
-"""A section that phases may have too: phases.<name>.parallel."""
 
 
 def old_option(path: str) -> str | None:
     """Return the line for an option of older versions, which says what to do; None for any other path."""
     if path in RENAMED:
         return f"{path} has a new name: write {RENAMED[path]}"
-    option = _of_the_run(path)
-    if option not in GONE:
+    if path not in GONE:
         return None
-    return f"{path} is gone: leave it out, {GONE[option]}"
+    return f"{path} is gone: leave it out, {GONE[path]}"
 
 
 def todays_settings(settings: Mapping[str, Any], path: str = "") -> dict[str, Any]:
@@ -48,15 +45,8 @@ def todays_settings(settings: Mapping[str, Any], path: str = "") -> dict[str, An
     for name, value in settings.items():
         option = f"{prefix}{name}"
         # It had one value that worked, so nothing is lost.
-        if _of_the_run(option) in GONE:
+        if option in GONE:
             continue
         new = RENAMED.get(option, option).removeprefix(prefix)
         today[new] = todays_settings(value, option) if isinstance(value, dict) else value
     return today
-
-
-def _of_the_run(path: str) -> str:
-    """Return the run's own option that an option of a phase's layout stands for; any other path as it is."""
-    parts = path.split(".")
-    is_of_phase = parts[0] == "phases" and parts[2:3] == [LAYOUT]
-    return ".".join(parts[2:]) if is_of_phase else path
