@@ -34,11 +34,19 @@ def fork_server(*preload: str) -> ForkServerContext:
     return context
 
 
+def stat_fields(process: int | str) -> list[str]:
+    """Return the fields of /proc/PID/stat behind the command's name, field 3 of proc(5) first; empty if the process is gone."""
+    try:
+        # The name before the bracket may hold spaces and brackets of its own.
+        _, _, fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")
+    except OSError:
+        return []
+    return fields.split()
+
+
 def seconds_alive(process: int | str = "self") -> float:
     """Return for how long a process has run, this one unless said, to a hundredth of a second (proc(5), field 22)."""
-    # The name before the bracket may hold spaces and brackets of its own.
-    _, _, facts = Path(f"/proc/{process}/stat").read_text().rpartition(")")
-    ticks = int(facts.split()[19])
+    ticks = int(stat_fields(process)[19])
     return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
 

@@ -37,7 +37,7 @@ from visionloom.launch.guarding.exit import (
     end_process,
     end_with_parent,
 )
-from visionloom.launch.plan_commands.first import files_about
+from visionloom.launch.plan_commands.first import only_file_about
 
 if TYPE_CHECKING:
     from visionloom.launch.preflight.facts import RankFacts
@@ -184,8 +184,7 @@ def file_of(facts: dict[str, object], device: str) -> str:
     cards = facts["gpus"]
     if device != "cuda" or not isinstance(cards, list) or not cards:
         return ""
-    fitting = files_about(cards[0]["name"])
-    return fitting[0] if len(fitting) == 1 else ""
+    return only_file_about(cards[0]["name"])
 
 
 def not_checked(device: str, several: bool) -> list[str]:

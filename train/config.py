@@ -7,7 +7,9 @@ refused in well under a second.
 import math
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+
+import yaml
 
 from visionloom.common.errors import unknown
 from visionloom.common.names import name_fault
@@ -327,6 +329,10 @@ class RunConfig:
     """Answers that launch/generate.py draws."""
     watch: WatchConfig = field(default_factory=WatchConfig)
     """How long a rank may be silent."""
+
+    def to_yaml(self) -> str:
+        """Return the whole configuration as YAML, as a run and its submissions keep it."""
+        return yaml.safe_dump(asdict(self), sort_keys=False)
 
     @property
     def datasets_read(self) -> set[str]:

@@ -1,9 +1,6 @@
 """Find where a run stands when it is started: its newest whole checkpoint, and how the last start ended."""
 
-from dataclasses import asdict
 from pathlib import Path
-
-import yaml
 
 from visionloom.common.atomic import replacing
 from visionloom.common.errors import UserError
@@ -57,9 +54,8 @@ def resume(
 
 def keep_settings(config: RunConfig, folder: Path) -> None:
     """Write the resolved configuration into the run's folder, for exports, reports and people."""
-    text = yaml.safe_dump(asdict(config), sort_keys=False)
     with replacing(folder / SETTINGS_OF_RUN) as file:
-        file.write(text.encode())
+        file.write(config.to_yaml().encode())
 
 
 def report_resume(config: RunConfig, newest: Checkpoint, observer: Observer) -> None:

@@ -9,6 +9,7 @@ from typing import Final
 
 from visionloom.common.errors import UserError
 from visionloom.launch.environment import last_warning_of_nccl
+from visionloom.train.observe import stopping
 
 SECONDS_FOR_THE_CAUSE: Final = 1.0
 """Time for the rank that ended first, or for who watches it, to have written the cause."""
@@ -92,4 +93,4 @@ def hint_for(error: Exception) -> str:
             "out of memory: lower phases.<name>.micro_batch or sequence_length, turn on parallel.recompute, or use more ranks;"
             " then start the same command again"
         )
-    return "start the same command again to resume"
+    return stopping.RESUME

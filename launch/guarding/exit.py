@@ -88,7 +88,7 @@ def end_process(code: int) -> NoReturn:
     os._exit(code)
 
 
-def exit_interrupted(hint: str = "start the same command again to resume") -> NoReturn:
+def exit_interrupted(hint: str = stopping.RESUME) -> NoReturn:
     """End on Ctrl-C as a shell counts it, with one line that ends in a hint and no traceback; status.json says so."""
     # Whoever presses it twice does not want to see where it fell.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -170,13 +170,16 @@ def _escape(record: Path) -> None:
 
 def _may_speak(everywhere: bool) -> bool:
     """Return whether this rank is the one to print."""
-    if everywhere:
-        return os.environ.get("RANK", "0") == "0"
+    return os.environ.get("RANK", "0") == "0" if everywhere else is_first("error")
+
+
+def is_first(what: str) -> bool:
+    """Return whether this rank is the first of its machine to ask, by a file of that name; torchrun makes the folder anew for each start."""
     attempt = attempt_folder()
     if attempt is None:
         return True
     try:
-        (attempt / "visionloom.error").touch(exist_ok=False)
+        (attempt / f"visionloom.{what}").touch(exist_ok=False)
     except FileExistsError:
         return False
     except OSError:

@@ -23,10 +23,11 @@ from typing import Any, Final
 from visionloom.common import pulse
 from visionloom.common.atomic import replacing
 from visionloom.common.jsonfile import JsonError, parse_json
+from visionloom.common.processes import stat_fields
 from visionloom.common.pulse import DATA
 from visionloom.common.ranks import ranks_here
 from visionloom.common.text import one_line, warn
-from visionloom.launch.guarding.exit import attempt_folder, end_process
+from visionloom.launch.guarding.exit import attempt_folder, end_process, is_first
 from visionloom.launch.guarding.watch import MEMBER
 from visionloom.train.observe import status, stopping
 
@@ -127,10 +128,7 @@ class HangWatch:
         try:
             self.speak(seconds)
         except Exception as error:  # a full disk above all, and what comes of missing reports
-            cause = f"no sign of life for {seconds:.0f} s; who hangs is not known: {error}"
-            code = status.current.failed(status.STOPPED, cause, stopping.RESUME)
-            if code is not None:
-                warn(f"error: {one_line(cause)}; {stopping.RESUME}")
+            tell(f"no sign of life for {seconds:.0f} s; who hangs is not known: {error}")
         finally:
             end_process(status.STOPPED)
 
@@ -138,7 +136,7 @@ class HangWatch:
         """Report, see to the others of this machine if nobody else does, and end this process."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.report_self()
-        if not self._speaks():
+        if not is_first("hang"):
             # torchrun ends it, as soon as the one that speaks is gone.
             time.sleep(3 * ANSWER_SECONDS)
             end_process(status.STOPPED)
@@ -148,10 +146,7 @@ class HangWatch:
         # Those of other machines have seen it at the same time.
         while len(reports := self.reports()) < ranks and time.monotonic() < until:
             time.sleep(0.1)
-        cause = named(reports, ranks, seconds, self.folder)
-        code = status.current.failed(status.STOPPED, cause, stopping.RESUME)
-        if code is not None:
-            warn(f"error: {one_line(cause)}; {stopping.RESUME}")
+        code = tell(named(reports, ranks, seconds, self.folder))
         for pid in mute:
             # torchrun would wait 30 s for a stopped one.
             with contextlib.suppress(ProcessLookupError):
@@ -234,16 +229,13 @@ class HangWatch:
         assert self.attempt is not None
         return self.attempt / f"visionloom.{name}{local}"
 
-    def _speaks(self) -> bool:
-        """Return whether this process is the first here to see the hang."""
-        if self.attempt is None:
-            return True
-        # torchrun makes this folder anew for each attempt.
-        try:
-            (self.attempt / "visionloom.hang").touch(exist_ok=False)
-        except FileExistsError:
-            return False
-        return True
+
+def tell(cause: str) -> int | None:
+    """Record and print why the run ends; returns the exit code, None if another rank has told."""
+    code = status.current.failed(status.STOPPED, cause, stopping.RESUME)
+    if code is not None:
+        warn(f"error: {one_line(cause)}; {stopping.RESUME}")
+    return code
 
 
 def watch_hangs(folder: Path, limits: dict[str, float]) -> None:
@@ -266,8 +258,5 @@ def innermost(stacks: str, thread: int) -> str:
 
 def state_of(pid: int) -> str:
     """Return the letter of a process's state, see proc(5); empty if it is gone."""
-    try:
-        _, _, facts = Path(f"/proc/{pid}/stat").read_text().rpartition(")")
-    except OSError:
-        return ""
-    return facts.split()[0]
+    fields = stat_fields(pid)
+    return fields[0] if fields else ""

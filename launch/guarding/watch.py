@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Final
 
 from visionloom.common.atomic import replacing
+from visionloom.common.processes import stat_fields
 from visionloom.common.ranks import ranks_here
 from visionloom.launch.guarding.exit import FAILURE, attempt_folder
-from visionloom.train.observe import status
+from visionloom.train.observe import status, stopping
 
 MEMBER: Final = "rank"
 """Beginning of the file, in torchrun's folder, in which each rank leaves its number and its process."""
@@ -119,7 +120,7 @@ class Watch:
         status.current.failed(
             FAILURE,
             self._cause(sibling, code),
-            "start the same command again to resume",
+            stopping.RESUME,
             sibling.rank,
         )
 
@@ -158,9 +159,7 @@ def watch_ranks() -> None:
 
 def exit_status(pid: int) -> int | None:
     """Return the wait status of a process that has ended and that nobody has waited for; None if the kernel does not say."""
-    # The name before the bracket may hold spaces and brackets of its own.
-    _, _, facts = _read(Path(f"/proc/{pid}/stat")).rpartition(")")
-    words = facts.split()
+    words = stat_fields(pid)
     if len(words) > EXIT_STATUS and words[0] in "ZX":
         return int(words[EXIT_STATUS])
     return None

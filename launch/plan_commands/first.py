@@ -78,13 +78,13 @@ def words_of_card(chosen: str) -> list[str]:
     if chosen and chosen not in names:
         raise UserError(unknown("run.gpu", chosen, names))
     card, memory = card_here()
-    fitting = [chosen] if chosen else files_about(card)
-    if len(fitting) != 1:
+    fitting = chosen or only_file_about(card)
+    if not fitting:
         raise UserError(
             f"run.plan=true: no file of recipes/gpu is about {card}: say which comes near, run.gpu=NAME, NAME one of"
             f" {', '.join(names)}, or start without a plan, run.plan=false"
         )
-    return [f"gpu={fitting[0]}", *memory]
+    return [f"gpu={fitting}", *memory]
 
 
 def card_here() -> tuple[str, list[str]]:
@@ -100,9 +100,10 @@ def card_here() -> tuple[str, list[str]]:
         return "a card whose name nvidia-smi does not tell", []
 
 
-def files_about(card: str) -> list[str]:
-    """Return the names of the files of recipes/gpu that are about a card."""
-    return [name for name in machine_names() if is_of(name, card)]
+def only_file_about(card: str) -> str:
+    """Return the name of the only file of recipes/gpu that is about a card; empty if there is none, or more than one."""
+    files = [name for name in machine_names() if is_of(name, card)]
+    return files[0] if len(files) == 1 else ""
 
 
 def is_of(known: str, card: str) -> bool:

@@ -12,7 +12,7 @@ from visionloom.common.pulse import current as pulse
 from visionloom.common.screen import PlainConsole
 from visionloom.common.text import say, warn
 from visionloom.forecast.machine import Machine, machine
-from visionloom.launch.plan_commands.first import files_about
+from visionloom.launch.plan_commands.first import only_file_about
 from visionloom.launch.preflight.facts import RankFacts
 from visionloom.launch.preflight.run import Preflight
 from visionloom.launch.preflight.table import rank_table, warnings
@@ -45,8 +45,8 @@ def assumed_of(chosen: str, topology: Topology) -> Machine | None:
         return None
     from torch.cuda import get_device_name
 
-    names = [chosen] if chosen else files_about(get_device_name(topology.device))
-    return machine(names[0]) if len(names) == 1 else None
+    name = chosen or only_file_about(get_device_name(topology.device))
+    return machine(name) if name else None
 
 
 def show(ranks: Sequence[RankFacts]) -> None:

@@ -3,11 +3,8 @@
 import subprocess
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Final
-
-import yaml
 
 from visionloom.common.errors import UserError
 from visionloom.launch.guarding.claim import check_writable
@@ -35,10 +32,8 @@ def write(folder: Path, jobs: list[SubmittedJob], scripts: Mapping[str, str]) ->
         folder.mkdir()
     except FileExistsError:
         raise UserError(f"{folder} is there: the run was submitted a moment ago") from None
-    # As a run itself writes it, to compare the two.
     for job in jobs:
-        text = yaml.safe_dump(asdict(job.config), sort_keys=False)
-        (folder / f"{job.name}.yaml").write_text(text)
+        (folder / f"{job.name}.yaml").write_text(job.config.to_yaml())
     for name, script in scripts.items():
         (folder / f"{name}.sh").write_text(script)
     (folder / "git.txt").write_text(git_state(Path(__file__).parents[2]))
