@@ -26,7 +26,7 @@ CORE = [
 EXTRAS = {
     "video": ["av>=14.0,<20"],
     "jpeg": ["simplejpeg>=1.7,<2"],  # same pixels as Pillow, a fifth faster
-    "deepspeed": ["deepspeed>=0.19.3,<0.20"],
+    "deepspeed": ["deepspeed>=0.19.8,<0.20"],
     "flash": ["flash-attn-4>=4.0.0b36,<5", "liger-kernel>=0.8,<0.9"],
     "s3": ["s3fs>=2026.1,<2028", "fsspec>=2026.1,<2028"],
     "convert": ["pyarrow>=20,<26"],

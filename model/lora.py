@@ -42,6 +42,7 @@ from visionloom.model.sharding import (
     generator_of,
 )
 from visionloom.model.trainable import is_adapter
+from visionloom.parallel.divided import shape_of, written
 from visionloom.parallel.topology import Topology
 
 
@@ -77,7 +78,7 @@ class Adapter(nn.Module):
             like: the layer's weight: dtype, device, experts.
         """
         super().__init__()
-        experts = tuple(like.shape[:1]) if layer.experts else ()
+        experts = tuple(shape_of(like)[:1]) if layer.experts else ()
         # ParameterDict would sort a dict by its keys: queries come before keys.
         a, b = [], []
         for part, rows in shape.items():
@@ -335,7 +336,7 @@ def _adapt(
     tensor = topology.config.tensor
     weight = module.weight
     shapes = _part_shapes(module, layer, tensor)
-    module.adapter = Adapter(layer, lora, shapes, weight.shape[-1], weight)
+    module.adapter = Adapter(layer, lora, shapes, shape_of(weight)[-1], weight)
     # The object stays, so its name and weights are those that checkpoints and the optimizer know.
     module.__class__ = ADAPTED[type(module)]
 
@@ -361,7 +362,7 @@ def _part_shapes(module: Any, layer: LinearLayer, tensor: int) -> dict[str, tupl
     shapes: dict[str, tuple[int, ...]] = {}
     for part, width in layer.parts.items():
         if isinstance(module, Stack):
-            shapes[part] = tuple(module.weight.shape[1:-1])
+            shapes[part] = tuple(shape_of(module.weight)[1:-1])
         elif isinstance(module, ColumnParallelLinear):
             shapes[part] = (width // tensor,)
         else:
@@ -388,7 +389,7 @@ def _mark_experts(module: AdaptedStack, topology: Topology) -> None:
     weight: Any = module.weight
     (a,), (b,) = module.adapter.lora_A.values(), module.adapter.lora_B.values()
     # [e, 2, F, r]: B of gate and up; of the down projection A [e, r, F] touches F.
-    first = b.dim() == 4
+    first = len(shape_of(b)) == 4
     for factor, is_cut in ((a, not first), (b, first)):
         parameter: Any = factor
         parameter.partition_dim = 2 if is_cut else -1
@@ -411,14 +412,15 @@ def draw_adapters(chunk: Any, seed: int, topology: Topology) -> None:
     for name, parameter in canonical_parameters(chunk):
         if not is_adapter(name):
             continue
-        # B zero: a new adapter changes nothing.
-        if ".lora_B." in name:
-            parameter.zero_()
-            continue
-        shape = full_shape(name, parameter, topology)
-        uniform = torch.rand(shape, generator=generator_of(name, seed))
-        full = (uniform * 2 - 1) / math.sqrt(shape[-1])
-        parameter.copy_(cut(name, full, parameter, topology))
+        with written(parameter):
+            # B zero: a new adapter changes nothing.
+            if ".lora_B." in name:
+                parameter.zero_()
+                continue
+            shape = full_shape(name, parameter, topology)
+            uniform = torch.rand(shape, generator=generator_of(name, seed))
+            full = (uniform * 2 - 1) / math.sqrt(shape[-1])
+            parameter.copy_(cut(name, full, parameter, topology))
 
 
 def adapted_modules(chunks: Iterable[Any]) -> Iterator[tuple[str, Any]]:

@@ -8,6 +8,8 @@ Shapes: T tokens of a micro-batch, C context ranks, t tokens on this rank (T / C
 visual tokens on this rank, R supervised tokens of this context rank, H hidden size, V vocabulary, K DeepStack levels.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +70,17 @@ class ModelInput:
     """The teacher of the R tokens, in the last chunk; None: there is none."""
 
 
+@contextmanager
+def default_type(dtype: torch.dtype) -> Iterator[None]:
+    """Make torch's layers with weights of a dtype inside: they may be divided before they could be converted."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 class Qwen3VL(MegatronModule):  # type: ignore[misc]
     """The whole model, or one chunk of it."""
 
@@ -107,7 +120,8 @@ class Qwen3VL(MegatronModule):  # type: ignore[misc]
 
     def _build_tower(self, dtype: torch.dtype) -> VisionTower:
         config, parallel = self.model_config, self.topology.config
-        tower = VisionTower(config.vision, config.text.hidden_size, parallel.recompute).to(dtype)
+        with default_type(dtype):
+            tower = VisionTower(config.vision, config.text.hidden_size, parallel.recompute)
         for parameter in tower.parameters():
             # Each rank encodes its own pictures under sequence parallelism: gradients are partial.
             parameter.sequence_parallel = parallel.sequence_parallel  # type: ignore[attr-defined]

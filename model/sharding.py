@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from visionloom.model.config import ModelConfig
 from visionloom.model.trainable import group_of
+from visionloom.parallel.divided import written
 from visionloom.parallel.topology import Topology
 
 GATED = "mlp.linear_fc1.weight"
@@ -121,12 +122,20 @@ def draw_weights(
     for name, parameter in canonical_parameters(model):
         if groups is not None and group_of(name) not in groups:
             continue
-        # Norms and biases.
-        if parameter.dim() < 2:
-            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-            continue
         part = config.vision if name.startswith("visual.") else config.text
-        shape = full_shape(name, parameter, topology)
-        # The whole tensor on the host, then this rank's part: no layout changes the numbers.
-        full = torch.randn(shape, generator=generator_of(name, seed)) * part.initializer_range
-        parameter.copy_(cut(name, full, parameter, topology))
+        with written(parameter):
+            draw_parameter(name, parameter, part.initializer_range, seed, topology)
+
+
+def draw_parameter(
+    name: str, parameter: Tensor, deviation: float, seed: int, topology: Topology
+) -> None:
+    """Draw one parameter; see `draw_weights`."""
+    # Norms and biases.
+    if parameter.dim() < 2:
+        parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+        return
+    shape = full_shape(name, parameter, topology)
+    # The whole tensor on the host, then this rank's part: no layout changes the numbers.
+    full = torch.randn(shape, generator=generator_of(name, seed)) * deviation
+    parameter.copy_(cut(name, full, parameter, topology))

@@ -1,6 +1,7 @@
 """Build a phase in order: stream, model with its weights, trainer. Here and in run.py the configuration is whole."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,16 @@ def build_model(config: RunConfig, topology: Topology, drawn: bool) -> list[Qwen
         for part in parts:
             draw_weights(part, config.model, config.run.seed, topology)
     return parts
+
+
+def as_the_engine_wants(config: RunConfig, topology: Topology) -> AbstractContextManager[None]:
+    """Have a model that is built inside for training divided from the start, where the engine divides its weights."""
+    if topology.config.engine != "deepspeed":
+        return nullcontext()
+    from visionloom.train.engines.zero import divided_when_made
+
+    dtype = model_dtype(config.run.precision, topology.device)
+    return divided_when_made(topology, config.optim, dtype)
 
 
 def empty_parts(model: ModelConfig, precision: str, topology: Topology) -> list[Qwen3VL]:

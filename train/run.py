@@ -24,6 +24,7 @@ from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.parallel import topology as topologies
 from visionloom.parallel.topology import Topology
 from visionloom.train.build import (
+    as_the_engine_wants,
     build_stream,
     build_teacher,
     build_trainer,
@@ -299,11 +300,12 @@ def phase_model(
     config: RunConfig, name: str, topology: Topology, newest: Checkpoint | None
 ) -> list[Qwen3VL]:
     """Build a phase's model: with the newest weights and its fresh groups drawn, or for `restore` to load into."""
-    if steps_done(config, name, newest):
-        return model_to_load(config, topology)
-    parts = newest_weights(config, topology, newest)
-    draw_fresh_groups(parts, config, name, topology)
-    return parts
+    with as_the_engine_wants(config, topology):
+        if steps_done(config, name, newest):
+            return model_to_load(config, topology)
+        parts = newest_weights(config, topology, newest)
+        draw_fresh_groups(parts, config, name, topology)
+        return parts
 
 
 def restore(trainer: PhaseTrainer, newest: Checkpoint | None) -> None:

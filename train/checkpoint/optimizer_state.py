@@ -6,7 +6,7 @@ needs another's numbers, and its memory falls with the number of ranks.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
@@ -14,23 +14,19 @@ from torch import Tensor
 
 from visionloom.train.checkpoint.rectangles import Rectangle, rectangles
 from visionloom.train.checkpoint.weights_state import ParameterPiece, Weights, pieces_by_parameter
-from visionloom.train.engines.engine import WEIGHT, Engine
+from visionloom.train.engines.engine import WEIGHT, Engine, Owned
 
 
-def own_tensors(engine: Engine, weights: Weights) -> dict[str, ShardedTensor]:
+def own_tensors(owned: Iterable[Owned], weights: Weights) -> dict[str, ShardedTensor]:
     """Return what this rank alone holds as rectangles of full tensors, by names that no layout changes.
 
-    Their data are views of the engine's own numbers: a save copies from them, a load writes into them.
-
-    Args:
-        engine: of the trainer.
-        weights: the engine's.
+    Their data are views of what is owned: a save copies from them, a load writes into them.
     """
     tensors: dict[str, ShardedTensor] = {}
-    for owned in engine.owned():
-        pieces = weights.pieces[owned.parameter]
-        for kind, values in owned.values.items():
-            for part in _slices(pieces, kind, values, owned.begin):
+    for each in owned:
+        pieces = weights.pieces[each.parameter]
+        for kind, values in each.values.items():
+            for part in _slices(pieces, kind, values, each.begin):
                 tensors[f"{part.key} at {part.global_offset}"] = part
     return tensors
 
@@ -38,7 +34,7 @@ def own_tensors(engine: Engine, weights: Weights) -> dict[str, ShardedTensor]:
 def written_parts(engine: Engine) -> Iterator[ShardedTensor]:
     """Yield the parts of tensors that this rank could write to a checkpoint: others may have the same weights."""
     weights = engine.weights()
-    own = own_tensors(engine, weights).values()
+    own = own_tensors(engine.owned(), weights).values()
     shared = pieces_by_parameter(weights.shared).values()
     for part in (*own, *(piece.sharded for pieces in shared for piece in pieces)):
         if is_main_replica((*part.replica_id[:2], 0)):

@@ -30,6 +30,7 @@ from visionloom.common.places import PlaceError, locate
 from visionloom.common.text import one_line
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.model.sharding import EXPERTS
+from visionloom.parallel.divided import is_divided
 from visionloom.parallel.topology import Topology
 from visionloom.train.checkpoint.finite import require_finite
 from visionloom.train.checkpoint.index import INDEX, IndexFault, read_index
@@ -37,7 +38,8 @@ from visionloom.train.checkpoint.optimizer_state import own_tensors
 from visionloom.train.checkpoint.state_file import CHECKPOINTS, STATE, RunState, read_run_state
 from visionloom.train.checkpoint.state_file import LARGEST as LARGEST_STATE
 from visionloom.train.checkpoint.untrusted import harmless_reading
-from visionloom.train.checkpoint.weights_state import named_parts, weights_state
+from visionloom.train.checkpoint.weights_state import Weights, named_parts
+from visionloom.train.engines.engine import divided_weights
 from visionloom.train.exchange.companions import COMPANIONS
 from visionloom.train.phase_trainer import PhaseTrainer
 
@@ -108,16 +110,11 @@ def run_state_of(trainer: PhaseTrainer, step: int, phase_step: int) -> RunState:
 
 def load_trainer(checkpoint: Checkpoint, trainer: PhaseTrainer) -> None:
     """Load weights, optimizer and schedule, so that a phase continues exactly, in any layout."""
-    folder, topology = checkpoint.folder, trainer.topology
-    weights = trainer.engine.weights()
-    slices = own_tensors(trainer.engine, weights)
-    loaded = _read(folder, weights.shared, topology)
-    _load_parts(loaded, trainer.model_parts, strict=trainer.engine.has_whole_weights)
-    _read_own(folder, slices)
-    # Moments too: they would make the weights so at the next step.
-    moments = ((name, part.data) for name, part in slices.items())
-    require_finite(chain(_tensors(loaded), moments), f"{folder}", topology)
-    trainer.engine.loaded(checkpoint.run_state.updates)
+    engine = trainer.engine
+    weights = engine.weights()
+    slices = own_tensors(engine.owned(), weights)
+    _load(checkpoint.folder, weights, slices, trainer.model_parts, trainer.topology)
+    engine.loaded(checkpoint.run_state.updates)
     # Steps and not updates: a skipped step advances the schedule too.
     trainer.scheduler.step(checkpoint.run_state.phase_step - trainer.scheduler.num_steps)
 
@@ -127,16 +124,28 @@ def load_weights(checkpoint: Checkpoint, parts: list[Qwen3VL], topology: Topolog
 
     Call it before the model is wrapped and its optimizer built, which copies them.
     """
-    loaded = _read(checkpoint.folder, weights_state(parts, topology), topology)
-    _load_parts(loaded, parts)
-    require_finite(_tensors(loaded), f"{checkpoint.folder}", topology)
+    weights = Weights.of(parts, topology)
+    slices = own_tensors(divided_weights(weights.pieces), weights)
+    _load(checkpoint.folder, weights, slices, parts, topology)
 
 
-def _load_parts(loaded: dict[str, Any], parts: list[Qwen3VL], strict: bool = True) -> None:
-    """Load each part of the model from a state that was read, which has all of its weights if `strict`."""
+def _load(
+    folder: Path,
+    weights: Weights,
+    slices: dict[str, Any],
+    parts: list[Qwen3VL],
+    topology: Topology,
+) -> None:
+    """Load the weights that ranks share and the slices of this rank; UserError if there are numbers that are not finite."""
+    loaded = _read(folder, weights.shared, topology)
     for key, part in named_parts(parts).items():
         # Megatron-core leaves out what is empty: a part without adapters.
-        part.load_state_dict(loaded.get(key, {}), strict=strict and part.lora is None)
+        has_all = part.lora is None and not any(map(is_divided, part.parameters()))
+        part.load_state_dict(loaded.get(key, {}), strict=has_all)
+    _read_own(folder, slices)
+    # Moments too: they would make the weights so at the next step.
+    own = ((name, part.data) for name, part in slices.items())
+    require_finite(chain(_tensors(loaded), own), f"{folder}", topology)
 
 
 def _tensors(loaded: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -188,7 +197,7 @@ def _read_own(folder: Path, slices: dict[str, Any]) -> None:
 def trainer_state(trainer: PhaseTrainer) -> dict[str, Any]:
     """Return weights and optimizer of a phase for Megatron-core's checkpoints."""
     weights = trainer.engine.weights()
-    return {**weights.shared, "optimizer": own_tensors(trainer.engine, weights)}
+    return {**weights.shared, "optimizer": own_tensors(trainer.engine.owned(), weights)}
 
 
 def newest(run_folder: Path, topology: Topology) -> tuple[Checkpoint | None, list[str]]:

@@ -1,13 +1,14 @@
 """The weights of a model as Megatron-core's checkpoints take them."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from visionloom.model.qwen3vl import Qwen3VL
+from visionloom.parallel.divided import is_divided, with_shapes
 from visionloom.parallel.topology import Topology
 
 
@@ -30,14 +31,21 @@ class Weights:
     """The weights of a model on this rank, for a checkpoint."""
 
     shared: dict[str, Any]
-    """What other ranks may have too, as Megatron-core's checkpoints take it."""
+    """What other ranks may have too, as Megatron-core's checkpoints take it: all but parameters that are divided among ranks."""
     pieces: dict[Any, list[ParameterPiece]]
     """Rectangles of full tensors that each parameter is made of, in the parameter's order."""
 
     @classmethod
-    def of(cls, shared: dict[str, Any]) -> "Weights":
-        """Return those of a model of which this rank has each parameter whole."""
-        return cls(shared, pieces_by_parameter(shared))
+    def of(cls, parts: list[Qwen3VL], topology: Topology) -> "Weights":
+        """Return those of a model: what is divided is not shared, and named all the same."""
+        with with_shapes(each for part in parts for each in part.parameters()):
+            state = weights_state(parts, topology)
+            whole = cls(state, pieces_by_parameter(state))
+        shared = {
+            part: {name: each for name, each in state.items() if not is_divided(each.data)}
+            for part, state in whole.shared.items()
+        }
+        return cls(shared, {each: _places(each, whole.pieces[each]) for each in whole.pieces})
 
 
 def named_parts(parts: list[Qwen3VL]) -> dict[str, Qwen3VL]:
@@ -87,6 +95,13 @@ def pieces_by_parameter(weights: dict[str, Any]) -> dict[Any, list[ParameterPiec
         if isinstance(each, ShardedTensor | ShardedTensorFactory):
             pieces[each.data] = _pieces_of(each)
     return pieces
+
+
+def _places(parameter: Any, pieces: list[ParameterPiece]) -> list[ParameterPiece]:
+    """Return where the pieces of a parameter are; of a divided one without numbers, which it had for its shape only."""
+    if not is_divided(parameter):
+        return pieces
+    return [replace(piece, sharded=replace(piece.sharded, data=None)) for piece in pieces]
 
 
 def _pieces_of(sharded: ShardedTensor | ShardedTensorFactory) -> list[ParameterPiece]:

@@ -1,6 +1,6 @@
 """The few things that a step and a checkpoint ask of an engine."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from visionloom.data.stream.batch import PackedBatch
+from visionloom.parallel.divided import is_divided, own_numbers
 from visionloom.train.checkpoint.weights_state import Weights
 
 
@@ -24,6 +25,14 @@ class Owned:
 
 
 WEIGHT = ""
+
+
+def divided_weights(parameters: Iterable[Any]) -> Iterator[Owned]:
+    """Yield what this rank has of those parameters that are divided."""
+    for parameter in parameters:
+        begin, numbers = own_numbers(parameter)
+        if is_divided(parameter) and len(numbers):
+            yield Owned(parameter, begin, {WEIGHT: numbers})
 
 
 class Engine(Protocol):

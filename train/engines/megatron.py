@@ -13,7 +13,7 @@ from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.parallel.parts import OPTIMIZER, REDUCTION, in_part
 from visionloom.parallel.schedule import run_schedule
 from visionloom.parallel.topology import Topology
-from visionloom.train.checkpoint.weights_state import Weights, weights_state
+from visionloom.train.checkpoint.weights_state import Weights
 from visionloom.train.engines.engine import Owned
 from visionloom.train.overlap import gather_weights
 
@@ -88,7 +88,7 @@ class MegatronEngine:
 
     def weights(self) -> Weights:
         """Return the weights, of which each rank has its parameters whole; see Engine."""
-        return Weights.of(weights_state(self.model_parts, self.topology))
+        return Weights.of(self.model_parts, self.topology)
 
     def owned(self) -> Iterator[Owned]:
         """Yield the stretches that the distributed optimizer gives this rank; see Engine.

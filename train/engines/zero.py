@@ -24,12 +24,13 @@ from visionloom.data.stream.batch import PackedBatch
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.model.trainable import group_of
 from visionloom.parallel.config import ZeroConfig
+from visionloom.parallel.divided import shape_of
 from visionloom.parallel.parts import OPTIMIZER, in_part
 from visionloom.parallel.schedule import run_schedule
 from visionloom.parallel.topology import Topology
-from visionloom.train.checkpoint.weights_state import ParameterPiece, Weights, weights_state
+from visionloom.train.checkpoint.weights_state import Weights
 from visionloom.train.config import PhaseConfig
-from visionloom.train.engines.engine import WEIGHT, Owned
+from visionloom.train.engines.engine import WEIGHT, Owned, divided_weights
 from visionloom.train.optim.config import OptimConfig
 from visionloom.train.optimizer import rates_of
 
@@ -57,8 +58,6 @@ class ZeroEngine:
         self.topology = topology
         self.stage = topology.config.zero.stage
         self.has_whole_weights = self.stage < 3
-        # Of stage 3, named while they are whole.
-        self._named = Weights.of(weights_state(model_parts, topology))
         if topology.config.tensor > 1:
             add_up_head_norms(self.model, topology)
         groups = parameter_groups(self.model, optim, phase)
@@ -75,8 +74,8 @@ class ZeroEngine:
                 config=settings_of(topology, optim, groups[0]["params"][0].dtype),
                 mpu=Groups(topology),
             )
-        if not self.has_whole_weights:
-            self._named = divided(self._named)
+        # Of stage 3 they are named once.
+        self._named = Weights.of(model_parts, topology)
         self.parts = [Called(self.engine)]
         self.updates = 0
         self._factor = 1.0
@@ -167,7 +166,7 @@ class ZeroEngine:
     def weights(self) -> Weights:
         """Return the weights; at stage 3 what remains shared is no parameter; see Engine."""
         if self.stage < 3:
-            return Weights.of(weights_state([self.model], self.topology))
+            return Weights.of([self.model], self.topology)
         # Copies: a save notes in them who writes what.
         shared = {
             part: {name: copy(each) for name, each in state.items()}
@@ -194,22 +193,15 @@ class ZeroEngine:
     def _stretches(self) -> Iterator[Owned]:
         """Yield the stretches of stage 3: of each parameter, this rank's of as many equal ones as there are ranks."""
         # Weights under adapters are in no checkpoint.
-        for parameter in self._named.pieces:
-            size = parameter.partition_numel()
-            begin = size * self.topology.data_rank
-            # The last ones may end beyond the parameter.
-            count = min(size, parameter.ds_numel - begin)
-            if count <= 0:
-                continue
-            values = {WEIGHT: parameter.ds_tensor[:count]}
-            if parameter.requires_grad:
+        for owned in divided_weights(self._named.pieces):
+            values = owned.values
+            if owned.parameter.requires_grad:
                 group, offset, _ = self.optimizer.grad_position[
-                    self.optimizer.get_param_id(parameter)
+                    self.optimizer.get_param_id(owned.parameter)
                 ]
-                values |= self._values(
-                    self.optimizer.fp32_partitioned_groups_flat[group], offset, count
-                )
-            yield Owned(parameter, begin, values)
+                flat = self.optimizer.fp32_partitioned_groups_flat[group]
+                values = values | self._values(flat, offset, len(values[WEIGHT]))
+            yield replace(owned, values=values)
 
     def _values(self, flat: Tensor, begin: int, count: int) -> dict[str, Tensor]:
         """Return master weights and moments of a stretch of a flat buffer."""
@@ -254,6 +246,27 @@ class ZeroEngine:
         self.engine.destroy()
         parameter_offload.FWD_MODULE_STACK.clear()
         groups.mpu = None
+
+
+@contextmanager
+def divided_when_made(topology: Topology, optim: OptimConfig, dtype: torch.dtype) -> Iterator[None]:
+    """Divide at stage 3 each parameter of a model as soon as its layer is made, so that no rank ever has the model whole.
+
+    Raises:
+        UserError: if DeepSpeed is not installed.
+    """
+    deepspeed = import_deepspeed(topology.device)
+    making = deepspeed.zero.Init(
+        data_parallel_group=topology.groups.dp,
+        config_dict_or_path=settings_of(topology, optim, dtype),
+        dtype=dtype,
+        mpu=Groups(topology),
+        # It would change the type and device of all tensors that are made, buffers of fp32 among them.
+        tensor_overrides=(),
+        enabled=topology.config.zero.stage == 3,
+    )
+    with making:
+        yield
 
 
 class Called:
@@ -326,7 +339,7 @@ def parameter_groups(
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        group, is_decayed = group_of(name), parameter.dim() > 1
+        group, is_decayed = group_of(name), len(shape_of(parameter)) > 1
         settings = rates_of(peaks[group], phase) | {"wd_mult": float(is_decayed), "lr": 0.0}
         groups.setdefault((group, is_decayed), {"params": [], **settings})["params"].append(
             parameter
@@ -398,25 +411,6 @@ def zero_settings(zero: ZeroConfig) -> dict[str, Any]:
             settings[name] = {"device": place, "pin_memory": torch.cuda.is_available()}
             settings[name] |= {"nvme_path": zero.nvme_path} if place == "nvme" else {}
     return settings
-
-
-def divided(named: Weights) -> Weights:
-    """Return the weights of a model that was whole, and is not any more: what is no parameter, and where the pieces are."""
-    shared: dict[str, Any] = {}
-    for part, state in named.shared.items():
-        shared[part] = {
-            name: each
-            for name, each in state.items()
-            if not isinstance(each.data, torch.nn.Parameter)
-        }
-    pieces: dict[Any, list[ParameterPiece]] = {}
-    for parameter, each in named.pieces.items():
-        if isinstance(parameter, torch.nn.Parameter):
-            # Their views would keep the memory.
-            pieces[parameter] = [
-                replace(piece, sharded=replace(piece.sharded, data=None)) for piece in each
-            ]
-    return Weights(shared, pieces)
 
 
 def nothing_to_reduce(*_: Any, **__: Any) -> None:

@@ -17,6 +17,7 @@ from visionloom.model.huggingface.tensor_files import open_safetensors
 from visionloom.model.lora_config import LinearLayer, LoraConfig, adapted_layers, linear_layers
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.model.sharding import canonical_parameters, cut
+from visionloom.parallel.divided import written
 from visionloom.parallel.topology import Topology
 from visionloom.train.checkpoint.finite import require_finite
 
@@ -53,7 +54,9 @@ def load_adapter(folder: Path, parts: list[Qwen3VL], topology: Topology) -> None
     with torch.no_grad():
         for part in parts:
             for name, parameter in canonical_parameters(part):
-                if name in adapters:
+                if name not in adapters:
+                    continue
+                with written(parameter):
                     parameter.copy_(cut(name, adapters[name], parameter, topology))
 
 

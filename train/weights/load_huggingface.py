@@ -16,6 +16,7 @@ from visionloom.model.huggingface.part_folders import language_folder, tower_fol
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.model.sharding import canonical_parameters, cuts
 from visionloom.model.trainable import group_of
+from visionloom.parallel.divided import own_numbers, written
 from visionloom.parallel.topology import Topology
 from visionloom.train.checkpoint.finite import require_finite
 
@@ -80,8 +81,9 @@ def fill(
                 held.append((name, parameter))
     with torch.no_grad():
         for name, parameter in held:
-            copy_parameter(name, parameter, source, topology)
-    require_finite([(name, each.detach()) for name, each in held], named, topology)
+            with written(parameter):
+                copy_parameter(name, parameter, source, topology)
+    require_finite([(name, own_numbers(each)[1]) for name, each in held], named, topology)
 
 
 def copy_parameter(
