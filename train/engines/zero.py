@@ -57,7 +57,7 @@ class ZeroEngine:
         (self.model,) = model_parts
         self.topology = topology
         self.stage = topology.config.zero.stage
-        self.has_whole_weights = self.stage < 3
+        self.has_whole_weights = not topology.config.divides_weights
         if topology.config.tensor > 1:
             add_up_head_norms(self.model, topology)
         groups = parameter_groups(self.model, optim, phase)
@@ -263,7 +263,7 @@ def divided_when_made(topology: Topology, optim: OptimConfig, dtype: torch.dtype
         mpu=Groups(topology),
         # It would change the type and device of all tensors that are made, buffers of fp32 among them.
         tensor_overrides=(),
-        enabled=topology.config.zero.stage == 3,
+        enabled=topology.config.divides_weights,
     )
     with making:
         yield
@@ -327,6 +327,11 @@ def import_deepspeed(device: torch.device) -> Any:
             "parallel.engine=deepspeed needs DeepSpeed: pip install 'visionloom[deepspeed]', or choose parallel.engine=megatron"
         ) from error
     deepspeed.utils.logger.setLevel(logging.WARNING)
+    # On CPUs it would compile a reduction of its own at each machine's first start, for inference only.
+    with patch("deepspeed.comm.torch.build_shm_op", lambda: None):
+        deepspeed.init_distributed(
+            dist_init_required=False if deepspeed.comm.is_initialized() else None
+        )
     return deepspeed
 
 
