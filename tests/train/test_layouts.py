@@ -33,7 +33,7 @@ LATER = {"long": ("tensor", "context"), "sft": ("pipeline", "expert")}
 """Phases after the first, and the axes of two ranks that they have."""
 
 
-QUICK = ("data2", "tensor2")
+QUICK = ("data2",)
 
 
 def train(config: RunConfig) -> None:

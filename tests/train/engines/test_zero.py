@@ -165,7 +165,8 @@ def test_bf16(stage: str, run_as: RunAs, pool: RankPool, demo_data: Path, tmp_pa
     assert exact(tmp_path) == exact(run_as(2, *words))
 
 
-@pytest.mark.parametrize("stage", [pytest.param("1", marks=pytest.mark.long), "3"])
+@pytest.mark.long
+@pytest.mark.parametrize("stage", ["1", "3"])
 def test_from_megatron_and_back(
     stage: str, run_as: RunAs, pool: RankPool, demo_data: Path, tmp_path: Path
 ) -> None:

@@ -190,7 +190,7 @@ def cases() -> Iterator[Any]:
     experts = ["expert 2", "tensor 2 expert tensor 2", "tensor 2 expert 2",
                "tensor 2 expert 2 data 2", "expert 2 data 2",
                "pipeline 2 expert 2", "tensor 2 over experts"]  # fmt: skip
-    quick = {"tensor 2 expert 2"}
+    quick = {"expert 2"}
     for case, names in ((DENSE, dense), (MIXTURE, experts)):
         for name in names:
             marks = () if name in quick else pytest.mark.long
