@@ -155,13 +155,21 @@ class ZeroEngine:
         if self.stage < 3:
             yield
             return
+        from deepspeed.runtime.zero import partitioned_param_coordinator as coordinators
+
         parameters = list(self.model.parameters())
         gather(parameters)
         for parameter in parameters:
             parameter.ds_active_sub_modules.add(EVALUATION)
         try:
-            yield
+            # At each call ranks would compare which modules they have called, and each calls the model as often as it needs to.
+            with patch.object(coordinators, "assert_ints_same_as_other_ranks"):
+                yield
         finally:
+            coordinator = self.optimizer._get_param_coordinator()
+            # Nor do they say anything of the next step.
+            if not coordinator.is_invalid_trace():
+                coordinator._invalidate_trace()
             for parameter in parameters:
                 parameter.ds_active_sub_modules.discard(EVALUATION)
             parameters[0].partition(parameters)
