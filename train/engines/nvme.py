@@ -8,7 +8,7 @@ import fcntl
 import mmap
 import resource
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from ctypes import CDLL, byref, c_char, c_size_t
 from functools import cache
@@ -30,7 +30,9 @@ LARGEST_LOCKED = 16
 """Times `bucket_bytes` that a rank locks at most (estimated): the buffers of weights, and four of fp32 for a group of the optimizer."""
 PROBE = (1 << 18) + (1 << 8)
 """Numbers of fp32: 1 MiB, from which DeepSpeed writes to disk, and 1 KiB, of which all its sizes are multiples."""
-NEEDED = "a C++ compiler, ninja and libaio with its headers (apt-get install g++ ninja-build libaio-dev)"
+NEEDED = (
+    "a C++ compiler, ninja and libaio with its headers (apt-get install g++ ninja-build libaio-dev)"
+)
 
 
 def uses_disk(zero: ZeroConfig) -> bool:
@@ -103,15 +105,14 @@ def load_operations() -> Any:
     from deepspeed import utils
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        raise UserError(f"DeepSpeed needs {NEEDED}; or choose cpu")
+    # Its warning of the wear of disks is for each rank; docs/finetune.md has it.
+    utils._deepspeed_nvme_write_warning_emitted = True
     try:
-        if not AsyncIOBuilder().is_compatible(verbose=False):
-            raise UserError(f"DeepSpeed needs {NEEDED}; or choose cpu")
-        # Its warning of the wear of disks is for each rank; docs/finetune.md has it.
-        utils._deepspeed_nvme_write_warning_emitted = True
         return AsyncIOBuilder().load(verbose=False)
-    # Compilers and their wrappers have errors of many kinds, and long ones.
-    except (ImportError, OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0][:200]
+    except Exception as error:  # of DeepSpeed, torch, ninja or the compiler, and long
+        reason = str(error).partition("\n")[0][:200]
         raise UserError(
             f"DeepSpeed's async_io could not be compiled with {NEEDED}: {reason}; or choose cpu"
         ) from error
@@ -162,21 +163,27 @@ def claim(path: Path) -> tuple[Path, IO[str]]:
 
 def try_disk(operations: Any, folder: Path) -> None:
     """Write and read a file as DeepSpeed does; UserError if it is not the same."""
-    handle = operations.aio_handle(1 << 20, 8, False, True, 1)
-    sent, received = (handle.new_cpu_locked_tensor(PROBE, torch.empty(0)) for _ in range(2))
-    place = str(folder / "probe")
-    torch.arange(PROBE, out=sent)
-    received.zero_()
-    done = handle.sync_pwrite(sent, place, 0) == 1 and handle.sync_pread(received, place, 0) == 1
-    is_same = done and torch.equal(sent, received)
-    for tensor in (sent, received):
-        handle.free_cpu_locked_tensor(tensor)
-    if not is_same:
+    probe = folder / "probe"
+    if not is_read_as_written(operations.aio_handle(1 << 20, 8, False, True, 1), str(probe)):
         raise UserError(
             f"parallel.zero.nvme_path={folder.parent} is full, or does not take what DeepSpeed writes around the system's cache"
             " (O_DIRECT, multiples of 1024 bytes): name a folder on a local disk"
         )
-    Path(place).unlink()
+    probe.unlink()
+
+
+def is_read_as_written(handle: Any, path: str) -> bool:
+    """Write numbers to a file by DeepSpeed's `handle`, and return whether they come back."""
+    sent, received = (handle.new_cpu_locked_tensor(PROBE, torch.empty(0)) for _ in range(2))
+    torch.arange(PROBE, out=sent)
+    received.zero_()
+    is_whole = handle.sync_pwrite(sent, path, 0) != -1 and Path(path).stat().st_size == sent.nbytes
+    # Of a file that is too short it would end with SIGABRT.
+    is_same = is_whole and handle.sync_pread(received, path, 0) != -1
+    is_same = is_same and torch.equal(sent, received)
+    for tensor in (sent, received):
+        handle.free_cpu_locked_tensor(tensor)
+    return is_same
 
 
 # ---- the optimizer
@@ -230,7 +237,7 @@ def keep_gradients(optimizer: Any) -> None:
     swapper.swap_out_gradients = keep
 
 
-def remove_files(zero: ZeroConfig, parameters: Iterator[Any]) -> None:
+def remove_files(zero: ZeroConfig, parameters: Iterable[Any]) -> None:
     """Remove the files of an engine that is closed, and free the memory that its buffers of weights lock."""
     swappers = {each.nvme_swapper for each in parameters} - {None}
     for swapper in swappers:
