@@ -187,7 +187,7 @@ def test_a_weight_larger_than_a_buffer(pool: RankPool, demo_data: Path, tmp_path
     words = words_of(tmp_path / "disk", PLACES["both"])
     words.append("parallel.zero.bucket_bytes=1048576")
     with pytest.raises(
-        RankFailed, match="UserError: parallel.zero.bucket_bytes=1048576 is less than .*294912"
+        RankFailed, match=r"UserError: parallel.zero.bucket_bytes=1048576 is less than .*294912"
     ):
         run(pool, demo_data, tmp_path / "run", 2, *words)
 
