@@ -278,8 +278,8 @@ def divided_when_made(topology: Topology, optim: OptimConfig, dtype: torch.dtype
     zero = topology.config.zero
     making = deepspeed.zero.Init(
         data_parallel_group=topology.groups.dp,
+        # Has the type of the weights: a `dtype` beside it is ignored where the device has no fp16, and buffers would be bf16.
         config_dict_or_path=settings_of(topology, optim, dtype),
-        dtype=dtype,
         mpu=Groups(topology),
         # It would change the type and device of all tensors that are made, buffers of fp32 among them.
         tensor_overrides=(),

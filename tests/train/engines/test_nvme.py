@@ -84,9 +84,10 @@ def test_steps_are_megatrons_and_go_on_exactly(
 @pytest.mark.usefixtures("compiled")
 def test_three_ranks_and_evaluations(pool: RankPool, demo_data: Path, tmp_path: Path) -> None:
     """Stretches begin at odd places, and ranks evaluate unequal numbers of samples."""
-    words = ["phases.multimodal.global_batch=6", "evaluation.phase_samples=4"]
+    larger = MODEL.replace("2304", "4600")
+    words = ["phases.multimodal.global_batch=6", "evaluation.phase_samples=4", larger]
     theirs = run(pool, demo_data, tmp_path / "theirs", 3, *words)
-    words += words_of(tmp_path / "disk", PLACES["both"])
+    words = [*words_of(tmp_path / "disk", PLACES["both"]), *words]
     ours = run(pool, demo_data, tmp_path / "ours", 3, *words)
     agree(ours, theirs)
     weights_agree(pool, ours, theirs)
@@ -112,6 +113,19 @@ def test_bf16_is_that_of_host_memory(pool: RankPool, demo_data: Path, tmp_path: 
     losses = [[line[:3] for line in exact(each)] for each in both.values()]
     assert losses[0] == losses[1]
     weights_agree(pool, *both.values(), 0.0)
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("compiled")
+def test_adapters(megatrons: Path, pool: RankPool, demo_data: Path, tmp_path: Path) -> None:
+    """Frozen weights on disk, which are in no checkpoint of the run, under adapters in memory."""
+    (base,) = (megatrons / "checkpoints" / "multimodal").iterdir()
+    words = [f"init.checkpoint={base}", "lora.rank=4", "lora.groups=[language]"]
+    theirs = run(pool, demo_data, tmp_path / "theirs", 2, *words)
+    words += words_of(tmp_path / "disk", PLACES["both"])
+    ours = run(pool, demo_data, tmp_path / "ours", 2, *words)
+    agree(ours, theirs)
+    weights_agree(pool, ours, theirs)
 
 
 @pytest.mark.long
@@ -246,6 +260,8 @@ def test_without_libaio_the_package_is_named(
         nvme.disk_settings(zero, torch.float32)
 
 
+# The child calls the one function and ends: no other thread's lock is met.
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_memory_that_cannot_be_locked() -> None:
     """In a process without root's rights, of which Linux itself refuses it."""
     child = os.fork()
