@@ -121,7 +121,12 @@ class Qwen3VL(MegatronModule):  # type: ignore[misc]
     def _build_tower(self, dtype: torch.dtype) -> VisionTower:
         config, parallel = self.model_config, self.topology.config
         with default_type(dtype):
-            tower = VisionTower(config.vision, config.text.hidden_size, parallel.recompute)
+            tower = VisionTower(
+                config.vision,
+                config.text.hidden_size,
+                parallel.recompute,
+                in_pieces=not parallel.divides_weights,
+            )
         for parameter in tower.parameters():
             # Each rank encodes its own pictures under sequence parallelism: gradients are partial.
             parameter.sequence_parallel = parallel.sequence_parallel  # type: ignore[attr-defined]
@@ -270,9 +275,12 @@ class Qwen3VL(MegatronModule):  # type: ignore[misc]
             hidden: Tensor = self.language_model.embedding(inputs.input_ids, None)
         if inputs.exchange is None:
             # Keeps the tower in the graph: its gradients are zeros in a pack of text, not missing.
-            return hidden + features.sum() * 0.0, None
-        features = inputs.exchange(features).to(hidden.dtype)
-        main, levels = features.tensor_split([hidden.shape[-1]], dim=1)
+            hidden = hidden + features.sum() * 0.0
+            features = features[:0]
+        else:
+            features = inputs.exchange(features)
+        # Of a pack of text no rows: where ranks divide weights, they all go through the same operations.
+        main, levels = features.to(hidden.dtype).tensor_split([hidden.shape[-1]], dim=1)
         hidden = hidden.index_copy(0, inputs.visual_rows, main.unsqueeze(1))
         return hidden, levels if levels.shape[1] else None
 

@@ -285,11 +285,26 @@ def passes_of_attention() -> tuple[AbstractContextManager[None], AbstractContext
 class VisionTower(nn.Module):
     """The tower from patches to features: the main merger's and, side by side, those of the DeepStack mergers."""
 
-    def __init__(self, config: VisionConfig, output_size: int, recompute: str = "none") -> None:
-        """Build a tower with features of `output_size`; `recompute` as parallel.recompute, of which `block` has no part here."""
+    def __init__(
+        self,
+        config: VisionConfig,
+        output_size: int,
+        recompute: str = "none",
+        in_pieces: bool = True,
+    ) -> None:
+        """Build a tower.
+
+        Args:
+            config: its sizes.
+            output_size: of a feature.
+            recompute: as parallel.recompute, of which `block` has no part here.
+            in_pieces: many pictures one after the other where whole blocks are made again. Ranks that divide the weights cannot:
+                each has another number of pieces, and they gather a block's weights at each call of it.
+        """
         super().__init__()
         self.config = config
         self.recompute = recompute
+        self.in_pieces = in_pieces
         self.patch_embed = PatchEmbedding(config)
         self.pos_embed = PositionTable(config.position_table**2, config.hidden_size)
         self.blocks = nn.ModuleList(VisionBlock(config, recompute) for _ in range(config.depth))
@@ -304,7 +319,7 @@ class VisionTower(nn.Module):
         if self.recompute not in WHOLE_BLOCKS or not torch.is_grad_enabled():
             return self._encode(vision)
         # Of each piece only the features are kept, and the backward pass encodes one at a time again.
-        pieces = list(vision.pieces())
+        pieces = list(vision.pieces()) if self.in_pieces else [vision]
         if len(pieces) == 1:
             return self._encode(vision)
         features = [checkpoint(self._encode, piece, True, use_reentrant=False) for piece in pieces]

@@ -92,6 +92,11 @@ class ParallelConfig:
         return by_default if self.sequence is None else self.sequence
 
     @property
+    def divides_weights(self) -> bool:
+        """Return whether no rank has a layer's weights whole until the layer is called."""
+        return self.engine == "deepspeed" and self.zero.stage == 3
+
+    @property
     def model_parallel_size(self) -> int:
         """Return the number of ranks that hold one copy of the model between them."""
         return self.tensor * self.pipeline * self.context

@@ -259,10 +259,11 @@ def build(
     from visionloom.model.lora_config import LoraConfig
     from visionloom.model.qwen3vl import Qwen3VL
     from visionloom.model.trainable import set_trainable
+    from visionloom.train.build import build_engine
     from visionloom.train.config import PhaseConfig
     from visionloom.train.engines.megatron import MegatronEngine
     from visionloom.train.optim.config import OptimConfig
-    from visionloom.train.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
+    from visionloom.train.optimizer import build_scheduler, wrap_data_parallel
     from visionloom.train.phase_trainer import PhaseTrainer
 
     kept.LEAST_BYTES = 0  # a tiny model's activations are all small
@@ -280,16 +281,17 @@ def build(
     if layout.mistake:
         MISTAKES[layout.mistake](chunks, [])
     phase = PhaseConfig(steps=STEPS, lr=1e-3, trainable=list(layout.case.trainable))
-    wrapped = wrap_data_parallel(chunks, topology, sharded)
-    bf16, optim = dtype == torch.bfloat16, OptimConfig(clip_grad=clip)
+    optim = OptimConfig(clip_grad=clip)
     optim.name, optim.moments = layout.case.optimizer, layout.case.moments
-    optimizer = build_optimizer(wrapped, optim, phase, bf16) if sharded else None
-    scheduler = build_scheduler(optimizer, optim, phase) if sharded else None
+    if sharded:
+        engine = build_engine(chunks, topology, optim, phase)
+    else:
+        engine = MegatronEngine(chunks, wrap_data_parallel(chunks, topology, False), None, topology)
+    scheduler = build_scheduler(engine.optimizer, optim, phase) if sharded else None
     stream: Any = type(
         "Stream", (), {"datasets": [type("Dataset", (), {"name": "test"})], "step_of_plan": int}
     )
     teacher = teacher_of(layout, topology)
-    engine = MegatronEngine(chunks, wrapped, optimizer, topology)
     return PhaseTrainer("test", phase, topology, chunks, engine, scheduler, stream, teacher)
 
 

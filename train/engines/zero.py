@@ -59,7 +59,7 @@ class ZeroEngine:
         (self.model,) = model_parts
         self.topology = topology
         self.stage = topology.config.zero.stage
-        self.has_whole_weights = self.stage < 3
+        self.has_whole_weights = not topology.config.divides_weights
         if topology.config.tensor > 1:
             add_up_head_norms(self.model, topology)
         groups = parameter_groups(self.model, optim, phase)
@@ -275,7 +275,6 @@ def divided_when_made(topology: Topology, optim: OptimConfig, dtype: torch.dtype
         UserError: if DeepSpeed is not installed.
     """
     deepspeed = import_deepspeed(topology.device)
-    zero = topology.config.zero
     making = deepspeed.zero.Init(
         data_parallel_group=topology.groups.dp,
         # Has the type of the weights: a `dtype` beside it is ignored where the device has no fp16, and buffers would be bf16.
@@ -283,9 +282,9 @@ def divided_when_made(topology: Topology, optim: OptimConfig, dtype: torch.dtype
         mpu=Groups(topology),
         # It would change the type and device of all tensors that are made, buffers of fp32 among them.
         tensor_overrides=(),
-        enabled=zero.stage == 3,
+        enabled=topology.config.divides_weights,
     )
-    with nvme.enough_room(zero), making:
+    with nvme.enough_room(topology.config.zero), making:
         yield
 
 
@@ -347,6 +346,11 @@ def import_deepspeed(device: torch.device) -> Any:
             "parallel.engine=deepspeed needs DeepSpeed: pip install 'visionloom[deepspeed]', or choose parallel.engine=megatron"
         ) from error
     deepspeed.utils.logger.setLevel(logging.WARNING)
+    # On CPUs it would compile a reduction of its own at each machine's first start, for inference only.
+    with patch("deepspeed.comm.torch.build_shm_op", lambda: None):
+        deepspeed.init_distributed(
+            dist_init_required=False if deepspeed.comm.is_initialized() else None
+        )
     return deepspeed
 
 

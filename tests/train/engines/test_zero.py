@@ -1,23 +1,34 @@
 """DeepSpeed's ZeRO as the engine of real runs. Reference: the same runs on Megatron-core's, step for step."""
 
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
 from visionloom.launch.configure import compose
+from visionloom.launch.data import main as data_command
+from visionloom.model import vision
+from visionloom.parallel.config import ParallelConfig, ZeroConfig
+from visionloom.parallel.divided import shape_of
+from visionloom.tests.model.reference import TestPack
 from visionloom.tests.ranks import RankPool
 from visionloom.tests.train.faulty import pretrain_with
+from visionloom.tests.train.layouts import Layout, deal, packs_of
+from visionloom.tests.train.layouts import build as build_stage
 from visionloom.tests.train.runs import metrics, run_config, run_words
 from visionloom.tests.train.test_early_end import exact, stopped
 from visionloom.tests.train.test_layouts import train
-from visionloom.tests.train.test_resume import checkpoint_tensors
+from visionloom.tests.train.test_overlap import only_one_sees
+from visionloom.tests.train.test_resume import SECONDS, checkpoint_tensors, kill_a_rank, start
 from visionloom.train.config import RunConfig
+from visionloom.train.step import train_step
 
-STEPS = 12
+STEPS = 20
 STAGES = {
     "1": ["stage=1"],
     "2": ["stage=2"],
@@ -27,19 +38,12 @@ STAGES = {
     "3 offloaded": ["stage=3", "offload_optimizer=cpu", "offload_parameters=cpu"],
     "3 in small buckets": ["stage=3", "bucket_bytes=65536"],
 }
-QUICK = ("2", "3")
 RunAs = Callable[..., Path]
 """Runs a model with words of its own on some ranks and returns its folder; each once for the file."""
 
 
 def words_of(stage: str) -> list[str]:
     return ["parallel.engine=deepspeed", *(f"parallel.zero.{word}" for word in STAGES[stage])]
-
-
-def stages(*quick: str) -> list[Any]:
-    """All stages; those that are not quick are left to make proofs."""
-    marks = {name: () if name in quick else pytest.mark.long for name in STAGES}
-    return [pytest.param(name, marks=marks[name]) for name in STAGES]
 
 
 def agree(ours: Path, theirs: Path, tolerance: float = 1e-5) -> None:
@@ -61,13 +65,18 @@ def weights_agree(pool: RankPool, ours: Path, theirs: Path, tolerance: float = 1
         assert error <= tolerance, (name, float(error))
 
 
-def stopped_anew(config: RunConfig, ranks: list[int], step: int) -> str:
-    """As `stopped`, with DeepSpeed's numbers from 0: some ranks of the pool have had models before, and others none."""
+def count_anew() -> None:
+    """Let DeepSpeed number parameters and modules from 0: some ranks of the pool have had models before, and others none."""
     from deepspeed import zero
     from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 
     (count,) = DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__
     count[0] = zero.Init.param_id = 0
+
+
+def stopped_anew(config: RunConfig, ranks: list[int], step: int) -> str:
+    """As `stopped`, on a rank of the pool."""
+    count_anew()
     return stopped(config, ranks, step)
 
 
@@ -86,7 +95,13 @@ def run_as(pool: RankPool, demo_data: Path, tmp_path_factory: pytest.TempPathFac
     return once
 
 
-@pytest.mark.parametrize("stage", stages(*QUICK))
+def all_but(*quick: str) -> list[Any]:
+    """All stages; those that are not quick are left to make proofs."""
+    marks = {name: () if name in quick else pytest.mark.long for name in STAGES}
+    return [pytest.param(name, marks=marks[name]) for name in STAGES]
+
+
+@pytest.mark.parametrize("stage", all_but("3"))
 def test_steps_are_megatrons(stage: str, run_as: RunAs, pool: RankPool) -> None:
     """Packs of text and pictures, dealt to two ranks."""
     ours, theirs = run_as(2, *words_of(stage)), run_as(2)
@@ -94,22 +109,36 @@ def test_steps_are_megatrons(stage: str, run_as: RunAs, pool: RankPool) -> None:
     weights_agree(pool, ours, theirs)
 
 
-@pytest.mark.parametrize("stage", stages("3"))
-def test_a_mixture(stage: str, run_as: RunAs, pool: RankPool) -> None:
-    ours, theirs = run_as(2, "model=tiny_moe", *words_of(stage)), run_as(2, "model=tiny_moe")
-    agree(ours, theirs)
-    weights_agree(pool, ours, theirs)
-
-
-@pytest.mark.parametrize("stage", stages("3"))
-def test_frozen_groups_and_recomputation(stage: str, run_as: RunAs, pool: RankPool) -> None:
-    words = ["phases.multimodal.trainable=[merger]", "parallel.recompute=full"]
+@pytest.mark.long
+@pytest.mark.parametrize("stage", ["1", "3", "3 offloaded"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["model=tiny_moe"],
+        ["phases.multimodal.trainable=[merger]", "parallel.recompute=full"],
+        ["model=tiny_moe", "model.text.tie_embeddings=false", "parallel.recompute=mlp"],
+    ],
+    ids=["a mixture", "frozen groups and recomputation", "an output matrix of its own"],
+)
+def test_other_models_and_phases(
+    words: list[str], stage: str, run_as: RunAs, pool: RankPool
+) -> None:
     ours, theirs = run_as(2, *words, *words_of(stage)), run_as(2, *words)
     agree(ours, theirs)
     weights_agree(pool, ours, theirs)
 
 
-@pytest.mark.parametrize("stage", stages("3"))
+@pytest.mark.long
+@pytest.mark.parametrize("stage", ["2", "3"])
+def test_tensor_ranks(stage: str, run_as: RunAs, pool: RankPool) -> None:
+    words = ["parallel.tensor=2", "parallel.sequence=false"]
+    ours, theirs = run_as(4, *words, *words_of(stage)), run_as(4, *words)
+    agree(ours, theirs)
+    weights_agree(pool, ours, theirs)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("stage", ["2", "3", "3 offloaded"])
 def test_adapters(stage: str, run_as: RunAs, pool: RankPool) -> None:
     """With mergers that train whole; the weights under the adapters are in no checkpoint."""
     (base,) = (run_as(2) / "checkpoints" / "multimodal").iterdir()
@@ -124,7 +153,8 @@ def test_adapters(stage: str, run_as: RunAs, pool: RankPool) -> None:
     weights_agree(pool, ours, theirs)
 
 
-@pytest.mark.parametrize("stage", stages("3"))
+@pytest.mark.long
+@pytest.mark.parametrize("stage", ["1", "2", "3"])
 def test_bf16(stage: str, run_as: RunAs, pool: RankPool, demo_data: Path, tmp_path: Path) -> None:
     """As near to Megatron-core's as two runs in bf16 are, see tests/train/test_bf16.py, and resumed bit for bit."""
     words = ["run.precision=bf16", *words_of(stage)]
@@ -135,27 +165,7 @@ def test_bf16(stage: str, run_as: RunAs, pool: RankPool, demo_data: Path, tmp_pa
     assert exact(tmp_path) == exact(run_as(2, *words))
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("stage", stages())
-def test_tensor_ranks(stage: str, run_as: RunAs, pool: RankPool) -> None:
-    words = ["parallel.tensor=2", "parallel.sequence=false"]
-    ours, theirs = run_as(4, *words, *words_of(stage)), run_as(4, *words)
-    agree(ours, theirs)
-    weights_agree(pool, ours, theirs)
-
-
-@pytest.mark.parametrize("stage", stages("3"))
-def test_an_interrupted_run_goes_on_exactly(
-    stage: str, run_as: RunAs, pool: RankPool, demo_data: Path, tmp_path: Path
-) -> None:
-    words = words_of(stage)
-    config = run_config(demo_data, tmp_path, STEPS, 2, *words)
-    assert pool.run(2, stopped, config, [1], 5)[0].startswith("stopped by SIGTERM after step 6")
-    pool.run(2, train, config)
-    assert exact(tmp_path) == exact(run_as(2, *words))
-
-
-@pytest.mark.parametrize("stage", stages("3"))
+@pytest.mark.parametrize("stage", [pytest.param("1", marks=pytest.mark.long), "3"])
 def test_from_megatron_and_back(
     stage: str, run_as: RunAs, pool: RankPool, demo_data: Path, tmp_path: Path
 ) -> None:
@@ -171,7 +181,27 @@ def test_from_megatron_and_back(
     weights_agree(pool, tmp_path, run_as(2, small))
 
 
-@pytest.mark.parametrize("stage", stages("3"))
+@pytest.mark.long
+@pytest.mark.parametrize("stage", ["2", "3", "3 offloaded"])
+def test_a_killed_rank_costs_nothing(
+    stage: str, run_as: RunAs, pool: RankPool, demo_data: Path, tmp_path: Path
+) -> None:
+    """SIGKILL of a rank under torchrun; reference: the run that was not killed, bit for bit."""
+    words = [*words_of(stage), "checkpoint.every_steps=5"]
+    command = run_words(demo_data, tmp_path, STEPS, *words)
+    first = start(command)
+    kill_a_rank(first, tmp_path, 8, 1)
+    assert first.wait(SECONDS) != 0
+    output, _ = (second := start(command)).communicate(timeout=SECONDS)
+    assert second.returncode == 0, output
+    assert exact(tmp_path) == exact(run_as(2, *words))
+    ours, whole = (pool.run(1, checkpoint_tensors, at)[0] for at in (tmp_path, run_as(2, *words)))
+    assert ours.keys() == whole.keys()
+    assert all(torch.equal(ours[name], whole[name]) for name in whole)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("stage", ["2", "3", "3 offloaded"])
 def test_a_bad_step_changes_nothing(
     stage: str, pool: RankPool, demo_data: Path, tmp_path: Path
 ) -> None:
@@ -185,6 +215,29 @@ def test_a_bad_step_changes_nothing(
         if not line["skipped"]:
             assert line["loss"] == pytest.approx(other["loss"], rel=1e-5)
     weights_agree(pool, tmp_path / "ours", tmp_path / "theirs")
+
+
+def three_steps(layout: Layout, packs: list[TestPack]) -> list[tuple[float, float]]:
+    """Losses and norms; runs on every rank of the pool."""
+    count_anew()
+    vision.PIECE_PATCHES = 16  # so that the rank with pictures has several pieces
+    stage = build_stage(layout, sharded=True)
+    results = [train_step(stage, deal(packs, stage.topology, False)) for _ in range(3)]  # type: ignore[arg-type]
+    stage.engine.close()
+    return [(result.loss, result.grad_norm) for result in results]
+
+
+@pytest.mark.parametrize("case", ["plain", "many pieces"])
+def test_pictures_on_one_rank_only(case: str, pool: RankPool) -> None:
+    """The other one's layers are called as often, for their weights are gathered and their gradients reduced all the same."""
+    packs = only_one_sees(packs_of("everything"))
+    again = {"recompute": "full"} if case == "many pieces" else {}
+    zero = {"engine": "deepspeed", "zero": ZeroConfig(stage=3)}
+    ours, theirs = (
+        pool.run(2, three_steps, Layout(2, again | parallel), packs)[0] for parallel in (zero, {})
+    )
+    for own, other in zip(ours, theirs, strict=True):
+        assert own == pytest.approx(other, rel=1e-5)
 
 
 def bytes_of_a_rank(data: Path, folder: Path, ranks: int, words: list[str]) -> int:
@@ -225,6 +278,103 @@ def test_memory_falls_as_one_over_the_ranks(
     # Norms and biases do not divide evenly.
     assert sizes[2] == pytest.approx(sizes[1] / 2, rel=0.02)
     assert sizes[4] == pytest.approx(sizes[1] / 4, rel=0.02)
+
+
+WIDE = (
+    "layers=10",
+    "hidden_size=1024",
+    "head_dim=256",
+    "mrope_section=[44,42,42]",
+    "ffn_hidden_size=2048",
+)
+
+
+def memory_of_building(config: RunConfig) -> tuple[int, list[int]]:
+    """Bytes that a rank takes at most while a model is built with its first weights, and of each of these (runs in the pool)."""
+    from visionloom.parallel import topology as topologies
+    from visionloom.train import build
+
+    count_anew()
+    topology = build.open_topology(config)
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+    before = psutil.Process().memory_info().rss
+    with build.as_the_engine_wants(config, topology):
+        parts = build.first_weights(config, topology)
+    status = Path("/proc/self/status").read_text()
+    peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    sizes = [shape_of(parameter).numel() * 4 for parameter in parts[0].parameters()]
+    del parts
+    topologies.stop()
+    return peak - before, sizes
+
+
+@pytest.mark.long
+def test_no_rank_ever_has_the_model_whole(
+    demo_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reference: the kernel's count of memory, of processes that give back what they free."""
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "1000000")
+    own_pool = RankPool()
+    words = ["phases.multimodal.micro_batch=1", *(f"model.text.{word}" for word in WIDE)]
+    config = run_config(demo_data, tmp_path, 9, 4, *words, *words_of("3"))
+    taken = own_pool.run(4, memory_of_building, config)
+    own_pool.close()
+    for peak, sizes in taken:
+        # A quarter for good, and one matrix with the numbers that are drawn for it; 30 MB are for the rest.
+        assert sum(sizes) / 4 < peak < sum(sizes) / 4 + 3 * max(sizes) + 30e6 < sum(sizes) / 2
+
+
+def exported(trained: Path, out: Path) -> None:
+    """Runs in the pool."""
+    from visionloom.parallel import topology as topologies
+    from visionloom.train.exchange.export_huggingface import ExportOptions, export_checkpoint
+
+    topology = topologies.start(ParallelConfig(), torch.device("cpu"))
+    export_checkpoint(trained, out, ExportOptions(), topology, print)
+    topologies.stop()
+
+
+@pytest.mark.long
+def test_weights_of_a_hugging_face_folder(
+    run_as: RunAs, pool: RankPool, demo_data: Path, tmp_path: Path
+) -> None:
+    (trained,) = (run_as(2) / "checkpoints" / "multimodal").iterdir()
+    pool.run(1, exported, trained, tmp_path / "hf")
+    words = [f"init.huggingface={tmp_path / 'hf'}"]
+    agree(run_as(2, *words, *words_of("3")), run_as(2, *words))
+
+
+@pytest.mark.long
+def test_the_demo_and_adapters_under_torchrun(
+    demo_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All phases of the demo, its evaluations and answers, then the recipe of adapters on its weights."""
+    monkeypatch.setenv("VISIONLOOM_DEMO_DATA", str(demo_data))
+    monkeypatch.setenv("VISIONLOOM_DEMO_TASK", str(tmp_path / "task"))
+    assert data_command(["demo-task", str(tmp_path / "task"), "--scale", "0.02"]) == 0
+    engine = ["parallel.engine=deepspeed", "optim=adamw"]
+    phases = compose(["+recipe=demo"], 2).phases  # type: ignore[union-attr]
+    short = [f"phases.{name}.steps=2" for name in phases]
+    few = ["evaluation.phase_answers=2", "evaluation.phase_samples=2", "evaluation.samples=2"]
+    demo = start(["+recipe=demo", f"run.folder={tmp_path / 'demo'}", *engine, *short, *few])
+    output, _ = demo.communicate(timeout=SECONDS)
+    assert demo.returncode == 0, output
+    last = tmp_path / f"demo/checkpoints/reasoning/step-{2 * len(phases):08d}"
+    words = [f"run.folder={tmp_path / 'lora'}", f"init.checkpoint={last}", "phases.words.steps=3"]
+    tuned = start(["+recipe=lora/demo", *words, *engine, "evaluation.samples=2"])
+    output, _ = tuned.communicate(timeout=SECONDS)
+    assert tuned.returncode == 0, output
+    assert len(metrics(tmp_path / "lora")) == 3
+
+
+@pytest.mark.parametrize("size", ["2b", "4b", "8b", "32b", "30b_a3b", "235b_a22b"])
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_the_layouts_are_for_all_models(size: str, kind: str) -> None:
+    for layout in ("zero3", "zero3_offload"):
+        words = [f"+recipe={kind}/qwen3vl_{size}", "init.huggingface=/hf", f"parallel={layout}"]
+        config = compose(words, 8)
+        assert config is not None and config.parallel.zero.stage == 3
 
 
 @pytest.mark.parametrize(
