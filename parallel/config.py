@@ -27,9 +27,9 @@ class ZeroConfig:
     offload_parameters: str = option("none", "free", choices=OFFLOADS)
     """Where the weights are kept until a layer needs them, in stage 3: `none` (on the device), `cpu` or `nvme`."""
     nvme_path: str = option("", "free")
-    """Folder on a fast disk of each machine, for `nvme`."""
+    """Folder on a fast local disk of each machine, for `nvme`; each process has a folder of its own there."""
     bucket_bytes: int = option(1 << 28, "free", least=1 << 10, most=1 << 34)
-    """Of gradients that are reduced, and of weights that are gathered, at once."""
+    """Of gradients that are reduced, of weights that are gathered, and of an optimizer on disk that is updated, at once."""
 
     def problems(self, here: str) -> Iterator[str]:
         """Yield a line for each option that needs another one."""

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from visionloom.parallel.on_disk import is_on_disk, numbers_on_disk, read_in
+
 
 def is_divided(parameter: Any) -> bool:
     """Return whether no rank has a parameter whole."""
@@ -32,7 +34,8 @@ def own_numbers(parameter: Any) -> tuple[int, Tensor]:
     size = parameter.partition_numel()
     begin = min(size * parameter.ds_zero_partition_rank, parameter.ds_numel)
     # What is beyond the parameter's end is undefined.
-    return begin, parameter.ds_tensor[: min(size, parameter.ds_numel - begin)]
+    numbers = numbers_on_disk(parameter) if is_on_disk(parameter) else parameter.ds_tensor
+    return begin, numbers[: min(size, parameter.ds_numel - begin)]
 
 
 @contextmanager
@@ -49,6 +52,7 @@ def written(parameter: Any) -> Iterator[None]:
     parameter.data = torch.empty(parameter.ds_shape, dtype=parameter.dtype, device=parameter.device)
     parameter.ds_status = ZeroParamStatus.AVAILABLE
     yield
+    read_in(parameter)
     parameter.partition(has_been_updated=True)
 
 

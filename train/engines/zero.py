@@ -25,11 +25,13 @@ from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.model.trainable import group_of
 from visionloom.parallel.config import ZeroConfig
 from visionloom.parallel.divided import shape_of
+from visionloom.parallel.on_disk import gather
 from visionloom.parallel.parts import OPTIMIZER, in_part
 from visionloom.parallel.schedule import run_schedule
 from visionloom.parallel.topology import Topology
 from visionloom.train.checkpoint.weights_state import Weights
 from visionloom.train.config import PhaseConfig
+from visionloom.train.engines import nvme
 from visionloom.train.engines.engine import WEIGHT, Owned, divided_weights
 from visionloom.train.optim.config import OptimConfig
 from visionloom.train.optimizer import rates_of
@@ -74,6 +76,8 @@ class ZeroEngine:
                 config=settings_of(topology, optim, groups[0]["params"][0].dtype),
                 mpu=Groups(topology),
             )
+        if topology.config.zero.offload_optimizer == "nvme":
+            nvme.keep_gradients(self.optimizer)
         # Of stage 3 they are named once.
         self._named = Weights.of(model_parts, topology)
         self.parts = [Called(self.engine)]
@@ -151,13 +155,21 @@ class ZeroEngine:
         if self.stage < 3:
             yield
             return
+        from deepspeed.runtime.zero import partitioned_param_coordinator as coordinators
+
         parameters = list(self.model.parameters())
-        parameters[0].all_gather(parameters)
+        gather(parameters)
         for parameter in parameters:
             parameter.ds_active_sub_modules.add(EVALUATION)
         try:
-            yield
+            # At each call ranks would compare which modules they have called, and each calls the model as often as it needs to.
+            with patch.object(coordinators, "assert_ints_same_as_other_ranks"):
+                yield
         finally:
+            coordinator = self.optimizer._get_param_coordinator()
+            # Nor do they say anything of the next step.
+            if not coordinator.is_invalid_trace():
+                coordinator._invalidate_trace()
             for parameter in parameters:
                 parameter.ds_active_sub_modules.discard(EVALUATION)
             parameters[0].partition(parameters)
@@ -205,15 +217,20 @@ class ZeroEngine:
 
     def _values(self, flat: Tensor, begin: int, count: int) -> dict[str, Tensor]:
         """Return master weights and moments of a stretch of a flat buffer."""
-        state = self.optimizer.optimizer.state[flat]
-        whole = {"param": flat, **{name: state[name] for name in MOMENTS}}
+        if nvme.is_group_on_disk(self.optimizer, flat):
+            whole = nvme.group_on_disk(self.optimizer, flat, ("param", *MOMENTS))
+        else:
+            state = self.optimizer.optimizer.state[flat]
+            whole = {"param": flat, **{name: state[name] for name in MOMENTS}}
         return {kind: values.detach()[begin : begin + count] for kind, values in whole.items()}
 
     def _make_moments(self) -> None:
         """Give each flat buffer the state that torch's AdamW would give it at its first update."""
         for flat in self._buffers():
             state = self.optimizer.optimizer.state[flat]
-            if not state:
+            if state:
+                continue
+            with nvme.in_host_memory(self.optimizer, flat):
                 state["step"] = torch.tensor(float(self.updates))
                 for name in MOMENTS:
                     state[name] = torch.zeros_like(flat)
@@ -246,6 +263,8 @@ class ZeroEngine:
         self.engine.destroy()
         parameter_offload.FWD_MODULE_STACK.clear()
         groups.mpu = None
+        if nvme.uses_disk(self.topology.config.zero):
+            nvme.remove_files(self.topology.config.zero, self.model.parameters())
 
 
 @contextmanager
@@ -258,14 +277,14 @@ def divided_when_made(topology: Topology, optim: OptimConfig, dtype: torch.dtype
     deepspeed = import_deepspeed(topology.device)
     making = deepspeed.zero.Init(
         data_parallel_group=topology.groups.dp,
+        # Has the type of the weights: a `dtype` beside it is ignored where the device has no fp16, and buffers would be bf16.
         config_dict_or_path=settings_of(topology, optim, dtype),
-        dtype=dtype,
         mpu=Groups(topology),
         # It would change the type and device of all tensors that are made, buffers of fp32 among them.
         tensor_overrides=(),
         enabled=topology.config.divides_weights,
     )
-    with making:
+    with nvme.enough_room(topology.config.zero), making:
         yield
 
 
@@ -390,12 +409,13 @@ def settings_of(topology: Topology, optim: OptimConfig, dtype: torch.dtype) -> d
         "communication_data_type": "fp32",
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": zero_settings(topology.config.zero),
+        "zero_optimization": zero_settings(topology.config.zero, dtype),
     }
 
 
-def zero_settings(zero: ZeroConfig) -> dict[str, Any]:
-    """Return the part of DeepSpeed's configuration that is about ZeRO."""
+def zero_settings(zero: ZeroConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the part of DeepSpeed's configuration that is about ZeRO; all ranks call it."""
+    disk = nvme.disk_settings(zero, dtype)
     # DeepSpeed counts elements: gradients are fp32, weights at most.
     elements = zero.bucket_bytes // 4
     settings: dict[str, Any] = {
@@ -414,8 +434,8 @@ def zero_settings(zero: ZeroConfig) -> dict[str, Any]:
     ):
         if place != "none":
             settings[name] = {"device": place, "pin_memory": torch.cuda.is_available()}
-            settings[name] |= {"nvme_path": zero.nvme_path} if place == "nvme" else {}
-    return settings
+            settings[name] |= disk.pop(name, {})
+    return settings | disk
 
 
 def nothing_to_reduce(*_: Any, **__: Any) -> None:

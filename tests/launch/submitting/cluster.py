@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import pytest
+
+from visionloom.tests.debian import install
 
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged")
@@ -64,21 +65,6 @@ PARTITIONS = f"""
 PartitionName=low Nodes=ALL Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime={GRACE} State=UP
 PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF State=UP
 """
-
-
-def install() -> None:
-    """Install SLURM where it is missing, or fail the test with one line."""
-    if all(map(shutil.which, PROGRAMS)):
-        return
-    options = ("-y", "-qq", "--no-install-recommends")
-    quiet = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-    try:
-        for command in (["update", "-qq"], ["install", *options, *PACKAGES]):
-            subprocess.run(
-                ["apt-get", *command], check=True, capture_output=True, timeout=300, env=quiet
-            )
-    except (OSError, subprocess.SubprocessError):
-        pytest.fail(f"these tests need SLURM: apt-get install {' '.join(PACKAGES)}", pytrace=False)
 
 
 def free_ports(count: int) -> list[int]:
@@ -193,7 +179,8 @@ def wait_for(condition: Callable[[], Any], seconds: float) -> None:
 @contextlib.contextmanager
 def cluster_here() -> Iterator[Cluster]:
     """A running SLURM, whose configuration the environment names meanwhile."""
-    install()
+    if not all(map(shutil.which, PROGRAMS)):
+        install("SLURM", *PACKAGES)
     # Not pytest's folder: the path of munge's socket has at most 108 bytes.
     cluster = Cluster(Path(tempfile.mkdtemp(prefix="slurm-")))
     before = os.environ.get("SLURM_CONF")
