@@ -115,7 +115,7 @@ class CrossEntropyLoss:
     def __call__(self, logits: Tensor, rows: slice, gradient: bool) -> Tensor:
         """Return the losses of a block [1, r]; see RowLoss."""
         targets = local_targets(self.targets[rows], logits, self.group)
-        losses, largest, total = _losses(logits, targets, self.group)
+        losses, largest, total = row_losses(logits, targets, self.group)
         if gradient:
             # In place: a second block would be as large.
             to_gradient_(logits, targets, largest, total, self.token_weights[rows])
@@ -183,7 +183,7 @@ class _LinearLoss(torch.autograd.Function):
         return hidden_grad, weight_grad, None, None
 
 
-def _losses(logits: Tensor, targets: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor]:
+def row_losses(logits: Tensor, targets: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Return the losses of a block of logits [r, v], the largest logit of each row and the sum of exp(logit - largest), fp32 [r]."""
     largest, total, target = row_sums(logits, targets).unbind()
     if group.size() > 1:

@@ -1,0 +1,1 @@
+"""Losses of reinforcement learning: how a sampled token's probability is to change."""
