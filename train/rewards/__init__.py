@@ -1,0 +1,1 @@
+"""Rewards of answers, pure functions of what was asked, wanted and said."""
