@@ -1,0 +1,89 @@
+"""Rewards with weights, and what a user's own may do. Reference: by hand."""
+
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from visionloom.common.errors import UserError
+from visionloom.train.rewards.judge import Judge
+from visionloom.train.rewards.rewards import Judged
+
+ANSWER = Judged("The answer is 7.", "7", "What is 3 + 4?", 5, 100)
+OWN = """
+import os, sys, time
+calls = 0
+def length(judged): return len(judged.text)
+def raises(judged): raise KeyError("text")
+def exits(judged): sys.exit(3)
+def dies(judged): os._exit(1)
+def sleeps(judged): time.sleep(60)
+def is_not_a_number(judged): return float("nan")
+def is_none(judged): return None
+def once(judged):
+    if judged.tokens == 1: time.sleep(60)
+    return 0.5
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    name = f"own_rewards_{os.getpid()}_{time.monotonic_ns()}"
+    (tmp_path / f"{name}.py").write_text(OWN)
+    # Processes take the path of the one that starts them.
+    monkeypatch.syspath_prepend(tmp_path)
+    yield name
+    sys.modules.pop(name, None)
+
+
+def test_weights(own: str) -> None:
+    judge = Judge({"number": 1.0, "repetition": 0.5, f"{own}:length": 0.01}, 5.0)
+    rewards = judge.judge(ANSWER)
+    assert rewards == {"number": 1.0, "repetition": 0.0, f"{own}:length": 16.0}
+    assert judge.total(rewards) == pytest.approx(1.16) and not judge.faults
+    judge.close()
+
+
+@pytest.mark.parametrize(
+    ("function", "fault"),
+    [
+        ("raises", "raised KeyError: 'text'"),
+        ("exits", "raised SystemExit: 3"),
+        ("dies", "ended its process"),
+        ("sleeps", "took more than 0.3 s"),
+        ("is_not_a_number", "returned nan"),
+        ("is_none", "raised TypeError: float() argument must be"),
+    ],
+)
+def test_a_bad_reward_is_named_and_counted(function: str, fault: str, own: str) -> None:
+    judge = Judge({f"{own}:{function}": 1.0, "number": 1.0}, 0.3)
+    for _ in range(2):
+        rewards = judge.judge(ANSWER)
+        assert math.fsum(rewards.values()) == 1.0
+    ((said, count),) = judge.faults.items()
+    assert said.startswith(f"{own}:{function} {fault}") and count == 2
+    judge.close()
+
+
+def test_after_a_slow_one_the_next_is_judged(own: str) -> None:
+    judge = Judge({f"{own}:once": 1.0}, 0.5)
+    slow = Judged("", "", "", 1, 100)
+    assert [sum(judge.judge(each).values()) for each in (slow, ANSWER, ANSWER)] == [0.0, 0.5, 0.5]
+    judge.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("nummer", "reward.nummer is none of default, exact, choice"),
+        ("no_such_module:f", "cannot be used: raised ModuleNotFoundError"),
+        ("math:no_such_function", "cannot be used: raised AttributeError"),
+    ],
+)
+def test_what_is_no_reward_is_refused(name: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        Judge({name: 1.0}, 1.0)

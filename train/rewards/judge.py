@@ -1,0 +1,151 @@
+"""Judge answers by rewards with weights: the project's own here, a user's in a process of its own, where they can do no harm."""
+
+import importlib
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection
+from typing import Any, Final
+
+from visionloom.common.errors import UserError
+from visionloom.common.processes import end_with_parent, fork_server
+from visionloom.common.text import first_line
+from visionloom.train.rewards.rewards import REWARDS, Judged
+
+PATH: Final = ":"
+"""Parts a user's module from its function, as in my_rewards:length_of_proof."""
+START_SECONDS: Final = 60.0
+"""In which a user's module must be imported."""
+
+
+class Judge:
+    """Rewards with their weights."""
+
+    def __init__(self, weights: Mapping[str, float], seconds: float) -> None:
+        """Start what the rewards need.
+
+        Args:
+            weights: by the name of a reward, or MODULE:FUNCTION of a user's, which takes a Judged and returns a number.
+            seconds: in which a user's reward must judge an answer.
+
+        Raises:
+            UserError: if a reward is not known, or a user's cannot be imported.
+        """
+        self.weights = dict(weights)
+        self.faults: Counter[str] = Counter()
+        """Answers that a reward could not judge, by the reward and what was wrong; it gave them 0."""
+        self._rewards: dict[str, Callable[[Judged], float]] = {}
+        for name in weights:
+            if PATH in name:
+                self._rewards[name] = UsersReward(name, seconds)
+            elif name in REWARDS:
+                self._rewards[name] = REWARDS[name]
+            else:
+                known = ", ".join(REWARDS)
+                raise UserError(
+                    f"reward.{name} is none of {known}, nor MODULE:FUNCTION of your own"
+                )
+
+    def judge(self, judged: Judged) -> dict[str, float]:
+        """Return the rewards of an answer by name, not weighted; 0 where one has failed, which is counted in `faults`."""
+        rewards = {}
+        for name, reward in self._rewards.items():
+            try:
+                value = float(reward(judged))
+                fault = "" if math.isfinite(value) else f"returned {value}"
+            except Exception as error:  # a user's own code, or what it has returned
+                fault = first_line(error)
+            if fault:
+                self.faults[f"{name} {fault}"] += 1
+            rewards[name] = 0.0 if fault else value
+        return rewards
+
+    def total(self, rewards: Mapping[str, float]) -> float:
+        """Return the weighted sum of rewards."""
+        return math.fsum(self.weights[name] * value for name, value in rewards.items())
+
+    def close(self) -> None:
+        """End the processes of a user's rewards."""
+        for reward in self._rewards.values():
+            if isinstance(reward, UsersReward):
+                reward.close()
+
+
+class UsersReward:
+    """A user's function, called in a process of its own, which is ended when it takes too long."""
+
+    def __init__(self, path: str, seconds: float) -> None:
+        """Import the function; UserError if that fails."""
+        self.path, self.seconds = path, seconds
+        self._process: Any = None
+        self._start()
+
+    def _start(self) -> None:
+        context = fork_server()
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=serve, args=(theirs, self.path), daemon=True)
+        self._process.start()
+        theirs.close()
+        fault = self._answer(START_SECONDS)
+        if isinstance(fault, str):
+            self.close()
+            raise UserError(f"reward.{self.path} cannot be used: {fault}")
+
+    def __call__(self, judged: Judged) -> float:
+        """Judge an answer; raises ValueError with what went wrong."""
+        if self._process is None:
+            self._start()
+        self._connection.send(judged)
+        answer = self._answer(self.seconds)
+        if isinstance(answer, str):
+            raise ValueError(answer)
+        return answer
+
+    def _answer(self, seconds: float) -> float | str:
+        """Return the number that the process sends, or what went wrong."""
+        try:
+            if self._connection.poll(seconds):
+                answer: float | str = self._connection.recv()
+                return answer
+            fault = f"took more than {seconds:g} s"
+        except (EOFError, OSError):
+            fault = "ended its process"
+        self.close()
+        return fault
+
+    def close(self) -> None:
+        """End the process; the next call starts another."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+            self._connection.close()
+            self._process = None
+
+
+def serve(connection: Connection, path: str) -> None:
+    """Import a user's function and call it for each answer that comes, in a process of its own."""
+    end_with_parent()
+    module, _, name = path.partition(PATH)
+    try:
+        function = getattr(importlib.import_module(module), name)
+        connection.send(0.0)
+    except BaseException as error:  # of any kind, by a user's own module
+        connection.send(_named(error))
+        return
+    while True:
+        try:
+            judged = connection.recv()
+        except EOFError:
+            return
+        try:
+            connection.send(float(function(judged)))
+        except BaseException as error:  # of any kind, by a user's own code
+            connection.send(_named(error))
+
+
+def _named(error: BaseException) -> str:
+    return (
+        f"raised {type(error).__name__}: {first_line(error)}"
+        if str(error)
+        else f"raised {type(error).__name__}"
+    )
