@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import psutil
 import pytest
@@ -222,9 +223,10 @@ def test_a_bad_step_changes_nothing(
 def three_steps(layout: Layout, packs: list[TestPack]) -> list[tuple[float, float]]:
     """Losses and norms; runs on every rank of the pool."""
     count_anew()
-    vision.PIECE_PATCHES = 16  # so that the rank with pictures has several pieces
     stage = build_stage(layout, sharded=True)
-    results = [train_step(stage, deal(packs, stage.topology, False)) for _ in range(3)]  # type: ignore[arg-type]
+    # So that the rank with pictures has several pieces.
+    with mock.patch.object(vision, "PIECE_PATCHES", 16):
+        results = [train_step(stage, deal(packs, stage.topology, False)) for _ in range(3)]  # type: ignore[arg-type]
     stage.engine.close()
     return [(result.loss, result.grad_norm) for result in results]
 
