@@ -43,3 +43,17 @@ def test_it_is_repeated_once(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.raises(RankFailed, match="rank 0 was ended by SIGKILL"),
     ):
         pool.run(1, crash_first)
+
+
+def began(folder: Path | None) -> float | None:
+    from visionloom.train.observe import status
+
+    if folder is not None:
+        status.current.begin(folder)
+    return status.current.began
+
+
+def test_a_start_of_a_command_is_forgotten(pool: RankPool, tmp_path: Path) -> None:
+    """Else the next test's run would have begun when the pool was started."""
+    assert pool.run(1, began, tmp_path)[0] is not None
+    assert pool.run(1, began, None) == [None]
