@@ -4,6 +4,7 @@
 #             transformers 4.57 (which the test installs into .venv/transformers-4.57)
 # make parity every layout of the parallel axes against one process, as a table
 # make faults ranks killed at random moments, broken disks, hangs; a table of all faults and their tests at its end
+# make disk   an optimizer and weights on a fast disk: DeepSpeed compiles its code for it first, five minutes of a core
 # make bench-data  the data system's goals in one table, beside the peers (QUICK=1: rough figures)
 # make plans  every shipped recipe planned on the GPUs that its header states, into docs/plans.md; fails where one does not fit
 # make lint   only the checks that run no test
@@ -14,7 +15,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PYTHONPATH := $(CURDIR)/.link$(if $(PYTHONPATH),:$(PYTHONPATH))
 DEMO_DATA := runs/demo-data
 
-.PHONY: demo test proofs parity faults plans bench-data lint format install
+.PHONY: demo test proofs parity faults disk plans bench-data lint format install
 .DEFAULT_GOAL := test
 
 install: .venv/installed
@@ -44,6 +45,9 @@ parity: .venv/installed
 
 faults: .venv/installed
 	pytest -m faults -n 2 --dist loadfile
+
+disk: .venv/installed
+	pytest -m disk tests/train/engines/test_nvme.py
 
 plans: .venv/installed
 	@OMP_NUM_THREADS=1 python launch/plan.py table docs/plans.md

@@ -8,12 +8,10 @@ import faulthandler
 import gc
 import multiprocessing
 import os
-import signal
 import sys
 import tempfile
 import time
 import traceback
-import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -49,15 +47,16 @@ class RankPool:
 
     def run(self, world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """Call `function(*arguments)` on every rank of a new world; RankFailed with the first traceback if one raises."""
-        answers = self._once(world_size, function, *arguments)
-        if killed := self._killed(answers):
-            # A pool's ranks have had hundreds of worlds, and gloo's threads crash now and then: seen once in some hundred runs.
-            warnings.warn(f"{killed}: once more, in new processes", stacklevel=2)
-            self.close()
-            answers = self._once(world_size, function, *arguments)
+        while len(self.connections) < world_size:
+            self._start_one()
+        with tempfile.TemporaryDirectory() as folder:
+            for rank in range(world_size):
+                self.connections[rank].send(
+                    (rank, world_size, str(Path(folder) / "store"), function, arguments)
+                )
+            answers = self._answers(world_size)
         failures = [text for ok, text in answers if not ok]
         if failures:
-            failures += [killed] if (killed := self._killed(answers)) else []
             self.close()
             raise RankFailed("\n".join(failures))
         if (
@@ -66,27 +65,6 @@ class RankPool:
         ):
             self.close()
         return [result for _, result in answers]
-
-    def _once(self, world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """Return whether each rank succeeded, and its result or traceback."""
-        while len(self.connections) < world_size:
-            self._start_one()
-        with tempfile.TemporaryDirectory() as folder:
-            for rank in range(world_size):
-                self.connections[rank].send(
-                    (rank, world_size, str(Path(folder) / "store"), function, arguments)
-                )
-            return self._answers(world_size)
-
-    def _killed(self, answers: list[tuple[bool, Any]]) -> str:
-        """Name a rank that a signal has ended, and the signal; empty if there is none. A test that raises ends no process."""
-        for rank, (ok, _) in enumerate(answers):
-            process = self.processes[rank]
-            if not ok:
-                process.join(1.0)
-            if process.exitcode is not None and process.exitcode < 0:
-                return f"rank {rank} was ended by {signal.Signals(-process.exitcode).name}"
-        return ""
 
     def close(self) -> None:
         """End all processes."""
@@ -112,7 +90,8 @@ class RankPool:
             }
             ready = wait(waiting, max(0.0, deadline - time.monotonic()))
             for connection in ready:
-                answers[waiting[connection]] = received(connection, waiting[connection])
+                rank = waiting[connection]
+                answers[rank] = received(connection, rank, self.processes[rank])
             if not ready:
                 for rank in waiting.values():
                     answers[rank] = False, f"rank {rank} did not answer in time"
@@ -122,12 +101,13 @@ class RankPool:
         return [answers[rank] for rank in range(world_size)]
 
 
-def received(connection: Connection, rank: int) -> tuple[bool, Any]:
-    """Return the answer of a rank that is ready or dead."""
+def received(connection: Connection, rank: int, process: Any) -> tuple[bool, Any]:
+    """Return the answer of a rank that is ready or dead; of a dead one, how its process has ended."""
     try:
         answer: tuple[bool, Any] = connection.recv()
     except (EOFError, OSError):
-        return False, f"rank {rank} died"
+        process.join(SECONDS_AFTER_FAILURE)
+        return False, f"rank {rank} died with exit code {process.exitcode}"  # -9: of SIGKILL
     return answer
 
 
@@ -168,4 +148,7 @@ def serve(connection: Connection) -> None:
                 dist.destroy_process_group()
             if core := sys.modules.get("megatron.core.parallel_state"):
                 core.destroy_model_parallel()
+            if status := sys.modules.get("visionloom.train.observe.status"):
+                # A command has noted there when its process began: minutes before the next test's run.
+                status.current = type(status.current)()
             gc.collect()  # models are full of cycles, and hold their groups

@@ -17,6 +17,7 @@ import pytest
 from visionloom.common.pulse import Pulse, Sign, read_sign
 from visionloom.launch.guarding import hang
 from visionloom.launch.guarding.hang import WAITING, HangWatch, Report, innermost, named
+from visionloom.tests.ranks import torchrun_environment
 from visionloom.train.observe.slow_ranks import WAITS
 from visionloom.train.observe.status import RunStatus
 
@@ -58,11 +59,10 @@ HANGS = {
 def begun(
     rank: int, ranks: int, attempt: Path, folder: Path, does: str, limit: float = LIMIT
 ) -> subprocess.Popen[str]:
-    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-    variables["TORCHELASTIC_ERROR_FILE"] = attempt / str(rank) / "error.json"
     # Of one start: else the one that hangs would write that the other is gone, in place of the cause.
-    variables["TORCHELASTIC_RUN_ID"] = "hang"
-    environment = os.environ | {name: str(value) for name, value in variables.items()}
+    variables = torchrun_environment(rank, ranks)
+    variables["TORCHELASTIC_ERROR_FILE"] = str(attempt / str(rank) / "error.json")
+    environment = os.environ | variables
     command = [sys.executable, "-c", RANK, str(folder), str(limit), does]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen(command, env=environment, text=True, **pipes)  # type: ignore[call-overload]

@@ -75,9 +75,10 @@ class Runs:
         logs = sorted((self.folder / name / "submit").glob("*/*.log"))
         return "\n".join(log.read_text() for log in logs)
 
-    def resumed(self, name: str) -> list[int]:
+    def steps_of(self, name: str, kind: str) -> list[int]:
+        """Steps of a run's events of one kind, the oldest first."""
         lines = (self.folder / name / "events.jsonl").read_text().splitlines()
-        return [event["step"] for event in map(json.loads, lines) if event["event"] == "resume"]
+        return [event["step"] for event in map(json.loads, lines) if event["event"] == kind]
 
 
 def submitted(words: list[str]) -> list[str]:
@@ -115,6 +116,8 @@ def test_row_11_a_node_that_is_lost(runs: Runs) -> None:
     """First, since it takes longest: SLURM misses a node after ten seconds, and our script asks for the requeue before."""
     job = runs.jobs["node"]
     runs.wait_for_step("node")
+    # Written beside training, and so perhaps later than the line of a step.
+    wait_for(lambda: runs.steps_of("node", "checkpoint"), MOST)
     _, lost = runs.cluster.nodes_of(job)
     runs.cluster.kill_node(lost, job)
     wait_for(lambda: int(runs.cluster.fact(job, "Restarts")) == 1, MOST)
@@ -195,7 +198,7 @@ def test_rows_08_09_11_end_as_if_nothing_had_happened(
     assert runs.end_of(runs.jobs[name]) == ("COMPLETED", 1), runs.log(name)
     assert runs.status(name)["state"] == "done"
     # The checkpoint of step 4 may be in the making when the node goes.
-    assert runs.resumed(name) in ([[2], [4]] if row == 11 else [[STOPS]])
+    assert runs.steps_of(name, "resume") in ([[2], [4]] if row == 11 else [[STOPS]])
     assert exact(runs.folder / name) == exact(undisturbed)
 
 

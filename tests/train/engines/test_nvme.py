@@ -63,7 +63,7 @@ def megatrons(pool: RankPool, demo_data: Path, tmp_path_factory: pytest.TempPath
     return run(pool, demo_data, tmp_path_factory.mktemp("megatron"), 2)
 
 
-@pytest.mark.long
+@pytest.mark.disk
 @pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("places", PLACES)
 def test_steps_are_megatrons_and_go_on_exactly(
@@ -80,7 +80,7 @@ def test_steps_are_megatrons_and_go_on_exactly(
     weights_agree(pool, resumed, ours, 0.0)
 
 
-@pytest.mark.long
+@pytest.mark.disk
 @pytest.mark.usefixtures("compiled")
 def test_three_ranks_and_evaluations(pool: RankPool, demo_data: Path, tmp_path: Path) -> None:
     """Stretches begin at odd places, and ranks evaluate unequal numbers of samples."""
@@ -100,7 +100,7 @@ def held_out_losses(folder: Path) -> list[dict[str, float]]:
     return [event["loss"] for event in events if event["event"] == "validation"]
 
 
-@pytest.mark.long
+@pytest.mark.disk
 @pytest.mark.usefixtures("compiled")
 def test_bf16_is_that_of_host_memory(pool: RankPool, demo_data: Path, tmp_path: Path) -> None:
     """Bit for bit; the reference is DeepSpeed's own offload to the host."""
@@ -115,7 +115,7 @@ def test_bf16_is_that_of_host_memory(pool: RankPool, demo_data: Path, tmp_path: 
     weights_agree(pool, *both.values(), 0.0)
 
 
-@pytest.mark.long
+@pytest.mark.disk
 @pytest.mark.usefixtures("compiled")
 def test_adapters(megatrons: Path, pool: RankPool, demo_data: Path, tmp_path: Path) -> None:
     """Frozen weights on disk, which are in no checkpoint of the run, under adapters in memory."""
@@ -128,7 +128,7 @@ def test_adapters(megatrons: Path, pool: RankPool, demo_data: Path, tmp_path: Pa
     weights_agree(pool, ours, theirs)
 
 
-@pytest.mark.long
+@pytest.mark.disk
 @pytest.mark.usefixtures("compiled")
 def test_from_megatron_and_back(
     megatrons: Path, pool: RankPool, demo_data: Path, tmp_path: Path
@@ -141,7 +141,7 @@ def test_from_megatron_and_back(
     weights_agree(pool, tmp_path / "run", megatrons)
 
 
-@pytest.mark.long
+@pytest.mark.disk
 @pytest.mark.usefixtures("compiled")
 def test_a_bad_step_changes_nothing(pool: RankPool, demo_data: Path, tmp_path: Path) -> None:
     words = words_of(tmp_path / "disk", PLACES["both"])
@@ -182,7 +182,7 @@ def bytes_on_disk(data: Path, folder: Path, words: list[str]) -> tuple[int, int,
     return held, expected, left
 
 
-@pytest.mark.long
+@pytest.mark.disk
 @pytest.mark.usefixtures("compiled")
 def test_what_is_on_disk(pool: RankPool, demo_data: Path, tmp_path: Path) -> None:
     words = words_of(tmp_path / "disk", PLACES["both"])
@@ -195,7 +195,7 @@ def test_what_is_on_disk(pool: RankPool, demo_data: Path, tmp_path: Path) -> Non
     assert len(list((tmp_path / "disk").iterdir())) == 2
 
 
-@pytest.mark.long
+@pytest.mark.disk
 @pytest.mark.usefixtures("compiled")
 def test_a_weight_larger_than_a_buffer(pool: RankPool, demo_data: Path, tmp_path: Path) -> None:
     words = words_of(tmp_path / "disk", PLACES["both"])

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import psutil
 import pytest
@@ -31,12 +32,12 @@ from visionloom.train.step import train_step
 STEPS = 20
 STAGES = {
     "1": ["stage=1"],
-    "2": ["stage=2"],
-    "3": ["stage=3"],
-    "1 offloaded": ["stage=1", "offload_optimizer=cpu"],
     "2 offloaded": ["stage=2", "offload_optimizer=cpu"],
-    "3 offloaded": ["stage=3", "offload_optimizer=cpu", "offload_parameters=cpu"],
-    "3 in small buckets": ["stage=3", "bucket_bytes=65536"],
+    "3": ["stage=3"],
+    "3 offloaded": [
+        *("stage=3", "offload_optimizer=cpu", "offload_parameters=cpu"),
+        "bucket_bytes=65536",
+    ],
 }
 RunAs = Callable[..., Path]
 """Runs a model with words of its own on some ranks and returns its folder; each once for the file."""
@@ -110,7 +111,7 @@ def test_steps_are_megatrons(stage: str, run_as: RunAs, pool: RankPool) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("stage", ["1", "3 offloaded"])
+@pytest.mark.parametrize("stage", ["3 offloaded"])
 @pytest.mark.parametrize(
     "words",
     [
@@ -139,7 +140,7 @@ def test_tensor_ranks(stage: str, run_as: RunAs, pool: RankPool) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("stage", ["2", "3 offloaded"])
+@pytest.mark.parametrize("stage", ["3 offloaded"])
 def test_adapters(stage: str, run_as: RunAs, pool: RankPool) -> None:
     """With mergers that train whole; the weights under the adapters are in no checkpoint."""
     (base,) = (run_as(2) / "checkpoints" / "multimodal").iterdir()
@@ -155,7 +156,7 @@ def test_adapters(stage: str, run_as: RunAs, pool: RankPool) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("stage", ["1", "3"])
+@pytest.mark.parametrize("stage", ["1"])
 def test_bf16(stage: str, run_as: RunAs, pool: RankPool, demo_data: Path, tmp_path: Path) -> None:
     """As near to Megatron-core's as two runs in bf16 are, see tests/train/test_bf16.py, and resumed bit for bit."""
     words = ["run.precision=bf16", *words_of(stage)]
@@ -167,7 +168,7 @@ def test_bf16(stage: str, run_as: RunAs, pool: RankPool, demo_data: Path, tmp_pa
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("stage", ["1", "3"])
+@pytest.mark.parametrize("stage", ["3"])
 def test_from_megatron_and_back(
     stage: str, run_as: RunAs, pool: RankPool, demo_data: Path, tmp_path: Path
 ) -> None:
@@ -203,7 +204,7 @@ def test_a_killed_rank_costs_nothing(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("stage", ["2", "3 offloaded"])
+@pytest.mark.parametrize("stage", ["2 offloaded", "3 offloaded"])
 def test_a_bad_step_changes_nothing(
     stage: str, pool: RankPool, demo_data: Path, tmp_path: Path
 ) -> None:
@@ -222,9 +223,10 @@ def test_a_bad_step_changes_nothing(
 def three_steps(layout: Layout, packs: list[TestPack]) -> list[tuple[float, float]]:
     """Losses and norms; runs on every rank of the pool."""
     count_anew()
-    vision.PIECE_PATCHES = 16  # so that the rank with pictures has several pieces
     stage = build_stage(layout, sharded=True)
-    results = [train_step(stage, deal(packs, stage.topology, False)) for _ in range(3)]  # type: ignore[arg-type]
+    # So that the rank with pictures has several pieces.
+    with mock.patch.object(vision, "PIECE_PATCHES", 16):
+        results = [train_step(stage, deal(packs, stage.topology, False)) for _ in range(3)]  # type: ignore[arg-type]
     stage.engine.close()
     return [(result.loss, result.grad_norm) for result in results]
 
@@ -343,7 +345,8 @@ def test_weights_of_a_hugging_face_folder(
 ) -> None:
     (trained,) = (run_as(2) / "checkpoints" / "multimodal").iterdir()
     pool.run(1, exported, trained, tmp_path / "hf")
-    words = [f"init.huggingface={tmp_path / 'hf'}"]
+    # Slower, since the moments begin anew on weights that are trained.
+    words = [f"init.huggingface={tmp_path / 'hf'}", "phases.multimodal.lr=5e-4"]
     agree(run_as(2, *words, *words_of("3")), run_as(2, *words))
 
 
@@ -358,15 +361,15 @@ def test_the_demo_and_adapters_under_torchrun(
     engine = ["parallel.engine=deepspeed", "optim=adamw"]
     phases = compose(["+recipe=demo"], 2).phases  # type: ignore[union-attr]
     short = [f"phases.{name}.{word}" for name in phases for word in ("steps=2", "warmup_steps=0")]
-    few = ["evaluation.phase_answers=2", "evaluation.phase_samples=2", "evaluation.samples=2"]
+    few = ["evaluation.phase_answers=1", "evaluation.phase_samples=1", "evaluation.samples=1"]
     demo = start(["+recipe=demo", f"run.folder={tmp_path / 'demo'}", *engine, *short, *few])
-    output, _ = demo.communicate(timeout=SECONDS)
+    output, _ = demo.communicate(timeout=2 * SECONDS)
     assert demo.returncode == 0, output
     last = tmp_path / f"demo/checkpoints/reasoning/step-{2 * len(phases):08d}"
     words = [f"run.folder={tmp_path / 'lora'}", f"init.checkpoint={last}"]
     words += ["phases.words.steps=3", "phases.words.warmup_steps=0"]
-    tuned = start(["+recipe=lora/demo", *words, *engine, "evaluation.samples=2"])
-    output, _ = tuned.communicate(timeout=SECONDS)
+    tuned = start(["+recipe=lora/demo", *words, *engine, "evaluation.samples=1"])
+    output, _ = tuned.communicate(timeout=2 * SECONDS)
     assert tuned.returncode == 0, output
     assert len(metrics(tmp_path / "lora")) == 3
 
