@@ -18,6 +18,7 @@ START: Final = "start"
 STEP: Final = "step"
 CHECKPOINT: Final = "checkpoint"
 EVALUATION: Final = "evaluation"
+ROLLOUT: Final = "rollout"
 PROGRAM: Final = "evaluation.command"
 """The activities of a run: each may be silent for a time of its own, a program of the user's for any time."""
 DATA: Final = "data"
@@ -90,7 +91,9 @@ class Pulse:
 
     def _beat(self, step: int, activity: str, part: str) -> None:
         now = time.monotonic()
-        self._seconds[self.sign.part] += now - self.since
+        # Ranks write answers of their own length: slow ones are known by their steps.
+        if self.sign.activity != ROLLOUT:
+            self._seconds[self.sign.part] += now - self.since
         self.since, self.sign = now, Sign(step, activity, part)
         # Another process reads it without a lock: half a line is no sign to it.
         if self._board is not None:

@@ -5,6 +5,7 @@ Its passes are not traced: their operations are counted, and what they take besi
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,8 +13,9 @@ from torch import Tensor
 from visionloom.data.stream.batch import PackedBatch
 from visionloom.forecast.kinds import rank_number
 from visionloom.model.config import ModelConfig
-from visionloom.model.distillation import HiddenTeacher
+from visionloom.model.distillation import DistillationLoss, HiddenTeacher
 from visionloom.model.distillation_config import DistillationConfig
+from visionloom.model.loss import RowLossMaker
 from visionloom.parallel import topology as topologies
 from visionloom.parallel.config import ParallelConfig
 from visionloom.parallel.stand_in import META
@@ -21,7 +23,7 @@ from visionloom.parallel.topology import Topology
 from visionloom.train.build import empty_parts, model_dtype
 from visionloom.train.config import RunConfig
 from visionloom.train.distillation.options import live_teacher
-from visionloom.train.distillation.teacher import Distillation, Teacher
+from visionloom.train.distillation.teacher import DIVERGENCE, Teacher
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ def most_bytes(
 class ImaginedTeacher(Teacher):
     """A live teacher whose passes are done: its memory is taken, and the student is compared with it."""
 
+    measures = DIVERGENCE
+
     def __init__(
         self, held: HeldTeacher, precision: str, topology: Topology, batches: Sequence[PackedBatch]
     ) -> None:
@@ -103,6 +107,7 @@ class ImaginedTeacher(Teacher):
         others = held.bytes if held.options.teacher.parallel else held.bytes - self.matrix.nbytes
         self.weights = like.new_empty(others, dtype=torch.uint8)
 
-    def for_rows(self, batch: PackedBatch, tokens: Tensor) -> Distillation:
+    def for_rows(self, batch: PackedBatch, tokens: Tensor) -> RowLossMaker:
         """Return rows without content; see Teacher."""
-        return self.options, HiddenTeacher(self.states[: len(tokens)], self.matrix)
+        teacher = HiddenTeacher(self.states[: len(tokens)], self.matrix)
+        return partial(DistillationLoss, self.options, teacher)

@@ -3,6 +3,7 @@
 Shapes: R supervised tokens, H hidden size, V vocabulary (v of it on this rank), n kinds of loss.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol
@@ -44,6 +45,10 @@ class RowLoss(Protocol):
         Returns:
             fp32 [n, r].
         """
+
+
+RowLossMaker = Callable[[Tensor, Tensor, Any], RowLoss]
+"""Makes the losses of R rows from their targets [R], token weights [R] and the process group that the vocabulary is split over."""
 
 
 def linear_loss(

@@ -26,12 +26,10 @@ from torch import Tensor
 
 from visionloom.model.attention import build_context
 from visionloom.model.config import ModelConfig
-from visionloom.model.distillation import DistillationLoss, RowTeacher
-from visionloom.model.distillation_config import DistillationConfig
 from visionloom.model.kept import kept
 from visionloom.model.language import LanguageModel, transformer_config
 from visionloom.model.lora_config import LoraConfig
-from visionloom.model.loss import CrossEntropyLoss, RowLoss, linear_loss
+from visionloom.model.loss import CrossEntropyLoss, RowLossMaker, linear_loss
 from visionloom.model.rank_share import FeatureExchange, PackTensors, RankShare
 from visionloom.model.rope import mrope_rotation, text_frequencies
 from visionloom.model.vision import VisionInput, VisionTower
@@ -66,8 +64,8 @@ class ModelInput:
     """int64 [R]."""
     target_weights: Tensor
     """fp32 [R]."""
-    distillation: tuple[DistillationConfig, RowTeacher] | None = None
-    """The teacher of the R tokens, in the last chunk; None: there is none."""
+    row_loss: RowLossMaker = CrossEntropyLoss
+    """Makes the losses of the R tokens, in the last chunk."""
 
 
 @contextmanager
@@ -211,22 +209,17 @@ class Qwen3VL(MegatronModule):  # type: ignore[misc]
         """Run this chunk on a micro-batch.
 
         Returns:
-            in the last chunk the weighted sum of the losses, an fp32 scalar, and for each supervised token the cross-entropy and,
-            with a teacher, the divergence from it, fp32 [1 or 2, R]; in others the rows for the next chunk, [t or more, 1, H].
+            in the last chunk the weighted sum of the losses, an fp32 scalar, and all kinds of loss of each supervised token, the
+            cross-entropy alone unless `row_loss` makes others, fp32 [n, R]; in others the rows for the next chunk, [t or more, 1, H].
         """
         hidden = self._decode(inputs)
         if not self.post_process:
             return hidden
         with in_part(LOSS):
             rows = self._whole(hidden)[inputs.loss_rows, 0]
-            return linear_loss(rows, self.language_model.output_matrix(), self._row_loss(inputs))
-
-    def _row_loss(self, inputs: ModelInput) -> RowLoss:
-        group = self.topology.groups.tp
-        if inputs.distillation is None:
-            return CrossEntropyLoss(inputs.targets, inputs.target_weights, group)
-        options, teacher = inputs.distillation
-        return DistillationLoss(options, teacher, inputs.targets, inputs.target_weights, group)
+            group = self.topology.groups.tp
+            row_loss = inputs.row_loss(inputs.targets, inputs.target_weights, group)
+            return linear_loss(rows, self.language_model.output_matrix(), row_loss)
 
     def supervised_states(self, inputs: ModelInput) -> Tensor:
         """Return the hidden states of the supervised tokens [R, H] in the last chunk, in others the rows for the next chunk."""

@@ -1,6 +1,6 @@
 """Build a phase in order: stream, model with its weights, trainer. Here and in run.py the configuration is whole."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ import torch
 
 from visionloom.common.errors import UserError
 from visionloom.data.plan.cursor import Origin, check_state
+from visionloom.data.stream.prompt_stream import PromptStream
 from visionloom.data.stream.train_stream import PackStream
 from visionloom.model.config import ModelConfig
 from visionloom.model.distillation_config import DistillationConfig
@@ -30,10 +31,15 @@ from visionloom.train.distillation.own_layout import OwnLayoutTeacher
 from visionloom.train.distillation.teacher import LiveTeacher, StoredTeacher, Teacher
 from visionloom.train.engines.engine import Engine
 from visionloom.train.engines.megatron import MegatronEngine
+from visionloom.train.generation.generator import Generator
 from visionloom.train.optim.bad_steps import StepJudge
 from visionloom.train.optim.config import OptimConfig
 from visionloom.train.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
 from visionloom.train.phase_trainer import PhaseTrainer
+from visionloom.train.reinforcement.learner import PolicyLearner
+from visionloom.train.reinforcement.rollouts import Rollouts
+from visionloom.train.reinforcement.store import RolloutStore
+from visionloom.train.reinforcement.writer import RolloutWriter
 from visionloom.train.stream_options import stream_options
 from visionloom.train.weights.load_adapter import load_adapter
 from visionloom.train.weights.load_huggingface import (
@@ -90,7 +96,15 @@ def build_stream(
         origin = Origin.after(before, 0) if config.data.continue_draws else None
     # Of the ranks that share a pack's pictures each meets faults of its own; a sample is written once all the same.
     quarantine = folder / "quarantine.jsonl" if topology.encoder_rank is not None else None
-    return PackStream(stream_options(config, name), quarantine, origin)
+    options, phase = stream_options(config, name), config.phases[name]
+    if phase.rl is None:
+        return PackStream(options, quarantine, origin)
+    stream = PromptStream(options, quarantine, origin)
+    stream.updates = phase.rl.updates
+    # What interleaved stages need.
+    layout = topology.config
+    stream.micro_batches_multiple = layout.pipeline if layout.chunks > 1 else 1
+    return stream
 
 
 # ---- model
@@ -178,6 +192,36 @@ def teacher_parts(
     parts = empty_parts(model, precision, topology)
     load_huggingface(Path(options.teacher.huggingface), parts, model, topology)
     return parts
+
+
+def build_rollouts(
+    config: RunConfig, trainer: PhaseTrainer, start: Callable[[], list[Qwen3VL]]
+) -> None:
+    """Let a phase with rewards train on answers of its own; `start` builds the model with the weights that the phase began with.
+
+    Raises:
+        UserError: if a reward cannot be used.
+    """
+    options, topology, stream = trainer.phase.rl, trainer.topology, trainer.stream
+    if options is None or not isinstance(stream, PromptStream):
+        return
+    settings = {
+        **trainer.settings,
+        "run.seed": config.run.seed,
+        "tokenizer": stream.tokenizer.fingerprint,
+    }
+    writer = RolloutWriter(
+        options,
+        trainer.phase_name,
+        stream,
+        RolloutStore(run_folder(config), trainer.phase_name, settings),
+        Generator(trainer.model_parts, topology, stream.tokenizer.pad_id, options.rollout.budget),
+        config.run.seed,
+    )
+    trainer.rollouts = Rollouts(options, stream, writer)
+    if trainer.teacher is None:
+        reference = start() if options.policy.kl else None
+        trainer.teacher = PolicyLearner(options, trainer.model_parts, reference, topology)
 
 
 def first_weights(config: RunConfig, topology: Topology) -> list[Qwen3VL]:

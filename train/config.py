@@ -24,6 +24,7 @@ from visionloom.train.generation.config import Budget, GenerationConfig
 from visionloom.train.observe.limits import WatchConfig
 from visionloom.train.observe.logging_config import LoggingConfig
 from visionloom.train.optim.config import OptimConfig
+from visionloom.train.reinforcement.config import ReinforcementConfig
 
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -157,6 +158,8 @@ class PhaseConfig:
     """A layout of its own; None: the run's."""
     distillation: DistillationConfig | None = None
     """A teacher to learn from; None: none."""
+    rl: ReinforcementConfig | None = None
+    """Rewards to learn from, of answers to the last turn of its samples; None: the samples' own turns are learned."""
 
     @property
     def total_steps(self) -> int:
@@ -177,6 +180,7 @@ class PhaseConfig:
     def problems(self, here: str) -> Iterator[str]:
         """Yield a line for each fault of the lengths, the groups and the weights of datasets."""
         yield from self._step_problems(here)
+        yield from self._reward_problems(here)
         if not self.trainable:
             yield f"{here}.trainable is empty: name at least one of {', '.join(GROUPS)}"
         if self.mixture and sum(self.mixture.values()) <= 0:
@@ -193,6 +197,26 @@ class PhaseConfig:
         if self.decay_steps is not None and self.decay_steps > self.total_steps - self.warmup_steps:
             yield f"{here}.decay_steps={self.decay_steps} must fit behind the warm-up"
 
+    def _reward_problems(self, here: str) -> Iterator[str]:
+        """Yield a line for each option that means nothing where answers are trained on, or does not fit them."""
+        if self.rl is None:
+            return
+        rollout, default = self.rl.rollout, PhaseConfig()
+        if self.global_batch != default.global_batch:
+            yield (
+                f"{here}.global_batch={self.global_batch}: an optimizer step of rl has as many packs as its answers fill:"
+                f" leave it out, and set {here}.rl.rollout.batch_prompts and {here}.rl.updates"
+            )
+        if self.tokens is not None:
+            yield f"{here}.tokens: how many tokens answers have is not known before: give {here}.steps"
+        elif self.total_steps % self.rl.updates:
+            yield f"{here}.steps={self.steps} must be a multiple of {here}.rl.updates={self.rl.updates}"
+        if rollout.max_new_tokens >= self.sequence_length:
+            yield (
+                f"{here}.rl.rollout.max_new_tokens={rollout.max_new_tokens} leaves no room for a prompt in"
+                f" {here}.sequence_length={self.sequence_length} tokens: lower it, or make packs longer"
+            )
+
     def dealing_problems(self, here: str, world_size: int, layout: ParallelConfig) -> Iterator[str]:
         """Yield why the packs of a step, or the tokens of a pack, cannot be dealt to ranks.
 
@@ -201,6 +225,9 @@ class PhaseConfig:
             world_size: ranks of the run.
             layout: the phase's own or the run's; it must be possible on these ranks.
         """
+        if self.rl is not None:
+            yield from self._length_problems(here, layout)
+            return
         copies = layout.data_parallel_size(world_size)
         packs = copies * self.micro_batch
         batch = f"{here}.global_batch={self.global_batch}"

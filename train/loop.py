@@ -42,7 +42,10 @@ def fit(trainer: PhaseTrainer, saver: Saver, observer: Observer, workers: int) -
     total, topology = trainer.phase.total_steps, trainer.topology
     with pulse.current.during(STEP), closing(step_batches(trainer, workers)) as steps:
         while trainer.phase_step < total:
-            result = take_step(trainer, steps, saver, observer)
+            try:
+                result = take_step(trainer, steps, saver, observer)
+            except stopping.StopAsked:
+                stop_early(trainer, saver, observer)
             if result.totals.signals.log_failed:
                 stop_without_log(trainer, saver, observer)
             saver.poll(topology, result.totals.signals.saving)
@@ -53,7 +56,7 @@ def fit(trainer: PhaseTrainer, saver: Saver, observer: Observer, workers: int) -
 
             is_due = is_due or saver.is_due(trainer.phase_step)
             # Between skipped steps nothing is saved: a run may go back to before them, resumed or not.
-            if result.verdict.skipped or trainer.phase_step == total:
+            if result.verdict.skipped or trainer.phase_step == total or not trainer.can_be_saved:
                 continue
             if result.totals.signals.stop:
                 stop_early(trainer, saver, observer)
@@ -75,6 +78,8 @@ def take_step(
     with pulse.current.at(DATA):
         batches = next(steps)
     waited = time.perf_counter() - started
+    if trainer.rollouts is not None:
+        waited -= trainer.rollouts.seconds
 
     if trainer.has_dropout:
         trainer.topology.reseed(trainer.step)
@@ -95,7 +100,9 @@ def stop_early(trainer: PhaseTrainer, saver: Saver, observer: Observer) -> None:
     Raises:
         EarlyEnd: with the first rank's reason.
     """
-    saver.save(trainer, trainer.step, trainer.phase_step, last=True)
+    # While a phase's first answers are written, its weights are those of the last one's checkpoint.
+    if trainer.phase_step:
+        saver.save(trainer, trainer.step, trainer.phase_step, last=True)
     stop_saved(trainer, observer)
 
 
@@ -164,6 +171,8 @@ def step_batches(trainer: PhaseTrainer, workers: int) -> Generator[list[PackedBa
     """Yield this rank's micro-batches of each step that is left, built ahead."""
     steps = range(trainer.phase_step, trainer.phase.total_steps)
     share, micro_batch = trainer.topology.share, trainer.phase.micro_batch
+    if trainer.rollouts is not None:
+        return trainer.rollouts.batches(trainer)
     if trainer.teacher is not None:
         share = trainer.teacher.share(share)
     return iterate(trainer.stream, steps, share, micro_batch, workers)
@@ -215,7 +224,9 @@ def metrics_line(
         "data_cursor": trainer.stream.step_of_plan(trainer.phase_step),
     }
     if trainer.teacher is not None:
-        line["distillation_loss"] = totals.distillation_loss
+        line |= zip(trainer.teacher.measures, totals.measured, strict=False)
+    if trainer.rollouts is not None and (facts := trainer.rollouts.take_facts()):
+        line["rollout"] = facts
     if totals.router:
         line["router"] = totals.router
     return line

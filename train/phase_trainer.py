@@ -1,10 +1,12 @@
 """Everything that trains in one phase, built and ready."""
 
+from collections.abc import Generator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
+from visionloom.data.stream.batch import PackedBatch
 from visionloom.data.stream.train_stream import PackStream
 from visionloom.model.config import ModelConfig
 from visionloom.model.flops import StepWork, step_flops
@@ -16,6 +18,25 @@ from visionloom.train.distillation.teacher import Teacher
 from visionloom.train.engines.engine import Engine
 from visionloom.train.optim.bad_steps import StepJudge
 from visionloom.train.optim.config import OptimConfig
+
+
+class OwnAnswers(Protocol):
+    """Gives a phase answers of its own policy to train on."""
+
+    seconds: float
+    """That writing them has taken, since `take_facts` was called last."""
+
+    def batches(self, trainer: "PhaseTrainer") -> Generator[list[PackedBatch]]:
+        """Yield this rank's micro-batches of each step that is left; raises StopAsked."""
+
+    def take_facts(self) -> dict[str, Any]:
+        """Return what metrics tell of answers that were written since the last call; empty if there are none."""
+
+    def is_between(self, phase_step: int) -> bool:
+        """Return whether a run may go on from the weights after so many steps of the phase."""
+
+    def close(self) -> None:
+        """Let go of what was started for it."""
 
 
 @dataclass
@@ -32,7 +53,9 @@ class PhaseTrainer:
     scheduler: Any
     stream: PackStream
     teacher: Teacher | None = None
-    """Of a phase that distils."""
+    """Of a phase that distils, or learns from rewards."""
+    rollouts: OwnAnswers | None = None
+    """Of a phase that trains on answers of its own."""
     judge: StepJudge = field(default_factory=lambda: StepJudge(OptimConfig()))
     """Says which steps are bad."""
     inputs: Inputs | None = None
@@ -49,6 +72,11 @@ class PhaseTrainer:
         """Return whether a step draws random numbers: adapters may, the model itself never does."""
         lora = self.model_parts[0].lora
         return lora is not None and lora.dropout > 0
+
+    @property
+    def can_be_saved(self) -> bool:
+        """Return whether a run may go on from the weights as they are now: not in the middle of a rollout's steps."""
+        return self.rollouts is None or self.rollouts.is_between(self.phase_step)
 
     @property
     def model_config(self) -> ModelConfig:

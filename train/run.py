@@ -25,6 +25,7 @@ from visionloom.parallel import topology as topologies
 from visionloom.parallel.topology import Topology
 from visionloom.train.build import (
     as_the_engine_wants,
+    build_rollouts,
     build_stream,
     build_teacher,
     build_trainer,
@@ -159,6 +160,7 @@ def train_phase(
     trainer = build_trainer(config, name, topology, parts, stream)
     trainer.teacher = build_teacher(config, name, topology)
     restore(trainer, newest)
+    build_rollouts(config, trainer, lambda: start_of_phase(config, name, topology, newest))
     report_left_out(trainer, config.data, observer)
     # Only now: a start that is refused must not replace the files of checkpoints that are there.
     if topology.is_main:
@@ -182,6 +184,8 @@ def train_phase(
     observer.phase_end(trainer)
     trainer.engine.close()
     trainer.drop_graphs()
+    if trainer.rollouts is not None:
+        trainer.rollouts.close()
     if trainer.teacher is not None:
         # The next phase may keep the student's layout, and with it what is open.
         trainer.teacher.close()
@@ -306,6 +310,29 @@ def phase_model(
         parts = newest_weights(config, topology, newest)
         draw_fresh_groups(parts, config, name, topology)
         return parts
+
+
+def start_of_phase(
+    config: RunConfig, name: str, topology: Topology, newest: Checkpoint | None
+) -> list[Qwen3VL]:
+    """Build the model with the weights that a phase began with: those of the last phase's end.
+
+    Raises:
+        UserError: if their checkpoint is gone.
+    """
+    if newest is not None and (done := steps_done(config, name, newest)):
+        order = list(config.phases)
+        before = order[: order.index(name)][-1:]
+        last = [
+            checkpoint.folder_of(run_folder(config), each, newest.run_state.step - done)
+            for each in before
+        ]
+        newest = (
+            checkpoint.whole(last[0], f"phases.{name}.rl.policy.kl", topology) if last else None
+        )
+    parts = newest_weights(config, topology, newest)
+    draw_fresh_groups(parts, config, name, topology)
+    return parts
 
 
 def restore(trainer: PhaseTrainer, newest: Checkpoint | None) -> None:

@@ -149,7 +149,7 @@ def forward_losses(
     model = unwrapped(part)
     inputs = model.prepare(batch)
     if model.post_process and teacher is not None:
-        inputs = replace(inputs, distillation=teacher.for_rows(batch, inputs.loss_tokens))
+        inputs = replace(inputs, row_loss=teacher.for_rows(batch, inputs.loss_tokens))
     output = part(inputs)
     if model.post_process:
         output, losses = output

@@ -18,8 +18,8 @@ from visionloom.parallel.device import to_device
 from visionloom.parallel.topology import Topology
 from visionloom.train.observe.slow_ranks import PARTS
 
-LOSS_ROWS = 3
-"""Sums over the supervised tokens: weights, weighted losses, weighted divergences from a teacher."""
+LOSS_ROWS = 6
+"""Sums over the supervised tokens: weights, and the weighted losses of up to five kinds, the loss itself first."""
 FLAGS = 3
 """Of Signals."""
 ROUTER_SUMS = 3
@@ -100,8 +100,8 @@ class StepTotals:
 
     loss: float
     loss_by_source: dict[str, float]
-    distillation_loss: float
-    """The divergence from the teacher, weighted as the loss; 0 without a teacher."""
+    measured: list[float]
+    """Of the kinds of loss after the first, weighted as the loss; 0 where a step has fewer."""
     counts: StepCounts
     largest_flops: float
     """Operations of the copy of the model with the most work."""
@@ -114,10 +114,10 @@ class StepTotals:
 
 
 class LossSums:
-    """Sums of weights, of weighted losses and of weighted divergences from a teacher, by source, fp64 on the device."""
+    """Sums of weights and of weighted losses of all kinds, by source, fp64 on the device."""
 
     def __init__(self, sources: Sequence[str], values: Tensor) -> None:
-        """Add to `values`, fp64 [LOSS_ROWS, sources]: weights, losses, divergences."""
+        """Add to `values`, fp64 [LOSS_ROWS, sources]: weights, and losses of each kind."""
         self.sources = tuple(sources)
         self.values = values
 
@@ -134,7 +134,7 @@ class LossSums:
         Args:
             batch: on the host.
             tokens: its supervised tokens of this rank, int64 [R] on the host.
-            losses: of these tokens, fp32 [1 or 2, R] on the device: the cross-entropy, and the divergence from a teacher.
+            losses: of these tokens, fp32 [n, R] on the device.
         """
         # One more for padding, which has no source and no weight.
         places = torch.tensor([self.sources.index(name) for name in batch.dataset_names] + [0])
@@ -142,7 +142,7 @@ class LossSums:
         # non_blocking: a plain copy would let the host wait for all that the device has yet to do.
         sources = to_device(places[batch.segment_datasets[segments]], losses.device)
         weights = to_device(batch.loss_weights[tokens].double(), losses.device)
-        # Of divergences there is no row without a teacher.
+        # There are rows for more kinds than most steps have.
         rows = torch.cat([weights.unsqueeze(0), weights * losses.double()])
         self.values[: len(rows)].index_add_(1, sources, rows)
 
@@ -152,13 +152,13 @@ class LossSums:
 
     def means(self) -> tuple[float, dict[str, float]]:
         """Return the loss over everything and by source; a source without weight is left out. Waits for the device."""
-        weights, losses, _ = self.values.tolist()
+        weights, losses, *_ = self.values.tolist()
         return means_of(self.sources, losses, weights)
 
-    def divergence(self) -> float:
-        """Return the mean divergence from a teacher over everything. Waits for the device."""
-        weights, _, divergences = self.values.sum(1).tolist()
-        return divergences / weights if weights else 0.0
+    def measured(self) -> list[float]:
+        """Return the means of the further kinds of loss over everything. Waits for the device."""
+        weights, _, *others = self.values.sum(1).tolist()
+        return [each / weights if weights else 0.0 for each in others]
 
 
 def means_of(
@@ -247,7 +247,7 @@ class StepSums:
         return StepTotals(
             loss=loss,
             loss_by_source=by_source,
-            distillation_loss=read.divergence(),
+            measured=read.measured(),
             counts=StepCounts(*map(int, counts.tolist())),
             largest_flops=max(flops.tolist()),
             router=_router_means(router_sums.tolist(), router_largest.tolist()),

@@ -136,10 +136,12 @@ def prompt_of(sample: EncodedSample) -> EncodedSample:
     )
 
 
-def extend(sample: EncodedSample, tokens: Sequence[int]) -> EncodedSample:
-    """Return the sample with unsupervised text tokens after it, their positions continued on all three axes."""
+def extend(
+    sample: EncodedSample, tokens: Sequence[int], target_weight: float = 0.0
+) -> EncodedSample:
+    """Return the sample with text tokens of a weight after it, their positions continued on all three axes."""
     count = len(tokens)
-    ids, weights = np.array(tokens, np.int32), np.zeros(count, np.float32)
+    ids, weights = np.array(tokens, np.int32), np.full(count, target_weight, np.float32)
     # by the highest position of any axis: a picture's are fewer than its tokens
     position = int(sample.position_ids.max()) + 1
     more = np.arange(position, position + count, dtype=np.int32)

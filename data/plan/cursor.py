@@ -90,6 +90,7 @@ class _State:
     origin: _Origin
     plan: dict[str, Any]
     passed_over: list[tuple[Count, Count]] = field(default_factory=list)
+    prompts: Count = 0
 
 
 def plan_hash(facts: Mapping[str, Any], origin: Origin) -> str:

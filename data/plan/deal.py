@@ -45,9 +45,9 @@ class PlannedPack:
     cost: float
 
 
-def deal(
-    packs: list[PlannedPack], data_size: int, micro_batch: int
-) -> list[list[list[PlannedPack]]]:
+def deal[Pack: PlannedPack](
+    packs: list[Pack], data_size: int, micro_batch: int
+) -> list[list[list[Pack]]]:
     """Deal the packs of a step to data-parallel ranks and micro-batches, balanced by cost: [rank][micro-batch][pack].
 
     Costliest first to the lightest rank that has room (longest processing time first), then exchanges with the heaviest
@@ -71,16 +71,16 @@ def deal(
     return dealt
 
 
-class _PackGroups:
+class _PackGroups[Pack: PlannedPack]:
     """Groups of equally many packs, and the load of each."""
 
-    def __init__(self, packs: list[PlannedPack], count: int) -> None:
+    def __init__(self, packs: list[Pack], count: int) -> None:
         self.room = len(packs) // count
-        self.groups: list[list[PlannedPack]] = [[] for _ in range(count)]
+        self.groups: list[list[Pack]] = [[] for _ in range(count)]
         self._fill(packs)
         self.loads = [sum(pack.cost for pack in group) for group in self.groups]
 
-    def _fill(self, packs: list[PlannedPack]) -> None:
+    def _fill(self, packs: list[Pack]) -> None:
         """Deal the packs, costliest first to the lightest group that has room."""
         lightest = [(0.0, number) for number in range(len(self.groups))]
         # costliest first leaves the small ones to level the loads
@@ -91,7 +91,7 @@ class _PackGroups:
                 # a full group takes no more
                 heapq.heappush(lightest, (load + pack.cost, number))
 
-    def costliest_first(self) -> list[list[PlannedPack]]:
+    def costliest_first(self) -> list[list[Pack]]:
         """Return the groups, the one with the highest load first."""
         order = sorted(range(len(self.groups)), key=lambda number: -self.loads[number])
         return [self.groups[number] for number in order]

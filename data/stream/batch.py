@@ -15,6 +15,7 @@ from visionloom.data.encode.encode import EncodedSample
 from visionloom.data.encode.patches import Unit, row_width, widen
 from visionloom.data.plan.deal import DealtUnits, deal_units
 from visionloom.data.plan.open import StreamOptions
+from visionloom.data.stream.answers import Answer
 from visionloom.data.stream.teacher_store import StoredRows
 from visionloom.parallel.share import ALONE, Share
 
@@ -42,6 +43,20 @@ class TeacherRows:
     """float16 or float32 [L, k]."""
     log_rest: Tensor
     """float32 [L]: logarithm of the mass of all other tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerRows:
+    """What is known of the L tokens of a batch that predict tokens of answers, all that are supervised among them."""
+
+    tokens: Tensor
+    """int64 [L], increasing: rows of the batch."""
+    answers: Tensor
+    """int64 [L]: which of the batch's answers the predicted token belongs to, from 0."""
+    advantages: Tensor
+    """float32 [L]: how much better the answer is than others to its prompt."""
+    log_probabilities: Tensor
+    """float32 [L]: of the predicted token, by what wrote it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +102,8 @@ class PackedBatch:
     """bool [S]: segments whose pictures this rank could not read; here they have no loss, see `without`."""
     teacher: TeacherRows | None = None
     """Of a phase with a stored teacher, on ranks that compute losses."""
+    answers: AnswerRows | None = None
+    """Of a phase that learns from rewards."""
 
     @property
     def patch_count(self) -> int:
@@ -205,6 +222,27 @@ def with_teacher(
     joined = StoredRows.joined(said)
     arrays = np.concatenate(tokens), joined.ids, joined.log_probabilities, joined.log_rest
     return replace(batch, teacher=TeacherRows(*map(torch.from_numpy, arrays)))
+
+
+def with_answers(batch: PackedBatch, answers: Sequence[Answer]) -> PackedBatch:
+    """Return a batch with what is known of its samples, each the prompt and the tokens of one of these answers."""
+    # padding has a segment, and no sample
+    starts = batch.cu_seqlens[:-1][batch.segment_datasets >= 0].tolist()
+    rows = [np.empty((4, 0))]
+    for number, (start, answer) in enumerate(zip(starts, answers, strict=True)):
+        count = len(answer.token_ids)
+        # the token before one predicts it
+        first = start + answer.prompt.tokens - 1
+        known = [np.full(count, number), answer.advantages, answer.log_probabilities]
+        rows.append(np.array([np.arange(first, first + count), *known]))
+    # fp64 holds rows and fp32 numbers exactly
+    tokens, numbers, advantages, log_probabilities = torch.from_numpy(np.concatenate(rows, 1))
+    return replace(
+        batch,
+        answers=AnswerRows(
+            tokens.long(), numbers.long(), advantages.float(), log_probabilities.float()
+        ),
+    )
 
 
 _NOTHING_SAID: Final = TeacherRows(

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from visionloom.common.errors import UserError
 from visionloom.data.config import DataConfig
-from visionloom.data.encode.encode import EncodedSample, encode
+from visionloom.data.encode.encode import EncodedSample, encode, extend, prompt_of
 from visionloom.data.encode.geometry import chosen_frames
 from visionloom.data.encode.patches import Unit, decode_into, decode_patches
 from visionloom.data.encode.tokenizer import Tokenizer
@@ -21,12 +21,14 @@ from visionloom.data.plan.deal import deal_units
 from visionloom.data.plan.parts import Part, Parts, encode_parts
 from visionloom.data.shards.dataset import REQUESTS
 from visionloom.data.shards.sample import Sample, SampleError, Video
+from visionloom.data.stream.answers import Answer, Place
 from visionloom.data.stream.batch import (
     Decode,
     PackedBatch,
     PackLayout,
     all_grids,
     pack,
+    with_answers,
     with_teacher,
 )
 from visionloom.data.stream.quarantine import Quarantine, stand_in
@@ -36,9 +38,6 @@ from visionloom.parallel.share import ALONE, Share
 
 CACHED_TOKENS: Final = 1 << 20
 """Tokens of encoded samples that a process keeps (20 bytes each): a small dataset is tokenised once."""
-
-Place = tuple[int, int, int]
-"""Number of the dataset, index of the sample, number of its part."""
 
 
 class Reader:
@@ -176,17 +175,48 @@ class Reader:
         if share.encoder_ranks == 1:
             self._will_read(places)
         samples = self.read(places, step)
-        ready = iter(samples)
-        laid_out = [[next(ready) for _ in one] for one in packs]
-        wanted = self._wanted(places, samples, share)
-        with AheadReader(wanted, self.budget, self._threads) as ahead:
-            decode = self._decoder(places, samples, ahead, step)
-            batch = pack(laid_out, layout, decode, share)
+        sizes = [len(one) for one in packs]
+        batch = self._pack(places, samples, sizes, layout, share, step)
         # After the media: a sample that cannot be read keeps its place, and its rows.
         if self.teacher is None:
             return batch
         rows = self._teacher_rows(self.teacher, places, samples, share)
         return with_teacher(batch, samples, rows) if share.has_losses else batch
+
+    def batch_of_answers(
+        self,
+        packs: Sequence[Sequence[Answer]],
+        layout: PackLayout,
+        share: Share,
+        step: int | None = None,
+    ) -> PackedBatch:
+        """Lay answers with their prompts, whose last turn they replace, into packs; only their tokens have a loss. See `batch`."""
+        answers = [answer for one in packs for answer in one]
+        places = [answer.prompt.place for answer in answers]
+        read = self.read(places, step)
+        samples = []
+        for sample, answer in zip(read, answers, strict=True):
+            samples.append(extend(prompt_of(sample), answer.token_ids.tolist(), 1.0))
+        sizes = [len(one) for one in packs]
+        batch = self._pack(places, samples, sizes, layout, share, step)
+        return with_answers(batch, answers)
+
+    def _pack(
+        self,
+        places: Sequence[Place],
+        samples: Sequence[EncodedSample],
+        sizes: Sequence[int],
+        layout: PackLayout,
+        share: Share,
+        step: int | None,
+    ) -> PackedBatch:
+        """Lay samples into packs of so many each, with the pictures of this share."""
+        ready = iter(samples)
+        laid_out = [[next(ready) for _ in range(size)] for size in sizes]
+        wanted = self._wanted(places, samples, share)
+        with AheadReader(wanted, self.budget, self._threads) as ahead:
+            decode = self._decoder(places, samples, ahead, step)
+            return pack(laid_out, layout, decode, share)
 
     def _teacher_rows(
         self,

@@ -5,27 +5,31 @@ A live model in another layout is in own_layout.py.
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor
 
 from visionloom.common.errors import UserError
 from visionloom.data.stream.batch import PackedBatch
-from visionloom.model.distillation import HiddenTeacher, RowTeacher, TopKTeacher
+from visionloom.model.distillation import DistillationLoss, HiddenTeacher, TopKTeacher
 from visionloom.model.distillation_config import DistillationConfig
+from visionloom.model.loss import RowLossMaker
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.parallel.device import to_device
 from visionloom.parallel.schedule import run_schedule
 from visionloom.parallel.share import Share
 from visionloom.parallel.topology import Topology
 
-Distillation = tuple[DistillationConfig, RowTeacher]
-"""What a model's input has of a teacher."""
+DIVERGENCE: Final = ("distillation_loss",)
 
 
 class Teacher(Protocol):
-    """What a step asks of a teacher, on every rank."""
+    """What a step asks of whoever knows more of its supervised tokens than which they are, on every rank."""
+
+    measures: tuple[str, ...]
+    """Names of the kinds of loss after the first."""
 
     def share(self, student: Share) -> Share:
         """Return what a rank reads for its student and its teacher."""
@@ -43,8 +47,8 @@ class Teacher(Protocol):
         """Close what the teacher alone has opened, at the end of its phase."""
         return
 
-    def for_rows(self, batch: PackedBatch, tokens: Tensor) -> Distillation:
-        """Return the options and the teacher's distributions, on a rank of the last stage, for its micro-batches in order.
+    def for_rows(self, batch: PackedBatch, tokens: Tensor) -> RowLossMaker:
+        """Return what makes the losses, on a rank of the last stage, for its micro-batches in order.
 
         Args:
             batch: on the host.
@@ -55,11 +59,13 @@ class Teacher(Protocol):
 class StoredTeacher(Teacher):
     """A teacher whose most probable tokens ride in the packs."""
 
+    measures = DIVERGENCE
+
     def __init__(self, options: DistillationConfig, device: torch.device) -> None:
         """Hand out on `device` what the packs bring."""
         self.options, self.device = options, device
 
-    def for_rows(self, batch: PackedBatch, tokens: Tensor) -> Distillation:
+    def for_rows(self, batch: PackedBatch, tokens: Tensor) -> RowLossMaker:
         """Return the rows of these tokens; see Teacher."""
         stored = batch.teacher
         assert stored is not None, "the stream of a phase with a store attaches its rows"
@@ -71,11 +77,12 @@ class StoredTeacher(Teacher):
                 "the teacher could not read pictures that the student can: store it again by launch/teacher.py"
             )
         wanted = TopKTeacher(stored.ids, stored.log_probabilities, stored.log_rest).at(places)
-        return self.options, TopKTeacher(
+        teacher = TopKTeacher(
             to_device(wanted.ids, self.device),
             to_device(wanted.log_probabilities, self.device),
             to_device(wanted.log_rest, self.device),
         )
+        return partial(DistillationLoss, self.options, teacher)
 
 
 class LiveTeacher(Teacher):
@@ -83,6 +90,8 @@ class LiveTeacher(Teacher):
 
     Of each micro-batch only the hidden states of its supervised tokens are kept.
     """
+
+    measures = DIVERGENCE
 
     def __init__(
         self, options: DistillationConfig, parts: list[Qwen3VL], topology: Topology
@@ -110,9 +119,10 @@ class LiveTeacher(Teacher):
         self.states.append(states)
         return without_loss(states)
 
-    def for_rows(self, batch: PackedBatch, tokens: Tensor) -> Distillation:
+    def for_rows(self, batch: PackedBatch, tokens: Tensor) -> RowLossMaker:
         """Return the hidden states of the next micro-batch; see Teacher."""
-        return self.options, HiddenTeacher(self.states.popleft(), self.output_matrix())
+        teacher = HiddenTeacher(self.states.popleft(), self.output_matrix())
+        return partial(DistillationLoss, self.options, teacher)
 
     def output_matrix(self) -> Tensor:
         """Return this rank's rows of the output matrix [v, H], on a rank of the student's last stage."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Final
 
-from visionloom.common.pulse import CHECKPOINT, EVALUATION, START, STEP
+from visionloom.common.pulse import CHECKPOINT, EVALUATION, ROLLOUT, START, STEP
 from visionloom.common.settings import option
 
 PREFLIGHTS: Final = ("auto", "always", "never")
@@ -28,6 +28,8 @@ class WatchConfig:
     """While training waits for a checkpoint."""
     evaluation_minutes: float = option(25.0, "free", above=0, most=100_000)
     """While held-out losses and answers are measured."""
+    rollout_minutes: float = option(25.0, "free", above=0, most=100_000)
+    """While a policy writes answers, and they are judged and scored."""
 
     def measures_ranks(self, machines: int) -> bool:
         """Return whether the ranks of a run on so many machines are measured before its first step."""
@@ -41,5 +43,6 @@ class WatchConfig:
             STEP: self.step_minutes,
             CHECKPOINT: self.checkpoint_minutes,
             EVALUATION: self.evaluation_minutes,
+            ROLLOUT: self.rollout_minutes,
         }
         return {activity: 60 * each for activity, each in minutes.items()}

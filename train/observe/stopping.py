@@ -21,6 +21,10 @@ LOOK_SECONDS: Final = 0.5
 RESUME: Final = "start the same command again to resume"
 
 
+class StopAsked(Exception):
+    """A rank wishes to end the run between two steps: raised on all of them."""
+
+
 class StopRequest:
     """Keeps the wish of this process until the loop asks for it."""
 

@@ -1,0 +1,187 @@
+"""What a step knows of a policy's answers: their advantages, and the log-probabilities that a change is measured against.
+
+Shapes: R supervised tokens of a micro-batch on this rank, A answers of it.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from visionloom.common.errors import UserError
+from visionloom.data.stream.batch import AnswerRows, PackedBatch
+from visionloom.model.loss import RowLossMaker
+from visionloom.model.policy.loss import PolicyLoss, PolicyRows
+from visionloom.model.qwen3vl import Qwen3VL
+from visionloom.parallel.device import to_device
+from visionloom.parallel.schedule import run_schedule
+from visionloom.parallel.topology import Topology
+from visionloom.train.distillation.teacher import Teacher
+from visionloom.train.generation.generator import evaluating
+from visionloom.train.reinforcement.config import GateConfig, ReinforcementConfig
+
+MEASURES: Final = ("kl", "entropy", "log_probability_change", "gradient_share")
+"""Of a PolicyLoss, after the objective."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far the trainer's log-probabilities of a rollout are from those that it was written with."""
+
+    mean: float
+    largest: float
+
+    def check(self, gate: GateConfig, here: str) -> None:
+        """Raise UserError if they are farther apart than a gate allows; `here`: dotted path of the gate."""
+        for name, value, limit in (
+            ("mean", self.mean, gate.mean),
+            ("largest", self.largest, gate.largest),
+        ):
+            if not value <= limit:
+                raise UserError(
+                    f"the trainer's log-probabilities of answers and those that they were written with differ by {value:.3g} nats"
+                    f" ({name}; {here}.{name} allows {limit:g}): the weights, the pictures or the text of both are not the same;"
+                    f" look at samples of the rollout, and raise {here}.{name} only if rounding explains it"
+                )
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Log-probabilities of the sampled tokens of a micro-batch by one model."""
+
+    batch: PackedBatch
+    tokens: Tensor
+    """int64 [R], on the host: its rows that predict these tokens."""
+    values: Tensor
+    """fp32 [R], on the device."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Log-probabilities of the sampled tokens of a micro-batch, fp32 [R] on the device, before any update of the rollout."""
+
+    policy: Tensor
+    reference: Tensor | None
+
+
+class PolicyLearner(Teacher):
+    """Hands out what is known of a policy's answers, for the micro-batches of a rollout in order."""
+
+    measures = MEASURES
+
+    def __init__(
+        self,
+        options: ReinforcementConfig,
+        parts: list[Qwen3VL],
+        reference: list[Qwen3VL] | None,
+        topology: Topology,
+    ) -> None:
+        """Learn with the parts of the policy on this stage, and with those of a frozen reference where there is one."""
+        self.options, self.parts, self.reference = options, parts, reference
+        self.topology = topology
+        self.scores: deque[Scores] = deque()
+        """Of the micro-batches that training has not come to."""
+        self.ratios: deque[Tensor] = deque()
+        """gspo: logarithm of the ratio of each token's whole answer [R], of the micro-batches of the step in hand."""
+        for part in reference or ():
+            part.requires_grad_(False)
+
+    def score(self, steps: Sequence[Sequence[PackedBatch]]) -> Agreement:
+        """Score the answers of a rollout by the policy and the reference, before the first update; all ranks call it."""
+        self.scores.clear()
+        differences = torch.zeros(3, dtype=torch.float64)
+        for batches in steps:
+            scored = self.scored(self.parts, batches)
+            reference = self.scored(self.reference, batches) if self.reference else []
+            for place, each in enumerate(scored):
+                # Stages before the last score nothing.
+                other = reference[place].values if reference else None
+                self.scores.append(Scores(each.values, other))
+                written = rows_of(each.batch, each.tokens).log_probabilities
+                apart = (each.values.cpu() - written).abs().double()
+                if len(apart):
+                    largest = torch.maximum(differences[2], apart.max())
+                    counted = torch.tensor([float(apart.sum()), len(apart)])
+                    differences = torch.cat([differences[:2] + counted, largest.reshape(1)])
+        return self._agreement(differences.tolist())
+
+    def _agreement(self, own: list[float]) -> Agreement:
+        """Join the differences of all ranks: sum, count, largest."""
+        of_ranks: list[list[float]] = [own] * self.topology.world_size
+        # Tensor ranks have scored the same tokens.
+        dist.all_gather_object(of_ranks, own if not self.topology.tensor_rank else [0.0] * 3)
+        sums, counts, largest = zip(*of_ranks, strict=True)
+        return Agreement(sum(sums) / max(1.0, sum(counts)), max(largest))
+
+    def scored(self, parts: list[Qwen3VL], batches: Sequence[PackedBatch]) -> list[Scored]:
+        """Return the log-probabilities of the sampled tokens of each micro-batch, on the last stage; nothing on others."""
+        scored: list[Scored] = []
+        no_tokens = torch.zeros([], dtype=torch.int, device=self.topology.device)
+
+        def forward(coming: Iterator[PackedBatch], part: Qwen3VL) -> tuple[Tensor, Any]:
+            batch = next(coming)
+            inputs = part.prepare(batch)
+            output = part(inputs)
+            if part.post_process:
+                output, losses = output
+                scored.append(Scored(batch, inputs.loss_tokens, -losses[0]))
+            return output, lambda total: (total, no_tokens, {})
+
+        with evaluating(parts):
+            run_schedule(forward, parts, batches, self.topology, forward_only=True)
+        return scored
+
+    def begin(self, batches: Sequence[PackedBatch]) -> None:
+        """Of gspo: find how much the policy has changed each answer; see Teacher."""
+        if self.options.policy.algorithm != "gspo":
+            return
+        self.ratios = deque()
+        # Those of the rollout's later steps follow.
+        for now, before in zip(self.scored(self.parts, batches), self.scores, strict=False):
+            change = now.values - before.policy
+            self.ratios.append(self._answer_means(change, now.batch, now.tokens))
+
+    def _answer_means(self, values: Tensor, batch: PackedBatch, tokens: Tensor) -> Tensor:
+        """Return for each token [R] the mean of values [R] over all tokens of its answer, also those of other context ranks."""
+        numbers = to_device(rows_of(batch, tokens).answers, values.device)
+        sums = values.new_zeros(2, len(batch.sample_ids), dtype=torch.float64)
+        sums.index_add_(1, numbers, torch.stack([values, torch.ones_like(values)]).double())
+        if self.topology.context_size > 1:
+            dist.all_reduce(sums, group=self.topology.groups.cp)
+        means = sums[0] / sums[1].clamp_min(1.0)
+        return means[numbers].float()
+
+    def for_rows(self, batch: PackedBatch, tokens: Tensor) -> RowLossMaker:
+        """Return what makes the policy's losses; see Teacher."""
+        scores, rows = self.scores.popleft(), rows_of(batch, tokens)
+        written = to_device(rows.log_probabilities, self.topology.device)
+        excess = scores.policy - written
+        policy = self.options.policy
+        if policy.algorithm == "gspo":
+            excess = self._answer_means(excess, batch, tokens)
+        known = PolicyRows(
+            advantages=to_device(rows.advantages, self.topology.device),
+            old=scores.policy,
+            corrections=excess.exp().clamp_max(policy.correction),
+            reference=scores.reference,
+            sequence_ratios=self.ratios.popleft() if policy.algorithm == "gspo" else None,
+        )
+        return partial(PolicyLoss, policy, known)
+
+
+def rows_of(batch: PackedBatch, tokens: Tensor) -> AnswerRows:
+    """Return what a batch on the host knows of some of its supervised tokens, int64 [R]."""
+    known = batch.answers
+    assert known is not None, "the stream of a phase with rewards attaches its rows"
+    places = torch.searchsorted(known.tokens, tokens)
+    return AnswerRows(
+        known.tokens[places],
+        known.answers[places],
+        known.advantages[places],
+        known.log_probabilities[places],
+    )
