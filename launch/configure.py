@@ -210,6 +210,7 @@ def compose_unchecked(argv: Sequence[str]) -> RunConfig | None:
             return None
         run = _typed(config)
         _check_command(run, read)
+        _check_functions(run, read)
     except (UserError, OSError):
         raise
     except Exception as error:
@@ -356,6 +357,19 @@ def _check_command(config: RunConfig, words: Sequence[str]) -> None:
             f"{COMMAND} in a recipe is refused: a program that a run starts is said on the command line only, in a word of its"
             f" own without ${{...}}: '{COMMAND}=PROGRAM ...'"
         )
+
+
+def _check_functions(config: RunConfig, words: Sequence[str]) -> None:
+    """Refuse rewards of somebody's own that any recipe has named: their code is run."""
+    whole = [word.lstrip("+").partition("=")[0] for word in words if "${" not in word]
+    for name, phase in config.phases.items():
+        for reward in phase.rl.functions if phase.rl else ():
+            option = f"phases.{name}.rl.functions.{reward}"
+            if option not in whole:
+                raise UserError(
+                    f"{option} in a recipe is refused: code that a run starts is said on the command line only, in a word of its own"
+                    f" without ${{...}}: {option}=MODULE:FUNCTION"
+                )
 
 
 def _typed(config: DictConfig) -> RunConfig:

@@ -60,7 +60,9 @@ class ReinforcementConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     """How the policy writes answers."""
     reward: dict[str, float] = option({}, "run", least=-1e6, most=1e6)
-    """Weight of each reward, by its name (docs/reinforcement.md) or by MODULE:FUNCTION of your own."""
+    """Weight of each reward, by its name: one of docs/reinforcement.md, or of `functions`."""
+    functions: dict[str, str] = option({}, "run")
+    """Rewards of your own, MODULE:FUNCTION by their names; only a command line sets it."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     """How probabilities change with advantages."""
     updates: int = option(1, "run", least=1, most=10_000)
@@ -85,6 +87,8 @@ class ReinforcementConfig:
         """Yield a line for each fault of the rewards and of the steps of a rollout."""
         if not self.reward:
             yield f"{here}.reward is empty: give at least one reward a weight, as {here}.reward.number=1"
+        for name in self.functions.keys() - self.reward.keys():
+            yield f"{here}.functions.{name} has no weight: set {here}.reward.{name}"
         if self.rollout.batch_prompts % self.updates:
             yield (
                 f"{here}.rollout.batch_prompts={self.rollout.batch_prompts} cannot be dealt to {here}.updates={self.updates}"

@@ -25,6 +25,8 @@ class WrittenAnswer:
     text: str
     rewards: dict[str, float]
     """By name, without their weights."""
+    faults: dict[str, str]
+    """What went wrong with rewards that could not judge it, by name."""
     total: float
     """Weighted sum of the rewards."""
 

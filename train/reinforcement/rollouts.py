@@ -145,7 +145,9 @@ def facts_of(
         "pass_rate": mean([group.pass_rate(options.right) for group in rollout.written]),
         "answer_tokens": mean([len(answer.token_ids) for answer in answers]),
         "stopped": mean([answer.stopped for answer in answers]),
-        "reward_faults": dict(rollout.faults),
+        "reward_faults": dict(
+            Counter(f"{name} {fault}" for each in answers for name, fault in each.faults.items())
+        ),
     }
     if agreement is not None:
         facts["log_probability_apart"] = agreement.mean

@@ -1,8 +1,7 @@
 """Write rollouts: the policy answers prompts, rewards judge the answers, and groups that teach nothing are replaced."""
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Protocol
 
@@ -49,8 +48,6 @@ class Rollout:
     """In the phase, from 0."""
     groups: list[Group]
     """All that were written, in the order of their draws."""
-    faults: Counter[str] = field(default_factory=Counter)
-    """Answers that a reward could not judge, in this start of the run."""
 
     @property
     def taught(self) -> list[Group]:
@@ -102,9 +99,10 @@ class RolloutWriter:
         judge, fault = None, ""
         if self.topology.is_data_leader:
             try:
-                judge = Judge(self.options.reward, self.options.reward_seconds)
+                options = self.options
+                judge = Judge(options.reward, options.functions, options.reward_seconds)
             except UserError as error:
-                fault = str(error)
+                fault = f"phases.{self.phase_name}.rl.{error}"
         faults = [fault] * self.topology.world_size
         dist.all_gather_object(faults, fault)
         if fault := next(filter(None, faults), ""):
@@ -129,7 +127,7 @@ class RolloutWriter:
         wanted = self.options.rollout.batch_prompts
         most = int(wanted * self.options.rollout.most_prompts)
         groups: list[Group] = self.topology.on_main(lambda: self.store.read(number, policy_step))
-        rollout = Rollout(number, groups, self.judge.faults if self.judge else Counter())
+        rollout = Rollout(number, groups)
         yield rollout
         while True:
             lacking = min(wanted - len(rollout.taught), most - len(groups))
@@ -263,7 +261,7 @@ class RolloutWriter:
                 text = answer_text(answer.token_ids, tokenizer)
                 limit = self.options.rollout.max_new_tokens
                 judged = Judged(text, prompt.reference, question, len(answer.token_ids), limit)
-                rewards = judge.judge(judged)
+                judgement = judge.judge(judged)
             written.append(
                 WrittenAnswer(
                     answer.token_ids,
@@ -271,8 +269,9 @@ class RolloutWriter:
                     answer.sampling_log_probabilities,
                     answer.is_stopped,
                     text,
-                    rewards,
-                    judge.total(rewards),
+                    judgement.rewards,
+                    judgement.faults,
+                    judge.total(judgement.rewards),
                 )
             )
         return Group(

@@ -2,8 +2,8 @@
 
 import importlib
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, Final
 
@@ -18,37 +18,49 @@ START_SECONDS: Final = 60.0
 """In which a user's module must be imported."""
 
 
+@dataclass(frozen=True)
+class Judgement:
+    """What an answer is worth."""
+
+    rewards: dict[str, float]
+    """By name, not weighted; 0 where one could not judge."""
+    faults: dict[str, str]
+    """What went wrong with those rewards, by name."""
+
+
 class Judge:
     """Rewards with their weights."""
 
-    def __init__(self, weights: Mapping[str, float], seconds: float) -> None:
+    def __init__(
+        self, weights: Mapping[str, float], functions: Mapping[str, str], seconds: float
+    ) -> None:
         """Start what the rewards need.
 
         Args:
-            weights: by the name of a reward, or MODULE:FUNCTION of a user's, which takes a Judged and returns a number.
+            weights: by the name of a reward.
+            functions: MODULE:FUNCTION of a user's own, by its name; it takes a Judged and returns a number.
             seconds: in which a user's reward must judge an answer.
 
         Raises:
             UserError: if a reward is not known, or a user's cannot be imported.
         """
         self.weights = dict(weights)
-        self.faults: Counter[str] = Counter()
-        """Answers that a reward could not judge, by the reward and what was wrong; it gave them 0."""
         self._rewards: dict[str, Callable[[Judged], float]] = {}
         for name in weights:
-            if PATH in name:
-                self._rewards[name] = UsersReward(name, seconds)
+            if name in functions:
+                self._rewards[name] = UsersReward(name, functions[name], seconds)
             elif name in REWARDS:
                 self._rewards[name] = REWARDS[name]
             else:
                 known = ", ".join(REWARDS)
                 raise UserError(
-                    f"reward.{name} is none of {known}, nor MODULE:FUNCTION of your own"
+                    f"reward.{name} is none of {known}: choose one of them, or name a function of your own for it,"
+                    f" functions.{name}=MODULE:FUNCTION"
                 )
 
-    def judge(self, judged: Judged) -> dict[str, float]:
-        """Return the rewards of an answer by name, not weighted; 0 where one has failed, which is counted in `faults`."""
-        rewards = {}
+    def judge(self, judged: Judged) -> Judgement:
+        """Return what an answer is worth by each reward."""
+        rewards, faults = dict[str, float](), dict[str, str]()
         for name, reward in self._rewards.items():
             try:
                 value = float(reward(judged))
@@ -56,9 +68,9 @@ class Judge:
             except Exception as error:  # a user's own code, or what it has returned
                 fault = first_line(error)
             if fault:
-                self.faults[f"{name} {fault}"] += 1
+                faults[name] = fault
             rewards[name] = 0.0 if fault else value
-        return rewards
+        return Judgement(rewards, faults)
 
     def total(self, rewards: Mapping[str, float]) -> float:
         """Return the weighted sum of rewards."""
@@ -74,9 +86,9 @@ class Judge:
 class UsersReward:
     """A user's function, called in a process of its own, which is ended when it takes too long."""
 
-    def __init__(self, path: str, seconds: float) -> None:
+    def __init__(self, name: str, path: str, seconds: float) -> None:
         """Import the function; UserError if that fails."""
-        self.path, self.seconds = path, seconds
+        self.name, self.path, self.seconds = name, path, seconds
         self._process: Any = None
         self._start()
 
@@ -89,7 +101,7 @@ class UsersReward:
         fault = self._answer(START_SECONDS)
         if isinstance(fault, str):
             self.close()
-            raise UserError(f"reward.{self.path} cannot be used: {fault}")
+            raise UserError(f"functions.{self.name}={self.path} cannot be used: {fault}")
 
     def __call__(self, judged: Judged) -> float:
         """Judge an answer; raises ValueError with what went wrong."""

@@ -41,10 +41,11 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def test_weights(own: str) -> None:
-    judge = Judge({"number": 1.0, "repetition": 0.5, f"{own}:length": 0.01}, 5.0)
-    rewards = judge.judge(ANSWER)
-    assert rewards == {"number": 1.0, "repetition": 0.0, f"{own}:length": 16.0}
-    assert judge.total(rewards) == pytest.approx(1.16) and not judge.faults
+    weights = {"number": 1.0, "repetition": 0.5, "letters": 0.01}
+    judge = Judge(weights, {"letters": f"{own}:length"}, 5.0)
+    judgement = judge.judge(ANSWER)
+    assert judgement.rewards == {"number": 1.0, "repetition": 0.0, "letters": 16.0}
+    assert judge.total(judgement.rewards) == pytest.approx(1.16) and not judgement.faults
     judge.close()
 
 
@@ -60,30 +61,34 @@ def test_weights(own: str) -> None:
     ],
 )
 def test_a_bad_reward_is_named_and_counted(function: str, fault: str, own: str) -> None:
-    judge = Judge({f"{own}:{function}": 1.0, "number": 1.0}, 0.3)
+    judge = Judge({"own": 1.0, "number": 1.0}, {"own": f"{own}:{function}"}, 0.3)
     for _ in range(2):
-        rewards = judge.judge(ANSWER)
-        assert math.fsum(rewards.values()) == 1.0
-    ((said, count),) = judge.faults.items()
-    assert said.startswith(f"{own}:{function} {fault}") and count == 2
+        judgement = judge.judge(ANSWER)
+        assert math.fsum(judgement.rewards.values()) == 1.0
+        assert list(judgement.faults) == ["own"]
+        assert judgement.faults["own"].startswith(fault)
     judge.close()
 
 
 def test_after_a_slow_one_the_next_is_judged(own: str) -> None:
-    judge = Judge({f"{own}:once": 1.0}, 0.5)
+    judge = Judge({"own": 1.0}, {"own": f"{own}:once"}, 0.5)
     slow = Judged("", "", "", 1, 100)
-    assert [sum(judge.judge(each).values()) for each in (slow, ANSWER, ANSWER)] == [0.0, 0.5, 0.5]
+    rewards = [judge.judge(each).rewards["own"] for each in (slow, ANSWER, ANSWER)]
+    assert rewards == [0.0, 0.5, 0.5]
     judge.close()
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("functions", "said"),
     [
-        ("nummer", "reward.nummer is none of default, exact, choice"),
-        ("no_such_module:f", "cannot be used: raised ModuleNotFoundError"),
-        ("math:no_such_function", "cannot be used: raised AttributeError"),
+        ({}, "reward.own is none of default, exact, choice"),
+        (
+            {"own": "no_such_module:f"},
+            "functions.own=.* cannot be used: raised ModuleNotFoundError",
+        ),
+        ({"own": "math:no_such_function"}, "cannot be used: raised AttributeError"),
     ],
 )
-def test_what_is_no_reward_is_refused(name: str, said: str) -> None:
+def test_what_is_no_reward_is_refused(functions: dict[str, str], said: str) -> None:
     with pytest.raises(UserError, match=said):
-        Judge({name: 1.0}, 1.0)
+        Judge({"own": 1.0}, functions, 1.0)
