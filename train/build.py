@@ -221,7 +221,9 @@ def build_rollouts(
     trainer.rollouts = Rollouts(options, stream, writer)
     if trainer.teacher is None:
         reference = start() if options.policy.kl else None
-        trainer.teacher = PolicyLearner(options, trainer.model_parts, reference, topology)
+        trainer.teacher = PolicyLearner(
+            options, trainer.model_parts, trainer.engine, reference, topology
+        )
 
 
 def first_weights(config: RunConfig, topology: Topology) -> list[Qwen3VL]:

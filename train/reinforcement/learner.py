@@ -22,6 +22,7 @@ from visionloom.parallel.device import to_device
 from visionloom.parallel.schedule import run_schedule
 from visionloom.parallel.topology import Topology
 from visionloom.train.distillation.teacher import Teacher
+from visionloom.train.engines.engine import Engine
 from visionloom.train.generation.generator import evaluating
 from visionloom.train.reinforcement.config import GateConfig, ReinforcementConfig
 
@@ -78,12 +79,21 @@ class PolicyLearner(Teacher):
         self,
         options: ReinforcementConfig,
         parts: list[Qwen3VL],
+        engine: Engine,
         reference: list[Qwen3VL] | None,
         topology: Topology,
     ) -> None:
-        """Learn with the parts of the policy on this stage, and with those of a frozen reference where there is one."""
+        """Learn.
+
+        Args:
+            options: of the phase.
+            parts: of the policy on this stage.
+            engine: that trains them.
+            reference: parts of the frozen model that the policy must stay near; None: there is none.
+            topology: the layout.
+        """
         self.options, self.parts, self.reference = options, parts, reference
-        self.topology = topology
+        self.engine, self.topology = engine, topology
         self.scores: deque[Scores] = deque()
         """Of the micro-batches that training has not come to."""
         self.ratios: deque[Tensor] = deque()
@@ -96,7 +106,7 @@ class PolicyLearner(Teacher):
         self.scores.clear()
         differences = torch.zeros(3, dtype=torch.float64)
         for batches in steps:
-            scored = self.scored(self.parts, batches)
+            scored = self._by_policy(batches)
             reference = self.scored(self.reference, batches) if self.reference else []
             for place, each in enumerate(scored):
                 # Stages before the last score nothing.
@@ -117,6 +127,11 @@ class PolicyLearner(Teacher):
         dist.all_gather_object(of_ranks, own if not self.topology.tensor_rank else [0.0] * 3)
         sums, counts, largest = zip(*of_ranks, strict=True)
         return Agreement(sum(sums) / max(1.0, sum(counts)), max(largest))
+
+    def _by_policy(self, batches: Sequence[PackedBatch]) -> list[Scored]:
+        """Score by the policy as it is now."""
+        with self.engine.whole_weights():
+            return self.scored(self.parts, batches)
 
     def scored(self, parts: list[Qwen3VL], batches: Sequence[PackedBatch]) -> list[Scored]:
         """Return the log-probabilities of the sampled tokens of each micro-batch, on the last stage; nothing on others."""
@@ -142,7 +157,7 @@ class PolicyLearner(Teacher):
             return
         self.ratios = deque()
         # Those of the rollout's later steps follow.
-        for now, before in zip(self.scored(self.parts, batches), self.scores, strict=False):
+        for now, before in zip(self._by_policy(batches), self.scores, strict=False):
             change = now.values - before.policy
             self.ratios.append(self._answer_means(change, now.batch, now.tokens))
 

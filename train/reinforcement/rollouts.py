@@ -113,7 +113,7 @@ class Rollouts:
         """Let the trainer score the answers, and pass the gate; a phase that only distils has none."""
         if not isinstance(trainer.teacher, PolicyLearner):
             return None
-        with pulse.current.during(ROLLOUT), trainer.engine.whole_weights():
+        with pulse.current.during(ROLLOUT):
             agreement = trainer.teacher.score(steps)
         agreement.check(self.options.gate, f"phases.{trainer.phase_name}.rl.gate")
         return agreement
