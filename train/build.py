@@ -219,10 +219,13 @@ def build_rollouts(
         config.run.seed,
     )
     trainer.rollouts = Rollouts(options, stream, writer)
-    if trainer.teacher is None:
-        reference = start() if options.policy.kl else None
+    teacher = trainer.teacher
+    # A teacher's whole distributions are learned by its own loss.
+    if teacher is None or options.teacher_reward:
+        reference = start() if options.policy.kl else []
+        judges = teacher.parts if isinstance(teacher, LiveTeacher) else []
         trainer.teacher = PolicyLearner(
-            options, trainer.model_parts, trainer.engine, reference, topology
+            options, trainer.model_parts, trainer.engine, topology, reference, judges
         )
 
 

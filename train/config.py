@@ -202,6 +202,7 @@ class PhaseConfig:
         if self.rl is None:
             return
         rollout, default = self.rl.rollout, PhaseConfig()
+        yield from self._teacher_problems(here, self.rl)
         if self.global_batch != default.global_batch:
             yield (
                 f"{here}.global_batch={self.global_batch}: an optimizer step of rl has as many packs as its answers fill:"
@@ -215,6 +216,25 @@ class PhaseConfig:
             yield (
                 f"{here}.rl.rollout.max_new_tokens={rollout.max_new_tokens} leaves no room for a prompt in"
                 f" {here}.sequence_length={self.sequence_length} tokens: lower it, or make packs longer"
+            )
+
+    def _teacher_problems(self, here: str, rl: ReinforcementConfig) -> Iterator[str]:
+        """Yield why answers cannot be learned from both, or neither, of rewards and a teacher."""
+        teacher = self.distillation
+        if teacher is None:
+            if not rl.reward:
+                yield f"{here}.rl.reward is empty: give at least one reward a weight, as {here}.rl.reward.number=1"
+            if rl.teacher_reward:
+                yield f"{here}.rl.teacher_reward={rl.teacher_reward:g} needs a teacher: set one in {here}.distillation.teacher"
+            return
+        if teacher.stored:
+            yield f"{here}.distillation.stored knows nothing of answers that are not written yet: set {here}.distillation.teacher"
+        if teacher.teacher.parallel:
+            yield f"{here}.distillation.teacher.parallel: a teacher of answers has the student's layout: leave it out"
+        if rl.reward and not rl.teacher_reward:
+            yield (
+                f"{here}.rl.reward and {here}.distillation are both set: the teacher's whole distributions are learned without rewards;"
+                f" leave out {here}.rl.reward, or make the teacher a reward by {here}.rl.teacher_reward"
             )
 
     def dealing_problems(self, here: str, world_size: int, layout: ParallelConfig) -> Iterator[str]:

@@ -46,9 +46,8 @@ def events(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-def killed_runs(module: str, kills: int, data: Path, work: Path) -> list[dict[str, Any]]:
+def killed_runs(module: str, kills: int, words: list[str], work: Path) -> list[dict[str, Any]]:
     """What a module that kills ranks of real runs prints."""
-    words = run_words(data, work, STEPS, f"checkpoint.every_steps={EVERY}")
     words = [word for word in words if not word.startswith("run.folder=")]
     command = [
         sys.executable,
@@ -68,12 +67,16 @@ def killed_runs(module: str, kills: int, data: Path, work: Path) -> list[dict[st
 
 @pytest.fixture(scope="module")
 def attempts(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return killed_runs("forked", KILLS, demo_data, tmp_path_factory.mktemp("faults"))
+    work = tmp_path_factory.mktemp("faults")
+    words = run_words(demo_data, work, STEPS, f"checkpoint.every_steps={EVERY}")
+    return killed_runs("forked", KILLS, words, work)
 
 
 @pytest.fixture(scope="module")
 def restarts(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return killed_runs("restarted", KILLS_IN_PLACE, demo_data, tmp_path_factory.mktemp("restarts"))
+    work = tmp_path_factory.mktemp("restarts")
+    words = run_words(demo_data, work, STEPS, f"checkpoint.every_steps={EVERY}")
+    return killed_runs("restarted", KILLS_IN_PLACE, words, work)
 
 
 def test_every_attempt_goes_on_from_the_last_whole_checkpoint(

@@ -75,6 +75,9 @@ class ReinforcementConfig:
     """Pass rate above which a prompt is too easy: its answers are left out, and it is not asked again."""
     gate: GateConfig = field(default_factory=GateConfig)
     """How far the trainer may be from what wrote the answers."""
+    teacher_reward: float = option(0.0, "run", least=0.0, most=1e6)
+    """Weight of the phase's teacher as a reward: of each token its log-probability by the teacher less that by the policy, whose
+    mean is minus the reverse divergence; 0: a teacher's whole distributions are learned, and no reward."""
     reward_seconds: float = option(10.0, "free", above=0.0, most=10_000.0)
     """Longest time of a reward of your own for one answer, which then counts as 0."""
 
@@ -85,8 +88,6 @@ class ReinforcementConfig:
 
     def problems(self, here: str) -> Iterator[str]:
         """Yield a line for each fault of the rewards and of the steps of a rollout."""
-        if not self.reward:
-            yield f"{here}.reward is empty: give at least one reward a weight, as {here}.reward.number=1"
         for name in self.functions.keys() - self.reward.keys():
             yield f"{here}.functions.{name} has no weight: set {here}.reward.{name}"
         if self.rollout.batch_prompts % self.updates:

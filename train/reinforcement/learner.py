@@ -36,6 +36,8 @@ class Agreement:
 
     mean: float
     largest: float
+    teacher: float | None = None
+    """Mean of the policy's log-probabilities less those of a teacher, an estimate of the reverse divergence; None: there is none."""
 
     def check(self, gate: GateConfig, here: str) -> None:
         """Raise UserError if they are farther apart than a gate allows; `here`: dotted path of the gate."""
@@ -68,6 +70,7 @@ class Scores:
 
     policy: Tensor
     reference: Tensor | None
+    teacher: Tensor | None
 
 
 class PolicyLearner(Teacher):
@@ -80,8 +83,9 @@ class PolicyLearner(Teacher):
         options: ReinforcementConfig,
         parts: list[Qwen3VL],
         engine: Engine,
-        reference: list[Qwen3VL] | None,
         topology: Topology,
+        reference: Sequence[Qwen3VL] = (),
+        teacher: Sequence[Qwen3VL] = (),
     ) -> None:
         """Learn.
 
@@ -89,44 +93,52 @@ class PolicyLearner(Teacher):
             options: of the phase.
             parts: of the policy on this stage.
             engine: that trains them.
-            reference: parts of the frozen model that the policy must stay near; None: there is none.
             topology: the layout.
+            reference: parts of the frozen model that the policy must stay near; empty: there is none.
+            teacher: parts of the frozen model whose log-probabilities are a reward; empty: there is none.
         """
-        self.options, self.parts, self.reference = options, parts, reference
+        self.options, self.parts = options, parts
         self.engine, self.topology = engine, topology
+        self.reference, self.teacher = list(reference), list(teacher)
         self.scores: deque[Scores] = deque()
         """Of the micro-batches that training has not come to."""
         self.ratios: deque[Tensor] = deque()
         """gspo: logarithm of the ratio of each token's whole answer [R], of the micro-batches of the step in hand."""
-        for part in reference or ():
+        for part in self.reference + self.teacher:
             part.requires_grad_(False)
 
     def score(self, steps: Sequence[Sequence[PackedBatch]]) -> Agreement:
         """Score the answers of a rollout by the policy and the reference, before the first update; all ranks call it."""
         self.scores.clear()
-        differences = torch.zeros(3, dtype=torch.float64)
+        differences = torch.zeros(4, dtype=torch.float64)
         for batches in steps:
             scored = self._by_policy(batches)
-            reference = self.scored(self.reference, batches) if self.reference else []
-            for place, each in enumerate(scored):
+            others: list[Sequence[Tensor | None]] = []
+            for parts in (self.reference, self.teacher):
+                by_parts = self.scored(parts, batches) if parts else []
                 # Stages before the last score nothing.
-                other = reference[place].values if reference else None
-                self.scores.append(Scores(each.values, other))
+                values: list[Tensor | None] = [each.values for each in by_parts]
+                others.append(values or [None] * len(scored))
+            for each, reference, teacher in zip(scored, *others, strict=True):
+                self.scores.append(Scores(each.values, reference, teacher))
                 written = rows_of(each.batch, each.tokens).log_probabilities
-                apart = (each.values.cpu() - written).abs().double()
-                if len(apart):
-                    largest = torch.maximum(differences[2], apart.max())
-                    counted = torch.tensor([float(apart.sum()), len(apart)])
-                    differences = torch.cat([differences[:2] + counted, largest.reshape(1)])
+                apart = (each.values.cpu() - written).abs()
+                differences[0] += float(apart.sum())
+                differences[1] += len(apart)
+                differences[2] = max(float(differences[2]), *apart.tolist(), 0.0)
+                if teacher is not None:
+                    differences[3] += float((each.values - teacher).sum())
         return self._agreement(differences.tolist())
 
     def _agreement(self, own: list[float]) -> Agreement:
-        """Join the differences of all ranks: sum, count, largest."""
+        """Join what all ranks have found: sum, count and largest of the differences, and their sum from the teacher."""
         of_ranks: list[list[float]] = [own] * self.topology.world_size
         # Tensor ranks have scored the same tokens.
-        dist.all_gather_object(of_ranks, own if not self.topology.tensor_rank else [0.0] * 3)
-        sums, counts, largest = zip(*of_ranks, strict=True)
-        return Agreement(sum(sums) / max(1.0, sum(counts)), max(largest))
+        dist.all_gather_object(of_ranks, own if not self.topology.tensor_rank else [0.0] * 4)
+        sums, counts, largest, from_teacher = zip(*of_ranks, strict=True)
+        count = max(1.0, sum(counts))
+        teacher = sum(from_teacher) / count if self.teacher else None
+        return Agreement(sum(sums) / count, max(largest), teacher)
 
     def _by_policy(self, batches: Sequence[PackedBatch]) -> list[Scored]:
         """Score by the policy as it is now."""
@@ -179,8 +191,11 @@ class PolicyLearner(Teacher):
         policy = self.options.policy
         if policy.algorithm == "gspo":
             excess = self._answer_means(excess, batch, tokens)
+        advantages = to_device(rows.advantages, self.topology.device)
+        if scores.teacher is not None:
+            advantages = advantages + self.options.teacher_reward * (scores.teacher - scores.policy)
         known = PolicyRows(
-            advantages=to_device(rows.advantages, self.topology.device),
+            advantages=advantages,
             old=scores.policy,
             corrections=excess.exp().clamp_max(policy.correction),
             reference=scores.reference,

@@ -152,6 +152,8 @@ def facts_of(
     if agreement is not None:
         facts["log_probability_apart"] = agreement.mean
         facts["log_probability_apart_most"] = agreement.largest
+        if agreement.teacher is not None:
+            facts["teacher_divergence"] = agreement.teacher
     return facts
 
 

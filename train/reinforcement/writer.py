@@ -287,5 +287,6 @@ class RolloutWriter:
             question=question,
             reference=prompt.reference,
             answers=written,
-            left_out=self.rules.fault([answer.total for answer in written]),
+            # Without rewards a teacher judges: there is something to learn from any answer.
+            left_out=self.rules.fault([each.total for each in written]) if judge.weights else "",
         )
