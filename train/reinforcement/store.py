@@ -1,12 +1,13 @@
 """The rollouts of a phase in its run's folder: WebDataset shards of groups, a folder for each rollout, a shard for each round.
 
-`rollouts/<phase>/00000012/00003.tar` holds the groups of the fourth round of rollout 12, each as `<draw>.json`. A shard is there
-whole or not at all, so a run that was killed goes on after the last one. `pass_rates.jsonl` beside them is the table of pass rates.
+`rollouts/<phase>/00000012/00003.tar` holds the groups of the fourth round of rollout 12, each as `<draw>.json` with its CRC-32 as
+`<draw>.crc32`. A shard is there whole or not at all, so a run that was killed goes on after the last one. `pass_rates.jsonl` beside them is the table of pass rates.
 """
 
 import io
 import json
 import tarfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,15 +62,19 @@ class RolloutStore:
             UserError: for a shard that is damaged.
         """
         folder = self._folder(rollout)
-        expected = self.settings | {"policy_step": policy_step}
-        try:
-            if not folder.exists() or json.loads((folder / SETTINGS).read_bytes()) == expected:
-                return self.groups(rollout)
-        except (OSError, ValueError):
-            pass
+        if not folder.exists() or self._is_of(folder, policy_step):
+            return self.groups(rollout)
         number = len(list(self.folder.glob(f"{folder.name}.aside-*")))
         folder.rename(folder.with_name(f"{folder.name}.aside-{number}"))
         return []
+
+    def _is_of(self, folder: Path, policy_step: int) -> bool:
+        """Return whether a rollout is of these settings and this policy."""
+        try:
+            settings = json.loads((folder / SETTINGS).read_bytes())
+        except (OSError, ValueError):
+            return False
+        return bool(settings == self.settings | {"policy_step": policy_step})
 
     def groups(self, rollout: int) -> list[Group]:
         """Return the groups of a rollout, whoever wrote them; raises UserError as `read`."""
@@ -90,7 +95,8 @@ class RolloutStore:
             with replacing(folder / f"{number:05d}.tar") as file, tar_writer(file) as tar:
                 for group in groups:
                     content = json.dumps(group.to_json(), ensure_ascii=False).encode()
-                    tar.write({"__key__": f"{group.draw:09d}", "json": content})
+                    checksum = f"{zlib.crc32(content):08x}".encode()
+                    tar.write({"__key__": f"{group.draw:09d}", "crc32": checksum, "json": content})
         except OSError as error:
             raise UserError(
                 f"{folder}: a rollout cannot be written: {error.strerror}: make room, and start the same command again"
@@ -126,14 +132,20 @@ def _write(place: Path, content: bytes) -> None:
 
 def read_shard(shard: Path) -> list[Group]:
     """Return the groups of a shard; raises UserError if it is damaged."""
-    groups = []
+    groups, members = [], dict[str, bytes]()
     try:
         with tarfile.open(fileobj=io.BytesIO(shard.read_bytes())) as tar:
             for member in tar:
-                file = tar.extractfile(member)
-                if file is not None:
-                    where = f"{shard}: {member.name}"
-                    groups.append(Group.read(load_json(file.read().decode(), where), where))
+                if (file := tar.extractfile(member)) is not None:
+                    members[member.name] = file.read()
+        for name, content in members.items():
+            key, _, kind = name.partition(".")
+            if kind != "json":
+                continue
+            checksum = members.get(f"{key}.crc32", b"").decode()
+            if checksum != f"{zlib.crc32(content):08x}":
+                raise ValueError(f"{name} has other bytes than were written")
+            groups.append(Group.read(load_json(content, f"{shard}: {name}"), f"{shard}: {name}"))
     except (OSError, ValueError, tarfile.TarError, JsonError) as error:
         raise UserError(
             f"{shard} is damaged ({error}): remove it, and its prompts are answered again"
