@@ -114,7 +114,13 @@ def stop_saved(trainer: PhaseTrainer, observer: Observer) -> None:
     """
     # The flag alone has travelled with the sums.
     if reason := first_fault(stopping.current.reason):
-        cause = f"{reason} after step {trainer.step}, which is saved"
+        # A phase that has made no step has nothing of its own to save.
+        saved = (
+            f"after step {trainer.step}, which is saved"
+            if trainer.phase_step
+            else "before its first step"
+        )
+        cause = f"{reason} {saved}"
         end_together(stopping.current.end(cause), trainer.topology, observer)
 
 

@@ -22,7 +22,7 @@ def run_words(data: Path, folder: Path, steps: int, *more: str) -> list[str]:
         f"data.tokenizer={data}/tokenizer",
         *(
             f"~phases.{name}"
-            for name in ("language", "towers", "align", "long", "ultra", "sft", "reasoning")
+            for name in ("language", "towers", "align", "long", "ultra", "sft", "reasoning", "rl")
         ),
         f"phases.multimodal.steps={steps}",
         "phases.multimodal.sequence_length=256",

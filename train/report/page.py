@@ -10,6 +10,7 @@ from visionloom.train.generation.predictions import PICTURE, Prediction
 from visionloom.train.report import sections
 from visionloom.train.report.history import History
 from visionloom.train.report.html import whole_page
+from visionloom.train.report.rollouts import rollouts
 from visionloom.train.report.style import STYLE
 
 REPORT, PREDICTIONS = "report.html", "predictions.jsonl"
@@ -37,6 +38,7 @@ def page_of(history: History, shown: Sequence[Prediction]) -> str:
         sections.time_spent(history),
         sections.losses(history),
         sections.sources(history),
+        rollouts(history),
         sections.pace(history),
         sections.gallery(shown),
         sections.notes(history),

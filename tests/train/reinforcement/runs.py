@@ -14,7 +14,7 @@ ROLLOUT = "rollout:{n:4,batch_prompts:4,max_new_tokens:8,part_prompts:1}"
 
 def rl_words(data: Path, folder: Path, steps: int, *more: str, rl: str = "") -> list[str]:
     """Command-line words of a run with one phase `rl` of `steps` steps; `rl`: more of its section."""
-    gone = ("language", "towers", "align", "multimodal", "long", "ultra", "sft", "reasoning")
+    gone = ("language", "towers", "align", "multimodal", "long", "ultra", "sft", "reasoning", "rl")
     return [
         "+recipe=demo",
         "model=tiny",

@@ -14,6 +14,8 @@ import yaml
 from visionloom.data.encode.encode import EncodedSample
 from visionloom.data.encode.patches import put, widen
 from visionloom.train.generation.predictions import PICTURE, Prediction, question_text
+from visionloom.train.reinforcement.groups import Group, WrittenAnswer
+from visionloom.train.reinforcement.store import RolloutStore
 from visionloom.train.report.charts import Chart, compact, draw, measured
 from visionloom.train.report.gallery import QUESTION_CHARACTERS, ShownPicture, shorten
 from visionloom.train.report.history import History, curve, smooth, thin
@@ -379,3 +381,26 @@ def test_lines_of_another_form_are_passed_over(tmp_path: Path) -> None:
         "run: 3\nphases: {align: {trainable: 5, sequence_length: x}}\nmodel: [1]"
     )
     check(write_report(tmp_path, []))
+
+
+def test_rollouts_are_shown_escaped(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    facts = {"reward": 0.5, "pass_rate": 0.25, "prompts": 8, "groups": 2, "answer_tokens": EVIL}
+    lines = [line(step, "rl", rollout=facts, entropy=0.5) for step in range(21, 30)]
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write("".join(json.dumps(each) + "\n" for each in lines))
+    answers = [
+        WrittenAnswer([1], [-1.0], [-1.0], True, f"{EVIL}{place}", {EVIL: 1.0}, {}, place)
+        for place in range(9)
+    ]
+    group = Group(0, 0, "sums", "0", EVIL, (0, 0, 0), 9, 0, 0, EVIL, EVIL, answers, "")
+    store = RolloutStore(tmp_path, "rl", {})
+    store.add(0, 0, [group])
+    page = write_report(tmp_path, []).read_text()
+    assert "Share of groups that teach nothing" in page and "Tokens of an answer" not in page
+    assert "&lt;script&gt;" in page and "<script>" not in page
+    # The two best and the two worst.
+    assert re.findall(r"&amp;(\d)</td>", page) == ["8", "7", "1", "0"]
+
+    (store.folder / "00000000" / "00000.tar").write_bytes(b"cut off")
+    assert "Answers of the last rollout" not in write_report(tmp_path, []).read_text()

@@ -1,0 +1,190 @@
+"""What can go wrong in a phase with rewards, and phases with a teacher. Reference: undisturbed runs, and torch for divergences."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from visionloom.common.errors import EarlyEnd, UserError
+from visionloom.tests.ranks import RankPool
+from visionloom.tests.train.reinforcement.runs import OWN, drawn, groups, rl_words
+from visionloom.tests.train.runs import configured, metrics
+from visionloom.tests.train.test_layouts import train
+from visionloom.tests.train.test_resume import checkpoint_tensors
+from visionloom.train.config import RunConfig
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def undisturbed(pool: RankPool, demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    pool.run(1, train, configured(rl_words(demo_data, folder, STEPS), 1))
+    return folder
+
+
+def outcome(config: RunConfig) -> str:
+    """What a run ends with (runs in the pool)."""
+    try:
+        train(config)
+    except (UserError, EarlyEnd) as end:
+        return str(end)
+    return "done"
+
+
+@contextlib.contextmanager
+def replaced(where: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(where, name)
+    setattr(where, name, value)
+    try:
+        yield
+    finally:
+        setattr(where, name, before)
+
+
+def with_wrong_pictures(config: RunConfig) -> str:
+    """Train on other pictures than answers were written to (runs in the pool)."""
+    from visionloom.data.stream.reader import Reader
+
+    right = Reader.batch_of_answers
+
+    def wrong(self: Reader, *words: Any, **options: Any) -> Any:
+        batch = right(self, *words, **options)
+        batch.patches.copy_(255 - batch.patches)
+        return batch
+
+    with replaced(Reader, "batch_of_answers", wrong):
+        return outcome(config)
+
+
+def test_a_wrong_picture_is_caught_by_the_gate(
+    pool: RankPool, demo_data: Path, tmp_path: Path
+) -> None:
+    gate = ",gate:{mean:1e-5,largest:1e-4}"
+    config = configured(rl_words(demo_data, tmp_path / "right", 1, rl=gate), 1)
+    assert pool.run(1, outcome, config) == ["done"]
+    config = configured(rl_words(demo_data, tmp_path / "wrong", 1, rl=gate), 1)
+    (said,) = pool.run(1, with_wrong_pictures, config)
+    assert "the trainer's log-probabilities of answers and those that they were written" in said
+    assert "phases.rl.rl.gate.mean allows 1e-05" in said
+    assert not (tmp_path / "wrong" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("reward", "fault"),
+    [
+        ("raises", "raised ZeroDivisionError: division by zero"),
+        ("is_no_number", "returned nan"),
+        ("sleeps", "took more than 0.2 s"),
+    ],
+)
+def test_bad_rewards_are_named_and_counted(
+    reward: str, fault: str, pool: RankPool, demo_data: Path, tmp_path: Path
+) -> None:
+    more = ["+phases.rl.rl.reward.bad=1", f"+phases.rl.rl.functions.bad={OWN}:{reward}"]
+    options = ",reward_seconds:0.2"
+    pool.run(1, train, configured(rl_words(demo_data, tmp_path, 1, *more, rl=options), 1))
+    (line,) = metrics(tmp_path)
+    written = groups(tmp_path)
+    counted = {f"bad {fault}": sum(len(group.answers) for group in written)}
+    assert line["rollout"]["reward_faults"] == counted
+    assert {answer.rewards["bad"] for group in written for answer in group.answers} == {0.0}
+
+
+def stopped_while_writing(config: RunConfig, rounds: int) -> str:
+    """Train, and ask for an end once so many rounds are written (runs in the pool)."""
+    from visionloom.train.observe import stopping
+    from visionloom.train.observe.stopping import StopRequest
+    from visionloom.train.reinforcement.store import RolloutStore
+
+    add, left = RolloutStore.add, [rounds]
+
+    def counted(self: RolloutStore, *words: Any) -> None:
+        add(self, *words)
+        left[0] -= 1
+        if not left[0]:
+            stopping.current.ask("stopped by SIGTERM")
+
+    with (
+        replaced(stopping, "current", StopRequest()),
+        replaced(RolloutStore, "add", counted),
+    ):
+        return outcome(config)
+
+
+@pytest.mark.parametrize(
+    ("rounds", "when"), [(2, "before its first step"), (6, "after step 1, which is saved")]
+)
+def test_a_wish_to_end_is_heard_while_answers_are_written(
+    rounds: int, when: str, undisturbed: Path, pool: RankPool, demo_data: Path, tmp_path: Path
+) -> None:
+    config = configured(rl_words(demo_data, tmp_path, STEPS), 1)
+    (said,) = pool.run(1, stopped_while_writing, config, rounds)
+    assert said == f"stopped by SIGTERM {when}"
+    assert len(groups(tmp_path)) == rounds
+    assert pool.run(1, outcome, config) == ["done"]
+    assert drawn(tmp_path) == drawn(undisturbed)
+    ours, expected = (pool.run(1, checkpoint_tensors, each)[0] for each in (tmp_path, undisturbed))
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+
+
+@pytest.mark.long
+def test_half_a_rollout_is_finished_in_another_layout(
+    undisturbed: Path, pool: RankPool, demo_data: Path, tmp_path: Path
+) -> None:
+    words = rl_words(demo_data, tmp_path, STEPS)
+    pool.run(1, stopped_while_writing, configured(words, 1), 6)
+    pool.run(2, train, configured([*words, "parallel.tensor=2"], 2))
+    assert drawn(tmp_path) == drawn(undisturbed)
+    losses = [[line["loss"] for line in metrics(each)] for each in (tmp_path, undisturbed)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5, abs=1e-6)
+
+
+def test_nothing_to_learn_is_a_sentence(pool: RankPool, demo_data: Path, tmp_path: Path) -> None:
+    words = rl_words(demo_data, tmp_path, STEPS, rl=",right:2.0")
+    (said,) = pool.run(
+        1, outcome, configured([each.replace("right:0.0,", "") for each in words], 1)
+    )
+    assert "phases.rl: nothing can be learned from rollout 0 of 16 prompts: 16 all wrong" in said
+
+
+@pytest.mark.parametrize("kind", ["divergence", "reward"])
+def test_a_teacher_of_the_students_own_answers(
+    kind: str, pool: RankPool, demo_data: Path, tmp_path: Path
+) -> None:
+    """Of a teacher that is the student itself: nothing apart, and nothing to learn, before the first update."""
+    teacher = tmp_path / "teacher"
+    pool.run(1, train, configured(rl_words(demo_data, teacher, 1), 1))
+    checkpoint = next((teacher / "checkpoints" / "rl").iterdir())
+    own = ["phases.rl.distillation.cross_entropy_weight=0"]
+    own += [f"phases.rl.distillation.teacher.checkpoint={checkpoint}"]
+    own += [f"init.checkpoint={checkpoint}"]
+    options = ",teacher_reward:1.0" if kind == "reward" else ""
+    words = rl_words(demo_data, tmp_path / kind, 2, *own, rl=options)
+    words = [
+        word for word in words if not word.startswith(("+phases.rl.rl.reward", "+phases.rl.rl.f"))
+    ]
+    pool.run(1, train, configured(words, 1))
+    first, _ = metrics(tmp_path / kind)
+    assert len(groups(tmp_path / kind)) == 8, "none is left out"
+    if kind == "reward":
+        assert first["rollout"]["teacher_divergence"] == pytest.approx(0.0, abs=1e-6)
+        assert first["grad_norm"] == pytest.approx(0.0, abs=1e-5)
+    else:
+        assert first["distillation_loss"] == pytest.approx(0.0, abs=1e-6)
+        assert "log_probability_apart" not in first["rollout"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("stage", [1, 3])
+def test_zero_learns_from_rewards_too(
+    stage: int, undisturbed: Path, pool: RankPool, demo_data: Path, tmp_path: Path
+) -> None:
+    words = ["parallel.engine=deepspeed", f"parallel.zero.stage={stage}"]
+    pool.run(2, train, configured(rl_words(demo_data, tmp_path, STEPS, *words), 2))
+    assert drawn(tmp_path) == drawn(undisturbed)
+    losses = [[line["loss"] for line in metrics(each)] for each in (tmp_path, undisturbed)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5, abs=1e-6)
