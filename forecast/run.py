@@ -75,7 +75,7 @@ def forecast_run(
     Raises:
         UserError: for what its data would be refused for, and for packs too short for any sample of a mixture.
     """
-    request = on_gpus(request)
+    request = as_planned(request)
     phases = {name: ImaginedPhase.of(request, name) for name in request.phases}
     if is_brief:
         phases = {name: phase.for_ranking for name, phase in phases.items()}
@@ -113,18 +113,25 @@ def forecast_layouts(
 
 def forecast_layout(order: LayoutOrder) -> PhaseForecast:
     """Forecast the first phase of a request; runs in a worker, as `trace_one`."""
-    request = on_gpus(order.request)
+    request = as_planned(order.request)
     phase = ImaginedPhase.of(request, request.phases[0], order.choices).for_ranking
     traces = {(order.rank, order.choice): trace_one(order) for order in phase.orders()}
     return phase.forecast(traces)
 
 
-def on_gpus(request: PlanRequest) -> PlanRequest:
-    """Return the request with the precision that `auto` is on a GPU."""
-    run = request.config.run
-    if run.precision != "auto":
-        return request
-    config = replace(request.config, run=replace(run, precision="bf16"))
+def as_planned(request: PlanRequest) -> PlanRequest:
+    """Return the request with the precision that `auto` is on a GPU, and the packs that answers of a phase with rewards fill."""
+    config, phases = request.config, dict(request.config.phases)
+    precision = "bf16" if config.run.precision == "auto" else config.run.precision
+    for name, phase in phases.items():
+        if phase.rl is not None:
+            layout = phase.parallel or config.parallel
+            copies = layout.data_parallel_size(request.world_size)
+            rounds = layout.pipeline if layout.chunks > 1 else 1
+            multiple = copies * phase.micro_batch * rounds
+            needed = -(-phase.rl.most_tokens_of_step // phase.sequence_length)
+            phases[name] = replace(phase, global_batch=needed + -needed % multiple)
+    config = replace(config, run=replace(config.run, precision=precision), phases=phases)
     return replace(request, config=config)
 
 
@@ -285,12 +292,17 @@ class ImaginedPhase:
     @property
     def not_covered(self) -> str:
         """Return, in words, what a step of the phase has that is not traced; empty where it is all."""
-        distillation = self.settings.distillation
+        distillation, written = self.settings.distillation, ""
+        if self.settings.rl is not None:
+            written = (
+                "; answers are taken as long as they may be, and without their prompts; the time to write and to score them is NOT in this"
+                " forecast"
+            )
         if distillation is None or not distillation.is_live:
-            return ""
+            return written
         model = live_teacher(self.request.config, self.name)
         if model is None:
-            return (
+            return written + (
                 "; the folder of the live teacher is not here: its memory and time, and the divergence from it, are NOT in this"
                 " forecast"
             )
@@ -298,7 +310,7 @@ class ImaginedPhase:
         parts = step_flops(model, work, set())
         # Its logits are made beside the student's, and are in the trace.
         passes = (sum(parts.values()) - parts["output"]) / self.flops
-        return (
+        return written + (
             f"; the passes of the live teacher, {passes:.2f} times the student's operations, are NOT in the time of this forecast;"
             " its weights, its hidden states and the divergence from it are"
         )

@@ -132,14 +132,16 @@ def build_model(config: RunConfig, topology: Topology, drawn: bool) -> list[Qwen
     return parts
 
 
-def as_the_engine_wants(config: RunConfig, topology: Topology) -> AbstractContextManager[None]:
-    """Have a model that is built inside for training divided from the start, where the engine divides its weights."""
+def as_the_engine_wants(
+    config: RunConfig, name: str, topology: Topology
+) -> AbstractContextManager[None]:
+    """Have a model that is built inside to train in a phase divided from the start, where the engine divides its weights."""
     if topology.config.engine != "deepspeed":
         return nullcontext()
     from visionloom.train.engines.zero import divided_when_made
 
     dtype = model_dtype(config.run.precision, topology.device)
-    return divided_when_made(topology, config.optim, dtype)
+    return divided_when_made(topology, config.phase_optim(name), dtype)
 
 
 def empty_parts(model: ModelConfig, precision: str, topology: Topology) -> list[Qwen3VL]:
@@ -323,7 +325,8 @@ def build_trainer(
             set_trainable(part, phase.trainable)
         else:
             set_trainable(part, phase.trainable, part.lora.trains)
-    engine = build_engine(parts, topology, config.optim, phase)
+    optim = config.phase_optim(name)
+    engine = build_engine(parts, topology, optim, phase)
     weights = config.init.huggingface or config.init.checkpoint
     return PhaseTrainer(
         phase_name=name,
@@ -331,9 +334,9 @@ def build_trainer(
         topology=topology,
         model_parts=parts,
         engine=engine,
-        scheduler=build_scheduler(engine.optimizer, config.optim, phase),
+        scheduler=build_scheduler(engine.optimizer, optim, phase),
         stream=stream,
-        judge=StepJudge(config.optim),
+        judge=StepJudge(optim),
         inputs=Inputs.of(config.phase_data(name), stream.tokenizer.fingerprint, weights),
         settings=settings_of(config, name),
     )

@@ -160,6 +160,8 @@ class PhaseConfig:
     """A teacher to learn from; None: none."""
     rl: ReinforcementConfig | None = None
     """Rewards to learn from, of answers to the last turn of its samples; None: the samples' own turns are learned."""
+    optim: OptimConfig | None = None
+    """An optimizer of its own; None: the run's."""
 
     @property
     def total_steps(self) -> int:
@@ -393,6 +395,10 @@ class RunConfig:
         """Return the input of a phase: the run's, with the phase's sampling of videos."""
         return replace(self.data, media=self.phases[name].video.applied_to(self.data.media))
 
+    def phase_optim(self, name: str) -> OptimConfig:
+        """Return the optimizer of a phase: its own, or the run's."""
+        return self.phases[name].optim or self.optim
+
     def all_problems(self, world_size: int) -> list[str]:
         """Return what cannot work on `world_size` ranks: a line a problem, naming its option; empty if all can.
 
@@ -443,11 +449,10 @@ class RunConfig:
     def _phase_problems(self, phase: PhaseConfig, world_size: int) -> list[str]:
         """Return what a phase, called `phases.<name>`, cannot do with this run's data, ranks and model."""
         here, datasets = f"phases.{ANY}", list(self.data.datasets)
-        lines = [
-            unknown(f"{here}.mixture", name, datasets)
-            for name in phase.mixture
-            if name not in datasets
-        ]
+        named = [(f"{here}.mixture", name) for name in phase.mixture]
+        if phase.rl is not None:
+            named += [(f"{here}.rl.judged_by", name) for name in phase.rl.judged_by]
+        lines = [unknown(path, name, datasets) for path, name in named if name not in datasets]
         layout, where = (
             phase.parallel or self.parallel,
             f"{here}.parallel" if phase.parallel else "parallel",
@@ -482,6 +487,14 @@ class RunConfig:
             lines += self.model.kernel_problems(4 if is_fp32 else 2, layout, path)
         return list(dict.fromkeys(lines))
 
+    def _optimizers(self) -> dict[str, OptimConfig]:
+        """Return the optimizers that some phase has, by dotted path."""
+        optimizers = {}
+        for name, phase in self.phases.items():
+            path = "optim" if phase.optim is None else f"phases.{name}.optim"
+            optimizers[path] = self.phase_optim(name)
+        return optimizers
+
     def _engine_problems(self) -> list[str]:
         """Return what DeepSpeed does not do that the run asks for."""
         lines = []
@@ -489,10 +502,12 @@ class RunConfig:
             if layout.engine != "deepspeed":
                 continue
             here = f"{path}.engine=deepspeed"
-            if self.optim.name != "adamw" or self.optim.moments != "fp32":
-                lines.append(
-                    f"{here} has AdamW with moments in fp32: choose optim=adamw and optim.moments=fp32, or {path}.engine=megatron"
-                )
+            for own, optim in self._optimizers().items():
+                if optim.name != "adamw" or optim.moments != "fp32":
+                    lines.append(
+                        f"{here} has AdamW with moments in fp32: choose {own}.name=adamw and {own}.moments=fp32, or"
+                        f" {path}.engine=megatron"
+                    )
             if layout.tensor > 1 and self.model.text.experts:
                 lines.append(
                     f"{here} does not cut a mixture of experts: leave out {path}.tensor={layout.tensor}, or choose"
@@ -507,11 +522,12 @@ class RunConfig:
         if lines := self.lora.layer_problems(self.model):
             return lines
 
-        if self.optim.name == "muon":
-            lines.append(
-                f"optim.name=muon is for whole matrices, and lora.rank={self.lora.rank} trains low-rank factors:"
-                " choose optim=adamw"
-            )
+        for path, optim in self._optimizers().items():
+            if optim.name == "muon":
+                lines.append(
+                    f"{path}.name=muon is for whole matrices, and lora.rank={self.lora.rank} trains low-rank factors:"
+                    f" choose {path}.name=adamw"
+                )
         if not (self.init.huggingface or self.init.checkpoint):
             lines.append(
                 f"lora.rank={self.lora.rank} needs weights to adapt: set init.huggingface or init.checkpoint"

@@ -304,7 +304,7 @@ def phase_model(
     config: RunConfig, name: str, topology: Topology, newest: Checkpoint | None
 ) -> list[Qwen3VL]:
     """Build a phase's model: with the newest weights and its fresh groups drawn, or for `restore` to load into."""
-    with as_the_engine_wants(config, topology):
+    with as_the_engine_wants(config, name, topology):
         if steps_done(config, name, newest):
             return model_to_load(config, topology)
         parts = newest_weights(config, topology, newest)

@@ -94,7 +94,7 @@ class RestBounds:
             tied=text.vocab_size * text.hidden_size * text.tie_embeddings,
             trainable=trains,
             element_bytes=4 if is_fp32 else 2,
-            optimizer_bytes=_optimizer_bytes(config.optim, is_fp32),
+            optimizer_bytes=_optimizer_bytes(config.phase_optim(phase), is_fp32),
             world_size=world_size,
         )
 

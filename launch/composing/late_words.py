@@ -1,6 +1,6 @@
 """Words of the command line that Hydra cannot apply: they are applied to what it has composed.
 
-OmegaConf refuses to override inside an optional section that is None (a phase's layout, teacher or rewards), and to add an entry to a mapping of
+OmegaConf refuses to override inside an optional section that is None (a phase's layout, teacher, rewards or optimizer), and to add an entry to a mapping of
 dataclasses; of entries to remove it does not say which there are.
 """
 
@@ -18,6 +18,7 @@ from visionloom.launch.composing.explain import nothing_to_remove
 from visionloom.model.distillation_config import DistillationConfig
 from visionloom.parallel.config import ParallelConfig
 from visionloom.train.config import PhaseConfig
+from visionloom.train.optim.config import OptimConfig
 from visionloom.train.reinforcement.config import ReinforcementConfig
 
 _ENTRIES: Final[dict[str, type]] = {
@@ -34,6 +35,7 @@ _OPTIONAL: Final[dict[str, type]] = {
     "distillation": DistillationConfig,
     "distillation.teacher.parallel": ParallelConfig,
     "rl": ReinforcementConfig,
+    "optim": OptimConfig,
 }
 """Sections of a phase that are None unless something in them is set; outer ones first."""
 _IN_OPTIONAL: Final = rf"\+{{0,2}}phases\.[^.=]+\.(?:{'|'.join(map(re.escape, _OPTIONAL))})[.=]"
@@ -78,7 +80,7 @@ class EntryOverride:
         if self.is_phase:
             self.add_sections(entry)
         # The datasets of a mixture and the names of rewards are free, and OmegaConf adds them only when forced.
-        is_new = not {"mixture", "reward", "functions"}.isdisjoint(self.fields)
+        is_new = not {"mixture", "reward", "functions", "judged_by"}.isdisjoint(self.fields)
         OmegaConf.update(self.config, self.path, self.override.value(), force_add=is_new)
 
     def add_sections(self, phase: DictConfig) -> None:

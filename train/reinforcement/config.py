@@ -60,7 +60,9 @@ class ReinforcementConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     """How the policy writes answers."""
     reward: dict[str, float] = option({}, "run", least=-1e6, most=1e6)
-    """Weight of each reward, by its name: one of docs/reinforcement.md, or of `functions`."""
+    """Weight of each reward, by its name: one of docs/reinforcement.md, or of `functions`; `right` is the one of the dataset."""
+    judged_by: dict[str, str] = option({}, "run")
+    """Name of the reward that `right` stands for, by dataset; `default` for those that are not named."""
     functions: dict[str, str] = option({}, "run")
     """Rewards of your own, MODULE:FUNCTION by their names; only a command line sets it."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
@@ -85,6 +87,11 @@ class ReinforcementConfig:
     def prompts_of_step(self) -> int:
         """Return the prompts whose answers an optimizer step trains on."""
         return self.rollout.batch_prompts // self.updates
+
+    @property
+    def most_tokens_of_step(self) -> int:
+        """Return the tokens of the answers of an optimizer step, if all are as long as they may be."""
+        return self.prompts_of_step * self.rollout.n * self.rollout.max_new_tokens
 
     def problems(self, here: str) -> Iterator[str]:
         """Yield a line for each fault of the rewards and of the steps of a rollout."""

@@ -100,7 +100,9 @@ class RolloutWriter:
         if self.topology.is_data_leader:
             try:
                 options = self.options
-                judge = Judge(options.reward, options.functions, options.reward_seconds)
+                judge = Judge(
+                    options.reward, options.functions, options.reward_seconds, options.judged_by
+                )
             except UserError as error:
                 fault = f"phases.{self.phase_name}.rl.{error}"
         faults = [fault] * self.topology.world_size
@@ -261,7 +263,7 @@ class RolloutWriter:
                 text = answer_text(answer.token_ids, tokenizer)
                 limit = self.options.rollout.max_new_tokens
                 judged = Judged(text, prompt.reference, question, len(answer.token_ids), limit)
-                judgement = judge.judge(judged)
+                judgement = judge.judge(judged, encoded.dataset)
             written.append(
                 WrittenAnswer(
                     answer.token_ids,

@@ -12,6 +12,9 @@ from visionloom.common.processes import end_with_parent, fork_server
 from visionloom.common.text import first_line
 from visionloom.train.rewards.rewards import REWARDS, Judged
 
+RIGHT: Final = "right"
+DEFAULT: Final = "default"
+"""Name that stands for the reward of a dataset, and what it stands for where none is named."""
 PATH: Final = ":"
 """Parts a user's module from its function, as in my_rewards:length_of_proof."""
 START_SECONDS: Final = 60.0
@@ -32,7 +35,11 @@ class Judge:
     """Rewards with their weights."""
 
     def __init__(
-        self, weights: Mapping[str, float], functions: Mapping[str, str], seconds: float
+        self,
+        weights: Mapping[str, float],
+        functions: Mapping[str, str],
+        seconds: float,
+        judged_by: Mapping[str, str] | None = None,
     ) -> None:
         """Start what the rewards need.
 
@@ -40,13 +47,16 @@ class Judge:
             weights: by the name of a reward.
             functions: MODULE:FUNCTION of a user's own, by its name; it takes a Judged and returns a number.
             seconds: in which a user's reward must judge an answer.
+            judged_by: of each dataset, the reward that RIGHT stands for; DEFAULT for others.
 
         Raises:
             UserError: if a reward is not known, or a user's cannot be imported.
         """
-        self.weights = dict(weights)
+        self.weights, self.judged_by = dict(weights), judged_by or {}
         self._rewards: dict[str, Callable[[Judged], float]] = {}
-        for name in weights:
+        for name in dict.fromkeys([*weights, DEFAULT, *self.judged_by.values()]):
+            if name == RIGHT:
+                continue
             if name in functions:
                 self._rewards[name] = UsersReward(name, functions[name], seconds)
             elif name in REWARDS:
@@ -54,14 +64,15 @@ class Judge:
             else:
                 known = ", ".join(REWARDS)
                 raise UserError(
-                    f"reward.{name} is none of {known}: choose one of them, or name a function of your own for it,"
+                    f"reward.{name} is none of {RIGHT}, {known}: choose one of them, or name a function of your own for it,"
                     f" functions.{name}=MODULE:FUNCTION"
                 )
 
-    def judge(self, judged: Judged) -> Judgement:
-        """Return what an answer is worth by each reward."""
+    def judge(self, judged: Judged, dataset: str = "") -> Judgement:
+        """Return what an answer to a prompt of a dataset is worth by each reward."""
         rewards, faults = dict[str, float](), dict[str, str]()
-        for name, reward in self._rewards.items():
+        for name in self.weights:
+            reward = self._rewards[self.judged_by.get(dataset, DEFAULT) if name == RIGHT else name]
             try:
                 value = float(reward(judged))
                 fault = "" if math.isfinite(value) else f"returned {value}"

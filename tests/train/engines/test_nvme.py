@@ -162,7 +162,7 @@ def bytes_on_disk(data: Path, folder: Path, words: list[str]) -> tuple[int, int,
     config = run_config(data, folder, STEPS, 2, *words)
     topology = build.open_topology(config)
     stream = build.build_stream(config, "multimodal", folder, topology)
-    with build.as_the_engine_wants(config, topology):
+    with build.as_the_engine_wants(config, "multimodal", topology):
         parts = build.build_model(config, topology, drawn=True)
     trainer = build.build_trainer(config, "multimodal", topology, parts, stream)
     owned = {id(each.parameter): each for each in trainer.engine.owned()}

@@ -303,7 +303,7 @@ def memory_of_building(config: RunConfig) -> tuple[int, list[int]]:
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
     before = psutil.Process().memory_info().rss
-    with build.as_the_engine_wants(config, topology):
+    with build.as_the_engine_wants(config, "multimodal", topology):
         parts = build.first_weights(config, topology)
     status = Path("/proc/self/status").read_text()
     peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
@@ -390,7 +390,7 @@ def test_the_layouts_are_for_all_models(size: str, kind: str) -> None:
         (["parallel.context=2"], "leave out parallel.context"),
         (["parallel.zero.offload_optimizer=nvme"], "needs parallel.zero.nvme_path"),
         (["parallel.zero.stage=2", "parallel.zero.offload_parameters=cpu"], "needs parallel.zero.stage=3"),
-        (["optim=muon"], "choose optim=adamw"),
+        (["optim=muon"], "choose optim.name=adamw"),
         (["model=tiny_moe", "parallel.tensor=2"], "does not cut a mixture of experts"),
     ],
 )  # fmt: skip

@@ -70,6 +70,13 @@ def test_a_bad_reward_is_named_and_counted(function: str, fault: str, own: str) 
     judge.close()
 
 
+def test_datasets_have_rewards_of_their_own() -> None:
+    judge = Judge({"right": 1.0, "repetition": 1.0}, {}, 1.0, {"sums": "number"})
+    assert judge.judge(ANSWER, "sums").rewards == {"right": 1.0, "repetition": 0.0}
+    assert judge.judge(ANSWER, "texts").rewards["right"] == 0.0, "it is not 7 word for word"
+    judge.close()
+
+
 def test_after_a_slow_one_the_next_is_judged(own: str) -> None:
     judge = Judge({"own": 1.0}, {"own": f"{own}:once"}, 0.5)
     slow = Judged("", "", "", 1, 100)
@@ -81,7 +88,7 @@ def test_after_a_slow_one_the_next_is_judged(own: str) -> None:
 @pytest.mark.parametrize(
     ("functions", "said"),
     [
-        ({}, "reward.own is none of default, exact, choice"),
+        ({}, "reward.own is none of right, default, exact, choice"),
         (
             {"own": "no_such_module:f"},
             "functions.own=.* cannot be used: raised ModuleNotFoundError",
