@@ -50,6 +50,7 @@ EXTRAS["test"] = [
     "scikit-image>=0.25,<0.27",  # pictures that lie in its package
     "torchvision>=0.26,<0.30",  # reference for resizing
     "peft>=0.21,<0.22",  # reference for adapters
+    "trl>=1.16,<1.17",  # reference for losses of a policy
     "qwen-vl-utils>=0.0.14,<0.1",  # reference for frame and pixel rules
 ]
 EXTRAS["dev"] = [*EXTRAS["test"], "ruff>=0.17,<0.18", "mypy>=2.4,<2.5", "import-linter>=2.16,<3"]

@@ -313,6 +313,9 @@ class EvaluationConfig:
     """Most samples of each validation dataset for the held-out loss at the start and end of a phase; 0: none."""
     phase_answers: int = option(0, "free", least=0, most=10**7)
     """Most samples of each validation dataset that are answered at the end of a phase, for the accuracy of tasks; 0: none."""
+    every_steps: int = option(0, "free", least=0, most=STEPS)
+    """Optimizer steps of a phase between measurements of what is measured at its end; 0: at its end only. With rewards, those steps
+    that end a rollout."""
     pack_tokens: int = option(4096, "free", least=1, most=2**24)
     """Tokens of the prompts that enter generation together."""
     cache_tokens: int = option(65_536, "free", least=1, most=2**32)

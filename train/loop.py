@@ -1,7 +1,7 @@
 """The training loop of one phase: next packs, one step, one line of metrics, a checkpoint now and then."""
 
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from typing import Any, NoReturn
 
@@ -24,7 +24,13 @@ from visionloom.train.step import StepResult, train_step
 from visionloom.train.step_sums import Signals
 
 
-def fit(trainer: PhaseTrainer, saver: Saver, observer: Observer, workers: int) -> None:
+def fit(
+    trainer: PhaseTrainer,
+    saver: Saver,
+    observer: Observer,
+    workers: int,
+    measure: Callable[[], None] = lambda: None,
+) -> None:
     """Train a phase from where it stands to its end; the last step is left to the caller to save.
 
     Args:
@@ -32,6 +38,7 @@ def fit(trainer: PhaseTrainer, saver: Saver, observer: Observer, workers: int) -
         saver: saves it now and then.
         observer: gets a line of metrics for each step.
         workers: processes that decode ahead.
+        measure: measures the weights between steps where that is due; called after each step but the last, by all ranks.
 
     Raises:
         UserError: if a checkpoint that must be cannot be saved, or the run's log cannot be written.
@@ -63,6 +70,7 @@ def fit(trainer: PhaseTrainer, saver: Saver, observer: Observer, workers: int) -
             if is_due:
                 saver.save(trainer, trainer.step, trainer.phase_step, last=False)
                 is_due = False
+            measure()
     if topology.any_rank(bool(observer.log_fault)):
         stop_without_log(trainer, saver, observer)
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -174,7 +175,8 @@ def train_phase(
             validate_start(config, trainer, observer)
     saver = Saver(folder, config.checkpoint, observer.saved)
     with stopping.current.at_steps(), observer.live(trainer):
-        fit(trainer, saver, observer, chosen_workers(config.data.workers))
+        measure = partial(validate_between, config, trainer, observer)
+        fit(trainer, saver, observer, chosen_workers(config.data.workers), measure)
         saver.save(trainer, trainer.step, trainer.phase_step, last=True)
     # What is measured after a phase may take longer than whoever sent a signal waits. Only now: one that came while this was
     # being saved was told to wait.
@@ -455,6 +457,14 @@ def validate_start(config: RunConfig, trainer: PhaseTrainer, observer: Observer)
     if trainer.phase.fresh or not losses:
         losses = phase_losses(config, trainer, observer)
     observer.validation(trainer, losses, {})
+
+
+def validate_between(config: RunConfig, trainer: PhaseTrainer, observer: Observer) -> None:
+    """Measure what is measured after a phase, where evaluation.every_steps asks for it at this step."""
+    every = config.evaluation.every_steps
+    if every and trainer.phase_step % every == 0:
+        with observer.evaluating():
+            validate_end(config, trainer, observer)
 
 
 def validate_end(config: RunConfig, trainer: PhaseTrainer, observer: Observer) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from visionloom.tests.ranks import RankPool
-from visionloom.tests.train.runs import run_config
+from visionloom.tests.train.runs import metrics, run_config
 from visionloom.train.config import RunConfig
 from visionloom.train.run import evaluate, pretrain
 
@@ -27,3 +27,18 @@ def test_tasks_at_the_end_of_a_phase(demo_data: Path, tmp_path: Path, pool: Rank
     assert (measured["phase"], measured["step"], measured["loss"]) == ("multimodal", 1, {})
     assert measured["tasks"] == tasks
     assert sum(task["n"] for task in tasks.values()) == 3
+
+
+def test_between_steps_they_change_nothing(demo_data: Path, tmp_path: Path, pool: RankPool) -> None:
+    """Two data ranks: what one has updated must be with the other before it answers."""
+    words = [f"evaluation.{name}=3" for name in ("samples", "phase_answers", "max_new_tokens")]
+    losses = []
+    for every in (0, 2):
+        folder = tmp_path / str(every)
+        config = run_config(demo_data, folder, 5, 2, *words, f"evaluation.every_steps={every}")
+        config.data.validation = {"vqa": config.data.validation["vqa"]}
+        pool.run(2, pretrain, config)
+        losses.append([line["loss"] for line in metrics(folder)])
+    assert losses[0] == losses[1]
+    lines = map(json.loads, (folder / "events.jsonl").read_text().splitlines())
+    assert [each["step"] for each in lines if each["event"] == "validation"] == [2, 4, 5]
