@@ -24,8 +24,9 @@ from visionloom.forecast.trace.events import RankTrace
 from visionloom.model.flops import step_flops
 from visionloom.parallel.config import ParallelConfig
 from visionloom.parallel.share import Share
-from visionloom.train.config import PhaseConfig, RunConfig
+from visionloom.train.config import RunConfig
 from visionloom.train.distillation.options import live_teacher
+from visionloom.train.phase.config import PhaseConfig
 
 PRELOAD: Final = ("visionloom.forecast.worker",)
 """Imports torch and megatron-core, once for all workers."""
@@ -129,6 +130,7 @@ def as_planned(request: PlanRequest) -> PlanRequest:
             copies = layout.data_parallel_size(request.world_size)
             rounds = layout.pipeline if layout.chunks > 1 else 1
             multiple = copies * phase.micro_batch * rounds
+            # Answers seldom are as long as they may be: a bound, as the forecast says.
             needed = -(-phase.rl.most_tokens_of_step // phase.sequence_length)
             phases[name] = replace(phase, global_batch=needed + -needed % multiple)
     config = replace(config, run=replace(config.run, precision=precision), phases=phases)

@@ -56,8 +56,9 @@ from visionloom.launch.options import read_options
 from visionloom.launch.plan_commands.first import check_plan
 from visionloom.launch.show import show
 from visionloom.model.huggingface.shapes import parameter_count
-from visionloom.train.config import COMMAND, PhaseConfig, RunConfig
+from visionloom.train.config import COMMAND, RunConfig
 from visionloom.train.observe import status
+from visionloom.train.phase.config import PhaseConfig
 
 MISSING_PATHS_SHOWN = 3
 WRITTEN = ("run.folder", "data.cache", "data.store.cache")

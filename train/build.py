@@ -25,7 +25,7 @@ from visionloom.train.checkpoint import read as checkpoint
 from visionloom.train.checkpoint.read import Checkpoint
 from visionloom.train.checkpoint.state_file import Inputs
 from visionloom.train.compatibility import check_same_model
-from visionloom.train.config import PhaseConfig, RunConfig
+from visionloom.train.config import RunConfig
 from visionloom.train.distillation.options import model_of_teacher
 from visionloom.train.distillation.own_layout import OwnLayoutTeacher
 from visionloom.train.distillation.teacher import LiveTeacher, StoredTeacher, Teacher
@@ -35,7 +35,8 @@ from visionloom.train.generation.generator import Generator
 from visionloom.train.optim.bad_steps import StepJudge
 from visionloom.train.optim.config import OptimConfig
 from visionloom.train.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
-from visionloom.train.phase_trainer import PhaseTrainer
+from visionloom.train.phase.config import PhaseConfig
+from visionloom.train.phase.trainer import PhaseTrainer
 from visionloom.train.reinforcement.learner import PolicyLearner
 from visionloom.train.reinforcement.rollouts import Rollouts
 from visionloom.train.reinforcement.store import RolloutStore

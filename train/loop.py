@@ -19,9 +19,9 @@ from visionloom.train.observe.observer import Observer
 from visionloom.train.observe.slow_ranks import own_seconds
 from visionloom.train.optim.bad_steps import GoBack
 from visionloom.train.optimizer import learning_rates
-from visionloom.train.phase_trainer import PhaseTrainer
+from visionloom.train.phase.trainer import PhaseTrainer
 from visionloom.train.step import StepResult, train_step
-from visionloom.train.step_sums import Signals
+from visionloom.train.step_sums import Signals, StepTotals
 
 
 def fit(
@@ -237,7 +237,14 @@ def metrics_line(
         "skipped": result.verdict.skipped,
         "data_cursor": trainer.stream.step_of_plan(trainer.phase_step),
     }
+    return line | metrics_of_kind(trainer, totals)
+
+
+def metrics_of_kind(trainer: PhaseTrainer, totals: StepTotals) -> dict[str, Any]:
+    """Return what only some phases and models have: what a teacher measures, rollouts, the health of routers."""
+    line: dict[str, Any] = {}
     if trainer.teacher is not None:
+        # The sums have room for more kinds than most teachers measure.
         line |= zip(trainer.teacher.measures, totals.measured, strict=False)
     if trainer.rollouts is not None and (facts := trainer.rollouts.take_facts()):
         line["rollout"] = facts

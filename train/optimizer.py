@@ -25,13 +25,13 @@ from visionloom.model.kernels.product import accumulate_in_products
 from visionloom.model.sharding import canonical_parameters
 from visionloom.model.trainable import group_of
 from visionloom.parallel.topology import Topology
-from visionloom.train.config import PhaseConfig
 from visionloom.train.optim.adamw import GroupStepAdamW
 from visionloom.train.optim.config import OptimConfig
 from visionloom.train.optim.matrices import is_matrix, shard_of, whole_parameters
 from visionloom.train.optim.muon import MuonAdamW, Stage
 from visionloom.train.optim.rounded import RoundedAdamW, place_of
 from visionloom.train.overlap import DataParallel, bucket_elements, connect_schedule, overlaps
+from visionloom.train.phase.config import PhaseConfig
 
 DECAY_STYLES = {"cosine": "cosine", "linear": "linear", "wsd": "WSD", "constant": "constant"}
 

@@ -24,7 +24,7 @@ from visionloom.parallel.device import to_device
 from visionloom.parallel.topology import Topology
 from visionloom.train.distillation.teacher import Teacher
 from visionloom.train.optim.bad_steps import Verdict
-from visionloom.train.phase_trainer import PhaseTrainer
+from visionloom.train.phase.trainer import PhaseTrainer
 from visionloom.train.step_sums import LossSums, Signals, StepCounts, StepSums, StepTotals
 
 SILENT = Signals()

@@ -34,7 +34,7 @@ from visionloom.tests.model.reference import huggingface_model, load_reference
 from visionloom.tests.train.runs import run_words
 from visionloom.train.build import build_model, build_stream, build_trainer, open_topology
 from visionloom.train.config import RunConfig
-from visionloom.train.phase_trainer import PhaseTrainer
+from visionloom.train.phase.trainer import PhaseTrainer
 from visionloom.train.step import train_step
 
 PHASE = "multimodal"

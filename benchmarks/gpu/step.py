@@ -28,7 +28,7 @@ from visionloom.parallel.topology import Topology
 from visionloom.train.build import build_model, build_trainer, open_topology
 from visionloom.train.config import RunConfig
 from visionloom.train.observe.metrics import memory_gib, peak_flops
-from visionloom.train.phase_trainer import PhaseTrainer
+from visionloom.train.phase.trainer import PhaseTrainer
 from visionloom.train.step import train_step
 from visionloom.train.step_sums import StepCounts
 

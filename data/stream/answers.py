@@ -26,7 +26,7 @@ class PromptSize:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class TrainedAnswer:
     """An answer of n tokens, and what it is to be learned from."""
 
     prompt: PromptSize
@@ -47,11 +47,11 @@ class Answer:
 class AnswerPack(PlannedPack):
     """A pack of answers with their prompts."""
 
-    answers: tuple[Answer, ...] = ()
+    answers: tuple[TrainedAnswer, ...] = ()
 
 
 def pack_answers(
-    answers: Sequence[Answer], budget: PackBudget, cost: CostModel, multiple: int
+    answers: Sequence[TrainedAnswer], budget: PackBudget, cost: CostModel, multiple: int
 ) -> list[AnswerPack]:
     """Pack answers, and add packs of padding: as many as make up a multiple, and at least one multiple."""
     tokens = [answer.tokens for answer in answers]
@@ -59,12 +59,14 @@ def pack_answers(
     packs = []
     for numbers in pack_samples(tokens, patches, budget):
         packs.append(_pack_of([answers[number] for number in numbers], cost))
+    # Ranks without answers must take part in the collectives of the others.
     lacking = -len(packs) % multiple if packs else multiple
     return packs + [AnswerPack((), 0.0)] * lacking
 
 
-def _pack_of(answers: list[Answer], cost: CostModel) -> AnswerPack:
+def _pack_of(answers: list[TrainedAnswer], cost: CostModel) -> AnswerPack:
     prompts = [answer.prompt for answer in answers]
+    # Attention sees prompt and answer as one sequence.
     work = work_of(
         np.array([answer.tokens for answer in answers], np.int32),
         np.array([prompt.patches for prompt in prompts], np.int32),

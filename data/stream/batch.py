@@ -15,7 +15,7 @@ from visionloom.data.encode.encode import EncodedSample
 from visionloom.data.encode.patches import Unit, row_width, widen
 from visionloom.data.plan.deal import DealtUnits, deal_units
 from visionloom.data.plan.open import StreamOptions
-from visionloom.data.stream.answers import Answer
+from visionloom.data.stream.answers import TrainedAnswer
 from visionloom.data.stream.teacher_store import StoredRows
 from visionloom.parallel.share import ALONE, Share
 
@@ -224,7 +224,7 @@ def with_teacher(
     return replace(batch, teacher=TeacherRows(*map(torch.from_numpy, arrays)))
 
 
-def with_answers(batch: PackedBatch, answers: Sequence[Answer]) -> PackedBatch:
+def with_answers(batch: PackedBatch, answers: Sequence[TrainedAnswer]) -> PackedBatch:
     """Return a batch with what is known of its samples, each the prompt and the tokens of one of these answers."""
     # padding has a segment, and no sample
     starts = batch.cu_seqlens[:-1][batch.segment_datasets >= 0].tolist()

@@ -11,14 +11,14 @@ from visionloom.data.plan.best_fit import PackBudget
 from visionloom.data.plan.deal import deal
 from visionloom.data.plan.parts import Part
 from visionloom.data.shards.sample import SampleError
-from visionloom.data.stream.answers import Answer, Place, PromptSize, pack_answers
+from visionloom.data.stream.answers import Place, PromptSize, TrainedAnswer, pack_answers
 from visionloom.data.stream.batch import PackedBatch
 from visionloom.data.stream.train_stream import PackStream
 from visionloom.parallel.share import Share
 
 
 @dataclass(frozen=True)
-class Prompt:
+class AskedPrompt:
     """A sample whose last turn, the reference, is to be answered anew."""
 
     size: PromptSize
@@ -26,7 +26,7 @@ class Prompt:
     """Up to where the answer begins, with patches."""
     reference: str
 
-    def without_patches(self) -> "Prompt":
+    def without_patches(self) -> "AskedPrompt":
         """Return it without its pictures, which would fill the host's memory."""
         return replace(self, encoded=replace(self.encoded, patches=None))
 
@@ -43,7 +43,7 @@ class PromptStream(PackStream):
     cursor = 0
     """The first draw that no rollout has had."""
     _first_step = 0
-    _rollout: Sequence[Sequence[Answer]] = ()
+    _rollout: Sequence[Sequence[TrainedAnswer]] = ()
 
     def place(self, draw: int) -> tuple[Place, str]:
         """Return the place of the sample that a draw brings, and why it is no prompt; empty if it may be one."""
@@ -58,7 +58,7 @@ class PromptStream(PackStream):
         """Return the key of a sample in its dataset's shards."""
         return self.datasets[place[0]].shards.location(place[1]).key
 
-    def prompt(self, place: Place, most_tokens: int) -> Prompt:
+    def prompt(self, place: Place, most_tokens: int) -> AskedPrompt:
         """Read a prompt with its pictures.
 
         Raises:
@@ -71,17 +71,19 @@ class PromptStream(PackStream):
         if len(prompt.input_ids) > most_tokens:
             problem = f"its prompt has {len(prompt.input_ids)} tokens, at most {most_tokens} leave room for an answer"
             raise SampleError(sample.sample_id, "", problem)
+        # Patches attend within their frame, so areas of frames count squared.
         areas = prompt.grids[:, 1].astype(np.int64) * prompt.grids[:, 2]
         pairs = int((prompt.grids[:, 0] * areas**2).sum())
         size = PromptSize(place, len(prompt.input_ids), prompt.patch_count, pairs)
-        return Prompt(size, self._reader.decoded(place, prompt), sample.answer)
+        return AskedPrompt(size, self._reader.decoded(place, prompt), sample.answer)
 
-    def set_rollout(self, first_step: int, answers: Sequence[Sequence[Answer]]) -> None:
+    def set_rollout(self, first_step: int, answers: Sequence[Sequence[TrainedAnswer]]) -> None:
         """Train on these answers, of each step, from the phase's step `first_step` on."""
         self._first_step, self._rollout = first_step, answers
 
     def micro_batches(self, step: int, share: Share, micro_batch: int) -> list[PackedBatch]:
         """Read what one rank trains on in a step of the rollout that was set; as of PackStream."""
+        # As many on each rank, and for interleaved stages in whole rounds.
         multiple = share.data_size * micro_batch * self.micro_batches_multiple
         answers = self._rollout[step - self._first_step]
         packs = pack_answers(answers, self.budget, self.options.cost, multiple)
@@ -120,6 +122,7 @@ class PromptStream(PackStream):
 
     def load_state(self, state: Mapping[str, Any]) -> list[str]:
         """Continue from the cursor of a checkpoint; see PackStream."""
+        # Of a new plan the draws begin at its origin.
         changed = super().load_state(state)
         self.cursor = 0 if changed else int(state.get("prompts", 0))
         return changed

@@ -21,7 +21,7 @@ from visionloom.data.plan.deal import deal_units
 from visionloom.data.plan.parts import Part, Parts, encode_parts
 from visionloom.data.shards.dataset import REQUESTS
 from visionloom.data.shards.sample import Sample, SampleError, Video
-from visionloom.data.stream.answers import Answer, Place
+from visionloom.data.stream.answers import Place, TrainedAnswer
 from visionloom.data.stream.batch import (
     Decode,
     PackedBatch,
@@ -185,7 +185,7 @@ class Reader:
 
     def batch_of_answers(
         self,
-        packs: Sequence[Sequence[Answer]],
+        packs: Sequence[Sequence[TrainedAnswer]],
         layout: PackLayout,
         share: Share,
         step: int | None = None,

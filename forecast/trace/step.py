@@ -22,7 +22,7 @@ from visionloom.forecast.trace.values import Routing, StatedValues
 from visionloom.model.rank_share import RankShare
 from visionloom.parallel import stand_in
 from visionloom.parallel.pipeline import layers_per_chunk
-from visionloom.train.phase_trainer import PhaseTrainer
+from visionloom.train.phase.trainer import PhaseTrainer
 from visionloom.train.step import train_step
 
 

@@ -32,7 +32,7 @@ from visionloom.train.build import build_model, build_trainer
 from visionloom.train.checkpoint import read as checkpoint
 from visionloom.train.checkpoint.write import Saver
 from visionloom.train.config import CheckpointConfig, RunConfig
-from visionloom.train.phase_trainer import PhaseTrainer
+from visionloom.train.phase.trainer import PhaseTrainer
 from visionloom.train.step import compute_gradients, open_sums, train_step
 
 PHASE: Final = "multimodal"

@@ -17,8 +17,8 @@ from visionloom.data.config import DatasetConfig, ValidationConfig
 from visionloom.launch.composing.explain import nothing_to_remove
 from visionloom.model.distillation_config import DistillationConfig
 from visionloom.parallel.config import ParallelConfig
-from visionloom.train.config import PhaseConfig
 from visionloom.train.optim.config import OptimConfig
+from visionloom.train.phase.config import PhaseConfig
 from visionloom.train.reinforcement.config import ReinforcementConfig
 
 _ENTRIES: Final[dict[str, type]] = {

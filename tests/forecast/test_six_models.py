@@ -22,7 +22,8 @@ from visionloom.tests.forecast.imagined import META
 from visionloom.tests.model.test_layout_sizes import WORLDS, part
 from visionloom.tests.model.test_sizes import published
 from visionloom.tests.ranks import RankPool
-from visionloom.train.config import PhaseConfig, RunConfig
+from visionloom.train.config import RunConfig
+from visionloom.train.phase.config import PhaseConfig
 
 GIB = 2**30
 TOKENS = 262_144

@@ -16,7 +16,8 @@ from visionloom.parallel.parts import LANGUAGE, LOSS, MERGER, VISION
 from visionloom.tests.forecast.batches import pictured_pack, work_of
 from visionloom.tests.model.test_sizes import published
 from visionloom.tests.ranks import RankPool
-from visionloom.train.config import InitConfig, PhaseConfig, RunConfig
+from visionloom.train.config import InitConfig, RunConfig
+from visionloom.train.phase.config import PhaseConfig
 
 NAMES = {"language": LANGUAGE, "output": LOSS, "merger": MERGER, "vision": VISION}
 TOKENS = 1024

@@ -260,11 +260,11 @@ def build(
     from visionloom.model.qwen3vl import Qwen3VL
     from visionloom.model.trainable import set_trainable
     from visionloom.train.build import build_engine
-    from visionloom.train.config import PhaseConfig
     from visionloom.train.engines.megatron import MegatronEngine
     from visionloom.train.optim.config import OptimConfig
     from visionloom.train.optimizer import build_scheduler, wrap_data_parallel
-    from visionloom.train.phase_trainer import PhaseTrainer
+    from visionloom.train.phase.config import PhaseConfig
+    from visionloom.train.phase.trainer import PhaseTrainer
 
     kept.LEAST_BYTES = 0  # a tiny model's activations are all small
     topology = topology or topologies.start(layout.config, torch.device("cpu"))

@@ -13,7 +13,8 @@ from typing import Any
 
 from visionloom.model.config import ModelConfig, TextConfig, VisionConfig
 from visionloom.parallel.config import ParallelConfig
-from visionloom.train.config import InitConfig, PhaseConfig, RunConfig, RunSection
+from visionloom.train.config import InitConfig, RunConfig, RunSection
+from visionloom.train.phase.config import PhaseConfig
 
 OPTIONS: dict[str, list[Any]] = {
     "model.text.layers": [0, 1, 2, 3, 4, 5],

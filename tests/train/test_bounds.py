@@ -14,7 +14,8 @@ from visionloom.common.settings import options, without_rules
 from visionloom.data.config import DatasetConfig, ValidationConfig
 from visionloom.launch.configure import check_memory, compose
 from visionloom.parallel.config import ParallelConfig
-from visionloom.train.config import PhaseConfig, RunConfig
+from visionloom.train.config import RunConfig
+from visionloom.train.phase.config import PhaseConfig
 
 
 def full() -> RunConfig:

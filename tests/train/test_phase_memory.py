@@ -14,7 +14,7 @@ from visionloom.parallel.topology import Topology
 from visionloom.tests.ranks import RankPool
 from visionloom.tests.train.runs import run_config
 from visionloom.train.config import RunConfig
-from visionloom.train.phase_trainer import PhaseTrainer
+from visionloom.train.phase.trainer import PhaseTrainer
 
 
 def left_of_phases(config: RunConfig, freed: bool) -> list[list[str]]:

@@ -13,7 +13,7 @@ from visionloom.model.config import PICTURES
 from visionloom.parallel.config import ParallelConfig
 from visionloom.tests.ranks import RankPool
 from visionloom.tests.train.search import Draw, draw, step
-from visionloom.train.run import held_out
+from visionloom.train.phase.validation import held_out
 
 SEEDS = int(os.environ.get("SEARCH_SEEDS", "8"))
 

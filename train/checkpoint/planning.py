@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.planner import SavePlan
 
 from visionloom.train.checkpoint.read import trainer_state
 from visionloom.train.checkpoint.weights_state import layout_metadata
-from visionloom.train.phase_trainer import PhaseTrainer
+from visionloom.train.phase.trainer import PhaseTrainer
 
 
 @dataclass

@@ -41,7 +41,7 @@ from visionloom.train.checkpoint.untrusted import harmless_reading
 from visionloom.train.checkpoint.weights_state import Weights, named_parts
 from visionloom.train.engines.engine import divided_weights
 from visionloom.train.exchange.companions import COMPANIONS
-from visionloom.train.phase_trainer import PhaseTrainer
+from visionloom.train.phase.trainer import PhaseTrainer
 
 MANIFEST, LATEST = "manifest.json", "latest"
 FORMAT: Final = "metadata.json"

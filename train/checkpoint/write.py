@@ -44,7 +44,7 @@ from visionloom.train.checkpoint.read import (
 )
 from visionloom.train.checkpoint.state_file import CHECKPOINTS, STATE, RunState
 from visionloom.train.config import CheckpointConfig
-from visionloom.train.phase_trainer import PhaseTrainer
+from visionloom.train.phase.trainer import PhaseTrainer
 
 EventWriter = Callable[..., None]
 """Called with an event's name and its fields."""

@@ -30,11 +30,11 @@ from visionloom.parallel.parts import OPTIMIZER, in_part
 from visionloom.parallel.schedule import run_schedule
 from visionloom.parallel.topology import Topology
 from visionloom.train.checkpoint.weights_state import Weights
-from visionloom.train.config import PhaseConfig
 from visionloom.train.engines import nvme
 from visionloom.train.engines.engine import WEIGHT, Owned, divided_weights
 from visionloom.train.optim.config import OptimConfig
 from visionloom.train.optimizer import rates_of
+from visionloom.train.phase.config import PhaseConfig
 
 HEAD_NORMS = "q_layernorm.weight", "k_layernorm.weight"
 MOMENTS = "exp_avg", "exp_avg_sq"

@@ -33,7 +33,8 @@ from visionloom.train.generation.config import GenerationConfig
 from visionloom.train.generation.generator import Answer, Generator
 from visionloom.train.generation.sampling import Sampling
 from visionloom.train.observe.screen import Screen
-from visionloom.train.run import held_out, trained_checkpoint
+from visionloom.train.phase.validation import held_out
+from visionloom.train.run import trained_checkpoint
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from visionloom.train.observe.slow_ranks import SlowRanks
 from visionloom.train.observe.step_profile import StepProfile
 from visionloom.train.observe.time_spent import time_spent_in
 from visionloom.train.observe.trackers import Trackers
-from visionloom.train.phase_trainer import PhaseTrainer
+from visionloom.train.phase.trainer import PhaseTrainer
 
 ENDS: Final = ("done", "stopped")
 """States of a run that has ended as somebody wished, of which its log tells."""

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from visionloom.common.jsonfile import checked
-from visionloom.data.stream.answers import Answer, PromptSize
+from visionloom.data.stream.answers import PromptSize, TrainedAnswer
 from visionloom.train.rewards.groups import advantages, pass_rate
 
 
@@ -73,13 +73,13 @@ class Group:
         """Return the share of answers whose reward is at least `right`."""
         return pass_rate(self.totals, right)
 
-    def learnable(self) -> list[Answer]:
+    def learnable(self) -> list[TrainedAnswer]:
         """Return the answers with their advantages, each for all its tokens."""
         size = PromptSize(self.place, self.prompt_tokens, self.patches, self.patch_pairs)
         learnable = []
         for answer, advantage in zip(self.answers, advantages(self.totals), strict=True):
             learnable.append(
-                Answer(
+                TrainedAnswer(
                     size,
                     np.array(answer.token_ids, np.int32),
                     np.array(answer.log_probabilities, np.float32),

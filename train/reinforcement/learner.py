@@ -45,6 +45,7 @@ class Agreement:
             ("mean", self.mean, gate.mean),
             ("largest", self.largest, gate.largest),
         ):
+            # No number is above any limit.
             if not value <= limit:
                 raise UserError(
                     f"the trainer's log-probabilities of answers and those that they were written with differ by {value:.3g} nats"
@@ -104,6 +105,7 @@ class PolicyLearner(Teacher):
         """Of the micro-batches that training has not come to."""
         self.ratios: deque[Tensor] = deque()
         """gspo: logarithm of the ratio of each token's whole answer [R], of the micro-batches of the step in hand."""
+        # They have no optimizer, but autograd would keep their activations.
         for part in self.reference + self.teacher:
             part.requires_grad_(False)
 
@@ -176,6 +178,7 @@ class PolicyLearner(Teacher):
     def _answer_means(self, values: Tensor, batch: PackedBatch, tokens: Tensor) -> Tensor:
         """Return for each token [R] the mean of values [R] over all tokens of its answer, also those of other context ranks."""
         numbers = to_device(rows_of(batch, tokens).answers, values.device)
+        # fp64: answers may have ten thousands of tokens.
         sums = values.new_zeros(2, len(batch.sample_ids), dtype=torch.float64)
         sums.index_add_(1, numbers, torch.stack([values, torch.ones_like(values)]).double())
         if self.topology.context_size > 1:
@@ -189,6 +192,7 @@ class PolicyLearner(Teacher):
         written = to_device(rows.log_probabilities, self.topology.device)
         excess = scores.policy - written
         policy = self.options.policy
+        # One weight for an answer, as it has one ratio.
         if policy.algorithm == "gspo":
             excess = self._answer_means(excess, batch, tokens)
         advantages = to_device(rows.advantages, self.topology.device)

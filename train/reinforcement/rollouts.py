@@ -8,12 +8,12 @@ from typing import Any
 from visionloom.common import pulse
 from visionloom.common.errors import UserError
 from visionloom.common.pulse import ROLLOUT
-from visionloom.data.stream.answers import Answer
+from visionloom.data.stream.answers import TrainedAnswer
 from visionloom.data.stream.batch import PackedBatch
 from visionloom.data.stream.prompt_stream import PromptStream
 from visionloom.data.stream.workers import iterate
 from visionloom.train.observe import stopping
-from visionloom.train.phase_trainer import PhaseTrainer
+from visionloom.train.phase.trainer import PhaseTrainer
 from visionloom.train.reinforcement.config import ReinforcementConfig
 from visionloom.train.reinforcement.groups import Group
 from visionloom.train.reinforcement.learner import Agreement, PolicyLearner
@@ -41,6 +41,7 @@ class Rollouts:
             UserError: if nothing can be learned from a rollout, or the gate finds that the trainer is another model.
         """
         updates = self.options.updates
+        # Of a run that goes on: pass rates of what it has trained on.
         self.writer.begin(self._number(trainer.phase_step))
         while trainer.phase_step < trainer.phase.total_steps:
             started = time.perf_counter()
@@ -78,6 +79,7 @@ class Rollouts:
         topology = trainer.topology
         with pulse.current.during(ROLLOUT), trainer.engine.whole_weights():
             rounds = self.writer.write(number, trainer.step)
+            # What an earlier start has left, perhaps all.
             rollout = next(rounds)
             for _ in rounds:
                 if topology.any_rank(bool(stopping.current.reason)):
@@ -91,7 +93,7 @@ class Rollouts:
             )
         return rollout
 
-    def _by_step(self, groups: Sequence[Group]) -> list[list[Answer]]:
+    def _by_step(self, groups: Sequence[Group]) -> list[list[TrainedAnswer]]:
         """Deal groups to the steps of a rollout, in the order of their draws and as evenly as possible."""
         updates, count = self.options.updates, len(groups)
         steps = []
@@ -129,6 +131,7 @@ def facts_of(
 ) -> dict[str, Any]:
     """Return what metrics.jsonl tells of a rollout: means over the answers to all prompts, also those that are left out."""
     answers = [answer for group in rollout.written for answer in group.answers]
+    # Samples need not name a task.
     by_task: dict[str, list[float]] = {}
     for group in rollout.written:
         by_task.setdefault(group.task or group.dataset, []).extend(group.totals)

@@ -64,6 +64,7 @@ class RolloutStore:
         folder = self._folder(rollout)
         if not folder.exists() or self._is_of(folder, policy_step):
             return self.groups(rollout)
+        # Nothing that was written is lost: somebody may want to look at it.
         number = len(list(self.folder.glob(f"{folder.name}.aside-*")))
         folder.rename(folder.with_name(f"{folder.name}.aside-{number}"))
         return []
@@ -89,6 +90,7 @@ class RolloutStore:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             settings = self.settings | {"policy_step": policy_step}
+            # First: a round without them could not be taken for this policy's.
             if not (folder / SETTINGS).exists():
                 _write(folder / SETTINGS, json.dumps(settings).encode())
             number = len(list(folder.glob("*.tar")))
@@ -106,6 +108,7 @@ class RolloutStore:
         """Read the table of pass rates, as far as it is of rollouts before `before`; a line that was cut short is none."""
         place, rates = self.folder / TABLE, list[PassRate]()
         lines = place.read_text().splitlines() if place.exists() else []
+        # A run that goes on from an older checkpoint has rows of rollouts that it will write again.
         for line in lines:
             try:
                 row = PassRate(**json.loads(line))
@@ -138,6 +141,7 @@ def read_shard(shard: Path) -> list[Group]:
             for member in tar:
                 if (file := tar.extractfile(member)) is not None:
                     members[member.name] = file.read()
+        # A flipped bit may leave JSON that can be read, with another token in it.
         for name, content in members.items():
             key, _, kind = name.partition(".")
             if kind != "json":
@@ -145,7 +149,8 @@ def read_shard(shard: Path) -> list[Group]:
             checksum = members.get(f"{key}.crc32", b"").decode()
             if checksum != f"{zlib.crc32(content):08x}":
                 raise ValueError(f"{name} has other bytes than were written")
-            groups.append(Group.read(load_json(content, f"{shard}: {name}"), f"{shard}: {name}"))
+            where = f"{shard}: {name}"
+            groups.append(Group.read(load_json(content, where), where))
     except (OSError, ValueError, tarfile.TarError, JsonError) as error:
         raise UserError(
             f"{shard} is damaged ({error}): remove it, and its prompts are answered again"

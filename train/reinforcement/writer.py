@@ -12,7 +12,7 @@ from visionloom.common.errors import UserError
 from visionloom.data.encode.encode import EncodedSample
 from visionloom.data.plan.mixture import key_of
 from visionloom.data.shards.sample import SampleError
-from visionloom.data.stream.prompt_stream import Prompt, PromptStream
+from visionloom.data.stream.prompt_stream import AskedPrompt, PromptStream
 from visionloom.parallel.topology import Topology
 from visionloom.train.generation.generator import Answer
 from visionloom.train.generation.predictions import answer_text, question_text
@@ -97,6 +97,7 @@ class RolloutWriter:
     def _open_judge(self) -> Judge | None:
         """Return the judge of a rank that gives results; its fault is raised on all."""
         judge, fault = None, ""
+        # One of the ranks that have the same answers: a user's function may be costly.
         if self.topology.is_data_leader:
             try:
                 options = self.options
@@ -136,6 +137,7 @@ class RolloutWriter:
             if lacking <= 0:
                 return
             share = self.topology.data_size * self.options.rollout.part_prompts
+            # Never more than are lacking: so the same prompts are asked whatever the number of ranks.
             draws = self._next_draws(groups, min(lacking, share))
             new = self._round(draws, number, policy_step)
             add = partial(self.store.add, number, policy_step, new)
@@ -162,6 +164,7 @@ class RolloutWriter:
         draw = max((group.draw + 1 for group in groups), default=self.stream.cursor)
         patience = sum(len(dataset.shards) for dataset in self.stream.datasets)
         draws: list[int] = []
+        # As many looks as there are samples: a mixture may repeat some and never come to others.
         while len(draws) < count and patience:
             place, _ = self.stream.place(draw)
             if self._is_easy(place):
@@ -170,10 +173,10 @@ class RolloutWriter:
                 draws.append(draw)
             draw += 1
         if not draws:
+            here, most = f"phases.{self.phase_name}", self.options.most_right
             raise UserError(
-                f"phases.{self.phase_name}: more than {self.options.most_right:.0%} of the answers to every prompt were right, so"
-                " nothing is left to learn: train fewer steps, add harder prompts, or raise"
-                f" phases.{self.phase_name}.rl.most_right"
+                f"{here}: more than {most:.0%} of the answers to every prompt were right, so nothing is left to learn: train fewer"
+                f" steps, add harder prompts, or raise {here}.rl.most_right"
             )
         return draws
 
@@ -185,9 +188,10 @@ class RolloutWriter:
     def _round(self, draws: Sequence[int], number: int, policy_step: int) -> list[Group]:
         """Answer the prompts of some draws, shared by the data ranks; returns their groups on all ranks."""
         topology, own = self.topology, list[Group]()
+        # Neighbours: a rank's prompts are then read together.
         each = -(-len(draws) // topology.data_size)
         mine = draws[topology.data_rank * each :][:each]
-        prompts: list[tuple[int, Prompt]] = []
+        prompts: list[tuple[int, AskedPrompt]] = []
         answers = self.engine.generate(
             self._prompts(mine, policy_step, prompts, own), self._sampling(number)
         )
@@ -203,7 +207,7 @@ class RolloutWriter:
         self,
         draws: Sequence[int],
         policy_step: int,
-        prompts: list[tuple[int, Prompt]],
+        prompts: list[tuple[int, AskedPrompt]],
         unusable: list[Group],
     ) -> Iterator[EncodedSample]:
         """Yield the prompts of some draws, and put them into `prompts`, without pictures; others become groups without answers."""
@@ -251,7 +255,12 @@ class RolloutWriter:
         )
 
     def _judged(
-        self, judge: Judge, draw: int, prompt: Prompt, answers: Sequence[Answer], policy_step: int
+        self,
+        judge: Judge,
+        draw: int,
+        prompt: AskedPrompt,
+        answers: Sequence[Answer],
+        policy_step: int,
     ) -> Group:
         """Return the group of a prompt and its answers."""
         tokenizer, encoded = self.stream.tokenizer, prompt.encoded

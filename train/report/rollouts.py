@@ -68,7 +68,8 @@ def last_groups(history: History, phase: PhaseHistory) -> str:
     if name_fault(phase.name):
         return ""
     folder = history.folder / ROLLOUTS / phase.name
-    shards = sorted(folder.glob("[0-9]*/*.tar"))[-1:]
+    # Those that were put aside have another ending.
+    shards = sorted(folder.glob("[0-9]*[0-9]/*.tar"))[-1:]
     try:
         groups = [group for shard in shards for group in read_shard(shard) if group.answers]
     except UserError:
@@ -83,11 +84,14 @@ def rows_of(group: Group) -> list[list[str]]:
     ranked = sorted(group.answers, key=lambda answer: -answer.total)
     half = ANSWERS_SHOWN // 2
     chosen = ranked if len(ranked) <= ANSWERS_SHOWN else ranked[:half] + ranked[-half:]
-    head = [_shown(group.question.replace(PICTURE, "[picture]")), _shown(group.reference)]
+    question = group.question.replace(PICTURE, "[picture]")
+    head = [_shown(question), _shown(group.reference)]
     rows = []
     for answer in chosen:
-        rewards = ", ".join(f"{name} {value:g}" for name, value in answer.rewards.items())
-        rows.append([*head, _shown(answer.text), escape(rewards), f"{answer.total:g}"])
+        rewards = [f"{name} {value:g}" for name, value in answer.rewards.items()]
+        total = f"{answer.total:g}"
+        rows.append([*head, _shown(answer.text), escape(", ".join(rewards)), total])
+        # Once for all answers of the group.
         head = ["", ""]
     return rows
 

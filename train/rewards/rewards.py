@@ -72,18 +72,16 @@ def choice(judged: Judged) -> float:
 def overlap(judged: Judged) -> float:
     """Return the mean overlap (IoU) of the reference's boxes with the answer's, one to one; boxes too many count as misses."""
     wanted, said = boxes_of(final_answer(judged.reference)), boxes_of(judged.answer)
-    pairs = sorted(
-        (
+    pairs = []
+    for i, box in enumerate(wanted):
+        pairs += [
             (iou(own.bbox_2d, box.bbox_2d), i, j)
-            for i, box in enumerate(wanted)
             for j, own in enumerate(said)
             if own.label == box.label
-        ),
-        reverse=True,
-    )
+        ]
     total, taken, given = 0.0, set[int](), set[int]()
     # The best pair first, as benchmarks of detection match them.
-    for area, i, j in pairs:
+    for area, i, j in sorted(pairs, reverse=True):
         if i not in taken and j not in given:
             taken.add(i)
             given.add(j)
@@ -105,10 +103,9 @@ def points(judged: Judged) -> float:
     """Return the share of points that are in a box of the reference, or near one of its points, one to one; too many are misses."""
     said = _points_of(judged.answer)
     boxes, wanted = boxes_of(judged.reference), _points_of(judged.reference)
-    regions = [box.bbox_2d for box in boxes] or [
-        (x - NEAR, y - NEAR, x + NEAR, y + NEAR) for x, y in (each.point_2d for each in wanted)
-    ]
+    regions = [box.bbox_2d for box in boxes] or [_around(*each.point_2d) for each in wanted]
     hits, left = 0, list(said)
+    # Each point counts once, or many points in one box would be worth as much as one in each.
     for region in regions:
         inside = [each for each in left if _is_in(each.point_2d, region)]
         if inside:
@@ -124,6 +121,11 @@ def _points_of(text: str) -> list[LabelledPoint]:
         return checked(entries, list[LabelledPoint], "answer")
     except JsonError:
         return []
+
+
+def _around(x: float, y: float) -> tuple[float, float, float, float]:
+    """Return the square within which a point is near another one."""
+    return x - NEAR, y - NEAR, x + NEAR, y + NEAR
 
 
 def _is_in(point: tuple[float, float], region: tuple[float, float, float, float]) -> bool:
@@ -172,6 +174,7 @@ def length(judged: Judged) -> float:
 def repetition(judged: Judged) -> float:
     """Return minus the share of the answer's runs of REPEATED_WORDS words that have come before; thoughts count too."""
     words = judged.text.casefold().split()
+    # Words and not tokens: the same words may be cut differently.
     runs = Counter(
         tuple(words[start : start + REPEATED_WORDS])
         for start in range(len(words) - REPEATED_WORDS + 1)

@@ -11,7 +11,8 @@ from visionloom.parallel.config import ParallelConfig
 from visionloom.tests.model.test_layout_sizes import WORLDS
 from visionloom.tests.model.test_sizes import COUNTS, published
 from visionloom.tests.ranks import RankPool
-from visionloom.train.config import PhaseConfig, RunConfig, RunSection
+from visionloom.train.config import RunConfig, RunSection
+from visionloom.train.phase.config import PhaseConfig
 
 CASES: list[tuple[str, int, dict[str, Any], list[str]]] = [
     *(

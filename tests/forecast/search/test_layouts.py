@@ -13,7 +13,8 @@ from visionloom.launch.configure import compose
 from visionloom.parallel.config import ParallelConfig
 from visionloom.tests.model.test_sizes import published
 from visionloom.tests.ranks import RankPool
-from visionloom.train.config import PhaseConfig, RunConfig, RunSection
+from visionloom.train.config import RunConfig, RunSection
+from visionloom.train.phase.config import PhaseConfig
 
 NODE = 4
 

@@ -15,7 +15,8 @@ from visionloom.forecast.search.search import BATCH, CONFIRMED, SearchGoal, Sear
 from visionloom.model.flops import StepWork
 from visionloom.parallel.config import EXCHANGES, ParallelConfig
 from visionloom.tests.model.test_sizes import published
-from visionloom.train.config import PhaseConfig, RunConfig, RunSection
+from visionloom.train.config import RunConfig, RunSection
+from visionloom.train.phase.config import PhaseConfig
 
 GIB = 1 << 30
 WORLD = 16

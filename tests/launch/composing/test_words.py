@@ -15,7 +15,8 @@ from visionloom.launch.composing.words import option_type, readable
 from visionloom.launch.configure import compose
 from visionloom.launch.convert import main as convert
 from visionloom.launch.evaluate import check
-from visionloom.train.config import PhaseConfig, RunConfig
+from visionloom.train.config import RunConfig
+from visionloom.train.phase.config import PhaseConfig
 
 DEMO = "+recipe=demo"
 PATHS = (

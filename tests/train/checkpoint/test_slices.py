@@ -37,7 +37,7 @@ from visionloom.train.checkpoint.planning import PhasePlanner
 from visionloom.train.checkpoint.weights_state import layout_metadata, weights_state
 from visionloom.train.checkpoint.write import Saver
 from visionloom.train.config import CheckpointConfig
-from visionloom.train.phase_trainer import PhaseTrainer
+from visionloom.train.phase.trainer import PhaseTrainer
 
 
 @pytest.fixture(scope="module")

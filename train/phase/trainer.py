@@ -13,11 +13,11 @@ from visionloom.model.flops import StepWork, step_flops
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.parallel.topology import Topology
 from visionloom.train.checkpoint.state_file import Inputs
-from visionloom.train.config import PhaseConfig
 from visionloom.train.distillation.teacher import Teacher
 from visionloom.train.engines.engine import Engine
 from visionloom.train.optim.bad_steps import StepJudge
 from visionloom.train.optim.config import OptimConfig
+from visionloom.train.phase.config import PhaseConfig
 
 
 class OwnAnswers(Protocol):
@@ -91,6 +91,15 @@ class PhaseTrainer:
     def gather_weights(self) -> None:
         """Gather the weights that other ranks have updated, which the next forward pass would; all ranks call it."""
         self.engine.gather_weights()
+
+    def close(self) -> None:
+        """Let go of all that the phase alone has: the next one may keep its layout, and with it what is open."""
+        self.engine.close()
+        self.drop_graphs()
+        if self.rollouts is not None:
+            self.rollouts.close()
+        if self.teacher is not None:
+            self.teacher.close()
 
     def drop_graphs(self) -> None:
         """Drop autograd's graphs of the last step: Megatron-core's dispatchers of experts keep theirs, to read the routing from.
