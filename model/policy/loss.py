@@ -92,8 +92,9 @@ def objective_of(
         options: algorithm, temperatures and clips.
     """
     if options.algorithm == "sapo":
-        positive, negative = options.temperature_positive, options.temperature_negative
-        temperatures = torch.where(advantages > 0, positive, negative)
+        temperatures = torch.where(
+            advantages > 0, options.temperature_positive, options.temperature_negative
+        )
         gates = torch.sigmoid(temperatures * (ratios - 1.0))
         return gates * 4.0 / temperatures * advantages, 4.0 * gates * (1.0 - gates)
 
