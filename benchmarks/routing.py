@@ -27,7 +27,7 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
 }
 SCORES = ("fp32", "fp64", "grid")
 GRID = 2.0**-10
-OTHER_PHASES = ("language", "towers", "align", "long", "ultra", "sft", "reasoning")
+OTHER_PHASES = ("language", "towers", "align", "long", "ultra", "sft", "reasoning", "rl")
 
 
 def words(seed: int, layout: str) -> list[str]:

@@ -60,7 +60,7 @@ class TinyResult:
 
 def tiny_run(precision: str, device: str, world_size: int = 1, *more: str) -> RunConfig:
     """Return the demo's run cut to one phase, on packs of a mixture; `more` words are for Hydra."""
-    others = ("language", "towers", "align", "long", "ultra", "sft", "reasoning")
+    others = ("language", "towers", "align", "long", "ultra", "sft", "reasoning", "rl")
     words = [
         "+recipe=demo",
         "model=tiny",

@@ -112,9 +112,19 @@ def plan_phase(config: "RunConfig", name: str, processes: int = 0) -> "Plan":
 
 
 def chosen_phases(config: "RunConfig", wanted: str | None) -> list[str]:
-    """Return the phases to plan: all, or the one of --phase; UserError if the recipe lacks it."""
+    """Return the phases to plan: all whose packs are planned, or the one of --phase.
+
+    Raises:
+        UserError: if the recipe lacks it, or it trains on answers that are not written yet.
+    """
+    planned = [name for name, phase in config.phases.items() if phase.rl is None]
     if wanted is None:
-        return list(config.phases)
+        return planned
+    if wanted in config.phases and wanted not in planned:
+        raise UserError(
+            f"--phase {wanted} trains on answers that it writes itself, so nothing is planned: leave it out, or plan its memory and"
+            f" time by launch/plan.py"
+        )
     if wanted not in config.phases:
         raise UserError(
             f"--phase {wanted} is not in the recipe: use one of {', '.join(config.phases)}"

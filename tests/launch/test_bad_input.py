@@ -26,7 +26,8 @@ from visionloom.train.config import RunConfig
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = "+recipe=demo"
 ONLY_TWO = [
-    f"~phases.{name}" for name in ("language", "multimodal", "long", "ultra", "sft", "reasoning")
+    f"~phases.{name}"
+    for name in ("language", "multimodal", "long", "ultra", "sft", "reasoning", "rl")
 ]
 
 

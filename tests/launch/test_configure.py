@@ -177,6 +177,7 @@ def test_the_demo_keeps_the_order_of_its_phases() -> None:
         "ultra",
         "sft",
         "reasoning",
+        "rl",
     ]
     assert config.run.folder == "runs/demo"
     assert config.phases["align"].peak_learning_rates().keys() == {"merger"}

@@ -23,7 +23,7 @@ TABLE_1: Final = {
     "ultra_long": (262144, 100e9, ALL),
 }
 """Length, tokens and what trains."""
-SECTION_4: Final = {"sft": 32768, "sft_long": 262144, "reasoning": 32768}
+SECTION_4: Final = {"sft": 32768, "sft_long": 262144, "reasoning": 32768, "rl": 32768}
 LEARNING_RATES: Final = ("lr:", "lr_vision:", "lr_min_ratio:", "warmup_steps:")
 
 

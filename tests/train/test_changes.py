@@ -104,7 +104,7 @@ NEVER = {
     "another group": (["phases.align.trainable=[vision]"], "align.trainable was ['merger'], now ['vision']"),
     "optim.name": (["optim=muon"], "optim.name was adamw, now muon"),
     "adapters": (["lora.rank=8", "init.huggingface=/x", "lora.groups=[merger]", "phases.align.fresh=[]",
-        *(f"~phases.{name}" for name in ("language", "towers", "multimodal", "long", "ultra", "sft", "reasoning"))], "lora.rank was 0, now 8"),
+        *(f"~phases.{name}" for name in ("language", "towers", "multimodal", "long", "ultra", "sft", "reasoning", "rl"))], "lora.rank was 0, now 8"),
     "no phase": (["~phases.align"], "D is of phase align, which this recipe lacks"),
 }  # fmt: skip
 
@@ -128,7 +128,7 @@ FREE = ["run.device=auto", "run.threads=2", "run.deterministic=true", "run.evalu
     "data.cache=/c", "data.max_bad_fraction=0.5", "checkpoint.every_steps=7", "checkpoint.keep=9", "logging.every_steps=3",
     "logging.wandb=true", "evaluation.samples=3", "parallel.recompute=full", "phases.align.parallel.tensor=2",
     "phases.align.micro_batch=1", "data.store.retries=1", "model.name=other", "run.name=other",
-    "phases.multimodal.lr=1e-6", "phases.towers.lr=1", "phases.sft.steps=7", "lora.alpha=3", "~phases.reasoning",
+    "phases.multimodal.lr=1e-6", "phases.towers.lr=1", "phases.sft.steps=7", "lora.alpha=3", "~phases.reasoning", "~phases.rl",
     "phases.align.tokens=null"]  # fmt: skip
 
 
@@ -229,7 +229,7 @@ def test_a_finished_phase_is_done_with() -> None:
         changes(config("optim.beta1=0.5"), done, "D")
     with pytest.raises(UserError, match=r"phases\.align\.steps was 40, now 80"):
         changes(config("phases.align.steps=80"), done, "D")
-    last = run_state(config(), "reasoning", config().phases["reasoning"].total_steps)
+    last = run_state(config(), "rl", config().phases["rl"].total_steps)
     assert changes(config("optim.beta1=0.5"), last, "D") == []
 
 

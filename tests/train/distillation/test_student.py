@@ -24,7 +24,7 @@ from visionloom.train.run import pretrain
 DIGITS, LENGTH = 10, 120
 TEXTS = {"many": 2000, "few": 64, "tuning": 32, "held_out": 64}
 """Texts of the teacher, of the students, and of two measurements."""
-PHASES = ("language", "towers", "align", "multimodal", "long", "ultra", "sft", "reasoning")
+PHASES = ("language", "towers", "align", "multimodal", "long", "ultra", "sft", "reasoning", "rl")
 TEACHER = ["model.text.layers=3"]
 STUDENT = ["model.text.layers=3", "model.text.hidden_size=96", "model.text.ffn_hidden_size=192"]
 LESSONS, STEPS = 200, 100

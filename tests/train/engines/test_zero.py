@@ -358,8 +358,9 @@ def test_the_demo_and_adapters_under_torchrun(
     monkeypatch.setenv("VISIONLOOM_DEMO_DATA", str(demo_data))
     monkeypatch.setenv("VISIONLOOM_DEMO_TASK", str(tmp_path / "task"))
     assert data_command(["demo-task", str(tmp_path / "task"), "--scale", "0.02"]) == 0
-    engine = ["parallel.engine=deepspeed", "optim=adamw"]
-    phases = compose(["+recipe=demo"], 2).phases  # type: ignore[union-attr]
+    # Without rewards: two steps a phase make no answer right.
+    engine = ["parallel.engine=deepspeed", "optim=adamw", "~phases.rl"]
+    phases = compose(["+recipe=demo", "~phases.rl"], 2).phases  # type: ignore[union-attr]
     short = [f"phases.{name}.{word}" for name in phases for word in ("steps=2", "warmup_steps=0")]
     few = ["evaluation.phase_answers=1", "evaluation.phase_samples=1", "evaluation.samples=1"]
     demo = start(["+recipe=demo", f"run.folder={tmp_path / 'demo'}", *engine, *short, *few])
@@ -368,7 +369,7 @@ def test_the_demo_and_adapters_under_torchrun(
     last = tmp_path / f"demo/checkpoints/reasoning/step-{2 * len(phases):08d}"
     words = [f"run.folder={tmp_path / 'lora'}", f"init.checkpoint={last}"]
     words += ["phases.words.steps=3", "phases.words.warmup_steps=0"]
-    tuned = start(["+recipe=lora/demo", *words, *engine, "evaluation.samples=1"])
+    tuned = start(["+recipe=lora/demo", *words, *engine[:2], "evaluation.samples=1"])
     output, _ = tuned.communicate(timeout=2 * SECONDS)
     assert tuned.returncode == 0, output
     assert len(metrics(tmp_path / "lora")) == 3
