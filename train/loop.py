@@ -19,7 +19,7 @@ from visionloom.train.observe.observer import Observer
 from visionloom.train.observe.slow_ranks import own_seconds
 from visionloom.train.optim.bad_steps import GoBack
 from visionloom.train.optimizer import learning_rates
-from visionloom.train.phase.trainer import PhaseTrainer
+from visionloom.train.phase.trainer import SAMPLE_COLUMNS, PhaseTrainer
 from visionloom.train.step import StepResult, train_step
 from visionloom.train.step_sums import Signals, StepTotals
 
@@ -98,6 +98,9 @@ def take_step(
     trainer.phase_step += 1
     line = metrics_line(trainer, result, time.perf_counter() - started, waited)
     observer.step(line)
+    if trainer.rollouts is not None:
+        rows = trainer.rollouts.take_samples()
+        observer.samples("rollout/samples", SAMPLE_COLUMNS, rows, trainer.step)
     observer.slow(result.totals.own_seconds, line["step_seconds"])
     return result
 

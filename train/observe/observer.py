@@ -129,6 +129,13 @@ class Observer:
         self.trackers.step(line)
         self._profiled(line["step"])
 
+    def samples(
+        self, name: str, columns: Sequence[str], rows: Sequence[Sequence[str]], step: int
+    ) -> None:
+        """Pass texts of a step on to the trackers; no rows: there is nothing new."""
+        if rows:
+            self.trackers.samples(name, columns, rows, step)
+
     def slow(self, own_seconds: Sequence[Sequence[float]], step_seconds: float) -> None:
         """Report a rank that has been slow for long, by the seconds that each rank needed for itself in the last step."""
         # Alone, a rank is slow beside nobody.

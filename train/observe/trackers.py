@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -62,6 +62,19 @@ class Trackers:
         values = {"evaluation": {"command": dict(numbers)}}
         self._record(dict(_numbers(values)), step)
 
+    def samples(
+        self, name: str, columns: Sequence[str], rows: Sequence[Sequence[str]], step: int
+    ) -> None:
+        """Record texts as a table."""
+        if self._board_wanted:
+            lines = [columns, ["---"] * len(columns), *rows]
+            # Cells of Markdown end at a bar or a line's end.
+            text = "\n".join("|".join(map(_cell, line)) for line in lines)
+            self._on_board(lambda board: board.add_text(name, text, step))
+        if self._wandb is not None:
+            table = {"columns": list(columns), "data": [list(row) for row in rows]}
+            self._wandb.send({"tables": {name: table}, "step": step})
+
     def rewind(self, step: int) -> None:
         """Hide what was recorded after `step`, whose steps will be done again; wandb shows them twice, as it takes nothing back."""
         self._close_board()
@@ -83,16 +96,24 @@ class Trackers:
 
     def _record(self, values: dict[str, float], step: int) -> None:
         """Pass values on to the trackers that are on."""
+
+        def add(board: Any) -> None:
+            for name, value in values.items():
+                board.add_scalar(name, value, step)
+
         if self._board_wanted:
-            try:
-                self._board = self._board or self._start_board()
-                for name, value in values.items():
-                    self._board.add_scalar(name, value, step)
-            # Of the writer's thread, which raises it here with the next value.
-            except OSError as error:
-                self._without_board(error)
+            self._on_board(add)
         if self._wandb is not None:
             self._wandb.send({**values, "step": step})
+
+    def _on_board(self, add: Callable[[Any], None]) -> None:
+        """Let `add` write to TensorBoard, which is turned off if that fails."""
+        try:
+            self._board = self._board or self._start_board()
+            add(self._board)
+        # Of the writer's thread, which raises it here with the next value.
+        except OSError as error:
+            self._without_board(error)
 
     def _start_board(self) -> Any:
         """Open a writer that hides the values of steps that will be done again."""
@@ -199,6 +220,11 @@ def run_id(folder: Path) -> str:
     with replacing(path) as file:
         file.write(made.encode())
     return made
+
+
+def _cell(text: str) -> str:
+    """Return a text as a cell of a table in Markdown."""
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", "<br>")
 
 
 def _numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

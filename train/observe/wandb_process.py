@@ -23,10 +23,19 @@ def main() -> None:
     start = json.loads(sys.stdin.readline())
     run = begin(start)
     for line in sys.stdin:
-        if run is not None and not _try(run.log, json.loads(line)):
+        if run is not None and not _try(log, run, json.loads(line)):
             run = None
     if run is not None:
         _try(run.finish)
+
+
+def log(run: Any, values: dict[str, Any]) -> None:
+    """Log values, and tables of texts among them: `{"tables": {name: {"columns", "data"}}}`."""
+    import wandb
+
+    for name, table in values.pop("tables", {}).items():
+        values[name] = wandb.Table(**table)
+    run.log(values)
 
 
 def begin(start: Mapping[str, Any]) -> Any:

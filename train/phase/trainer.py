@@ -2,7 +2,7 @@
 
 from collections.abc import Generator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from torch import Tensor
 
@@ -19,6 +19,8 @@ from visionloom.train.optim.bad_steps import StepJudge
 from visionloom.train.optim.config import OptimConfig
 from visionloom.train.phase.config import PhaseConfig
 
+SAMPLE_COLUMNS: Final = ("question", "reference", "answer", "reward")
+
 
 class OwnAnswers(Protocol):
     """Gives a phase answers of its own policy to train on."""
@@ -31,6 +33,9 @@ class OwnAnswers(Protocol):
 
     def take_facts(self) -> dict[str, Any]:
         """Return what metrics tell of answers that were written since the last call; empty if there are none."""
+
+    def take_samples(self) -> list[list[str]]:
+        """Return a few answers since the last call as rows of SAMPLE_COLUMNS; empty if there are none."""
 
     def is_between(self, phase_step: int) -> bool:
         """Return whether a run may go on from the weights after so many steps of the phase."""

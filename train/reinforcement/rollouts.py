@@ -3,7 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Generator, Sequence
-from typing import Any
+from typing import Any, Final
 
 from visionloom.common import pulse
 from visionloom.common.errors import UserError
@@ -20,6 +20,9 @@ from visionloom.train.reinforcement.learner import Agreement, PolicyLearner
 from visionloom.train.reinforcement.writer import Rollout, RolloutWriter
 from visionloom.train.step import agree_on_unreadable
 
+PROMPTS_SHOWN: Final = 4
+"""Of a rollout, to trackers."""
+
 
 class Rollouts:
     """Gives a phase its micro-batches."""
@@ -32,6 +35,7 @@ class Rollouts:
         self.seconds = 0.0
         """Of writing and scoring the last rollout, until `take_facts`."""
         self._facts: dict[str, Any] = {}
+        self._samples: list[list[str]] = []
 
     def batches(self, trainer: PhaseTrainer) -> Generator[list[PackedBatch]]:
         """Yield this rank's micro-batches of each step that is left; all ranks take them together.
@@ -52,6 +56,7 @@ class Rollouts:
             steps = self._read(trainer, range(first, first + updates))
             agreement = self._score(trainer, steps)
             self._facts = facts_of(rollout, agreement, self.options)
+            self._samples = samples_of(rollout)
             self.seconds = time.perf_counter() - started
             self._facts["write_seconds"] = written - started
             self._facts["score_seconds"] = self.seconds - (written - started)
@@ -61,6 +66,11 @@ class Rollouts:
         """Return what is known of the last rollout, at its first step; nothing at others."""
         facts, self._facts, self.seconds = self._facts, {}, 0.0
         return facts
+
+    def take_samples(self) -> list[list[str]]:
+        """Return the best and the worst answer to a few prompts of the last rollout, at its first step; nothing at others."""
+        samples, self._samples = self._samples, []
+        return samples
 
     def is_between(self, phase_step: int) -> bool:
         """Return whether a rollout is done after so many steps of the phase: only then a run may go on from its weights."""
@@ -158,6 +168,16 @@ def facts_of(
         if agreement.teacher is not None:
             facts["teacher_divergence"] = agreement.teacher
     return facts
+
+
+def samples_of(rollout: Rollout) -> list[list[str]]:
+    """Return the best and the worst answer to a few prompts, as rows of SAMPLE_COLUMNS."""
+    rows = []
+    for group in rollout.taught[:PROMPTS_SHOWN]:
+        ranked = sorted(group.answers, key=lambda answer: answer.total)
+        for answer in (ranked[-1], ranked[0]):
+            rows.append([group.question, group.reference, answer.text, f"{answer.total:g}"])
+    return rows
 
 
 def mean(values: Sequence[float]) -> float:

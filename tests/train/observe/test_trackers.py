@@ -4,6 +4,7 @@ Reference: TensorBoard's own event reader; wandb offline, as it runs without an 
 """
 
 import importlib.util
+import json
 import re
 import struct
 from collections.abc import Callable
@@ -55,6 +56,7 @@ def test_tensorboard_receives_numbers_and_hides_steps_taken_again(tmp_path: Path
         if resumed == 4:
             trackers.evaluation({**RESULTS, "step": 4})
             trackers.command({"results.mme.score": 0.5}, 4)
+            trackers.samples("samples", ("question", "answer"), [["1 + 1?", "a | b\nc"]], 4)
         trackers.close()
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -65,6 +67,9 @@ def test_tensorboard_receives_numbers_and_hides_steps_taken_again(tmp_path: Path
         "evaluation/command/results.mme.score",
     }  # fmt: skip
     assert reader.Scalars("evaluation/accuracy/read")[0].value == 0.75
+    (text,) = reader.Tensors("samples/text_summary")
+    table = text.tensor_proto.string_val[0].decode()
+    assert table == "question|answer\n---|---\n1 + 1?|a \\| b<br>c"
     losses = [(each.step, round(each.value, 3)) for each in reader.Scalars("loss")]
     assert losses == [(1, 1.0), (2, 0.5), (3, 0.333), (4, 7.0)]
 
@@ -85,7 +90,10 @@ def test_wandb_offline_keeps_the_runs_id(tmp_path: Path, capfd: pytest.CaptureFi
         trackers = Trackers(LoggingConfig(wandb=True), tmp_path, {"run": {"seed": 1}}, "run")
         trackers.step(line(first))
         trackers.evaluation(RESULTS)
+        trackers.samples("samples", ("question", "answer"), [["1 + 1?", "2"]], first)
         trackers.close()
+    tables = list((tmp_path / "wandb").glob("offline-run-*/files/media/table/*.json"))
+    assert [json.loads(each.read_text())["data"] for each in tables] == [[["1 + 1?", "2"]]] * 2
     identity = (tmp_path / "wandb" / "run_id").read_text()
     assert capfd.readouterr().err == ""
     files = sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
