@@ -4,7 +4,7 @@ import gc
 import shlex
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -173,7 +173,9 @@ def train_phase(
         with observer.evaluating():
             validate_start(config, trainer, observer)
     saver = Saver(folder, config.checkpoint, observer.saved)
-    with stopping.current.at_steps(), observer.live(trainer):
+    # Also where the phase goes back: rewards of a user's own run in processes.
+    answers = closing(trainer.rollouts) if trainer.rollouts is not None else nullcontext()
+    with stopping.current.at_steps(), observer.live(trainer), answers:
         measure = partial(validate_between, config, trainer, observer)
         fit(trainer, saver, observer, chosen_workers(config.data.workers), measure)
         saver.save(trainer, trainer.step, trainer.phase_step, last=True)

@@ -101,8 +101,6 @@ class PhaseTrainer:
         """Let go of all that the phase alone has: the next one may keep its layout, and with it what is open."""
         self.engine.close()
         self.drop_graphs()
-        if self.rollouts is not None:
-            self.rollouts.close()
         if self.teacher is not None:
             self.teacher.close()
 
