@@ -7,6 +7,7 @@ import importlib.util
 import json
 import re
 import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -211,6 +212,10 @@ def test_wandb_that_never_comes_back_holds_nothing_up(
     trackers = Trackers(LoggingConfig(wandb=True), tmp_path, {}, "run")
     for step in range(1, 3000):
         trackers.step(line(step))
+    # On a busy machine its imports alone take longer than the end waits.
+    until = time.monotonic() + 60
+    while not calls.exists() and time.monotonic() < until:
+        time.sleep(0.02)
     trackers.close()
     assert trackers._wandb is not None and trackers._wandb._process.poll() is not None
     (warning,) = capfd.readouterr().err.splitlines()
