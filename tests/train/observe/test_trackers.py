@@ -4,18 +4,19 @@ Reference: TensorBoard's own event reader; wandb offline, as it runs without an 
 """
 
 import importlib.util
-import json
 import re
 import struct
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from visionloom.common.errors import UserError
 from visionloom.train.observe import trackers as trackers_module
+from visionloom.train.observe import wandb_process
 from visionloom.train.observe.logging_config import LoggingConfig
 from visionloom.train.observe.trackers import Trackers
 
@@ -91,10 +92,7 @@ def test_wandb_offline_keeps_the_runs_id(tmp_path: Path, capfd: pytest.CaptureFi
         trackers = Trackers(LoggingConfig(wandb=True), tmp_path, {"run": {"seed": 1}}, "run")
         trackers.step(line(first))
         trackers.evaluation(RESULTS)
-        trackers.samples("samples", ("question", "answer"), [["1 + 1?", "2"]], first)
         trackers.close()
-    tables = list((tmp_path / "wandb").glob("offline-run-*/files/media/table/*.json"))
-    assert [json.loads(each.read_text())["data"] for each in tables] == [[["1 + 1?", "2"]]] * 2
     identity = (tmp_path / "wandb" / "run_id").read_text()
     assert capfd.readouterr().err == ""
     files = sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
@@ -103,6 +101,17 @@ def test_wandb_offline_keeps_the_runs_id(tmp_path: Path, capfd: pytest.CaptureFi
         (identity, 1),
         (identity, 2),
     ]
+
+
+def test_tables_of_texts_are_wandbs() -> None:
+    import wandb
+
+    logged: list[dict[str, Any]] = []
+    run = SimpleNamespace(log=logged.append)
+    table = {"columns": ["question", "answer"], "data": [["1 + 1?", "2"]]}
+    wandb_process.log(run, {"step": 3, "tables": {"samples": table}})
+    assert logged[0]["step"] == 3 and isinstance(logged[0]["samples"], wandb.Table)
+    assert logged[0]["samples"].data == [["1 + 1?", "2"]]
 
 
 def recorded(file: Path) -> list[tuple[str, int]]:
