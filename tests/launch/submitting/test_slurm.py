@@ -24,6 +24,7 @@ from visionloom.tests.launch.submitting.cluster import Cluster, cluster_here, fr
 from visionloom.tests.ranks import RankPool
 from visionloom.tests.train.runs import configured, metrics, run_config, run_words
 from visionloom.tests.train.test_early_end import exact
+from visionloom.tests.train.test_faults import events
 from visionloom.tests.train.test_layouts import train
 from visionloom.tests.train.test_one_phase import two_phases
 
@@ -77,8 +78,7 @@ class Runs:
 
     def steps_of(self, name: str, kind: str) -> list[int]:
         """Steps of a run's events of one kind, the oldest first."""
-        lines = (self.folder / name / "events.jsonl").read_text().splitlines()
-        return [event["step"] for event in map(json.loads, lines) if event["event"] == kind]
+        return [each["step"] for each in events(self.folder / name) if each["event"] == kind]
 
 
 def submitted(words: list[str]) -> list[str]:

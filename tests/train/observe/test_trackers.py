@@ -6,7 +6,6 @@ Reference: TensorBoard's own event reader; wandb offline, as it runs without an 
 import importlib.util
 import re
 import struct
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 
 from visionloom.common.errors import UserError
+from visionloom.tests.launch.submitting.cluster import wait_for
 from visionloom.train.observe import trackers as trackers_module
 from visionloom.train.observe import wandb_process
 from visionloom.train.observe.logging_config import LoggingConfig
@@ -222,9 +222,7 @@ def test_wandb_that_never_comes_back_holds_nothing_up(
     for step in range(1, 3000):
         trackers.step(line(step))
     # On a busy machine its imports alone take longer than the end waits.
-    until = time.monotonic() + 60
-    while not calls.exists() and time.monotonic() < until:
-        time.sleep(0.02)
+    wait_for(calls.exists, 60)
     trackers.close()
     assert trackers._wandb is not None and trackers._wandb._process.poll() is not None
     (warning,) = capfd.readouterr().err.splitlines()
