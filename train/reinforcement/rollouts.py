@@ -22,6 +22,8 @@ from visionloom.train.step import agree_on_unreadable
 
 PROMPTS_SHOWN: Final = 4
 """Of a rollout, to trackers."""
+SURPLUS: Final = "surplus"
+"""Why a group is left out that there is something to learn from: others are enough."""
 
 
 class Rollouts:
@@ -133,7 +135,10 @@ class Rollouts:
 
 def left_out(rollout: Rollout) -> Counter[str]:
     """Count the groups that are not trained on, by the first words of why."""
-    return Counter(group.left_out.partition(":")[0] for group in rollout.groups if group.left_out)
+    counts = Counter(group.left_out.partition(":")[0] for group in rollout.groups if group.left_out)
+    if surplus := len(rollout.useful) - len(rollout.taught):
+        counts[SURPLUS] = surplus
+    return counts
 
 
 def facts_of(

@@ -1,5 +1,6 @@
 """Write rollouts: the policy answers prompts, rewards judge the answers, and groups that teach nothing are replaced."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,7 @@ from visionloom.parallel.topology import Topology
 from visionloom.train.generation.generator import Answer
 from visionloom.train.generation.predictions import answer_text, question_text
 from visionloom.train.generation.sampling import Sampling
-from visionloom.train.reinforcement.config import ReinforcementConfig
+from visionloom.train.reinforcement.config import ReinforcementConfig, RolloutConfig
 from visionloom.train.reinforcement.groups import Group, WrittenAnswer
 from visionloom.train.reinforcement.store import PassRate, PromptName, RolloutStore
 from visionloom.train.rewards.groups import GroupRules
@@ -46,18 +47,43 @@ class Rollout:
 
     number: int
     """In the phase, from 0."""
+    wanted: int
+    """Groups to train on."""
     groups: list[Group]
     """All that were written, in the order of their draws."""
 
     @property
-    def taught(self) -> list[Group]:
-        """Return the groups that are trained on."""
+    def useful(self) -> list[Group]:
+        """Return the groups that there is something to learn from."""
         return [group for group in self.groups if not group.left_out]
+
+    @property
+    def taught(self) -> list[Group]:
+        """Return the groups that are trained on: what replaces groups that teach nothing may be more than is lacking."""
+        return self.useful[: self.wanted]
 
     @property
     def written(self) -> list[Group]:
         """Return the groups that have answers."""
         return [group for group in self.groups if group.answers]
+
+
+def prompts_to_ask(groups: Sequence[Group], options: RolloutConfig) -> int:
+    """Return how many prompts a rollout has asked when it is next known whether groups are lacking; as many as there are: none are.
+
+    As many replace the lacking ones as should bring them, by the share of useful groups until then. Waves of just as many as are
+    lacking would halve six times where half the prompts teach nothing, and each wave takes as long as its longest answer. Depends
+    on the groups alone: so the same prompts are asked whatever the number of ranks, and after a restart.
+    """
+    most = int(options.batch_prompts * options.most_prompts)
+    asked = options.batch_prompts
+    while asked <= len(groups):
+        useful = sum(not group.left_out for group in groups[:asked])
+        lacking = options.batch_prompts - useful
+        if lacking <= 0 or asked == most:
+            break
+        asked = min(most, asked + math.ceil(lacking * asked / max(1, useful)))
+    return asked
 
 
 class RolloutWriter:
@@ -127,17 +153,11 @@ class RolloutWriter:
         Raises:
             UserError: if the store cannot be written or is damaged, or no prompt is left.
         """
-        wanted = self.options.rollout.batch_prompts
-        most = int(wanted * self.options.rollout.most_prompts)
         groups: list[Group] = self.topology.on_main(lambda: self.store.read(number, policy_step))
-        rollout = Rollout(number, groups)
+        rollout = Rollout(number, self.options.rollout.batch_prompts, groups)
         yield rollout
-        while True:
-            lacking = min(wanted - len(rollout.taught), most - len(groups))
-            if lacking <= 0:
-                return
+        while (lacking := prompts_to_ask(groups, self.options.rollout) - len(groups)) > 0:
             share = self.topology.data_size * self.options.rollout.part_prompts
-            # Never more than are lacking: so the same prompts are asked whatever the number of ranks.
             draws = self._next_draws(groups, min(lacking, share))
             new = self._round(draws, number, policy_step)
             add = partial(self.store.add, number, policy_step, new)

@@ -16,8 +16,10 @@ from visionloom.tests.train.runs import configured
 from visionloom.train.generation.generator import Answer
 from visionloom.train.generation.sampling import Sampling
 from visionloom.train.reinforcement.config import ReinforcementConfig, RolloutConfig
+from visionloom.train.reinforcement.groups import Group
+from visionloom.train.reinforcement.rollouts import SURPLUS, left_out
 from visionloom.train.reinforcement.store import PassRate, RolloutStore
-from visionloom.train.reinforcement.writer import Rollout, RolloutWriter
+from visionloom.train.reinforcement.writer import Rollout, RolloutWriter, prompts_to_ask
 from visionloom.train.stream_options import stream_options
 
 N = 4
@@ -78,6 +80,12 @@ def setup(topology: Topology, demo_data: Path, tmp_path: Path) -> Setup:
     return Setup(topology, demo_data, tmp_path)
 
 
+def group_of(draw: int, is_useful: bool) -> Group:
+    """One that there is something to learn from, or nothing."""
+    left = "" if is_useful else "all wrong"
+    return Group(draw, 0, "sums", str(draw), "", (0, 0, 0), 1, 0, 0, "", "", [], left)
+
+
 def by_id(sample_id: str) -> int:
     """A fifth each has 0 to 4 right answers."""
     return sum(map(ord, sample_id)) % (N + 1)
@@ -92,12 +100,44 @@ def written(writer: RolloutWriter, number: int = 0) -> Rollout:
 def test_groups_that_teach_nothing_are_replaced(setup: Setup) -> None:
     writer, script = setup.start(by_id)
     rollout = written(writer)
-    assert len(rollout.taught) == 6 and rollout.taught[-1] is rollout.groups[-1]
+    assert len(rollout.taught) == 6 and rollout.taught == rollout.useful[:6]
     reasons = {0: "all wrong", 4: "too easy"}
     for group, sample_id in zip(rollout.groups, script.asked, strict=True):
         assert group.left_out == reasons.get(by_id(sample_id), "")
         assert group.pass_rate(0.5) == by_id(sample_id) / N
     assert [group.draw for group in rollout.groups] == list(range(len(script.asked)))
+
+
+@pytest.mark.parametrize(
+    ("useful", "asked"),
+    [
+        ("", 6),
+        # Before a wave is whole nothing is known.
+        ("10", 6),
+        ("111111", 6),
+        # 3 of 6 are useful: 6 more should bring the other 3, and have brought 2 of them; 5 of 12, so 1 takes 3 more (2.4).
+        ("101010", 12),
+        ("101010100", 12),
+        ("101010" "110000", 15),
+        ("101010" "110000" "010", 15),
+        # None: as many as may be asked.
+        ("000000", 24),
+        ("000000" + 18 * "0", 24),
+        # More than are lacking.
+        ("101010" "111110", 12),
+    ],
+)
+def test_as_many_are_asked_as_should_be_needed(useful: str, asked: int) -> None:
+    groups = [group_of(number, mark == "1") for number, mark in enumerate(useful)]
+    assert prompts_to_ask(groups, RolloutConfig(n=N, batch_prompts=6)) == asked
+
+
+def test_what_is_more_than_lacking_is_counted(setup: Setup) -> None:
+    writer, script = setup.start(lambda sample_id: 1 if script.asked.index(sample_id) >= 3 else 0)
+    rollout = written(writer)
+    assert [bool(group.left_out) for group in rollout.groups] == 3 * [True] + 9 * [False]
+    assert rollout.taught == rollout.groups[3:9]
+    assert left_out(rollout) == {"all wrong": 3, SURPLUS: 3}
 
 
 def test_what_is_asked_depends_on_no_division_into_rounds(setup: Setup, tmp_path: Path) -> None:
