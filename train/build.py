@@ -212,6 +212,7 @@ def build_rollouts(
         **trainer.settings,
         "run.seed": config.run.seed,
         "tokenizer": stream.tokenizer.fingerprint,
+        "plan": stream.plan.hash,
     }
     writer = RolloutWriter(
         options,

@@ -315,7 +315,7 @@ def start_of_phase(
     """Build the model with the weights that a phase began with: those of the last phase's end.
 
     Raises:
-        UserError: if their checkpoint is gone.
+        UserError: if their checkpoint is gone, or its phase is not in the recipe any more.
     """
     if newest is not None and (done := steps_done(config, name, newest)):
         order = list(config.phases)
@@ -324,6 +324,11 @@ def start_of_phase(
             checkpoint.folder_of(run_folder(config), each, newest.run_state.step - done)
             for each in before
         ]
+        if not last and newest.run_state.step > done:
+            raise UserError(
+                f"phases.{name}.rl.policy.kl needs the weights at the end of the phase before, and the recipe has none:"
+                f" keep that phase in the recipe"
+            )
         newest = (
             checkpoint.whole(last[0], f"phases.{name}.rl.policy.kl", topology) if last else None
         )

@@ -55,8 +55,9 @@ class PromptStream(PackStream):
         return (number, sample, 0), ""
 
     def key(self, place: Place) -> str:
-        """Return the key of a sample in its dataset's shards."""
-        return self.datasets[place[0]].shards.location(place[1]).key
+        """Return the name of a sample in its dataset: shards may begin to count their keys anew."""
+        location = self.datasets[place[0]].shards.location(place[1])
+        return f"{location.shard}/{location.key}"
 
     def prompt(self, place: Place, most_tokens: int) -> AskedPrompt:
         """Read a prompt with its pictures.

@@ -196,7 +196,12 @@ class Reader:
         read = self.read(places, step)
         samples = []
         for sample, answer in zip(read, answers, strict=True):
-            samples.append(extend(prompt_of(sample), answer.token_ids.tolist(), 1.0))
+            # What cannot be read any more has been replaced by padding as long as with its reference.
+            if sample.answer is None:
+                name, pad_id = sample.dataset, self.tokenizer.pad_id
+                samples.append(stand_in(sample.sample_id, name, answer.tokens, pad_id))
+            else:
+                samples.append(extend(prompt_of(sample), answer.token_ids.tolist(), 1.0))
         sizes = [len(one) for one in packs]
         batch = self._pack(places, samples, sizes, layout, share, step)
         return with_answers(batch, answers)

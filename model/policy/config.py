@@ -19,21 +19,21 @@ class PolicyConfig:
     `gspo` (arXiv 2507.18071) raises the same with one r for an answer, the geometric mean over its tokens.
     """
 
-    algorithm: str = option("sapo", "free", choices=ALGORITHMS)
+    algorithm: str = option("sapo", "run", choices=ALGORITHMS)
     """Objective: `sapo` (the report's), `grpo` or `gspo`."""
-    mean: str = option("sequence", "free", choices=MEANS)
+    mean: str = option("sequence", "run", choices=MEANS)
     """Of tokens: `sequence`, over those of an answer and then over answers, or `token`, over all alike."""
-    temperature_positive: float = option(1.0, "free", above=0.0, most=100.0)
+    temperature_positive: float = option(1.0, "run", above=0.0, most=100.0)
     """Of sapo's gate where an answer is better than others of its group."""
-    temperature_negative: float = option(1.05, "free", above=0.0, most=100.0)
+    temperature_negative: float = option(1.05, "run", above=0.0, most=100.0)
     """The same where it is not: higher, so that the gradient fades sooner."""
-    clip_low: float = option(0.2, "free", above=0.0, most=1.0)
+    clip_low: float = option(0.2, "run", above=0.0, most=1.0)
     """Of grpo and gspo: the share that a ratio may fall before it has no gradient; gspo wants some 3e-4."""
-    clip_high: float = option(0.28, "free", above=0.0, most=10.0)
+    clip_high: float = option(0.28, "run", above=0.0, most=10.0)
     """The share that it may rise; above clip_low it leaves room to explore. gspo wants some 4e-4."""
-    kl: float = option(0.0, "free", least=0.0, most=100.0)
+    kl: float = option(0.0, "run", least=0.0, most=100.0)
     """Weight of the divergence from the model that the phase began with; 0: that one is not kept."""
-    correction: float = option(2.0, "free", least=1.0, most=100.0)
+    correction: float = option(2.0, "run", least=1.0, most=100.0)
     """Most weight of a token that the trainer finds likelier than what wrote it did; below it the weight is the ratio of both."""
 
     def problems(self, here: str) -> Iterator[str]:

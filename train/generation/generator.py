@@ -8,12 +8,13 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from visionloom.common import pulse
 from visionloom.data.encode.encode import EncodedSample
 from visionloom.data.stream.batch import PackedBatch, pack_prompts, pack_tokens
 from visionloom.model.attention import Context
@@ -31,6 +32,11 @@ from visionloom.parallel.schedule import run_schedule, whole_rounds
 from visionloom.parallel.topology import Topology, with_whole_sequences
 from visionloom.train.generation.config import Budget
 from visionloom.train.generation.sampling import Sampling, answer_key, choose_tokens, token_key
+
+PASSES: Final = 64
+"""Between two questions whether any rank has work: seconds, and no share of the time."""
+WAITING: Final = "waiting for other ranks"
+"""Part of a rollout or an evaluation, for signs of life."""
 
 MakeContext = Callable[[Context, Iterator[LayerCache]], PromptContext | DecodingContext]
 """Makes the attention of a pass from that of its pack and the caches of the layers."""
@@ -172,23 +178,35 @@ class _Generation:
                 yield _Request(number, prompt, range(first, min(first + together, count)))
 
     def run(self) -> list[list[Answer]]:
-        """Generate until every answer has ended."""
-        while self._goes_on():
-            if joining := self._joining():
-                self._enter(joining)
-            else:
-                self._grow()
-            self._retire()
+        """Generate until every answer of every rank has ended."""
+        text = self.model.model_parts[0].model_config.text
+        # The dispatch of experts is a collective of all data ranks that share them: each takes as many passes.
+        is_together = bool(text.experts) and self.topology.groups.tp_ep.size() > 1
+        # Others come together now and then: one that is done early would else wait for the slowest in silence, longer than
+        # any collective may take.
+        passes = 1 if is_together else PASSES
+        while self._is_any_at_work():
+            for _ in range(passes):
+                if self._has_work or is_together:
+                    self._pass()
         return [[one for one in some if one is not None] for some in self.answers]
 
-    def _goes_on(self) -> bool:
-        """Return whether there is work: of this rank, or of one with which it shares experts."""
-        here = bool(self.sequences) or self.coming is not None
-        model = self.model.model_parts[0].model_config
-        # Their dispatch is a collective of all data ranks that share them: each takes as many passes.
-        if model.text.experts and self.topology.groups.tp_ep.size() > 1:
-            return self.topology.any_rank(here)
-        return here
+    def _is_any_at_work(self) -> bool:
+        """Return whether any rank has work, after a sign of life: waiting for others is no hang."""
+        with pulse.current.at(WAITING):
+            return self.topology.any_rank(self._has_work)
+
+    @property
+    def _has_work(self) -> bool:
+        return bool(self.sequences) or self.coming is not None
+
+    def _pass(self) -> None:
+        """Run new prompts, or the newest tokens."""
+        if joining := self._joining():
+            self._enter(joining)
+        else:
+            self._grow()
+        self._retire()
 
     def _joining(self) -> list[_Request]:
         """Take the requests that there is room for, once half of the places are free."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from visionloom.common.settings import option
 from visionloom.model.policy.config import PolicyConfig
 from visionloom.train.generation.config import Budget
+from visionloom.train.rewards.rewards import REWARDS, RIGHT
 
 
 @dataclass
@@ -67,7 +68,7 @@ class ReinforcementConfig:
     """Rewards of your own, MODULE:FUNCTION by their names; only a command line sets it."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     """How probabilities change with advantages."""
-    updates: int = option(1, "run", least=1, most=10_000)
+    updates: int = option(1, "never", least=1, most=10_000)
     """Optimizer steps for each rollout."""
     staleness: int = option(8, "run", least=0, most=10_000)
     """Optimizer steps that the policy may be ahead of the one that wrote an answer when it is trained on."""
@@ -80,7 +81,7 @@ class ReinforcementConfig:
     teacher_reward: float = option(0.0, "run", least=0.0, most=1e6)
     """Weight of the phase's teacher as a reward: of each token its log-probability by the teacher less that by the policy, whose
     mean is minus the reverse divergence; 0: a teacher's whole distributions are learned, and no reward."""
-    reward_seconds: float = option(10.0, "free", above=0.0, most=10_000.0)
+    reward_seconds: float = option(10.0, "run", above=0.0, most=10_000.0)
     """Longest time of a reward of your own for one answer, which then counts as 0."""
 
     @property
@@ -93,10 +94,29 @@ class ReinforcementConfig:
         """Return the tokens of the answers of an optimizer step, if all are as long as they may be."""
         return self.prompts_of_step * self.rollout.n * self.rollout.max_new_tokens
 
+    def _named_rewards(self, here: str) -> Iterator[tuple[str, str]]:
+        """Yield each option that names a reward, and the name."""
+        for name in self.reward:
+            if name != RIGHT:
+                yield f"{here}.reward.{name}", name
+        for dataset, name in self.judged_by.items():
+            yield f"{here}.judged_by.{dataset}={name}", name
+
     def problems(self, here: str) -> Iterator[str]:
         """Yield a line for each fault of the rewards and of the steps of a rollout."""
-        for name in self.functions.keys() - self.reward.keys():
+        used = {*self.reward, *self.judged_by.values()}
+        for name in sorted(self.functions.keys() - used):
             yield f"{here}.functions.{name} has no weight: set {here}.reward.{name}"
+        for name in sorted({RIGHT} & self.functions.keys()):
+            yield f"{here}.functions.{name}: that name stands for the rewards of judged_by: choose another one"
+        known = REWARDS.keys() | self.functions.keys()
+        for path, name in self._named_rewards(here):
+            if name not in known:
+                choices = ", ".join(REWARDS)
+                yield (
+                    f"{path}: no reward is called {name}: choose one of {choices}, or name a function of your own for it,"
+                    f" {here}.functions.{name}=MODULE:FUNCTION"
+                )
         if self.rollout.batch_prompts % self.updates:
             yield (
                 f"{here}.rollout.batch_prompts={self.rollout.batch_prompts} cannot be dealt to {here}.updates={self.updates}"

@@ -15,13 +15,15 @@ from visionloom.data.stream.workers import iterate
 from visionloom.train.observe import stopping
 from visionloom.train.phase.trainer import PhaseTrainer
 from visionloom.train.reinforcement.config import ReinforcementConfig
-from visionloom.train.reinforcement.groups import Group
+from visionloom.train.reinforcement.groups import Group, WrittenAnswer
 from visionloom.train.reinforcement.learner import Agreement, PolicyLearner
 from visionloom.train.reinforcement.writer import Rollout, RolloutWriter
 from visionloom.train.step import agree_on_unreadable
 
 PROMPTS_SHOWN: Final = 4
 """Of a rollout, to trackers."""
+FAULT_CHARACTERS: Final = 60
+"""Of the kind of a fault, in metrics."""
 SURPLUS: Final = "surplus"
 """Why a group is left out that there is something to learn from: others are enough."""
 
@@ -98,6 +100,8 @@ class Rollouts:
                     raise stopping.StopAsked
             self.writer.finish(rollout)
         if not rollout.taught:
+            # Else the next start would take it over, and end alike.
+            topology.on_main(lambda: self.writer.store.put_aside(number))
             reasons = ", ".join(f"{count} {why}" for why, count in left_out(rollout).items())
             raise UserError(
                 f"phases.{trainer.phase_name}: nothing can be learned from rollout {number} of {len(rollout.groups)} prompts:"
@@ -163,9 +167,7 @@ def facts_of(
         "pass_rate": mean([group.pass_rate(options.right) for group in rollout.written]),
         "answer_tokens": mean([len(answer.token_ids) for answer in answers]),
         "stopped": mean([answer.stopped for answer in answers]),
-        "reward_faults": dict(
-            Counter(f"{name} {fault}" for each in answers for name, fault in each.faults.items())
-        ),
+        "reward_faults": dict(fault_counts(answers)),
     }
     if agreement is not None:
         facts["log_probability_apart"] = agreement.mean
@@ -173,6 +175,15 @@ def facts_of(
         if agreement.teacher is not None:
             facts["teacher_divergence"] = agreement.teacher
     return facts
+
+
+def fault_counts(answers: Sequence[WrittenAnswer]) -> Counter[str]:
+    """Count what went wrong with rewards, by their names and its kind; whole messages, which may tell of an answer, are in the shards."""
+    counts = Counter[str]()
+    for answer in answers:
+        for name, fault in answer.faults.items():
+            counts[f"{name} {fault.partition(':')[0][:FAULT_CHARACTERS]}"] += 1
+    return counts
 
 
 def samples_of(rollout: Rollout) -> list[list[str]]:

@@ -8,7 +8,8 @@ import io
 import json
 import tarfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -23,6 +24,8 @@ ROLLOUTS: Final = "rollouts"
 TABLE: Final = "pass_rates.jsonl"
 SETTINGS: Final = "settings.json"
 """Beside the shards of a rollout: what its answers depend on."""
+
+POLICY_STEP: Final = "policy_step"
 
 PromptName = tuple[str, str]
 """Dataset and key of a sample."""
@@ -64,18 +67,38 @@ class RolloutStore:
         folder = self._folder(rollout)
         if not folder.exists() or self._is_of(folder, policy_step):
             return self.groups(rollout)
-        # Nothing that was written is lost: somebody may want to look at it.
-        number = len(list(self.folder.glob(f"{folder.name}.aside-*")))
-        folder.rename(folder.with_name(f"{folder.name}.aside-{number}"))
+        self.put_aside(rollout)
         return []
+
+    def put_aside(self, rollout: int) -> None:
+        """Give a rollout's folder another name: nothing that was written is lost, as somebody may want to look at it."""
+        folder = self._folder(rollout)
+        aside = self.folder.glob(f"{folder.name}.aside-*")
+        number = 1 + max((_number(place) for place in aside), default=-1)
+        with _as_user_errors(folder):
+            folder.rename(folder.with_name(f"{folder.name}.aside-{number}"))
 
     def _is_of(self, folder: Path, policy_step: int) -> bool:
         """Return whether a rollout is of these settings and this policy."""
-        try:
-            settings = json.loads((folder / SETTINGS).read_bytes())
-        except (OSError, ValueError):
-            return False
-        return bool(settings == self.settings | {"policy_step": policy_step})
+        return _settings(folder) == self.settings | {POLICY_STEP: policy_step}
+
+    def first_draw(self, rollout: int) -> int:
+        """Return the first draw that no earlier rollout of these settings has had, as far as the one before `rollout` tells.
+
+        After that one was passed over, its prompts are not asked again.
+        """
+        before = self._folder(rollout - 1)
+        settings = _settings(before) or {}
+        if {**settings, POLICY_STEP: None} != {**self.settings, POLICY_STEP: None}:
+            return 0
+        draws = [0]
+        for shard in before.glob("*.tar"):
+            try:
+                with tarfile.open(shard) as tar:
+                    draws += [int(name.partition(".")[0]) + 1 for name in tar.getnames()]
+            except (OSError, ValueError, tarfile.TarError) as error:
+                raise _damaged(shard, error) from error
+        return max(draws)
 
     def groups(self, rollout: int) -> list[Group]:
         """Return the groups of a rollout, whoever wrote them; raises UserError as `read`."""
@@ -87,9 +110,9 @@ class RolloutStore:
     def add(self, rollout: int, policy_step: int, groups: Sequence[Group]) -> None:
         """Write the groups of a round as the next shard of a rollout; raises UserError if that is not possible."""
         folder = self._folder(rollout)
-        try:
+        with _as_user_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            settings = self.settings | {"policy_step": policy_step}
+            settings = self.settings | {POLICY_STEP: policy_step}
             # First: a round without them could not be taken for this policy's.
             if not (folder / SETTINGS).exists():
                 _write(folder / SETTINGS, json.dumps(settings).encode())
@@ -99,15 +122,12 @@ class RolloutStore:
                     content = json.dumps(group.to_json(), ensure_ascii=False).encode()
                     checksum = f"{zlib.crc32(content):08x}".encode()
                     tar.write({"__key__": f"{group.draw:09d}", "crc32": checksum, "json": content})
-        except OSError as error:
-            raise UserError(
-                f"{folder}: a rollout cannot be written: {error.strerror}: make room, and start the same command again"
-            ) from error
 
     def pass_rates(self, before: int) -> list[PassRate]:
         """Read the table of pass rates, as far as it is of rollouts before `before`; a line that was cut short is none."""
         place, rates = self.folder / TABLE, list[PassRate]()
-        lines = place.read_text().splitlines() if place.exists() else []
+        with _as_user_errors(place):
+            lines = place.read_text().splitlines() if place.exists() else []
         # A run that goes on from an older checkpoint has rows of rollouts that it will write again.
         for line in lines:
             try:
@@ -121,11 +141,37 @@ class RolloutStore:
     def write_pass_rates(self, rates: Sequence[PassRate]) -> None:
         """Write the table of pass rates anew."""
         lines = [json.dumps(vars(rate), ensure_ascii=False) + "\n" for rate in rates]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        _write(self.folder / TABLE, "".join(lines).encode())
+        with _as_user_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _write(self.folder / TABLE, "".join(lines).encode())
 
     def _folder(self, rollout: int) -> Path:
         return self.folder / f"{rollout:08d}"
+
+
+@contextmanager
+def _as_user_errors(place: Path) -> Iterator[None]:
+    """Turn what the system refuses into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{place}: a rollout cannot be kept: {error.strerror}: make room, or mend the folder, and start the same command again"
+        ) from error
+
+
+def _number(aside: Path) -> int:
+    """Return the number of a folder that was put aside; -1 of one that somebody has named."""
+    text = aside.name.rpartition("-")[2]
+    return int(text) if text.isdecimal() else -1
+
+
+def _settings(folder: Path) -> Any:
+    """Return what the answers of a rollout depend on; None if it does not say."""
+    try:
+        return json.loads((folder / SETTINGS).read_bytes())
+    except (OSError, ValueError):
+        return None
 
 
 def _write(place: Path, content: bytes) -> None:
@@ -152,7 +198,11 @@ def read_shard(shard: Path) -> list[Group]:
             where = f"{shard}: {name}"
             groups.append(Group.read(load_json(content, where), where))
     except (OSError, ValueError, tarfile.TarError, JsonError) as error:
-        raise UserError(
-            f"{shard} is damaged ({error}): remove it, and its prompts are answered again"
-        ) from error
+        raise _damaged(shard, error) from error
     return groups
+
+
+def _damaged(shard: Path, error: Exception) -> UserError:
+    return UserError(
+        f"{shard} is damaged ({error}): remove its folder {shard.parent}, and that rollout is answered again"
+    )

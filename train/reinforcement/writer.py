@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final, Protocol
 
@@ -22,8 +22,8 @@ from visionloom.train.reinforcement.config import ReinforcementConfig, RolloutCo
 from visionloom.train.reinforcement.groups import Group, WrittenAnswer
 from visionloom.train.reinforcement.store import PassRate, PromptName, RolloutStore
 from visionloom.train.rewards.groups import GroupRules
-from visionloom.train.rewards.judge import Judge
-from visionloom.train.rewards.rewards import Judged
+from visionloom.train.rewards.judge import Judge, rewards_of
+from visionloom.train.rewards.rewards import Judged, unusable_reference
 
 UNUSABLE: Final = "unusable"
 """Why a draw brought no group: the sample is no prompt."""
@@ -154,6 +154,8 @@ class RolloutWriter:
             UserError: if the store cannot be written or is damaged, or no prompt is left.
         """
         groups: list[Group] = self.topology.on_main(lambda: self.store.read(number, policy_step))
+        first_draw = self.topology.on_main(lambda: self.store.first_draw(number))
+        self.stream.cursor = max(self.stream.cursor, first_draw)
         rollout = Rollout(number, self.options.rollout.batch_prompts, groups)
         yield rollout
         while (lacking := prompts_to_ask(groups, self.options.rollout) - len(groups)) > 0:
@@ -215,9 +217,12 @@ class RolloutWriter:
         answers = self.engine.generate(
             self._prompts(mine, policy_step, prompts, own), self._sampling(number)
         )
-        if self.judge is not None:
-            for (draw, prompt), written in zip(prompts, answers, strict=True):
-                own.append(self._judged(self.judge, draw, prompt, written, policy_step))
+        for place in range(each):
+            if self.judge is not None and place < len(prompts):
+                own.append(self._judged(self.judge, *prompts[place], answers[place], policy_step))
+            # A reward of the user's may take long: others would wait for all of them longer than a collective may take.
+            with pulse.current.at(JUDGING):
+                topology.barrier()
         of_ranks: list[Any] = [None] * topology.world_size
         # Of the ranks of a copy of the model one speaks.
         dist.all_gather_object(of_ranks, own if topology.is_data_leader else [])
@@ -237,7 +242,10 @@ class RolloutWriter:
             if not fault:
                 try:
                     prompt = self.stream.prompt(place, most)
-                    yield prompt.encoded
+                    self._check_reference(prompt)
+                    encoded = prompt.encoded
+                    # Answers to a prompt that comes again in a rollout are drawn anew.
+                    yield replace(encoded, sample_id=f"{encoded.sample_id} draw {draw}")
                     # Answers come last: until then pictures would fill the host's memory.
                     prompts.append((draw, prompt.without_patches()))
                     continue
@@ -261,6 +269,15 @@ class RolloutWriter:
                     left_out=f"{UNUSABLE}: {fault}",
                 )
             )
+
+    def _check_reference(self, prompt: AskedPrompt) -> None:
+        """Raise SampleError where a reward cannot judge by the reference: all answers would be wrong, time and again."""
+        encoded, options = prompt.encoded, self.options
+        for name in rewards_of(options.reward, options.judged_by, encoded.dataset):
+            if name in options.functions:
+                continue
+            if fault := unusable_reference(name, prompt.reference):
+                raise SampleError(encoded.sample_id, "", f"{fault}, which reward {name} judges by")
 
     def _sampling(self, number: int) -> Sampling:
         """Return how the answers of a rollout are drawn: by seed, phase and rollout, and in it by prompt, answer and place."""

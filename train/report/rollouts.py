@@ -69,9 +69,10 @@ def last_groups(history: History, phase: PhaseHistory) -> str:
         return ""
     folder = history.folder / ROLLOUTS / phase.name
     # Those that were put aside have another ending.
-    shards = sorted(folder.glob("[0-9]*[0-9]/*.tar"))[-1:]
+    shards = sorted(folder.glob("[0-9]" * 8 + "/*.tar"))
+    last = [shard for shard in shards if shard.parent == shards[-1].parent]
     try:
-        groups = [group for shard in shards for group in read_shard(shard) if group.answers]
+        groups = [group for shard in last for group in read_shard(shard) if group.answers]
     except UserError:
         return ""
     rows = [row for group in groups[:GROUPS_SHOWN] for row in rows_of(group)]

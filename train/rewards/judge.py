@@ -2,7 +2,9 @@
 
 import importlib
 import math
-from collections.abc import Callable, Mapping
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, Final
@@ -10,11 +12,8 @@ from typing import Any, Final
 from visionloom.common.errors import UserError
 from visionloom.common.processes import end_with_parent, fork_server
 from visionloom.common.text import first_line
-from visionloom.train.rewards.rewards import REWARDS, Judged
+from visionloom.train.rewards.rewards import DEFAULT, REWARDS, RIGHT, Judged
 
-RIGHT: Final = "right"
-DEFAULT: Final = "default"
-"""Name that stands for the reward of a dataset, and what it stands for where none is named."""
 PATH: Final = ":"
 """Parts a user's module from its function, as in my_rewards:length_of_proof."""
 START_SECONDS: Final = 60.0
@@ -29,6 +28,11 @@ class Judgement:
     """By name, not weighted; 0 where one could not judge."""
     faults: dict[str, str]
     """What went wrong with those rewards, by name."""
+
+
+def rewards_of(names: Iterable[str], judged_by: Mapping[str, str], dataset: str) -> list[str]:
+    """Return the names of rewards with the one that RIGHT stands for in a dataset in its place."""
+    return [judged_by.get(dataset, DEFAULT) if name == RIGHT else name for name in names]
 
 
 class Judge:
@@ -50,7 +54,7 @@ class Judge:
             judged_by: of each dataset, the reward that RIGHT stands for; DEFAULT for others.
 
         Raises:
-            UserError: if a reward is not known, or a user's cannot be imported.
+            UserError: if a user's reward cannot be imported.
         """
         self.weights, self.judged_by = dict(weights), judged_by or {}
         self._rewards: dict[str, Callable[[Judged], float]] = {}
@@ -59,20 +63,15 @@ class Judge:
                 continue
             if name in functions:
                 self._rewards[name] = UsersReward(name, functions[name], seconds)
-            elif name in REWARDS:
-                self._rewards[name] = REWARDS[name]
             else:
-                known = ", ".join(REWARDS)
-                raise UserError(
-                    f"reward.{name} is none of {RIGHT}, {known}: choose one of them, or name a function of your own for it,"
-                    f" functions.{name}=MODULE:FUNCTION"
-                )
+                self._rewards[name] = REWARDS[name]
 
     def judge(self, judged: Judged, dataset: str = "") -> Judgement:
         """Return what an answer to a prompt of a dataset is worth by each reward."""
         rewards, faults = dict[str, float](), dict[str, str]()
-        for name in self.weights:
-            reward = self._rewards[self.judged_by.get(dataset, DEFAULT) if name == RIGHT else name]
+        names = rewards_of(self.weights, self.judged_by, dataset)
+        for name, meant in zip(self.weights, names, strict=True):
+            reward = self._rewards[meant]
             try:
                 value = float(reward(judged))
                 fault = "" if math.isfinite(value) else f"returned {value}"
@@ -118,11 +117,21 @@ class UsersReward:
         """Judge an answer; raises ValueError with what went wrong."""
         if self._process is None:
             self._start()
-        self._connection.send(judged)
-        answer = self._answer(self.seconds)
+        answer = self._ask(judged)
         if isinstance(answer, str):
             raise ValueError(answer)
         return answer
+
+    def _ask(self, judged: Judged) -> float | str:
+        """Send an answer to the process, and return what comes of it as `_answer`."""
+        try:
+            self._connection.send(judged)
+        # It has ended after its last answer, as one that grew too large: another one judges.
+        except OSError:
+            self.close()
+            self._start()
+            self._connection.send(judged)
+        return self._answer(self.seconds)
 
     def _answer(self, seconds: float) -> float | str:
         """Return the number that the process sends, or what went wrong."""
@@ -149,6 +158,8 @@ def serve(connection: Connection, path: str) -> None:
     """Import a user's function and call it for each answer that comes, in a process of its own."""
     end_with_parent()
     module, _, name = path.partition(PATH)
+    # A module beside the command, as of `python -m`.
+    sys.path.insert(0, os.getcwd())
     try:
         function = getattr(importlib.import_module(module), name)
         connection.send(0.0)

@@ -14,6 +14,9 @@ from visionloom.common.jsonfile import JsonError, checked, load_json
 from visionloom.data.encode.scores import boxes_of, final_answer, iou, is_right
 from visionloom.train.rewards.numbers import numbers_in
 
+RIGHT: Final = "right"
+DEFAULT: Final = "default"
+"""Name that stands for the reward of a dataset, and what it stands for where none is named."""
 TOLERANCE: Final = 1e-6
 """Relative, between numbers that are equal: decimals of a fraction have an end."""
 NEAR: Final = 50.0
@@ -213,3 +216,8 @@ REWARDS: Final[dict[str, Callable[[Judged], float]]] = {
     "language": language,
 }
 """Rewards by name."""
+
+
+def unusable_reference(name: str, reference: str) -> str:
+    """Return why a reward cannot judge by a reference; empty if it can."""
+    return ""

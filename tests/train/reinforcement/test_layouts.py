@@ -52,7 +52,10 @@ def assert_same(folder: Path, reference: Path) -> None:
             assert own[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-6), name
         # Between what generates and what trains there is rounding alone.
         for line in (own, expected):
-            assert line.get("rollout", {}).get("log_probability_apart_most", 0.0) < 1e-5
+            if rollout := line.get("rollout"):
+                assert rollout["log_probability_apart_most"] < 1e-5
+        assert ("rollout" in own) == ("rollout" in expected)
+    assert "rollout" in metrics(folder)[0]
 
 
 CASES = [

@@ -5,13 +5,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from visionloom.common.errors import EarlyEnd, UserError
 from visionloom.tests.ranks import RankPool
-from visionloom.tests.train.reinforcement.runs import OWN, drawn, groups, rl_words
+from visionloom.tests.train.reinforcement.runs import OWN, drawn, events, groups, rl_words
 from visionloom.tests.train.runs import configured, metrics
+from visionloom.tests.train.test_bad_steps import poisoned
 from visionloom.tests.train.test_layouts import train
 from visionloom.tests.train.test_resume import checkpoint_tensors
 from visionloom.train.config import RunConfig
@@ -89,7 +91,7 @@ def test_bad_rewards_are_named_and_counted(
     pool.run(1, train, configured(rl_words(demo_data, tmp_path, 1, *more, rl=options), 1))
     (line,) = metrics(tmp_path)
     written = groups(tmp_path)
-    counted = {f"bad {fault}": sum(len(group.answers) for group in written)}
+    counted = {f"bad {fault.partition(':')[0]}": sum(len(group.answers) for group in written)}
     assert line["rollout"]["reward_faults"] == counted
     assert {answer.rewards["bad"] for group in written for answer in group.answers} == {0.0}
 
@@ -149,6 +151,70 @@ def test_nothing_to_learn_is_a_sentence(pool: RankPool, demo_data: Path, tmp_pat
         1, outcome, configured([each.replace("right:0.0,", "") for each in words], 1)
     )
     assert "phases.rl: nothing can be learned from rollout 0 of 16 prompts: 16 all wrong" in said
+    # Put aside: with a mended reward the same command answers anew.
+    assert (tmp_path / "rollouts/rl/00000000.aside-0").exists()
+    assert pool.run(1, outcome, configured(rl_words(demo_data, tmp_path, 1), 1)) == ["done"]
+
+
+@pytest.mark.parametrize("policy", ["algorithm:sapo", "algorithm:grpo,mean:token"])
+def test_losses_of_a_step_by_hand(
+    policy: str, pool: RankPool, demo_data: Path, tmp_path: Path
+) -> None:
+    """Before the first update ratios are 1: what is learned from is the advantages alone, by the groups as they were written."""
+    options = f",policy:{{{policy},temperature_positive:0.8}}"
+    # Long enough that some of a model that knows nothing end by chance.
+    words = ["phases.rl.rl.rollout.max_new_tokens=100"]
+    pool.run(1, train, configured(rl_words(demo_data, tmp_path, 1, *words, rl=options), 1))
+    (line,) = metrics(tmp_path)
+    terms, weights = list[float](), list[float]()
+    for group in groups(tmp_path):
+        totals = np.array(group.totals)
+        excess = (totals - totals.mean()) / (totals.std(ddof=1) + 1e-4)
+        for answer, advantage in zip(group.answers, excess.tolist(), strict=True):
+            length = len(answer.token_ids)
+            temperature = 0.8 if advantage > 0 else 1.05
+            terms.append(-advantage * (2 / temperature if "sapo" in policy else 1.0))
+            weights.append(length if "token" in policy else 1.0)
+    assert len({len(answer) for some in drawn(tmp_path) for answer in some}) > 1
+    assert line["loss"] == pytest.approx(np.average(terms, weights=weights), abs=1e-6)
+    assert line["gradient_share"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["+phases.rl.rl.reward.nmber=1"], "rl.reward.nmber: no reward is called nmber: choose"),
+        (["+phases.rl.rl.judged_by.sums=right"], "judged_by.sums=right: no reward is called"),
+        (["+phases.rl.rl.functions.right=my:own"], "functions.right: that name stands for"),
+        (["+phases.rl.rl.functions.own=my:own"], "functions.own has no weight"),
+    ],
+)
+def test_rewards_that_are_none_are_refused_at_once(
+    words: list[str], said: str, demo_data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=said):
+        configured(rl_words(demo_data, tmp_path, 1, *words), 1)
+
+
+def test_a_function_may_judge_a_dataset(demo_data: Path, tmp_path: Path) -> None:
+    words = ["+phases.rl.rl.functions.own=my:own", "+phases.rl.rl.judged_by.sums=own"]
+    words += ["+phases.rl.rl.reward.right=1"]
+    configured(rl_words(demo_data, tmp_path, 1, *words), 1)
+
+
+def test_what_is_passed_over_is_not_asked_again(
+    pool: RankPool, demo_data: Path, tmp_path: Path
+) -> None:
+    words = ["checkpoint.every_steps=1", "checkpoint.keep=9", "optim.skip_limit=2"]
+    config = configured(rl_words(demo_data, tmp_path, STEPS + 1, *words), 1)
+    assert pool.run(1, poisoned, config, 3, 4) == [("done", 0)]
+    assert [(event["step"], event["passed_over"]) for event in events(tmp_path, "back")] == [
+        (2, [2, 3])
+    ]
+    draws = sorted(group.draw for group in groups(tmp_path))
+    # Seven rollouts: two before, two that were passed over, three after.
+    assert draws == list(range(len(draws)))
+    assert len(list((tmp_path / "rollouts" / "rl").glob("[0-9]*"))) == 7
 
 
 @pytest.mark.parametrize("kind", ["divergence", "reward"])

@@ -57,6 +57,31 @@ def test_what_another_has_written_is_put_aside(what: str, store: RolloutStore) -
         assert store.read(0, 12) == []
 
 
+def test_what_is_put_aside_keeps_its_name(store: RolloutStore) -> None:
+    """Also where an older one has been removed, or named by hand."""
+    for name in ("aside-1", "aside-of-mine"):
+        (store.folder / f"00000000.{name}").mkdir(parents=True)
+    store.add(0, 12, [group(4)])
+    store.put_aside(0)
+    assert (store.folder / "00000000.aside-2" / "00000.tar").exists()
+
+
+def test_draws_begin_behind_the_rollout_before(store: RolloutStore) -> None:
+    store.add(0, 12, [group(4), group(6)])
+    store.add(0, 12, [group(5)])
+    assert [store.first_draw(number) for number in range(3)] == [0, 7, 0]
+    # Of another plan of the data the numbers mean other samples.
+    other = RolloutStore(store.folder.parents[1], "rl", {"plan": "another"})
+    assert other.first_draw(1) == 0
+
+
+def test_a_folder_that_takes_no_files_is_one_line(store: RolloutStore) -> None:
+    store.folder.parent.write_text("a file")
+    for work in (lambda: store.add(0, 12, []), lambda: store.write_pass_rates([])):
+        with pytest.raises(UserError, match=r"rl.*: a rollout cannot be kept: Not a directory"):
+            work()
+
+
 @pytest.mark.parametrize("place", [0, 5, 515, 1550, 1600])
 def test_a_damaged_shard_is_named(place: int, store: RolloutStore) -> None:
     """In a header, the checksum, a key of the JSON, and a number."""
@@ -65,7 +90,7 @@ def test_a_damaged_shard_is_named(place: int, store: RolloutStore) -> None:
     content = bytearray(shard.read_bytes())
     content[place] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(UserError, match=r"00000\.tar is damaged .* remove it"):
+    with pytest.raises(UserError, match=r"00000\.tar is damaged .* remove its folder"):
         store.read(0, 12)
 
 

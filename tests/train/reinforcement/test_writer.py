@@ -118,13 +118,13 @@ def test_groups_that_teach_nothing_are_replaced(setup: Setup) -> None:
         # 3 of 6 are useful: 6 more should bring the other 3, and have brought 2 of them; 5 of 12, so 1 takes 3 more (2.4).
         ("101010", 12),
         ("101010100", 12),
-        ("101010" "110000", 15),
-        ("101010" "110000" "010", 15),
+        ("101010110000", 15),
+        ("101010110000010", 15),
         # None: as many as may be asked.
         ("000000", 24),
         ("000000" + 18 * "0", 24),
         # More than are lacking.
-        ("101010" "111110", 12),
+        ("101010111110", 12),
     ],
 )
 def test_as_many_are_asked_as_should_be_needed(useful: str, asked: int) -> None:

@@ -395,7 +395,11 @@ def test_rollouts_are_shown_escaped(tmp_path: Path) -> None:
     ]
     group = Group(0, 0, "sums", "0", EVIL, (0, 0, 0), 9, 0, 0, EVIL, EVIL, answers, "")
     store = RolloutStore(tmp_path, "rl", {})
+    store.add(0, 0, [])
+    store.put_aside(0)
     store.add(0, 0, [group])
+    # Another round of the same rollout.
+    store.add(0, 0, [])
     page = write_report(tmp_path, []).read_text()
     assert "Share of groups that teach nothing" in page and "Tokens of an answer" not in page
     assert "&lt;script&gt;" in page and "<script>" not in page

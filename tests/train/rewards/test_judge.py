@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from visionloom.common.errors import UserError
-from visionloom.train.rewards.judge import Judge
+from visionloom.train.rewards.judge import Judge, UsersReward
 from visionloom.train.rewards.rewards import Judged
 
 ANSWER = Judged("The answer is 7.", "7", "What is 3 + 4?", 5, 100)
 OWN = """
-import os, sys, time
+import os, sys, threading, time
 calls = 0
 def length(judged): return len(judged.text)
 def raises(judged): raise KeyError("text")
@@ -24,6 +24,9 @@ def dies(judged): os._exit(1)
 def sleeps(judged): time.sleep(60)
 def is_not_a_number(judged): return float("nan")
 def is_none(judged): return None
+def dies_later(judged):
+    threading.Timer(0.05, os._exit, [1]).start()
+    return 0.5
 def once(judged):
     if judged.tokens == 1: time.sleep(60)
     return 0.5
@@ -85,10 +88,30 @@ def test_after_a_slow_one_the_next_is_judged(own: str) -> None:
     judge.close()
 
 
+def test_a_process_that_ends_between_two_answers_is_started_again(own: str) -> None:
+    judge = Judge({"own": 1.0}, {"own": f"{own}:dies_later"}, 30.0)
+    reward = judge._rewards["own"]
+    assert isinstance(reward, UsersReward)
+    for _ in range(2):
+        judgement = judge.judge(ANSWER)
+        assert judgement.rewards == {"own": 0.5} and not judgement.faults
+        reward._process.join()
+    judge.close()
+
+
+def test_a_module_beside_the_command_is_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "beside_the_command.py").write_text("def half(judged): return 0.5")
+    monkeypatch.chdir(tmp_path)
+    judge = Judge({"own": 1.0}, {"own": "beside_the_command:half"}, 30.0)
+    assert judge.judge(ANSWER).rewards == {"own": 0.5}
+    judge.close()
+
+
 @pytest.mark.parametrize(
     ("functions", "said"),
     [
-        ({}, "reward.own is none of right, default, exact, choice"),
         (
             {"own": "no_such_module:f"},
             "functions.own=.* cannot be used: raised ModuleNotFoundError",
