@@ -45,7 +45,8 @@ HEAD: Final = """# Every shipped recipe, planned
 
 Made by `make plans`: each recipe on as many {gpu} (recipes/gpu/{gpu}.yaml) as its header states, of which tensors can have
 {gib:.1f} GiB each. Every number is predicted: steps on one H100 took 4 to 11 % longer, and nothing was
-measured on more than one. [planning.md](planning.md) says what is assumed.
+measured on more than one. Of phases with rewards (rl) it is the training on the longest answers, not their writing.
+[planning.md](planning.md) says what is assumed.
 
 """
 
