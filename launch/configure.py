@@ -12,6 +12,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import cast
 
@@ -361,15 +362,22 @@ def _check_command(config: RunConfig, words: Sequence[str]) -> None:
 
 
 def _check_functions(config: RunConfig, words: Sequence[str]) -> None:
-    """Refuse rewards of somebody's own that any recipe has named: their code is run."""
+    """Refuse rewards of somebody's own that any recipe has named, as their code is run, and those that are nowhere."""
     whole = [word.lstrip("+").partition("=")[0] for word in words if "${" not in word]
     for name, phase in config.phases.items():
-        for reward in phase.rl.functions if phase.rl else ():
+        for reward, path in phase.rl.functions.items() if phase.rl else ():
             option = f"phases.{name}.rl.functions.{reward}"
             if option not in whole:
                 raise UserError(
                     f"{option} in a recipe is refused: code that a run starts is said on the command line only, in a word of its own"
                     f" without ${{...}}: {option}=MODULE:FUNCTION"
+                )
+            # Nothing is imported yet; but days later, when the phase begins, it would be too late.
+            module = path.partition(":")[0].partition(".")[0]
+            if PathFinder.find_spec(module, [*sys.path, os.getcwd()]) is None:
+                raise UserError(
+                    f"{option}={path}: there is no module {module} in PYTHONPATH or in this folder, {os.getcwd()}: write"
+                    f" MODULE:FUNCTION, or add the module's folder to PYTHONPATH"
                 )
 
 

@@ -185,8 +185,12 @@ def test_losses_of_a_step_by_hand(
     [
         (["+phases.rl.rl.reward.nmber=1"], "rl.reward.nmber: no reward is called nmber: choose"),
         (["+phases.rl.rl.judged_by.sums=right"], "judged_by.sums=right: no reward is called"),
-        (["+phases.rl.rl.functions.right=my:own"], "functions.right: that name stands for"),
-        (["+phases.rl.rl.functions.own=my:own"], "functions.own has no weight"),
+        (["+phases.rl.rl.functions.right=math:own"], "functions.right: that name stands for"),
+        (["+phases.rl.rl.functions.own=math:own"], "functions.own has no weight"),
+        (
+            ["+phases.rl.rl.reward.own=1", "+phases.rl.rl.functions.own=my_rewards.digits:own"],
+            "functions.own=my_rewards.digits:own: there is no module my_rewards in PYTHONPATH or in this folder",
+        ),
     ],
 )
 def test_rewards_that_are_none_are_refused_at_once(
@@ -197,7 +201,7 @@ def test_rewards_that_are_none_are_refused_at_once(
 
 
 def test_a_function_may_judge_a_dataset(demo_data: Path, tmp_path: Path) -> None:
-    words = ["+phases.rl.rl.functions.own=my:own", "+phases.rl.rl.judged_by.sums=own"]
+    words = ["+phases.rl.rl.functions.own=math:own", "+phases.rl.rl.judged_by.sums=own"]
     words += ["+phases.rl.rl.reward.right=1"]
     configured(rl_words(demo_data, tmp_path, 1, *words), 1)
 
