@@ -1,8 +1,10 @@
 """Scores of answers: pure functions of the generated text and the right one."""
 
+import json
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -12,21 +14,33 @@ from visionloom.data.encode.tokenizer import THINK_END, THINK_START
 LEAST_IOU: Final = 0.5
 """Overlap with which a box counts as right, as in the grounding benchmarks of the report (section 5)."""
 
+FULL_WIDTH: Final = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
+"""Signs as wide as a Chinese character, and their ASCII; for str.translate. Units such as the sign for cm² stay."""
+NO_WORD: Final = r"(?![A-Za-z0-9_\u00c0-\u024f'\u2019])"
+"""After a letter that stands alone. Next to Chinese or Japanese characters, which put no spaces around it, it does too."""
+ALONE: Final = NO_WORD.replace("(?!", "(?<!")
 ANSWER_IS: Final = re.compile(
-    r"(?i:answer|choice|option)(?i:\s+is)?\s*:?\s*\**\(?([A-J](?![\w'])|[a-j](?=[\s.)*]*\Z))"
+    r"(?:(?i:answer|choice|option)(?i:\s+is)?"
+    r"|(?:答案|故选|应选|正解|答え|選択肢?)"
+    r"[\u3011\]]?\s*(?:应该)?[是为為は选]?(?:选项)?)"
+    rf"\s*:?\s*\**[(\u3010\u300c]?([A-J]{NO_WORD}|[a-j](?=[\s.)*\u3002\u3011\u300d]*\Z))"
 )
-"""As in "The answer is (B)" and "Answer: B"."""
+"""As in "The answer is (B)" and "Answer: B", and in Chinese and Japanese."""
 CHOICES: Final = (
-    re.compile(r"\A[\s(\[*]*([A-Ja-j])[\s)\].:*,]*\Z"),
-    re.compile(r"\\boxed\{[\s(]*(?:\\text\{)?[\s(]*([A-J])(?![\w'])"),
+    re.compile(r"\A[\s(\[*\u3010\u300c]*([A-Ja-j])[\s)\].:*,\u3011\u300d\u3002\u3001]*\Z"),
+    re.compile(rf"\\boxed\{{[\s(]*(?:\\text\{{)?[\s(]*([A-J]){NO_WORD}"),
     ANSWER_IS,
     re.compile(r"\(([A-J])\)"),
     re.compile(r"\A\s*\**([A-J])[).:]"),
-    re.compile(r"(?<![\w'])([B-HJ])(?![\w'])"),
-    re.compile(r"(?<![\w'])([AI])(?![\w']|\s+[a-z])"),
+    # "A cat" and "I think" are words, "A or B" are two letters
+    re.compile(rf"{ALONE}([A-J]){NO_WORD}(?:(?<=[B-HJ])|(?!\s+(?!(?:and|or)\b)[a-z]))"),
 )
 """Forms in which a letter is chosen, the surest first; the words "A" and "I" are none. Free text is read as VLMEvalKit's
 can_infer_option and lmms-eval's parse_multi_choice_response read it, but several letters are no choice."""
+QUOTES: Final = "\"'`\u2018\u2019\u201c\u201d\u300c\u300d\u300e\u300f\u00ab\u00bb"
+BRACKET: Final = re.compile(r"[\[{]")
+EXTENT: Final = json.JSONDecoder(parse_int=str, parse_float=str)
+"""Finds where JSON ends; load_json then judges what is in it."""
 Corners = tuple[float, float, float, float]
 """Left, top, right and bottom of a rectangle, in any unit."""
 
@@ -60,7 +74,9 @@ def exact(said: str, right: str) -> bool:
 
 def _normalised(text: str) -> str:
     words = unicodedata.normalize("NFKC", text).casefold().split()
-    return " ".join(words).strip("\"'`").removesuffix(".").strip("\"'` ")
+    # the full stop of Chinese and Japanese, which NFKC keeps
+    inside = " ".join(words).strip(QUOTES).removesuffix(".").removesuffix("\u3002")
+    return inside.strip(QUOTES + " ")
 
 
 def choice(said: str, right: str) -> bool:
@@ -76,6 +92,7 @@ def chosen_letter(text: str) -> str | None:
     The first form of CHOICES that there is decides, from what only an answer looks like to a letter that stands alone. The
     last one that it finds is taken where the text says "the answer is" more than once.
     """
+    text = text.translate(FULL_WIDTH)
     for form in CHOICES:
         letters = [match.group(1) for match in form.finditer(text)]
         if form is ANSWER_IS and letters:
@@ -99,16 +116,51 @@ def final_answer(text: str) -> str:
 
 
 def boxes_of(text: str) -> list[LabelledBox]:
-    """Read the boxes of an answer: one or a list in JSON, alone or with words or a fence around it; empty if there are none."""
-    start = min((text.find(mark) for mark in "[{" if mark in text), default=0)
-    end = max(text.rfind("]"), text.rfind("}")) + 1
-    try:
-        content: Any = load_json(text[start:end], "answer")
-        return checked(
-            content if isinstance(content, list) else [content], list[LabelledBox], "answer"
-        )
-    except JsonError:
-        return []
+    """Read the boxes of an answer: one or several in JSON, alone or with words or a fence around them; empty if there are none."""
+    return entries_of(text, list[LabelledBox])
+
+
+def entries_of[T](text: str, schema: type[list[T]]) -> list[T]:
+    """Read what a text says last in JSON as entries of a schema: one, a list, or one after the other; empty if there are none."""
+    for values in reversed(json_in(text)):
+        entries = []
+        for value in values:
+            entries += value if isinstance(value, list) else [value]
+        with suppress(JsonError):
+            return checked(entries, schema, "answer")
+    return []
+
+
+def json_in(text: str) -> list[list[Any]]:
+    """Return the JSON lists and objects in a text, those together that nothing but white space and commas parts.
+
+    What stands in brackets that are not closed is left out; None stands for what has numbers that JSON has not.
+    """
+    groups, last = list[list[Any]](), 0
+    for start, end in extents_of_json(text):
+        if not groups or text[last:start].strip(" \t\r\n,"):
+            groups.append([])
+        value = None
+        with suppress(JsonError):
+            value = load_json(text[start:end], "answer")
+        groups[-1].append(value)
+        last = end
+    return groups
+
+
+def extents_of_json(text: str) -> Iterator[tuple[int, int]]:
+    """Yield where lists and objects that are not inside others begin and end in a text."""
+    end = 0
+    while bracket := BRACKET.search(text, end):
+        start = bracket.start()
+        try:
+            _, end = EXTENT.raw_decode(text, start)
+            yield start, end
+        except RecursionError:
+            return
+        except json.JSONDecodeError as error:
+            # Behind what was read of it: parts of a broken list are no answer, and none is read twice.
+            end = max(error.pos, start + 1)
 
 
 def boxes_match(

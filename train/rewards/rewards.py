@@ -4,15 +4,29 @@ What says how right an answer is lies between 0 and 1, a penalty between -1 and 
 and none asks for a format.
 """
 
-import unicodedata
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, Final
 
-from visionloom.common.jsonfile import JsonError, checked, load_json
-from visionloom.data.encode.scores import boxes_of, final_answer, iou, is_right
-from visionloom.train.rewards.numbers import numbers_in
+from visionloom.data.encode.scores import (
+    boxes_of,
+    chosen_letter,
+    entries_of,
+    final_answer,
+    iou,
+    is_right,
+    json_in,
+)
+from visionloom.train.rewards.numbers import Percentage, numbers_in
+from visionloom.train.rewards.scripts import (
+    ENOUGH,
+    SPACELESS,
+    last_turn,
+    letters_by_script,
+    words_of,
+)
 
 RIGHT: Final = "right"
 DEFAULT: Final = "default"
@@ -22,7 +36,7 @@ TOLERANCE: Final = 1e-6
 NEAR: Final = 50.0
 """Thousandths of a picture's sides within which a point is right: 5 %, some fingertips."""
 REPEATED_WORDS: Final = 4
-"""Words that count as a repetition when they come again in the same order."""
+"""Words that count as a repetition when they come again in the same order; of words of one character twice as many."""
 FREE_SHARE: Final = 0.8
 """Of the most tokens of an answer, below which its length costs nothing (DAPO, arXiv 2503.14476, section 3.4: 16,384 of 20,480)."""
 
@@ -54,7 +68,17 @@ def number(judged: Judged) -> float:
     if not wanted or not said:
         return 0.0
     right, own = wanted[-1], said[-1]
-    return float(abs(own - right) <= abs(right) * TOLERANCE)
+    equal = _is_near(own, right)
+    # Asked for a percentage, some write its sign and some do not.
+    if isinstance(own, Percentage) and not isinstance(right, Percentage):
+        equal |= _is_near(own * 100, right)
+    elif isinstance(right, Percentage) and not isinstance(own, Percentage):
+        equal |= _is_near(own, right * 100)
+    return float(equal)
+
+
+def _is_near(own: Fraction, right: Fraction) -> bool:
+    return abs(own - right) <= abs(right) * TOLERANCE
 
 
 def default(judged: Judged) -> float:
@@ -104,26 +128,55 @@ class LabelledPoint:
 
 def points(judged: Judged) -> float:
     """Return the share of points that are in a box of the reference, or near one of its points, one to one; too many are misses."""
-    said = _points_of(judged.answer)
-    boxes, wanted = boxes_of(judged.reference), _points_of(judged.reference)
+    said = points_of(judged.answer)
+    boxes, wanted = boxes_of(final_answer(judged.reference)), points_of(judged.reference)
     regions = [box.bbox_2d for box in boxes] or [_around(*each.point_2d) for each in wanted]
-    hits, left = 0, list(said)
     # Each point counts once, or many points in one box would be worth as much as one in each.
-    for region in regions:
-        inside = [each for each in left if _is_in(each.point_2d, region)]
-        if inside:
-            left.remove(inside[0])
-            hits += 1
+    hits = most_pairs(
+        [[j for j, own in enumerate(said) if _is_in(own.point_2d, region)] for region in regions]
+    )
     return hits / max(len(regions), len(said)) if regions else 0.0
 
 
-def _points_of(text: str) -> list[LabelledPoint]:
-    content = _json_in(text)
-    entries = content if isinstance(content, list) else [content]
-    try:
-        return checked(entries, list[LabelledPoint], "answer")
-    except JsonError:
-        return []
+def points_of(text: str) -> list[LabelledPoint]:
+    """Read the points of an answer, as `boxes_of` reads boxes."""
+    return entries_of(final_answer(text), list[LabelledPoint])
+
+
+def most_pairs(choices: Sequence[Sequence[int]]) -> int:
+    """Return how many can have one of their choices each, all different ones (Kuhn's augmenting paths)."""
+    owners, owned = dict[int, int](), dict[int, int]()
+    for newcomer in range(len(choices)):
+        asked_by = dict[int, int]()
+        choice = _free_choice(newcomer, choices, owners, asked_by)
+        # Back along the path each gets the next choice and gives up its own; the newcomer has none.
+        while choice is not None:
+            owner = asked_by[choice]
+            owners[choice] = owner
+            given_up = owned.get(owner)
+            owned[owner] = choice
+            choice = given_up
+    return len(owners)
+
+
+def _free_choice(
+    newcomer: int,
+    choices: Sequence[Sequence[int]],
+    owners: dict[int, int],
+    asked_by: dict[int, int],
+) -> int | None:
+    """Return a free choice that is reached by owners giving up theirs, and in `asked_by` who asked for each on the way."""
+    waiting = [newcomer]
+    while waiting:
+        asking = waiting.pop()
+        for choice in choices[asking]:
+            if choice in asked_by:
+                continue
+            asked_by[choice] = asking
+            if choice not in owners:
+                return choice
+            waiting.append(owners[choice])
+    return None
 
 
 def _around(x: float, y: float) -> tuple[float, float, float, float]:
@@ -138,30 +191,30 @@ def _is_in(point: tuple[float, float], region: tuple[float, float, float, float]
 
 def fields(judged: Judged) -> float:
     """Return the share of the fields of a JSON object that are those of the reference; fields too many count as misses."""
-    wanted, said = _json_in(judged.reference), _json_in(judged.answer)
+    wanted = _last_json(judged.reference)
+    said = _last_json(judged.answer, type(wanted))
     if not isinstance(wanted, dict) or not isinstance(said, dict) or not wanted:
-        return float(wanted is not None and wanted == said)
+        return float(wanted is not None and _alike(wanted, said))
     equal = sum(name in said and _alike(said[name], value) for name, value in wanted.items())
     return equal / len(wanted.keys() | said.keys())
 
 
-def _json_in(text: str) -> Any:
-    """Return the JSON between the first opening and the last closing bracket of a text; None without."""
-    text = final_answer(text)
-    start = min((text.find(mark) for mark in "[{" if mark in text), default=-1)
-    end = max(text.rfind("]"), text.rfind("}")) + 1
-    if start < 0 or end <= start:
-        return None
-    try:
-        return load_json(text[start:end], "answer")
-    except JsonError:
-        return None
+def _last_json(text: str, kind: type = object) -> Any:
+    """Return the last JSON of a kind in a text, after the thoughts; None without."""
+    values = [value for group in json_in(final_answer(text)) for value in group]
+    fitting = [value for value in values if value is not None and isinstance(value, kind)]
+    return fitting[-1] if fitting else None
 
 
 def _alike(one: Any, other: Any) -> bool:
-    """Return whether two values are equal, texts but for case and runs of white space."""
+    """Return whether two values are equal, texts in them but for case and runs of white space."""
     if isinstance(one, str) and isinstance(other, str):
         return one.casefold().split() == other.casefold().split()
+    if isinstance(one, dict) and isinstance(other, dict):
+        same_names = one.keys() == other.keys()
+        return same_names and all(_alike(value, other[name]) for name, value in one.items())
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_alike, one, other))
     return bool(one == other) and isinstance(one, bool) == isinstance(other, bool)
 
 
@@ -176,33 +229,26 @@ def length(judged: Judged) -> float:
 
 def repetition(judged: Judged) -> float:
     """Return minus the share of the answer's runs of REPEATED_WORDS words that have come before; thoughts count too."""
-    words = judged.text.casefold().split()
+    words = words_of(judged.text)
+    is_spaceless = 2 * len(SPACELESS.findall(judged.text)) > len(words)
+    size = 2 * REPEATED_WORDS if is_spaceless else REPEATED_WORDS
     # Words and not tokens: the same words may be cut differently.
-    runs = Counter(
-        tuple(words[start : start + REPEATED_WORDS])
-        for start in range(len(words) - REPEATED_WORDS + 1)
-    )
+    runs = Counter(tuple(words[start : start + size]) for start in range(len(words) - size + 1))
     total = sum(runs.values())
     return -(total - len(runs)) / total if total else 0.0
 
 
 def language(judged: Judged) -> float:
-    """Return -1 if most letters of the answer are of another script than those of the question; 0 without letters."""
-    asked, said = script_of(judged.question), script_of(judged.text)
-    return -1.0 if asked and said and asked != said else 0.0
+    """Return -1 if most letters of the answer are of a script that the user's last turn does not use; 0 for few letters."""
+    asked = letters_by_script(last_turn(judged.question)).most_common()
+    said = letters_by_script(judged.text).most_common(1)
+    if not asked or not said or said[0][1] < ENOUGH:
+        return 0.0
+    # A question that quotes another language may be answered in it.
+    allowed = [asked[0][0], *(script for script, letters in asked if letters >= ENOUGH)]
+    return 0.0 if said[0][0] in allowed else -1.0
 
 
-def script_of(text: str) -> str:
-    """Return the script that most letters of a text are of, by the first word of their Unicode names; empty without letters."""
-    scripts: Counter[str] = Counter()
-    for letter in filter(str.isalpha, text):
-        name = unicodedata.name(letter, "").partition(" ")[0]
-        scripts[JOINED.get(name, name)] += 1
-    return max(scripts, key=lambda script: scripts[script], default="")
-
-
-JOINED: Final = {"HIRAGANA": "CJK", "KATAKANA": "CJK", "FULLWIDTH": "LATIN"}
-"""Scripts that are written together: Japanese has three."""
 REWARDS: Final[dict[str, Callable[[Judged], float]]] = {
     "default": default,
     "exact": exact,
@@ -216,8 +262,19 @@ REWARDS: Final[dict[str, Callable[[Judged], float]]] = {
     "language": language,
 }
 """Rewards by name."""
+REFERENCES: Final[dict[str, tuple[Callable[[str], object], str]]] = {
+    "choice": (chosen_letter, "its reference chooses no letter"),
+    "number": (numbers_in, "its reference has no number"),
+    "iou": (boxes_of, "its reference has no box"),
+    "points": (lambda text: boxes_of(text) or points_of(text), "its reference has no point or box"),
+    "fields": (lambda text: _last_json(text) is not None, "its reference has no JSON"),
+}
+"""What a reward must read in a reference, by its name, and what is said where it cannot."""
 
 
 def unusable_reference(name: str, reference: str) -> str:
-    """Return why a reward cannot judge by a reference; empty if it can."""
-    return ""
+    """Return why no answer can be right by a reward and a reference; empty if one can."""
+    if name not in REFERENCES:
+        return ""
+    read, fault = REFERENCES[name]
+    return "" if read(final_answer(reference)) else fault

@@ -46,7 +46,16 @@ def test_iou(
         (SEVEN.replace("7", "3"), False),
         (f"[{SEVEN}, {SEVEN}]", False),
         (f"{SEVEN}{SEVEN}", False),
+        (f"{SEVEN}\n{SEVEN}", False),
         (SEVEN[:-1], False),
+        (f"[{SEVEN}", False),
+        (f"Boxes as [x1, y1, x2, y2]:\n```json\n[{SEVEN}]\n```", True),
+        (f"{SEVEN} (see [1])", True),
+        (f"First {THREE}, no: {SEVEN}.", True),
+        (f"First {SEVEN}, no: {THREE}.", False),
+        (f"[{SEVEN}] in " + "[" * 10_000, True),
+        ("[1, " * 10_000, False),
+        ('{"label": [' * 10_000, False),
         ('{"bbox_2d": [0, 0, 500], "label": "7"}', False),
         ('{"bbox_2d": [0, 0, 500, "500"], "label": "7"}', False),
         ('{"bbox_2d": [0, 0, NaN, 500], "label": "7"}', False),
@@ -62,6 +71,7 @@ def test_a_box_is_right_from_half_an_overlap(answer: str, right: bool) -> None:
 def test_every_box_needs_one_of_its_own() -> None:
     reference = boxes_of(f"[{SEVEN}, {THREE}]")
     assert boxes_match(boxes_of(f"[{THREE}, {SEVEN}]"), reference)
+    assert boxes_match(boxes_of(f"They are\n{THREE}\n{SEVEN}"), reference)
     assert not boxes_match(boxes_of(SEVEN), reference)
     assert not boxes_match(boxes_of(f"[{SEVEN}, {SEVEN}]"), reference)
     # two of one label: each takes the one that overlaps it most
@@ -101,13 +111,30 @@ def test_other_answers_are_compared_word_for_word(answer: str, reference: str, r
         ("It is A", "A"),
         (r"A and B are smaller, so \boxed{C}.", "C"),
         (r"$\boxed{\text{(D)}}$", "D"),
+        # Chinese and Japanese have no spaces around it, and wide signs
+        ("答案是B", "B"),
+        ("答案是B。", "B"),
+        ("答案\uff1aB", "B"),
+        ("【答案】B", "B"),
+        ("选B", "B"),
+        ("B选项", "B"),
+        ("选项A不对\uff0c故选B。", "B"),
+        ("我选A", "A"),
+        ("答えはBです", "B"),
+        ("\uff08\uff22\uff09", "B"),
+        ("【C】", "C"),
+        ("A和B都对", None),
         # letters of other words, and no choice
+        ("Élan, Bébé, Häuser", None),
+        ("I\u2019m not sure", None),
         ("A cat sits on a mat", None),
         ("I do not know", None),
         ("Answer is a dog", None),
         ("Dogs", None),
         ("(A) or (B)", None),
         ("Both B and C", None),
+        ("Both A and B", None),
+        ("A, C", None),
         ("", None),
         ("I think A cat is on it, so the answer is (C).", "C"),
         ("The answer is A. No, the answer is B.", "B"),
@@ -124,6 +151,9 @@ def test_letter_of_a_choice(answer: str, letter: str | None) -> None:
         ('"A  Cat".', "a cat", "exact", True),
         ("a cat.", "A cat", "exact", True),
         ("the cat", "a cat", "exact", False),
+        ("三只猫。", "三只猫", "exact", True),
+        ("“三只猫。”", "三只猫", "exact", True),
+        ("「三只猫」。", "三只猫", "exact", True),
         ("3.5", "3.5", "exact", True),
         ("3.", "3.5", "exact", False),
         ("7", "7", "iou", False),
