@@ -221,31 +221,49 @@ def test_what_is_passed_over_is_not_asked_again(
     assert len(list((tmp_path / "rollouts" / "rl").glob("[0-9]*"))) == 7
 
 
+def taught_by(
+    pool: RankPool, demo_data: Path, folder: Path, *more: str, rl: str = ""
+) -> dict[str, Any]:
+    """The first step of a run without other rewards than a teacher, which is the model of a run of one step."""
+    teacher = folder / "teacher"
+    pool.run(1, train, configured(rl_words(demo_data, teacher, 1), 1))
+    checkpoint = next((teacher / "checkpoints" / "rl").iterdir())
+    own = ["phases.rl.distillation.cross_entropy_weight=0"]
+    own += [f"phases.rl.distillation.teacher.checkpoint={checkpoint}"]
+    own += [word.replace("TEACHER", str(checkpoint)) for word in more]
+    words = rl_words(demo_data, folder / "student", 2, *own, rl=rl)
+    words = [
+        word for word in words if not word.startswith(("+phases.rl.rl.reward", "+phases.rl.rl.f"))
+    ]
+    pool.run(1, train, configured(words, 1))
+    assert len(groups(folder / "student")) == 8, "none is left out"
+    return metrics(folder / "student")[0]
+
+
 @pytest.mark.parametrize("kind", ["divergence", "reward"])
 def test_a_teacher_of_the_students_own_answers(
     kind: str, pool: RankPool, demo_data: Path, tmp_path: Path
 ) -> None:
     """Of a teacher that is the student itself: nothing apart, and nothing to learn, before the first update."""
-    teacher = tmp_path / "teacher"
-    pool.run(1, train, configured(rl_words(demo_data, teacher, 1), 1))
-    checkpoint = next((teacher / "checkpoints" / "rl").iterdir())
-    own = ["phases.rl.distillation.cross_entropy_weight=0"]
-    own += [f"phases.rl.distillation.teacher.checkpoint={checkpoint}"]
-    own += [f"init.checkpoint={checkpoint}"]
     options = ",teacher_reward:1.0" if kind == "reward" else ""
-    words = rl_words(demo_data, tmp_path / kind, 2, *own, rl=options)
-    words = [
-        word for word in words if not word.startswith(("+phases.rl.rl.reward", "+phases.rl.rl.f"))
-    ]
-    pool.run(1, train, configured(words, 1))
-    first, _ = metrics(tmp_path / kind)
-    assert len(groups(tmp_path / kind)) == 8, "none is left out"
+    first = taught_by(pool, demo_data, tmp_path, "init.checkpoint=TEACHER", rl=options)
     if kind == "reward":
         assert first["rollout"]["teacher_divergence"] == pytest.approx(0.0, abs=1e-6)
         assert first["grad_norm"] == pytest.approx(0.0, abs=1e-5)
     else:
         assert first["distillation_loss"] == pytest.approx(0.0, abs=1e-6)
         assert "log_probability_apart" not in first["rollout"]
+
+
+def test_a_teacher_s_reward_is_minus_the_reverse_divergence(
+    pool: RankPool, demo_data: Path, tmp_path: Path
+) -> None:
+    """Of another model, before the first update: grpo's loss is minus the mean advantage of all tokens."""
+    options = ",teacher_reward:0.5,policy:{algorithm:grpo,mean:token}"
+    first = taught_by(pool, demo_data, tmp_path, rl=options)
+    divergence = first["rollout"]["teacher_divergence"]
+    assert divergence > 1e-3
+    assert first["loss"] == pytest.approx(0.5 * divergence, rel=1e-4) and first["grad_norm"] > 0
 
 
 @pytest.mark.long
