@@ -253,7 +253,11 @@ class Reader:
         ahead: AheadReader,
         step: int | None,
     ) -> Decode:
-        """Return what writes the patches of these samples into a batch, and reports one that is unreadable."""
+        """Return what writes the patches of these samples into a batch, and reports one that is unreadable.
+
+        Pictures of a sample that comes again, as the prompt of several answers does, are decoded once.
+        """
+        decoded: dict[tuple[Place, tuple[Unit, ...]], NDArray[np.uint8] | None] = {}
 
         def decode(
             number: int,
@@ -261,14 +265,22 @@ class Reader:
             out: NDArray[np.uint8],
         ) -> bool:
             dataset, index, _ = place = places[number]
+            known = place, tuple(units)
+            if known in decoded:
+                before = decoded[known]
+                if before is not None:
+                    out[:] = before
+                return before is not None
+
             self.note(self._named(place))
             read = ahead.media_of(number, self.datasets[dataset].shards, index)
+            decoded[known] = out
             try:
                 decode_into(out, samples[number], units, read, self.rules)
             except SampleError as error:
                 self._report_media(place, samples[number], error, step)
-                return False
-            return True
+                decoded[known] = None
+            return decoded[known] is not None
 
         return decode
 
@@ -279,10 +291,16 @@ class Reader:
         if not any(self.datasets[number].shards.remote for number, _, _ in places):
             return
         owned = _owned_media(samples, share)
-        for number, (dataset, index, _) in enumerate(places):
+        known = set[tuple[Place, tuple[int, ...]]]()
+        for number, place in enumerate(places):
+            dataset, index, _ = place
             shards = self.datasets[dataset].shards
             if not shards.remote or not samples[number].media:
                 continue
+            # Decoded once, so read once.
+            if (again := (place, tuple(owned[number]))) in known:
+                continue
+            known.add(again)
             refs = self._refs(samples[number], owned[number])
             for run in shards.runs(index, refs):
                 yield Wanted(number, shards, run)
