@@ -239,18 +239,22 @@ class RolloutWriter:
         most = self.stream.options.longest_sample - self.options.rollout.max_new_tokens
         for draw in draws:
             place, fault = self.stream.place(draw)
+            prompt = None
             if not fault:
                 try:
                     prompt = self.stream.prompt(place, most)
                     self._check_reference(prompt)
-                    encoded = prompt.encoded
-                    # Answers to a prompt that comes again in a rollout are drawn anew.
-                    yield replace(encoded, sample_id=f"{encoded.sample_id} draw {draw}")
-                    # Answers come last: until then pictures would fill the host's memory.
-                    prompts.append((draw, prompt.without_patches()))
-                    continue
                 except SampleError as error:
                     fault = f"{error.where} {error.problem}".strip()
+            fault = self._agreed(fault)
+            if prompt is not None and not fault:
+                encoded = prompt.encoded
+                # Answers to a prompt that comes again in a rollout are drawn anew.
+                yield replace(encoded, sample_id=f"{encoded.sample_id} draw {draw}")
+                # Answers come last: until then pictures would fill the host's memory.
+                prompts.append((draw, prompt.without_patches()))
+                continue
+
             name, key = self.stream.datasets[place[0]].name, self.stream.key(place)
             unusable.append(
                 Group(
@@ -269,6 +273,15 @@ class RolloutWriter:
                     left_out=f"{UNUSABLE}: {fault}",
                 )
             )
+
+    def _agreed(self, fault: str) -> str:
+        """Return the first fault of a prompt on any rank that answers it together with this one: storage may fail for one alone."""
+        hosts = self.topology.pack_hosts
+        if hosts is None:
+            return fault
+        faults = [fault] * dist.get_world_size(hosts)
+        dist.all_gather_object(faults, fault, group=hosts)
+        return next(filter(None, faults), "")
 
     def _check_reference(self, prompt: AskedPrompt) -> None:
         """Raise SampleError where a reward cannot judge by the reference: all answers would be wrong, time and again."""

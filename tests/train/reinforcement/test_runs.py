@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from visionloom.common.errors import EarlyEnd, UserError
+from visionloom.data.shards.sample import SampleError
 from visionloom.tests.ranks import RankPool
 from visionloom.tests.train.reinforcement.runs import OWN, drawn, events, groups, rl_words
 from visionloom.tests.train.runs import configured, metrics
@@ -94,6 +95,30 @@ def test_bad_rewards_are_named_and_counted(
     counted = {f"bad {fault.partition(':')[0]}": sum(len(group.answers) for group in written)}
     assert line["rollout"]["reward_faults"] == counted
     assert {answer.rewards["bad"] for group in written for answer in group.answers} == {0.0}
+
+
+def with_storage_that_fails_on_one_rank(config: RunConfig) -> str:
+    """Train where rank 1 cannot read the first prompt (runs in the pool)."""
+    from visionloom.data.stream.prompt_stream import PromptStream
+
+    right = PromptStream.prompt
+
+    def failing(self: PromptStream, place: Any, most_tokens: int) -> Any:
+        if torch.distributed.get_rank() == 1 and place == self.place(0)[0]:
+            raise SampleError("first", "img0.png", "cannot be read")
+        return right(self, place, most_tokens)
+
+    with replaced(PromptStream, "prompt", failing):
+        return outcome(config)
+
+
+def test_a_prompt_that_one_rank_cannot_read_is_left_out_by_all(
+    pool: RankPool, demo_data: Path, tmp_path: Path
+) -> None:
+    config = configured(rl_words(demo_data, tmp_path, 1, "parallel.tensor=2"), 2)
+    assert pool.run(2, with_storage_that_fails_on_one_rank, config) == ["done", "done"]
+    faults = [group.left_out for group in groups(tmp_path)]
+    assert faults[0] == "unusable: img0.png cannot be read" and not any(faults[1:])
 
 
 def stopped_while_writing(config: RunConfig, rounds: int) -> str:
