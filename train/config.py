@@ -346,7 +346,7 @@ class RunConfig:
 
     def _lora_problems(self) -> list[str]:
         """Return what adapters cannot do with this model and in these phases."""
-        if self.lora.rank == 0:
+        if not self.lora.rank:
             return []
         if lines := self.lora.layer_problems(self.model):
             return lines

@@ -165,7 +165,7 @@ class Speeds:
         values = torch.zeros(size // 2, dtype=torch.bfloat16, device=self.topology.device)
         taken = self.seconds(lambda: finish(dist.all_reduce(values, group=group, async_op=True)))
         # A ring sends each byte twice, but for a share of the ranks': nccl-tests' definition.
-        speed = size / taken * 2 * (ranks - 1) / ranks / 1e9
+        speed = 2e-9 * size / taken * (ranks - 1) / ranks
         option = option or self.links_of(ranks)
         name = f"all-reduce of {size >> 20} MiB over {ranks} ranks"
         return MeasuredSpeed(name, speed, "GB/s", getattr(self.machine, option, None), option)
