@@ -332,10 +332,10 @@ def _causes(error: BaseException | None) -> list[BaseException]:
     return causes
 
 
-def first_fault(fault: str) -> str:
-    """Return the first rank's fault, the same on all ranks; empty if none has one."""
-    faults = [""] * dist.get_world_size()
-    dist.all_gather_object(faults, fault)
+def first_fault(fault: str, group: Any = None) -> str:
+    """Return the first rank's fault, the same on all ranks of a group (None: of all); empty if none has one."""
+    faults = [""] * dist.get_world_size(group)
+    dist.all_gather_object(faults, fault, group=group)
     return next((each for each in faults if each), "")
 
 

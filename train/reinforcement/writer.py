@@ -15,6 +15,7 @@ from visionloom.data.plan.mixture import key_of
 from visionloom.data.shards.sample import SampleError
 from visionloom.data.stream.prompt_stream import AskedPrompt, PromptStream
 from visionloom.parallel.topology import Topology
+from visionloom.train.checkpoint.write import first_fault
 from visionloom.train.generation.generator import Answer
 from visionloom.train.generation.predictions import answer_text, question_text
 from visionloom.train.generation.sampling import Sampling
@@ -132,9 +133,7 @@ class RolloutWriter:
                 )
             except UserError as error:
                 fault = f"phases.{self.phase_name}.rl.{error}"
-        faults = [fault] * self.topology.world_size
-        dist.all_gather_object(faults, fault)
-        if fault := next(filter(None, faults), ""):
+        if fault := first_fault(fault):
             raise UserError(fault)
         return judge
 
@@ -277,11 +276,7 @@ class RolloutWriter:
     def _agreed(self, fault: str) -> str:
         """Return the first fault of a prompt on any rank that answers it together with this one: storage may fail for one alone."""
         hosts = self.topology.pack_hosts
-        if hosts is None:
-            return fault
-        faults = [fault] * dist.get_world_size(hosts)
-        dist.all_gather_object(faults, fault, group=hosts)
-        return next(filter(None, faults), "")
+        return fault if hosts is None else first_fault(fault, hosts)
 
     def _check_reference(self, prompt: AskedPrompt) -> None:
         """Raise SampleError where a reward cannot judge by the reference: all answers would be wrong, time and again."""
