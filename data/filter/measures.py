@@ -13,8 +13,14 @@ RUN: Final = 8
 """Words of a run that counts as repeated when it comes again: shorter ones repeat in any list or proof."""
 WORD: Final = re.compile(r"[^\W\u3040-\u30ff\u3400-\u9fff]+|[\u3040-\u30ff\u3400-\u9fff]|[^\w\s]")
 """A word, one character of Chinese or Japanese, which has no spaces, or a punctuation mark."""
-EAST_ASIAN: Final = ("CJK", "HIRAGANA", "KATAKANA")
-"""Scripts that one language mixes."""
+JOINED: Final = {
+    "HIRAGANA": "CJK",
+    "KATAKANA": "CJK",
+    "KATAKANA-HIRAGANA": "CJK",
+    "IDEOGRAPHIC": "CJK",
+    "FULLWIDTH": "LATIN",
+}
+"""Scripts that are written together: Japanese has three."""
 
 
 def repetition(text: str) -> float:
@@ -42,7 +48,7 @@ def script_of(letter: str) -> str:
         return ""
     # Unicode's own property of scripts is not in Python; the names say as much.
     first = unicodedata.name(letter, "").partition(" ")[0]
-    return EAST_ASIAN[0] if first in EAST_ASIAN else first
+    return JOINED.get(first, first)
 
 
 def language_mismatch(question: str, answer: str) -> float:

@@ -1,22 +1,15 @@
 """Scripts that texts are written in, and their words."""
 
 import re
-import unicodedata
 from collections import Counter
 from typing import Final
+
+from visionloom.data.filter.measures import scripts
 
 ENOUGH: Final = 8
 """Letters from which on a text is said to use a script: fewer are a name, a unit or the letter of a choice."""
 LETTERS_OF_A_SIGN: Final = 3
 """Letters of an alphabet that a Chinese, Japanese or Korean character stands for."""
-JOINED: Final = {
-    "HIRAGANA": "CJK",
-    "KATAKANA": "CJK",
-    "KATAKANA-HIRAGANA": "CJK",
-    "IDEOGRAPHIC": "CJK",
-    "FULLWIDTH": "LATIN",
-}
-"""Scripts that are written together: Japanese has three."""
 TOGETHER: Final = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u30ff\u3400-\u9fff"
 """Thai, Lao, Burmese, Khmer, Japanese and Chinese, which have no spaces between words."""
 SPACELESS: Final = re.compile(f"[{TOGETHER}]")
@@ -42,12 +35,10 @@ def last_turn(question: str) -> str:
 
 def letters_by_script(text: str) -> Counter[str]:
     """Count the letters of a text's prose by script, the first word of their Unicode names."""
-    scripts: Counter[str] = Counter()
-    for letter in filter(str.isalpha, NO_PROSE.sub(" ", text)):
-        name = unicodedata.name(letter, "").partition(" ")[0]
-        script = JOINED.get(name, name)
-        scripts[script] += LETTERS_OF_A_SIGN if script in ("CJK", "HANGUL") else 1
-    return scripts
+    letters = scripts(NO_PROSE.sub(" ", text))
+    for script in ("CJK", "HANGUL"):
+        letters[script] *= LETTERS_OF_A_SIGN
+    return +letters
 
 
 def words_of(text: str) -> list[str]:
