@@ -1,13 +1,16 @@
 """Rows of a mixture on their way to the experts and back, over the ranks that share the experts.
 
-A rank sorts its tokens' rows by expert; what goes to one rank is then one stretch. Received rows are sorted by expert again.
-Without expert ranks nothing is read by the host. With them it reads once a layer how many rows each rank sends, while the device
-permutes; the backward pass and recomputation use the same plan.
-Shapes: n tokens of this rank, k experts a token, m rows on the device of the experts, E experts, e of them on this rank, H
-hidden size.
+A token goes once to each rank that has some of its experts, however many they are, with its weights and the numbers of all its
+experts; that rank copies it for each of its own, and sends back the sum of their results. With 8 of 128 experts a token and
+eight ranks that is a third less than a row for each expert (DeepSeek-V3, arXiv 2412.19437, section 3.2.2, cuts traffic in
+this way between nodes).
+Without expert ranks nothing is read by the host. With them it reads once a layer how many rows each rank sends; the backward
+pass and recomputation use the same plan.
+Shapes: n tokens of this rank, k experts a token, s rows that it sends, M that arrive here, m that its experts work on, E
+experts, e of them on this rank, H hidden size.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -22,8 +25,8 @@ from torch import Tensor
 from visionloom.model.kernels.permute import (
     combine_rows,
     count_rows,
+    keep_first,
     permute_rows,
-    sort_chunks,
     sort_rows,
 )
 
@@ -51,21 +54,77 @@ class ExpertGroups:
 
 
 @dataclass(frozen=True)
+class Order:
+    """Rows in an order of their own: each token has as many as it has keys there, at most k."""
+
+    slots: Tensor
+    """int32 [rows]: the slot of a token, of n * k, that is at each place."""
+    places: Tensor
+    """int32 [n, k]: the place of each slot; from `rows` on, it has no row."""
+    counts: Tensor
+    """int32: rows of each key."""
+    ends: Tensor
+    """int32: where they end."""
+
+    @classmethod
+    def by_key(cls, keys: Tensor, count: int) -> "Order":
+        """Sort slots by their keys int32 [n, k], of which there are `count`."""
+        return cls(*sort_rows(keys, count_rows(keys, count)))
+
+    def first(self, rows: int) -> "Order":
+        """Return the order of the first rows alone: the last key is that of slots without a row."""
+        return Order(self.slots[:rows], self.places, self.counts[:-1], self.ends[:-1])
+
+    def copies(self, tokens: Tensor) -> Tensor:
+        """Return a row for each place: [n, H] to [rows, H]."""
+        return permute_rows(tokens, self.slots, self.places)
+
+    def picks(self, values: Tensor) -> Tensor:
+        """Return the value of each place: [n, k] to [rows]."""
+        picked = permute_rows(values.view(-1, 1), self.slots, self.places.view(-1, 1))
+        return picked.squeeze(1)
+
+    def sums(self, rows: Tensor, read: bool = True) -> Tensor:
+        """Return the sum of each token's rows: [rows, H] to [n, H]; without `read` only gradients pass."""
+        return combine_rows(rows, self.slots, self.places, read)
+
+
+@dataclass(frozen=True)
 class Exchange:
-    """How rows get from the ranks of their tokens to those of their experts."""
+    """How many rows go from the ranks of their tokens to those of their experts."""
 
     sent: list[int]
-    """Rows to each expert rank."""
+    """To each expert rank."""
     received: list[int]
-    """Rows from each expert rank."""
+    """From each expert rank."""
     gathered: list[int]
-    """Rows of each tensor rank after that; all of them have all."""
-    order: Tensor
-    """int32 [m]: the row that is at each place when rows are sorted by expert."""
-    places: Tensor
-    """int32 [m, 1]: the sorted place of each row."""
-    ends: Tensor
-    """int32 [e]: where the rows of each expert end."""
+    """Of each tensor rank after that; all of them have all."""
+    rows: int
+    """Of the experts of this rank, m."""
+
+
+@dataclass
+class Flight:
+    """Messages of a backward pass that nobody has waited for yet."""
+
+    works: list[Any] = field(default_factory=list)
+
+    def land(self) -> None:
+        """Let the device wait for them."""
+        while self.works:
+            self.works.pop().wait()
+
+
+@dataclass(frozen=True)
+class Leaving:
+    """What is sent to the experts of a layer's tokens."""
+
+    rows: Tensor
+    """[s, H]; [n, H] where all experts are here."""
+    weights: Tensor
+    """Of all experts of each, fp32 [s, k] or [n, k]."""
+    flight: Flight | None = None
+    """Of their gradients, on the way back."""
 
 
 class Dispatch:
@@ -80,97 +139,133 @@ class Dispatch:
         """
         self.experts = experts
         self.groups = groups
-        counts = count_rows(experts, groups.experts)
-        self.order, self.places, totals, self.ends = sort_rows(experts, counts)
+        self._arrived: Order | None = None
+        """Of the rows that have come, by this rank's experts."""
         self.alone = groups.both.size() == 1
         if self.alone:
+            self._arrived = Order.by_key(experts, groups.experts)
             return
 
-        ranks, tensor, _ = groups.shape
-        gathered = totals.new_empty(ranks * tensor * groups.experts)
-        dist.all_gather_into_tensor(gathered, totals, group=groups.both)
-        counts = gathered.view(ranks, tensor, groups.experts)
-        self._counts = counts
+        ranks, tensor, each = groups.shape
+        homes = experts // each
+        # The first of a token's experts on a rank brings it there.
+        self._order = Order.by_key(keep_first(homes, ranks), ranks + 1)
+        assigned = count_rows(homes, ranks).sum(0, dtype=torch.int32)
+        counts = torch.cat((self._order.counts[:ranks], assigned))
+        gathered = counts.new_empty(groups.both.size() * len(counts))
+        dist.all_gather_into_tensor(gathered, counts, group=groups.both)
         # torch gives a copy that does not block a page-locked place on the host.
-        self._on_host = counts.to(HOST, non_blocking=True)
+        self._on_host = gathered.view(ranks, tensor, 2, ranks).to(HOST, non_blocking=True)
         self._copied = torch.cuda.Event()
         self._copied.record()
 
     @cached_property
     def exchange(self) -> Exchange:
-        """Return the sizes of the exchange and the order after it; the first call waits for the host's copy."""
+        """Return the sizes of the exchange; the first call waits for the host's copy."""
         self._copied.synchronize()
-        ranks, _, experts = self.groups.shape
         own, tensor_rank = self.groups.ranks.rank(), self.groups.tensor.rank()
-        by_rank = self._on_host.unflatten(2, (ranks, experts)).sum(3)
         # All ranks see all counts, so that none has to ask another.
-        received = by_rank[:, :, own]
-        gathered = received.sum(0).tolist()
-        here = self._counts[:, :, own * experts : (own + 1) * experts].transpose(0, 1)
-        order, places, ends = sort_chunks(here, sum(gathered))
-        # A plan lives as long as its backward pass is to come.
-        del self._counts, self._on_host
-        return Exchange(
-            by_rank[own, tensor_rank].tolist(),
+        rows, assigned = self._on_host.unbind(2)
+        received = rows[:, :, own]
+        exchange = Exchange(
+            rows[own, tensor_rank].tolist(),
             received[:, tensor_rank].tolist(),
-            gathered,
-            order,
-            places,
-            ends,
+            received.sum(0).tolist(),
+            int(assigned[:, :, own].sum()),
         )
+        self._leaving = self._order.first(sum(exchange.sent))
+        # A plan lives as long as its backward pass is to come.
+        del self._on_host, self._order
+        return exchange
 
-    def to_experts(self, tokens: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Bring rows to their experts.
+    def leave(self, tokens: Tensor, weights: Tensor) -> Leaving:
+        """Copy tokens for the ranks of their experts.
+
+        What follows in the forward pass before `arrive` comes, in the backward pass, while gradients travel back.
 
         Args:
             tokens: [n, H].
             weights: of the tokens' experts, fp32 [n, k].
+        """
+        if self.alone:
+            return Leaving(tokens, weights)
+        self.exchange  # noqa: B018 - how many rows there are
+        rows, weights = (self._leaving.copies(each) for each in (tokens, weights))
+        if self.groups.ranks.size() == 1:
+            return Leaving(rows, weights)
+        flight = Flight()
+        rows, weights = (_Landing.apply(each, flight) for each in (rows, weights))
+        return Leaving(rows, weights, flight)
+
+    def arrive(self, leaving: Leaving) -> tuple[Tensor, Tensor, Tensor]:
+        """Bring rows to their experts.
 
         Returns:
             rows [m, H] sorted by expert, their weights [m], and where each expert's rows end, int32 [e].
         """
-        rows = permute_rows(tokens, self.order, self.places)
-        scalars = permute_rows(weights.view(-1, 1), self.order, self.places.view(-1, 1))
-        if self.alone:
-            return rows, scalars.squeeze(1), self.ends
-        exchange = self.exchange
-        arrived = [self._to_experts(x, exchange) for x in (rows, scalars)]
-        return arrived[0], arrived[1].squeeze(1), exchange.ends
+        order = self._order_here()
+        rows, weights = leaving.rows, leaving.weights
+        if not self.alone:
+            rows, weights = (self._brought(each, leaving.flight) for each in (rows, weights))
+        return order.copies(rows), order.picks(weights), order.ends
 
-    def _to_experts(self, rows: Tensor, exchange: Exchange) -> Tensor:
-        """Send rows [n * k, ...] and return those that have come, sorted by expert [m, ...]."""
-        rows = exchanged(rows, self.groups.ranks, exchange.sent, exchange.received)
-        rows = gather_from_sequence_parallel_region(
-            rows, group=self.groups.tensor, output_split_sizes=exchange.gathered
+    def _order_here(self) -> Order:
+        """Return the order of arrived rows by this rank's experts; the first call asks for the experts' numbers."""
+        if self._arrived is None:
+            _, _, each = self.groups.shape
+            experts = self._brought(self._leaving.copies(self.experts))
+            # Experts of other ranks have the last key.
+            keys = (experts - self.groups.ranks.rank() * each).clamp_(-1, each).remainder_(each + 1)
+            self._arrived = Order.by_key(keys, each + 1).first(self.exchange.rows)
+        return self._arrived
+
+    def _brought(self, rows: Tensor, flight: Flight | None = None) -> Tensor:
+        """Send rows [s, ...] and return those that have come [M, ...]."""
+        sent, received = self.exchange.sent, self.exchange.received
+        rows = exchanged(rows, self.groups.ranks, sent, received, flight=flight)
+        gathered: Tensor = gather_from_sequence_parallel_region(
+            rows, group=self.groups.tensor, output_split_sizes=self.exchange.gathered
         )
-        return permute_rows(rows, exchange.order, exchange.places)
+        return gathered
 
     def from_experts(self, rows: Tensor, read: bool = True) -> Tensor:
         """Bring the experts' results [m, H], sorted by expert, back and add those of each token: [n, H].
 
         Without `read` they have no content, and neither has the sum: only gradients pass.
         """
-        if not self.alone:
-            rows = self._from_experts(rows, self.exchange, read)
-        return combine_rows(rows, self.order, self.places, read)
-
-    def _from_experts(self, rows: Tensor, exchange: Exchange, read: bool) -> Tensor:
-        """Send results [m, H] back to the ranks of their tokens: [n * k, H], sorted by expert of all."""
-        rows = combine_rows(rows, exchange.order, exchange.places, read)
+        rows = self._order_here().sums(rows, read)
+        if self.alone:
+            return rows
         if self.groups.tensor.size() > 1:
             # Parts of a sum over the tensor ranks, added in fp32.
             summed = reduce_scatter_to_sequence_parallel_region(
-                rows.float(), group=self.groups.tensor, input_split_sizes=exchange.gathered
+                rows.float(), group=self.groups.tensor, input_split_sizes=self.exchange.gathered
             )
             rows = summed.to(rows.dtype)
-        return exchanged(rows, self.groups.ranks, exchange.received, exchange.sent, read)
+        sent, received = self.exchange.sent, self.exchange.received
+        rows = exchanged(rows, self.groups.ranks, received, sent, read)
+        return self._leaving.sums(rows, read)
+
+
+class _Landing(torch.autograd.Function):
+    """Nothing on the way to the experts; on the way back the wait for what `_Exchanged` has sent."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, flight: Flight) -> Tensor:
+        ctx.flight = flight
+        return rows.view_as(rows)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.flight.land()
+        return gradients[0], None
 
 
 class _Exchanged(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, group: Any, *sizes: Any) -> Tensor:
-        sent, received, read = sizes
-        ctx.group, ctx.sent, ctx.received = group, sent, received
+    def forward(ctx: Any, rows: Tensor, group: Any, *options: Any) -> Tensor:
+        sent, received, read, flight = options
+        ctx.group, ctx.sent, ctx.received, ctx.flight = group, sent, received, flight
         arrived = rows.new_empty((sum(received), *rows.shape[1:]))
         # Nobody reads the second forward pass of what is recomputed: its message can be saved.
         if read:
@@ -179,22 +274,35 @@ class _Exchanged(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = gradients
+        gradient = gradients[0].contiguous()
         returned = gradient.new_empty((sum(ctx.sent), *gradient.shape[1:]))
-        dist.all_to_all_single(
-            returned, gradient.contiguous(), ctx.sent, ctx.received, group=ctx.group
+        begun = dist.all_to_all_single(
+            returned,
+            gradient,
+            ctx.sent,
+            ctx.received,
+            group=ctx.group,
+            async_op=ctx.flight is not None,
         )
-        return returned, None, None, None, None
+        if ctx.flight is not None:
+            ctx.flight.works.append(begun)
+        return returned, *[None] * 5
 
 
 def exchanged(
-    rows: Tensor, group: Any, sent: list[int], received: list[int], read: bool = True
+    rows: Tensor,
+    group: Any,
+    sent: list[int],
+    received: list[int],
+    read: bool = True,
+    flight: Flight | None = None,
 ) -> Tensor:
     """Send stretches of rows [sum of sent, ...] to the ranks of a group, and return theirs [sum of received, ...].
 
-    Without `read` nothing is sent, and the result has no content: only gradients pass.
+    Without `read` nothing is sent, and the result has no content: only gradients pass. Their way back is waited for at once, or
+    where `flight` lands.
     """
     if group.size() == 1:
         return rows
-    arrived: Tensor = _Exchanged.apply(rows.contiguous(), group, sent, received, read)
+    arrived: Tensor = _Exchanged.apply(rows.contiguous(), group, sent, received, read, flight)
     return arrived

@@ -6,7 +6,9 @@ Shapes: n tokens of this rank, E experts (e of them on this rank), k experts a t
 """
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -120,9 +122,12 @@ class MixtureLayer(MoELayer):  # type: ignore[misc]
             dispatch = Dispatch(experts, self.groups)
             if is_checkpointing():
                 self._kept.append(dispatch)
-        rows, weights, ends = dispatch.to_experts(hidden.flatten(0, 1), weights)
+        leaving = dispatch.leave(hidden.flatten(0, 1), weights)
+        # Taken between leaving and arriving, their gradients are made while those of rows travel back.
+        matrices = self.experts.matrices() if leaving.flight else (None, None)
+        rows, weights, ends = dispatch.arrive(leaving)
         # Nothing in a layer after its experts needs their result to pass gradients back.
-        results = self.experts(rows, weights, ends, read=not again)
+        results = self.experts(rows, weights, ends, matrices, read=not again)
         return dispatch.from_experts(results, read=not again).view_as(hidden)
 
 
@@ -183,16 +188,22 @@ class Stack(nn.Module):
             and config.expert_tensor_parallel_size == config.tensor_model_parallel_size
         )
 
-    def forward(self, tokens: Tensor, ends: Tensor, read: bool = True) -> Tensor:
-        """Map tokens [m, in] sorted by expert, which end at `ends` int32 [e], to [m, out].
+    def matrix(self) -> "Matrix":
+        """Return the matrices, of which the gradient is made when autograd comes to this place."""
+        return Matrix.taken(self.weight.flatten(1, -2))
 
-        Without `read` the result has no content: only gradients pass.
+    def forward(
+        self, tokens: Tensor, ends: Tensor, matrix: "Matrix | None" = None, read: bool = True
+    ) -> Tensor:
+        """Map tokens [m, in] sorted by expert to [m, out].
+
+        Args:
+            tokens: of all experts.
+            ends: int32 [e], where those of each end.
+            matrix: of `matrix`; None: the gradient is made at once.
+            read: the result has content; else only gradients pass.
         """
-        weights = self.weight.flatten(1, -2)
-        if read:
-            return grouped_linear(tokens, weights, ends)
-        unread: Tensor = _UnreadLinear.apply(tokens, weights, ends)
-        return unread
+        return grouped_linear(tokens, matrix or Matrix(self.weight.flatten(1, -2)), ends, read)
 
 
 class GroupedExperts(MegatronModule):  # type: ignore[misc]
@@ -216,18 +227,31 @@ class GroupedExperts(MegatronModule):  # type: ignore[misc]
         self.linear_fc1 = Stack((experts, 2, width, config.hidden_size), config)
         self.linear_fc2 = Stack((experts, config.hidden_size, width), config)
 
-    def forward(self, rows: Tensor, weights: Tensor, ends: Tensor, read: bool = True) -> Tensor:
+    def matrices(self) -> tuple["Matrix", "Matrix"]:
+        """Return both stacks, of which the gradients are made when autograd comes to this place."""
+        return self.linear_fc1.matrix(), self.linear_fc2.matrix()
+
+    def forward(
+        self,
+        rows: Tensor,
+        weights: Tensor,
+        ends: Tensor,
+        matrices: tuple["Matrix | None", "Matrix | None"] = (None, None),
+        read: bool = True,
+    ) -> Tensor:
         """Map rows [m, H] sorted by expert to [m, H].
 
         Args:
             rows: of the tokens of each expert.
             weights: the router's, fp32 [m].
             ends: where each expert's rows end, int32 [e].
+            matrices: of `matrices`; None: their gradients are made at once.
             read: the result has content; else only gradients pass.
         """
+        first, second = matrices
         # The weights go in before the second product: the sum over a token's experts is then plain.
-        inner = swiglu(self.linear_fc1(rows, ends), weights)
-        output: Tensor = self.linear_fc2(inner, ends, read)
+        inner = swiglu(self.linear_fc1(rows, ends, first), weights)
+        output: Tensor = self.linear_fc2(inner, ends, second, read)
         return output
 
     def sharded_state_dict(
@@ -261,24 +285,66 @@ class GroupedExperts(MegatronModule):  # type: ignore[misc]
         )
 
 
-def grouped_linear(tokens: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-    """Multiply each group of rows with its own matrix: [m, A] by [e, B, A] -> [m, B].
+class LateGradient:
+    """The gradient of a matrix, which is made when autograd comes to where the matrix was taken."""
+
+    make: Callable[[], Tensor] | None = None
+    """Set by the backward pass of the product."""
+
+
+class _Taken(torch.autograd.Function):
+    """The matrix itself. Autograd visits what was done later first: what was done after this is under way when the gradient is made."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, gradient: LateGradient) -> Tensor:
+        ctx.gradient = gradient
+        return weights.view_as(weights)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        make, ctx.gradient.make = ctx.gradient.make, None
+        return make(), None
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """The matrices of a stack in one pass of a layer."""
+
+    weights: Tensor
+    """[e, out, in]."""
+    gradient: LateGradient | None = None
+    """None: it is made at once."""
+
+    @classmethod
+    def taken(cls, weights: Tensor) -> "Matrix":
+        """Return matrices of which the gradient is made when autograd comes to this place."""
+        if not (weights.requires_grad and torch.is_grad_enabled()):
+            return cls(weights)
+        gradient = LateGradient()
+        return cls(_Taken.apply(weights, gradient), gradient)
+
+
+def grouped_linear(tokens: Tensor, matrix: Matrix, ends: Tensor, read: bool = True) -> Tensor:
+    """Multiply each group of rows with its own matrix: [m, in] by [e, out, in] -> [m, out].
 
     Args:
         tokens: rows sorted by group.
-        weights: a matrix a group.
+        matrix: a matrix a group.
         ends: int32 [e], where each group ends.
+        read: the result has content; else only gradients pass.
     """
-    return F.grouped_mm(tokens, weights.transpose(1, 2), offs=ends)
+    product: Tensor = _GroupedLinear.apply(tokens, matrix.weights, ends, matrix.gradient, read)
+    return product
 
 
-class _UnreadLinear(torch.autograd.Function):
-    """`grouped_linear` whose result nobody reads: it is not computed, its gradients are."""
-
+class _GroupedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    def forward(ctx: Any, tokens: Tensor, weights: Tensor, ends: Tensor, *options: Any) -> Tensor:
+        ctx.late, read = options
         ctx.save_for_backward(tokens, weights, ends)
-        return tokens.new_empty((len(tokens), weights.shape[1]))
+        if not read:
+            return tokens.new_empty((len(tokens), weights.shape[1]))
+        return F.grouped_mm(tokens, weights.transpose(1, 2), offs=ends)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -287,5 +353,11 @@ class _UnreadLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             by_tokens = F.grouped_mm(gradient, weights, offs=ends)
         if ctx.needs_input_grad[1]:
-            by_weights = F.grouped_mm(gradient.t(), tokens, offs=ends)
-        return by_tokens, by_weights, None
+            make = partial(F.grouped_mm, gradient.t(), tokens, offs=ends)
+            if ctx.late is None:
+                by_weights = make()
+            else:
+                ctx.late.make = make
+                # Autograd wants a tensor of this shape to go on, which takes no memory.
+                by_weights = gradient.new_empty(()).expand_as(weights)
+        return by_tokens, by_weights, None, None, None

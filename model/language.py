@@ -130,17 +130,17 @@ def _expert_settings(text: TextConfig) -> dict[str, Any]:
 
 def _recompute_settings(parallel: ParallelConfig, experts: int) -> dict[str, Any]:
     """Return parallel.recompute in Megatron-core's words; norms and activations are kept.py's business."""
+    if parallel.recompute_layers:
+        return {
+            "recompute_granularity": "full",
+            "recompute_method": "block",
+            "recompute_num_layers": parallel.recompute_layers,
+        }
     if parallel.recompute in ("all_but_attention", "full"):
         return {
             "recompute_granularity": "full",
             "recompute_method": "uniform",
             "recompute_num_layers": 1,
-        }
-    if parallel.recompute == "block":
-        return {
-            "recompute_granularity": "full",
-            "recompute_method": "block",
-            "recompute_num_layers": parallel.recompute_layers,
         }
     if parallel.recompute == "mlp":
         return {

@@ -31,7 +31,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
-from visionloom.model.experts import Stack, grouped_linear
+from visionloom.model.experts import Matrix, Stack, grouped_linear
 from visionloom.model.kernels.linear import Linear
 from visionloom.model.lora_config import LinearLayer, LoraConfig, adapted_layers
 from visionloom.model.sharding import (
@@ -242,13 +242,15 @@ class AdaptedStack(Stack):
     adapter: Adapter
     expert_tensor_group: Any
 
-    def forward(self, tokens: Tensor, ends: Tensor, read: bool = True) -> Tensor:
+    def forward(
+        self, tokens: Tensor, ends: Tensor, matrix: Matrix | None = None, read: bool = True
+    ) -> Tensor:
         """Map tokens as `Stack.forward` does."""
         (a,), (b,) = self.adapter.lora_A(), self.adapter.lora_B()
         a, b = self._summed(a), self._summed(b)
-        inner = grouped_linear(tokens, a, ends)
-        added = grouped_linear(inner * self.adapter.scaling, b.flatten(1, -2), ends)
-        return super().forward(tokens, ends, read) + added
+        inner = grouped_linear(tokens, Matrix(a), ends)
+        added = grouped_linear(inner * self.adapter.scaling, Matrix(b.flatten(1, -2)), ends)
+        return super().forward(tokens, ends, matrix, read) + added
 
     def _summed(self, factor: Any) -> Tensor:
         """Return a factor whose gradient is summed over the expert-tensor ranks if it is not cut.

@@ -74,7 +74,8 @@ class ParallelConfig:
     make them again too); `mlp`, the MLPs or experts too; `block`, the first recompute_layers decoder layers whole;
     `all_but_attention`, all but what attention itself returns; `full`, all."""
     recompute_layers: int = option(0, "free", least=0, most=1024)
-    """Decoder layers of each chunk of the model that recompute=block makes again whole."""
+    """Decoder layers of each chunk of the model that recompute=block makes again whole, and all_but_attention but for attention's
+    results; 0, with the latter alone: all layers."""
     overlap: bool = option(True, "free")
     """Reduce gradients during the backward pass and gather updated weights during the forward pass, where data ranks share them."""
     offload_activations: bool = option(False, "free")
@@ -140,10 +141,12 @@ class ParallelConfig:
             yield from self._engine_problems(here)
         if self.sequence and self.tensor == 1:
             yield f"{here}.sequence=true needs {here}.tensor of 2 or more (now 1)"
-        if (self.recompute == "block") != bool(self.recompute_layers):
+        if self.recompute == "block" and not self.recompute_layers:
+            yield f"{here}.recompute=block needs {here}.recompute_layers, the number of layers"
+        if self.recompute_layers and self.recompute not in ("block", "all_but_attention"):
             yield (
-                f"{here}.recompute=block and {here}.recompute_layers, the number of layers, need each other"
-                f" (now {self.recompute} and {self.recompute_layers})"
+                f"{here}.recompute_layers={self.recompute_layers} needs {here}.recompute=block or all_but_attention"
+                f" (now {self.recompute})"
             )
         if self.virtual_pipeline is not None and self.pipeline == 1:
             yield (

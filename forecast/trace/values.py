@@ -6,6 +6,7 @@ lengths that depend on the routing have the right values without a branch in the
 each is computed once.
 """
 
+import math
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -63,9 +64,22 @@ class Routing:
         first = self.busiest * busy
         own = torch.full((busy,), most)
         counts = torch.cat([counts[:first], own, counts[first:]])
-        # Column by column: an expert's tokens are neighbours, so that none has it twice.
-        chosen = torch.repeat_interleave(torch.arange(experts), counts)
-        return chosen.view(each, tokens).t().contiguous()
+        return _mixed(counts, tokens, each)
+
+
+def _mixed(counts: Tensor, tokens: int, each: int) -> Tensor:
+    """Return experts of tokens, int64 [tokens, each], of which each has its count: which of them a token has together is drawn.
+
+    Tokens are cut into as many equal blocks as the counts allow; in a block experts stand in an order of its own.
+    """
+    blocks = math.gcd(tokens, *counts.tolist())
+    draws = torch.rand(blocks, len(counts), generator=torch.Generator().manual_seed(0))
+    orders = draws.argsort(1)
+    lengths = counts[orders] // blocks
+    chosen = torch.repeat_interleave(orders.flatten(), lengths.flatten())
+    # Column by column: in a block an expert's tokens are neighbours, so that none has it twice.
+    by_block = chosen.view(blocks, each, tokens // blocks).transpose(1, 2)
+    return by_block.reshape(tokens, each)
 
 
 class StatedValues:

@@ -1,15 +1,18 @@
 """Operations that sort a mixture's rows by expert, and bring them back: no sum depends on what runs first.
 
-A token has k rows, one for each of its experts; row i is the one of token i // k. Rows are sorted by expert, those of an expert
-in order of their numbers. Shapes: n tokens, m = n * k rows, E experts, H hidden size.
+A token has k slots, one for each of its experts; slot i is one of token i // k. Slots are sorted by a key, an expert or a rank,
+those of a key in order of their numbers. The last key may be that of slots without a row: the rows of all others are then the
+first m places. Shapes: n tokens, m rows, E keys, H hidden size.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from visionloom.model.kernels.library import define, in_triton
+from visionloom.model.kernels.remaking import remember
 
 LEAST_BLOCK, MOST_BLOCKS = 256, 512
 """Rows that one program of the sort takes, and programs: each of them reads the counts of all."""
@@ -47,7 +50,7 @@ count_rows = define(
     cuda=in_triton("permute_triton", "count_rows"),
     meta=_count_shapes,
 )
-"""Return the rows of each expert in each block of rows, int32 [blocks, E], from the experts of the rows, int32 [n, k]."""
+"""Return the slots of each key in each block of slots, int32 [blocks, E], from the keys of the slots, int32 [n, k]."""
 
 
 def _sort(experts: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -71,42 +74,30 @@ sort_rows = define(
     cuda=in_triton("permute_triton", "sort_rows"),
     meta=_sort_shapes,
 )
-"""Sort rows by expert, all int32.
+"""Sort slots by their keys, all int32.
 
-Args: experts of the rows [n, k]; `counts` of `count_rows`.
-Returns: the row that is at each sorted place [m]; the sorted place of each row [n, k]; rows of each expert [E], and the place
+Args: keys of the slots [n, k]; `counts` of `count_rows`.
+Returns: the slot that is at each sorted place [n * k]; the sorted place of each slot [n, k]; slots of each key [E], and the place
 where they end [E].
 """
 
 
-def _sort_chunks(counts: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    experts = torch.arange(counts.shape[-1], dtype=torch.int32, device=counts.device)
-    by_rank = counts.flatten().long()
-    of_rows = experts.repeat(by_rank.numel() // len(experts)).repeat_interleave(by_rank)
-    assert len(of_rows) == rows, "the counts are those of the rows"
-    order = of_rows.argsort(stable=True)
-    places = torch.empty_like(order)
-    places[order] = torch.arange(rows, device=order.device)
-    ends = counts.sum((0, 1)).cumsum(0, dtype=torch.int32)
-    return order.int(), places.int().view(rows, 1), ends
+def _keep_first(keys: Tensor, other: int) -> Tensor:
+    equal = keys.unsqueeze(2) == keys.unsqueeze(1)
+    return keys.masked_fill(equal.tril(-1).any(2), other)
 
 
-def _sort_chunks_shapes(counts: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    ends = counts.new_empty(counts.shape[-1])
-    return counts.new_empty(rows), counts.new_empty((rows, 1)), ends
+def _keep_first_shapes(keys: Tensor, other: int) -> Tensor:
+    return torch.empty_like(keys)
 
 
-sort_chunks = define(
-    "sort_chunks(Tensor counts, int rows) -> (Tensor, Tensor, Tensor)",
-    cpu=_sort_chunks,
-    cuda=in_triton("permute_triton", "sort_chunks"),
-    meta=_sort_chunks_shapes,
+keep_first = define(
+    "keep_first(Tensor keys, int other) -> Tensor",
+    cpu=_keep_first,
+    cuda=in_triton("permute_triton", "keep_first"),
+    meta=_keep_first_shapes,
 )
-"""Sort rows that have come from several ranks by expert, where those of each rank are sorted already; all int32.
-
-Args: rows of each expert of this rank from each rank [tensor, ranks, e], in the order in which they came; their sum.
-Returns: the row that is at each sorted place [m]; the sorted place of each row [m, 1]; where the rows of each expert end [e].
-"""
+"""Return keys int32 [n, k] in which each one is left at its first place in a row; `other` stands where it comes again."""
 
 
 def _permute(x: Tensor, rows: Tensor, each: int) -> Tensor:
@@ -126,11 +117,15 @@ _permute_rows = define(
 
 
 def _combine(x: Tensor, places: Tensor) -> Tensor:
-    first, *others = places.unbind(1)
+    total = x.new_zeros((len(places), x.shape[1]), dtype=torch.float32)
+    all_there = len(x) == places.numel()
     # One after the other, as the kernel adds them: the results are the same bits.
-    total = x.index_select(0, first).float()
-    for place in others:
-        total += x.index_select(0, place)
+    for place in places.unbind(1):
+        if all_there:
+            total += x.index_select(0, place)
+        else:
+            tokens = (place < len(x)).nonzero().squeeze(1)
+            total.index_add_(0, tokens, x.index_select(0, place[tokens]).float())
     return total.to(x.dtype)
 
 
@@ -179,10 +174,13 @@ def permute_rows(x: Tensor, rows: Tensor, places: Tensor) -> Tensor:
 
     Args:
         x: of the tokens.
-        rows: int32 [m], the row at each sorted place.
-        places: int32 [n, k], the sorted place of each row.
+        rows: int32 [m], the slot at each sorted place that has a row.
+        places: int32 [n, k], the sorted place of each slot; those from m on have no row.
     """
-    permuted: Tensor = _PermuteRows.apply(x.contiguous(), rows, places)
+    x, each = x.contiguous(), places.shape[1]
+    permuted: Tensor = _PermuteRows.apply(x, rows, places)
+    # Copies are more than what is copied.
+    remember(permuted, partial(_permute_rows, each=each), x, rows)
     return permuted
 
 

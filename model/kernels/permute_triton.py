@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from visionloom.model.kernels.permute import block_of
+from visionloom.model.kernels.permute import LEAST_BLOCK, block_of
 
 COMPARED = 4096
 """Pairs of a row and an expert that are compared at once: they stay in registers."""
@@ -100,50 +100,23 @@ def _sort(
 
 
 @triton.jit
-def _sum_before(lengths: tl.tensor, chunk: tl.tensor, CHUNKS: tl.constexpr) -> Any:
-    """Return the sum of the lengths before each of some chunks."""
-    chunks = tl.arange(0, CHUNKS)
-    counted = tl.where(chunks[None, :] < chunk[:, None], lengths[None, :], 0)
-    return tl.sum(counted, axis=1)
-
-
-@triton.jit
-def _sort_chunks(
-    counts: tl.tensor,
-    order: tl.tensor,
-    places: tl.tensor,
-    ends: tl.tensor,
+def _keep_first(
+    keys: tl.tensor,
+    result: tl.tensor,
     rows: tl.tensor,
-    by_tensor: tl.tensor,
-    by_rank: tl.tensor,
-    RANKS: tl.constexpr,
-    SOURCES: tl.constexpr,
-    EXPERTS: tl.constexpr,
-    ROWS: tl.constexpr,
-    CHUNKS: tl.constexpr,
+    other: tl.tensor,
+    EACH: tl.constexpr,
+    BLOCK: tl.constexpr,
 ) -> None:
-    chunks = tl.arange(0, CHUNKS)
-    inside = chunks < SOURCES * EXPERTS
-    # How the rows will be: by expert, then by source. How they came: by source, then by expert.
-    source, expert = chunks % SOURCES, chunks // SOURCES
-    address = counts + source // RANKS * by_tensor + source % RANKS * by_rank
-    after = tl.load(address + expert, mask=inside, other=0)
-    source_before, expert_before = chunks // EXPERTS, chunks % EXPERTS
-    address = counts + source_before // RANKS * by_tensor + source_before % RANKS * by_rank
-    came = tl.load(address + expert_before, mask=inside, other=0)
-
-    end = tl.cumsum(after, axis=0)
-    if tl.program_id(0) == 0:
-        tl.store(ends + expert, end, mask=inside & (source == SOURCES - 1))
-    numbers = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    # Beside the chunks all is zero, so that their ends are the last one.
-    passed = end[None, :] <= numbers[:, None]
-    chunk = tl.sum(passed.to(tl.int32), axis=1)
-    start = _sum_before(after, chunk, CHUNKS)
-    start_before = _sum_before(came, chunk % SOURCES * EXPERTS + chunk // SOURCES, CHUNKS)
-    row = start_before + numbers - start
-    tl.store(order + numbers, row, mask=numbers < rows)
-    tl.store(places + row, numbers, mask=numbers < rows)
+    numbers = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = numbers < rows
+    key = tl.load(keys + numbers, mask=inside, other=0)
+    slot = numbers % EACH
+    again = numbers < 0
+    for earlier in tl.static_range(EACH):
+        before = tl.load(keys + numbers - slot + earlier, mask=inside & (earlier < slot), other=-1)
+        again = again | (before == key)
+    tl.store(result + numbers, tl.where(again, other, key), mask=inside)
 
 
 @triton.jit
@@ -175,6 +148,7 @@ def _combine(
     result: tl.tensor,
     tokens: tl.tensor,
     width: tl.tensor,
+    rows: tl.tensor,
     EACH: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -186,7 +160,8 @@ def _combine(
     for slot in tl.static_range(EACH):
         place = tl.load(places + numbers * EACH + slot, mask=numbers < tokens, other=0)
         sources = place[:, None].to(tl.int64) * width + columns[None, :]
-        total += tl.load(x + sources, mask=inside, other=0.0).to(tl.float32)
+        there = inside & (place[:, None] < rows)
+        total += tl.load(x + sources, mask=there, other=0.0).to(tl.float32)
     targets = numbers[:, None].to(tl.int64) * width + columns[None, :]
     tl.store(result + targets, total.to(result.dtype.element_ty), mask=inside)
 
@@ -236,51 +211,37 @@ def sort_rows(experts: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor, 
     return order, places, totals, ends
 
 
-def sort_chunks(counts: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute permute.sort_chunks."""
-    tensor, ranks, experts = counts.shape
-    order, places = counts.new_empty(rows), counts.new_empty((rows, 1))
-    ends = counts.new_empty(experts)
-    chunks = _columns(counts.numel())
-    block = _chunk(chunks)
-    by_tensor, by_rank, _ = counts.stride()
-    _sort_chunks[max(1, triton.cdiv(rows, block)),](
-        counts,
-        order,
-        places,
-        ends,
-        rows,
-        by_tensor,
-        by_rank,
-        ranks,
-        tensor * ranks,
-        experts,
-        block,
-        chunks,
-    )
-    return order, places, ends
+def keep_first(keys: Tensor, other: int) -> Tensor:
+    """Compute permute.keep_first."""
+    result = torch.empty_like(keys)
+    if rows := keys.numel():
+        grid = (triton.cdiv(rows, LEAST_BLOCK),)
+        _keep_first[grid](keys, result, rows, other, keys.shape[1], LEAST_BLOCK)
+    return result
 
 
 def permute_rows(x: Tensor, rows: Tensor, each: int) -> Tensor:
     """Compute permute.permute_rows."""
     result = x.new_empty((len(rows), x.shape[1]))
-    _move(_permute, (x, rows, result), each)
+    _move(_permute, (x, rows, result), (), each)
     return result
 
 
 def combine_rows(x: Tensor, places: Tensor) -> Tensor:
     """Compute permute.combine_rows."""
     result = x.new_empty((len(places), x.shape[1]))
-    _move(_combine, (x, places, result), places.shape[1])
+    _move(_combine, (x, places, result), (len(x),), places.shape[1])
     return result
 
 
-def _move(kernel: Any, tensors: tuple[Tensor, Tensor, Tensor], each: int) -> None:
-    """Launch a kernel that makes the last of `tensors`."""
+def _move(
+    kernel: Any, tensors: tuple[Tensor, Tensor, Tensor], sizes: tuple[int, ...], each: int
+) -> None:
+    """Launch a kernel that makes the last of `tensors`; `sizes` are what it takes beside theirs."""
     count, width = tensors[-1].shape
     if count == 0:
         return
     columns = min(TILE, triton.next_power_of_2(width))
     rows = TILE // columns
     grid = triton.cdiv(count, rows), triton.cdiv(width, columns)
-    kernel[grid](*tensors, count, width, each, rows, columns)
+    kernel[grid](*tensors, count, width, *sizes, each, rows, columns)

@@ -1,5 +1,7 @@
 """How many tokens the experts get where it is stated. Reference: counts of the choice itself."""
 
+import math
+
 import pytest
 import torch
 
@@ -38,3 +40,13 @@ def test_no_rank_has_more_than_there_is() -> None:
     counts = loads(Routing(1e9, 8))
     assert int(counts.sum()) == TOKENS * EACH
     assert int(counts[:8].sum()) == TOKENS * EACH, "eight experts can take four of each token"
+
+
+def test_a_token_has_experts_of_as_many_ranks_as_by_chance() -> None:
+    """Reference: a rank has none of a token's experts as often as a draw without putting back misses its 16 of 128."""
+    experts, each, ranks = 128, 8, 8
+    choice = Routing(1.0, ranks).choose(8192, experts, each)
+    homes = torch.zeros(len(choice), ranks).scatter(1, choice // (experts // ranks), 1.0)
+    others = experts - experts // ranks
+    expected = ranks * (1 - math.comb(others, each) / math.comb(experts, each))
+    assert float(homes.sum(1).mean()) == pytest.approx(expected, rel=0.01)

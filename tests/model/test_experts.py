@@ -12,7 +12,13 @@ from torch import Tensor
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import load_balancing_loss_func
 
 from visionloom.model import experts
-from visionloom.model.experts import Router, grouped_linear, routers_of, update_router_loads
+from visionloom.model.experts import (
+    Matrix,
+    Router,
+    grouped_linear,
+    routers_of,
+    update_router_loads,
+)
 from visionloom.model.kernels.routing import ENTROPY_UNIT
 from visionloom.model.qwen3vl import Qwen3VL
 from visionloom.parallel.topology import Topology
@@ -28,20 +34,30 @@ def loop_over_experts(tokens: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     return torch.cat([group @ weight.T for group, weight in zip(groups, weights, strict=True)])
 
 
+def at_once(tokens: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    return grouped_linear(tokens, Matrix(weights), ends)
+
+
+def late(tokens: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    return grouped_linear(tokens, Matrix.taken(weights), ends)
+
+
 @pytest.mark.parametrize("counts", [[3, 0, 5, 1], [0, 0, 9, 0], [0, 0, 0, 0], [7, 1, 1, 7]])
 def test_grouped_matrices_equal_a_loop(counts: list[int]) -> None:
     generator = torch.Generator().manual_seed(0)
     results = []
-    for multiply in (grouped_linear, loop_over_experts):
+    for multiply in (at_once, late, loop_over_experts):
         generator.manual_seed(0)
         tokens = torch.randn(sum(counts), 16, generator=generator).requires_grad_()
         weights = torch.randn(len(counts), 24, 16, generator=generator).requires_grad_()
         output = multiply(tokens, weights, torch.tensor(counts).cumsum(0).int())
         (output * torch.arange(output.numel()).view_as(output)).sum().backward()
         results.append((output.detach(), tokens.grad, weights.grad))
-    for ours, theirs in zip(*results, strict=True):
-        assert theirs is not None and ours is not None
-        torch.testing.assert_close(ours, theirs)
+    *both, expected = results
+    for ours in both:
+        for value, theirs in zip(ours, expected, strict=True):
+            assert theirs is not None and value is not None
+            torch.testing.assert_close(value, theirs)
 
 
 @pytest.fixture

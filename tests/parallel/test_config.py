@@ -41,6 +41,12 @@ from visionloom.parallel.config import ParallelConfig
                 "none, norms_and_activations, mlp, block, all_but_attention, full",
             ],
         ),
+        (ParallelConfig(recompute="block"), 1, ["parallel.recompute=block", "recompute_layers"]),
+        (
+            ParallelConfig(recompute="mlp", recompute_layers=2),
+            1,
+            ["parallel.recompute_layers=2", "block or all_but_attention", "now mlp"],
+        ),
         (
             ParallelConfig(context_exchange="ring"),
             1,

@@ -65,6 +65,9 @@ LAYOUTS: dict[str, Layout] = {
     "tensor 2, recompute norms": dense(2, tensor=2, recompute="norms_and_activations"),
     "tensor 2, recompute mlp": dense(2, tensor=2, recompute="mlp"),
     "recompute block": dense(1, recompute="block", recompute_layers=1),
+    "recompute one layer, all but attention": dense(
+        1, recompute="all_but_attention", recompute_layers=1
+    ),
     "tensor 2, untied": replace(dense(2, tensor=2), case=Case(tied=False)),
     "tensor 2 x data 2": dense(4, tensor=2),
     "activations in host memory": dense(2, tensor=2, offload_activations=True),

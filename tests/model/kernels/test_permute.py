@@ -9,8 +9,8 @@ from visionloom.model.kernels.permute import (
     block_of,
     combine_rows,
     count_rows,
+    keep_first,
     permute_rows,
-    sort_chunks,
     sort_rows,
 )
 from visionloom.tests.model.kernels.triton_process import compiled, compiling, interpreted
@@ -40,23 +40,26 @@ def test_blocks_are_few_and_hold_all() -> None:
     assert [block_of(rows) for rows in (0, 256 * 512, 256 * 512 + 1)] == [256, 256, 512]
 
 
-@pytest.mark.parametrize("shape", [(1, 2, 4), (2, 3, 5), (1, 4, 1)])
-def test_received_rows_are_sorted_by_expert_and_source(shape: tuple[int, int, int]) -> None:
-    counts = torch.randint(0, 4, shape, generator=torch.Generator().manual_seed(1)).int()
-    counts[0, 0, 0] = 0
-    flat = counts.flatten().tolist()
-    experts = [chunk % shape[2] for chunk, length in enumerate(flat) for _ in range(length)]
-    expected = sorted(range(len(experts)), key=lambda row: (experts[row], row))
-    order, places, ends = sort_chunks(counts, len(experts))
-    assert order.tolist() == expected
-    assert places.flatten()[order].tolist() == list(range(len(experts)))
-    assert ends.tolist() == [sum(e <= expert for e in experts) for expert in range(shape[2])]
+def test_a_key_is_kept_where_it_comes_first() -> None:
+    keys = torch.randint(0, 4, (50, 5), generator=torch.Generator().manual_seed(1)).int()
+    expected = [
+        [9 if key in row[:slot] else key for slot, key in enumerate(row)] for row in keys.tolist()
+    ]
+    assert keep_first(keys, 9).tolist() == expected
 
 
 def sorted_rows() -> tuple[Tensor, Tensor]:
+    """The order of the slots and the places of all; those of the last expert have no row."""
     experts = CHOICES["any"].int()
-    order, places, *_ = sort_rows(experts, count_rows(experts, EXPERTS))
-    return order, places
+    order, places, totals, _ = sort_rows(experts, count_rows(experts, EXPERTS))
+    assert int(totals[-1]) > 0
+    return order[: len(order) - int(totals[-1])], places
+
+
+def sums_of(y: Tensor, places: Tensor) -> Tensor:
+    """The sum of each token's rows, by zeros where a slot has none."""
+    rows = torch.cat([y, y.new_zeros(1, y.shape[1])])
+    return rows[places.long().clamp_max(len(y))].sum(1)
 
 
 def test_moving_and_adding_are_each_others_gradients() -> None:
@@ -66,10 +69,10 @@ def test_moving_and_adding_are_each_others_gradients() -> None:
     rows = permute_rows(moved, order, places)
     sums = combine_rows(added, order, places)
     assert torch.equal(rows, x[order // 3])
-    torch.testing.assert_close(sums, y[places.long()].sum(1), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(sums, sums_of(y, places), rtol=1e-6, atol=1e-6)
     (rows * y).sum().backward()
     (sums * x).sum().backward()
-    torch.testing.assert_close(moved.grad, y[places.long()].sum(1), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(moved.grad, sums_of(y, places), rtol=1e-6, atol=1e-6)
     assert added.grad is not None
     assert torch.equal(added.grad, x[order // 3])
 
@@ -93,13 +96,8 @@ def kernels_equal_their_twins() -> None:
         twin = permute._sort(experts, counts)
         for own, other in zip(permute_triton.sort_rows(experts, counts), twin, strict=True):
             assert torch.equal(own, other)
-    for shape in ((1, 2, 4), (2, 3, 5), (1, 1, 1)):
-        # As the dispatch gives it: the ranks of the tensor axis are next to each other.
-        counts = torch.randint(0, 4, shape).int().transpose(0, 1).contiguous().transpose(0, 1)
-        rows = int(counts.sum())
-        chunks = permute._sort_chunks(counts, rows)
-        for own, other in zip(permute_triton.sort_chunks(counts, rows), chunks, strict=True):
-            assert torch.equal(own, other)
+        own = permute_triton.keep_first(experts // 2, 9)
+        assert torch.equal(own, permute._keep_first(experts // 2, 9))
 
     order, places = sorted_rows()
     for dtype, width in ((torch.float32, 1), (torch.bfloat16, 33), (torch.float32, 2100)):
@@ -118,18 +116,18 @@ def kernels_fit_into_registers() -> None:
     """In a process where Triton compiles; sizes of the published mixtures."""
     from visionloom.model.kernels import permute_triton as kernels
 
-    tables = ("experts", "counts", "order", "places", "totals", "ends")
-    numbers = ("rows", "blocks", "tokens", "width", "by_tensor", "by_rank")
+    tables = ("experts", "keys", "counts", "order", "places", "totals", "ends")
+    numbers = ("rows", "blocks", "tokens", "width", "other")
     types = dict.fromkeys(tables, "*i32") | dict.fromkeys(numbers, "i32")
     types |= {"x": "*bf16", "result": "*bf16"}
     chunk = kernels._chunk(128)
     sorts = {"COUNT": 128, "BLOCK": 256, "CHUNK": chunk, "COLUMNS": 128}
-    chunks = {"RANKS": 8, "SOURCES": 8, "EXPERTS": 16, "ROWS": chunk, "CHUNKS": 128}
     moves = {"EACH": 8, "ROWS": 1, "COLUMNS": 2048}
     for gpu in (80, 90, 100):
         assert compiled(kernels._count, types, sorts, gpu).spilled == 0
         assert compiled(kernels._sort, types, sorts, gpu).spilled == 0
-        assert compiled(kernels._sort_chunks, types, chunks, gpu).spilled == 0
+        firsts = types | {"result": "*i32"}
+        assert compiled(kernels._keep_first, firsts, {"EACH": 8, "BLOCK": 256}, gpu).spilled == 0
         assert compiled(kernels._permute, types, moves, gpu).spilled == 0
         assert compiled(kernels._combine, types, moves, gpu).spilled == 0
 
