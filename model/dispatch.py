@@ -73,7 +73,8 @@ class Order:
 
     def first(self, rows: int) -> "Order":
         """Return the order of the first rows alone: the last key is that of slots without a row."""
-        return Order(self.slots[:rows], self.places, self.counts[:-1], self.ends[:-1])
+        counts, ends = self.counts[:-1], self.ends[:-1]
+        return Order(self.slots[:rows], self.places, counts, ends)
 
     def copies(self, tokens: Tensor) -> Tensor:
         """Return a row for each place: [n, H] to [rows, H]."""
@@ -81,7 +82,8 @@ class Order:
 
     def picks(self, values: Tensor) -> Tensor:
         """Return the value of each place: [n, k] to [rows]."""
-        picked = permute_rows(values.view(-1, 1), self.slots, self.places.view(-1, 1))
+        by_slot = values.view(-1, 1)
+        picked = permute_rows(by_slot, self.slots, self.places.view(-1, 1))
         return picked.squeeze(1)
 
     def sums(self, rows: Tensor, read: bool = True) -> Tensor:
@@ -91,14 +93,16 @@ class Order:
 
 @dataclass(frozen=True)
 class Exchange:
-    """How many rows go from the ranks of their tokens to those of their experts."""
+    """How rows get from the ranks of their tokens to those of their experts."""
 
+    order: Order
+    """Of the rows that this rank sends, by expert rank."""
     sent: list[int]
-    """To each expert rank."""
+    """Rows to each expert rank."""
     received: list[int]
-    """From each expert rank."""
+    """Rows from each expert rank."""
     gathered: list[int]
-    """Of each tensor rank after that; all of them have all."""
+    """Rows of each tensor rank after that; all of them have all."""
     rows: int
     """Of the experts of this rank, m."""
 
@@ -161,22 +165,22 @@ class Dispatch:
 
     @cached_property
     def exchange(self) -> Exchange:
-        """Return the sizes of the exchange; the first call waits for the host's copy."""
+        """Return the sizes and the order of the exchange; the first call waits for the host's copy."""
         self._copied.synchronize()
         own, tensor_rank = self.groups.ranks.rank(), self.groups.tensor.rank()
         # All ranks see all counts, so that none has to ask another.
         rows, assigned = self._on_host.unbind(2)
-        received = rows[:, :, own]
-        exchange = Exchange(
-            rows[own, tensor_rank].tolist(),
+        sent, received = rows[own, tensor_rank].tolist(), rows[:, :, own]
+        order = self._order.first(sum(sent))
+        # A plan lives as long as its backward pass is to come.
+        del self._on_host, self._order
+        return Exchange(
+            order,
+            sent,
             received[:, tensor_rank].tolist(),
             received.sum(0).tolist(),
             int(assigned[:, :, own].sum()),
         )
-        self._leaving = self._order.first(sum(exchange.sent))
-        # A plan lives as long as its backward pass is to come.
-        del self._on_host, self._order
-        return exchange
 
     def leave(self, tokens: Tensor, weights: Tensor) -> Leaving:
         """Copy tokens for the ranks of their experts.
@@ -189,13 +193,12 @@ class Dispatch:
         """
         if self.alone:
             return Leaving(tokens, weights)
-        self.exchange  # noqa: B018 - how many rows there are
-        rows, weights = (self._leaving.copies(each) for each in (tokens, weights))
+        order = self.exchange.order
+        rows, weights = order.copies(tokens), order.copies(weights)
         if self.groups.ranks.size() == 1:
             return Leaving(rows, weights)
         flight = Flight()
-        rows, weights = (_Landing.apply(each, flight) for each in (rows, weights))
-        return Leaving(rows, weights, flight)
+        return Leaving(_Landing.apply(rows, flight), _Landing.apply(weights, flight), flight)
 
     def arrive(self, leaving: Leaving) -> tuple[Tensor, Tensor, Tensor]:
         """Bring rows to their experts.
@@ -213,9 +216,10 @@ class Dispatch:
         """Return the order of arrived rows by this rank's experts; the first call asks for the experts' numbers."""
         if self._arrived is None:
             _, _, each = self.groups.shape
-            experts = self._brought(self._leaving.copies(self.experts))
+            experts = self._brought(self.exchange.order.copies(self.experts))
+            keys = experts - self.groups.ranks.rank() * each
             # Experts of other ranks have the last key.
-            keys = (experts - self.groups.ranks.rank() * each).clamp_(-1, each).remainder_(each + 1)
+            keys.clamp_(-1, each).remainder_(each + 1)
             self._arrived = Order.by_key(keys, each + 1).first(self.exchange.rows)
         return self._arrived
 
@@ -244,7 +248,7 @@ class Dispatch:
             rows = summed.to(rows.dtype)
         sent, received = self.exchange.sent, self.exchange.received
         rows = exchanged(rows, self.groups.ranks, received, sent, read)
-        return self._leaving.sums(rows, read)
+        return self.exchange.order.sums(rows, read)
 
 
 class _Landing(torch.autograd.Function):
