@@ -90,7 +90,7 @@ class Router(TopKRouter):  # type: ignore[misc]
 class MixtureLayer(MoELayer):  # type: ignore[misc]
     """Router, dispatch and experts in place of a dense layer's feed-forward part.
 
-    Where Megatron-core recomputes it (recompute full, block or mlp), the second pass takes the experts and the plan of the
+    Where Megatron-core recomputes it (all recomputation but of norms and activations), the second pass takes the experts and the plan of the
     first: it chooses, sorts, counts and waits for nothing.
     """
 
@@ -126,6 +126,7 @@ class MixtureLayer(MoELayer):  # type: ignore[misc]
         # Taken between leaving and arriving, their gradients are made while those of rows travel back.
         matrices = self.experts.matrices() if leaving.flight else (None, None)
         rows, weights, ends = dispatch.arrive(leaving)
+        del leaving
         # Nothing in a layer after its experts needs their result to pass gradients back.
         results = self.experts(rows, weights, ends, matrices, read=not again)
         return dispatch.from_experts(results, read=not again).view_as(hidden)
@@ -189,7 +190,10 @@ class Stack(nn.Module):
         )
 
     def matrix(self) -> "Matrix":
-        """Return the matrices, of which the gradient is made when autograd comes to this place."""
+        """Return the matrices, of which the gradient is made when autograd comes to this place.
+
+        They are read by `forward` alone: gathered weights are there only when it is called.
+        """
         return Matrix.taken(self.weight.flatten(1, -2))
 
     def forward(
@@ -341,7 +345,8 @@ class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, weights: Tensor, ends: Tensor, *options: Any) -> Tensor:
         ctx.late, read = options
-        ctx.save_for_backward(tokens, weights, ends)
+        # Matrices that do not train take part in the gradient of rows alone.
+        ctx.save_for_backward(tokens if ctx.needs_input_grad[1] else None, weights, ends)
         if not read:
             return tokens.new_empty((len(tokens), weights.shape[1]))
         return F.grouped_mm(tokens, weights.transpose(1, 2), offs=ends)

@@ -5,7 +5,7 @@ fetched while it works on the layer after.
 """
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visionloom.model.kernels.remaking import Remaking, remaking_of, remembered
+from visionloom.model.kernels.remaking import remaking_of, remembered
 from visionloom.parallel.device import Arriving, CopyStream
 
 LEAST_BYTES = 1 << 16
@@ -41,9 +41,12 @@ def kept(*, cheap_again: bool, in_host_memory: bool) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Made:
-    """A tensor that is made again: a view of what a remaking makes."""
+    """A tensor that is made again: a view of what a remaking makes.
 
-    remaking: Remaking
+    It does not hold the remaking, whose inputs are on the device.
+    """
+
+    make: Callable[..., Tensor]
     inputs: tuple[Any, ...]
     """The remaking's, packed themselves."""
     shape: torch.Size
@@ -102,7 +105,11 @@ class Keeper:
                 self.pack(each) if isinstance(each, Tensor) else each for each in remaking.inputs
             )
             return Made(
-                remaking, inputs, tensor.shape, tensor.stride(), int(tensor.storage_offset())
+                remaking.make,
+                inputs,
+                tensor.shape,
+                tensor.stride(),
+                int(tensor.storage_offset()),
             )
         if not self.in_host_memory or stays(tensor):
             return tensor
@@ -132,7 +139,7 @@ class Keeper:
                 for each in packed.inputs
             ]
             with torch.no_grad():
-                whole = packed.remaking.make(*inputs)
+                whole = packed.make(*inputs)
             return whole.as_strided(packed.shape, packed.strides, packed.offset)
         return packed
 

@@ -50,10 +50,9 @@ class Estimates:
         """Return what the fuller of the first and the last stage keeps for its backward passes, and needs for the loss."""
         held = stage_layers(layout, self.config.model.text.layers)
         tokens = self._tokens / (layout.tensor * layout.context)
-        widths = [self._layers_width(layout, count) for count in held]
+        layer = tokens * self._layer_width(layout) * BF16
         if layout.offload_activations:
-            widths = [0.0 for _ in held]
-        kept = [tokens * width * BF16 for width in widths]
+            layer = 0.0
         patches = self.work.patches / layout.encoder_ranks
         if layout.recompute in WHOLE_BLOCKS:
             patches = min(patches, PIECE_PATCHES)
@@ -61,8 +60,8 @@ class Estimates:
 
         # The first stage keeps a micro-batch for each stage; interleaved, one round of chunks more.
         more = (layout.pipeline - 1) / layout.chunks if layout.chunks > 1 else 0.0
-        first = (layout.pipeline + more) * (kept[0] + tower)
-        last = first if layout.pipeline == 1 else kept[-1]
+        first = (layout.pipeline + more) * (layer * held[0] + tower)
+        last = first if layout.pipeline == 1 else layer * held[-1]
         return max(first, last + self._loss_bytes(layout))
 
     def _loss_bytes(self, layout: ParallelConfig) -> float:
@@ -87,18 +86,6 @@ class Estimates:
         phase = self.config.phases[self.phase]
         return phase.sequence_length * phase.micro_batch
 
-    def _layers_width(self, layout: ParallelConfig, count: int) -> float:
-        """Return the values of a token that `count` decoder layers keep, of which recompute_layers may be the first ones alone."""
-        if not layout.recompute_layers:
-            return count * self._layer_width(layout)
-        again = min(count, layout.recompute_layers)
-        level = "full" if layout.recompute == "block" else layout.recompute
-        widths = [
-            self._layer_width(replace(layout, recompute=each))
-            for each in (level, "norms_and_activations")
-        ]
-        return again * widths[0] + (count - again) * widths[1]
-
     def _layer_width(self, layout: ParallelConfig) -> float:
         """Return the values of a token that a decoder layer keeps, within 2 % of traces of 8B and 30B."""
         text = self.config.model.text
@@ -118,8 +105,9 @@ class Estimates:
             each, inner = text.experts_per_token, text.expert_ffn_hidden_size
         width += each * 2 * inner
         if layout.recompute != "none":
-            # The experts' rows are copied again from those that have come.
-            return width + (self._sent_rows(layout) * text.hidden_size if text.experts else 0)
+            # The experts' rows are copied again from those that have come, of all that cut an expert.
+            gathered = self._sent_rows(layout) * (layout.expert_tensor or 1)
+            return width + gathered * text.hidden_size
         # Results of both norms; queries and keys rotated; of SwiGLU; and the rows of a token's experts.
         copied = each * text.hidden_size if text.experts else 0
         return width + 2 * text.hidden_size + queries + keys + each * inner + copied
@@ -127,7 +115,7 @@ class Estimates:
     def _sent_rows(self, layout: ParallelConfig) -> float:
         """Return how many expert ranks have some of a token's experts, which it draws; 0 where nothing is sent."""
         text, ranks = self.config.model.text, layout.expert
-        if ranks * (layout.expert_tensor or 1) == 1:
+        if not text.experts or expert_ranks(layout) == 1:
             return 0.0
         others = math.comb(text.experts - text.experts // ranks, text.experts_per_token)
         return ranks * (1 - others / math.comb(text.experts, text.experts_per_token))

@@ -6,7 +6,6 @@ lengths that depend on the routing have the right values without a branch in the
 each is computed once.
 """
 
-import math
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +21,8 @@ CHOICE = "visionloom::choose_experts"
 """The operation by which a router chooses."""
 LARGEST = 1 << 26
 """Elements of the largest tensor with a value; the choice of 262,144 tokens among 128 experts is half of it."""
+SWAPS = 4
+"""Times that a token gives each of its experts to another one, on average: sets of experts are then as drawn."""
 CONSTANTS = {
     "aten::zeros": 0.0,
     "aten::zeros_like": 0.0,
@@ -64,22 +65,28 @@ class Routing:
         first = self.busiest * busy
         own = torch.full((busy,), most)
         counts = torch.cat([counts[:first], own, counts[first:]])
-        return _mixed(counts, tokens, each)
+        # Column by column: an expert's tokens are neighbours, so that none has it twice.
+        chosen = torch.repeat_interleave(torch.arange(experts), counts)
+        return _mixed(chosen.view(each, tokens).t().contiguous())
 
 
-def _mixed(counts: Tensor, tokens: int, each: int) -> Tensor:
-    """Return experts of tokens, int64 [tokens, each], of which each has its count: which of them a token has together is drawn.
+def _mixed(chosen: Tensor) -> Tensor:
+    """Return experts [tokens, each] with as many tokens for each of them as before, of which a token has any together.
 
-    Tokens are cut into as many equal blocks as the counts allow; in a block experts stand in an order of its own.
+    In each round half of the tokens give an expert to one of the other half for one of its own, where neither has it already.
     """
-    blocks = math.gcd(tokens, *counts.tolist())
-    draws = torch.rand(blocks, len(counts), generator=torch.Generator().manual_seed(0))
-    orders = draws.argsort(1)
-    lengths = counts[orders] // blocks
-    chosen = torch.repeat_interleave(orders.flatten(), lengths.flatten())
-    # Column by column: in a block an expert's tokens are neighbours, so that none has it twice.
-    by_block = chosen.view(blocks, each, tokens // blocks).transpose(1, 2)
-    return by_block.reshape(tokens, each)
+    tokens, each = chosen.shape
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(SWAPS * each):
+        givers, takers = torch.randperm(tokens, generator=generator)[: tokens // 2 * 2].view(2, -1)
+        slots, others = torch.randint(each, (2, len(givers)), generator=generator)
+        given, taken = chosen[givers, slots], chosen[takers, others]
+        new_to_giver = (chosen[givers] != taken.unsqueeze(1)).all(1)
+        new_to_taker = (chosen[takers] != given.unsqueeze(1)).all(1)
+        free = new_to_giver & new_to_taker
+        chosen[givers[free], slots[free]] = taken[free]
+        chosen[takers[free], others[free]] = given[free]
+    return chosen
 
 
 class StatedValues:

@@ -179,8 +179,9 @@ def permute_rows(x: Tensor, rows: Tensor, places: Tensor) -> Tensor:
     """
     x, each = x.contiguous(), places.shape[1]
     permuted: Tensor = _PermuteRows.apply(x, rows, places)
-    # Copies are more than what is copied.
-    remember(permuted, partial(_permute_rows, each=each), x, rows)
+    # Copies are made again from what was copied, if that is less.
+    if len(rows) > len(x):
+        remember(permuted, partial(_permute_rows, each=each), x, rows)
     return permuted
 
 

@@ -42,11 +42,23 @@ def test_no_rank_has_more_than_there_is() -> None:
     assert int(counts[:8].sum()) == TOKENS * EACH, "eight experts can take four of each token"
 
 
-def test_a_token_has_experts_of_as_many_ranks_as_by_chance() -> None:
+@pytest.mark.parametrize("tokens", [8192, 8191, 8200])
+def test_a_token_has_experts_of_as_many_ranks_as_by_chance(tokens: int) -> None:
     """Reference: a rank has none of a token's experts as often as a draw without putting back misses its 16 of 128."""
     experts, each, ranks = 128, 8, 8
-    choice = Routing(1.0, ranks).choose(8192, experts, each)
-    homes = torch.zeros(len(choice), ranks).scatter(1, choice // (experts // ranks), 1.0)
+    choice = Routing(1.0, ranks).choose(tokens, experts, each)
+    homes = torch.zeros(tokens, ranks).scatter(1, choice // (experts // ranks), 1.0)
     others = experts - experts // ranks
-    expected = ranks * (1 - math.comb(others, each) / math.comb(experts, each))
-    assert float(homes.sum(1).mean()) == pytest.approx(expected, rel=0.01)
+    missed = math.comb(others, each) / math.comb(experts, each)
+    assert float(homes.sum(1).mean()) == pytest.approx(ranks * (1 - missed), rel=0.01)
+    assert homes.mean(0).tolist() == pytest.approx([1 - missed] * ranks, rel=0.03)
+
+
+def test_busy_experts_are_drawn_too() -> None:
+    choice = Routing(1.5, 8).choose(8192, 128, 8).sort(1).values
+    assert len(choice.unique(dim=0)) > 0.99 * len(choice)
+
+
+@pytest.mark.parametrize("tokens", [0, 1])
+def test_few_tokens_choose_too(tokens: int) -> None:
+    assert Routing(1.0, 2).choose(tokens, 8, 2).shape == (tokens, 2)

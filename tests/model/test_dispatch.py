@@ -1,20 +1,24 @@
 """Rows on their way to the experts of other ranks. References: the sets of each token's experts, and the order of calls."""
 
+from contextlib import nullcontext
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from visionloom.model.dispatch import Dispatch, ExpertGroups
-from visionloom.model.experts import Matrix, grouped_linear
+from visionloom.model.experts import GroupedExperts
 from visionloom.parallel import topology as topologies
 from visionloom.parallel.config import ParallelConfig
+from visionloom.tests.model.reference import TestPack
 from visionloom.tests.ranks import RankPool
+from visionloom.tests.train.layouts import Case, Layout, backward, packs_of
 
-TOKENS, EXPERTS, EACH, WIDTH = 40, 8, 3, 8
+TOKENS, EXPERTS, EACH = 40, 8, 3
 
 
 def groups_of(parallel: ParallelConfig) -> ExpertGroups:
@@ -24,9 +28,11 @@ def groups_of(parallel: ParallelConfig) -> ExpertGroups:
 
 
 def choice_of(rank: int) -> Tensor:
-    """The experts that the tokens of a rank choose, int32 [n, k]."""
+    """The experts that the tokens of a rank choose, int32 [n, k]: fewer tokens a rank, the fourth has none, nobody takes the last two."""
     generator = torch.Generator().manual_seed(rank)
-    return torch.rand(TOKENS, EXPERTS, generator=generator).topk(EACH).indices.int()
+    draws = torch.rand(TOKENS - TOKENS // 3 * rank if rank < 3 else 0, EXPERTS, generator=generator)
+    draws[:, -2:] = 0.0
+    return draws.topk(EACH).indices.int()
 
 
 def sizes(expert_tensor: int) -> tuple[list[int], int, list[list[float]]]:
@@ -38,8 +44,9 @@ def sizes(expert_tensor: int) -> tuple[list[int], int, list[list[float]]]:
     rank = dist.get_rank()
     dispatch = Dispatch(choice_of(rank), groups)
     # What a row is of: the rank of its token, and the token's number.
-    tokens = torch.tensor([[rank, token] for token in range(TOKENS)]).float()
-    weights = rank + torch.arange(TOKENS * EACH).view(TOKENS, EACH) / (TOKENS * EACH)
+    numbers = torch.arange(len(dispatch.experts)).float()
+    tokens = torch.stack((torch.full_like(numbers, rank), numbers), 1)
+    weights = rank + (numbers[:, None] * EACH + torch.arange(EACH)) / (TOKENS * EACH)
     rows, scalars, ends = dispatch.arrive(dispatch.leave(tokens, weights))
     experts = torch.bucketize(torch.arange(len(rows)), ends, right=True)
     table = torch.cat([experts[:, None] * 1.0, rows, scalars[:, None]], 1)
@@ -52,7 +59,7 @@ def check(ranks: int, expert_tensor: int, pool: RankPool) -> None:
     for rank, (sent, rows, table) in enumerate(pool.run(ranks, sizes, expert_tensor)):
         homes = [set(row) for row in (choices[rank] // own).tolist()]
         assert sent == [sum(home in token for token in homes) for home in range(expert_ranks)]
-        assert sum(sent) < TOKENS * EACH, "a token with two experts on a rank goes there once"
+        assert sum(sent) < choices[rank].numel() or not homes, "experts of one rank share a row"
 
         first = rank // expert_tensor * own
         expected = [
@@ -99,29 +106,33 @@ class Calls:
         return noted
 
 
-def order_of_backward(late: bool) -> list[str]:
-    """What the backward pass of one expert layer calls; runs on a rank of the pool."""
-    groups = groups_of(ParallelConfig(expert=2))
-    weight = torch.randn(EXPERTS // 2, WIDTH, WIDTH, requires_grad=True)
-    tokens = torch.randn(TOKENS, WIDTH, requires_grad=True)
-    dispatch = Dispatch(choice_of(dist.get_rank()), groups)
-    leaving = dispatch.leave(tokens, torch.ones(TOKENS, EACH))
-    matrix = Matrix.taken(weight) if late else Matrix(weight)
-    rows, _, ends = dispatch.arrive(leaving)
-    output = dispatch.from_experts(grouped_linear(rows, matrix, ends))
-
+def order_of_backward(recompute: str, packs: list[TestPack], late: bool) -> list[str]:
+    """What a step of one micro-batch calls, by forward and backward pass; runs on a rank of the pool."""
     calls = Calls()
+    layout = Layout(2, {"expert": 2, "recompute": recompute}, Case(experts=EXPERTS))
+    at_once = mock.patch.object(GroupedExperts, "matrices", lambda _: (None, None))
     with (
+        nullcontext() if late else at_once,
         mock.patch.object(dist, "all_to_all_single", calls.of("sent", dist.all_to_all_single)),
         mock.patch.object(F, "grouped_mm", calls.of("product", F.grouped_mm)),
     ):
-        output.sum().backward()
+        backward(layout, packs)
     return calls.names
 
 
-def test_gradients_of_experts_are_made_while_those_of_rows_travel(pool: RankPool) -> None:
-    """The control makes them at once."""
-    late = ["sent", "product", "begun", "product", "awaited"]
-    at_once = ["sent", "product", "product", "begun", "awaited"]
-    assert pool.run(2, order_of_backward, True) == [late, late]
-    assert pool.run(2, order_of_backward, False) == [at_once, at_once]
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_gradients_of_experts_are_made_while_those_of_rows_travel(
+    recompute: str, pool: RankPool
+) -> None:
+    """Of each layer, the last ones of a step: rows' gradients begin to travel, two products, and the wait for both messages.
+
+    The control makes the matrices' gradients at once.
+    """
+    packs = packs_of("text")[:2]
+    end = ["begun", "begun", "product", "product", "awaited", "awaited"]
+    for names in pool.run(2, order_of_backward, recompute, packs, True):
+        assert names[-6:] == end
+        layers = names.count("begun") // 2
+        assert sum(names[place : place + 6] == end for place in range(len(names))) == layers > 1
+    for names in pool.run(2, order_of_backward, recompute, packs, False):
+        assert names[-4:] == ["begun", "begun", "awaited", "awaited"]

@@ -17,6 +17,7 @@ from visionloom.model.kept import Keeper, Made, Moved, kept
 from visionloom.model.kernels import attention
 from visionloom.model.kernels.activation import gelu, swiglu
 from visionloom.model.kernels.norm import branch_rms_norm, layer_norm, rms_norm
+from visionloom.model.kernels.permute import count_rows, permute_rows, sort_rows
 from visionloom.model.kernels.rotary import rotate_heads
 from visionloom.tests.ranks import RankPool
 from visionloom.tests.train.layouts import Layout, backward, packs_of, trainable
@@ -48,6 +49,13 @@ def test_attention_is_computed_once_where_all_else_is_made_again(pool: RankPool)
         assert torch.equal(gradients[name], gradient), name
 
 
+def twice(tokens: Tensor) -> Tensor:
+    """Each token in two rows, those of one half after those of the other: [T, 64] to [2 T, 64]."""
+    keys = torch.tensor([[0, 1]], dtype=torch.int32).repeat(len(tokens), 1)
+    order, places, *_ = sort_rows(keys, count_rows(keys, 2))
+    return permute_rows(tokens, order, places)
+
+
 class Layers(nn.Module):
     """Every operation that leaves a remaking, each before something that keeps its result."""
 
@@ -70,7 +78,7 @@ class Layers(nn.Module):
         scores = torch.einsum("thd,shd->hts", query, key)
         attended = torch.einsum("hts,shd->thd", scores.softmax(-1), value.repeat_interleave(2, 1))
         inner, x = branch_rms_norm(x + self.out(attended.flatten(1)), self.weights[1], 1e-6)
-        x = x + self.down(swiglu(self.gate_up(inner)))
+        x = x + self.down(swiglu(self.gate_up(twice(inner)).unflatten(0, (2, -1)).sum(0)))
         return gelu(layer_norm(x, self.weights[2], self.weights[3], 1e-6)).square()
 
 
@@ -99,8 +107,9 @@ def test_gradients_are_the_same_bits(way: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(plain, ours, strict=True))
     made = sum(isinstance(each, Made) for each in packed)
     moved = sum(isinstance(each, Moved) for each in packed)
-    # Two RMSNorms, queries, keys, SwiGLU, GELU and LayerNorm, the last one for GELU's gradient and for its remaking.
-    assert made == (8 if WAYS[way]["cheap_again"] else 0)
+    # Two RMSNorms, the second below permuted rows, queries, keys, SwiGLU, GELU and LayerNorm, the last one for GELU's gradient
+    # and for its remaking.
+    assert made == (9 if WAYS[way]["cheap_again"] else 0)
     assert (moved > 5) == WAYS[way]["in_host_memory"]
 
 
@@ -116,6 +125,23 @@ def test_what_has_a_remaking_is_let_go(cheap_again: bool) -> None:
         del normalised
     gc.collect()
     assert (alive() is None) == cheap_again
+    output.sum().backward()
+
+
+@pytest.mark.parametrize("way", ["cheap again", "both"])
+def test_what_a_chain_of_remakings_starts_with_is_kept_alone(way: str) -> None:
+    """Permuted rows of a norm: neither stays on the device, nor does the norm's input where that is moved to the host."""
+    weight, linear = nn.Parameter(torch.ones(64)), nn.Linear(64, 64)
+    x = torch.randn(8, 64, requires_grad=True)
+    with patch.object(kept_module, "LEAST_BYTES", 0), kept(**WAYS[way]):
+        first = x * 2
+        normalised = rms_norm(first, weight, 1e-6)
+        rows = twice(normalised)
+        alive = [weakref.ref(each.untyped_storage()) for each in (first, normalised, rows)]
+        output = linear(rows)
+        del first, normalised, rows
+    gc.collect()
+    assert [each() is None for each in alive] == [WAYS[way]["in_host_memory"], True, True]
     output.sum().backward()
 
 

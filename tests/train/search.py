@@ -56,6 +56,7 @@ OPTIONS: dict[str, list[Any]] = {
     "parallel.sequence": [None, True, False],
     "parallel.pipeline_layout": [None, "EttL", "Ett|L", "E|ttL", "Et|tL", "Et|t|L", "E|t|tL", "Et|t||L", "ttL", "E|L", "", "Et*2L", "Et*0|t*2L"],
     "parallel.recompute": ["none", "norms_and_activations", "mlp", "block", "all_but_attention", "full", "some"],
+    "parallel.recompute_layers": [-1, 0, 1, 3],
     "parallel.offload_activations": [False, True],
     "lora.rank": [-1, 0, 1, 3, 4, 8],
     "lora.alpha": [0.0, 1.0, 16.0, math.nan],

@@ -103,6 +103,13 @@ def test_every_weight_is_waited_for(case: Case, pool: RankPool) -> None:
     assert all(math.isfinite(number) for numbers in found for number in numbers)
 
 
+def test_weights_of_experts_are_waited_for(pool: RankPool) -> None:
+    """Two ranks share the experts and two hold the same ones: matrices are taken before the call that waits."""
+    layout = Layout(4, {"expert": 2}, Case(experts=8))
+    found = pool.run(4, first_step, layout, packs_of("everything"), False)
+    assert all(math.isfinite(number) for numbers in found for number in numbers)
+
+
 def test_a_weight_that_is_not_waited_for_turns_the_test_red(pool: RankPool) -> None:
     found = pool.run(2, first_step, Layout(2, {}), packs_of("everything"), True)
     assert any(not math.isfinite(loss) for loss, _ in found)

@@ -65,9 +65,6 @@ LAYOUTS: dict[str, Layout] = {
     "tensor 2, recompute norms": dense(2, tensor=2, recompute="norms_and_activations"),
     "tensor 2, recompute mlp": dense(2, tensor=2, recompute="mlp"),
     "recompute block": dense(1, recompute="block", recompute_layers=1),
-    "recompute one layer, all but attention": dense(
-        1, recompute="all_but_attention", recompute_layers=1
-    ),
     "tensor 2, untied": replace(dense(2, tensor=2), case=Case(tied=False)),
     "tensor 2 x data 2": dense(4, tensor=2),
     "activations in host memory": dense(2, tensor=2, offload_activations=True),
@@ -115,6 +112,10 @@ LAYOUTS: dict[str, Layout] = {
     "mixture, expert 2": mixture(2, expert=2),
     "mixture, expert 2, recompute full": mixture(2, expert=2, recompute="full"),
     "mixture, expert 2, recompute mlp": mixture(2, expert=2, recompute="mlp"),
+    # The other layers make norms, activations and copied rows again, in host memory.
+    "mixture, expert 2, recompute one layer, all but attention": mixture(
+        2, expert=2, recompute="all_but_attention", recompute_layers=1, offload_activations=True
+    ),
     "mixture, expert 4": mixture(4, expert=4),
     "tensor 2 x expert 2": mixture(2, tensor=2, expert=2),
     "mixture, tensor 2 x expert tensor 2": mixture(2, tensor=2, expert_tensor=2),
@@ -122,7 +123,9 @@ LAYOUTS: dict[str, Layout] = {
         4, tensor=2, expert=2, expert_tensor=2
     ),
     "context 2 x expert 2": mixture(2, context=2, expert=2),
-    "pipeline 2 x expert 2": mixture(4, pipeline=2, expert=2, pipeline_layout="Et|tttL"),
+    "pipeline 2 x expert 2": mixture(
+        4, pipeline=2, expert=2, pipeline_layout="Et|tttL", recompute="full"
+    ),
     "tensor 2 x context 2 x expert 4": mixture(4, tensor=2, context=2, expert=4),
     "mixture, pipeline 2, virtual 2": mixture(
         2, pipeline=2, virtual_pipeline=2, recompute="all_but_attention"

@@ -100,7 +100,12 @@ def kernels_equal_their_twins() -> None:
         assert torch.equal(own, permute._keep_first(experts // 2, 9))
 
     order, places = sorted_rows()
-    for dtype, width in ((torch.float32, 1), (torch.bfloat16, 33), (torch.float32, 2100)):
+    sizes = ((torch.float32, 1), (torch.float32, 8), (torch.bfloat16, 33), (torch.float32, 2100))
+    numbers = torch.randint(0, 128, (len(places), 8), dtype=torch.int32)
+    assert torch.equal(
+        permute_triton.permute_rows(numbers, order, 3), permute._permute(numbers, order, 3)
+    )
+    for dtype, width in sizes:
         x, y = (torch.randn(len(x), width).to(dtype) for x in (places, order))
         assert torch.equal(permute_triton.permute_rows(x, order, 3), permute._permute(x, order, 3))
         own, other = permute_triton.combine_rows(y, places), permute._combine(y, places)
@@ -129,6 +134,9 @@ def kernels_fit_into_registers() -> None:
         firsts = types | {"result": "*i32"}
         assert compiled(kernels._keep_first, firsts, {"EACH": 8, "BLOCK": 256}, gpu).spilled == 0
         assert compiled(kernels._permute, types, moves, gpu).spilled == 0
+        numbers = types | {"x": "*i32", "result": "*i32"}
+        narrow = {"EACH": 8, "ROWS": 256, "COLUMNS": 8}
+        assert compiled(kernels._permute, numbers, narrow, gpu).spilled == 0
         assert compiled(kernels._combine, types, moves, gpu).spilled == 0
 
 
