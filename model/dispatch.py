@@ -55,7 +55,7 @@ class ExpertGroups:
 
 @dataclass(frozen=True)
 class Order:
-    """Rows in an order of their own: each token has as many as it has keys there, at most k."""
+    """Rows sorted by a key: a token has one row for each of its k keys; those with the last key may be left out."""
 
     slots: Tensor
     """int32 [rows]: the slot of a token, of n * k, that is at each place."""
