@@ -6,7 +6,7 @@ without memory, for the memory that the headers state.
 
 import re
 from collections import Counter
-from itertools import combinations, product
+from itertools import chain, combinations, product
 from pathlib import Path
 from typing import Final
 
@@ -94,7 +94,8 @@ def test_ingredients_can_be_chosen_by_words() -> None:
     assert chosen == composed("+recipe=lora/qwen3vl_8b", ranks=2)
 
     config = composed("+recipe=full/qwen3vl_8b", "parallel=qwen3vl_32b/full", "data=demo", ranks=8)
-    assert config.parallel == ParallelConfig(tensor=4, recompute="all_but_attention")
+    layout = ParallelConfig(tensor=4, recompute="all_but_attention", recompute_layers=48)
+    assert config.parallel == layout
     assert "captions" in config.data.datasets and "mine" not in config.data.datasets
 
 
@@ -201,9 +202,12 @@ def stage_bytes(model: str, ranks: int, layout: ParallelConfig, trains: bool, st
     topology = topologies.imagine(layout, ranks, stage * ranks // layout.pipeline)
     try:
         with torch.device("meta"):
-            built = Qwen3VL(published(model), topology, torch.bfloat16, None)
+            chunks = [
+                Qwen3VL(published(model), topology, torch.bfloat16, number)
+                for number in layout.chunk_numbers
+            ]
         bytes_held = 0.0
-        for name, parameter in built.named_parameters():
+        for name, parameter in chain.from_iterable(each.named_parameters() for each in chunks):
             cut = layout.expert if ".experts." in name else layout.tensor
             holders = ranks // layout.pipeline // cut
             bytes_held += parameter.numel() * (2 + 4 + 12 / holders if trains else 2)
