@@ -13,6 +13,8 @@
 SHELL := /bin/bash
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PYTHONPATH := $(CURDIR)/.link$(if $(PYTHONPATH),:$(PYTHONPATH))
+# Images of containers set it to stay small. Here hundreds of processes start, and each would compile torch and Megatron-core anew.
+unexport PYTHONDONTWRITEBYTECODE
 DEMO_DATA := runs/demo-data
 
 .PHONY: demo test proofs parity faults disk plans bench-data lint format install
