@@ -145,6 +145,8 @@ def serve(connection: Connection) -> None:
             dist.init_process_group(
                 "gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size
             )
+            # A rank that is done at once would close its connections while another still opens them.
+            dist.barrier()
             connection.send((True, function(*arguments)))
         except BaseException:
             connection.send((False, f"rank {rank}:\n{traceback.format_exc()}"))
