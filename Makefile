@@ -1,8 +1,8 @@
 # make demo   a tiny Qwen3-VL through every phase, on two CPU processes
 # make test   lint, types, import directions and the test suite
-# make proofs longer proofs: killed ranks, four ranks, adapters in every layout, whole commands under torchrun, exports in
-#             transformers 4.57 (which the test installs into .venv/transformers-4.57)
-# make parity every layout of the parallel axes against one process, as a table
+# make proofs longer proofs: every layout of the parallel axes against one process, as a table, killed ranks, four ranks, whole
+#             commands under torchrun, exports in transformers 4.57 (which the test installs into .venv/transformers-4.57)
+# make parity that table alone, without teachers and adapters
 # make faults ranks killed at random moments, broken disks, hangs; a table of all faults and their tests at its end
 # make disk   an optimizer and weights on a fast disk: DeepSpeed compiles its code for it first, five minutes of a core
 # make bench-data  the data system's goals in one table, beside the peers (QUICK=1: rough figures)
@@ -13,6 +13,8 @@
 SHELL := /bin/bash
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PYTHONPATH := $(CURDIR)/.link$(if $(PYTHONPATH),:$(PYTHONPATH))
+# Images of containers set it to stay small. Here hundreds of processes start, and each would compile torch and Megatron-core anew.
+unexport PYTHONDONTWRITEBYTECODE
 DEMO_DATA := runs/demo-data
 
 .PHONY: demo test proofs parity faults disk plans bench-data lint format install
@@ -37,8 +39,9 @@ lint: .venv/installed
 test: lint
 	pytest -n 2 --dist loadfile
 
+# With the layouts of make parity, which alone would leave a core idle while their ranks wait for each other.
 proofs: .venv/installed
-	pytest -m long -n 2 --dist loadfile
+	pytest -m "long or parity" -n 2 --dist loadfile
 
 parity: .venv/installed
 	pytest -m "not long" tests/train/test_parity.py

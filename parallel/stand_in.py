@@ -8,6 +8,7 @@ tests imagine CUDA on a machine without it; on a GPU this file is never imported
 
 import contextlib
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -109,6 +110,7 @@ def install(device: torch.device = CPU) -> None:
         return
     if torch.cuda.is_initialized():
         raise RuntimeError("the CPU stand-in must be installed before CUDA is used in this process")
+    import_megatron()
     replace_streams_and_devices()
     replace_random_state()
     replace_factories()
@@ -117,6 +119,27 @@ def install(device: torch.device = CPU) -> None:
     replace_unequal_gather()
     replace_unequal_scatter()
     torch.cuda.visionloom_stand_in = True  # type: ignore[attr-defined]
+
+
+def import_megatron() -> None:
+    """Import Megatron-core without torch's compiler and wandb, which it takes along and which take longer than itself.
+
+    It decorates functions with torch.compile that no run on a CPU calls, and has wandb for timers that no run has.
+    """
+    any_torch: Any = torch
+    compiler, any_torch.compile = torch.compile, lambda function: function
+    modules: dict[str, Any] = sys.modules
+    # None in this place is a module that is not installed; one that is imported already stays.
+    is_hidden = modules.setdefault("wandb", None) is None
+    try:
+        from megatron.core import jit
+
+        # For its modules that are imported later.
+        jit.disable_jit_fuser()
+    finally:
+        any_torch.compile = compiler
+        if is_hidden:
+            del modules["wandb"]
 
 
 def replace_streams_and_devices() -> None:

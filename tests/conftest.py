@@ -73,7 +73,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
-    """The tables of `make faults` and `make parity`."""
+    """The tables of `make faults`, and of `make proofs` and `make parity`."""
     if config.option.markexpr == "faults":
         outcomes: dict[str, set[str]] = {}
         for outcome in ("passed", "failed", "error", "skipped"):
@@ -86,7 +86,7 @@ def pytest_terminal_summary(
 
 
 def write_layouts(terminalreporter: pytest.TerminalReporter) -> None:
-    """The table of `make parity`: each layout's errors against one process."""
+    """The table of `make proofs` and `make parity`: each layout's errors against one process."""
     reports = [
         report
         for outcome in ("passed", "failed")

@@ -2,6 +2,7 @@
 
 A test runs `pool.run(world_size, function, *arguments)`: the function is called on `world_size` processes that share a gloo
 world, and the results come back in the order of the ranks. It must be importable (defined at the top of a test module).
+Ranks are forked from one process that has imported what they need, so that a pool that begins anew costs no import.
 """
 
 import faulthandler
@@ -13,17 +14,21 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
-
-from visionloom.common.quiet import quiet_libraries
+from unittest.mock import patch
 
 TIMEOUT_SECONDS = 300
 SECONDS_AFTER_FAILURE = 10
-MOST_THREADS = 500
+MOST_THREADS = 200
 """Threads of a rank above which new processes take over. Each gloo group has two that wake a hundred times a second; Megatron-core
 keeps a mixture's model alive, and with it its groups: after some hundred worlds the machine did little else."""
+
+SERVER = forkserver.ForkServer()
+"""The process that ranks are forked from: not the one that the code under test has, whose workers begin without its imports."""
+SERVER.set_forkserver_preload(["visionloom.tests.rank_imports"])
 
 
 def torchrun_environment(rank: int, ranks: int) -> dict[str, str]:
@@ -40,8 +45,11 @@ class RankFailed(AssertionError):
 class RankPool:
     """Processes that wait for work; more are started when a test needs a larger world."""
 
-    def __init__(self) -> None:
-        self.context = multiprocessing.get_context("spawn")
+    def __init__(self, own_environment: bool = False) -> None:
+        """With an `own_environment`, ranks are interpreters that begin with this process's variables of that time."""
+        self.context: Any = multiprocessing.get_context(
+            "spawn" if own_environment else "forkserver"
+        )
         self.connections: list[Connection] = []
         self.processes: list[Any] = []
 
@@ -76,7 +84,8 @@ class RankPool:
     def _start_one(self) -> None:
         ours, theirs = self.context.Pipe()
         process = self.context.Process(target=serve, args=(theirs,), daemon=False)
-        process.start()
+        with patch.object(forkserver, "connect_to_new_process", SERVER.connect_to_new_process):
+            process.start()
         self.connections.append(ours)
         self.processes.append(process)
 
@@ -114,18 +123,14 @@ def received(connection: Connection, rank: int, process: Any) -> tuple[bool, Any
 def serve(connection: Connection) -> None:
     """Wait for work and do it, in a process of its own."""
     faulthandler.enable()  # a crash shows the stacks of all threads
-    os.environ["OMP_NUM_THREADS"] = "1"
     sys.path.append(
         str(Path(__file__).parents[1])
     )  # pytest names the test modules tests.x, and functions come by name
-    quiet_libraries()
-    import torch
     import torch.distributed as dist
 
+    import visionloom.tests.rank_imports  # noqa: F401
     from visionloom.parallel import stand_in
 
-    torch.set_num_threads(1)
-    stand_in.install()
     gc.freeze()  # what is imported need not be looked through after each world
     while True:
         try:
@@ -140,6 +145,8 @@ def serve(connection: Connection) -> None:
             dist.init_process_group(
                 "gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size
             )
+            # A rank that is done at once would close its connections while another still opens them.
+            dist.barrier()
             connection.send((True, function(*arguments)))
         except BaseException:
             connection.send((False, f"rank {rank}:\n{traceback.format_exc()}"))

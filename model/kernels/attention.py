@@ -5,6 +5,7 @@ Shapes: T query rows, U key rows, S segments, H query heads, G key/value heads, 
 """
 
 import contextlib
+import functools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -192,6 +193,7 @@ class _Group:
         """Return the options of torch's CPU kernel."""
         return {"is_causal": self.is_causal, "scale": self.scale}
 
+    @functools.cached_property
     def parts(self) -> "list[_Group]":
         """Return the calls that attend causally: the pieces of a context rank see more keys than they have queries.
 
@@ -216,15 +218,21 @@ class _Rows:
     starts: NDArray[np.int64]
     length: int
 
-    @property
-    def where(self) -> slice | Tensor:
-        """Return the rows, as a slice where the segments follow one another."""
-        # Nearly always so: then nothing is copied.
+    @functools.cached_property
+    def _numbers(self) -> slice | NDArray[np.int64]:
+        # Nearly always a slice: then nothing is copied.
         if (np.diff(self.starts) == self.length).all():
             first = int(self.starts[0])
             return slice(first, first + self.length * len(self.starts))
         rows = self.starts[:, None] + np.arange(self.length)
-        return torch.from_numpy(rows.reshape(-1))
+        return rows.reshape(-1)
+
+    @property
+    def where(self) -> slice | Tensor:
+        """Return the rows, as a slice where the segments follow one another."""
+        numbers = self._numbers
+        # A tensor is not kept: one of inference mode may not be used outside of it.
+        return numbers if isinstance(numbers, slice) else torch.from_numpy(numbers)
 
     def take(self, x: Tensor) -> Tensor:
         """Take the rows of [T, heads, D] as [n, heads, L, D]."""
@@ -253,17 +261,31 @@ class _Rows:
         target[:, self.where] = values.transpose(0, 1).flatten(1)
 
 
-def _groups(options: Sequence[Any]) -> Iterator[_Group]:
-    """Yield the groups of the segments that an operation was given."""
+def _groups(options: Sequence[Any]) -> list[_Group]:
+    """Return the groups of the segments that an operation was given."""
     *_tensors, bounds_q, bounds_k, _max_q, _max_k, causal, scale = options
+    return _group_segments(tuple(bounds_q), tuple(bounds_k), causal, scale)
+
+
+type _Bounds = tuple[int, ...]
+
+
+# All layers of a pack ask for the same ones, in both passes: for a small model this was a tenth of a step.
+@functools.lru_cache(maxsize=32)
+def _group_segments(
+    bounds_q: _Bounds, bounds_k: _Bounds, causal: bool, scale: float
+) -> list[_Group]:
+    """Return the segments that have queries, in groups of equal lengths."""
     bounds = np.array([bounds_q, bounds_k])
     lengths = np.diff(bounds).T
+    groups = []
     # Pictures of a pack often have equal sizes; torch's CPU kernel takes no list of lengths.
     for pair in np.unique(lengths[lengths[:, 0] > 0], axis=0):
         mine = np.flatnonzero((lengths == pair).all(1))
-        queries = _Rows(bounds[0, mine], int(pair[0]))
-        keys = _Rows(bounds[1, mine], int(pair[1]))
-        yield _Group(queries, keys, causal, scale)
+        starts_q, starts_k = bounds[:, mine]
+        queries, keys = _Rows(starts_q, int(pair[0])), _Rows(starts_k, int(pair[1]))
+        groups.append(_Group(queries, keys, causal, scale))
+    return groups
 
 
 def _forward_cpu(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
@@ -272,7 +294,7 @@ def _forward_cpu(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tu
     sums = torch.promote_types(query.dtype, torch.float32)
     logsumexp = query.new_empty(query.shape[1], query.shape[0], dtype=sums)
     for group in _groups(options):
-        attended, row_sums = _attend_parts(group.parts(), query, key, value)
+        attended, row_sums = _attend_parts(group.parts, query, key, value)
         group.queries.put(output, attended)
         group.queries.put_sums(logsumexp, row_sums)
     return output, logsumexp
@@ -310,7 +332,7 @@ def _backward_cpu(
     # A query's gradient has a part from each call; keys that no query sees have none.
     by_query, by_key, by_value = [x.new_zeros(x.shape) for x in (query, key, value)]
     for group in _groups(options):
-        for part in group.parts():
+        for part in group.parts:
             gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 part.queries.take(gradient),
                 *part.take(query, key, value),

@@ -3,6 +3,8 @@
 Nothing of visionloom's model or optimizer is used here, so a failure is the stand-in's. torch may be a CUDA build.
 """
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -189,3 +191,13 @@ def behaviour() -> dict[str, bool]:
 def test_every_replaced_name_works(pool: RankPool) -> None:
     (found,) = pool.run(1, behaviour)
     assert [what for what, holds in found.items() if not holds] == []
+
+
+def test_the_compiler_and_wandb_are_not_imported() -> None:
+    """They take longer than Megatron-core, and whoever wants them later still has them."""
+    script = "from visionloom.parallel import stand_in; stand_in.install(); import sys, torch, megatron.core.optimizer;"
+    script += "print('wandb' in sys.modules, 'torch._inductor.compile_fx' in sys.modules, torch.compile.__module__);"
+    script += "import wandb"
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False", "torch"]

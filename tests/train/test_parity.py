@@ -2,7 +2,7 @@
 
 A mixture's curves are held to 20 steps on these packs: on other data a token may be routed otherwise from step 14 on, since two of
 its scores differ by less than rounding does between layouts, and curves part there (benchmarks/routing.py).
-`make parity` runs all layouts and prints them as a table; `make test` runs a few.
+`make proofs` runs all layouts and prints them as a table, `make parity` those without teachers and adapters; `make test` runs a few.
 """
 
 from collections.abc import Callable

@@ -319,7 +319,7 @@ def test_no_rank_ever_has_the_model_whole(
 ) -> None:
     """Reference: the kernel's count of memory, of processes that give back what they free."""
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "1000000")
-    own_pool = RankPool()
+    own_pool = RankPool(own_environment=True)
     words = ["phases.multimodal.micro_batch=1", *(f"model.text.{word}" for word in WIDE)]
     config = run_config(demo_data, tmp_path, 9, 4, *words, *words_of("3"))
     taken = own_pool.run(4, memory_of_building, config)
