@@ -54,7 +54,7 @@ class ExpertGroups:
 
 
 @dataclass(frozen=True)
-class Order:
+class RowOrder:
     """Rows sorted by a key: a token has one row for each of its k keys; those with the last key may be left out."""
 
     slots: Tensor
@@ -67,14 +67,14 @@ class Order:
     """int32: where they end."""
 
     @classmethod
-    def by_key(cls, keys: Tensor, count: int) -> "Order":
+    def by_key(cls, keys: Tensor, count: int) -> "RowOrder":
         """Sort slots by their keys int32 [n, k], of which there are `count`."""
         return cls(*sort_rows(keys, count_rows(keys, count)))
 
-    def first(self, rows: int) -> "Order":
+    def first(self, rows: int) -> "RowOrder":
         """Return the order of the first rows alone: the last key is that of slots without a row."""
         counts, ends = self.counts[:-1], self.ends[:-1]
-        return Order(self.slots[:rows], self.places, counts, ends)
+        return RowOrder(self.slots[:rows], self.places, counts, ends)
 
     def copies(self, tokens: Tensor) -> Tensor:
         """Return a row for each place: [n, H] to [rows, H]."""
@@ -95,7 +95,7 @@ class Order:
 class Exchange:
     """How rows get from the ranks of their tokens to those of their experts."""
 
-    order: Order
+    order: RowOrder
     """Of the rows that this rank sends, by expert rank."""
     sent: list[int]
     """Rows to each expert rank."""
@@ -143,17 +143,17 @@ class Dispatch:
         """
         self.experts = experts
         self.groups = groups
-        self._arrived: Order | None = None
+        self._arrived: RowOrder | None = None
         """Of the rows that have come, by this rank's experts."""
         self.alone = groups.both.size() == 1
         if self.alone:
-            self._arrived = Order.by_key(experts, groups.experts)
+            self._arrived = RowOrder.by_key(experts, groups.experts)
             return
 
         ranks, tensor, each = groups.shape
         homes = experts // each
         # The first of a token's experts on a rank brings it there.
-        self._order = Order.by_key(keep_first(homes, ranks), ranks + 1)
+        self._order = RowOrder.by_key(keep_first(homes, ranks), ranks + 1)
         assigned = count_rows(homes, ranks).sum(0, dtype=torch.int32)
         counts = torch.cat((self._order.counts[:ranks], assigned))
         gathered = counts.new_empty(groups.both.size() * len(counts))
@@ -212,7 +212,7 @@ class Dispatch:
             rows, weights = (self._brought(each, leaving.flight) for each in (rows, weights))
         return order.copies(rows), order.picks(weights), order.ends
 
-    def _order_here(self) -> Order:
+    def _order_here(self) -> RowOrder:
         """Return the order of arrived rows by this rank's experts; the first call asks for the experts' numbers."""
         if self._arrived is None:
             _, _, each = self.groups.shape
@@ -220,7 +220,7 @@ class Dispatch:
             keys = experts - self.groups.ranks.rank() * each
             # Experts of other ranks have the last key.
             keys.clamp_(-1, each).remainder_(each + 1)
-            self._arrived = Order.by_key(keys, each + 1).first(self.exchange.rows)
+            self._arrived = RowOrder.by_key(keys, each + 1).first(self.exchange.rows)
         return self._arrived
 
     def _brought(self, rows: Tensor, flight: Flight | None = None) -> Tensor:
