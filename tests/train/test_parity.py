@@ -112,9 +112,11 @@ LAYOUTS: dict[str, Layout] = {
     "mixture, expert 2": mixture(2, expert=2),
     "mixture, expert 2, recompute full": mixture(2, expert=2, recompute="full"),
     "mixture, expert 2, recompute mlp": mixture(2, expert=2, recompute="mlp"),
-    # The other layers make norms, activations and copied rows again, in host memory.
     "mixture, expert 2, recompute one layer, all but attention": mixture(
-        2, expert=2, recompute="all_but_attention", recompute_layers=1, offload_activations=True
+        2, expert=2, recompute="all_but_attention", recompute_layers=1
+    ),
+    "mixture, expert 2, activations in host memory": mixture(
+        2, expert=2, recompute="norms_and_activations", offload_activations=True
     ),
     "mixture, expert 4": mixture(4, expert=4),
     "tensor 2 x expert 2": mixture(2, tensor=2, expert=2),
