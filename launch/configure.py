@@ -131,22 +131,15 @@ def _start(
     work(command, config)
 
 
-def prepare(device: str) -> None:
-    """Put the stand-in for torch.cuda in place where a run has no GPU, before the command imports Megatron-core without it."""
-    from visionloom.parallel.topology import choose_device
-
-    if choose_device(device).type == "cpu":
-        from visionloom.parallel import stand_in
-
-        stand_in.install()
-
-
 def work(command: Callable[[RunConfig], None], config: RunConfig) -> None:
     """Run a command to its end, whatever that is, and leave its cause in status.json."""
     # Where a segmentation fault came from is shown on the process's own standard error.
     faulthandler.enable(2)
     try:
-        prepare(config.run.device)
+        # Before the command imports Megatron-core.
+        from visionloom.parallel import topology as topologies
+
+        topologies.prepare(topologies.choose_device(config.run.device))
         command(config)
     except UserError as error:
         exit_with(error)

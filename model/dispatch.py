@@ -113,8 +113,8 @@ class Flight:
 
     works: list[Any] = field(default_factory=list)
 
-    def land(self) -> None:
-        """Let the device wait for them."""
+    def land(self, _: Tensor) -> None:
+        """Let the device wait for them: a hook of a tensor whose gradient they bring."""
         while self.works:
             self.works.pop().wait()
 
@@ -198,7 +198,11 @@ class Dispatch:
         if self.groups.ranks.size() == 1:
             return Leaving(rows, weights)
         flight = Flight()
-        return Leaving(_Landing.apply(rows, flight), _Landing.apply(weights, flight), flight)
+        for each in (rows, weights):
+            if each.requires_grad:
+                # Called when autograd comes to the copies, after what was done since.
+                each.register_hook(flight.land)
+        return Leaving(rows, weights, flight)
 
     def arrive(self, leaving: Leaving) -> tuple[Tensor, Tensor, Tensor]:
         """Bring rows to their experts.
@@ -249,20 +253,6 @@ class Dispatch:
         sent, received = self.exchange.sent, self.exchange.received
         rows = exchanged(rows, self.groups.ranks, received, sent, read)
         return self.exchange.order.sums(rows, read)
-
-
-class _Landing(torch.autograd.Function):
-    """Nothing on the way to the experts; on the way back the wait for what `_Exchanged` has sent."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, flight: Flight) -> Tensor:
-        ctx.flight = flight
-        return rows.view_as(rows)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.flight.land()
-        return gradients[0], None
 
 
 class _Exchanged(torch.autograd.Function):

@@ -224,6 +224,14 @@ def be_deterministic() -> None:
     torch.backends.cudnn.benchmark = False
 
 
+def prepare(device: torch.device) -> None:
+    """Put the stand-in for torch.cuda in place on a CPU; where Megatron-core is not imported yet, it is without its compiler."""
+    if device.type == "cpu":
+        from visionloom.parallel import stand_in
+
+        stand_in.install(device)
+
+
 def start(
     config: ParallelConfig, device: torch.device, seed: int = 1234, timeout_minutes: int = 30
 ) -> Topology:
@@ -235,11 +243,8 @@ def start(
         seed: of Megatron-core's random states, alike or different over the ranks as each axis needs it.
         timeout_minutes: longest wait in a collective.
     """
-    if device.type == "cpu":
-        from visionloom.parallel import stand_in
-
-        stand_in.install(device)
-    else:
+    prepare(device)
+    if device.type != "cpu":
         torch.cuda.set_device(device)
     timeout = timedelta(minutes=timeout_minutes)
     if not dist.is_initialized():
