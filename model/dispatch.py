@@ -10,7 +10,7 @@ Shapes: n tokens of this rank, k experts a token, s rows that it sends, M that a
 experts, e of them on this rank, H hidden size.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -109,26 +109,103 @@ class Exchange:
 
 @dataclass
 class Flight:
-    """Messages of a backward pass that nobody has waited for yet."""
+    """A message to the ranks of a group; its gradients take the same way back.
 
-    works: list[Any] = field(default_factory=list)
+    Where rows have landed in the forward pass, their gradients begin to travel in the backward pass, and are waited for where the rows began.
+    """
 
-    def land(self, _: Tensor) -> None:
-        """Let the device wait for them: a hook of a tensor whose gradient they bring."""
-        while self.works:
-            self.works.pop().wait()
+    group: Any
+    sent: list[int]
+    """Rows to each rank."""
+    received: list[int]
+    """Rows from each rank."""
+    read: bool = True
+    """Without it rows have no content and nothing is sent: only gradients pass."""
+    work: Any = None
+    """Of what was sent last."""
+    gradient: Tensor | None = None
+    """Of the rows that were sent, while it is on its way."""
+
+    def begin(self, rows: Tensor) -> Tensor:
+        """Begin to send rows [sum of sent, ...]; return those that come, which nobody may read before they have landed."""
+        begun: Tensor = _Begun.apply(rows.contiguous(), self)
+        return begun
+
+    def land(self, rows: Tensor) -> Tensor:
+        """Let the device wait for rows that `begin` has returned, [sum of received, ...]."""
+        landed: Tensor = _Landed.apply(rows, self)
+        return landed
+
+    def take_off(self, rows: Tensor, back: bool) -> Tensor:
+        """Send rows, or with `back` their gradients."""
+        sent, received = (self.received, self.sent) if back else (self.sent, self.received)
+        coming = rows.new_empty((sum(received), *rows.shape[1:]))
+        # Nobody reads the second forward pass of what is recomputed: its message can be saved.
+        if self.read or back:
+            self.work = dist.all_to_all_single(
+                coming, rows, received, sent, group=self.group, async_op=True
+            )
+        return coming
+
+    def wait(self) -> None:
+        """Let the device wait for what was sent last."""
+        work, self.work = self.work, None
+        if work is not None:
+            work.wait()
+
+
+class _Begun(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, flight: Flight) -> Tensor:
+        ctx.flight = flight
+        return flight.take_off(rows, back=False)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, None]:
+        flight = ctx.flight
+        flight.wait()
+        gradient, flight.gradient = flight.gradient, None
+        return gradient, None
+
+
+class _Landed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, flight: Flight) -> Tensor:
+        ctx.flight = flight
+        flight.wait()
+        return rows.view_as(rows)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        gradient = gradients[0].contiguous()
+        ctx.flight.gradient = ctx.flight.take_off(gradient, back=True)
+        # Autograd wants a tensor of this shape to go on, which takes no memory.
+        return gradient.new_empty(()).expand_as(gradient), None
+
+
+@dataclass(frozen=True)
+class Travelling:
+    """Rows on their way to other ranks."""
+
+    rows: Tensor
+    flight: Flight | None = None
+    """None: they are here."""
+
+    def land(self) -> Tensor:
+        """Return them once the device has waited for them."""
+        return self.rows if self.flight is None else self.flight.land(self.rows)
 
 
 @dataclass(frozen=True)
 class Leaving:
     """What is sent to the experts of a layer's tokens."""
 
-    rows: Tensor
+    rows: Travelling
     """[s, H]; [n, H] where all experts are here."""
-    weights: Tensor
+    weights: Travelling
     """Of all experts of each, fp32 [s, k] or [n, k]."""
-    flight: Flight | None = None
-    """Of their gradients, on the way back."""
+    experts: Travelling | None
+    """Their numbers; None: those who get them know them."""
 
 
 class Dispatch:
@@ -183,7 +260,7 @@ class Dispatch:
         )
 
     def leave(self, tokens: Tensor, weights: Tensor) -> Leaving:
-        """Copy tokens for the ranks of their experts.
+        """Begin to send tokens to the ranks of their experts.
 
         What follows in the forward pass before `arrive` comes, in the backward pass, while gradients travel back.
 
@@ -192,17 +269,12 @@ class Dispatch:
             weights: of the tokens' experts, fp32 [n, k].
         """
         if self.alone:
-            return Leaving(tokens, weights)
-        order = self.exchange.order
+            return Leaving(Travelling(tokens), Travelling(weights), None)
+        order, experts = self.exchange.order, None
+        if self._arrived is None:
+            experts = self._begun(order.copies(self.experts))
         rows, weights = order.copies(tokens), order.copies(weights)
-        if self.groups.ranks.size() == 1:
-            return Leaving(rows, weights)
-        flight = Flight()
-        for each in (rows, weights):
-            if each.requires_grad:
-                # Called when autograd comes to the copies, after what was done since.
-                each.register_hook(flight.land)
-        return Leaving(rows, weights, flight)
+        return Leaving(self._begun(rows), self._begun(weights), experts)
 
     def arrive(self, leaving: Leaving) -> tuple[Tensor, Tensor, Tensor]:
         """Bring rows to their experts.
@@ -210,93 +282,56 @@ class Dispatch:
         Returns:
             rows [m, H] sorted by expert, their weights [m], and where each expert's rows end, int32 [e].
         """
-        order = self._order_here()
-        rows, weights = leaving.rows, leaving.weights
-        if not self.alone:
-            rows, weights = (self._brought(each, leaving.flight) for each in (rows, weights))
-        return order.copies(rows), order.picks(weights), order.ends
+        if leaving.experts is not None:
+            self._arrived = self._order_here(self._gathered(leaving.experts))
+        assert self._arrived is not None
+        rows, weights = self._gathered(leaving.rows), self._gathered(leaving.weights)
+        return self._arrived.copies(rows), self._arrived.picks(weights), self._arrived.ends
 
-    def _order_here(self) -> RowOrder:
-        """Return the order of arrived rows by this rank's experts; the first call asks for the experts' numbers."""
-        if self._arrived is None:
-            _, _, each = self.groups.shape
-            experts = self._brought(self.exchange.order.copies(self.experts))
-            keys = experts - self.groups.ranks.rank() * each
-            # Experts of other ranks have the last key.
-            keys.clamp_(-1, each).remainder_(each + 1)
-            self._arrived = RowOrder.by_key(keys, each + 1).first(self.exchange.rows)
-        return self._arrived
+    def _order_here(self, experts: Tensor) -> RowOrder:
+        """Return the order of arrived rows by this rank's experts; `experts` int32 [M, k]: those of each row."""
+        _, _, each = self.groups.shape
+        keys = experts - self.groups.ranks.rank() * each
+        # Experts of other ranks have the last key.
+        keys.clamp_(-1, each).remainder_(each + 1)
+        return RowOrder.by_key(keys, each + 1).first(self.exchange.rows)
 
-    def _brought(self, rows: Tensor, flight: Flight | None = None) -> Tensor:
-        """Send rows [s, ...] and return those that have come [M, ...]."""
+    def _begun(self, rows: Tensor, back: bool = False, read: bool = True) -> Travelling:
+        """Begin to send rows [s, ...] to the ranks of the experts, or `back` from there."""
+        if self.groups.ranks.size() == 1:
+            return Travelling(rows)
         sent, received = self.exchange.sent, self.exchange.received
-        rows = exchanged(rows, self.groups.ranks, sent, received, flight=flight)
+        if back:
+            sent, received = received, sent
+        flight = Flight(self.groups.ranks, sent, received, read)
+        return Travelling(flight.begin(rows), flight)
+
+    def _gathered(self, travelling: Travelling) -> Tensor:
+        """Return the rows that have come [M, ...], with those of the other tensor ranks."""
+        rows = travelling.land()
+        if self.groups.tensor.size() == 1:
+            return rows
         gathered: Tensor = gather_from_sequence_parallel_region(
             rows, group=self.groups.tensor, output_split_sizes=self.exchange.gathered
         )
         return gathered
 
-    def from_experts(self, rows: Tensor, read: bool = True) -> Tensor:
-        """Bring the experts' results [m, H], sorted by expert, back and add those of each token: [n, H].
+    def send_back(self, rows: Tensor, read: bool = True) -> Travelling:
+        """Begin to send the experts' results [m, H], sorted by expert, back to the ranks of their tokens.
 
-        Without `read` they have no content, and neither has the sum: only gradients pass.
+        Without `read` they have no content: only gradients pass.
         """
-        rows = self._order_here().sums(rows, read)
-        if self.alone:
-            return rows
+        assert self._arrived is not None
+        rows = self._arrived.sums(rows, read)
         if self.groups.tensor.size() > 1:
             # Parts of a sum over the tensor ranks, added in fp32.
             summed = reduce_scatter_to_sequence_parallel_region(
                 rows.float(), group=self.groups.tensor, input_split_sizes=self.exchange.gathered
             )
             rows = summed.to(rows.dtype)
-        sent, received = self.exchange.sent, self.exchange.received
-        rows = exchanged(rows, self.groups.ranks, received, sent, read)
-        return self.exchange.order.sums(rows, read)
+        return self._begun(rows, back=True, read=read)
 
-
-class _Exchanged(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, group: Any, *options: Any) -> Tensor:
-        sent, received, read, flight = options
-        ctx.group, ctx.sent, ctx.received, ctx.flight = group, sent, received, flight
-        arrived = rows.new_empty((sum(received), *rows.shape[1:]))
-        # Nobody reads the second forward pass of what is recomputed: its message can be saved.
-        if read:
-            dist.all_to_all_single(arrived, rows, received, sent, group=group)
-        return arrived
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        gradient = gradients[0].contiguous()
-        returned = gradient.new_empty((sum(ctx.sent), *gradient.shape[1:]))
-        begun = dist.all_to_all_single(
-            returned,
-            gradient,
-            ctx.sent,
-            ctx.received,
-            group=ctx.group,
-            async_op=ctx.flight is not None,
-        )
-        if ctx.flight is not None:
-            ctx.flight.works.append(begun)
-        return returned, *[None] * 5
-
-
-def exchanged(
-    rows: Tensor,
-    group: Any,
-    sent: list[int],
-    received: list[int],
-    read: bool = True,
-    flight: Flight | None = None,
-) -> Tensor:
-    """Send stretches of rows [sum of sent, ...] to the ranks of a group, and return theirs [sum of received, ...].
-
-    Without `read` nothing is sent, and the result has no content: only gradients pass. Their way back is waited for at once, or
-    where `flight` lands.
-    """
-    if group.size() == 1:
-        return rows
-    arrived: Tensor = _Exchanged.apply(rows.contiguous(), group, sent, received, read, flight)
-    return arrived
+    def come_back(self, travelling: Travelling, read: bool = True) -> Tensor:
+        """Return the sum of the results of each token, [n, H]; without `read` it has no content."""
+        rows = travelling.land()
+        return rows if self.alone else self.exchange.order.sums(rows, read)

@@ -6,7 +6,7 @@ Shapes: n tokens of this rank, E experts (e of them on this rank), k experts a t
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,7 +23,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from visionloom.model.dispatch import Dispatch, ExpertGroups
+from visionloom.model.dispatch import Dispatch, ExpertGroups, Leaving, Travelling
 from visionloom.model.kernels.activation import swiglu
 from visionloom.model.kernels.routing import ENTROPY_UNIT, choose_experts, weigh_experts
 from visionloom.parallel.topology import Topology
@@ -87,6 +87,29 @@ class Router(TopKRouter):  # type: ignore[misc]
         return weigh_experts(logits, experts, padding, self.tally, balance), experts
 
 
+@dataclass(frozen=True)
+class Plan:
+    """Where the tokens of one pass of a layer go; recomputation uses it again."""
+
+    experts: Tensor
+    """int32 [n, k]."""
+    dispatches: tuple[Dispatch, ...]
+    """Of each part of the tokens, in their order."""
+
+    @classmethod
+    def of(cls, experts: Tensor, groups: ExpertGroups, parts: int) -> "Plan":
+        """Plan the way of tokens in parts of about one size."""
+        size = -(-len(experts) // parts)
+        sizes = [max(0, min(size, len(experts) - part * size)) for part in range(parts)]
+        return cls(experts, tuple(Dispatch(part, groups) for part in experts.split(sizes)))
+
+    def cut(self, rows: Tensor) -> Sequence[Tensor]:
+        """Cut rows [n, ...] into those of each part."""
+        if len(self.dispatches) == 1:
+            return [rows]
+        return rows.split([len(dispatch.experts) for dispatch in self.dispatches])
+
+
 class MixtureLayer(MoELayer):  # type: ignore[misc]
     """Router, dispatch and experts in place of a dense layer's feed-forward part.
 
@@ -100,8 +123,10 @@ class MixtureLayer(MoELayer):  # type: ignore[misc]
         self.groups = ExpertGroups(config.num_moe_experts, groups.ep, groups.expt_tp, groups.tp_ep)
         # Megatron-core's own keeps each layer's graph until its next pass.
         self.token_dispatcher = None
-        self._kept: deque[Dispatch] = deque()
-        """Plans of micro-batches whose backward pass is to come, which has the same order."""
+        self._kept: deque[Plan] = deque()
+        """Those of micro-batches whose backward pass is to come, which has the same order."""
+        # Nothing travels where all experts are here.
+        self.parts: int = config.expert_parts if groups.ep.size() > 1 else 1
 
     def forward(
         self, hidden_states: Tensor, _: Any = None, padding_mask: Tensor | None = None
@@ -115,21 +140,36 @@ class MixtureLayer(MoELayer):  # type: ignore[misc]
 
     def _mix(self, hidden: Tensor, padding: Tensor | None) -> Tensor:
         again = is_checkpointing() and torch.is_grad_enabled()
-        dispatch = self._kept.popleft() if again else None
-        experts = dispatch.experts if dispatch else None
-        weights, experts = self.router(hidden, padding, experts=experts)
-        if dispatch is None:
-            dispatch = Dispatch(experts, self.groups)
+        plan = self._kept.popleft() if again else None
+        weights, experts = self.router(hidden, padding, experts=plan.experts if plan else None)
+        if plan is None:
+            plan = Plan.of(experts, self.groups, self.parts)
             if is_checkpointing():
-                self._kept.append(dispatch)
-        leaving = dispatch.leave(hidden.flatten(0, 1), weights)
+                self._kept.append(plan)
+
+        tokens = zip(plan.cut(hidden.flatten(0, 1)), plan.cut(weights), strict=True)
+        leaving = [way.leave(*part) for way, part in zip(plan.dispatches, tokens, strict=True)]
         # Taken between leaving and arriving, their gradients are made while those of rows travel back.
-        matrices = self.experts.matrices() if leaving.flight else (None, None)
-        rows, weights, ends = dispatch.arrive(leaving)
-        del leaving
+        late = self.groups.ranks.size() > 1
+        matrices = [self.experts.matrices() if late else (None, None) for _ in leaving]
+        # While the experts work on a part, the next one's rows are on the way, and the results of the one before.
+        coming = [
+            self._by_experts(way, leaving.pop(0), own, read=not again)
+            for way, own in zip(plan.dispatches, matrices, strict=True)
+        ]
+        sums = [
+            way.come_back(part, read=not again)
+            for way, part in zip(plan.dispatches, coming, strict=True)
+        ]
+        mixed = torch.cat(sums) if len(sums) > 1 else sums[0]
+        return mixed.view_as(hidden)
+
+    def _by_experts(self, way: Dispatch, leaving: Leaving, matrices: Any, read: bool) -> Travelling:
+        """Let the experts work on a part of the tokens, and begin to send its results back."""
+        rows, weights, ends = way.arrive(leaving)
         # Nothing in a layer after its experts needs their result to pass gradients back.
-        results = self.experts(rows, weights, ends, matrices, read=not again)
-        return dispatch.from_experts(results, read=not again).view_as(hidden)
+        results = self.experts(rows, weights, ends, matrices, read=read)
+        return way.send_back(results, read)
 
 
 def routers_of(chunks: Iterable[nn.Module]) -> list[Router]:

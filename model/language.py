@@ -83,6 +83,7 @@ def transformer_config(
         **_recompute_settings(parallel, text.experts),
     )
     config.balance_coefficient = text.balance_coefficient
+    config.expert_parts = parallel.expert_parts
     config.keep_attention = parallel.recompute == "all_but_attention"
     return config
 

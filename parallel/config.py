@@ -84,6 +84,9 @@ class ParallelConfig:
     """What divides and updates the weights: `megatron` for every layout, or `deepspeed` (ZeRO) with data and tensor parallelism."""
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     """Options of engine=deepspeed."""
+    expert_parts: int = option(1, "free", least=1, most=16)
+    """Parts of a rank's tokens that go to the experts of other ranks one after the other: while the experts work on one, the next
+    one's rows travel. 2 hides half of the exchanges, for as many more launches."""
 
     @property
     def sequence_parallel(self) -> bool:
@@ -141,6 +144,11 @@ class ParallelConfig:
             yield from self._engine_problems(here)
         if self.sequence and self.tensor == 1:
             yield f"{here}.sequence=true needs {here}.tensor of 2 or more (now 1)"
+        if self.expert_parts > 1 and self.expert == 1:
+            yield (
+                f"{here}.expert_parts={self.expert_parts} needs {here}.expert of 2 or more (now 1):"
+                f" no token travels to its experts"
+            )
         if self.recompute == "block" and not self.recompute_layers:
             yield f"{here}.recompute=block needs {here}.recompute_layers, the number of layers"
         if self.recompute_layers and self.recompute not in ("block", "all_but_attention"):

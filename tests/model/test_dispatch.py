@@ -106,33 +106,64 @@ class Calls:
         return noted
 
 
-def order_of_backward(recompute: str, packs: list[TestPack], late: bool) -> list[str]:
-    """What a step of one micro-batch calls, by forward and backward pass; runs on a rank of the pool."""
+def calls_of(layout: dict[str, Any], packs: list[TestPack], late: bool) -> list[str]:
+    """What a step calls; runs on a rank of the pool."""
     calls = Calls()
-    layout = Layout(2, {"expert": 2, "recompute": recompute}, Case(experts=EXPERTS))
     at_once = mock.patch.object(GroupedExperts, "matrices", lambda _: (None, None))
     with (
         nullcontext() if late else at_once,
         mock.patch.object(dist, "all_to_all_single", calls.of("sent", dist.all_to_all_single)),
         mock.patch.object(F, "grouped_mm", calls.of("product", F.grouped_mm)),
     ):
-        backward(layout, packs)
+        backward(Layout(2, {"expert": 2, **layout}, Case(experts=EXPERTS)), packs)
     return calls.names
 
 
-@pytest.mark.parametrize("recompute", ["none", "full"])
-def test_gradients_of_experts_are_made_while_those_of_rows_travel(
-    recompute: str, pool: RankPool
-) -> None:
-    """Of each layer, the last ones of a step: rows' gradients begin to travel, two products, and the wait for both messages.
+def in_words(text: str) -> list[str]:
+    """Calls written as `2 begun, product`."""
+    words = []
+    for each in text.split(", "):
+        *times, name = each.split()
+        words += [name] * int(times[0] if times else 1)
+    return words
 
-    The control makes the matrices' gradients at once.
-    """
-    packs = packs_of("text")[:2]
-    end = ["begun", "begun", "product", "product", "awaited", "awaited"]
-    for names in pool.run(2, order_of_backward, recompute, packs, True):
-        assert names[-6:] == end
-        layers = names.count("begun") // 2
-        assert sum(names[place : place + 6] == end for place in range(len(names))) == layers > 1
-    for names in pool.run(2, order_of_backward, recompute, packs, False):
-        assert names[-4:] == ["begun", "begun", "awaited", "awaited"]
+
+ORDERS = {
+    # Numbers of experts, rows and weights; products and results; gradients of results, products, gradients of rows and
+    # weights, beside which those of the matrices are made.
+    "one part": (
+        {},
+        "3 begun, 3 awaited, 2 product, begun, awaited",
+        "begun, awaited, 2 product, 2 begun, 2 product, 2 awaited",
+    ),
+    # The second part's rows travel beside the first one's products, and the first one's results beside the second one's.
+    "two parts": (
+        {"expert_parts": 2},
+        "6 begun, 3 awaited, 2 product, begun, 3 awaited, 2 product, begun, 2 awaited",
+        "2 begun, awaited, 2 product, 2 begun, awaited, 2 product, 2 begun, 4 product, 4 awaited",
+    ),
+    # The second pass knows the experts, and needs no results.
+    "again": (
+        {"recompute": "full", "expert_parts": 2},
+        "6 begun, 3 awaited, 2 product, begun, 3 awaited, 2 product, begun, 2 awaited",
+        "4 begun, 2 awaited, product, 2 awaited, product,"
+        " 2 begun, awaited, 2 product, 2 begun, awaited, 2 product, 2 begun, 4 product, 4 awaited",
+    ),
+}
+
+
+LAYERS, MICRO_BATCHES = 4, 2
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_rows_and_gradients_travel_beside_products(name: str, pool: RankPool) -> None:
+    layout, forward, back = ORDERS[name]
+    expected = (in_words(forward) * LAYERS + in_words(back) * LAYERS) * MICRO_BATCHES
+    assert pool.run(2, calls_of, layout, packs_of("text")[:2], True) == [expected] * 2
+
+
+def test_control_gradients_of_matrices_at_once(pool: RankPool) -> None:
+    _, forward, _ = ORDERS["one part"]
+    back = "begun, awaited, 4 product, 2 begun, 2 awaited"
+    expected = (in_words(forward) * LAYERS + in_words(back) * LAYERS) * MICRO_BATCHES
+    assert pool.run(2, calls_of, {}, packs_of("text")[:2], False) == [expected] * 2

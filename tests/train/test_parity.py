@@ -118,11 +118,15 @@ LAYOUTS: dict[str, Layout] = {
     "mixture, expert 2, activations in host memory": mixture(
         2, expert=2, recompute="norms_and_activations", offload_activations=True
     ),
+    "mixture, expert 2 in two parts": mixture(2, expert=2, expert_parts=2),
     "mixture, expert 4": mixture(4, expert=4),
     "tensor 2 x expert 2": mixture(2, tensor=2, expert=2),
     "mixture, tensor 2 x expert tensor 2": mixture(2, tensor=2, expert_tensor=2),
     "mixture, tensor 2 x expert 2 x expert tensor 2": mixture(
         4, tensor=2, expert=2, expert_tensor=2
+    ),
+    "tensor 2 x expert 2 x expert tensor 2 in three parts": mixture(
+        4, tensor=2, expert=2, expert_tensor=2, expert_parts=3, recompute="full"
     ),
     "context 2 x expert 2": mixture(2, context=2, expert=2),
     "pipeline 2 x expert 2": mixture(
