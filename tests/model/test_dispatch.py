@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from visionloom.model import experts
 from visionloom.model.dispatch import Dispatch, ExpertGroups
 from visionloom.model.experts import GroupedExperts
 from visionloom.parallel import topology as topologies
@@ -111,10 +112,12 @@ def order_of_backward(recompute: str, packs: list[TestPack], late: bool) -> list
     calls = Calls()
     layout = Layout(2, {"expert": 2, "recompute": recompute}, Case(experts=EXPERTS))
     at_once = mock.patch.object(GroupedExperts, "matrices", lambda _: (None, None))
+    added = experts.add_grouped_product_
     with (
         nullcontext() if late else at_once,
         mock.patch.object(dist, "all_to_all_single", calls.of("sent", dist.all_to_all_single)),
-        mock.patch.object(F, "grouped_mm", calls.of("product", F.grouped_mm)),
+        mock.patch.object(F, "grouped_mm", calls.of("by rows", F.grouped_mm)),
+        mock.patch.object(experts, "add_grouped_product_", calls.of("product", added)),
     ):
         backward(layout, packs)
     return calls.names
