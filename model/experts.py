@@ -6,9 +6,8 @@ Shapes: n tokens of this rank, E experts (e of them on this rank), k experts a t
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 
 from visionloom.model.dispatch import Dispatch, ExpertGroups, Leaving, Travelling
 from visionloom.model.kernels.activation import swiglu
+from visionloom.model.kernels.product import add_grouped_product_
 from visionloom.model.kernels.routing import ENTROPY_UNIT, choose_experts, weigh_experts
 from visionloom.parallel.topology import Topology
 
@@ -150,12 +150,11 @@ class MixtureLayer(MoELayer):  # type: ignore[misc]
         tokens = zip(plan.cut(hidden.flatten(0, 1)), plan.cut(weights), strict=True)
         leaving = [way.leave(*part) for way, part in zip(plan.dispatches, tokens, strict=True)]
         # Taken between leaving and arriving, their gradients are made while those of rows travel back.
-        late = self.groups.ranks.size() > 1
-        matrices = [self.experts.matrices() if late else (None, None) for _ in leaving]
+        matrices = self.experts.matrices() if self.groups.ranks.size() > 1 else (None, None)
         # While the experts work on a part, the next one's rows are on the way, and the results of the one before.
         coming = [
-            self._by_experts(way, leaving.pop(0), own, read=not again)
-            for way, own in zip(plan.dispatches, matrices, strict=True)
+            self._by_experts(way, leaving.pop(0), matrices, read=not again)
+            for way in plan.dispatches
         ]
         sums = [
             way.come_back(part, read=not again)
@@ -234,7 +233,7 @@ class Stack(nn.Module):
 
         They are read by `forward` alone: gathered weights are there only when it is called.
         """
-        return Matrix.taken(self.weight.flatten(1, -2))
+        return Matrix.taken(self.weight)
 
     def forward(
         self, tokens: Tensor, ends: Tensor, matrix: "Matrix | None" = None, read: bool = True
@@ -247,7 +246,7 @@ class Stack(nn.Module):
             matrix: of `matrix`; None: the gradient is made at once.
             read: the result has content; else only gradients pass.
         """
-        return grouped_linear(tokens, matrix or Matrix(self.weight.flatten(1, -2)), ends, read)
+        return grouped_linear(tokens, matrix or Matrix.of(self.weight), ends, read)
 
 
 class GroupedExperts(MegatronModule):  # type: ignore[misc]
@@ -329,25 +328,49 @@ class GroupedExperts(MegatronModule):  # type: ignore[misc]
         )
 
 
-class LateGradient:
-    """The gradient of a matrix, which is made when autograd comes to where the matrix was taken."""
+@dataclass
+class WeightGradient:
+    """The gradient of a stack's matrices in one pass of a layer: a sum of products that are still to be made."""
 
-    make: Callable[[], Tensor] | None = None
-    """Set by the backward pass of the product."""
+    parameter: Any = None
+    """Of which the matrices are; None: of one that has no `main_grad`."""
+    late: bool = False
+    """It is made when autograd comes to where the matrices were taken, and not at once."""
+    products: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+    """Gradients of the results, tokens, and ends of the groups, by the backward passes of the products."""
+
+    def make(self) -> Tensor:
+        """Return the sum [e, out, in]; without content where it is in `main_grad` of Megatron-core's DDP already."""
+        total = getattr(self.parameter, "main_grad", None)
+        if total is None:
+            return self._sum()
+        while self.products:
+            add_grouped_product_(total.flatten(1, -2), *self.products.pop(0))
+        # DDP's hook reads this, and runs only for a gradient that is there.
+        self.parameter.grad_added_to_main_grad = True
+        return torch.empty_like(self.parameter).flatten(1, -2)
+
+    def _sum(self) -> Tensor:
+        summed = None
+        while self.products:
+            rows, columns, ends = self.products.pop(0)
+            product = F.grouped_mm(rows.t(), columns, offs=ends)
+            summed = product if summed is None else summed.add_(product)
+        assert summed is not None
+        return summed
 
 
 class _Taken(torch.autograd.Function):
     """The matrix itself. Autograd visits what was done later first: what was done after this is under way when the gradient is made."""
 
     @staticmethod
-    def forward(ctx: Any, weights: Tensor, gradient: LateGradient) -> Tensor:
+    def forward(ctx: Any, weights: Tensor, gradient: WeightGradient) -> Tensor:
         ctx.gradient = gradient
         return weights.view_as(weights)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        make, ctx.gradient.make = ctx.gradient.make, None
-        return make(), None
+        return ctx.gradient.make(), None
 
 
 @dataclass(frozen=True)
@@ -356,16 +379,20 @@ class Matrix:
 
     weights: Tensor
     """[e, out, in]."""
-    gradient: LateGradient | None = None
-    """None: it is made at once."""
+    gradient: WeightGradient = field(default_factory=WeightGradient)
 
     @classmethod
-    def taken(cls, weights: Tensor) -> "Matrix":
+    def of(cls, parameter: Tensor) -> "Matrix":
+        """Return the matrices of a parameter [e, ..., in], of which the gradient is made at once."""
+        return cls(parameter.flatten(1, -2), WeightGradient(parameter))
+
+    @classmethod
+    def taken(cls, parameter: Tensor) -> "Matrix":
         """Return matrices of which the gradient is made when autograd comes to this place."""
-        if not (weights.requires_grad and torch.is_grad_enabled()):
-            return cls(weights)
-        gradient = LateGradient()
-        return cls(_Taken.apply(weights, gradient), gradient)
+        if not (parameter.requires_grad and torch.is_grad_enabled()):
+            return cls.of(parameter)
+        gradient = WeightGradient(parameter, late=True)
+        return cls(_Taken.apply(parameter.flatten(1, -2), gradient), gradient)
 
 
 def grouped_linear(tokens: Tensor, matrix: Matrix, ends: Tensor, read: bool = True) -> Tensor:
@@ -384,7 +411,7 @@ def grouped_linear(tokens: Tensor, matrix: Matrix, ends: Tensor, read: bool = Tr
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, weights: Tensor, ends: Tensor, *options: Any) -> Tensor:
-        ctx.late, read = options
+        ctx.gradient, read = options
         # Matrices that do not train take part in the gradient of rows alone.
         ctx.save_for_backward(tokens if ctx.needs_input_grad[1] else None, weights, ends)
         if not read:
@@ -398,11 +425,11 @@ class _GroupedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             by_tokens = F.grouped_mm(gradient, weights, offs=ends)
         if ctx.needs_input_grad[1]:
-            make = partial(F.grouped_mm, gradient.t(), tokens, offs=ends)
-            if ctx.late is None:
-                by_weights = make()
-            else:
-                ctx.late.make = make
-                # Autograd wants a tensor of this shape to go on, which takes no memory.
+            is_first = not ctx.gradient.products
+            ctx.gradient.products.append((gradient, tokens, ends))
+            if not ctx.gradient.late:
+                by_weights = ctx.gradient.make()
+            elif is_first:
+                # Autograd wants a tensor of this shape to go on, which takes no memory; the sum of two would.
                 by_weights = gradient.new_empty(()).expand_as(weights)
         return by_tokens, by_weights, None, None, None

@@ -55,6 +55,9 @@ ADDS_ROWS = {
 OVERWRITES = {"aten::zero_", "aten::fill_", "aten::copy_"}
 """Operations that write their first input without reading it."""
 
+ADDS_PRODUCT = {"visionloom::add_product_", "visionloom::add_grouped_product_"}
+"""Operations that add a product of rows [m, O] and columns [m, I], or one of each group of them, to their first input."""
+
 
 @dataclass(frozen=True, slots=True)
 class Cost:
@@ -125,9 +128,9 @@ def cost_of(call: Call, inputs: list[Tensor], outputs: list[Tensor]) -> Cost:
     if kind.name == "aten::_grouped_mm":
         flops = grouped_product(inputs[0], inputs[1])
         return Cost(Kernel.PRODUCT, flops, flops, moved)
-    if kind.name == "visionloom::add_product_":
-        total, rows, _columns = inputs
-        flops = 2.0 * total.numel() * len(rows)
+    if kind.name in ADDS_PRODUCT:
+        _total, rows, columns, *_ends = inputs
+        flops = 2.0 * rows.numel() * columns.shape[1]
         return Cost(Kernel.PRODUCT, flops, flops, moved)
     if kind.product is not None:
         result = outputs[0] if len(outputs) == 1 else tuple(outputs)

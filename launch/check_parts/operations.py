@@ -5,6 +5,7 @@ Definitions are plain torch in fp64 on the CPU, gradients by autograd.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from visionloom.model.kernels.attention import Segments, attend
 from visionloom.model.kernels.cross_entropy import row_sums, to_gradient_
 from visionloom.model.kernels.norm import branch_rms_norm, layer_norm, rms_norm
 from visionloom.model.kernels.permute import combine_rows, count_rows, permute_rows, sort_rows
-from visionloom.model.kernels.product import add_product_
+from visionloom.model.kernels.product import add_grouped_product_, add_product_
 from visionloom.model.kernels.rotary import rotate_heads
 from visionloom.model.kernels.routing import choose_experts, weigh_experts
 
@@ -65,7 +66,8 @@ def check_operations(device: torch.device) -> list[CheckResult]:
     comparisons = [*definitions()]
     # On a CPU the operation is its twin.
     if device.type == "cuda":
-        comparisons += [summed(torch.bfloat16), *twins(), *larger_twins()]
+        comparisons += [summed(torch.bfloat16), summed_by_group(torch.bfloat16)]
+        comparisons += [*twins(), *larger_twins()]
     return [comparison.result(device) for comparison in comparisons]
 
 
@@ -135,6 +137,7 @@ def definitions() -> Iterator[Comparison]:
 
     yield Comparison("cross_entropy and its definition", *losses(), limit=2e-5, strict=False)
     yield summed(torch.float32)
+    yield summed_by_group(torch.float32)
     tokens = MixtureCase.draw(TOKENS)
     pair = tokens.own, tokens.definition
     yield Comparison("a mixture and its definition", *pair, limit=2e-5, strict=False)
@@ -235,6 +238,30 @@ def summed(dtype: torch.dtype) -> Comparison:
         return [total.double() + rows.double().t() @ columns.double()]
 
     name = f"add_product_ {str(dtype).removeprefix('torch.')} and its definition"
+    return Comparison(name, own, definition, limit=2e-5, strict=False)
+
+
+def summed_by_group(dtype: torch.dtype) -> Comparison:
+    """Return the comparison of products of groups, one of them empty, that are added to sums in fp32."""
+    draw = Draw(dtype)
+    rows, columns = draw(640, 136), draw(640, 264)
+    total = draw.wide(4, 136, 264) * 100
+    # Rows behind the last group count nowhere.
+    ends = [64, 64, 401, 600]
+
+    def own(device: torch.device) -> list[Tensor]:
+        moved, places = total.to(device, copy=True), torch.tensor(ends, device=device).int()
+        add_grouped_product_(moved, rows.to(device), columns.to(device), places)
+        return [moved]
+
+    def definition() -> list[Tensor]:
+        wide = total.double()
+        for group, (begin, end) in enumerate(pairwise([0, *ends])):
+            left, right = rows[begin:end].double(), columns[begin:end].double()
+            wide[group] += left.t() @ right
+        return [wide]
+
+    name = f"add_grouped_product_ {str(dtype).removeprefix('torch.')} and its definition"
     return Comparison(name, own, definition, limit=2e-5, strict=False)
 
 

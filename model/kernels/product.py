@@ -1,7 +1,7 @@
 """Add matrix products to fp32 sums in the products' own kernel: no product is written and read again.
 
 Gradients of weights are summed over micro-batches in fp32 (`main_grad` of Megatron-core's DDP).
-Shapes: t tokens, O and I widths of output and input.
+Shapes: t tokens, e groups of them, O and I widths of output and input.
 """
 
 from typing import Any
@@ -42,6 +42,38 @@ _ADD_PRODUCT = library.define(
 def add_product_(total: Tensor, rows: Tensor, columns: Tensor) -> None:
     """Add rows^T columns to `total` [O, I], fp32 or of their dtype; rows [t, O], columns [t, I]."""
     _ADD_PRODUCT(total, rows, columns)
+
+
+def _groups_on_cpu(total: Tensor, rows: Tensor, columns: Tensor, ends: Tensor) -> Tensor:
+    begin = 0
+    for each, end in zip(total, ends.tolist(), strict=True):
+        _on_cpu(each, rows[begin:end], columns[begin:end])
+        begin = end
+    return total
+
+
+def _groups_on_meta(total: Tensor, rows: Tensor, columns: Tensor, ends: Tensor) -> Tensor:
+    return total
+
+
+_ADD_GROUPED_PRODUCT = library.define(
+    "add_grouped_product_(Tensor(a!) total, Tensor rows, Tensor columns, Tensor ends) -> Tensor(a!)",
+    cpu=_groups_on_cpu,
+    cuda=library.in_triton("linear_triton", "add_grouped_product_"),
+    meta=_groups_on_meta,
+)
+
+
+def add_grouped_product_(total: Tensor, rows: Tensor, columns: Tensor, ends: Tensor) -> None:
+    """Add rows^T columns of each group of tokens to a sum of its own; the host reads nothing of the device.
+
+    Args:
+        total: [e, O, I], fp32 or of their dtype.
+        rows: [t, O] sorted by group, bf16 or fp32.
+        columns: [t, I] of the same dtype.
+        ends: int32 [e], where each group ends; what is behind the last one counts nowhere.
+    """
+    _ADD_GROUPED_PRODUCT(total, rows.contiguous(), columns.contiguous(), ends)
 
 
 class _InPlaceOfApex:

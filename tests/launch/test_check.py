@@ -89,7 +89,7 @@ def test_a_part_that_fails_does_not_end_the_others(
     assert check.main(["--device", "cpu"]) == 1
     shown = capsys.readouterr()
     assert "failed: training: RuntimeError: no such kernel" in shown.err.replace("\\n", " ")
-    assert "9 of 10 checks passed" in shown.out
+    assert "10 of 11 checks passed" in shown.out
 
 
 def test_twins_of_a_gpu_are_compared_with_themselves_on_a_cpu() -> None:

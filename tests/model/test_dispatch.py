@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from visionloom.model import experts
 from visionloom.model.dispatch import Dispatch, ExpertGroups
 from visionloom.model.experts import GroupedExperts
 from visionloom.parallel import topology as topologies
@@ -110,10 +111,12 @@ def calls_of(layout: dict[str, Any], packs: list[TestPack], late: bool) -> list[
     """What a step calls; runs on a rank of the pool."""
     calls = Calls()
     at_once = mock.patch.object(GroupedExperts, "matrices", lambda _: (None, None))
+    added = experts.add_grouped_product_
     with (
         nullcontext() if late else at_once,
         mock.patch.object(dist, "all_to_all_single", calls.of("sent", dist.all_to_all_single)),
         mock.patch.object(F, "grouped_mm", calls.of("product", F.grouped_mm)),
+        mock.patch.object(experts, "add_grouped_product_", calls.of("matrix", added)),
     ):
         backward(Layout(2, {"expert": 2, **layout}, Case(experts=EXPERTS)), packs)
     return calls.names
@@ -134,20 +137,20 @@ ORDERS = {
     "one part": (
         {},
         "3 begun, 3 awaited, 2 product, begun, awaited",
-        "begun, awaited, 2 product, 2 begun, 2 product, 2 awaited",
+        "begun, awaited, 2 product, 2 begun, 2 matrix, 2 awaited",
     ),
     # The second part's rows travel beside the first one's products, and the first one's results beside the second one's.
     "two parts": (
         {"expert_parts": 2},
         "6 begun, 3 awaited, 2 product, begun, 3 awaited, 2 product, begun, 2 awaited",
-        "2 begun, awaited, 2 product, 2 begun, awaited, 2 product, 2 begun, 4 product, 4 awaited",
+        "2 begun, awaited, 2 product, 2 begun, awaited, 2 product, 2 begun, 4 matrix, 4 awaited",
     ),
     # The second pass knows the experts, and needs no results.
     "again": (
         {"recompute": "full", "expert_parts": 2},
         "6 begun, 3 awaited, 2 product, begun, 3 awaited, 2 product, begun, 2 awaited",
         "4 begun, 2 awaited, product, 2 awaited, product,"
-        " 2 begun, awaited, 2 product, 2 begun, awaited, 2 product, 2 begun, 4 product, 4 awaited",
+        " 2 begun, awaited, 2 product, 2 begun, awaited, 2 product, 2 begun, 4 matrix, 4 awaited",
     ),
 }
 
@@ -164,6 +167,6 @@ def test_rows_and_gradients_travel_beside_products(name: str, pool: RankPool) ->
 
 def test_control_gradients_of_matrices_at_once(pool: RankPool) -> None:
     _, forward, _ = ORDERS["one part"]
-    back = "begun, awaited, 4 product, 2 begun, 2 awaited"
+    back = "begun, awaited, product, matrix, product, matrix, 2 begun, 2 awaited"
     expected = (in_words(forward) * LAYERS + in_words(back) * LAYERS) * MICRO_BATCHES
     assert pool.run(2, calls_of, {}, packs_of("text")[:2], False) == [expected] * 2

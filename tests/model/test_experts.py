@@ -3,6 +3,8 @@
 References: a loop over the experts; transformers' load_balancing_loss_func; a brute-force sum over all tokens.
 """
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 from unittest import mock
 
@@ -15,6 +17,7 @@ from visionloom.model import experts
 from visionloom.model.experts import (
     Matrix,
     Router,
+    WeightGradient,
     grouped_linear,
     routers_of,
     update_router_loads,
@@ -58,6 +61,68 @@ def test_grouped_matrices_equal_a_loop(counts: list[int]) -> None:
         for value, theirs in zip(ours, expected, strict=True):
             assert theirs is not None and value is not None
             torch.testing.assert_close(value, theirs)
+
+
+def summed_gradient(
+    multiply: Callable[[Any, Tensor], list[Tensor]], parameter: Any, passes: list[Tensor]
+) -> Tensor:
+    """The gradient of a parameter after backward passes of all outputs' squares, each of which has two outputs."""
+    for tokens in passes:
+        outputs = multiply(parameter, tokens)
+        torch.autograd.backward(outputs, [2 * output.detach() for output in outputs])
+    gradient = getattr(parameter, "main_grad", None)
+    return parameter.grad if gradient is None else gradient
+
+
+@pytest.mark.parametrize("take", [Matrix.of, Matrix.taken])
+@pytest.mark.parametrize("in_main_grad", [True, False])
+def test_all_products_with_a_matrix_are_in_its_gradient(
+    take: Callable[[Tensor], Matrix], in_main_grad: bool
+) -> None:
+    """As in Megatron-core's DDP: the flag says that what autograd gets has no content, so that nothing is added twice."""
+    generator = torch.Generator().manual_seed(0)
+    ends = torch.tensor([3, 3, 8, 9]).int()
+    drawn = torch.randn(4, 2, 12, 16, generator=generator)
+    passes = [torch.randn(2 * 9, 16, generator=generator) for _ in range(2)]
+
+    def grouped(parameter: Any, tokens: Tensor) -> list[Tensor]:
+        matrix = take(parameter)
+        return [grouped_linear(part, matrix, ends) for part in tokens.split(9)]
+
+    def looped(parameter: Any, tokens: Tensor) -> list[Tensor]:
+        weights = parameter.flatten(1, -2)
+        return [loop_over_experts(part, weights, ends) for part in tokens.split(9)]
+
+    ours, theirs = (drawn.clone().requires_grad_() for _ in range(2))
+    own: Any = ours
+    if in_main_grad:
+        own.main_grad = torch.zeros_like(drawn)
+    made = summed_gradient(grouped, own, passes)
+    torch.testing.assert_close(made, summed_gradient(looped, theirs, passes))
+    assert getattr(own, "grad_added_to_main_grad", False) is in_main_grad
+    assert own.grad is not None and own.grad.shape == own.shape
+
+
+def gradients_of_experts(layout: Layout, packs: list[TestPack], in_product: bool) -> list[Tensor]:
+    """`main_grad` of the experts' matrices; runs on a rank of the pool. Else Megatron-core's DDP adds what autograd hands it."""
+    made = mock.patch.object(WeightGradient, "make", WeightGradient._sum)
+    with nullcontext() if in_product else made:
+        stage, _ = backward(layout, packs)
+    named = trainable(stage).items()
+    return [weight.main_grad.clone() for name, weight in named if ".experts." in name]
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_gradients_are_those_that_ddp_adds(at_once: bool, pool: RankPool) -> None:
+    """Of two micro-batches a rank, on expert ranks, where matrices are taken before rows travel, and without."""
+    layout = Layout(2, {"expert": 1 if at_once else 2}, Case(experts=EXPERTS))
+    packs = packs_of("text")
+    both = [pool.run(2, gradients_of_experts, layout, packs, made) for made in (True, False)]
+    for own, theirs in zip(*both, strict=True):
+        assert len(own) == len(theirs) > 0
+        for gradient, expected in zip(own, theirs, strict=True):
+            assert float(expected.abs().max()) > 0
+            torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-7)
 
 
 @pytest.fixture
