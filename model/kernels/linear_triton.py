@@ -112,6 +112,20 @@ def _product(
 
 
 @triton.jit
+def _place_of(
+    tile: tl.tensor, high: tl.constexpr, wide: tl.constexpr, NEIGHBOURS: tl.constexpr
+) -> Any:
+    """Return the place of a tile among those of a matrix: programs that run together read the same rows and columns out of the cache.
+
+    Triton's own `swizzle2d` takes no constants in 3.6.
+    """
+    first = tile // (NEIGHBOURS * wide) * NEIGHBOURS
+    within = tile % (NEIGHBOURS * wide)
+    together = tl.minimum(high - first, NEIGHBOURS)
+    return first + within % together, within // together
+
+
+@triton.jit
 def grouped_product_kernel(
     total: tl.tensor,
     rows: tl.tensor,
@@ -130,10 +144,7 @@ def grouped_product_kernel(
     count = tl.load(ends + group) - begin.to(tl.int32)
     # A group without rows leaves its sum as it is, and reads nothing of it.
     if count > 0:
-        high: tl.constexpr = tl.cdiv(OUT, HIGH)
-        wide: tl.constexpr = tl.cdiv(IN, WIDE)
-        # Programs that run together read the same rows and columns out of the cache.
-        down, across = tl.swizzle2d(tile // wide, tile % wide, high, wide, NEIGHBOURS)
+        down, across = _place_of(tile, tl.cdiv(OUT, HIGH), tl.cdiv(IN, WIDE), NEIGHBOURS)
         y, x = down * HIGH + tl.arange(0, HIGH), across * WIDE + tl.arange(0, WIDE)
         sums = _product(rows + begin * OUT, columns + begin * IN, count, y, x, OUT, IN, DEEP)
         # Half by half: with the sums as they were, all of a tile are more than a thread has registers.

@@ -249,3 +249,26 @@ def test_a_mask_does_not_say_in_which_dtype_a_kernel_computes() -> None:
     assert dtype_of([query, query, query, mask], [query]) == "bf16"
     # What has no numbers to compute with is named as it is.
     assert dtype_of([mask], [mask]) == "bool"
+
+
+@pytest.mark.parametrize(
+    ("experts", "name"), [((), "add_product_"), ((4,), "add_grouped_product_")]
+)
+def test_a_product_that_is_added_reads_and_writes_its_sum(
+    experts: tuple[int, ...], name: str
+) -> None:
+    """Ten rows, bf16, 24 and 16 wide: two operations for each pair, however the rows are grouped."""
+    import torch
+
+    from visionloom.forecast.trace.operations import Call, Cost, cost_of, kind_of
+    from visionloom.model.kernels import product  # noqa: F401  it defines them
+
+    with torch.device("meta"):
+        total = torch.empty(*experts, 24, 16)
+        factors = [torch.empty(10, width, dtype=torch.bfloat16) for width in (24, 16)]
+        inputs = [total, *factors, *(torch.empty(count, dtype=torch.int32) for count in experts)]
+    operator = getattr(torch.ops.visionloom, name).default
+    cost = cost_of(Call(kind_of(operator), operator, tuple(inputs), {}), inputs, [total])
+    flops = 2.0 * 10 * 24 * 16
+    moved = 2 * 4 * total.numel() + 2 * 10 * (24 + 16) + 4 * sum(experts)
+    assert cost == Cost(Kernel.PRODUCT, flops, flops, moved)
