@@ -1,6 +1,6 @@
 """What is assumed of a GPU and of the nodes that it stands in: a file of recipes/gpu holds the numbers. Imports no torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import as_file, files
 from typing import Final
 
@@ -12,6 +12,8 @@ from visionloom.common.yamlfile import read_yaml
 GIB: Final = 1 << 30
 FOLDER: Final = "gpu"
 """Of recipes/: the only one whose files are no ingredients of a run."""
+DEFAULT_ATTENTION: Final = "flash2"
+"""Kernels of attention that a plan is made for where the run names no others."""
 
 
 @dataclass
@@ -34,9 +36,17 @@ class Machine:
     product_start: float = option(0.0, "free", above=0, most=1e-3)
     """Seconds that a product takes longer than its operations: tiles fill, and the last wave of them is not full."""
     attention_forward_share: float = option(0.0, "free", above=0, most=1)
-    """Share of the peak of bf16 that attention reaches in its forward pass."""
+    """Share of the peak of bf16 that attention reaches in its forward pass: in a file, that of FlashAttention-2."""
     attention_backward_share: float = option(0.0, "free", above=0, most=1)
     """The same in its backward pass, the scores made again included."""
+    flash3_forward_share: float | None = option(None, "free", above=0, most=1)
+    """The forward pass of FlashAttention-3; None: it does not run there, or its speed is not known."""
+    flash3_backward_share: float | None = option(None, "free", above=0, most=1)
+    """Its backward pass."""
+    flash4_forward_share: float | None = option(None, "free", above=0, most=1)
+    """The forward pass of FlashAttention-4; None: likewise."""
+    flash4_backward_share: float | None = option(None, "free", above=0, most=1)
+    """Its backward pass."""
     memory_gbps: float = option(0.0, "free", above=0, most=1e6)
     """Peak bandwidth of the memory, GB/s."""
     memory_share: float = option(0.0, "free", above=0, most=1)
@@ -70,9 +80,40 @@ class Machine:
         """Return the operations a second that MFU is a share of."""
         return self.bf16_tflops * 1e12
 
+    def with_attention(self, asked: str, name: str) -> "Machine":
+        """Return the machine as its file says, with the speed of the kernels of attention that a run asks for.
+
+        Args:
+            asked: model.attention.
+            name: of the machine.
+
+        Raises:
+            UserError: for kernels whose speed its file does not say.
+        """
+        kernels = planned_attention(asked)
+        if kernels == DEFAULT_ATTENTION:
+            return self
+        forward, backward = (
+            getattr(self, f"{kernels}_{way}_share") for way in ("forward", "backward")
+        )
+        if forward is None or backward is None:
+            raise UserError(
+                f"model.attention={asked} cannot be planned: recipes/{FOLDER}/{name}.yaml says no speed of these kernels on gpu={name}:"
+                " use model.attention=auto, or another gpu"
+            )
+        return replace(self, attention_forward_share=forward, attention_backward_share=backward)
+
     def node(self, rank: int) -> int:
         """Return the number of the node that a rank is on: ranks fill one node after the other."""
         return rank // self.node_ranks
+
+
+def planned_attention(asked: str) -> str:
+    """Return the kernels whose speed a plan assumes for `model.attention`.
+
+    torch's own are FlashAttention-2. `auto` takes flash3 where its package is installed, which a plan cannot know.
+    """
+    return DEFAULT_ATTENTION if asked in ("auto", "torch") else asked
 
 
 def machine_names() -> list[str]:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Final
 
+from visionloom.forecast.machine import DEFAULT_ATTENTION
 from visionloom.forecast.trace.events import AliveTensors, Category, Mixed, SlotKind, Wait
 
 COMMUNICATION: Final = " communication"
@@ -104,6 +105,13 @@ class RunForecast:
     gpu: str
     gpu_bytes: int
     phases: tuple[PhaseForecast, ...]
+    attention: str = DEFAULT_ATTENTION
+    """Kernels whose speed is assumed."""
+
+    @property
+    def gpus(self) -> str:
+        """Return, in words, how many of which, and what kernels of attention run on them where they are not the default."""
+        return gpus_in_words(self.world_size, self.gpu, self.attention)
 
     @property
     def days(self) -> float:
@@ -133,3 +141,9 @@ class RunForecast:
     def notes(self) -> list[str]:
         """Return what slows the run, of all phases; phases mostly have the same."""
         return list(dict.fromkeys(note for phase in self.phases for note in phase.notes))
+
+
+def gpus_in_words(world_size: int, gpu: str, attention: str) -> str:
+    """Return for example `16 x h100`, or `16 x h100 with flash3` where kernels of attention are not the default."""
+    kernels = "" if attention == DEFAULT_ATTENTION else f" with {attention}"
+    return f"{world_size:,} x {gpu}{kernels}"

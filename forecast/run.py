@@ -11,6 +11,7 @@ from visionloom.common.progress import PartProgress
 from visionloom.forecast.estimate import estimate
 from visionloom.forecast.faults import memory_faults, mixed_faults
 from visionloom.forecast.kinds import RankKind, rank_kinds
+from visionloom.forecast.machine import planned_attention
 from visionloom.forecast.packs import (
     ImaginedPacks,
     PackChoice,
@@ -41,6 +42,8 @@ class LayoutOrder:
     number: int
     request: PlanRequest
     choices: Sequence[PackChoice]
+    kernels: Sequence[str]
+    """Of attention, as model.attention has them: one forecast for each, of the same traces."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,7 @@ def forecast_run(
         world_size=request.world_size,
         gpu=request.gpu,
         gpu_bytes=request.machine.usable_bytes,
+        attention=planned_attention(request.config.model.attention),
         phases=tuple(phase.forecast(traces[name]) for name, phase in phases.items()),
     )
 
@@ -103,26 +107,55 @@ def forecast_layouts(
         finished: called as each is done.
         choices: packs that are traced, the mean ones first; they alone are enough to rank layouts.
     """
-    forecasts = dict[int, PhaseForecast]()
-    workers = min(len(requests), len(os.sched_getaffinity(0)))
-    orders = [LayoutOrder(number, each, choices) for number, each in enumerate(requests)]
-    for order, forecast in as_finished(forecast_layout, orders, workers, PRELOAD):
-        forecasts[order.number] = forecast
+    orders = [
+        LayoutOrder(number, each, choices, (each.config.model.attention,))
+        for number, each in enumerate(requests)
+    ]
+    return [only for (only,) in _forecast_orders(orders, finished)]
+
+
+def forecast_kernels(
+    requests: Sequence[PlanRequest],
+    kernels: Sequence[str],
+    finished: Callable[[], None],
+    choices: Sequence[PackChoice] = (PackChoice.MEAN,),
+) -> list[list[PhaseForecast]]:
+    """Forecast as `forecast_layouts` for each of several kernels of attention, in the place of those that the runs ask for.
+
+    A layout is traced once: only the time of its attention differs.
+    """
+    orders = [LayoutOrder(number, each, choices, kernels) for number, each in enumerate(requests)]
+    return _forecast_orders(orders, finished)
+
+
+def _forecast_orders(
+    orders: Sequence[LayoutOrder], finished: Callable[[], None]
+) -> list[list[PhaseForecast]]:
+    """Return for each order, whose number is its place, a forecast for each of its kernels."""
+    forecasts = dict[int, list[PhaseForecast]]()
+    workers = min(len(orders), len(os.sched_getaffinity(0)))
+    for order, done in as_finished(forecast_layout, orders, workers, PRELOAD):
+        forecasts[order.number] = done
         finished()
-    return [forecasts[number] for number in range(len(requests))]
+    return [forecasts[number] for number in range(len(orders))]
 
 
-def forecast_layout(order: LayoutOrder) -> PhaseForecast:
-    """Forecast the first phase of a request; runs in a worker, as `trace_one`."""
-    request = as_planned(order.request)
-    phase = ImaginedPhase.of(request, request.phases[0], order.choices).for_ranking
+def forecast_layout(order: LayoutOrder) -> list[PhaseForecast]:
+    """Forecast the first phase of a request for each of the kernels; runs in a worker, as `trace_one`."""
+    first, *others = (as_planned(order.request.with_attention(name)) for name in order.kernels)
+    phase = ImaginedPhase.of(first, first.phases[0], order.choices).for_ranking
     traces = {(order.rank, order.choice): trace_one(order) for order in phase.orders()}
-    return phase.forecast(traces)
+    return [replace(phase, request=each).forecast(traces) for each in (first, *others)]
 
 
 def as_planned(request: PlanRequest) -> PlanRequest:
-    """Return the request with the precision that `auto` is on a GPU, and the packs that answers of a phase with rewards fill."""
+    """Return the request with its precision on a GPU, the speed of its attention, and the packs that answers with rewards fill.
+
+    Raises:
+        UserError: for kernels of attention whose speed the machine's file does not say.
+    """
     config, phases = request.config, dict(request.config.phases)
+    machine = request.machine.with_attention(config.model.attention, request.gpu)
     precision = "bf16" if config.run.precision == "auto" else config.run.precision
     for name, phase in phases.items():
         if phase.rl is not None:
@@ -134,7 +167,7 @@ def as_planned(request: PlanRequest) -> PlanRequest:
             needed = -(-phase.rl.most_tokens_of_step // phase.sequence_length)
             phases[name] = replace(phase, global_batch=needed + -needed % multiple)
     config = replace(config, run=replace(config.run, precision=precision), phases=phases)
-    return replace(request, config=config)
+    return replace(request, config=config, machine=machine)
 
 
 def trace_all(orders: Sequence[TraceOrder], progress: PartProgress) -> dict[str, Traces]:

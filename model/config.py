@@ -189,7 +189,8 @@ class ModelConfig:
     """Name of the size, for messages and exports."""
     attention: str = option("auto", "free", choices=ATTENTIONS)
     """Kernels of attention on a GPU: `torch` (FlashAttention-2, in torch itself), `flash2`, `flash3` or `flash4` (packages), or
-    `auto`: flash3 where it is installed and the GPU is a Hopper, else torch. A CPU has one of its own."""
+    `auto`: flash3 where it is installed and the GPU is a Hopper, else torch. A CPU has one of its own. A plan cannot know what is
+    installed, and takes `auto` for torch."""
     text: TextConfig = field(default_factory=TextConfig)
     """The language model."""
     vision: VisionConfig = field(default_factory=VisionConfig)

@@ -20,13 +20,15 @@ from visionloom.forecast.machine import GIB, machine
 from visionloom.forecast.packs import PackChoice
 from visionloom.forecast.request import PlanRequest
 from visionloom.forecast.results import PhaseForecast
-from visionloom.forecast.run import CHOICES, forecast_layouts
+from visionloom.forecast.run import CHOICES, forecast_kernels
 from visionloom.forecast.show.tables import gibibytes, peak_bytes
 from visionloom.launch.configure import compose
 from visionloom.launch.data_commands.progress import bars
 
 STEPS: Final = Path(__file__).with_suffix(".yaml")
 GPU: Final = "h100"
+KERNELS: Final = ("flash2", "flash3")
+"""Of attention: all columns are of the first, the last one is of the second."""
 PHASE: Final = "finetune"
 COLUMNS: Final = (
     "recipe",
@@ -41,6 +43,7 @@ COLUMNS: Final = (
     "step, s (estimated)",
     "only communicates, s (estimated)",
     "MFU (estimated)",
+    "MFU with FlashAttention-3 (estimated)",
 )
 HEAD: Final = """# Forecasts of train steps
 
@@ -48,6 +51,7 @@ Made by `python benchmarks/gpu/forecasts.py --out FILE` for {gpu} cards (recipes
 {gib:.1f} GiB each. No step of this table has been run. "Traced" counts what the step of a real rank does without a device;
 "estimated" is that times the card's file: steps on one H100 took 4 to 11 % longer. Packs are those of the stated mixture
 (forecast/mixtures.yaml); memory is that of {packs}. Of several stages the numbers are those of the one with most.
+Attention is FlashAttention-2's (model.attention=flash2, or torch), but for the last column: the same step with FlashAttention-3, a package.
 
 """
 
@@ -82,7 +86,7 @@ class Step:
         assert config is not None
         return PlanRequest(config, self.ranks, GPU, machine(GPU), 1.0, (PHASE,))
 
-    def cells(self, forecast: PhaseForecast) -> list[str]:
+    def cells(self, forecast: PhaseForecast, with_flash3: PhaseForecast) -> list[str]:
         """Return the cells of COLUMNS."""
         ranks, peak = forecast.ranks, peak_bytes(forecast)
         waits = max(sum(wait.count for wait in rank.waits) for rank in ranks)
@@ -100,6 +104,7 @@ class Step:
             f"{forecast.step_seconds:,.3f}",
             f"{forecast.exposed_communication:,.3f}",
             f"{forecast.mfu:.1%}",
+            f"{with_flash3.mfu:.1%}",
         ]
 
 
@@ -124,9 +129,9 @@ def table(steps: Sequence[Step], choices: Sequence[PackChoice], progress: PartPr
         progress("steps", done, len(steps))
 
     requests = [step.request for step in steps]
-    forecasts = forecast_layouts(requests, finished, choices)
+    forecasts = forecast_kernels(requests, KERNELS, finished, choices)
     rows = [COLUMNS, ("---",) * len(COLUMNS)]
-    rows += [step.cells(each) for step, each in zip(steps, forecasts, strict=True)]
+    rows += [step.cells(*each) for step, each in zip(steps, forecasts, strict=True)]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
 
 

@@ -21,6 +21,7 @@ def document(forecast: RunForecast) -> dict[str, Any]:
         "world_size": forecast.world_size,
         "gpu": forecast.gpu,
         "gpu_bytes": forecast.gpu_bytes,
+        "attention": forecast.attention,
         "can_run": forecast.can_run,
         "days": forecast.days,
         "gpu_hours": forecast.gpu_hours,

@@ -62,7 +62,7 @@ def page_of(forecast: RunForecast) -> str:
 def header(forecast: RunForecast) -> str:
     """Return the name of the run and its facts."""
     facts = {
-        "GPUs": f"{forecast.world_size:,} x {forecast.gpu}",
+        "GPUs": forecast.gpus,
         "memory of each": f"{gibibytes(forecast.gpu_bytes)} GiB",
         "verdict": "can run" if forecast.can_run else "cannot run",
         "time": duration(forecast.days * 86_400),

@@ -100,7 +100,7 @@ def time_table(forecast: RunForecast) -> Table:
 
 def phase_table(forecast: RunForecast) -> Table:
     """Return a row for each phase, and one for the run."""
-    title = f"{forecast.name} on {forecast.world_size:,} x {forecast.gpu}"
+    title = f"{forecast.name} on {forecast.gpus}"
     table = _table(title, *PHASE_COLUMNS)
     for phase in forecast.phases:
         table.add_row(*phase_cells(phase, forecast.world_size))

@@ -10,8 +10,9 @@ from visionloom.common.errors import UserError
 from visionloom.common.progress import PartProgress
 from visionloom.common.screen import PlainConsole
 from visionloom.common.text import one_line, say
+from visionloom.forecast.machine import planned_attention
 from visionloom.forecast.request import PlanRequest
-from visionloom.forecast.results import PhaseForecast
+from visionloom.forecast.results import PhaseForecast, gpus_in_words
 from visionloom.forecast.show.document import NOTICE
 from visionloom.forecast.show.tables import gibibytes
 from visionloom.launch.configure import compose
@@ -123,7 +124,8 @@ def table_of(request: PlanRequest, result: "SearchResult") -> "Table":
     # rich takes a tenth of a second to import, which help need not wait for.
     from rich.table import Table
 
-    phase, gpus = request.phases[0], f"{request.world_size:,} x {request.gpu}"
+    phase, kernels = request.phases[0], planned_attention(request.config.model.attention)
+    gpus = gpus_in_words(request.world_size, request.gpu, kernels)
     title = f"{request.config.run.name}, {phase}, on {gpus} ({NOTICE})"
     table = Table(*COLUMNS, title=title, title_justify="left")
     for number, row in enumerate(result.tried, 1):

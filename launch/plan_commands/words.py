@@ -32,10 +32,12 @@ class PlanWords:
     """Folder of plan.json and plan.html; empty: plan/ in the run's folder."""
 
     def request(self, config: RunConfig) -> PlanRequest:
-        """Return what is to be planned of a run; UserError for a phase that it lacks."""
+        """Return what is to be planned of a run; UserError for a phase that it lacks, or kernels whose speed is not known."""
         card = machine(self.gpu)
         if self.memory is not None:
             card = replace(card, memory_gib=self.memory)
+        # Known before a minute of work.
+        card.with_attention(config.model.attention, self.gpu)
         phases = tuple(config.phases)
         if self.phase and self.phase not in phases:
             raise UserError(unknown("phase", self.phase, phases))

@@ -96,6 +96,20 @@ def test_attention_runs_backward_at_another_speed() -> None:
         assert 1 / operation_seconds(attention, H100) == pytest.approx(tflops, rel=0.05)
 
 
+def test_attention_has_the_speed_of_its_kernels() -> None:
+    """On packs of a 2B step cuDNN's dense calls, about as fast as FlashAttention-3, took 70 ms for FlashAttention-2's 112."""
+    timed = H100.with_attention("flash3", "h100")
+    for direction in Direction:
+        attention = operation(Kernel.ATTENTION, 1e12, direction=direction)
+        flash2, flash3 = (operation_seconds(attention, gpu) for gpu in (H100, timed))
+        assert flash3 / flash2 == pytest.approx(70 / 112, rel=0.01)
+    forward = operation(Kernel.ATTENTION, 1e12)
+    # 0.44 of 989 TFLOP/s.
+    assert operation_seconds(forward, timed) == pytest.approx(1 / 435.16)
+    large = operation(Kernel.PRODUCT, 1e12)
+    assert operation_seconds(large, timed) == operation_seconds(large, H100)
+
+
 def seconds(name: str, size: int, ranks: range, gpu: Machine) -> float:
     collective = Collective(name, "data", LANGUAGE, Direction.FORWARD, size)
     return collective_seconds(collective, ranks, gpu)

@@ -9,7 +9,13 @@ import pytest
 from visionloom.common.errors import UserError
 from visionloom.common.settings import options, without_rules
 from visionloom.forecast import machine as machines
-from visionloom.forecast.machine import GIB, Machine, machine, machine_names
+from visionloom.forecast.machine import (
+    GIB,
+    Machine,
+    machine,
+    machine_names,
+    planned_attention,
+)
 from visionloom.launch.composing.explain import groups
 
 FILES = Path(__file__).resolve().parents[2] / "recipes" / "gpu"
@@ -48,6 +54,48 @@ def test_every_number_has_its_source(name: str) -> None:
     assert [line for line in values if not re.search(r"  # .{10,}", line)] == []
 
 
+RUNS = {
+    # By the authors: FlashAttention-3 is for Hopper, FlashAttention-4 for Hopper and Blackwell.
+    "a100_80": [],
+    "h100": ["flash3", "flash4"],
+    "h200": ["flash3", "flash4"],
+    "b200": ["flash4"],
+}
+
+
+@pytest.mark.parametrize("name", SHEETS)
+def test_kernels_of_attention_have_a_speed_where_they_run(name: str) -> None:
+    gpu = machine(name)
+    # torch's own are FlashAttention-2.
+    assert {planned_attention(each) for each in ("auto", "torch", "flash2")} == {"flash2"}
+    assert all(gpu.with_attention(each, name) == gpu for each in ("auto", "torch", "flash2"))
+    for kernels in ("flash3", "flash4"):
+        if kernels in RUNS[name]:
+            timed = gpu.with_attention(kernels, name)
+            # Published speedups are 1.5 to 2 on Hopper (arXiv 2407.08608), up to 3.5 on Blackwell, where flash2 has no kernels of its own.
+            for new, old in [
+                (timed.attention_forward_share, gpu.attention_forward_share),
+                (timed.attention_backward_share, gpu.attention_backward_share),
+            ]:
+                assert 1.5 < new / old < 3.5
+            assert timed.usable_bytes == gpu.usable_bytes and timed.peak == gpu.peak
+            continue
+        with pytest.raises(UserError) as caught:
+            gpu.with_attention(kernels, name)
+        assert caught.value.lines == [
+            f"model.attention={kernels} cannot be planned: recipes/gpu/{name}.yaml says no speed of these kernels on gpu={name}:"
+            " use model.attention=auto, or another gpu"
+        ]
+
+
+def test_an_h200_is_the_chip_of_an_h100() -> None:
+    """Its multiprocessors are the same, so is what they compute; memory is not."""
+    shares = [item.name for item in fields(Machine) if item.name.endswith(("ward_share", "tflops"))]
+    assert len(shares) == 2 + 3 * 2
+    for name in [*shares, "product_share", "product_start"]:
+        assert getattr(machine("h200"), name) == getattr(machine("h100"), name)
+
+
 def test_tensors_have_what_is_not_reserved() -> None:
     gpu = Machine(memory_gib=80.0, reserved_gib=2.5)
     assert gpu.usable_bytes == 77.5 * GIB
@@ -83,6 +131,11 @@ def test_an_unknown_machine_is_one_line() -> None:
         ),
         (r"node_ranks: 8", "node_ranks: eight", r"^recipes/gpu/h100\.yaml: .*node_ranks"),
         (r"launch: ", "speed: 1\nlaunch: ", r"^recipes/gpu/h100\.yaml: .*speed"),
+        (
+            r"flash3_forward_share: 0",
+            "flash3_forward_share: 7",
+            r"^recipes/gpu/h100\.yaml: flash3_forward_share=7\.44 must be above 0 and at most 1",
+        ),
     ],
 )
 def test_a_file_that_was_spoilt_is_one_line(

@@ -78,6 +78,27 @@ def test_a_run_that_fits(asked: list[PlanRequest], capsys: pytest.CaptureFixture
     assert str(folder / "plan.html") in shown.out
 
 
+def test_kernels_of_attention_are_named_where_they_are_not_the_default(
+    asked: list[PlanRequest], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([RECIPE, "world=16", "gpu=b200", "model.attention=flash4"]) == 0
+    (request,) = asked
+    # Of the file; as_planned gives it the speed that the run asks for.
+    assert request.machine == machine("b200") and request.config.model.attention == "flash4"
+    planned = replace(good_forecast(), attention="flash4")
+    monkeypatch.setattr(runs, "forecast_run", lambda *_: planned)
+    assert "flash" not in capsys.readouterr().out
+    assert main([RECIPE, "world=16", "model.attention=flash4"]) == 0
+    assert "mine on 16 x h100 with flash4 (" in capsys.readouterr().out
+    folder = Path("runs/full-qwen3vl-8b/plan")
+    assert json.loads((folder / "plan.json").read_text())["attention"] == "flash4"
+    assert "16 x h100 with flash4" in (folder / "plan.html").read_text()
+    # A search says it too.
+    monkeypatch.setattr(search, "TRIES", 1)
+    assert main(["search", RECIPE, "world=16", "gpu=h200", "model.attention=flash3"]) == 0
+    assert "on 16 x h200 with flash3 (" in capsys.readouterr().out
+
+
 def test_a_run_that_does_not_fit(
     asked: list[PlanRequest], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -121,6 +142,14 @@ def test_a_run_that_does_not_fit(
         (["world=8"], "no recipe: choose one with +recipe=NAME"),
         ([RECIPE, "world=7"], "7 ranks cannot hold tensor 2"),
         ([RECIPE, "search", "world=8"], "command line: cannot read 'search'"),
+        (
+            [RECIPE, "world=8", "gpu=b200", "model.attention=flash3"],
+            "model.attention=flash3 cannot be planned: recipes/gpu/b200.yaml says no speed of",
+        ),
+        (
+            ["search", RECIPE, "world=8", "gpu=a100_80", "model.attention=flash4"],
+            "model.attention=flash4 cannot be planned: recipes/gpu/a100_80.yaml says no speed of",
+        ),
     ],
 )
 def test_a_wrong_word_is_one_line(

@@ -64,7 +64,7 @@ class Engine(Protocol):
         """
 
     def scale(self, factor: Tensor) -> None:
-        """Multiply the gradients by a number, fp32 [] on the device."""
+        """Multiply the gradients by a number, fp32 [] on the device: those that this rank updates weights by, others may stay."""
 
     def gradient_norm(self) -> float:
         """Return the global norm of the gradients; the host waits for the device."""

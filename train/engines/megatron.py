@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor
@@ -45,15 +46,22 @@ class MegatronEngine:
             part.config.finalize_model_grads_func = reduce_gradients
         run_schedule(forward, self.parts, batches, self.topology, forward_only=False)
 
+    @in_part(OPTIMIZER)
     def scale(self, factor: Tensor) -> None:
-        """Multiply the gradients by a number; see Engine."""
-        for part in self.parts:
-            part.scale_gradients(factor)
+        """Multiply the stretches of the gradients that the optimizer owns by a number, in the buffers; see Engine."""
+        if self.optimizer is None:
+            # Each rank has all gradients, and whoever asked for them reads them from the buffers.
+            for part in self.parts:
+                part.scale_gradients(factor)
+            return
+        # Makes each main parameter's gradient a view of its stretch, for buffers are fp32 as it is.
+        self.optimizer.prepare_grads()
+        if gradients := [parameter.grad for parameter in self.optimizer.get_parameters()]:
+            torch._foreach_mul_(gradients, factor)
 
     @in_part(OPTIMIZER)
     def gradient_norm(self) -> float:
-        """Return the global norm of the gradients; see Engine."""
-        self.optimizer.prepare_grads()
+        """Return the global norm of the gradients, which the main parameters have since `scale`; see Engine."""
         return float(self.optimizer.get_grad_norm())
 
     @in_part(OPTIMIZER)
