@@ -344,8 +344,8 @@ class WeightGradient:
         total = getattr(self.parameter, "main_grad", None)
         if total is None:
             return self._sum()
-        while self.products:
-            add_grouped_product_(total.flatten(1, -2), *self.products.pop(0))
+        add_grouped_product_(total.flatten(1, -2), self.products)
+        self.products.clear()
         # DDP's hook reads this, and runs only for a gradient that is there.
         self.parameter.grad_added_to_main_grad = True
         return torch.empty_like(self.parameter).flatten(1, -2)

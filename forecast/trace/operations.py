@@ -56,7 +56,7 @@ OVERWRITES = {"aten::zero_", "aten::fill_", "aten::copy_"}
 """Operations that write their first input without reading it."""
 
 ADDS_PRODUCT = {"visionloom::add_product_", "visionloom::add_grouped_product_"}
-"""Operations that add a product of rows [m, O] and columns [m, I], or one of each group of them, to their first input."""
+"""Operations that add products of rows [m, O] and columns [m, I] to their first input, the latter in parts and for each group."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,8 +129,10 @@ def cost_of(call: Call, inputs: list[Tensor], outputs: list[Tensor]) -> Cost:
         flops = grouped_product(inputs[0], inputs[1])
         return Cost(Kernel.PRODUCT, flops, flops, moved)
     if kind.name in ADDS_PRODUCT:
-        _total, rows, columns, *_ends = inputs
-        flops = 2.0 * rows.numel() * columns.shape[1]
+        _total, *factors = (each for each in inputs if each.is_floating_point())
+        parts = len(factors) // 2
+        pairs = zip(factors[:parts], factors[parts:], strict=True)
+        flops = sum(2.0 * rows.numel() * columns.shape[1] for rows, columns in pairs)
         return Cost(Kernel.PRODUCT, flops, flops, moved)
     if kind.product is not None:
         result = outputs[0] if len(outputs) == 1 else tuple(outputs)

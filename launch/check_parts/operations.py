@@ -251,14 +251,14 @@ def summed_by_group(dtype: torch.dtype) -> Comparison:
 
     def own(device: torch.device) -> list[Tensor]:
         moved, places = total.to(device, copy=True), torch.tensor(ends, device=device).int()
-        add_grouped_product_(moved, rows.to(device), columns.to(device), places)
+        add_grouped_product_(moved, [(rows.to(device), columns.to(device), places)] * 2)
         return [moved]
 
     def definition() -> list[Tensor]:
         wide = total.double()
         for group, (begin, end) in enumerate(pairwise([0, *ends])):
             left, right = rows[begin:end].double(), columns[begin:end].double()
-            wide[group] += left.t() @ right
+            wide[group] += 2 * left.t() @ right
         return [wide]
 
     name = f"add_grouped_product_ {str(dtype).removeprefix('torch.')} and its definition"

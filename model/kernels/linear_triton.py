@@ -14,11 +14,13 @@ PROGRAMS = 1056
 
 TILES = {
     torch.bfloat16: ({"HIGH": 128, "WIDE": 256, "DEEP": 64}, 8),
-    torch.float32: ({"HIGH": 64, "WIDE": 64, "DEEP": 32}, 4),
+    torch.float32: ({"HIGH": 64, "WIDE": 64, "DEEP": 32}, 8),
 }
 """Of a grouped product's program: its part of a sum, the rows that it takes at a time, and its warps."""
 STAGES = 3
 """Rows of so many turns are under way: 144 KiB in bf16, of 163 that an A100's multiprocessor has and 227 of an H100's."""
+AT_ONCE = 2
+"""Parts of the rows that a grouped product's kernel takes: the sums are read and written once for both."""
 NEIGHBOURS = 8
 """Tiles one below the other whose programs run together."""
 
@@ -84,30 +86,45 @@ def _add(
 
 
 @triton.jit
+def _stretch(ends: tl.tensor, group: tl.tensor) -> Any:
+    """Return where a group begins, and how many rows it has."""
+    begin = tl.load(ends + group - 1, group > 0, other=0).to(tl.int64)
+    return begin, tl.load(ends + group) - begin.to(tl.int32)
+
+
+@triton.jit
 def _product(
     rows: tl.tensor,
     columns: tl.tensor,
     count: tl.tensor,
+    more_rows: tl.tensor,
+    more_columns: tl.tensor,
+    more: tl.tensor,
     y: tl.tensor,
     x: tl.tensor,
     OUT: tl.constexpr,
     IN: tl.constexpr,
     DEEP: tl.constexpr,
 ) -> Any:
-    """Return one tile of the product of `count` rows from the first on."""
+    """Return one tile of the product of `count` rows from the first on, and of `more` others."""
     depth = tl.arange(0, DEEP)[:, None]
     in_rows, in_columns = (y < OUT)[None, :], (x < IN)[None, :]
     # What moves is one address, not those of a tile, which would take registers.
     row_places, column_places = depth * OUT + y[None, :], depth * IN + x[None, :]
     sums = tl.zeros([y.shape[0], x.shape[0]], tl.float32)
-    for start in range(0, count, DEEP):
+    turns = tl.cdiv(count, DEEP)
+    # One loop for both, so that loads under way go on from one to the other.
+    for turn in range(0, turns + tl.cdiv(more, DEEP)):
+        if turn == turns:
+            rows, columns, count = more_rows, more_columns, more
         # Both are masked: what is behind a group may be no number, which times zero is none.
-        inside = depth < count - start
+        inside = depth < count
         left = tl.load(rows + row_places, inside & in_rows, other=0.0)
         right = tl.load(columns + column_places, inside & in_columns, other=0.0)
         sums = tl.dot(tl.trans(left), right, sums, input_precision="ieee")
         rows += DEEP * OUT
         columns += DEEP * IN
+        count -= DEEP
     return sums
 
 
@@ -131,6 +148,10 @@ def grouped_product_kernel(
     rows: tl.tensor,
     columns: tl.tensor,
     ends: tl.tensor,
+    more_rows: tl.tensor,
+    more_columns: tl.tensor,
+    more_ends: tl.tensor,
+    TWICE: tl.constexpr,
     OUT: tl.constexpr,
     IN: tl.constexpr,
     HIGH: tl.constexpr,
@@ -138,15 +159,19 @@ def grouped_product_kernel(
     DEEP: tl.constexpr,
     NEIGHBOURS: tl.constexpr,
 ) -> None:
-    """Add one tile of the product of one group."""
+    """Add one tile of the product of one group; with `TWICE` of its rows in both parts."""
     group, tile = tl.program_id(1).to(tl.int64), tl.program_id(0)
-    begin = tl.load(ends + group - 1, group > 0, other=0).to(tl.int64)
-    count = tl.load(ends + group) - begin.to(tl.int32)
+    begin, count = _stretch(ends, group)
+    more_begin, more = begin, count * 0
+    if TWICE:
+        more_begin, more = _stretch(more_ends, group)
     # A group without rows leaves its sum as it is, and reads nothing of it.
-    if count > 0:
+    if count + more > 0:
         down, across = _place_of(tile, tl.cdiv(OUT, HIGH), tl.cdiv(IN, WIDE), NEIGHBOURS)
         y, x = down * HIGH + tl.arange(0, HIGH), across * WIDE + tl.arange(0, WIDE)
-        sums = _product(rows + begin * OUT, columns + begin * IN, count, y, x, OUT, IN, DEEP)
+        rows, columns = rows + begin * OUT, columns + begin * IN
+        more_rows, more_columns = more_rows + more_begin * OUT, more_columns + more_begin * IN
+        sums = _product(rows, columns, count, more_rows, more_columns, more, y, x, OUT, IN, DEEP)
         # Half by half: with the sums as they were, all of a tile are more than a thread has registers.
         first, second = _halves(sums)
         total += group * (OUT * IN)
@@ -155,21 +180,25 @@ def grouped_product_kernel(
         _add(total, second, y, x + WIDE // 2, OUT, IN)
 
 
-def add_grouped_product_(total: Tensor, rows: Tensor, columns: Tensor, ends: Tensor) -> Tensor:
-    """Add the product of each group to its sum; see product.add_grouped_product_."""
+def add_grouped_product_(
+    total: Tensor, rows: list[Tensor], columns: list[Tensor], ends: list[Tensor]
+) -> Tensor:
+    """Add the product of each group to its sum, two parts at a time; see product.add_grouped_product_."""
     groups, height, width = total.shape
-    sizes, warps = TILES[rows.dtype]
+    sizes, warps = TILES[rows[0].dtype]
     tiles = triton.cdiv(height, sizes["HIGH"]) * triton.cdiv(width, sizes["WIDE"])
-    grouped_product_kernel[(tiles, groups)](
-        total,
-        rows,
-        columns,
-        ends,
-        OUT=height,
-        IN=width,
-        **sizes,
-        NEIGHBOURS=NEIGHBOURS,
-        num_warps=warps,
-        num_stages=STAGES,
-    )
+    parts = list(zip(rows, columns, ends, strict=True))
+    for pair in (parts[first : first + AT_ONCE] for first in range(0, len(parts), AT_ONCE)):
+        grouped_product_kernel[(tiles, groups)](
+            total,
+            *pair[0],
+            *pair[-1],
+            TWICE=len(pair) == AT_ONCE,
+            OUT=height,
+            IN=width,
+            **sizes,
+            NEIGHBOURS=NEIGHBOURS,
+            num_warps=warps,
+            num_stages=STAGES,
+        )
     return total

@@ -4,6 +4,7 @@ Gradients of weights are summed over micro-batches in fp32 (`main_grad` of Megat
 Shapes: t tokens, e groups of them, O and I widths of output and input.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -44,36 +45,36 @@ def add_product_(total: Tensor, rows: Tensor, columns: Tensor) -> None:
     _ADD_PRODUCT(total, rows, columns)
 
 
-def _groups_on_cpu(total: Tensor, rows: Tensor, columns: Tensor, ends: Tensor) -> Tensor:
-    begin = 0
-    for each, end in zip(total, ends.tolist(), strict=True):
-        _on_cpu(each, rows[begin:end], columns[begin:end])
-        begin = end
-    return total
-
-
-def _groups_on_meta(total: Tensor, rows: Tensor, columns: Tensor, ends: Tensor) -> Tensor:
+def _groups_on_cpu(
+    total: Tensor, rows: list[Tensor], columns: list[Tensor], ends: list[Tensor]
+) -> Tensor:
+    for left, right, stops in zip(rows, columns, ends, strict=True):
+        begin = 0
+        for each, end in zip(total, stops.tolist(), strict=True):
+            _on_cpu(each, left[begin:end], right[begin:end])
+            begin = end
     return total
 
 
 _ADD_GROUPED_PRODUCT = library.define(
-    "add_grouped_product_(Tensor(a!) total, Tensor rows, Tensor columns, Tensor ends) -> Tensor(a!)",
+    "add_grouped_product_(Tensor(a!) total, Tensor[] rows, Tensor[] columns, Tensor[] ends) -> Tensor(a!)",
     cpu=_groups_on_cpu,
     cuda=library.in_triton("linear_triton", "add_grouped_product_"),
-    meta=_groups_on_meta,
+    meta=lambda total, rows, columns, ends: total,
 )
 
 
-def add_grouped_product_(total: Tensor, rows: Tensor, columns: Tensor, ends: Tensor) -> None:
+def add_grouped_product_(total: Tensor, parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
     """Add rows^T columns of each group of tokens to a sum of its own; the host reads nothing of the device.
 
     Args:
         total: [e, O, I], fp32 or of their dtype.
-        rows: [t, O] sorted by group, bf16 or fp32.
-        columns: [t, I] of the same dtype.
-        ends: int32 [e], where each group ends; what is behind the last one counts nowhere.
+        parts: of the tokens, each with rows [t, O] and columns [t, I] sorted by group, bf16 or fp32, and where each group ends,
+            int32 [e]; what is behind the last one counts nowhere.
     """
-    _ADD_GROUPED_PRODUCT(total, rows.contiguous(), columns.contiguous(), ends)
+    rows, columns, ends = zip(*parts, strict=True)
+    contiguous = ([each.contiguous() for each in factors] for factors in (rows, columns))
+    _ADD_GROUPED_PRODUCT(total, *contiguous, list(ends))
 
 
 class _InPlaceOfApex:

@@ -265,24 +265,24 @@ def test_a_mask_does_not_say_in_which_dtype_a_kernel_computes() -> None:
     assert dtype_of([mask], [mask]) == "bool"
 
 
-@pytest.mark.parametrize(
-    ("experts", "name"), [((), "add_product_"), ((4,), "add_grouped_product_")]
-)
-def test_a_product_that_is_added_reads_and_writes_its_sum(
-    experts: tuple[int, ...], name: str
-) -> None:
-    """Ten rows, bf16, 24 and 16 wide: two operations for each pair, however the rows are grouped."""
+@pytest.mark.parametrize("parts", [0, 1, 2])
+def test_a_product_that_is_added_reads_and_writes_its_sum(parts: int) -> None:
+    """Ten rows a part, bf16, 24 and 16 wide: two operations for each pair, however the rows are grouped; 0 parts: no groups."""
     import torch
 
-    from visionloom.forecast.trace.operations import Call, Cost, cost_of, kind_of
+    from visionloom.forecast.trace.operations import Call, Cost, cost_of, kind_of, tensors_in
     from visionloom.model.kernels import product  # noqa: F401  it defines them
 
+    name, experts = ("add_grouped_product_", (4,)) if parts else ("add_product_", ())
     with torch.device("meta"):
         total = torch.empty(*experts, 24, 16)
-        factors = [torch.empty(10, width, dtype=torch.bfloat16) for width in (24, 16)]
-        inputs = [total, *factors, *(torch.empty(count, dtype=torch.int32) for count in experts)]
+        rows, columns = (torch.empty(10, width, dtype=torch.bfloat16) for width in (24, 16))
+        ends = torch.empty(4, dtype=torch.int32)
+    factors = ([rows] * parts, [columns] * parts, [ends] * parts) if parts else (rows, columns)
     operator = getattr(torch.ops.visionloom, name).default
-    cost = cost_of(Call(kind_of(operator), operator, tuple(inputs), {}), inputs, [total])
-    flops = 2.0 * 10 * 24 * 16
-    moved = 2 * 4 * total.numel() + 2 * 10 * (24 + 16) + 4 * sum(experts)
+    call = Call(kind_of(operator), operator, (total, *factors), {})
+    cost = cost_of(call, [total, *tensors_in(factors)], [total])
+    times = parts or 1
+    flops = times * 2.0 * 10 * 24 * 16
+    moved = 2 * 4 * total.numel() + times * 2 * 10 * (24 + 16) + parts * 4 * 4
     assert cost == Cost(Kernel.PRODUCT, flops, flops, moved)

@@ -1,5 +1,6 @@
 """Products of groups that are added to sums of their own. Reference: a loop over the groups in fp64."""
 
+import itertools
 from typing import Any
 from unittest import mock
 
@@ -21,28 +22,33 @@ BEHIND = 5
 
 def case(
     counts: list[int], size: tuple[int, int], dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sums that are not zero, rows and columns, and ends; behind the last group are no numbers."""
+) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]:
+    """Sums that are not zero, and three parts of rows, columns and ends; behind the last group are no numbers."""
     generator = torch.Generator().manual_seed(sum(counts))
-    rows, columns = (
-        torch.randn(sum(counts) + BEHIND, width, generator=generator).to(dtype) for width in size
-    )
-    rows[sum(counts) :] = columns[sum(counts) :] = torch.nan
-    total = torch.randn(len(counts), *size, generator=generator)
-    return total, rows, columns, torch.tensor(counts).cumsum(0).int()
+    parts = []
+    for own in (counts, counts[::-1], [0, *counts[1:]]):
+        rows, columns = (
+            torch.randn(sum(own) + BEHIND, width, generator=generator).to(dtype) for width in size
+        )
+        rows[sum(own) :] = columns[sum(own) :] = torch.nan
+        parts.append((rows, columns, torch.tensor(own).cumsum(0).int()))
+    return torch.randn(len(counts), *size, generator=generator), parts
 
 
-def looped(total: Tensor, rows: Tensor, columns: Tensor, ends: Tensor) -> Tensor:
-    sums = []
-    for group, end in enumerate(ends.tolist()):
-        own = slice(int(ends[group - 1]) if group else 0, end)
-        sums.append(total[group].double() + rows[own].double().t() @ columns[own].double())
-    return torch.stack(sums)
+def looped(total: Tensor, parts: list[Any]) -> Tensor:
+    sums = total.double()
+    for rows, columns, ends in parts:
+        for group, end in enumerate(ends.tolist()):
+            own = slice(int(ends[group - 1]) if group else 0, end)
+            sums[group] += rows[own].double().t() @ columns[own].double()
+    return sums
 
 
-def check(own: Tensor, expected: Tensor, before: Tensor, counts: list[int], close: float) -> None:
+def check(own: Tensor, before: Tensor, parts: list[Any], close: float) -> None:
+    expected = looped(before, parts)
     torch.testing.assert_close(own.double(), expected, rtol=close, atol=close * 10)
-    for group, count in enumerate(counts):
+    rows = sum(torch.diff(ends, prepend=ends.new_zeros(1)) for _, _, ends in parts)
+    for group, count in enumerate(rows.tolist()):
         assert count or torch.equal(own[group], before[group])
 
 
@@ -50,12 +56,12 @@ def check(own: Tensor, expected: Tensor, before: Tensor, counts: list[int], clos
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sums_are_those_of_a_loop(counts: list[int], dtype: torch.dtype) -> None:
     for size in SIZES:
-        total, *inputs = case(counts, size, dtype)
-        own = total.clone()
-        add_grouped_product_(own, *inputs)
-        # On a CPU a product of bf16 is rounded before it is added.
-        close = 1e-5 if dtype == torch.float32 else 2**-7
-        check(own, looped(total, *inputs), total, counts, close)
+        total, parts = case(counts, size, dtype)
+        for some in (parts[:1], parts):
+            own = total.clone()
+            add_grouped_product_(own, some)
+            # On a CPU a product of bf16 is rounded before it is added.
+            check(own, total, some, 1e-5 if dtype == torch.float32 else 2**-6)
 
 
 def widened_products() -> Any:
@@ -84,9 +90,11 @@ def kernel_is_a_loop() -> None:
     cases = [(counts, size, dtype) for counts in COUNTS for size in SIZES for dtype in DTYPES]
     with widened_products():
         for counts, size, dtype in cases:
-            total, *inputs = case(counts, size, dtype)
-            own = linear_triton.add_grouped_product_(total.clone(), *inputs)
-            check(own, looped(total, *inputs), total, counts, 1e-5)
+            total, parts = case(counts, size, dtype)
+            for some in (parts[:1], parts):
+                factors = map(list, zip(*some, strict=True))
+                own = linear_triton.add_grouped_product_(total.clone(), *factors)
+                check(own, total, some, 1e-5)
 
 
 def test_kernel_is_a_loop() -> None:
@@ -110,13 +118,15 @@ def kernel_does_not_spill() -> None:
     for kind, dtype, height, width in COMPILED:
         sizes, warps = TILES[dtype]
         types = {"total": "*fp32", "rows": kind, "columns": kind, "ends": "*i32"}
+        types |= {"more_rows": kind, "more_columns": kind, "more_ends": "*i32"}
         constants = {**sizes, "OUT": height, "IN": width, "NEIGHBOURS": NEIGHBOURS}
-        for gpu, product in products.items():
+        for (gpu, product), twice in itertools.product(products.items(), (False, True)):
+            constants["TWICE"] = twice
             made = compiled(grouped_product_kernel, types, constants, gpu, warps)
             # Tensor cores round fp32.
             is_fast = "cp.async.cg" in made.ptx and (product in made.ptx) == (kind == "*bf16")
             if made.spilled or not 0 < made.registers <= 255 or not is_fast:
-                wrong[kind, height, width, gpu] = made.spilled, made.registers, is_fast
+                wrong[kind, height, width, gpu, twice] = made.spilled, made.registers, is_fast
     assert wrong == {}
 
 
