@@ -52,8 +52,16 @@ ADDS_ROWS = {
     "aten::index_copy_",
 }
 """Operations that read and write of their first input only the rows that others are added to."""
-OVERWRITES = {"aten::zero_", "aten::fill_", "aten::copy_"}
-"""Operations that write their first input without reading it."""
+OVERWRITES = {
+    "aten::zero_",
+    "aten::fill_",
+    "aten::copy_",
+    "aten::_foreach_zero_",
+    "aten::_foreach_copy_",
+}
+"""Operations that write their first input, or all of that list, without reading it."""
+ONLY_READ = {"grads"}
+"""Arguments that fused optimizers may change by their schemas, and do only where they take a scale of the loss."""
 
 ADDS_PRODUCT = {"visionloom::add_product_", "visionloom::add_grouped_product_"}
 """Operations that add products of rows [m, O] and columns [m, I] to their first input, the latter in parts and for each group."""
@@ -122,7 +130,7 @@ class Call:
 def cost_of(call: Call, inputs: list[Tensor], outputs: list[Tensor]) -> Cost:
     """Return what one launch costs, with the tensors of the device that it takes and returns."""
     kind = call.kind
-    moved = bytes_of(kind, inputs, outputs)
+    moved = bytes_of(call, inputs, outputs)
     if kind.name in ATTENTION:
         return Cost(Kernel.ATTENTION, *ATTENTION[kind.name](call.args), moved)
     if kind.name == "aten::_grouped_mm":
@@ -141,19 +149,29 @@ def cost_of(call: Call, inputs: list[Tensor], outputs: list[Tensor]) -> Cost:
     return Cost(Kernel.OTHER, 0.0, 0.0, moved)
 
 
-def bytes_of(kind: Kind, inputs: list[Tensor], outputs: list[Tensor]) -> int:
+def bytes_of(call: Call, inputs: list[Tensor], outputs: list[Tensor]) -> int:
     """Return the bytes that a launch reads and writes."""
-    written = sum(map(size_of, outputs))
-    if kind.name in READS_ROWS:
+    name = call.name
+    # Of operations in place the output is the first input, which is read and written; those of lists return nothing.
+    written = sum(map(size_of, outputs or changed_by(call)))
+    if name in READS_ROWS:
         return written * 2 + sum(map(size_of, inputs[1:]))
-    if kind.name in ADDS_ROWS:
+    if name in ADDS_ROWS:
         # The rows that are added are read; those below them are read and written.
         return sum(map(size_of, inputs[1:])) + 2 * size_of(inputs[-1])
-    if kind.name in OVERWRITES:
-        inputs = inputs[1:]
-    read = sum(map(size_of, inputs))
-    # Of operations in place the output is the first input, which is read and written.
-    return read + written
+    if name in OVERWRITES:
+        inputs = inputs[len(tensors_in(call.args[0])) :]
+    return sum(map(size_of, inputs)) + written
+
+
+def changed_by(call: Call) -> list[Tensor]:
+    """Return the tensors that an operation changes by its schema."""
+    changed = []
+    for argument, value in zip(call.func._schema.arguments, call.args, strict=False):
+        writes = argument.alias_info is not None and argument.alias_info.is_write
+        if writes and argument.name not in ONLY_READ:
+            changed += tensors_in(value)
+    return changed
 
 
 def size_of(tensor: Tensor) -> int:

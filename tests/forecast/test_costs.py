@@ -286,3 +286,26 @@ def test_a_product_that_is_added_reads_and_writes_its_sum(parts: int) -> None:
     flops = times * 2.0 * 10 * 24 * 16
     moved = 2 * 4 * total.numel() + times * 2 * 10 * (24 + 16) + parts * 4 * 4
     assert cost == Cost(Kernel.PRODUCT, flops, flops, moved)
+
+
+@pytest.mark.parametrize(
+    ("name", "lists", "passes"),
+    [
+        ("_foreach_mul_.Scalar", 1, 2),
+        ("_foreach_copy_.default", 2, 2),
+        ("_foreach_zero_.default", 1, 1),
+        # Weights, gradients and two moments are read, all but the gradients written.
+        ("_fused_adamw_.default", 4, 7),
+    ],
+)
+def test_operations_on_lists_write_what_they_change(name: str, lists: int, passes: int) -> None:
+    """They return nothing; `passes`: how often a tensor of each list's size is read or written."""
+    import torch
+
+    from visionloom.forecast.trace.operations import Call, cost_of, kind_of, tensors_in
+
+    packet, overload = name.split(".")
+    operator = getattr(getattr(torch.ops.aten, packet), overload)
+    args = [[torch.empty(24, device="meta"), torch.empty(16, device="meta")] for _ in range(lists)]
+    call = Call(kind_of(operator), operator, tuple(args), {})
+    assert cost_of(call, tensors_in(args), []).bytes == passes * 4 * (24 + 16)
