@@ -71,6 +71,8 @@ def layout_words(layout: ParallelConfig, world_size: int) -> str:
     words = [f"{axis} {degree}" for axis, degree in degrees.items() if degree > 1]
     if layout.context > 1:
         words.append(f"exchange {layout.context_exchange}")
+    if layout.expert_parts > 1:
+        words.append(f"tokens of experts in {layout.expert_parts} parts")
     words.append(f"data {layout.data_parallel_size(world_size)}")
     if layout.recompute != "none":
         layers = f" of {layout.recompute_layers} layers" if layout.recompute_layers else ""

@@ -88,7 +88,7 @@ class Router(TopKRouter):  # type: ignore[misc]
 
 
 @dataclass(frozen=True)
-class Plan:
+class TokenPlan:
     """Where the tokens of one pass of a layer go; recomputation uses it again."""
 
     experts: Tensor
@@ -97,7 +97,7 @@ class Plan:
     """Of each part of the tokens, in their order."""
 
     @classmethod
-    def of(cls, experts: Tensor, groups: ExpertGroups, parts: int) -> "Plan":
+    def of(cls, experts: Tensor, groups: ExpertGroups, parts: int) -> "TokenPlan":
         """Plan the way of tokens in parts of about one size."""
         size = -(-len(experts) // parts)
         sizes = [max(0, min(size, len(experts) - part * size)) for part in range(parts)]
@@ -123,7 +123,7 @@ class MixtureLayer(MoELayer):  # type: ignore[misc]
         self.groups = ExpertGroups(config.num_moe_experts, groups.ep, groups.expt_tp, groups.tp_ep)
         # Megatron-core's own keeps each layer's graph until its next pass.
         self.token_dispatcher = None
-        self._kept: deque[Plan] = deque()
+        self._kept: deque[TokenPlan] = deque()
         """Those of micro-batches whose backward pass is to come, which has the same order."""
         # Nothing travels where all experts are here.
         self.parts: int = config.expert_parts if groups.ep.size() > 1 else 1
@@ -143,7 +143,7 @@ class MixtureLayer(MoELayer):  # type: ignore[misc]
         plan = self._kept.popleft() if again else None
         weights, experts = self.router(hidden, padding, experts=plan.experts if plan else None)
         if plan is None:
-            plan = Plan.of(experts, self.groups, self.parts)
+            plan = TokenPlan.of(experts, self.groups, self.parts)
             if is_checkpointing():
                 self._kept.append(plan)
 

@@ -177,7 +177,7 @@ class Estimates:
         return language, tower
 
     def _layer_transfers(self, layout: ParallelConfig) -> float:
-        """Return the time of a layer's messages in a micro-batch, in which nothing else runs."""
+        """Return the time of a layer's messages in a micro-batch in which nothing else runs."""
         text = self.config.model.text
         tensor, context = layout.tensor, layout.context
         tokens = self._tokens / context * BF16
@@ -194,7 +194,9 @@ class Estimates:
 
         passes = 3 if layout.recompute in WHOLE_BLOCKS else 2
         once = self._transfer(gathered, tensor) + self._transfer(exchanged, tensor * context)
-        return passes * (once + self._transfer(sent, expert_ranks(layout)))
+        # What one part of the tokens sends, another's products hide.
+        exposed = sent / layout.expert_parts
+        return passes * (once + self._transfer(exposed, expert_ranks(layout)))
 
     def _stage_transfers(self, layout: ParallelConfig) -> float:
         """Return the time of a stage's messages to the next one, a forward and a backward one for each chunk."""

@@ -66,6 +66,8 @@ class LegalLayouts:
         experts = degrees if self.config.model.text.experts else [1]
         layouts = self._with("expert", lambda _: experts, layouts)
         layouts = self._with("expert_tensor", lambda _: [None, *experts[1:]], layouts)
+        # One part's rows travel beside the other's products: more hide little more, and launch as many times more.
+        layouts = self._with("expert_parts", lambda own: [2 if own.expert > 1 else 1], layouts)
         yield from self._with("virtual_pipeline", self._chunks, layouts)
 
     def is_legal(self, layout: ParallelConfig) -> bool:

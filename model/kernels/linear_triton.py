@@ -114,7 +114,7 @@ def _product(
     sums = tl.zeros([y.shape[0], x.shape[0]], tl.float32)
     turns = tl.cdiv(count, DEEP)
     # One loop for both, so that loads under way go on from one to the other.
-    for turn in range(0, turns + tl.cdiv(more, DEEP)):
+    for turn in range(turns + tl.cdiv(more, DEEP)):
         if turn == turns:
             rows, columns, count = more_rows, more_columns, more
         # Both are masked: what is behind a group may be no number, which times zero is none.

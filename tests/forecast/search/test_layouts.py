@@ -46,7 +46,8 @@ def by_hand(config: RunConfig, world_size: int) -> list[dict[str, Any]]:
         if context == 1 and exchange == "ulysses":
             continue  # nothing is exchanged
         layout = ParallelConfig(tensor, pipeline, chunks, context, exchange, expert)
-        layout = cut_evenly(replace(layout, expert_tensor=shared if shared > 1 else None), layers)
+        layout = replace(layout, expert_tensor=shared if shared > 1 else None)
+        layout = cut_evenly(replace(layout, expert_parts=2 if expert > 1 else 1), layers)
         if not with_layout(config, "p", layout).all_problems(world_size):
             possible.append(asdict(layout))
     return possible
