@@ -274,7 +274,10 @@ class Dispatch:
         if self._arrived is None:
             experts = self._begun(order.copies(self.experts))
         rows, weights = order.copies(tokens), order.copies(weights)
-        return Leaving(self._begun(rows), self._begun(weights), experts)
+        # The rows last: a message that waits for them would let all that is launched later wait, products too, where a
+        # device has one queue of launches (CUDA_DEVICE_MAX_CONNECTIONS=1, which tensor ranks need).
+        begun = self._begun(weights)
+        return Leaving(self._begun(rows), begun, experts)
 
     def arrive(self, leaving: Leaving) -> tuple[Tensor, Tensor, Tensor]:
         """Bring rows to their experts.

@@ -147,7 +147,7 @@ class ParallelConfig:
         if self.expert_parts > 1 and self.expert == 1:
             yield (
                 f"{here}.expert_parts={self.expert_parts} needs {here}.expert of 2 or more (now 1):"
-                f" no token travels to its experts"
+                f" set {here}.expert_parts=1, or raise {here}.expert"
             )
         if self.recompute == "block" and not self.recompute_layers:
             yield f"{here}.recompute=block needs {here}.recompute_layers, the number of layers"

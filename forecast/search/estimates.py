@@ -15,9 +15,9 @@ from visionloom.model.vision import PIECE_PATCHES, WHOLE_BLOCKS
 from visionloom.parallel.config import ParallelConfig
 from visionloom.train.config import RunConfig
 
-DENSE_LAUNCHES, MIXTURE_LAUNCHES, BLOCK_LAUNCHES = 24, 65, 31
-"""Kernels of a decoder layer, forward and backward, and of a block of the tower: 881 for the 36 layers of 8B, 3,137 for
-the 48 of 30B on expert ranks, and 842 for the 27 blocks (traced)."""
+DENSE_LAUNCHES, MIXTURE_LAUNCHES, PART_LAUNCHES, BLOCK_LAUNCHES = 24, 65, 35, 31
+"""Kernels of a decoder layer, forward and backward, with a second part of the tokens of its experts more, and of a block of the
+tower: 881 for the 36 layers of 8B, 3,137 for the 48 of 30B on expert ranks, 4,817 in two parts, and 842 for the 27 blocks (traced)."""
 BF16, FP32 = 2, 4
 """Bytes of an activation, and of a value of the loss."""
 
@@ -153,7 +153,9 @@ class Estimates:
         # However small its products are, each kernel must be launched.
         passes = 1.5 if layout.recompute in WHOLE_BLOCKS else 1.0
         launch = self.machine.launch * passes
-        launches = MIXTURE_LAUNCHES if model.text.experts else DENSE_LAUNCHES
+        launches = DENSE_LAUNCHES
+        if model.text.experts:
+            launches = MIXTURE_LAUNCHES + PART_LAUNCHES * (layout.expert_parts - 1)
         layer = max(language, launches * launch) + self._layer_transfers(layout)
         stages = [layers * layer for layers in stage_layers(layout, model.text.layers)]
         stages[0] += max(tower_seconds, model.vision.depth * BLOCK_LAUNCHES * launch)
@@ -188,15 +190,14 @@ class Estimates:
         if layout.context_exchange == "ulysses":
             exchanged = tokens * (keys + 2 * text.heads * text.head_dim)
         exchanged *= (1 - 1 / context) / tensor
-        # To the experts and back; ranks that share one expert gather what each of them gets.
-        others = 1 - 1 / layout.expert + (layout.expert_tensor or 1) - 1
+        # To the experts and back, where what one part of the tokens sends another's products hide; ranks that share one expert
+        # gather what each of them gets.
+        others = (1 - 1 / layout.expert) / layout.expert_parts + (layout.expert_tensor or 1) - 1
         sent = 2 * tokens / tensor * self._sent_rows(layout) * text.hidden_size * others
 
         passes = 3 if layout.recompute in WHOLE_BLOCKS else 2
         once = self._transfer(gathered, tensor) + self._transfer(exchanged, tensor * context)
-        # What one part of the tokens sends, another's products hide.
-        exposed = sent / layout.expert_parts
-        return passes * (once + self._transfer(exposed, expert_ranks(layout)))
+        return passes * (once + self._transfer(sent, expert_ranks(layout)))
 
     def _stage_transfers(self, layout: ParallelConfig) -> float:
         """Return the time of a stage's messages to the next one, a forward and a backward one for each chunk."""

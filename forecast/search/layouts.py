@@ -61,14 +61,24 @@ class LegalLayouts:
     def __iter__(self) -> Iterator[ParallelConfig]:
         """Yield them; axis after axis, as what is impossible with one stays so with another."""
         degrees = [n for n in range(1, self.world_size + 1) if self.world_size % n == 0]
-        layouts: Iterable[ParallelConfig] = self._without_experts(degrees)
-        layouts = self._with("context_exchange", self._exchanges, layouts)
+        layouts = self._without_experts(degrees)
+        for axis, values in self._other_axes(degrees).items():
+            layouts = self._with(axis, values, layouts)
+        return layouts
+
+    def _other_axes(
+        self, degrees: list[int]
+    ) -> dict[str, Callable[[ParallelConfig], Iterable[Any]]]:
+        """Return the values of each axis that depends on tensor, pipeline and context ranks, by name."""
         experts = degrees if self.config.model.text.experts else [1]
-        layouts = self._with("expert", lambda _: experts, layouts)
-        layouts = self._with("expert_tensor", lambda _: [None, *experts[1:]], layouts)
-        # One part's rows travel beside the other's products: more hide little more, and launch as many times more.
-        layouts = self._with("expert_parts", lambda own: [2 if own.expert > 1 else 1], layouts)
-        yield from self._with("virtual_pipeline", self._chunks, layouts)
+        return {
+            "context_exchange": self._exchanges,
+            "expert": lambda _: experts,
+            "expert_tensor": lambda _: [None, *experts[1:]],
+            # One part's rows travel beside the other's products: more hide little more, and launch as many times more.
+            "expert_parts": lambda layout: [2 if layout.expert > 1 else 1],
+            "virtual_pipeline": self._chunks,
+        }
 
     def is_legal(self, layout: ParallelConfig) -> bool:
         """Return whether the run's own checks let a layout pass."""

@@ -242,24 +242,27 @@ def summed(dtype: torch.dtype) -> Comparison:
 
 
 def summed_by_group(dtype: torch.dtype) -> Comparison:
-    """Return the comparison of products of groups, one of them empty, that are added to sums in fp32."""
+    """Return the comparison of products of groups, one of them empty, that are added to sums in fp32: of one part and of three."""
     draw = Draw(dtype)
-    rows, columns = draw(640, 136), draw(640, 264)
-    total = draw.wide(4, 136, 264) * 100
+    # Ten tiles of the kernel, one below the other: two more than run together.
+    rows, columns = draw(640, 1160), draw(640, 264)
+    total = draw.wide(4, 1160, 264) * 100
     # Rows behind the last group count nowhere.
     ends = [64, 64, 401, 600]
 
     def own(device: torch.device) -> list[Tensor]:
-        moved, places = total.to(device, copy=True), torch.tensor(ends, device=device).int()
-        add_grouped_product_(moved, [(rows.to(device), columns.to(device), places)] * 2)
-        return [moved]
+        part = rows.to(device), columns.to(device), torch.tensor(ends, device=device).int()
+        sums = []
+        for parts in (1, 3):
+            sums.append(total.to(device, copy=True))
+            add_grouped_product_(sums[-1], [part] * parts)
+        return sums
 
     def definition() -> list[Tensor]:
-        wide = total.double()
+        products = torch.zeros_like(total, dtype=torch.float64)
         for group, (begin, end) in enumerate(pairwise([0, *ends])):
-            left, right = rows[begin:end].double(), columns[begin:end].double()
-            wide[group] += 2 * left.t() @ right
-        return [wide]
+            products[group] = rows[begin:end].double().t() @ columns[begin:end].double()
+        return [total.double() + products, total.double() + 3 * products]
 
     name = f"add_grouped_product_ {str(dtype).removeprefix('torch.')} and its definition"
     return Comparison(name, own, definition, limit=2e-5, strict=False)

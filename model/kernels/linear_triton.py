@@ -18,7 +18,7 @@ TILES = {
 }
 """Of a grouped product's program: its part of a sum, the rows that it takes at a time, and its warps."""
 STAGES = 3
-"""Rows of so many turns are under way: 144 KiB in bf16, of 163 that an A100's multiprocessor has and 227 of an H100's."""
+"""Rows of so many turns are in shared memory or on the way: in bf16 144 KiB of 227 that an H100's multiprocessor has, 96 of an A100's 163."""
 AT_ONCE = 2
 """Parts of the rows that a grouped product's kernel takes: the sums are read and written once for both."""
 NEIGHBOURS = 8
@@ -107,10 +107,12 @@ def _product(
     DEEP: tl.constexpr,
 ) -> Any:
     """Return one tile of the product of `count` rows from the first on, and of `more` others."""
-    depth = tl.arange(0, DEEP)[:, None]
-    in_rows, in_columns = (y < OUT)[None, :], (x < IN)[None, :]
-    # What moves is one address, not those of a tile, which would take registers.
-    row_places, column_places = depth * OUT + y[None, :], depth * IN + x[None, :]
+    deep = tl.arange(0, DEEP)
+    across, down = deep[None, :], deep[:, None]
+    in_rows, in_columns = (y < OUT)[:, None], (x < IN)[None, :]
+    # What moves is one address, not those of a tile, which would take registers. Rows are read as their transpose: of a tile
+    # that is transposed after it was read, an A100 would have no turn under way.
+    row_places, column_places = across * OUT + y[:, None], down * IN + x[None, :]
     sums = tl.zeros([y.shape[0], x.shape[0]], tl.float32)
     turns = tl.cdiv(count, DEEP)
     # One loop for both, so that loads under way go on from one to the other.
@@ -118,10 +120,9 @@ def _product(
         if turn == turns:
             rows, columns, count = more_rows, more_columns, more
         # Both are masked: what is behind a group may be no number, which times zero is none.
-        inside = depth < count
-        left = tl.load(rows + row_places, inside & in_rows, other=0.0)
-        right = tl.load(columns + column_places, inside & in_columns, other=0.0)
-        sums = tl.dot(tl.trans(left), right, sums, input_precision="ieee")
+        left = tl.load(rows + row_places, (across < count) & in_rows, other=0.0)
+        right = tl.load(columns + column_places, (down < count) & in_columns, other=0.0)
+        sums = tl.dot(left, right, sums, input_precision="ieee")
         rows += DEEP * OUT
         columns += DEEP * IN
         count -= DEEP

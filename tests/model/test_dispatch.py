@@ -20,6 +20,8 @@ from visionloom.tests.ranks import RankPool
 from visionloom.tests.train.layouts import Case, Layout, backward, packs_of
 
 TOKENS, EXPERTS, EACH = 40, 8, 3
+EXPERTS_A_TOKEN = 2
+"""Of the tiny mixture."""
 
 
 def groups_of(parallel: ParallelConfig) -> ExpertGroups:
@@ -98,11 +100,20 @@ class Calls:
         """A function that notes its name before it runs."""
 
         def noted(*args: Any, **kwargs: Any) -> Any:
-            self.names.append("begun" if kwargs.get("async_op") else name)
+            self.names.append(name)
             result = function(*args, **kwargs)
             if kwargs.get("async_op"):
                 result = mock.Mock(wait=self.of("awaited", result.wait))
             return result
+
+        return noted
+
+    def of_messages(self, function: Any) -> Any:
+        """The function that begins messages, noted as `rows` or, if they are as narrow as weights and numbers, `few`."""
+
+        def noted(coming: Tensor, rows: Tensor, *args: Any, **kwargs: Any) -> Any:
+            name = "few" if rows.shape[1] == EXPERTS_A_TOKEN else "rows"
+            return self.of(name, function)(coming, rows, *args, **kwargs)
 
         return noted
 
@@ -114,7 +125,7 @@ def calls_of(layout: dict[str, Any], packs: list[TestPack], late: bool) -> list[
     added = experts.add_grouped_product_
     with (
         nullcontext() if late else at_once,
-        mock.patch.object(dist, "all_to_all_single", calls.of("sent", dist.all_to_all_single)),
+        mock.patch.object(dist, "all_to_all_single", calls.of_messages(dist.all_to_all_single)),
         mock.patch.object(F, "grouped_mm", calls.of("product", F.grouped_mm)),
         mock.patch.object(experts, "add_grouped_product_", calls.of("matrix", added)),
     ):
@@ -123,7 +134,7 @@ def calls_of(layout: dict[str, Any], packs: list[TestPack], late: bool) -> list[
 
 
 def in_words(text: str) -> list[str]:
-    """Calls written as `2 begun, product`."""
+    """Calls written as `2 few, product`."""
     words = []
     for each in text.split(", "):
         *times, name = each.split()
@@ -132,25 +143,25 @@ def in_words(text: str) -> list[str]:
 
 
 ORDERS = {
-    # Numbers of experts, rows and weights; products and results; gradients of results, products, gradients of rows and
-    # weights, beside which those of the matrices are made.
+    # Numbers of experts, weights and, last, rows, for which no other message waits; products; results. Back: gradients of
+    # results, products, gradients of weights and rows, beside which those of the matrices are made.
     "one part": (
         {},
-        "3 begun, 3 awaited, 2 product, begun, awaited",
-        "begun, awaited, 2 product, 2 begun, 2 matrix, 2 awaited",
+        "2 few, rows, 3 awaited, 2 product, rows, awaited",
+        "rows, awaited, 2 product, few, rows, 2 matrix, 2 awaited",
     ),
     # The second part's rows travel beside the first one's products, and the first one's results beside the second one's.
     "two parts": (
         {"expert_parts": 2},
-        "6 begun, 3 awaited, 2 product, begun, 3 awaited, 2 product, begun, 2 awaited",
-        "2 begun, awaited, 2 product, 2 begun, awaited, 2 product, 2 begun, 2 matrix, 4 awaited",
+        "2 few, rows, 2 few, rows, 3 awaited, 2 product, rows, 3 awaited, 2 product, rows, 2 awaited",
+        "2 rows, awaited, 2 product, few, rows, awaited, 2 product, few, rows, 2 matrix, 4 awaited",
     ),
     # The second pass knows the experts, and needs no results.
     "again": (
         {"recompute": "full", "expert_parts": 2},
-        "6 begun, 3 awaited, 2 product, begun, 3 awaited, 2 product, begun, 2 awaited",
-        "4 begun, 2 awaited, product, 2 awaited, product,"
-        " 2 begun, awaited, 2 product, 2 begun, awaited, 2 product, 2 begun, 2 matrix, 4 awaited",
+        "2 few, rows, 2 few, rows, 3 awaited, 2 product, rows, 3 awaited, 2 product, rows, 2 awaited",
+        "few, rows, few, rows, 2 awaited, product, 2 awaited, product,"
+        " 2 rows, awaited, 2 product, few, rows, awaited, 2 product, few, rows, 2 matrix, 4 awaited",
     ),
 }
 
@@ -167,6 +178,6 @@ def test_rows_and_gradients_travel_beside_products(name: str, pool: RankPool) ->
 
 def test_control_gradients_of_matrices_at_once(pool: RankPool) -> None:
     _, forward, _ = ORDERS["one part"]
-    back = "begun, awaited, product, matrix, product, matrix, 2 begun, 2 awaited"
+    back = "rows, awaited, product, matrix, product, matrix, few, rows, 2 awaited"
     expected = (in_words(forward) * LAYERS + in_words(back) * LAYERS) * MICRO_BATCHES
     assert pool.run(2, calls_of, {}, packs_of("text")[:2], False) == [expected] * 2

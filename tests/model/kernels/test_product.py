@@ -114,6 +114,8 @@ def kernel_does_not_spill() -> None:
     from visionloom.model.kernels.linear_triton import NEIGHBOURS, TILES, grouped_product_kernel
 
     products = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+    # Two or three tiles of 64 rows of both factors: an A100 has the third turn in registers.
+    shared = {80: 2, 90: 3, 100: 3}
     wrong = {}
     for kind, dtype, height, width in COMPILED:
         sizes, warps = TILES[dtype]
@@ -125,6 +127,8 @@ def kernel_does_not_spill() -> None:
             made = compiled(grouped_product_kernel, types, constants, gpu, warps)
             # Tensor cores round fp32.
             is_fast = "cp.async.cg" in made.ptx and (product in made.ptx) == (kind == "*bf16")
+            if kind == "*bf16":
+                is_fast = is_fast and made.shared >= shared[gpu] * 64 * (128 + 256) * 2
             if made.spilled or not 0 < made.registers <= 255 or not is_fast:
                 wrong[kind, height, width, gpu, twice] = made.spilled, made.registers, is_fast
     assert wrong == {}

@@ -54,6 +54,8 @@ class Compiled:
     spilled: int
     """Bytes of a thread that do not fit into registers."""
     ptx: str
+    shared: int
+    """Bytes of shared memory of a program."""
 
 
 def compiled(
@@ -82,4 +84,5 @@ def compiled(
         command = [str(tool), "--dump-resource-usage", file.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     counts = {name: int(count) for name, count in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    return Compiled(counts["REG"], counts["STACK"] + counts["LOCAL"], result.asm["ptx"])
+    spilled = counts["STACK"] + counts["LOCAL"]
+    return Compiled(counts["REG"], spilled, result.asm["ptx"], result.metadata.shared)
