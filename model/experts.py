@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from visionloom.model.dispatch import Dispatch, ExpertGroups, Leaving, Travelling
 from visionloom.model.kernels.activation import swiglu
+from visionloom.model.kernels.linear import wide_linear
 from visionloom.model.kernels.product import add_grouped_product_
 from visionloom.model.kernels.routing import ENTROPY_UNIT, choose_experts, weigh_experts
 from visionloom.parallel.topology import Topology
@@ -66,6 +67,10 @@ class Router(TopKRouter):  # type: ignore[misc]
             experts: those of an earlier pass with the same tokens, which are then chosen again.
         """
         return self.routing(self.gating(hidden), padding_mask, experts)
+
+    def gating(self, hidden: Tensor) -> Tensor:
+        """Return the logits fp32 [t, 1, E] of hidden states [t, 1, H]."""
+        return wide_linear(hidden, self.weight)
 
     def routing(
         self,

@@ -15,10 +15,8 @@ from visionloom.model.kernels import library
 
 
 def _on_cpu(total: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    if total.dtype == rows.dtype:
-        return total.addmm_(rows.t(), columns)
-    # torch's CPU product has one dtype: here the product is rounded to bf16 before it is added.
-    return total.add_(rows.t() @ columns)
+    # torch's CPU product has one dtype: in that of the sum nothing is rounded to bf16, as on a GPU.
+    return total.addmm_(rows.t().to(total.dtype), columns.to(total.dtype))
 
 
 def _on_cuda(total: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

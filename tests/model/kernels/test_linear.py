@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from visionloom.model.kept import kept
-from visionloom.model.kernels.linear import Linear, column_sums
+from visionloom.model.kernels.linear import Linear, column_sums, wide_linear
 from visionloom.tests.model.kernels.triton_process import compiled, compiling, interpreted
 
 
@@ -54,6 +54,37 @@ def test_frozen_parts_have_no_gradient(device: torch.device) -> None:
     ours(x).sum().backward()
     assert ours.weight.grad is None and ours.bias.grad is None
     torch.testing.assert_close(x.grad, ours.weight.sum(0).expand(37, 24))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("summed", [False, True])
+def test_wide_results_and_gradients_are_those_of_fp64(
+    dtype: torch.dtype, summed: bool, device: torch.device
+) -> None:
+    """Of inputs in bf16 too nothing is rounded to it, but for gradients that have its type; `summed`: into `main_grad`."""
+    torch.manual_seed(0)
+    sizes = [(5, 1, 300), (16, 300)]
+    x, weight = (torch.randn(size).to(device, dtype).requires_grad_() for size in sizes)
+    gradient = torch.randn(5, 1, 16).to(device)
+    total = torch.ones(16, 300, device=device)
+    if summed:
+        weight.main_grad = total  # type: ignore[attr-defined]
+    own = wide_linear(x, weight)
+    own.backward(gradient)
+
+    wide, matrix = (each.detach().double().requires_grad_() for each in (x, weight))
+    expected = wide @ matrix.t()
+    expected.backward(gradient.double())
+    assert own.dtype == torch.float32 and own.shape == (5, 1, 16)
+    close = {"rtol": 1e-5, "atol": 1e-4}
+    torch.testing.assert_close(own.double(), expected, **close)
+    rounded = {"rtol": 1e-5 if dtype == torch.float32 else 2**-7, "atol": 1e-4}
+    torch.testing.assert_close(x.grad.double(), wide.grad, **rounded)  # type: ignore[union-attr]
+    if summed:
+        # Two parts of bf16 keep 16 bits of the gradient: one would be 2e-3 off.
+        torch.testing.assert_close(total.double(), matrix.grad + 1.0, **close)  # type: ignore[operator]
+    else:
+        torch.testing.assert_close(weight.grad.double(), matrix.grad, **rounded)  # type: ignore[union-attr]
 
 
 def test_sums_of_columns(device: torch.device) -> None:
