@@ -104,9 +104,7 @@ class TokenPlan:
     @classmethod
     def of(cls, experts: Tensor, groups: ExpertGroups, parts: int) -> "TokenPlan":
         """Plan the way of tokens in parts of about one size."""
-        size = -(-len(experts) // parts)
-        sizes = [max(0, min(size, len(experts) - part * size)) for part in range(parts)]
-        return cls(experts, tuple(Dispatch(part, groups) for part in experts.split(sizes)))
+        return cls(experts, tuple(Dispatch(part, groups) for part in experts.tensor_split(parts)))
 
     def cut(self, rows: Tensor) -> Sequence[Tensor]:
         """Cut rows [n, ...] into those of each part."""
@@ -168,7 +166,13 @@ class MixtureLayer(MoELayer):  # type: ignore[misc]
         mixed = torch.cat(sums) if len(sums) > 1 else sums[0]
         return mixed.view_as(hidden)
 
-    def _by_experts(self, way: Dispatch, leaving: Leaving, matrices: Any, read: bool) -> Travelling:
+    def _by_experts(
+        self,
+        way: Dispatch,
+        leaving: Leaving,
+        matrices: tuple["Matrix | None", "Matrix | None"],
+        read: bool,
+    ) -> Travelling:
         """Let the experts work on a part of the tokens, and begin to send its results back."""
         rows, weights, ends = way.arrive(leaving)
         # Nothing in a layer after its experts needs their result to pass gradients back.
