@@ -52,17 +52,19 @@ class RankPool:
         )
         self.connections: list[Connection] = []
         self.processes: list[Any] = []
+        # One folder for all worlds: a rank that lets go of a FileStore while its folder is removed waits five minutes for it.
+        self.stores = tempfile.TemporaryDirectory()
+        self.worlds = 0
 
     def run(self, world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """Call `function(*arguments)` on every rank of a new world; RankFailed with the first traceback if one raises."""
         while len(self.connections) < world_size:
             self._start_one()
-        with tempfile.TemporaryDirectory() as folder:
-            for rank in range(world_size):
-                self.connections[rank].send(
-                    (rank, world_size, str(Path(folder) / "store"), function, arguments)
-                )
-            answers = self._answers(world_size)
+        self.worlds += 1
+        store = str(Path(self.stores.name) / str(self.worlds))
+        for rank in range(world_size):
+            self.connections[rank].send((rank, world_size, store, function, arguments))
+        answers = self._answers(world_size)
         failures = [text for ok, text in answers if not ok]
         if failures:
             self.close()

@@ -31,3 +31,13 @@ def test_a_start_of_a_command_is_forgotten(pool: RankPool, tmp_path: Path) -> No
     """Else the next test's run would have begun when the pool was started."""
     assert pool.run(1, began, tmp_path)[0] is not None
     assert pool.run(1, began, None) == [None]
+
+
+def nothing() -> None:
+    pass
+
+
+def test_a_world_ends_while_its_folder_is_there(pool: RankPool) -> None:
+    """Ranks let go of their store after they have answered; without its folder torch waits five minutes for the file to appear."""
+    pool.run(2, nothing)
+    assert Path(pool.stores.name).is_dir()
