@@ -136,22 +136,57 @@ def message_seconds(size: int, sender: int, receiver: int, machine: Machine) -> 
 
 
 @dataclass(frozen=True)
-class WorkSeconds:
-    """Where the time of a stretch of a step goes; messages of the pipeline are not in it."""
+class TimedMark:
+    """A FlightMark on a machine; collectives by axis with their seconds."""
+
+    work: float
+    """Seconds of the operations before it."""
+    awaited: tuple[tuple[str, float], ...]
+    flight: int
+    begins: tuple[str, float] | None
+
+
+@dataclass(frozen=True)
+class Work:
+    """A stretch of a step on a machine; messages of the pipeline take no time in it."""
 
     parts: dict[str, float]
-    """Operations on the device, by part of the step."""
-    communication: dict[str, float]
-    """Collectives, by axis."""
-    waits_for_host: float
-    """Seconds by which the host is slower with its launches than the device with its work."""
+    """Seconds of operations on the device, by part of the step."""
     launches: int
+    host_seconds: float
+    """Of the launches: the stretch takes as long at least."""
+    marks: tuple[TimedMark, ...]
 
-    @property
-    def total(self) -> float:
-        """Return all of it."""
-        work = sum(self.parts.values()) + sum(self.communication.values())
-        return work + self.waits_for_host
+    @classmethod
+    def of(
+        cls, slots: Sequence[Slot], groups: Mapping[str, Sequence[int]], machine: Machine
+    ) -> "Work":
+        """Return that of slots which follow each other; `groups`: ranks by axis, as in RankTrace."""
+        parts: dict[str, float] = defaultdict(float)
+        launches = 0
+        for operation, count in operations_of(slots):
+            parts[operation.part] += count * operation_seconds(operation, machine)
+            launches += count
+        launches += sum(count for _, count in collectives_of(slots))
+
+        def timed(collective: Collective, count: int = 1) -> list[tuple[str, float]]:
+            ranks = groups[collective.axis]
+            if collective.name in MESSAGES or len(ranks) == 1:
+                return []
+            return [(collective.axis, collective_seconds(collective, ranks, machine))] * count
+
+        marks = []
+        for slot in slots:
+            for mark in slot.marks or (FlightMark(slot.operations, slot.collectives),):
+                work = sum(
+                    count * operation_seconds(each, machine) for each, count in mark.operations
+                )
+                awaited = [one for call in mark.collectives for one in timed(*call)]
+                begins = timed(mark.begins) if mark.begins is not None else []
+                marks.append(
+                    TimedMark(work, tuple(awaited), mark.flight, begins[0] if begins else None)
+                )
+        return cls(dict(parts), launches, launches * machine.launch, tuple(marks))
 
 
 @dataclass
@@ -159,72 +194,50 @@ class Streams:
     """What runs at once on a rank while a step is played: computation, and the collectives of each axis one after the other.
 
     Collectives of different axes run side by side, and none slows computation: a real GPU's share its memory, its links and
-    some of its multiprocessors.
+    some of its multiprocessors. They also run while the rank stands still because another stage has not sent yet.
     """
 
-    groups: Mapping[str, Sequence[int]]
-    """Ranks by axis, as in RankTrace."""
-    machine: Machine
     now: float = 0.0
-    """Seconds of computation and waits since the step's begin."""
+    """Seconds since the step's begin."""
+    communication: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    """Seconds in which the device only waited for collectives, by axis."""
+    waits_for_host: float = 0.0
+    """Seconds by which the host was slower with its launches than the device with its work."""
     _ends: dict[str, float] = field(default_factory=dict)
     """When the last collective of an axis is done."""
     _flights: dict[int, tuple[str, float]] = field(default_factory=dict)
     """Axis and end of the collectives that nobody has waited for yet, by number."""
 
-    def play(self, slot: Slot) -> dict[str, float]:
-        """Let a slot pass; return the seconds in which the device only waits for collectives, by axis."""
-        waits: dict[str, float] = defaultdict(float)
-        for mark in slot.marks or (FlightMark(slot.operations, slot.collectives),):
-            for operation, count in mark.operations:
-                self.now += count * operation_seconds(operation, self.machine)
-            for collective, count in mark.collectives:
-                for _ in range(count):
-                    waits[collective.axis] += self._wait(self._begin(collective))
+    def run(self, work: Work, clock: float = 0.0) -> float:
+        """Let a stretch pass at `clock`, or once the one before is done; return when it is done."""
+        begin = self.now = max(self.now, clock)
+        for mark in work.marks:
+            self.now += mark.work
+            for axis, seconds in mark.awaited:
+                self._wait(axis, self._begin(axis, seconds))
             if mark.begins is not None:
-                self._flights[mark.flight] = mark.begins.axis, self._begin(mark.begins)
+                axis, seconds = mark.begins
+                self._flights[mark.flight] = axis, self._begin(axis, seconds)
             elif mark.flight in self._flights:
-                axis, end = self._flights.pop(mark.flight)
-                waits[axis] += self._wait(end)
-        return waits
+                self._wait(*self._flights.pop(mark.flight))
 
-    def _begin(self, collective: Collective) -> float:
+        # The host runs ahead of the device, so that only all launches together can be too slow.
+        late = max(0.0, begin + work.host_seconds - self.now)
+        self.waits_for_host += late
+        self.now += late
+        return self.now
+
+    def _begin(self, axis: str, seconds: float) -> float:
         """Begin a collective once the one before on its axis is done; return when it ends itself."""
-        ranks = self.groups[collective.axis]
-        if collective.name in MESSAGES or len(ranks) == 1:
-            return self.now
-        begin = max(self.now, self._ends.get(collective.axis, 0.0))
-        end = begin + collective_seconds(collective, ranks, self.machine)
-        self._ends[collective.axis] = end
+        end = max(self.now, self._ends.get(axis, 0.0)) + seconds
+        self._ends[axis] = end
         return end
 
-    def _wait(self, end: float) -> float:
-        """Wait until a collective has ended; return the seconds."""
+    def _wait(self, axis: str, end: float) -> None:
+        """Wait until a collective of an axis has ended."""
         waited = max(0.0, end - self.now)
+        self.communication[axis] += waited
         self.now += waited
-        return waited
-
-
-def work_seconds(slots: Sequence[Slot], streams: Streams) -> WorkSeconds:
-    """Return where the time of slots that follow each other goes, after what `streams` have played before."""
-    machine = streams.machine
-    parts: dict[str, float] = defaultdict(float)
-    launches = 0
-    for operation, count in operations_of(slots):
-        parts[operation.part] += count * operation_seconds(operation, machine)
-        launches += count
-    launches += sum(count for _, count in collectives_of(slots))
-
-    communication: dict[str, float] = defaultdict(float)
-    for slot in slots:
-        for axis, seconds in streams.play(slot).items():
-            if seconds:
-                communication[axis] += seconds
-
-    # The host runs ahead of the device, so that only all launches together can be too slow.
-    device = sum(parts.values()) + sum(communication.values())
-    waits = max(0.0, launches * machine.launch - device)
-    return WorkSeconds(dict(parts), dict(communication), waits, launches)
 
 
 def operations_of(slots: Iterable[Slot]) -> Iterator[tuple[Operation, int]]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from visionloom.forecast.faults import memory_faults, mixed_faults, wait_notes
 from visionloom.forecast.machine import Machine
 from visionloom.forecast.phase_traces import PhaseTraces
-from visionloom.forecast.rank_step import RankStep
+from visionloom.forecast.rank_step import PlayedRank, RankStep
 from visionloom.forecast.results import (
     BUBBLE,
     COMMUNICATION,
@@ -14,8 +14,8 @@ from visionloom.forecast.results import (
     PhaseForecast,
     RankForecast,
 )
-from visionloom.forecast.schedule import Pipeline
-from visionloom.forecast.timeline import StageTimes, Timeline, play
+from visionloom.forecast.schedule import Pass, Pipeline
+from visionloom.forecast.timeline import Timeline, play
 from visionloom.forecast.trace.events import SlotKind
 from visionloom.parallel.config import ParallelConfig
 
@@ -115,23 +115,20 @@ class StepTime:
     @classmethod
     def of(cls, pipeline: Pipeline, steps: Sequence[RankStep]) -> "StepTime":
         """Play a step; `steps`: of each kind of rank, at least one of each stage."""
-        stages = [
-            [step for step in steps if step.stage == stage] for stage in range(pipeline.stages)
-        ]
-        times = [stage_times(ranks) for ranks in stages]
-        ends = [max(step.end_seconds for step in ranks) for ranks in stages]
-        timeline = play(pipeline, times)
-        seconds = _last_end(timeline, ends)
+        stages = PlayedStage.of(pipeline, steps)
+        timeline = play(pipeline, stages)
+        seconds = max(timeline.ends)
         # Played again without them: what is then missing they have cost.
-        silent = [replace(each, send_next=0.0, send_previous=0.0) for each in times]
-        messages = seconds - _last_end(play(pipeline, silent), ends)
+        silent = [replace(each, message=0.0) for each in PlayedStage.of(pipeline, steps)]
+        messages = seconds - max(play(pipeline, silent).ends)
 
-        slowest = max(steps, key=lambda step: sum(step.shares.values()))
-        work = sum(slowest.shares.values())
+        shares = max(
+            (rank.shares for stage in stages for rank in stage.ranks),
+            key=lambda shares: sum(shares.values()),
+        )
         # Rounding may leave less than nothing.
-        bubble = max(0.0, seconds - work - messages)
-        shares = slowest.shares | {MESSAGES: messages, BUBBLE: bubble}
-        return cls(seconds, shares, timeline)
+        bubble = max(0.0, seconds - sum(shares.values()) - messages)
+        return cls(seconds, shares | {MESSAGES: messages, BUBBLE: bubble}, timeline)
 
     @property
     def communication(self) -> float:
@@ -143,15 +140,34 @@ class StepTime:
         return alone
 
 
-def stage_times(ranks: Sequence[RankStep]) -> StageTimes:
-    """Return the times of a stage, which are those of its slowest ranks."""
-    passes = ranks[0].pipeline.passes(ranks[0].stage)
-    seconds = {each: max(step.seconds(each).total for step in ranks) for each in passes}
-    begin = max(step.seconds(SlotKind.BEGIN).total for step in ranks)
-    message = max(step.message() for step in ranks)
-    return StageTimes(seconds, begin, send_next=message, send_previous=message)
+@dataclass(frozen=True)
+class PlayedStage:
+    """A stage while a step is played: it goes at the pace of its slowest ranks."""
 
+    ranks: tuple[PlayedRank, ...]
+    message: float
+    """Seconds of one to either side."""
 
-def _last_end(timeline: Timeline, ends: Sequence[float]) -> float:
-    """Return when the last stage is done; `ends`: seconds of each stage after its last pass."""
-    return max(passes + after for passes, after in zip(timeline.ends, ends, strict=True))
+    @classmethod
+    def of(cls, pipeline: Pipeline, steps: Sequence[RankStep]) -> "list[PlayedStage]":
+        """Return the stages at a step's begin; `steps`: of each kind of rank, at least one of each stage."""
+        stages = []
+        for stage in range(pipeline.stages):
+            own = [step for step in steps if step.stage == stage]
+            message = max(step.message() for step in own)
+            stages.append(cls(tuple(PlayedRank(step) for step in own), message))
+        return stages
+
+    @property
+    def send_next(self) -> float:
+        """Return the seconds of a message to the next stage."""
+        return self.message
+
+    @property
+    def send_previous(self) -> float:
+        """Return the seconds of a message to the stage before."""
+        return self.message
+
+    def run(self, one: Pass | SlotKind, clock: float) -> float:
+        """Let a pass begin at `clock` on all ranks; return when the last is done."""
+        return max(rank.run(one, clock) for rank in self.ranks)

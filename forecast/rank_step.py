@@ -2,17 +2,16 @@
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from visionloom.forecast.costs import (
     MESSAGES,
     Streams,
-    WorkSeconds,
+    Work,
     collectives_of,
     message_seconds,
     operations_of,
-    work_seconds,
 )
 from visionloom.forecast.machine import Machine
 from visionloom.forecast.phase_traces import TracedKind
@@ -101,17 +100,16 @@ class RankStep:
         return one_pass._replace(micro_batch=number)
 
     @cached_property
-    def _seconds(self) -> dict[Pass | SlotKind, WorkSeconds]:
-        """Return the time of what was traced."""
-        # In the order of the trace: what one pass begins another may wait for.
-        streams = Streams(self.trace.groups, self.machine)
+    def _work(self) -> dict[Pass | SlotKind, Work]:
+        """Return what was traced on the machine."""
         return {
-            one: work_seconds(stretch.slots, streams) for one, stretch in self._stretches.items()
+            one: Work.of(stretch.slots, self.trace.groups, self.machine)
+            for one, stretch in self._stretches.items()
         }
 
-    def seconds(self, one: Pass | SlotKind) -> WorkSeconds:
-        """Return the time of a pass, or before or after all of them."""
-        return self._seconds[self.traced_pass(one) if isinstance(one, Pass) else one]
+    def work(self, one: Pass | SlotKind) -> Work:
+        """Return a pass on the machine, or what is before or after all of them."""
+        return self._work[self.traced_pass(one) if isinstance(one, Pass) else one]
 
     @cached_property
     def order(self) -> list[Pass | SlotKind]:
@@ -127,25 +125,7 @@ class RankStep:
         """Return the seconds of one micro-batch's forward or backward passes through all chunks."""
         number = min(1, self.pipeline.micro_batches - 1)
         chunks = range(self.pipeline.chunks)
-        return sum(self.seconds(Pass(kind, chunk, number)).total for chunk in chunks)
-
-    @property
-    def end_seconds(self) -> float:
-        """Return the seconds after the last pass."""
-        return self.seconds(SlotKind.END).total
-
-    @cached_property
-    def shares(self) -> dict[str, float]:
-        """Return where the time goes in which the rank neither waits for other stages nor sends them messages."""
-        shares: dict[str, float] = defaultdict(float)
-        for one in self.order:
-            work = self.seconds(one)
-            for part, seconds in work.parts.items():
-                shares[part] += seconds
-            for axis, seconds in work.communication.items():
-                shares[axis + COMMUNICATION] += seconds
-            shares[HOST] += work.waits_for_host
-        return dict(shares)
+        return sum(Streams().run(self.work(Pass(kind, chunk, number))) for chunk in chunks)
 
     def message(self) -> float:
         """Return the seconds of a message to another stage; the largest that is sent counts for all."""
@@ -193,7 +173,7 @@ class RankStep:
     @property
     def launches(self) -> int:
         """Return the launches of the step."""
-        return sum(self.seconds(one).launches for one in self.order)
+        return sum(self.work(one).launches for one in self.order)
 
     @property
     def waits(self) -> tuple[Wait, ...]:
@@ -224,6 +204,31 @@ class RankStep:
                 if operation.direction is not Direction.RECOMPUTE:
                     flops += count * operation.flops
         return flops
+
+
+@dataclass
+class PlayedRank:
+    """A rank while its step is played."""
+
+    step: RankStep
+    streams: Streams = field(default_factory=Streams)
+
+    def run(self, one: Pass | SlotKind, clock: float) -> float:
+        """Let a pass begin at `clock`; return when it is done."""
+        return self.streams.run(self.step.work(one), clock)
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Return where the time went in which the rank neither waited for other stages nor sent them messages."""
+        shares: dict[str, float] = defaultdict(float)
+        for one in self.step.order:
+            for part, seconds in self.step.work(one).parts.items():
+                shares[part] += seconds
+        for axis, seconds in self.streams.communication.items():
+            if seconds:
+                shares[axis + COMMUNICATION] = seconds
+        shares[HOST] = self.streams.waits_for_host
+        return dict(shares)
 
 
 @dataclass(frozen=True)

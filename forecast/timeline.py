@@ -1,26 +1,29 @@
 """When the passes of a pipeline run: its schedule, played with the times of passes and messages. Imports no torch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Protocol
 
 from visionloom.forecast.results import Span
 from visionloom.forecast.schedule import Action, Await, Pass, Pipeline, Start, Transfer
+from visionloom.forecast.trace.events import SlotKind
 
 SENT: Final = (Transfer.SEND_NEXT, Transfer.SEND_PREVIOUS)
 
 
-@dataclass(frozen=True)
-class StageTimes:
-    """Seconds on one stage."""
+class Stage(Protocol):
+    """A stage of the pipeline while a step is played."""
 
-    passes: Mapping[Pass, float]
-    """All passes of the step."""
-    begin: float = 0.0
-    """Before the stage's first action."""
-    send_next: float = 0.0
-    """A message to the next stage."""
-    send_previous: float = 0.0
+    @property
+    def send_next(self) -> float:
+        """Return the seconds of a message to the next stage."""
+
+    @property
+    def send_previous(self) -> float:
+        """Return the seconds of a message to the stage before."""
+
+    def run(self, one: Pass | SlotKind, clock: float) -> float:
+        """Let a pass begin at `clock`, or what comes before or after all of them; return when it is done."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Timeline:
     spans: tuple[Span, ...]
     """Of each stage in order."""
     ends: tuple[float, ...]
-    """When each stage has done its last action."""
+    """When each stage is done with what comes after its last action."""
 
 
 @dataclass
@@ -61,7 +64,7 @@ class _Player:
 
     stage: int
     actions: list[Action]
-    times: StageTimes
+    times: Stage
     messages: dict[Transfer, _Messages]
     """Those that it sends and receives."""
     clock: float
@@ -79,7 +82,7 @@ class _Player:
         """Do the next action; return whether it can be done by now."""
         if isinstance(action, Pass):
             start = self.clock
-            self.clock += self.times.passes[action]
+            self.clock = self.times.run(action, self.clock)
             kind, chunk, number = action
             self.spans.append(Span(self.stage, chunk, number, kind, start, self.clock))
         elif isinstance(action, Start):
@@ -92,7 +95,7 @@ class _Player:
         return True
 
 
-def play(pipeline: Pipeline, times: Sequence[StageTimes]) -> Timeline:
+def play(pipeline: Pipeline, times: Sequence[Stage]) -> Timeline:
     """Play a step; `times`: of each stage.
 
     A message runs when sender and receiver have both come to it, as NCCL's do, and a stage stands still while it waits.
@@ -101,16 +104,17 @@ def play(pipeline: Pipeline, times: Sequence[StageTimes]) -> Timeline:
     players = []
     for stage, own in enumerate(times):
         actions = pipeline.actions(stage)
-        players.append(_Player(stage, actions, own, messages[stage], own.begin))
+        players.append(_Player(stage, actions, own, messages[stage], own.run(SlotKind.BEGIN, 0.0)))
 
     while any(player.run() for player in players):
         pass
     assert all(player.next == len(player.actions) for player in players)
     spans = tuple(span for player in players for span in player.spans)
-    return Timeline(spans, tuple(player.clock for player in players))
+    ends = [player.times.run(SlotKind.END, player.clock) for player in players]
+    return Timeline(spans, tuple(ends))
 
 
-def _messages_of(times: Sequence[StageTimes]) -> list[dict[Transfer, _Messages]]:
+def _messages_of(times: Sequence[Stage]) -> list[dict[Transfer, _Messages]]:
     """Return the messages that each stage sends and receives; one object for both ends."""
     stages = len(times)
     messages: list[dict[Transfer, _Messages]] = [{} for _ in times]

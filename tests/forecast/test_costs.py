@@ -8,10 +8,10 @@ import pytest
 
 from visionloom.forecast.costs import (
     Streams,
+    Work,
     collective_seconds,
     message_seconds,
     operation_seconds,
-    work_seconds,
 )
 from visionloom.forecast.machine import Machine, machine
 from visionloom.forecast.trace.events import (
@@ -209,16 +209,17 @@ def slot(*counts: tuple[Operation, int], size: int = 0) -> Slot:
 def test_work_is_added_up_by_part_and_axis() -> None:
     copy = operation(Kernel.OTHER, 0.0, 2_847_500_000)
     groups = {"tensor": range(8), "pipeline": (0, 8)}
-    alone = work_seconds([slot(size=LARGE)], Streams({"tensor": (3,)}, H100))
-    assert alone.communication == {}
-    work = work_seconds([slot((copy, 3)), slot(size=LARGE)], Streams(groups, H100))
+    alone = Streams()
+    alone.run(Work.of([slot(size=LARGE)], {"tensor": (3,)}, H100))
+    assert not alone.communication
+    work, streams = Work.of([slot((copy, 3)), slot(size=LARGE)], groups, H100), Streams()
     gather = seconds("all_gather", LARGE, range(8), H100)
+    assert streams.run(work) == streams.now == pytest.approx(3e-3 + 2 * gather)
     assert work.parts == pytest.approx({LANGUAGE: 3e-3})
-    assert work.communication == pytest.approx({"tensor": 2 * gather})
+    assert streams.communication == pytest.approx({"tensor": 2 * gather})
     # Messages are launched here, and take their time in the schedule.
     assert work.launches == 3 + 1 + 2
-    assert work.waits_for_host == 0
-    assert work.total == pytest.approx(3e-3 + 2 * gather)
+    assert streams.waits_for_host == 0
 
 
 def test_a_collective_costs_what_computation_does_not_cover() -> None:
@@ -236,19 +237,35 @@ def test_a_collective_costs_what_computation_does_not_cover() -> None:
         FlightMark((), ()),
     ]
     played = replace(slot((copy, 2)), marks=(*begins, *waits))
-    streams = Streams({"data": range(8), "tensor": range(4), "pipeline": (0, 8)}, H100)
+    groups = {"data": range(8), "tensor": range(4), "pipeline": (0, 8)}
     data, tensor = (seconds("all_gather", LARGE, range(ranks), H100) for ranks in (8, 4))
     # All three begin at once; then 1 ms, the tensor gather, the first data gather, 1 ms, the second.
     assert tensor < data and data > 2e-3
-    communication = work_seconds([played], streams).communication
-    assert communication["tensor"] == pytest.approx(tensor - 1e-3)
-    assert communication["data"] == pytest.approx(data - tensor + data - 1e-3)
+    streams = Streams()
+    streams.run(Work.of([played], groups, H100))
+    assert streams.communication["tensor"] == pytest.approx(tensor - 1e-3)
+    assert streams.communication["data"] == pytest.approx(data - tensor + data - 1e-3)
+
+
+@pytest.mark.parametrize("idle", [0.0, 1e-3, 1.0])
+def test_a_collective_runs_while_its_rank_waits_for_another_stage(idle: float) -> None:
+    """A gather begins in one slot; the next, which waits for it, begins `idle` seconds after that."""
+    call = Collective("all_gather", "data", LANGUAGE, Direction.FORWARD, LARGE)
+    groups = {"data": range(8), "pipeline": (0, 8)}
+    begins = replace(slot(), marks=(FlightMark((), (), 0, call), FlightMark((), ())))
+    waits = replace(slot(), marks=(FlightMark((), (), 0), FlightMark((), ())))
+    streams = Streams()
+    begun = streams.run(Work.of([begins], groups, H100))
+    done = streams.run(Work.of([waits], groups, H100), begun + idle)
+    gather = seconds("all_gather", LARGE, range(8), H100)
+    assert done == pytest.approx(max(gather, begun + idle), rel=1e-2)
+    assert streams.communication["data"] == pytest.approx(max(0.0, gather - idle), abs=1e-4)
 
 
 def test_many_small_kernels_wait_for_the_host() -> None:
     tiny = operation(Kernel.OTHER, 0.0, 8)
-    work = work_seconds([slot((tiny, 999))], Streams({"pipeline": (0, 8)}, H100))
-    assert work.total == pytest.approx(1000 * H100.launch)
+    work = Work.of([slot((tiny, 999))], {"pipeline": (0, 8)}, H100)
+    assert Streams().run(work, clock=2.0) == pytest.approx(2.0 + 1000 * H100.launch)
     assert work.parts[LANGUAGE] == pytest.approx(999 * H100.kernel_start)
 
 

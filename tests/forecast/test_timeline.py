@@ -1,15 +1,32 @@
 """When passes run. References: closed formulas for even stages, and a search for the earliest times that satisfy the rules."""
 
 import random
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import pytest
 
 from visionloom.forecast.schedule import Await, Pass, Pipeline, Start, Transfer
-from visionloom.forecast.timeline import StageTimes, play
+from visionloom.forecast.timeline import play
 from visionloom.forecast.trace.events import SlotKind
 from visionloom.tests.forecast.test_schedule import PIPELINES
 
 FORWARD, BACKWARD = SlotKind.FORWARD, SlotKind.BACKWARD
+
+
+@dataclass(frozen=True)
+class StageTimes:
+    """A stage whose passes take as long whenever they begin."""
+
+    passes: Mapping[Pass, float]
+    begin: float = 0.0
+    send_next: float = 0.0
+    send_previous: float = 0.0
+
+    def run(self, one: Pass | SlotKind, clock: float) -> float:
+        if isinstance(one, Pass):
+            return clock + self.passes[one]
+        return clock + (self.begin if one is SlotKind.BEGIN else 0.0)
 
 
 def even(pipeline: Pipeline, forward: float, backward: float) -> list[StageTimes]:
