@@ -8,8 +8,8 @@ is left out. Imports no torch.
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from visionloom.forecast.machine import Machine
@@ -153,8 +153,8 @@ class Work:
     parts: dict[str, float]
     """Seconds of operations on the device, by part of the step."""
     launches: int
-    host_seconds: float
-    """Of the launches: the stretch takes as long at least."""
+    launch_seconds: float
+    """Of one on the host: a stretch takes as long as its launches at least."""
     marks: tuple[TimedMark, ...]
 
     @classmethod
@@ -186,7 +186,22 @@ class Work:
                 marks.append(
                     TimedMark(work, tuple(awaited), mark.flight, begins[0] if begins else None)
                 )
-        return cls(dict(parts), launches, launches * machine.launch, tuple(marks))
+        return cls(dict(parts), launches, machine.launch, tuple(marks))
+
+    @property
+    def begun(self) -> dict[int, TimedMark]:
+        """Return the marks at which collectives begin, by the collectives' numbers."""
+        return {mark.flight: mark for mark in self.marks if mark.begins is not None}
+
+    def beginning(self, numbers: Container[int], first: Iterable[TimedMark] = ()) -> "Work":
+        """Return the stretch with the collectives of these numbers only, after those that begin at its `first` marks."""
+        marks = [replace(mark, work=0.0, awaited=()) for mark in first]
+        for mark in self.marks:
+            begins = mark.begins if mark.flight in numbers else None
+            marks.append(replace(mark, begins=begins))
+        begun = sum(mark.begins is not None for mark in marks)
+        launches = self.launches - len(self.begun) + begun
+        return replace(self, launches=launches, marks=tuple(marks))
 
 
 @dataclass
@@ -222,7 +237,7 @@ class Streams:
                 self._wait(*self._flights.pop(mark.flight))
 
         # The host runs ahead of the device, so that only all launches together can be too slow.
-        late = max(0.0, begin + work.host_seconds - self.now)
+        late = max(0.0, begin + work.launches * work.launch_seconds - self.now)
         self.waits_for_host += late
         self.now += late
         return self.now

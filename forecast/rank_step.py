@@ -107,9 +107,40 @@ class RankStep:
             for one, stretch in self._stretches.items()
         }
 
-    def work(self, one: Pass | SlotKind) -> Work:
-        """Return a pass on the machine, or what is before or after all of them."""
-        return self._work[self.traced_pass(one) if isinstance(one, Pass) else one]
+    @cached_property
+    def _reductions(self) -> frozenset[int]:
+        """Return the numbers of the collectives that are waited for after all passes."""
+        return frozenset(mark.flight for mark in self._work[SlotKind.END].marks)
+
+    @cached_property
+    def work(self) -> dict[Pass | SlotKind, Work]:
+        """Return each pass of the step on the machine, and what is before and after all of them."""
+        ends = {kind: self._work[kind] for kind in (SlotKind.BEGIN, SlotKind.END)}
+        return ends | {one: self._pass(one) for one in self.pipeline.passes(self.stage)}
+
+    def _pass(self, one: Pass) -> Work:
+        """Return a pass of the step.
+
+        It of the step begins collectives that others wait for where a traced one does: those of gradients as long before
+        the step's end, the others as long after its begin.
+        """
+        like = self.traced_pass(one)
+        work = self._work[like]
+        after = one.micro_batch - (self.pipeline.micro_batches - self.trace.micro_batches)
+        from_end = one._replace(micro_batch=after)
+
+        waited = {mark.flight for mark in work.marks if mark.begins is None}
+        numbers = set(work.begun) & waited
+        if like == one:
+            numbers |= set(work.begun) - self._reductions
+        if from_end == like:
+            numbers |= set(work.begun) & self._reductions
+            return work.beginning(numbers)
+        later = self._work[from_end].begun if from_end in self._work else {}
+        # With several chunks they begin between two passes, which are the next one's first marks.
+        return work.beginning(
+            numbers, [mark for number, mark in later.items() if number in self._reductions]
+        )
 
     @cached_property
     def order(self) -> list[Pass | SlotKind]:
@@ -125,7 +156,7 @@ class RankStep:
         """Return the seconds of one micro-batch's forward or backward passes through all chunks."""
         number = min(1, self.pipeline.micro_batches - 1)
         chunks = range(self.pipeline.chunks)
-        return sum(Streams().run(self.work(Pass(kind, chunk, number))) for chunk in chunks)
+        return sum(Streams().run(self.work[Pass(kind, chunk, number)]) for chunk in chunks)
 
     def message(self) -> float:
         """Return the seconds of a message to another stage; the largest that is sent counts for all."""
@@ -173,7 +204,7 @@ class RankStep:
     @property
     def launches(self) -> int:
         """Return the launches of the step."""
-        return sum(self.work(one).launches for one in self.order)
+        return sum(self.work[one].launches for one in self.order)
 
     @property
     def waits(self) -> tuple[Wait, ...]:
@@ -215,14 +246,14 @@ class PlayedRank:
 
     def run(self, one: Pass | SlotKind, clock: float) -> float:
         """Let a pass begin at `clock`; return when it is done."""
-        return self.streams.run(self.step.work(one), clock)
+        return self.streams.run(self.step.work[one], clock)
 
     @property
     def shares(self) -> dict[str, float]:
         """Return where the time went in which the rank neither waited for other stages nor sent them messages."""
         shares: dict[str, float] = defaultdict(float)
         for one in self.step.order:
-            for part, seconds in self.step.work(one).parts.items():
+            for part, seconds in self.step.work[one].parts.items():
                 shares[part] += seconds
         for axis, seconds in self.streams.communication.items():
             if seconds:

@@ -19,6 +19,8 @@ FEW = 2
 """Interleaved stages take no fewer: a micro-batch for each stage."""
 COPIES = 3
 """Launches between passes in which a micro-batch of virtual stages may differ from the traced ones."""
+PREPARES = 8
+"""Launches before the gradients of a stage are reduced: one a bucket."""
 LAYOUTS: dict[str, dict[str, Any]] = {
     "one stage": {},
     "pipeline": {"pipeline": 2, "pipeline_layout": "Et|tttL"},
@@ -49,22 +51,29 @@ def forecast(layout: Layout, traces: list[RankTrace]) -> PhaseForecast:
 
 
 @pytest.mark.parametrize("experts", [0, 8], ids=["dense", "mixture"])
+@pytest.mark.parametrize("data", [1, 2])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_few_micro_batches_stand_for_all(name: str, experts: int, pool: RankPool) -> None:
+def test_few_micro_batches_stand_for_all(
+    name: str, data: int, experts: int, pool: RankPool
+) -> None:
+    """With two data ranks weights are gathered and gradients reduced beside passes, once a step."""
     parallel = LAYOUTS[name]
     stages = parallel.get("pipeline", 1)
-    layout = Layout(stages, parallel, Case(experts=experts))
-    pack = packs_of("everything")[0]
+    layout = Layout(stages * data, parallel, Case(experts=experts))
+    pack, ranks = packs_of("everything")[0], [stage * data for stage in range(stages)]
     few, every = (
-        forecast(layout, pool.run(1, imagined, layout, [pack] * count, list(range(stages)))[0])
+        forecast(layout, pool.run(1, imagined, layout, [pack] * count * data, ranks)[0])
         for count in (FEW, ALL)
     )
 
-    assert few.step_seconds == pytest.approx(every.step_seconds, rel=0.01)
+    # Of two traced micro-batches the second stands for the others, with what prepares a reduction.
+    more = PREPARES * (ALL - FEW) if data > 1 else 0
+    late = more * machine("h100").launch
+    assert every.step_seconds * 0.99 <= few.step_seconds <= every.step_seconds * 1.01 + late
     assert [rank.flops for rank in few.ranks] == [rank.flops for rank in every.ranks]
     for own, reference in zip(few.ranks, every.ranks, strict=True):
         # Where no pass comes any more, nothing is received, of which each chunk makes copies.
         copies = COPIES * (ALL - FEW) if name == "virtual stages" else 0
-        assert reference.launches - copies <= own.launches <= reference.launches
+        assert reference.launches - copies <= own.launches <= reference.launches + more
     peaks = [rank.peak_bytes for rank in every.ranks]
     assert [rank.peak_bytes for rank in few.ranks] == pytest.approx(peaks, rel=0.02)
