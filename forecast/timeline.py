@@ -5,13 +5,13 @@ from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from visionloom.forecast.results import Span
-from visionloom.forecast.schedule import Action, Await, Pass, Pipeline, Start, Transfer
+from visionloom.forecast.schedule import Action, Pass, Pipeline, Start, Transfer
 from visionloom.forecast.trace.events import SlotKind
 
 SENT: Final = (Transfer.SEND_NEXT, Transfer.SEND_PREVIOUS)
 
 
-class Stage(Protocol):
+class PipelineStage(Protocol):
     """A stage of the pipeline while a step is played."""
 
     @property
@@ -64,7 +64,7 @@ class _Player:
 
     stage: int
     actions: list[Action]
-    times: Stage
+    times: PipelineStage
     messages: dict[Transfer, _Messages]
     """Those that it sends and receives."""
     clock: float
@@ -87,7 +87,7 @@ class _Player:
             self.spans.append(Span(self.stage, chunk, number, kind, start, self.clock))
         elif isinstance(action, Start):
             self.messages[action.transfer].start(action.transfer in SENT, self.clock)
-        elif isinstance(action, Await):
+        else:
             ends = self.messages[action.transfer].ends
             if action.number >= len(ends):
                 return False
@@ -95,16 +95,16 @@ class _Player:
         return True
 
 
-def play(pipeline: Pipeline, times: Sequence[Stage]) -> Timeline:
+def play(pipeline: Pipeline, times: Sequence[PipelineStage]) -> Timeline:
     """Play a step; `times`: of each stage.
 
     A message runs when sender and receiver have both come to it, as NCCL's do, and a stage stands still while it waits.
     """
     messages = _messages_of(times)
-    players = []
-    for stage, own in enumerate(times):
-        actions = pipeline.actions(stage)
-        players.append(_Player(stage, actions, own, messages[stage], own.run(SlotKind.BEGIN, 0.0)))
+    players = [
+        _Player(stage, pipeline.actions(stage), own, messages[stage], own.run(SlotKind.BEGIN, 0.0))
+        for stage, own in enumerate(times)
+    ]
 
     while any(player.run() for player in players):
         pass
@@ -114,7 +114,7 @@ def play(pipeline: Pipeline, times: Sequence[Stage]) -> Timeline:
     return Timeline(spans, tuple(ends))
 
 
-def _messages_of(times: Sequence[Stage]) -> list[dict[Transfer, _Messages]]:
+def _messages_of(times: Sequence[PipelineStage]) -> list[dict[Transfer, _Messages]]:
     """Return the messages that each stage sends and receives; one object for both ends."""
     stages = len(times)
     messages: list[dict[Transfer, _Messages]] = [{} for _ in times]

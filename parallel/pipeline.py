@@ -8,6 +8,7 @@ torch.
 
 import functools
 import re
+from collections.abc import Sequence
 
 from visionloom.parallel.config import ParallelConfig
 
@@ -99,5 +100,10 @@ def suggestion(layers: int, chunks: int) -> str:
     counts = [each] * chunks
     for chunk in order[:more]:
         counts[chunk] += 1
-    stages = "|".join(f"t*{count}" for count in counts)
-    return f"E{stages}L"
+    return named(counts)
+
+
+def named(counts: Sequence[int]) -> str:
+    """Return the layout whose chunks hold these numbers of decoder layers."""
+    chunks = "|".join(f"t*{count}" if count else "" for count in counts)
+    return f"E{chunks}L"

@@ -23,6 +23,7 @@ from visionloom.forecast.run import CHOICES
 from visionloom.forecast.search.bounds import RestBounds, expert_ranks
 from visionloom.forecast.search.estimates import Estimates
 from visionloom.forecast.search.layouts import LegalLayouts, with_layout, yaml_of
+from visionloom.forecast.search.stages import balanced
 from visionloom.parallel.config import RECOMPUTATIONS, ParallelConfig
 from visionloom.train.config import RunConfig
 
@@ -190,6 +191,7 @@ class _Search:
         self._trace(goal.tries)
         if not any(row.fits for row in self.tried):
             self._offload()
+        self._balance()
         self._confirm()
         rows = sorted(self.tried, key=self._order)
         return SearchResult(tuple(rows), len(legal), len(legal) - len(held))
@@ -268,6 +270,17 @@ class _Search:
     def _wait(self, layout: ParallelConfig) -> None:
         rest = self.bounds.of_fullest_rank(layout)
         heapq.heappush(self.waiting, self._lightest(layout, rest))
+
+    def _balance(self) -> None:
+        """Trace the best with their layers dealt to the stages by their own times, where that seems faster."""
+        self.waiting = []
+        layers = self.goal.config.model.text.layers
+        for row in sorted(self.tried, key=self._order)[:CONFIRMED]:
+            if row.fits:
+                layout = balanced(row.config.parallel, layers, row.forecast.timeline)
+                if layout != row.config.parallel:
+                    self._wait(layout)
+        self._trace(CONFIRMED)
 
     def _confirm(self) -> None:
         """Trace the best on their fullest packs; in place of one that does not fit there, it is tried with more recomputation."""

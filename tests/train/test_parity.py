@@ -133,8 +133,13 @@ LAYOUTS: dict[str, Layout] = {
         4, pipeline=2, expert=2, pipeline_layout="Et|tttL", recompute="full"
     ),
     "tensor 2 x context 2 x expert 4": mixture(4, tensor=2, context=2, expert=4),
-    "mixture, pipeline 2, virtual 2": mixture(
-        2, pipeline=2, virtual_pipeline=2, recompute="all_but_attention"
+    "mixture, pipeline 2, virtual 2, vision alone": mixture(
+        2,
+        pipeline=2,
+        virtual_pipeline=2,
+        pipeline_layout="E|tt|t|tL",
+        recompute="all_but_attention",
+        recompute_layers=1,
     ),
     "mixture, text only, expert 2": replace(
         mixture(2, expert=2), case=Case(experts=8, content="text")

@@ -7,13 +7,17 @@ import pytest
 
 from visionloom.common.errors import UserError
 from visionloom.forecast.machine import machine
-from visionloom.forecast.results import PhaseForecast, RankForecast
+from visionloom.forecast.results import PhaseForecast, RankForecast, Span
+from visionloom.forecast.schedule import Pipeline
 from visionloom.forecast.search import search as searches
 from visionloom.forecast.search.bounds import RestBounds
 from visionloom.forecast.search.estimates import Estimates
 from visionloom.forecast.search.search import BATCH, CONFIRMED, SearchGoal, SearchResult, search
+from visionloom.forecast.search.stages import ChunkSeconds, PassSeconds
+from visionloom.forecast.timeline import Timeline, play
 from visionloom.model.flops import StepWork
 from visionloom.parallel.config import EXCHANGES, ParallelConfig
+from visionloom.parallel.pipeline import layers_per_chunk
 from visionloom.tests.model.test_sizes import published
 from visionloom.train.config import RunConfig, RunSection
 from visionloom.train.phase.config import PhaseConfig
@@ -42,6 +46,7 @@ class Stated:
     """Of the fullest packs."""
     seen: list[RunConfig] = field(default_factory=list)
     full_seen: list[RunConfig] = field(default_factory=list)
+    timeline: Callable[[ParallelConfig], tuple[Span, ...]] = lambda _: ()
 
     def ranking(self, runs: Sequence[RunConfig]) -> list[PhaseForecast]:
         self.seen += runs
@@ -56,7 +61,7 @@ class Stated:
         rank = RankForecast(0, 0, WORLD, "layers 0-35", {}, peak, (), 0, 0, 0, 0, 0, (), ())
         bubble = (layout.pipeline - 1) / (31 + layout.pipeline)
         facts = ("p", "words", 8192, "packs", 10, step, TOKENS, TOKENS / step, 0.4, bubble)
-        return PhaseForecast(*facts, 0.1 * layout.tensor, {}, (rank,), (), ())
+        return PhaseForecast(*facts, 0.1 * layout.tensor, {}, (rank,), self.timeline(layout), ())
 
 
 def searched(
@@ -134,6 +139,27 @@ def test_offloading_is_the_last_cure() -> None:
 
 def pace(layout: ParallelConfig) -> float:
     return 10 + 3 * abs(layout.tensor - 4) + layout.pipeline + layout.context / 10
+
+
+def test_the_best_pipelines_are_dealt_anew_by_their_own_times() -> None:
+    """A tower that takes as long as twelve layers; only steps of interleaved stages are short."""
+
+    def played(layout: ParallelConfig) -> Timeline:
+        pipeline = Pipeline(layout.pipeline, layout.chunks, 32)
+        tower = PassSeconds(12e-3, 24e-3)
+        seconds = ChunkSeconds(pipeline, PassSeconds(1e-3, 2e-3), tower, PassSeconds(0.0, 0.0))
+        return play(pipeline, seconds.stages(pipeline, layers_per_chunk(layout, 36)))
+
+    def step(layout: ParallelConfig) -> float:
+        return max(played(layout).ends) if layout.chunks > 1 else 10.0
+
+    answers = Stated(step, lambda _: 60, timeline=lambda layout: played(layout).spans)
+    result = search(SearchGoal(run_of(), "p", WORLD, GPU), answers)
+    best = result.tried[0].config.parallel
+    assert best.chunks > 1 and best.pipeline_layout is not None
+    even = replace(best, pipeline_layout=None)
+    assert step(best) < 0.9 * step(even)
+    assert 20 < len(answers.seen) <= 20 + CONFIRMED
 
 
 def test_a_batch_does_not_change_what_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:

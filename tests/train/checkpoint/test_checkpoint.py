@@ -40,7 +40,10 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "data 2": (2, {}),
     "tensor 2": (2, {"tensor": 2}),
     "pipeline 2": (2, {"pipeline": 2, "pipeline_layout": "Et|tttL"}),
-    "pipeline 2 virtual 2": (2, {"pipeline": 2, "virtual_pipeline": 2}),
+    "pipeline 2 virtual 2": (
+        2,
+        {"pipeline": 2, "virtual_pipeline": 2, "pipeline_layout": "E|tt|t|tL"},
+    ),
     "context 2": (2, {"context": 2}),
     "tensor 2 pipeline 2": (4, {"tensor": 2, "pipeline": 2}),
     "expert 2": (2, {"expert": 2}),
