@@ -115,32 +115,39 @@ class RankStep:
     @cached_property
     def work(self) -> dict[Pass | SlotKind, Work]:
         """Return each pass of the step on the machine, and what is before and after all of them."""
-        ends = {kind: self._work[kind] for kind in (SlotKind.BEGIN, SlotKind.END)}
-        return ends | {one: self._pass(one) for one in self.pipeline.passes(self.stage)}
+        work: dict[Pass | SlotKind, Work] = {}
+        for kind in (SlotKind.BEGIN, SlotKind.END):
+            work[kind] = self._work[kind]
+        not_traced = self.pipeline.micro_batches - self.trace.micro_batches
+        made: dict[tuple[Pass, bool, Pass | None], Work] = {}
+        for one in self.pipeline.passes(self.stage):
+            like, after = self.traced_pass(one), one.micro_batch - not_traced
+            from_end = one._replace(micro_batch=after) if after >= 0 else None
+            key = like, like == one, from_end
+            if key not in made:
+                made[key] = self._beginning(*key)
+            work[one] = made[key]
+        return work
 
-    def _pass(self, one: Pass) -> Work:
-        """Return a pass of the step.
+    def _beginning(self, like: Pass, is_traced: bool, from_end: Pass | None) -> Work:
+        """Return a pass that begins the collectives which others wait for where a traced one of the same place does.
 
-        It of the step begins collectives that others wait for where a traced one does: those of gradients as long before
-        the step's end, the others as long after its begin.
+        Args:
+            like: the traced pass whose operations it has.
+            is_traced: it is as long after the step's begin as that one.
+            from_end: the traced pass as long before the step's end, where gradients begin to be reduced.
         """
-        like = self.traced_pass(one)
         work = self._work[like]
-        after = one.micro_batch - (self.pipeline.micro_batches - self.trace.micro_batches)
-        from_end = one._replace(micro_batch=after)
-
         waited = {mark.flight for mark in work.marks if mark.begins is None}
         numbers = set(work.begun) & waited
-        if like == one:
+        if is_traced:
             numbers |= set(work.begun) - self._reductions
         if from_end == like:
-            numbers |= set(work.begun) & self._reductions
-            return work.beginning(numbers)
-        later = self._work[from_end].begun if from_end in self._work else {}
+            return work.beginning(numbers | set(work.begun) & self._reductions)
+        later = self._work[from_end].begun if from_end is not None else {}
         # With several chunks they begin between two passes, which are the next one's first marks.
-        return work.beginning(
-            numbers, [mark for number, mark in later.items() if number in self._reductions]
-        )
+        first = [mark for number, mark in later.items() if number in self._reductions]
+        return work.beginning(numbers, first)
 
     @cached_property
     def order(self) -> list[Pass | SlotKind]:
