@@ -13,6 +13,7 @@ from visionloom.common.text import one_line, say
 from visionloom.forecast.machine import planned_attention
 from visionloom.forecast.request import PlanRequest
 from visionloom.forecast.results import PhaseForecast, gpus_in_words
+from visionloom.forecast.search.layouts import cut_evenly
 from visionloom.forecast.show.document import NOTICE
 from visionloom.forecast.show.tables import gibibytes
 from visionloom.launch.configure import compose
@@ -135,11 +136,13 @@ def table_of(request: PlanRequest, result: "SearchResult") -> "Table":
 
 def cells(number: int, row: "TriedLayout") -> list[str]:
     """Return the cells of COLUMNS but for the reason."""
-    forecast = row.forecast
+    forecast, layout, layers = row.forecast, row.config.parallel, row.config.model.text.layers
+    # Two may differ in this alone.
+    by_time = ", layers by their times" if cut_evenly(layout, layers) != layout else ""
     mark = "" if row.more_bytes is None else ESTIMATED
     return [
         f"{number}",
-        forecast.layout,
+        forecast.layout + by_time,
         f"{forecast.tokens_per_second:,.0f}",
         f"{forecast.step_seconds:.3f}",
         f"{forecast.mfu:.1%}",
