@@ -68,7 +68,7 @@ class ParallelConfig:
     sequence: bool | None = option(None, "free")
     """Sequence parallelism in the tensor-parallel group; None: on where tensor > 1, with engine=megatron."""
     pipeline_layout: str | None = option(None, "free")
-    """Embedding (E), decoder layers (t) and loss (L) over the stages, for example `Ettt|tttt|ttL`; None: evenly."""
+    """Embedding (E), decoder layers (t) and loss (L) over the stages, for example `Ettt|tttt|ttL` or `Et|(t*3|)*6tL`; None: evenly."""
     recompute: str = option("none", "free", choices=RECOMPUTATIONS)
     """What is made again in the backward pass and not kept: `none`; `norms_and_activations`, whose results cost little (the others
     make them again too); `mlp`, the MLPs or experts too; `block`, the first recompute_layers decoder layers whole;

@@ -1,7 +1,7 @@
 """Divide decoder layers over pipeline stages: the layout string, its checks, and a layout where none is given.
 
 A layout names the parts of each stage, in order: `E` the vision tower and the embedding, `t` a decoder layer, `L` the final norm
-and the loss; `|` begins the next stage and `t*3` is `ttt`. With virtual stages (interleaved 1F1B) it names pipeline x
+and the loss; `|` begins the next stage, `t*3` is `ttt` and `(tt|)*3` is `tt|tt|tt|`, as Megatron-core writes it. With virtual stages (interleaved 1F1B) it names pipeline x
 virtual_pipeline chunks, the first `pipeline` of them on the stages in turn, then the second, and so on. Nothing here imports
 torch.
 """
@@ -12,7 +12,11 @@ from collections.abc import Sequence
 
 from visionloom.parallel.config import ParallelConfig
 
-REPEATED = re.compile(r"([EtL])\*(\d+)")
+REPEATED = (
+    re.compile(r"\(([EtL|*\d]+)\)\*(\d{1,3})(?!\d)"),
+    re.compile(r"([EtL])\*(\d{1,3})(?!\d)"),
+)
+"""A group of parts, which is written out first, or a part, and how often it stands there."""
 
 
 def layers_per_chunk(parallel: ParallelConfig, layers: int) -> list[int]:
@@ -35,9 +39,11 @@ def layout_of(parallel: ParallelConfig, layers: int) -> str:
 
 @functools.cache  # a search asks thousands of times for the same few
 def _spelled_out(layout: str) -> str:
-    """Return a given layout without spaces and abbreviations."""
-    short = layout.replace(" ", "")
-    return REPEATED.sub(lambda match: match[1] * int(match[2]), short)
+    """Return a given layout without spaces, commas and abbreviations."""
+    short = layout.replace(" ", "").replace(",", "")
+    for pattern in REPEATED:
+        short = pattern.sub(lambda match: match[1] * int(match[2]), short)
+    return short
 
 
 def pipeline_problems(parallel: ParallelConfig, layers: int, here: str = "parallel") -> list[str]:
@@ -75,7 +81,7 @@ def _layout_problems(
     layout = layout_of(parallel, layers)
     given = f"{here}.pipeline_layout={parallel.pipeline_layout}"
     if not re.fullmatch(r"[EtL|]+", layout):
-        return [f"{given} may hold E, t, L, | and t*3 only, for example '{even}'"]
+        return [f"{given} may hold E, t, L, |, t*3 and (t*3|)*2 only, for example '{even}'"]
 
     lines = []
     # All faults at once, so that one correction is enough.

@@ -16,6 +16,7 @@ from visionloom.parallel.pipeline import layers_per_chunk, layout_of, pipeline_p
         (ParallelConfig(pipeline=2, virtual_pipeline=2), 8, [2, 2, 2, 2]),
         (ParallelConfig(pipeline=3, pipeline_layout="Ettt|tttt|ttL"), 9, [3, 4, 2]),
         (ParallelConfig(pipeline=2, pipeline_layout="E | t*4 L"), 4, [0, 4]),
+        (ParallelConfig(pipeline=4, pipeline_layout="Et|(t*3|)*2, t*2L"), 9, [1, 3, 3, 2]),
         (ParallelConfig(), 4, [4]),
     ],
 )
@@ -49,6 +50,8 @@ def test_layers_of_each_chunk(config: ParallelConfig, layers: int, expected: lis
         ),
         (ParallelConfig(pipeline=2, pipeline_layout="tt|ttL"), 4, ["only E"]),
         (ParallelConfig(pipeline=2, pipeline_layout="Ett|xxL"), 4, ["may hold E, t, L"]),
+        (ParallelConfig(pipeline=2, pipeline_layout="Ett|(tt)L"), 4, ["may hold E, t, L"]),
+        (ParallelConfig(pipeline=2, pipeline_layout="E|t*40000000000L"), 4, ["may hold E, t, L"]),
     ],
 )
 def test_layouts_that_cannot_be(config: ParallelConfig, layers: int, expected: list[str]) -> None:
@@ -65,14 +68,20 @@ def test_a_suggestion_is_possible_and_spares_the_ends(layers: int, chunks: int) 
     assert counts[0] == min(counts)
 
 
-def test_megatron_reads_the_layout_alike() -> None:
+@pytest.mark.parametrize(
+    "layout", ["Et|t*2|ttt|t*2L", "E|(tt,|)*2 t*4L", "(Et*2)*1|(t|t*2|)*1t*3L"]
+)
+def test_megatron_reads_the_layout_alike(layout: str) -> None:
+    """It drops no spaces."""
     from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
-    config = ParallelConfig(pipeline=2, virtual_pipeline=2, pipeline_layout="Et|t*2|ttt|t*2L")
-    found = PipelineParallelLayerLayout(layout_of(config, 8), 2)
+    config = ParallelConfig(pipeline=2, virtual_pipeline=2, pipeline_layout=layout)
+    assert pipeline_problems(config, 8) == []
+    read = PipelineParallelLayerLayout(layout.replace(" ", ""), 2)
     counts = [
-        sum(layer.name == "decoder" for layer in found.layout[stage][chunk])
+        sum(layer.name == "decoder" for layer in read.layout[stage][chunk])
         for chunk in range(2)
         for stage in range(2)
     ]
-    assert counts == layers_per_chunk(config, 8) == [1, 2, 3, 2]
+    assert counts == layers_per_chunk(config, 8)
+    assert PipelineParallelLayerLayout(layout_of(config, 8), 2).layout == read.layout
