@@ -1,9 +1,9 @@
 """Divide decoder layers over pipeline stages: the layout string, its checks, and a layout where none is given.
 
 A layout names the parts of each stage, in order: `E` the vision tower and the embedding, `t` a decoder layer, `L` the final norm
-and the loss; `|` begins the next stage, `t*3` is `ttt` and `(tt|)*3` is `tt|tt|tt|`, as Megatron-core writes it. With virtual stages (interleaved 1F1B) it names pipeline x
-virtual_pipeline chunks, the first `pipeline` of them on the stages in turn, then the second, and so on. Nothing here imports
-torch.
+and the loss; `|` begins the next stage, `t*3` is `ttt` and `(tt|)*3` is `tt|tt|tt|`, as Megatron-core writes it. With virtual
+stages (interleaved 1F1B) it names pipeline x virtual_pipeline chunks, the first `pipeline` of them on the stages in turn, then
+the second, and so on. Nothing here imports torch.
 """
 
 import functools

@@ -133,6 +133,9 @@ LAYOUTS: dict[str, Layout] = {
         4, pipeline=2, expert=2, pipeline_layout="Et|tttL", recompute="full"
     ),
     "tensor 2 x context 2 x expert 4": mixture(4, tensor=2, context=2, expert=4),
+    "mixture, pipeline 2, virtual 2": mixture(
+        2, pipeline=2, virtual_pipeline=2, recompute="all_but_attention"
+    ),
     "mixture, pipeline 2, virtual 2, vision alone": mixture(
         2,
         pipeline=2,
